@@ -1,0 +1,1 @@
+"""Documents and prompts: everything before a model is asked."""

@@ -1,0 +1,1 @@
+"""Evidence: scorers, statistics, economics and the report."""

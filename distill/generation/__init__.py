@@ -1,0 +1,1 @@
+"""Answers: responders, the store of what they said, and the filters."""

@@ -1,0 +1,86 @@
+"""Progress of long work: a bar with rate and time left on a terminal, plain lines in a pipe."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+console = Console(stderr=True, highlight=False)
+T = TypeVar("T")
+PLAIN_SECONDS = 10.0  # at most one plain line in this time
+
+
+def say(text: str) -> None:
+    """Print one line of information for the user, on stderr."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
+class Tracker:
+    """Counts finished work of one kind; `unit` names what is counted in the rate."""
+
+    def __init__(self, title: str, total: int, unit: str = "items") -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.done, self.extra = 0, ""
+        self.started = self.printed = time.monotonic()
+
+    def advance(self, count: int = 1, extra: str = "") -> None:
+        """Count `count` more as finished; `extra` is shown behind the rate."""
+        self.done += count
+        self.extra = extra or self.extra
+        self.show()
+
+    def rate(self) -> str:
+        """Return the rate so far as text."""
+        elapsed = max(time.monotonic() - self.started, 1e-9)
+        return f"{self.done / elapsed:.1f} {self.unit}/s {self.extra}".rstrip()
+
+    def show(self) -> None:
+        """Print a plain line when the last is old enough or the work is finished."""
+        now = time.monotonic()
+        if now - self.printed >= PLAIN_SECONDS or self.done == self.total:
+            self.printed = now
+            left = (now - self.started) / max(self.done, 1) * (self.total - self.done)
+            say(f"{self.title}: {self.done}/{self.total}, {self.rate()}, {left:.0f} s left")
+
+
+class _Bar(Tracker):
+    """The tracker of a terminal: moves a rich progress bar instead of printing lines."""
+
+    def __init__(self, title: str, total: int, unit: str, bar: Progress) -> None:
+        super().__init__(title, total, unit)
+        self.bar, self.task = bar, bar.add_task(title, total=total, rate="")
+
+    def show(self) -> None:
+        self.bar.update(self.task, completed=self.done, rate=self.rate())
+
+
+@contextmanager
+def tracking(title: str, total: int, unit: str = "items") -> Iterator[Tracker]:
+    """Show the progress of the work done inside the `with` block."""
+    if not sys.stderr.isatty():
+        yield Tracker(title, total, unit)
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(
+        *columns, TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=console
+    ) as bar:
+        yield _Bar(title, total, unit, bar)
+
+
+def track(items: Iterable[T], title: str, total: int, unit: str = "items") -> Iterator[T]:
+    """Yield `items` while their progress is shown."""
+    with tracking(title, total, unit) as tracker:
+        for item in items:
+            yield item
+            tracker.advance()

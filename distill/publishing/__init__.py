@@ -1,0 +1,1 @@
+"""The release: merged weights, model card, upload."""

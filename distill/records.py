@@ -1,0 +1,212 @@
+"""The nouns of the pipeline: frozen records, their ids and their JSON form.
+
+Ids are hashes of content, never row numbers, so joining, resuming and sharing between runs come free.
+This module imports no torch; every stage may import it.
+"""
+
+import hashlib
+import json
+from decimal import Decimal
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict
+
+Role = Literal["system", "user", "assistant"]
+Stop = Literal["end", "length", "filtered", "error"]
+Split = Literal["train", "validation", "heldout"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "heldout")
+
+
+def canonical(value: Any) -> bytes:
+    """Encode `value` as canonical JSON: sorted keys, no spaces, UTF-8, no NaN."""
+    text = json.dumps(
+        value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False
+    )
+    return text.encode("utf-8")
+
+
+def digest(value: Any) -> str:
+    """Hash `value` (anything that JSON can hold) to 32 hexadecimal digits."""
+    return hashlib.sha256(canonical(value)).hexdigest()[:32]
+
+
+class Record(BaseModel):
+    """A frozen row with a strict JSON form."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def to_line(self) -> str:
+        """Return the record as one line of JSON, without the newline."""
+        return self.model_dump_json()
+
+    @classmethod
+    def from_line(cls, line: str | bytes) -> Self:
+        """Read what `to_line` wrote; raises pydantic's ValidationError on anything else."""
+        return cls.model_validate_json(line)
+
+
+class Message(Record):
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+class Document(Record):
+    """A piece of the corpus after cleaning and chunking; `meta["split"]` names its split."""
+
+    id: str
+    text: str
+    source: str
+    meta: dict[str, Any] = {}
+
+    @classmethod
+    def make(cls, text: str, source: str, meta: dict[str, Any] | None = None) -> Self:
+        """Build a document whose id is the hash of its text."""
+        return cls(id=digest({"text": text}), text=text, source=source, meta=meta or {})
+
+
+class Prompt(Record):
+    """What is asked: the student's view (`messages`) and, where it differs, the teacher's."""
+
+    id: str
+    messages: tuple[Message, ...]
+    teacher_messages: tuple[Message, ...] | None = None
+    document_id: str
+    task: str
+    reference: str | None = None
+
+    @classmethod
+    def make(
+        cls,
+        messages: tuple[Message, ...],
+        document_id: str,
+        task: str,
+        teacher_messages: tuple[Message, ...] | None = None,
+        reference: str | None = None,
+    ) -> Self:
+        """Build a prompt whose id is the hash of everything in it."""
+        body = {
+            "messages": [m.model_dump() for m in messages],
+            "teacher_messages": [m.model_dump() for m in teacher_messages]
+            if teacher_messages
+            else None,
+            "document_id": document_id,
+            "task": task,
+            "reference": reference,
+        }
+        return cls(id=digest(body), **body)
+
+    def asked_of_teacher(self) -> tuple[Message, ...]:
+        """Return the messages that the teacher is asked."""
+        return self.teacher_messages or self.messages
+
+
+class Usage(Record):
+    """What one answer took: tokens, and seconds of its share of the batch."""
+
+    input_tokens: int = 0
+    cached_input_tokens: int = 0
+    output_tokens: int = 0
+    reasoning_tokens: int = 0
+    seconds: float = 0.0
+    estimated: bool = False
+
+
+class Response(Record):
+    """One answer, as it was given."""
+
+    id: str
+    request_key: str
+    sample: int
+    prompt_id: str
+    model: str
+    text: str
+    reasoning: str | None = None
+    stop: Stop
+    usage: Usage = Usage()
+    logprobs: Any = None
+    raw_sha256: str | None = None
+    error: str | None = None
+
+    @staticmethod
+    def make_id(request_key: str, sample: int) -> str:
+        """Return the id of the answer to `request_key` at sample index `sample`."""
+        return digest({"request_key": request_key, "sample": sample})
+
+
+class Pair(Record):
+    """A row of the dataset: a prompt and the answer that was kept for it."""
+
+    prompt: Prompt
+    response: Response
+
+
+class Example(Record):
+    """A tokenised pair: `weights[i]` is the loss weight of predicting `input_ids[i]`."""
+
+    id: str
+    response_id: str
+    input_ids: tuple[int, ...]
+    weights: tuple[float, ...]
+    signal: str | None = None
+
+
+class Item(Record):
+    """One thing that is evaluated; items of one `cluster` (document) are not independent."""
+
+    id: str
+    task: str
+    prompt: Prompt
+    reference: str | None = None
+    cluster: str
+
+    @classmethod
+    def make(cls, prompt: Prompt) -> Self:
+        """Build the item that evaluates a held-out prompt."""
+        identity = digest({"task": prompt.task, "prompt": prompt.id})
+        return cls(
+            id=identity,
+            task=prompt.task,
+            prompt=prompt,
+            reference=prompt.reference,
+            cluster=prompt.document_id,
+        )
+
+
+class Score(Record):
+    """A scorer's verdict with its evidence; `value` is None only where we failed, never where the model did."""
+
+    item_id: str
+    model: str
+    value: float | None
+    answer: str | None = None
+    reason: str
+
+
+class LedgerEntry(Record):
+    """What one stage took in one go."""
+
+    stage: str
+    started: str
+    seconds: float
+    input_tokens: int = 0
+    output_tokens: int = 0
+    dollars: Decimal | None = None
+    price: str | None = None
+    note: str = ""
+
+
+class Scorecard(Record):
+    """The evaluation's result; every number, or null with a reason in `reasons`."""
+
+    name: str
+    models: dict[str, Any]
+    tasks: dict[str, Any]
+    agreement: dict[str, Any]
+    cost: dict[str, Any]
+    corpus: dict[str, Any]
+    funnel: dict[str, Any]
+    training: dict[str, Any]
+    environment: dict[str, Any]
+    reasons: dict[str, str] = {}

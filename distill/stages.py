@@ -1,0 +1,85 @@
+"""The stages in their order: what each reads and writes, so that the command knows what is done, left or stale.
+
+The work is imported when a stage runs, so `plan` and `status` never load torch.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+
+from distill.config import Config
+from distill.run import Run, Stage
+
+
+def _lazy(module: str) -> Callable[[Config, Run], None]:
+    """Return the `main` of a module, imported at its first call."""
+    return lambda config, run: import_module(module).main(config, run)
+
+
+def _identity(module: str) -> Callable[[Config], dict[str, str]]:
+    """Return the `identity` of a module: hashes of what the stage reads outside the run's folder."""
+    return lambda config: import_module(module).identity(config)
+
+
+DATASET = tuple(f"dataset/{split}.jsonl" for split in ("train", "validation", "heldout"))
+MODEL_KEYS = (
+    "teacher.kind",
+    "teacher.model",
+    "teacher.revision",
+    "teacher.answers",
+    "template_date",
+)
+
+STAGES: tuple[Stage, ...] = (
+    Stage(
+        "corpus",
+        ("corpus", "seed"),
+        (),
+        ("documents.jsonl", "rejects.jsonl"),
+        _lazy("distill.corpus.corpus"),
+        _identity("distill.corpus.corpus"),
+    ),
+    Stage(
+        "prompts",
+        ("prompts",),
+        ("documents.jsonl",),
+        ("prompts.jsonl",),
+        _lazy("distill.corpus.prompts"),
+        _identity("distill.corpus.prompts"),
+    ),
+    Stage(
+        "generate",
+        ("teacher", "prompts.questions", "template_date"),
+        ("documents.jsonl", "prompts.jsonl"),
+        ("responses.jsonl",),
+        _lazy("distill.generation.generate"),
+        _identity("distill.generation.generate"),
+    ),
+    Stage(
+        "filter",
+        ("filters",),
+        ("prompts.jsonl", "responses.jsonl"),
+        (*DATASET, "dropped.jsonl", "funnel.json"),
+        _lazy("distill.generation.filters"),
+    ),
+    Stage(
+        "train",
+        ("student", "train", "seed", "template_date"),
+        DATASET[:2],
+        ("checkpoints", "adapter", "training.json"),
+        _lazy("distill.training.train"),
+    ),
+    Stage(
+        "evaluate",
+        ("evaluation", "teacher.max_new_tokens"),
+        ("dataset/heldout.jsonl", "adapter/adapter_model.safetensors"),
+        ("scores", "evaluation.json"),
+        _lazy("distill.evaluation.evaluate"),
+    ),
+    Stage(
+        "report",
+        (),
+        ("evaluation.json", "training.json", "funnel.json"),
+        ("scorecard.json", "scorecard.md", "report.html"),
+        _lazy("distill.evaluation.report"),
+    ),
+)

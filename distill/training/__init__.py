@@ -1,0 +1,1 @@
+"""The student: encoding, losses, checkpoints and the loop."""
