@@ -3,6 +3,8 @@
 Every fault that a user can cause or meet ends as one line, `error: where: what (what to do)`, and one of these codes.
 """
 
+import sys
+from collections.abc import Callable
 from enum import IntEnum
 
 
@@ -27,3 +29,26 @@ class DistillError(Exception):
     def __init__(self, code: Exit, where: object, what: str, fix: str) -> None:
         self.code, self.where, self.what, self.fix = code, str(where), what, fix
         super().__init__(f"{self.where}: {what} ({fix})")
+
+
+def exit_code(work: Callable[[], object], debug: bool = False) -> int:
+    """Do `work` and return the command's exit code; any fault becomes one line on stderr. `debug` lets it through."""
+    try:
+        work()
+    except KeyboardInterrupt:
+        return _complain("interrupted (the same command continues)", Exit.INTERRUPTED)
+    except DistillError as error:
+        if debug:
+            raise
+        return _complain(f"error: {error}", error.code)
+    except Exception as error:  # the edge of the program: nothing above could handle it
+        if debug:
+            raise
+        what = " ".join(str(error).split())[:300] or "no message"
+        return _complain(f"error: {type(error).__name__}: {what} (--debug shows where)", 1)
+    return 0
+
+
+def _complain(line: str, code: int) -> int:
+    print(line, file=sys.stderr)
+    return int(code)

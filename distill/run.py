@@ -6,7 +6,7 @@ differ, until `--redo` sets its old outputs aside under `.old/`; nothing is ever
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -34,6 +34,7 @@ class Stage:
     identity: Callable[[Config], dict[str, str]] = (
         lambda config: {}
     )  # further inputs by hash: corpus files, models
+    purpose: str = ""
 
 
 class Run:
@@ -86,23 +87,25 @@ class Run:
         whole = kept["finished"] and all(self.path(name).exists() for name in stage.outputs)
         return ("done" if whole else "unfinished"), []
 
-    def perform(self, stage: Stage, redo: bool = False) -> bool:
-        """Run the stage unless it is done; return whether it ran. Raises DistillError (exit 5) where it is stale."""
+    def checked_state(self, stage: Stage) -> State:
+        """Return the stage's state; raises DistillError (exit 5) with the keys that differ where it is stale."""
         state, changes = self.state(stage)
-        if redo and state != "fresh":
-            self._set_aside(stage)
-        elif state == "stale":
-            shown = "; ".join(changes[:6]) + (
-                f"; and {len(changes) - 6} more" if len(changes) > 6 else ""
-            )
-            fix = f"--redo {stage.name} remakes it and what follows, or choose a new name="
+        if state == "stale":
+            shown = "; ".join(changes[:6])
+            more = f"; and {len(changes) - 6} more" if len(changes) > 6 else ""
             raise DistillError(
                 Exit.STATE,
                 self.folder,
-                f"stage {stage.name} was made with other settings: {shown}",
-                fix,
+                f"stage {stage.name} was made with other settings: {shown}{more}",
+                f"--redo {stage.name} remakes it and what follows, or choose a new name=",
             )
-        elif state == "done":
+        return state
+
+    def perform(self, stage: Stage, redo: bool = False) -> bool:
+        """Run the stage unless it is done; return whether it ran. Raises DistillError (exit 5) where it is stale."""
+        if redo:
+            self.remake([stage])
+        if self.checked_state(stage) == "done":
             return False
         mark = {"fingerprint": self.fingerprint(stage), "finished": False}
         write_json(self.marker(stage), mark)
@@ -119,6 +122,12 @@ class Run:
         for path in [self.marker(stage), *(self.path(name) for name in stage.outputs)]:
             if path.exists():
                 shutil.move(path, target / path.name)
+
+    def remake(self, stages: Iterable[Stage]) -> None:
+        """Set the outputs of `stages` aside, the last first, so that they are made again."""
+        for stage in reversed(list(stages)):
+            if self.marker(stage).exists():
+                self._set_aside(stage)
 
     def spend(
         self,

@@ -37,6 +37,7 @@ STAGES: tuple[Stage, ...] = (
         ("documents.jsonl", "rejects.jsonl"),
         _lazy("distill.corpus.corpus"),
         _identity("distill.corpus.corpus"),
+        purpose="read, clean, deduplicate and split the documents",
     ),
     Stage(
         "prompts",
@@ -45,6 +46,7 @@ STAGES: tuple[Stage, ...] = (
         ("prompts.jsonl",),
         _lazy("distill.corpus.prompts"),
         _identity("distill.corpus.prompts"),
+        purpose="make the prompts of each task",
     ),
     Stage(
         "generate",
@@ -53,6 +55,7 @@ STAGES: tuple[Stage, ...] = (
         ("responses.jsonl",),
         _lazy("distill.generation.generate"),
         _identity("distill.generation.generate"),
+        purpose="ask the teacher what the store lacks",
     ),
     Stage(
         "filter",
@@ -60,6 +63,7 @@ STAGES: tuple[Stage, ...] = (
         ("prompts.jsonl", "responses.jsonl"),
         (*DATASET, "dropped.jsonl", "funnel.json"),
         _lazy("distill.generation.filters"),
+        purpose="choose the answers that are trained on, with reasons",
     ),
     Stage(
         "train",
@@ -67,6 +71,7 @@ STAGES: tuple[Stage, ...] = (
         DATASET[:2],
         ("checkpoints", "adapter", "training.json"),
         _lazy("distill.training.train"),
+        purpose="train the student's adapter",
     ),
     Stage(
         "evaluate",
@@ -74,6 +79,7 @@ STAGES: tuple[Stage, ...] = (
         ("dataset/heldout.jsonl", "adapter/adapter_model.safetensors"),
         ("scores", "evaluation.json"),
         _lazy("distill.evaluation.evaluate"),
+        purpose="compare student, base and teacher on held-out items",
     ),
     Stage(
         "report",
@@ -81,5 +87,6 @@ STAGES: tuple[Stage, ...] = (
         ("evaluation.json", "training.json", "funnel.json"),
         ("scorecard.json", "scorecard.md", "report.html"),
         _lazy("distill.evaluation.report"),
+        purpose="write the scorecard and the report",
     ),
 )

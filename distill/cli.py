@@ -1,0 +1,172 @@
+"""The `distill` command: `distill run CONFIG` does all stages; each stage is also a verb of its own.
+
+A CONFIG is a YAML file or a run's folder; `key.name=value` after it changes a key. A fault is one line on stderr and
+its exit code (see `distill.errors`); `--debug` shows the traceback. Work that is done is never done twice.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from distill.config import load_config
+from distill.environment import environment
+from distill.errors import DistillError, Exit, exit_code
+from distill.progress import say
+from distill.run import Run, Stage
+from distill.stages import STAGES
+from distill.store import write_json
+
+app = typer.Typer(
+    help="Turn a teacher model and a corpus into a small open model, and say what it kept and cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+NAMES = tuple(stage.name for stage in STAGES)
+ConfigArgument = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="A YAML file, or the folder of a run.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes of the config.")
+]
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", help="The folder of a run, or its config.")
+]
+
+
+def open_run(place: Path, overrides: Sequence[str] = ()) -> Run:
+    """Return the run of a config file, or of a run's folder (which may have been moved)."""
+    if not place.is_dir():
+        return Run(load_config(place, overrides))
+    if not (place / "config.json").exists():
+        raise DistillError(
+            Exit.CONFIG,
+            place,
+            "is no run: it has no config.json",
+            "name a config or a run's folder",
+        )
+    folder = place.resolve()
+    config = load_config(place / "config.json", overrides)
+    return Run(config.model_copy(update={"name": folder.name, "runs": place.parent}))
+
+
+def perform(run: Run, stages: Sequence[Stage], redo: Sequence[Stage] = ()) -> None:
+    """Do what is left of `stages` under the run's lock, after checking all of them for other settings."""
+    with run.lock():
+        states = [run.checked_state(stage) for stage in stages if stage not in redo]
+        run.remake(redo)
+        write_json(run.path("config.json"), run.config.resolved())
+        if redo or set(states) != {"done"}:
+            run.note("environment", environment())
+        for stage in stages:
+            require_inputs(run, stage)
+            if run.perform(stage):
+                say(f"{stage.name}: done")
+            else:
+                say(f"{stage.name}: done before, reused")
+
+
+def require_inputs(run: Run, stage: Stage) -> None:
+    """Stop where a file that the stage reads is missing, and name the command that makes it."""
+    missing = next((name for name in stage.inputs if not run.path(name).exists()), None)
+    if missing:
+        maker = next(
+            other.name
+            for other in STAGES
+            if any(missing.startswith(name) for name in other.outputs)
+        )
+        raise DistillError(
+            Exit.STATE, run.path(missing), "is missing", f"make it: distill {maker} CONFIG"
+        )
+
+
+def from_stage(name: str) -> tuple[Stage, ...]:
+    """Return the stage of that name and all that follow; raises DistillError (exit 2) for an unknown name."""
+    if name not in NAMES:
+        raise DistillError(
+            Exit.CONFIG, f"--redo {name}", "no such stage", "one of " + ", ".join(NAMES)
+        )
+    return STAGES[NAMES.index(name) :]
+
+
+def show_scorecard(run: Run) -> None:
+    """Print the run's scorecard and where its report lies."""
+    print(run.path("scorecard.md").read_text(encoding="utf-8"))
+    print(f"report: {run.path('report.html')}")
+
+
+@app.command(name="run")
+def run_all(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    redo: Annotated[
+        str | None, typer.Option(metavar="STAGE", help="Make STAGE and what follows again.")
+    ] = None,
+) -> None:
+    """Do every stage that is left, and show the scorecard."""
+    run = open_run(config, overrides or ())
+    perform(run, STAGES, from_stage(redo) if redo else ())
+    show_scorecard(run)
+
+
+def _stage_command(stage: Stage) -> Callable[..., None]:
+    """Return the verb of one stage."""
+
+    def command(
+        config: ConfigArgument,
+        overrides: Overrides = None,
+        redo: Annotated[
+            bool, typer.Option("--redo", help="Make it again, though it is done.")
+        ] = False,
+    ) -> None:
+        run = open_run(config, overrides or ())
+        perform(run, (stage,), (stage,) if redo else ())
+        if stage.name == "report":
+            show_scorecard(run)
+
+    return command
+
+
+for _stage in STAGES:
+    app.command(_stage.name, help=f"Do the stage {_stage.name}: {_stage.purpose}.")(
+        _stage_command(_stage)
+    )
+app.command("eval", hidden=True)(_stage_command(STAGES[NAMES.index("evaluate")]))
+
+
+@app.command()
+def status(run: RunArgument, overrides: Overrides = None) -> None:
+    """Say what is done, what is left, and what it cost so far."""
+    from distill.status import status_table
+
+    Console(soft_wrap=True).print(status_table(open_run(run, overrides or ()), STAGES))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; `--debug` may stand anywhere."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    return exit_code(lambda: _dispatch([word for word in words if word != "--debug"]), debug)
+
+
+def _dispatch(words: list[str]) -> None:
+    """Let typer run the command; its own complaints become ours."""
+    try:
+        code = app(words, prog_name="distill", standalone_mode=False)
+    except typer.exceptions.TyperException as error:
+        if not error.message:  # called without a verb: the help has been shown
+            raise SystemExit(Exit.CONFIG) from None
+        where = " ".join(["distill", *words[:1]])
+        raise DistillError(
+            Exit.CONFIG, where, error.format_message(), "see distill --help"
+        ) from None
+    if code == Exit.INTERRUPTED:
+        raise KeyboardInterrupt
