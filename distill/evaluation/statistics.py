@@ -1,0 +1,246 @@
+"""How sure a number is: means and paired differences with intervals that respect clusters, and the gap recovered.
+
+Items of one document are not independent, so whole clusters are resampled. Too little data gives no number but a
+reason; no interval has width zero. Legend of suffixes: N items, G clusters, B bootstrap samples.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from distill.errors import DistillError, Exit
+from distill.records import Record
+
+Floats = NDArray[np.float64]
+FEW_CLUSTERS = 20  # below this a bootstrap of clusters is too coarse, and the analytic form is used
+MIN_PAIRED = 0.95  # a comparison on fewer of the items is refused
+CHUNK = 4_000_000  # resampled counts held in memory at once
+
+
+class Estimate(Record):
+    """A number with its interval, or None with the reason."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
+    clusters: int = 0
+    method: str | None = None
+    reason: str | None = None
+
+    def excludes(self, point: float) -> bool:
+        """Say whether the interval is there and does not hold `point`."""
+        return self.low is not None and self.high is not None and not self.low <= point <= self.high
+
+
+class Bounds(NamedTuple):
+    """The smallest and the largest value that one item can have."""
+
+    low: float
+    high: float
+
+
+class Paired(NamedTuple):
+    """Two models' scores on the items that both have, and what is missing."""
+
+    items: list[str]
+    a_N: Floats
+    b_N: Floats
+    missing: int
+
+
+def estimate_mean(
+    values: Sequence[float] | Floats,
+    clusters: Sequence[Hashable],
+    confidence: float = 0.95,
+    samples: int = 10_000,
+    seed: int = 0,
+    bounds: Bounds | None = None,
+) -> Estimate:
+    """Estimate the mean of clustered values with its interval.
+
+    With 20 clusters or more: the expanded percentile bootstrap of clusters (Hesterberg 2015, The American Statistician
+    69:371), which widens percentiles for the bootstrap's narrowness in small samples. With fewer: the cluster-robust
+    variance with a t quantile of G - 1 degrees (Cameron and Miller 2015, Journal of Human Resources 50:317).
+    Where the clusters do not vary at all, neither can tell anything: see `_no_variation`.
+    """
+    values_N = np.asarray(values, dtype=np.float64)
+    sums_G, sizes_G = _by_cluster(values_N[:, None], clusters)
+    n, groups = len(values_N), len(sizes_G)
+    shortage = _shortage(values_N, groups)
+    if shortage:
+        return Estimate(value=None, n=n, clusters=groups, reason=shortage)
+    mean = float(sums_G.sum() / n)
+    error = _cluster_error(sums_G[:, 0] - mean * sizes_G, n)
+    if error <= 1e-12 * max(1.0, abs(mean)):
+        return _no_variation(mean, n, groups, confidence, bounds)
+    if groups < FEW_CLUSTERS:
+        half = float(stats.t.ppf((1 + confidence) / 2, groups - 1)) * error
+        low, high, method = mean - half, mean + half, "analytic"
+    else:
+        means_B = _resampled_means(sums_G, sizes_G, samples, seed)[:, 0]
+        low, high = np.quantile(means_B, _expanded(confidence, groups))
+        method = "bootstrap"
+    low, high = _clip(float(low), float(high), bounds)
+    return Estimate(value=mean, low=low, high=high, n=n, clusters=groups, method=method)
+
+
+def estimate_difference(
+    a: Sequence[float] | Floats,
+    b: Sequence[float] | Floats,
+    clusters: Sequence[Hashable],
+    confidence: float = 0.95,
+    samples: int = 10_000,
+    seed: int = 0,
+    bounds: Bounds | None = None,
+) -> Estimate:
+    """Estimate the mean of a - b on the same items; `bounds` are those of one score."""
+    spread = Bounds(bounds.low - bounds.high, bounds.high - bounds.low) if bounds else None
+    difference_N = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    return estimate_mean(difference_N, clusters, confidence, samples, seed, spread)
+
+
+def estimate_gap_recovered(
+    student: Sequence[float] | Floats,
+    teacher: Sequence[float] | Floats,
+    base: Sequence[float] | Floats,
+    clusters: Sequence[Hashable],
+    confidence: float = 0.95,
+    samples: int = 10_000,
+    seed: int = 0,
+    bounds: Bounds | None = None,
+) -> Estimate:
+    """Estimate (student - base) / (teacher - base), where the teacher is above base beyond its interval.
+
+    The interval is the expanded percentile bootstrap over clusters, numerator and denominator resampled together.
+    """
+    student_N, teacher_N, base_N = (np.asarray(x, dtype=np.float64) for x in (student, teacher, base))
+    gap = estimate_difference(teacher_N, base_N, clusters, confidence, samples, seed, bounds)
+    where = {"n": gap.n, "clusters": gap.clusters}
+    if gap.value is None:
+        return gap
+    if not gap.excludes(0) or gap.value < 0:
+        reason = "teacher and base do not differ beyond their interval"
+        return Estimate(
+            value=None, reason="the teacher is below base" if gap.value < 0 else reason, **where
+        )
+    parts_N2 = np.stack([student_N - base_N, teacher_N - base_N], axis=1)
+    sums_G2, sizes_G = _by_cluster(parts_N2, clusters)
+    means_B2 = _resampled_means(sums_G2, sizes_G, samples, seed)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio_B = np.where(
+            means_B2[:, 1] > 0, means_B2[:, 0] / means_B2[:, 1], np.sign(means_B2[:, 0]) * np.inf
+        )
+    low, high = np.sort(ratio_B)[_ranks(_expanded(confidence, gap.clusters), samples)]
+    if not np.isfinite([low, high]).all() or high - low <= 1e-12:
+        return Estimate(value=None, reason="not enough data to bound the share of the gap", **where)
+    value = float(parts_N2[:, 0].mean() / parts_N2[:, 1].mean())
+    return Estimate(value=value, low=float(low), high=float(high), method="bootstrap", **where)
+
+
+def pair(
+    a: Mapping[str, float | None], b: Mapping[str, float | None], items: Sequence[str]
+) -> Paired:
+    """Pair two models' scores on the `items` that both have a finite score for; the others are counted as missing."""
+    both = [i for i in items if _finite(a.get(i)) and _finite(b.get(i))]
+    a_N = np.array([a[i] for i in both], dtype=np.float64)
+    b_N = np.array([b[i] for i in both], dtype=np.float64)
+    return Paired(both, a_N, b_N, len(items) - len(both))
+
+
+def require_paired(paired: Paired, total: int, where: str) -> None:
+    """Stop (exit 8) where fewer than 95 % of the items could be compared."""
+    if len(paired.items) < MIN_PAIRED * total:
+        what = f"only {len(paired.items)} of {total} items have both scores"
+        raise DistillError(
+            Exit.EVALUATION, where, what, "answer the missing items: run the evaluation again"
+        )
+
+
+def against(
+    scores: Mapping[str, float | None], items: Sequence[str], missing: float
+) -> dict[str, float | None]:
+    """Return the scores with every missing or failed one of `items` replaced by `missing`."""
+    return {i: scores[i] if _finite(scores.get(i)) else missing for i in items}
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and bool(np.isfinite(value))
+
+
+def _shortage(values_N: Floats, groups: int) -> str | None:
+    """Say why there is not enough data for an interval, or None."""
+    if not np.isfinite(values_N).all():
+        return "not enough data: a value is not a finite number"
+    if len(values_N) < 2:
+        return f"not enough data: {len(values_N)} items"
+    return "not enough data: all items are of one document" if groups < 2 else None
+
+
+def _by_cluster(values_NK: Floats, clusters: Sequence[Hashable]) -> tuple[Floats, Floats]:
+    """Return the sums of the values by cluster, (G, K), and the clusters' sizes, (G,)."""
+    index: dict[Hashable, int] = {}
+    member_N = np.array([index.setdefault(c, len(index)) for c in clusters], dtype=np.int64)
+    sums_GK = np.zeros((len(index), values_NK.shape[1]))
+    np.add.at(sums_GK, member_N, values_NK)
+    return sums_GK, np.bincount(member_N, minlength=len(index)).astype(np.float64)
+
+
+def _cluster_error(residual_G: Floats, n: int) -> float:
+    """Return the cluster-robust standard error of a mean from the clusters' summed residuals."""
+    groups = len(residual_G)
+    return float(np.sqrt(groups / (groups - 1) * np.square(residual_G).sum()) / n)
+
+
+def _resampled_means(sums_GK: Floats, sizes_G: Floats, samples: int, seed: int) -> Floats:
+    """Return the means of `samples` draws of G clusters with replacement, (B, K)."""
+    groups, draw = len(sizes_G), np.random.default_rng(seed)
+    share_G, step = np.full(groups, 1 / groups), max(1, CHUNK // groups)
+    parts = []
+    for start in range(0, samples, step):
+        counts_BG = draw.multinomial(groups, share_G, size=min(step, samples - start))
+        parts.append(counts_BG @ sums_GK / (counts_BG @ sizes_G)[:, None])
+    return np.concatenate(parts)
+
+
+def _expanded(confidence: float, groups: int) -> tuple[float, float]:
+    """Return the two percentiles of the expanded percentile interval (Hesterberg 2015)."""
+    quantile = stats.t.ppf((1 + confidence) / 2, groups - 1)
+    tail = float(stats.norm.cdf(-np.sqrt(groups / (groups - 1)) * quantile))
+    return tail, 1 - tail
+
+
+def _ranks(percentiles: tuple[float, float], samples: int) -> list[int]:
+    return [round(p * (samples - 1)) for p in percentiles]
+
+
+def _no_variation(
+    value: float, n: int, groups: int, confidence: float, bounds: Bounds | None
+) -> Estimate:
+    """Bound the mean where all clusters agree, by how many clusters unlike them may have been missed.
+
+    None of G clusters differs, so at most p = 1 - (alpha / 2)^(1/G) of all do (Clopper and Pearson 1934, Biometrika
+    26:404; about 3.7 / G, the "rule of three"), and those could have any value within the bounds.
+    """
+    if bounds is None:
+        reason = "not enough data: all values are equal"
+        return Estimate(value=None, n=n, clusters=groups, reason=reason)
+    share = 1 - ((1 - confidence) / 2) ** (1 / groups)
+    low = value - share * (value - bounds.low)
+    high = value + share * (bounds.high - value)
+    return Estimate(
+        value=value, low=low, high=high, n=n, clusters=groups, method="no variation: rule of three"
+    )
+
+
+def _clip(low: float, high: float, bounds: Bounds | None) -> tuple[float, float]:
+    return (max(low, bounds.low), min(high, bounds.high)) if bounds else (low, high)
+
+
+def as_interval(estimate: Estimate) -> dict[str, Any]:
+    """Return a difference as the scorecard shows it: mean, low, high, and the reason where they are null."""
+    shown = {"mean": estimate.value, "low": estimate.low, "high": estimate.high}
+    return shown if estimate.reason is None else {**shown, "reason": estimate.reason}
