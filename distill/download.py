@@ -141,17 +141,18 @@ def _verified(name: str, gguf: Gguf, work: Path) -> Path:
 
 def _from_hub(gguf: Gguf, file: Path) -> str | None:
     """Download the GGUF from the Hub; return why not, where it failed."""
-    from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from httpx2 import HTTPError
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     if gguf.hub is None or constants.HF_HUB_OFFLINE:
         return "offline (HF_HUB_OFFLINE)" if gguf.hub else "no place known"
-    say(f"{file.stem}: asking the Hub for {gguf.hub.file}, {gguf.bytes / 1e6:,.0f} MB")
+    repository, name, revision = gguf.hub.repository, gguf.hub.file, gguf.hub.revision
     try:
-        got = hf_hub_download(
-            gguf.hub.repository, gguf.hub.file, revision=gguf.hub.revision, local_dir=file.parent
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        # asked once and briefly: the download itself would try six times where there is no network
+        get_hf_file_metadata(hf_hub_url(repository, name, revision=revision), timeout=5)
+        say(f"{file.stem}: downloading {name} from the Hub, {gguf.bytes / 1e6:,.0f} MB")
+        got = hf_hub_download(repository, name, revision=revision, local_dir=file.parent)
+    except (HTTPError, OSError) as error:
         return (str(error).strip() or type(error).__name__).splitlines()[0]
     Path(got).rename(file)
     return None

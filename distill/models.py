@@ -343,7 +343,9 @@ def load_model(
     quiet()
     folder = fetch(reference, revision, allow_pickle)
     check_files(folder, allow_pickle, trust_remote_code)
-    extra = {"quantization_config": _four_bit()} if load_in_4bit else {}
+    extra: dict[str, Any] = {"quantization_config": _four_bit()} if load_in_4bit else {}
+    if (place := device()).type == "cuda":
+        extra["device_map"] = {"": place}  # straight to the GPU, without a copy in main memory
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -356,7 +358,7 @@ def load_model(
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         what = f"could not be loaded: {_first_line(error)}"
         raise DistillError(Exit.TRAINING, f"model {reference}", what, "check the model") from None
-    return (model if load_in_4bit else model.to(device=device())).eval()
+    return model.eval()
 
 
 def _four_bit() -> Any:
