@@ -1,0 +1,62 @@
+"""Cleaning and cutting text: what normalising changes, and where a long document is cut.
+
+A text is cut at the last paragraph end that fits, else sentence end, else white space, else hard; each chunk after the
+first begins `overlap` characters earlier, at a word. Nothing but white space is lost.
+"""
+
+import re
+import unicodedata
+
+CONTROL = re.compile(r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]")
+BOUNDARIES = (
+    re.compile(r"\n\s*\n"),
+    re.compile(r"(?<=[.!?。！？])\s+|\n"),
+    re.compile(r"\s+"),
+)
+
+
+def normalise(text: object) -> str:
+    """Return clean text: NFC, `\\n` line ends, no control characters, no space at line ends, one blank line at most.
+
+    Raises ValueError with the reason where the value is no text, is empty, or holds NUL or a lone surrogate.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"the text is {type(text).__name__}, not text")
+    if "\0" in text:
+        raise ValueError("holds a NUL character")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("holds a lone surrogate or a byte that is not UTF-8") from None
+    text = unicodedata.normalize("NFC", text.removeprefix("\ufeff"))
+    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\f", "\n")
+    text = re.sub(r"[ \t]+(?=\n)", "", CONTROL.sub("", text))
+    text = re.sub(r"\n{3,}", "\n\n", text).strip()
+    if not text:
+        raise ValueError("the text is empty")
+    return text
+
+
+def chunk(text: str, max_chars: int, overlap_chars: int) -> list[str]:
+    """Cut a text into pieces of at most `max_chars` characters, by the rule above."""
+    pieces, start = [], 0
+    while len(text) - start > max_chars:
+        end = _cut(text, start + max_chars // 2 + 1, start + max_chars)
+        pieces.append(text[start:end].strip())
+        start = _word_start(text, end - overlap_chars, end)
+    return [piece for piece in [*pieces, text[start:].strip()] if piece]
+
+
+def _cut(text: str, low: int, high: int) -> int:
+    """Return the best place to cut between `low` and `high`."""
+    for boundary in BOUNDARIES:
+        found = [m.start() for m in boundary.finditer(text, low, high + 1) if m.start() <= high]
+        if found:
+            return found[-1]
+    return high
+
+
+def _word_start(text: str, low: int, high: int) -> int:
+    """Return the first beginning of a word from `low` on, or `high` where there is none before it."""
+    found = re.compile(r"(?<=\s)\S").search(text, low, high)
+    return found.start() if found else high

@@ -1,0 +1,104 @@
+"""The documentation of Python's standard library, read from the interpreter that runs: signatures and docstrings.
+
+The reading happens in a fresh isolated interpreter (`python -I -S python_docs.py`, one JSON row a line), so that neither
+what this process has imported nor what a module does on import can change the documents. Imports the standard library only.
+"""
+
+import contextlib
+import importlib
+import inspect
+import io
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+# modules that open windows, print, or run something when they are imported, and those that document no API
+EXCLUDED = frozenset(
+    "__main__ antigravity ensurepip genericpath idlelib lib2to3 msilib nt ntpath nturl2path posix posixpath pyexpat "
+    "rlcompleter site sitecustomize test this tkinter turtle turtledemo usercustomize".split()
+)
+HOMES = {name: "os" for name in ("posix", "nt", "posixpath", "ntpath", "genericpath")}
+SUBMODULES = (
+    "collections.abc concurrent.futures email.header email.message email.parser email.policy email.utils html.parser "
+    "http.client http.cookiejar http.cookies http.server importlib.metadata importlib.resources importlib.util "
+    "logging.config logging.handlers multiprocessing.pool multiprocessing.shared_memory os.path unittest.mock "
+    "urllib.parse urllib.request urllib.robotparser wsgiref.util xml.dom.minidom xml.etree.ElementTree xml.sax.saxutils"
+).split()
+MIN_DOC, MAX_TEXT = 150, 1000  # characters: shorter says little, longer costs the teacher much
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # differs with every process
+
+
+def read_python_docs() -> list[dict[str, Any]]:
+    """Return one row an API (`name`, `text`), sorted by name, read by a fresh interpreter."""
+    command = [sys.executable, "-I", "-S", "-W", "ignore", __file__]
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", check=True, stdin=subprocess.DEVNULL
+    )
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def collect() -> list[dict[str, Any]]:
+    """Read every public function, class and method of the standard library in this interpreter."""
+    names = sorted(
+        n for n in sys.stdlib_module_names if not n.startswith("_") and n not in EXCLUDED
+    )
+    found: dict[int, dict[str, Any]] = {}
+    for name in [*names, *SUBMODULES]:
+        with contextlib.suppress(ImportError):  # modules of other systems
+            for qualified, value in _members(importlib.import_module(name)):
+                row = _row(qualified, value)
+                if row:
+                    found.setdefault(id(value), row)
+    return sorted(found.values(), key=lambda row: row["name"])
+
+
+def _members(module: ModuleType) -> Iterator[tuple[str, Any]]:
+    """Yield qualified names and objects: what the module exports itself, and the methods of its classes."""
+    prefix = "" if module.__name__ == "builtins" else f"{module.__name__}."
+    for name in sorted(getattr(module, "__all__", None) or dir(module)):
+        value = getattr(module, name, None)
+        if name.startswith("_") or not _is_of(value, module):
+            continue
+        yield prefix + name, value
+        if inspect.isclass(value) and not issubclass(value, BaseException):
+            for attribute, method in sorted(vars(value).items()):
+                method = getattr(method, "__func__", method)
+                if not attribute.startswith("_") and inspect.isroutine(method):
+                    yield f"{prefix}{name}.{attribute}", method
+
+
+def _is_of(value: Any, module: ModuleType) -> bool:
+    """Tell whether a function or class belongs to the module's own package, private helpers of it included."""
+    if not (inspect.isclass(value) or inspect.isroutine(value)):
+        return False
+    home = (getattr(value, "__module__", None) or module.__name__).split(".")[0]
+    package = module.__name__.split(".")[0]
+    return HOMES.get(home, home).lstrip("_") == HOMES.get(package, package).lstrip("_")
+
+
+def _row(name: str, value: Any) -> dict[str, Any] | None:
+    """Return the row of one API, or None where its documentation is too short or too long."""
+    doc = inspect.cleandoc(value.__doc__ or "") if isinstance(value.__doc__, str) else ""
+    text = ADDRESS.sub("", f"{name}{_signature(value)}\n\n{doc}")
+    if len(doc) < MIN_DOC or len(text) > MAX_TEXT:
+        return None
+    return {"name": name, "text": text}
+
+
+def _signature(value: Any) -> str:
+    try:
+        return str(inspect.signature(value))
+    except (TypeError, ValueError, AttributeError):  # built-ins without a readable signature
+        return ""
+
+
+if __name__ == "__main__":
+    with contextlib.redirect_stdout(io.StringIO()):
+        rows = collect()
+    sys.stdout.reconfigure(encoding="utf-8")  # pyright: ignore[reportAttributeAccessIssue]
+    for row in rows:
+        print(json.dumps(row))

@@ -1,0 +1,252 @@
+"""Reading what people have: text, Markdown, HTML, JSON lines, CSV, Parquet, a folder of these, or a dataset.
+
+Every row comes out as a mapping with the place it came from, or as a reject with a reason. A file that cannot be
+opened or whose end is missing stops with exit 3; a bad row never does. Lines end at newlines and nowhere else.
+"""
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import IO, Any, NamedTuple, NoReturn
+
+from distill.errors import DistillError, Exit
+from distill.records import Record
+
+MAX_ROW = 16 * 2**20  # bytes of one row, or of one text file
+TEXTS = (".txt", ".md", ".rst", ".html", ".htm")
+SUFFIXES = (*TEXTS, ".jsonl", ".csv")
+BINARY_SUFFIXES = (".parquet",)
+BLOCKS = frozenset(
+    "address article aside blockquote br dd div dl dt figcaption footer h1 h2 h3 h4 h5 h6 header hr li main ol p pre "
+    "section table td th tr ul".split()
+)
+HIDDEN = frozenset("script style template noscript head nav".split())
+
+
+class Row(NamedTuple):
+    """A row as it was read, and where: `file:line`."""
+
+    where: str
+    value: dict[str, Any]
+
+
+class Reject(Record):
+    """A row or document that was left out, and why; `bad` ones count towards `max_bad_fraction`."""
+
+    where: str
+    reason: str
+    bad: bool = True
+
+
+def kind_of(path: Path) -> str | None:
+    """Return the suffix that says how to read a file (`.gz` of the text kinds apart), or None."""
+    name = path.name.lower()
+    plain = name.removesuffix(".gz")
+    suffix = Path(plain).suffix
+    return suffix if suffix in SUFFIXES or (suffix in BINARY_SUFFIXES and plain == name) else None
+
+
+def list_files(path: Path) -> tuple[list[Path], int]:
+    """Return the readable files at or below a path, sorted, and how many others were passed by.
+
+    Raises DistillError (exit 3) where the path is missing or holds nothing that can be read.
+    """
+    if not path.exists():
+        raise DistillError(Exit.INPUT, path, "does not exist", "check corpus.path")
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if _is_visible(p, path))
+    known = [file for file in files if kind_of(file)]
+    if not known:
+        names = " ".join((*SUFFIXES, *BINARY_SUFFIXES))
+        raise DistillError(Exit.INPUT, path, "holds no file of a known kind", f"known are {names}")
+    return known, len(files) - len(known)
+
+
+def _is_visible(path: Path, root: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+    return not hidden and path.is_file()
+
+
+def read_file(path: Path, shown: str) -> Iterator[Row | Reject]:
+    """Yield the rows of one file; `shown` names it in places. Raises DistillError (exit 3) where it cannot be read."""
+    kind = kind_of(path)
+    try:
+        if kind == ".parquet":
+            yield from _read_parquet(path, shown)
+            return
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            if kind == ".jsonl":
+                yield from read_lines(file, shown)
+            elif kind == ".csv":
+                yield from _read_csv(file, shown)
+            else:
+                yield from _read_text(file, shown, html=kind in (".html", ".htm"))
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        raise DistillError(
+            Exit.INPUT, path, "is a damaged or cut-off .gz", "fetch or pack it again"
+        ) from None
+    except OSError as error:
+        raise DistillError(
+            Exit.INPUT, path, error.strerror or str(error), "check the file and its rights"
+        ) from None
+
+
+def _read_text(file: IO[bytes], shown: str, html: bool) -> Iterator[Row | Reject]:
+    data = file.read(MAX_ROW + 1)
+    try:
+        if len(data) > MAX_ROW:
+            raise ValueError(f"larger than {MAX_ROW:,} bytes")
+        text = decode(data)
+        yield Row(f"{shown}:1", {"text": html_to_text(text) if html else text})
+    except ValueError as error:
+        yield Reject(where=f"{shown}:1", reason=str(error))
+
+
+def decode(data: bytes) -> str:
+    """Decode UTF-8, without a byte-order mark; raises ValueError naming the first bad byte."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}") from None
+
+
+def read_lines(file: IO[bytes], shown: str) -> Iterator[Row | Reject]:
+    """Yield the rows of JSON lines; memory stays bounded by the longest allowed row."""
+    number = 0
+    while line := file.readline(MAX_ROW + 1):
+        number += 1
+        where, whole = f"{shown}:{number}", len(line) <= MAX_ROW
+        while not line.endswith(b"\n") and not whole and (line := file.readline(MAX_ROW)):
+            pass
+        if not whole:
+            yield Reject(where=where, reason=f"longer than {MAX_ROW:,} bytes")
+        elif line.strip():
+            yield _parsed(line, where)
+
+
+def _parsed(line: bytes, where: str) -> Row | Reject:
+    try:
+        value = json.loads(decode(line), parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        return Reject(where=where, reason=f"not JSON: {error.msg} at column {error.colno}")
+    except RecursionError:
+        return Reject(where=where, reason="nested too deeply")
+    except ValueError as error:
+        return Reject(where=where, reason=f"not JSON: {error}"[:200])
+    if not isinstance(value, dict):
+        return Reject(where=where, reason=f"not an object but {type(value).__name__}")
+    return Row(where, value)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON value")
+
+
+def _read_csv(file: IO[bytes], shown: str) -> Iterator[Row | Reject]:
+    # bytes that are not UTF-8 become lone surrogates, which cleaning rejects row by row
+    text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
+    csv.field_size_limit(MAX_ROW)
+    rows = csv.reader(text)
+    header: list[str] | None = None
+    while True:
+        try:
+            fields = next(rows, None)
+        except csv.Error as error:
+            yield Reject(where=f"{shown}:{rows.line_num}", reason=f"not CSV: {error}")
+            continue
+        if fields is None:
+            return
+        where = f"{shown}:{rows.line_num}"
+        if header is None:
+            header = fields
+        elif fields and len(fields) != len(header):
+            yield Reject(where=where, reason=f"{len(fields)} fields under {len(header)} names")
+        elif fields:
+            yield Row(where, dict(zip(header, fields, strict=True)))
+
+
+def _read_parquet(path: Path, shown: str) -> Iterator[Row | Reject]:
+    import pyarrow  # costs a second to import, and few need it
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
+            for value in batch.to_pylist():
+                number += 1
+                yield Row(f"{shown}:{number}", value)
+    except (pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
+        what = f"is no readable Parquet file: {str(error).splitlines()[0][:120]}"
+        raise DistillError(Exit.INPUT, path, what, "write it again") from None
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Tell whether a folder was written by `datasets`' save_to_disk."""
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+
+
+def read_dataset(reference: str, config: str | None, split: str) -> Iterator[Row]:
+    """Yield the rows of a Hub dataset or of a folder saved with save_to_disk; raises DistillError (exit 3)."""
+    import datasets  # heavy, and few need it
+
+    try:
+        if reference.startswith(("/", "./")):
+            found = datasets.load_from_disk(reference)
+            found = found[split] if isinstance(found, datasets.DatasetDict) else found
+        else:
+            found = datasets.load_dataset(reference, config, split=split)
+    except KeyError:
+        raise DistillError(
+            Exit.INPUT, reference, f"has no split {split}", "set corpus.dataset_split"
+        ) from None
+    except (OSError, ValueError, RuntimeError) as error:
+        what = f"could not be loaded: {str(error).splitlines()[0][:160]}"
+        fix = "check the name and the connection, or set corpus.path to a file"
+        raise DistillError(Exit.INPUT, f"dataset {reference}", what, fix) from None
+    for number, value in enumerate(found, 1):
+        yield Row(f"{reference}/{split}:{number}", dict(value))
+
+
+class _Text(HTMLParser):
+    """Collects the visible text; a block element ends a line, `pre` keeps its spaces."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.parts: list[str] = []
+        self.hidden = self.verbatim = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.hidden += tag in HIDDEN
+        self.verbatim += tag == "pre"
+        if tag in BLOCKS:
+            self.parts.append("\n\n" if tag[0] in "ph" else "\n")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.hidden = max(0, self.hidden - (tag in HIDDEN))
+        self.verbatim = max(0, self.verbatim - (tag == "pre"))
+        if tag in BLOCKS:
+            self.parts.append("\n\n" if tag[0] in "ph" else "\n")
+
+    def handle_data(self, data: str) -> None:
+        if not self.hidden:
+            self.parts.append(data if self.verbatim else _one_space(data))
+
+
+def _one_space(data: str) -> str:
+    """Collapse white space as a browser does, keeping one space at each end that had any."""
+    middle = " ".join(data.split())
+    if not middle:
+        return " " if data else ""
+    return " " * data[0].isspace() + middle + " " * data[-1].isspace()
+
+
+def html_to_text(html: str) -> str:
+    """Return the visible text of a page, one block a paragraph."""
+    parser = _Text()
+    parser.feed(html)
+    parser.close()
+    return "".join(parser.parts)
