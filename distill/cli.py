@@ -141,6 +141,18 @@ app.command("eval", hidden=True)(_stage_command(STAGES[NAMES.index("evaluate")])
 
 
 @app.command()
+def fetch(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Download and verify the models of a config, so that it can run offline."""
+    from distill.models import fetch as fetch_model
+
+    settings = load_config(config, overrides or ())
+    if settings.teacher.kind == "local":
+        fetch_model(settings.teacher.model, settings.teacher.revision)
+    student = settings.student
+    fetch_model(student.model, student.revision, student.allow_pickle)
+
+
+@app.command()
 def status(run: RunArgument, overrides: Overrides = None) -> None:
     """Say what is done, what is left, and what it cost so far."""
     from distill.status import status_table
