@@ -1,30 +1,65 @@
 """What survives a crash: atomic files, locks, and append-only logs of checksummed records.
 
-A log is a folder of segments; a line of a segment is `SHA256 KIND KEY JSON`, the hash covering the rest of the line.
-`append` returns after fsync, so what it returned for is there after a kill or a power cut. A torn tail (a write that
-was cut off) is moved to `torn/` when a writer opens the log; damage anywhere else stops with exit 5.
+A log is a folder of numbered segments; a line of a segment is `SHA256 KIND KEY JSON`, the hash covering the rest of
+the line. `append` returns after fsync, so what it returned for is there after a kill or a power cut. A torn tail (a
+write that was cut off) is moved to `torn/` when a writer opens the log; damage anywhere else stops with exit 5 and
+names `distill repair`, which copies what is whole and keeps the original.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, BinaryIO, NamedTuple, Self, TypeVar
 
 from pydantic import ValidationError
 
 from distill.errors import DistillError, Exit
+from distill.progress import say
 from distill.records import Record, canonical
 
 R = TypeVar("R", bound=Record)
 
+BLOCK = 1 << 20  # bytes read at once
+NEWLINE = ord("\n")
+SEGMENTS = "[0-9]" * 8 + ".jsonl"
+REMAKE = "remake it with --redo STAGE"
+MAKE_WRITABLE, FREE_SPACE = "make it writable, then run again", "free space, then run again"
+WAYS_OUT = {
+    errno.ENOSPC: FREE_SPACE,
+    errno.EDQUOT: FREE_SPACE,
+    errno.EROFS: MAKE_WRITABLE,
+    errno.EACCES: MAKE_WRITABLE,
+    errno.EPERM: MAKE_WRITABLE,
+    errno.EMFILE: "raise the limit of open files (ulimit -n), then run again",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.EISDIR: "check the path",
+}
+
+
+@contextmanager
+def disk_faults(where: Path) -> Iterator[None]:
+    """Turn what the operating system refuses into one line with a way out (exit 5)."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        fix = WAYS_OUT.get(error.errno or 0, "check the disk, then run again")
+        raise DistillError(Exit.STATE, error.filename or where, reason, fix) from None
+
 
 def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes as 64 hexadecimal digits."""
-    with path.open("rb") as file:
+    with disk_faults(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -39,23 +74,26 @@ def fsync_folder(folder: Path) -> None:
 
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    content = data.encode("utf-8") if isinstance(data, str) else data
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data.encode("utf-8") if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DistillError(
-            Exit.STATE,
-            path,
-            f"could not be written: {error.strerror}",
-            "free space, then run again",
-        ) from None
-    fsync_folder(path.parent)
+    with disk_faults(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_folder(path.parent)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed writes of `write_atomic` left in a folder and below it."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -65,14 +103,20 @@ def write_json(path: Path, value: Any) -> None:
     )
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file of ours; raises DistillError (exit 5) where it is missing or damaged."""
+def _read(path: Path) -> bytes:
     try:
-        return json.loads(path.read_bytes())
+        return path.read_bytes()
     except FileNotFoundError:
         raise DistillError(Exit.STATE, path, "is missing", "run the stage that makes it") from None
-    except ValueError:
-        raise DistillError(Exit.STATE, path, "is damaged", "remake it with --redo STAGE") from None
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of ours; raises DistillError (exit 5) where it is missing or damaged."""
+    with disk_faults(path):
+        try:
+            return json.loads(_read(path))
+        except ValueError:
+            raise DistillError(Exit.STATE, path, "is damaged", REMAKE) from None
 
 
 def write_records(path: Path, records: Iterable[Record]) -> int:
@@ -82,22 +126,33 @@ def write_records(path: Path, records: Iterable[Record]) -> int:
     return len(lines)
 
 
-def read_records(path: Path, kind: type[R]) -> list[R]:
-    """Read what `write_records` wrote; raises DistillError (exit 5) with the line of any damage."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        raise DistillError(Exit.STATE, path, "is missing", "run the stage that makes it") from None
+def read_records(path: Path, kind: type[R], torn: bool = False) -> list[R]:
+    """Read records of one kind; raises DistillError (exit 5) with the line of any damage.
+
+    With `torn`, a last line without its newline is not counted: `append_record` was cut off while it wrote it.
+    """
+    with disk_faults(path):
+        lines = _read(path).split(b"\n")
+    if torn:
+        lines.pop()
     records = []
     for number, line in enumerate(lines, 1):
         if line:
             try:
                 records.append(kind.from_line(line))
             except ValidationError:
-                raise DistillError(
-                    Exit.STATE, f"{path}:{number}", "is damaged", "remake it with --redo STAGE"
-                ) from None
+                raise DistillError(Exit.STATE, f"{path}:{number}", "is damaged", REMAKE) from None
     return records
+
+
+def append_record(path: Path, record: Record) -> None:
+    """Add one record to a small file of lines, durably; a last line that a crash cut off goes first."""
+    with disk_faults(path), path.open("a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(record.to_line().encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class FolderLock:
@@ -108,16 +163,10 @@ class FolderLock:
         self.handle = -1
 
     def __enter__(self) -> Self:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pid = os.read(self.handle, 32).decode() or "unknown"
-            os.close(self.handle)
-            raise DistillError(
-                Exit.STATE, self.path.parent, f"lock held by pid {pid}", "wait for it, or end it"
-            ) from None
+        with disk_faults(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            while not self._take():
+                os.close(self.handle)
         os.ftruncate(self.handle, 0)
         os.pwrite(self.handle, str(os.getpid()).encode(), 0)
         return self
@@ -130,51 +179,129 @@ class FolderLock:
     ) -> None:
         os.close(self.handle)
 
+    def _take(self) -> bool:
+        """Lock the file, and say whether it is still the one at the path: a repair may have moved the folder."""
+        self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = self._holder()
+            os.close(self.handle)
+            what, fix = f"lock held by pid {holder}", "wait for it, or end it"
+            raise DistillError(Exit.STATE, self.path.parent, what, fix) from None
+        with suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(self.handle), self.path.stat())
+        return False
 
-class Place(NamedTuple):
-    """Where a record lies: segment, first byte, length of the line without its newline."""
+    def _holder(self) -> str:
+        """Return the holder's pid; it writes it just after it locked, over a dead one's, so look for a moment."""
+        pid = ""
+        for _ in range(20):
+            pid = os.pread(self.handle, 32, 0).decode("ascii", "replace")
+            if pid.isdigit() and _alive(int(pid)):
+                break
+            time.sleep(0.01)
+        return pid or "unknown"
 
-    segment: Path
-    offset: int
-    length: int
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def encode_line(kind: str, key: str, body: Any) -> bytes:
-    """Return the line of a record, newline included."""
+    """Return the line of a record, newline included; `kind` and `key` are words, `body` is any JSON value."""
+    if f"{kind} {key}".split() != [kind, key]:
+        raise ValueError(f"kind and key must be words, not {kind!r} and {key!r}")
     rest = b"%s %s %s" % (kind.encode(), key.encode(), canonical(body))
     return hashlib.sha256(rest).hexdigest().encode() + b" " + rest + b"\n"
 
 
-def decode_line(line: bytes) -> tuple[str, str, bytes] | None:
-    """Return kind, key and the JSON of a line without its newline, or None where the checksum fails."""
-    checksum, _, rest = line.partition(b" ")
-    if hashlib.sha256(rest).hexdigest().encode() != checksum:
+Entry = tuple[str, str, bytes]  # kind, key, JSON
+
+
+def decode_line(line: bytes) -> Entry | None:
+    """Return the record of a line without its newline, or None where the checksum fails."""
+    rest = line[65:]
+    if line[:65] != hashlib.sha256(rest).hexdigest().encode() + b" ":
         return None
-    kind, _, rest = rest.partition(b" ")
-    key, _, body = rest.partition(b" ")
+    kind, key, body = rest.split(b" ", 2)
     return kind.decode(), key.decode(), body
 
 
-class Log:
-    """An append-only folder of checksummed records, by kind and key; the first record of a key stays."""
+VERSION = 1  # of the lines that this code writes
+DECODERS: dict[int, Callable[[bytes], Entry | None]] = {1: decode_line}
 
-    VERSION = 1
+
+def scan(segment: Path, version: int = VERSION) -> Iterator[tuple[int, int, bytes, Entry | None]]:
+    """Yield number (from 1), first byte, bytes and record (None where damaged) of every line of a segment.
+
+    Memory is bounded by the longest line.
+    """
+    decode, offset = DECODERS[version], 0
+    with segment.open("rb", buffering=BLOCK) as file:
+        for number, data in enumerate(file, 1):
+            yield number, offset, data, decode(data[:-1] if data[-1] == NEWLINE else data)
+            offset += len(data)
+
+
+def segments(folder: Path) -> list[Path]:
+    """Return a log's segments in order; raises DistillError (exit 5) where one is missing between them."""
+    found = sorted(folder.glob(SEGMENTS))
+    for number, path in enumerate(found, 1):
+        if int(path.stem) != number:
+            raise _damaged(folder, folder, f"segment {number:08} is missing")
+    return found
+
+
+def read_version(folder: Path) -> int:
+    """Return the version that a log says it has, 0 where it says none; raises DistillError (exit 5) on a newer one."""
+    path = folder / "version.json"
+    try:
+        found = json.loads(path.read_bytes())["version"]
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return 0
+    if isinstance(found, int) and found > VERSION:
+        what = f"store version {found}, newer than {VERSION}"
+        raise DistillError(Exit.STATE, path, what, "use a newer distill")
+    return found if found in DECODERS else 0
+
+
+def _damaged(where: object, folder: Path, what: str) -> DistillError:
+    return DistillError(Exit.STATE, where, what, f"distill repair {folder}")
+
+
+class Log:
+    """An append-only folder of checksummed records, by kind and key; one writer, any number of readers.
+
+    Opening checks every line, and keeps in memory where each record lies, not what it holds.
+    """
+
+    SEGMENT_BYTES = 256 << 20  # a segment that has reached this is followed by a new one
 
     def __init__(self, folder: Path, writable: bool = True) -> None:
         self.folder, self.writable = folder, writable
-        self.index: dict[tuple[str, str], Place] = {}
+        self.index: dict[str, dict[str, int]] = {}  # kind to key to segment << 40 | first byte
         self.torn = 0
-        self._handle = -1
-        self._lock: FolderLock | None = None
+        self._handle, self._size, self._segment = -1, 0, 0
+        self._sound = False  # False from the start of a write until it is known to be on the disk
+        self._readers: dict[int, BinaryIO] = {}
+        self._undo = ExitStack()
 
     def __enter__(self) -> Self:
-        if self.writable:
-            self._lock = FolderLock(self.folder).__enter__()
-        self._check_version()
-        for segment in self.segments():
-            self._read_segment(segment)
-        if self.writable:
-            self._open_segment()
+        with ExitStack() as undo:
+            refuse_half_repair(self.folder)
+            if self.writable:
+                undo.enter_context(FolderLock(self.folder))
+            undo.callback(self._close)
+            with disk_faults(self.folder):
+                self._load()
+            self._undo = undo.pop_all()
         return self
 
     def __exit__(
@@ -183,109 +310,225 @@ class Log:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._undo.close()
+
+    def _close(self) -> None:
         if self._handle >= 0:
             os.close(self._handle)
-            self._handle = -1
-        if self._lock:
-            self._lock.__exit__(kind, error, trace)
+        for file in self._readers.values():
+            file.close()
+        self._handle, self._sound = -1, False
+        self._readers.clear()
 
-    def segments(self) -> list[Path]:
-        """Return the segments in order."""
-        return sorted(self.folder.glob("[0-9]*.jsonl"))
+    def _load(self) -> None:
+        """Check the version and every line, and open the last segment for writing."""
+        version, found = read_version(self.folder), segments(self.folder)
+        if version != VERSION and (version or found):
+            what = f"store version {version or 'unknown'}, this is {VERSION}"
+            raise _damaged(self.folder / "version.json", self.folder, what)
+        if not version and self.writable:
+            write_json(self.folder / "version.json", {"version": VERSION})
+        for number, segment in enumerate(found, 1):
+            self._index_segment(number, segment, number == len(found))
+        if self.writable:
+            self._open_segment(max(len(found), 1))
+            self._sound = True
+        if self.torn and self.writable:
+            say(f"{self.folder}: {self.torn} record cut off while being written, moved to torn/")
 
-    def _check_version(self) -> None:
-        path = self.folder / "version.json"
-        if path.exists():
-            found = read_json(path).get("version")
-            if found != self.VERSION:
-                raise DistillError(
-                    Exit.STATE,
-                    path,
-                    f"store version {found}, this is {self.VERSION}",
-                    "use a newer distill",
-                )
-        elif self.writable:
-            write_json(path, {"version": self.VERSION})
-
-    def _read_segment(self, segment: Path) -> None:
-        last, offset = segment == self.segments()[-1], 0
-        with segment.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                record = decode_line(line.rstrip(b"\n"))
-                whole = record is not None and line.endswith(b"\n")
-                if not whole and not (last and offset + len(line) == segment.stat().st_size):
-                    raise DistillError(
-                        Exit.STATE,
-                        f"{segment}:{number}",
-                        "damaged record",
-                        f"distill repair {self.folder}",
-                    )
-                if record is None:
-                    self._set_aside(segment, offset, line)
-                    return
-                if not whole and self.writable:
-                    self._finish_line(segment)
-                self.index.setdefault(
-                    (record[0], record[1]), Place(segment, offset, len(line.rstrip(b"\n")))
-                )
-                offset += len(line)
+    def _index_segment(self, number: int, segment: Path, last: bool) -> None:
+        """Note where each record lies. Only the last line of the last segment may lack its newline: it is torn."""
+        for line, offset, data, record in scan(segment):
+            whole = data[-1] == NEWLINE
+            if record is None and last and not whole:
+                self._set_aside(segment, offset, data)
+                return
+            if record is None or not (whole or last):
+                raise _damaged(f"{segment}:{line}", self.folder, "damaged record")
+            kind, key, _ = record
+            places = self.index.setdefault(kind, {})
+            if key in places:
+                what = f"{kind} {key} stands a second time"
+                raise _damaged(f"{segment}:{line}", self.folder, what)
+            places[key] = number << 40 | offset
+            if not whole:  # and read no further: a writer beside this reader may be adding to it
+                if self.writable:
+                    _extend(segment, b"\n")
+                return
 
     def _set_aside(self, segment: Path, offset: int, tail: bytes) -> None:
+        """Move a torn tail to `torn/`, named by its place and content: a crash here only repeats the move."""
         self.torn += 1
         if self.writable:
-            write_atomic(self.folder / "torn" / f"{segment.stem}-{offset}", tail)
+            name = f"{segment.stem}-{offset}-{hashlib.sha256(tail).hexdigest()[:8]}"
+            write_atomic(self.folder / "torn" / name, tail)
             os.truncate(segment, offset)
+            _extend(segment, b"")
 
-    def _finish_line(self, segment: Path) -> None:
-        with segment.open("ab") as file:
-            file.write(b"\n")
-
-    def _open_segment(self) -> None:
-        existing = self.segments()
-        self._segment = existing[-1] if existing else self.folder / "00000001.jsonl"
-        self._handle = os.open(
-            self._segment, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644
-        )
+    def _open_segment(self, number: int) -> None:
+        """Make segment `number` the one that is written, creating it durably where it is new."""
+        if self._handle >= 0:
+            os.close(self._handle)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        self._handle = os.open(self.folder / f"{number:08}.jsonl", flags, 0o644)
+        self._segment, self._size = number, os.fstat(self._handle).st_size
         fsync_folder(self.folder)
 
     def append(self, records: Iterable[tuple[str, str, Any]]) -> int:
-        """Store (kind, key, body) records durably in one write; those whose key is there are skipped. Return how many."""
-        fresh = [record for record in records if record[:2] not in self.index]
-        if not fresh:
-            return 0
-        lines = [encode_line(*record) for record in fresh]
-        start = os.fstat(self._handle).st_size
-        try:
-            if os.write(self._handle, b"".join(lines)) != sum(map(len, lines)):
-                raise OSError(28, "short write")
-            os.fsync(self._handle)
-        except OSError as error:
-            os.ftruncate(self._handle, start)
-            raise DistillError(
-                Exit.STATE,
-                self.folder,
-                f"could not be written: {error.strerror}",
-                "free space, run again",
-            ) from None
-        for (kind, key, _), line in zip(fresh, lines, strict=True):
-            self.index[kind, key] = Place(self._segment, start, len(line) - 1)
-            start += len(line)
+        """Store (kind, key, body) records durably with one fsync; a key that is there is skipped. Return how many.
+
+        Raises DistillError (exit 5) where the disk refuses. The log is then closed to writing: after a failed fsync
+        nobody knows what the disk holds, so the next opening checks every line again.
+        """
+        if not self._sound:
+            what, fix = "not open for writing, or an earlier write failed", "run again"
+            raise DistillError(Exit.STATE, self.folder, what, fix)
+        fresh: dict[tuple[str, str], bytes] = {}
+        for kind, key, body in records:
+            if (kind, key) not in self and (kind, key) not in fresh:
+                fresh[kind, key] = encode_line(kind, key, body)
+        if fresh:
+            self._sound = False
+            with disk_faults(self.folder):
+                self._write(b"".join(fresh.values()))
+            self._note(fresh)
+            self._sound = True
         return len(fresh)
+
+    def _write(self, data: bytes) -> None:
+        """Write at the end and wait for the disk; where it refuses, take back what was written."""
+        if self._size >= self.SEGMENT_BYTES:
+            self._open_segment(self._segment + 1)
+        left = memoryview(data)
+        try:
+            while left:
+                left = left[os.write(self._handle, left) :]
+            os.fsync(self._handle)
+        except OSError:
+            with suppress(OSError):  # what stays is a torn tail, which the next opening moves aside
+                os.ftruncate(self._handle, self._size)
+            raise
+
+    def _note(self, lines: dict[tuple[str, str], bytes]) -> None:
+        for (kind, key), line in lines.items():
+            self.index.setdefault(kind, {})[key] = self._segment << 40 | self._size
+            self._size += len(line)
+
+    def __contains__(self, record: tuple[str, str]) -> bool:
+        kind, key = record
+        return key in self.index.get(kind, ())
 
     def get(self, kind: str, key: str) -> Any | None:
         """Return the body stored under kind and key, or None; raises DistillError (exit 5) on damage."""
-        place = self.index.get((kind, key))
+        place = self.index.get(kind, {}).get(key)
         if place is None:
             return None
-        with place.segment.open("rb") as file:
-            file.seek(place.offset)
-            record = decode_line(file.read(place.length))
-        if record is None:
-            raise DistillError(
-                Exit.STATE, place.segment, "damaged record", f"distill repair {self.folder}"
-            )
+        number, offset = place >> 40, place & (1 << 40) - 1
+        with disk_faults(self.folder):
+            file = self._reader(number)
+            file.seek(offset)
+            record = decode_line(file.readline().removesuffix(b"\n"))
+        if record is None or record[:2] != (kind, key):
+            raise _damaged(f"{file.name} at byte {offset}", self.folder, "damaged record")
         return json.loads(record[2])
+
+    def _reader(self, number: int) -> BinaryIO:
+        if number not in self._readers:
+            self._readers[number] = (self.folder / f"{number:08}.jsonl").open("rb")
+        return self._readers[number]
 
     def keys(self, kind: str) -> Iterator[str]:
         """Yield the keys of one kind in the order they were stored."""
-        return (key for found, key in self.index if found == kind)
+        return iter(self.index.get(kind, ()))
+
+
+def _extend(path: Path, data: bytes) -> None:
+    """Add bytes at the end of a file and make them, and its length, durable."""
+    with path.open("ab") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class Loss(NamedTuple):
+    """A line that a repair left out: where it stood, its length in bytes, and why."""
+
+    place: str
+    length: int
+    reason: str
+
+
+class Repair(NamedTuple):
+    """What a repair did: the records kept, what was left out, and the folder that holds the original."""
+
+    kept: int
+    losses: list[Loss]
+    original: Path
+
+    def explain(self) -> list[str]:
+        """Return the outcome in lines for the user."""
+        head = f"{self.kept} records are whole; the original is kept in {self.original}"
+        return [head, *(f"{place}: {reason}, {n} bytes" for place, n, reason in self.losses)]
+
+
+def refuse_half_repair(folder: Path) -> None:
+    """Stop where a repair was killed between its two renames: an empty log must not take the old one's place."""
+    if not folder.exists() and _fresh(folder).exists():
+        raise _damaged(folder, folder, "a repair was cut off")
+
+
+def _fresh(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".repaired")
+
+
+def repair(folder: Path) -> Repair:
+    """Copy what is whole into a fresh log, keep the original as `FOLDER.damaged-N`, and put the fresh one in its place.
+
+    A log of an older version is brought to this one in the same way. The list of what was left out is also kept, as
+    `repair.json` in the fresh log. Raises DistillError (exit 5) where the folder is no log, or is being written.
+    """
+    fresh = _fresh(folder)
+    with disk_faults(folder):
+        if folder.exists():
+            if not any(folder.glob(SEGMENTS)) and not (folder / "version.json").exists():
+                raise DistillError(Exit.STATE, folder, "is no store", "check the path")
+            with FolderLock(folder):
+                shutil.rmtree(fresh, ignore_errors=True)  # of a repair that was killed
+                number = 1 + len(list(folder.parent.glob(f"{folder.name}.damaged-*")))
+                original = folder.with_name(f"{folder.name}.damaged-{number}")
+                kept, losses = _copy_whole(folder, fresh)
+                report = {"kept": kept, "losses": losses, "original": original.name}
+                write_json(fresh / "repair.json", report)
+                folder.rename(original)
+        fresh.rename(folder)
+        fsync_folder(folder.parent)
+    report = read_json(folder / "repair.json")
+    losses = [Loss(*row) for row in report["losses"]]
+    return Repair(report["kept"], losses, folder.with_name(report["original"]))
+
+
+def _copy_whole(folder: Path, fresh: Path) -> tuple[int, list[Loss]]:
+    """Copy every whole record of `folder` into a new log; return how many, and what was left out."""
+    losses: list[Loss] = []
+    records, kept = _whole_records(folder, losses), 0
+    with Log(fresh) as log:
+        while group := list(islice(records, 1000)):
+            kept += log.append(group)
+    return kept, losses
+
+
+def _whole_records(folder: Path, losses: list[Loss]) -> Iterator[tuple[str, str, Any]]:
+    """Yield the first whole record of every key, and note in `losses` every line that is left out."""
+    version, seen = read_version(folder) or VERSION, set()
+    for segment in sorted(folder.glob(SEGMENTS)):
+        for number, _, data, record in scan(segment, version):
+            place = f"{segment.name}:{number}"
+            if record is None:
+                what = "damaged" if data[-1] == NEWLINE else "cut off while being written"
+                losses.append(Loss(place, len(data), what))
+            elif record[:2] in seen:
+                what = f"{record[0]} {record[1]} a second time, the first is kept"
+                losses.append(Loss(place, len(data), what))
+            else:
+                seen.add(record[:2])
+                yield record[0], record[1], json.loads(record[2])
