@@ -203,7 +203,9 @@ class Scorecard(Record):
     name: str
     models: dict[str, Any]
     tasks: dict[str, Any]
+    overall: dict[str, Any] | None = None
     agreement: dict[str, Any]
+    lengths: dict[str, Any] = {}
     cost: dict[str, Any]
     corpus: dict[str, Any]
     funnel: dict[str, Any]

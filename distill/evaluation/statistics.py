@@ -59,8 +59,9 @@ def estimate_mean(
     samples: int = 10_000,
     seed: int = 0,
     bounds: Bounds | None = None,
+    weights: Sequence[float] | None = None,
 ) -> Estimate:
-    """Estimate the mean of clustered values with its interval.
+    """Estimate the mean of clustered values with its interval; `weights` (tokens, say) make it a weighted mean.
 
     With 20 clusters or more: the expanded percentile bootstrap of clusters (Hesterberg 2015, The American Statistician
     69:371), which widens percentiles for the bootstrap's narrowness in small samples. With fewer: the cluster-robust
@@ -68,20 +69,20 @@ def estimate_mean(
     Where the clusters do not vary at all, neither can tell anything: see `_no_variation`.
     """
     values_N = np.asarray(values, dtype=np.float64)
-    sums_G, sizes_G = _by_cluster(values_N[:, None], clusters)
+    sums_G1, sizes_G = _by_cluster(values_N[:, None], clusters, weights)
     n, groups = len(values_N), len(sizes_G)
     shortage = _shortage(values_N, groups)
     if shortage:
         return Estimate(value=None, n=n, clusters=groups, reason=shortage)
-    mean = float(sums_G.sum() / n)
-    error = _cluster_error(sums_G[:, 0] - mean * sizes_G, n)
+    mean = float(sums_G1.sum() / sizes_G.sum())
+    error = _cluster_error(sums_G1[:, 0] - mean * sizes_G, sizes_G.sum())
     if error <= 1e-12 * max(1.0, abs(mean)):
         return _no_variation(mean, n, groups, confidence, bounds)
     if groups < FEW_CLUSTERS:
         half = float(stats.t.ppf((1 + confidence) / 2, groups - 1)) * error
         low, high, method = mean - half, mean + half, "analytic"
     else:
-        means_B = _resampled_means(sums_G, sizes_G, samples, seed)[:, 0]
+        means_B = _resampled_means(sums_G1, sizes_G, samples, seed)[:, 0]
         low, high = np.quantile(means_B, _expanded(confidence, groups))
         method = "bootstrap"
     low, high = _clip(float(low), float(high), bounds)
@@ -96,11 +97,12 @@ def estimate_difference(
     samples: int = 10_000,
     seed: int = 0,
     bounds: Bounds | None = None,
+    weights: Sequence[float] | None = None,
 ) -> Estimate:
     """Estimate the mean of a - b on the same items; `bounds` are those of one score."""
     spread = Bounds(bounds.low - bounds.high, bounds.high - bounds.low) if bounds else None
     difference_N = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    return estimate_mean(difference_N, clusters, confidence, samples, seed, spread)
+    return estimate_mean(difference_N, clusters, confidence, samples, seed, spread, weights)
 
 
 def estimate_gap_recovered(
@@ -117,7 +119,9 @@ def estimate_gap_recovered(
 
     The interval is the expanded percentile bootstrap over clusters, numerator and denominator resampled together.
     """
-    student_N, teacher_N, base_N = (np.asarray(x, dtype=np.float64) for x in (student, teacher, base))
+    student_N, teacher_N, base_N = (
+        np.asarray(x, dtype=np.float64) for x in (student, teacher, base)
+    )
     gap = estimate_difference(teacher_N, base_N, clusters, confidence, samples, seed, bounds)
     where = {"n": gap.n, "clusters": gap.clusters}
     if gap.value is None:
@@ -180,19 +184,22 @@ def _shortage(values_N: Floats, groups: int) -> str | None:
     return "not enough data: all items are of one document" if groups < 2 else None
 
 
-def _by_cluster(values_NK: Floats, clusters: Sequence[Hashable]) -> tuple[Floats, Floats]:
-    """Return the sums of the values by cluster, (G, K), and the clusters' sizes, (G,)."""
+def _by_cluster(
+    values_NK: Floats, clusters: Sequence[Hashable], weights: Sequence[float] | None = None
+) -> tuple[Floats, Floats]:
+    """Return the weighted sums of the values by cluster, (G, K), and the clusters' summed weights, (G,)."""
+    weight_N = np.ones(len(values_NK)) if weights is None else np.asarray(weights, dtype=np.float64)
     index: dict[Hashable, int] = {}
     member_N = np.array([index.setdefault(c, len(index)) for c in clusters], dtype=np.int64)
     sums_GK = np.zeros((len(index), values_NK.shape[1]))
-    np.add.at(sums_GK, member_N, values_NK)
-    return sums_GK, np.bincount(member_N, minlength=len(index)).astype(np.float64)
+    np.add.at(sums_GK, member_N, values_NK * weight_N[:, None])
+    return sums_GK, np.bincount(member_N, weights=weight_N, minlength=len(index))
 
 
-def _cluster_error(residual_G: Floats, n: int) -> float:
+def _cluster_error(residual_G: Floats, weight: float) -> float:
     """Return the cluster-robust standard error of a mean from the clusters' summed residuals."""
     groups = len(residual_G)
-    return float(np.sqrt(groups / (groups - 1) * np.square(residual_G).sum()) / n)
+    return float(np.sqrt(groups / (groups - 1) * np.square(residual_G).sum()) / weight)
 
 
 def _resampled_means(sums_GK: Floats, sizes_G: Floats, samples: int, seed: int) -> Floats:
