@@ -1,13 +1,16 @@
 """A run's folder: its stages and their fingerprints, its manifest, and the ledger of what was spent.
 
 A stage is fresh, unfinished, done or stale. A stale one (its config keys or inputs changed) stops with the keys that
-differ, until `--redo` sets its old outputs aside under `.old/`; nothing is ever overwritten silently.
+differ, until `--redo` sets its old outputs aside under `.old/`; nothing is ever overwritten silently. A stage that was
+killed is unfinished: the same settings continue it, and its seconds until then are in the ledger.
 """
 
-import shutil
+import os
+import re
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -17,9 +20,21 @@ from typing import Any, Literal
 from distill.config import Config
 from distill.errors import DistillError, Exit
 from distill.records import LedgerEntry
-from distill.store import FolderLock, read_json, read_records, sha256_file, write_json
+from distill.store import (
+    FolderLock,
+    append_record,
+    disk_faults,
+    read_json,
+    read_records,
+    sha256_file,
+    sweep,
+    write_json,
+)
 
 State = Literal["fresh", "unfinished", "done", "stale"]
+HEARTBEAT = 5.0  # seconds between the signs of life of a running stage
+SHOWN = 6  # differences, or names of files, in a message
+HASH = re.compile(r"[0-9a-f]{32,64}")
 
 
 @dataclass(frozen=True)
@@ -55,17 +70,20 @@ class Run:
         """Return the path of a file of the run."""
         return self.folder / name
 
-    def lock(self) -> FolderLock:
-        """Return the lock that a writer of this run holds."""
-        return FolderLock(self.folder)
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run's lock, which whoever writes in its folder needs; clean up what a killed holder left."""
+        with FolderLock(self.folder):
+            sweep(self.folder)
+            yield
 
     def fingerprint(self, stage: Stage) -> dict[str, Any]:
         """Return what the stage's result depends on: its config keys, the hashes of its inputs, its identities."""
         resolved = self.config.resolved()
         values = {key: _lookup(resolved, key) for key in stage.keys}
-        hashes = {
-            name: sha256_file(self.path(name)) for name in stage.inputs if self.path(name).is_file()
-        }
+        with disk_faults(self.folder):
+            files = [name for name in stage.inputs if self.path(name).is_file()]
+            hashes = {name: sha256_file(self.path(name)) for name in files}
         return {
             **flatten(values),
             **{f"file {k}": v for k, v in hashes.items()},
@@ -76,23 +94,37 @@ class Run:
         """Return the file that holds the stage's fingerprint and whether it finished."""
         return self.folder / "stages" / f"{stage.name}.json"
 
+    def _kept(self, stage: Stage) -> dict[str, Any]:
+        """Return what the stage's marker holds; raises DistillError (exit 5) where it is damaged."""
+        kept, marker = read_json(self.marker(stage)), self.marker(stage)
+        if not isinstance(kept, dict) or not isinstance(kept.get("fingerprint"), dict):
+            raise DistillError(Exit.STATE, marker, "is damaged", f"--redo {stage.name} remakes it")
+        return kept
+
     def state(self, stage: Stage) -> tuple[State, list[str]]:
-        """Return the stage's state, and for a stale one the differences in words."""
+        """Return the stage's state, and for a stale one the differences in words.
+
+        An input that is missing now is no difference: the stage that makes it has yet to run. A stage that was begun
+        with other settings and has produced nothing is fresh.
+        """
         if not self.marker(stage).exists():
             return "fresh", []
-        kept = read_json(self.marker(stage))
-        changes = differences(kept["fingerprint"], self.fingerprint(stage))
-        if changes:
-            return "stale", changes
-        whole = kept["finished"] and all(self.path(name).exists() for name in stage.outputs)
+        kept, new = self._kept(stage), self.fingerprint(stage)
+        missing = {f"file {name}" for name in stage.inputs if not self.path(name).exists()}
+        old = {key: value for key, value in kept["fingerprint"].items() if key not in missing}
+        finished = kept.get("finished") is True
+        if changes := differences(old, new):
+            begun = finished or any(_holds_files(self.path(name)) for name in stage.outputs)
+            return ("stale", changes) if begun else ("fresh", [])
+        whole = finished and all(self.path(name).exists() for name in stage.outputs)
         return ("done" if whole else "unfinished"), []
 
     def checked_state(self, stage: Stage) -> State:
         """Return the stage's state; raises DistillError (exit 5) with the keys that differ where it is stale."""
         state, changes = self.state(stage)
         if state == "stale":
-            shown = "; ".join(changes[:6])
-            more = f"; and {len(changes) - 6} more" if len(changes) > 6 else ""
+            shown = "; ".join(changes[:SHOWN])
+            more = f"; and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
             raise DistillError(
                 Exit.STATE,
                 self.folder,
@@ -107,21 +139,24 @@ class Run:
             self.remake([stage])
         if self.checked_state(stage) == "done":
             return False
-        mark = {"fingerprint": self.fingerprint(stage), "finished": False}
+        self._account_for_the_killed(stage)
+        mark = {"fingerprint": self.fingerprint(stage), "finished": False, "begun": now()}
         write_json(self.marker(stage), mark)
-        with self._ledger(stage.name):
+        with self._ledger(stage.name, mark["begun"]), heartbeat(self.marker(stage)):
             stage.main(self.config, self)
         write_json(self.marker(stage), {**mark, "finished": True, "at": now()})
         return True
 
     def _set_aside(self, stage: Stage) -> None:
-        """Move the stage's outputs and marker to `.old/`, numbered."""
+        """Move the stage's outputs, then its marker, to `.old/`, numbered: a crash between leaves it to do again."""
         count = len(list((self.folder / ".old").glob(f"{stage.name}-*")))
         target = self.folder / ".old" / f"{stage.name}-{count + 1}"
-        target.mkdir(parents=True)
-        for path in [self.marker(stage), *(self.path(name) for name in stage.outputs)]:
-            if path.exists():
-                shutil.move(path, target / path.name)
+        with disk_faults(target):
+            for path in [*(self.path(name) for name in stage.outputs), self.marker(stage)]:
+                if path.exists():
+                    moved = target / path.relative_to(self.folder)
+                    moved.parent.mkdir(parents=True, exist_ok=True)
+                    path.rename(moved)
 
     def remake(self, stages: Iterable[Stage]) -> None:
         """Set the outputs of `stages` aside, the last first, so that they are made again."""
@@ -144,9 +179,9 @@ class Run:
         self._spent["price"] = price or self._spent["price"]
 
     @contextmanager
-    def _ledger(self, stage: str) -> Iterator[None]:
+    def _ledger(self, stage: str, started: str) -> Iterator[None]:
         """Account for the seconds and the spending of the block, also when it fails."""
-        started, clock = now(), time.monotonic()
+        clock = time.monotonic()
         self._spent = {
             "input_tokens": 0,
             "output_tokens": 0,
@@ -158,16 +193,26 @@ class Run:
             yield
             self._spent["note"] = ""
         finally:
-            entry = LedgerEntry(
-                stage=stage, started=started, seconds=time.monotonic() - clock, **self._spent
-            )
-            with self.path("ledger.jsonl").open("a", encoding="utf-8") as file:
-                file.write(entry.to_line() + "\n")
+            seconds = time.monotonic() - clock
+            entry = LedgerEntry(stage=stage, started=started, seconds=seconds, **self._spent)
+            append_record(self.path("ledger.jsonl"), entry)
+
+    def _account_for_the_killed(self, stage: Stage) -> None:
+        """Where the stage was killed before, enter its seconds up to its last sign of life in the ledger."""
+        marker = self.marker(stage)
+        kept = self._kept(stage) if marker.exists() else {}
+        begun = kept.get("begun")
+        entered = any(e.stage == stage.name and e.started == begun for e in self.ledger())
+        if begun and not entered:
+            alive = marker.stat().st_mtime - datetime.fromisoformat(begun).timestamp()
+            seconds = max(alive, 0.0)
+            entry = LedgerEntry(stage=stage.name, started=begun, seconds=seconds, note="killed")
+            append_record(self.path("ledger.jsonl"), entry)
 
     def ledger(self) -> list[LedgerEntry]:
         """Return the ledger so far."""
         path = self.path("ledger.jsonl")
-        return read_records(path, LedgerEntry) if path.exists() else []
+        return read_records(path, LedgerEntry, torn=True) if path.exists() else []
 
     def note(self, key: str, value: Any) -> None:
         """Record a fact (a hash, a version, a count) in the manifest."""
@@ -203,15 +248,48 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Name every key that differs, with both values cut to a readable length."""
-    keys = sorted(old.keys() | new.keys())
-    return [
-        f"{k} was {_short(old.get(k))}, is {_short(new.get(k))}"
-        for k in keys
-        if old.get(k) != new.get(k)
-    ]
+    """Name every key that differs: settings with both values, files and other hashed inputs as lists of names."""
+    settings, files = [], dict[str, list[str]]()
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if before == after:
+            continue
+        if HASH.fullmatch(str(after if before is None else before)):
+            how = "added" if before is None else "removed" if after is None else "changed"
+            files.setdefault(how, []).append(key.removeprefix("file ").removeprefix("input "))
+        else:
+            settings.append(f"{key} was {_short(before)}, is {_short(after)}")
+    return settings + [f"{how}: {_listed(names)}" for how, names in files.items()]
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else text[:12] + "…"
+    text = "unset" if value is None else " ".join(str(value).split())
+    return text if len(text) <= 40 else text[:39] + "…"
+
+
+def _holds_files(path: Path) -> bool:
+    return path.is_file() or any(child.is_file() for child in path.rglob("*"))
+
+
+@contextmanager
+def heartbeat(path: Path) -> Iterator[None]:
+    """Set the file's time to now every few seconds while the block runs, as a sign of life."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(HEARTBEAT):
+            with suppress(OSError):
+                os.utime(path)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

@@ -58,8 +58,8 @@ def disk_faults(where: Path) -> Iterator[None]:
 
 
 def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes as 64 hexadecimal digits."""
-    with disk_faults(path), path.open("rb") as file:
+    """Return the SHA-256 of a file's bytes as 64 hexadecimal digits; raises OSError where it cannot be read."""
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -91,9 +91,11 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed writes of `write_atomic` left in a folder and below it."""
+    """Remove what `write_atomic` left in a folder, and below it, in processes that were killed."""
     for path in folder.rglob(".*.tmp"):
-        path.unlink(missing_ok=True)
+        pid = path.stem.rpartition(".")[2]
+        if pid.isdigit() and path.is_file() and not _alive(int(pid)):
+            path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
