@@ -5,46 +5,73 @@ file, the line and the key, before anything is loaded or asked. Config reaches a
 """
 
 import difflib
+import json
 import math
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import date
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from distill.errors import DistillError, Exit
+from distill.yaml_reader import SECRET, Places, parse_with_places, read_text
+from distill.yaml_reader import parse_yaml as parse_yaml
 
-MAX_BYTES = 1_000_000  # a config larger than this is a mistake
-SECRET = re.compile(
-    r"(?:sk-[A-Za-z0-9_-]{16,}|hf_[A-Za-z0-9]{20,}|AIza[0-9A-Za-z_-]{30,}|-----BEGIN [A-Z ]*PRIVATE KEY)"
-)
+SECRET_KEY = re.compile(r"(?:api_?key|token|secret|password|authorization)$", re.I)
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
+ELSEWHERE = {  # what other tools call some of our keys
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "rank": "r",
+    "batch_size": "tokens_per_step",
+    "per_device_train_batch_size": "tokens_per_step",
+    "max_seq_length": "max_length",
+    "max_tokens": "max_new_tokens",
+    "license": "licence",
+}
+BY_NAME = "name an environment variable instead"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0, le=10**9)]
+Count = Annotated[int, Field(ge=0, le=10**9)]
 
 
 class Section(BaseModel):
-    """A part of the tree: unknown keys are errors, numbers are not made of strings, values never change."""
+    """A part of the tree: unknown keys are errors, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_silent_conversion(cls, value: Any, info: Any) -> Any:
-        """Refuse a boolean or a text where a number is meant: pydantic would convert both."""
-        kinds = str(cls.model_fields[info.field_name].annotation)
-        number = "int" in kinds or "float" in kinds
-        if number and isinstance(value, bool) and "bool" not in kinds:
-            raise ValueError("a number is needed, not true or false")
-        if number and isinstance(value, str) and "str" not in kinds and "Literal" not in kinds:
-            raise ValueError(f"a number is needed, not the text {value[:40]!r}")
-        return value
+
+def plain_path(value: Path) -> Path:
+    """Refuse a path that no file system would take."""
+    if any(len(part.encode()) > 255 for part in value.parts) or len(str(value)) > 4000:
+        raise ValueError("the path is too long")
+    return value
+
+
+def plain_revision(value: str) -> str:
+    """Accept a branch, tag or commit."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,199}", value) or ".." in value:
+        raise ValueError("a revision is a branch, a tag or a commit")
+    return value
+
+
+File = Annotated[Path, AfterValidator(plain_path)]
+Revision = Annotated[str, AfterValidator(plain_revision)]
 
 
 def checked_model(value: str) -> str:
@@ -90,7 +117,7 @@ class Corpus(Section):
     """Where the documents, or the prompts that are there already, come from. `path` wins over `dataset`."""
 
     source: Literal["auto", "python-docs"] = "auto"
-    path: Path | None = None
+    path: File | None = None
     dataset: str | None = None
     dataset_config: str | None = None
     dataset_split: str = "train"
@@ -151,8 +178,8 @@ class Teacher(Section):
 
     kind: Literal["local", "canned", "recorded"] = "local"
     model: str = ""
-    revision: str | None = None
-    answers: Path | None = None
+    revision: Revision | None = None
+    answers: File | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_new_tokens: Positive = 512
@@ -196,7 +223,7 @@ class Student(Section):
     """The small model that learns."""
 
     model: str
-    revision: str | None = None
+    revision: Revision | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     load_in_4bit: bool = False
     allow_pickle: bool = False
@@ -224,7 +251,7 @@ class Train(Section):
     """The training loop. A step is `tokens_per_step` real tokens, however many processes share it."""
 
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
-    num_train_epochs: Annotated[float, Field(gt=0)] = 2
+    num_train_epochs: Annotated[float, Field(gt=0, le=1000)] = 2
     max_steps: Positive | None = None
     tokens_per_step: Positive = 2048
     micro_batch_tokens: Positive | None = None
@@ -255,10 +282,10 @@ class Evaluation(Section):
 
     max_new_tokens: Positive | None = None
     slots: Positive | None = None
-    samples: Positive = 10_000
+    samples: Annotated[int, Field(ge=100, le=1_000_000)] = 10_000
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     machine: str | None = None
-    prices: Path | None = None
+    prices: File | None = None
 
 
 class Publish(Section):
@@ -269,14 +296,21 @@ class Publish(Section):
     language: str = "en"
     gguf: bool = False
 
+    @field_validator("model_name")
+    @classmethod
+    def _plain_name(cls, value: str | None) -> str | None:
+        if value is not None and not MODEL.fullmatch(value):
+            raise ValueError("a model's name is NAME or OWNER/NAME")
+        return value
+
 
 class Config(Section):
     """One experiment."""
 
     name: str
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    runs: Path = Path("runs")
-    store: Path | None = None
+    runs: File = Path("runs")
+    store: File | None = None
     template_date: str = "2026-01-01"
     corpus: Corpus
     prompts: Prompts = Prompts()
@@ -296,6 +330,14 @@ class Config(Section):
             )
         return value
 
+    @field_validator("template_date")
+    @classmethod
+    def _a_date(cls, value: str) -> str:
+        try:
+            return date.fromisoformat(value).isoformat()
+        except ValueError:
+            raise ValueError("a date is written YYYY-MM-DD") from None
+
     def store_folder(self) -> Path:
         """Return the folder of the store that all runs share."""
         return self.store or self.runs / ".store"
@@ -305,182 +347,130 @@ class Config(Section):
         return self.model_dump(mode="json")
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: `1e-4` is a number, `on` and `012` are texts, a key stands once, no aliases."""
+def _sections(path: Sequence[str]) -> list[type[Section]]:
+    """Return the sections along a key's path, from the root; the last may hold the path's last part."""
+    found: list[type[Section]] = [Config]
+    for part in path:
+        field = found[-1].model_fields.get(part)
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+        inner = next((k for k in kinds if isinstance(k, type) and issubclass(k, Section)), None)
+        if inner is None:
+            break
+        found.append(inner)
+    return found
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern)
-        for tag, pattern in pairs
-        if not tag.endswith((":bool", ":int", ":float", ":timestamp"))
-    ]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^(?:[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)|[-+]?\.(?:inf|nan))$"
-    ),
-    list("-+0123456789."),
-)
+def _key_of(fault: Any) -> tuple[str, ...]:
+    """Return the path of the key that a fault is about, without pydantic's names of union members."""
+    path = tuple(str(part) for part in fault["loc"])
+    return path[: len(_sections(path[:-1]))] if path else ()
 
 
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
-    """Build a mapping, and refuse a key that stands twice or is not a text."""
-    result: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if not isinstance(key, str):
-            raise yaml.MarkedYAMLError(
-                problem=f"a key must be a text, not {key!r}", problem_mark=key_node.start_mark
-            )
-        if key in result:
-            raise yaml.MarkedYAMLError(
-                problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark
-            )
-        result[key] = loader.construct_object(value_node, deep=True)
-    return result
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
-
-
-def parse_yaml(text: str, where: object) -> Any:
-    """Parse one YAML document safely; raises DistillError with the line of the fault."""
-    try:
-        if any(
-            isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)
-        ):
-            raise yaml.YAMLError("aliases are not allowed")
-        return _Loader(text).get_single_data()
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{where}:{mark.line + 1}" if mark else where
-        raise DistillError(
-            Exit.CONFIG, place, getattr(error, "problem", None) or str(error), "write plain YAML"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise DistillError(
-            Exit.CONFIG, where, f"not readable as YAML: {error}", "write plain YAML"
-        ) from None
-
-
-def read_text(path: Path) -> str:
-    """Read a small UTF-8 text file that the user named; raises DistillError where it is none."""
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise DistillError(
-                Exit.CONFIG,
-                path,
-                f"larger than {MAX_BYTES:,} bytes",
-                "this is no config; check the path",
-            )
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DistillError(
-            Exit.CONFIG, path, f"not UTF-8 at byte {error.start}", "save the file as UTF-8"
-        ) from None
-    except OSError as error:
-        raise DistillError(
-            Exit.CONFIG, path, error.strerror or str(error), "check the path"
-        ) from None
-
-
-def key_lines(text: str) -> dict[tuple[str, ...], int]:
-    """Map each key's path to its line (from 1) in a YAML text."""
-    lines: dict[tuple[str, ...], int] = {}
-
-    def walk(node: yaml.Node | None, path: tuple[str, ...]) -> None:
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                lines[(*path, str(key.value))] = key.start_mark.line + 1
-                walk(value, (*path, str(key.value)))
-
-    walk(yaml.compose(text, Loader=yaml.SafeLoader), ())
-    return lines
-
-
-def apply_override(tree: dict[str, Any], override: str) -> tuple[str, ...]:
-    """Set `a.b=value` (value in YAML) in `tree`, and return the key's path."""
-    name, equals, value = override.partition("=")
-    path = tuple(name.strip().split("."))
-    if not equals or not all(path):
-        raise DistillError(Exit.CONFIG, override, "not an override", "write key.name=value")
-    node = tree
-    for part in path[:-1]:
-        child = node.get(part)
-        node[part] = node = child if isinstance(child, dict) else {}
-    node[path[-1]] = parse_yaml(value, override)
-    return path
-
-
-def _valid_names(path: tuple[str | int, ...]) -> list[str]:
-    """Return the keys that are allowed beside the last part of `path`."""
-    model: Any = Config
-    for part in path[:-1]:
-        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
-        model = next(
-            (c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None
-        )
-    return list(model.model_fields) if model else []
-
-
-def _explain(error: ValidationError, place: str, lines: dict[tuple[str, ...], int]) -> DistillError:
-    """Turn pydantic's first fault into one line with file, line, key and a way out."""
-    fault = error.errors()[0]
-    path = tuple(
-        str(part)
-        for part in fault["loc"]
-        if str(part).isidentifier() and not str(part).startswith("function-")
-    )
-    line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
-    where, key = f"{place}:{line}" if line else place, ".".join(path)
+def _explain(error: ValidationError, file: str, places: Places) -> DistillError:
+    """Turn pydantic's faults into one line: the first, but an unknown key before a missing one."""
+    faults = error.errors()
+    fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
+    path = _key_of(fault)
+    where = next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), file)
+    key = ".".join(path)
     if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(path[-1], _valid_names(path), n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else "valid: " + ", ".join(_valid_names(path))
-        return DistillError(Exit.CONFIG, where, f"unknown key {key}", hint)
-    message = fault["msg"].removeprefix("Value error, ")
-    what = f"{key} is missing" if fault["type"] == "missing" else f"{key}: {message}"
+        return DistillError(Exit.CONFIG, where, f"unknown key {key[:80]}", _nearest(path))
+    if fault["type"] == "missing":
+        return DistillError(Exit.CONFIG, where, f"{key} is missing", "add it")
+    message = fault["msg"].removeprefix("Value error, ").replace("valid array", "list: [a, b]")
     given = "" if isinstance(fault["input"], dict) else f", not {str(fault['input'])[:60]!r}"
-    return DistillError(
-        Exit.CONFIG, where, what + ("" if "not " in message else given), "correct the value"
-    )
+    what = f"{key}: {message[:1].lower() + message[1:]}" if key else message
+    return DistillError(Exit.CONFIG, where, what + given, _allowed(path))
 
 
-def refuse_secrets(value: Any, where: str, path: tuple[str, ...] = ()) -> None:
-    """Stop at anything that looks like a key or token; its value is never echoed. Infinite numbers stop too."""
+def _nearest(path: tuple[str, ...]) -> str:
+    """Say which valid key is nearest to an unknown one."""
+    names = list(_sections(path[:-1])[-1].model_fields)
+    usual = ELSEWHERE.get(path[-1])
+    near = [usual] if usual in names else difflib.get_close_matches(path[-1], names, 1, 0.5)
+    return f"did you mean {near[0]}?" if near else "valid: " + ", ".join(names)
+
+
+def _allowed(path: tuple[str, ...]) -> str:
+    """Say which range a number's key allows, both ends."""
+    field = _sections(path[:-1])[-1].model_fields.get(path[-1]) if path else None
+    words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+    limits = [
+        f"{words[name]} {getattr(limit, name):,}"
+        for limit in _limits(field)
+        for name in words
+        if hasattr(limit, name)
+    ]
+    return "allowed: " + ", ".join(limits) if limits else "correct the value"
+
+
+def _limits(field: Any) -> list[Any]:
+    """Return the limits in a field's annotation, also inside `Annotated[...] | None`."""
+    if field is None:
+        return []
+    inside = [m for kind in get_args(field.annotation) for m in getattr(kind, "__metadata__", ())]
+    return [*field.metadata, *(limit for m in inside for limit in getattr(m, "metadata", [m]))]
+
+
+def check_values(value: Any, file: str, places: Places, path: tuple[str, ...] = ()) -> None:
+    """Stop at a secret (never echoed), a control character, or a number that is not finite."""
+    where = next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), file)
+    key = ".".join(path)
     if isinstance(value, dict):
-        for key, child in value.items():
-            refuse_secrets(child, where, (*path, str(key)))
+        for name, child in value.items():
+            if SECRET.search(name):
+                raise DistillError(Exit.CONFIG, where, "a key of the file is a secret", BY_NAME)
+            check_values(child, file, places, (*path, name))
     elif isinstance(value, list):
         for child in value:
-            refuse_secrets(child, where, path)
-    elif isinstance(value, str) and SECRET.search(value):
-        raise DistillError(
-            Exit.CONFIG,
-            where,
-            f"{'.'.join(path)} holds a secret",
-            "name an environment variable instead",
-        )
+            check_values(child, file, places, path)
+    elif isinstance(value, str):
+        if SECRET.search(value) or (value and path and SECRET_KEY.search(path[-1])):
+            raise DistillError(Exit.CONFIG, where, f"{key} holds a secret", BY_NAME)
+        if CONTROL.search(value):
+            raise DistillError(Exit.CONFIG, where, f"{key} holds a control character", "remove it")
     elif isinstance(value, float) and not math.isfinite(value):
-        raise DistillError(
-            Exit.CONFIG, where, f"{'.'.join(path)} is not a finite number", "correct the value"
-        )
+        raise DistillError(Exit.CONFIG, where, f"{key} is not a finite number", "correct the value")
+
+
+def apply_override(tree: dict[str, Any], override: str) -> Places:
+    """Set `a.b=value` (value in YAML) in `tree`, and say which keys it set; a mapping changes only what it names."""
+    name, equals, text = override.partition("=")
+    path = tuple(name.strip().split("."))
+    if not equals or not all(path) or SECRET.search(name):
+        shown = "an override" if SECRET.search(override) else override
+        raise DistillError(Exit.CONFIG, shown, "is not KEY=VALUE", "write key.name=value")
+    value, _ = parse_with_places(text, f"override {name.strip()}")
+    for part in reversed(path):
+        value = {part: value}
+    _merge(tree, value)
+    return {key: "command line" for key in _paths(value)}
+
+
+def _merge(tree: dict[str, Any], changes: dict[str, Any]) -> None:
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            _merge(tree[key], value)
+        else:
+            tree[key] = value
+
+
+def _paths(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yield the paths of the leaves of a tree."""
+    if not isinstance(tree, dict) or not tree:
+        yield path
+        return
+    for key, child in tree.items():
+        yield from _paths(child, (*path, key))
 
 
 def find_config(path: Path) -> Path:
     """Return `path`, or the file of that name among those that ship with the package (`configs/NAME`)."""
-    if path.exists() or path.is_absolute():
+    if path.is_absolute() or os.path.lexists(path):
         return path
     for root in (Path(__file__).parent.parent, Path(__file__).parent / "_data"):
         candidate = root / path
-        if candidate.is_file():
+        if ".." not in path.parts and os.path.isfile(candidate):
             return candidate
     return path
 
@@ -488,18 +478,15 @@ def find_config(path: Path) -> Path:
 def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
     """Read, override and check the experiment at `path`; raises DistillError (exit 2) with one clear line."""
     path = find_config(path)
-    text = read_text(path)
-    tree = parse_yaml(text, path)
+    tree, places = parse_with_places(read_text(path), path)
     if not isinstance(tree, dict):
         raise DistillError(
             Exit.CONFIG, path, "holds no mapping of keys", "start from one of configs/*.yaml"
         )
-    lines = key_lines(text)
     for override in overrides:
-        changed = apply_override(tree, override)
-        lines = {key: line for key, line in lines.items() if key[: len(changed)] != changed}
-    refuse_secrets(tree, str(path))
-    try:
-        return Config.model_validate(tree)
+        places |= apply_override(tree, override)
+    check_values(tree, str(path), places)
+    try:  # through JSON, whose strict mode knows lists and paths, but makes no number of a text
+        return Config.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
-        raise _explain(error, str(path), lines) from None
+        raise _explain(error, str(path), places) from None

@@ -50,5 +50,6 @@ def exit_code(work: Callable[[], object], debug: bool = False) -> int:
 
 
 def _complain(line: str, code: int) -> int:
-    print(line, file=sys.stderr)
+    """Print one line, whatever came in from a file: control characters are shown, not sent to the terminal."""
+    print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), file=sys.stderr)
     return int(code)

@@ -1,0 +1,268 @@
+"""The config: what people write is read as they mean it, and every fault is one line with its place (faults A1-A8)."""
+
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distill.config import Config, load_config
+from distill.errors import DistillError, Exit
+
+ROOT = Path(__file__).parent.parent
+QUICKSTART = (ROOT / "configs/quickstart.yaml").read_text()
+KEY = "sk-ant-0123456789abcdefghij"
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "300"))  # 10000 for the long form
+
+
+def fault(tmp_path: Path, content: str | bytes = QUICKSTART, *overrides: str) -> str:
+    """Return the message of the fault in a config, which must be one line with exit code 2."""
+    path = tmp_path / "c.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DistillError) as caught:
+        load_config(path, overrides)
+    assert caught.value.code == Exit.CONFIG
+    return str(caught.value)
+
+
+def load(*overrides: str) -> Config:
+    return load_config(ROOT / "configs/quickstart.yaml", overrides)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_shipped_experiment_loads(path):
+    if "corpus" in yaml.safe_load(path.read_text()):
+        given = ["corpus.path=./texts"] if "path: null" in path.read_text() else []
+        config = load_config(path, given)
+        assert Config.model_validate(config.resolved()) == config
+
+
+def test_the_resolved_config_loads_again(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(load("train.learning_rate=1e-7").model_dump_json())
+    assert load_config(path) == load("train.learning_rate=1e-7")
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("train.learning_rate=1e-4", "learning_rate", 1e-4),
+        ("train.learning_rate=5E-5", "learning_rate", 5e-5),
+        ("train.num_train_epochs=3", "num_train_epochs", 3.0),
+        ("train.bf16=true", "bf16", True),
+        ("train.max_length=1_024", "max_length", 1024),
+        ("train.eval_steps=null", "eval_steps", None),
+    ],
+)
+def test_values_are_read_as_meant(override, key, value):
+    assert getattr(load(override).train, key) == value
+
+
+def test_unknown_keys_name_the_line_and_the_nearest(tmp_path):
+    text = QUICKSTART.replace("max_new_tokens", "max_new_token")
+    line = 1 + text[: text.index("max_new_token")].count("\n")
+    assert f"c.yaml:{line}: unknown key teacher.max_new_token (did you mean max_new_tokens?)" in (
+        fault(tmp_path, text)
+    )
+    assert "did you mean learning_rate?" in fault(tmp_path, QUICKSTART, "train.lr=1e-4")
+    assert "did you mean student?" in fault(tmp_path, QUICKSTART.replace("student:", "studnt:"))
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.bf16=no", "train.bf16"),
+        ("train.bf16=on", "train.bf16"),
+        ("train.packing=1", "train.packing"),
+        ("seed=010", "seed"),
+        ("seed='7'", "seed"),
+        ("seed=true", "seed"),
+        ("seed=1.5", "seed"),
+        ("seed=1:30", "seed"),
+        ("train.learning_rate=.nan", "train.learning_rate is not a finite number"),
+        ("train.learning_rate=.inf", "train.learning_rate is not a finite number"),
+        ("train.learning_rate=true", "train.learning_rate"),
+        ("template_date=yesterday", "YYYY-MM-DD"),
+        ("prompts.tasks=summary", "prompts.tasks: input should be a list"),
+        ("corpus=null", "corpus"),
+        (f"seed={'9' * 5000}", "too long"),
+    ],
+)
+def test_wrong_types_name_the_key(tmp_path, override, says):
+    assert says in fault(tmp_path, QUICKSTART, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "allowed"),
+    [
+        ("train.num_train_epochs=0", "above 0"),
+        ("train.tokens_per_step=-1", "above 0"),
+        ("teacher.temperature=9", "at least 0, at most 2"),
+        ("train.lora.r=0", "at least 1, at most 1,024"),
+        ("train.save_total_limit=1", "at least 2"),
+        ("train.learning_rate=9", "above 0, at most 1"),
+    ],
+)
+def test_out_of_range_says_the_range(tmp_path, override, allowed):
+    assert f"(allowed: {allowed}" in fault(tmp_path, QUICKSTART, override)
+
+
+BROKEN = {
+    "utf-16": QUICKSTART.encode("utf-16"),
+    "bom": b"\xef\xbb\xbf" + QUICKSTART.encode(),
+    "latin-1": b"name: caf\xe9\n",
+    "tab": b"a:\n\t- b\n",
+    "empty": b"",
+    "list": b"- a\n",
+    "scalar": b"hello\n",
+    "python object": b"a: !!python/object/apply:os.system [touch pwned]\n",
+    "tag": b"seed: !!int '010'\n",
+    "alias": b"a: &a [x]\nb: *a\n",
+    "alias bomb": b"a: &a [x,x,x,x,x,x,x,x,x]\n"
+    + b"".join(b"%c: &%c [%s]\n" % (c, c, b",".join([b"*%c" % (c - 1)] * 9)) for c in b"bcdefghi"),
+    "duplicate": b"name: a\nname: b\n",
+    "nested": b"[" * 90_000,
+    "number key": b"1: a\n",
+    "list key": b"? [a]\n: b\n",
+    "merge": b"<<: {a: 1}\n",
+    "two documents": b"--- {a: 1}\n--- {b: 1}\n",
+    "surrogate": b'name: "\\ud800"\n',
+    "nul": b'name: "a\\0"\n',
+    "many keys": b"".join(b"k%d: {a: [1, 2]}\n" % n for n in range(5000)),
+    "100 KB of list": b"- a\n" * 25_000,
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_stop_at_once(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    started = time.monotonic()
+    assert "\n" not in fault(tmp_path, BROKEN[name])
+    assert time.monotonic() - started < 2
+    assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
+
+
+def test_a_huge_file_is_refused_in_little_time_and_memory(tmp_path):
+    path = tmp_path / "huge.yaml"
+    with path.open("wb") as file:
+        file.write(b"a: b\n")
+        file.truncate(100_000_000)
+    command = [sys.executable, "-m", "distill", "run", str(path)]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    started = time.monotonic()
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert time.monotonic() - started < 2
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    assert peak == before or peak < 300_000  # KiB
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/", "nowhere.yaml", "a\0b", "x" * 5000])
+def test_what_is_no_file_is_refused(path):
+    with pytest.raises(DistillError) as caught:
+        load_config(Path(path))
+    assert caught.value.code == Exit.CONFIG
+
+
+@pytest.mark.parametrize(
+    ("content", "override"),
+    [
+        (QUICKSTART + f"\n{KEY}: 1\n", "seed=1"),
+        (QUICKSTART + f"\n{KEY}: 1\n{KEY}: 2\n", "seed=1"),
+        (QUICKSTART.replace("name: quickstart", f"name: {KEY}"), "seed=1"),
+        (QUICKSTART, f"teacher.api_key={KEY}"),
+        (QUICKSTART, f"{KEY}=1"),
+        (QUICKSTART, KEY),
+        (QUICKSTART, f"teacher.answers=[{KEY}"),
+        (QUICKSTART, f"prompts.tasks=[{KEY}]"),
+        (QUICKSTART, "teacher.api_key=hunter2-sk-ant"),
+        (QUICKSTART, "corpus.dataset=https://user:sk-ant@host/x"),
+        (QUICKSTART, "teacher.model=hf_ABCDEFGHIJKLMNOPQRsecret"),
+    ],
+)
+def test_a_secret_is_never_echoed(tmp_path, content, override):
+    said = fault(tmp_path, content, override)
+    assert "sk-ant" not in said and "ABCDEFG" not in said
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", ".", "-x", "a\u0301", "x" * 300, "", "a b"])
+def test_a_run_s_name_stays_in_its_folder(tmp_path, name):
+    fault(tmp_path, QUICKSTART, f"name='{name}'")
+
+
+@pytest.mark.parametrize("name", ["../x", "/a/../b", "a/b/c", "./../x", "x" * 300, "a//b", "a b"])
+def test_a_model_s_name_cannot_leave_its_place(tmp_path, name):
+    fault(tmp_path, QUICKSTART, f"student.model='{name}'")
+    fault(tmp_path, QUICKSTART, f"publish.model_name='{name}'")
+
+
+def test_explicit_folders_are_fine():
+    assert load("student.model=./here").student.model == "./here"
+    assert load("student.model=/models/there").student.model == "/models/there"
+
+
+def test_a_mapping_override_changes_only_what_it_names():
+    train = load("train={lora: {r: 4}, packing: false}").train
+    assert (train.lora.r, train.lora.alpha, train.packing) == (4, 64, False)
+    assert train.learning_rate == 5e-4
+
+
+def test_an_override_is_named_where_it_is_wrong(tmp_path):
+    assert fault(tmp_path, QUICKSTART, "train.learning_rate=x").startswith("command line: train.le")
+    assert "override train.lora:1" in fault(tmp_path, QUICKSTART, "train.lora={")
+    assert "KEY=VALUE" in fault(tmp_path, QUICKSTART, "train.lora")
+
+
+def outcome(path: Path, content: bytes) -> None:
+    """Load a config that may hold anything: it loads, or stops with exit 2 and one printable message in time."""
+    path.write_bytes(content)
+    started = time.monotonic()
+    try:
+        load_config(path)
+    except DistillError as error:
+        assert error.code == Exit.CONFIG
+    assert time.monotonic() - started < 2
+
+
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+NAMES = st.sampled_from(sorted({*Config.model_fields, "lora", "r", "path", "model", "kind"}))
+TREES = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES | st.text(), inner),
+    max_leaves=12,
+)
+
+
+@st.composite
+def damaged(draw) -> bytes:
+    """Draw the quickstart with a piece cut out and another put in."""
+    text = QUICKSTART.encode()
+    start = draw(st.integers(0, len(text)))
+    end = draw(st.integers(start, min(len(text), start + 60)))
+    return (
+        text[:start] + draw(st.binary(max_size=12) | st.text(max_size=12).map(encoded)) + text[end:]
+    )
+
+
+def encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+@given(
+    st.one_of(
+        damaged(),
+        st.binary(max_size=200),
+        st.dictionaries(NAMES, TREES).map(
+            lambda tree: yaml.safe_dump(tree, allow_unicode=True).encode("utf-8", "surrogatepass")
+        ),
+    )
+)
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_anything_loads_or_is_one_line(tmp_path_factory, content):
+    outcome(tmp_path_factory.getbasetemp() / "fuzz.yaml", content)
