@@ -89,9 +89,8 @@ def template_values(document: Document) -> dict[str, Any]:
     """Return what templates may use: `document.text`, `document.meta`, and `prompt` where there is one."""
     meta = {k: break_up(v) if isinstance(v, str) else v for k, v in document.meta.items()}
     values: dict[str, Any] = {"document": {"text": break_up(document.text), "meta": meta}}
-    if "messages" in meta:
-        values["prompt"] = break_up(meta["messages"][-1]["content"])
-    return values
+    messages = document.meta.get("messages")
+    return values | {"prompt": break_up(messages[-1]["content"])} if messages else values
 
 
 def turns(view: View, task: str, document: Document, values: dict[str, Any]) -> tuple[Message, ...]:

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import IO, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from distill.errors import DistillError, Exit
 from distill.records import Record
@@ -26,6 +26,7 @@ BLOCKS = frozenset(
     "section table td th tr ul".split()
 )
 HIDDEN = frozenset("script style template noscript head nav".split())
+Bytes = io.BufferedReader | gzip.GzipFile
 
 
 class Row(NamedTuple):
@@ -95,7 +96,7 @@ def read_file(path: Path, shown: str) -> Iterator[Row | Reject]:
         ) from None
 
 
-def _read_text(file: IO[bytes], shown: str, html: bool) -> Iterator[Row | Reject]:
+def _read_text(file: Bytes, shown: str, html: bool) -> Iterator[Row | Reject]:
     data = file.read(MAX_ROW + 1)
     try:
         if len(data) > MAX_ROW:
@@ -114,7 +115,7 @@ def decode(data: bytes) -> str:
         raise ValueError(f"not UTF-8 at byte {error.start}") from None
 
 
-def read_lines(file: IO[bytes], shown: str) -> Iterator[Row | Reject]:
+def read_lines(file: Bytes, shown: str) -> Iterator[Row | Reject]:
     """Yield the rows of JSON lines; memory stays bounded by the longest allowed row."""
     number = 0
     while line := file.readline(MAX_ROW + 1):
@@ -146,7 +147,7 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON value")
 
 
-def _read_csv(file: IO[bytes], shown: str) -> Iterator[Row | Reject]:
+def _read_csv(file: Bytes, shown: str) -> Iterator[Row | Reject]:
     # bytes that are not UTF-8 become lone surrogates, which cleaning rejects row by row
     text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
     csv.field_size_limit(MAX_ROW)

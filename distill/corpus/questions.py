@@ -1,0 +1,119 @@
+"""Questions that the teacher writes about a passage: how it is asked for them, and how its replies become prompts.
+
+Pure functions; the generate stage does the asking. A question must stand by itself, since the student may not see the
+passage; those that point at "the text" are left out, and so are questions that nearly repeat another.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from distill.checkers import normalised
+from distill.corpus.dedupe import overlap
+from distill.corpus.neutral import break_up
+from distill.corpus.prompts import template_values
+from distill.errors import DistillError, Exit
+from distill.records import Document, Message, Prompt
+from distill.tasks import Task, View, fill, load_task
+
+TASK = "question"
+KINDS = {
+    "factual": "asks for one fact that the passage states",
+    "explain": "asks why or how something in the passage is so",
+    "apply": "describes a small concrete situation and asks what the passage means for it",
+    "compare": "asks how two things in the passage differ or agree",
+    "consequence": "asks what follows, or what would happen if something in the passage were different",
+}
+ASK = """<document>
+{passage}
+</document>
+
+Write {count} about the passage above, one on each line. Each {does}. Each must be understood by somebody who cannot \
+see the passage: name the things you ask about, and never say "the passage" or "the text". Write nothing but the \
+questions."""
+MARK = re.compile(
+    r"^\s*(?:[-*\u2022]|\(?\d{1,3}[.):]|Q(?:uestion)?\s*\d*\s*[.:)])\s*", re.IGNORECASE
+)
+POINTS_AT_PASSAGE = re.compile(
+    r"\b(?:the|this|that)\s+(?:given\s+|above\s+)?(?:passage|text|document|article|excerpt|paragraph|author)\b",
+    re.IGNORECASE,
+)
+SHORTEST, LONGEST = 12, 400  # characters of a question
+NEARLY_SAME = 0.7  # Jaccard similarity of the words of two questions
+
+
+def shares(kinds: Sequence[str], per_document: int) -> list[tuple[str, int]]:
+    """Spread the questions of a document over the kinds, the first ones getting what is left over."""
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown or not kinds:
+        what = f"unknown kind {unknown[0]}" if unknown else "names no kind"
+        raise DistillError(
+            Exit.CONFIG, "prompts.questions.kinds", what, f"known are {', '.join(KINDS)}"
+        )
+    whole, rest = divmod(per_document, len(kinds))
+    counts = [(kind, whole + (place < rest)) for place, kind in enumerate(kinds)]
+    return [(kind, count) for kind, count in counts if count]
+
+
+def askings(document: Document, kinds: Sequence[str], per_document: int) -> list[Prompt]:
+    """Build the prompts that ask the teacher for questions about a document: one a kind, `question:KIND`."""
+    prompts = []
+    for kind, count in shares(kinds, per_document):
+        wanted = "one question" if count == 1 else f"{count} different questions"
+        text = ASK.format(passage=break_up(document.text), count=wanted, does=KINDS[kind])
+        message = Message(role="user", content=text)
+        prompts.append(Prompt.make((message,), document.id, f"{TASK}:{kind}"))
+    return prompts
+
+
+def read_questions(reply: str) -> list[str]:
+    """Return the questions of a teacher's reply that stand by themselves, marks and quotes taken off."""
+    lines = [
+        MARK.sub("", line).strip().strip('*"\u201c\u201d').strip() for line in reply.split("\n")
+    ]
+    return [
+        line
+        for line in lines
+        if SHORTEST <= len(line) <= LONGEST
+        and line.endswith("?")
+        and not POINTS_AT_PASSAGE.search(line)
+    ]
+
+
+def distinct(questions: Iterable[str]) -> list[str]:
+    """Return the questions without those that repeat, or nearly repeat, an earlier one."""
+    kept: list[tuple[str, set[str]]] = []
+    for question in questions:
+        words = set(normalised(question).split())
+        if words and all(overlap(words, other) < NEARLY_SAME for _, other in kept):
+            kept.append((question, words))
+    return [question for question, _ in kept]
+
+
+def to_prompts(
+    document: Document,
+    questions: Iterable[str],
+    answer_with_passage: bool = True,
+    student_sees_passage: bool = False,
+) -> list[Prompt]:
+    """Build one prompt a question; the passage stands before it in the views that see it."""
+    task = load_task(TASK)
+    return [
+        _prompt(task, document, question, answer_with_passage, student_sees_passage)
+        for question in questions
+    ]
+
+
+def _prompt(
+    task: Task, document: Document, question: str, teacher_sees: bool, student_sees: bool
+) -> Prompt:
+    values = template_values(document) | {"question": break_up(question)}
+    with_passage = task.teacher_view() or task.student
+
+    def view(sees: bool) -> tuple[Message, ...]:
+        chosen: View = with_passage if sees else task.student
+        return (Message(role="user", content=fill(chosen.user, task.name, values)),)
+
+    differs = teacher_sees != student_sees
+    return Prompt.make(
+        view(student_sees), document.id, task.name, view(teacher_sees) if differs else None
+    )
