@@ -1,0 +1,131 @@
+"""The records: ids come from content, the JSON form is strict and comes back whole."""
+
+import json
+from decimal import Decimal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from distill.records import (
+    Document,
+    Item,
+    LedgerEntry,
+    Message,
+    Pair,
+    Prompt,
+    Response,
+    Score,
+    Usage,
+    canonical,
+    digest,
+)
+
+ASKED = (Message(role="system", content="be brief"), Message(role="user", content="why?\u2028"))
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text()
+    | st.floats(allow_nan=False, allow_infinity=False),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=10,
+)
+
+
+def prompt(**changes) -> Prompt:
+    """Return a prompt; `changes` replace its parts."""
+    return Prompt.make(**{"messages": ASKED, "document_id": "d", "task": "t", **changes})
+
+
+def response(text: str = "because") -> Response:
+    """Return an answer."""
+    identity = Response.make_id("k", 0)
+    return Response(
+        id=identity, request_key="k", sample=0, prompt_id="p", model="m", text=text, stop="end"
+    )
+
+
+@given(JSON)
+def test_canonical_json_comes_back_and_does_not_depend_on_order(value):
+    line = canonical({"b": value, "a": 1})
+    assert json.loads(line) == {"a": 1, "b": value} and b"\n" not in line
+    assert line == canonical({"a": 1, "b": json.loads(canonical(value))})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "\ud800", {"a": ["\udfff"]}])
+def test_what_json_or_utf8_cannot_hold_is_a_value_error(value):
+    with pytest.raises(ValueError):
+        canonical(value)
+
+
+def test_ids_are_the_same_on_every_machine():
+    assert digest({"a": 1}) == "015abd7f5cc57a2dd94b7590f04ad808"
+    assert Document.make("x", "here").id == Document.make("x", "there", {"split": "train"}).id
+
+
+def test_a_prompt_s_id_depends_on_everything_in_it():
+    other = (Message(role="user", content="else"),)
+    changes = [
+        {"messages": other},
+        {"teacher_messages": other},
+        {"document_id": "e"},
+        {"task": "u"},
+        {"reference": "r"},
+    ]
+    assert len({prompt().id, *(prompt(**change).id for change in changes)}) == 6
+    assert prompt().id == prompt().id
+
+
+def test_the_teacher_may_be_asked_something_else():
+    other = (Message(role="user", content="a passage, then: why?"),)
+    assert prompt().asked_of_teacher() == ASKED
+    assert prompt(teacher_messages=other).asked_of_teacher() == other
+
+
+def test_an_item_is_clustered_by_document():
+    item = Item.make(prompt(reference="r"))
+    assert (item.cluster, item.task, item.reference) == ("d", "t", "r")
+    assert item.id == Item.make(prompt(reference="r")).id != Item.make(prompt()).id
+
+
+@given(st.text())
+def test_every_text_comes_back_on_one_line(text):
+    pair = Pair(prompt=prompt(), response=response(text))
+    line = pair.to_line()
+    assert Pair.from_line(line) == pair and "\n" not in line
+
+
+def test_decimals_come_back_exactly():
+    entry = LedgerEntry(
+        stage="s", started="t", seconds=0.1, dollars=Decimal("0.10000000000000000001")
+    )
+    assert LedgerEntry.from_line(entry.to_line()) == entry
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "null",
+        "[]",
+        "{}",
+        '{"item_id": "i", "model": "m", "value": 1, "reason": "r", "extra": 1}',
+        '{"item_id": "i", "model": "m", "value": "x", "reason": "r"}',
+        '{"item_id": "\\ud800", "model": "m", "value": 1, "reason": "r"}',
+        b'{"item_id": "\xff", "model": "m", "value": 1, "reason": "r"}',
+        "[" * 100_000,
+    ],
+)
+def test_anything_else_is_a_validation_error(line):
+    with pytest.raises(ValidationError):
+        Score.from_line(line)
+
+
+def test_records_do_not_change():
+    with pytest.raises(ValidationError):
+        response().text = "other"
+    with pytest.raises(ValidationError):
+        response().model_copy(update={}).__class__.model_validate({"id": 1})
+    assert Usage() == Usage(input_tokens=0, seconds=0.0)
