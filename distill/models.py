@@ -18,9 +18,10 @@ from pydantic import ValidationError
 
 from distill.config import checked_model, find_config, parse_yaml, read_text
 from distill.download import Gguf, converted
+from distill.environment import cpu_facts
 from distill.errors import DistillError, Exit
 from distill.records import Record
-from distill.store import sha256_file
+from distill.store import sha256_file, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 TABLE = Path("configs/models.yaml")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]  # what is taken from the Hub
 
 
@@ -297,19 +299,10 @@ def pick_dtype(name: str = "auto") -> "torch.dtype":
     if torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = bool(_cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
+        facts = cpu_facts()
+        flags = f"{facts.get('flags', '')} {facts.get('Features', '')}".split()  # x86, ARM
+        fast = not BF16_FLAGS.isdisjoint(flags)
     return torch.bfloat16 if fast else torch.float32
-
-
-def _cpu_flags() -> set[str]:
-    """Return the features that Linux reports for the first core; none elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return next(
-        (set(line.split()) for line in lines if line.startswith(("flags", "Features"))), set()
-    )
 
 
 def device() -> "torch.device":
@@ -441,8 +434,6 @@ def check_base(adapter: Path, reference: str, revision: str | None = None) -> No
 
 def record_base(adapter: Path, reference: str, revision: str | None = None) -> dict[str, Any]:
     """Write, and return, which base an adapter belongs to: name, Hub id, revision and hash of the weights."""
-    from distill.store import write_json
-
     info = lookup(reference)
     base = {
         "name": reference if not is_folder(reference) else Path(reference).name,

@@ -1,0 +1,280 @@
+"""The model card: metadata in the Hub's documented fields, and a page that says what the student is, kept and cost.
+
+Every figure comes from the run's scorecard. Text from outside (names, reasons, paths) cannot end the metadata, break a
+table or add markup: metadata goes through the YAML writer with its control characters removed, the page escapes it.
+"""
+
+import html
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from distill.publishing.merge import Fidelity
+from distill.records import Record
+
+LICENCES = re.compile(
+    r"(?:apache-2\.0|mit|bsd-[23]-clause|cc0-1\.0|cc-by(?:-nc)?(?:-sa)?-4\.0|llama[23.]+|gemma)"
+)
+UNKNOWN = "unknown"
+
+
+class Facts(Record):
+    """What the card says beside the scorecard's figures."""
+
+    model_name: str
+    repository: str
+    base: str  # Hub id
+    base_revision: str | None
+    licence: str
+    licence_stated: bool  # by the publisher, because the table of models does not know the base
+    language: str
+    teacher: str
+    teacher_licence: str | None
+    corpus: str
+    dataset: str | None  # Hub id, where the corpus is one
+    converted_from: str | None  # quantisation of the GGUF that was dequantised
+    lora: dict[str, Any]
+
+
+def make_card(facts: Facts, scorecard: Mapping[str, Any], fidelity: Fidelity) -> ModelCard:
+    """Write the card; `scorecard` is the content of scorecard.json."""
+    data = metadata(facts, scorecard)
+    body = "\n\n".join(part for part in sections(facts, scorecard, fidelity) if part)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
+
+
+def metadata(facts: Facts, scorecard: Mapping[str, Any]) -> ModelCardData:
+    """Return the card's metadata; `base_model` means weights, so it is the student's base, never the teacher."""
+    name = facts.licence.lower()
+    known = LICENCES.fullmatch(name) is not None
+    return ModelCardData(
+        language=one_line(facts.language),
+        license=name if known else "other",
+        license_name=None if known else re.sub(r"[^a-z0-9.]+", "-", name).strip("-") or UNKNOWN,
+        license_link=None if known else "LICENSE",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=one_line(facts.base),
+        base_model_relation="finetune",
+        datasets=[one_line(facts.dataset)] if facts.dataset else None,
+        tags=["distillation", "knowledge-distillation", "lora", "peft"],
+        model_name=one_line(facts.model_name),
+        eval_results=evaluation(facts, scorecard) or None,
+    )
+
+
+def evaluation(facts: Facts, scorecard: Mapping[str, Any]) -> list[EvalResult]:
+    """Return the student's scores on held-out items in the form of the model index."""
+    return [
+        EvalResult(
+            task_type="text-generation",
+            task_name=one_line(task),
+            dataset_type=one_line(facts.dataset or "custom"),
+            dataset_name=one_line(f"held-out documents of {facts.corpus}"),
+            metric_type=_slug(row.get("metric")),
+            metric_name=one_line(f"{row.get('metric')} ({row.get('n')} items)"),
+            metric_value=row["student"],
+        )
+        for task, row in scorecard.get("tasks", {}).items()
+        if row.get("student") is not None
+    ]
+
+
+def _slug(text: Any) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", str(text).lower()).strip("_") or UNKNOWN
+
+
+def one_line(value: Any) -> str:
+    """Return text for the metadata: one line, no control or invisible separator characters, never empty."""
+    kept = "".join(c if c.isprintable() else " " for c in str(value))
+    return " ".join(kept.split()) or UNKNOWN
+
+
+def cell(value: Any) -> str:
+    """Return text for the page, where no markup of its own survives."""
+    return re.sub(r"([\\`*_\[\]|~#!])", r"\\\1", html.escape(one_line(value), quote=False))
+
+
+def number(value: Any) -> str:
+    """Return a figure with three significant digits, or a dash where it is not known."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table; the cells are taken as they are."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def sections(facts: Facts, scorecard: Mapping[str, Any], fidelity: Fidelity) -> Iterable[str]:
+    """Yield the parts of the page in their order."""
+    yield f"# {cell(facts.model_name)}"
+    yield (
+        f"A student distilled from **{cell(facts.teacher)}**, on {cell(facts.corpus)}, starting from "
+        f"[{cell(facts.base)}](https://huggingface.co/{cell(facts.base)})."
+    )
+    yield _scores(scorecard)
+    yield _agreement(scorecard)
+    yield _costs(scorecard)
+    yield _data(facts, scorecard)
+    yield _use(facts)
+    yield _limits(facts, fidelity)
+    yield _licence(facts)
+
+
+def _scores(scorecard: Mapping[str, Any]) -> str:
+    rows = [
+        (
+            cell(task),
+            cell(row.get("metric")),
+            str(row.get("n")),
+            *(number(row.get(model)) for model in ("teacher", "base", "student")),
+            _interval(row.get("student_minus_teacher")),
+            _interval(row.get("gap_recovered"), "value"),
+        )
+        for task, row in scorecard.get("tasks", {}).items()
+    ]
+    head = (
+        "task",
+        "metric",
+        "n",
+        "teacher",
+        "before",
+        "student",
+        "student − teacher",
+        "gap recovered",
+    )
+    note = (
+        "Held-out documents, never seen in training. Brackets are 95 % intervals, paired on the same items and "
+        "clustered by document; a dash is a figure that is not known."
+    )
+    return f"## How much of the teacher it kept\n\n{table(head, rows)}\n\n{note}"
+
+
+def _interval(row: Mapping[str, Any] | None, key: str = "mean") -> str:
+    if not row or row.get(key) is None:
+        return "–"
+    return f"{number(row[key])} [{number(row.get('low'))}, {number(row.get('high'))}]"
+
+
+def _agreement(scorecard: Mapping[str, Any]) -> str:
+    """Return the likeness to the teacher's answers, which is never the headline."""
+    rows = [
+        (
+            cell(row.get("metric", name)),
+            str(row.get("n")),
+            number(row.get("base")),
+            number(row.get("student")),
+        )
+        for name, row in (scorecard.get("agreement") or {}).items()
+        if isinstance(row, Mapping)
+    ]
+    if not rows:
+        return ""
+    return "### Agreement with the teacher's answers\n\n" + table(
+        ("measure", "n", "before", "student"), rows
+    )
+
+
+def _costs(scorecard: Mapping[str, Any]) -> str:
+    cost = scorecard.get("cost") or {}
+    rows = [
+        (
+            model,
+            number(row.get("seconds_per_1k")),
+            number(row.get("dollars_per_1k")),
+            cell(row.get("price") or "–"),
+        )
+        for model in ("teacher", "student")
+        if (row := cost.get(model))
+    ]
+    made = cost.get("distillation") or {}
+    sum_line = (
+        f"Making it took {number(made.get('seconds'))} s and {number(made.get('dollars'))} dollars."
+        if made
+        else ""
+    )
+    head = ("1,000 requests", "seconds", "dollars", "price")
+    return f"## What it costs\n\n{table(head, rows)}\n\n{sum_line}".rstrip()
+
+
+def _data(facts: Facts, scorecard: Mapping[str, Any]) -> str:
+    """Return what it was trained on, with the funnel of kept and dropped answers."""
+    training = scorecard.get("training") or {}
+    lines = [
+        f"- corpus: {cell(facts.corpus)}",
+        f"- answers of the teacher {cell(facts.teacher)}, licence {cell(facts.teacher_licence or UNKNOWN)}",
+        f"- {number(training.get('examples'))} examples, {number(training.get('steps'))} steps, "
+        f"{number(training.get('tokens'))} tokens",
+        "- LoRA " + ", ".join(f"{cell(k)} {cell(v)}" for k, v in facts.lora.items()),
+    ]
+    rows = [(cell(k), cell(v)) for k, v in _flat(scorecard.get("funnel") or {})]
+    funnel = "\n\n" + table(("funnel", "count"), rows) if rows else ""
+    return "## What it was trained on\n\n" + "\n".join(lines) + funnel
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}, ")
+        elif isinstance(value, int | float | str):
+            yield f"{prefix}{key}", value
+
+
+def _use(facts: Facts) -> str:
+    """Return snippets that run as they stand."""
+    name = facts.repository
+    return f"""## How to use it
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
+messages = [{{"role": "user", "content": "Hello!"}}]
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+output = model.generate(**inputs, max_new_tokens=200, do_sample=False)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+
+The adapter alone, on its base:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{one_line(facts.base)}", dtype="auto")
+model = PeftModel.from_pretrained(base, "{name}", subfolder="adapter")
+```"""
+
+
+def _limits(facts: Facts, fidelity: Fidelity) -> str:
+    lines = ["- It was measured on the tasks above only; elsewhere it may be worse than its base."]
+    if facts.converted_from:
+        lines.append(
+            f"- Training started from dequantised 4-bit weights ({facts.converted_from}) of the base. The scores belong "
+            "to the merged model, which is the primary artefact; the adapter on the base's full-precision weights was "
+            "not measured."
+        )
+    verdict = (
+        "so the scores above are given as the merged model's"
+        if fidelity.same
+        else "**so the scores above are the adapter's: the merged model has not been evaluated**"
+    )
+    lines.append(f"- {fidelity.line()}; {verdict}.")
+    return "## Limits\n\n" + "\n".join(lines)
+
+
+def _licence(facts: Facts) -> str:
+    stated = " as stated by the publisher" if facts.licence_stated else ", that of the base model"
+    revision = f", revision {cell(facts.base_revision)}" if facts.base_revision else ""
+    return (
+        f"## Licence\n\n{cell(facts.licence)}{stated} ({cell(facts.base)}{revision}). The weights were changed by "
+        "distillation as described above."
+    )

@@ -1,0 +1,65 @@
+"""What must not leave the machine: secrets, this machine's paths, and addresses with credentials in them."""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from distill.config import SECRET
+from distill.errors import DistillError, Exit
+
+CREDENTIALS = re.compile(
+    r"[a-z][a-z0-9+.-]*://[^\s/:@\"'<>]+:(?!(?:pass(?:word)?|pwd|secret|token)@)[^\s/@\"'<>]+@",
+    re.I,
+)
+HOMES = re.compile(r"(?:/home/|/Users/|[A-Z]:\\+Users\\+)[A-Za-z0-9._-]+[/\\]")
+SECRET_NAMES = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.I)
+TEXT = {".json", ".md", ".html", ".jinja", ".txt", ".yaml", ""}
+SAMPLES = {"report.html"}  # shows texts of the corpus, which may speak of any home
+
+
+def scan(folder: Path, private: tuple[str, ...] = ()) -> None:
+    """Stop (exit 9) at the first file that holds what must not be published, without echoing it.
+
+    `private` are further texts that must not appear, such as the absolute path of the run.
+    """
+    known = _known(private)
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        text = _text_of(path)
+        for kind in _faults(text, known, generic=path.name not in SAMPLES):
+            line = 1 + text[: kind[1]].count("\n")
+            where = f"{path.relative_to(folder)}:{line}"
+            raise DistillError(Exit.PUBLISH, where, f"holds {kind[0]}", "remove it at its source")
+
+
+def _text_of(path: Path) -> str:
+    """Return what can be read in a file: all of a text, or the header of a safetensors file."""
+    if path.suffix in TEXT:
+        return path.read_text(encoding="utf-8", errors="replace")
+    with path.open("rb") as file:
+        size = min(int.from_bytes(file.read(8), "little"), 1 << 26)
+        return file.read(size).decode("utf-8", "replace")
+
+
+def _known(private: tuple[str, ...]) -> dict[str, str]:
+    """Return the exact texts to look for, each with what it is."""
+    found = {
+        text: "a path of this machine" for text in (str(Path.home()), *private) if len(text) > 4
+    }
+    for name, value in os.environ.items():
+        if SECRET_NAMES.search(name) and len(value) >= 8:
+            found[value] = f"the value of ${name}"
+    return found
+
+
+def _faults(text: str, known: dict[str, str], generic: bool) -> Iterator[tuple[str, int]]:
+    """Yield what was found, and where in the text."""
+    for value, what in known.items():
+        if (place := text.find(value)) >= 0:
+            yield what, place
+    patterns = [(SECRET, "a secret"), (CREDENTIALS, "an address with credentials")]
+    if generic:
+        patterns.append((HOMES, "somebody's home folder"))
+    for pattern, what in patterns:
+        if found := pattern.search(text):
+            yield what, found.start()
