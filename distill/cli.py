@@ -4,7 +4,6 @@ A CONFIG is a YAML file or a run's folder; `key.name=value` after it changes a k
 its exit code (see `distill.errors`); `--debug` shows the traceback. Work that is done is never done twice.
 """
 
-import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -160,12 +159,36 @@ def status(run: RunArgument, overrides: Overrides = None) -> None:
     Console(soft_wrap=True).print(status_table(open_run(run, overrides or ()), STAGES))
 
 
+@app.command()
+def repair(store: Annotated[Path, typer.Argument(metavar="STORE")]) -> None:
+    """Copy what is whole in a damaged store; the damaged one is kept beside it."""
+    from distill.store import repair as repair_store
+
+    for line in repair_store(store).explain():
+        print(line)
+
+
+@app.command()
+def publish(
+    run: RunArgument,
+    push: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload to the Hub, privately.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Upload for everybody.")] = False,
+) -> None:
+    """Make the release of a run: adapter, merged model, card; and upload it where that is asked."""
+    from distill.publishing.publish import main as make_release
+
+    opened = open_run(run)
+    with opened.lock():
+        make_release(opened.config, opened, push, public)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; `--debug` may stand anywhere."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     return exit_code(lambda: _dispatch([word for word in words if word != "--debug"]), debug)
 
 
