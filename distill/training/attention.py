@@ -1,0 +1,143 @@
+"""Causal attention inside each sample of a packed row: samples lie end to end, nothing is padded, nothing leaks.
+
+Registered with transformers under the name `packed`, so any model that takes its attention from the library can use
+it; the lengths of the samples travel as a keyword through the model's forward. Queries of the heads that share a key
+are stacked, so keys and values are never repeated. On a CPU the products run as plain batched matrix products, a block
+of queries at a time (PyTorch's own kernel is several times slower at these lengths); elsewhere the library's kernel.
+
+Shape suffixes: N tokens of the row, T of a sample, H query heads, K key heads, G = H / K, d the head's size.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+NAME = "packed"
+BLOCK = 128  # queries at a time: what lies above the diagonal is skipped block by block
+KEPT = 512  # samples up to this length keep their probabilities for the way back, longer ones make them again
+
+
+def blocks(lengths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Yield (start of the sample, start, end) of each block of queries, as places in the row."""
+    start = 0
+    for length in lengths:
+        for place in range(start, start + length, BLOCK):
+            yield start, place, min(place + BLOCK, start + length)
+        start += length
+
+
+def _stacked(heads_THd: Tensor, groups: int) -> Tensor:
+    """Lay (T, K·G, d) out as (K, G·T, d)."""
+    T, H, d = heads_THd.shape
+    return heads_THd.view(T, H // groups, groups, d).permute(1, 2, 0, 3).reshape(-1, groups * T, d)
+
+
+def _unstack(stacked_KXd: Tensor, out_THd: Tensor) -> None:
+    """Write (K, G·T, d) into a view of (T, K·G, d)."""
+    T, H, d = out_THd.shape
+    K = stacked_KXd.shape[0]
+    out_THd.view(T, K, H // K, d).copy_(stacked_KXd.view(K, H // K, T, d).permute(2, 0, 1, 3))
+
+
+def _probabilities(query_KXd: Tensor, key_KSd: Tensor, rows: int, scale: float) -> Tensor:
+    """Return the causal softmax (K, G·T, S) of a block whose last query sees all S keys."""
+    scores = torch.bmm(query_KXd * scale, key_KSd.transpose(1, 2))
+    K, X, S = scores.shape
+    corner = scores.view(K, X // rows, rows, S)[..., S - rows :]
+    above = torch.ones(rows, rows, dtype=torch.bool, device=scores.device).triu_(1)
+    corner.masked_fill_(above, float("-inf"))
+    return torch.softmax(scores, -1)
+
+
+class _Attention(torch.autograd.Function):
+    """Attention of a packed row, with the way back written out (Dao et al. 2022, appendix B, without the tiling)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query_NHd: Tensor, key_NKd: Tensor, value_NKd: Tensor, lengths: Sequence[int], scale: float
+    ) -> Tensor:  # fmt: skip
+        out_NHd = torch.empty_like(query_NHd, memory_format=torch.contiguous_format)
+        groups = query_NHd.shape[1] // key_NKd.shape[1]
+        ctx.kept, ctx.lengths, ctx.scale = [], tuple(lengths), scale
+        key_KNd, value_KNd = key_NKd.transpose(0, 1), value_NKd.transpose(0, 1)
+        keep = max(lengths) <= KEPT and any(ctx.needs_input_grad)
+        for sample, start, end in blocks(lengths):
+            query = _stacked(query_NHd[start:end], groups)
+            weights = _probabilities(query, key_KNd[:, sample:end], end - start, scale)
+            _unstack(torch.bmm(weights, value_KNd[:, sample:end]), out_NHd[start:end])
+            ctx.kept.append(weights if keep else None)
+        ctx.save_for_backward(query_NHd, key_NKd, value_NKd)
+        return out_NHd
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        query_NHd, key_NKd, value_NKd = ctx.saved_tensors
+        groups, scale = query_NHd.shape[1] // key_NKd.shape[1], ctx.scale
+        key_KNd, value_KNd = key_NKd.transpose(0, 1), value_NKd.transpose(0, 1)
+        slope_q = torch.empty_like(query_NHd, memory_format=torch.contiguous_format)
+        slope_k, slope_v = torch.zeros_like(key_KNd), torch.zeros_like(value_KNd)
+        for (sample, start, end), weights in zip(blocks(ctx.lengths), ctx.kept, strict=True):
+            seen, rows = slice(sample, end), end - start
+            query = _stacked(query_NHd[start:end], groups)
+            if weights is None:
+                weights = _probabilities(query, key_KNd[:, seen], rows, scale)
+            slope = _stacked(upstream[0][start:end], groups)
+            slope_v[:, seen] += torch.bmm(weights.transpose(1, 2), slope)
+            slope_weights = torch.bmm(slope, value_KNd[:, seen].transpose(1, 2))
+            scores = torch._softmax_backward_data(slope_weights, weights, -1, weights.dtype) * scale
+            _unstack(torch.bmm(scores, key_KNd[:, seen]), slope_q[start:end])
+            slope_k[:, seen] += torch.bmm(scores.transpose(1, 2), query)
+        return slope_q, slope_k.transpose(0, 1), slope_v.transpose(0, 1), None, None
+
+
+def attend(
+    query_NHd: Tensor, key_NKd: Tensor, value_NKd: Tensor, lengths: Sequence[int], scale: float
+) -> Tensor:
+    """Return softmax(QK'·scale)V of every sample by itself, causal, as (N, H, d)."""
+    if query_NHd.device.type == "cpu":
+        return _Attention.apply(query_NHd, key_NKd, value_NKd, lengths, scale)  # pyright: ignore[reportReturnType]
+    parts = zip(
+        *(t.split(list(lengths)) for t in (query_NHd, key_NKd, value_NKd)),
+        strict=True,
+    )
+    done = [
+        nn.functional.scaled_dot_product_attention(
+            *(t.transpose(0, 1)[None] for t in part), is_causal=True, scale=scale, enable_gqa=True
+        )[0].transpose(0, 1)
+        for part in parts
+    ]
+    return torch.cat(done)
+
+
+def _registered(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    lengths: Sequence[int] | None = None,
+    **unused: Any,
+) -> tuple[Tensor, None]:
+    """Be transformers' attention function for one packed row: (1, heads, N, d) in, (1, N, heads, d) out."""
+    rows = [t[0].transpose(0, 1) for t in (query, key, value)]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend(*rows, lengths or [query.shape[2]], scale)[None], None
+
+
+AttentionInterface.register(NAME, _registered)
+
+
+@contextmanager
+def packed(model: Any) -> Iterator[None]:
+    """Let `model` take its attention from here inside the `with` block."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

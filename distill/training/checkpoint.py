@@ -1,0 +1,141 @@
+"""Checkpoints that survive a kill, a full disk and damage, and say so when one does not.
+
+A checkpoint is a folder: safetensors (no pickle anywhere), `state.json`, and last `manifest.json` with the SHA-256 of
+each file. It is written under a temporary name, synced, renamed, read back and compared; only then are old ones
+removed, and never fewer than two kept. Loading checks every byte before it is used: a damaged checkpoint is passed
+over loudly for the one before, and where none is whole the run stops rather than begin anew.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from distill.errors import DistillError, Exit
+from distill.progress import say
+from distill.records import digest
+from distill.store import fsync_folder, sha256_file
+from distill.training.adapters import read_tensors
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint: its folder, and the facts of its manifest."""
+
+    folder: Path
+    facts: dict[str, Any]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Read the tensors saved under `name`; empty where there are none."""
+        path = self.folder / f"{name}.safetensors"
+        return read_tensors(path) if path.exists() else {}
+
+    def state(self) -> dict[str, Any]:
+        """Read the state that was saved as JSON."""
+        return json.loads((self.folder / "state.json").read_bytes())
+
+
+def save(
+    parent: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    keep: int,
+) -> Checkpoint:
+    """Write the checkpoint of `step`, verify it, then keep the newest `keep`; raises DistillError (exit 7)."""
+    temporary = parent / f".step-{step:08d}.{os.getpid()}"
+    target = parent / f"step-{step:08d}"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for name, group in tensors.items():
+            save_file(dict(group), temporary / f"{name}.safetensors")
+        _write(temporary / "state.json", dict(state))
+        _seal(temporary, {**facts, "step": step})
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.replace(target)
+        fsync_folder(parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        what = f"could not be written: {error.strerror or error}"
+        fix = "free space and run again; the checkpoint before it is kept"
+        raise DistillError(Exit.TRAINING, target, what, fix) from None
+    saved = read(target)
+    if isinstance(saved, str):
+        raise DistillError(Exit.TRAINING, target, saved, "check the disk; older ones are kept")
+    for old in _folders(parent)[: -max(2, keep)]:
+        shutil.rmtree(old)
+    return saved
+
+
+def _write(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, allow_nan=False), encoding="utf-8")
+
+
+def _seal(folder: Path, facts: dict[str, Any]) -> None:
+    """Sync every file, then write the manifest over them, checksummed itself."""
+    for path in folder.iterdir():
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    files = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
+    body = {"format": FORMAT, "files": files, **facts}
+    _write(folder / MANIFEST, {**body, "checksum": digest(body)})
+    with (folder / MANIFEST).open("rb+") as file:
+        os.fsync(file.fileno())
+    fsync_folder(folder)
+
+
+def read(folder: Path) -> Checkpoint | str:
+    """Return the checkpoint in `folder` with every file verified, or in words what is wrong with it."""
+    try:
+        body = json.loads((folder / MANIFEST).read_bytes())
+        checksum = body.pop("checksum")
+        if digest(body) != checksum:
+            return f"{MANIFEST} is damaged"
+        for name, wanted in body["files"].items():
+            if sha256_file(folder / name) != wanted:
+                return f"{name} is damaged"
+    except OSError as error:
+        return f"{Path(error.filename or MANIFEST).name} is missing or unreadable"
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return f"{MANIFEST} is damaged"
+    if body["format"] != FORMAT:
+        return f"format {body['format']}, this is {FORMAT}"
+    return Checkpoint(folder, body)
+
+
+def latest(parent: Path) -> Checkpoint | None:
+    """Return the newest whole checkpoint, or None where none was ever saved.
+
+    Raises DistillError (exit 7) where there are checkpoints and all are damaged.
+    """
+    found = _folders(parent)
+    for folder in reversed(found):
+        checkpoint = read(folder)
+        if isinstance(checkpoint, Checkpoint):
+            return checkpoint
+        say(f"WARNING: {folder}: {checkpoint}; falling back to the checkpoint before it")
+    if found:
+        what = f"none of {len(found)} checkpoints is whole"
+        raise DistillError(Exit.TRAINING, parent, what, "--redo train starts again from step 0")
+    return None
+
+
+def sweep(parent: Path) -> None:
+    """Remove what a killed save left behind."""
+    for folder in parent.glob(".step-*"):
+        shutil.rmtree(folder)
+
+
+def _folders(parent: Path) -> list[Path]:
+    return sorted(parent.glob("step-[0-9]*"))

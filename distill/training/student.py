@@ -1,0 +1,194 @@
+"""The model as the loss sees it: a packed batch goes in, the sum of the loss over its supervised tokens comes out.
+
+The head is applied inside this module's forward, at supervised positions only, so that wrapping it (DDP, FSDP) covers
+all of it. Where an architecture cannot take packed rows, batches are padded instead; a probe on the model itself
+decides, never a list of names.
+
+Shape suffixes: N tokens of a row, S supervised positions, B samples, T longest sample, D hidden size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.errors import DistillError, Exit
+from distill.records import Example, Pair
+from distill.training.attention import NAME
+from distill.training.batches import micro_batches
+from distill.training.encode import encode_pair
+from distill.training.losses import cross_entropy
+
+PROBE = (7, 12)  # lengths of the two samples that the probe packs
+MEASURED_TOKENS = 2048  # in a batch whose loss is only measured
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples end to end: ids and positions of the row, and where, what and how heavily to predict."""
+
+    ids_N: Tensor
+    lengths: tuple[int, ...]
+    places_S: Tensor
+    targets_S: Tensor
+    weights_S: Tensor
+
+    @classmethod
+    def make(cls, examples: Sequence[Example], device: Any = "cpu") -> "Batch":
+        """Pack examples; the place that predicts token i of a sample is that of token i - 1."""
+        ids = torch.tensor([i for e in examples for i in e.input_ids])
+        weights = torch.tensor([w for e in examples for w in (0.0, *e.weights[1:])])
+        supervised = weights.nonzero()[:, 0]
+        lengths = tuple(len(e.input_ids) for e in examples)
+        parts = (ids, supervised - 1, ids[supervised], weights[supervised])
+        ids, places, targets, weights = (t.to(device) for t in parts)
+        return cls(ids, lengths, places, targets, weights)
+
+    @classmethod
+    def idle(cls, device: Any = "cpu") -> "Batch":
+        """Return a batch that weighs nothing, for a process that has none left."""
+        zero = torch.zeros(1, dtype=torch.long, device=device)
+        return cls(zero, (1,), zero, zero, torch.zeros(1, device=device))
+
+
+class Student(nn.Module):
+    """A causal language model whose forward is the loss of a batch."""
+
+    def __init__(self, model: Any, packing: bool = True) -> None:
+        super().__init__()
+        self.model, self.packing = model, packing
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._decoder, self._head = (base.get_decoder(),), (base.get_output_embeddings(),)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the loss summed over the batch's supervised tokens, in nats."""
+        hidden_SD = self.hidden(batch)[batch.places_S]
+        head_VD, bias_V = self.head()
+        return cross_entropy(hidden_SD, head_VD, batch.targets_S, batch.weights_S, bias_V)[0]
+
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """Return the output head's weight and bias."""
+        return self._head[0].weight, self._head[0].bias
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Return the last hidden states (N, D) of the batch's tokens, in their order."""
+        return self._packed(batch) if self.packing else self._padded(batch)
+
+    def _packed(self, batch: Batch) -> Tensor:
+        places = [torch.arange(length) for length in batch.lengths]
+        positions = torch.cat(places).to(batch.ids_N.device)
+        states = self._decoder[0](
+            input_ids=batch.ids_N[None],
+            position_ids=positions[None],
+            use_cache=False,
+            lengths=batch.lengths,
+        )
+        return states.last_hidden_state[0]
+
+    def _padded(self, batch: Batch) -> Tensor:
+        rows = batch.ids_N.split(list(batch.lengths))
+        ids_BT = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+        real = [torch.ones_like(row) for row in rows]
+        mask_BT = nn.utils.rnn.pad_sequence(real, batch_first=True)
+        states = self._decoder[0](input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+        return states.last_hidden_state[mask_BT.bool()]
+
+
+def make_student(model: Any, packing: bool = True) -> tuple[Student, list[str]]:
+    """Wrap `model`, packing where its architecture allows; returns the student and notes for the user.
+
+    Raises DistillError (exit 7) where the model's logits are not its head's output (a cap or a scale behind it).
+    """
+    plain, notes = Student(model, packing=False), []
+    _check_head(plain)
+    window = getattr(model.config, "sliding_window", None)
+    if not packing or window:
+        return plain, [f"a sliding window of {window}: batches are padded"] if packing else []
+    model.set_attn_implementation(NAME)
+    student = Student(model)
+    if not _same_packed(student, plain):
+        model.set_attn_implementation("sdpa")
+        return plain, [f"{type(model).__name__} cannot take packed rows: batches are padded"]
+    return student, notes
+
+
+def _probe_batch(student: Student) -> Batch:
+    ids = torch.arange(sum(PROBE), device=student.head()[0].device) % student.head()[0].shape[0]
+    none = torch.zeros(0, dtype=torch.long, device=ids.device)
+    return Batch(ids, PROBE, none, none, none.float())
+
+
+@torch.no_grad()
+def _same_packed(student: Student, plain: Student) -> bool:
+    """Tell whether a packed row gives the same states as the samples in padded rows, with the model's own attention."""
+    batch = _probe_batch(student)
+    try:
+        found = student.hidden(batch)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError):
+        return (
+            False  # the architecture does not pass lengths down, or takes its attention elsewhere
+        )
+    model = student.model
+    model.set_attn_implementation("sdpa")
+    wanted = plain.hidden(batch)
+    model.set_attn_implementation(NAME)
+    return _close(found, wanted)
+
+
+@torch.no_grad()
+def _check_head(plain: Student) -> None:
+    ids = _probe_batch(plain).ids_N[None, : PROBE[0]]
+    wanted = plain.model(input_ids=ids, use_cache=False).logits[0]
+    states = plain._decoder[0](input_ids=ids, use_cache=False).last_hidden_state[0]
+    if not _close(nn.functional.linear(states, *plain.head()), wanted):
+        raise DistillError(
+            Exit.TRAINING,
+            type(plain.model).__name__,
+            "scales or caps its logits behind the head, which this loss does not know",
+            "use another student",
+        )
+
+
+def _close(found: Tensor, wanted: Tensor) -> bool:
+    """Tell whether two results agree to a few roundings of their type, in the root mean square."""
+    found, wanted = found.float(), wanted.float()
+    allowed = 1e-4 if wanted.dtype == torch.float32 else 0.05
+    return bool((found - wanted).norm() <= allowed * wanted.norm())
+
+
+@torch.inference_mode()
+def answer_loss(
+    model: Any, tokenizer: Any, pairs: Sequence[Pair], date: str, max_length: int
+) -> list[tuple[float, int]]:
+    """Return (loss sum in nats, tokens) of each pair's answer under `model`; (0, 0) for one longer than `max_length`."""
+    examples = [encode_pair(tokenizer, pair, date) for pair in pairs]
+    lengths = [len(e.input_ids) for e in examples]
+    fitting = [i for i, length in enumerate(lengths) if length <= max_length]
+    results = [(0.0, 0)] * len(pairs)
+    before = model.config._attn_implementation
+    try:
+        student, _ = make_student(model)
+        for samples in micro_batches(fitting, lengths, MEASURED_TOKENS):
+            losses = _sample_losses(student, [examples[i] for i in samples])
+            for sample, result in zip(samples, losses, strict=True):
+                results[sample] = result
+    finally:
+        model.set_attn_implementation(before)
+    return results
+
+
+def _sample_losses(student: Student, examples: Sequence[Example]) -> list[tuple[float, int]]:
+    """Return loss sum and supervised tokens of each sample of one packed batch."""
+    batch = Batch.make(examples, student.head()[0].device)
+    hidden_ND, results = student.hidden(batch), []
+    owners = torch.repeat_interleave(torch.tensor(batch.lengths)).to(batch.ids_N.device)
+    for sample in range(len(examples)):
+        own = owners[batch.places_S] == sample
+        states = hidden_ND[batch.places_S[own]]
+        total, count = cross_entropy(
+            states, student.head()[0], batch.targets_S[own], batch.weights_S[own], student.head()[1]
+        )
+        results.append((float(total), int(count)))
+    return results
