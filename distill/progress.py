@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 from rich.console import Console
@@ -51,7 +52,8 @@ class Tracker:
         if now - self.printed >= PLAIN_SECONDS or self.done == self.total:
             self.printed = now
             left = (now - self.started) / max(self.done, 1) * (self.total - self.done)
-            say(f"{self.title}: {self.done}/{self.total}, {self.rate()}, {left:.0f} s left")
+            clock = timedelta(seconds=round(left))
+            say(f"{self.title}: {self.done}/{self.total}, {self.rate()}, {clock} left")
 
 
 class _Bar(Tracker):

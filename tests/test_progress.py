@@ -21,7 +21,7 @@ def test_a_pipe_gets_plain_lines():
     lines = done.stderr.splitlines()
     assert done.stdout == "" and lines[0] == "begins [bold]" and lines[-1] == "ends"
     assert len(lines) == 3 and "\x1b" not in done.stderr
-    assert lines[1].startswith("answers: 40/40, ") and lines[1].endswith(" answers/s, 0 s left")
+    assert lines[1].startswith("answers: 40/40, ") and lines[1].endswith(" answers/s, 0:00:00 left")
 
 
 def on_a_terminal(code: str) -> str:
