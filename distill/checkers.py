@@ -197,8 +197,8 @@ def validate(checker: Mapping[str, Any]) -> None:
     if not isinstance(settings.get("max", 1), int):
         raise ValueError("max must be a whole number")
     try:
-        re.compile(str(settings.get("pattern", "")))
-    except re.error as error:
+        re.compile(settings.get("pattern", ""))
+    except (re.error, TypeError) as error:
         raise ValueError(f"pattern is not a regular expression: {error}") from None
 
 

@@ -100,7 +100,7 @@ def fill(template: str, task: str, values: dict[str, Any]) -> str:
     """Fill a template in; raises DistillError (exit 2) where it asks for what a document does not have."""
     try:
         return ENVIRONMENT.from_string(template).render(values).strip()
-    except (TemplateError, TypeError, ValueError, OverflowError) as error:
+    except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
         have = ", ".join(sorted(values))
         raise DistillError(
             Exit.CONFIG, f"task {task}", f"template: {error}", f"templates may use: {have}"

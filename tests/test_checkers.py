@@ -1,0 +1,202 @@
+"""The checks of an answer: what passes, what fails and why, and that no text makes one raise."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distill.checkers import KINDS, check, count_sentences, read_number, strip_fence, validate
+from distill.records import Message, Prompt
+
+API = {
+    "kind": "json_object",
+    "keys": {"name": "string", "purpose": "string", "parameters": "[string]", "returns": "any"},
+}
+CHECKERS: list[dict[str, Any]] = [
+    API,
+    {"kind": "regex", "pattern": r"answer: (\w+)"},
+    {"kind": "max_sentences", "max": 2},
+    *({"kind": kind} for kind in ("python_code", "number", "exact", "normalised", "choice")),
+]
+GOOD = {"name": "len", "purpose": "Counts.", "parameters": ["obj"], "returns": None}
+
+
+def prompt(reference: str | None = None) -> Prompt:
+    return Prompt.make((Message(role="user", content="q"),), "d", "t", reference=reference)
+
+
+def passes(checker: dict[str, Any], text: str, reference: str | None = None) -> bool:
+    return check(checker, prompt(reference), text).passed
+
+
+@pytest.mark.parametrize(
+    ("value", "passed"),
+    [
+        (GOOD, True),
+        (GOOD | {"returns": {"type": "int"}}, True),
+        (GOOD | {"parameters": []}, True),
+        (GOOD | {"parameters": [1]}, False),
+        (GOOD | {"parameters": "obj"}, False),
+        (GOOD | {"name": None}, False),
+        (GOOD | {"raises": "TypeError"}, False),
+        ({"name": "len"}, False),
+        ([GOOD], False),
+    ],
+)
+def test_json_needs_exactly_the_keys_with_their_types(value: Any, passed: bool) -> None:
+    assert passes(API, json.dumps(value)) is passed
+
+
+def test_one_surrounding_fence_is_stripped_and_prose_is_not() -> None:
+    text = json.dumps(GOOD)
+    assert passes(API, f"```json\n{text}\n```")
+    assert not passes(API, f"Here it is:\n```json\n{text}\n```")
+    assert not passes(API, f"```\n```json\n{text}\n```\n```")
+    assert strip_fence(" ```py\nx = 1\n``` ") == "x = 1"
+
+
+def test_json_that_is_none_fails_with_a_reason() -> None:
+    text = json.dumps(GOOD).replace("null", "NaN")
+    assert check(API, prompt(), text).reason == "not JSON"
+    for hostile in ("[" * 100_000, '{"a":' * 100_000, "1" * 5_000, "", "\x00", "{" + "}" * 99):
+        assert not passes(API, hostile)
+
+
+def test_a_lone_surrogate_in_json_can_be_stored() -> None:
+    verdict = check(API, prompt(), json.dumps(GOOD)[:-1] + "}")
+    assert verdict.passed
+    found = check({"kind": "regex", "pattern": ".+"}, prompt(), "\ud800").answer
+    assert found is not None and found.encode("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("text", "passed"),
+    [
+        ("```python\nimport json\nprint(json.dumps({}))\n```", True),
+        ("from json import dumps\ndumps(1)", True),
+        ("import json\njson.loads('1')  # not dumps", False),
+        ("print('json.dumps')", False),
+        ("def f(:", False),
+        ("", False),
+        ("x = '\\d'\njson.dumps(x)", True),
+        ("(" * 10_000, False),
+        ("-" * 19_000 + "dumps", False),
+        ("dumps(1)" + "\n" * 30_000, True),
+        ("dumps(1)\n" * 30_000, False),
+    ],
+)
+def test_code_must_parse_and_use_the_last_part_of_the_name(text: str, passed: bool) -> None:
+    assert passes({"kind": "python_code"}, text, "json.dumps") is passed
+
+
+def test_code_without_a_reference_must_only_parse() -> None:
+    assert passes({"kind": "python_code"}, "x = 1")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("so 5 - 3 = 2.\n#### 72", "72"),
+        ("#### $1,234.50 dollars", "1234.50"),
+        ("The answer is -7.", "-7"),
+        ("She has 5-3", "3"),
+        ("\\boxed{42} and 7", "42"),
+        ("costs $.50", "0.50"),
+        ("#### none, but 3 apples", "3"),
+        ("12%", "12"),
+        ("nothing", None),
+        ("", None),
+    ],
+)
+def test_the_number_of_an_answer(text: str, number: str | None) -> None:
+    found = read_number(text)
+    assert (None if found is None else str(found)) == number
+
+
+@pytest.mark.parametrize(
+    ("kind", "reference", "right", "wrong"),
+    [
+        ("number", "1,000", "It is 1000.0", "It is 100"),
+        ("number", "72", "#### 72", "72 before #### 71"),
+        ("exact", "Paris", " Paris\n", "paris"),
+        ("normalised", "The Hague", "the  hague.", "Hague"),
+        ("choice", "B", "The answer is (b).", "A) because B"),
+        ("choice", "C", "C", "D"),
+    ],
+)
+def test_answers_are_compared_with_the_reference(
+    kind: str, reference: str, right: str, wrong: str
+) -> None:
+    assert passes({"kind": kind}, right, reference)
+    assert not passes({"kind": kind}, wrong, reference)
+    assert check({"kind": kind}, prompt(), right).reason == "no reference to compare with"
+
+
+def test_a_pattern_with_a_group_must_give_the_reference() -> None:
+    checker = {"kind": "regex", "pattern": r"label=(\w+)"}
+    assert passes(checker, "label=spam") and passes(checker, "label=spam", "spam")
+    assert not passes(checker, "label=ham", "spam") and not passes(checker, "spam", "spam")
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("Returns the value, e.g. from os.path.join.", 1),
+        ("One. Two! Three?", 3),
+        ("- one\n- two", 2),
+        ('He said "no." She left.', 2),
+        ("no full stop", 1),
+        ("", 0),
+    ],
+)
+def test_sentences_are_counted(text: str, count: int) -> None:
+    assert count_sentences(text) == count
+    assert passes({"kind": "max_sentences", "max": 2}, text) is (1 <= count <= 2)
+
+
+@pytest.mark.parametrize(
+    "checker",
+    [
+        {},
+        {"kind": "vibes"},
+        {"kind": "number", "tolerance": 1},
+        {"kind": "json_object"},
+        {"kind": "json_object", "keys": {"a": "integer"}},
+        {"kind": "json_object", "keys": ["a"]},
+        {"kind": "regex", "pattern": "("},
+        {"kind": "regex", "pattern": 3},
+        {"kind": "max_sentences", "max": "two"},
+    ],
+)
+def test_a_wrong_checker_is_refused_before_it_is_used(checker: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        validate(checker)
+
+
+def test_every_kind_is_tested_here() -> None:
+    assert {checker["kind"] for checker in CHECKERS} == set(KINDS)
+    for checker in CHECKERS:
+        validate(checker)
+
+
+ANSWERS = st.one_of(
+    st.text(st.characters(exclude_categories=())),
+    st.text(alphabet='{}[]":,`#$.-019e\\nul (=\n'),
+    st.recursive(st.none() | st.floats() | st.text(), st.lists, max_leaves=20).map(json.dumps),
+    st.text(max_size=5).map(lambda text: f"```\n{text}\n```"),
+)
+
+
+@given(text=ANSWERS, reference=st.none() | st.text())
+def test_no_text_makes_a_check_raise(text: str, reference: str | None) -> None:
+    for checker in CHECKERS:
+        verdict = check(checker, prompt(reference), text)
+        assert isinstance(verdict.passed, bool) and verdict.reason
+        assert verdict.answer is None or verdict.answer.encode("utf-8") is not None
+
+
+@given(st.recursive(st.none() | st.integers() | st.text(), st.lists))
+def test_any_object_with_the_keys_is_valid(value: Any) -> None:
+    assert passes(API, json.dumps(GOOD | {"returns": value}))
