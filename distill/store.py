@@ -169,8 +169,8 @@ class FolderLock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             while not self._take():
                 os.close(self.handle)
-        os.ftruncate(self.handle, 0)
-        os.pwrite(self.handle, str(os.getpid()).encode(), 0)
+            os.ftruncate(self.handle, 0)
+            os.pwrite(self.handle, str(os.getpid()).encode(), 0)
         return self
 
     def __exit__(
