@@ -1,7 +1,6 @@
 """The stage `evaluate`: teacher, base (the student before training) and student answer the held-out prompts.
 
-Answers go through the shared store, so a killed evaluation goes on where it was. This is the one module that reads
-`dataset/heldout.jsonl`. Writes `scores/<model>.jsonl` and `evaluation.json`, from which the report is made.
+Answers go through the shared store, so a killed evaluation goes on where it was. Writes `scores/<model>.jsonl` and `evaluation.json`, from which the report is made.
 """
 
 from collections.abc import Sequence
@@ -10,9 +9,9 @@ from typing import Any, NamedTuple
 
 from distill import models
 from distill.config import Config
-from distill.errors import DistillError, Exit
 from distill.evaluation import results
 from distill.evaluation.economics import request_cost
+from distill.evaluation.items import by_item, held_out, items_of
 from distill.evaluation.results import Certainty, Measured
 from distill.evaluation.words import plain_numbers
 from distill.generation.generate import answer_all
@@ -20,9 +19,9 @@ from distill.generation.local import LocalResponder
 from distill.generation.prices import load_prices
 from distill.generation.responder import Request, Sampling
 from distill.progress import say
-from distill.records import Document, Item, Pair, Response, digest
+from distill.records import Item, Pair, Response, digest
 from distill.run import Run
-from distill.store import read_records, sha256_file, write_json, write_records
+from distill.store import sha256_file, write_json, write_records
 from distill.tasks import load_task, task_path
 from distill.template import template_hash
 from distill.training.train import answer_loss
@@ -57,7 +56,7 @@ def main(config: Config, run: Run) -> None:
         plain_numbers(
             {
                 "models": {"teacher": describe_teacher(config), **described},
-                **compared(items, answers, rows, losses, certainty),
+                **results.compared(items, answers, rows, losses, certainty),
                 "cost": costs(config, answers),
                 "settings": {**certainty.settings(), "max_new_tokens": limit(config)},
                 "corpus": run.manifest().get("corpus", {}),
@@ -72,60 +71,11 @@ def main(config: Config, run: Run) -> None:
         )
 
 
-def held_out(path: Path) -> list[Pair]:
-    """Read the held-out pairs, one a prompt; raises DistillError (exit 8) where there are none."""
-    pairs = list({pair.prompt.id: pair for pair in reversed(read_records(path, Pair))}.values())
-    if not pairs:
-        raise DistillError(
-            Exit.EVALUATION,
-            path,
-            "no held-out items",
-            "raise corpus.split.heldout or prompts.heldout",
-        )
-    return pairs[::-1]
-
-
-def items_of(pairs: Sequence[Pair], documents: Path) -> list[Item]:
-    """Make the items; chunks of one original document are one cluster."""
-    known = read_records(documents, Document) if documents.exists() else []
-    parent = {d.id: str(d.meta.get("parent") or d.id) for d in known}
-    items = [Item.make(pair.prompt) for pair in pairs]
-    return [i.model_copy(update={"cluster": parent.get(i.cluster, i.cluster)}) for i in items]
-
-
-def by_item(items: Sequence[Item], responses: Sequence[Response]) -> dict[str, Response]:
-    """Index answers, given in the order of the items, by item."""
-    return {item.id: response for item, response in zip(items, responses, strict=True)}
-
-
 def measure(task: str, items: Sequence[Item], answers: results.Models) -> Measured:
     """Score all models on a task, by the checker of its file where it has one."""
     known = load_task(task) if task_path(task).is_file() else None
     metric = (known.metric if known else None) or "checks passed"
     return results.measure_task(task, items, answers, metric, known.checker if known else None)
-
-
-def compared(
-    items: Sequence[Item],
-    answers: results.Models,
-    rows: dict[str, Measured],
-    losses: dict[str, list[tuple[float, int]]],
-    certainty: Certainty,
-) -> dict[str, Any]:
-    """Return everything that compares the models: tasks, all checks together, agreement, lengths, samples."""
-    alike = results.measure_agreement(items, answers)
-    pooled = results.pool(list(rows.values()))
-    return {
-        "items": len(items),
-        "tasks": {task: results.row_of(row, certainty) for task, row in rows.items()},
-        "overall": results.row_of(pooled, certainty) if pooled else None,
-        "agreement": {
-            "chrf": results.row_of(alike, certainty),
-            "nats_per_token": results.loss_row(items, losses, certainty),
-        },
-        "lengths": {m: results.lengths(list(found.values())) for m, found in answers.items()},
-        "samples": results.samples(list(rows.values()), alike, answers),
-    }
 
 
 def limit(config: Config) -> int:

@@ -157,12 +157,16 @@ def _gap(measured: Measured, certainty: Certainty) -> dict[str, Any]:
     if "teacher" not in measured.scores:
         gap = Estimate(value=None, reason=NO_REFERENCE)
     else:
-        whole = {m: measured.values(m) for m in ("student", "teacher", "base")}
-        ids = [i for i in measured.ids() if all(v.get(i) is not None for v in whole.values())]
-        columns = [[v[i] or 0.0 for i in ids] for v in whole.values()]
-        clusters = measured.clusters(ids)
+        three = [measured.values(m) for m in ("student", "teacher", "base")]
+        ids = [i for i in measured.ids() if all(values.get(i) is not None for values in three)]
+        student, teacher, base = ([values[i] or 0.0 for i in ids] for values in three)
         gap = estimate_gap_recovered(
-            *columns, clusters, bounds=measured.bounds, **certainty.settings()
+            student,
+            teacher,
+            base,
+            measured.clusters(ids),
+            bounds=measured.bounds,
+            **certainty.settings(),
         )
     shown = {"value": gap.value, "low": gap.low, "high": gap.high}
     return shown if gap.reason is None else {**shown, "reason": gap.reason}
@@ -274,4 +278,27 @@ def _sample(measured: Measured, item: Item, rank: str, answers: Models) -> dict[
         "answers": shown,
         "scores": {m: s.value for m, s in scores.items() if s},
         "reasons": {m: s.reason for m, s in scores.items() if s},
+    }
+
+
+def compared(
+    items: Sequence[Item],
+    answers: Models,
+    rows: Mapping[str, Measured],
+    losses: Mapping[str, Sequence[tuple[float, int]]],
+    certainty: Certainty,
+) -> dict[str, Any]:
+    """Return everything that compares the models: tasks, all checks together, agreement, lengths, samples."""
+    alike = measure_agreement(items, answers)
+    pooled = pool(list(rows.values()))
+    return {
+        "items": len(items),
+        "tasks": {task: row_of(row, certainty) for task, row in rows.items()},
+        "overall": row_of(pooled, certainty) if pooled else None,
+        "agreement": {
+            "chrf": row_of(alike, certainty),
+            "nats_per_token": loss_row(items, losses, certainty),
+        },
+        "lengths": {m: lengths(list(found.values())) for m, found in answers.items()},
+        "samples": samples(list(rows.values()), alike, answers),
     }

@@ -123,26 +123,28 @@ def estimate_gap_recovered(
         np.asarray(x, dtype=np.float64) for x in (student, teacher, base)
     )
     gap = estimate_difference(teacher_N, base_N, clusters, confidence, samples, seed, bounds)
-    where = {"n": gap.n, "clusters": gap.clusters}
     if gap.value is None:
         return gap
-    if not gap.excludes(0) or gap.value < 0:
-        reason = "teacher and base do not differ beyond their interval"
-        return Estimate(
-            value=None, reason="the teacher is below base" if gap.value < 0 else reason, **where
-        )
+    if not gap.excludes(0):
+        return _unknown(gap, "teacher and base do not differ beyond their interval")
+    if gap.value < 0:
+        return _unknown(gap, "the teacher is below base")
     parts_N2 = np.stack([student_N - base_N, teacher_N - base_N], axis=1)
-    sums_G2, sizes_G = _by_cluster(parts_N2, clusters)
-    means_B2 = _resampled_means(sums_G2, sizes_G, samples, seed)
+    means_B2 = _resampled_means(*_by_cluster(parts_N2, clusters), samples, seed)
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio_B = np.where(
-            means_B2[:, 1] > 0, means_B2[:, 0] / means_B2[:, 1], np.sign(means_B2[:, 0]) * np.inf
-        )
+        ratio_B = means_B2[:, 0] / means_B2[:, 1]
+    ratio_B = np.where(means_B2[:, 1] > 0, ratio_B, np.sign(means_B2[:, 0]) * np.inf)
     low, high = np.sort(ratio_B)[_ranks(_expanded(confidence, gap.clusters), samples)]
     if not np.isfinite([low, high]).all() or high - low <= 1e-12:
-        return Estimate(value=None, reason="not enough data to bound the share of the gap", **where)
-    value = float(parts_N2[:, 0].mean() / parts_N2[:, 1].mean())
-    return Estimate(value=value, low=float(low), high=float(high), method="bootstrap", **where)
+        return _unknown(gap, "not enough data to bound the share of the gap")
+    found = {"value": float(parts_N2[:, 0].mean() / parts_N2[:, 1].mean()), "method": "bootstrap"}
+    return gap.model_copy(update={**found, "low": float(low), "high": float(high)})
+
+
+def _unknown(estimate: Estimate, reason: str) -> Estimate:
+    """Return an estimate of the same data that has no value, with the reason."""
+    nothing = {"value": None, "low": None, "high": None, "method": None}
+    return estimate.model_copy(update={**nothing, "reason": reason})
 
 
 def pair(
@@ -193,7 +195,9 @@ def _by_cluster(
     member_N = np.array([index.setdefault(c, len(index)) for c in clusters], dtype=np.int64)
     sums_GK = np.zeros((len(index), values_NK.shape[1]))
     np.add.at(sums_GK, member_N, values_NK * weight_N[:, None])
-    return sums_GK, np.bincount(member_N, weights=weight_N, minlength=len(index))
+    weight_G = np.zeros(len(index))
+    np.add.at(weight_G, member_N, weight_N)
+    return sums_GK, weight_G
 
 
 def _cluster_error(residual_G: Floats, weight: float) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 UNKNOWN = "–"
 MINUS = "−"
+HARD = "\u00a0"  # a space that no line breaks at
 Row = Mapping[str, Any]
 
 
@@ -38,7 +39,7 @@ def signed(value: float | None, digits: int = 2) -> str:
 
 def share(value: float | None, digits: int = 0) -> str:
     """Return a share as a percentage."""
-    return UNKNOWN if value is None else f"{figure(100 * value, digits)} %"
+    return UNKNOWN if value is None else f"{figure(100 * value, digits)}{HARD}%"
 
 
 def score(value: float | None, metric: str) -> str:
@@ -59,11 +60,19 @@ def change(row: Row, metric: str) -> str:
     return f"{signed(mean, digits)} [{signed(low, digits)}, {signed(high, digits)}]"
 
 
+def points(row: Row, confidence: float) -> str:
+    """Return a difference of shares and its interval in words."""
+    if row.get("mean") is None:
+        return f"not known ({row.get('reason', 'no interval')})"
+    mean, low, high = (signed(100 * row[k], 1) for k in ("mean", "low", "high"))
+    return f"{mean} percentage points ({share(confidence)} interval {low} to {high})"
+
+
 def money(value: float | None) -> str:
-    """Return dollars, small sums to three significant digits."""
+    """Return dollars, sums below one to two significant digits."""
     if value is None:
         return UNKNOWN
-    return f"${value:,.2f}" if value >= 1 else f"${float(f'{value:.3g}')}"
+    return f"${value:,.2f}" if value >= 1 else f"${float(f'{value:.2g}')}"
 
 
 def duration(seconds: float | None) -> str:
@@ -72,8 +81,8 @@ def duration(seconds: float | None) -> str:
         return UNKNOWN
     for limit, unit, size in ((120, "s", 1), (7200, "min", 60)):
         if seconds < limit:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds / 3600:.1f} h"
+            return f"{seconds / size:.1f}{HARD}{unit}"
+    return f"{seconds / 3600:.1f}{HARD}h"
 
 
 def verdict(row: Row, better: str, worse: str, open_question: str) -> str:
@@ -132,13 +141,14 @@ def _quality(card: Mapping[str, Any]) -> list[str]:
         "training did harm",
         "whether training helped cannot be told from these items",
     )
-    n = overall["n"]
+    confidence = card["environment"]["settings"]["confidence"]
+    metrics = {row["metric"].replace("_", " ") for row in card["tasks"].values()} - {"chrF"}
     return [
-        f"Of {n} held-out answers that can be checked, the student's pass in {share(overall['student'])}, the "
-        f"teacher's in {share(overall['teacher'])}, and those of the student before training in "
-        f"{share(overall['base'])}.",
-        f"Student against teacher: {change(to_teacher, '')} points, so {compared}.",
-        f"Student against base: {change(to_base, '')} points, so {gained}.",
+        f"Of {overall['n']} held-out answers, {share(overall['student'])} of the student's pass their check, "
+        f"{share(overall['teacher'])} of the teacher's, and {share(overall['base'])} of those of the student before "
+        f"training. The checks: {', '.join(sorted(metrics))}.",
+        f"Against the teacher: {points(to_teacher, confidence)}; {compared}.",
+        f"Against the student before training: {points(to_base, confidence)}; {gained}.",
     ]
 
 

@@ -1,0 +1,157 @@
+"""The plots of the report as inline SVG: no script, no font, no file, and colours from the page's own variables.
+
+Every text that goes in is escaped. A plot is drawn for a given width in pixels and is not scaled, so that its text
+stays as large as the page's; the page shows the one that fits.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from markupsafe import Markup, escape
+
+LEFT, RIGHT, TOP, BOTTOM = 48, 18, 30, 44
+EMPTY = Markup("")
+
+
+class Point(NamedTuple):
+    """A model in the plane of cost and quality; `low` and `high` bound its quality where that is known."""
+
+    name: str
+    x: float
+    y: float
+    low: float | None
+    high: float | None
+
+
+class Frame(NamedTuple):
+    """The plane of a plot: its size in pixels and the values at its edges."""
+
+    width: int
+    height: int
+    x_low: float
+    x_high: float
+    y_low: float
+    y_high: float
+
+    def x(self, value: float) -> float:
+        """Return the pixel of an x value."""
+        part = (value - self.x_low) / (self.x_high - self.x_low)
+        return round(LEFT + part * (self.width - LEFT - RIGHT), 1)
+
+    def y(self, value: float) -> float:
+        """Return the pixel of a y value."""
+        part = (value - self.y_low) / (self.y_high - self.y_low)
+        return round(self.height - BOTTOM - part * (self.height - TOP - BOTTOM), 1)
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Return round values from `low` to `high`: steps of 1, 2, 2.5 or 5 times a power of ten."""
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [round(k * step, 12) for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def axes(
+    frame: Frame, x_label: str, y_label: str, x_form: str = "{:g}", y_form: str = "{:g}"
+) -> Markup:
+    """Draw the grid, the ticks with their values, and both labels."""
+    parts = []
+    for value in ticks(frame.y_low, frame.y_high, 4):
+        y = frame.y(value)
+        parts.append(_line(LEFT, y, frame.width - RIGHT, y, "grid"))
+        parts.append(_text(LEFT - 8, y + 4, y_form.format(value), "tick end"))
+    for value in ticks(frame.x_low, frame.x_high, max(2, frame.width // 110)):
+        parts.append(
+            _text(frame.x(value), frame.height - BOTTOM + 18, x_form.format(value), "tick mid")
+        )
+    floor = frame.height - BOTTOM
+    parts.append(_line(LEFT, floor, frame.width - RIGHT, floor, "axis"))
+    middle = (LEFT + frame.width - RIGHT) / 2
+    parts.append(_text(middle, frame.height - 6, x_label, "label mid"))
+    parts.append(_text(4, 12, y_label, "label"))
+    return Markup("").join(parts)
+
+
+def quality_against_cost(
+    points: Sequence[Point], width: int, x_label: str, y_label: str, x_form: str
+) -> Markup:
+    """Draw each model at its cost and quality, with the interval of its quality."""
+    if not points:
+        return EMPTY
+    highest = max(p.high or p.y for p in points)
+    top = 100.0 if highest > 50 else min(100.0, highest * 1.3 + 1)
+    frame = Frame(width, 320, 0.0, max(p.x for p in points) * 1.15 or 1.0, 0.0, top)
+    parts = [axes(frame, x_label, y_label, x_form)]
+    for point in points:
+        x, y = frame.x(point.x), frame.y(point.y)
+        if point.low is not None and point.high is not None:
+            low, high = frame.y(point.low), frame.y(point.high)
+            parts += [_line(x, low, x, high, f"whisker {point.name}")]
+            parts += [_line(x - 5, end, x + 5, end, f"whisker {point.name}") for end in (low, high)]
+        parts.append(
+            Markup('<circle class="dot {}" cx="{}" cy="{}" r="7"/>').format(point.name, x, y)
+        )
+        side = "end" if x > frame.width * 0.6 else ""
+        parts.append(_text(x - 14 if side else x + 14, y + 5, point.name, f"name {side}"))
+    return _svg(frame, parts, "Quality against cost")
+
+
+def training_curve(
+    train: Sequence[tuple[float, float]],
+    validation: Sequence[tuple[float, float]],
+    best: float | None,
+    width: int,
+) -> Markup:
+    """Draw the training loss by step, its running mean, and the validation loss with the best step marked."""
+    if len(train) < 2:
+        return EMPTY
+    smooth = running_mean(train)
+    values = [y for _, y in (*train, *validation)]
+    spread = max(values) - min(values) or 1.0
+    low, high = max(0.0, min(values) - 0.08 * spread), max(values) + 0.05 * spread
+    frame = Frame(width, 300, 0.0, max(x for x, _ in (*train, *validation)), low, high)
+    parts = [axes(frame, "step", "loss, nats a token", "{:,.0f}", "{:.2g}")]
+    parts += [_path(frame, train, "raw"), _path(frame, smooth, "line base")]
+    parts.append(_path(frame, validation, "line student"))
+    for x, y in validation:
+        kind = "dot student" if x == best else "dot student hollow"
+        parts.append(
+            Markup('<circle class="{}" cx="{}" cy="{}" r="4.5"/>').format(
+                kind, frame.x(x), frame.y(y)
+            )
+        )
+    return _svg(frame, parts, "Training and validation loss by step")
+
+
+def running_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Smooth a series by the mean of the twentieth of it that surrounds each point."""
+    reach = max(1, len(points) // 40)
+    smooth = []
+    for k, (x, _) in enumerate(points):
+        near = [y for _, y in points[max(0, k - reach) : k + reach + 1]]
+        smooth.append((x, sum(near) / len(near)))
+    return smooth
+
+
+def _svg(frame: Frame, parts: Sequence[Markup], title: str) -> Markup:
+    return Markup(
+        '<svg class="plot" width="{0}" height="{1}" viewBox="0 0 {0} {1}" role="img"><title>{2}</title>{3}</svg>'
+    ).format(frame.width, frame.height, title, Markup("").join(parts))
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
+    return Markup('<line class="{}" x1="{}" y1="{}" x2="{}" y2="{}"/>').format(kind, x1, y1, x2, y2)
+
+
+def _text(x: float, y: float, text: str, kind: str) -> Markup:
+    return Markup('<text class="{}" x="{}" y="{}">{}</text>').format(kind, x, y, escape(text))
+
+
+def _path(frame: Frame, points: Sequence[tuple[float, float]], kind: str) -> Markup:
+    if len(points) < 2:
+        return EMPTY
+    joined = " ".join(f"{frame.x(x)},{frame.y(y)}" for x, y in points)
+    return Markup('<polyline class="{}" points="{}"/>').format(kind, joined)
