@@ -1,9 +1,13 @@
 """The one seam through which teacher, student and judge are asked: requests go in, responses come out as they finish."""
 
-from collections.abc import Iterable, Iterator
-from typing import Protocol
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
 
-from distill.records import Message, Record, Response, digest
+from distill.records import Message, Record, Response, Stop, Usage, canonical, digest
+
+THINKING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 
 
 class Sampling(Record):
@@ -40,12 +44,91 @@ class Request(Record):
         )
 
 
+class Raw(Record):
+    """One answer exactly as it came, before anything is read from it: this is what the store keeps.
+
+    `body` holds at least `text`; a local model adds the token ids that it drew, its end token included.
+    """
+
+    key: str
+    sample: int
+    model: str
+    stop: Stop
+    usage: Usage = Usage()
+    body: dict[str, Any]
+    error: str | None = None
+
+    @property
+    def id(self) -> str:
+        """Return the id of the response that this becomes."""
+        return Response.make_id(self.key, self.sample)
+
+
+def parse(raw: Raw, prompt_id: str) -> Response:
+    """Read a response out of what came: a leading think block is reasoning, the rest is the answer."""
+    text = str(raw.body["text"])
+    thinking = THINKING.match(text)
+    return Response(
+        id=raw.id,
+        request_key=raw.key,
+        sample=raw.sample,
+        prompt_id=prompt_id,
+        model=raw.model,
+        text=text[thinking.end() :] if thinking else text,
+        reasoning=thinking[1].strip() if thinking else None,
+        stop=raw.stop,
+        usage=raw.usage,
+        raw_sha256=hashlib.sha256(canonical(raw.body)).hexdigest(),
+        error=raw.error,
+    )
+
+
 class Responder(Protocol):
     """Answers requests, in the order they finish; `origin` names what shapes its answers, `model` what a reader calls it."""
 
     model: str
     origin: str
 
-    def respond(self, requests: Iterable[Request]) -> Iterator[Response]:
-        """Yield one response for each request."""
+    def ask(self, requests: Sequence[Request]) -> Iterator[Raw]:
+        """Yield one raw answer for each request."""
         ...
+
+    def respond(self, requests: Sequence[Request]) -> Iterator[Response]:
+        """Yield one response for each request: what `ask` yields, parsed."""
+        ...
+
+
+class Plan(Record):
+    """Requests that are answered together, in this order, by a stream of so many slots."""
+
+    requests: tuple[Request, ...]
+    slots: int
+
+    @property
+    def id(self) -> str:
+        """Return the plan's id, which depends on everything in it."""
+        asked = [[request.key, request.sample] for request in self.requests]
+        return digest({"requests": asked, "slots": self.slots})
+
+
+@runtime_checkable
+class Planner(Protocol):
+    """A responder whose answers depend, in the last bits, on what shares the batch.
+
+    Its plans are recorded before they are asked and rerun whole when unfinished: same plan, same answers.
+    """
+
+    def plan(self, requests: Sequence[Request]) -> list[Plan]:
+        """Divide requests into plans; the result depends on the requests only, not on their order."""
+        ...
+
+    def ask_plan(self, plan: Plan) -> Iterator[Raw]:
+        """Yield the raw answers of one plan."""
+        ...
+
+
+def respond(responder: Responder, requests: Sequence[Request]) -> Iterator[Response]:
+    """Yield the parsed answers of any responder, each under its request's prompt."""
+    prompts = {(request.key, request.sample): request.prompt_id for request in requests}
+    for raw in responder.ask(requests):
+        yield parse(raw, prompts[raw.key, raw.sample])

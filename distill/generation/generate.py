@@ -1,0 +1,193 @@
+"""The generate stage: ask the teacher what the store lacks, and never twice.
+
+What comes is stored before anything is read from it, in a log that all runs share, keyed by content: the model's weights
+and template, the messages, the sampling, the sample index. So a filter, a parser or a run may change without a request.
+A responder whose answers depend on what shares the batch has its plans stored first; an unfinished one is rerun whole,
+so that an interrupted run ends with the same bytes as one that was not.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from distill.config import Config
+from distill.corpus.questions import askings, distinct, read_questions, to_prompts
+from distill.errors import DistillError, Exit
+from distill.generation.canned import CannedResponder, RecordedResponder, answers_hash
+from distill.generation.responder import Plan, Planner, Raw, Request, Responder, Sampling, parse
+from distill.models import identity as model_identity
+from distill.progress import say, tracking
+from distill.records import Document, Prompt, Response
+from distill.run import Run
+from distill.store import Log, read_records, write_records
+
+Spend = Callable[[int, int], None]
+
+
+def main(config: Config, run: Run) -> None:
+    """Make responses.jsonl (and questions.jsonl, where the teacher writes questions) from prompts.jsonl."""
+    documents = {d.id: d for d in read_records(run.path("documents.jsonl"), Document)}
+    prompts = read_records(run.path("prompts.jsonl"), Prompt)
+    teacher = make_teacher(config, documents, prompts)
+    folder = config.store_folder() / "responses"
+
+    def spend(input_tokens: int, output_tokens: int) -> None:
+        run.spend(input_tokens=input_tokens, output_tokens=output_tokens)
+
+    if config.prompts.questions:
+        written = write_questions(config, teacher, list(documents.values()), folder, spend)
+        write_records(run.path("questions.jsonl"), written)
+        prompts += written
+    requests = [
+        request
+        for prompt in prompts
+        for request in requests_for(config, teacher.origin, prompt, documents[prompt.document_id])
+    ]
+    responses = answer_all(teacher, requests, folder, "teacher", spend)
+    write_records(run.path("responses.jsonl"), responses)
+    if config.teacher.kind == "recorded" and config.teacher.dollars is not None:
+        run.spend(dollars=config.teacher.dollars, price="as stated in teacher.dollars")
+    run.note(
+        "teacher", {"model": teacher.model, "origin": teacher.origin, "answers": len(responses)}
+    )
+    say(f"generate: {len(responses)} answers to {len(prompts)} prompts")
+
+
+def identity(config: Config) -> dict[str, str]:
+    """Return the hash of the teacher's weights, or of the file of its answers."""
+    teacher = config.teacher
+    if teacher.kind == "local":
+        return {"teacher": model_identity(teacher.model, teacher.revision)}
+    return {"answers": answers_hash(teacher.answers)} if teacher.answers else {}
+
+
+def make_teacher(
+    config: Config, documents: dict[str, Document], prompts: Iterable[Prompt]
+) -> Responder:
+    """Make the teacher of the config; a local one loads its weights only when something is asked."""
+    teacher = config.teacher
+    if teacher.kind == "canned" and teacher.answers:
+        return CannedResponder.load(teacher.answers, teacher.model or "canned")
+    if teacher.kind == "recorded":
+        sources = {prompt.id: documents[prompt.document_id] for prompt in prompts}
+        recorded = {key: d for key, d in sources.items() if "recorded_answer" in d.meta}
+        return RecordedResponder(recorded, teacher.model or "unknown")
+    from distill.generation.local import LocalResponder
+
+    return LocalResponder.load(
+        teacher.model, teacher.dtype, teacher.revision, config.template_date, teacher.slots
+    )
+
+
+def requests_for(
+    config: Config, origin: str, prompt: Prompt, document: Document
+) -> Iterator[Request]:
+    """Yield the requests of a prompt: `teacher.n` samples for training, else one."""
+    teacher = config.teacher
+    sampling = Sampling(
+        temperature=teacher.temperature,
+        top_p=teacher.top_p,
+        max_new_tokens=teacher.max_new_tokens,
+    )
+    for sample in range(teacher.n if document.meta["split"] == "train" else 1):
+        yield Request.make(origin, prompt.id, prompt.asked_of_teacher(), sampling, sample)
+
+
+def write_questions(
+    config: Config, teacher: Responder, documents: Sequence[Document], folder: Path, spend: Spend
+) -> list[Prompt]:
+    """Let the teacher write questions about each document, and return the prompts that they become."""
+    settings = config.prompts.questions
+    if settings is None:
+        return []
+    if config.teacher.kind == "recorded":
+        what, fix = "recorded answers write no questions", "use a local teacher"
+        raise DistillError(Exit.CONFIG, "prompts.questions", what, fix)
+    sampling = Sampling(max_new_tokens=settings.max_new_tokens)
+    asked = [p for d in documents for p in askings(d, settings.kinds, settings.per_document)]
+    requests = [Request.make(teacher.origin, p.id, p.messages, sampling) for p in asked]
+    replies = answer_all(teacher, requests, folder, "questions", spend)
+    known = {document.id: document for document in documents}
+    prompts: list[Prompt] = []
+    pairs = zip(asked, replies, strict=True)
+    for document_id, group in groupby(pairs, key=lambda pair: pair[0].document_id):
+        found = distinct(q for _, reply in group for q in read_questions(reply.text))
+        prompts += to_prompts(
+            known[document_id],
+            found,
+            settings.answer_with_passage,
+            settings.student_sees_passage,
+        )
+    return prompts
+
+
+def answer_all(
+    responder: Responder,
+    requests: Sequence[Request],
+    store_folder: Path,
+    title: str,
+    spend: Spend | None = None,
+) -> list[Response]:
+    """Return one response a request, in their order, asking only for what the store in `store_folder` lacks.
+
+    `spend` is told the input and output tokens of each answer that was generated now.
+    """
+    with Log(store_folder, writable=False) as log:
+        missing = lacking(log, requests)
+    if missing:
+        with Log(store_folder) as log:
+            _ask(responder, missing, log, title, spend)
+    with Log(store_folder, writable=False) as log:
+        return [read(log, request) for request in requests]
+
+
+def lacking(log: Log, requests: Iterable[Request]) -> list[Request]:
+    """Return the requests whose answer is not stored, each once."""
+    found: dict[str, Request] = {}
+    for request in requests:
+        identifier = Response.make_id(request.key, request.sample)
+        if ("response", identifier) not in log:
+            found.setdefault(identifier, request)
+    return list(found.values())
+
+
+def read(log: Log, request: Request) -> Response:
+    """Read the stored answer of a request as a response to its prompt."""
+    body = log.get("response", Response.make_id(request.key, request.sample))
+    return parse(Raw.model_validate(body), request.prompt_id)
+
+
+def _ask(
+    responder: Responder, missing: list[Request], log: Log, title: str, spend: Spend | None
+) -> None:
+    """Ask for all that is missing, and store each answer as it comes."""
+    with tracking(title, len(missing), "answers") as tracker:
+        started, tokens = time.monotonic(), 0
+        for raw in _answers(responder, missing, log):
+            if not log.append([("response", raw.id, raw.model_dump(mode="json"))]):
+                continue  # a plan that is rerun gives again what was stored before the kill
+            tokens += raw.usage.output_tokens
+            if spend:
+                spend(raw.usage.input_tokens, raw.usage.output_tokens)
+            tracker.advance(extra=f"{tokens / (time.monotonic() - started):.0f} tokens/s")
+
+
+def _answers(responder: Responder, missing: list[Request], log: Log) -> Iterator[Raw]:
+    """Yield raw answers: first of stored plans that were not finished, then of new plans."""
+    if not isinstance(responder, Planner):
+        yield from responder.ask(missing)
+        return
+    for plan in unfinished(log, missing):
+        yield from responder.ask_plan(plan)
+    plans = responder.plan(lacking(log, missing))
+    log.append(("plan", plan.id, plan.model_dump(mode="json")) for plan in plans)
+    for plan in plans:
+        yield from responder.ask_plan(plan)
+
+
+def unfinished(log: Log, missing: Sequence[Request]) -> list[Plan]:
+    """Return the stored plans that hold a missing request, in the order they were stored."""
+    wanted = {(request.key, request.sample) for request in missing}
+    plans = [Plan.model_validate(log.get("plan", key)) for key in log.keys("plan")]
+    return [p for p in plans if any((r.key, r.sample) in wanted for r in p.requests)]
