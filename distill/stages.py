@@ -52,7 +52,7 @@ STAGES: tuple[Stage, ...] = (
         "generate",
         ("teacher", "prompts.questions", "template_date"),
         ("documents.jsonl", "prompts.jsonl"),
-        ("responses.jsonl",),
+        ("responses.jsonl", "questions.jsonl"),
         _lazy("distill.generation.generate"),
         _identity("distill.generation.generate"),
         purpose="ask the teacher what the store lacks",
@@ -60,7 +60,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "filter",
         ("filters",),
-        ("prompts.jsonl", "responses.jsonl"),
+        ("documents.jsonl", "prompts.jsonl", "questions.jsonl", "responses.jsonl"),
         (*DATASET, "dropped.jsonl", "funnel.json"),
         _lazy("distill.generation.filters"),
         purpose="choose the answers that are trained on, with reasons",

@@ -26,7 +26,7 @@ Spend = Callable[[int, int], None]
 
 
 def main(config: Config, run: Run) -> None:
-    """Make responses.jsonl (and questions.jsonl, where the teacher writes questions) from prompts.jsonl."""
+    """Make responses.jsonl from prompts.jsonl, and questions.jsonl, empty unless the teacher writes questions."""
     documents = {d.id: d for d in read_records(run.path("documents.jsonl"), Document)}
     prompts = read_records(run.path("prompts.jsonl"), Prompt)
     teacher = make_teacher(config, documents, prompts)
@@ -35,10 +35,9 @@ def main(config: Config, run: Run) -> None:
     def spend(input_tokens: int, output_tokens: int) -> None:
         run.spend(input_tokens=input_tokens, output_tokens=output_tokens)
 
-    if config.prompts.questions:
-        written = write_questions(config, teacher, list(documents.values()), folder, spend)
-        write_records(run.path("questions.jsonl"), written)
-        prompts += written
+    written = write_questions(config, teacher, list(documents.values()), folder, spend)
+    write_records(run.path("questions.jsonl"), written)
+    prompts += written
     requests = [
         request
         for prompt in prompts

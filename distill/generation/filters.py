@@ -1,0 +1,227 @@
+"""The filter stage: which answers are trained on. Every answer that is dropped keeps its reason.
+
+A filter takes a prompt and its response and returns a reason to drop it, or None; the first reason counts. Validation
+pairs are filtered like training pairs, so that the loss is measured on what is learned. Held-out pairs are never
+filtered: a teacher that fails there must score 0. Of several samples of a prompt, all that pass and differ in text are
+kept, which is rejection sampling where the task has a reference.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from distill.checkers import NEEDS_REFERENCE, check, normalised, strip_fence
+from distill.config import Config, Filters
+from distill.errors import DistillError, Exit
+from distill.progress import console
+from distill.records import SPLITS, Document, Pair, Prompt, Record, Response, Split
+from distill.run import Run
+from distill.store import read_records, write_json, write_records
+from distill.tasks import checker_of, task_path
+
+Filter = Callable[[Prompt, Response], str | None]
+
+FORMATS = frozenset({"json_object", "python_code"})  # checkers that judge the form of an answer
+REFUSAL = re.compile(
+    r"\W*(?:i['\u2019]?m sorry|i am sorry|sorry|i apologi[sz]e|unfortunately)?\W*(?:but\W+)?"
+    r"(?:i (?:can(?:no|['\u2019])t|am not able to|am unable to|must decline|won['\u2019]t)"
+    r"|i['\u2019]m (?:not able to|unable to)|as an ai\b|as a language model\b)"
+    r".{0,40}?\b(?:help|assist|provide|answer|comply|fulfil|do that|generate|write|discuss|access|model|have|able)",
+    re.IGNORECASE | re.DOTALL,
+)
+MOST_REPEATED = 0.5  # of an answer's word triples may have occurred before
+TRIPLES = 30  # an answer with fewer is too short to judge by them
+UNIT = re.compile(r"(.{8,200}?)\1{3,}", re.DOTALL)  # a piece that stands four times in a row
+
+
+class Dropped(Record):
+    """An answer that is not trained on, and why."""
+
+    prompt_id: str
+    response_id: str
+    task: str
+    split: Split
+    reason: str
+    text: str
+
+
+def main(config: Config, run: Run) -> None:
+    """Make dataset/*.jsonl, dropped.jsonl and funnel.json; raises DistillError (exit 3) where no row is left to train on."""
+    prompts = {p.id: p for p in _prompts(run)}
+    splits = {d.id: d.meta["split"] for d in read_records(run.path("documents.jsonl"), Document)}
+    responses = read_records(run.path("responses.jsonl"), Response)
+    pairs = [Pair(prompt=prompts[r.prompt_id], response=r) for r in responses]
+    filters = chosen(config.filters)
+    dropped: list[Dropped] = []
+    kept: dict[Split, list[Pair]] = {}
+    for split in SPLITS:
+        mine = [pair for pair in pairs if splits[pair.prompt.document_id] == split]
+        kept[split] = mine if split == "heldout" else sift(mine, split, filters, dropped)
+        write_records(run.path(f"dataset/{split}.jsonl"), kept[split])
+    write_records(run.path("dropped.jsonl"), dropped)
+    result = funnel(pairs, kept, dropped)
+    write_json(run.path("funnel.json"), result)
+    console.print(shown(result))
+    if not kept["train"]:
+        reasons = Counter(row.reason for row in dropped).most_common(1)
+        found = f"{reasons[0][1]} of {len(pairs)} were {reasons[0][0]}" if reasons else "no answers"
+        fix = "change filters or teacher.max_new_tokens; dropped.jsonl has the texts"
+        raise DistillError(
+            Exit.INPUT, run.path("dataset/train.jsonl"), f"no row is left: {found}", fix
+        )
+
+
+def _prompts(run: Run) -> list[Prompt]:
+    """Return the prompts of the tasks, and the teacher's own questions where it wrote any."""
+    written = run.path("questions.jsonl")
+    more = read_records(written, Prompt) if written.exists() else []
+    return read_records(run.path("prompts.jsonl"), Prompt) + more
+
+
+def chosen(settings: Filters) -> list[Filter]:
+    """Return the filters that the config turns on, in the order in which they give the reason."""
+    switches: list[tuple[bool, Filter]] = [
+        (True, failed),
+        (settings.truncated, truncated),
+        (settings.empty, empty),
+        (settings.refusal, refusal),
+        (settings.repetition, repetition),
+        (settings.wrong_format, wrong_format),
+        (settings.failed_checker, failed_checker),
+        (settings.max_answer_tokens is not None, too_long(settings.max_answer_tokens or 0)),
+    ]
+    return [given for on, given in switches if on]
+
+
+def sift(
+    pairs: Iterable[Pair], split: Split, filters: Sequence[Filter], dropped: list[Dropped]
+) -> list[Pair]:
+    """Return the pairs that pass; the others are added to `dropped`, repeats of a prompt's answer too."""
+    kept: list[Pair] = []
+    seen: set[tuple[str, str]] = set()
+    for pair in pairs:
+        prompt, response = pair.prompt, pair.response
+        reason = next((why for f in filters if (why := f(prompt, response))), None)
+        text = (prompt.id, response.text.strip())
+        reason = reason or ("same answer again" if text in seen else None)
+        if reason is None:
+            seen.add(text)
+            kept.append(pair)
+            continue
+        row = Dropped(
+            prompt_id=prompt.id,
+            response_id=response.id,
+            task=prompt.task,
+            split=split,
+            reason=reason,
+            text=response.text,
+        )
+        dropped.append(row)
+    return kept
+
+
+def failed(prompt: Prompt, response: Response) -> str | None:
+    """Drop what is no answer: the request failed."""
+    return "failed" if response.stop in ("error", "filtered") else None
+
+
+def truncated(prompt: Prompt, response: Response) -> str | None:
+    """Drop an answer that reached its length limit."""
+    return "truncated" if response.stop == "length" else None
+
+
+def empty(prompt: Prompt, response: Response) -> str | None:
+    """Drop an answer without text, or with nothing but an empty code fence."""
+    return None if strip_fence(response.text) else "empty"
+
+
+def refusal(prompt: Prompt, response: Response) -> str | None:
+    """Drop an answer that begins by declining; a text that merely quotes a refusal stays."""
+    return "refusal" if REFUSAL.match(response.text[:300]) else None
+
+
+def repetition(prompt: Prompt, response: Response) -> str | None:
+    """Drop an answer that goes in circles: one piece again and again, or half of its word triples seen before."""
+    words = response.text.split()
+    triples = list(zip(words, words[1:], words[2:], strict=False))
+    again = 1 - len(set(triples)) / max(len(triples), 1)
+    if len(triples) >= TRIPLES and again > MOST_REPEATED:
+        return "repetition"
+    circles = (found[1] for found in UNIT.finditer(response.text[-2000:]))
+    return "repetition" if any(normalised(piece) for piece in circles) else None
+
+
+def wrong_format(prompt: Prompt, response: Response) -> str | None:
+    """Drop an answer that is not in the form its task asks for (JSON, code)."""
+    return _unless_passed(prompt, response, "wrong format", FORMATS.__contains__)
+
+
+def failed_checker(prompt: Prompt, response: Response) -> str | None:
+    """Drop an answer that its task's checker rejects; one that needs a reference is asked only where there is one."""
+    return _unless_passed(prompt, response, "failed checker", lambda kind: kind not in FORMATS)
+
+
+def _unless_passed(
+    prompt: Prompt, response: Response, reason: str, applies: Callable[[str], bool]
+) -> str | None:
+    checker = _checker(prompt)
+    if checker is None or not applies(checker["kind"]):
+        return None
+    if checker["kind"] in NEEDS_REFERENCE and not (prompt.reference or "").strip():
+        return None
+    return None if check(checker, prompt, response.text).passed else reason
+
+
+def _checker(prompt: Prompt) -> dict[str, Any] | None:
+    """Return the checker of a prompt's task; a task that has no file has none."""
+    return checker_of(prompt.task) if task_path(prompt.task).is_file() else None
+
+
+def too_long(most: int) -> Filter:
+    """Return the filter that drops answers of more than `most` tokens, as counted by the teacher."""
+
+    def filter_(prompt: Prompt, response: Response) -> str | None:
+        return "too long" if response.usage.output_tokens > most else None
+
+    return filter_
+
+
+def funnel(
+    pairs: Sequence[Pair], kept: dict[Split, list[Pair]], dropped: Sequence[Dropped]
+) -> dict[str, Any]:
+    """Count what came in, what was kept by split, and what was dropped, for all and by task."""
+
+    def counts(task: str | None) -> dict[str, Any]:
+        mine = [pair.prompt for pair in pairs if task in (None, pair.prompt.task)]
+        reasons = Counter(row.reason for row in dropped if task in (None, row.task))
+        left = {
+            f"kept_{split}": sum(task in (None, pair.prompt.task) for pair in rows)
+            for split, rows in kept.items()
+        }
+        prompts = len({prompt.id for prompt in mine})
+        return {
+            "prompts": prompts,
+            "answers": len(mine),
+            **left,
+            "dropped": dict(reasons.most_common()),
+        }
+
+    tasks = sorted({pair.prompt.task for pair in pairs})
+    return {**counts(None), "tasks": {task: counts(task) for task in tasks}}
+
+
+def shown(result: dict[str, Any]) -> Table:
+    """Lay the funnel out as a table: a column a task, a row a reason."""
+    names = list(result["tasks"])
+    columns = [result, *(result["tasks"][name] for name in names)]
+    table = Table("", "all", *names, title="funnel")
+    for name in ("prompts", "answers"):
+        table.add_row(name, *(str(column[name]) for column in columns))
+    for reason in result["dropped"]:
+        table.add_row(f"- {reason}", *(str(c["dropped"].get(reason, 0)) for c in columns))
+    for split in SPLITS:
+        table.add_row(f"kept, {split}", *(str(column[f"kept_{split}"]) for column in columns))
+    return table
