@@ -214,6 +214,8 @@ def facts_of(config: Config, run: Run, repository: str | None, licence: str, sta
 
 def put_in_place(work: Path, release: Path) -> Path:
     """Replace the last release by the new one."""
+    if release.is_symlink():
+        raise DistillError(Exit.PUBLISH, release, "is a link", "remove it")
     if release.exists():
         shutil.rmtree(release)
     work.rename(release)

@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from distill.config import SECRET
 from distill.errors import DistillError, Exit
+from distill.yaml_reader import SECRET
 
 CREDENTIALS = re.compile(
     r"[a-z][a-z0-9+.-]*://[^\s/:@\"'<>]+:(?!(?:pass(?:word)?|pwd|secret|token)@)[^\s/@\"'<>]+@",
@@ -26,10 +26,9 @@ def scan(folder: Path, private: tuple[str, ...] = ()) -> None:
     known = _known(private)
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         text = _text_of(path)
-        for kind in _faults(text, known, generic=path.name not in SAMPLES):
-            line = 1 + text[: kind[1]].count("\n")
-            where = f"{path.relative_to(folder)}:{line}"
-            raise DistillError(Exit.PUBLISH, where, f"holds {kind[0]}", "remove it at its source")
+        for what, place in _faults(text, known, generic=path.name not in SAMPLES):
+            where = f"{path.relative_to(folder)}:{1 + text[:place].count(chr(10))}"
+            raise DistillError(Exit.PUBLISH, where, f"holds {what}", "remove it at its source")
 
 
 def _text_of(path: Path) -> str:
@@ -44,7 +43,7 @@ def _text_of(path: Path) -> str:
 def _known(private: tuple[str, ...]) -> dict[str, str]:
     """Return the exact texts to look for, each with what it is."""
     found = {
-        text: "a path of this machine" for text in (str(Path.home()), *private) if len(text) > 4
+        text: "a path of this machine" for text in (f"{Path.home()}/", *private) if len(text) > 4
     }
     for name, value in os.environ.items():
         if SECRET_NAMES.search(name) and len(value) >= 8:
@@ -57,9 +56,12 @@ def _faults(text: str, known: dict[str, str], generic: bool) -> Iterator[tuple[s
     for value, what in known.items():
         if (place := text.find(value)) >= 0:
             yield what, place
-    patterns = [(SECRET, "a secret"), (CREDENTIALS, "an address with credentials")]
-    if generic:
-        patterns.append((HOMES, "somebody's home folder"))
-    for pattern, what in patterns:
-        if found := pattern.search(text):
-            yield what, found.start()
+    for found in SECRET.finditer(text):
+        if not found[0].startswith(
+            "://"
+        ):  # an address: CREDENTIALS tells those of the documentation apart
+            yield "a secret", found.start()
+    if found := CREDENTIALS.search(text):
+        yield "an address with credentials", found.start()
+    if generic and (found := HOMES.search(text)):
+        yield "somebody's home folder", found.start()
