@@ -9,7 +9,7 @@ import re
 from distill.template import SEPARATOR
 
 CONTROL_TOKENS = re.compile(
-    r"<\|[\w .:/-]{1,60}\|?>|<[\w .:/-]{1,60}\|>"  # ChatML, Llama 3, Phi, Command, GPT-OSS, Gemma 4
+    r"<\|[\w.:/-][\w .:/-]{0,59}\|?>|<[\w.:/-]{1,60}\|>"  # ChatML, Llama 3, Phi, Command, GPT-OSS, Gemma 4
     r"|<\uff5c[^\uff5c<>]{1,60}\uff5c>"  # DeepSeek, with full-width bars
     r"|\[/?(?:INST|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|SYSTEM_PROMPT|gMASK)\]|<</?SYS>>"  # Llama 2, Mistral, GLM
     r"|</?(?:s|bos|eos|pad|unk|sop|mask|start_of_turn|end_of_turn|start_of_image|document)>",  # Gemma; our own fence

@@ -42,33 +42,27 @@ def read_python_docs() -> list[dict[str, Any]]:
 
 
 def collect() -> list[dict[str, Any]]:
-    """Read every public function, class and method of the standard library in this interpreter."""
+    """Read every public function and class of the standard library in this interpreter."""
     names = sorted(
         n for n in sys.stdlib_module_names if not n.startswith("_") and n not in EXCLUDED
     )
     found: dict[int, dict[str, Any]] = {}
     for name in [*names, *SUBMODULES]:
         with contextlib.suppress(ImportError):  # modules of other systems
-            for qualified, value in _members(importlib.import_module(name)):
+            for qualified, value in _members(name, importlib.import_module(name)):
                 row = _row(qualified, value)
                 if row:
                     found.setdefault(id(value), row)
     return sorted(found.values(), key=lambda row: row["name"])
 
 
-def _members(module: ModuleType) -> Iterator[tuple[str, Any]]:
-    """Yield qualified names and objects: what the module exports itself, and the methods of its classes."""
-    prefix = "" if module.__name__ == "builtins" else f"{module.__name__}."
+def _members(path: str, module: ModuleType) -> Iterator[tuple[str, Any]]:
+    """Yield qualified names and objects: the functions and classes that the module itself exports."""
+    prefix = "" if path == "builtins" else f"{path}."
     for name in sorted(getattr(module, "__all__", None) or dir(module)):
         value = getattr(module, name, None)
-        if name.startswith("_") or not _is_of(value, module):
-            continue
-        yield prefix + name, value
-        if inspect.isclass(value) and not issubclass(value, BaseException):
-            for attribute, method in sorted(vars(value).items()):
-                method = getattr(method, "__func__", method)
-                if not attribute.startswith("_") and inspect.isroutine(method):
-                    yield f"{prefix}{name}.{attribute}", method
+        if not name.startswith("_") and _is_of(value, module):
+            yield prefix + name, value
 
 
 def _is_of(value: Any, module: ModuleType) -> bool:

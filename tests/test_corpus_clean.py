@@ -1,0 +1,87 @@
+"""Cleaning and cutting: what changes, what is refused, and that cutting loses nothing."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distill.corpus.clean import chunk, normalise
+
+
+@pytest.mark.parametrize(
+    ("raw", "clean"),
+    [
+        ("\ufeff a\r\nb\rc ", "a\nb\nc"),
+        ("a  \n\n\n\n b", "a\n\n b"),
+        ("cafe\u0301", "caf\u00e9"),
+        ("a\x1b[0mb\x07", "a[0mb"),
+        ("page\fpage", "page\npage"),
+        ("a\u2028b", "a\u2028b"),
+        ("    indented\n\tcode", "indented\n\tcode"),
+    ],
+)
+def test_what_normalising_changes(raw: str, clean: str) -> None:
+    assert normalise(raw) == clean
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (None, "NoneType"),
+        (3, "int"),
+        ("", "empty"),
+        (" \n\t", "empty"),
+        ("a\0b", "NUL"),
+        ("a\ud800", "surrogate"),
+    ],
+)
+def test_what_is_no_text_is_refused_with_a_reason(raw: object, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        normalise(raw)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_normalising_twice_changes_nothing(text: str) -> None:
+    try:
+        once = normalise(text)
+    except ValueError:
+        return
+    assert normalise(once) == once and once.encode("utf-8")
+
+
+def test_a_text_is_cut_at_paragraphs_then_sentences_then_words() -> None:
+    paragraphs = "First one is here.\n\nSecond one. Is here."
+    assert chunk(paragraphs, 30, 0) == ["First one is here.", "Second one. Is here."]
+    assert chunk("One sentence here. Another sentence.", 25, 0) == [
+        "One sentence here.",
+        "Another sentence.",
+    ]
+    assert chunk("several plain words", 10, 0) == ["several", "plain", "words"]
+    assert chunk("x" * 25, 10, 0) == ["x" * 10, "x" * 10, "x" * 5]
+
+
+def test_chunks_overlap_by_whole_words() -> None:
+    words = [f"word{n}" for n in range(40)]
+    pieces = [piece.split() for piece in chunk(" ".join(words), 100, 20)]
+    assert all(set(piece) <= set(words) for piece in pieces)
+    for left, right in zip(pieces, pieces[1:], strict=False):
+        shared = [word for word in right if word in left]
+        assert 1 <= len(shared) <= 3 and right[: len(shared)] == left[-len(shared) :]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=30),
+    gaps=st.lists(st.sampled_from([" ", "\n", "\n\n", " . "]), min_size=30, max_size=30),
+    size=st.integers(2, 60),
+    share=st.floats(0, 0.5),
+)
+def test_cutting_loses_no_letter_and_keeps_the_size(
+    lengths: list[int], gaps: list[str], size: int, share: float
+) -> None:
+    letters = iter(map(chr, range(0x4E00, 0x9000)))  # each stands once, so its place is known
+    words = ["".join(next(letters) for _ in range(length)) for length in lengths]
+    text = "".join(word + gap for word, gap in zip(words, gaps, strict=False)).strip()
+    pieces = chunk(text, size, int(size * share))
+    assert all(0 < len(piece) <= size and piece in text for piece in pieces)
+    assert set("".join(pieces)) >= set("".join(words))
+    starts = [text.index(piece) for piece in pieces if piece != "."]
+    assert starts == sorted(starts)

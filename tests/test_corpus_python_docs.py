@@ -1,0 +1,34 @@
+"""The documentation of the running interpreter: what it holds, that it repeats, and that nothing odd is imported."""
+
+import subprocess
+import sys
+
+from distill.corpus import python_docs
+from distill.corpus.python_docs import EXCLUDED, MAX_TEXT, MIN_DOC, read_python_docs
+
+
+def test_the_rows_are_apis_of_a_readable_length() -> None:
+    rows = read_python_docs()
+    names = [row["name"] for row in rows]
+    assert len(rows) > 500 and names == sorted(names) and len(set(names)) == len(names)
+    assert {"os.makedirs", "sorted", "os.path.join", "bisect.insort"} <= set(names)
+    for row in rows:
+        assert row["text"].startswith(row["name"]) and MIN_DOC <= len(row["text"]) <= MAX_TEXT
+        assert " at 0x" not in row["text"]
+        assert row["name"].split(".")[0] not in EXCLUDED
+        assert not any(part.startswith("_") for part in row["name"].split("."))
+
+
+def test_reading_again_gives_the_same() -> None:
+    assert read_python_docs() == read_python_docs()
+
+
+def test_modules_with_side_effects_are_not_imported() -> None:
+    code = (
+        f"import runpy, sys; runpy.run_path({python_docs.__file__!r}, run_name='__main__'); "
+        "print([m for m in ('antigravity', 'this', 'turtle', 'idlelib', 'test') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-W", "ignore", "-c", code], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]" and not done.stderr
