@@ -151,6 +151,14 @@ def fetch(config: ConfigArgument, overrides: Overrides = None) -> None:
     fetch_model(student.model, student.revision, student.allow_pickle)
 
 
+@app.command(name="plan")
+def show_plan(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Say what a run would take: prompts, tokens, seconds, bytes. Runs nothing, loads no model."""
+    from distill.plan import plan
+
+    Console(soft_wrap=True).print(plan(open_run(config, overrides or ()).config))
+
+
 @app.command()
 def status(run: RunArgument, overrides: Overrides = None) -> None:
     """Say what is done, what is left, and what it cost so far."""

@@ -1,0 +1,402 @@
+"""`distill plan`: what a run will take, as ranges, before anything runs. Loads no model and imports no torch.
+
+Documents and prompts are really made, in a folder that is thrown away, unless the corpus is on the Hub or large; then
+the caps of the config stand in. Tokens follow from characters, operations and bytes from the models' shapes, seconds
+from the device's rate. Each range states what it assumes.
+"""
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Group
+from rich.table import Table
+
+from distill import download, models
+from distill.config import Config
+from distill.corpus import corpus as corpus_stage
+from distill.corpus import prompts as prompts_stage
+from distill.devices import Device, find_device
+from distill.errors import DistillError, Exit
+from distill.estimates import (
+    NOTHING,
+    Span,
+    adapter_parameters,
+    answer_flops,
+    body_parameters,
+    cache_bytes,
+    forward_flops,
+    head_parameters,
+    total,
+    training_bytes,
+    training_flops,
+)
+from distill.generation.prices import load_prices
+from distill.models import Shape
+from distill.progress import console
+from distill.records import SPLITS, Document, Prompt
+from distill.run import Run
+from distill.store import read_records
+from distill.tables import bytes_of, count, duration, size_of, table
+
+LARGE = 50_000_000  # bytes of corpus above which it is not read for a plan
+ANSWER = Span(0.2, 1.0)  # of max_new_tokens
+KEPT = Span(0.5, 1.0)  # of the answers, by the filters
+START = Span(2, 30)  # seconds to import the libraries and load a model
+RECORD = Span(3, 12)  # bytes in files for each byte of text: ids, JSON, responses twice
+CACHE_SHARE = 0.4  # of the free memory, which the local responder takes for keys and values
+MICRO_BATCH = 1024  # tokens, where the config names none
+
+
+@dataclass(frozen=True)
+class Side:
+    """Tokens of a prompt as one model sees it, and of an answer."""
+
+    prompt: Span
+    answer: Span
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The amount of work: documents, prompts by split, characters of a prompt on each side, seconds to make them."""
+
+    documents: Span
+    prompts: dict[str, Span]
+    teacher: Span
+    student: Span
+    text: Span
+    seconds: Span
+
+    @property
+    def asked(self) -> Span:
+        """Return the prompts of all splits."""
+        return total(self.prompts.values())
+
+
+@dataclass(frozen=True)
+class Row:
+    """A stage's line of the plan; seconds are None where the device is not known."""
+
+    stage: str
+    work: str
+    tokens: Span | None
+    seconds: Span | None
+
+
+def scope(config: Config) -> Scope:
+    """Return the amount of work, by making the prompts in a scratch folder or from the config's caps."""
+    if _is_large(config):
+        return _capped(config)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(config.model_copy(update={"runs": Path(folder)}))
+        run.folder.mkdir(parents=True)
+        console.quiet, before = True, console.quiet
+        try:
+            corpus_stage.main(config, run)
+            prompts_stage.main(config, run)
+        finally:
+            console.quiet = before
+        documents = read_records(run.path("documents.jsonl"), Document)
+        prompts = read_records(run.path("prompts.jsonl"), Prompt)
+    return _counted(config, documents, prompts, time.monotonic() - started)
+
+
+def _is_large(config: Config) -> bool:
+    """Tell whether the corpus is on the Hub, or of many bytes."""
+    corpus = config.corpus
+    on_hub = corpus.path is None and not str(corpus.dataset).startswith(("./", "/"))
+    return corpus.source != "python-docs" and (on_hub or _bytes(corpus.path) > LARGE)
+
+
+def _bytes(path: Path | None) -> int:
+    """Return the bytes of a file or of a folder's files; 0 for none."""
+    files = [path, *path.rglob("*")] if path else []
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _counted(
+    config: Config, documents: Sequence[Document], prompts: Sequence[Prompt], seconds: float
+) -> Scope:
+    splits = {d.id: d.meta["split"] for d in documents}
+    counts: dict[str, Span] = dict.fromkeys(SPLITS, NOTHING)
+    for prompt in prompts:
+        counts[splits[prompt.document_id]] += Span(1, 1)
+    for document in documents if config.prompts.questions else ():
+        counts[document.meta["split"]] += _written(config, 1)
+    caps = {split: getattr(config.prompts, split) for split in SPLITS}
+    for split, cap in caps.items():
+        if cap is not None:
+            counts[split] = Span(min(counts[split].low, cap), min(counts[split].high, cap))
+    texts = [sum(len(m.content.encode()) for m in p.asked_of_teacher()) for p in prompts]
+    shown = [sum(len(m.content.encode()) for m in p.messages) for p in prompts]
+    size = sum(len(d.text.encode()) for d in documents)
+    return Scope(
+        documents=Span(len(documents), len(documents)),
+        prompts=counts,
+        teacher=_mean(texts or [size / max(1, len(documents))]),
+        student=_mean(shown or [size / max(1, len(documents))]),
+        text=Span(size, size),
+        seconds=Span(seconds, 3 * seconds + 5),
+    )
+
+
+def _written(config: Config, documents: float) -> Span:
+    """Return how many questions the teacher may write about documents."""
+    questions = config.prompts.questions
+    return Span(0, documents * questions.per_document) if questions else NOTHING
+
+
+def _mean(values: Sequence[float]) -> Span:
+    mean = sum(values) / max(1, len(values))
+    return Span(mean, mean)
+
+
+def _capped(config: Config) -> Scope:
+    """Return what bytes and caps allow, unread; raises DistillError (exit 3) where nothing limits it."""
+    corpus, asked = config.corpus, config.prompts
+    found = _bytes(corpus.path) / corpus.chunk.max_chars
+    documents = Span(found / 3, 3 * found) if found else Span(0, corpus.limit or float("inf"))
+    tasks = max(1, len(asked.tasks)) if asked.per_document == "each" else 1
+    held = {split: getattr(corpus.split, split) for split in ("validation", "heldout")}
+    shares = {"train": max(0.1, 1 - sum(s for s in held.values() if s < 1)), **held}
+    counts = {}
+    for split, share in shares.items():
+        many = documents * (tasks * share) if share < 1 else Span(share * tasks, share * tasks)
+        cap = getattr(asked, split) or float("inf")
+        counts[split] = Span(min(many.low or cap / 2, cap), min(many.high, cap))
+    if counts["train"].high == float("inf"):
+        what = "is not read for a plan: it is on the Hub, and nothing caps it"
+        raise DistillError(Exit.INPUT, "corpus", what, "set prompts.train or corpus.limit")
+    most = total(counts.values()) * (1 / tasks)
+    documents = Span(min(documents.low or most.low, most.low), min(documents.high, most.high))
+    chars = corpus.chunk.max_chars
+    view = Span(chars / 3, 1.2 * chars) if found else Span(100, min(1500, chars))
+    return Scope(documents, counts, view, view, documents * view, Span(5, 600))
+
+
+def tokens_of(size: Span) -> Span:
+    """Return the tokens of a prompt from its UTF-8 bytes: 2.8 to 4.4 bytes a token, and the template's own."""
+    return Span(size.low / 4.4 + 10, size.high / 2.8 + 50)
+
+
+def shape(reference: str) -> Shape:
+    """Return a model's shape; raises DistillError (exit 2) where nothing says it."""
+    found = models.shape_of(reference)
+    if found is None:
+        raise DistillError(
+            Exit.CONFIG,
+            f"model {reference}",
+            "its shape is not known",
+            "add it to configs/models.yaml",
+        )
+    return found
+
+
+def answering(model: Shape, side: Side, count: Span, device: Device | None) -> Span | None:
+    """Return the seconds of `count` answers: operations, and reading the weights once a step of the batch."""
+    if device is None:
+        return None
+    low = answer_flops(model, side.prompt.low, side.answer.low)
+    high = answer_flops(model, side.prompt.high, side.answer.high)
+    weights = 2 * (body_parameters(model) + head_parameters(model))
+    steps = count * side.answer / device.slots
+    return Span(low, high) * count / device.rate + steps * weights / device.bandwidth
+
+
+def rows(config: Config, work: Scope, device: Device | None) -> list[Row]:
+    """Return the plan's lines."""
+    student = Side(tokens_of(work.student), ANSWER * config.teacher.max_new_tokens)
+    dataset = Row("filter", f"keeps {KEPT.low:.0%} to {KEPT.high:.0%}", None, Span(0, 10))
+    return [
+        Row("corpus", f"{count(work.documents)} documents", None, work.seconds),
+        Row("prompts", f"{count(work.asked)} prompts", None, work.seconds),
+        _teacher_row(config, work, device),
+        dataset,
+        _training_row(config, work, student, device),
+        _evaluation_row(config, work, student, device),
+        Row("report", "scorecard and report", None, Span(0, 20)),
+    ]
+
+
+def _teacher_row(config: Config, work: Scope, device: Device | None) -> Row:
+    teacher = config.teacher
+    if teacher.kind != "local":
+        return Row("generate", f"answers of kind {teacher.kind}, none made", None, Span(0, 30))
+    side = Side(tokens_of(work.teacher), ANSWER * teacher.max_new_tokens)
+    answers = work.asked * teacher.n
+    questions = _written(config, work.documents.high)
+    most = Span(answers.low, answers.high + questions.high)  # the questions are written too
+    seconds = answering(shape(teacher.model), side, most, device)
+    tokens = most * (side.prompt + side.answer)
+    return Row("generate", f"{count(answers)} answers", tokens, seconds and seconds + START)
+
+
+def _training_row(config: Config, work: Scope, side: Side, device: Device | None) -> Row:
+    settings = config.train
+    model, samples = shape(config.student.model), work.prompts["train"] * KEPT * config.teacher.n
+    adapter = adapter_parameters(model, settings.lora.r, settings.lora.target_modules)
+    one = [
+        training_flops(model, adapter, prompt, answer, settings.gradient_checkpointing)
+        for prompt, answer in (
+            (side.prompt.low, side.answer.low),
+            (side.prompt.high, side.answer.high),
+        )
+    ]
+    epoch = samples * (side.prompt + side.answer)
+    tokens = epoch * settings.num_train_epochs
+    if settings.max_steps:
+        most = settings.max_steps * settings.tokens_per_step
+        tokens = Span(min(tokens.low, most / 2), most * 1.5)
+    steps = tokens * (1 / settings.tokens_per_step)
+    seconds = None
+    if device:
+        share = tokens / epoch if epoch.low else NOTHING
+        passes = Span(min(share.low, share.high), settings.num_train_epochs)
+        checks = work.prompts["validation"] * (steps.high / (settings.eval_steps or steps.high) + 1)
+        measured = checks * Span(0.3, 0.5)  # of the operations of a training sample
+        seconds = (samples * passes + measured) * Span(*one) / device.rate + START
+    what = f"{count(Span(max(1, steps.low), max(1, steps.high)))} steps"
+    return Row("train", what, tokens, seconds)
+
+
+def _evaluation_row(config: Config, work: Scope, side: Side, device: Device | None) -> Row:
+    """Return the line of the evaluation: base and student answer, and both read the teacher's answers."""
+    model, items = shape(config.student.model), work.prompts["heldout"]
+    limit = config.evaluation.max_new_tokens or config.teacher.max_new_tokens
+    asked = Side(side.prompt, ANSWER * limit)
+    seconds = answering(model, asked, items * 2, device)
+    if seconds and device:
+        reading = Span(
+            forward_flops(model, side.prompt.low, side.answer.low),
+            forward_flops(model, side.prompt.high, side.answer.high),
+        )
+        seconds = seconds + items * 2 * reading / device.rate + START
+    tokens = items * 4 * (side.prompt + side.answer)
+    return Row("evaluate", f"{count(items)} items, two models", tokens, seconds)
+
+
+def disk(config: Config, work: Scope) -> list[tuple[str, Span, str]]:
+    """Return what will be written: what, bytes, remark."""
+    found = [_model_bytes(ref) for ref in dict.fromkeys(references(config))]
+    model = shape(config.student.model)
+    lora = config.train.lora
+    adapter = adapter_parameters(model, lora.r, lora.target_modules)
+    checkpoint = adapter * 4 * Span(3, 4)  # adapter and Adam's moments; and the best adapter
+    kept = checkpoint * Span(1, config.train.save_total_limit)
+    answers = work.asked * config.teacher.n + work.prompts["heldout"] * 2
+    text = work.asked * work.teacher + answers * ANSWER * (4 * config.teacher.max_new_tokens)
+    run = (work.text + text) * RECORD + Span(5e5, 5e6)
+    return [
+        *found,
+        ("run: documents, answers, report", run, ""),
+        ("run: checkpoints and adapter", kept + Span(4, 4) * adapter, ""),
+        ("release, if published", Span(2, 2) * model.parameters + Span(4, 4) * adapter, ""),
+    ]
+
+
+def references(config: Config) -> list[str]:
+    """Return the models that the run loads."""
+    teacher = [config.teacher.model] if config.teacher.kind == "local" else []
+    return [*teacher, config.student.model]
+
+
+def _model_bytes(reference: str) -> tuple[str, Span, str]:
+    """Return what fetching a model downloads and keeps."""
+    info, size = models.lookup(reference), 2.0 * shape(reference).parameters
+    if models.is_folder(reference):
+        return f"model {reference}", NOTHING, "a folder"
+    if info and info.gguf:
+        name = f"{info.name}-{info.gguf.sha256[:12]}"
+        there = (download.cache_folder() / "models" / name).is_dir()
+        most = Span(size, size + 2 * info.bytes)  # the download goes when it is converted
+        remark = "in the cache" if there else f"download {size_of(info.bytes)}, then converted"
+        return f"model {reference}", NOTHING if there else most, remark
+    from huggingface_hub import try_to_load_from_cache
+
+    revision = info.revision if info else None
+    there = isinstance(try_to_load_from_cache(reference, "config.json", revision=revision), str)
+    remark = "in the Hub's cache" if there else f"download {size_of(size)}"
+    return f"model {reference}", NOTHING if there else Span(size, size), remark
+
+
+def memory(config: Config, work: Scope, device: Device, room: float) -> list[tuple[str, float]]:
+    """Return the peaks that a GPU must hold, in bytes: the teacher's generation and the student's training."""
+    found, settings = [], config.train
+    if config.teacher.kind == "local":
+        teacher = shape(config.teacher.model)
+        row = (tokens_of(work.teacher).high + config.teacher.max_new_tokens) * cache_bytes(teacher)
+        free = CACHE_SHARE * (room - 2 * teacher.parameters)
+        slots = config.teacher.slots or max(1, min(device.slots.high, work.asked.high, free // row))
+        peak = 2 * teacher.parameters + slots * row
+        found.append((f"generate, {slots:.0f} answers at a time", peak))
+    student = shape(config.student.model)
+    adapter = adapter_parameters(student, settings.lora.r, settings.lora.target_modules)
+    tokens = settings.micro_batch_tokens or MICRO_BATCH
+    peak = training_bytes(
+        student,
+        adapter,
+        settings.lora.r,
+        tokens,
+        settings.gradient_checkpointing,
+        config.student.load_in_4bit,
+    )
+    return [*found, (f"train, micro-batches of {tokens:,} tokens", peak)]
+
+
+def plan(config: Config) -> Group:
+    """Return the plan of a run for the terminal."""
+    work = scope(config)
+    device, why = find_device(config.evaluation.machine)
+    lines = rows(config, work, device)
+    parts: list[Table | str] = [_work_table(config, lines), _disk_table(disk(config, work))]
+    if device and device.memory:
+        parts.append(_memory_table(memory(config, work, device, device.memory), device.memory))
+    notes = [
+        f"device: {device.name} ({why}): {device.source}"
+        if device
+        else f"device: {why}: no seconds without its rate",
+        "tokens: 2.8 to 4.4 bytes each; answers of 20 to 100 % of max_new_tokens",
+    ]
+    return Group(*parts, *notes, *_price(config, lines))
+
+
+def _price(config: Config, lines: Sequence[Row]) -> list[str]:
+    """Say what the seconds cost, where the machine has a price."""
+    machine = config.evaluation.machine
+    price = load_prices(config.evaluation.prices).machine(machine) if machine else None
+    seconds = [line.seconds for line in lines]
+    if price is None or None in seconds:
+        return []
+    hours = total(seconds) * (1 / 3600)
+    cost = hours * float(price.dollars_per_hour)
+    return [f"cost: ${cost.low:.2f} to ${cost.high:.2f} on {machine} ({price.date})"]
+
+
+def _work_table(config: Config, lines: Sequence[Row]) -> Table:
+    shown = table(f"plan of {config.name}", "stage", "work", ">tokens", ">time")
+    for line in lines:
+        tokens = count(line.tokens) if line.tokens else ""
+        shown.add_row(line.stage, line.work, tokens, duration(line.seconds))
+    shown.add_section()
+    known = [line.seconds for line in lines if line.seconds]
+    whole = total(known) if len(known) == len(lines) else None
+    shown.add_row("all", "", count(total(r.tokens for r in lines if r.tokens)), duration(whole))
+    return shown
+
+
+def _disk_table(files: Sequence[tuple[str, Span, str]]) -> Table:
+    shown = table("on disk", "what", ">bytes", "")
+    for what, size, remark in files:
+        shown.add_row(what, bytes_of(size), remark)
+    return shown
+
+
+def _memory_table(peaks: Sequence[tuple[str, float]], room: float) -> Table:
+    shown = table(f"GPU memory, of {size_of(room)}", "stage", ">peak", "")
+    for what, peak in peaks:
+        remark = "fits" if peak < 0.9 * room else "tight" if peak < room else "does not fit"
+        shown.add_row(what, size_of(peak), remark)
+    return shown
