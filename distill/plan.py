@@ -161,7 +161,8 @@ def _capped(config: Config) -> Scope:
     documents = Span(found / 3, 3 * found) if found else Span(0, corpus.limit or float("inf"))
     tasks = max(1, len(asked.tasks)) if asked.per_document == "each" else 1
     held = {split: getattr(corpus.split, split) for split in ("validation", "heldout")}
-    shares = {"train": max(0.1, 1 - sum(s for s in held.values() if s < 1)), **held}
+    left = max(0.1, 0.999 - sum(size for size in held.values() if size < 1))
+    shares = {"train": left, **held}
     counts = {}
     for split, share in shares.items():
         many = documents * (tasks * share) if share < 1 else Span(share * tasks, share * tasks)
