@@ -3,12 +3,16 @@
 Answers go through the shared store, so a killed evaluation goes on where it was. Writes `scores/<model>.jsonl` and `evaluation.json`, from which the report is made.
 """
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from peft import PeftModel
+
 from distill import models
-from distill.config import Config
+from distill.checkers import NEEDS_REFERENCE
+from distill.config import Config, Student
 from distill.evaluation import results
 from distill.evaluation.economics import request_cost
 from distill.evaluation.items import by_item, held_out, items_of
@@ -24,7 +28,7 @@ from distill.run import Run
 from distill.store import sha256_file, write_json, write_records
 from distill.tasks import load_task, task_path
 from distill.template import template_hash
-from distill.training.train import answer_loss
+from distill.training.student import answer_loss
 
 ADAPTER = "adapter/adapter_model.safetensors"
 
@@ -64,18 +68,16 @@ def main(config: Config, run: Run) -> None:
             }
         ),
     )
-    for found in answered.values():
-        run.spend(
-            input_tokens=sum(r.usage.input_tokens for r in found.responses),
-            output_tokens=sum(r.usage.output_tokens for r in found.responses),
-        )
 
 
 def measure(task: str, items: Sequence[Item], answers: results.Models) -> Measured:
-    """Score all models on a task, by the checker of its file where it has one."""
+    """Score all models on a task: by its checker where it has one and what that needs, else by agreement."""
     known = load_task(task) if task_path(task).is_file() else None
-    metric = (known.metric if known else None) or "checks passed"
-    return results.measure_task(task, items, answers, metric, known.checker if known else None)
+    checker = known.checker if known else None
+    if checker and checker["kind"] in NEEDS_REFERENCE:
+        there = any(item.reference for item in items if item.task == task)
+        checker = checker if there else None
+    return results.measure_task(task, items, answers, (known and known.metric) or "", checker)
 
 
 def limit(config: Config) -> int:
@@ -86,50 +88,56 @@ def limit(config: Config) -> int:
 def answer_with_student(
     config: Config, run: Run, pairs: Sequence[Pair]
 ) -> tuple[dict[str, Any], dict[str, Answered]]:
-    """Answer with the student's weights, without and then with the adapter; return both models' descriptions too."""
-    from peft import PeftModel
-
-    student, date, adapter = config.student, config.template_date, run.path("adapter")
+    """Answer with the student's weights without and with the adapter; return both models' descriptions too."""
+    student, adapter = config.student, run.path("adapter")
     models.check_base(adapter, student.model, student.revision)
     tokenizer = models.load_tokenizer(student.model, student.revision, student.trust_remote_code)
-    model: Any = models.load_model(
-        student.model,
-        student.dtype,
-        student.revision,
-        student.allow_pickle,
-        student.trust_remote_code,
-        student.load_in_4bit,
-    )
-    weights = models.identity(student.model, student.revision)
-    template = template_hash(tokenizer, date)
     described, answered = {}, {}
-    for name in ("base", "student"):
-        trained = sha256_file(run.path(ADAPTER)) if name == "student" else None
-        if trained:
-            model = PeftModel.from_pretrained(model, str(adapter)).eval()
-        described[name] = describe(student.model, student.revision, weights, template)
-        described[name]["adapter_sha256"] = trained
-        origin = digest({**described[name], "dtype": str(model.dtype)})
-        responder = LocalResponder(
-            model, tokenizer, name, origin, date, slots=config.evaluation.slots
+    for name, folder in (("base", None), ("student", adapter)):
+        told = describe(
+            student.model,
+            student.revision,
+            models.identity(student.model, student.revision),
+            template_hash(tokenizer, config.template_date),
         )
-        responses = ask(config, responder, pairs, name)
+        told["adapter_sha256"] = sha256_file(run.path(ADAPTER)) if folder else None
+        model = load_student(student, folder)
+        origin = digest({**told, "dtype": str(model.dtype)})
+        slots, date = config.evaluation.slots, config.template_date
+        responder = LocalResponder(model, tokenizer, name, origin, date, slots)
+        responses = ask(config, run, responder, pairs)
         say(f"{name}: loss on the teacher's answers")
         losses = answer_loss(model, tokenizer, pairs, date, config.train.max_length)
-        answered[name] = Answered(responses, list(losses))
+        described[name], answered[name] = told, Answered(responses, losses)
+        del model, responder
+        gc.collect()
     return described, answered
 
 
+def load_student(student: Student, adapter: Path | None) -> Any:
+    """Load the student's base, or with `adapter` the student as it is released: added in float32, cast once."""
+    flags = (student.revision, student.allow_pickle, student.trust_remote_code)
+    if adapter is None:
+        return models.load_model(student.model, student.dtype, *flags)
+    base = models.load_model(student.model, "float32", *flags)
+    merged: Any = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True)
+    return merged.to(models.pick_dtype(student.dtype)).eval()
+
+
 def ask(
-    config: Config, responder: LocalResponder, pairs: Sequence[Pair], name: str
+    config: Config, run: Run, responder: LocalResponder, pairs: Sequence[Pair]
 ) -> list[Response]:
     """Ask the student's view of every prompt, greedily; what the store has is not asked again."""
     sampling = Sampling(max_new_tokens=limit(config))
     requests = [
         Request.make(responder.origin, p.prompt.id, p.prompt.messages, sampling) for p in pairs
     ]
+
+    def spend(input_tokens: int, output_tokens: int) -> None:
+        run.spend(input_tokens=input_tokens, output_tokens=output_tokens)
+
     folder = config.store_folder() / "responses"
-    return answer_all(responder, requests, folder, f"{name} answers")
+    return answer_all(responder, requests, folder, f"{responder.model} answers", spend)
 
 
 def describe(

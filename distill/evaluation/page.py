@@ -112,14 +112,12 @@ def task_bars(card: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def funnel_bars(funnel: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the funnel's counts with their share of the largest."""
-    counts = [
-        (name, n) for name, n in funnel.items() if isinstance(n, int) and not isinstance(n, bool)
-    ]
-    most = max((n for _, n in counts), default=0) or 1
-    return [
-        {"name": name.replace("_", " "), "count": n, "share": 100 * n / most} for name, n in counts
-    ]
+    """Return what came in, what was dropped by reason and what was kept, with their share of what came in."""
+    rows = [("answers of the teacher", funnel["answers"], "in")]
+    rows += [(f"dropped: {reason}", n, "dropped") for reason, n in funnel["dropped"].items()]
+    rows += [(f"kept: {split}", n, "kept") for split, n in funnel["kept"].items()]
+    most = max(funnel["answers"], 1)
+    return [{"name": name, "count": n, "share": 100 * n / most, "kind": k} for name, n, k in rows]
 
 
 def sample_groups(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from sacrebleu import sentence_chrf
 
-from distill.checkers import check
+from distill.checkers import NEEDS_REFERENCE, check
 from distill.records import Item, Response, Score
 
 Scorer = Callable[[Item, Response | None], Score]
@@ -28,6 +28,8 @@ def passes(checker: Mapping[str, Any], model: str) -> Scorer:
             return early
         if response.stop == "length":
             return Score(item_id=item.id, model=model, value=0.0, reason="truncated")
+        if checker["kind"] in NEEDS_REFERENCE and not (item.reference or "").strip():
+            return _failed(item, model, "there is no reference to compare with")
         try:
             verdict = check(checker, item.prompt, response.text)
         except OURS as error:

@@ -133,7 +133,8 @@ def estimate_gap_recovered(
     means_B2 = _resampled_means(*_by_cluster(parts_N2, clusters), samples, seed)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio_B = means_B2[:, 0] / means_B2[:, 1]
-    ratio_B = np.where(means_B2[:, 1] > 0, ratio_B, np.sign(means_B2[:, 0]) * np.inf)
+    limit_B = np.where(means_B2[:, 0] < 0, -np.inf, np.inf)  # where a sample has no gap
+    ratio_B = np.where(means_B2[:, 1] > 0, ratio_B, limit_B)
     low, high = np.sort(ratio_B)[_ranks(_expanded(confidence, gap.clusters), samples)]
     if not np.isfinite([low, high]).all() or high - low <= 1e-12:
         return _unknown(gap, "not enough data to bound the share of the gap")

@@ -1,0 +1,154 @@
+"""Intervals: they cover, they respect clusters, and too little data gives a reason instead of a number."""
+
+import numpy as np
+import pytest
+
+from distill.errors import DistillError, Exit
+from distill.evaluation.statistics import (
+    FEW_CLUSTERS,
+    Bounds,
+    against,
+    estimate_difference,
+    estimate_gap_recovered,
+    estimate_mean,
+    pair,
+    require_paired,
+)
+
+SHARE = Bounds(0.0, 1.0)
+
+
+def coverage(groups: int, size: int, binary: bool, runs: int = 300) -> float:
+    """Return how often the interval of a difference holds the true one, for clustered scores of equal models."""
+    draw, hits = np.random.default_rng(groups * 10 + size), 0
+    clusters = np.repeat(np.arange(groups), size)
+    for run in range(runs):
+        document = draw.normal(size=groups)[clusters]  # what items of one document share
+        a = document + draw.normal(size=len(clusters)) + draw.normal(size=groups)[clusters]
+        b = document + draw.normal(size=len(clusters)) + draw.normal(size=groups)[clusters]
+        if binary:
+            a, b = (a > 0).astype(float), (b > 0).astype(float)
+        found = estimate_difference(
+            a, b, clusters, samples=1000, seed=run, bounds=SHARE if binary else None
+        )
+        assert found.low is not None and found.high is not None and found.high > found.low
+        hits += found.low <= 0 <= found.high
+    return hits / runs
+
+
+@pytest.mark.parametrize(
+    ("groups", "size", "binary"), [(12, 3, False), (22, 1, True), (22, 3, True), (66, 1, True)]
+)
+def test_intervals_cover_as_often_as_they_say(groups: int, size: int, binary: bool) -> None:
+    assert (
+        0.92 <= coverage(groups, size, binary) <= 0.985
+    )  # 95 % +- 2.4 standard errors of 300 runs
+
+
+def test_ignoring_clusters_would_be_too_sure() -> None:
+    draw = np.random.default_rng(0)
+    clusters = np.repeat(np.arange(30), 5)
+    values = draw.normal(size=30)[clusters] + 0.1 * draw.normal(size=150)
+    clustered = estimate_mean(values, clusters)
+    alone = estimate_mean(values, range(150))
+    assert clustered.low is not None and clustered.high is not None
+    assert alone.low is not None and alone.high is not None
+    assert clustered.high - clustered.low > 1.8 * (alone.high - alone.low)
+
+
+def test_few_clusters_use_the_t_form_by_hand() -> None:
+    found = estimate_mean([1.0, 2.0, 3.0, 6.0], ["a", "b", "c", "d"])
+    error = np.std([1, 2, 3, 6], ddof=1) / 2  # one item a cluster: the ordinary standard error
+    assert found.method == "analytic" and found.value == 3.0
+    assert found.high == pytest.approx(3 + 3.182446 * error, rel=1e-6)
+
+
+def test_bootstrap_and_analytic_agree_where_both_apply() -> None:
+    draw = np.random.default_rng(3)
+    values = draw.normal(size=200)
+    found = estimate_mean(values, range(200), samples=20_000)
+    half = 1.972 * values.std(ddof=1) / np.sqrt(200)
+    assert found.method == "bootstrap" and found.low is not None and found.high is not None
+    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.04)
+
+
+def test_the_same_seed_gives_the_same_interval_and_weights_make_a_weighted_mean() -> None:
+    values, clusters = [0.0, 1.0] * 15, list(range(30))
+    assert estimate_mean(values, clusters, seed=1) == estimate_mean(values, clusters, seed=1)
+    weighted = estimate_mean([1.0, 3.0, 2.0], "abc", weights=[1.0, 3.0, 0.0])
+    assert weighted.value == pytest.approx(2.5)
+
+
+@pytest.mark.parametrize(
+    ("values", "clusters", "reason"),
+    [
+        ([], "", "0 items"),
+        ([1.0], "a", "1 items"),
+        ([1.0, 0.0, 1.0], "aaa", "one document"),
+        ([1.0, float("nan"), 0.0], "abc", "not a finite number"),
+        ([0.5, 0.5, 0.5], "abc", "all values are equal"),
+    ],
+)
+def test_too_little_data_is_a_reason(values: list[float], clusters: str, reason: str) -> None:
+    found = estimate_mean(values, clusters)
+    assert found.value is None and found.low is None and found.high is None
+    assert found.reason is not None and "not enough data" in found.reason and reason in found.reason
+
+
+@pytest.mark.parametrize("groups", [2, 10, FEW_CLUSTERS, 66])
+def test_equal_scores_never_give_an_interval_of_width_zero(groups: int) -> None:
+    same = [1.0] * groups
+    one = estimate_mean(same, range(groups), bounds=SHARE)
+    assert one.high == 1.0 and one.low == pytest.approx(0.025 ** (1 / groups))
+    both = estimate_difference(same, same, range(groups), bounds=SHARE)
+    assert both.low is not None and both.high is not None and both.low < 0 < both.high
+
+
+def test_clusters_that_agree_in_their_means_are_no_certainty() -> None:
+    found = estimate_mean([0.0, 1.0] * 25, [k // 2 for k in range(50)], bounds=SHARE)
+    assert found.value == 0.5 and found.low is not None and found.low < 0.5
+
+
+def scores(rate: float, count: int = 60) -> list[float]:
+    return [1.0] * round(rate * count) + [0.0] * (count - round(rate * count))
+
+
+def test_gap_recovered_is_the_share_with_its_interval() -> None:
+    found = estimate_gap_recovered(scores(0.7), scores(0.9), scores(0.1), range(60), bounds=SHARE)
+    assert found.value == pytest.approx(0.75)
+    assert (
+        found.low is not None and found.high is not None and 0.5 < found.low < 0.75 < found.high < 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("teacher", "base", "reason"),
+    [(0.5, 0.5, "do not differ"), (0.1, 0.9, "below base"), (0.5, 0.48, "do not differ")],
+)
+def test_no_gap_no_share_of_it(teacher: float, base: float, reason: str) -> None:
+    found = estimate_gap_recovered(
+        scores(0.5), scores(teacher), scores(base), range(60), bounds=SHARE
+    )
+    assert found.value is None and found.reason is not None and reason in found.reason
+
+
+def test_a_student_equal_to_its_teacher_everywhere_has_no_bound() -> None:
+    teacher = scores(0.9)
+    found = estimate_gap_recovered(teacher, teacher, scores(0.1), range(60), bounds=SHARE)
+    assert found.value is None and found.low is None and "not enough data" in str(found.reason)
+
+
+def test_pairing_uses_the_intersection_and_counts_the_rest() -> None:
+    items = [f"i{k}" for k in range(100)]
+    student: dict[str, float | None] = {i: 1.0 for i in items[:96]}
+    teacher: dict[str, float | None] = {i: 1.0 for i in items}
+    teacher["i0"] = float("nan")
+    paired = pair(student, teacher, items)
+    assert paired.missing == 5 and len(paired.items) == 95
+    require_paired(paired, 100, "here")
+    worst = against(student, items, 0.0)
+    assert sum(v or 0.0 for v in worst.values()) == 96
+    student["i1"] = None
+    with pytest.raises(DistillError) as caught:
+        require_paired(pair(student, teacher, items), 100, "here")
+    assert caught.value.code == Exit.EVALUATION and "94 of 100" in str(caught.value)
