@@ -13,8 +13,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import ValidationError, field_validator, model_validator
 
 from distill.checkers import validate
-from distill.config import Section, find_config, parse_yaml, read_text
+from distill.config import Section, find_config
 from distill.errors import DistillError, Exit
+from distill.yaml_reader import parse_yaml, read_text
 
 ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
 

@@ -37,6 +37,7 @@ POINTS_AT_PASSAGE = re.compile(
     r"\b(?:the|this|that)\s+(?:given\s+|above\s+)?(?:passage|text|document|article|excerpt|paragraph|author)\b",
     re.IGNORECASE,
 )
+QUOTES = ' \t\r*"\u201c\u201d'
 SHORTEST, LONGEST = 12, 400  # characters of a question
 NEARLY_SAME = 0.7  # Jaccard similarity of the words of two questions
 
@@ -67,9 +68,7 @@ def askings(document: Document, kinds: Sequence[str], per_document: int) -> list
 
 def read_questions(reply: str) -> list[str]:
     """Return the questions of a teacher's reply that stand by themselves, marks and quotes taken off."""
-    lines = [
-        MARK.sub("", line).strip().strip('*"\u201c\u201d').strip() for line in reply.split("\n")
-    ]
+    lines = [MARK.sub("", line.strip(QUOTES)).strip(QUOTES) for line in reply.split("\n")]
     return [
         line
         for line in lines

@@ -25,7 +25,7 @@ BLOCKS = frozenset(
     "address article aside blockquote br dd div dl dt figcaption footer h1 h2 h3 h4 h5 h6 header hr li main ol p pre "
     "section table td th tr ul".split()
 )
-HIDDEN = frozenset("script style template noscript head nav".split())
+HIDDEN = frozenset("script style template noscript title nav".split())
 Bytes = io.BufferedReader | gzip.GzipFile
 
 
