@@ -331,6 +331,7 @@ def load_model(
 
     Raises DistillError: as `fetch` and `check_files`; exit 7 where the files are no causal language model.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     quiet()
@@ -348,7 +349,7 @@ def load_model(
             local_files_only=True,
             **extra,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         what = f"could not be loaded: {_first_line(error)}"
         raise DistillError(Exit.TRAINING, f"model {reference}", what, "check the model") from None
     return model.eval()

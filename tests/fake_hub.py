@@ -1,6 +1,6 @@
 """A Hub on loopback for the tests: what huggingface_hub 2.4 asks of the real one when it creates, uploads and downloads.
 
-Repositories live in memory as commits of whole trees. Files from 1 KiB of safetensors up go through LFS, as on the Hub.
+Repositories live in memory as commits of whole trees. Safetensors go through LFS.
 `fail` maps the beginning of a request ("PUT /lfs") to the status that it is answered with, once per listed time.
 """
 
@@ -35,6 +35,10 @@ class Repository:
     @property
     def files(self) -> dict[str, bytes]:
         return self.commits[-1][1]
+
+    def at(self, revision: str) -> tuple[str, dict[str, bytes]]:
+        """Return commit and tree of a revision: a commit's id, else the newest."""
+        return next((c for c in self.commits if c[0] == revision), self.commits[-1])
 
     def commit(self, changes: dict[str, bytes]) -> str:
         tree = {**self.files, **changes}
@@ -173,7 +177,7 @@ class Handler(BaseHTTPRequestHandler):
         elif parts[:2] == ["api", "models"] and len(parts) >= 4:
             self.repository("/".join(parts[2:4]), parts[4:], body)
         elif len(parts) >= 5 and parts[2] == "resolve":
-            self.download("/".join(parts[:2]), "/".join(parts[4:]))
+            self.download("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
         else:
             self.reply(404, {"error": f"no route for {method} {path}"})
 
@@ -213,18 +217,14 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(200)
         elif rest[:1] == ["tree"]:
             rows = [
-                {
-                    "type": "file",
-                    "path": path,
-                    "size": len(data),
-                    "oid": hashlib.sha1(data).hexdigest(),
-                }
-                for path, data in sorted(repository.files.items())
+                {"type": "file", "path": path, "size": len(data), "oid": oid_of(data, False)}
+                for path, data in sorted(repository.at(rest[1])[1].items())
             ]
-            self.reply(200, rows)  # type: ignore[arg-type]
+            self.reply(200, rows)
         else:
-            siblings = [{"rfilename": path} for path in sorted(repository.files)]
-            described = {"id": name, "sha": repository.sha, "private": repository.private}
+            sha, files = repository.at(rest[1] if rest[:1] == ["revision"] else "main")
+            siblings = [{"rfilename": path} for path in sorted(files)]
+            described = {"id": name, "sha": sha, "private": repository.private}
             self.reply(200, {**described, "siblings": siblings})
 
     def preupload(self, repository: Repository, files: list[dict[str, Any]]) -> None:
@@ -270,15 +270,15 @@ class Handler(BaseHTTPRequestHandler):
         url = f"{self.hub.url}/{name}/commit/{sha}"
         self.reply(200, {"commitUrl": url, "commitOid": sha, "pullRequestUrl": None})
 
-    def download(self, name: str, path: str) -> None:
+    def download(self, name: str, revision: str, path: str) -> None:
         repository = self.hub.repositories.get(name)
-        if repository is None or path not in repository.files:
-            code = "RepoNotFound" if repository is None else "EntryNotFound"
+        sha, files = repository.at(revision) if repository else ("", {})
+        if path not in files:
+            code = "EntryNotFound" if repository else "RepoNotFound"
             self.reply(404, {"error": "not found"}, {"X-Error-Code": code})
             return
-        data = repository.files[path]
-        headers = {"X-Repo-Commit": repository.sha, "ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
-        self.reply(200, data, headers)
+        headers = {"X-Repo-Commit": sha, "ETag": f'"{oid_of(files[path], True)}"'}
+        self.reply(200, files[path], headers)
 
 
 def oid_of(data: bytes, large: bool) -> str:
