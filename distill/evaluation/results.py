@@ -137,6 +137,7 @@ def row_of(measured: Measured, certainty: Certainty) -> dict[str, Any]:
         "student_minus_teacher": _against_teacher(measured, certainty),
         "student_minus_base": as_interval(compare(measured, "student", "base", certainty)),
         "gap_recovered": _gap(measured, certainty),
+        "reasons": {model: mean.reason for model, mean in means.items() if mean.reason},
         **_counted_against(measured, certainty, unscored),
     }
 
