@@ -72,6 +72,7 @@ def evaluation(facts: Facts, scorecard: Mapping[str, Any]) -> list[EvalResult]:
             task_type="text-generation",
             task_name=one_line(task),
             dataset_type=one_line(facts.dataset or "custom"),
+            dataset_config=one_line(task),  # else the index joins all tasks into one
             dataset_name=one_line(f"held-out documents of {facts.corpus}"),
             metric_type=_slug(row.get("metric")),
             metric_name=one_line(f"{row.get('metric')} ({row.get('n')} items)"),
