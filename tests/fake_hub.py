@@ -215,6 +215,8 @@ class Handler(BaseHTTPRequestHandler):
         elif rest[:1] == ["settings"]:
             repository.private = json.loads(body)["visibility"] == "private"
             self.reply(200)
+        elif rest[:1] == ["tree"] and rest[2:]:
+            self.reply(404, {"error": "no such folder"}, {"X-Error-Code": "EntryNotFound"})
         elif rest[:1] == ["tree"]:
             rows = [
                 {"type": "file", "path": path, "size": len(data), "oid": oid_of(data, False)}

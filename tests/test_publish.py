@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 
 from distill import models
@@ -212,6 +215,20 @@ def test_a_release_is_pushed(run, hub):
         for path in run.path("release").rglob("*")
         if path.is_file()
     )
+
+
+def test_the_snippets_of_the_card_run(run, hub, capsys):
+    main(run.config, run, "me/student")
+    card = ModelCard.load(run.path("release/README.md")).text
+    merged, adapted = re.findall(r"```python\n(.*?)```", card, re.S)
+    state: dict[str, Any] = {}
+    exec(merged.replace("max_new_tokens=200", "max_new_tokens=3"), state)  # noqa: S102
+    exec(adapted, found := {})  # noqa: S102
+    ids = state["inputs"]["input_ids"]
+    with torch.inference_mode():
+        apart = state["model"](ids).logits - found["model"](ids).logits
+    assert apart.abs().max() < 1e-4
+    assert any("/me/student/resolve/" in line for line in hub.requests)
 
 
 def test_the_script_pushes_from_the_environment(run, hub, tmp_path):
