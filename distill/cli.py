@@ -4,6 +4,7 @@ A CONFIG is a YAML file or a run's folder; `key.name=value` after it changes a k
 its exit code (see `distill.errors`); `--debug` shows the traceback. Work that is done is never done twice.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -52,7 +53,8 @@ def open_run(place: Path, overrides: Sequence[str] = ()) -> Run:
         )
     folder = place.resolve()
     config = load_config(place / "config.json", overrides)
-    return Run(config.model_copy(update={"name": folder.name, "runs": place.parent}))
+    here = {"name": folder.name, "runs": Path(os.path.relpath(folder.parent))}
+    return Run(config.model_copy(update=here))
 
 
 def perform(run: Run, stages: Sequence[Stage], redo: Sequence[Stage] = ()) -> None:
@@ -156,15 +158,15 @@ def show_plan(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Say what a run would take: prompts, tokens, seconds, bytes. Runs nothing, loads no model."""
     from distill.plan import plan
 
-    Console(soft_wrap=True).print(plan(open_run(config, overrides or ()).config))
+    Console(soft_wrap=True).print(plan(open_run(config, overrides or ()).config), markup=False)
 
 
-@app.command()
-def status(run: RunArgument, overrides: Overrides = None) -> None:
+@app.command(name="status")
+def show_status(run: RunArgument, overrides: Overrides = None) -> None:
     """Say what is done, what is left, and what it cost so far."""
-    from distill.status import status_table
+    from distill.status import status
 
-    Console(soft_wrap=True).print(status_table(open_run(run, overrides or ()), STAGES))
+    Console(soft_wrap=True).print(status(open_run(run, overrides or ()), STAGES), markup=False)
 
 
 @app.command()
@@ -205,7 +207,7 @@ def _dispatch(words: list[str]) -> None:
     try:
         code = app(words, prog_name="distill", standalone_mode=False)
     except typer.exceptions.TyperException as error:
-        if not error.message:  # called without a verb: the help has been shown
+        if not words:  # the help has been shown
             raise SystemExit(Exit.CONFIG) from None
         where = " ".join(["distill", *words[:1]])
         raise DistillError(

@@ -3,44 +3,51 @@
 from collections.abc import Sequence
 from decimal import Decimal
 
-from rich.table import Table
+from rich.console import Group
 
+from distill.errors import DistillError
 from distill.records import LedgerEntry
 from distill.run import Run, Stage
 from distill.store import read_json
+from distill.tables import table
 
 WORDS = {"fresh": "left", "unfinished": "begun", "done": "done", "stale": "stale"}
 
 
-def status_table(run: Run, stages: Sequence[Stage]) -> Table:
-    """Return one row a stage, from the markers and the ledger, and a row of sums."""
-    table = Table(title=f"{run.folder}", title_justify="left")
-    table.add_column("stage")
-    table.add_column("state")
-    table.add_column("finished")
-    for column in ("seconds", "tokens in", "tokens out", "dollars"):
-        table.add_column(column, justify="right")
-    ledger = run.ledger()
+def status(run: Run, stages: Sequence[Stage]) -> Group:
+    """Return one row a stage, from the markers and the ledger, a row of sums, and why what is stale is stale."""
+    shown = table(
+        f"{run.folder}", "stage", "state", "finished", ">seconds", ">in", ">out", ">dollars"
+    )
+    ledger, remarks = run.ledger(), []
     for stage in stages:
         spent = [entry for entry in ledger if entry.stage == stage.name]
-        table.add_row(stage.name, *_state(run, stage), *_sums(spent))
-    table.add_section()
-    table.add_row("all", "", "", *_sums(ledger))
-    return table
+        state, remark = _state(run, stage)
+        finished = read_json(run.marker(stage)).get("at", "") if state == "done" else ""
+        shown.add_row(stage.name, state, finished[:16].replace("T", " "), *_sums(spent))
+        remarks += [f"{stage.name}: {remark}"] if remark else []
+    shown.add_section()
+    shown.add_row("all", "", "", *_sums(ledger))
+    return Group(shown, *remarks)
 
 
 def _state(run: Run, stage: Stage) -> tuple[str, str]:
-    state, changes = run.state(stage)
-    if state == "done":
-        return WORDS[state], str(read_json(run.marker(stage)).get("at", ""))
-    return WORDS[state], "; ".join(changes[:3])
+    """Return the stage's state in a word, and a remark; an input that is not there leaves it unknown."""
+    try:
+        state, changes = run.state(stage)
+    except DistillError as error:
+        return "unknown", str(error)
+    return WORDS[state], "; ".join(changes)
 
 
 def _sums(entries: list[LedgerEntry]) -> tuple[str, str, str, str]:
+    """Return seconds, tokens in and out, and dollars where any are known."""
+    if not entries:
+        return "", "", "", ""
     dollars = [entry.dollars for entry in entries if entry.dollars is not None]
     return (
-        f"{sum(entry.seconds for entry in entries):,.1f}" if entries else "",
-        f"{sum(entry.input_tokens for entry in entries):,}" if entries else "",
-        f"{sum(entry.output_tokens for entry in entries):,}" if entries else "",
+        f"{sum(entry.seconds for entry in entries):,.1f}",
+        f"{sum(entry.input_tokens for entry in entries):,}",
+        f"{sum(entry.output_tokens for entry in entries):,}",
         f"{sum(dollars, Decimal(0)):.4f}" if dollars else "",
     )

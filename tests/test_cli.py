@@ -1,0 +1,240 @@
+"""The command line: verbs, reuse, faults in one line with their exit codes (A1, A5, A7), and no torch before its time."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+
+from distill.cli import app, from_stage, main, open_run, perform
+from distill.errors import DistillError, Exit, exit_code
+from distill.run import Run, Stage
+
+ROOT = Path(__file__).parent.parent
+KEY = "sk-ant-0123456789abcdefghij"
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch) -> str:
+    """Return a config of recorded answers, in a folder of its own that is the working one."""
+    monkeypatch.chdir(tmp_path)
+    turns = [
+        [
+            {"role": "user", "content": f"What is {n} and {n}?"},
+            {"role": "assistant", "content": f"{2 * n} of it."},
+        ]
+        for n in range(20)
+    ]
+    Path("rows.jsonl").write_text("".join(json.dumps({"messages": t}) + "\n" for t in turns))
+    Path("c.yaml").write_text(
+        "name: mine\n"
+        "corpus: {path: rows.jsonl, format: prompts, split: {validation: 2, heldout: 4}, near_duplicate_threshold: null}\n"
+        "teacher: {kind: recorded, model: somebody}\n"
+        "student: {model: smollm2-135m-instruct}\n"
+    )
+    return "c.yaml"
+
+
+def say(capsys, *words: str) -> tuple[int, str, list[str]]:
+    """Run a command; return its exit code, what it printed, and its lines on stderr."""
+    code = main(words)
+    shown = capsys.readouterr()
+    return code, shown.out, shown.err.splitlines()
+
+
+def test_stages_run_alone_and_are_reused(config, capsys):
+    for stage in ("corpus", "prompts", "generate", "filter"):
+        code, _, lines = say(capsys, stage, config)
+        assert (code, lines[-1]) == (0, f"{stage}: done")
+    assert json.loads(Path("runs/mine/config.json").read_text())["name"] == "mine"
+    assert "libraries" in json.loads(Path("runs/mine/manifest.json").read_text())["environment"]
+    assert len(Path("runs/mine/dataset/train.jsonl").read_text().splitlines()) == 14
+    assert say(capsys, "filter", "runs/mine")[2] == ["filter: done before, reused"]
+
+
+def test_a_missing_input_names_the_command_that_makes_it(config, capsys):
+    code, _, lines = say(capsys, "filter", config)
+    assert code == Exit.STATE and "distill corpus CONFIG" in lines[-1]
+
+
+def test_other_settings_stop_with_a_diff_and_redo_remakes(config, capsys):
+    assert say(capsys, "corpus", config)[0] == 0
+    before = Path("runs/mine/config.json").read_bytes()
+    code, _, (line,) = say(capsys, "corpus", config, "corpus.limit=10")
+    assert code == Exit.STATE
+    assert "corpus.limit was unset, is 10" in line and "--redo corpus" in line
+    assert Path("runs/mine/config.json").read_bytes() == before
+    assert say(capsys, "corpus", config, "corpus.limit=10", "--redo")[0] == 0
+    assert len(Path("runs/mine/documents.jsonl").read_text().splitlines()) == 10
+    assert list(Path("runs/mine/.old").glob("corpus-1/**/documents.jsonl"))
+
+
+def test_a_moved_run_is_found_by_its_folder(config, capsys):
+    assert say(capsys, "corpus", config)[0] == 0
+    Path("elsewhere").mkdir()
+    Path("runs/mine").rename("elsewhere/yours")
+    run = open_run(Path("elsewhere/yours"))
+    assert run.folder.resolve() == Path("elsewhere/yours").resolve()
+    assert run.config.name == "yours"
+    os.chdir("elsewhere/yours")
+    assert open_run(Path(".")).folder.resolve() == Path.cwd()
+
+
+def test_status_says_what_is_done_left_and_stale(config, capsys):
+    for stage in ("corpus", "prompts"):
+        assert say(capsys, stage, config)[0] == 0
+    code, shown, _ = say(capsys, "status", "runs/mine")
+    state = {
+        line.split()[1]: line.split()[3] for line in shown.splitlines() if line.startswith("│")
+    }
+    assert code == 0
+    assert (state["corpus"], state["prompts"], state["train"]) == ("done", "done", "left")
+    _, shown, _ = say(capsys, "status", config, "corpus.limit=10")
+    assert "stale" in shown and "corpus: corpus.limit was unset, is 10" in shown
+    Path("rows.jsonl").unlink()
+    code, shown, _ = say(capsys, "status", "runs/mine")
+    assert code == 0 and "unknown" in shown and "rows.jsonl: does not exist" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["bogus"], "No such command"),
+        (["run"], "Missing argument"),
+        (["run", "c.yaml", "--bogus"], "No such option"),
+        (["run", "c.yaml", "trian.lr=1"], "did you mean train?"),
+        (["run", "nowhere.yaml"], "No such file"),
+        (["run", "."], "has no config.json"),
+        (["run", "c.yaml", "--redo", "trian"], "one of corpus"),
+        (["status", "nowhere"], "No such file"),
+        (["run", "c.yaml", f"teacher.api_key={KEY}"], "holds a secret"),
+        (["run", "c.yaml", KEY], "KEY=VALUE"),
+    ],
+)
+def test_a_fault_is_one_line_and_exit_2(config, capsys, words, says):
+    code, shown, lines = say(capsys, *words)
+    assert (code, shown, len(lines)) == (2, "", 1)
+    assert lines[0].startswith("error: ") and says in lines[0]
+    assert "sk-ant" not in lines[0]
+    assert not Path("runs").exists()
+
+
+def test_debug_lets_the_traceback_through(config):
+    with pytest.raises(DistillError):
+        main(["run", config, "seed=x", "--debug"])
+
+
+def test_any_exception_is_one_printable_line(capsys):
+    def broken() -> None:
+        raise RuntimeError("line one\nline two \x1b[31m")
+
+    assert exit_code(broken) == 1
+    assert capsys.readouterr().err == (
+        "error: RuntimeError: line one line two \\x1b[31m (--debug shows where)\n"
+    )
+
+
+def stage(name: str, work, inputs: tuple[str, ...] = ()) -> Stage:
+    return Stage(name, (), inputs, (f"{name}.txt",), work)
+
+
+def write(name: str):
+    return lambda config, run: run.path(f"{name}.txt").write_text(name)
+
+
+def test_ctrl_c_exits_130_and_the_same_command_continues(config, capsys):
+    def interrupted(config, run) -> None:
+        raise KeyboardInterrupt
+
+    run = open_run(Path(config))
+    stages = (stage("first", write("first")), stage("second", interrupted))
+    assert exit_code(lambda: perform(run, stages)) == Exit.INTERRUPTED
+    assert "Traceback" not in capsys.readouterr().err
+    assert exit_code(lambda: perform(run, (stages[0], stage("second", write("second"))))) == 0
+    assert capsys.readouterr().err == "first: done before, reused\nsecond: done\n"
+
+
+def test_redo_sets_aside_what_follows_too(config):
+    run = open_run(Path(config))
+    stages = (stage("first", write("first")), stage("second", write("second"), ("first.txt",)))
+    perform(run, stages)
+    perform(run, stages, stages)
+    kept = {path.name for path in run.path(".old").rglob("*.txt")}
+    assert kept == {"first.txt", "second.txt"}
+
+
+def test_from_stage_gives_the_stage_and_what_follows():
+    assert [s.name for s in from_stage("evaluate")] == ["evaluate", "report"]
+
+
+def test_a_second_run_in_the_folder_is_told_who_holds_it(config, capsys):
+    with open_run(Path(config)).lock():
+        code, _, lines = say(capsys, "corpus", config)
+    assert code == Exit.STATE and f"lock held by pid {os.getpid()}" in lines[0]
+    assert say(capsys, "corpus", config)[0] == 0
+
+
+def test_a_killed_holder_s_lock_is_taken_over(config, capsys):
+    script = "from distill.cli import open_run; from pathlib import Path; import time\n" + (
+        "with open_run(Path('c.yaml')).lock(): print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout and holder.stdout.readline() == "held\n"
+    assert say(capsys, "corpus", config)[0] == Exit.STATE
+    holder.kill()
+    holder.wait()
+    assert say(capsys, "corpus", config)[0] == 0
+
+
+def test_sigterm_ends_a_stage_like_ctrl_c(config):
+    script = (
+        "import sys, time; from distill import cli\n"
+        "wait = lambda config, run: (print('working', flush=True), time.sleep(60))\n"
+        "from distill.run import Stage\n"
+        "cli.STAGES = (Stage('corpus', (), (), ('x',), wait),)\n"
+        "sys.exit(cli.main(['run', 'c.yaml']))"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert child.stdout and child.stdout.readline() == "working\n"
+    child.send_signal(signal.SIGTERM)
+    _, told = child.communicate(timeout=20)
+    assert (child.returncode, told.count("\n")) == (Exit.INTERRUPTED, 1)
+
+
+def test_repair_refuses_what_is_no_store(config, capsys):
+    Path("empty").mkdir()
+    code, _, lines = say(capsys, "repair", "empty")
+    assert code == Exit.STATE and "is no store" in lines[0]
+
+
+@pytest.mark.parametrize("words", [["status", "c.yaml"], ["plan", "c.yaml"], ["--help"]])
+def test_quick_commands_import_no_torch(config, words):
+    script = (
+        "import sys; from distill.cli import main\n"
+        f"code = main({words!r})\n"
+        "loaded = {'torch', 'transformers', 'accelerate', 'peft', 'datasets'} & set(sys.modules)\n"
+        "sys.exit(f'{code} {loaded}' if code or loaded else 0)"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - started < 10
+
+
+def test_every_verb_has_help():
+    commands = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
+    assert {"run", "plan", "status", "repair", "publish", "fetch", "corpus", "eval"} <= set(
+        commands
+    )
+    assert all(command.help for command in commands.values() if not command.hidden)
+
+
+def test_the_folder_of_a_config_is_its_run(config):
+    assert isinstance(open_run(Path(config)), Run)
