@@ -22,7 +22,7 @@ from distill.evaluation.plots import (
     ticks,
     training_curve,
 )
-from distill.evaluation.results import Certainty
+from distill.evaluation.statistics import Certainty
 from distill.evaluation.words import plain_numbers
 from distill.generation.prices import load_prices
 from distill.records import Item, LedgerEntry, Message, Pair, Prompt, Response, Usage
@@ -95,7 +95,7 @@ def evaluation(items: list[Item], right: dict[str, int], machine: str | None) ->
             },
             **results.compared(items, answers, rows, losses, certainty),
             "cost": costs,
-            "settings": {**certainty.settings(), "max_new_tokens": 20},
+            "settings": {**certainty._asdict(), "max_new_tokens": 20},
             "corpus": {"corpus_sha256": HASH, "python": "3.11.9", "documents": 9},
             "environment": {"distill": "0", "libraries": {"torch": "2"}, "processor": "p"},
         }

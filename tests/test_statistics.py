@@ -7,6 +7,7 @@ from distill.errors import DistillError, Exit
 from distill.evaluation.statistics import (
     FEW_CLUSTERS,
     Bounds,
+    Certainty,
     against,
     estimate_difference,
     estimate_gap_recovered,
@@ -15,7 +16,7 @@ from distill.evaluation.statistics import (
     require_paired,
 )
 
-SHARE = Bounds(0.0, 1.0)
+SHARE, SEED = Bounds(0.0, 1.0), Certainty(seed=1)
 
 
 def coverage(groups: int, size: int, binary: bool, runs: int = 300) -> float:
@@ -29,7 +30,7 @@ def coverage(groups: int, size: int, binary: bool, runs: int = 300) -> float:
         if binary:
             a, b = (a > 0).astype(float), (b > 0).astype(float)
         found = estimate_difference(
-            a, b, clusters, samples=1000, seed=run, bounds=SHARE if binary else None
+            a, b, clusters, Certainty(samples=1000, seed=run), SHARE if binary else None
         )
         assert found.low is not None and found.high is not None and found.high > found.low
         hits += found.low <= 0 <= found.high
@@ -66,7 +67,7 @@ def test_few_clusters_use_the_t_form_by_hand() -> None:
 def test_bootstrap_and_analytic_agree_where_both_apply() -> None:
     draw = np.random.default_rng(3)
     values = draw.normal(size=200)
-    found = estimate_mean(values, range(200), samples=20_000)
+    found = estimate_mean(values, range(200), Certainty(samples=20_000))
     half = 1.972 * values.std(ddof=1) / np.sqrt(200)
     assert found.method == "bootstrap" and found.low is not None and found.high is not None
     assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.04)
@@ -74,7 +75,7 @@ def test_bootstrap_and_analytic_agree_where_both_apply() -> None:
 
 def test_the_same_seed_gives_the_same_interval_and_weights_make_a_weighted_mean() -> None:
     values, clusters = [0.0, 1.0] * 15, list(range(30))
-    assert estimate_mean(values, clusters, seed=1) == estimate_mean(values, clusters, seed=1)
+    assert estimate_mean(values, clusters, SEED) == estimate_mean(values, clusters, SEED)
     weighted = estimate_mean([1.0, 3.0, 2.0], "abc", weights=[1.0, 3.0, 0.0])
     assert weighted.value == pytest.approx(2.5)
 

@@ -14,7 +14,14 @@ from distill.errors import DistillError, Exit
 from distill.evaluation.items import held_out, items_of
 from distill.evaluation.report import table
 from distill.evaluation.scorers import passes
-from distill.evaluation.statistics import Estimate, estimate_difference, pair, require_paired
+from distill.evaluation.statistics import (
+    USUAL,
+    Certainty,
+    Estimate,
+    estimate_difference,
+    pair,
+    require_paired,
+)
 from distill.evaluation.words import figure, signed
 from distill.records import Item, Response, Score
 from distill.store import read_records
@@ -29,7 +36,7 @@ class Side(NamedTuple):
     items: dict[str, Item]
 
 
-def compare_paths(a: Path, b: Path, confidence: float = 0.95) -> str:
+def compare_paths(a: Path, b: Path, certainty: Certainty = USUAL) -> str:
     """Return the comparison as a table: a row a task, each paired on the items of both, and the interval of a - b.
 
     Raises DistillError: exit 3 for a path that holds neither scores nor answers, 8 where fewer than 95 % are paired.
@@ -48,7 +55,7 @@ def compare_paths(a: Path, b: Path, confidence: float = 0.95) -> str:
     rows = []
     for task in dict.fromkeys(_task(items, i) for i in shared):
         ids = [i for i in shared if _task(items, i) == task]
-        rows.append(_row(task, ids, left, right, items, confidence))
+        rows.append(_row(task, ids, left, right, items, certainty))
     head = ("task", "n", "missing", "a", "b", "a − b", "interval")
     return "\n".join([*lines, "", table(head, rows)])
 
@@ -63,12 +70,12 @@ def _row(
     left: Side,
     right: Side,
     items: Mapping[str, Item],
-    confidence: float,
+    certainty: Certainty,
 ) -> tuple[str, ...]:
     paired = pair(left.values, right.values, ids)
     require_paired(paired, len(ids), f"task {task}")
     clusters = [items[i].cluster if i in items else i for i in paired.items]
-    change = estimate_difference(paired.a_N, paired.b_N, clusters, confidence)
+    change = estimate_difference(paired.a_N, paired.b_N, clusters, certainty)
     means = [figure(float(side.mean()) if len(side) else None, 3) for side in paired[1:3]]
     return (
         task,

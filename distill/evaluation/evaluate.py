@@ -16,7 +16,8 @@ from distill.config import Config, Student
 from distill.evaluation import results
 from distill.evaluation.economics import request_cost
 from distill.evaluation.items import by_item, held_out, items_of
-from distill.evaluation.results import Certainty, Measured
+from distill.evaluation.results import Measured
+from distill.evaluation.statistics import Certainty
 from distill.evaluation.words import plain_numbers
 from distill.generation.generate import answer_all
 from distill.generation.local import LocalResponder
@@ -62,7 +63,7 @@ def main(config: Config, run: Run) -> None:
                 "models": {"teacher": describe_teacher(config), **described},
                 **results.compared(items, answers, rows, losses, certainty),
                 "cost": costs(config, answers),
-                "settings": {**certainty.settings(), "max_new_tokens": limit(config)},
+                "settings": {**certainty._asdict(), "max_new_tokens": limit(config)},
                 "corpus": run.manifest().get("corpus", {}),
                 "environment": run.manifest().get("environment", {}),
             }

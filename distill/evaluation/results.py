@@ -4,6 +4,7 @@ Pure functions over items, responses and scores; nothing here loads a model or r
 number, or None with the reason beside it.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -12,6 +13,7 @@ from typing import Any
 from distill.evaluation.scorers import agrees, passes
 from distill.evaluation.statistics import (
     Bounds,
+    Certainty,
     Estimate,
     Paired,
     against,
@@ -31,19 +33,6 @@ Checkers = Callable[[str], Mapping[str, Any] | None]  # the checker of a task, w
 SHARE, CHRF = Bounds(0.0, 1.0), Bounds(0.0, 100.0)
 NO_TEACHER = "agreement is measured against the teacher's own answer"
 NO_REFERENCE = "without a checker there is no reference but the teacher's answer"
-
-
-@dataclass(frozen=True)
-class Certainty:
-    """How intervals are made: their confidence, the bootstrap's samples and its seed."""
-
-    confidence: float = 0.95
-    samples: int = 10_000
-    seed: int = 0
-
-    def settings(self) -> dict[str, Any]:
-        """Return the arguments that every estimate takes."""
-        return {"confidence": self.confidence, "samples": self.samples, "seed": self.seed}
 
 
 @dataclass(frozen=True)
@@ -83,14 +72,15 @@ def measure_task(
 
 
 def measure_agreement(items: Sequence[Item], answers: Models) -> Measured:
-    """Score the likeness of base and student to the teacher's answers, in chrF."""
-    references = {i: answer.text for i, answer in answers["teacher"].items()}
+    """Score the likeness of base and student to the teacher's answers, in chrF, on the items that have one."""
+    references = {i: a.text for i, a in answers["teacher"].items() if a.text.strip()}
+    mine = tuple(item for item in items if item.id in references)
     scores = {
-        m: [agrees(references, m)(item, found.get(item.id)) for item in items]
+        m: [agrees(references, m)(item, found.get(item.id)) for item in mine]
         for m, found in answers.items()
         if m != "teacher"
     }
-    return Measured("chrF", tuple(items), scores, CHRF)
+    return Measured("chrF", mine, scores, CHRF)
 
 
 def compare(measured: Measured, a: str, b: str, certainty: Certainty) -> Estimate:
@@ -102,9 +92,7 @@ def compare(measured: Measured, a: str, b: str, certainty: Certainty) -> Estimat
 
 def _difference(measured: Measured, paired: Paired, certainty: Certainty) -> Estimate:
     clusters = measured.clusters(paired.items)
-    return estimate_difference(
-        paired.a_N, paired.b_N, clusters, bounds=measured.bounds, **certainty.settings()
-    )
+    return estimate_difference(paired.a_N, paired.b_N, clusters, certainty, measured.bounds)
 
 
 def mean_of(measured: Measured, model: str, certainty: Certainty) -> Estimate:
@@ -113,9 +101,7 @@ def mean_of(measured: Measured, model: str, certainty: Certainty) -> Estimate:
     if not found and model not in measured.scores:
         return Estimate(value=None, reason=NO_TEACHER)
     clusters = measured.clusters(list(found))
-    estimate = estimate_mean(
-        list(found.values()), clusters, bounds=measured.bounds, **certainty.settings()
-    )
+    estimate = estimate_mean(list(found.values()), clusters, certainty, measured.bounds)
     if (
         estimate.value is None and found
     ):  # a mean of few is still a mean; only its interval is unknown
@@ -138,8 +124,14 @@ def row_of(measured: Measured, certainty: Certainty) -> dict[str, Any]:
         "student_minus_base": as_interval(compare(measured, "student", "base", certainty)),
         "gap_recovered": _gap(measured, certainty),
         "reasons": {model: mean.reason for model, mean in means.items() if mean.reason},
+        "failures": {m: _failures(found) for m, found in measured.scores.items()},
         **_counted_against(measured, certainty, unscored),
     }
+
+
+def _failures(scores: Sequence[Score]) -> dict[str, int]:
+    """Count why a model's answers scored 0, the commonest reasons first."""
+    return dict(Counter(score.reason for score in scores if score.value == 0).most_common(5))
 
 
 def _missing(measured: Measured, model: str) -> int:
@@ -161,14 +153,8 @@ def _gap(measured: Measured, certainty: Certainty) -> dict[str, Any]:
         three = [measured.values(m) for m in ("student", "teacher", "base")]
         ids = [i for i in measured.ids() if all(values.get(i) is not None for values in three)]
         student, teacher, base = ([values[i] or 0.0 for i in ids] for values in three)
-        gap = estimate_gap_recovered(
-            student,
-            teacher,
-            base,
-            measured.clusters(ids),
-            bounds=measured.bounds,
-            **certainty.settings(),
-        )
+        clusters = measured.clusters(ids)
+        gap = estimate_gap_recovered(student, teacher, base, clusters, certainty, measured.bounds)
     shown = {"value": gap.value, "low": gap.low, "high": gap.high}
     return shown if gap.reason is None else {**shown, "reason": gap.reason}
 
@@ -216,9 +202,10 @@ def loss_row(
     tokens = [float(losses["base"][k][1]) for k in kept]
     clusters = [items[k].cluster for k in kept]
     value = {m: [losses[m][k][0] / losses[m][k][1] for k in kept] for m in ("base", "student")}
-    settings = {"weights": tokens, **certainty.settings()}
-    means = {m: estimate_mean(value[m], clusters, **settings) for m in value}
-    change = estimate_difference(value["student"], value["base"], clusters, **settings)
+    means = {m: estimate_mean(value[m], clusters, certainty, weights=tokens) for m in value}
+    change = estimate_difference(
+        value["student"], value["base"], clusters, certainty, weights=tokens
+    )
     return {
         "metric": "loss on the teacher's answer, nats a token",
         "n": len(kept),

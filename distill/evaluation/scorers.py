@@ -6,7 +6,7 @@ An answer that is wrong, empty, truncated, refused or in the wrong format scores
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from sacrebleu import sentence_chrf
 
@@ -17,62 +17,62 @@ Scorer = Callable[[Item, Response | None], Score]
 OURS = (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError)
 
 
+class Judged(NamedTuple):
+    """What an answer that was given is worth, what was read out of it, and why; None where we failed."""
+
+    value: float | None
+    answer: str | None
+    reason: str
+
+
 def passes(checker: Mapping[str, Any], model: str) -> Scorer:
     """Return the scorer that gives 1 to an answer of `model` that passes the checker, and 0 to any other."""
 
-    def score(item: Item, response: Response | None) -> Score:
-        if response is None:
-            return _failed(item, model, "no answer was stored")
-        early = _without_reading(item, response, model)
-        if early is not None:
-            return early
+    def judge(item: Item, response: Response) -> Judged:
         if response.stop == "length":
-            return Score(item_id=item.id, model=model, value=0.0, reason="truncated")
+            return Judged(0.0, None, "truncated")
         if checker["kind"] in NEEDS_REFERENCE and not (item.reference or "").strip():
-            return _failed(item, model, "there is no reference to compare with")
+            return Judged(None, None, "there is no reference to compare with")
         try:
             verdict = check(checker, item.prompt, response.text)
         except OURS as error:
-            return _failed(item, model, f"the checker failed: {type(error).__name__}: {error}")
-        return Score(
-            item_id=item.id,
-            model=model,
-            value=float(verdict.passed),
-            answer=verdict.answer,
-            reason=verdict.reason,
-        )
+            return Judged(None, None, f"the checker failed: {type(error).__name__}: {error}")
+        return Judged(float(verdict.passed), verdict.answer, verdict.reason)
 
-    return score
+    return _scorer(model, judge)
 
 
 def agrees(references: Mapping[str, str], model: str) -> Scorer:
     """Return the scorer of likeness to the teacher's answers, by item id: chrF from 0 to 100 (Popović 2015)."""
 
-    def score(item: Item, response: Response | None) -> Score:
-        if response is None:
-            return _failed(item, model, "no answer was stored")
-        early = _without_reading(item, response, model)
-        if early is not None:
-            return early
+    def judge(item: Item, response: Response) -> Judged:
         reference = references.get(item.id, "")
         if not reference.strip():
-            return _failed(item, model, "there is no answer of the teacher to compare with")
-        value = sentence_chrf(response.text, [reference]).score
-        return Score(item_id=item.id, model=model, value=value, reason="chrF against the teacher")
+            return Judged(None, None, "there is no answer of the teacher to compare with")
+        return Judged(
+            sentence_chrf(response.text, [reference]).score, None, "chrF against the teacher"
+        )
+
+    return _scorer(model, judge)
+
+
+def _scorer(model: str, judge: Callable[[Item, Response], Judged]) -> Scorer:
+    """Return the scorer that judges what was answered, and knows what to do where nothing was."""
+
+    def score(item: Item, response: Response | None) -> Score:
+        if response is None:
+            judged = Judged(None, None, "no answer was stored")
+        else:
+            judged = _without_reading(response) or judge(item, response)
+        return Score(item_id=item.id, model=model, **judged._asdict())
 
     return score
 
 
-def _without_reading(item: Item, response: Response, model: str) -> Score | None:
-    """Score what needs no look at the text: a failure of ours, or an answer that is none."""
+def _without_reading(response: Response) -> Judged | None:
+    """Judge what needs no look at the text: a failure of ours, or an answer that is none."""
     if response.stop == "error":
-        return _failed(item, model, f"the request failed: {response.error or 'no reason given'}")
+        return Judged(None, None, f"the request failed: {response.error or 'no reason given'}")
     if response.stop == "filtered":
-        return Score(item_id=item.id, model=model, value=0.0, reason="refused")
-    if not response.text.strip():
-        return Score(item_id=item.id, model=model, value=0.0, reason="empty")
-    return None
-
-
-def _failed(item: Item, model: str, reason: str) -> Score:
-    return Score(item_id=item.id, model=model, value=None, reason=reason)
+        return Judged(0.0, None, "refused")
+    return None if response.text.strip() else Judged(0.0, None, "empty")

@@ -43,6 +43,17 @@ class Bounds(NamedTuple):
     high: float
 
 
+class Certainty(NamedTuple):
+    """How intervals are made: their confidence, the bootstrap's samples and its seed."""
+
+    confidence: float = 0.95
+    samples: int = 10_000
+    seed: int = 0
+
+
+USUAL = Certainty()
+
+
 class Paired(NamedTuple):
     """Two models' scores on the items that both have, and what is missing."""
 
@@ -55,9 +66,7 @@ class Paired(NamedTuple):
 def estimate_mean(
     values: Sequence[float] | Floats,
     clusters: Sequence[Hashable],
-    confidence: float = 0.95,
-    samples: int = 10_000,
-    seed: int = 0,
+    certainty: Certainty = USUAL,
     bounds: Bounds | None = None,
     weights: Sequence[float] | None = None,
 ) -> Estimate:
@@ -77,13 +86,13 @@ def estimate_mean(
     mean = float(sums_G1.sum() / sizes_G.sum())
     error = _cluster_error(sums_G1[:, 0] - mean * sizes_G, sizes_G.sum())
     if error <= 1e-12 * max(1.0, abs(mean)):
-        return _no_variation(mean, n, groups, confidence, bounds)
+        return _no_variation(mean, n, groups, certainty.confidence, bounds)
     if groups < FEW_CLUSTERS:
-        half = float(stats.t.ppf((1 + confidence) / 2, groups - 1)) * error
+        half = float(stats.t.ppf((1 + certainty.confidence) / 2, groups - 1)) * error
         low, high, method = mean - half, mean + half, "analytic"
     else:
-        means_B = _resampled_means(sums_G1, sizes_G, samples, seed)[:, 0]
-        low, high = np.quantile(means_B, _expanded(confidence, groups))
+        means_B = _resampled_means(sums_G1, sizes_G, certainty)[:, 0]
+        low, high = np.quantile(means_B, _expanded(certainty.confidence, groups))
         method = "bootstrap"
     low, high = _clip(float(low), float(high), bounds)
     return Estimate(value=mean, low=low, high=high, n=n, clusters=groups, method=method)
@@ -93,16 +102,14 @@ def estimate_difference(
     a: Sequence[float] | Floats,
     b: Sequence[float] | Floats,
     clusters: Sequence[Hashable],
-    confidence: float = 0.95,
-    samples: int = 10_000,
-    seed: int = 0,
+    certainty: Certainty = USUAL,
     bounds: Bounds | None = None,
     weights: Sequence[float] | None = None,
 ) -> Estimate:
     """Estimate the mean of a - b on the same items; `bounds` are those of one score."""
     spread = Bounds(bounds.low - bounds.high, bounds.high - bounds.low) if bounds else None
     difference_N = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    return estimate_mean(difference_N, clusters, confidence, samples, seed, spread, weights)
+    return estimate_mean(difference_N, clusters, certainty, spread, weights)
 
 
 def estimate_gap_recovered(
@@ -110,9 +117,7 @@ def estimate_gap_recovered(
     teacher: Sequence[float] | Floats,
     base: Sequence[float] | Floats,
     clusters: Sequence[Hashable],
-    confidence: float = 0.95,
-    samples: int = 10_000,
-    seed: int = 0,
+    certainty: Certainty = USUAL,
     bounds: Bounds | None = None,
 ) -> Estimate:
     """Estimate (student - base) / (teacher - base), where the teacher is above base beyond its interval.
@@ -122,7 +127,7 @@ def estimate_gap_recovered(
     student_N, teacher_N, base_N = (
         np.asarray(x, dtype=np.float64) for x in (student, teacher, base)
     )
-    gap = estimate_difference(teacher_N, base_N, clusters, confidence, samples, seed, bounds)
+    gap = estimate_difference(teacher_N, base_N, clusters, certainty, bounds)
     if gap.value is None:
         return gap
     if not gap.excludes(0):
@@ -130,12 +135,14 @@ def estimate_gap_recovered(
     if gap.value < 0:
         return _unknown(gap, "the teacher is below base")
     parts_N2 = np.stack([student_N - base_N, teacher_N - base_N], axis=1)
-    means_B2 = _resampled_means(*_by_cluster(parts_N2, clusters), samples, seed)
+    means_B2 = _resampled_means(*_by_cluster(parts_N2, clusters), certainty)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio_B = means_B2[:, 0] / means_B2[:, 1]
     limit_B = np.where(means_B2[:, 0] < 0, -np.inf, np.inf)  # where a sample has no gap
     ratio_B = np.where(means_B2[:, 1] > 0, ratio_B, limit_B)
-    low, high = np.sort(ratio_B)[_ranks(_expanded(confidence, gap.clusters), samples)]
+    low, high = np.sort(ratio_B)[
+        _ranks(_expanded(certainty.confidence, gap.clusters), len(ratio_B))
+    ]
     if not np.isfinite([low, high]).all() or high - low <= 1e-12:
         return _unknown(gap, "not enough data to bound the share of the gap")
     found = {"value": float(parts_N2[:, 0].mean() / parts_N2[:, 1].mean()), "method": "bootstrap"}
@@ -163,7 +170,7 @@ def require_paired(paired: Paired, total: int, where: str) -> None:
     if len(paired.items) < MIN_PAIRED * total:
         what = f"only {len(paired.items)} of {total} items have both scores"
         raise DistillError(
-            Exit.EVALUATION, where, what, "answer the missing items: run the evaluation again"
+            Exit.EVALUATION, where, what, "scores/*.jsonl says why; answer the missing items"
         )
 
 
@@ -207,9 +214,10 @@ def _cluster_error(residual_G: Floats, weight: float) -> float:
     return float(np.sqrt(groups / (groups - 1) * np.square(residual_G).sum()) / weight)
 
 
-def _resampled_means(sums_GK: Floats, sizes_G: Floats, samples: int, seed: int) -> Floats:
+def _resampled_means(sums_GK: Floats, sizes_G: Floats, certainty: Certainty) -> Floats:
     """Return the means of `samples` draws of G clusters with replacement, (B, K)."""
-    groups, draw = len(sizes_G), np.random.default_rng(seed)
+    groups, samples = len(sizes_G), certainty.samples
+    draw = np.random.default_rng(certainty.seed)
     share_G, step = np.full(groups, 1 / groups), max(1, CHUNK // groups)
     parts = []
     for start in range(0, samples, step):
