@@ -4,4 +4,5 @@ import os
 
 __version__ = "0.1.0"
 
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # no telemetry, whichever command imports what
+# No telemetry, whichever command imports what.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -4,7 +4,6 @@ A CONFIG is a YAML file or a run's folder; `key.name=value` after it changes a k
 its exit code (see `distill.errors`); `--debug` shows the traceback. Work that is done is never done twice.
 """
 
-import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -53,7 +52,8 @@ def open_run(place: Path, overrides: Sequence[str] = ()) -> Run:
         )
     folder = place.resolve()
     config = load_config(place / "config.json", overrides)
-    here = {"name": folder.name, "runs": Path(os.path.relpath(folder.parent))}
+    runs = place.parent if place.name == folder.name else folder.parent
+    here = {"name": folder.name, "runs": runs}
     return Run(config.model_copy(update=here))
 
 

@@ -39,14 +39,19 @@ install_torch() {
     .venv/bin/python -m pip install --quiet "${options[@]}"
 }
 
+# Print what the environment must hold: the hash of each file that decides it.
+wanted_packages() {
+    .venv/bin/python -c 'import hashlib, sys
+for name in sys.argv[1:]: print(name, hashlib.sha256(open(name, "rb").read()).hexdigest())
+' "$@" constraints.txt pyproject.toml
+}
+
 setup_environment() {
     unset PYTHONPATH PYTHONHOME
     export PYTHONNOUSERSITE=1
     make_venv
     local wanted stamp=.venv/installed.sha256 locks=("$@")
-    wanted=$(.venv/bin/python -c 'import hashlib, sys
-for name in sys.argv[1:]: print(name, hashlib.sha256(open(name, "rb").read()).hexdigest())
-' "${locks[@]}" constraints.txt pyproject.toml)
+    wanted=$(wanted_packages "${locks[@]}")
     if [ -f "$stamp" ] && ! grep -qvxFf "$stamp" <<<"$wanted"; then
         return
     fi

@@ -28,15 +28,19 @@ def main(report: Path) -> None:
         return
     torch = next(file for file in files if file["metadata"]["name"] == "torch")
     known = [size(file["download_info"]["url"]) for file in files]
-    total = sum(filter(None, known)) / 1e6
     more = f" and {len(files) - 1} packages that it needs" if len(files) > 1 else ""
-    least = "at least " if None in known else ""
-    build = "CUDA build" if any("cudnn" in f["metadata"]["name"] for f in files) else "build"
-    wheel = torch["download_info"]["url"].rsplit("/", 1)[-1]
-    print(f"torch {torch['metadata']['version']}, {build} {urllib.parse.unquote(wheel)}{more}:")
-    print(
-        f"{least}{total:,.0f} MB to install (TORCH_INDEX=URL takes another build; see the README)"
-    )
+    kind = "CUDA build" if any("cudnn" in f["metadata"]["name"] for f in files) else "build"
+    wheel = urllib.parse.unquote(torch["download_info"]["url"].rsplit("/", 1)[-1])
+    print(f"torch {torch['metadata']['version']}, {kind} {wheel}{more}: {in_words(known)}")
+    print("(TORCH_INDEX=URL takes torch from another package index; see the README)")
+
+
+def in_words(sizes: list[int | None]) -> str:
+    """Return the sum of what is known of the sizes."""
+    known = [size for size in sizes if size is not None]
+    if not known:
+        return "size not known"
+    return f"{'at least ' if len(known) < len(sizes) else ''}{sum(known) / 1e6:,.0f} MB"
 
 
 if __name__ == "__main__":

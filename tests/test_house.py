@@ -1,0 +1,221 @@
+"""The house rules that a machine can hold: imports, what loads torch, what must not stand in the code, the README."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "distill"
+
+# From the ground up: a module imports from lower layers, and a folder's modules from each other.
+LAYERS = (
+    ("__init__", "errors"),
+    ("records", "yaml_reader"),
+    ("config",),
+    ("progress", "environment"),
+    ("store",),
+    ("run",),
+    ("download", "template", "checkers"),
+    ("models", "tasks"),
+    ("corpus",),
+    ("generation",),
+    ("training",),
+    ("evaluation",),
+    ("publishing",),
+    ("stages", "estimates"),
+    ("devices", "tables"),
+    ("plan", "status"),
+    ("cli",),
+    ("launch", "__main__"),
+)
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+WITHOUT_TORCH = (
+    *("errors", "records", "yaml_reader", "config", "store", "progress", "environment", "run"),
+    *("download", "template", "tasks", "checkers", "models", "stages", "estimates", "devices"),
+    *("tables", "plan", "status", "cli", "launch", "corpus.corpus", "corpus.prompts"),
+    *("generation.prices", "generation.responder", "generation.generate", "generation.filters"),
+)
+HEAVY = {"torch", "transformers", "accelerate", "peft", "datasets", "matplotlib", "sacrebleu"}
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """Yield each imported module's full name, and whether the import stands at the module's top."""
+    tree = ast.parse(path.read_text())
+    top = set(map(id, tree.body))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) in top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from ((f"{node.module}.{alias.name}", id(node) in top) for alias in node.names)
+
+
+def unit(path: Path) -> str:
+    """Return the layer's name of a file: its folder in the package, or the module itself."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[0]
+
+
+@pytest.mark.parametrize("path", sources("distill"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    mine = unit(path)
+    assert mine in RANK, f"{mine} has no layer: add it to LAYERS"
+    for name, _ in imports(path):
+        first, *rest = name.split(".")
+        if first != "distill" or not rest:
+            continue
+        other = rest[0] if rest[0] in RANK else "__init__"
+        assert other == mine or RANK[other] < RANK[mine], f"{mine} imports {name}"
+
+
+def test_accelerate_stands_where_processes_meet():
+    users = {
+        unit(path)
+        for path in sources("distill")
+        for name, _ in imports(path)
+        if name.startswith("accelerate")
+    }
+    assert users <= {"training"}
+
+
+def test_what_must_start_fast_loads_nothing_heavy():
+    modules = [f"distill.{name}" for name in WITHOUT_TORCH]
+    script = (
+        "import importlib, sys\n"
+        f"for name in {modules!r}:\n"
+        "    importlib.import_module(name)\n"
+        f"    loaded = {HEAVY!r} & set(sys.modules)\n"
+        "    assert not loaded, f'{name} loads {loaded}'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+CALLS = {"eval", "exec", "compile", "__import__"}
+METHODS = {("pickle", "load"), ("pickle", "loads"), ("yaml", "load"), ("torch", "load")}
+
+
+@pytest.mark.parametrize(
+    "path", sources("distill", "scripts", "eval"), ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_nothing_is_executed_or_unpickled(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        if isinstance(node.func, ast.Name):
+            assert node.func.id not in CALLS, f"line {node.lineno}"
+        if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
+            assert (node.func.value.id, node.func.attr) not in METHODS, f"line {node.lineno}"
+
+
+@pytest.mark.parametrize(
+    "path", sources("distill", "scripts", "eval"), ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_modules_say_what_they_are(path):
+    text = path.read_text()
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree) or not text.strip()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{node.name} has no docstring"
+    assert path.stem not in {"utils", "helpers", "manager", "base", "common"}
+
+
+def tracked() -> list[Path]:
+    """Return the files that git tracks, or all of the tree where there is no git."""
+    try:
+        listed = subprocess.run(
+            ["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True
+        )
+        names = listed.stdout.splitlines() if listed.returncode == 0 else []
+    except FileNotFoundError:
+        names = []
+    paths = [ROOT / name for name in names] or [p for p in PACKAGE.rglob("*") if p.is_file()]
+    return [path for path in paths if path.is_file() and path.stat().st_size < 1_000_000]
+
+
+MARKS = re.compile(r"\b(?:TO" r"DO|FIX" r"ME|XX" r"X|NotImplemented" r"Error)\b")
+LOCAL = re.compile(r"(?<![\w.])/(?:home|root|Users|work)/\w")
+
+
+def test_nothing_is_unfinished_and_no_path_is_of_one_machine():
+    for path in tracked():
+        if path.suffix in {".py", ".md", ".sh", ".yaml", ".yml", ".toml", ".lock", ".txt"}:
+            for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+                where = f"{path.relative_to(ROOT)}:{number}"
+                assert not (path.suffix == ".py" and MARKS.search(line)), where
+                assert not LOCAL.search(line), where
+
+
+def test_held_out_prompts_are_read_by_the_evaluation_only():
+    allowed = {"stages.py", "generation/filters.py"}
+    for path in sources("distill", "scripts", "eval"):
+        name = path.relative_to(PACKAGE).as_posix() if path.is_relative_to(PACKAGE) else path.name
+        if "heldout.jsonl" in path.read_text():
+            assert name in allowed or name.startswith(("evaluation/", "plain_baseline")), name
+
+
+def test_functions_are_small():
+    lengths = [
+        (node.end_lineno or 0) - node.lineno + 1
+        for path in sources("distill", "scripts", "eval")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    lengths.sort()
+    assert lengths[len(lengths) // 2] <= 12
+    assert lengths[len(lengths) * 9 // 10] <= 45
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)
+def test_ruff_is_content(command):
+    ruff = Path(sys.executable).with_name("ruff")
+    if not ruff.exists():
+        pytest.skip("ruff is not installed")
+    done = subprocess.run(
+        [ruff, *command, "--no-cache", "."], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
+
+
+def test_the_readme_s_file_map_exists():
+    """Hold the lines of fenced blocks that begin with a path against the tree: `distill/store.py   what it is`."""
+    for block in re.findall(r"```(?:text)?\n(.*?)```", README, re.S):
+        for name in re.findall(
+            r"^((?:distill|configs|data|eval|scripts|tests)/[\w./*-]*)", block, re.M
+        ):
+            assert list(ROOT.glob(name.rstrip("/"))), f"README names {name}"
+
+
+def test_the_readme_s_commands_exist():
+    verbs = set(re.findall(r"^\s*(?:\.venv/bin/)?distill (\w+)", README, re.M))
+    from typer.main import get_command
+
+    from distill.cli import app
+
+    known = get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
+    assert verbs <= set(known), f"README names {verbs - set(known)}"
+    for script in re.findall(r"\b((?:scripts|eval)/[\w/-]+\.(?:py|sh))", README):
+        assert (ROOT / script).is_file(), f"README names {script}"
+    for config in re.findall(r"\bconfigs/[\w/-]+\.yaml", README):
+        assert (ROOT / config).is_file(), f"README names {config}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_yaml_is_plain(path):
+    from distill.yaml_reader import parse_yaml, read_text
+
+    assert parse_yaml(read_text(path), path) is not None
+    yaml.safe_load(path.read_text())
