@@ -58,13 +58,7 @@ class Run:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.folder = config.runs / config.name
-        self._spent = {
-            "input_tokens": 0,
-            "output_tokens": 0,
-            "dollars": None,
-            "price": None,
-            "note": "",
-        }
+        self._running = ""  # the stage whose spending is counted
 
     def path(self, name: str) -> Path:
         """Return the path of a file of the run."""
@@ -171,43 +165,63 @@ class Run:
         dollars: Decimal | None = None,
         price: str | None = None,
     ) -> None:
-        """Add to what the stage now running has spent."""
-        self._spent["input_tokens"] += input_tokens
-        self._spent["output_tokens"] += output_tokens
-        if dollars is not None:
-            self._spent["dollars"] = (self._spent["dollars"] or Decimal(0)) + dollars
-        self._spent["price"] = price or self._spent["price"]
+        """Add to what the stage now running has spent; it is in a file at once, so that a kill loses none of it."""
+        if self._running:
+            entry = LedgerEntry(
+                stage=self._running,
+                started=now(),
+                seconds=0.0,
+                input_tokens=input_tokens,
+                output_tokens=output_tokens,
+                dollars=dollars,
+                price=price,
+            )
+            path = self._spent(self._running)
+            with disk_faults(path), path.open("a", encoding="utf-8") as file:
+                file.write(entry.to_line() + "\n")
+
+    def _spent(self, stage: str) -> Path:
+        """Return the file of what a stage has spent and the ledger does not hold yet."""
+        return self.folder / "stages" / f"{stage}.spent.jsonl"
 
     @contextmanager
     def _ledger(self, stage: str, started: str) -> Iterator[None]:
         """Account for the seconds and the spending of the block, also when it fails."""
-        clock = time.monotonic()
-        self._spent = {
-            "input_tokens": 0,
-            "output_tokens": 0,
-            "dollars": None,
-            "price": None,
-            "note": "failed",
-        }
+        clock, note, self._running = time.monotonic(), "failed", stage
         try:
             yield
-            self._spent["note"] = ""
+            note = ""
         finally:
-            seconds = time.monotonic() - clock
-            entry = LedgerEntry(stage=stage, started=started, seconds=seconds, **self._spent)
-            append_record(self.path("ledger.jsonl"), entry)
+            self._running = ""
+            self._enter(stage, started, time.monotonic() - clock, note)
+
+    def _enter(self, stage: str, started: str, seconds: float, note: str) -> None:
+        """Write the stage's entry in the ledger, with the sum of what it has spent."""
+        path = self._spent(stage)
+        spent = read_records(path, LedgerEntry, torn=True) if path.exists() else []
+        dollars = [entry.dollars for entry in spent if entry.dollars is not None]
+        entry = LedgerEntry(
+            stage=stage,
+            started=started,
+            seconds=seconds,
+            input_tokens=sum(entry.input_tokens for entry in spent),
+            output_tokens=sum(entry.output_tokens for entry in spent),
+            dollars=sum(dollars, Decimal(0)) if dollars else None,
+            price=next((entry.price for entry in reversed(spent) if entry.price), None),
+            note=note,
+        )
+        append_record(self.path("ledger.jsonl"), entry)
+        path.unlink(missing_ok=True)
 
     def _account_for_the_killed(self, stage: Stage) -> None:
-        """Where the stage was killed before, enter its seconds up to its last sign of life in the ledger."""
+        """Where the stage was killed before, enter what it spent, and its seconds up to its last sign of life."""
         marker = self.marker(stage)
-        kept = self._kept(stage) if marker.exists() else {}
-        begun = kept.get("begun")
-        entered = any(e.stage == stage.name and e.started == begun for e in self.ledger())
-        if begun and not entered:
+        begun = self._kept(stage).get("begun") if marker.exists() else None
+        if any(e.stage == stage.name and e.started == begun for e in self.ledger()):
+            self._spent(stage.name).unlink(missing_ok=True)  # killed just after it was entered
+        elif begun:
             alive = marker.stat().st_mtime - datetime.fromisoformat(begun).timestamp()
-            seconds = max(alive, 0.0)
-            entry = LedgerEntry(stage=stage.name, started=begun, seconds=seconds, note="killed")
-            append_record(self.path("ledger.jsonl"), entry)
+            self._enter(stage.name, begun, max(alive, 0.0), "killed")
 
     def ledger(self) -> list[LedgerEntry]:
         """Return the ledger so far."""

@@ -5,8 +5,8 @@
 The models are tiny and random, the stages and the store are the real ones. A run is killed with SIGKILL, it and its
 children, at a random moment inside a stage, then the same command is given again. Afterwards scorecard, answers,
 scores and adapter must be those of the unbroken run, times aside; and what the store held at the kill must be in it
-still, once. Most runs are forked from a process that has the libraries loaded; the first kill of every stage is of
-the `distill` command itself. `--store-kills` kills a writer of the store alone, many more times.
+still, once. Most runs are forked from a process that has the libraries loaded; the first of every stage is the
+`distill` command itself. `--store-kills` kills a writer of the store alone, many more times.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small are slower on two
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -34,10 +35,22 @@ from distill.cli import main as distill_main  # noqa: E402
 from distill.store import Log, read_json, sha256_file  # noqa: E402
 
 STAGES = ("corpus", "prompts", "generate", "filter", "train", "evaluate", "report")
-TIMES = re.compile(
-    r"seconds|dollars|break_even|per_hour"
-)  # what of a scorecard is time, or its price
+TIMES = re.compile(r"second|dollars|per_hour|^stages$")  # keys that hold time, or its price
+# what of a scorecard is time, or its price
 WORDS = "the store keeps every answer that was paid for and a kill at any moment loses none of them".split()
+DOCUMENTS = 20
+TASKS = {
+    "summary": {
+        "metric": "one_sentence",
+        "student": {"user": "Sum up:\n{{ document.text }}"},
+        "checker": {"kind": "max_sentences", "max": 1},
+    },
+    "object": {
+        "metric": "valid_json",
+        "student": {"user": "As JSON with the key name:\n{{ document.text }}"},
+        "checker": {"kind": "json_object", "keys": {"name": "string"}},
+    },
+}
 
 
 class Trial(NamedTuple):
@@ -57,12 +70,14 @@ def prepare(folder: Path) -> Path:
     """Write tiny models, a corpus and the config of the experiment in `folder`; return the config."""
     from tests.tiny import make_tiny
 
-    make_tiny(folder / "teacher", seed=1)
-    make_tiny(folder / "student", seed=2)
+    for name, seed in (("teacher", 1), ("student", 2)):
+        in_child(lambda name=name, seed=seed: make_tiny(folder / name, seed=seed))
+    for name, task in TASKS.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
     draw = random.Random(0)
     (folder / "texts").mkdir()
-    for number in range(24):
-        text = ". ".join(" ".join(draw.choices(WORDS, k=12)) for _ in range(3))
+    for number in range(DOCUMENTS):
+        text = ". ".join(" ".join(draw.choices(WORDS, k=6)) for _ in range(2))
         (folder / "texts" / f"{number:02}.txt").write_text(f"Note {number}: {text}.\n")
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(experiment(folder)))
@@ -70,7 +85,7 @@ def prepare(folder: Path) -> Path:
 
 
 def experiment(folder: Path) -> dict[str, Any]:
-    """Return the config: two tasks over 24 notes, a teacher of random weights, nothing filtered for its quality."""
+    """Return the config: two tasks over the notes, a teacher of random weights, nothing filtered for its quality."""
     lenient = dict.fromkeys(
         ("truncated", "empty", "refusal", "repetition", "wrong_format", "failed_checker"), False
     )
@@ -80,15 +95,18 @@ def experiment(folder: Path) -> dict[str, Any]:
         "corpus": {
             "path": str(folder / "texts"),
             "near_duplicate_threshold": None,
-            "split": {"validation": 4, "heldout": 8},
+            "split": {"validation": 4, "heldout": 6},
         },
-        "prompts": {"tasks": ["prose_summary", "api_json"], "per_document": "rotate"},
-        "teacher": {"model": str(folder / "teacher"), "max_new_tokens": 24},
+        "prompts": {
+            "tasks": [str(folder / f"{name}.yaml") for name in TASKS],
+            "per_document": "rotate",
+        },
+        "teacher": {"model": str(folder / "teacher"), "max_new_tokens": 16},
         "filters": lenient,
         "student": {"model": str(folder / "student")},
         "train": {
             "num_train_epochs": 2,
-            "tokens_per_step": 512,
+            "tokens_per_step": 320,
             "eval_steps": 4,
             "save_steps": 2,
             "lora": {"r": 4, "alpha": 8},
@@ -120,6 +138,20 @@ def start(words: Sequence[str], log: Path, real: bool) -> int:
         finally:
             os._exit(code)
     return pid
+
+
+def in_child(work: Callable[[], object]) -> None:
+    """Do `work` in a forked process, so that this one starts no threads that a later fork would lack."""
+    pid = os.fork()
+    if pid == 0:
+        code = 70
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    if os.waitpid(pid, 0)[1]:
+        raise SystemExit("the tiny models could not be made")
 
 
 def finish(words: Sequence[str], log: Path) -> None:
@@ -184,10 +216,19 @@ def stored(run: Path) -> dict[tuple[str, str], Any]:
     return found
 
 
+def differing(one: Any, other: Any, path: str = "") -> Iterator[str]:
+    """Yield the path of every value that is not the same in two trees."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in one.keys() | other.keys():
+            yield from differing(one.get(key), other.get(key), f"{path}.{key}" if path else key)
+    elif one != other:
+        yield path
+
+
 def compare(run: Path, reference: Path, before: dict[tuple[str, str], Any]) -> list[str]:
     """Name what differs from the unbroken run, and what the store lost or holds too much."""
     expected, found = results(reference), results(run)
-    faults = [f"{name} differs" for name in expected if expected[name] != found.get(name)]
+    faults = [f"{path} differs" for path in differing(expected, found)]
     after, whole = stored(run), stored(reference)
     faults += [f"lost {key}" for key in before if after.get(key) != before[key]]
     faults += [f"store lacks {key}" for key in whole.keys() - after.keys()]
@@ -227,11 +268,11 @@ class Bench:
         faults = compare(run, self.reference, before)
         return Trial(stage, after, hit, time.monotonic() - started, faults)
 
-    def trials(self, stage: str, kills: int, seed: int) -> Iterator[Trial]:
-        """Yield trials until `kills` have hit the stage; the first is of the real command."""
+    def trials(self, stage: str, kills: int, real: int, seed: int) -> Iterator[Trial]:
+        """Yield trials until `kills` have hit the stage; the first `real` are of the command."""
         draw, hits = random.Random(f"{stage} {seed}"), 0
         while hits < kills:
-            trial = self.trial(stage, draw, real=hits == 0)
+            trial = self.trial(stage, draw, real=hits < real)
             hits += trial.hit
             if not trial.hit:  # over before the moment came: the stage is faster than it was
                 self.seconds[stage] *= 0.7
@@ -314,6 +355,9 @@ def main() -> int:
     """Run the trials, print the table, write the JSON; returns 1 where any run ended differently."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20, help="kills a stage")
+    parser.add_argument(
+        "--real", type=int, default=1, help="how many of them of the command itself"
+    )
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--store-kills", type=int, default=0, help="kills of a writer of the store")
     parser.add_argument("--seed", type=int, default=0)
@@ -329,7 +373,7 @@ def main() -> int:
             bench = Bench(Path(name))
             seconds = dict(bench.seconds)
             for stage in options.stages:
-                trials += bench.trials(stage, options.kills, options.seed)
+                trials += bench.trials(stage, options.kills, options.real, options.seed)
             table(trials)
     if options.json:
         rows = [trial._asdict() for trial in trials]

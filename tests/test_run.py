@@ -220,10 +220,14 @@ def test_the_seconds_of_a_killed_stage_are_in_the_ledger(tmp_path, monkeypatch):
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
-        stage = Stage(
-            "first", (), (), ("a.txt",), lambda *_: os.write(writer, b"x") and signal.pause()
-        )
-        perform(make(tmp_path), stage)
+
+        def main(_: Config, run: Run) -> None:
+            run.spend(5, 7, Decimal("0.3"), "row")
+            run.spend(1, 1, Decimal("0.1"))
+            os.write(writer, b"x")
+            signal.pause()
+
+        perform(make(tmp_path), Stage("first", (), (), ("a.txt",), main))
     os.read(reader, 1)
     run = make(tmp_path)
     stage = Stage("first", (), (), ("a.txt",), write("a.txt"))
@@ -236,6 +240,8 @@ def test_the_seconds_of_a_killed_stage_are_in_the_ledger(tmp_path, monkeypatch):
     assert run.state(stage)[0] == "unfinished"
     assert perform(run, stage) == [True]  # the dead process's lock is free
     killed, made = run.ledger()
+    assert (killed.input_tokens, killed.output_tokens) == (6, 8)
+    assert (killed.dollars, killed.price, made.input_tokens) == (Decimal("0.4"), "row", 0)
     assert killed.note == "killed" and 0.25 < killed.seconds < 5 and made.note == ""
     assert not list(run.folder.glob(".*.tmp"))
 
