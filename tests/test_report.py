@@ -125,8 +125,8 @@ def make_run(
     steps = [{"step": s, "loss": 2 / (1 + s)} for s in range(history)]
     training = {"history": steps, "validation": steps[::10], "best_step": 20, "steps": history}
     write_json(run.path("training.json"), training)
-    kept = {"train": 80, "validation": 5, "heldout": 24}
-    funnel = {"answers": 120, "kept": kept, "dropped": {HOSTILE: 11}, "tasks": {}}
+    kept = {"kept_train": 80, "kept_validation": 5, "kept_heldout": 24}
+    funnel = {"prompts": 120, "answers": 120, **kept, "dropped": {HOSTILE: 11}, "tasks": {}}
     write_json(run.path("funnel.json"), funnel)
     write_json(run.path("config.json"), config.resolved())
     ledger = [LedgerEntry(stage=s, started="t", seconds=60) for s in ("generate", "train")]

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from distill.evaluation import words
 from distill.evaluation.plots import Point, quality_against_cost, training_curve
+from distill.records import SPLITS
 
 WIDTHS = {"wide": 660, "narrow": 350}  # pixels of a plot on a screen, and on a phone
 MODELS = ("base", "student", "teacher")
@@ -113,9 +114,9 @@ def task_bars(card: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def funnel_bars(funnel: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return what came in, what was dropped by reason and what was kept, with their share of what came in."""
-    rows = [("answers of the teacher", funnel["answers"], "in")]
+    rows = [(name, funnel[name], "in") for name in ("prompts", "answers")]
     rows += [(f"dropped: {reason}", n, "dropped") for reason, n in funnel["dropped"].items()]
-    rows += [(f"kept: {split}", n, "kept") for split, n in funnel["kept"].items()]
+    rows += [(f"kept: {split}", funnel[f"kept_{split}"], "kept") for split in SPLITS]
     most = max(funnel["answers"], 1)
     return [{"name": name, "count": n, "share": 100 * n / most, "kind": k} for name, n, k in rows]
 
