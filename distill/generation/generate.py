@@ -164,11 +164,12 @@ def _ask(
     with tracking(title, len(missing), "answers") as tracker:
         started, tokens = time.monotonic(), 0
         for raw in _answers(responder, missing, log):
-            if not log.append([("response", raw.id, raw.model_dump(mode="json"))]):
+            if ("response", raw.id) in log:
                 continue  # a plan that is rerun gives again what was stored before the kill
             tokens += raw.usage.output_tokens
-            if spend:
+            if spend:  # first, so that a kill while the answer is being stored hides no spending
                 spend(raw.usage.input_tokens, raw.usage.output_tokens)
+            log.append([("response", raw.id, raw.model_dump(mode="json"))])
             tracker.advance(extra=f"{tokens / (time.monotonic() - started):.0f} tokens/s")
 
 
