@@ -253,6 +253,12 @@ def test_without_a_checker_the_answer_says_that_quality_is_not_known(tmp_path: P
     assert "is not known: no task has a checker" in run.path("report.html").read_text()
 
 
+def test_a_teacher_that_passes_nothing_leaves_nothing_to_keep(tmp_path: Path) -> None:
+    run = make_run(tmp_path, {"teacher": 0, "base": 0, "student": 3})
+    report.main(run.config, run)
+    assert "None of the teacher’s answers pass" in run.path("report.html").read_text()
+
+
 def test_missing_answers_are_shown_both_ways_and_too_many_stop(tmp_path: Path) -> None:
     items = make_items(60)[1::2]
     answers = {

@@ -75,7 +75,9 @@ def _row(
     paired = pair(left.values, right.values, ids)
     require_paired(paired, len(ids), f"task {task}")
     clusters = [items[i].cluster if i in items else i for i in paired.items]
-    change = estimate_difference(paired.a_N, paired.b_N, clusters, certainty)
+    passed = set(paired.a_N) | set(paired.b_N) <= {0.0, 1.0}
+    bounds = Bounds(0.0, 1.0) if passed else None  # of agreement scores the file says no bounds
+    change = estimate_difference(paired.a_N, paired.b_N, clusters, certainty, bounds)
     means = [figure(float(side.mean()) if len(side) else None, 3) for side in paired[1:3]]
     return (
         task,

@@ -44,6 +44,7 @@ def page(
         bars=task_bars(card),
         funnel=funnel_bars(card["funnel"]),
         groups=sample_groups(samples),
+        missing=words.grouped(card["reasons"]),
         prices=list(
             dict.fromkeys(row["price"] for row in card["cost"].values() if row.get("price"))
         ),

@@ -196,7 +196,9 @@ def _notes(card: Mapping[str, Any]) -> str:
     lines += dict.fromkeys(
         f"Price: {row['price']}." for row in card["cost"].values() if row.get("price")
     )
-    lines += [f"Null: {path}: {reason}." for path, reason in card["reasons"].items()]
+    lines += [
+        f"Not given: {', '.join(paths)}: {reason}." for reason, paths in grouped(card["reasons"])
+    ]
     return "\n".join(f"- {line}" for line in lines)
 
 

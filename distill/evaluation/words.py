@@ -99,6 +99,14 @@ def ratio(part: float | None, whole: float | None) -> float | None:
     return None if part is None or not whole or whole < 0 else part / whole
 
 
+def grouped(reasons: Mapping[str, str]) -> list[tuple[str, list[str]]]:
+    """Return each reason with all that is missing because of it."""
+    return [
+        (reason, [path for path, why in reasons.items() if why == reason])
+        for reason in dict.fromkeys(reasons.values())
+    ]
+
+
 def kept(card: Mapping[str, Any]) -> float | None:
     """Return the student's share of checks passed over the teacher's, or None where no task has a checker."""
     overall = card["overall"]
