@@ -121,7 +121,7 @@ def experiment(folder: Path) -> dict[str, Any]:
 def start(words: Sequence[str], log: Path, real: bool) -> int:
     """Start `distill WORDS` in a process group of its own, and return its pid; forked unless `real`."""
     if real:
-        command = [sys.executable, "-c", "import sys, distill.cli as c; sys.exit(c.main())", *words]
+        command = [sys.executable, "-m", "distill", *words]
         with log.open("ab") as file:
             return subprocess.Popen(
                 command, stdout=file, stderr=file, cwd=ROOT, start_new_session=True
