@@ -9,7 +9,6 @@ Shape suffixes: N tokens of the row, T of a sample, H query heads, K key heads, 
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from transformers import AttentionInterface
 
 NAME = "packed"
 BLOCK = 128  # queries at a time: what lies above the diagonal is skipped block by block
+OTHER_KINDS = ("sliding_window", "softcap", "s_aux", "position_bias")
 KEPT = 512  # samples up to this length keep their probabilities for the way back, longer ones make them again
 
 
@@ -53,45 +53,64 @@ def _probabilities(query_KXd: Tensor, key_KSd: Tensor, rows: int, scale: float) 
     return torch.softmax(scores, -1)
 
 
+def forward(
+    query_NHd: Tensor, key_NKd: Tensor, value_NKd: Tensor, lengths: Sequence[int], scale: float
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the attention's output (N, H, d), and the probabilities that are worth keeping for the way back."""
+    out_NHd = torch.empty_like(query_NHd, memory_format=torch.contiguous_format)
+    groups, kept = query_NHd.shape[1] // key_NKd.shape[1], []
+    key_KNd, value_KNd = key_NKd.transpose(0, 1), value_NKd.transpose(0, 1)
+    for sample, start, end in blocks(lengths):
+        query = _stacked(query_NHd[start:end], groups)
+        weights = _probabilities(query, key_KNd[:, sample:end], end - start, scale)
+        _unstack(torch.bmm(weights, value_KNd[:, sample:end]), out_NHd[start:end])
+        kept.append(weights if end - sample <= KEPT else None)
+    return out_NHd, kept
+
+
+def backward(
+    slope_NHd: Tensor,
+    query_NHd: Tensor,
+    key_NKd: Tensor,
+    value_NKd: Tensor,
+    kept: Sequence[Tensor | None],
+    lengths: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value (Dao et al. 2022, appendix B, by blocks of queries only)."""
+    groups = query_NHd.shape[1] // key_NKd.shape[1]
+    key_KNd, value_KNd = key_NKd.transpose(0, 1), value_NKd.transpose(0, 1)
+    slope_q = torch.empty_like(query_NHd, memory_format=torch.contiguous_format)
+    slope_k = torch.zeros_like(key_NKd, memory_format=torch.contiguous_format)
+    slope_v = torch.zeros_like(slope_k)
+    for (sample, start, end), weights in zip(blocks(lengths), kept, strict=True):
+        seen, rows = slice(sample, end), end - start
+        query = _stacked(query_NHd[start:end], groups)
+        if weights is None:
+            weights = _probabilities(query, key_KNd[:, seen], rows, scale)
+        slope = _stacked(slope_NHd[start:end], groups)
+        slope_v[seen] += torch.bmm(weights.transpose(1, 2), slope).transpose(0, 1)
+        slope_weights = torch.bmm(slope, value_KNd[:, seen].transpose(1, 2))
+        scores = torch._softmax_backward_data(slope_weights, weights, -1, weights.dtype)
+        _unstack(torch.bmm(scores, key_KNd[:, seen]) * scale, slope_q[start:end])
+        slope_k[seen] += torch.bmm(scores.transpose(1, 2), query * scale).transpose(0, 1)
+    return slope_q, slope_k, slope_v
+
+
 class _Attention(torch.autograd.Function):
-    """Attention of a packed row, with the way back written out (Dao et al. 2022, appendix B, without the tiling)."""
+    """`forward` and `backward` for the models that autograd runs through."""
 
     @staticmethod
-    def forward(
-        ctx: Any, query_NHd: Tensor, key_NKd: Tensor, value_NKd: Tensor, lengths: Sequence[int], scale: float
-    ) -> Tensor:  # fmt: skip
-        out_NHd = torch.empty_like(query_NHd, memory_format=torch.contiguous_format)
-        groups = query_NHd.shape[1] // key_NKd.shape[1]
-        ctx.kept, ctx.lengths, ctx.scale = [], tuple(lengths), scale
-        key_KNd, value_KNd = key_NKd.transpose(0, 1), value_NKd.transpose(0, 1)
-        keep = max(lengths) <= KEPT and any(ctx.needs_input_grad)
-        for sample, start, end in blocks(lengths):
-            query = _stacked(query_NHd[start:end], groups)
-            weights = _probabilities(query, key_KNd[:, sample:end], end - start, scale)
-            _unstack(torch.bmm(weights, value_KNd[:, sample:end]), out_NHd[start:end])
-            ctx.kept.append(weights if keep else None)
-        ctx.save_for_backward(query_NHd, key_NKd, value_NKd)
-        return out_NHd
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        query, key, value, ctx.lengths, ctx.scale = given
+        out, kept = forward(*given)
+        ctx.save_for_backward(query, key, value, *(kept if any(ctx.needs_input_grad) else ()))
+        return out
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        query_NHd, key_NKd, value_NKd = ctx.saved_tensors
-        groups, scale = query_NHd.shape[1] // key_NKd.shape[1], ctx.scale
-        key_KNd, value_KNd = key_NKd.transpose(0, 1), value_NKd.transpose(0, 1)
-        slope_q = torch.empty_like(query_NHd, memory_format=torch.contiguous_format)
-        slope_k, slope_v = torch.zeros_like(key_KNd), torch.zeros_like(value_KNd)
-        for (sample, start, end), weights in zip(blocks(ctx.lengths), ctx.kept, strict=True):
-            seen, rows = slice(sample, end), end - start
-            query = _stacked(query_NHd[start:end], groups)
-            if weights is None:
-                weights = _probabilities(query, key_KNd[:, seen], rows, scale)
-            slope = _stacked(upstream[0][start:end], groups)
-            slope_v[:, seen] += torch.bmm(weights.transpose(1, 2), slope)
-            slope_weights = torch.bmm(slope, value_KNd[:, seen].transpose(1, 2))
-            scores = torch._softmax_backward_data(slope_weights, weights, -1, weights.dtype) * scale
-            _unstack(torch.bmm(scores, key_KNd[:, seen]), slope_q[start:end])
-            slope_k[:, seen] += torch.bmm(scores.transpose(1, 2), query)
-        return slope_q, slope_k.transpose(0, 1), slope_v.transpose(0, 1), None, None
+        query, key, value, *kept = ctx.saved_tensors
+        return *backward(upstream[0], query, key, value, kept, ctx.lengths, ctx.scale), None, None
 
 
 def attend(
@@ -121,23 +140,19 @@ def _registered(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     lengths: Sequence[int] | None = None,
-    **unused: Any,
+    dropout: float = 0.0,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """Be transformers' attention function for one packed row: (1, heads, N, d) in, (1, N, heads, d) out."""
+    """Be transformers' attention function for one packed row: (1, heads, N, d) in, (1, N, heads, d) out.
+
+    Raises NotImplementedError for kinds of attention that this is not; the student's probe then pads instead.
+    """
+    unknown = [name for name in OTHER_KINDS if others.get(name) is not None]
+    if unknown or dropout or query.shape[0] != 1 or attention_mask is not None:
+        raise NotImplementedError(f"{type(module).__name__}: {unknown}, dropout {dropout}")
     rows = [t[0].transpose(0, 1) for t in (query, key, value)]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attend(*rows, lengths or [query.shape[2]], scale)[None], None
 
 
 AttentionInterface.register(NAME, _registered)
-
-
-@contextmanager
-def packed(model: Any) -> Iterator[None]:
-    """Let `model` take its attention from here inside the `with` block."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)

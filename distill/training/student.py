@@ -19,6 +19,7 @@ from distill.records import Example, Pair
 from distill.training.attention import NAME
 from distill.training.batches import micro_batches
 from distill.training.encode import encode_pair
+from distill.training.layers import fuse, unfuse
 from distill.training.losses import cross_entropy
 
 PROBE = (7, 12)  # lengths of the two samples that the probe packs
@@ -68,6 +69,10 @@ class Student(nn.Module):
         head_VD, bias_V = self.head()
         return cross_entropy(hidden_SD, head_VD, batch.targets_S, batch.weights_S, bias_V)[0]
 
+    def decoder(self) -> Any:
+        """Return the model without its head."""
+        return self._decoder[0]
+
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Return the output head's weight and bias."""
         return self._head[0].weight, self._head[0].bias
@@ -79,7 +84,7 @@ class Student(nn.Module):
     def _packed(self, batch: Batch) -> Tensor:
         places = [torch.arange(length) for length in batch.lengths]
         positions = torch.cat(places).to(batch.ids_N.device)
-        states = self._decoder[0](
+        states = self.decoder()(
             input_ids=batch.ids_N[None],
             position_ids=positions[None],
             use_cache=False,
@@ -92,70 +97,83 @@ class Student(nn.Module):
         ids_BT = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
         real = [torch.ones_like(row) for row in rows]
         mask_BT = nn.utils.rnn.pad_sequence(real, batch_first=True)
-        states = self._decoder[0](input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+        states = self.decoder()(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
         return states.last_hidden_state[mask_BT.bool()]
 
 
-def make_student(model: Any, packing: bool = True) -> tuple[Student, list[str]]:
-    """Wrap `model`, packing where its architecture allows; returns the student and notes for the user.
+def make_student(
+    model: Any, packing: bool = True, fused: bool = False
+) -> tuple[Student, list[str]]:
+    """Wrap `model`, packing where its architecture allows, and with fused layers where asked and possible.
 
-    Raises DistillError (exit 7) where the model's logits are not its head's output (a cap or a scale behind it).
+    Returns the student and notes for the user. Raises DistillError (exit 7) where the model's logits are not its
+    head's output (a cap or a scale behind it).
     """
-    plain, notes = Student(model, packing=False), []
-    _check_head(plain)
-    window = getattr(model.config, "sliding_window", None)
-    if not packing or window:
-        return plain, [f"a sliding window of {window}: batches are padded"] if packing else []
-    model.set_attn_implementation(NAME)
-    student = Student(model)
-    if not _same_packed(student, plain):
-        model.set_attn_implementation("sdpa")
-        return plain, [f"{type(model).__name__} cannot take packed rows: batches are padded"]
-    return student, notes
+    plain, before = Student(model, packing=False), model.config._attn_implementation
+    training = model.training
+    model.eval()
+    try:
+        wanted = _check_head(plain)
+        if not packing:
+            return plain, []
+        model.set_attn_implementation(NAME)
+        student, decoder = Student(model), plain.decoder()
+        if fused and fuse(decoder):
+            if _agrees(student, wanted):
+                return student, []
+            unfuse(decoder)
+        if _agrees(student, wanted):
+            return student, []
+        model.set_attn_implementation(before)
+        return plain, [f"{model.config.model_type} cannot take packed rows: batches are padded"]
+    finally:
+        model.train(training)
 
 
-def _probe_batch(student: Student) -> Batch:
-    ids = torch.arange(sum(PROBE), device=student.head()[0].device) % student.head()[0].shape[0]
-    none = torch.zeros(0, dtype=torch.long, device=ids.device)
-    return Batch(ids, PROBE, none, none, none.float())
+def _probe_batch(student: Student, shift: int = 0) -> Batch:
+    """Return two samples without supervision; `shift` changes the ids of the first."""
+    weight = student.head()[0]
+    ids = torch.arange(sum(PROBE), device=weight.device)
+    ids[: PROBE[0]] += shift
+    none = ids[:0]
+    return Batch(ids % weight.shape[0], PROBE, none, none, none.float())
 
 
 @torch.no_grad()
-def _same_packed(student: Student, plain: Student) -> bool:
-    """Tell whether a packed row gives the same states as the samples in padded rows, with the model's own attention."""
-    batch = _probe_batch(student)
+def _agrees(student: Student, wanted_ND: Tensor) -> bool:
+    """Tell whether packed rows give the states of padded ones, and nothing of one sample reaches the next."""
     try:
-        found = student.hidden(batch)
+        found = student.hidden(_probe_batch(student))
+        other = student.hidden(_probe_batch(student, shift=3))
     except (TypeError, ValueError, RuntimeError, NotImplementedError):
         return (
-            False  # the architecture does not pass lengths down, or takes its attention elsewhere
+            False  # the architecture does not pass lengths down, or has another kind of attention
         )
-    model = student.model
-    model.set_attn_implementation("sdpa")
-    wanted = plain.hidden(batch)
-    model.set_attn_implementation(NAME)
-    return _close(found, wanted)
+    second = slice(PROBE[0], None)
+    return _close(found, wanted_ND) and bool(torch.equal(found[second], other[second]))
 
 
 @torch.no_grad()
-def _check_head(plain: Student) -> None:
-    ids = _probe_batch(plain).ids_N[None, : PROBE[0]]
+def _check_head(plain: Student) -> Tensor:
+    """Return the probe's hidden states, after comparing the head's output with the model's logits."""
+    batch = _probe_batch(plain)
+    ids = batch.ids_N[None, : PROBE[0]]
     wanted = plain.model(input_ids=ids, use_cache=False).logits[0]
-    states = plain._decoder[0](input_ids=ids, use_cache=False).last_hidden_state[0]
-    if not _close(nn.functional.linear(states, *plain.head()), wanted):
+    states = plain.hidden(batch)
+    if not _close(nn.functional.linear(states[: PROBE[0]], *plain.head()), wanted):
         raise DistillError(
             Exit.TRAINING,
-            type(plain.model).__name__,
+            plain.model.config.model_type,
             "scales or caps its logits behind the head, which this loss does not know",
             "use another student",
         )
+    return states
 
 
 def _close(found: Tensor, wanted: Tensor) -> bool:
-    """Tell whether two results agree to a few roundings of their type, in the root mean square."""
-    found, wanted = found.float(), wanted.float()
-    allowed = 1e-4 if wanted.dtype == torch.float32 else 0.05
-    return bool((found - wanted).norm() <= allowed * wanted.norm())
+    """Tell whether two results agree but for rounding: thirty layers in bfloat16 differ by several percent."""
+    allowed = 1e-3 if wanted.dtype == torch.float32 else 0.2
+    return bool((found - wanted).float().norm() <= allowed * wanted.float().norm())
 
 
 @torch.inference_mode()

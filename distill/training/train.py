@@ -151,7 +151,7 @@ class Loop:
             self.settings.num_train_epochs,
             self.settings.max_steps,
         )
-        student, notes = make_student(self.model, self.settings.packing)
+        student, notes = make_student(self.model, self.settings.packing, fused=True)
         self.notes += notes
         if accelerator.is_main_process:
             for note in notes:
