@@ -324,7 +324,8 @@ class Log:
 
     def _load(self) -> None:
         """Check the version and every line, and open the last segment for writing."""
-        version, found = read_version(self.folder), segments(self.folder)
+        found = segments(self.folder)  # before the version, which a writer beside us makes first
+        version = read_version(self.folder)
         if version != VERSION and (version or found):
             what = f"store version {version or 'unknown'}, this is {VERSION}"
             raise _damaged(self.folder / "version.json", self.folder, what)
