@@ -16,6 +16,7 @@ from distill.evaluation.report import table
 from distill.evaluation.scorers import passes
 from distill.evaluation.statistics import (
     USUAL,
+    Bounds,
     Certainty,
     Estimate,
     estimate_difference,

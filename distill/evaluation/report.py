@@ -16,6 +16,7 @@ from distill.evaluation.words import (
     change,
     duration,
     figure,
+    grouped,
     money,
     plain_numbers,
     score,
