@@ -105,11 +105,14 @@ def test_a_limit_takes_the_same_documents_whatever_their_order(tmp_path: Path) -
 
 def test_too_many_bad_rows_stop_and_show_the_first(tmp_path: Path) -> None:
     write_rows(tmp_path, [{"text": text(n)} for n in range(98)] + ["{", "{"])
+    run = make(tmp_path, max_bad_fraction=0.01)
     with pytest.raises(DistillError) as caught:
-        make(tmp_path, max_bad_fraction=0.01).perform(STAGE)
+        run.perform(STAGE)
+    assert len(read_records(run.path("rejects.jsonl"), Reject)) == 2
     assert caught.value.code == Exit.INPUT
     assert "2 of 100 rows are bad" in str(caught.value) and "rows.jsonl:99" in str(caught.value)
-    assert make(tmp_path, max_bad_fraction=0.02).perform(STAGE)
+    assert "max_bad_fraction to 0.02" in caught.value.fix
+    assert make(tmp_path, max_bad_fraction=0.02).perform(STAGE, redo=True)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\n\n", b"\xff\xfe", b"{}\n"])

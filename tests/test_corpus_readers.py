@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import time
 from pathlib import Path
 
 import datasets
@@ -49,6 +50,18 @@ def test_html_gives_its_visible_text(tmp_path: Path) -> None:
         "  y",
     ]
     assert read(write(tmp_path, "a.html.gz", page.encode())) == [Row("a.html.gz:1", {"text": text})]
+
+
+@pytest.mark.parametrize("part", ["<", "<a ", "<!--", "<![CDATA[", "</", "<a b='", "<script>", "&"])
+def test_a_hostile_page_takes_no_time_in_its_square(part: str) -> None:
+    started = time.monotonic()
+    assert html_to_text("<p>Text.</p>" + part * 50_000).strip().startswith("Text.")
+    assert time.monotonic() - started < 5
+
+
+def test_a_page_without_its_closing_tags_keeps_its_text() -> None:
+    page = "<head><title>t</title><p>One.<p>Two <script>" + "evil();" * 1000
+    assert html_to_text(page).split() == ["One.", "Two"]
 
 
 @given(st.text(alphabet="<>/!-[]&;#pscript \n'\"=a", max_size=80))

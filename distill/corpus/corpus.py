@@ -7,6 +7,7 @@ go into the run's manifest under `corpus`.
 import platform
 from collections import Counter
 from collections.abc import Iterator
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ def main(config: Config, run: Run) -> None:
     """Make documents.jsonl and rejects.jsonl; raises DistillError (exit 3) where the corpus is not usable."""
     corpus, rejects = config.corpus, list[Reject]()
     found = interpreted(corpus, rejects)
-    refuse_too_many(rejects, len(found), corpus.max_bad_fraction)
+    write_records(run.path("rejects.jsonl"), rejects)  # also for the one who meets the refusal
+    refuse_too_many(rejects, len(found), corpus.max_bad_fraction, run.path("rejects.jsonl"))
     kept = deduplicated(found, rejects, corpus.near_duplicate_threshold, corpus.limit, config.seed)
     sizes = corpus.split
     splits = split([d.id for d in kept], config.seed, sizes.validation, sizes.heldout)
@@ -110,7 +112,7 @@ def interpreted(corpus: Corpus, rejects: list[Reject]) -> list[Document]:
     return documents
 
 
-def refuse_too_many(rejects: list[Reject], good: int, allowed: float) -> None:
+def refuse_too_many(rejects: list[Reject], good: int, allowed: float, listed: Path) -> None:
     """Raise DistillError (exit 3) where nothing is left, or more rows are bad than allowed."""
     bad = [reject for reject in rejects if reject.bad]
     share = len(bad) / max(1, len(bad) + good)
@@ -118,12 +120,8 @@ def refuse_too_many(rejects: list[Reject], good: int, allowed: float) -> None:
         return
     example = f", first {bad[0].where}: {bad[0].reason}" if bad else ""
     what = f"{len(bad)} of {len(bad) + good} rows are bad{example}"
-    raise DistillError(
-        Exit.INPUT,
-        "corpus",
-        what,
-        "correct them, or raise corpus.max_bad_fraction above their share",
-    )
+    fix = f"all are in {listed}; correct them, or raise corpus.max_bad_fraction to {ceil(share * 100) / 100:g}"
+    raise DistillError(Exit.INPUT, "corpus", what, fix if good else f"all are in {listed}")
 
 
 def deduplicated(

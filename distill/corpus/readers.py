@@ -26,6 +26,9 @@ BLOCKS = frozenset(
     "section table td th tr ul".split()
 )
 HIDDEN = frozenset("script style template noscript title nav".split())
+MAX_OPEN = (
+    4096  # characters of a construct that never closes; parsing more takes time in its square
+)
 Bytes = io.BufferedReader | gzip.GzipFile
 
 
@@ -249,5 +252,8 @@ def html_to_text(html: str) -> str:
     """Return the visible text of a page, one block a paragraph."""
     parser = _Text()
     parser.feed(html)
-    parser.close()
+    if len(parser.rawdata) <= MAX_OPEN:
+        parser.close()
+    elif not parser.hidden:
+        parser.parts.append(parser.rawdata)
     return "".join(parser.parts)
