@@ -146,6 +146,7 @@ def fetch(reference: str, revision: str | None = None, allow_pickle: bool = Fals
         return _existing(Path(reference))
     info = lookup(reference)
     if info and info.gguf:
+        _refuse_revision(info, revision)
         return converted(info.name, info.gguf)
     _refuse_near_miss(reference)
     return _from_hub(reference, revision or (info.revision if info else None), allow_pickle)
@@ -175,6 +176,17 @@ def _refuse_near_miss(reference: str) -> None:
     if "/" not in reference and near:
         raise DistillError(
             Exit.CONFIG, f"model {reference}", "no such name", f"did you mean {near[0]}?"
+        )
+
+
+def _refuse_revision(info: ModelInfo, revision: str | None) -> None:
+    """Stop where another revision of a named model is asked for: the name is one file."""
+    if revision not in (None, info.revision):
+        raise DistillError(
+            Exit.CONFIG,
+            f"model {info.name}",
+            f"is one file, not revision {revision}",
+            f"name the Hub id {info.hub_id}",
         )
 
 

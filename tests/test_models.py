@@ -94,6 +94,11 @@ def test_a_near_miss_is_named():
     assert error.code == Exit.CONFIG and "did you mean smollm2-135m-instruct" in error.fix
 
 
+def test_a_named_model_has_one_revision():
+    error = refused(models.fetch, "smollm2-135m-instruct", "f" * 40)
+    assert error.code == Exit.CONFIG and "HuggingFaceTB/" in error.fix
+
+
 def test_a_folder_that_is_no_model(tmp_path):
     assert "config.json is missing" in refused(models.fetch, str(tmp_path)).what
 
