@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.checkers import KINDS, check, count_sentences, read_number, strip_fence, validate
@@ -189,6 +189,7 @@ ANSWERS = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(text=ANSWERS, reference=st.none() | st.text())
 def test_no_text_makes_a_check_raise(text: str, reference: str | None) -> None:
     for checker in CHECKERS:
@@ -197,6 +198,7 @@ def test_no_text_makes_a_check_raise(text: str, reference: str | None) -> None:
         assert verdict.answer is None or verdict.answer.encode("utf-8") is not None
 
 
-@given(st.recursive(st.none() | st.integers() | st.text(), st.lists))
+@settings(deadline=None)
+@given(st.recursive(st.none() | st.integers() | st.text(), st.lists, max_leaves=10))
 def test_any_object_with_the_keys_is_valid(value: Any) -> None:
     assert passes(API, json.dumps(GOOD | {"returns": value}))

@@ -1,7 +1,7 @@
 """Cleaning and cutting: what changes, what is refused, and that cutting loses nothing."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.corpus.clean import chunk, normalise
@@ -39,6 +39,7 @@ def test_what_is_no_text_is_refused_with_a_reason(raw: object, reason: str) -> N
         normalise(raw)
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_normalising_twice_changes_nothing(text: str) -> None:
     try:
@@ -68,6 +69,7 @@ def test_chunks_overlap_by_whole_words() -> None:
         assert 1 <= len(shared) <= 3 and right[: len(shared)] == left[-len(shared) :]
 
 
+@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=30),
     gaps=st.lists(st.sampled_from([" ", "\n", "\n\n", " . "]), min_size=30, max_size=30),

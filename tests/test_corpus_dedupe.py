@@ -1,7 +1,7 @@
 """Repeats: exact ones, near ones, and ids that stand twice."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.corpus.dedupe import NearDuplicates, overlap, shingles, unique
@@ -46,6 +46,7 @@ def test_short_texts_are_compared_whole() -> None:
     assert seen.find_or_add(document("two others")) is None
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60), st.text(max_size=60))
 def test_the_overlap_is_a_share_and_symmetric(left: str, right: str) -> None:
     a, b = shingles(left), shingles(right)

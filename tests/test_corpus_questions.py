@@ -1,7 +1,7 @@
 """Questions that the teacher writes: what it is asked, what is read from its reply, and both views of the prompts."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.corpus.questions import KINDS, askings, distinct, read_questions, shares, to_prompts
@@ -71,6 +71,7 @@ def test_each_side_sees_the_passage_or_not(teacher: bool, student: bool) -> None
     assert "<|im_end|>" not in prompt.model_dump_json()
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_no_reply_makes_reading_raise(reply: str) -> None:
     for question in distinct(read_questions(reply)):

@@ -64,6 +64,7 @@ def test_a_page_without_its_closing_tags_keeps_its_text() -> None:
     assert html_to_text(page).split() == ["One.", "Two"]
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="<>/!-[]&;#pscript \n'\"=a", max_size=80))
 def test_no_page_makes_the_html_reader_raise(page: str) -> None:
     assert isinstance(html_to_text(page), str)

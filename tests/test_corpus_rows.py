@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.config import Columns
@@ -137,6 +137,7 @@ TURNS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(NAMES, JSON | TURNS, max_size=5))
 def test_any_row_is_read_or_refused_and_what_is_read_can_be_stored(row: dict[str, Any]) -> None:
     try:

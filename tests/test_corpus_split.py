@@ -3,7 +3,7 @@
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.corpus.split import split
@@ -26,6 +26,7 @@ def test_shares_are_shares_of_all() -> None:
     assert abs(found["heldout"] / 2000 - 0.3) < 0.035
 
 
+@settings(deadline=None)
 @given(st.integers(0, 9), st.permutations(range(40)), st.integers(20, 39))
 def test_new_documents_move_no_old_one(seed: int, order: list[int], count: int) -> None:
     ids = [IDS[n] for n in order]
