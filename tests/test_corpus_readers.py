@@ -114,7 +114,9 @@ def test_a_row_that_is_too_long_is_rejected(
     assert isinstance(text[0], Reject) is (extra > 0)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200, deadline=None
+)
 @given(
     data=st.binary(max_size=60)
     | st.text(alphabet='{}[]":,\n\r\\u d8019a', max_size=60).map(str.encode)
