@@ -145,11 +145,11 @@ def _registered(
 ) -> tuple[Tensor, None]:
     """Be transformers' attention function for one packed row: (1, heads, N, d) in, (1, N, heads, d) out.
 
-    Raises NotImplementedError for kinds of attention that this is not; the student's probe then pads instead.
+    Raises ValueError for kinds of attention that this is not; the student's probe then pads instead.
     """
     unknown = [name for name in OTHER_KINDS if others.get(name) is not None]
     if unknown or dropout or query.shape[0] != 1 or attention_mask is not None:
-        raise NotImplementedError(f"{type(module).__name__}: {unknown}, dropout {dropout}")
+        raise ValueError(f"{type(module).__name__}: {unknown}, dropout {dropout}")
     rows = [t[0].transpose(0, 1) for t in (query, key, value)]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attend(*rows, lengths or [query.shape[2]], scale)[None], None
