@@ -73,6 +73,8 @@ def evaluation(items: list[Item], right: dict[str, int], machine: str | None) ->
         "student": [(9.0 + k % 3, 20) for k in range(len(items))],
     }
     certainty, book = Certainty(samples=500), load_prices()
+    asked = {"items": 24, "documents": 24, "max_new_tokens": 20}
+    asked |= {"teacher_temperature": 0.0, "teacher_sees_more": False}
     costs = {
         m: request_cost(
             [r.usage for r in found.values()], book.machine(machine), book.why_no_machine(machine)
@@ -95,7 +97,7 @@ def evaluation(items: list[Item], right: dict[str, int], machine: str | None) ->
             },
             **results.compared(items, answers, rows, losses, certainty),
             "cost": costs,
-            "settings": {**certainty._asdict(), "max_new_tokens": 20},
+            "settings": {**certainty._asdict(), **asked},
             "corpus": {"corpus_sha256": HASH, "python": "3.11.9", "documents": 9},
             "environment": {"distill": "0", "libraries": {"torch": "2"}, "processor": "p"},
         }

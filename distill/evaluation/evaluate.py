@@ -63,7 +63,7 @@ def main(config: Config, run: Run) -> None:
                 "models": {"teacher": describe_teacher(config), **described},
                 **results.compared(items, answers, rows, losses, certainty),
                 "cost": costs(config, answers),
-                "settings": {**certainty._asdict(), "max_new_tokens": limit(config)},
+                "settings": {**certainty._asdict(), **asked(config, items)},
                 "corpus": run.manifest().get("corpus", {}),
                 "environment": run.manifest().get("environment", {}),
             }
@@ -79,6 +79,17 @@ def measure(task: str, items: Sequence[Item], answers: results.Models) -> Measur
         there = any(item.reference for item in items if item.task == task)
         checker = checker if there else None
     return results.measure_task(task, items, answers, (known and known.metric) or "", checker)
+
+
+def asked(config: Config, items: Sequence[Item]) -> dict[str, Any]:
+    """Return how the models were asked, and how much."""
+    return {
+        "items": len(items),
+        "documents": len({item.cluster for item in items}),
+        "max_new_tokens": limit(config),
+        "teacher_temperature": config.teacher.temperature,
+        "teacher_sees_more": any(item.prompt.teacher_messages for item in items),
+    }
 
 
 def limit(config: Config) -> int:

@@ -36,6 +36,7 @@ def page(
     return environment.get_template("report.html").render(
         card=card,
         models=MODELS,
+        mark=mark,
         sentences=words.answer(card),
         kept=words.kept(card),
         cost_share=words.cost_share(card),
@@ -132,6 +133,18 @@ def sample_groups(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             {**sample, "answers": answers, "messages": asked}
         )
     return [{"task": task, "samples": found} for task, found in groups.items()]
+
+
+def mark(sample: Mapping[str, Any], model: str) -> str:
+    """Return what one sampled answer scored, in a few words; nothing where agreement has no score of the teacher."""
+    if model not in sample["scores"]:
+        return ""
+    value, reason = sample["scores"][model], sample["reasons"][model]
+    if value is None:
+        return f"not scored: {reason}"
+    if sample["metric"] == "chrF":
+        return f"chrF {words.figure(value, 0)}"
+    return f"{'✓' if value else '✗'} {reason}"
 
 
 def clip(text: str) -> str:

@@ -280,7 +280,6 @@ def compared(
     alike = measure_agreement(items, answers)
     pooled = pool(list(rows.values()))
     return {
-        "items": len(items),
         "tasks": {task: row_of(row, certainty) for task, row in rows.items()},
         "overall": row_of(pooled, certainty) if pooled else None,
         "agreement": {
