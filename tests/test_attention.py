@@ -59,5 +59,5 @@ def test_blocks_cover_every_place_once():
 @pytest.mark.parametrize("kind", ["sliding_window", "softcap"])
 def test_other_kinds_of_attention_are_refused(kind):
     row = torch.zeros(1, 2, 3, SIZE)
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(ValueError):
         attention._registered(torch.nn.Identity(), row, row, row, None, lengths=[3], **{kind: 4})

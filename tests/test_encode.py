@@ -1,11 +1,11 @@
 """Encoding: the ids, the mask and the end token are exactly those that the template makes."""
 
 import pytest
-from tests.tiny import make_tokenizer
 
 from distill.errors import DistillError, Exit
 from distill.records import Message, Pair, Prompt, Response
 from distill.training.encode import encode_pair, encode_pairs, marked
+from tests.tiny import make_tokenizer
 
 DATE = "2026-01-01"
 

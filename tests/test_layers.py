@@ -3,13 +3,13 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tests.tiny import make_tiny
 from transformers import AutoModelForCausalLM
 
 from distill.records import Example
 from distill.training import adapters
 from distill.training.layers import fusible, unfuse
 from distill.training.student import Batch, make_student
+from tests.tiny import make_tiny
 
 LENGTHS = (5, 1 + 4, 17, 33)
 
