@@ -54,11 +54,10 @@ TASKS = {
 
 
 class Trial(NamedTuple):
-    """One kill: in which stage, how far into it, whether it hit, and what differed afterwards."""
+    """One kill: in which stage, how far into it, and what differed afterwards."""
 
     stage: str
     after: float
-    hit: bool
     seconds: float
     faults: list[str]
 
@@ -256,27 +255,27 @@ class Bench:
         store = f"store={run / '.store'}"
         return [verb, str(self.config), f"name={run.name}", f"runs={run.parent}", store]
 
-    def trial(self, stage: str, draw: random.Random, real: bool) -> Trial:
-        """Kill a run once inside the stage, run it on, and compare."""
+    def trial(self, stage: str, draw: random.Random, real: bool) -> Trial | None:
+        """Kill a run once inside the stage, run it on, and compare; None where the stage was over before the moment came."""
         run = self.folder / "trial" / "run"
         shutil.rmtree(run.parent, ignore_errors=True)
         shutil.copytree(self.folder / "before" / stage, run)
         started, after = time.monotonic(), draw.uniform(0, self.seconds[stage])
-        hit = kill_inside(self.words("run", run), run, stage, after, real)
+        if not kill_inside(self.words("run", run), run, stage, after, real):
+            self.seconds[stage] *= 0.7  # it is faster than it was
+            return None
         before = stored(run)
         finish(self.words("run", run), run / "log")
         faults = compare(run, self.reference, before)
-        return Trial(stage, after, hit, time.monotonic() - started, faults)
+        return Trial(stage, after, time.monotonic() - started, faults)
 
     def trials(self, stage: str, kills: int, real: int, seed: int) -> Iterator[Trial]:
         """Yield trials until `kills` have hit the stage; the first `real` are of the command."""
         draw, hits = random.Random(f"{stage} {seed}"), 0
         while hits < kills:
-            trial = self.trial(stage, draw, real=hits < real)
-            hits += trial.hit
-            if not trial.hit:  # over before the moment came: the stage is faster than it was
-                self.seconds[stage] *= 0.7
-            yield trial
+            if trial := self.trial(stage, draw, real=hits < real):
+                hits += 1
+                yield trial
 
 
 def kill_writers(folder: Path, kills: int, seed: int) -> dict[str, int]:
@@ -342,10 +341,10 @@ def table(trials: Sequence[Trial], show: Callable[[str], None] = print) -> None:
     """Print a row a stage: kills that hit, runs that ended the same, and the moments of the kills."""
     show(f"{'stage':10} {'kills':>6} {'same':>6} {'different':>10}   moment of the kill, seconds")
     for stage in dict.fromkeys(trial.stage for trial in trials):
-        rows = [trial for trial in trials if trial.stage == stage and trial.hit]
+        rows = [trial for trial in trials if trial.stage == stage]
         bad = sum(bool(trial.faults) for trial in rows)
         moments = sorted(trial.after for trial in rows)
-        span = f"{moments[0]:.2f} to {moments[-1]:.2f}" if moments else "-"
+        span = f"{moments[0]:.2f} to {moments[-1]:.2f}"
         show(f"{stage:10} {len(rows):6} {len(rows) - bad:6} {bad:10}   {span}")
     for fault, count in Counter(f for trial in trials for f in trial.faults).most_common(10):
         show(f"{count} x {fault[:120]}")
