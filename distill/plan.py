@@ -1,23 +1,17 @@
 """`distill plan`: what a run will take, as ranges, before anything runs. Loads no model and imports no torch.
 
-Documents and prompts are really made, in a folder that is thrown away, unless the corpus is on the Hub or large; then
-the caps of the config stand in. Tokens follow from characters, operations and bytes from the models' shapes, seconds
-from the device's rate. Each range states what it assumes.
+The amount of work is that of `distill.scope`. Tokens follow from bytes of text, operations and bytes from the models'
+shapes, seconds from the device's rate. What a range assumes stands under the tables.
 """
 
-import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Group
 from rich.table import Table
 
 from distill import download, models
 from distill.config import Config
-from distill.corpus import corpus as corpus_stage
-from distill.corpus import prompts as prompts_stage
 from distill.devices import Device, find_device
 from distill.errors import DistillError, Exit
 from distill.estimates import (
@@ -35,13 +29,9 @@ from distill.estimates import (
 )
 from distill.generation.prices import load_prices
 from distill.models import Shape
-from distill.progress import console
-from distill.records import SPLITS, Document, Prompt
-from distill.run import Run
-from distill.store import read_records
+from distill.scope import Scope, questions_written, scope
 from distill.tables import bytes_of, count, duration, size_of, table
 
-LARGE = 50_000_000  # bytes of corpus above which it is not read for a plan
 ANSWER = Span(0.2, 1.0)  # of max_new_tokens
 KEPT = Span(0.5, 1.0)  # of the answers, by the filters
 START = Span(2, 30)  # seconds to import the libraries and load a model
@@ -59,23 +49,6 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Scope:
-    """The amount of work: documents, prompts by split, characters of a prompt on each side, seconds to make them."""
-
-    documents: Span
-    prompts: dict[str, Span]
-    teacher: Span
-    student: Span
-    text: Span
-    seconds: Span
-
-    @property
-    def asked(self) -> Span:
-        """Return the prompts of all splits."""
-        return total(self.prompts.values())
-
-
-@dataclass(frozen=True)
 class Row:
     """A stage's line of the plan; seconds are None where the device is not known."""
 
@@ -83,99 +56,6 @@ class Row:
     work: str
     tokens: Span | None
     seconds: Span | None
-
-
-def scope(config: Config) -> Scope:
-    """Return the amount of work, by making the prompts in a scratch folder or from the config's caps."""
-    if _is_large(config):
-        return _capped(config)
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        run = Run(config.model_copy(update={"runs": Path(folder)}))
-        run.folder.mkdir(parents=True)
-        console.quiet, before = True, console.quiet
-        try:
-            corpus_stage.main(config, run)
-            prompts_stage.main(config, run)
-        finally:
-            console.quiet = before
-        documents = read_records(run.path("documents.jsonl"), Document)
-        prompts = read_records(run.path("prompts.jsonl"), Prompt)
-    return _counted(config, documents, prompts, time.monotonic() - started)
-
-
-def _is_large(config: Config) -> bool:
-    """Tell whether the corpus is on the Hub, or of many bytes."""
-    corpus = config.corpus
-    on_hub = corpus.path is None and not str(corpus.dataset).startswith(("./", "/"))
-    return corpus.source != "python-docs" and (on_hub or _bytes(corpus.path) > LARGE)
-
-
-def _bytes(path: Path | None) -> int:
-    """Return the bytes of a file or of a folder's files; 0 for none."""
-    files = [path, *path.rglob("*")] if path else []
-    return sum(file.stat().st_size for file in files if file.is_file())
-
-
-def _counted(
-    config: Config, documents: Sequence[Document], prompts: Sequence[Prompt], seconds: float
-) -> Scope:
-    splits = {d.id: d.meta["split"] for d in documents}
-    counts: dict[str, Span] = dict.fromkeys(SPLITS, NOTHING)
-    for prompt in prompts:
-        counts[splits[prompt.document_id]] += Span(1, 1)
-    for document in documents if config.prompts.questions else ():
-        counts[document.meta["split"]] += _written(config, 1)
-    caps = {split: getattr(config.prompts, split) for split in SPLITS}
-    for split, cap in caps.items():
-        if cap is not None:
-            counts[split] = Span(min(counts[split].low, cap), min(counts[split].high, cap))
-    texts = [sum(len(m.content.encode()) for m in p.asked_of_teacher()) for p in prompts]
-    shown = [sum(len(m.content.encode()) for m in p.messages) for p in prompts]
-    size = sum(len(d.text.encode()) for d in documents)
-    return Scope(
-        documents=Span(len(documents), len(documents)),
-        prompts=counts,
-        teacher=_mean(texts or [size / max(1, len(documents))]),
-        student=_mean(shown or [size / max(1, len(documents))]),
-        text=Span(size, size),
-        seconds=Span(seconds, 3 * seconds + 5),
-    )
-
-
-def _written(config: Config, documents: float) -> Span:
-    """Return how many questions the teacher may write about documents."""
-    questions = config.prompts.questions
-    return Span(0, documents * questions.per_document) if questions else NOTHING
-
-
-def _mean(values: Sequence[float]) -> Span:
-    mean = sum(values) / max(1, len(values))
-    return Span(mean, mean)
-
-
-def _capped(config: Config) -> Scope:
-    """Return what bytes and caps allow, unread; raises DistillError (exit 3) where nothing limits it."""
-    corpus, asked = config.corpus, config.prompts
-    found = _bytes(corpus.path) / corpus.chunk.max_chars
-    documents = Span(found / 3, 3 * found) if found else Span(0, corpus.limit or float("inf"))
-    tasks = max(1, len(asked.tasks)) if asked.per_document == "each" else 1
-    held = {split: getattr(corpus.split, split) for split in ("validation", "heldout")}
-    left = max(0.1, 0.999 - sum(size for size in held.values() if size < 1))
-    shares = {"train": left, **held}
-    counts = {}
-    for split, share in shares.items():
-        many = documents * (tasks * share) if share < 1 else Span(share * tasks, share * tasks)
-        cap = getattr(asked, split) or float("inf")
-        counts[split] = Span(min(many.low or cap / 2, cap), min(many.high, cap))
-    if counts["train"].high == float("inf"):
-        what = "is not read for a plan: it is on the Hub, and nothing caps it"
-        raise DistillError(Exit.INPUT, "corpus", what, "set prompts.train or corpus.limit")
-    most = total(counts.values()) * (1 / tasks)
-    documents = Span(min(documents.low or most.low, most.low), min(documents.high, most.high))
-    chars = corpus.chunk.max_chars
-    view = Span(chars / 3, 1.2 * chars) if found else Span(100, min(1500, chars))
-    return Scope(documents, counts, view, view, documents * view, Span(5, 600))
 
 
 def tokens_of(size: Span) -> Span:
@@ -228,7 +108,7 @@ def _teacher_row(config: Config, work: Scope, device: Device | None) -> Row:
         return Row("generate", f"answers of kind {teacher.kind}, none made", None, Span(0, 30))
     side = Side(tokens_of(work.teacher), ANSWER * teacher.max_new_tokens)
     answers = work.asked * teacher.n
-    questions = _written(config, work.documents.high)
+    questions = questions_written(config, work.documents.high)
     most = Span(answers.low, answers.high + questions.high)  # the questions are written too
     seconds = answering(shape(teacher.model), side, most, device)
     tokens = most * (side.prompt + side.answer)

@@ -25,7 +25,8 @@ from distill.estimates import (
     training_flops,
 )
 from distill.models import lookup, shape_from_config
-from distill.plan import memory, plan, rows, scope
+from distill.plan import memory, plan, rows
+from distill.scope import scope
 from distill.tables import bytes_of, count, duration
 from distill.training.adapters import inject, parameters
 from tests.tiny import make_tiny
@@ -173,7 +174,7 @@ def test_a_large_folder_is_planned_from_its_bytes(texts, monkeypatch):
         ROOT / "configs/folder.yaml", [f"corpus.path={texts}", "corpus.chunk.max_chars=400"]
     )
     read = scope(config)
-    monkeypatch.setattr("distill.plan.LARGE", 1000)
+    monkeypatch.setattr("distill.scope.LARGE", 1000)
     unread = scope(config)
     assert unread.documents.low <= read.documents.low <= unread.documents.high
     for split, span in read.prompts.items():
