@@ -98,6 +98,11 @@ def cell(value: Any) -> str:
     return re.sub(r"([\\`*_\[\]|~#!])", r"\\\1", html.escape(one_line(value), quote=False))
 
 
+def words(name: Any) -> str:
+    """Return the name of a task or metric as words for the page."""
+    return cell(str(name).replace("_", " "))
+
+
 def number(value: Any) -> str:
     """Return a figure with three significant digits, or a dash where it is not known."""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -128,32 +133,34 @@ def sections(facts: Facts, scorecard: Mapping[str, Any], fidelity: Fidelity) -> 
 
 
 def _scores(scorecard: Mapping[str, Any]) -> str:
-    rows = [
-        (
-            cell(task),
-            cell(row.get("metric")),
-            str(row.get("n")),
-            *(number(row.get(model)) for model in ("teacher", "base", "student")),
-            _interval(row.get("student_minus_teacher")),
-            _interval(row.get("gap_recovered"), "value"),
-        )
-        for task, row in scorecard.get("tasks", {}).items()
-    ]
+    """Return the tasks' rows, and that of all checks together where there are several tasks."""
+    rows = dict(scorecard.get("tasks", {}))
+    if len(rows) > 1 and scorecard.get("overall"):
+        rows["all checks"] = scorecard["overall"]
     head = (
-        "task",
-        "metric",
-        "n",
-        "teacher",
-        "before",
-        "student",
-        "student − teacher",
-        "gap recovered",
+        *("task", "metric", "n", "teacher", "before", "student"),
+        *("student − teacher", "student − before", "gap recovered"),
     )
+    settings = (scorecard.get("environment") or {}).get("settings") or {}
     note = (
-        "Held-out documents, never seen in training. Brackets are 95 % intervals, paired on the same items and "
-        "clustered by document; a dash is a figure that is not known."
+        "Held-out documents, never seen in training; *before* is the student untrained. Brackets are "
+        f"{settings.get('confidence', 0.95):.0%} intervals, paired on the same items and clustered by document; a dash "
+        "is a figure that is not known."
     )
-    return f"## How much of the teacher it kept\n\n{table(head, rows)}\n\n{note}"
+    shown = table(head, [_score_row(task, row) for task, row in rows.items()])
+    return f"## How much of the teacher it kept\n\n{shown}\n\n{note}"
+
+
+def _score_row(task: str, row: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        words(task),
+        words(row.get("metric")),
+        str(row.get("n")),
+        *(number(row.get(model)) for model in ("teacher", "base", "student")),
+        _interval(row.get("student_minus_teacher")),
+        _interval(row.get("student_minus_base")),
+        _interval(row.get("gap_recovered"), "value"),
+    )
 
 
 def _interval(row: Mapping[str, Any] | None, key: str = "mean") -> str:
@@ -166,7 +173,7 @@ def _agreement(scorecard: Mapping[str, Any]) -> str:
     """Return the likeness to the teacher's answers, which is never the headline."""
     rows = [
         (
-            cell(row.get("metric", name)),
+            words(row.get("metric", name)),
             str(row.get("n")),
             number(row.get("base")),
             number(row.get("student")),
@@ -183,24 +190,21 @@ def _agreement(scorecard: Mapping[str, Any]) -> str:
 
 def _costs(scorecard: Mapping[str, Any]) -> str:
     cost = scorecard.get("cost") or {}
+    models = [model for model in ("teacher", "student") if cost.get(model)]
     rows = [
-        (
-            model,
-            number(row.get("seconds_per_1k")),
-            number(row.get("dollars_per_1k")),
-            cell(row.get("price") or "–"),
-        )
-        for model in ("teacher", "student")
-        if (row := cost.get(model))
+        (m, number(cost[m].get("seconds_per_1k")), number(cost[m].get("dollars_per_1k")))
+        for m in models
     ]
+    prices = sorted({cell(price) for m in models if (price := cost[m].get("price"))})
     made = cost.get("distillation") or {}
-    sum_line = (
-        f"Making it took {number(made.get('seconds'))} s and {number(made.get('dollars'))} dollars."
-        if made
-        else ""
-    )
-    head = ("1,000 requests", "seconds", "dollars", "price")
-    return f"## What it costs\n\n{table(head, rows)}\n\n{sum_line}".rstrip()
+    took = f"{number(made.get('seconds'))} s and {number(made.get('dollars'))} dollars"
+    parts = [
+        "## What it costs",
+        table(("1,000 requests", "seconds", "dollars"), rows),
+        f"Making and measuring it took {took}." if made else "",
+        f"Prices: {'; '.join(prices)}." if prices else "",
+    ]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _data(facts: Facts, scorecard: Mapping[str, Any]) -> str:
@@ -211,9 +215,10 @@ def _data(facts: Facts, scorecard: Mapping[str, Any]) -> str:
         f"- answers of the teacher {cell(facts.teacher)}, licence {cell(facts.teacher_licence or UNKNOWN)}",
         f"- {number(training.get('examples'))} examples, {number(training.get('steps'))} steps, "
         f"{number(training.get('tokens'))} tokens",
-        "- LoRA " + ", ".join(f"{cell(k)} {cell(v)}" for k, v in facts.lora.items()),
+        "- LoRA " + ", ".join(f"{words(k)} {cell(v)}" for k, v in facts.lora.items()),
     ]
-    rows = [(cell(k), cell(v)) for k, v in _flat(scorecard.get("funnel") or {})]
+    whole = {k: v for k, v in (scorecard.get("funnel") or {}).items() if k != "tasks"}
+    rows = [(words(k), cell(v)) for k, v in _flat(whole)]
     funnel = "\n\n" + table(("funnel", "count"), rows) if rows else ""
     return "## What it was trained on\n\n" + "\n".join(lines) + funnel
 
@@ -268,7 +273,7 @@ def _limits(facts: Facts, fidelity: Fidelity) -> str:
         if fidelity.same
         else "**so the scores above are the adapter's: the merged model has not been evaluated**"
     )
-    lines.append(f"- {fidelity.line()}; {verdict}.")
+    lines.append(f"- The {fidelity.line()}; {verdict}.")
     return "## Limits\n\n" + "\n".join(lines)
 
 
