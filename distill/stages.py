@@ -21,14 +21,6 @@ def _identity(module: str) -> Callable[[Config], dict[str, str]]:
 
 
 DATASET = tuple(f"dataset/{split}.jsonl" for split in ("train", "validation", "heldout"))
-MODEL_KEYS = (
-    "teacher.kind",
-    "teacher.model",
-    "teacher.revision",
-    "teacher.answers",
-    "template_date",
-)
-
 STAGES: tuple[Stage, ...] = (
     Stage(
         "corpus",
@@ -77,7 +69,7 @@ STAGES: tuple[Stage, ...] = (
         "evaluate",
         ("evaluation", "teacher.max_new_tokens"),
         ("dataset/heldout.jsonl", "adapter/adapter_model.safetensors"),
-        ("scores", "evaluation.json"),
+        ("answers", "scores", "evaluation.json"),
         _lazy("distill.evaluation.evaluate"),
         purpose="compare student, base and teacher on held-out items",
     ),

@@ -1,6 +1,7 @@
 """The stage `evaluate`: teacher, base (the student before training) and student answer the held-out prompts.
 
-Answers go through the shared store, so a killed evaluation goes on where it was. Writes `scores/<model>.jsonl` and `evaluation.json`, from which the report is made.
+Answers go through the shared store, so a killed evaluation goes on where it was. Writes
+`answers/<model>.jsonl`, `scores/<model>.jsonl` and `evaluation.json`, from which the report is made.
 """
 
 import gc
@@ -52,9 +53,10 @@ def main(config: Config, run: Run) -> None:
     }
     certainty = Certainty(config.evaluation.confidence, config.evaluation.samples, config.seed)
     rows = {t: measure(t, items, answers) for t in dict.fromkeys(i.task for i in items)}
-    for model in answers:
+    for model, given in answers.items():
         scores = [s for row in rows.values() for s in row.scores.get(model, [])]
         write_records(run.path(f"scores/{model}.jsonl"), scores)
+        write_records(run.path(f"answers/{model}.jsonl"), given.values())
     losses = {m: found.losses for m, found in answered.items()}
     write_json(
         run.path("evaluation.json"),
