@@ -6,8 +6,6 @@ sensitive hashing (Broder 1997; datasketch), and each is confirmed by the exact 
 
 from collections.abc import Iterable, Iterator
 
-from datasketch import MinHash, MinHashLSH
-
 from distill.errors import DistillError, Exit
 from distill.records import Document
 
@@ -48,12 +46,16 @@ class NearDuplicates:
     """Remembers documents, and finds one that a new one nearly repeats."""
 
     def __init__(self, threshold: float) -> None:
+        from datasketch import MinHashLSH  # half a second, which plan and status need not wait for
+
         self.threshold = threshold
         self.index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
         self.texts: dict[str, Document] = {}
 
     def find_or_add(self, document: Document) -> Document | None:
         """Return an earlier document that this one nearly repeats, or remember this one and return None."""
+        from datasketch import MinHash
+
         grams = shingles(document.text)
         sketch = MinHash(num_perm=PERMUTATIONS, seed=1)
         sketch.update_batch([gram.encode("utf-8") for gram in grams])
