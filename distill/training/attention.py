@@ -30,26 +30,31 @@ def blocks(lengths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
         start += length
 
 
-def _stacked(heads_THd: Tensor, groups: int) -> Tensor:
-    """Lay (T, K·G, d) out as (K, G·T, d)."""
+def _stacked(heads_THd: Tensor, groups: int, scale: float = 1.0) -> Tensor:
+    """Lay (T, K·G, d) out as (K, G·T, d), times `scale`."""
     T, H, d = heads_THd.shape
-    return heads_THd.view(T, H // groups, groups, d).permute(1, 2, 0, 3).reshape(-1, groups * T, d)
+    out_KXd = heads_THd.new_empty(H // groups, groups * T, d)
+    source = heads_THd.view(T, H // groups, groups, d).permute(1, 2, 0, 3)
+    torch.mul(source, scale, out=out_KXd.view(H // groups, groups, T, d))
+    return out_KXd
 
 
-def _unstack(stacked_KXd: Tensor, out_THd: Tensor) -> None:
-    """Write (K, G·T, d) into a view of (T, K·G, d)."""
+def _unstack(stacked_KXd: Tensor, out_THd: Tensor, scale: float = 1.0) -> None:
+    """Write (K, G·T, d), times `scale`, into a view of (T, K·G, d)."""
     T, H, d = out_THd.shape
     K = stacked_KXd.shape[0]
-    out_THd.view(T, K, H // K, d).copy_(stacked_KXd.view(K, H // K, T, d).permute(2, 0, 1, 3))
+    source = stacked_KXd.view(K, H // K, T, d).permute(2, 0, 1, 3)
+    torch.mul(source, scale, out=out_THd.view(T, K, H // K, d))
 
 
-def _probabilities(query_KXd: Tensor, key_KSd: Tensor, rows: int, scale: float) -> Tensor:
-    """Return the causal softmax (K, G·T, S) of a block whose last query sees all S keys."""
-    scores = torch.bmm(query_KXd * scale, key_KSd.transpose(1, 2))
+def _probabilities(query_KXd: Tensor, key_KSd: Tensor, rows: int) -> Tensor:
+    """Return the causal softmax (K, G·T, S) of a block of scaled queries, the last of which sees all S keys."""
+    scores = torch.bmm(query_KXd, key_KSd.transpose(1, 2))
     K, X, S = scores.shape
     corner = scores.view(K, X // rows, rows, S)[..., S - rows :]
-    above = torch.ones(rows, rows, dtype=torch.bool, device=scores.device).triu_(1)
-    corner.masked_fill_(above, float("-inf"))
+    corner += torch.full(
+        (rows, rows), float("-inf"), dtype=scores.dtype, device=scores.device
+    ).triu_(1)
     return torch.softmax(scores, -1)
 
 
@@ -61,8 +66,8 @@ def forward(
     groups, kept = query_NHd.shape[1] // key_NKd.shape[1], []
     key_KNd, value_KNd = key_NKd.transpose(0, 1), value_NKd.transpose(0, 1)
     for sample, start, end in blocks(lengths):
-        query = _stacked(query_NHd[start:end], groups)
-        weights = _probabilities(query, key_KNd[:, sample:end], end - start, scale)
+        query = _stacked(query_NHd[start:end], groups, scale)
+        weights = _probabilities(query, key_KNd[:, sample:end], end - start)
         _unstack(torch.bmm(weights, value_KNd[:, sample:end]), out_NHd[start:end])
         kept.append(weights if end - sample <= KEPT else None)
     return out_NHd, kept
@@ -85,15 +90,15 @@ def backward(
     slope_v = torch.zeros_like(slope_k)
     for (sample, start, end), weights in zip(blocks(lengths), kept, strict=True):
         seen, rows = slice(sample, end), end - start
-        query = _stacked(query_NHd[start:end], groups)
+        query = _stacked(query_NHd[start:end], groups, scale)
         if weights is None:
-            weights = _probabilities(query, key_KNd[:, seen], rows, scale)
+            weights = _probabilities(query, key_KNd[:, seen], rows)
         slope = _stacked(slope_NHd[start:end], groups)
         slope_v[seen] += torch.bmm(weights.transpose(1, 2), slope).transpose(0, 1)
         slope_weights = torch.bmm(slope, value_KNd[:, seen].transpose(1, 2))
         scores = torch._softmax_backward_data(slope_weights, weights, -1, weights.dtype)
-        _unstack(torch.bmm(scores, key_KNd[:, seen]) * scale, slope_q[start:end])
-        slope_k[seen] += torch.bmm(scores.transpose(1, 2), query * scale).transpose(0, 1)
+        _unstack(torch.bmm(scores, key_KNd[:, seen]), slope_q[start:end], scale)
+        slope_k[seen] += torch.bmm(scores.transpose(1, 2), query).transpose(0, 1)
     return slope_q, slope_k, slope_v
 
 

@@ -27,15 +27,13 @@ class _CrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets_S), rows):
             part = slice(start, start + rows)
             targets, weights = targets_S[part, None], weights_S[part]
-            logits = torch.nn.functional.linear(hidden_SD[part], head_VD, bias_V).float()
-            logits -= logits.logsumexp(-1, keepdim=True)  # now log-probabilities
-            total -= logits.gather(1, targets).squeeze(1) @ weights
+            logits = torch.nn.functional.linear(hidden_SD[part], head_VD, bias_V)
+            logs = torch.log_softmax(logits, -1, dtype=torch.float32)
+            total -= logs.gather(1, targets).squeeze(1) @ weights
             if gradient_SD is not None:
-                slope = logits.exp_().scatter_add_(
-                    1, targets, torch.full_like(weights, -1)[:, None]
-                )
-                slope *= weights[:, None]
-                torch.mm(slope.to(head_VD.dtype), head_VD, out=gradient_SD[part])
+                slope = logs.exp_().scatter_add_(1, targets, logs.new_full((len(targets), 1), -1))
+                made = torch.mm(slope.to(head_VD.dtype), head_VD)
+                gradient_SD[part] = made * weights[:, None]
         ctx.save_for_backward(gradient_SD)
         return total
 
