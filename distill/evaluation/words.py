@@ -154,7 +154,7 @@ def _quality(card: Mapping[str, Any]) -> list[str]:
     return [
         f"Of {overall['n']} held-out answers, {share(overall['student'])} of the student's pass their check, "
         f"{share(overall['teacher'])} of the teacher's, and {share(overall['base'])} of those of the student before "
-        f"training. The checks: {', '.join(sorted(metrics))}.",
+        f"training. The checks: {', '.join(sorted(metrics))}; a check says what its name says, and no more.",
         f"Against the teacher: {points(to_teacher, confidence)}; {compared}.",
         f"Against the student before training: {points(to_base, confidence)}; {gained}.",
     ]
