@@ -16,6 +16,7 @@ from distill.corpus.questions import askings, distinct, read_questions, to_promp
 from distill.errors import DistillError, Exit
 from distill.generation.canned import CannedResponder, RecordedResponder, answers_hash
 from distill.generation.responder import Plan, Planner, Raw, Request, Responder, Sampling, parse
+from distill.generation.terms import require_terms
 from distill.models import identity as model_identity
 from distill.progress import say, tracking
 from distill.records import Document, Prompt, Response
@@ -26,13 +27,21 @@ Spend = Callable[[int, int], None]
 
 
 def main(config: Config, run: Run) -> None:
-    """Make responses.jsonl from prompts.jsonl, and questions.jsonl, empty unless the teacher writes questions."""
+    """Make responses.jsonl from prompts.jsonl, and questions.jsonl, empty unless the teacher writes questions.
+
+    Raises DistillError (exit 10) before anything is asked, where the teacher's terms do not allow it.
+    """
+    run.note("terms", require_terms(config).facts())
     documents = {d.id: d for d in read_records(run.path("documents.jsonl"), Document)}
     prompts = read_records(run.path("prompts.jsonl"), Prompt)
     teacher = make_teacher(config, documents, prompts)
     folder = config.store_folder() / "responses"
 
+    asked = 0
+
     def spend(input_tokens: int, output_tokens: int) -> None:
+        nonlocal asked
+        asked += 1
         run.spend(input_tokens=input_tokens, output_tokens=output_tokens)
 
     written = write_questions(config, teacher, list(documents.values()), folder, spend)
@@ -45,7 +54,7 @@ def main(config: Config, run: Run) -> None:
     ]
     responses = answer_all(teacher, requests, folder, "teacher", spend)
     write_records(run.path("responses.jsonl"), responses)
-    if config.teacher.kind == "recorded" and config.teacher.dollars is not None:
+    if asked and config.teacher.dollars is not None:
         run.spend(dollars=config.teacher.dollars, price="as stated in teacher.dollars")
     run.note(
         "teacher", {"model": teacher.model, "origin": teacher.origin, "answers": len(responses)}

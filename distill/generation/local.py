@@ -3,8 +3,6 @@
 Requests are sorted by length and divided into plans before anything is generated; a plan runs through a stream of slots
 (see stream.py), or in padded batches where the architecture needs that. The same plan on the same machine gives the
 same bytes. Generation starts from a neutral config: of the model's own, only the end tokens are used.
-
-Launched on several processes, each would take the plans whose number modulo the world's size is its rank.
 """
 
 from collections.abc import Iterator, Sequence

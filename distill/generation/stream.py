@@ -41,7 +41,6 @@ class Row:
     prompt: int = 0
     cached: int = 0
     seconds: float = 0.0
-    uniform: torch.Generator | None = None
 
     def __post_init__(self) -> None:
         self.prompt = len(self.ids)
@@ -233,12 +232,14 @@ class Stream:
         spent = 0
         while self.waiting:
             slot = self.live.index(None) if None in self.live else len(self.live)
+            if slot == self.slots:
+                return
             row = self.waiting[-1]
             donor, shared = self._donor(row.ids)
             fresh = max((_common(row.ids, other.ids) for other in joined), default=0)
-            spent += len(row.ids) - shared
             late = fresh >= shared + SHARED_TOKENS  # better to wait for a row now being read
-            if slot == self.slots or joined and (late or spent > self.budget):
+            spent += len(row.ids) - shared
+            if joined and (late or spent > self.budget):
                 return
             self._seat(self.waiting.pop(), slot, donor, shared)
             joined.append(row)
