@@ -111,7 +111,10 @@ def run_all(
     ] = None,
 ) -> None:
     """Do every stage that is left, and show the scorecard."""
+    from distill.generation.terms import require_terms
+
     run = open_run(config, overrides or ())
+    require_terms(run.config)
     perform(run, STAGES, from_stage(redo) if redo else ())
     show_scorecard(run)
 

@@ -5,15 +5,18 @@ file, the line and the key, before anything is loaded or asked. Config reaches a
 """
 
 import difflib
+import ipaddress
 import json
 import math
 import os
 import re
+import socket
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -21,6 +24,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -48,6 +52,7 @@ MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0, le=10**9)]
 Count = Annotated[int, Field(ge=0, le=10**9)]
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
 class Section(BaseModel):
@@ -81,6 +86,50 @@ def checked_model(value: str) -> str:
     if not MODEL.fullmatch(value):
         raise ValueError("a model is NAME, OWNER/NAME, or a folder written as ./FOLDER or /FOLDER")
     return value
+
+
+SERVED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@/-]{0,199}")  # what servers call their models
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
+
+
+def checked_url(value: str, allow_insecure: bool = False) -> str:
+    """Accept the address of an endpoint: https, or http on this machine (anywhere with `allow_insecure`)."""
+    try:
+        parts = urlsplit(value)
+        host, _ = (parts.hostname or "").lower(), parts.port
+    except ValueError:
+        raise ValueError("the address cannot be read") from None
+    if parts.scheme not in ("http", "https") or not host or not value.isprintable():
+        raise ValueError("an address is https://HOST/v1, or http://localhost:PORT/v1")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError("an address holds no name, key, query or fragment")
+    address = _ip(host)
+    if host == "metadata.google.internal" or (address and _is_metadata(address)):
+        raise ValueError("the address is that of a cloud's metadata service")
+    local = host == "localhost" or bool(address and address.is_loopback)
+    if parts.scheme == "http" and not local and not allow_insecure:
+        raise ValueError("http is for this machine; use https, or set allow_insecure: true")
+    return value.rstrip("/")
+
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+def _ip(host: str) -> Address | None:
+    """Return a host as an IP address, also one written as a single number or in octal; None for a name."""
+    try:
+        found = ipaddress.ip_address(host)
+    except ValueError:
+        try:
+            return ipaddress.IPv4Address(socket.inet_aton(host))
+        except (OSError, UnicodeError):
+            return None
+    return getattr(found, "ipv4_mapped", None) or found
+
+
+def _is_metadata(address: Address) -> bool:
+    """Tell whether an address is link-local (where clouds put their keys) or the one that AWS has in IPv6."""
+    return address.is_link_local or str(address) in ("fd00:ec2::254", "100.100.100.200")
 
 
 class Chunk(Section):
@@ -129,6 +178,7 @@ class Corpus(Section):
     chunk: Chunk = Chunk()
     near_duplicate_threshold: Annotated[float, Field(gt=0, le=1)] | None = 0.85
     split: SplitSizes = SplitSizes()
+    private_text: Literal["mask", "drop", "keep"] = "mask"
 
     @field_validator("dataset")
     @classmethod
@@ -174,9 +224,9 @@ class Prompts(Section):
 
 
 class Teacher(Section):
-    """Who answers, and how. `recorded` and `canned` read answers from a file."""
+    """Who answers, and how. `recorded` and `canned` read answers from a file, `endpoint` asks a server."""
 
-    kind: Literal["local", "canned", "recorded"] = "local"
+    kind: Literal["local", "endpoint", "canned", "recorded"] = "local"
     model: str = ""
     revision: Revision | None = None
     answers: File | None = None
@@ -188,19 +238,70 @@ class Teacher(Section):
     slots: Positive | None = None
     licence: str | None = None
     dollars: Decimal | None = None
+    # kind: endpoint
+    base_url: str | Annotated[tuple[str, ...], Field(min_length=1, max_length=100)] | None = None
+    allow_insecure: bool = False
+    api: Literal["chat", "completions"] = "chat"
+    api_key_env: str | None = None
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    omit: tuple[Literal["temperature", "max_tokens"], ...] = ()
+    extra_body: dict[str, Any] = {}
+    strict_model: bool = False
+    reasoning: Literal["drop", "keep"] = "drop"
+    budget_dollars: Annotated[Decimal, Field(gt=0, allow_inf_nan=False)] | None = None
+    concurrency: Annotated[int, Field(gt=0, le=4096)] = 16
+    requests_per_minute: Positive | None = None
+    tokens_per_minute: Positive | None = None
+    connect_timeout: Seconds = 10
+    read_timeout: Seconds = 300
+    total_timeout: Seconds = 600
+    drain_timeout: Seconds = 60
+    max_pause: Seconds = 300
+    first_wait: Seconds = 0.5
+    max_retries: Annotated[int, Field(ge=0, le=100)] = 6
+    max_straight_failures: Positive = 100
+    max_body_bytes: Annotated[int, Field(ge=1000, le=10**9)] = 16_000_000
+
+    @property
+    def base_urls(self) -> tuple[str, ...]:
+        """Return the addresses of the endpoint; the first names it."""
+        urls = (self.base_url,) if isinstance(self.base_url, str) else self.base_url or ()
+        return tuple(url.rstrip("/") for url in urls)
 
     @field_validator("model")
     @classmethod
-    def _model_name(cls, value: str) -> str:
+    def _model_name(cls, value: str, info: ValidationInfo) -> str:
+        served = info.data.get("kind") == "endpoint" and SERVED.fullmatch(value)
+        if served and ".." not in value:
+            return value
         return value and checked_model(value)
+
+    @field_validator("extra_body")
+    @classmethod
+    def _no_field_of_ours(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if ours := value.keys() & {"model", "messages", "prompt", "n", "stream"}:
+            raise ValueError(f"{min(ours)} is ours to set")
+        return value
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _a_variable(cls, value: str | None) -> str | None:
+        if value is not None and not VARIABLE.fullmatch(value):
+            raise ValueError("names an environment variable, and never holds a key")
+        return value
 
     @model_validator(mode="after")
     def _complete(self) -> "Teacher":
-        if self.kind == "local" and not self.model:
+        if self.kind in ("local", "endpoint") and not self.model:
             raise ValueError("needs model")
         if self.kind == "canned" and self.answers is None:
             raise ValueError("kind canned needs answers: FILE")
-        if self.n > 1 and self.temperature == 0 and self.kind == "local":
+        if (self.kind == "endpoint") != bool(self.base_url):
+            raise ValueError("kind endpoint needs base_url, and no other kind takes one")
+        for url in self.base_urls:
+            checked_url(url, self.allow_insecure)
+        greedy = self.temperature == 0 and "temperature" not in self.omit
+        if self.n > 1 and greedy and self.kind in ("local", "endpoint"):
             raise ValueError(
                 "n above 1 needs a temperature above 0: greedy answers are all the same"
             )
@@ -288,6 +389,13 @@ class Evaluation(Section):
     prices: File | None = None
 
 
+class Terms(Section):
+    """What allows training on the teacher's answers, where configs/terms.yaml does not; a copy of an agreement."""
+
+    basis: Annotated[str, Field(min_length=3, max_length=500)] | None = None
+    agreement: File | None = None
+
+
 class Publish(Section):
     """What the release is called and under which licence."""
 
@@ -315,6 +423,7 @@ class Config(Section):
     corpus: Corpus
     prompts: Prompts = Prompts()
     teacher: Teacher
+    terms: Terms = Terms()
     filters: Filters = Filters()
     student: Student
     train: Train = Train()

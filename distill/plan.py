@@ -28,6 +28,7 @@ from distill.estimates import (
     training_flops,
 )
 from distill.generation.prices import load_prices
+from distill.generation.terms import judge_teacher
 from distill.models import Shape
 from distill.scope import Scope, questions_written, scope
 from distill.tables import bytes_of, count, duration, size_of, table
@@ -240,8 +241,16 @@ def plan(config: Config) -> Group:
         if device
         else f"device: {why}: no seconds without its rate",
         "tokens: 2.8 to 4.4 bytes each; answers of 20 to 100 % of max_new_tokens",
+        *_terms(config),
     ]
     return Group(*parts, *notes, *_price(config, lines))
+
+
+def _terms(config: Config) -> list[str]:
+    """Say whether the teacher's answers may train, what is owed, and whether a run would stop."""
+    verdict = judge_teacher(config)
+    stop = [] if verdict.allowed else ["a run stops here with exit 10 until terms.basis is stated"]
+    return [f"terms: {line}" for line in [*verdict.lines(), *stop]]
 
 
 def _price(config: Config, lines: Sequence[Row]) -> list[str]:

@@ -101,6 +101,7 @@ def experiment(folder: Path) -> dict[str, Any]:
             "per_document": "rotate",
         },
         "teacher": {"model": str(folder / "teacher"), "max_new_tokens": 16},
+        "terms": {"basis": "random weights made here"},
         "filters": lenient,
         "student": {"model": str(folder / "student")},
         "train": {

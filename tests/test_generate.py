@@ -181,6 +181,7 @@ def make_run(folder: Path, **teacher: Any) -> tuple[Config, Run]:
             "runs": folder / "runs",
             "corpus": {"path": "x"},
             "teacher": teacher,
+            "terms": {"basis": "weights made by this test"},
             "student": {"model": "s"},
         }
     )
