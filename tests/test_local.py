@@ -1,6 +1,6 @@
 """The local responder: its streams answer as `generate` does, token for token, whatever shares the batch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,15 @@ DATE = "2026-01-01"
 BEGINNING = (
     "Say in a few words what this piece of documentation is about: "  # shared by the prompts
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: matrices this small gain nothing from a second, which on a busy machine must be waited for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,6 @@ def main(config: Config, run: Run) -> None:
     prompts = read_records(run.path("prompts.jsonl"), Prompt)
     teacher = make_teacher(config, documents, prompts)
     folder = config.store_folder() / "responses"
-
     asked = 0
 
     def spend(input_tokens: int, output_tokens: int) -> None:
@@ -54,7 +53,7 @@ def main(config: Config, run: Run) -> None:
     ]
     responses = answer_all(teacher, requests, folder, "teacher", spend)
     write_records(run.path("responses.jsonl"), responses)
-    if asked and config.teacher.dollars is not None:
+    if asked and config.teacher.kind == "recorded" and config.teacher.dollars is not None:
         run.spend(dollars=config.teacher.dollars, price="as stated in teacher.dollars")
     run.note(
         "teacher", {"model": teacher.model, "origin": teacher.origin, "answers": len(responses)}
