@@ -185,7 +185,7 @@ class Score(Record):
 
 
 class LedgerEntry(Record):
-    """What one stage took in one go."""
+    """What one stage took in one go; of paid attempts also those that may have been billed, and their maximum."""
 
     stage: str
     started: str
@@ -194,6 +194,9 @@ class LedgerEntry(Record):
     output_tokens: int = 0
     dollars: Decimal | None = None
     price: str | None = None
+    attempts: int = 0
+    unknown: int = 0
+    unknown_dollars: Decimal | None = None
     note: str = ""
 
 

@@ -164,6 +164,9 @@ class Run:
         output_tokens: int = 0,
         dollars: Decimal | None = None,
         price: str | None = None,
+        attempts: int = 0,
+        unknown: int = 0,
+        unknown_dollars: Decimal | None = None,
     ) -> None:
         """Add to what the stage now running has spent; it is in a file at once, so that a kill loses none of it."""
         if self._running:
@@ -175,6 +178,9 @@ class Run:
                 output_tokens=output_tokens,
                 dollars=dollars,
                 price=price,
+                attempts=attempts,
+                unknown=unknown,
+                unknown_dollars=unknown_dollars,
             )
             path = self._spent(self._running)
             with disk_faults(path), path.open("a", encoding="utf-8") as file:
@@ -199,15 +205,17 @@ class Run:
         """Write the stage's entry in the ledger, with the sum of what it has spent."""
         path = self._spent(stage)
         spent = read_records(path, LedgerEntry, torn=True) if path.exists() else []
-        dollars = [entry.dollars for entry in spent if entry.dollars is not None]
         entry = LedgerEntry(
             stage=stage,
             started=started,
             seconds=seconds,
             input_tokens=sum(entry.input_tokens for entry in spent),
             output_tokens=sum(entry.output_tokens for entry in spent),
-            dollars=sum(dollars, Decimal(0)) if dollars else None,
+            dollars=_sum(entry.dollars for entry in spent),
             price=next((entry.price for entry in reversed(spent) if entry.price), None),
+            attempts=sum(entry.attempts for entry in spent),
+            unknown=sum(entry.unknown for entry in spent),
+            unknown_dollars=_sum(entry.unknown_dollars for entry in spent),
             note=note,
         )
         append_record(self.path("ledger.jsonl"), entry)
@@ -237,6 +245,12 @@ class Run:
         """Return the manifest so far."""
         path = self.path("manifest.json")
         return read_json(path) if path.exists() else {}
+
+
+def _sum(dollars: Iterable[Decimal | None]) -> Decimal | None:
+    """Return the sum of what is known, or None where nothing is."""
+    known = [amount for amount in dollars if amount is not None]
+    return sum(known, Decimal(0)) if known else None
 
 
 def now() -> str:

@@ -8,14 +8,26 @@ so that an interrupted run ends with the same bytes as one that was not.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from itertools import groupby
 from pathlib import Path
 
 from distill.config import Config
 from distill.corpus.questions import askings, distinct, read_questions, to_prompts
 from distill.errors import DistillError, Exit
+from distill.generation.budget import enter_account, last_fault
 from distill.generation.canned import CannedResponder, RecordedResponder, answers_hash
-from distill.generation.responder import Plan, Planner, Raw, Request, Responder, Sampling, parse
+from distill.generation.prices import load_prices
+from distill.generation.responder import (
+    Buyer,
+    Plan,
+    Planner,
+    Raw,
+    Request,
+    Responder,
+    Sampling,
+    parse,
+)
 from distill.generation.terms import require_terms
 from distill.models import identity as model_identity
 from distill.progress import say, tracking
@@ -36,12 +48,30 @@ def main(config: Config, run: Run) -> None:
     prompts = read_records(run.path("prompts.jsonl"), Prompt)
     teacher = make_teacher(config, documents, prompts)
     folder = config.store_folder() / "responses"
+    try:
+        _generate(config, run, teacher, documents, prompts, folder)
+    finally:
+        if config.teacher.kind == "endpoint":
+            price = load_prices(config.evaluation.prices).teacher(config.teacher.model)
+            enter_account(run, folder, price)
+
+
+def _generate(
+    config: Config,
+    run: Run,
+    teacher: Responder,
+    documents: dict[str, Document],
+    prompts: list[Prompt],
+    folder: Path,
+) -> None:
+    """Ask all that is to be asked, and write what the stage makes."""
     asked = 0
 
     def spend(input_tokens: int, output_tokens: int) -> None:
         nonlocal asked
         asked += 1
-        run.spend(input_tokens=input_tokens, output_tokens=output_tokens)
+        if config.teacher.kind != "endpoint":  # whose spending is entered from the store
+            run.spend(input_tokens=input_tokens, output_tokens=output_tokens)
 
     written = write_questions(config, teacher, list(documents.values()), folder, spend)
     write_records(run.path("questions.jsonl"), written)
@@ -58,7 +88,9 @@ def main(config: Config, run: Run) -> None:
     run.note(
         "teacher", {"model": teacher.model, "origin": teacher.origin, "answers": len(responses)}
     )
-    say(f"generate: {len(responses)} answers to {len(prompts)} prompts")
+    failed = sum(response.stop == "error" for response in responses)
+    but = f", {failed} of them failed (--redo generate asks those again that may succeed)"
+    say(f"generate: {len(responses)} answers to {len(prompts)} prompts{but if failed else ''}")
 
 
 def identity(config: Config) -> dict[str, str]:
@@ -80,6 +112,11 @@ def make_teacher(
         sources = {prompt.id: documents[prompt.document_id] for prompt in prompts}
         recorded = {key: d for key, d in sources.items() if "recorded_answer" in d.meta}
         return RecordedResponder(recorded, teacher.model or "unknown")
+    if teacher.kind == "endpoint":
+        from distill.generation.endpoint import EndpointResponder
+
+        price = load_prices(config.evaluation.prices).teacher(teacher.model)
+        return EndpointResponder(teacher, price, config.name)
     from distill.generation.local import LocalResponder
 
     return LocalResponder.load(
@@ -160,8 +197,19 @@ def lacking(log: Log, requests: Iterable[Request]) -> list[Request]:
 
 
 def read(log: Log, request: Request) -> Response:
-    """Read the stored answer of a request as a response to its prompt."""
+    """Read the stored answer of a request as a response to its prompt; without one, how the last attempt failed."""
     body = log.get("response", Response.make_id(request.key, request.sample))
+    if body is None:
+        what = last_fault(log, request.key, request.sample) or "no attempt is recorded"
+        nothing = Raw(
+            key=request.key,
+            sample=request.sample,
+            model="",
+            stop="error",
+            body={"text": ""},
+            error=what,
+        )
+        return parse(nothing, request.prompt_id)
     return parse(Raw.model_validate(body), request.prompt_id)
 
 
@@ -169,6 +217,9 @@ def _ask(
     responder: Responder, missing: list[Request], log: Log, title: str, spend: Spend | None
 ) -> None:
     """Ask for all that is missing, and store each answer as it comes."""
+    if isinstance(responder, Buyer):
+        _buy(responder, missing, log, title, spend)
+        return
     with tracking(title, len(missing), "answers") as tracker:
         started, tokens = time.monotonic(), 0
         for raw in _answers(responder, missing, log):
@@ -179,6 +230,18 @@ def _ask(
                 spend(raw.usage.input_tokens, raw.usage.output_tokens)
             log.append([("response", raw.id, raw.model_dump(mode="json"))])
             tracker.advance(extra=f"{tokens / (time.monotonic() - started):.0f} tokens/s")
+
+
+def _buy(buyer: Buyer, missing: list[Request], log: Log, title: str, spend: Spend | None) -> None:
+    """Let a buyer store what it is paid for; when we stop, it ends before the log is closed."""
+    with (
+        tracking(title, len(missing), "answers") as tracker,
+        closing(buyer.buy(missing, log)) as raws,
+    ):
+        for raw in raws:
+            if spend:
+                spend(raw.usage.input_tokens, raw.usage.output_tokens)
+            tracker.advance(extra=buyer.progress())
 
 
 def _answers(responder: Responder, missing: list[Request], log: Log) -> Iterator[Raw]:

@@ -1,13 +1,12 @@
 """The one seam through which teacher, student and judge are asked: requests go in, responses come out as they finish."""
 
 import hashlib
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from distill.generation.wire import THINKING, read_stored
 from distill.records import Message, Record, Response, Stop, Usage, canonical, digest
-
-THINKING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+from distill.store import Log
 
 
 class Sampling(Record):
@@ -47,13 +46,14 @@ class Request(Record):
 class Raw(Record):
     """One answer exactly as it came, before anything is read from it: this is what the store keeps.
 
-    `body` holds at least `text`; a local model adds the token ids that it drew, its end token included.
+    `body` holds at least `text`; a local model adds the token ids that it drew, its end token included. An endpoint's
+    body holds the bytes of the reply (see wire.pack), and nothing is known of how it stopped before they are read.
     """
 
     key: str
     sample: int
     model: str
-    stop: Stop
+    stop: Stop | None
     usage: Usage = Usage()
     body: dict[str, Any]
     error: str | None = None
@@ -66,6 +66,8 @@ class Raw(Record):
 
 def parse(raw: Raw, prompt_id: str) -> Response:
     """Read a response out of what came: a leading think block is reasoning, the rest is the answer."""
+    if "sha256" in raw.body:
+        return _parse_reply(raw, prompt_id)
     text = str(raw.body["text"])
     thinking = THINKING.match(text)
     return Response(
@@ -76,10 +78,29 @@ def parse(raw: Raw, prompt_id: str) -> Response:
         model=raw.model,
         text=text[thinking.end() :] if thinking else text,
         reasoning=thinking[1].strip() if thinking else None,
-        stop=raw.stop,
+        stop=raw.stop or "error",
         usage=raw.usage,
         raw_sha256=hashlib.sha256(canonical(raw.body)).hexdigest(),
         error=raw.error,
+    )
+
+
+def _parse_reply(raw: Raw, prompt_id: str) -> Response:
+    """Read a response out of the bytes of an endpoint's reply."""
+    reply = read_stored(raw.body)
+    return Response(
+        id=raw.id,
+        request_key=raw.key,
+        sample=raw.sample,
+        prompt_id=prompt_id,
+        model=reply.model or raw.model,
+        text=reply.text,
+        reasoning=reply.reasoning,
+        stop=reply.stop,
+        usage=reply.usage.model_copy(update={"seconds": raw.usage.seconds}),
+        logprobs=reply.logprobs,
+        raw_sha256=raw.body["sha256"],
+        error=reply.error,
     )
 
 
@@ -124,6 +145,19 @@ class Planner(Protocol):
 
     def ask_plan(self, plan: Plan) -> Iterator[Raw]:
         """Yield the raw answers of one plan."""
+        ...
+
+
+@runtime_checkable
+class Buyer(Protocol):
+    """A responder whose answers are paid for: it records each attempt before it is sent, and stores what comes."""
+
+    def buy(self, requests: Sequence[Request], log: Log) -> Generator[Raw, None, None]:
+        """Yield one raw answer for each request, stored already; one that could not be had is yielded, not stored."""
+        ...
+
+    def progress(self) -> str:
+        """Say in a few words what has been spent of what, while `buy` runs."""
         ...
 
 

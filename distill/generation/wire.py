@@ -1,0 +1,309 @@
+"""The wire of OpenAI-compatible servers: what is sent, and how what came is read. Pure functions, no network.
+
+A reply is read from its stored bytes, so a better reader costs no request. Field names follow OpenAI, vLLM, SGLang,
+OpenRouter and `transformers serve`; tests/fixtures/wire holds a reply of each, with its source. Nothing here raises
+on a hostile body: what cannot be read becomes a reply of stop "error" that says why.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from decimal import Decimal, InvalidOperation
+from typing import Any, Literal
+
+from distill.records import Message, Record, Stop, Usage, canonical
+
+VERSION = 1  # of the form of a request: part of every request's origin
+STOPS: dict[str, Stop] = {"stop": "end", "length": "length", "content_filter": "filtered"}
+QUOTA = {
+    "insufficient_quota",
+    "billing_hard_limit_reached",
+    "credit_balance_exhausted",
+    "organization_spend_limit_exceeded",
+    "project_spend_limit_exceeded",
+    "organization_usage_limit_exceeded",
+}
+UNPAID = {429, 503, 529}  # turned away before any work was done
+GATEWAY_FIXES = {
+    401: "check the key in the variable that teacher.api_key_env names",
+    402: "add credit, then run again",
+    403: "check what the key may do, and teacher.model",
+    404: "check teacher.base_url and teacher.model",
+    405: "check teacher.base_url",
+}
+THINKING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+SHOWN = 200  # characters of a server's message in ours
+
+
+class Reply(Record):
+    """One answer as read from a body; `dollars` is what the server says that it cost, where it says so."""
+
+    text: str = ""
+    reasoning: str | None = None
+    stop: Stop
+    finish: str | None = None  # the server's own word for why it stopped
+    usage: Usage = Usage()
+    model: str | None = None
+    logprobs: Any = None
+    dollars: Decimal | None = None
+    error: str | None = None
+
+
+class Fault(Record):
+    """What an attempt without an answer means: for it (retry), its item, or the whole run; and its bill."""
+
+    what: str
+    scope: Literal["retry", "item", "run"]
+    billed: Literal["no", "unknown"]
+    fix: str = "run the same command again"
+    replica: bool = False  # this address is at fault, another may answer
+    limited: bool = False  # the rate was too high: all workers wait
+
+
+def request_body(
+    model: str,
+    messages: Sequence[Message],
+    settings: Mapping[str, Any],
+    extra: Mapping[str, Any],
+    api: str = "chat",
+) -> bytes:
+    """Encode a request with exactly the fields that were set; `extra` wins over `settings`.
+
+    Without a chat interface the contents are joined by blank lines: no template is applied.
+    """
+    if api == "chat":
+        asked: dict[str, Any] = {"messages": [message.model_dump() for message in messages]}
+    else:
+        asked = {"prompt": "\n\n".join(message.content for message in messages)}
+    return canonical({"model": model, **asked, **settings, **extra})
+
+
+def pack(data: bytes) -> dict[str, str]:
+    """Return a body in the form in which a record holds it: text where it is UTF-8, and its sha256."""
+    found = {"sha256": hashlib.sha256(data).hexdigest()}
+    try:
+        return {**found, "raw": data.decode("utf-8")}
+    except UnicodeDecodeError:
+        return {**found, "raw_base64": base64.b64encode(data).decode("ascii")}
+
+
+def unpack(body: Mapping[str, Any]) -> bytes:
+    """Return the bytes that `pack` took."""
+    if "raw" in body:
+        return str(body["raw"]).encode("utf-8")
+    return base64.b64decode(str(body["raw_base64"]))
+
+
+def decoded(data: bytes, encoding: str, limit: int) -> bytes:
+    """Undo a content encoding that was not asked for; raises ValueError above `limit` bytes or where it is foreign."""
+    if encoding in ("", "identity"):
+        return data
+    if encoding not in ("gzip", "deflate"):
+        raise ValueError(f"content encoding {encoding[:20]!r}")
+    try:
+        whole = zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(data, limit + 1)
+    except zlib.error:
+        raise ValueError(f"damaged {encoding}") from None
+    if len(whole) > limit:
+        raise ValueError(f"more than {limit:,} bytes of {encoding}")
+    return whole
+
+
+def is_answer(status: int, data: bytes) -> bool:
+    """Tell an answer from an error by its first bytes, without parsing: HTML, nothing and a bare error are none."""
+    head = data[:2000].lstrip()
+    bare_error = b'"error"' in head and b'"choices"' not in data
+    return 200 <= status < 300 and bool(head) and not head.startswith(b"<") and not bare_error
+
+
+def load_json(data: bytes) -> Any:
+    """Parse JSON strictly: UTF-8, no NaN, no endless numbers; raises ValueError in words."""
+
+    def refuse(name: str) -> Any:
+        raise ValueError(f"{name} is no JSON")
+
+    try:
+        return json.loads(data.decode("utf-8"), parse_constant=refuse)
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"JSON breaks at byte {error.pos}") from None
+
+
+def read_reply(data: bytes, question: int = 0) -> Reply:
+    """Read an answer from its bytes; `question` is the request's length in bytes, for an estimate of missing usage."""
+    try:
+        body = load_json(data)
+        choice = _first_choice(body)
+        message = _message(choice)
+        text, reasoning = _text(message, choice)
+    except ValueError as error:
+        return Reply(stop="error", error=f"unreadable answer: {error}"[:SHOWN])
+    finish = choice.get("finish_reason")
+    stop, why = _stop(finish if isinstance(finish, str) else None, message, choice)
+    usage, dollars = _usage(body.get("usage"), question, len((reasoning or "") + text))
+    reported = body.get("model")
+    return Reply(
+        text=text,
+        reasoning=reasoning,
+        stop=stop,
+        finish=finish if isinstance(finish, str) else None,
+        usage=usage,
+        model=reported[:SHOWN] if isinstance(reported, str) and reported else None,
+        logprobs=choice.get("logprobs"),
+        dollars=dollars,
+        error=why,
+    )
+
+
+def read_stored(body: dict[str, Any]) -> Reply:
+    """Read the reply out of a stored response's body; one that was refused, or cut at the size cap, is an error."""
+    if body.get("cut"):
+        return Reply(stop="error", error=f"unreadable answer: {body['cut']}")
+    status = int(body["status"])
+    if not 200 <= status < 300:
+        return Reply(stop="error", error=str(body.get("what", status)))
+    return read_reply(unpack(body), int(body.get("question", 0)))
+
+
+def _first_choice(body: Any) -> dict[str, Any]:
+    """Return the first choice of a body; raises ValueError where there is none."""
+    if not isinstance(body, dict):
+        raise ValueError("not an object")
+    choices = body.get("choices")
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        raise ValueError("no choices")
+    return choices[0]
+
+
+def _message(choice: dict[str, Any]) -> dict[str, Any]:
+    """Return a choice's message; a text completion has the text itself in the choice."""
+    message = choice.get("message", {"content": choice.get("text")})
+    if not isinstance(message, dict):
+        raise ValueError("the message is no object")
+    return message
+
+
+def _text(message: dict[str, Any], choice: dict[str, Any]) -> tuple[str, str | None]:
+    """Return the answer and the reasoning that came apart from it, or before it in a think block."""
+    content = message.get("content")
+    if isinstance(content, list):  # parts, as some servers give them
+        content = "".join(str(p.get("text", "")) for p in content if isinstance(p, dict))
+    explained = message.get("tool_calls") or message.get("refusal") or choice.get("error")
+    named = [message.get(key) for key in ("reasoning", "reasoning_content")]
+    reasoning = next((value for value in named if isinstance(value, str) and value.strip()), None)
+    if content is None and (explained or reasoning or choice.get("finish_reason") != "stop"):
+        content = ""
+    if not isinstance(content, str):
+        raise ValueError("the content is no text")
+    if reasoning is None and (block := THINKING.match(content)):
+        return content[block.end() :], block[1].strip()
+    return content, reasoning
+
+
+def _stop(
+    finish: str | None, message: dict[str, Any], choice: dict[str, Any]
+) -> tuple[Stop, str | None]:
+    """Return why an answer stopped, and what to say where it is not to be taken as an answer."""
+    if choice.get("error") or finish == "error":
+        return "error", f"the server broke off: {_words(choice.get('error')) or 'no reason given'}"
+    if isinstance(message.get("refusal"), str) and message["refusal"]:
+        return "filtered", f"refusal: {_words(message['refusal'])}"
+    if message.get("tool_calls") or finish in ("tool_calls", "function_call"):
+        return "error", "tool_calls: it called a tool instead of answering"
+    if finish in ("content_filter", "refusal"):
+        return "filtered", finish
+    if finish in STOPS:
+        return STOPS[finish], None
+    return "error", f"unknown finish_reason {str(finish)[:40]!r}"
+
+
+def _usage(given: Any, question: int, answer: int) -> tuple[Usage, Decimal | None]:
+    """Return the tokens that the server counted, or an estimate of 4 characters a token, marked as one."""
+    fields = given if isinstance(given, dict) else {}
+    read, written = _count(fields.get("prompt_tokens")), _count(fields.get("completion_tokens"))
+    if not read or written is None or (answer and not written):
+        usage = Usage(input_tokens=-(-question // 4), output_tokens=-(-answer // 4), estimated=True)
+        return usage, None
+    inside, outside = (fields.get(f"{side}_tokens_details") for side in ("prompt", "completion"))
+    cached = _count(inside.get("cached_tokens")) if isinstance(inside, dict) else None
+    thought = _count(outside.get("reasoning_tokens")) if isinstance(outside, dict) else None
+    usage = Usage(
+        input_tokens=read,
+        cached_input_tokens=min(cached or 0, read),
+        output_tokens=written,
+        reasoning_tokens=thought or _count(fields.get("reasoning_tokens")) or 0,
+    )
+    return usage, _dollars(fields.get("cost"))
+
+
+def _count(value: Any) -> int | None:
+    """Return a number of tokens, or None for what is none (a text, a negative, a truth value)."""
+    sane = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**9
+    return value if sane else None
+
+
+def _dollars(value: Any) -> Decimal | None:
+    """Return a cost in dollars, or None for what is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        dollars = Decimal(repr(value))
+    except InvalidOperation:
+        return None
+    return dollars if dollars.is_finite() and dollars >= 0 else None
+
+
+def classify(status: int, data: bytes) -> Fault:
+    """Say what a reply that is no answer means (faults C2, C3, C4, C9)."""
+    message, codes = error_of(data)
+    what = f"{status}: {message}" if message else f"{status} without a message"
+    if QUOTA & codes or status == 402:
+        what = f"the account's quota is used up ({what})"
+        return Fault(what=what, scope="run", billed="no", fix=GATEWAY_FIXES[402])
+    if status == 429:
+        return Fault(what=what, scope="retry", billed="no", limited=True)
+    if 300 <= status < 400:
+        fix = "redirects are never followed: write the final address in teacher.base_url"
+        return Fault(what=f"{status}: a redirect", scope="run", billed="no", fix=fix)
+    if status in GATEWAY_FIXES and not (status == 403 and _moderated(message)):
+        return Fault(what=what, scope="run", billed="no", fix=GATEWAY_FIXES[status])
+    if 400 <= status < 500 and status not in (408, 409, 425):
+        return Fault(what=what, scope="item", billed="no")
+    if 200 <= status < 300 and not message:
+        what = f"{status} with {'HTML' if data.strip() else 'nothing'} in place of an answer"
+    billed = "no" if status in UNPAID else "unknown"
+    return Fault(what=what, scope="retry", billed=billed, replica=status in (502, 503, 504))
+
+
+def _moderated(message: str) -> bool:
+    """Tell a 403 that is about one prompt (OpenRouter's moderation) from one that is about the key."""
+    return "moderation" in message.lower() or "flagged" in message.lower()
+
+
+def error_of(data: bytes) -> tuple[str, set[str]]:
+    """Return the message of an error body, and its codes and types, of any of the known shapes."""
+    try:
+        body = load_json(data)
+    except ValueError:
+        return "", set()
+    found = body.get("error", body) if isinstance(body, dict) else {}
+    if isinstance(found, str):
+        return _words(found), set()
+    if not isinstance(found, dict):
+        return "", set()
+    codes = {str(found[name]) for name in ("code", "type") if found.get(name) is not None}
+    return _words(found.get("message") or found.get("detail")), codes
+
+
+def _words(value: Any) -> str:
+    """Return a server's words on one line, cut."""
+    if isinstance(value, dict):
+        value = value.get("message", "")
+    text = value if isinstance(value, str) else json.dumps(value) if value else ""
+    return " ".join(text.split())[:SHOWN]
