@@ -13,7 +13,7 @@ from yaml.events import AliasEvent
 
 from distill.errors import DistillError, Exit
 
-MAX_BYTES = 100_000  # a larger file is none that a person wrote; this much is read in a second
+MAX_BYTES = 64_000  # a larger file is none that a person wrote; this much is read in half a second
 MAX_DEPTH = 20
 PLAIN = "write plain YAML"
 Places = dict[tuple[str, ...], str]  # where each key of the tree was set, as FILE:LINE

@@ -9,7 +9,9 @@ LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=60)
 
 
 @settings(max_examples=100, deadline=None)
-@given(lengths=LENGTHS, seed=st.integers(0, 9), tokens=st.integers(1, 900), epochs=st.integers(1, 3))
+@given(
+    lengths=LENGTHS, seed=st.integers(0, 9), tokens=st.integers(1, 900), epochs=st.integers(1, 3)
+)
 def test_every_sample_is_seen_once_an_epoch(lengths, seed, tokens, epochs):
     steps = plan_steps(lengths, seed, tokens, epochs, None)
     for epoch in range(epochs):
@@ -25,7 +27,9 @@ def test_every_sample_is_seen_once_an_epoch(lengths, seed, tokens, epochs):
 @settings(max_examples=100, deadline=None)
 @given(lengths=LENGTHS, tokens=st.integers(300, 900))
 def test_steps_are_about_as_large_as_asked(lengths, tokens):
-    sizes = [sum(lengths[i] for i in step.samples) for step in plan_steps(lengths, 0, tokens, 1, None)]
+    sizes = [
+        sum(lengths[i] for i in step.samples) for step in plan_steps(lengths, 0, tokens, 1, None)
+    ]
     assert max(sizes) <= 1.5 * tokens + 300
 
 
