@@ -33,9 +33,10 @@ def inject(
 ) -> PeftModel:
     """Wrap `model` with a fresh adapter drawn from `seed`; raises DistillError (exit 7) where no module matches."""
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+    whole: Any = int(alpha) if alpha == int(alpha) else alpha  # PEFT's type is int, its use is not
     lora = LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM"
-    )  # pyright: ignore[reportArgumentType]
+        r=r, lora_alpha=whole, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM"
+    )
     torch.manual_seed(seed)
     try:
         wrapped = get_peft_model(model, lora)

@@ -96,7 +96,7 @@ def backward(
         slope = _stacked(slope_NHd[start:end], groups)
         slope_v[seen] += torch.bmm(weights.transpose(1, 2), slope).transpose(0, 1)
         slope_weights = torch.bmm(slope, value_KNd[:, seen].transpose(1, 2))
-        scores = torch._softmax_backward_data(slope_weights, weights, -1, weights.dtype)
+        scores = torch.ops.aten._softmax_backward_data(slope_weights, weights, -1, weights.dtype)
         _unstack(torch.bmm(scores, key_KNd[:, seen]), slope_q[start:end], scale)
         slope_k[seen] += torch.bmm(scores.transpose(1, 2), query).transpose(0, 1)
     return slope_q, slope_k, slope_v
@@ -124,17 +124,17 @@ def attend(
     """Return softmax(QK'·scale)V of every sample by itself, causal, as (N, H, d)."""
     if query_NHd.device.type == "cpu":
         return _Attention.apply(query_NHd, key_NKd, value_NKd, lengths, scale)  # pyright: ignore[reportReturnType]
-    parts = zip(
-        *(t.split(list(lengths)) for t in (query_NHd, key_NKd, value_NKd)),
-        strict=True,
+    rows = (t.split(list(lengths)) for t in (query_NHd, key_NKd, value_NKd))
+    return torch.cat([_library(q, k, v, scale) for q, k, v in zip(*rows, strict=True)])
+
+
+def _library(query_THd: Tensor, key_TKd: Tensor, value_TKd: Tensor, scale: float) -> Tensor:
+    """Return one sample's attention by PyTorch's kernel."""
+    query, key, value = (t.transpose(0, 1)[None] for t in (query_THd, key_TKd, value_TKd))
+    out = nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, enable_gqa=True
     )
-    done = [
-        nn.functional.scaled_dot_product_attention(
-            *(t.transpose(0, 1)[None] for t in part), is_causal=True, scale=scale, enable_gqa=True
-        )[0].transpose(0, 1)
-        for part in parts
-    ]
-    return torch.cat(done)
+    return out[0].transpose(0, 1)
 
 
 def _registered(
@@ -155,9 +155,9 @@ def _registered(
     unknown = [name for name in OTHER_KINDS if others.get(name) is not None]
     if unknown or dropout or query.shape[0] != 1 or attention_mask is not None:
         raise ValueError(f"{type(module).__name__}: {unknown}, dropout {dropout}")
-    rows = [t[0].transpose(0, 1) for t in (query, key, value)]
+    rows = (t[0].transpose(0, 1) for t in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(*rows, lengths or [query.shape[2]], scale)[None], None
+    return attend(*rows, lengths=lengths or [query.shape[2]], scale=scale)[None], None
 
 
 AttentionInterface.register(NAME, _registered)

@@ -235,7 +235,7 @@ class Loop:
         changes = differences(saved.facts["run"], self.facts())
         if not changes:
             return
-        what = "the run was begun with " + "; ".join(changes[:8])
+        what = "not what the run was begun with: " + "; ".join(changes[:8])
         if not allow_inexact:
             fix = "restore them, --redo train, or --allow-inexact, which the card will say"
             raise DistillError(Exit.TRAINING, saved.folder, what, fix)
@@ -288,7 +288,7 @@ class Loop:
                 self.accelerator.backward(part * (world / count))  # DDP averages over processes
             loss += part.detach()
         asked = torch.tensor(float(self.interrupt.asked), dtype=torch.float64, device=loss.device)
-        sums = self.accelerator.reduce(torch.stack([loss, asked]))
+        sums: Any = self.accelerator.reduce(torch.stack([loss, asked]))
         norm = self._update(step, float(sums[0]) / count)
         row = {"loss": float(sums[0]) / count, "grad_norm": norm, "tokens": self._tokens(step)}
         return row, bool(sums[1])
@@ -349,7 +349,8 @@ class Loop:
             total += student(self._batch([self.checks[i] for i in samples]))
         student.train()
         count = sum(sum(e.weights) for e in self.checks)
-        loss = float(self.accelerator.reduce(total)) / count
+        reduced: Any = self.accelerator.reduce(total)
+        loss = float(reduced) / count
         progress.validation.append({"step": progress.step, "loss": loss})
         self.accelerator.log({"validation_loss": loss}, step=progress.step)
         if progress.best_loss is None or loss < progress.best_loss:
