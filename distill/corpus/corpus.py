@@ -6,7 +6,7 @@ go into the run's manifest under `corpus`.
 
 import platform
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from distill.config import Chunk, Config, Corpus
 from distill.corpus import python_docs, readers
 from distill.corpus.clean import chunk
 from distill.corpus.dedupe import NearDuplicates, unique
+from distill.corpus.privacy import Policy, masked_document
 from distill.corpus.readers import Reject, Row
 from distill.corpus.rows import interpret
 from distill.corpus.split import rank, split
@@ -31,14 +32,15 @@ def main(config: Config, run: Run) -> None:
     found = interpreted(corpus, rejects)
     write_records(run.path("rejects.jsonl"), rejects)  # also for the one who meets the refusal
     refuse_too_many(rejects, len(found), corpus.max_bad_fraction, run.path("rejects.jsonl"))
+    rows = len(found) + sum(reject.bad for reject in rejects)
+    found, private = protected(found, corpus.private_text, rejects)
     kept = deduplicated(found, rejects, corpus.near_duplicate_threshold, corpus.limit, config.seed)
     sizes = corpus.split
     splits = split([d.id for d in kept], config.seed, sizes.validation, sizes.heldout)
     documents = chunked(kept, splits, corpus.chunk, rejects)
     write_records(run.path("rejects.jsonl"), rejects)
     write_records(run.path("documents.jsonl"), documents)
-    counts = {"rows": len(found) + sum(r.bad for r in rejects), "kept": len(kept)}
-    report(run, documents, rejects, counts)
+    report(run, documents, rejects, {"rows": rows, "kept": len(kept), "private_text": private})
 
 
 def identity(config: Config) -> dict[str, str]:
@@ -124,6 +126,35 @@ def refuse_too_many(rejects: list[Reject], good: int, allowed: float, listed: Pa
     raise DistillError(Exit.INPUT, "corpus", what, fix if good else f"all are in {listed}")
 
 
+def protected(
+    found: list[Document], policy: Policy, rejects: list[Reject]
+) -> tuple[list[Document], dict[str, Any]]:
+    """Mask or drop private text, or keep it; return the documents, and how much was found by kind.
+
+    Raises DistillError (exit 3) where every document is dropped.
+    """
+    if policy == "keep":
+        return found, {"policy": policy}
+    kept, kinds, holding = list[Document](), Counter[str](), 0
+    for document in found:
+        masked, counts = masked_document(document)
+        holding, kinds = holding + bool(counts), kinds + counts
+        if counts and policy == "drop":
+            reason = f"holds private text: {told(counts)}"
+            rejects.append(Reject(where=document.source, reason=reason, bad=False))
+        else:
+            kept.append(masked)
+    if not kept:
+        what = f"every document holds private text: {told(kinds)}"
+        raise DistillError(Exit.INPUT, "corpus", what, "set corpus.private_text to mask")
+    return kept, {"policy": policy, "documents": holding, "kinds": dict(sorted(kinds.items()))}
+
+
+def told(kinds: Mapping[str, int]) -> str:
+    """Say counts by kind."""
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+
+
 def deduplicated(
     found: list[Document],
     rejects: list[Reject],
@@ -186,14 +217,16 @@ def chunked(
 
 
 def report(
-    run: Run, documents: list[Document], rejects: list[Reject], counts: dict[str, int]
+    run: Run, documents: list[Document], rejects: list[Reject], counts: dict[str, Any]
 ) -> None:
     """Show the counts and note them in the manifest."""
     splits = Counter(document.meta["split"] for document in documents)
-    repeats = sum(not reject.bad for reject in rejects)
+    private = counts["private_text"]
+    dropped = private.get("documents", 0) if private["policy"] == "drop" else 0
+    repeats = sum(not reject.bad for reject in rejects) - dropped
     facts: dict[str, Any] = {
         **counts,
-        "bad": len(rejects) - repeats,
+        "bad": sum(reject.bad for reject in rejects),
         "repeats": repeats,
         "documents": len(documents),
         "splits": dict(splits),
@@ -207,3 +240,6 @@ def report(
         f"corpus: {facts['rows']} rows, {facts['bad']} bad, {repeats} repeats, "
         f"{len(documents)} documents ({shown})"
     )
+    if private.get("documents"):
+        done = "dropped" if dropped else "masked"
+        say(f"corpus: private text {done} in {private['documents']} rows: {told(private['kinds'])}")

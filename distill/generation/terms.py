@@ -11,6 +11,7 @@ from datetime import date
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import TypeAdapter, ValidationError, model_validator
 
@@ -195,7 +196,8 @@ def judge_teacher(config: Config) -> Verdict:
         basis = f"the answers' licence as stated: {teacher.licence}"
     info = lookup(teacher.model) if teacher.model else None
     name = hub_id(teacher.model) or Path(teacher.model).name or "unknown"
-    verdict = load_terms().judge(name, info.licence if info else None, basis=basis)
+    hosts = [urlsplit(url).hostname or "" for url in teacher.base_urls]
+    verdict = load_terms().judge(name, info.licence if info else None, hosts, basis)
     if is_folder(teacher.model) and not info:  # its name proves nothing, though it may forbid
         return verdict.model_copy(update={"unknown": ("a folder",)})
     return verdict

@@ -1,0 +1,181 @@
+"""Private text in documents: addresses, numbers and keys are masked before any prompt is made of them.
+
+Masked is what has the form of a private thing and passes its check (Luhn for cards, ISO 7064 for IBANs); what standards
+set aside for examples (example.org, 555-0100, `password`) stays, so that documentation stays readable. A mask is
+`[EMAIL]`, `[PHONE]` and so on. Patterns cannot find all private text: names and postal addresses are not looked for.
+Every pattern is bounded, so that hostile text is read in linear time.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Literal
+
+from distill.records import Document
+
+Policy = Literal["mask", "drop", "keep"]
+EXAMPLES = re.compile(
+    r"(?:^|\.)(?:example(?:\.\w{2,3})?|test|invalid|localhost|local|domain\.com)$", re.I
+)
+PLACEHOLDER = re.compile(r"(?:pass(?:word|wd)?|pwd|secret|token|key|x+|\*+|\W.*)$", re.I)
+
+EMAIL = re.compile(
+    r"(?<![\w.+%-])(?!git@)[A-Za-z0-9_][\w.+%-]{0,63}@((?:[A-Za-z0-9-]{1,63}\.){1,6}[A-Za-z]{2,24})(?![\w@-])"
+)
+KEY = re.compile(
+    r"(?<![\w-])(?:"
+    r"sk-(?=[\w-]{0,60}\d)[\w-]{20,300}|[sr]k_(?:live|test)_\w{16,100}|whsec_\w{20,100}"  # OpenAI's form; Stripe
+    r"|(?:gsk_|xai-|pplx-|nvapi-|glpat-|npm_|dop_v1_)(?=[\w-]{0,40}\d)[\w-]{20,200}|hf_[A-Za-z0-9]{20,100}"
+    r"|gh[opsur]_[A-Za-z0-9]{20,255}|github_pat_\w{20,255}|pypi-AgE[\w-]{50,300}"
+    r"|(?:AKIA|ASIA)[A-Z0-9]{16}\b|AIza[\w-]{35}|xox[abeoprs]-[\w-]{10,200}"
+    r"|eyJ[\w-]{10,4000}+\.eyJ[\w-]{10,8000}+\.[\w-]{10,2000})"  # JWT
+)
+PEM = re.compile(
+    r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY(?: BLOCK)?-----"
+    r"(?:(?:\\n|\s){1,4}(?:[A-Za-z0-9+/]{20,80}={0,2}|[A-Za-z-]{3,20}: [\w ,./()-]{1,80}))++"
+    r"(?:[\w+/=\\\s]{0,100}-----END [A-Z ]{0,40}PRIVATE KEY(?: BLOCK)?-----)?"
+)
+PASSWORD = re.compile(
+    r"(?<=://)([^\s/:@\"'<>\[\](){}$]{1,64}):([^\s/:@\"'<>{}$]{3,128})@(?=([\w.-]{1,253}))"
+)
+DIGITS = r"(?<![\w.,+/=-])"
+CARD = re.compile(
+    DIGITS
+    + r"(?:\d{4}([ -]?)\d{4}\1\d{4}\1\d{4}|3[47]\d{2}([ -]?)\d{6}\2\d{5}|\d{13,19})(?![\w-]|[.,]\d)"
+)
+ISSUERS = re.compile(
+    r"4\d{12}(?:\d{3}){0,2}|5[1-5]\d{14}|2[2-7]\d{14}|3[47]\d{13}|3(?:0[0-5]|[68]\d)\d{11}|6(?:011|4[4-9]\d|5\d\d|2\d\d)\d{12}"
+)
+LENGTHS = {  # of the IBANs of each country, by the SWIFT registry
+    15: "NO", 16: "BE", 18: "DK FI FO GL NL", 19: "MK SI", 20: "AT BA EE KZ LT LU XK", 21: "CH HR LI LV",
+    22: "BG BH CR DE GB GE IE ME RS", 23: "AE GI IL", 24: "AD CZ ES MD PK RO SA SE SK TN", 26: "IS TR",
+    27: "FR GR IT MC SM", 28: "AL AZ CY DO GT HU LB PL", 29: "BR PS QA UA", 31: "MT",
+}  # fmt: skip
+IBAN = re.compile(
+    r"(?<![\w-])(?=[A-Z]{2}\d\d)(?:"
+    + "|".join(
+        rf"(?:{countries.replace(' ', '|')})\d\d(?: ?[A-Z0-9]){{{length - 4}}}"
+        for length, countries in LENGTHS.items()
+    )
+    + r")(?![\w-])"
+)
+COUNTRY = (  # calling codes of ITU-T E.164
+    r"(?:1|7|2[07]|3[0-469]|4[013-9]|5[1-8]|6[0-6]|8[1246]|9[0-58]"
+    r"|2[1-69]\d|35\d|37\d|38\d|42[013]|50\d|59\d|6[79]\d|800|85\d|88\d|96\d|97\d|99\d)"
+)
+PHONE = re.compile(
+    r"(?<![\w.,/=~-])\+" + COUNTRY + r"(?:[ .-]?\(0?\d{1,4}\))?(?:[ .-]?\d){5,13}+(?!\w|[.,]\d)"
+    r"|"
+    + DIGITS
+    + r"(?:1[ .-])?(?:\([2-9]\d\d\) ?[2-9]\d\d[.-]|[2-9]\d\d([.-])[2-9]\d\d\1)\d{4}(?![\w-]|[.,]\d)"
+    r"|(?i:\b(?:tel|phone|telephone|fax|mobile)\b\.?[:=]? {0,2})\(?0\d{1,5}\)?(?:[ ./-]{0,2}\d){5,12}+(?!\w)"
+)
+NANP = re.compile(r"1[2-9]\d\d[2-9]\d{6}")
+
+
+def _is_email(found: re.Match[str]) -> bool:
+    """Leave the domains that are kept for examples, and the numbers of a Message-ID."""
+    return not (EXAMPLES.search(found[1]) or re.match(r"\d+\.\d+\.\d+@", found[0]))
+
+
+def _is_password(found: re.Match[str]) -> bool:
+    return not (PLACEHOLDER.match(found[2]) or found[1] == found[2] or EXAMPLES.search(found[3]))
+
+
+def _is_card(found: re.Match[str]) -> bool:
+    """Check issuer and Luhn's sum (ISO/IEC 7812)."""
+    digits = [int(c) for c in found[0] if c.isdigit()]
+    doubled = [sum(divmod(2 * d, 10)) for d in digits[-2::-2]]
+    known = ISSUERS.fullmatch("".join(map(str, digits)))
+    return bool(known) and len(set(digits)) > 2 and (sum(digits[::-2]) + sum(doubled)) % 10 == 0
+
+
+def _is_iban(found: re.Match[str]) -> bool:
+    """Check the sum modulo 97 (ISO 7064)."""
+    text = found[0].replace(" ", "")
+    return int("".join(str(int(c, 36)) for c in text[4:] + text[:4])) % 97 == 1
+
+
+def _is_phone(found: re.Match[str]) -> bool:
+    """Check the count of digits (ITU-T E.164), and leave the numbers that are kept for fiction."""
+    digits = "".join(c for c in found[0] if c.isdigit())
+    if found[0].startswith("+1") and not NANP.fullmatch(digits):
+        return False
+    if re.fullmatch(r"\+\d+\.\d+", found[0]):  # a decimal number with its sign
+        return False
+    most = 13 if found[0][1:].isdigit() else 15  # longer and unbroken, it is a date or a counter
+    return 7 <= len(digits) <= most and not re.search(r"55501\d\d$", digits)
+
+
+def _always(found: re.Match[str]) -> bool:
+    return True
+
+
+KEY_SIGNS = re.compile(  # any of it must stand in a text that holds a key: one pass instead of twenty
+    r"[sr]k[-_]|whsec_|xai-|pplx-|nvapi-|glpat-|npm_|dop_v1_|hf_|gh[opsur]_|github_pat_|pypi-|AKIA|ASIA|AIza|xox|eyJ"
+)
+AT, LINK, PEM_SIGN = re.compile("@"), re.compile("://"), re.compile("PRIVATE KEY")
+NUMBER = re.compile(r"\d{4}|\d{3}\D{1,2}\d{3}|\+\d|0\d")
+Rule = tuple[str, re.Pattern[str], re.Pattern[str], Callable[[re.Match[str]], bool]]
+RULES: tuple[
+    Rule, ...
+] = (  # kind, what must stand in the text, form, check; keys first, since they hold digits
+    ("KEY", PEM_SIGN, PEM, _always),
+    ("KEY", KEY_SIGNS, KEY, _always),
+    ("PASSWORD", LINK, PASSWORD, _is_password),
+    ("EMAIL", AT, EMAIL, _is_email),
+    ("IBAN", re.compile(r"[A-Z]{2}\d\d ?[A-Z0-9]{4}"), IBAN, _is_iban),
+    ("CARD", re.compile(r"\d{4}[ -]?\d{4}"), CARD, _is_card),
+    ("PHONE", NUMBER, PHONE, _is_phone),
+)
+
+
+def mask(text: str) -> tuple[str, Counter[str]]:
+    """Return the text with `[KIND]` for each private thing, and how many there were of each kind."""
+    counts: Counter[str] = Counter()
+    for kind, sign, form, check in RULES:
+        if not sign.search(text):
+            continue
+
+        def masked(found: re.Match[str], kind: str = kind, check: Any = check) -> str:
+            if not check(found):
+                return found[0]
+            counts[kind.lower()] += 1
+            return f"[{kind}]@" if kind == "PASSWORD" else f"[{kind}]"
+
+        text = form.sub(masked, text)
+    return text, counts
+
+
+def masked_tree(value: Any) -> tuple[Any, Counter[str]]:
+    """Mask every text in nested lists and mappings, but no key of a mapping."""
+    if isinstance(value, str):
+        return mask(value)
+    if isinstance(value, dict):
+        found = {key: masked_tree(child) for key, child in value.items()}
+        return {k: new for k, (new, _) in found.items()}, _sum(c for _, c in found.values())
+    if isinstance(value, list):
+        items = [masked_tree(child) for child in value]
+        return [new for new, _ in items], _sum(c for _, c in items)
+    return value, Counter()
+
+
+def _sum(counts: Any) -> Counter[str]:
+    return sum(counts, Counter[str]())
+
+
+def masked_document(document: Document) -> tuple[Document, Counter[str]]:
+    """Return the document with its text and values masked, and the counts; one without private text is the same.
+
+    The user's own `id` stays as it is; the turns of a conversation count once, in the text.
+    """
+    given = {key: document.meta[key] for key in ("id",) if key in document.meta}
+    turns = {key: document.meta[key] for key in ("messages",) if key in document.meta}
+    others = {k: v for k, v in document.meta.items() if k not in given | turns}
+    text, counts = mask(document.text)
+    turns, in_turns = masked_tree(turns)
+    others, in_others = masked_tree(others)
+    if not counts and not in_turns and not in_others:
+        return document, Counter()
+    meta = {key: (given | turns | others)[key] for key in document.meta}
+    return Document.make(text, document.source, meta), (counts or in_turns) + in_others
