@@ -6,12 +6,14 @@ from decimal import Decimal
 from rich.console import Group
 
 from distill.errors import DistillError
+from distill.generation.budget import unknown_outcomes
 from distill.records import LedgerEntry
 from distill.run import Run, Stage
-from distill.store import read_json
+from distill.store import Log, read_json
 from distill.tables import table
 
 WORDS = {"fresh": "left", "unfinished": "begun", "done": "done", "stale": "stale"}
+LISTED = 20  # requests with an unknown outcome that are named
 
 
 def status(run: Run, stages: Sequence[Stage]) -> Group:
@@ -28,7 +30,23 @@ def status(run: Run, stages: Sequence[Stage]) -> Group:
         remarks += [f"{stage.name}: {remark}"] if remark else []
     shown.add_section()
     shown.add_row("all", "", "", *_sums(ledger))
-    return Group(shown, *remarks)
+    return Group(shown, *remarks, *_doubts(run))
+
+
+def _doubts(run: Run) -> list[str]:
+    """Say how many requests of the run may have been billed without an answer, their maximum cost, and which."""
+    folder = run.config.store_folder() / "responses"
+    if run.config.teacher.kind != "endpoint" or not folder.exists():
+        return []
+    with Log(folder, writable=False) as log:
+        found = unknown_outcomes(log, run.config.name)
+    if not found:
+        return []
+    most = [attempt.most for attempt in found if attempt.most is not None]
+    sum_ = f"at most ${sum(most, Decimal(0)):.4f}" if len(most) == len(found) else "cost unknown"
+    rows = [f"  {a.key}: {a.what}" + (f", at most ${a.most}" if a.most else "") for a in found]
+    more = [f"  and {len(rows) - LISTED} more"] if len(rows) > LISTED else []
+    return [f"{len(found)} requests may have been billed, {sum_}:", *rows[:LISTED], *more]
 
 
 def _state(run: Run, stage: Stage) -> tuple[str, str]:

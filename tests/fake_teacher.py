@@ -171,7 +171,7 @@ class FakeTeacher:
                 input_tokens=given["prompt_tokens"], output_tokens=given["completion_tokens"]
             )
             stated = given.get("cost")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             usage, stated = usage_of(payload), None
         if usage.input_tokens <= 0 or usage.output_tokens < 0:
             usage = usage_of(payload)
