@@ -156,7 +156,7 @@ def _evaluation_row(config: Config, work: Scope, side: Side, device: Device | No
             forward_flops(model, side.prompt.high, side.answer.high),
         )
         seconds = seconds + items * 2 * reading / device.rate + START
-    tokens = items * 4 * (side.prompt + side.answer)
+    tokens = items * 2 * (asked.prompt + asked.answer)
     return Row("evaluate", f"{count(items)} items, two models", tokens, seconds)
 
 
