@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -300,6 +301,7 @@ def quiet() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def pick_dtype(name: str = "auto") -> "torch.dtype":
