@@ -90,6 +90,7 @@ def merge(
     name = stored.get("dtype") or stored.get("torch_dtype") or "float32"
     merged = merged.to(getattr(torch, name))
     merged.config.name_or_path = ""  # else the folder of this machine is written into the config
+    vars(merged.config).pop("_model_name_or_path", None)  # a GGUF's own title, not a model's id
     merged.save_pretrained(target, max_shard_size="100GB")
 
 
