@@ -35,6 +35,7 @@ GATEWAY_FIXES = {
     405: "check teacher.base_url",
 }
 THINKING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # where a lone surrogate may stand
 SHOWN = 200  # characters of a server's message in ours
 
 
@@ -120,19 +121,34 @@ def is_answer(status: int, data: bytes) -> bool:
 
 
 def load_json(data: bytes) -> Any:
-    """Parse JSON strictly: UTF-8, no NaN, no endless numbers; raises ValueError in words."""
+    """Parse JSON strictly: UTF-8, no NaN, no endless numbers; raises ValueError in words.
+
+    Half a surrogate pair, which JSON can name and UTF-8 cannot hold, becomes U+FFFD.
+    """
 
     def refuse(name: str) -> Any:
         raise ValueError(f"{name} is no JSON")
 
     try:
-        return json.loads(data.decode("utf-8"), parse_constant=refuse)
+        value = json.loads(data.decode("utf-8"), parse_constant=refuse)
+        return _whole(value) if HALF.search(data) else value
     except UnicodeDecodeError:
         raise ValueError("not UTF-8") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"JSON breaks at byte {error.pos}") from None
+
+
+def _whole(value: Any) -> Any:
+    """Replace lone surrogates in every text of a JSON value."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_whole(child) for child in value]
+    if isinstance(value, dict):
+        return {_whole(name): _whole(child) for name, child in value.items()}
+    return value
 
 
 def read_reply(data: bytes, question: int = 0) -> Reply:
@@ -233,10 +249,11 @@ def _usage(given: Any, question: int, answer: int) -> tuple[Usage, Decimal | Non
     inside, outside = (fields.get(f"{side}_tokens_details") for side in ("prompt", "completion"))
     cached = _count(inside.get("cached_tokens")) if isinstance(inside, dict) else None
     thought = _count(outside.get("reasoning_tokens")) if isinstance(outside, dict) else None
+    total = _count(fields.get("total_tokens")) or 0
     usage = Usage(
         input_tokens=read,
         cached_input_tokens=min(cached or 0, read),
-        output_tokens=written,
+        output_tokens=max(written, total - read),  # xAI counts reasoning in the total only
         reasoning_tokens=thought or _count(fields.get("reasoning_tokens")) or 0,
     )
     return usage, _dollars(fields.get("cost"))

@@ -1,0 +1,139 @@
+"""Money: reservations, maxima, and the account that the store gives of every attempt."""
+
+import random
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.config import Config
+from distill.generation.budget import (
+    Budget,
+    account,
+    cost,
+    enter_account,
+    last_fault,
+    most_dollars,
+    next_attempt,
+    unknown_outcomes,
+)
+from distill.generation.wire import pack
+from distill.records import Response, Usage
+from distill.run import Run, Stage
+from distill.store import Log
+from tests.fake_teacher import PRICE, answer
+
+
+def test_a_maximum_bounds_every_bill() -> None:
+    chance = random.Random(0)
+    for _ in range(200):
+        question, cap = chance.randrange(1, 5000), chance.randrange(1, 900)
+        read = chance.randrange(0, question + 1)
+        usage = Usage(
+            input_tokens=read,
+            cached_input_tokens=chance.randrange(0, read + 1),
+            output_tokens=chance.randrange(0, cap + 1),
+        )
+        most = most_dollars(PRICE, question, cap)
+        assert most is not None and PRICE.of(usage) <= most
+    assert most_dollars(None, 1, 1) is None
+
+
+def test_what_a_server_states_wins_over_the_price() -> None:
+    usage = Usage(input_tokens=1000, output_tokens=100)
+    assert cost(PRICE, usage) == Decimal("0.0045")
+    assert cost(PRICE, usage, Decimal("0.5")) == cost(None, usage, Decimal("0.5")) == Decimal("0.5")
+    assert cost(None, usage) is None
+
+
+def test_a_budget_never_holds_more_than_its_limit() -> None:
+    chance = random.Random(1)
+    budget, flying = Budget(Decimal("1.00")), list[Decimal]()
+    for _ in range(2000):
+        most = Decimal(chance.randrange(1, 9)) / 100
+        if chance.random() < 0.6 and budget.reserve(most):
+            flying.append(most)
+        elif flying:
+            most = flying.pop(chance.randrange(len(flying)))
+            if chance.random() < 0.5:
+                budget.settle(most, most * Decimal(chance.randrange(0, 11)) / 10)
+            else:
+                budget.doubt(most)
+        assert budget.settled + budget.unknown + sum(flying) == budget.committed <= 1
+        assert budget.reserved == sum(flying) and not budget.exceeded
+    assert budget.committed > Decimal("0.9")
+
+
+def intent(log: Log, key: str, number: int, run: str = "mine") -> str:
+    """Store the intent of an attempt that can cost a cent, and return the response's id."""
+    identifier = Response.make_id(key, 0)
+    log.append([("intent", f"{identifier}.{number}", {"model": "m", "run": run, "most": "0.01"})])
+    return identifier
+
+
+def respond(log: Log, key: str, number: int, data: bytes, status: int = 200) -> None:
+    body = {"status": status, "attempt": number, "question": 50, **pack(data)}
+    raw = {"key": key, "sample": 0, "model": "m", "stop": None, "usage": {}, "body": body}
+    log.append([("response", Response.make_id(key, 0), raw)])
+
+
+def outcome(log: Log, identifier: str, number: int, billed: str) -> None:
+    log.append([("outcome", f"{identifier}.{number}", {"what": billed, "billed": billed})])
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Any:
+    """Return a log with one attempt of every kind."""
+    with Log(tmp_path / "runs/.store/responses") as log:
+        one = intent(log, "paid", 0)
+        outcome(log, one, 0, "no")
+        intent(log, "paid", 1)
+        outcome(log, one, 1, "unknown")
+        intent(log, "paid", 2)
+        question = {"model": "m", "messages": [{"role": "user", "content": "one two"}]}
+        respond(log, "paid", 2, answer(question))
+        intent(log, "killed", 0)
+        intent(log, "unreadable", 0)
+        respond(log, "unreadable", 0, b"{")
+        intent(log, "another's", 0, "yours")
+        yield log
+
+
+def test_the_account_tells_settled_from_unknown(log: Log) -> None:
+    found = account(log, PRICE, "mine")
+    assert (found.attempts, found.unknown, found.unknown_most) == (5, 3, Decimal("0.03"))
+    usage = Usage(input_tokens=7, output_tokens=5)
+    assert found.settled == PRICE.of(usage) and found.output_tokens == 5
+    assert account(log, PRICE).unknown == 4
+    assert account(log, None, "mine").unpriced == 1
+    whats = {a.what for a in unknown_outcomes(log, "mine")}
+    assert whats == {"unknown", "no word of how it ended", "answered without a count of tokens"}
+
+
+def test_attempts_go_on_counting_and_the_last_fault_is_told(log: Log) -> None:
+    assert (next_attempt(log, "paid", 0), next_attempt(log, "new", 0)) == (3, 0)
+    assert last_fault(log, "paid", 0) == "unknown" and last_fault(log, "killed", 0) is None
+
+
+def test_the_ledger_holds_the_account_once(log: Log, tmp_path: Path) -> None:
+    config = Config.model_validate(
+        {
+            "name": "mine",
+            "runs": tmp_path / "runs",
+            "corpus": {"path": "x"},
+            "teacher": {"model": "m"},
+            "student": {"model": "s"},
+        }
+    )
+    run = Run(config)
+    work = Stage("generate", (), (), (), lambda c, r: enter_account(r, log.folder, PRICE))
+    run.folder.mkdir(parents=True)
+    for goes in (1, 2):
+        run.remake([work])
+        run.perform(work)
+        entries = run.ledger()
+        assert len(entries) == goes
+        assert sum(e.attempts for e in entries) == 5 and sum(e.unknown for e in entries) == 3
+        assert sum(e.dollars or 0 for e in entries) == account(log, PRICE, "mine").settled
+        assert sum(e.unknown_dollars or 0 for e in entries) == Decimal("0.03")
