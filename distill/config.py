@@ -402,7 +402,6 @@ class Publish(Section):
     model_name: str | None = None
     licence: str | None = None
     language: str = "en"
-    gguf: bool = False
 
     @field_validator("model_name")
     @classmethod
