@@ -12,6 +12,7 @@ from pathlib import Path
 
 from distill.cli import open_run, perform
 from distill.errors import exit_code
+from distill.progress import console
 from distill.run import Run
 from distill.stages import STAGES
 
@@ -34,5 +35,7 @@ def train(run: Run, flags: set[str]) -> None:
     stage = replace(TRAIN, main=partial(work, allow_inexact="--allow-inexact" in flags))
     if int(os.environ.get("RANK", "0")) == 0:
         perform(run, (stage,), (stage,) if "--redo" in flags else ())
-    elif "--redo" in flags or run.checked_state(stage) != "done":
+        return
+    console.quiet = True
+    if "--redo" in flags or run.checked_state(stage) != "done":
         stage.main(run.config, run)

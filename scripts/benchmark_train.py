@@ -31,8 +31,8 @@ from distill.training import adapters
 from distill.training.batches import micro_batches
 from distill.training.encode import encode_pairs
 from distill.training.optimizer import make_adamw
+from distill.training.prepare import MICRO_BATCH_TOKENS
 from distill.training.student import Batch, make_student
-from distill.training.train import MICRO_BATCH_TOKENS
 
 RANK, ALPHA, RATE, BATCH, DATE = 32, 64, 1e-4, 8, "2026-01-01"
 STEP_TOKENS = 2048

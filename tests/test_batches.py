@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.training.batches import micro_batches, order, plan_steps, share
+from distill.training.batches import micro_batches, order, padded_batches, plan_steps, share
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=60)
 
@@ -57,3 +57,11 @@ def test_micro_batches_hold_every_sample_once_and_keep_to_the_limit(lengths, lim
     assert len({len(own) for own in shares}) == 1  # every process takes part in every round
     dealt = [batch for own in shares for batch in own if batch]
     assert sorted(dealt) == sorted(batches)
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=LENGTHS, limit=st.integers(1, 600))
+def test_padded_batches_keep_to_the_limit_with_their_padding(lengths, limit):
+    batches = padded_batches(range(len(lengths)), lengths, limit)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert all(len(b) == 1 or max(lengths[i] for i in b) * len(b) <= limit for b in batches)

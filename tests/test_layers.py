@@ -84,8 +84,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
     for checkpointing in (False, True):
         model = adapted(folder)
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.enable_input_require_grads()
+            model.activation_checkpointing_enable({"use_reentrant": False})
         student, _ = make_student(model.train(), fused=True)
         student(Batch.make(examples())).backward()
         found.append(gradients(model))

@@ -71,7 +71,7 @@ def make_run(folder: Path, name: str = "run", **settings) -> Run:
 
 
 def outcome(run: Run) -> dict:
-    """Everything that must be equal, times left out."""
+    """Everything that must be equal; times are left out."""
     training = json.loads(run.path("training.json").read_text())
     history = [{k: v for k, v in row.items() if k != "seconds"} for row in training["history"]]
     last = sorted(run.path("checkpoints").iterdir())[-1]

@@ -6,6 +6,7 @@ products run in the model's type; gradients come back to float32.
 
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,11 @@ def inject(
     )
     torch.manual_seed(seed)
     try:
-        wrapped = get_peft_model(model, lora)
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # PEFT asks for an attribute by its old name
+            wrapped = get_peft_model(model, lora)
     except ValueError as error:
         what = str(error).splitlines()[0][:200]
         fix = "name modules of this model, such as q_proj, or all-linear"

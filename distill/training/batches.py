@@ -72,6 +72,17 @@ def micro_batches(samples: Sequence[int], lengths: Sequence[int], limit: int) ->
         count += 1
 
 
+def padded_batches(samples: Sequence[int], lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Deal samples into batches of similar length whose padded size is at most `limit` tokens, longest first."""
+    batches: list[list[int]] = []
+    for sample in sorted(samples, key=lambda i: (-lengths[i], i)):
+        batch = batches[-1] if batches else []
+        if not batch or lengths[batch[0]] * (len(batch) + 1) > limit:
+            batches.append(batch := [])
+        batch.append(sample)
+    return batches
+
+
 def share(batches: Sequence[list[int]], rank: int, world: int) -> list[list[int]]:
     """Return the micro-batches of one process; every process has the same number, some of them empty."""
     rounds = math.ceil(len(batches) / world)

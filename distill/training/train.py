@@ -1,7 +1,7 @@
 """Train the student's adapter: our own loop on Accelerate, exact to the bit when resumed, the same on any number of processes.
 
 `distill run CONFIG`, `python scripts/train.py CONFIG` and `accelerate launch scripts/train.py CONFIG` all come here.
-A step's loss is the sum over its supervised tokens divided once by their number over all micro-batches and processes.
+A step's loss is the sum over its supervised tokens, divided once by their number over all micro-batches and processes.
 Where the run stands is one number, its step: the order of samples and the random numbers of a step follow from the
 seed and that number. Only the main process writes.
 """
@@ -21,16 +21,14 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from distill import models
 from distill.config import Config
-from distill.environment import LIBRARIES, installed
 from distill.errors import DistillError, Exit
 from distill.progress import Tracker, say, tracking
-from distill.records import Example, Pair, digest
+from distill.records import Example, digest
 from distill.run import Run, differences, flatten
-from distill.store import read_records, sha256_file, write_json
-from distill.template import template_hash
+from distill.store import sha256_file, write_json
 from distill.training import adapters, checkpoint
-from distill.training.batches import Step, micro_batches, plan_steps, share
-from distill.training.encode import encode_pairs, show
+from distill.training.batches import Step, share
+from distill.training.encode import show
 from distill.training.optimizer import (
     learning_rate,
     make_adamw,
@@ -38,6 +36,7 @@ from distill.training.optimizer import (
     restore_optimizer,
     warmup_count,
 )
+from distill.training.prepare import Parts, prepare
 from distill.training.processes import (
     Interrupt,
     check_world,
@@ -45,18 +44,16 @@ from distill.training.processes import (
     interruptible,
     launcher_command,
 )
-from distill.training.student import Batch, Student, answer_loss, make_student
+from distill.training.student import Batch, answer_loss
 
 __all__ = ["answer_loss", "main"]
 
-MICRO_BATCH_TOKENS = 1024  # measured best on CPUs: what a layer computes stays in the cache
 TIMEOUT = timedelta(minutes=10)  # for a process that waits for another
-UNSEEN = ("logging_steps", "save_steps", "save_total_limit", "report_to", "num_processes")
 
 
 @dataclass
 class Progress:
-    """What has happened so far; part of every checkpoint."""
+    """What has happened so far; part of every checkpoint. Seconds are those of the steps alone."""
 
     step: int = 0
     tokens: int = 0
@@ -67,6 +64,7 @@ class Progress:
     best_loss: float | None = None
     worse: int = 0  # validations in a row that were not the best
     stopped_early: bool = False
+    notes: list[str] = field(default_factory=list)
 
 
 def main(config: Config, run: Run, allow_inexact: bool = False) -> None:
@@ -84,7 +82,12 @@ def main(config: Config, run: Run, allow_inexact: bool = False) -> None:
     with interruptible() as interrupt:
         loop = Loop(config, run, accelerator, interrupt)
         loop.resume(allow_inexact)
-        loop.train()
+        try:
+            loop.train()
+        except torch.OutOfMemoryError as error:
+            what = f"out of GPU memory: {str(error).splitlines()[0]}"
+            fix = "lower train.micro_batch_tokens, or set train.gradient_checkpointing: true"
+            raise DistillError(Exit.TRAINING, run.folder, what, fix) from None
         if accelerator.is_main_process:
             loop.finish()
         accelerator.wait_for_everyone()
@@ -106,113 +109,35 @@ def start_processes(config: Config, run: Run) -> Accelerator:
     check_world(config.train.num_processes, launcher_command(), accelerator.num_processes)
     if accelerator.num_processes > 1:
         die_with_parent()
+    if tracker != "none":
+        settings = {key: str(value) for key, value in flatten(config.resolved()).items()}
+        accelerator.init_trackers(config.name, settings)
     return accelerator
 
 
-def read_pairs(run: Run, split: str) -> list[Pair]:
-    """Read a split of the run's dataset; a missing file is an empty one."""
-    path = run.path(f"dataset/{split}.jsonl")
-    return read_records(path, Pair) if path.exists() else []
-
-
-def dtype_of(config: Config) -> str:
-    """Return the type that the model computes in, by `train.bf16` and `student.dtype`."""
-    if config.train.bf16 == "auto":
-        return config.student.dtype
-    if config.train.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
-        raise DistillError(
-            Exit.TRAINING, "train.bf16", "this GPU has no bfloat16", "set train.bf16: false"
-        )
-    return "bfloat16" if config.train.bf16 else "float32"
-
-
 class Loop:
-    """A run of training: its parts, made once from the config."""
+    """A run of training on this process."""
 
     def __init__(
         self, config: Config, run: Run, accelerator: Accelerator, interrupt: Interrupt
     ) -> None:
         self.config, self.settings, self.run = config, config.train, run
         self.accelerator, self.interrupt = accelerator, interrupt
-        self.progress, self.notes = Progress(), []
-        self.started = time.monotonic()
-        self.best: dict[str, torch.Tensor] = {}
-        self.tokenizer = models.load_tokenizer(
-            config.student.model, config.student.revision, config.student.trust_remote_code
-        )
-        self.model = self._load_model()
-        self.examples = self._encode("train")
-        self.checks = self._encode("validation") if self._validates() else []
-        self.lengths = [len(e.input_ids) for e in self.examples]
-        self.plan = plan_steps(
-            self.lengths,
-            config.seed,
-            self.settings.tokens_per_step,
-            self.settings.num_train_epochs,
-            self.settings.max_steps,
-        )
-        student, notes = make_student(self.model, self.settings.packing, fused=True)
-        self.notes += notes
-        if accelerator.is_main_process:
-            for note in notes:
-                say(note)
-        self.student: Student = accelerator.prepare(student)
-        self.named = adapters.parameters(self.model)
+        self.parts: Parts = prepare(config, run)
+        self.facts = {**self.parts.facts, "world_size": accelerator.num_processes}
+        self.progress = Progress(notes=self.parts.notes)
+        self.student: Any = accelerator.prepare(self.parts.student)
+        self.named = adapters.parameters(self.parts.model)
         betas = (self.settings.adam_beta1, self.settings.adam_beta2)
         self.optimizer = make_adamw(self.named, betas, self.settings.weight_decay)
+        self.best: dict[str, torch.Tensor] = {}
         self.folder = run.path("checkpoints")
+        for note in self.parts.notes:
+            self._say(note)
 
-    def _load_model(self) -> Any:
-        student, lora = self.config.student, self.settings.lora
-        model = models.load_model(
-            student.model,
-            dtype_of(self.config),
-            student.revision,
-            student.allow_pickle,
-            student.trust_remote_code,
-            student.load_in_4bit,
-        )
-        model.config.use_cache = False
-        wrapped = adapters.inject(
-            model, lora.r, lora.alpha, lora.dropout, lora.target_modules, self.config.seed
-        )
-        adapters.use_working_copies(wrapped)
-        if self.settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.enable_input_require_grads()
-        return wrapped.train()
-
-    def _validates(self) -> bool:
-        path = self.run.path("dataset/validation.jsonl")
-        return path.exists() and path.stat().st_size > 0
-
-    def _encode(self, split: str) -> list[Example]:
-        limit = min(self.settings.max_length, models.context_length(self.model.config))
-        path = self.run.path(f"dataset/{split}.jsonl")
-        return encode_pairs(
-            self.tokenizer, read_pairs(self.run, split), self.config.template_date, limit, path
-        )
-
-    def facts(self) -> dict[str, Any]:
-        """Return what a resumed run must share with the one it continues, as flat JSON."""
-        resolved = self.config.resolved()
-        settings = {k: v for k, v in resolved["train"].items() if k not in UNSEEN}
-        student = self.config.student
-        return flatten(
-            {
-                "student": resolved["student"],
-                "train": settings,
-                "seed": self.config.seed,
-                "template_date": self.config.template_date,
-                "data": digest([[e.id for e in self.examples], [e.id for e in self.checks]]),
-                "base": models.identity(student.model, student.revision),
-                "template": template_hash(self.tokenizer, self.config.template_date),
-                "world_size": self.accelerator.num_processes,
-                "device": self.accelerator.device.type,
-                "dtype": str(self.model.dtype),
-                "libraries": {name: installed(name) for name in LIBRARIES[:6]},
-            }
-        )
+    def _say(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            say(text)
 
     def resume(self, allow_inexact: bool) -> None:
         """Continue from the newest whole checkpoint, where there is one."""
@@ -222,42 +147,40 @@ class Loop:
         saved = checkpoint.latest(self.folder)
         if saved is None:
             return
-        self._check_same(saved, allow_inexact)
-        adapters.restore(self.model, saved.tensors("adapter"), saved.folder)
+        changes = self._changes(saved, allow_inexact)
+        adapters.restore(self.parts.model, saved.tensors("adapter"), saved.folder)
         restore_optimizer(self.optimizer, self.named, saved.tensors("optimizer"), saved.folder)
-        self.progress = Progress(**saved.state())
-        self.best = saved.tensors("best")
-        self.started = time.monotonic() - self.progress.seconds
-        if self.accelerator.is_main_process:
-            say(f"train: continuing after step {self.progress.step} of {len(self.plan)}")
+        self.progress, self.best = Progress(**saved.state()), saved.tensors("best")
+        self.progress.notes += changes
+        self._say(f"train: continuing after step {self.progress.step} of {len(self.parts.plan)}")
 
-    def _check_same(self, saved: checkpoint.Checkpoint, allow_inexact: bool) -> None:
-        changes = differences(saved.facts["run"], self.facts())
-        if not changes:
-            return
+    def _changes(self, saved: checkpoint.Checkpoint, allow_inexact: bool) -> list[str]:
+        """Return, as notes, what differs from the run that saved; raises DistillError (exit 7) unless that is allowed."""
+        changes = differences(saved.facts["run"], self.facts)
         what = "not what the run was begun with: " + "; ".join(changes[:8])
-        if not allow_inexact:
+        if changes and not allow_inexact:
             fix = "restore them, --redo train, or --allow-inexact, which the card will say"
             raise DistillError(Exit.TRAINING, saved.folder, what, fix)
-        self.notes.append(f"resumed inexactly at step {saved.facts['step']}: {what}")
+        return [f"resumed inexactly at step {saved.facts['step']}: {what}"] if changes else []
 
     def train(self) -> None:
-        """Do the steps that are left."""
-        if self.accelerator.is_main_process and self.progress.step == 0:
-            first = self._micro_batches(self.plan[0])[0]
-            show(self.tokenizer, [self.examples[i] for i in first])
-        with tracking("train", len(self.plan), "steps") as tracker:
-            tracker.done = self.progress.step
-            while self.progress.step < len(self.plan) and not self.progress.stopped_early:
-                self._advance(tracker)
+        """Do the steps that are left, after showing the next batch."""
+        plan, progress = self.parts.plan, self.progress
+        if self.accelerator.is_main_process and progress.step < len(plan):
+            first = self._micro_batches(plan[progress.step])[0]
+            show(self.parts.tokenizer, [self.parts.examples[i] for i in first])
+        with tracking("train", len(plan), "steps") as tracker:
+            tracker.done = progress.step
+            while progress.step < len(plan) and not progress.stopped_early:
+                self._advance(plan[progress.step], tracker)
 
-    def _advance(self, tracker: Tracker) -> None:
+    def _advance(self, step: Step, tracker: Tracker) -> None:
         """Do one step and what is due after it."""
-        step = self.plan[self.progress.step]
         row, interrupted = self._step(step)
-        self._record(row, tracker)
-        done, last = self.progress.step, self.progress.step == len(self.plan)
-        if self.checks and (last or _due(done, self.settings.eval_steps)):
+        self._record(step, row, tracker)
+        done = self.progress.step
+        last = done == len(self.parts.plan)
+        if self.parts.validation and (last or _due(done, self.settings.eval_steps)):
             self._validate()
             last = last or self.progress.stopped_early
         if last or interrupted or _due(done, self.settings.save_steps):
@@ -267,151 +190,141 @@ class Loop:
             raise DistillError(Exit.INTERRUPTED, self.run.folder, what, fix)
 
     def _micro_batches(self, step: Step) -> list[list[int]]:
-        limit = self.settings.micro_batch_tokens or MICRO_BATCH_TOKENS
-        return micro_batches(step.samples, self.lengths, limit)
+        return self.parts.batches(self.parts.examples, step.samples)
 
     def _batch(self, examples: Sequence[Example]) -> Batch:
         device = self.accelerator.device
         return Batch.make(examples, device) if examples else Batch.idle(device)
 
     def _step(self, step: Step) -> tuple[dict[str, Any], bool]:
-        """Take one optimizer step; returns its row of the history, and whether a process was asked to stop."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        """Take one optimizer step; returns its row of the history, and whether any process was asked to stop."""
+        started, rank = time.monotonic(), self.accelerator.process_index
         torch.manual_seed(int(digest([self.config.seed, self.progress.step, rank])[:15], 16))
-        count = sum(sum(self.examples[i].weights) for i in step.samples)
-        mine = share(self._micro_batches(step), rank, world)
-        loss = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
-        for number, samples in enumerate(mine, 1):
-            alone = nullcontext() if number == len(mine) else self.accelerator.no_sync(self.student)
-            with alone:
-                part = self.student(self._batch([self.examples[i] for i in samples]))
-                self.accelerator.backward(part * (world / count))  # DDP averages over processes
-            loss += part.detach()
-        asked = torch.tensor(float(self.interrupt.asked), dtype=torch.float64, device=loss.device)
+        samples = [self.parts.examples[i] for i in step.samples]
+        count = sum(sum(example.weights) for example in samples)
+        loss = self._backward(step, count)
+        asked = loss.new_full((), float(self.interrupt.asked))
         sums: Any = self.accelerator.reduce(torch.stack([loss, asked]))
-        norm = self._update(step, float(sums[0]) / count)
-        row = {"loss": float(sums[0]) / count, "grad_norm": norm, "tokens": self._tokens(step)}
-        return row, bool(sums[1])
+        row = {"loss": float(sums[0]) / count, "learning_rate": self._rate()}
+        row["grad_norm"] = self._update(row, samples)
+        row["tokens"] = sum(len(example.input_ids) for example in samples)
+        return {**row, "seconds": time.monotonic() - started}, bool(sums[1])
 
-    def _tokens(self, step: Step) -> int:
-        return sum(self.lengths[i] for i in step.samples)
+    def _backward(self, step: Step, count: float) -> torch.Tensor:
+        """Gather this process's part of the step's gradient; returns its loss sum. DDP averages, so it is scaled up."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        mine = share(self._micro_batches(step), rank, world)
+        total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
+        for number, samples in enumerate(mine, 1):
+            last = number == len(mine)
+            with nullcontext() if last else self.accelerator.no_sync(self.student):
+                loss = self.student(self._batch([self.parts.examples[i] for i in samples]))
+                self.accelerator.backward(loss * (world / count))
+            total += loss.detach()
+        return total
 
-    def _update(self, step: Step, loss: float) -> float:
+    def _update(self, row: dict[str, Any], samples: Sequence[Example]) -> float:
         """Clip and apply the gradient; returns its norm before. Raises DistillError (exit 7) where it is not finite."""
-        settings, done = self.settings, self.progress.step
-        if done == 0:
-            adapters.check_gradients(self.model)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.named.values(), settings.max_grad_norm))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            named = ", ".join(self.examples[i].response_id for i in step.samples)
-            what = f"loss {loss}, gradient norm {norm} over samples {named}"
+        if self.progress.step == 0:
+            adapters.check_gradients(self.parts.model)
+        limit = self.settings.max_grad_norm
+        norm = float(torch.nn.utils.clip_grad_norm_(self.named.values(), limit))
+        if not (math.isfinite(row["loss"]) and math.isfinite(norm)):
+            named = ", ".join(example.response_id for example in samples)
+            what = f"loss {row['loss']}, gradient norm {norm} over samples {named}"
             fix = "look at these samples, or lower train.learning_rate; the last checkpoint is kept"
-            raise DistillError(Exit.TRAINING, f"step {done + 1}", what, fix)
+            raise DistillError(Exit.TRAINING, f"step {self.progress.step + 1}", what, fix)
         for group in self.optimizer.param_groups:
-            group["lr"] = self._rate(done)
+            group["lr"] = row["learning_rate"]
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
 
-    def _rate(self, step: int) -> float:
-        settings, total = self.settings, len(self.plan)
+    def _rate(self) -> float:
+        settings, total = self.settings, len(self.parts.plan)
         warmup = warmup_count(settings.warmup_steps, total)
-        return learning_rate(
-            step, total, settings.learning_rate, settings.lr_scheduler_type, warmup
-        )
+        kind = settings.lr_scheduler_type
+        return learning_rate(self.progress.step, total, settings.learning_rate, kind, warmup)
 
-    def _record(self, row: dict[str, Any], tracker: Tracker) -> None:
+    def _record(self, step: Step, row: dict[str, Any], tracker: Tracker) -> None:
         """Count the step, and log it where that is due."""
         progress = self.progress
-        rate, epoch = self._rate(progress.step), self.plan[progress.step].epoch
         progress.step += 1
         progress.tokens += row["tokens"]
-        progress.seconds = time.monotonic() - self.started
-        speed = progress.tokens / progress.seconds
+        progress.seconds += row["seconds"]
+        self.run.spend(input_tokens=row["tokens"])
         if _due(progress.step, self.settings.logging_steps):
-            place = {"step": progress.step, "epoch": epoch, "learning_rate": rate}
-            progress.history.append({**place, **row, "seconds": progress.seconds})
-            self.accelerator.log({"learning_rate": rate, **row}, step=progress.step)
+            progress.history.append({"step": progress.step, "epoch": step.epoch, **row})
+            self.accelerator.log(row, step=progress.step)
         if self.accelerator.is_main_process:
+            speed = row["tokens"] / row["seconds"]
             tracker.advance(1, f"{speed:.0f} tokens/s, loss {row['loss']:.3f}")
 
-    @torch.no_grad()
     def _validate(self) -> None:
         """Measure the validation loss, keep the best adapter, and decide whether to stop early."""
-        progress, limit = self.progress, self.settings.micro_batch_tokens or MICRO_BATCH_TOKENS
-        lengths = [len(e.input_ids) for e in self.checks]
-        batches = micro_batches(range(len(lengths)), lengths, limit)
-        mine = batches[self.accelerator.process_index :: self.accelerator.num_processes]
-        total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
-        student = self.accelerator.unwrap_model(self.student)
-        student.eval()
-        for samples in mine:
-            total += student(self._batch([self.checks[i] for i in samples]))
-        student.train()
-        count = sum(sum(e.weights) for e in self.checks)
-        reduced: Any = self.accelerator.reduce(total)
-        loss = float(reduced) / count
+        progress, loss = self.progress, self._validation_loss()
         progress.validation.append({"step": progress.step, "loss": loss})
         self.accelerator.log({"validation_loss": loss}, step=progress.step)
         if progress.best_loss is None or loss < progress.best_loss:
             progress.best_loss, progress.best_step, progress.worse = loss, progress.step, 0
-            self.best = adapters.tensors(self.model)
+            self.best = adapters.tensors(self.parts.model)
         else:
             progress.worse += 1
         patience = self.settings.early_stopping_patience
         progress.stopped_early = patience is not None and progress.worse >= patience
-        if self.accelerator.is_main_process:
-            say(f"validation loss {loss:.4f} after step {progress.step}")
+        self._say(f"validation loss {loss:.4f} after step {progress.step}")
+
+    @torch.no_grad()
+    def _validation_loss(self) -> float:
+        """Return the mean loss of a supervised validation token, in nats."""
+        accelerator, examples = self.accelerator, self.parts.validation
+        total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+        self.parts.student.eval()
+        mine = self.parts.batches(examples)[accelerator.process_index :: accelerator.num_processes]
+        for samples in mine:
+            total += self.parts.student(self._batch([examples[i] for i in samples]))
+        self.parts.student.train()
+        reduced: Any = accelerator.reduce(total)
+        return float(reduced) / sum(sum(e.weights) for e in examples)
 
     def _save(self, step: Step) -> None:
         """Write a checkpoint, on the main process only."""
         if not self.accelerator.is_main_process:
             return
         groups = {
-            "adapter": adapters.tensors(self.model),
+            "adapter": adapters.tensors(self.parts.model),
             "optimizer": optimizer_tensors(self.optimizer, self.named),
-            **({"best": self.best} if self.best else {}),
         }
-        facts = {
-            "run": self.facts(),
-            "epoch": step.epoch,
-            "cursor": step.cursor + len(step.samples),
-        }
-        checkpoint.save(
-            self.folder,
-            self.progress.step,
-            groups,
-            asdict(self.progress),
-            facts,
-            self.settings.save_total_limit,
-        )
+        if self.best:
+            groups["best"] = self.best
+        cursor = step.cursor + len(step.samples)
+        facts = {"run": self.facts, "epoch": step.epoch, "cursor": cursor}
+        state, keep = asdict(self.progress), self.settings.save_total_limit
+        checkpoint.save(self.folder, self.progress.step, groups, state, facts, keep)
 
     def finish(self) -> None:
         """Write the adapter (the best, where that is asked) and training.json."""
-        chosen = self.progress.step
+        chosen, student = self.progress.step, self.config.student
         if self.settings.load_best_model_at_end and self.best:
-            adapters.restore(self.model, self.best, "best checkpoint")
+            adapters.restore(self.parts.model, self.best, "best checkpoint")
             chosen = self.progress.best_step
-        student, folder = self.config.student, self.run.path("adapter")
-        adapters.save_adapter(self.model, folder, models.hub_id(student.model))
+        folder = self.run.path("adapter")
+        adapters.save_adapter(self.parts.model, folder, models.hub_id(student.model))
         base = models.record_base(folder, student.model, student.revision)
-        progress, facts = asdict(self.progress), self.facts()
-        write_json(
-            self.run.path("training.json"),
-            {
-                **{key: progress[key] for key in ("history", "validation", "best_step")},
-                **{key: progress[key] for key in ("tokens", "seconds", "stopped_early")},
-                "steps": progress["step"],
-                "adapter_step": chosen,
-                "examples": len(self.examples),
-                "tokens_per_second": progress["tokens"] / max(progress["seconds"], 1e-9),
-                "adapter_sha256": sha256_file(folder / "adapter_model.safetensors"),
-                "dtype": facts["dtype"].removeprefix("torch."),
-                "world_size": facts["world_size"],
-                "base": {**base, "template_hash": facts["template"]},
-                "notes": self.notes,
-            },
-        )
+        kept = ("history", "validation", "best_step", "tokens", "seconds", "stopped_early", "notes")
+        progress = asdict(self.progress)
+        summary = {
+            **{name: progress[name] for name in kept},
+            "steps": self.progress.step,
+            "adapter_step": chosen,
+            "adapter_sha256": sha256_file(folder / "adapter_model.safetensors"),
+            "examples": len(self.parts.examples),
+            "tokens_per_second": self.progress.tokens / max(self.progress.seconds, 1e-9),
+            "dtype": self.facts["dtype"],
+            "world_size": self.facts["world_size"],
+            "base": {**base, "template_hash": self.facts["template"]},
+        }
+        write_json(self.run.path("training.json"), summary)
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -1,0 +1,142 @@
+"""What a training run is made of, before any process meets another: model, examples, and the plan of its steps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from distill import models
+from distill.config import Config
+from distill.environment import LIBRARIES, installed
+from distill.errors import DistillError, Exit
+from distill.records import Example, Pair, digest
+from distill.run import Run, flatten
+from distill.store import read_records
+from distill.template import template_hash
+from distill.training import adapters
+from distill.training.batches import Step, micro_batches, padded_batches, plan_steps
+from distill.training.encode import encode_pairs
+from distill.training.student import Student, make_student
+
+MICRO_BATCH_TOKENS = 1024  # measured best on CPUs: what a layer computes stays in the cache
+UNSEEN = ("logging_steps", "save_steps", "save_total_limit", "report_to", "num_processes")
+
+
+@dataclass
+class Parts:
+    """The parts of a run; `model` is the adapted model inside `student`."""
+
+    tokenizer: Any
+    model: Any
+    student: Student
+    examples: list[Example]
+    validation: list[Example]
+    plan: list[Step]
+    facts: dict[str, Any]
+    limit: int
+    notes: list[str] = field(default_factory=list)
+
+    def batches(
+        self, examples: Sequence[Example], samples: Sequence[int] | None = None
+    ) -> list[list[int]]:
+        """Deal samples (all, where none are named) into micro-batches of the run's size."""
+        lengths = [len(e.input_ids) for e in examples]
+        deal = micro_batches if self.student.packing else padded_batches
+        return deal(range(len(lengths)) if samples is None else samples, lengths, self.limit)
+
+
+def prepare(config: Config, run: Run) -> Parts:
+    """Load the student, encode the dataset and plan the steps; raises DistillError (exit 7) where that cannot be."""
+    tokenizer = models.load_tokenizer(
+        config.student.model, config.student.revision, config.student.trust_remote_code
+    )
+    model, settings = load_adapted(config), config.train
+    limit = min(settings.max_length, models.context_length(model.config))
+    examples = encode_split(tokenizer, config, run, "train", limit)
+    validation = encode_split(tokenizer, config, run, "validation", limit)
+    student, notes = make_student(model, settings.packing, fused=True)
+    plan = plan_steps(
+        [len(e.input_ids) for e in examples],
+        config.seed,
+        settings.tokens_per_step,
+        settings.num_train_epochs,
+        settings.max_steps,
+    )
+    return Parts(
+        tokenizer,
+        model,
+        student,
+        examples,
+        validation,
+        plan,
+        facts(config, tokenizer, model, examples, validation),
+        settings.micro_batch_tokens or MICRO_BATCH_TOKENS,
+        notes,
+    )
+
+
+def load_adapted(config: Config) -> Any:
+    """Load the student and wrap it with a fresh adapter, drawn from the run's seed."""
+    student, settings = config.student, config.train
+    model = models.load_model(
+        student.model,
+        dtype_name(config),
+        student.revision,
+        student.allow_pickle,
+        student.trust_remote_code,
+        student.load_in_4bit,
+    )
+    lora = settings.lora
+    wrapped = adapters.inject(
+        model, lora.r, lora.alpha, lora.dropout, lora.target_modules, config.seed
+    )
+    adapters.use_working_copies(wrapped)
+    if settings.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return wrapped.train()
+
+
+def dtype_name(config: Config) -> str:
+    """Return the type that the model computes in, by `train.bf16` and `student.dtype`."""
+    if config.train.bf16 == "auto":
+        return config.student.dtype
+    if config.train.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise DistillError(
+            Exit.TRAINING, "train.bf16", "this GPU has no bfloat16", "set train.bf16: false"
+        )
+    return "bfloat16" if config.train.bf16 else "float32"
+
+
+def encode_split(tokenizer: Any, config: Config, run: Run, split: str, limit: int) -> list[Example]:
+    """Encode a split of the run's dataset; validation may be empty, training may not."""
+    path = run.path(f"dataset/{split}.jsonl")
+    pairs = read_records(path, Pair) if path.exists() else []
+    if not pairs and split == "validation":
+        return []
+    return encode_pairs(tokenizer, pairs, config.template_date, limit, path)
+
+
+def facts(
+    config: Config,
+    tokenizer: Any,
+    model: Any,
+    examples: Sequence[Example],
+    validation: Sequence[Example],
+) -> dict[str, Any]:
+    """Return what a resumed run must share with the one it continues, as flat JSON."""
+    resolved = config.resolved()
+    return flatten(
+        {
+            "student": resolved["student"],
+            "train": {k: v for k, v in resolved["train"].items() if k not in UNSEEN},
+            "seed": config.seed,
+            "template_date": config.template_date,
+            "data": digest([[e.id for e in examples], [e.id for e in validation]]),
+            "base": models.identity(config.student.model, config.student.revision),
+            "template": template_hash(tokenizer, config.template_date),
+            "device": model.device.type,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "libraries": {name: installed(name) for name in LIBRARIES[:6]},
+        }
+    )

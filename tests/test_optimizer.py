@@ -1,0 +1,68 @@
+"""AdamW's state goes to disk and back by name, and the rates of a schedule are what was asked."""
+
+import pytest
+import torch
+
+from distill.errors import DistillError
+from distill.training.optimizer import (
+    learning_rate,
+    make_adamw,
+    optimizer_tensors,
+    restore_optimizer,
+    warmup_count,
+)
+
+
+def trained(steps: int):
+    torch.manual_seed(0)
+    named = {name: torch.nn.Parameter(torch.randn(3)) for name in ("a", "b")}
+    optimizer = make_adamw(named, (0.9, 0.99), 0.1)
+    optimizer.param_groups[0]["lr"] = 0.1
+    for _ in range(steps):
+        step(named, optimizer)
+    return named, optimizer
+
+
+def step(named, optimizer) -> None:
+    for p in named.values():
+        p.grad = p.detach().sin()
+    optimizer.step()
+
+
+def test_a_restored_optimizer_takes_the_same_steps():
+    named, optimizer = trained(5)
+    other, fresh = trained(3)
+    saved = optimizer_tensors(fresh, other)
+    again, restored = trained(0)
+    for name in again:
+        again[name].data.copy_(other[name])
+    restore_optimizer(restored, again, saved, "x")
+    restored.param_groups[0]["lr"] = 0.1
+    for _ in range(2):
+        step(again, restored)
+    assert all(torch.equal(named[name], again[name]) for name in named)
+
+
+def test_a_missing_part_of_the_state_stops():
+    named, optimizer = trained(1)
+    saved = optimizer_tensors(optimizer, named)
+    del saved["b.exp_avg_sq"]
+    with pytest.raises(DistillError, match="b.exp_avg_sq"):
+        restore_optimizer(optimizer, named, saved, "checkpoint")
+
+
+def test_warm_up_is_a_share_below_one_and_a_count_above():
+    assert warmup_count(0.1, 200) == 20 and warmup_count(7, 200) == 7 and warmup_count(0, 9) == 0
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+def test_rates_rise_to_the_peak_and_never_leave_it_upwards(kind):
+    rates = [learning_rate(n, 100, 1e-3, kind, 10) for n in range(100)]
+    assert rates[:11] == sorted(rates[:11]) and rates[0] > 0
+    assert max(rates) == rates[10] == 1e-3
+    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] > 0
+    assert (rates[-1] < 2e-5) == (kind != "constant")
+
+
+def test_half_way_down_a_cosine_is_half_the_peak():
+    assert learning_rate(50, 100, 2.0, "cosine", 0) == pytest.approx(1.0)
