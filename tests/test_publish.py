@@ -192,6 +192,48 @@ def test_a_licence_that_is_not_known(run):
     assert error.code == Exit.TERMS and "publish.licence" in error.fix
 
 
+def with_teacher(run: Run, model: str, **changes: Any) -> None:
+    """Let the run's teacher be another, and change other parts of its config."""
+    tree = run.config.resolved() | {"teacher": {"model": model}} | changes
+    run.config = Config.model_validate(tree)
+
+
+def test_a_student_of_llama_is_named_so(run):
+    with_teacher(run, "meta-llama/Llama-3.3-70B-Instruct")
+    error = refused(run)
+    assert error.code == Exit.TERMS and "must begin with Llama" in error.what
+    assert "1.b.i" in error.what and "publish.model_name=Llama-tiny" in error.fix
+    publish = {"model_name": "Llama-tiny", "licence": "Apache-2.0"}
+    with_teacher(run, "meta-llama/Llama-3.3-70B-Instruct", publish=publish)
+    assert "--push" in refused(run, "me/student").fix
+    card = ModelCard.load(main(run.config, run) / "README.md")
+    assert "# Llama-tiny" in card.text and "its name begins with Llama" in card.text
+
+
+def test_a_student_of_gemma_passes_the_terms_on(run, tmp_path):
+    with_teacher(run, "google/gemma-3-27b-it")
+    error = refused(run)
+    assert error.code == Exit.TERMS and "gemma is asked for" in error.what
+    with_teacher(run, "google/gemma-3-27b-it", publish={"licence": "gemma"})
+    assert "terms.agreement" in refused(run).where
+    (tmp_path / "terms.txt").write_text("the agreement")
+    terms = {"agreement": str(tmp_path / "terms.txt")}
+    with_teacher(run, "google/gemma-3-27b-it", publish={"licence": "gemma"}, terms=terms)
+    release = main(run.config, run)
+    assert (release / "AGREEMENT.txt").read_text() == "the agreement"
+    assert "Gemma is provided under" in (release / "NOTICE").read_text()
+    assert ModelCard.load(release / "README.md").data.to_dict()["license"] == "gemma"
+
+
+def test_terms_that_forbid_block_the_release_unless_a_basis_is_stated(run):
+    with_teacher(run, "openai/gpt-4o")
+    error = refused(run)
+    assert error.code == Exit.TERMS and "3.3(e)" in error.what and "terms.basis" in error.fix
+    with_teacher(run, "openai/gpt-4o", terms={"basis": "licence agreement 2026-03 with OpenAI"})
+    card = ModelCard.load(main(run.config, run) / "README.md").text
+    assert "stated basis: licence agreement 2026-03 with OpenAI" in card
+
+
 def test_a_base_that_is_a_folder(run, tmp_path):
     student = run.config.student.model_copy(update={"model": str(tmp_path)})
     run.config = run.config.model_copy(update={"student": student})

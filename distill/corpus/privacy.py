@@ -22,6 +22,7 @@ PLACEHOLDER = re.compile(r"(?:pass(?:word|wd)?|pwd|secret|token|key|x+|\*+|\W.*)
 EMAIL = re.compile(
     r"(?<![\w.+%-])(?!git@)[A-Za-z0-9_][\w.+%-]{0,63}@((?:[A-Za-z0-9-]{1,63}\.){1,6}[A-Za-z]{2,24})(?![\w@-])"
 )
+LOGIN, MESSAGE_ID = re.compile(r"://[^\s/@]*$"), re.compile(r"\d+\.\d+\.\d+@")
 KEY = re.compile(
     r"(?<![\w-])(?:"
     r"sk-(?=[\w-]{0,60}\d)[\w-]{20,300}|[sr]k_(?:live|test)_\w{16,100}|whsec_\w{20,100}"  # OpenAI's form; Stripe
@@ -74,8 +75,9 @@ NANP = re.compile(r"1[2-9]\d\d[2-9]\d{6}")
 
 
 def _is_email(found: re.Match[str]) -> bool:
-    """Leave the domains that are kept for examples, and the numbers of a Message-ID."""
-    return not (EXAMPLES.search(found[1]) or re.match(r"\d+\.\d+\.\d+@", found[0]))
+    """Leave the domains that are kept for examples, the login of an address, and the numbers of a Message-ID."""
+    login = LOGIN.search(found.string[max(0, found.start() - 70) : found.start()])
+    return not (login or EXAMPLES.search(found[1]) or MESSAGE_ID.match(found[0]))
 
 
 def _is_password(found: re.Match[str]) -> bool:
@@ -87,7 +89,7 @@ def _is_card(found: re.Match[str]) -> bool:
     digits = [int(c) for c in found[0] if c.isdigit()]
     doubled = [sum(divmod(2 * d, 10)) for d in digits[-2::-2]]
     known = ISSUERS.fullmatch("".join(map(str, digits)))
-    return bool(known) and len(set(digits)) > 2 and (sum(digits[::-2]) + sum(doubled)) % 10 == 0
+    return bool(known) and (sum(digits[::-2]) + sum(doubled)) % 10 == 0
 
 
 def _is_iban(found: re.Match[str]) -> bool:

@@ -36,6 +36,9 @@ class Facts(Record):
     dataset: str | None  # Hub id, where the corpus is one
     converted_from: str | None  # quantisation of the GGUF that was dequantised
     lora: dict[str, Any]
+    terms: tuple[str, ...] = ()  # what allows training on the teacher's answers, and the duties
+    displays: tuple[str, ...] = ()  # lines that a licence wants shown
+    licence_owed: bool = False  # to the terms of teacher or base
 
 
 def make_card(facts: Facts, scorecard: Mapping[str, Any], fidelity: Fidelity) -> ModelCard:
@@ -123,6 +126,7 @@ def sections(facts: Facts, scorecard: Mapping[str, Any], fidelity: Fidelity) -> 
         f"A student distilled from **{cell(facts.teacher)}**, on {cell(facts.corpus)}, starting from "
         f"[{cell(facts.base)}](https://huggingface.co/{cell(facts.base)})."
     )
+    yield "\n\n".join(f"**{cell(line)}**" for line in facts.displays)
     yield _scores(scorecard)
     yield _agreement(scorecard)
     yield _costs(scorecard)
@@ -279,8 +283,12 @@ def _limits(facts: Facts, fidelity: Fidelity) -> str:
 
 def _licence(facts: Facts) -> str:
     stated = " as stated by the publisher" if facts.licence_stated else ", that of the base model"
+    if facts.licence_owed:
+        stated = ", as the terms of its teacher or base ask"
     revision = f", revision {cell(facts.base_revision)}" if facts.base_revision else ""
+    terms = "".join(f"\n- {cell(line)}" for line in facts.terms)
     return (
         f"## Licence\n\n{cell(facts.licence)}{stated} ({cell(facts.base)}{revision}). The weights were changed by "
         "distillation as described above."
+        + (f"\n\nTerms of the teacher:\n{terms}" if terms else "")
     )

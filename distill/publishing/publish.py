@@ -7,6 +7,7 @@ anything can be uploaded.
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ from distill.config import Config, find_config
 from distill.errors import DistillError, Exit
 from distill.progress import say
 from distill.publishing.card import Facts, make_card
+from distill.publishing.duties import (
+    Owed,
+    check_names,
+    licensing,
+    obligations,
+    owed_licence,
+    write_notices,
+)
 from distill.publishing.merge import Conversation, Fidelity, merge_and_compare
 from distill.publishing.push import check_name, push
 from distill.publishing.scan import scan
@@ -32,6 +41,7 @@ MODEL = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
+NOTICES = ("NOTICE", "AGREEMENT.txt")  # where the terms of teacher or base ask for them
 REPORT = ("scorecard.json", "report.html")
 COMPARED = 8  # prompts on which merged and adapter are compared
 
@@ -39,21 +49,33 @@ COMPARED = 8  # prompts on which merged and adapter are compared
 def main(config: Config, run: Run, repository: str | None = None, public: bool = False) -> Path:
     """Build the release, and push it where `repository` (OWNER/NAME) is given; return its folder.
 
-    Raises DistillError: exit 9 for what must not be published, 10 where the licence is not known.
+    Raises DistillError: exit 9 for what must not be published, 10 where licence or terms do not allow it.
     """
     if repository:
         check_name(repository)
     scorecard = evaluated(run)
-    licence, stated = licence_of(config)
+    terms = obligations(config)
+    names = [model_name(config, repository), *([repository] if repository else [])]
+    check_names(terms.owed, names)
+    own, stated = licence_of(config)
+    licence = owed_licence(terms.owed, config.publish.licence, own)
     work = run.path(".release")
     shutil.rmtree(work, ignore_errors=True)
     (work / "adapter").mkdir(parents=True)
+    write_notices(terms.owed, config.terms.agreement, work)
     fidelity = add_models(config, run, work)
     for name in REPORT:
         copy_plain(run.path(name), work / name)
     write_json(work / "fidelity.json", fidelity.model_dump())
-    (work / "LICENSE").write_text(licence_text(licence, base_of(config)), encoding="utf-8")
-    facts = facts_of(config, run, repository, licence, stated)
+    text = licence_text(own, base_of(config)) + also_under(terms.owed, own)
+    (work / "LICENSE").write_text(text, encoding="utf-8")
+    facts = facts_of(config, run, repository, licence, stated).model_copy(
+        update={
+            "terms": tuple(terms.verdict.lines()),
+            "displays": tuple(terms.displays()),
+            "licence_owed": licensing(terms.owed) is not None,
+        }
+    )
     make_card(facts, scorecard, fidelity).save(work / "README.md")
     scan(work, (str(run.folder.resolve()), str(Path.cwd())))
     release = put_in_place(work, run.path("release"))
@@ -120,6 +142,19 @@ def licence_text(licence: str, base: str) -> str:
     return f"{licence}\n\nThe licence of the base model: https://huggingface.co/{base}\n"
 
 
+def also_under(owed: Sequence[Owed], own: str) -> str:
+    """Return what LICENSE adds to the base's licence, where the terms of the teacher name another."""
+    asking = licensing(owed)
+    if asking is None or asking.duties.licence == own:
+        return ""
+    return f"\n\nThe model is distributed under {asking.duties.licence}: {asking.text.line()}\n"
+
+
+def model_name(config: Config, repository: str | None) -> str:
+    """Return what the release is called."""
+    return config.publish.model_name or (repository or config.name).split("/")[-1]
+
+
 def add_models(config: Config, run: Run, work: Path) -> Fidelity:
     """Put adapter, merged model and tokenizer into `work`; return how far merged and adapter are apart."""
     student, adapter = config.student, run.path("adapter")
@@ -184,7 +219,7 @@ def copy_plain(source: Path, target: Path) -> None:
 def keep_only(work: Path) -> None:
     """Remove what saving wrote beside the files of the allow-list."""
     for path in work.iterdir():
-        if path.is_file() and path.name not in MODEL:
+        if path.is_file() and path.name not in (*MODEL, *NOTICES):
             path.unlink()
 
 
@@ -192,7 +227,7 @@ def facts_of(config: Config, run: Run, repository: str | None, licence: str, sta
     """Collect what the card says beside the figures."""
     info, teacher = models.lookup(config.student.model), models.lookup(config.teacher.model)
     corpus = config.corpus
-    name = config.publish.model_name or (repository or config.name).split("/")[-1]
+    name = model_name(config, repository)
     place = corpus.path.name if corpus.path else corpus.dataset
     hub = corpus.dataset if corpus.dataset and not corpus.path else None
     return Facts(
