@@ -39,6 +39,7 @@ WITHOUT_TORCH = (
     *("errors", "records", "yaml_reader", "config", "store", "progress", "environment", "run"),
     *("download", "template", "tasks", "checkers", "models", "stages", "estimates", "devices"),
     *("tables", "scope", "plan", "status", "cli", "launch", "corpus.corpus", "corpus.prompts"),
+    *("corpus.privacy", "generation.terms"),
     *("generation.prices", "generation.responder", "generation.generate", "generation.filters"),
 )
 HEAVY = {"torch", "transformers", "accelerate", "peft", "datasets", "matplotlib", "sacrebleu"}

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.corpus.privacy import KEY, RULES, mask, masked_document
@@ -93,6 +93,7 @@ def test_the_documentation_of_python_keeps_every_word() -> None:
     assert [row["name"] for row in rows if mask(row["text"])[1]] == []
 
 
+@settings(max_examples=200, deadline=None)
 @given(st.text(alphabet=st.characters(codec="utf-8"), max_size=300))
 def test_any_text_is_read(value: str) -> None:
     masked, counts = mask(value)
@@ -104,6 +105,7 @@ PARTS = st.sampled_from(
 )  # fmt: skip
 
 
+@settings(max_examples=200, deadline=None)
 @given(st.lists(PARTS, max_size=12).map("".join))
 def test_pieces_of_private_text_end_masked(value: str) -> None:
     once, _ = mask(value)
