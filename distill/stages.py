@@ -21,6 +21,22 @@ def _identity(module: str) -> Callable[[Config], dict[str, str]]:
 
 
 DATASET = tuple(f"dataset/{split}.jsonl" for split in ("train", "validation", "heldout"))
+# What shapes answers; an endpoint's address is in its identity, and a budget or a timeout may change at any time.
+TEACHER_KEYS = (
+    "teacher.kind",
+    "teacher.model",
+    "teacher.revision",
+    "teacher.answers",
+    "teacher.temperature",
+    "teacher.top_p",
+    "teacher.max_new_tokens",
+    "teacher.n",
+    "teacher.dtype",
+    "teacher.slots",
+    "teacher.licence",
+    "teacher.dollars",
+)
+
 STAGES: tuple[Stage, ...] = (
     Stage(
         "corpus",
@@ -42,7 +58,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "generate",
-        ("teacher", "prompts.questions", "template_date"),
+        (*TEACHER_KEYS, "prompts.questions", "template_date"),
         ("documents.jsonl", "prompts.jsonl"),
         ("responses.jsonl", "questions.jsonl"),
         _lazy("distill.generation.generate"),
@@ -55,6 +71,7 @@ STAGES: tuple[Stage, ...] = (
         ("documents.jsonl", "prompts.jsonl", "questions.jsonl", "responses.jsonl"),
         (*DATASET, "dropped.jsonl", "funnel.json"),
         _lazy("distill.generation.filters"),
+        _identity("distill.generation.filters"),
         purpose="choose the answers that are trained on, with reasons",
     ),
     Stage(

@@ -24,6 +24,7 @@ from distill.generation.purchase import Purchase, origin_of
 from distill.generation.responder import Request, Sampling
 from distill.records import Document, Message, Prompt, Response
 from distill.run import Run
+from distill.stages import STAGES
 from distill.store import Log, read_records, write_records
 from tests.fake_teacher import PRICE, FakeTeacher, Reply, Script, answer, bomb
 
@@ -664,3 +665,38 @@ def test_a_second_ctrl_c_leaves_what_is_in_flight(tmp_path: Path) -> None:
         purchase.abandon()
         thread.join(5)
         assert not thread.is_alive() and len(unknown_outcomes(log)) == 3
+
+
+def test_a_budget_may_change_between_goes_and_an_address_may_not(tmp_path: Path) -> None:
+    with FakeTeacher() as teacher:
+        config = make_run(tmp_path, teacher, 6)
+        tree = json.loads(config.read_text())
+        tree["teacher"] |= {"budget_dollars": "0.0001", "api_key_env": None}
+        stage = next(stage for stage in STAGES if stage.name == "generate")
+
+        def run() -> Run:
+            return Run(Config.model_validate_json(json.dumps(tree), strict=True))
+
+        with pytest.raises(DistillError) as stopped:
+            run().perform(stage)
+        assert stopped.value.code == Exit.BUDGET and not teacher.payloads
+        tree["teacher"]["budget_dollars"] = "1.5"
+        assert run().perform(stage) and len(teacher.payloads) == 6
+        tree["teacher"] |= {"concurrency": 2, "budget_dollars": None}
+        assert not run().perform(stage)
+        again = Run(Config.model_validate_json(json.dumps(run().config.resolved()), strict=True))
+        assert again.config == run().config
+        tree["teacher"]["base_url"] = "http://127.0.0.1:9/v1"
+        with pytest.raises(DistillError, match="endpoint"):
+            run().perform(stage)
+
+
+def test_nothing_to_buy_is_no_fault() -> None:
+    assert not list(EndpointResponder(settings("http://127.0.0.1:9/v1"), PRICE).ask([]))
+
+
+def test_respond_needs_no_store() -> None:
+    with FakeTeacher() as teacher:
+        asked = settings(teacher)
+        (found,) = EndpointResponder(asked, PRICE).respond(asks(asked, 1))
+    assert found.text == "the answer to q0 please"

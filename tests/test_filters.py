@@ -175,3 +175,15 @@ def test_no_row_left_names_the_biggest_reason(tmp_path: Path) -> None:
         filters.main(config, run)
     assert caught.value.code == Exit.INPUT
     assert run.path("dropped.jsonl").exists() and run.path("funnel.json").exists()
+
+
+def test_reasoning_is_trained_on_where_that_is_asked() -> None:
+    message = Message(role="user", content="q")
+    prompt = Prompt.make((message,), "d", "chat")
+    response = Response(
+        id="r", request_key="k", sample=0, prompt_id=prompt.id, model="m", text="a", stop="end"
+    )
+    plain = Pair(prompt=prompt, response=response)
+    thought = Pair(prompt=prompt, response=response.model_copy(update={"reasoning": "hm"}))
+    assert filters.with_reasoning(plain) == plain
+    assert filters.with_reasoning(thought).response.text == "<think>\nhm\n</think>\n\na"

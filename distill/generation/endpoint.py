@@ -13,7 +13,6 @@ from pathlib import Path
 
 from distill.config import Teacher
 from distill.errors import DistillError, Exit
-from distill.generation.budget import Budget
 from distill.generation.prices import TokenPrice
 from distill.generation.purchase import Purchase, origin_of
 from distill.generation.responder import Raw, Request, respond
@@ -34,7 +33,7 @@ class EndpointResponder:
         self.settings, self.price, self.run = settings, price, run
         self.model, self.origin = settings.model, origin_of(settings)
         self.key = read_key(settings.api_key_env)
-        self.budget = Budget(settings.budget_dollars)
+        self._purchase: Purchase | None = None
         if settings.budget_dollars is not None and "max_tokens" in settings.omit:
             what, fix = "without max_tokens an answer has no maximum", "do not omit max_tokens"
             raise DistillError(Exit.BUDGET, "teacher.budget_dollars", what, fix)
@@ -59,7 +58,7 @@ class EndpointResponder:
         second Ctrl-C leaves it. Raises DistillError with the fault that ends the run.
         """
         purchase = Purchase(self.settings, self.key, self.price, self.run, requests, log)
-        self.budget = purchase.budget
+        self._purchase = purchase
         thread = threading.Thread(target=purchase.main, name="purchase", daemon=True)
         thread.start()
         try:
@@ -72,13 +71,8 @@ class EndpointResponder:
             raise purchase.fault
 
     def progress(self) -> str:
-        """Say what this run has spent, what may have been billed beside it, and the limit."""
-        if self.price is None:
-            return "cost unknown"
-        budget = self.budget
-        doubt = f" + {budget.unknown:.4f} perhaps" if budget.unknown else ""
-        limit = f" of {budget.limit}" if budget.limit is not None else ""
-        return f"${budget.settled:.4f}{doubt}{limit}"
+        """Say what has been spent of what, while `buy` runs."""
+        return self._purchase.progress() if self._purchase else ""
 
     def _wait_for(self, purchase: Purchase, thread: threading.Thread) -> None:
         """Wait for what is in flight; Ctrl-C leaves it."""

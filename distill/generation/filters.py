@@ -60,6 +60,8 @@ def main(config: Config, run: Run) -> None:
     for split in SPLITS:
         mine = [pair for pair in pairs if splits[pair.prompt.document_id] == split]
         kept[split] = mine if split == "heldout" else sift(mine, split, filters, dropped)
+        if config.teacher.reasoning == "keep" and split != "heldout":
+            kept[split] = [with_reasoning(pair) for pair in kept[split]]
         write_records(run.path(f"dataset/{split}.jsonl"), kept[split])
     write_records(run.path("dropped.jsonl"), dropped)
     result = funnel(pairs, kept, dropped)
@@ -72,6 +74,20 @@ def main(config: Config, run: Run) -> None:
         raise DistillError(
             Exit.INPUT, run.path("dataset/train.jsonl"), f"no row is left: {found}", fix
         )
+
+
+def identity(config: Config) -> dict[str, str]:
+    """Return whether rows are trained on with the teacher's reasoning, where they are."""
+    return {"reasoning": "keep"} if config.teacher.reasoning == "keep" else {}
+
+
+def with_reasoning(pair: Pair) -> Pair:
+    """Put the teacher's reasoning before its answer, in a think block; a row without one stays as it is."""
+    response = pair.response
+    if not response.reasoning:
+        return pair
+    text = f"<think>\n{response.reasoning}\n</think>\n\n{response.text}"
+    return pair.model_copy(update={"response": response.model_copy(update={"text": text})})
 
 
 def _prompts(run: Run) -> list[Prompt]:

@@ -94,10 +94,14 @@ def _generate(
 
 
 def identity(config: Config) -> dict[str, str]:
-    """Return the hash of the teacher's weights, or of the file of its answers."""
+    """Return the hash of the teacher's weights, of its endpoint, or of the file of its answers."""
     teacher = config.teacher
     if teacher.kind == "local":
         return {"teacher": model_identity(teacher.model, teacher.revision)}
+    if teacher.kind == "endpoint":
+        from distill.generation.purchase import origin_of
+
+        return {"endpoint": origin_of(teacher)}
     return {"answers": answers_hash(teacher.answers)} if teacher.answers else {}
 
 

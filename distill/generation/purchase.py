@@ -123,7 +123,7 @@ class Purchase:
         self.budget = self._budget_so_far()
         self.pace = Pace(self.settings.requests_per_minute, self.settings.tokens_per_minute)
         self.replicas = Replicas(self.settings.base_urls)
-        self.straight, self.warned = 0, set[str]()
+        self.straight, self.answered, self.warned = 0, 0, set[str]()
         self.last = time.monotonic()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ready = threading.Event()
@@ -154,6 +154,16 @@ class Purchase:
                 self._loop.call_soon_threadsafe(work)
             except RuntimeError:  # the loop has ended
                 return
+
+    def progress(self) -> str:
+        """Say what this run has spent, may have spent, will have spent at this rate, and its limit."""
+        if self.price is None:
+            return "cost unknown"
+        budget = self.budget
+        doubt = f" + {budget.unknown:.4f} perhaps" if budget.unknown else ""
+        whole = budget.settled / max(1, self.answered) * self.count
+        limit = f", limit ${budget.limit}" if budget.limit is not None else ""
+        return f"${budget.settled:.4f}{doubt} of about ${whole:.4f}{limit}"
 
     def _close(self) -> None:
         self.gate.closed.set()
@@ -197,7 +207,8 @@ class Purchase:
             timeout=timeout,
             limits=httpx2.Limits(max_connections=width, max_keepalive_connections=width),
             follow_redirects=False,
-            trust_env=False,
+            # a proxy of the environment may carry TLS, and never sees a key in the clear
+            trust_env=all(url.startswith("https://") for url in settings.base_urls),
         )
 
     async def _work(self) -> None:
@@ -325,6 +336,7 @@ class Purchase:
         reply = read_stored(raw.body)
         self._settle(attempt, reply)
         self.straight = 0
+        self.answered += 1
         self.results.put(raw.model_copy(update={"usage": reply.usage}))
         await self._watch_model(reply.model)
 
