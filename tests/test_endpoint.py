@@ -17,10 +17,11 @@ import pytest
 
 from distill.config import Config, Teacher
 from distill.errors import DistillError, Exit
+from distill.generation import purchase as purchase_module
 from distill.generation.budget import account, unknown_outcomes
 from distill.generation.endpoint import EndpointResponder
 from distill.generation.generate import answer_all
-from distill.generation.purchase import Purchase, origin_of
+from distill.generation.purchase import Purchase, origin_of, spelled
 from distill.generation.responder import Request, Sampling
 from distill.records import Document, Message, Prompt, Response
 from distill.run import Run
@@ -689,6 +690,31 @@ def test_a_budget_may_change_between_goes_and_an_address_may_not(tmp_path: Path)
         tree["teacher"]["base_url"] = "http://127.0.0.1:9/v1"
         with pytest.raises(DistillError, match="endpoint"):
             run().perform(stage)
+
+
+def test_a_key_is_found_as_json_may_write_it() -> None:
+    key = 'a/b"c+Z'
+    forms = [
+        key,
+        r"a\/b\"c+Z",
+        r"\u0061/b\"c+\u005A",
+        r"\u0061\u002f\u0062\u0022\u0063\u002B\u005a",
+    ]
+    for form in forms:
+        assert spelled(key).sub(b"-", f"<{form}>".encode()) == b"<->"
+    assert spelled(key).sub(b"-", b"a/b") == b"a/b"
+
+
+def test_c13_a_clock_that_is_set_changes_no_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(10**9, 0, -(10**6)))
+    monkeypatch.setattr(purchase_module.time, "time", lambda: float(next(clock)))
+    reply = {"status": 429, "headers": {"retry-after": "0.2"}}
+    started = time.monotonic()
+    with FakeTeacher(first(1, **reply)) as teacher:
+        found = buy(teacher, tmp_path, 3, concurrency=1)
+    assert {r.stop for r in found} == {"end"} and 0.2 < time.monotonic() - started < 5
 
 
 def test_nothing_to_buy_is_no_fault() -> None:

@@ -6,6 +6,7 @@ attempt that brings no answer gets an outcome record, which says whether it may 
 
 import asyncio
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -103,6 +104,12 @@ class Attempt:
         return attempt_key(self.identifier, self.number)
 
 
+def spelled(key: str) -> re.Pattern[bytes]:
+    """Return what matches a key as it is, and as JSON may escape it."""
+    forms = (rb"(?:\\?%s|\\u00(?i:%02x))" % (re.escape(c.encode()), ord(c)) for c in key)
+    return re.compile(b"".join(forms))
+
+
 class Purchase:
     """Buys the answers to `requests`; `results` gives them as they are stored, and ends with None."""
 
@@ -117,6 +124,7 @@ class Purchase:
     ) -> None:
         self.settings, self.key, self.price, self.run, self.log = settings, key, price, run, log
         self.origin = origin_of(settings)
+        self.spelled = spelled(key) if key else None
         self.todo, self.count = iter(requests), len(requests)
         self.results: queue.SimpleQueue[Raw | None] = queue.SimpleQueue()
         self.fault: BaseException | None = None
@@ -441,4 +449,4 @@ class Purchase:
 
     def _clean(self, data: bytes) -> bytes:
         """Take our key out of what a server sends back."""
-        return data.replace(self.key.encode(), b"[key]") if self.key else data
+        return self.spelled.sub(b"[key]", data) if self.spelled else data
