@@ -23,10 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from distill.config import Teacher  # noqa: E402
+from distill.generation.asking import origin_of  # noqa: E402
 from distill.generation.budget import account  # noqa: E402
 from distill.generation.endpoint import EndpointResponder  # noqa: E402
 from distill.generation.generate import answer_all  # noqa: E402
-from distill.generation.purchase import origin_of  # noqa: E402
 from distill.generation.responder import Request, Sampling  # noqa: E402
 from distill.progress import console  # noqa: E402
 from distill.records import Message  # noqa: E402

@@ -18,10 +18,11 @@ import pytest
 from distill.config import Config, Teacher
 from distill.errors import DistillError, Exit
 from distill.generation import purchase as purchase_module
+from distill.generation.asking import origin_of, spelled
 from distill.generation.budget import account, unknown_outcomes
 from distill.generation.endpoint import EndpointResponder
 from distill.generation.generate import answer_all
-from distill.generation.purchase import Purchase, origin_of, spelled
+from distill.generation.purchase import Purchase
 from distill.generation.responder import Request, Sampling
 from distill.records import Document, Message, Prompt, Response
 from distill.run import Run

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from distill.config import Teacher
 from distill.errors import DistillError, Exit
+from distill.generation.asking import origin_of
 from distill.generation.prices import TokenPrice
-from distill.generation.purchase import Purchase, origin_of
+from distill.generation.purchase import Purchase
 from distill.generation.responder import Raw, Request, respond
 from distill.progress import say
 from distill.records import Response

@@ -99,7 +99,7 @@ def identity(config: Config) -> dict[str, str]:
     if teacher.kind == "local":
         return {"teacher": model_identity(teacher.model, teacher.revision)}
     if teacher.kind == "endpoint":
-        from distill.generation.purchase import origin_of
+        from distill.generation.asking import origin_of
 
         return {"endpoint": origin_of(teacher)}
     return {"answers": answers_hash(teacher.answers)} if teacher.answers else {}

@@ -6,11 +6,9 @@ attempt that brings no answer gets an outcome record, which says whether it may 
 
 import asyncio
 import queue
-import re
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
@@ -18,96 +16,33 @@ import httpx2
 
 from distill.config import Teacher
 from distill.errors import DistillError, Exit
+from distill.generation.asking import PATHS, Attempt, encode, origin_of, spelled
 from distill.generation.budget import (
     NOTHING,
     Budget,
     account,
-    attempt_key,
     cost,
     most_dollars,
     next_attempt,
 )
 from distill.generation.limits import Gate, Pace, Replicas, backoff, retry_after
 from distill.generation.prices import TokenPrice
-from distill.generation.responder import Raw, Request, Sampling
+from distill.generation.responder import Raw, Request
 from distill.generation.scribe import Scribe
 from distill.generation.transport import Received, post
 from distill.generation.wire import (
-    VERSION,
     Fault,
     Reply,
     classify,
     pack,
     read_stored,
-    request_body,
 )
 from distill.progress import say
-from distill.records import Response, Usage, digest
+from distill.records import Usage
 from distill.store import Log
 
 QUARANTINED = 64 << 10  # bytes kept of a body that is no answer
-PATHS = {"chat": "/chat/completions", "completions": "/completions"}
 AGAIN = "the same command continues"
-
-
-def sampling_fields(sampling: Sampling, settings: Teacher) -> dict[str, Any]:
-    """Return how an answer is drawn, in the server's words; a neutral top_p is not sent."""
-    fields: dict[str, Any] = {
-        "temperature": sampling.temperature,
-        "max_tokens": sampling.max_new_tokens,
-    }
-    sent = {name: value for name, value in fields.items() if name not in settings.omit}
-    if "max_tokens" in sent:
-        sent[settings.max_tokens_field] = sent.pop("max_tokens")
-    return sent if sampling.top_p == 1 else {**sent, "top_p": sampling.top_p}
-
-
-def origin_of(settings: Teacher) -> str:
-    """Return the hash of all that shapes an answer beside messages and sampling; replicas are one endpoint."""
-    return digest(
-        {
-            "endpoint": settings.base_urls[0],
-            "api": settings.api,
-            "model": settings.model,
-            "revision": settings.revision,
-            "extra": settings.extra_body,
-            "omit": sorted(settings.omit),
-            "max_tokens_field": settings.max_tokens_field,
-            "wire": VERSION,
-        }
-    )
-
-
-def encode(request: Request, settings: Teacher) -> bytes:
-    """Return the bytes of a request: the fields that were set, and no other."""
-    fields = sampling_fields(request.sampling, settings)
-    return request_body(settings.model, request.messages, fields, settings.extra_body, settings.api)
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One sending of a request: its number, its bytes, and the dollars set aside for it."""
-
-    request: Request
-    number: int
-    body: bytes
-    reserved: Decimal
-
-    @property
-    def identifier(self) -> str:
-        """Return the id of the response that this may become."""
-        return Response.make_id(self.request.key, self.request.sample)
-
-    @property
-    def key(self) -> str:
-        """Return the key of the attempt's records."""
-        return attempt_key(self.identifier, self.number)
-
-
-def spelled(key: str) -> re.Pattern[bytes]:
-    """Return what matches a key as it is, and as JSON may escape it."""
-    forms = (rb"(?:\\?%s|\\u00(?i:%02x))" % (re.escape(c.encode()), ord(c)) for c in key)
-    return re.compile(b"".join(forms))
 
 
 class Purchase:
@@ -129,6 +64,7 @@ class Purchase:
         self.results: queue.SimpleQueue[Raw | None] = queue.SimpleQueue()
         self.fault: BaseException | None = None
         self.budget = self._budget_so_far()
+        self.before = self.budget.settled
         self.pace = Pace(self.settings.requests_per_minute, self.settings.tokens_per_minute)
         self.replicas = Replicas(self.settings.base_urls)
         self.straight, self.answered, self.warned = 0, 0, set[str]()
@@ -169,7 +105,8 @@ class Purchase:
             return "cost unknown"
         budget = self.budget
         doubt = f" + {budget.unknown:.4f} perhaps" if budget.unknown else ""
-        whole = budget.settled / max(1, self.answered) * self.count
+        now = budget.settled - self.before
+        whole = self.before + now / max(1, self.answered) * self.count
         limit = f", limit ${budget.limit}" if budget.limit is not None else ""
         return f"${budget.settled:.4f}{doubt} of about ${whole:.4f}{limit}"
 
