@@ -56,7 +56,7 @@ def scored(prompts: dict[str, Prompt], teacher: Answers, answers: Answers) -> di
 
 def distill_side(folder: Path, name: str) -> dict[str, Any]:
     """Run the quickstart in a fresh folder, with an empty store."""
-    command = [sys.executable, "-m", "distill.cli", "run", str(CONFIG)]
+    command = [sys.executable, "-m", "distill", "run", str(CONFIG)]
     seconds = timed([*command, f"runs={folder}", f"name={name}"], folder / f"{name}.log")
     run = folder / name
     pairs = read_records(run / f"dataset/{HELD_OUT}.jsonl", Pair)
