@@ -1,0 +1,19 @@
+"""The promises about paid answers, in short: the long forms are scripts/fault_test.py and scripts/kill_buyer_test.py."""
+
+import random
+from pathlib import Path
+
+from scripts import fault_test, kill_buyer_test
+
+
+def test_faulty_replies_end_stored_or_labelled(tmp_path: Path) -> None:
+    row = fault_test.trial(400, 0.2, 7, 32, tmp_path)
+    assert fault_test.passed(row), row
+    assert row["fault_kinds"] >= 20 and row["stop_end"] > 300
+
+
+def test_kills_lose_nothing_and_every_doubt_is_listed() -> None:
+    row = kill_buyer_test.complete_run(120, 8, random.Random(3), kills=4)
+    doubts = {"kills", "billed_again", "unknown"}
+    assert row["kills"] >= 1 and row["billed_again"] <= row["unknown"] <= 8 * row["kills"]
+    assert not any(row[name] for name in row.keys() - doubts), row
