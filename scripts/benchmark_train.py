@@ -32,7 +32,7 @@ from distill.training.batches import micro_batches
 from distill.training.encode import encode_pairs
 from distill.training.optimizer import make_adamw
 from distill.training.prepare import MICRO_BATCH_TOKENS
-from distill.training.student import Batch, make_student
+from distill.training.student import make_student
 
 RANK, ALPHA, RATE, BATCH, DATE = 32, 64, 1e-4, 8, "2026-01-01"
 STEP_TOKENS = 2048
@@ -52,7 +52,8 @@ def ours(reference: str) -> Side:
         for step in micro_batches(range(len(examples)), lengths, STEP_TOKENS):
             count = sum(sum(examples[i].weights) for i in step)
             for samples in micro_batches(step, lengths, MICRO_BATCH_TOKENS):
-                (student(Batch.make([examples[i] for i in samples])) / count).backward()
+                batch = student.batch([examples[i] for i in samples])
+                (student(batch) / count).backward()
             torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
             optimizer.step()
             optimizer.zero_grad()

@@ -1,5 +1,7 @@
 """Attention of packed rows against PyTorch's own, sample by sample, values and gradients."""
 
+from itertools import accumulate
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 from distill.training import attention
 from distill.training.attention import attend, blocks
+from distill.training.packing import Segment
 
 SIZE = 8
 
@@ -15,6 +18,11 @@ def tensors(count: int, heads: int, keys: int):
     make = torch.Generator().manual_seed(count)
     shapes = [(count, heads, SIZE), (count, keys, SIZE), (count, keys, SIZE)]
     return [torch.randn(s, generator=make, dtype=torch.float64).requires_grad_() for s in shapes]
+
+
+def segments_of(lengths) -> list[Segment]:
+    ends = list(accumulate(lengths))
+    return [Segment(end - length, end) for end, length in zip(ends, lengths, strict=True)]
 
 
 def reference(query, key, value, lengths, scale):
@@ -41,7 +49,7 @@ def test_equals_each_sample_alone(lengths, groups, block, kept):
         patch.setattr(attention, "BLOCK", block)
         patch.setattr(attention, "KEPT", kept)
         given_, wanted = tensors(sum(lengths), *groups), tensors(sum(lengths), *groups)
-        found = attend(*given_, lengths, 0.3)
+        found = attend(*given_, segments_of(lengths), 0.3)
         exact = reference(*wanted, lengths, 0.3)
         slope = torch.randn_like(found)
         found.backward(slope), exact.backward(slope)
@@ -51,13 +59,34 @@ def test_equals_each_sample_alone(lengths, groups, block, kept):
 
 
 def test_blocks_cover_every_place_once():
-    places = [p for _, start, end in blocks([5, 300, 1]) for p in range(start, end)]
-    assert places == list(range(306))
-    assert all(sample <= start for sample, start, _ in blocks([5, 300, 1]))
+    found = list(blocks(segments_of([5, 300, 1])))
+    assert [p for _, start, end in found for p in range(start, end)] == list(range(306))
+    assert all(ranges[-1][0] <= start and ranges[-1][1] == end for ranges, start, end in found)
 
 
 @pytest.mark.parametrize("kind", ["sliding_window", "softcap"])
 def test_other_kinds_of_attention_are_refused(kind):
     row = torch.zeros(1, 2, 3, SIZE)
     with pytest.raises(ValueError):
-        attention._registered(torch.nn.Identity(), row, row, row, None, lengths=[3], **{kind: 4})
+        attention._registered(
+            torch.nn.Identity(), row, row, row, None, segments=[Segment(0, 3)], **{kind: 4}
+        )
+
+
+def test_a_shared_prefix_gives_the_same_as_each_sample_with_its_own():
+    prefix, tails = 5, (3, 9)
+    shared = [Segment(0, 5), Segment(5, 8, ((0, 5),)), Segment(8, 17, ((0, 5),))]
+    packed = tensors(prefix + sum(tails), 4, 2)
+    found = attend(*packed, shared, 0.3)
+    slope = torch.randn_like(found)
+    found.backward(slope)
+    rows = [torch.cat([torch.arange(5), torch.arange(s.start, s.end)]) for s in shared[1:]]
+    whole = [t.detach().clone().requires_grad_() for t in packed]
+    for share, row in zip((1, 0), rows, strict=True):  # the prefix's own output counts once
+        out = reference(*(t[row] for t in whole), [len(row)], 0.3)
+        weighed = slope[row].clone()
+        weighed[:5] *= share
+        out.backward(weighed)
+        torch.testing.assert_close(found[row], out)
+    for one, other in zip(packed, whole, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)

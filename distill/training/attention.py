@@ -1,11 +1,11 @@
-"""Causal attention inside each sample of a packed row: samples lie end to end, nothing is padded, nothing leaks.
+"""Causal attention in a packed row: every segment sees its ancestors and itself; nothing is padded, nothing leaks.
 
 Registered with transformers under the name `packed`, so any model that takes its attention from the library can use
-it; the lengths of the samples travel as a keyword through the model's forward. Queries of the heads that share a key
+it; the segments travel as a keyword through the model's forward. Queries of the heads that share a key
 are stacked, so keys and values are never repeated. On a CPU the products run as plain batched matrix products, a block
 of queries at a time (PyTorch's own kernel is several times slower at these lengths); elsewhere the library's kernel.
 
-Shape suffixes: N tokens of the row, T of a sample, H query heads, K key heads, G = H / K, d the head's size.
+Shape suffixes: N tokens of the row, T of a block, S keys that it sees, H query heads, K key heads, G = H / K, d the head's size.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,19 +15,35 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from distill.training.packing import Segment
+
+Ranges = tuple[tuple[int, int], ...]
+
 NAME = "packed"
 BLOCK = 128  # queries at a time: what lies above the diagonal is skipped block by block
 OTHER_KINDS = ("sliding_window", "softcap", "s_aux", "position_bias")
-KEPT = 512  # samples up to this length keep their probabilities for the way back, longer ones make them again
+KEPT = 512  # blocks that see up to so many keys keep their probabilities for the way back, others make them again
 
 
-def blocks(lengths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Yield (start of the sample, start, end) of each block of queries, as places in the row."""
-    start = 0
-    for length in lengths:
-        for place in range(start, start + length, BLOCK):
-            yield start, place, min(place + BLOCK, start + length)
-        start += length
+def blocks(segments: Sequence[Segment]) -> Iterator[tuple[Ranges, int, int]]:
+    """Yield (places of the keys, start, end) of each block of queries, as places in the row."""
+    for own, stop, before in segments:
+        for start in range(own, stop, BLOCK):
+            end = min(start + BLOCK, stop)
+            yield (*before, (own, end)), start, end
+
+
+def _seen(rows_NKd: Tensor, ranges: Ranges) -> Tensor:
+    """Return the keys or values (K, S, d) at the places of `ranges`."""
+    parts = [rows_NKd[start:end] for start, end in ranges]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).transpose(0, 1)
+
+
+def _spread(slope_NKd: Tensor, part_KSd: Tensor, ranges: Ranges) -> None:
+    """Add the gradient of what `_seen` returned to its places."""
+    parts = part_KSd.transpose(0, 1).split([end - start for start, end in ranges])
+    for (start, end), part in zip(ranges, parts, strict=True):
+        slope_NKd[start:end] += part
 
 
 def _stacked(heads_THd: Tensor, groups: int, scale: float = 1.0) -> Tensor:
@@ -59,17 +75,16 @@ def _probabilities(query_KXd: Tensor, key_KSd: Tensor, rows: int) -> Tensor:
 
 
 def forward(
-    query_NHd: Tensor, key_NKd: Tensor, value_NKd: Tensor, lengths: Sequence[int], scale: float
+    query_NHd: Tensor, key_NKd: Tensor, value_NKd: Tensor, segments: Sequence[Segment], scale: float
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Return the attention's output (N, H, d), and the probabilities that are worth keeping for the way back."""
     out_NHd = torch.empty_like(query_NHd, memory_format=torch.contiguous_format)
     groups, kept = query_NHd.shape[1] // key_NKd.shape[1], []
-    key_KNd, value_KNd = key_NKd.transpose(0, 1), value_NKd.transpose(0, 1)
-    for sample, start, end in blocks(lengths):
+    for ranges, start, end in blocks(segments):
         query = _stacked(query_NHd[start:end], groups, scale)
-        weights = _probabilities(query, key_KNd[:, sample:end], end - start)
-        _unstack(torch.bmm(weights, value_KNd[:, sample:end]), out_NHd[start:end])
-        kept.append(weights if end - sample <= KEPT else None)
+        weights = _probabilities(query, _seen(key_NKd, ranges), end - start)
+        _unstack(torch.bmm(weights, _seen(value_NKd, ranges)), out_NHd[start:end])
+        kept.append(weights if weights.shape[2] <= KEPT else None)
     return out_NHd, kept
 
 
@@ -79,26 +94,24 @@ def backward(
     key_NKd: Tensor,
     value_NKd: Tensor,
     kept: Sequence[Tensor | None],
-    lengths: Sequence[int],
+    segments: Sequence[Segment],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value (Dao et al. 2022, appendix B, by blocks of queries only)."""
     groups = query_NHd.shape[1] // key_NKd.shape[1]
-    key_KNd, value_KNd = key_NKd.transpose(0, 1), value_NKd.transpose(0, 1)
     slope_q = torch.empty_like(query_NHd, memory_format=torch.contiguous_format)
     slope_k = torch.zeros_like(key_NKd, memory_format=torch.contiguous_format)
     slope_v = torch.zeros_like(slope_k)
-    for (sample, start, end), weights in zip(blocks(lengths), kept, strict=True):
-        seen, rows = slice(sample, end), end - start
-        query = _stacked(query_NHd[start:end], groups, scale)
+    for (ranges, start, end), weights in zip(blocks(segments), kept, strict=True):
+        query, key = _stacked(query_NHd[start:end], groups, scale), _seen(key_NKd, ranges)
         if weights is None:
-            weights = _probabilities(query, key_KNd[:, seen], rows)
+            weights = _probabilities(query, key, end - start)
         slope = _stacked(slope_NHd[start:end], groups)
-        slope_v[seen] += torch.bmm(weights.transpose(1, 2), slope).transpose(0, 1)
-        slope_weights = torch.bmm(slope, value_KNd[:, seen].transpose(1, 2))
+        _spread(slope_v, torch.bmm(weights.transpose(1, 2), slope), ranges)
+        slope_weights = torch.bmm(slope, _seen(value_NKd, ranges).transpose(1, 2))
         scores = torch.ops.aten._softmax_backward_data(slope_weights, weights, -1, weights.dtype)
-        _unstack(torch.bmm(scores, key_KNd[:, seen]), slope_q[start:end], scale)
-        slope_k[seen] += torch.bmm(scores.transpose(1, 2), query).transpose(0, 1)
+        _unstack(torch.bmm(scores, key), slope_q[start:end], scale)
+        _spread(slope_k, torch.bmm(scores.transpose(1, 2), query), ranges)
     return slope_q, slope_k, slope_v
 
 
@@ -107,7 +120,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
-        query, key, value, ctx.lengths, ctx.scale = given
+        query, key, value, ctx.segments, ctx.scale = given
         out, kept = forward(*given)
         ctx.save_for_backward(query, key, value, *(kept if any(ctx.needs_input_grad) else ()))
         return out
@@ -115,16 +128,20 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *kept = ctx.saved_tensors
-        return *backward(upstream[0], query, key, value, kept, ctx.lengths, ctx.scale), None, None
+        return *backward(upstream[0], query, key, value, kept, ctx.segments, ctx.scale), None, None
 
 
 def attend(
-    query_NHd: Tensor, key_NKd: Tensor, value_NKd: Tensor, lengths: Sequence[int], scale: float
+    query_NHd: Tensor, key_NKd: Tensor, value_NKd: Tensor, segments: Sequence[Segment], scale: float
 ) -> Tensor:
-    """Return softmax(QK'·scale)V of every sample by itself, causal, as (N, H, d)."""
+    """Return softmax(QK'·scale)V of every segment over its ancestors and itself, causal, as (N, H, d).
+
+    Only a CPU's rows may share prefixes.
+    """
     if query_NHd.device.type == "cpu":
-        return _Attention.apply(query_NHd, key_NKd, value_NKd, lengths, scale)  # pyright: ignore[reportReturnType]
-    rows = (t.split(list(lengths)) for t in (query_NHd, key_NKd, value_NKd))
+        return _Attention.apply(query_NHd, key_NKd, value_NKd, segments, scale)  # pyright: ignore[reportReturnType]
+    lengths = [segment.end - segment.start for segment in segments]
+    rows = (t.split(lengths) for t in (query_NHd, key_NKd, value_NKd))
     return torch.cat([_library(q, k, v, scale) for q, k, v in zip(*rows, strict=True)])
 
 
@@ -144,7 +161,7 @@ def _registered(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    lengths: Sequence[int] | None = None,
+    segments: Sequence[Segment] = (),
     dropout: float = 0.0,
     **others: Any,
 ) -> tuple[Tensor, None]:
@@ -157,7 +174,7 @@ def _registered(
         raise ValueError(f"{type(module).__name__}: {unknown}, dropout {dropout}")
     rows = (t[0].transpose(0, 1) for t in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(*rows, lengths=lengths or [query.shape[2]], scale=scale)[None], None
+    return attend(*rows, segments=segments or [Segment(0, query.shape[2])], scale=scale)[None], None
 
 
 AttentionInterface.register(NAME, _registered)

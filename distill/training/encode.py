@@ -81,16 +81,6 @@ def encode_pairs(
     return kept
 
 
-def check_vocabulary(tokenizer: Any, rows: int) -> None:
-    """Stop (exit 7) where the tokenizer knows ids that the model's embedding of `rows` rows does not."""
-    highest = max(tokenizer.get_vocab().values(), default=-1)
-    if highest >= rows:
-        what = f"token ids reach {highest}, the model has {rows} embeddings"
-        raise DistillError(
-            Exit.TRAINING, tokenizer.name_or_path, what, "use the model's own tokenizer"
-        )
-
-
 def show(tokenizer: Any, examples: Sequence[Example], count: int = 2) -> None:
     """Print the first `count` examples of a batch, each run of supervised tokens in «marks» and in colour."""
     console.print(f"first batch: {len(examples)} samples; «supervised» tokens are marked")

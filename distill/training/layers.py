@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from distill.training import attention
 from distill.training.adapters import ADAPTER, factors
+from distill.training.packing import Segment
 
 KINDS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
 
@@ -132,13 +133,13 @@ class FusedLayer:
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
-        lengths: Sequence[int],
+        segments: Sequence[Segment],
         **unused: Any,
     ) -> Tensor:
         half = self.head_dim // 2
         cos, sin = (t[0, :, None, :half].to(hidden_states.dtype) for t in position_embeddings)
         x = hidden_states[0]
-        x = _Attend.apply(x, self, cos, sin, lengths, *self.qkv.masters, *self.out.masters)
+        x = _Attend.apply(x, self, cos, sin, segments, *self.qkv.masters, *self.out.masters)
         x = _Feed.apply(x, self, *self.gate_up.masters, *self.down.masters)
         return x[None]  # pyright: ignore[reportOptionalSubscript]
 
@@ -148,7 +149,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, layer: FusedLayer, cos: Tensor, sin: Tensor, lengths: Sequence[int], *masters: Tensor
+        ctx: Any, x_ND: Tensor, layer: FusedLayer, cos: Tensor, sin: Tensor, segments: Sequence[Segment], *masters: Tensor
     ) -> Tensor:  # fmt: skip
         wide = layer.qkv.buffer(x_ND)
         wide[:, : x_ND.shape[1]] = layer.norms[0].forward(x_ND)
@@ -157,10 +158,10 @@ class _Attend(torch.autograd.Function):
         turned = rotate(_heads(made[:, : queries + keys], layer.head_dim), cos, sin)
         value = _heads(made[:, queries + keys :], layer.head_dim)
         query, key = turned.split([queries // layer.head_dim, keys // layer.head_dim], dim=1)
-        mixed, kept = attention.forward(query, key, value, lengths, layer.scale)
+        mixed, kept = attention.forward(query, key, value, segments, layer.scale)
         inner = layer.out.buffer(x_ND)
         inner[:, :queries] = mixed.flatten(1)
-        ctx.layer, ctx.lengths = layer, lengths
+        ctx.layer, ctx.segments = layer, segments
         ctx.save_for_backward(x_ND, wide, query, key, value, inner, cos, sin, *kept)
         return layer.out.forward(inner, x_ND)
 
@@ -170,7 +171,7 @@ class _Attend(torch.autograd.Function):
         x_ND, wide, query, key, value, inner, cos, sin, *kept = ctx.saved_tensors
         slope_mixed, out_gradients = layer.out.backward(inner, slope_ND)
         slopes = attention.backward(
-            _heads(slope_mixed, layer.head_dim), query, key, value, kept, ctx.lengths, layer.scale
+            _heads(slope_mixed, layer.head_dim), query, key, value, kept, ctx.segments, layer.scale
         )
         turned_back = rotate(torch.cat(slopes[:2], dim=1), cos, -sin)
         slope_made = torch.cat([turned_back.flatten(1), slopes[2].flatten(1)], dim=1)

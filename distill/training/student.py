@@ -21,6 +21,7 @@ from distill.training.batches import micro_batches
 from distill.training.encode import encode_pair
 from distill.training.layers import fuse, unfuse
 from distill.training.losses import cross_entropy
+from distill.training.packing import Segment, pack
 
 PROBE = (7, 12)  # lengths of the two samples that the probe packs
 MEASURED_TOKENS = 2048  # in a batch whose loss is only measured
@@ -28,30 +29,49 @@ MEASURED_TOKENS = 2048  # in a batch whose loss is only measured
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples end to end: ids and positions of the row, and where, what and how heavily to predict."""
+    """A row of samples: its ids, positions and segments, and where, what, how heavily and for whom to predict."""
 
     ids_N: Tensor
-    lengths: tuple[int, ...]
+    positions_N: Tensor
+    segments: tuple[Segment, ...]
     places_S: Tensor
     targets_S: Tensor
     weights_S: Tensor
+    owners_S: Tensor
 
     @classmethod
-    def make(cls, examples: Sequence[Example], device: Any = "cpu") -> "Batch":
+    def make(cls, examples: Sequence[Example], share: bool = False, device: Any = "cpu") -> "Batch":
         """Pack examples; the place that predicts token i of a sample is that of token i - 1."""
-        ids = torch.tensor([i for e in examples for i in e.input_ids])
-        weights = torch.tensor([w for e in examples for w in (0.0, *e.weights[1:])])
-        supervised = weights.nonzero()[:, 0]
-        lengths = tuple(len(e.input_ids) for e in examples)
-        parts = (ids, supervised - 1, ids[supervised], weights[supervised])
-        ids, places, targets, weights = (t.to(device) for t in parts)
-        return cls(ids, lengths, places, targets, weights)
+        learned = [[i for i, w in enumerate(e.weights) if w and i] for e in examples]
+        prompts = [
+            own[0] if own else len(e.input_ids) for own, e in zip(learned, examples, strict=True)
+        ]
+        row = pack([e.input_ids for e in examples], prompts, share)
+        positions = [torch.arange(s.end - s.start) + s.position() for s in row.segments]
+        targets = [
+            (row.places[sample][i - 1], example.input_ids[i], sample)
+            for sample, example in enumerate(examples)
+            for i in learned[sample]
+        ]
+        places, ids, owners = (
+            torch.tensor(targets, dtype=torch.long).view(-1, 3).to(device).unbind(1)
+        )
+        weights = [e.weights[i] for own, e in zip(learned, examples, strict=True) for i in own]
+        return cls(
+            torch.tensor(row.ids, device=device),
+            torch.cat(positions).to(device),
+            tuple(row.segments),
+            places,
+            ids,
+            torch.tensor(weights, dtype=torch.float32, device=device),
+            owners,
+        )
 
     @classmethod
     def idle(cls, device: Any = "cpu") -> "Batch":
         """Return a batch that weighs nothing, for a process that has none left."""
         zero = torch.zeros(1, dtype=torch.long, device=device)
-        return cls(zero, (1,), zero, zero, torch.zeros(1, device=device))
+        return cls(zero, zero, (Segment(0, 1),), zero, zero, zero.float(), zero)
 
 
 class Student(nn.Module):
@@ -81,20 +101,25 @@ class Student(nn.Module):
         """Return the last hidden states (N, D) of the batch's tokens, in their order."""
         return self._packed(batch) if self.packing else self._padded(batch)
 
+    def batch(self, examples: Sequence[Example]) -> Batch:
+        """Pack examples as this student computes them: prefixes are shared on a CPU; none at all is an idle batch."""
+        device = self.head()[0].device
+        if not examples:
+            return Batch.idle(device)
+        return Batch.make(examples, self.packing and device.type == "cpu", device)
+
     def _packed(self, batch: Batch) -> Tensor:
-        places = [torch.arange(length) for length in batch.lengths]
-        positions = torch.cat(places).to(batch.ids_N.device)
         states = self.decoder()(
             input_ids=batch.ids_N[None],
-            position_ids=positions[None],
+            position_ids=batch.positions_N[None],
             use_cache=False,
-            lengths=batch.lengths,
+            segments=batch.segments,
         )
         return states.last_hidden_state[0]
 
     def _padded(self, batch: Batch) -> Tensor:
-        rows = batch.ids_N.split(list(batch.lengths))
-        ids_BT = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+        rows = [batch.ids_N[segment.start : segment.end] for segment in batch.segments]
+        ids_BT = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         real = [torch.ones_like(row) for row in rows]
         mask_BT = nn.utils.rnn.pad_sequence(real, batch_first=True)
         states = self.decoder()(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
@@ -132,11 +157,13 @@ def make_student(
 
 def _probe_batch(student: Student, shift: int = 0) -> Batch:
     """Return two samples without supervision; `shift` changes the ids of the first."""
-    weight = student.head()[0]
-    ids = torch.arange(sum(PROBE), device=weight.device)
-    ids[: PROBE[0]] += shift
-    none = ids[:0]
-    return Batch(ids % weight.shape[0], PROBE, none, none, none.float())
+    first, second = PROBE
+    ids = [*range(shift, first + shift), *range(first, first + second)]
+    parts = [ids[:first], ids[first:]]
+    examples = [
+        Example(id="", response_id="", input_ids=tuple(p), weights=(0.0,) * len(p)) for p in parts
+    ]
+    return Batch.make(examples, device=student.head()[0].device)
 
 
 @torch.no_grad()
@@ -197,14 +224,15 @@ def answer_loss(
 
 def _sample_losses(student: Student, examples: Sequence[Example]) -> list[tuple[float, int]]:
     """Return loss sum and supervised tokens of each sample of one packed batch."""
-    batch = Batch.make(examples, student.head()[0].device)
-    hidden_ND, results = student.hidden(batch), []
-    owners = torch.repeat_interleave(torch.tensor(batch.lengths)).to(batch.ids_N.device)
+    batch, results = student.batch(examples), []
+    hidden_ND, (head_VD, bias_V) = student.hidden(batch), student.head()
     for sample in range(len(examples)):
-        own = owners[batch.places_S] == sample
-        states = hidden_ND[batch.places_S[own]]
-        total, count = cross_entropy(
-            states, student.head()[0], batch.targets_S[own], batch.weights_S[own], student.head()[1]
+        own = batch.owners_S == sample
+        states, targets, weights = (
+            hidden_ND[batch.places_S[own]],
+            batch.targets_S[own],
+            batch.weights_S[own],
         )
+        total, count = cross_entropy(states, head_VD, targets, weights, bias_V)
         results.append((float(total), int(count)))
     return results

@@ -44,7 +44,7 @@ from distill.training.processes import (
     interruptible,
     launcher_command,
 )
-from distill.training.student import Batch, answer_loss
+from distill.training.student import answer_loss
 
 __all__ = ["answer_loss", "main"]
 
@@ -192,10 +192,6 @@ class Loop:
     def _micro_batches(self, step: Step) -> list[list[int]]:
         return self.parts.batches(self.parts.examples, step.samples)
 
-    def _batch(self, examples: Sequence[Example]) -> Batch:
-        device = self.accelerator.device
-        return Batch.make(examples, device) if examples else Batch.idle(device)
-
     def _step(self, step: Step) -> tuple[dict[str, Any], bool]:
         """Take one optimizer step; returns its row of the history, and whether any process was asked to stop."""
         started, rank = time.monotonic(), self.accelerator.process_index
@@ -213,12 +209,12 @@ class Loop:
     def _backward(self, step: Step, count: float) -> torch.Tensor:
         """Gather this process's part of the step's gradient; returns its loss sum. DDP averages, so it is scaled up."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        mine = share(self._micro_batches(step), rank, world)
+        mine, student = share(self._micro_batches(step), rank, world), self.parts.student
         total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         for number, samples in enumerate(mine, 1):
             last = number == len(mine)
             with nullcontext() if last else self.accelerator.no_sync(self.student):
-                loss = self.student(self._batch([self.parts.examples[i] for i in samples]))
+                loss = self.student(student.batch([self.parts.examples[i] for i in samples]))
                 self.accelerator.backward(loss * (world / count))
             total += loss.detach()
         return total
@@ -278,12 +274,13 @@ class Loop:
     def _validation_loss(self) -> float:
         """Return the mean loss of a supervised validation token, in nats."""
         accelerator, examples = self.accelerator, self.parts.validation
+        student = self.parts.student
         total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-        self.parts.student.eval()
+        student.eval()
         mine = self.parts.batches(examples)[accelerator.process_index :: accelerator.num_processes]
         for samples in mine:
-            total += self.parts.student(self._batch([examples[i] for i in samples]))
-        self.parts.student.train()
+            total += student(student.batch([examples[i] for i in samples]))
+        student.train()
         reduced: Any = accelerator.reduce(total)
         return float(reduced) / sum(sum(e.weights) for e in examples)
 
