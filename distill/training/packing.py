@@ -62,14 +62,14 @@ def _grow(
         own = row.add(samples[group[0]][depth:], before)
         row.places[group[0]] = [p for start, end in (*before, own) for p in range(start, end)]
         return
-    common = _common([samples[i][: prompts[i]] for i in group])
+    common = _common([tuple(samples[i][: prompts[i]]) for i in group])
     if common - depth >= SHORTEST:
         before = (*before, row.add(samples[group[0]][depth:common], before))
     for part in _split(samples, prompts, group, common):
         _grow(row, samples, prompts, part, before)
 
 
-def _common(prefixes: Sequence[Sequence[int]]) -> int:
+def _common(prefixes: list[tuple[int, ...]]) -> int:
     """Return how many tokens all of them begin with."""
     first, last = min(prefixes), max(prefixes)  # in the order of words: the two that differ most
     pairs = zip(first, last, strict=False)
