@@ -187,6 +187,12 @@ def test_early_stopping_stops(tmp_path):
     assert training["stopped_early"] and training["steps"] == training["best_step"] + 2
 
 
+def test_training_leaves_the_arithmetic_of_the_process_as_it_was(tmp_path):
+    run = make_run(tmp_path, max_steps=1)
+    train.main(run.config, run)
+    assert float(torch.tensor(1e-310, dtype=torch.float64) * 1) > 0
+
+
 def test_no_dataset_names_the_command_that_makes_one(tmp_path):
     run = make_run(tmp_path)
     run.path("dataset/train.jsonl").unlink()
