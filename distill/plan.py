@@ -32,13 +32,13 @@ from distill.generation.terms import judge_teacher
 from distill.models import Shape
 from distill.scope import Scope, questions_written, scope
 from distill.tables import bytes_of, count, duration, size_of, table
+from distill.training.batches import MICRO_BATCH_TOKENS
 
 ANSWER = Span(0.2, 1.0)  # of max_new_tokens
 KEPT = Span(0.5, 1.0)  # of the answers, by the filters
 START = Span(2, 30)  # seconds to import the libraries and load a model
 RECORD = Span(3, 12)  # bytes in files for each byte of text: ids, JSON, responses twice
 CACHE_SHARE = 0.4  # of the free memory, which the local responder takes for keys and values
-MICRO_BATCH = 1024  # tokens, where the config names none
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def memory(config: Config, work: Scope, device: Device, room: float) -> list[tup
         found.append((f"generate, {slots:.0f} answers at a time", peak))
     student = shape(config.student.model)
     adapter = adapter_parameters(student, settings.lora.r, settings.lora.target_modules)
-    tokens = settings.micro_batch_tokens or MICRO_BATCH
+    tokens = settings.micro_batch_tokens or MICRO_BATCH_TOKENS
     peak = training_bytes(
         student,
         adapter,

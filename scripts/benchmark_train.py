@@ -28,10 +28,9 @@ from distill.progress import console, say
 from distill.records import Example, Pair
 from distill.store import read_records, write_json
 from distill.training import adapters
-from distill.training.batches import micro_batches
+from distill.training.batches import MICRO_BATCH_TOKENS, micro_batches
 from distill.training.encode import encode_pairs
 from distill.training.optimizer import make_adamw
-from distill.training.prepare import MICRO_BATCH_TOKENS
 from distill.training.student import make_student
 
 RANK, ALPHA, RATE, BATCH, DATE = 32, 64, 1e-4, 8, "2026-01-01"

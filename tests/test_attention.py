@@ -59,9 +59,9 @@ def test_equals_each_sample_alone(lengths, groups, block, kept):
 
 
 def test_blocks_cover_every_place_once():
-    found = list(blocks(segments_of([5, 300, 1])))
-    assert [p for _, start, end in found for p in range(start, end)] == list(range(306))
-    assert all(ranges[-1][0] <= start and ranges[-1][1] == end for ranges, start, end in found)
+    found = [b for segment in segments_of([5, 300, 1]) for b in blocks(segment)]
+    assert [p for start, end, _ in found for p in range(start, end)] == list(range(306))
+    assert list(blocks(Segment(8, 17, ((0, 5),)))) == [(8, 17, 14)]
 
 
 @pytest.mark.parametrize("kind", ["sliding_window", "softcap"])

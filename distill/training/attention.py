@@ -17,33 +17,32 @@ from transformers import AttentionInterface
 
 from distill.training.packing import Segment
 
-Ranges = tuple[tuple[int, int], ...]
-
 NAME = "packed"
 BLOCK = 128  # queries at a time: what lies above the diagonal is skipped block by block
 OTHER_KINDS = ("sliding_window", "softcap", "s_aux", "position_bias")
 KEPT = 512  # blocks that see up to so many keys keep their probabilities for the way back, others make them again
 
 
-def blocks(segments: Sequence[Segment]) -> Iterator[tuple[Ranges, int, int]]:
-    """Yield (places of the keys, start, end) of each block of queries, as places in the row."""
-    for own, stop, before in segments:
-        for start in range(own, stop, BLOCK):
-            end = min(start + BLOCK, stop)
-            yield (*before, (own, end)), start, end
+def blocks(segment: Segment) -> Iterator[tuple[int, int, int]]:
+    """Yield (start, end) of each block of a segment's queries in the row, and how many keys its last one sees."""
+    ancestors = segment.position()
+    for start in range(segment.start, segment.end, BLOCK):
+        end = min(start + BLOCK, segment.end)
+        yield start, end, ancestors + end - segment.start
 
 
-def _seen(rows_NKd: Tensor, ranges: Ranges) -> Tensor:
-    """Return the keys or values (K, S, d) at the places of `ranges`."""
-    parts = [rows_NKd[start:end] for start, end in ranges]
+def _seen(rows_NKd: Tensor, segment: Segment) -> Tensor:
+    """Return the keys or values (K, S, d) that a segment sees: its ancestors' and its own."""
+    parts = [rows_NKd[start:end] for start, end in segment.ranges()]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).transpose(0, 1)
 
 
-def _spread(slope_NKd: Tensor, part_KSd: Tensor, ranges: Ranges) -> None:
+def _spread(slope_NKd: Tensor, part_KSd: Tensor, segment: Segment) -> None:
     """Add the gradient of what `_seen` returned to its places."""
-    parts = part_KSd.transpose(0, 1).split([end - start for start, end in ranges])
-    for (start, end), part in zip(ranges, parts, strict=True):
-        slope_NKd[start:end] += part
+    start = 0
+    for first, last in segment.ranges():
+        slope_NKd[first:last] += part_KSd[:, start : start + last - first].transpose(0, 1)
+        start += last - first
 
 
 def _stacked(heads_THd: Tensor, groups: int, scale: float = 1.0) -> Tensor:
@@ -80,11 +79,13 @@ def forward(
     """Return the attention's output (N, H, d), and the probabilities that are worth keeping for the way back."""
     out_NHd = torch.empty_like(query_NHd, memory_format=torch.contiguous_format)
     groups, kept = query_NHd.shape[1] // key_NKd.shape[1], []
-    for ranges, start, end in blocks(segments):
-        query = _stacked(query_NHd[start:end], groups, scale)
-        weights = _probabilities(query, _seen(key_NKd, ranges), end - start)
-        _unstack(torch.bmm(weights, _seen(value_NKd, ranges)), out_NHd[start:end])
-        kept.append(weights if weights.shape[2] <= KEPT else None)
+    for segment in segments:
+        key_KSd, value_KSd = _seen(key_NKd, segment), _seen(value_NKd, segment)
+        for start, end, seen in blocks(segment):
+            query = _stacked(query_NHd[start:end], groups, scale)
+            weights = _probabilities(query, key_KSd[:, :seen], end - start)
+            _unstack(torch.bmm(weights, value_KSd[:, :seen]), out_NHd[start:end])
+            kept.append(weights if seen <= KEPT else None)
     return out_NHd, kept
 
 
@@ -98,21 +99,29 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value (Dao et al. 2022, appendix B, by blocks of queries only)."""
-    groups = query_NHd.shape[1] // key_NKd.shape[1]
+    groups, saved = query_NHd.shape[1] // key_NKd.shape[1], iter(kept)
     slope_q = torch.empty_like(query_NHd, memory_format=torch.contiguous_format)
-    slope_k = torch.zeros_like(key_NKd, memory_format=torch.contiguous_format)
+    slope_k = torch.zeros(
+        key_NKd.shape, dtype=torch.float32, device=key_NKd.device
+    )  # of many parts
     slope_v = torch.zeros_like(slope_k)
-    for (ranges, start, end), weights in zip(blocks(segments), kept, strict=True):
-        query, key = _stacked(query_NHd[start:end], groups, scale), _seen(key_NKd, ranges)
-        if weights is None:
-            weights = _probabilities(query, key, end - start)
-        slope = _stacked(slope_NHd[start:end], groups)
-        _spread(slope_v, torch.bmm(weights.transpose(1, 2), slope), ranges)
-        slope_weights = torch.bmm(slope, _seen(value_NKd, ranges).transpose(1, 2))
-        scores = torch.ops.aten._softmax_backward_data(slope_weights, weights, -1, weights.dtype)
-        _unstack(torch.bmm(scores, key), slope_q[start:end], scale)
-        _spread(slope_k, torch.bmm(scores.transpose(1, 2), query), ranges)
-    return slope_q, slope_k, slope_v
+    for segment in segments:
+        key_KSd, value_KSd = _seen(key_NKd, segment), _seen(value_NKd, segment)
+        part_k, part_v = torch.zeros_like(key_KSd), torch.zeros_like(value_KSd)
+        for start, end, seen in blocks(segment):
+            query = _stacked(query_NHd[start:end], groups, scale)
+            weights = next(saved)
+            if weights is None:
+                weights = _probabilities(query, key_KSd[:, :seen], end - start)
+            slope = _stacked(slope_NHd[start:end], groups)
+            part_v[:, :seen].baddbmm_(weights.transpose(1, 2), slope)
+            scores = torch.bmm(slope, value_KSd[:, :seen].transpose(1, 2))
+            scores = torch.ops.aten._softmax_backward_data(scores, weights, -1, weights.dtype)
+            _unstack(torch.bmm(scores, key_KSd[:, :seen]), slope_q[start:end], scale)
+            part_k[:, :seen].baddbmm_(scores.transpose(1, 2), query)
+        _spread(slope_k, part_k, segment)
+        _spread(slope_v, part_v, segment)
+    return slope_q, slope_k.to(key_NKd.dtype), slope_v.to(key_NKd.dtype)
 
 
 class _Attention(torch.autograd.Function):

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+MICRO_BATCH_TOKENS = 2560  # holds a step of the default size, whose samples are whole
+
 
 @dataclass(frozen=True)
 class Step:

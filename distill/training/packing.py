@@ -23,6 +23,10 @@ class Segment(NamedTuple):
         """Return the position of the segment's first token in its samples."""
         return sum(end - start for start, end in self.before)
 
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """Return the places that the segment sees."""
+        return (*self.before, (self.start, self.end))
+
 
 @dataclass
 class Row:

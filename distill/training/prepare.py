@@ -15,11 +15,16 @@ from distill.run import Run, flatten
 from distill.store import read_records
 from distill.template import template_hash
 from distill.training import adapters
-from distill.training.batches import Step, micro_batches, padded_batches, plan_steps
+from distill.training.batches import (
+    MICRO_BATCH_TOKENS,
+    Step,
+    micro_batches,
+    padded_batches,
+    plan_steps,
+)
 from distill.training.encode import encode_pairs
 from distill.training.student import Student, make_student
 
-MICRO_BATCH_TOKENS = 1024  # measured best on CPUs: what a layer computes stays in the cache
 UNSEEN = ("logging_steps", "save_steps", "save_total_limit", "report_to", "num_processes")
 
 
