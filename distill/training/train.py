@@ -6,6 +6,7 @@ Where the run stands is one number, its step: the order of samples and the rando
 seed and that number. Only the main process writes.
 """
 
+import gc
 import importlib.util
 import math
 import time
@@ -89,8 +90,7 @@ def main(config: Config, run: Run, allow_inexact: bool = False) -> None:
             raise DistillError(Exit.TRAINING, run.folder, what, fix) from None
         if accelerator.is_main_process:
             loop.finish()
-        accelerator.wait_for_everyone()
-        accelerator.end_training()
+        loop.close()
 
 
 @contextmanager
@@ -331,6 +331,17 @@ class Loop:
             "base": {**base, "template_hash": self.facts["template"]},
         }
         write_json(self.run.path("training.json"), summary)
+
+    def close(self) -> None:
+        """Wait for the others, then let go of the wrapped model before the group of processes.
+
+        The other way round the group ends inside this thread, and can wait for ever for one of its own.
+        """
+        self.accelerator.wait_for_everyone()
+        del self.student
+        self.accelerator.free_memory()
+        gc.collect()
+        self.accelerator.end_training()
 
 
 def _due(step: int, every: int | None) -> bool:
