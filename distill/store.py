@@ -300,6 +300,7 @@ class Log:
             refuse_half_repair(self.folder)
             if self.writable:
                 undo.enter_context(FolderLock(self.folder))
+                sweep(self.folder)
             undo.callback(self._close)
             with disk_faults(self.folder):
                 self._load()

