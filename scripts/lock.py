@@ -39,9 +39,10 @@ def write_lock(target: Path, blocks: list[str]) -> None:
 def main(options: list[str]) -> None:
     """Resolve both locks; what the main lock pins does not stand in the dev lock again."""
     core, dev = ROOT / "requirements.lock", ROOT / "requirements-dev.lock"
-    write_lock(core, locked := compiled(core, [], options))
-    pins = [f"--constraint={core}"]
-    write_lock(dev, [b for b in compiled(dev, ["--extra=dev"], options + pins) if b not in locked])
+    write_lock(core, blocks := compiled(core, [], options))
+    locked = {block.split()[0] for block in blocks}  # without the marker, which may be wider in dev
+    found = compiled(dev, ["--extra=dev"], [*options, f"--constraint={core}"])
+    write_lock(dev, [block for block in found if block.split()[0] not in locked])
 
 
 if __name__ == "__main__":
