@@ -381,10 +381,12 @@ class Train(Section):
 class Evaluation(Section):
     """How models are compared, and on what machine their time is priced (a row of prices.yaml)."""
 
+    suites: tuple[Annotated[str, Field(min_length=1, max_length=4000)], ...] = ()
     max_new_tokens: Positive | None = None
     slots: Positive | None = None
     samples: Annotated[int, Field(ge=100, le=1_000_000)] = 10_000
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    margin: Annotated[float, Field(gt=0, lt=1)] = 0.05  # of non-inferiority, a share of the items
     machine: str | None = None
     prices: File | None = None
 

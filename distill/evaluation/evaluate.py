@@ -51,7 +51,8 @@ def main(config: Config, run: Run) -> None:
         "teacher": {i.id: p.response for i, p in zip(items, pairs, strict=True)},
         **{m: by_item(items, found.responses) for m, found in answered.items()},
     }
-    certainty = Certainty(config.evaluation.confidence, config.evaluation.samples, config.seed)
+    settings = config.evaluation
+    certainty = Certainty(settings.confidence, settings.samples, config.seed, settings.margin)
     rows = {t: measure(t, items, answers) for t in dict.fromkeys(i.task for i in items)}
     for model, given in answers.items():
         scores = [s for row in rows.values() for s in row.scores.get(model, [])]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from distill.evaluation.claims import mcnemar, non_inferiority, smallest_visible
 from distill.evaluation.scorers import agrees, passes
 from distill.evaluation.statistics import (
     Bounds,
@@ -90,6 +91,23 @@ def compare(measured: Measured, a: str, b: str, certainty: Certainty) -> Estimat
     return _difference(measured, paired, certainty)
 
 
+def tested(measured: Measured, a: str, b: str, certainty: Certainty) -> dict[str, Any]:
+    """Return a - b as the scorecard shows it: its interval, and of shares that pass also what it allows to claim."""
+    change = compare(measured, a, b, certainty)
+    found = pair(measured.values(a), measured.values(b), measured.ids())
+    sides = (found.a_N, found.b_N, measured.clusters(found.items))
+    visible = smallest_visible(*sides, certainty)
+    row = {**as_interval(change), "smallest_visible": visible}
+    if visible is None:
+        row["reasons"] = {"smallest_visible": "the items are too few, or do not vary"}
+    if measured.bounds != SHARE:
+        return row
+    row["mcnemar"] = mcnemar(*sides)._asdict()
+    if verdict := non_inferiority(change, certainty.margin):
+        row["non_inferiority"] = {"margin": certainty.margin, "verdict": verdict}
+    return row
+
+
 def _difference(measured: Measured, paired: Paired, certainty: Certainty) -> Estimate:
     clusters = measured.clusters(paired.items)
     return estimate_difference(paired.a_N, paired.b_N, clusters, certainty, measured.bounds)
@@ -121,7 +139,7 @@ def row_of(measured: Measured, certainty: Certainty) -> dict[str, Any]:
         **{model: mean.value for model, mean in means.items()},
         "intervals": {m: [mean.low, mean.high] for m, mean in means.items()},
         "student_minus_teacher": _against_teacher(measured, certainty),
-        "student_minus_base": as_interval(compare(measured, "student", "base", certainty)),
+        "student_minus_base": tested(measured, "student", "base", certainty),
         "gap_recovered": _gap(measured, certainty),
         "reasons": {model: mean.reason for model, mean in means.items() if mean.reason},
         "failures": {m: _failures(found) for m, found in measured.scores.items()},
@@ -142,7 +160,7 @@ def _missing(measured: Measured, model: str) -> int:
 def _against_teacher(measured: Measured, certainty: Certainty) -> dict[str, Any]:
     if "teacher" not in measured.scores:
         return as_interval(Estimate(value=None, reason=NO_TEACHER))
-    return as_interval(compare(measured, "student", "teacher", certainty))
+    return tested(measured, "student", "teacher", certainty)
 
 
 def _gap(measured: Measured, certainty: Certainty) -> dict[str, Any]:

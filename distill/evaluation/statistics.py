@@ -44,11 +44,12 @@ class Bounds(NamedTuple):
 
 
 class Certainty(NamedTuple):
-    """How intervals are made: their confidence, the bootstrap's samples and its seed."""
+    """How intervals are made: their confidence, the bootstrap's samples and its seed, and the margin of non-inferiority."""
 
     confidence: float = 0.95
     samples: int = 10_000
     seed: int = 0
+    margin: float = 0.05
 
 
 USUAL = Certainty()
@@ -78,13 +79,13 @@ def estimate_mean(
     Where the clusters do not vary at all, neither can tell anything: see `_no_variation`.
     """
     values_N = np.asarray(values, dtype=np.float64)
-    sums_G1, sizes_G = _by_cluster(values_N[:, None], clusters, weights)
+    sums_G1, sizes_G = by_cluster(values_N[:, None], clusters, weights)
     n, groups = len(values_N), len(sizes_G)
-    shortage = _shortage(values_N, groups)
-    if shortage:
-        return Estimate(value=None, n=n, clusters=groups, reason=shortage)
+    reason = shortage(values_N, groups)
+    if reason:
+        return Estimate(value=None, n=n, clusters=groups, reason=reason)
     mean = float(sums_G1.sum() / sizes_G.sum())
-    error = _cluster_error(sums_G1[:, 0] - mean * sizes_G, sizes_G.sum())
+    error = cluster_error(sums_G1[:, 0] - mean * sizes_G, sizes_G.sum())
     if error <= 1e-12 * max(1.0, abs(mean)):
         return _no_variation(mean, n, groups, certainty.confidence, bounds)
     if groups < FEW_CLUSTERS:
@@ -135,7 +136,7 @@ def estimate_gap_recovered(
     if gap.value < 0:
         return _unknown(gap, "the teacher is below base")
     parts_N2 = np.stack([student_N - base_N, teacher_N - base_N], axis=1)
-    means_B2 = _resampled_means(*_by_cluster(parts_N2, clusters), certainty)
+    means_B2 = _resampled_means(*by_cluster(parts_N2, clusters), certainty)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio_B = means_B2[:, 0] / means_B2[:, 1]
     limit_B = np.where(means_B2[:, 0] < 0, -np.inf, np.inf)  # where a sample has no gap
@@ -185,7 +186,7 @@ def _finite(value: float | None) -> bool:
     return value is not None and bool(np.isfinite(value))
 
 
-def _shortage(values_N: Floats, groups: int) -> str | None:
+def shortage(values_N: Floats, groups: int) -> str | None:
     """Say why there is not enough data for an interval, or None."""
     if not np.isfinite(values_N).all():
         return "not enough data: a value is not a finite number"
@@ -194,7 +195,7 @@ def _shortage(values_N: Floats, groups: int) -> str | None:
     return "not enough data: all items are of one document" if groups < 2 else None
 
 
-def _by_cluster(
+def by_cluster(
     values_NK: Floats, clusters: Sequence[Hashable], weights: Sequence[float] | None = None
 ) -> tuple[Floats, Floats]:
     """Return the weighted sums of the values by cluster, (G, K), and the clusters' summed weights, (G,)."""
@@ -208,7 +209,7 @@ def _by_cluster(
     return sums_GK, weight_G
 
 
-def _cluster_error(residual_G: Floats, weight: float) -> float:
+def cluster_error(residual_G: Floats, weight: float) -> float:
     """Return the cluster-robust standard error of a mean from the clusters' summed residuals."""
     groups = len(residual_G)
     return float(np.sqrt(groups / (groups - 1) * np.square(residual_G).sum()) / weight)

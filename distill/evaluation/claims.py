@@ -1,0 +1,132 @@
+"""What a paired difference allows one to say: a test for yes/no scores, non-inferiority, what this n could have seen.
+
+Everything here stands beside an interval (`statistics.py`), never instead of it. Legend: N items, G clusters, S seeds.
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from distill.evaluation.statistics import (
+    USUAL,
+    Certainty,
+    Estimate,
+    Floats,
+    by_cluster,
+    cluster_error,
+    shortage,
+)
+
+POWER = 0.8  # the usual one: how often a difference of the stated size would have been seen
+Verdict = Literal["not inferior", "inferior", "undecided"]
+
+
+class Discordant(NamedTuple):
+    """McNemar's test: items that only a passes, that only b passes, and how likely so uneven a split is by chance."""
+
+    only_a: int
+    only_b: int
+    p: float | None
+    reason: str | None = None
+
+
+def mcnemar(
+    a: Sequence[float] | Floats, b: Sequence[float] | Floats, clusters: Sequence[Hashable]
+) -> Discordant:
+    """Test whether two models pass equally often, from yes/no scores of the same items; two-sided and exact.
+
+    With one item a cluster this is McNemar's exact binomial test (Psychometrika 12:153, 1947). Items of one cluster keep
+    their signs together: of all 2^G ways to swap the two models in whole clusters, p is the share that is at least as
+    uneven as what was seen. None where no item tells the two apart, or a score is no yes or no.
+    """
+    a_N, b_N = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if not (np.isin(a_N, (0, 1)).all() and np.isin(b_N, (0, 1)).all()):
+        return Discordant(0, 0, None, "the scores are not yes or no")
+    only_a, only_b = int((a_N > b_N).sum()), int((b_N > a_N).sum())
+    if not only_a + only_b:
+        return Discordant(0, 0, None, "no item tells the two apart")
+    sums_G1, _ = by_cluster((a_N - b_N)[:, None], clusters)
+    return Discordant(only_a, only_b, _swapped(np.abs(sums_G1[:, 0]), abs(only_a - only_b)))
+
+
+def _swapped(size_G: Floats, seen: int) -> float:
+    """Return the chance that the sum of the sizes, each with a random sign, is at least `seen` away from zero."""
+    chance = np.ones(1)  # of each sum so far, from -total to total
+    for size in size_G[size_G > 0].astype(int):
+        wider = np.zeros(len(chance) + 2 * size)
+        wider[: len(chance)] += chance / 2
+        wider[2 * size :] += chance / 2
+        chance = wider
+    sums = np.arange(len(chance)) - len(chance) // 2
+    return min(1.0, float(chance[np.abs(sums) >= seen].sum()))
+
+
+def non_inferiority(difference: Estimate, margin: float) -> Verdict | None:
+    """Say whether a - b is surely above -`margin`, surely below it, or neither; None where there is no interval.
+
+    The lower end of a two-sided 95 % interval is a one-sided test at 2.5 % (Piaggio et al. 2012, JAMA 308:2594). The
+    margin is chosen before the data are seen.
+    """
+    if difference.low is None or difference.high is None:
+        return None
+    if difference.low > -margin:
+        return "not inferior"
+    return "inferior" if difference.high < -margin else "undecided"
+
+
+def smallest_visible(
+    a: Sequence[float] | Floats,
+    b: Sequence[float] | Floats,
+    clusters: Sequence[Hashable],
+    certainty: Certainty = USUAL,
+    weights: Sequence[float] | None = None,
+    power: float = POWER,
+) -> float | None:
+    """Return the smallest true difference that so many items, varying like these, show with `power`.
+
+    That is (t of the confidence + t of the power) x the cluster-robust standard error (Bloom 1995, Evaluation Review
+    19:547). None where the data are too few or do not vary.
+    """
+    difference_N = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    sums_G1, sizes_G = by_cluster(difference_N[:, None], clusters, weights)
+    groups = len(sizes_G)
+    if shortage(difference_N, groups):
+        return None
+    mean = sums_G1.sum() / sizes_G.sum()
+    error = cluster_error(sums_G1[:, 0] - mean * sizes_G, sizes_G.sum())
+    quantiles = stats.t.ppf([(1 + certainty.confidence) / 2, power], groups - 1)
+    return float(quantiles.sum()) * error if error > 1e-12 else None
+
+
+def across_seeds(
+    a_SN: Floats, b_SN: Floats, clusters: Sequence[Hashable], certainty: Certainty = USUAL
+) -> Estimate:
+    """Estimate a - b where one or both were trained with several seeds; rows are seeds, (S, N), columns the same items.
+
+    The variance is that of the items (over clusters, of the seeds' mean) plus that of each side's seeds. Seeds vary the
+    items' scores a little as well, so the sum is an upper bound (Owen 2007, Annals of Applied Statistics 1:386). The t
+    quantile has Satterthwaite's degrees of freedom. One seed a side shows nothing of what another seed would give.
+    """
+    difference_N = a_SN.mean(axis=0) - b_SN.mean(axis=0)
+    sums_G1, sizes_G = by_cluster(difference_N[:, None], clusters)
+    n, groups = len(difference_N), len(sizes_G)
+    reason = shortage(difference_N, groups)
+    if not reason and max(len(a_SN), len(b_SN)) < 2:
+        reason = "one seed a side: nothing is known of the others"
+    if reason:
+        return Estimate(value=None, n=n, clusters=groups, reason=reason)
+    mean = float(difference_N.mean())
+    parts = [(cluster_error(sums_G1[:, 0] - mean * sizes_G, float(n)) ** 2, groups - 1)]
+    sides = [side_SN.mean(axis=1) for side_SN in (a_SN, b_SN) if len(side_SN) > 1]
+    parts += [(float(mean_S.var(ddof=1)) / len(mean_S), len(mean_S) - 1) for mean_S in sides]
+    variance = sum(part for part, _ in parts)
+    if variance <= 1e-24:
+        return Estimate(value=None, n=n, clusters=groups, reason="not enough data: nothing varies")
+    freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
+    half = float(stats.t.ppf((1 + certainty.confidence) / 2, freedom)) * variance**0.5
+    method = f"{len(a_SN)} and {len(b_SN)} seeds, analytic"
+    return Estimate(
+        value=mean, low=mean - half, high=mean + half, n=n, clusters=groups, method=method
+    )
