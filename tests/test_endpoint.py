@@ -24,32 +24,12 @@ from distill.generation.endpoint import EndpointResponder
 from distill.generation.generate import answer_all
 from distill.generation.purchase import Purchase
 from distill.generation.responder import Request, Sampling
-from distill.records import Document, Message, Prompt, Response
+from distill.records import Message, Response
 from distill.run import Run
 from distill.stages import STAGES
-from distill.store import Log, read_records, write_records
+from distill.store import Log, read_records
+from tests.buying import KEY, MODEL, make_run, settings
 from tests.fake_teacher import PRICE, FakeTeacher, Reply, Script, answer, bomb
-
-KEY = "canary-3141592653589793"
-MODEL = "fake-1"
-
-
-def settings(teacher: FakeTeacher | str | tuple[str, ...], **changes: Any) -> Teacher:
-    url = teacher.url if isinstance(teacher, FakeTeacher) else teacher
-    given = {
-        "kind": "endpoint",
-        "model": MODEL,
-        "base_url": url,
-        "max_new_tokens": 20,
-        "first_wait": 0.01,
-        "max_retries": 3,
-        "connect_timeout": 0.5,
-        "read_timeout": 0.5,
-        "total_timeout": 2,
-        "drain_timeout": 2,
-        **changes,
-    }
-    return Teacher.model_validate(given)
 
 
 def asks(teacher: Teacher, count: int, **sampling: Any) -> list[Request]:
@@ -559,34 +539,6 @@ def test_reasoning_is_kept_apart(tmp_path: Path) -> None:
         assert (found[0].reasoning, found[0].text) == ("hm", "the answer to q0 please")
 
 
-def make_run(folder: Path, teacher: FakeTeacher, count: int = 12) -> Path:
-    """Write a run whose prompts are made, so that its generate stage can be run; return its config."""
-    turns = [{"role": "user", "content": f"q{i} please"} for i in range(count)]
-    documents = [Document.make(f"text {i}", "x", {"split": "train"}) for i in range(count)]
-    prompts = [
-        Prompt.make((Message.model_validate(turn),), document.id, "chat")
-        for turn, document in zip(turns, documents, strict=True)
-    ]
-    table = [{**PRICE.model_dump(mode="json"), "date": "2026-11-01"}]
-    (folder / "prices.yaml").write_text(json.dumps({"tokens": table}))
-    given = settings(teacher).model_dump(mode="json", exclude_unset=True)
-    given |= {"api_key_env": "TEACHER_KEY", "concurrency": 4}
-    tree = {
-        "name": "mine",
-        "runs": str(folder / "runs"),
-        "corpus": {"path": "x"},
-        "teacher": given,
-        "terms": {"basis": "our own fake teacher"},
-        "evaluation": {"prices": str(folder / "prices.yaml")},
-        "student": {"model": "s"},
-    }
-    run = Run(Config.model_validate(tree))
-    write_records(run.path("documents.jsonl"), documents)
-    write_records(run.path("prompts.jsonl"), prompts)
-    (folder / "c.yaml").write_text(json.dumps(tree))
-    return folder / "c.yaml"
-
-
 def command(config: Path, *words: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "TEACHER_KEY": KEY}
     return subprocess.Popen(
@@ -627,7 +579,9 @@ def test_c12_ctrl_c_drains_and_re_bills_nothing(tmp_path: Path, sent: signal.Sig
     assert sum(e.dollars or 0 for e in entries) == teacher.bill
     assert not sum(e.unknown for e in entries)
     with Log(tmp_path / "runs/.store/responses", writable=False) as log:
-        unsent = [a for a in attempts(log, PRICE) if a.what == "not sent"]  # begun as the signal came
+        unsent = [
+            a for a in attempts(log, PRICE) if a.what == "not sent"
+        ]  # begun as the signal came
     assert sum(e.attempts for e in entries) == 12 + len(unsent)
 
 
