@@ -305,11 +305,14 @@ def test_comparing_runs_and_answer_files(tmp_path: Path) -> None:
         )
         write_records(folder / "scores/student.jsonl", measured.scores[name])
         sides.append(folder)
-    text = compare_paths(*sides)
+    a, b = sides
+    text = compare_paths([a], [b])
     assert "0.833" in text and "0.333" in text and "+0.500" in text
-    assert compare_paths(sides[0] / "answers.jsonl", sides[1]).count("+0.500") == 1
+    assert compare_paths([a / "answers.jsonl"], [b]).count("+0.500") == 1
+    seeds = compare_paths([a, a, b], [b, b])
+    assert "0.667" in seeds and "+0.333" in seeds, "seeds are averaged item by item"
     with pytest.raises(DistillError) as caught:
-        compare_paths(tmp_path / "nowhere", sides[1])
+        compare_paths([tmp_path / "nowhere"], [b])
     assert caught.value.code == Exit.INPUT
 
 

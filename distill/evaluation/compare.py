@@ -1,16 +1,20 @@
 """Compare two runs, two models of runs, or two files of scores or answers: `python eval/compare.py A B`.
 
-A side is a run's folder (its student), `RUN/scores/MODEL.jsonl`, or a `.jsonl` file of scores or of answers. Items are
-paired by their content, so two runs can be compared wherever they share held-out items; the rest is counted.
+A side is a run's folder (its student), `RUN/scores/MODEL.jsonl`, or a `.jsonl` file of scores or of answers; or several
+of them that differ in their seed only: `python eval/compare.py --a A1 A2 A3 --b B1 B2 B3`. Items are paired by their
+content, so two runs can be compared wherever they share held-out items; the rest is counted.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
+import numpy as np
 from pydantic import ValidationError
 
 from distill.errors import DistillError, Exit
+from distill.evaluation.claims import across_seeds, mcnemar, smallest_visible
 from distill.evaluation.items import held_out, items_of
 from distill.evaluation.report import table
 from distill.evaluation.scorers import passes
@@ -19,6 +23,7 @@ from distill.evaluation.statistics import (
     Bounds,
     Certainty,
     Estimate,
+    Floats,
     estimate_difference,
     pair,
     require_paired,
@@ -27,6 +32,8 @@ from distill.evaluation.words import figure, signed
 from distill.records import Item, Response, Score
 from distill.store import read_records
 from distill.tasks import checker_of, task_path
+
+HEAD = ("task", "n", "missing", "a", "b", "a − b", "interval", "could see", "McNemar p")
 
 
 class Side(NamedTuple):
@@ -37,19 +44,23 @@ class Side(NamedTuple):
     items: dict[str, Item]
 
 
-def compare_paths(a: Path, b: Path, certainty: Certainty = USUAL) -> str:
+def compare_paths(a: Sequence[Path], b: Sequence[Path], certainty: Certainty = USUAL) -> str:
     """Return the comparison as a table: a row a task, each paired on the items of both, and the interval of a - b.
 
-    Raises DistillError: exit 3 for a path that holds neither scores nor answers, 8 where fewer than 95 % are paired.
+    Several paths a side are runs with other seeds. Raises DistillError: exit 3 for a path that holds neither scores nor
+    answers, 8 where fewer than 95 % are paired.
     """
-    items = {**known_items(a), **known_items(b)}
-    left, right = load_side(a, items), load_side(b, items)
-    shared = [i for i in left.values if i in right.values]
+    items = {k: item for path in (*a, *b) for k, item in known_items(path).items()}
+    left, right = ([load_side(path, items) for path in side] for side in (a, b))
+    in_a, in_b = (
+        dict.fromkeys(i for side in sides for i in side.values) for sides in (left, right)
+    )
+    shared = [i for i in in_a if i in in_b]
     lines = [
-        f"a: {left.name}",
-        f"b: {right.name}",
-        f"{len(shared)} items in both, {len(left.values) - len(shared)} only in a, "
-        f"{len(right.values) - len(shared)} only in b",
+        *(f"a: {side.name}" for side in left),
+        *(f"b: {side.name}" for side in right),
+        f"{len(shared)} items in both, {len(in_a) - len(shared)} only in a, "
+        f"{len(in_b) - len(shared)} only in b",
     ]
     if not items:
         lines.append("no held-out file was found, so every item counts as its own document")
@@ -57,8 +68,7 @@ def compare_paths(a: Path, b: Path, certainty: Certainty = USUAL) -> str:
     for task in dict.fromkeys(_task(items, i) for i in shared):
         ids = [i for i in shared if _task(items, i) == task]
         rows.append(_row(task, ids, left, right, items, certainty))
-    head = ("task", "n", "missing", "a", "b", "a − b", "interval")
-    return "\n".join([*lines, "", table(head, rows)])
+    return "\n".join([*lines, "", table(HEAD, rows)])
 
 
 def _task(items: Mapping[str, Item], item: str) -> str:
@@ -68,17 +78,22 @@ def _task(items: Mapping[str, Item], item: str) -> str:
 def _row(
     task: str,
     ids: Sequence[str],
-    left: Side,
-    right: Side,
+    left: Sequence[Side],
+    right: Sequence[Side],
     items: Mapping[str, Item],
     certainty: Certainty,
 ) -> tuple[str, ...]:
-    paired = pair(left.values, right.values, ids)
+    paired = pair(_averaged(left, ids), _averaged(right, ids), ids)
     require_paired(paired, len(ids), f"task {task}")
     clusters = [items[i].cluster if i in items else i for i in paired.items]
+    sides = (paired.a_N, paired.b_N, clusters)
     passed = set(paired.a_N) | set(paired.b_N) <= {0.0, 1.0}
     bounds = Bounds(0.0, 1.0) if passed else None  # of agreement scores the file says no bounds
-    change = estimate_difference(paired.a_N, paired.b_N, clusters, certainty, bounds)
+    if len(left) == len(right) == 1:
+        change = estimate_difference(*sides, certainty, bounds)
+    else:
+        seeds = (_by_seed(left, paired.items), _by_seed(right, paired.items))
+        change = across_seeds(*seeds, clusters, certainty)
     means = [figure(float(side.mean()) if len(side) else None, 3) for side in paired[1:3]]
     return (
         task,
@@ -87,7 +102,19 @@ def _row(
         *means,
         signed(change.value, 3),
         _interval(change),
+        figure(smallest_visible(*sides, certainty), 3),
+        figure(mcnemar(*sides).p, 3),
     )
+
+
+def _averaged(sides: Sequence[Side], ids: Sequence[str]) -> dict[str, float | None]:
+    """Return each item's mean score over the seeds, None where one of them has none."""
+    found = {i: [side.values.get(i) for side in sides] for i in ids}
+    return {i: None if None in row else fmean(v or 0.0 for v in row) for i, row in found.items()}
+
+
+def _by_seed(sides: Sequence[Side], ids: Sequence[str]) -> Floats:
+    return np.array([[side.values[i] for i in ids] for side in sides], dtype=np.float64)
 
 
 def _interval(change: Estimate) -> str:
