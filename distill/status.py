@@ -13,7 +13,6 @@ from distill.store import Log, read_json
 from distill.tables import table
 
 WORDS = {"fresh": "left", "unfinished": "begun", "done": "done", "stale": "stale"}
-LISTED = 20  # requests with an unknown outcome that are named
 
 
 def status(run: Run, stages: Sequence[Stage]) -> Group:
@@ -34,7 +33,7 @@ def status(run: Run, stages: Sequence[Stage]) -> Group:
 
 
 def _doubts(run: Run) -> list[str]:
-    """Say how many requests of the run may have been billed without an answer, their maximum cost, and which."""
+    """Say how many requests of the run may have been billed without an answer, their maximum cost, and name each."""
     folder = run.config.store_folder() / "responses"
     if run.config.teacher.kind != "endpoint" or not folder.exists():
         return []
@@ -45,8 +44,7 @@ def _doubts(run: Run) -> list[str]:
     most = [attempt.most for attempt in found if attempt.most is not None]
     sum_ = f"at most ${sum(most, Decimal(0)):.4f}" if len(most) == len(found) else "cost unknown"
     rows = [f"  {a.key}: {a.what}" + (f", at most ${a.most}" if a.most else "") for a in found]
-    more = [f"  and {len(rows) - LISTED} more"] if len(rows) > LISTED else []
-    return [f"{len(found)} requests may have been billed, {sum_}:", *rows[:LISTED], *more]
+    return [f"{len(found)} requests may have been billed, {sum_}:", *rows]
 
 
 def _state(run: Run, stage: Stage) -> tuple[str, str]:

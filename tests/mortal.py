@@ -1,7 +1,7 @@
 """Processes that end as by kill -9 at a chosen call that changes the disk, so that every moment can be tried.
 
 Counted are the calls of `os` that write, sync, name or cut files, and what Python's own files write: these are made to
-go through `os` as well. To end before call n is to end after call n - 1; what that leaves out is a write that is half
+go through `os` as well. (Making a folder that is there changes nothing, and is not counted.) To end before call n is to end after call n - 1; what that leaves out is a write that is half
 done, so those are a count of their own.
 """
 
@@ -48,8 +48,8 @@ def die_at(count: int, half: bool = False) -> None:
     for name in WRITES if half else CALLS:
         real = getattr(os, name)
 
-        def call(*args: Any, real: Any = real, **named: Any) -> Any:
-            if next(calls) != count:
+        def call(*args: Any, real: Any = real, name: str = name, **named: Any) -> Any:
+            if (name == "mkdir" and os.path.isdir(args[0])) or next(calls) != count:
                 return real(*args, **named)
             if half:
                 real(args[0], bytes(args[1])[: len(args[1]) // 2], *args[2:])

@@ -3,6 +3,8 @@
 import random
 from pathlib import Path
 
+import pytest
+
 from scripts import fault_test, kill_buyer_test
 
 
@@ -17,3 +19,10 @@ def test_kills_lose_nothing_and_every_doubt_is_listed() -> None:
     doubts = {"kills", "billed_again", "unknown"}
     assert row["kills"] >= 1 and row["billed_again"] <= row["unknown"] <= 8 * row["kills"]
     assert not any(row[name] for name in row.keys() - doubts), row
+
+
+@pytest.mark.slow
+def test_a_kill_at_every_call_that_changes_the_disk_loses_nothing() -> None:
+    row = kill_buyer_test.every_call(3, 2, chained=False)
+    assert row["kills"] > 70 and row["unknown"] >= row["billed_again"] > 0
+    assert not any(row[name] for name in row.keys() - kill_buyer_test.FIGURES), row
