@@ -88,6 +88,7 @@ STAGES: tuple[Stage, ...] = (
         ("dataset/heldout.jsonl", "adapter/adapter_model.safetensors"),
         ("answers", "scores", "evaluation.json"),
         _lazy("distill.evaluation.evaluate"),
+        _identity("distill.evaluation.suites"),
         purpose="compare student, base and teacher on held-out items",
     ),
     Stage(

@@ -6,7 +6,7 @@ a long system prompt that the student does not), and where one exists a checker.
 
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -17,6 +17,7 @@ from distill.config import Section, find_config
 from distill.errors import DistillError, Exit
 from distill.yaml_reader import parse_yaml, read_text
 
+Named = TypeVar("Named", bound=Section)
 ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
 
 
@@ -77,17 +78,21 @@ def task_path(name_or_path: str) -> Path:
 
 def load_task(name_or_path: str) -> Task:
     """Read and check a task; raises DistillError (exit 2) naming the file and the fault."""
-    path = task_path(name_or_path)
+    return load_section(task_path(name_or_path), Task, "task", "configs/tasks")
+
+
+def load_section(path: Path, kind: type[Named], what: str, examples: str) -> Named:
+    """Read a YAML file as a section that is named after it; raises DistillError (exit 2) with the file and the fault."""
     tree = parse_yaml(read_text(path), path)
     if not isinstance(tree, dict):
-        raise DistillError(Exit.CONFIG, path, "holds no task", "start from one of configs/tasks")
+        raise DistillError(Exit.CONFIG, path, f"holds no {what}", f"start from one of {examples}")
     try:
-        return Task.model_validate({"name": path.stem, **tree})
+        return kind.model_validate({"name": path.stem, **tree})
     except ValidationError as error:
         fault = error.errors()[0]
         key, message = ".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")
         raise DistillError(
-            Exit.CONFIG, path, f"{key}: {message}".removeprefix(": "), "correct the task"
+            Exit.CONFIG, path, f"{key}: {message}".removeprefix(": "), f"correct the {what}"
         ) from None
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from distill import models
 from distill.config import Config
 from distill.errors import DistillError, Exit
-from distill.evaluation import evaluate
+from distill.evaluation import answering, evaluate
 from distill.evaluation.items import held_out, items_of
 from distill.records import Document, Message, Pair, Prompt, Response, Score, Usage
 from distill.run import Run
@@ -111,7 +111,7 @@ def test_a_killed_evaluation_asks_nothing_twice_and_ends_the_same(
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate, "answer_loss", killed)
+    monkeypatch.setattr(answering, "answer_loss", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate.main(run.config, run)  # base has answered, nothing else is done
     monkeypatch.undo()

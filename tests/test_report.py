@@ -69,8 +69,8 @@ def evaluation(items: list[Item], right: dict[str, int], machine: str | None) ->
     tasks = dict.fromkeys(item.task for item in items)
     rows = {t: results.measure_task(t, items, answers, "correct", checkers[t]) for t in tasks}
     losses = {
-        "base": [(20.0 + k % 5, 20) for k in range(len(items))],
-        "student": [(9.0 + k % 3, 20) for k in range(len(items))],
+        "base": [(20.0 + k % 5, 20, 9 + k % 3) for k in range(len(items))],
+        "student": [(9.0 + k % 3, 20, 12 + k % 4) for k in range(len(items))],
     }
     certainty, book = Certainty(samples=500), load_prices()
     asked = {"items": 24, "documents": 24, "max_new_tokens": 20}

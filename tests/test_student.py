@@ -70,15 +70,17 @@ def test_answer_loss_is_transformers_own_in_the_order_of_the_pairs(tmp_path):
     longest = max(len(encode_pair(tokenizer, p, DATE).input_ids) for p in rows)
     found = answer_loss(model, tokenizer, rows, DATE, max_length=longest - 1)
     assert model.config._attn_implementation == "sdpa"
-    assert found.count((0.0, 0)) >= 1
-    for pair, (total, count) in zip(rows, found, strict=True):
+    assert found.count((0.0, 0, 0)) >= 1
+    for pair, (total, count, hits) in zip(rows, found, strict=True):
         example = encode_pair(tokenizer, pair, DATE)
         if len(example.input_ids) == longest:
-            assert (total, count) == (0.0, 0)
+            assert (total, count, hits) == (0.0, 0, 0)
             continue
         ids = torch.tensor([example.input_ids])
         labels = torch.where(torch.tensor([example.weights]) > 0, ids, -100)
         with torch.no_grad():
-            mean = float(model(input_ids=ids, labels=labels).loss)
+            whole = model(input_ids=ids, labels=labels)
+        mean, likeliest = float(whole.loss), whole.logits[:, :-1].argmax(-1)
         assert count == sum(example.weights)
         assert total == pytest.approx(mean * count, rel=1e-4)
+        assert hits == int((likeliest == labels[:, 1:]).sum())

@@ -1,52 +1,46 @@
 """The stage `evaluate`: teacher, base (the student before training) and student answer the held-out prompts.
 
 Answers go through the shared store, so a killed evaluation goes on where it was. Writes
-`answers/<model>.jsonl`, `scores/<model>.jsonl` and `evaluation.json`, from which the report is made.
+`answers/<model>.jsonl`, `scores/<model>.jsonl` and `evaluation.json`, from which the report is made; of a suite the same
+in a folder of its name.
 """
 
-import gc
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from peft import PeftModel
-
-from distill import models
 from distill.checkers import NEEDS_REFERENCE
-from distill.config import Config, Student
+from distill.config import Config
 from distill.evaluation import results
+from distill.evaluation.answering import (
+    Answered,
+    Given,
+    answer_with_student,
+    answer_with_teacher,
+    describe_teacher,
+    limit,
+    why_no_teacher,
+)
 from distill.evaluation.economics import request_cost
 from distill.evaluation.items import by_item, held_out, items_of
 from distill.evaluation.results import Measured
 from distill.evaluation.statistics import Certainty
+from distill.evaluation.suite_scores import measure_suite, suite_result, write_suite
+from distill.evaluation.suites import Suite, load_suites
 from distill.evaluation.words import plain_numbers
-from distill.generation.generate import answer_all
-from distill.generation.local import LocalResponder
 from distill.generation.prices import load_prices
-from distill.generation.responder import Request, Sampling
-from distill.progress import say
-from distill.records import Item, Pair, Response, digest
+from distill.records import Item
 from distill.run import Run
-from distill.store import sha256_file, write_json, write_records
+from distill.store import write_json, write_records
 from distill.tasks import load_task, task_path
-from distill.template import template_hash
-from distill.training.student import answer_loss
-
-ADAPTER = "adapter/adapter_model.safetensors"
-
-
-class Answered(NamedTuple):
-    """What one model said to the held-out prompts, and its loss on the teacher's answers: (sum, tokens) each."""
-
-    responses: list[Response]
-    losses: list[tuple[float, int]]
 
 
 def main(config: Config, run: Run) -> None:
     """Answer, score and compare; raises DistillError (exit 8) where too few items can be compared."""
     pairs = held_out(run.path("dataset/heldout.jsonl"))
     items = items_of(pairs, run.path("documents.jsonl"))
-    described, answered = answer_with_student(config, run, pairs)
+    suites = load_suites(config.evaluation.suites)
+    described, answered = answer_with_student(config, run, pairs, suites)
+    taught = answer_with_teacher(config, run, suites)
     answers = {
         "teacher": {i.id: p.response for i, p in zip(items, pairs, strict=True)},
         **{m: by_item(items, found.responses) for m, found in answered.items()},
@@ -58,13 +52,18 @@ def main(config: Config, run: Run) -> None:
         scores = [s for row in rows.values() for s in row.scores.get(model, [])]
         write_records(run.path(f"scores/{model}.jsonl"), scores)
         write_records(run.path(f"answers/{model}.jsonl"), given.values())
-    losses = {m: found.losses for m, found in answered.items()}
+    readings = {m: found.readings for m, found in answered.items()}
+    measured = {
+        suite.name: measured_suite(config, run, suite, answered, taught, certainty)
+        for suite in suites
+    }
     write_json(
         run.path("evaluation.json"),
         plain_numbers(
             {
                 "models": {"teacher": describe_teacher(config), **described},
-                **results.compared(items, answers, rows, losses, certainty),
+                **results.compared(items, answers, rows, readings, certainty),
+                "suites": measured,
                 "cost": costs(config, answers),
                 "settings": {**certainty._asdict(), **asked(config, items)},
                 "corpus": run.manifest().get("corpus", {}),
@@ -72,6 +71,23 @@ def main(config: Config, run: Run) -> None:
             }
         ),
     )
+
+
+def measured_suite(
+    config: Config,
+    run: Run,
+    suite: Suite,
+    answered: Mapping[str, Answered],
+    taught: Mapping[str, Given],
+    certainty: Certainty,
+) -> dict[str, Any]:
+    """Score a suite, write its items, answers and scores beside the run's own, and return its results."""
+    answers = {model: found.suites[suite.name] for model, found in answered.items()}
+    if suite.name in taught:
+        answers = {"teacher": taught[suite.name], **answers}
+    rows = measure_suite(suite, answers, why_no_teacher(config, suite) or "")
+    write_suite(run.folder, suite, rows, answers)
+    return suite_result(suite, rows, answers, certainty)
 
 
 def measure(task: str, items: Sequence[Item], answers: results.Models) -> Measured:
@@ -93,93 +109,6 @@ def asked(config: Config, items: Sequence[Item]) -> dict[str, Any]:
         "teacher_temperature": config.teacher.temperature,
         "teacher_sees_more": any(item.prompt.teacher_messages for item in items),
     }
-
-
-def limit(config: Config) -> int:
-    """Return how many tokens an answer may have: the teacher's limit, where evaluation states none."""
-    return config.evaluation.max_new_tokens or config.teacher.max_new_tokens
-
-
-def answer_with_student(
-    config: Config, run: Run, pairs: Sequence[Pair]
-) -> tuple[dict[str, Any], dict[str, Answered]]:
-    """Answer with the student's weights without and with the adapter; return both models' descriptions too."""
-    student, adapter = config.student, run.path("adapter")
-    models.check_base(adapter, student.model, student.revision)
-    tokenizer = models.load_tokenizer(student.model, student.revision, student.trust_remote_code)
-    described, answered = {}, {}
-    for name, folder in (("base", None), ("student", adapter)):
-        told = describe(
-            student.model,
-            student.revision,
-            models.identity(student.model, student.revision),
-            template_hash(tokenizer, config.template_date),
-        )
-        told["adapter_sha256"] = sha256_file(run.path(ADAPTER)) if folder else None
-        model = load_student(student, folder)
-        origin = digest({**told, "dtype": str(model.dtype)})
-        slots, date = config.evaluation.slots, config.template_date
-        responder = LocalResponder(model, tokenizer, name, origin, date, slots)
-        responses = ask(config, run, responder, pairs)
-        say(f"{name}: loss on the teacher's answers")
-        losses = answer_loss(model, tokenizer, pairs, date, config.train.max_length)
-        described[name], answered[name] = told, Answered(responses, losses)
-        del model, responder
-        gc.collect()
-    return described, answered
-
-
-def load_student(student: Student, adapter: Path | None) -> Any:
-    """Load the student's base, or with `adapter` the student as it is released: added in float32, cast once."""
-    flags = (student.revision, student.allow_pickle, student.trust_remote_code)
-    if adapter is None:
-        return models.load_model(student.model, student.dtype, *flags)
-    base = models.load_model(student.model, "float32", *flags)
-    merged: Any = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True)
-    return merged.to(models.pick_dtype(student.dtype)).eval()
-
-
-def ask(
-    config: Config, run: Run, responder: LocalResponder, pairs: Sequence[Pair]
-) -> list[Response]:
-    """Ask the student's view of every prompt, greedily; what the store has is not asked again."""
-    sampling = Sampling(max_new_tokens=limit(config))
-    requests = [
-        Request.make(responder.origin, p.prompt.id, p.prompt.messages, sampling) for p in pairs
-    ]
-
-    def spend(input_tokens: int, output_tokens: int) -> None:
-        run.spend(input_tokens=input_tokens, output_tokens=output_tokens)
-
-    folder = config.store_folder() / "responses"
-    return answer_all(responder, requests, folder, f"{responder.model} answers", spend)
-
-
-def describe(
-    reference: str, revision: str | None, identity: str | None, template: str | None
-) -> dict[str, Any]:
-    """Describe a model for the scorecard: its name, what pins its weights, and its chat template."""
-    local = models.is_folder(reference)
-    commit = identity if identity and len(identity) == 40 else None
-    return {
-        "name": Path(reference).name if local else reference,
-        "hub_id": models.hub_id(reference),
-        "revision": revision or commit,
-        "sha256": None if commit else identity,
-        "template_hash": template,
-    }
-
-
-def describe_teacher(config: Config) -> dict[str, Any]:
-    """Describe the teacher; of recorded answers only what the user stated is known."""
-    teacher = config.teacher
-    if teacher.kind != "local":
-        told = describe(teacher.model or teacher.kind, teacher.revision, None, None)
-        return {**told, "reasons": {"sha256": "the answers were recorded elsewhere"}}
-    tokenizer = models.load_tokenizer(teacher.model, teacher.revision)
-    identity = models.identity(teacher.model, teacher.revision)
-    template = template_hash(tokenizer, config.template_date)
-    return describe(teacher.model, teacher.revision, identity, template)
 
 
 def costs(config: Config, answers: results.Models) -> dict[str, Any]:

@@ -31,6 +31,10 @@ Models = Mapping[str, Mapping[str, Response]]  # model -> item id -> its answer
 Values = dict[str, float | None]
 Checkers = Callable[[str], Mapping[str, Any] | None]  # the checker of a task, where it has one
 
+Readings = Sequence[tuple[float, int, int]]  # loss in nats, tokens, tokens that were the likeliest
+
+LOSS = "loss on the teacher's answer, nats a token"
+TOP = "top-1 agreement on the teacher's answer"
 SHARE, CHRF = Bounds(0.0, 1.0), Bounds(0.0, 100.0)
 NO_TEACHER = "agreement is measured against the teacher's own answer"
 NO_REFERENCE = "without a checker there is no reference but the teacher's answer"
@@ -44,6 +48,7 @@ class Measured:
     items: tuple[Item, ...]
     scores: dict[str, list[Score]]
     bounds: Bounds
+    no_teacher: str = NO_TEACHER
 
     def values(self, model: str) -> Values:
         """Return a model's scores by item id."""
@@ -117,7 +122,7 @@ def mean_of(measured: Measured, model: str, certainty: Certainty) -> Estimate:
     """Estimate a model's mean score over the items that it has a score for."""
     found = {i: v for i, v in measured.values(model).items() if v is not None}
     if not found and model not in measured.scores:
-        return Estimate(value=None, reason=NO_TEACHER)
+        return Estimate(value=None, reason=measured.no_teacher)
     clusters = measured.clusters(list(found))
     estimate = estimate_mean(list(found.values()), clusters, certainty, measured.bounds)
     if (
@@ -159,14 +164,15 @@ def _missing(measured: Measured, model: str) -> int:
 
 def _against_teacher(measured: Measured, certainty: Certainty) -> dict[str, Any]:
     if "teacher" not in measured.scores:
-        return as_interval(Estimate(value=None, reason=NO_TEACHER))
+        return as_interval(Estimate(value=None, reason=measured.no_teacher))
     return tested(measured, "student", "teacher", certainty)
 
 
 def _gap(measured: Measured, certainty: Certainty) -> dict[str, Any]:
     """Return the share of the gap recovered, where there is a reference other than the teacher's answer."""
     if "teacher" not in measured.scores:
-        gap = Estimate(value=None, reason=NO_REFERENCE)
+        alike = measured.no_teacher == NO_TEACHER
+        gap = Estimate(value=None, reason=NO_REFERENCE if alike else measured.no_teacher)
     else:
         three = [measured.values(m) for m in ("student", "teacher", "base")]
         ids = [i for i in measured.ids() if all(values.get(i) is not None for values in three)]
@@ -197,35 +203,37 @@ def _counted_against(
 
 def pool(rows: Sequence[Measured]) -> Measured | None:
     """Join the tasks that have a checker: one share of answers that pass, over all of them."""
-    checked = [m for m in rows if "teacher" in m.scores]
+    checked = [m for m in rows if m.bounds == SHARE]
     if not checked:
         return None
     items = tuple(item for m in checked for item in m.items)
     scores = {
         model: [score for m in checked for score in m.scores[model]] for model in checked[0].scores
     }
-    return Measured("checks passed", items, scores, SHARE)
+    return Measured("checks passed", items, scores, SHARE, checked[0].no_teacher)
 
 
-def loss_row(
+def token_row(
+    metric: str,
     items: Sequence[Item],
-    losses: Mapping[str, Sequence[tuple[float, int]]],
+    sums: Mapping[str, Sequence[tuple[float, int]]],
     certainty: Certainty,
+    bounds: Bounds | None = None,
 ) -> dict[str, Any]:
-    """Return the agreement row of the loss on the teacher's answers, in nats a token, before and after.
+    """Return an agreement row of what is measured token by token on the teacher's answers, before and after.
 
-    `losses` holds, for base and student, each item's (summed loss, tokens); tokens are the weights of the mean.
+    `sums` holds, for base and student, each item's (sum, tokens); tokens are the weights of the mean.
     """
-    kept = [k for k in range(len(items)) if losses["base"][k][1] > 0]
-    tokens = [float(losses["base"][k][1]) for k in kept]
+    kept = [k for k in range(len(items)) if sums["base"][k][1] > 0]
+    tokens = [float(sums["base"][k][1]) for k in kept]
     clusters = [items[k].cluster for k in kept]
-    value = {m: [losses[m][k][0] / losses[m][k][1] for k in kept] for m in ("base", "student")}
-    means = {m: estimate_mean(value[m], clusters, certainty, weights=tokens) for m in value}
+    value = {m: [sums[m][k][0] / sums[m][k][1] for k in kept] for m in ("base", "student")}
+    means = {m: estimate_mean(value[m], clusters, certainty, bounds, tokens) for m in value}
     change = estimate_difference(
-        value["student"], value["base"], clusters, certainty, weights=tokens
+        value["student"], value["base"], clusters, certainty, bounds, tokens
     )
     return {
-        "metric": "loss on the teacher's answer, nats a token",
+        "metric": metric,
         "n": len(kept),
         "tokens": int(sum(tokens)),
         "teacher": None,
@@ -233,6 +241,18 @@ def loss_row(
         "intervals": {m: [mean.low, mean.high] for m, mean in means.items()},
         "student_minus_base": as_interval(change),
         "reasons": {"teacher": NO_TEACHER},
+    }
+
+
+def reading_rows(
+    items: Sequence[Item], readings: Mapping[str, Readings], certainty: Certainty
+) -> dict[str, Any]:
+    """Return the agreement rows of the loss on the teacher's answers, and of how often the likeliest token is theirs."""
+    losses = {m: [(loss, tokens) for loss, tokens, _ in found] for m, found in readings.items()}
+    first = {m: [(hits, tokens) for _, tokens, hits in found] for m, found in readings.items()}
+    return {
+        "nats_per_token": token_row(LOSS, items, losses, certainty),
+        "top1": token_row(TOP, items, first, certainty, SHARE),
     }
 
 
@@ -291,7 +311,7 @@ def compared(
     items: Sequence[Item],
     answers: Models,
     rows: Mapping[str, Measured],
-    losses: Mapping[str, Sequence[tuple[float, int]]],
+    readings: Mapping[str, Readings],
     certainty: Certainty,
 ) -> dict[str, Any]:
     """Return everything that compares the models: tasks, all checks together, agreement, lengths, samples."""
@@ -302,7 +322,7 @@ def compared(
         "overall": row_of(pooled, certainty) if pooled else None,
         "agreement": {
             "chrf": row_of(alike, certainty),
-            "nats_per_token": loss_row(items, losses, certainty),
+            **reading_rows(items, readings, certainty),
         },
         "lengths": {m: lengths(list(found.values())) for m, found in answers.items()},
         "samples": samples(list(rows.values()), alike, answers),

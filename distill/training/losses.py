@@ -60,3 +60,19 @@ def cross_entropy(
     weights_S = weights_S.float()
     total = _CrossEntropy.apply(hidden_SD, head_VD, bias_V, targets_S, weights_S, rows)
     return total, weights_S.sum()  # pyright: ignore[reportReturnType]
+
+
+@torch.no_grad()
+def read_targets(
+    hidden_SD: Tensor, head_VD: Tensor, targets_S: Tensor, bias_V: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return -log p(target) in nats (S,) and whether the target is the likeliest token (S,), a chunk at a time."""
+    rows = max(16, CHUNK_BYTES // (4 * head_VD.shape[0]))
+    losses, hits = [hidden_SD.new_zeros(0, dtype=torch.float32)], [targets_S.new_zeros(0).bool()]
+    for start in range(0, len(targets_S), rows):
+        part = slice(start, start + rows)
+        logits = torch.nn.functional.linear(hidden_SD[part], head_VD, bias_V)
+        hits.append(logits.argmax(-1) == targets_S[part])
+        logs = torch.log_softmax(logits, -1, dtype=torch.float32)
+        losses.append(-logs.gather(1, targets_S[part, None]).squeeze(1))
+    return torch.cat(losses), torch.cat(hits)

@@ -9,7 +9,7 @@ Shape suffixes: N tokens of a row, S supervised positions, B samples, T longest 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from distill.training.attention import NAME
 from distill.training.batches import micro_batches
 from distill.training.encode import encode_pair
 from distill.training.layers import fuse, unfuse
-from distill.training.losses import cross_entropy
+from distill.training.losses import cross_entropy, read_targets
 from distill.training.packing import Segment, pack
 
 PROBE = (7, 12)  # lengths of the two samples that the probe packs
@@ -201,38 +201,41 @@ def _close(found: Tensor, wanted: Tensor) -> bool:
     return bool((found - wanted).float().norm() <= allowed * wanted.float().norm())
 
 
+class Reading(NamedTuple):
+    """How a model reads an answer: its loss in nats, the answer's tokens, and how many of them are its likeliest."""
+
+    loss: float
+    tokens: int
+    hits: int
+
+
 @torch.inference_mode()
 def answer_loss(
     model: Any, tokenizer: Any, pairs: Sequence[Pair], date: str, max_length: int
-) -> list[tuple[float, int]]:
-    """Return (loss sum in nats, tokens) of each pair's answer under `model`; (0, 0) for one longer than `max_length`."""
+) -> list[Reading]:
+    """Return how `model` reads each pair's answer, given the prompt; (0, 0, 0) for one longer than `max_length`."""
     examples = [encode_pair(tokenizer, pair, date) for pair in pairs]
     lengths = [len(e.input_ids) for e in examples]
     fitting = [i for i, length in enumerate(lengths) if length <= max_length]
-    results = [(0.0, 0)] * len(pairs)
+    results = [Reading(0.0, 0, 0)] * len(pairs)
     before = model.config._attn_implementation
     try:
         student, _ = make_student(model)
         for samples in micro_batches(fitting, lengths, MEASURED_TOKENS):
-            losses = _sample_losses(student, [examples[i] for i in samples])
-            for sample, result in zip(samples, losses, strict=True):
+            readings = _read(student, [examples[i] for i in samples])
+            for sample, result in zip(samples, readings, strict=True):
                 results[sample] = result
     finally:
         model.set_attn_implementation(before)
     return results
 
 
-def _sample_losses(student: Student, examples: Sequence[Example]) -> list[tuple[float, int]]:
-    """Return loss sum and supervised tokens of each sample of one packed batch."""
-    batch, results = student.batch(examples), []
-    hidden_ND, (head_VD, bias_V) = student.hidden(batch), student.head()
-    for sample in range(len(examples)):
-        own = batch.owners_S == sample
-        states, targets, weights = (
-            hidden_ND[batch.places_S[own]],
-            batch.targets_S[own],
-            batch.weights_S[own],
-        )
-        total, count = cross_entropy(states, head_VD, targets, weights, bias_V)
-        results.append((float(total), int(count)))
-    return results
+def _read(student: Student, examples: Sequence[Example]) -> list[Reading]:
+    """Read the samples of one packed batch in one forward pass."""
+    batch, (head_VD, bias_V) = student.batch(examples), student.head()
+    hidden_SD = student.hidden(batch)[batch.places_S]
+    losses_S, hits_S = read_targets(hidden_SD, head_VD, batch.targets_S, bias_V)
+    values_S3 = torch.stack([losses_S, torch.ones_like(losses_S), hits_S.float()], 1)
+    sums_B3 = torch.zeros(len(examples), 3, dtype=torch.float64)
+    sums_B3.index_add_(0, batch.owners_S.cpu(), values_S3.double().cpu())  # in order, on any device
+    return [Reading(loss, int(tokens), int(hits)) for loss, tokens, hits in sums_B3.tolist()]

@@ -1,0 +1,206 @@
+"""Who answers in an evaluation: the student's weights without and with the adapter, and on suites the teacher.
+
+All are responders, and answers go through the shared store: an evaluation that was killed goes on where it was, and
+what was asked once is never asked or paid for again.
+"""
+
+import gc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from peft import PeftModel
+
+from distill import models
+from distill.config import Config, Student
+from distill.evaluation.items import by_item
+from distill.evaluation.suites import Suite
+from distill.generation.budget import enter_account
+from distill.generation.generate import answer_all, make_teacher
+from distill.generation.local import LocalResponder
+from distill.generation.prices import load_prices
+from distill.generation.responder import Request, Responder, Sampling
+from distill.generation.terms import require_terms
+from distill.progress import say
+from distill.records import Pair, Prompt, Response, digest
+from distill.run import Run
+from distill.store import sha256_file
+from distill.template import template_hash
+from distill.training.student import Reading, answer_loss
+
+ADAPTER = "adapter_model.safetensors"
+RECORDED = "the teacher's answers were recorded, and it cannot be asked anew"
+UNPAID = "a paid teacher is asked the questions of a suite only within teacher.budget_dollars"
+UNASKED = "the suite does not ask the teacher"
+
+Given = dict[str, Response]  # answers by item id
+Spend = Callable[[int, int], None]
+
+
+class Answered(NamedTuple):
+    """What one model said to the held-out prompts, how it reads the teacher's answers, and its answers to suites."""
+
+    responses: list[Response]
+    readings: list[Reading]
+    suites: dict[str, Given]
+
+
+def limit(config: Config) -> int:
+    """Return how many tokens an answer may have: the teacher's limit, where evaluation states none."""
+    return config.evaluation.max_new_tokens or config.teacher.max_new_tokens
+
+
+def answer_with_student(
+    config: Config, run: Run, pairs: Sequence[Pair], suites: Sequence[Suite] = ()
+) -> tuple[dict[str, Any], dict[str, Answered]]:
+    """Answer with the student's weights without and with the adapter; return both models' descriptions too."""
+    described, answered = {}, {}
+    for name, folder in (("base", None), ("student", run.path("adapter"))):
+        responder, described[name] = student_responder(config, folder, name)
+        answered[name] = _answered(config, run, responder, pairs, suites)
+        del responder
+        gc.collect()
+    return described, answered
+
+
+def student_responder(
+    config: Config, adapter: Path | None, name: str
+) -> tuple[LocalResponder, dict[str, Any]]:
+    """Load the student's base, or with `adapter` the student as it is released; return its description too."""
+    student, date = config.student, config.template_date
+    if adapter:
+        models.check_base(adapter, student.model, student.revision)
+    tokenizer = models.load_tokenizer(student.model, student.revision, student.trust_remote_code)
+    told = describe(
+        student.model,
+        student.revision,
+        models.identity(student.model, student.revision),
+        template_hash(tokenizer, date),
+    )
+    told["adapter_sha256"] = sha256_file(adapter / ADAPTER) if adapter else None
+    model = load_student(student, adapter)
+    origin = digest({**told, "dtype": str(model.dtype)})
+    return LocalResponder(model, tokenizer, name, origin, date, config.evaluation.slots), told
+
+
+def load_student(student: Student, adapter: Path | None) -> Any:
+    """Load the student's base, or with `adapter` the student as it is released: added in float32, cast once."""
+    flags = (student.revision, student.allow_pickle, student.trust_remote_code)
+    if adapter is None:
+        return models.load_model(student.model, student.dtype, *flags)
+    base = models.load_model(student.model, "float32", *flags)
+    merged: Any = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True)
+    return merged.to(models.pick_dtype(student.dtype)).eval()
+
+
+def _answered(
+    config: Config,
+    run: Run,
+    responder: LocalResponder,
+    pairs: Sequence[Pair],
+    suites: Sequence[Suite],
+) -> Answered:
+    store, spend = config.store_folder() / "responses", spend_of(run)
+    prompts = [pair.prompt for pair in pairs]
+    responses = ask(responder, prompts, [limit(config)] * len(prompts), store, spend)
+    given = {suite.name: ask_suite(responder, suite, store, spend) for suite in suites}
+    say(f"{responder.model}: loss on the teacher's answers")
+    length = config.train.max_length
+    readings = answer_loss(responder.network, responder.tokenizer, pairs, responder.date, length)
+    return Answered(responses, readings, given)
+
+
+def spend_of(run: Run) -> Spend:
+    """Return what enters the tokens of an answer in the run's ledger."""
+    return lambda taken, made: run.spend(input_tokens=taken, output_tokens=made)
+
+
+def ask(
+    responder: Responder,
+    prompts: Sequence[Prompt],
+    limits: Sequence[int],
+    store: Path,
+    spend: Spend | None = None,
+    as_teacher: bool = False,
+) -> list[Response]:
+    """Ask the student's view of every prompt (`as_teacher`: the teacher's), greedily, at most `limits` tokens each."""
+    requests = [
+        Request.make(
+            responder.origin,
+            prompt.id,
+            prompt.asked_of_teacher() if as_teacher else prompt.messages,
+            Sampling(max_new_tokens=most),
+        )
+        for prompt, most in zip(prompts, limits, strict=True)
+    ]
+    return answer_all(responder, requests, store, f"{responder.model} answers", spend)
+
+
+def ask_suite(
+    responder: Responder,
+    suite: Suite,
+    store: Path,
+    spend: Spend | None = None,
+    as_teacher: bool = False,
+) -> Given:
+    """Ask the questions of a suite; return the answers by item id."""
+    items, most = suite.items, suite.limits()
+    prompts, limits = [item.prompt for item in items], [most[item.id] for item in items]
+    return by_item(items, ask(responder, prompts, limits, store, spend, as_teacher))
+
+
+def why_no_teacher(config: Config, suite: Suite) -> str | None:
+    """Say why a suite is not put to the teacher, or None where it is.
+
+    A local teacher is asked where the suite says so. A paid one needs a budget besides: nobody who runs an evaluation
+    should find a bill for questions that no student learns from.
+    """
+    if not suite.ask_teacher:
+        return UNASKED
+    if config.teacher.kind == "endpoint":
+        return None if config.teacher.budget_dollars is not None else UNPAID
+    return None if config.teacher.kind == "local" else RECORDED
+
+
+def answer_with_teacher(config: Config, run: Run, suites: Sequence[Suite]) -> dict[str, Given]:
+    """Put suites to the teacher; what a paid one took is in the ledger, also when the budget ends it (exit 6)."""
+    asked = [suite for suite in suites if why_no_teacher(config, suite) is None]
+    if not asked:
+        return {}
+    require_terms(config)
+    teacher, store = make_teacher(config, {}, []), config.store_folder() / "responses"
+    if config.teacher.kind != "endpoint":
+        spend = spend_of(run)
+        return {suite.name: ask_suite(teacher, suite, store, spend, True) for suite in asked}
+    try:
+        return {suite.name: ask_suite(teacher, suite, store, None, True) for suite in asked}
+    finally:
+        price = load_prices(config.evaluation.prices).teacher(config.teacher.model)
+        enter_account(run, store, price)
+
+
+def describe(
+    reference: str, revision: str | None, identity: str | None, template: str | None
+) -> dict[str, Any]:
+    """Describe a model for the scorecard: its name, what pins its weights, and its chat template."""
+    local = models.is_folder(reference)
+    commit = identity if identity and len(identity) == 40 else None
+    return {
+        "name": Path(reference).name if local else reference,
+        "hub_id": models.hub_id(reference),
+        "revision": revision or commit,
+        "sha256": None if commit else identity,
+        "template_hash": template,
+    }
+
+
+def describe_teacher(config: Config) -> dict[str, Any]:
+    """Describe the teacher; of recorded answers only what the user stated is known."""
+    teacher = config.teacher
+    if teacher.kind != "local":
+        told = describe(teacher.model or teacher.kind, teacher.revision, None, None)
+        return {**told, "reasons": {"sha256": "the answers were recorded elsewhere"}}
+    tokenizer = models.load_tokenizer(teacher.model, teacher.revision)
+    identity = models.identity(teacher.model, teacher.revision)
+    template = template_hash(tokenizer, config.template_date)
+    return describe(teacher.model, teacher.revision, identity, template)

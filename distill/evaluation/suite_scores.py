@@ -1,0 +1,57 @@
+"""From the answers to a suite to its results: scored by each task's checker, paired, and written with its items.
+
+A suite stands apart from the held-out items: it never enters the headline.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from distill.evaluation import results
+from distill.evaluation.results import Measured
+from distill.evaluation.statistics import Certainty
+from distill.evaluation.suites import Part, Suite
+from distill.records import Response
+from distill.store import write_records
+
+Models = Mapping[str, Mapping[str, Response]]
+
+
+def measure_part(part: Part, answers: Models, no_teacher: str = results.NO_TEACHER) -> Measured:
+    """Score every model's answers to one task of a suite."""
+    task, items = part.task, list(part.items)
+    found = results.measure_task(task.name, items, answers, task.metric or "", task.checker)
+    return replace(found, no_teacher=no_teacher)
+
+
+def measure_suite(suite: Suite, answers: Models, no_teacher: str) -> dict[str, Measured]:
+    """Score all tasks of a suite, by name; `no_teacher` says why the teacher's answers are missing."""
+    return {part.task.name: measure_part(part, answers, no_teacher) for part in suite.parts}
+
+
+def suite_result(
+    suite: Suite, rows: Mapping[str, Measured], answers: Models, certainty: Certainty
+) -> dict[str, Any]:
+    """Return a suite's part of evaluation.json: its facts, a row a task, all its checks together, lengths."""
+    pooled = results.pool(list(rows.values()))
+    return {
+        **suite.facts,
+        "tasks": {task: results.row_of(row, certainty) for task, row in rows.items()},
+        "overall": results.row_of(pooled, certainty) if pooled else None,
+        "lengths": {m: results.lengths(list(found.values())) for m, found in answers.items()},
+    }
+
+
+def write_suite(
+    folder: Path, suite: Suite, rows: Mapping[str, Measured], answers: Models
+) -> list[Path]:
+    """Write a suite's items, scores and answers below `folder`; return the files of scores."""
+    write_records(folder / f"scores/{suite.name}/items.jsonl", suite.items)
+    written = []
+    for model, given in answers.items():
+        scores = [score for row in rows.values() for score in row.scores[model]]
+        written.append(folder / f"scores/{suite.name}/{model}.jsonl")
+        write_records(written[-1], scores)
+        write_records(folder / f"answers/{suite.name}/{model}.jsonl", given.values())
+    return written

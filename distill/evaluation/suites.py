@@ -1,0 +1,190 @@
+"""Suites: named lists of tasks with their questions, as YAML (`eval/suites/*.yaml`), read into items.
+
+A task is one of `configs/tasks` or stands in the suite itself; its questions are rows of a file or of a dataset, read as
+the corpus is. Who is asked, how long an answer may be, where the questions come from and under which licence stand in
+the suite. Reading one loads no model.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from distill.config import (
+    Columns,
+    Config,
+    Corpus,
+    File,
+    Positive,
+    Section,
+    checked_model,
+    find_config,
+)
+from distill.corpus.corpus import interpreted
+from distill.corpus.prompts import ask
+from distill.corpus.readers import Reject, list_files
+from distill.corpus.split import rank
+from distill.errors import DistillError, Exit
+from distill.records import Document, Item, digest
+from distill.store import sha256_file
+from distill.tasks import Task, load_section, load_task, task_path
+
+SUITES = Path("eval/suites")
+Text = Annotated[str, Field(min_length=3, max_length=2000)]
+
+
+class Data(Section):
+    """Where the questions of a task come from: a file beside the suite or a dataset; rows of one `cluster` go together."""
+
+    path: File | None = None
+    dataset: str | None = None
+    dataset_config: str | None = None
+    dataset_split: str = "test"
+    columns: Columns = Columns()
+    reference_pattern: str | None = None
+    cluster: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "Data":
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("needs path or dataset, and not both")
+        if self.dataset is not None:
+            checked_model(self.dataset)
+        return self
+
+
+class Entry(Section):
+    """A task of a suite: its name or the task itself, its questions, how many of them, and the length of an answer."""
+
+    task: str | Task
+    data: Data
+    n: Positive | None = None
+    max_new_tokens: Positive = 256
+
+
+class SuiteFile(Section):
+    """A suite as it stands in YAML; base and student are always asked, the teacher where it says so."""
+
+    name: str
+    description: Text
+    source: Text
+    licence: Text
+    ask_teacher: bool = False
+    tasks: Annotated[tuple[Entry, ...], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A task of a suite with its items."""
+
+    task: Task
+    items: tuple[Item, ...]
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A suite with its items; `facts` is what a reader is told about it."""
+
+    name: str
+    ask_teacher: bool
+    parts: tuple[Part, ...]
+    facts: Mapping[str, Any]
+
+    @property
+    def items(self) -> list[Item]:
+        """Return the items of all tasks."""
+        return [item for part in self.parts for item in part.items]
+
+    def limits(self) -> dict[str, int]:
+        """Return how many tokens an answer may have, by item id."""
+        return {item.id: part.max_new_tokens for part in self.parts for item in part.items}
+
+
+def suite_path(name_or_path: str) -> Path:
+    """Return the file of a suite: a path ending in .yaml, or the name of one in eval/suites."""
+    if name_or_path.endswith((".yaml", ".yml")):
+        return find_config(Path(name_or_path))
+    return find_config(SUITES / f"{name_or_path}.yaml")
+
+
+def load_suites(names: Sequence[str]) -> list[Suite]:
+    """Read suites and their items; raises DistillError: exit 2 for a faulty suite, 3 for faulty or missing questions."""
+    suites = [load_suite(name) for name in names]
+    repeated = {s.name for s in suites if sum(s.name == other.name for other in suites) > 1}
+    if repeated:
+        what = f"two suites are called {min(repeated)}"
+        raise DistillError(Exit.CONFIG, "evaluation.suites", what, "rename one of the files")
+    return suites
+
+
+def load_suite(name_or_path: str) -> Suite:
+    """Read one suite and its items."""
+    path = suite_path(name_or_path)
+    told = _read(path)
+    parts = [_part(entry, path) for entry in told.tasks]
+    names = [part.task.name for part in parts]
+    if len(set(names)) < len(names):
+        raise DistillError(Exit.CONFIG, path, "two tasks have one name", "name them differently")
+    facts = told.model_dump(include={"description", "source", "licence"})
+    return Suite(told.name, told.ask_teacher, tuple(parts), {**facts, "sha256": _hash(path, told)})
+
+
+def _read(path: Path) -> SuiteFile:
+    return load_section(path, SuiteFile, "suite", str(SUITES))
+
+
+def _part(entry: Entry, suite: Path) -> Part:
+    """Make the items of a task; raises DistillError where nothing decides whether an answer is right."""
+    task = entry.task if isinstance(entry.task, Task) else load_task(entry.task)
+    if task.checker is None:
+        fix = "add a checker and its metric to the task"
+        raise DistillError(Exit.CONFIG, suite, f"task {task.name} has no checker", fix)
+    questions = _questions(entry.data, suite, f"{suite}: task {task.name}")
+    chosen = sorted(questions, key=lambda d: rank(d.id, 0, "suite"))[: entry.n]
+    items: dict[str, Item] = {}
+    for document in chosen:
+        item = Item.make(ask(task, document))
+        cluster = document.meta.get(entry.data.cluster or "", item.cluster)
+        items[item.id] = item.model_copy(update={"cluster": str(cluster)})
+    return Part(task, tuple(items.values()), entry.max_new_tokens)
+
+
+def _questions(data: Data, suite: Path, where: str) -> list[Document]:
+    """Read the rows of a task; every one must be a question, for what is left out would change the result."""
+    rejects: list[Reject] = []
+    corpus = Corpus(
+        path=_place(data.path, suite) if data.path else None,
+        **data.model_dump(include={"dataset", "dataset_config", "dataset_split"}),
+        columns=data.columns,
+        reference_pattern=data.reference_pattern,
+        format="prompts",
+    )
+    found = interpreted(corpus, rejects)
+    if rejects:
+        what = f"{len(rejects)} rows are no question, first {rejects[0].where}: {rejects[0].reason}"
+        raise DistillError(Exit.INPUT, where, what, "correct the rows, or map data.columns")
+    if not found:
+        raise DistillError(Exit.INPUT, where, "no items", "give it at least one question")
+    return found
+
+
+def _place(path: Path, suite: Path) -> Path:
+    """Return where a file of questions lies: beside the suite, else as the path says, else as it ships."""
+    beside = suite.parent / path
+    return beside if beside.exists() else find_config(path)
+
+
+def identity(config: Config) -> dict[str, str]:
+    """Return the hash of each suite that a run is measured on: of its YAML, its tasks and its files of questions."""
+    paths = {name: suite_path(name) for name in config.evaluation.suites}
+    return {f"suite {name}": _hash(path, _read(path)) for name, path in paths.items()}
+
+
+def _hash(suite: Path, told: SuiteFile) -> str:
+    named = [task_path(e.task) for e in told.tasks if isinstance(e.task, str)]
+    places = [_place(e.data.path, suite) for e in told.tasks if e.data.path]
+    questions = [file for place in places for file in list_files(place)[0]]
+    return digest([sha256_file(file) for file in (suite, *named, *questions) if file.is_file()])
