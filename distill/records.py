@@ -7,9 +7,9 @@ This module imports no torch; every stage may import it.
 import hashlib
 import json
 from decimal import Decimal
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 Role = Literal["system", "user", "assistant"]
 Stop = Literal["end", "length", "filtered", "error"]
@@ -113,6 +113,20 @@ class Usage(Record):
     estimated: bool = False
 
 
+class Candidate(Record):
+    """A token that may stand at a place of an answer; `bytes` are given where its text alone does not say them."""
+
+    token: str
+    logprob: Annotated[float, Field(allow_inf_nan=False)]
+    bytes: tuple[int, ...] | None = None
+
+
+class Place(Candidate):
+    """The token that stands at a place of an answer, and the likeliest that could have, as a server lists them."""
+
+    top: tuple[Candidate, ...] = ()
+
+
 class Response(Record):
     """One answer, as it was given."""
 
@@ -125,7 +139,7 @@ class Response(Record):
     reasoning: str | None = None
     stop: Stop
     usage: Usage = Usage()
-    logprobs: Any = None
+    logprobs: tuple[Place, ...] | None = None
     raw_sha256: str | None = None
     error: str | None = None
 

@@ -72,6 +72,24 @@ def test_a_strange_cost_is_none(cost: Any) -> None:
     assert wire._dollars(0.1) == Decimal("0.1")
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        [],
+        {"content": [1]},
+        {"content": [{"token": "a", "logprob": None}]},
+        {"content": [{"token": "a", "logprob": 1e400}]},
+        {"content": [{"token": "a", "logprob": -1, "top_logprobs": {"b": -2}}]},
+        {"tokens": ["a", "b"], "token_logprobs": [-1]},
+        {"tokens": ["a"], "token_logprobs": [None]},
+    ],
+)
+def test_log_probabilities_that_cannot_be_read_cost_no_answer(given: Any) -> None:
+    choice = {"message": {"content": "a"}, "finish_reason": "stop", "logprobs": given}
+    reply = wire.read_reply(json.dumps({"choices": [choice]}).replace("Infinity", "1e999").encode())
+    assert (reply.text, reply.stop, reply.logprobs) == ("a", "end", None)
+
+
 def test_half_a_surrogate_pair_is_replaced() -> None:
     text = r'"a \ud800 b \ud83d\ude00"'
     data = f'{{"choices": [{{"message": {{"content": {text}}}, "finish_reason": "stop"}}]}}'
@@ -86,7 +104,17 @@ JSON = st.recursive(
     max_leaves=8,
 )
 FIELDS = st.sampled_from(
-    ["error", "choices", "message", "content", "usage", "prompt_tokens", "text", "finish_reason"]
+    [
+        "error",
+        "choices",
+        "message",
+        "content",
+        "usage",
+        "text",
+        "finish_reason",
+        "logprobs",
+        "tokens",
+    ]
 )
 BODIES = st.recursive(
     JSON, lambda inner: st.dictionaries(FIELDS, inner | st.lists(inner, max_size=2)), max_leaves=12

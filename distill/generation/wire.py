@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any, Literal
 
-from distill.records import Message, Record, Stop, Usage, canonical
+from distill.records import Candidate, Message, Place, Record, Stop, Usage, canonical
 
 VERSION = 1  # of the form of a request: part of every request's origin
 STOPS: dict[str, Stop] = {"stop": "end", "length": "length", "content_filter": "filtered"}
@@ -26,6 +26,10 @@ QUOTA = {
     "project_spend_limit_exceeded",
     "organization_usage_limit_exceeded",
 }
+# A refusal of the request's form, which the next request shares: `transformers serve`, OpenRouter, DeepSeek
+FORM = re.compile(
+    r"Server is pinned to|Unexpected fields in the request|Model Not Exist|\S{1,200} is not a valid model ID"
+)
 UNPAID = {429, 503, 529}  # turned away before any work was done
 GATEWAY_FIXES = {
     401: "check the key in the variable that teacher.api_key_env names",
@@ -48,7 +52,7 @@ class Reply(Record):
     finish: str | None = None  # the server's own word for why it stopped
     usage: Usage = Usage()
     model: str | None = None
-    logprobs: Any = None
+    logprobs: tuple[Place, ...] | None = None
     dollars: Decimal | None = None
     error: str | None = None
 
@@ -170,8 +174,8 @@ def read_reply(data: bytes, question: int = 0) -> Reply:
         stop=stop,
         finish=finish if isinstance(finish, str) else None,
         usage=usage,
-        model=reported[:SHOWN] if isinstance(reported, str) and reported else None,
-        logprobs=choice.get("logprobs"),
+        model=_name(reported),
+        logprobs=_logprobs(choice.get("logprobs")),
         dollars=dollars,
         error=why,
     )
@@ -239,6 +243,49 @@ def _stop(
     return "error", f"unknown finish_reason {str(finish)[:40]!r}"
 
 
+def _name(reported: Any) -> str | None:
+    """Return the model that says that it answered, without the revision that `transformers serve` adds to every name."""
+    named = isinstance(reported, str) and reported[:SHOWN].removesuffix("@main")
+    return named or None
+
+
+def _logprobs(given: Any) -> tuple[Place, ...] | None:
+    """Return each token's log-probability and the likeliest beside it; None where there are none that can be read.
+
+    Chat completions hold an object a token, text completions lists side by side. Servers write -9999 for minus infinity.
+    """
+    if not isinstance(given, dict):
+        return None
+    try:
+        return tuple(_place(row) for row in given.get("content") or _rows(given)) or None
+    except (ValueError, TypeError, AttributeError):  # pydantic's own error is a ValueError
+        return None
+
+
+def _rows(given: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the lists of a text completion as an object a token; raises TypeError or ValueError where they do not fit."""
+    tokens, chances = given.get("tokens") or [], given.get("token_logprobs") or []
+    listed = given.get("top_logprobs") or [None] * len(tokens)
+    return [
+        {
+            "token": token,
+            "logprob": chance,
+            "top_logprobs": [{"token": t, "logprob": c} for t, c in (likely or {}).items()],
+        }
+        for token, chance, likely in zip(tokens, chances, listed, strict=True)
+    ]
+
+
+def _place(row: dict[str, Any]) -> Place:
+    """Read one token; raises pydantic's ValidationError."""
+    listed = [Candidate(**_candidate(other)) for other in row.get("top_logprobs") or []]
+    return Place(**_candidate(row), top=tuple(listed))
+
+
+def _candidate(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row.get(name) for name in ("token", "logprob", "bytes")}
+
+
 def _usage(given: Any, question: int, answer: int) -> tuple[Usage, Decimal | None]:
     """Return the tokens that the server counted, or an estimate of 4 characters a token, marked as one."""
     fields = given if isinstance(given, dict) else {}
@@ -290,6 +337,9 @@ def classify(status: int, data: bytes) -> Fault:
         return Fault(what=f"{status}: a redirect", scope="run", billed="no", fix=fix)
     if status in GATEWAY_FIXES and not (status == 403 and _moderated(message)):
         return Fault(what=what, scope="run", billed="no", fix=GATEWAY_FIXES[status])
+    if status in (400, 422) and FORM.match(message):
+        fix = "check teacher.model, and the fields that teacher.extra_body sends"
+        return Fault(what=what, scope="run", billed="no", fix=fix)
     if 400 <= status < 500 and status not in (408, 409, 425):
         return Fault(what=what, scope="item", billed="no")
     if 200 <= status < 300 and not message:
