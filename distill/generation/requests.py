@@ -1,0 +1,48 @@
+"""What a run asks its teacher: the requests of its prompts, and those for questions about its documents.
+
+Pure functions of the config and the run's files, so that a plan, a pilot and the generate stage mean the same requests.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from distill.config import Config, Questions
+from distill.corpus.questions import askings, distinct, read_questions, to_prompts
+from distill.generation.responder import Request, Sampling
+from distill.records import Document, Prompt, Response
+
+
+def requests_of(
+    config: Config, origin: str, prompts: Iterable[Prompt], documents: Mapping[str, Document]
+) -> list[Request]:
+    """Return the requests of all prompts, in their order."""
+    found = ((prompt, documents[prompt.document_id]) for prompt in prompts)
+    return [request for pair in found for request in requests_for(config, origin, *pair)]
+
+
+def requests_for(
+    config: Config, origin: str, prompt: Prompt, document: Document
+) -> Iterator[Request]:
+    """Yield the requests of a prompt: `teacher.n` samples for training, else one."""
+    teacher = config.teacher
+    sampling = Sampling(
+        temperature=teacher.temperature,
+        top_p=teacher.top_p,
+        max_new_tokens=teacher.max_new_tokens,
+    )
+    for sample in range(teacher.n if document.meta["split"] == "train" else 1):
+        yield Request.make(origin, prompt.id, prompt.asked_of_teacher(), sampling, sample)
+
+
+def asking_requests(settings: Questions, origin: str, document: Document) -> list[Request]:
+    """Return the requests that ask the teacher for questions about a document."""
+    sampling = Sampling(max_new_tokens=settings.max_new_tokens)
+    asked = askings(document, settings.kinds, settings.per_document)
+    return [Request.make(origin, prompt.id, prompt.messages, sampling) for prompt in asked]
+
+
+def written_prompts(
+    settings: Questions, document: Document, replies: Iterable[Response]
+) -> list[Prompt]:
+    """Return the prompts that the replies about a document become."""
+    found = distinct(question for reply in replies for question in read_questions(reply.text))
+    return to_prompts(document, found, settings.answer_with_passage, settings.student_sees_passage)
