@@ -38,7 +38,8 @@ from distill.config import Teacher  # noqa: E402
 from distill.generation.asking import origin_of  # noqa: E402
 from distill.generation.budget import account  # noqa: E402
 from distill.generation.endpoint import EndpointResponder  # noqa: E402
-from distill.generation.generate import answer_all, requests_for  # noqa: E402
+from distill.generation.generate import answer_all  # noqa: E402
+from distill.generation.requests import requests_for  # noqa: E402
 from distill.generation.responder import Request, Sampling  # noqa: E402
 from distill.progress import console  # noqa: E402
 from distill.records import Document, Message, Prompt, Response  # noqa: E402
@@ -58,7 +59,7 @@ FIGURES = {
     "unknown",
 }  # the rest counts what must not be
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-PRELOADED = ("distill.generation.terms", "httpcore2", "anyio._backends._asyncio")
+PRELOADED = ("scripts.kill_buyer_test", "httpcore2", "anyio._backends._asyncio")
 CONTEXT = multiprocessing.get_context("forkserver")
 
 
@@ -101,7 +102,7 @@ class Witness:
 
 def complete_run(count: int, concurrency: int, chance: random.Random, kills: int) -> dict[str, Any]:
     """Start the client until it ends by itself, with at most `kills` kills; return the counts."""
-    CONTEXT.set_forkserver_preload([__name__, *PRELOADED])
+    CONTEXT.set_forkserver_preload([*PRELOADED])
 
     def script(number: int, payload: dict[str, Any]) -> Reply:
         return Reply(delay=chance.uniform(0, 0.05))
@@ -162,7 +163,7 @@ class Buying:
 
     def _reply(self, number: int, payload: dict[str, Any]) -> Reply:
         first = payload["messages"][-1]["content"] == "q0 please" and number == 0
-        return Reply(status=500) if first else Reply()
+        return Reply(status=500) if first else Reply(delay=number % 4 / 500)
 
     def __enter__(self) -> "Buying":
         self.teacher.__enter__()
@@ -241,7 +242,7 @@ LEDGER = ("dollars", "unknown_dollars", "unknown", "attempts")
 
 def every_call(count: int, concurrency: int, chained: bool = True) -> Counter[str]:
     """Kill a run before each call and in each write, and continue it; then one run at all of them in a row."""
-    CONTEXT.set_forkserver_preload([__name__, *PRELOADED])
+    CONTEXT.set_forkserver_preload([*PRELOADED])
     total = Counter[str]()
     for half in (False, True):
         for call in itertools.count():
@@ -278,7 +279,7 @@ def main() -> None:
     given = parser.parse_args()
     row: dict[str, Any] = {"concurrency": given.concurrency}
     if given.every_call:
-        row |= every_call(min(given.questions, 12), given.concurrency)
+        row |= every_call(min(given.questions, 40), given.concurrency)
     else:
         row |= random_kills(given.kills, given.questions, given.concurrency, given.seed)
     for name, value in row.items():
