@@ -73,9 +73,15 @@ def test_the_pace_is_even(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [Pace(None, None).take(9) for _ in range(3)] == [0, 0, 0]
 
 
-def test_replicas_share_the_load_and_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return a clock that stands still, to be set."""
+    clock = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    return clock
+
+
+def test_replicas_share_the_load_and_rest(now: list[float]) -> None:
     replicas = Replicas(("a", "b"))
     replicas.busy["a"] = 1
     assert replicas.pick() == "b"
@@ -88,3 +94,12 @@ def test_replicas_share_the_load_and_rest(monkeypatch: pytest.MonkeyPatch) -> No
     assert replicas.pick() == "a", "the second rest is longer"
     replicas.note("a", well=False)
     assert replicas.pick() == "b", "all are out: the one that is back first"
+
+
+def test_a_death_that_many_requests_tell_of_counts_once(now: list[float]) -> None:
+    replicas = Replicas(("a", "b"))
+    for _ in range(50):
+        replicas.note("b", well=False)
+    replicas.busy["a"] = 1
+    now[0] += 2.1
+    assert replicas.pick() == "b"

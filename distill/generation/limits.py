@@ -122,6 +122,9 @@ class Replicas:
             self._faults[address] = 0
             self._out[address] = 0.0
             return
+        now = time.monotonic()
+        if self._out[address] > now:
+            return  # one death, told by every request that was in flight
         rest = min(self.LONGEST_REST, self.REST * 2 ** min(self._faults[address], 10))
         self._faults[address] += 1
-        self._out[address] = time.monotonic() + rest
+        self._out[address] = now + rest
