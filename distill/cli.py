@@ -28,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 NAMES = tuple(stage.name for stage in STAGES)
+CHECKING = ("filter", "evaluate")  # the stages that check answers
 ConfigArgument = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="A YAML file, or the folder of a run.")
 ]
@@ -36,6 +37,14 @@ Overrides = Annotated[
 ]
 RunArgument = Annotated[
     Path, typer.Argument(metavar="RUN", help="The folder of a run, or its config.")
+]
+
+RedoThis = Annotated[bool, typer.Option("--redo", help="Make it again, though it is done.")]
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code", help="Run generated programs, in a sandbox.")
+]
+UnsafeCode = Annotated[
+    bool, typer.Option("--unsafe-code", help="Run them with limits only; they can read and write.")
 ]
 
 
@@ -55,6 +64,26 @@ def open_run(place: Path, overrides: Sequence[str] = ()) -> Run:
     runs = place.parent if place.name == folder.name else folder.parent
     here = {"name": folder.name, "runs": runs}
     return Run(config.model_copy(update=here))
+
+
+def permit_code(
+    run: Run, stages: Sequence[Stage], redo: Sequence[Stage], sandboxed: bool, unsafe: bool
+) -> None:
+    """Let generated programs run as asked; raises DistillError (exit 2) where stages need that which are left."""
+    from distill.checkers import RUNS_CODE
+    from distill.evaluation.suites import tasks_of
+    from distill.sandbox.run import allow
+
+    allow("unsafe" if unsafe else "sandbox" if sandboxed else "no")
+    checking = [stage for stage in stages if stage.name in CHECKING]
+    left = any(stage in redo or run.state(stage)[0] != "done" for stage in checking)
+    if not left or sandboxed or unsafe:
+        return
+    needing = [t.name for t in tasks_of(run.config) if t.checker and t.checker["kind"] in RUNS_CODE]
+    if needing:
+        what = "is checked by running the programs that models wrote"
+        fix = "allow that with --allow-code, which runs them in a sandbox"
+        raise DistillError(Exit.CONFIG, f"task {needing[0]}", what, fix)
 
 
 def perform(run: Run, stages: Sequence[Stage], redo: Sequence[Stage] = ()) -> None:
@@ -109,13 +138,17 @@ def run_all(
     redo: Annotated[
         str | None, typer.Option(metavar="STAGE", help="Make STAGE and what follows again.")
     ] = None,
+    allow_code: AllowCode = False,
+    unsafe_code: UnsafeCode = False,
 ) -> None:
     """Do every stage that is left, and show the scorecard."""
     from distill.generation.terms import require_terms
 
     run = open_run(config, overrides or ())
+    again = from_stage(redo) if redo else ()
+    permit_code(run, STAGES, again, allow_code, unsafe_code)
     require_terms(run.config)
-    perform(run, STAGES, from_stage(redo) if redo else ())
+    perform(run, STAGES, again)
     show_scorecard(run)
 
 
@@ -123,11 +156,7 @@ def _stage_command(stage: Stage) -> Callable[..., None]:
     """Return the verb of one stage."""
 
     def command(
-        config: ConfigArgument,
-        overrides: Overrides = None,
-        redo: Annotated[
-            bool, typer.Option("--redo", help="Make it again, though it is done.")
-        ] = False,
+        config: ConfigArgument, overrides: Overrides = None, redo: RedoThis = False
     ) -> None:
         run = open_run(config, overrides or ())
         perform(run, (stage,), (stage,) if redo else ())
@@ -137,11 +166,33 @@ def _stage_command(stage: Stage) -> Callable[..., None]:
     return command
 
 
+def _checking_command(stage: Stage) -> Callable[..., None]:
+    """Return the verb of a stage that checks answers, and so may run programs."""
+
+    def command(
+        config: ConfigArgument,
+        overrides: Overrides = None,
+        redo: RedoThis = False,
+        allow_code: AllowCode = False,
+        unsafe_code: UnsafeCode = False,
+    ) -> None:
+        run = open_run(config, overrides or ())
+        again = (stage,) if redo else ()
+        permit_code(run, (stage,), again, allow_code, unsafe_code)
+        perform(run, (stage,), again)
+
+    return command
+
+
+def _command(stage: Stage) -> Callable[..., None]:
+    return (_checking_command if stage.name in CHECKING else _stage_command)(stage)
+
+
 for _stage in STAGES:
     app.command(_stage.name, help=f"Do the stage {_stage.name}: {_stage.purpose}.")(
-        _stage_command(_stage)
+        _command(_stage)
     )
-app.command("eval", hidden=True)(_stage_command(STAGES[NAMES.index("evaluate")]))
+app.command("eval", hidden=True)(_command(STAGES[NAMES.index("evaluate")]))
 
 
 @app.command()
@@ -188,13 +239,17 @@ def publish(
         str | None, typer.Option(metavar="OWNER/NAME", help="Upload to the Hub, privately.")
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="Upload for everybody.")] = False,
+    override: Annotated[
+        str | None,
+        typer.Option(metavar="REASON", help="Publish against the evidence; the card says why."),
+    ] = None,
 ) -> None:
     """Make the release of a run: adapter, merged model, card; and upload it where that is asked."""
     from distill.publishing.publish import main as make_release
 
     opened = open_run(run)
     with opened.lock():
-        make_release(opened.config, opened, push, public)
+        make_release(opened.config, opened, push, public, override)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

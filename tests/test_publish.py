@@ -171,6 +171,48 @@ def test_scores_of_another_adapter(run):
     assert error.code == Exit.PUBLISH and "evaluated was adapter" in error.what
 
 
+def test_no_override_publishes_the_scores_of_another_adapter(run):
+    make_scorecard(run, models={"student": {"adapter_sha256": "0" * 64}})
+    with pytest.raises(DistillError, match="evaluated was adapter"):
+        main(run.config, run, override="we know better")
+
+
+WORSE = {"mean": -0.1, "low": -0.2, "high": 0.0}
+SPEAKS_AGAINST = {
+    "leaked": ({"contamination": {"n": 66, "flagged": 3}}, "3 of 66 items stand in the training"),
+    "worse": ({"overall": {"student_minus_base": WORSE}}, "worse than its base: -10.0 points"),
+    "worse by loss": (
+        {"agreement": {"nats_per_token": {"student_minus_base": {"mean": 0.25}}}},
+        "+0.250 nats a token",
+    ),
+}
+
+
+@pytest.mark.parametrize("changes, said", SPEAKS_AGAINST.values(), ids=SPEAKS_AGAINST)
+def test_what_speaks_against_publishing_stops_it_or_stands_on_the_card(run, changes, said):
+    make_scorecard(run, **changes)
+    error = refused(run)
+    assert error.code == Exit.PUBLISH and said in error.what and "--override" in error.fix
+    assert not run.path("release").exists()
+    release = main(run.config, run, override="a study of <b>failures</b>")
+    card = (release / "README.md").read_text()
+    assert said.partition(":")[0] in card and "a study of &lt;b&gt;failures" in card
+
+
+def test_a_student_that_is_better_needs_no_override_and_shows_none(run):
+    make_scorecard(run, overall={"student_minus_base": {"mean": 0.2}})
+    release = main(run.config, run, override="just in case")
+    assert "Published although" not in (release / "README.md").read_text()
+
+
+def test_merged_weights_that_differ_are_not_released(run, monkeypatch):
+    monkeypatch.setattr("distill.publishing.merge.MAX_KL", -1.0)
+    error = refused(run)
+    assert error.code == Exit.PUBLISH and "is not the adapter that was evaluated" in error.what
+    release = main(run.config, run, override="for the record")
+    assert "the merged model is not the adapter" in (release / "README.md").read_text()
+
+
 def test_an_adapter_of_another_base(run):
     write_json(run.path("adapter/base.json"), {"identity": "f" * 40})
     assert refused(run).code == Exit.TRAINING

@@ -39,6 +39,8 @@ class Facts(Record):
     terms: tuple[str, ...] = ()  # what allows training on the teacher's answers, and the duties
     displays: tuple[str, ...] = ()  # lines that a licence wants shown
     licence_owed: bool = False  # to the terms of teacher or base
+    overridden: tuple[str, ...] = ()  # what the release gate found
+    override: str | None = None  # why it was published all the same
 
 
 def make_card(facts: Facts, scorecard: Mapping[str, Any], fidelity: Fidelity) -> ModelCard:
@@ -127,6 +129,7 @@ def sections(facts: Facts, scorecard: Mapping[str, Any], fidelity: Fidelity) -> 
         f"[{cell(facts.base)}](https://huggingface.co/{cell(facts.base)})."
     )
     yield "\n\n".join(f"**{cell(line)}**" for line in facts.displays)
+    yield _override(facts)
     yield _scores(scorecard)
     yield _agreement(scorecard)
     yield _costs(scorecard)
@@ -134,6 +137,14 @@ def sections(facts: Facts, scorecard: Mapping[str, Any], fidelity: Fidelity) -> 
     yield _use(facts)
     yield _limits(facts, fidelity)
     yield _licence(facts)
+
+
+def _override(facts: Facts) -> str:
+    """Return what spoke against publishing, and the reason that the publisher gave."""
+    if facts.override is None:
+        return ""
+    found = "\n".join(f"- {cell(line)}" for line in facts.overridden)
+    return f"**Published although:**\n\n{found}\n\nThe publisher's reason: {cell(facts.override)}"
 
 
 def _scores(scorecard: Mapping[str, Any]) -> str:

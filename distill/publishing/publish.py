@@ -1,7 +1,7 @@
 """Make `release/`: the merged model, the adapter, the card and the scorecard, from an allow-list into a fresh folder.
 
-`python scripts/publish.py RUN [--push OWNER/NAME] [--public]`. The release holds what was evaluated and nothing else:
-the adapter's hash is the scorecard's, links and paths that lead out are refused, and every file is scanned before
+`python scripts/publish.py RUN [--push OWNER/NAME] [--public] [--override REASON]`. The release holds what was
+evaluated and nothing else: the adapter's hash is the scorecard's, links and paths that lead out are refused, and every file is scanned before
 anything can be uploaded.
 """
 
@@ -24,6 +24,7 @@ from distill.publishing.duties import (
     owed_licence,
     write_notices,
 )
+from distill.publishing.gate import evidence, pass_gate, weights
 from distill.publishing.merge import Conversation, Fidelity, merge_and_compare
 from distill.publishing.push import check_name, push
 from distill.publishing.scan import scan
@@ -46,14 +47,22 @@ REPORT = ("scorecard.json", "report.html")
 COMPARED = 8  # prompts on which merged and adapter are compared
 
 
-def main(config: Config, run: Run, repository: str | None = None, public: bool = False) -> Path:
+def main(
+    config: Config,
+    run: Run,
+    repository: str | None = None,
+    public: bool = False,
+    override: str | None = None,
+) -> Path:
     """Build the release, and push it where `repository` (OWNER/NAME) is given; return its folder.
 
-    Raises DistillError: exit 9 for what must not be published, 10 where licence or terms do not allow it.
+    Raises DistillError: exit 9 for what must not be published, unless `override` gives a reason for the card to show;
+    10 where licence or terms do not allow it.
     """
     if repository:
         check_name(repository)
     scorecard = evaluated(run)
+    overridden = pass_gate(evidence(scorecard), override)
     terms = obligations(config)
     names = [model_name(config, repository), *([repository] if repository else [])]
     check_names(terms.owed, names)
@@ -64,6 +73,7 @@ def main(config: Config, run: Run, repository: str | None = None, public: bool =
     (work / "adapter").mkdir(parents=True)
     write_notices(terms.owed, config.terms.agreement, work)
     fidelity = add_models(config, run, work)
+    overridden += pass_gate(weights(fidelity), override)
     for name in REPORT:
         copy_plain(run.path(name), work / name)
     write_json(work / "fidelity.json", fidelity.model_dump())
@@ -74,6 +84,8 @@ def main(config: Config, run: Run, repository: str | None = None, public: bool =
             "terms": tuple(terms.verdict.lines()),
             "displays": tuple(terms.displays()),
             "licence_owed": licensing(terms.owed) is not None,
+            "overridden": tuple(overridden),
+            "override": override if overridden else None,
         }
     )
     make_card(facts, scorecard, fidelity).save(work / "README.md")
@@ -81,11 +93,6 @@ def main(config: Config, run: Run, repository: str | None = None, public: bool =
     release = put_in_place(work, run.path("release"))
     say(f"release: {release} ({', '.join(sorted(p.name for p in release.iterdir()))})")
     if repository:
-        if not fidelity.same:
-            what = "the merged model is not the adapter that was evaluated"
-            raise DistillError(
-                Exit.PUBLISH, release, f"{what}: {fidelity.line()}", "evaluate it first"
-            )
         push(release, repository, public)
     return release
 
@@ -172,10 +179,6 @@ def add_models(config: Config, run: Run, work: Path) -> Fidelity:
         trust_remote_code=student.trust_remote_code,
     )
     say(fidelity.line())
-    if not fidelity.same:
-        say(
-            "the scores are the adapter's: the merged model must be evaluated itself before it is published"
-        )
     missing = [name for name in MODEL if not (work / name).is_file()]
     if missing:
         raise DistillError(Exit.PUBLISH, work, f"{missing[0]} was not written", "report this")

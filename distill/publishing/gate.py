@@ -1,0 +1,77 @@
+"""The release gate: what the evidence must say before a student is published, and the override that the card shows.
+
+A scorecard of another checkpoint is no finding here: nothing overrides that (`publish.evaluated`), because the card's
+figures would be another model's. Terms and licences are in `duties`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from distill.errors import DistillError, Exit
+from distill.progress import say
+from distill.publishing.merge import Fidelity
+from distill.records import Record
+
+ON_PURPOSE = 'or publish with --override "reason", which the card shows'
+
+
+class Finding(Record):
+    """Something that speaks against publishing: where it stands, what it is, what to do about it."""
+
+    where: str
+    what: str
+    fix: str
+
+
+def evidence(scorecard: Mapping[str, Any]) -> list[Finding]:
+    """Return what in a scorecard speaks against publishing its student."""
+    return [found for check in (_leaked, _worse) for found in check(scorecard)]
+
+
+def _leaked(scorecard: Mapping[str, Any]) -> list[Finding]:
+    """Find held-out items that stand in the training data: the scores on them say nothing."""
+    found = scorecard.get("contamination") or {}
+    if not found.get("flagged"):
+        return []
+    what = f"{found['flagged']} of {found['n']} items stand in the training data"
+    return [Finding(where="contamination", what=what, fix="--redo prompts, which takes them out")]
+
+
+def _worse(scorecard: Mapping[str, Any]) -> list[Finding]:
+    """Find a student that measured worse than its base: over all checks, else by its loss on the teacher's answers."""
+    change = _mean(scorecard.get("overall"))
+    if change is not None:
+        worse, what = change < 0, f"{100 * change:+.1f} points over all checks"
+    else:
+        loss = _mean((scorecard.get("agreement") or {}).get("nats_per_token")) or 0.0
+        worse, what = loss > 0, f"{loss:+.3f} nats a token on the teacher's answers"
+    fix = "train longer, on more answers, or on other settings"
+    worse_than = f"is worse than its base: {what}"
+    return [Finding(where="the student", what=worse_than, fix=fix)] if worse else []
+
+
+def _mean(row: Any) -> float | None:
+    return ((row or {}).get("student_minus_base") or {}).get("mean")
+
+
+def weights(fidelity: Fidelity) -> list[Finding]:
+    """Return what speaks against the merged weights: they are not those that were evaluated."""
+    if fidelity.same:
+        return []
+    what = f"is not the adapter that was evaluated: {fidelity.line()}"
+    fix = "train and evaluate in the dtype of the base"
+    return [Finding(where="the merged model", what=what, fix=fix)]
+
+
+def pass_gate(findings: Sequence[Finding], override: str | None) -> list[str]:
+    """Return what the card must say of findings that were overridden; without an override they raise (exit 9)."""
+    if not findings:
+        return []
+    first, others = findings[0], len(findings) - 1
+    if override is None:
+        more = f" (and {others} more)" if others else ""
+        fix = f"{first.fix}; {ON_PURPOSE}"
+        raise DistillError(Exit.PUBLISH, first.where, first.what + more, fix)
+    for found in findings:
+        say(f"overridden: {found.where} {found.what}")
+    return [f"{found.where} {found.what}" for found in findings]
