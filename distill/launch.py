@@ -1,41 +1,70 @@
-"""The train stage started as a program of its own, by plain python or once a process by `accelerate launch`.
+"""A stage started as a program of its own, by plain python or once a process by `accelerate launch`: generate or train.
 
-The first process holds the run's lock and does the stage, with all it records; the others look at the same state,
-take the same decision, and join the work without writing anything.
+The first process holds the run's lock and does the stage, with all it records. The others join its work: in training
+they look at the same state and take the same decision, and in generation they answer what the first hands out.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from distill.cli import open_run, perform
-from distill.errors import exit_code
+from distill.errors import DistillError, Exit, exit_code
+from distill.generation.crew import Crew
 from distill.progress import console
-from distill.run import Run
+from distill.run import Run, Stage
 from distill.stages import STAGES
 
-TRAIN = next(stage for stage in STAGES if stage.name == "train")
 
-
-def main(words: Sequence[str]) -> int:
-    """Do the stage for `CONFIG [key=value ...] [--redo] [--allow-inexact] [--debug]`; returns the exit code."""
+def main(name: str, words: Sequence[str]) -> int:
+    """Do a stage for `CONFIG [key=value ...] [--redo] [--allow-inexact] [--debug]`; returns the exit code."""
     flags = {word for word in words if word.startswith("--")}
     config, *overrides = [word for word in words if word not in flags]
+    stage = next(stage for stage in STAGES if stage.name == name)
     return exit_code(
-        lambda: train(open_run(Path(config), overrides), flags), debug="--debug" in flags
+        lambda: STARTS[name](open_run(Path(config), overrides), stage, flags), "--debug" in flags
     )
 
 
-def train(run: Run, flags: set[str]) -> None:
-    """Do the stage on the first process, or join it on another."""
+def _perform(run: Run, stage: Stage, flags: set[str]) -> None:
+    perform(run, (stage,), (stage,) if "--redo" in flags else ())
+
+
+def train(run: Run, stage: Stage, flags: set[str]) -> None:
+    """Train on the first process, or join it on another."""
     from distill.training.train import main as work
 
-    stage = replace(TRAIN, main=partial(work, allow_inexact="--allow-inexact" in flags))
+    stage = replace(stage, main=partial(work, allow_inexact="--allow-inexact" in flags))
     if int(os.environ.get("RANK", "0")) == 0:
-        perform(run, (stage,), (stage,) if "--redo" in flags else ())
+        _perform(run, stage, flags)
         return
     console.quiet = True
     if "--redo" in flags or run.checked_state(stage) != "done":
         stage.main(run.config, run)
+
+
+def generate(run: Run, stage: Stage, flags: set[str]) -> None:
+    """Ask the teacher on the first process, or answer for it on another."""
+    from distill.generation.generate import join
+    from distill.generation.generate import main as work
+
+    crew = Crew.meet()
+    if len(crew.pids) == 1:
+        _perform(run, stage, flags)
+        return
+    if run.config.teacher.kind != "local":
+        what, fix = f"one process asks a {run.config.teacher.kind} teacher", "distill generate"
+        raise DistillError(Exit.CONFIG, "teacher.kind", what, fix)
+    crew.listen()
+    if crew.rank == 0:
+        _perform(run, replace(stage, main=partial(work, crew=crew)), flags)
+        crew.dismiss()
+        return
+    console.quiet = True
+    with run.joining(stage):
+        join(run.config, run, crew)
+
+
+STARTS: dict[str, Callable[[Run, Stage, set[str]], None]] = {"train": train, "generate": generate}

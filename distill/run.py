@@ -186,6 +186,15 @@ class Run:
             with disk_faults(path), path.open("a", encoding="utf-8") as file:
                 file.write(entry.to_line() + "\n")
 
+    @contextmanager
+    def joining(self, stage: Stage) -> Iterator[None]:
+        """Count what this process spends as part of a stage that another process performs."""
+        self._running = stage.name
+        try:
+            yield
+        finally:
+            self._running = ""
+
     def _spent(self, stage: str) -> Path:
         """Return the file of what a stage has spent and the ledger does not hold yet."""
         return self.folder / "stages" / f"{stage}.spent.jsonl"

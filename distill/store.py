@@ -94,7 +94,7 @@ def sweep(folder: Path) -> None:
     """Remove what `write_atomic` left in a folder, and below it, in processes that were killed."""
     for path in folder.rglob(".*.tmp"):
         pid = path.stem.rpartition(".")[2]
-        if pid.isdigit() and path.is_file() and not _alive(int(pid)):
+        if pid.isdigit() and path.is_file() and not alive(int(pid)):
             path.unlink(missing_ok=True)
 
 
@@ -200,13 +200,14 @@ class FolderLock:
         pid = ""
         for _ in range(20):
             pid = os.pread(self.handle, 32, 0).decode("ascii", "replace")
-            if pid.isdigit() and _alive(int(pid)):
+            if pid.isdigit() and alive(int(pid)):
                 break
             time.sleep(0.01)
         return pid or "unknown"
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Tell whether there is a process of that id."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -240,13 +241,16 @@ VERSION = 1  # of the lines that this code writes
 DECODERS: dict[int, Callable[[bytes], Entry | None]] = {1: decode_line}
 
 
-def scan(segment: Path, version: int = VERSION) -> Iterator[tuple[int, int, bytes, Entry | None]]:
-    """Yield number (from 1), first byte, bytes and record (None where damaged) of every line of a segment.
+def scan(
+    segment: Path, version: int = VERSION, offset: int = 0
+) -> Iterator[tuple[int, int, bytes, Entry | None]]:
+    """Yield number (from 1), first byte, bytes and record (None where damaged) of every line from `offset` on.
 
     Memory is bounded by the longest line.
     """
-    decode, offset = DECODERS[version], 0
+    decode = DECODERS[version]
     with segment.open("rb", buffering=BLOCK) as file:
+        file.seek(offset)
         for number, data in enumerate(file, 1):
             yield number, offset, data, decode(data[:-1] if data[-1] == NEWLINE else data)
             offset += len(data)
@@ -454,6 +458,52 @@ def _extend(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+class Tail:
+    """Reads what another process adds to a log, each record once; whose log it is holds the lock."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.segment, self.offset = folder, 1, 0
+
+    def read(self) -> Iterator[tuple[str, str, Any]]:
+        """Yield what was added since the last call; a line that is still being written is left for the next.
+
+        Raises DistillError (exit 5) on damage.
+        """
+        while (path := self._path(self.segment)).exists():
+            finished = self._path(
+                self.segment + 1
+            ).exists()  # looked up first: then no line is missed
+            for _, offset, data, record in scan(path, offset=self.offset):
+                if data[-1] != NEWLINE:
+                    break
+                if record is None:
+                    raise _damaged(f"{path} at byte {offset}", self.folder, "damaged record")
+                self.offset = offset + len(data)
+                yield record[0], record[1], json.loads(record[2])
+            if not finished:
+                return
+            self.segment, self.offset = self.segment + 1, 0
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:08}.jsonl"
+
+
+def copy(records: Iterable[tuple[str, str, Any]], log: Log) -> int:
+    """Append records to a log, a thousand an fsync; return how many were new."""
+    left, count = iter(records), 0
+    while group := list(islice(left, 1000)):
+        count += log.append(group)
+    return count
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder so that no crash leaves a part of it under its name."""
+    gone = folder.with_name(f".{folder.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone)
+
+
 class Loss(NamedTuple):
     """A line that a repair left out: where it stood, its length in bytes, and why."""
 
@@ -514,11 +564,8 @@ def repair(folder: Path) -> Repair:
 def _copy_whole(folder: Path, fresh: Path) -> tuple[int, list[Loss]]:
     """Copy every whole record of `folder` into a new log; return how many, and what was left out."""
     losses: list[Loss] = []
-    records, kept = _whole_records(folder, losses), 0
     with Log(fresh) as log:
-        while group := list(islice(records, 1000)):
-            kept += log.append(group)
-    return kept, losses
+        return copy(_whole_records(folder, losses), log), losses
 
 
 def _whole_records(folder: Path, losses: list[Loss]) -> Iterator[tuple[str, str, Any]]:

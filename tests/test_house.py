@@ -18,7 +18,7 @@ LAYERS = (
     ("__init__", "errors"),
     ("records", "yaml_reader"),
     ("config",),
-    ("progress", "environment"),
+    ("progress", "environment", "processes"),
     ("store",),
     ("run",),
     ("download", "template", "checkers"),
@@ -85,7 +85,7 @@ def test_accelerate_stands_where_processes_meet():
         for name, _ in imports(path)
         if name.startswith("accelerate")
     }
-    assert users <= {"training"}
+    assert users <= {"training", "generation"}
 
 
 def test_what_must_start_fast_loads_nothing_heavy():

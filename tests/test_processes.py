@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from distill.errors import DistillError, Exit
-from distill.training.processes import check_world, interruptible
+from distill.processes import check_world, interruptible
 
 LAUNCH = "/usr/bin/python\0/usr/bin/accelerate\0launch\0--cpu\0--num_processes\0{}\0train.py\0"
 

@@ -7,20 +7,22 @@ so that an interrupted run ends with the same bytes as one that was not.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distill.config import Config
 from distill.corpus.questions import askings, distinct, read_questions, to_prompts
 from distill.errors import DistillError, Exit
 from distill.generation.budget import enter_account, last_fault
 from distill.generation.canned import CannedResponder, RecordedResponder, answers_hash
+from distill.generation.crew import Crew, take_over
+from distill.generation.plans import Spend, answers, lacking, planned, store_each
 from distill.generation.prices import load_prices
 from distill.generation.responder import (
     Buyer,
-    Plan,
     Planner,
     Raw,
     Request,
@@ -35,13 +37,15 @@ from distill.records import Document, Prompt, Response
 from distill.run import Run
 from distill.store import Log, read_records, write_records
 
-Spend = Callable[[int, int], None]
+if TYPE_CHECKING:
+    from distill.generation.local import LocalResponder
 
 
-def main(config: Config, run: Run) -> None:
+def main(config: Config, run: Run, crew: Crew | None = None) -> None:
     """Make responses.jsonl from prompts.jsonl, and questions.jsonl, empty unless the teacher writes questions.
 
     Raises DistillError (exit 10) before anything is asked, where the teacher's terms do not allow it.
+    This is the main process of a `crew`, where others answer too.
     """
     run.note("terms", require_terms(config).facts())
     documents = {d.id: d for d in read_records(run.path("documents.jsonl"), Document)}
@@ -49,7 +53,7 @@ def main(config: Config, run: Run) -> None:
     teacher = make_teacher(config, documents, prompts)
     folder = config.store_folder() / "responses"
     try:
-        _generate(config, run, teacher, documents, prompts, folder)
+        _generate(config, run, teacher, documents, prompts, folder, crew)
     finally:
         if config.teacher.kind == "endpoint":
             price = load_prices(config.evaluation.prices).teacher(config.teacher.model)
@@ -63,6 +67,7 @@ def _generate(
     documents: dict[str, Document],
     prompts: list[Prompt],
     folder: Path,
+    crew: Crew | None,
 ) -> None:
     """Ask all that is to be asked, and write what the stage makes."""
     asked = 0
@@ -73,7 +78,7 @@ def _generate(
         if config.teacher.kind != "endpoint":  # whose spending is entered from the store
             run.spend(input_tokens=input_tokens, output_tokens=output_tokens)
 
-    written = write_questions(config, teacher, list(documents.values()), folder, spend)
+    written = write_questions(config, teacher, list(documents.values()), folder, spend, crew)
     write_records(run.path("questions.jsonl"), written)
     prompts += written
     requests = [
@@ -81,7 +86,7 @@ def _generate(
         for prompt in prompts
         for request in requests_for(config, teacher.origin, prompt, documents[prompt.document_id])
     ]
-    responses = answer_all(teacher, requests, folder, "teacher", spend)
+    responses = answer_all(teacher, requests, folder, "teacher", spend, crew)
     write_records(run.path("responses.jsonl"), responses)
     if asked and config.teacher.kind == "recorded" and config.teacher.dollars is not None:
         run.spend(dollars=config.teacher.dollars, price="as stated in teacher.dollars")
@@ -121,11 +126,31 @@ def make_teacher(
 
         price = load_prices(config.evaluation.prices).teacher(teacher.model)
         return EndpointResponder(teacher, price, config.name)
+    return local_teacher(config)
+
+
+def local_teacher(config: Config) -> "LocalResponder":
+    """Make the teacher that runs on this machine."""
     from distill.generation.local import LocalResponder
 
+    teacher = config.teacher
     return LocalResponder.load(
         teacher.model, teacher.dtype, teacher.revision, config.template_date, teacher.slots
     )
+
+
+def join(config: Config, run: Run, crew: Crew) -> None:
+    """Do a share of the work, as another process than the main one."""
+
+    def ready() -> Planner:
+        teacher = local_teacher(config)
+        teacher.load_weights()  # while the main process loads its own and plans
+        return teacher
+
+    def spend(input_tokens: int, output_tokens: int) -> None:
+        run.spend(input_tokens=input_tokens, output_tokens=output_tokens)
+
+    crew.join(ready, config.store_folder() / "responses", spend)
 
 
 def requests_for(
@@ -143,7 +168,12 @@ def requests_for(
 
 
 def write_questions(
-    config: Config, teacher: Responder, documents: Sequence[Document], folder: Path, spend: Spend
+    config: Config,
+    teacher: Responder,
+    documents: Sequence[Document],
+    folder: Path,
+    spend: Spend,
+    crew: Crew | None = None,
 ) -> list[Prompt]:
     """Let the teacher write questions about each document, and return the prompts that they become."""
     settings = config.prompts.questions
@@ -155,7 +185,7 @@ def write_questions(
     sampling = Sampling(max_new_tokens=settings.max_new_tokens)
     asked = [p for d in documents for p in askings(d, settings.kinds, settings.per_document)]
     requests = [Request.make(teacher.origin, p.id, p.messages, sampling) for p in asked]
-    replies = answer_all(teacher, requests, folder, "questions", spend)
+    replies = answer_all(teacher, requests, folder, "questions", spend, crew)
     known = {document.id: document for document in documents}
     prompts: list[Prompt] = []
     pairs = zip(asked, replies, strict=True)
@@ -176,28 +206,21 @@ def answer_all(
     store_folder: Path,
     title: str,
     spend: Spend | None = None,
+    crew: Crew | None = None,
 ) -> list[Response]:
     """Return one response a request, in their order, asking only for what the store in `store_folder` lacks.
 
-    `spend` is told the input and output tokens of each answer that was generated now.
+    `spend` is told the input and output tokens of each answer that was generated now, by this process.
     """
     with Log(store_folder, writable=False) as log:
         missing = lacking(log, requests)
     if missing:
         with Log(store_folder) as log:
-            _ask(responder, missing, log, title, spend)
+            take_over(log)
+            if missing := lacking(log, missing):
+                _ask(responder, missing, log, title, spend, crew)
     with Log(store_folder, writable=False) as log:
         return [read(log, request) for request in requests]
-
-
-def lacking(log: Log, requests: Iterable[Request]) -> list[Request]:
-    """Return the requests whose answer is not stored, each once."""
-    found: dict[str, Request] = {}
-    for request in requests:
-        identifier = Response.make_id(request.key, request.sample)
-        if ("response", identifier) not in log:
-            found.setdefault(identifier, request)
-    return list(found.values())
 
 
 def read(log: Log, request: Request) -> Response:
@@ -218,7 +241,12 @@ def read(log: Log, request: Request) -> Response:
 
 
 def _ask(
-    responder: Responder, missing: list[Request], log: Log, title: str, spend: Spend | None
+    responder: Responder,
+    missing: list[Request],
+    log: Log,
+    title: str,
+    spend: Spend | None,
+    crew: Crew | None,
 ) -> None:
     """Ask for all that is missing, and store each answer as it comes."""
     if isinstance(responder, Buyer):
@@ -226,14 +254,24 @@ def _ask(
         return
     with tracking(title, len(missing), "answers") as tracker:
         started, tokens = time.monotonic(), 0
-        for raw in _answers(responder, missing, log):
-            if ("response", raw.id) in log:
-                continue  # a plan that is rerun gives again what was stored before the kill
+        for raw in _stored(responder, missing, log, spend, crew):
             tokens += raw.usage.output_tokens
-            if spend:  # first, so that a kill while the answer is being stored hides no spending
-                spend(raw.usage.input_tokens, raw.usage.output_tokens)
-            log.append([("response", raw.id, raw.model_dump(mode="json"))])
             tracker.advance(extra=f"{tokens / (time.monotonic() - started):.0f} tokens/s")
+
+
+def _stored(
+    responder: Responder,
+    missing: list[Request],
+    log: Log,
+    spend: Spend | None,
+    crew: Crew | None,
+) -> Iterator[Raw]:
+    """Return the raw answers, each once it is stored, by this process or another of the crew."""
+    if not isinstance(responder, Planner):
+        return store_each(responder.ask(missing), log, spend)
+    if crew:
+        return crew.lead(responder, missing, log, spend)
+    return store_each(answers(responder, planned(responder, missing, log)), log, spend)
 
 
 def _buy(buyer: Buyer, missing: list[Request], log: Log, title: str, spend: Spend | None) -> None:
@@ -246,23 +284,3 @@ def _buy(buyer: Buyer, missing: list[Request], log: Log, title: str, spend: Spen
             if spend:
                 spend(raw.usage.input_tokens, raw.usage.output_tokens)
             tracker.advance(extra=buyer.progress())
-
-
-def _answers(responder: Responder, missing: list[Request], log: Log) -> Iterator[Raw]:
-    """Yield raw answers: first of stored plans that were not finished, then of new plans."""
-    if not isinstance(responder, Planner):
-        yield from responder.ask(missing)
-        return
-    for plan in unfinished(log, missing):
-        yield from responder.ask_plan(plan)
-    plans = responder.plan(lacking(log, missing))
-    log.append(("plan", plan.id, plan.model_dump(mode="json")) for plan in plans)
-    for plan in plans:
-        yield from responder.ask_plan(plan)
-
-
-def unfinished(log: Log, missing: Sequence[Request]) -> list[Plan]:
-    """Return the stored plans that hold a missing request, in the order they were stored."""
-    wanted = {(request.key, request.sample) for request in missing}
-    plans = [Plan.model_validate(log.get("plan", key)) for key in log.keys("plan")]
-    return [p for p in plans if any((r.key, r.sample) in wanted for r in p.requests)]

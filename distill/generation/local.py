@@ -86,6 +86,10 @@ class LocalResponder:
         given: Any = self._given
         return given if isinstance(given, torch.nn.Module) else given()
 
+    def load_weights(self) -> None:
+        """Load the model now rather than at the first request."""
+        assert self.network is not None
+
     @cached_property
     def stop_ids(self) -> frozenset[int]:
         """Return the ids that end an answer: those that the model names, the tokenizer's, and the template's."""

@@ -23,6 +23,13 @@ from accelerate.utils import InitProcessGroupKwargs
 from distill import models
 from distill.config import Config
 from distill.errors import DistillError, Exit
+from distill.processes import (
+    Interrupt,
+    check_world,
+    die_with_parent,
+    interruptible,
+    launcher_command,
+)
 from distill.progress import Tracker, say, tracking
 from distill.records import Example, digest
 from distill.run import Run, differences, flatten
@@ -38,13 +45,6 @@ from distill.training.optimizer import (
     warmup_count,
 )
 from distill.training.prepare import Parts, prepare
-from distill.training.processes import (
-    Interrupt,
-    check_world,
-    die_with_parent,
-    interruptible,
-    launcher_command,
-)
 from distill.training.student import answer_loss
 
 __all__ = ["answer_loss", "main"]

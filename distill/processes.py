@@ -28,8 +28,14 @@ def launcher_command() -> str:
         return ""
 
 
-def check_world(asked: int | None, command: str, world: int) -> None:
-    """Stop (exit 7) where `world` processes run, but the config (`asked`) or the launcher's `command` says another number."""
+def check_world(
+    asked: int | None,
+    command: str,
+    world: int,
+    script: str = "scripts/train.py",
+    code: Exit = Exit.TRAINING,
+) -> None:
+    """Stop with `code` where `world` processes run, but the config (`asked`) or the launcher's `command` says another number."""
     stated = (
         ASKED.search(command)
         if re.search(r"accelerate|torchrun|torch\.distributed", command)
@@ -38,8 +44,8 @@ def check_world(asked: int | None, command: str, world: int) -> None:
     for number, source in ((asked, "train.num_processes"), (stated and int(stated[1]), "launcher")):
         if number and number != world:
             what = f"{number} processes were asked for, {world} came"
-            fix = f"accelerate launch --multi_gpu --num_processes {number} scripts/train.py CONFIG"
-            raise DistillError(Exit.TRAINING, source, what, fix)
+            fix = f"accelerate launch --multi_gpu --num_processes {number} {script} CONFIG"
+            raise DistillError(code, source, what, fix)
 
 
 def die_with_parent() -> None:

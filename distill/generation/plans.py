@@ -1,0 +1,64 @@
+"""Plans of answers that depend on what shares the batch: recorded before they are asked, rerun whole when unfinished.
+
+So an interrupted run ends with the same bytes as one that was not, and it does not matter who answers which plan.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from distill.generation.responder import Plan, Planner, Raw, Request
+from distill.records import Response
+from distill.store import Log
+
+Spend = Callable[[int, int], None]
+
+
+def lacking(log: Log, requests: Iterable[Request]) -> list[Request]:
+    """Return the requests whose answer is not stored, each once."""
+    found: dict[str, Request] = {}
+    for request in requests:
+        identifier = Response.make_id(request.key, request.sample)
+        if ("response", identifier) not in log:
+            found.setdefault(identifier, request)
+    return list(found.values())
+
+
+def unfinished(log: Log, missing: Sequence[Request]) -> list[Plan]:
+    """Return the stored plans that hold a missing request, in the order they were stored."""
+    wanted = {(request.key, request.sample) for request in missing}
+    plans = [Plan.model_validate(log.get("plan", key)) for key in log.keys("plan")]
+    return [p for p in plans if any((r.key, r.sample) in wanted for r in p.requests)]
+
+
+def planned(planner: Planner, missing: Sequence[Request], log: Log) -> list[Plan]:
+    """Return the plans that bring the missing answers, all of them stored: unfinished ones first, then new ones."""
+    begun = unfinished(log, missing)
+    theirs = {(request.key, request.sample) for plan in begun for request in plan.requests}
+    fresh = planner.plan([r for r in missing if (r.key, r.sample) not in theirs])
+    log.append(("plan", plan.id, plan.model_dump(mode="json")) for plan in fresh)
+    return begun + fresh
+
+
+def answers(planner: Planner, plans: Iterable[Plan]) -> Iterator[Raw]:
+    """Yield the answers of each plan in turn."""
+    for plan in plans:
+        yield from planner.ask_plan(plan)
+
+
+def store_each(
+    raws: Iterable[Raw], log: Log, spend: Spend | None, known: Log | None = None
+) -> Iterator[Raw]:
+    """Store each answer that neither `log` nor `known` has, durably, and yield it then."""
+    for raw in raws:
+        record = ("response", raw.id)
+        if record in log or (known and record in known):
+            continue  # a plan that is rerun gives again what was stored before the kill
+        if spend:  # first, so that a kill while the answer is being stored hides no spending
+            spend(raw.usage.input_tokens, raw.usage.output_tokens)
+        log.append([(*record, raw.model_dump(mode="json"))])
+        yield raw
+
+
+def worth_keeping(log: Log, kind: str, body: Any) -> bool:
+    """Tell whether anything reads a stored record again: all but a plan whose every answer is stored."""
+    return kind != "plan" or bool(lacking(log, Plan.model_validate(body).requests))
