@@ -15,7 +15,7 @@ MODEL = "fake-1"
 
 
 def settings(teacher: FakeTeacher | str | tuple[str, ...], **changes: Any) -> Teacher:
-    """Return the settings of an impatient client of a teacher."""
+    """Return the settings of a client that retries soon, with timeouts that a busy machine does not reach."""
     url = teacher.url if isinstance(teacher, FakeTeacher) else teacher
     given = {
         "kind": "endpoint",
@@ -24,10 +24,10 @@ def settings(teacher: FakeTeacher | str | tuple[str, ...], **changes: Any) -> Te
         "max_new_tokens": 20,
         "first_wait": 0.01,
         "max_retries": 3,
-        "connect_timeout": 0.5,
-        "read_timeout": 0.5,
-        "total_timeout": 2,
-        "drain_timeout": 2,
+        "connect_timeout": 20,
+        "read_timeout": 20,
+        "total_timeout": 30,
+        "drain_timeout": 30,
         **changes,
     }
     return Teacher.model_validate(given)

@@ -37,6 +37,7 @@ class Reply:
     headers: dict[str, str] = field(default_factory=dict)
     manner: str = "whole"  # whole, reset, hang, drip, endless, half, silent
     delay: float = 0.0
+    hold: Callable[[], object] | None = None  # the reply waits until this holds
     billed: bool | None = None  # None: where the status is 200 and nothing fails
     answer: dict[str, Any] = field(default_factory=dict)  # changes of the answer's body
     message: dict[str, Any] = field(default_factory=dict)  # changes of its message
@@ -128,6 +129,8 @@ class FakeTeacher:
         if well if reply.billed is None else reply.billed:
             self._charge(payload, body)
         await asyncio.sleep(reply.delay)
+        while reply.hold and not reply.hold():
+            await asyncio.sleep(0.005)
         if reply.manner == "hang":
             await asyncio.sleep(60)
         if reply.manner in ("silent", "hang"):

@@ -7,9 +7,11 @@ import asyncio
 import random
 import time
 from collections.abc import Mapping
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds of backoff, before jitter
+FOREVER = 1e9  # seconds; a longer wait is as good as this one
 
 
 def backoff(attempt: int, first: float = FIRST_WAIT, chance: random.Random | None = None) -> float:
@@ -39,18 +41,19 @@ def retry_after(headers: Mapping[str, str], now: float | None = None) -> float |
 
 
 def _number(text: str | None) -> float | None:
-    """Return a plain number that is not negative, or None."""
+    """Return a plain number that is not negative, and no more than FOREVER, or None."""
     try:
         value = float(text or "")
     except ValueError:
         return None
-    return value if 0 <= value < float("inf") else None
+    return min(value, FOREVER) if 0 <= value < float("inf") else None
 
 
 def _date(text: str) -> float | None:
-    """Return an HTTP date in seconds since 1970, or None."""
+    """Return an HTTP date in seconds since 1970, or None; without a zone it is UTC, as all HTTP dates are."""
     try:
-        return parsedate_to_datetime(text).timestamp()
+        found = parsedate_to_datetime(text)
+        return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
     except (ValueError, TypeError, IndexError, OverflowError):
         return None
 

@@ -326,6 +326,9 @@ class Purchase:
 
     async def _fail(self, attempt: Attempt, fault: Fault, got: Received | None) -> None:
         """Store how an attempt failed, and do what that means for the item, for all workers, or for the run."""
+        heeded = got is not None and (fault.limited or got.status == 503)
+        asked = retry_after(got.headers) if got and heeded else None
+        self._pause(asked, attempt.number, fault)  # at once: the others are about to send
         await self._record(attempt, fault, got)
         if fault.billed == "no":
             self.budget.settle(attempt.reserved, NOTHING)
@@ -336,8 +339,10 @@ class Purchase:
             raise DistillError(Exit.TEACHER, self.settings.model, fault.what, fault.fix)
         if fault.scope == "item":
             self.results.put(self._failed(attempt.request, fault.what))
-        if got is not None and (fault.limited or got.status == 503):
-            self._pause(retry_after(got.headers), attempt.number, fault)
+        if asked is not None and asked > self.settings.max_pause:
+            what = f"asks to wait {asked:,.0f} s ({fault.what})"
+            fix = f"run again then, or raise teacher.max_pause: {AGAIN}"
+            raise DistillError(Exit.TEACHER, self.settings.model, what, fix)
         self._count(fault)
 
     async def _record(self, attempt: Attempt, fault: Fault, got: Received | None = None) -> None:
@@ -352,13 +357,9 @@ class Purchase:
         await self.scribe.write(*records)
 
     def _pause(self, asked: float | None, number: int, fault: Fault) -> None:
-        """Hold all workers for as long as the server asks, or for a backoff; raises where that is too long."""
+        """Hold all workers for as long as the server asks, or for a backoff where the rate was too high."""
         if asked is None and not fault.limited:
             return
-        if asked is not None and asked > self.settings.max_pause:
-            what = f"asks to wait {asked:,.0f} s ({fault.what})"
-            fix = f"run again then, or raise teacher.max_pause: {AGAIN}"
-            raise DistillError(Exit.TEACHER, self.settings.model, what, fix)
         jitter = backoff(number if asked is None else 0, self.settings.first_wait)
         self.gate.pause(jitter + (asked or 0.0))
 
