@@ -1,7 +1,8 @@
 """Checks of an answer that need no judge: is it the JSON, the code, the number that was asked for?
 
 Used by the filters (before training) and by the scorers (in evaluation), so both mean the same. A check never raises,
-whatever the text: wrong, empty, hostile or endless answers fail with a reason.
+whatever the text: wrong, empty, hostile or endless answers fail with a reason. A check that runs the answer is refused
+unless the person at the machine has allowed it (`distill.sandbox.run`).
 """
 
 import ast
@@ -15,11 +16,13 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, NamedTuple, NoReturn
 
 from distill.records import Prompt
+from distill.sandbox.run import DEFAULT, Limits, Trial, run_tests
 
 MAX_CODE = (
     20_000  # characters; a longer answer is no short example, and parsing it may exhaust the stack
 )
 FENCE = re.compile(r"\A```[^\n`]*\n(.*?)\n?```\Z", re.DOTALL)
+BLOCK = re.compile(r"```[^\n`]*\n(.*?)\n?```", re.DOTALL)
 NUMBER = re.compile(r"(?:(?<![\w.)])[-\u2212])?\$?(\d[\d,]*(?:\.\d+)?|\.\d+)", re.ASCII)
 STATED = re.compile(r"####\s*([^\n]+)|\\boxed\{([^{}]*)\}")
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]*[A-Z])|\n+")
@@ -34,9 +37,9 @@ FIELD_TYPES: dict[str, Callable[[Any], bool]] = {
 
 
 class Verdict(NamedTuple):
-    """Whether an answer passed, what was read out of it, and why it did not pass."""
+    """Whether an answer passed (None: a failure of ours), what was read out of it, and why it did not pass."""
 
-    passed: bool
+    passed: bool | None
     answer: str | None
     reason: str
 
@@ -90,6 +93,45 @@ def _python_code(prompt: Prompt, text: str) -> Verdict:
     return Verdict(True, code, "parses and uses the name" if name else "parses")
 
 
+def _python_tests(
+    prompt: Prompt, text: str, seconds: float = DEFAULT.seconds, megabytes: int = DEFAULT.megabytes
+) -> Verdict:
+    """Pass code that passes the tests of the prompt's reference, run in a sandbox."""
+    tests = read_tests(prompt.reference or "")
+    code = _program(text, tests)
+    if not code.strip() or len(code) > MAX_CODE + len(tests.setup):
+        return Verdict(False, None, "no code" if not code.strip() else "code too long")
+    passed, reason = run_tests(code, tests, Limits(seconds, megabytes))
+    return Verdict(passed, code, reason)
+
+
+def read_tests(reference: str) -> Trial:
+    """Read tests: JSON with `test`, `entry_point` and perhaps `prompt` (HumanEval's columns), else lines of Python.
+
+    Lines (MBPP's `test_list`) assert what functions of the program's return; HumanEval's test defines `check`.
+    """
+    try:
+        row = json.loads(reference)
+        test, entry = str(row["test"]), str(row["entry_point"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return Trial(reference)
+    return Trial(f"{test}\n\ncheck({entry})\n", str(row.get("prompt", "")), entry)
+
+
+def _program(text: str, tests: Trial) -> str:
+    """Return an answer's program: its first fenced block, or all of it, after what the prompt begins the code with.
+
+    An answer that does not define the function goes on where the prompt ends, as a completion.
+    """
+    block = BLOCK.search(text)
+    code = block[1] if block else text
+    name = re.escape(tests.entry)
+    whole = re.search(rf"^(?:(?:async )?def|class) {name}\b|^{name}\s*[:=]", code, re.MULTILINE)
+    if tests.entry and not whole:
+        return f"{tests.setup.rstrip()}\n{code}"
+    return f"{tests.setup}\n\n{code.strip()}" if code.strip() else ""
+
+
 def read_number(text: str) -> Decimal | None:
     """Return the number stated after `####` or in a box, else the last number in the text."""
     stated = [first or second for first, second in STATED.findall(text)]
@@ -137,6 +179,12 @@ def _normalised(prompt: Prompt, text: str) -> Verdict:
     return _compared(answer, answer == normalised(prompt.reference or ""), prompt)
 
 
+def _includes(prompt: Prompt, text: str) -> Verdict:
+    """Pass a text in which the reference's words stand, in their order and without others between."""
+    found = f" {normalised(prompt.reference or '')} " in f" {normalised(text)} "
+    return _compared(text.strip(), found, prompt)
+
+
 def _choice(prompt: Prompt, text: str) -> Verdict:
     """Pass the reference's letter: alone, as `answer: B`, or the first one that stands by itself."""
     found = CHOSEN.findall(text)[-1:] or re.findall(r"(?:^|[\s(*])([A-Z])(?=[).:*\s]|$)", text)[:1]
@@ -171,14 +219,17 @@ def _max_sentences(prompt: Prompt, text: str, max: int = 1) -> Verdict:
 KINDS: dict[str, Callable[..., Verdict]] = {
     "json_object": _json_object,
     "python_code": _python_code,
+    "python_tests": _python_tests,
     "number": _number,
     "exact": _exact,
     "normalised": _normalised,
+    "includes": _includes,
     "choice": _choice,
     "regex": _regex,
     "max_sentences": _max_sentences,
 }
-NEEDS_REFERENCE = frozenset({"number", "exact", "normalised", "choice"})
+NEEDS_REFERENCE = frozenset({"python_tests", "number", "exact", "normalised", "includes", "choice"})
+RUNS_CODE = frozenset({"python_tests"})
 
 
 def validate(checker: Mapping[str, Any]) -> None:
@@ -196,6 +247,10 @@ def validate(checker: Mapping[str, Any]) -> None:
         raise ValueError(f"keys maps each key to one of {', '.join(FIELD_TYPES)}")
     if not isinstance(settings.get("max", 1), int):
         raise ValueError("max must be a whole number")
+    for limit in ("seconds", "megabytes"):
+        value = settings.get(limit, 10)
+        if not isinstance(value, int | float) or not 1 <= value <= 100_000:
+            raise ValueError(f"{limit} must be a number from 1 to 100,000")
     try:
         re.compile(settings.get("pattern", ""))
     except (re.error, TypeError) as error:

@@ -21,7 +21,8 @@ LAYERS = (
     ("progress", "environment", "processes"),
     ("store",),
     ("run",),
-    ("download", "template", "checkers"),
+    ("download", "template", "sandbox"),
+    ("checkers",),
     ("models", "tasks"),
     ("corpus",),
     ("generation",),
@@ -29,8 +30,9 @@ LAYERS = (
     ("evaluation",),
     ("publishing",),
     ("stages", "estimates"),
-    ("devices", "tables", "scope"),
-    ("plan", "status"),
+    ("devices", "tables", "scope", "forecast"),
+    ("bill",),
+    ("plan", "pilot", "status"),
     ("cli",),
     ("launch", "__main__"),
 )
@@ -39,7 +41,7 @@ WITHOUT_TORCH = (
     *("errors", "records", "yaml_reader", "config", "store", "progress", "environment", "run"),
     *("download", "template", "tasks", "checkers", "models", "stages", "estimates", "devices"),
     *("tables", "scope", "plan", "status", "cli", "launch", "corpus.corpus", "corpus.prompts"),
-    *("corpus.privacy", "generation.terms"),
+    *("corpus.privacy", "corpus.contamination", "generation.terms"),
     *("generation.prices", "generation.responder", "generation.generate", "generation.filters"),
 )
 HEAVY = {"torch", "transformers", "accelerate", "peft", "datasets", "matplotlib", "sacrebleu"}
@@ -109,6 +111,8 @@ METHODS = {("pickle", "load"), ("pickle", "loads"), ("yaml", "load"), ("torch", 
     "path", sources("distill", "scripts", "eval"), ids=lambda p: str(p.relative_to(ROOT))
 )
 def test_nothing_is_executed_or_unpickled(path):
+    if path == PACKAGE / "sandbox" / "judge.py":
+        return  # which lives in the sandbox, to do just that
     for node in ast.walk(ast.parse(path.read_text())):
         if not isinstance(node, ast.Call):
             continue

@@ -37,7 +37,8 @@ def passes(checker: Mapping[str, Any], model: str) -> Scorer:
             verdict = check(checker, item.prompt, response.text)
         except OURS as error:
             return Judged(None, None, f"the checker failed: {type(error).__name__}: {error}")
-        return Judged(float(verdict.passed), verdict.answer, verdict.reason)
+        value = None if verdict.passed is None else float(verdict.passed)
+        return Judged(value, verdict.answer, verdict.reason)
 
     return _scorer(model, judge)
 

@@ -132,13 +132,24 @@ def load_suite(name_or_path: str) -> Suite:
     return Suite(told.name, told.ask_teacher, tuple(parts), {**facts, "sha256": _hash(path, told)})
 
 
+def tasks_of(config: Config) -> list[Task]:
+    """Return the tasks whose answers a run checks: those it asks, and those of its suites. Reads no questions."""
+    asked = [load_task(name) for name in config.prompts.tasks]
+    suites = [_read(suite_path(name)) for name in config.evaluation.suites]
+    return asked + [_task(entry) for suite in suites for entry in suite.tasks]
+
+
+def _task(entry: Entry) -> Task:
+    return entry.task if isinstance(entry.task, Task) else load_task(entry.task)
+
+
 def _read(path: Path) -> SuiteFile:
     return load_section(path, SuiteFile, "suite", str(SUITES))
 
 
 def _part(entry: Entry, suite: Path) -> Part:
     """Make the items of a task; raises DistillError where nothing decides whether an answer is right."""
-    task = entry.task if isinstance(entry.task, Task) else load_task(entry.task)
+    task = _task(entry)
     if task.checker is None:
         fix = "add a checker and its metric to the task"
         raise DistillError(Exit.CONFIG, suite, f"task {task.name} has no checker", fix)

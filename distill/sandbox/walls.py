@@ -1,0 +1,285 @@
+"""The walls around a generated program, put up by the process that is to live inside them. Linux, standard library only.
+
+Namespaces of its own for processes, network, mounts, IPC and names; a root of read-only system libraries and one small
+folder; a user without rights on the host; limits on everything that can be limited; and a filter that refuses the
+system calls which lead out (sockets, mounts, tracing, namespaces, memory that nobody counts). Raises OSError where the
+system does not let us. Needs Linux 5.14: from then on processes are counted for each user namespace apart.
+"""
+
+import ctypes
+import errno
+import os
+import resource
+import signal
+import struct
+import sys
+from typing import NoReturn
+
+BOX = "/box"  # the program's own folder
+OUTSIDE = 65_534  # the user that a sandbox of root's is on the host
+INSIDE = 1_000
+PROCESSES, FILES, FOLDER = 32, 64, 32  # at most: threads count as processes; megabytes of folder
+SYSTEM = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
+
+NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = (
+    *(0x20000, 0x2000000, 0x4000000, 0x8000000),
+    *(0x10000000, 0x20000000, 0x40000000),
+)
+RDONLY, NOSUID, NODEV, NOEXEC, REMOUNT, BIND, REC, PRIVATE = (
+    *(0x1, 0x2, 0x4, 0x8, 0x20),
+    *(0x1000, 0x4000, 0x40000),
+)
+DETACH, RECURSIVE, HERE = 2, 0x8000, -100
+SET_PDEATHSIG, SET_DUMPABLE, SET_SECCOMP, CAPBSET_DROP, SET_NO_NEW_PRIVS = 1, 4, 22, 24, 38
+MOUNT_SETATTR = 442
+PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+
+# Refused, as numbers on x86-64 and aarch64 (-1: not there). Linux: arch/x86/entry/syscalls/syscall_64.tbl, and
+# include/uapi/asm-generic/unistd.h.
+REFUSED: dict[str, tuple[int, int]] = {
+    "socket": (41, 198),  # sockets of every family: vsock knows no namespaces
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "kcmp": (312, 272),
+    "pidfd_getfd": (438, 438),
+    "mount": (165, 40),
+    "umount2": (166, 39),
+    "pivot_root": (155, 41),
+    "chroot": (161, 51),
+    "open_tree": (428, 428),
+    "move_mount": (429, 429),
+    "fsopen": (430, 430),
+    "fsconfig": (431, 431),
+    "fsmount": (432, 432),
+    "fspick": (433, 433),
+    "mount_setattr": (442, 442),
+    "unshare": (272, 97),
+    "setns": (308, 268),
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    "shmget": (29, 194),
+    "msgget": (68, 186),
+    "semget": (64, 190),
+    "mq_open": (240, 180),
+    "bpf": (321, 280),
+    "perf_event_open": (298, 241),
+    "userfaultfd": (323, 282),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    "io_uring_setup": (425, 425),
+    "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427),
+    "init_module": (175, 105),
+    "finit_module": (313, 273),
+    "delete_module": (176, 106),
+    "kexec_load": (246, 104),
+    "kexec_file_load": (320, 294),
+    "open_by_handle_at": (304, 265),
+    "name_to_handle_at": (303, 264),
+    "fanotify_init": (300, 262),
+    "personality": (135, 92),
+    "swapon": (167, 224),
+    "swapoff": (168, 225),
+    "reboot": (169, 142),
+    "syslog": (103, 116),
+    "acct": (163, 89),
+    "quotactl": (179, 60),
+    "sethostname": (170, 161),
+    "setdomainname": (171, 162),
+    "iopl": (172, -1),
+    "ioperm": (173, -1),
+    "modify_ldt": (154, -1),
+}
+CLONE, CLONE3 = {"x86_64": 56, "aarch64": 220}, 435
+AUDIT = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # BPF instructions
+ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050000, 0x80000000
+
+MACHINE = os.uname().machine
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def _call(what: str, result: int) -> None:
+    """Raise OSError, naming what was tried, where a call of the C library failed."""
+    if result < 0:
+        raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
+
+
+def _unshare(flags: int) -> None:
+    _call("unshare", LIBC.unshare(flags))
+
+
+def _mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
+    """Mount `source` on `target`, which is made where it is missing."""
+    if kind is not None or flags & BIND:
+        os.makedirs(target, exist_ok=True)
+    _mount_here(source, target, kind, flags, options)
+
+
+def _mount_here(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
+    texts = [None if text is None else text.encode() for text in (source, target, kind)]
+    done = LIBC.mount(*texts, ctypes.c_ulong(flags), options.encode())
+    _call(f"mount {target}", done)
+
+
+def _read_only(target: str, attributes: int) -> None:
+    """Set the attributes on a mount and all that is mounted below it (mount_setattr(2))."""
+    wanted = struct.pack("QQQQ", attributes, 0, 0, 0)
+    arguments = (HERE, target.encode(), RECURSIVE, wanted, ctypes.c_size_t(len(wanted)))
+    _call(f"read-only {target}", LIBC.syscall(MOUNT_SETATTR, *arguments))
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends; any change of user takes that back."""
+    LIBC.prctl(SET_PDEATHSIG, signal.SIGKILL)
+
+
+def enter(seconds: float) -> int:
+    """Go inside: returns in the first process of the sandbox, with a descriptor of its /proc.
+
+    The process that called stays outside, kills the sandbox when `seconds` are over, and ends with its exit status.
+    """
+    if MACHINE not in AUDIT:
+        raise OSError(errno.ENOSYS, f"no filter of system calls for {MACHINE}")
+    root = os.geteuid() == 0
+    if not root:
+        _new_user("/proc/self", 0, os.geteuid(), os.getegid())
+    _unshare(NEWNS | NEWPID | NEWNET | NEWIPC | NEWUTS | NEWCGROUP)
+    child = os.fork()
+    if child:
+        _wait(child, seconds)
+    os.setsid()
+    proc = _new_root()
+    _become_nobody(root)
+    _new_user("self", INSIDE, os.geteuid(), os.getegid(), proc)
+    die_with_parent()
+    return proc
+
+
+def _new_user(me: str, inside: int, user: int, group: int, folder: int | None = None) -> None:
+    """Make a user namespace in which `user` and `group` are called `inside`."""
+    _unshare(NEWUSER)
+    for name, text in (
+        ("setgroups", "deny"),
+        ("uid_map", f"{inside} {user} 1"),
+        ("gid_map", f"{inside} {group} 1"),
+    ):
+        file = os.open(f"{me}/{name}", os.O_WRONLY, dir_fd=folder)
+        os.write(file, text.encode())
+        os.close(file)
+
+
+def _wait(child: int, seconds: float) -> NoReturn:
+    """Wait for the sandbox, at most `seconds`. All in it is gone when this ends: the kernel sees to it."""
+    signal.signal(signal.SIGALRM, lambda number, frame: os.kill(child, signal.SIGKILL))
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    _, status = os.waitpid(child, 0)
+    os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+
+
+def _new_root() -> int:
+    """Replace the file system by system libraries and an empty folder; return a descriptor of a /proc that has no path.
+
+    The new root is mounted over /tmp, which every system has, and then takes the place of the old one.
+    """
+    _mount_here("none", "/", None, REC | PRIVATE)
+    _mount_here("tmpfs", "/tmp", "tmpfs", NOSUID | NODEV, "size=1m,mode=755")
+    os.mkdir("/tmp/old")
+    _call("pivot_root", LIBC.syscall(PIVOT_ROOT[MACHINE], b"/tmp", b"/tmp/old"))
+    os.chdir("/")
+    library = os.path.dirname(os.path.realpath(os.__file__))
+    for path in dict.fromkeys((*SYSTEM, library)):
+        _show(path)
+    for name in ("site-packages", "dist-packages"):
+        if os.path.isdir(f"{library}/{name}"):
+            _mount("tmpfs", f"{library}/{name}", "tmpfs", RDONLY | NOSUID | NODEV, "size=4k")
+    os.mkdir("/dev")
+    os.close(os.open("/dev/null", os.O_CREAT))
+    _mount_here("/old/dev/null", "/dev/null", None, BIND)
+    _mount("tmpfs", BOX, "tmpfs", NOSUID | NODEV, f"size={FOLDER}m,nr_inodes=4096,mode=777")
+    _mount("proc", "/proc", "proc", NOSUID | NODEV | NOEXEC)
+    proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
+    for path in ("/proc", "/old"):
+        _call(f"umount {path}", LIBC.umount2(path.encode(), DETACH))
+        os.rmdir(path)
+    _mount_here("tmpfs", "/", None, REMOUNT | BIND | RDONLY | NOSUID | NODEV)
+    os.chdir(BOX)
+    return proc
+
+
+def _show(path: str) -> None:
+    """Show a folder of the old root at the same place, to be read only; links stay links."""
+    if os.path.islink(f"/old{path}"):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.symlink(os.readlink(f"/old{path}"), path)
+    elif os.path.isdir(f"/old{path}") and not os.path.isdir(path):
+        _mount(f"/old{path}", path, None, BIND | REC)
+        _read_only(path, RDONLY | NOSUID | NODEV)
+
+
+def _become_nobody(root: bool) -> None:
+    """Give up root; a user that is not root is nobody already."""
+    if root:
+        os.setgroups([])
+        os.setresgid(OUTSIDE, OUTSIDE, OUTSIDE)
+        os.setresuid(OUTSIDE, OUTSIDE, OUTSIDE)
+    LIBC.prctl(SET_DUMPABLE, 1)  # else the files in /proc/self would be root's
+
+
+def confine(seconds: float, megabytes: int) -> None:
+    """Take all rights from this process, for good: limits, capabilities, system calls, and being looked into."""
+    limits = {
+        resource.RLIMIT_CPU: int(seconds) + 1,
+        resource.RLIMIT_AS: megabytes << 20,
+        resource.RLIMIT_NPROC: PROCESSES,
+        resource.RLIMIT_FSIZE: FOLDER << 20,
+        resource.RLIMIT_NOFILE: FILES,
+        resource.RLIMIT_CORE: 1,  # one byte: at 0 a core would still go to a program of the host
+        resource.RLIMIT_MEMLOCK: 0,
+    }
+    for limit, most in limits.items():
+        _, hard = resource.getrlimit(limit)
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(limit, (most, most))
+    if sys.platform == "linux":
+        _drop_capabilities()
+        _call("no_new_privs", LIBC.prctl(SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+        if MACHINE in AUDIT:
+            _filter_calls(MACHINE)
+        LIBC.prctl(SET_DUMPABLE, 0)
+
+
+def _drop_capabilities() -> None:
+    for capability in range(64):
+        LIBC.prctl(CAPBSET_DROP, capability, 0, 0, 0)  # fails above the last one there is
+    version_3, nothing = struct.pack("Ii", 0x20080522, 0), bytes(24)
+    _call("capset", LIBC.capset(version_3, nothing))
+
+
+def _filter_calls(machine: str) -> None:
+    """Install the filter: a program of the kernel's packet filter language that sees each system call's number."""
+    code = filter_program(machine)
+    buffer = ctypes.create_string_buffer(code, len(code))
+    program = struct.pack("HP", len(code) // 8, ctypes.addressof(buffer))
+    _call("seccomp", LIBC.prctl(SET_SECCOMP, 2, program, 0, 0))
+
+
+def filter_program(machine: str) -> bytes:
+    """Return the filter's instructions of 8 bytes: allow all but what is refused, on this architecture only."""
+    column = list(AUDIT).index(machine)
+    numbers = [pair[column] for pair in REFUSED.values() if pair[column] >= 0]
+    no = (RETURN, 0, 0, REFUSE | errno.EPERM)
+    namespaces = NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET
+    steps = [
+        *[(LOAD, 0, 0, 4), (EQUAL, 1, 0, AUDIT[machine]), (RETURN, 0, 0, KILL)],
+        (LOAD, 0, 0, 0),
+        *[(AT_LEAST, 0, 1, 0x40000000), no],  # x86-64's second set of numbers
+        *[step for number in numbers for step in ((EQUAL, 0, 1, number), no)],
+        # its flags lie in memory; without it libraries fall back on clone
+        *[(EQUAL, 0, 1, CLONE3), (RETURN, 0, 0, REFUSE | errno.ENOSYS)],
+        *[(EQUAL, 1, 0, CLONE[machine]), (RETURN, 0, 0, ALLOW)],
+        *[(LOAD, 0, 0, 16), (ANY_BIT, 0, 1, namespaces), no, (RETURN, 0, 0, ALLOW)],
+    ]
+    return b"".join(struct.pack("HBBI", *step) for step in steps)

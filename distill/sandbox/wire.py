@@ -1,0 +1,100 @@
+"""What the parts of a sandbox say to each other: plain data as JSON with its length before it, never pickles.
+
+Only values that are data cross from a generated program to its judge: an object with an `__eq__` of its own cannot.
+Every kind is rebuilt as exactly that kind; a subclass (Counter, an enumeration) arrives as what it derives from, and an
+iterator as an iterator over its items.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Set
+from itertools import islice
+from typing import Any
+
+MOST = 16 << 20  # bytes of one message
+ITEMS = 100_000  # of an iterator; what follows is cut off
+KINDS = {"list": list, "tuple": tuple, "frozenset": frozenset, "set": Set}  # views of keys too
+MADE = {**KINDS, "set": set, "iterator": iter}
+
+
+class NotData(Exception):
+    """A value that does not cross."""
+
+
+def framed(value: Any) -> bytes:
+    """Return one message; raises NotData where it is too long."""
+    text = json.dumps(value).encode()
+    if len(text) > MOST:
+        raise NotData("too much data")
+    return len(text).to_bytes(8, "big") + text
+
+
+def send(descriptor: int, value: Any) -> None:
+    """Write one message."""
+    left = memoryview(framed(value))
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+def receive(descriptor: int) -> Any:
+    """Read one message and not a byte more; raises EOFError where the other side is gone, NotData for nonsense."""
+    length = int.from_bytes(_exactly(descriptor, 8), "big")
+    if length > MOST:
+        raise NotData("too much data")
+    try:
+        return json.loads(_exactly(descriptor, length))
+    except (ValueError, RecursionError):
+        raise NotData("a message that is none") from None
+
+
+def _exactly(descriptor: int, length: int) -> bytes:
+    parts = []
+    while length:
+        part = os.read(descriptor, min(length, 1 << 20))
+        if not part:
+            raise EOFError
+        parts.append(part)
+        length -= len(part)
+    return b"".join(parts)
+
+
+def pack(value: Any) -> Any:
+    """Return a value as JSON can hold it; raises NotData for anything that is not data."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    for plain in (bool, int, float, str):
+        if isinstance(value, plain):
+            return plain(value)
+    if isinstance(value, bytes | bytearray):
+        return {"bytes": bytes(value).hex()}
+    if isinstance(value, complex):
+        return {"complex": [value.real, value.imag]}
+    if isinstance(value, dict):
+        return {"dict": [[pack(key), pack(item)] for key, item in value.items()]}
+    if isinstance(value, range):
+        return {"range": [value.start, value.stop, value.step]}
+    for name, plain in KINDS.items():
+        if isinstance(value, plain):
+            return {name: [pack(item) for item in value]}
+    if isinstance(value, Iterator):
+        return {"iterator": [pack(item) for item in islice(value, ITEMS)]}
+    raise NotData(f"a value of type {type(value).__name__}")
+
+
+def unpack(value: Any) -> Any:
+    """Rebuild what `pack` made; raises NotData where it did not make it."""
+    if not isinstance(value, dict):
+        return value
+    try:
+        ((kind, inside),) = value.items()
+        if kind == "bytes":
+            return bytes.fromhex(inside)
+        if kind == "complex":
+            return complex(*inside)
+        if kind == "dict":
+            return {unpack(key): unpack(item) for key, item in inside}
+        if kind == "range":
+            return range(*inside)
+        return MADE[kind]([unpack(item) for item in inside])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise NotData("a message that is none") from None
