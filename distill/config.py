@@ -379,7 +379,7 @@ class Train(Section):
 
 
 class Evaluation(Section):
-    """How models are compared, and on what machine their time is priced (a row of prices.yaml)."""
+    """How models are compared, on what machine their time is priced, and against whose list price (rows of prices.yaml)."""
 
     suites: tuple[Annotated[str, Field(min_length=1, max_length=4000)], ...] = ()
     max_new_tokens: Positive | None = None
@@ -389,6 +389,9 @@ class Evaluation(Section):
     margin: Annotated[float, Field(gt=0, lt=1)] = 0.05  # of non-inferiority, a share of the items
     machine: str | None = None
     prices: File | None = None
+    utilisation: Annotated[float, Field(gt=0, le=1)] = 0.5  # of a paid hour that a machine works
+    requests_per_month: Positive = 100_000
+    teacher_price: Annotated[str, Field(min_length=1, max_length=200)] | None = None
 
 
 class Terms(Section):

@@ -224,6 +224,7 @@ class Scorecard(Record):
     agreement: dict[str, Any]
     lengths: dict[str, Any] = {}
     cost: dict[str, Any]
+    economics: dict[str, Any] = {}
     corpus: dict[str, Any]
     funnel: dict[str, Any]
     training: dict[str, Any]

@@ -6,7 +6,7 @@ The work is imported when a stage runs, so `plan` and `status` never load torch.
 from collections.abc import Callable
 from importlib import import_module
 
-from distill.config import Config
+from distill.config import Config, Evaluation
 from distill.run import Run, Stage
 
 
@@ -36,6 +36,10 @@ TEACHER_KEYS = (
     "teacher.licence",
     "teacher.dollars",
 )
+
+# What only the report reads: at another price, nothing is measured again.
+MONEY = ("machine", "prices", "utilisation", "requests_per_month", "teacher_price")
+MEASURED = tuple(f"evaluation.{key}" for key in Evaluation.model_fields if key not in MONEY)
 
 STAGES: tuple[Stage, ...] = (
     Stage(
@@ -84,17 +88,17 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "evaluate",
-        ("evaluation", "teacher.max_new_tokens"),
+        (*MEASURED, "teacher.max_new_tokens"),
         ("dataset/heldout.jsonl", "adapter/adapter_model.safetensors"),
-        ("answers", "scores", "evaluation.json"),
+        ("answers", "scores", "timings", "requests.jsonl", "evaluation.json"),
         _lazy("distill.evaluation.evaluate"),
         _identity("distill.evaluation.suites"),
         purpose="compare student, base and teacher on held-out items",
     ),
     Stage(
         "report",
-        (),
-        ("evaluation.json", "training.json", "funnel.json"),
+        tuple(f"evaluation.{key}" for key in MONEY),
+        ("evaluation.json", "requests.jsonl", "training.json", "funnel.json"),
         ("scorecard.json", "scorecard.md", "report.html"),
         _lazy("distill.evaluation.report"),
         purpose="write the scorecard and the report",

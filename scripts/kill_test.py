@@ -35,8 +35,8 @@ from distill.cli import main as distill_main  # noqa: E402
 from distill.store import Log, read_json, sha256_file  # noqa: E402
 
 STAGES = ("corpus", "prompts", "generate", "filter", "train", "evaluate", "report")
-TIMES = re.compile(r"second|dollars|per_hour|^stages$")  # keys that hold time, or its price
-# what of a scorecard is time, or its price
+# keys that hold time, or its price
+TIMES = re.compile(r"second|dollars|per_hour|^stages$|^economics$|^one_at_a_time$")
 WORDS = "the store keeps every answer that was paid for and a kill at any moment loses none of them".split()
 DOCUMENTS = 20
 TASKS = {

@@ -13,6 +13,8 @@ from distill import models
 from distill.config import Config
 from distill.errors import DistillError, Exit
 from distill.evaluation import answering, evaluate
+from distill.evaluation.acceptance import Asked
+from distill.evaluation.economics import Timing
 from distill.evaluation.items import held_out, items_of
 from distill.records import Document, Message, Pair, Prompt, Response, Score, Usage
 from distill.run import Run
@@ -93,8 +95,12 @@ def test_evaluation_measures_three_models_on_the_same_items(tmp_path: Path, stud
         and not found["models"]["base"]["adapter_sha256"]
     )
     assert found["models"]["teacher"]["sha256"] is None and found["models"]["teacher"]["reasons"]
-    assert found["cost"]["teacher"]["seconds_per_1k"] == pytest.approx(500)
-    assert found["cost"]["student"]["dollars_per_1k"] > 0
+    asked = read_records(run.path("requests.jsonl"), Asked)
+    assert sum(r.usage["teacher"].seconds for r in asked) == ITEMS * 0.5
+    assert {r.test for r in asked} == {"correct", None} and not any(r.when_served for r in asked)
+    for model in ("base", "student"):
+        (timing,) = read_records(run.path(f"timings/{model}.jsonl"), Timing)
+        assert timing.requests == ITEMS and timing.seconds > 0 and timing.read_seconds > 0
     assert found["corpus"]["python"] == "3.11.9"
     scores = read_records(run.path("scores/student.jsonl"), Score)
     assert len(scores) == ITEMS and all(score.reason for score in scores)

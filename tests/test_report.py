@@ -13,8 +13,8 @@ import pytest
 from distill.config import Config
 from distill.errors import DistillError, Exit
 from distill.evaluation import report, results, words
+from distill.evaluation.acceptance import by_checker, requests_of
 from distill.evaluation.compare import compare_paths
-from distill.evaluation.economics import request_cost
 from distill.evaluation.plots import (
     Point,
     quality_against_cost,
@@ -24,7 +24,6 @@ from distill.evaluation.plots import (
 )
 from distill.evaluation.statistics import Certainty
 from distill.evaluation.words import plain_numbers
-from distill.generation.prices import load_prices
 from distill.records import Item, LedgerEntry, Message, Pair, Prompt, Response, Usage
 from distill.run import Run
 from distill.store import read_json, write_json, write_records
@@ -55,8 +54,11 @@ def make_items(count: int = 24, checked: bool = True) -> list[Item]:
     return [Item.make(prompt) for prompt in prompts]
 
 
-def evaluation(items: list[Item], right: dict[str, int], machine: str | None) -> dict[str, Any]:
-    """Return evaluation.json: of each model the first `right` answers are right, the others hostile and wrong."""
+def evaluation(items: list[Item], right: dict[str, int], run: Run) -> dict[str, Any]:
+    """Return evaluation.json: of each model the first `right` answers are right, the others hostile and wrong.
+
+    Writes requests.jsonl too.
+    """
     taken = {"teacher": 2.0, "base": 0.5, "student": 0.4}
     answers = {
         m: {
@@ -72,15 +74,11 @@ def evaluation(items: list[Item], right: dict[str, int], machine: str | None) ->
         "base": [(20.0 + k % 5, 20, 9 + k % 3) for k in range(len(items))],
         "student": [(9.0 + k % 3, 20, 12 + k % 4) for k in range(len(items))],
     }
-    certainty, book = Certainty(samples=500), load_prices()
+    certainty = Certainty(samples=500)
     asked = {"items": 24, "documents": 24, "max_new_tokens": 20}
     asked |= {"teacher_temperature": 0.0, "teacher_sees_more": False}
-    costs = {
-        m: request_cost(
-            [r.usage for r in found.values()], book.machine(machine), book.why_no_machine(machine)
-        ).model_dump()
-        for m, found in answers.items()
-    }
+    tests = [by_checker(rows[t], c) for t, c in checkers.items() if c and t in rows]
+    write_records(run.path("requests.jsonl"), requests_of(items, answers, tests))
     model = {
         "name": HOSTILE,
         "hub_id": None,
@@ -96,7 +94,6 @@ def evaluation(items: list[Item], right: dict[str, int], machine: str | None) ->
                 "student": {**model, "adapter_sha256": HASH},
             },
             **results.compared(items, answers, rows, losses, certainty),
-            "cost": costs,
             "settings": {**certainty._asdict(), **asked},
             "corpus": {"corpus_sha256": HASH, "python": "3.11.9", "documents": 9},
             "environment": {"distill": "0", "libraries": {"torch": "2"}, "processor": "p"},
@@ -122,7 +119,7 @@ def make_run(
         }
     )
     run, items = Run(config), make_items(checked=checked)
-    found = evaluation(items, right or {"teacher": 22, "base": 3, "student": 19}, machine)
+    found = evaluation(items, right or {"teacher": 22, "base": 3, "student": 19}, run)
     write_json(run.path("evaluation.json"), found)
     steps = [{"step": s, "loss": 2 / (1 + s)} for s in range(history)]
     training = {"history": steps, "validation": steps[::10], "best_step": 20, "steps": history}
@@ -241,7 +238,7 @@ def test_the_markdown_is_a_table_that_hostile_names_cannot_break(tmp_path: Path)
     report.main(run.config, run)
     text = run.path("scorecard.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {9, 7}
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {9, 7, 5}
     assert report.table(("a", "b"), [(HOSTILE, "1")]).count("\n") == 2
     assert "cannot tell the two apart" in text or "not as good as the teacher" in text
 

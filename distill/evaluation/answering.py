@@ -15,6 +15,7 @@ from distill import models
 from distill.config import Config, Student
 from distill.evaluation.items import by_item
 from distill.evaluation.suites import Suite
+from distill.evaluation.throughput import timed
 from distill.generation.budget import enter_account
 from distill.generation.generate import answer_all, make_teacher
 from distill.generation.local import LocalResponder
@@ -104,6 +105,11 @@ def _answered(
     prompts = [pair.prompt for pair in pairs]
     responses = ask(responder, prompts, [limit(config)] * len(prompts), store, spend)
     given = {suite.name: ask_suite(responder, suite, store, spend) for suite in suites}
+    timed(
+        timing_of(run, responder.model),
+        responder,
+        requests_to(responder, prompts, [limit(config)] * len(prompts)),
+    )
     say(f"{responder.model}: loss on the teacher's answers")
     length = config.train.max_length
     readings = answer_loss(responder.network, responder.tokenizer, pairs, responder.date, length)
@@ -124,7 +130,18 @@ def ask(
     as_teacher: bool = False,
 ) -> list[Response]:
     """Ask the student's view of every prompt (`as_teacher`: the teacher's), greedily, at most `limits` tokens each."""
-    requests = [
+    requests = requests_to(responder, prompts, limits, as_teacher)
+    return answer_all(responder, requests, store, f"{responder.model} answers", spend)
+
+
+def requests_to(
+    responder: Responder,
+    prompts: Sequence[Prompt],
+    limits: Sequence[int],
+    as_teacher: bool = False,
+) -> list[Request]:
+    """Make the greedy requests of prompts, with at most `limits` tokens each."""
+    return [
         Request.make(
             responder.origin,
             prompt.id,
@@ -133,7 +150,6 @@ def ask(
         )
         for prompt, most in zip(prompts, limits, strict=True)
     ]
-    return answer_all(responder, requests, store, f"{responder.model} answers", spend)
 
 
 def ask_suite(
@@ -177,6 +193,23 @@ def answer_with_teacher(config: Config, run: Run, suites: Sequence[Suite]) -> di
     finally:
         price = load_prices(config.evaluation.prices).teacher(config.teacher.model)
         enter_account(run, store, price)
+
+
+def time_teacher(config: Config, run: Run, pairs: Sequence[Pair]) -> None:
+    """Time a local teacher as the student is timed; others are paid by the token, or were asked elsewhere."""
+    path = timing_of(run, "teacher")
+    if config.teacher.kind != "local" or path.exists():
+        return
+    teacher = make_teacher(config, {}, [])
+    if isinstance(teacher, LocalResponder):
+        prompts = [pair.prompt for pair in pairs]
+        limits = [config.teacher.max_new_tokens] * len(prompts)
+        timed(path, teacher, requests_to(teacher, prompts, limits, as_teacher=True))
+
+
+def timing_of(run: Run, model: str) -> Path:
+    """Return the file of what was timed of a model."""
+    return run.path(f"timings/{model}.jsonl")
 
 
 def describe(

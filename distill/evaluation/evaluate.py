@@ -1,8 +1,8 @@
 """The stage `evaluate`: teacher, base (the student before training) and student answer the held-out prompts.
 
 Answers go through the shared store, so a killed evaluation goes on where it was. Writes
-`answers/<model>.jsonl`, `scores/<model>.jsonl` and `evaluation.json`, from which the report is made; of a suite the same
-in a folder of its name.
+`answers/<model>.jsonl`, `scores/<model>.jsonl` and `evaluation.json`, from which the report is made, and for what that
+says of money `requests.jsonl` and `timings/<model>.jsonl`; of a suite answers and scores in a folder of its name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,6 +11,7 @@ from typing import Any
 from distill.checkers import NEEDS_REFERENCE
 from distill.config import Config
 from distill.evaluation import results
+from distill.evaluation.acceptance import Acceptance, by_checker, requests_of
 from distill.evaluation.answering import (
     Answered,
     Given,
@@ -18,16 +19,15 @@ from distill.evaluation.answering import (
     answer_with_teacher,
     describe_teacher,
     limit,
+    time_teacher,
     why_no_teacher,
 )
-from distill.evaluation.economics import request_cost
 from distill.evaluation.items import by_item, held_out, items_of
 from distill.evaluation.results import Measured
 from distill.evaluation.statistics import Certainty
 from distill.evaluation.suite_scores import measure_suite, suite_result, write_suite
 from distill.evaluation.suites import Suite, load_suites
 from distill.evaluation.words import plain_numbers
-from distill.generation.prices import load_prices
 from distill.records import Item
 from distill.run import Run
 from distill.store import write_json, write_records
@@ -41,6 +41,7 @@ def main(config: Config, run: Run) -> None:
     suites = load_suites(config.evaluation.suites)
     described, answered = answer_with_student(config, run, pairs, suites)
     taught = answer_with_teacher(config, run, suites)
+    time_teacher(config, run, pairs)
     answers = {
         "teacher": {i.id: p.response for i, p in zip(items, pairs, strict=True)},
         **{m: by_item(items, found.responses) for m, found in answered.items()},
@@ -52,6 +53,7 @@ def main(config: Config, run: Run) -> None:
         scores = [s for row in rows.values() for s in row.scores.get(model, [])]
         write_records(run.path(f"scores/{model}.jsonl"), scores)
         write_records(run.path(f"answers/{model}.jsonl"), given.values())
+    write_records(run.path("requests.jsonl"), requests_of(items, answers, tests_of(rows)))
     readings = {m: found.readings for m, found in answered.items()}
     measured = {
         suite.name: measured_suite(config, run, suite, answered, taught, certainty)
@@ -64,7 +66,6 @@ def main(config: Config, run: Run) -> None:
                 "models": {"teacher": describe_teacher(config), **described},
                 **results.compared(items, answers, rows, readings, certainty),
                 "suites": measured,
-                "cost": costs(config, answers),
                 "settings": {**certainty._asdict(), **asked(config, items)},
                 "corpus": run.manifest().get("corpus", {}),
                 "environment": run.manifest().get("environment", {}),
@@ -100,6 +101,14 @@ def measure(task: str, items: Sequence[Item], answers: results.Models) -> Measur
     return results.measure_task(task, items, answers, (known and known.metric) or "", checker)
 
 
+def tests_of(rows: Mapping[str, Measured]) -> list[Acceptance]:
+    """Return the tests of what the student answered: the checkers of the tasks that were measured by theirs."""
+    checkers = {
+        task: load_task(task).checker for task, row in rows.items() if row.scores.get("teacher")
+    }
+    return [by_checker(rows[task], checker) for task, checker in checkers.items() if checker]
+
+
 def asked(config: Config, items: Sequence[Item]) -> dict[str, Any]:
     """Return how the models were asked, and how much."""
     return {
@@ -109,16 +118,3 @@ def asked(config: Config, items: Sequence[Item]) -> dict[str, Any]:
         "teacher_temperature": config.teacher.temperature,
         "teacher_sees_more": any(item.prompt.teacher_messages for item in items),
     }
-
-
-def costs(config: Config, answers: results.Models) -> dict[str, Any]:
-    """Price 1,000 requests of each model: hosted models by the token, all else by the machine's time."""
-    book = load_prices(config.evaluation.prices)
-    machine, name = book.machine(config.evaluation.machine), config.evaluation.machine
-    rows = {}
-    for model, found in answers.items():
-        hosted = book.teacher(config.teacher.model) if model == "teacher" else None
-        given = [r.usage for r in found.values() if r.stop != "error"]
-        cost = request_cost(given, machine, book.why_no_machine(name), hosted)
-        rows[model] = cost.model_dump(mode="python")
-    return rows

@@ -9,8 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from distill.config import Config
-from distill.evaluation.economics import distillation_cost
+from distill.evaluation.accounts import accounts
 from distill.evaluation.page import page
+from distill.evaluation.statement import (
+    sensitivity_rows,
+    statement,
+    surplus_rows,
+    token_rows,
+)
 from distill.evaluation.words import (
     answer,
     change,
@@ -18,15 +24,14 @@ from distill.evaluation.words import (
     figure,
     grouped,
     money,
-    plain_numbers,
     score,
     share,
 )
-from distill.generation.prices import load_prices
 from distill.records import Scorecard
 from distill.run import Run
 from distill.store import read_json, write_atomic, write_json
 
+REUSED = 0.01  # of the teacher's answers: more than that is worth a word
 SUMMARY = (
     "steps",
     "best_step",
@@ -58,15 +63,12 @@ def scorecard(
     funnel: Mapping[str, Any],
 ) -> Scorecard:
     """Gather everything that the scorecard states."""
-    book = load_prices(config.evaluation.prices)
-    machine = book.machine(config.evaluation.machine)
-    spent = distillation_cost(run.ledger(), machine, book.why_no_machine(config.evaluation.machine))
     parts = {
         "models": evaluation["models"],
         "tasks": evaluation["tasks"],
         "overall": evaluation["overall"],
         "agreement": evaluation["agreement"],
-        "cost": {**evaluation["cost"], "distillation": plain_numbers(spent.model_dump())},
+        **accounts(config, run, evaluation["overall"]),
     }
     validation = [row["loss"] for row in training.get("validation", [])]
     return Scorecard(
@@ -99,13 +101,28 @@ def reasons(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
 def markdown(card: Mapping[str, Any]) -> str:
     """Write the scorecard as text that reads well on a terminal and as Markdown."""
     parts = [f"# {card['name']}: scorecard", *answer(card), quality_table(card), cost_table(card)]
-    spent = card["cost"]["distillation"]
-    parts.append(
-        f"Making and measuring the student took {duration(spent['seconds'])} "
-        f"and cost {money(spent['dollars'])}."
-    )
-    parts.append(_notes(card))
+    parts += [made(card), table(*token_rows(card["cost"])), *surplus_part(card), _notes(card)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def made(card: Mapping[str, Any]) -> str:
+    """Say what making the student took, and what an earlier run had paid for already."""
+    spent = card["cost"]["distillation"]
+    reused = (
+        f" {share(spent['reused'])} of the teacher's answers were stored before, and are not in it."
+    )
+    return (
+        f"Making and measuring the student took {duration(spent['seconds'])} "
+        f"and cost {money(spent['dollars'])}.{reused if spent['reused'] > REUSED else ''}"
+    )
+
+
+def surplus_part(card: Mapping[str, Any]) -> list[str]:
+    """Return the surplus statement with its tables: the three ways, and what could change the headline."""
+    found = card["economics"]
+    said = statement(found, card["environment"]["settings"]["confidence"])
+    tables = [table(*surplus_rows(found)), table(*sensitivity_rows(found))]
+    return ["## What it saves", *said, *tables]
 
 
 def quality_table(card: Mapping[str, Any]) -> str:

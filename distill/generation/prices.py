@@ -39,12 +39,16 @@ class MachinePrice(Record):
 
 
 class TokenPrice(Record):
-    """What a hosted model costs a million tokens; `model` is a pattern over its name."""
+    """What a hosted model costs a million tokens; `model` is a pattern over its name.
+
+    `batch_discount` is what answers within a day, rather than at once, are cheaper by: 0.5 for half the price.
+    """
 
     model: str
     dollars_per_million_input: Money
     dollars_per_million_output: Money
     dollars_per_million_cached_input: Money | None = None
+    batch_discount: Annotated[Decimal, Field(ge=0, lt=1)] | None = None
     date: date
     source: str
     note: str = ""
@@ -91,6 +95,13 @@ class PriceBook:
             return f"the price of {name} is older than {MAX_AGE_DAYS} days"
         known = ", ".join(dict.fromkeys(row.name for row in self.machines))
         return f"the price table has no machine {name} (it has {known})"
+
+    def why_no_teacher(self, model: str) -> str:
+        """Say why `teacher(model)` is None."""
+        if any(fnmatchcase(model, row.model) for row in self.tokens):
+            return f"the list price of {model} is older than {MAX_AGE_DAYS} days"
+        known = ", ".join(dict.fromkeys(row.model.strip("*") for row in self.tokens))
+        return f"the price table has no model {model} (it has {known})"
 
     def _current(self, rows: Iterable[Row]) -> Row | None:
         return next((r for r in rows if (self.today - r.date).days <= MAX_AGE_DAYS), None)

@@ -1,0 +1,112 @@
+"""A run in money, from its files: what its requests cost each model, what the distillation cost, what it saves.
+
+Reads `requests.jsonl`, `timings/`, the ledger and the price table; asks nothing. So another price, volume or utilisation
+needs a new report and nothing else.
+"""
+
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Any
+
+from distill.config import Config
+from distill.evaluation.acceptance import Asked
+from distill.evaluation.economics import (
+    DistillationCost,
+    Tariff,
+    Timing,
+    distillation_cost,
+    request_cost,
+)
+from distill.evaluation.statistics import Certainty
+from distill.evaluation.surplus import Assumptions, economics
+from distill.evaluation.words import plain_numbers
+from distill.generation.prices import PriceBook, load_prices
+from distill.records import Response
+from distill.run import Run
+from distill.store import read_records
+
+UNSTATED = "what the recorded answers cost is not stated (teacher.dollars)"
+NOT_MEASURED = "the student's difference to the teacher is not known: no task has a checker"
+
+
+def accounts(config: Config, run: Run, overall: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the scorecard's `cost` and `economics`; `overall` is the result of all checks together."""
+    settings = config.evaluation
+    requests = read_records(run.path("requests.jsonl"), Asked)
+    book = load_prices(settings.prices)
+    own, student = teacher_tariff(config, book), machine_tariff(config, book)
+    costs = {
+        model: request_cost(
+            [asked.usage[model] for asked in requests if model in asked.usage],
+            own if model == "teacher" else student,
+            timing_of(run, model),
+        )
+        for model in ("teacher", "base", "student")
+    }
+    spent = distillation(config, run, book)
+    assumed = Assumptions(
+        teacher=compared_tariff(config, book),
+        student=student,
+        distillation=spent.dollars,
+        why_no_distillation=spent.reasons.get("dollars", ""),
+        requests_per_month=settings.requests_per_month,
+    )
+    certainty = Certainty(settings.confidence, settings.samples, config.seed)
+    quality = (overall or {}).get("student_minus_teacher", {"mean": None, "reason": NOT_MEASURED})
+    found = economics(
+        requests, assumed, certainty, compared_with(config, assumed.teacher, own), quality
+    )
+    cost = {**{m: c.model_dump() for m, c in costs.items()}, "distillation": spent.model_dump()}
+    return plain_numbers({"cost": cost, "economics": found.model_dump()})
+
+
+def machine_tariff(config: Config, book: PriceBook) -> Tariff:
+    """Return what local models are paid by: the hours of evaluation.machine, idle ones included."""
+    settings = config.evaluation
+    used = Decimal(repr(settings.utilisation))
+    return Tariff(book.machine(settings.machine), used, book.why_no_machine(settings.machine))
+
+
+def teacher_tariff(config: Config, book: PriceBook) -> Tariff:
+    """Return what the teacher's answers cost: its list price where it has one, a machine's hours where it is local."""
+    hosted = book.teacher(config.teacher.model)
+    if hosted is not None:
+        return Tariff(hosted)
+    if config.teacher.kind == "endpoint":
+        return Tariff(None, why=book.why_no_teacher(config.teacher.model))
+    return machine_tariff(config, book)
+
+
+def compared_tariff(config: Config, book: PriceBook) -> Tariff:
+    """Return the price that the student is compared with: that of evaluation.teacher_price, else the teacher's own."""
+    named = config.evaluation.teacher_price
+    if named is None:
+        return teacher_tariff(config, book)
+    return Tariff(book.teacher(named), why=book.why_no_teacher(named))
+
+
+def compared_with(config: Config, compared: Tariff, own: Tariff) -> dict[str, Any]:
+    """Say whose price the student is compared with; hypothetical where the answers were not that model's."""
+    named = config.evaluation.teacher_price
+    hypothetical = named is not None and (own.price is None or compared.price != own.price)
+    return {"name": named or config.teacher.model or "teacher", "hypothetical": hypothetical}
+
+
+def distillation(config: Config, run: Run, book: PriceBook) -> DistillationCost:
+    """Return what making and measuring the student cost, and how much of the teacher's work was paid for before."""
+    settings, answers = config.evaluation, run.path("responses.jsonl")
+    given = read_records(answers, Response) if answers.exists() else []
+    unstated = config.teacher.kind == "recorded" and config.teacher.dollars is None
+    return distillation_cost(
+        run.ledger(),
+        book.machine(settings.machine),
+        book.why_no_machine(settings.machine),
+        sum(response.usage.output_tokens for response in given),
+        UNSTATED if unstated else "",
+    )
+
+
+def timing_of(run: Run, model: str) -> Timing | None:
+    """Return what was timed of a model, if anything was."""
+    path = run.path(f"timings/{model}.jsonl")
+    return next(iter(read_records(path, Timing)), None) if path.exists() else None

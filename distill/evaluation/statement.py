@@ -1,0 +1,219 @@
+"""The surplus statement: what the student would save, in plain sentences and tables, from the scorecard's `economics`.
+
+A sentence says what is assumed, against whose price, and how sure the figure is; where it is not known, why.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from distill.evaluation.words import UNKNOWN, duration, figure, money, share
+
+Row = Mapping[str, Any]
+WAYS = {
+    "replace_all": "replace all",
+    "try_then_escalate": "try, then escalate",
+    "perfect_router": "perfect router (upper bound)",
+}
+MEANING = {
+    "replace_all": "The student answers everything, good or not",
+    "try_then_escalate": "The student answers first, and the teacher where the test rejects its answer",
+}
+
+
+def dollars(value: float | None) -> str:
+    """Return dollars with the sign before them."""
+    if value is None:
+        return UNKNOWN
+    return f"−{money(-value)}" if value < 0 else money(value)
+
+
+def span(amount: Row, form: Any = dollars) -> str:
+    """Return an amount with its interval, or a dash."""
+    if amount["value"] is None:
+        return UNKNOWN
+    if amount["low"] is None:
+        return form(amount["value"])
+    return f"{form(amount['value'])} [{form(amount['low'])}, {form(amount['high'])}]"
+
+
+def row_of(economics: Row, way: str) -> Row:
+    """Return the row of one way to use the student."""
+    return next(row for row in economics["rows"] if row["way"] == way)
+
+
+def statement(economics: Row, confidence: float) -> list[str]:
+    """Return what the student saves, in sentences: the share, the surplus, the break-even, the assumptions."""
+    headline = row_of(economics, economics["headline"])
+    return [
+        line
+        for line in (
+            _share(economics, confidence),
+            _surplus(economics, headline, confidence),
+            _break_even(economics, headline),
+            _hypothetical(economics),
+            _machine(economics),
+        )
+        if line
+    ]
+
+
+def _share(economics: Row, confidence: float) -> str:
+    found, weighted = economics["share"], economics["share_of_price"]
+    if found["value"] is None:
+        return f"Which requests the student can take is not known: {found['reason']}."
+    tests = ", ".join(test.replace("_", " ") for test in economics["tests"])
+    unscored = economics["unscored"]
+    return (
+        f"The student can take {share(found['value'])} of {economics['requests']} held-out requests "
+        f"({_interval(found, confidence)}): its answers pass their test ({tests}; it says what its name says, and no "
+        f"more). These requests are {share(weighted['value'])} of what all of them cost at the teacher's price."
+        + (f" {unscored} answers could not be tested and are left out." if unscored else "")
+    )
+
+
+def _interval(found: Row, confidence: float) -> str:
+    if found["low"] is None:
+        return f"no interval: {found['reason']}" if found["reason"] else "no interval"
+    return f"{share(confidence)} interval {share(found['low'])} to {share(found['high'])}"
+
+
+def _surplus(economics: Row, headline: Row, confidence: float) -> str:
+    saved, month = headline["dollars_per_1k"], headline["dollars_per_month"]
+    if saved["value"] is None:
+        return f"What that saves is not known: {saved['reason']}."
+    more = saved["value"] < 0
+    sure = (
+        f"{share(confidence)} interval {dollars(saved['low'])} to {dollars(saved['high'])}"
+        if saved["low"] is not None
+        else f"no interval: {saved['reason']}"
+    )
+    lost = _quality(economics) if headline["way"] == "replace_all" else ""
+    return (
+        f"{MEANING[headline['way']]}: 1,000 requests {'cost more by' if more else 'save'} "
+        f"{money(abs(saved['value']))} ({'saved: ' if more else ''}{sure}) against "
+        f"{economics['teacher']['name']}, of {money(economics['teacher']['dollars_per_1k'])}; at "
+        f"{figure(economics['requests_per_month'], 0)} requests a month, {dollars(month['value'])} a month.{lost}"
+    )
+
+
+def _quality(economics: Row) -> str:
+    quality = economics["quality"]
+    if quality.get("mean") is None:
+        return f" What is lost in quality is not known: {quality.get('reason', 'not measured')}."
+    low, mean, high = (100 * quality[key] for key in ("low", "mean", "high"))
+    return (
+        f" Of 100 answers {figure(mean, 1)} more pass their check than the answers of the run's teacher "
+        f"({figure(low, 1)} to {figure(high, 1)})."
+    )
+
+
+def _break_even(economics: Row, headline: Row) -> str:
+    cost, paid = economics["distillation_dollars"], headline["break_even"]
+    after, days = paid["requests"], paid["days"]
+    if after["value"] is None:
+        return f"When the distillation has paid for itself is not known: {after['reason']}."
+    between = (
+        f" ({count(after['low'])} to {count(after['high'])})" if after["low"] is not None else ""
+    )
+    return (
+        f"The distillation cost {money(cost)} of machine time and tokens, nobody's work counted; it is paid back after "
+        f"{count(after['value'])} requests{between}, which are {duration(86_400 * days['value'])} at this volume."
+    )
+
+
+def count(requests: float) -> str:
+    """Return a number of requests: a whole one, rounded up."""
+    return figure(-(-requests // 1), 0)
+
+
+def _hypothetical(economics: Row) -> str:
+    if not economics["teacher"]["hypothetical"]:
+        return ""
+    return (
+        f"This is hypothetical: the answers that the student learned from and is compared with are not "
+        f"{economics['teacher']['name']}'s. Its list price is put on the tokens of the teacher of this run; what it "
+        "would have answered, how long, and how much better, was not measured."
+    )
+
+
+def _machine(economics: Row) -> str:
+    student = economics["student"]
+    month = student["month_of_machines"]
+    if student["dollars_per_1k"] is None or month is None:
+        return ""
+    return (
+        f"The student costs {money(student['dollars_per_1k'])} for 1,000 requests on a machine that works "
+        f"{share(student['utilisation'])} of its paid time, in batches. Rented for these requests alone, "
+        f"{month['machines']} machine{'s' * (month['machines'] > 1)} would cost {money(month['dollars_per_month'])} "
+        f"a month and work {share(month['in_use'], 1)} of the time: the last row below."
+    )
+
+
+def surplus_rows(economics: Row) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the head and the rows of the table of surplus."""
+    head = ("saved", "1,000 requests", "a month", "paid back after")
+    rows = [
+        (WAYS[row["way"]], span(row["dollars_per_1k"]), span(row["dollars_per_month"]), _paid(row))
+        for row in economics["rows"]
+    ]
+    return head, rows
+
+
+def sensitivity_rows(economics: Row) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the head and the rows of the table of what could change."""
+    head = (
+        WAYS[economics["headline"]],
+        "teacher",
+        "student",
+        "saved",
+        "a month",
+        "paid back after",
+    )
+    rows = [
+        (
+            case["case"],
+            dollars(case["teacher_dollars_per_1k"]),
+            dollars(case["student_dollars_per_1k"]),
+            span(case["dollars_per_1k"]),
+            dollars(case["dollars_per_month"]["value"]),
+            _paid(case),
+        )
+        for case in economics["sensitivity"]
+    ]
+    return head, rows
+
+
+def _paid(row: Row) -> str:
+    after, days = row["break_even"]["requests"]["value"], row["break_even"]["days"]["value"]
+    return UNKNOWN if after is None else f"{count(after)} ({duration(86_400 * days)})"
+
+
+def token_rows(cost: Row) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the head and the rows of the table of what tokens cost, in batches and one request at a time."""
+    head = (
+        "",
+        "in, $/M",
+        "out, $/M",
+        "tokens in",
+        "tokens out",
+        "alone, 1,000",
+        "alone, tokens/s",
+        "alone, $",
+    )
+    rows = []
+    for model in ("teacher", "base", "student"):
+        row = cost[model]
+        alone = row["one_at_a_time"] or {}
+        rows.append(
+            (
+                model,
+                dollars(row["dollars_per_million_input"]),
+                dollars(row["dollars_per_million_output"]),
+                figure(row["input_tokens"], 0),
+                figure(row["output_tokens"], 0),
+                duration(alone.get("seconds_per_1k")),
+                figure(alone.get("output_tokens_per_second"), 0),
+                dollars(alone.get("dollars_per_1k")),
+            )
+        )
+    return head, rows

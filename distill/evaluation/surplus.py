@@ -1,0 +1,403 @@
+"""What the people who ask would save: three ways to use the student, when it has paid for itself, and what could change.
+
+All is per 1,000 requests like the held-out ones. With T what they cost the teacher, S what they cost the student, and p
+the part of T that falls on requests whose student answer is acceptable:
+
+- replace_all: T - S, whatever the answers are worth; the quality lost stands beside it
+- try_then_escalate: p T - S; the student always answers, and where a test rejects its answer the teacher answers too. So
+  the test must be one that can be run when a request is served: none that needs the right answer
+- perfect_router: p (T - S); the requests that the student fails never reach it. An upper bound: no router is perfect
+
+p is weighted by price, for long answers cost more and fail more; `share` is the plain share of requests. The interval is
+that of p, carried through; of replace_all, that of the requests' differences, clustered by document. T and S are taken
+as measured. Break-even is the cost of the distillation over the surplus of a request, and null where the surplus or its
+interval reaches 0. What is unknown is null with its reason. Money is Decimal until it is written.
+
+`Economics` is the shape of `economics` in scorecard.json. Every amount there is a `Ranged`: value, low, high, or
+null and `reason`; low and high are null also where a case is a bound of its own and has no interval.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from decimal import ROUND_CEILING, Decimal
+from typing import Any, Literal, NamedTuple
+
+from distill.evaluation.acceptance import Asked
+from distill.evaluation.economics import NO_TIME, THOUSAND, Tariff, percent
+from distill.evaluation.statistics import (
+    MIN_PAIRED,
+    Bounds,
+    Certainty,
+    Estimate,
+    estimate_mean,
+)
+from distill.generation.prices import MachinePrice, TokenPrice
+from distill.records import Record, Usage
+
+Way = Literal["replace_all", "try_then_escalate", "perfect_router"]
+WAYS: tuple[Way, ...] = ("replace_all", "try_then_escalate", "perfect_router")
+MONTH_DAYS, DAY_SECONDS = 30, 86_400
+LOW_USE = Decimal("0.25")
+SHARE = Bounds(0.0, 1.0)
+NO_TEST = "no task has a checker, and no judge that passed its probe stands in"
+NEEDS_ANSWER = (
+    "the test compares with a right answer, which nobody has when a new request is served"
+)
+
+
+class Ranged(Record):
+    """An amount with its interval, or None with the reason."""
+
+    value: Decimal | None = None
+    low: Decimal | None = None
+    high: Decimal | None = None
+    reason: str | None = None
+
+    def scaled(self, factor: Decimal | int, plus: Decimal | int = 0) -> "Ranged":
+        """Return factor x amount + plus; a negative factor turns the interval round."""
+        ends = ("high", "low") if factor < 0 else ("low", "high")
+        amounts = {
+            "value": self.value,
+            "low": getattr(self, ends[0]),
+            "high": getattr(self, ends[1]),
+        }
+        scaled = {key: None if a is None else a * factor + plus for key, a in amounts.items()}
+        return self.model_copy(update=scaled)
+
+    def lowest(self) -> "Ranged":
+        """Return the lower end of the interval, as an amount without one."""
+        return Ranged(value=self.low, reason=self.reason)
+
+
+class BreakEven(Record):
+    """After how many requests, and days at the volume, the surplus has paid for the distillation."""
+
+    requests: Ranged
+    days: Ranged
+
+
+class Row(Record):
+    """One way to use the student, and what it saves; negative where it costs more than the teacher."""
+
+    way: Way
+    dollars_per_1k: Ranged
+    dollars_per_month: Ranged
+    break_even: BreakEven
+
+
+class Case(Record):
+    """The headline row with one thing changed."""
+
+    case: str
+    teacher_dollars_per_1k: Decimal | None
+    student_dollars_per_1k: Decimal | None
+    requests_per_month: int
+    dollars_per_1k: Ranged
+    dollars_per_month: Ranged
+    break_even: BreakEven
+
+
+class Economics(Record):
+    """The surplus statement as data: what is compared, the share, the three rows, the headline, what could change."""
+
+    requests: int  # that these figures are over: those that a test covers, or all where none does
+    of: int  # held-out requests in all
+    teacher: dict[str, Any]  # name, dollars_per_1k, price, hypothetical, batch_dollars_per_1k
+    student: dict[str, Any]  # dollars_per_1k, price, utilisation, month_of_machines
+    tests: tuple[str, ...]  # that decide whether an answer is acceptable
+    when_served: bool  # they can be run on a new request
+    unscored: int
+    share: Ranged
+    share_of_price: Ranged
+    share_if_unscored_fail: Ranged | None = None
+    quality: dict[str, Any]  # student minus teacher, beside replace_all
+    distillation_dollars: Decimal | None
+    requests_per_month: int
+    headline: Way
+    rows: tuple[Row, ...]
+    sensitivity: tuple[Case, ...]
+    reasons: dict[str, str] = {}
+
+
+class Assumptions(NamedTuple):
+    """What a surplus is reckoned with: both tariffs, the cost of the distillation, the requests of a month."""
+
+    teacher: Tariff
+    student: Tariff
+    distillation: Decimal | None
+    why_no_distillation: str
+    requests_per_month: int
+
+
+def economics(
+    requests: Sequence[Asked],
+    assumed: Assumptions,
+    certainty: Certainty,
+    compared_with: Mapping[str, Any],
+    quality: Mapping[str, Any],
+) -> Economics:
+    """Reckon everything from the held-out requests.
+
+    `compared_with` names the teacher whose price it is, `quality` is the student's difference to the teacher of this
+    run; both are shown beside the amounts.
+    """
+    covered = [asked for asked in requests if asked.test] or list(requests)
+    basis = Basis.of(covered, assumed)
+    shares = shares_of(covered, assumed, certainty)
+    reckoning = Reckoning(basis, shares.of_price, certainty, assumed)
+    tests = tuple(dict.fromkeys(asked.test for asked in covered if asked.test))
+    when_served = bool(tests) and all(asked.when_served for asked in covered)
+    headline: Way = "try_then_escalate" if when_served else "replace_all"
+    rows = {way: reckoning.row(way) for way in WAYS}
+    if tests and not when_served:
+        rows["try_then_escalate"] = reckoning.row_of("try_then_escalate", unknown(NEEDS_ANSWER))
+    missing = {"distillation_dollars": assumed.why_no_distillation}
+    missing = missing if assumed.distillation is None else {}
+    return Economics(
+        requests=len(covered),
+        of=len(requests),
+        teacher={**compared_with, **reckoning.teacher_facts()},
+        student=reckoning.student_facts(),
+        tests=tests,
+        when_served=when_served,
+        unscored=sum(asked.accepted is None for asked in covered) if tests else 0,
+        share=shares.plain,
+        share_of_price=shares.of_price,
+        share_if_unscored_fail=shares.if_unscored_fail,
+        quality=dict(quality),
+        distillation_dollars=assumed.distillation,
+        requests_per_month=assumed.requests_per_month,
+        headline=headline,
+        rows=tuple(rows.values()),
+        sensitivity=tuple(reckoning.sensitivity(headline)),
+        reasons=missing,
+    )
+
+
+@dataclass(frozen=True)
+class Basis:
+    """The requests that are reckoned with: dollars of 1,000 of each, and whose cluster they are; or why there are none."""
+
+    teacher: tuple[Decimal, ...] = ()
+    student: tuple[Decimal, ...] = ()
+    clusters: tuple[str, ...] = ()
+    why: str = ""
+
+    @classmethod
+    def of(cls, requests: Sequence[Asked], assumed: Assumptions) -> "Basis":
+        """Price the requests that both models answered."""
+        both = [asked for asked in requests if {"teacher", "student"} <= asked.usage.keys()]
+        priced = {
+            model: [tariff.of(asked.usage[model]) for asked in both]
+            for model, tariff in (("teacher", assumed.teacher), ("student", assumed.student))
+        }
+        known = {m: tuple(d * THOUSAND for d in row if d is not None) for m, row in priced.items()}
+        for model, tariff in (("teacher", assumed.teacher), ("student", assumed.student)):
+            if not both or len(known[model]) < len(both):
+                return cls(why=tariff.why if tariff.price is None else f"{model}: {NO_TIME}")
+        return cls(known["teacher"], known["student"], tuple(asked.cluster for asked in both))
+
+    @property
+    def means(self) -> tuple[Decimal, Decimal]:
+        """Return what 1,000 requests cost the teacher and the student."""
+        return _mean(self.teacher), _mean(self.student)
+
+    def scaled(self, teacher: Decimal | int = 1, student: Decimal | int = 1) -> "Basis":
+        """Return the same requests at other prices."""
+        changed = {
+            "teacher": tuple(amount * teacher for amount in self.teacher),
+            "student": tuple(amount * student for amount in self.student),
+        }
+        return replace(self, **changed)
+
+    def difference(self, certainty: Certainty) -> Ranged:
+        """Return teacher minus student, with the interval of the requests' differences."""
+        teacher, student = self.means
+        pairs = zip(self.teacher, self.student, strict=True)
+        bounds = Bounds(-float(max(self.student)), float(max(self.teacher)))
+        found = estimate_mean([float(t - s) for t, s in pairs], self.clusters, certainty, bounds)
+        return ranged(found).model_copy(update={"value": teacher - student})
+
+
+class Shares(NamedTuple):
+    """The share of requests that the student can take: plain, weighted by price, and with failures of ours against it."""
+
+    plain: Ranged
+    of_price: Ranged
+    if_unscored_fail: Ranged | None = None
+
+
+def shares_of(requests: Sequence[Asked], assumed: Assumptions, certainty: Certainty) -> Shares:
+    """Estimate the substitution share over requests that a test covers; null without a test or with too few verdicts."""
+    scored = [asked for asked in requests if asked.accepted is not None]
+    if not any(asked.test for asked in requests):
+        return Shares(unknown(NO_TEST), unknown(NO_TEST))
+    if len(scored) < MIN_PAIRED * len(requests):
+        why = unknown(f"only {len(scored)} of {len(requests)} answers could be tested")
+        return Shares(why, why)
+    weights = [assumed.teacher.of(asked.usage.get("teacher", Usage())) for asked in scored]
+    known = [float(w) for w in weights if w is not None]
+    plain = _share(scored, certainty)
+    weighted = (
+        _share(scored, certainty, known) if len(known) == len(scored) and sum(known) else plain
+    )
+    against = _share(requests, certainty) if len(scored) < len(requests) else None
+    return Shares(plain, weighted, against)
+
+
+def _share(
+    requests: Sequence[Asked], certainty: Certainty, weights: Sequence[float] | None = None
+) -> Ranged:
+    accepted = [float(asked.accepted is True) for asked in requests]
+    clusters = [asked.cluster for asked in requests]
+    return ranged(estimate_mean(accepted, clusters, certainty, SHARE, weights))
+
+
+class Reckoning(NamedTuple):
+    """The three rows and their cases, over one basis and one share of the price."""
+
+    basis: Basis
+    part: Ranged
+    certainty: Certainty
+    assumed: Assumptions
+
+    def surplus(self, way: Way) -> Ranged:
+        """Return what 1,000 requests save in one way."""
+        if self.basis.why:
+            return unknown(self.basis.why)
+        teacher, student = self.basis.means
+        if way == "replace_all":
+            return self.basis.difference(self.certainty)
+        if way == "try_then_escalate":
+            return self.part.scaled(teacher, -student)
+        return self.part.scaled(teacher - student)
+
+    def row(self, way: Way) -> Row:
+        """Return one way to use the student."""
+        return self.row_of(way, self.surplus(way))
+
+    def row_of(self, way: Way, surplus: Ranged) -> Row:
+        """Return a row whose surplus per 1,000 requests is known."""
+        volume = self.assumed.requests_per_month
+        return Row(
+            way=way,
+            dollars_per_1k=surplus,
+            dollars_per_month=surplus.scaled(Decimal(volume) / THOUSAND),
+            break_even=break_even(surplus, self.assumed),
+        )
+
+    def case(self, name: str, way: Way) -> Case:
+        """Return one way with what this reckoning has changed."""
+        row = self.row(way)
+        teacher, student = (None, None) if self.basis.why else self.basis.means
+        return Case(
+            case=name,
+            teacher_dollars_per_1k=teacher,
+            student_dollars_per_1k=student,
+            requests_per_month=self.assumed.requests_per_month,
+            **row.model_dump(exclude={"way"}),
+        )
+
+    def sensitivity(self, way: Way) -> Iterator[Case]:
+        """Yield today's figures and what would change them, one thing at a time."""
+        volume = self.assumed.requests_per_month
+        yield self.case("as measured", way)
+        yield self.scaled(teacher=Decimal("0.5")).case("the teacher's price halves", way)
+        discount = self.batch_discount()
+        if discount is not None:
+            batched = self.scaled(teacher=1 - discount)
+            yield batched.case("the teacher is asked in batches, at its discount", way)
+        more = self._replace(assumed=self.assumed._replace(requests_per_month=10 * volume))
+        yield more.case("ten times the requests", way)
+        if way != "replace_all":
+            lowest = self._replace(part=self.part.lowest())
+            yield lowest.case("the share at its lower bound", way)
+        yield from self._other_machines(way)
+
+    def _other_machines(self, way: Way) -> Iterator[Case]:
+        """Yield the cases of a student's machine that is less busy than assumed."""
+        tariff, rent = self.assumed.student, self.month_of_machines()
+        if not isinstance(tariff.price, MachinePrice) or self.basis.why:
+            return
+        idle = self.scaled(student=tariff.utilisation / LOW_USE)
+        yield idle.case(f"the student's machine works {percent(LOW_USE)} of the time", way)
+        student = self.basis.means[1]
+        if rent and student:
+            per_1k = rent["dollars_per_month"] / self.assumed.requests_per_month * THOUSAND
+            dedicated = self.scaled(student=per_1k / student)
+            yield dedicated.case("the student's machine is rented for the whole month", way)
+
+    def scaled(self, teacher: Decimal | int = 1, student: Decimal | int = 1) -> "Reckoning":
+        """Return the reckoning at other prices."""
+        return self._replace(basis=self.basis.scaled(teacher, student))
+
+    def batch_discount(self) -> Decimal | None:
+        """Return the discount for answers that may take a day, where the teacher's price has one."""
+        price = self.assumed.teacher.price
+        return price.batch_discount if isinstance(price, TokenPrice) else None
+
+    def month_of_machines(self) -> dict[str, Any] | None:
+        """Return how many machines the requests of a month need, their rent, and how busy they are."""
+        price, volume = self.assumed.student.price, self.assumed.requests_per_month
+        if not isinstance(price, MachinePrice) or self.basis.why or not price.dollars_per_hour:
+            return None
+        student = self.basis.means[1] * self.assumed.student.utilisation  # busy time alone
+        needed = volume * student / THOUSAND / price.of(MONTH_DAYS * DAY_SECONDS)
+        machines = int(needed.to_integral_value(ROUND_CEILING)) or 1
+        rent = machines * price.of(MONTH_DAYS * DAY_SECONDS)
+        return {"machines": machines, "dollars_per_month": rent, "in_use": needed / machines}
+
+    def teacher_facts(self) -> dict[str, Any]:
+        """Return what is known of the teacher's price."""
+        dollars = None if self.basis.why else self.basis.means[0]
+        discount = self.batch_discount()
+        batch = None if dollars is None or discount is None else dollars * (1 - discount)
+        price = self.assumed.teacher.described()
+        return {"dollars_per_1k": dollars, "batch_dollars_per_1k": batch, "price": price}
+
+    def student_facts(self) -> dict[str, Any]:
+        """Return what is known of the student's price."""
+        return {
+            "dollars_per_1k": None if self.basis.why else self.basis.means[1],
+            "price": self.assumed.student.described(),
+            "utilisation": self.assumed.student.utilisation,
+            "month_of_machines": self.month_of_machines(),
+        }
+
+
+def break_even(surplus: Ranged, assumed: Assumptions) -> BreakEven:
+    """Return when `surplus`, dollars of 1,000 requests, has paid for the distillation."""
+    requests = _requests_to_pay(surplus, assumed)
+    days = requests.scaled(Decimal(MONTH_DAYS) / assumed.requests_per_month)
+    return BreakEven(requests=requests, days=days)
+
+
+def _requests_to_pay(surplus: Ranged, assumed: Assumptions) -> Ranged:
+    if assumed.distillation is None or surplus.value is None or surplus.reason:
+        return unknown(surplus.reason or assumed.why_no_distillation)
+    if surplus.value <= 0:
+        return unknown("nothing is saved, so the distillation is never paid back")
+    if surplus.low is not None and surplus.low <= 0:
+        return unknown("the interval of the surplus reaches 0, so it may never be paid back")
+    cost = assumed.distillation * THOUSAND
+    return Ranged(
+        value=cost / surplus.value,
+        low=None if surplus.high is None else cost / surplus.high,
+        high=None if surplus.low is None else cost / surplus.low,
+    )
+
+
+def _mean(amounts: Sequence[Decimal]) -> Decimal:
+    return sum(amounts, Decimal(0)) / len(amounts)
+
+
+def ranged(estimate: Estimate) -> Ranged:
+    """Return an estimate as an amount."""
+    bounds = (estimate.value, estimate.low, estimate.high)
+    value, low, high = (None if b is None else Decimal(repr(b)) for b in bounds)
+    return Ranged(value=value, low=low, high=high, reason=estimate.reason)
+
+
+def unknown(reason: str) -> Ranged:
+    """Return an amount that is not known."""
+    return Ranged(reason=reason)

@@ -1,0 +1,70 @@
+"""How fast a model answers one request at a time, and how fast it reads: timed apart from the answers that are scored.
+
+Two short runs a model, of fresh prompts and past the store: a handful through one slot, one after the other, as a
+single user would meet it; and a batch that draws one token an answer, which is the reading of the prompts. The time is
+that of the model's steps: loading and set-up are left out. A prompt's beginning that the one before it shares is
+computed once, as in the batch. What was timed is kept, so that a run that goes on or is made again says the same.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from distill.evaluation.economics import Timing
+from distill.generation.local import LocalResponder
+from distill.generation.responder import Raw, Request
+from distill.progress import say
+from distill.store import read_records, write_records
+
+ALONE = 8  # prompts asked one at a time
+READ = 64  # prompts read in a batch
+SECONDS = 10.0  # of each of the two runs, beyond which no further prompt is begun
+
+
+def timed(path: Path, responder: LocalResponder, requests: Sequence[Request]) -> Timing | None:
+    """Time a model on some of the requests, or return what `path` holds; None where nothing could be timed."""
+    if path.exists():
+        return next(iter(read_records(path, Timing)), None)
+    say(f"{responder.model}: timed one request at a time")
+    alone = measured(responder, spread(requests, ALONE), slots=1)
+    first = [shortened(request) for request in spread(requests, READ)]
+    read = measured(responder, first, slots=responder.slots)
+    if not alone or not read:
+        return None
+    timing = Timing(
+        requests=len(alone),
+        output_tokens=sum(raw.usage.output_tokens for raw in alone),
+        seconds=sum(raw.usage.seconds for raw in alone),
+        read_tokens=sum(raw.usage.input_tokens for raw in read),
+        read_seconds=sum(raw.usage.seconds for raw in read),
+    )
+    write_records(path, [timing])
+    return timing
+
+
+def spread(requests: Sequence[Request], count: int) -> list[Request]:
+    """Choose up to `count` requests, evenly from first to last."""
+    step = max(1, len(requests) // count)
+    return list(requests[::step][:count])
+
+
+def shortened(request: Request) -> Request:
+    """Return the request for an answer of one token."""
+    sampling = request.sampling.model_copy(update={"max_new_tokens": 1})
+    return request.model_copy(update={"sampling": sampling})
+
+
+def measured(
+    responder: LocalResponder, requests: Sequence[Request], slots: int | None
+) -> list[Raw]:
+    """Ask until all have answered or the time is over, and return the answers that came."""
+    usual, responder.slots = responder.slots, slots
+    started, raws = time.monotonic(), []
+    try:
+        for raw in responder.ask(requests):
+            raws.append(raw)
+            if time.monotonic() - started > SECONDS:
+                break
+    finally:
+        responder.slots = usual
+    return raws
