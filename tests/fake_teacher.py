@@ -7,6 +7,7 @@ A script maps the number of a request (from 0, as they arrive) and its payload t
 import asyncio
 import gzip
 import json
+import ssl
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -50,8 +51,14 @@ Script = Callable[[int, dict[str, Any]], Reply]
 class FakeTeacher:
     """Serves `/v1/chat/completions` on a loopback port while its `with` block lasts."""
 
-    def __init__(self, script: Script | None = None, price: TokenPrice = PRICE) -> None:
+    def __init__(
+        self,
+        script: Script | None = None,
+        price: TokenPrice = PRICE,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.script, self.price = script or (lambda number, payload: Reply()), price
+        self.tls = tls
         self.payloads: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.paths: list[str] = []
@@ -75,11 +82,13 @@ class FakeTeacher:
     @property
     def url(self) -> str:
         """Return the base URL."""
-        return f"http://127.0.0.1:{self.port}/v1"
+        return f"http{'s' if self.tls else ''}://127.0.0.1:{self.port}/v1"
 
     async def _serve(self) -> None:
         self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
-        server = await asyncio.start_server(self._connected, "127.0.0.1", 0, backlog=512)
+        server = await asyncio.start_server(
+            self._connected, "127.0.0.1", 0, backlog=512, ssl=self.tls
+        )
         self.port = server.sockets[0].getsockname()[1]
         self._started.set()
         await self._end.wait()

@@ -147,14 +147,18 @@ class Purchase:
         if self.key:
             headers["authorization"] = f"Bearer {self.key}"
         timeout = httpx2.Timeout(settings.read_timeout, connect=settings.connect_timeout, pool=None)
-        return httpx2.AsyncClient(
-            headers=headers,
-            timeout=timeout,
-            limits=httpx2.Limits(max_connections=width, max_keepalive_connections=width),
-            follow_redirects=False,
-            # a proxy of the environment may carry TLS, and never sees a key in the clear
-            trust_env=all(url.startswith("https://") for url in settings.base_urls),
-        )
+        try:
+            return httpx2.AsyncClient(
+                headers=headers,
+                timeout=timeout,
+                limits=httpx2.Limits(max_connections=width, max_keepalive_connections=width),
+                follow_redirects=False,
+                # a proxy of the environment may carry TLS, and never sees a key in the clear
+                trust_env=all(url.startswith("https://") for url in settings.base_urls),
+            )
+        except (ImportError, ValueError):  # their words may hold the proxy's password
+            what, fix = "names a proxy that cannot be used", "write http://HOST:PORT, or unset it"
+            raise DistillError(Exit.CONFIG, "HTTPS_PROXY or ALL_PROXY", what, fix) from None
 
     async def _work(self) -> None:
         """Take one request after the other until none is left or the gate closes."""
