@@ -235,22 +235,27 @@ def shares_of(requests: Sequence[Asked], assumed: Assumptions, certainty: Certai
     if len(scored) < MIN_PAIRED * len(requests):
         why = unknown(f"only {len(scored)} of {len(requests)} answers could be tested")
         return Shares(why, why)
-    weights = [assumed.teacher.of(asked.usage.get("teacher", Usage())) for asked in scored]
-    known = [float(w) for w in weights if w is not None]
-    plain = _share(scored, certainty)
-    weighted = (
-        _share(scored, certainty, known) if len(known) == len(scored) and sum(known) else plain
-    )
+    prices = [assumed.teacher.of(asked.usage.get("teacher", Usage())) for asked in scored]
+    known = [price for price in prices if price is not None]
+    plain, whole = _share(scored, certainty), len(known) == len(scored) and sum(known) > 0
     against = _share(requests, certainty) if len(scored) < len(requests) else None
-    return Shares(plain, weighted, against)
+    return Shares(plain, _share(scored, certainty, known) if whole else plain, against)
 
 
 def _share(
-    requests: Sequence[Asked], certainty: Certainty, weights: Sequence[float] | None = None
+    requests: Sequence[Asked], certainty: Certainty, weights: Sequence[Decimal] | None = None
 ) -> Ranged:
-    accepted = [float(asked.accepted is True) for asked in requests]
+    """Estimate the share that is accepted, of the requests or of their weights; its value is exact."""
+    accepted = [asked.accepted is True for asked in requests]
     clusters = [asked.cluster for asked in requests]
-    return ranged(estimate_mean(accepted, clusters, certainty, SHARE, weights))
+    of = weights or [Decimal(1)] * len(requests)
+    found = estimate_mean(
+        [float(a) for a in accepted], clusters, certainty, SHARE, [float(weight) for weight in of]
+    )
+    if found.value is None:
+        return ranged(found)
+    part = sum((weight for weight, a in zip(of, accepted, strict=True) if a), Decimal(0))
+    return ranged(found).model_copy(update={"value": part / sum(of)})
 
 
 class Reckoning(NamedTuple):
