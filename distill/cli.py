@@ -208,11 +208,32 @@ def fetch(config: ConfigArgument, overrides: Overrides = None) -> None:
 
 
 @app.command(name="plan")
-def show_plan(config: ConfigArgument, overrides: Overrides = None) -> None:
-    """Say what a run would take: prompts, tokens, seconds, bytes. Runs nothing, loads no model."""
+def show_plan(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    pilot: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Ask the teacher N of the questions, and keep them."),
+    ] = None,
+) -> None:
+    """Say what a run would take: prompts, tokens, dollars, seconds, bytes. Without --pilot it sends nothing."""
     from distill.plan import plan
 
-    Console(soft_wrap=True).print(plan(open_run(config, overrides or ()).config), markup=False)
+    run = open_run(config, overrides or ())
+    origin = _ask_pilot(run, pilot) if pilot else None
+    Console(soft_wrap=True).print(plan(run.config, origin), markup=False)
+
+
+def _ask_pilot(run: Run, count: int) -> str:
+    """Make the run's prompts where they are missing, ask some of them, and return the teacher's origin."""
+    from distill import pilot
+    from distill.generation.terms import require_terms
+
+    pilot.require_teacher(run.config)
+    require_terms(run.config)
+    perform(run, STAGES[: NAMES.index("generate")])
+    with run.lock():
+        return pilot.pilot(run, count)
 
 
 @app.command(name="status")

@@ -58,12 +58,17 @@ def cache_folder() -> Path:
     return Path(named) if named else Path(shared) / "distill"
 
 
+def converted_folder(name: str, gguf: Gguf) -> Path:
+    """Return where the converted model lies, if it was made."""
+    return cache_folder() / "models" / f"{name}-{gguf.sha256[:12]}"
+
+
 def converted(name: str, gguf: Gguf) -> Path:
     """Return the folder of the converted model, making it where it is missing or damaged.
 
     Raises DistillError (exit 3) where no place could give the file, naming what each answered.
     """
-    folder = cache_folder() / "models" / f"{name}-{gguf.sha256[:12]}"
+    folder = converted_folder(name, gguf)
     if _is_whole(folder):
         return folder
     with _alone(folder):

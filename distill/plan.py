@@ -1,7 +1,8 @@
 """`distill plan`: what a run will take, as ranges, before anything runs. Loads no model and imports no torch.
 
-The amount of work is that of `distill.scope`. Tokens follow from bytes of text, operations and bytes from the models'
-shapes, seconds from the device's rate. What a range assumes stands under the tables.
+The amount of work is that of `distill.scope`, what a paid teacher costs that of `distill.bill`. Tokens follow from bytes
+of text, operations and bytes from the models' shapes, seconds from the device's rate. What a range assumes stands under
+the tables.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from rich.console import Group
 from rich.table import Table
 
 from distill import download, models
+from distill.bill import Bill, make_bill, seconds_of, show
 from distill.config import Config
 from distill.devices import Device, find_device
 from distill.errors import DistillError, Exit
@@ -88,14 +90,14 @@ def answering(model: Shape, side: Side, count: Span, device: Device | None) -> S
     return Span(low, high) * count / device.rate + steps * weights / device.bandwidth
 
 
-def rows(config: Config, work: Scope, device: Device | None) -> list[Row]:
-    """Return the plan's lines."""
+def rows(config: Config, work: Scope, device: Device | None, bill: Bill | None = None) -> list[Row]:
+    """Return the plan's lines; those of the teacher from its bill, where there is one."""
     student = Side(tokens_of(work.student), ANSWER * config.teacher.max_new_tokens)
     dataset = Row("filter", f"keeps {KEPT.low:.0%} to {KEPT.high:.0%}", None, Span(0, 10))
     return [
         Row("corpus", f"{count(work.documents)} documents", None, work.seconds),
         Row("prompts", f"{count(work.asked)} prompts", None, work.seconds),
-        _teacher_row(config, work, device),
+        _teacher_row(config, work, device, bill),
         dataset,
         _training_row(config, work, student, device),
         _evaluation_row(config, work, student, device),
@@ -103,8 +105,12 @@ def rows(config: Config, work: Scope, device: Device | None) -> list[Row]:
     ]
 
 
-def _teacher_row(config: Config, work: Scope, device: Device | None) -> Row:
+def _teacher_row(config: Config, work: Scope, device: Device | None, bill: Bill | None) -> Row:
     teacher = config.teacher
+    if bill:
+        left = bill.left
+        what = f"{count(left.count)} answers" + (f", {bill.stored:,} stored" if bill.stored else "")
+        return Row("generate", what, left.input + left.output, seconds_of(bill, teacher))
     if teacher.kind != "local":
         return Row("generate", f"answers of kind {teacher.kind}, none made", None, Span(0, 30))
     side = Side(tokens_of(work.teacher), ANSWER * teacher.max_new_tokens)
@@ -191,8 +197,7 @@ def _model_bytes(reference: str) -> tuple[str, Span, str]:
     if models.is_folder(reference):
         return f"model {reference}", NOTHING, "a folder"
     if info and info.gguf:
-        name = f"{info.name}-{info.gguf.sha256[:12]}"
-        there = (download.cache_folder() / "models" / name).is_dir()
+        there = download.converted_folder(info.name, info.gguf).is_dir()
         most = Span(size, size + 2 * info.bytes)  # the download goes when it is converted
         remark = "in the cache" if there else f"download {size_of(info.bytes)}, then converted"
         return f"model {reference}", NOTHING if there else most, remark
@@ -228,19 +233,25 @@ def memory(config: Config, work: Scope, device: Device, room: float) -> list[tup
     return [*found, (f"train, micro-batches of {tokens:,} tokens", peak)]
 
 
-def plan(config: Config) -> Group:
-    """Return the plan of a run for the terminal."""
+def plan(config: Config, origin: str | None = None) -> Group:
+    """Return the plan of a run for the terminal; `origin` is its responder's, where a pilot has asked it."""
     work = scope(config)
     device, why = find_device(config.evaluation.machine)
-    lines = rows(config, work, device)
-    parts: list[Table | str] = [_work_table(config, lines), _disk_table(disk(config, work))]
+    paid = config.teacher.kind == "endpoint"
+    bill = make_bill(config, work, origin) if paid or origin else None
+    lines = rows(config, work, device, bill)
+    parts: list[Table | str] = [_work_table(config, lines)]
+    if bill:
+        parts += [*show(bill, config)]
+    parts.append(_disk_table(disk(config, work)))
     if device and device.memory:
         parts.append(_memory_table(memory(config, work, device, device.memory), device.memory))
     notes = [
         f"device: {device.name} ({why}): {device.source}"
         if device
         else f"device: {why}: no seconds without its rate",
-        "tokens: 2.8 to 4.4 bytes each; answers of 20 to 100 % of max_new_tokens",
+        "tokens: 2.8 to 4.4 bytes each; answers of 20 to 100 % of max_new_tokens"
+        + (" (the teacher's: see its table)" if bill else ""),
         *_terms(config),
     ]
     return Group(*parts, *notes, *_price(config, lines))
@@ -257,12 +268,13 @@ def _price(config: Config, lines: Sequence[Row]) -> list[str]:
     """Say what the seconds cost, where the machine has a price."""
     machine = config.evaluation.machine
     price = load_prices(config.evaluation.prices).machine(machine) if machine else None
-    seconds = [line.seconds for line in lines]
-    if price is None or None in seconds:
+    known = [line.seconds for line in lines if line.seconds]
+    unknown = [line.stage for line in lines if not line.seconds]
+    if price is None or len(unknown) > 1:
         return []
-    hours = total(seconds) * (1 / 3600)
-    cost = hours * float(price.dollars_per_hour)
-    return [f"cost: ${cost.low:.2f} to ${cost.high:.2f} on {machine} ({price.date})"]
+    cost = total(known) * (float(price.dollars_per_hour) / 3600)
+    but = f", without the time of {unknown[0]}" if unknown else ""
+    return [f"cost: ${cost.low:.2f} to ${cost.high:.2f} on {machine} ({price.date}){but}"]
 
 
 def _work_table(config: Config, lines: Sequence[Row]) -> Table:

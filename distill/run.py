@@ -86,13 +86,16 @@ class Run:
 
     def marker(self, stage: Stage) -> Path:
         """Return the file that holds the stage's fingerprint and whether it finished."""
-        return self.folder / "stages" / f"{stage.name}.json"
+        return self._marker(stage.name)
 
-    def _kept(self, stage: Stage) -> dict[str, Any]:
+    def _marker(self, name: str) -> Path:
+        return self.folder / "stages" / f"{name}.json"
+
+    def _kept(self, name: str) -> dict[str, Any]:
         """Return what the stage's marker holds; raises DistillError (exit 5) where it is damaged."""
-        kept, marker = read_json(self.marker(stage)), self.marker(stage)
+        kept, marker = read_json(self._marker(name)), self._marker(name)
         if not isinstance(kept, dict) or not isinstance(kept.get("fingerprint"), dict):
-            raise DistillError(Exit.STATE, marker, "is damaged", f"--redo {stage.name} remakes it")
+            raise DistillError(Exit.STATE, marker, "is damaged", f"--redo {name} remakes it")
         return kept
 
     def state(self, stage: Stage) -> tuple[State, list[str]]:
@@ -103,7 +106,7 @@ class Run:
         """
         if not self.marker(stage).exists():
             return "fresh", []
-        kept, new = self._kept(stage), self.fingerprint(stage)
+        kept, new = self._kept(stage.name), self.fingerprint(stage)
         missing = {f"file {name}" for name in stage.inputs if not self.path(name).exists()}
         old = {key: value for key, value in kept["fingerprint"].items() if key not in missing}
         finished = kept.get("finished") is True
@@ -133,13 +136,18 @@ class Run:
             self.remake([stage])
         if self.checked_state(stage) == "done":
             return False
-        self._account_for_the_killed(stage)
+        self.do(stage)
+        return True
+
+    def do(self, stage: Stage) -> None:
+        """Run the stage whatever its state, with its marker, its signs of life and its entry in the ledger."""
+        for name in sorted({stage.name, *self._begun_to_spend()}):
+            self._account_for_the_killed(name)
         mark = {"fingerprint": self.fingerprint(stage), "finished": False, "begun": now()}
         write_json(self.marker(stage), mark)
         with self._ledger(stage.name, mark["begun"]), heartbeat(self.marker(stage)):
             stage.main(self.config, self)
         write_json(self.marker(stage), {**mark, "finished": True, "at": now()})
-        return True
 
     def _set_aside(self, stage: Stage) -> None:
         """Move the stage's outputs, then its marker, to `.old/`, numbered: a crash between leaves it to do again."""
@@ -230,15 +238,21 @@ class Run:
         append_record(self.path("ledger.jsonl"), entry)
         path.unlink(missing_ok=True)
 
-    def _account_for_the_killed(self, stage: Stage) -> None:
-        """Where the stage was killed before, enter what it spent, and its seconds up to its last sign of life."""
-        marker = self.marker(stage)
-        begun = self._kept(stage).get("begun") if marker.exists() else None
-        if any(e.stage == stage.name and e.started == begun for e in self.ledger()):
-            self._spent(stage.name).unlink(missing_ok=True)  # killed just after it was entered
+    def _begun_to_spend(self) -> Iterator[str]:
+        """Yield the names of what has spent, and was killed before the ledger said so."""
+        ending = ".spent.jsonl"
+        for path in (self.folder / "stages").glob(f"*{ending}"):
+            yield path.name.removesuffix(ending)
+
+    def _account_for_the_killed(self, name: str) -> None:
+        """Where a stage was killed before, enter what it spent, and its seconds up to its last sign of life."""
+        marker = self._marker(name)
+        begun = self._kept(name).get("begun") if marker.exists() else None
+        if any(e.stage == name and e.started == begun for e in self.ledger()):
+            self._spent(name).unlink(missing_ok=True)  # killed just after it was entered
         elif begun:
             alive = marker.stat().st_mtime - datetime.fromisoformat(begun).timestamp()
-            self._enter(stage.name, begun, max(alive, 0.0), "killed")
+            self._enter(name, begun, max(alive, 0.0), "killed")
 
     def ledger(self) -> list[LedgerEntry]:
         """Return the ledger so far."""

@@ -1,7 +1,7 @@
 """How much work a config means: documents, prompts of each split, and their sizes, before anything runs.
 
-Documents and prompts are really made, in a folder that is thrown away, unless the corpus is on the Hub or large; then
-its bytes and the caps of the config stand in, as ranges.
+Documents and prompts are the run's, where it has made them. Else they are really made, in a folder that is thrown away,
+unless the corpus is on the Hub or large; then its bytes and the caps of the config stand in, as ranges.
 """
 
 import tempfile
@@ -17,7 +17,8 @@ from distill.errors import DistillError, Exit
 from distill.estimates import NOTHING, Span, total
 from distill.progress import console
 from distill.records import SPLITS, Document, Prompt
-from distill.run import Run
+from distill.run import Run, Stage
+from distill.stages import STAGES
 from distill.store import read_records
 
 LARGE = 50_000_000  # bytes of corpus above which it is not read for a plan
@@ -25,7 +26,10 @@ LARGE = 50_000_000  # bytes of corpus above which it is not read for a plan
 
 @dataclass(frozen=True)
 class Scope:
-    """The amount of work: documents, prompts by split, characters of a prompt on each side, seconds to make them."""
+    """The amount of work: documents, prompts by split, characters of a prompt on each side, seconds to make them.
+
+    `texts` are the documents and prompts themselves, where they were read.
+    """
 
     documents: Span
     prompts: dict[str, Span]
@@ -33,6 +37,7 @@ class Scope:
     student: Span
     text: Span
     seconds: Span
+    texts: tuple[Sequence[Document], Sequence[Prompt]] | None = None
 
     @property
     def asked(self) -> Span:
@@ -41,7 +46,10 @@ class Scope:
 
 
 def scope(config: Config) -> Scope:
-    """Return the amount of work, by making the prompts in a scratch folder or from the config's caps."""
+    """Return the amount of work: the run's prompts, or those made in a scratch folder, or what the caps allow."""
+    own = Run(config)
+    if all(_is_done(own, stage) for stage in STAGES[:2]):
+        return _counted(config, *_texts(own), NOTHING)
     if _is_large(config):
         return _capped(config)
     started = time.monotonic()
@@ -54,9 +62,23 @@ def scope(config: Config) -> Scope:
             prompts_stage.main(config, run)
         finally:
             console.quiet = before
-        documents = read_records(run.path("documents.jsonl"), Document)
-        prompts = read_records(run.path("prompts.jsonl"), Prompt)
-    return _counted(config, documents, prompts, time.monotonic() - started)
+        texts = _texts(run)
+    seconds = time.monotonic() - started
+    return _counted(config, *texts, Span(seconds, 3 * seconds + 5))
+
+
+def _is_done(run: Run, stage: Stage) -> bool:
+    """Tell whether the run has what a stage makes, from these settings."""
+    try:
+        return run.state(stage)[0] == "done"
+    except DistillError:  # of an input that is not there; making it says what is wrong
+        return False
+
+
+def _texts(run: Run) -> tuple[list[Document], list[Prompt]]:
+    """Read a run's documents and prompts."""
+    documents = read_records(run.path("documents.jsonl"), Document)
+    return documents, read_records(run.path("prompts.jsonl"), Prompt)
 
 
 def _is_large(config: Config) -> bool:
@@ -73,7 +95,7 @@ def _bytes(path: Path | None) -> int:
 
 
 def _counted(
-    config: Config, documents: Sequence[Document], prompts: Sequence[Prompt], seconds: float
+    config: Config, documents: Sequence[Document], prompts: Sequence[Prompt], seconds: Span
 ) -> Scope:
     splits = {d.id: d.meta["split"] for d in documents}
     counts: dict[str, Span] = dict.fromkeys(SPLITS, NOTHING)
@@ -94,7 +116,8 @@ def _counted(
         teacher=_mean(texts or [size / max(1, len(documents))]),
         student=_mean(shown or [size / max(1, len(documents))]),
         text=Span(size, size),
-        seconds=Span(seconds, 3 * seconds + 5),
+        seconds=seconds,
+        texts=(documents, prompts),
     )
 
 

@@ -27,6 +27,10 @@ def status(run: Run, stages: Sequence[Stage]) -> Group:
         finished = read_json(run.marker(stage)).get("at", "") if state == "done" else ""
         shown.add_row(stage.name, state, finished[:16].replace("T", " "), *_sums(spent))
         remarks += [f"{stage.name}: {remark}"] if remark else []
+    for name in dict.fromkeys(entry.stage for entry in ledger):
+        if name not in {stage.name for stage in stages}:  # a pilot
+            spent = [entry for entry in ledger if entry.stage == name]
+            shown.add_row(name, "", spent[-1].started[:16].replace("T", " "), *_sums(spent))
     shown.add_section()
     shown.add_row("all", "", "", *_sums(ledger))
     return Group(shown, *remarks, *_doubts(run))
