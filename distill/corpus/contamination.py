@@ -108,7 +108,7 @@ def flag(
 def trained_on(documents: Iterable[Document]) -> Iterator[Text]:
     """Yield the texts of documents that are not held out, recorded answers too."""
     for document in documents:
-        if document.meta["split"] != "heldout":
+        if document.meta.get("split") != "heldout":
             yield document.id, whole_text(document)
 
 
@@ -128,9 +128,17 @@ def answered(pairs: Iterable[Pair]) -> Iterator[Text]:
 
 
 def leaking(documents: Sequence[Document]) -> dict[str, tuple[Document, Found]]:
-    """Return, by the id of each document that is not held out and shares text with one that is, that one and the text."""
+    """Return which documents share text with a held-out one and are not held out, by id: that one, and the text."""
     held_out = [document for document in documents if document.meta["split"] == "heldout"]
     looked_for, leaks = index([of_document(document) for document in held_out]), {}
     for found in looked_for.find(trained_on(documents)):
         leaks.setdefault(found.place, (held_out[found.owner], found))
     return leaks
+
+
+def leaking_pairs(pairs: Iterable[Pair], held_out: Iterable[Prompt]) -> set[str]:
+    """Return the ids of the responses whose prompt or text holds something of a held-out prompt."""
+    asked_of = {prompt.id: Item.make(prompt) for prompt in held_out}
+    looked_for = index([of_item(item) for item in asked_of.values()])
+    texts = ((p.response.id, "\n".join([*own_parts(p.prompt), p.response.text])) for p in pairs)
+    return {found.place for found in looked_for.find(texts)}

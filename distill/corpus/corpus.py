@@ -1,5 +1,6 @@
 """The corpus stage: reads the sources, cleans, leaves out repeats, splits by document, then cuts into chunks.
 
+What shares text with a held-out document is left out too, so that nothing is bought or trained on that is evaluated.
 Writes documents.jsonl, and rejects.jsonl with the place and reason of everything that was left out. Counts and hashes
 go into the run's manifest under `corpus`.
 """
@@ -14,6 +15,7 @@ from typing import Any
 from distill.config import Chunk, Config, Corpus
 from distill.corpus import python_docs, readers
 from distill.corpus.clean import chunk
+from distill.corpus.contamination import leaking
 from distill.corpus.dedupe import NearDuplicates, unique
 from distill.corpus.privacy import Policy, masked_document
 from distill.corpus.readers import Reject, Row
@@ -37,10 +39,13 @@ def main(config: Config, run: Run) -> None:
     kept = deduplicated(found, rejects, corpus.near_duplicate_threshold, corpus.limit, config.seed)
     sizes = corpus.split
     splits = split([d.id for d in kept], config.seed, sizes.validation, sizes.heldout)
-    documents = chunked(kept, splits, corpus.chunk, rejects)
+    chunks = chunked(kept, splits, corpus.chunk, rejects)
+    documents = uncontaminated(chunks, rejects)
+    leaks = len(chunks) - len(documents)
     write_records(run.path("rejects.jsonl"), rejects)
     write_records(run.path("documents.jsonl"), documents)
-    report(run, documents, rejects, {"rows": rows, "kept": len(kept), "private_text": private})
+    counts = {"rows": rows, "kept": len(kept), "private_text": private, "contaminated": leaks}
+    report(run, documents, rejects, counts)
 
 
 def identity(config: Config) -> dict[str, str]:
@@ -216,6 +221,25 @@ def chunked(
     return list(chunks.values())
 
 
+def uncontaminated(documents: list[Document], rejects: list[Reject]) -> list[Document]:
+    """Leave out the documents that share text with a held-out one, which itself stays.
+
+    Raises DistillError (exit 3) where none is left to train on.
+    """
+    leaks = leaking(documents)
+    for document in documents:
+        if document.id in leaks:
+            held_out, found = leaks[document.id]
+            what = f"holds text of {held_out.source}, which is held out: {found.phrase[:120]}"
+            rejects.append(Reject(where=document.source, reason=what, bad=False))
+    kept = [document for document in documents if document.id not in leaks]
+    if leaks and not any(document.meta["split"] == "train" for document in kept):
+        what = f"all documents to train on share text with held-out ones, such as {rejects[-1].reason}"
+        fix = "give documents that differ, or a smaller corpus.split.heldout"
+        raise DistillError(Exit.INPUT, rejects[-1].where, what, fix)
+    return kept
+
+
 def report(
     run: Run, documents: list[Document], rejects: list[Reject], counts: dict[str, Any]
 ) -> None:
@@ -223,7 +247,7 @@ def report(
     splits = Counter(document.meta["split"] for document in documents)
     private = counts["private_text"]
     dropped = private.get("documents", 0) if private["policy"] == "drop" else 0
-    repeats = sum(not reject.bad for reject in rejects) - dropped
+    repeats = sum(not reject.bad for reject in rejects) - dropped - counts["contaminated"]
     facts: dict[str, Any] = {
         **counts,
         "bad": sum(reject.bad for reject in rejects),
@@ -240,6 +264,11 @@ def report(
         f"corpus: {facts['rows']} rows, {facts['bad']} bad, {repeats} repeats, "
         f"{len(documents)} documents ({shown})"
     )
+    if counts["contaminated"]:
+        say(
+            f"corpus: {counts['contaminated']} documents share text with held-out ones and are "
+            f"left out of training: {run.path('rejects.jsonl')}"
+        )
     if private.get("documents"):
         done = "dropped" if dropped else "masked"
         say(f"corpus: private text {done} in {private['documents']} rows: {told(private['kinds'])}")

@@ -1,20 +1,21 @@
 """The filter stage: which answers are trained on. Every answer that is dropped keeps its reason.
 
 A filter takes a prompt and its response and returns a reason to drop it, or None; the first reason counts. Validation
-pairs are filtered like training pairs, so that the loss is measured on what is learned. Held-out pairs are never
-filtered: a teacher that fails there must score 0. Of several samples of a prompt, all that pass and differ in text are
+pairs are filtered like training pairs, so that the loss is measured on what is learned, and both where they hold text
+of a held-out prompt. Held-out pairs are never filtered: a teacher that fails there must score 0. Of several samples of a prompt, all that pass and differ in text are
 kept, which is rejection sampling where the task has a reference.
 """
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from rich.table import Table
 
 from distill.checkers import NEEDS_REFERENCE, check, normalised, strip_fence
 from distill.config import Config, Filters
+from distill.corpus.contamination import leaking_pairs
 from distill.errors import DistillError, Exit
 from distill.progress import console
 from distill.records import SPLITS, Document, Pair, Prompt, Record, Response, Split
@@ -54,7 +55,11 @@ def main(config: Config, run: Run) -> None:
     splits = {d.id: d.meta["split"] for d in read_records(run.path("documents.jsonl"), Document)}
     responses = read_records(run.path("responses.jsonl"), Response)
     pairs = [Pair(prompt=prompts[r.prompt_id], response=r) for r in responses]
-    filters = chosen(config.filters)
+    leaks = leaking_pairs(
+        (p for p in pairs if splits[p.prompt.document_id] != "heldout"),
+        (p for p in prompts.values() if splits[p.document_id] == "heldout"),
+    )
+    filters = [*chosen(config.filters), contaminated(leaks)]
     dropped: list[Dropped] = []
     kept: dict[Split, list[Pair]] = {}
     for split in SPLITS:
@@ -201,6 +206,15 @@ def too_long(most: int) -> Filter:
 
     def filter_(prompt: Prompt, response: Response) -> str | None:
         return "too long" if response.usage.output_tokens > most else None
+
+    return filter_
+
+
+def contaminated(leaks: Collection[str]) -> Filter:
+    """Return the filter that drops the responses named, which hold text of a held-out prompt."""
+
+    def filter_(prompt: Prompt, response: Response) -> str | None:
+        return "holds a held-out item" if response.id in leaks else None
 
     return filter_
 
