@@ -660,6 +660,15 @@ def test_a_second_ctrl_c_leaves_what_is_in_flight(tmp_path: Path) -> None:
         assert not thread.is_alive() and len(unknown_outcomes(log)) == 3
 
 
+def test_whoever_waits_is_told_once_what_an_address_fails_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FakeTeacher(first(5, status=500, body=b"")) as teacher:
+        buy(teacher, tmp_path, 3)
+        said = capsys.readouterr().err
+    assert said.count("asking again") == 1 and f"{teacher.url}: 500 without a message" in said
+
+
 def test_a_budget_may_change_between_goes_and_an_address_may_not(tmp_path: Path) -> None:
     with FakeTeacher() as teacher:
         config = make_run(tmp_path, teacher, 6)

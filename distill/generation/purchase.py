@@ -29,6 +29,7 @@ from distill.generation.limits import Gate, Pace, Replicas, backoff, retry_after
 from distill.generation.prices import TokenPrice
 from distill.generation.responder import Raw, Request
 from distill.generation.scribe import Scribe
+from distill.generation.tally import Tally
 from distill.generation.transport import Received, post
 from distill.generation.wire import (
     Fault,
@@ -64,10 +65,11 @@ class Purchase:
         self.results: queue.SimpleQueue[Raw | None] = queue.SimpleQueue()
         self.fault: BaseException | None = None
         self.budget = self._budget_so_far()
-        self.before = self.budget.settled
+        self.tally = Tally(self.budget, self.price is not None, self.count)
         self.pace = Pace(self.settings.requests_per_minute, self.settings.tokens_per_minute)
         self.replicas = Replicas(self.settings.base_urls)
-        self.straight, self.answered, self.warned = 0, 0, set[str]()
+        self.straight = 0
+        self.warned, self.told = set[str](), set[str]()
         self.last = time.monotonic()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ready = threading.Event()
@@ -100,15 +102,8 @@ class Purchase:
                 return
 
     def progress(self) -> str:
-        """Say what this run has spent, may have spent, will have spent at this rate, and its limit."""
-        if self.price is None:
-            return "cost unknown"
-        budget = self.budget
-        doubt = f" + {budget.unknown:.4f} perhaps" if budget.unknown else ""
-        now = budget.settled - self.before
-        whole = self.before + now / max(1, self.answered) * self.count
-        limit = f", limit ${budget.limit}" if budget.limit is not None else ""
-        return f"${budget.settled:.4f}{doubt} of about ${whole:.4f}{limit}"
+        """Say in a line what is spent, what may be, how fast, how much in all, and the limit."""
+        return self.tally.line()
 
     def _close(self) -> None:
         self.gate.closed.set()
@@ -251,8 +246,15 @@ class Purchase:
             return None
         fault = got if isinstance(got, Fault) else classify(got.status, self._clean(got.data))
         self.replicas.note(address, well=not fault.replica)
+        self._tell(address, fault)
         await self._fail(attempt, fault, got if isinstance(got, Received) else None)
         return fault
+
+    def _tell(self, address: str, fault: Fault) -> None:
+        """Say what the first attempt failed with that an address will see again, for whoever sits and waits."""
+        if fault.scope == "retry" and address not in self.told:
+            self.told.add(address)
+            say(f"{address}: {fault.what}; asking again")
 
     def _intent(self, attempt: Attempt) -> dict[str, Any]:
         """Return what is stored before a request is sent: who pays, and how much at most."""
@@ -285,8 +287,7 @@ class Purchase:
         reply = read_stored(raw.body)
         self._settle(attempt, reply)
         self.straight = 0
-        self.answered += 1
-        self.results.put(raw.model_copy(update={"usage": reply.usage}))
+        self._hand_on(raw.model_copy(update={"usage": reply.usage}))
         await self._watch_model(reply.model)
 
     def _raw(self, attempt: Attempt, body: dict[str, Any]) -> Raw:
@@ -342,7 +343,7 @@ class Purchase:
         if fault.scope == "run":
             raise DistillError(Exit.TEACHER, self.settings.model, fault.what, fault.fix)
         if fault.scope == "item":
-            self.results.put(self._failed(attempt.request, fault.what))
+            self._hand_on(self._failed(attempt.request, fault.what))
         if asked is not None and asked > self.settings.max_pause:
             what = f"asks to wait {asked:,.0f} s ({fault.what})"
             fix = f"run again then, or raise teacher.max_pause: {AGAIN}"
@@ -375,9 +376,14 @@ class Purchase:
             fix = f"see to the server: {AGAIN}"
             raise DistillError(Exit.TEACHER, self.settings.model, what, fix)
 
+    def _hand_on(self, raw: Raw) -> None:
+        """Give the one that asked what became of a request."""
+        self.tally.add(raw.usage)
+        self.results.put(raw)
+
     def _give_up(self, request: Request, fault: Fault) -> None:
         """Hand on an item whose retries are used up; it is not stored, so the next go asks again."""
-        self.results.put(self._failed(request, fault.what))
+        self._hand_on(self._failed(request, fault.what))
 
     def _failed(self, request: Request, what: str) -> Raw:
         return Raw(
