@@ -2,10 +2,12 @@
 
     python scripts/fault_test.py --requests 10000 --faults 0.2 --json faults.json
 
-The teacher is the test suite's: a real HTTP server on a loopback port, with a bill of its own. Of its replies the given
-share is a fault, drawn at random from all kinds that a run survives. Afterwards every question must be answered or
-labelled failed, none of 400 and 422 asked twice, the canary key in no byte that was written, and the teacher's bill
-between what is settled and that plus the maximum of what is unknown.
+The teacher is the test suite's: a real HTTP server on a loopback port, with a bill of its own; the client is the command
+`distill generate`. Of the replies the given share is a fault, drawn at random from all kinds that a run survives.
+Afterwards every question must be answered or labelled failed, none of 400 and 422 asked twice, and the teacher's bill
+between what is settled and that plus the maximum of what is unknown. What a run does not survive (401, 402, 403, 404, 405,
+redirects) then meets a small run each, which must stop at once and ask nothing again. The canary key may stand in no byte
+that was written or printed: store, config, manifest, ledger, answers, card, what the commands say.
 """
 
 import argparse
@@ -16,20 +18,24 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from distill.config import Teacher  # noqa: E402
-from distill.generation.asking import origin_of  # noqa: E402
+from distill.cli import main as distill_main  # noqa: E402
+from distill.cli import open_run  # noqa: E402
+from distill.errors import Exit  # noqa: E402
 from distill.generation.budget import Account, account  # noqa: E402
-from distill.generation.endpoint import EndpointResponder  # noqa: E402
-from distill.generation.generate import answer_all  # noqa: E402
-from distill.generation.responder import Request, Sampling  # noqa: E402
-from distill.records import Message, Response  # noqa: E402
-from distill.store import Log  # noqa: E402
+from distill.publishing.card import make_card  # noqa: E402
+from distill.publishing.merge import Fidelity  # noqa: E402
+from distill.publishing.publish import facts_of  # noqa: E402
+from distill.records import Response  # noqa: E402
+from distill.run import Run  # noqa: E402
+from distill.store import Log, read_records  # noqa: E402
+from tests.buying import make_run  # noqa: E402
 from tests.fake_teacher import PRICE, FakeTeacher, Reply, bomb, question  # noqa: E402
 
 KEY = "canary-2718281828459045"
@@ -94,56 +100,73 @@ class Faulty:
         return Reply(**FAULTS[name])
 
 
-def settings_for(teacher: FakeTeacher, concurrency: int) -> Teacher:
-    """Return the settings of a patient client with short timeouts."""
-    os.environ["FAULT_TEST_KEY"] = KEY
-    return Teacher.model_validate(
-        {
-            "kind": "endpoint",
-            "model": "fake-1",
-            "base_url": teacher.url,
-            "api_key_env": "FAULT_TEST_KEY",
-            "max_new_tokens": 40,
-            "concurrency": concurrency,
-            "read_timeout": 1,
-            "total_timeout": 3,
-            "first_wait": 0.02,
-            "max_body_bytes": 1_000_000,
-        }
-    )
+STOPPING = (401, 402, 403, 404, 405, 301, 307)
+SAME = Fidelity(prompts=8, tokens=400, largest_logit_difference=0, mean_kl=0, greedy_agreement=1)
+PATIENCE = {
+    "max_new_tokens": 40,
+    "max_retries": 6,
+    "read_timeout": 1,
+    "total_timeout": 3,
+    "first_wait": 0.02,
+    "max_body_bytes": 1_000_000,
+}
+
+
+def command(folder: Path, *words: str) -> int:
+    """Run `distill WORDS` with the canary as its key; what it prints goes to the file `shown`."""
+    os.environ["TEACHER_KEY"] = KEY
+    with (folder / "shown").open("a") as shown, redirect_stdout(shown), redirect_stderr(shown):
+        return distill_main(words)
 
 
 def trial(count: int, share: float, seed: int, concurrency: int, folder: Path) -> dict[str, Any]:
     """Ask `count` questions of a teacher that fails at a share of requests; return the counts."""
     faulty = Faulty(share, seed)
     with FakeTeacher(faulty) as teacher:
-        settings = settings_for(teacher, concurrency)
-        sampling = Sampling(max_new_tokens=settings.max_new_tokens)
-        origin = origin_of(settings)
-        requests = [
-            Request.make(origin, str(i), (Message(role="user", content=f"question {i}"),), sampling)
-            for i in range(count)
-        ]
+        config = make_run(folder, teacher, count, concurrency=concurrency, **PATIENCE)
         started, cpu = time.monotonic(), time.process_time()
-        responses = answer_all(EndpointResponder(settings, PRICE, "t"), requests, folder, "asking")
+        code = command(folder, "generate", str(config))
         seconds, cpu = time.monotonic() - started, time.process_time() - cpu
-    with Log(folder, writable=False) as log:
-        found = account(log, PRICE, "t")
+    run = open_run(config)
+    responses = read_records(run.path("responses.jsonl"), Response)
+    with Log(run.config.store_folder() / "responses", writable=False) as log:
+        found = account(log, PRICE, run.config.name)
         stored = sum(1 for _ in log.keys("response"))
     return {
         **outcomes(responses),
         **money(found, teacher),
+        "exit_code": code,
         "questions": count,
         "stored": stored,
         "requests": len(teacher.payloads),
-        "requests_allowed": count * (1 + settings.max_retries),
+        "requests_allowed": count * (1 + PATIENCE["max_retries"]),
         "faults": sum(faulty.drawn.values()),
         "fault_kinds": len(faulty.drawn),
         "asked_again_after_a_refusal": faulty.again,
-        "canary_found": canary(folder, responses),
+        "canary_found": canary(folder, run),
         "seconds": round(seconds, 1),
         "cpu_seconds_of_client_and_teacher": round(cpu, 1),
     }
+
+
+def stopping_trial(status: int, folder: Path) -> dict[str, Any]:
+    """Let a teacher answer a few questions, then refuse all; return what the run did."""
+    refusal = Reply(status=status, body=ECHO, headers={"location": "http://127.0.0.1:9/"})
+    with FakeTeacher(lambda number, payload: refusal if number >= 8 else Reply()) as teacher:
+        config = make_run(folder, teacher, 100, concurrency=8, **PATIENCE)
+        code = command(folder, "generate", str(config))
+    return {
+        "exit_code": code,
+        "refused": len(teacher.payloads) - 8,
+        "asked_again": sum(teacher.asked.values()) - len(teacher.asked),
+        "canary_found": canary(folder, open_run(config)),
+    }
+
+
+def stopped_well(row: dict[str, Any]) -> bool:
+    """Tell whether a run that was refused stopped at once."""
+    few = 1 <= row["refused"] <= 8
+    return row["exit_code"] == Exit.TEACHER and few and not row["asked_again"] + row["canary_found"]
 
 
 def outcomes(responses: list[Response]) -> dict[str, int]:
@@ -165,10 +188,16 @@ def money(found: Account, teacher: FakeTeacher) -> dict[str, Any]:
     }
 
 
-def canary(folder: Path, responses: list[Response]) -> int:
-    """Count the files and answers that hold the key."""
-    files = sum(KEY.encode() in p.read_bytes() for p in folder.rglob("*") if p.is_file())
-    return files + sum(KEY in response.to_line() for response in responses)
+def canary(folder: Path, run: Run) -> int:
+    """Count the files that hold the key: all that was written, what three commands print, and the card."""
+    for verb in ("status", "plan"):
+        command(folder, verb, str(folder / "c.yaml"))
+    facts = facts_of(run.config, run, None, "apache-2.0", True)
+    scorecard = {"manifest": run.manifest(), "tasks": {}}
+    (folder / "card.md").write_text(str(make_card(facts, scorecard, SAME)))
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {"shown", "config.json", "manifest.json", "ledger.jsonl"} <= {f.name for f in files}
+    return sum(KEY.encode() in path.read_bytes() for path in files)
 
 
 def passed(row: dict[str, Any]) -> bool:
@@ -178,7 +207,12 @@ def passed(row: dict[str, Any]) -> bool:
         ended == row["questions"]
         and row["requests"] <= row["requests_allowed"]
         and row["bill_in_bounds"]
-        and not (row["unlabelled"] or row["asked_again_after_a_refusal"] or row["canary_found"])
+        and not (
+            row["exit_code"]
+            or row["unlabelled"]
+            or row["asked_again_after_a_refusal"]
+            or row["canary_found"]
+        )
     )
 
 
@@ -198,9 +232,19 @@ def main() -> None:
         rows.append({"seed": seed, **row, "passed": passed(row)})
         for name, value in rows[-1].items():
             print(f"{name:36} {value}")
+    stops = {status: stopped(status) for status in STOPPING}
+    for status, row in stops.items():
+        print(f"{status} stops the run{'':17} {row}")
     if given.json:
-        given.json.write_text(json.dumps(rows, indent=2) + "\n")
-    sys.exit(not all(row["passed"] for row in rows))
+        given.json.write_text(json.dumps({"trials": rows, "stops": stops}, indent=2) + "\n")
+    well = all(stopped_well(row) for row in stops.values())
+    sys.exit(not (well and all(row["passed"] for row in rows)))
+
+
+def stopped(status: int) -> dict[str, Any]:
+    """Return the row of a status that stops a run."""
+    with tempfile.TemporaryDirectory() as folder:
+        return stopping_trial(status, Path(folder))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,9 @@ FIGURES = {
     "unknown",
 }  # the rest counts what must not be
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-PRELOADED = ("scripts.kill_buyer_test", "httpcore2", "anyio._backends._asyncio")
+# loaded once, not by every child; a child of pytest loads pytest, too
+PRELOADED = ["scripts.kill_buyer_test", "httpcore2", "anyio._backends._asyncio"]
+PRELOADED += ["pytest"] if "pytest" in sys.modules else []
 CONTEXT = multiprocessing.get_context("forkserver")
 
 
@@ -102,7 +104,7 @@ class Witness:
 
 def complete_run(count: int, concurrency: int, chance: random.Random, kills: int) -> dict[str, Any]:
     """Start the client until it ends by itself, with at most `kills` kills; return the counts."""
-    CONTEXT.set_forkserver_preload([*PRELOADED])
+    CONTEXT.set_forkserver_preload(PRELOADED)
 
     def script(number: int, payload: dict[str, Any]) -> Reply:
         return Reply(delay=chance.uniform(0, 0.05))
@@ -242,7 +244,7 @@ LEDGER = ("dollars", "unknown_dollars", "unknown", "attempts")
 
 def every_call(count: int, concurrency: int, chained: bool = True) -> Counter[str]:
     """Kill a run before each call and in each write, and continue it; then one run at all of them in a row."""
-    CONTEXT.set_forkserver_preload([*PRELOADED])
+    CONTEXT.set_forkserver_preload(PRELOADED)
     total = Counter[str]()
     for half in (False, True):
         for call in itertools.count():

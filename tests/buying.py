@@ -42,13 +42,14 @@ def make_run(folder: Path, teacher: FakeTeacher, count: int = 12, **changes: Any
         for turn, document in zip(turns, documents, strict=True)
     ]
     table = [{**PRICE.model_dump(mode="json"), "date": "2026-11-01"}]
+    (folder / "corpus.txt").write_text("A text that is long enough to be taken for a document.")
     (folder / "prices.yaml").write_text(json.dumps({"tokens": table}))
     given = settings(teacher, **changes).model_dump(mode="json", exclude_unset=True)
     given = {"api_key_env": "TEACHER_KEY", "concurrency": 4} | given
     tree = {
         "name": "mine",
         "runs": str(folder / "runs"),
-        "corpus": {"path": "x"},
+        "corpus": {"path": str(folder / "corpus.txt")},
         "teacher": given,
         "terms": {"basis": "our own fake teacher"},
         "evaluation": {"prices": str(folder / "prices.yaml")},

@@ -14,6 +14,12 @@ def test_faulty_replies_end_stored_or_labelled(tmp_path: Path) -> None:
     assert row["fault_kinds"] >= 20 and row["stop_end"] > 300
 
 
+@pytest.mark.parametrize("status", fault_test.STOPPING)
+def test_what_a_run_does_not_survive_stops_it_at_once(tmp_path: Path, status: int) -> None:
+    row = fault_test.stopping_trial(status, tmp_path)
+    assert fault_test.stopped_well(row), row
+
+
 def test_kills_lose_nothing_and_every_doubt_is_listed() -> None:
     row = kill_buyer_test.complete_run(120, 8, random.Random(3), kills=4)
     doubts = {"kills", "billed_again", "unknown"}
