@@ -100,7 +100,7 @@ class Judge:
 
     def call(self, name: str, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Call a function of the program; a list, dict or set that it changed is changed here too."""
-        self.last = f"{name}{short(given)}"
+        self.last = f"{name}({short(given)[1:-1].rstrip(',')})"
         try:
             message = {"name": name, "given": wire.pack(given), "named": wire.pack(named)}
         except wire.NotData as error:
@@ -214,6 +214,8 @@ def alone(read: int, write: int) -> tuple[int, int]:
 def answer(space: dict[str, Any], call: dict[str, Any], write: int) -> None:
     """Do one call and say what came of it."""
     try:
+        if call["name"] not in space:
+            raise NameError(f"name {call['name']!r} is not defined")
         given, named = wire.unpack(call["given"]), wire.unpack(call["named"])
         value = space[call["name"]](*given, **named)
         reply = {"value": wire.pack((value, [x if kept(x) else None for x in given]))}

@@ -45,7 +45,7 @@ DEFAULT = Limits()
 
 
 class Trial(NamedTuple):
-    """Trial of a program: code that runs before, code that asserts, and the function that is the program's."""
+    """What a program must pass: code that runs before, code that asserts, and the function that is the program's."""
 
     code: str
     setup: str = ""

@@ -31,6 +31,7 @@ RDONLY, NOSUID, NODEV, NOEXEC, REMOUNT, BIND, REC, PRIVATE = (
 )
 DETACH, RECURSIVE, HERE = 2, 0x8000, -100
 SET_PDEATHSIG, SET_DUMPABLE, SET_SECCOMP, CAPBSET_DROP, SET_NO_NEW_PRIVS = 1, 4, 22, 24, 38
+ARENA_MAX = -8
 MOUNT_SETATTR = 442
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 
@@ -232,7 +233,7 @@ def confine(seconds: float, megabytes: int) -> None:
     """Take all rights from this process, for good: limits, capabilities, system calls, and being looked into."""
     limits = {
         resource.RLIMIT_CPU: int(seconds) + 1,
-        resource.RLIMIT_AS: megabytes << 20,
+        resource.RLIMIT_AS: 2 * megabytes << 20,  # stacks are reserved and seldom used
         resource.RLIMIT_NPROC: PROCESSES,
         resource.RLIMIT_FSIZE: FOLDER << 20,
         resource.RLIMIT_NOFILE: FILES,
@@ -244,6 +245,8 @@ def confine(seconds: float, megabytes: int) -> None:
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(limit, (most, most))
     if sys.platform == "linux":
+        if hasattr(LIBC, "mallopt"):  # glibc
+            LIBC.mallopt(ARENA_MAX, 1)  # else each thread reserves 64 MB of address space
         _drop_capabilities()
         _call("no_new_privs", LIBC.prctl(SET_NO_NEW_PRIVS, 1, 0, 0, 0))
         if MACHINE in AUDIT:

@@ -1,0 +1,4 @@
+"""Loops for ever before it is asked anything."""
+
+while True:
+    pass
