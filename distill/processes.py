@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -28,20 +28,16 @@ def launcher_command() -> str:
         return ""
 
 
-def check_world(
-    asked: int | None,
-    command: str,
-    world: int,
-    script: str = "scripts/train.py",
-    code: Exit = Exit.TRAINING,
-) -> None:
-    """Stop with `code` where `world` processes run, but the config (`asked`) or the launcher's `command` says another number."""
-    stated = (
-        ASKED.search(command)
-        if re.search(r"accelerate|torchrun|torch\.distributed", command)
-        else None
-    )
-    for number, source in ((asked, "train.num_processes"), (stated and int(stated[1]), "launcher")):
+def asked_of_launcher(command: str) -> int | None:
+    """Return how many processes a launcher's command line asks for; None where it is no launcher's, or says nothing."""
+    launcher = re.search(r"accelerate|torchrun|torch\.distributed", command)
+    stated = ASKED.search(command) if launcher else None
+    return int(stated[1]) if stated else None
+
+
+def check_world(asked: Mapping[str, int | None], world: int, script: str, code: Exit) -> None:
+    """Stop with `code` where `world` processes run, but a source of `asked` says another number."""
+    for source, number in asked.items():
         if number and number != world:
             what = f"{number} processes were asked for, {world} came"
             fix = f"accelerate launch --multi_gpu --num_processes {number} {script} CONFIG"

@@ -1,8 +1,11 @@
 """Two processes answer as one does: the same answers, also when both are killed and one goes on; a dead one ends the other."""
 
 import json
+import os
+import random
+import signal
 import subprocess
-import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +14,17 @@ import pytest
 import yaml
 
 from distill.config import Config
+from distill.errors import DistillError, Exit
+from distill.generation import local
+from distill.generation.crew import take_over
 from distill.records import Document, Message, Prompt
 from distill.run import Run
+from distill.stages import STAGES
 from distill.store import Log, write_records
-from tests.test_train_two_processes import finished, launch
+from tests.test_train_two_processes import alive, finished, launch
 from tests.tiny import make_tiny
 
+STAGE = next(stage for stage in STAGES if stage.name == "generate")
 COUNT = 60
 SMALL = """
 import sys
@@ -62,11 +70,11 @@ def start(words: Sequence[str]) -> subprocess.Popen[str]:
     return launch("--multi_gpu", "--num_processes", "2", *words)
 
 
-def alone(words: Sequence[str]) -> str:
-    """Do the stage in one process, and return what it says."""
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+def alone(run: Run) -> None:
+    """Do the stage in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local, "PLAN_TOKENS", 160)
+        run.perform(STAGE)
 
 
 def responses(run: Run) -> list[dict[str, Any]]:
@@ -91,8 +99,8 @@ def stored(run: Run) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Run:
     """A run that one process has answered."""
-    run, words = make_run(tmp_path_factory.mktemp("one"), model)
-    alone(words)
+    run, _ = make_run(tmp_path_factory.mktemp("one"), model)
+    alone(run)
     return run
 
 
@@ -116,3 +124,48 @@ def test_two_processes_answer_as_one(tmp_path: Path, model: Path, one: Run) -> N
     check(run, one)
     assert tokens(run) == tokens(one) and len(run.ledger()) == 1
     assert f"teacher: {COUNT}/{COUNT}" in shown and shown.count("generate: done") == 1
+
+
+def answers_kept(run: Run) -> set[str]:
+    """Return the ids of the answers that are on the disk, in the store or in a process's own log."""
+    lines = (
+        line
+        for path in run.config.store_folder().rglob("0*.jsonl")
+        for line in path.read_bytes().split(b"\n")[:-1]
+    )
+    return {line.decode().split(" ", 3)[2] for line in lines if b" response " in line[:80]}
+
+
+def wait_for_answers(run: Run, count: int, process: subprocess.Popen[str]) -> list[int]:
+    """Wait until so many answers are on the disk; return the process ids of the launched."""
+    deadline = time.monotonic() + 120
+    while len(answers_kept(run)) < count:
+        assert process.poll() is None and time.monotonic() < deadline, finished(process, 1)
+        time.sleep(0.005)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return [int(word) for word in children.split()]
+
+
+def test_killed_processes_lose_nothing_and_one_goes_on(
+    tmp_path: Path, model: Path, one: Run
+) -> None:
+    run, words = make_run(tmp_path, model)
+    process = start(words)
+    workers = wait_for_answers(run, 5, process)
+    os.kill(workers[1], signal.SIGKILL)
+    killed, shown = time.monotonic(), finished(process)
+    assert process.returncode != 0 and time.monotonic() - killed < 20
+    assert f"error: process 1 (pid {workers[1]}): has died (the same command" in shown
+    assert not [pid for pid in workers if alive(pid)]
+
+    before = answers_kept(run)
+    process = start(words)
+    workers = wait_for_answers(run, len(before) + random.randrange(1, 20), process)
+    for pid in (process.pid, *workers):
+        os.kill(pid, signal.SIGKILL)
+    finished(process)
+    kept = answers_kept(run)
+    assert before < kept and len(kept) < COUNT
+    alone(run)
+    check(run, one)
+    assert kept <= answers_kept(run)

@@ -6,9 +6,14 @@ import signal
 import pytest
 
 from distill.errors import DistillError, Exit
-from distill.processes import check_world, interruptible
+from distill.processes import asked_of_launcher, check_world, interruptible
 
 LAUNCH = "/usr/bin/python\0/usr/bin/accelerate\0launch\0--cpu\0--num_processes\0{}\0train.py\0"
+
+
+def check(asked, command, world):
+    sources = {"train.num_processes": asked, "launcher": asked_of_launcher(command)}
+    check_world(sources, world, "scripts/train.py", Exit.TRAINING)
 
 
 @pytest.mark.parametrize(
@@ -17,8 +22,8 @@ LAUNCH = "/usr/bin/python\0/usr/bin/accelerate\0launch\0--cpu\0--num_processes\0
 )
 def test_another_number_than_asked_stops(asked, command, world):
     with pytest.raises(DistillError, match="processes were asked for") as fault:
-        check_world(asked, command, world)
-    assert fault.value.code == Exit.TRAINING
+        check(asked, command, world)
+    assert fault.value.code == Exit.TRAINING and "train.py" in str(fault.value)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +36,7 @@ def test_another_number_than_asked_stops(asked, command, world):
     ],
 )
 def test_the_number_asked_passes(asked, command, world):
-    check_world(asked, command, world)
+    check(asked, command, world)
 
 
 def test_the_first_signal_is_noted_and_the_second_interrupts():

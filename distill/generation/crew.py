@@ -17,7 +17,7 @@ from types import FrameType
 from distill.errors import DistillError, Exit
 from distill.generation.plans import Spend, answers, planned, store_each
 from distill.generation.responder import Plan, Planner, Raw, Request
-from distill.processes import check_world, die_with_parent, launcher_command
+from distill.processes import asked_of_launcher, check_world, die_with_parent, launcher_command
 from distill.progress import say
 from distill.records import Response
 from distill.store import Log, Tail, alive, copy, remove
@@ -47,14 +47,16 @@ class Crew:
 
         state = PartialState(cpu=True, timeout=PATIENCE)  # few words are exchanged, and no tensors
         world = state.num_processes
-        script = "scripts/generate.py"
-        check_world(None, launcher_command(), world, script, Exit.TEACHER)
+        asked = {
+            "WORLD_SIZE": int(os.environ.get("WORLD_SIZE", "1")),
+            "launcher": asked_of_launcher(launcher_command()),
+        }
+        check_world(asked, world, "scripts/generate.py", Exit.TEACHER)
+        if world == 1:
+            return cls(0, [os.getpid()])
+        die_with_parent()
         _check_places(world)
-        if world > 1:
-            die_with_parent()
-        return cls(
-            state.process_index, gather_object([os.getpid()]) if world > 1 else [os.getpid()]
-        )
+        return cls(state.process_index, gather_object([os.getpid()]))
 
     def listen(self) -> None:
         """End well on Ctrl-C and SIGTERM: the main process with a line that says why, the others at once."""
@@ -62,11 +64,11 @@ class Crew:
             signal.signal(kind, signal.SIG_DFL if self.rank else self._stop)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        """Stop once, for the launcher repeats itself; it also ends all processes where one has died."""
+        """Stop, once: the launcher repeats its signals, and sends SIGTERM to all where one has died."""
         for kind in (signal.SIGINT, signal.SIGTERM):
             signal.signal(kind, signal.SIG_IGN)
         for rank, pid in enumerate(self.pids):
-            if not alive(pid):
+            if number == signal.SIGTERM and not alive(pid):
                 raise DistillError(Exit.TEACHER, f"process {rank} (pid {pid})", "has died", AGAIN)
         raise KeyboardInterrupt
 

@@ -25,6 +25,7 @@ from distill.config import Config
 from distill.errors import DistillError, Exit
 from distill.processes import (
     Interrupt,
+    asked_of_launcher,
     check_world,
     die_with_parent,
     interruptible,
@@ -115,7 +116,11 @@ def start_processes(config: Config, run: Run) -> Accelerator:
         project_dir=run.path("tracking"),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
     )
-    check_world(config.train.num_processes, launcher_command(), accelerator.num_processes)
+    asked = {
+        "train.num_processes": config.train.num_processes,
+        "launcher": asked_of_launcher(launcher_command()),
+    }
+    check_world(asked, accelerator.num_processes, "scripts/train.py", Exit.TRAINING)
     if accelerator.num_processes > 1:
         die_with_parent()
     if tracker != "none":
