@@ -254,6 +254,16 @@ def repair(store: Annotated[Path, typer.Argument(metavar="STORE")]) -> None:
 
 
 @app.command()
+def compact(store: Annotated[Path, typer.Argument(metavar="STORE")]) -> None:
+    """Copy a store without what nothing reads any more, and let the copy take its place."""
+    from distill.generation.plans import worth_keeping
+    from distill.store import compact as compact_store
+
+    for line in compact_store(store, worth_keeping).explain():
+        print(line)
+
+
+@app.command()
 def publish(
     run: RunArgument,
     push: Annotated[

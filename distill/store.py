@@ -3,7 +3,8 @@
 A log is a folder of numbered segments; a line of a segment is `SHA256 KIND KEY JSON`, the hash covering the rest of
 the line. `append` returns after fsync, so what it returned for is there after a kill or a power cut. A torn tail (a
 write that was cut off) is moved to `torn/` when a writer opens the log; damage anywhere else stops with exit 5 and
-names `distill repair`, which copies what is whole and keeps the original.
+names `distill repair`, which copies what is whole and keeps the original. `distill compact` copies too, leaves out what
+nothing reads any more, and removes the original once the copy has been held against it.
 """
 
 import errno
@@ -301,7 +302,7 @@ class Log:
 
     def __enter__(self) -> Self:
         with ExitStack() as undo:
-            refuse_half_repair(self.folder)
+            refuse_half_copy(self.folder)
             if self.writable:
                 undo.enter_context(FolderLock(self.folder))
                 sweep(self.folder)
@@ -337,6 +338,9 @@ class Log:
         if not version and self.writable:
             write_json(self.folder / "version.json", {"version": VERSION})
         for number, segment in enumerate(found, 1):
+            self._reader(
+                number
+            )  # opened now: a reader goes on in these files while a copy takes their place
             self._index_segment(number, segment, number == len(found))
         if self.writable:
             self._open_segment(max(len(found), 1))
@@ -470,9 +474,7 @@ class Tail:
         Raises DistillError (exit 5) on damage.
         """
         while (path := self._path(self.segment)).exists():
-            finished = self._path(
-                self.segment + 1
-            ).exists()  # looked up first: then no line is missed
+            finished = self._path(self.segment + 1).exists()  # asked first: then no line is missed
             for _, offset, data, record in scan(path, offset=self.offset):
                 if data[-1] != NEWLINE:
                     break
@@ -525,14 +527,37 @@ class Repair(NamedTuple):
         return [head, *(f"{place}: {reason}, {n} bytes" for place, n, reason in self.losses)]
 
 
-def refuse_half_repair(folder: Path) -> None:
-    """Stop where a repair was killed between its two renames: an empty log must not take the old one's place."""
-    if not folder.exists() and _fresh(folder).exists():
-        raise _damaged(folder, folder, "a repair was cut off")
+REPAIRED, COMPACTED = (
+    ".repaired",
+    ".compacted",
+)  # what the copy's folder is called until it takes its place
+VERBS = {REPAIRED: "repair", COMPACTED: "compact"}
 
 
-def _fresh(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".repaired")
+def _beside(folder: Path, suffix: str) -> Path:
+    return folder.with_name(folder.name + suffix)
+
+
+def refuse_half_copy(folder: Path, but: str = "") -> None:
+    """Stop where a copy was killed between its two renames: an empty log must not take the old one's place.
+
+    The verb `but` goes on, for it finishes its own.
+    """
+    for suffix, verb in VERBS.items():
+        if verb != but and not folder.exists() and _beside(folder, suffix).exists():
+            what = f"`distill {verb}` was cut off"
+            raise DistillError(Exit.STATE, folder, what, f"distill {verb} {folder}")
+
+
+def _refuse_no_store(folder: Path) -> None:
+    if not any(folder.glob(SEGMENTS)) and not (folder / "version.json").exists():
+        raise DistillError(Exit.STATE, folder, "is no store", "check the path")
+
+
+def _put_in_place(fresh: Path, folder: Path) -> None:
+    """Give a finished copy its name, durably."""
+    fresh.rename(folder)
+    fsync_folder(folder.parent)
 
 
 def repair(folder: Path) -> Repair:
@@ -541,34 +566,123 @@ def repair(folder: Path) -> Repair:
     A log of an older version is brought to this one in the same way. The list of what was left out is also kept, as
     `repair.json` in the fresh log. Raises DistillError (exit 5) where the folder is no log, or is being written.
     """
-    fresh = _fresh(folder)
+    fresh = _beside(folder, REPAIRED)
     with disk_faults(folder):
+        refuse_half_copy(folder, "repair")
         if folder.exists():
-            if not any(folder.glob(SEGMENTS)) and not (folder / "version.json").exists():
-                raise DistillError(Exit.STATE, folder, "is no store", "check the path")
+            _refuse_no_store(folder)
             with FolderLock(folder):
-                shutil.rmtree(fresh, ignore_errors=True)  # of a repair that was killed
                 number = 1 + len(list(folder.parent.glob(f"{folder.name}.damaged-*")))
-                original = folder.with_name(f"{folder.name}.damaged-{number}")
-                kept, losses = _copy_whole(folder, fresh)
+                original = _beside(folder, f".damaged-{number}")
+                losses: list[Loss] = []
+                kept = _copy(_whole_records(folder, losses), fresh)
                 report = {"kept": kept, "losses": losses, "original": original.name}
                 write_json(fresh / "repair.json", report)
                 folder.rename(original)
-        fresh.rename(folder)
-        fsync_folder(folder.parent)
+        _put_in_place(fresh, folder)
     report = read_json(folder / "repair.json")
     losses = [Loss(*row) for row in report["losses"]]
     return Repair(report["kept"], losses, folder.with_name(report["original"]))
 
 
-def _copy_whole(folder: Path, fresh: Path) -> tuple[int, list[Loss]]:
-    """Copy every whole record of `folder` into a new log; return how many, and what was left out."""
-    losses: list[Loss] = []
+def _copy(entries: Iterable[Entry], fresh: Path) -> int:
+    """Copy records into a new log, and read it again to see that it holds just these; return how many.
+
+    Raises DistillError (exit 5) where it does not.
+    """
+    shutil.rmtree(fresh, ignore_errors=True)  # of a copy that was killed
+    wanted, found = hashlib.sha256(), hashlib.sha256()
+
+    def noted() -> Iterator[tuple[str, str, Any]]:
+        for entry in entries:
+            wanted.update(repr(entry).encode())
+            yield entry[0], entry[1], json.loads(entry[2])
+
     with Log(fresh) as log:
-        return copy(_whole_records(folder, losses), log), losses
+        count = copy(noted(), log)
+    for segment in segments(fresh):
+        for *_, entry in scan(segment):
+            found.update(repr(entry).encode())
+    if found.digest() != wanted.digest():
+        what, fix = "the copy differs from the original, which is kept", "check disk and memory"
+        raise DistillError(Exit.STATE, fresh, what, fix)
+    return count
 
 
-def _whole_records(folder: Path, losses: list[Loss]) -> Iterator[tuple[str, str, Any]]:
+class Compaction(NamedTuple):
+    """What a compaction did: the records kept, how many of which kind were left out, bytes before and after."""
+
+    kept: int
+    left_out: dict[str, int]
+    before: int
+    after: int
+
+    def explain(self) -> list[str]:
+        """Return the outcome in lines for the user."""
+        out = [f"{count} of kind {kind} left out" for kind, count in self.left_out.items()]
+        return [
+            "; ".join([f"{self.kept} records kept", *out]),
+            f"{self.before:,} bytes before, {self.after:,} after",
+        ]
+
+
+Worth = Callable[[Log, str, bytes], bool]  # of a log, a record's kind and its JSON
+
+
+def compact(folder: Path, worth_keeping: Worth) -> Compaction:
+    """Copy what is worth keeping into a fresh log, put it in the place of the original, and remove that.
+
+    Torn tails and the report of a repair are kept, and segments are filled up. Raises DistillError (exit 5) where the folder is no log, is damaged, or is being written.
+    """
+    fresh, original = _beside(folder, COMPACTED), _beside(folder, ".original")
+    with disk_faults(folder):
+        refuse_half_copy(folder, "compact")
+        if not original.exists():  # else it was cut off when the copy was whole
+            _refuse_no_store(folder)
+            with Log(folder) as log:
+                _write_compact(log, fresh, worth_keeping)
+                folder.rename(original)
+        if not folder.exists():
+            _put_in_place(fresh, folder)
+        report = read_json(folder / "compact.json")  # not there: this is not what was copied
+        shutil.rmtree(original)
+        fsync_folder(folder.parent)
+    return Compaction(**report, after=_size(folder))
+
+
+def _write_compact(log: Log, fresh: Path, worth_keeping: Worth) -> None:
+    """Write the whole copy, with an account of what was left out."""
+    left_out: dict[str, int] = {}
+
+    def chosen() -> Iterator[Entry]:
+        for entry in _entries(log.folder):
+            kind, _, body = entry
+            if worth_keeping(log, kind, body):
+                yield entry
+            else:
+                left_out[kind] = left_out.get(kind, 0) + 1
+
+    kept = _copy(chosen(), fresh)
+    for path in [*log.folder.glob("torn/*"), *log.folder.glob("repair.json")]:
+        write_atomic(fresh / path.relative_to(log.folder), path.read_bytes())
+    before = _size(log.folder)
+    write_json(fresh / "compact.json", {"kept": kept, "left_out": left_out, "before": before})
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _entries(folder: Path) -> Iterator[Entry]:
+    """Yield every record of a log that has been checked; raises DistillError (exit 5) where one is damaged since."""
+    for segment in segments(folder):
+        for number, _, _, record in scan(segment):
+            if record is None:
+                raise _damaged(f"{segment}:{number}", folder, "damaged record")
+            yield record
+
+
+def _whole_records(folder: Path, losses: list[Loss]) -> Iterator[Entry]:
     """Yield the first whole record of every key, and note in `losses` every line that is left out."""
     version, seen = read_version(folder) or VERSION, set()
     for segment in sorted(folder.glob(SEGMENTS)):
@@ -582,4 +696,4 @@ def _whole_records(folder: Path, losses: list[Loss]) -> Iterator[tuple[str, str,
                 losses.append(Loss(place, len(data), what))
             else:
                 seen.add(record[:2])
-                yield record[0], record[1], json.loads(record[2])
+                yield record

@@ -208,9 +208,10 @@ def test_sigterm_ends_a_stage_like_ctrl_c(config):
     assert (child.returncode, told.count("\n")) == (Exit.INTERRUPTED, 1)
 
 
-def test_repair_refuses_what_is_no_store(config, capsys):
+@pytest.mark.parametrize("verb", ["repair", "compact"])
+def test_what_is_no_store_is_refused(config, capsys, verb):
     Path("empty").mkdir()
-    code, _, lines = say(capsys, "repair", "empty")
+    code, _, lines = say(capsys, verb, "empty")
     assert code == Exit.STATE and "is no store" in lines[0]
 
 
@@ -230,9 +231,17 @@ def test_quick_commands_import_no_torch(config, words):
 
 def test_every_verb_has_help():
     commands = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
-    assert {"run", "plan", "status", "repair", "publish", "fetch", "corpus", "eval"} <= set(
-        commands
-    )
+    assert {
+        "run",
+        "plan",
+        "status",
+        "repair",
+        "compact",
+        "publish",
+        "fetch",
+        "corpus",
+        "eval",
+    } <= set(commands)
     assert all(command.help for command in commands.values() if not command.hidden)
 
 

@@ -15,7 +15,7 @@ import pytest
 from distill import store
 from distill.errors import DistillError, Exit
 from distill.records import Document
-from distill.store import FolderLock, Log, repair
+from distill.store import FolderLock, Log, compact, repair
 from tests.mortal import in_child, killed_at_every_call, open_file
 
 BODIES = {f"k{n}": {"text": f"answer {n} é — " + "x" * (n * 7 % 20), "n": n} for n in range(12)}
@@ -201,6 +201,84 @@ def test_repair_refuses_what_is_no_store_and_what_is_in_use(tmp_path):
         assert f"pid {os.getpid()}" in str(fault(lambda: repair(tmp_path / "s")))
 
 
+# --- compaction
+
+
+def worth(log: Log, kind: str, body: bytes) -> bool:
+    """Leave out what is done with."""
+    return kind != "done"
+
+
+def spread(folder: Path) -> None:
+    """Write BODIES into many small segments, each beside a record that is done with, a torn tail at their end."""
+    with pytest.MonkeyPatch.context() as patch, Log(folder) as log:
+        patch.setattr(Log, "SEGMENT_BYTES", 300)
+        for key, body in BODIES.items():
+            log.append([("response", key, body), ("done", key, body), ("intent", key, {"most": 1})])
+    with store.segments(folder)[-1].open("ab") as segment:
+        segment.write(b"torn")
+    with Log(folder) as log:
+        assert log.torn == 1
+
+
+def compacted(folder: Path) -> bool:
+    """Tell whether a folder holds what a compaction leaves, and nothing stands beside it."""
+    with Log(folder) as log:
+        kinds = {kind: list(log.keys(kind)) for kind in log.index}
+    torn = [path.read_bytes() for path in (folder / "torn").iterdir()]
+    return (
+        contents(folder) == BODIES
+        and kinds == {"response": list(BODIES), "intent": list(BODIES)}
+        and torn == [b"torn"]
+        and len(store.segments(folder)) == 1
+        and [path.name for path in folder.parent.iterdir()] == [folder.name]
+    )
+
+
+def test_compaction_keeps_what_is_worth_it_in_full_segments(tmp_path):
+    folder = tmp_path / "s"
+    spread(folder)
+    before = sum(path.stat().st_size for path in store.segments(folder))
+    with Log(folder, writable=False) as reader:
+        result = compact(folder, worth)
+        assert reader.get("response", "k3") == BODIES["k3"]  # in the files that it has opened
+    assert compacted(folder)
+    assert (result.kept, result.left_out) == (24, {"done": 12})
+    assert result.after < before <= result.before
+    assert result.explain()[0] == "24 records kept; 12 of kind done left out"
+    assert compact(folder, worth).left_out == {} and compacted(folder)
+
+
+def test_compaction_refuses_what_is_in_use_damaged_or_no_store(tmp_path):
+    assert "is no store" in str(fault(lambda: compact(tmp_path, worth)))
+    folder = tmp_path / "s"
+    segment = fill(folder)
+    with Log(folder):
+        assert f"pid {os.getpid()}" in str(fault(lambda: compact(folder, worth)))
+    segment.write_bytes(segment.read_bytes().replace(b"answer 4", b"answer 5"))
+    assert ":5: damaged record (distill repair" in str(fault(lambda: compact(folder, worth)))
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_a_copy_that_differs_takes_nobody_s_place(tmp_path, monkeypatch):
+    folder = tmp_path / "s"
+    segment = fill(folder)
+    data = segment.read_bytes()
+    monkeypatch.setattr(store, "copy", lambda records, log: len(list(records)))
+    assert "the copy differs" in str(fault(lambda: compact(folder, worth)))
+    assert "the copy differs" in str(fault(lambda: repair(folder)))
+    assert segment.read_bytes() == data
+
+
+def test_a_store_that_came_between_is_not_taken_for_the_copy(tmp_path):
+    folder = tmp_path / "s"
+    fill(folder)
+    folder.rename(tmp_path / "s.original")
+    fill(folder, ["k0"])
+    assert "compact.json: is missing" in str(fault(lambda: compact(folder, worth)))
+    assert contents(tmp_path / "s.original") == BODIES
+
+
 # --- versions (D7)
 
 
@@ -357,6 +435,26 @@ def test_kill_at_every_call_of_a_repair(tmp_path):
 
     begin()
     assert killed_at_every_call(lambda: repair(folder), check) > 20
+
+
+def test_kill_at_every_call_of_a_compaction(tmp_path):
+    rounds = (tmp_path / str(n) / "s" for n in itertools.count())
+    folder = next(rounds)
+
+    def check() -> None:
+        nonlocal folder
+        if folder.exists():
+            assert contents(folder, writable=False) == BODIES
+        else:
+            assert "distill compact" in str(fault(lambda: contents(folder)))
+            assert "distill compact" in str(fault(lambda: repair(folder)))
+        compact(folder, worth)
+        assert compacted(folder)
+        folder = next(rounds)
+        spread(folder)
+
+    spread(folder)
+    assert killed_at_every_call(lambda: compact(folder, worth), check) > 40
 
 
 # --- locks and atomic files

@@ -4,7 +4,6 @@ So an interrupted run ends with the same bytes as one that was not, and it does 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 from distill.generation.responder import Plan, Planner, Raw, Request
 from distill.records import Response
@@ -59,6 +58,9 @@ def store_each(
         yield raw
 
 
-def worth_keeping(log: Log, kind: str, body: Any) -> bool:
-    """Tell whether anything reads a stored record again: all but a plan whose every answer is stored."""
-    return kind != "plan" or bool(lacking(log, Plan.model_validate(body).requests))
+def worth_keeping(log: Log, kind: str, body: bytes) -> bool:
+    """Tell whether anything reads a stored record again: all but a plan whose every answer is stored.
+
+    The account of money is made anew from every intent and outcome, so these stay.
+    """
+    return kind != "plan" or bool(lacking(log, Plan.from_line(body).requests))

@@ -14,9 +14,7 @@ import pytest
 import yaml
 
 from distill.config import Config
-from distill.errors import DistillError, Exit
 from distill.generation import local
-from distill.generation.crew import take_over
 from distill.records import Document, Message, Prompt
 from distill.run import Run
 from distill.stages import STAGES
