@@ -1,5 +1,6 @@
 """Two processes answer as one does: the same answers, also when both are killed and one goes on; a dead one ends the other."""
 
+import itertools
 import json
 import os
 import random
@@ -11,14 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from accelerate import PartialState
 
+from distill import launch as launching
 from distill.config import Config
-from distill.generation import local
+from distill.errors import DistillError
+from distill.generation import crew, local
+from distill.generation.crew import Crew, take_over
 from distill.records import Document, Message, Prompt
 from distill.run import Run
 from distill.stages import STAGES
-from distill.store import Log, write_records
+from distill.store import Log, repair, write_records
+from tests.mortal import killed_at_every_call
 from tests.test_train_two_processes import alive, finished, launch
 from tests.tiny import make_tiny
 
@@ -167,3 +174,80 @@ def test_killed_processes_lose_nothing_and_one_goes_on(
     alone(run)
     check(run, one)
     assert kept <= answers_kept(run)
+
+
+# --- what lies in the logs of others
+
+
+def leave(folder: Path) -> None:
+    """Write a store of two answers, and logs of two other processes with four, one of them in the store too."""
+    for name, keys in (("s", "ab"), ("s.parts/1", "bcd"), ("s.parts/12", "e")):
+        with Log(folder / name) as log:
+            log.append(("response", key, {"text": key}) for key in keys)
+    with (folder / "s.parts/1/00000001.jsonl").open("ab") as segment:
+        segment.write(b"torn")
+
+
+def taken(folder: Path) -> set[str]:
+    with Log(folder / "s") as log:
+        take_over(log)
+        return {log.get("response", key)["text"] for key in log.keys("response")}
+
+
+def test_kill_at_every_call_of_taking_over(memory: Path) -> None:
+    rounds = (memory / str(n) for n in itertools.count())
+    folder = next(rounds)
+
+    def check() -> None:
+        nonlocal folder
+        assert taken(folder) == set("abcde")
+        assert {path.name for path in folder.iterdir()} <= {"s", "s.parts"}
+        assert not list(folder.glob("s.parts/[0-9]*"))
+        folder = next(rounds)
+        leave(folder)
+
+    leave(folder)
+    assert killed_at_every_call(lambda: taken(folder), check) > 20
+
+
+def test_a_log_in_use_or_damaged_is_not_taken_over(tmp_path: Path) -> None:
+    leave(tmp_path)
+    segment = tmp_path / "s.parts" / "12" / "00000001.jsonl"
+    with Log(segment.parent), pytest.raises(DistillError, match="lock held by pid"):
+        taken(tmp_path)
+    segment.write_bytes(segment.read_bytes().replace(b'"e"', b'"f"'))
+    with pytest.raises(DistillError, match=r":1: damaged record \(distill repair .*s.parts/12"):
+        taken(tmp_path)
+    repair(segment.parent)
+    assert taken(tmp_path) == set("abcd")
+    assert [path.name for path in (tmp_path / "s.parts").iterdir()] == ["12.damaged-1"]
+
+
+# --- who may come together
+
+
+def test_fewer_processes_than_asked_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = "python\0accelerate\0launch\0--cpu\0--num_processes\0002\0"
+    monkeypatch.setattr(crew, "launcher_command", lambda: asked)
+    with pytest.raises(DistillError, match=r"2 processes were asked for, 1 came .*generate.py"):
+        Crew.meet()
+    PartialState._reset_state()
+
+
+def test_other_teachers_are_asked_by_one_process(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = make_run(tmp_path, model, kind="canned", answers="a")
+    monkeypatch.setattr(Crew, "meet", lambda: Crew(1, [1, 2]))
+    with pytest.raises(DistillError, match="one process asks a canned teacher"):
+        launching.generate(run, STAGE, set())
+
+
+def test_machines_and_devices_are_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(DistillError, match="several machines"):
+        crew._check_places(4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(DistillError, match="2 processes, 1 GPUs"):
+        crew._check_places(2)

@@ -43,6 +43,7 @@ WITHOUT_TORCH = (
     *("tables", "scope", "plan", "status", "cli", "launch", "corpus.corpus", "corpus.prompts"),
     *("corpus.privacy", "corpus.contamination", "generation.terms"),
     *("generation.prices", "generation.responder", "generation.generate", "generation.filters"),
+    *("generation.crew", "generation.plans"),
 )
 HEAVY = {"torch", "transformers", "accelerate", "peft", "datasets", "matplotlib", "sacrebleu"}
 

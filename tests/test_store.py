@@ -6,8 +6,7 @@ import os
 import random
 import resource
 import signal
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,11 +21,8 @@ BODIES = {f"k{n}": {"text": f"answer {n} é — " + "x" * (n * 7 % 20), "n": n} 
 
 
 @pytest.fixture
-def tmp_path() -> Iterator[Path]:
-    """A folder in memory where there is one: these tests call fsync ten thousand times."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as name:
-        yield Path(name)
+def tmp_path(memory: Path) -> Path:
+    return memory
 
 
 def fill(folder: Path, keys: list[str] | None = None) -> Path:
