@@ -6,6 +6,7 @@ from decimal import Decimal
 import pytest
 
 from distill.evaluation.economics import (
+    CONTRADICTED,
     NO_TIME,
     NOT_APART,
     Tariff,
@@ -48,28 +49,27 @@ def test_a_machine_is_paid_while_it_idles() -> None:
 def test_reading_and_writing_add_up_to_the_time_measured() -> None:
     cost = request_cost(USAGES, Tariff(MACHINE), TIMING)
     # read: 5 s of 1,000 tokens; the 200 read here took 1 s of 4, so 100 written took 3 s
-    assert cost.seconds_per_million_input == pytest.approx(5_000)
-    assert cost.seconds_per_million_output == pytest.approx(30_000)
-    assert cost.dollars_per_million_input == Decimal("0.5")
-    assert cost.dollars_per_million_output == Decimal("3")
+    rates = cost.per_million
+    assert rates and rates.seconds_input == pytest.approx(5_000)
+    assert rates.seconds_output == pytest.approx(30_000)
+    assert (rates.dollars_input, rates.dollars_output) == (Decimal("0.5"), 3)
     alone = cost.one_at_a_time
     assert alone and alone.requests == 4 and alone.seconds_per_1k == 5000
     assert alone.output_tokens_per_second == 10 and alone.dollars_per_1k == Decimal("0.5")
 
 
-@pytest.mark.parametrize("timing", [None, TIMING.model_copy(update={"read_seconds": 100.0})])
-def test_rates_that_were_not_timed_or_contradict_the_total_are_unknown(
-    timing: Timing | None,
-) -> None:
-    cost = request_cost(USAGES, Tariff(MACHINE), timing)
-    assert cost.dollars_per_million_input is None and cost.seconds_per_million_output is None
-    assert cost.reasons["dollars_per_million_output"] == NOT_APART
+def test_rates_that_were_not_timed_or_contradict_the_total_are_unknown() -> None:
+    slow = TIMING.model_copy(update={"read_seconds": 100.0})
+    for timing, reason in ((None, NOT_APART), (slow, CONTRADICTED)):
+        cost = request_cost(USAGES, Tariff(MACHINE), timing)
+        assert cost.per_million is None and cost.reasons["per_million"] == reason
 
 
 def test_a_hosted_model_costs_its_list_price() -> None:
     cost = request_cost(USAGES, Tariff(HOSTED), TIMING)
     assert cost.dollars_per_1k == Decimal("0.6") and cost.seconds_per_1k == 2000
-    assert (cost.dollars_per_million_input, cost.dollars_per_million_output) == (1, 10)
+    rates = cost.per_million
+    assert rates and (rates.dollars_input, rates.dollars_output) == (1, 10)
     assert cost.one_at_a_time is None and "by the token" in cost.reasons["one_at_a_time"]
 
 
@@ -85,7 +85,7 @@ def test_cached_input_has_its_own_price() -> None:
 def test_no_machine_no_dollars_but_a_reason() -> None:
     cost = request_cost(USAGES, Tariff(None, why="evaluation.machine is not set"), TIMING)
     assert cost.dollars_per_1k is None and cost.price is None
-    for key in ("dollars_per_1k", "dollars_per_million_input"):
+    for key in ("dollars_per_1k", "per_million.dollars"):
         assert cost.reasons[key] == "evaluation.machine is not set"
     assert cost.seconds_per_1k == 2000
     assert cost.one_at_a_time and cost.one_at_a_time.dollars_per_1k is None

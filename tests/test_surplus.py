@@ -51,7 +51,7 @@ def asked(accepted: Sequence[bool | None], **changes: Any) -> list[Asked]:
 
 
 def reckon(requests: Sequence[Asked], assumed: Assumptions = ASSUMED) -> Economics:
-    named = {"name": "x", "hypothetical": False}
+    named = {"name": "x", "hypothetical": False, "answers_dollars": None}
     return economics(requests, assumed, Certainty(samples=1000), named, {"mean": -0.1})
 
 

@@ -4,7 +4,7 @@ Reads `requests.jsonl`, `timings/`, the ledger and the price table; asks nothing
 needs a new report and nothing else.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -21,7 +21,7 @@ from distill.evaluation.statistics import Certainty
 from distill.evaluation.surplus import Assumptions, economics
 from distill.evaluation.words import plain_numbers
 from distill.generation.prices import PriceBook, load_prices
-from distill.records import Response
+from distill.records import LedgerEntry, Response, Usage
 from distill.run import Run
 from distill.store import read_records
 
@@ -43,21 +43,32 @@ def accounts(config: Config, run: Run, overall: Mapping[str, Any] | None) -> dic
         )
         for model in ("teacher", "base", "student")
     }
-    spent = distillation(config, run, book)
+    answers = answers_of(run)
+    spent = distillation(config, run.ledger(), book, answers)
+    compared = compared_with(config, book, answers)
     assumed = Assumptions(
         teacher=compared_tariff(config, book),
         student=student,
-        distillation=spent.dollars,
+        distillation=added(spent.dollars, compared["answers_dollars"]),
         why_no_distillation=spent.reasons.get("dollars", ""),
         requests_per_month=settings.requests_per_month,
     )
     certainty = Certainty(settings.confidence, settings.samples, config.seed)
     quality = (overall or {}).get("student_minus_teacher", {"mean": None, "reason": NOT_MEASURED})
-    found = economics(
-        requests, assumed, certainty, compared_with(config, assumed.teacher, own), quality
-    )
+    found = economics(requests, assumed, certainty, compared, quality)
     cost = {**{m: c.model_dump() for m, c in costs.items()}, "distillation": spent.model_dump()}
     return plain_numbers({"cost": cost, "economics": found.model_dump()})
+
+
+def answers_of(run: Run) -> list[Usage]:
+    """Return what each answer of the teacher took, those of earlier runs included."""
+    path = run.path("responses.jsonl")
+    return [r.usage for r in read_records(path, Response)] if path.exists() else []
+
+
+def added(dollars: Decimal | None, more: Decimal | None) -> Decimal | None:
+    """Return the sum, unknown where the first is unknown."""
+    return None if dollars is None else dollars + (more or 0)
 
 
 def machine_tariff(config: Config, book: PriceBook) -> Tariff:
@@ -85,23 +96,32 @@ def compared_tariff(config: Config, book: PriceBook) -> Tariff:
     return Tariff(book.teacher(named), why=book.why_no_teacher(named))
 
 
-def compared_with(config: Config, compared: Tariff, own: Tariff) -> dict[str, Any]:
-    """Say whose price the student is compared with; hypothetical where the answers were not that model's."""
-    named = config.evaluation.teacher_price
-    hypothetical = named is not None and (own.price is None or compared.price != own.price)
-    return {"name": named or config.teacher.model or "teacher", "hypothetical": hypothetical}
+def compared_with(config: Config, book: PriceBook, answers: Sequence[Usage]) -> dict[str, Any]:
+    """Say whose price the student is compared with; hypothetical where the answers were not that model's.
+
+    There the distillation is hypothetical as well: to what it cost comes what the answers cost at that price.
+    """
+    named, compared = config.evaluation.teacher_price, compared_tariff(config, book)
+    hypothetical = named is not None and compared.price != teacher_tariff(config, book).price
+    prices = [compared.of(usage) or Decimal(0) for usage in answers] if compared.price else []
+    return {
+        "name": named or config.teacher.model or "teacher",
+        "hypothetical": hypothetical,
+        "answers_dollars": sum(prices, Decimal(0)) if hypothetical and prices else None,
+    }
 
 
-def distillation(config: Config, run: Run, book: PriceBook) -> DistillationCost:
+def distillation(
+    config: Config, ledger: Sequence[LedgerEntry], book: PriceBook, answers: Sequence[Usage]
+) -> DistillationCost:
     """Return what making and measuring the student cost, and how much of the teacher's work was paid for before."""
-    settings, answers = config.evaluation, run.path("responses.jsonl")
-    given = read_records(answers, Response) if answers.exists() else []
+    settings = config.evaluation
     unstated = config.teacher.kind == "recorded" and config.teacher.dollars is None
     return distillation_cost(
-        run.ledger(),
+        ledger,
         book.machine(settings.machine),
         book.why_no_machine(settings.machine),
-        sum(response.usage.output_tokens for response in given),
+        sum(usage.output_tokens for usage in answers),
         UNSTATED if unstated else "",
     )
 

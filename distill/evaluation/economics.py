@@ -7,16 +7,17 @@ never 0. A machine is paid while it idles too: its price is divided by the share
 
 from collections.abc import Sequence
 from decimal import Decimal
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from distill.generation.prices import MachinePrice, TokenPrice
 from distill.records import LedgerEntry, Record, Usage
 
 THOUSAND, MILLION = 1000, 1_000_000
 DISTILLATION = ("corpus", "prompts", "generate", "filter", "train", "evaluate")
-WAYS = ("input", "output")
 NO_TIME = "the answers were not timed in this run"
-NOT_APART = "reading and writing were not timed apart"
+NOT_APART = "reading the prompts was not timed apart"
+CONTRADICTED = "timed apart, reading the prompts took longer than reading and answering: the machine was busier then"
+BY_TOKEN = "a hosted model is paid by the token"
 
 
 class Timing(Record):
@@ -69,12 +70,17 @@ class Alone(Record):
     dollars_per_1k: Decimal | None
 
 
-class RequestCost(Record):
-    """What 1,000 requests take and cost; null with a reason where it is not known.
+class PerMillion(Record):
+    """What a million tokens read and a million written cost; a hosted model's time is its own affair."""
 
-    Of a hosted model the millions of tokens are its list price; of a local one they are its machine's time: reading is
-    timed apart, and writing is what the answers took beyond the reading of their prompts.
-    """
+    dollars_input: Decimal | None
+    dollars_output: Decimal | None
+    seconds_input: float | None = None
+    seconds_output: float | None = None
+
+
+class RequestCost(Record):
+    """What 1,000 requests take and cost; null with a reason where it is not known."""
 
     requests: int = 0
     input_tokens: float | None = None  # a request, on average
@@ -82,10 +88,7 @@ class RequestCost(Record):
     seconds_per_1k: float | None
     dollars_per_1k: Decimal | None
     output_tokens_per_second: float | None
-    dollars_per_million_input: Decimal | None = None
-    dollars_per_million_output: Decimal | None = None
-    seconds_per_million_input: float | None = None
-    seconds_per_million_output: float | None = None
+    per_million: PerMillion | None = None
     one_at_a_time: Alone | None = None
     price: str | None
     reasons: dict[str, str] = {}
@@ -121,11 +124,11 @@ def request_cost(
     reasons = {} if timed else {"seconds_per_1k": NO_TIME}
     if dollars is None:
         reasons["dollars_per_1k"] = tariff.why if tariff.price is None else NO_TIME
-    by_token = _of_tokens(usages, tariff, timing if timed else None)
+    of_tokens = per_million(usages, tariff, timing if timed else None)
+    reasons |= of_tokens.reasons
     alone = None if tariff.hosted or timing is None else _alone(timing, tariff)
     if alone is None:
-        of_list = "a hosted model is paid by the token" if tariff.hosted else None
-        reasons["one_at_a_time"] = of_list or "not timed one at a time"
+        reasons["one_at_a_time"] = BY_TOKEN if tariff.hosted else "not timed one at a time"
     tokens = {
         "input_tokens": sum(u.input_tokens for u in usages),
         "output_tokens": sum(u.output_tokens for u in usages),
@@ -138,8 +141,8 @@ def request_cost(
         output_tokens_per_second=tokens["output_tokens"] / seconds if timed else None,
         one_at_a_time=alone,
         price=tariff.described() if dollars is not None else None,
-        **by_token.figures,
-        reasons={**reasons, **by_token.reasons},
+        per_million=of_tokens.found,
+        reasons=reasons,
     )
 
 
@@ -150,27 +153,30 @@ def mean_dollars(usages: Sequence[Usage], tariff: Tariff) -> Decimal | None:
     return sum(known, Decimal(0)) / len(known) if known and len(known) == len(dollars) else None
 
 
-class _ByToken(NamedTuple):
-    figures: dict[str, Any]
-    reasons: dict[str, str] = {}
+class Found(NamedTuple):
+    """What a million tokens cost, and the reasons for what of it is not known."""
+
+    found: PerMillion | None
+    reasons: dict[str, str]
 
 
-def _of_tokens(usages: Sequence[Usage], tariff: Tariff, timing: Timing | None) -> _ByToken:
-    """Return what a million tokens read and a million written cost and take."""
+def per_million(usages: Sequence[Usage], tariff: Tariff, timing: Timing | None) -> Found:
+    """Price tokens read and written apart: a hosted model's by its list, a local one's by its machine's time."""
     if isinstance(tariff.price, TokenPrice):
-        rates = {
-            "dollars_per_million_input": tariff.price.dollars_per_million_input,
-            "dollars_per_million_output": tariff.price.dollars_per_million_output,
-        }
-        return _ByToken({**rates})
-    rates = reading_and_writing(usages, timing) if timing else None
-    if rates is None:
-        keys = [f"{unit}_per_million_{way}" for unit in ("seconds", "dollars") for way in WAYS]
-        return _ByToken({}, dict.fromkeys(keys, NOT_APART))
-    seconds = {f"seconds_per_million_{w}": MILLION * r for w, r in zip(WAYS, rates, strict=True)}
-    dollars = {k.replace("seconds", "dollars"): tariff.of_seconds(v) for k, v in seconds.items()}
-    missing = {} if tariff.price else dict.fromkeys(dollars, tariff.why)
-    return _ByToken({**seconds, **dollars}, missing)
+        rates = (tariff.price.dollars_per_million_input, tariff.price.dollars_per_million_output)
+        listed = PerMillion(dollars_input=rates[0], dollars_output=rates[1])
+        return Found(listed, {"per_million.seconds": BY_TOKEN})
+    seconds = reading_and_writing(usages, timing) if timing else None
+    if seconds is None:
+        return Found(None, {"per_million": CONTRADICTED if timing else NOT_APART})
+    read, written = (MILLION * each for each in seconds)
+    found = PerMillion(
+        seconds_input=read,
+        seconds_output=written,
+        dollars_input=tariff.of_seconds(read),
+        dollars_output=tariff.of_seconds(written),
+    )
+    return Found(found, {} if tariff.price else {"per_million.dollars": tariff.why})
 
 
 def reading_and_writing(usages: Sequence[Usage], timing: Timing) -> tuple[float, float] | None:
@@ -227,7 +233,7 @@ def distillation_cost(
         stages=stages,
         output_tokens=sum(entry.output_tokens for entry in entries),
         reused=max(0.0, 1 - bought / answer_tokens) if answer_tokens else 0.0,
-        price=None if machine is None else describe(machine),
+        price=None if machine is None else f"{describe(machine)}, busy while the student was made",
         reasons={"dollars": why} if why else {},
     )
 

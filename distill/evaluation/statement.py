@@ -16,7 +16,8 @@ WAYS = {
 }
 MEANING = {
     "replace_all": "The student answers everything, good or not",
-    "try_then_escalate": "The student answers first, and the teacher where the test rejects its answer",
+    "try_then_escalate": "The student answers first, and the teacher too where the test rejects its answer (what the "
+    "test costs, and the wait for a second answer, not counted)",
 }
 
 
@@ -88,10 +89,11 @@ def _surplus(economics: Row, headline: Row, confidence: float) -> str:
         else f"no interval: {saved['reason']}"
     )
     lost = _quality(economics) if headline["way"] == "replace_all" else ""
+    whose = "list price" if economics["teacher"]["hosted"] else "cost"
     return (
         f"{MEANING[headline['way']]}: 1,000 requests {'cost more by' if more else 'save'} "
-        f"{money(abs(saved['value']))} ({'saved: ' if more else ''}{sure}) against "
-        f"{economics['teacher']['name']}, of {money(economics['teacher']['dollars_per_1k'])}; at "
+        f"{money(abs(saved['value']))} ({'saved: ' if more else ''}{sure}), where {economics['teacher']['name']}'s "
+        f"{whose} is {money(economics['teacher']['dollars_per_1k'])}; at "
         f"{figure(economics['requests_per_month'], 0)} requests a month, {dollars(month['value'])} a month.{lost}"
     )
 
@@ -116,9 +118,18 @@ def _break_even(economics: Row, headline: Row) -> str:
         f" ({count(after['low'])} to {count(after['high'])})" if after["low"] is not None else ""
     )
     return (
-        f"The distillation cost {money(cost)} of machine time and tokens, nobody's work counted; it is paid back after "
-        f"{count(after['value'])} requests{between}, which are {duration(86_400 * days['value'])} at this volume."
+        f"The distillation cost {money(cost)} of machine time and tokens, nobody's work counted{_bought(economics)}; it "
+        f"is paid back after {count(after['value'])} requests{between}, {duration(86_400 * days['value'])} at this "
+        "volume."
     )
+
+
+def _bought(economics: Row) -> str:
+    """Say what of the cost is hypothetical too: the answers, at the price that is compared with."""
+    bought = economics["teacher"]["answers_dollars"]
+    if bought is None:
+        return ""
+    return f", {money(bought)} of it what the teacher's answers would have cost at the list price below"
 
 
 def count(requests: float) -> str:
@@ -131,8 +142,8 @@ def _hypothetical(economics: Row) -> str:
         return ""
     return (
         f"This is hypothetical: the answers that the student learned from and is compared with are not "
-        f"{economics['teacher']['name']}'s. Its list price is put on the tokens of the teacher of this run; what it "
-        "would have answered, how long, and how much better, was not measured."
+        f"{economics['teacher']['name']}'s. Its list price ({economics['teacher']['price']}) is put on the tokens of the "
+        "teacher of this run; what it would have answered, at what length, and how much better, was not measured."
     )
 
 
@@ -189,31 +200,29 @@ def _paid(row: Row) -> str:
 
 
 def token_rows(cost: Row) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return the head and the rows of the table of what tokens cost, in batches and one request at a time."""
+    """Return the head and the rows of the table of requests asked one at a time, and of tokens read and written."""
     head = (
-        "",
-        "in, $/M",
-        "out, $/M",
-        "tokens in",
-        "tokens out",
-        "alone, 1,000",
-        "alone, tokens/s",
-        "alone, $",
+        "one request at a time",
+        "1,000 take",
+        "and cost",
+        "tokens/s",
+        "tokens of a prompt",
+        "a million read",
+        "a million written",
     )
     rows = []
     for model in ("teacher", "base", "student"):
         row = cost[model]
-        alone = row["one_at_a_time"] or {}
+        alone, million = row["one_at_a_time"] or {}, row["per_million"] or {}
         rows.append(
             (
                 model,
-                dollars(row["dollars_per_million_input"]),
-                dollars(row["dollars_per_million_output"]),
-                figure(row["input_tokens"], 0),
-                figure(row["output_tokens"], 0),
                 duration(alone.get("seconds_per_1k")),
-                figure(alone.get("output_tokens_per_second"), 0),
                 dollars(alone.get("dollars_per_1k")),
+                figure(alone.get("output_tokens_per_second"), 0),
+                figure(row["input_tokens"], 0),
+                dollars(million.get("dollars_input")),
+                dollars(million.get("dollars_output")),
             )
         )
     return head, rows

@@ -102,7 +102,9 @@ class Economics(Record):
 
     requests: int  # that these figures are over: those that a test covers, or all where none does
     of: int  # held-out requests in all
-    teacher: dict[str, Any]  # name, dollars_per_1k, price, hypothetical, batch_dollars_per_1k
+    teacher: dict[
+        str, Any
+    ]  # whose price: name, hypothetical, price, hosted, dollars_per_1k, and the like
     student: dict[str, Any]  # dollars_per_1k, price, utilisation, month_of_machines
     tests: tuple[str, ...]  # that decide whether an answer is acceptable
     when_served: bool  # they can be run on a new request
@@ -358,7 +360,12 @@ class Reckoning(NamedTuple):
         discount = self.batch_discount()
         batch = None if dollars is None or discount is None else dollars * (1 - discount)
         price = self.assumed.teacher.described()
-        return {"dollars_per_1k": dollars, "batch_dollars_per_1k": batch, "price": price}
+        return {
+            "dollars_per_1k": dollars,
+            "batch_dollars_per_1k": batch,
+            "price": price,
+            "hosted": self.assumed.teacher.hosted,
+        }
 
     def student_facts(self) -> dict[str, Any]:
         """Return what is known of the student's price."""

@@ -72,7 +72,7 @@ def money(value: float | None) -> str:
     """Return dollars, sums below one to two significant digits."""
     if value is None:
         return UNKNOWN
-    return f"${value:,.2f}" if value >= 1 else f"${float(f'{value:.2g}')}"
+    return f"${value:,.2f}" if value >= 0.1 or not value else f"${float(f'{value:.2g}')}"
 
 
 def duration(seconds: float | None) -> str:
