@@ -3,8 +3,8 @@
     distill generate configs/endpoint.yaml teacher.model=qwen2.5-coder-0.5b-instruct
     python scripts/compare_server.py runs/endpoint --json compare.json
 
-Reads a finished run of a greedy endpoint and answers its prompts with the same model here, unless the store has these
-answers already. A request counts as the same where the stored length of what was sent is that of our messages, and the
+Reads what the store has of a run's answers from a greedy endpoint, finished or not, and answers the same prompts with the
+same model here, unless the store has these answers already. A request counts as the same where the stored length of what was sent is that of our messages, and the
 server counted as many input tokens as the local tokenizer. Where texts differ, the log-probabilities of the two tokens at
 which they part are compared, as a float32 copy of the model gives them; the server's tokens are those of its text.
 """
@@ -19,7 +19,7 @@ from rich.table import Table
 
 from distill.config import Config, load_config
 from distill.generation.asking import encode, origin_of
-from distill.generation.generate import answer_all
+from distill.generation.generate import answer_all, read
 from distill.generation.local import LocalResponder
 from distill.generation.responder import Request, Sampling
 from distill.progress import console, say
@@ -49,15 +49,16 @@ def local_answers(
     return {r.prompt_id: (r, (bodies[r.prompt_id] or {})["body"]["ids"]) for r in found}
 
 
-def same_requests(config: Config, prompts: list[Prompt], theirs: dict[str, Response]) -> int:
-    """Count the prompts whose stored request is as long as one with our messages and the run's settings."""
+def served_answers(config: Config, prompts: list[Prompt]) -> tuple[dict[str, Response], int]:
+    """Return the server's stored answers by prompt, and how many of them were asked with exactly so many bytes as ours."""
+    found, same = {}, 0
     with Log(config.store_folder() / "responses", writable=False) as log:
-        asked = requests_of(config, origin_of(config.teacher), prompts)
-        stored = {r.prompt_id: log.get("response", theirs[r.prompt_id].id) for r in asked}
-    return sum(
-        (stored[r.prompt_id] or {})["body"]["question"] == len(encode(r, config.teacher))
-        for r in asked
-    )
+        for request in requests_of(config, origin_of(config.teacher), prompts):
+            body = log.get("response", Response.make_id(request.key, request.sample))
+            if body is not None:
+                found[request.prompt_id] = read(log, request)
+                same += body["body"]["question"] == len(encode(request, config.teacher))
+    return found, same
 
 
 def parting(ours: list[int], theirs: list[int]) -> int | None:
@@ -83,8 +84,8 @@ def difference(
 def compare(config: Config, model: str, dtype: str, every: int) -> dict[str, Any]:
     """Answer here what the run asked of the server, and compare."""
     folder = config.runs / config.name
-    prompts = read_records(folder / "prompts.jsonl", Prompt)[::every]
-    theirs = {r.prompt_id: r for r in read_records(folder / "responses.jsonl", Response)}
+    theirs, same = served_answers(config, read_records(folder / "prompts.jsonl", Prompt)[::every])
+    prompts = [p for p in read_records(folder / "prompts.jsonl", Prompt) if p.id in theirs]
     responder = LocalResponder.load(model, dtype, date=config.template_date)
     requests = requests_of(config, responder.origin, prompts)
     ours = local_answers(responder, requests, config.store_folder() / "responses")
@@ -95,7 +96,7 @@ def compare(config: Config, model: str, dtype: str, every: int) -> dict[str, Any
     exact = LocalResponder.load(model, "float32", date=config.template_date) if apart else None
     return {
         "answers": len(prompts),
-        "same_requests": same_requests(config, prompts, theirs),
+        "same_requests": same,
         "same_input_tokens": sum(a.usage.input_tokens == b.usage.input_tokens for a, b in pairs.values()),
         "equal": len(equal),
         "equal_but_for_whitespace_at_the_ends": len(stripped),

@@ -252,7 +252,8 @@ def _name(reported: Any) -> str | None:
 def _logprobs(given: Any) -> tuple[Place, ...] | None:
     """Return each token's log-probability and the likeliest beside it; None where there are none that can be read.
 
-    Chat completions hold an object a token, text completions lists side by side. Servers write -9999 for minus infinity.
+    Chat completions hold an object a token, text completions lists side by side; vLLM and SGLang write -9999 for minus
+    infinity. From their sources, as in the fixtures: untested against a live one.
     """
     if not isinstance(given, dict):
         return None
