@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -460,6 +462,18 @@ def test_c11_failures_that_may_be_billed_count_against_the_budget(tmp_path: Path
     assert stopped.value.code == Exit.BUDGET and teacher.bill <= limit
 
 
+def test_c11_ninety_per_cent_of_failures_stay_within_the_budget(tmp_path: Path) -> None:
+    limit = Decimal("0.02")
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        return Reply(status=500, body=b"", billed=True) if number % 10 else Reply()
+
+    with FakeTeacher(script) as teacher, pytest.raises(DistillError) as stopped:
+        buy(teacher, tmp_path, 100, budget_dollars=limit, concurrency=8, max_retries=2)
+    assert stopped.value.code == Exit.BUDGET and teacher.bill <= limit
+    assert max(teacher.asked.values()) <= 3
+
+
 def test_c11_a_bill_ten_times_the_price_stops_the_run(tmp_path: Path) -> None:
     with FakeTeacher(always()) as teacher:
         sane = usage = {"prompt_tokens": 7, "completion_tokens": 6}
@@ -535,6 +549,45 @@ def test_a_full_disk_stops_sending(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert len(teacher.payloads) <= 9
 
 
+def test_d4_a_disk_that_fills_up_ends_a_run_and_loses_nothing(tmp_path: Path) -> None:
+    with FakeTeacher() as teacher:
+        config, shown = make_run(tmp_path, teacher, 30), tmp_path / "shown"
+        full = (16_000, 16_000)  # bytes a file, about half of what the answers take
+        child = command(config, "generate", limits={resource.RLIMIT_FSIZE: full})
+        assert child.wait(60) == Exit.STATE and "Traceback" not in shown.read_text()
+        assert "error: " in shown.read_text() and 0 < len(teacher.payloads) < 30
+        store = tmp_path / "runs/.store/responses"
+        hold_account(teacher, store)
+        with Log(store, writable=False) as log:
+            kept = len(list(log.keys("response")))
+        assert kept >= len(teacher.payloads) - 4, "at most what was in flight could not be stored"
+        assert command(config, "generate").wait(60) == 0
+        assert sum(times - 1 for times in teacher.bills.values()) <= 4
+        hold_account(teacher, store)
+
+
+def test_d5_d6_another_filter_and_another_run_ask_nothing(tmp_path: Path) -> None:
+    with FakeTeacher() as teacher:
+        config, shown = make_run(tmp_path, teacher), tmp_path / "shown"
+        assert command(config, "generate").wait(60) == 0, shown.read_text()
+        copied = tmp_path / "runs/other"
+        copied.mkdir()
+        for name in ("documents.jsonl", "prompts.jsonl"):
+            shutil.copy(tmp_path / "runs/mine" / name, copied / name)
+        for words in (
+            ["filter"],
+            ["filter", "filters.repetition=false", "--redo"],
+            ["generate", "--redo"],
+            ["generate", "name=other"],
+        ):
+            assert command(config, *words).wait(60) == 0, shown.read_text()
+        assert len(teacher.payloads) == 12 and set(teacher.bills.values()) == {1}
+    answers = [tmp_path / f"runs/{name}/responses.jsonl" for name in ("mine", "other")]
+    assert answers[0].read_bytes() == answers[1].read_bytes()
+    ledger = Run(Config.model_validate_json(config.read_text())).ledger()
+    assert sum(entry.dollars or 0 for entry in ledger) == teacher.bill
+
+
 def test_reasoning_is_kept_apart(tmp_path: Path) -> None:
     for name, message in {
         "vllm": {"reasoning": "hm"},
@@ -546,18 +599,25 @@ def test_reasoning_is_kept_apart(tmp_path: Path) -> None:
         assert (found[0].reasoning, found[0].text) == ("hm", "the answer to q0 please")
 
 
-def command(config: Path, *words: str) -> subprocess.Popen[str]:
+def command(
+    config: Path, verb: str, *words: str, limits: dict[int, tuple[int, int]] | None = None
+) -> subprocess.Popen[str]:
     """Start the command; what it prints goes to the file `shown` beside its config."""
-    environment = {**os.environ, "TEACHER_KEY": KEY}
+
+    def prepare() -> None:
+        # A test runner in the background of a script ignores Ctrl-C, and its children inherit that.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        for name, limit in (limits or {}).items():
+            resource.setrlimit(name, limit)
+
     with config.with_name("shown").open("a") as shown:
         return subprocess.Popen(
-            [sys.executable, "-m", "distill", *words, str(config)],
-            env=environment,
+            [sys.executable, "-m", "distill", verb, str(config), *words],
+            env={**os.environ, "TEACHER_KEY": KEY},
             stderr=shown,
             stdout=shown,
             text=True,
-            # A test runner in the background of a script ignores Ctrl-C, and its children inherit that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=prepare,
         )
 
 

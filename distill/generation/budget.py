@@ -106,19 +106,20 @@ class Account(Record):
 
 
 def account(log: Log, price: TokenPrice | None, run: str | None = None) -> Account:
-    """Sum up every attempt in a log, or those of one run."""
-    found = list(attempts(log, price, run))
-    paid = [a for a in found if a.billed == "yes"]
-    doubtful = [a for a in found if a.billed == "unknown"]
-    return Account(
-        attempts=len(found),
-        settled=sum((a.dollars for a in paid if a.dollars is not None), NOTHING),
-        input_tokens=sum(a.input_tokens for a in paid),
-        output_tokens=sum(a.output_tokens for a in paid),
-        unknown=len(doubtful),
-        unknown_most=sum((a.most for a in doubtful if a.most is not None), NOTHING),
-        unpriced=sum(a.dollars is None for a in paid) + sum(a.most is None for a in doubtful),
-    )
+    """Sum up every attempt in a log, or those of one run; memory does not grow with their number."""
+    sums = dict.fromkeys(Account.model_fields, NOTHING)
+    for attempt in attempts(log, price, run):
+        sums["attempts"] += 1
+        if attempt.billed == "yes":
+            sums["settled"] += attempt.dollars or NOTHING
+            sums["input_tokens"] += attempt.input_tokens
+            sums["output_tokens"] += attempt.output_tokens
+            sums["unpriced"] += attempt.dollars is None
+        elif attempt.billed == "unknown":
+            sums["unknown"] += 1
+            sums["unknown_most"] += attempt.most or NOTHING
+            sums["unpriced"] += attempt.most is None
+    return Account.model_validate(sums)
 
 
 def enter_account(run: Run, folder: Path, price: TokenPrice | None) -> None:
