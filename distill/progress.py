@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,6 +16,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 console = Console(stderr=True, highlight=False)
 T = TypeVar("T")
@@ -41,10 +42,14 @@ class Tracker:
         self.extra = extra or self.extra
         self.show()
 
-    def rate(self) -> str:
+    def speed(self) -> str:
         """Return the rate so far as text."""
         elapsed = max(time.monotonic() - self.started, 1e-9)
-        return f"{self.done / elapsed:.1f} {self.unit}/s {self.extra}".rstrip()
+        return f"{self.done / elapsed:.1f} {self.unit}/s"
+
+    def rate(self) -> str:
+        """Return the rate so far as text, and what is shown behind it."""
+        return f"{self.speed()} {self.extra}".rstrip()
 
     def show(self) -> None:
         """Print a plain line when the last is old enough or the work is finished."""
@@ -56,15 +61,27 @@ class Tracker:
             say(f"{self.title}: {self.done}/{self.total}, {self.rate()}, {clock} left")
 
 
+class _Display(Progress):
+    """A bar with a line of text below it, so that a narrow terminal shows all of both."""
+
+    below = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        if self.below:
+            yield Text(f"  {self.below}")
+
+
 class _Bar(Tracker):
     """The tracker of a terminal: moves a rich progress bar instead of printing lines."""
 
-    def __init__(self, title: str, total: int, unit: str, bar: Progress) -> None:
+    def __init__(self, title: str, total: int, unit: str, bar: _Display) -> None:
         super().__init__(title, total, unit)
         self.bar, self.task = bar, bar.add_task(title, total=total, rate="")
 
     def show(self) -> None:
-        self.bar.update(self.task, completed=self.done, rate=self.rate())
+        self.bar.below = self.extra
+        self.bar.update(self.task, completed=self.done, rate=self.speed())
 
 
 @contextmanager
@@ -73,10 +90,11 @@ def tracking(title: str, total: int, unit: str = "items") -> Iterator[Tracker]:
     if not sys.stderr.isatty():
         yield Tracker(title, total, unit)
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(
-        *columns, TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=console
-    ) as bar:
+    columns = (
+        *(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24)),
+        *(MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[rate]}")),
+    )
+    with _Display(*columns, console=console) as bar:
         yield _Bar(title, total, unit, bar)
 
 

@@ -17,9 +17,10 @@ from distill.config import Config
 from distill.errors import DistillError, Exit
 from distill.generation import generate
 from distill.generation.canned import CannedResponder
-from distill.generation.generate import answer_all, requests_for
+from distill.generation.generate import answer_all
 from distill.generation.local import LocalResponder
 from distill.generation.plans import unfinished
+from distill.generation.requests import requests_for
 from distill.generation.responder import Plan, Raw, Request, Sampling, respond
 from distill.records import Document, Message, Prompt, Response, canonical
 from distill.run import Run

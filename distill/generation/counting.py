@@ -1,6 +1,6 @@
 """Counts tokens with the teacher's own tokenizer, where the cache has it: nothing is downloaded, no torch is loaded."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -43,17 +43,20 @@ def _places(model: str) -> Iterable[Path]:
 
 
 def recounted(
-    responses: Sequence[Response], requests: Mapping[str, Request], count: Counter | None
+    responses: Sequence[Response], requests: Sequence[Request], model: str
 ) -> list[Response]:
-    """Return the responses with estimated usage counted by a tokenizer; it stays marked as estimated.
+    """Return the responses with estimated usage counted by the tokenizer of `model`; it stays marked as estimated.
 
-    `requests` by key. The template's own tokens are not counted. Without a tokenizer the estimate by bytes stays.
+    `requests` are those of the responses, in their order. The template's own tokens are not counted. Without a tokenizer
+    the estimate by bytes stays. The account of what was paid does not use it: there such an answer is in doubt.
     """
+    if not any(response.usage.estimated for response in responses):
+        return list(responses)
+    count = token_counter(model)
+    pairs = zip(responses, requests, strict=True)
     return [
-        _recounted(response, requests[response.request_key], count)
-        if count and response.usage.estimated
-        else response
-        for response in responses
+        _recounted(response, request, count) if count and response.usage.estimated else response
+        for response, request in pairs
     ]
 
 

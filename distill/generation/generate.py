@@ -9,25 +9,25 @@ so that an interrupted run ends with the same bytes as one that was not.
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from itertools import groupby
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill.config import Config
-from distill.corpus.questions import askings, distinct, read_questions, to_prompts
 from distill.errors import DistillError, Exit
 from distill.generation.budget import enter_account, last_fault
 from distill.generation.canned import CannedResponder, RecordedResponder, answers_hash
+from distill.generation.counting import recounted
 from distill.generation.crew import Crew, take_over
 from distill.generation.plans import Spend, answers, lacking, planned, store_each
 from distill.generation.prices import load_prices
+from distill.generation.requests import asking_requests, requests_of, written_prompts
 from distill.generation.responder import (
     Buyer,
     Planner,
     Raw,
     Request,
     Responder,
-    Sampling,
     parse,
 )
 from distill.generation.terms import require_terms
@@ -81,12 +81,10 @@ def _generate(
     written = write_questions(config, teacher, list(documents.values()), folder, spend, crew)
     write_records(run.path("questions.jsonl"), written)
     prompts += written
-    requests = [
-        request
-        for prompt in prompts
-        for request in requests_for(config, teacher.origin, prompt, documents[prompt.document_id])
-    ]
+    requests = requests_of(config, teacher.origin, prompts, documents)
     responses = answer_all(teacher, requests, folder, "teacher", spend, crew)
+    if config.teacher.kind == "endpoint":
+        responses = recounted(responses, requests, config.teacher.model)
     write_records(run.path("responses.jsonl"), responses)
     if asked and config.teacher.kind == "recorded" and config.teacher.dollars is not None:
         run.spend(dollars=config.teacher.dollars, price="as stated in teacher.dollars")
@@ -153,20 +151,6 @@ def join(config: Config, run: Run, crew: Crew) -> None:
     crew.join(ready, config.store_folder() / "responses", spend)
 
 
-def requests_for(
-    config: Config, origin: str, prompt: Prompt, document: Document
-) -> Iterator[Request]:
-    """Yield the requests of a prompt: `teacher.n` samples for training, else one."""
-    teacher = config.teacher
-    sampling = Sampling(
-        temperature=teacher.temperature,
-        top_p=teacher.top_p,
-        max_new_tokens=teacher.max_new_tokens,
-    )
-    for sample in range(teacher.n if document.meta["split"] == "train" else 1):
-        yield Request.make(origin, prompt.id, prompt.asked_of_teacher(), sampling, sample)
-
-
 def write_questions(
     config: Config,
     teacher: Responder,
@@ -182,22 +166,14 @@ def write_questions(
     if config.teacher.kind == "recorded":
         what, fix = "recorded answers write no questions", "use a local teacher"
         raise DistillError(Exit.CONFIG, "prompts.questions", what, fix)
-    sampling = Sampling(max_new_tokens=settings.max_new_tokens)
-    asked = [p for d in documents for p in askings(d, settings.kinds, settings.per_document)]
-    requests = [Request.make(teacher.origin, p.id, p.messages, sampling) for p in asked]
-    replies = answer_all(teacher, requests, folder, "questions", spend, crew)
-    known = {document.id: document for document in documents}
-    prompts: list[Prompt] = []
-    pairs = zip(asked, replies, strict=True)
-    for document_id, group in groupby(pairs, key=lambda pair: pair[0].document_id):
-        found = distinct(q for _, reply in group for q in read_questions(reply.text))
-        prompts += to_prompts(
-            known[document_id],
-            found,
-            settings.answer_with_passage,
-            settings.student_sees_passage,
-        )
-    return prompts
+    asked = [asking_requests(settings, teacher.origin, document) for document in documents]
+    requests = [request for group in asked for request in group]
+    replies = iter(answer_all(teacher, requests, folder, "questions", spend, crew))
+    return [
+        prompt
+        for document, group in zip(documents, asked, strict=True)
+        for prompt in written_prompts(settings, document, islice(replies, len(group)))
+    ]
 
 
 def answer_all(
