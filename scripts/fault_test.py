@@ -127,6 +127,8 @@ def trial(count: int, share: float, seed: int, concurrency: int, folder: Path) -
         started, cpu = time.monotonic(), time.process_time()
         code = command(folder, "generate", str(config))
         seconds, cpu = time.monotonic() - started, time.process_time() - cpu
+    if code:
+        raise SystemExit(f"exit {code}: {(folder / 'shown').read_text()[-2000:]}")
     run = open_run(config)
     responses = read_records(run.path("responses.jsonl"), Response)
     with Log(run.config.store_folder() / "responses", writable=False) as log:
