@@ -223,6 +223,7 @@ class Scorecard(Record):
     overall: dict[str, Any] | None = None
     agreement: dict[str, Any]
     lengths: dict[str, Any] = {}
+    contamination: dict[str, Any] = {}
     cost: dict[str, Any]
     economics: dict[str, Any] = {}
     corpus: dict[str, Any]

@@ -17,7 +17,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -85,11 +85,20 @@ DISGUISES = {
 }
 
 
+class Leak(NamedTuple):
+    """A piece of an item, disguised; one of under eight words stands on a line of its own."""
+
+    owner: int
+    disguise: str
+    text: str
+    alone: bool
+
+
 def plant(
     items: list[list[str]], leaks: int, documents: int, draw: random.Random
-) -> dict[int, list[tuple[int, str, str]]]:
-    """Return, by document, the leaks in it: the item, its disguise, the text. Each item leaks once at most."""
-    planted: dict[int, list[tuple[int, str, str]]] = {}
+) -> dict[int, Leak]:
+    """Return the leaks by document: one in each, each of another item."""
+    planted: dict[int, Leak] = {}
     places = draw.sample(range(documents), leaks)
     for k, (owner, place) in enumerate(
         zip(draw.sample(range(len(items)), leaks), places, strict=True)
@@ -98,7 +107,8 @@ def plant(
         size = min(len(words), WINDOW if k % 2 else draw.randint(WINDOW, 60))
         first = draw.randint(0, len(words) - size)
         text = DISGUISES[name](sentence(words[first : first + size]), draw)
-        planted.setdefault(place, []).append((owner, name, text))
+        alone = size < SHORTEST
+        planted[place] = Leak(owner, name, text.replace("\n", " ") if alone else text, alone)
     return planted
 
 
@@ -106,17 +116,16 @@ def corpus(
     language: Language,
     documents: int,
     length: int,
-    planted: dict[int, list[tuple[int, str, str]]],
+    planted: dict[int, Leak],
     draw: random.Random,
 ) -> Iterator[tuple[str, str]]:
     """Yield the documents, with what leaks into them somewhere among their words; a very short leak has its line."""
     for start in range(0, documents, CHUNK):
         made = language.texts(min(CHUNK, documents - start), length)
         for place, words in enumerate(made, start):
-            for _, _, text in planted.get(place, ()):
+            if leak := planted.get(place):
                 at = draw.randint(0, len(words))
-                alone = len(text.split()) < SHORTEST
-                words[at:at] = ["\n", text, "\n"] if alone else [text]
+                words[at:at] = ["\n", leak.text, "\n"] if leak.alone else [leak.text]
             yield str(place), sentence(words) if place not in planted else " ".join(words)
 
 
@@ -156,7 +165,7 @@ def measure(items: int, documents: int, length: int, leaks: int, seed: int) -> d
     started = time.perf_counter()
     found = {(found.owner, int(found.place)) for found in index_.find(texts)}
     seconds = time.perf_counter() - started
-    told = {(owner, place): name for place, those in planted.items() for owner, name, _ in those}
+    told = {(leak.owner, place): leak.disguise for place, leak in planted.items()}
     missed = Counter(name for pair, name in told.items() if pair not in found)
     alarms = {owner for owner, _ in found - told.keys()}
     return {

@@ -173,3 +173,31 @@ def test_the_standard_library_is_a_corpus(tmp_path: Path) -> None:
     assert Counter(d.meta["split"] for d in found) == {"train": 45, **sizes}
     assert all(d.text.startswith(d.meta["name"]) for d in found)
     assert list(corpus.identity(run.config)) == ["python"]
+
+
+def test_documents_that_share_text_with_held_out_ones_are_left_out_and_those_stay(
+    tmp_path: Path,
+) -> None:
+    rows = [{"text": text(n)} for n in range(30)]
+    write_rows(tmp_path, rows)
+    run = make(tmp_path, split={"heldout": 0.2})
+    run.perform(STAGE)
+    held_out = {d.id: d for d in documents(run) if d.meta["split"] == "heldout"}
+    stolen = " ".join(next(iter(held_out.values())).text.split()[7:20])
+    thieves = [{"text": f"{text(n, 20)}, {stolen.upper()}; and"} for n in range(30, 34)]
+    write_rows(tmp_path, [*rows, *thieves])
+    run.perform(STAGE, redo=True)
+    sharing = [d.meta["split"] for d in documents(run) if stolen in d.text.casefold()]
+    assert set(sharing) == {"heldout"} and held_out.keys() <= {d.id for d in documents(run)}
+    rejects = read_records(run.path("rejects.jsonl"), Reject)
+    assert len(rejects) == 5 - len(sharing) == run.manifest()["corpus"]["contaminated"] > 0
+    assert all(f"which is held out: {stolen}" in r.reason and not r.bad for r in rejects)
+    assert run.manifest()["corpus"]["repeats"] == 0
+
+
+def test_a_corpus_of_one_text_in_many_dresses_says_so(tmp_path: Path) -> None:
+    write_rows(tmp_path, [{"text": f"{text(n, 30)} {text(99, 20)}"} for n in range(3)])
+    run = make(tmp_path, split={"heldout": 1, "validation": 0})
+    with pytest.raises(DistillError, match="share text with held-out ones") as caught:
+        run.perform(STAGE)
+    assert caught.value.code == Exit.INPUT

@@ -157,3 +157,36 @@ def test_a_task_whose_references_are_missing_is_measured_as_agreement() -> None:
         for m in ("teacher", "base", "student")
     }
     assert evaluate.measure("math_word_problem", items, answers).metric == "chrF"
+
+
+def test_items_in_the_training_data_are_not_in_the_headline(tmp_path: Path, student: Path) -> None:
+    pairs = heldout_pairs()
+    run = make_run(tmp_path, student, pairs)
+    stolen = pairs[0].prompt.messages[-1].content
+    thief = Pair(
+        prompt=Prompt.make((Message(role="user", content="hm"),), "d", "chat"),
+        response=pairs[0].response.model_copy(update={"text": f"as asked:\n{stolen.upper()}"}),
+    )
+    write_records(run.path("dataset/train.jsonl"), [thief])
+    evaluate.main(run.config, run)
+    found = read_json(run.path("evaluation.json"))
+    told = found["contamination"]
+    assert (told["n"], told["flagged"]) == (ITEMS, 1)
+    assert told["kinds"] == {"corpus": 0, "prompt": 0, "answer": 1}
+    assert told["examples"][0]["item"] == told["items"][0] and "paraphrase" in told["method"]
+    tasks = found["tasks"]
+    assert sum(row["n"] for row in tasks.values()) == ITEMS - 1
+    assert sum(row["n"] for row in told["all_items"]["tasks"].values()) == ITEMS
+    assert len(read_records(run.path("scores/student.jsonl"), Score)) == ITEMS
+    assert len(read_records(run.path("requests.jsonl"), Asked)) == ITEMS - 1
+
+
+def test_items_that_all_stand_in_the_training_data_stop_before_anything_is_asked(
+    tmp_path: Path, student: Path
+) -> None:
+    pairs = heldout_pairs()
+    run = make_run(tmp_path, student, pairs)
+    write_records(run.path("dataset/train.jsonl"), pairs)
+    with pytest.raises(DistillError, match="stand in the training data") as caught:
+        evaluate.main(run.config, run)
+    assert caught.value.code == Exit.EVALUATION and not run.path("answers").exists()

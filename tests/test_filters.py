@@ -187,3 +187,16 @@ def test_reasoning_is_trained_on_where_that_is_asked() -> None:
     thought = Pair(prompt=prompt, response=response.model_copy(update={"reasoning": "hm"}))
     assert filters.with_reasoning(plain) == plain
     assert filters.with_reasoning(thought).response.text == "<think>\nhm\n</think>\n\na"
+
+
+def test_what_holds_a_held_out_prompt_is_not_trained_on(tmp_path: Path) -> None:
+    question = "In which year did the town on the river get its second bridge, and who paid for it?"
+    answers = {"train": ["fine", f"You ask: {question.upper()} In 1907."], "heldout": ["x"]}
+    config, run = make_run(tmp_path, answers)
+    prompts = read_records(run.path("questions.jsonl"), Prompt)
+    asked = prompts[-1].model_copy(update={"messages": (Message(role="user", content=question),)})
+    write_records(run.path("questions.jsonl"), [*prompts[:-1], asked])
+    filters.main(config, run)
+    (dropped,) = read_records(run.path("dropped.jsonl"), filters.Dropped)
+    assert dropped.reason == "holds a held-out item" and "1907" in dropped.text
+    assert len(read_records(run.path("dataset/heldout.jsonl"), Pair)) == 1

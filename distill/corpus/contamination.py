@@ -13,11 +13,15 @@ elsewhere would change what is measured. At the end, `flag` tells what is still 
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from jinja2 import nodes
 
-from distill.corpus.ngrams import Found, Index, Wanted, words
+from distill.corpus import readers
+from distill.corpus.ngrams import Found, Index, Wanted
+from distill.corpus.rows import interpret
+from distill.errors import DistillError, Exit
 from distill.records import Document, Item, Pair, Prompt
 from distill.tasks import ENVIRONMENT, load_task, task_path
 
@@ -30,7 +34,7 @@ NOT_FOUND = (
     "item). A paraphrase or a translation is not found."
 )
 TELLING = 4  # words of an answer that may be evidence
-CUT = 3  # words of a template's sentence that is cut out of a question
+CUT = 6  # characters of a template's sentence that is cut out of a question
 
 
 class Match(NamedTuple):
@@ -77,7 +81,7 @@ def sentences(task: str) -> tuple[str, ...]:
         return ()
     tree = ENVIRONMENT.parse(load_task(task).student.user)
     said = [data.data.strip() for data in tree.find_all(nodes.TemplateData)]
-    return tuple(sorted((text for text in said if len(words(text)) >= CUT), key=len, reverse=True))
+    return tuple(sorted((text for text in said if len(text) >= CUT), key=len, reverse=True))
 
 
 def index(items: Sequence[Eval]) -> Index:
@@ -142,3 +146,28 @@ def leaking_pairs(pairs: Iterable[Pair], held_out: Iterable[Prompt]) -> set[str]
     looked_for = index([of_item(item) for item in asked_of.values()])
     texts = ((p.response.id, "\n".join([*own_parts(p.prompt), p.response.text])) for p in pairs)
     return {found.place for found in looked_for.find(texts)}
+
+
+def read_texts(path: Path) -> Iterator[Document]:
+    """Yield the rows of a file or folder as documents; raises DistillError (exit 3) at one that cannot be read."""
+    files, _ = readers.list_files(path)
+    for file in files:
+        for row in readers.read_file(file, str(file)):
+            try:
+                if isinstance(row, readers.Reject):
+                    raise ValueError(row.reason)
+                yield interpret(row.value, row.where)
+            except ValueError as error:
+                fix = "correct the row, or take it out"
+                raise DistillError(Exit.INPUT, row.where, str(error), fix) from None
+
+
+def compare_files(items: Path, corpus: Path) -> tuple[list[Eval], dict[str, list[Match]]]:
+    """Look for the items of one file in the texts of another, or of a folder; places are `file:line`."""
+    looked_for: dict[str, Eval] = {}
+    for document in read_texts(items):
+        answer = document.meta.get("reference") or document.meta.get("recorded_answer")
+        item = Eval(document.source, document.source, (document.text,), answer)
+        looked_for.setdefault(document.id, item)
+    evals = list(looked_for.values())
+    return evals, flag(evals, ((d.source, whole_text(d)) for d in read_texts(corpus)))

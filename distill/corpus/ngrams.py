@@ -271,8 +271,10 @@ def starts_of_shared(hashes_N: Hashes, cluster_N: NDArray[np.int64], least: int)
     """Return where the windows begin whose hash stands in at least so many clusters."""
     order = np.lexsort((cluster_N, hashes_N))
     hashes, clusters = hashes_N[order], cluster_N[order]
-    new_hash = np.concatenate([[True], hashes[1:] != hashes[:-1]])
-    new_pair = new_hash | np.concatenate([[True], clusters[1:] != clusters[:-1]])
+    new_hash = np.ones(len(order), np.bool_)
+    new_hash[1:] = hashes[1:] != hashes[:-1]
+    new_pair = new_hash.copy()
+    new_pair[1:] |= clusters[1:] != clusters[:-1]
     group = np.cumsum(new_hash) - 1
     counts = np.bincount(group, weights=new_pair)
     return np.sort(order[counts[group] >= least]).tolist()

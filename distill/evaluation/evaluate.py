@@ -3,6 +3,7 @@
 Answers go through the shared store, so a killed evaluation goes on where it was. Writes
 `answers/<model>.jsonl`, `scores/<model>.jsonl` and `evaluation.json`, from which the report is made, and for what that
 says of money `requests.jsonl` and `timings/<model>.jsonl`; of a suite answers and scores in a folder of its name.
+Results are those of the items that do not stand in the training data; those of all items are beside them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from distill.evaluation.answering import (
     why_no_teacher,
 )
 from distill.evaluation.items import by_item, held_out, items_of
+from distill.evaluation.leaks import Leaks, find_leaks, kept, refuse_all_leaked, section, without
 from distill.evaluation.results import Measured
 from distill.evaluation.statistics import Certainty
 from distill.evaluation.suite_scores import measure_suite, suite_result, write_suite
@@ -39,6 +41,8 @@ def main(config: Config, run: Run) -> None:
     pairs = held_out(run.path("dataset/heldout.jsonl"))
     items = items_of(pairs, run.path("documents.jsonl"))
     suites = load_suites(config.evaluation.suites)
+    leaks = find_leaks(run, [*items, *(item for suite in suites for item in suite.items)])
+    refuse_all_leaked(items, leaks)
     described, answered = answer_with_student(config, run, pairs, suites)
     taught = answer_with_teacher(config, run, suites)
     time_teacher(config, run, pairs)
@@ -53,10 +57,14 @@ def main(config: Config, run: Run) -> None:
         scores = [s for row in rows.values() for s in row.scores.get(model, [])]
         write_records(run.path(f"scores/{model}.jsonl"), scores)
         write_records(run.path(f"answers/{model}.jsonl"), given.values())
-    write_records(run.path("requests.jsonl"), requests_of(items, answers, tests_of(rows)))
-    readings = {m: found.readings for m, found in answered.items()}
+    clean, clean_rows = kept(items, items, leaks), without(rows, leaks)
+    clean_answers = {m: {i.id: given[i.id] for i in clean} for m, given in answers.items()}
+    readings = {m: kept(items, found.readings, leaks) for m, found in answered.items()}
+    write_records(
+        run.path("requests.jsonl"), requests_of(clean, clean_answers, tests_of(clean_rows))
+    )
     measured = {
-        suite.name: measured_suite(config, run, suite, answered, taught, certainty)
+        suite.name: measured_suite(config, run, suite, answered, taught, certainty, leaks)
         for suite in suites
     }
     write_json(
@@ -64,7 +72,8 @@ def main(config: Config, run: Run) -> None:
         plain_numbers(
             {
                 "models": {"teacher": describe_teacher(config), **described},
-                **results.compared(items, answers, rows, readings, certainty),
+                **results.compared(clean, clean_answers, clean_rows, readings, certainty),
+                "contamination": section(items, leaks, rows, certainty),
                 "suites": measured,
                 "settings": {**certainty._asdict(), **asked(config, items)},
                 "corpus": run.manifest().get("corpus", {}),
@@ -81,6 +90,7 @@ def measured_suite(
     answered: Mapping[str, Answered],
     taught: Mapping[str, Given],
     certainty: Certainty,
+    leaks: Leaks,
 ) -> dict[str, Any]:
     """Score a suite, write its items, answers and scores beside the run's own, and return its results."""
     answers = {model: found.suites[suite.name] for model, found in answered.items()}
@@ -88,7 +98,12 @@ def measured_suite(
         answers = {"teacher": taught[suite.name], **answers}
     rows = measure_suite(suite, answers, why_no_teacher(config, suite) or "")
     write_suite(run.folder, suite, rows, answers)
-    return suite_result(suite, rows, answers, certainty)
+    clean = {i.id for i in suite.items if i.id not in leaks}
+    given = {m: {i: a for i, a in found.items() if i in clean} for m, found in answers.items()}
+    return {
+        **suite_result(suite, without(rows, leaks), given, certainty),
+        "contamination": section(suite.items, leaks, rows, certainty),
+    }
 
 
 def measure(task: str, items: Sequence[Item], answers: results.Models) -> Measured:

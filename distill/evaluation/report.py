@@ -23,6 +23,7 @@ from distill.evaluation.words import (
     duration,
     figure,
     grouped,
+    leaked,
     money,
     score,
     share,
@@ -75,6 +76,7 @@ def scorecard(
         name=config.name,
         **parts,
         lengths=evaluation["lengths"],
+        contamination=evaluation.get("contamination", {}),
         corpus=evaluation["corpus"],
         funnel=dict(funnel),
         training={
@@ -211,6 +213,7 @@ def _notes(card: Mapping[str, Any]) -> str:
         f"Intervals: {share(settings['confidence'])}, paired on the same items, clustered by document.",
         f"Corpus {str(corpus.get('corpus_sha256'))[:12]}, Python {corpus.get('python')}.",
     ]
+    lines += leaked(card["contamination"], card["overall"])
     lines += dict.fromkeys(
         f"Price: {row['price']}." for row in card["cost"].values() if row.get("price")
     )

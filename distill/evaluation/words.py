@@ -68,6 +68,23 @@ def points(row: Row, confidence: float) -> str:
     return f"{mean} percentage points ({share(confidence)} interval {low} to {high})"
 
 
+def leaked(found: Row, clean: Row | None) -> list[str]:
+    """Say how many items stand in the training data, and the shares of checks passed without and with them."""
+    if not found:
+        return []
+    if not found["flagged"]:
+        said = f"None of the {found['n']} items was found in the training data"
+        return [f"{said}. {found['method']}"]
+    rate = f"{share(found['rate']['low'], 1)} to {share(found['rate']['high'], 1)}"
+    said = f"{found['flagged']} of {found['n']} items (interval {rate}) stand in the training data"
+    whole = (found["all_items"] or {}).get("overall")
+    beside = ""
+    if clean and whole:
+        pairs = (f"{m} {share(clean[m])} and {share(whole[m])}" for m in ("teacher", "student"))
+        beside = f" Checks passed without and with them: {', '.join(pairs)}."
+    return [f"{said}; the figures are without them.{beside} {found['method']}"]
+
+
 def money(value: float | None) -> str:
     """Return dollars, sums below one to two significant digits."""
     if value is None:

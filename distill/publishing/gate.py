@@ -34,7 +34,7 @@ def _leaked(scorecard: Mapping[str, Any]) -> list[Finding]:
     if not found.get("flagged"):
         return []
     what = f"{found['flagged']} of {found['n']} items stand in the training data"
-    return [Finding(where="contamination", what=what, fix="--redo prompts, which takes them out")]
+    return [Finding(where="contamination", what=what, fix="--redo corpus, which takes them out")]
 
 
 def _worse(scorecard: Mapping[str, Any]) -> list[Finding]:
