@@ -11,16 +11,19 @@ import json
 import re
 import string
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Any, NamedTuple, NoReturn
 
 from distill.records import Prompt
 from distill.sandbox.run import DEFAULT, Limits, Trial, run_tests
+from distill.schema import fault, validate_schema
 
 MAX_CODE = (
     20_000  # characters; a longer answer is no short example, and parsing it may exhaust the stack
 )
+MAX_MATH = 4_000  # characters at the end of an answer in which an expression is looked for
 FENCE = re.compile(r"\A```[^\n`]*\n(.*?)\n?```\Z", re.DOTALL)
 BLOCK = re.compile(r"```[^\n`]*\n(.*?)\n?```", re.DOTALL)
 NUMBER = re.compile(r"(?:(?<![\w.)])[-\u2212])?\$?(\d[\d,]*(?:\.\d+)?|\.\d+)", re.ASCII)
@@ -37,11 +40,15 @@ FIELD_TYPES: dict[str, Callable[[Any], bool]] = {
 
 
 class Verdict(NamedTuple):
-    """Whether an answer passed (None: a failure of ours), what was read out of it, and why it did not pass."""
+    """Whether an answer passed (None: a failure of ours), what was read out of it, and why it did not pass.
+
+    A check that grades also gives a `value` from 0 to 1.
+    """
 
     passed: bool | None
     answer: str | None
     reason: str
+    value: float | None = None
 
 
 def strip_fence(text: str) -> str:
@@ -55,10 +62,15 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
+def _read_json(text: str) -> Any:
+    """Read JSON, with or without one code fence around it; raises ValueError or RecursionError where it is none."""
+    return json.loads(strip_fence(text), parse_constant=_refuse_constant)
+
+
 def _json_object(prompt: Prompt, text: str, keys: Mapping[str, str]) -> Verdict:
     """Pass an object with exactly these keys, each of its type: string, [string] or any."""
     try:
-        value = json.loads(strip_fence(text), parse_constant=_refuse_constant)
+        value = _read_json(text)
     except (ValueError, RecursionError):
         return Verdict(False, None, "not JSON")
     if not isinstance(value, dict):
@@ -69,6 +81,54 @@ def _json_object(prompt: Prompt, text: str, keys: Mapping[str, str]) -> Verdict:
     wrong = [key for key, kind in keys.items() if not FIELD_TYPES[kind](value[key])]
     answer = json.dumps(value)
     return Verdict(not wrong, answer, f"wrong type: {wrong}" if wrong else "valid JSON")
+
+
+def _json_schema(prompt: Prompt, text: str, schema: Mapping[str, Any]) -> Verdict:
+    """Pass JSON that conforms to a schema (see distill.schema for the keywords)."""
+    try:
+        value = _read_json(text)
+        wrong = fault(schema, value)
+        return Verdict(wrong is None, json.dumps(value), wrong or "conforms to the schema")
+    except (ValueError, RecursionError):
+        return Verdict(False, None, "not JSON")
+
+
+def _field_f1(prompt: Prompt, text: str, least: float = 1.0) -> Verdict:
+    """Grade a JSON object by F1 over the fields of the reference object; pass from `least` on.
+
+    Fields are leaves with their paths; of texts case, punctuation and space do not count, of lists the order.
+    """
+    try:
+        wanted = _fields(_read_json(prompt.reference or ""))
+    except (ValueError, RecursionError):
+        return Verdict(None, None, "the reference is no JSON object")
+    try:
+        found = _fields(_read_json(text))
+    except (ValueError, RecursionError):
+        return Verdict(False, None, "no JSON object", 0.0)
+    score = 2 * (wanted & found).total() / max(1, wanted.total() + found.total())
+    lacking = sorted({path for path, _ in wanted - found})
+    reason = f"F1 {score:.2f}" + (
+        f", wrong or missing: {', '.join(lacking[:5])}"[:120] * bool(lacking)
+    )
+    return Verdict(score >= least, strip_fence(text), reason, score)
+
+
+def _fields(tree: Any) -> Counter[tuple[str, Any]]:
+    """Count the leaves of a JSON object by path and value; raises ValueError for anything but an object."""
+    if not isinstance(tree, dict):
+        raise ValueError("not an object")
+    left, leaves = [("", tree)], Counter[tuple[str, Any]]()
+    while left:
+        path, value = left.pop()
+        if isinstance(value, dict):
+            left += [(f"{path}.{key}".lstrip("."), child) for key, child in value.items()]
+        elif isinstance(value, list):
+            left += [(f"{path}[]", child) for child in value]
+        else:
+            plain = (normalised(value) or value) if isinstance(value, str) else value
+            leaves[path, (isinstance(value, bool), plain)] += 1
+    return leaves
 
 
 def _python_code(prompt: Prompt, text: str) -> Verdict:
@@ -163,6 +223,26 @@ def _compared(answer: str, equal: bool, prompt: Prompt) -> Verdict:
     return Verdict(equal, answer, reason)
 
 
+def _math(prompt: Prompt, text: str) -> Verdict:
+    """Pass an expression that equals the reference's however it is written, as math-verify decides."""
+    from math_verify import verify  # brings sympy, which few need
+
+    try:
+        wanted, found = _expressions(prompt.reference or ""), _expressions(text[-MAX_MATH:])
+        if not found:
+            return Verdict(False, None, "no expression")
+        return _compared(str(found[-1]), bool(verify(wanted, found)), prompt)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        return Verdict(None, None, f"math-verify failed: {type(error).__name__}")
+
+
+def _expressions(text: str) -> list[Any]:
+    """Read expressions in LaTeX or plain; a text without marks may be LaTeX as a whole."""
+    from math_verify import parse
+
+    return parse(text) or parse(f"${text}$")
+
+
 def _exact(prompt: Prompt, text: str) -> Verdict:
     """Pass the reference itself, surrounding space apart."""
     return _compared(text.strip(), text.strip() == (prompt.reference or "").strip(), prompt)
@@ -218,9 +298,12 @@ def _max_sentences(prompt: Prompt, text: str, max: int = 1) -> Verdict:
 
 KINDS: dict[str, Callable[..., Verdict]] = {
     "json_object": _json_object,
+    "json_schema": _json_schema,
+    "field_f1": _field_f1,
     "python_code": _python_code,
     "python_tests": _python_tests,
     "number": _number,
+    "math": _math,
     "exact": _exact,
     "normalised": _normalised,
     "includes": _includes,
@@ -228,7 +311,10 @@ KINDS: dict[str, Callable[..., Verdict]] = {
     "regex": _regex,
     "max_sentences": _max_sentences,
 }
-NEEDS_REFERENCE = frozenset({"python_tests", "number", "exact", "normalised", "includes", "choice"})
+NEEDS_REFERENCE = frozenset(
+    {"field_f1", "python_tests", "number", "math", "exact", "normalised", "includes", "choice"}
+)
+GRADED = frozenset({"field_f1"})  # checks whose value may lie between 0 and 1
 RUNS_CODE = frozenset({"python_tests"})
 
 
@@ -245,6 +331,11 @@ def validate(checker: Mapping[str, Any]) -> None:
     keys = settings.get("keys", {})
     if not isinstance(keys, dict) or not set(map(str, keys.values())) <= FIELD_TYPES.keys():
         raise ValueError(f"keys maps each key to one of {', '.join(FIELD_TYPES)}")
+    if "schema" in settings:
+        validate_schema(settings["schema"])
+    least = settings.get("least", 1.0)
+    if isinstance(least, bool) or not isinstance(least, int | float) or not 0 < least <= 1:
+        raise ValueError("least must be a number above 0 and at most 1")
     if not isinstance(settings.get("max", 1), int):
         raise ValueError("max must be a whole number")
     for limit in ("seconds", "megabytes"):

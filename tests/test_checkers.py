@@ -26,12 +26,15 @@ CHECKERS: list[dict[str, Any]] = [
     API,
     {"kind": "regex", "pattern": r"answer: (\w+)"},
     {"kind": "max_sentences", "max": 2},
+    {"kind": "json_schema", "schema": {"type": "object", "required": ["a"]}},
     *(
         {"kind": kind}
         for kind in (
             "python_code",
             "python_tests",
             "number",
+            "math",
+            "field_f1",
             "exact",
             "normalised",
             "includes",
@@ -47,7 +50,7 @@ def prompt(reference: str | None = None) -> Prompt:
 
 
 def passes(checker: dict[str, Any], text: str, reference: str | None = None) -> bool:
-    return check(checker, prompt(reference), text).passed
+    return bool(check(checker, prompt(reference), text).passed)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +216,8 @@ ANSWERS = st.one_of(
 def test_no_text_makes_a_check_raise(text: str, reference: str | None) -> None:
     for checker in (checker for checker in CHECKERS if checker["kind"] not in RUNS_CODE):
         verdict = check(checker, prompt(reference), text)
-        assert isinstance(verdict.passed, bool) and verdict.reason
+        ours = verdict.passed is None and reference is not None  # no check can use that reference
+        assert verdict.reason and (ours or isinstance(verdict.passed, bool))
         assert verdict.answer is None or verdict.answer.encode("utf-8") is not None
 
 
@@ -221,3 +225,106 @@ def test_no_text_makes_a_check_raise(text: str, reference: str | None) -> None:
 @given(st.recursive(st.none() | st.integers() | st.text(), st.lists, max_leaves=10))
 def test_any_object_with_the_keys_is_valid(value: Any) -> None:
     assert passes(API, json.dumps(GOOD | {"returns": value}))
+
+
+FIELDS = '{"name": "Ada Lovelace", "born": 1815, "tags": ["maths", "code"]}'
+
+
+@pytest.mark.parametrize(
+    ("answer", "value"),
+    [
+        (FIELDS, 1.0),
+        ('{"tags": ["code", "Maths."], "born": 1815.0, "name": "ada lovelace"}', 1.0),
+        ('{"name": "Ada Lovelace"}', 2 * 1 / (1 + 4)),
+        ('{"name": "Ada Lovelace", "born": 1815, "tags": ["maths", "code"], "x": 1}', 8 / 9),
+        ('{"born": true}', 0.0),
+        ('{"born": "1815"}', 0.0),
+        ("[1815]", 0.0),
+        ("{}", 0.0),
+        ("prose", 0.0),
+    ],
+)
+def test_fields_are_graded_by_f1(answer: str, value: float) -> None:
+    verdict = check({"kind": "field_f1"}, prompt(FIELDS), answer)
+    assert verdict.value == pytest.approx(value) and verdict.passed is (value == 1)
+
+
+def test_a_grade_passes_from_its_least_value_and_a_bad_reference_is_ours() -> None:
+    half = '{"name": "Ada Lovelace", "born": 1815}'
+    assert check({"kind": "field_f1", "least": 0.6}, prompt(FIELDS), half).passed
+    assert not check({"kind": "field_f1", "least": 0.7}, prompt(FIELDS), half).passed
+    assert "born" in check({"kind": "field_f1"}, prompt(FIELDS), '{"born": 2}').reason
+    assert check({"kind": "field_f1"}, prompt("prose"), half).passed is None
+
+
+SCHEMA = {
+    "type": "object",
+    "required": ["name", "age"],
+    "additionalProperties": False,
+    "properties": {
+        "name": {"type": "string", "minLength": 2, "pattern": "^[A-Z]"},
+        "age": {"type": ["integer", "null"], "minimum": 0},
+        "kind": {"enum": ["cat", "dog"]},
+        "tags": {"type": "array", "maxItems": 2, "items": {"type": "string"}},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ('{"name": "Tom", "age": 3}', "conforms"),
+        ('```json\n{"name": "Tom", "age": null, "kind": "cat", "tags": ["a"]}\n```', "conforms"),
+        ('{"name": "Tom"}', "$ lacks age"),
+        ('{"name": "Tom", "age": 3.5}', "$.age is no integer or null"),
+        ('{"name": "Tom", "age": true}', "$.age is no integer"),
+        ('{"name": "tom", "age": 3}', "$.name breaks pattern"),
+        ('{"name": "T", "age": 3}', "$.name breaks minLength"),
+        ('{"name": "Tom", "age": -1}', "$.age breaks minimum"),
+        ('{"name": "Tom", "age": 3, "kind": "cow"}', "$.kind is none of"),
+        ('{"name": "Tom", "age": 3, "tags": ["a", 1]}', "$.tags[1] is no string"),
+        ('{"name": "Tom", "age": 3, "tags": ["a", "b", "c"]}', "$.tags breaks maxItems"),
+        ('{"name": "Tom", "age": 3, "x": 1}', "$ has an extra field x"),
+        ('{"name": "Tom", "age": 1e999}', "$.age is no integer"),
+        ("[]", "$ is no object"),
+        ("Tom", "not JSON"),
+    ],
+)
+def test_json_conforms_to_a_schema_or_the_first_fault_is_named(answer: str, reason: str) -> None:
+    verdict = check({"kind": "json_schema", "schema": SCHEMA}, prompt(), answer)
+    assert reason in verdict.reason and verdict.passed is (reason == "conforms")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        [],
+        {"type": "text"},
+        {"$ref": "#/x"},
+        {"properties": {"a": {"oneOf": []}}},
+        {"items": {"minimum": "1"}},
+        {"properties": {"a": {"pattern": "("}}},
+        {"required": "a"},
+        {"additionalProperties": {"type": "thing"}},
+    ],
+)
+def test_a_schema_with_an_unknown_keyword_is_refused(schema: Any) -> None:
+    with pytest.raises(ValueError):
+        validate({"kind": "json_schema", "schema": schema})
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "passed"),
+    [
+        ("The answer is $\\frac{1}{2}$.", "1/2", True),
+        ("so x = 0.5", "\\frac{1}{2}", True),
+        ("\\boxed{2\\sqrt{2}}", "\\sqrt{8}", True),
+        ("$x^2 + 2x + 1$", "(x+1)^2", True),
+        ("it is 3", "4", False),
+        ("no idea", "4", False),
+    ],
+)
+def test_expressions_are_equal_however_they_are_written(
+    answer: str, reference: str, passed: bool
+) -> None:
+    assert check({"kind": "math"}, prompt(reference), answer).passed is passed

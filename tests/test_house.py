@@ -21,7 +21,7 @@ LAYERS = (
     ("progress", "environment", "processes"),
     ("store",),
     ("run",),
-    ("download", "template", "sandbox"),
+    ("download", "template", "sandbox", "schema"),
     ("checkers",),
     ("models", "tasks"),
     ("corpus",),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from distill.checkers import GRADED
 from distill.evaluation.claims import mcnemar, non_inferiority, smallest_visible
 from distill.evaluation.scorers import agrees, passes
 from distill.evaluation.statistics import (
@@ -49,6 +50,7 @@ class Measured:
     scores: dict[str, list[Score]]
     bounds: Bounds
     no_teacher: str = NO_TEACHER
+    graded: bool = False  # scores may lie between the bounds, so they are no share that passes
 
     def values(self, model: str) -> Values:
         """Return a model's scores by item id."""
@@ -74,7 +76,7 @@ def measure_task(
     scores = {
         m: [passes(checker, m)(i, found.get(i.id)) for i in mine] for m, found in answers.items()
     }
-    return Measured(metric, mine, scores, SHARE)
+    return Measured(metric, mine, scores, SHARE, graded=checker["kind"] in GRADED)
 
 
 def measure_agreement(items: Sequence[Item], answers: Models) -> Measured:
@@ -105,7 +107,7 @@ def tested(measured: Measured, a: str, b: str, certainty: Certainty) -> dict[str
     row = {**as_interval(change), "smallest_visible": visible}
     if visible is None:
         row["reasons"] = {"smallest_visible": "the items are too few, or do not vary"}
-    if measured.bounds != SHARE:
+    if measured.bounds != SHARE or measured.graded:
         return row
     row["mcnemar"] = mcnemar(*sides)._asdict()
     if verdict := non_inferiority(change, certainty.margin):
@@ -203,7 +205,7 @@ def _counted_against(
 
 def pool(rows: Sequence[Measured]) -> Measured | None:
     """Join the tasks that have a checker: one share of answers that pass, over all of them."""
-    checked = [m for m in rows if m.bounds == SHARE]
+    checked = [m for m in rows if m.bounds == SHARE and not m.graded]
     if not checked:
         return None
     items = tuple(item for m in checked for item in m.items)

@@ -26,7 +26,10 @@ class Judged(NamedTuple):
 
 
 def passes(checker: Mapping[str, Any], model: str) -> Scorer:
-    """Return the scorer that gives 1 to an answer of `model` that passes the checker, and 0 to any other."""
+    """Return the scorer that gives 1 to an answer of `model` that passes the checker, and 0 to any other.
+
+    A checker that grades gives its value.
+    """
 
     def judge(item: Item, response: Response) -> Judged:
         if response.stop == "length":
@@ -37,8 +40,8 @@ def passes(checker: Mapping[str, Any], model: str) -> Scorer:
             verdict = check(checker, item.prompt, response.text)
         except OURS as error:
             return Judged(None, None, f"the checker failed: {type(error).__name__}: {error}")
-        value = None if verdict.passed is None else float(verdict.passed)
-        return Judged(value, verdict.answer, verdict.reason)
+        value = verdict.passed if verdict.value is None else verdict.value
+        return Judged(None if value is None else float(value), verdict.answer, verdict.reason)
 
     return _scorer(model, judge)
 
