@@ -13,18 +13,11 @@ from typing import Any
 import pytest
 
 from distill.evaluation.acceptance import Asked
+from distill.evaluation.amounts import Case, Economics, Ranged, Row
 from distill.evaluation.economics import NO_TIME, Tariff
 from distill.evaluation.statistics import Certainty
-from distill.evaluation.surplus import (
-    NEEDS_ANSWER,
-    NO_TEST,
-    Assumptions,
-    Case,
-    Economics,
-    Ranged,
-    Row,
-    economics,
-)
+from distill.evaluation.substitution import NO_TEST
+from distill.evaluation.surplus import NEEDS_ANSWER, Assumptions, economics
 from distill.generation.prices import MachinePrice, TokenPrice
 from distill.records import Usage
 
@@ -35,6 +28,7 @@ HOSTED = TokenPrice(
     date=date(2026, 1, 1), source="s",
 )  # fmt: skip
 TEACHER, STUDENT = Tariff(HOSTED), Tariff(MACHINE, D("0.5"))
+CERTAINTY = Certainty(samples=1000)
 ASSUMED = Assumptions(TEACHER, STUDENT, D("3.20"), "", 10_000)
 
 
@@ -52,7 +46,7 @@ def asked(accepted: Sequence[bool | None], **changes: Any) -> list[Asked]:
 
 def reckon(requests: Sequence[Asked], assumed: Assumptions = ASSUMED) -> Economics:
     named = {"name": "x", "hypothetical": False, "answers_dollars": None}
-    return economics(requests, assumed, Certainty(samples=1000), named, {"mean": -0.1})
+    return economics(requests, assumed, CERTAINTY, named, {"mean": -0.1, "low": -0.2, "high": 0.0})
 
 
 def row(found: Economics, way: str) -> Row:

@@ -6,7 +6,7 @@ A sentence says what is assumed, against whose price, and how sure the figure is
 from collections.abc import Mapping
 from typing import Any
 
-from distill.evaluation.words import UNKNOWN, duration, figure, money, share
+from distill.evaluation.words import UNKNOWN, duration, figure, money, points, share
 
 Row = Mapping[str, Any]
 WAYS = {
@@ -63,12 +63,13 @@ def _share(economics: Row, confidence: float) -> str:
     if found["value"] is None:
         return f"Which requests the student can take is not known: {found['reason']}."
     tests = ", ".join(test.replace("_", " ") for test in economics["tests"])
-    unscored = economics["unscored"]
+    unscored, untested = economics["unscored"], economics["of"] - economics["requests"]
     return (
         f"The student can take {share(found['value'])} of {economics['requests']} held-out requests "
         f"({_interval(found, confidence)}): its answers pass their test ({tests}; it says what its name says, and no "
         f"more). These requests are {share(weighted['value'])} of what all of them cost at the teacher's price."
         + (f" {unscored} answers could not be tested and are left out." if unscored else "")
+        + (f" All figures leave out {untested} requests that no test covers." if untested else "")
     )
 
 
@@ -79,41 +80,43 @@ def _interval(found: Row, confidence: float) -> str:
 
 
 def _surplus(economics: Row, headline: Row, confidence: float) -> str:
-    saved, month = headline["dollars_per_1k"], headline["dollars_per_month"]
+    """Say what the headline saves, or costs; where its interval holds 0, that these items cannot tell."""
+    saved, teacher = headline["dollars_per_1k"], economics["teacher"]
     if saved["value"] is None:
-        return f"What that saves is not known: {saved['reason']}."
-    more = saved["value"] < 0
-    sure = (
-        f"{share(confidence)} interval {dollars(saved['low'])} to {dollars(saved['high'])}"
-        if saved["low"] is not None
-        else f"no interval: {saved['reason']}"
+        return f"{MEANING[headline['way']]}: what that saves is not known: {saved['reason']}."
+    whose = f"{teacher['name']}'s {'list price' if teacher['hosted'] else 'cost'}"
+    said = (
+        f"{MEANING[headline['way']]}: 1,000 requests {_saved(saved, confidence)}, of the "
+        f"{money(teacher['dollars_per_1k'])} that is {whose} for them."
     )
-    lost = _quality(economics) if headline["way"] == "replace_all" else ""
-    whose = "list price" if economics["teacher"]["hosted"] else "cost"
-    return (
-        f"{MEANING[headline['way']]}: 1,000 requests {'cost more by' if more else 'save'} "
-        f"{money(abs(saved['value']))} ({'saved: ' if more else ''}{sure}), where {economics['teacher']['name']}'s "
-        f"{whose} is {money(economics['teacher']['dollars_per_1k'])}; at "
-        f"{figure(economics['requests_per_month'], 0)} requests a month, {dollars(month['value'])} a month.{lost}"
-    )
+    if saved["low"] is not None and not saved["low"] <= 0 <= saved["high"]:
+        volume, month = economics["requests_per_month"], headline["dollars_per_month"]
+        said += f" With {figure(volume, 0)} requests a month: {span(month)}."
+    return said + (_quality(economics, confidence) if headline["way"] == "replace_all" else "")
 
 
-def _quality(economics: Row) -> str:
-    quality = economics["quality"]
-    if quality.get("mean") is None:
-        return f" What is lost in quality is not known: {quality.get('reason', 'not measured')}."
-    low, mean, high = (100 * quality[key] for key in ("low", "mean", "high"))
-    return (
-        f" Of 100 answers {figure(mean, 1)} more pass their check than the answers of the run's teacher "
-        f"({figure(low, 1)} to {figure(high, 1)})."
-    )
+def _saved(saved: Row, confidence: float) -> str:
+    value, low, high = (saved[key] for key in ("value", "low", "high"))
+    if low is None:
+        return f"save {dollars(value)}, and how sure that is, is not known: {saved['reason']}"
+    interval = f"{share(confidence)} interval {dollars(low)} to {dollars(high)}"
+    if low > 0:
+        return f"save {dollars(value)} ({interval})"
+    if high < 0:
+        return f"save nothing, and cost {dollars(-value)} more (saved: {interval})"
+    return f"may save or cost: these items cannot tell (saved: {dollars(value)}, {interval})"
+
+
+def _quality(economics: Row, confidence: float) -> str:
+    """Say what replacing every answer does to quality, against the teacher that was measured."""
+    return f" In quality that is {points(economics['quality'], confidence)} against the teacher of this run."
 
 
 def _break_even(economics: Row, headline: Row) -> str:
     cost, paid = economics["distillation_dollars"], headline["break_even"]
     after, days = paid["requests"], paid["days"]
     if after["value"] is None:
-        return f"When the distillation has paid for itself is not known: {after['reason']}."
+        return f"No break-even is stated: {after['reason']}."
     between = (
         f" ({count(after['low'])} to {count(after['high'])})" if after["low"] is not None else ""
     )

@@ -11,114 +11,38 @@ the part of T that falls on requests whose student answer is acceptable:
 p is weighted by price, for long answers cost more and fail more; `share` is the plain share of requests. The interval is
 that of p, carried through; of replace_all, that of the requests' differences, clustered by document. T and S are taken
 as measured. Break-even is the cost of the distillation over the surplus of a request, and null where the surplus or its
-interval reaches 0. What is unknown is null with its reason. Money is Decimal until it is written.
-
-`Economics` is the shape of `economics` in scorecard.json. Every amount there is a `Ranged`: value, low, high, or
-null and `reason`; low and high are null also where a case is a bound of its own and has no interval.
+interval reaches 0. What is unknown is null with its reason (see amounts.py for the shape of it all).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, Decimal
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from distill.evaluation.acceptance import Asked
+from distill.evaluation.amounts import (
+    WAYS,
+    BreakEven,
+    Case,
+    Economics,
+    Ranged,
+    Row,
+    Way,
+    ranged,
+    unknown,
+)
 from distill.evaluation.economics import NO_TIME, THOUSAND, Tariff, percent
 from distill.evaluation.statistics import (
-    MIN_PAIRED,
     Bounds,
     Certainty,
-    Estimate,
     estimate_mean,
 )
+from distill.evaluation.substitution import shares_of
 from distill.generation.prices import MachinePrice, TokenPrice
-from distill.records import Record, Usage
 
-Way = Literal["replace_all", "try_then_escalate", "perfect_router"]
-WAYS: tuple[Way, ...] = ("replace_all", "try_then_escalate", "perfect_router")
 MONTH_DAYS, DAY_SECONDS = 30, 86_400
 LOW_USE = Decimal("0.25")
-SHARE = Bounds(0.0, 1.0)
-NO_TEST = "no task has a checker, and no judge that passed its probe stands in"
-NEEDS_ANSWER = (
-    "the test compares with a right answer, which nobody has when a new request is served"
-)
-
-
-class Ranged(Record):
-    """An amount with its interval, or None with the reason."""
-
-    value: Decimal | None = None
-    low: Decimal | None = None
-    high: Decimal | None = None
-    reason: str | None = None
-
-    def scaled(self, factor: Decimal | int, plus: Decimal | int = 0) -> "Ranged":
-        """Return factor x amount + plus; a negative factor turns the interval round."""
-        ends = ("high", "low") if factor < 0 else ("low", "high")
-        amounts = {
-            "value": self.value,
-            "low": getattr(self, ends[0]),
-            "high": getattr(self, ends[1]),
-        }
-        scaled = {key: None if a is None else a * factor + plus for key, a in amounts.items()}
-        return self.model_copy(update=scaled)
-
-    def lowest(self) -> "Ranged":
-        """Return the lower end of the interval, as an amount without one."""
-        return Ranged(value=self.low, reason=self.reason)
-
-
-class BreakEven(Record):
-    """After how many requests, and days at the volume, the surplus has paid for the distillation."""
-
-    requests: Ranged
-    days: Ranged
-
-
-class Row(Record):
-    """One way to use the student, and what it saves; negative where it costs more than the teacher."""
-
-    way: Way
-    dollars_per_1k: Ranged
-    dollars_per_month: Ranged
-    break_even: BreakEven
-
-
-class Case(Record):
-    """The headline row with one thing changed."""
-
-    case: str
-    teacher_dollars_per_1k: Decimal | None
-    student_dollars_per_1k: Decimal | None
-    requests_per_month: int
-    dollars_per_1k: Ranged
-    dollars_per_month: Ranged
-    break_even: BreakEven
-
-
-class Economics(Record):
-    """The surplus statement as data: what is compared, the share, the three rows, the headline, what could change."""
-
-    requests: int  # that these figures are over: those that a test covers, or all where none does
-    of: int  # held-out requests in all
-    teacher: dict[
-        str, Any
-    ]  # whose price: name, hypothetical, price, hosted, dollars_per_1k, and the like
-    student: dict[str, Any]  # dollars_per_1k, price, utilisation, month_of_machines
-    tests: tuple[str, ...]  # that decide whether an answer is acceptable
-    when_served: bool  # they can be run on a new request
-    unscored: int
-    share: Ranged
-    share_of_price: Ranged
-    share_if_unscored_fail: Ranged | None = None
-    quality: dict[str, Any]  # student minus teacher, beside replace_all
-    distillation_dollars: Decimal | None
-    requests_per_month: int
-    headline: Way
-    rows: tuple[Row, ...]
-    sensitivity: tuple[Case, ...]
-    reasons: dict[str, str] = {}
+NEEDS_ANSWER = "the test compares with an answer that is not there when a new request is served"
 
 
 class Assumptions(NamedTuple):
@@ -145,7 +69,7 @@ def economics(
     """
     covered = [asked for asked in requests if asked.test] or list(requests)
     basis = Basis.of(covered, assumed)
-    shares = shares_of(covered, assumed, certainty)
+    shares = shares_of(covered, assumed.teacher, certainty)
     reckoning = Reckoning(basis, shares.of_price, certainty, assumed)
     tests = tuple(dict.fromkeys(asked.test for asked in covered if asked.test))
     when_served = bool(tests) and all(asked.when_served for asked in covered)
@@ -219,45 +143,6 @@ class Basis:
         bounds = Bounds(-float(max(self.student)), float(max(self.teacher)))
         found = estimate_mean([float(t - s) for t, s in pairs], self.clusters, certainty, bounds)
         return ranged(found).model_copy(update={"value": teacher - student})
-
-
-class Shares(NamedTuple):
-    """The share of requests that the student can take: plain, weighted by price, and with failures of ours against it."""
-
-    plain: Ranged
-    of_price: Ranged
-    if_unscored_fail: Ranged | None = None
-
-
-def shares_of(requests: Sequence[Asked], assumed: Assumptions, certainty: Certainty) -> Shares:
-    """Estimate the substitution share over requests that a test covers; null without a test or with too few verdicts."""
-    scored = [asked for asked in requests if asked.accepted is not None]
-    if not any(asked.test for asked in requests):
-        return Shares(unknown(NO_TEST), unknown(NO_TEST))
-    if len(scored) < MIN_PAIRED * len(requests):
-        why = unknown(f"only {len(scored)} of {len(requests)} answers could be tested")
-        return Shares(why, why)
-    prices = [assumed.teacher.of(asked.usage.get("teacher", Usage())) for asked in scored]
-    known = [price for price in prices if price is not None]
-    plain, whole = _share(scored, certainty), len(known) == len(scored) and sum(known) > 0
-    against = _share(requests, certainty) if len(scored) < len(requests) else None
-    return Shares(plain, _share(scored, certainty, known) if whole else plain, against)
-
-
-def _share(
-    requests: Sequence[Asked], certainty: Certainty, weights: Sequence[Decimal] | None = None
-) -> Ranged:
-    """Estimate the share that is accepted, of the requests or of their weights; its value is exact."""
-    accepted = [asked.accepted is True for asked in requests]
-    clusters = [asked.cluster for asked in requests]
-    of = weights or [Decimal(1)] * len(requests)
-    found = estimate_mean(
-        [float(a) for a in accepted], clusters, certainty, SHARE, [float(weight) for weight in of]
-    )
-    if found.value is None:
-        return ranged(found)
-    part = sum((weight for weight, a in zip(of, accepted, strict=True) if a), Decimal(0))
-    return ranged(found).model_copy(update={"value": part / sum(of)})
 
 
 class Reckoning(NamedTuple):
@@ -401,15 +286,3 @@ def _requests_to_pay(surplus: Ranged, assumed: Assumptions) -> Ranged:
 
 def _mean(amounts: Sequence[Decimal]) -> Decimal:
     return sum(amounts, Decimal(0)) / len(amounts)
-
-
-def ranged(estimate: Estimate) -> Ranged:
-    """Return an estimate as an amount."""
-    bounds = (estimate.value, estimate.low, estimate.high)
-    value, low, high = (None if b is None else Decimal(repr(b)) for b in bounds)
-    return Ranged(value=value, low=low, high=high, reason=estimate.reason)
-
-
-def unknown(reason: str) -> Ranged:
-    """Return an amount that is not known."""
-    return Ranged(reason=reason)
