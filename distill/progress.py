@@ -23,9 +23,13 @@ T = TypeVar("T")
 PLAIN_SECONDS = 10.0  # at most one plain line in this time
 
 
+# what a server or a file brought in may not steer the terminal
+CONTROLS = {c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
+
+
 def say(text: str) -> None:
-    """Print one line of information for the user, on stderr."""
-    console.print(text, markup=False, soft_wrap=True)
+    """Print information for the user, on stderr; control characters are shown, not sent to the terminal."""
+    console.print(text.translate(CONTROLS), markup=False, soft_wrap=True)
 
 
 class Tracker:

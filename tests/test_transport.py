@@ -224,6 +224,30 @@ def test_c6_whatever_id_an_answer_has_it_is_that_of_its_request(
         assert ask(teacher.url, tmp_path).text == "the answer to q0 please"
 
 
+def test_what_a_server_says_cannot_steer_the_terminal(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    escape = "\x1b]0;mine\x07\x1b[2J\x9b31m\r\x00"
+    error = json.dumps({"error": {"message": f"no {escape}"}}).encode()
+    replies = [
+        Reply(),
+        Reply(answer={"model": f"m{escape}"}),
+        Reply(status=400, body=error),
+        Reply(status=401, body=error),
+    ]
+    with FakeTeacher(lambda number, payload: replies[number]) as teacher:
+        turns = (Message(role="user", content=f"q{i} please") for i in range(3))
+        asked = settings(teacher, max_retries=0, concurrency=1)
+        requests = [Request.make(origin_of(asked), "p", (turn,), Sampling()) for turn in turns]
+        responder = EndpointResponder(asked, PRICE)
+        found = answer_all(responder, requests, tmp_path, "x")
+        with pytest.raises(DistillError) as stopped:
+            ask(teacher.url, tmp_path, revision="x")
+    shown = "".join(capfd.readouterr()) + str(found[2].error) + str(stopped.value)
+    assert "is now m" in shown and "401: no" in shown
+    assert all(c.isprintable() or c == "\n" for c in shown)
+
+
 @pytest.mark.parametrize(
     "url",
     [

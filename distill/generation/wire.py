@@ -370,8 +370,8 @@ def error_of(data: bytes) -> tuple[str, set[str]]:
 
 
 def _words(value: Any) -> str:
-    """Return a server's words on one line, cut."""
+    """Return a server's words on one line, cut, without what would steer a terminal."""
     if isinstance(value, dict):
         value = value.get("message", "")
     text = value if isinstance(value, str) else json.dumps(value) if value else ""
-    return " ".join(text.split())[:SHOWN]
+    return "".join(c for c in " ".join(text.split()) if c.isprintable())[:SHOWN]
