@@ -234,7 +234,9 @@ def uncontaminated(documents: list[Document], rejects: list[Reject]) -> list[Doc
             rejects.append(Reject(where=document.source, reason=what, bad=False))
     kept = [document for document in documents if document.id not in leaks]
     if leaks and not any(document.meta["split"] == "train" for document in kept):
-        what = f"all documents to train on share text with held-out ones, such as {rejects[-1].reason}"
+        what = (
+            f"all documents to train on share text with held-out ones, such as {rejects[-1].reason}"
+        )
         fix = "give documents that differ, or a smaller corpus.split.heldout"
         raise DistillError(Exit.INPUT, rejects[-1].where, what, fix)
     return kept
