@@ -35,7 +35,7 @@ def test_a_few_are_asked_alone_and_many_are_read(tmp_path: Path, responder: Loca
     found = throughput.timed(path, responder, asked(20))
     assert found and found.requests == throughput.ALONE and found.seconds > 0
     assert throughput.ALONE <= found.output_tokens <= 6 * throughput.ALONE
-    encoded = [len(responder._encode(r)) for r in asked(20)]
+    encoded = [len(responder._encode(request)) for request in asked(20)]
     assert found.read_tokens == sum(encoded) and found.read_seconds > 0
     assert responder.slots == 3, "the responder is as it was"
 

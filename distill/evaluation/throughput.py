@@ -17,8 +17,8 @@ from distill.progress import say
 from distill.store import read_records, write_records
 
 ALONE = 8  # prompts asked one at a time
-READ = 64  # prompts read in a batch
-SECONDS = 10.0  # of each of the two runs, beyond which no further prompt is begun
+READ = 32  # prompts read in a batch
+SECONDS = 5.0  # of each of the two runs, beyond which no further prompt is begun
 
 
 def timed(path: Path, responder: LocalResponder, requests: Sequence[Request]) -> Timing | None:
