@@ -89,7 +89,7 @@ def load_section(path: Path, kind: type[Named], what: str, examples: str) -> Nam
     try:
         return kind.model_validate({"name": path.stem, **tree})
     except ValidationError as error:
-        fault = error.errors()[0]
+        fault = max(error.errors(), key=lambda fault: len(fault["loc"]))  # of a choice the nearest
         key, message = ".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")
         raise DistillError(
             Exit.CONFIG, path, f"{key}: {message}".removeprefix(": "), f"correct the {what}"

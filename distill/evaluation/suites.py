@@ -5,7 +5,7 @@ the corpus is. Who is asked, how long an answer may be, where the questions come
 the suite. Reading one loads no model.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,18 +15,19 @@ from pydantic import Field, model_validator
 from distill.config import (
     Columns,
     Config,
-    Corpus,
     File,
     Positive,
     Section,
     checked_model,
     find_config,
+    load_config,
 )
-from distill.corpus.corpus import interpreted
 from distill.corpus.prompts import ask
-from distill.corpus.readers import Reject, list_files
+from distill.corpus.readers import Reject, Row, list_files, read_dataset, read_file
+from distill.corpus.rows import interpret
 from distill.corpus.split import rank
 from distill.errors import DistillError, Exit
+from distill.evaluation.items import held_out, items_of
 from distill.records import Document, Item, digest
 from distill.store import sha256_file
 from distill.tasks import Task, load_section, load_task, task_path
@@ -110,6 +111,11 @@ def suite_path(name_or_path: str) -> Path:
     return find_config(SUITES / f"{name_or_path}.yaml")
 
 
+def known_suites() -> list[str]:
+    """Return the names of the suites that ship."""
+    return sorted(path.stem for path in suite_path("forgetting").parent.glob("*.yaml"))
+
+
 def load_suites(names: Sequence[str]) -> list[Suite]:
     """Read suites and their items; raises DistillError: exit 2 for a faulty suite, 3 for faulty or missing questions."""
     suites = [load_suite(name) for name in names]
@@ -120,11 +126,16 @@ def load_suites(names: Sequence[str]) -> list[Suite]:
     return suites
 
 
-def load_suite(name_or_path: str) -> Suite:
-    """Read one suite and its items."""
+def load_suite(name_or_path: str, data: Path | None = None) -> Suite:
+    """Read one suite and its items; a run's folder is the suite of its held-out prompts.
+
+    `data` is a file of questions that stands in for what the suite would fetch from the Hub.
+    """
+    if (Path(name_or_path) / "config.json").is_file():
+        return held_out_suite(Path(name_or_path))
     path = suite_path(name_or_path)
     told = _read(path)
-    parts = [_part(entry, path) for entry in told.tasks]
+    parts = [_part(entry if data is None else _local(entry, data), path) for entry in told.tasks]
     names = [part.task.name for part in parts]
     if len(set(names)) < len(names):
         raise DistillError(Exit.CONFIG, path, "two tasks have one name", "name them differently")
@@ -143,7 +154,35 @@ def _task(entry: Entry) -> Task:
     return entry.task if isinstance(entry.task, Task) else load_task(entry.task)
 
 
+def _local(entry: Entry, file: Path) -> Entry:
+    data = entry.data.model_copy(update={"path": file.absolute(), "dataset": None})
+    return entry.model_copy(update={"data": data})
+
+
+def held_out_suite(run: Path) -> Suite:
+    """Return a run's held-out prompts as a suite, as far as their tasks have a checker."""
+    config = load_config(run / "config.json")
+    items = items_of(held_out(run / "dataset/heldout.jsonl"), run / "documents.jsonl")
+    names = [name for name in dict.fromkeys(i.task for i in items) if task_path(name).is_file()]
+    tasks = [task for task in map(load_task, names) if task.checker]
+    if not tasks:
+        what, fix = "no held-out prompt has a task with a checker", "eval/compare.py compares runs"
+        raise DistillError(Exit.EVALUATION, run, what, fix)
+    limit = config.evaluation.max_new_tokens or config.teacher.max_new_tokens
+    parts = [Part(t, tuple(i for i in items if i.task == t.name), limit) for t in tasks]
+    facts = {
+        "description": f"the held-out prompts of the run {run.resolve().name}",
+        "source": "the run's corpus",
+        "licence": "that of the corpus",
+        "sha256": sha256_file(run / "dataset/heldout.jsonl"),
+    }
+    return Suite(f"{run.resolve().name}-heldout", False, tuple(parts), facts)
+
+
 def _read(path: Path) -> SuiteFile:
+    if not path.is_file():
+        fix = f"a path ending in .yaml, or one of {', '.join(known_suites())}"
+        raise DistillError(Exit.CONFIG, path, "there is no such suite", fix)
     return load_section(path, SuiteFile, "suite", str(SUITES))
 
 
@@ -165,21 +204,32 @@ def _part(entry: Entry, suite: Path) -> Part:
 
 def _questions(data: Data, suite: Path, where: str) -> list[Document]:
     """Read the rows of a task; every one must be a question, for what is left out would change the result."""
-    rejects: list[Reject] = []
-    corpus = Corpus(
-        path=_place(data.path, suite) if data.path else None,
-        **data.model_dump(include={"dataset", "dataset_config", "dataset_split"}),
-        columns=data.columns,
-        reference_pattern=data.reference_pattern,
-        format="prompts",
-    )
-    found = interpreted(corpus, rejects)
-    if rejects:
-        what = f"{len(rejects)} rows are no question, first {rejects[0].where}: {rejects[0].reason}"
-        raise DistillError(Exit.INPUT, where, what, "correct the rows, or map data.columns")
+    found = []
+    for row in _rows(data, suite):
+        try:
+            if isinstance(row, Reject):
+                raise ValueError(row.reason)
+            pattern = data.reference_pattern
+            found.append(interpret(row.value, row.where, data.columns, "prompts", pattern))
+        except ValueError as error:
+            what = f"{row.where} is no question: {error}"
+            fix = "correct the row, or map data.columns"
+            raise DistillError(Exit.INPUT, where, what, fix) from None
     if not found:
         raise DistillError(Exit.INPUT, where, "no items", "give it at least one question")
     return found
+
+
+def _rows(data: Data, suite: Path) -> Iterator[Row | Reject]:
+    if data.path is None:
+        try:
+            yield from read_dataset(data.dataset or "", data.dataset_config, data.dataset_split)
+        except DistillError as error:
+            fix = "check the name and the connection, or give the questions with --data FILE"
+            raise DistillError(error.code, error.where, error.what, fix) from None
+        return
+    for file in list_files(_place(data.path, suite))[0]:
+        yield from read_file(file, file.name)
 
 
 def _place(path: Path, suite: Path) -> Path:
