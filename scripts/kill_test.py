@@ -36,7 +36,7 @@ from distill.store import Log, read_json, sha256_file  # noqa: E402
 
 STAGES = ("corpus", "prompts", "generate", "filter", "train", "evaluate", "report")
 # keys that hold time, or its price
-TIMES = re.compile(r"second|dollars|per_hour|^stages$|^economics$|^one_at_a_time$")
+TIMES = re.compile(r"second|dollars|per_hour|^stages$|per_million|one_at_a_time|^economics")
 WORDS = "the store keeps every answer that was paid for and a kill at any moment loses none of them".split()
 DOCUMENTS = 20
 TASKS = {
