@@ -1,6 +1,7 @@
 """The checks of an answer: what passes, what fails and why, and that no text makes one raise."""
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from distill.checkers import (
     strip_fence,
     validate,
 )
+from distill.errors import DistillError
 from distill.records import Message, Prompt
+from distill.sandbox.run import allow, unavailable
 
 API = {
     "kind": "json_object",
@@ -190,6 +193,9 @@ def test_sentences_are_counted(text: str, count: int) -> None:
         {"kind": "regex", "pattern": "("},
         {"kind": "regex", "pattern": 3},
         {"kind": "max_sentences", "max": "two"},
+        {"kind": "python_tests", "seconds": 0},
+        {"kind": "python_tests", "megabytes": "all"},
+        {"kind": "python_tests", "network": True},
     ],
 )
 def test_a_wrong_checker_is_refused_before_it_is_used(checker: dict[str, Any]) -> None:
@@ -201,6 +207,55 @@ def test_every_kind_is_tested_here() -> None:
     assert {checker["kind"] for checker in CHECKERS} == set(KINDS)
     for checker in CHECKERS:
         validate(checker)
+
+
+HUMANEVAL = {
+    "prompt": "import math\n\ndef two(x: int) -> int:\n    return 2\n\n"
+    'def f(x: int) -> int:\n    """Add two."""\n',
+    "test": "def check(candidate):\n    assert candidate(1) == 1 + two(0)\n",
+    "entry_point": "f",
+}
+MBPP = "import math\nassert f(1) == 3\nassert math.isclose(f(0.5), 2.5)"
+
+
+@pytest.fixture
+def sandbox() -> Iterator[None]:
+    if unavailable():
+        pytest.skip(f"no sandbox here: {unavailable()}")
+    allow("sandbox")
+    yield
+    allow("no")
+
+
+@pytest.mark.parametrize(
+    ("text", "passed"),
+    [
+        ("```python\ndef f(x):\n    return x + 2\n```", True),
+        ("Here:\n```\ndef f(x):\n    return x + two(x)\n```\nUse it as f(1).", True),
+        ("    return math.floor(x) + 2", True),
+        ("def f(x):\n    return x", False),
+        ("def g(x):\n    return x + 2", False),
+        ("def two(x):\n    return 0\n\ndef f(x):\n    return x", False),
+        ("It is x + 2.", False),
+        ("", False),
+        ("x = 1\n" * 10_000, False),
+    ],
+)
+def test_code_must_pass_the_tests(text: str, passed: bool, sandbox: None) -> None:
+    checker = {"kind": "python_tests", "seconds": 5}
+    assert passes(checker, text, json.dumps(HUMANEVAL)) is passed
+
+
+def test_tests_may_be_lines_that_assert(sandbox: None) -> None:
+    checker = {"kind": "python_tests"}
+    assert passes(checker, "```\ndef f(x):\n    return x + 2\n```", MBPP)
+    assert not passes(checker, "f = int", MBPP)
+    assert check(checker, prompt("assert f("), "f = 1").passed is None
+
+
+def test_nothing_runs_unasked() -> None:
+    with pytest.raises(DistillError, match="--allow-code"):
+        check({"kind": "python_tests"}, prompt(MBPP), "def f(x):\n    return x + 2")
 
 
 ANSWERS = st.one_of(

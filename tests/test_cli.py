@@ -14,6 +14,7 @@ import typer
 from distill.cli import app, from_stage, main, open_run, perform
 from distill.errors import DistillError, Exit, exit_code
 from distill.run import Run, Stage
+from distill.sandbox.run import unavailable
 
 ROOT = Path(__file__).parent.parent
 KEY = "sk-ant-0123456789abcdefghij"
@@ -247,3 +248,62 @@ def test_every_verb_has_help():
 
 def test_the_folder_of_a_config_is_its_run(config):
     assert isinstance(open_run(Path(config)), Run)
+
+
+PROGRAMS = ("```python\ndef f(x):\n    return x + {n}\n```", "def f(x):\n    return 0", "exit(0)")
+
+
+@pytest.fixture
+def programs(config, tmp_path) -> str:
+    """Return a config whose task is checked by running programs: of three answers, the first is right."""
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Write f, which adds {n}."},
+                {"role": "assistant", "content": PROGRAMS[n % 3].replace("{n}", str(n))},
+            ],
+            "tests": f"assert f(1) == {1 + n}",
+        }
+        for n in range(1, 22)
+    ]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("configs/tasks").mkdir(parents=True)
+    Path("configs/tasks/adds.yaml").write_text(
+        "metric: passes\nstudent: {user: '{{ prompt }}'}\nreference: '{{ document.meta.tests }}'\n"
+        "checker: {kind: python_tests, seconds: 5}\n"
+    )
+    with Path(config).open("a") as file:
+        file.write("prompts: {tasks: [adds]}\n")
+    return config
+
+
+def test_a_task_that_runs_programs_stops_before_anything_is_spent(programs, capsys):
+    for verb in ("run", "filter", "evaluate"):
+        code, shown, (line,) = say(capsys, verb, programs)
+        assert (code, shown) == (Exit.CONFIG, "")
+        assert "task adds: is checked by running the programs" in line and "--allow-code" in line
+    assert not Path("runs").exists()
+
+
+def test_no_config_allows_programs(programs, capsys):
+    for override in ("allow_code=true", "filters.allow_code=true", "evaluation.allow_code=true"):
+        code, _, (line,) = say(capsys, "filter", programs, override)
+        assert code == Exit.CONFIG and "unknown key" in line
+
+
+@pytest.mark.skipif(bool(unavailable()), reason=f"no sandbox here: {unavailable()}")
+def test_programs_that_pass_their_tests_are_kept(programs, capsys):
+    for stage in ("corpus", "prompts", "generate"):
+        assert say(capsys, stage, programs)[0] == 0
+    assert say(capsys, "filter", programs, "--allow-code")[0] == 0
+    kept = [json.loads(line) for line in Path("runs/mine/dataset/train.jsonl").open()]
+    dropped = [json.loads(line) for line in Path("runs/mine/dropped.jsonl").open()]
+    assert kept and all("return x +" in row["response"]["text"] for row in kept)
+    assert dropped and {row["reason"] for row in dropped} == {"failed checker"}
+    assert all("return x +" not in row["text"] for row in dropped)
+    assert say(capsys, "filter", programs)[:1] == (0,)  # done: nothing is left to run
+
+
+def test_no_verb_but_those_that_check_takes_the_flag(config, capsys):
+    code, _, (line,) = say(capsys, "train", config, "--allow-code")
+    assert code == Exit.CONFIG and "No such option" in line
