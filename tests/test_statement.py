@@ -14,7 +14,7 @@ from distill.evaluation.statement import (
     surplus_rows,
     token_rows,
 )
-from distill.evaluation.surplus import Assumptions, economics
+from distill.evaluation.surplus import NEEDS_ANSWER, Assumptions, economics
 from distill.evaluation.words import plain_numbers
 from tests.test_surplus import ASSUMED, CERTAINTY, MACHINE, SIXTEEN, asked, reckon
 
@@ -27,8 +27,7 @@ def said(requests: Any, assumed: Assumptions = ASSUMED) -> str:
 def test_the_statement_says_share_surplus_break_even_and_assumptions() -> None:
     text = said(SIXTEEN)
     assert "can take 80 % of 20 held-out requests (95 % interval" in text and "valid json" in text
-    assert "1,000 requests save $0.70 (95 % interval $0." in text
-    assert "of the $1.00 that is x's list price for them" in text
+    assert "1,000 requests, $1.00 at x's list price, save $0.70 (95 % interval $0." in text
     assert "With 10,000 requests a month: $7.00 [" in text
     assert "cost $3.20 of machine time and tokens" in text
     assert "after 4,572 requests (" in text and "13.7" not in text, "days are said in hours"
@@ -47,7 +46,7 @@ def test_a_price_of_another_model_is_called_hypothetical() -> None:
 
 def test_what_costs_more_is_said_to_cost_more() -> None:
     text = said(SIXTEEN, ASSUMED._replace(student=Tariff(MACHINE, Decimal("0.01"))))
-    assert "save nothing, and cost $4.20 more (saved: 95 % interval −$4." in text
+    assert "save nothing: they cost $4.20 more (saved: 95 % interval −$4." in text
     assert "No break-even is stated: nothing is saved" in text
 
 
@@ -80,6 +79,12 @@ def test_replacing_all_says_what_it_does_to_quality() -> None:
         found = economics(untested, ASSUMED, CERTAINTY, named, quality)
         text = "\n".join(statement(plain_numbers(found.model_dump()), 0.95))
         assert "good or not" in text and words in text
+
+
+def test_a_test_that_needs_the_answer_is_no_way_to_try_first() -> None:
+    text = said(asked([True] * 20, test="correct", when_served=False))
+    assert f"What trying the student first would save is not stated: {NEEDS_ANSWER}." in text
+    assert "good or not" in text and "good or not" not in said(SIXTEEN)
 
 
 def test_an_unknown_price_is_a_reason_and_dashes() -> None:

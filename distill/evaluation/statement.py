@@ -50,6 +50,7 @@ def statement(economics: Row, confidence: float) -> list[str]:
         for line in (
             _share(economics, confidence),
             _surplus(economics, headline, confidence),
+            _no_trying(economics),
             _break_even(economics, headline),
             _hypothetical(economics),
             _machine(economics),
@@ -86,8 +87,8 @@ def _surplus(economics: Row, headline: Row, confidence: float) -> str:
         return f"{MEANING[headline['way']]}: what that saves is not known: {saved['reason']}."
     whose = f"{teacher['name']}'s {'list price' if teacher['hosted'] else 'cost'}"
     said = (
-        f"{MEANING[headline['way']]}: 1,000 requests {_saved(saved, confidence)}, of the "
-        f"{money(teacher['dollars_per_1k'])} that is {whose} for them."
+        f"{MEANING[headline['way']]}: 1,000 requests, {money(teacher['dollars_per_1k'])} at {whose}, "
+        f"{_saved(saved, confidence)}."
     )
     if saved["low"] is not None and not saved["low"] <= 0 <= saved["high"]:
         volume, month = economics["requests_per_month"], headline["dollars_per_month"]
@@ -103,8 +104,16 @@ def _saved(saved: Row, confidence: float) -> str:
     if low > 0:
         return f"save {dollars(value)} ({interval})"
     if high < 0:
-        return f"save nothing, and cost {dollars(-value)} more (saved: {interval})"
+        return f"save nothing: they cost {dollars(-value)} more (saved: {interval})"
     return f"may save or cost: these items cannot tell (saved: {dollars(value)}, {interval})"
+
+
+def _no_trying(economics: Row) -> str:
+    """Say why nobody can try the student first, where there is a test and it cannot be run on a new request."""
+    reason = row_of(economics, "try_then_escalate")["dollars_per_1k"]["reason"]
+    if not economics["tests"] or economics["when_served"] or not reason:
+        return ""
+    return f"What trying the student first would save is not stated: {reason}."
 
 
 def _quality(economics: Row, confidence: float) -> str:
