@@ -153,6 +153,9 @@ def test_a_local_teacher_is_paid_by_its_machine() -> None:
     found = reckon(asked([k < 16 for k in range(20)], usage=usage), local)
     assert found.teacher["dollars_per_1k"] == D("0.4")
     assert row(found, "try_then_escalate").dollars_per_1k.value == D("0.22")  # 0.8 * 0.4 - 0.1
+    idle = case(found, "25")  # for both: what one pays while it idles, so does the other
+    assert (idle.teacher_dollars_per_1k, idle.dollars_per_1k.value) == (D("0.8"), D("0.44"))
+    assert not any("whole month" in case.case for case in found.sensitivity)
 
 
 @pytest.mark.parametrize(("right", "value"), [(0, "-0.1"), (20, "0.9")])

@@ -164,11 +164,12 @@ def _machine(economics: Row) -> str:
     month = student["month_of_machines"]
     if student["dollars_per_1k"] is None or month is None:
         return ""
+    below = ": the last row below" if economics["teacher"]["hosted"] else ""
     return (
         f"The student costs {money(student['dollars_per_1k'])} for 1,000 requests on a machine that works "
         f"{share(student['utilisation'])} of its paid time, in batches. Rented for these requests alone, "
         f"{month['machines']} machine{'s' * (month['machines'] > 1)} would cost {money(month['dollars_per_month'])} "
-        f"a month and work {share(month['in_use'], 1)} of the time: the last row below."
+        f"a month and work {share(month['in_use'], 1)} of the time{below}."
     )
 
 

@@ -207,13 +207,17 @@ class Reckoning(NamedTuple):
         yield from self._other_machines(way)
 
     def _other_machines(self, way: Way) -> Iterator[Case]:
-        """Yield the cases of a student's machine that is less busy than assumed."""
+        """Yield the cases of a machine that is less busy than assumed: the student's, and the teacher's where it has one."""
         tariff, rent = self.assumed.student, self.month_of_machines()
         if not isinstance(tariff.price, MachinePrice) or self.basis.why:
             return
-        idle = self.scaled(student=tariff.utilisation / LOW_USE)
-        yield idle.case(f"the student's machine works {percent(LOW_USE)} of the time", way)
-        student = self.basis.means[1]
+        idle, student = tariff.utilisation / LOW_USE, self.basis.means[1]
+        if not self.assumed.teacher.hosted:
+            both = self.scaled(teacher=idle, student=idle)
+            yield both.case(f"both machines work {percent(LOW_USE)} of the time", way)
+            return
+        alone = self.scaled(student=idle)
+        yield alone.case(f"the student's machine works {percent(LOW_USE)} of the time", way)
         if rent and student:
             per_1k = rent["dollars_per_month"] / self.assumed.requests_per_month * THOUSAND
             dedicated = self.scaled(student=per_1k / student)
