@@ -192,7 +192,37 @@ for _stage in STAGES:
     app.command(_stage.name, help=f"Do the stage {_stage.name}: {_stage.purpose}.")(
         _command(_stage)
     )
-app.command("eval", hidden=True)(_command(STAGES[NAMES.index("evaluate")]))
+
+
+@app.command(name="eval")
+def measure(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    redo: RedoThis = False,
+    allow_code: AllowCode = False,
+    unsafe_code: UnsafeCode = False,
+    lm_eval: Annotated[
+        str | None, typer.Option(metavar="TASKS", help="Ask EleutherAI's lm-eval, tasks by commas.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Items of each of its tasks.")] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Further tasks of it; they may hold code.")
+    ] = None,
+) -> None:
+    """Do the stage evaluate; with --lm-eval hand the trained student to EleutherAI's lm-eval instead."""
+    if lm_eval is None:
+        stage = STAGES[NAMES.index("evaluate")]
+        _checking_command(stage)(config, overrides, redo, allow_code, unsafe_code)
+        return
+    from distill.evaluation import external, report
+
+    run = open_run(config, overrides or ())
+    tasks = tuple(task.strip() for task in lm_eval.split(",") if task.strip())
+    with run.lock():
+        found = external.main(run.config, run, external.Order(tasks, limit, include_path))
+        if run.path("scorecard.json").exists():
+            report.main(run.config, run)
+    print(report.external_table(found))
 
 
 @app.command()

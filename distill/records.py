@@ -224,6 +224,8 @@ class Scorecard(Record):
     agreement: dict[str, Any]
     lengths: dict[str, Any] = {}
     contamination: dict[str, Any] = {}
+    suites: dict[str, Any] = {}
+    external: dict[str, Any] = {}
     cost: dict[str, Any]
     economics: dict[str, Any] = {}
     corpus: dict[str, Any]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.config import Config
+from distill.evaluation import external
 from distill.evaluation.accounts import accounts
 from distill.evaluation.page import page
 from distill.evaluation.statement import (
@@ -33,6 +34,7 @@ from distill.run import Run
 from distill.store import read_json, write_atomic, write_json
 
 REUSED = 0.01  # of the teacher's answers: more than that is worth a word
+AGREEMENT = {"chrf": "chrF", "nats_per_token": "nats a token", "top1": "likeliest token"}
 SUMMARY = (
     "steps",
     "best_step",
@@ -77,6 +79,10 @@ def scorecard(
         **parts,
         lengths=evaluation["lengths"],
         contamination=evaluation.get("contamination", {}),
+        suites=evaluation.get("suites", {}),
+        external=external.of_this_student(
+            run, evaluation["models"]["student"].get("adapter_sha256")
+        ),
         corpus=evaluation["corpus"],
         funnel=dict(funnel),
         training={
@@ -103,7 +109,8 @@ def reasons(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
 def markdown(card: Mapping[str, Any]) -> str:
     """Write the scorecard as text that reads well on a terminal and as Markdown."""
     parts = [f"# {card['name']}: scorecard", *answer(card), quality_table(card), cost_table(card)]
-    parts += [made(card), table(*token_rows(card["cost"])), *surplus_part(card), _notes(card)]
+    parts += [made(card), table(*token_rows(card["cost"])), *surplus_part(card)]
+    parts += [external_table(card.get("external", {})), _notes(card)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -142,9 +149,19 @@ def quality_table(card: Mapping[str, Any]) -> str:
     rows = [_quality_row(f"{t}: {plain(row['metric'])}", row) for t, row in card["tasks"].items()]
     if card["overall"] and len(card["tasks"]) > 1:
         rows.append(_quality_row("all checks", card["overall"]))
-    chrf, nats = card["agreement"]["chrf"], card["agreement"]["nats_per_token"]
-    rows += [_quality_row("agreement: chrF", chrf), _quality_row("agreement: nats a token", nats)]
+    for name, label in AGREEMENT.items():
+        if name in card["agreement"]:
+            rows.append(_quality_row(f"agreement: {label}", card["agreement"][name]))
+    for name, suite in card.get("suites", {}).items():
+        shown = {"": suite["overall"]} if suite["overall"] else suite["tasks"]
+        rows += [_quality_row(f"{name} {task}".strip(), row) for task, row in shown.items()]
     return table(head, rows)
+
+
+def external_table(found: Mapping[str, Any]) -> str:
+    """Return what another harness found of the student; nothing where none was asked."""
+    head = (found.get("harness", ""), "n", "metric", "student", "standard error")
+    return table(head, external.rows(found)) if found else ""
 
 
 def plain(metric: str) -> str:
