@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distill.corpus import contamination
-from distill.corpus.contamination import Eval, flag, index, own_parts, sentences
+from distill.corpus.contamination import (
+    Eval,
+    flag,
+    index,
+    own_parts,
+    sentences,
+    template_of,
+    unsearchable,
+)
 from distill.corpus.ngrams import Index, Wanted, words
 from distill.corpus.prompts import ask
 from distill.records import Document, Item, Message, Prompt
@@ -78,7 +86,7 @@ def test_items_that_hold_nothing_are_not_found_and_not_checked() -> None:
         Eval("4", "4", ("so",)),
     ]
     assert flag(items, [("a", ""), ("b", "\n\n"), ("c", "...")]) == {}
-    assert index(items).checked == {3}
+    assert unsearchable(items) == {"1", "2", "3"}
     assert flag([], [("a", "text")]) == {}
 
 
@@ -176,7 +184,7 @@ def test_names_of_classes_are_nobody_s_own() -> None:
 
 
 def test_a_template_is_cut_out_of_a_prompt() -> None:
-    assert sentences("no such task") == ()
+    assert template_of("no such task") == "" and sentences("") == ()
     document = Document.make("What the document says.", "s", {"name": "os.path"})
     (own,) = own_parts(ask(load_task("summary"), document))
     assert own == "What the document says."
@@ -184,6 +192,8 @@ def test_a_template_is_cut_out_of_a_prompt() -> None:
         (Message(role="system", content="x"), Message(role="user", content="y z")), "d", "chat"
     )
     assert own_parts(plain) == ("y z",)
+    assert own_parts(plain, "y {{ prompt }}") == ("y z",), "a word or two may be anybody's"
+    assert own_parts(plain, "{{ x }} {{ y }}") == ("y z",)
 
 
 def test_the_index_is_the_same_in_every_process() -> None:

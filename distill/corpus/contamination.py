@@ -55,9 +55,9 @@ class Eval(NamedTuple):
     reference: str | None = None
 
 
-def of_item(item: Item) -> Eval:
-    """Return an item as text."""
-    return Eval(item.id, item.cluster, own_parts(item.prompt), item.reference)
+def of_item(item: Item, template: str | None = None) -> Eval:
+    """Return an item as text; `template` is that of its task, where the task has no file."""
+    return Eval(item.id, item.cluster, own_parts(item.prompt, template), item.reference)
 
 
 def of_document(document: Document) -> Eval:
@@ -66,21 +66,24 @@ def of_document(document: Document) -> Eval:
     return Eval(document.id, str(cluster or document.id), (document.text,), reference)
 
 
-def own_parts(prompt: Prompt) -> tuple[str, ...]:
+def own_parts(prompt: Prompt, template: str | None = None) -> tuple[str, ...]:
     """Return what a prompt asks the student, in pieces, without the sentences of its task's template."""
     pieces = [turn.content for turn in prompt.messages if turn.role != "system"]
-    for sentence in sentences(prompt.task):
+    for sentence in sentences(template_of(prompt.task) if template is None else template):
         pieces = [part for piece in pieces for part in piece.split(sentence)]
     return tuple(piece for piece in map(str.strip, pieces) if piece)
 
 
 @cache
-def sentences(task: str) -> tuple[str, ...]:
-    """Return what a task's template itself says to the student; none where the task has no file."""
-    if not task_path(task).is_file():
-        return ()
-    tree = ENVIRONMENT.parse(load_task(task).student.user)
-    said = [data.data.strip() for data in tree.find_all(nodes.TemplateData)]
+def template_of(task: str) -> str:
+    """Return what the student is asked by a task, with its blanks; nothing where the task has no file."""
+    return load_task(task).student.user if task_path(task).is_file() else ""
+
+
+@cache
+def sentences(template: str) -> tuple[str, ...]:
+    """Return what a template itself says, the longest first."""
+    said = [data.data.strip() for data in ENVIRONMENT.parse(template).find_all(nodes.TemplateData)]
     return tuple(sorted((text for text in said if len(text) >= CUT), key=len, reverse=True))
 
 
@@ -107,6 +110,12 @@ def flag(
             found = Match(items[owner].id, kind, place, phrase)
             matches.setdefault(found.item, {}).setdefault(kind, found)
     return {item: list(found.values()) for item, found in matches.items()}
+
+
+def unsearchable(items: Sequence[Eval]) -> set[str]:
+    """Return the ids of the items that have no words of their own to look for."""
+    checked = index(items).checked
+    return {item.id for owner, item in enumerate(items) if owner not in checked}
 
 
 def trained_on(documents: Iterable[Document]) -> Iterator[Text]:

@@ -74,7 +74,9 @@ def leaked(found: Row, clean: Row | None) -> list[str]:
         return []
     if not found["flagged"]:
         said = f"None of the {found['n']} items was found in the training data"
-        return [f"{said}. {found['method']}"]
+        blank = found.get("unsearchable")
+        but = f" ({blank} of them have no words of their own to look for)" if blank else ""
+        return [f"{said}{but}. {found['method']}"]
     rate = f"{share(found['rate']['low'], 1)} to {share(found['rate']['high'], 1)}"
     said = f"{found['flagged']} of {found['n']} items (interval {rate}) stand in the training data"
     whole = (found["all_items"] or {}).get("overall")
