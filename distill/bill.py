@@ -6,7 +6,7 @@ which are answered; those answers cost nothing, and foretell the others.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from itertools import groupby
 
@@ -15,7 +15,7 @@ from rich.table import Table
 from distill.config import Config, Teacher
 from distill.corpus.questions import TASK, shares
 from distill.estimates import NOTHING, Span
-from distill.forecast import BYTES, Forecast, Group, Sample, forecast
+from distill.forecast import BYTES, Forecast, Group, Sample, forecast, more_of
 from distill.generation.asking import encode, origin_of
 from distill.generation.budget import NOTHING as NO_DOLLARS
 from distill.generation.budget import Account, account, cost, most_dollars, next_attempt
@@ -33,6 +33,7 @@ from distill.tables import count, duration, table
 READ = 1000  # stored answers of a kind that are read to foretell the others
 COUNTED = 300  # questions whose tokens are counted
 QUESTION = Span(20, 400)  # bytes of a question that the teacher writes
+TO_COME = "questions to come"
 ENVELOPE = 400  # bytes of a request around its texts
 
 
@@ -82,7 +83,7 @@ def _read(config: Config, log: Log, kinds: Sequence[Asked], price: TokenPrice | 
         Group(kind.name, kind.unwritten, kind.size, teacher.max_new_tokens) for kind in kinds
     ]
     return Bill(
-        left=forecast(groups, price),
+        left=forecast(_joined(groups), price),
         price=price,
         most=_sum(_most_of_known(teacher, price, lacking), _most(teacher, price, unwritten)),
         least_seconds=_paced(teacher, groups),
@@ -91,6 +92,19 @@ def _read(config: Config, log: Log, kinds: Sequence[Asked], price: TokenPrice | 
         samples=tuple(sample for group in groups for sample in group.samples),
         paid=account(log, price, config.name),
     )
+
+
+def _joined(groups: Sequence[Group]) -> list[Group]:
+    """Count the questions that are to come among those that are written, whose answers foretell theirs."""
+    like = next((group for group in groups if group.name == TASK), None)
+    come = next((group for group in groups if group.name == TO_COME), None)
+    if like is None or come is None:
+        return list(groups)
+    size = come.size
+    if like.count.high:
+        size = Span(min(size.low, like.size.low), max(size.high, like.size.high))
+    whole = replace(like, count=like.count + come.count, size=size)
+    return [group for group in groups if group not in (like, come)] + [whole]
 
 
 def _unread(config: Config, work: Scope, price: TokenPrice | None) -> Bill:
@@ -114,21 +128,23 @@ def asked(
 ) -> Iterator[Asked]:
     """Yield what a run asks, by task; of documents about which the teacher has written, also its questions."""
     known, settings = {d.id: d for d in documents}, config.prompts.questions
-    written, waiting = list(prompts), list[Document]()
+    written, waiting, found = list(prompts), list[Document](), list[int]()
     if settings:
         asking = [asking_requests(settings, origin, document) for document in documents]
         yield Asked("asking", [request for group in asking for request in group])
         for document, group in zip(documents, asking, strict=True):
             if all(_is_stored(log, request) for request in group):
                 replies = [read(log, request) for request in group]
-                written += written_prompts(settings, document, replies)
+                new = written_prompts(settings, document, replies)
+                found.append(len(new) * _samples(config.teacher, document))
+                written += new
             else:
                 waiting.append(document)
     if settings and waiting:
         most = settings.per_document * sum(_samples(config.teacher, d) for d in waiting)
         passage = _mean(len(d.text.encode()) for d in waiting) or NOTHING
         size = QUESTION + (passage if settings.answer_with_passage else NOTHING)
-        yield Asked("questions to come", [], Span(0, most), size)
+        yield Asked(TO_COME, [], more_of(found, len(waiting), most), size)
     by_task = sorted(written, key=lambda prompt: prompt.task)
     for task, group in groupby(by_task, key=lambda prompt: prompt.task):
         yield Asked(task, requests_of(config, origin, group, known))

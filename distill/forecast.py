@@ -146,6 +146,15 @@ def interval(groups: Sequence[Group], value: Callable[[Sample], float], slope: f
     return Span(max(0.0, min(low)), max(0.0, *high)) if groups else NOTHING
 
 
+def more_of(counts: Sequence[int], left: int, most: int) -> Span:
+    """Return how many questions come of `left` documents: as of those before, else up to the `most` asked for."""
+    if len(counts) < FEWEST:
+        return Span(0, most)
+    samples = (Sample(0, Usage(output_tokens=n), None, "end", 0, 0) for n in counts)
+    group = Group("", Span(left, left), NOTHING, 0, tuple(samples))
+    return interval([group], lambda sample: sample.usage.output_tokens)
+
+
 def _stratified(
     groups: Sequence[Group], value: Callable[[Sample], float], slope: float, high: bool
 ) -> tuple[float, float]:

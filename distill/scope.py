@@ -4,6 +4,7 @@ Documents and prompts are the run's, where it has made them. Else they are reall
 unless the corpus is on the Hub or large; then its bytes and the caps of the config stand in, as ranges.
 """
 
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from distill.run import Run, Stage
 from distill.stages import STAGES
 from distill.store import read_records
 
+HEAD = 1_000_000  # bytes of a large file that are read
 LARGE = 50_000_000  # bytes of corpus above which it is not read for a plan
 
 
@@ -94,6 +96,15 @@ def _bytes(path: Path | None) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
+def _bytes_of_a_row(path: Path | None) -> float:
+    """Return the mean bytes of the first rows of a file of JSON lines; no limit for anything else."""
+    if path is None or path.suffix != ".jsonl" or not path.is_file():
+        return math.inf
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+    return len(head) / max(1, head.count(b"\n"))
+
+
 def _counted(
     config: Config, documents: Sequence[Document], prompts: Sequence[Prompt], seconds: Span
 ) -> Scope:
@@ -135,7 +146,8 @@ def _mean(values: Sequence[float]) -> Span:
 def _capped(config: Config) -> Scope:
     """Return what bytes and caps allow, unread; raises DistillError (exit 3) where nothing limits it."""
     corpus, asked = config.corpus, config.prompts
-    found = _bytes(corpus.path) / corpus.chunk.max_chars
+    chars = min(corpus.chunk.max_chars, _bytes_of_a_row(corpus.path))
+    found = _bytes(corpus.path) / chars
     documents = Span(found / 3, 3 * found) if found else Span(0, corpus.limit or float("inf"))
     tasks = max(1, len(asked.tasks)) if asked.per_document == "each" else 1
     held = {split: getattr(corpus.split, split) for split in ("validation", "heldout")}
@@ -151,6 +163,5 @@ def _capped(config: Config) -> Scope:
         raise DistillError(Exit.INPUT, "corpus", what, "set prompts.train or corpus.limit")
     most = total(counts.values()) * (1 / tasks)
     documents = Span(min(documents.low or most.low, most.low), min(documents.high, most.high))
-    chars = corpus.chunk.max_chars
     view = Span(chars / 3, 1.2 * chars) if found else Span(100, min(1500, chars))
     return Scope(documents, counts, view, view, documents * view, Span(5, 600))

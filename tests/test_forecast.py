@@ -7,7 +7,7 @@ from decimal import Decimal
 import pytest
 
 from distill.estimates import NOTHING, Span
-from distill.forecast import Forecast, Group, Sample, forecast, interval, pooled
+from distill.forecast import Forecast, Group, Sample, forecast, interval, more_of, pooled
 from distill.records import Usage
 from tests.fake_teacher import PRICE
 
@@ -120,3 +120,12 @@ def test_an_unknown_count_widens_the_range() -> None:
     some = Group("q", Span(0, 50), Span(100, 200), CAP, tuple(known))
     found = forecast([some], PRICE)
     assert found.output.low == 0 < 50 < found.output.high and found.count == Span(0, 50)
+
+
+def test_questions_to_come_are_counted_as_those_that_came() -> None:
+    assert more_of([3, 3, 3, 3], 10, 40) == Span(0, 40)  # too few to tell
+    assert more_of([3] * 5, 10, 20) == Span(
+        30, 30
+    )  # a teacher may write more than it was asked for
+    found = more_of([1, 2, 3, 2, 1, 3], 100, 400)
+    assert 100 < found.low < 200 < found.high < 300

@@ -42,6 +42,7 @@ WITHOUT_TORCH = (
     *("download", "template", "tasks", "checkers", "models", "stages", "estimates", "devices"),
     *("tables", "scope", "plan", "status", "cli", "launch", "corpus.corpus", "corpus.prompts"),
     *("corpus.privacy", "corpus.contamination", "generation.terms"),
+    *("forecast", "bill", "pilot", "generation.counting", "generation.endpoint"),
     *("generation.prices", "generation.responder", "generation.generate", "generation.filters"),
     *("generation.crew", "generation.plans"),
 )

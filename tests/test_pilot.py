@@ -15,12 +15,13 @@ import pytest
 
 from distill.bill import Bill, make_bill
 from distill.cli import main, open_run
+from distill.config import Config
 from distill.errors import Exit
 from distill.generation.budget import account
 from distill.generation.responder import Request, Sampling
 from distill.pilot import Question, spread
 from distill.records import LedgerEntry, Message, digest
-from distill.scope import scope
+from distill.scope import Scope, scope
 from distill.store import Log, read_records
 from tests.buying import KEY, settings
 from tests.fake_teacher import PRICE, FakeTeacher, Reply, question, usage_of
@@ -99,6 +100,24 @@ def test_a_plan_sends_nothing_and_makes_nothing(tmp_path: Path, capsys: Any) -> 
         "retries are not counted",
     ):
         assert words in said, words
+
+
+def test_a_large_corpus_has_its_bill_from_bytes_and_caps(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("distill.scope.LARGE", 100)
+    with FakeTeacher(varied) as teacher:
+        place = write_config(tmp_path, teacher, n=2, temperature=1.0)
+        unread = make_bill(*sized(place, "prompts.train=20", "prompts.questions={}"))
+        plain = make_bill(*sized(place, "prompts.train=20"))
+        omitted = make_bill(*sized(place, "prompts.train=20", "teacher.omit=[max_tokens]"))
+    assert not teacher.payloads and omitted.most is None
+    assert unread.left.dollars and plain.left.dollars and unread.most and plain.most
+    assert 0 < plain.left.dollars[0] < plain.left.dollars[1] <= plain.most < unread.most
+    assert plain.left.count.high >= 2 * 20 and plain.stored == 0
+
+
+def sized(place: Path, *overrides: str) -> tuple[Config, Scope]:
+    config = open_run(place, overrides).config
+    return config, scope(config)
 
 
 UNPACED = ("teacher.requests_per_minute=null",)
@@ -217,12 +236,14 @@ def test_questions_that_the_teacher_writes_are_counted_and_tried(tmp_path: Path)
         assert len(teacher.payloads) == 12
         asked = [question(payload) for payload in teacher.payloads]
         assert 0 < sum("Write " in text for text in asked) <= 6
+        assert main(["plan", "--pilot", "24", str(place)]) == 0
+        assert len(teacher.payloads) == 24
         bill, before = bill_of(place), teacher.bill
         assert main(["generate", str(place)]) == 0
         assert sum(teacher.bills.values()) == len(teacher.payloads)
     assert bill.left.dollars and bill.most
     assert bill.left.dollars[0] <= teacher.bill - before <= bill.left.dollars[1] <= bill.most
-    assert bill.left.count.low <= len(teacher.payloads) - 12 <= bill.left.count.high
+    assert bill.left.count.low <= len(teacher.payloads) - 24 <= bill.left.count.high
 
 
 def test_a_pilot_of_a_local_teacher_measures_its_seconds(tmp_path: Path, capsys: Any) -> None:
