@@ -7,6 +7,7 @@ harmless enough for that, or need rights that a test does not have.
 
 import errno
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -140,6 +141,29 @@ def test_it_ends_in_time_and_leaves_nothing(path: Path, host: dict[str, Any]) ->
     assert time.monotonic() - started < 3
     assert outcome.passed is False and "OUT" not in outcome.reason, outcome.reason
     assert MARK not in running()
+
+
+@walled
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_it_ends_with_the_command_that_started_it(number: int) -> None:
+    code = (HOSTILE / "flood" / "daemon.py").read_text().replace("sleep(0.1)", "sleep(600)")
+    tests = f"solve({{'mark': {MARK!r}}})"
+    script = (
+        f"from distill.sandbox.run import *\nexecute({code!r}, Trial({tests!r}), Limits(60), True)"
+    )
+    command = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL, cwd=ROOT)
+    assert soon(lambda: MARK in running())
+    command.send_signal(number)
+    command.wait(5)
+    assert soon(lambda: MARK not in running())
+
+
+def soon(condition: Callable[[], bool]) -> bool:
+    """Tell whether a condition comes true within some seconds."""
+    until = time.monotonic() + 10
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.02)
+    return condition()
 
 
 def running() -> list[str]:

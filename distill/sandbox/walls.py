@@ -174,6 +174,7 @@ def _new_user(me: str, inside: int, user: int, group: int, folder: int | None = 
 
 def _wait(child: int, seconds: float) -> NoReturn:
     """Wait for the sandbox, at most `seconds`. All in it is gone when this ends: the kernel sees to it."""
+    die_with_parent()
     signal.signal(signal.SIGALRM, lambda number, frame: os.kill(child, signal.SIGKILL))
     signal.setitimer(signal.ITIMER_REAL, seconds)
     _, status = os.waitpid(child, 0)
