@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from distill.cli import open_run, perform
+from distill.config import Config
 from distill.errors import DistillError, Exit, exit_code
 from distill.generation.crew import Crew
 from distill.progress import console
@@ -59,8 +60,14 @@ def generate(run: Run, stage: Stage, flags: set[str]) -> None:
         raise DistillError(Exit.CONFIG, "teacher.kind", what, fix)
     crew.listen()
     if crew.rank == 0:
-        _perform(run, replace(stage, main=partial(work, crew=crew)), flags)
-        crew.dismiss()
+
+        def lead(config: Config, run: Run) -> None:
+            with crew.leading():
+                work(config, run, crew)
+
+        with crew.leading():
+            _perform(run, replace(stage, main=lead), flags)
+            crew.dismiss()
         return
     console.quiet = True
     with run.joining(stage):

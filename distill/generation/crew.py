@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -26,6 +26,8 @@ PATIENCE = timedelta(
     days=30
 )  # for one that waits for another: the launcher ends it where that one has died
 PAUSE = 0.2  # seconds between two looks at what the others have stored
+GRACE = 5.0  # seconds until a process that does not end is ended
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 AGAIN = "the same command continues, on any number of processes"
 Share = list[str]  # ids of plans; none as a sign to make ready
 
@@ -59,18 +61,41 @@ class Crew:
         return cls(state.process_index, gather_object([os.getpid()]))
 
     def listen(self) -> None:
-        """End well on Ctrl-C and SIGTERM: the main process with a line that says why, the others at once."""
-        for kind in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(kind, signal.SIG_DFL if self.rank else self._stop)
+        """End well on Ctrl-C and SIGTERM, which the launcher sends to all where one has died."""
+        for kind in SIGNALS:
+            signal.signal(kind, self._stop if self.rank < 2 else signal.SIG_DFL)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        """Stop, once: the launcher repeats its signals, and sends SIGTERM to all where one has died."""
-        for kind in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(kind, signal.SIG_IGN)
-        for rank, pid in enumerate(self.pids):
-            if number == signal.SIGTERM and not alive(pid):
-                raise DistillError(Exit.TEACHER, f"process {rank} (pid {pid})", "has died", AGAIN)
+        """Stop, once, and say why: the main process does, or the next where that one has died."""
+        _ignore_signals()
+        told = number == signal.SIGTERM
+        gone = [rank for rank, pid in enumerate(self.pids) if told and not alive(pid)]
+        if self.rank and 0 not in gone:
+            raise SystemExit(Exit.INTERRUPTED)
+        if gone:
+            where = f"process {gone[0]} (pid {self.pids[gone[0]]})"
+            raise DistillError(Exit.TEACHER, where, "has died", AGAIN)
         raise KeyboardInterrupt
+
+    @contextmanager
+    def leading(self) -> Iterator[None]:
+        """Where the block fails, end the others before anything is summed up: they would go on spending."""
+        with ExitStack() as undo:
+            undo.callback(self._end_others)
+            yield
+            undo.pop_all()
+
+    def _end_others(self) -> None:
+        _ignore_signals()
+        deadline = time.monotonic() + GRACE
+        while left := [pid for pid in self.pids[1:] if _running(pid)]:
+            late = time.monotonic() > deadline
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL if late else signal.SIGTERM)
+            if late:
+                return
+            time.sleep(PAUSE)
 
     def lead(
         self, planner: Planner, missing: Sequence[Request], log: Log, spend: Spend | None
@@ -134,6 +159,19 @@ class Crew:
                 raise SystemExit(Exit.TEACHER) from None
             what = "has lost another that it was waiting for"
             raise DistillError(Exit.TEACHER, f"process {self.rank}", what, AGAIN) from None
+
+
+def _ignore_signals() -> None:
+    """Take no more notice of signals: the launcher repeats them."""
+    for kind in SIGNALS:
+        signal.signal(kind, signal.SIG_IGN)
+
+
+def _running(pid: int) -> bool:
+    """Tell whether a process runs; one that has ended, and that the launcher has not waited for, does not."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return alive(pid)
 
 
 def _check_places(world: int) -> None:
