@@ -90,7 +90,7 @@ def _read(config: Config, log: Log, kinds: Sequence[Asked], price: TokenPrice | 
         stored=sum(len(kind.requests) for kind in kinds) - len(lacking),
         failed=sum(next_attempt(log, r.key, r.sample) > 0 for r in lacking),
         samples=tuple(sample for group in groups for sample in group.samples),
-        paid=account(log, price, config.name),
+        paid=account(log, price, config.name, teacher.model),
     )
 
 

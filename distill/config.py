@@ -392,6 +392,14 @@ class Evaluation(Section):
     utilisation: Annotated[float, Field(gt=0, le=1)] = 0.5  # of a paid hour that a machine works
     requests_per_month: Positive = 100_000
     teacher_price: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    judge: Teacher | None = None  # any responder; it is used only after its probes
+
+    @field_validator("judge")
+    @classmethod
+    def _can_be_asked(cls, value: Teacher | None) -> Teacher | None:
+        if value is not None and value.kind == "recorded":
+            raise ValueError("a judge is local, endpoint or canned")
+        return value
 
 
 class Terms(Section):

@@ -1,7 +1,7 @@
 """`distill plan --pilot N`: asks N questions of the run and keeps their answers, so that the plan's ranges narrow.
 
 The run's documents and prompts are made first where they are missing, by their own stages. The questions are chosen by
-the hashes of their requests, from every task its share; the same ones each time, so that nothing is asked twice, and the
+the hashes of their texts, from every task its share; the same ones each time, so that nothing is asked twice, and the
 generate stage finds their answers in the store.
 """
 
@@ -14,11 +14,10 @@ from distill.config import Config
 from distill.errors import DistillError, Exit
 from distill.generation.budget import enter_account
 from distill.generation.generate import answer_all, make_teacher
-from distill.generation.prices import load_prices
 from distill.generation.requests import asking_requests, requests_for, written_prompts
 from distill.generation.responder import Request
 from distill.progress import say
-from distill.records import Document, Prompt, Response
+from distill.records import Document, Prompt, Response, digest
 from distill.run import Run, Stage
 from distill.store import read_records
 
@@ -84,9 +83,7 @@ def _pilot(config: Config, run: Run, count: int) -> str:
         )
         answers = ask(requests=spread(known, left))
     finally:
-        if config.teacher.kind == "endpoint":
-            price = load_prices(config.evaluation.prices).teacher(config.teacher.model)
-            enter_account(run, folder, price)
+        enter_account(run, folder)
     say(f"pilot: {count - left + len(answers)} answers in the store, {asked} of them asked for now")
     return teacher.origin
 
@@ -98,7 +95,7 @@ def _about_documents(
     settings = config.prompts.questions
     if settings is None:
         return []
-    ordered = sorted(documents, key=lambda document: document.id)
+    ordered = sorted(documents, key=lambda document: digest(document.text))
     asked = [(document, asking_requests(settings, origin, document)) for document in ordered]
     fitting = max(1, count // 2 // max(1, len(asked[0][1]))) if asked else 0
     return [pair for pair in asked[:fitting] if len(pair[1]) <= count]
@@ -118,7 +115,8 @@ def spread(questions: Iterable[Question], count: int) -> list[Request]:
 
 
 def _hash(request: Request) -> str:
-    return Response.make_id(request.key, request.sample)
+    """Return a hash of what is asked, and of nothing else: two teachers are tried with the same questions."""
+    return digest([[message.model_dump() for message in request.messages], request.sample])
 
 
 def _shares(sizes: Sequence[int], count: int) -> list[int]:

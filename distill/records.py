@@ -188,6 +188,14 @@ class Item(Record):
         )
 
 
+class Reading(Record):
+    """How a model reads an answer: its loss in nats, the answer's tokens, and how many of them are its likeliest."""
+
+    loss: float
+    tokens: int
+    hits: int
+
+
 class Score(Record):
     """A scorer's verdict with its evidence; `value` is None only where we failed, never where the model did."""
 

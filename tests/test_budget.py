@@ -1,6 +1,8 @@
 """Money: reservations, maxima, and the account that the store gives of every attempt."""
 
+import json
 import random
+from datetime import date
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -117,23 +119,29 @@ def test_attempts_go_on_counting_and_the_last_fault_is_told(log: Log) -> None:
 
 
 def test_the_ledger_holds_the_account_once(log: Log, tmp_path: Path) -> None:
+    row = {**PRICE.model_dump(mode="json"), "model": "m", "date": str(date.today())}
+    (tmp_path / "prices.yaml").write_text(json.dumps({"tokens": [row]}))
+    judge = {"kind": "endpoint", "model": "j", "base_url": "http://127.0.0.1:1/v1"}
     config = Config.model_validate(
         {
             "name": "mine",
             "runs": tmp_path / "runs",
             "corpus": {"path": "x"},
-            "teacher": {"model": "m"},
+            "teacher": {**judge, "model": "m"},
             "student": {"model": "s"},
+            "evaluation": {"prices": tmp_path / "prices.yaml", "judge": judge},
         }
     )
     run = Run(config)
-    work = Stage("generate", (), (), (), lambda c, r: enter_account(r, log.folder, PRICE))
+    log.append([("intent", "judged.0", {"model": "j", "run": "mine"})])
+    log.append([("outcome", "judged.0", {"what": "refused", "billed": "no"})])
+    work = Stage("generate", (), (), (), lambda c, r: enter_account(r, log.folder))
     run.folder.mkdir(parents=True)
     for goes in (1, 2):
         run.remake([work])
         run.perform(work)
         entries = run.ledger()
         assert len(entries) == goes
-        assert sum(e.attempts for e in entries) == 5 and sum(e.unknown for e in entries) == 3
+        assert sum(e.attempts for e in entries) == 6 and sum(e.unknown for e in entries) == 3
         assert sum(e.dollars or 0 for e in entries) == account(log, PRICE, "mine").settled
         assert sum(e.unknown_dollars or 0 for e in entries) == Decimal("0.03")

@@ -16,6 +16,7 @@ from distill.evaluation import answering, evaluate
 from distill.evaluation.acceptance import Asked
 from distill.evaluation.economics import Timing
 from distill.evaluation.items import held_out, items_of
+from distill.evaluation.measure import measure_task
 from distill.records import Document, Message, Pair, Prompt, Response, Score, Usage
 from distill.run import Run
 from distill.store import read_json, read_records, write_records
@@ -156,7 +157,7 @@ def test_a_task_whose_references_are_missing_is_measured_as_agreement() -> None:
         m: {i.id: p.response for i, p in zip(items, pairs, strict=True)}
         for m in ("teacher", "base", "student")
     }
-    assert evaluate.measure("math_word_problem", items, answers).metric == "chrF"
+    assert measure_task("math_word_problem", items, answers).metric == "chrF"
 
 
 def test_items_in_the_training_data_are_not_in_the_headline(tmp_path: Path, student: Path) -> None:
@@ -171,7 +172,7 @@ def test_items_in_the_training_data_are_not_in_the_headline(tmp_path: Path, stud
     evaluate.main(run.config, run)
     found = read_json(run.path("evaluation.json"))
     told = found["contamination"]
-    assert (told["n"], told["flagged"]) == (ITEMS, 1)
+    assert (told["n"], told["flagged"], told["unsearchable"]) == (ITEMS, 1, 0)
     assert told["kinds"] == {"corpus": 0, "prompt": 0, "answer": 1}
     assert told["examples"][0]["item"] == told["items"][0] and "paraphrase" in told["method"]
     tasks = found["tasks"]

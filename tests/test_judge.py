@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,12 +13,15 @@ from distill.evaluation.judge import (
     Duel,
     accepted,
     ask_about,
-    examine,
+    examined,
     judge,
     load_probes,
     one_family,
+    outcomes_of,
+    probe_duels,
     read_choice,
     row_of_duels,
+    scores_of,
 )
 from distill.evaluation.statistics import Certainty
 from distill.records import Message, Response
@@ -52,6 +56,10 @@ def replies(mind: Callable[[str, str], str], stop: str = "end") -> Ask:
         return found
 
     return ask
+
+
+def examine(ask: Ask) -> dict[str, Any]:
+    return examined(PROBES, judge(probe_duels(PROBES), ask, ask_copies=True))
 
 
 def says(choice: str) -> str:
@@ -97,7 +105,7 @@ def test_any_reply_is_read_or_is_none(reply: str) -> None:
 
 
 def test_the_fair_judge_passes_its_probes() -> None:
-    found = examine(replies(fair), PROBES)
+    found = examine(replies(fair))
     assert found["passed"] and found["n"] >= 40 and found["copy"]["wins"] == 0
     assert found["null"]["losses"] == found["injected"]["losses"] == 1
 
@@ -116,7 +124,7 @@ def test_the_fair_judge_passes_its_probes() -> None:
 def test_a_judge_that_can_be_fooled_is_not_used(
     mind: Callable[[str, str], str], reason: str
 ) -> None:
-    found = examine(replies(mind), PROBES)
+    found = examine(replies(mind))
     assert not found["passed"] and reason in found["reason"]
 
 
@@ -139,7 +147,9 @@ def test_unparsed_replies_are_neither_won_nor_lost() -> None:
         number = int(a.split()[1])
         return "hm" if number < 10 else says("A" if a.startswith("one") == (number < 30) else "B")
 
-    row = row_of_duels(duels, judge(duels, replies(mind)), 50, Certainty(samples=200))
+    outcomes = judge(duels, replies(mind))
+    assert list(outcomes_of(scores_of("s", duels, outcomes)).values()) == outcomes
+    row = row_of_duels(duels, outcomes, 50, Certainty(samples=200))
     assert (row["wins"], row["losses"], row["unparsed"], row["unanswered"]) == (20, 10, 10, 10)
     assert row["win_rate"]["mean"] == pytest.approx(2 / 3)
     assert row["win_rate"]["low"] < 2 / 3 < row["win_rate"]["high"]

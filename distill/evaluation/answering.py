@@ -14,25 +14,22 @@ from peft import PeftModel
 from distill import models
 from distill.config import Config, Student
 from distill.evaluation.items import by_item
+from distill.evaluation.measure import limit, why_no_teacher
 from distill.evaluation.suites import Suite
 from distill.evaluation.throughput import timed
 from distill.generation.budget import enter_account
 from distill.generation.generate import answer_all, make_teacher
 from distill.generation.local import LocalResponder
-from distill.generation.prices import load_prices
 from distill.generation.responder import Request, Responder, Sampling
 from distill.generation.terms import require_terms
 from distill.progress import say
-from distill.records import Pair, Prompt, Response, digest
+from distill.records import Pair, Prompt, Reading, Response, digest
 from distill.run import Run
 from distill.store import sha256_file
 from distill.template import template_hash
-from distill.training.student import Reading, answer_loss
+from distill.training.student import answer_loss
 
 ADAPTER = "adapter_model.safetensors"
-RECORDED = "the teacher's answers were recorded, and it cannot be asked anew"
-UNPAID = "a paid teacher is asked the questions of a suite only within teacher.budget_dollars"
-UNASKED = "the suite does not ask the teacher"
 
 Given = dict[str, Response]  # answers by item id
 Spend = Callable[[int, int], None]
@@ -44,11 +41,6 @@ class Answered(NamedTuple):
     responses: list[Response]
     readings: list[Reading]
     suites: dict[str, Given]
-
-
-def limit(config: Config) -> int:
-    """Return how many tokens an answer may have: the teacher's limit, where evaluation states none."""
-    return config.evaluation.max_new_tokens or config.teacher.max_new_tokens
 
 
 def answer_with_student(
@@ -165,19 +157,6 @@ def ask_suite(
     return by_item(items, ask(responder, prompts, limits, store, spend, as_teacher))
 
 
-def why_no_teacher(config: Config, suite: Suite) -> str | None:
-    """Say why a suite is not put to the teacher, or None where it is.
-
-    A local teacher is asked where the suite says so. A paid one needs a budget besides: nobody who runs an evaluation
-    should find a bill for questions that no student learns from.
-    """
-    if not suite.ask_teacher:
-        return UNASKED
-    if config.teacher.kind == "endpoint":
-        return None if config.teacher.budget_dollars is not None else UNPAID
-    return None if config.teacher.kind == "local" else RECORDED
-
-
 def answer_with_teacher(config: Config, run: Run, suites: Sequence[Suite]) -> dict[str, Given]:
     """Put suites to the teacher; what a paid one took is in the ledger, also when the budget ends it (exit 6)."""
     asked = [suite for suite in suites if why_no_teacher(config, suite) is None]
@@ -191,8 +170,7 @@ def answer_with_teacher(config: Config, run: Run, suites: Sequence[Suite]) -> di
     try:
         return {suite.name: ask_suite(teacher, suite, store, None, True) for suite in asked}
     finally:
-        price = load_prices(config.evaluation.prices).teacher(config.teacher.model)
-        enter_account(run, store, price)
+        enter_account(run, store)
 
 
 def time_teacher(config: Config, run: Run, pairs: Sequence[Pair]) -> None:

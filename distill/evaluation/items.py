@@ -5,6 +5,7 @@ from pathlib import Path
 
 from distill.errors import DistillError, Exit
 from distill.records import Document, Item, Pair, Response
+from distill.run import Run
 from distill.store import read_records
 
 
@@ -25,6 +26,12 @@ def items_of(pairs: Sequence[Pair], documents: Path) -> list[Item]:
     parent = {d.id: str(d.meta.get("parent") or d.id) for d in known}
     items = [Item.make(pair.prompt) for pair in pairs]
     return [i.model_copy(update={"cluster": parent.get(i.cluster, i.cluster)}) for i in items]
+
+
+def held_out_items(run: Run) -> tuple[list[Pair], list[Item]]:
+    """Return the held-out pairs and their items, in one order."""
+    pairs = held_out(run.path("dataset/heldout.jsonl"))
+    return pairs, items_of(pairs, run.path("documents.jsonl"))
 
 
 def by_item(items: Sequence[Item], responses: Sequence[Response]) -> dict[str, Response]:

@@ -141,13 +141,16 @@ def load_probes(path: Path = PROBES) -> list[Probe]:
     return found
 
 
-def examine(ask: Ask, probes: Sequence[Probe]) -> dict[str, Any]:
-    """Put the probes to a judge, and return what it let win, what it saw, and whether it may be used."""
-    duels = [
+def probe_duels(probes: Sequence[Probe]) -> list[Duel]:
+    """Return the probes as duels, in each of which a is the rival of a real answer."""
+    return [
         Duel(str(n), str(n), (Message(role="user", content=p.question),), p.other, p.good)
         for n, p in enumerate(probes)
     ]
-    outcomes = judge(duels, ask, ask_copies=True)
+
+
+def examined(probes: Sequence[Probe], outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return what a judge let win of its probes, what it saw, and whether it may be used."""
     by_kind = {
         kind: [o for o, p in zip(outcomes, probes, strict=True) if p.kind == kind]
         for kind in ("null", "injected", "copy")
@@ -266,6 +269,16 @@ def scores_of(name: str, duels: Sequence[Duel], outcomes: Sequence[Outcome]) -> 
         )
         for d, o in zip(duels, outcomes, strict=True)
     ]
+
+
+def outcomes_of(scores: Sequence[Score]) -> dict[str, Outcome]:
+    """Read back what `scores_of` wrote, by item."""
+    known: dict[str, Choice | None] = {"A": "A", "B": "B", "TIE": "TIE"}
+    found = {}
+    for score in scores:
+        one, _, two = (score.answer or "").partition("/")
+        found[score.item_id] = Outcome(score.value, (known.get(one), known.get(two)), score.reason)
+    return found
 
 
 def accepted(

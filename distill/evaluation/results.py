@@ -26,13 +26,12 @@ from distill.evaluation.statistics import (
     pair,
     require_paired,
 )
-from distill.records import Item, Response, Score
+from distill.records import Item, Reading, Response, Score
 
 Models = Mapping[str, Mapping[str, Response]]  # model -> item id -> its answer
 Values = dict[str, float | None]
 Checkers = Callable[[str], Mapping[str, Any] | None]  # the checker of a task, where it has one
 
-Readings = Sequence[tuple[float, int, int]]  # loss in nats, tokens, tokens that were the likeliest
 
 LOSS = "loss on the teacher's answer, nats a token"
 TOP = "top-1 agreement on the teacher's answer"
@@ -247,11 +246,11 @@ def token_row(
 
 
 def reading_rows(
-    items: Sequence[Item], readings: Mapping[str, Readings], certainty: Certainty
+    items: Sequence[Item], readings: Mapping[str, Sequence[Reading]], certainty: Certainty
 ) -> dict[str, Any]:
     """Return the agreement rows of the loss on the teacher's answers, and of how often the likeliest token is theirs."""
-    losses = {m: [(loss, tokens) for loss, tokens, _ in found] for m, found in readings.items()}
-    first = {m: [(hits, tokens) for _, tokens, hits in found] for m, found in readings.items()}
+    losses = {m: [(r.loss, r.tokens) for r in found] for m, found in readings.items()}
+    first = {m: [(float(r.hits), r.tokens) for r in found] for m, found in readings.items()}
     return {
         "nats_per_token": token_row(LOSS, items, losses, certainty),
         "top1": token_row(TOP, items, first, certainty, SHARE),
@@ -313,7 +312,7 @@ def compared(
     items: Sequence[Item],
     answers: Models,
     rows: Mapping[str, Measured],
-    readings: Mapping[str, Readings],
+    readings: Mapping[str, Sequence[Reading]],
     certainty: Certainty,
 ) -> dict[str, Any]:
     """Return everything that compares the models: tasks, all checks together, agreement, lengths, samples."""

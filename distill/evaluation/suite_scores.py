@@ -48,10 +48,17 @@ def write_suite(
 ) -> list[Path]:
     """Write a suite's items, scores and answers below `folder`; return the files of scores."""
     write_records(folder / f"scores/{suite.name}/items.jsonl", suite.items)
+    write_answers(folder, suite, answers)
     written = []
-    for model, given in answers.items():
+    for model in answers:
         scores = [score for row in rows.values() for score in row.scores[model]]
         written.append(folder / f"scores/{suite.name}/{model}.jsonl")
         write_records(written[-1], scores)
-        write_records(folder / f"answers/{suite.name}/{model}.jsonl", given.values())
     return written
+
+
+def write_answers(folder: Path, suite: Suite, answers: Models) -> None:
+    """Write what was answered to a suite below `folder`, in the order of its items."""
+    for model, given in answers.items():
+        path = folder / f"answers/{suite.name}/{model}.jsonl"
+        write_records(path, [given[i.id] for i in suite.items if i.id in given])

@@ -5,12 +5,13 @@ server says what it cost; else its outcome is unknown, and counts with its maxim
 has bytes, and as many output tokens as it may write. Money is Decimal.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from distill.generation.prices import MILLION, TokenPrice
+from distill.config import Config
+from distill.generation.prices import MILLION, TokenPrice, load_prices
 from distill.generation.wire import read_stored
 from distill.records import Record, Response, Usage
 from distill.run import Run
@@ -105,10 +106,12 @@ class Account(Record):
     unpriced: int = 0  # settled or unknown, but without a price
 
 
-def account(log: Log, price: TokenPrice | None, run: str | None = None) -> Account:
-    """Sum up every attempt in a log, or those of one run; memory does not grow with their number."""
+def account(
+    log: Log, price: TokenPrice | None, run: str | None = None, model: str | None = None
+) -> Account:
+    """Sum up every attempt in a log, or those of one run and model; memory does not grow with their number."""
     sums = dict.fromkeys(Account.model_fields, NOTHING)
-    for attempt in attempts(log, price, run):
+    for attempt in attempts(log, price, run, model):
         sums["attempts"] += 1
         if attempt.billed == "yes":
             sums["settled"] += attempt.dollars or NOTHING
@@ -122,10 +125,13 @@ def account(log: Log, price: TokenPrice | None, run: str | None = None) -> Accou
     return Account.model_validate(sums)
 
 
-def enter_account(run: Run, folder: Path, price: TokenPrice | None) -> None:
+def enter_account(run: Run, folder: Path) -> None:
     """Enter in the ledger what the store knows of a run's spending and the ledger does not, also what a kill hid."""
+    prices = paid_models(run.config)
+    if not prices:
+        return
     with Log(folder, writable=False) as log:
-        now = account(log, price, run.config.name)
+        now = _sum(account(log, price, run.config.name, model) for model, price in prices.items())
     entered = [entry for entry in run.ledger() if entry.attempts]
 
     def sum_of(name: str) -> Decimal:
@@ -136,18 +142,35 @@ def enter_account(run: Run, folder: Path, price: TokenPrice | None) -> None:
         input_tokens=now.input_tokens - int(sum_of("input_tokens")),
         output_tokens=now.output_tokens - int(sum_of("output_tokens")),
         dollars=now.settled - sum_of("dollars") if known else None,
-        price=f"{price.model} of {price.date}, {price.source}" if price else None,
+        price="; ".join(f"{p.model} of {p.date}, {p.source}" for p in prices.values() if p) or None,
         attempts=now.attempts - int(sum_of("attempts")),
         unknown=now.unknown - int(sum_of("unknown")),
         unknown_dollars=now.unknown_most - sum_of("unknown_dollars") if known else None,
     )
 
 
-def attempts(log: Log, price: TokenPrice | None, run: str | None = None) -> Iterator[Attempt]:
-    """Yield every attempt of a log, or of one run, in the order they were begun."""
+def paid_models(config: Config) -> dict[str, TokenPrice | None]:
+    """Return the models that a run pays for by the token, its teacher and its judge, with their prices."""
+    paid = [s for s in (config.teacher, config.evaluation.judge) if s and s.kind == "endpoint"]
+    book = load_prices(config.evaluation.prices) if paid else None
+    return {settings.model: book.teacher(settings.model) for settings in paid if book}
+
+
+def _sum(accounts: Iterable[Account]) -> Account:
+    """Add accounts up."""
+    rows = list(accounts)
+    return Account.model_validate(
+        {name: sum((getattr(row, name) for row in rows), 0) for name in Account.model_fields}
+    )
+
+
+def attempts(
+    log: Log, price: TokenPrice | None, run: str | None = None, model: str | None = None
+) -> Iterator[Attempt]:
+    """Yield every attempt of a log, or of one run and model, in the order they were begun."""
     for key in log.keys("intent"):
         intent = log.get("intent", key) or {}
-        if run is None or intent.get("run") == run:
+        if run in (None, intent.get("run")) and model in (None, intent.get("model")):
             yield _attempt(log, price, key, intent)
 
 

@@ -55,9 +55,7 @@ def main(config: Config, run: Run, crew: Crew | None = None) -> None:
     try:
         _generate(config, run, teacher, documents, prompts, folder, crew)
     finally:
-        if config.teacher.kind == "endpoint":
-            price = load_prices(config.evaluation.prices).teacher(config.teacher.model)
-            enter_account(run, folder, price)
+        enter_account(run, folder)
 
 
 def _generate(

@@ -217,7 +217,7 @@ class Purchase:
         limit = self.settings.budget_dollars
         if limit is None:  # then the store need not be read through
             return Budget(None)
-        before = account(self.log, self.price, self.run)
+        before = account(self.log, self.price, self.run, self.settings.model)
         return Budget(limit, before.settled, before.unknown_most)
 
     async def _attempt(self, attempt: Attempt) -> Fault | None:

@@ -9,13 +9,13 @@ Shape suffixes: N tokens of a row, S supervised positions, B samples, T longest 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distill.errors import DistillError, Exit
-from distill.records import Example, Pair
+from distill.records import Example, Pair, Reading
 from distill.training.attention import NAME
 from distill.training.batches import micro_batches
 from distill.training.encode import encode_pair
@@ -201,14 +201,6 @@ def _close(found: Tensor, wanted: Tensor) -> bool:
     return bool((found - wanted).float().norm() <= allowed * wanted.float().norm())
 
 
-class Reading(NamedTuple):
-    """How a model reads an answer: its loss in nats, the answer's tokens, and how many of them are its likeliest."""
-
-    loss: float
-    tokens: int
-    hits: int
-
-
 @torch.inference_mode()
 def answer_loss(
     model: Any, tokenizer: Any, pairs: Sequence[Pair], date: str, max_length: int
@@ -217,7 +209,7 @@ def answer_loss(
     examples = [encode_pair(tokenizer, pair, date) for pair in pairs]
     lengths = [len(e.input_ids) for e in examples]
     fitting = [i for i, length in enumerate(lengths) if length <= max_length]
-    results = [Reading(0.0, 0, 0)] * len(pairs)
+    results = [Reading(loss=0.0, tokens=0, hits=0)] * len(pairs)
     before = model.config._attn_implementation
     try:
         student, _ = make_student(model)
@@ -238,4 +230,7 @@ def _read(student: Student, examples: Sequence[Example]) -> list[Reading]:
     values_S3 = torch.stack([losses_S, torch.ones_like(losses_S), hits_S.float()], 1)
     sums_B3 = torch.zeros(len(examples), 3, dtype=torch.float64)
     sums_B3.index_add_(0, batch.owners_S.cpu(), values_S3.double().cpu())  # in order, on any device
-    return [Reading(loss, int(tokens), int(hits)) for loss, tokens, hits in sums_B3.tolist()]
+    return [
+        Reading(loss=loss, tokens=int(tokens), hits=int(hits))
+        for loss, tokens, hits in sums_B3.tolist()
+    ]

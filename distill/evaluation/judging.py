@@ -1,0 +1,133 @@
+"""Puts a run's answers to the judge of its config: its probes, then student against teacher and against base.
+
+A judge is asked through the shared store, so its verdicts too are paid once. They stand in `answers/judge/`, also where
+it did not pass its probes: then the win rates are null, with that reason.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from distill.config import Config, Teacher
+from distill.evaluation.acceptance import Acceptance
+from distill.evaluation.judge import (
+    Ask,
+    Duel,
+    Outcome,
+    accepted,
+    duels_of,
+    examined,
+    judge,
+    load_probes,
+    one_family,
+    outcomes_of,
+    probe_duels,
+    row_of_duels,
+    scores_of,
+    withheld,
+)
+from distill.evaluation.results import Models
+from distill.evaluation.statistics import Certainty
+from distill.progress import say
+from distill.records import Item, Message, Response, Score, digest
+from distill.run import Run
+from distill.store import read_records, write_records
+
+RIVALS = ("teacher", "base")
+TEST = "the judge prefers it, or ties it with an answer of the teacher's that will do"
+
+
+class Judged(NamedTuple):
+    """The judge's part of the evaluation, and its verdicts against the teacher, where it may be used."""
+
+    told: dict[str, Any]
+    duels: Sequence[Duel]
+    outcomes: Sequence[Outcome]
+
+    def acceptance(self, will_do: Callable[[str], bool]) -> Acceptance | None:
+        """Return the judge's word on what the student may answer; `will_do` is about the teacher's own answers."""
+        if not self.told["probe"]["passed"]:
+            return None
+        return Acceptance(TEST, accepted(self.duels, self.outcomes, will_do), when_served=False)
+
+
+def ask_judge(config: Config, run: Run, items: Sequence[Item], answers: Models) -> None:
+    """Put the probes and all duels to the judge of the config, if it has one, and write its verdicts."""
+    settings = config.evaluation.judge
+    if settings is None:
+        return
+    from distill.generation.budget import enter_account
+
+    try:
+        ask = asking(config, run, settings)
+        probes = probe_duels(load_probes())
+        found = {"probe": (probes, judge(probes, ask, ask_copies=True))}
+        for rival in RIVALS:
+            duels = duels_of(items, answers, "student", rival)
+            found[rival] = (duels, judge(duels, ask))
+    finally:
+        enter_account(run, config.store_folder() / "responses")
+    for name, (duels, outcomes) in found.items():
+        rows = scores_of(f"student against {name}", duels, outcomes)
+        write_records(run.path(f"answers/judge/{name}.jsonl"), rows)
+
+
+def read_judge(
+    config: Config, run: Run, items: Sequence[Item], answers: Models, certainty: Certainty
+) -> Judged | None:
+    """Return what the judge's verdicts on these items say; None without a judge."""
+    settings = config.evaluation.judge
+    if settings is None:
+        return None
+    found = {
+        name: outcomes_of(read_records(run.path(f"answers/judge/{name}.jsonl"), Score))
+        for name in ("probe", *RIVALS)
+    }
+    probe = examined(load_probes(), list(found["probe"].values()))
+    told: dict[str, Any] = {"model": settings.model or settings.kind, "probe": probe}
+    told["warnings"] = _warnings(settings, config.teacher)
+    duels = {rival: duels_of(items, answers, "student", rival) for rival in RIVALS}
+    outcomes = {rival: [found[rival][d.item] for d in duels[rival]] for rival in RIVALS}
+    if not probe["passed"]:
+        say(f"the judge is not used: {probe['reason']}")
+    for rival in RIVALS:
+        told[rival] = (
+            row_of_duels(duels[rival], outcomes[rival], len(items), certainty)
+            if probe["passed"]
+            else withheld(probe["reason"])
+        )
+    return Judged(told, duels["teacher"], outcomes["teacher"])
+
+
+def asking(config: Config, run: Run, settings: Teacher) -> Ask:
+    """Return what asks the judge, keeps what it says in the store, and enters what it took in the ledger."""
+    from distill.generation.generate import answer_all, make_teacher
+    from distill.generation.responder import Request, Sampling
+
+    responder = make_teacher(config.model_copy(update={"teacher": settings}), {}, [])
+    sampling = Sampling(
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        max_new_tokens=settings.max_new_tokens,
+    )
+
+    def spend(taken: int, made: int) -> None:
+        if settings.kind != "endpoint":  # whose spending is entered from the store
+            run.spend(input_tokens=taken, output_tokens=made)
+
+    def ask(asked: Sequence[tuple[Message, ...]]) -> list[Response]:
+        requests = [
+            Request.make(responder.origin, digest([m.content for m in turns]), turns, sampling)
+            for turns in asked
+        ]
+        return answer_all(responder, requests, config.store_folder() / "responses", "judge", spend)
+
+    return ask
+
+
+def _warnings(settings: Teacher, teacher: Teacher) -> list[str]:
+    """Say what makes the judge's word weaker."""
+    if not one_family(settings.model, teacher.model):
+        return []
+    warning = f"judge {settings.model} and teacher {teacher.model} seem to be of one family: it may favour its own"
+    say(f"warning: {warning}")
+    return [warning]

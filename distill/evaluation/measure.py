@@ -1,0 +1,163 @@
+"""From answers to results: scores, comparisons and requests, from files alone.
+
+Reads what `evaluate` wrote below `answers/`, asks nothing and loads no model, so that `distill verify` can do it again
+and hold every byte against it. Writes `scores/<model>.jsonl`, `requests.jsonl` and `evaluation.json`; of a suite items
+and scores in a folder of its name. Results are those of the items that do not stand in the training data; those of all
+items are beside them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from distill.checkers import NEEDS_REFERENCE
+from distill.config import Config
+from distill.evaluation import results
+from distill.evaluation.acceptance import Acceptance, by_checker, requests_of
+from distill.evaluation.items import by_item, held_out_items
+from distill.evaluation.judging import read_judge
+from distill.evaluation.leaks import Leaks, kept, section, without
+from distill.evaluation.results import Measured
+from distill.evaluation.statistics import Certainty
+from distill.evaluation.suite_scores import measure_suite, suite_result, write_suite
+from distill.evaluation.suites import Suite
+from distill.evaluation.words import plain_numbers
+from distill.records import Item, Reading, Response
+from distill.run import Run
+from distill.store import read_json, read_records, write_json, write_records
+from distill.tasks import load_task, task_path
+
+MODELS = ("teacher", "base", "student")
+RECORDED = "the teacher's answers were recorded, and it cannot be asked anew"
+UNPAID = "a paid teacher is asked the questions of a suite only within teacher.budget_dollars"
+UNASKED = "the suite does not ask the teacher"
+
+
+def read_answers(run: Run, items: Sequence[Item]) -> dict[str, dict[str, Response]]:
+    """Read what the models said to the held-out items, by model and item id."""
+    return {
+        model: by_item(items, read_records(run.path(f"answers/{model}.jsonl"), Response))
+        for model in MODELS
+    }
+
+
+def measure(config: Config, run: Run, suites: Sequence[Suite], leaks: Leaks) -> None:
+    """Score and compare what was answered; reads and writes files, so `distill verify` can do it again."""
+    _, items = held_out_items(run)
+    answers, settings = read_answers(run, items), config.evaluation
+    certainty = Certainty(settings.confidence, settings.samples, config.seed, settings.margin)
+    rows = {t: measure_task(t, items, answers) for t in dict.fromkeys(i.task for i in items)}
+    for model in answers:
+        scores = [s for row in rows.values() for s in row.scores.get(model, [])]
+        write_records(run.path(f"scores/{model}.jsonl"), scores)
+    clean, clean_rows = kept(items, items, leaks), without(rows, leaks)
+    clean_answers = {m: {i.id: given[i.id] for i in clean} for m, given in answers.items()}
+    readings = {
+        model: kept(
+            items, read_records(run.path(f"answers/readings/{model}.jsonl"), Reading), leaks
+        )
+        for model in ("base", "student")
+    }
+    tests = tests_of(clean_rows)
+    judged = read_judge(config, run, clean, clean_answers, certainty)
+    if judged and (word := judged.acceptance(will_do(clean_rows, clean_answers))):
+        tests.insert(0, word)  # a checker's word on its task counts for more
+    write_records(run.path("requests.jsonl"), requests_of(clean, clean_answers, tests))
+    write_json(
+        run.path("evaluation.json"),
+        plain_numbers(
+            {
+                "models": read_json(run.path("answers/models.json")),
+                **results.compared(clean, clean_answers, clean_rows, readings, certainty),
+                "contamination": section(items, leaks, rows, certainty),
+                "suites": {
+                    s.name: measured_suite(config, run, s, certainty, leaks) for s in suites
+                },
+                "judge": judged and judged.told,
+                "settings": {**certainty._asdict(), **asked(config, items)},
+                "corpus": run.manifest().get("corpus", {}),
+                "environment": run.manifest().get("environment", {}),
+            }
+        ),
+    )
+
+
+def will_do(rows: Mapping[str, Measured], answers: results.Models) -> Callable[[str], bool]:
+    """Return what tells whether the teacher's own answer is acceptable: it passes its check, or without one is whole."""
+    checked = {i: v for row in rows.values() for i, v in row.values("teacher").items()}
+
+    def known(item: str) -> bool:
+        given = answers["teacher"][item]
+        return (
+            checked[item] == 1
+            if item in checked
+            else given.stop == "end" and bool(given.text.strip())
+        )
+
+    return known
+
+
+def measured_suite(
+    config: Config, run: Run, suite: Suite, certainty: Certainty, leaks: Leaks
+) -> dict[str, Any]:
+    """Score what was answered to a suite, write its items and scores beside the run's own, and return its results."""
+    paths = {model: run.path(f"answers/{suite.name}/{model}.jsonl") for model in MODELS}
+    answers = {
+        model: by_item(suite.items, read_records(path, Response))
+        for model, path in paths.items()
+        if path.exists()
+    }
+    rows = measure_suite(suite, answers, why_no_teacher(config, suite) or "")
+    write_suite(run.folder, suite, rows, answers)
+    clean = {i.id for i in suite.items if i.id not in leaks}
+    given = {m: {i: a for i, a in found.items() if i in clean} for m, found in answers.items()}
+    return {
+        **suite_result(suite, without(rows, leaks), given, certainty),
+        "contamination": section(suite.items, leaks, rows, certainty),
+    }
+
+
+def why_no_teacher(config: Config, suite: Suite) -> str | None:
+    """Say why a suite is not put to the teacher, or None where it is.
+
+    A local teacher is asked where the suite says so. A paid one needs a budget besides: nobody who runs an evaluation
+    should find a bill for questions that no student learns from.
+    """
+    if not suite.ask_teacher:
+        return UNASKED
+    if config.teacher.kind == "endpoint":
+        return None if config.teacher.budget_dollars is not None else UNPAID
+    return None if config.teacher.kind == "local" else RECORDED
+
+
+def limit(config: Config) -> int:
+    """Return how many tokens an answer may have: the teacher's limit, where evaluation states none."""
+    return config.evaluation.max_new_tokens or config.teacher.max_new_tokens
+
+
+def measure_task(task: str, items: Sequence[Item], answers: results.Models) -> Measured:
+    """Score all models on a task: by its checker where it has one and what that needs, else by agreement."""
+    known = load_task(task) if task_path(task).is_file() else None
+    checker = known.checker if known else None
+    if checker and checker["kind"] in NEEDS_REFERENCE:
+        there = any(item.reference for item in items if item.task == task)
+        checker = checker if there else None
+    return results.measure_task(task, items, answers, (known and known.metric) or "", checker)
+
+
+def tests_of(rows: Mapping[str, Measured]) -> list[Acceptance]:
+    """Return the tests of what the student answered: the checkers of the tasks that were measured by theirs."""
+    checkers = {
+        task: load_task(task).checker for task, row in rows.items() if row.scores.get("teacher")
+    }
+    return [by_checker(rows[task], checker) for task, checker in checkers.items() if checker]
+
+
+def asked(config: Config, items: Sequence[Item]) -> dict[str, Any]:
+    """Return how the models were asked, and how much."""
+    return {
+        "items": len(items),
+        "documents": len({item.cluster for item in items}),
+        "max_new_tokens": limit(config),
+        "teacher_temperature": config.teacher.temperature,
+        "teacher_sees_more": any(item.prompt.teacher_messages for item in items),
+    }
