@@ -206,6 +206,7 @@ def slice_of_the_quickstart(folder: Path, url: str) -> list[str]:
         f"teacher.model={SMOLLM2}",
         f"teacher.base_url={url}",
         "teacher.max_new_tokens=12",
+        "corpus.chunk={max_chars: 300, overlap_chars: 0}",
         "corpus.limit=16",
         "corpus.split={validation: 2, heldout: 4}",
         "prompts={train: 10, validation: 2, heldout: 4}",
