@@ -24,7 +24,7 @@ from distill.evaluation.plots import (
 )
 from distill.evaluation.statistics import Certainty
 from distill.evaluation.words import plain_numbers
-from distill.records import Item, LedgerEntry, Message, Pair, Prompt, Response, Usage
+from distill.records import Item, LedgerEntry, Message, Pair, Prompt, Reading, Response, Usage
 from distill.run import Run
 from distill.store import read_json, write_json, write_records
 
@@ -71,8 +71,10 @@ def evaluation(items: list[Item], right: dict[str, int], run: Run) -> dict[str, 
     tasks = dict.fromkeys(item.task for item in items)
     rows = {t: results.measure_task(t, items, answers, "correct", checkers[t]) for t in tasks}
     losses = {
-        "base": [(20.0 + k % 5, 20, 9 + k % 3) for k in range(len(items))],
-        "student": [(9.0 + k % 3, 20, 12 + k % 4) for k in range(len(items))],
+        "base": [Reading(loss=20.0 + k % 5, tokens=20, hits=9 + k % 3) for k in range(len(items))],
+        "student": [
+            Reading(loss=9.0 + k % 3, tokens=20, hits=12 + k % 4) for k in range(len(items))
+        ],
     }
     certainty = Certainty(samples=500)
     asked = {"items": 24, "documents": 24, "max_new_tokens": 20}
