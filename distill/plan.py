@@ -29,6 +29,7 @@ from distill.estimates import (
     training_bytes,
     training_flops,
 )
+from distill.evaluation.suites import amounts
 from distill.generation.prices import load_prices
 from distill.generation.terms import judge_teacher
 from distill.models import Shape
@@ -40,6 +41,8 @@ ANSWER = Span(0.2, 1.0)  # of max_new_tokens
 KEPT = Span(0.5, 1.0)  # of the answers, by the filters
 START = Span(2, 30)  # seconds to import the libraries and load a model
 RECORD = Span(3, 12)  # bytes in files for each byte of text: ids, JSON, responses twice
+QUESTION = Span(20, 200)  # tokens of a question of a suite
+UNREAD = Span(100, 10_000)  # rows of a dataset that is not read for a plan
 CACHE_SHARE = 0.4  # of the free memory, which the local responder takes for keys and values
 
 
@@ -163,7 +166,25 @@ def _evaluation_row(config: Config, work: Scope, side: Side, device: Device | No
         )
         seconds = seconds + items * 2 * reading / device.rate + START
     tokens = items * 2 * (asked.prompt + asked.answer)
-    return Row("evaluate", f"{count(items)} items, two models", tokens, seconds)
+    shown, further = count(items), _suites(config, model, device)
+    for _, more_tokens, more_seconds in further:
+        tokens = tokens + more_tokens
+        seconds = seconds + more_seconds if seconds and more_seconds else None
+    shown += f" + {count(total(many for many, _, _ in further))}" if further else ""
+    return Row("evaluate", f"{shown} items, two models", tokens, seconds)
+
+
+def _suites(
+    config: Config, model: Shape, device: Device | None
+) -> list[tuple[Span, Span, Span | None]]:
+    """Return items, tokens and seconds of each task of the suites; a dataset that is not read has any number of rows."""
+    found = []
+    for items, limit in amounts(config):
+        many = UNREAD if items is None else Span(items, items)
+        side = Side(QUESTION, ANSWER * limit)
+        tokens = many * 2 * (side.prompt + side.answer)
+        found.append((many, tokens, answering(model, side, many * 2, device)))
+    return found
 
 
 def disk(config: Config, work: Scope) -> list[tuple[str, Span, str]]:

@@ -39,7 +39,9 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_the_wheel_carries_configs_and_licence(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    shipped = {p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").rglob("*.yaml")}
+    files = [*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "eval/suites").glob("*.yaml")]
+    files += (ROOT / "data/forgetting").iterdir()
+    shipped = {path.relative_to(ROOT).as_posix() for path in files}
     assert {f"distill/_data/{name}" for name in shipped} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if name.startswith(("tests/", "scripts/", "runs/"))]

@@ -129,7 +129,10 @@ def run_of(path: Path) -> Path | None:
 
 
 def known_items(path: Path) -> dict[str, Item]:
-    """Return the held-out items of the run that a path belongs to."""
+    """Return the items that a path is about: those of a suite lie beside its scores, held-out ones in the run."""
+    beside = path.with_name("items.jsonl")
+    if path.is_file() and beside.is_file():
+        return {item.id: item for item in read_records(beside, Item)}
     run = run_of(path)
     if run is None or not (run / "dataset/heldout.jsonl").is_file():
         return {}

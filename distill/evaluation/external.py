@@ -111,7 +111,7 @@ def _metrics(row: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, float | No
         if not comma or name.endswith("_stderr") or not isinstance(value, int | float):
             continue
         error = row.get(f"{name}_stderr,{how}")
-        known = error if isinstance(error, int | float) else None
+        known = error if isinstance(error, int | float) and error > 0 else None  # 0 is no certainty
         yield name if how == "none" else f"{name} ({how})", {"value": value, "stderr": known}
 
 

@@ -18,7 +18,7 @@ from distill.evaluation.report import table
 from distill.evaluation.results import Measured
 from distill.evaluation.statistics import USUAL, Certainty
 from distill.evaluation.suite_scores import measure_suite, write_suite
-from distill.evaluation.suites import Suite
+from distill.evaluation.suites import Suite, is_run
 from distill.evaluation.words import figure, share
 from distill.generation.canned import raw_text
 from distill.generation.responder import Request, Sampling, parse
@@ -59,7 +59,7 @@ def _asked(suite: Suite, path: Path, who: str, store: Path) -> tuple[dict[str, R
     from distill.evaluation.answering import ask_suite, student_responder
     from distill.generation.local import LocalResponder
 
-    if (path / "config.json").is_file():
+    if is_run(path):
         config = load_config(path / "config.json")
         responder, _ = student_responder(config, path / "adapter", "student")
         return ask_suite(responder, suite, store), path.resolve().name

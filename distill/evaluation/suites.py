@@ -131,7 +131,7 @@ def load_suite(name_or_path: str, data: Path | None = None) -> Suite:
 
     `data` is a file of questions that stands in for what the suite would fetch from the Hub.
     """
-    if (Path(name_or_path) / "config.json").is_file():
+    if is_run(Path(name_or_path)):
         return held_out_suite(Path(name_or_path))
     path = suite_path(name_or_path)
     told = _read(path)
@@ -157,6 +157,11 @@ def _task(entry: Entry) -> Task:
 def _local(entry: Entry, file: Path) -> Entry:
     data = entry.data.model_copy(update={"path": file.absolute(), "dataset": None})
     return entry.model_copy(update={"data": data})
+
+
+def is_run(path: Path) -> bool:
+    """Tell whether a path is a run's folder; a model's has a config.json too."""
+    return (path / "config.json").is_file() and (path / "dataset").is_dir()
 
 
 def held_out_suite(run: Path) -> Suite:
@@ -236,6 +241,16 @@ def _place(path: Path, suite: Path) -> Path:
     """Return where a file of questions lies: beside the suite, else as the path says, else as it ships."""
     beside = suite.parent / path
     return beside if beside.exists() else find_config(path)
+
+
+def amounts(config: Config) -> list[tuple[int | None, int]]:
+    """Return, for each task of a run's suites, its items (None: all rows of a dataset unread) and an answer's tokens."""
+    found = []
+    for path in map(suite_path, config.evaluation.suites):
+        for entry in _read(path).tasks:
+            items = entry.n if entry.data.path is None else len(_part(entry, path).items)
+            found.append((items, entry.max_new_tokens))
+    return found
 
 
 def identity(config: Config) -> dict[str, str]:
