@@ -237,13 +237,14 @@ def test_questions_that_the_teacher_writes_are_counted_and_tried(tmp_path: Path)
         asked = [question(payload) for payload in teacher.payloads]
         assert 0 < sum("Write " in text for text in asked) <= 6
         assert main(["plan", "--pilot", "24", str(place)]) == 0
-        assert len(teacher.payloads) == 24
+        tried = len(teacher.payloads)  # new questions may stand before some that were asked
+        assert 24 <= tried <= 30
         bill, before = bill_of(place), teacher.bill
         assert main(["generate", str(place)]) == 0
         assert sum(teacher.bills.values()) == len(teacher.payloads)
     assert bill.left.dollars and bill.most
     assert bill.left.dollars[0] <= teacher.bill - before <= bill.left.dollars[1] <= bill.most
-    assert bill.left.count.low <= len(teacher.payloads) - 24 <= bill.left.count.high
+    assert bill.left.count.low <= len(teacher.payloads) - tried <= bill.left.count.high
 
 
 def test_a_pilot_of_a_local_teacher_measures_its_seconds(tmp_path: Path, capsys: Any) -> None:
