@@ -8,6 +8,7 @@ unless the person at the machine has allowed it (`distill.sandbox.run`).
 import ast
 import inspect
 import json
+import logging
 import re
 import string
 import warnings
@@ -23,7 +24,8 @@ from distill.schema import fault, validate_schema
 MAX_CODE = (
     20_000  # characters; a longer answer is no short example, and parsing it may exhaust the stack
 )
-MAX_MATH = 4_000  # characters at the end of an answer in which an expression is looked for
+SECONDS = 2  # that reading or comparing an expression may take
+MAX_MATH = 1_000  # characters at the end of an answer in which an expression is looked for
 FENCE = re.compile(r"\A```[^\n`]*\n(.*?)\n?```\Z", re.DOTALL)
 BLOCK = re.compile(r"```[^\n`]*\n(.*?)\n?```", re.DOTALL)
 NUMBER = re.compile(r"(?:(?<![\w.)])[-\u2212])?\$?(\d[\d,]*(?:\.\d+)?|\.\d+)", re.ASCII)
@@ -224,14 +226,17 @@ def _compared(answer: str, equal: bool, prompt: Prompt) -> Verdict:
 
 
 def _math(prompt: Prompt, text: str) -> Verdict:
-    """Pass an expression that equals the reference's however it is written, as math-verify decides."""
+    """Pass an expression that equals the reference's however it is written, as math-verify decides in a few seconds."""
     from math_verify import verify  # brings sympy, which few need
 
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it shows what models wrote
     try:
         wanted, found = _expressions(prompt.reference or ""), _expressions(text[-MAX_MATH:])
         if not found:
             return Verdict(False, None, "no expression")
-        return _compared(str(found[-1]), bool(verify(wanted, found)), prompt)
+        return _compared(
+            str(found[-1]), bool(verify(wanted, found, timeout_seconds=SECONDS)), prompt
+        )
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         return Verdict(None, None, f"math-verify failed: {type(error).__name__}")
 
@@ -240,7 +245,7 @@ def _expressions(text: str) -> list[Any]:
     """Read expressions in LaTeX or plain; a text without marks may be LaTeX as a whole."""
     from math_verify import parse
 
-    return parse(text) or parse(f"${text}$")
+    return parse(text, parsing_timeout=SECONDS) or parse(f"${text}$", parsing_timeout=SECONDS)
 
 
 def _exact(prompt: Prompt, text: str) -> Verdict:

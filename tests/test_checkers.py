@@ -383,3 +383,11 @@ def test_expressions_are_equal_however_they_are_written(
     answer: str, reference: str, passed: bool
 ) -> None:
     assert check({"kind": "math"}, prompt(reference), answer).passed is passed
+
+
+def test_an_endless_expression_is_no_answer_and_is_not_shown(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    verdict = check({"kind": "math"}, prompt("4"), "\\boxed{" + "(" * 3000 + "}")
+    assert verdict.passed is False
+    assert "(((" not in "".join(capfd.readouterr())
