@@ -120,7 +120,8 @@ def _fields(tree: Any) -> Counter[tuple[str, Any]]:
     """Count the leaves of a JSON object by path and value; raises ValueError for anything but an object."""
     if not isinstance(tree, dict):
         raise ValueError("not an object")
-    left, leaves = [("", tree)], Counter[tuple[str, Any]]()
+    left: list[tuple[str, Any]] = [("", tree)]
+    leaves = Counter[tuple[str, Any]]()
     while left:
         path, value = left.pop()
         if isinstance(value, dict):
