@@ -220,9 +220,9 @@ def measure(
     tasks = tuple(task.strip() for task in lm_eval.split(",") if task.strip())
     with run.lock():
         found = external.main(run.config, run, external.Order(tasks, limit, include_path))
+        print(report.external_table(found))
         if run.path("scorecard.json").exists():
             report.main(run.config, run)
-    print(report.external_table(found))
 
 
 @app.command()
