@@ -55,7 +55,7 @@ STAGES: tuple[Stage, ...] = (
         "prompts",
         ("prompts",),
         ("documents.jsonl",),
-        ("prompts.jsonl",),
+        ("prompts.jsonl", "tasks.json"),
         _lazy("distill.corpus.prompts"),
         _identity("distill.corpus.prompts"),
         purpose="make the prompts of each task",

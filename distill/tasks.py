@@ -4,6 +4,7 @@ A task has a student's view (what is trained and served), where it differs a tea
 a long system prompt that the student does not), and where one exists a checker. Templates are jinja2 in a sandbox.
 """
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,9 +16,11 @@ from pydantic import ValidationError, field_validator, model_validator
 from distill.checkers import validate
 from distill.config import Section, find_config
 from distill.errors import DistillError, Exit
+from distill.store import read_json
 from distill.yaml_reader import parse_yaml, read_text
 
 Named = TypeVar("Named", bound=Section)
+KEPT = "tasks.json"  # in a run's folder: the tasks as they were asked, by name
 ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
 
 
@@ -69,6 +72,9 @@ class Task(Section):
         return self.teacher.model_copy(update={"user": self.student.user})
 
 
+FindTask = Callable[[str], Task | None]
+
+
 def task_path(name_or_path: str) -> Path:
     """Return the file of a task: a path ending in .yaml, or the name of one in configs/tasks."""
     if name_or_path.endswith((".yaml", ".yml")):
@@ -97,9 +103,17 @@ def load_section(path: Path, kind: type[Named], what: str, examples: str) -> Nam
 
 
 @cache
-def checker_of(name_or_path: str) -> dict[str, Any] | None:
-    """Return the checker of a task, or None where it has none."""
-    return load_task(name_or_path).checker
+def shipped(name: str) -> Task | None:
+    """Return the task of that name in configs/tasks, or None."""
+    return load_task(name) if task_path(name).is_file() else None
+
+
+def tasks_of_run(folder: Path) -> FindTask:
+    """Return what finds the task that a prompt names: as the run's `tasks.json` keeps it, else in configs/tasks."""
+    path = folder / KEPT
+    rows = read_json(path).items() if path.is_file() else ()
+    kept = {name: Task.model_validate(row) for name, row in rows}
+    return lambda name: kept.get(name) or shipped(name)
 
 
 def fill(template: str, task: str, values: dict[str, Any]) -> str:

@@ -11,11 +11,12 @@ from distill.corpus import prompts
 from distill.corpus.neutral import break_up, looks_like_instructions
 from distill.corpus.rows import interpret
 from distill.errors import DistillError, Exit
-from distill.records import SPLITS, Document, Prompt
+from distill.generation import filters
+from distill.records import SPLITS, Document, Prompt, Response
 from distill.run import Run
 from distill.stages import STAGES
 from distill.store import read_records, write_records
-from distill.tasks import load_task
+from distill.tasks import load_task, tasks_of_run
 from distill.template import encode_prompt
 from tests.tiny import make_tokenizer
 
@@ -64,6 +65,34 @@ def test_rotation_gives_each_document_one_task_and_each_split_equal_parts(tmp_pa
         mine = Counter(p.task for p in found if splits[p.document_id] == split)
         assert mine == dict.fromkeys(THREE, count)
     assert run.manifest()["prompts"]["counts"]["validation"] == {}
+
+
+OWN = """
+student: {user: "What is {{ document }}?"}
+checker: {kind: regex, pattern: "^yes"}
+metric: says yes
+"""
+
+
+def test_a_task_of_ones_own_stays_with_the_run_and_keeps_its_checker(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(OWN)
+    run = make(tmp_path, [api(1)], tasks=(str(tmp_path / "mine.yaml"), "summary"))
+    found = made(run)
+    (tmp_path / "mine.yaml").unlink()
+    find = tasks_of_run(run.folder)
+    task = find(found[0].task)
+    assert task is not None and task.checker == {"kind": "regex", "pattern": "^yes"}
+    assert find("summary") == load_task("summary") == find("summary") and find("nobody") is None
+    judge = filters.failed_checker(find)
+    said = {"request_key": "k", "sample": 0, "prompt_id": found[0].id, "model": "m", "stop": "end"}
+    assert judge(found[0], Response(id="a", text="yes it is", **said)) is None
+    assert judge(found[0], Response(id="b", text="no", **said)) == "failed checker"
+
+
+def test_two_tasks_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "summary.yaml").write_text(OWN)
+    with pytest.raises(DistillError, match="two tasks are called summary"):
+        made(make(tmp_path, [api(1)], tasks=(str(tmp_path / "summary.yaml"), "summary")))
 
 
 def test_each_asks_every_task_of_every_document(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from distill.errors import DistillError, Exit
-from distill.tasks import checker_of, fill, load_task
+from distill.tasks import fill, load_task, shipped
 
 SHIPPED = sorted(Path("configs/tasks").glob("*.yaml"))
 
@@ -20,7 +20,7 @@ def write(folder: Path, text: str) -> str:
 def test_shipped_tasks_load_by_name(path: Path) -> None:
     task = load_task(path.stem)
     assert task.name == path.stem
-    assert checker_of(path.stem) == task.checker
+    assert shipped(path.stem) == task
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -33,9 +33,9 @@ def test_shipped_tasks_fence_the_document(path: Path) -> None:
 
 def test_the_tasks_of_the_quickstart() -> None:
     keys = {"name": "string", "purpose": "string", "parameters": "[string]", "returns": "any"}
-    assert checker_of("api_json") == {"kind": "json_object", "keys": keys}
+    assert load_task("api_json").checker == {"kind": "json_object", "keys": keys}
     assert load_task("example").reference == "{{ document.meta.name }}"
-    assert checker_of("example") == {"kind": "python_code"}
+    assert load_task("example").checker == {"kind": "python_code"}
 
 
 def test_the_teacher_may_have_only_a_longer_system_turn(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ repeats; with `per_document: rotate` each document gets one task, and each split
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -15,8 +15,8 @@ from distill.errors import DistillError, Exit
 from distill.progress import say
 from distill.records import SPLITS, Document, Message, Prompt
 from distill.run import Run
-from distill.store import read_records, sha256_file, write_records
-from distill.tasks import Task, View, fill, load_task, task_path
+from distill.store import read_records, sha256_file, write_json, write_records
+from distill.tasks import KEPT, Task, View, fill, load_task, task_path
 
 PLAIN = "chat"  # the task of prompts that are asked as they stand
 
@@ -25,7 +25,7 @@ def main(config: Config, run: Run) -> None:
     """Make prompts.jsonl from documents.jsonl; raises DistillError (exit 2) where a task does not fit the documents."""
     settings = config.prompts
     documents = read_records(run.path("documents.jsonl"), Document)
-    tasks = [load_task(name) for name in settings.tasks]
+    tasks = own_tasks(settings.tasks)
     caps = {split: getattr(settings, split) for split in SPLITS}
     prompts: list[Prompt] = []
     counts: dict[str, dict[str, int]] = {}
@@ -36,7 +36,19 @@ def main(config: Config, run: Run) -> None:
         counts[split] = dict(Counter(prompt.task for prompt in made))
         prompts += made
     write_records(run.path("prompts.jsonl"), prompts)
+    write_json(run.path(KEPT), {task.name: task.model_dump(mode="json") for task in tasks})
     report(run, documents, counts)
+
+
+def own_tasks(names: Sequence[str]) -> list[Task]:
+    """Load the tasks; raises DistillError (exit 2) where two have one name, which prompts could not tell apart."""
+    tasks = [load_task(name) for name in names]
+    again = next((n for n, count in Counter(t.name for t in tasks).items() if count > 1), None)
+    if again:
+        raise DistillError(
+            Exit.CONFIG, "prompts.tasks", f"two tasks are called {again}", "rename one"
+        )
+    return tasks
 
 
 def identity(config: Config) -> dict[str, str]:

@@ -31,7 +31,7 @@ from distill.evaluation.statistics import (
 from distill.evaluation.words import figure, signed
 from distill.records import Item, Response, Score
 from distill.store import read_records
-from distill.tasks import checker_of, task_path
+from distill.tasks import tasks_of_run
 
 HEAD = ("task", "n", "missing", "a", "b", "a − b", "interval", "could see", "McNemar p")
 
@@ -158,11 +158,12 @@ def load_side(path: Path, items: Mapping[str, Item]) -> Side:
 def _scored(file: Path, items: Mapping[str, Item]) -> dict[str, float | None]:
     """Score a file of answers on the known items whose task has a checker."""
     answers = {answer.prompt_id: answer for answer in read_records(file, Response)}
-    values = {}
+    find, values = tasks_of_run(run_of(file) or file.parent), {}
     for item in items.values():
-        checker = checker_of(item.task) if task_path(item.task).is_file() else None
-        if checker is not None:
-            values[item.id] = passes(checker, file.stem)(item, answers.get(item.prompt.id)).value
+        task = find(item.task)
+        if task and task.checker:
+            score = passes(task.checker, file.stem)(item, answers.get(item.prompt.id))
+            values[item.id] = score.value
     if not values:
         raise DistillError(
             Exit.INPUT, file, "holds answers, but no held-out item is known that checks them",

@@ -24,7 +24,7 @@ from distill.evaluation.words import plain_numbers
 from distill.records import Item, Reading, Response
 from distill.run import Run
 from distill.store import read_json, read_records, write_json, write_records
-from distill.tasks import load_task, task_path
+from distill.tasks import FindTask, shipped, tasks_of_run
 
 MODELS = ("teacher", "base", "student")
 RECORDED = "the teacher's answers were recorded, and it cannot be asked anew"
@@ -45,7 +45,8 @@ def measure(config: Config, run: Run, suites: Sequence[Suite], leaks: Leaks) -> 
     _, items = held_out_items(run)
     answers, settings = read_answers(run, items), config.evaluation
     certainty = Certainty(settings.confidence, settings.samples, config.seed, settings.margin)
-    rows = {t: measure_task(t, items, answers) for t in dict.fromkeys(i.task for i in items)}
+    find = tasks_of_run(run.folder)
+    rows = {t: measure_task(t, items, answers, find) for t in dict.fromkeys(i.task for i in items)}
     for model in answers:
         scores = [s for row in rows.values() for s in row.scores.get(model, [])]
         write_records(run.path(f"scores/{model}.jsonl"), scores)
@@ -57,7 +58,7 @@ def measure(config: Config, run: Run, suites: Sequence[Suite], leaks: Leaks) -> 
         )
         for model in ("base", "student")
     }
-    tests = tests_of(clean_rows)
+    tests = tests_of(clean_rows, find)
     judged = read_judge(config, run, clean, clean_answers, certainty)
     if judged and (word := judged.acceptance(will_do(clean_rows, clean_answers))):
         tests.insert(0, word)  # a checker's word on its task counts for more
@@ -134,9 +135,11 @@ def limit(config: Config) -> int:
     return config.evaluation.max_new_tokens or config.teacher.max_new_tokens
 
 
-def measure_task(task: str, items: Sequence[Item], answers: results.Models) -> Measured:
+def measure_task(
+    task: str, items: Sequence[Item], answers: results.Models, find: FindTask = shipped
+) -> Measured:
     """Score all models on a task: by its checker where it has one and what that needs, else by agreement."""
-    known = load_task(task) if task_path(task).is_file() else None
+    known = find(task)
     checker = known.checker if known else None
     if checker and checker["kind"] in NEEDS_REFERENCE:
         there = any(item.reference for item in items if item.task == task)
@@ -144,12 +147,10 @@ def measure_task(task: str, items: Sequence[Item], answers: results.Models) -> M
     return results.measure_task(task, items, answers, (known and known.metric) or "", checker)
 
 
-def tests_of(rows: Mapping[str, Measured]) -> list[Acceptance]:
+def tests_of(rows: Mapping[str, Measured], find: FindTask = shipped) -> list[Acceptance]:
     """Return the tests of what the student answered: the checkers of the tasks that were measured by theirs."""
-    checkers = {
-        task: load_task(task).checker for task, row in rows.items() if row.scores.get("teacher")
-    }
-    return [by_checker(rows[task], checker) for task, checker in checkers.items() if checker]
+    tasks = [(row, find(name)) for name, row in rows.items() if row.scores.get("teacher")]
+    return [by_checker(row, task.checker) for row, task in tasks if task and task.checker]
 
 
 def asked(config: Config, items: Sequence[Item]) -> dict[str, Any]:

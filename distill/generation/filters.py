@@ -21,7 +21,7 @@ from distill.progress import console
 from distill.records import SPLITS, Document, Pair, Prompt, Record, Response, Split
 from distill.run import Run
 from distill.store import read_records, write_json, write_records
-from distill.tasks import checker_of, task_path
+from distill.tasks import FindTask, shipped, tasks_of_run
 
 Filter = Callable[[Prompt, Response], str | None]
 
@@ -59,7 +59,7 @@ def main(config: Config, run: Run) -> None:
         (p for p in pairs if splits[p.prompt.document_id] != "heldout"),
         (p for p in prompts.values() if splits[p.document_id] == "heldout"),
     )
-    filters = [*chosen(config.filters), contaminated(leaks)]
+    filters = [*chosen(config.filters, tasks_of_run(run.folder)), contaminated(leaks)]
     dropped: list[Dropped] = []
     kept: dict[Split, list[Pair]] = {}
     for split in SPLITS:
@@ -102,7 +102,7 @@ def _prompts(run: Run) -> list[Prompt]:
     return read_records(run.path("prompts.jsonl"), Prompt) + more
 
 
-def chosen(settings: Filters) -> list[Filter]:
+def chosen(settings: Filters, find: FindTask = shipped) -> list[Filter]:
     """Return the filters that the config turns on, in the order in which they give the reason."""
     switches: list[tuple[bool, Filter]] = [
         (True, failed),
@@ -110,8 +110,8 @@ def chosen(settings: Filters) -> list[Filter]:
         (settings.empty, empty),
         (settings.refusal, refusal),
         (settings.repetition, repetition),
-        (settings.wrong_format, wrong_format),
-        (settings.failed_checker, failed_checker),
+        (settings.wrong_format, wrong_format(find)),
+        (settings.failed_checker, failed_checker(find)),
         (settings.max_answer_tokens is not None, too_long(settings.max_answer_tokens or 0)),
     ]
     return [given for on, given in switches if on]
@@ -175,30 +175,27 @@ def repetition(prompt: Prompt, response: Response) -> str | None:
     return "repetition" if any(normalised(piece) for piece in circles) else None
 
 
-def wrong_format(prompt: Prompt, response: Response) -> str | None:
-    """Drop an answer that is not in the form its task asks for (JSON, code)."""
-    return _unless_passed(prompt, response, "wrong format", FORMATS.__contains__)
+def wrong_format(find: FindTask) -> Filter:
+    """Return the filter that drops an answer without the form that its task asks for."""
+    return _unless_passed(find, "wrong format", FORMATS.__contains__)
 
 
-def failed_checker(prompt: Prompt, response: Response) -> str | None:
-    """Drop an answer that its task's checker rejects; one that needs a reference is asked only where there is one."""
-    return _unless_passed(prompt, response, "failed checker", lambda kind: kind not in FORMATS)
+def failed_checker(find: FindTask) -> Filter:
+    """Return the filter that drops what a task's checker rejects; one that needs a reference is asked where there is one."""
+    return _unless_passed(find, "failed checker", lambda kind: kind not in FORMATS)
 
 
-def _unless_passed(
-    prompt: Prompt, response: Response, reason: str, applies: Callable[[str], bool]
-) -> str | None:
-    checker = _checker(prompt)
-    if checker is None or not applies(checker["kind"]):
-        return None
-    if checker["kind"] in NEEDS_REFERENCE and not (prompt.reference or "").strip():
-        return None
-    return None if check(checker, prompt, response.text).passed else reason
+def _unless_passed(find: FindTask, reason: str, applies: Callable[[str], bool]) -> Filter:
+    def filter_(prompt: Prompt, response: Response) -> str | None:
+        task = find(prompt.task)
+        checker = task and task.checker
+        if not checker or not applies(checker["kind"]):
+            return None
+        if checker["kind"] in NEEDS_REFERENCE and not (prompt.reference or "").strip():
+            return None
+        return None if check(checker, prompt, response.text).passed else reason
 
-
-def _checker(prompt: Prompt) -> dict[str, Any] | None:
-    """Return the checker of a prompt's task; a task that has no file has none."""
-    return checker_of(prompt.task) if task_path(prompt.task).is_file() else None
+    return filter_
 
 
 def too_long(most: int) -> Filter:
