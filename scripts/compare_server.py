@@ -81,19 +81,22 @@ def difference(
     return {"place": place, "nats": tie(exact.network, prompt, ours, ids, place)}
 
 
-def compare(config: Config, model: str, dtype: str, every: int) -> dict[str, Any]:
+def compare(config: Config, given: argparse.Namespace) -> dict[str, Any]:
     """Answer here what the run asked of the server, and compare."""
+    model, date = given.model or config.teacher.model, config.template_date
     folder = config.runs / config.name
-    theirs, same = served_answers(config, read_records(folder / "prompts.jsonl", Prompt)[::every])
+    theirs, same = served_answers(
+        config, read_records(folder / "prompts.jsonl", Prompt)[:: given.every]
+    )
     prompts = [p for p in read_records(folder / "prompts.jsonl", Prompt) if p.id in theirs]
-    responder = LocalResponder.load(model, dtype, date=config.template_date)
+    responder = LocalResponder.load(model, given.dtype, date=date, slots=given.slots)
     requests = requests_of(config, responder.origin, prompts)
     ours = local_answers(responder, requests, config.store_folder() / "responses")
     pairs = {p: (ours[p.id][0], theirs[p.id]) for p in prompts}
     equal = [p for p, (a, b) in pairs.items() if a.text == b.text]
     stripped = [p for p, (a, b) in pairs.items() if a.text != b.text and _bare(a) == _bare(b)]
     apart = [p for p in prompts if p not in equal and p not in stripped]
-    exact = LocalResponder.load(model, "float32", date=config.template_date) if apart else None
+    exact = LocalResponder.load(model, "float32", date=date) if apart else None
     return {
         "answers": len(prompts),
         "same_requests": same,
@@ -106,8 +109,7 @@ def compare(config: Config, model: str, dtype: str, every: int) -> dict[str, Any
             for p in apart
             if exact
         },
-        "dtype": str(responder.network.dtype) if "network" in vars(responder) else dtype,
-        "torch": torch.__version__,
+        "settings": {"dtype": given.dtype, "slots": given.slots, "torch": torch.__version__},
     }  # fmt: skip
 
 
@@ -138,11 +140,12 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--model", help="the local model; without it, the run's teacher.model")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    parser.add_argument("--slots", type=int, help="1 answers one at a time, as a plain server does")
     parser.add_argument("--every", type=int, default=1, help="compare every n-th prompt only")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     config = load_config(given.run / "config.json")
-    found = compare(config, given.model or config.teacher.model, given.dtype, given.every)
+    found = compare(config, given)
     show(found)
     if given.json:
         write_json(given.json, found)
