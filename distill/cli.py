@@ -14,12 +14,11 @@ import typer
 from rich.console import Console
 
 from distill.config import load_config
-from distill.environment import environment
 from distill.errors import DistillError, Exit, exit_code
 from distill.progress import say
 from distill.run import Run, Stage
 from distill.stages import STAGES
-from distill.store import write_json
+from distill.store import sha256_file, write_json
 
 app = typer.Typer(
     help="Turn a teacher model and a corpus into a small open model, and say what it kept and cost.",
@@ -89,17 +88,27 @@ def permit_code(
 def perform(run: Run, stages: Sequence[Stage], redo: Sequence[Stage] = ()) -> None:
     """Do what is left of `stages` under the run's lock, after checking all of them for other settings."""
     with run.lock():
-        states = [run.checked_state(stage) for stage in stages if stage not in redo]
+        for stage in stages:
+            if stage not in redo:
+                run.checked_state(stage)
         run.remake(redo)
         write_json(run.path("config.json"), run.config.resolved())
-        if redo or set(states) != {"done"}:
-            run.note("environment", environment())
+        run.note("config_sha256", sha256_file(run.path("config.json")))
         for stage in stages:
             require_inputs(run, stage)
             if run.perform(stage):
+                if stage.name in CHECKING:
+                    note_programs(run, stage)
                 say(f"{stage.name}: done")
             else:
                 say(f"{stage.name}: done before, reused")
+
+
+def note_programs(run: Run, stage: Stage) -> None:
+    """Record in the manifest whether a stage that checks answers could run programs, and how."""
+    from distill.sandbox.run import allowed
+
+    run.note("programs", {**run.manifest().get("programs", {}), stage.name: allowed()})
 
 
 def require_inputs(run: Run, stage: Stage) -> None:

@@ -1,14 +1,17 @@
-"""What a run was made with: versions, source revision, processor and threads. Imports no torch."""
+"""What a run was made with: code, versions, processor and threads. Imports no torch."""
 
+import hashlib
 import os
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from distill import __version__
 
+PACKAGE = Path(__file__).resolve().parent
 LIBRARIES = (
     "torch",
     "transformers",
@@ -28,6 +31,7 @@ def environment() -> dict[str, Any]:
     return {
         "distill": __version__,
         "revision": revision(),
+        "code_sha256": code_hash(),
         "python": platform.python_version(),
         "libraries": {name: found for name in LIBRARIES if (found := installed(name))},
         "platform": platform.platform(),
@@ -45,9 +49,21 @@ def installed(name: str) -> str | None:
         return None
 
 
+@cache
+def code_hash() -> str:
+    """Hash the names and contents of the package's files, which a checkout and an installed package have alike."""
+    found = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*")):
+        if path.suffix in (".py", ".html"):
+            found.update(f"{path.relative_to(PACKAGE).as_posix()}\n".encode())
+            found.update(hashlib.sha256(path.read_bytes()).digest())
+    return found.hexdigest()
+
+
+@cache
 def revision() -> str | None:
     """Return the commit of the source tree, with `+` where it has changes; None outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
+    root = PACKAGE.parent
     if not (root / ".git").exists():
         return None
     try:

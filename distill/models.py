@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TABLE = Path("configs/models.yaml")
+MAX_HEADER = 100_000_000  # bytes, as the safetensors format allows
+BLOCK = 1 << 20  # bytes read at once
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPES |= {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
 COMMIT = re.compile(r"[0-9a-f]{40}")
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]  # what is taken from the Hub
@@ -367,6 +371,57 @@ def load_model(
         what = f"could not be loaded: {_first_line(error)}"
         raise DistillError(Exit.TRAINING, f"model {reference}", what, "check the model") from None
     return model.eval()
+
+
+def digest_weights(model: Any, dtype: "torch.dtype | None" = None) -> str:
+    """Hash a model's weights as a file of them would hold them: names in order, dtypes, shapes and bytes.
+
+    With `dtype` they are hashed as if they had been cast to it first. A name that is tied to another is left out.
+    """
+    found, state = hashlib.sha256(), model.state_dict()
+    for name in sorted(state.keys() - set(model.all_tied_weights_keys)):
+        tensor = state[name].detach()
+        if dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        found.update(_heading(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)))
+        found.update(memoryview(_bytes(tensor)))
+    return found.hexdigest()
+
+
+def _heading(name: str, dtype: str, shape: list[int]) -> bytes:
+    return f"{name} {dtype} {shape}\n".encode()
+
+
+def _bytes(tensor: "torch.Tensor") -> Any:
+    """Return a tensor's bytes, in its own dtype."""
+    import torch
+
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def digest_file(path: Path) -> tuple[str, str]:
+    """Hash the weights in a safetensors file as `digest_weights` does, and name their dtype; loads no torch.
+
+    The file begins with the length of its header, then the header: JSON of each tensor's dtype, shape and place
+    (https://huggingface.co/docs/safetensors). Raises DistillError (exit 8) where it is no such file.
+    """
+    found, dtypes = hashlib.sha256(), set[str]()
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length if length < MAX_HEADER else 0))
+            header.pop("__metadata__", None)
+            for name in sorted(header):
+                (begin, end), dtype = header[name]["data_offsets"], DTYPES[header[name]["dtype"]]
+                found.update(_heading(name, dtype, header[name]["shape"]))
+                dtypes.add(dtype)
+                file.seek(8 + length + begin)
+                for place in range(begin, end, BLOCK):
+                    found.update(file.read(min(BLOCK, end - place)))
+    except (ValueError, LookupError, TypeError, AttributeError):
+        fix = "make the release again: distill publish RUN"
+        raise DistillError(Exit.EVALUATION, path, "is no safetensors file", fix) from None
+    return found.hexdigest(), " and ".join(sorted(dtypes))
 
 
 def _four_bit() -> Any:

@@ -3,6 +3,9 @@
 A stage is fresh, unfinished, done or stale. A stale one (its config keys or inputs changed) stops with the keys that
 differ, until `--redo` sets its old outputs aside under `.old/`; nothing is ever overwritten silently. A stage that was
 killed is unfinished: the same settings continue it, and its seconds until then are in the ledger.
+
+What a later reader can check (`distill verify`): a finished stage's marker holds the SHA-256 of every file that it
+wrote, the manifest that of every marker and what the stage was made with, and the manifest ends with its own.
 """
 
 import os
@@ -18,22 +21,28 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distill.config import Config
+from distill.environment import environment
 from distill.errors import DistillError, Exit
 from distill.records import LedgerEntry
 from distill.store import (
     FolderLock,
     append_record,
+    as_json,
     disk_faults,
     read_json,
     read_records,
     sha256_file,
+    sha256_files,
+    sha256_text,
     sweep,
+    write_atomic,
     write_json,
 )
 
 State = Literal["fresh", "unfinished", "done", "stale"]
 HEARTBEAT = 5.0  # seconds between the signs of life of a running stage
 SHOWN = 6  # differences, or names of files, in a message
+SEAL = "sha256"  # the manifest's last key
 HASH = re.compile(r"[0-9a-f]{32,64}")
 
 
@@ -145,9 +154,26 @@ class Run:
             self._account_for_the_killed(name)
         mark = {"fingerprint": self.fingerprint(stage), "finished": False, "begun": now()}
         write_json(self.marker(stage), mark)
+        self._note_stage(stage, {"environment": environment()})
         with self._ledger(stage.name, mark["begun"]), heartbeat(self.marker(stage)):
             stage.main(self.config, self)
-        write_json(self.marker(stage), {**mark, "finished": True, "at": now()})
+        self._finish(stage, {**mark, "finished": True, "at": now()})
+
+    def _finish(self, stage: Stage, mark: dict[str, Any]) -> None:
+        """Write the marker of a finished stage, with the hashes of what it wrote and of the ledger so far."""
+        with disk_faults(self.folder):
+            outputs = sha256_files(self.folder, stage.outputs)
+            ledger = sha256_file(self.path("ledger.jsonl"))
+        text = as_json({**mark, "outputs": outputs, "ledger": ledger})
+        self._note_stage(stage, {**self.made_with(stage.name), "marker": sha256_text(text)})
+        write_atomic(self.marker(stage), text)
+
+    def _note_stage(self, stage: Stage, facts: dict[str, Any]) -> None:
+        self.note("stages", {**self.manifest().get("stages", {}), stage.name: facts})
+
+    def made_with(self, stage: str) -> dict[str, Any]:
+        """Return what the manifest says that a stage was made with: its `environment`, and later its marker's hash."""
+        return self.manifest().get("stages", {}).get(stage, {})
 
     def _set_aside(self, stage: Stage) -> None:
         """Move the stage's outputs, then its marker, to `.old/`, numbered: a crash between leaves it to do again."""
@@ -260,14 +286,19 @@ class Run:
         return read_records(path, LedgerEntry, torn=True) if path.exists() else []
 
     def note(self, key: str, value: Any) -> None:
-        """Record a fact (a hash, a version, a count) in the manifest."""
-        path = self.path("manifest.json")
-        write_json(path, {**(read_json(path) if path.exists() else {}), key: value})
+        """Record a fact (a hash, a version, a count) in the manifest, which is sealed anew."""
+        write_atomic(self.path("manifest.json"), sealed({**self.manifest(), key: value}))
 
     def manifest(self) -> dict[str, Any]:
-        """Return the manifest so far."""
+        """Return the manifest so far, without its seal."""
         path = self.path("manifest.json")
-        return read_json(path) if path.exists() else {}
+        facts = read_json(path) if path.exists() else {}
+        return {key: value for key, value in facts.items() if key != SEAL}
+
+
+def sealed(manifest: dict[str, Any]) -> str:
+    """Return the text of a manifest with its own SHA-256 at its end."""
+    return as_json({**manifest, SEAL: sha256_text(as_json(manifest))})
 
 
 def _sum(dollars: Iterable[Decimal | None]) -> Decimal | None:

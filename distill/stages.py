@@ -99,7 +99,7 @@ STAGES: tuple[Stage, ...] = (
         "report",
         tuple(f"evaluation.{key}" for key in MONEY),
         ("evaluation.json", "requests.jsonl", "training.json", "funnel.json"),
-        ("scorecard.json", "scorecard.md", "report.html"),
+        ("prices.json", "scorecard.json", "scorecard.md", "report.html"),
         _lazy("distill.evaluation.report"),
         purpose="write the scorecard and the report",
     ),

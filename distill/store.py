@@ -64,6 +64,17 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_text(text: str) -> str:
+    """Return the SHA-256 of a text's UTF-8 bytes: what `sha256_file` says of a file that holds it."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def sha256_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Hash files, and all files below folders, by their path below `folder`; what is not there is left out."""
+    files = [p for name in names for p in sorted([folder / name, *(folder / name).rglob("*")])]
+    return {p.relative_to(folder).as_posix(): sha256_file(p) for p in files if p.is_file()}
+
+
 def fsync_folder(folder: Path) -> None:
     """Make the names in a folder durable."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -99,11 +110,14 @@ def sweep(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def as_json(value: Any) -> str:
+    """Return the text of a JSON file of ours: indented, one trailing newline, no NaN."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
-    write_atomic(
-        path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
-    )
+    write_atomic(path, as_json(value))
 
 
 def _read(path: Path) -> bytes:

@@ -53,7 +53,8 @@ def test_stages_run_alone_and_are_reused(config, capsys):
         code, _, lines = say(capsys, stage, config)
         assert (code, lines[-1]) == (0, f"{stage}: done")
     assert json.loads(Path("runs/mine/config.json").read_text())["name"] == "mine"
-    assert "libraries" in json.loads(Path("runs/mine/manifest.json").read_text())["environment"]
+    made = json.loads(Path("runs/mine/manifest.json").read_text())["stages"]["corpus"]
+    assert "libraries" in made["environment"]
     assert len(Path("runs/mine/dataset/train.jsonl").read_text().splitlines()) == 14
     assert say(capsys, "filter", "runs/mine")[2] == ["filter: done before, reused"]
 

@@ -1,7 +1,8 @@
 """A run in money, from its files: what its requests cost each model, what the distillation cost, what it saves.
 
 Reads `requests.jsonl`, `timings/`, the ledger and the price table; asks nothing. So another price, volume or utilisation
-needs a new report and nothing else.
+needs a new report and nothing else. The price table is kept in `prices.json` as it was on the day of the report, so
+that the same report can be made again on another day.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,8 +24,9 @@ from distill.evaluation.words import plain_numbers
 from distill.generation.prices import PriceBook, load_prices
 from distill.records import LedgerEntry, Response, Usage
 from distill.run import Run
-from distill.store import read_records
+from distill.store import read_json, read_records, write_json
 
+PRICES = "prices.json"
 UNSTATED = "what the recorded answers cost is not stated (teacher.dollars)"
 NOT_MEASURED = "the student's difference to the teacher is not known: no task has a checker"
 
@@ -33,7 +35,7 @@ def accounts(config: Config, run: Run, overall: Mapping[str, Any] | None) -> dic
     """Return the scorecard's `cost` and `economics`; `overall` is the result of all checks together."""
     settings = config.evaluation
     requests = read_records(run.path("requests.jsonl"), Asked)
-    book = load_prices(settings.prices)
+    book = kept_prices(config, run)
     own, student = teacher_tariff(config, book), machine_tariff(config, book)
     costs = {
         model: request_cost(
@@ -58,6 +60,14 @@ def accounts(config: Config, run: Run, overall: Mapping[str, Any] | None) -> dic
     found = economics(requests, assumed, certainty, compared, quality)
     cost = {**{m: c.model_dump() for m, c in costs.items()}, "distillation": spent.model_dump()}
     return plain_numbers({"cost": cost, "economics": found.model_dump()})
+
+
+def kept_prices(config: Config, run: Run) -> PriceBook:
+    """Return the run's price book: the table of the day on which its report was first made."""
+    path = run.path(PRICES)
+    if not path.exists():
+        write_json(path, load_prices(config.evaluation.prices).facts())
+    return PriceBook.of_facts(read_json(path))
 
 
 def answers_of(run: Run) -> list[Usage]:

@@ -73,6 +73,9 @@ def student_responder(
     told["adapter_sha256"] = sha256_file(adapter / ADAPTER) if adapter else None
     model = load_student(student, adapter)
     origin = digest({**told, "dtype": str(model.dtype)})
+    told["dtype"] = str(model.dtype).removeprefix("torch.")
+    if adapter:  # so that publishing can tell whether it releases these very weights
+        told["merged_sha256"] = models.digest_weights(model)
     return LocalResponder(model, tokenizer, name, origin, date, config.evaluation.slots), told
 
 

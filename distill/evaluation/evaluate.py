@@ -17,7 +17,7 @@ from distill.evaluation.items import held_out_items
 from distill.evaluation.judging import ask_judge
 from distill.evaluation.leaks import find_leaks, refuse_all_leaked
 from distill.evaluation.measure import measure, read_answers
-from distill.evaluation.suite_scores import write_answers
+from distill.evaluation.suite_scores import write_answers, write_suites
 from distill.evaluation.suites import Suite, load_suites
 from distill.records import Item, Pair
 from distill.run import Run
@@ -41,6 +41,7 @@ def answer(
     described, answered = answer_with_student(config, run, pairs, suites)
     taught = answer_with_teacher(config, run, suites)
     time_teacher(config, run, pairs)
+    write_suites(run.path("answers/suites.json"), suites)
     models = {"teacher": describe_teacher(config), **described}
     write_json(run.path("answers/models.json"), models)
     write_records(run.path("answers/teacher.jsonl"), [pair.response for pair in pairs])

@@ -76,7 +76,7 @@ def measure(config: Config, run: Run, suites: Sequence[Suite], leaks: Leaks) -> 
                 "judge": judged and judged.told,
                 "settings": {**certainty._asdict(), **asked(config, items)},
                 "corpus": run.manifest().get("corpus", {}),
-                "environment": run.manifest().get("environment", {}),
+                "environment": run.made_with("evaluate").get("environment", {}),
             }
         ),
     )

@@ -3,7 +3,7 @@
 A suite stands apart from the held-out items: it never enters the headline.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from distill.evaluation import results
 from distill.evaluation.results import Measured
 from distill.evaluation.statistics import Certainty
 from distill.evaluation.suites import Part, Suite
-from distill.records import Response
-from distill.store import write_records
+from distill.records import Item, Response
+from distill.store import read_json, write_json, write_records
+from distill.tasks import Task
 
 Models = Mapping[str, Mapping[str, Response]]
 
@@ -62,3 +63,34 @@ def write_answers(folder: Path, suite: Suite, answers: Models) -> None:
     for model, given in answers.items():
         path = folder / f"answers/{suite.name}/{model}.jsonl"
         write_records(path, [given[i.id] for i in suite.items if i.id in given])
+
+
+def write_suites(path: Path, suites: Sequence[Suite]) -> None:
+    """Keep suites as they were asked: what they were read from may change, or be fetched from elsewhere."""
+    write_json(path, [_plain(suite) for suite in suites])
+
+
+def _plain(suite: Suite) -> dict[str, Any]:
+    parts = [
+        {
+            "task": part.task.model_dump(mode="json"),
+            "items": [item.model_dump(mode="json") for item in part.items],
+            "max_new_tokens": part.max_new_tokens,
+        }
+        for part in suite.parts
+    ]
+    told = {"name": suite.name, "ask_teacher": suite.ask_teacher, "facts": dict(suite.facts)}
+    return {**told, "parts": parts}
+
+
+def read_suites(path: Path) -> list[Suite]:
+    """Read what `write_suites` kept."""
+    return [
+        Suite(row["name"], row["ask_teacher"], tuple(map(_part, row["parts"])), row["facts"])
+        for row in read_json(path)
+    ]
+
+
+def _part(row: Mapping[str, Any]) -> Part:
+    items = tuple(Item.model_validate(item) for item in row["items"])
+    return Part(Task.model_validate(row["task"]), items, row["max_new_tokens"])

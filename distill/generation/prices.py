@@ -4,12 +4,12 @@ A price that is not in the book, or that is older than a year, is unknown: the c
 show, and unknown never becomes 0. Money is Decimal throughout.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import date
 from decimal import Decimal
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, ValidationError
 
@@ -78,6 +78,18 @@ class PriceBook:
         self, machines: Iterable[MachinePrice], tokens: Iterable[TokenPrice], today: date
     ) -> None:
         self.machines, self.tokens, self.today = tuple(machines), tuple(tokens), today
+
+    def facts(self) -> dict[str, Any]:
+        """Return the book as JSON values: its day, and its rows in their order."""
+        rows = {"machines": self.machines, "tokens": self.tokens}
+        shown = {kind: [row.model_dump(mode="json") for row in of] for kind, of in rows.items()}
+        return {"today": self.today.isoformat(), **shown}
+
+    @classmethod
+    def of_facts(cls, facts: Mapping[str, Any]) -> "PriceBook":
+        """Read what `facts` returned."""
+        table = _Table(machines=facts["machines"], tokens=facts["tokens"])
+        return cls(table.machines, table.tokens, date.fromisoformat(facts["today"]))
 
     def machine(self, name: str | None) -> MachinePrice | None:
         """Return the hourly price of the machine called `name`, or None."""

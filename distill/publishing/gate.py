@@ -54,13 +54,24 @@ def _mean(row: Any) -> float | None:
     return ((row or {}).get("student_minus_base") or {}).get("mean")
 
 
-def weights(fidelity: Fidelity) -> list[Finding]:
-    """Return what speaks against the merged weights: they are not those that were evaluated."""
-    if fidelity.same:
-        return []
-    what = f"is not the adapter that was evaluated: {fidelity.line()}"
-    fix = "train and evaluate in the dtype of the base"
-    return [Finding(where="the merged model", what=what, fix=fix)]
+def weights(fidelity: Fidelity, evaluated: str | None = None) -> list[Finding]:
+    """Return what speaks against the merged weights: they are not those that were evaluated, by hash or by what they say.
+
+    `evaluated` is the hash that the evaluation recorded of the merged weights, where it did.
+    """
+    where, found = "the merged model", []
+    if evaluated and fidelity.merged_sha256 and evaluated != fidelity.merged_sha256:
+        what = (
+            f"evaluated and released weights differ: {evaluated[:12]} was evaluated, "
+            f"this is {fidelity.merged_sha256[:12]}"
+        )
+        fix = "--redo evaluate, or publish where it was evaluated: another processor adds otherwise"
+        found.append(Finding(where=where, what=what, fix=fix))
+    if not fidelity.same:
+        what = f"is not the adapter that was evaluated: {fidelity.line()}"
+        fix = "train and evaluate in the dtype of the base"
+        found.append(Finding(where=where, what=what, fix=fix))
+    return found
 
 
 def pass_gate(findings: Sequence[Finding], override: str | None) -> list[str]:

@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch.nn.functional import kl_div, log_softmax
 
 from distill.errors import DistillError, Exit
-from distill.models import check_base, fetch, load_model
+from distill.models import check_base, digest_weights, fetch, load_model, pick_dtype
 from distill.records import Record
 from distill.store import read_json
 
@@ -38,6 +38,7 @@ class Fidelity(Record):
     largest_logit_difference: float
     mean_kl: float
     greedy_agreement: float
+    merged_sha256: str | None = None  # of the merged weights in the dtype of the evaluation
 
     @property
     def same(self) -> bool:
@@ -65,7 +66,7 @@ def merge_and_compare(
 ) -> Fidelity:
     """Write the merged model into `target` and compare it with base and adapter as they were evaluated.
 
-    `dtype` is that of the evaluation; `loading` are the flags of `load_model`. One model is in memory at a time.
+    Its weights are hashed too, in the dtype of the evaluation: those that were evaluated have the same hash. `dtype` is that of the evaluation; `loading` are the flags of `load_model`. One model is in memory at a time.
     Raises DistillError: exit 7 where the adapter belongs to another base, 9 where there is nothing to compare on.
     """
     if not conversations:
@@ -75,23 +76,34 @@ def merge_and_compare(
     before = answer_logits(PeftModel.from_pretrained(base, str(adapter)), conversations)
     del base
     gc.collect()
-    merge(reference, revision, adapter, target, **loading)
+    merged = merge(reference, revision, adapter, target, dtype, **loading)
     after = answer_logits(load_model(f"{target.resolve()}", dtype), conversations)
-    return compare(before, after, len(conversations))
+    found = compare(before, after, len(conversations))
+    return found.model_copy(update={"merged_sha256": merged})
 
 
 def merge(
-    reference: str, revision: str | None, adapter: Path, target: Path, **loading: Any
-) -> None:
-    """Add the adapter to the base in float32, cast once to the base's own dtype, and write safetensors."""
+    reference: str,
+    revision: str | None,
+    adapter: Path,
+    target: Path,
+    dtype: str = "auto",
+    **loading: Any,
+) -> str:
+    """Add the adapter to the base in float32, cast once to the base's own dtype, and write safetensors.
+
+    Returns the hash of the sum in `dtype`.
+    """
     base = load_model(reference, "float32", revision, **loading)
     stored = read_json(fetch(reference, revision) / "config.json")
     merged: Any = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True)
+    found = digest_weights(merged, pick_dtype(dtype))
     name = stored.get("dtype") or stored.get("torch_dtype") or "float32"
     merged = merged.to(getattr(torch, name))
     merged.config.name_or_path = ""  # else the folder of this machine is written into the config
     vars(merged.config).pop("_model_name_or_path", None)  # a GGUF's own title, not a model's id
     merged.save_pretrained(target, max_shard_size="100GB")
+    return found
 
 
 @torch.inference_mode()

@@ -30,7 +30,14 @@ from distill.publishing.push import check_name, push
 from distill.publishing.scan import scan
 from distill.records import Pair
 from distill.run import Run
-from distill.store import fsync_folder, read_json, read_records, sha256_file, write_json
+from distill.store import (
+    fsync_folder,
+    read_json,
+    read_records,
+    sha256_file,
+    sha256_files,
+    write_json,
+)
 from distill.training.encode import encode_pairs
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "base.json")
@@ -72,8 +79,9 @@ def main(
     shutil.rmtree(work, ignore_errors=True)
     (work / "adapter").mkdir(parents=True)
     write_notices(terms.owed, config.terms.agreement, work)
-    fidelity = add_models(config, run, work)
-    overridden += pass_gate(weights(fidelity), override)
+    told = scorecard["models"]["student"]
+    fidelity = add_models(config, run, work, told.get("dtype", config.student.dtype))
+    overridden += pass_gate(weights(fidelity, told.get("merged_sha256")), override)
     for name in REPORT:
         copy_plain(run.path(name), work / name)
     write_json(work / "fidelity.json", fidelity.model_dump())
@@ -91,6 +99,7 @@ def main(
     make_card(facts, scorecard, fidelity).save(work / "README.md")
     scan(work, (str(run.folder.resolve()), str(Path.cwd())))
     release = put_in_place(work, run.path("release"))
+    run.note("release", sha256_files(run.folder, ["release"]))
     say(f"release: {release} ({', '.join(sorted(p.name for p in release.iterdir()))})")
     if repository:
         push(release, repository, public)
@@ -162,8 +171,11 @@ def model_name(config: Config, repository: str | None) -> str:
     return config.publish.model_name or (repository or config.name).split("/")[-1]
 
 
-def add_models(config: Config, run: Run, work: Path) -> Fidelity:
-    """Put adapter, merged model and tokenizer into `work`; return how far merged and adapter are apart."""
+def add_models(config: Config, run: Run, work: Path, dtype: str) -> Fidelity:
+    """Put adapter, merged model and tokenizer into `work`; return how far merged and adapter are apart.
+
+    `dtype` is that of the evaluation.
+    """
     student, adapter = config.student, run.path("adapter")
     for name in ADAPTER:
         copy_plain(adapter / name, work / "adapter" / name)
@@ -174,7 +186,7 @@ def add_models(config: Config, run: Run, work: Path) -> Fidelity:
         work / "adapter",
         work,
         conversations(config, run),
-        student.dtype,
+        dtype,
         allow_pickle=student.allow_pickle,
         trust_remote_code=student.trust_remote_code,
     )
