@@ -70,8 +70,9 @@ def test_answer_loss_is_transformers_own_in_the_order_of_the_pairs(tmp_path):
     longest = max(len(encode_pair(tokenizer, p, DATE).input_ids) for p in rows)
     found = answer_loss(model, tokenizer, rows, DATE, max_length=longest - 1)
     assert model.config._attn_implementation == "sdpa"
-    assert found.count((0.0, 0, 0)) >= 1
-    for pair, (total, count, hits) in zip(rows, found, strict=True):
+    assert found.count(Reading(loss=0.0, tokens=0, hits=0)) >= 1
+    for pair, reading in zip(rows, found, strict=True):
+        total, count, hits = reading.loss, reading.tokens, reading.hits
         example = encode_pair(tokenizer, pair, DATE)
         if len(example.input_ids) == longest:
             assert (total, count, hits) == (0.0, 0, 0)
