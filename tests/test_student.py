@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig
 
 from distill.errors import DistillError
+from distill.records import Reading
 from distill.training.encode import encode_pair
 from distill.training.student import Batch, answer_loss, make_student
 from tests.test_layers import adapted, examples
