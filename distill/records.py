@@ -234,6 +234,8 @@ class Scorecard(Record):
     contamination: dict[str, Any] = {}
     suites: dict[str, Any] = {}
     external: dict[str, Any] = {}
+    judge: dict[str, Any] = {}
+    failures: dict[str, Any] = {}
     cost: dict[str, Any]
     economics: dict[str, Any] = {}
     corpus: dict[str, Any]

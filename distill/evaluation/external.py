@@ -122,6 +122,12 @@ def of_this_student(run: Run, adapter_sha256: str | None) -> dict[str, Any]:
     return found if found.get("adapter_sha256") == adapter_sha256 else {}
 
 
+def table_of(found: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the head and the rows of a table of what another harness found."""
+    head = (found["harness"], "n", "metric", "student", "standard error")
+    return head, rows(found)
+
+
 def rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Return the results as rows of text: task, items, metric, value, standard error."""
     return [

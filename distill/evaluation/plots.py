@@ -24,6 +24,15 @@ class Point(NamedTuple):
     high: float | None
 
 
+class Span(NamedTuple):
+    """An amount with its interval, where that is known."""
+
+    name: str
+    value: float
+    low: float | None
+    high: float | None
+
+
 class Frame(NamedTuple):
     """The plane of a plot: its size in pixels and the values at its edges."""
 
@@ -33,11 +42,12 @@ class Frame(NamedTuple):
     x_high: float
     y_low: float
     y_high: float
+    left: int = LEFT
 
     def x(self, value: float) -> float:
         """Return the pixel of an x value."""
         part = (value - self.x_low) / (self.x_high - self.x_low)
-        return round(LEFT + part * (self.width - LEFT - RIGHT), 1)
+        return round(self.left + part * (self.width - self.left - RIGHT), 1)
 
     def y(self, value: float) -> float:
         """Return the pixel of a y value."""
@@ -85,18 +95,87 @@ def quality_against_cost(
     top = 100.0 if highest > 50 else min(100.0, highest * 1.3 + 1)
     frame = Frame(width, 320, 0.0, max(p.x for p in points) * 1.15 or 1.0, 0.0, top)
     parts = [axes(frame, x_label, y_label, x_form)]
+    taken: list[tuple[float, float]] = []
     for point in points:
         x, y = frame.x(point.x), frame.y(point.y)
         if point.low is not None and point.high is not None:
-            low, high = frame.y(point.low), frame.y(point.high)
-            parts += [_line(x, low, x, high, f"whisker {point.name}")]
-            parts += [_line(x - 5, end, x + 5, end, f"whisker {point.name}") for end in (low, high)]
+            parts += _whisker(x, frame.y(point.low), x, frame.y(point.high), point.name)
+        parts.append(mark(point.name, x, y))
+        side, beside = ("end", x - 14) if x > frame.width * 0.6 else ("", x + 14)
+        line = _free(beside, y + 5, taken)
+        parts.append(_text(beside, line, point.name, f"name {side}"))
+    told = "; ".join(_told(p, f"{p.name} at {x_form.format(p.x)}:") for p in points)
+    return _svg(frame, parts, f"Quality against cost. {y_label} by {x_label}: {told}")
+
+
+def spans(found: Sequence[Span], width: int, x_label: str, main: str) -> Markup:
+    """Draw amounts with their intervals one below the other, and the line of 0; `main` is drawn filled."""
+    if not found:
+        return EMPTY
+    ends = [0.0, *(end for s in found for end in (s.value, s.low, s.high) if end is not None)]
+    room = 0.06 * (max(ends) - min(ends)) or 1.0
+    frame = Frame(
+        width, 56 * len(found) + BOTTOM + 12, min(ends) - room, max(ends) + room, 0.0, 1.0, 20
+    )
+    floor = frame.height - BOTTOM
+    parts = [_line(frame.x(0.0), 4, frame.x(0.0), floor, "axis zero")]
+    for value in ticks(frame.x_low, frame.x_high, max(2, width // 110)):
+        parts.append(_text(frame.x(value), floor + 18, dollars(value), "tick mid"))
+    parts.append(_line(frame.left, floor, width - RIGHT, floor, "axis"))
+    parts.append(_text(width / 2, frame.height - 6, x_label, "label mid"))
+    for k, span in enumerate(found):
+        x, y = frame.x(span.value), 56.0 * k + 44
+        parts.append(_text(frame.left, y - 22, span.name, "name" if span.name == main else "label"))
+        if span.low is not None and span.high is not None:
+            parts += _whisker(frame.x(span.low), y, frame.x(span.high), y, "student")
+        hollow = "" if span.name == main else " hollow"
         parts.append(
-            Markup('<circle class="dot {}" cx="{}" cy="{}" r="7"/>').format(point.name, x, y)
+            Markup('<circle class="dot student{}" cx="{}" cy="{}" r="7"/>').format(hollow, x, y)
         )
-        side = "end" if x > frame.width * 0.6 else ""
-        parts.append(_text(x - 14 if side else x + 14, y + 5, point.name, f"name {side}"))
-    return _svg(frame, parts, "Quality against cost")
+    told = "; ".join(
+        f"{s.name} {_told(Point(s.name, 0, s.value, s.low, s.high), '')}" for s in found
+    )
+    return _svg(frame, parts, f"{x_label}: {told}")
+
+
+def dollars(value: float) -> str:
+    """Return a tick's dollars, the sign before them."""
+    return f"−${-value:g}" if value < 0 else f"${value:g}"
+
+
+def mark(model: str, x: float, y: float) -> Markup:
+    """Draw a model's mark: the student a disc, the teacher a square, the base a diamond."""
+    if model == "student":
+        return Markup('<circle class="dot student" cx="{}" cy="{}" r="7"/>').format(x, y)
+    turn = Markup(' transform="rotate(45 {} {})"').format(x, y) if model == "base" else ""
+    return Markup('<rect class="dot {}" x="{}" y="{}" width="12" height="12"{}/>').format(
+        model, round(x - 6, 1), round(y - 6, 1), turn
+    )
+
+
+def _free(x: float, y: float, taken: list[tuple[float, float]]) -> float:
+    """Return the height of a name near (x, y) that none of the `taken` names has, and take it."""
+    while any(abs(x - other_x) < 80 and abs(y - other_y) < 17 for other_x, other_y in taken):
+        y += 4
+    taken.append((x, y))
+    return y
+
+
+def _whisker(x1: float, y1: float, x2: float, y2: float, kind: str) -> list[Markup]:
+    """Draw an interval with a bar at each end, upright or lying."""
+    across, along = (5, 0) if x1 == x2 else (0, 5)
+    bars = [
+        _line(x - across, y - along, x + across, y + along, f"whisker {kind}")
+        for x, y in ((x1, y1), (x2, y2))
+    ]
+    return [_line(x1, y1, x2, y2, f"whisker {kind}"), *bars]
+
+
+def _told(point: Point, before: str) -> str:
+    between = (
+        "" if point.low is None or point.high is None else f" ({point.low:.3g} to {point.high:.3g})"
+    )
+    return f"{before} {point.y:.3g}{between}".strip()
 
 
 def training_curve(
@@ -123,7 +202,13 @@ def training_curve(
                 kind, frame.x(x), frame.y(y)
             )
         )
-    return _svg(frame, parts, "Training and validation loss by step")
+    told = f"Training loss from {train[0][1]:.3g} to {smooth[-1][1]:.3g}"
+    if validation:
+        losses = [y for _, y in validation]
+        told += (
+            f", validation loss from {losses[0]:.3g} to {losses[-1]:.3g}, least {min(losses):.3g}"
+        )
+    return _svg(frame, parts, f"{told}, in nats a token, by step")
 
 
 def running_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -136,10 +221,11 @@ def running_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
     return smooth
 
 
-def _svg(frame: Frame, parts: Sequence[Markup], title: str) -> Markup:
+def _svg(frame: Frame, parts: Sequence[Markup], told: str) -> Markup:
+    """Return the drawing; `told` says what it shows to those who do not see it."""
     return Markup(
-        '<svg class="plot" width="{0}" height="{1}" viewBox="0 0 {0} {1}" role="img"><title>{2}</title>{3}</svg>'
-    ).format(frame.width, frame.height, title, Markup("").join(parts))
+        '<svg class="plot" width="{0}" height="{1}" viewBox="0 0 {0} {1}" role="img" aria-label="{2}">{3}</svg>'
+    ).format(frame.width, frame.height, told, Markup("").join(parts))
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:

@@ -9,32 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from distill.config import Config
-from distill.evaluation import external
+from distill.evaluation import external, rows
 from distill.evaluation.accounts import accounts
+from distill.evaluation.answer import answer, compared
+from distill.evaluation.failures import bare, failures, withheld
 from distill.evaluation.page import page
+from distill.evaluation.sources import sources
 from distill.evaluation.statement import (
     sensitivity_rows,
     statement,
     surplus_rows,
     token_rows,
 )
-from distill.evaluation.words import (
-    answer,
-    change,
-    duration,
-    figure,
-    grouped,
-    leaked,
-    money,
-    score,
-    share,
-)
+from distill.evaluation.words import duration, grouped, money, share
 from distill.records import Scorecard
 from distill.run import Run
 from distill.store import read_json, write_atomic, write_json
 
 REUSED = 0.01  # of the teacher's answers: more than that is worth a word
-AGREEMENT = {"chrf": "chrF", "nats_per_token": "nats a token", "top1": "likeliest token"}
+NAMED = 6  # places of the scorecard that are named for one reason
 SUMMARY = (
     "steps",
     "best_step",
@@ -55,7 +48,9 @@ def main(config: Config, run: Run) -> None:
     card = scorecard(config, run, evaluation, training, funnel).model_dump(mode="json")
     write_json(run.path("scorecard.json"), card)
     write_atomic(run.path("scorecard.md"), markdown(card))
-    write_atomic(run.path("report.html"), page(card, evaluation["samples"], training))
+    samples = [] if withheld(config.corpus.private_text) else evaluation["samples"]
+    write_atomic(run.path("report.html"), page(card, samples, training))
+    run.note("sources", sources(run.folder))
 
 
 def scorecard(
@@ -66,11 +61,15 @@ def scorecard(
     funnel: Mapping[str, Any],
 ) -> Scorecard:
     """Gather everything that the scorecard states."""
+    if withheld(config.corpus.private_text):
+        evaluation = {**bare(evaluation), "samples": []}
     parts = {
         "models": evaluation["models"],
         "tasks": evaluation["tasks"],
         "overall": evaluation["overall"],
         "agreement": evaluation["agreement"],
+        "suites": evaluation.get("suites", {}),
+        "judge": evaluation.get("judge") or {},
         **accounts(config, run, evaluation["overall"]),
     }
     validation = [row["loss"] for row in training.get("validation", [])]
@@ -79,7 +78,7 @@ def scorecard(
         **parts,
         lengths=evaluation["lengths"],
         contamination=evaluation.get("contamination", {}),
-        suites=evaluation.get("suites", {}),
+        failures=failures(evaluation["samples"], config.corpus.private_text),
         external=external.of_this_student(
             run, evaluation["models"]["student"].get("adapter_sha256")
         ),
@@ -108,102 +107,71 @@ def reasons(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 def markdown(card: Mapping[str, Any]) -> str:
     """Write the scorecard as text that reads well on a terminal and as Markdown."""
-    parts = [f"# {card['name']}: scorecard", *answer(card), quality_table(card), cost_table(card)]
-    parts += [made(card), table(*token_rows(card["cost"])), *surplus_part(card)]
-    parts += [external_table(card.get("external", {})), _notes(card)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    title = f"# {card['name']}: scorecard"
+    return "\n\n".join([title, *(text for text in parts(card).values() if text)]) + "\n"
+
+
+def parts(card: Mapping[str, Any]) -> dict[str, str]:
+    """Return the parts of the scorecard's text by name, those that an old scorecard lacks empty."""
+    cost, found = card["cost"], card.get("economics")
+    judge = card.get("judge")
+    said = [f"{label}: {text}" for label, text in answer(card).items()]
+    return {
+        "compared": f"Compared: {compared(card)}",
+        "answer": "\n\n".join(said),
+        "quality": table(*rows.quality_rows(card)),
+        "cost": table(*rows.cost_rows(card)),
+        "made": made(card),
+        "tokens": table(*token_rows(cost)) if "one_at_a_time" in cost["student"] else "",
+        "saves": surplus_part(card) if found else "",
+        "judge": judge_part(judge) if judge else "",
+        "external": external_table(card.get("external", {})),
+        "notes": _notes(card),
+    }
 
 
 def made(card: Mapping[str, Any]) -> str:
     """Say what making the student took, and what an earlier run had paid for already."""
     spent = card["cost"]["distillation"]
-    reused = (
-        f" {share(spent['reused'])} of the teacher's answers were stored before, and are not in it."
-    )
+    before = spent.get("reused", 0)
+    reused = f" {share(before)} of the teacher's answers were stored before, and are not in it."
     return (
         f"Making and measuring the student took {duration(spent['seconds'])} "
-        f"and cost {money(spent['dollars'])}.{reused if spent['reused'] > REUSED else ''}"
+        f"and cost {money(spent['dollars'])}.{reused if before > REUSED else ''}"
     )
 
 
-def surplus_part(card: Mapping[str, Any]) -> list[str]:
+def surplus_part(card: Mapping[str, Any]) -> str:
     """Return the surplus statement with its tables: the three ways, and what could change the headline."""
     found = card["economics"]
     said = statement(found, card["environment"]["settings"]["confidence"])
     tables = [table(*surplus_rows(found)), table(*sensitivity_rows(found))]
-    return ["## What it saves", *said, *tables]
+    return "\n\n".join(["## What it saves", *said, *tables])
 
 
-def quality_table(card: Mapping[str, Any]) -> str:
-    """Return the rows of all tasks and of agreement, each with its paired differences."""
-    head = (
-        "",
-        "n",
-        "teacher",
-        "base",
-        "student",
-        "student − teacher",
-        "student − base",
-        "gap recovered",
+def judge_part(judge: Mapping[str, Any]) -> str:
+    """Return what the judge preferred, or why it is not used, and what it made of its probes."""
+    probe = judge["probe"]
+    used = "passed its probes" if probe["passed"] else f"is not used: {probe['reason']}"
+    warned = [f"Warning: {warning}." for warning in judge["warnings"]]
+    return "\n\n".join(
+        [
+            f"The judge {judge['model']} {used}.",
+            *warned,
+            table(*rows.judge_rows(judge)),
+            table(*rows.probe_rows(probe)),
+        ]
     )
-    rows = [_quality_row(f"{t}: {plain(row['metric'])}", row) for t, row in card["tasks"].items()]
-    if card["overall"] and len(card["tasks"]) > 1:
-        rows.append(_quality_row("all checks", card["overall"]))
-    for name, label in AGREEMENT.items():
-        if name in card["agreement"]:
-            rows.append(_quality_row(f"agreement: {label}", card["agreement"][name]))
-    for name, suite in card.get("suites", {}).items():
-        shown = {"": suite["overall"]} if suite["overall"] else suite["tasks"]
-        rows += [_quality_row(f"{name} {task}".strip(), row) for task, row in shown.items()]
-    return table(head, rows)
 
 
 def external_table(found: Mapping[str, Any]) -> str:
     """Return what another harness found of the student; nothing where none was asked."""
-    head = (found.get("harness", ""), "n", "metric", "student", "standard error")
-    return table(head, external.rows(found)) if found else ""
+    return table(*external.table_of(found)) if found else ""
 
 
-def plain(metric: str) -> str:
-    """Return a metric's name as words."""
-    return metric.replace("_", " ")
-
-
-def _quality_row(label: str, row: Mapping[str, Any]) -> tuple[str, ...]:
-    metric, gap = row["metric"], row.get("gap_recovered", {})
-    between = f" [{share(gap.get('low'))}, {share(gap.get('high'))}]"
-    return (
-        label,
-        str(row["n"]),
-        *(score(row[model], metric) for model in ("teacher", "base", "student")),
-        change(row.get("student_minus_teacher", {}), metric),
-        change(row["student_minus_base"], metric),
-        share(gap.get("value")) + (between if gap.get("value") is not None else ""),
-    )
-
-
-def cost_table(card: Mapping[str, Any]) -> str:
-    """Return what 1,000 requests take and cost each model, and how long its answers are."""
-    head = ("1,000 requests", "time", "dollars", "tokens/s", "tokens an answer", "cut off")
-    rows = []
-    for model in ("teacher", "base", "student"):
-        cost, long = card["cost"][model], card["lengths"][model]
-        rows.append(
-            (
-                model,
-                duration(cost["seconds_per_1k"]),
-                money(cost["dollars_per_1k"]),
-                figure(cost["output_tokens_per_second"], 0),
-                figure(long["tokens"], 0),
-                share(long["truncated"]),
-            )
-        )
-    return table(head, rows)
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     """Write a Markdown table whose columns line up as plain text; the first is left-aligned."""
-    cells = [[_cell(c) for c in row] for row in [head, *rows]]
+    cells = [[_cell(c) for c in row] for row in [head, *body]]
     widths = [max(3, *(len(row[k]) for row in cells)) for k in range(len(head))]
     lines = [cells[0], [_rule(k, w) for k, w in enumerate(widths)], *cells[1:]]
     return "\n".join(
@@ -230,14 +198,20 @@ def _notes(card: Mapping[str, Any]) -> str:
         f"Intervals: {share(settings['confidence'])}, paired on the same items, clustered by document.",
         f"Corpus {str(corpus.get('corpus_sha256'))[:12]}, Python {corpus.get('python')}.",
     ]
-    lines += leaked(card["contamination"], card["overall"])
+    lines += rows.leaked(card.get("contamination", {}), card["overall"])
     lines += dict.fromkeys(
         f"Price: {row['price']}." for row in card["cost"].values() if row.get("price")
     )
     lines += [
-        f"Not given: {', '.join(paths)}: {reason}." for reason, paths in grouped(card["reasons"])
+        f"Not given: {listed(paths)}: {reason}." for reason, paths in grouped(card["reasons"])
     ]
     return "\n".join(f"- {line}" for line in lines)
+
+
+def listed(paths: Sequence[str]) -> str:
+    """Return the first few of what is missing for one reason, and how many more there are."""
+    more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
+    return ", ".join(paths[:NAMED]) + more
 
 
 def remake(folder: Path) -> Path:

@@ -6,13 +6,17 @@ A sentence says what is assumed, against whose price, and how sure the figure is
 from collections.abc import Mapping
 from typing import Any
 
-from distill.evaluation.words import UNKNOWN, duration, figure, money, points, share
+from distill.evaluation.words import UNKNOWN, between, duration, figure, money, points, share
 
 Row = Mapping[str, Any]
 WAYS = {
     "replace_all": "replace all",
     "try_then_escalate": "try, then escalate",
     "perfect_router": "perfect router (upper bound)",
+}
+BRIEF = {
+    "replace_all": "Where the student answers everything, good or not",
+    "try_then_escalate": "Where the student is tried first, and the teacher asked if its answer fails the test",
 }
 MEANING = {
     "replace_all": "The student answers everything, good or not",
@@ -34,7 +38,7 @@ def span(amount: Row, form: Any = dollars) -> str:
         return UNKNOWN
     if amount["low"] is None:
         return form(amount["value"])
-    return f"{form(amount['value'])} [{form(amount['low'])}, {form(amount['high'])}]"
+    return f"{form(amount['value'])} {between(form(amount['low']), form(amount['high']))}"
 
 
 def row_of(economics: Row, way: str) -> Row:
@@ -57,6 +61,21 @@ def statement(economics: Row, confidence: float) -> list[str]:
         )
         if line
     ]
+
+
+def in_short(economics: Row, confidence: float) -> str:
+    """Return the headline's surplus and when it has paid for the distillation, in two sentences."""
+    headline = row_of(economics, economics["headline"])
+    saved, paid = headline["dollars_per_1k"], headline["break_even"]["requests"]
+    if saved["value"] is None:
+        return f"What using the student saves is not known: {saved['reason']}."
+    said = f"{BRIEF[headline['way']]}: {_of_price(economics, saved, confidence)}."
+    if economics["teacher"]["hypothetical"]:
+        said += " This is hypothetical: another model's list price is put on this run's tokens."
+    if paid["value"] is None:
+        return f"{said} No break-even is stated: {paid['reason']}."
+    cost = money(economics["distillation_dollars"])
+    return f"{said} Making it cost {cost}, paid back after {count(paid['value'])} requests{_between(paid)}."
 
 
 def _share(economics: Row, confidence: float) -> str:
@@ -82,18 +101,21 @@ def _interval(found: Row, confidence: float) -> str:
 
 def _surplus(economics: Row, headline: Row, confidence: float) -> str:
     """Say what the headline saves, or costs; where its interval holds 0, that these items cannot tell."""
-    saved, teacher = headline["dollars_per_1k"], economics["teacher"]
+    saved = headline["dollars_per_1k"]
     if saved["value"] is None:
         return f"{MEANING[headline['way']]}: what that saves is not known: {saved['reason']}."
-    whose = f"{teacher['name']}'s {'list price' if teacher['hosted'] else 'cost'}"
-    said = (
-        f"{MEANING[headline['way']]}: 1,000 requests, {money(teacher['dollars_per_1k'])} at {whose}, "
-        f"{_saved(saved, confidence)}."
-    )
+    said = f"{MEANING[headline['way']]}: {_of_price(economics, saved, confidence)}."
     if saved["low"] is not None and not saved["low"] <= 0 <= saved["high"]:
         volume, month = economics["requests_per_month"], headline["dollars_per_month"]
         said += f" With {figure(volume, 0)} requests a month: {span(month)}."
     return said + (_quality(economics, confidence) if headline["way"] == "replace_all" else "")
+
+
+def _of_price(economics: Row, saved: Row, confidence: float) -> str:
+    teacher = economics["teacher"]
+    whose = f"{teacher['name']}'s {'list price' if teacher['hosted'] else 'cost'}"
+    before = f"1,000 requests, {money(teacher['dollars_per_1k'])} at {whose}"
+    return f"{before}, {_saved(saved, confidence)}"
 
 
 def _saved(saved: Row, confidence: float) -> str:
@@ -126,14 +148,15 @@ def _break_even(economics: Row, headline: Row) -> str:
     after, days = paid["requests"], paid["days"]
     if after["value"] is None:
         return f"No break-even is stated: {after['reason']}."
-    between = (
-        f" ({count(after['low'])} to {count(after['high'])})" if after["low"] is not None else ""
-    )
     return (
         f"The distillation cost {money(cost)} of machine time and tokens, nobody's work counted{_bought(economics)}; it "
-        f"is paid back after {count(after['value'])} requests{between}, {duration(86_400 * days['value'])} at this "
+        f"is paid back after {count(after['value'])} requests{_between(after)}, {duration(86_400 * days['value'])} at this "
         "volume."
     )
+
+
+def _between(after: Row) -> str:
+    return f" ({count(after['low'])} to {count(after['high'])})" if after["low"] is not None else ""
 
 
 def _bought(economics: Row) -> str:
