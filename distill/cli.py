@@ -4,6 +4,7 @@ A CONFIG is a YAML file or a run's folder; `key.name=value` after it changes a k
 its exit code (see `distill.errors`); `--debug` shows the traceback. Work that is done is never done twice.
 """
 
+import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -281,6 +282,27 @@ def show_status(run: RunArgument, overrides: Overrides = None) -> None:
     from distill.status import status
 
     Console(soft_wrap=True).print(status(open_run(run, overrides or ()), STAGES), markup=False)
+
+
+@app.command(name="verify")
+def show_verified(
+    run: RunArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for a script.")] = False,
+    allow_code: AllowCode = False,
+    unsafe_code: UnsafeCode = False,
+) -> None:
+    """Hold a finished run against its own records, and make its scorecard again from the stored answers."""
+    from distill import verify
+    from distill.sandbox.run import allow
+
+    allow("unsafe" if unsafe_code else "sandbox" if allow_code else "no")
+    folder = run if run.is_dir() else open_run(run).folder
+    checks = verify.verify(folder)
+    if as_json:
+        print(json.dumps(verify.as_facts(folder, checks), indent=2))
+    else:
+        Console(soft_wrap=True).print(verify.shown(folder, checks), markup=False)
+    verify.require_whole(folder, checks)
 
 
 @app.command()

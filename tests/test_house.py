@@ -32,7 +32,8 @@ LAYERS = (
     ("stages", "estimates"),
     ("devices", "tables", "scope", "forecast"),
     ("bill",),
-    ("plan", "pilot", "status"),
+    ("plan", "pilot", "status", "evidence"),
+    ("verify",),
     ("cli",),
     ("launch", "__main__"),
 )

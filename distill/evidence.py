@@ -1,0 +1,135 @@
+"""What a run recorded about its own files, and whether they still are what was recorded.
+
+The manifest's seal covers the hash of every stage's marker, and a marker holds the hash of every file that its stage
+wrote. So one number, the seal, stands for the whole run. It shows damage and edits; whoever rewrites files, markers and
+seal together is found only by somebody who wrote the seal down.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from distill.errors import DistillError
+from distill.records import LedgerEntry
+from distill.run import SEAL, Stage, sealed
+from distill.store import read_json, sha256_file
+
+State = Literal["same", "differs", "missing", "skipped"]
+MANIFEST, CONFIG, LEDGER = "manifest.json", "config.json", "ledger.jsonl"
+APART = (
+    ".lock",
+    ".old",
+    ".release",
+)  # a lock, what --redo set aside, a release that was not finished
+
+
+class Check(NamedTuple):
+    """One thing that was looked at: the kind of check, of what, how it stands, and where or why it differs."""
+
+    kind: str
+    what: str
+    state: State
+    where: str = ""
+
+
+class Evidence:
+    """The manifest, the markers and the ledger of a run's folder; what is damaged counts as nothing."""
+
+    def __init__(self, folder: Path, stages: Sequence[Stage]) -> None:
+        self.folder, self.stages = folder, stages
+        self.manifest = self._json(MANIFEST)
+        self.markers = {stage.name: self._json(_marker(stage.name)) for stage in stages}
+
+    def _json(self, name: str) -> dict[str, Any]:
+        try:
+            found = read_json(self.folder / name)
+        except DistillError:
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    @cached_property
+    def hashes(self) -> dict[str, str | None]:
+        """Return the hash that was recorded of every file; None where a file should have one."""
+        found: dict[str, str | None] = {CONFIG: self.manifest.get("config_sha256")}
+        for name, made in self.markers.items():
+            noted = self.manifest.get("stages", {}).get(name, {})
+            found |= {_marker(name): noted.get("marker"), **made.get("outputs", {})}
+        for files in self.manifest.get("sources", {}).get("external", {}).values():
+            found |= files
+        return found | self.manifest.get("release", {})
+
+    def compared(self, kind: str, name: str) -> Check:
+        """Hold one file against the hash that was recorded of it."""
+        path, recorded = self.folder / name, self.hashes.get(name)
+        if not path.is_file():
+            return Check(kind, name, "missing", "the file is not there")
+        if not recorded:
+            return Check(kind, name, "missing", "no hash of it was recorded")
+        return verdict(kind, name, sha256_file(path) == recorded)
+
+    def ledger_at(self, stage: str, after: bool = False) -> bytes | None:
+        """Return the ledger as a stage found it, or `after` its own entry; None where it has no entry."""
+        path, begun, end = self.folder / LEDGER, self.markers[stage].get("begun"), None
+        content, size = path.read_bytes() if path.is_file() else b"", 0
+        for line in content.splitlines(keepends=True):
+            try:
+                entry = LedgerEntry.from_line(line)
+            except ValueError:
+                return None
+            before, size = size, size + len(line)
+            if (entry.stage, entry.started) == (stage, begun):
+                end = size if after else before
+        return None if end is None else content[:end]
+
+    def outside(self) -> list[str]:
+        """Return the run's files that nothing was recorded of, so that a change in them is not seen."""
+        known = {MANIFEST, LEDGER, *self.hashes}
+        files = [p.relative_to(self.folder) for p in self.folder.rglob("*") if p.is_file()]
+        return sorted(f.as_posix() for f in files if f.as_posix() not in known)
+
+
+def _marker(stage: str) -> str:
+    return f"stages/{stage}.json"
+
+
+def verdict(kind: str, what: str, same: bool, where: str = "not as recorded") -> Check:
+    """Return the check of something that is the same, or differs for the reason given."""
+    return Check(kind, what, "same") if same else Check(kind, what, "differs", where)
+
+
+def check_files(evidence: Evidence) -> Iterator[Check]:
+    """Hold manifest, config, markers, outputs and ledger against what was recorded of them."""
+    yield _seal(evidence)
+    yield evidence.compared("run", CONFIG)
+    for stage in evidence.stages:
+        yield evidence.compared(stage.name, _marker(stage.name))
+        yield from _stage(evidence, stage)
+    for kind, files in evidence.manifest.get("sources", {}).get("external", {}).items():
+        yield from (evidence.compared(kind, name) for name in files)
+
+
+def _seal(evidence: Evidence) -> Check:
+    """Hold the manifest's bytes against its seal."""
+    path = evidence.folder / MANIFEST
+    if not path.is_file():
+        return Check("run", MANIFEST, "missing", "the file is not there")
+    facts = {key: value for key, value in evidence.manifest.items() if key != SEAL}
+    return verdict("run", MANIFEST, path.read_bytes() == sealed(facts).encode(), "not as sealed")
+
+
+def _stage(evidence: Evidence, stage: Stage) -> Iterator[Check]:
+    """Hold a stage's outputs and the ledger against its marker, and what it read against what was written."""
+    made = evidence.markers[stage.name]
+    if not made.get("outputs"):
+        yield Check(stage.name, stage.name, "missing", "no finished stage says what it wrote")
+        return
+    for name in made["outputs"]:
+        yield evidence.compared(stage.name, name)
+    for name in stage.inputs:
+        read, wrote = made.get("fingerprint", {}).get(f"file {name}"), evidence.hashes.get(name)
+        if read != wrote:
+            yield Check(stage.name, name, "differs", f"{stage.name} read another file of that name")
+    ledger = hashlib.sha256(evidence.ledger_at(stage.name, after=True) or b"").hexdigest()
+    yield verdict(stage.name, f"{LEDGER} up to {stage.name}", ledger == made.get("ledger"))

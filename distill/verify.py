@@ -1,0 +1,295 @@
+"""`distill verify RUN`: is a finished run what it says it is? Loads no model, asks nothing, writes nothing into the run.
+
+Three things are looked at. The files have the hashes that were recorded when they were written. The stored answers give
+the same scores, scorecard and report again, byte for byte, on another day and in another folder too. And the parts
+belong together: the answers are what the store holds as it came, the adapter is the evaluated one, and a release has
+that adapter, that scorecard and those weights.
+"""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+
+from distill.checkers import RUNS_CODE
+from distill.config import Config
+from distill.errors import DistillError, Exit
+from distill.evaluation import report
+from distill.evaluation.items import held_out_items
+from distill.evaluation.leaks import find_leaks
+from distill.evaluation.measure import measure
+from distill.evaluation.suite_scores import read_suites
+from distill.evaluation.suites import Suite
+from distill.evidence import APART, LEDGER, MANIFEST, Check, Evidence, check_files, verdict
+from distill.generation.generate import read
+from distill.generation.responder import Request, Sampling
+from distill.models import digest_file
+from distill.records import Item, Response
+from distill.run import SEAL, Run
+from distill.sandbox.run import allowed
+from distill.stages import STAGES
+from distill.store import Log, read_json, read_records, sha256_file
+from distill.tables import table
+from distill.tasks import tasks_of_run
+
+MEASURED = ("scores/", "requests.jsonl", "evaluation.json")
+REPORTED = ("scorecard.json", "scorecard.md", "report.html")
+NOT_READ = ("adapter/", "checkpoints/", "release/")  # by what is made again
+PROGRAMS = "its task runs programs: --allow-code makes it again"
+WEIGHTS = "adapter/adapter_model.safetensors"
+SUMS = {"same": "as recorded, or made again the same", "skipped": "not looked at"}
+
+
+def verify(folder: Path) -> list[Check]:
+    """Look at all of a run; raises DistillError (exit 5) where the folder holds no finished run."""
+    if not (folder / "stages/report.json").is_file():
+        fix = "finish it: distill run CONFIG"
+        raise DistillError(Exit.STATE, folder, "has no report to verify", fix)
+    evidence = Evidence(folder, STAGES)
+    checks = list(check_files(evidence))
+    bad = [c.what for c in checks if c.state != "same" and _is_read(c.what)]
+    if bad:
+        why = f"{bad[0]} is not what was recorded"
+        return [*checks, Check("again", "scores, scorecard and report", "skipped", why)]
+    return [*checks, *_again(evidence), *_together(evidence)]
+
+
+def _is_read(name: str) -> bool:
+    """Tell whether what is made again, or held together, depends on a file."""
+    return not name.startswith((*NOT_READ, *MEASURED, *REPORTED))
+
+
+def _again(evidence: Evidence) -> Iterator[Check]:
+    """Make scores, scorecard and report again from the answers, elsewhere, and compare every byte."""
+    with tempfile.TemporaryDirectory() as place, _scratch(evidence, Path(place)) as run:
+        try:
+            measured = _measure_again(run)
+            report.main(run.config, run)
+        except DistillError as error:
+            yield Check("again", "evaluation.json", "differs", str(error))
+            return
+        for name in evidence.hashes:
+            if name.startswith(MEASURED) and not measured:
+                yield Check("again", name, "skipped", PROGRAMS)
+            elif name.startswith((*MEASURED, *REPORTED)):
+                where = first_difference(evidence.folder / name, run.path(name))
+                yield verdict("again", name, not where, where)
+        same = run.manifest().get("sources") == evidence.manifest.get("sources")
+        yield verdict("again", "sources of the scorecard", same)
+
+
+@contextmanager
+def _scratch(evidence: Evidence, place: Path) -> Iterator[Run]:
+    """Yield a run elsewhere, of links to what was recorded; what is written there takes a link's place.
+
+    It has the ledger as the report found it. Its name is the scorecard's, whatever the folder is called now.
+    """
+    config = Config.model_validate(read_json(evidence.folder / "config.json"))
+    name = _field(evidence.folder / "scorecard.json", "name") or config.name
+    run = Run(config.model_copy(update={"name": name, "runs": place}))
+    for file in (MANIFEST, *evidence.hashes):
+        if not file.startswith(("release/", *REPORTED)) and (evidence.folder / file).is_file():
+            run.path(file).parent.mkdir(parents=True, exist_ok=True)
+            run.path(file).symlink_to((evidence.folder / file).resolve())
+    run.path(LEDGER).write_bytes(evidence.ledger_at("report") or b"")
+    yield run
+
+
+def _field(path: Path, *keys: str) -> Any:
+    """Return a value of a JSON file; None where the file or the value is not there."""
+    try:
+        found = read_json(path)
+    except DistillError:
+        return None
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
+
+
+def _measure_again(run: Run) -> bool:
+    """Measure the stored answers; False where that needs programs to run, and nobody allowed it."""
+    suites, (_, items) = read_suites(run.path("answers/suites.json")), held_out_items(run)
+    if allowed() == "no" and _runs_programs(run, items, suites):
+        return False
+    measure(run.config, run, suites, find_leaks(run, items, suites))
+    return True
+
+
+def _runs_programs(run: Run, items: Sequence[Item], suites: Sequence[Suite]) -> bool:
+    find = tasks_of_run(run.folder)
+    tasks = [find(name) for name in {item.task for item in items}]
+    tasks += [part.task for suite in suites for part in suite.parts]
+    return any(t and t.checker and t.checker["kind"] in RUNS_CODE for t in tasks)
+
+
+def first_difference(old: Path, new: Path) -> str:
+    """Return the first line in which two files differ, or nothing where they are the same."""
+    if not new.is_file() or not old.is_file():
+        return "only one of the two is there"
+    with old.open("rb") as one, new.open("rb") as other:
+        lines = enumerate(zip_longest(one, other), 1)
+        return next((f"line {n}" for n, (a, b) in lines if a != b), "")
+
+
+def _together(evidence: Evidence) -> Iterator[Check]:
+    """Look whether the store, the adapter and the release belong to what was evaluated."""
+    yield from _stored(evidence)
+    told = _field(evidence.folder / "answers/models.json", "student") or {}
+    for name, keys in {
+        "training.json": ("adapter_sha256",),
+        "scorecard.json": ("models", "student", "adapter_sha256"),
+    }.items():
+        same = _field(evidence.folder / name, *keys) == told.get("adapter_sha256")
+        yield verdict("together", f"adapter of {name}", same, "is not the evaluated one")
+    same = evidence.hashes.get(WEIGHTS) == told.get("adapter_sha256")
+    yield verdict("together", WEIGHTS, same, "is not the evaluated one")
+    if (evidence.folder / "release").is_dir():
+        yield from _release(evidence, told)
+
+
+def _stored(evidence: Evidence) -> Iterator[Check]:
+    """Hold every answer against the raw one in the store that runs share, where that is at hand."""
+    folder = evidence.folder
+    config = Config.model_validate(read_json(folder / "config.json"))
+    store = config.model_copy(update={"runs": folder.resolve().parent}).store_folder() / "responses"
+    if not store.is_dir():
+        yield Check("store", str(store), "skipped", "the store is not at hand")
+        return
+    try:
+        with Log(store, writable=False) as log:
+            for name in evidence.hashes:
+                if _holds_answers(name):
+                    yield _answers(log, folder, name)
+    except DistillError as error:
+        yield Check("store", error.where, "differs", error.what)
+
+
+def _holds_answers(name: str) -> bool:
+    """Tell whether a file of the run holds answers of models: the teacher's, and what an evaluation asked."""
+    parts = name.split("/")
+    asked = parts[0] == "answers" and not {"readings", "judge"} & set(parts)
+    return name == "responses.jsonl" or (asked and name.endswith(".jsonl"))
+
+
+def _answers(log: Log, folder: Path, name: str) -> Check:
+    """Read every answer of a file again from its raw bytes, and compare."""
+    responses = read_records(folder / name, Response)
+    lost = [n for n, r in enumerate(responses, 1) if r.stop != "error" and _raw(log, r) is None]
+    for line, response in enumerate(responses, 1):
+        if line not in lost and not _as_it_came(log, response):
+            return Check("store", name, "differs", f"line {line}")
+    if not lost:
+        return Check("store", name, "same")
+    if len(lost) == len(responses):
+        return Check("store", name, "skipped", "the store holds none of these answers")
+    return Check("store", name, "missing", f"line {lost[0]}: the store does not hold it")
+
+
+def _raw(log: Log, response: Response) -> Any:
+    return log.get("response", Response.make_id(response.request_key, response.sample))
+
+
+def _as_it_came(log: Log, response: Response) -> bool:
+    """Tell whether an answer is what its raw record says; tokens that were estimated may have been counted since."""
+    request = Request(
+        key=response.request_key,
+        sample=response.sample,
+        prompt_id=response.prompt_id,
+        messages=(),
+        sampling=Sampling(),
+    )
+    came = read(log, request)
+    if came.usage.estimated:
+        came = came.model_copy(update={"usage": response.usage})
+    return came == response
+
+
+def _release(evidence: Evidence, told: dict[str, Any]) -> Iterator[Check]:
+    """Hold the release against what was recorded of it, and against what was evaluated."""
+    folder, release = evidence.folder, evidence.folder / "release"
+    for name in evidence.manifest.get("release", {"release/README.md": None}):
+        yield evidence.compared("release", name)
+    found = _hash(release / WEIGHTS)
+    yield verdict(
+        "release", "its adapter", found == told["adapter_sha256"], "not the evaluated one"
+    )
+    for name in ("scorecard.json", "report.html"):
+        same = _hash(release / name) == _hash(folder / name)
+        yield verdict("release", f"its {name}", same, "is not the run's: publish again")
+    yield _merged(release, told)
+
+
+def _hash(path: Path) -> str | None:
+    return sha256_file(path) if path.is_file() else None
+
+
+def _merged(release: Path, told: dict[str, Any]) -> Check:
+    """Compare the released weights with those that were evaluated, in the dtype of the evaluation."""
+    what, evaluated = "its weights", told.get("merged_sha256")
+    summed = _field(release / "fidelity.json", "merged_sha256")
+    if evaluated is None or summed != evaluated:
+        return Check("release", what, "differs", "evaluated and released weights differ")
+    if not (release / "model.safetensors").is_file():
+        return Check("release", what, "missing", "model.safetensors is not there")
+    found, dtype = digest_file(release / "model.safetensors")
+    if dtype != told["dtype"]:
+        why = f"compared when published: evaluated in {told['dtype']}, released in {dtype}"
+        return Check("release", what, "skipped", why)
+    return verdict("release", what, found == evaluated, "evaluated and released weights differ")
+
+
+def is_whole(checks: Sequence[Check]) -> bool:
+    """Tell whether nothing differs and nothing is missing."""
+    return all(check.state in ("same", "skipped") for check in checks)
+
+
+def shown(folder: Path, checks: Sequence[Check]) -> Group:
+    """Return a row for each kind of check that found nothing, a row for each thing it found, and what nobody watches."""
+    rows = table(f"{folder}", "what", "state", "where")
+    for kind in dict.fromkeys(check.kind for check in checks):
+        mine = [check for check in checks if check.kind == kind]
+        same = sum(check.state == "same" for check in mine)
+        if same:
+            rows.add_row(TITLES.get(kind, kind), "same", f"{same} of {len(mine)}")
+        for check in mine:
+            if check.state != "same":
+                rows.add_row(check.what, check.state, check.where)
+    evidence = Evidence(folder, STAGES)
+    free = [name for name in evidence.outside() if name.split("/")[0] not in APART]
+    told = [f"outside the evidence: {', '.join(free)}"] if free else []
+    return Group(rows, *told, f"seal: {evidence.manifest.get(SEAL)}")
+
+
+TITLES = {
+    "run": "manifest and config",
+    "again": "made again from the answers",
+    "store": "answers as they came",
+    "together": "the adapter that was evaluated",
+    "release": "the release",
+}
+
+
+def as_facts(folder: Path, checks: Sequence[Check]) -> dict[str, Any]:
+    """Return the outcome for a script."""
+    evidence = Evidence(folder, STAGES)
+    return {
+        "run": folder.name,
+        "seal": evidence.manifest.get(SEAL),
+        "whole": is_whole(checks),
+        "checks": [check._asdict() for check in checks],
+        "outside": evidence.outside(),
+    }
+
+
+def require_whole(folder: Path, checks: Sequence[Check]) -> None:
+    """Raise DistillError (exit 8) with the first thing that differs or is missing."""
+    bad = [check for check in checks if check.state not in ("same", "skipped")]
+    if bad:
+        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        what = f"{bad[0].what}: {bad[0].state}, {bad[0].where}{more}"
+        fix = "restore the files, or make them again with --redo STAGE"
+        raise DistillError(Exit.EVALUATION, folder, what, fix)

@@ -1,0 +1,281 @@
+"""`distill verify` on a whole tiny run with its release: made again byte for byte, and no changed byte passes."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill import verify
+from distill.cli import main
+from distill.errors import DistillError, Exit
+from distill.evaluation.sources import SOURCES
+from distill.evidence import Check, Evidence
+from distill.generation import prices
+from distill.models import digest_file, digest_weights, load_model
+from distill.records import Scorecard
+from distill.run import sealed
+from distill.stages import STAGES
+from distill.store import read_json, sha256_file, write_json
+from tests.fake_hub import fake_hub, use_hub
+from tests.test_publish import BASE
+from tests.test_suites import make_suite
+from tests.tiny import make_tiny
+
+FREE = {".lock"}  # outside the evidence
+
+
+def write_config(folder: Path, suite: Path) -> Path:
+    """Write a config of twenty sums whose answers were recorded, right and wrong ones."""
+    rows = [
+        [
+            {"role": "user", "content": f"What is {n} and {n}?"},
+            {"role": "assistant", "content": f"It is #### {2 * n}"},
+        ]
+        for n in range(20)
+    ]
+    (folder / "rows.jsonl").write_text(
+        "".join(json.dumps({"messages": turns}) + "\n" for turns in rows)
+    )
+    (folder / "c.yaml").write_text(
+        "name: tiny\n"
+        "corpus: {path: rows.jsonl, format: prompts, reference_pattern: '#### (\\d+)',"
+        " split: {validation: 2, heldout: 8}, near_duplicate_threshold: null}\n"
+        "prompts: {tasks: [math_word_problem]}\n"
+        "teacher: {kind: recorded, model: somebody/one, licence: CC0-1.0, max_new_tokens: 12}\n"
+        f"student: {{model: {BASE}, dtype: float32}}\n"
+        "train: {max_steps: 2, tokens_per_step: 256, eval_steps: 1, save_steps: 1, max_length: 512,"
+        " lora: {r: 2}}\n"
+        f"evaluation: {{machine: cpu-2-core, samples: 200, suites: ['{suite}']}}\n"
+        "publish: {licence: Apache-2.0}\n"
+    )
+    return folder / "c.yaml"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Make a whole run and its release, once; return the folder that holds `runs/tiny` and the store."""
+    place = tmp_path_factory.mktemp("finished")
+    files = {p.name: p.read_bytes() for p in make_tiny(tmp_path_factory.mktemp("base")).iterdir()}
+    with fake_hub() as hub, pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        hub.add(BASE, files)
+        use_hub(patch, hub, place / "hub")
+        config = write_config(place, make_suite(place / "suite"))
+        assert main(["run", str(config)]) == 0
+        assert main(["publish", "runs/tiny", "--override", "a test"]) == 0
+        yield place
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """Return a copy of the run that a test may damage, its store beside it, in another folder than it was made in."""
+    shutil.copytree(finished / "runs", tmp_path / "moved")
+    return tmp_path / "moved/tiny"
+
+
+def bad(checks: list[Check]) -> list[Check]:
+    return [check for check in checks if check.state not in ("same", "skipped")]
+
+
+def flip(path: Path, place: int, bit: int = 0) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def test_a_finished_run_is_whole_elsewhere_and_on_another_day(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Later(date):
+        @classmethod
+        def today(cls) -> "Later":
+            return cls(2099, 1, 1)
+
+    monkeypatch.setattr(prices, "date", Later)
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    checks = verify.verify(run.rename(run.with_name("renamed")))
+    run.with_name("renamed").rename(run)
+    assert bad(checks) == []
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before, "it wrote into the run"
+    again = {check.what for check in checks if check.kind == "again"}
+    assert {"scores/student.jsonl", "scores/sums/student.jsonl", "requests.jsonl"} < again
+    assert {"evaluation.json", "scorecard.json", "scorecard.md", "report.html"} < again
+    stored = {check.what for check in checks if check.kind == "store"}
+    assert {"responses.jsonl", "answers/base.jsonl", "answers/sums/student.jsonl"} < stored
+    assert Check("release", "its weights", "same") in checks
+    assert set(Evidence(run, STAGES).outside()) <= FREE
+
+
+def test_the_command_says_so_and_needs_neither_torch_nor_network(run: Path) -> None:
+    script = (
+        "import sys, socket; from distill.cli import main\n"
+        "socket.socket.connect = None\n"
+        f"code = main(['verify', {str(run)!r}, '--json'])\n"
+        "sys.exit(code or ' '.join({'torch', 'transformers', 'peft'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["whole"] and told["seal"] == read_json(run / "manifest.json")["sha256"]
+    assert set(told["outside"]) <= FREE
+
+
+def test_nothing_that_was_made_names_a_folder_of_this_machine(finished: Path) -> None:
+    made = {**Evidence(finished / "runs/tiny", STAGES).hashes, "manifest.json": ""}
+    for name in set(made) - {"config.json"}:  # which says what the user wrote
+        content = (finished / "runs/tiny" / name).read_bytes()
+        assert str(finished).encode() not in content or name == "stages/evaluate.json", name
+
+
+def test_one_changed_byte_of_any_file_is_found_and_named(run: Path) -> None:
+    for path in sorted(p for p in run.rglob("*") if p.is_file() and p.name not in FREE):
+        name, kept = path.relative_to(run).as_posix(), path.read_bytes()
+        if kept:
+            flip(path, len(kept) // 2)
+            found = bad(list(verify.check_files(Evidence(run, STAGES)))) or bad(verify.verify(run))
+            assert any(name in f"{c.what} {c.where}" or c.what in name for c in found), name
+            path.write_bytes(kept)
+    assert bad(verify.verify(run)) == []
+
+
+def test_two_hundred_random_flips_are_found(run: Path) -> None:
+    chance = random.Random(0)
+    files = sorted(p for p in run.rglob("*") if p.is_file() and p.stat().st_size)
+    missed = set()
+    for _ in range(200):
+        path = chance.choice(files)
+        kept = path.read_bytes()
+        flip(path, chance.randrange(len(kept)), chance.randrange(8))
+        found = bad(list(verify.check_files(Evidence(run, STAGES))))
+        if not found and not bad(verify.verify(run)):
+            missed.add(path.relative_to(run).as_posix())
+        path.write_bytes(kept)
+    assert missed <= FREE
+
+
+def forge(run: Path, name: str, old: str, new: str) -> None:
+    """Change a file, and every hash of it that was recorded, as a forger would."""
+    path = run / name
+    before, text = sha256_file(path), path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    replaced = {before: sha256_file(path)}
+    for marker in (run / "stages").glob("*.json"):
+        was = sha256_file(marker)
+        marker.write_text(marker.read_text().replace(before, replaced[before]))
+        replaced[was] = sha256_file(marker)
+    facts = json.dumps(read_json(run / "manifest.json"))
+    for was, now in replaced.items():
+        facts = facts.replace(was, now)
+    seal(run, json.loads(facts))
+
+
+def seal(run: Path, manifest: dict[str, Any]) -> None:
+    manifest.pop("sha256")
+    (run / "manifest.json").write_text(sealed(manifest))
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "where"),
+    [
+        ("scorecard.json", '"n": 8', '"n": 9', "line"),
+        ("report.html", "tiny", "tony", "line"),
+        ("scores/student.jsonl", '"value":0.0', '"value":1.0', "line 1"),
+    ],
+)
+def test_a_forged_result_with_forged_hashes_is_not_made_again(
+    run: Path, name: str, old: str, new: str, where: str
+) -> None:
+    forge(run, name, old, new)
+    found = {(c.kind, c.what): c.where for c in bad(verify.verify(run))}
+    assert ("again", name) in found and found["again", name].startswith(where)
+
+
+def test_a_forged_answer_is_not_what_the_store_holds(run: Path) -> None:
+    text = json.loads((run / "answers/student.jsonl").read_text().splitlines()[0])["text"]
+    forge(run, "answers/student.jsonl", json.dumps(text, ensure_ascii=False), '"#### 4"')
+    found = {(c.kind, c.what): c.where for c in bad(verify.verify(run))}
+    assert found["store", "answers/student.jsonl"] == "line 1"
+    shutil.rmtree(run.parent / ".store")
+    checks = verify.verify(run)
+    assert [c.state for c in checks if c.kind == "store"] == ["skipped"]
+
+
+def test_a_release_of_other_weights_is_named(run: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    weights = run / "release/model.safetensors"
+    tensors = load_file(weights)
+    next(iter(tensors.values())).flat[0] += 1
+    save_file(tensors, weights)
+    manifest = read_json(run / "manifest.json")
+    manifest["release"]["release/model.safetensors"] = sha256_file(weights)
+    seal(run, manifest)
+    assert bad(verify.verify(run)) == [
+        Check("release", "its weights", "differs", "evaluated and released weights differ")
+    ]
+
+
+def test_what_was_evaluated_must_be_released(
+    finished: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = read_json(run / "scorecard.json")
+    card["models"]["student"]["merged_sha256"] = "0" * 64
+    write_json(run / "scorecard.json", card)
+    assert main(["publish", str(run)]) == Exit.PUBLISH
+    assert "evaluated and released weights differ" in capsys.readouterr().err
+
+
+def test_a_file_that_is_gone_is_missing_and_the_exit_is_8(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "answers/base.jsonl").unlink()
+    assert main(["verify", str(run)]) == Exit.EVALUATION
+    shown = capsys.readouterr()
+    assert "answers/base.jsonl: missing" in shown.err and shown.err.count("\n") == 1
+    assert "answers/base.jsonl is" in shown.out and "skipped" in shown.out
+
+
+def test_a_run_without_a_report_is_no_run_to_verify(tmp_path: Path) -> None:
+    with pytest.raises(DistillError) as caught:
+        verify.verify(tmp_path)
+    assert caught.value.code == Exit.STATE
+
+
+def test_every_part_of_the_scorecard_has_its_source(finished: Path) -> None:
+    assert set(SOURCES) == set(Scorecard.model_fields)
+    run = finished / "runs/tiny"
+    told = read_json(run / "manifest.json")["sources"]
+    card = read_json(run / "scorecard.json")
+    for part in set(card) - {"name", "reasons", "external"}:
+        assert told[part], f"{part} comes from nowhere"
+    assert told["training"] == {"train": {"training.json": sha256_file(run / "training.json")}}
+    assert {"prices.json"} == set(told["cost"]["report"]) and "ledger.jsonl" in told["cost"]["all"]
+
+
+def test_the_manifest_says_what_each_stage_was_made_with(finished: Path) -> None:
+    manifest = read_json(finished / "runs/tiny/manifest.json")
+    for stage in STAGES:
+        made = manifest["stages"][stage.name]
+        assert len(made["environment"]["code_sha256"]) == 64 and made["environment"]["libraries"]
+    assert manifest["programs"] == {"filter": "no", "evaluate": "no"}
+
+
+def test_weights_in_a_file_and_in_memory_have_one_digest(tmp_path: Path) -> None:
+    for tied in (True, False):
+        folder = make_tiny(tmp_path / str(tied), "qwen2", tied=tied)
+        model = load_model(f"{folder}", "float32")
+        assert digest_file(folder / "model.safetensors") == (digest_weights(model), "float32")
