@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +134,11 @@ def test_two_processes_answer_as_one(tmp_path: Path, model: Path, one: Run) -> N
 
 def answers_kept(run: Run) -> set[str]:
     """Return the ids of the answers that are on the disk, in the store or in a process's own log."""
-    lines = (
-        line
-        for path in run.config.store_folder().rglob("0*.jsonl")
-        for line in path.read_bytes().split(b"\n")[:-1]
-    )
-    return {line.decode().split(" ", 3)[2] for line in lines if b" response " in line[:80]}
+    while True:
+        with suppress(FileNotFoundError):  # a log that is taken over goes while we look
+            files = [path.read_bytes() for path in run.config.store_folder().rglob("0*.jsonl")]
+            lines = [line for data in files for line in data.split(b"\n")[:-1]]
+            return {line.decode().split(" ", 3)[2] for line in lines if b" response " in line[:80]}
 
 
 def wait_for_answers(run: Run, count: int, process: subprocess.Popen[str]) -> list[int]:
