@@ -95,7 +95,9 @@ def stored(run: Run) -> dict[str, Any]:
     """Return every record of the store, without measured seconds, in any order."""
     with Log(run.config.store_folder() / "responses", writable=False) as log:
         found = {
-            f"{kind} {key}": log.get(kind, key) for kind in log.index for key in log.keys(kind)
+            f"{kind} {key}": log.get(kind, key) or {}
+            for kind in log.index
+            for key in log.keys(kind)
         }
     for body in found.values():
         body.get("usage", {}).pop("seconds", None)
@@ -191,7 +193,7 @@ def leave(folder: Path) -> None:
 def taken(folder: Path) -> set[str]:
     with Log(folder / "s") as log:
         take_over(log)
-        return {log.get("response", key)["text"] for key in log.keys("response")}
+        return {(log.get("response", key) or {})["text"] for key in log.keys("response")}
 
 
 def test_kill_at_every_call_of_taking_over(memory: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import signal
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,6 +79,19 @@ def test_segments_roll_over_and_keep_their_order(tmp_path, monkeypatch):
     assert list(contents(tmp_path)) == list(BODIES)
     (tmp_path / "00000002.jsonl").unlink()
     assert "segment 00000002 is missing" in str(fault(lambda: contents(tmp_path)))
+
+
+def test_d8_memory_holds_the_index_and_not_the_bodies(tmp_path):
+    count, size = 20_000, 2_000
+    with Log(tmp_path / "s") as log:
+        log.append(("response", f"{n:032x}", "x" * size) for n in range(count))
+    tracemalloc.start()
+    with Log(tmp_path / "s", writable=False) as log:
+        held, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert len(list(log.keys("response"))) == count
+        assert len(log.get("response", f"{count // 2:032x}")) == size
+    assert held < 250 * count and most < held + 8 * size + (4 << 20), "bodies stay on the disk"
 
 
 def test_keys_are_words():
