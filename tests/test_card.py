@@ -7,8 +7,10 @@ from huggingface_hub import ModelCard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from distill.evaluation.words import plain_numbers
 from distill.publishing.card import Facts, cell, make_card, number, one_line
 from distill.publishing.merge import Fidelity
+from tests.test_surplus import SIXTEEN, reckon
 
 FIDELITY = Fidelity(
     prompts=8, tokens=400, largest_logit_difference=0.2, mean_kl=0.0004, greedy_agreement=0.995
@@ -34,6 +36,23 @@ SCORECARD = {
     },
     "funnel": {"asked": 240, "kept": 231, "dropped": {"truncated": 9}},
     "training": {"examples": 231, "steps": 40, "tokens": 61234},
+}
+FAILURES = {
+    "worst": [
+        {
+            "task": "api_json",
+            "asked": "Describe <b>it</b>",
+            "student": "## not\n---\n```json\n</pre>",
+            "teacher": "{}",
+            "reason": "not JSON",
+        }
+    ]
+}
+LEAKS = {
+    "n": 66,
+    "flagged": 0,
+    "rate": {"mean": 0.0, "low": 0.0, "high": 0.054},
+    "method": "A paraphrase is not found.",
 }
 FACTS = Facts(
     model_name="api-writer",
@@ -86,6 +105,22 @@ def test_the_page_tells_figures_and_limits():
         assert words in text, words
 
 
+def test_the_page_says_where_the_student_fails_and_what_it_saves():
+    saves = plain_numbers(reckon(SIXTEEN).model_dump())
+    card = {**SCORECARD, "failures": FAILURES, "contamination": LEAKS, "economics": saves}
+    text = make_card(FACTS, card, FIDELITY).text.replace("\u00a0", " ")
+    for words in ("## Where it fails", "**api json**: not JSON", "  Describe &lt;b&gt;it&lt;/b&gt;", "### What it saves",
+                  "save $0.70 (95 % interval", "None of the 66 items was found", "A paraphrase is not found"):  # fmt: skip
+        assert words in text, words
+    assert text.count("<pre>") == text.count("</pre>") == 3
+    assert not re.search(r"(?m)^(---|```json|## not)", text)
+
+
+def test_a_card_says_why_there_are_no_samples():
+    text = make_card(FACTS, {"failures": {"worst": [], "reason": "left out"}}, FIDELITY).text
+    assert "## Where it fails\n\nLeft out." in text
+
+
 def test_the_snippets_are_python():
     for snippet in re.findall(
         r"```python\n(.*?)```", make_card(FACTS, SCORECARD, FIDELITY).text, re.S
@@ -123,7 +158,9 @@ def test_hostile_values_stay_values(tmp_path_factory, name, corpus, task, reason
         }
     )
     row = {**SCORECARD["tasks"]["api_json"], "metric": reason}
-    scorecard = {**SCORECARD, "tasks": {task: row}, "funnel": {reason: name}}
+    sample = {"task": task, "asked": name, "student": corpus, "teacher": reason, "reason": reason}
+    base = {**SCORECARD, "failures": {"worst": [sample]}}
+    scorecard = {**base, "tasks": {task: row}, "funnel": {reason: name}}
     card = make_card(facts, scorecard, FIDELITY)
     path = tmp_path_factory.getbasetemp() / "card.md"
     card.save(path)
@@ -135,7 +172,7 @@ def test_hostile_values_stay_values(tmp_path_factory, name, corpus, task, reason
         yaml.safe_load(str(card).split("\n---\n")[0].removeprefix("---\n"))["license"]
         == "apache-2.0"
     )
-    plain = make_card(FACTS, SCORECARD, FIDELITY).text
+    plain = make_card(FACTS, {**SCORECARD, "failures": FAILURES}, FIDELITY).text
     for mark in (r"(?m)^## ", "```", r"<", r"(?m)^---"):
         assert len(re.findall(mark, loaded.text)) == len(re.findall(mark, plain))
     lines = [line for line in loaded.text.splitlines() if line.startswith("| ")]

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import pytest
 
 from distill.config import Config
 from distill.errors import DistillError, Exit
-from distill.evaluation import report, results, words
+from distill.evaluation import readme, report, results, words
 from distill.evaluation.acceptance import by_checker, requests_of
 from distill.evaluation.answer import answer, kept
 from distill.evaluation.compare import compare_paths
+from distill.evaluation.failures import failures
 from distill.evaluation.plots import (
     Point,
     quality_against_cost,
@@ -30,6 +32,7 @@ from distill.run import Run
 from distill.store import read_json, write_json, write_records
 
 HOSTILE = "<script>alert('x')</script> & \"quotes\" | pipes\nand a new line"
+LONG = "w" * 90 + HOSTILE
 ROOT = Path(__file__).parent.parent
 HASH = "ab" * 32
 
@@ -344,13 +347,226 @@ def test_words_claim_only_what_the_interval_supports() -> None:
     assert json.dumps(plain_numbers({"a": [True, 1 / 3]})) == '{"a": [true, 0.333333]}'
 
 
+NO_WIN = {"mean": None, "low": None, "high": None, "reason": f"fooled {HOSTILE}"}
+SEEN = {"n": 16, "wins": 0.0, "losses": 0.9, "unparsed": 0.1}
+
+
+def judged(passed: bool) -> dict[str, Any]:
+    """Return what a judge found, as evaluation.json holds it."""
+    won = {"mean": 0.6, "low": 0.45, "high": 0.75}
+    counts = {"n": 24, "wins": 9, "ties": 8, "losses": 6, "unparsed": 1, "flip_rate": 0.3}
+    row = {**counts, "win_rate": won, "length_matched": {"n": 11, "win_rate": won}}
+    if not passed:
+        row = {"win_rate": NO_WIN, "length_matched": {"win_rate": NO_WIN}}
+    probe = {"n": 48, "null": SEEN, "injected": SEEN, "copy": SEEN, "passed": passed}
+    probe |= {} if passed else {"reason": f"fooled {HOSTILE}"}
+    told = {"model": HOSTILE, "warnings": [f"one family {HOSTILE}"], "probe": probe}
+    return {**told, "teacher": row, "base": row}
+
+
+def found_leaks(run: Run, flagged: int) -> dict[str, Any]:
+    told = read_json(run.path("evaluation.json"))
+    rate = {"mean": flagged / 24, "low": 0.0, "high": 0.2}
+    whole = {"tasks": told["tasks"], "overall": told["overall"]} if flagged else None
+    return {
+        "n": 24, "flagged": flagged, "unsearchable": 1, "rate": rate, "all_items": whole, "kinds": {},
+        "examples": [{"phrase": HOSTILE}], "method": "A paraphrase or a translation is not found.",
+    }  # fmt: skip
+
+
+def everything(run: Run, passed: bool = True, flagged: int = 3) -> None:
+    """Add to a made-up run what a full evaluation finds: suites, a judge, leaks, and another harness."""
+    told = read_json(run.path("evaluation.json"))
+    leaks = found_leaks(run, flagged)
+    suite = {"tasks": told["tasks"], "overall": told["overall"], "description": HOSTILE}
+    told["suites"] = {"forgetting": {**suite, "contamination": leaks}, LONG: suite}
+    write_json(
+        run.path("evaluation.json"), {**told, "judge": judged(passed), "contamination": leaks}
+    )
+    tasks = {HOSTILE: {"n": 9, "metrics": {"acc": {"value": 0.5, "stderr": None}}}}
+    kept = {"harness": "lm-eval 1", "adapter_sha256": HASH, "tasks": tasks}
+    write_json(run.path("lm_eval.json"), kept)
+
+
+def pages(run: Run) -> tuple[str, str]:
+    """Make the report and return page and Markdown, hard spaces made plain."""
+    report.main(run.config, run)
+    texts = (run.path(name).read_text() for name in ("report.html", "scorecard.md"))
+    page, text = (text.replace("\u00a0", " ") for text in texts)
+    return page, text
+
+
+def test_the_answer_comes_first_with_its_intervals(tmp_path: Path) -> None:
+    page, text = pages(make_run(tmp_path))
+    heads = [re.sub("<.*?>", "", h) for h in re.findall("<(?:h1|dt).*?>(.*?)</(?:h1|dt)>", page)]
+    assert heads[1:5] == ["Quality", "Cost", "What it saves", "Compared"]
+    for said in ("the same 24 held-out prompts from 24 documents", "percentage points (95 % interval",
+                 "paid back after", "(so many show a difference of "):  # fmt: skip
+        assert said in page and said in text, said
+
+
+def test_the_headings_are_in_order_and_every_picture_is_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    everything(run)
+    page, _ = pages(run)
+    levels = [int(level) for level in re.findall(r"<h([1-4])", page)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    pictures = re.findall(r"<[^>]*role=\"img\"[^>]*>", page)
+    assert len(pictures) > 8 and all(re.search('aria-label="[^"]{9,}', p) for p in pictures)
+    assert page.count("<table") == page.count("<tbody") and 'scope="row"' in page
+
+
+def test_suites_judge_leaks_and_other_harnesses_are_shown(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    everything(run)
+    page, text = pages(run)
+    for said in ("What it forgot", "What a judge prefers", "passed its 48 probes", "60 % [45 %, 75 %]",
+                 "these items cannot tell which one it prefers", "one family", "What another harness found",
+                 "3 of 24 items", "not found in the training data", "all items", "is not found"):  # fmt: skip
+        assert said in page, said
+    assert "passed its 48 probes" in text and "60 % [45 %, 75 %]" in text
+    card = read_json(run.path("scorecard.json"))
+    assert (
+        card["judge"]["probe"]["passed"]
+        and card["suites"]
+        and card["contamination"]["flagged"] == 3
+    )
+
+
+def test_a_judge_that_was_fooled_gives_no_win_rate(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    everything(run, passed=False, flagged=0)
+    page, text = pages(run)
+    assert "is not used, so no win rate is given: fooled" in page and "is not used" in text
+    assert "How often the student" not in page and "the student against | " not in text
+    reasons = read_json(run.path("scorecard.json"))["reasons"]
+    assert reasons["judge.teacher.win_rate"].startswith("fooled")
+    assert "None of the 24 items was found" in page and "0.0 % to 20.0 % would be" in page
+
+
+def test_what_the_differences_allow_to_claim_stands_beside_them(tmp_path: Path) -> None:
+    page, _ = pages(make_run(tmp_path))
+    assert "McNemar p" in page and "could have shown" in page
+    assert re.search(r"(undecided|not inferior|inferior) \(5 %\)", page)
+
+
+def test_without_a_price_nothing_is_said_to_be_saved(tmp_path: Path) -> None:
+    page, text = pages(make_run(tmp_path, machine=None))
+    assert "What using the student saves is not known" in page and "is not known" in text
+    assert "Not drawn" in page and ">$0" not in page
+
+
+def test_a_loss_is_shown_as_a_loss(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    dear = run.config.evaluation.model_copy(update={"teacher_price": "gpt-5.6-luna"})
+    config = run.config.model_copy(update={"evaluation": dear})
+    rows = [json.loads(line) for line in run.path("requests.jsonl").read_bytes().splitlines()]
+    for row in rows:
+        row["usage"]["student"]["seconds"] = 9000.0
+    run.path("requests.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    page, _ = pages(Run(config))
+    assert "save nothing: they cost $" in page and "never paid back" in page and "<b>−$" in page
+
+
+def test_where_private_text_is_kept_no_sample_leaves_the_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    everything(run)
+    assert "<pre>" in pages(run)[0] and read_json(run.path("scorecard.json"))["failures"]["worst"]
+    corpus = run.config.corpus.model_copy(update={"private_text": "keep"})
+    page, _ = pages(Run(run.config.model_copy(update={"corpus": corpus})))
+    assert "<pre>" not in page and "Left out: the corpus is used as it is" in page
+    card = read_json(run.path("scorecard.json"))
+    assert card["failures"]["worst"] == [] and "keep" in card["failures"]["reason"]
+    assert '"examples": [' not in json.dumps(card)
+    assert "failures" not in card["tasks"]["math_word_problem"]
+
+
+def test_failures_are_the_worst_samples_cut_short() -> None:
+    def sample(task: str, rank: str, value: float, metric: str = "correct") -> dict[str, Any]:
+        return {
+            "task": task, "rank": rank, "metric": metric, "messages": [{"content": "q" * 900}],
+            "answers": {"student": "s", "teacher": "t"}, "scores": {"student": value},
+            "reasons": {"student": "wrong"},
+        }  # fmt: skip
+
+    rows = [sample("a", "worst", 31.0, "chrF"), sample("b", "worst", 0.0), sample("b", "best", 1.0)]
+    found = failures(rows, "mask")["worst"]
+    assert [(row["task"], row["reason"]) for row in found] == [
+        ("b", "wrong"),
+        ("a", "chrF 31 against the teacher"),
+    ]
+    assert len(found[0]["asked"]) < 420 and found[0]["asked"].endswith("[…]")
+    assert failures([sample("a", "worst", 1.0)], "mask")["worst"] == []
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+    red, green, blue = (p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_every_text_has_the_contrast_of_wcag_aa_in_both_schemes_and_on_paper() -> None:
+    style = (ROOT / "distill/evaluation/report.html").read_text()
+    schemes = [
+        dict(re.findall(r"--([a-z]+): (#[0-9a-f]{3,6})", block))
+        for block in re.findall(r":root \{(.*?)\}", style, re.S)
+    ]
+    assert len(schemes) == 3
+    for colours in schemes:
+        full = {
+            k: c if len(c) == 7 else "#" + "".join(2 * x for x in c[1:]) for k, c in colours.items()
+        }
+        for ground in ("paper", "card", "wash"):
+            for ink in ("ink", "soft", "faint", "student", "teacher", "base"):
+                two = sorted((luminance(full[ink]), luminance(full[ground])))
+                assert (two[1] + 0.05) / (two[0] + 0.05) >= 4.5, (ink, ground, colours)
+
+
+def test_the_readme_holds_what_the_scorecards_say() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("<!-- scorecard: ") == text.count("<!-- end of scorecard -->") == 2
+    assert readme.filled(text, ROOT) == text, "run: python eval/readme.py"
+
+
+def test_a_readme_is_filled_from_any_scorecard(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    report.main(run.config, run)
+    head = "<!-- scorecard: made-up/scorecard.json quality saves judge -->"
+    text = f"before\n{head}\nold\n<!-- end of scorecard -->\nafter"
+    once = readme.filled(text, tmp_path)
+    assert once.startswith(f"before\n{head}\n> |") and "\n> ## What it saves\n" in once
+    assert "old" not in once and readme.filled(once, tmp_path) == once
+    for other in ("nothing.json quality", "made-up/scorecard.json poem"):
+        with pytest.raises(DistillError):
+            readme.filled(
+                text.replace("made-up/scorecard.json quality saves judge", other), tmp_path
+            )
+
+
+def plain_run(folder: Path) -> Run:
+    run = make_run(folder)
+    everything(run)
+    return run
+
+
+def poor_run(folder: Path) -> Run:
+    """No checker, no price, hardly any training, a judge that was fooled."""
+    run = make_run(folder, checked=False, machine=None, history=1)
+    everything(run, passed=False, flagged=0)
+    return run
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     not shutil.which("chromium"), reason="needs a browser: apt-get install chromium"
 )
 @pytest.mark.parametrize("width", [400, 1400])
-def test_nothing_is_cut_off_in_a_real_browser(tmp_path: Path, width: int) -> None:
-    run = make_run(tmp_path)
+@pytest.mark.parametrize("made", [plain_run, poor_run])
+def test_nothing_is_cut_off_in_a_real_browser(
+    tmp_path: Path, width: int, made: Callable[[Path], Run]
+) -> None:
+    run = made(tmp_path)
     report.main(run.config, run)
     frame = tmp_path / "frame.html"
     frame.write_text(

@@ -11,6 +11,8 @@ from distill.evaluation.statement import in_short
 from distill.evaluation.words import change, duration, figure, money, plain, points, share, verdict
 
 Row = Mapping[str, Any]
+RIVALS = ("teacher", "base")
+ENDS = ("low", "high")
 
 
 def answer(card: Row) -> dict[str, str]:
@@ -135,3 +137,29 @@ def on_suite(suite: Row, confidence: float) -> str:
         f"Of {row['n']} answers {share(row['base'])} pass before training and {share(row['student'])} after: "
         f"{points(change, confidence)}; {said}."
     )
+
+
+def of_judge(judge: Row, confidence: float) -> list[str]:
+    """Say which answers a judge prefers, or why it is not asked, and what weakens its word."""
+    probe, model = judge["probe"], judge["model"]
+    if not probe["passed"]:
+        said = [f"The judge {model} is not used, so no win rate is given: {probe['reason']}."]
+    else:
+        said = [f"The judge {model} passed its {probe['n']} probes."]
+        said += [_preferred(rival, judge[rival]["win_rate"], confidence) for rival in RIVALS]
+    return [*said, *(f"Warning: {warning}." for warning in judge["warnings"])]
+
+
+def _preferred(rival: str, rate: Row, confidence: float) -> str:
+    if rate["mean"] is None:
+        return f"How often the student wins against the {rival} is not known: {rate['reason']}."
+    above = {**rate, **{end: None if rate[end] is None else rate[end] - 0.5 for end in ENDS}}
+    said = verdict(
+        above,
+        "it prefers the student",
+        f"it prefers the {rival}",
+        "these items cannot tell which one it prefers",
+    )
+    between = "" if rate["low"] is None else f" to {share(rate['high'])}"
+    interval = f" ({share(confidence)} interval {share(rate['low'])}{between})" if between else ""
+    return f"Against the {rival} the student wins {share(rate['mean'])}, ties counted half{interval}: {said}."

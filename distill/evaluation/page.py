@@ -50,6 +50,7 @@ def page(card: Row, samples: Sequence[Row], training: Row) -> str:
         funnel=funnel_bars(card["funnel"], card["corpus"].get("documents")),
         leaked=list(rows.leaked(card["contamination"], card["overall"])),
         groups=sample_groups(samples),
+        judged=answer.of_judge(card["judge"], confidence) if card["judge"] else [],
         withheld=card["failures"].get("reason") == WITHHELD,
         missing=words.grouped(card["reasons"]),
         prices=prices(card),

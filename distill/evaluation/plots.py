@@ -11,6 +11,7 @@ from typing import NamedTuple
 from markupsafe import Markup, escape
 
 LEFT, RIGHT, TOP, BOTTOM = 48, 18, 30, 44
+LETTER = 8.5  # pixels of a letter of a name, about
 EMPTY = Markup("")
 
 
@@ -95,15 +96,13 @@ def quality_against_cost(
     top = 100.0 if highest > 50 else min(100.0, highest * 1.3 + 1)
     frame = Frame(width, 320, 0.0, max(p.x for p in points) * 1.15 or 1.0, 0.0, top)
     parts = [axes(frame, x_label, y_label, x_form)]
-    taken: list[tuple[float, float]] = []
+    taken: list[tuple[float, float, float]] = []
     for point in points:
         x, y = frame.x(point.x), frame.y(point.y)
         if point.low is not None and point.high is not None:
             parts += _whisker(x, frame.y(point.low), x, frame.y(point.high), point.name)
         parts.append(mark(point.name, x, y))
-        side, beside = ("end", x - 14) if x > frame.width * 0.6 else ("", x + 14)
-        line = _free(beside, y + 5, taken)
-        parts.append(_text(beside, line, point.name, f"name {side}"))
+        parts.append(_name(point.name, x, y, frame, taken))
     told = "; ".join(_told(p, f"{p.name} at {x_form.format(p.x)}:") for p in points)
     return _svg(frame, parts, f"Quality against cost. {y_label} by {x_label}: {told}")
 
@@ -153,12 +152,17 @@ def mark(model: str, x: float, y: float) -> Markup:
     )
 
 
-def _free(x: float, y: float, taken: list[tuple[float, float]]) -> float:
-    """Return the height of a name near (x, y) that none of the `taken` names has, and take it."""
-    while any(abs(x - other_x) < 80 and abs(y - other_y) < 17 for other_x, other_y in taken):
-        y += 4
-    taken.append((x, y))
-    return y
+def _name(
+    name: str, x: float, y: float, frame: Frame, taken: list[tuple[float, float, float]]
+) -> Markup:
+    """Write a point's name beside it, lower where another name stands; `taken` holds the names' left, right, height."""
+    left = x > frame.width * 0.6
+    ends = (x - 14 - LETTER * len(name), x - 14) if left else (x + 14, x + 14 + LETTER * len(name))
+    line = y + 5
+    while any(ends[0] < b and a < ends[1] and abs(line - h) < 17 for a, b, h in taken):
+        line += 4
+    taken.append((*ends, line))
+    return _text(ends[1] if left else ends[0], line, name, "name end" if left else "name")
 
 
 def _whisker(x1: float, y1: float, x2: float, y2: float, kind: str) -> list[Markup]:

@@ -11,7 +11,7 @@ from typing import Any
 from distill.config import Config
 from distill.evaluation import external, rows
 from distill.evaluation.accounts import accounts
-from distill.evaluation.answer import answer, compared
+from distill.evaluation.answer import answer, compared, of_judge
 from distill.evaluation.failures import bare, failures, withheld
 from distill.evaluation.page import page
 from distill.evaluation.sources import sources
@@ -114,7 +114,7 @@ def markdown(card: Mapping[str, Any]) -> str:
 def parts(card: Mapping[str, Any]) -> dict[str, str]:
     """Return the parts of the scorecard's text by name, those that an old scorecard lacks empty."""
     cost, found = card["cost"], card.get("economics")
-    judge = card.get("judge")
+    judge, confidence = card.get("judge"), card["environment"]["settings"]["confidence"]
     said = [f"{label}: {text}" for label, text in answer(card).items()]
     return {
         "compared": f"Compared: {compared(card)}",
@@ -124,7 +124,7 @@ def parts(card: Mapping[str, Any]) -> dict[str, str]:
         "made": made(card),
         "tokens": table(*token_rows(cost)) if "one_at_a_time" in cost["student"] else "",
         "saves": surplus_part(card) if found else "",
-        "judge": judge_part(judge) if judge else "",
+        "judge": judge_part(judge, confidence) if judge else "",
         "external": external_table(card.get("external", {})),
         "notes": _notes(card),
     }
@@ -149,19 +149,12 @@ def surplus_part(card: Mapping[str, Any]) -> str:
     return "\n\n".join(["## What it saves", *said, *tables])
 
 
-def judge_part(judge: Mapping[str, Any]) -> str:
+def judge_part(judge: Mapping[str, Any], confidence: float) -> str:
     """Return what the judge preferred, or why it is not used, and what it made of its probes."""
-    probe = judge["probe"]
-    used = "passed its probes" if probe["passed"] else f"is not used: {probe['reason']}"
-    warned = [f"Warning: {warning}." for warning in judge["warnings"]]
-    return "\n\n".join(
-        [
-            f"The judge {judge['model']} {used}.",
-            *warned,
-            table(*rows.judge_rows(judge)),
-            table(*rows.probe_rows(probe)),
-        ]
-    )
+    said = " ".join(of_judge(judge, confidence))
+    duels = [rows.judge_rows(judge)] if judge["probe"]["passed"] else []
+    tables = [*duels, rows.probe_rows(judge["probe"])]
+    return "\n\n".join([said, *(table(*found) for found in tables)])
 
 
 def external_table(found: Mapping[str, Any]) -> str:

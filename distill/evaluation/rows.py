@@ -114,9 +114,14 @@ def _claim(label: str, row: Row, found: Row) -> tuple[str, ...]:
         change(found, row["metric"]),
         figure(None if visible is None else scale * visible, digits),
         f"{test['only_a']} / {test['only_b']}" if test else UNKNOWN,
-        figure(test["p"], 3) if test else UNKNOWN,
+        chance(test["p"]) if test else UNKNOWN,
         f"{claimed['verdict']} ({share(claimed['margin'])})" if claimed else UNKNOWN,
     )
+
+
+def chance(p: float | None) -> str:
+    """Return a p value; none is so small that it is 0."""
+    return "< 0.001" if p is not None and p < 0.001 else figure(p, 3)
 
 
 def cost_rows(card: Row) -> Table:
@@ -226,23 +231,24 @@ def leaked(found: Row, clean: Row | None) -> Iterator[str]:
     """Say how many items stand in the training data, and the shares of checks passed without and with them."""
     if not found:
         return
-    low, high = (share(found["rate"][end], 1) for end in ("low", "high"))
+    low, high = (share(found.get("rate", {}).get(end), 1) for end in ("low", "high"))
+    method = found.get("method", "")
     blank = found.get("unsearchable")
     but = f" ({blank} of them have no words of their own to look for)" if blank else ""
     if not found["flagged"]:
         yield (
             f"None of the {found['n']} items was found in the training data{but}; of items like these, "
-            f"{low} to {high} would be. {found['method']}"
+            f"{low} to {high} would be. {method}"
         )
         return
-    whole = (found["all_items"] or {}).get("overall")
+    whole = (found.get("all_items") or {}).get("overall")
     beside = ""
     if clean and whole:
         pairs = (f"{m} {share(clean[m])} and {share(whole[m])}" for m in ("teacher", "student"))
         beside = f" Checks passed without and with them: {', '.join(pairs)}."
     yield (
         f"{found['flagged']} of {found['n']} items{but} stand in the training data (of items like these, {low} to "
-        f"{high} would); the figures are without them.{beside} {found['method']}"
+        f"{high} would); the figures are without them.{beside} {method}"
     )
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from distill.evaluation.rows import leaked
+from distill.evaluation.statement import statement
 from distill.publishing.merge import Fidelity
 from distill.records import Record
 
@@ -133,6 +135,9 @@ def sections(facts: Facts, scorecard: Mapping[str, Any], fidelity: Fidelity) -> 
     yield _scores(scorecard)
     yield _agreement(scorecard)
     yield _costs(scorecard)
+    yield _saves(scorecard)
+    yield _failures(scorecard)
+    yield _leaks(scorecard)
     yield _data(facts, scorecard)
     yield _use(facts)
     yield _limits(facts, fidelity)
@@ -156,10 +161,9 @@ def _scores(scorecard: Mapping[str, Any]) -> str:
         *("task", "metric", "n", "teacher", "before", "student"),
         *("student − teacher", "student − before", "gap recovered"),
     )
-    settings = (scorecard.get("environment") or {}).get("settings") or {}
     note = (
         "Held-out documents, never seen in training; *before* is the student untrained. Brackets are "
-        f"{settings.get('confidence', 0.95):.0%} intervals, paired on the same items and clustered by document; a dash "
+        f"{_confidence(scorecard):.0%} intervals, paired on the same items and clustered by document; a dash "
         "is a figure that is not known."
     )
     shown = table(head, [_score_row(task, row) for task, row in rows.items()])
@@ -220,6 +224,52 @@ def _costs(scorecard: Mapping[str, Any]) -> str:
         f"Prices: {'; '.join(prices)}." if prices else "",
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _saves(scorecard: Mapping[str, Any]) -> str:
+    """Return the surplus statement with its assumptions."""
+    economics = scorecard.get("economics")
+    if not economics:
+        return ""
+    said = statement(economics, _confidence(scorecard))
+    return "\n\n".join(["### What it saves", *map(cell, said)])
+
+
+def _failures(scorecard: Mapping[str, Any]) -> str:
+    """Return the worst samples, as they came, or why there are none."""
+    found = scorecard.get("failures")
+    if not found:
+        return ""
+    if not found["worst"]:
+        return f"## Where it fails\n\n{cell(found['reason']).capitalize()}."
+    shown = "\n\n".join(_failure(sample) for sample in found["worst"])
+    return f"## Where it fails\n\nIts worst answer to each task, chosen by rule:\n\n{shown}"
+
+
+def _failure(sample: Mapping[str, Any]) -> str:
+    texts = "\n\n".join(
+        f"{who}:\n\n{verbatim(sample[key])}"
+        for who, key in (("Asked", "asked"), ("The student", "student"), ("The teacher", "teacher"))
+    )
+    return f"**{words(sample['task'])}**: {cell(sample['reason'])}\n\n{texts}"
+
+
+def verbatim(text: Any) -> str:
+    """Return text as it is, its lines kept, where no markup of its own survives."""
+    kept = "".join(c if c.isprintable() or c == "\n" else " " for c in str(text))
+    safe = re.sub(r"[`*_\[\]~]", lambda c: f"&#{ord(c[0])};", html.escape(kept, quote=False))
+    return "<pre>\n" + "\n".join(f"  {line}" for line in safe.split("\n")) + "\n</pre>"
+
+
+def _leaks(scorecard: Mapping[str, Any]) -> str:
+    """Return how much of what was measured stands in the training data."""
+    found = list(leaked(scorecard.get("contamination") or {}, scorecard.get("overall")))
+    return "\n\n".join(["### Contamination", *map(cell, found)]) if found else ""
+
+
+def _confidence(scorecard: Mapping[str, Any]) -> float:
+    settings = (scorecard.get("environment") or {}).get("settings") or {}
+    return settings.get("confidence", 0.95)
 
 
 def _data(facts: Facts, scorecard: Mapping[str, Any]) -> str:

@@ -1,0 +1,16 @@
+"""Write the scorecards that README.md shows, from eval/results: `python eval/readme.py`. Loads no model."""
+
+import sys
+from pathlib import Path
+
+from distill.errors import exit_code
+from distill.evaluation.readme import write
+
+
+def main() -> None:
+    """Fill README.md."""
+    write(Path(__file__).parent.parent / "README.md")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
