@@ -49,7 +49,7 @@ def scored(prompts: dict[str, Prompt], teacher: Answers, answers: Answers) -> di
     for identity, prompt in prompts.items():
         checker = load_task(prompt.task).checker or {}
         passed = check(checker, prompt, answers[identity]).passed
-        result[prompt.task] = result.get(prompt.task, 0) + passed
+        result[prompt.task] = result.get(prompt.task, 0) + bool(passed)
     likeness = [sentence_chrf(answers[i], [teacher[i]]).score for i in prompts]
     return {**result, "chrf": statistics.mean(likeness)}
 
