@@ -56,7 +56,7 @@ def test_chunked_equals_whole(chunk, seed):
     many, _ = cross_entropy(*parts, chunk=chunk)
     one.backward(), many.backward()
     torch.testing.assert_close(one, many, rtol=1e-6, atol=0)
-    torch.testing.assert_close(whole[0].grad, parts[0].grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(whole[0].grad, parts[0].grad, rtol=1e-5, atol=4e-6)
 
 
 @pytest.mark.parametrize("rows", [0, 5])

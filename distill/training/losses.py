@@ -1,47 +1,116 @@
 """Losses as pure functions that return (sum, count); the division happens once, over the whole step.
 
-Shape suffixes: S supervised positions, D hidden size, V vocabulary. The head is applied at supervised positions only,
-a chunk of them at a time, so the logits of a batch never exist; logits are in the model's type, what follows the
-maximum is float32. The head is frozen: the gradient of the hidden states is made on the way forward.
+The head is applied at supervised positions only, a block of them at a time, so the logits of a batch never exist;
+logits are in the model's type, what follows is float32, a strip of a block at a time. Gradients are made on the way
+forward: of the hidden states, and of the head where it is trained or adapted; a frozen head costs nothing.
+
+Shape suffixes: S supervised positions, R those of a block or strip, D hidden size, V vocabulary, P parts of a loss.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 32 * 2**20  # of float32 logits at a time: small enough to stay in a CPU's cache
+BLOCK_BYTES = {
+    "cpu": 32 * 2**20
+}  # of logits at a time: what malloc hands out again, for fresh pages cost as much
+BLOCK_BYTES_ELSEWHERE = 256 * 2**20
+STRIP_BYTES = 4 * 2**20  # of float32 logits at a time: small enough to stay in a CPU's cache
+
+# Given positions of the block (a slice of its rows) and their logits (R, V), returns the values (P, R) of a loss's parts
+# and turns the logits into the slope of the loss.
+Measure = Callable[[slice, Tensor], Tensor]
+Criterion = Callable[[slice], Measure]  # given a block of positions
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """The weighted sum of cross-entropies, chunk by chunk, with the gradient of the hidden states beside it."""
+class _AtHead(torch.autograd.Function):
+    """A criterion's weighted sums over all positions, block by block, with the gradients beside them."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_SD: Tensor, head_VD: Tensor, bias_V: Tensor | None,
-        targets_S: Tensor, weights_S: Tensor, rows: int,
-    ) -> Tensor:  # fmt: skip
-        total = hidden_SD.new_zeros((), dtype=torch.float32)
-        wanted = ctx.needs_input_grad[0]
-        gradient_SD = torch.empty_like(hidden_SD) if wanted else None
-        for start in range(0, len(targets_S), rows):
-            part = slice(start, start + rows)
-            targets, weights = targets_S[part, None], weights_S[part]
-            logits = torch.nn.functional.linear(hidden_SD[part], head_VD, bias_V)
-            logs = torch.log_softmax(logits, -1, dtype=torch.float32)
-            total -= logs.gather(1, targets).squeeze(1) @ weights
-            if gradient_SD is not None:
-                slope = logs.exp_().scatter_add_(1, targets, logs.new_full((len(targets), 1), -1))
-                made = torch.mm(slope.to(head_VD.dtype), head_VD)
-                gradient_SD[part] = made * weights[:, None]
-        ctx.save_for_backward(gradient_SD)
-        return total
+        ctx: Any, hidden_SD: Tensor, head_VD: Tensor, bias_V: Tensor | None, weights_S: Tensor,
+        criterion: Criterion, mix_P: Tensor, rows: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        parts_P = torch.zeros_like(mix_P)
+        inputs = (hidden_SD, head_VD, bias_V)
+        made = [
+            torch.zeros_like(tensor) if wanted and tensor is not None else None
+            for tensor, wanted in zip(inputs, ctx.needs_input_grad, strict=False)
+        ]
+        for start in range(0, len(hidden_SD), rows):
+            block = slice(start, start + rows)
+            hidden_RD, weights_R = hidden_SD[block], weights_S[block]
+            logits_RV = torch.nn.functional.linear(hidden_RD, head_VD, bias_V)
+            measure = criterion(block)
+            for strip in _strips(logits_RV):
+                parts_P += measure(strip, logits_RV[strip]) @ weights_R[strip]
+            _add_gradients(made, block, logits_RV, hidden_RD, head_VD, weights_R)
+        ctx.save_for_backward(*made)
+        ctx.mark_non_differentiable(parts_P)
+        return mix_P @ parts_P, parts_P
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient_SD,) = ctx.saved_tensors
-        scaled = gradient_SD * upstream[0].to(gradient_SD.dtype)
-        return scaled, None, None, None, None, None
+        scaled = [None if made is None else made * upstream[0] for made in ctx.saved_tensors]
+        return *scaled, None, None, None, None
+
+
+def _strips(logits_RV: Tensor) -> Iterator[slice]:
+    """Cut a block into strips whose float32 logits fit a cache; a GPU takes it whole."""
+    count, width = logits_RV.shape
+    size = max(1, STRIP_BYTES // (4 * width)) if logits_RV.device.type == "cpu" else count
+    return (slice(start, start + size) for start in range(0, count, size))
+
+
+def _add_gradients(
+    made: Sequence[Tensor | None], block: slice, slope_RV: Tensor, hidden_RD: Tensor, head_VD: Tensor, weights_R: Tensor
+) -> None:  # fmt: skip
+    """Add a block's share to the gradients of the hidden states, the head and its bias, where they are wanted."""
+    gradient_SD, gradient_VD, gradient_V = made
+    if gradient_SD is not None:
+        torch.mm(slope_RV, head_VD, out=gradient_SD[block]).mul_(weights_R[:, None])
+    if gradient_VD is not None:
+        gradient_VD.addmm_(slope_RV.t(), (hidden_RD * weights_R[:, None]).to(slope_RV.dtype))
+    if gradient_V is not None:
+        gradient_V += weights_R.to(slope_RV.dtype) @ slope_RV
+
+
+def apply_at_head(
+    criterion: Criterion,
+    mix: Sequence[float],
+    hidden_SD: Tensor,
+    head_VD: Tensor,
+    weights_S: Tensor,
+    bias_V: Tensor | None = None,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a criterion's weighted sum, the sum of weights, and the sums of its parts (P,), before they are mixed.
+
+    The slopes that the criterion makes are those of the mixed loss. `chunk` is the number of positions in a block.
+    """
+    weights_S = weights_S.float()
+    mix_P = weights_S.new_tensor(mix)
+    rows = chunk or _block_rows(head_VD)
+    total, parts_P = _AtHead.apply(  # pyright: ignore[reportGeneralTypeIssues]
+        hidden_SD, head_VD, bias_V, weights_S, criterion, mix_P, rows
+    )
+    return total, weights_S.sum(), parts_P
+
+
+def _block_rows(head_VD: Tensor) -> int:
+    size = BLOCK_BYTES.get(head_VD.device.type, BLOCK_BYTES_ELSEWHERE)
+    return max(16, size // (head_VD.element_size() * head_VD.shape[0]))
+
+
+def score_tokens(logits_RV: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Return -log p(target) in nats (R,) and its slope by the logits (R, V), both float32."""
+    logs = torch.log_softmax(logits_RV.float(), -1)
+    values = -logs.gather(1, targets_R[:, None]).squeeze(1)
+    slope = logs.exp_()
+    slope[torch.arange(len(slope), device=slope.device), targets_R] -= 1
+    return values, slope
 
 
 def cross_entropy(
@@ -54,20 +123,28 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Return the weighted sum of -log p(target) in nats, and the sum of weights, both float32 scalars.
 
-    The head gets no gradient. `chunk` is the number of positions at a time; no position at all gives (0, 0).
+    `chunk` is the number of positions at a time; no position at all gives (0, 0).
     """
-    rows = chunk or max(16, CHUNK_BYTES // (4 * head_VD.shape[0]))
-    weights_S = weights_S.float()
-    total = _CrossEntropy.apply(hidden_SD, head_VD, bias_V, targets_S, weights_S, rows)
-    return total, weights_S.sum()  # pyright: ignore[reportReturnType]
+
+    def criterion(block: slice) -> Measure:
+        targets_R = targets_S[block]
+
+        def measure(strip: slice, logits_RV: Tensor) -> Tensor:
+            values, slope = score_tokens(logits_RV, targets_R[strip])
+            logits_RV.copy_(slope)
+            return values[None]
+
+        return measure
+
+    return apply_at_head(criterion, [1.0], hidden_SD, head_VD, weights_S, bias_V, chunk)[:2]
 
 
 @torch.no_grad()
 def read_targets(
     hidden_SD: Tensor, head_VD: Tensor, targets_S: Tensor, bias_V: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return -log p(target) in nats (S,) and whether the target is the likeliest token (S,), a chunk at a time."""
-    rows = max(16, CHUNK_BYTES // (4 * head_VD.shape[0]))
+    """Return -log p(target) in nats (S,) and whether the target is the likeliest token (S,), a block at a time."""
+    rows = _block_rows(head_VD)
     losses, hits = [hidden_SD.new_zeros(0, dtype=torch.float32)], [targets_S.new_zeros(0).bool()]
     for start in range(0, len(targets_S), rows):
         part = slice(start, start + rows)

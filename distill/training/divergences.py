@@ -1,0 +1,262 @@
+"""Divergences from a teacher's distributions, cached or live, alone or mixed with the cross-entropy of the tokens.
+
+P is the teacher's distribution of the next token, Q the student's, both at the loss's temperature T: softmax(z / T).
+
+    forward_kl   KL(P || Q)
+    reverse_kl   KL(Q || P)
+    jsd          beta KL(P || M) + (1 - beta) KL(Q || M), M = beta P + (1 - beta) Q       (GKD, arXiv 2306.13649)
+    skew_kl      KL(P || alpha P + (1 - alpha) Q)                                    (DistiLLM, arXiv 2402.03898)
+
+Each is multiplied by T^2, so that its gradient keeps its size whatever T is (arXiv 1503.02531); `ce`, the cross-entropy
+of the tokens, is always at temperature 1 and over the student's whole head. All are in nats.
+
+A cached list covers only the teacher's likeliest tokens. All others are one outcome more on both sides, the tail, of
+P's exact remainder and Q's mass of everything unlisted. Merging outcomes never adds to a divergence of these four (they
+are f-divergences), so the cached value is a lower bound of the live one; what it misses is how P and Q differ within the
+tail, and it is exact where their tails are alike or where everything is listed. Within the tail Q keeps its own
+proportions: no unlisted token is pushed up or down but with all others.
+
+Shape suffixes: those of losses.py, and O outcomes: a vocabulary, or the tail and a list; M entries of a strip's lists.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from math import inf, log, log1p
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distill.training.losses import Measure, apply_at_head, score_tokens
+from distill.training.targets import Live, SoftTargets
+
+# Of log-probabilities of P and Q (R, O), the values (R,) and their slopes by the logits of Q (R, O).
+Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+FLOOR = -100.0  # the log-probability of what does not happen: exp() of it is nothing in float32, and it is finite
+LEAST_REST = 2.0**-24  # a remainder of 0 is one below float32's resolution
+TINY = torch.finfo(torch.float32).tiny
+
+
+def forward_kl(teacher_RO: Tensor, student_RO: Tensor) -> tuple[Tensor, Tensor]:
+    """Return KL(P || Q) and its slope, Q - P."""
+    p = teacher_RO.exp()
+    values = torch.linalg.vecdot(p, teacher_RO - student_RO)
+    return values, student_RO.exp().sub_(p)
+
+
+def reverse_kl(teacher_RO: Tensor, student_RO: Tensor) -> tuple[Tensor, Tensor]:
+    """Return KL(Q || P) and its slope, Q (log Q / P - KL)."""
+    q, gap = student_RO.exp(), student_RO - teacher_RO
+    values = torch.linalg.vecdot(q, gap)
+    return values, gap.sub_(values[:, None]).mul_(q)
+
+
+def jsd(teacher_RO: Tensor, student_RO: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Return the generalised Jensen-Shannon divergence and its slope, (1 - beta) Q (log Q / M - KL(Q || M))."""
+    mixed = torch.logaddexp(teacher_RO + log(beta), student_RO + log1p(-beta))
+    there = torch.linalg.vecdot(teacher_RO.exp(), teacher_RO - mixed)
+    back, slope = reverse_kl(mixed, student_RO)
+    return beta * there + (1 - beta) * back, slope.mul_(1 - beta)
+
+
+def skew_kl(teacher_RO: Tensor, student_RO: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Return KL(P || M), M = alpha P + (1 - alpha) Q, and its slope, Q sum(A) - A with A = (1 - alpha) P Q / M."""
+    if not alpha:
+        return forward_kl(teacher_RO, student_RO)
+    mixed = torch.logaddexp(teacher_RO + log(alpha), student_RO + log1p(-alpha))
+    gap = teacher_RO - mixed
+    values = torch.linalg.vecdot(teacher_RO.exp(), gap)
+    moved = gap.add_(student_RO).exp_().mul_(1 - alpha)
+    return values, (student_RO.exp() * moved.sum(1, keepdim=True)).sub_(moved)
+
+
+class Mixture(NamedTuple):
+    """The parts of a loss and their weights, none 0: the cross-entropy (`hard`) first, where it is one of them."""
+
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    hard: float
+    divergences: tuple[Divergence, ...]
+    temperature: float
+
+    @classmethod
+    def make(
+        cls, mix: Mapping[str, float], beta: float, alpha: float, temperature: float
+    ) -> "Mixture":
+        """Name the parts; raises ValueError for one that is unknown, or a number out of its range."""
+        if not (0 < beta < 1 and 0 <= alpha < 1 and temperature > 0):
+            raise ValueError(f"{beta=} (0 < beta < 1), {alpha=} (0 <= alpha < 1), {temperature=}")
+        known: dict[str, Divergence] = {
+            "forward_kl": forward_kl,
+            "reverse_kl": reverse_kl,
+            "jsd": partial(jsd, beta=beta),
+            "skew_kl": partial(skew_kl, alpha=alpha),
+        }
+        if unknown := set(mix) - {"ce", *known}:
+            raise ValueError(f"no loss is called {', '.join(sorted(unknown))}")
+        soft = [name for name in known if mix.get(name)]
+        names = (*(["ce"] if mix.get("ce") else []), *soft)
+        weights = tuple(mix[name] for name in names)
+        found = tuple(known[name] for name in soft)
+        return cls(names, weights, mix.get("ce", 0.0), found, temperature)
+
+    def diverge(self, teacher_RO: Tensor, student_RO: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return each divergence's values, T^2 included, and the slope of their sum by the student's logits."""
+        slope, values = torch.zeros_like(student_RO), []
+        weights = self.weights[len(self.weights) - len(self.divergences) :]
+        for divergence, weight in zip(self.divergences, weights, strict=True):
+            value, own = divergence(teacher_RO, student_RO)
+            values.append(value * self.temperature**2)
+            slope.add_(own, alpha=weight * self.temperature)  # T^2, and d(z / T) / dz
+        return values, slope
+
+
+def soft_loss(
+    hidden_SD: Tensor,
+    head_VD: Tensor,
+    targets_S: Tensor,
+    weights_S: Tensor,
+    soft: SoftTargets | Live,
+    mix: Mapping[str, float],
+    beta: float = 0.5,
+    alpha: float = 0.1,
+    temperature: float = 1.0,
+    bias_V: Tensor | None = None,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Return the weighted sum of a mixed loss, the sum of weights, and the weighted sum of each part, for the log.
+
+    `mix` gives each part's share, such as {"ce": 0.5, "forward_kl": 0.5}; the parts' sums are before it. One pass over
+    the logits serves all parts. Raises ValueError for a part that is unknown, a number out of its range, targets of
+    other positions, or lists without a tail for a temperature other than 1.
+    """
+    mixture = Mixture.make(mix, beta, alpha, temperature)
+    found = len(soft.hidden_ND if isinstance(soft, Live) else soft.rest_N)
+    if not len(hidden_SD) == len(targets_S) == found:
+        raise ValueError(f"{len(hidden_SD)} positions, but soft targets of {found}")
+    if isinstance(soft, Live):
+        criterion = partial(_against_teacher, mixture, soft, targets_S)
+    else:
+        criterion = partial(_against_lists, mixture, _Lists.make(soft, temperature), targets_S)
+    total, count, parts_P = apply_at_head(
+        criterion, mixture.weights, hidden_SD, head_VD, weights_S, bias_V, chunk
+    )
+    return total, count, dict(zip(mixture.names, parts_P.unbind(), strict=True))
+
+
+def _against_teacher(mixture: Mixture, live: Live, targets_S: Tensor, block: slice) -> Measure:
+    """Measure a block's logits against a teacher's, over the ids that the tokenizer makes."""
+    bias = None if live.bias_V is None else live.bias_V[: live.vocabulary]
+    head = live.head_VD[: live.vocabulary]
+    teacher_RV = torch.nn.functional.linear(live.hidden_ND[block], head, bias)
+    targets_R = targets_S[block]
+
+    def measure(strip: slice, logits_RV: Tensor) -> Tensor:
+        known_RV = logits_RV[:, : live.vocabulary]
+        logs = [
+            torch.log_softmax(z.float() / mixture.temperature, -1)
+            for z in (teacher_RV[strip], known_RV)
+        ]
+        values, slope = mixture.diverge(*logs)
+        if mixture.hard:
+            value, own = score_tokens(logits_RV, targets_R[strip])
+            values.insert(0, value)
+            own.mul_(mixture.hard)[:, : live.vocabulary] += slope
+            logits_RV.copy_(own)
+        else:
+            known_RV.copy_(slope)
+            logits_RV[:, live.vocabulary :] = 0
+        return torch.stack(values)
+
+    return measure
+
+
+class _Lists(NamedTuple):
+    """The lists of some positions as a table of outcomes: each entry's row, its column (0 is the tail), and its id."""
+
+    rows_M: Tensor
+    columns_M: Tensor
+    ids_M: Tensor
+    logits_M: Tensor
+    tails_R: Tensor
+    offsets: Sequence[int]
+
+    @classmethod
+    def make(cls, soft: SoftTargets, temperature: float) -> "_Lists":
+        """Lay out all positions; raises ValueError where the temperature has no tails."""
+        if temperature == 1:
+            tails_N = soft.rest_N.clamp_min(LEAST_REST).log()
+        elif soft.tail_N is not None:
+            tails_N = soft.tail_N
+        else:
+            raise ValueError(f"the tails were not captured at temperature {temperature}")
+        lengths_N = soft.offsets_N1.diff()
+        rows_M = torch.repeat_interleave(lengths_N)
+        places_M = torch.arange(len(rows_M), device=rows_M.device)
+        columns_M = places_M - soft.offsets_N1[rows_M] + 1
+        logits_M = soft.logprobs_M.float() / temperature
+        offsets = soft.offsets_N1.tolist()
+        return cls(rows_M, columns_M, soft.ids_M, logits_M, tails_N.float(), offsets)
+
+    def cut(self, start: int, count: int) -> "_Lists":
+        """Return the lists of `count` positions from `start` on."""
+        offsets = self.offsets[start : start + count + 1]
+        part = slice(offsets[0], offsets[-1])
+        entries = (self.columns_M[part], self.ids_M[part], self.logits_M[part])
+        tails_R = self.tails_R[start : start + count]
+        return _Lists(self.rows_M[part] - start, *entries, tails_R, offsets)
+
+    def teacher(self) -> Tensor:
+        """Return log P of the outcomes (R, O)."""
+        table_RO = self.table(self.logits_M, self.tails_R)
+        return torch.log_softmax(table_RO, -1).clamp_min(FLOOR)
+
+    def table(self, entries_M: Tensor, tails_R: Tensor) -> Tensor:
+        """Return the outcomes' logits (R, O): tails in the first column, -inf where a list is shorter than the longest."""
+        longest = max(end - start for start, end in pairwise(self.offsets))
+        table_RO = entries_M.new_full((len(tails_R), longest + 1), -inf)
+        table_RO[:, 0] = tails_R
+        table_RO[self.rows_M, self.columns_M] = entries_M
+        return table_RO
+
+    def fold(self, logits_RV: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the student's outcomes' logits (R, O) and its tails (R,); the logits become exp() of the unlisted."""
+        at = (self.rows_M, self.ids_M)
+        listed_M = logits_RV[at]
+        logits_RV[at] = -inf
+        tails_R = logits_RV.exp_().sum(1)
+        return self.table(listed_M, tails_R.log()), tails_R
+
+    def unfold(self, slope_RO: Tensor, tails_R: Tensor, unlisted_RV: Tensor) -> None:
+        """Turn exp() of the unlisted logits into the slope of all: the tail's is shared out in proportion."""
+        unlisted_RV.mul_((slope_RO[:, 0] / tails_R.clamp_min(TINY))[:, None])
+        unlisted_RV[self.rows_M, self.ids_M] = slope_RO[self.rows_M, self.columns_M]
+
+
+def _against_lists(mixture: Mixture, all_lists: _Lists, targets_S: Tensor, block: slice) -> Measure:
+    """Measure a block's logits against cached lists; at temperature 1 the cross-entropy comes from the same table."""
+    targets_R, hard = targets_S[block], mixture.hard
+
+    def measure(strip: slice, logits_RV: Tensor) -> Tensor:
+        lists, targets = all_lists.cut(block.start + strip.start, len(logits_RV)), targets_R[strip]
+        apart = score_tokens(logits_RV, targets) if mixture.temperature != 1 and hard else None
+        z_RV = (logits_RV - logits_RV.amax(1, keepdim=True).float()).div_(mixture.temperature)
+        aims = z_RV.gather(1, targets[:, None]).squeeze(1)
+        table_RO, tails = lists.fold(z_RV)
+        student_RO = torch.log_softmax(table_RO, -1).clamp_min(FLOOR)
+        values, slope_RO = mixture.diverge(lists.teacher(), student_RO)
+        if hard and not apart:
+            values.insert(0, table_RO.logsumexp(1) - aims)
+            slope_RO.add_(student_RO.exp(), alpha=hard)
+        lists.unfold(slope_RO, tails, z_RV)
+        if hard and not apart:
+            z_RV[torch.arange(len(targets), device=targets.device), targets] -= hard
+        elif apart:
+            values.insert(0, apart[0])
+            z_RV.add_(apart[1], alpha=hard)
+        logits_RV.copy_(z_RV)
+        return torch.stack(values)
+
+    return measure
