@@ -36,8 +36,8 @@ def compared(card: Row) -> str:
     checks = f" The checks: {', '.join(metrics)}; a check says what its name says, and no more."
     return (
         f"{models['teacher']['name']}, the teacher, against {models['student']['name']}, the student that learned from "
-        f"its answers, and against that student before training (base): the same {items} held-out prompts{over}{aside}."
-        f"{checks if metrics else ''}"
+        f"its answers, and against that student before training (base): the same {items} held-out prompts{over}{aside}. A "
+        f"request is one such prompt with its answer.{checks if metrics else ''}"
     )
 
 
@@ -47,13 +47,14 @@ def kept(card: Row) -> float | None:
     return ratio(overall["student"], overall["teacher"]) if overall else None
 
 
-def cost_share(card: Row) -> float | None:
-    """Return what a request costs the student over what it costs the teacher: in dollars, else in seconds."""
+def cost_share(card: Row) -> tuple[float, str] | None:
+    """Return what a request takes of the student over what it takes of the teacher, and of what: cost, else time."""
     student, teacher = card["cost"]["student"], card["cost"]["teacher"]
-    dollars = ratio(student["dollars_per_1k"], teacher["dollars_per_1k"])
-    if dollars is not None:
-        return dollars
-    return ratio(student["seconds_per_1k"], teacher["seconds_per_1k"])
+    for key, what in (("dollars_per_1k", "cost"), ("seconds_per_1k", "time")):
+        part = ratio(student[key], teacher[key])
+        if part is not None:
+            return part, what
+    return None
 
 
 def ratio(part: float | None, whole: float | None) -> float | None:
@@ -113,12 +114,16 @@ def cost(card: Row) -> str:
     if student["seconds_per_1k"] is None and student["dollars_per_1k"] is None:
         return "What a request costs is not known."
     part = cost_share(card)
-    end = f": {share(part)} of the teacher's cost." if part is not None else "."
-    return (
-        f"1,000 requests take the student {duration(student['seconds_per_1k'])} "
-        f"({money(student['dollars_per_1k'])}) and the teacher {duration(teacher['seconds_per_1k'])} "
-        f"({money(teacher['dollars_per_1k'])}){end}"
-    )
+    end = f": {share(part[0])} of the teacher's {part[1]}" if part else ""
+    sides = [
+        f"the {name} {_taken(row)}" for name, row in (("student", student), ("teacher", teacher))
+    ]
+    return f"1,000 requests take {' and '.join(sides)}{end}."
+
+
+def _taken(row: Row) -> str:
+    dollars = "no known price" if row["dollars_per_1k"] is None else money(row["dollars_per_1k"])
+    return f"{duration(row['seconds_per_1k'])} ({dollars})"
 
 
 def on_suite(suite: Row, confidence: float) -> str:

@@ -147,11 +147,13 @@ def plane_rows(card: Row) -> Table:
     """Return the points of the plot of quality against cost."""
     row = card["overall"] or card["agreement"]["chrf"]
     head = ("", "checks passed" if card["overall"] else "chrF", "1,000 requests")
+    known = card["cost"]["student"]["dollars_per_1k"] is not None
+    key, form = ("dollars_per_1k", money) if known else ("seconds_per_1k", duration)
     rows = [
         (
             model,
             within(row, model, row["metric"]),
-            money(card["cost"][model]["dollars_per_1k"]),
+            form(card["cost"][model][key]),
         )
         for model in MODELS
     ]
