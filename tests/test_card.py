@@ -110,7 +110,7 @@ def test_the_page_says_where_the_student_fails_and_what_it_saves():
     card = {**SCORECARD, "failures": FAILURES, "contamination": LEAKS, "economics": saves}
     text = make_card(FACTS, card, FIDELITY).text.replace("\u00a0", " ")
     for words in ("## Where it fails", "**api json**: not JSON", "  Describe &lt;b&gt;it&lt;/b&gt;", "### What it saves",
-                  "save $0.70 (95 % interval", "None of the 66 items was found", "A paraphrase is not found"):  # fmt: skip
+                  "save $0.70 (95 % interval", "| the teacher's price halves |", "None of the 66 items was found", "A paraphrase is not found"):  # fmt: skip
         assert words in text, words
     assert text.count("<pre>") == text.count("</pre>") == 3
     assert not re.search(r"(?m)^(---|```json|## not)", text)

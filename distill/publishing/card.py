@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from distill.evaluation.rows import leaked
-from distill.evaluation.statement import statement
+from distill.evaluation.statement import sensitivity_rows, statement, surplus_rows
 from distill.publishing.merge import Fidelity
 from distill.records import Record
 
@@ -232,7 +232,11 @@ def _saves(scorecard: Mapping[str, Any]) -> str:
     if not economics:
         return ""
     said = statement(economics, _confidence(scorecard))
-    return "\n\n".join(["### What it saves", *map(cell, said)])
+    tables = [
+        table([cell(name) for name in head], [[cell(text) for text in row] for row in rows])
+        for head, rows in (surplus_rows(economics), sensitivity_rows(economics))
+    ]
+    return "\n\n".join(["### What it saves", *map(cell, said), *tables])
 
 
 def _failures(scorecard: Mapping[str, Any]) -> str:
