@@ -231,8 +231,8 @@ def measure(
     with run.lock():
         found = external.main(run.config, run, external.Order(tasks, limit, include_path))
         print(report.external_table(found))
-        if run.path("scorecard.json").exists():
-            report.main(run.config, run)
+    if run.path("scorecard.json").exists():
+        perform(run, STAGES[-1:], STAGES[-1:])
 
 
 @app.command()

@@ -35,12 +35,17 @@ class Check(NamedTuple):
 
 
 class Evidence:
-    """The manifest, the markers and the ledger of a run's folder; what is damaged counts as nothing."""
+    """The manifest, the markers and the ledger of a run's folder; what is damaged counts as nothing.
+
+    Its stages are those that were done. One that is left out is noticed by what the next one read.
+    """
 
     def __init__(self, folder: Path, stages: Sequence[Stage]) -> None:
-        self.folder, self.stages = folder, stages
+        self.folder = folder
         self.manifest = self._json(MANIFEST)
-        self.markers = {stage.name: self._json(_marker(stage.name)) for stage in stages}
+        done = self.manifest.get("stages", {})
+        self.stages = [s for s in stages if s.name in done or (folder / _marker(s.name)).exists()]
+        self.markers = {stage.name: self._json(_marker(stage.name)) for stage in self.stages}
 
     def _json(self, name: str) -> dict[str, Any]:
         try:

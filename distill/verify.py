@@ -17,6 +17,7 @@ from rich.console import Group
 
 from distill.checkers import RUNS_CODE
 from distill.config import Config
+from distill.environment import environment
 from distill.errors import DistillError, Exit
 from distill.evaluation import report
 from distill.evaluation.items import held_out_items
@@ -41,7 +42,6 @@ REPORTED = ("scorecard.json", "scorecard.md", "report.html")
 NOT_READ = ("adapter/", "checkpoints/", "release/")  # by what is made again
 PROGRAMS = "its task runs programs: --allow-code makes it again"
 WEIGHTS = "adapter/adapter_model.safetensors"
-SUMS = {"same": "as recorded, or made again the same", "skipped": "not looked at"}
 
 
 def verify(folder: Path) -> list[Check]:
@@ -65,6 +65,7 @@ def _is_read(name: str) -> bool:
 
 def _again(evidence: Evidence) -> Iterator[Check]:
     """Make scores, scorecard and report again from the answers, elsewhere, and compare every byte."""
+    yield from _code(evidence)
     with tempfile.TemporaryDirectory() as place, _scratch(evidence, Path(place)) as run:
         try:
             measured = _measure_again(run)
@@ -80,6 +81,17 @@ def _again(evidence: Evidence) -> Iterator[Check]:
                 yield verdict("again", name, not where, where)
         same = run.manifest().get("sources") == evidence.manifest.get("sources")
         yield verdict("again", "sources of the scorecard", same)
+
+
+def _code(evidence: Evidence) -> Iterator[Check]:
+    """Say where another distill than this one measured or reported: its results may rightly differ."""
+    here = environment()
+    for stage in ("evaluate", "report"):
+        made = evidence.manifest.get("stages", {}).get(stage, {}).get("environment", {})
+        if made.get("code_sha256") != here["code_sha256"]:
+            before, now = (f"{e.get('distill')} {e.get('revision')}" for e in (made, here))
+            why = f"made by distill {before}, this is {now}: other code may give other bytes"
+            yield Check("again", f"the code of {stage}", "skipped", why)
 
 
 @contextmanager

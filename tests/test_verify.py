@@ -239,6 +239,25 @@ def test_what_was_evaluated_must_be_released(
     assert "evaluated and released weights differ" in capsys.readouterr().err
 
 
+def test_results_of_other_code_are_named_as_such(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distill.environment.code_hash", lambda: "0" * 64)
+    checks = verify.verify(run)
+    told = [c for c in checks if c.what == "the code of report"]
+    assert bad(checks) == [] and told[0].state == "skipped" and "made by distill" in told[0].where
+
+
+def test_a_report_made_again_is_recorded_again(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = (run / "report.html").read_bytes()
+    assert main(["report", str(run), "--redo"]) == 0
+    assert (run / "report.html").read_bytes() == first
+    assert main(["verify", str(run)]) == 0
+    assert "outside the evidence" not in capsys.readouterr().out
+
+
 def test_a_file_that_is_gone_is_missing_and_the_exit_is_8(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -268,8 +287,8 @@ def test_every_part_of_the_scorecard_has_its_source(finished: Path) -> None:
 
 def test_the_manifest_says_what_each_stage_was_made_with(finished: Path) -> None:
     manifest = read_json(finished / "runs/tiny/manifest.json")
-    for stage in STAGES:
-        made = manifest["stages"][stage.name]
+    assert set(manifest["stages"]) <= {stage.name for stage in STAGES}
+    for made in manifest["stages"].values():
         assert len(made["environment"]["code_sha256"]) == 64 and made["environment"]["libraries"]
     assert manifest["programs"] == {"filter": "no", "evaluate": "no"}
 
