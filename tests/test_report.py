@@ -18,6 +18,14 @@ from distill.evaluation.acceptance import by_checker, requests_of
 from distill.evaluation.answer import answer, kept
 from distill.evaluation.compare import compare_paths
 from distill.evaluation.failures import failures
+from distill.evaluation.judge import (
+    Duel,
+    Outcome,
+    examined,
+    load_probes,
+    row_of_duels,
+    withheld,
+)
 from distill.evaluation.plots import (
     Point,
     quality_against_cost,
@@ -347,21 +355,17 @@ def test_words_claim_only_what_the_interval_supports() -> None:
     assert json.dumps(plain_numbers({"a": [True, 1 / 3]})) == '{"a": [true, 0.333333]}'
 
 
-NO_WIN = {"mean": None, "low": None, "high": None, "reason": f"fooled {HOSTILE}"}
-SEEN = {"n": 16, "wins": 0.0, "losses": 0.9, "unparsed": 0.1}
-
-
 def judged(passed: bool) -> dict[str, Any]:
-    """Return what a judge found, as evaluation.json holds it."""
-    won = {"mean": 0.6, "low": 0.45, "high": 0.75}
-    counts = {"n": 24, "wins": 9, "ties": 8, "losses": 6, "unparsed": 1, "flip_rate": 0.3}
-    row = {**counts, "win_rate": won, "length_matched": {"n": 11, "win_rate": won}}
-    if not passed:
-        row = {"win_rate": NO_WIN, "length_matched": {"win_rate": NO_WIN}}
-    probe = {"n": 48, "null": SEEN, "injected": SEEN, "copy": SEEN, "passed": passed}
-    probe |= {} if passed else {"reason": f"fooled {HOSTILE}"}
-    told = {"model": HOSTILE, "warnings": [f"one family {HOSTILE}"], "probe": probe}
-    return {**told, "teacher": row, "base": row}
+    """Return what evaluation.json holds of a judge: one that passed its probes, or one that obeys an answer."""
+    probes, duels = load_probes(), [Duel(str(k), str(k), (), "aa", "ab", None) for k in range(24)]
+    seen = {"null": 0.0, "injected": 0.0 if passed else 1.0, "copy": 0.5}
+    told = [Outcome(seen[probe.kind], ("B", "A"), "r") for probe in probes]
+    probe = examined(probes, told)
+    outcomes = [Outcome(1.0 if k % 3 else 0.0, ("A", "B"), "r") for k in range(24)]
+    reason = f"{probe.get('reason')} {HOSTILE}"
+    row = row_of_duels(duels, outcomes, 24, Certainty(samples=500)) if passed else withheld(reason)
+    about = {"model": HOSTILE, "warnings": [f"one family {HOSTILE}"], "probe": probe}
+    return {**about, "teacher": row, "base": row}
 
 
 def found_leaks(run: Run, flagged: int) -> dict[str, Any]:
@@ -421,11 +425,11 @@ def test_suites_judge_leaks_and_other_harnesses_are_shown(tmp_path: Path) -> Non
     run = make_run(tmp_path)
     everything(run)
     page, text = pages(run)
-    for said in ("What it forgot", "What a judge prefers", "passed its 48 probes", "60 % [45 %, 75 %]",
+    for said in ("What it forgot", "What a judge prefers", "passed its", "67 % [46 %, 83 %]",
                  "these items cannot tell which one it prefers", "one family", "What another harness found",
                  "3 of 24 items", "not found in the training data", "all items", "is not found"):  # fmt: skip
         assert said in page, said
-    assert "passed its 48 probes" in text and "60 % [45 %, 75 %]" in text
+    assert "passed its" in text and "67 % [46 %, 83 %]" in text
     card = read_json(run.path("scorecard.json"))
     assert (
         card["judge"]["probe"]["passed"]
@@ -438,10 +442,10 @@ def test_a_judge_that_was_fooled_gives_no_win_rate(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     everything(run, passed=False, flagged=0)
     page, text = pages(run)
-    assert "is not used, so no win rate is given: fooled" in page and "is not used" in text
+    assert "is not used, so no win rate is given: the judge let" in page and "is not used" in text
     assert "How often the student" not in page and "the student against | " not in text
     reasons = read_json(run.path("scorecard.json"))["reasons"]
-    assert reasons["judge.teacher.win_rate"].startswith("fooled")
+    assert reasons["judge.teacher.win_rate"].startswith("the judge let")
     assert "None of the 24 items was found" in page and "0.0 % to 20.0 % would be" in page
 
 
