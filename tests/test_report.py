@@ -335,6 +335,10 @@ def test_plots_stay_in_their_frame_and_have_round_ticks() -> None:
     assert "<b>" not in drawn and "&lt;b&gt;" in drawn
     places = [float(x) for x in re.findall(r' c?x[12]?="([\d.]+)"', drawn)]
     assert all(0 <= x <= 350 for x in places)
+    near = [Point(name, 0.02 + k / 1000, 50.0, 40.0, 60.0) for k, name in enumerate("abc")]
+    names = quality_against_cost(near, 350, "dollars", "share", "{:g}")
+    places = re.findall(r'class="name( end)?" x="([^"]+)" y="([^"]+)"', names)
+    assert len(set(places)) == 3, "names that would overlap stand apart"
     assert training_curve([(1, 1.0)], [], None, 350) == ""
     assert "polyline" in training_curve([(1, 1.0), (2, 1.0)], [], None, 350), (
         "a flat loss still draws"

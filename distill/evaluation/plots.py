@@ -34,6 +34,21 @@ class Span(NamedTuple):
     high: float | None
 
 
+class Box(NamedTuple):
+    """Where a name stands: from left to right, on a line; in pixels."""
+
+    left: float
+    right: float
+    line: float
+
+    def meets(self, others: "Sequence[Box]") -> bool:
+        """Tell whether it would overlap one of the others."""
+        return any(
+            self.left < o.right and o.left < self.right and abs(self.line - o.line) < 17
+            for o in others
+        )
+
+
 class Frame(NamedTuple):
     """The plane of a plot: its size in pixels and the values at its edges."""
 
@@ -96,7 +111,7 @@ def quality_against_cost(
     top = 100.0 if highest > 50 else min(100.0, highest * 1.3 + 1)
     frame = Frame(width, 320, 0.0, max(p.x for p in points) * 1.15 or 1.0, 0.0, top)
     parts = [axes(frame, x_label, y_label, x_form)]
-    taken: list[tuple[float, float, float]] = []
+    taken: list[Box] = []
     for point in points:
         x, y = frame.x(point.x), frame.y(point.y)
         if point.low is not None and point.high is not None:
@@ -152,17 +167,17 @@ def mark(model: str, x: float, y: float) -> Markup:
     )
 
 
-def _name(
-    name: str, x: float, y: float, frame: Frame, taken: list[tuple[float, float, float]]
-) -> Markup:
-    """Write a point's name beside it, lower where another name stands; `taken` holds the names' left, right, height."""
-    left = x > frame.width * 0.6
-    ends = (x - 14 - LETTER * len(name), x - 14) if left else (x + 14, x + 14 + LETTER * len(name))
-    line = y + 5
-    while any(ends[0] < b and a < ends[1] and abs(line - h) < 17 for a, b, h in taken):
-        line += 4
-    taken.append((*ends, line))
-    return _text(ends[1] if left else ends[0], line, name, "name end" if left else "name")
+def _name(name: str, x: float, y: float, frame: Frame, taken: list[Box]) -> Markup:
+    """Write a point's name beside it: on the side where no other name stands, else lower. It is then `taken`."""
+    long = LETTER * len(name)
+    sides = [Box(x + 14, x + 14 + long, y + 5), Box(x - 14 - long, x - 14, y + 5)]
+    inside = [b for b in sides if b.left > LEFT and b.right < frame.width] or sides
+    box = next((b for b in inside if not b.meets(taken)), inside[0])
+    while box.meets(taken):
+        box = box._replace(line=box.line + 4)
+    taken.append(box)
+    left = box.left < x
+    return _text(box.right if left else box.left, box.line, name, "name end" if left else "name")
 
 
 def _whisker(x1: float, y1: float, x2: float, y2: float, kind: str) -> list[Markup]:
