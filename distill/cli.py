@@ -90,12 +90,15 @@ def perform(run: Run, stages: Sequence[Stage], redo: Sequence[Stage] = ()) -> No
     """Do what is left of `stages` under the run's lock, after checking all of them for other settings."""
     with run.lock():
         for stage in stages:
-            if stage not in redo:
+            if stage not in redo and stage.applies(run.config):
                 run.checked_state(stage)
         run.remake(redo)
         write_json(run.path("config.json"), run.config.resolved())
         run.note("config_sha256", sha256_file(run.path("config.json")))
         for stage in stages:
+            if not stage.applies(run.config):
+                say(f"{stage.name}: not needed by this config")
+                continue
             require_inputs(run, stage)
             if run.perform(stage):
                 if stage.name in CHECKING:
@@ -114,16 +117,11 @@ def note_programs(run: Run, stage: Stage) -> None:
 
 def require_inputs(run: Run, stage: Stage) -> None:
     """Stop where a file that the stage reads is missing, and name the command that makes it."""
-    missing = next((name for name in stage.inputs if not run.path(name).exists()), None)
-    if missing:
-        maker = next(
-            other.name
-            for other in STAGES
-            if any(missing.startswith(name) for name in other.outputs)
-        )
-        raise DistillError(
-            Exit.STATE, run.path(missing), "is missing", f"make it: distill {maker} CONFIG"
-        )
+    for missing in (name for name in stage.inputs if not run.path(name).exists()):
+        maker = next(s for s in STAGES if any(missing.startswith(name) for name in s.outputs))
+        if maker.applies(run.config):
+            fix = f"make it: distill {maker.name} CONFIG"
+            raise DistillError(Exit.STATE, run.path(missing), "is missing", fix)
 
 
 def from_stage(name: str) -> tuple[Stage, ...]:

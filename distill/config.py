@@ -53,6 +53,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0, le=10**9)]
 Count = Annotated[int, Field(ge=0, le=10**9)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
+Weight = Annotated[float, Field(ge=0)]
+SOFT = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
 
 
 class Section(BaseModel):
@@ -308,6 +310,25 @@ class Teacher(Section):
         return self
 
 
+class Signals(Section):
+    """What is kept of the teacher's distributions, for losses that need them: the ids that hold `p`, at most `k`.
+
+    `model` reads the answers where `teacher` is not a local model, or another one shall.
+    """
+
+    p: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    k: Annotated[int, Field(ge=1, le=1024)] = 64
+    temperatures: tuple[Annotated[float, Field(gt=0, le=100)], ...] = ()
+    model: str | None = None
+    revision: Revision | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    @field_validator("model")
+    @classmethod
+    def _model_name(cls, value: str | None) -> str | None:
+        return value and checked_model(value)
+
+
 class Filters(Section):
     """Which answers are dropped before training; every drop keeps its reason."""
 
@@ -343,9 +364,31 @@ class Lora(Section):
 
 
 class Loss(Section):
-    """Weights of the parts of the loss; they are used as given."""
+    """Weights of the parts of the loss, used as given; all but `ce` need the teacher's distributions.
 
-    ce: Annotated[float, Field(ge=0)] = 1.0
+    `beta` is that of the Jensen-Shannon divergence, `alpha` that of skew KL, `temperature` that of all soft parts.
+    """
+
+    ce: Weight = 1.0
+    forward_kl: Weight = 0.0
+    reverse_kl: Weight = 0.0
+    jsd: Weight = 0.0
+    skew_kl: Weight = 0.0
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    alpha: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
+
+    @property
+    def soft(self) -> dict[str, float]:
+        """Return the parts that need the teacher's distributions, with their weights."""
+        parts = {name: getattr(self, name) for name in SOFT}
+        return {name: weight for name, weight in parts.items() if weight}
+
+    @model_validator(mode="after")
+    def _something(self) -> "Loss":
+        if not self.ce and not self.soft:
+            raise ValueError("gives every part the weight 0")
+        return self
 
 
 class Train(Section):
@@ -437,6 +480,7 @@ class Config(Section):
     teacher: Teacher
     terms: Terms = Terms()
     filters: Filters = Filters()
+    signals: Signals = Signals()
     student: Student
     train: Train = Train()
     evaluation: Evaluation = Evaluation()
@@ -458,6 +502,28 @@ class Config(Section):
             return date.fromisoformat(value).isoformat()
         except ValueError:
             raise ValueError("a date is written YYYY-MM-DD") from None
+
+    @model_validator(mode="after")
+    def _captured(self) -> "Config":
+        loss, kept = self.train.loss, (1.0, *self.signals.temperatures)
+        if not loss.soft:
+            return self
+        if self.teacher.kind != "local" and self.signals.model is None:
+            raise ValueError(
+                "train.loss has soft parts, which a local teacher must read: name one in signals.model"
+            )
+        if loss.temperature not in kept:
+            raise ValueError(
+                f"train.loss.temperature {loss.temperature:g} is not captured: add it to signals.temperatures"
+            )
+        return self
+
+    def soft_teacher(self) -> Teacher:
+        """Return the local teacher whose distributions are captured: that of `signals`, else the one that answers."""
+        own = self.signals
+        if own.model is None:
+            return self.teacher
+        return Teacher(model=own.model, revision=own.revision, dtype=own.dtype)
 
     def store_folder(self) -> Path:
         """Return the folder of the store that all runs share."""

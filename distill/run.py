@@ -59,6 +59,7 @@ class Stage:
         lambda config: {}
     )  # further inputs by hash: corpus files, models
     purpose: str = ""
+    applies: Callable[[Config], bool] = lambda config: True  # whether a config needs it at all
 
 
 class Run:

@@ -6,6 +6,7 @@ The work is imported when a stage runs, so `plan` and `status` never load torch.
 from collections.abc import Callable
 from importlib import import_module
 
+from distill import models
 from distill.config import Config, Evaluation
 from distill.run import Run, Stage
 
@@ -18,6 +19,12 @@ def _lazy(module: str) -> Callable[[Config, Run], None]:
 def _identity(module: str) -> Callable[[Config], dict[str, str]]:
     """Return the `identity` of a module: hashes of what the stage reads outside the run's folder."""
     return lambda config: import_module(module).identity(config)
+
+
+def reader_identity(config: Config) -> str:
+    """Return what pins the weights of the teacher whose distributions are captured."""
+    teacher = config.soft_teacher()
+    return models.identity(teacher.model, teacher.revision)
 
 
 DATASET = tuple(f"dataset/{split}.jsonl" for split in ("train", "validation", "heldout"))
@@ -40,6 +47,13 @@ TEACHER_KEYS = (
 # What only the report reads: at another price, nothing is measured again.
 MONEY = ("machine", "prices", "utilisation", "requests_per_month", "teacher_price")
 MEASURED = tuple(f"evaluation.{key}" for key in Evaluation.model_fields if key not in MONEY)
+
+# What shapes distributions; of the training only how long its samples may be.
+SIGNAL_KEYS = (
+    "signals",
+    *("teacher.kind", "teacher.model", "teacher.revision", "teacher.dtype"),
+    *("student.model", "student.revision", "train.max_length", "template_date"),
+)
 
 STAGES: tuple[Stage, ...] = (
     Stage(
@@ -79,9 +93,19 @@ STAGES: tuple[Stage, ...] = (
         purpose="choose the answers that are trained on, with reasons",
     ),
     Stage(
+        "signals",
+        SIGNAL_KEYS,
+        DATASET[:2],
+        ("signals.json",),
+        _lazy("distill.training.capture"),
+        lambda config: {"teacher": reader_identity(config)},
+        purpose="keep the teacher's distributions over the answers, for losses that need them",
+        applies=lambda config: bool(config.train.loss.soft),
+    ),
+    Stage(
         "train",
         ("student", "train", "seed", "template_date"),
-        DATASET[:2],
+        (*DATASET[:2], "signals.json"),
         ("checkpoints", "adapter", "training.json"),
         _lazy("distill.training.train"),
         purpose="train the student's adapter",

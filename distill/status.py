@@ -53,6 +53,8 @@ def _doubts(run: Run) -> list[str]:
 
 def _state(run: Run, stage: Stage) -> tuple[str, str]:
     """Return the stage's state in a word, and a remark; an input that is not there leaves it unknown."""
+    if not stage.applies(run.config):
+        return "not needed", ""
     try:
         state, changes = run.state(stage)
     except DistillError as error:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from distill.training import train
+from tests.test_labels import make_run as make_soft_run
 from tests.test_train import make_run, outcome
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,18 +46,21 @@ def finished(process: subprocess.Popen, seconds: float = 150) -> str:
         raise
 
 
-def test_two_processes_give_the_losses_and_gradients_of_one(tmp_path):
-    settings = {"micro_batch_tokens": 300, "num_train_epochs": 1}
-    one = make_run(tmp_path, "one", **settings)
+@pytest.mark.parametrize("make", [make_run, make_soft_run], ids=["text", "soft labels"])
+def test_two_processes_give_the_losses_and_gradients_of_one(tmp_path, make):
+    settings = {"micro_batch_tokens": 300, "num_train_epochs": 1, "lora": {"r": 4, "alpha": 8}}
+    one = make(tmp_path, "one", **settings)
     train.main(one.config, one)
-    two = make_run(tmp_path, "two", num_processes=2, **settings)
+    two = make(tmp_path, "two", num_processes=2, **settings)
     config = write_config(two, tmp_path)
     process = launch("--multi_gpu", "--num_processes", "2", "scripts/train.py", str(config))
     shown = finished(process)
     assert process.returncode == 0, shown
     assert two.path("stages/train.json").exists() and len(two.ledger()) == 1
     for row, other in zip(outcome(one)["history"], outcome(two)["history"], strict=True):
+        assert row.keys() == other.keys()
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert row.get("forward_kl", 0) == pytest.approx(other.get("forward_kl", 0), rel=1e-4)
         assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
         assert row["tokens"] == other["tokens"]
     for row, other in zip(outcome(one)["validation"], outcome(two)["validation"], strict=True):

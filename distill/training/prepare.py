@@ -23,6 +23,7 @@ from distill.training.batches import (
     plan_steps,
 )
 from distill.training.encode import encode_pairs
+from distill.training.labels import load_labels
 from distill.training.student import Student, make_student
 
 UNSEEN = ("logging_steps", "save_steps", "save_total_limit", "report_to", "num_processes")
@@ -61,6 +62,11 @@ def prepare(config: Config, run: Run) -> Parts:
     examples = encode_split(tokenizer, config, run, "train", limit)
     validation = encode_split(tokenizer, config, run, "validation", limit)
     student, notes = make_student(model, settings.packing, fused=True)
+    known = facts(config, tokenizer, model, examples, validation)
+    if settings.loss.soft:
+        both = [*examples, *validation]
+        student.labels = load_labels(config, run, both, len(student.head()[0]))
+        known["signals"] = student.labels.digest
     plan = plan_steps(
         [len(e.input_ids) for e in examples],
         config.seed,
@@ -75,7 +81,7 @@ def prepare(config: Config, run: Run) -> Parts:
         examples,
         validation,
         plan,
-        facts(config, tokenizer, model, examples, validation),
+        known,
         settings.micro_batch_tokens or MICRO_BATCH_TOKENS,
         notes,
     )

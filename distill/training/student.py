@@ -8,7 +8,7 @@ Shape suffixes: N tokens of a row, S supervised positions, B samples, T longest 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,9 +19,11 @@ from distill.records import Example, Pair, Reading
 from distill.training.attention import NAME
 from distill.training.batches import micro_batches
 from distill.training.encode import encode_pair
+from distill.training.labels import Labels
 from distill.training.layers import fuse, unfuse
 from distill.training.losses import cross_entropy, read_targets
 from distill.training.packing import Segment, pack
+from distill.training.targets import SoftTargets
 
 PROBE = (7, 12)  # lengths of the two samples that the probe packs
 MEASURED_TOKENS = 2048  # in a batch whose loss is only measured
@@ -38,6 +40,7 @@ class Batch:
     targets_S: Tensor
     weights_S: Tensor
     owners_S: Tensor
+    soft: SoftTargets | None = None
 
     @classmethod
     def make(cls, examples: Sequence[Example], share: bool = False, device: Any = "cpu") -> "Batch":
@@ -75,18 +78,22 @@ class Batch:
 
 
 class Student(nn.Module):
-    """A causal language model whose forward is the loss of a batch."""
+    """A causal language model whose forward is the loss of a batch, by its tokens alone or by a teacher's `labels` too."""
 
     def __init__(self, model: Any, packing: bool = True) -> None:
         super().__init__()
         self.model, self.packing = model, packing
+        self.labels: Labels | None = None
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._decoder, self._head = (base.get_decoder(),), (base.get_output_embeddings(),)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return the loss summed over the batch's supervised tokens, in nats."""
+        """Return the loss summed over the batch's supervised tokens, in nats; with labels, and then its parts, (1 + P,)."""
         hidden_SD = self.hidden(batch)[batch.places_S]
         head_VD, bias_V = self.head()
+        if self.labels and batch.soft:
+            inputs = (hidden_SD, head_VD, batch.targets_S, batch.weights_S)
+            return self.labels.loss(*inputs, batch.soft, bias_V)
         return cross_entropy(hidden_SD, head_VD, batch.targets_S, batch.weights_S, bias_V)[0]
 
     def decoder(self) -> Any:
@@ -104,9 +111,11 @@ class Student(nn.Module):
     def batch(self, examples: Sequence[Example]) -> Batch:
         """Pack examples as this student computes them: prefixes are shared on a CPU; none at all is an idle batch."""
         device = self.head()[0].device
-        if not examples:
-            return Batch.idle(device)
-        return Batch.make(examples, self.packing and device.type == "cpu", device)
+        share = self.packing and device.type == "cpu"
+        batch = Batch.make(examples, share, device) if examples else Batch.idle(device)
+        if self.labels is None:
+            return batch
+        return replace(batch, soft=self.labels.targets([e.response_id for e in examples], device))
 
     def _packed(self, batch: Batch) -> Tensor:
         states = self.decoder()(

@@ -212,26 +212,41 @@ class Loop:
         torch.manual_seed(int(digest([self.config.seed, self.progress.step, rank])[:15], 16))
         samples = [self.parts.examples[i] for i in step.samples]
         count = sum(sum(example.weights) for example in samples)
-        loss = self._backward(step, count)
-        asked = loss.new_full((), float(self.interrupt.asked))
-        sums: Any = self.accelerator.reduce(torch.stack([loss, asked]))
-        row = {"loss": float(sums[0]) / count, "learning_rate": self._rate()}
+        losses = self._backward(step, count)
+        asked = losses.new_full((1,), float(self.interrupt.asked))
+        sums: Any = self.accelerator.reduce(torch.cat([losses, asked]))
+        row = {**self._named(sums[:-1] / count), "learning_rate": self._rate()}
         row["grad_norm"] = self._update(row, samples)
         row["tokens"] = sum(len(example.input_ids) for example in samples)
-        return {**row, "seconds": time.monotonic() - started}, bool(sums[1])
+        return {**row, "seconds": time.monotonic() - started}, bool(sums[-1])
+
+    def _named(self, losses: torch.Tensor) -> dict[str, Any]:
+        """Return a loss and its parts by their names."""
+        labels = self.parts.student.labels
+        names = ("loss", *(labels.mix if labels else ()))
+        return dict(zip(names, losses.tolist(), strict=True))
 
     def _backward(self, step: Step, count: float) -> torch.Tensor:
-        """Gather this process's part of the step's gradient; returns its loss sum. DDP averages, so it is scaled up."""
+        """Gather this process's part of the step's gradient; returns the sums of its loss and of the loss's parts.
+
+        DDP averages, so the loss is scaled up.
+        """
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         mine, student = share(self._micro_batches(step), rank, world), self.parts.student
-        total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
+        total = self._no_loss()
         for number, samples in enumerate(mine, 1):
             last = number == len(mine)
             with nullcontext() if last else self.accelerator.no_sync(self.student):
-                loss = self.student(student.batch([self.parts.examples[i] for i in samples]))
-                self.accelerator.backward(loss * (world / count))
-            total += loss.detach()
+                losses = self.student(student.batch([self.parts.examples[i] for i in samples]))
+                losses = losses.reshape(-1)
+                self.accelerator.backward(losses[0] * (world / count))
+            total += losses.detach()
         return total
+
+    def _no_loss(self) -> torch.Tensor:
+        """Return zeros for the loss and its parts."""
+        labels, device = self.parts.student.labels, self.accelerator.device
+        return torch.zeros(1 + (len(labels.mix) if labels else 0), dtype=torch.float64).to(device)
 
     def _update(self, row: dict[str, Any], samples: Sequence[Example]) -> float:
         """Clip and apply the gradient; returns its norm before. Raises DistillError (exit 7) where it is not finite."""
@@ -272,8 +287,9 @@ class Loop:
 
     def _validate(self) -> None:
         """Measure the validation loss, keep the best adapter, and decide whether to stop early."""
-        progress, loss = self.progress, self._validation_loss()
-        progress.validation.append({"step": progress.step, "loss": loss})
+        progress, losses = self.progress, self._validation_losses()
+        loss = losses["loss"]
+        progress.validation.append({"step": progress.step, **losses})
         self.accelerator.log({"validation_loss": loss}, step=progress.step)
         if progress.best_loss is None or loss < progress.best_loss:
             progress.best_loss, progress.best_step, progress.worse = loss, progress.step, 0
@@ -285,18 +301,18 @@ class Loop:
         self._say(f"validation loss {loss:.4f} after step {progress.step}")
 
     @torch.no_grad()
-    def _validation_loss(self) -> float:
-        """Return the mean loss of a supervised validation token, in nats."""
+    def _validation_losses(self) -> dict[str, float]:
+        """Return the mean loss of a supervised validation token, in nats, and its parts."""
         accelerator, examples = self.accelerator, self.parts.validation
         student = self.parts.student
-        total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+        total = self._no_loss()
         student.eval()
         mine = self.parts.batches(examples)[accelerator.process_index :: accelerator.num_processes]
         for samples in mine:
-            total += student(student.batch([examples[i] for i in samples]))
+            total += student(student.batch([examples[i] for i in samples])).reshape(-1)
         student.train()
         reduced: Any = accelerator.reduce(total)
-        return float(reduced) / sum(sum(e.weights) for e in examples)
+        return self._named(reduced / sum(sum(e.weights) for e in examples))
 
     def _save(self, step: Step) -> None:
         """Write a checkpoint, on the main process only."""
