@@ -25,7 +25,7 @@ from distill.evaluation.leaks import find_leaks
 from distill.evaluation.measure import measure
 from distill.evaluation.suite_scores import read_suites
 from distill.evaluation.suites import Suite
-from distill.evidence import APART, LEDGER, MANIFEST, Check, Evidence, check_files, verdict
+from distill.evidence import APART, CONFIG, LEDGER, MANIFEST, Check, Evidence, check_files, verdict
 from distill.generation.generate import read
 from distill.generation.responder import Request, Sampling
 from distill.models import digest_file
@@ -54,7 +54,11 @@ def verify(folder: Path) -> list[Check]:
     bad = [c.what for c in checks if c.state != "same" and _is_read(c.what)]
     if bad:
         why = f"{bad[0]} is not what was recorded"
-        return [*checks, Check("again", "scores, scorecard and report", "skipped", why)]
+        skipped = Check("again", "scores, scorecard and report", "skipped", why)
+        found = (
+            () if CONFIG in bad else _stored(evidence)
+        )  # which names the line of a damaged answer
+        return [*checks, skipped, *found]
     return [*checks, *_again(evidence), *_together(evidence)]
 
 
@@ -100,7 +104,7 @@ def _scratch(evidence: Evidence, place: Path) -> Iterator[Run]:
 
     It has the ledger as the report found it. Its name is the scorecard's, whatever the folder is called now.
     """
-    config = Config.model_validate(read_json(evidence.folder / "config.json"))
+    config = Config.model_validate(read_json(evidence.folder / CONFIG))
     name = _field(evidence.folder / "scorecard.json", "name") or config.name
     run = Run(config.model_copy(update={"name": name, "runs": place}))
     for file in (MANIFEST, *evidence.hashes):
@@ -166,7 +170,7 @@ def _together(evidence: Evidence) -> Iterator[Check]:
 def _stored(evidence: Evidence) -> Iterator[Check]:
     """Hold every answer against the raw one in the store that runs share, where that is at hand."""
     folder = evidence.folder
-    config = Config.model_validate(read_json(folder / "config.json"))
+    config = Config.model_validate(read_json(folder / CONFIG))
     store = config.model_copy(update={"runs": folder.resolve().parent}).store_folder() / "responses"
     if not store.is_dir():
         yield Check("store", str(store), "skipped", "the store is not at hand")

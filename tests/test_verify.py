@@ -1,5 +1,6 @@
 """`distill verify` on a whole tiny run with its release: made again byte for byte, and no changed byte passes."""
 
+import contextlib
 import json
 import os
 import random
@@ -65,12 +66,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     place = tmp_path_factory.mktemp("finished")
     files = {p.name: p.read_bytes() for p in make_tiny(tmp_path_factory.mktemp("base")).iterdir()}
     with fake_hub() as hub, pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
         hub.add(BASE, files)
         use_hub(patch, hub, place / "hub")
         config = write_config(place, make_suite(place / "suite"))
-        assert main(["run", str(config)]) == 0
-        assert main(["publish", "runs/tiny", "--override", "a test"]) == 0
+        with contextlib.chdir(place):
+            assert main(["run", str(config)]) == 0
+            assert main(["publish", "runs/tiny", "--override", "a test"]) == 0
         yield place
 
 
@@ -256,6 +257,26 @@ def test_a_report_made_again_is_recorded_again(
     assert (run / "report.html").read_bytes() == first
     assert main(["verify", str(run)]) == 0
     assert "outside the evidence" not in capsys.readouterr().out
+
+
+def test_the_line_of_a_damaged_answer_is_named(run: Path) -> None:
+    path = run / "answers/student.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[2] = lines[2].replace(b'"text":"', b'"text":"x')
+    path.write_bytes(b"".join(lines))
+    found = {(c.kind, c.what): c.where for c in bad(verify.verify(run))}
+    assert found["evaluate", "answers/student.jsonl"] == "not as recorded"
+    assert found["store", "answers/student.jsonl"] == "line 3"
+
+
+def test_programs_run_again_only_where_that_is_allowed(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "RUNS_CODE", {"number"})
+    checks = verify.verify(run)
+    left = {c.what for c in checks if c.state == "skipped" and "--allow-code" in c.where}
+    assert bad(checks) == [] and {"scores/student.jsonl", "evaluation.json"} < left
+    assert Check("again", "scorecard.json", "same") in checks
 
 
 def test_a_file_that_is_gone_is_missing_and_the_exit_is_8(
