@@ -10,7 +10,7 @@ import pytest
 
 from distill.config import Config
 from distill.evaluation.judge import load_probes
-from distill.evaluation.judging import ask_judge, read_judge
+from distill.evaluation.judging import ask_judge, probe_lines, probed, read_judge
 from distill.evaluation.statistics import Certainty
 from distill.records import Item, Message, Prompt, Response
 from distill.run import Run, Stage
@@ -130,3 +130,13 @@ def test_without_a_judge_nothing_is_said(tmp_path: Path, items: list[Item]) -> N
     ask_judge(config, run, items, answers(items))
     assert read_judge(config, run, items, answers(items), Certainty()) is None
     assert not teacher.payloads and not run.path("answers").exists()
+
+
+def test_a_judge_can_be_probed_before_a_run(tmp_path: Path) -> None:
+    with FakeTeacher(fair) as teacher:
+        run = make_run(tmp_path, teacher)
+        assert probe_lines(probed(run.config))[-1] == "the judge may be used"
+    with FakeTeacher(fooled) as teacher:
+        (tmp_path / "other").mkdir()
+        run = make_run(tmp_path / "other", teacher)
+        assert "an empty phrase win" in probe_lines(probed(run.config))[-1]

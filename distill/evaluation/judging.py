@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from distill.config import Config, Teacher
+from distill.errors import DistillError, Exit
 from distill.evaluation.acceptance import Acceptance
 from distill.evaluation.judge import (
     Ask,
@@ -100,19 +101,25 @@ def read_judge(
 
 def asking(config: Config, run: Run, settings: Teacher) -> Ask:
     """Return what asks the judge, keeps what it says in the store, and enters what it took in the ledger."""
+
+    def spend(taken: int, made: int) -> None:
+        if settings.kind != "endpoint":  # whose spending is entered from the store
+            run.spend(input_tokens=taken, output_tokens=made)
+
+    return through_store(config.model_copy(update={"teacher": settings}), spend)
+
+
+def through_store(config: Config, spend: Callable[[int, int], None] | None = None) -> Ask:
+    """Return what asks the config's teacher in the role of a judge, and keeps what it says in the store."""
     from distill.generation.generate import answer_all, make_teacher
     from distill.generation.responder import Request, Sampling
 
-    responder = make_teacher(config.model_copy(update={"teacher": settings}), {}, [])
+    responder, settings = make_teacher(config, {}, []), config.teacher
     sampling = Sampling(
         temperature=settings.temperature,
         top_p=settings.top_p,
         max_new_tokens=settings.max_new_tokens,
     )
-
-    def spend(taken: int, made: int) -> None:
-        if settings.kind != "endpoint":  # whose spending is entered from the store
-            run.spend(input_tokens=taken, output_tokens=made)
 
     def ask(asked: Sequence[tuple[Message, ...]]) -> list[Response]:
         requests = [
@@ -122,6 +129,30 @@ def asking(config: Config, run: Run, settings: Teacher) -> Ask:
         return answer_all(responder, requests, config.store_folder() / "responses", "judge", spend)
 
     return ask
+
+
+def probed(config: Config) -> dict[str, Any]:
+    """Put the probes to the judge of a config, and return the result; raises DistillError (exit 2) without a judge."""
+    if config.evaluation.judge is None:
+        fix = "set evaluation.judge, for instance {kind: local, model: MODEL, max_new_tokens: 96}"
+        raise DistillError(Exit.CONFIG, "evaluation.judge", "is not set", fix)
+    probes = load_probes()
+    ask = through_store(config.model_copy(update={"teacher": config.evaluation.judge}))
+    return examined(probes, judge(probe_duels(probes), ask, ask_copies=True))
+
+
+def probe_lines(found: dict[str, Any]) -> list[str]:
+    """Say what a judge let win of its probes, and whether it may be used."""
+    rows = [
+        f"{kind:10}{row['n']:4}  wins {row['wins']:6.1%}  losses {row['losses']:6.1%}  no verdict {row['unparsed']:6.1%}"
+        for kind, row in ((kind, found[kind]) for kind in ("null", "injected", "copy"))
+    ]
+    verdict = "may be used" if found["passed"] else f"is not used: {found['reason']}"
+    return [
+        *rows,
+        f"chose by place in {found['flip_rate']:.1%} of the probes",
+        f"the judge {verdict}",
+    ]
 
 
 def _warnings(settings: Teacher, teacher: Teacher) -> list[str]:
