@@ -22,7 +22,7 @@ Shape suffixes: those of losses.py, and O outcomes: a vocabulary, or the tail an
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from math import inf, log, log1p
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ from distill.training.targets import Live, SoftTargets
 # Of log-probabilities of P and Q (R, O), the values (R,) and their slopes by the logits of Q (R, O).
 Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-FLOOR = -100.0  # the log-probability of what does not happen: exp() of it is nothing in float32, and it is finite
+FLOOR = -80.0  # the log-probability of what does not happen: finite, and exp() of it nothing beside 1, yet no denormal
 LEAST_REST = 2.0**-24  # a remainder of 0 is one below float32's resolution
 TINY = torch.finfo(torch.float32).tiny
 
@@ -55,21 +55,21 @@ def reverse_kl(teacher_RO: Tensor, student_RO: Tensor) -> tuple[Tensor, Tensor]:
 
 def jsd(teacher_RO: Tensor, student_RO: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """Return the generalised Jensen-Shannon divergence and its slope, (1 - beta) Q (log Q / M - KL(Q || M))."""
-    mixed = torch.logaddexp(teacher_RO + log(beta), student_RO + log1p(-beta))
-    there = torch.linalg.vecdot(teacher_RO.exp(), teacher_RO - mixed)
-    back, slope = reverse_kl(mixed, student_RO)
-    return beta * there + (1 - beta) * back, slope.mul_(1 - beta)
+    p, q = teacher_RO.exp(), student_RO.exp()
+    mixed = torch.lerp(q, p, beta).clamp_min_(TINY).log_()
+    gap = student_RO - mixed
+    back = torch.linalg.vecdot(q, gap)
+    values = beta * torch.linalg.vecdot(p, mixed.neg_().add_(teacher_RO)) + (1 - beta) * back
+    return values, gap.sub_(back[:, None]).mul_(q.mul_(1 - beta))
 
 
 def skew_kl(teacher_RO: Tensor, student_RO: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """Return KL(P || M), M = alpha P + (1 - alpha) Q, and its slope, Q sum(A) - A with A = (1 - alpha) P Q / M."""
-    if not alpha:
-        return forward_kl(teacher_RO, student_RO)
-    mixed = torch.logaddexp(teacher_RO + log(alpha), student_RO + log1p(-alpha))
-    gap = teacher_RO - mixed
-    values = torch.linalg.vecdot(teacher_RO.exp(), gap)
-    moved = gap.add_(student_RO).exp_().mul_(1 - alpha)
-    return values, (student_RO.exp() * moved.sum(1, keepdim=True)).sub_(moved)
+    p, q = teacher_RO.exp(), student_RO.exp()
+    mixed = torch.lerp(q, p, alpha).clamp_min_(TINY)
+    moved = (p * q).div_(mixed).mul_(1 - alpha)
+    values = torch.linalg.vecdot(p, mixed.log_().neg_().add_(teacher_RO))
+    return values, q.mul_(moved.sum(1, keepdim=True)).sub_(moved)
 
 
 class Mixture(NamedTuple):
