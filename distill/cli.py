@@ -133,6 +133,17 @@ def from_stage(name: str) -> tuple[Stage, ...]:
     return STAGES[NAMES.index(name) :]
 
 
+def require_soft_teacher(run: Run, redo: Sequence[Stage]) -> None:
+    """Stop before anything is asked where soft labels cannot be had: other tokens (exit 2), or terms (exit 10)."""
+    from distill.generation.terms import require_terms
+    from distill.training.signals import open_teacher
+
+    stage, config = STAGES[NAMES.index("signals")], run.config
+    if stage.applies(config) and (stage in redo or run.state(stage)[0] != "done"):
+        require_terms(config.model_copy(update={"teacher": config.soft_teacher()}))
+        open_teacher(config)
+
+
 def show_scorecard(run: Run) -> None:
     """Print the run's scorecard and where its report lies."""
     print(run.path("scorecard.md").read_text(encoding="utf-8"))
@@ -156,6 +167,7 @@ def run_all(
     again = from_stage(redo) if redo else ()
     permit_code(run, STAGES, again, allow_code, unsafe_code)
     require_terms(run.config)
+    require_soft_teacher(run, again)
     perform(run, STAGES, again)
     show_scorecard(run)
 
@@ -241,6 +253,8 @@ def fetch(config: ConfigArgument, overrides: Overrides = None) -> None:
     settings = load_config(config, overrides or ())
     if settings.teacher.kind == "local":
         fetch_model(settings.teacher.model, settings.teacher.revision)
+    if settings.train.loss.soft:
+        fetch_model(settings.soft_teacher().model, settings.soft_teacher().revision)
     student = settings.student
     fetch_model(student.model, student.revision, student.allow_pickle)
 

@@ -5,6 +5,7 @@ of text, operations and bytes from the models' shapes, seconds from the device's
 the tables.
 """
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,6 +37,7 @@ from distill.models import Shape
 from distill.scope import Scope, questions_written, scope
 from distill.tables import bytes_of, count, duration, size_of, table
 from distill.training.batches import MICRO_BATCH_TOKENS
+from distill.training.signals import expected_bytes
 
 ANSWER = Span(0.2, 1.0)  # of max_new_tokens
 KEPT = Span(0.5, 1.0)  # of the answers, by the filters
@@ -102,6 +104,7 @@ def rows(config: Config, work: Scope, device: Device | None, bill: Bill | None =
         Row("prompts", f"{count(work.asked)} prompts", None, work.seconds),
         _teacher_row(config, work, device, bill),
         dataset,
+        *_signals_rows(config, work, student, device),
         _training_row(config, work, student, device),
         _evaluation_row(config, work, student, device),
         Row("report", "scorecard and report", None, Span(0, 20)),
@@ -123,6 +126,36 @@ def _teacher_row(config: Config, work: Scope, device: Device | None, bill: Bill 
     seconds = answering(shape(teacher.model), side, most, device)
     tokens = most * (side.prompt + side.answer)
     return Row("generate", f"{count(answers)} answers", tokens, seconds and seconds + START)
+
+
+def _supervised(config: Config, work: Scope) -> Span:
+    """Return the answers that are trained on and validated with."""
+    return (work.prompts["train"] + work.prompts["validation"]) * KEPT * config.teacher.n
+
+
+def _signals_rows(config: Config, work: Scope, side: Side, device: Device | None) -> list[Row]:
+    """Return the line of the capture, where the loss needs one: the teacher reads each answer once."""
+    if not config.train.loss.soft:
+        return []
+    model, answers = shape(config.soft_teacher().model), _supervised(config, work)
+    ends = ((side.prompt.low, side.answer.low), (side.prompt.high, side.answer.high))
+    reading = Span(*(forward_flops(model, prompt, answer) for prompt, answer in ends))
+    seconds = answers * reading / device.rate + START if device else None
+    what = f"{count(answers)} answers, read once"
+    return [Row("signals", what, answers * (side.prompt + side.answer), seconds)]
+
+
+def _signals_disk(config: Config, work: Scope) -> list[tuple[str, Span, str]]:
+    """Return the cache of distributions, where the loss needs one, and whether the disk is too small for it."""
+    if not config.train.loss.soft:
+        return []
+    one = expected_bytes(1, config.signals.p, config.signals.k)
+    tokens = _supervised(config, work) * ANSWER * config.teacher.max_new_tokens
+    size = tokens * Span(one / 2, one * 2)
+    folder = config.store_folder().absolute()
+    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.is_dir())).free
+    short = f"only {size_of(free)} free" if size.low > free else ""
+    return [("store: the teacher's distributions", size, short)]
 
 
 def _training_row(config: Config, work: Scope, side: Side, device: Device | None) -> Row:
@@ -201,6 +234,7 @@ def disk(config: Config, work: Scope) -> list[tuple[str, Span, str]]:
     return [
         *found,
         ("run: documents, answers, report", run, ""),
+        *_signals_disk(config, work),
         ("run: checkpoints and adapter", kept + Span(4, 4) * adapter, ""),
         ("release, if published", Span(2, 2) * model.parameters + Span(4, 4) * adapter, ""),
     ]
@@ -209,7 +243,8 @@ def disk(config: Config, work: Scope) -> list[tuple[str, Span, str]]:
 def references(config: Config) -> list[str]:
     """Return the models that the run loads."""
     teacher = [config.teacher.model] if config.teacher.kind == "local" else []
-    return [*teacher, config.student.model]
+    reader = [config.soft_teacher().model] if config.train.loss.soft else []
+    return [*teacher, *reader, config.student.model]
 
 
 def _model_bytes(reference: str) -> tuple[str, Span, str]:

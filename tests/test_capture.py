@@ -8,12 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from distill.config import Config
+from distill.cli import main
+from distill.config import Config, load_config
 from distill.errors import DistillError, Exit
 from distill.models import load_model, load_tokenizer
 from distill.records import Message, Pair
 from distill.run import Run
-from distill.store import read_records, write_records
+from distill.store import read_records, write_json, write_records
 from distill.template import encode_prompt
 from distill.training import capture
 from distill.training.signals import Cache, Row
@@ -216,3 +217,40 @@ def test_a_teacher_whose_terms_are_not_known_captures_nothing(tmp_path):
     with pytest.raises(DistillError) as fault:
         capture.main(run.config, run)
     assert fault.value.code == Exit.TERMS
+
+
+def test_a_run_with_soft_labels_goes_through_in_an_empty_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_tiny(tmp_path / "teacher", "qwen2", seed=1, hidden=48)
+    sharpen(tmp_path / "teacher")
+    make_tiny(tmp_path / "model")
+    sample = Path(__file__).parent.parent / "data/gsm8k/sample.jsonl"
+    words = (
+        *("run", "configs/gsm8k.yaml", f"corpus.path={sample}", "corpus.limit=128"),
+        *("train.loss={ce: 0.5, forward_kl: 0.5}", "teacher.model=./teacher"),
+        *("student.model=./model", "terms.basis=a model of our own", "teacher.max_new_tokens=8"),
+        *(
+            "filters={truncated: false, failed_checker: false, repetition: false}",
+            "train.max_steps=1",
+        ),
+        *("prompts={train: 12, validation: 2, heldout: 4, tasks: [math_word_problem]}",),
+    )
+    assert main(words) == 0, capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "signals: done" in shown and "validation loss" in shown
+    training = json.loads(Path("runs/gsm8k/training.json").read_text())
+    assert training["loss"] == SOFT and {"ce", "forward_kl"} < training["history"][0].keys()
+    assert [e.stage for e in Run(load_config(Path("runs/gsm8k/config.json"))).ledger()][
+        4
+    ] == "signals"
+    assert main(words) == 0
+    assert capsys.readouterr().err.count("reused") == 8
+
+
+def test_other_tokens_are_found_before_anything_is_asked(tmp_path, monkeypatch, capsys):
+    run = make_run(tmp_path)
+    make_tokenizer(("extra",)).save_pretrained(tmp_path / "teacher")
+    write_json(tmp_path / "c.json", run.config.resolved())
+    assert main(("run", str(tmp_path / "c.json"))) == Exit.CONFIG
+    assert "different tokenizers" in capsys.readouterr().err
+    assert not run.path("documents.jsonl").exists()

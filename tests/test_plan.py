@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -167,6 +168,22 @@ def test_a_hub_dataset_is_planned_from_its_caps_alone():
     with pytest.raises(DistillError) as caught:
         scope(load_config(ROOT / "configs/gsm8k.yaml", ["prompts.train=null"]))
     assert caught.value.code == Exit.INPUT and "corpus.limit" in str(caught.value)
+
+
+def test_soft_labels_have_a_line_and_a_size(monkeypatch):
+    path, loss = ROOT / "configs/gsm8k.yaml", "train.loss={ce: 0.5, forward_kl: 0.5}"
+    sample = f"corpus.path={ROOT / 'data/gsm8k/sample.jsonl'}"
+    assert "signals" not in shown(load_config(path, [sample]))
+    config = load_config(path, [sample, loss])
+    assert "signals" in shown(config) and "the teacher's distributions" in shown(config)
+    monkeypatch.setattr("distill.plan.shutil.disk_usage", lambda folder: Free(1000))
+    assert "only 1.0 kB free" in shown(config)
+
+
+class Free(NamedTuple):
+    """A disk with little room."""
+
+    free: int
 
 
 def test_a_large_folder_is_planned_from_its_bytes(texts, monkeypatch):

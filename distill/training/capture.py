@@ -27,14 +27,16 @@ from distill.run import Run
 from distill.store import FolderLock, disk_faults, sweep, write_json
 from distill.training.batches import micro_batches, padded_batches
 from distill.training.encode import encode_pair, encode_pairs
-from distill.training.labels import TEXT_ONLY, open_teacher, read_pairs
+from distill.training.labels import read_pairs
 from distill.training.signals import (
+    TEXT_ONLY,
     Cache,
     Row,
     Signal,
     codes,
     describe,
     expected_bytes,
+    open_teacher,
     supervised_ids,
     token_hash,
 )
@@ -75,7 +77,9 @@ def main(config: Config, run: Run) -> None:
     cache.check([read.row for read in reads])
     rows = {e.response_id: read.row for e, read in zip(examples, reads, strict=True)}
     write_json(run.path("signals.json"), {"teacher": facts, "cache": cache.teacher, "rows": rows})
-    say(f"signals: {sum(r.count for r in rows.values()):,} tokens of {len(rows):,} answers")
+    tokens, fresh = (sum(read.row.count for read in some) for some in (reads, left))
+    run.note("signals", {"model": teacher.model, "tokens": tokens, **facts})
+    say(f"signals: {tokens:,} tokens of {len(rows):,} answers, {fresh:,} of them read now")
 
 
 def supervised(config: Config, run: Run) -> tuple[list[Pair], list[Example]]:

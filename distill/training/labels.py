@@ -14,19 +14,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill import models
 from distill.config import Config, Loss
 from distill.errors import DistillError, Exit
 from distill.records import Example, Pair, digest
 from distill.run import Run, differences
 from distill.store import read_json, read_records
-from distill.template import template_hash, vocabulary_hash
 from distill.training.divergences import soft_loss
-from distill.training.signals import Cache, Row, Signal, describe, supervised_ids, token_hash
+from distill.training.signals import (
+    TEXT_ONLY,
+    Cache,
+    Row,
+    Signal,
+    describe,
+    open_teacher,
+    supervised_ids,
+    token_hash,
+)
 from distill.training.targets import SoftTargets
 
 AGAIN = "distill signals CONFIG --redo captures what is missing"
-TEXT_ONLY = "train on text: train.loss={ce: 1, forward_kl: 0}"
 
 
 @dataclass(frozen=True)
@@ -79,28 +85,6 @@ IDLE = Signal(  # a position that weighs nothing: one token, half of the mass
     np.full(1, 0.5, np.float32),
     np.zeros((0, 1), np.float32),
 )
-
-
-def open_teacher(config: Config) -> tuple[Any, dict[str, Any]]:
-    """Return the tokenizer of the teacher whose distributions are captured, and the facts that name its signals.
-
-    Raises DistillError (exit 2) where its vocabulary is not the student's.
-    """
-    teacher, student = config.soft_teacher(), config.student
-    tokenizer = models.load_tokenizer(teacher.model, teacher.revision)
-    other = models.load_tokenizer(student.model, student.revision, student.trust_remote_code)
-    vocabulary = vocabulary_hash(tokenizer)
-    if vocabulary != vocabulary_hash(other):
-        where = f"teacher {teacher.model} and student {student.model}"
-        what = "have different tokenizers: a distribution over one's tokens says nothing in the other's"
-        raise DistillError(Exit.CONFIG, where, what, TEXT_ONLY)
-    return tokenizer, {
-        **config.signals.model_dump(mode="json", include={"p", "k", "temperatures"}),
-        "weights": models.identity(teacher.model, teacher.revision),
-        "dtype": str(models.pick_dtype(teacher.dtype)).removeprefix("torch."),
-        "template": template_hash(tokenizer, config.template_date),
-        "vocabulary": vocabulary,
-    }
 
 
 def load_labels(config: Config, run: Run, examples: Sequence[Example], vocabulary: int) -> Labels:

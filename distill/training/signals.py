@@ -22,14 +22,18 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from distill import models
+from distill.config import Config
 from distill.errors import DistillError, Exit
 from distill.records import Example, canonical, digest
 from distill.store import disk_faults, write_atomic
+from distill.template import template_hash, vocabulary_hash
 
 FORMAT = 1
 MAGIC = b"distill-signals"
 STEPS = 16  # of log-probability a nat
 ENDING = ".signals"
+TEXT_ONLY = "train on text: train.loss={ce: 1, forward_kl: 0}"
 WAY_OUT = "remove the file; --redo signals captures again what it held"
 LISTED = 0.37  # ids listed a token, times sqrt(1 - p): 4 at p = .99, 12 at .999 (scripts/benchmark_signals.py)
 BYTES_A_TOKEN, BYTES_AN_ID = 5.0, 2.45  # of files, deflated, with index and checksums
@@ -265,6 +269,28 @@ class Cache:
     def bytes(self) -> int:
         """Return the bytes of all chunks."""
         return sum(path.stat().st_size for path in self.folder.glob(f"*{ENDING}"))
+
+
+def open_teacher(config: Config) -> tuple[Any, dict[str, Any]]:
+    """Return the tokenizer of the teacher whose distributions are captured, and the facts that name its signals.
+
+    Raises DistillError (exit 2) where its vocabulary is not the student's.
+    """
+    teacher, student = config.soft_teacher(), config.student
+    tokenizer = models.load_tokenizer(teacher.model, teacher.revision)
+    other = models.load_tokenizer(student.model, student.revision, student.trust_remote_code)
+    vocabulary = vocabulary_hash(tokenizer)
+    if vocabulary != vocabulary_hash(other):
+        where = f"teacher {teacher.model} and student {student.model}"
+        what = "have different tokenizers: a distribution over one's tokens says nothing in the other's"
+        raise DistillError(Exit.CONFIG, where, what, TEXT_ONLY)
+    return tokenizer, {
+        **config.signals.model_dump(mode="json", include={"p", "k", "temperatures"}),
+        "weights": models.identity(teacher.model, teacher.revision),
+        "dtype": str(models.pick_dtype(teacher.dtype)).removeprefix("torch."),
+        "template": template_hash(tokenizer, config.template_date),
+        "vocabulary": vocabulary,
+    }
 
 
 def expected_bytes(tokens: int, p: float, k: int) -> float:

@@ -349,6 +349,7 @@ class Loop:
             "tokens_per_second": self.progress.tokens / max(self.progress.seconds, 1e-9),
             "dtype": self.facts["dtype"],
             "world_size": self.facts["world_size"],
+            **({"loss": labels.mix} if (labels := self.parts.student.labels) else {}),
             "base": {**base, "template_hash": self.facts["template"]},
         }
         write_json(self.run.path("training.json"), summary)
