@@ -41,12 +41,7 @@ class _AtHead(torch.autograd.Function):
         ]
         for start in range(0, len(hidden_SD), rows):
             block = slice(start, start + rows)
-            hidden_RD, weights_R = hidden_SD[block], weights_S[block]
-            logits_RV = torch.nn.functional.linear(hidden_RD, head_VD, bias_V)
-            measure = criterion(block)
-            for strip in _strips(logits_RV):
-                parts_P += measure(strip, logits_RV[strip]) @ weights_R[strip]
-            _add_gradients(made, block, logits_RV, hidden_RD, head_VD, weights_R)
+            parts_P += _measure_block(criterion, block, inputs, weights_S[block], made)
         ctx.save_for_backward(*made)
         ctx.mark_non_differentiable(parts_P)
         return mix_P @ parts_P, parts_P
@@ -57,24 +52,37 @@ class _AtHead(torch.autograd.Function):
         return *scaled, None, None, None, None
 
 
+def _measure_block(
+    criterion: Criterion,
+    block: slice,
+    inputs: tuple[Tensor, Tensor, Tensor | None],
+    weights_R: Tensor,
+    made: Sequence[Tensor | None],
+) -> Tensor:
+    """Return the sums (P,) of a block, and add its gradients to those of the hidden states, head and bias.
+
+    The logits end with this function: the next block's take their place in memory.
+    """
+    hidden_SD, head_VD, bias_V = inputs
+    gradient_SD, gradient_VD, gradient_V = made
+    logits_RV = torch.nn.functional.linear(hidden_SD[block], head_VD, bias_V)
+    measure = criterion(block)
+    sums = [measure(strip, logits_RV[strip]) @ weights_R[strip] for strip in _strips(logits_RV)]
+    slope_RV, heavy_R = logits_RV, weights_R.to(logits_RV.dtype)
+    if gradient_SD is not None:
+        torch.mm(slope_RV, head_VD, out=gradient_SD[block]).mul_(weights_R[:, None])
+    if gradient_VD is not None:
+        gradient_VD.addmm_(slope_RV.t(), hidden_SD[block] * heavy_R[:, None])
+    if gradient_V is not None:
+        gradient_V += heavy_R @ slope_RV
+    return torch.stack(sums).sum(0)
+
+
 def _strips(logits_RV: Tensor) -> Iterator[slice]:
     """Cut a block into strips whose float32 logits fit a cache; a GPU takes it whole."""
     count, width = logits_RV.shape
     size = max(1, STRIP_BYTES // (4 * width)) if logits_RV.device.type == "cpu" else count
     return (slice(start, start + size) for start in range(0, count, size))
-
-
-def _add_gradients(
-    made: Sequence[Tensor | None], block: slice, slope_RV: Tensor, hidden_RD: Tensor, head_VD: Tensor, weights_R: Tensor
-) -> None:  # fmt: skip
-    """Add a block's share to the gradients of the hidden states, the head and its bias, where they are wanted."""
-    gradient_SD, gradient_VD, gradient_V = made
-    if gradient_SD is not None:
-        torch.mm(slope_RV, head_VD, out=gradient_SD[block]).mul_(weights_R[:, None])
-    if gradient_VD is not None:
-        gradient_VD.addmm_(slope_RV.t(), (hidden_RD * weights_R[:, None]).to(slope_RV.dtype))
-    if gradient_V is not None:
-        gradient_V += weights_R.to(slope_RV.dtype) @ slope_RV
 
 
 def apply_at_head(
@@ -147,9 +155,10 @@ def read_targets(
     rows = _block_rows(head_VD)
     losses, hits = [hidden_SD.new_zeros(0, dtype=torch.float32)], [targets_S.new_zeros(0).bool()]
     for start in range(0, len(targets_S), rows):
-        part = slice(start, start + rows)
-        logits = torch.nn.functional.linear(hidden_SD[part], head_VD, bias_V)
-        hits.append(logits.argmax(-1) == targets_S[part])
-        logs = torch.log_softmax(logits, -1, dtype=torch.float32)
-        losses.append(-logs.gather(1, targets_S[part, None]).squeeze(1))
+        targets_R = targets_S[start : start + rows]
+        logits_RV = torch.nn.functional.linear(hidden_SD[start : start + rows], head_VD, bias_V)
+        hits.append(logits_RV.argmax(-1) == targets_R)
+        for strip in _strips(logits_RV):
+            logs = torch.log_softmax(logits_RV[strip].float(), -1)
+            losses.append(-logs.gather(1, targets_R[strip, None]).squeeze(1))
     return torch.cat(losses), torch.cat(hits)
