@@ -276,10 +276,10 @@ def break_even(surplus: Ranged, assumed: Assumptions) -> BreakEven:
 def _requests_to_pay(surplus: Ranged, assumed: Assumptions) -> Ranged:
     if assumed.distillation is None or surplus.value is None or surplus.reason:
         return unknown(surplus.reason or assumed.why_no_distillation)
+    if surplus.low is not None and surplus.high is not None and surplus.low <= 0 < surplus.high:
+        return unknown("the interval of the surplus reaches 0, so it may never be paid back")
     if surplus.value <= 0:
         return unknown("nothing is saved, so the distillation is never paid back")
-    if surplus.low is not None and surplus.low <= 0:
-        return unknown("the interval of the surplus reaches 0, so it may never be paid back")
     cost = assumed.distillation * THOUSAND
     return Ranged(
         value=cost / surplus.value,

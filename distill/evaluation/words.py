@@ -11,6 +11,7 @@ UNKNOWN = "–"
 MINUS = "−"
 HARD = "\u00a0"  # a space that no line breaks at
 Row = Mapping[str, Any]
+ALPHA = 0.05  # of the exact test beside an interval: a few items that differ can fool the interval
 
 
 def plain_numbers(tree: Any) -> Any:
@@ -104,9 +105,12 @@ def duration(seconds: float | None) -> str:
 
 
 def verdict(row: Row, better: str, worse: str, open_question: str) -> str:
-    """Choose the words that an interval supports."""
+    """Choose the words that an interval supports; of yes/no scores the exact test (McNemar) must agree."""
     if row.get("low") is None:
         return f"how sure that is, is not known: {row.get('reason', 'no interval')}"
+    p = (row.get("mcnemar") or {}).get("p")
+    if p is not None and p >= ALPHA:
+        return open_question
     if row["low"] > 0:
         return better
     return worse if row["high"] < 0 else open_question
