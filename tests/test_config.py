@@ -216,6 +216,33 @@ def test_a_mapping_override_changes_only_what_it_names():
     assert train.learning_rate == 5e-4
 
 
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["train.loss={ce: 0}"], "train.loss: gives every part the weight 0"),
+        (["train.loss.forward_kl=-1"], "allowed: at least 0"),
+        (["train.loss={jsd: 1, beta: 1}"], "allowed: above 0, below 1"),
+        (["train.loss={forward_kl: 1, temperature: 2}"], "add it to signals.temperatures"),
+        (["train.loss={forward_kl: 1}", "teacher={kind: recorded}"], "name one in signals.model"),
+        (["signals.p=1"], "allowed: above 0, below 1"),
+        (["signals.k=0"], "allowed: at least 1"),
+    ],
+)
+def test_soft_labels_that_cannot_be_are_refused(overrides, says):
+    with pytest.raises(DistillError) as fault:
+        load_config(ROOT / "configs/gsm8k.yaml", overrides)
+    assert says in str(fault.value) and fault.value.code == Exit.CONFIG
+
+
+def test_distributions_are_the_teacher_s_or_those_of_a_model_of_one_s_own_choice():
+    path, loss = ROOT / "configs/gsm8k.yaml", "train.loss={forward_kl: 1}"
+    assert load_config(path, [loss]).soft_teacher().model == "qwen2.5-coder-1.5b-instruct"
+    other = load_config(path, [loss, "teacher.kind=recorded", "signals.model=./x"]).soft_teacher()
+    assert (other.kind, other.model) == ("local", "./x")
+    tree = load_config(path, [loss, "train.loss.temperature=2", "signals.temperatures=[2.0]"])
+    assert tree.train.loss.soft == {"forward_kl": 1.0} and not load_config(path).train.loss.soft
+
+
 def test_an_override_is_named_where_it_is_wrong(tmp_path):
     assert fault(tmp_path, QUICKSTART, "train.learning_rate=x").startswith("command line: train.le")
     assert "override train.lora:1" in fault(tmp_path, QUICKSTART, "train.lora={")
