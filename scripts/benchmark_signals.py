@@ -5,7 +5,8 @@
 RUN is a run's folder (or config) that has its responses: the teacher of its config reads its own answers once, and each
 setting is cut from that reading as the stage would, written as chunks and read back. KL is KL(teacher ‖ cache) a token,
 in nats: with the rest spread evenly over all unlisted ids, and with the rest as one bucket. Bytes are those of the
-chunk files, with index and checksums. "of exact ids" is the share of tokens whose likeliest id alone holds p.
+chunk files, with index and checksums. "capped": tokens whose k likeliest ids hold less than p; "one id": those whose
+likeliest holds p alone.
 """
 
 import argparse
@@ -69,8 +70,11 @@ def join(parts: Sequence[Reading]) -> Reading:
 
 
 @torch.inference_mode()
-def read(student: Student, examples: Sequence[Example], vocabulary: int, limit: int) -> Reading:
-    """Let the teacher read the first `limit` supervised tokens of the examples."""
+def read(
+    student: Student, examples: Sequence[Example], vocabulary: int, limit: int, seconds: float
+) -> Reading:
+    """Let the teacher read the first `limit` supervised tokens of the examples, or what `seconds` allow."""
+    end = time.monotonic() + seconds
     lengths = [len(example.input_ids) for example in examples]
     head_VD, bias_V = student.head()
     rows, found, done = max(16, HEAD_BYTES // (4 * vocabulary)), list[Reading](), 0
@@ -82,7 +86,7 @@ def read(student: Student, examples: Sequence[Example], vocabulary: int, limit: 
                 found.append(read_rows(torch.log_softmax(logits, -1, dtype=torch.float32)))
                 tracker.advance(len(part_SD))
                 done += len(part_SD)
-            if done >= limit:
+            if done >= limit or time.monotonic() > end:
                 break
     return join(found)
 
@@ -184,7 +188,7 @@ def show(rows: Sequence[dict[str, Any]], title: str) -> None:
             f"{row['capped']:.1%}",
             f"{row['single']:.0%}",
             f"{row['kl_even']:.5f}",
-            f"{row['kl_bucket']:.5f}",
+            f"{row['kl_bucket']:.1e}",
         )
     Console(width=110).print(shown)
 
@@ -198,6 +202,7 @@ def main() -> None:
         "--p", type=float, nargs="+", default=[0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999]
     )
     parser.add_argument("--k", type=int, nargs="+", default=[16, 32, 64, 128])
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop reading then")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     run, started = open_run(chosen.run), time.perf_counter()
@@ -209,7 +214,7 @@ def main() -> None:
     lengths = [len(example.input_ids) for example in examples]
     order = [i for s in micro_batches(range(len(examples)), lengths, PASS_TOKENS) for i in s]
     examples = [examples[i] for i in order]
-    reading = read(student, examples, len(tokenizer), chosen.tokens)
+    reading = read(student, examples, len(tokenizer), chosen.tokens, chosen.seconds)
     seconds = time.perf_counter() - started
     settings = [Settings(p, k) for p, k in product(chosen.p, chosen.k)]
     rows = [measure(reading, examples, setting, len(tokenizer)) for setting in settings]
