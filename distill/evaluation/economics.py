@@ -13,7 +13,7 @@ from distill.generation.prices import MachinePrice, TokenPrice
 from distill.records import LedgerEntry, Record, Usage
 
 THOUSAND, MILLION = 1000, 1_000_000
-DISTILLATION = ("corpus", "prompts", "generate", "filter", "train", "evaluate")
+DISTILLATION = ("corpus", "prompts", "generate", "filter", "signals", "train", "evaluate")
 NO_TIME = "the answers were not timed in this run"
 NOT_APART = "reading the prompts was not timed apart"
 CONTRADICTED = "timed apart, reading the prompts took longer than reading and answering: the machine was busier then"
