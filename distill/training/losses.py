@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = {
-    "cpu": 32 * 2**20
-}  # of logits at a time: what malloc hands out again, for fresh pages cost as much
-BLOCK_BYTES_ELSEWHERE = 256 * 2**20
+# Bytes of logits at a time: the head is read twice a block, which is dear where a block has few rows.
+CPU_BLOCK, GPU_BLOCK = 64 * 2**20, 256 * 2**20
 STRIP_BYTES = 4 * 2**20  # of float32 logits at a time: small enough to stay in a CPU's cache
 
 # Given positions of the block (a slice of its rows) and their logits (R, V), returns the values (P, R) of a loss's parts
@@ -108,7 +106,7 @@ def apply_at_head(
 
 
 def _block_rows(head_VD: Tensor) -> int:
-    size = BLOCK_BYTES.get(head_VD.device.type, BLOCK_BYTES_ELSEWHERE)
+    size = CPU_BLOCK if head_VD.device.type == "cpu" else GPU_BLOCK
     return max(16, size // (head_VD.element_size() * head_VD.shape[0]))
 
 
