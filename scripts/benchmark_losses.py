@@ -76,14 +76,12 @@ def make(shape: Shape, half: bool) -> Problem:
 
 
 def lists(problem: Problem) -> SoftTargets:
-    """Return the teacher's likeliest tokens at the positions that count, as a cache gives them."""
-    found = []
-    for hidden_RE in problem.teacher_SE[problem.counts_S].split(16):
-        logs = torch.log_softmax((hidden_RE @ problem.teacher_VE.t()).float(), -1)
-        found.append(logs.topk(LISTED))
-    logs, ids = (torch.cat(part) for part in zip(*found, strict=True))
-    offsets = torch.arange(len(ids) + 1) * LISTED
-    return SoftTargets(ids.flatten(), logs.flatten(), offsets, 1 - logs.exp().sum(1))
+    """Draw a cache's lists for the positions that count: making real ones would leave memory behind for the loss."""
+    count, stride = int(problem.counts_S.sum()), len(problem.head_VD) // LISTED
+    ids = torch.arange(LISTED) * stride + torch.randint(stride, (count, LISTED))
+    logs = torch.log_softmax(torch.randn(count, LISTED + 1) * SPREAD, -1)
+    offsets = torch.arange(count + 1) * LISTED
+    return SoftTargets(ids.flatten(), logs[:, 1:].flatten(), offsets, logs[:, 0].exp())
 
 
 Pass = Callable[[], Tensor]  # the forward of a side: its loss, in nats a position that counts
