@@ -198,7 +198,7 @@ def test_sigterm_ends_a_stage_like_ctrl_c(config):
         "import sys, time; from distill import cli\n"
         "wait = lambda config, run: (print('working', flush=True), time.sleep(60))\n"
         "from distill.run import Stage\n"
-        "cli.STAGES = (Stage('corpus', (), (), ('x',), wait),)\n"
+        "cli.STAGES = (Stage('corpus', (), (), ('x',), wait), *cli.STAGES[1:])\n"
         "sys.exit(cli.main(['run', 'c.yaml']))"
     )
     child = subprocess.Popen(
