@@ -14,6 +14,7 @@ from distill.config import Config
 from distill.errors import DistillError, Exit
 from distill.generation.budget import enter_account
 from distill.generation.generate import answer_all, make_teacher
+from distill.generation.plans import Spending
 from distill.generation.requests import asking_requests, requests_for, written_prompts
 from distill.generation.responder import Request
 from distill.progress import say
@@ -58,15 +59,7 @@ def _pilot(config: Config, run: Run, count: int) -> str:
     prompts = read_records(run.path("prompts.jsonl"), Prompt)
     teacher = make_teacher(config, documents, prompts)
     folder = config.store_folder() / "responses"
-
-    asked = 0
-
-    def spend(input_tokens: int, output_tokens: int) -> None:
-        nonlocal asked
-        asked += 1
-        if config.teacher.kind != "endpoint":  # whose spending is entered from the store
-            run.spend(input_tokens=input_tokens, output_tokens=output_tokens)
-
+    spend = Spending(run, config.teacher.kind)
     ask = partial(answer_all, teacher, store_folder=folder, title=NAME, spend=spend)
     try:
         first = _about_documents(config, teacher.origin, documents.values(), count)
@@ -84,7 +77,9 @@ def _pilot(config: Config, run: Run, count: int) -> str:
         answers = ask(requests=spread(known, left))
     finally:
         enter_account(run, folder)
-    say(f"pilot: {count - left + len(answers)} answers in the store, {asked} of them asked for now")
+    say(
+        f"pilot: {count - left + len(answers)} answers in the store, {spend.answers} of them asked for now"
+    )
     return teacher.origin
 
 

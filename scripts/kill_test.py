@@ -67,10 +67,12 @@ class Trial(NamedTuple):
 
 def prepare(folder: Path) -> Path:
     """Write tiny models, a corpus and the config of the experiment in `folder`; return the config."""
+    from tests.mortal import in_child
     from tests.tiny import make_tiny
 
     for name, seed in (("teacher", 1), ("student", 2)):
-        in_child(lambda name=name, seed=seed: make_tiny(folder / name, seed=seed))
+        if in_child(lambda name=name, seed=seed: make_tiny(folder / name, seed=seed)):
+            raise SystemExit("the tiny models could not be made")
     for name, task in TASKS.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
     draw = random.Random(0)
@@ -138,20 +140,6 @@ def start(words: Sequence[str], log: Path, real: bool) -> int:
         finally:
             os._exit(code)
     return pid
-
-
-def in_child(work: Callable[[], object]) -> None:
-    """Do `work` in a forked process, so that this one starts no threads that a later fork would lack."""
-    pid = os.fork()
-    if pid == 0:
-        code = 70
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    if os.waitpid(pid, 0)[1]:
-        raise SystemExit("the tiny models could not be made")
 
 
 def finish(words: Sequence[str], log: Path) -> None:

@@ -5,7 +5,7 @@ what was asked once is never asked or paid for again.
 """
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from distill.evaluation.throughput import timed
 from distill.generation.budget import enter_account
 from distill.generation.generate import answer_all, make_teacher
 from distill.generation.local import LocalResponder
+from distill.generation.plans import Spend, Spending
 from distill.generation.responder import Request, Responder, Sampling
 from distill.generation.terms import require_terms
 from distill.progress import say
@@ -32,7 +33,6 @@ from distill.training.student import answer_loss
 ADAPTER = "adapter_model.safetensors"
 
 Given = dict[str, Response]  # answers by item id
-Spend = Callable[[int, int], None]
 
 
 class Answered(NamedTuple):
@@ -96,7 +96,7 @@ def _answered(
     pairs: Sequence[Pair],
     suites: Sequence[Suite],
 ) -> Answered:
-    store, spend = config.store_folder() / "responses", spend_of(run)
+    store, spend = config.store_folder() / "responses", Spending(run)
     prompts = [pair.prompt for pair in pairs]
     responses = ask(responder, prompts, [limit(config)] * len(prompts), store, spend)
     given = {suite.name: ask_suite(responder, suite, store, spend) for suite in suites}
@@ -109,11 +109,6 @@ def _answered(
     length = config.train.max_length
     readings = answer_loss(responder.network, responder.tokenizer, pairs, responder.date, length)
     return Answered(responses, readings, given)
-
-
-def spend_of(run: Run) -> Spend:
-    """Return what enters the tokens of an answer in the run's ledger."""
-    return lambda taken, made: run.spend(input_tokens=taken, output_tokens=made)
 
 
 def ask(
@@ -167,11 +162,9 @@ def answer_with_teacher(config: Config, run: Run, suites: Sequence[Suite]) -> di
         return {}
     require_terms(config)
     teacher, store = make_teacher(config, {}, []), config.store_folder() / "responses"
-    if config.teacher.kind != "endpoint":
-        spend = spend_of(run)
-        return {suite.name: ask_suite(teacher, suite, store, spend, True) for suite in asked}
+    spend = Spending(run, config.teacher.kind)
     try:
-        return {suite.name: ask_suite(teacher, suite, store, None, True) for suite in asked}
+        return {suite.name: ask_suite(teacher, suite, store, spend, True) for suite in asked}
     finally:
         enter_account(run, store)
 

@@ -101,11 +101,9 @@ def read_judge(
 
 def asking(config: Config, run: Run, settings: Teacher) -> Ask:
     """Return what asks the judge, keeps what it says in the store, and enters what it took in the ledger."""
+    from distill.generation.plans import Spending
 
-    def spend(taken: int, made: int) -> None:
-        if settings.kind != "endpoint":  # whose spending is entered from the store
-            run.spend(input_tokens=taken, output_tokens=made)
-
+    spend = Spending(run, settings.kind)
     return through_store(config.model_copy(update={"teacher": settings}), spend)
 
 

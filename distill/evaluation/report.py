@@ -5,7 +5,6 @@ give the same bytes.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from distill.config import Config
@@ -205,12 +204,3 @@ def listed(paths: Sequence[str]) -> str:
     """Return the first few of what is missing for one reason, and how many more there are."""
     more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
     return ", ".join(paths[:NAMED]) + more
-
-
-def remake(folder: Path) -> Path:
-    """Make the scorecard of a run's folder again, and return the path of its report."""
-    config = Config.model_validate(read_json(folder / "config.json"))
-    place = {"name": folder.resolve().name, "runs": folder.resolve().parent}
-    run = Run(config.model_copy(update=place))
-    main(run.config, run)
-    return run.path("report.html")

@@ -17,7 +17,7 @@ from distill.evaluation import results
 from distill.evaluation.report import table
 from distill.evaluation.results import Measured
 from distill.evaluation.statistics import USUAL, Certainty
-from distill.evaluation.suite_scores import measure_suite, write_suite
+from distill.evaluation.suite_scores import measure_suite, write_answers, write_suite
 from distill.evaluation.suites import Suite, is_run
 from distill.evaluation.words import figure, share
 from distill.generation.canned import raw_text
@@ -50,6 +50,7 @@ def score(
         name = name or asked
     answers = {name: given}
     rows = measure_suite(suite, answers, ALONE)
+    write_answers(place.out, suite, answers)
     (written,) = write_suite(place.out, suite, rows, answers)
     return f"{result_table(suite, rows, name, given, certainty)}\n\nscores: {written}"
 

@@ -3,7 +3,7 @@
 A suite stands apart from the held-out items: it never enters the headline.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,13 +45,12 @@ def suite_result(
 
 
 def write_suite(
-    folder: Path, suite: Suite, rows: Mapping[str, Measured], answers: Models
+    folder: Path, suite: Suite, rows: Mapping[str, Measured], models: Iterable[str]
 ) -> list[Path]:
-    """Write a suite's items, scores and answers below `folder`; return the files of scores."""
+    """Write a suite's items and scores below `folder`; return the files of scores."""
     write_records(folder / f"scores/{suite.name}/items.jsonl", suite.items)
-    write_answers(folder, suite, answers)
     written = []
-    for model in answers:
+    for model in models:
         scores = [score for row in rows.values() for score in row.scores[model]]
         written.append(folder / f"scores/{suite.name}/{model}.jsonl")
         write_records(written[-1], scores)

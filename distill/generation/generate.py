@@ -19,7 +19,7 @@ from distill.generation.budget import enter_account, last_fault
 from distill.generation.canned import CannedResponder, RecordedResponder, answers_hash
 from distill.generation.counting import recounted
 from distill.generation.crew import Crew, take_over
-from distill.generation.plans import Spend, answers, lacking, planned, store_each
+from distill.generation.plans import Spend, Spending, answers, lacking, planned, store_each
 from distill.generation.prices import load_prices
 from distill.generation.requests import asking_requests, requests_of, written_prompts
 from distill.generation.responder import (
@@ -68,14 +68,7 @@ def _generate(
     crew: Crew | None,
 ) -> None:
     """Ask all that is to be asked, and write what the stage makes."""
-    asked = 0
-
-    def spend(input_tokens: int, output_tokens: int) -> None:
-        nonlocal asked
-        asked += 1
-        if config.teacher.kind != "endpoint":  # whose spending is entered from the store
-            run.spend(input_tokens=input_tokens, output_tokens=output_tokens)
-
+    spend = Spending(run, config.teacher.kind)
     written = write_questions(config, teacher, list(documents.values()), folder, spend, crew)
     write_records(run.path("questions.jsonl"), written)
     prompts += written
@@ -84,7 +77,7 @@ def _generate(
     if config.teacher.kind == "endpoint":
         responses = recounted(responses, requests, config.teacher.model)
     write_records(run.path("responses.jsonl"), responses)
-    if asked and config.teacher.kind == "recorded" and config.teacher.dollars is not None:
+    if spend.answers and config.teacher.kind == "recorded" and config.teacher.dollars is not None:
         run.spend(dollars=config.teacher.dollars, price="as stated in teacher.dollars")
     run.note(
         "teacher", {"model": teacher.model, "origin": teacher.origin, "answers": len(responses)}
@@ -143,10 +136,7 @@ def join(config: Config, run: Run, crew: Crew) -> None:
         teacher.load_weights()  # while the main process loads its own and plans
         return teacher
 
-    def spend(input_tokens: int, output_tokens: int) -> None:
-        run.spend(input_tokens=input_tokens, output_tokens=output_tokens)
-
-    crew.join(ready, config.store_folder() / "responses", spend)
+    crew.join(ready, config.store_folder() / "responses", Spending(run))
 
 
 def write_questions(

@@ -7,9 +7,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from distill.generation.responder import Plan, Planner, Raw, Request
 from distill.records import Response
+from distill.run import Run
 from distill.store import Log
 
 Spend = Callable[[int, int], None]
+
+
+class Spending:
+    """Enters the tokens of answers in a run's ledger as they come, and counts them; paid ones are entered from the store."""
+
+    def __init__(self, run: Run, kind: str = "local") -> None:
+        self.run, self.paid, self.answers = run, kind == "endpoint", 0
+
+    def __call__(self, input_tokens: int, output_tokens: int) -> None:
+        self.answers += 1
+        if not self.paid:
+            self.run.spend(input_tokens=input_tokens, output_tokens=output_tokens)
 
 
 def lacking(log: Log, requests: Iterable[Request]) -> list[Request]:
