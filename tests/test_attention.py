@@ -1,9 +1,10 @@
 """Attention of packed rows against PyTorch's own, sample by sample, values and gradients."""
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
+import torch.nn.attention.varlen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -90,3 +91,82 @@ def test_a_shared_prefix_gives_the_same_as_each_sample_with_its_own():
         torch.testing.assert_close(found[row], out)
     for one, other in zip(packed, whole, strict=True):
         torch.testing.assert_close(one.grad, other.grad)
+
+
+# What runs on a GPU. `varlen_attn` exists on CUDA only, so a stand-in with its arguments does its work here; whether the
+# kernel itself is right is tried on the device, by `can_join` and by the student's probe.
+
+LENGTHS = [7, 1, 12]
+
+
+def stand_in(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa
+):
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    lengths = [end - start for start, end in pairwise(cu_seq_q.tolist())]
+    assert max_q == max_k == max(lengths) and window_size == (-1, 0) and enable_gqa
+    return reference(query, key, value, lengths, scale)
+
+
+@pytest.fixture
+def fresh():
+    """Forget trials of before, and of this test after it."""
+    attention.can_join.cache_clear()
+    yield
+    attention.can_join.cache_clear()
+
+
+@pytest.mark.parametrize("way", [attention._apart, attention._joined])
+def test_on_a_gpu_each_segment_sees_itself_alone(way, monkeypatch):
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", stand_in)
+    given_, wanted = tensors(sum(LENGTHS), 4, 2), tensors(sum(LENGTHS), 4, 2)
+    found = way(*given_, tuple(segments_of(LENGTHS)), 0.3)
+    exact = reference(*wanted, LENGTHS, 0.3)
+    slope = torch.randn_like(found)
+    found.backward(slope), exact.backward(slope)
+    torch.testing.assert_close(found, exact)
+    for one, other in zip(given_, wanted, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_pytorch_s_kernel_takes_what_it_is_given():
+    rows = [t.detach().to("meta", torch.bfloat16).requires_grad_() for t in tensors(20, 4, 2)]
+    out = attention._joined(*rows, tuple(segments_of(LENGTHS)), 0.3)
+    out.backward(torch.empty_like(out))
+    assert out.shape == rows[0].shape
+    assert all(row.grad.shape == row.shape for row in rows)
+
+
+def wrong_gradient(query, key, value, *bounds, **settings):
+    return stand_in(query, key, value.detach(), *bounds, **settings)
+
+
+def leaking(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, **settings):
+    return reference(query, key, value, [len(query)], scale)
+
+
+def failing(*rows, **settings):
+    raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "good"),
+    [(stand_in, True), (wrong_gradient, False), (leaking, False), (failing, False), (None, False)],
+)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_trial_decides_whether_one_call_does_all(kernel, good, mode, fresh, monkeypatch):
+    if kernel:
+        monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", kernel)
+    before = torch.get_rng_state()
+    with mode():
+        found = attention.can_join(torch.device("cpu"), torch.bfloat16, 4, 2, SIZE)
+    assert found == good  # None: this build's own, which has no such kernel for a CPU
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_bounds_made_by_a_measurement_serve_a_training_step():
+    segments = tuple(segments_of([3, 4, 9]))
+    with torch.inference_mode():
+        attention._bounds(segments, torch.device("cpu"))
+    bounds, longest = attention._bounds(segments, torch.device("cpu"))
+    assert bounds.tolist() == [0, 3, 7, 16] and longest == 9 and not bounds.is_inference()

@@ -3,12 +3,16 @@
 Registered with transformers under the name `packed`, so any model that takes its attention from the library can use
 it; the segments travel as a keyword through the model's forward. Queries of the heads that share a key
 are stacked, so keys and values are never repeated. On a CPU the products run as plain batched matrix products, a block
-of queries at a time (PyTorch's own kernel is several times slower at these lengths); elsewhere the library's kernel.
+of queries at a time (PyTorch's own kernel is several times slower at these lengths). Elsewhere one call of PyTorch's
+kernel for rows of various lengths does all segments, where a trial on the device itself shows that it can; else (float32,
+an old GPU) its common kernel does one segment after the other.
 
 Shape suffixes: N tokens of the row, T of a block, S keys that it sees, H query heads, K key heads, G = H / K, d the head's size.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -149,18 +153,69 @@ def attend(
     """
     if query_NHd.device.type == "cpu":
         return _Attention.apply(query_NHd, key_NKd, value_NKd, segments, scale)  # pyright: ignore[reportReturnType]
+    H, d = query_NHd.shape[1:]
+    able = can_join(query_NHd.device, query_NHd.dtype, H, key_NKd.shape[1], d)
+    return (_joined if able else _apart)(query_NHd, key_NKd, value_NKd, tuple(segments), scale)
+
+
+def _apart(
+    query_NHd: Tensor, key_NKd: Tensor, value_NKd: Tensor, segments: tuple[Segment, ...], scale: float
+) -> Tensor:  # fmt: skip
+    """Return the attention of segments without ancestors, one after the other, by PyTorch's common kernel."""
     lengths = [segment.end - segment.start for segment in segments]
-    rows = (t.split(lengths) for t in (query_NHd, key_NKd, value_NKd))
-    return torch.cat([_library(q, k, v, scale) for q, k, v in zip(*rows, strict=True)])
+    done = []
+    for rows in zip(*(t.split(lengths) for t in (query_NHd, key_NKd, value_NKd)), strict=True):
+        query, key, value = (t.transpose(0, 1)[None] for t in rows)
+        out = nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=True
+        )
+        done.append(out[0].transpose(0, 1))
+    return torch.cat(done)
 
 
-def _library(query_THd: Tensor, key_TKd: Tensor, value_TKd: Tensor, scale: float) -> Tensor:
-    """Return one sample's attention by PyTorch's kernel."""
-    query, key, value = (t.transpose(0, 1)[None] for t in (query_THd, key_TKd, value_TKd))
-    out = nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scale, enable_gqa=True
-    )
-    return out[0].transpose(0, 1)
+def _joined(
+    query_NHd: Tensor, key_NKd: Tensor, value_NKd: Tensor, segments: tuple[Segment, ...], scale: float
+) -> Tensor:  # fmt: skip
+    """Return the attention of segments without ancestors by one call of PyTorch's kernel for various lengths."""
+    from torch.nn.attention.varlen import varlen_attn  # slow to import, and not wanted on a CPU
+
+    bounds, longest = _bounds(segments, query_NHd.device)
+    causal, limits = (-1, 0), (bounds, bounds, longest, longest)
+    return varlen_attn(
+        query_NHd, key_NKd, value_NKd, *limits, scale=scale, window_size=causal, enable_gqa=True
+    )  # pyright: ignore[reportReturnType]
+
+
+@lru_cache(maxsize=8)
+def _bounds(segments: tuple[Segment, ...], device: torch.device) -> tuple[Tensor, int]:
+    """Return the bounds between segments on the device, copied once for all layers, and the longest length."""
+    lengths = [segment.end - segment.start for segment in segments]
+    with torch.inference_mode(False):  # a training step may meet what a measurement made
+        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    return ends, max(lengths)
+
+
+@lru_cache
+def can_join(device: torch.device, dtype: torch.dtype, heads: int, keys: int, size: int) -> bool:
+    """Tell by a trial whether `_joined` gives on this device what `_apart` gives, and their gradients."""
+    make, segments = torch.Generator(device).manual_seed(0), (Segment(0, 7), Segment(7, 19))
+    shapes = [(19, heads, size), (19, keys, size), (19, keys, size), (19, heads, size)]
+    with torch.inference_mode(False), torch.enable_grad():
+        *rows, slope = (torch.randn(s, generator=make, device=device).to(dtype) for s in shapes)
+        rows, found = [row.requires_grad_() for row in rows], []
+        try:
+            for way in (_joined, _apart):
+                out = way(*rows, segments, size**-0.5)
+                parts = (out, *torch.autograd.grad(out, rows, slope))
+                found.append(torch.cat([part.float().flatten() for part in parts]))
+        except (
+            RuntimeError,
+            TypeError,
+            ImportError,
+        ):  # not this type, size or GPU, or torch is old
+            return False
+    joined, apart = found
+    return bool((joined - apart).norm() <= 0.02 * apart.norm())
 
 
 def _registered(
