@@ -38,6 +38,19 @@ def reference(query, key, value, lengths, scale):
     return torch.cat(done)
 
 
+def compare(way, lengths, groups):
+    """Hold a way's values and gradients against PyTorch's, sample by sample."""
+    given_, wanted = tensors(sum(lengths), *groups), tensors(sum(lengths), *groups)
+    found = way(*given_, tuple(segments_of(lengths)), 0.3)
+    exact = reference(*wanted, lengths, 0.3)
+    slope = torch.randn_like(found)
+    found.backward(slope)
+    exact.backward(slope)
+    torch.testing.assert_close(found, exact)
+    for one, other in zip(given_, wanted, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5),
@@ -49,14 +62,7 @@ def test_equals_each_sample_alone(lengths, groups, block, kept):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "BLOCK", block)
         patch.setattr(attention, "KEPT", kept)
-        given_, wanted = tensors(sum(lengths), *groups), tensors(sum(lengths), *groups)
-        found = attend(*given_, segments_of(lengths), 0.3)
-        exact = reference(*wanted, lengths, 0.3)
-        slope = torch.randn_like(found)
-        found.backward(slope), exact.backward(slope)
-    torch.testing.assert_close(found, exact)
-    for one, other in zip(given_, wanted, strict=True):
-        torch.testing.assert_close(one.grad, other.grad)
+        compare(attend, lengths, groups)
 
 
 def test_blocks_cover_every_place_once():
@@ -119,14 +125,7 @@ def fresh():
 @pytest.mark.parametrize("way", [attention._apart, attention._joined])
 def test_on_a_gpu_each_segment_sees_itself_alone(way, monkeypatch):
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", stand_in)
-    given_, wanted = tensors(sum(LENGTHS), 4, 2), tensors(sum(LENGTHS), 4, 2)
-    found = way(*given_, tuple(segments_of(LENGTHS)), 0.3)
-    exact = reference(*wanted, LENGTHS, 0.3)
-    slope = torch.randn_like(found)
-    found.backward(slope), exact.backward(slope)
-    torch.testing.assert_close(found, exact)
-    for one, other in zip(given_, wanted, strict=True):
-        torch.testing.assert_close(one.grad, other.grad)
+    compare(way, LENGTHS, (4, 2))
 
 
 def test_pytorch_s_kernel_takes_what_it_is_given():

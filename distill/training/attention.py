@@ -201,18 +201,17 @@ def can_join(device: torch.device, dtype: torch.dtype, heads: int, keys: int, si
     make, segments = torch.Generator(device).manual_seed(0), (Segment(0, 7), Segment(7, 19))
     shapes = [(19, heads, size), (19, keys, size), (19, keys, size), (19, heads, size)]
     with torch.inference_mode(False), torch.enable_grad():
-        *rows, slope = (torch.randn(s, generator=make, device=device).to(dtype) for s in shapes)
-        rows, found = [row.requires_grad_() for row in rows], []
+        query, key, value, slope = (
+            torch.randn(shape, generator=make, device=device).to(dtype).requires_grad_()
+            for shape in shapes
+        )
+        found = []
         try:
             for way in (_joined, _apart):
-                out = way(*rows, segments, size**-0.5)
-                parts = (out, *torch.autograd.grad(out, rows, slope))
+                out = way(query, key, value, segments, size**-0.5)
+                parts = (out, *torch.autograd.grad(out, (query, key, value), slope))
                 found.append(torch.cat([part.float().flatten() for part in parts]))
-        except (
-            RuntimeError,
-            TypeError,
-            ImportError,
-        ):  # not this type, size or GPU, or torch is old
+        except (RuntimeError, TypeError, ImportError):  # neither this type nor GPU, or torch is old
             return False
     joined, apart = found
     return bool((joined - apart).norm() <= 0.02 * apart.norm())
