@@ -311,11 +311,15 @@ class Teacher(Section):
 
 
 class Signals(Section):
-    """What is kept of the teacher's distributions, for losses that need them: the ids that hold `p`, at most `k`.
+    """What is kept of the teacher's distributions, for losses that need them.
 
-    `model` reads the answers where `teacher` is not a local model, or another one shall.
+    Of each the ids that hold `p`, at most `k`; or by `method: sampled` as many draws as `samples`, which are right in
+    the mean whatever the text: for text that is not the teacher's own, of which k ids hold too little. `model` reads
+    the answers where `teacher` is not a local model, or another one shall.
     """
 
+    method: Literal["nucleus", "sampled"] = "nucleus"
+    samples: Annotated[int, Field(ge=1, le=255)] = 50
     p: Annotated[float, Field(gt=0, lt=1)] = 0.999
     k: Annotated[int, Field(ge=1, le=1024)] = 64
     temperatures: tuple[Annotated[float, Field(gt=0, le=100)], ...] = ()
@@ -327,6 +331,19 @@ class Signals(Section):
     @classmethod
     def _model_name(cls, value: str | None) -> str | None:
         return value and checked_model(value)
+
+    @model_validator(mode="after")
+    def _no_tails(self) -> "Signals":
+        if self.method == "sampled" and self.temperatures:
+            raise ValueError("method sampled is for temperature 1 only: leave temperatures out")
+        return self
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """Return the settings that shape what is kept."""
+        sampled = {"method": self.method, "samples": self.samples}
+        nucleus = {"p": self.p, "k": self.k, "temperatures": list(self.temperatures)}
+        return sampled if self.method == "sampled" else nucleus
 
 
 class Filters(Section):
@@ -502,6 +519,17 @@ class Config(Section):
             return date.fromisoformat(value).isoformat()
         except ValueError:
             raise ValueError("a date is written YYYY-MM-DD") from None
+
+    @model_validator(mode="after")
+    def _sampled(self) -> "Config":
+        loss = self.train.loss
+        other = [name for name in loss.soft if name != "forward_kl"]
+        if self.signals.method == "sampled" and (other or (loss.soft and loss.temperature != 1)):
+            what = other[0] if other else f"temperature {loss.temperature:g}"
+            raise ValueError(
+                f"signals.method sampled is right for ce and forward_kl at temperature 1 only, not for {what}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _captured(self) -> "Config":

@@ -149,7 +149,7 @@ def _signals_disk(config: Config, work: Scope) -> list[tuple[str, Span, str]]:
     """Return the cache of distributions, where the loss needs one, and whether the disk is too small for it."""
     if not config.train.loss.soft:
         return []
-    one = expected_bytes(1, config.signals.p, config.signals.k)
+    one = expected_bytes(1, config.signals)
     tokens = _supervised(config, work) * ANSWER * config.teacher.max_new_tokens
     size = tokens * Span(one / 2, one * 2)
     folder = config.store_folder().absolute()

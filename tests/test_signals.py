@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from distill.config import Signals
 from distill.errors import DistillError, Exit
 from distill.training.signals import (
     Cache,
@@ -184,5 +185,7 @@ def test_killed_at_any_call_to_the_disk_no_finished_chunk_is_lost(tmp_path):
 
 
 def test_the_estimate_grows_with_p_and_is_bounded_by_k():
-    assert expected_bytes(1000, 0.99, 64) < expected_bytes(1000, 0.999, 64)
-    assert expected_bytes(10, 0.999999, 8) == expected_bytes(10, 0.9999999, 8)
+    assert expected_bytes(1000, Signals(p=0.99)) < expected_bytes(1000, Signals())
+    assert expected_bytes(10, Signals(p=0.999999, k=8)) == expected_bytes(
+        10, Signals(p=0.9999999, k=8)
+    )

@@ -8,7 +8,7 @@ Shape suffixes: S supervised positions, K entries of the longest list, D the hid
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,11 @@ from distill.training.signals import (
     describe,
     expected_bytes,
     open_teacher,
+    starts,
     supervised_ids,
     token_hash,
 )
-from distill.training.student import Student, make_student
+from distill.training.student import Batch, Student, make_student
 
 CHUNK_TOKENS = 4096  # supervised tokens of a chunk: what a kill can cost
 PASS_TOKENS = 2048  # tokens that the teacher reads at once
@@ -107,7 +108,7 @@ def require_room(folder: Path, tokens: int, settings: Signals) -> None:
     """Stop where the signals of `tokens` will not fit on the disk; raises DistillError (exit 5)."""
     with disk_faults(folder):
         free = shutil.disk_usage(folder).free
-    needed = expected_bytes(tokens, settings.p, settings.k)
+    needed = expected_bytes(tokens, settings)
     if needed > free:
         what = f"signals of {tokens:,} tokens take about {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free"
         fix = "free space, set store=FOLDER on another disk, or lower signals.p"
@@ -163,26 +164,32 @@ def capture(
     found: dict[int, Signal] = {}
     for samples in deal(range(len(examples)), lengths, PASS_TOKENS):
         batch = student.batch([examples[i] for i in samples])
-        hidden_SD = student.hidden(batch)[batch.places_S]
-        signal = Signal.join(read_head(student, hidden_SD, vocabulary, settings))
         counts = [len(supervised_ids(examples[i])) for i in samples]
-        found |= dict(zip(samples, signal.split(counts), strict=True))
+        own = [starts(examples[i].id, count) for i, count in zip(samples, counts, strict=True)]
+        starts_S, parts = torch.tensor(np.concatenate(own)), list[Signal]()
+        for part, logs_SV in read_head(student, batch, vocabulary):
+            parts.append(keep(logs_SV, starts_S[part], settings))
+        found |= dict(zip(samples, Signal.join(parts).split(counts), strict=True))
     return Signal.join([found[i] for i in range(len(examples))])
 
 
-def read_head(
-    student: Student, hidden_SD: Tensor, vocabulary: int, settings: Signals
-) -> list[Signal]:
-    """Apply the head a chunk of positions at a time, and keep of each its nucleus."""
+def read_head(student: Student, batch: Batch, vocabulary: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the log-probabilities (S, V) of a batch's supervised positions, with which they are, some at a time."""
+    hidden_SD = student.hidden(batch)[batch.places_S]
     head_VD, bias_V = student.head()
     head_VD, bias_V = head_VD[:vocabulary], None if bias_V is None else bias_V[:vocabulary]
     rows = max(16, HEAD_BYTES // (4 * len(head_VD)))
-    found = []
-    for part_SD in hidden_SD.split(rows):
-        logits_SV = torch.nn.functional.linear(part_SD, head_VD, bias_V)
-        logs_SV = torch.log_softmax(logits_SV, -1, dtype=torch.float32)
-        found.append(nucleus(logs_SV, settings.p, settings.k, settings.temperatures))
-    return found
+    for start in range(0, len(hidden_SD), rows):
+        part = slice(start, start + rows)
+        logits_SV = torch.nn.functional.linear(hidden_SD[part], head_VD, bias_V)
+        yield part, torch.log_softmax(logits_SV, -1, dtype=torch.float32)
+
+
+def keep(logs_SV: Tensor, starts_S: Tensor, settings: Signals) -> Signal:
+    """Keep of each row what the settings say; `logs_SV` is used up."""
+    if settings.method == "sampled":
+        return draw(logs_SV, starts_S, settings.samples)
+    return nucleus(logs_SV, settings.p, settings.k, settings.temperatures)
 
 
 def nucleus(logs_SV: Tensor, p: float, k: int, temperatures: Sequence[float] = ()) -> Signal:
@@ -204,4 +211,26 @@ def nucleus(logs_SV: Tensor, p: float, k: int, temperatures: Sequence[float] = (
         np.stack([tail.cpu().numpy() for tail in tails])
         if tails
         else np.zeros((0, len(counts_S)), np.float32),
+    )
+
+
+def draw(logs_SV: Tensor, starts_S: Tensor, samples: int) -> Signal:
+    """Keep of each row the ids of `samples` draws, and how often each came up; `logs_SV` is used up.
+
+    An id of probability p comes up p · samples times in the mean, as in arXiv 2503.16870 with proposals at temperature
+    1. The draws lie at equal distances along the sum of probabilities, from a point in the first distance on
+    (systematic sampling): so the number is p · samples rounded up or down, which is nearer than by drawing each alone.
+    """
+    sums_SV = logs_SV.exp_().cumsum(1, dtype=torch.float64)
+    steps_N = torch.arange(samples, dtype=torch.float64)
+    points_SN = ((starts_S[:, None] + steps_N) / samples).to(sums_SV.device) * sums_SV[:, -1:]
+    ids_SN = torch.searchsorted(sums_SV, points_SN, right=True).cpu().numpy()
+    new_SN = np.diff(ids_SN, axis=1, prepend=-1) != 0
+    firsts_E = np.flatnonzero(new_SN)
+    return Signal(
+        new_SN.sum(1).astype(np.uint16),
+        ids_SN[new_SN].astype(np.uint32),
+        np.diff(firsts_E, append=ids_SN.size).astype(np.uint8),
+        np.zeros(len(ids_SN), np.float32),
+        np.zeros((0, len(ids_SN)), np.float32),
     )

@@ -5,6 +5,10 @@ likeliest (never more than 255), and the exact mass of all that is not listed, a
 the log of the sum of p^(1/T) over what is not listed. Listed probabilities are scaled to one minus that mass when they
 are read, so one listed id is exact, and a whole row costs its relative error only (Δ²/24 nat at most, 0.0002).
 
+A sampled row holds the ids that came up in some draws, and how often in place of the steps: the first of a nucleus is
+always 0, of draws never. Its rest is 0, and its probabilities are the shares of the draws: right in the mean to the
+last bit, where rounded steps would be off by up to 3 % of a rare id's, always the same way.
+
 A cache is a folder, one for each teacher and setting, of chunks: a line with the format and the header's length and
 hash, the header (JSON: the rows' keys and lengths, the body's hash), and the body, each column cut into its bytes'
 planes and deflated. A chunk appears whole or not at all, and is never changed. Headers are read without the bodies.
@@ -23,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill import models
-from distill.config import Config
+from distill.config import Config, Signals
 from distill.errors import DistillError, Exit
 from distill.records import Example, canonical, digest
 from distill.store import disk_faults, write_atomic
@@ -36,6 +40,7 @@ ENDING = ".signals"
 TEXT_ONLY = "train on text: train.loss={ce: 1, forward_kl: 0}"
 WAY_OUT = "remove the file; --redo signals captures again what it held"
 LISTED = 0.33  # ids listed a token, times sqrt(1 - p): 3 at p = .99, 10 at .999 (scripts/benchmark_signals.py)
+DRAWN = 0.2  # different ids a draw
 BYTES_A_TOKEN, BYTES_AN_ID = 5.0, 2.45  # of files, deflated, with index and checksums
 
 
@@ -57,8 +62,13 @@ class Signal:
 
     def logs(self) -> NDArray[np.float32]:
         """Return the log-probabilities (E,) of the listed ids, those of a token summing to one minus its rest."""
-        logs_E = self.codes_E.astype(np.float64) / -STEPS
-        owners_E = np.repeat(np.arange(len(self)), self.counts_N)
+        codes_E, owners_E = (
+            self.codes_E.astype(np.float64),
+            np.repeat(np.arange(len(self)), self.counts_N),
+        )
+        firsts_N = np.cumsum(self.counts_N, dtype=np.int64) - self.counts_N
+        drawn_E = (codes_E[firsts_N] > 0)[owners_E]
+        logs_E = np.where(drawn_E, np.log(np.maximum(codes_E, 1)), codes_E / -STEPS)
         sums_N = np.bincount(owners_E, np.exp(logs_E), minlength=len(self))
         with np.errstate(divide="ignore"):
             scale_N = np.log1p(-self.rest_N.astype(np.float64)) - np.log(sums_N)
@@ -96,6 +106,11 @@ def codes(logs_E: NDArray[np.float32], counts_N: NDArray[np.uint16]) -> NDArray[
     firsts_N = np.cumsum(counts_N, dtype=np.int64) - counts_N
     below_E = np.repeat(logs_E[firsts_N], counts_N) - logs_E
     return np.clip(np.rint(below_E * STEPS), 0, 255).astype(np.uint8)
+
+
+def starts(example: str, count: int) -> NDArray[np.float64]:
+    """Return where in [0, 1) the draws of an example's tokens begin, always the same."""
+    return np.frombuffer(hashlib.shake_256(example.encode()).digest(4 * count), "<u4") / 2**32
 
 
 class Row(NamedTuple):
@@ -285,7 +300,7 @@ def open_teacher(config: Config) -> tuple[Any, dict[str, Any]]:
         what = "have different tokenizers: a distribution over one's tokens says nothing in the other's"
         raise DistillError(Exit.CONFIG, where, what, TEXT_ONLY)
     return tokenizer, {
-        **config.signals.model_dump(mode="json", include={"p", "k", "temperatures"}),
+        **config.signals.shape,
         "weights": models.identity(teacher.model, teacher.revision),
         "dtype": str(models.pick_dtype(teacher.dtype)).removeprefix("torch."),
         "template": template_hash(tokenizer, config.template_date),
@@ -293,9 +308,11 @@ def open_teacher(config: Config) -> tuple[Any, dict[str, Any]]:
     }
 
 
-def expected_bytes(tokens: int, p: float, k: int) -> float:
+def expected_bytes(tokens: int, settings: Signals) -> float:
     """Return about how many bytes the signals of `tokens` take, from what was measured on a teacher's own text."""
-    listed = min(k, LISTED * (1 - p) ** -0.5)
+    if settings.method == "sampled":
+        return tokens * (BYTES_A_TOKEN + BYTES_AN_ID * DRAWN * settings.samples)
+    listed = min(settings.k, LISTED * (1 - settings.p) ** -0.5)
     return tokens * (BYTES_A_TOKEN + BYTES_AN_ID * listed)
 
 
