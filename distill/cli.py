@@ -138,8 +138,10 @@ def require_soft_teacher(run: Run, redo: Sequence[Stage]) -> None:
     from distill.generation.terms import require_terms
     from distill.training.signals import open_teacher
 
-    stage, config = STAGES[NAMES.index("signals")], run.config
-    if stage.applies(config) and (stage in redo or run.state(stage)[0] != "done"):
+    config = run.config
+    reading = ("signals" if config.captures else "train", "refine")
+    left = [s for s in STAGES if s.name in reading and s.applies(config)]
+    if config.distributions and any(s in redo or run.state(s)[0] != "done" for s in left):
         require_terms(config.model_copy(update={"teacher": config.soft_teacher()}))
         open_teacher(config)
 
@@ -253,7 +255,7 @@ def fetch(config: ConfigArgument, overrides: Overrides = None) -> None:
     settings = load_config(config, overrides or ())
     if settings.teacher.kind == "local":
         fetch_model(settings.teacher.model, settings.teacher.revision)
-    if settings.train.loss.soft:
+    if settings.distributions:
         fetch_model(settings.soft_teacher().model, settings.soft_teacher().revision)
     student = settings.student
     fetch_model(student.model, student.revision, student.allow_pickle)

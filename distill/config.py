@@ -383,6 +383,7 @@ class Lora(Section):
 class Loss(Section):
     """Weights of the parts of the loss, used as given; all but `ce` need the teacher's distributions.
 
+    These come from the cache of the signals stage, or from a teacher that is kept in memory and read at every step.
     `beta` is that of the Jensen-Shannon divergence, `alpha` that of skew KL, `temperature` that of all soft parts.
     """
 
@@ -394,12 +395,18 @@ class Loss(Section):
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
     alpha: Annotated[float, Field(ge=0, lt=1)] = 0.1
     temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
+    teacher: Literal["cached", "live"] = "cached"
 
     @property
     def soft(self) -> dict[str, float]:
         """Return the parts that need the teacher's distributions, with their weights."""
         parts = {name: getattr(self, name) for name in SOFT}
         return {name: weight for name, weight in parts.items() if weight}
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Return all parts that have a weight, the cross-entropy first."""
+        return {**({"ce": self.ce} if self.ce else {}), **self.soft}
 
     @model_validator(mode="after")
     def _something(self) -> "Loss":
@@ -409,8 +416,12 @@ class Loss(Section):
 
 
 class Train(Section):
-    """The training loop. A step is `tokens_per_step` real tokens, however many processes share it."""
+    """The training loop. A step is `tokens_per_step` real tokens, however many processes share it.
 
+    `seed` draws the adapter and the order of samples, so that another one trains on the same split; the run's by default.
+    """
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
     num_train_epochs: Annotated[float, Field(gt=0, le=1000)] = 2
     max_steps: Positive | None = None
@@ -436,6 +447,22 @@ class Train(Section):
     logging_steps: Positive = 1
     num_processes: Positive | None = None
     report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
+
+
+class OnPolicy(Section):
+    """Rounds after training in which the student answers, and learns what the teacher would have said at each token.
+
+    A round asks `prompts` of the training prompts, cuts each answer off at `max_new_tokens`, lets the teacher read them
+    once, and trains one epoch towards its distributions by `divergence`, with what else `train` says.
+    """
+
+    rounds: Annotated[int, Field(ge=0, le=100)] = 0
+    prompts: Positive = 256
+    max_new_tokens: Positive = 128
+    temperature: Annotated[float, Field(gt=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl"] = "jsd"
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-4
 
 
 class Evaluation(Section):
@@ -500,6 +527,7 @@ class Config(Section):
     signals: Signals = Signals()
     student: Student
     train: Train = Train()
+    on_policy: OnPolicy = OnPolicy()
     evaluation: Evaluation = Evaluation()
     publish: Publish = Publish()
 
@@ -520,6 +548,21 @@ class Config(Section):
         except ValueError:
             raise ValueError("a date is written YYYY-MM-DD") from None
 
+    @property
+    def captures(self) -> bool:
+        """Tell whether the teacher's distributions over its answers are captured before training."""
+        return bool(self.train.loss.soft) and self.train.loss.teacher == "cached"
+
+    @property
+    def distributions(self) -> bool:
+        """Tell whether any stage needs the teacher's distributions, cached or live."""
+        return bool(self.train.loss.soft) or self.on_policy.rounds > 0
+
+    @property
+    def train_seed(self) -> int:
+        """Return the seed of the training: its own, else the run's."""
+        return self.seed if self.train.seed is None else self.train.seed
+
     @model_validator(mode="after")
     def _sampled(self) -> "Config":
         loss = self.train.loss
@@ -533,14 +576,15 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _captured(self) -> "Config":
-        loss, kept = self.train.loss, (1.0, *self.signals.temperatures)
-        if not loss.soft:
+        if not self.distributions:
             return self
+        loss, kept = self.train.loss, (1.0, *self.signals.temperatures)
         if self.teacher.kind != "local" and self.signals.model is None:
+            asking = "train.loss has soft parts" if loss.soft else "on_policy has rounds"
             raise ValueError(
-                "train.loss has soft parts, which a local teacher must read: name one in signals.model"
+                f"{asking}, which a local teacher must read: name one in signals.model"
             )
-        if loss.temperature not in kept:
+        if (self.captures or self.on_policy.rounds) and loss.temperature not in kept:
             raise ValueError(
                 f"train.loss.temperature {loss.temperature:g} is not captured: add it to signals.temperatures"
             )

@@ -135,7 +135,7 @@ def _supervised(config: Config, work: Scope) -> Span:
 
 def _signals_rows(config: Config, work: Scope, side: Side, device: Device | None) -> list[Row]:
     """Return the line of the capture, where the loss needs one: the teacher reads each answer once."""
-    if not config.train.loss.soft:
+    if not config.captures:
         return []
     model, answers = shape(config.soft_teacher().model), _supervised(config, work)
     ends = ((side.prompt.low, side.answer.low), (side.prompt.high, side.answer.high))
@@ -147,7 +147,7 @@ def _signals_rows(config: Config, work: Scope, side: Side, device: Device | None
 
 def _signals_disk(config: Config, work: Scope) -> list[tuple[str, Span, str]]:
     """Return the cache of distributions, where the loss needs one, and whether the disk is too small for it."""
-    if not config.train.loss.soft:
+    if not config.captures:
         return []
     one = expected_bytes(1, config.signals)
     tokens = _supervised(config, work) * ANSWER * config.teacher.max_new_tokens
@@ -243,7 +243,7 @@ def disk(config: Config, work: Scope) -> list[tuple[str, Span, str]]:
 def references(config: Config) -> list[str]:
     """Return the models that the run loads."""
     teacher = [config.teacher.model] if config.teacher.kind == "local" else []
-    reader = [config.soft_teacher().model] if config.train.loss.soft else []
+    reader = [config.soft_teacher().model] if config.distributions else []
     return [*teacher, *reader, config.student.model]
 
 

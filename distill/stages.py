@@ -27,6 +27,12 @@ def reader_identity(config: Config) -> str:
     return models.identity(teacher.model, teacher.revision)
 
 
+def live_identity(config: Config) -> dict[str, str]:
+    """Return what pins a teacher that training reads itself."""
+    live = config.train.loss.soft and not config.captures
+    return {"teacher": reader_identity(config)} if live else {}
+
+
 DATASET = tuple(f"dataset/{split}.jsonl" for split in ("train", "validation", "heldout"))
 # What shapes answers; an endpoint's address is in its identity, and a budget or a timeout may change at any time.
 TEACHER_KEYS = (
@@ -100,7 +106,7 @@ STAGES: tuple[Stage, ...] = (
         _lazy("distill.training.capture"),
         lambda config: {"teacher": reader_identity(config)},
         purpose="keep the teacher's distributions over the answers, for losses that need them",
-        applies=lambda config: bool(config.train.loss.soft),
+        applies=lambda config: config.captures,
     ),
     Stage(
         "train",
@@ -108,6 +114,7 @@ STAGES: tuple[Stage, ...] = (
         (*DATASET[:2], "signals.json"),
         ("checkpoints", "adapter", "training.json"),
         _lazy("distill.training.train"),
+        live_identity,
         purpose="train the student's adapter",
     ),
     Stage(

@@ -1,6 +1,6 @@
-"""Soft labels: the teacher's cached distributions beside the examples that are trained on, and the loss towards them.
+"""Soft labels: the teacher's distributions beside the examples that are trained on, and the loss towards them.
 
-The run's signals.json says which rows of the shared cache belong to its answers. Whatever does not fit (another teacher
+They are cached, or made at every step by a teacher in memory, over its whole vocabulary (`Live`). Of a cache the run's signals.json says which rows of the shared cache belong to its answers. Whatever does not fit (another teacher
 or setting than the config names, answers that were dropped or added since, other tokens, a damaged file) ends the
 training before its first step, with the file and the reason.
 """
@@ -8,7 +8,7 @@ training before its first step, with the file and the reason.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,28 +30,36 @@ from distill.training.signals import (
     supervised_ids,
     token_hash,
 )
-from distill.training.targets import SoftTargets
+from distill.training.targets import Live, SoftTargets
 
 AGAIN = "distill signals CONFIG --redo captures what is missing"
 
 
+class Labels(Protocol):
+    """What a batch's soft targets come from; `digest` pins it, `settings` are the losses that they are for."""
+
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def settings(self) -> Loss: ...
+
+    def targets(self, answers: Sequence[str], device: Any) -> SoftTargets | Live:
+        """Return the soft targets of answers' supervised positions, end to end; of an idle position for none at all."""
+        ...
+
+
 @dataclass(frozen=True)
-class Labels:
-    """Signals by answer, their digest, and the losses that they are for; `place` is the row of the temperature's tails."""
+class CachedLabels:
+    """Signals by answer; `place` is the row of the temperature's tails."""
 
     signals: Mapping[str, Signal]
     digest: str
     settings: Loss
     place: int | None
 
-    @property
-    def mix(self) -> dict[str, float]:
-        """Return the weight of each part that has one."""
-        hard = {"ce": self.settings.ce} if self.settings.ce else {}
-        return {**hard, **self.settings.soft}
-
     def targets(self, answers: Sequence[str], device: Any) -> SoftTargets:
-        """Return the soft targets of answers' supervised positions, end to end; of an idle position for none at all."""
+        """Lay the answers' lists end to end."""
         found = [self.signals[name] for name in answers]
         signal = Signal.join(found) if found else IDLE
         tail_N = None
@@ -62,20 +70,20 @@ class Labels:
         arrays = (ids_M, signal.logs(), offsets_N1, signal.rest_N, tail_N)
         return SoftTargets(*(None if a is None else torch.tensor(a, device=device) for a in arrays))  # pyright: ignore[reportArgumentType]
 
-    def loss(
-        self,
-        hidden_SD: Tensor,
-        head_VD: Tensor,
-        targets_S: Tensor,
-        weights_S: Tensor,
-        soft: SoftTargets,
-        bias_V: Tensor | None,
-    ) -> Tensor:
-        """Return the mixed loss summed over positions, and then its parts before they are mixed, (1 + P,)."""
-        own, mix = self.settings, self.mix
-        more = (own.beta, own.alpha, own.temperature, bias_V)
-        total, _, parts = soft_loss(hidden_SD, head_VD, targets_S, weights_S, soft, mix, *more)
-        return torch.stack([total, *(parts[name] for name in mix)])
+
+def mixed_loss(
+    settings: Loss,
+    hidden_SD: Tensor,
+    head_VD: Tensor,
+    targets_S: Tensor,
+    weights_S: Tensor,
+    soft: SoftTargets | Live,
+    bias_V: Tensor | None,
+) -> Tensor:
+    """Return the mixed loss summed over positions, and then its parts before they are mixed, (1 + P,)."""
+    mix, more = settings.parts, (settings.beta, settings.alpha, settings.temperature, bias_V)
+    total, _, parts = soft_loss(hidden_SD, head_VD, targets_S, weights_S, soft, mix, *more)
+    return torch.stack([total, *(parts[name] for name in mix)])
 
 
 IDLE = Signal(  # a position that weighs nothing: one token, half of the mass
@@ -87,7 +95,9 @@ IDLE = Signal(  # a position that weighs nothing: one token, half of the mass
 )
 
 
-def load_labels(config: Config, run: Run, examples: Sequence[Example], vocabulary: int) -> Labels:
+def load_labels(
+    config: Config, run: Run, examples: Sequence[Example], vocabulary: int
+) -> CachedLabels:
     """Read the signals of `examples`, under their ids, for a head of `vocabulary` rows.
 
     Raises DistillError: exit 7 where signals.json does not fit the config or the examples, 5 where a file is damaged.
@@ -104,7 +114,7 @@ def load_labels(config: Config, run: Run, examples: Sequence[Example], vocabular
     hashes = sorted({cache.index[row.example][0].body for row in rows.values()})
     own = config.train.loss
     place = None if own.temperature == 1 else kept.index(own.temperature)
-    return Labels(named, digest([cache_name, hashes]), own, place)
+    return CachedLabels(named, digest([cache_name, hashes]), own, place)
 
 
 def read_run_rows(config: Config, path: Path) -> tuple[str, dict[str, Row]]:

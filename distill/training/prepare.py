@@ -24,6 +24,7 @@ from distill.training.batches import (
 )
 from distill.training.encode import encode_pairs
 from distill.training.labels import load_labels
+from distill.training.live import load_live
 from distill.training.student import Student, make_student
 
 UNSEEN = ("logging_steps", "save_steps", "save_total_limit", "report_to", "num_processes")
@@ -64,12 +65,15 @@ def prepare(config: Config, run: Run) -> Parts:
     student, notes = make_student(model, settings.packing, fused=True)
     known = facts(config, tokenizer, model, examples, validation)
     if settings.loss.soft:
-        both = [*examples, *validation]
-        student.labels = load_labels(config, run, both, len(student.head()[0]))
+        both, live = [*examples, *validation], settings.loss.teacher == "live"
+        rows = len(student.head()[0])
+        student.labels = (
+            load_live(config, run, both) if live else load_labels(config, run, both, rows)
+        )
         known["signals"] = student.labels.digest
     plan = plan_steps(
         [len(e.input_ids) for e in examples],
-        config.seed,
+        config.train_seed,
         settings.tokens_per_step,
         settings.num_train_epochs,
         settings.max_steps,
@@ -100,7 +104,7 @@ def load_adapted(config: Config) -> Any:
     )
     lora = settings.lora
     wrapped = adapters.inject(
-        model, lora.r, lora.alpha, lora.dropout, lora.target_modules, config.seed
+        model, lora.r, lora.alpha, lora.dropout, lora.target_modules, config.train_seed
     )
     adapters.use_working_copies(wrapped)
     if settings.gradient_checkpointing:
@@ -141,7 +145,7 @@ def facts(
         {
             "student": resolved["student"],
             "train": {k: v for k, v in resolved["train"].items() if k not in UNSEEN},
-            "seed": config.seed,
+            "seed": config.train_seed,
             "template_date": config.template_date,
             "data": digest([[e.id for e in examples], [e.id for e in validation]]),
             "base": models.identity(config.student.model, config.student.revision),

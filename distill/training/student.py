@@ -19,11 +19,11 @@ from distill.records import Example, Pair, Reading
 from distill.training.attention import NAME
 from distill.training.batches import micro_batches
 from distill.training.encode import encode_pair
-from distill.training.labels import Labels
+from distill.training.labels import Labels, mixed_loss
 from distill.training.layers import fuse, unfuse
 from distill.training.losses import cross_entropy, read_targets
 from distill.training.packing import Segment, pack
-from distill.training.targets import SoftTargets
+from distill.training.targets import Live, SoftTargets
 
 PROBE = (7, 12)  # lengths of the two samples that the probe packs
 MEASURED_TOKENS = 2048  # in a batch whose loss is only measured
@@ -40,7 +40,7 @@ class Batch:
     targets_S: Tensor
     weights_S: Tensor
     owners_S: Tensor
-    soft: SoftTargets | None = None
+    soft: SoftTargets | Live | None = None
 
     @classmethod
     def make(cls, examples: Sequence[Example], share: bool = False, device: Any = "cpu") -> "Batch":
@@ -93,7 +93,7 @@ class Student(nn.Module):
         head_VD, bias_V = self.head()
         if self.labels and batch.soft:
             inputs = (hidden_SD, head_VD, batch.targets_S, batch.weights_S)
-            return self.labels.loss(*inputs, batch.soft, bias_V)
+            return mixed_loss(self.labels.settings, *inputs, batch.soft, bias_V)
         return cross_entropy(hidden_SD, head_VD, batch.targets_S, batch.weights_S, bias_V)[0]
 
     def decoder(self) -> Any:

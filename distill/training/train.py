@@ -209,7 +209,7 @@ class Loop:
     def _step(self, step: Step) -> tuple[dict[str, Any], bool]:
         """Take one optimizer step; returns its row of the history, and whether any process was asked to stop."""
         started, rank = time.monotonic(), self.accelerator.process_index
-        torch.manual_seed(int(digest([self.config.seed, self.progress.step, rank])[:15], 16))
+        torch.manual_seed(int(digest([self.config.train_seed, self.progress.step, rank])[:15], 16))
         samples = [self.parts.examples[i] for i in step.samples]
         count = sum(sum(example.weights) for example in samples)
         losses = self._backward(step, count)
@@ -222,9 +222,7 @@ class Loop:
 
     def _named(self, losses: torch.Tensor) -> dict[str, Any]:
         """Return a loss and its parts by their names."""
-        labels = self.parts.student.labels
-        names = ("loss", *(labels.mix if labels else ()))
-        return dict(zip(names, losses.tolist(), strict=True))
+        return dict(zip(("loss", *self._parts()), losses.tolist(), strict=True))
 
     def _backward(self, step: Step, count: float) -> torch.Tensor:
         """Gather this process's part of the step's gradient; returns the sums of its loss and of the loss's parts.
@@ -245,8 +243,12 @@ class Loop:
 
     def _no_loss(self) -> torch.Tensor:
         """Return zeros for the loss and its parts."""
-        labels, device = self.parts.student.labels, self.accelerator.device
-        return torch.zeros(1 + (len(labels.mix) if labels else 0), dtype=torch.float64).to(device)
+        zeros = torch.zeros(1 + len(self._parts()), dtype=torch.float64)
+        return zeros.to(self.accelerator.device)
+
+    def _parts(self) -> dict[str, float]:
+        """Return the weights of the loss's parts, where it is mixed."""
+        return self.settings.loss.parts if self.parts.student.labels else {}
 
     def _update(self, row: dict[str, Any], samples: Sequence[Example]) -> float:
         """Clip and apply the gradient; returns its norm before. Raises DistillError (exit 7) where it is not finite."""
@@ -349,7 +351,11 @@ class Loop:
             "tokens_per_second": self.progress.tokens / max(self.progress.seconds, 1e-9),
             "dtype": self.facts["dtype"],
             "world_size": self.facts["world_size"],
-            **({"loss": labels.mix} if (labels := self.parts.student.labels) else {}),
+            **(
+                {"loss": mix, "labels": self.settings.loss.teacher}
+                if (mix := self._parts())
+                else {}
+            ),
             "base": {**base, "template_hash": self.facts["template"]},
         }
         write_json(self.run.path("training.json"), summary)
