@@ -38,27 +38,45 @@ STEP_TOKENS = 2048
 Side = Callable[[Sequence[Example]], float]  # trains on samples, returns seconds
 
 
-def ours(reference: str) -> Side:
-    """Return our loop: steps of about 2048 tokens, as `distill train` takes them."""
-    model = adapters.inject(models.load_model(reference), RANK, ALPHA, 0.0, "all-linear", seed=0)
-    student, _ = make_student(model.train(), fused=True)
-    named = adapters.parameters(model)
-    optimizer = make_adamw(named, (0.9, 0.999), 0.0)
-    optimizer.param_groups[0]["lr"] = RATE
+class Ours:
+    """Our loop: steps of about 2048 tokens, as `distill train` takes them."""
 
-    def train(examples: Sequence[Example]) -> float:
+    def __init__(self, reference: str) -> None:
+        model = adapters.inject(
+            models.load_model(reference), RANK, ALPHA, 0.0, "all-linear", seed=0
+        )
+        self.student, _ = make_student(model.train(), fused=True)
+        self.named = adapters.parameters(model)
+        self.optimizer = make_adamw(self.named, (0.9, 0.999), 0.0)
+        self.set_rate(RATE)
+
+    def set_rate(self, rate: float) -> None:
+        """Choose the learning rate of the steps to come."""
+        self.optimizer.param_groups[0]["lr"] = rate
+
+    def loss(self, examples: Sequence[Example]) -> torch.Tensor:
+        """Return the loss summed over a micro-batch."""
+        return self.student(self.student.batch(examples)).reshape(-1)[0]
+
+    def step(self, examples: Sequence[Example]) -> float:
+        """Take one optimizer step; returns its loss, in nats a supervised token."""
+        count, total = sum(sum(example.weights) for example in examples), 0.0
+        lengths = [len(example.input_ids) for example in examples]
+        for samples in micro_batches(range(len(examples)), lengths, MICRO_BATCH_TOKENS):
+            loss = self.loss([examples[i] for i in samples]) / count
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(self.named.values(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total
+
+    def __call__(self, examples: Sequence[Example]) -> float:
+        """Train on samples; returns seconds."""
         lengths, start = [len(e.input_ids) for e in examples], time.perf_counter()
         for step in micro_batches(range(len(examples)), lengths, STEP_TOKENS):
-            count = sum(sum(examples[i].weights) for i in step)
-            for samples in micro_batches(step, lengths, MICRO_BATCH_TOKENS):
-                batch = student.batch([examples[i] for i in samples])
-                (student(batch) / count).backward()
-            torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            self.step([examples[i] for i in step])
         return time.perf_counter() - start
-
-    return train
 
 
 def padded(rows: Sequence[Example]) -> dict[str, torch.Tensor]:
@@ -174,7 +192,7 @@ def main() -> None:
     examples = encode_pairs(models.load_tokenizer(asked.model), pairs, DATE, 1024, asked.run)
     count = asked.samples
     rounds = [examples[n * count : (n + 1) * count] for n in range(asked.repeats + 1)]
-    sides = {"ours": ours(asked.model), "plain": plain(asked.model, False)}
+    sides: dict[str, Side] = {"ours": Ours(asked.model), "plain": plain(asked.model, False)}
     sides["sorted"] = plain(asked.model, True)
     if importlib.util.find_spec("trl"):
         sides |= {"trl": trl(asked.model, False), "trl packing": trl(asked.model, True)}
