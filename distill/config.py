@@ -315,7 +315,8 @@ class Signals(Section):
 
     Of each the ids that hold `p`, at most `k`; or by `method: sampled` as many draws as `samples`, which are right in
     the mean whatever the text: for text that is not the teacher's own, of which k ids hold too little. `model` reads
-    the answers where `teacher` is not a local model, or another one shall.
+    the answers, here, where the teacher shall not; `endpoint` does so elsewhere, with prompt_logprobs as vLLM gives
+    them, and `tokenizer` names the model whose tokenizer and template a server has, where they are not the student's.
     """
 
     method: Literal["nucleus", "sampled"] = "nucleus"
@@ -326,11 +327,21 @@ class Signals(Section):
     model: str | None = None
     revision: Revision | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    endpoint: Teacher | None = None
+    tokenizer: str | None = None
 
-    @field_validator("model")
+    @field_validator("model", "tokenizer")
     @classmethod
     def _model_name(cls, value: str | None) -> str | None:
         return value and checked_model(value)
+
+    @model_validator(mode="after")
+    def _one_reader(self) -> "Signals":
+        if self.endpoint and self.endpoint.kind != "endpoint":
+            raise ValueError("endpoint is of kind: endpoint; a local reader is named in model")
+        if self.endpoint and self.model:
+            raise ValueError("either model reads the answers, or endpoint")
+        return self
 
     @model_validator(mode="after")
     def _no_tails(self) -> "Signals":
@@ -575,11 +586,25 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _captured_from_a_server(self) -> "Config":
+        if not self.distributions or self.soft_teacher().kind != "endpoint":
+            return self
+        own, loss, fix = self.signals, self.train.loss, "name a local model in signals.model"
+        if not self.captures or self.on_policy.rounds:
+            what = "on_policy has rounds" if self.on_policy.rounds else "train.loss.teacher is live"
+            raise ValueError(f"{what}, which needs a local teacher: {fix}")
+        if own.temperatures or loss.temperature != 1:
+            raise ValueError(f"an endpoint tells distributions at temperature 1 only: {fix}")
+        if own.method == "sampled":
+            raise ValueError(f"no endpoint gives what signals.method sampled draws from: {fix}")
+        return self
+
+    @model_validator(mode="after")
     def _captured(self) -> "Config":
         if not self.distributions:
             return self
         loss, kept = self.train.loss, (1.0, *self.signals.temperatures)
-        if self.teacher.kind != "local" and self.signals.model is None:
+        if self.soft_teacher().kind not in ("local", "endpoint"):
             asking = "train.loss has soft parts" if loss.soft else "on_policy has rounds"
             raise ValueError(
                 f"{asking}, which a local teacher must read: name one in signals.model"
@@ -591,10 +616,10 @@ class Config(Section):
         return self
 
     def soft_teacher(self) -> Teacher:
-        """Return the local teacher whose distributions are captured: that of `signals`, else the one that answers."""
+        """Return the teacher whose distributions are captured: that of `signals`, else the one that answers."""
         own = self.signals
         if own.model is None:
-            return self.teacher
+            return own.endpoint or self.teacher
         return Teacher(model=own.model, revision=own.revision, dtype=own.dtype)
 
     def store_folder(self) -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 from distill import models
-from distill.config import Config, Evaluation
+from distill.config import Config, Evaluation, Signals
 from distill.run import Run, Stage
 
 
@@ -24,6 +24,10 @@ def _identity(module: str) -> Callable[[Config], dict[str, str]]:
 def reader_identity(config: Config) -> str:
     """Return what pins the weights of the teacher whose distributions are captured."""
     teacher = config.soft_teacher()
+    if teacher.kind == "endpoint":
+        from distill.generation.asking import origin_of
+
+        return origin_of(teacher)
     return models.identity(teacher.model, teacher.revision)
 
 
@@ -54,9 +58,9 @@ TEACHER_KEYS = (
 MONEY = ("machine", "prices", "utilisation", "requests_per_month", "teacher_price")
 MEASURED = tuple(f"evaluation.{key}" for key in Evaluation.model_fields if key not in MONEY)
 
-# What shapes distributions; of the training only how long its samples may be.
+# What shapes distributions; of the training only how long its samples may be. A server is in the identity.
 SIGNAL_KEYS = (
-    "signals",
+    *(f"signals.{key}" for key in Signals.model_fields if key != "endpoint"),
     *("teacher.kind", "teacher.model", "teacher.revision", "teacher.dtype"),
     *("student.model", "student.revision", "train.max_length", "template_date"),
 )

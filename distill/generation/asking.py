@@ -7,11 +7,21 @@ from typing import Any
 
 from distill.config import Teacher
 from distill.generation.budget import attempt_key
-from distill.generation.responder import Request, Sampling
-from distill.generation.wire import VERSION, request_body
-from distill.records import Response, digest
+from distill.generation.responder import Request, Sampling, Scoring
+from distill.generation.wire import VERSION, Fault, request_body
+from distill.records import Response, canonical, digest
 
 PATHS = {"chat": "/chat/completions", "completions": "/completions"}
+# What a server says that does not score, and what to do about it; the first that fits counts. Words of vLLM's, of
+# `transformers serve`, of pydantic's
+REFUSALS = (
+    (r"greater than max allowed", "start vLLM with --max-logprobs=K, or lower signals.k"),
+    (
+        r"context length|maximum .*length|max_model_len",
+        "serve a longer context, or lower train.max_length",
+    ),
+    (r"", "signals need a server that gives prompt_logprobs, as vLLM does, or signals.model"),
+)
 
 
 def sampling_fields(sampling: Sampling, settings: Teacher) -> dict[str, Any]:
@@ -45,7 +55,19 @@ def origin_of(settings: Teacher) -> str:
 def encode(request: Request, settings: Teacher) -> bytes:
     """Return the bytes of a request: the fields that were set, and no other."""
     fields = sampling_fields(request.sampling, settings)
+    if isinstance(request, Scoring):
+        asked = {"model": settings.model, "prompt": request.ids}
+        return canonical({**asked, **fields, **settings.extra_body})
     return request_body(settings.model, request.messages, fields, settings.extra_body, settings.api)
+
+
+def refusal(request: Request, fault: Fault) -> Fault:
+    """Return what a refusal means: an answer less is an item less, but a text that is not scored ends the run."""
+    of_form = fault.scope == "item" or fault.what.startswith(("400", "422"))
+    if not (isinstance(request, Scoring) and of_form):
+        return fault
+    fix = next(fix for words, fix in REFUSALS if re.search(words, fault.what))
+    return fault.model_copy(update={"scope": "run", "fix": fix})
 
 
 @dataclass(frozen=True)

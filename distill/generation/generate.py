@@ -172,7 +172,21 @@ def answer_all(
     spend: Spend | None = None,
     crew: Crew | None = None,
 ) -> list[Response]:
-    """Return one response a request, in their order, asking only for what the store in `store_folder` lacks.
+    """Return one response a request, in their order, asking only for what the store in `store_folder` lacks."""
+    ask_all(responder, requests, store_folder, title, spend, crew)
+    with Log(store_folder, writable=False) as log:
+        return [read(log, request) for request in requests]
+
+
+def ask_all(
+    responder: Responder,
+    requests: Sequence[Request],
+    store_folder: Path,
+    title: str,
+    spend: Spend | None = None,
+    crew: Crew | None = None,
+) -> None:
+    """Ask for what the store in `store_folder` lacks.
 
     `spend` is told the input and output tokens of each answer that was generated now, by this process.
     """
@@ -183,8 +197,6 @@ def answer_all(
             take_over(log)
             if missing := lacking(log, missing):
                 _ask(responder, missing, log, title, spend, crew)
-    with Log(store_folder, writable=False) as log:
-        return [read(log, request) for request in requests]
 
 
 def read(log: Log, request: Request) -> Response:

@@ -16,7 +16,7 @@ import httpx2
 
 from distill.config import Teacher
 from distill.errors import DistillError, Exit
-from distill.generation.asking import PATHS, Attempt, encode, origin_of, spelled
+from distill.generation.asking import PATHS, Attempt, encode, origin_of, refusal, spelled
 from distill.generation.budget import (
     NOTHING,
     Budget,
@@ -245,6 +245,7 @@ class Purchase:
             await self._keep(attempt, got, time.monotonic() - started)
             return None
         fault = got if isinstance(got, Fault) else classify(got.status, self._clean(got.data))
+        fault = refusal(attempt.request, fault)
         self.replicas.note(address, well=not fault.replica)
         self._tell(address, fault)
         await self._fail(attempt, fault, got if isinstance(got, Received) else None)

@@ -43,6 +43,22 @@ class Request(Record):
         )
 
 
+class Scoring(Request):
+    """A text as token ids, of each of which a server is to say how likely it was there, and what else was.
+
+    Nothing is drawn but the one token that no server goes without. Another `sample` asks again.
+    """
+
+    ids: tuple[int, ...]
+
+    @classmethod
+    def of(cls, origin: str, ids: tuple[int, ...], sample: int = 0) -> "Scoring":
+        """Build a request whose key is the hash of the ids and of what names the server, its model and its settings."""
+        key = digest({"origin": origin, "ids": ids})
+        drawn = Sampling(max_new_tokens=1)
+        return cls(key=key, sample=sample, prompt_id=key, messages=(), sampling=drawn, ids=ids)
+
+
 class Raw(Record):
     """One answer exactly as it came, before anything is read from it: this is what the store keeps.
 

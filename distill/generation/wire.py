@@ -40,6 +40,7 @@ GATEWAY_FIXES = {
 }
 THINKING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # where a lone surrogate may stand
+LARGE = 64 << 10  # bytes; no answer's text is, but distributions are
 SHOWN = 200  # characters of a server's message in ours
 
 
@@ -87,8 +88,13 @@ def request_body(
 
 
 def pack(data: bytes) -> dict[str, str]:
-    """Return a body in the form in which a record holds it: text where it is UTF-8, and its sha256."""
+    """Return a body in the form in which a record holds it: text where it is UTF-8, deflated where it is large.
+
+    Its sha256 stands beside it.
+    """
     found = {"sha256": hashlib.sha256(data).hexdigest()}
+    if len(data) > LARGE:
+        return {**found, "raw_deflated": base64.b64encode(zlib.compress(data, 1)).decode("ascii")}
     try:
         return {**found, "raw": data.decode("utf-8")}
     except UnicodeDecodeError:
@@ -99,6 +105,8 @@ def unpack(body: Mapping[str, Any]) -> bytes:
     """Return the bytes that `pack` took."""
     if "raw" in body:
         return str(body["raw"]).encode("utf-8")
+    if "raw_deflated" in body:
+        return zlib.decompress(base64.b64decode(str(body["raw_deflated"])))
     return base64.b64decode(str(body["raw_base64"]))
 
 

@@ -4,7 +4,7 @@ One forward pass over the answers as they stand, whoever wrote them, with the pr
 the store holds is not read again; a chunk is written when its last token was read, so a kill costs one chunk's work.
 The vocabulary must be the student's to the last token, and the answers' ids the same under both templates.
 
-Shape suffixes: S supervised positions, K entries of the longest list, D the hidden size, V the vocabulary, T temperatures.
+Shape suffixes: S supervised positions, K entries of the longest list, E the columns of the head, V the vocabulary, T temperatures.
 """
 
 import shutil
@@ -25,6 +25,7 @@ from distill.progress import say, tracking
 from distill.records import Example, Pair
 from distill.run import Run
 from distill.store import FolderLock, disk_faults, sweep, write_json
+from distill.training import remote
 from distill.training.batches import micro_batches, padded_batches
 from distill.training.encode import encode_pair, encode_pairs
 from distill.training.labels import read_pairs
@@ -72,7 +73,9 @@ def main(config: Config, run: Run) -> None:
         sweep(cache.folder)
         left = [read for read in reads if read.row.example not in cache.index]
         require_room(cache.folder, sum(read.row.count for read in left), config.signals)
-        if left:
+        if left and teacher.kind == "endpoint":
+            remote.fill(cache, tokenizer, [(read.example, read.row) for read in left], config, run)
+        elif left:
             model = models.load_model(teacher.model, teacher.dtype, teacher.revision)
             fill(cache, model, len(tokenizer), left, config.signals, run)
     cache.check([read.row for read in reads])
@@ -175,13 +178,12 @@ def capture(
 
 def read_head(student: Student, batch: Batch, vocabulary: int) -> Iterator[tuple[slice, Tensor]]:
     """Yield the log-probabilities (S, V) of a batch's supervised positions, with which they are, some at a time."""
-    hidden_SD = student.hidden(batch)[batch.places_S]
-    head_VD, bias_V = student.head()
-    head_VD, bias_V = head_VD[:vocabulary], None if bias_V is None else bias_V[:vocabulary]
-    rows = max(16, HEAD_BYTES // (4 * len(head_VD)))
-    for start in range(0, len(hidden_SD), rows):
+    hidden_SE, (head_VE, bias_V) = student.states(batch), student.head()
+    head_VE, bias_V = head_VE[:vocabulary], None if bias_V is None else bias_V[:vocabulary]
+    rows = max(16, HEAD_BYTES // (4 * len(head_VE)))
+    for start in range(0, len(hidden_SE), rows):
         part = slice(start, start + rows)
-        logits_SV = torch.nn.functional.linear(hidden_SD[part], head_VD, bias_V)
+        logits_SV = torch.nn.functional.linear(hidden_SE[part], head_VE, bias_V)
         yield part, torch.log_softmax(logits_SV, -1, dtype=torch.float32)
 
 

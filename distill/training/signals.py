@@ -292,7 +292,7 @@ def open_teacher(config: Config) -> tuple[Any, dict[str, Any]]:
     Raises DistillError (exit 2) where its vocabulary is not the student's.
     """
     teacher, student = config.soft_teacher(), config.student
-    tokenizer = models.load_tokenizer(teacher.model, teacher.revision)
+    tokenizer = load_reader_tokenizer(config)
     other = models.load_tokenizer(student.model, student.revision, student.trust_remote_code)
     vocabulary = vocabulary_hash(tokenizer)
     if vocabulary != vocabulary_hash(other):
@@ -301,11 +301,31 @@ def open_teacher(config: Config) -> tuple[Any, dict[str, Any]]:
         raise DistillError(Exit.CONFIG, where, what, TEXT_ONLY)
     return tokenizer, {
         **config.signals.shape,
-        "weights": models.identity(teacher.model, teacher.revision),
-        "dtype": str(models.pick_dtype(teacher.dtype)).removeprefix("torch."),
+        **reader_facts(config),
         "template": template_hash(tokenizer, config.template_date),
         "vocabulary": vocabulary,
     }
+
+
+def load_reader_tokenizer(config: Config) -> Any:
+    """Load the tokenizer of the teacher whose distributions are captured; a server's is the student's, or is named."""
+    teacher, student, named = config.soft_teacher(), config.student, config.signals.tokenizer
+    if teacher.kind != "endpoint":
+        return models.load_tokenizer(teacher.model, teacher.revision)
+    if named:
+        return models.load_tokenizer(named, config.signals.revision)
+    return models.load_tokenizer(student.model, student.revision, student.trust_remote_code)
+
+
+def reader_facts(config: Config) -> dict[str, Any]:
+    """Return what names the model that reads: its weights and precision, or where it is served and as what."""
+    teacher = config.soft_teacher()
+    if teacher.kind == "endpoint":
+        extra = teacher.extra_body if config.signals.endpoint else {}
+        facts = {"endpoint": teacher.base_urls[0], "served": teacher.model}
+        return {**facts, "revision": teacher.revision, "extra_body": extra}
+    dtype = str(models.pick_dtype(teacher.dtype)).removeprefix("torch.")
+    return {"weights": models.identity(teacher.model, teacher.revision), "dtype": dtype}
 
 
 def expected_bytes(tokens: int, settings: Signals) -> float:

@@ -1,0 +1,241 @@
+"""Signals from a server: an endpoint reads the answers, and says how likely each token was and what else was likely.
+
+The form is vLLM's: a completion of the whole text as token ids, with `prompt_logprobs`. Each text is a request that is
+bought as answers are: attempts, retries, limits, budget and bill are theirs, and a reply is in the store before it is
+read, so a kill costs none that was paid for. Their distributions then go into the cache, from the store.
+
+A server lists k ids at most (vLLM 20, unless started with --max-logprobs; hosted interfaces 20), at temperature 1. The
+mass left over is one minus what it lists. Its tokens are held against the tokenizer's, and its lists against the text.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from distill.config import Config, Signals, Teacher
+from distill.errors import DistillError, Exit
+from distill.generation.asking import origin_of
+from distill.generation.budget import enter_account, last_fault
+from distill.generation.endpoint import EndpointResponder
+from distill.generation.generate import ask_all
+from distill.generation.prices import load_prices
+from distill.generation.responder import Scoring
+from distill.generation.wire import load_json, unpack
+from distill.records import Example, Response
+from distill.run import Run
+from distill.store import Log
+from distill.training.signals import Cache, Row, Signal, codes
+
+Text = tuple[Example, Row]  # as the teacher reads it, and the row that its signal is kept under
+CHUNK_TOKENS = 4096  # supervised tokens of a chunk of the cache
+ALIKE = 0.9  # of the tokens must read the same on both sides: some servers print parts of characters in their own way
+SLACK = 1e-3  # by which rounded probabilities may sum to more than one
+
+
+def scoring_settings(config: Config) -> Teacher:
+    """Return how the server is asked for distributions; what shapes the answers of the same server is left out."""
+    reader, own = config.soft_teacher(), config.signals
+    extra = reader.extra_body if own.endpoint else {}
+    changes = {
+        "api": "completions",
+        "extra_body": {**extra, "prompt_logprobs": own.k},
+        "max_tokens_field": "max_tokens",
+        "omit": (),
+    }
+    return reader.model_copy(update=changes)
+
+
+def fill(cache: Cache, tokenizer: Any, texts: Sequence[Text], config: Config, run: Run) -> None:
+    """Put the distributions of `texts` into the cache, asking for what the store lacks.
+
+    One text is asked alone first, so that a server which cannot do it is found for the price of one. Raises
+    DistillError (exit 4) where a text has no distributions that can be read; the same command asks again.
+    """
+    Filling(cache, tokenizer, config, run).fill(texts)
+
+
+class Filling:
+    """One go at filling a cache from a server."""
+
+    def __init__(self, cache: Cache, tokenizer: Any, config: Config, run: Run) -> None:
+        self.cache, self.tokenizer, self.settings, self.run = cache, tokenizer, config.signals, run
+        asked = scoring_settings(config)
+        price = load_prices(config.evaluation.prices).teacher(asked.model)
+        self.buyer, self.origin = EndpointResponder(asked, price, config.name), origin_of(asked)
+        self.store = config.store_folder() / "responses"
+
+    def fill(self, texts: Sequence[Text]) -> None:
+        """Enter what the store has, then ask for one of the others, and then for the rest."""
+        left = self._enter(texts)
+        for part in (left[:1], left[1:]):
+            if part:
+                self._ask([text for text, _ in part])
+                if without := self._enter([text for text, _ in part]):
+                    raise self._lacking(without)
+
+    def _ask(self, texts: Sequence[Text]) -> None:
+        """Buy a reply for each text, a further one where the last could not be read."""
+        with Log(self.store, writable=False) as log:
+            requests = [self._next(log, example) for example, _ in texts]
+        try:
+            ask_all(self.buyer, requests, self.store, "signals")
+        finally:
+            enter_account(self.run, self.store)
+
+    def _next(self, log: Log, example: Example) -> Scoring:
+        """Return the first request for a text that has no reply yet."""
+        request = Scoring.of(self.origin, example.input_ids)
+        while ("response", Response.make_id(request.key, request.sample)) in log:
+            request = request.model_copy(update={"sample": request.sample + 1})
+        return request
+
+    def _enter(self, texts: Sequence[Text]) -> list[tuple[Text, str]]:
+        """Read the stored replies into the cache, a chunk at a time; return the texts without one, and why."""
+        found: list[tuple[Row, Signal]] = []
+        without: list[tuple[Text, str]] = []
+        with Log(self.store, writable=False) as log:
+            for text, signal in self._stored(log, texts):
+                if isinstance(signal, str):
+                    without.append((text, signal))
+                else:
+                    found.append((text[1], signal))
+                if sum(row.count for row, _ in found) >= CHUNK_TOKENS:
+                    self._append(found)
+        self._append(found)
+        return without
+
+    def _append(self, found: list[tuple[Row, Signal]]) -> None:
+        """Write what was found as a chunk, and begin the next."""
+        if found:
+            rows, signals = zip(*found, strict=True)
+            self.cache.append(rows, Signal.join(signals))
+            found.clear()
+
+    def _stored(self, log: Log, texts: Sequence[Text]) -> Iterator[tuple[Text, Signal | str]]:
+        """Yield each text with its signal, or with why it has none."""
+        for text in texts:
+            request = self._next(log, text[0])
+            fault = last_fault(log, request.key, request.sample)
+            if fault or not request.sample:
+                yield text, f"has no reply: {fault or 'it was not asked'}"
+                continue
+            stored = log.get("response", Response.make_id(request.key, request.sample - 1)) or {}
+            try:
+                yield text, self._read(stored["body"], text[0])
+            except ValueError as error:
+                yield text, f"has a reply that cannot be used: {error}"
+
+    def _read(self, body: Mapping[str, Any], example: Example) -> Signal:
+        """Read a stored reply; raises ValueError in words."""
+        if body.get("cut"):
+            raise ValueError(f"{body['cut']} (raise teacher.max_body_bytes)")
+        places = prompt_logprobs(unpack(body), example.input_ids)
+        require_tokens(self.tokenizer, places, example.input_ids)
+        return to_signal(places, example.weights, self.settings, len(self.tokenizer))
+
+    def _lacking(self, without: Sequence[tuple[Text, str]]) -> DistillError:
+        (example, _), why = without[0]
+        more = f" (and {len(without) - 1} others have none)" if without[1:] else ""
+        what = f"answer {example.response_id} {why}{more}"
+        fix = "see to the server: the same command asks again for what is missing"
+        return DistillError(Exit.TEACHER, self.buyer.model, what, fix)
+
+
+Place = Mapping[int, tuple[float, str | None]]  # id to its log-probability and its text
+
+
+def prompt_logprobs(data: bytes, ids: Sequence[int]) -> list[Place]:
+    """Return what a reply lists at each token of a text, nothing at the first; raises ValueError in words.
+
+    vLLM writes them into the choice, and with a chat beside the choices.
+    """
+    body = load_json(data)
+    choices = body.get("choices") if isinstance(body, dict) else None
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    given = choice.get("prompt_logprobs") if isinstance(choice, dict) else None
+    if not isinstance(given, list):
+        raise ValueError(
+            "it holds no prompt_logprobs, which signals need: does the server give them, as vLLM does?"
+        )
+    if len(given) != len(ids):
+        raise ValueError(f"its prompt_logprobs are of {len(given)} tokens, the text has {len(ids)}")
+    try:
+        places = [_place(row or {}) for row in given]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError("its prompt_logprobs cannot be read") from None
+    if wrong := [
+        n for n, (place, i) in enumerate(zip(places, ids, strict=True)) if n and i not in place
+    ]:
+        raise ValueError(f"it does not list token {wrong[0]} of the text among those at its place")
+    return places
+
+
+def _place(row: Mapping[str, Any]) -> Place:
+    """Read the list of one token; raises ValueError, TypeError, KeyError or AttributeError."""
+    found = {int(i): (float(one["logprob"]), one.get("decoded_token")) for i, one in row.items()}
+    if any(not 0 <= i < 1 << 24 or math.isnan(log) or log > SLACK for i, (log, _) in found.items()):
+        raise ValueError
+    return found
+
+
+def require_tokens(tokenizer: Any, places: Sequence[Place], ids: Sequence[int]) -> None:
+    """Raise ValueError where the server reads the ids of a text as other tokens than the tokenizer does."""
+    pairs = [
+        (place[i][1], tokenizer.decode([i]), i)
+        for place, i in zip(places, ids, strict=True)
+        if place
+    ]
+    plain = [
+        (a.strip(), b.strip(), i)
+        for a, b, i in pairs
+        if isinstance(a, str) and "\ufffd" not in a + b
+    ]
+    told = [(theirs, ours, i) for theirs, ours, i in plain if theirs and ours]
+    others = [row for row in told if row[0] != row[1]]
+    if len(others) > (1 - ALIKE) * len(told):
+        theirs, ours, i = others[0]
+        raise ValueError(
+            f"its tokenizer is another: id {i} is {theirs!r} there, and {ours!r} in signals.tokenizer"
+        )
+
+
+def to_signal(
+    places: Sequence[Place], weights: Sequence[float], settings: Signals, vocabulary: int
+) -> Signal:
+    """Return the distributions of the supervised tokens: of each the likeliest ids that hold p, and one minus their mass.
+
+    Ids from `vocabulary` on, which no text has, are left out. Raises ValueError where probabilities sum to more than 1.
+    """
+    lists = [
+        _nucleus(place, settings, vocabulary)
+        for place, weight in zip(places, weights, strict=True)
+        if weight
+    ]
+    counts_N = np.array([len(ids) for ids, _, _ in lists], np.uint16)
+    logs_E = np.concatenate([logs for _, logs, _ in lists])
+    return Signal(
+        counts_N,
+        np.concatenate([ids for ids, _, _ in lists]).astype(np.uint32),
+        codes(logs_E.astype(np.float32), counts_N),
+        np.array([rest for _, _, rest in lists], np.float32),
+        np.zeros((0, len(lists)), np.float32),
+    )
+
+
+def _nucleus(
+    place: Place, settings: Signals, vocabulary: int
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return the listed ids, likeliest first, their log-probabilities, and the mass of all others."""
+    listed = sorted((-log, i) for i, (log, _) in place.items() if i < vocabulary)
+    logs_K = -np.array([negative for negative, _ in listed])
+    ids_K, mass_K = np.array([i for _, i in listed]), np.exp(logs_K)
+    if not len(listed) or mass_K.sum() > 1 + SLACK or not mass_K[0]:
+        raise ValueError(
+            "its log-probabilities are none: start vLLM with --logprobs-mode raw_logprobs"
+        )
+    kept_K = (np.cumsum(mass_K) - mass_K < settings.p) & (mass_K > 0)
+    kept_K[settings.k :] = False
+    kept_K[0] = True
+    return ids_K[kept_K], logs_K[kept_K], max(0.0, 1 - float(mass_K[kept_K].sum()))
