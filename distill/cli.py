@@ -134,8 +134,12 @@ def from_stage(name: str) -> tuple[Stage, ...]:
 
 
 def require_soft_teacher(run: Run, redo: Sequence[Stage]) -> None:
-    """Stop before anything is asked where soft labels cannot be had: other tokens (exit 2), or terms (exit 10)."""
+    """Stop before anything is asked where soft labels cannot be had: other tokens (exit 2), or terms (exit 10).
+
+    A server that shall tell distributions is asked for those of one short text (exit 4 where it does not).
+    """
     from distill.generation.terms import require_terms
+    from distill.training.remote import probe
     from distill.training.signals import open_teacher
 
     config = run.config
@@ -143,7 +147,9 @@ def require_soft_teacher(run: Run, redo: Sequence[Stage]) -> None:
     left = [s for s in STAGES if s.name in reading and s.applies(config)]
     if config.distributions and any(s in redo or run.state(s)[0] != "done" for s in left):
         require_terms(config.model_copy(update={"teacher": config.soft_teacher()}))
-        open_teacher(config)
+        tokenizer, _ = open_teacher(config)
+        if config.soft_teacher().kind == "endpoint":
+            probe(config, run, tokenizer)
 
 
 def show_scorecard(run: Run) -> None:
@@ -255,9 +261,9 @@ def fetch(config: ConfigArgument, overrides: Overrides = None) -> None:
     settings = load_config(config, overrides or ())
     if settings.teacher.kind == "local":
         fetch_model(settings.teacher.model, settings.teacher.revision)
-    if settings.distributions:
-        fetch_model(settings.soft_teacher().model, settings.soft_teacher().revision)
     student = settings.student
+    if settings.distributions and settings.reader()[0] != student.model:
+        fetch_model(*settings.reader())
     fetch_model(student.model, student.revision, student.allow_pickle)
 
 

@@ -316,7 +316,7 @@ class Signals(Section):
     Of each the ids that hold `p`, at most `k`; or by `method: sampled` as many draws as `samples`, which are right in
     the mean whatever the text: for text that is not the teacher's own, of which k ids hold too little. `model` reads
     the answers, here, where the teacher shall not; `endpoint` does so elsewhere, with prompt_logprobs as vLLM gives
-    them, and `tokenizer` names the model whose tokenizer and template a server has, where they are not the student's.
+    them, and `tokenizer` names a model with the server's tokenizer and template, where they are not the student's.
     """
 
     method: Literal["nucleus", "sampled"] = "nucleus"
@@ -621,6 +621,15 @@ class Config(Section):
         if own.model is None:
             return own.endpoint or self.teacher
         return Teacher(model=own.model, revision=own.revision, dtype=own.dtype)
+
+    def reader(self) -> tuple[str, str | None]:
+        """Return the model, and its revision, that this machine reads for distributions: of a server's its tokenizer."""
+        teacher, own, student = self.soft_teacher(), self.signals, self.student
+        if teacher.kind != "endpoint":
+            return teacher.model, teacher.revision
+        if own.tokenizer:
+            return own.tokenizer, own.revision
+        return student.model, student.revision
 
     def store_folder(self) -> Path:
         """Return the folder of the store that all runs share."""

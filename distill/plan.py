@@ -13,7 +13,7 @@ from rich.console import Group
 from rich.table import Table
 
 from distill import download, models
-from distill.bill import Bill, make_bill, seconds_of, show
+from distill.bill import Bill, make_bill, money, seconds_of, show
 from distill.config import Config
 from distill.devices import Device, find_device
 from distill.errors import DistillError, Exit
@@ -31,12 +31,14 @@ from distill.estimates import (
     training_flops,
 )
 from distill.evaluation.suites import amounts
+from distill.forecast import dollars_of
 from distill.generation.prices import load_prices
 from distill.generation.terms import judge_teacher
 from distill.models import Shape
 from distill.scope import Scope, questions_written, scope
 from distill.tables import bytes_of, count, duration, size_of, table
 from distill.training.batches import MICRO_BATCH_TOKENS
+from distill.training.remote import expected_bytes as remote_bytes
 from distill.training.signals import expected_bytes
 
 ANSWER = Span(0.2, 1.0)  # of max_new_tokens
@@ -137,7 +139,11 @@ def _signals_rows(config: Config, work: Scope, side: Side, device: Device | None
     """Return the line of the capture, where the loss needs one: the teacher reads each answer once."""
     if not config.captures:
         return []
-    model, answers = shape(config.soft_teacher().model), _supervised(config, work)
+    reader, answers = config.soft_teacher(), _supervised(config, work)
+    if reader.kind == "endpoint":
+        what = f"{count(answers)} answers, read by a server"
+        return [Row("signals", what, answers * (tokens_of(work.teacher) + side.answer), None)]
+    model = shape(reader.model)
     ends = ((side.prompt.low, side.answer.low), (side.prompt.high, side.answer.high))
     reading = Span(*(forward_flops(model, prompt, answer) for prompt, answer in ends))
     seconds = answers * reading / device.rate + START if device else None
@@ -155,7 +161,27 @@ def _signals_disk(config: Config, work: Scope) -> list[tuple[str, Span, str]]:
     folder = config.store_folder().absolute()
     free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.is_dir())).free
     short = f"only {size_of(free)} free" if size.low > free else ""
-    return [("store: the teacher's distributions", size, short)]
+    found = [("store: the teacher's distributions", size, short)]
+    if config.soft_teacher().kind == "endpoint":
+        read = tokens + _supervised(config, work) * tokens_of(work.teacher)
+        most = remote_bytes(1, config.signals.k)
+        found.append(("store: the server's replies", read * Span(most / 2, most), ""))
+    return found
+
+
+def _signals_notes(config: Config, lines: Sequence[Row]) -> list[str]:
+    """Say what a server that reads the answers must list, and what that costs; the run's teacher has its own table."""
+    reader, book = config.soft_teacher(), load_prices(config.evaluation.prices)
+    row = next((line for line in lines if line.stage == "signals"), None)
+    if row is None or row.tokens is None or reader.kind != "endpoint":
+        return []
+    k, price = config.signals.k, book.teacher(reader.model)
+    room = f": start vLLM with --max-logprobs {k}, or set signals.k=20" if k > 20 else ""
+    cost = f"cost unknown: {book.why_no_teacher(reader.model)}"
+    if price:
+        cost = f"{money(*dollars_of(price, row.tokens, NOTHING))} for reading ({price.date}, {price.source})"
+    listed = f"signals: {reader.model} lists {k} ids a token of answer and prompt{room}"
+    return [listed, f"signals: {cost}"]
 
 
 def _training_row(config: Config, work: Scope, side: Side, device: Device | None) -> Row:
@@ -243,7 +269,7 @@ def disk(config: Config, work: Scope) -> list[tuple[str, Span, str]]:
 def references(config: Config) -> list[str]:
     """Return the models that the run loads."""
     teacher = [config.teacher.model] if config.teacher.kind == "local" else []
-    reader = [config.soft_teacher().model] if config.distributions else []
+    reader = [config.reader()[0]] if config.distributions else []
     return [*teacher, *reader, config.student.model]
 
 
@@ -308,6 +334,7 @@ def plan(config: Config, origin: str | None = None) -> Group:
         else f"device: {why}: no seconds without its rate",
         "tokens: 2.8 to 4.4 bytes each; answers of 20 to 100 % of max_new_tokens"
         + (" (the teacher's: see its table)" if bill else ""),
+        *_signals_notes(config, lines),
         *_terms(config),
     ]
     return Group(*parts, *notes, *_price(config, lines))

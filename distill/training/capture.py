@@ -72,7 +72,7 @@ def main(config: Config, run: Run) -> None:
     with FolderLock(cache.folder):
         sweep(cache.folder)
         left = [read for read in reads if read.row.example not in cache.index]
-        require_room(cache.folder, sum(read.row.count for read in left), config.signals)
+        require_room(cache.folder, left, config)
         if left and teacher.kind == "endpoint":
             remote.fill(cache, tokenizer, [(read.example, read.row) for read in left], config, run)
         elif left:
@@ -107,11 +107,14 @@ def read_as_teacher(tokenizer: Any, pair: Pair, example: Example, config: Config
     return Read(seen, Row(seen.id, token_hash(ids), len(ids)))
 
 
-def require_room(folder: Path, tokens: int, settings: Signals) -> None:
-    """Stop where the signals of `tokens` will not fit on the disk; raises DistillError (exit 5)."""
+def require_room(folder: Path, reads: Sequence[Read], config: Config) -> None:
+    """Stop where the signals, and the replies of a server, will not fit on the disk; raises DistillError (exit 5)."""
     with disk_faults(folder):
         free = shutil.disk_usage(folder).free
-    needed = expected_bytes(tokens, settings)
+    tokens, own = sum(read.row.count for read in reads), config.signals
+    needed = expected_bytes(tokens, own)
+    if config.soft_teacher().kind == "endpoint":
+        needed += remote.expected_bytes(sum(len(r.example.input_ids) for r in reads), own.k)
     if needed > free:
         what = f"signals of {tokens:,} tokens take about {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free"
         fix = "free space, set store=FOLDER on another disk, or lower signals.p"

@@ -23,14 +23,18 @@ from distill.generation.generate import ask_all
 from distill.generation.prices import load_prices
 from distill.generation.responder import Scoring
 from distill.generation.wire import load_json, unpack
-from distill.records import Example, Response
+from distill.records import Example, Message, Response
 from distill.run import Run
 from distill.store import Log
+from distill.template import encode_prompt, encode_text
 from distill.training.signals import Cache, Row, Signal, codes
 
 Text = tuple[Example, Row]  # as the teacher reads it, and the row that its signal is kept under
 CHUNK_TOKENS = 4096  # supervised tokens of a chunk of the cache
 ALIKE = 0.9  # of the tokens must read the same on both sides: some servers print parts of characters in their own way
+REPLY_BYTES_AN_ID = (
+    31.0  # of a stored reply, deflated, a listed id; the prompt's tokens have lists too
+)
 SLACK = 1e-3  # by which rounded probabilities may sum to more than one
 
 
@@ -53,94 +57,111 @@ def fill(cache: Cache, tokenizer: Any, texts: Sequence[Text], config: Config, ru
     One text is asked alone first, so that a server which cannot do it is found for the price of one. Raises
     DistillError (exit 4) where a text has no distributions that can be read; the same command asks again.
     """
-    Filling(cache, tokenizer, config, run).fill(texts)
+    server = Server(tokenizer, config, run)
+    left = [text for text, _ in enter(cache, server, texts)]  # the store has the others
+    for part in (left[:1], left[1:]):
+        server.ask([example for example, _ in part])
+        if without := enter(cache, server, part):
+            ((example, _), why), others = without[0], len(without) - 1
+            more = f" (and {others} others have none)" if others else ""
+            raise server.fault(f"answer {example.response_id} {why}{more}")
 
 
-class Filling:
-    """One go at filling a cache from a server."""
+def probe(config: Config, run: Run, tokenizer: Any) -> None:
+    """Let the server read a short text, once, before anything else is paid for; raises DistillError as `fill` does."""
+    server = Server(tokenizer, config, run)
+    asked = (Message(role="user", content="How much is 12 + 30?"),)
+    ids = (*encode_prompt(tokenizer, asked, config.template_date), *encode_text(tokenizer, "42"))
+    text = Example(
+        id="probe", response_id="probe", input_ids=ids, weights=(0.0,) + (1.0,) * (len(ids) - 1)
+    )
+    server.ask([text])
+    for signal in server.read([text]):
+        if isinstance(signal, str):
+            raise server.fault(f"a first short text {signal}")
 
-    def __init__(self, cache: Cache, tokenizer: Any, config: Config, run: Run) -> None:
-        self.cache, self.tokenizer, self.settings, self.run = cache, tokenizer, config.signals, run
+
+def enter(cache: Cache, server: "Server", texts: Sequence[Text]) -> list[tuple[Text, str]]:
+    """Read the stored replies into the cache, a chunk at a time; return the texts without one, and why."""
+    found: list[tuple[Row, Signal]] = []
+    without: list[tuple[Text, str]] = []
+    for text, signal in zip(texts, server.read([example for example, _ in texts]), strict=True):
+        if isinstance(signal, str):
+            without.append((text, signal))
+            continue
+        found.append((text[1], signal))
+        if sum(row.count for row, _ in found) >= CHUNK_TOKENS:
+            _append(cache, found)
+    _append(cache, found)
+    return without
+
+
+def _append(cache: Cache, found: list[tuple[Row, Signal]]) -> None:
+    """Write what was found as a chunk, and begin the next."""
+    if found:
+        rows, signals = zip(*found, strict=True)
+        cache.append(rows, Signal.join(signals))
+        found.clear()
+
+
+class Server:
+    """The endpoint that reads, and the store of its replies; the run pays."""
+
+    def __init__(self, tokenizer: Any, config: Config, run: Run) -> None:
+        self.tokenizer, self.settings, self.run = tokenizer, config.signals, run
         asked = scoring_settings(config)
         price = load_prices(config.evaluation.prices).teacher(asked.model)
         self.buyer, self.origin = EndpointResponder(asked, price, config.name), origin_of(asked)
         self.store = config.store_folder() / "responses"
 
-    def fill(self, texts: Sequence[Text]) -> None:
-        """Enter what the store has, then ask for one of the others, and then for the rest."""
-        left = self._enter(texts)
-        for part in (left[:1], left[1:]):
-            if part:
-                self._ask([text for text, _ in part])
-                if without := self._enter([text for text, _ in part]):
-                    raise self._lacking(without)
-
-    def _ask(self, texts: Sequence[Text]) -> None:
+    def ask(self, texts: Sequence[Example]) -> None:
         """Buy a reply for each text, a further one where the last could not be read."""
         with Log(self.store, writable=False) as log:
-            requests = [self._next(log, example) for example, _ in texts]
+            requests = [self._next(log, text) for text in texts]
         try:
             ask_all(self.buyer, requests, self.store, "signals")
         finally:
             enter_account(self.run, self.store)
 
-    def _next(self, log: Log, example: Example) -> Scoring:
+    def _next(self, log: Log, text: Example) -> Scoring:
         """Return the first request for a text that has no reply yet."""
-        request = Scoring.of(self.origin, example.input_ids)
+        request = Scoring.of(self.origin, text.input_ids)
         while ("response", Response.make_id(request.key, request.sample)) in log:
             request = request.model_copy(update={"sample": request.sample + 1})
         return request
 
-    def _enter(self, texts: Sequence[Text]) -> list[tuple[Text, str]]:
-        """Read the stored replies into the cache, a chunk at a time; return the texts without one, and why."""
-        found: list[tuple[Row, Signal]] = []
-        without: list[tuple[Text, str]] = []
+    def read(self, texts: Sequence[Example]) -> Iterator[Signal | str]:
+        """Yield each text's signal from its last reply, or why it has none."""
         with Log(self.store, writable=False) as log:
-            for text, signal in self._stored(log, texts):
-                if isinstance(signal, str):
-                    without.append((text, signal))
-                else:
-                    found.append((text[1], signal))
-                if sum(row.count for row, _ in found) >= CHUNK_TOKENS:
-                    self._append(found)
-        self._append(found)
-        return without
+            for text in texts:
+                request = self._next(log, text)
+                fault = last_fault(log, request.key, request.sample)
+                if fault or not request.sample:
+                    yield f"has no reply: {fault or 'it was not asked'}"
+                    continue
+                last = Response.make_id(request.key, request.sample - 1)
+                try:
+                    yield self._signal((log.get("response", last) or {})["body"], text)
+                except ValueError as error:
+                    yield f"has a reply that cannot be used: {error}"
 
-    def _append(self, found: list[tuple[Row, Signal]]) -> None:
-        """Write what was found as a chunk, and begin the next."""
-        if found:
-            rows, signals = zip(*found, strict=True)
-            self.cache.append(rows, Signal.join(signals))
-            found.clear()
-
-    def _stored(self, log: Log, texts: Sequence[Text]) -> Iterator[tuple[Text, Signal | str]]:
-        """Yield each text with its signal, or with why it has none."""
-        for text in texts:
-            request = self._next(log, text[0])
-            fault = last_fault(log, request.key, request.sample)
-            if fault or not request.sample:
-                yield text, f"has no reply: {fault or 'it was not asked'}"
-                continue
-            stored = log.get("response", Response.make_id(request.key, request.sample - 1)) or {}
-            try:
-                yield text, self._read(stored["body"], text[0])
-            except ValueError as error:
-                yield text, f"has a reply that cannot be used: {error}"
-
-    def _read(self, body: Mapping[str, Any], example: Example) -> Signal:
+    def _signal(self, body: Mapping[str, Any], text: Example) -> Signal:
         """Read a stored reply; raises ValueError in words."""
         if body.get("cut"):
-            raise ValueError(f"{body['cut']} (raise teacher.max_body_bytes)")
-        places = prompt_logprobs(unpack(body), example.input_ids)
-        require_tokens(self.tokenizer, places, example.input_ids)
-        return to_signal(places, example.weights, self.settings, len(self.tokenizer))
+            raise ValueError(f"{body['cut']} (raise max_body_bytes of the endpoint)")
+        places = prompt_logprobs(unpack(body), text.input_ids)
+        require_tokens(self.tokenizer, places, text.input_ids)
+        return to_signal(places, text.weights, self.settings, len(self.tokenizer))
 
-    def _lacking(self, without: Sequence[tuple[Text, str]]) -> DistillError:
-        (example, _), why = without[0]
-        more = f" (and {len(without) - 1} others have none)" if without[1:] else ""
-        what = f"answer {example.response_id} {why}{more}"
+    def fault(self, what: str) -> DistillError:
+        """Return the error of a text without distributions."""
         fix = "see to the server: the same command asks again for what is missing"
         return DistillError(Exit.TEACHER, self.buyer.model, what, fix)
+
+
+def expected_bytes(tokens: int, k: int) -> float:
+    """Return about how many bytes the stored replies of texts of so many tokens take, at most."""
+    return tokens * (k + 1) * REPLY_BYTES_AN_ID
 
 
 Place = Mapping[int, tuple[float, str | None]]  # id to its log-probability and its text

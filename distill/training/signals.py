@@ -292,7 +292,8 @@ def open_teacher(config: Config) -> tuple[Any, dict[str, Any]]:
     Raises DistillError (exit 2) where its vocabulary is not the student's.
     """
     teacher, student = config.soft_teacher(), config.student
-    tokenizer = load_reader_tokenizer(config)
+    own = config.reader()[0] == student.model and student.trust_remote_code
+    tokenizer = models.load_tokenizer(*config.reader(), own)
     other = models.load_tokenizer(student.model, student.revision, student.trust_remote_code)
     vocabulary = vocabulary_hash(tokenizer)
     if vocabulary != vocabulary_hash(other):
@@ -305,16 +306,6 @@ def open_teacher(config: Config) -> tuple[Any, dict[str, Any]]:
         "template": template_hash(tokenizer, config.template_date),
         "vocabulary": vocabulary,
     }
-
-
-def load_reader_tokenizer(config: Config) -> Any:
-    """Load the tokenizer of the teacher whose distributions are captured; a server's is the student's, or is named."""
-    teacher, student, named = config.soft_teacher(), config.student, config.signals.tokenizer
-    if teacher.kind != "endpoint":
-        return models.load_tokenizer(teacher.model, teacher.revision)
-    if named:
-        return models.load_tokenizer(named, config.signals.revision)
-    return models.load_tokenizer(student.model, student.revision, student.trust_remote_code)
 
 
 def reader_facts(config: Config) -> dict[str, Any]:
