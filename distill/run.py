@@ -74,6 +74,10 @@ class Run:
         """Return the path of a file of the run."""
         return self.folder / name
 
+    def trained(self, name: str) -> Path:
+        """Return the path of a file that the last training made: on-policy rounds, where the config has any."""
+        return self.path(f"refined/{name}" if self.config.on_policy.rounds else name)
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run's lock, which whoever writes in its folder needs; clean up what a killed holder left."""

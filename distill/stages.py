@@ -37,6 +37,7 @@ def live_identity(config: Config) -> dict[str, str]:
     return {"teacher": reader_identity(config)} if live else {}
 
 
+STUDENT = ("adapter/adapter_model.safetensors", "refined/adapter/adapter_model.safetensors")
 DATASET = tuple(f"dataset/{split}.jsonl" for split in ("train", "validation", "heldout"))
 # What shapes answers; an endpoint's address is in its identity, and a budget or a timeout may change at any time.
 TEACHER_KEYS = (
@@ -122,9 +123,22 @@ STAGES: tuple[Stage, ...] = (
         purpose="train the student's adapter",
     ),
     Stage(
+        "refine",
+        (
+            *("on_policy", "student", "train", "seed", "template_date", "signals"),
+            *("teacher.kind", "teacher.model", "teacher.revision", "teacher.dtype"),
+        ),
+        (*DATASET[:2], "dropped.jsonl", "adapter/adapter_model.safetensors"),
+        ("refined",),
+        _lazy("distill.training.refine"),
+        lambda config: {"teacher": reader_identity(config)},
+        purpose="let the student answer, and train it towards the teacher's distributions there",
+        applies=lambda config: config.on_policy.rounds > 0,
+    ),
+    Stage(
         "evaluate",
         (*MEASURED, "teacher.max_new_tokens"),
-        ("dataset/heldout.jsonl", "adapter/adapter_model.safetensors"),
+        ("dataset/heldout.jsonl", *STUDENT),
         ("answers", "scores", "timings", "requests.jsonl", "evaluation.json"),
         _lazy("distill.evaluation.evaluate"),
         _identity("distill.evaluation.suites"),
@@ -133,7 +147,13 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "report",
         tuple(f"evaluation.{key}" for key in MONEY),
-        ("evaluation.json", "requests.jsonl", "training.json", "funnel.json"),
+        (
+            "evaluation.json",
+            "requests.jsonl",
+            "training.json",
+            "refined/training.json",
+            "funnel.json",
+        ),
         ("prices.json", "scorecard.json", "scorecard.md", "report.html"),
         _lazy("distill.evaluation.report"),
         purpose="write the scorecard and the report",

@@ -39,7 +39,13 @@ from distill.tasks import tasks_of_run
 
 MEASURED = ("scores/", "requests.jsonl", "evaluation.json")
 REPORTED = ("scorecard.json", "scorecard.md", "report.html")
-NOT_READ = ("adapter/", "checkpoints/", "release/")  # by what is made again
+NOT_READ = (
+    "adapter/",
+    "checkpoints/",
+    "refined/adapter/",
+    "refined/round-",
+    "release/",
+)  # by what is made again
 PROGRAMS = "its task runs programs: --allow-code makes it again"
 WEIGHTS = "adapter/adapter_model.safetensors"
 
@@ -155,14 +161,15 @@ def _together(evidence: Evidence) -> Iterator[Check]:
     """Look whether the store, the adapter and the release belong to what was evaluated."""
     yield from _stored(evidence)
     told = _field(evidence.folder / "answers/models.json", "student") or {}
+    last = "refined/" if f"refined/{WEIGHTS}" in evidence.hashes else ""
     for name, keys in {
-        "training.json": ("adapter_sha256",),
+        f"{last}training.json": ("adapter_sha256",),
         "scorecard.json": ("models", "student", "adapter_sha256"),
     }.items():
         same = _field(evidence.folder / name, *keys) == told.get("adapter_sha256")
         yield verdict("together", f"adapter of {name}", same, "is not the evaluated one")
-    same = evidence.hashes.get(WEIGHTS) == told.get("adapter_sha256")
-    yield verdict("together", WEIGHTS, same, "is not the evaluated one")
+    same = evidence.hashes.get(f"{last}{WEIGHTS}") == told.get("adapter_sha256")
+    yield verdict("together", f"{last}{WEIGHTS}", same, "is not the evaluated one")
     if (evidence.folder / "release").is_dir():
         yield from _release(evidence, told)
 

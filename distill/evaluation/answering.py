@@ -28,9 +28,8 @@ from distill.records import Pair, Prompt, Reading, Response, digest
 from distill.run import Run
 from distill.store import sha256_file
 from distill.template import template_hash
+from distill.training.adapters import WEIGHTS
 from distill.training.student import answer_loss
-
-ADAPTER = "adapter_model.safetensors"
 
 Given = dict[str, Response]  # answers by item id
 
@@ -48,7 +47,7 @@ def answer_with_student(
 ) -> tuple[dict[str, Any], dict[str, Answered]]:
     """Answer with the student's weights without and with the adapter; return both models' descriptions too."""
     described, answered = {}, {}
-    for name, folder in (("base", None), ("student", run.path("adapter"))):
+    for name, folder in (("base", None), ("student", run.trained("adapter"))):
         responder, described[name] = student_responder(config, folder, name)
         answered[name] = _answered(config, run, responder, pairs, suites)
         del responder
@@ -70,7 +69,7 @@ def student_responder(
         models.identity(student.model, student.revision),
         template_hash(tokenizer, date),
     )
-    told["adapter_sha256"] = sha256_file(adapter / ADAPTER) if adapter else None
+    told["adapter_sha256"] = sha256_file(adapter / WEIGHTS) if adapter else None
     model = load_student(student, adapter)
     origin = digest({**told, "dtype": str(model.dtype)})
     told["dtype"] = str(model.dtype).removeprefix("torch.")

@@ -38,12 +38,12 @@ def main(config: Config, run: Run, order: Order) -> dict[str, Any]:
     harness = _installed()
     if not order.tasks:
         raise DistillError(Exit.CONFIG, "--lm-eval", "names no task", "such as --lm-eval arc_easy")
-    if not run.path("adapter").is_dir():
+    if not run.trained("adapter").is_dir():
         fix = "make it: distill train CONFIG"
-        raise DistillError(Exit.STATE, run.path("adapter"), "is missing", fix)
+        raise DistillError(Exit.STATE, run.trained("adapter"), "is missing", fix)
     from distill.evaluation.answering import student_responder
 
-    responder, told = student_responder(config, run.path("adapter"), "student")
+    responder, told = student_responder(config, run.trained("adapter"), "student")
     found = _measured(harness, responder.network, responder.tokenizer, order)
     kept = {
         "harness": f"lm-eval {version('lm_eval')}",

@@ -41,7 +41,7 @@ SUMMARY = (
 
 def main(config: Config, run: Run) -> None:
     """Write the scorecard and the report; raises DistillError (exit 5) where an input is missing or damaged."""
-    training = read_json(run.path("training.json"))
+    training = read_training(config, run)
     evaluation = read_json(run.path("evaluation.json"))
     funnel = read_json(run.path("funnel.json"))
     card = scorecard(config, run, evaluation, training, funnel).model_dump(mode="json")
@@ -50,6 +50,17 @@ def main(config: Config, run: Run) -> None:
     samples = [] if withheld(config.corpus.private_text) else evaluation["samples"]
     write_atomic(run.path("report.html"), page(card, samples, training))
     run.note("sources", sources(run.folder))
+
+
+def read_training(config: Config, run: Run) -> dict[str, Any]:
+    """Return what the training says of itself, with a row a round where the student was refined after it."""
+    training = read_json(run.path("training.json"))
+    if not config.on_policy.rounds:
+        return training
+    refined = read_json(run.trained("training.json"))
+    kept = ("answers", "ended", "steps", "tokens", "seconds")
+    rounds = [{key: each[key] for key in kept} for each in refined["rounds"]]
+    return {**training, "adapter_sha256": refined["adapter_sha256"], "on_policy": rounds}
 
 
 def scorecard(
@@ -87,6 +98,7 @@ def scorecard(
             **{key: training.get(key) for key in SUMMARY},
             "validation_loss_first": validation[0] if validation else None,
             "validation_loss_best": min(validation, default=None),
+            **({"on_policy": training["on_policy"]} if "on_policy" in training else {}),
         },
         environment={**evaluation["environment"], "settings": evaluation["settings"]},
         reasons=dict(reasons(parts)),

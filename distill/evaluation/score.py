@@ -23,6 +23,7 @@ from distill.evaluation.words import figure, share
 from distill.generation.canned import raw_text
 from distill.generation.responder import Request, Sampling, parse
 from distill.records import Response
+from distill.run import Run
 
 ALONE = "one responder was asked"
 
@@ -62,7 +63,9 @@ def _asked(suite: Suite, path: Path, who: str, store: Path) -> tuple[dict[str, R
 
     if is_run(path):
         config = load_config(path / "config.json")
-        responder, _ = student_responder(config, path / "adapter", "student")
+        place = {"name": path.resolve().name, "runs": path.resolve().parent}
+        adapter = Run(config.model_copy(update=place)).trained("adapter")
+        responder, _ = student_responder(config, adapter, "student")
         return ask_suite(responder, suite, store), path.resolve().name
     if path.suffix in (".yaml", ".yml"):
         return _bought(suite, load_config(path), store)

@@ -26,7 +26,11 @@ MONEY: Files = {
 }
 SOURCES: dict[str, Files] = {
     "name": {},
-    "models": {"train": ("adapter",), "evaluate": ("answers/models.json",)},
+    "models": {
+        "train": ("adapter",),
+        "refine": ("refined/adapter",),
+        "evaluate": ("answers/models.json",),
+    },
     **dict.fromkeys(("tasks", "overall", "agreement", "lengths", "suites", "failures"), QUALITY),
     "judge": {**ITEMS, "evaluate": ("answers", "evaluation.json")},
     "contamination": {
@@ -38,7 +42,7 @@ SOURCES: dict[str, Files] = {
     "economics": MONEY,
     "corpus": {"corpus": ("documents.jsonl", "rejects.jsonl")},
     "funnel": {"filter": ("funnel.json",)},
-    "training": {"train": ("training.json",)},
+    "training": {"train": ("training.json",), "refine": ("refined/training.json",)},
     "environment": {"evaluate": ("evaluation.json",)},
     "reasons": {},  # beside what they explain
 }

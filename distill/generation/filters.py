@@ -38,6 +38,9 @@ TRIPLES = 30  # an answer with fewer is too short to judge by them
 UNIT = re.compile(r"(.{8,200}?)\1{3,}", re.DOTALL)  # a piece that stands four times in a row
 
 
+CONTAMINATED = "holds a held-out item"
+
+
 class Dropped(Record):
     """An answer that is not trained on, and why."""
 
@@ -211,7 +214,7 @@ def contaminated(leaks: Collection[str]) -> Filter:
     """Return the filter that drops the responses named, which hold text of a held-out prompt."""
 
     def filter_(prompt: Prompt, response: Response) -> str | None:
-        return "holds a held-out item" if response.id in leaks else None
+        return CONTAMINATED if response.id in leaks else None
 
     return filter_
 

@@ -38,9 +38,10 @@ from distill.store import (
     sha256_files,
     write_json,
 )
+from distill.training.adapters import WEIGHTS
 from distill.training.encode import encode_pairs
 
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "base.json")
+ADAPTER = ("adapter_config.json", WEIGHTS, "base.json")
 MODEL = (
     "model.safetensors",
     "config.json",
@@ -108,14 +109,13 @@ def main(
 
 def evaluated(run: Run) -> dict[str, Any]:
     """Return the scorecard, after checking that it speaks of this adapter; raises DistillError (exit 9)."""
-    for name in ("scorecard.json", "report.html", "adapter/adapter_model.safetensors"):
-        if not run.path(name).is_file():
-            raise DistillError(
-                Exit.PUBLISH, run.path(name), "is missing", "distill run CONFIG first"
-            )
+    adapter = run.trained("adapter") / WEIGHTS
+    for path in (run.path("scorecard.json"), run.path("report.html"), adapter):
+        if not path.is_file():
+            raise DistillError(Exit.PUBLISH, path, "is missing", "distill run CONFIG first")
     scorecard = read_json(run.path("scorecard.json"))
     measured = scorecard.get("models", {}).get("student", {}).get("adapter_sha256")
-    found = sha256_file(run.path("adapter/adapter_model.safetensors"))
+    found = sha256_file(adapter)
     if measured != found:
         what = f"evaluated was adapter {str(measured)[:12]}, here is {found[:12]}"
         raise DistillError(Exit.PUBLISH, run.path("scorecard.json"), what, "--redo evaluate")
@@ -176,7 +176,7 @@ def add_models(config: Config, run: Run, work: Path, dtype: str) -> Fidelity:
 
     `dtype` is that of the evaluation.
     """
-    student, adapter = config.student, run.path("adapter")
+    student, adapter = config.student, run.trained("adapter")
     for name in ADAPTER:
         copy_plain(adapter / name, work / "adapter" / name)
     name_base(work / "adapter" / "adapter_config.json", base_of(config))

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from distill.errors import DistillError, Exit
 from distill.store import fsync_folder
+from distill.training.shards import like, whole
 
 ADAPTER = "default"
+WEIGHTS = "adapter_model.safetensors"
 
 
 def inject(
@@ -41,28 +43,29 @@ def inject(
     torch.manual_seed(seed)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", FutureWarning
-            )  # PEFT asks for an attribute by its old name
+            # PEFT asks for an attribute by its old name, and warns of what is refused below
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", "Model with `tie_word_embeddings")
             wrapped = get_peft_model(model, lora)
     except ValueError as error:
         what = str(error).splitlines()[0][:200]
         fix = "name modules of this model, such as q_proj, or all-linear"
         raise DistillError(Exit.TRAINING, "train.lora.target_modules", what, fix) from None
-    _refuse_head(model, targets)
+    _refuse_embeddings(model, targets)
     for parameter in parameters(wrapped).values():
         parameter.data = parameter.data.float()
     return wrapped  # pyright: ignore[reportReturnType]
 
 
-def _refuse_head(model: Any, targets: object) -> None:
-    """Stop where the head would be adapted: the loss applies it frozen."""
-    if isinstance(model.get_output_embeddings(), LoraLayer):
+def _refuse_embeddings(model: Any, targets: object) -> None:
+    """Stop where embeddings would be adapted, or a head that is one: merging would add to both what was learnt for one."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = isinstance(head, LoraLayer) and head.weight is table.weight
+    if tied or isinstance(table, LoraLayer):
+        what = "the output head, which is this model's embedding too" if tied else "the embedding"
         raise DistillError(
-            Exit.TRAINING,
-            "train.lora.target_modules",
-            f"{targets} includes the output head",
-            "leave the head out",
+            *(Exit.TRAINING, "train.lora.target_modules", f"{targets} includes {what}"),
+            "leave it out: an adapter of it cannot be merged",
         )
 
 
@@ -91,15 +94,19 @@ def use_working_copies(model: nn.Module) -> None:
 
 
 class _WorkingCopy:
-    """The forward of an adapted linear module: base(x) + scale · B(A(dropout(x)))."""
+    """The forward of an adapted linear module: base(x) + scale · B(A(dropout(x))).
+
+    The weights are looked up at each call: where they are sharded, others stand in their place between calls.
+    """
 
     def __init__(self, layer: LoraLayer) -> None:
+        self.layer = layer
         self.base, self.drop = layer.base_layer, layer.lora_dropout[ADAPTER]
-        self.a, self.b, self.scale = factors(layer)
 
     def __call__(self, x: Tensor) -> Tensor:
-        low = nn.functional.linear(self.drop(x), self.a.to(x.dtype))
-        return self.base(x) + nn.functional.linear(low, (self.b * self.scale).to(x.dtype))
+        a, b, scale = factors(self.layer)
+        low = nn.functional.linear(self.drop(x), a.to(x.dtype))
+        return self.base(x) + nn.functional.linear(low, (b * scale).to(x.dtype))
 
 
 def check_gradients(model: nn.Module) -> None:
@@ -109,7 +116,7 @@ def check_gradients(model: nn.Module) -> None:
     """
     for name, parameter in parameters(model).items():
         gradient = parameter.grad
-        if gradient is None or ("lora_B" in name and not gradient.any()):
+        if gradient is None or ("lora_B" in name and not whole(gradient).any()):
             raise DistillError(
                 Exit.TRAINING, name, "got no gradient in the first step", "leave it out of targets"
             )
@@ -118,7 +125,7 @@ def check_gradients(model: nn.Module) -> None:
 def tensors(model: PeftModel) -> dict[str, Tensor]:
     """Return the adapter's weights under PEFT's names, float32 on the CPU."""
     found = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {name: value.detach().float().cpu().contiguous() for name, value in found.items()}
+    return {name: whole(v).detach().float().cpu().contiguous() for name, v in found.items()}
 
 
 def restore(model: PeftModel, wanted: Mapping[str, Tensor], where: object) -> None:
@@ -130,15 +137,17 @@ def restore(model: PeftModel, wanted: Mapping[str, Tensor], where: object) -> No
             Exit.TRAINING, where, f"holds another adapter: {odd} differs", "--redo train"
         )
     for name, parameter in by_name.items():
-        parameter.data.copy_(wanted[name])
+        parameter.data.copy_(like(wanted[name], parameter))
     found = tensors(model)
     for name in wanted:
         if not torch.equal(found[name], wanted[name]):
             raise DistillError(Exit.TRAINING, where, f"{name} was not restored", "--redo train")
 
 
-def save_adapter(model: PeftModel, folder: Path, base: str | None) -> None:
-    """Write a plain PEFT adapter whose config names `base`, replacing `folder` in one rename."""
+def save_adapter(
+    model: PeftModel, weights: Mapping[str, Tensor], folder: Path, base: str | None
+) -> None:
+    """Write `weights` as a plain PEFT adapter whose config names `base`, replacing `folder` in one rename."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -146,7 +155,8 @@ def save_adapter(model: PeftModel, folder: Path, base: str | None) -> None:
     settings.inference_mode, settings.base_model_name_or_path = True, base
     settings.save_pretrained(str(temporary))
     settings.inference_mode = False
-    save_file(tensors(model), temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+    path = temporary / WEIGHTS
+    save_file(dict(weights), path, metadata={"format": "pt"})
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)
     fsync_folder(folder.parent)

@@ -16,6 +16,9 @@ are f-divergences), so the cached value is a lower bound of the live one; what i
 tail, and it is exact where their tails are alike or where everything is listed. Within the tail Q keeps its own
 proportions: no unlisted token is pushed up or down but with all others.
 
+A list of draws leaves nothing to the tail. Forward KL's slope by the logits, Q - P, is linear in P, so at temperature 1
+it is right in the mean over draws; its value is too high by P's entropy less that of the draws, whatever Q is.
+
 Shape suffixes: those of losses.py, and O outcomes: a vocabulary, or the tail and a list; M entries of a strip's lists.
 """
 
@@ -28,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distill.training.losses import Measure, apply_at_head, score_tokens
+from distill.training.losses import Head, Measure, apply_at_head, score_tokens
 from distill.training.targets import Live, SoftTargets
 
 # Of log-probabilities of P and Q (R, O), the values (R,) and their slopes by the logits of Q (R, O).
@@ -114,8 +117,8 @@ class Mixture(NamedTuple):
 
 
 def soft_loss(
-    hidden_SD: Tensor,
-    head_VD: Tensor,
+    hidden_SE: Tensor,
+    head: Head,
     targets_S: Tensor,
     weights_S: Tensor,
     soft: SoftTargets | Live,
@@ -134,14 +137,14 @@ def soft_loss(
     """
     mixture = Mixture.make(mix, beta, alpha, temperature)
     found = len(soft.hidden_ND if isinstance(soft, Live) else soft.rest_N)
-    if not len(hidden_SD) == len(targets_S) == found:
-        raise ValueError(f"{len(hidden_SD)} positions, but soft targets of {found}")
+    if not len(hidden_SE) == len(targets_S) == found:
+        raise ValueError(f"{len(hidden_SE)} positions, but soft targets of {found}")
     if isinstance(soft, Live):
         criterion = partial(_against_teacher, mixture, soft, targets_S)
     else:
         criterion = partial(_against_lists, mixture, _Lists.make(soft, temperature), targets_S)
     total, count, parts_P = apply_at_head(
-        criterion, mixture.weights, hidden_SD, head_VD, weights_S, bias_V, chunk
+        criterion, mixture.weights, hidden_SE, head, weights_S, bias_V, chunk
     )
     return total, count, dict(zip(mixture.names, parts_P.unbind(), strict=True))
 

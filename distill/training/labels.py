@@ -20,6 +20,7 @@ from distill.records import Example, Pair, digest
 from distill.run import Run, differences
 from distill.store import read_json, read_records
 from distill.training.divergences import soft_loss
+from distill.training.losses import Head
 from distill.training.signals import (
     TEXT_ONLY,
     Cache,
@@ -73,8 +74,8 @@ class CachedLabels:
 
 def mixed_loss(
     settings: Loss,
-    hidden_SD: Tensor,
-    head_VD: Tensor,
+    hidden_SE: Tensor,
+    head: Head,
     targets_S: Tensor,
     weights_S: Tensor,
     soft: SoftTargets | Live,
@@ -82,7 +83,7 @@ def mixed_loss(
 ) -> Tensor:
     """Return the mixed loss summed over positions, and then its parts before they are mixed, (1 + P,)."""
     mix, more = settings.parts, (settings.beta, settings.alpha, settings.temperature, bias_V)
-    total, _, parts = soft_loss(hidden_SD, head_VD, targets_S, weights_S, soft, mix, *more)
+    total, _, parts = soft_loss(hidden_SE, head, targets_S, weights_S, soft, mix, *more)
     return torch.stack([total, *(parts[name] for name in mix)])
 
 

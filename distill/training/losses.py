@@ -2,12 +2,15 @@
 
 The head is applied at supervised positions only, a block of them at a time, so the logits of a batch never exist;
 logits are in the model's type, what follows is float32, a strip of a block at a time. Gradients are made on the way
-forward: of the hidden states, and of the head where it is trained or adapted; a frozen head costs nothing.
+forward: of the hidden states, and of the head where it is trained or adapted; a frozen head costs nothing. An adapted
+head is two matrices side by side, W and the scaled B, for hidden states with their images under A beside them.
 
-Shape suffixes: S supervised positions, R those of a block or strip, D hidden size, V vocabulary, P parts of a loss.
+Shape suffixes: S supervised positions, R those of a block or strip, D hidden size, E the columns of all matrices of a
+head, V vocabulary, P parts of a loss.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,6 +24,9 @@ STRIP_BYTES = 4 * 2**20  # of float32 logits at a time: small enough to stay in 
 # and turns the logits into the slope of the loss.
 Measure = Callable[[slice, Tensor], Tensor]
 Criterion = Callable[[slice], Measure]  # given a block of positions
+Head = (
+    Tensor | tuple[Tensor, ...]
+)  # (V, D), or several side by side for as many columns of the hidden states (S, E)
 
 
 class _AtHead(torch.autograd.Function):
@@ -28,16 +34,16 @@ class _AtHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_SD: Tensor, head_VD: Tensor, bias_V: Tensor | None, weights_S: Tensor,
-        criterion: Criterion, mix_P: Tensor, rows: int,
+        ctx: Any, weights_S: Tensor, criterion: Criterion, mix_P: Tensor, rows: int,
+        hidden_SE: Tensor, bias_V: Tensor | None, *heads: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         parts_P = torch.zeros_like(mix_P)
-        inputs = (hidden_SD, head_VD, bias_V)
+        inputs = (hidden_SE, bias_V, *heads)
         made = [
             torch.zeros_like(tensor) if wanted and tensor is not None else None
-            for tensor, wanted in zip(inputs, ctx.needs_input_grad, strict=False)
+            for tensor, wanted in zip(inputs, ctx.needs_input_grad[4:], strict=True)
         ]
-        for start in range(0, len(hidden_SD), rows):
+        for start in range(0, len(hidden_SE), rows):
             block = slice(start, start + rows)
             parts_P += _measure_block(criterion, block, inputs, weights_S[block], made)
         ctx.save_for_backward(*made)
@@ -47,33 +53,51 @@ class _AtHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [None if made is None else made * upstream[0] for made in ctx.saved_tensors]
-        return *scaled, None, None, None, None
+        return None, None, None, None, *scaled
 
 
 def _measure_block(
     criterion: Criterion,
     block: slice,
-    inputs: tuple[Tensor, Tensor, Tensor | None],
+    inputs: Sequence[Any],
     weights_R: Tensor,
     made: Sequence[Tensor | None],
 ) -> Tensor:
-    """Return the sums (P,) of a block, and add its gradients to those of the hidden states, head and bias.
+    """Return the sums (P,) of a block, and add its gradients to those of the hidden states, bias and matrices.
 
     The logits end with this function: the next block's take their place in memory.
     """
-    hidden_SD, head_VD, bias_V = inputs
-    gradient_SD, gradient_VD, gradient_V = made
-    logits_RV = torch.nn.functional.linear(hidden_SD[block], head_VD, bias_V)
+    hidden_SE, bias_V, *heads = inputs
+    gradient_SE, gradient_V, *gradients = made
+    logits_RV = apply_head(hidden_SE[block], tuple(heads), bias_V)
     measure = criterion(block)
     sums = [measure(strip, logits_RV[strip]) @ weights_R[strip] for strip in _strips(logits_RV)]
     slope_RV, heavy_R = logits_RV, weights_R.to(logits_RV.dtype)
-    if gradient_SD is not None:
-        torch.mm(slope_RV, head_VD, out=gradient_SD[block]).mul_(weights_R[:, None])
-    if gradient_VD is not None:
-        gradient_VD.addmm_(slope_RV.t(), hidden_SD[block] * heavy_R[:, None])
+    for columns, head_VD, gradient_VD in zip(_columns(heads), heads, gradients, strict=True):
+        if gradient_SE is not None:
+            out = gradient_SE[block, columns]
+            torch.mm(slope_RV, head_VD, out=out).mul_(weights_R[:, None])
+        if gradient_VD is not None:
+            gradient_VD.addmm_(slope_RV.t(), hidden_SE[block, columns] * heavy_R[:, None])
     if gradient_V is not None:
         gradient_V += heavy_R @ slope_RV
     return torch.stack(sums).sum(0)
+
+
+def _columns(heads: Sequence[Tensor]) -> list[slice]:
+    """Return the columns of the hidden states that each matrix is for."""
+    ends = list(accumulate(head_VD.shape[1] for head_VD in heads))
+    return [slice(end - h.shape[1], end) for end, h in zip(ends, heads, strict=True)]
+
+
+def apply_head(hidden_SE: Tensor, head: Head, bias_V: Tensor | None = None) -> Tensor:
+    """Return the logits (S, V)."""
+    heads = (head,) if isinstance(head, Tensor) else head
+    first, *others = _columns(heads)
+    logits_SV = torch.nn.functional.linear(hidden_SE[:, first], heads[0], bias_V)
+    for columns, head_VD in zip(others, heads[1:], strict=True):
+        logits_SV.addmm_(hidden_SE[:, columns], head_VD.t())
+    return logits_SV
 
 
 def _strips(logits_RV: Tensor) -> Iterator[slice]:
@@ -86,8 +110,8 @@ def _strips(logits_RV: Tensor) -> Iterator[slice]:
 def apply_at_head(
     criterion: Criterion,
     mix: Sequence[float],
-    hidden_SD: Tensor,
-    head_VD: Tensor,
+    hidden_SE: Tensor,
+    head: Head,
     weights_S: Tensor,
     bias_V: Tensor | None = None,
     chunk: int | None = None,
@@ -98,9 +122,10 @@ def apply_at_head(
     """
     weights_S = weights_S.float()
     mix_P = weights_S.new_tensor(mix)
-    rows = chunk or _block_rows(head_VD)
+    heads = (head,) if isinstance(head, Tensor) else head
+    rows = chunk or _block_rows(heads[0])
     total, parts_P = _AtHead.apply(  # pyright: ignore[reportGeneralTypeIssues]
-        hidden_SD, head_VD, bias_V, weights_S, criterion, mix_P, rows
+        weights_S, criterion, mix_P, rows, hidden_SE, bias_V, *heads
     )
     return total, weights_S.sum(), parts_P
 
@@ -120,8 +145,8 @@ def score_tokens(logits_RV: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cross_entropy(
-    hidden_SD: Tensor,
-    head_VD: Tensor,
+    hidden_SE: Tensor,
+    head: Head,
     targets_S: Tensor,
     weights_S: Tensor,
     bias_V: Tensor | None = None,
@@ -142,7 +167,7 @@ def cross_entropy(
 
         return measure
 
-    return apply_at_head(criterion, [1.0], hidden_SD, head_VD, weights_S, bias_V, chunk)[:2]
+    return apply_at_head(criterion, [1.0], hidden_SE, head, weights_S, bias_V, chunk)[:2]
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.errors import DistillError, Exit
+from distill.training.shards import like, whole
 
 PARTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -43,7 +44,7 @@ def optimizer_tensors(
 ) -> dict[str, Tensor]:
     """Return the optimizer's state as tensors named `PARAMETER.PART`, on the CPU."""
     return {
-        f"{name}.{part}": optimizer.state[p][part].detach().cpu().clone()
+        f"{name}.{part}": whole(optimizer.state[p][part]).detach().cpu().clone()
         for name, p in named.items()
         if p in optimizer.state
         for part in PARTS
@@ -62,4 +63,6 @@ def restore_optimizer(
         odd = sorted(wanted ^ saved.keys())[0]
         raise DistillError(Exit.TRAINING, where, f"optimizer state differs: {odd}", "--redo train")
     for name, p in named.items():
-        optimizer.state[p] = {part: saved[f"{name}.{part}"].to(p.device) for part in PARTS}
+        found = {part: saved[f"{name}.{part}"] for part in PARTS}
+        step = {"step": found.pop("step").to(p.device)}
+        optimizer.state[p] = {part: like(value, p) for part, value in found.items()} | step

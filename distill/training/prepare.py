@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from distill.environment import LIBRARIES, installed
 from distill.errors import DistillError, Exit
 from distill.records import Example, Pair, digest
 from distill.run import Run, flatten
-from distill.store import read_records
+from distill.store import read_records, sha256_file
 from distill.template import template_hash
-from distill.training import adapters
+from distill.training import adapters, shards
 from distill.training.batches import (
     MICRO_BATCH_TOKENS,
     Step,
@@ -53,8 +54,8 @@ class Parts:
         return deal(range(len(lengths)) if samples is None else samples, lengths, self.limit)
 
 
-def prepare(config: Config, run: Run) -> Parts:
-    """Load the student, encode the dataset and plan the steps; raises DistillError (exit 7) where that cannot be."""
+def prepare(config: Config, run: Run, start: Path | None = None) -> Parts:
+    """Load the student with the adapter in `start` or a fresh one, encode the dataset and plan the steps; raises DistillError (exit 7) where that cannot be."""
     tokenizer = models.load_tokenizer(
         config.student.model, config.student.revision, config.student.trust_remote_code
     )
@@ -62,7 +63,7 @@ def prepare(config: Config, run: Run) -> Parts:
     limit = min(settings.max_length, models.context_length(model.config))
     examples = encode_split(tokenizer, config, run, "train", limit)
     validation = encode_split(tokenizer, config, run, "validation", limit)
-    student, notes = make_student(model, settings.packing, fused=True)
+    student, notes = make_student(model, settings.packing, fused=not shards.asked())
     known = facts(config, tokenizer, model, examples, validation)
     if settings.loss.soft:
         both, live = [*examples, *validation], settings.loss.teacher == "live"
@@ -71,6 +72,8 @@ def prepare(config: Config, run: Run) -> Parts:
             load_live(config, run, both) if live else load_labels(config, run, both, rows)
         )
         known["signals"] = student.labels.digest
+    if start:
+        known["start"] = restore_from(model, start)
     plan = plan_steps(
         [len(e.input_ids) for e in examples],
         config.train_seed,
@@ -110,6 +113,13 @@ def load_adapted(config: Config) -> Any:
     if settings.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return wrapped.train()
+
+
+def restore_from(model: Any, folder: Path) -> str:
+    """Put a saved adapter into the model; returns the hash of its file."""
+    path = folder / adapters.WEIGHTS
+    adapters.restore(model, adapters.read_tensors(path), path)
+    return sha256_file(path)
 
 
 def dtype_name(config: Config) -> str:

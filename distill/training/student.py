@@ -4,7 +4,8 @@ The head is applied inside this module's forward, at supervised positions only, 
 all of it. Where an architecture cannot take packed rows, batches are padded instead; a probe on the model itself
 decides, never a list of names.
 
-Shape suffixes: N tokens of a row, S supervised positions, B samples, T longest sample, D hidden size.
+Shape suffixes: N tokens of a row, S supervised positions, B samples, T longest sample, D hidden size, R rank of an
+adapted head, E = D + R.
 """
 
 from collections.abc import Sequence
@@ -12,10 +13,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from distill.errors import DistillError, Exit
 from distill.records import Example, Pair, Reading
+from distill.training.adapters import ADAPTER, factors
 from distill.training.attention import NAME
 from distill.training.batches import micro_batches
 from distill.training.encode import encode_pair
@@ -89,20 +92,46 @@ class Student(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the loss summed over the batch's supervised tokens, in nats; with labels, and then its parts, (1 + P,)."""
-        hidden_SD = self.hidden(batch)[batch.places_S]
-        head_VD, bias_V = self.head()
+        inputs = (self.states(batch), self.matrices(), batch.targets_S, batch.weights_S)
+        bias_V = self._head[0].bias
         if self.labels and batch.soft:
-            inputs = (hidden_SD, head_VD, batch.targets_S, batch.weights_S)
             return mixed_loss(self.labels.settings, *inputs, batch.soft, bias_V)
-        return cross_entropy(hidden_SD, head_VD, batch.targets_S, batch.weights_S, bias_V)[0]
+        return cross_entropy(*inputs, bias_V)[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the head is."""
+        return self._head[0].weight.device
 
     def decoder(self) -> Any:
         """Return the model without its head."""
         return self._decoder[0]
 
     def head(self) -> tuple[Tensor, Tensor | None]:
-        """Return the output head's weight and bias."""
-        return self._head[0].weight, self._head[0].bias
+        """Return the output head's weight (V, E) for the `states`, and its bias."""
+        matrices = self.matrices()
+        return torch.cat(matrices, 1) if matrices[1:] else matrices[0], self._head[0].bias
+
+    def matrices(self) -> tuple[Tensor, ...]:
+        """Return the output head's weight W (V, D), and where it is adapted, the scaled B (V, R) for its last columns."""
+        head = self._head[0]
+        if not isinstance(head, LoraLayer):
+            return (head.weight,)
+        _, up, scale = factors(head)
+        return head.weight, (up * scale).to(head.weight.dtype)
+
+    def states(self, batch: Batch) -> Tensor:
+        """Return what the head is applied to at the batch's supervised positions, (S, E)."""
+        return self.widen(self.hidden(batch)[batch.places_S])
+
+    def widen(self, hidden_ND: Tensor) -> Tensor:
+        """Put an adapted head's A h (N, R) beside each hidden state h; E = D where the head is not adapted."""
+        head = self._head[0]
+        if not isinstance(head, LoraLayer):
+            return hidden_ND
+        down, *_ = factors(head)
+        low_NR = nn.functional.linear(head.lora_dropout[ADAPTER](hidden_ND), down.to(hidden_ND))
+        return torch.cat([hidden_ND, low_NR], 1)
 
     def hidden(self, batch: Batch) -> Tensor:
         """Return the last hidden states (N, D) of the batch's tokens, in their order."""
@@ -110,7 +139,7 @@ class Student(nn.Module):
 
     def batch(self, examples: Sequence[Example]) -> Batch:
         """Pack examples as this student computes them: prefixes are shared on a CPU; none at all is an idle batch."""
-        device = self.head()[0].device
+        device = self.device
         share = self.packing and device.type == "cpu"
         batch = Batch.make(examples, share, device) if examples else Batch.idle(device)
         if self.labels is None:
@@ -172,7 +201,7 @@ def _probe_batch(student: Student, shift: int = 0) -> Batch:
     examples = [
         Example(id="", response_id="", input_ids=tuple(p), weights=(0.0,) * len(p)) for p in parts
     ]
-    return Batch.make(examples, device=student.head()[0].device)
+    return Batch.make(examples, device=student.device)
 
 
 @torch.no_grad()
@@ -194,7 +223,7 @@ def _check_head(plain: Student) -> Tensor:
     ids = batch.ids_N[None, : PROBE[0]]
     wanted = plain.model(input_ids=ids, use_cache=False).logits[0]
     states = plain.hidden(batch)
-    if not _close(nn.functional.linear(states[: PROBE[0]], *plain.head()), wanted):
+    if not _close(nn.functional.linear(plain.widen(states[: PROBE[0]]), *plain.head()), wanted):
         raise DistillError(
             Exit.TRAINING,
             plain.model.config.model_type,
@@ -233,9 +262,8 @@ def answer_loss(
 
 def _read(student: Student, examples: Sequence[Example]) -> list[Reading]:
     """Read the samples of one packed batch in one forward pass."""
-    batch, (head_VD, bias_V) = student.batch(examples), student.head()
-    hidden_SD = student.hidden(batch)[batch.places_S]
-    losses_S, hits_S = read_targets(hidden_SD, head_VD, batch.targets_S, bias_V)
+    batch, (head_VE, bias_V) = student.batch(examples), student.head()
+    losses_S, hits_S = read_targets(student.states(batch), head_VE, batch.targets_S, bias_V)
     values_S3 = torch.stack([losses_S, torch.ones_like(losses_S), hits_S.float()], 1)
     sums_B3 = torch.zeros(len(examples), 3, dtype=torch.float64)
     sums_B3.index_add_(0, batch.owners_S.cpu(), values_S3.double().cpu())  # in order, on any device

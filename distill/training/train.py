@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from distill.progress import Tracker, say, tracking
 from distill.records import Example, digest
 from distill.run import Run, differences, flatten
 from distill.store import sha256_file, write_json
-from distill.training import adapters, checkpoint
+from distill.training import adapters, checkpoint, shards
 from distill.training.batches import Step, share
 from distill.training.encode import show
 from distill.training.optimizer import (
@@ -69,8 +70,10 @@ class Progress:
     notes: list[str] = field(default_factory=list)
 
 
-def main(config: Config, run: Run, allow_inexact: bool = False) -> None:
+def main(config: Config, run: Run, allow_inexact: bool = False, start: Path | None = None) -> None:
     """Train, or continue training, and write adapter/, checkpoints/ and training.json.
+
+    The first step begins with a fresh adapter, or with that in `start`.
 
     Raises DistillError (exit 7) for whatever keeps the training from being what was asked; `allow_inexact` lets a
     resume under other data, settings, libraries or processes pass, and records that it did.
@@ -81,7 +84,7 @@ def main(config: Config, run: Run, allow_inexact: bool = False) -> None:
         raise DistillError(Exit.TRAINING, train_file, "there is no dataset", fix)
     accelerator = start_processes(config, run)
     with interruptible() as interrupt, flushing_denormals():
-        loop = Loop(config, run, accelerator, interrupt)
+        loop = Loop(config, run, accelerator, interrupt, start)
         loop.resume(allow_inexact)
         try:
             loop.train()
@@ -89,8 +92,7 @@ def main(config: Config, run: Run, allow_inexact: bool = False) -> None:
             what = f"out of GPU memory: {str(error).splitlines()[0]}"
             fix = "lower train.micro_batch_tokens, or set train.gradient_checkpointing: true"
             raise DistillError(Exit.TRAINING, run.folder, what, fix) from None
-        if accelerator.is_main_process:
-            loop.finish()
+        loop.finish()
         loop.close()
 
 
@@ -133,14 +135,22 @@ class Loop:
     """A run of training on this process."""
 
     def __init__(
-        self, config: Config, run: Run, accelerator: Accelerator, interrupt: Interrupt
+        self,
+        config: Config,
+        run: Run,
+        accelerator: Accelerator,
+        interrupt: Interrupt,
+        start: Path | None = None,
     ) -> None:
         self.config, self.settings, self.run = config, config.train, run
         self.accelerator, self.interrupt = accelerator, interrupt
-        self.parts: Parts = prepare(config, run)
+        self.parts: Parts = prepare(config, run, start)
         self.facts = {**self.parts.facts, "world_size": accelerator.num_processes}
+        if shards.asked():
+            self.facts["sharded"] = True
+            self.parts.notes.append(f"sharded over {accelerator.num_processes} processes (FSDP2)")
         self.progress = Progress(notes=self.parts.notes)
-        self.student: Any = accelerator.prepare(self.parts.student)
+        self.student: Any = shards.wrap(accelerator, self.parts.student)
         self.named = adapters.parameters(self.parts.model)
         betas = (self.settings.adam_beta1, self.settings.adam_beta2)
         self.optimizer = make_adamw(self.named, betas, self.settings.weight_decay)
@@ -234,7 +244,7 @@ class Loop:
         total = self._no_loss()
         for number, samples in enumerate(mine, 1):
             last = number == len(mine)
-            with nullcontext() if last else self.accelerator.no_sync(self.student):
+            with nullcontext() if last else shards.no_sync(self.accelerator, self.student):
                 losses = self.student(student.batch([self.parts.examples[i] for i in samples]))
                 losses = losses.reshape(-1)
                 self.accelerator.backward(losses[0] * (world / count))
@@ -255,7 +265,7 @@ class Loop:
         if self.progress.step == 0:
             adapters.check_gradients(self.parts.model)
         limit = self.settings.max_grad_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(self.named.values(), limit))
+        norm = float(shards.whole(torch.nn.utils.clip_grad_norm_(self.named.values(), limit)))
         if not (math.isfinite(row["loss"]) and math.isfinite(norm)):
             named = ", ".join(example.response_id for example in samples)
             what = f"loss {row['loss']}, gradient norm {norm} over samples {named}"
@@ -309,36 +319,38 @@ class Loop:
         student = self.parts.student
         total = self._no_loss()
         student.eval()
-        mine = self.parts.batches(examples)[accelerator.process_index :: accelerator.num_processes]
-        for samples in mine:
+        batches = self.parts.batches(examples)
+        for samples in share(batches, accelerator.process_index, accelerator.num_processes):
             total += student(student.batch([examples[i] for i in samples])).reshape(-1)
         student.train()
         reduced: Any = accelerator.reduce(total)
         return self._named(reduced / sum(sum(e.weights) for e in examples))
 
     def _save(self, step: Step) -> None:
-        """Write a checkpoint, on the main process only."""
-        if not self.accelerator.is_main_process:
-            return
+        """Write a checkpoint, on the main process only; where the student is in shards, all gather it."""
         groups = {
             "adapter": adapters.tensors(self.parts.model),
             "optimizer": optimizer_tensors(self.optimizer, self.named),
         }
         if self.best:
             groups["best"] = self.best
+        if not self.accelerator.is_main_process:
+            return
         cursor = step.cursor + len(step.samples)
         facts = {"run": self.facts, "epoch": step.epoch, "cursor": cursor}
         state, keep = asdict(self.progress), self.settings.save_total_limit
         checkpoint.save(self.folder, self.progress.step, groups, state, facts, keep)
 
     def finish(self) -> None:
-        """Write the adapter (the best, where that is asked) and training.json."""
+        """Write the adapter (the best, where that is asked) and training.json, on the main process only."""
+        weights = adapters.tensors(self.parts.model)
         chosen, student = self.progress.step, self.config.student
         if self.settings.load_best_model_at_end and self.best:
-            adapters.restore(self.parts.model, self.best, "best checkpoint")
-            chosen = self.progress.best_step
+            weights, chosen = self.best, self.progress.best_step
+        if not self.accelerator.is_main_process:
+            return
         folder = self.run.path("adapter")
-        adapters.save_adapter(self.parts.model, folder, models.hub_id(student.model))
+        adapters.save_adapter(self.parts.model, weights, folder, models.hub_id(student.model))
         base = models.record_base(folder, student.model, student.revision)
         kept = ("history", "validation", "best_step", "tokens", "seconds", "stopped_early", "notes")
         progress = asdict(self.progress)
@@ -346,7 +358,7 @@ class Loop:
             **{name: progress[name] for name in kept},
             "steps": self.progress.step,
             "adapter_step": chosen,
-            "adapter_sha256": sha256_file(folder / "adapter_model.safetensors"),
+            "adapter_sha256": sha256_file(folder / adapters.WEIGHTS),
             "examples": len(self.parts.examples),
             "tokens_per_second": self.progress.tokens / max(self.progress.seconds, 1e-9),
             "dtype": self.facts["dtype"],

@@ -1,0 +1,82 @@
+"""A student in shards (FSDP2): each process keeps its part of every weight, and gathers a layer only while it computes.
+
+`accelerate launch` asks for it, by configs/accelerate/fsdp2.yaml. The layers are sharded here, by torch's `fully_shard`,
+and not by accelerate, which would quietly leave them whole on a CPU: so what two CPU processes are tested with is what
+GPUs run. What leaves the model (checkpoints, adapters, norms) is whole again, and every process takes part in that.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from distill.errors import DistillError, Exit
+
+WHERE = "accelerate's fsdp_config"
+FILE = "as in configs/accelerate/fsdp2.yaml"
+
+
+def asked() -> bool:
+    """Tell whether the launcher asks for shards; raises DistillError (exit 7) where it asks for what is not done here."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return False
+    plugin = FullyShardedDataParallelPlugin()
+    refused = {
+        f"fsdp_version: {plugin.fsdp_version}": plugin.fsdp_version != 2,
+        "fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+        "fsdp_cpu_ram_efficient_loading": bool(plugin.cpu_ram_efficient_loading),
+        "fsdp_activation_checkpointing": bool(plugin.activation_checkpointing),
+    }
+    for what in (name for name, found in refused.items() if found):
+        fix = f"{FILE}; train.gradient_checkpointing saves memory too"
+        raise DistillError(Exit.TRAINING, WHERE, f"{what} is not supported", fix)
+    return True
+
+
+def wrap(accelerator: Accelerator, student: nn.Module) -> Any:
+    """Return the student ready for several processes: in shards where that is asked, else as accelerate prepares it."""
+    if not asked():
+        return accelerator.prepare(student)
+    if any(not p.is_floating_point() for p in student.parameters()):
+        fix = "load_in_4bit: false, or configs/accelerate/ddp.yaml"
+        raise DistillError(Exit.TRAINING, "student", "quantised weights cannot be sharded", fix)
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    named = [getattr(module, "_no_split_modules", None) or () for module in student.modules()]
+    layers = {name for names in named for name in names}
+    again = bool(FullyShardedDataParallelPlugin().reshard_after_forward)
+    for module in [m for m in student.modules() if type(m).__name__ in layers]:
+        fully_shard(module, mesh=mesh, reshard_after_forward=again)
+    return fully_shard(student, mesh=mesh)
+
+
+@contextmanager
+def no_sync(accelerator: Accelerator, student: Any) -> Iterator[None]:
+    """Keep gradients to this process inside the block: a later pass of the step brings them together."""
+    if not isinstance(student, FSDPModule):
+        with accelerator.no_sync(student):
+            yield
+        return
+    student.set_requires_gradient_sync(False)
+    yield
+    student.set_requires_gradient_sync(True)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor, gathered where processes hold shards of it; each of them must call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(value: Tensor, parameter: Tensor) -> Tensor:
+    """Return a whole tensor where and as `parameter` is: on its device, and this process's shard where it has shards."""
+    value = value.to(parameter.device)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return value
