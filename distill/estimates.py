@@ -70,7 +70,8 @@ def adapter_parameters(shape: Shape, r: int, targets: str | tuple[str, ...]) -> 
     """Return the weights of a LoRA adapter of rank `r`; `targets` as in PEFT."""
     sizes = linear_sizes(shape)
     chosen = sizes if targets == "all-linear" else [n for n in sizes if n in targets]
-    return shape.layers * r * sum(sum(sizes[name]) for name in chosen)
+    head = shape.vocab + shape.hidden if "lm_head" in targets else 0
+    return r * (shape.layers * sum(sum(sizes[name]) for name in chosen) + head)
 
 
 def attention_flops(shape: Shape, tokens: float) -> float:

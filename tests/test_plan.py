@@ -51,9 +51,10 @@ def test_parameters_are_the_model_s(tiny):
     assert body_parameters(shape) + heads == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj")])
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj"), ("q_proj", "lm_head")])
 def test_adapter_parameters_are_peft_s(tmp_path, targets):
-    model = AutoModelForCausalLM.from_pretrained(make_tiny(tmp_path), dtype=torch.float32)
+    folder = make_tiny(tmp_path, tied=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     shape = shape_from_config(model.config.to_dict())
     wrapped = inject(model, 4, 8, 0.0, targets, 0)
     counted = sum(p.numel() for p in parameters(wrapped).values())

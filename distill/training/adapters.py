@@ -45,7 +45,7 @@ def inject(
         with warnings.catch_warnings():
             # PEFT asks for an attribute by its old name, and warns of what is refused below
             warnings.simplefilter("ignore", FutureWarning)
-            warnings.filterwarnings("ignore", "Model with `tie_word_embeddings")
+            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings")
             wrapped = get_peft_model(model, lora)
     except ValueError as error:
         what = str(error).splitlines()[0][:200]
