@@ -576,9 +576,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sampled(self) -> "Config":
-        loss = self.train.loss
-        other = [name for name in loss.soft if name != "forward_kl"]
-        if self.signals.method == "sampled" and (other or (loss.soft and loss.temperature != 1)):
+        loss, own = self.train.loss, self.on_policy
+        parts = [*(loss.soft if self.captures else ()), *([own.divergence] if own.rounds else ())]
+        other = [name for name in parts if name != "forward_kl"]
+        if self.signals.method == "sampled" and (other or (parts and loss.temperature != 1)):
             what = other[0] if other else f"temperature {loss.temperature:g}"
             raise ValueError(
                 f"signals.method sampled is right for ce and forward_kl at temperature 1 only, not for {what}"

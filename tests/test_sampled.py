@@ -113,6 +113,7 @@ def test_training_towards_draws_goes_through(tmp_path):
     [
         ({"train": {"loss": {"jsd": 1}}}, "not for jsd"),
         ({"train": {"loss": {"forward_kl": 1, "temperature": 2}}}, "not for temperature 2"),
+        ({"train": {}, "on_policy": {"rounds": 1}}, "not for jsd"),
         ({"signals": {"method": "sampled", "temperatures": [2]}}, "leave temperatures out"),
         ({"signals": {"method": "sampled", "samples": 256}}, "less than or equal to 255"),
     ],
@@ -120,6 +121,10 @@ def test_training_towards_draws_goes_through(tmp_path):
 def test_a_loss_that_draws_do_not_suit_is_refused(tmp_path, changes, named):
     with pytest.raises(ValueError, match=named):
         make_run(tmp_path, **{"signals": {"method": "sampled"}, **changes})
+
+
+def test_a_live_teacher_needs_no_draws(tmp_path):
+    make_run(tmp_path, signals={"method": "sampled"}, train={"loss": {"jsd": 1, "teacher": "live"}})
 
 
 def test_the_estimate_of_draws_grows_with_their_number():
