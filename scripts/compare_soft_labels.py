@@ -1,0 +1,317 @@
+"""Compare students trained on text alone, on soft labels, and then on their own answers: one teacher, the same tokens.
+
+    distill signals configs/gsm8k.yaml ... 'train.loss={ce: 0.5, forward_kl: 0.5}'
+    python scripts/compare_soft_labels.py runs/gsm8k [KEY=VALUE ...] --seeds 3 --rates 1e-4 3e-4 --json FILE
+
+RUN is a run whose signals are captured; KEY=VALUE changes its training. Each student is a run of its own beside it, with
+RUN's dataset: one that was killed goes on where it was, and what is measured is not measured again. First each kind's
+learning rate is chosen by the loss on the validation answers (one epoch, seed 0); then each kind is trained with every
+seed, and on-policy rounds go on from the soft labels of seed 0. All are measured on the held-out items: the share that
+the task's checker passes, and the loss on the teacher's answers that it passes, in nats a token, item by item.
+"""
+
+import argparse
+import gc
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.table import Table
+
+from distill.cli import open_run
+from distill.config import Config, OnPolicy
+from distill.environment import environment
+from distill.errors import DistillError, Exit, exit_code
+from distill.evaluation.answering import ask, student_responder
+from distill.evaluation.claims import across_seeds, smallest_visible
+from distill.evaluation.items import by_item, held_out_items
+from distill.evaluation.measure import limit
+from distill.evaluation.scorers import passes
+from distill.evaluation.statistics import (
+    Bounds,
+    Estimate,
+    Floats,
+    as_interval,
+    estimate_gap_recovered,
+    estimate_mean,
+)
+from distill.evaluation.words import figure
+from distill.progress import console, say
+from distill.records import Item, Pair, Response
+from distill.run import Run
+from distill.store import read_json, read_records, write_json, write_records
+from distill.tasks import tasks_of_run
+from distill.training import refine, train
+from distill.training.student import answer_loss
+
+KINDS: dict[str, dict[str, float]] = {
+    "text": {"ce": 1.0, "forward_kl": 0.0},
+    "soft": {"ce": 0.5, "forward_kl": 0.5},
+}
+ON_POLICY = "soft, then on-policy"
+SHARE = Bounds(0.0, 1.0)
+COLUMNS = (("right", 3), ("nats", 4), ("gap_recovered", 2))
+COPIED = ("dataset/validation.jsonl", "dropped.jsonl", "prompts.jsonl", "questions.jsonl")
+
+
+class Measured(NamedTuple):
+    """One student on the held-out items: whether each passes, and the loss on each verified answer of the teacher."""
+
+    right_N: Floats
+    nats_M: Floats
+
+    @classmethod
+    def read(cls, path: Path) -> "Measured":
+        """Read what `measure` wrote."""
+        kept = read_json(path)
+        return cls(np.array(kept["right"], float), np.array(kept["nats"], float))
+
+
+class HeldOut(NamedTuple):
+    """The held-out items, and those pairs whose answer of the teacher is right."""
+
+    pairs: list[Pair]
+    items: list[Item]
+    verified: list[int]
+    teacher_N: Floats
+
+    @classmethod
+    def of(cls, base: Run) -> "HeldOut":
+        """Read a run's, and check the teacher's answers."""
+        pairs, items = held_out_items(base)
+        answers = [pair.response for pair in pairs]
+        right_N = np.array(list(marks(base, items, answers)))
+        return cls(pairs, items, np.flatnonzero(right_N == 1).tolist(), right_N)
+
+
+def marks(base: Run, items: Sequence[Item], answers: Sequence[Response]) -> Iterator[float]:
+    """Yield 1 for an answer that its task's checker passes, else 0."""
+    find, given = tasks_of_run(base.folder), by_item(items, answers)
+    for item in items:
+        task = find(item.task)
+        if task is None or task.checker is None:
+            what = "has no checker, and without one nobody can say what is right"
+            raise DistillError(Exit.EVALUATION, f"task {item.task}", what, "use a task with one")
+        yield passes(task.checker, "student")(item, given[item.id]).value or 0.0
+
+
+def student_run(base: Run, name: str, changes: Mapping[str, Any], count: int | None) -> Run:
+    """Return the run of one student, with the first `count` rows of the training data of `base`."""
+    config = base.config
+    settings = config.train.model_copy(update=dict(changes))
+    named = {"name": f"{config.name}-{name}", "store": config.store_folder(), "train": settings}
+    run = Run(config.model_copy(update={**named, "on_policy": OnPolicy()}))
+    if run.path("signals.json").exists():
+        return run
+    pairs = read_records(base.path("dataset/train.jsonl"), Pair)[:count]
+    write_records(run.path("dataset/train.jsonl"), pairs)
+    for file in COPIED:
+        if base.path(file).exists():
+            shutil.copy(base.path(file), run.path(file))
+    made = read_json(base.path("signals.json"))
+    kept = {p.response.id for p in [*pairs, *read_records(run.path(COPIED[0]), Pair)]}
+    rows = {answer: row for answer, row in made["rows"].items() if answer in kept}
+    write_json(run.path("signals.json"), {**made, "rows": rows})
+    return run
+
+
+def trained(run: Run) -> Run:
+    """Train a student, or what is left of it."""
+    with run.lock():
+        if not run.path("training.json").exists():
+            say(f"training {run.folder.name}")
+            train.main(run.config, run)
+    gc.collect()
+    return run
+
+
+def refined(base: Run, soft: Run, count: int | None, settings: Config) -> Run:
+    """Let the student of `soft` go on from its own answers."""
+    run = student_run(base, "on-policy-0", {}, count)
+    rounds = {"train": soft.config.train, "on_policy": settings.on_policy}
+    run = Run(run.config.model_copy(update=rounds))
+    with run.lock():
+        if not run.path("adapter").exists():
+            shutil.copytree(soft.path("adapter"), run.path("adapter"))
+        if not run.path("refined/training.json").exists():
+            refine.main(run.config, run)
+    gc.collect()
+    return run
+
+
+def chosen_rate(base: Run, kind: str, rates: Sequence[float], count: int | None) -> float:
+    """Return the learning rate with the least loss on the validation answers' tokens after an epoch with seed 0."""
+    found = {}
+    for rate in rates if len(rates) > 1 else ():
+        changes = {**training_of(base, kind, rate, 0), "num_train_epochs": 1.0}
+        run = trained(student_run(base, f"{kind}-rate-{rate:g}", changes, count))
+        last = read_json(run.path("training.json"))["validation"][-1]
+        found[rate] = last.get("ce", last["loss"])
+    best = min(found, key=lambda rate: found[rate], default=rates[0])
+    say(f"{kind}: learning rate {best:g} of {found or rates}")
+    return best
+
+
+def training_of(base: Run, kind: str, rate: float, seed: int) -> dict[str, Any]:
+    """Return what one student's training differs in."""
+    loss = base.config.train.loss.model_copy(update=KINDS[kind])
+    return {"loss": loss, "learning_rate": rate, "seed": seed}
+
+
+def measure(base: Run, run: Run | None, held: HeldOut) -> Measured:
+    """Measure a student, or with None the base, on the held-out items; what was measured is read."""
+    path = (run or base).path("measured.json" if run else "measured-base.json")
+    if not path.exists():
+        adapter = run.trained("adapter") if run else None
+        responder, _ = student_responder(base.config, adapter, run.folder.name if run else "base")
+        store = base.config.store_folder() / "responses"
+        prompts = [pair.prompt for pair in held.pairs]
+        answers = ask(responder, prompts, [limit(base.config)] * len(prompts), store)
+        pairs = [held.pairs[i] for i in held.verified]
+        length, date = base.config.train.max_length, responder.date
+        network, tokenizer = responder.network, responder.tokenizer
+        readings = answer_loss(network, tokenizer, pairs, date, length)
+        nats = [reading.loss / max(1, reading.tokens) for reading in readings]
+        write_json(path, {"right": list(marks(base, held.items, answers)), "nats": nats})
+        del responder, network
+        gc.collect()
+    return Measured.read(path)
+
+
+def compare(held: HeldOut, students: Mapping[str, Sequence[Measured]]) -> dict[str, Any]:
+    """Return the table's figures: each kind over its seeds, and soft labels against text, item by item."""
+    items = [item.cluster for item in held.items]
+    verified = [items[i] for i in held.verified]
+    [base] = students["base"]
+    found: dict[str, Any] = {
+        "teacher": {"right": told(estimate_mean(held.teacher_N, items, bounds=SHARE))}
+    }
+    for kind, measured in students.items():
+        right_SN, nats_SM = stacked(measured)
+        scores = (right_SN.mean(0), held.teacher_N, base.right_N)
+        found[kind] = {
+            "seeds": len(measured),
+            "right": told(estimate_mean(right_SN.mean(0), items, bounds=SHARE)),
+            "right_by_seed": right_SN.mean(1).tolist(),
+            "nats": told(estimate_mean(nats_SM.mean(0), verified)),
+            "nats_by_seed": nats_SM.mean(1).tolist(),
+            "gap_recovered": told(estimate_gap_recovered(*scores, items, bounds=SHARE)),
+        }
+    text, soft = (stacked(students[kind]) for kind in KINDS)
+    found["soft - text"] = _difference(text, soft, items, verified)
+    if ON_POLICY in students:
+        one = stacked(students["soft"][:1])
+        found["on-policy - soft"] = _difference(one, stacked(students[ON_POLICY]), items, verified)
+    return found
+
+
+def stacked(measured: Sequence[Measured]) -> tuple[Floats, Floats]:
+    """Lay seeds over each other: (S, N) whether right, (S, M) nats."""
+    return np.stack([m.right_N for m in measured]), np.stack([m.nats_M for m in measured])
+
+
+def _difference(
+    one: tuple[Floats, Floats],
+    two: tuple[Floats, Floats],
+    items: Sequence[str],
+    verified: Sequence[str],
+) -> dict[str, Any]:
+    """Return `two` - `one`, with the seeds' spread where there are several, and the smallest difference to be seen."""
+    found = {}
+    for number, (name, clusters) in enumerate((("right", items), ("nats", verified))):
+        a_SN, b_SN = two[number], one[number]
+        if max(len(a_SN), len(b_SN)) > 1:
+            estimate = across_seeds(a_SN, b_SN, clusters)
+        else:
+            estimate = estimate_mean(a_SN[0] - b_SN[0], clusters)
+        least = smallest_visible(a_SN.mean(0), b_SN.mean(0), clusters)
+        found[name] = {**told(estimate), "smallest_visible": least}
+    return found
+
+
+def told(estimate: Estimate) -> dict[str, Any]:
+    """Return an estimate as JSON."""
+    return {**as_interval(estimate), "n": estimate.n, "method": estimate.method}
+
+
+def teacher_tokens(base: Run, count: int | None) -> dict[str, int]:
+    """Return the tokens that the teacher wrote for the training prompts, and for those answers that are trained on."""
+    kept = read_records(base.path("dataset/train.jsonl"), Pair)
+    rows = [pair.response.usage.output_tokens for pair in kept]
+    responses = read_records(base.path("responses.jsonl"), Response)
+    spare = {p.response.id for p in kept[count:]} if count else set()
+    others = {p.prompt.id for p in held_out_items(base)[0]}
+    others |= {p.prompt.id for p in read_records(base.path(COPIED[0]), Pair)}
+    asked = [r for r in responses if r.prompt_id not in others and r.id not in spare]
+    return {
+        "answers": len(rows[:count]),
+        "tokens": sum(rows[:count]),
+        "tokens_with_dropped": sum(r.usage.output_tokens for r in asked),
+    }
+
+
+def show(found: Mapping[str, Any]) -> None:
+    """Print the figures: a row a kind, and a line a difference."""
+    shown = Table("", "seeds", "right", "nats a token", "gap recovered")
+    for name, row in found.items():
+        if "seeds" in row or name == "teacher":
+            cells = (_within(row.get(key, {}), digits) for key, digits in COLUMNS)
+            shown.add_row(name, str(row.get("seeds", "")), *cells)
+    console.print(shown)
+    for name in (name for name in found if " - " in name):
+        right, nats = found[name]["right"], found[name]["nats"]
+        say(f"{name}: right {_within(right, 3)}, nats a token {_within(nats, 4)}")
+
+
+def _within(estimate: Mapping[str, Any], digits: int) -> str:
+    """Return a number with its interval and, of a difference, the smallest that could be seen."""
+    if estimate.get("mean") is None:
+        return estimate.get("reason", "")
+    mean, low, high = (figure(estimate[key], digits) for key in ("mean", "low", "high"))
+    least = estimate.get("smallest_visible")
+    seen = f" (smallest to be seen {figure(least, digits)})" if least else ""
+    return f"{mean} [{low}, {high}]{seen}"
+
+
+def main() -> None:
+    """Train and measure what is left, and print and write what there is after each student."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
+    parser.add_argument("run", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4])
+    parser.add_argument("--examples", type=int, help="of the training data; all by default")
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    base = open_run(asked.run, asked.overrides)
+    held, students = HeldOut.of(base), dict[str, list[Measured]]()
+    students["base"] = [measure(base, None, held)]
+    rates = {kind: chosen_rate(base, kind, asked.rates, asked.examples) for kind in KINDS}
+
+    def report() -> None:
+        found = compare(held, students) if KINDS.keys() <= students.keys() else {}
+        if not found:
+            return
+        show(found)
+        facts = {"environment": environment(), "config": base.config.resolved(), "rates": rates}
+        tokens = teacher_tokens(base, asked.examples)
+        if asked.json:
+            write_json(asked.json, {**facts, "teacher_tokens": tokens, "found": found})
+
+    for seed in range(asked.seeds):
+        for kind in KINDS:
+            changes = training_of(base, kind, rates[kind], seed)
+            run = trained(student_run(base, f"{kind}-{seed}", changes, asked.examples))
+            students.setdefault(kind, []).append(measure(base, run, held))
+        report()
+        if seed == 0 and base.config.on_policy.rounds:
+            run = refined(base, run, asked.examples, base.config)
+            students[ON_POLICY] = [measure(base, run, held)]
+            report()
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, False))
