@@ -46,16 +46,24 @@ def finished(process: subprocess.Popen, seconds: float = 150) -> str:
         raise
 
 
-@pytest.mark.parametrize("make", [make_run, make_soft_run], ids=["text", "soft labels"])
-def test_two_processes_give_the_losses_and_gradients_of_one(tmp_path, make):
+COPIES, SHARDS = ("--multi_gpu",), ("--config_file", "configs/accelerate/fsdp2.yaml")
+
+
+@pytest.mark.parametrize(
+    ("make", "way"),
+    [(make_run, COPIES), (make_soft_run, SHARDS)],
+    ids=["text", "soft labels in shards"],
+)
+def test_two_processes_give_the_losses_and_gradients_of_one(tmp_path, make, way):
     settings = {"micro_batch_tokens": 300, "num_train_epochs": 1, "lora": {"r": 4, "alpha": 8}}
     one = make(tmp_path, "one", **settings)
     train.main(one.config, one)
     two = make(tmp_path, "two", num_processes=2, **settings)
     config = write_config(two, tmp_path)
-    process = launch("--multi_gpu", "--num_processes", "2", "scripts/train.py", str(config))
+    process = launch(*way, "--num_processes", "2", "scripts/train.py", str(config))
     shown = finished(process)
     assert process.returncode == 0, shown
+    assert ("sharded over 2 processes" in shown) == (way is SHARDS)
     assert two.path("stages/train.json").exists() and len(two.ledger()) == 1
     for row, other in zip(outcome(one)["history"], outcome(two)["history"], strict=True):
         assert row.keys() == other.keys()

@@ -10,34 +10,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from distill.errors import DistillError, Exit
 
-WHERE = "accelerate's fsdp_config"
-FILE = "as in configs/accelerate/fsdp2.yaml"
+REFUSED = ("OFFLOAD_PARAMS", "CPU_RAM_EFFICIENT_LOADING", "ACTIVATION_CHECKPOINTING")
 
 
 def asked() -> bool:
     """Tell whether the launcher asks for shards; raises DistillError (exit 7) where it asks for what is not done here."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return False
-    plugin = FullyShardedDataParallelPlugin()
-    refused = {
-        f"fsdp_version: {plugin.fsdp_version}": plugin.fsdp_version != 2,
-        "fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
-        "fsdp_cpu_ram_efficient_loading": bool(plugin.cpu_ram_efficient_loading),
-        "fsdp_activation_checkpointing": bool(plugin.activation_checkpointing),
-    }
-    for what in (name for name, found in refused.items() if found):
-        fix = f"{FILE}; train.gradient_checkpointing saves memory too"
-        raise DistillError(Exit.TRAINING, WHERE, f"{what} is not supported", fix)
+    found = [f"fsdp_{name.lower()}" for name in REFUSED if parse_flag_from_env(f"FSDP_{name}")]
+    if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
+        found.append(f"fsdp_version: {version}")
+    if found:
+        what, fix = f"{found[0]} is not supported", "use configs/accelerate/fsdp2.yaml"
+        raise DistillError(Exit.TRAINING, "accelerate's fsdp_config", what, fix)
     return True
 
 
@@ -51,7 +45,7 @@ def wrap(accelerator: Accelerator, student: nn.Module) -> Any:
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     named = [getattr(module, "_no_split_modules", None) or () for module in student.modules()]
     layers = {name for names in named for name in names}
-    again = bool(FullyShardedDataParallelPlugin().reshard_after_forward)
+    again = parse_flag_from_env("FSDP_RESHARD_AFTER_FORWARD", default=True)
     for module in [m for m in student.modules() if type(m).__name__ in layers]:
         fully_shard(module, mesh=mesh, reshard_after_forward=again)
     return fully_shard(student, mesh=mesh)

@@ -82,6 +82,7 @@ def main(config: Config, run: Run, allow_inexact: bool = False, start: Path | No
     if not train_file.exists():
         fix = "make it: distill filter CONFIG, or all at once: distill run CONFIG"
         raise DistillError(Exit.TRAINING, train_file, "there is no dataset", fix)
+    shards.asked()  # for what is wrong with that, before accelerate ends over it
     accelerator = start_processes(config, run)
     with interruptible() as interrupt, flushing_denormals():
         loop = Loop(config, run, accelerator, interrupt, start)
