@@ -149,7 +149,7 @@ def require_soft_teacher(run: Run, redo: Sequence[Stage]) -> None:
         require_terms(config.model_copy(update={"teacher": config.soft_teacher()}))
         tokenizer, _ = open_teacher(config)
         if config.soft_teacher().kind == "endpoint":
-            probe(config, run, tokenizer)
+            probe(config, tokenizer)
 
 
 def show_scorecard(run: Run) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from distill.config import Config
 from distill.generation.prices import MILLION, TokenPrice, load_prices
-from distill.generation.wire import read_stored
+from distill.generation.wire import Reply, read_stored
 from distill.records import Record, Response, Usage
 from distill.run import Run
 from distill.store import Log
@@ -188,11 +188,9 @@ def _attempt(log: Log, price: TokenPrice | None, key: str, intent: dict[str, Any
     outcome = log.get("outcome", key)
     if outcome is not None:
         return Attempt(**known, billed=outcome["billed"], what=outcome["what"])
-    identifier, number = key.rsplit(".", 1)
-    stored = log.get("response", identifier)
-    if stored is None or stored["body"].get("attempt") != int(number):
+    reply = _reply(log, key)
+    if reply is None:
         return Attempt(**known, billed="unknown", what="no word of how it ended")
-    reply = read_stored(stored["body"])
     if reply.usage.estimated or reply.usage == Usage():
         return Attempt(**known, billed="unknown", what="answered without a count of tokens")
     usage = reply.usage
@@ -203,6 +201,22 @@ def _attempt(log: Log, price: TokenPrice | None, key: str, intent: dict[str, Any
         input_tokens=usage.input_tokens,
         output_tokens=usage.output_tokens,
     )
+
+
+def bill_of(reply: Reply) -> dict[str, Any]:
+    """Return what a reply says that it took, for a record beside one that is long to read."""
+    return reply.model_dump(mode="json", include={"stop", "usage", "dollars"})
+
+
+def _reply(log: Log, key: str) -> Reply | None:
+    """Return what an attempt brought, as far as money goes, or None where nothing came."""
+    if (noted := log.get("usage", key)) is not None:
+        return Reply.model_validate(noted)
+    identifier, number = key.rsplit(".", 1)
+    stored = log.get("response", identifier)
+    if stored is None or stored["body"].get("attempt") != int(number):
+        return None
+    return read_stored(stored["body"])
 
 
 def attempt_key(identifier: str, number: int) -> str:

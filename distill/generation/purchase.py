@@ -21,13 +21,14 @@ from distill.generation.budget import (
     NOTHING,
     Budget,
     account,
+    bill_of,
     cost,
     most_dollars,
     next_attempt,
 )
 from distill.generation.limits import Gate, Pace, Replicas, backoff, retry_after
 from distill.generation.prices import TokenPrice
-from distill.generation.responder import Raw, Request
+from distill.generation.responder import Raw, Request, Scoring
 from distill.generation.scribe import Scribe
 from distill.generation.tally import Tally
 from distill.generation.transport import Received, post
@@ -286,6 +287,8 @@ class Purchase:
         )
         await self.scribe.write(("response", attempt.identifier, raw.model_dump(mode="json")))
         reply = read_stored(raw.body)
+        if isinstance(attempt.request, Scoring):
+            await self.scribe.write(("usage", attempt.key, bill_of(reply)))
         self._settle(attempt, reply)
         self.straight = 0
         self._hand_on(raw.model_copy(update={"usage": reply.usage}))

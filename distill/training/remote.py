@@ -57,7 +57,14 @@ def fill(cache: Cache, tokenizer: Any, texts: Sequence[Text], config: Config, ru
     One text is asked alone first, so that a server which cannot do it is found for the price of one. Raises
     DistillError (exit 4) where a text has no distributions that can be read; the same command asks again.
     """
-    server = Server(tokenizer, config, run)
+    server = Server(tokenizer, config)
+    try:
+        _fill(cache, server, texts)
+    finally:
+        enter_account(run, server.store)
+
+
+def _fill(cache: Cache, server: "Server", texts: Sequence[Text]) -> None:
     left = [text for text, _ in enter(cache, server, texts)]  # the store has the others
     for part in (left[:1], left[1:]):
         server.ask([example for example, _ in part])
@@ -67,18 +74,18 @@ def fill(cache: Cache, tokenizer: Any, texts: Sequence[Text], config: Config, ru
             raise server.fault(f"answer {example.response_id} {why}{more}")
 
 
-def probe(config: Config, run: Run, tokenizer: Any) -> None:
+def probe(config: Config, tokenizer: Any) -> None:
     """Let the server read a short text, once, before anything else is paid for; raises DistillError as `fill` does."""
-    server = Server(tokenizer, config, run)
+    server = Server(tokenizer, config)
     asked = (Message(role="user", content="How much is 12 + 30?"),)
     ids = (*encode_prompt(tokenizer, asked, config.template_date), *encode_text(tokenizer, "42"))
     text = Example(
         id="probe", response_id="probe", input_ids=ids, weights=(0.0,) + (1.0,) * (len(ids) - 1)
     )
-    server.ask([text])
-    for signal in server.read([text]):
-        if isinstance(signal, str):
-            raise server.fault(f"a first short text {signal}")
+    if isinstance(next(server.read([text])), str):
+        server.ask([text])
+    if isinstance(signal := next(server.read([text])), str):
+        raise server.fault(f"a first short text {signal}")
 
 
 def enter(cache: Cache, server: "Server", texts: Sequence[Text]) -> list[tuple[Text, str]]:
@@ -105,10 +112,10 @@ def _append(cache: Cache, found: list[tuple[Row, Signal]]) -> None:
 
 
 class Server:
-    """The endpoint that reads, and the store of its replies; the run pays."""
+    """The endpoint that reads, and the store of its replies."""
 
-    def __init__(self, tokenizer: Any, config: Config, run: Run) -> None:
-        self.tokenizer, self.settings, self.run = tokenizer, config.signals, run
+    def __init__(self, tokenizer: Any, config: Config) -> None:
+        self.tokenizer, self.settings = tokenizer, config.signals
         asked = scoring_settings(config)
         price = load_prices(config.evaluation.prices).teacher(asked.model)
         self.buyer, self.origin = EndpointResponder(asked, price, config.name), origin_of(asked)
@@ -118,10 +125,7 @@ class Server:
         """Buy a reply for each text, a further one where the last could not be read."""
         with Log(self.store, writable=False) as log:
             requests = [self._next(log, text) for text in texts]
-        try:
-            ask_all(self.buyer, requests, self.store, "signals")
-        finally:
-            enter_account(self.run, self.store)
+        ask_all(self.buyer, requests, self.store, "signals")
 
     def _next(self, log: Log, text: Example) -> Scoring:
         """Return the first request for a text that has no reply yet."""
