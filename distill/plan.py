@@ -108,6 +108,7 @@ def rows(config: Config, work: Scope, device: Device | None, bill: Bill | None =
         dataset,
         *_signals_rows(config, work, student, device),
         _training_row(config, work, student, device),
+        *_refine_rows(config, work, student, device),
         _evaluation_row(config, work, student, device),
         Row("report", "scorecard and report", None, Span(0, 20)),
     ]
@@ -188,8 +189,11 @@ def _training_row(config: Config, work: Scope, side: Side, device: Device | None
     settings = config.train
     model, samples = shape(config.student.model), work.prompts["train"] * KEPT * config.teacher.n
     adapter = adapter_parameters(model, settings.lora.r, settings.lora.target_modules)
+    live = bool(settings.loss.soft) and not config.captures
+    teacher = shape(config.soft_teacher().model) if live else None
     one = [
         training_flops(model, adapter, prompt, answer, settings.gradient_checkpointing)
+        + (forward_flops(teacher, prompt, answer) if teacher else 0)
         for prompt, answer in (
             (side.prompt.low, side.answer.low),
             (side.prompt.high, side.answer.high),
@@ -210,6 +214,29 @@ def _training_row(config: Config, work: Scope, side: Side, device: Device | None
         seconds = (samples * passes + measured) * Span(*one) / device.rate + START
     what = f"{count(Span(max(1, steps.low), max(1, steps.high)))} steps"
     return Row("train", what, tokens, seconds)
+
+
+def _refine_rows(config: Config, work: Scope, side: Side, device: Device | None) -> list[Row]:
+    """Return the line of the on-policy rounds: the student answers, the teacher reads that, the student trains on it."""
+    own, lora = config.on_policy, config.train.lora
+    if not own.rounds:
+        return []
+    student, teacher = shape(config.student.model), shape(config.soft_teacher().model)
+    prompts = work.prompts["train"]
+    asked = Span(min(own.prompts, prompts.low), min(own.prompts, prompts.high)) * own.rounds
+    side = Side(side.prompt, ANSWER * own.max_new_tokens)
+    adapter = adapter_parameters(student, lora.r, lora.target_modules)
+    ends = ((side.prompt.low, side.answer.low), (side.prompt.high, side.answer.high))
+    one = [
+        forward_flops(teacher, prompt, answer)
+        + training_flops(student, adapter, prompt, answer, config.train.gradient_checkpointing)
+        for prompt, answer in ends
+    ]
+    seconds = answering(student, side, asked, device)
+    if seconds and device:
+        seconds = seconds + asked * Span(*one) / device.rate + START * (3 * own.rounds)
+    what = f"{own.rounds} rounds, {count(asked)} answers of the student"
+    return [Row("refine", what, asked * (side.prompt + side.answer), seconds)]
 
 
 def _evaluation_row(config: Config, work: Scope, side: Side, device: Device | None) -> Row:

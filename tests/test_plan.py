@@ -26,7 +26,7 @@ from distill.estimates import (
     training_flops,
 )
 from distill.models import lookup, shape_from_config
-from distill.plan import memory, plan, rows
+from distill.plan import START, memory, plan, rows
 from distill.scope import scope
 from distill.tables import bytes_of, count, duration
 from distill.training.adapters import inject, parameters
@@ -185,6 +185,19 @@ class Free(NamedTuple):
     """A disk with little room."""
 
     free: int
+
+
+def test_rounds_on_policy_and_a_live_teacher_are_in_the_plan():
+    place = [f"corpus.path={ROOT / 'data/gsm8k/sample.jsonl'}"]
+    config = load_config(ROOT / "configs/gsm8k.yaml", place)
+    live = ["train.loss={ce: 0.5, forward_kl: 0.5, teacher: live}", "on_policy.rounds=3"]
+    more = load_config(ROOT / "configs/gsm8k.yaml", [*place, *live])
+    work, device = scope(config), find_device("h100")[0]
+    before, after = ({row.stage: row for row in rows(c, work, device)} for c in (config, more))
+    assert "refine" not in before and "signals" not in after
+    assert after["refine"].work.startswith("3 rounds")
+    one, two = before["train"].seconds, after["train"].seconds
+    assert one and two and two.high - START.high > 1.3 * (one.high - START.high)
 
 
 def test_a_large_folder_is_planned_from_its_bytes(texts, monkeypatch):

@@ -98,7 +98,7 @@ def scorecard(
             **{key: training.get(key) for key in SUMMARY},
             "validation_loss_first": validation[0] if validation else None,
             "validation_loss_best": min(validation, default=None),
-            **({"on_policy": training["on_policy"]} if "on_policy" in training else {}),
+            **{key: training[key] for key in ("loss", "labels", "on_policy") if key in training},
         },
         environment={**evaluation["environment"], "settings": evaluation["settings"]},
         reasons=dict(reasons(parts)),

@@ -284,12 +284,23 @@ def _data(facts: Facts, scorecard: Mapping[str, Any]) -> str:
         f"- answers of the teacher {cell(facts.teacher)}, licence {cell(facts.teacher_licence or UNKNOWN)}",
         f"- {number(training.get('examples'))} examples, {number(training.get('steps'))} steps, "
         f"{number(training.get('tokens'))} tokens",
+        *_soft(training),
         "- LoRA " + ", ".join(f"{words(k)} {cell(v)}" for k, v in facts.lora.items()),
     ]
     whole = {k: v for k, v in (scorecard.get("funnel") or {}).items() if k != "tasks"}
     rows = [(words(k), cell(v)) for k, v in _flat(whole)]
     funnel = "\n\n" + table(("funnel", "count"), rows) if rows else ""
     return "## What it was trained on\n\n" + "\n".join(lines) + funnel
+
+
+def _soft(training: Mapping[str, Any]) -> Iterable[str]:
+    """Yield what was trained towards besides the teacher's words: its distributions, also at the student's own words."""
+    if mix := training.get("loss"):
+        shares = ", ".join(f"{cell(v)} of {words(k)}" for k, v in mix.items())
+        yield f"- loss: {shares}, towards the teacher's distributions ({cell(training['labels'])})"
+    if rounds := training.get("on_policy"):
+        answers, tokens = (sum(each[key] for each in rounds) for key in ("answers", "tokens"))
+        yield f"- then on policy: {len(rounds)} rounds, {number(answers)} answers of the student, {number(tokens)} tokens"
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
