@@ -15,7 +15,7 @@ import httpx2
 import pytest
 
 from distill.cli import main
-from distill.config import Teacher
+from distill.config import Config, Teacher
 from distill.errors import DistillError, Exit
 from distill.generation.asking import encode, origin_of
 from distill.generation.budget import attempts
@@ -23,9 +23,10 @@ from distill.generation.endpoint import EndpointResponder
 from distill.generation.generate import answer_all
 from distill.generation.local import LocalResponder
 from distill.generation.responder import Request, Sampling
-from distill.models import fetch
+from distill.models import fetch, load_tokenizer
 from distill.records import Message, Prompt, Response
 from distill.store import Log, read_records
+from distill.training.remote import probe
 from tests.tiny import TEMPLATE, make_tiny, make_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -196,6 +197,26 @@ def test_what_no_request_could_pass_stops_the_run_at_once(
     assert stopped.value.code == Exit.TEACHER
     with Log(tmp_path, writable=False) as log:
         assert [a.billed for a in attempts(log, None)] == ["no"]
+
+
+def test_a_server_that_tells_no_distributions_is_found_by_one_short_text(
+    servers: tuple[Server, Server], models: Path, tmp_path: Path
+) -> None:
+    config = Config.model_validate(
+        {
+            "name": "x",
+            "runs": tmp_path,
+            "corpus": {"source": "python-docs"},
+            "teacher": settings(servers[0]),
+            "student": {"model": str(models / "tiny")},
+            "train": {"loss": {"forward_kl": 1}},
+        }
+    )
+    with pytest.raises(
+        DistillError, match=r"prompt_logprobs.*\(signals need a server that gives"
+    ) as e:
+        probe(config, load_tokenizer(config.student.model))
+    assert e.value.code == Exit.TEACHER
 
 
 def slice_of_the_quickstart(folder: Path, url: str) -> list[str]:
