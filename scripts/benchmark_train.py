@@ -38,10 +38,20 @@ STEP_TOKENS = 2048
 Side = Callable[[Sequence[Example]], float]  # trains on samples, returns seconds
 
 
-class Ours:
-    """Our loop: steps of about 2048 tokens, as `distill train` takes them."""
+def since(start: float) -> float:
+    """Return the seconds since `start`, after what a GPU has left to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
-    def __init__(self, reference: str) -> None:
+
+class Ours:
+    """Our loop: steps and micro-batches of about so many tokens, by default as `distill train` takes them."""
+
+    def __init__(
+        self, reference: str, step_tokens: int = STEP_TOKENS, limit: int = MICRO_BATCH_TOKENS
+    ) -> None:
+        self.step_tokens, self.limit = step_tokens, limit
         model = adapters.inject(
             models.load_model(reference), RANK, ALPHA, 0.0, "all-linear", seed=0
         )
@@ -62,7 +72,7 @@ class Ours:
         """Take one optimizer step; returns its loss, in nats a supervised token."""
         count, total = sum(sum(example.weights) for example in examples), 0.0
         lengths = [len(example.input_ids) for example in examples]
-        for samples in micro_batches(range(len(examples)), lengths, MICRO_BATCH_TOKENS):
+        for samples in micro_batches(range(len(examples)), lengths, self.limit):
             loss = self.loss([examples[i] for i in samples]) / count
             loss.backward()
             total += loss.item()
@@ -74,9 +84,9 @@ class Ours:
     def __call__(self, examples: Sequence[Example]) -> float:
         """Train on samples; returns seconds."""
         lengths, start = [len(e.input_ids) for e in examples], time.perf_counter()
-        for step in micro_batches(range(len(examples)), lengths, STEP_TOKENS):
+        for step in micro_batches(range(len(examples)), lengths, self.step_tokens):
             self.step([examples[i] for i in step])
-        return time.perf_counter() - start
+        return since(start)
 
 
 def padded(rows: Sequence[Example]) -> dict[str, torch.Tensor]:
@@ -91,8 +101,8 @@ def padded(rows: Sequence[Example]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def plain(reference: str, by_length: bool) -> Side:
-    """Return the plain loop: transformers' loss over padded batches of 8, PEFT's own forward."""
+def plain(reference: str, by_length: bool, batch: int = BATCH) -> Side:
+    """Return the plain loop: transformers' loss over padded batches, PEFT's own forward."""
     lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     model: Any = get_peft_model(models.load_model(reference), lora).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
@@ -100,17 +110,18 @@ def plain(reference: str, by_length: bool) -> Side:
     def train(examples: Sequence[Example]) -> float:
         order = sorted(examples, key=lambda e: len(e.input_ids)) if by_length else list(examples)
         start = time.perf_counter()
-        for place in range(0, len(order), BATCH):
-            model(**padded(order[place : place + BATCH])).loss.backward()
+        for place in range(0, len(order), batch):
+            rows = padded(order[place : place + batch])
+            model(**{name: t.to(model.device) for name, t in rows.items()}).loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        return time.perf_counter() - start
+        return since(start)
 
     return train
 
 
-def trl(reference: str, packing: bool) -> Side:
+def trl(reference: str, packing: bool, batch: int | None = None) -> Side:
     """Return TRL's SFTTrainer over the same ids, its own set-up left out of the time."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports]
@@ -126,7 +137,7 @@ def trl(reference: str, packing: bool) -> Side:
             settings = SFTConfig(
                 output_dir=folder,
                 num_train_epochs=1,
-                per_device_train_batch_size=2 if packing else BATCH,
+                per_device_train_batch_size=batch or (2 if packing else BATCH),
                 packing=packing,
                 max_length=1024,
                 learning_rate=RATE,
