@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from distill.training.packing import Segment
+from distill.training.transfer import send
 
 NAME = "packed"
 BLOCK = 128  # queries at a time: what lies above the diagonal is skipped block by block
@@ -191,7 +192,7 @@ def _bounds(segments: tuple[Segment, ...], device: torch.device) -> tuple[Tensor
     """Return the bounds between segments on the device, copied once for all layers, and the longest length."""
     lengths = [segment.end - segment.start for segment in segments]
     with torch.inference_mode(False):  # a training step may meet what a measurement made
-        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        ends = send(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
     return ends, max(lengths)
 
 

@@ -32,6 +32,7 @@ from distill.training.signals import (
     token_hash,
 )
 from distill.training.targets import Live, SoftTargets
+from distill.training.transfer import send
 
 AGAIN = "distill signals CONFIG --redo captures what is missing"
 
@@ -69,7 +70,7 @@ class CachedLabels:
         offsets_N1 = np.concatenate([[0], np.cumsum(signal.counts_N, dtype=np.int64)])
         ids_M = signal.ids_E.astype(np.int64)
         arrays = (ids_M, signal.logs(), offsets_N1, signal.rest_N, tail_N)
-        return SoftTargets(*(None if a is None else torch.tensor(a, device=device) for a in arrays))  # pyright: ignore[reportArgumentType]
+        return SoftTargets(*(None if a is None else send(torch.tensor(a), device) for a in arrays))  # pyright: ignore[reportArgumentType]
 
 
 def mixed_loss(

@@ -27,6 +27,7 @@ from distill.training.layers import fuse, unfuse
 from distill.training.losses import cross_entropy, read_targets
 from distill.training.packing import Segment, pack
 from distill.training.targets import Live, SoftTargets
+from distill.training.transfer import send
 
 PROBE = (7, 12)  # lengths of the two samples that the probe packs
 MEASURED_TOKENS = 2048  # in a batch whose loss is only measured
@@ -59,17 +60,16 @@ class Batch:
             for sample, example in enumerate(examples)
             for i in learned[sample]
         ]
-        places, ids, owners = (
-            torch.tensor(targets, dtype=torch.long).view(-1, 3).to(device).unbind(1)
-        )
+        columns = send(torch.tensor(targets, dtype=torch.long).view(-1, 3), device)
+        places, ids, owners = columns.unbind(1)
         weights = [e.weights[i] for own, e in zip(learned, examples, strict=True) for i in own]
         return cls(
-            torch.tensor(row.ids, device=device),
-            torch.cat(positions).to(device),
+            send(torch.tensor(row.ids), device),
+            send(torch.cat(positions), device),
             tuple(row.segments),
             places,
             ids,
-            torch.tensor(weights, dtype=torch.float32, device=device),
+            send(torch.tensor(weights, dtype=torch.float32), device),
             owners,
         )
 
