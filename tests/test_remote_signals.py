@@ -16,9 +16,10 @@ from distill.config import Config, Signals, load_config
 from distill.errors import DistillError, Exit
 from distill.generation.budget import account
 from distill.models import load_model, load_tokenizer
+from distill.records import Document, Message, Prompt
 from distill.run import Run
 from distill.stages import STAGES
-from distill.store import Log, write_json
+from distill.store import Log, write_json, write_records
 from distill.training import capture, labels, remote
 from distill.training.signals import Cache
 from tests.buying import KEY
@@ -333,7 +334,16 @@ def test_a_run_finds_before_it_pays_that_the_server_tells_nothing(tmp_path, scor
         server.script = scorer
         for _ in range(2):  # the short text is paid once
             remote.probe(run.config, scorer.tokenizer)
-    assert len(server.payloads) == 2 and "404" in capsys.readouterr().err
+        assert len(server.payloads) == 2 and "404" in capsys.readouterr().err
+        document = Document.make("text", "x", {"split": "train"})
+        prompt = Prompt.make((Message(role="user", content="why?"),), document.id, "chat")
+        write_records(run.path("documents.jsonl"), [document])
+        write_records(run.path("prompts.jsonl"), [prompt])
+        run.perform(next(stage for stage in STAGES if stage.name == "generate"))
+        signals_stage(run)
+    local, far = run.ledger()  # each stage's tokens are its own
+    assert (local.attempts, far.attempts) == (0, 14) and local.output_tokens > 0
+    assert far.input_tokens == sum(len(payload["prompt"]) for payload in server.payloads[1:])
 
 
 def test_the_plan_says_what_a_server_must_list_and_what_reading_costs(tmp_path):

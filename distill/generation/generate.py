@@ -55,7 +55,8 @@ def main(config: Config, run: Run, crew: Crew | None = None) -> None:
     try:
         _generate(config, run, teacher, documents, prompts, folder, crew)
     finally:
-        enter_account(run, folder)
+        if config.teacher.kind == "endpoint":  # others that are paid enter what they take themselves
+            enter_account(run, folder)
 
 
 def _generate(
