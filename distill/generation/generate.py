@@ -55,7 +55,9 @@ def main(config: Config, run: Run, crew: Crew | None = None) -> None:
     try:
         _generate(config, run, teacher, documents, prompts, folder, crew)
     finally:
-        if config.teacher.kind == "endpoint":  # others that are paid enter what they take themselves
+        if (
+            config.teacher.kind == "endpoint"
+        ):  # others that are paid enter what they take themselves
             enter_account(run, folder)
 
 
