@@ -4,9 +4,9 @@
     python scripts/compare_soft_labels.py runs/gsm8k [KEY=VALUE ...] --seeds 3 --rates 1e-4 3e-4 --json FILE
 
 RUN is a run whose signals are captured; KEY=VALUE changes its training. Each student is a run of its own beside it, with
-RUN's dataset: one that was killed goes on where it was, and what is measured is not measured again. First each kind's
-learning rate is chosen by the loss on the validation answers (one epoch, seed 0); then each kind is trained with every
-seed, and on-policy rounds go on from the soft labels of seed 0. All are measured on the held-out items: the share that
+RUN's dataset: one that was killed goes on where it was, and what is measured is not measured again. Each kind is trained
+with every learning rate on seed 0; the rate with the least loss on the validation answers' tokens stays for the other
+seeds, and on-policy rounds go on from the soft labels of seed 0. All are measured on the held-out items: the share that
 the task's checker passes, and the loss on the teacher's answers that it passes, in nats a token, item by item.
 """
 
@@ -143,22 +143,21 @@ def refined(base: Run, soft: Run, count: int | None, settings: Config) -> Run:
 
 
 def chosen_rate(base: Run, kind: str, rates: Sequence[float], count: int | None) -> float:
-    """Return the learning rate with the least loss on the validation answers' tokens after an epoch with seed 0."""
+    """Return the learning rate with the least loss on the validation answers' tokens with seed 0."""
     found = {}
-    for rate in rates if len(rates) > 1 else ():
-        changes = {**training_of(base, kind, rate, 0), "num_train_epochs": 1.0}
-        run = trained(student_run(base, f"{kind}-rate-{rate:g}", changes, count))
-        last = read_json(run.path("training.json"))["validation"][-1]
-        found[rate] = last.get("ce", last["loss"])
-    best = min(found, key=lambda rate: found[rate], default=rates[0])
-    say(f"{kind}: learning rate {best:g} of {found or rates}")
+    for rate in rates:
+        training = read_json(student(base, kind, rate, 0, count).path("training.json"))
+        found[rate] = min(row.get("ce", row["loss"]) for row in training["validation"])
+    best = min(found, key=lambda rate: found[rate])
+    say(f"{kind}: learning rate {best:g} of {found}")
     return best
 
 
-def training_of(base: Run, kind: str, rate: float, seed: int) -> dict[str, Any]:
-    """Return what one student's training differs in."""
+def student(base: Run, kind: str, rate: float, seed: int, count: int | None) -> Run:
+    """Return the run of one student, trained."""
     loss = base.config.train.loss.model_copy(update=KINDS[kind])
-    return {"loss": loss, "learning_rate": rate, "seed": seed}
+    changes = {"loss": loss, "learning_rate": rate, "seed": seed}
+    return trained(student_run(base, f"{kind}-{rate:g}-{seed}", changes, count))
 
 
 def measure(base: Run, run: Run | None, held: HeldOut) -> Measured:
@@ -303,8 +302,7 @@ def main() -> None:
 
     for seed in range(asked.seeds):
         for kind in KINDS:
-            changes = training_of(base, kind, rates[kind], seed)
-            run = trained(student_run(base, f"{kind}-{seed}", changes, asked.examples))
+            run = student(base, kind, rates[kind], seed, asked.examples)
             students.setdefault(kind, []).append(measure(base, run, held))
         report()
         if seed == 0 and base.config.on_policy.rounds:

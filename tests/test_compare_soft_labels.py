@@ -58,4 +58,4 @@ def test_every_student_is_trained_once_on_the_same_answers_and_measured_on_the_s
     assert found["soft - text"]["nats"]["mean"] == pytest.approx(both)
     assert first["teacher_tokens"]["answers"] == 6
     names = {p.parent.parent.name for p in weights}
-    assert {"tiny-text-0", "tiny-soft-1", "tiny-text-rate-0.001", "refined"} <= names
+    assert {"tiny-text-0.001-0", "tiny-text-0.002-0", "tiny-soft-0.002-1", "refined"} <= names
