@@ -30,18 +30,18 @@ from distill.records import Example, Message, Pair, Prompt, Response
 from distill.store import write_json
 from distill.tables import table
 from distill.training.batches import micro_batches
-from distill.training.capture import PASS_TOKENS, capture
+from distill.training.capture import PASS_TOKENS, keep, read_head
 from distill.training.divergences import soft_loss
 from distill.training.encode import encode_pair
 from distill.training.labels import CachedLabels
-from distill.training.signals import Signal, supervised_ids
+from distill.training.signals import Signal, starts, supervised_ids
 from distill.training.student import Student, make_student
 from distill.training.targets import Live, SoftTargets
 
 RANK, PARTS = 16, 8
 
 
-class Read(NamedTuple):
+class Reading(NamedTuple):
     """What both models make of a text: their states at N supervised positions, and the tokens that follow."""
 
     teacher_ND: Tensor
@@ -70,28 +70,40 @@ def first(examples: Sequence[Example], tokens: int) -> list[Example]:
 
 
 @torch.inference_mode()
-def states(student: Student, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """Return a model's states at the supervised positions, in the examples' order, and the tokens that follow."""
+def read(
+    student: Student, examples: Sequence[Example], vocabulary: int, settings: Sequence[Signals] = ()
+) -> tuple[Tensor, Tensor, list[Signal]]:
+    """Return a model's states at the supervised positions, in the examples' order, the tokens that follow, and a signal
+    for each setting."""
     lengths, found = [len(example.input_ids) for example in examples], dict[int, Any]()
     for samples in micro_batches(range(len(examples)), lengths, PASS_TOKENS):
         batch = student.batch([examples[i] for i in samples])
         counts = [len(supervised_ids(examples[i])) for i in samples]
-        rows = zip(student.states(batch).split(counts), batch.targets_S.split(counts), strict=True)
-        found |= dict(zip(samples, rows, strict=True))
-    both = zip(*(found[i] for i in range(len(examples))), strict=True)
-    hidden_ND, targets_N = (torch.cat(part) for part in both)
-    return hidden_ND.clone(), targets_N.clone()
+        own = [starts(examples[i].id, count) for i, count in zip(samples, counts, strict=True)]
+        starts_S = torch.tensor(np.concatenate(own))
+        kept: list[list[Signal]] = [[] for _ in settings]
+        for part, logs_SV in read_head(student, batch, vocabulary) if settings else ():
+            for signals, setting in zip(kept, settings, strict=True):
+                signals.append(keep(logs_SV.clone(), starts_S[part], setting))
+        split = [Signal.join(signals).split(counts) for signals in kept]
+        columns = (student.states(batch).split(counts), batch.targets_S.split(counts), *split)
+        found |= dict(zip(samples, zip(*columns, strict=True), strict=True))
+    hidden, targets, *split = zip(*(found[i] for i in range(len(examples))), strict=True)
+    joined = [Signal.join(signals) for signals in split]
+    return torch.cat(hidden).clone(), torch.cat(targets).clone(), joined
 
 
-def gradient(read: Read, head_VD: Tensor, soft: SoftTargets | Live, part: slice) -> Tensor:
+def gradient(reading: Reading, head_VD: Tensor, soft: SoftTargets | Live, part: slice) -> Tensor:
     """Return the gradient (V, R) of an adapter's B on the student's head, summed over a part of the tokens."""
     make = torch.Generator().manual_seed(0)
-    down = torch.randn(read.student_ND.shape[1], RANK, generator=make)
-    hidden_SD = read.student_ND[part].float()
+    down = torch.randn(reading.student_ND.shape[1], RANK, generator=make)
+    hidden_SD = reading.student_ND[part].float()
     up_VR = torch.zeros(len(head_VD), RANK, requires_grad=True)
     wide, heads = torch.cat([hidden_SD, hidden_SD @ down], 1), (head_VD, up_VR)
     weights_S = torch.ones(len(hidden_SD))
-    total, *_ = soft_loss(wide, heads, read.targets_N[part], weights_S, soft, {"forward_kl": 1.0})
+    total, *_ = soft_loss(
+        wide, heads, reading.targets_N[part], weights_S, soft, {"forward_kl": 1.0}
+    )
     total.backward()
     assert up_VR.grad is not None
     return up_VR.grad
@@ -104,11 +116,11 @@ def targets(signal: Signal) -> SoftTargets:
 
 
 def errors(
-    read: Read, heads: tuple[Tensor, Tensor], signals: Sequence[Signal]
+    reading: Reading, heads: tuple[Tensor, Tensor], signals: Sequence[Signal]
 ) -> list[tuple[float, float]]:
     """Return each signal's relative error of the gradient: the mean of the parts', and that of the whole."""
     teacher_VD, student_VD = heads
-    count = len(read.targets_N)
+    count = len(reading.targets_N)
     bounds = np.linspace(0, count, PARTS + 1).astype(int)
     lengths = np.diff(bounds).tolist()
     cut = [list(signal.split(lengths)) for signal in signals]
@@ -117,11 +129,11 @@ def errors(
     with tracking("gradients", PARTS, "parts") as tracker:
         for number, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
             part = slice(int(start), int(end))
-            live = Live(read.teacher_ND[part], teacher_VD, len(student_VD))
-            exact_VR = gradient(read, student_VD, live, part)
+            live = Live(reading.teacher_ND[part], teacher_VD, len(student_VD))
+            exact_VR = gradient(reading, student_VD, live, part)
             whole_VR += exact_VR
             for place, parts in enumerate(cut):
-                off_VR = gradient(read, student_VD, targets(parts[number]), part) - exact_VR
+                off_VR = gradient(reading, student_VD, targets(parts[number]), part) - exact_VR
                 found[place].append(float(off_VR.norm() / exact_VR.norm()))
                 wrong[place] += off_VR
             tracker.advance(1)
@@ -143,10 +155,10 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Return the figures of a text, a row for each setting."""
     teacher, student = both
-    signals = [capture(teacher, V, examples, setting) for setting in settings]
-    (teacher_ND, targets_N), (student_ND, _) = (states(model, examples) for model in both)
+    teacher_ND, targets_N, signals = read(teacher, examples, V, settings)
+    student_ND, *_ = read(student, examples, V)
     heads = (teacher.head()[0][:V], student.head()[0][:V].float())
-    off = errors(Read(teacher_ND, student_ND, targets_N), heads, signals)
+    off = errors(Reading(teacher_ND, student_ND, targets_N), heads, signals)
     return [
         {
             "text": name,
