@@ -31,48 +31,68 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distill.training.losses import Head, Measure, apply_at_head, score_tokens
+from distill.training.losses import Head, Measure, apply_at_head, normalise, score_tokens
 from distill.training.targets import Live, SoftTargets
-
-# Of log-probabilities of P and Q (R, O), the values (R,) and their slopes by the logits of Q (R, O).
-Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 FLOOR = -80.0  # the log-probability of what does not happen: finite, and exp() of it nothing beside 1, yet no denormal
 LEAST_REST = 2.0**-24  # a remainder of 0 is one below float32's resolution
 TINY = torch.finfo(torch.float32).tiny
 
 
-def forward_kl(teacher_RO: Tensor, student_RO: Tensor) -> tuple[Tensor, Tensor]:
+class Distribution(NamedTuple):
+    """Probabilities (R, O) and their logarithms, in float32."""
+
+    probs: Tensor
+    logs: Tensor
+
+    @classmethod
+    def over_words(cls, logits_RV: Tensor, temperature: float) -> "Distribution":
+        """Return softmax(z / T) of a whole vocabulary."""
+        probs_RV, sums_R1 = normalise(logits_RV, temperature)
+        z_RV = logits_RV if temperature == 1 else logits_RV.float() / temperature
+        return cls(probs_RV, z_RV - sums_R1)
+
+    @classmethod
+    def over_table(cls, table_RO: Tensor) -> "Distribution":
+        """Return the softmax of a table of outcomes, some of which may not happen."""
+        logs_RO = torch.log_softmax(table_RO, -1).clamp_min(FLOOR)
+        return cls(logs_RO.exp(), logs_RO)
+
+
+# Of P and Q, the values (R,) and their slopes by the logits of Q (R, O).
+Divergence = Callable[[Distribution, Distribution], tuple[Tensor, Tensor]]
+
+
+def forward_kl(teacher: Distribution, student: Distribution) -> tuple[Tensor, Tensor]:
     """Return KL(P || Q) and its slope, Q - P."""
-    p = teacher_RO.exp()
-    values = torch.linalg.vecdot(p, teacher_RO - student_RO)
-    return values, student_RO.exp().sub_(p)
+    values = torch.linalg.vecdot(teacher.probs, teacher.logs - student.logs)
+    return values, student.probs - teacher.probs
 
 
-def reverse_kl(teacher_RO: Tensor, student_RO: Tensor) -> tuple[Tensor, Tensor]:
+def reverse_kl(teacher: Distribution, student: Distribution) -> tuple[Tensor, Tensor]:
     """Return KL(Q || P) and its slope, Q (log Q / P - KL)."""
-    q, gap = student_RO.exp(), student_RO - teacher_RO
-    values = torch.linalg.vecdot(q, gap)
-    return values, gap.sub_(values[:, None]).mul_(q)
+    gap = student.logs - teacher.logs
+    values = torch.linalg.vecdot(student.probs, gap)
+    return values, gap.sub_(values[:, None]).mul_(student.probs)
 
 
-def jsd(teacher_RO: Tensor, student_RO: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def jsd(teacher: Distribution, student: Distribution, beta: float) -> tuple[Tensor, Tensor]:
     """Return the generalised Jensen-Shannon divergence and its slope, (1 - beta) Q (log Q / M - KL(Q || M))."""
-    p, q = teacher_RO.exp(), student_RO.exp()
+    (p, log_p), (q, log_q) = teacher, student
     mixed = torch.lerp(q, p, beta).clamp_min_(TINY).log_()
-    gap = student_RO - mixed
+    gap = log_q - mixed
     back = torch.linalg.vecdot(q, gap)
-    values = beta * torch.linalg.vecdot(p, mixed.neg_().add_(teacher_RO)) + (1 - beta) * back
-    return values, gap.sub_(back[:, None]).mul_(q.mul_(1 - beta))
+    values = beta * torch.linalg.vecdot(p, mixed.neg_().add_(log_p)) + (1 - beta) * back
+    return values, gap.sub_(back[:, None]).mul_(q).mul_(1 - beta)
 
 
-def skew_kl(teacher_RO: Tensor, student_RO: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def skew_kl(teacher: Distribution, student: Distribution, alpha: float) -> tuple[Tensor, Tensor]:
     """Return KL(P || M), M = alpha P + (1 - alpha) Q, and its slope, Q sum(A) - A with A = (1 - alpha) P Q / M."""
-    p, q = teacher_RO.exp(), student_RO.exp()
+    (p, log_p), q = teacher, student.probs
     mixed = torch.lerp(q, p, alpha).clamp_min_(TINY)
     moved = (p * q).div_(mixed).mul_(1 - alpha)
-    values = torch.linalg.vecdot(p, mixed.log_().neg_().add_(teacher_RO))
-    return values, q.mul_(moved.sum(1, keepdim=True)).sub_(moved)
+    values = torch.linalg.vecdot(p, mixed.log_().neg_().add_(log_p))
+    return values, (q * moved.sum(1, keepdim=True)).sub_(moved)
 
 
 class Mixture(NamedTuple):
@@ -105,12 +125,12 @@ class Mixture(NamedTuple):
         found = tuple(known[name] for name in soft)
         return cls(names, weights, mix.get("ce", 0.0), found, temperature)
 
-    def diverge(self, teacher_RO: Tensor, student_RO: Tensor) -> tuple[list[Tensor], Tensor]:
+    def diverge(self, teacher: Distribution, student: Distribution) -> tuple[list[Tensor], Tensor]:
         """Return each divergence's values, T^2 included, and the slope of their sum by the student's logits."""
-        slope, values = torch.zeros_like(student_RO), []
+        slope, values = torch.zeros_like(student.probs), []
         weights = self.weights[len(self.weights) - len(self.divergences) :]
         for divergence, weight in zip(self.divergences, weights, strict=True):
-            value, own = divergence(teacher_RO, student_RO)
+            value, own = divergence(teacher, student)
             values.append(value * self.temperature**2)
             slope.add_(own, alpha=weight * self.temperature)  # T^2, and d(z / T) / dz
         return values, slope
@@ -158,11 +178,9 @@ def _against_teacher(mixture: Mixture, live: Live, targets_S: Tensor, block: sli
 
     def measure(strip: slice, logits_RV: Tensor) -> Tensor:
         known_RV = logits_RV[:, : live.vocabulary]
-        logs = [
-            torch.log_softmax(z.float() / mixture.temperature, -1)
-            for z in (teacher_RV[strip], known_RV)
-        ]
-        values, slope = mixture.diverge(*logs)
+        both = (teacher_RV[strip], known_RV)
+        found = [Distribution.over_words(z, mixture.temperature) for z in both]
+        values, slope = mixture.diverge(*found)
         if mixture.hard:
             value, own = score_tokens(logits_RV, targets_R[strip])
             values.insert(0, value)
@@ -211,10 +229,9 @@ class _Lists(NamedTuple):
         tails_R = self.tails_R[start : start + count]
         return _Lists(self.rows_M[part] - start, *entries, tails_R, offsets)
 
-    def teacher(self) -> Tensor:
-        """Return log P of the outcomes (R, O)."""
-        table_RO = self.table(self.logits_M, self.tails_R)
-        return torch.log_softmax(table_RO, -1).clamp_min(FLOOR)
+    def teacher(self) -> Distribution:
+        """Return P of the outcomes."""
+        return Distribution.over_table(self.table(self.logits_M, self.tails_R))
 
     def table(self, entries_M: Tensor, tails_R: Tensor) -> Tensor:
         """Return the outcomes' logits (R, O): tails in the first column, -inf where a list is shorter than the longest."""
@@ -224,16 +241,14 @@ class _Lists(NamedTuple):
         table_RO[self.rows_M, self.columns_M] = entries_M
         return table_RO
 
-    def fold(self, logits_RV: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the student's outcomes' logits (R, O) and its tails (R,); the logits become exp() of the unlisted."""
-        at = (self.rows_M, self.ids_M)
-        listed_M = logits_RV[at]
-        logits_RV[at] = -inf
-        tails_R = logits_RV.exp_().sum(1)
-        return self.table(listed_M, tails_R.log()), tails_R
+    def fold(self, logs_M: Tensor, probs_RV: Tensor) -> tuple[Distribution, Tensor]:
+        """Return the student's Q of the outcomes and its tails (R,); the probabilities become those of the unlisted."""
+        probs_RV[self.rows_M, self.ids_M] = 0
+        tails_R = probs_RV.sum(1)
+        return Distribution.over_table(self.table(logs_M, tails_R.log())), tails_R
 
     def unfold(self, slope_RO: Tensor, tails_R: Tensor, unlisted_RV: Tensor) -> None:
-        """Turn exp() of the unlisted logits into the slope of all: the tail's is shared out in proportion."""
+        """Turn the unlisted probabilities into the slope of all: the tail's is shared out in proportion."""
         unlisted_RV.mul_((slope_RO[:, 0] / tails_R.clamp_min(TINY))[:, None])
         unlisted_RV[self.rows_M, self.ids_M] = slope_RO[self.rows_M, self.columns_M]
 
@@ -245,21 +260,20 @@ def _against_lists(mixture: Mixture, all_lists: _Lists, targets_S: Tensor, block
     def measure(strip: slice, logits_RV: Tensor) -> Tensor:
         lists, targets = all_lists.cut(block.start + strip.start, len(logits_RV)), targets_R[strip]
         apart = score_tokens(logits_RV, targets) if mixture.temperature != 1 and hard else None
-        z_RV = (logits_RV - logits_RV.amax(1, keepdim=True).float()).div_(mixture.temperature)
-        aims = z_RV.gather(1, targets[:, None]).squeeze(1)
-        table_RO, tails = lists.fold(z_RV)
-        student_RO = torch.log_softmax(table_RO, -1).clamp_min(FLOOR)
-        values, slope_RO = mixture.diverge(lists.teacher(), student_RO)
+        probs_RV, sums_R1 = normalise(logits_RV, mixture.temperature)
+        logs_M = logits_RV[lists.rows_M, lists.ids_M].float() / mixture.temperature
+        student, tails = lists.fold(logs_M - sums_R1[lists.rows_M, 0], probs_RV)
+        values, slope_RO = mixture.diverge(lists.teacher(), student)
         if hard and not apart:
-            values.insert(0, table_RO.logsumexp(1) - aims)
-            slope_RO.add_(student_RO.exp(), alpha=hard)
-        lists.unfold(slope_RO, tails, z_RV)
+            values.insert(0, (sums_R1 - logits_RV.gather(1, targets[:, None])).squeeze(1))
+            slope_RO.add_(student.probs, alpha=hard)
+        lists.unfold(slope_RO, tails, probs_RV)
         if hard and not apart:
-            z_RV[torch.arange(len(targets), device=targets.device), targets] -= hard
+            probs_RV[torch.arange(len(targets), device=targets.device), targets] -= hard
         elif apart:
             values.insert(0, apart[0])
-            z_RV.add_(apart[1], alpha=hard)
-        logits_RV.copy_(z_RV)
+            probs_RV.add_(apart[1], alpha=hard)
+        logits_RV.copy_(probs_RV)
         return torch.stack(values)
 
     return measure

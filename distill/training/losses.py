@@ -135,13 +135,22 @@ def _block_rows(head_VD: Tensor) -> int:
     return max(16, size // (head_VD.element_size() * head_VD.shape[0]))
 
 
+def normalise(logits_RV: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return softmax(z / T) (R, V) and log sum exp(z / T) (R, 1), both float32.
+
+    The sum is read off the likeliest entry: a CPU's softmax takes less than its exp or logsumexp does.
+    """
+    z_RV = logits_RV.float() if temperature == 1 else logits_RV.float() / temperature
+    probs_RV = torch.softmax(z_RV, -1)
+    return probs_RV, z_RV.amax(1, keepdim=True) - probs_RV.amax(1, keepdim=True).log_()
+
+
 def score_tokens(logits_RV: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
     """Return -log p(target) in nats (R,) and its slope by the logits (R, V), both float32."""
-    logs = torch.log_softmax(logits_RV.float(), -1)
-    values = -logs.gather(1, targets_R[:, None]).squeeze(1)
-    slope = logs.exp_()
-    slope[torch.arange(len(slope), device=slope.device), targets_R] -= 1
-    return values, slope
+    slope_RV, sums_R1 = normalise(logits_RV)
+    values = (sums_R1 - logits_RV.gather(1, targets_R[:, None])).squeeze(1)
+    slope_RV[torch.arange(len(slope_RV), device=slope_RV.device), targets_R] -= 1
+    return values, slope_RV
 
 
 def cross_entropy(
@@ -182,6 +191,6 @@ def read_targets(
         logits_RV = torch.nn.functional.linear(hidden_SD[start : start + rows], head_VD, bias_V)
         hits.append(logits_RV.argmax(-1) == targets_R)
         for strip in _strips(logits_RV):
-            logs = torch.log_softmax(logits_RV[strip].float(), -1)
-            losses.append(-logs.gather(1, targets_R[strip, None]).squeeze(1))
+            _, sums_R1 = normalise(logits_RV[strip])
+            losses.append((sums_R1 - logits_RV[strip].gather(1, targets_R[strip, None])).squeeze(1))
     return torch.cat(losses), torch.cat(hits)
