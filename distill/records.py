@@ -207,13 +207,18 @@ class Score(Record):
 
 
 class LedgerEntry(Record):
-    """What one stage took in one go; of paid attempts also those that may have been billed, and their maximum."""
+    """What one stage took in one go; of paid attempts also those that may have been billed, and their maximum.
+
+    `paid_input_tokens` and `paid_output_tokens` are the part of the tokens that paid attempts took.
+    """
 
     stage: str
     started: str
     seconds: float
     input_tokens: int = 0
     output_tokens: int = 0
+    paid_input_tokens: int = 0
+    paid_output_tokens: int = 0
     dollars: Decimal | None = None
     price: str | None = None
     attempts: int = 0

@@ -206,8 +206,12 @@ class Run:
         attempts: int = 0,
         unknown: int = 0,
         unknown_dollars: Decimal | None = None,
+        paid: bool = False,
     ) -> None:
-        """Add to what the stage now running has spent; it is in a file at once, so that a kill loses none of it."""
+        """Add to what the stage now running has spent; it is in a file at once, so that a kill loses none of it.
+
+        `paid` says that the tokens are those of paid attempts.
+        """
         if self._running:
             entry = LedgerEntry(
                 stage=self._running,
@@ -215,6 +219,8 @@ class Run:
                 seconds=0.0,
                 input_tokens=input_tokens,
                 output_tokens=output_tokens,
+                paid_input_tokens=input_tokens if paid else 0,
+                paid_output_tokens=output_tokens if paid else 0,
                 dollars=dollars,
                 price=price,
                 attempts=attempts,
@@ -259,6 +265,8 @@ class Run:
             seconds=seconds,
             input_tokens=sum(entry.input_tokens for entry in spent),
             output_tokens=sum(entry.output_tokens for entry in spent),
+            paid_input_tokens=sum(entry.paid_input_tokens for entry in spent),
+            paid_output_tokens=sum(entry.paid_output_tokens for entry in spent),
             dollars=_sum(entry.dollars for entry in spent),
             price=next((entry.price for entry in reversed(spent) if entry.price), None),
             attempts=sum(entry.attempts for entry in spent),

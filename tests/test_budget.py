@@ -135,7 +135,12 @@ def test_the_ledger_holds_the_account_once(log: Log, tmp_path: Path) -> None:
     run = Run(config)
     log.append([("intent", "judged.0", {"model": "j", "run": "mine"})])
     log.append([("outcome", "judged.0", {"what": "refused", "billed": "no"})])
-    work = Stage("generate", (), (), (), lambda c, r: enter_account(r, log.folder))
+
+    def spend(config: Config, run: Run) -> None:
+        run.spend(input_tokens=1_000_000, output_tokens=2_000_000)  # of a local model, beside it
+        enter_account(run, log.folder)
+
+    work = Stage("generate", (), (), (), spend)
     run.folder.mkdir(parents=True)
     for goes in (1, 2):
         run.remake([work])
@@ -145,3 +150,7 @@ def test_the_ledger_holds_the_account_once(log: Log, tmp_path: Path) -> None:
         assert sum(e.attempts for e in entries) == 6 and sum(e.unknown for e in entries) == 3
         assert sum(e.dollars or 0 for e in entries) == account(log, PRICE, "mine").settled
         assert sum(e.unknown_dollars or 0 for e in entries) == Decimal("0.03")
+        paid = account(log, PRICE, "mine")
+        assert sum(e.input_tokens for e in entries) == goes * 1_000_000 + paid.input_tokens
+        assert sum(e.output_tokens for e in entries) == goes * 2_000_000 + paid.output_tokens
+        assert paid.output_tokens > 0 and all(e.output_tokens >= 2_000_000 for e in entries)

@@ -139,13 +139,14 @@ def enter_account(run: Run, folder: Path) -> None:
 
     known = not now.unpriced
     run.spend(
-        input_tokens=now.input_tokens - int(sum_of("input_tokens")),
-        output_tokens=now.output_tokens - int(sum_of("output_tokens")),
+        input_tokens=now.input_tokens - int(sum_of("paid_input_tokens")),
+        output_tokens=now.output_tokens - int(sum_of("paid_output_tokens")),
         dollars=now.settled - sum_of("dollars") if known else None,
         price="; ".join(f"{p.model} of {p.date}, {p.source}" for p in prices.values() if p) or None,
         attempts=now.attempts - int(sum_of("attempts")),
         unknown=now.unknown - int(sum_of("unknown")),
         unknown_dollars=now.unknown_most - sum_of("unknown_dollars") if known else None,
+        paid=True,
     )
 
 
