@@ -6,7 +6,8 @@ RUN is a run's folder (or config) that names teacher and student. Two texts: the
 answer, which are not the teacher's own; and the run's own responses, where it has any. The gradient is that of forward
 KL by the B of an adapter on the student's head (rank 16, A drawn at random), summed over tokens; its error is that of
 the cached signals against the live teacher's whole vocabulary, as a share of its norm, at all tokens and in the mean of
-eighths of them: noise of draws falls with the square root of the tokens, what a nucleus leaves out does not.
+eighths of them. What is common to the tokens' gradients grows with their number and the noise of draws with its root;
+what a nucleus leaves out may be common to them.
 """
 
 import argparse

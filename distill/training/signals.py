@@ -40,7 +40,7 @@ ENDING = ".signals"
 TEXT_ONLY = "train on text: train.loss={ce: 1, forward_kl: 0}"
 WAY_OUT = "remove the file; --redo signals captures again what it held"
 LISTED = 0.33  # ids listed a token, times sqrt(1 - p): 3 at p = .99, 10 at .999 (scripts/benchmark_signals.py)
-DRAWN = 0.2  # different ids a draw
+DRAWN = 2.5  # bytes a token, times draws^0.35, on a person's answers; half on a teacher's own (scripts/benchmark_sampled.py)
 BYTES_A_TOKEN, BYTES_AN_ID = 5.0, 2.45  # of files, deflated, with index and checksums
 
 
@@ -322,7 +322,7 @@ def reader_facts(config: Config) -> dict[str, Any]:
 def expected_bytes(tokens: int, settings: Signals) -> float:
     """Return about how many bytes the signals of `tokens` take, from what was measured on a teacher's own text."""
     if settings.method == "sampled":
-        return tokens * (BYTES_A_TOKEN + BYTES_AN_ID * DRAWN * settings.samples)
+        return tokens * DRAWN * settings.samples**0.35
     listed = min(settings.k, LISTED * (1 - settings.p) ** -0.5)
     return tokens * (BYTES_A_TOKEN + BYTES_AN_ID * listed)
 
