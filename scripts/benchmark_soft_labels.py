@@ -57,6 +57,7 @@ from distill.training.live import LiveLabels, load_live
 from distill.training.optimizer import learning_rate, warmup_count
 from distill.training.signals import Cache, describe, open_teacher
 from distill.training.student import make_student
+from distill.training.train import flushing_denormals, keeping_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 MIX = "train.loss={ce: 0.5, forward_kl: 0.5}"
@@ -229,7 +230,6 @@ def trl_row(example: Example) -> dict[str, Any]:
 
 def child(asked: argparse.Namespace) -> None:
     """Measure one side in this process, and print its figures as JSON."""
-    torch.set_flush_denormal(True)
     task = Task(*asked.child)
     run, examples = load(asked, task.samples + WARM)
     samples, warm = examples[: task.samples], examples[task.samples :] or examples[:WARM]
@@ -494,11 +494,11 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the arguments, measure, and show and store the result; or be a side's process."""
     asked = parser().parse_args(arguments)
-    if asked.child:
-        return child(asked)
-    torch.set_flush_denormal(True)
-    keep(asked, asked.mode(asked))
-    return None
+    with flushing_denormals(), keeping_memory():  # as training does; TRL's sides gain by it too
+        if asked.child:
+            child(asked)
+        else:
+            keep(asked, asked.mode(asked))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from distill.training.batches import MICRO_BATCH_TOKENS, micro_batches
 from distill.training.encode import encode_pairs
 from distill.training.optimizer import make_adamw
 from distill.training.student import make_student
+from distill.training.train import flushing_denormals, keeping_memory
 
 RANK, ALPHA, RATE, BATCH, DATE = 32, 64, 1e-4, 8, "2026-01-01"
 STEP_TOKENS = 2048
@@ -198,7 +199,6 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16, help="samples a round")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
-    torch.set_flush_denormal(True)
     pairs = read_records(asked.run / "dataset/train.jsonl", Pair)
     examples = encode_pairs(models.load_tokenizer(asked.model), pairs, DATE, 1024, asked.run)
     count = asked.samples
@@ -208,7 +208,8 @@ def main() -> None:
     if importlib.util.find_spec("trl"):
         sides |= {"trl": trl(asked.model, False), "trl packing": trl(asked.model, True)}
         say(f"trl {version('trl')}")
-    rows = measure(sides, [samples for samples in rounds if samples])
+    with flushing_denormals(), keeping_memory():
+        rows = measure(sides, [samples for samples in rounds if samples])
     console.print(table(rows))
     if asked.json:
         write_json(asked.json, {"environment": environment(), "rounds": rows})
