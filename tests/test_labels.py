@@ -16,13 +16,13 @@ from distill.records import Example
 from distill.run import Run
 from distill.store import read_json, write_json, write_records
 from distill.training import capture, train
-from distill.training.labels import Labels, load_labels
+from distill.training.labels import CachedLabels, load_labels
 from distill.training.prepare import encode_split, load_adapted
 from distill.training.signals import Signal
 from distill.training.student import make_student
 from tests.test_capture import SOFT, dataset, exact, other_weights, sharpen
 from tests.test_capture import make_run as make_captured
-from tests.test_train import Killed, assert_same, kill_at, outcome, pairs
+from tests.test_train import assert_same, killed_at, outcome, pairs
 from tests.tiny import make_tiny, make_tokenizer
 
 SETTINGS = {
@@ -86,7 +86,7 @@ def examples(run: Run) -> list[Example]:
     return [e for s in splits for e in encode_split(make_tokenizer(), run.config, run, s, 2048)]
 
 
-def load(run: Run) -> Labels:
+def load(run: Run) -> CachedLabels:
     student, _ = make_student(load_adapted(run.config))
     return load_labels(run.config, run, examples(run), len(student.head()[0]))
 
@@ -135,13 +135,11 @@ def unbroken(tmp_path_factory):
 
 
 @pytest.mark.parametrize("call", [1, 2, 5, 9])
-def test_a_killed_run_goes_on_to_the_same_bits(unbroken, monkeypatch, call):
+def test_a_killed_run_goes_on_to_the_same_bits(unbroken, call):
     folder, wanted = unbroken
     run = make_run(folder, f"kill{call}")
-    with monkeypatch.context() as patch:
-        kill_at(patch, call)
-        with pytest.raises(Killed):
-            train.main(run.config, run)
+    with killed_at(call):
+        train.main(run.config, run)
     train.main(run.config, run)
     assert_same(outcome(run), wanted)
 
@@ -271,12 +269,10 @@ def test_what_does_not_fit_is_found_before_the_first_step(tmp_path, damage, code
     assert not run.path("checkpoints").exists()
 
 
-def test_a_resume_towards_other_distributions_stops(tmp_path, monkeypatch):
+def test_a_resume_towards_other_distributions_stops(tmp_path):
     run = make_run(tmp_path)
-    with monkeypatch.context() as patch:
-        kill_at(patch, 5)
-        with pytest.raises(Killed):
-            train.main(run.config, run)
+    with killed_at(5):
+        train.main(run.config, run)
     other_teacher(run)
     run.path("signals.json").unlink()
     capture.main(run.config, run)

@@ -17,7 +17,7 @@ from distill.training.student import make_student
 from tests.test_capture import SOFT, dataset, exact
 from tests.test_capture import make_run as make_captured
 from tests.test_labels import SETTINGS, examples, history, other_teacher, other_tokenizer
-from tests.test_train import Killed, assert_same, kill_at, outcome
+from tests.test_train import assert_same, killed_at, outcome
 
 LIVE = {**SOFT, "teacher": "live"}
 
@@ -75,13 +75,11 @@ def test_packed_and_padded_batches_agree_and_an_idle_one_weighs_nothing(tmp_path
 
 
 @pytest.mark.parametrize("call", [2, 7])
-def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, monkeypatch, call):
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, call):
     whole, broken = make_run(tmp_path), make_run(tmp_path, "broken")
     train.main(whole.config, whole)
-    with monkeypatch.context() as patch:
-        kill_at(patch, call)
-        with pytest.raises(Killed):
-            train.main(broken.config, broken)
+    with killed_at(call):
+        train.main(broken.config, broken)
     train.main(broken.config, broken)
     assert_same(outcome(broken), outcome(whole))
 
@@ -97,12 +95,10 @@ def test_the_teacher_is_neither_trained_nor_saved(tmp_path):
     assert len(saved) == sum(p.requires_grad for p in student.parameters())
 
 
-def test_a_resume_towards_another_teacher_stops(tmp_path, monkeypatch):
+def test_a_resume_towards_another_teacher_stops(tmp_path):
     run = make_run(tmp_path)
-    with monkeypatch.context() as patch:
-        kill_at(patch, 5)
-        with pytest.raises(Killed):
-            train.main(run.config, run)
+    with killed_at(5):
+        train.main(run.config, run)
     other_teacher(run)
     with pytest.raises(DistillError, match="changed: signals"):
         train.main(run.config, run)

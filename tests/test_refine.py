@@ -26,7 +26,7 @@ from tests.test_capture import make_run as make_captured
 from tests.test_labels import SETTINGS
 from tests.test_publish import BASE
 from tests.test_suites import make_suite
-from tests.test_train import Killed, kill_at
+from tests.test_train import killed_at
 from tests.test_verify import write_config
 from tests.tiny import make_tiny
 
@@ -97,15 +97,13 @@ def test_the_first_step_starts_from_the_adapter_that_was_trained(tmp_path):
 
 
 @pytest.mark.parametrize("call", [1, 6, 17])
-def test_a_killed_round_goes_on_to_the_same_bits(unbroken, monkeypatch, call):
+def test_a_killed_round_goes_on_to_the_same_bits(unbroken, call):
     folder, whole = unbroken
     name = f"kill{call}"
     shutil.copytree(whole.folder, folder / "runs" / name, ignore=shutil.ignore_patterns("refined"))
     run = Run(whole.config.model_copy(update={"name": name, "store": folder / f"store{call}"}))
-    with monkeypatch.context() as patch:
-        kill_at(patch, call)
-        with pytest.raises(Killed):
-            refine.main(run.config, run)
+    with killed_at(call):
+        refine.main(run.config, run)
     refine.main(run.config, run)
     assert outcome(run) == outcome(whole)
 

@@ -4,6 +4,8 @@ import json
 import os
 import resource
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -96,8 +98,9 @@ class Killed(BaseException):
     """Stands for a kill: nothing in the loop may catch it."""
 
 
-def kill_at(patch: pytest.MonkeyPatch, call: int) -> None:
-    """Stop the loop in the forward pass of the micro-batch number `call` (validation counts too)."""
+@contextmanager
+def killed_at(call: int) -> Iterator[None]:
+    """Stop what the block does in the forward pass of the micro-batch number `call` (validation counts too)."""
     forward, seen = Student.forward, [0]
 
     def counted(self, batch):
@@ -106,7 +109,9 @@ def kill_at(patch: pytest.MonkeyPatch, call: int) -> None:
             raise Killed
         return forward(self, batch)
 
-    patch.setattr(Student, "forward", counted)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Student, "forward", counted)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -122,25 +127,21 @@ LORA = {"r": 4, "alpha": 8, "dropout": 0.1}
 
 
 @pytest.mark.parametrize("call", [1, 2, 3, 6, 10, 11, 14, 19, 20, 25])
-def test_a_killed_run_goes_on_to_the_same_bits(unbroken, monkeypatch, call):
+def test_a_killed_run_goes_on_to_the_same_bits(unbroken, call):
     folder, wanted = unbroken
     run = make_run(folder, f"kill{call}", save_steps=1, micro_batch_tokens=300, lora=LORA)
-    with monkeypatch.context() as patch:
-        kill_at(patch, call)
-        with pytest.raises(Killed):
-            train.main(run.config, run)
+    with killed_at(call):
+        train.main(run.config, run)
     train.main(run.config, run)
     assert_same(outcome(run), wanted)
 
 
-def test_killed_twice_and_rarely_saved_it_goes_on_to_the_same_bits(unbroken, monkeypatch):
+def test_killed_twice_and_rarely_saved_it_goes_on_to_the_same_bits(unbroken):
     folder, wanted = unbroken
     run = make_run(folder, "twice", save_steps=3, micro_batch_tokens=300, lora=LORA)
     for call in (12, 9):
-        with monkeypatch.context() as patch:
-            kill_at(patch, call)
-            with pytest.raises(Killed):
-                train.main(run.config, run)
+        with killed_at(call):
+            train.main(run.config, run)
     train.main(run.config, run)
     assert_same(outcome(run), wanted)
 
@@ -218,9 +219,10 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_samples(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("change", [{"learning_rate": 1e-3}, {"tokens_per_step": 700}])
-def test_a_resume_with_other_settings_stops_with_the_difference(tmp_path, monkeypatch, change):
+def test_a_resume_with_other_settings_stops_with_the_difference(tmp_path, change):
     run = make_run(tmp_path, save_steps=1)
-    stop_after(monkeypatch, run, 4)
+    with killed_at(4):
+        train.main(run.config, run)
     other = make_run(tmp_path, save_steps=1, **change)
     key, value = next(iter(change.items()))
     with pytest.raises(DistillError, match=f"train.{key} was .*, is {value}") as fault:
@@ -231,16 +233,10 @@ def test_a_resume_with_other_settings_stops_with_the_difference(tmp_path, monkey
     assert "resumed inexactly at step" in notes[0]
 
 
-def stop_after(patch: pytest.MonkeyPatch, run: Run, call: int) -> None:
-    with patch.context() as inner:
-        kill_at(inner, call)
-        with pytest.raises(Killed):
-            train.main(run.config, run)
-
-
-def test_a_resume_on_other_data_stops(tmp_path, monkeypatch):
+def test_a_resume_on_other_data_stops(tmp_path):
     run = make_run(tmp_path, save_steps=1)
-    stop_after(monkeypatch, run, 4)
+    with killed_at(4):
+        train.main(run.config, run)
     write_records(run.path("dataset/train.jsonl"), pairs(25))
     with pytest.raises(DistillError, match="changed: data"):
         train.main(run.config, run)
