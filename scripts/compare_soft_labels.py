@@ -53,6 +53,7 @@ KINDS: dict[str, dict[str, float]] = {
 }
 ON_POLICY = "soft, then on-policy"
 SHARE = Bounds(0.0, 1.0)
+SETTINGS = ("seed", "prompts", "teacher", "filters", "signals", "student", "train", "on_policy")
 COLUMNS = (("right", 3), ("nats", 4), ("gap_recovered", 2))
 COPIED = ("dataset/validation.jsonl", "dropped.jsonl", "prompts.jsonl", "questions.jsonl")
 
@@ -142,15 +143,14 @@ def refined(base: Run, soft: Run, count: int | None, settings: Config) -> Run:
     return run
 
 
-def chosen_rate(base: Run, kind: str, rates: Sequence[float], count: int | None) -> float:
-    """Return the learning rate with the least loss on the validation answers' tokens with seed 0."""
+def tried(base: Run, kind: str, rates: Sequence[float], count: int | None) -> dict[float, float]:
+    """Return the least loss on the validation answers' tokens with seed 0, by learning rate, the best rate first."""
     found = {}
     for rate in rates:
         training = read_json(student(base, kind, rate, 0, count).path("training.json"))
         found[rate] = min(row.get("ce", row["loss"]) for row in training["validation"])
-    best = min(found, key=lambda rate: found[rate])
-    say(f"{kind}: learning rate {best:g} of {found}")
-    return best
+    say(f"{kind}: loss on the validation answers by learning rate {found}")
+    return dict(sorted(found.items(), key=lambda row: row[1]))
 
 
 def student(base: Run, kind: str, rate: float, seed: int, count: int | None) -> Run:
@@ -288,21 +288,22 @@ def main() -> None:
     base = open_run(asked.run, asked.overrides)
     held, students = HeldOut.of(base), dict[str, list[Measured]]()
     students["base"] = [measure(base, None, held)]
-    rates = {kind: chosen_rate(base, kind, asked.rates, asked.examples) for kind in KINDS}
+    rates = {kind: tried(base, kind, asked.rates, asked.examples) for kind in KINDS}
 
     def report() -> None:
         found = compare(held, students) if KINDS.keys() <= students.keys() else {}
         if not found:
             return
         show(found)
-        facts = {"environment": environment(), "config": base.config.resolved(), "rates": rates}
+        settings = {key: base.config.resolved()[key] for key in SETTINGS}
+        facts = {"environment": environment(), "settings": settings, "rates": rates}
         tokens = teacher_tokens(base, asked.examples)
         if asked.json:
             write_json(asked.json, {**facts, "teacher_tokens": tokens, "found": found})
 
     for seed in range(asked.seeds):
         for kind in KINDS:
-            run = student(base, kind, rates[kind], seed, asked.examples)
+            run = student(base, kind, next(iter(rates[kind])), seed, asked.examples)
             students.setdefault(kind, []).append(measure(base, run, held))
         report()
         if seed == 0 and base.config.on_policy.rounds:
