@@ -57,7 +57,7 @@ from distill.training.live import LiveLabels, load_live
 from distill.training.optimizer import learning_rate, warmup_count
 from distill.training.signals import Cache, describe, open_teacher
 from distill.training.student import make_student
-from distill.training.train import flushing_denormals, keeping_memory
+from distill.training.train import flushing_denormals
 
 ROOT = Path(__file__).resolve().parent.parent
 MIX = "train.loss={ce: 0.5, forward_kl: 0.5}"
@@ -494,7 +494,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the arguments, measure, and show and store the result; or be a side's process."""
     asked = parser().parse_args(arguments)
-    with flushing_denormals(), keeping_memory():  # as training does; TRL's sides gain by it too
+    with flushing_denormals():  # as training does
         if asked.child:
             child(asked)
         else:

@@ -32,7 +32,7 @@ from distill.training.batches import MICRO_BATCH_TOKENS, micro_batches
 from distill.training.encode import encode_pairs
 from distill.training.optimizer import make_adamw
 from distill.training.student import make_student
-from distill.training.train import flushing_denormals, keeping_memory
+from distill.training.train import flushing_denormals
 
 RANK, ALPHA, RATE, BATCH, DATE = 32, 64, 1e-4, 8, "2026-01-01"
 STEP_TOKENS = 2048
@@ -208,7 +208,7 @@ def main() -> None:
     if importlib.util.find_spec("trl"):
         sides |= {"trl": trl(asked.model, False), "trl packing": trl(asked.model, True)}
         say(f"trl {version('trl')}")
-    with flushing_denormals(), keeping_memory():
+    with flushing_denormals():
         rows = measure(sides, [samples for samples in rounds if samples])
     console.print(table(rows))
     if asked.json:

@@ -76,7 +76,7 @@ def test_csv_and_parquet_are_read_too(tmp_path: Path) -> None:
 def test_the_shapes_of_gsm8k_and_humaneval_are_read_from_a_file(tmp_path: Path) -> None:
     gsm8k = load_suite("gsm8k", Path("data/gsm8k/sample.jsonl"))
     assert len(gsm8k.items) == 160 and all(item.reference for item in gsm8k.items)
-    assert "step by step" in gsm8k.items[0].prompt.messages[0].content
+    assert "a short solution" in gsm8k.items[0].prompt.messages[0].content
     row = {
         "task_id": "HumanEval/0",
         "prompt": "def one() -> int:\n    ...\n",

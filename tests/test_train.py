@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -282,14 +281,3 @@ def test_four_bits_need_a_gpu(tmp_path):
     config = run.config.model_copy(update={"student": student})
     with pytest.raises(DistillError, match="needs an NVIDIA GPU"):
         train.main(config, Run(config))
-
-
-def test_what_a_step_frees_is_kept_for_the_next():
-    def faults() -> int:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(2**24)  # 64 MiB: in pages of 4 KiB, 16384 faults where the system gives them
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-    with train.keeping_memory():
-        faults()
-        assert faults() < 100

@@ -6,11 +6,9 @@ Where the run stands is one number, its step: the order of samples and the rando
 seed and that number. Only the main process writes.
 """
 
-import ctypes
 import gc
 import importlib.util
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -54,7 +52,6 @@ from distill.training.student import answer_loss
 __all__ = ["answer_loss", "main"]
 
 TIMEOUT = timedelta(minutes=10)  # for a process that waits for another
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 @dataclass
@@ -87,7 +84,7 @@ def main(config: Config, run: Run, allow_inexact: bool = False, start: Path | No
         raise DistillError(Exit.TRAINING, train_file, "there is no dataset", fix)
     shards.asked()  # for what is wrong with that, before accelerate ends over it
     accelerator = start_processes(config, run)
-    with interruptible() as interrupt, flushing_denormals(), keeping_memory():
+    with interruptible() as interrupt, flushing_denormals():
         loop = Loop(config, run, accelerator, interrupt, start)
         loop.resume(allow_inexact)
         try:
@@ -108,21 +105,6 @@ def flushing_denormals() -> Iterator[None]:
         yield
     finally:
         torch.set_flush_denormal(False)
-
-
-@contextmanager
-def keeping_memory() -> Iterator[None]:
-    """Keep what a step frees for the next: to ask the system for it again takes a twentieth of a CPU's step (glibc)."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    adjust = getattr(libc, "mallopt", lambda name, value: None)
-    adjust(M_TRIM_THRESHOLD, -1)  # never
-    adjust(M_MMAP_THRESHOLD, 2**31 - 1)
-    try:
-        yield
-    finally:
-        adjust(M_TRIM_THRESHOLD, 2**26)  # the most that glibc would choose by itself
-        adjust(M_MMAP_THRESHOLD, 2**25)
-        getattr(libc, "malloc_trim", lambda pad: None)(0)
 
 
 def start_processes(config: Config, run: Run) -> Accelerator:
