@@ -39,13 +39,8 @@ from distill.tasks import tasks_of_run
 
 MEASURED = ("scores/", "requests.jsonl", "evaluation.json")
 REPORTED = ("scorecard.json", "scorecard.md", "report.html")
-NOT_READ = (
-    "adapter/",
-    "checkpoints/",
-    "refined/adapter/",
-    "refined/round-",
-    "release/",
-)  # by what is made again
+# what is made again depends on none of these
+NOT_READ = ("adapter/", "checkpoints/", "refined/adapter/", "refined/round-", "release/")
 PROGRAMS = "its task runs programs: --allow-code makes it again"
 WEIGHTS = "adapter/adapter_model.safetensors"
 

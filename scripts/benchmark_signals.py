@@ -30,7 +30,7 @@ from distill.run import Run
 from distill.store import read_records, write_json
 from distill.tables import table
 from distill.training.batches import micro_batches
-from distill.training.capture import CHUNK_TOKENS, HEAD_BYTES, PASS_TOKENS
+from distill.training.capture import CHUNK_TOKENS, PASS_TOKENS, read_head
 from distill.training.encode import encode_pair
 from distill.training.signals import Row, Signal, codes, encode_chunk, supervised_ids, token_hash
 from distill.training.student import Student, make_student
@@ -76,16 +76,14 @@ def read(
     """Let the teacher read the first `limit` supervised tokens of the examples, or what `seconds` allow."""
     end = time.monotonic() + seconds
     lengths = [len(example.input_ids) for example in examples]
-    head_VD, bias_V = student.head()
-    rows, found, done = max(16, HEAD_BYTES // (4 * vocabulary)), list[Reading](), 0
+    found, done = list[Reading](), 0
     with tracking("reading", limit, "tokens") as tracker:
         for samples in micro_batches(range(len(examples)), lengths, PASS_TOKENS):
             batch = student.batch([examples[i] for i in samples])
-            for part_SD in student.hidden(batch)[batch.places_S].split(rows):
-                logits = torch.nn.functional.linear(part_SD, head_VD, bias_V)[:, :vocabulary]
-                found.append(read_rows(torch.log_softmax(logits, -1, dtype=torch.float32)))
-                tracker.advance(len(part_SD))
-                done += len(part_SD)
+            for _, logs_SV in read_head(student, batch, vocabulary):
+                found.append(read_rows(logs_SV))
+                tracker.advance(len(logs_SV))
+                done += len(logs_SV)
             if done >= limit or time.monotonic() > end:
                 break
     return join(found)

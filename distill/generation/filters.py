@@ -36,8 +36,6 @@ REFUSAL = re.compile(
 MOST_REPEATED = 0.5  # of an answer's word triples may have occurred before
 TRIPLES = 30  # an answer with fewer is too short to judge by them
 UNIT = re.compile(r"(.{8,200}?)\1{3,}", re.DOTALL)  # a piece that stands four times in a row
-
-
 CONTAMINATED = "holds a held-out item"
 
 

@@ -55,7 +55,10 @@ class Parts:
 
 
 def prepare(config: Config, run: Run, start: Path | None = None) -> Parts:
-    """Load the student with the adapter in `start` or a fresh one, encode the dataset and plan the steps; raises DistillError (exit 7) where that cannot be."""
+    """Load the student with the adapter in `start` or a fresh one, encode the dataset and plan the steps.
+
+    Raises DistillError (exit 7) where that cannot be.
+    """
     tokenizer = models.load_tokenizer(
         config.student.model, config.student.revision, config.student.trust_remote_code
     )

@@ -73,9 +73,7 @@ class Progress:
 def main(config: Config, run: Run, allow_inexact: bool = False, start: Path | None = None) -> None:
     """Train, or continue training, and write adapter/, checkpoints/ and training.json.
 
-    The first step begins with a fresh adapter, or with that in `start`.
-
-    Raises DistillError (exit 7) for whatever keeps the training from being what was asked; `allow_inexact` lets a
+    The first step begins with the adapter in `start`, or with a fresh one. Raises DistillError (exit 7) for whatever keeps the training from being what was asked; `allow_inexact` lets a
     resume under other data, settings, libraries or processes pass, and records that it did.
     """
     train_file = run.path("dataset/train.jsonl")
@@ -364,13 +362,10 @@ class Loop:
             "tokens_per_second": self.progress.tokens / max(self.progress.seconds, 1e-9),
             "dtype": self.facts["dtype"],
             "world_size": self.facts["world_size"],
-            **(
-                {"loss": mix, "labels": self.settings.loss.teacher}
-                if (mix := self._parts())
-                else {}
-            ),
             "base": {**base, "template_hash": self.facts["template"]},
         }
+        if parts := self._parts():
+            summary |= {"loss": parts, "labels": self.settings.loss.teacher}
         write_json(self.run.path("training.json"), summary)
 
     def close(self) -> None:
