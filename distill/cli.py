@@ -328,7 +328,7 @@ def show_verified(
 @app.command()
 def repair(store: Annotated[Path, typer.Argument(metavar="STORE")]) -> None:
     """Copy what is whole in a damaged store; the damaged one is kept beside it."""
-    from distill.store import repair as repair_store
+    from distill.upkeep import repair as repair_store
 
     for line in repair_store(store).explain():
         print(line)
@@ -338,7 +338,7 @@ def repair(store: Annotated[Path, typer.Argument(metavar="STORE")]) -> None:
 def compact(store: Annotated[Path, typer.Argument(metavar="STORE")]) -> None:
     """Copy a store without what nothing reads any more, and let the copy take its place."""
     from distill.generation.plans import worth_keeping
-    from distill.store import compact as compact_store
+    from distill.upkeep import compact as compact_store
 
     for line in compact_store(store, worth_keeping).explain():
         print(line)

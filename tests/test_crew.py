@@ -25,7 +25,8 @@ from distill.generation.crew import Crew, take_over
 from distill.records import Document, Message, Prompt
 from distill.run import Run
 from distill.stages import STAGES
-from distill.store import Log, repair, write_records
+from distill.store import Log, write_records
+from distill.upkeep import repair
 from tests.mortal import killed_at_every_call
 from tests.test_train_two_processes import alive, finished, launch
 from tests.tiny import make_tiny

@@ -20,7 +20,7 @@ LAYERS = (
     ("config",),
     ("progress", "environment", "processes"),
     ("store",),
-    ("run",),
+    ("run", "upkeep"),
     ("download", "template", "sandbox", "schema"),
     ("checkers",),
     ("models", "tasks"),
@@ -39,7 +39,17 @@ LAYERS = (
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 WITHOUT_TORCH = (
-    *("errors", "records", "yaml_reader", "config", "store", "progress", "environment", "run"),
+    *(
+        "errors",
+        "records",
+        "yaml_reader",
+        "config",
+        "store",
+        "upkeep",
+        "progress",
+        "environment",
+        "run",
+    ),
     *("download", "template", "tasks", "checkers", "models", "stages", "estimates", "devices"),
     *("tables", "scope", "plan", "status", "cli", "launch", "corpus.corpus", "corpus.prompts"),
     *("corpus.privacy", "corpus.contamination", "generation.terms"),

@@ -6,7 +6,8 @@ import pytest
 
 from distill.generation.generate import answer_all
 from distill.generation.plans import lacking, planned, unfinished, worth_keeping
-from distill.store import Log, compact
+from distill.store import Log
+from distill.upkeep import compact
 from tests.test_generate import Fussy, asks
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from distill import store
+from distill import store, upkeep
 from distill.errors import DistillError, Exit
 from distill.records import Document
-from distill.store import FolderLock, Log, compact, repair
+from distill.store import FolderLock, Log
+from distill.upkeep import compact, repair
 from tests.mortal import in_child, killed_at_every_call, open_file
 
 BODIES = {f"k{n}": {"text": f"answer {n} é — " + "x" * (n * 7 % 20), "n": n} for n in range(12)}
@@ -274,7 +275,7 @@ def test_a_copy_that_differs_takes_nobody_s_place(tmp_path, monkeypatch):
     folder = tmp_path / "s"
     segment = fill(folder)
     data = segment.read_bytes()
-    monkeypatch.setattr(store, "copy", lambda records, log: len(list(records)))
+    monkeypatch.setattr(upkeep, "copy", lambda records, log: len(list(records)))
     assert "the copy differs" in str(fault(lambda: compact(folder, worth)))
     assert "the copy differs" in str(fault(lambda: repair(folder)))
     assert segment.read_bytes() == data
