@@ -139,7 +139,7 @@ def require_soft_teacher(run: Run, redo: Sequence[Stage]) -> None:
     A server that shall tell distributions is asked for those of one short text (exit 4 where it does not).
     """
     from distill.generation.terms import require_terms
-    from distill.training.remote import probe
+    from distill.training import answered, remote
     from distill.training.signals import open_teacher
 
     config = run.config
@@ -148,8 +148,10 @@ def require_soft_teacher(run: Run, redo: Sequence[Stage]) -> None:
     if config.distributions and any(s in redo or run.state(s)[0] != "done" for s in left):
         require_terms(config.model_copy(update={"teacher": config.soft_teacher()}))
         tokenizer, _ = open_teacher(config)
-        if config.soft_teacher().kind == "endpoint":
-            probe(config, tokenizer)
+        if config.buys_signals:
+            remote.probe(config, tokenizer)
+        elif config.signals.from_answers:
+            answered.probe(config, tokenizer)
 
 
 def show_scorecard(run: Run) -> None:

@@ -316,7 +316,8 @@ class Signals(Section):
     Of each the ids that hold `p`, at most `k`; or by `method: sampled` as many draws as `samples`, which are right in
     the mean whatever the text: for text that is not the teacher's own, of which k ids hold too little. `model` reads
     the answers, here, where the teacher shall not; `endpoint` does so elsewhere, with prompt_logprobs as vLLM gives
-    them, and `tokenizer` names a model with the server's tokenizer and template, where they are not the student's.
+    them; `from_answers` takes the top log-probabilities that came with an endpoint's answers. `tokenizer` names a model
+    with the server's tokenizer and template, where they are not the student's.
     """
 
     method: Literal["nucleus", "sampled"] = "nucleus"
@@ -328,6 +329,7 @@ class Signals(Section):
     revision: Revision | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     endpoint: Teacher | None = None
+    from_answers: bool = False
     tokenizer: str | None = None
 
     @field_validator("model", "tokenizer")
@@ -339,8 +341,8 @@ class Signals(Section):
     def _one_reader(self) -> "Signals":
         if self.endpoint and self.endpoint.kind != "endpoint":
             raise ValueError("endpoint is of kind: endpoint; a local reader is named in model")
-        if self.endpoint and self.model:
-            raise ValueError("either model reads the answers, or endpoint")
+        if sum((bool(self.endpoint), bool(self.model), self.from_answers)) > 1:
+            raise ValueError("either model reads the answers, or endpoint, or from_answers is true")
         return self
 
     @model_validator(mode="after")
@@ -601,6 +603,17 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _came_with_answers(self) -> "Config":
+        if not (self.distributions and self.signals.from_answers):
+            return self
+        if self.teacher.kind != "endpoint" or not self.teacher.extra_body.get("logprobs"):
+            raise ValueError(
+                "signals.from_answers needs teacher.kind: endpoint and teacher.extra_body: "
+                "{logprobs: true, top_logprobs: 20}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _captured(self) -> "Config":
         if not self.distributions:
             return self
@@ -615,6 +628,12 @@ class Config(Section):
                 f"train.loss.temperature {loss.temperature:g} is not captured: add it to signals.temperatures"
             )
         return self
+
+    @property
+    def buys_signals(self) -> bool:
+        """Tell whether a server is asked to read the answers again, for their distributions."""
+        served = self.soft_teacher().kind == "endpoint"
+        return self.captures and served and not self.signals.from_answers
 
     def soft_teacher(self) -> Teacher:
         """Return the teacher whose distributions are captured: that of `signals`, else the one that answers."""

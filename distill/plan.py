@@ -141,6 +141,8 @@ def _signals_rows(config: Config, work: Scope, side: Side, device: Device | None
     if not config.captures:
         return []
     reader, answers = config.soft_teacher(), _supervised(config, work)
+    if config.signals.from_answers:
+        return [Row("signals", f"{count(answers)} answers, with their lists", None, work.seconds)]
     if reader.kind == "endpoint":
         what = f"{count(answers)} answers, read by a server"
         return [Row("signals", what, answers * (tokens_of(work.teacher) + side.answer), None)]
@@ -164,7 +166,8 @@ def _signals_disk(config: Config, work: Scope) -> list[tuple[str, Span, str]]:
     short = f"only {size_of(free)} free" if size.low > free else ""
     found = [("store: the teacher's distributions", size, short)]
     if config.soft_teacher().kind == "endpoint":
-        read = tokens + _supervised(config, work) * tokens_of(work.teacher)
+        came = config.signals.from_answers  # their prompts have no lists
+        read = tokens + (NOTHING if came else _supervised(config, work) * tokens_of(work.teacher))
         most = remote_bytes(1, config.signals.k)
         found.append(("store: the server's replies", read * Span(most / 2, most), ""))
     return found
@@ -174,7 +177,7 @@ def _signals_notes(config: Config, lines: Sequence[Row]) -> list[str]:
     """Say what a server that reads the answers must list, and what that costs; the run's teacher has its own table."""
     reader, book = config.soft_teacher(), load_prices(config.evaluation.prices)
     row = next((line for line in lines if line.stage == "signals"), None)
-    if row is None or row.tokens is None or reader.kind != "endpoint":
+    if row is None or row.tokens is None or not config.buys_signals:
         return []
     k, price = config.signals.k, book.teacher(reader.model)
     room = f": start vLLM with --max-logprobs {k}, or set signals.k=20" if k > 20 else ""

@@ -55,9 +55,7 @@ def main(config: Config, run: Run, crew: Crew | None = None) -> None:
     try:
         _generate(config, run, teacher, documents, prompts, folder, crew)
     finally:
-        if (
-            config.teacher.kind == "endpoint"
-        ):  # others that are paid enter what they take themselves
+        if config.teacher.kind == "endpoint":  # a judge, a reader enter what they take themselves
             enter_account(run, folder)
 
 
@@ -203,7 +201,10 @@ def ask_all(
 
 
 def read(log: Log, request: Request) -> Response:
-    """Read the stored answer of a request as a response to its prompt; without one, how the last attempt failed."""
+    """Read the stored answer of a request as a response to its prompt; without one, how the last attempt failed.
+
+    Log-probabilities, which weigh fifty times what the answer does, stay in the store.
+    """
     body = log.get("response", Response.make_id(request.key, request.sample))
     if body is None:
         what = last_fault(log, request.key, request.sample) or "no attempt is recorded"
@@ -216,7 +217,8 @@ def read(log: Log, request: Request) -> Response:
             error=what,
         )
         return parse(nothing, request.prompt_id)
-    return parse(Raw.model_validate(body), request.prompt_id)
+    response = parse(Raw.model_validate(body), request.prompt_id)
+    return response.model_copy(update={"logprobs": None})
 
 
 def _ask(

@@ -25,7 +25,7 @@ from distill.progress import say, tracking
 from distill.records import Example, Pair
 from distill.run import Run
 from distill.store import FolderLock, disk_faults, sweep, write_json
-from distill.training import remote
+from distill.training import answered, remote
 from distill.training.batches import micro_batches, padded_batches
 from distill.training.encode import encode_pair, encode_pairs
 from distill.training.labels import read_pairs
@@ -73,8 +73,11 @@ def main(config: Config, run: Run) -> None:
         sweep(cache.folder)
         left = [read for read in reads if read.row.example not in cache.index]
         require_room(cache.folder, left, config)
-        if left and teacher.kind == "endpoint":
-            remote.fill(cache, tokenizer, [(read.example, read.row) for read in left], config, run)
+        texts = [(read.example, read.row) for read in left]
+        if left and config.signals.from_answers:
+            answered.fill(cache, tokenizer, texts, config)
+        elif left and teacher.kind == "endpoint":
+            remote.fill(cache, tokenizer, texts, config, run)
         elif left:
             model = models.load_model(teacher.model, teacher.dtype, teacher.revision)
             fill(cache, model, len(tokenizer), left, config.signals, run)
@@ -113,7 +116,7 @@ def require_room(folder: Path, reads: Sequence[Read], config: Config) -> None:
         free = shutil.disk_usage(folder).free
     tokens, own = sum(read.row.count for read in reads), config.signals
     needed = expected_bytes(tokens, own)
-    if config.soft_teacher().kind == "endpoint":
+    if config.buys_signals:
         needed += remote.expected_bytes(sum(len(r.example.input_ids) for r in reads), own.k)
     if needed > free:
         what = f"signals of {tokens:,} tokens take about {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free"

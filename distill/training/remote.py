@@ -12,9 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from distill.config import Config, Signals, Teacher
+from distill.config import Config, Teacher
 from distill.errors import DistillError, Exit
 from distill.generation.asking import origin_of
 from distill.generation.budget import enter_account, last_fault
@@ -27,15 +25,12 @@ from distill.records import Example, Message, Response
 from distill.run import Run
 from distill.store import Log
 from distill.template import encode_prompt, encode_text
-from distill.training.signals import Cache, Row, Signal, codes
+from distill.training.listed import SLACK, Chances, Text, enter, named, to_signal
+from distill.training.signals import Cache, Row, Signal
 
-Text = tuple[Example, Row]  # as the teacher reads it, and the row that its signal is kept under
-CHUNK_TOKENS = 4096  # supervised tokens of a chunk of the cache
 ALIKE = 0.9  # of the tokens must read the same on both sides: some servers print parts of characters in their own way
-REPLY_BYTES_AN_ID = (
-    31.0  # of a stored reply, deflated, a listed id; the prompt's tokens have lists too
-)
-SLACK = 1e-3  # by which rounded probabilities may sum to more than one
+# of a stored reply, deflated, a listed id; the prompt's tokens have lists too
+REPLY_BYTES_AN_ID = 31.0
 
 
 def scoring_settings(config: Config) -> Teacher:
@@ -65,13 +60,11 @@ def fill(cache: Cache, tokenizer: Any, texts: Sequence[Text], config: Config, ru
 
 
 def _fill(cache: Cache, server: "Server", texts: Sequence[Text]) -> None:
-    left = [text for text, _ in enter(cache, server, texts)]  # the store has the others
+    left = [text for text, _ in enter(cache, texts, server.read(texts))]  # the store has the others
     for part in (left[:1], left[1:]):
         server.ask([example for example, _ in part])
-        if without := enter(cache, server, part):
-            ((example, _), why), others = without[0], len(without) - 1
-            more = f" (and {others} others have none)" if others else ""
-            raise server.fault(f"answer {example.response_id} {why}{more}")
+        if without := enter(cache, part, server.read(part)):
+            raise server.fault(named(without))
 
 
 def probe(config: Config, tokenizer: Any) -> None:
@@ -82,33 +75,11 @@ def probe(config: Config, tokenizer: Any) -> None:
     text = Example(
         id="probe", response_id="probe", input_ids=ids, weights=(0.0,) + (1.0,) * (len(ids) - 1)
     )
-    if isinstance(next(server.read([text])), str):
+    reading = [(text, Row(text.id, "", 0))]
+    if isinstance(next(server.read(reading)), str):
         server.ask([text])
-    if isinstance(signal := next(server.read([text])), str):
+    if isinstance(signal := next(server.read(reading)), str):
         raise server.fault(f"a first short text {signal}")
-
-
-def enter(cache: Cache, server: "Server", texts: Sequence[Text]) -> list[tuple[Text, str]]:
-    """Read the stored replies into the cache, a chunk at a time; return the texts without one, and why."""
-    found: list[tuple[Row, Signal]] = []
-    without: list[tuple[Text, str]] = []
-    for text, signal in zip(texts, server.read([example for example, _ in texts]), strict=True):
-        if isinstance(signal, str):
-            without.append((text, signal))
-            continue
-        found.append((text[1], signal))
-        if sum(row.count for row, _ in found) >= CHUNK_TOKENS:
-            _append(cache, found)
-    _append(cache, found)
-    return without
-
-
-def _append(cache: Cache, found: list[tuple[Row, Signal]]) -> None:
-    """Write what was found as a chunk, and begin the next."""
-    if found:
-        rows, signals = zip(*found, strict=True)
-        cache.append(rows, Signal.join(signals))
-        found.clear()
 
 
 class Server:
@@ -134,10 +105,10 @@ class Server:
             request = request.model_copy(update={"sample": request.sample + 1})
         return request
 
-    def read(self, texts: Sequence[Example]) -> Iterator[Signal | str]:
+    def read(self, texts: Sequence[Text]) -> Iterator[Signal | str]:
         """Yield each text's signal from its last reply, or why it has none."""
         with Log(self.store, writable=False) as log:
-            for text in texts:
+            for text, _ in texts:
                 request = self._next(log, text)
                 fault = last_fault(log, request.key, request.sample)
                 if fault or not request.sample:
@@ -168,10 +139,7 @@ def expected_bytes(tokens: int, k: int) -> float:
     return tokens * (k + 1) * REPLY_BYTES_AN_ID
 
 
-Place = Mapping[int, tuple[float, str | None]]  # id to its log-probability and its text
-
-
-def prompt_logprobs(data: bytes, ids: Sequence[int]) -> list[Place]:
+def prompt_logprobs(data: bytes, ids: Sequence[int]) -> list[Chances]:
     """Return what a reply lists at each token of a text, nothing at the first; raises ValueError in words.
 
     vLLM writes them into the choice, and with a chat beside the choices.
@@ -197,7 +165,7 @@ def prompt_logprobs(data: bytes, ids: Sequence[int]) -> list[Place]:
     return places
 
 
-def _place(row: Mapping[str, Any]) -> Place:
+def _place(row: Mapping[str, Any]) -> Chances:
     """Read the list of one token; raises ValueError, TypeError, KeyError or AttributeError."""
     found = {int(i): (float(one["logprob"]), one.get("decoded_token")) for i, one in row.items()}
     if any(not 0 <= i < 1 << 24 or math.isnan(log) or log > SLACK for i, (log, _) in found.items()):
@@ -205,7 +173,7 @@ def _place(row: Mapping[str, Any]) -> Place:
     return found
 
 
-def require_tokens(tokenizer: Any, places: Sequence[Place], ids: Sequence[int]) -> None:
+def require_tokens(tokenizer: Any, places: Sequence[Chances], ids: Sequence[int]) -> None:
     """Raise ValueError where the server reads the ids of a text as other tokens than the tokenizer does."""
     pairs = [
         (place[i][1], tokenizer.decode([i]), i)
@@ -224,43 +192,3 @@ def require_tokens(tokenizer: Any, places: Sequence[Place], ids: Sequence[int]) 
         raise ValueError(
             f"its tokenizer is another: id {i} is {theirs!r} there, and {ours!r} in signals.tokenizer"
         )
-
-
-def to_signal(
-    places: Sequence[Place], weights: Sequence[float], settings: Signals, vocabulary: int
-) -> Signal:
-    """Return the distributions of the supervised tokens: of each the likeliest ids that hold p, and one minus their mass.
-
-    Ids from `vocabulary` on, which no text has, are left out. Raises ValueError where probabilities sum to more than 1.
-    """
-    lists = [
-        _nucleus(place, settings, vocabulary)
-        for place, weight in zip(places, weights, strict=True)
-        if weight
-    ]
-    counts_N = np.array([len(ids) for ids, _, _ in lists], np.uint16)
-    logs_E = np.concatenate([logs for _, logs, _ in lists])
-    return Signal(
-        counts_N,
-        np.concatenate([ids for ids, _, _ in lists]).astype(np.uint32),
-        codes(logs_E.astype(np.float32), counts_N),
-        np.array([rest for _, _, rest in lists], np.float32),
-        np.zeros((0, len(lists)), np.float32),
-    )
-
-
-def _nucleus(
-    place: Place, settings: Signals, vocabulary: int
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return the listed ids, likeliest first, their log-probabilities, and the mass of all others."""
-    listed = sorted((-log, i) for i, (log, _) in place.items() if i < vocabulary)
-    logs_K = -np.array([negative for negative, _ in listed])
-    ids_K, mass_K = np.array([i for _, i in listed]), np.exp(logs_K)
-    if not len(listed) or mass_K.sum() > 1 + SLACK or not mass_K[0]:
-        raise ValueError(
-            "its log-probabilities are none: start vLLM with --logprobs-mode raw_logprobs"
-        )
-    kept_K = (np.cumsum(mass_K) - mass_K < settings.p) & (mass_K > 0)
-    kept_K[settings.k :] = False
-    kept_K[0] = True
-    return ids_K[kept_K], logs_K[kept_K], max(0.0, 1 - float(mass_K[kept_K].sum()))

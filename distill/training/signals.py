@@ -312,9 +312,11 @@ def reader_facts(config: Config) -> dict[str, Any]:
     """Return what names the model that reads: its weights and precision, or where it is served and as what."""
     teacher = config.soft_teacher()
     if teacher.kind == "endpoint":
-        extra = teacher.extra_body if config.signals.endpoint else {}
+        own = config.signals
+        extra = teacher.extra_body if own.endpoint or own.from_answers else {}
         facts = {"endpoint": teacher.base_urls[0], "served": teacher.model}
-        return {**facts, "revision": teacher.revision, "extra_body": extra}
+        came = {"from_answers": True} if own.from_answers else {}
+        return {**facts, **came, "revision": teacher.revision, "extra_body": extra}
     dtype = str(models.pick_dtype(teacher.dtype)).removeprefix("torch.")
     return {"weights": models.identity(teacher.model, teacher.revision), "dtype": dtype}
 
