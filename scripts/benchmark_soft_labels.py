@@ -30,6 +30,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,10 +85,12 @@ def load(asked: argparse.Namespace, count: int) -> tuple[Run, list[Example]]:
 class Signals:
     """The examples as the teacher reads them, and the cache of its signals, which has them all once this is made."""
 
-    def __init__(self, run: Run, examples: Sequence[Example]) -> None:
+    def __init__(
+        self, run: Run, examples: Sequence[Example], split: str = "dataset/train.jsonl"
+    ) -> None:
         self.config, (tokenizer, facts) = run.config, open_teacher(run.config)
         self.vocabulary = len(tokenizer)
-        pairs = {p.response.id: p for p in read_records(run.path("dataset/train.jsonl"), Pair)}
+        pairs = {p.response.id: p for p in read_records(run.path(split), Pair)}
         found = [read_as_teacher(tokenizer, pairs[e.response_id], e, run.config) for e in examples]
         self.reads: dict[str, Read] = {read.example.response_id: read for read in found}
         self.cache = Cache.open(run.config.store_folder(), describe(facts))
@@ -401,15 +404,20 @@ def judge(ours: Ours, teacher: LiveLabels, examples: Sequence[Example]) -> dict[
 
 
 def train_side(
-    side: str, asked: argparse.Namespace, run: Run, examples: Sequence[Example], teacher: LiveLabels
+    side: str,
+    seed: int,
+    asked: argparse.Namespace,
+    run: Run,
+    examples: Sequence[Example],
+    teacher: LiveLabels,
 ) -> dict[str, Any]:
-    """Train one student; returns its losses of all steps, and what it has learned of the held-out samples."""
+    """Train one student, on samples in the seed's order; returns its losses of all steps, and of the held-out samples."""
     ours = (Plain if side == "live, plain loss" else Ours)(run.config.student.model)
     learned, held = examples[: asked.samples], examples[asked.samples :]
     cached_too = side == "cached"
     ours.student.labels = Signals(run, learned).labels(learned) if cached_too else teacher
     lengths = [len(example.input_ids) for example in learned]
-    plan = plan_steps(lengths, 0, asked.step_tokens, 1, asked.steps)
+    plan = plan_steps(lengths, seed, asked.step_tokens, 1, asked.steps)
     peak, warm = run.config.train.learning_rate, warmup_count(WARMUP, len(plan))
     before, losses = judge(ours, teacher, held), []
     for number, step in enumerate(plan):
@@ -432,12 +440,17 @@ def parity(asked: argparse.Namespace) -> dict[str, Any]:
     settings |= {"data": [example.id for example in examples]}
     kept = read_json(asked.json) if asked.json and asked.json.exists() else {}
     found = kept.get("sides", {}) if kept.get("settings") == settings else {}
-    for side in asked.sides:
-        if side not in found:
-            found[side] = train_side(side, asked, run, examples, teacher)
+    for seed, side in product(range(asked.seeds), asked.sides):
+        if (name := named(side, seed)) not in found:
+            found[name] = train_side(side, seed, asked, run, examples, teacher)
             keep(asked, {"settings": settings, "sides": found})
     console.print(parity_table(found))
     return {"settings": settings, "sides": found}
+
+
+def named(side: str, seed: int) -> str:
+    """Return the name of a side's student of a seed."""
+    return f"{side}; seed {seed}" if seed else side
 
 
 def parity_table(found: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -452,8 +465,9 @@ def parity_table(found: Mapping[str, Mapping[str, Any]]) -> Table:
     shown.add_row("not at all", *(f"{found[sides[0]]['before'][name]:.4f}" for name in names))
     for side in sides:
         cells = [f"{found[side]['after'][name]:.4f}" for name in names]
-        if side != "live" and "live" in found:
-            pairs = [(found[side]["after"][n], found["live"]["after"][n]) for n in names]
+        same = "; ".join(["live", *side.split("; ")[1:]])
+        if side != same and same in found:
+            pairs = [(found[side]["after"][n], found[same]["after"][n]) for n in names]
             cells = [f"{c} ({a / b - 1:+.2%})" for c, (a, b) in zip(cells, pairs, strict=True)]
         shown.add_row(side, *cells)
     return shown
@@ -488,6 +502,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--step-tokens", type=int, default=256)
     own.add_argument("--held", type=int, default=64, help="samples that follow those trained on")
     own.add_argument("--sides", nargs="+", choices=PARITY, default=PARITY)
+    own.add_argument("--seeds", type=int, default=1, help="orders of the samples")
     return made
 
 

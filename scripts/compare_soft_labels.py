@@ -7,7 +7,8 @@ RUN is a run whose signals are captured; KEY=VALUE changes its training. Each st
 RUN's dataset: one that was killed goes on where it was, and what is measured is not measured again. Each kind is trained
 with every learning rate on seed 0; the rate with the least loss on the validation answers' tokens stays for the other
 seeds, and on-policy rounds go on from the soft labels of seed 0. All are measured on the held-out items: the share that
-the task's checker passes, and the loss on the teacher's answers that it passes, in nats a token, item by item.
+the task's checker passes, and on the teacher's answers that it passes the loss and the divergence from the teacher's
+distributions, forward KL from lists as training has them, both in nats a token, item by item.
 """
 
 import argparse
@@ -19,8 +20,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from benchmark_soft_labels import Signals
 from rich.table import Table
 
+from distill import models
 from distill.cli import open_run
 from distill.config import Config, OnPolicy
 from distill.environment import environment
@@ -39,13 +43,16 @@ from distill.evaluation.statistics import (
     estimate_mean,
 )
 from distill.evaluation.words import figure
+from distill.generation.local import LocalResponder
 from distill.progress import console, say
-from distill.records import Item, Pair, Response
+from distill.records import Example, Item, Pair, Response
 from distill.run import Run
 from distill.store import read_json, read_records, write_json, write_records
 from distill.tasks import tasks_of_run
 from distill.training import refine, train
-from distill.training.student import answer_loss
+from distill.training.encode import encode_pairs
+from distill.training.labels import CachedLabels
+from distill.training.student import answer_loss, make_student
 
 KINDS: dict[str, dict[str, float]] = {
     "text": {"ce": 1.0, "forward_kl": 0.0},
@@ -54,30 +61,28 @@ KINDS: dict[str, dict[str, float]] = {
 ON_POLICY = "soft, then on-policy"
 SHARE = Bounds(0.0, 1.0)
 SETTINGS = ("seed", "prompts", "teacher", "filters", "signals", "student", "train", "on_policy")
-COLUMNS = (("right", 3), ("nats", 4), ("gap_recovered", 2))
+COLUMNS = (("right", 3), ("nats", 4), ("kl", 4), ("gap_recovered", 2))
+KL = "forward_kl"
 COPIED = ("dataset/validation.jsonl", "dropped.jsonl", "prompts.jsonl", "questions.jsonl")
 
 
 class Measured(NamedTuple):
-    """One student on the held-out items: whether each passes, and the loss on each verified answer of the teacher."""
+    """One student on the held-out items: whether each passes; of each verified answer of the teacher loss and KL."""
 
-    right_N: Floats
-    nats_M: Floats
-
-    @classmethod
-    def read(cls, path: Path) -> "Measured":
-        """Read what `measure` wrote."""
-        kept = read_json(path)
-        return cls(np.array(kept["right"], float), np.array(kept["nats"], float))
+    right: Floats
+    nats: Floats
+    kl: Floats
 
 
 class HeldOut(NamedTuple):
-    """The held-out items, and those pairs whose answer of the teacher is right."""
+    """The held-out items, and those pairs whose answer of the teacher is right, with its distributions over these."""
 
     pairs: list[Pair]
     items: list[Item]
     verified: list[int]
     teacher_N: Floats
+    examples: list[Example]
+    labels: CachedLabels
 
     @classmethod
     def of(cls, base: Run) -> "HeldOut":
@@ -85,7 +90,21 @@ class HeldOut(NamedTuple):
         pairs, items = held_out_items(base)
         answers = [pair.response for pair in pairs]
         right_N = np.array(list(marks(base, items, answers)))
-        return cls(pairs, items, np.flatnonzero(right_N == 1).tolist(), right_N)
+        verified = np.flatnonzero(right_N == 1).tolist()
+        student, train_ = base.config.student, base.config.train
+        tokenizer = models.load_tokenizer(student.model, student.revision)
+        own, date = [pairs[i] for i in verified], base.config.template_date
+        examples = encode_pairs(tokenizer, own, date, train_.max_length, base.folder)
+        labels = Signals(base, examples, "dataset/heldout.jsonl").labels(examples)
+        return cls(pairs, items, verified, right_N, examples, labels)
+
+    def divergences(self, network: Any) -> list[float]:
+        """Return a network's forward KL from the teacher on each verified answer, in nats a token."""
+        student, _ = make_student(network)
+        student.labels, place = self.labels, 1 + list(self.labels.settings.parts).index(KL)
+        with torch.no_grad():
+            sums = [float(student(student.batch([one]))[place]) for one in self.examples]
+        return [total / sum(one.weights) for total, one in zip(sums, self.examples, strict=True)]
 
 
 def marks(base: Run, items: Sequence[Item], answers: Sequence[Response]) -> Iterator[float]:
@@ -163,21 +182,28 @@ def student(base: Run, kind: str, rate: float, seed: int, count: int | None) -> 
 def measure(base: Run, run: Run | None, held: HeldOut) -> Measured:
     """Measure a student, or with None the base, on the held-out items; what was measured is read."""
     path = (run or base).path("measured.json" if run else "measured-base.json")
-    if not path.exists():
+    kept = read_json(path) if path.exists() else {}
+    if "kl" not in kept:
         adapter = run.trained("adapter") if run else None
         responder, _ = student_responder(base.config, adapter, run.folder.name if run else "base")
-        store = base.config.store_folder() / "responses"
-        prompts = [pair.prompt for pair in held.pairs]
-        answers = ask(responder, prompts, [limit(base.config)] * len(prompts), store)
-        pairs = [held.pairs[i] for i in held.verified]
-        length, date = base.config.train.max_length, responder.date
-        network, tokenizer = responder.network, responder.tokenizer
-        readings = answer_loss(network, tokenizer, pairs, date, length)
-        nats = [reading.loss / max(1, reading.tokens) for reading in readings]
-        write_json(path, {"right": list(marks(base, held.items, answers)), "nats": nats})
-        del responder, network
+        kept = kept or answered(base, responder, held)
+        kept["kl"] = held.divergences(responder.network)
+        write_json(path, kept)
+        del responder
         gc.collect()
-    return Measured.read(path)
+    return Measured(*(np.array(kept[name], float) for name in Measured._fields))
+
+
+def answered(base: Run, responder: LocalResponder, held: HeldOut) -> dict[str, list[float]]:
+    """Let a student answer the held-out items and read the teacher's verified answers; returns marks and nats a token."""
+    store = base.config.store_folder() / "responses"
+    prompts = [pair.prompt for pair in held.pairs]
+    answers = ask(responder, prompts, [limit(base.config)] * len(prompts), store)
+    pairs, length = [held.pairs[i] for i in held.verified], base.config.train.max_length
+    network, tokenizer = responder.network, responder.tokenizer
+    readings = answer_loss(network, tokenizer, pairs, responder.date, length)
+    nats = [reading.loss / max(1, reading.tokens) for reading in readings]
+    return {"right": list(marks(base, held.items, answers)), "nats": nats}
 
 
 def compare(held: HeldOut, students: Mapping[str, Sequence[Measured]]) -> dict[str, Any]:
@@ -189,14 +215,16 @@ def compare(held: HeldOut, students: Mapping[str, Sequence[Measured]]) -> dict[s
         "teacher": {"right": told(estimate_mean(held.teacher_N, items, bounds=SHARE))}
     }
     for kind, measured in students.items():
-        right_SN, nats_SM = stacked(measured)
-        scores = (right_SN.mean(0), held.teacher_N, base.right_N)
+        right_SN, nats_SM, kl_SM = stacked(measured)
+        scores = (right_SN.mean(0), held.teacher_N, base.right)
         found[kind] = {
             "seeds": len(measured),
             "right": told(estimate_mean(right_SN.mean(0), items, bounds=SHARE)),
             "right_by_seed": right_SN.mean(1).tolist(),
             "nats": told(estimate_mean(nats_SM.mean(0), verified)),
             "nats_by_seed": nats_SM.mean(1).tolist(),
+            "kl": told(estimate_mean(kl_SM.mean(0), verified)),
+            "kl_by_seed": kl_SM.mean(1).tolist(),
             "gap_recovered": told(estimate_gap_recovered(*scores, items, bounds=SHARE)),
         }
     text, soft = (stacked(students[kind]) for kind in KINDS)
@@ -207,21 +235,22 @@ def compare(held: HeldOut, students: Mapping[str, Sequence[Measured]]) -> dict[s
     return found
 
 
-def stacked(measured: Sequence[Measured]) -> tuple[Floats, Floats]:
-    """Lay seeds over each other: (S, N) whether right, (S, M) nats."""
-    return np.stack([m.right_N for m in measured]), np.stack([m.nats_M for m in measured])
+def stacked(measured: Sequence[Measured]) -> tuple[Floats, Floats, Floats]:
+    """Lay seeds over each other: (S, N) whether right, (S, M) nats, (S, M) divergences."""
+    right_SN, nats_SM, kl_SM = (np.stack(column) for column in zip(*measured, strict=True))
+    return right_SN, nats_SM, kl_SM
 
 
 def _difference(
-    one: tuple[Floats, Floats],
-    two: tuple[Floats, Floats],
+    one: tuple[Floats, Floats, Floats],
+    two: tuple[Floats, Floats, Floats],
     items: Sequence[str],
     verified: Sequence[str],
 ) -> dict[str, Any]:
     """Return `two` - `one`, with the seeds' spread where there are several, and the smallest difference to be seen."""
     found = {}
-    for number, (name, clusters) in enumerate((("right", items), ("nats", verified))):
-        a_SN, b_SN = two[number], one[number]
+    clustered = zip(Measured._fields, (items, verified, verified), one, two, strict=True)
+    for name, clusters, b_SN, a_SN in clustered:
         if max(len(a_SN), len(b_SN)) > 1:
             estimate = across_seeds(a_SN, b_SN, clusters)
         else:
@@ -254,15 +283,16 @@ def teacher_tokens(base: Run, count: int | None) -> dict[str, int]:
 
 def show(found: Mapping[str, Any]) -> None:
     """Print the figures: a row a kind, and a line a difference."""
-    shown = Table("", "seeds", "right", "nats a token", "gap recovered")
+    shown = Table("", "seeds", "right", "nats a token", "KL, nats a token", "gap recovered")
     for name, row in found.items():
         if "seeds" in row or name == "teacher":
             cells = (_within(row.get(key, {}), digits) for key, digits in COLUMNS)
             shown.add_row(name, str(row.get("seeds", "")), *cells)
     console.print(shown)
     for name in (name for name in found if " - " in name):
-        right, nats = found[name]["right"], found[name]["nats"]
-        say(f"{name}: right {_within(right, 3)}, nats a token {_within(nats, 4)}")
+        right, nats, kl = (found[name][key] for key in Measured._fields)
+        told_ = f"nats a token {_within(nats, 4)}, KL {_within(kl, 4)}"
+        say(f"{name}: right {_within(right, 3)}, {told_}")
 
 
 def _within(estimate: Mapping[str, Any], digits: int) -> str:

@@ -28,8 +28,9 @@ def load():
 
 def test_every_student_is_trained_once_on_the_same_answers_and_measured_on_the_same_items(tmp_path):
     files = {p.name: p.read_bytes() for p in make_tiny(tmp_path / "base").iterdir()}
-    script = load()
     with fake_hub() as hub, pytest.MonkeyPatch.context() as patch, contextlib.chdir(tmp_path):
+        patch.syspath_prepend(SCRIPT.parent)
+        script = load()
         hub.add(BASE, files)
         use_hub(patch, hub, tmp_path / "hub")
         config = write_config(tmp_path, make_suite(tmp_path / "suite"))
@@ -56,6 +57,10 @@ def test_every_student_is_trained_once_on_the_same_answers_and_measured_on_the_s
     assert found["soft, then on-policy"]["seeds"] == 1
     both = found["soft"]["nats"]["mean"] - found["text"]["nats"]["mean"]
     assert found["soft - text"]["nats"]["mean"] == pytest.approx(both)
+    kl = {kind: found[kind]["kl"]["mean"] for kind in ("base", "text", "soft")}
+    assert (
+        abs(kl["base"]) < 2e-4 < min(kl["soft"], kl["text"])
+    )  # the base is the teacher, but for sixteenths of a nat
     assert first["teacher_tokens"]["answers"] == 6
     names = {p.parent.parent.name for p in weights}
     assert {"tiny-text-0.001-0", "tiny-text-0.002-0", "tiny-soft-0.002-1", "refined"} <= names
