@@ -27,10 +27,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,11 +85,12 @@ class Signals:
     """The examples as the teacher reads them, and the cache of its signals, which has them all once this is made."""
 
     def __init__(
-        self, run: Run, examples: Sequence[Example], split: str = "dataset/train.jsonl"
+        self, run: Run, examples: Sequence[Example], given: Iterable[Pair] | None = None
     ) -> None:
         self.config, (tokenizer, facts) = run.config, open_teacher(run.config)
         self.vocabulary = len(tokenizer)
-        pairs = {p.response.id: p for p in read_records(run.path(split), Pair)}
+        rows = read_records(run.path("dataset/train.jsonl"), Pair) if given is None else given
+        pairs = {pair.response.id: pair for pair in rows}
         found = [read_as_teacher(tokenizer, pairs[e.response_id], e, run.config) for e in examples]
         self.reads: dict[str, Read] = {read.example.response_id: read for read in found}
         self.cache = Cache.open(run.config.store_folder(), describe(facts))
@@ -440,7 +440,8 @@ def parity(asked: argparse.Namespace) -> dict[str, Any]:
     settings |= {"data": [example.id for example in examples]}
     kept = read_json(asked.json) if asked.json and asked.json.exists() else {}
     found = kept.get("sides", {}) if kept.get("settings") == settings else {}
-    for seed, side in product(range(asked.seeds), asked.sides):
+    students = [(seed, side) for seed in range(asked.seeds) for side in asked.sides]
+    for seed, side in students:
         if (name := named(side, seed)) not in found:
             found[name] = train_side(side, seed, asked, run, examples, teacher)
             keep(asked, {"settings": settings, "sides": found})

@@ -95,7 +95,7 @@ class HeldOut(NamedTuple):
         tokenizer = models.load_tokenizer(student.model, student.revision)
         own, date = [pairs[i] for i in verified], base.config.template_date
         examples = encode_pairs(tokenizer, own, date, train_.max_length, base.folder)
-        labels = Signals(base, examples, "dataset/heldout.jsonl").labels(examples)
+        labels = Signals(base, examples, own).labels(examples)
         return cls(pairs, items, verified, right_N, examples, labels)
 
     def divergences(self, network: Any) -> list[float]:
