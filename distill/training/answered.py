@@ -42,15 +42,15 @@ def fill(cache: Cache, tokenizer: Any, texts: Sequence[Text], config: Config) ->
 
     Raises DistillError (exit 4) where too few of their tokens have any.
     """
-    lists = Lists(tokenizer, config)
-    looked = Lists(tokenizer, config)
-    for signal in looked.read(texts[:: -(-len(texts) // LOOKED_AT)]):
+    looked, lists = Lists(tokenizer, config), Lists(tokenizer, config)
+    some = texts[:: -(-len(texts) // LOOKED_AT)]
+    for signal in looked.read([example for example, _ in some]):
         if isinstance(signal, str):
             raise _fault(config.teacher, f"an answer {signal}")
     if looked.gaps > (1 - ALIKE) * looked.tokens:
         what = f"lists what was likely at {looked.tokens - looked.alone} of {looked.tokens} tokens"
         raise _fault(config.teacher, f"{what}: its tokenizer is another, or it seldom does")
-    if without := enter(cache, texts, lists.read(texts)):
+    if without := enter(cache, texts, lists.read):
         raise _fault(config.teacher, named(without))
     if lists.alone:
         say(f"signals: {lists.alone:,} of {lists.tokens:,} tokens have no list, but their label")
@@ -101,10 +101,10 @@ class Lists:
         self.settings, self.store = config.signals, config.store_folder() / "responses"
         self.tokens = self.alone = self.gaps = 0
 
-    def read(self, texts: Sequence[Text]) -> Iterator[Signal | str]:
+    def read(self, texts: Sequence[Example]) -> Iterator[Signal | str]:
         """Yield each answer's signal, or why it has none."""
         with Log(self.store, writable=False) as log:
-            for text, _ in texts:
+            for text in texts:
                 reply = _reply(log, text.response_id)
                 if isinstance(reply, str):
                     yield reply

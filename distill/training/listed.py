@@ -1,6 +1,6 @@
 """What a server lists at each token of a text, as signals: likeliest first, cut to p and k, the rest one minus their mass."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -15,9 +15,10 @@ SLACK = 1e-3  # by which rounded probabilities may sum to more than one
 
 
 def enter(
-    cache: Cache, texts: Sequence[Text], signals: Iterable[Signal | str]
+    cache: Cache, texts: Sequence[Text], read: Callable[[Sequence[Example]], Iterable[Signal | str]]
 ) -> list[tuple[Text, str]]:
-    """Put the signals of texts into the cache, a chunk at a time; return the texts without one, and why."""
+    """Put the signals that `read` finds into the cache, a chunk at a time; return the texts without one, and why."""
+    signals = read([example for example, _ in texts])
     found: list[tuple[Row, Signal]] = []
     without: list[tuple[Text, str]] = []
     for text, signal in zip(texts, signals, strict=True):

@@ -26,7 +26,7 @@ from distill.run import Run
 from distill.store import Log
 from distill.template import encode_prompt, encode_text
 from distill.training.listed import SLACK, Chances, Text, enter, named, to_signal
-from distill.training.signals import Cache, Row, Signal
+from distill.training.signals import Cache, Signal
 
 ALIKE = 0.9  # of the tokens must read the same on both sides: some servers print parts of characters in their own way
 # of a stored reply, deflated, a listed id; the prompt's tokens have lists too
@@ -60,10 +60,10 @@ def fill(cache: Cache, tokenizer: Any, texts: Sequence[Text], config: Config, ru
 
 
 def _fill(cache: Cache, server: "Server", texts: Sequence[Text]) -> None:
-    left = [text for text, _ in enter(cache, texts, server.read(texts))]  # the store has the others
+    left = [text for text, _ in enter(cache, texts, server.read)]  # the store has the others
     for part in (left[:1], left[1:]):
         server.ask([example for example, _ in part])
-        if without := enter(cache, part, server.read(part)):
+        if without := enter(cache, part, server.read):
             raise server.fault(named(without))
 
 
@@ -75,10 +75,9 @@ def probe(config: Config, tokenizer: Any) -> None:
     text = Example(
         id="probe", response_id="probe", input_ids=ids, weights=(0.0,) + (1.0,) * (len(ids) - 1)
     )
-    reading = [(text, Row(text.id, "", 0))]
-    if isinstance(next(server.read(reading)), str):
+    if isinstance(next(server.read([text])), str):
         server.ask([text])
-    if isinstance(signal := next(server.read(reading)), str):
+    if isinstance(signal := next(server.read([text])), str):
         raise server.fault(f"a first short text {signal}")
 
 
@@ -105,10 +104,10 @@ class Server:
             request = request.model_copy(update={"sample": request.sample + 1})
         return request
 
-    def read(self, texts: Sequence[Text]) -> Iterator[Signal | str]:
+    def read(self, texts: Sequence[Example]) -> Iterator[Signal | str]:
         """Yield each text's signal from its last reply, or why it has none."""
         with Log(self.store, writable=False) as log:
-            for text, _ in texts:
+            for text in texts:
                 request = self._next(log, text)
                 fault = last_fault(log, request.key, request.sample)
                 if fault or not request.sample:

@@ -73,8 +73,9 @@ class Progress:
 def main(config: Config, run: Run, allow_inexact: bool = False, start: Path | None = None) -> None:
     """Train, or continue training, and write adapter/, checkpoints/ and training.json.
 
-    The first step begins with the adapter in `start`, or with a fresh one. Raises DistillError (exit 7) for whatever keeps the training from being what was asked; `allow_inexact` lets a
-    resume under other data, settings, libraries or processes pass, and records that it did.
+    The first step begins with the adapter in `start`, or with a fresh one. Raises DistillError (exit 7) for whatever
+    keeps the training from being what was asked; `allow_inexact` lets a resume under other data, settings, libraries or
+    processes pass, and records that it did.
     """
     train_file = run.path("dataset/train.jsonl")
     if not train_file.exists():
