@@ -122,8 +122,10 @@ def test_a_row_that_is_too_long_is_rejected(
     | st.text(alphabet='{}[]":,\n\r\\u d8019a', max_size=60).map(str.encode)
 )
 def test_no_bytes_make_a_reader_raise(tmp_path: Path, data: bytes) -> None:
-    for name in ("a.txt", "a.html", "a.jsonl", "a.csv"):
-        assert all(isinstance(row, Row | Reject) for row in read(write(tmp_path, name, data)))
+    for name in ("a.txt", "a.html", "a.jsonl", "a.csv", "a.tsv"):
+        head = b"a,b\n" if name == "a.csv" else b"a\n" if name == "a.tsv" else b""
+        found = read(write(tmp_path, name, head + data))
+        assert all(isinstance(row, Row | Reject) for row in found)
 
 
 def test_csv_rows_have_the_names_of_the_header(tmp_path: Path) -> None:
@@ -139,6 +141,140 @@ def test_a_csv_row_of_other_length_is_rejected(tmp_path: Path) -> None:
     found = read(write(tmp_path, "a.csv", b"id,text\n1,a,b\n\n2\n3,c\n"))
     assert [type(row) for row in found] == [Reject, Reject, Row]
     assert found[0].where == "a.csv:2"
+
+
+ROWS = [f"{number},text of row {number}" for number in range(1, 1001)]
+
+
+@pytest.mark.parametrize("place", [1, 10, 999, 1000])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        '"{n},text of row {n}',  # the row of H16: it begins with a quote that does not close
+        '{n},"text of row {n}',
+        '{n},"text "of" row {n}"',
+        '{n},"text" of row {n}',
+        '{n},"the \\"text\\" of row {n}"',
+        "{n},text, of row",
+        "{n}",
+    ],
+)
+@pytest.mark.parametrize("others", ["plain", "quoted", "over lines"])
+def test_a_broken_csv_row_costs_no_other(tmp_path: Path, place: int, bad: str, others: str) -> None:
+    def written(number: int) -> str:
+        ending = {"plain": "", "quoted": ', "so" it is', "over lines": "\n\nand on"}[others]
+        value = f"text of row {number}{ending}"
+        return (
+            f"{number},{value}"
+            if others == "plain"
+            else f'{number},"{value.replace(chr(34), chr(34) * 2)}"'
+        )
+
+    rows = [bad.format(n=n) if n == place else written(n) for n in range(1, 1001)]
+    data = "\ufeff" + "\n".join(["id,text", *rows]) + "\n"
+    found = read(write(tmp_path, "a.csv", data.encode()))
+    rejects = [row for row in found if isinstance(row, Reject)]
+    line = 1 + data[: data.index("\n" + bad.format(n=place) + "\n")].count("\n") + 1
+    assert [row.where for row in rejects] == [f"a.csv:{line}"] and rejects[0].bad
+    kept = [int(row.value["id"]) for row in found if isinstance(row, Row)]
+    assert kept == [n for n in range(1, 1001) if n != place]
+
+
+def test_what_stands_in_quotes_may_go_over_lines(tmp_path: Path) -> None:
+    long = "\n".join(f'line {number}, "quoted"' for number in range(20_000))
+    rows = [
+        ["1", long],
+        ["2", 'a 19" disk'],
+        ["3", ""],
+        ["4", "\r\n\r\n"],
+        ["5", '"'],
+        ["6", ",\n,"],
+    ]
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["id", "the\ntext"], *rows])
+    found = read(tmp_path / "a.csv")
+    assert [row.value for row in found if isinstance(row, Row)] == [
+        {"id": number, "the\ntext": text} for number, text in rows
+    ]
+    assert len(found) == len(rows)
+    inside = read(write(tmp_path, "b.csv", b'id,text\n1,a 19" disk\n2,b"\n3,c""d\n'))
+    assert [row.value["text"] for row in inside if isinstance(row, Row)] == [
+        'a 19" disk',
+        'b"',
+        'c""d',
+    ]
+
+
+def test_two_broken_rows_of_which_one_closes_the_other_swallow_nothing(tmp_path: Path) -> None:
+    rows = [*ROWS]
+    rows[9], rows[499] = f'"{rows[9]}', f'{rows[499]}"'
+    found = read(write(tmp_path, "a.csv", "\n".join(["id,text", *rows]).encode()))
+    assert [row.where for row in found if isinstance(row, Reject)] == ["a.csv:11"]
+    assert len(found) == 1000
+
+
+@pytest.mark.parametrize(
+    "line", ['a","b', '"', 'x,"', '"a', '"""', '"",""', '"a","', "a", '"a\n', '"""a""","b\r']
+)
+def test_csv_of_quotes_takes_no_time_in_its_square(tmp_path: Path, line: str) -> None:
+    data = b'id,text\n"open\n' + f"{line}\n".encode() * 100_000
+    started = time.monotonic()
+    found = read(write(tmp_path, "a.csv", data))
+    assert isinstance(found[0], Reject) and found[0].where == "a.csv:2"
+    assert time.monotonic() - started < 10
+
+
+def test_a_csv_row_that_is_too_long_is_rejected_and_the_next_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "MAX_ROW", 100)
+    for middle, line in (("1," + "x" * 500, 2), ('1,"' + "x\n" * 90, 2)):
+        found = read(write(tmp_path, "a.csv", f"id,text\n{middle}\n9,good\n".encode()))
+        assert isinstance(found[0], Reject) and found[0].where == f"a.csv:{line}"
+        assert isinstance(found[-1], Row) and found[-1].value == {"id": "9", "text": "good"}
+
+
+def test_two_columns_of_one_name_stop_and_are_named(tmp_path: Path) -> None:
+    table = pyarrow.table([["a"], ["b"]], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    for path in (
+        write(tmp_path, "a.csv", b"text,id,text\na,1,b\n"),
+        write(tmp_path, "b.csv", b'\xef\xbb\xbf"text",text\na,b\n'),
+        write(tmp_path, "a.tsv", b"text\ttext\na\tb\n"),
+        tmp_path / "a.parquet",
+    ):
+        with pytest.raises(DistillError, match="names the column 'text' twice") as caught:
+            read(path)
+        assert caught.value.code == Exit.INPUT and path.name in caught.value.where
+
+
+@pytest.mark.parametrize("head", ['id,"text', 'id,"te"xt', '"id,text'])
+def test_a_head_that_cannot_be_read_stops(tmp_path: Path, head: str) -> None:
+    with pytest.raises(DistillError) as caught:
+        read(write(tmp_path, "a.csv", f"{head}\n1,a\n2,b\n".encode()))
+    assert (caught.value.code, caught.value.where) == (Exit.INPUT, "a.csv:1")
+
+
+def test_columns_without_a_name_are_left_out_with_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = read(write(tmp_path, "a.csv", b"\n,text, ,\n0,a,,x\n1,b,,y\n"))
+    assert [row.value for row in found if isinstance(row, Row)] == [{"text": "a"}, {"text": "b"}]
+    assert "columns without a name are left out: 1, 3, 4" in capsys.readouterr().err
+
+
+def test_tsv_is_read_by_its_tabs(tmp_path: Path) -> None:
+    found = read(write(tmp_path, "a.tsv.gz", b'id\ttext\n1\ta, b\n2\t"c\td"\n3\t"e\n4\tf\n'))
+    assert [row.value["text"] for row in found if isinstance(row, Row)] == ["a, b", "c\td", "f"]
+    assert [row.where for row in found if isinstance(row, Reject)] == ["a.tsv.gz:4"]
+
+
+def test_a_key_that_stands_twice_makes_a_bad_row(tmp_path: Path) -> None:
+    data = b'{"text": "a", "text": "b"}\n{"text": "c", "meta": {"k": 1, "k": 2}}\n{"text": "d"}\n'
+    first, second, good = read(write(tmp_path, "a.jsonl", data))
+    assert isinstance(first, Reject) and "key 'text' stands twice" in first.reason
+    assert isinstance(second, Reject) and second.where == "a.jsonl:2"
+    assert good == Row("a.jsonl:3", {"text": "d"})
 
 
 def test_parquet_rows(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Reading what people have: text, Markdown, HTML, JSON lines, CSV, Parquet, a folder of these, or a dataset.
+"""Reading what people have: text, Markdown, HTML, JSON lines, CSV, TSV, Parquet, a folder of these, or a dataset.
 
 Every row comes out as a mapping with the place it came from, or as a reject with a reason. A file that cannot be
 opened or whose end is missing stops with exit 3; a bad row never does. Lines end at newlines and nowhere else.
@@ -9,17 +9,20 @@ import gzip
 import io
 import json
 import zlib
+from collections import Counter, deque
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from distill.errors import DistillError, Exit
+from distill.progress import say
 from distill.records import Record
 
 MAX_ROW = 16 * 2**20  # bytes of one row, or of one text file
 TEXTS = (".txt", ".md", ".rst", ".html", ".htm")
-SUFFIXES = (*TEXTS, ".jsonl", ".csv")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+SUFFIXES = (*TEXTS, ".jsonl", *DELIMITERS)
 BINARY_SUFFIXES = (".parquet",)
 BLOCKS = frozenset(
     "address article aside blockquote br dd div dl dt figcaption footer h1 h2 h3 h4 h5 h6 header hr li main ol p pre "
@@ -85,8 +88,8 @@ def read_file(path: Path, shown: str) -> Iterator[Row | Reject]:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             if kind == ".jsonl":
                 yield from read_lines(file, shown)
-            elif kind == ".csv":
-                yield from _read_csv(file, shown)
+            elif kind in DELIMITERS:
+                yield from _read_csv(file, shown, DELIMITERS[kind])
             else:
                 yield from _read_text(file, shown, html=kind in (".html", ".htm"))
     except (EOFError, zlib.error, gzip.BadGzipFile):
@@ -134,7 +137,9 @@ def read_lines(file: Bytes, shown: str) -> Iterator[Row | Reject]:
 
 def _parsed(line: bytes, where: str) -> Row | Reject:
     try:
-        value = json.loads(decode(line), parse_constant=_refuse_constant)
+        value = json.loads(
+            decode(line), parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeats
+        )
     except json.JSONDecodeError as error:
         return Reject(where=where, reason=f"not JSON: {error.msg} at column {error.colno}")
     except RecursionError:
@@ -146,31 +151,95 @@ def _parsed(line: bytes, where: str) -> Row | Reject:
     return Row(where, value)
 
 
+def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build an object whose keys stand once each; of two, JSON does not say which one counts."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"key {ascii(counts.most_common(1)[0][0][:60])} stands twice")
+    return value
+
+
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON value")
 
 
-def _read_csv(file: Bytes, shown: str) -> Iterator[Row | Reject]:
+def _read_csv(file: Bytes, shown: str, delimiter: str) -> Iterator[Row | Reject]:
+    """Yield the rows of CSV or TSV, read strictly: a row whose quote does not close costs that row alone.
+
+    Such a row is rejected at the line where it begins, and reading goes on at the line after it, so that it swallows
+    none of the rows below. Raises DistillError (exit 3) where the head cannot be read or names a column twice.
+    """
     # bytes that are not UTF-8 become lone surrogates, which cleaning rejects row by row
     text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
     csv.field_size_limit(MAX_ROW)
-    rows = csv.reader(text)
-    header: list[str] | None = None
+    again, taken = deque[str](), list[str]()  # lines to be read again; lines of the row at hand
+    number = 0  # lines of the file that lie behind
+    # A row left open at the end of a line has the fate of every other that is open there: one failure at a later line
+    # settles all that begin above that line. Without this, each of them would be read to its end: quadratic.
+    hopeless, unclosed, size = 0, "a quote is not closed", 0
+
+    def next_line() -> str:
+        nonlocal size
+        if taken and number + len(taken) < hopeless:
+            raise csv.Error(unclosed)
+        line = again.popleft() if again else text.readline(MAX_ROW + 1)
+        size = size + len(line) if taken else len(line)
+        if line:
+            taken.append(line)
+        if size > MAX_ROW:
+            raise csv.Error(f"longer than {MAX_ROW:,} characters")
+        return line
+
+    names: list[str] | None = None
+    rows = csv.reader(iter(next_line, ""), delimiter=delimiter, strict=True)
     while True:
+        taken.clear()
+        reason, fields = "", list[str]()
         try:
-            fields = next(rows, None)
-        except csv.Error as error:
-            yield Reject(where=f"{shown}:{rows.line_num}", reason=f"not CSV: {error}")
-            continue
-        if fields is None:
+            fields = next(rows)
+        except StopIteration:
             return
-        where = f"{shown}:{rows.line_num}"
-        if header is None:
-            header = fields
-        elif fields and len(fields) != len(header):
-            yield Reject(where=where, reason=f"{len(fields)} fields under {len(header)} names")
-        elif fields:
-            yield Row(where, dict(zip(header, fields, strict=True)))
+        except csv.Error as error:
+            reason = unclosed if "unexpected end" in str(error) else str(error)
+            if len(taken) > 1 and reason != unclosed:
+                reason = f"{unclosed}, or {reason}"
+        if names is not None and fields and len(fields) != len(names):
+            reason = f"{len(fields)} fields under {len(names)} names"
+            if len(taken) > 1:
+                reason += f", on {len(taken)} lines: perhaps {unclosed}"
+        elif reason:
+            reason = f"not CSV: {reason}"
+        if reason:
+            where = f"{shown}:{number + 1}"
+            if names is None:
+                raise DistillError(Exit.INPUT, where, f"the head is {reason}", "correct the line")
+            yield Reject(where=where, reason=reason)
+            while len(taken[0]) > MAX_ROW and not taken[0].endswith(("\n", "\r")):
+                taken[0] = text.readline(MAX_ROW + 1) or "\n"
+            hopeless = max(hopeless, number + len(taken))
+            again.extendleft(reversed(taken[1:]))
+            number += 1
+            rows = csv.reader(iter(next_line, ""), delimiter=delimiter, strict=True)
+            continue
+        number += len(taken)
+        where = f"{shown}:{number}"
+        if names is None and any(field.strip() for field in fields):
+            names = [name if name.strip() else "" for name in fields]
+            _refuse_twins(names, where)
+            if nameless := [str(place) for place, name in enumerate(names, 1) if not name]:
+                say(f"{where}: columns without a name are left out: {', '.join(nameless[:20])}")
+        elif names is not None and fields:
+            pairs = zip(names, fields, strict=True)
+            yield Row(where, {name: value for name, value in pairs if name})
+
+
+def _refuse_twins(names: list[str], where: object) -> None:
+    """Stop (exit 3) where two columns have one name: only one of them could be read."""
+    twins = [name for name, count in Counter(names).items() if name and count > 1]
+    if twins:
+        what = f"names the column {ascii(twins[0][:60])} twice"
+        raise DistillError(Exit.INPUT, where, what, "give each column a name of its own")
 
 
 def _read_parquet(path: Path, shown: str) -> Iterator[Row | Reject]:
@@ -178,8 +247,9 @@ def _read_parquet(path: Path, shown: str) -> Iterator[Row | Reject]:
     import pyarrow.parquet
 
     try:
-        number = 0
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
+        file, number = pyarrow.parquet.ParquetFile(path), 0
+        _refuse_twins(file.schema_arrow.names, path)
+        for batch in file.iter_batches(batch_size=1024):
             for value in batch.to_pylist():
                 number += 1
                 yield Row(f"{shown}:{number}", value)
