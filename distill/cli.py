@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from distill.config import load_config
+from distill.config_file import load_config
 from distill.errors import DistillError, Exit, exit_code
 from distill.progress import say
 from distill.run import Run, Stage

@@ -1,21 +1,15 @@
-"""The experiment's configuration: one YAML file, a strict tree, and overrides such as `train.learning_rate=2e-4`.
+"""The experiment's configuration: a strict tree of keys with their defaults, ranges and rules.
 
-Every fault (unknown or duplicate key, wrong type, value out of range, a secret in the file) ends as one line with the
-file, the line and the key, before anything is loaded or asked. Config reaches a stage's `main` and stops there.
+`distill.config_file` reads one from YAML. Config reaches a stage's `main` and stops there.
 """
 
-import difflib
 import ipaddress
-import json
-import math
-import os
 import re
 import socket
-from collections.abc import Iterable, Iterator, Sequence
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -23,29 +17,11 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from distill.errors import DistillError, Exit
-from distill.yaml_reader import SECRET, Places, parse_with_places, read_text
-from distill.yaml_reader import parse_yaml as parse_yaml
-
-SECRET_KEY = re.compile(r"(?:api_?key|token|secret|password|authorization)$", re.I)
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
-ELSEWHERE = {  # what other tools call some of our keys
-    "lr": "learning_rate",
-    "epochs": "num_train_epochs",
-    "rank": "r",
-    "batch_size": "tokens_per_step",
-    "per_device_train_batch_size": "tokens_per_step",
-    "max_seq_length": "max_length",
-    "max_tokens": "max_new_tokens",
-    "license": "licence",
-}
-BY_NAME = "name an environment variable instead"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 
@@ -658,148 +634,3 @@ class Config(Section):
     def resolved(self) -> dict[str, Any]:
         """Return the whole tree as plain JSON values."""
         return self.model_dump(mode="json")
-
-
-def _sections(path: Sequence[str]) -> list[type[Section]]:
-    """Return the sections along a key's path, from the root; the last may hold the path's last part."""
-    found: list[type[Section]] = [Config]
-    for part in path:
-        field = found[-1].model_fields.get(part)
-        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
-        inner = next((k for k in kinds if isinstance(k, type) and issubclass(k, Section)), None)
-        if inner is None:
-            break
-        found.append(inner)
-    return found
-
-
-def _key_of(fault: Any) -> tuple[str, ...]:
-    """Return the path of the key that a fault is about, without pydantic's names of union members."""
-    path = tuple(str(part) for part in fault["loc"])
-    return path[: len(_sections(path[:-1]))] if path else ()
-
-
-def _explain(error: ValidationError, file: str, places: Places) -> DistillError:
-    """Turn pydantic's faults into one line: the first, but an unknown key before a missing one."""
-    faults = error.errors()
-    fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
-    path = _key_of(fault)
-    where = next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), file)
-    key = ".".join(path)
-    if fault["type"] == "extra_forbidden":
-        return DistillError(Exit.CONFIG, where, f"unknown key {key[:80]}", _nearest(path))
-    if fault["type"] == "missing":
-        return DistillError(Exit.CONFIG, where, f"{key} is missing", "add it")
-    message = fault["msg"].removeprefix("Value error, ").replace("valid array", "list: [a, b]")
-    given = "" if isinstance(fault["input"], dict) else f", not {str(fault['input'])[:60]!r}"
-    what = f"{key}: {message[:1].lower() + message[1:]}" if key else message
-    return DistillError(Exit.CONFIG, where, what + given, _allowed(path))
-
-
-def _nearest(path: tuple[str, ...]) -> str:
-    """Say which valid key is nearest to an unknown one."""
-    names = list(_sections(path[:-1])[-1].model_fields)
-    usual = ELSEWHERE.get(path[-1])
-    near = [usual] if usual in names else difflib.get_close_matches(path[-1], names, 1, 0.5)
-    return f"did you mean {near[0]}?" if near else "valid: " + ", ".join(names)
-
-
-def _allowed(path: tuple[str, ...]) -> str:
-    """Say which range a number's key allows, both ends."""
-    field = _sections(path[:-1])[-1].model_fields.get(path[-1]) if path else None
-    words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
-    limits = [
-        f"{words[name]} {getattr(limit, name):,}"
-        for limit in _limits(field)
-        for name in words
-        if hasattr(limit, name)
-    ]
-    return "allowed: " + ", ".join(limits) if limits else "correct the value"
-
-
-def _limits(field: Any) -> list[Any]:
-    """Return the limits in a field's annotation, also inside `Annotated[...] | None`."""
-    if field is None:
-        return []
-    inside = [m for kind in get_args(field.annotation) for m in getattr(kind, "__metadata__", ())]
-    return [*field.metadata, *(limit for m in inside for limit in getattr(m, "metadata", [m]))]
-
-
-def check_values(value: Any, file: str, places: Places, path: tuple[str, ...] = ()) -> None:
-    """Stop at a secret (never echoed), a control character, or a number that is not finite."""
-    where = next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), file)
-    key = ".".join(path)
-    if isinstance(value, dict):
-        for name, child in value.items():
-            if SECRET.search(name):
-                raise DistillError(Exit.CONFIG, where, "a key of the file is a secret", BY_NAME)
-            check_values(child, file, places, (*path, name))
-    elif isinstance(value, list):
-        for child in value:
-            check_values(child, file, places, path)
-    elif isinstance(value, str):
-        if SECRET.search(value) or (value and path and SECRET_KEY.search(path[-1])):
-            raise DistillError(Exit.CONFIG, where, f"{key} holds a secret", BY_NAME)
-        if CONTROL.search(value):
-            raise DistillError(Exit.CONFIG, where, f"{key} holds a control character", "remove it")
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise DistillError(Exit.CONFIG, where, f"{key} is not a finite number", "correct the value")
-
-
-def apply_override(tree: dict[str, Any], override: str) -> Places:
-    """Set `a.b=value` (value in YAML) in `tree`, and say which keys it set; a mapping changes only what it names."""
-    name, equals, text = override.partition("=")
-    path = tuple(name.strip().split("."))
-    if not equals or not all(path) or SECRET.search(name):
-        shown = "an override" if SECRET.search(override) else override
-        raise DistillError(Exit.CONFIG, shown, "is not KEY=VALUE", "write key.name=value")
-    value, _ = parse_with_places(text, f"override {name.strip()}")
-    for part in reversed(path):
-        value = {part: value}
-    _merge(tree, value)
-    return {key: "command line" for key in _paths(value)}
-
-
-def _merge(tree: dict[str, Any], changes: dict[str, Any]) -> None:
-    for key, value in changes.items():
-        if isinstance(value, dict) and isinstance(tree.get(key), dict):
-            _merge(tree[key], value)
-        else:
-            tree[key] = value
-
-
-def _paths(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Yield the paths of the leaves of a tree."""
-    if not isinstance(tree, dict) or not tree:
-        yield path
-        return
-    for key, child in tree.items():
-        yield from _paths(child, (*path, key))
-
-
-def find_config(path: Path) -> Path:
-    """Return `path`, or the file of that name among those that ship with the package (`configs/NAME`)."""
-    if path.is_absolute() or os.path.lexists(path):
-        return path
-    for root in (Path(__file__).parent.parent, Path(__file__).parent / "_data"):
-        candidate = root / path
-        if ".." not in path.parts and os.path.isfile(candidate):
-            return candidate
-    return path
-
-
-def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
-    """Read, override and check the experiment at `path`; raises DistillError (exit 2) with one clear line."""
-    path = find_config(path)
-    tree, places = parse_with_places(read_text(path), path)
-    if not isinstance(tree, dict):
-        raise DistillError(
-            Exit.CONFIG, path, "holds no mapping of keys", "start from one of configs/*.yaml"
-        )
-    for override in overrides:
-        places |= apply_override(tree, override)
-    check_values(tree, str(path), places)
-    try:  # through JSON, whose strict mode knows lists and paths, but makes no number of a text
-        return Config.model_validate_json(json.dumps(tree), strict=True)
-    except ValidationError as error:
-        raise _explain(error, str(path), places) from None

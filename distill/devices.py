@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distill.config import find_config, parse_yaml, read_text
+from distill.config_file import find_config, parse_yaml, read_text
 from distill.environment import cores, cpu_facts, processor
 from distill.estimates import Span
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from distill.config import checked_model, find_config, parse_yaml, read_text
+from distill.config import checked_model
+from distill.config_file import find_config, parse_yaml, read_text
 from distill.download import Gguf, converted
 from distill.environment import cpu_facts
 from distill.errors import DistillError, Exit

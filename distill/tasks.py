@@ -14,10 +14,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import ValidationError, field_validator, model_validator
 
 from distill.checkers import validate
-from distill.config import Section, find_config
+from distill.config import Section
+from distill.config_file import find_config, parse_yaml, read_text
 from distill.errors import DistillError, Exit
 from distill.store import read_json
-from distill.yaml_reader import parse_yaml, read_text
 
 Named = TypeVar("Named", bound=Section)
 KEPT = "tasks.json"  # in a run's folder: the tasks as they were asked, by name

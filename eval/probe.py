@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from distill.config import load_config
+from distill.config_file import load_config
 from distill.errors import exit_code
 from distill.evaluation.judging import probe_lines, probed
 

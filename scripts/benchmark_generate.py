@@ -21,7 +21,7 @@ import torch
 import transformers
 from rich.table import Table
 
-from distill.config import load_config
+from distill.config_file import load_config
 from distill.generation.local import LocalResponder
 from distill.generation.responder import Request, Sampling
 from distill.progress import console, say

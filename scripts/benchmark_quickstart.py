@@ -20,7 +20,7 @@ from typing import Any
 from sacrebleu import sentence_chrf
 
 from distill.checkers import check
-from distill.config import load_config
+from distill.config_file import load_config
 from distill.models import fetch
 from distill.records import Pair, Prompt, Response, Split
 from distill.store import read_json, read_records, write_json

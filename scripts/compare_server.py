@@ -17,7 +17,8 @@ import torch
 from benchmark_generate import tie
 from rich.table import Table
 
-from distill.config import Config, load_config
+from distill.config import Config
+from distill.config_file import load_config
 from distill.generation.asking import encode, origin_of
 from distill.generation.generate import answer_all, read
 from distill.generation.local import LocalResponder

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from distill.cli import main
-from distill.config import Config, load_config
+from distill.config import Config
+from distill.config_file import load_config
 from distill.errors import DistillError, Exit
 from distill.models import load_model, load_tokenizer
 from distill.records import Candidate, Document, Message, Pair, Place, Prompt, Response

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distill.cli import main
-from distill.config import Config, load_config
+from distill.config import Config
+from distill.config_file import load_config
 from distill.errors import DistillError, Exit
 from distill.models import load_model, load_tokenizer
 from distill.records import Message, Pair

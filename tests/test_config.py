@@ -11,7 +11,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.config import Config, load_config
+from distill.config import Config
+from distill.config_file import load_config
 from distill.errors import DistillError, Exit
 
 ROOT = Path(__file__).parent.parent

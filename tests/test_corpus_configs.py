@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from distill.config import load_config
+from distill.config_file import load_config, parse_yaml, read_text
 from distill.corpus import prompts
 from distill.tasks import load_task
-from distill.yaml_reader import parse_yaml, read_text
 
 EXPERIMENTS = [
     path

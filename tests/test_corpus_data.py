@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from distill.config import load_config
+from distill.config_file import load_config
 from distill.corpus import corpus
 from distill.corpus.readers import Reject
 from distill.store import sha256_file

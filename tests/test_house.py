@@ -16,8 +16,9 @@ PACKAGE = ROOT / "distill"
 # From the ground up: a module imports from lower layers, and a folder's modules from each other.
 LAYERS = (
     ("__init__", "errors"),
-    ("records", "yaml_reader"),
+    ("records",),
     ("config",),
+    ("config_file",),
     ("progress", "environment", "processes"),
     ("store",),
     ("run", "upkeep"),
@@ -42,8 +43,8 @@ WITHOUT_TORCH = (
     *(
         "errors",
         "records",
-        "yaml_reader",
         "config",
+        "config_file",
         "store",
         "upkeep",
         "progress",
@@ -233,7 +234,7 @@ def test_the_readme_s_commands_exist():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.name)
 def test_shipped_yaml_is_plain(path):
-    from distill.yaml_reader import parse_yaml, read_text
+    from distill.config_file import parse_yaml, read_text
 
     assert parse_yaml(read_text(path), path) is not None
     yaml.safe_load(path.read_text())

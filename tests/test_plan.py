@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill.cli import main
-from distill.config import Config, load_config
+from distill.config import Config
+from distill.config_file import load_config
 from distill.devices import find_device, float32_rate, table
 from distill.errors import DistillError, Exit
 from distill.estimates import (

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from distill.cli import main
-from distill.config import Config, Signals, load_config
+from distill.config import Config, Signals
+from distill.config_file import load_config
 from distill.errors import DistillError, Exit
 from distill.generation.budget import account
 from distill.models import load_model, load_tokenizer

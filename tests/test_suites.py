@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from distill.config import load_config
+from distill.config_file import load_config
 from distill.errors import DistillError, Exit
 from distill.evaluation import suites
 from distill.evaluation.suites import identity, load_suite, load_suites

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from distill.cli import main
-from distill.config import Config, load_config
+from distill.config import Config
+from distill.config_file import load_config
 from distill.errors import DistillError, Exit
 from distill.generation.terms import (
     Terms,

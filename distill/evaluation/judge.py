@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
-from distill.config import find_config, parse_yaml, read_text
+from distill.config_file import find_config, parse_yaml, read_text
 from distill.evaluation.results import SHARE, Models
 from distill.evaluation.statistics import Certainty, Estimate, as_interval, estimate_mean
 from distill.records import Item, Message, Record, Response, Score, digest

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.config import Config, load_config
+from distill.config import Config
+from distill.config_file import load_config
 from distill.corpus.readers import Reject, Row, read_file
 from distill.errors import DistillError, Exit
 from distill.evaluation import results

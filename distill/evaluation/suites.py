@@ -12,16 +12,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from distill.config import (
-    Columns,
-    Config,
-    File,
-    Positive,
-    Section,
-    checked_model,
-    find_config,
-    load_config,
-)
+from distill.config import Columns, Config, File, Positive, Section, checked_model
+from distill.config_file import find_config, load_config
 from distill.corpus.prompts import ask
 from distill.corpus.readers import Reject, Row, list_files, read_dataset, read_file
 from distill.corpus.rows import interpret

@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, ValidationError
 
-from distill.config import find_config, parse_yaml, read_text
+from distill.config_file import find_config, parse_yaml, read_text
 from distill.errors import DistillError, Exit
 from distill.records import Record, Usage
 

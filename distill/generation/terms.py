@@ -15,7 +15,8 @@ from urllib.parse import urlsplit
 
 from pydantic import TypeAdapter, ValidationError, model_validator
 
-from distill.config import Config, find_config, parse_yaml, read_text
+from distill.config import Config
+from distill.config_file import find_config, parse_yaml, read_text
 from distill.errors import DistillError, Exit
 from distill.models import hub_id, is_folder, lookup
 from distill.records import Record

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from distill import models
-from distill.config import Config, find_config
+from distill.config import Config
+from distill.config_file import find_config
 from distill.errors import DistillError, Exit
 from distill.progress import say
 from distill.publishing.card import Facts, make_card

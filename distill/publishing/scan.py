@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from distill.config_file import SECRET
 from distill.errors import DistillError, Exit
-from distill.yaml_reader import SECRET
 
 CREDENTIALS = re.compile(
     r"[a-z][a-z0-9+.-]*://[^\s/:@\"'<>]+:(?!(?:pass(?:word)?|pwd|secret|token)@)[^\s/@\"'<>]+@",

@@ -1,0 +1,317 @@
+"""Read the YAML that users write, strictly, and the overrides after it (`train.learning_rate=2e-4`), into a Config.
+
+`1e-4` is a number; `on`, `no` and `010` are texts; a key stands once; aliases, tags and merges are refused, so that no
+file can build an object or grow when it is read. Every error (unknown or duplicate key, wrong type, value out of range,
+a secret in the file) is a DistillError (exit 2) of one line with file, line and key, before anything is loaded or asked.
+"""
+
+import difflib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import ValidationError
+from yaml.events import AliasEvent
+
+from distill.config import Config, Section
+from distill.errors import DistillError, Exit
+
+MAX_BYTES = 64_000  # a larger file is none that a person wrote; this much is read in half a second
+MAX_DEPTH = 20
+PLAIN = "write plain YAML"
+Places = dict[tuple[str, ...], str]  # where each key of the tree was set, as FILE:LINE
+
+SECRET = re.compile(
+    r"(?:\b(?:sk|gsk|xai|pplx|nvapi|rk|pk)[-_][A-Za-z0-9_-]{16,}|\bhf_[A-Za-z0-9]{16,}|\bAIza[\w-]{30,}"
+    r"|\bgh[opsu]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bAKIA[A-Z0-9]{16}|\bxox[abp]-[\w-]{10,}"
+    r"|\bBearer\s+\S{8,}|://[^/\s:@]*:?[^/\s:@]+@|-----BEGIN [A-Z ]*PRIVATE KEY)"
+)
+SECRET_KEY = re.compile(r"(?:api_?key|token|secret|password|authorization)$", re.I)
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
+ELSEWHERE = {  # what other tools call some of our keys
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "rank": "r",
+    "batch_size": "tokens_per_step",
+    "per_device_train_batch_size": "tokens_per_step",
+    "max_seq_length": "max_length",
+    "max_tokens": "max_new_tokens",
+    "license": "licence",
+}
+BY_NAME = "name an environment variable instead"
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader without the conversions that surprise, without aliases, tags and deep nesting."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if isinstance(event, AliasEvent):
+            raise yaml.MarkedYAMLError(
+                problem="aliases are not allowed", problem_mark=event.start_mark
+            )
+        if getattr(event, "tag", None) is not None:
+            raise yaml.MarkedYAMLError(
+                problem="tags (!...) are not allowed", problem_mark=event.start_mark
+            )
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=event.start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+KEPT = ("tag:yaml.org,2002:null",)
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in pairs if tag in KEPT]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _kind, _pattern, _first in (
+    ("bool", r"true|false", "tf"),
+    ("int", r"[-+]?(?:0|[1-9][0-9_]*)", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(?:(?:0|[1-9][0-9]*)\.[0-9]*|\.[0-9]+|(?:0|[1-9][0-9]*)(?=[eE]))(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|nan)",
+        "-+0123456789.",
+    ),
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), list(_first)
+    )
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
+    """Build a mapping, and refuse a key that stands twice or is not a text."""
+    result: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str):
+            raise yaml.MarkedYAMLError(
+                problem=f"a key must be a text, not {str(key)[:40]}",
+                problem_mark=key_node.start_mark,
+            )
+        if key in result:
+            raise yaml.MarkedYAMLError(
+                problem=f"key {key[:60]!r} stands twice", problem_mark=key_node.start_mark
+            )
+        result[key] = loader.construct_object(value_node, deep=True)
+    return result
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def parse_yaml(text: str, where: object) -> Any:
+    """Parse one YAML document; raises DistillError (exit 2) with the line of the fault."""
+    return parse_with_places(text, where)[0]
+
+
+def parse_with_places(text: str, where: object) -> tuple[Any, Places]:
+    """Parse one YAML document, and say where each of its keys stands."""
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        value = loader.construct_document(node) if node else None
+    except yaml.YAMLError as error:
+        raise _fault(error, where) from None
+    except (ValueError, OverflowError):  # Python reads no number of 5,000 digits
+        raise DistillError(Exit.CONFIG, where, "a number in it is too long", PLAIN) from None
+    return value, _places(node, where)
+
+
+def _fault(error: yaml.YAMLError, where: object) -> DistillError:
+    """Turn a parser's complaint into one line; a secret in it is not repeated."""
+    mark = getattr(error, "problem_mark", None)
+    what = getattr(error, "problem", None) or str(error).splitlines()[0]
+    place = f"{where}:{mark.line + 1}" if mark else where
+    return DistillError(
+        Exit.CONFIG, place, "not readable here" if SECRET.search(what) else what, PLAIN
+    )
+
+
+def _places(node: yaml.Node | None, where: object, path: tuple[str, ...] = ()) -> Places:
+    places: Places = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            inner = (*path, str(key.value))
+            places[inner] = f"{where}:{key.start_mark.line + 1}"
+            places |= _places(value, where, inner)
+    return places
+
+
+def read_text(path: Path) -> str:
+    """Read a small UTF-8 text file that the user named; raises DistillError (exit 2) where it is none."""
+    try:
+        if path.exists() and not path.is_file():
+            raise DistillError(Exit.CONFIG, path, "is not a file", "name a YAML file")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DistillError(Exit.CONFIG, path, reason, "check the path") from None
+    if len(data) > MAX_BYTES:
+        what = f"larger than {MAX_BYTES:,} bytes"
+        raise DistillError(Exit.CONFIG, path, what, "this is no config; check the path")
+    if data.startswith(b"\xef\xbb\xbf"):
+        raise DistillError(
+            Exit.CONFIG, path, "begins with a byte order mark", "save it as UTF-8 without"
+        )
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        what = f"not UTF-8 at byte {error.start}"
+        raise DistillError(Exit.CONFIG, path, what, "save the file as UTF-8") from None
+
+
+def _sections(path: Sequence[str]) -> list[type[Section]]:
+    """Return the sections along a key's path, from the root; the last may hold the path's last part."""
+    found: list[type[Section]] = [Config]
+    for part in path:
+        field = found[-1].model_fields.get(part)
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+        inner = next((k for k in kinds if isinstance(k, type) and issubclass(k, Section)), None)
+        if inner is None:
+            break
+        found.append(inner)
+    return found
+
+
+def _key_of(fault: Any) -> tuple[str, ...]:
+    """Return the path of the key that a fault is about, without pydantic's names of union members."""
+    path = tuple(str(part) for part in fault["loc"])
+    return path[: len(_sections(path[:-1]))] if path else ()
+
+
+def _explain(error: ValidationError, file: str, places: Places) -> DistillError:
+    """Turn pydantic's faults into one line: the first, but an unknown key before a missing one."""
+    faults = error.errors()
+    fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
+    path = _key_of(fault)
+    where = next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), file)
+    key = ".".join(path)
+    if fault["type"] == "extra_forbidden":
+        return DistillError(Exit.CONFIG, where, f"unknown key {key[:80]}", _nearest(path))
+    if fault["type"] == "missing":
+        return DistillError(Exit.CONFIG, where, f"{key} is missing", "add it")
+    message = fault["msg"].removeprefix("Value error, ").replace("valid array", "list: [a, b]")
+    given = "" if isinstance(fault["input"], dict) else f", not {str(fault['input'])[:60]!r}"
+    what = f"{key}: {message[:1].lower() + message[1:]}" if key else message
+    return DistillError(Exit.CONFIG, where, what + given, _allowed(path))
+
+
+def _nearest(path: tuple[str, ...]) -> str:
+    """Say which valid key is nearest to an unknown one."""
+    names = list(_sections(path[:-1])[-1].model_fields)
+    usual = ELSEWHERE.get(path[-1])
+    near = [usual] if usual in names else difflib.get_close_matches(path[-1], names, 1, 0.5)
+    return f"did you mean {near[0]}?" if near else "valid: " + ", ".join(names)
+
+
+def _allowed(path: tuple[str, ...]) -> str:
+    """Say which range a number's key allows, both ends."""
+    field = _sections(path[:-1])[-1].model_fields.get(path[-1]) if path else None
+    words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+    limits = [
+        f"{words[name]} {getattr(limit, name):,}"
+        for limit in _limits(field)
+        for name in words
+        if hasattr(limit, name)
+    ]
+    return "allowed: " + ", ".join(limits) if limits else "correct the value"
+
+
+def _limits(field: Any) -> list[Any]:
+    """Return the limits in a field's annotation, also inside `Annotated[...] | None`."""
+    if field is None:
+        return []
+    inside = [m for kind in get_args(field.annotation) for m in getattr(kind, "__metadata__", ())]
+    return [*field.metadata, *(limit for m in inside for limit in getattr(m, "metadata", [m]))]
+
+
+def check_values(value: Any, file: str, places: Places, path: tuple[str, ...] = ()) -> None:
+    """Stop at a secret (never echoed), a control character, or a number that is not finite."""
+    where = next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), file)
+    key = ".".join(path)
+    if isinstance(value, dict):
+        for name, child in value.items():
+            if SECRET.search(name):
+                raise DistillError(Exit.CONFIG, where, "a key of the file is a secret", BY_NAME)
+            check_values(child, file, places, (*path, name))
+    elif isinstance(value, list):
+        for child in value:
+            check_values(child, file, places, path)
+    elif isinstance(value, str):
+        if SECRET.search(value) or (value and path and SECRET_KEY.search(path[-1])):
+            raise DistillError(Exit.CONFIG, where, f"{key} holds a secret", BY_NAME)
+        if CONTROL.search(value):
+            raise DistillError(Exit.CONFIG, where, f"{key} holds a control character", "remove it")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise DistillError(Exit.CONFIG, where, f"{key} is not a finite number", "correct the value")
+
+
+def apply_override(tree: dict[str, Any], override: str) -> Places:
+    """Set `a.b=value` (value in YAML) in `tree`, and say which keys it set; a mapping changes only what it names."""
+    name, equals, text = override.partition("=")
+    path = tuple(name.strip().split("."))
+    if not equals or not all(path) or SECRET.search(name):
+        shown = "an override" if SECRET.search(override) else override
+        raise DistillError(Exit.CONFIG, shown, "is not KEY=VALUE", "write key.name=value")
+    value, _ = parse_with_places(text, f"override {name.strip()}")
+    for part in reversed(path):
+        value = {part: value}
+    _merge(tree, value)
+    return {key: "command line" for key in _paths(value)}
+
+
+def _merge(tree: dict[str, Any], changes: dict[str, Any]) -> None:
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            _merge(tree[key], value)
+        else:
+            tree[key] = value
+
+
+def _paths(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yield the paths of the leaves of a tree."""
+    if not isinstance(tree, dict) or not tree:
+        yield path
+        return
+    for key, child in tree.items():
+        yield from _paths(child, (*path, key))
+
+
+def find_config(path: Path) -> Path:
+    """Return `path`, or the file of that name among those that ship with the package (`configs/NAME`)."""
+    if path.is_absolute() or os.path.lexists(path):
+        return path
+    for root in (Path(__file__).parent.parent, Path(__file__).parent / "_data"):
+        candidate = root / path
+        if ".." not in path.parts and os.path.isfile(candidate):
+            return candidate
+    return path
+
+
+def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
+    """Read, override and check the experiment at `path`; raises DistillError (exit 2) with one clear line."""
+    path = find_config(path)
+    tree, places = parse_with_places(read_text(path), path)
+    if not isinstance(tree, dict):
+        raise DistillError(
+            Exit.CONFIG, path, "holds no mapping of keys", "start from one of configs/*.yaml"
+        )
+    for override in overrides:
+        places |= apply_override(tree, override)
+    check_values(tree, str(path), places)
+    try:  # through JSON, whose strict mode knows lists and paths, but makes no number of a text
+        return Config.model_validate_json(json.dumps(tree), strict=True)
+    except ValidationError as error:
+        raise _explain(error, str(path), places) from None
