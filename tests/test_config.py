@@ -4,14 +4,16 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.config import Config
+from distill.config import Config, Section
 from distill.config_file import load_config
 from distill.errors import DistillError, Exit
 
@@ -41,6 +43,25 @@ def test_every_shipped_experiment_loads(path):
         given = ["corpus.path=./texts"] if "path: null" in path.read_text() else []
         config = load_config(path, given)
         assert Config.model_validate(config.resolved()) == config
+
+
+def sections(tree: type[Section], key: str = "") -> Iterator[tuple[str, type[Section]]]:
+    """Yield each section of a tree with its key, the tree's own first."""
+    yield key, tree
+    for name, field in tree.model_fields.items():
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, Section):
+                yield from sections(kind, f"{key}.{name}".strip("."))
+
+
+def test_every_key_says_what_it_does():
+    found = dict(sections(Config))
+    assert {"", "train.lora", "signals.endpoint", "prompts.questions"} <= found.keys()
+    for key, section in found.items():
+        for name, field in section.model_fields.items():
+            said = field.description or ""
+            assert 10 < len(said) < 250 and said[-1] in ".)", f"{key}.{name}: {said}"
+            assert "default" not in said, f"{key}.{name} repeats its default"
 
 
 def test_the_resolved_config_loads_again(tmp_path):
