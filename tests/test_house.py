@@ -58,7 +58,7 @@ WITHOUT_TORCH = (
     *("generation.prices", "generation.responder", "generation.generate", "generation.filters"),
     *("generation.crew", "generation.plans"),
 )
-HEAVY = {"torch", "transformers", "accelerate", "peft", "datasets", "matplotlib", "sacrebleu"}
+HEAVY = {"torch", "transformers", "accelerate", "peft", "datasets", "sacrebleu"}
 
 
 def sources(*folders: str) -> list[Path]:
