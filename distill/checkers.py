@@ -17,14 +17,16 @@ from collections.abc import Callable, Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Any, NamedTuple, NoReturn
 
+import regex
+
 from distill.records import Prompt
 from distill.sandbox.run import DEFAULT, Limits, Trial, run_tests
-from distill.schema import fault, validate_schema
+from distill.schema import first_error, validate_schema
 
 MAX_CODE = (
     20_000  # characters; a longer answer is no short example, and parsing it may exhaust the stack
 )
-SECONDS = 2  # that reading or comparing an expression may take
+SECONDS = 2  # that reading or comparing an expression, or finding a pattern, may take
 MAX_MATH = 1_000  # characters at the end of an answer in which an expression is looked for
 FENCE = re.compile(r"\A```[^\n`]*\n(.*?)\n?```\Z", re.DOTALL)
 BLOCK = re.compile(r"```[^\n`]*\n(.*?)\n?```", re.DOTALL)
@@ -89,10 +91,16 @@ def _json_schema(prompt: Prompt, text: str, schema: Mapping[str, Any]) -> Verdic
     """Pass JSON that conforms to a schema (see distill.schema for the keywords)."""
     try:
         value = _read_json(text)
-        wrong = fault(schema, value)
-        return Verdict(wrong is None, json.dumps(value), wrong or "conforms to the schema")
+        answer = json.dumps(value)
     except (ValueError, RecursionError):
         return Verdict(False, None, "not JSON")
+    try:
+        error = first_error(schema, value)
+    except RecursionError:
+        return Verdict(False, answer, "nested too deeply to be checked")
+    except TimeoutError:
+        return Verdict(None, answer, "a pattern of the schema takes too long on this answer")
+    return Verdict(error is None, answer, error or "conforms to the schema")
 
 
 def _field_f1(prompt: Prompt, text: str, least: float = 1.0) -> Verdict:
@@ -282,7 +290,10 @@ def _choice(prompt: Prompt, text: str) -> Verdict:
 
 def _regex(prompt: Prompt, text: str, pattern: str) -> Verdict:
     """Pass a text in which the pattern is found; where it has a group, that must equal the reference."""
-    found = re.search(pattern, text)
+    try:
+        found = regex.search(pattern, text, timeout=SECONDS)
+    except TimeoutError:
+        return Verdict(None, None, "the pattern takes too long on this answer")
     if found is None:
         return Verdict(False, None, "the pattern is not found")
     if not found.groups() or prompt.reference is None:
@@ -349,8 +360,8 @@ def validate(checker: Mapping[str, Any]) -> None:
         if not isinstance(value, int | float) or not 1 <= value <= 100_000:
             raise ValueError(f"{limit} must be a number from 1 to 100,000")
     try:
-        re.compile(settings.get("pattern", ""))
-    except (re.error, TypeError) as error:
+        regex.compile(settings.get("pattern", ""))
+    except (regex.error, TypeError) as error:
         raise ValueError(f"pattern is not a regular expression: {error}") from None
 
 

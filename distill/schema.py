@@ -1,116 +1,260 @@
-"""JSON Schema, the part of it that an answer of a model needs (json-schema.org, draft 2020-12).
+"""JSON Schema (draft 2020-12) for answers, as pydantic's `model_json_schema` writes it; jsonschema validates.
 
-A keyword that is not known here is refused when the schema is read, never passed over in silence.
+A schema is checked when its task is loaded: an unknown keyword is an error, since a typo would check nothing, and
+`$ref` stays inside the document. An answer is checked in bounded time, whatever it holds. `format` and `content...`
+describe and are not checked, which is the draft's default: state a `pattern` for what must hold.
 """
 
-import re
-from collections.abc import Callable, Iterator, Mapping
+import difflib
+import graphlib
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import unquote
 
-from distill.records import canonical
+import regex
+from jsonschema import Draft202012Validator, SchemaError, ValidationError
+from jsonschema.validators import extend
+from referencing import Registry
 
-TYPES: dict[str, Callable[[Any], bool]] = {
-    "object": lambda value: isinstance(value, dict),
-    "array": lambda value: isinstance(value, list),
-    "string": lambda value: isinstance(value, str),
-    "boolean": lambda value: isinstance(value, bool),
-    "null": lambda value: value is None,
-    "number": lambda value: isinstance(value, int | float) and not isinstance(value, bool),
-    "integer": lambda value: (
-        isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
-    ),
+SECONDS = 1.0  # processor time that all patterns may take on one answer
+MAX_REFERENCES = 64  # one inside another; each takes about ten of Python's thousand frames
+MAX_TEXT = (
+    120  # characters of a message; jsonschema quotes the value, which may be the whole answer
+)
+TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
+# keywords that hold a schema, a list of schemas, or schemas by name
+ONE = {"items", "contains", "additionalProperties", "propertyNames", "not", "if", "then", "else"}
+LISTED = {"allOf", "anyOf", "oneOf", "prefixItems"}
+NAMED = {"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"}
+SAME_VALUE = {"not", "if", "then", "else", "allOf", "anyOf", "oneOf", "dependentSchemas"}
+AT_ROOT = {"$schema", "$id"}  # further down they would change what keywords and `$ref` mean
+DESCRIBING = {
+    *("$comment", "title", "description", "default", "examples", "deprecated", "readOnly"),
+    *("writeOnly", "contentEncoding", "contentMediaType", "contentSchema"),
+    "discriminator",  # OpenAPI's; pydantic writes it beside the `oneOf` that it describes
 }
-LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
-    "minimum": ("number", lambda value, limit: value >= limit),
-    "maximum": ("number", lambda value, limit: value <= limit),
-    "exclusiveMinimum": ("number", lambda value, limit: value > limit),
-    "exclusiveMaximum": ("number", lambda value, limit: value < limit),
-    "minLength": ("string", lambda value, limit: len(value) >= limit),
-    "maxLength": ("string", lambda value, limit: len(value) <= limit),
-    "pattern": ("string", lambda value, limit: re.search(limit, value) is not None),
-    "minItems": ("array", lambda value, limit: len(value) >= limit),
-    "maxItems": ("array", lambda value, limit: len(value) <= limit),
+# $dynamicRef may leave the document; jsonschema gives the other two no limit of time
+UNSUPPORTED = {"$dynamicRef", "unevaluatedItems", "unevaluatedProperties"}
+KEYWORDS = {
+    *Draft202012Validator.VALIDATORS.keys() - UNSUPPORTED,
+    *(ONE | LISTED | NAMED | DESCRIBING | {"minContains", "maxContains"}),
 }
-TOLD = frozenset({"$schema", "title", "description"})
-KNOWN = TOLD | LIMITS.keys() | {
-    *("type", "enum", "const", "properties", "required", "additionalProperties", "items")
-}  # fmt: skip
 
 
-def validate_schema(schema: Any, where: str = "schema") -> None:
-    """Raise ValueError where `schema` is none, or uses a keyword that is not known here."""
-    if not isinstance(schema, dict):
-        raise ValueError(f"{where} is not an object")
-    if unknown := sorted(map(str, schema.keys() - KNOWN)):
-        raise ValueError(
-            f"{where}: {unknown[0]} is not supported; known are {', '.join(sorted(KNOWN))}"
-        )
-    kinds = schema.get("type", [])
-    for kind in kinds if isinstance(kinds, list) else [kinds]:
-        if kind not in TYPES:
-            raise ValueError(f"{where}.type: one of {', '.join(TYPES)}, not {kind!r}")
-    if not isinstance(schema.get("enum", []), list) or not isinstance(
-        schema.get("required", []), list
-    ):
-        raise ValueError(f"{where}: enum and required are lists")
-    for keyword, (kind, _) in LIMITS.items():
-        _validate_limit(
-            schema.get(keyword), kind if keyword == "pattern" else "number", f"{where}.{keyword}"
-        )
-    for name, child in _children(schema, where):
-        validate_schema(child, name)
+def validate_schema(schema: Any) -> None:
+    """Raise ValueError, saying where, if `schema` is none or holds a keyword or `$ref` that is not supported."""
+    try:
+        # YAML also has dates, keys that are numbers, and nodes that contain themselves
+        if (
+            not isinstance(schema, dict)
+            or json.loads(json.dumps(schema, allow_nan=False)) != schema
+        ):
+            raise ValueError("an object whose keys are strings is needed")
+        Draft202012Validator.check_schema(schema)
+        nodes = list(_subschemas(schema))
+    except SchemaError as error:
+        what = f"{error.instance!r:.60} is not among {', '.join(TYPES)}"  # jsonschema says less
+        what = what if list(error.path)[-1:] == ["type"] else error.message[:MAX_TEXT]
+        raise ValueError(f"{error.json_path.replace('$', 'schema', 1)}: {what}") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"schema is not valid: {error}") from None
+    except RecursionError:
+        raise ValueError("schema is nested too deeply") from None
+    # which schemas apply to the very value that a schema applies to: a cycle of these would never end
+    applied: dict[str, set[str]] = {pointer: set() for pointer, _, _ in nodes}
+    for pointer, node, parent in nodes:
+        if parent is not None:
+            applied[parent].add(pointer)
+        if not isinstance(node, dict):
+            continue  # true or false
+        where = _place(pointer)
+        for keyword in node:
+            if keyword not in KEYWORDS and (pointer or keyword not in AT_ROOT):
+                near = difflib.get_close_matches(keyword, KEYWORDS, n=1)
+                hint = (
+                    f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(KEYWORDS))}"
+                )
+                hint = "only at the root" if keyword in AT_ROOT else hint
+                raise ValueError(f"{where}: {keyword[:40]} is not supported ({hint})")
+        for pattern in (*node.get("patternProperties", ()), node.get("pattern", "")):
+            try:
+                regex.compile(pattern)
+            except regex.error as error:
+                what = f"{pattern!r:.60} is not a regular expression: {error}"
+                raise ValueError(f"{where}: {what}") from None
+        if "$ref" in node:
+            target = unquote(node["$ref"])
+            if not target.startswith("#") or target[1:] not in applied:
+                what = f"$ref {node['$ref'][:60]} does not point to a schema in this document"
+                raise ValueError(f"{where}: {what} (write #/$defs/NAME)")
+            applied[pointer].add(target[1:])
+    try:
+        graphlib.TopologicalSorter(applied).prepare()
+    except graphlib.CycleError as error:
+        cycle = " and ".join(sorted(map(_place, set(error.args[1]))))
+        raise ValueError(f"{cycle}: refers to itself for the same value, without end") from None
 
 
-def _validate_limit(limit: Any, kind: str, where: str) -> None:
-    if limit is not None and not TYPES[kind](limit):
-        raise ValueError(f"{where} is not a {kind}")
-    if kind == "string" and limit is not None:
-        try:
-            re.compile(limit)
-        except re.error as error:
-            raise ValueError(f"{where} is not a regular expression: {error}") from None
+def _place(pointer: str) -> str:
+    return f"schema{pointer.replace('/', '.')}"[:MAX_TEXT]
 
 
-def _children(schema: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
-    properties = schema.get("properties", {})
-    if not isinstance(properties, dict):
-        raise ValueError(f"{where}.properties is not an object")
-    yield from ((f"{where}.properties.{name}", child) for name, child in properties.items())
-    if "items" in schema:
-        yield f"{where}.items", schema["items"]
-    if not isinstance(more := schema.get("additionalProperties", True), bool):
-        yield f"{where}.additionalProperties", more
+def _subschemas(
+    schema: Any, pointer: str = "", parent: str | None = None
+) -> Iterator[tuple[str, Any, str | None]]:
+    """Yield each schema in `schema`, its JSON pointer, and its parent's where both apply to the same value."""
+    yield pointer, schema, parent
+    for keyword, value in schema.items() if isinstance(schema, dict) else ():
+        children: dict[str, Any] = {}
+        if keyword in ONE:
+            children[""] = value
+        elif keyword in LISTED:
+            children = {f"/{index}": child for index, child in enumerate(value)}
+        elif keyword in NAMED:
+            children = {
+                f"/{name.replace('~', '~0').replace('/', '~1')}": child
+                for name, child in value.items()
+            }
+        for end, child in children.items():
+            owner = pointer if keyword in SAME_VALUE else None
+            yield from _subschemas(child, f"{pointer}/{keyword}{end}", owner)
 
 
-def fault(schema: Mapping[str, Any], value: Any, where: str = "$") -> str | None:
-    """Say where `value` first differs from a valid `schema`, or None where it conforms."""
-    kinds = schema.get("type", list(TYPES))
-    kinds = kinds if isinstance(kinds, list) else [kinds]
-    if not any(TYPES[kind](value) for kind in kinds):
-        return f"{where} is no {' or '.join(kinds)}"
-    allowed = schema.get("enum", [schema["const"]] if "const" in schema else None)
-    if allowed is not None and not any(canonical(value) == canonical(one) for one in allowed):
-        return f"{where} is none of the allowed values"
-    for keyword, (kind, holds) in LIMITS.items():
-        if keyword in schema and TYPES[kind](value) and not holds(value, schema[keyword]):
-            return f"{where} breaks {keyword} {schema[keyword]!r}"
-    if isinstance(value, dict):
-        return _object_fault(schema, value, where)
-    if isinstance(value, list) and "items" in schema:
-        found = (fault(schema["items"], child, f"{where}[{k}]") for k, child in enumerate(value))
-        return next(filter(None, found), None)
-    return None
+@dataclass
+class _Effort:
+    """What checking one answer has taken and found so far."""
+
+    seconds: float = 0.0
+    references: int = 0  # that are open now
+    # by `$ref` and value: the first error's fields, or None. Without it, alternatives (`anyOf`) that refer to the
+    # same schema would double the work at every level of the answer
+    results: dict[tuple[str, int], dict[str, Any] | None] = field(default_factory=dict)
 
 
-def _object_fault(schema: Mapping[str, Any], value: dict[str, Any], where: str) -> str | None:
-    if missing := [name for name in schema.get("required", []) if name not in value]:
-        return f"{where} lacks {missing[0]}"
-    properties, more = schema.get("properties", {}), schema.get("additionalProperties", True)
-    for name, child in value.items():
-        rule = properties.get(name, more)
+_effort: ContextVar[_Effort] = ContextVar("_effort")
+
+
+def _reference(validator: Any, ref: str, value: Any, schema: Any) -> Iterator[ValidationError]:
+    """`$ref`: each schema looks at each value once."""
+    effort, key = _effort.get(), (ref, id(value))
+    if key in effort.results:
+        if (fields := effort.results[key]) is not None:
+            yield ValidationError(**fields)
+        return
+    if effort.references == MAX_REFERENCES:
+        raise RecursionError
+    effort.references += 1
+    error = next(Draft202012Validator.VALIDATORS["$ref"](validator, ref, value, schema), None)
+    effort.references -= 1
+    if error is None:
+        effort.results[key] = None
+        return
+    effort.results[key] = {
+        **{"message": error.message, "path": list(error.relative_path)},
+        **{"validator": error.validator, "validator_value": error.validator_value},
+    }
+    yield error
+
+
+def _matches(pattern: str, text: str) -> bool:
+    effort, started = _effort.get(), time.thread_time()
+    try:
+        left = max(0.001, SECONDS - effort.seconds)
+        return regex.search(pattern, text, timeout=left) is not None
+    finally:
+        effort.seconds += time.thread_time() - started
+
+
+def _pattern(validator: Any, pattern: str, value: Any, schema: Any) -> Iterator[ValidationError]:
+    if isinstance(value, str) and not _matches(pattern, value):
+        yield ValidationError(f"{value[:40]!r} does not match {pattern!r}")
+
+
+def _pattern_properties(
+    validator: Any, rules: Mapping[str, Any], value: Any, schema: Any
+) -> Iterator[ValidationError]:
+    for name, child in value.items() if isinstance(value, dict) else ():
+        for pattern, rule in rules.items():
+            if _matches(pattern, name):
+                yield from validator.descend(child, rule, path=name)
+
+
+def _additional_properties(
+    validator: Any, rule: Any, value: Any, schema: Mapping[str, Any]
+) -> Iterator[ValidationError]:
+    """`additionalProperties` in the answer's order (jsonschema's order changes from process to process)."""
+    patterns = schema.get("patternProperties", {})
+    for name, child in value.items() if isinstance(value, dict) else ():
+        if name in schema.get("properties", {}) or any(_matches(p, name) for p in patterns):
+            continue
         if rule is False:
-            return f"{where} has an extra field {name[:40]}"
-        found = fault(rule, child, f"{where}.{name[:40]}") if isinstance(rule, dict) else None
-        if found:
-            return found
-    return None
+            yield ValidationError(f"has an extra field {name[:40]!r}")
+        else:
+            yield from validator.descend(child, rule, path=name)
+
+
+def _unique_items(
+    validator: Any, unique: bool, value: Any, schema: Any
+) -> Iterator[ValidationError]:
+    """`uniqueItems` by hash; jsonschema compares each object with each."""
+    if unique and isinstance(value, list) and len(set(map(_hashable, value))) < len(value):
+        yield ValidationError("has equal items")
+
+
+def _hashable(value: Any) -> Any:
+    """Return what equals another value's if JSON holds the two equal: 1 and 1.0 are, 1 and true are not."""
+    if isinstance(value, dict):
+        return frozenset((name, _hashable(child)) for name, child in value.items())
+    if isinstance(value, list):
+        return tuple(map(_hashable, value))
+    return value, isinstance(value, bool)
+
+
+_Validator = extend(
+    Draft202012Validator,
+    {
+        "$ref": _reference,
+        "pattern": _pattern,
+        "patternProperties": _pattern_properties,
+        "additionalProperties": _additional_properties,
+        "uniqueItems": _unique_items,
+    },
+)
+
+
+def first_error(schema: Mapping[str, Any], value: Any) -> str | None:
+    """Say where `value` first differs from a valid `schema`, or None where it conforms.
+
+    Raises RecursionError where the value is nested too deeply, TimeoutError where a pattern takes too long.
+    """
+    root = {keyword: rule for keyword, rule in schema.items() if keyword not in AT_ROOT}
+    token = _effort.set(_Effort())
+    try:
+        # a registry that fetches nothing; jsonschema's own would
+        error = next(_Validator(root, registry=Registry()).iter_errors(value), None)
+    except OverflowError:
+        return "holds a number that is too large for multipleOf"
+    finally:
+        _effort.reset(token)
+    if error is None:
+        return None
+    # of alternatives, the error of the one that comes nearest, where one does: it fails furthest inside the value,
+    # and not because another kind of value was wanted
+    while error.context:
+        ranks = {
+            one: (len(one.relative_path), one.validator not in ("const", "enum", "type"))
+            for one in error.context
+        }
+        nearest = max(error.context, key=lambda one: ranks[one])
+        rivals = [one for one in ranks if ranks[one] == ranks[nearest]]
+        if any(one.relative_schema_path[0] != nearest.relative_schema_path[0] for one in rivals):
+            break
+        error = nearest
+    what = error.message
+    if len(what) > MAX_TEXT:
+        what = f"breaks {error.validator} {error.validator_value!r:.60}"
+    return f"{error.json_path[:MAX_TEXT]}: {what}"

@@ -4,9 +4,10 @@ Whether an answer is acceptable is said by a test with a name: a task's checker,
 An item that no test covers has no `test`; one whose test failed to run has `accepted` None. Neither counts as accepted.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+import regex
 
 from distill.checkers import NEEDS_REFERENCE
 from distill.evaluation.results import Measured, Models
@@ -37,7 +38,7 @@ def compares_with_answer(checker: Mapping[str, Any]) -> bool:
 
     A reference that is part of the question (the name that code must use) is there; one that is the answer is not.
     """
-    grouped = checker["kind"] == "regex" and re.compile(checker["pattern"]).groups > 0
+    grouped = checker["kind"] == "regex" and regex.compile(checker["pattern"]).groups > 0
     return checker["kind"] in NEEDS_REFERENCE or grouped
 
 
