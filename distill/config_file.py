@@ -10,12 +10,17 @@ import json
 import math
 import os
 import re
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
-from typing import Any, get_args
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
 from yaml.events import AliasEvent
 
 from distill.config import Config, Section
@@ -219,22 +224,21 @@ def _nearest(path: tuple[str, ...]) -> str:
 def _allowed(path: tuple[str, ...]) -> str:
     """Say which range a number's key allows, both ends."""
     field = _sections(path[:-1])[-1].model_fields.get(path[-1]) if path else None
+    limits = _limits(field) if field else ""
+    return f"allowed: {limits}" if limits else "correct the value"
+
+
+def _limits(field: FieldInfo) -> str:
+    """Return the range in a field's annotation in words, also inside `Annotated[...] | None`."""
+    inside = [m for kind in get_args(field.annotation) for m in getattr(kind, "__metadata__", ())]
+    inside = [limit for m in inside for limit in getattr(m, "metadata", [m])]
     words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
-    limits = [
+    return ", ".join(
         f"{words[name]} {getattr(limit, name):,}"
-        for limit in _limits(field)
+        for limit in (*field.metadata, *inside)
         for name in words
         if hasattr(limit, name)
-    ]
-    return "allowed: " + ", ".join(limits) if limits else "correct the value"
-
-
-def _limits(field: Any) -> list[Any]:
-    """Return the limits in a field's annotation, also inside `Annotated[...] | None`."""
-    if field is None:
-        return []
-    inside = [m for kind in get_args(field.annotation) for m in getattr(kind, "__metadata__", ())]
-    return [*field.metadata, *(limit for m in inside for limit in getattr(m, "metadata", [m]))]
+    )
 
 
 def check_values(value: Any, file: str, places: Places, path: tuple[str, ...] = ()) -> None:
@@ -315,3 +319,87 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
         return Config.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
         raise _explain(error, str(path), places) from None
+
+
+EXAMPLES = {  # of the keys that an experiment cannot do without
+    "name": "reference",
+    "corpus.path": "docs",
+    "prompts.tasks": ["prose_summary"],
+    "teacher.model": "Qwen/Qwen2.5-7B-Instruct",
+    "student.model": "Qwen/Qwen2.5-1.5B-Instruct",
+}
+HEADINGS = {  # of the keys that follow, in a section with several kinds
+    "teacher.dtype": "kind: local",
+    "teacher.licence": "kind: recorded",
+    "teacher.answers": "kind: canned",
+    "teacher.base_url": "kind: endpoint",
+}
+HEAD = """\
+# Every key of an experiment: what it does, what it may be, and its default, which a key has that is
+# left out. Where an example stands in its place, the comment says so. Made from distill/config.py by
+# `python scripts/reference.py`.
+"""
+TYPES = {bool: "true, false", int: "whole number", float: "number", Decimal: "number"}
+TYPES |= {str: "text", Path: "path", dict: "mapping"}
+
+
+def reference() -> str:
+    """Return configs/reference.yaml: an experiment with each key, its description and its range."""
+    return HEAD + "\n".join(_described(Config, (), set())) + "\n"
+
+
+def _described(tree: type[Section], path: tuple[str, ...], shown: set[type]) -> Iterator[str]:
+    """Yield the lines of a section; `shown` are those whose keys stand in the file already."""
+    shown.add(tree)
+    indent = "  " * len(path)
+    for name, field in tree.model_fields.items():
+        key = ".".join((*path, name))
+        if not path:
+            yield ""
+        if key in HEADINGS:
+            yield f"{indent}# --- {HEADINGS[key]}"
+        lines = textwrap.wrap(field.description or "", 98 - len(indent), break_on_hyphens=False)
+        yield from (f"{indent}# {line}" for line in lines)
+        inner = _sections((*path, name))[-1]
+        if inner is not tree and field.default is not None:
+            yield f"{indent}{name}:"
+            yield from _described(inner, (*path, name), shown)
+            continue
+        instead = "required" if field.is_required() else f"default {_yaml(field.default)}"
+        note = f"; an example, {instead}" if key in EXAMPLES else ""
+        value = EXAMPLES[key] if key in EXAMPLES else field.default
+        yield f"{indent}{name}: {_yaml(value)}".ljust(40) + f"  # {_choices(field)}{note}"
+        if inner is not tree and inner not in shown:  # a section that is off unless it is written
+            lines = _described(inner, (*path, name), shown)
+            yield from (f"{indent}# {line.removeprefix(indent)}" for line in lines)
+
+
+def _yaml(value: Any) -> str:
+    """Return a plain value as YAML on one line."""
+    value = to_jsonable_python(value)
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _choices(field: FieldInfo) -> str:
+    """Say what a key may be: its choices, else its type and range."""
+    kinds = ", ".join(dict.fromkeys(_kinds(field.annotation)))
+    limits = _limits(field)
+    null = ", or null" if NoneType in get_args(field.annotation) else ""
+    return kinds + (f" {limits}" if limits else "") + null
+
+
+def _kinds(annotation: Any) -> Iterator[str]:
+    """Yield the choices and types in an annotation in words, all but null."""
+    origin, inside = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        yield from (_yaml(choice) for choice in inside)
+    elif origin is tuple:
+        yield f"list of {'/'.join(_kinds(inside[0]))}"
+    elif (origin or annotation) in TYPES:
+        yield TYPES[origin or annotation]
+    elif isinstance(annotation, type) and issubclass(annotation, Section):
+        yield f"the keys of {annotation.__name__.lower()}"
+    else:  # of Annotated the type, of a union each
+        for kind in inside[:1] if origin is Annotated else inside:
+            yield from _kinds(kind)

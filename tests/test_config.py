@@ -1,6 +1,7 @@
 """The config: what people write is read as they mean it, and every fault is one line with its place (faults A1-A8)."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,8 +14,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.config import Config, Section
-from distill.config_file import load_config
+from distill.config import Config, Questions, Section
+from distill.config_file import load_config, reference
 from distill.errors import DistillError, Exit
 
 ROOT = Path(__file__).parent.parent
@@ -62,6 +63,40 @@ def test_every_key_says_what_it_does():
             said = field.description or ""
             assert 10 < len(said) < 250 and said[-1] in ".)", f"{key}.{name}: {said}"
             assert "default" not in said, f"{key}.{name} repeats its default"
+
+
+def test_the_reference_is_made_from_the_keys_as_they_are():
+    path = ROOT / "configs/reference.yaml"
+    assert path.read_text() == reference(), "run scripts/reference.py"
+    for key, section in sections(Config):
+        if not key.startswith(("signals.endpoint", "evaluation.judge")):  # which have a teacher's
+            for name, field in section.model_fields.items():
+                pattern = (
+                    rf"(?m)^[ #]*# {re.escape((field.description or '')[:40])}.*\n(?:[ #]*#.*\n)*?"
+                )
+                assert re.search(rf"{pattern}[ #]*{name}:", reference()), f"{key}.{name}"
+
+
+def test_the_reference_is_an_experiment_of_defaults_and_a_few_examples():
+    tree = load_config(ROOT / "configs/reference.yaml")
+    examples = {
+        "name": "reference",
+        "corpus": {"path": tree.corpus.path},
+        "prompts": {"tasks": tree.prompts.tasks},
+        "teacher": {"model": tree.teacher.model},
+        "student": {"model": tree.student.model},
+    }
+    assert tree == Config.model_validate(examples)
+
+
+def test_the_reference_s_sections_that_are_off_load_too(tmp_path):
+    text = (ROOT / "configs/reference.yaml").read_text()
+    off = re.search(r"(?m)^  questions: null .*\n((?:  # .*\n)+)", text)
+    assert off
+    lines = [line.replace("  # ", "  ", 1) for line in off[1].splitlines(keepends=True)]
+    path = tmp_path / "reference.yaml"
+    path.write_text(text.replace(off[0], "  questions:\n" + "".join(lines)))
+    assert load_config(path).prompts.questions == Questions()
 
 
 def test_the_resolved_config_loads_again(tmp_path):
