@@ -78,6 +78,19 @@ def test_restoring_puts_every_tensor_back(tmp_path):
         assert torch.equal(adapters.tensors(other)[name], value)
 
 
+def test_neither_a_snapshot_nor_what_was_restored_moves_with_the_model(tmp_path):
+    model = adapted(make_tiny(tmp_path))
+    found = adapters.tensors(model)
+    before = {name: value.clone() for name, value in found.items()}
+    for _ in range(2):  # the second time after weights were restored from the very snapshot
+        for parameter in adapters.parameters(model).values():
+            parameter.data.add_(1)
+        for name, value in adapters.tensors(model).items():
+            assert torch.equal(value, before[name] + 1)
+            assert torch.equal(found[name], before[name]), name
+        adapters.restore(model, found, "x")
+
+
 def test_an_adapter_of_another_shape_of_names_is_refused(tmp_path):
     folder = make_tiny(tmp_path)
     few = adapters.tensors(adapted(folder, targets=("q_proj",)))

@@ -43,6 +43,17 @@ def test_a_restored_optimizer_takes_the_same_steps():
     assert all(torch.equal(named[name], again[name]) for name in named)
 
 
+def test_neither_saved_nor_restored_state_moves_with_the_optimizer():
+    named, optimizer = trained(2)
+    saved = optimizer_tensors(optimizer, named)
+    before = {name: value.clone() for name, value in saved.items()}
+    for _ in range(2):  # the second time after the very snapshot was restored
+        step(named, optimizer)
+        assert all(torch.equal(saved[name], before[name]) for name in before)
+        assert not torch.equal(optimizer.state[named["a"]]["exp_avg"], before["a.exp_avg"])
+        restore_optimizer(optimizer, named, saved, "x")
+
+
 def test_a_missing_part_of_the_state_stops():
     named, optimizer = trained(1)
     saved = optimizer_tensors(optimizer, named)

@@ -16,7 +16,8 @@ from distill.errors import DistillError, Exit
 from distill.records import Message, Pair, Prompt, Response
 from distill.run import Run
 from distill.store import write_records
-from distill.training import train
+from distill.training import checkpoint, train
+from distill.training.adapters import WEIGHTS
 from distill.training.student import Student
 from tests.tiny import make_tiny
 
@@ -186,6 +187,106 @@ def test_early_stopping_stops(tmp_path):
     train.main(run.config, run)
     training = json.loads(run.path("training.json").read_text())
     assert training["stopped_early"] and training["steps"] == training["best_step"] + 2
+
+
+def make_worsening(folder: Path, name: str = "run", **settings) -> Run:
+    """A run that soon gets worse at its validation answers, which are unlike the others, with a checkpoint of each step."""
+    every = {"eval_steps": 2, "save_steps": 1, "save_total_limit": 100, "micro_batch_tokens": 300}
+    run = make_run(folder, name, **every, learning_rate=0.05, **settings)
+    rows = [
+        pair.model_copy(update={"response": pair.response.model_copy(update={"text": "QXZ" * 60})})
+        for pair in pairs(4, first=100)
+    ]
+    write_records(run.path("dataset/validation.jsonl"), rows)
+    return run
+
+
+@pytest.fixture(scope="module")
+def past_its_best(tmp_path_factory) -> Run:
+    """A finished run whose best step was not its last."""
+    run = make_worsening(tmp_path_factory.mktemp("past"))
+    train.main(run.config, run)
+    return run
+
+
+def assert_best_is_kept(run: Run) -> None:
+    """Compare the released adapter, and the best one of every checkpoint, with the weights of the best step then."""
+    training = json.loads(run.path("training.json").read_text())
+    best = training["best_step"]
+    assert 1 < best < training["steps"] and training["adapter_step"] == best
+    folders = sorted(run.path("checkpoints").iterdir())
+    weights = {f: load_file(f / "adapter.safetensors") for f in folders}
+    assert not equal(weights[folders[best - 1]], weights[folders[-1]])
+    for folder in folders:
+        if step := json.loads((folder / "state.json").read_text())["best_step"]:
+            assert equal(load_file(folder / "best.safetensors"), weights[folders[step - 1]]), folder
+    assert equal(load_file(run.path("adapter") / WEIGHTS), weights[folders[best - 1]])
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_the_adapter_and_every_checkpoint_hold_the_weights_of_the_best_step(past_its_best):
+    assert_best_is_kept(past_its_best)
+
+
+@pytest.mark.parametrize("extra", [1, 2, 5])
+def test_a_run_killed_after_its_best_step_ends_with_the_same_best_weights(past_its_best, extra):
+    best = json.loads(past_its_best.path("training.json").read_text())["best_step"]
+    run = make_worsening(past_its_best.folder.parent.parent, f"killed{extra}")
+    take = train.Loop._step
+
+    def killed(loop, step):
+        if loop.progress.step == best + extra:
+            raise Killed
+        return take(loop, step)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train.Loop, "_step", killed)
+        train.main(run.config, run)
+    assert len(list(run.path("checkpoints").iterdir())) == best + extra
+    train.main(run.config, run)
+    assert_best_is_kept(run)
+    assert_same(outcome(run), outcome(past_its_best))
+    one, other = (each.path("adapter") / WEIGHTS for each in (run, past_its_best))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_checkpoint_that_lost_its_best_weights_is_not_continued(past_its_best):
+    """As a CPU once wrote them: `best` holds the weights of the step that was saved."""
+    best = json.loads(past_its_best.path("training.json").read_text())["best_step"]
+    run = make_worsening(past_its_best.folder.parent.parent, "lost")
+    for step in (best, best + 1):
+        saved = checkpoint.read(past_its_best.path(f"checkpoints/step-{step:08d}"))
+        assert isinstance(saved, checkpoint.Checkpoint)
+        groups = {name: saved.tensors(name) for name in ("adapter", "optimizer")}
+        groups["best"] = groups["adapter"]
+        facts = {name: saved.facts[name] for name in ("run", "epoch", "cursor")}
+        checkpoint.save(run.path("checkpoints"), step, groups, saved.state(), facts, keep=2)
+    with pytest.raises(DistillError, match=f"best.*step {best}.*step {best + 1}") as fault:
+        train.main(run.config, run, allow_inexact=True)
+    assert fault.value.code == Exit.TRAINING and "--redo train" in fault.value.fix
+    (run.path("checkpoints") / f"step-{best + 1:08d}" / "manifest.json").unlink()
+    train.main(run.config, run)
+    assert_same(outcome(run), outcome(past_its_best))
+
+
+def test_early_stopping_keeps_the_weights_of_the_best_step(tmp_path):
+    run = make_worsening(tmp_path, early_stopping_patience=2)
+    train.main(run.config, run)
+    assert json.loads(run.path("training.json").read_text())["stopped_early"]
+    assert_best_is_kept(run)
+
+
+def test_the_last_adapter_is_released_where_the_best_is_not_asked_for(tmp_path):
+    run = make_worsening(tmp_path, load_best_model_at_end=False)
+    train.main(run.config, run)
+    training = json.loads(run.path("training.json").read_text())
+    last = sorted(run.path("checkpoints").iterdir())[-1]
+    assert training["best_step"] < training["adapter_step"] == training["steps"]
+    found = load_file(run.path("adapter") / WEIGHTS)
+    assert equal(found, load_file(last / "adapter.safetensors"))
 
 
 def test_training_leaves_the_arithmetic_of_the_process_as_it_was(tmp_path):

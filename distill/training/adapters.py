@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from distill.errors import DistillError, Exit
 from distill.store import fsync_folder
-from distill.training.shards import like, whole
+from distill.training.shards import like, snapshot, whole
 
 ADAPTER = "default"
 WEIGHTS = "adapter_model.safetensors"
@@ -123,9 +123,9 @@ def check_gradients(model: nn.Module) -> None:
 
 
 def tensors(model: PeftModel) -> dict[str, Tensor]:
-    """Return the adapter's weights under PEFT's names, float32 on the CPU."""
+    """Return a snapshot of the adapter's weights under PEFT's names, float32 on the CPU."""
     found = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {name: whole(v).detach().float().cpu().contiguous() for name, v in found.items()}
+    return {name: snapshot(value, torch.float32) for name, value in found.items()}
 
 
 def restore(model: PeftModel, wanted: Mapping[str, Tensor], where: object) -> None:

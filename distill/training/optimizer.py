@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.errors import DistillError, Exit
-from distill.training.shards import like, whole
+from distill.training.shards import like, snapshot
 
 PARTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -42,9 +42,9 @@ def learning_rate(step: int, total: int, peak: float, kind: str, warmup: int) ->
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
-    """Return the optimizer's state as tensors named `PARAMETER.PART`, on the CPU."""
+    """Return a snapshot of the optimizer's state as tensors named `PARAMETER.PART`, on the CPU."""
     return {
-        f"{name}.{part}": whole(optimizer.state[p][part]).detach().cpu().clone()
+        f"{name}.{part}": snapshot(optimizer.state[p][part])
         for name, p in named.items()
         if p in optimizer.state
         for part in PARTS
@@ -64,5 +64,5 @@ def restore_optimizer(
         raise DistillError(Exit.TRAINING, where, f"optimizer state differs: {odd}", "--redo train")
     for name, p in named.items():
         found = {part: saved[f"{name}.{part}"] for part in PARTS}
-        step = {"step": found.pop("step").to(p.device)}
+        step = {"step": found.pop("step").to(p.device, copy=True)}
         optimizer.state[p] = {part: like(value, p) for part, value in found.items()} | step

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
@@ -68,9 +69,20 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def snapshot(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a copy of a tensor, whole, contiguous and on the CPU, which no later step changes; each process must call.
+
+    `cpu`, `float` and `contiguous` return the tensor itself where it is that already, and so for float32 on a CPU.
+    """
+    layout = torch.contiguous_format
+    return whole(tensor).detach().to("cpu", dtype, copy=True, memory_format=layout)
+
+
 def like(value: Tensor, parameter: Tensor) -> Tensor:
-    """Return a whole tensor where and as `parameter` is: on its device, and this process's shard where it has shards."""
-    value = value.to(parameter.device)
+    """Return a copy of a whole tensor where and as `parameter` is: on its device, of shards this process's alone."""
+    value = value.to(
+        parameter.device, copy=True
+    )  # else an optimizer would step on what it was given
     if isinstance(parameter, DTensor):
         return distribute_tensor(value, parameter.device_mesh, parameter.placements)
     return value

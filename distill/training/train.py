@@ -172,9 +172,16 @@ class Loop:
         if saved is None:
             return
         changes = self._changes(saved, allow_inexact)
-        adapters.restore(self.parts.model, saved.tensors("adapter"), saved.folder)
+        adapter, progress = saved.tensors("adapter"), Progress(**saved.state())
+        best, step = saved.tensors("best"), progress.best_step
+        # Once a CPU's snapshot of the best step shared memory with the weights, and moved with them.
+        moved = bool(best) and step != progress.step
+        if moved and all(torch.equal(best[name], value) for name, value in adapter.items()):
+            what = f"the best weights, of step {step}, are lost: those of step {progress.step} stand there"
+            raise DistillError(Exit.TRAINING, saved.folder, what, "--redo train")
+        adapters.restore(self.parts.model, adapter, saved.folder)
         restore_optimizer(self.optimizer, self.named, saved.tensors("optimizer"), saved.folder)
-        self.progress, self.best = Progress(**saved.state()), saved.tensors("best")
+        self.progress, self.best = progress, best
         self.progress.notes += changes
         self._say(f"train: continuing after step {self.progress.step} of {len(self.parts.plan)}")
 
