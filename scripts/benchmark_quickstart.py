@@ -65,10 +65,12 @@ def distill_side(folder: Path, name: str) -> dict[str, Any]:
     card = read_json(run / "scorecard.json")
     loss = {m: card["agreement"]["nats_per_token"][m] for m in ("base", "student")}
     stages = {e["stage"]: e["seconds"] for e in ledger(run)}
+    training = read_json(run / "training.json")
     return {
         "seconds": seconds,
         "stages": stages,
-        "train_tokens": read_json(run / "training.json")["tokens"],
+        "train_tokens": training["tokens"],
+        **{key: training[key] for key in ("steps", "best_step", "adapter_step")},
         "loss": loss,
         "quality": {m: scored(prompts, answers["teacher"], answers[m]) for m in answers},
     }

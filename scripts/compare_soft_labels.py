@@ -61,6 +61,7 @@ KINDS: dict[str, dict[str, float]] = {
 ON_POLICY = "soft, then on-policy"
 SHARE = Bounds(0.0, 1.0)
 SETTINGS = ("seed", "prompts", "teacher", "filters", "signals", "student", "train", "on_policy")
+STEPS = ("steps", "best_step", "adapter_step")
 COLUMNS = (("right", 3), ("nats", 4), ("kl", 4), ("gap_recovered", 2))
 KL = "forward_kl"
 COPIED = ("dataset/validation.jsonl", "dropped.jsonl", "prompts.jsonl", "questions.jsonl")
@@ -162,14 +163,34 @@ def refined(base: Run, soft: Run, count: int | None, settings: Config) -> Run:
     return run
 
 
-def tried(base: Run, kind: str, rates: Sequence[float], count: int | None) -> dict[float, float]:
-    """Return the least loss on the validation answers' tokens with seed 0, by learning rate, the best rate first."""
-    found = {}
+class Candidate(NamedTuple):
+    """A student of seed 0, and the loss on the validation answers' tokens at the step whose weights it has."""
+
+    run: Run
+    loss: float
+
+
+def tried(
+    base: Run, kind: str, rates: Sequence[float], count: int | None
+) -> dict[float, Candidate]:
+    """Return the students of seed 0 by learning rate, the best rate first."""
+    candidates = {}
     for rate in rates:
-        training = read_json(student(base, kind, rate, 0, count).path("training.json"))
-        found[rate] = min(row.get("ce", row["loss"]) for row in training["validation"])
-    say(f"{kind}: loss on the validation answers by learning rate {found}")
-    return dict(sorted(found.items(), key=lambda row: row[1]))
+        run = student(base, kind, rate, 0, count)
+        training = read_json(run.path("training.json"))
+        by_step = {row["step"]: row.get("ce", row["loss"]) for row in training["validation"]}
+        candidates[rate] = Candidate(run, by_step[training["adapter_step"]])
+    losses = {rate: candidate.loss for rate, candidate in candidates.items()}
+    say(f"{kind}: loss on the validation answers by learning rate {losses}")
+    return dict(sorted(candidates.items(), key=lambda row: row[1].loss))
+
+
+def trainings(run: Run) -> list[dict[str, int]]:
+    """Return how many steps a student's training, or each of its rounds, took, the best one, and the one it left."""
+    rounds = range(1, run.config.on_policy.rounds + 1)
+    folders = [run.path(f"refined/round-{number}") for number in rounds] or [run.folder]
+    rows = [read_json(folder / "training.json") for folder in folders]
+    return [{key: row[key] for key in STEPS} for row in rows]
 
 
 def student(base: Run, kind: str, rate: float, seed: int, count: int | None) -> Run:
@@ -318,7 +339,11 @@ def main() -> None:
     base = open_run(asked.run, asked.overrides)
     held, students = HeldOut.of(base), dict[str, list[Measured]]()
     students["base"] = [measure(base, None, held)]
-    rates = {kind: tried(base, kind, asked.rates, asked.examples) for kind in KINDS}
+    candidates = {kind: tried(base, kind, asked.rates, asked.examples) for kind in KINDS}
+    rates = {
+        kind: {r: one.loss for r, one in by_rate.items()} for kind, by_rate in candidates.items()
+    }
+    runs = [one.run for by_rate in candidates.values() for one in by_rate.values()]
 
     def report() -> None:
         found = compare(held, students) if KINDS.keys() <= students.keys() else {}
@@ -327,17 +352,20 @@ def main() -> None:
         show(found)
         settings = {key: base.config.resolved()[key] for key in SETTINGS}
         facts = {"environment": environment(), "settings": settings, "rates": rates}
-        tokens = teacher_tokens(base, asked.examples)
+        facts["trainings"] = {run.folder.name: trainings(run) for run in runs}
+        facts["teacher_tokens"] = teacher_tokens(base, asked.examples)
         if asked.json:
-            write_json(asked.json, {**facts, "teacher_tokens": tokens, "found": found})
+            write_json(asked.json, {**facts, "found": found})
 
     for seed in range(asked.seeds):
         for kind in KINDS:
             run = student(base, kind, next(iter(rates[kind])), seed, asked.examples)
+            runs.append(run)
             students.setdefault(kind, []).append(measure(base, run, held))
         report()
         if seed == 0 and base.config.on_policy.rounds:
             run = refined(base, run, asked.examples, base.config)
+            runs.append(run)
             students[ON_POLICY] = [measure(base, run, held)]
             report()
 

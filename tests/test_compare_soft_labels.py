@@ -62,5 +62,10 @@ def test_every_student_is_trained_once_on_the_same_answers_and_measured_on_the_s
         abs(kl["base"]) < 2e-4 < min(kl["soft"], kl["text"])
     )  # the base is the teacher, but for sixteenths of a nat
     assert first["teacher_tokens"]["answers"] == 6
+    steps = first["trainings"]
+    assert steps.keys() == {p.relative_to("runs").parts[0] for p in weights if "tiny-" in str(p)}
+    assert len(steps) == 7 and all(len(rows) == 1 for rows in steps.values())
+    for row in (row for rows in steps.values() for row in rows):
+        assert 0 < row["best_step"] == row["adapter_step"] <= row["steps"]
     names = {p.parent.parent.name for p in weights}
     assert {"tiny-text-0.001-0", "tiny-text-0.002-0", "tiny-soft-0.002-1", "refined"} <= names

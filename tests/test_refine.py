@@ -82,6 +82,8 @@ def test_each_round_answers_with_the_student_before_it_and_trains_it_on(unbroken
         assert facts["run"]["start"] == weights[number - 1]
         history = read_json(each.path("training.json"))["history"]
         assert all(row["loss"] == row["jsd"] and "ce" not in row for row in history)
+        row = read_json(run.path("refined/training.json"))["rounds"][number - 1]
+        assert 0 < row["best_step"] == row["adapter_step"] <= row["steps"]
     assert len(set(weights)) == 3 and asked[0] != asked[1]
     told = read_json(run.trained("training.json"))
     assert told["adapter_sha256"] == weights[2] == sha256_file(run.trained("adapter") / WEIGHTS)

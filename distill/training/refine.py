@@ -27,7 +27,10 @@ from distill.store import read_json, read_records, write_json, write_records
 from distill.training import capture, train
 from distill.training.batches import order
 
-TOLD = ("steps", "tokens", "seconds", "history", "validation", "adapter_sha256")
+TOLD = (
+    *("steps", "best_step", "adapter_step", "tokens", "seconds", "history", "validation"),
+    "adapter_sha256",
+)
 SALT = 1_000_003  # apart from the epochs of training, whose order is drawn from (seed, epoch)
 
 
