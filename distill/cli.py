@@ -18,7 +18,7 @@ from distill.config_file import load_config
 from distill.errors import DistillError, Exit, exit_code
 from distill.progress import say
 from distill.run import Run, Stage
-from distill.stages import STAGES
+from distill.stages import STAGES, require_models
 from distill.store import sha256_file, write_json
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app = typer.Typer(
 )
 NAMES = tuple(stage.name for stage in STAGES)
 CHECKING = ("filter", "evaluate")  # the stages that check answers
+LOADING = ("generate", "signals", "train", "refine", "evaluate")  # the stages that load models
 ConfigArgument = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="A YAML file, or the folder of a run.")
 ]
@@ -92,6 +93,10 @@ def perform(run: Run, stages: Sequence[Stage], redo: Sequence[Stage] = ()) -> No
         for stage in stages:
             if stage not in redo and stage.applies(run.config):
                 run.checked_state(stage)
+        loading = [s for s in stages if s.name in LOADING and s.applies(run.config)]
+        left = {s.name for s in loading if s in redo or run.state(s)[0] != "done"}
+        if left:
+            require_models(run.config, left)
         run.remake(redo)
         write_json(run.path("config.json"), run.config.resolved())
         run.note("config_sha256", sha256_file(run.path("config.json")))
@@ -293,6 +298,7 @@ def _ask_pilot(run: Run, count: int) -> str:
 
     pilot.require_teacher(run.config)
     require_terms(run.config)
+    require_models(run.config, ("generate",))
     perform(run, STAGES[: NAMES.index("generate")])
     with run.lock():
         return pilot.pilot(run, count)

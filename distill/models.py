@@ -24,6 +24,7 @@ from distill.environment import cpu_facts
 from distill.errors import DistillError, Exit
 from distill.records import Record
 from distill.store import sha256_file, write_json
+from distill.weights import require_intact, require_values, stored_values, values_of
 
 if TYPE_CHECKING:
     import torch
@@ -263,6 +264,10 @@ def check_files(folder: Path, allow_pickle: bool = False, trust_remote_code: boo
             else "check it"
         )
         raise DistillError(Exit.TRAINING, folder, what, fix)
+    if (folder / "adapter_config.json").is_file():
+        what = "holds an adapter too, which transformers would add without a word"
+        fix = "merge it, or move adapter_config.json and its weights elsewhere"
+        raise DistillError(Exit.TRAINING, folder, what, fix)
     for name in ("config.json", "tokenizer_config.json"):
         content = _json(folder / name) if (folder / name).is_file() else {}
         if "auto_map" in content and not trust_remote_code:
@@ -348,30 +353,75 @@ def load_model(
 ) -> "PreTrainedModel":
     """Load a causal language model for inference, on the GPU if there is one.
 
-    Raises DistillError: as `fetch` and `check_files`; exit 7 where the files are no causal language model.
+    Raises DistillError: as `fetch` and `check_files`; exit 7 where the files are no causal language model, or not all
+    of one, or its weights are no numbers.
     """
+    folder = fetch(reference, revision, allow_pickle)
+    extra: dict[str, Any] = {"quantization_config": _four_bit()} if load_in_4bit else {}
+    if (place := device()).type == "cuda":
+        extra["device_map"] = {"": place}  # straight to the GPU, without a copy in main memory
+    flags = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    model = _read(reference, folder, dtype=pick_dtype(dtype), **flags, **extra)
+    require_values(f"model {reference}", values_of(model))
+    return model.eval()
+
+
+def check_model(
+    reference: str, allow_pickle: bool = False, trust_remote_code: bool = False
+) -> None:
+    """Refuse a folder that does not hold the model of its config.json, long before the model is needed.
+
+    What the Hub and models.yaml name has a hash, and is not read here. Raises DistillError as `load_model` does.
+    """
+    if not is_folder(reference):
+        return
+    folder = fetch(reference)
+    flags = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    if "quantization_config" in _json(folder / "config.json"):
+        return  # which names such weights have is known once they are unpacked
+    # on the meta device only the names and shapes are read
+    model = _read(reference, folder, device_map={"": "meta"}, **flags)
+    require_values(
+        f"model {reference}", stored_values(_weight_files(folder), model.state_dict().keys())
+    )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files that transformers reads: the one, or those that the index names."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file() or not index.is_file():
+        return [whole] if whole.is_file() else []
+    return [folder / name for name in sorted(set(_json(index)["weight_map"].values()))]
+
+
+def _read(
+    reference: str,
+    folder: Path,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    **how: Any,
+) -> Any:
+    """Read a causal language model from its files, and nothing that is not in them: the one place that does."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     quiet()
-    folder = fetch(reference, revision, allow_pickle)
     check_files(folder, allow_pickle, trust_remote_code)
-    extra: dict[str, Any] = {"quantization_config": _four_bit()} if load_in_4bit else {}
-    if (place := device()).type == "cuda":
-        extra["device_map"] = {"": place}  # straight to the GPU, without a copy in main memory
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=pick_dtype(dtype),
             use_safetensors=None if allow_pickle else True,
             trust_remote_code=trust_remote_code,
             local_files_only=True,
-            **extra,
+            ignore_mismatched_sizes=True,  # they are in the report, and are refused by it
+            output_loading_info=True,
+            **how,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         what = f"could not be loaded: {_first_line(error)}"
         raise DistillError(Exit.TRAINING, f"model {reference}", what, "check the model") from None
-    return model.eval()
+    require_intact(f"model {reference}", report)
+    return model
 
 
 def digest_weights(model: Any, dtype: "torch.dtype | None" = None) -> str:

@@ -3,7 +3,7 @@
 The work is imported when a stage runs, so `plan` and `status` never load torch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib import import_module
 
 from distill import models
@@ -35,6 +35,22 @@ def live_identity(config: Config) -> dict[str, str]:
     """Return what pins a teacher that training reads itself."""
     live = config.train.loss.soft and not config.captures
     return {"teacher": reader_identity(config)} if live else {}
+
+
+def require_models(config: Config, left: Collection[str]) -> None:
+    """Stop before anything is asked where a folder does not hold the model that the stages `left` would load.
+
+    The student is looked at in any case: what is asked is asked for it. Raises DistillError (exit 7).
+    """
+    student, judge = config.student, config.evaluation.judge
+    models.check_model(student.model, student.allow_pickle, student.trust_remote_code)
+    asked = [config.teacher] if {"generate", "evaluate"}.intersection(left) else []
+    if config.distributions and {"signals", "train", "refine"}.intersection(left):
+        asked.append(config.soft_teacher())
+    if judge and "evaluate" in left:
+        asked.append(judge)
+    for name in sorted({teacher.model for teacher in asked if teacher.kind == "local"}):
+        models.check_model(name)
 
 
 STUDENT = ("adapter/adapter_model.safetensors", "refined/adapter/adapter_model.safetensors")

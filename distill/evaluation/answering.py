@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peft import PeftModel
-
 from distill import models
 from distill.config import Config, Student
 from distill.evaluation.items import by_item
@@ -30,6 +28,7 @@ from distill.store import sha256_file
 from distill.template import template_hash
 from distill.training.adapters import WEIGHTS
 from distill.training.student import answer_loss
+from distill.weights import add_adapter
 
 Given = dict[str, Response]  # answers by item id
 
@@ -84,7 +83,7 @@ def load_student(student: Student, adapter: Path | None) -> Any:
     if adapter is None:
         return models.load_model(student.model, student.dtype, *flags)
     base = models.load_model(student.model, "float32", *flags)
-    merged: Any = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True)
+    merged = add_adapter(base, adapter).merge_and_unload(safe_merge=True)
     return merged.to(models.pick_dtype(student.dtype)).eval()
 
 

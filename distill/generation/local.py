@@ -29,6 +29,7 @@ from distill.models import (
 from distill.records import Message, Response, Stop, Usage, digest
 from distill.store import sha256_file
 from distill.template import encode_prompt, encode_text, render, special_tokens, template_hash
+from distill.weights import add_adapter
 
 SLOTS = {"cpu": 64, "cuda": 128}
 CACHE_SHARE = 0.4  # of the memory now free, for the cache of keys and values
@@ -208,8 +209,6 @@ def end_of_turn(tokenizer: Any, date: str) -> frozenset[int]:
 
 def load_merged(reference: str, adapter: Path, dtype: str, revision: str | None) -> Any:
     """Load a model with an adapter added in float32 and cast once."""
-    from peft import PeftModel
-
     base = load_model(reference, "float32", revision)
-    merged: Any = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True)
+    merged = add_adapter(base, adapter).merge_and_unload(safe_merge=True)
     return merged.to(pick_dtype(dtype)).eval()

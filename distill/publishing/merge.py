@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch.nn.functional import kl_div, log_softmax
 
 from distill.errors import DistillError, Exit
 from distill.models import check_base, digest_weights, fetch, load_model, pick_dtype
 from distill.records import Record
 from distill.store import read_json
+from distill.weights import add_adapter
 
 MAX_KL = 0.01  # nats a token: above it, scores of the adapter are not the merged model's
 MAX_TOKENS = (
@@ -73,7 +73,7 @@ def merge_and_compare(
         raise DistillError(Exit.PUBLISH, adapter, "no prompts to compare on", "make the dataset")
     check_base(adapter, reference, revision)
     base = load_model(reference, dtype, revision, **loading)
-    before = answer_logits(PeftModel.from_pretrained(base, str(adapter)), conversations)
+    before = answer_logits(add_adapter(base, adapter), conversations)
     del base
     gc.collect()
     merged = merge(reference, revision, adapter, target, dtype, **loading)
@@ -96,7 +96,7 @@ def merge(
     """
     base = load_model(reference, "float32", revision, **loading)
     stored = read_json(fetch(reference, revision) / "config.json")
-    merged: Any = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True)
+    merged = add_adapter(base, adapter).merge_and_unload(safe_merge=True)
     found = digest_weights(merged, pick_dtype(dtype))
     name = stored.get("dtype") or stored.get("torch_dtype") or "float32"
     merged = merged.to(getattr(torch, name))
