@@ -14,12 +14,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from distill.config_file import load_config
+from distill.config_file import load_config, parse_config, place_of
 from distill.errors import DistillError, Exit, exit_code
 from distill.progress import say
-from distill.run import Run, Stage
+from distill.run import Run, Stage, open_folder
 from distill.stages import STAGES, require_models
-from distill.store import sha256_file, write_json
+from distill.store import as_json, sha256_file, write_atomic
 
 app = typer.Typer(
     help="Turn a teacher model and a corpus into a small open model, and say what it kept and cost.",
@@ -51,20 +51,7 @@ UnsafeCode = Annotated[
 
 def open_run(place: Path, overrides: Sequence[str] = ()) -> Run:
     """Return the run of a config file, or of a run's folder (which may have been moved)."""
-    if not place.is_dir():
-        return Run(load_config(place, overrides))
-    if not (place / "config.json").exists():
-        raise DistillError(
-            Exit.CONFIG,
-            place,
-            "is no run: it has no config.json",
-            "name a config or a run's folder",
-        )
-    folder = place.resolve()
-    config = load_config(place / "config.json", overrides)
-    runs = place.parent if place.name == folder.name else folder.parent
-    here = {"name": folder.name, "runs": runs}
-    return Run(config.model_copy(update=here))
+    return open_folder(place, overrides) if place.is_dir() else Run(load_config(place, overrides))
 
 
 def permit_code(
@@ -97,8 +84,11 @@ def perform(run: Run, stages: Sequence[Stage], redo: Sequence[Stage] = ()) -> No
         left = {s.name for s in loading if s in redo or run.state(s)[0] != "done"}
         if left:
             require_models(run.config, left)
+        path = run.path("config.json")
+        text = as_json({**run.config.resolved(), **place_of(run.folder)})
+        parse_config(text, path)  # what could not be read again is not written
         run.remake(redo)
-        write_json(run.path("config.json"), run.config.resolved())
+        write_atomic(path, text)
         run.note("config_sha256", sha256_file(run.path("config.json")))
         for stage in stages:
             if not stage.applies(run.config):
@@ -265,7 +255,7 @@ def fetch(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Download and verify the models of a config, so that it can run offline."""
     from distill.models import fetch as fetch_model
 
-    settings = load_config(config, overrides or ())
+    settings = open_run(config, overrides or ()).config
     if settings.teacher.kind == "local":
         fetch_model(settings.teacher.model, settings.teacher.revision)
     student = settings.student
@@ -288,7 +278,7 @@ def show_plan(
 
     run = open_run(config, overrides or ())
     origin = _ask_pilot(run, pilot) if pilot else None
-    Console(soft_wrap=True).print(plan(run.config, origin), markup=False)
+    Console(soft_wrap=True).print(plan(run.config, origin, run.folder), markup=False)
 
 
 def _ask_pilot(run: Run, count: int) -> str:

@@ -6,12 +6,13 @@ a secret in the file) is a DistillError (exit 2) of one line with file, line and
 """
 
 import difflib
+import hashlib
 import json
 import math
 import os
 import re
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from types import NoneType
@@ -23,7 +24,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 from yaml.events import AliasEvent
 
-from distill.config import Config, Section
+from distill.config import NAME, Config, Section
 from distill.errors import DistillError, Exit
 
 MAX_BYTES = 64_000  # a larger file is none that a person wrote; this much is read in half a second
@@ -304,14 +305,33 @@ def find_config(path: Path) -> Path:
     return path
 
 
-def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
-    """Read, override and check the experiment at `path`; raises DistillError (exit 2) with one clear line."""
+def load_config(
+    path: Path, overrides: Iterable[str] = (), place: Mapping[str, str] | None = None
+) -> Config:
+    """Read, override and check the experiment at `path`; raises DistillError (exit 2) with one clear line.
+
+    `place` holds the `name` and `runs` of a folder that is opened: they stand in for the file's, unread.
+    """
     path = find_config(path)
-    tree, places = parse_with_places(read_text(path), path)
+    return parse_config(read_text(path), path, overrides, place)
+
+
+def parse_config(
+    text: str,
+    path: Path,
+    overrides: Iterable[str] = (),
+    place: Mapping[str, str] | None = None,
+) -> Config:
+    """Do what `load_config` does with the text of the file."""
+    if len(text.encode()) > MAX_BYTES:
+        what = f"a config of more than {MAX_BYTES:,} bytes is not read"
+        raise DistillError(Exit.CONFIG, path, what, "shorten its lists")
+    tree, places = parse_with_places(text, path)
     if not isinstance(tree, dict):
         raise DistillError(
             Exit.CONFIG, path, "holds no mapping of keys", "start from one of configs/*.yaml"
         )
+    tree |= place or {}
     for override in overrides:
         places |= apply_override(tree, override)
     check_values(tree, str(path), places)
@@ -319,6 +339,21 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
         return Config.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
         raise _explain(error, str(path), places) from None
+
+
+def place_of(folder: Path) -> dict[str, str]:
+    """Return the `name` and `runs` of a run's folder as a config may state them, whatever it is called.
+
+    A folder's name that no run could have (`my run (copy)`) gives one by its plain parts and its hash. A path that no
+    file may hold is left out: a folder that is opened says itself where it lies.
+    """
+    name, runs = folder.name, str(folder.parent)
+    if not NAME.fullmatch(name) or SECRET.search(name):
+        plain = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:60]
+        digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
+        name = f"{'run' if not plain or SECRET.search(plain) else plain}-{digest}"
+    readable = runs.isprintable() and not SECRET.search(runs)
+    return {"name": name, "runs": runs if readable else "runs"}
 
 
 EXAMPLES = {  # of the keys that an experiment cannot do without

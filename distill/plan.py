@@ -8,6 +8,7 @@ the tables.
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Group
 from rich.table import Table
@@ -345,9 +346,12 @@ def memory(config: Config, work: Scope, device: Device, room: float) -> list[tup
     return [*found, (f"train, micro-batches of {tokens:,} tokens", peak)]
 
 
-def plan(config: Config, origin: str | None = None) -> Group:
-    """Return the plan of a run for the terminal; `origin` is its responder's, where a pilot has asked it."""
-    work = scope(config)
+def plan(config: Config, origin: str | None = None, folder: Path | None = None) -> Group:
+    """Return the plan of a run for the terminal; `origin` is its responder's, where a pilot has asked it.
+
+    `folder` is the run's, where that is not the one that its config names.
+    """
+    work = scope(config, folder)
     device, why = find_device(config.evaluation.machine)
     paid = config.teacher.kind == "endpoint"
     bill = make_bill(config, work, origin) if paid or origin else None

@@ -12,7 +12,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distill.config import Config
+from distill.config_file import load_config, place_of
 from distill.environment import environment
 from distill.errors import DistillError, Exit
 from distill.records import LedgerEntry
@@ -63,11 +64,11 @@ class Stage:
 
 
 class Run:
-    """The folder `runs/NAME` of one experiment."""
+    """The folder `runs/NAME` of one experiment, or one of another name that is there already."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, folder: Path | None = None) -> None:
         self.config = config
-        self.folder = config.runs / config.name
+        self.folder = folder or config.runs / config.name
         self._running = ""  # the stage whose spending is counted
 
     def path(self, name: str) -> Path:
@@ -307,6 +308,29 @@ class Run:
         path = self.path("manifest.json")
         facts = read_json(path) if path.exists() else {}
         return {key: value for key, value in facts.items() if key != SEAL}
+
+
+def open_folder(place: Path, overrides: Sequence[str] = ()) -> Run:
+    """Return the run in a folder, whatever it is called and wherever it was moved or copied.
+
+    Overrides of `name` or `runs` make it another run with the same config, beside this one or there. Raises
+    DistillError (exit 2) where the folder holds no run.
+    """
+    if not (place / "config.json").exists():
+        what, fix = "is no run: it has no config.json", "name a config or a run's folder"
+        raise DistillError(Exit.CONFIG, place, what, fix)
+    real = place.resolve()  # a link is the run that it leads to, with the store beside that
+    folder = place if place.name == real.name and not place.is_symlink() else real
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        what, fix = "is no UTF-8 path, and what writes models takes no other", "rename it"
+        raise DistillError(Exit.CONFIG, folder, what, fix) from None
+    config = load_config(folder / "config.json", overrides, place_of(folder))
+    changed = {override.partition("=")[0].strip() for override in overrides} & {"name", "runs"}
+    if "runs" not in changed:
+        config = config.model_copy(update={"runs": folder.parent})
+    return Run(config, None if changed else folder)
 
 
 def sealed(manifest: dict[str, Any]) -> str:

@@ -47,16 +47,19 @@ class Scope:
         return total(self.prompts.values())
 
 
-def scope(config: Config) -> Scope:
-    """Return the amount of work: the run's prompts, or those made in a scratch folder, or what the caps allow."""
-    own = Run(config)
+def scope(config: Config, folder: Path | None = None) -> Scope:
+    """Return the amount of work: the run's prompts, or those made in a scratch folder, or what the caps allow.
+
+    `folder` is the run's, where that is not the one that its config names.
+    """
+    own = Run(config, folder)
     if all(_is_done(own, stage) for stage in STAGES[:2]):
         return _counted(config, *_texts(own), NOTHING)
     if _is_large(config):
         return _capped(config)
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        run = Run(config.model_copy(update={"runs": Path(folder)}))
+    with tempfile.TemporaryDirectory() as scratch:
+        run = Run(config.model_copy(update={"runs": Path(scratch)}))
         run.folder.mkdir(parents=True)
         console.quiet, before = True, console.quiet
         try:

@@ -16,7 +16,6 @@ from typing import Any
 from rich.console import Group
 
 from distill.checkers import RUNS_CODE
-from distill.config import Config
 from distill.environment import environment
 from distill.errors import DistillError, Exit
 from distill.evaluation import report
@@ -30,7 +29,7 @@ from distill.generation.generate import read
 from distill.generation.responder import Request, Sampling
 from distill.models import digest_file
 from distill.records import Item, Response
-from distill.run import SEAL, Run
+from distill.run import SEAL, Run, open_folder
 from distill.sandbox.run import allowed
 from distill.stages import STAGES
 from distill.store import Log, read_json, read_records, sha256_file
@@ -105,9 +104,9 @@ def _scratch(evidence: Evidence, place: Path) -> Iterator[Run]:
 
     It has the ledger as the report found it. Its name is the scorecard's, whatever the folder is called now.
     """
-    config = Config.model_validate(read_json(evidence.folder / CONFIG))
+    config = open_folder(evidence.folder).config
     name = _field(evidence.folder / "scorecard.json", "name") or config.name
-    run = Run(config.model_copy(update={"name": name, "runs": place}))
+    run = Run(config.model_copy(update={"name": name, "runs": place}), place / "run")
     for file in (MANIFEST, *evidence.hashes):
         if not file.startswith(("release/", *REPORTED)) and (evidence.folder / file).is_file():
             run.path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -172,8 +171,7 @@ def _together(evidence: Evidence) -> Iterator[Check]:
 def _stored(evidence: Evidence) -> Iterator[Check]:
     """Hold every answer against the raw one in the store that runs share, where that is at hand."""
     folder = evidence.folder
-    config = Config.model_validate(read_json(folder / CONFIG))
-    store = config.model_copy(update={"runs": folder.resolve().parent}).store_folder() / "responses"
+    store = open_folder(folder).config.store_folder() / "responses"
     if not store.is_dir():
         yield Check("store", str(store), "skipped", "the store is not at hand")
         return

@@ -18,13 +18,13 @@ from benchmark_generate import tie
 from rich.table import Table
 
 from distill.config import Config
-from distill.config_file import load_config
 from distill.generation.asking import encode, origin_of
 from distill.generation.generate import answer_all, read
 from distill.generation.local import LocalResponder
 from distill.generation.responder import Request, Sampling
 from distill.progress import console, say
 from distill.records import Message, Prompt, Response
+from distill.run import Run, open_folder
 from distill.store import Log, read_records, write_json
 from distill.template import encode_prompt, encode_text
 
@@ -82,10 +82,10 @@ def difference(
     return {"place": place, "nats": tie(exact.network, prompt, ours, ids, place)}
 
 
-def compare(config: Config, given: argparse.Namespace) -> dict[str, Any]:
+def compare(run: Run, given: argparse.Namespace) -> dict[str, Any]:
     """Answer here what the run asked of the server, and compare."""
+    config, folder = run.config, run.folder
     model, date = given.model or config.teacher.model, config.template_date
-    folder = config.runs / config.name
     theirs, same = served_answers(
         config, read_records(folder / "prompts.jsonl", Prompt)[:: given.every]
     )
@@ -145,8 +145,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="compare every n-th prompt only")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    config = load_config(given.run / "config.json")
-    found = compare(config, given)
+    found = compare(open_folder(given.run), given)
     show(found)
     if given.json:
         write_json(given.json, found)

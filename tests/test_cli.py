@@ -87,6 +87,15 @@ def test_a_moved_run_is_found_by_its_folder(config, capsys):
     assert open_run(Path(".")).folder.resolve() == Path.cwd()
 
 
+def test_a_plan_counts_what_a_run_in_a_folder_of_any_name_has(config, capsys, monkeypatch):
+    for stage in ("corpus", "prompts"):
+        assert say(capsys, stage, config)[0] == 0
+    Path("runs/mine").rename("runs/mine (old)")
+    monkeypatch.setattr("distill.scope.corpus_stage.main", None)  # nothing is made again
+    code, shown, _ = say(capsys, "plan", "runs/mine (old)")
+    assert code == 0 and "plan of mine-old-" in shown
+
+
 def test_status_says_what_is_done_left_and_stale(config, capsys):
     for stage in ("corpus", "prompts"):
         assert say(capsys, stage, config)[0] == 0
@@ -308,3 +317,18 @@ def test_programs_that_pass_their_tests_are_kept(programs, capsys):
 def test_no_verb_but_those_that_check_takes_the_flag(config, capsys):
     code, _, (line,) = say(capsys, "train", config, "--allow-code")
     assert code == Exit.CONFIG and "No such option" in line
+
+
+def test_a_config_that_could_not_be_read_again_is_not_written(config, capsys):
+    stops = ", ".join(f"s{number}" for number in range(6000))  # 40 kB of YAML, 90 kB of JSON
+    text = Path("c.yaml").read_text()
+    path = Path("c.yaml")
+    path.write_text(text + f"prompts: {{tasks: [{stops}]}}\n")
+    assert path.stat().st_size < 64_000
+    code, _, lines = say(capsys, "corpus", config)
+    assert code == Exit.CONFIG and len(lines) == 1, lines
+    assert not Path("runs/mine/config.json").exists()
+    path.write_text(text + 'runs: "C1 \\x85 \\u2028"\n')
+    for _ in range(2):
+        assert say(capsys, "corpus", config)[0] == 0
+    assert say(capsys, "status", "C1 \x85 \u2028/mine")[0] == 0

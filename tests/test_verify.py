@@ -22,7 +22,7 @@ from distill.evidence import Check, Evidence
 from distill.generation import prices
 from distill.models import digest_file, digest_weights, load_model
 from distill.records import Scorecard
-from distill.run import sealed
+from distill.run import open_folder, sealed
 from distill.stages import STAGES
 from distill.store import read_json, sha256_file, write_json
 from tests.fake_hub import fake_hub, use_hub
@@ -319,3 +319,106 @@ def test_weights_in_a_file_and_in_memory_have_one_digest(tmp_path: Path) -> None
         folder = make_tiny(tmp_path / str(tied), "qwen2", tied=tied)
         model = load_model(f"{folder}", "float32")
         assert digest_file(folder / "model.safetensors") == (digest_weights(model), "float32")
+
+
+@pytest.fixture
+def at_home(run: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Return the copy of the run where its inputs are at hand: in the folder that its paths are told from."""
+    monkeypatch.chdir(finished)
+    with fake_hub() as hub:
+        use_hub(monkeypatch, hub, finished / "hub")
+        yield run
+
+
+ODD_NAMES = [
+    "my run (copy)",
+    "прогон 模型",
+    ".hidden",
+    "two\nlines",
+    "\x1b[31m[red]",
+    "100% {x} '\"\\",
+    "sk-learn-experiments-of-2024",
+    "x" * 120,
+    "C1 \x85 \u2028",
+]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_copied_run_may_have_any_name(
+    at_home: Path, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    copy = at_home.parent / name
+    shutil.copytree(at_home, copy)
+    for _ in range(2):  # the second finds what the first wrote
+        assert main(["run", str(copy)]) == 0
+        assert main(["status", str(copy)]) == 0
+        assert main(["verify", str(copy)]) == 0
+    assert main(["publish", str(copy), "--override", "a test"]) == 0
+    assert main(["verify", str(copy)]) == 0
+    said = capfd.readouterr().err
+    assert "error" not in said and "generate: done before, reused" in said
+    assert {path.name for path in at_home.parent.iterdir()} == {".store", at_home.name, name}
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_refused_untouched(
+    at_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = at_home.rename(at_home.with_name(os.fsdecode(b"no \xff utf-8")))
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    for verb in ("run", "status", "publish", "verify"):
+        assert main([verb, str(folder)]) == Exit.CONFIG
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "no UTF-8 path" in line and line.startswith("error: ")
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize("parent", ["sk-learn-experiments-of-2024", "two\nlines", "C1 \x85 \u2028"])
+def test_a_run_may_be_moved_into_any_folder(at_home: Path, parent: str, tmp_path: Path) -> None:
+    place = tmp_path / parent
+    at_home.parent.rename(place)
+    for _ in range(2):
+        assert main(["run", str(place / at_home.name)]) == 0
+        assert main(["verify", str(place / at_home.name)]) == 0
+
+
+def test_a_folder_that_an_older_version_wrote_its_name_into_is_opened(at_home: Path) -> None:
+    copy = at_home.rename(at_home.with_name("my run (copy)"))
+    config = {**read_json(copy / "config.json"), "name": copy.name, "runs": "two\nlines"}
+    write_json(copy / "config.json", config)
+    assert main(["status", str(copy)]) == 0
+    assert main(["run", str(copy)]) == 0
+    assert main(["verify", str(copy)]) == 0
+
+
+def test_a_link_is_the_run_that_it_leads_to(at_home: Path, tmp_path: Path) -> None:
+    (tmp_path / "links").mkdir()
+    for name in (at_home.name, "another"):
+        link = tmp_path / "links" / name
+        link.symlink_to(at_home)
+        opened = open_folder(link)
+        assert (opened.folder, opened.config.name) == (at_home.resolve(), at_home.name)
+        assert main(["run", str(link)]) == 0
+        assert main(["verify", str(link)]) == 0
+    assert {path.name for path in (tmp_path / "links").iterdir()} == {at_home.name, "another"}
+
+
+def test_a_folder_is_named_in_any_way(at_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for here, place in (
+        (at_home, "."),
+        (at_home / "dataset", ".."),
+        (at_home.parent, f"./{at_home.name}/"),
+    ):
+        monkeypatch.chdir(here)
+        opened = open_folder(Path(place))
+        assert (opened.folder.resolve(), opened.config.name) == (at_home.resolve(), at_home.name)
+        assert opened.config.store_folder().resolve() == (at_home.parent / ".store").resolve()
+        assert main(["verify", place]) == 0
+
+
+def test_another_name_makes_another_run_beside_it(at_home: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in at_home.rglob("*")}
+    opened = open_folder(at_home, ["name=other", "seed=3"])
+    assert opened.folder == at_home.parent / "other" and opened.config.seed == 3
+    elsewhere = open_folder(at_home, [f"runs={at_home.parent / 'more'}"])
+    assert elsewhere.folder == at_home.parent / "more" / at_home.name
+    assert {p: p.stat().st_mtime_ns for p in at_home.rglob("*")} == before

@@ -24,7 +24,7 @@ from distill.evaluation.words import figure, share
 from distill.generation.canned import raw_text
 from distill.generation.responder import Request, Sampling, parse
 from distill.records import Response
-from distill.run import Run
+from distill.run import open_folder
 
 ALONE = "one responder was asked"
 
@@ -63,10 +63,8 @@ def _asked(suite: Suite, path: Path, who: str, store: Path) -> tuple[dict[str, R
     from distill.generation.local import LocalResponder
 
     if is_run(path):
-        config = load_config(path / "config.json")
-        place = {"name": path.resolve().name, "runs": path.resolve().parent}
-        adapter = Run(config.model_copy(update=place)).trained("adapter")
-        responder, _ = student_responder(config, adapter, "student")
+        run = open_folder(path)
+        responder, _ = student_responder(run.config, run.trained("adapter"), "student")
         return ask_suite(responder, suite, store), path.resolve().name
     if path.suffix in (".yaml", ".yml"):
         return _bought(suite, load_config(path), store)

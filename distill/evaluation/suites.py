@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from distill.config import Columns, Config, File, Positive, Section, checked_model
-from distill.config_file import find_config, load_config
+from distill.config_file import find_config
 from distill.corpus.prompts import ask
 from distill.corpus.readers import Reject, Row, list_files, read_dataset, read_file
 from distill.corpus.rows import interpret
@@ -21,6 +21,7 @@ from distill.corpus.split import rank
 from distill.errors import DistillError, Exit
 from distill.evaluation.items import held_out, items_of
 from distill.records import Document, Item, digest
+from distill.run import open_folder
 from distill.store import sha256_file
 from distill.tasks import Task, load_section, load_task, task_path
 
@@ -158,7 +159,7 @@ def is_run(path: Path) -> bool:
 
 def held_out_suite(run: Path) -> Suite:
     """Return a run's held-out prompts as a suite, as far as their tasks have a checker."""
-    config = load_config(run / "config.json")
+    config = open_folder(run).config
     items = items_of(held_out(run / "dataset/heldout.jsonl"), run / "documents.jsonl")
     names = [name for name in dict.fromkeys(i.task for i in items) if task_path(name).is_file()]
     tasks = [task for task in map(load_task, names) if task.checker]
