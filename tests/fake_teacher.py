@@ -56,10 +56,12 @@ class FakeTeacher:
         script: Script | None = None,
         price: TokenPrice = PRICE,
         tls: ssl.SSLContext | None = None,
+        port: int = 0,
     ) -> None:
         self.script, self.price = script or (lambda number, payload: Reply()), price
-        self.tls = tls
+        self.tls, self.port = tls, port  # port 0 takes any that is free
         self.payloads: list[dict[str, Any]] = []
+        self.bodies: list[bytes] = []
         self.headers: list[dict[str, str]] = []
         self.paths: list[str] = []
         self.bill = Decimal(0)
@@ -87,7 +89,7 @@ class FakeTeacher:
     async def _serve(self) -> None:
         self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
         server = await asyncio.start_server(
-            self._connected, "127.0.0.1", 0, backlog=512, ssl=self.tls
+            self._connected, "127.0.0.1", self.port, backlog=512, ssl=self.tls
         )
         self.port = server.sockets[0].getsockname()[1]
         self._started.set()
@@ -119,6 +121,7 @@ class FakeTeacher:
         data = await reader.readexactly(int(headers.get("content-length", 0)))
         number, payload = len(self.payloads), json.loads(data or b"{}")
         self.payloads.append(payload)
+        self.bodies.append(data)
         self.headers.append(headers)
         self.paths.append(head[0].split()[1])
         self.asked[question(payload)] = self.asked.get(question(payload), 0) + 1
