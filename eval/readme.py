@@ -1,4 +1,4 @@
-"""Write the scorecards that README.md shows, from eval/results: `python eval/readme.py`. Loads no model."""
+"""Write the scorecards that README.md and docs/*.md show, from eval/results: `python eval/readme.py`. Loads no model."""
 
 import sys
 from pathlib import Path
@@ -8,8 +8,8 @@ from distill.evaluation.readme import write
 
 
 def main() -> None:
-    """Fill README.md."""
-    write(Path(__file__).parent.parent / "README.md")
+    """Fill the pages."""
+    write(Path(__file__).parent.parent)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The house rules that a machine can hold: imports, what loads torch, what must not stand in the code, the README."""
+"""The house rules that a machine can hold: imports, what loads torch, what must not stand in the code, README and docs."""
 
 import ast
 import re
@@ -207,30 +207,64 @@ def test_ruff_is_content(command):
     assert done.returncode == 0, done.stdout[-2000:]
 
 
-README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = "distill|configs|data|docs|eval|scripts|tests"
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 
 
-def test_the_readme_s_file_map_exists():
-    """Hold the lines of fenced blocks that begin with a path against the tree: `distill/store.py   what it is`."""
-    for block in re.findall(r"```(?:text)?\n(.*?)```", README, re.S):
-        for name in re.findall(
-            r"^((?:distill|configs|data|eval|scripts|tests)/[\w./*-]*)", block, re.M
-        ):
-            assert list(ROOT.glob(name.rstrip("/"))), f"README names {name}"
+@every_page
+def test_paths_in_the_docs_exist(page):
+    """Hold what looks like a path of ours against the tree: `distill/store.py`, configs/*.yaml, a map's first column."""
+    for name in re.findall(rf"(?<![\w./-])(?:{FOLDERS})/[\w./*-]*[\w*/]", page.read_text()):
+        assert list(ROOT.glob(name.rstrip("/"))), f"{page.name} names {name}"
 
 
-def test_the_readme_s_commands_exist():
-    verbs = set(re.findall(r"^\s*(?:\.venv/bin/)?distill (\w+)", README, re.M))
+@every_page
+def test_commands_in_the_docs_exist(page):
+    verbs = set(re.findall(r"(?:^\s*|`)(?:\.venv/bin/)?distill ([a-z]\w*)", page.read_text(), re.M))
     from typer.main import get_command
 
     from distill.cli import app
 
     known = get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
-    assert verbs <= set(known), f"README names {verbs - set(known)}"
-    for script in re.findall(r"\b((?:scripts|eval)/[\w/-]+\.(?:py|sh))", README):
-        assert (ROOT / script).is_file(), f"README names {script}"
-    for config in re.findall(r"\bconfigs/[\w/-]+\.yaml", README):
-        assert (ROOT / config).is_file(), f"README names {config}"
+    assert verbs <= set(known), f"{page.name} names {verbs - set(known)}"
+
+
+def slug(heading: str) -> str:
+    """Return the anchor that a heading gets: lower case, hyphens for spaces, no other marks."""
+    return re.sub(r"[^\w -]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@every_page
+def test_links_in_the_docs_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), f"{page.name} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", file.read_text(), re.M)
+            assert anchor in map(slug, headings), f"{page.name} links to {target}"
+
+
+@every_page
+def test_config_keys_in_the_docs_exist(page):
+    """Hold what the docs write as a key of the config, such as `train.loss` or train.seed=1, against the config's tree."""
+    from distill.config import Config
+
+    for section, rest in re.findall(
+        rf"(?<![\w./])({'|'.join(Config.model_fields)})\.(\w+(?:\.\w+)*)", page.read_text()
+    ):
+        kind = Config.model_fields[section].annotation
+        if rest.split(".")[-1] in {"json", "jsonl", "py", "md", "yaml"}:
+            continue
+        for key in rest.split("."):
+            fields = getattr(kind, "model_fields", None)
+            if fields is None:  # a mapping of the user's own, such as teacher.extra_body
+                break
+            assert key in fields, f"{page.name} names the key {section}.{rest}"
+            kind = fields[key].annotation
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.name)

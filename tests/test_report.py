@@ -534,10 +534,14 @@ def test_every_text_has_the_contrast_of_wcag_aa_in_both_schemes_and_on_paper() -
                 assert (two[1] + 0.05) / (two[0] + 0.05) >= 4.5, (ink, ground, colours)
 
 
-def test_the_readme_holds_what_the_scorecards_say() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert text.count("<!-- scorecard: ") == text.count("<!-- end of scorecard -->") == 3
-    assert readme.filled(text, ROOT) == text, "run: python eval/readme.py"
+def test_readme_and_docs_hold_what_the_scorecards_say() -> None:
+    counts: dict[str, int] = {}
+    for page in readme.pages(ROOT):
+        text = page.read_text(encoding="utf-8")
+        assert text.count("<!-- scorecard: ") == text.count("<!-- end of scorecard -->")
+        assert readme.filled(text, ROOT) == text, f"{page.name}: run python eval/readme.py"
+        counts[page.name] = text.count("<!-- scorecard: ")
+    assert counts["README.md"] == counts["evidence.md"] == 1 and counts["measured.md"] == 2
 
 
 def test_a_readme_is_filled_from_any_scorecard(tmp_path: Path) -> None:

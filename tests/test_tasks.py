@@ -23,6 +23,12 @@ def test_shipped_tasks_load_by_name(path: Path) -> None:
     assert shipped(path.stem) == task
 
 
+def test_the_docs_task_loads(tmp_path: Path) -> None:
+    block = Path("docs/corpus.md").read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
+    task = load_task(write(tmp_path, block))
+    assert task.checker and task.teacher_view()
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_tasks_fence_the_document(path: Path) -> None:
     task = load_task(path.stem)

@@ -1,4 +1,6 @@
-"""What README.md shows of scorecards: `python eval/readme.py` writes it between comments that name the file and the parts.
+"""What README.md and docs/*.md show of scorecards, written between comments that name the file and the parts.
+
+`python eval/readme.py` writes it:
 
     <!-- scorecard: eval/results/quickstart-scorecard.json answer quality cost -->
     <!-- end of scorecard -->
@@ -40,6 +42,13 @@ def _block(block: re.Match[str], root: Path) -> str:
     return f"{block['head']}{lines}\n{block['end']}"
 
 
-def write(readme: Path) -> None:
-    """Write the scorecards of a README anew."""
-    write_atomic(readme, filled(readme.read_text(encoding="utf-8"), readme.parent))
+def pages(root: Path) -> list[Path]:
+    """Return the Markdown files that may show scorecards: the README and the files of docs."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+
+
+def write(root: Path) -> None:
+    """Write the scorecards of all pages anew; none is touched if one of them cannot be written."""
+    texts = {page: page.read_text(encoding="utf-8") for page in pages(root)}
+    for page, text in {page: filled(text, root) for page, text in texts.items()}.items():
+        write_atomic(page, text)
