@@ -280,11 +280,11 @@ class Teacher(Section):
     # kind: local
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the weights in memory; `auto` takes bfloat16 where the hardware computes in it."""
-    slots: Positive | None = None
+    max_batch_size: Positive | None = None
     """Sequences generated at once; null takes what fits in memory. Lower it where memory runs
     out."""
     # kind: recorded
-    licence: str | None = None
+    license: str | None = None
     """License of the answers, for the model card; with it recorded answers need no
     `terms.basis`."""
     dollars: Decimal | None = None
@@ -630,7 +630,7 @@ class Evaluation(Section):
     """Further questions: names in eval/suites, or paths of your own."""
     max_new_tokens: Positive | None = None
     """Tokens of an answer to a held-out prompt, at most; null takes `teacher.max_new_tokens`."""
-    slots: Positive | None = None
+    max_batch_size: Positive | None = None
     """Sequences generated at once; null takes what fits in memory."""
     samples: Annotated[int, Field(ge=100, le=1_000_000)] = 10_000
     """Bootstrap resamples of an interval."""
@@ -677,7 +677,7 @@ class Publish(Section):
 
     model_name: str | None = None
     """Name of the release as NAME or OWNER/NAME; null takes the repository's, else the run's."""
-    licence: str | None = None
+    license: str | None = None
     """SPDX id of the release's license; null takes that of the base model."""
     language: str = "en"
     """Language of the answers, as a BCP 47 code, for the model card."""

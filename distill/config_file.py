@@ -11,9 +11,11 @@ import json
 import math
 import os
 import re
+import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
+from functools import cache
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -26,6 +28,7 @@ from yaml.events import AliasEvent
 
 from distill.config import NAME, Config, Section
 from distill.errors import DistillError, Exit
+from distill.renamed_keys import RENAMED, rename_keys
 
 MAX_BYTES = 64_000  # a larger file is none that a person wrote; this much is read in half a second
 MAX_DEPTH = 20
@@ -47,7 +50,6 @@ ELSEWHERE = {  # what other tools call some of our keys
     "per_device_train_batch_size": "tokens_per_step",
     "max_seq_length": "max_length",
     "max_tokens": "max_new_tokens",
-    "license": "licence",
 }
 BY_NAME = "name an environment variable instead"
 
@@ -178,6 +180,28 @@ def read_text(path: Path) -> str:
         raise DistillError(Exit.CONFIG, path, what, "save the file as UTF-8") from None
 
 
+def read_yaml(path: Path, form: Any) -> Any:
+    """Read a YAML file whose keys are those of `form`, a class or an annotation, old names included."""
+    tree, places = parse_with_places(read_text(path), path)
+    use_present_names(tree, form, path, places)
+    return tree
+
+
+def use_present_names(
+    tree: Any, form: Any, where: object, places: Places, tell: bool = True
+) -> None:
+    """Give the keys of a tree their present names, and tell the user on stderr which were old."""
+    for old, new in rename_keys(tree, form):
+        place = places[(*old[:-1], new)] = places.pop(old, str(where))
+        if tell:
+            _tell_once(f"{place}: {'.'.join(old)} is now called {new}; the old name still works")
+
+
+@cache
+def _tell_once(line: str) -> None:
+    print(line if line.isprintable() else ascii(line), file=sys.stderr)
+
+
 def _sections(path: Sequence[str]) -> list[type[Section]]:
     """Return the sections along a key's path, from the root; the last may hold the path's last part."""
     found: list[type[Section]] = [Config]
@@ -217,7 +241,7 @@ def _explain(error: ValidationError, file: str, places: Places) -> DistillError:
 def _nearest(path: tuple[str, ...]) -> str:
     """Say which valid key is nearest to an unknown one."""
     names = list(_sections(path[:-1])[-1].model_fields)
-    usual = ELSEWHERE.get(path[-1])
+    usual = (ELSEWHERE | RENAMED).get(path[-1])
     near = [usual] if usual in names else difflib.get_close_matches(path[-1], names, 1, 0.5)
     return f"did you mean {near[0]}?" if near else "valid: " + ", ".join(names)
 
@@ -273,6 +297,7 @@ def apply_override(tree: dict[str, Any], override: str) -> Places:
     value, _ = parse_with_places(text, f"override {name.strip()}")
     for part in reversed(path):
         value = {part: value}
+    use_present_names(value, Config, "command line", {})
     _merge(tree, value)
     return {key: "command line" for key in _paths(value)}
 
@@ -331,6 +356,8 @@ def parse_config(
         raise DistillError(
             Exit.CONFIG, path, "holds no mapping of keys", "start from one of configs/*.yaml"
         )
+    written_by_us = path.suffix == ".json"  # the resolved config of a run
+    use_present_names(tree, Config, path, places, tell=not written_by_us)
     tree |= place or {}
     for override in overrides:
         places |= apply_override(tree, override)
@@ -365,7 +392,7 @@ EXAMPLES = {  # of the keys that an experiment cannot do without
 }
 HEADINGS = {  # of the keys that follow, in a section with several kinds
     "teacher.dtype": "kind: local",
-    "teacher.licence": "kind: recorded",
+    "teacher.license": "kind: recorded",
     "teacher.answers": "kind: canned",
     "teacher.base_url": "kind: endpoint",
 }

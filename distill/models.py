@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from distill.config import checked_model
-from distill.config_file import find_config, parse_yaml, read_text
+from distill.config_file import find_config, read_yaml
 from distill.download import Gguf, converted
 from distill.environment import cpu_facts
 from distill.errors import DistillError, Exit
@@ -61,7 +61,7 @@ class ModelInfo(Record):
     name: str
     hub_id: str
     revision: str
-    licence: str
+    license: str
     shape: Shape
     gguf: Gguf | None = None
 
@@ -80,7 +80,7 @@ class ModelInfo(Record):
 def table() -> dict[str, ModelInfo]:
     """Read configs/models.yaml: the user's, else the one that ships; raises DistillError (exit 2)."""
     path = find_config(TABLE)
-    rows = parse_yaml(read_text(path), path)
+    rows = read_yaml(path, dict[str, ModelInfo])
     try:
         return {name: ModelInfo.model_validate({"name": name, **row}) for name, row in rows.items()}
     except ValidationError as error:

@@ -329,7 +329,9 @@ def memory(config: Config, work: Scope, device: Device, room: float) -> list[tup
         teacher = shape(config.teacher.model)
         row = (tokens_of(work.teacher).high + config.teacher.max_new_tokens) * cache_bytes(teacher)
         free = CACHE_SHARE * (room - 2 * teacher.parameters)
-        slots = config.teacher.slots or max(1, min(device.slots.high, work.asked.high, free // row))
+        slots = config.teacher.max_batch_size or max(
+            1, min(device.slots.high, work.asked.high, free // row)
+        )
         peak = 2 * teacher.parameters + slots * row
         found.append((f"generate, {slots:.0f} answers at a time", peak))
     student = shape(config.student.model)

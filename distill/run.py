@@ -20,11 +20,14 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic_core import to_jsonable_python
+
 from distill.config import Config
 from distill.config_file import load_config, place_of
 from distill.environment import environment
 from distill.errors import DistillError, Exit
 from distill.records import LedgerEntry
+from distill.renamed_keys import fields_in, present_path
 from distill.store import (
     FolderLock,
     append_record,
@@ -367,11 +370,16 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Name every key that differs: settings with both values, files and other hashed inputs as lists of names."""
+    """Name every key that differs: settings with both values, files and other hashed inputs as lists of names.
+
+    Old names of keys are read as the present ones. A setting that one side lacks, because it came later or belongs to
+    another kind of teacher, counts as its default there.
+    """
+    old = {".".join(present_path(key.split("."), Config)): value for key, value in old.items()}
     settings, files = [], dict[str, list[str]]()
     for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key), new.get(key)
-        if before == after:
+        before, after = _setting(old, key), _setting(new, key)
+        if before == after or (before in (None, "") and after in (None, "")):
             continue
         if HASH.fullmatch(str(after if before is None else before)):
             how = "added" if before is None else "removed" if after is None else "changed"
@@ -379,6 +387,26 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         else:
             settings.append(f"{key} was {_short(before)}, is {_short(after)}")
     return settings + [f"{how}: {_listed(names)}" for how, names in files.items()]
+
+
+def _setting(fingerprint: dict[str, Any], key: str) -> Any:
+    """Return what a fingerprint says of a key: its value, else its default where it is a setting, else None."""
+    if key in fingerprint:
+        return fingerprint[key]
+    annotation, names = Config, key.split(".")
+    for depth, name in enumerate(names, 1):
+        field = fields_in(annotation).get(name)
+        if field is None or field.is_required() and depth == len(names):
+            return None
+        if depth == len(names):
+            return to_jsonable_python(field.default)
+        # a section that may be null has defaults only where the fingerprint has other keys of it
+        section = ".".join(names[:depth])
+        off = section in fingerprint or field.default is None
+        if off and not any(other.startswith(f"{section}.") for other in fingerprint):
+            return None
+        annotation = field.annotation
+    return None
 
 
 def _listed(names: list[str]) -> str:

@@ -66,8 +66,8 @@ TEACHER_KEYS = (
     "teacher.max_new_tokens",
     "teacher.n",
     "teacher.dtype",
-    "teacher.slots",
-    "teacher.licence",
+    "teacher.max_batch_size",
+    "teacher.license",
     "teacher.dollars",
 )
 

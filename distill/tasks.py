@@ -15,7 +15,7 @@ from pydantic import ValidationError, field_validator, model_validator
 
 from distill.checkers import validate
 from distill.config import Section
-from distill.config_file import find_config, parse_yaml, read_text
+from distill.config_file import find_config, read_yaml
 from distill.errors import DistillError, Exit
 from distill.store import read_json
 
@@ -89,7 +89,7 @@ def load_task(name_or_path: str) -> Task:
 
 def load_section(path: Path, kind: type[Named], what: str, examples: str) -> Named:
     """Read a YAML file as a section that is named after it; raises DistillError (exit 2) with the file and the fault."""
-    tree = parse_yaml(read_text(path), path)
+    tree = read_yaml(path, kind)
     if not isinstance(tree, dict):
         raise DistillError(Exit.CONFIG, path, f"holds no {what}", f"start from one of {examples}")
     try:

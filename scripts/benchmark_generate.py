@@ -142,9 +142,9 @@ def ties(reference: str, requests: list[Request], result: dict[str, Any]) -> dic
     }
 
 
-def equal_in_float32(reference: str, requests: list[Request], slots: int | None) -> int:
+def equal_in_float32(reference: str, requests: list[Request], max_batch_size: int | None) -> int:
     """Return how many of the requests have equal answers on both sides in float32."""
-    responder = LocalResponder.load(reference, "float32", date=DATE, slots=slots)
+    responder = LocalResponder.load(reference, "float32", date=DATE, max_batch_size=max_batch_size)
     ours, theirs = stream(responder, requests), generate(responder, requests, len(requests))
     return len(requests) - len(partings(ours, theirs))
 
@@ -172,12 +172,12 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--batches", type=int, nargs="+", default=[32, 64])
-    parser.add_argument("--slots", type=int)
+    parser.add_argument("--max-batch-size", type=int)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--float32-prompts", type=int, default=16)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    responder = LocalResponder.load(given.model, date=DATE, slots=given.slots)
+    responder = LocalResponder.load(given.model, date=DATE, max_batch_size=given.max_batch_size)
     sampling = Sampling(max_new_tokens=given.max_new_tokens)
     requests = [
         Request.make(responder.origin, p.id, p.messages, sampling)
@@ -188,7 +188,7 @@ def main() -> None:
     result["ties_nats"] = ties(given.model, requests, result)
     few = requests[:: max(1, len(requests) // given.float32_prompts)][: given.float32_prompts]
     result["float32_prompts"] = len(few)
-    result["float32_equal"] = equal_in_float32(given.model, few, given.slots)
+    result["float32_equal"] = equal_in_float32(given.model, few, given.max_batch_size)
     result["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
     result["threads"] = torch.get_num_threads()
     show(result)

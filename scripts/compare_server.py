@@ -90,7 +90,9 @@ def compare(run: Run, given: argparse.Namespace) -> dict[str, Any]:
         config, read_records(folder / "prompts.jsonl", Prompt)[:: given.every]
     )
     prompts = [p for p in read_records(folder / "prompts.jsonl", Prompt) if p.id in theirs]
-    responder = LocalResponder.load(model, given.dtype, date=date, slots=given.slots)
+    responder = LocalResponder.load(
+        model, given.dtype, date=date, max_batch_size=given.max_batch_size
+    )
     requests = requests_of(config, responder.origin, prompts)
     ours = local_answers(responder, requests, config.store_folder() / "responses")
     pairs = {p: (ours[p.id][0], theirs[p.id]) for p in prompts}
@@ -110,7 +112,7 @@ def compare(run: Run, given: argparse.Namespace) -> dict[str, Any]:
             for p in apart
             if exact
         },
-        "settings": {"dtype": given.dtype, "slots": given.slots, "torch": torch.__version__},
+        "settings": {"dtype": given.dtype, "max_batch_size": given.max_batch_size, "torch": torch.__version__},
     }  # fmt: skip
 
 
@@ -141,7 +143,9 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--model", help="the local model; without it, the run's teacher.model")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
-    parser.add_argument("--slots", type=int, help="1 answers one at a time, as a plain server does")
+    parser.add_argument(
+        "--max-batch-size", type=int, help="1 answers one at a time, as a plain server does"
+    )
     parser.add_argument("--every", type=int, default=1, help="compare every n-th prompt only")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()

@@ -59,11 +59,11 @@ FACTS = Facts(
     repository="ann/api-writer",
     base="HuggingFaceTB/SmolLM2-135M-Instruct",
     base_revision="12fd25f77366fa6b3b4b768ec3050bf629380bac",
-    licence="Apache-2.0",
-    licence_stated=False,
+    license="Apache-2.0",
+    license_stated=False,
     language="en",
     teacher="Qwen/Qwen2.5-Coder-0.5B-Instruct",
-    teacher_licence="Apache-2.0",
+    teacher_license="Apache-2.0",
     corpus="python-docs",
     dataset=None,
     converted_from="Q4_1",
@@ -133,9 +133,9 @@ def test_a_merged_model_that_differs_is_said_to_be_unmeasured():
     assert not far.same and "has not been evaluated" in make_card(FACTS, SCORECARD, far).text
 
 
-def test_a_licence_that_the_hub_has_no_id_for():
+def test_a_license_that_the_hub_has_no_id_for():
     data = make_card(
-        FACTS.model_copy(update={"licence": "My Terms 2"}), {}, FIDELITY
+        FACTS.model_copy(update={"license": "My Terms 2"}), {}, FIDELITY
     ).data.to_dict()
     assert data["license"] == "other" and data["license_name"] == "my-terms-2"
 
@@ -146,7 +146,7 @@ def test_nothing_but_facts_is_enough():
 
 @settings(max_examples=100, deadline=None)
 @given(HOSTILE, HOSTILE, HOSTILE, HOSTILE)
-@example("a\n---\nlicense: mit", "<b>\n## Licence\n\nMIT", "x\r---\ry", "\u2029\x1b[31m")
+@example("a\n---\nlicense: mit", "<b>\n## License\n\nMIT", "x\r---\ry", "\u2029\x1b[31m")
 def test_hostile_values_stay_values(tmp_path_factory, name, corpus, task, reason):
     facts = FACTS.model_copy(
         update={

@@ -35,7 +35,7 @@ def config(tmp_path, monkeypatch) -> str:
     Path("c.yaml").write_text(
         "name: mine\n"
         "corpus: {path: rows.jsonl, format: prompts, split: {validation: 2, heldout: 4}, near_duplicate_threshold: null}\n"
-        "teacher: {kind: recorded, model: somebody, licence: CC0-1.0}\n"
+        "teacher: {kind: recorded, model: somebody, license: CC0-1.0}\n"
         "student: {model: smollm2-135m-instruct}\n"
     )
     return "c.yaml"

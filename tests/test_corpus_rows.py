@@ -60,7 +60,7 @@ def test_the_last_turn_of_the_assistant_is_recorded_and_not_asked() -> None:
     found = meta({"conversations": turns, "model": "m", "license": "mit", "cost": 0.25})
     assert [turn["role"] for turn in found["messages"]] == ["system", "user", "assistant", "user"]
     assert found["recorded_answer"] == "2" and "reference" not in found
-    assert (found["recorded_model"], found["recorded_licence"]) == ("m", "mit")
+    assert (found["recorded_model"], found["recorded_license"]) == ("m", "mit")
     assert found["recorded_dollars"] == 0.25
     assert meta({"messages": turns}, pattern="(.)")["reference"] == "2"
 

@@ -49,7 +49,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_run(folder: Path, model: Path, **teacher: Any) -> tuple[Run, list[str]]:
     """Return a run in `folder` with prompts of many lengths, and the words that start its generation."""
-    teacher = {"model": str(model), "max_new_tokens": 32, "slots": 5, "n": 2, **teacher}
+    teacher = {"model": str(model), "max_new_tokens": 32, "max_batch_size": 5, "n": 2, **teacher}
     config = Config.model_validate(
         {
             "name": "r",

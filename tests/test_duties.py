@@ -11,7 +11,7 @@ from distill.publishing.duties import (
     check_names,
     licensing,
     obligations,
-    owed_licence,
+    owed_license,
     write_notices,
 )
 
@@ -38,7 +38,7 @@ def test_a_teacher_s_outputs_owe_less_than_a_base_s_weights() -> None:
     made = obligations(config("Qwen/Qwen3-8B", llama))
     assert made.displays() == ["Built with Llama"]
     asking = licensing(made.owed)
-    assert asking and asking.duties.licence == "llama3.2" and asking.duties.notice
+    assert asking and asking.duties.license == "llama3.2" and asking.duties.notice
 
 
 def test_a_card_displays_qwen() -> None:
@@ -54,13 +54,13 @@ def test_every_name_of_the_release_is_checked() -> None:
         assert caught.value.code == Exit.TERMS
 
 
-def test_an_owed_licence_wins_over_the_base_s_and_not_over_another_stated_one() -> None:
+def test_an_owed_license_wins_over_the_base_s_and_not_over_another_stated_one() -> None:
     owed = obligations(config("google/gemma-2-9b-it")).owed
-    assert owed_licence(owed, None, "Apache-2.0") == "gemma"
-    assert owed_licence(owed, "Gemma", "Gemma") == "gemma"
-    assert owed_licence((), "MIT", "MIT") == "MIT"
+    assert owed_license(owed, None, "Apache-2.0") == "gemma"
+    assert owed_license(owed, "Gemma", "Gemma") == "gemma"
+    assert owed_license((), "MIT", "MIT") == "MIT"
     with pytest.raises(DistillError, match="gemma is asked for") as caught:
-        owed_licence(owed, "MIT", "MIT")
+        owed_license(owed, "MIT", "MIT")
     assert caught.value.code == Exit.TERMS
 
 

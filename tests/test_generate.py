@@ -265,7 +265,7 @@ from distill.records import Message
 from distill.store import write_records
 
 model, store, out = sys.argv[1:]
-responder = LocalResponder.load(model, "bfloat16", slots=4)
+responder = LocalResponder.load(model, "bfloat16", max_batch_size=4)
 requests = [
     Request.make(responder.origin, f"p{i}", (Message(role="user", content="word " * (i % 7) + str(i)),),
                  Sampling(max_new_tokens=40, temperature=float(i % 2)))

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "distill"
 # From the ground up: a module imports from lower layers, and a folder's modules from each other.
 LAYERS = (
     ("__init__", "errors"),
-    ("records",),
+    ("records", "renamed_keys"),
     ("config",),
     ("config_file",),
     ("progress", "environment", "processes"),
@@ -43,6 +43,7 @@ WITHOUT_TORCH = (
     *(
         "errors",
         "records",
+        "renamed_keys",
         "config",
         "config_file",
         "store",

@@ -67,7 +67,7 @@ def test_a_shape_of_the_table_counts_the_real_architecture(name):
         model = AutoModelForCausalLM.from_config(config)
     assert model.num_parameters() == shape.parameters
     assert models.shape_from_config(config.to_dict()) == shape
-    assert models.COMMIT.fullmatch(info.revision) and info.licence == "Apache-2.0"
+    assert models.COMMIT.fullmatch(info.revision) and info.license == "Apache-2.0"
     assert "/" not in name or info.hub_id == name
 
 

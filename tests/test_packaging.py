@@ -37,7 +37,7 @@ def wheel(tmp_path_factory) -> Path:
     return next(folder.glob("distill-*.whl"))
 
 
-def test_the_wheel_carries_configs_and_licence(wheel):
+def test_the_wheel_carries_configs_and_license(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     files = [*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "eval/suites").glob("*.yaml")]
     files += (ROOT / "data/forgetting").iterdir()

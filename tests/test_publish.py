@@ -105,7 +105,7 @@ def run(hub, trained, tmp_path) -> Run:
             "corpus": {"source": "python-docs"},
             "teacher": {"model": "qwen2.5-coder-0.5b-instruct"},
             "student": {"model": BASE},
-            "publish": {"licence": "Apache-2.0"},
+            "publish": {"license": "Apache-2.0"},
         }
     )
     run = Run(config)
@@ -227,11 +227,11 @@ def test_links_are_refused(run, tmp_path, name):
     assert not run.path("release").exists()
 
 
-def test_a_licence_that_is_not_known(run):
-    publish = run.config.publish.model_copy(update={"licence": None})
+def test_a_license_that_is_not_known(run):
+    publish = run.config.publish.model_copy(update={"license": None})
     run.config = run.config.model_copy(update={"publish": publish})
     error = refused(run)
-    assert error.code == Exit.TERMS and "publish.licence" in error.fix
+    assert error.code == Exit.TERMS and "publish.license" in error.fix
 
 
 def with_teacher(run: Run, model: str, **changes: Any) -> None:
@@ -245,7 +245,7 @@ def test_a_student_of_llama_is_named_so(run):
     error = refused(run)
     assert error.code == Exit.TERMS and "must begin with Llama" in error.what
     assert "1.b.i" in error.what and "publish.model_name=Llama-tiny" in error.fix
-    publish = {"model_name": "Llama-tiny", "licence": "Apache-2.0"}
+    publish = {"model_name": "Llama-tiny", "license": "Apache-2.0"}
     with_teacher(run, "meta-llama/Llama-3.3-70B-Instruct", publish=publish)
     assert "--push" in refused(run, "me/student").fix
     card = ModelCard.load(main(run.config, run) / "README.md")
@@ -256,11 +256,11 @@ def test_a_student_of_gemma_passes_the_terms_on(run, tmp_path):
     with_teacher(run, "google/gemma-3-27b-it")
     error = refused(run)
     assert error.code == Exit.TERMS and "gemma is asked for" in error.what
-    with_teacher(run, "google/gemma-3-27b-it", publish={"licence": "gemma"})
+    with_teacher(run, "google/gemma-3-27b-it", publish={"license": "gemma"})
     assert "terms.agreement" in refused(run).where
     (tmp_path / "terms.txt").write_text("the agreement")
     terms = {"agreement": str(tmp_path / "terms.txt")}
-    with_teacher(run, "google/gemma-3-27b-it", publish={"licence": "gemma"}, terms=terms)
+    with_teacher(run, "google/gemma-3-27b-it", publish={"license": "gemma"}, terms=terms)
     release = main(run.config, run)
     assert (release / "AGREEMENT.txt").read_text() == "the agreement"
     assert "Gemma is provided under" in (release / "NOTICE").read_text()
@@ -271,9 +271,9 @@ def test_terms_that_forbid_block_the_release_unless_a_basis_is_stated(run):
     with_teacher(run, "openai/gpt-4o")
     error = refused(run)
     assert error.code == Exit.TERMS and "3.3(e)" in error.what and "terms.basis" in error.fix
-    with_teacher(run, "openai/gpt-4o", terms={"basis": "licence agreement 2026-03 with OpenAI"})
+    with_teacher(run, "openai/gpt-4o", terms={"basis": "license agreement 2026-03 with OpenAI"})
     card = ModelCard.load(main(run.config, run) / "README.md").text
-    assert "stated basis: licence agreement 2026-03 with OpenAI" in card
+    assert "stated basis: license agreement 2026-03 with OpenAI" in card
 
 
 def test_a_base_that_is_a_folder(run, tmp_path):

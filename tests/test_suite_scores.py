@@ -64,7 +64,7 @@ def test_a_run_asks_its_suites_beside_the_held_out_items(tmp_path: Path, model: 
     found = read_json(run.path("evaluation.json"))
     assert found["overall"] == alone["overall"] and found["tasks"] == alone["tasks"]
     suite = found["suites"]["sums"]
-    assert suite["licence"] == "none" and suite["tasks"]["sums"]["n"] == 6
+    assert suite["license"] == "none" and suite["tasks"]["sums"]["n"] == 6
     row = suite["overall"]
     assert row["teacher"] is None and row["reasons"]["teacher"] == row["gap_recovered"]["reason"]
     assert "does not ask the teacher" in row["reasons"]["teacher"]
@@ -101,7 +101,7 @@ def test_a_local_teacher_is_asked_where_the_suite_says_so(tmp_path: Path, model:
     evaluate.main(run.config, run)
     row = read_json(run.path("evaluation.json"))["suites"]["sums"]["overall"]
     assert "recorded" in row["reasons"]["teacher"]
-    local = {"kind": "local", "model": str(model), "dtype": "float32", "licence": "mit"}
+    local = {"kind": "local", "model": str(model), "dtype": "float32", "license": "mit"}
     run = with_suite(plain, suite, **local)
     terms = run.config.terms.model_copy(update={"basis": "it is ours"})
     run = Run(run.config.model_copy(update={"terms": terms}))

@@ -26,7 +26,7 @@ def make_suite(folder: Path, rows: Any = QUESTIONS, task: Any = SUM, **changes: 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     entry = {"task": task, "data": {"path": "q.jsonl"}, "max_new_tokens": 8, **changes}
-    told = {"description": "sums", "source": "made here", "licence": "none", "tasks": [entry]}
+    told = {"description": "sums", "source": "made here", "license": "none", "tasks": [entry]}
     path = folder / "sums.yaml"
     path.write_text(yaml.safe_dump(told))
     return path
@@ -41,7 +41,7 @@ def refused(path: Path, code: Exit, *words: str) -> None:
 
 def test_a_suite_is_its_tasks_with_their_items(tmp_path: Path) -> None:
     suite = load_suite(str(make_suite(tmp_path)))
-    assert suite.name == "sums" and not suite.ask_teacher and suite.facts["licence"] == "none"
+    assert suite.name == "sums" and not suite.ask_teacher and suite.facts["license"] == "none"
     assert {item.reference for item in suite.items} == {str(k + 1) for k in range(6)}
     assert set(suite.limits().values()) == {8} and len({i.cluster for i in suite.items}) == 6
 
@@ -101,8 +101,8 @@ def test_what_is_wrong_with_a_suite_is_one_line(tmp_path: Path) -> None:
     refused(make_suite(tmp_path, data={"path": "gone.jsonl"}), Exit.INPUT, "gone.jsonl")
     refused(make_suite(tmp_path, colour="red"), Exit.CONFIG, "colour")
     path = make_suite(tmp_path)
-    path.write_text(path.read_text().replace("licence: none", ""))
-    refused(path, Exit.CONFIG, "licence")
+    path.write_text(path.read_text().replace("license: none", ""))
+    refused(path, Exit.CONFIG, "license")
 
 
 def test_two_suites_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_changed_question_changes_the_stage_s_identity(tmp_path: Path) -> None
 @pytest.mark.parametrize("name", suites.known_suites())
 def test_shipped_suites_are_whole(name: str) -> None:
     told = suites._read(suites.suite_path(name))
-    assert told.licence and told.source
+    assert told.license and told.source
     for entry in told.tasks:
         task = entry.task if not isinstance(entry.task, str) else suites.load_task(entry.task)
         assert task.checker and (entry.data.path is None or entry.data.path.is_file())

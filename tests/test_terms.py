@@ -100,7 +100,7 @@ def test_a_host_of_one_s_own_is_no_provider(host: str) -> None:
     assert not is_public(host) and is_public("api.openai.com") and is_public("8.8.8.8")
 
 
-def test_a_licence_of_models_yaml_stands_in_for_the_name() -> None:
+def test_a_license_of_models_yaml_stands_in_for_the_name() -> None:
     book = load_terms()
     assert book.judge("acme/own", "Apache-2.0").word == "yes"
     assert book.judge("acme/own", "llama3.3").word == "duties"
@@ -156,7 +156,7 @@ def test_a_stop_says_what_to_state() -> None:
     assert "terms.basis" in refused("teacher.model=someone/else")
     assert OWN in refused("teacher.model=./models/mine")
     recorded = "teacher={kind: recorded, model: somebody}"
-    assert "teacher.licence=" in refused(recorded)
+    assert "teacher.license=" in refused(recorded)
 
 
 @pytest.mark.parametrize("name", ["Qwen3-8B", "smollm2-135m-instruct", "llama-3.3-70b"])
@@ -170,7 +170,7 @@ def test_a_folder_s_name_proves_nothing(name: str) -> None:
 def test_recorded_and_canned_answers() -> None:
     canned = "teacher={kind: canned, answers: a.jsonl}"
     assert judge_teacher(config(canned)).word == "yes"
-    stated = judge_teacher(config("teacher={kind: recorded, model: somebody, licence: CC0-1.0}"))
+    stated = judge_teacher(config("teacher={kind: recorded, model: somebody, license: CC0-1.0}"))
     assert stated.allowed and stated.basis and "CC0-1.0" in stated.basis
 
 

@@ -37,7 +37,7 @@ def test_a_few_are_asked_alone_and_many_are_read(tmp_path: Path, responder: Loca
     assert throughput.ALONE <= found.output_tokens <= 6 * throughput.ALONE
     encoded = [len(responder._encode(request)) for request in asked(20)]
     assert found.read_tokens == sum(encoded) and found.read_seconds > 0
-    assert responder.slots == 3, "the responder is as it was"
+    assert responder.max_batch_size == 3, "the responder is as it was"
 
 
 def test_what_was_timed_is_not_timed_again(tmp_path: Path, responder: LocalResponder) -> None:

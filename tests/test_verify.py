@@ -50,12 +50,12 @@ def write_config(folder: Path, suite: Path) -> Path:
         "corpus: {path: rows.jsonl, format: prompts, reference_pattern: '#### (\\d+)',"
         " split: {validation: 2, heldout: 8}, near_duplicate_threshold: null}\n"
         "prompts: {tasks: [math_word_problem]}\n"
-        "teacher: {kind: recorded, model: somebody/one, licence: CC0-1.0, max_new_tokens: 12}\n"
+        "teacher: {kind: recorded, model: somebody/one, license: CC0-1.0, max_new_tokens: 12}\n"
         f"student: {{model: {BASE}, dtype: float32}}\n"
         "train: {max_steps: 2, tokens_per_step: 256, eval_steps: 1, save_steps: 1, max_length: 512,"
         " lora: {r: 2}}\n"
         f"evaluation: {{machine: cpu-2-core, samples: 200, suites: ['{suite}']}}\n"
-        "publish: {licence: Apache-2.0}\n"
+        "publish: {license: Apache-2.0}\n"
     )
     return folder / "c.yaml"
 

@@ -209,7 +209,7 @@ def cut(document: Document, rule: Chunk) -> list[Document]:
 def chunked(
     kept: list[Document], splits: dict[str, Split], rule: Chunk, rejects: list[Reject]
 ) -> list[Document]:
-    """Cut the documents; a chunk has its parent's split, and one that repeats another (a licence header) is left out."""
+    """Cut the documents; a chunk has its parent's split, and one that repeats another (a license header) is left out."""
     chunks: dict[str, Document] = {}
     for document in kept:
         marks = {"split": splits[document.id], "parent": document.id}

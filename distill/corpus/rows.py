@@ -22,8 +22,8 @@ ROLES = {
 }
 STATED = {
     "model": "recorded_model",
-    "licence": "recorded_licence",
-    "license": "recorded_licence",
+    "license": "recorded_license",
+    "licence": "recorded_license",
     "dollars": "recorded_dollars",
     "cost": "recorded_dollars",
 }

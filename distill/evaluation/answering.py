@@ -74,7 +74,9 @@ def student_responder(
     told["dtype"] = str(model.dtype).removeprefix("torch.")
     if adapter:  # so that publishing can tell whether it releases these very weights
         told["merged_sha256"] = models.digest_weights(model)
-    return LocalResponder(model, tokenizer, name, origin, date, config.evaluation.slots), told
+    return LocalResponder(
+        model, tokenizer, name, origin, date, config.evaluation.max_batch_size
+    ), told
 
 
 def load_student(student: Student, adapter: Path | None) -> Any:

@@ -1,10 +1,11 @@
 """Suites: named lists of tasks with their questions, as YAML (`eval/suites/*.yaml`), read into items.
 
 A task is one of `configs/tasks` or stands in the suite itself; its questions are rows of a file or of a dataset, read as
-the corpus is. Who is asked, how long an answer may be, where the questions come from and under which licence stand in
+the corpus is. Who is asked, how long an answer may be, where the questions come from and under which license stand in
 the suite. Reading one loads no model.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from distill.corpus.split import rank
 from distill.errors import DistillError, Exit
 from distill.evaluation.items import held_out, items_of
 from distill.records import Document, Item, digest
+from distill.renamed_keys import first_names
 from distill.run import open_folder
 from distill.store import sha256_file
 from distill.tasks import Task, load_section, load_task, task_path
@@ -64,7 +66,7 @@ class SuiteFile(Section):
     name: str
     description: Text
     source: Text
-    licence: Text
+    license: Text
     ask_teacher: bool = False
     tasks: Annotated[tuple[Entry, ...], Field(min_length=1)]
 
@@ -132,7 +134,7 @@ def load_suite(name_or_path: str, data: Path | None = None) -> Suite:
     names = [part.task.name for part in parts]
     if len(set(names)) < len(names):
         raise DistillError(Exit.CONFIG, path, "two tasks have one name", "name them differently")
-    facts = told.model_dump(include={"description", "source", "licence"})
+    facts = told.model_dump(include={"description", "source", "license"})
     return Suite(told.name, told.ask_teacher, tuple(parts), {**facts, "sha256": _hash(path, told)})
 
 
@@ -171,7 +173,7 @@ def held_out_suite(run: Path) -> Suite:
     facts = {
         "description": f"the held-out prompts of the run {run.resolve().name}",
         "source": "the run's corpus",
-        "licence": "that of the corpus",
+        "license": "that of the corpus",
         "sha256": sha256_file(run / "dataset/heldout.jsonl"),
     }
     return Suite(f"{run.resolve().name}-heldout", False, tuple(parts), facts)
@@ -256,4 +258,5 @@ def _hash(suite: Path, told: SuiteFile) -> str:
     named = [task_path(e.task) for e in told.tasks if isinstance(e.task, str)]
     places = [_place(e.data.path, suite) for e in told.tasks if e.data.path]
     questions = [file for place in places for file in list_files(place)[0]]
-    return digest([sha256_file(file) for file in (suite, *named, *questions) if file.is_file()])
+    hashes = [sha256_file(file) for file in (*named, *questions) if file.is_file()]
+    return digest([hashlib.sha256(first_names(suite.read_bytes())).hexdigest(), *hashes])

@@ -26,9 +26,9 @@ def timed(path: Path, responder: LocalResponder, requests: Sequence[Request]) ->
     if path.exists():
         return next(iter(read_records(path, Timing)), None)
     say(f"{responder.model}: timed one request at a time")
-    alone = measured(responder, spread(requests, ALONE), slots=1)
+    alone = measured(responder, spread(requests, ALONE), max_batch_size=1)
     first = [shortened(request) for request in spread(requests, READ)]
-    read = measured(responder, first, slots=responder.slots)
+    read = measured(responder, first, max_batch_size=responder.max_batch_size)
     if not alone or not read:
         return None
     timing = Timing(
@@ -55,10 +55,10 @@ def shortened(request: Request) -> Request:
 
 
 def measured(
-    responder: LocalResponder, requests: Sequence[Request], slots: int | None
+    responder: LocalResponder, requests: Sequence[Request], max_batch_size: int | None
 ) -> list[Raw]:
     """Ask until all have answered or the time is over, and return the answers that came."""
-    usual, responder.slots = responder.slots, slots
+    usual, responder.max_batch_size = responder.max_batch_size, max_batch_size
     started, raws = time.monotonic(), []
     try:
         for raw in responder.ask(requests):
@@ -66,5 +66,5 @@ def measured(
             if time.monotonic() - started > SECONDS:
                 break
     finally:
-        responder.slots = usual
+        responder.max_batch_size = usual
     return raws

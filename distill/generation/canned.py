@@ -51,7 +51,7 @@ class CannedResponder:
 
 
 class RecordedResponder(CannedResponder):
-    """Answers with what the corpus recorded, by prompt; model, licence and cost are as the user stated them."""
+    """Answers with what the corpus recorded, by prompt; model, license and cost are as the user stated them."""
 
     def __init__(self, recorded: Mapping[str, Document], model: str) -> None:
         super().__init__({}, model=model)

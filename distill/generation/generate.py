@@ -125,7 +125,7 @@ def local_teacher(config: Config) -> "LocalResponder":
 
     teacher = config.teacher
     return LocalResponder.load(
-        teacher.model, teacher.dtype, teacher.revision, config.template_date, teacher.slots
+        teacher.model, teacher.dtype, teacher.revision, config.template_date, teacher.max_batch_size
     )
 
 

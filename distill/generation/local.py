@@ -46,10 +46,10 @@ class LocalResponder:
         name: str,
         origin: str,
         date: str,
-        slots: int | None = None,
+        max_batch_size: int | None = None,
     ) -> None:
         self.tokenizer, self.model, self.origin, self.date = tokenizer, name, origin, date
-        self.slots, self._given = slots, model
+        self.max_batch_size, self._given = max_batch_size, model
 
     @classmethod
     def load(
@@ -58,7 +58,7 @@ class LocalResponder:
         dtype: str = "auto",
         revision: str | None = None,
         date: str = "2026-01-01",
-        slots: int | None = None,
+        max_batch_size: int | None = None,
         adapter: Path | None = None,
     ) -> "LocalResponder":
         """Make the responder of a model by reference, with a PEFT adapter merged in where one is given.
@@ -79,7 +79,7 @@ class LocalResponder:
                 else load_model(reference, dtype, revision)
             )
 
-        return cls(weights_loaded, tokenizer, Path(reference).name, origin, date, slots)
+        return cls(weights_loaded, tokenizer, Path(reference).name, origin, date, max_batch_size)
 
     @cached_property
     def network(self) -> Any:
@@ -125,7 +125,8 @@ class LocalResponder:
         plans: list[Plan] = []
         while ordered:
             first = ordered[0].sampling
-            slots = self.slots or self._fitting_slots(lengths[ordered[0]] + first.max_new_tokens)
+            longest = lengths[ordered[0]] + first.max_new_tokens
+            slots = self.max_batch_size or self._fitting_slots(longest)
             most = max(PLAN_TOKENS // first.max_new_tokens, slots)
             taken = [request for request in ordered[:most] if request.sampling == first]
             plans.append(Plan(requests=tuple(taken), slots=min(slots, len(taken))))

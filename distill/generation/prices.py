@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, ValidationError
 
-from distill.config_file import find_config, parse_yaml, read_text
+from distill.config_file import find_config, read_yaml
 from distill.errors import DistillError, Exit
 from distill.records import Record, Usage
 
@@ -133,7 +133,7 @@ def load_prices(path: Path | None = None, today: date | None = None) -> PriceBoo
 
 def _read(path: Path) -> _Table:
     try:
-        return _Table.model_validate(parse_yaml(read_text(path), path))
+        return _Table.model_validate(read_yaml(path, _Table))
     except ValidationError as error:
         fault = error.errors()[0]
         where = f"{path}: {'.'.join(map(str, fault['loc']))}"

@@ -16,24 +16,24 @@ from urllib.parse import urlsplit
 from pydantic import TypeAdapter, ValidationError, model_validator
 
 from distill.config import Config
-from distill.config_file import find_config, parse_yaml, read_text
+from distill.config_file import find_config, read_yaml
 from distill.errors import DistillError, Exit
 from distill.models import hub_id, is_folder, lookup
 from distill.records import Record
 
 TABLE = Path("configs/terms.yaml")
 SAID = {"yes": "yes", "duties": "yes, with duties", "no": "no", "unknown": "not known"}
-STATE = 'state what allows it: terms.basis="licence agreement YYYY-MM with ..."'
-OWN = 'say what allows it: terms.basis="our own model", or the licence and where it came from'
+STATE = 'state what allows it: terms.basis="license agreement YYYY-MM with ..."'
+OWN = 'say what allows it: terms.basis="our own model", or the license and where it came from'
 
 
 class Duties(Record):
-    """What a published student carries: the beginning of its name, a line shown, a notice, a licence, the agreement."""
+    """What a published student carries: the beginning of its name, a line shown, a notice, a license, the agreement."""
 
     name: str | None = None
     display: str | None = None
     notice: str | None = None
-    licence: str | None = None
+    license: str | None = None
     agreement: bool = False
 
     def lines(self) -> list[str]:
@@ -42,19 +42,19 @@ class Duties(Record):
             self.name and f"its name begins with {self.name}",
             self.display and f"its card displays: {self.display}",
             self.notice and f"a NOTICE file says: {self.notice}",
-            self.licence and f"its licence is {self.licence}",
+            self.license and f"its license is {self.license}",
             self.agreement and "a copy of the agreement goes with it (terms.agreement)",
         ]
         return [f"a published student: {line}" for line in said if line]
 
 
 class Terms(Record):
-    """A text that governs teachers, hosts or models of a licence; patterns are compared without case."""
+    """A text that governs teachers, hosts or models of a license; patterns are compared without case."""
 
     title: str
     teachers: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
-    licences: tuple[str, ...] = ()
+    licenses: tuple[str, ...] = ()
     own_models: bool = False  # the host serves its own models only, so that the host alone decides
     may_train: Literal["yes", "duties", "no"]
     clause: str
@@ -127,10 +127,10 @@ class TermsBook:
     def __init__(self, rows: Iterable[Terms]) -> None:
         self.rows = tuple(rows)
 
-    def of_model(self, name: str, licence: str | None = None) -> Terms | None:
-        """Return the text that governs a model by its Hub id or served name, else by its licence; or None."""
+    def of_model(self, name: str, license: str | None = None) -> Terms | None:
+        """Return the text that governs a model by its Hub id or served name, else by its license; or None."""
         found = self._first("teachers", name)
-        return found or (self._first("licences", licence) if licence else None)
+        return found or (self._first("licenses", license) if license else None)
 
     def of_host(self, host: str) -> Terms | None:
         """Return the terms of a provider by its host, or None."""
@@ -139,13 +139,13 @@ class TermsBook:
     def judge(
         self,
         model: str,
-        licence: str | None = None,
+        license: str | None = None,
         hosts: Sequence[str] = (),
         basis: str | None = None,
     ) -> Verdict:
         """Judge a teacher by its model and by the public hosts that serve it; hosts of one's own add no terms."""
         by_host = {host: self.of_host(host) for host in hosts if is_public(host)}
-        by_model = self.of_model(model, licence)
+        by_model = self.of_model(model, license)
         decided = bool(by_host) and all(row and row.own_models for row in by_host.values())
         unknown = [f"host {host}" for host, row in by_host.items() if row is None]
         if by_model is None and not decided:
@@ -177,9 +177,9 @@ def is_public(host: str) -> bool:
 
 def load_terms(path: Path | None = None) -> TermsBook:
     """Read the table: the user's, else the one that ships; raises DistillError (exit 2) where a row is wrong."""
-    path = find_config(path or TABLE)
+    path, form = find_config(path or TABLE), tuple[Terms, ...]
     try:
-        rows = TypeAdapter(tuple[Terms, ...]).validate_python(parse_yaml(read_text(path), path))
+        rows = TypeAdapter(form).validate_python(read_yaml(path, form))
     except ValidationError as error:
         fault = error.errors()[0]
         where = f"{path}: {'.'.join(map(str, fault['loc']))}"
@@ -189,16 +189,16 @@ def load_terms(path: Path | None = None) -> TermsBook:
 
 
 def judge_teacher(config: Config) -> Verdict:
-    """Judge the teacher of a config; canned answers have none, and recorded ones come under their stated licence."""
+    """Judge the teacher of a config; canned answers have none, and recorded ones come under their stated license."""
     teacher, basis = config.teacher, config.terms.basis
     if teacher.kind == "canned":
         return Verdict(teacher="canned answers")
-    if teacher.kind == "recorded" and basis is None and teacher.licence:
-        basis = f"the answers' licence as stated: {teacher.licence}"
+    if teacher.kind == "recorded" and basis is None and teacher.license:
+        basis = f"the answers' license as stated: {teacher.license}"
     info = lookup(teacher.model) if teacher.model else None
     name = hub_id(teacher.model) or Path(teacher.model).name or "unknown"
     hosts = [urlsplit(url).hostname or "" for url in teacher.base_urls]
-    verdict = load_terms().judge(name, info.licence if info else None, hosts, basis)
+    verdict = load_terms().judge(name, info.license if info else None, hosts, basis)
     if is_folder(teacher.model) and not info:  # its name proves nothing, though it may forbid
         return verdict.model_copy(update={"unknown": ("a folder",)})
     return verdict
@@ -218,5 +218,5 @@ def require_terms(config: Config) -> Verdict:
         raise DistillError(Exit.TERMS, where, what, OWN)
     what = f"{TABLE} does not know {' and '.join(verdict.unknown)}"
     recorded = config.teacher.kind == "recorded"
-    fix = "state the licence of the answers: teacher.licence=..., or terms.basis=..."
+    fix = "state the license of the answers: teacher.license=..., or terms.basis=..."
     raise DistillError(Exit.TERMS, where, what, fix if recorded else f"{STATE}, or add a row")

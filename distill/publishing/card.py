@@ -16,7 +16,7 @@ from distill.evaluation.statement import sensitivity_rows, statement, surplus_ro
 from distill.publishing.merge import Fidelity
 from distill.records import Record
 
-LICENCES = re.compile(
+LICENSES = re.compile(
     r"(?:apache-2\.0|mit|bsd-[23]-clause|cc0-1\.0|cc-by(?:-nc)?(?:-sa)?-4\.0|llama[23.]+|gemma)"
 )
 UNKNOWN = "unknown"
@@ -29,18 +29,18 @@ class Facts(Record):
     repository: str
     base: str  # Hub id
     base_revision: str | None
-    licence: str
-    licence_stated: bool  # by the publisher, because the table of models does not know the base
+    license: str
+    license_stated: bool  # by the publisher, because the table of models does not know the base
     language: str
     teacher: str
-    teacher_licence: str | None
+    teacher_license: str | None
     corpus: str
     dataset: str | None  # Hub id, where the corpus is one
     converted_from: str | None  # quantisation of the GGUF that was dequantised
     lora: dict[str, Any]
     terms: tuple[str, ...] = ()  # what allows training on the teacher's answers, and the duties
-    displays: tuple[str, ...] = ()  # lines that a licence wants shown
-    licence_owed: bool = False  # to the terms of teacher or base
+    displays: tuple[str, ...] = ()  # lines that a license wants shown
+    license_owed: bool = False  # to the terms of teacher or base
     overridden: tuple[str, ...] = ()  # what the release gate found
     override: str | None = None  # why it was published all the same
 
@@ -54,8 +54,8 @@ def make_card(facts: Facts, scorecard: Mapping[str, Any], fidelity: Fidelity) ->
 
 def metadata(facts: Facts, scorecard: Mapping[str, Any]) -> ModelCardData:
     """Return the card's metadata; `base_model` means weights, so it is the student's base, never the teacher."""
-    name = facts.licence.lower()
-    known = LICENCES.fullmatch(name) is not None
+    name = facts.license.lower()
+    known = LICENSES.fullmatch(name) is not None
     return ModelCardData(
         language=one_line(facts.language),
         license=name if known else "other",
@@ -141,7 +141,7 @@ def sections(facts: Facts, scorecard: Mapping[str, Any], fidelity: Fidelity) -> 
     yield _data(facts, scorecard)
     yield _use(facts)
     yield _limits(facts, fidelity)
-    yield _licence(facts)
+    yield _license(facts)
 
 
 def _override(facts: Facts) -> str:
@@ -281,7 +281,7 @@ def _data(facts: Facts, scorecard: Mapping[str, Any]) -> str:
     training = scorecard.get("training") or {}
     lines = [
         f"- corpus: {cell(facts.corpus)}",
-        f"- answers of the teacher {cell(facts.teacher)}, licence {cell(facts.teacher_licence or UNKNOWN)}",
+        f"- answers of the teacher {cell(facts.teacher)}, license {cell(facts.teacher_license or UNKNOWN)}",
         f"- {number(training.get('examples'))} examples, {number(training.get('steps'))} steps, "
         f"{number(training.get('tokens'))} tokens",
         *_soft(training),
@@ -357,14 +357,14 @@ def _limits(facts: Facts, fidelity: Fidelity) -> str:
     return "## Limits\n\n" + "\n".join(lines)
 
 
-def _licence(facts: Facts) -> str:
-    stated = " as stated by the publisher" if facts.licence_stated else ", that of the base model"
-    if facts.licence_owed:
+def _license(facts: Facts) -> str:
+    stated = " as stated by the publisher" if facts.license_stated else ", that of the base model"
+    if facts.license_owed:
         stated = ", as the terms of its teacher or base ask"
     revision = f", revision {cell(facts.base_revision)}" if facts.base_revision else ""
     terms = "".join(f"\n- {cell(line)}" for line in facts.terms)
     return (
-        f"## Licence\n\n{cell(facts.licence)}{stated} ({cell(facts.base)}{revision}). The weights were changed by "
+        f"## License\n\n{cell(facts.license)}{stated} ({cell(facts.base)}{revision}). The weights were changed by "
         "distillation as described above."
         + (f"\n\nTerms of the teacher:\n{terms}" if terms else "")
     )

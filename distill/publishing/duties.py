@@ -1,4 +1,4 @@
-"""What a release owes to the terms of its teacher and of its base: name, licence, lines shown, notices, agreements.
+"""What a release owes to the terms of its teacher and of its base: name, license, lines shown, notices, agreements.
 
 The terms book (`distill.generation.terms`) says what is owed; this puts it into the release, or says why it cannot be
 published (exit 10) with the clause.
@@ -38,7 +38,7 @@ def obligations(config: Config) -> Obligations:
     verdict = require_terms(config)
     owed = [Owed(text=text, duties=text.outputs) for text in verdict.texts]
     info, name = lookup(config.student.model), hub_id(config.student.model)
-    base = load_terms().of_model(name, info.licence if info else None) if name else None
+    base = load_terms().of_model(name, info.license if info else None) if name else None
     if base:
         owed += [Owed(text=base, duties=base.outputs), Owed(text=base, duties=base.weights)]
     asked = (one for one in owed if one.duties.lines())
@@ -56,20 +56,20 @@ def check_names(owed: Sequence[Owed], names: Sequence[str]) -> None:
 
 
 def licensing(owed: Sequence[Owed]) -> Owed | None:
-    """Return what names the release's licence, or None where that of the base stays."""
-    return next((one for one in owed if one.duties.licence), None)
+    """Return what names the release's license, or None where that of the base stays."""
+    return next((one for one in owed if one.duties.license), None)
 
 
-def owed_licence(owed: Sequence[Owed], stated: str | None, own: str) -> str:
-    """Return the release's licence: the one that is owed, else its own; a stated one must be the same (exit 10)."""
+def owed_license(owed: Sequence[Owed], stated: str | None, own: str) -> str:
+    """Return the release's license: the one that is owed, else its own; a stated one must be the same (exit 10)."""
     asking = licensing(owed)
-    licence = asking.duties.licence if asking else None
-    if asking is None or licence is None:
+    license = asking.duties.license if asking else None
+    if asking is None or license is None:
         return own
-    if stated and stated.lower() != licence.lower():
-        what = f"is {stated}, but {licence} is asked for by {asking.text.line()}"
-        raise DistillError(Exit.TERMS, "publish.licence", what, f"publish.licence={licence}")
-    return licence
+    if stated and stated.lower() != license.lower():
+        what = f"is {stated}, but {license} is asked for by {asking.text.line()}"
+        raise DistillError(Exit.TERMS, "publish.license", what, f"publish.license={license}")
+    return license
 
 
 def write_notices(owed: Sequence[Owed], agreement: Path | None, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """The release gate: what the evidence must say before a student is published, and the override that the card shows.
 
 A scorecard of another checkpoint is no finding here: nothing overrides that (`publish.evaluated`), because the card's
-figures would be another model's. Terms and licences are in `duties`.
+figures would be another model's. Terms and licenses are in `duties`.
 """
 
 from collections.abc import Mapping, Sequence

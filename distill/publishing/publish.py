@@ -22,7 +22,7 @@ from distill.publishing.duties import (
     check_names,
     licensing,
     obligations,
-    owed_licence,
+    owed_license,
     write_notices,
 )
 from distill.publishing.gate import evidence, pass_gate, weights
@@ -66,7 +66,7 @@ def main(
     """Build the release, and push it where `repository` (OWNER/NAME) is given; return its folder.
 
     Raises DistillError: exit 9 for what must not be published, unless `override` gives a reason for the card to show;
-    10 where licence or terms do not allow it.
+    10 where license or terms do not allow it.
     """
     if repository:
         check_name(repository)
@@ -75,8 +75,8 @@ def main(
     terms = obligations(config)
     names = [model_name(config, repository), *([repository] if repository else [])]
     check_names(terms.owed, names)
-    own, stated = licence_of(config)
-    licence = owed_licence(terms.owed, config.publish.licence, own)
+    own, stated = license_of(config)
+    license = owed_license(terms.owed, config.publish.license, own)
     work = run.path(".release")
     shutil.rmtree(work, ignore_errors=True)
     (work / "adapter").mkdir(parents=True)
@@ -87,13 +87,13 @@ def main(
     for name in REPORT:
         copy_plain(run.path(name), work / name)
     write_json(work / "fidelity.json", fidelity.model_dump())
-    text = licence_text(own, base_of(config)) + also_under(terms.owed, own)
+    text = license_text(own, base_of(config)) + also_under(terms.owed, own)
     (work / "LICENSE").write_text(text, encoding="utf-8")
-    facts = facts_of(config, run, repository, licence, stated).model_copy(
+    facts = facts_of(config, run, repository, license, stated).model_copy(
         update={
             "terms": tuple(terms.verdict.lines()),
             "displays": tuple(terms.displays()),
-            "licence_owed": licensing(terms.owed) is not None,
+            "license_owed": licensing(terms.owed) is not None,
             "overridden": tuple(overridden),
             "override": override if overridden else None,
         }
@@ -136,35 +136,35 @@ def base_of(config: Config) -> str:
     return base
 
 
-def licence_of(config: Config) -> tuple[str, bool]:
-    """Return the licence, and whether the publisher stated it; raises DistillError (exit 10) where it is not known."""
+def license_of(config: Config) -> tuple[str, bool]:
+    """Return the license, and whether the publisher stated it; raises DistillError (exit 10) where it is not known."""
     info = models.lookup(config.student.model)
-    if config.publish.licence:
-        return config.publish.licence, True
+    if config.publish.license:
+        return config.publish.license, True
     if info is None:
         raise DistillError(
             Exit.TERMS,
             f"student.model {config.student.model}",
-            "its licence is not in configs/models.yaml",
-            "read it on the model's page, then state publish.licence=SPDX-ID",
+            "its license is not in configs/models.yaml",
+            "read it on the model's page, then state publish.license=SPDX-ID",
         )
-    return info.licence, False
+    return info.license, False
 
 
-def licence_text(licence: str, base: str) -> str:
-    """Return the licence's own text where it ships with the package, else its name and where to read it."""
-    shipped = find_config(Path("configs/licences") / f"{licence.lower()}.txt")
+def license_text(license: str, base: str) -> str:
+    """Return the license's own text where it ships with the package, else its name and where to read it."""
+    shipped = find_config(Path("configs/licenses") / f"{license.lower()}.txt")
     if shipped.is_file():
         return shipped.read_text(encoding="utf-8")
-    return f"{licence}\n\nThe licence of the base model: https://huggingface.co/{base}\n"
+    return f"{license}\n\nThe license of the base model: https://huggingface.co/{base}\n"
 
 
 def also_under(owed: Sequence[Owed], own: str) -> str:
-    """Return what LICENSE adds to the base's licence, where the terms of the teacher name another."""
+    """Return what LICENSE adds to the base's license, where the terms of the teacher name another."""
     asking = licensing(owed)
-    if asking is None or asking.duties.licence == own:
+    if asking is None or asking.duties.license == own:
         return ""
-    return f"\n\nThe model is distributed under {asking.duties.licence}: {asking.text.line()}\n"
+    return f"\n\nThe model is distributed under {asking.duties.license}: {asking.text.line()}\n"
 
 
 def model_name(config: Config, repository: str | None) -> str:
@@ -239,7 +239,7 @@ def keep_only(work: Path) -> None:
             path.unlink()
 
 
-def facts_of(config: Config, run: Run, repository: str | None, licence: str, stated: bool) -> Facts:
+def facts_of(config: Config, run: Run, repository: str | None, license: str, stated: bool) -> Facts:
     """Collect what the card says beside the figures."""
     info, teacher = models.lookup(config.student.model), models.lookup(config.teacher.model)
     corpus = config.corpus
@@ -251,11 +251,11 @@ def facts_of(config: Config, run: Run, repository: str | None, licence: str, sta
         repository=repository or f"OWNER/{name}",
         base=base_of(config),
         base_revision=config.student.revision or (info.revision if info else None),
-        licence=licence,
-        licence_stated=stated,
+        license=license,
+        license_stated=stated,
         language=config.publish.language,
         teacher=models.hub_id(config.teacher.model) or Path(config.teacher.model).name,
-        teacher_licence=config.teacher.licence or (teacher.licence if teacher else None),
+        teacher_license=config.teacher.license or (teacher.license if teacher else None),
         corpus=place or corpus.source,
         dataset=None if hub is None or models.is_folder(hub) else hub,
         converted_from=info.gguf.quantisation if info and info.gguf else None,

@@ -1,0 +1,81 @@
+"""Keys that were published under another name, and stay readable under it.
+
+Whoever reads what users or earlier versions wrote (configs and overrides; task, suite, price, terms
+and model files; markers of finished runs) gives its keys their present names here, by one table.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+# The last part of a key; it is an old name only where the section has the new one and not the old.
+RENAMED = {"slots": "max_batch_size", "licence": "license", "licences": "licenses"}
+KeyPath = tuple[str, ...]
+
+
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Return the classes whose keys a value may have: of a union all, of a list its elements'."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in get_args(annotation) for model in models_in(inner)]
+
+
+def fields_in(annotation: Any) -> dict[str, FieldInfo]:
+    """Return the keys that a value of this annotation may have."""
+    models = models_in(annotation)
+    return {name: field for model in models for name, field in model.model_fields.items()}
+
+
+def present_path(path: Sequence[str], annotation: Any) -> KeyPath:
+    """Return the path of a key in a tree under its present names; unknown parts stay as they are."""
+    names: list[str] = []
+    for name in path:
+        fields = fields_in(annotation)
+        name = _present_name(name, fields)
+        names.append(name)
+        annotation = fields[name].annotation if name in fields else None
+    return tuple(names)
+
+
+def rename_keys(tree: Any, annotation: Any, path: KeyPath = ()) -> list[tuple[KeyPath, str]]:
+    """Give the keys of a tree their present names, in place; return each old path and its new name.
+
+    A key that stands there under both names is left alone: whoever validates the tree refuses it.
+    """
+    if isinstance(tree, list):
+        return [found for child in tree for found in rename_keys(child, annotation, path)]
+    if not isinstance(tree, dict):
+        return []
+    if get_origin(annotation) is dict:  # rows by name: their values have keys of ours
+        inner = get_args(annotation)[1]
+        rows = tree.items()
+        return [found for name, row in rows for found in rename_keys(row, inner, (*path, name))]
+    fields, renamed = fields_in(annotation), list[tuple[KeyPath, str]]()
+    for old in list(tree):
+        new = _present_name(old, fields)
+        if new != old and new not in tree:
+            tree[new] = tree.pop(old)
+            renamed.append(((*path, old), new))
+    for name, child in tree.items():
+        if name in fields:
+            renamed += rename_keys(child, fields[name].annotation, (*path, name))
+    return renamed
+
+
+def _present_name(name: str, fields: dict[str, FieldInfo]) -> str:
+    new = RENAMED.get(name, name)
+    return new if new in fields and name not in fields else name
+
+
+def first_names(text: bytes) -> bytes:
+    """Return a YAML text with the first names of its outermost keys.
+
+    A hash over it is what it was before the keys were renamed, in our files and in users': to take
+    the new name over changes nothing that was measured.
+    """
+    for old, new in RENAMED.items():
+        text = re.sub(rf"(?m)^{new}(?=\s*:)".encode(), old.encode(), text)
+    return text

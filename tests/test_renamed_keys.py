@@ -1,0 +1,209 @@
+"""Keys under their old names: read everywhere, told once, and no reason to do a finished stage again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill import config_file, models
+from distill.config import Config, Teacher
+from distill.config_file import load_config
+from distill.errors import DistillError, Exit
+from distill.evaluation import suites
+from distill.generation.terms import Terms, load_terms
+from distill.models import ModelInfo
+from distill.renamed_keys import RENAMED, fields_in, first_names, present_path
+from distill.run import Run, Stage, differences
+from distill.store import read_json, write_json
+
+OLD = """name: r
+corpus: {path: texts}
+teacher:
+  model: ./t
+  slots: 4
+  licence: mit
+  extra_body: {slots: 3, licence: theirs}
+signals:
+  endpoint: {kind: endpoint, model: m, base_url: "http://localhost:1/v1", slots: 2}
+student: {model: ./s}
+evaluation:
+  slots: 5
+  judge: {model: ./j, licence: mit}
+publish: {licence: Apache-2.0}
+"""
+NEW = OLD.replace("slots: ", "max_batch_size: ").replace("licence", "license")
+NEW = NEW.replace("{max_batch_size: 3, license: theirs}", "{slots: 3, licence: theirs}")
+
+
+@pytest.fixture(autouse=True)
+def untold() -> None:
+    config_file._tell_once.cache_clear()
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_a_config_is_read_under_old_names_and_each_is_told_once(tmp_path, capsys):
+    path = write(tmp_path / "old.yaml", OLD)
+    config = load_config(path)
+    assert config == load_config(write(tmp_path / "new.yaml", NEW)) == load_config(path)
+    assert config.teacher.extra_body == {"slots": 3, "licence": "theirs"}
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == (
+        f"{path}:5: teacher.slots is now called max_batch_size; the old name still works"
+    )
+    assert len(told) == 6 and f"{path}:14: publish.licence is now called license" in told[-1]
+
+
+def test_an_error_in_a_value_under_an_old_name_has_its_line(tmp_path):
+    path = write(tmp_path / "old.yaml", OLD.replace("slots: 4", "slots: 0"))
+    with pytest.raises(DistillError, match=r"old\.yaml:5: teacher\.max_batch_size"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("text", [OLD, NEW], ids=["old", "new"])
+@pytest.mark.parametrize("name", ["slots", "max_batch_size"])
+def test_an_override_wins_under_either_name(tmp_path, capsys, text, name):
+    path = write(tmp_path / "c.yaml", text)
+    config = load_config(path, [f"teacher.{name}=8", f"evaluation={{{name}: 9}}"])
+    assert (config.teacher.max_batch_size, config.evaluation.max_batch_size) == (8, 9)
+    told = "command line: teacher.slots is now called max_batch_size" in capsys.readouterr().err
+    assert told == (name == "slots")
+
+
+def test_a_run_s_own_config_is_read_in_silence(tmp_path, capsys):
+    new = load_config(write(tmp_path / "new.yaml", NEW))
+    tree = json.loads(json.dumps(new.resolved()))
+    tree["teacher"]["slots"] = tree["teacher"].pop("max_batch_size")
+    tree["publish"]["licence"] = tree["publish"].pop("license")
+    write_json(tmp_path / "config.json", tree)
+    assert load_config(tmp_path / "config.json") == new
+    assert capsys.readouterr().err == ""
+
+
+def test_a_key_under_both_names_is_refused_with_the_new_one(tmp_path):
+    both = OLD.replace("  slots: 4", "  slots: 4\n  max_batch_size: 4")
+    with pytest.raises(DistillError) as caught:
+        load_config(write(tmp_path / "both.yaml", both))
+    assert caught.value.code == Exit.CONFIG
+    assert "unknown key teacher.slots (did you mean max_batch_size?)" in str(caught.value)
+
+
+def test_the_table_holds_names_that_are_gone_and_their_new_ones():
+    forms = (Config, suites.SuiteFile, tuple[Terms, ...], dict[str, ModelInfo])
+    for old, new in RENAMED.items():
+        assert old not in Teacher.model_fields and new != old
+    assert present_path(("signals", "endpoint", "slots"), Config)[-1] == "max_batch_size"
+    assert present_path(("teacher", "extra_body", "slots"), Config)[-1] == "slots"
+    assert all("licence" not in fields_in(form) for form in forms)
+
+
+def test_a_suite_under_its_old_name_is_the_same_suite(tmp_path, capsys):
+    row = {"prompt": "1 + 1?", "reference": "2"}
+    (tmp_path / "sums.jsonl").write_text(json.dumps(row) + "\n")
+    text = (
+        "description: sums\nsource: made here\nlicence: none\ntasks:\n"
+        "  - task:\n      name: sums\n      metric: correct\n      student: {user: '{{ prompt }}'}\n"
+        "      checker: {kind: number}\n    data: {path: sums.jsonl}\n"
+    )
+    path = write(tmp_path / "sums.yaml", text)
+    old = suites.load_suite(str(path))
+    assert f"{path}:3: licence is now called license" in capsys.readouterr().err
+    write(path, text.replace("licence", "license"))
+    assert suites.load_suite(str(path)) == old and old.facts["license"] == "none"
+    write(path, text.replace("licence: none", "license: mit"))
+    assert suites.load_suite(str(path)).facts["sha256"] != old.facts["sha256"]
+
+
+def test_a_suite_s_hash_is_that_of_the_text_with_its_first_names():
+    text = "license: none\ntasks:\n  - license: x\nlicense_of: y\n# license: z\n"
+    assert first_names(text.encode()) == text.replace("license: none", "licence: none").encode()
+
+
+def test_terms_and_models_of_one_s_own_are_read_under_old_names(tmp_path, monkeypatch, capsys):
+    terms = Path("configs/terms.yaml").read_text()
+    assert "licenses:" in terms and "license: gemma" in terms
+    old = terms.replace("licenses:", "licences:").replace("license: ", "licence: ")
+    assert load_terms(write(tmp_path / "terms.yaml", old)).rows == load_terms().rows
+    assert "is now called licenses" in capsys.readouterr().err
+    before = models.table()
+    (tmp_path / "configs").mkdir()
+    text = Path("configs/models.yaml").read_text().replace("  license: ", "  licence: ")
+    write(tmp_path / "configs/models.yaml", text)
+    monkeypatch.chdir(tmp_path)
+    assert models.table.__wrapped__() == before
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == len(before) and told[0].startswith("configs/models.yaml:9: ")
+
+
+def finished(folder: Path, stage: Stage, **changes: Any) -> Run:
+    """Return a run whose `stage` is done; `changes` replace keys of its marker's fingerprint."""
+    config = Config.model_validate(
+        {
+            "name": "r",
+            "runs": folder,
+            "corpus": {"path": "texts"},
+            "teacher": {"model": "./t", "max_batch_size": 4, "license": "mit"},
+            "student": {"model": "./s"},
+        }
+    )
+    run = Run(config)
+    with run.lock():
+        run.perform(stage)
+    marker = read_json(run.marker(stage))
+    for key, value in changes.items():
+        name = key.replace("__", ".")
+        marker["fingerprint"].pop(name, None) if value is ... else marker["fingerprint"].update(
+            {name: value}
+        )
+    write_json(run.marker(stage), marker)
+    return run
+
+
+def made(_: Config, run: Run) -> None:
+    run.path("out").write_text("made")
+
+
+STAGE = Stage("first", ("teacher", "prompts", "evaluation"), (), ("out",), made)
+
+
+def test_a_finished_stage_stays_done_under_old_names(tmp_path):
+    names = {"teacher__max_batch_size": ..., "teacher__slots": 4}
+    names |= {"teacher__license": ..., "teacher__licence": "mit"}
+    names |= {"evaluation__max_batch_size": ..., "evaluation__slots": None}
+    assert finished(tmp_path, STAGE, **names).state(STAGE) == ("done", [])
+
+
+def test_another_value_under_an_old_name_is_told_under_the_new_one(tmp_path):
+    names = {"teacher__max_batch_size": ..., "teacher__slots": 5}
+    said = ["teacher.max_batch_size was 5, is 4"]
+    assert finished(tmp_path, STAGE, **names).state(STAGE) == ("stale", said)
+
+
+def test_a_key_that_came_later_counts_as_its_default(tmp_path):
+    later = {f"teacher__{name}": ... for name in ("omit", "concurrency", "budget_dollars", "n")}
+    later |= {"evaluation__confidence": ..., "prompts__per_document": ...}
+    assert finished(tmp_path, STAGE, **later).state(STAGE) == ("done", [])
+
+
+def test_what_another_kind_of_teacher_left_at_its_default_is_no_difference():
+    old = {"teacher.kind": "local", "teacher.answers": None, "teacher.concurrency": 16}
+    assert differences({**old, "teacher.model": ""}, {"teacher.kind": "local"}) == []
+    assert differences({**old, "teacher.concurrency": 8}, {"teacher.kind": "local"}) == [
+        "teacher.concurrency was 8, is 16"
+    ]
+
+
+def test_a_section_that_was_off_is_no_section_of_defaults():
+    questions = {f"prompts.questions.{k}": v for k, v in {"per_document": 3}.items()}
+    said = ["prompts.questions.per_document was unset, is 3"]
+    assert differences({"prompts.questions": None}, questions) == said
+    assert differences({}, questions) == said, "the whole section came later, and it is off"
+    known = {"prompts.questions.max_new_tokens": 256}
+    assert differences(known, {**known, **questions}) == [], "one key of it came later"
+    judge = {"evaluation.judge.kind": "local", "evaluation.judge.model": "./j"}
+    assert differences({"evaluation.judge": None}, judge)
+    assert differences(judge, {**judge, "evaluation.judge.max_batch_size": None}) == []
