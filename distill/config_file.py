@@ -1,8 +1,9 @@
-"""Read the YAML that users write, strictly, and the overrides after it (`train.learning_rate=2e-4`), into a Config.
+"""Read the YAML that users write, strictly, and overrides like `train.learning_rate=2e-4`.
 
-`1e-4` is a number; `on`, `no` and `010` are texts; a key stands once; aliases, tags and merges are refused, so that no
-file can build an object or grow when it is read. Every error (unknown or duplicate key, wrong type, value out of range,
-a secret in the file) is a DistillError (exit 2) of one line with file, line and key, before anything is loaded or asked.
+`1e-4` is a number; `on`, `no` and `010` are texts; a key stands once; aliases, tags and merges are
+refused, so that no file can build an object or grow when it is read. Every error (unknown or
+duplicate key, wrong type, value out of range, a secret) is a DistillError (exit 2) of one line with
+file, line and key, before anything is loaded or asked.
 """
 
 import difflib
@@ -12,23 +13,19 @@ import math
 import os
 import re
 import sys
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from decimal import Decimal
 from functools import cache
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import to_jsonable_python
 from yaml.events import AliasEvent
 
 from distill.config import NAME, Config, Section
 from distill.errors import DistillError, Exit
-from distill.renamed_keys import RENAMED, rename_keys
+from distill.renamed_keys import RENAMED, models_in, rename_keys
 
 MAX_BYTES = 64_000  # a larger file is none that a person wrote; this much is read in half a second
 MAX_DEPTH = 20
@@ -36,7 +33,8 @@ PLAIN = "write plain YAML"
 Places = dict[tuple[str, ...], str]  # where each key of the tree was set, as FILE:LINE
 
 SECRET = re.compile(
-    r"(?:\b(?:sk|gsk|xai|pplx|nvapi|rk|pk)[-_][A-Za-z0-9_-]{16,}|\bhf_[A-Za-z0-9]{16,}|\bAIza[\w-]{30,}"
+    r"(?:\b(?:sk|gsk|xai|pplx|nvapi|rk|pk)[-_][A-Za-z0-9_-]{16,}|\bhf_[A-Za-z0-9]{16,}"
+    r"|\bAIza[\w-]{30,}"
     r"|\bgh[opsu]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bAKIA[A-Z0-9]{16}|\bxox[abp]-[\w-]{10,}"
     r"|\bBearer\s+\S{8,}|://[^/\s:@]*:?[^/\s:@]+@|-----BEGIN [A-Z ]*PRIVATE KEY)"
 )
@@ -55,7 +53,7 @@ BY_NAME = "name an environment variable instead"
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader without the conversions that surprise, without aliases, tags and deep nesting."""
+    """PyYAML's safe loader without surprising conversions, aliases, tags and deep nesting."""
 
     depth = 0
 
@@ -119,7 +117,7 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 
 def parse_yaml(text: str, where: object) -> Any:
-    """Parse one YAML document; raises DistillError (exit 2) with the line of the fault."""
+    """Parse one YAML document; raises DistillError (exit 2) with the line of the error."""
     return parse_with_places(text, where)[0]
 
 
@@ -130,20 +128,14 @@ def parse_with_places(text: str, where: object) -> tuple[Any, Places]:
         node = loader.get_single_node()
         value = loader.construct_document(node) if node else None
     except yaml.YAMLError as error:
-        raise _fault(error, where) from None
+        mark = getattr(error, "problem_mark", None)
+        what = getattr(error, "problem", None) or str(error).splitlines()[0]
+        what = "not readable here" if SECRET.search(what) else what  # a secret is not repeated
+        place = f"{where}:{mark.line + 1}" if mark else where
+        raise DistillError(Exit.CONFIG, place, what, PLAIN) from None
     except (ValueError, OverflowError):  # Python reads no number of 5,000 digits
         raise DistillError(Exit.CONFIG, where, "a number in it is too long", PLAIN) from None
     return value, _places(node, where)
-
-
-def _fault(error: yaml.YAMLError, where: object) -> DistillError:
-    """Turn a parser's complaint into one line; a secret in it is not repeated."""
-    mark = getattr(error, "problem_mark", None)
-    what = getattr(error, "problem", None) or str(error).splitlines()[0]
-    place = f"{where}:{mark.line + 1}" if mark else where
-    return DistillError(
-        Exit.CONFIG, place, "not readable here" if SECRET.search(what) else what, PLAIN
-    )
 
 
 def _places(node: yaml.Node | None, where: object, path: tuple[str, ...] = ()) -> Places:
@@ -157,7 +149,7 @@ def _places(node: yaml.Node | None, where: object, path: tuple[str, ...] = ()) -
 
 
 def read_text(path: Path) -> str:
-    """Read a small UTF-8 text file that the user named; raises DistillError (exit 2) where it is none."""
+    """Read a small UTF-8 file that the user named; raises DistillError (exit 2) otherwise."""
     try:
         if path.exists() and not path.is_file():
             raise DistillError(Exit.CONFIG, path, "is not a file", "name a YAML file")
@@ -181,7 +173,7 @@ def read_text(path: Path) -> str:
 
 
 def read_yaml(path: Path, form: Any) -> Any:
-    """Read a YAML file whose keys are those of `form`, a class or an annotation, old names included."""
+    """Read a YAML file whose keys, under old names too, are those of `form`, an annotation."""
     tree, places = parse_with_places(read_text(path), path)
     use_present_names(tree, form, path, places)
     return tree
@@ -203,39 +195,36 @@ def _tell_once(line: str) -> None:
 
 
 def _sections(path: Sequence[str]) -> list[type[Section]]:
-    """Return the sections along a key's path, from the root; the last may hold the path's last part."""
-    found: list[type[Section]] = [Config]
-    for part in path:
-        field = found[-1].model_fields.get(part)
-        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
-        inner = next((k for k in kinds if isinstance(k, type) and issubclass(k, Section)), None)
-        if inner is None:
+    """Return the sections along a key's path, from the root; the last may be the key itself."""
+    sections: list[type[Section]] = [Config]
+    for name in path:
+        field = sections[-1].model_fields.get(name)
+        inner = [m for m in models_in(field and field.annotation) if issubclass(m, Section)]
+        if not inner:
             break
-        found.append(inner)
-    return found
-
-
-def _key_of(fault: Any) -> tuple[str, ...]:
-    """Return the path of the key that a fault is about, without pydantic's names of union members."""
-    path = tuple(str(part) for part in fault["loc"])
-    return path[: len(_sections(path[:-1]))] if path else ()
+        sections.append(inner[0])
+    return sections
 
 
 def _explain(error: ValidationError, file: str, places: Places) -> DistillError:
-    """Turn pydantic's faults into one line: the first, but an unknown key before a missing one."""
-    faults = error.errors()
-    fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
-    path = _key_of(fault)
+    """Turn pydantic's errors into one line: the first, but an unknown key before a missing one."""
+    errors = error.errors()
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    path = tuple(str(part) for part in first["loc"])
+    path = path[: len(_sections(path[:-1]))]  # behind the key stand pydantic's names of the choices
     where = next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), file)
     key = ".".join(path)
-    if fault["type"] == "extra_forbidden":
+    if first["type"] == "extra_forbidden":
         return DistillError(Exit.CONFIG, where, f"unknown key {key[:80]}", _nearest(path))
-    if fault["type"] == "missing":
+    if first["type"] == "missing":
         return DistillError(Exit.CONFIG, where, f"{key} is missing", "add it")
-    message = fault["msg"].removeprefix("Value error, ").replace("valid array", "list: [a, b]")
-    given = "" if isinstance(fault["input"], dict) else f", not {str(fault['input'])[:60]!r}"
+    message = first["msg"].removeprefix("Value error, ").replace("valid array", "list: [a, b]")
+    value = "" if isinstance(first["input"], dict) else f", not {str(first['input'])[:60]!r}"
     what = f"{key}: {message[:1].lower() + message[1:]}" if key else message
-    return DistillError(Exit.CONFIG, where, what + given, _allowed(path))
+    field = _sections(path[:-1])[-1].model_fields.get(path[-1]) if path else None
+    allowed = limits(field) if field else ""
+    fix = f"allowed: {allowed}" if allowed else "correct the value"
+    return DistillError(Exit.CONFIG, where, what + value, fix)
 
 
 def _nearest(path: tuple[str, ...]) -> str:
@@ -246,14 +235,7 @@ def _nearest(path: tuple[str, ...]) -> str:
     return f"did you mean {near[0]}?" if near else "valid: " + ", ".join(names)
 
 
-def _allowed(path: tuple[str, ...]) -> str:
-    """Say which range a number's key allows, both ends."""
-    field = _sections(path[:-1])[-1].model_fields.get(path[-1]) if path else None
-    limits = _limits(field) if field else ""
-    return f"allowed: {limits}" if limits else "correct the value"
-
-
-def _limits(field: FieldInfo) -> str:
+def limits(field: FieldInfo) -> str:
     """Return the range in a field's annotation in words, also inside `Annotated[...] | None`."""
     inside = [m for kind in get_args(field.annotation) for m in getattr(kind, "__metadata__", ())]
     inside = [limit for m in inside for limit in getattr(m, "metadata", [m])]
@@ -288,7 +270,10 @@ def check_values(value: Any, file: str, places: Places, path: tuple[str, ...] = 
 
 
 def apply_override(tree: dict[str, Any], override: str) -> Places:
-    """Set `a.b=value` (value in YAML) in `tree`, and say which keys it set; a mapping changes only what it names."""
+    """Set `a.b=value` (value in YAML) in `tree`, and return the keys that it set.
+
+    A mapping changes only what it names.
+    """
     name, equals, text = override.partition("=")
     path = tuple(name.strip().split("."))
     if not equals or not all(path) or SECRET.search(name):
@@ -320,7 +305,7 @@ def _paths(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
 
 
 def find_config(path: Path) -> Path:
-    """Return `path`, or the file of that name among those that ship with the package (`configs/NAME`)."""
+    """Return `path`, or the file of that name among those that ship (`configs/NAME`)."""
     if path.is_absolute() or os.path.lexists(path):
         return path
     for root in (Path(__file__).parent.parent, Path(__file__).parent / "_data"):
@@ -333,9 +318,9 @@ def find_config(path: Path) -> Path:
 def load_config(
     path: Path, overrides: Iterable[str] = (), place: Mapping[str, str] | None = None
 ) -> Config:
-    """Read, override and check the experiment at `path`; raises DistillError (exit 2) with one clear line.
+    """Read, override and check the experiment at `path`; raises DistillError (exit 2).
 
-    `place` holds the `name` and `runs` of a folder that is opened: they stand in for the file's, unread.
+    `place` holds the `name` and `runs` of a folder that is opened; the file's are not read.
     """
     path = find_config(path)
     return parse_config(read_text(path), path, overrides, place)
@@ -369,10 +354,10 @@ def parse_config(
 
 
 def place_of(folder: Path) -> dict[str, str]:
-    """Return the `name` and `runs` of a run's folder as a config may state them, whatever it is called.
+    """Return the `name` and `runs` of a run's folder as a config may state them.
 
-    A folder's name that no run could have (`my run (copy)`) gives one by its plain parts and its hash. A path that no
-    file may hold is left out: a folder that is opened says itself where it lies.
+    A folder's name that no run could have (`my run (copy)`) gives one by its plain parts and its
+    hash. A path that no file may hold is left out: an opened folder says itself where it lies.
     """
     name, runs = folder.name, str(folder.parent)
     if not NAME.fullmatch(name) or SECRET.search(name):
@@ -381,87 +366,3 @@ def place_of(folder: Path) -> dict[str, str]:
         name = f"{'run' if not plain or SECRET.search(plain) else plain}-{digest}"
     readable = runs.isprintable() and not SECRET.search(runs)
     return {"name": name, "runs": runs if readable else "runs"}
-
-
-EXAMPLES = {  # of the keys that an experiment cannot do without
-    "name": "reference",
-    "corpus.path": "docs",
-    "prompts.tasks": ["prose_summary"],
-    "teacher.model": "Qwen/Qwen2.5-7B-Instruct",
-    "student.model": "Qwen/Qwen2.5-1.5B-Instruct",
-}
-HEADINGS = {  # of the keys that follow, in a section with several kinds
-    "teacher.dtype": "kind: local",
-    "teacher.license": "kind: recorded",
-    "teacher.answers": "kind: canned",
-    "teacher.base_url": "kind: endpoint",
-}
-HEAD = """\
-# Every key of an experiment: what it does, what it may be, and its default, which a key has that is
-# left out. Where an example stands in its place, the comment says so. Made from distill/config.py by
-# `python scripts/reference.py`.
-"""
-TYPES = {bool: "true, false", int: "whole number", float: "number", Decimal: "number"}
-TYPES |= {str: "text", Path: "path", dict: "mapping"}
-
-
-def reference() -> str:
-    """Return configs/reference.yaml: an experiment with each key, its description and its range."""
-    return HEAD + "\n".join(_described(Config, (), set())) + "\n"
-
-
-def _described(tree: type[Section], path: tuple[str, ...], shown: set[type]) -> Iterator[str]:
-    """Yield the lines of a section; `shown` are those whose keys stand in the file already."""
-    shown.add(tree)
-    indent = "  " * len(path)
-    for name, field in tree.model_fields.items():
-        key = ".".join((*path, name))
-        if not path:
-            yield ""
-        if key in HEADINGS:
-            yield f"{indent}# --- {HEADINGS[key]}"
-        lines = textwrap.wrap(field.description or "", 98 - len(indent), break_on_hyphens=False)
-        yield from (f"{indent}# {line}" for line in lines)
-        inner = _sections((*path, name))[-1]
-        if inner is not tree and field.default is not None:
-            yield f"{indent}{name}:"
-            yield from _described(inner, (*path, name), shown)
-            continue
-        instead = "required" if field.is_required() else f"default {_yaml(field.default)}"
-        note = f"; an example, {instead}" if key in EXAMPLES else ""
-        value = EXAMPLES[key] if key in EXAMPLES else field.default
-        yield f"{indent}{name}: {_yaml(value)}".ljust(40) + f"  # {_choices(field)}{note}"
-        if inner is not tree and inner not in shown:  # a section that is off unless it is written
-            lines = _described(inner, (*path, name), shown)
-            yield from (f"{indent}# {line.removeprefix(indent)}" for line in lines)
-
-
-def _yaml(value: Any) -> str:
-    """Return a plain value as YAML on one line."""
-    value = to_jsonable_python(value)
-    text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
-    return text.removesuffix("\n").removesuffix("\n...")
-
-
-def _choices(field: FieldInfo) -> str:
-    """Say what a key may be: its choices, else its type and range."""
-    kinds = ", ".join(dict.fromkeys(_kinds(field.annotation)))
-    limits = _limits(field)
-    null = ", or null" if NoneType in get_args(field.annotation) else ""
-    return kinds + (f" {limits}" if limits else "") + null
-
-
-def _kinds(annotation: Any) -> Iterator[str]:
-    """Yield the choices and types in an annotation in words, all but null."""
-    origin, inside = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        yield from (_yaml(choice) for choice in inside)
-    elif origin is tuple:
-        yield f"list of {'/'.join(_kinds(inside[0]))}"
-    elif (origin or annotation) in TYPES:
-        yield TYPES[origin or annotation]
-    elif isinstance(annotation, type) and issubclass(annotation, Section):
-        yield f"the keys of {annotation.__name__.lower()}"
-    else:  # of Annotated the type, of a union each
-        for kind in inside[:1] if origin is Annotated else inside:
-            yield from _kinds(kind)

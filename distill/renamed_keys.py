@@ -30,7 +30,7 @@ def fields_in(annotation: Any) -> dict[str, FieldInfo]:
 
 
 def present_path(path: Sequence[str], annotation: Any) -> KeyPath:
-    """Return the path of a key in a tree under its present names; unknown parts stay as they are."""
+    """Return the path of a key under its present names; unknown parts stay as they are."""
     names: list[str] = []
     for name in path:
         fields = fields_in(annotation)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from distill.config_file import reference
+from distill.config_reference import reference
 
 if __name__ == "__main__":
     path = Path(__file__).resolve().parent.parent / "configs" / "reference.yaml"

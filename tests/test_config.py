@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.config import Config, Questions, Section
-from distill.config_file import load_config, reference
+from distill.config_file import load_config
+from distill.config_reference import reference
 from distill.errors import DistillError, Exit
 
 ROOT = Path(__file__).parent.parent

@@ -1,0 +1,103 @@
+"""configs/reference.yaml: every key of an experiment with its meaning, its range and its default.
+
+`python scripts/reference.py` makes it from the descriptions in config.py.
+"""
+
+import textwrap
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
+
+from distill.config import Config
+from distill.config_file import limits
+from distill.renamed_keys import models_in
+
+EXAMPLES = {  # of the keys that an experiment cannot do without
+    "name": "reference",
+    "corpus.path": "docs",
+    "prompts.tasks": ["prose_summary"],
+    "teacher.model": "Qwen/Qwen2.5-7B-Instruct",
+    "student.model": "Qwen/Qwen2.5-1.5B-Instruct",
+}
+HEADINGS = {  # of the keys that follow, in a section with several kinds
+    "teacher.dtype": "kind: local",
+    "teacher.license": "kind: recorded",
+    "teacher.answers": "kind: canned",
+    "teacher.base_url": "kind: endpoint",
+}
+HEAD = """\
+# Every key of an experiment: what it does, what it may be, and its default, which a key has that is
+# left out. Where an example stands in its place, the comment says so.
+# Made from distill/config.py by `python scripts/reference.py`.
+"""
+TYPES = {bool: "true, false", int: "whole number", float: "number", Decimal: "number"}
+TYPES |= {str: "text", Path: "path", dict: "mapping"}
+
+
+def reference() -> str:
+    """Return configs/reference.yaml: an experiment with each key, its description and its range."""
+    return HEAD + "\n".join(_described(Config, (), set())) + "\n"
+
+
+def _described(tree: type[BaseModel], path: tuple[str, ...], shown: set[type]) -> Iterator[str]:
+    """Yield the lines of a section; `shown` are those whose keys stand in the file already."""
+    shown.add(tree)
+    indent = "  " * len(path)
+    for name, field in tree.model_fields.items():
+        key = ".".join((*path, name))
+        if not path:
+            yield ""
+        if key in HEADINGS:
+            yield f"{indent}# --- {HEADINGS[key]}"
+        lines = textwrap.wrap(field.description or "", 98 - len(indent), break_on_hyphens=False)
+        yield from (f"{indent}# {line}" for line in lines)
+        inner = next(iter(models_in(field.annotation)), None)
+        if inner and field.default is not None:
+            yield f"{indent}{name}:"
+            yield from _described(inner, (*path, name), shown)
+            continue
+        instead = "required" if field.is_required() else f"default {_yaml(field.default)}"
+        note = f"; an example, {instead}" if key in EXAMPLES else ""
+        value = EXAMPLES[key] if key in EXAMPLES else field.default
+        yield f"{indent}{name}: {_yaml(value)}".ljust(40) + f"  # {_choices(field)}{note}"
+        if inner and inner not in shown:  # a section that is off unless it is written
+            lines = _described(inner, (*path, name), shown)
+            yield from (f"{indent}# {line.removeprefix(indent)}" for line in lines)
+
+
+def _yaml(value: Any) -> str:
+    """Return a plain value as YAML on one line."""
+    value = to_jsonable_python(value)
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _choices(field: FieldInfo) -> str:
+    """Say what a key may be: its choices, else its type and range."""
+    kinds = ", ".join(dict.fromkeys(_kinds(field.annotation)))
+    allowed = limits(field)
+    null = ", or null" if NoneType in get_args(field.annotation) else ""
+    return kinds + (f" {allowed}" if allowed else "") + null
+
+
+def _kinds(annotation: Any) -> Iterator[str]:
+    """Yield the choices and types in an annotation in words, all but null."""
+    origin, inside = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        yield from (_yaml(choice) for choice in inside)
+    elif origin is tuple:
+        yield f"list of {'/'.join(_kinds(inside[0]))}"
+    elif (origin or annotation) in TYPES:
+        yield TYPES[origin or annotation]
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield f"the keys of {annotation.__name__.lower()}"
+    else:  # of Annotated the type, of a union each
+        for kind in inside[:1] if origin is Annotated else inside:
+            yield from _kinds(kind)
