@@ -246,10 +246,15 @@ SUITE = {
 }
 
 
-def write_files(folder: Path) -> None:
-    """Write all that a user has before a run: configs, corpora, tasks, a suite, tables, models and the Hub's cache."""
+def write_files(folder: Path, port: int = PORT) -> None:
+    """Write all that a user has before a run: configs, corpora, tasks, a suite, tables, models and the Hub's cache.
+
+    The server is expected at `port`.
+    """
     for name, tree in EXPERIMENTS.items():
         _write_yaml(folder / f"{name}.yaml", {"name": name, **tree})
+        config = (folder / f"{name}.yaml").read_text(encoding="utf-8")
+        (folder / f"{name}.yaml").write_text(config.replace(str(PORT), str(port)), encoding="utf-8")
     for name, tree in {
         "tasks/gist": GIST,
         "tasks/sum": SUM,
@@ -276,11 +281,11 @@ def write_files(folder: Path) -> None:
 
 def write_models(folder: Path) -> None:
     """Make a teacher and a student with random weights, in `models/` and as the Hub's cache has them in `hub/`."""
-    size: dict[str, Any] = {"hidden": 16, "layers": 1}
-    teacher = make_tiny(folder / "models/teacher", "qwen2", seed=2, **size) / "model.safetensors"
-    peaked = {name: t * (1 if t.dim() == 1 else 12) for name, t in load_file(teacher).items()}
-    save_file(peaked, teacher, {"format": "pt"})  # so that what it says depends on what it is asked
-    make_tiny(folder / "models/student", "llama", seed=2, **size)
+    for name, family, seed in (("teacher", "qwen2", 2), ("student", "llama", 3)):
+        made = make_tiny(folder / "models" / name, family, seed=seed, hidden=16, layers=1)
+        weights = made / "model.safetensors"
+        peaked = {name: t * (1 if t.dim() == 1 else 12) for name, t in load_file(weights).items()}
+        save_file(peaked, weights, {"format": "pt"})  # what it says depends on what it is asked
     for name, local in ((TEACHER, "teacher"), (STUDENT, "student")):
         cached = folder / "hub" / f"models--{name.replace('/', '--')}"
         shutil.copytree(folder / "models" / local, cached / "snapshots" / COMMITS[name])
