@@ -167,12 +167,14 @@ def run_all(
 ) -> None:
     """Do every stage that is left, and show the scorecard."""
     from distill.generation.terms import require_terms
+    from distill.planning.plan import announce
 
     run = open_run(config, overrides or ())
     again = from_stage(redo) if redo else ()
     permit_code(run, STAGES, again, allow_code, unsafe_code)
     require_terms(run.config)
     require_soft_teacher(run, again)
+    announce(run, again)
     perform(run, STAGES, again)
     show_scorecard(run)
 
@@ -272,19 +274,23 @@ def show_plan(
         int | None,
         typer.Option(metavar="N", min=1, help="Ask the teacher N of the questions, and keep them."),
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for a script.")] = False,
 ) -> None:
     """Say what a run would take: prompts, tokens, dollars, seconds, bytes. Without --pilot it sends nothing."""
-    from distill.plan import plan
+    from distill.planning.plan import make_plan, show
 
     run = open_run(config, overrides or ())
-    origin = _ask_pilot(run, pilot) if pilot else None
-    Console(soft_wrap=True).print(plan(run.config, origin, run.folder), markup=False)
+    plan = make_plan(run, _ask_pilot(run, pilot) if pilot else None)
+    if as_json:
+        print(plan.model_dump_json(indent=2))
+    else:
+        Console(soft_wrap=True).print(show(plan), markup=False)
 
 
 def _ask_pilot(run: Run, count: int) -> str:
     """Make the run's prompts where they are missing, ask some of them, and return the teacher's origin."""
-    from distill import pilot
     from distill.generation.terms import require_terms
+    from distill.planning import pilot
 
     pilot.require_teacher(run.config)
     require_terms(run.config)

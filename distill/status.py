@@ -6,11 +6,11 @@ from decimal import Decimal
 from rich.console import Group
 
 from distill.errors import DistillError
+from distill.formatting import table
 from distill.generation.budget import unknown_outcomes
 from distill.records import LedgerEntry
 from distill.run import Run, Stage
 from distill.store import Log, read_json
-from distill.tables import table
 
 WORDS = {"fresh": "left", "unfinished": "begun", "done": "done", "stale": "stale"}
 

@@ -25,6 +25,7 @@ from distill.evaluation.measure import measure
 from distill.evaluation.suite_scores import read_suites
 from distill.evaluation.suites import Suite
 from distill.evidence import APART, CONFIG, LEDGER, MANIFEST, Check, Evidence, check_files, verdict
+from distill.formatting import table
 from distill.generation.generate import read
 from distill.generation.responder import Request, Sampling
 from distill.models import digest_file
@@ -33,7 +34,6 @@ from distill.run import SEAL, Run, open_folder
 from distill.sandbox.run import allowed
 from distill.stages import STAGES
 from distill.store import Log, read_json, read_records, sha256_file
-from distill.tables import table
 from distill.tasks import tasks_of_run
 
 MEASURED = ("scores/", "requests.jsonl", "evaluation.json")

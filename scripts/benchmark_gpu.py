@@ -40,15 +40,15 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
-from distill import devices
 from distill.environment import environment, installed
 from distill.errors import DistillError, Exit, exit_code
-from distill.estimates import adapter_parameters, training_flops
+from distill.formatting import table
 from distill.models import Shape, quiet, shape_of
+from distill.planning.machine import devices
+from distill.planning.sizes import adapter_parameters, training_flops
 from distill.progress import console, say
 from distill.records import Example
 from distill.store import write_json
-from distill.tables import table
 from distill.training import divergences, losses
 
 NAMES = {  # of a shape's fields in a Qwen2's config
@@ -70,7 +70,7 @@ def gpu_name() -> str:
 
 def peak_rate() -> float | None:
     """Return the GPU's operations a second in bfloat16, if configs/devices.yaml has it."""
-    row = next((row for row in devices.table() if CUDA and row["match"] in gpu_name()), None)
+    row = next((row for row in devices() if CUDA and row["match"] in gpu_name()), None)
     return row["tflops"] * 1e12 if row else None
 
 

@@ -26,10 +26,10 @@ from distill import models
 from distill.cli import open_run
 from distill.config import Config, Signals
 from distill.environment import environment
+from distill.formatting import table
 from distill.progress import tracking
 from distill.records import Example, Message, Pair, Prompt, Response
 from distill.store import write_json
-from distill.tables import table
 from distill.training.batches import micro_batches
 from distill.training.capture import PASS_TOKENS, keep, read_head
 from distill.training.divergences import soft_loss

@@ -24,11 +24,11 @@ from rich.console import Console
 from distill import models
 from distill.cli import open_run
 from distill.environment import environment
+from distill.formatting import table
 from distill.progress import tracking
 from distill.records import Example, Pair, Prompt, Response
 from distill.run import Run
 from distill.store import read_records, write_json
-from distill.tables import table
 from distill.training.batches import micro_batches
 from distill.training.capture import CHUNK_TOKENS, PASS_TOKENS, read_head
 from distill.training.encode import encode_pair

@@ -44,11 +44,11 @@ from torch.nn import functional
 from distill import models
 from distill.cli import open_run
 from distill.environment import environment
+from distill.formatting import table
 from distill.progress import console, say
 from distill.records import Example, Pair
 from distill.run import Run
 from distill.store import FolderLock, read_json, read_records, write_json
-from distill.tables import table
 from distill.training.batches import micro_batches, plan_steps
 from distill.training.capture import Read, capture, chunked, fill, read_as_teacher
 from distill.training.encode import encode_pairs

@@ -11,17 +11,14 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from distill.bill import Bill, make_bill
 from distill.cli import main, open_run
-from distill.config import Config
 from distill.errors import Exit
 from distill.generation.budget import account
 from distill.generation.responder import Request, Sampling
-from distill.pilot import Question, spread
+from distill.planning.cost import TeacherCost, teacher_cost
+from distill.planning.pilot import chosen
+from distill.planning.work import count_work
 from distill.records import LedgerEntry, Message, digest
-from distill.scope import Scope, scope
 from distill.store import Log, read_records
 from tests.buying import KEY, settings
 from tests.fake_teacher import PRICE, FakeTeacher, Reply, question, usage_of
@@ -64,9 +61,11 @@ def write_config(folder: Path, teacher: FakeTeacher, **changes: Any) -> Path:
     return folder / "c.yaml"
 
 
-def bill_of(place: Path) -> Bill:
-    config = open_run(place).config
-    return make_bill(config, scope(config))
+def cost_of(place: Path, *overrides: str, large: int = 10**9) -> TeacherCost:
+    run = open_run(place, overrides)
+    found = teacher_cost(run.config, count_work(run, large))
+    assert found
+    return found
 
 
 def ledger_of(folder: Path) -> list[LedgerEntry]:
@@ -79,72 +78,72 @@ def paid(folder: Path) -> Decimal:
 
 def test_a_plan_sends_nothing_and_makes_nothing(tmp_path: Path, capsys: Any) -> None:
     with FakeTeacher(varied) as teacher:
-        place = write_config(tmp_path, teacher, budget_dollars="0.1", requests_per_minute=60)
+        place = write_config(tmp_path, teacher, budget_dollars="0.08")
         assert main(["plan", str(place)]) == 0
         assert not teacher.payloads and not (tmp_path / "runs").exists()
-        said = capsys.readouterr().out
-        bill = bill_of(place)
+        told = capsys.readouterr().out
+        cost = cost_of(place)
         assert main(["generate", str(place)]) == Exit.STATE  # its prompts are not made
         assert main(["corpus", str(place)]) == main(["prompts", str(place)]) == 0
-        capsys.readouterr()
-        assert main(["generate", str(place), "teacher.budget_dollars=5", *UNPACED]) == 0
-    assert bill.left.dollars and bill.most
-    assert bill.left.dollars[0] <= teacher.bill <= bill.left.dollars[1] <= bill.most
+        assert main(["generate", str(place), "teacher.budget_dollars=5"]) == 0
+    assert cost.dollars and cost.dollars_most and cost.seconds is None
+    assert cost.dollars / 2 < teacher.bill < 2 * cost.dollars and teacher.bill < cost.dollars_most
     for words in (
         f"{COUNT} answers",
-        "$3 a million tokens of input",
-        "(2026-11-01, tests)",
-        "limit $0.1: may not suffice",
-        "at least 90 s by the limits a minute",
+        "$3 in, $15 out a million tokens (2026-11-01, tests)",
+        "limit $0.08, beyond which nothing is asked: is expected to suffice",
         "plan --pilot N",
-        "retries are not counted",
+        "retries apart",
     ):
-        assert words in said, words
+        assert words in told, words
 
 
-def test_a_large_corpus_has_its_bill_from_bytes_and_caps(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("distill.scope.LARGE", 100)
-    with FakeTeacher(varied) as teacher:
-        place = write_config(tmp_path, teacher, n=2, temperature=1.0)
-        unread = make_bill(*sized(place, "prompts.train=20", "prompts.questions={}"))
-        plain = make_bill(*sized(place, "prompts.train=20"))
-        omitted = make_bill(*sized(place, "prompts.train=20", "teacher.omit=[max_tokens]"))
-    assert not teacher.payloads and omitted.most is None
-    assert unread.left.dollars and plain.left.dollars and unread.most and plain.most
-    assert 0 < plain.left.dollars[0] < plain.left.dollars[1] <= plain.most < unread.most
-    assert plain.left.count.high >= 2 * 20 and plain.stored == 0
-
-
-def sized(place: Path, *overrides: str) -> tuple[Config, Scope]:
-    config = open_run(place, overrides).config
-    return config, scope(config)
-
-
-UNPACED = ("teacher.requests_per_minute=null",)
-
-
-def test_a_pilot_narrows_the_range_and_no_answer_is_bought_twice(
-    tmp_path: Path, capsys: Any
+def test_whether_the_limit_suffices_is_held_against_the_most_that_can_be_billed(
+    tmp_path: Path,
 ) -> None:
     with FakeTeacher(varied) as teacher:
         place = write_config(tmp_path, teacher)
-        wide = bill_of(place)
+    for limit, word in (
+        ("9", "suffices"),
+        ("0.08", "is expected to suffice"),
+        ("0.01", "does not"),
+    ):
+        cost = cost_of(place, f"teacher.budget_dollars={limit}")
+        assert cost.dollars and cost.dollars_most
+        assert f"limit ${limit}, beyond which nothing is asked: {word}" in cost.notes[-1]
+    assert cost_of(place, "teacher.omit=[max_tokens]").dollars_most is None
+
+
+def test_prompts_that_are_not_read_are_priced_by_their_number_and_size(tmp_path: Path) -> None:
+    with FakeTeacher(varied) as teacher:
+        place = write_config(tmp_path, teacher, n=2, temperature=1.0)
+        plain = cost_of(place, "prompts.train=20", large=100)
+        more = cost_of(place, "prompts.train=20", "prompts.questions={}", large=100)
+    assert not teacher.payloads and plain.requests >= 40 and plain.stored == 0
+    assert plain.dollars and plain.dollars_most and more.dollars_most
+    assert 0 < plain.dollars < plain.dollars_most < more.dollars_most
+
+
+def test_a_pilot_is_what_is_expected_of_the_others_and_no_answer_is_bought_twice(
+    tmp_path: Path, capsys: Any
+) -> None:
+    with FakeTeacher(varied) as teacher:
+        place = write_config(tmp_path, teacher, requests_per_minute=6000)
+        before = cost_of(place)
         assert main(["plan", "--pilot", "20", str(place)]) == 0
         assert len(teacher.payloads) == 20 and paid(tmp_path) == teacher.bill
-        shown = capsys.readouterr().out
-        narrow = bill_of(place)
-        assert (narrow.stored, narrow.left.count.low) == (20, COUNT - 20)
+        told = capsys.readouterr().out
+        cost = cost_of(place)
+        assert (cost.stored, cost.requests) == (20, COUNT - 20) and cost.paid == teacher.bill
         assert main(["plan", str(place), "--pilot", "20"]) == 0 and len(teacher.payloads) == 20
-        before = teacher.bill
+        billed = teacher.bill
         assert main(["generate", str(place)]) == 0
         assert len(teacher.payloads) == COUNT and set(teacher.bills.values()) == {1}
         assert paid(tmp_path) == teacher.bill
-        assert bill_of(place).left.dollars == (0, 0)
-    assert narrow.left.dollars and wide.left.dollars and narrow.paid.settled == before
-    assert narrow.left.dollars[0] <= teacher.bill - before <= narrow.left.dollars[1]
-    assert narrow.left.dollars[1] < wide.left.dollars[1] / 2
-    assert "foretold at 95 % from 20 stored answers" in shown
-    assert re.search(r"\d of 20 stored answers \(\d+%\) are cut off at their cap", shown)
+        assert cost_of(place).dollars == 0 and cost_of(place).seconds == 0
+    assert cost.dollars and before.dollars and cost.seconds and cost.seconds >= 0.6
+    assert cost.dollars * Decimal("0.7") < teacher.bill - billed < cost.dollars * Decimal("1.4")
+    assert re.search(r"expected from 20 stored answers, which stopped so: 1\d end, \d length", told)
     assert {e.stage for e in ledger_of(tmp_path)} == {"corpus", "prompts", "pilot", "generate"}
     assert main(["status", str(place)]) == 0 and "pilot" in capsys.readouterr().out
 
@@ -165,8 +164,8 @@ def test_a_pilot_keeps_to_the_budget(tmp_path: Path) -> None:
         assert main(["plan", "--pilot", "40", str(place)]) == Exit.BUDGET
     assert 0 < len(teacher.payloads) < 40 and teacher.bill <= Decimal("0.01")
     assert paid(tmp_path) == teacher.bill  # also of one that was stopped
-    bill = bill_of(place)
-    assert bill.stored == len(teacher.payloads) and bill.paid.settled == teacher.bill
+    cost = cost_of(place)
+    assert cost.stored == len(teacher.payloads) and cost.paid == teacher.bill
 
 
 def test_an_unknown_price_is_unknown_also_after_a_pilot(tmp_path: Path, capsys: Any) -> None:
@@ -177,8 +176,8 @@ def test_an_unknown_price_is_unknown_also_after_a_pilot(tmp_path: Path, capsys: 
         said = capsys.readouterr().out
         assert main(["plan", str(place), "teacher.budget_dollars=1"]) == 0
     assert "cost unknown: the price table has no model fake-1" in said
-    assert "$" not in said.split("on disk")[0] and paid(tmp_path) == 0
-    assert "a run stops, since the cost is unknown (exit 6)" in capsys.readouterr().out
+    assert "$" not in said and paid(tmp_path) == 0
+    assert "with the limit of $1 a run stops (exit 6)" in capsys.readouterr().out
 
 
 def test_a_server_that_states_its_cost_needs_no_price(tmp_path: Path) -> None:
@@ -191,10 +190,10 @@ def test_a_server_that_states_its_cost_needs_no_price(tmp_path: Path) -> None:
         place = write_config(tmp_path, teacher)
         (tmp_path / "prices.yaml").write_text("{}")
         assert main(["plan", "--pilot", "12", str(place)]) == 0
-        bill, before = bill_of(place), teacher.bill
+        cost, before = cost_of(place), teacher.bill
         assert main(["generate", str(place)]) == 0
-    assert bill.left.dollars and bill.price is None and bill.most is None
-    assert bill.left.dollars[0] <= teacher.bill - before <= bill.left.dollars[1]
+    assert cost.dollars and cost.dollars_most is None
+    assert cost.dollars / 2 < teacher.bill - before < 2 * cost.dollars
 
 
 def test_failures_and_answers_without_a_count_are_told(tmp_path: Path, capsys: Any) -> None:
@@ -205,11 +204,9 @@ def test_failures_and_answers_without_a_count_are_told(tmp_path: Path, capsys: A
     with FakeTeacher(script) as teacher:
         place = write_config(tmp_path, teacher, max_retries=0)
         assert main(["plan", "--pilot", "30", str(place)]) == 0
-    said, bill = capsys.readouterr().out, bill_of(place)
-    assert bill.failed > 3 and bill.stored + bill.failed == 30
-    assert f"{bill.failed} of those left were asked before and have no answer" in said
-    assert "are failed" in said and "have estimated tokens" in said
-    assert "and perhaps $" in said
+    told, cost = capsys.readouterr().out, cost_of(place)
+    assert 0 < cost.stored < 30 and cost.requests == COUNT - cost.stored and cost.paid_perhaps > 0
+    assert "error" in told and "and perhaps $" in told
 
 
 def test_questions_that_the_teacher_writes_are_counted_and_tried(tmp_path: Path) -> None:
@@ -230,8 +227,7 @@ def test_questions_that_the_teacher_writes_are_counted_and_tried(tmp_path: Path)
         tree["corpus"]["split"] = {"validation": 2, "heldout": 2}
         tree["prompts"] = {"questions": {"kinds": ["factual", "explain"], "per_document": 4}}
         place.write_text(json.dumps(tree))
-        wide = bill_of(place)
-        assert wide.left.count.low == 24 and wide.left.count.high == 24 + 4 * (8 * 2 + 4)
+        assert cost_of(place).requests == 24 + 4 * (8 * 2 + 4)
         assert main(["plan", "--pilot", "12", str(place)]) == 0
         assert len(teacher.payloads) == 12
         asked = [question(payload) for payload in teacher.payloads]
@@ -239,15 +235,16 @@ def test_questions_that_the_teacher_writes_are_counted_and_tried(tmp_path: Path)
         assert main(["plan", "--pilot", "24", str(place)]) == 0
         tried = len(teacher.payloads)  # new questions may stand before some that were asked
         assert 24 <= tried <= 30
-        bill, before = bill_of(place), teacher.bill
+        cost, before = cost_of(place), teacher.bill
         assert main(["generate", str(place)]) == 0
         assert sum(teacher.bills.values()) == len(teacher.payloads)
-    assert bill.left.dollars and bill.most
-    assert bill.left.dollars[0] <= teacher.bill - before <= bill.left.dollars[1] <= bill.most
-    assert bill.left.count.low <= len(teacher.payloads) - tried <= bill.left.count.high
+    assert cost.dollars and cost.dollars_most
+    assert cost.dollars / 2 < teacher.bill - before < 2 * cost.dollars
+    assert teacher.bill - before < cost.dollars_most
+    assert cost.requests / 2 < len(teacher.payloads) - tried < 2 * cost.requests
 
 
-def test_a_pilot_of_a_local_teacher_measures_its_seconds(tmp_path: Path, capsys: Any) -> None:
+def test_a_pilot_of_a_local_teacher_measures_its_answers(tmp_path: Path, capsys: Any) -> None:
     with FakeTeacher() as teacher:
         place = write_config(tmp_path, teacher)
     tree = json.loads(place.read_text())
@@ -255,8 +252,8 @@ def test_a_pilot_of_a_local_teacher_measures_its_seconds(tmp_path: Path, capsys:
     place.write_text(json.dumps(tree))
     assert main(["plan", "--pilot", "10", str(place)]) == 0
     said = capsys.readouterr().out
-    assert f"{COUNT - 10} answers, 10 stored" in said and "seconds" in said and "$" not in said
-    assert "foretold at 95 % from 10 stored answers" in said
+    assert f"{COUNT - 10} answers, 10 stored" in said and "$" not in said
+    assert "expected from 10 stored answers" in said
     assert main(["generate", str(place)]) == 0
     spent = {e.stage: e.output_tokens for e in ledger_of(tmp_path)}
     assert 0 < spent["pilot"] <= 80 < spent["generate"] <= 8 * (COUNT - 10)
@@ -296,16 +293,10 @@ def test_what_a_killed_pilot_spent_is_entered_once(tmp_path: Path) -> None:
         assert attempts == account(log, PRICE).attempts == COUNT
 
 
-def asked(task: str, number: int) -> Question:
-    turn = Message(role="user", content=f"{task} {number}")
-    return Question(task, Request.make("o", f"p{number}", (turn,), Sampling()))
-
-
-@pytest.mark.parametrize(("count", "shares"), [(10, [7, 2, 1]), (3, [2, 1, 0]), (99, [70, 20, 10])])
-def test_a_sample_is_spread_over_the_tasks_and_grows(count: int, shares: list[int]) -> None:
-    all_ = [asked(t, i) for t, n in (("a", 70), ("b", 20), ("c", 10)) for i in range(n)]
-    chosen = spread(all_, count)
-    found = [sum(r.messages[0].content.startswith(t) for r in chosen) for t in "abc"]
-    assert len(chosen) == count and all(abs(f - s) <= 1 for f, s in zip(found, shares, strict=True))
-    assert chosen == spread(list(reversed(all_)), count) and len(spread(all_, 500)) == 100
-    assert set(chosen) <= set(spread(all_, min(100, 10 * count))) and spread(all_, -1) == []
+def test_the_same_questions_are_chosen_each_time_and_more_of_them_are_those_and_more() -> None:
+    turns = [(Message(role="user", content=f"q{i}"),) for i in range(50)]
+    requests = [Request.make("o", f"p{i}", turn, Sampling()) for i, turn in enumerate(turns)]
+    others = [Request.make("other", f"p{i}", turn, Sampling()) for i, turn in enumerate(turns)]
+    few, more = chosen(requests, 5), chosen(list(reversed(requests)), 20)
+    assert few == more[:5] and len(chosen(requests, 500)) == 50 and chosen(requests, -1) == []
+    assert [r.prompt_id for r in chosen(others, 5)] == [r.prompt_id for r in few]

@@ -1,0 +1,205 @@
+"""What a run's teacher will take: what the store has already, what is left, tokens x price, and the hard maximum.
+
+Nothing is sent. Where the prompts are known, the requests are those that the generate stage will make, so the store says
+which are answered: these cost nothing, and the others are expected to be like them. Where nothing is answered, half of
+`max_new_tokens` is expected. Money is Decimal.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from decimal import Decimal
+from math import ceil
+from typing import NamedTuple
+
+from distill.config import Config
+from distill.corpus.questions import TASK, shares
+from distill.formatting import dollars
+from distill.generation.asking import origin_of
+from distill.generation.budget import Account, account, most_dollars
+from distill.generation.generate import read
+from distill.generation.prices import MILLION, TokenPrice, load_prices
+from distill.generation.requests import asking_requests, requests_of, written_prompts
+from distill.generation.responder import Request
+from distill.planning.work import Work, mean_bytes
+from distill.records import Record, Response
+from distill.store import Log
+
+ANSWER = 0.5  # of max_new_tokens: 0.35 on the quickstart's documentation, 0.66 on GSM8K's problems
+READ = 1000  # stored answers of a kind that are read
+QUESTION = 150  # bytes of a question that the teacher writes
+ESCAPED, ENVELOPE = 1.1, 400  # a request's bytes: its texts', as JSON, and what stands around them
+
+
+class TeacherCost(Record):
+    """What is left to ask of the teacher, expected and at most; dollars and seconds are None where they are not known.
+
+    `dollars_most` is one attempt at each request that writes all it may; a retry that was billed comes on top.
+    """
+
+    requests: int
+    stored: int
+    input_tokens: int
+    output_tokens: int
+    output_tokens_most: int
+    answer_tokens: float  # of one answer, as is expected
+    dollars: Decimal | None
+    dollars_most: Decimal | None
+    paid: Decimal
+    paid_perhaps: Decimal  # by attempts whose outcome is not known, at most
+    seconds: float | None  # of an endpoint; a local teacher's are the machine's
+    notes: tuple[str, ...] = ()
+
+
+class Kind(NamedTuple):
+    """Requests of one kind: how many are left, bytes of a question, cap, and the stored answers that were read.
+
+    Asking for questions is a kind of its own, `asking`, since what comes is no answer.
+    """
+
+    name: str
+    count: float
+    size: float
+    cap: int
+    stored: int = 0
+    known: Sequence[Response] = ()
+
+
+def teacher_cost(config: Config, work: Work, origin: str | None = None) -> TeacherCost | None:
+    """Return what the teacher will take, None for one that is asked nothing.
+
+    `origin` is that of a local responder, which only a pilot knows; without it, nothing of the store is read.
+    """
+    teacher, paid = config.teacher, config.teacher.kind == "endpoint"
+    if teacher.kind not in ("local", "endpoint"):
+        return None
+    price = load_prices(config.evaluation.prices).teacher(teacher.model) if paid else None
+    origin = origin or (origin_of(teacher) if paid else None)
+    if work.texts is None or origin is None:
+        kinds, spent = list(_by_size(config, work)), Account()
+    else:
+        with Log(config.store_folder() / "responses", writable=False) as log:
+            kinds = list(_by_request(config, work, origin, log))
+            spent = account(log, price, config.name, teacher.model)
+    lengths = [r.usage.output_tokens for k in kinds if k.name != "asking" for r in k.known]
+    answer = sum(lengths) / len(lengths) if lengths else ANSWER * teacher.max_new_tokens
+    count = asked = output = capped = 0.0
+    most = None if price is None or "max_tokens" in teacher.omit else Decimal(0)
+    for kind in kinds:
+        own = [response.usage.output_tokens for response in kind.known]
+        count += kind.count
+        asked += kind.count * work.teacher.tokens_of(kind.size)
+        output += kind.count * (sum(own) / len(own) if own else min(answer, kind.cap))
+        capped += kind.count * kind.cap
+        if most is not None:
+            each = most_dollars(price, ceil(ESCAPED * kind.size) + ENVELOPE, kind.cap)
+            most += (each or 0) * ceil(kind.count)
+    expected, settled = None, spent.attempts - spent.unknown
+    if price:
+        expected = ceil(asked) * price.dollars_per_million_input
+        expected = (expected + ceil(output) * price.dollars_per_million_output) / MILLION
+    elif settled and not spent.unpriced:  # the server states what answers cost
+        expected = spent.settled * ceil(count) / settled
+    known = [response for kind in kinds for response in kind.known]
+    seconds = None if count else 0.0
+    if paid and known:  # as fast as those before came, and as the limits of the rate allow
+        pace = sum(response.usage.seconds for response in known) / len(known)
+        by_count = 60 * count / (teacher.requests_per_minute or float("inf"))
+        by_tokens = 60 * (asked + capped) / (teacher.tokens_per_minute or float("inf"))
+        seconds = max(pace * count, by_count, by_tokens)
+    found = TeacherCost(
+        requests=ceil(count),
+        stored=sum(kind.stored for kind in kinds),
+        input_tokens=ceil(asked),
+        output_tokens=ceil(output),
+        output_tokens_most=ceil(capped),
+        answer_tokens=answer,
+        dollars=expected,
+        dollars_most=most,
+        paid=spent.settled,
+        paid_perhaps=spent.unknown_most,
+        seconds=seconds,
+    )
+    return found.model_copy(update={"notes": tuple(_notes(config, found, known, price))})
+
+
+def _by_size(config: Config, work: Work) -> Iterator[Kind]:
+    """Yield what is to be asked, from the number and size of prompts alone."""
+    teacher, questions, size = config.teacher, config.prompts.questions, work.teacher.bytes
+    count = work.asked + work.prompts["train"] * (teacher.n - 1)
+    yield Kind("answers", count, size, teacher.max_new_tokens)
+    if questions:
+        asking = work.documents * len(shares(questions.kinds, questions.per_document))
+        yield Kind("asking", asking, size, questions.max_new_tokens)
+
+
+def _by_request(config: Config, work: Work, origin: str, log: Log) -> Iterator[Kind]:
+    """Yield what is left of each task's requests, and of the questions that the teacher writes."""
+    (documents, prompts), settings = work.texts or ((), ()), config.prompts.questions
+
+    def stored(request: Request) -> bool:
+        return ("response", Response.make_id(request.key, request.sample)) in log
+
+    def kind(name: str, requests: Sequence[Request]) -> Kind:
+        missing = [request for request in requests if not stored(request)]
+        answered = [request for request in requests if stored(request)]
+        known = [read(log, request) for request in answered[:: -(-len(answered) // READ) or 1]]
+        cap = max((request.sampling.max_new_tokens for request in requests), default=0)
+        size = mean_bytes([request.messages for request in missing])
+        return Kind(name, len(missing), size, cap, len(answered), known)
+
+    prompts = list(prompts)
+    if settings:
+        left, came, asking = [], list[int](), list[Request]()
+        for document in documents:
+            requests = asking_requests(settings, origin, document)
+            asking += requests
+            if all(map(stored, requests)):
+                replies = [read(log, request) for request in requests]
+                came.append(len(new := written_prompts(settings, document, replies)))
+                prompts += new
+            else:
+                left.append(document)
+        yield kind("asking", asking)
+        # Of each other document as many questions are expected as came of these, answered n times for training.
+        each = sum(came) / len(came) if came else settings.per_document
+        count = each * sum(config.teacher.n if d.meta["split"] == "train" else 1 for d in left)
+        size = QUESTION + (work.teacher.bytes if settings.answer_with_passage else 0)
+        yield Kind(f"{TASK} to come", count, size, config.teacher.max_new_tokens)
+    known = {document.id: document for document in documents}
+    for task in dict.fromkeys(prompt.task for prompt in prompts):
+        of_task = [prompt for prompt in prompts if prompt.task == task]
+        yield kind(task, requests_of(config, origin, of_task, known))
+
+
+def _notes(
+    config: Config, found: TeacherCost, known: Sequence[Response], price: TokenPrice | None
+) -> Iterator[str]:
+    """Say what is expected on which grounds; of a paid teacher its price, what was paid, and whether the budget suffices."""
+    if known:
+        stops = Counter(response.stop for response in known).most_common()
+        told = ", ".join(f"{many} {stop}" for stop, many in stops)
+        yield f"expected from {len(known):,} stored answers, which stopped so: {told}"
+    else:
+        measured = "distill plan --pilot N asks N of them and measures"
+        yield f"answers are expected to take {ANSWER:.0%} of their cap; {measured}"
+    if config.teacher.kind == "local":
+        return
+    if price:
+        rates = (price.dollars_per_million_input, price.dollars_per_million_output)
+        yield f"${rates[0]} in, ${rates[1]} out a million tokens ({price.date}, {price.source})"
+    limit = config.teacher.budget_dollars
+    if found.dollars is None:
+        why = load_prices(config.evaluation.prices).why_no_teacher(config.teacher.model)
+        stop = f"; with the limit of ${limit} a run stops (exit 6)" if limit is not None else ""
+        yield f"cost unknown: {why}{stop}"
+        return
+    perhaps = f" and perhaps {dollars(found.paid_perhaps)}" if found.paid_perhaps else ""
+    whole = dollars(found.paid + found.dollars)
+    yield f"paid so far {dollars(found.paid)}{perhaps}; the whole run {whole}, retries apart"
+    if limit is None:
+        yield "no limit: teacher.budget_dollars is not set"
+        return
+    left, most = limit - found.paid - found.paid_perhaps, found.dollars_most
+    word = "is expected to suffice" if found.dollars <= left else "does not suffice"
+    word = "suffices" if most is not None and most <= left else word
+    yield f"limit ${limit}, beyond which nothing is asked: {word}"

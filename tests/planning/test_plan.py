@@ -1,0 +1,162 @@
+"""The plan: the recorded runs within a factor of 1.5, what it shows, and no figure where nothing is known."""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from distill.cli import main
+from distill.config import Config
+from distill.config_file import load_config
+from distill.errors import Exit
+from distill.planning import plan as planning
+from distill.planning.cost import teacher_cost
+from distill.planning.machine import Machine, find_machine
+from distill.planning.plan import announce, make_plan, memory, plan_stages, show
+from distill.planning.work import count_work
+from distill.run import Run
+from tests.planning.test_work import ROOT, of_folder, shipped
+from tests.planning.test_work import texts as texts  # a fixture
+from tests.tiny import make_tiny
+
+HERE = Machine(name="here", kind="cpu", rates={"auto": ("bfloat16", 858e9)}, source="recorded")
+RECORDED = ROOT / "eval/results/quickstart-scorecard.json"
+# Seconds of the quickstart's stages on two cores: with bfloat16, and with AVX2 alone, whose products reach 150 GFLOP/s.
+STAGES = json.loads(RECORDED.read_text())["cost"]["distillation"]["stages"]
+WITH = {
+    "bfloat16": (858e9, STAGES),
+    "float32": (150e9, {"generate": 452, "train": 459, "evaluate": 215}),
+}
+
+
+def quickstart(*overrides: str) -> Run:
+    return shipped("quickstart", *overrides)
+
+
+def shown(config: Config, machine: Machine = HERE) -> str:
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(show(make_plan(Run(config), machine=machine)))
+    return capture.get()
+
+
+@pytest.mark.parametrize("dtype", WITH)
+def test_the_recorded_quickstart_is_predicted_within_a_factor_of_one_and_a_half(dtype):
+    rate, recorded = WITH[dtype]
+    machine = Machine(name="x", kind="cpu", rates={"auto": (dtype, rate)}, source="")
+    run = quickstart()
+    config, work = run.config, count_work(run)
+    rows = {r.stage: r for r in plan_stages(config, work, teacher_cost(config, work), machine)}
+    assert list(rows) == [
+        *("corpus", "prompts", "generate", "filter", "train", "evaluate", "report")
+    ]
+    for stage in ("generate", "train", "evaluate"):
+        assert recorded[stage] / 1.5 < (rows[stage].seconds or 0) < 1.5 * recorded[stage]
+    total = sum(recorded.values())
+    assert total / 1.25 < sum(row.seconds or 0 for row in rows.values()) < 1.25 * total
+
+
+@pytest.mark.parametrize("name", ["folder", "one-gpu"])
+def test_shipped_configs_are_planned_from_real_texts(texts, name):
+    told = shown(load_config(ROOT / f"configs/{name}.yaml", [f"corpus.path={texts}"]))
+    assert "40 documents" in told and "models to fetch" in told and "858" not in told
+
+
+def test_one_gpu_fits_its_gpu_and_what_does_not_fit_is_said(texts):
+    config = load_config(ROOT / "configs/one-gpu.yaml", [f"corpus.path={texts}"])
+    machine = find_machine(config.evaluation.machine, "bfloat16")
+    peaks = memory(config, count_work(Run(config)), machine)
+    assert set(peaks) == {"generate", "train"} and max(peaks.values()) < 0.9 * 24e9
+    assert "does not fit" not in shown(config, machine)
+    assert "does not fit" in shown(config, machine.model_copy(update={"memory": 8e9}))
+
+
+def test_soft_labels_have_a_line_and_a_size():
+    path, loss = ROOT / "configs/gsm8k.yaml", "train.loss={ce: 0.5, forward_kl: 0.5}"
+    sample = f"corpus.path={ROOT / 'data/gsm8k/sample.jsonl'}"
+    told = shown(load_config(path, [sample]))
+    assert "signals" not in told and "soft labels" not in told
+    told = shown(load_config(path, [sample, loss]))
+    assert "read once" in told and "soft labels" in told
+
+
+def test_rounds_on_policy_and_a_live_teacher_are_in_the_plan():
+    place = [f"corpus.path={ROOT / 'data/gsm8k/sample.jsonl'}"]
+    live = ["train.loss={ce: 0.5, forward_kl: 0.5, teacher: live}", "on_policy.rounds=3"]
+    configs = [load_config(ROOT / "configs/gsm8k.yaml", more) for more in (place, place + live)]
+    plans = [make_plan(Run(config), machine=HERE) for config in configs]
+    before, after = ({row.stage: row for row in plan.stages} for plan in plans)
+    assert "refine" not in before and "signals" not in after
+    assert after["refine"].work.startswith("3 rounds")
+    assert (after["train"].seconds or 0) > 1.3 * (before["train"].seconds or 0)
+    assert plans[1].memory["train"] > plans[0].memory["train"] + 3e9
+
+
+def test_without_a_rate_there_are_no_seconds_and_no_price():
+    plan = make_plan(quickstart(), machine=HERE.model_copy(update={"rates": {}}))
+    unknown = [row.stage for row in plan.stages if row.seconds is None]
+    assert unknown == ["generate", "train", "evaluate"]
+    assert "time: generate, train, evaluate not counted: not known yet" in plan.notes
+
+
+def test_answers_that_exist_take_no_teacher():
+    plan = make_plan(quickstart("teacher={kind: recorded, model: somebody}"), machine=HERE)
+    line = plan.stages[2]
+    assert plan.teacher is None and "none made" in line.work and not line.seconds
+
+
+def test_answers_that_the_corpus_brings_have_their_own_length(tmp_path):
+    turns = [(("user", f"Why {n}?"), ("assistant", "because " * 100)) for n in range(20)]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in row]} for row in turns]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["corpus.near_duplicate_threshold=null", "prompts.tasks=[]", "teacher.kind=recorded"]
+    work = count_work(of_folder(tmp_path / "rows.jsonl", *words))
+    assert work.answer_tokens == pytest.approx(100, rel=0.1)
+
+
+def test_the_plan_is_json_too(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert main(["plan", str(ROOT / "configs/quickstart.yaml"), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["prompts"] == {"train": 240, "validation": 24, "heldout": 66}
+    assert plan["machine"]["rates"]["auto"] and plan["seconds"] > 60 and plan["memory"]["train"]
+    assert plan["teacher"]["requests"] == 330 and plan["teacher"]["output_tokens_most"] == 330 * 128
+
+
+def test_what_cannot_be_planned_says_so(capsys):
+    place = str(ROOT / "configs/quickstart.yaml")
+    assert main(["plan", place, "student.model=some/model"]) == Exit.CONFIG
+    assert "configs/models.yaml" in capsys.readouterr().err
+    assert main(["plan", str(ROOT / "configs/folder.yaml"), "corpus.path=./none"]) == Exit.INPUT
+    assert capsys.readouterr().err.startswith("error: none: does not exist")
+
+
+def test_a_run_that_is_long_here_names_a_smaller_size(capsys, monkeypatch, tmp_path):
+    """The machine is a given one, so that the figures are."""
+    run = quickstart(f"runs={tmp_path}")
+    monkeypatch.setattr(planning, "find_machine", lambda *asked: HERE)
+    announce(run)
+    told = capsys.readouterr().err
+    assert "run: about 6 min on this machine (recorded): generate 2 min" in told
+    assert "smaller" not in told
+    slow = HERE.model_copy(update={"rates": {"auto": ("float32", 30e9)}})
+    monkeypatch.setattr(planning, "find_machine", lambda *asked: slow)
+    announce(run)
+    told = capsys.readouterr().err
+    assert "run: about 97 min" in told and "a smaller size takes 12 min: name=" in told
+    assert "name=quickstart-small prompts.train=24 prompts.validation=2 prompts.heldout=7" in told
+
+
+def test_a_run_is_never_stopped_by_what_cannot_be_predicted(capsys, monkeypatch, tmp_path, texts):
+    def refuse(*asked: str) -> Machine:
+        raise AssertionError("nothing is measured for a short run")
+
+    monkeypatch.setattr(planning, "find_machine", refuse)
+    announce(quickstart(f"runs={tmp_path}", "student.model=some/model"))
+    announce(of_folder(tmp_path / "none"))
+    assert not capsys.readouterr().err
+    tiny = str(make_tiny(tmp_path / "m"))
+    short = (f"runs={tmp_path}", f"teacher.model={tiny}", f"student.model={tiny}")
+    capsys.readouterr()
+    announce(of_folder(texts, *short))
+    assert not capsys.readouterr().err
