@@ -332,11 +332,11 @@ class Teacher(Section):
     max_pause: Seconds = 300
     """Longest wait in seconds that a server may ask for (Retry-After); a longer one stops the
     run."""
-    first_wait: Seconds = 0.5
+    initial_backoff: Seconds = 0.5
     """Seconds before the first retry; each further one waits longer, with jitter."""
     max_retries: Annotated[int, Field(ge=0, le=100)] = 6
     """Retries of a request that failed for a reason that may pass."""
-    max_straight_failures: Positive = 100
+    max_consecutive_failures: Positive = 100
     """Failures in a row, over all requests, after which the run stops."""
     max_body_bytes: Annotated[int, Field(ge=1000, le=10**9)] = 16_000_000
     """Bytes of a reply at most; a longer one counts as failed."""
@@ -632,8 +632,8 @@ class Evaluation(Section):
     """Tokens of an answer to a held-out prompt, at most; null takes `teacher.max_new_tokens`."""
     max_batch_size: Positive | None = None
     """Sequences generated at once; null takes what fits in memory."""
-    samples: Annotated[int, Field(ge=100, le=1_000_000)] = 10_000
-    """Bootstrap resamples of an interval."""
+    bootstrap_samples: Annotated[int, Field(ge=100, le=1_000_000)] = 10_000
+    """Bootstrap samples from which an interval is read."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     """Confidence level of the intervals."""
     margin: Annotated[float, Field(gt=0, lt=1)] = 0.05

@@ -12,7 +12,14 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 # The last part of a key; it is an old name only where the section has the new one and not the old.
-RENAMED = {"slots": "max_batch_size", "licence": "license", "licences": "licenses"}
+RENAMED = {
+    "slots": "max_batch_size",
+    "licence": "license",
+    "licences": "licenses",
+    "first_wait": "initial_backoff",
+    "max_straight_failures": "max_consecutive_failures",
+    "samples": "bootstrap_samples",
+}
 KeyPath = tuple[str, ...]
 
 

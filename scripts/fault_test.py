@@ -107,7 +107,7 @@ PATIENCE = {
     "max_retries": 6,
     "read_timeout": 1,
     "total_timeout": 3,
-    "first_wait": 0.02,
+    "initial_backoff": 0.02,
     "max_body_bytes": 1_000_000,
 }
 

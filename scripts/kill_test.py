@@ -113,7 +113,7 @@ def experiment(folder: Path) -> dict[str, Any]:
             "save_steps": 2,
             "lora": {"r": 4, "alpha": 8},
         },
-        "evaluation": {"samples": 200},
+        "evaluation": {"bootstrap_samples": 200},
     }
 
 

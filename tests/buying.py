@@ -22,7 +22,7 @@ def settings(teacher: FakeTeacher | str | tuple[str, ...], **changes: Any) -> Te
         "model": MODEL,
         "base_url": url,
         "max_new_tokens": 20,
-        "first_wait": 0.01,
+        "initial_backoff": 0.01,
         "max_retries": 3,
         "connect_timeout": 20,
         "read_timeout": 20,

@@ -39,7 +39,12 @@ def make_run(folder: Path, teacher: dict[str, Any], **settings: Any) -> Run:
             "corpus": {"source": "python-docs"},
             "teacher": teacher,
             "student": {"model": "a/student"},
-            "evaluation": {"machine": "box", "prices": str(prices), "samples": 500, **settings},
+            "evaluation": {
+                "machine": "box",
+                "prices": str(prices),
+                "bootstrap_samples": 500,
+                **settings,
+            },
         }
     )
     run = Run(config)

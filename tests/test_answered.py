@@ -94,7 +94,7 @@ class Writer:
 def make_answered(folder: Path, server: FakeTeacher, name: str = "far", **signals: Any) -> Run:
     """A run whose teacher is behind an endpoint, with its prompts; the models are those of the capture's tests."""
     teacher = {"kind": "endpoint", "model": SERVED, "base_url": server.url, "extra_body": LISTED}
-    teacher |= {"first_wait": 0.01, "max_retries": 1, "concurrency": 2}
+    teacher |= {"initial_backoff": 0.01, "max_retries": 1, "concurrency": 2}
     run = make_run(folder, name, teacher=teacher, signals={"from_answers": True, **signals})
     documents = [Document.make(f"text {pair.prompt.id}", "x", {"split": "train"}) for pair in KNOWN]
     write_records(run.path("documents.jsonl"), documents)

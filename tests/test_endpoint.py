@@ -238,7 +238,7 @@ def test_c5_a_dead_server_trips_the_breaker(tmp_path: Path) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         dead = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
-    asked = settings(dead, max_straight_failures=5)
+    asked = settings(dead, max_consecutive_failures=5)
     with pytest.raises(DistillError, match="5 failures in a row.*cannot connect") as stopped:
         answer_all(EndpointResponder(asked, PRICE), asks(asked, 50), tmp_path, "x")
     assert stopped.value.code == Exit.TEACHER

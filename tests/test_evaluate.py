@@ -59,7 +59,7 @@ def make_run(folder: Path, student: Path, pairs: list[Pair]) -> Run:
             "corpus": {"source": "python-docs"},
             "teacher": {"kind": "recorded", "model": "somebody/teacher", "max_new_tokens": 12},
             "student": {"model": str(student), "dtype": "float32"},
-            "evaluation": {"machine": "cpu-2-core", "samples": 500},
+            "evaluation": {"machine": "cpu-2-core", "bootstrap_samples": 500},
         }
     )
     run = Run(config)

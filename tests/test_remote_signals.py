@@ -92,7 +92,7 @@ def scored(ids: list[int], places: list[Any] | None) -> Reply:
 
 
 def endpoint(server: FakeTeacher, **changes: Any) -> dict[str, Any]:
-    own = {"kind": "endpoint", "model": SERVED, "base_url": server.url, "first_wait": 0.01}
+    own = {"kind": "endpoint", "model": SERVED, "base_url": server.url, "initial_backoff": 0.01}
     return {**own, "max_retries": 2, "concurrency": 3, **changes}
 
 

@@ -98,6 +98,8 @@ def test_the_table_holds_names_that_are_gone_and_their_new_ones():
         assert old not in Teacher.model_fields and new != old
     assert present_path(("signals", "endpoint", "slots"), Config)[-1] == "max_batch_size"
     assert present_path(("teacher", "extra_body", "slots"), Config)[-1] == "slots"
+    assert present_path(("signals", "samples"), Config)[-1] == "samples", "which is another thing"
+    assert present_path(("evaluation", "samples"), Config)[-1] == "bootstrap_samples"
     assert all("licence" not in fields_in(form) for form in forms)
 
 

@@ -55,7 +55,7 @@ def accounts(config: Config, run: Run, overall: Mapping[str, Any] | None) -> dic
         why_no_distillation=spent.reasons.get("dollars", ""),
         requests_per_month=settings.requests_per_month,
     )
-    certainty = Certainty(settings.confidence, settings.samples, config.seed)
+    certainty = Certainty(settings.confidence, settings.bootstrap_samples, config.seed)
     quality = (overall or {}).get("student_minus_teacher", {"mean": None, "reason": NOT_MEASURED})
     found = economics(requests, assumed, certainty, compared, quality)
     cost = {**{m: c.model_dump() for m, c in costs.items()}, "distillation": spent.model_dump()}

@@ -44,7 +44,9 @@ def measure(config: Config, run: Run, suites: Sequence[Suite], leaks: Leaks) -> 
     """Score and compare what was answered; reads and writes files, so `distill verify` can do it again."""
     _, items = held_out_items(run)
     answers, settings = read_answers(run, items), config.evaluation
-    certainty = Certainty(settings.confidence, settings.samples, config.seed, settings.margin)
+    certainty = Certainty(
+        settings.confidence, settings.bootstrap_samples, config.seed, settings.margin
+    )
     find = tasks_of_run(run.folder)
     rows = {t: measure_task(t, items, answers, find) for t in dict.fromkeys(i.task for i in items)}
     for model in answers:

@@ -179,7 +179,7 @@ class Purchase:
             if fault is None or fault.scope == "item":
                 return
             if not fault.limited:  # a pause for all was set where the rate was too high
-                await self.gate.sleep(backoff(retry, self.settings.first_wait))
+                await self.gate.sleep(backoff(retry, self.settings.initial_backoff))
         if fault:
             self._give_up(request, fault)
 
@@ -369,13 +369,13 @@ class Purchase:
         """Hold all workers for as long as the server asks, or for a backoff where the rate was too high."""
         if asked is None and not fault.limited:
             return
-        jitter = backoff(number if asked is None else 0, self.settings.first_wait)
+        jitter = backoff(number if asked is None else 0, self.settings.initial_backoff)
         self.gate.pause(jitter + (asked or 0.0))
 
     def _count(self, fault: Fault) -> None:
         """Count failures in a row, and raise where there are so many that asking on is no use."""
         self.straight += not fault.limited
-        if self.straight >= self.settings.max_straight_failures:
+        if self.straight >= self.settings.max_consecutive_failures:
             what = f"{self.straight} failures in a row, the last: {fault.what}"
             fix = f"see to the server: {AGAIN}"
             raise DistillError(Exit.TEACHER, self.settings.model, what, fix)
