@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distill.corpus import readers
+from distill.corpus.clean import normalise
 from distill.corpus.readers import Reject, Row, html_to_text, list_files, read_file
 from distill.errors import DistillError, Exit
 
@@ -52,11 +53,77 @@ def test_html_gives_its_visible_text(tmp_path: Path) -> None:
     assert read(write(tmp_path, "a.html.gz", page.encode())) == [Row("a.html.gz:1", {"text": text})]
 
 
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        (
+            "<?xml version='1.0' encoding='latin-1'?><!DOCTYPE html><html xmlns='urn:x'><head>"
+            "<meta charset=windows-1251><title/><script src=a.js /></head><body>é – 漢😀</body></html>",
+            "é – 漢😀",
+        ),
+        (
+            "<p>&lt;&nbsp;x &eacute; &#233; &copy AT&T &bogus; &#0;&hellip; a < b</p>",
+            "< x é é © AT&T &bogus; \ufffd… a < b",
+        ),
+        (
+            "<ul><li>a<li>b<ol><li>c</li><li>d</ol></ul><dl><dt>t<dd>d</dl>",
+            "a\nb\n\nc\n\nd\n\nt\nd",
+        ),
+        ("<table><tr><th>A<th>B<tr><td>1<td>2</table>after", "A\nB\n\n1\n2\nafter"),
+        ("<div><div>x</div>y</div>z<p>p<p>q<div>r</div></p>s", "x\ny\nz\n\np\n\nq\nr\n\ns"),
+        ("a<br>b<br/>c<br />d</br>e</div>f</p>g<h1>h</h2>i", "a\nb\nc\nd\ne\nf\n\ng\n\nh\n\ni"),
+        ("<a>one<p>two</a>three <b>fo<i>u</b>r</i>", "one\n\ntwo\nthree four"),
+        ("<pre>a\n\tb <b> c</b>\n</pre>d  e", "a\n\tb  c\n\nd e"),
+        (
+            "a <!-- b --><!-- <p>c</p> d --!><!---->e <?php f(); ?>g<![CDATA[ h ]]>",
+            "a e g",
+        ),
+        (
+            "<script>'<p>a</p>'; b</script><style>c</style><noscript>d</noscript><iframe>e</iframe>"
+            "<template><nav>f</template><div><nav>g</div>h<textarea> <p>i</p> </textarea>",
+            "h <p>i</p>",
+        ),
+        ("<o:p>a</o:p><svg><title>b</title><text>c</text></svg><math><mi>d</mi></math>", "acd"),
+        ("<img alt='a>b' title=\"<p>c</p>\"><p a=b=c d'e>f<a href='g", "f"),
+        ("<div>" * 10_000 + "a" + "</div>" * 10_000 + "b", "a\n\nb"),
+        ("<p>" + "a " * 500_000 + "<p>b", "a " * 499_999 + "a\n\nb"),
+    ],
+    ids=range(14),
+)
+def test_a_page_reads_as_a_browser_shows_it(page: str, text: str) -> None:
+    assert normalise(html_to_text(page)) == text
+
+
+def test_a_page_reads_no_file_and_expands_no_entity_of_its_own(tmp_path: Path) -> None:
+    secret = write(tmp_path, "secret.txt", b"hunter2")
+    page = (
+        f"<!DOCTYPE html [<!ENTITY x SYSTEM '{secret.as_uri()}'><!ENTITY y 'lol'>]>"
+        f"<html xmlns:xi='http://www.w3.org/2001/XInclude'><p>&x;&y;</p>"
+        f"<xi:include href='{secret.as_uri()}' parse='text'/><link rel=import href='{secret}'>"
+    )
+    text = html_to_text(page)
+    assert "&x;&y;" in text and "hunter2" not in text and "lol" not in text
+
+
 @pytest.mark.parametrize("part", ["<", "<a ", "<!--", "<![CDATA[", "</", "<a b='", "<script>", "&"])
 def test_a_hostile_page_takes_no_time_in_its_square(part: str) -> None:
     started = time.monotonic()
     assert html_to_text("<p>Text.</p>" + part * 50_000).strip().startswith("Text.")
     assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("end", ["</p>", "</span>"])
+def test_end_tags_that_close_nothing_take_bounded_time(tmp_path: Path, end: str) -> None:
+    page = "<div>" * 400_000 + end * 400_000
+    started = time.thread_time()
+    (reject,) = read(write(tmp_path, "a.html", page.encode()))
+    assert isinstance(reject, Reject) and "inside one another" in reject.reason
+    assert time.thread_time() - started < 10
+
+
+def test_a_page_with_a_nul_character_is_rejected_as_any_text_with_one_is(tmp_path: Path) -> None:
+    (reject,) = read(write(tmp_path, "a.html", "<p>text</p>".encode("utf-16-le")))
+    assert reject == Reject(where="a.html:1", reason="holds a NUL character")
 
 
 def test_a_page_without_its_closing_tags_keeps_its_text() -> None:

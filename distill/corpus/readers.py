@@ -8,10 +8,10 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterator
-from html.parser import HTMLParser
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -25,13 +25,16 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (*TEXTS, ".jsonl", *DELIMITERS)
 BINARY_SUFFIXES = (".parquet",)
 BLOCKS = frozenset(
-    "address article aside blockquote br dd div dl dt figcaption footer h1 h2 h3 h4 h5 h6 header hr li main ol p pre "
-    "section table td th tr ul".split()
+    "address article aside blockquote br dd div dl dt figcaption footer h1 h2 h3 h4 h5 h6 header hr li listing main ol "
+    "p plaintext pre section table td th tr ul xmp".split()
 )
-HIDDEN = frozenset("script style template noscript title nav".split())
-MAX_OPEN = (
-    4096  # characters of a construct that never closes; parsing more takes time in its square
-)
+HIDDEN = frozenset("script style template noscript title nav iframe noembed noframes".split())
+VERBATIM = frozenset("pre listing plaintext textarea xmp".split())
+BLOCK_END = re.compile(rf"</({'|'.join(sorted(BLOCKS))})\s*>", re.IGNORECASE)
+MARK = "<br end={}>"  # after each of these, which the parser tells only where it closes something
+MARKS = re.compile(MARK.format(r"\w+"))  # left where markup is text, as in a textarea
+# libxml2 looks through all open elements for what an end tag closes: this many take some five seconds
+MAX_LOOKS = 2_000_000_000
 Bytes = io.BufferedReader | gzip.GzipFile
 
 
@@ -108,6 +111,8 @@ def _read_text(file: Bytes, shown: str, html: bool) -> Iterator[Row | Reject]:
         if len(data) > MAX_ROW:
             raise ValueError(f"larger than {MAX_ROW:,} bytes")
         text = decode(data)
+        if html and "\0" in text:  # which the parser would replace
+            raise ValueError("holds a NUL character")
         yield Row(f"{shown}:1", {"text": html_to_text(text) if html else text})
     except ValueError as error:
         yield Reject(where=f"{shown}:1", reason=str(error))
@@ -285,45 +290,74 @@ def read_dataset(reference: str, config: str | None, split: str) -> Iterator[Row
         yield Row(f"{reference}/{split}:{number}", dict(value))
 
 
-class _Text(HTMLParser):
-    """Collects the visible text; a block element ends a line, `pre` keeps its spaces."""
+class _Text:
+    """Collects the visible text as the parser comes to it; a block ends a line, `pre` keeps its spaces.
 
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
+    No tree is built, so neither depth nor size is a matter of the stack or of memory.
+    """
+
+    def __init__(self, max_depth: int) -> None:
         self.parts: list[str] = []
-        self.hidden = self.verbatim = 0
+        self.run: list[str] = []  # pieces of text without a tag between them
+        self.depth = self.hidden = self.verbatim = 0
+        self.max_depth = max_depth
+        self.ended = False  # whether a block has ended since the last line did
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def start(self, tag: str, attributes: Mapping[str, str]) -> None:
+        self._end_run()
+        self.depth += 1
+        if self.depth > self.max_depth:
+            raise ValueError(f"more than {self.max_depth:,} HTML elements inside one another")
         self.hidden += tag in HIDDEN
-        self.verbatim += tag == "pre"
+        self.verbatim += tag in VERBATIM
         if tag in BLOCKS:
-            self.parts.append("\n\n" if tag[0] in "ph" else "\n")
+            block = attributes.get("end", tag)
+            self.parts.append("\n\n" if block[:1] in ("p", "h") else "\n")
+            self.ended = False
 
-    def handle_endtag(self, tag: str) -> None:
-        self.hidden = max(0, self.hidden - (tag in HIDDEN))
-        self.verbatim = max(0, self.verbatim - (tag == "pre"))
-        if tag in BLOCKS:
-            self.parts.append("\n\n" if tag[0] in "ph" else "\n")
+    def end(self, tag: str) -> None:
+        self._end_run()
+        self.depth -= 1
+        self.hidden -= tag in HIDDEN
+        self.verbatim -= tag in VERBATIM
+        self.ended |= tag in BLOCKS and tag not in ("br", "hr")
 
-    def handle_data(self, data: str) -> None:
+    def data(self, data: str) -> None:
         if not self.hidden:
-            self.parts.append(data if self.verbatim else _one_space(data))
+            self.run.append(data)
 
+    def _end_run(self) -> None:
+        text, self.run = "".join(self.run), []
+        if not text:
+            return
+        if not self.verbatim:
+            # collapsed as a browser does, with one space at each end that had any
+            middle = " ".join(text.split())
+            text = f"{' ' * text[0].isspace()}{middle}{' ' * text[-1].isspace()}" if middle else " "
+        if self.ended and text != " ":  # a block ended without an end tag
+            self.parts.append("\n")
+            self.ended = False
+        self.parts.append(text)
 
-def _one_space(data: str) -> str:
-    """Collapse white space as a browser does, keeping one space at each end that had any."""
-    middle = " ".join(data.split())
-    if not middle:
-        return " " if data else ""
-    return " " * data[0].isspace() + middle + " " * data[-1].isspace()
+    def close(self) -> str:
+        self._end_run()
+        return "".join(self.parts)
 
 
 def html_to_text(html: str) -> str:
-    """Return the visible text of a page, one block a paragraph."""
-    parser = _Text()
-    parser.feed(html)
-    if len(parser.rawdata) <= MAX_OPEN:
-        parser.close()
-    elif not parser.hidden:
-        parser.parts.append(parser.rawdata)
-    return "".join(parser.parts)
+    """Return the visible text of a page, one block a paragraph; raises ValueError where it is nested too deeply.
+
+    Whatever the page declares, nothing is fetched and no entity but HTML's own is expanded.
+    """
+    from lxml.html import HTMLParser  # few corpora are pages
+
+    if not html.strip():
+        return ""
+    collector = _Text(MAX_LOOKS // (1 + html.count("</")))
+    parser = HTMLParser(target=collector, encoding="utf-8", no_network=True, huge_tree=True)
+    marked = BLOCK_END.sub(lambda end: end[0] + MARK.format(end[1].lower()), html)
+    data = marked.encode("utf-8", "replace")
+    # in pieces: an error of the collector stops the parser at the end of a piece
+    for start in range(0, len(data), 2**16):
+        parser.feed(data[start : start + 2**16])
+    return MARKS.sub("", parser.close())
