@@ -73,6 +73,7 @@ class Run:
         self.config = config
         self.folder = folder or config.runs / config.name
         self._running = ""  # the stage whose spending is counted
+        self.remade = set[str]()  # the stages whose making anew was asked for
 
     def path(self, name: str) -> Path:
         """Return the path of a file of the run."""
@@ -198,6 +199,7 @@ class Run:
     def remake(self, stages: Iterable[Stage]) -> None:
         """Set the outputs of `stages` aside, the last first, so that they are made again."""
         for stage in reversed(list(stages)):
+            self.remade.add(stage.name)
             if self.marker(stage).exists():
                 self._set_aside(stage)
 

@@ -7,7 +7,7 @@ from rich.console import Group
 
 from distill.errors import DistillError
 from distill.formatting import table
-from distill.generation.budget import unknown_outcomes
+from distill.generation.budget import paid_models, unknown_outcomes
 from distill.records import LedgerEntry
 from distill.run import Run, Stage
 from distill.store import Log, read_json
@@ -37,12 +37,12 @@ def status(run: Run, stages: Sequence[Stage]) -> Group:
 
 
 def _doubts(run: Run) -> list[str]:
-    """Say how many requests of the run may have been billed without an answer, their maximum cost, and name each."""
+    """Say how many requests of the run may have been billed and nobody knows how much, at most what, and name each."""
     folder = run.config.store_folder() / "responses"
     if run.config.teacher.kind != "endpoint" or not folder.exists():
         return []
     with Log(folder, writable=False) as log:
-        found = unknown_outcomes(log, run.config.name)
+        found = unknown_outcomes(log, run.config.name, paid_models(run.config))
     if not found:
         return []
     most = [attempt.most for attempt in found if attempt.most is not None]

@@ -26,7 +26,8 @@ from distill.evaluation.suite_scores import read_suites
 from distill.evaluation.suites import Suite
 from distill.evidence import APART, CONFIG, LEDGER, MANIFEST, Check, Evidence, check_files, verdict
 from distill.formatting import table
-from distill.generation.generate import read
+from distill.generation.budget import replies
+from distill.generation.generate import readings
 from distill.generation.responder import Request, Sampling
 from distill.models import digest_file
 from distill.records import Item, Response
@@ -194,7 +195,12 @@ def _holds_answers(name: str) -> bool:
 def _answers(log: Log, folder: Path, name: str) -> Check:
     """Read every answer of a file again from its raw bytes, and compare."""
     responses = read_records(folder / name, Response)
-    lost = [n for n, r in enumerate(responses, 1) if r.stop != "error" and _raw(log, r) is None]
+    lost = [
+        number
+        for number, response in enumerate(responses, 1)
+        if response.stop != "error"
+        and not any(replies(log, Response.make_id(response.request_key, response.sample)))
+    ]
     for line, response in enumerate(responses, 1):
         if line not in lost and not _as_it_came(log, response):
             return Check("store", name, "differs", f"line {line}")
@@ -205,12 +211,11 @@ def _answers(log: Log, folder: Path, name: str) -> Check:
     return Check("store", name, "missing", f"line {lost[0]}: the store does not hold it")
 
 
-def _raw(log: Log, response: Response) -> Any:
-    return log.get("response", Response.make_id(response.request_key, response.sample))
-
-
 def _as_it_came(log: Log, response: Response) -> bool:
-    """Tell whether an answer is what its raw record says; tokens that were estimated may have been counted since."""
+    """Tell whether an answer is what a raw record says; tokens that were estimated may have been counted since.
+
+    One that had failed may have been asked again, by another run too.
+    """
     request = Request(
         key=response.request_key,
         sample=response.sample,
@@ -218,10 +223,12 @@ def _as_it_came(log: Log, response: Response) -> bool:
         messages=(),
         sampling=Sampling(),
     )
-    came = read(log, request)
-    if came.usage.estimated:
-        came = came.model_copy(update={"usage": response.usage})
-    return came == response
+    for came in readings(log, request):
+        if came.usage.estimated:
+            came = came.model_copy(update={"usage": response.usage})
+        if came == response:
+            return True
+    return False
 
 
 def _release(evidence: Evidence, told: dict[str, Any]) -> Iterator[Check]:

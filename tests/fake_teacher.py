@@ -40,6 +40,7 @@ class Reply:
     delay: float = 0.0
     hold: Callable[[], object] | None = None  # the reply waits until this holds
     billed: bool | None = None  # None: where the status is 200 and nothing fails
+    dollars: Decimal | None = None  # that are charged, whatever the body says
     answer: dict[str, Any] = field(default_factory=dict)  # changes of the answer's body
     message: dict[str, Any] = field(default_factory=dict)  # changes of its message
     finish: str | None = "stop"
@@ -139,7 +140,7 @@ class FakeTeacher:
         body = answer(payload, reply) if reply.body is None else reply.body
         well = reply.status == 200 and reply.body is None and reply.manner in ("whole", "drip")
         if well if reply.billed is None else reply.billed:
-            self._charge(payload, body)
+            self._charge(payload, body, reply.dollars)
         await asyncio.sleep(reply.delay)
         while reply.hold and not reply.hold():
             await asyncio.sleep(0.005)
@@ -176,10 +177,13 @@ class FakeTeacher:
         await writer.drain()
         return True
 
-    def _charge(self, payload: dict[str, Any], body: bytes) -> None:
-        """Charge as the answer's usage says, or what an answer takes where it says nothing usable."""
+    def _charge(self, payload: dict[str, Any], body: bytes, dollars: Decimal | None = None) -> None:
+        """Charge `dollars`, or as the answer's usage says, or what an answer takes where it says nothing usable."""
         asked = question(payload)
         self.bills[asked] = self.bills.get(asked, 0) + 1
+        if dollars is not None:
+            self.bill += dollars
+            return
         try:
             given = json.loads(body)["usage"]
             usage = Usage(

@@ -13,14 +13,14 @@ from distill.config import Config
 from distill.generation.budget import (
     Budget,
     account,
-    cost,
+    charge,
     enter_account,
     last_fault,
     most_dollars,
     next_attempt,
     unknown_outcomes,
 )
-from distill.generation.wire import pack
+from distill.generation.wire import Reply, pack
 from distill.records import Response, Usage
 from distill.run import Run, Stage
 from distill.store import Log
@@ -42,11 +42,46 @@ def test_a_maximum_bounds_every_bill() -> None:
     assert most_dollars(None, 1, 1) is None
 
 
-def test_what_a_server_states_wins_over_the_price() -> None:
-    usage = Usage(input_tokens=1000, output_tokens=100)
-    assert cost(PRICE, usage) == Decimal("0.0045")
-    assert cost(PRICE, usage, Decimal("0.5")) == cost(None, usage, Decimal("0.5")) == Decimal("0.5")
-    assert cost(None, usage) is None
+INTENT = {"most": "0.02", "question": 4000, "cap": 500}
+CHARGES = {  # stated, read, written: paid, perhaps, doubt; the price says 0.0045 of 1000 and 100
+    "by the price": ((None, 1000, 100), ("0.0045", "0", "")),
+    "by the server": (("0.004", 1000, 100), ("0.004", "0.0005", "")),
+    "dearer by the server": (("0.02", 1000, 100), ("0.02", "0", "")),
+    "ten times apart": (("0.00045", 1000, 100), ("0.00045", "0.00405", "")),
+    "nothing": (("0", 1000, 100), (None, "0.0045", "states")),
+    "next to nothing": (("0.0000001", 1000, 100), (None, "0.0045", "states")),
+    "a hundred times": (("0.45", 1000, 100), (None, "0.45", "states")),
+    "without sense": (("1e30", 1000, 100), (None, "0.02", "states")),
+    "above its maximum": (("0.03", 1000, 100), (None, "0.03", "cost")),
+    "more tokens written": ((None, 1000, 501), (None, "0.02", "counts 501 tokens written")),
+    "more tokens read": ((None, 4257, 10), (None, "0.02", "counts 4,257 tokens read")),
+    "many more": ((None, 1000, 70_000), (None, "1.053", "counts 70,000 tokens written")),
+    "a billion": ((None, 1000, 999_999_999), (None, "0.02", "counts 999,999,999")),
+    "not counted": (("0.5", 0, 0), (None, "0.5", "answered without a count")),
+}
+
+
+@pytest.mark.parametrize("name", CHARGES)
+def test_what_a_server_states_is_held_against_the_price(name: str) -> None:
+    (stated, read, written), (paid, perhaps, doubt) = CHARGES[name]
+    usage = Usage(input_tokens=read, output_tokens=written)
+    reply = Reply(stop="end", usage=usage, dollars=stated and Decimal(stated))
+    found = charge(PRICE, reply, INTENT)
+    assert found.paid == (paid and Decimal(paid)) and found.perhaps == Decimal(perhaps)
+    assert found.doubt.startswith(doubt) and bool(found.doubt) == bool(doubt)
+
+
+def test_without_a_price_what_a_server_states_counts() -> None:
+    reply = Reply(stop="end", usage=Usage(input_tokens=1000, output_tokens=100))
+    assert charge(None, reply, {}).paid is None and not charge(None, reply, {}).doubt
+    stated = reply.model_copy(update={"dollars": Decimal("0.5")})
+    assert charge(None, stated, {}).paid == Decimal("0.5")
+
+
+def test_an_answer_without_a_cap_has_no_maximum() -> None:
+    reply = Reply(stop="end", usage=Usage(input_tokens=1000, output_tokens=10_000))
+    assert charge(PRICE, reply, {**INTENT, "cap": None}).paid == Decimal("0.153")
+    assert charge(PRICE, reply, {"most": "0.02"}).doubt  # as it was stored before caps were
 
 
 def test_a_budget_never_holds_more_than_its_limit() -> None:
@@ -61,7 +96,7 @@ def test_a_budget_never_holds_more_than_its_limit() -> None:
             if chance.random() < 0.5:
                 budget.settle(most, most * Decimal(chance.randrange(0, 11)) / 10)
             else:
-                budget.doubt(most)
+                budget.settle(most, Decimal(0), most)
         assert budget.settled + budget.unknown + sum(flying) == budget.committed <= 1
         assert budget.reserved == sum(flying) and not budget.exceeded
     assert budget.committed > Decimal("0.9")

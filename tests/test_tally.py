@@ -35,7 +35,7 @@ def test_doubts_stand_beside_and_grow_alike() -> None:
     tally = Tally(Budget(Decimal(9), unknown=Decimal(1)), True, 4)  # a dollar in doubt before it
     bought(tally, 1, "0.5")
     assert tally.budget.reserve(Decimal("0.25"))
-    tally.budget.doubt(Decimal("0.25"))
+    tally.budget.settle(Decimal("0.25"), Decimal(0), Decimal("0.25"))
     said = tally.line()
     assert said.startswith("$0.5000 + $1.2500 perhaps, in all about $2.0000 + $2.0000 perhaps, lim")
 

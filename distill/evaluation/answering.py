@@ -16,7 +16,7 @@ from distill.evaluation.measure import limit, why_no_teacher
 from distill.evaluation.suites import Suite
 from distill.evaluation.throughput import timed
 from distill.generation.budget import enter_account
-from distill.generation.generate import answer_all, make_teacher
+from distill.generation.generate import answer_all, make_teacher, require_an_answer
 from distill.generation.local import LocalResponder
 from distill.generation.plans import Spend, Spending
 from distill.generation.responder import Request, Responder, Sampling
@@ -118,10 +118,14 @@ def ask(
     store: Path,
     spend: Spend | None = None,
     as_teacher: bool = False,
+    again: bool = False,
 ) -> list[Response]:
     """Ask the student's view of every prompt (`as_teacher`: the teacher's), greedily, at most `limits` tokens each."""
     requests = requests_to(responder, prompts, limits, as_teacher)
-    return answer_all(responder, requests, store, f"{responder.model} answers", spend)
+    title = f"{responder.model} answers"
+    responses = answer_all(responder, requests, store, title, spend, again=again)
+    require_an_answer(responses, responder.model)
+    return responses
 
 
 def requests_to(
@@ -148,11 +152,12 @@ def ask_suite(
     store: Path,
     spend: Spend | None = None,
     as_teacher: bool = False,
+    again: bool = False,
 ) -> Given:
     """Ask the questions of a suite; return the answers by item id."""
     items, most = suite.items, suite.limits()
     prompts, limits = [item.prompt for item in items], [most[item.id] for item in items]
-    return by_item(items, ask(responder, prompts, limits, store, spend, as_teacher))
+    return by_item(items, ask(responder, prompts, limits, store, spend, as_teacher, again))
 
 
 def answer_with_teacher(config: Config, run: Run, suites: Sequence[Suite]) -> dict[str, Given]:
@@ -162,9 +167,9 @@ def answer_with_teacher(config: Config, run: Run, suites: Sequence[Suite]) -> di
         return {}
     require_terms(config)
     teacher, store = make_teacher(config, {}, []), config.store_folder() / "responses"
-    spend = Spending(run, config.teacher.kind)
+    spend, again = Spending(run, config.teacher.kind), "evaluate" in run.remade
     try:
-        return {suite.name: ask_suite(teacher, suite, store, spend, True) for suite in asked}
+        return {suite.name: ask_suite(teacher, suite, store, spend, True, again) for suite in asked}
     finally:
         enter_account(run, store)
 

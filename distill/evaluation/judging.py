@@ -103,13 +103,15 @@ def asking(config: Config, run: Run, settings: Teacher) -> Ask:
     """Return what asks the judge, keeps what it says in the store, and enters what it took in the ledger."""
     from distill.generation.plans import Spending
 
-    spend = Spending(run, settings.kind)
-    return through_store(config.model_copy(update={"teacher": settings}), spend)
+    spend, again = Spending(run, settings.kind), "evaluate" in run.remade
+    return through_store(config.model_copy(update={"teacher": settings}), spend, again)
 
 
-def through_store(config: Config, spend: Callable[[int, int], None] | None = None) -> Ask:
+def through_store(
+    config: Config, spend: Callable[[int, int], None] | None = None, again: bool = False
+) -> Ask:
     """Return what asks the config's teacher in the role of a judge, and keeps what it says in the store."""
-    from distill.generation.generate import answer_all, make_teacher
+    from distill.generation.generate import answer_all, make_teacher, require_an_answer
     from distill.generation.responder import Request, Sampling
 
     responder, settings = make_teacher(config, {}, []), config.teacher
@@ -124,7 +126,10 @@ def through_store(config: Config, spend: Callable[[int, int], None] | None = Non
             Request.make(responder.origin, digest([m.content for m in turns]), turns, sampling)
             for turns in asked
         ]
-        return answer_all(responder, requests, config.store_folder() / "responses", "judge", spend)
+        store = config.store_folder() / "responses"
+        responses = answer_all(responder, requests, store, "judge", spend, again=again)
+        require_an_answer(responses, responder.model)
+        return responses
 
     return ask
 

@@ -5,10 +5,10 @@ server says what it cost; else its outcome is unknown, and counts with its maxim
 has bytes, and as many output tokens as it may write. Money is Decimal.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from distill.config import Config
 from distill.generation.prices import MILLION, TokenPrice, load_prices
@@ -19,6 +19,8 @@ from distill.store import Log
 
 MARGIN = 256  # tokens of a chat template and a server's own system prompt that no request shows
 NOTHING = Decimal(0)
+APART = 10  # times that what a server states may be above or below the price, and an answer above its maximum
+SENSELESS = 1000  # times its maximum: no bill, but a number gone wrong
 
 
 def input_bound(question: int) -> int:
@@ -37,11 +39,51 @@ def most_dollars(price: TokenPrice | None, question: int, output_tokens: int) ->
     return paid / MILLION
 
 
-def cost(price: TokenPrice | None, usage: Usage, stated: Decimal | None = None) -> Decimal | None:
-    """Return an answer's cost: what the server states, else what the price says; None where neither is known."""
-    if stated is not None:
-        return stated
-    return price.of(usage) if price else None
+class Charge(NamedTuple):
+    """What an answer cost: `paid` for certain and `perhaps` beside it, or in `doubt` nothing for certain.
+
+    `claim` is the larger of what the server states and what the price says.
+    """
+
+    paid: Decimal | None
+    perhaps: Decimal | None
+    doubt: str = ""
+    claim: Decimal | None = None
+
+
+def charge(price: TokenPrice | None, reply: Reply, intent: Mapping[str, Any]) -> Charge:
+    """Hold what a server states of an answer against the price, and both against what its request allowed.
+
+    The statement counts as paid where it lies within APART of the price; where the price says more, the difference may
+    have been charged. In doubt is a cost further apart, and one of more tokens than were allowed, or above the
+    attempt's maximum: then the larger of both may have been charged, or the maximum where that is beyond all sense.
+    """
+    usage, stated = reply.usage, reply.dollars
+    counted = not usage.estimated and usage != Usage()
+    computed = price.of(usage) if price and counted else None
+    claim = max((dollars for dollars in (stated, computed) if dollars is not None), default=None)
+    most = Decimal(intent["most"]) if intent.get("most") is not None else None
+    read, cap = intent.get("question"), intent.get("cap")
+    apart, doubt = False, ""
+    if not counted:
+        doubt = "answered without a count of tokens"
+    elif read is not None and usage.input_tokens > input_bound(read):
+        doubt = f"counts {usage.input_tokens:,} tokens read, of at most {input_bound(read):,}"
+    elif cap is not None and usage.output_tokens > cap:
+        doubt = f"counts {usage.output_tokens:,} tokens written, of at most {cap:,}"
+    elif stated is not None and computed is not None:
+        apart = max(stated, computed) > APART * min(stated, computed)
+        doubt = f"states ${stated:.4g}, where the price says ${computed:.4g}" if apart else ""
+    unbounded = "cap" in intent and cap is None  # max_tokens was not sent
+    if not doubt and claim is not None and most is not None and not unbounded and claim > most:
+        doubt = f"cost ${claim:.4g}, more than its maximum of ${most:.4g}"
+    if not doubt:
+        paid = computed if stated is None else stated
+        perhaps = claim - paid if claim is not None and paid is not None else None
+        return Charge(paid, perhaps, "", claim)
+    if claim is None or (most is not None and claim > most * SENSELESS):
+        return Charge(None, most, doubt, claim)
+    return Charge(None, claim if apart or most is None else max(most, claim), doubt, claim)
 
 
 class Budget:
@@ -65,15 +107,11 @@ class Budget:
         self.reserved += dollars
         return True
 
-    def settle(self, reserved: Decimal, paid: Decimal) -> None:
-        """Turn a reservation into what was really paid."""
+    def settle(self, reserved: Decimal, paid: Decimal, perhaps: Decimal = NOTHING) -> None:
+        """Turn a reservation into what was really paid, and what may have been beside it."""
         self.reserved -= reserved
         self.settled += paid
-
-    def doubt(self, reserved: Decimal) -> None:
-        """Turn a reservation into an attempt that may have been billed, at its maximum."""
-        self.reserved -= reserved
-        self.unknown += reserved
+        self.unknown += perhaps
 
     @property
     def exceeded(self) -> bool:
@@ -82,12 +120,16 @@ class Budget:
 
 
 class Attempt(Record):
-    """One attempt as the store tells it; `billed` is yes, no or unknown, `most` its maximum in dollars."""
+    """One attempt as the store tells it; `billed` is yes, no or unknown, `most` its maximum in dollars.
+
+    One that is settled may have cost `perhaps` beside its `dollars`: the price says more than the server.
+    """
 
     key: str
     model: str
     billed: str
     dollars: Decimal | None = None
+    perhaps: Decimal = NOTHING
     most: Decimal | None = None
     input_tokens: int = 0
     output_tokens: int = 0
@@ -95,7 +137,7 @@ class Attempt(Record):
 
 
 class Account(Record):
-    """The sums over attempts: settled dollars, and the number and maximum of those that may have been billed."""
+    """The sums over attempts: settled dollars, the number of those that may have been billed, and at most what beside."""
 
     attempts: int = 0
     settled: Decimal = NOTHING
@@ -115,6 +157,7 @@ def account(
         sums["attempts"] += 1
         if attempt.billed == "yes":
             sums["settled"] += attempt.dollars or NOTHING
+            sums["unknown_most"] += attempt.perhaps
             sums["input_tokens"] += attempt.input_tokens
             sums["output_tokens"] += attempt.output_tokens
             sums["unpriced"] += attempt.dollars is None
@@ -177,9 +220,20 @@ def attempts(
             yield _attempt(log, price, key, intent)
 
 
-def unknown_outcomes(log: Log, run: str | None = None) -> list[Attempt]:
-    """Return the attempts that may have been billed though no answer of theirs is stored."""
-    return [attempt for attempt in attempts(log, None, run) if attempt.billed == "unknown"]
+def unknown_outcomes(
+    log: Log, run: str | None = None, prices: Mapping[str, TokenPrice | None] | None = None
+) -> list[Attempt]:
+    """Return the attempts that may have been billed: without an answer, or for other dollars than their model's price."""
+    found = (
+        attempts(log, None, run)
+        if prices is None
+        else (
+            attempt
+            for model, price in prices.items()
+            for attempt in attempts(log, price, run, model)
+        )
+    )
+    return [attempt for attempt in found if attempt.billed == "unknown"]
 
 
 def _attempt(log: Log, price: TokenPrice | None, key: str, intent: dict[str, Any]) -> Attempt:
@@ -192,13 +246,14 @@ def _attempt(log: Log, price: TokenPrice | None, key: str, intent: dict[str, Any
     reply = _reply(log, key)
     if reply is None:
         return Attempt(**known, billed="unknown", what="no word of how it ended")
-    if reply.usage.estimated or reply.usage == Usage():
-        return Attempt(**known, billed="unknown", what="answered without a count of tokens")
-    usage = reply.usage
+    found, usage = charge(price, reply, intent), reply.usage
+    if found.doubt:
+        return Attempt(**known | {"most": found.perhaps}, billed="unknown", what=found.doubt)
     return Attempt(
         **known,
         billed="yes",
-        dollars=cost(price, usage, reply.dollars),
+        dollars=found.paid,
+        perhaps=found.perhaps or NOTHING,
         input_tokens=usage.input_tokens,
         output_tokens=usage.output_tokens,
     )
@@ -214,10 +269,23 @@ def _reply(log: Log, key: str) -> Reply | None:
     if (noted := log.get("usage", key)) is not None:
         return Reply.model_validate(noted)
     identifier, number = key.rsplit(".", 1)
-    stored = log.get("response", identifier)
+    stored = log.get("response", key) or log.get("response", identifier)
     if stored is None or stored["body"].get("attempt") != int(number):
         return None
     return read_stored(stored["body"])
+
+
+def replies(log: Log, identifier: str) -> Iterator[dict[str, Any]]:
+    """Yield the stored replies to the request of a response's id, the newest first.
+
+    The first reply stands under the id itself; what came when it had failed, and was asked again, under its attempt.
+    """
+    keys = [identifier]
+    while ("intent", attempt_key(identifier, len(keys) - 1)) in log:
+        keys.append(attempt_key(identifier, len(keys) - 1))
+    for key in reversed(keys):
+        if (stored := log.get("response", key)) is not None:
+            yield stored
 
 
 def attempt_key(identifier: str, number: int) -> str:
@@ -233,11 +301,15 @@ def next_attempt(log: Log, request_key: str, sample: int) -> int:
     return number
 
 
-def last_fault(log: Log, request_key: str, sample: int) -> str | None:
-    """Return how the last attempt at a request failed, or None where none is recorded."""
+def faults(log: Log, request_key: str, sample: int) -> Iterator[str]:
+    """Yield how the attempts at a request failed, the last first."""
     identifier = Response.make_id(request_key, sample)
     for number in reversed(range(next_attempt(log, request_key, sample))):
         outcome = log.get("outcome", attempt_key(identifier, number))
         if outcome is not None:
-            return str(outcome["what"])
-    return None
+            yield str(outcome["what"])
+
+
+def last_fault(log: Log, request_key: str, sample: int) -> str | None:
+    """Return how the last attempt at a request failed, or None where none is recorded."""
+    return next(faults(log, request_key, sample), None)

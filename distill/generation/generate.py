@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from distill.config import Config
 from distill.errors import DistillError, Exit
-from distill.generation.budget import enter_account, last_fault
+from distill.generation.budget import enter_account, faults, replies
 from distill.generation.canned import CannedResponder, RecordedResponder, answers_hash
 from distill.generation.counting import recounted
 from distill.generation.crew import Crew, take_over
@@ -69,12 +69,13 @@ def _generate(
     crew: Crew | None,
 ) -> None:
     """Ask all that is to be asked, and write what the stage makes."""
-    spend = Spending(run, config.teacher.kind)
-    written = write_questions(config, teacher, list(documents.values()), folder, spend, crew)
+    spend, again = Spending(run, config.teacher.kind), "generate" in run.remade
+    written = write_questions(config, teacher, list(documents.values()), folder, spend, crew, again)
     write_records(run.path("questions.jsonl"), written)
     prompts += written
     requests = requests_of(config, teacher.origin, prompts, documents)
-    responses = answer_all(teacher, requests, folder, "teacher", spend, crew)
+    responses = answer_all(teacher, requests, folder, "teacher", spend, crew, again)
+    require_an_answer(responses, teacher.model)
     if config.teacher.kind == "endpoint":
         responses = recounted(responses, requests, config.teacher.model)
     write_records(run.path("responses.jsonl"), responses)
@@ -83,9 +84,10 @@ def _generate(
     run.note(
         "teacher", {"model": teacher.model, "origin": teacher.origin, "answers": len(responses)}
     )
-    failed = sum(response.stop == "error" for response in responses)
-    but = f", {failed} of them failed (--redo generate asks those again that may succeed)"
-    say(f"generate: {len(responses)} answers to {len(prompts)} prompts{but if failed else ''}")
+    errors = [response.error for response in responses if response.stop == "error"]
+    but = f", {len(errors)} of them failed (--redo generate asks those again), the last: "
+    but = f"{but}{errors[-1]}" if errors else ""
+    say(f"generate: {len(responses)} answers to {len(prompts)} prompts{but}")
 
 
 def identity(config: Config) -> dict[str, str]:
@@ -147,6 +149,7 @@ def write_questions(
     folder: Path,
     spend: Spend,
     crew: Crew | None = None,
+    again: bool = False,
 ) -> list[Prompt]:
     """Let the teacher write questions about each document, and return the prompts that they become."""
     settings = config.prompts.questions
@@ -157,12 +160,22 @@ def write_questions(
         raise DistillError(Exit.CONFIG, "prompts.questions", what, fix)
     asked = [asking_requests(settings, teacher.origin, document) for document in documents]
     requests = [request for group in asked for request in group]
-    replies = iter(answer_all(teacher, requests, folder, "questions", spend, crew))
+    responses = answer_all(teacher, requests, folder, "questions", spend, crew, again)
+    require_an_answer(responses, teacher.model)
+    left = iter(responses)
     return [
         prompt
         for document, group in zip(documents, asked, strict=True)
-        for prompt in written_prompts(settings, document, islice(replies, len(group)))
+        for prompt in written_prompts(settings, document, islice(left, len(group)))
     ]
+
+
+def require_an_answer(responses: Sequence[Response], model: str) -> None:
+    """Stop where of some requests every one failed (exit 4): that is the fault of none of them."""
+    if responses and all(response.stop == "error" for response in responses):
+        what = f"all {len(responses)} requests failed, the last: {responses[-1].error}"
+        fix = "see to the server, then ask again with --redo"
+        raise DistillError(Exit.TEACHER, model, what, fix)
 
 
 def answer_all(
@@ -172,9 +185,13 @@ def answer_all(
     title: str,
     spend: Spend | None = None,
     crew: Crew | None = None,
+    again: bool = False,
 ) -> list[Response]:
-    """Return one response a request, in their order, asking only for what the store in `store_folder` lacks."""
-    ask_all(responder, requests, store_folder, title, spend, crew)
+    """Return one response a request, in their order, asking only for what the store in `store_folder` lacks.
+
+    With `again` also for what a server's reply is stored of, but no answer.
+    """
+    ask_all(responder, requests, store_folder, title, spend, crew, again)
     with Log(store_folder, writable=False) as log:
         return [read(log, request) for request in requests]
 
@@ -186,17 +203,18 @@ def ask_all(
     title: str,
     spend: Spend | None = None,
     crew: Crew | None = None,
+    again: bool = False,
 ) -> None:
-    """Ask for what the store in `store_folder` lacks.
+    """Ask for what the store in `store_folder` lacks, and `again` for what has failed.
 
     `spend` is told the input and output tokens of each answer that was generated now, by this process.
     """
     with Log(store_folder, writable=False) as log:
-        missing = lacking(log, requests)
+        missing = lacking(log, requests, again)
     if missing:
         with Log(store_folder) as log:
             take_over(log)
-            if missing := lacking(log, missing):
+            if missing := lacking(log, missing, again):
                 _ask(responder, missing, log, title, spend, crew)
 
 
@@ -205,9 +223,15 @@ def read(log: Log, request: Request) -> Response:
 
     Log-probabilities, which weigh fifty times what the answer does, stay in the store.
     """
-    body = log.get("response", Response.make_id(request.key, request.sample))
-    if body is None:
-        what = last_fault(log, request.key, request.sample) or "no attempt is recorded"
+    return next(readings(log, request))
+
+
+def readings(log: Log, request: Request) -> Iterator[Response]:
+    """Yield what is known of a request: its replies, the newest first, then how its attempts failed, the last first."""
+    for stored in replies(log, Response.make_id(request.key, request.sample)):
+        response = parse(Raw.model_validate(stored), request.prompt_id)
+        yield response.model_copy(update={"logprobs": None})
+    for what in (*faults(log, request.key, request.sample), "no attempt is recorded"):
         nothing = Raw(
             key=request.key,
             sample=request.sample,
@@ -216,9 +240,7 @@ def read(log: Log, request: Request) -> Response:
             body={"text": ""},
             error=what,
         )
-        return parse(nothing, request.prompt_id)
-    response = parse(Raw.model_validate(body), request.prompt_id)
-    return response.model_copy(update={"logprobs": None})
+        yield parse(nothing, request.prompt_id)
 
 
 def _ask(

@@ -5,7 +5,9 @@ So an interrupted run ends with the same bytes as one that was not, and it does 
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from distill.generation.budget import replies
 from distill.generation.responder import Plan, Planner, Raw, Request
+from distill.generation.wire import read_stored
 from distill.records import Response
 from distill.run import Run
 from distill.store import Log
@@ -25,14 +27,20 @@ class Spending:
             self.run.spend(input_tokens=input_tokens, output_tokens=output_tokens)
 
 
-def lacking(log: Log, requests: Iterable[Request]) -> list[Request]:
-    """Return the requests whose answer is not stored, each once."""
+def lacking(log: Log, requests: Iterable[Request], again: bool = False) -> list[Request]:
+    """Return the requests without a stored reply, each once; `again` adds those whose last reply holds no answer."""
     found: dict[str, Request] = {}
     for request in requests:
         identifier = Response.make_id(request.key, request.sample)
-        if ("response", identifier) not in log:
+        if ("response", identifier) not in log or (again and _failed(log, identifier)):
             found.setdefault(identifier, request)
     return list(found.values())
+
+
+def _failed(log: Log, identifier: str) -> bool:
+    """Tell a server's reply that is no answer (refused, unreadable, broken off) from one; a model that declines has answered."""
+    body = next(replies(log, identifier))["body"]
+    return "sha256" in body and read_stored(body).stop == "error"
 
 
 def unfinished(log: Log, missing: Sequence[Request]) -> list[Plan]:

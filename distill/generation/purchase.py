@@ -1,7 +1,9 @@
 """One go at buying answers from an endpoint: workers that share a gate, a pace, a budget, replicas and a store.
 
 The order for every attempt: reserve its maximum, store its intent, send it, store what came, read it, settle. An
-attempt that brings no answer gets an outcome record, which says whether it may be billed.
+attempt that brings no answer gets an outcome record, which says whether it may be billed. The first answer of a run is
+awaited alone, and its bill held against the price, before others are asked for: a server that bills many times its
+maximum does so once.
 """
 
 import asyncio
@@ -9,7 +11,8 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from decimal import Decimal
+from decimal import ROUND_UP, Decimal
+from itertools import chain
 from typing import Any
 
 import httpx2
@@ -18,11 +21,12 @@ from distill.config import Teacher
 from distill.errors import DistillError, Exit
 from distill.generation.asking import PATHS, Attempt, encode, origin_of, refusal, spelled
 from distill.generation.budget import (
+    APART,
     NOTHING,
     Budget,
     account,
     bill_of,
-    cost,
+    charge,
     most_dollars,
     next_attempt,
 )
@@ -40,10 +44,11 @@ from distill.generation.wire import (
     read_stored,
 )
 from distill.progress import say
-from distill.records import Usage
+from distill.records import Usage, digest
 from distill.store import Log
 
 QUARANTINED = 64 << 10  # bytes kept of a body that is no answer
+SEVERAL = 5  # requests that bring no answer, before any has, are the run's fault and not theirs
 AGAIN = "the same command continues"
 
 
@@ -62,7 +67,7 @@ class Purchase:
         self.settings, self.key, self.price, self.run, self.log = settings, key, price, run, log
         self.origin = origin_of(settings)
         self.spelled = spelled(key) if key else None
-        self.todo, self.count = iter(requests), len(requests)
+        self.count = len(requests)
         self.results: queue.SimpleQueue[Raw | None] = queue.SimpleQueue()
         self.fault: BaseException | None = None
         self.budget = self._budget_so_far()
@@ -70,6 +75,16 @@ class Purchase:
         self.pace = Pace(self.settings.requests_per_minute, self.settings.tokens_per_minute)
         self.replicas = Replicas(self.settings.base_urls)
         self.straight = 0
+        facts = price and price.model_dump(mode="json")
+        self.check = digest({"origin": self.origin, "run": run, "price": facts})
+        checked = log.get("checked", self.check)
+        self.alone = checked is None  # until an answer's bill has been held against the price
+        self.dearest = Decimal(checked["dearest"]) if checked else Decimal(1)
+        self.answered = checked is not None or ("model", self.origin) in log
+        # the first are spread over all: where they are refused, it is not for being alike
+        apart = 1 if self.answered else max(1, -(-self.count // SEVERAL))
+        others = (request for n, request in enumerate(requests) if n % apart)
+        self.todo, self.fruitless = chain(requests[::apart], others), 0
         self.warned, self.told = set[str](), set[str]()
         self.last = time.monotonic()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -117,6 +132,7 @@ class Purchase:
 
     async def _run(self) -> None:
         self.gate, self.scribe, self.freed = Gate(), Scribe(self.log), asyncio.Event()
+        self.turn = asyncio.Lock()  # of those that are sent alone
         self._loop = asyncio.get_running_loop()
         width = min(self.settings.concurrency, self.count)
         async with self._client(width) as self.client:
@@ -172,10 +188,7 @@ class Purchase:
         number = next_attempt(self.log, request.key, request.sample)
         fault = None
         for retry in range(self.settings.max_retries + 1):
-            if not await self._turn(len(body) // 4 + request.sampling.max_new_tokens):
-                return
-            attempt = await self._prepare(request, number + retry, body)
-            fault = None if self.gate.closed.is_set() else await self._attempt(attempt)
+            fault = await self._try(request, number + retry, body)
             if fault is None or fault.scope == "item":
                 return
             if not fault.limited:  # a pause for all was set where the rate was too high
@@ -183,20 +196,32 @@ class Purchase:
         if fault:
             self._give_up(request, fault)
 
-    async def _turn(self, tokens: int) -> bool:
-        """Wait for pauses and for the pace; False where nothing more is to be sent."""
-        await self.gate.wait()
-        await self.gate.sleep(self.pace.take(tokens))
-        return await self.gate.wait()
+    async def _try(self, request: Request, number: int, body: bytes) -> Fault | None:
+        """Make an attempt, alone until a bill has been checked; return the fault where another may bring an answer."""
+        if self.alone:
+            async with self.turn:
+                if self.alone:
+                    return await self._make(request, number, body)
+        return await self._make(request, number, body)
 
-    async def _prepare(self, request: Request, number: int, body: bytes) -> Attempt:
-        return Attempt(request, number, body, await self._reserve(body, request))
+    async def _make(self, request: Request, number: int, body: bytes) -> Fault | None:
+        """Wait for pauses, for the pace and for the budget, and make an attempt unless nothing more is to be sent."""
+        await self.gate.wait()
+        await self.gate.sleep(self.pace.take(len(body) // 4 + request.sampling.max_new_tokens))
+        if not await self.gate.wait():
+            return None
+        attempt = Attempt(request, number, body, await self._reserve(body, request))
+        return None if self.gate.closed.is_set() else await self._attempt(attempt)
 
     async def _reserve(self, body: bytes, request: Request) -> Decimal:
-        """Set aside what a request can cost at most, waiting for what is in flight where it does not fit yet."""
+        """Set aside what a request can cost at most, waiting for what is in flight where it does not fit yet.
+
+        Where an answer has cost more than its maximum, others may as well.
+        """
         most = most_dollars(self.price, len(body), request.sampling.max_new_tokens)
         if most is None:
             return NOTHING
+        most *= self.dearest
         while not self.gate.closed.is_set() and not self.budget.reserve(most):
             if not self.budget.reserved:
                 self.halt(self._budget_reached(most))
@@ -245,7 +270,10 @@ class Purchase:
             self.replicas.note(address, well=True)
             await self._keep(attempt, got, time.monotonic() - started)
             return None
-        fault = got if isinstance(got, Fault) else classify(got.status, self._clean(got.data))
+        if isinstance(got, Fault):
+            fault = got
+        else:
+            fault = classify(got.status, self._clean(got.data), attempt.body)
         fault = refusal(attempt.request, fault)
         self.replicas.note(address, well=not fault.replica)
         self._tell(address, fault)
@@ -259,13 +287,15 @@ class Purchase:
             say(f"{address}: {fault.what}; asking again")
 
     def _intent(self, attempt: Attempt) -> dict[str, Any]:
-        """Return what is stored before a request is sent: who pays, and how much at most."""
+        """Return what is stored before a request is sent: who pays, how much at most, and for how many tokens."""
         most = attempt.reserved if self.price else None
+        capped = "max_tokens" not in self.settings.omit
         return {
             "model": self.settings.model,
             "run": self.run,
             "most": None if most is None else str(most),
             "question": len(attempt.body),
+            "cap": attempt.request.sampling.max_new_tokens if capped else None,
             "at": round(time.time(), 3),
         }
 
@@ -285,13 +315,22 @@ class Purchase:
                 **pack(data),
             },
         )
-        await self.scribe.write(("response", attempt.identifier, raw.model_dump(mode="json")))
+        again = ("response", attempt.identifier) in self.log  # an earlier reply held no answer
+        key = attempt.key if again else attempt.identifier
+        await self.scribe.write(("response", key, raw.model_dump(mode="json")))
         reply = read_stored(raw.body)
         if isinstance(attempt.request, Scoring):
             await self.scribe.write(("usage", attempt.key, bill_of(reply)))
-        self._settle(attempt, reply)
+        plausible = self._settle(attempt, reply)
         self.straight = 0
         self._hand_on(raw.model_copy(update={"usage": reply.usage}))
+        if reply.stop == "error":
+            self._count_fruitless(reply.error or "")
+            return
+        self.answered = True
+        if self.alone and plausible:
+            self.alone = False
+            await self.scribe.write(("checked", self.check, {"dearest": str(self.dearest)}))
         await self._watch_model(reply.model)
 
     def _raw(self, attempt: Attempt, body: dict[str, Any]) -> Raw:
@@ -303,21 +342,37 @@ class Purchase:
             key=request.key, sample=request.sample, model=model, stop=None, usage=usage, body=body
         )
 
-    def _settle(self, attempt: Attempt, reply: Reply) -> None:
-        """Turn what was set aside into what was paid, or into a doubt where the server did not count."""
-        paid = cost(self.price, reply.usage, reply.dollars)
-        known = reply.usage != Usage() and not reply.usage.estimated
-        if paid is None or not known:
-            self.budget.doubt(attempt.reserved)
-        else:
-            self.budget.settle(attempt.reserved, paid)
+    def _settle(self, attempt: Attempt, reply: Reply) -> bool:
+        """Turn what was set aside into what was paid, and what may have been; tell whether more may be bought so.
+
+        An answer far above its maximum, by the server's own word, ends the run.
+        """
+        intent = self._intent(attempt)
+        found = charge(self.price, reply, intent)
+        perhaps = attempt.reserved if found.perhaps is None else found.perhaps
+        self.budget.settle(attempt.reserved, found.paid or NOTHING, perhaps)
         self.freed.set()
+        kind = found.doubt.partition(" ")[0]
+        if kind not in ("", "answered", *self.told):
+            self.told.add(kind)
+            say(f"warning: {self.settings.model}: an answer {found.doubt}")
+        claim, cap = found.claim or NOTHING, intent["cap"]
+        if (most := most_dollars(self.price, len(attempt.body), cap or 0)) is not None and cap:
+            if claim > most * APART:
+                what = f"an answer cost ${claim:.4g}, more than its maximum of ${most:.4g}"
+                what = f"{what}: it {found.doubt}" if "maximum" not in found.doubt else what
+                fix = "see to the server, or correct the price table (evaluation.prices)"
+                self.halt(DistillError(Exit.BUDGET, self.settings.model, what, fix))
+                return False
+            if most:
+                # rounded, so that what is reserved and released later comes out even
+                times = (claim / most).quantize(Decimal("0.001"), ROUND_UP)
+                self.dearest = max(self.dearest, times)
         if self.budget.exceeded:
-            what = (
-                f"an answer cost ${paid or 0:.4f}, more than its maximum of ${attempt.reserved:.4f}"
-            )
+            what = f"an answer cost ${claim:.4f}, more than its maximum of ${attempt.reserved:.4f}"
             fix = "correct the price table (evaluation.prices) or raise teacher.budget_dollars"
             self.halt(DistillError(Exit.BUDGET, "teacher.budget_dollars", what, fix))
+        return not self.budget.exceeded
 
     async def _watch_model(self, reported: str | None) -> None:
         """Note which model answers; warn where it is another than before, or stop with `strict_model`."""
@@ -339,15 +394,14 @@ class Purchase:
         asked = retry_after(got.headers) if got and heeded else None
         self._pause(asked, attempt.number, fault)  # at once: the others are about to send
         await self._record(attempt, fault, got)
-        if fault.billed == "no":
-            self.budget.settle(attempt.reserved, NOTHING)
-        else:
-            self.budget.doubt(attempt.reserved)
+        unknown = NOTHING if fault.billed == "no" else attempt.reserved
+        self.budget.settle(attempt.reserved, NOTHING, unknown)
         self.freed.set()
         if fault.scope == "run":
             raise DistillError(Exit.TEACHER, self.settings.model, fault.what, fault.fix)
         if fault.scope == "item":
             self._hand_on(self._failed(attempt.request, fault.what))
+            self._count_fruitless(fault.what)
         if asked is not None and asked > self.settings.max_pause:
             what = f"asks to wait {asked:,.0f} s ({fault.what})"
             fix = f"run again then, or raise teacher.max_pause: {AGAIN}"
@@ -355,15 +409,11 @@ class Purchase:
         self._count(fault)
 
     async def _record(self, attempt: Attempt, fault: Fault, got: Received | None = None) -> None:
-        """Store an attempt's outcome with the bytes that came; an item that was refused for good is its response."""
+        """Store an attempt's outcome with the bytes that came; no refusal is an answer, so the next go asks again."""
         body: dict[str, Any] = {"what": fault.what, "billed": fault.billed}
         if got is not None:
             body |= {"status": got.status, **pack(self._clean(got.data)[:QUARANTINED])}
-        records = [("outcome", attempt.key, body)]
-        if fault.scope == "item":
-            refused = self._raw(attempt, {**body, "attempt": attempt.number})
-            records.append(("response", attempt.identifier, refused.model_dump(mode="json")))
-        await self.scribe.write(*records)
+        await self.scribe.write(("outcome", attempt.key, body))
 
     def _pause(self, asked: float | None, number: int, fault: Fault) -> None:
         """Hold all workers for as long as the server asks, or for a backoff where the rate was too high."""
@@ -375,9 +425,19 @@ class Purchase:
     def _count(self, fault: Fault) -> None:
         """Count failures in a row, and raise where there are so many that asking on is no use."""
         self.straight += not fault.limited
+        if self.straight >= SEVERAL:  # a server that is down is no reason to ask it one at a time
+            self.alone = False
         if self.straight >= self.settings.max_consecutive_failures:
             what = f"{self.straight} failures in a row, the last: {fault.what}"
             fix = f"see to the server: {AGAIN}"
+            raise DistillError(Exit.TEACHER, self.settings.model, what, fix)
+
+    def _count_fruitless(self, what: str) -> None:
+        """Count requests that brought no answer before any did; raise where they show that none will."""
+        self.fruitless += not self.answered
+        if self.fruitless == SEVERAL:
+            what = f"none of the first {SEVERAL} requests brought an answer, the last: {what}"
+            fix = f"see to the account, the server and the settings of the teacher: {AGAIN}"
             raise DistillError(Exit.TEACHER, self.settings.model, what, fix)
 
     def _hand_on(self, raw: Raw) -> None:

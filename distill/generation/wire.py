@@ -30,6 +30,29 @@ QUOTA = {
 FORM = re.compile(
     r"Server is pinned to|Unexpected fields in the request|Model Not Exist|\S{1,200} is not a valid model ID"
 )
+# A refusal that is about the account and not about what was asked, whatever its status: Anthropic, OpenAI, Google,
+# OpenRouter, Zhipu, Aliyun, one-api. The number is the status that says the same
+ACCOUNT = (
+    (
+        401,
+        r"\bkey\b.{0,60}\b(expired|invalid|not valid|incorrect|revoked|disabled|not found|missing)"
+        r"|\b(expired|invalid|incorrect|revoked|disabled|missing|wrong)\b.{0,20}\bapi.?key"
+        r"|authentication[ _](error|failed|required)|\bunauthorized\b",
+    ),
+    (
+        402,
+        r"credit balance|usage limit|spend(ing)? limit|insufficient.{0,12}(balance|quota|credit|fund)"
+        r"|insufficientbalance|quota (exceeded|exhausted)|exceeded .{0,30}quota|out of credit"
+        r"|no credits|balance (is )?(too low|not enough)|arrear|\boverdue\b|payment required"
+        r"|billing|余额|欠费|充值",
+    ),
+    (
+        403,
+        r"\b(account|organi[sz]ation|project|workspace|team)\b.{0,60}"
+        r"\b(suspended|disabled|deactivated|banned|blocked|locked|terminated|restricted)"
+        r"|unsupported_country|\b(country|region|location)\b.{0,30}\bnot (supported|available)",
+    ),
+)
 UNPAID = {429, 503, 529}  # turned away before any work was done
 GATEWAY_FIXES = {
     401: "check the key in the variable that teacher.api_key_env names",
@@ -37,15 +60,18 @@ GATEWAY_FIXES = {
     403: "check what the key may do, and teacher.model",
     404: "check teacher.base_url and teacher.model",
     405: "check teacher.base_url",
+    410: "check teacher.base_url and teacher.model: what was there is gone",
 }
 THINKING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+CHOICE = re.compile(rb'"choices"\s*:\s*\[\s*\{')  # there is one at least
+KEPT_ALIVE = re.compile(rb"(?:\xef\xbb\xbf)?(?:\s++|:[^\n]*+(?:\n|\Z))*+")
 HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # where a lone surrogate may stand
 LARGE = 64 << 10  # bytes; no answer's text is, but distributions are
 SHOWN = 200  # characters of a server's message in ours
 
 
 class Reply(Record):
-    """One answer as read from a body; `dollars` is what the server says that it cost, where it says so."""
+    """One answer as read from a body; `dollars` is what the server says that it cost, also to whom it passed it on."""
 
     text: str = ""
     reasoning: str | None = None
@@ -126,10 +152,34 @@ def decoded(data: bytes, encoding: str, limit: int) -> bytes:
 
 
 def is_answer(status: int, data: bytes) -> bool:
-    """Tell an answer from an error by its first bytes, without parsing: HTML, nothing and a bare error are none."""
-    head = data[:2000].lstrip()
-    bare_error = b'"error"' in head and b'"choices"' not in data
-    return 200 <= status < 300 and bool(head) and not head.startswith(b"<") and not bare_error
+    """Tell an answer from an error: HTML, nothing, and an object without choices are none.
+
+    A body with choices, which may be long, is not parsed. What cannot be parsed may be an answer that broke.
+    """
+    data = body_of(data)
+    if not 200 <= status < 300 or not data or data.startswith(b"<"):
+        return False
+    if b'"choices"' in data:
+        return CHOICE.search(data) is not None or b'"error"' not in data
+    try:
+        return not isinstance(load_json(data), dict)
+    except ValueError:
+        return True
+
+
+def body_of(data: bytes) -> bytes:
+    """Return a body without what a server sends to keep the connection while it works.
+
+    White space (DeepSeek), and lines of comment as in an event stream (OpenRouter), before the JSON or after it.
+    """
+    alive = KEPT_ALIVE.match(data)
+    start, end = alive.end() if alive else 0, len(data)
+    while (line := data.rfind(b"\n", start, end)) >= 0:
+        last = data[line:end].strip()
+        if last and not last.startswith(b":"):
+            break
+        end = line
+    return data[start:end].rstrip()
 
 
 def load_json(data: bytes) -> Any:
@@ -142,7 +192,7 @@ def load_json(data: bytes) -> Any:
         raise ValueError(f"{name} is no JSON")
 
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=refuse)
+        value = json.loads(body_of(data).decode("utf-8"), parse_constant=refuse)
         return _whole(value) if HALF.search(data) else value
     except UnicodeDecodeError:
         raise ValueError("not UTF-8") from None
@@ -296,12 +346,13 @@ def _candidate(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _usage(given: Any, question: int, answer: int) -> tuple[Usage, Decimal | None]:
-    """Return the tokens that the server counted, or an estimate of 4 characters a token, marked as one."""
+    """Return the tokens that the server counted, or an estimate of 4 characters a token, marked as one; and its cost."""
     fields = given if isinstance(given, dict) else {}
+    dollars = _cost(fields)
     read, written = _count(fields.get("prompt_tokens")), _count(fields.get("completion_tokens"))
     if not read or written is None or (answer and not written):
         usage = Usage(input_tokens=-(-question // 4), output_tokens=-(-answer // 4), estimated=True)
-        return usage, None
+        return usage, dollars
     inside, outside = (fields.get(f"{side}_tokens_details") for side in ("prompt", "completion"))
     cached = _count(inside.get("cached_tokens")) if isinstance(inside, dict) else None
     thought = _count(outside.get("reasoning_tokens")) if isinstance(outside, dict) else None
@@ -312,7 +363,21 @@ def _usage(given: Any, question: int, answer: int) -> tuple[Usage, Decimal | Non
         output_tokens=max(written, total - read),  # xAI counts reasoning in the total only
         reasoning_tokens=thought or _count(fields.get("reasoning_tokens")) or 0,
     )
-    return usage, _dollars(fields.get("cost"))
+    return usage, dollars
+
+
+def _cost(fields: dict[str, Any]) -> Decimal | None:
+    """Return the dollars that a server states, with those of the provider that it passed the question on to.
+
+    OpenRouter with one's own key of a provider ("bring your own key") states its fee, often 0, and beside it what the
+    provider charges; where the key is its own, the same sum stands there again.
+    """
+    stated, details = _dollars(fields.get("cost")), fields.get("cost_details")
+    upstream = details.get("upstream_inference_cost") if isinstance(details, dict) else None
+    passed_on = _dollars(upstream)
+    if stated is None or passed_on is None:
+        return stated if passed_on is None else passed_on
+    return stated + passed_on if fields.get("is_byok") is True else max(stated, passed_on)
 
 
 def _count(value: Any) -> int | None:
@@ -332,10 +397,21 @@ def _dollars(value: Any) -> Decimal | None:
     return dollars if dollars.is_finite() and dollars >= 0 else None
 
 
-def classify(status: int, data: bytes) -> Fault:
-    """Say what a reply that is no answer means (faults C2, C3, C4, C9)."""
+def classify(status: int, data: bytes, asked: bytes = b"") -> Fault:
+    """Say what a reply that is no answer means (faults C2, C3, C4, C9, D5, H13).
+
+    A text that is about the account ends the run, unless the words are those of `asked`, the request, repeated.
+    """
     message, codes = error_of(data)
     what = f"{status}: {message}" if message else f"{status} without a message"
+    well = 200 <= status < 300  # as the server says; nobody knows then whether it charges
+    if well and not message:
+        shown = _words(body_of(data)[:SHOWN].decode("utf-8", "replace"))
+        what = f"{status} with {'HTML' if shown else 'nothing'} in place of an answer"
+        if shown and not shown.startswith("<"):
+            what = f"{status}, no answer: {shown}"
+    if well:  # what its code says
+        status = next((int(c) for c in codes if re.fullmatch(r"[45]\d\d", c)), status)
     if QUOTA & codes or status == 402:
         what = f"the account's quota is used up ({what})"
         return Fault(what=what, scope="run", billed="no", fix=GATEWAY_FIXES[402])
@@ -349,17 +425,35 @@ def classify(status: int, data: bytes) -> Fault:
     if status in (400, 422) and FORM.match(message):
         fix = "check teacher.model, and the fields that teacher.extra_body sends"
         return Fault(what=what, scope="run", billed="no", fix=fix)
-    if 400 <= status < 500 and status not in (408, 409, 425):
-        return Fault(what=what, scope="item", billed="no")
-    if 200 <= status < 300 and not message:
-        what = f"{status} with {'HTML' if data.strip() else 'nothing'} in place of an answer"
+    refused = 400 <= status < 500 and status not in (408, 409, 425)
+    refused = refused or (200 <= status < 300 and _declares_failure(data))
+    if refused or 200 <= status < 300:
+        for like, words in ACCOUNT:
+            found = re.search(words, " ".join([message, *sorted(codes)]), re.IGNORECASE)
+            if found and found[0].lower() not in asked.decode("utf-8", "replace").lower():
+                return Fault(what=what, scope="run", billed="no", fix=GATEWAY_FIXES[like])
+    if refused:
+        return Fault(what=what, scope="item", billed="unknown" if well else "no")
     billed = "no" if status in UNPAID else "unknown"
     return Fault(what=what, scope="retry", billed=billed, replica=status in (502, 503, 504))
+
+
+def _declares_failure(data: bytes) -> bool:
+    """Tell an object that says why there is no answer, `{"code": 1301, "msg": ...}`, from an error that may pass."""
+    try:
+        body = load_json(data)
+    except ValueError:
+        return False
+    return isinstance(body, dict) and bool(body) and not body.get("error")
 
 
 def _moderated(message: str) -> bool:
     """Tell a 403 that is about one prompt (OpenRouter's moderation) from one that is about the key."""
     return "moderation" in message.lower() or "flagged" in message.lower()
+
+
+MESSAGES = ("message", "detail", "msg", "error_msg", "error_message", "errmsg", "error_description")
+CODES = ("code", "type", "status", "error_code", "errcode", "error_type")
 
 
 def error_of(data: bytes) -> tuple[str, set[str]]:
@@ -368,13 +462,15 @@ def error_of(data: bytes) -> tuple[str, set[str]]:
         body = load_json(data)
     except ValueError:
         return "", set()
-    found = body.get("error", body) if isinstance(body, dict) else {}
+    if isinstance(body, list) and body:  # as Google's compatible interface wraps it
+        body = body[0]
+    found = (body.get("error") or body) if isinstance(body, dict) else {}
     if isinstance(found, str):
         return _words(found), set()
     if not isinstance(found, dict):
         return "", set()
-    codes = {str(found[name]) for name in ("code", "type") if found.get(name) is not None}
-    return _words(found.get("message") or found.get("detail")), codes
+    codes = {str(found[name]) for name in CODES if isinstance(found.get(name), str | int)}
+    return _words(next((found[name] for name in MESSAGES if found.get(name)), None)), codes
 
 
 def _words(value: Any) -> str:

@@ -12,7 +12,7 @@ from itertools import islice
 from distill.config import Config
 from distill.errors import DistillError, Exit
 from distill.generation.budget import enter_account
-from distill.generation.generate import answer_all, make_teacher
+from distill.generation.generate import answer_all, make_teacher, require_an_answer
 from distill.generation.plans import Spending
 from distill.generation.requests import asking_requests, requests_of, written_prompts
 from distill.generation.responder import Request
@@ -50,13 +50,17 @@ def pilot(run: Run, count: int) -> str:
                 pairs = [(d, asking_requests(settings, teacher.origin, d)) for d in ordered]
                 pairs = pairs[: max(1, count // 2 // max(1, len(pairs[0][1])))] if pairs else []
                 pairs = [(d, requests) for d, requests in pairs if len(requests) <= count]
-                replies = iter(ask(requests=[r for _, requests in pairs for r in requests]))
+                written = ask(requests=[r for _, requests in pairs for r in requests])
+                require_an_answer(written, teacher.model)
+                replies = iter(written)
                 asked = sum(len(requests) for _, requests in pairs)
                 for document, requests in pairs:
                     new = written_prompts(settings, document, islice(replies, len(requests)))
                     prompts += new
             requests = requests_of(config, teacher.origin, prompts, documents)
-            asked += len(ask(requests=chosen(requests, count - asked)))
+            answers = ask(requests=chosen(requests, count - asked))
+            require_an_answer(answers, teacher.model)
+            asked += len(answers)
         finally:
             enter_account(run, folder)
         say(f"pilot: {asked} answers in the store, {spend.answers} of them asked for now")

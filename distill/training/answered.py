@@ -17,6 +17,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from distill.config import Config, Teacher
 from distill.errors import DistillError, Exit
+from distill.generation.budget import replies
 from distill.generation.endpoint import EndpointResponder
 from distill.generation.generate import ask_all
 from distill.generation.prices import load_prices
@@ -83,10 +84,10 @@ def _fault(teacher: Teacher, what: str) -> DistillError:
 
 def _reply(log: Log, identifier: str) -> Reply | str:
     """Read a stored answer, or say why there is none to read."""
-    body = (log.get("response", identifier) or {}).get("body")
-    if body is None:
+    stored = next(replies(log, identifier), None)
+    if stored is None:
         return "is not in the store"
-    reply = read_stored(body)
+    reply = read_stored(stored["body"])
     return f"cannot be read: {reply.error}" if reply.stop == "error" else reply
 
 

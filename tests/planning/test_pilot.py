@@ -198,8 +198,8 @@ def test_a_server_that_states_its_cost_needs_no_price(tmp_path: Path) -> None:
 
 def test_failures_and_answers_without_a_count_are_told(tmp_path: Path, capsys: Any) -> None:
     def script(number: int, payload: dict[str, Any]) -> Reply:
-        broken = Reply(status=400, body=b'{"error": {"message": "no"}}')
-        return [Reply(answer={"usage": None}), broken, Reply(status=500)][drawn(payload, 3)]
+        broken = [Reply(finish="moon"), Reply(status=500)]
+        return [Reply(answer={"usage": None}), *broken][drawn(payload, 3)]
 
     with FakeTeacher(script) as teacher:
         place = write_config(tmp_path, teacher, max_retries=0)
