@@ -16,10 +16,10 @@ from rich.console import Console
 
 from distill.config_file import load_config, parse_config, place_of
 from distill.errors import DistillError, Exit, exit_code
-from distill.progress import say
-from distill.run import Run, Stage, open_folder
-from distill.stages import STAGES, require_models
-from distill.store import as_json, sha256_file, write_atomic
+from distill.pipeline import STAGES, require_models
+from distill.storage.progress import say
+from distill.storage.run_folder import Run, Stage, open_folder
+from distill.storage.store import as_json, sha256_file, write_atomic
 
 app = typer.Typer(
     help="Turn a teacher model and a corpus into a small open model, and say what it kept and cost.",
@@ -58,9 +58,9 @@ def permit_code(
     run: Run, stages: Sequence[Stage], redo: Sequence[Stage], sandboxed: bool, unsafe: bool
 ) -> None:
     """Let generated programs run as asked; raises DistillError (exit 2) where stages need that which are left."""
-    from distill.checkers import RUNS_CODE
     from distill.evaluation.suites import tasks_of
-    from distill.sandbox.run import allow
+    from distill.tasks.checkers import RUNS_CODE
+    from distill.tasks.sandbox.programs import allow
 
     allow("unsafe" if unsafe else "sandbox" if sandboxed else "no")
     checking = [stage for stage in stages if stage.name in CHECKING]
@@ -105,7 +105,7 @@ def perform(run: Run, stages: Sequence[Stage], redo: Sequence[Stage] = ()) -> No
 
 def note_programs(run: Run, stage: Stage) -> None:
     """Record in the manifest whether a stage that checks answers could run programs, and how."""
-    from distill.sandbox.run import allowed
+    from distill.tasks.sandbox.programs import allowed
 
     run.note("programs", {**run.manifest().get("programs", {}), stage.name: allowed()})
 
@@ -133,9 +133,9 @@ def require_soft_teacher(run: Run, redo: Sequence[Stage]) -> None:
 
     A server that shall tell distributions is asked for those of one short text (exit 4 where it does not).
     """
-    from distill.generation.terms import require_terms
-    from distill.training import answered, remote
-    from distill.training.signals import open_teacher
+    from distill.responders.terms import require_terms
+    from distill.training.soft_labels import answer_logprobs, prompt_logprobs
+    from distill.training.soft_labels.cache import open_teacher
 
     config = run.config
     reading = ("signals" if config.captures else "train", "refine")
@@ -144,9 +144,9 @@ def require_soft_teacher(run: Run, redo: Sequence[Stage]) -> None:
         require_terms(config.model_copy(update={"teacher": config.soft_teacher()}))
         tokenizer, _ = open_teacher(config)
         if config.buys_signals:
-            remote.probe(config, tokenizer)
+            prompt_logprobs.probe(config, tokenizer)
         elif config.signals.from_answers:
-            answered.probe(config, tokenizer)
+            answer_logprobs.probe(config, tokenizer)
 
 
 def show_scorecard(run: Run) -> None:
@@ -166,8 +166,8 @@ def run_all(
     unsafe_code: UnsafeCode = False,
 ) -> None:
     """Do every stage that is left, and show the scorecard."""
-    from distill.generation.terms import require_terms
     from distill.planning.plan import announce
+    from distill.responders.terms import require_terms
 
     run = open_run(config, overrides or ())
     again = from_stage(redo) if redo else ()
@@ -241,7 +241,8 @@ def measure(
         stage = STAGES[NAMES.index("evaluate")]
         _checking_command(stage)(config, overrides, redo, allow_code, unsafe_code)
         return
-    from distill.evaluation import external, report
+    from distill.evaluation import lm_eval as external
+    from distill.report import report
 
     run = open_run(config, overrides or ())
     tasks = tuple(task.strip() for task in lm_eval.split(",") if task.strip())
@@ -255,7 +256,7 @@ def measure(
 @app.command()
 def fetch(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Download and verify the models of a config, so that it can run offline."""
-    from distill.models import fetch as fetch_model
+    from distill.models.registry import fetch as fetch_model
 
     settings = open_run(config, overrides or ()).config
     if settings.teacher.kind == "local":
@@ -289,8 +290,8 @@ def show_plan(
 
 def _ask_pilot(run: Run, count: int) -> str:
     """Make the run's prompts where they are missing, ask some of them, and return the teacher's origin."""
-    from distill.generation.terms import require_terms
     from distill.planning import pilot
+    from distill.responders.terms import require_terms
 
     pilot.require_teacher(run.config)
     require_terms(run.config)
@@ -317,7 +318,7 @@ def show_verified(
 ) -> None:
     """Hold a finished run against its own records, and make its scorecard again from the stored answers."""
     from distill import verify
-    from distill.sandbox.run import allow
+    from distill.tasks.sandbox.programs import allow
 
     allow("unsafe" if unsafe_code else "sandbox" if allow_code else "no")
     folder = run if run.is_dir() else open_run(run).folder
@@ -332,7 +333,7 @@ def show_verified(
 @app.command()
 def repair(store: Annotated[Path, typer.Argument(metavar="STORE")]) -> None:
     """Copy what is whole in a damaged store; the damaged one is kept beside it."""
-    from distill.upkeep import repair as repair_store
+    from distill.storage.repair import repair as repair_store
 
     for line in repair_store(store).explain():
         print(line)
@@ -341,8 +342,8 @@ def repair(store: Annotated[Path, typer.Argument(metavar="STORE")]) -> None:
 @app.command()
 def compact(store: Annotated[Path, typer.Argument(metavar="STORE")]) -> None:
     """Copy a store without what nothing reads any more, and let the copy take its place."""
-    from distill.generation.plans import worth_keeping
-    from distill.upkeep import compact as compact_store
+    from distill.responders.local.plans import worth_keeping
+    from distill.storage.repair import compact as compact_store
 
     for line in compact_store(store, worth_keeping).explain():
         print(line)

@@ -13,10 +13,10 @@ from pathlib import Path
 from distill.cli import open_run, perform
 from distill.config import Config
 from distill.errors import DistillError, Exit, exit_code
-from distill.generation.crew import Crew
-from distill.progress import console
-from distill.run import Run, Stage
-from distill.stages import STAGES
+from distill.pipeline import STAGES
+from distill.responders.local.workers import Crew
+from distill.storage.progress import console
+from distill.storage.run_folder import Run, Stage
 
 
 def main(name: str, words: Sequence[str]) -> int:

@@ -7,10 +7,10 @@ from rich.console import Group
 
 from distill.errors import DistillError
 from distill.formatting import table
-from distill.generation.budget import paid_models, unknown_outcomes
 from distill.records import LedgerEntry
-from distill.run import Run, Stage
-from distill.store import Log, read_json
+from distill.responders.endpoint.budget import paid_models, unknown_outcomes
+from distill.storage.run_folder import Run, Stage
+from distill.storage.store import Log, read_json
 
 WORDS = {"fresh": "left", "unfinished": "begun", "done": "done", "stale": "stale"}
 

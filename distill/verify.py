@@ -15,27 +15,27 @@ from typing import Any
 
 from rich.console import Group
 
-from distill.checkers import RUNS_CODE
-from distill.environment import environment
 from distill.errors import DistillError, Exit
-from distill.evaluation import report
 from distill.evaluation.items import held_out_items
-from distill.evaluation.leaks import find_leaks
 from distill.evaluation.measure import measure
+from distill.evaluation.overlap import find_leaks
 from distill.evaluation.suite_scores import read_suites
 from distill.evaluation.suites import Suite
 from distill.evidence import APART, CONFIG, LEDGER, MANIFEST, Check, Evidence, check_files, verdict
 from distill.formatting import table
-from distill.generation.budget import replies
 from distill.generation.generate import readings
-from distill.generation.responder import Request, Sampling
-from distill.models import digest_file
+from distill.models.registry import digest_file
+from distill.pipeline import STAGES
 from distill.records import Item, Response
-from distill.run import SEAL, Run, open_folder
-from distill.sandbox.run import allowed
-from distill.stages import STAGES
-from distill.store import Log, read_json, read_records, sha256_file
-from distill.tasks import tasks_of_run
+from distill.report import report
+from distill.responders.endpoint.budget import replies
+from distill.responders.responder import Request, Sampling
+from distill.storage.environment import environment
+from distill.storage.run_folder import SEAL, Run, open_folder
+from distill.storage.store import Log, read_json, read_records, sha256_file
+from distill.tasks.checkers import RUNS_CODE
+from distill.tasks.sandbox.programs import allowed
+from distill.tasks.task import tasks_of_run
 
 MEASURED = ("scores/", "requests.jsonl", "evaluation.json")
 REPORTED = ("scorecard.json", "scorecard.md", "report.html")

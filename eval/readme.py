@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from distill.errors import exit_code
-from distill.evaluation.readme import write
+from distill.report.readme import write
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from distill.errors import exit_code
 from distill.evaluation.score import Place, score
 from distill.evaluation.suites import load_suite
-from distill.sandbox.run import allow
+from distill.tasks.sandbox.programs import allow
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument(

@@ -20,8 +20,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from distill.evaluation.judge import load_probes
-from tests.fake_teacher import FakeTeacher, Reply, question
-from tests.tiny import make_tiny, make_tokenizer
+from tests.support.fake_teacher import FakeTeacher, Reply, question
+from tests.support.tiny import make_tiny, make_tokenizer
 
 COMMIT = "07339c8"
 PORT = 18_765  # fixed: an endpoint's address is part of its requests' keys

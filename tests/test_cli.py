@@ -13,8 +13,8 @@ import typer
 
 from distill.cli import app, from_stage, main, open_run, perform
 from distill.errors import DistillError, Exit, exit_code
-from distill.run import Run, Stage
-from distill.sandbox.run import unavailable
+from distill.storage.run_folder import Run, Stage
+from distill.tasks.sandbox.programs import unavailable
 
 ROOT = Path(__file__).parent.parent
 KEY = "sk-ant-0123456789abcdefghij"
@@ -206,7 +206,7 @@ def test_sigterm_ends_a_stage_like_ctrl_c(config):
     script = (
         "import sys, time; from distill import cli\n"
         "wait = lambda config, run: (print('working', flush=True), time.sleep(60))\n"
-        "from distill.run import Stage\n"
+        "from distill.storage.run_folder import Stage\n"
         "cli.STAGES = (Stage('corpus', (), (), ('x',), wait), *cli.STAGES[1:])\n"
         "sys.exit(cli.main(['run', 'c.yaml']))"
     )

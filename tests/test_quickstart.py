@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from distill.errors import DistillError
-from distill.models import fetch
+from distill.models.registry import fetch
 
 ROOT = Path(__file__).parent.parent
 MODEL = "smollm2-135m-instruct"

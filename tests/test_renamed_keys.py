@@ -6,16 +6,17 @@ from typing import Any
 
 import pytest
 
-from distill import config_file, models
+from distill import config_file
 from distill.config import Config, Teacher
 from distill.config_file import load_config
 from distill.errors import DistillError, Exit
 from distill.evaluation import suites
-from distill.generation.terms import Terms, load_terms
-from distill.models import ModelInfo
+from distill.models import registry
+from distill.models.registry import ModelInfo
 from distill.renamed_keys import RENAMED, fields_in, first_names, present_path
-from distill.run import Run, Stage, differences
-from distill.store import read_json, write_json
+from distill.responders.terms import Terms, load_terms
+from distill.storage.run_folder import Run, Stage, differences
+from distill.storage.store import read_json, write_json
 
 OLD = """name: r
 corpus: {path: texts}
@@ -131,12 +132,12 @@ def test_terms_and_models_of_one_s_own_are_read_under_old_names(tmp_path, monkey
     old = terms.replace("licenses:", "licences:").replace("license: ", "licence: ")
     assert load_terms(write(tmp_path / "terms.yaml", old)).rows == load_terms().rows
     assert "is now called licenses" in capsys.readouterr().err
-    before = models.table()
+    before = registry.table()
     (tmp_path / "configs").mkdir()
     text = Path("configs/models.yaml").read_text().replace("  license: ", "  licence: ")
     write(tmp_path / "configs/models.yaml", text)
     monkeypatch.chdir(tmp_path)
-    assert models.table.__wrapped__() == before
+    assert registry.table.__wrapped__() == before
     told = capsys.readouterr().err.splitlines()
     assert len(told) == len(before) and told[0].startswith("configs/models.yaml:9: ")
 

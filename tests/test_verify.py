@@ -17,18 +17,18 @@ import pytest
 from distill import verify
 from distill.cli import main
 from distill.errors import DistillError, Exit
-from distill.evaluation.sources import SOURCES
 from distill.evidence import Check, Evidence
-from distill.generation import prices
-from distill.models import digest_file, digest_weights, load_model
+from distill.models.registry import digest_file, digest_weights, load_model
+from distill.pipeline import STAGES
 from distill.records import Scorecard
-from distill.run import open_folder, sealed
-from distill.stages import STAGES
-from distill.store import read_json, sha256_file, write_json
-from tests.fake_hub import fake_hub, use_hub
-from tests.test_publish import BASE
-from tests.test_suites import make_suite
-from tests.tiny import make_tiny
+from distill.report.sources import SOURCES
+from distill.responders import prices
+from distill.storage.run_folder import open_folder, sealed
+from distill.storage.store import read_json, sha256_file, write_json
+from tests.evaluation.test_suites import make_suite
+from tests.publishing.test_publish import BASE
+from tests.support.fake_hub import fake_hub, use_hub
+from tests.support.tiny import make_tiny
 
 FREE = {".lock"}  # outside the evidence
 
@@ -243,7 +243,7 @@ def test_what_was_evaluated_must_be_released(
 def test_results_of_other_code_are_named_as_such(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distill.environment.code_hash", lambda: "0" * 64)
+    monkeypatch.setattr("distill.storage.environment.code_hash", lambda: "0" * 64)
     checks = verify.verify(run)
     told = [c for c in checks if c.what == "the code of report"]
     assert bad(checks) == [] and told[0].state == "skipped" and "made by distill" in told[0].where

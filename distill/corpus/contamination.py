@@ -23,7 +23,7 @@ from distill.corpus.ngrams import Found, Index, Wanted
 from distill.corpus.rows import interpret
 from distill.errors import DistillError, Exit
 from distill.records import Document, Item, Pair, Prompt
-from distill.tasks import ENVIRONMENT, load_task, task_path
+from distill.tasks.task import ENVIRONMENT, load_task, task_path
 
 Kind = Literal["corpus", "prompt", "answer"]
 KINDS: tuple[Kind, ...] = ("corpus", "prompt", "answer")

@@ -7,13 +7,13 @@ passage; those that point at "the text" are left out, and so are questions that 
 import re
 from collections.abc import Iterable, Sequence
 
-from distill.checkers import normalised
+from distill.corpus.control_tokens import break_up
 from distill.corpus.dedupe import overlap
-from distill.corpus.neutral import break_up
 from distill.corpus.prompts import template_values
 from distill.errors import DistillError, Exit
 from distill.records import Document, Message, Prompt
-from distill.tasks import Task, View, fill, load_task
+from distill.tasks.checkers import normalised
+from distill.tasks.task import Task, View, fill, load_task
 
 TASK = "question"
 KINDS = {

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from distill.errors import DistillError, Exit
-from distill.progress import say
 from distill.records import Record
+from distill.storage.progress import say
 
 MAX_ROW = 16 * 2**20  # bytes of one row, or of one text file
 TEXTS = (".txt", ".md", ".rst", ".html", ".htm")

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import regex
 
-from distill.checkers import NEEDS_REFERENCE
 from distill.evaluation.results import Measured, Models
 from distill.records import Item, Record, Usage
+from distill.tasks.checkers import NEEDS_REFERENCE
 
 
 class Acceptance(NamedTuple):

@@ -9,26 +9,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distill import models
 from distill.config import Config, Student
 from distill.evaluation.items import by_item
 from distill.evaluation.measure import limit, why_no_teacher
 from distill.evaluation.suites import Suite
 from distill.evaluation.throughput import timed
-from distill.generation.budget import enter_account
 from distill.generation.generate import answer_all, make_teacher, require_an_answer
-from distill.generation.local import LocalResponder
-from distill.generation.plans import Spend, Spending
-from distill.generation.responder import Request, Responder, Sampling
-from distill.generation.terms import require_terms
-from distill.progress import say
+from distill.models import registry
+from distill.models.chat_template import template_hash
+from distill.models.weights import add_adapter
 from distill.records import Pair, Prompt, Reading, Response, digest
-from distill.run import Run
-from distill.store import sha256_file
-from distill.template import template_hash
+from distill.responders.endpoint.budget import enter_account
+from distill.responders.local.local_model import LocalResponder
+from distill.responders.local.plans import Spend, Spending
+from distill.responders.responder import Request, Responder, Sampling
+from distill.responders.terms import require_terms
+from distill.storage.progress import say
+from distill.storage.run_folder import Run
+from distill.storage.store import sha256_file
 from distill.training.adapters import WEIGHTS
 from distill.training.student import answer_loss
-from distill.weights import add_adapter
 
 Given = dict[str, Response]  # answers by item id
 
@@ -60,12 +60,12 @@ def student_responder(
     """Load the student's base, or with `adapter` the student as it is released; return its description too."""
     student, date = config.student, config.template_date
     if adapter:
-        models.check_base(adapter, student.model, student.revision)
-    tokenizer = models.load_tokenizer(student.model, student.revision, student.trust_remote_code)
+        registry.check_base(adapter, student.model, student.revision)
+    tokenizer = registry.load_tokenizer(student.model, student.revision, student.trust_remote_code)
     told = describe(
         student.model,
         student.revision,
-        models.identity(student.model, student.revision),
+        registry.identity(student.model, student.revision),
         template_hash(tokenizer, date),
     )
     told["adapter_sha256"] = sha256_file(adapter / WEIGHTS) if adapter else None
@@ -73,7 +73,7 @@ def student_responder(
     origin = digest({**told, "dtype": str(model.dtype)})
     told["dtype"] = str(model.dtype).removeprefix("torch.")
     if adapter:  # so that publishing can tell whether it releases these very weights
-        told["merged_sha256"] = models.digest_weights(model)
+        told["merged_sha256"] = registry.digest_weights(model)
     return LocalResponder(
         model, tokenizer, name, origin, date, config.evaluation.max_batch_size
     ), told
@@ -83,10 +83,10 @@ def load_student(student: Student, adapter: Path | None) -> Any:
     """Load the student's base, or with `adapter` the student as it is released: added in float32, cast once."""
     flags = (student.revision, student.allow_pickle, student.trust_remote_code)
     if adapter is None:
-        return models.load_model(student.model, student.dtype, *flags)
-    base = models.load_model(student.model, "float32", *flags)
+        return registry.load_model(student.model, student.dtype, *flags)
+    base = registry.load_model(student.model, "float32", *flags)
     merged = add_adapter(base, adapter).merge_and_unload(safe_merge=True)
-    return merged.to(models.pick_dtype(student.dtype)).eval()
+    return merged.to(registry.pick_dtype(student.dtype)).eval()
 
 
 def _answered(
@@ -195,11 +195,11 @@ def describe(
     reference: str, revision: str | None, identity: str | None, template: str | None
 ) -> dict[str, Any]:
     """Describe a model for the scorecard: its name, what pins its weights, and its chat template."""
-    local = models.is_folder(reference)
+    local = registry.is_folder(reference)
     commit = identity if identity and len(identity) == 40 else None
     return {
         "name": Path(reference).name if local else reference,
-        "hub_id": models.hub_id(reference),
+        "hub_id": registry.hub_id(reference),
         "revision": revision or commit,
         "sha256": None if commit else identity,
         "template_hash": template,
@@ -212,7 +212,7 @@ def describe_teacher(config: Config) -> dict[str, Any]:
     if teacher.kind != "local":
         told = describe(teacher.model or teacher.kind, teacher.revision, None, None)
         return {**told, "reasons": {"sha256": "the answers were recorded elsewhere"}}
-    tokenizer = models.load_tokenizer(teacher.model, teacher.revision)
-    identity = models.identity(teacher.model, teacher.revision)
+    tokenizer = registry.load_tokenizer(teacher.model, teacher.revision)
+    identity = registry.identity(teacher.model, teacher.revision)
     template = template_hash(tokenizer, config.template_date)
     return describe(teacher.model, teacher.revision, identity, template)

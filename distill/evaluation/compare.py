@@ -16,7 +16,6 @@ from pydantic import ValidationError
 from distill.errors import DistillError, Exit
 from distill.evaluation.claims import across_seeds, mcnemar, smallest_visible
 from distill.evaluation.items import held_out, items_of
-from distill.evaluation.report import table
 from distill.evaluation.scorers import passes
 from distill.evaluation.statistics import (
     USUAL,
@@ -28,10 +27,11 @@ from distill.evaluation.statistics import (
     pair,
     require_paired,
 )
-from distill.evaluation.words import figure, signed
+from distill.figures import figure, signed
 from distill.records import Item, Response, Score
-from distill.store import read_records
-from distill.tasks import tasks_of_run
+from distill.report.report import table
+from distill.storage.store import read_records
+from distill.tasks.task import tasks_of_run
 
 HEAD = ("task", "n", "missing", "a", "b", "a − b", "interval", "could see", "McNemar p")
 

@@ -15,13 +15,13 @@ from distill.evaluation.answering import (
 )
 from distill.evaluation.items import held_out_items
 from distill.evaluation.judging import ask_judge
-from distill.evaluation.leaks import find_leaks, refuse_all_leaked
 from distill.evaluation.measure import measure, read_answers
+from distill.evaluation.overlap import find_leaks, refuse_all_leaked
 from distill.evaluation.suite_scores import write_answers, write_suites
 from distill.evaluation.suites import Suite, load_suites
 from distill.records import Item, Pair
-from distill.run import Run
-from distill.store import write_json, write_records
+from distill.storage.run_folder import Run
+from distill.storage.store import write_json, write_records
 
 
 def main(config: Config, run: Run) -> None:

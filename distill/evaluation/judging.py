@@ -28,10 +28,10 @@ from distill.evaluation.judge import (
 )
 from distill.evaluation.results import Models
 from distill.evaluation.statistics import Certainty
-from distill.progress import say
 from distill.records import Item, Message, Response, Score, digest
-from distill.run import Run
-from distill.store import read_records, write_records
+from distill.storage.progress import say
+from distill.storage.run_folder import Run
+from distill.storage.store import read_records, write_records
 
 RIVALS = ("teacher", "base")
 TEST = "the judge prefers it, or ties it with an answer of the teacher's that will do"
@@ -56,7 +56,7 @@ def ask_judge(config: Config, run: Run, items: Sequence[Item], answers: Models) 
     settings = config.evaluation.judge
     if settings is None:
         return
-    from distill.generation.budget import enter_account
+    from distill.responders.endpoint.budget import enter_account
 
     try:
         ask = asking(config, run, settings)
@@ -101,7 +101,7 @@ def read_judge(
 
 def asking(config: Config, run: Run, settings: Teacher) -> Ask:
     """Return what asks the judge, keeps what it says in the store, and enters what it took in the ledger."""
-    from distill.generation.plans import Spending
+    from distill.responders.local.plans import Spending
 
     spend, again = Spending(run, settings.kind), "evaluate" in run.remade
     return through_store(config.model_copy(update={"teacher": settings}), spend, again)
@@ -112,7 +112,7 @@ def through_store(
 ) -> Ask:
     """Return what asks the config's teacher in the role of a judge, and keeps what it says in the store."""
     from distill.generation.generate import answer_all, make_teacher, require_an_answer
-    from distill.generation.responder import Request, Sampling
+    from distill.responders.responder import Request, Sampling
 
     responder, settings = make_teacher(config, {}, []), config.teacher
     sampling = Sampling(

@@ -9,22 +9,22 @@ items are beside them.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from distill.checkers import NEEDS_REFERENCE
 from distill.config import Config
 from distill.evaluation import results
 from distill.evaluation.acceptance import Acceptance, by_checker, requests_of
 from distill.evaluation.items import by_item, held_out_items
 from distill.evaluation.judging import read_judge
-from distill.evaluation.leaks import Leaks, kept, section, without
+from distill.evaluation.overlap import Leaks, kept, section, without
 from distill.evaluation.results import Measured
 from distill.evaluation.statistics import Certainty
 from distill.evaluation.suite_scores import measure_suite, suite_result, write_suite
 from distill.evaluation.suites import Suite
-from distill.evaluation.words import plain_numbers
+from distill.figures import plain_numbers
 from distill.records import Item, Reading, Response
-from distill.run import Run
-from distill.store import read_json, read_records, write_json, write_records
-from distill.tasks import FindTask, shipped, tasks_of_run
+from distill.storage.run_folder import Run
+from distill.storage.store import read_json, read_records, write_json, write_records
+from distill.tasks.checkers import NEEDS_REFERENCE
+from distill.tasks.task import FindTask, shipped, tasks_of_run
 
 MODELS = ("teacher", "base", "student")
 RECORDED = "the teacher's answers were recorded, and it cannot be asked anew"

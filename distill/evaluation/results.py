@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from distill.checkers import GRADED
 from distill.evaluation.claims import mcnemar, non_inferiority, smallest_visible
 from distill.evaluation.scorers import agrees, passes
 from distill.evaluation.statistics import (
@@ -27,6 +26,7 @@ from distill.evaluation.statistics import (
     require_paired,
 )
 from distill.records import Item, Reading, Response, Score
+from distill.tasks.checkers import GRADED
 
 Models = Mapping[str, Mapping[str, Response]]  # model -> item id -> its answer
 Values = dict[str, float | None]

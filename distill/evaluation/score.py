@@ -15,16 +15,16 @@ from distill.config_file import load_config
 from distill.corpus.readers import Reject, Row, read_file
 from distill.errors import DistillError, Exit
 from distill.evaluation import results
-from distill.evaluation.report import table
 from distill.evaluation.results import Measured
 from distill.evaluation.statistics import USUAL, Certainty
 from distill.evaluation.suite_scores import measure_suite, write_answers, write_suite
 from distill.evaluation.suites import Suite, is_run
-from distill.evaluation.words import figure, share
-from distill.generation.canned import raw_text
-from distill.generation.responder import Request, Sampling, parse
+from distill.figures import figure, share
 from distill.records import Response
-from distill.run import open_folder
+from distill.report.report import table
+from distill.responders.recorded import raw_text
+from distill.responders.responder import Request, Sampling, parse
+from distill.storage.run_folder import open_folder
 
 ALONE = "one responder was asked"
 
@@ -60,7 +60,7 @@ def score(
 def _asked(suite: Suite, path: Path, who: str, store: Path) -> tuple[dict[str, Response], str]:
     """Ask a model, a run's student, or the endpoint of a config."""
     from distill.evaluation.answering import ask_suite, student_responder
-    from distill.generation.local import LocalResponder
+    from distill.responders.local.local_model import LocalResponder
 
     if is_run(path):
         run = open_folder(path)

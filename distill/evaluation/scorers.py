@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from sacrebleu import sentence_chrf
 
-from distill.checkers import NEEDS_REFERENCE, check
 from distill.records import Item, Response, Score
+from distill.tasks.checkers import NEEDS_REFERENCE, check
 
 Scorer = Callable[[Item, Response | None], Score]
 OURS = (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError)

@@ -10,11 +10,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill.evaluation.economics import Timing
-from distill.generation.local import LocalResponder
-from distill.generation.responder import Raw, Request
-from distill.progress import say
-from distill.store import read_records, write_records
+from distill.economics.costs import Timing
+from distill.responders.local.local_model import LocalResponder
+from distill.responders.responder import Raw, Request
+from distill.storage.progress import say
+from distill.storage.store import read_records, write_records
 
 ALONE = 8  # prompts asked one at a time
 READ = 32  # prompts read in a batch

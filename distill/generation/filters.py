@@ -13,15 +13,15 @@ from typing import Any
 
 from rich.table import Table
 
-from distill.checkers import NEEDS_REFERENCE, check, normalised, strip_fence
 from distill.config import Config, Filters
 from distill.corpus.contamination import leaking_pairs
 from distill.errors import DistillError, Exit
-from distill.progress import console
 from distill.records import SPLITS, Document, Pair, Prompt, Record, Response, Split
-from distill.run import Run
-from distill.store import read_records, write_json, write_records
-from distill.tasks import FindTask, shipped, tasks_of_run
+from distill.storage.progress import console
+from distill.storage.run_folder import Run
+from distill.storage.store import read_records, write_json, write_records
+from distill.tasks.checkers import NEEDS_REFERENCE, check, normalised, strip_fence
+from distill.tasks.task import FindTask, shipped, tasks_of_run
 
 Filter = Callable[[Prompt, Response], str | None]
 

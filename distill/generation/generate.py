@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING
 
 from distill.config import Config
 from distill.errors import DistillError, Exit
-from distill.generation.budget import enter_account, faults, replies
-from distill.generation.canned import CannedResponder, RecordedResponder, answers_hash
-from distill.generation.counting import recounted
-from distill.generation.crew import Crew, take_over
-from distill.generation.plans import Spend, Spending, answers, lacking, planned, store_each
-from distill.generation.prices import load_prices
 from distill.generation.requests import asking_requests, requests_of, written_prompts
-from distill.generation.responder import (
+from distill.models.registry import identity as model_identity
+from distill.records import Document, Prompt, Response
+from distill.responders.endpoint.budget import enter_account, faults, replies
+from distill.responders.local.plans import Spend, Spending, answers, lacking, planned, store_each
+from distill.responders.local.workers import Crew, take_over
+from distill.responders.prices import load_prices
+from distill.responders.recorded import CannedResponder, RecordedResponder, answers_hash
+from distill.responders.responder import (
     Buyer,
     Planner,
     Raw,
@@ -30,15 +31,14 @@ from distill.generation.responder import (
     Responder,
     parse,
 )
-from distill.generation.terms import require_terms
-from distill.models import identity as model_identity
-from distill.progress import say, tracking
-from distill.records import Document, Prompt, Response
-from distill.run import Run
-from distill.store import Log, read_records, write_records
+from distill.responders.terms import require_terms
+from distill.responders.token_counts import recounted
+from distill.storage.progress import say, tracking
+from distill.storage.run_folder import Run
+from distill.storage.store import Log, read_records, write_records
 
 if TYPE_CHECKING:
-    from distill.generation.local import LocalResponder
+    from distill.responders.local.local_model import LocalResponder
 
 
 def main(config: Config, run: Run, crew: Crew | None = None) -> None:
@@ -96,7 +96,7 @@ def identity(config: Config) -> dict[str, str]:
     if teacher.kind == "local":
         return {"teacher": model_identity(teacher.model, teacher.revision)}
     if teacher.kind == "endpoint":
-        from distill.generation.asking import origin_of
+        from distill.responders.endpoint.attempts import origin_of
 
         return {"endpoint": origin_of(teacher)}
     return {"answers": answers_hash(teacher.answers)} if teacher.answers else {}
@@ -114,7 +114,7 @@ def make_teacher(
         recorded = {key: d for key, d in sources.items() if "recorded_answer" in d.meta}
         return RecordedResponder(recorded, teacher.model or "unknown")
     if teacher.kind == "endpoint":
-        from distill.generation.endpoint import EndpointResponder
+        from distill.responders.endpoint.endpoint import EndpointResponder
 
         price = load_prices(config.evaluation.prices).teacher(teacher.model)
         return EndpointResponder(teacher, price, config.name)
@@ -123,7 +123,7 @@ def make_teacher(
 
 def local_teacher(config: Config) -> "LocalResponder":
     """Make the teacher that runs on this machine."""
-    from distill.generation.local import LocalResponder
+    from distill.responders.local.local_model import LocalResponder
 
     teacher = config.teacher
     return LocalResponder.load(

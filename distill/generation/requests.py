@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from distill.config import Config, Questions
 from distill.corpus.questions import askings, distinct, read_questions, to_prompts
-from distill.generation.responder import Request, Sampling
 from distill.records import Document, Prompt, Response
+from distill.responders.responder import Request, Sampling
 
 
 def requests_of(

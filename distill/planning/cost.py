@@ -14,15 +14,15 @@ from typing import NamedTuple
 from distill.config import Config
 from distill.corpus.questions import TASK, shares
 from distill.formatting import dollars
-from distill.generation.asking import origin_of
-from distill.generation.budget import Account, account, most_dollars
 from distill.generation.generate import read
-from distill.generation.prices import MILLION, TokenPrice, load_prices
 from distill.generation.requests import asking_requests, requests_of, written_prompts
-from distill.generation.responder import Request
 from distill.planning.work import Work, mean_bytes
 from distill.records import Record, Response
-from distill.store import Log
+from distill.responders.endpoint.attempts import origin_of
+from distill.responders.endpoint.budget import Account, account, most_dollars
+from distill.responders.prices import MILLION, TokenPrice, load_prices
+from distill.responders.responder import Request
+from distill.storage.store import Log
 
 ANSWER = 0.5  # of max_new_tokens: 0.35 on the quickstart's documentation, 0.66 on GSM8K's problems
 READ = 1000  # stored answers of a kind that are read

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from distill.config_file import find_config, parse_yaml, read_text
-from distill.environment import cores, processor
-from distill.models import Shape
+from distill.models.registry import Shape
 from distill.planning.sizes import answer_flops
 from distill.records import Record
+from distill.storage.environment import cores, processor
 
 TABLE = Path("configs/devices.yaml")
 # The share of a matrix product's rate that a stage reaches as a whole. On a CPU from the quickstart's recorded stages
@@ -117,11 +117,11 @@ def measure(dtypes: list[str], seconds: float = 1.0) -> None:
 
     import torch
 
-    from distill import models
+    from distill.models import registry
 
-    place, rates = models.device(), {}
+    place, rates = registry.device(), {}
     for name in dtypes:
-        dtype = models.pick_dtype(name)
+        dtype = registry.pick_dtype(name)
         inputs = torch.randn(1024, 1024, device=place).to(dtype)
         weight = torch.randn(4096, 1024, device=place).to(dtype)
         done, started = -1, 0.0  # the first product, which sets up the kernel, is not counted

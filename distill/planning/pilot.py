@@ -11,15 +11,15 @@ from itertools import islice
 
 from distill.config import Config
 from distill.errors import DistillError, Exit
-from distill.generation.budget import enter_account
 from distill.generation.generate import answer_all, make_teacher, require_an_answer
-from distill.generation.plans import Spending
 from distill.generation.requests import asking_requests, requests_of, written_prompts
-from distill.generation.responder import Request
-from distill.progress import say
 from distill.records import Document, Prompt, digest
-from distill.run import Run, Stage
-from distill.store import read_records
+from distill.responders.endpoint.budget import enter_account
+from distill.responders.local.plans import Spending
+from distill.responders.responder import Request
+from distill.storage.progress import say
+from distill.storage.run_folder import Run, Stage
+from distill.storage.store import read_records
 
 
 def require_teacher(config: Config) -> None:

@@ -11,14 +11,13 @@ from decimal import Decimal
 
 from rich.console import Group
 
-from distill import download, models
 from distill.config import Config
 from distill.errors import DistillError, Exit
 from distill.evaluation.suites import amounts
 from distill.formatting import count, dollars, duration, size, table
-from distill.generation.prices import load_prices
-from distill.generation.terms import judge_teacher
-from distill.models import Shape
+from distill.models import download, registry
+from distill.models.registry import Shape
+from distill.pipeline import STAGES
 from distill.planning.cost import ANSWER, TeacherCost, teacher_cost
 from distill.planning.machine import SLOTS, Machine, find_machine
 from distill.planning.sizes import (
@@ -29,12 +28,13 @@ from distill.planning.sizes import (
     training_flops,
 )
 from distill.planning.work import Work, count_work
-from distill.progress import say
 from distill.records import Record, Usage
-from distill.run import Run, Stage
-from distill.stages import STAGES
+from distill.responders.prices import load_prices
+from distill.responders.terms import judge_teacher
+from distill.storage.progress import say
+from distill.storage.run_folder import Run, Stage
 from distill.training.batches import MICRO_BATCH_TOKENS
-from distill.training.signals import expected_bytes
+from distill.training.soft_labels.cache import expected_bytes
 
 RETAINED = 0.85  # of the answers, by the filters: 224 of 264 on the quickstart
 START = 4.0  # seconds to load a model
@@ -119,7 +119,7 @@ def _types(config: Config) -> list[str]:
 
 def shape(reference: str) -> Shape:
     """Return a model's shape; raises DistillError (exit 2) where nothing says it."""
-    if (known := models.shape_of(reference)) is None:
+    if (known := registry.shape_of(reference)) is None:
         fix = "add it to configs/models.yaml"
         raise DistillError(Exit.CONFIG, f"model {reference}", "its shape is not known", fix)
     return known
@@ -241,7 +241,7 @@ def disk(config: Config, work: Work) -> dict[str, float]:
     wanted = [teacher.model] if teacher.kind == "local" else []
     wanted += [config.reader()[0]] if config.distributions else []
     for reference in dict.fromkeys([*wanted, config.student.model]):
-        info, there = models.lookup(reference), models.is_folder(reference)
+        info, there = registry.lookup(reference), registry.is_folder(reference)
         if info and info.gguf:
             there = download.converted_folder(info.name, info.gguf).is_dir()
         elif not there:

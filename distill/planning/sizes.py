@@ -4,7 +4,7 @@ Formulas count a multiplication and an addition as two operations, after Kaplan 
 2.1). With LoRA the frozen weights get no gradient: forward and backward to the inputs, 4 a weight, not 6.
 """
 
-from distill.models import Shape
+from distill.models.registry import Shape
 
 HEAD_CHUNK = 3 * 32 * 2**20  # bytes: a chunk of float32 logits, its gradient and its bfloat16 copy
 ALLOCATOR = 1.06  # what PyTorch's CUDA allocator holds above what is in use

@@ -11,10 +11,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from distill.evaluation.rows import leaked
-from distill.evaluation.statement import sensitivity_rows, statement, surplus_rows
 from distill.publishing.merge import Fidelity
 from distill.records import Record
+from distill.report.statement import sensitivity_rows, statement, surplus_rows
+from distill.report.tables import leaked
 
 LICENSES = re.compile(
     r"(?:apache-2\.0|mit|bsd-[23]-clause|cc0-1\.0|cc-by(?:-nc)?(?:-sa)?-4\.0|llama[23.]+|gemma)"

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill.errors import DistillError, Exit
-from distill.progress import say
 from distill.publishing.merge import Fidelity
 from distill.records import Record
+from distill.storage.progress import say
 
 ON_PURPOSE = 'or publish with --override "reason", which the card shows'
 

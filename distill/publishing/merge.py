@@ -12,10 +12,10 @@ import torch
 from torch.nn.functional import kl_div, log_softmax
 
 from distill.errors import DistillError, Exit
-from distill.models import check_base, digest_weights, fetch, load_model, pick_dtype
+from distill.models.registry import check_base, digest_weights, fetch, load_model, pick_dtype
+from distill.models.weights import add_adapter
 from distill.records import Record
-from distill.store import read_json
-from distill.weights import add_adapter
+from distill.storage.store import read_json
 
 MAX_KL = 0.01  # nats a token: above it, scores of the adapter are not the merged model's
 MAX_TOKENS = (

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distill import models
 from distill.config import Config
 from distill.config_file import find_config
 from distill.errors import DistillError, Exit
-from distill.progress import say
+from distill.models import registry
 from distill.publishing.card import Facts, make_card
-from distill.publishing.duties import (
+from distill.publishing.gate import evidence, pass_gate, weights
+from distill.publishing.merge import Conversation, Fidelity, merge_and_compare
+from distill.publishing.obligations import (
     Owed,
     check_names,
     licensing,
@@ -25,13 +26,12 @@ from distill.publishing.duties import (
     owed_license,
     write_notices,
 )
-from distill.publishing.gate import evidence, pass_gate, weights
-from distill.publishing.merge import Conversation, Fidelity, merge_and_compare
-from distill.publishing.push import check_name, push
-from distill.publishing.scan import scan
+from distill.publishing.secret_scan import scan
+from distill.publishing.upload import check_name, push
 from distill.records import Pair
-from distill.run import Run
-from distill.store import (
+from distill.storage.progress import say
+from distill.storage.run_folder import Run
+from distill.storage.store import (
     fsync_folder,
     read_json,
     read_records,
@@ -125,7 +125,7 @@ def evaluated(run: Run) -> dict[str, Any]:
 
 def base_of(config: Config) -> str:
     """Return the Hub id of the student's base; raises DistillError (exit 9) where it has none."""
-    base = models.hub_id(config.student.model)
+    base = registry.hub_id(config.student.model)
     if base is None:
         raise DistillError(
             Exit.PUBLISH,
@@ -138,7 +138,7 @@ def base_of(config: Config) -> str:
 
 def license_of(config: Config) -> tuple[str, bool]:
     """Return the license, and whether the publisher stated it; raises DistillError (exit 10) where it is not known."""
-    info = models.lookup(config.student.model)
+    info = registry.lookup(config.student.model)
     if config.publish.license:
         return config.publish.license, True
     if info is None:
@@ -201,7 +201,7 @@ def add_models(config: Config, run: Run, work: Path, dtype: str) -> Fidelity:
 
 def conversations(config: Config, run: Run) -> list[Conversation]:
     """Return a few validation (else training) samples as token ids; held-out ones are evaluation's alone."""
-    tokenizer = models.load_tokenizer(
+    tokenizer = registry.load_tokenizer(
         config.student.model, config.student.revision, config.student.trust_remote_code
     )
     tokenizer.save_pretrained(run.path(".release"))
@@ -241,7 +241,7 @@ def keep_only(work: Path) -> None:
 
 def facts_of(config: Config, run: Run, repository: str | None, license: str, stated: bool) -> Facts:
     """Collect what the card says beside the figures."""
-    info, teacher = models.lookup(config.student.model), models.lookup(config.teacher.model)
+    info, teacher = registry.lookup(config.student.model), registry.lookup(config.teacher.model)
     corpus = config.corpus
     name = model_name(config, repository)
     place = corpus.path.name if corpus.path else corpus.dataset
@@ -254,10 +254,10 @@ def facts_of(config: Config, run: Run, repository: str | None, license: str, sta
         license=license,
         license_stated=stated,
         language=config.publish.language,
-        teacher=models.hub_id(config.teacher.model) or Path(config.teacher.model).name,
+        teacher=registry.hub_id(config.teacher.model) or Path(config.teacher.model).name,
         teacher_license=config.teacher.license or (teacher.license if teacher else None),
         corpus=place or corpus.source,
-        dataset=None if hub is None or models.is_folder(hub) else hub,
+        dataset=None if hub is None or registry.is_folder(hub) else hub,
         converted_from=info.gguf.quantisation if info and info.gguf else None,
         lora=config.train.lora.model_dump(mode="json"),
     )

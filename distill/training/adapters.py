@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from distill.errors import DistillError, Exit
-from distill.store import fsync_folder
-from distill.training.shards import like, snapshot, whole
+from distill.storage.store import fsync_folder
+from distill.training.sharding import like, snapshot, whole
 
 ADAPTER = "default"
 WEIGHTS = "adapter_model.safetensors"

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from distill.errors import DistillError, Exit
-from distill.progress import say
 from distill.records import digest
-from distill.store import fsync_folder, sha256_file
+from distill.storage.progress import say
+from distill.storage.store import fsync_folder, sha256_file
 from distill.training.adapters import read_tensors
 
 FORMAT = 1

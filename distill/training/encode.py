@@ -11,9 +11,9 @@ from typing import Any
 from rich.text import Text
 
 from distill.errors import DistillError, Exit
-from distill.progress import console, say
+from distill.models.chat_template import encode_prompt, encode_text, render, special_tokens
 from distill.records import Example, Pair, digest
-from distill.template import encode_prompt, encode_text, render, special_tokens
+from distill.storage.progress import console, say
 
 SHOWN_CHARS = 1200  # of a sample's text on the screen
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.errors import DistillError, Exit
-from distill.training.shards import like, snapshot
+from distill.training.sharding import like, snapshot
 
 PARTS = ("exp_avg", "exp_avg_sq", "step")
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from distill import models
 from distill.config import Config
-from distill.environment import LIBRARIES, installed
 from distill.errors import DistillError, Exit
+from distill.models import registry
+from distill.models.chat_template import template_hash
 from distill.records import Example, Pair, digest
-from distill.run import Run, flatten
-from distill.store import read_records, sha256_file
-from distill.template import template_hash
-from distill.training import adapters, shards
+from distill.storage.environment import LIBRARIES, installed
+from distill.storage.run_folder import Run, flatten
+from distill.storage.store import read_records, sha256_file
+from distill.training import adapters, sharding
 from distill.training.batches import (
     MICRO_BATCH_TOKENS,
     Step,
@@ -24,8 +24,8 @@ from distill.training.batches import (
     plan_steps,
 )
 from distill.training.encode import encode_pairs
-from distill.training.labels import load_labels
-from distill.training.live import load_live
+from distill.training.soft_labels.labels import load_labels
+from distill.training.soft_labels.live_teacher import load_live
 from distill.training.student import Student, make_student
 
 UNSEEN = ("logging_steps", "save_steps", "save_total_limit", "report_to", "num_processes")
@@ -59,14 +59,14 @@ def prepare(config: Config, run: Run, start: Path | None = None) -> Parts:
 
     Raises DistillError (exit 7) where that cannot be.
     """
-    tokenizer = models.load_tokenizer(
+    tokenizer = registry.load_tokenizer(
         config.student.model, config.student.revision, config.student.trust_remote_code
     )
     model, settings = load_adapted(config), config.train
-    limit = min(settings.max_length, models.context_length(model.config))
+    limit = min(settings.max_length, registry.context_length(model.config))
     examples = encode_split(tokenizer, config, run, "train", limit)
     validation = encode_split(tokenizer, config, run, "validation", limit)
-    student, notes = make_student(model, settings.packing, fused=not shards.asked())
+    student, notes = make_student(model, settings.packing, fused=not sharding.asked())
     known = facts(config, tokenizer, model, examples, validation)
     if settings.loss.soft:
         both, live = [*examples, *validation], settings.loss.teacher == "live"
@@ -100,7 +100,7 @@ def prepare(config: Config, run: Run, start: Path | None = None) -> Parts:
 def load_adapted(config: Config) -> Any:
     """Load the student and wrap it with a fresh adapter, drawn from the run's seed."""
     student, settings = config.student, config.train
-    model = models.load_model(
+    model = registry.load_model(
         student.model,
         dtype_name(config),
         student.revision,
@@ -161,7 +161,7 @@ def facts(
             "seed": config.train_seed,
             "template_date": config.template_date,
             "data": digest([[e.id for e in examples], [e.id for e in validation]]),
-            "base": models.identity(config.student.model, config.student.revision),
+            "base": registry.identity(config.student.model, config.student.revision),
             "template": template_hash(tokenizer, config.template_date),
             "device": model.device.type,
             "dtype": str(model.dtype).removeprefix("torch."),

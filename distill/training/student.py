@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from distill.errors import DistillError, Exit
 from distill.records import Example, Pair, Reading
 from distill.training.adapters import ADAPTER, factors
-from distill.training.attention import NAME
 from distill.training.batches import micro_batches
+from distill.training.cpu.attention import NAME
+from distill.training.cpu.layers import fuse, unfuse
 from distill.training.encode import encode_pair
-from distill.training.labels import Labels, mixed_loss
-from distill.training.layers import fuse, unfuse
+from distill.training.host_to_device import send
 from distill.training.losses import cross_entropy, read_targets
 from distill.training.packing import Segment, pack
+from distill.training.soft_labels.labels import Labels, mixed_loss
 from distill.training.targets import Live, SoftTargets
-from distill.training.transfer import send
 
 PROBE = (7, 12)  # lengths of the two samples that the probe packs
 MEASURED_TOKENS = 2048  # in a batch whose loss is only measured

@@ -21,10 +21,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from distill import models
 from distill.config import Config
 from distill.errors import DistillError, Exit
-from distill.processes import (
+from distill.models import registry
+from distill.records import Example, digest
+from distill.storage.processes import (
     Interrupt,
     asked_of_launcher,
     check_world,
@@ -32,11 +33,10 @@ from distill.processes import (
     interruptible,
     launcher_command,
 )
-from distill.progress import Tracker, say, tracking
-from distill.records import Example, digest
-from distill.run import Run, differences, flatten
-from distill.store import sha256_file, write_json
-from distill.training import adapters, checkpoint, shards
+from distill.storage.progress import Tracker, say, tracking
+from distill.storage.run_folder import Run, differences, flatten
+from distill.storage.store import sha256_file, write_json
+from distill.training import adapters, checkpoint, sharding
 from distill.training.batches import Step, share
 from distill.training.encode import show
 from distill.training.optimizer import (
@@ -81,7 +81,7 @@ def main(config: Config, run: Run, allow_inexact: bool = False, start: Path | No
     if not train_file.exists():
         fix = "make it: distill filter CONFIG, or all at once: distill run CONFIG"
         raise DistillError(Exit.TRAINING, train_file, "there is no dataset", fix)
-    shards.asked()  # for what is wrong with that, before accelerate ends over it
+    sharding.asked()  # for what is wrong with that, before accelerate ends over it
     accelerator = start_processes(config, run)
     with interruptible() as interrupt, flushing_denormals():
         loop = Loop(config, run, accelerator, interrupt, start)
@@ -146,11 +146,11 @@ class Loop:
         self.accelerator, self.interrupt = accelerator, interrupt
         self.parts: Parts = prepare(config, run, start)
         self.facts = {**self.parts.facts, "world_size": accelerator.num_processes}
-        if shards.asked():
+        if sharding.asked():
             self.facts["sharded"] = True
             self.parts.notes.append(f"sharded over {accelerator.num_processes} processes (FSDP2)")
         self.progress = Progress(notes=self.parts.notes)
-        self.student: Any = shards.wrap(accelerator, self.parts.student)
+        self.student: Any = sharding.wrap(accelerator, self.parts.student)
         self.named = adapters.parameters(self.parts.model)
         betas = (self.settings.adam_beta1, self.settings.adam_beta2)
         self.optimizer = make_adamw(self.named, betas, self.settings.weight_decay)
@@ -251,7 +251,7 @@ class Loop:
         total = self._no_loss()
         for number, samples in enumerate(mine, 1):
             last = number == len(mine)
-            with nullcontext() if last else shards.no_sync(self.accelerator, self.student):
+            with nullcontext() if last else sharding.no_sync(self.accelerator, self.student):
                 losses = self.student(student.batch([self.parts.examples[i] for i in samples]))
                 losses = losses.reshape(-1)
                 self.accelerator.backward(losses[0] * (world / count))
@@ -272,7 +272,7 @@ class Loop:
         if self.progress.step == 0:
             adapters.check_gradients(self.parts.model)
         limit = self.settings.max_grad_norm
-        norm = float(shards.whole(torch.nn.utils.clip_grad_norm_(self.named.values(), limit)))
+        norm = float(sharding.whole(torch.nn.utils.clip_grad_norm_(self.named.values(), limit)))
         if not (math.isfinite(row["loss"]) and math.isfinite(norm)):
             named = ", ".join(example.response_id for example in samples)
             what = f"loss {row['loss']}, gradient norm {norm} over samples {named}"
@@ -357,8 +357,8 @@ class Loop:
         if not self.accelerator.is_main_process:
             return
         folder = self.run.path("adapter")
-        adapters.save_adapter(self.parts.model, weights, folder, models.hub_id(student.model))
-        base = models.record_base(folder, student.model, student.revision)
+        adapters.save_adapter(self.parts.model, weights, folder, registry.hub_id(student.model))
+        base = registry.record_base(folder, student.model, student.revision)
         kept = ("history", "validation", "best_step", "tokens", "seconds", "stopped_early", "notes")
         progress = asdict(self.progress)
         summary = {

@@ -13,16 +13,16 @@ from typing import Any
 
 from distill.cli import main, open_run
 from distill.errors import Exit
-from distill.generation.budget import account
-from distill.generation.responder import Request, Sampling
 from distill.planning.cost import TeacherCost, teacher_cost
 from distill.planning.pilot import chosen
 from distill.planning.work import count_work
 from distill.records import LedgerEntry, Message, digest
-from distill.store import Log, read_records
-from tests.buying import KEY, settings
-from tests.fake_teacher import PRICE, FakeTeacher, Reply, question, usage_of
-from tests.tiny import make_tiny
+from distill.responders.endpoint.budget import account
+from distill.responders.responder import Request, Sampling
+from distill.storage.store import Log, read_records
+from tests.support.buying import KEY, settings
+from tests.support.fake_teacher import PRICE, FakeTeacher, Reply, question, usage_of
+from tests.support.tiny import make_tiny
 
 COUNT = 90
 

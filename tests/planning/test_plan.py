@@ -14,10 +14,10 @@ from distill.planning.cost import teacher_cost
 from distill.planning.machine import Machine, find_machine
 from distill.planning.plan import announce, make_plan, memory, plan_stages, show
 from distill.planning.work import count_work
-from distill.run import Run
+from distill.storage.run_folder import Run
 from tests.planning.test_work import ROOT, of_folder, shipped
 from tests.planning.test_work import texts as texts  # a fixture
-from tests.tiny import make_tiny
+from tests.support.tiny import make_tiny
 
 HERE = Machine(name="here", kind="cpu", rates={"auto": ("bfloat16", 858e9)}, source="recorded")
 RECORDED = ROOT / "eval/results/quickstart-scorecard.json"

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distill.models import lookup, shape_from_config
+from distill.models.registry import lookup, shape_from_config
 from distill.planning.sizes import (
     adapter_parameters,
     answer_flops,
@@ -17,7 +17,7 @@ from distill.planning.sizes import (
     training_flops,
 )
 from distill.training.adapters import inject, parameters
-from tests.tiny import make_tiny
+from tests.support.tiny import make_tiny
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2"])

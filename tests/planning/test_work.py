@@ -7,8 +7,8 @@ import pytest
 from distill.config_file import load_config
 from distill.errors import DistillError, Exit
 from distill.planning.work import BYTES_A_TOKEN, TEMPLATE, count_work
-from distill.run import Run
-from tests.tiny import make_tiny
+from distill.storage.run_folder import Run
+from tests.support.tiny import make_tiny
 
 ROOT = Path(__file__).parents[2]
 

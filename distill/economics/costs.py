@@ -1,0 +1,253 @@
+"""What a request costs and what the distillation cost, from times measured in this run and dated prices.
+
+Money is Decimal until it is written. An unknown price or an untimed answer makes the result None with a reason,
+never 0. A machine is paid while it idles too: its price is divided by the share of the time that it works
+(`utilisation`), so a request at 50 % costs twice its share of a busy machine.
+"""
+
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import NamedTuple
+
+from distill.records import LedgerEntry, Record, Usage
+from distill.responders.prices import MachinePrice, TokenPrice
+
+THOUSAND, MILLION = 1000, 1_000_000
+DISTILLATION = ("corpus", "prompts", "generate", "filter", "signals", "train", "evaluate")
+NO_TIME = "the answers were not timed in this run"
+NOT_APART = "reading the prompts was not timed apart"
+CONTRADICTED = "timed apart, reading the prompts took longer than reading and answering: the machine was busier then"
+BY_TOKEN = "a hosted model is paid by the token"
+
+
+class Timing(Record):
+    """What was timed apart: requests asked one at a time, and prompts only read, in a batch."""
+
+    requests: int
+    output_tokens: int
+    seconds: float
+    read_tokens: int
+    read_seconds: float
+
+
+class Tariff(NamedTuple):
+    """What a model's work is paid by: a list price, a machine's hour, or nothing known (`why` says so)."""
+
+    price: MachinePrice | TokenPrice | None
+    utilisation: Decimal = Decimal(1)
+    why: str = ""
+
+    @property
+    def hosted(self) -> bool:
+        """Tell whether tokens are paid, not time."""
+        return isinstance(self.price, TokenPrice)
+
+    def of(self, usage: Usage) -> Decimal | None:
+        """Return the dollars of one answer, or None where price or time is not known."""
+        if isinstance(self.price, TokenPrice):
+            return self.price.of(usage)
+        return self.of_seconds(usage.seconds) if usage.seconds > 0 else None
+
+    def of_seconds(self, seconds: float) -> Decimal | None:
+        """Return the dollars of a machine's seconds, what it idles beside them included."""
+        if not isinstance(self.price, MachinePrice):
+            return None
+        return self.price.of(seconds) / self.utilisation
+
+    def described(self) -> str | None:
+        """Return the price in words, with its date and source."""
+        if isinstance(self.price, MachinePrice) and self.utilisation != 1:
+            return f"{describe(self.price)}, in use {percent(self.utilisation)} of the time"
+        return describe(self.price) if self.price else None
+
+
+class Alone(Record):
+    """What 1,000 requests take and cost where each is asked by itself."""
+
+    requests: int
+    seconds_per_1k: float
+    output_tokens_per_second: float
+    dollars_per_1k: Decimal | None
+
+
+class PerMillion(Record):
+    """What a million tokens read and a million written cost; a hosted model's time is its own affair."""
+
+    dollars_input: Decimal | None
+    dollars_output: Decimal | None
+    seconds_input: float | None = None
+    seconds_output: float | None = None
+
+
+class RequestCost(Record):
+    """What 1,000 requests take and cost; null with a reason where it is not known."""
+
+    requests: int = 0
+    input_tokens: float | None = None  # a request, on average
+    output_tokens: float | None = None
+    seconds_per_1k: float | None
+    dollars_per_1k: Decimal | None
+    output_tokens_per_second: float | None
+    per_million: PerMillion | None = None
+    one_at_a_time: Alone | None = None
+    price: str | None
+    reasons: dict[str, str] = {}
+
+
+class DistillationCost(Record):
+    """What making the student took and cost, by stage.
+
+    `unknown_dollars` is the most that attempts of unknown outcome may have cost beyond that; `reused` the share of the
+    teacher's answers, by tokens, that the store had already: an earlier run paid for them.
+    """
+
+    seconds: float
+    dollars: Decimal | None
+    unknown_dollars: Decimal = Decimal(0)
+    reused: float = 0.0
+    stages: dict[str, float]
+    output_tokens: int
+    price: str | None
+    reasons: dict[str, str] = {}
+
+
+def request_cost(
+    usages: Sequence[Usage], tariff: Tariff, timing: Timing | None = None
+) -> RequestCost:
+    """Price 1,000 requests like these: by the token where the model is hosted, else by the machine's time.
+
+    `usages` are those of one model's answers; their seconds are shares of measured batch time, so they add up to it.
+    """
+    seconds = sum(usage.seconds for usage in usages)
+    timed = bool(usages) and all(usage.seconds > 0 for usage in usages)
+    dollars = mean_dollars(usages, tariff)
+    reasons = {} if timed else {"seconds_per_1k": NO_TIME}
+    if dollars is None:
+        reasons["dollars_per_1k"] = tariff.why if tariff.price is None else NO_TIME
+    of_tokens = per_million(usages, tariff, timing if timed else None)
+    reasons |= of_tokens.reasons
+    alone = None if tariff.hosted or timing is None else _alone(timing, tariff)
+    if alone is None:
+        reasons["one_at_a_time"] = BY_TOKEN if tariff.hosted else "not timed one at a time"
+    tokens = {
+        "input_tokens": sum(u.input_tokens for u in usages),
+        "output_tokens": sum(u.output_tokens for u in usages),
+    }
+    return RequestCost(
+        requests=len(usages),
+        **{key: count / len(usages) if usages else None for key, count in tokens.items()},
+        seconds_per_1k=seconds / len(usages) * THOUSAND if timed else None,
+        dollars_per_1k=None if dollars is None else dollars * THOUSAND,
+        output_tokens_per_second=tokens["output_tokens"] / seconds if timed else None,
+        one_at_a_time=alone,
+        price=tariff.described() if dollars is not None else None,
+        per_million=of_tokens.found,
+        reasons=reasons,
+    )
+
+
+def mean_dollars(usages: Sequence[Usage], tariff: Tariff) -> Decimal | None:
+    """Return the mean dollars of a request, or None where one of them is not known."""
+    dollars = [tariff.of(usage) for usage in usages]
+    known = [amount for amount in dollars if amount is not None]
+    return sum(known, Decimal(0)) / len(known) if known and len(known) == len(dollars) else None
+
+
+class Found(NamedTuple):
+    """What a million tokens cost, and the reasons for what of it is not known."""
+
+    found: PerMillion | None
+    reasons: dict[str, str]
+
+
+def per_million(usages: Sequence[Usage], tariff: Tariff, timing: Timing | None) -> Found:
+    """Price tokens read and written apart: a hosted model's by its list, a local one's by its machine's time."""
+    if isinstance(tariff.price, TokenPrice):
+        rates = (tariff.price.dollars_per_million_input, tariff.price.dollars_per_million_output)
+        listed = PerMillion(dollars_input=rates[0], dollars_output=rates[1])
+        return Found(listed, {"per_million.seconds": BY_TOKEN})
+    seconds = reading_and_writing(usages, timing) if timing else None
+    if seconds is None:
+        return Found(None, {"per_million": CONTRADICTED if timing else NOT_APART})
+    read, written = (MILLION * each for each in seconds)
+    found = PerMillion(
+        seconds_input=read,
+        seconds_output=written,
+        dollars_input=tariff.of_seconds(read),
+        dollars_output=tariff.of_seconds(written),
+    )
+    return Found(found, {} if tariff.price else {"per_million.dollars": tariff.why})
+
+
+def reading_and_writing(usages: Sequence[Usage], timing: Timing) -> tuple[float, float] | None:
+    """Return the seconds of one token read and of one written; None where the two timings contradict each other.
+
+    Reading is measured by answers of one token; writing is the rest of the answers' time over the tokens written, so
+    that input tokens times the first and output tokens times the second add up to the time measured.
+    """
+    given, drawn = sum(u.input_tokens for u in usages), sum(u.output_tokens for u in usages)
+    if not timing.read_tokens or not drawn:
+        return None
+    read = timing.read_seconds / timing.read_tokens
+    rest = sum(u.seconds for u in usages) - given * read
+    return (read, rest / drawn) if rest > 0 else None
+
+
+def _alone(timing: Timing, tariff: Tariff) -> Alone:
+    each = timing.seconds / timing.requests
+    dollars = tariff.of_seconds(each)
+    return Alone(
+        requests=timing.requests,
+        seconds_per_1k=each * THOUSAND,
+        output_tokens_per_second=timing.output_tokens / timing.seconds,
+        dollars_per_1k=None if dollars is None else dollars * THOUSAND,
+    )
+
+
+def distillation_cost(
+    ledger: Sequence[LedgerEntry],
+    machine: MachinePrice | None,
+    why_no_machine: str,
+    answer_tokens: int = 0,
+    why_unpaid: str = "",
+) -> DistillationCost:
+    """Add up the stages that made and measured the student: what was paid to others, and the machine's time.
+
+    Attempts that failed or were cut short count as well: they cost the same. The machine was busy all the while.
+    `answer_tokens` are those of all the teacher's answers: what the ledger has fewer of, an earlier run paid for.
+    `why_unpaid` says why what others were paid is not known, where the ledger cannot know it.
+    """
+    entries = [entry for entry in ledger if entry.stage in DISTILLATION]
+    stages = {s: sum(e.seconds for e in entries if e.stage == s) for s in DISTILLATION}
+    stages = {stage: seconds for stage, seconds in stages.items() if seconds}
+    seconds = sum(stages.values())
+    paid = sum((entry.dollars or Decimal(0) for entry in entries), Decimal(0))
+    if any(entry.attempts and entry.dollars is None for entry in entries):
+        why_unpaid = "what the teacher's endpoint was paid is not known"
+    why = why_unpaid or ("" if machine else why_no_machine)
+    bought = sum(entry.output_tokens for entry in entries if entry.stage == "generate")
+    return DistillationCost(
+        seconds=seconds,
+        dollars=None if why or machine is None else paid + machine.of(seconds),
+        unknown_dollars=sum((e.unknown_dollars or Decimal(0) for e in entries), Decimal(0)),
+        stages=stages,
+        output_tokens=sum(entry.output_tokens for entry in entries),
+        reused=max(0.0, 1 - bought / answer_tokens) if answer_tokens else 0.0,
+        price=None if machine is None else f"{describe(machine)}, busy while the student was made",
+        reasons={"dollars": why} if why else {},
+    )
+
+
+def percent(share: Decimal) -> str:
+    """Return a share as a percentage without needless zeros."""
+    return f"{float(100 * share):g}\u00a0%"
+
+
+def describe(price: MachinePrice | TokenPrice) -> str:
+    """Return a price in words, with its date and source."""
+    if isinstance(price, MachinePrice):
+        what = f"{price.what or price.name}: ${price.dollars_per_hour} an hour"
+    else:
+        rates = f"${price.dollars_per_million_input} in, ${price.dollars_per_million_output} out"
+        what = f"list price of {price.model.strip('*')}: {rates} a million tokens"
+    return f"{what} ({price.date}, {price.source})"

@@ -1,0 +1,112 @@
+"""What of the items stands in the training data, and what the scores are without them.
+
+The headline is measured on the items that were not found; the same with all of them stands beside it.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from distill.corpus.contamination import (
+    KINDS,
+    NOT_FOUND,
+    Match,
+    answered,
+    asked,
+    flag,
+    of_item,
+    trained_on,
+    unsearchable,
+)
+from distill.errors import DistillError, Exit
+from distill.evaluation import results
+from distill.evaluation.results import Measured
+from distill.evaluation.statistics import Certainty, as_interval, estimate_mean
+from distill.evaluation.suites import Suite
+from distill.records import Document, Item, Pair
+from distill.storage.run_folder import Run
+from distill.storage.store import read_records
+
+SHOWN = 5  # examples in evaluation.json
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """Where items were found, by item id; and those that have no words of their own, so that none could be found."""
+
+    matches: Mapping[str, Sequence[Match]]
+    unsearchable: Collection[str]
+
+    def __contains__(self, item: str) -> bool:
+        return item in self.matches
+
+
+def find_leaks(run: Run, items: Sequence[Item], suites: Sequence[Suite] = ()) -> Leaks:
+    """Look for the items, and those of suites, in the documents, prompts and answers that are not held out."""
+    known = [run.path(f"dataset/{split}.jsonl") for split in ("train", "validation")]
+    pairs = [pair for path in known if path.exists() for pair in read_records(path, Pair)]
+    path = run.path("documents.jsonl")
+    documents = read_records(path, Document) if path.exists() else []
+    looked_for = [of_item(item) for item in items]
+    for part in (part for suite in suites for part in suite.parts):
+        looked_for += [of_item(item, part.task.student.user) for item in part.items]
+    matches = flag(looked_for, trained_on(documents), asked(pairs), answered(pairs))
+    return Leaks(matches, unsearchable(looked_for))
+
+
+def refuse_all_leaked(items: Sequence[Item], leaks: Leaks) -> None:
+    """Raise DistillError (exit 8) where no item is left that was not found."""
+    if items and all(item.id in leaks for item in items):
+        what = f"all {len(items)} held-out items stand in the training data"
+        fix = "--redo corpus, which leaves documents with their text out"
+        raise DistillError(Exit.EVALUATION, "contamination", what, fix)
+
+
+def without(rows: Mapping[str, Measured], leaks: Leaks) -> dict[str, Measured]:
+    """Return the rows on the items that were not found; a task without any is left out."""
+    clean = {}
+    for task, row in rows.items():
+        items = tuple(item for item in row.items if item.id not in leaks)
+        kept = {
+            model: [score for score in scores if score.item_id not in leaks]
+            for model, scores in row.scores.items()
+        }
+        if items:
+            clean[task] = replace(row, items=items, scores=kept)
+    return clean
+
+
+def section(
+    items: Sequence[Item], leaks: Leaks, rows: Mapping[str, Measured], certainty: Certainty
+) -> dict[str, Any]:
+    """Return what evaluation.json says about it: how many, by kind, examples, and the scores on all items."""
+    mine = {item.id: leaks.matches[item.id] for item in items if item.id in leaks}
+    share = [float(item.id in mine) for item in items]
+    rate = estimate_mean(share, [item.cluster for item in items], certainty, results.SHARE)
+    found = [match for matches in mine.values() for match in matches]
+    return {
+        "n": len(items),
+        "flagged": len(mine),
+        "unsearchable": sum(item.id in leaks.unsearchable for item in items),
+        "kinds": {kind: sum(match.kind == kind for match in found) for kind in KINDS},
+        "rate": as_interval(rate),
+        "items": sorted(mine),
+        "examples": [match._asdict() for match in found[:SHOWN]],
+        "method": NOT_FOUND,
+        "all_items": on_all(rows, certainty) if mine else None,
+    }
+
+
+def on_all(rows: Mapping[str, Measured], certainty: Certainty) -> dict[str, Any]:
+    """Return the rows of the scorecard on all items, those that were found too."""
+    pooled = results.pool(list(rows.values()))
+    return {
+        "tasks": {task: results.row_of(row, certainty) for task, row in rows.items()},
+        "overall": results.row_of(pooled, certainty) if pooled else None,
+    }
+
+
+def kept(items: Sequence[Item], values: Iterable[T], leaks: Leaks) -> list[T]:
+    """Return those of the values, given in the order of the items, whose item was not found."""
+    return [value for item, value in zip(items, values, strict=True) if item.id not in leaks]

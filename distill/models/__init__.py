@@ -1,0 +1,1 @@
+"""Models by reference: where they are, what they are, how they are loaded and talked to."""

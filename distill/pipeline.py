@@ -1,0 +1,177 @@
+"""The stages in their order: what each reads and writes, so that the command knows what is done, left or stale.
+
+The work is imported when a stage runs, so `plan` and `status` never load torch.
+"""
+
+from collections.abc import Callable, Collection
+from importlib import import_module
+
+from distill.config import Config, Evaluation, Signals
+from distill.models import registry
+from distill.storage.run_folder import Run, Stage
+
+
+def _lazy(module: str) -> Callable[[Config, Run], None]:
+    """Return the `main` of a module, imported at its first call."""
+    return lambda config, run: import_module(module).main(config, run)
+
+
+def _identity(module: str) -> Callable[[Config], dict[str, str]]:
+    """Return the `identity` of a module: hashes of what the stage reads outside the run's folder."""
+    return lambda config: import_module(module).identity(config)
+
+
+def reader_identity(config: Config) -> str:
+    """Return what pins the weights of the teacher whose distributions are captured."""
+    teacher = config.soft_teacher()
+    if teacher.kind == "endpoint":
+        from distill.responders.endpoint.attempts import origin_of
+
+        return origin_of(teacher)
+    return registry.identity(teacher.model, teacher.revision)
+
+
+def live_identity(config: Config) -> dict[str, str]:
+    """Return what pins a teacher that training reads itself."""
+    live = config.train.loss.soft and not config.captures
+    return {"teacher": reader_identity(config)} if live else {}
+
+
+def require_models(config: Config, left: Collection[str]) -> None:
+    """Stop before anything is asked where a folder does not hold the model that the stages `left` would load.
+
+    The student is looked at in any case: what is asked is asked for it. Raises DistillError (exit 7).
+    """
+    student, judge = config.student, config.evaluation.judge
+    registry.check_model(student.model, student.allow_pickle, student.trust_remote_code)
+    asked = [config.teacher] if {"generate", "evaluate"}.intersection(left) else []
+    if config.distributions and {"signals", "train", "refine"}.intersection(left):
+        asked.append(config.soft_teacher())
+    if judge and "evaluate" in left:
+        asked.append(judge)
+    for name in sorted({teacher.model for teacher in asked if teacher.kind == "local"}):
+        registry.check_model(name)
+
+
+STUDENT = ("adapter/adapter_model.safetensors", "refined/adapter/adapter_model.safetensors")
+DATASET = tuple(f"dataset/{split}.jsonl" for split in ("train", "validation", "heldout"))
+# What shapes answers; an endpoint's address is in its identity, and a budget or a timeout may change at any time.
+TEACHER_KEYS = (
+    "teacher.kind",
+    "teacher.model",
+    "teacher.revision",
+    "teacher.answers",
+    "teacher.temperature",
+    "teacher.top_p",
+    "teacher.max_new_tokens",
+    "teacher.n",
+    "teacher.dtype",
+    "teacher.max_batch_size",
+    "teacher.license",
+    "teacher.dollars",
+)
+
+# What only the report reads: at another price, nothing is measured again.
+MONEY = ("machine", "prices", "utilisation", "requests_per_month", "teacher_price")
+MEASURED = tuple(f"evaluation.{key}" for key in Evaluation.model_fields if key not in MONEY)
+
+# What shapes distributions; of the training only how long its samples may be. A server is in the identity.
+SIGNAL_KEYS = (
+    *(f"signals.{key}" for key in Signals.model_fields if key != "endpoint"),
+    *("teacher.kind", "teacher.model", "teacher.revision", "teacher.dtype"),
+    *("student.model", "student.revision", "train.max_length", "template_date"),
+)
+
+STAGES: tuple[Stage, ...] = (
+    Stage(
+        "corpus",
+        ("corpus", "seed"),
+        (),
+        ("documents.jsonl", "rejects.jsonl"),
+        _lazy("distill.corpus.corpus"),
+        _identity("distill.corpus.corpus"),
+        purpose="read, clean, deduplicate and split the documents",
+    ),
+    Stage(
+        "prompts",
+        ("prompts",),
+        ("documents.jsonl",),
+        ("prompts.jsonl", "tasks.json"),
+        _lazy("distill.corpus.prompts"),
+        _identity("distill.corpus.prompts"),
+        purpose="make the prompts of each task",
+    ),
+    Stage(
+        "generate",
+        (*TEACHER_KEYS, "prompts.questions", "template_date"),
+        ("documents.jsonl", "prompts.jsonl"),
+        ("responses.jsonl", "questions.jsonl"),
+        _lazy("distill.generation.generate"),
+        _identity("distill.generation.generate"),
+        purpose="ask the teacher what the store lacks",
+    ),
+    Stage(
+        "filter",
+        ("filters",),
+        ("documents.jsonl", "prompts.jsonl", "questions.jsonl", "responses.jsonl"),
+        (*DATASET, "dropped.jsonl", "funnel.json"),
+        _lazy("distill.generation.filters"),
+        _identity("distill.generation.filters"),
+        purpose="choose the answers that are trained on, with reasons",
+    ),
+    Stage(
+        "signals",
+        SIGNAL_KEYS,
+        DATASET[:2],
+        ("signals.json",),
+        _lazy("distill.training.soft_labels.capture"),
+        lambda config: {"teacher": reader_identity(config)},
+        purpose="keep the teacher's distributions over the answers, for losses that need them",
+        applies=lambda config: config.captures,
+    ),
+    Stage(
+        "train",
+        ("student", "train", "seed", "template_date"),
+        (*DATASET[:2], "signals.json"),
+        ("checkpoints", "adapter", "training.json"),
+        _lazy("distill.training.train"),
+        live_identity,
+        purpose="train the student's adapter",
+    ),
+    Stage(
+        "refine",
+        (
+            *("on_policy", "student", "train", "seed", "template_date", "signals"),
+            *("teacher.kind", "teacher.model", "teacher.revision", "teacher.dtype"),
+        ),
+        (*DATASET[:2], "dropped.jsonl", "adapter/adapter_model.safetensors"),
+        ("refined",),
+        _lazy("distill.training.soft_labels.on_policy"),
+        lambda config: {"teacher": reader_identity(config)},
+        purpose="let the student answer, and train it towards the teacher's distributions there",
+        applies=lambda config: config.on_policy.rounds > 0,
+    ),
+    Stage(
+        "evaluate",
+        (*MEASURED, "teacher.max_new_tokens"),
+        ("dataset/heldout.jsonl", *STUDENT),
+        ("answers", "scores", "timings", "requests.jsonl", "evaluation.json"),
+        _lazy("distill.evaluation.evaluate"),
+        _identity("distill.evaluation.suites"),
+        purpose="compare student, base and teacher on held-out items",
+    ),
+    Stage(
+        "report",
+        tuple(f"evaluation.{key}" for key in MONEY),
+        (
+            "evaluation.json",
+            "requests.jsonl",
+            "training.json",
+            "refined/training.json",
+            "funnel.json",
+        ),
+        ("prices.json", "scorecard.json", "scorecard.md", "report.html"),
+        _lazy("distill.report.report"),
+        purpose="write the scorecard and the report",
+    ),
+)

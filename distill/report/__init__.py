@@ -1,0 +1,1 @@
+"""Scorecard and report, for people."""

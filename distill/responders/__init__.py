@@ -1,0 +1,1 @@
+"""Who answers, be it teacher, student or judge."""

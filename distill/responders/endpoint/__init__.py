@@ -1,0 +1,1 @@
+"""A server answers, and is paid once."""

@@ -1,0 +1,1 @@
+"""What survives a crash: files, the log of answers, the run's folder."""

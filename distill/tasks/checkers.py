@@ -1,0 +1,379 @@
+"""Checks of an answer that need no judge: is it the JSON, the code, the number that was asked for?
+
+Used by the filters (before training) and by the scorers (in evaluation), so both mean the same. A check never raises,
+whatever the text: wrong, empty, hostile or endless answers fail with a reason. A check that runs the answer is refused
+unless the person at the machine has allowed it (`distill.tasks.sandbox.programs`).
+"""
+
+import ast
+import inspect
+import json
+import logging
+import re
+import string
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from decimal import Decimal, InvalidOperation
+from typing import Any, NamedTuple, NoReturn
+
+import regex
+
+from distill.records import Prompt
+from distill.tasks.json_schema import first_error, validate_schema
+from distill.tasks.sandbox.programs import DEFAULT, Limits, Trial, run_tests
+
+MAX_CODE = (
+    20_000  # characters; a longer answer is no short example, and parsing it may exhaust the stack
+)
+SECONDS = 2  # that reading or comparing an expression, or finding a pattern, may take
+MAX_MATH = 1_000  # characters at the end of an answer in which an expression is looked for
+FENCE = re.compile(r"\A```[^\n`]*\n(.*?)\n?```\Z", re.DOTALL)
+BLOCK = re.compile(r"```[^\n`]*\n(.*?)\n?```", re.DOTALL)
+NUMBER = re.compile(r"(?:(?<![\w.)])[-\u2212])?\$?(\d[\d,]*(?:\.\d+)?|\.\d+)", re.ASCII)
+STATED = re.compile(r"####\s*([^\n]+)|\\boxed\{([^{}]*)\}")
+SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]*[A-Z])|\n+")
+CHOSEN = re.compile(r"(?:answer|choice|option)\W*(?:is|:)?\W*\b([A-Z])\b", re.IGNORECASE)
+FIELD_TYPES: dict[str, Callable[[Any], bool]] = {
+    "string": lambda value: isinstance(value, str),
+    "[string]": lambda value: (
+        isinstance(value, list) and all(isinstance(item, str) for item in value)
+    ),
+    "any": lambda value: True,
+}
+
+
+class Verdict(NamedTuple):
+    """Whether an answer passed (None: a failure of ours), what was read out of it, and why it did not pass.
+
+    A check that grades also gives a `value` from 0 to 1.
+    """
+
+    passed: bool | None
+    answer: str | None
+    reason: str
+    value: float | None = None
+
+
+def strip_fence(text: str) -> str:
+    """Return the text without surrounding space and without one surrounding code fence."""
+    text = text.strip()
+    found = FENCE.match(text)
+    return found[1].strip() if found else text
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _read_json(text: str) -> Any:
+    """Read JSON, with or without one code fence around it; raises ValueError or RecursionError where it is none."""
+    return json.loads(strip_fence(text), parse_constant=_refuse_constant)
+
+
+def _json_object(prompt: Prompt, text: str, keys: Mapping[str, str]) -> Verdict:
+    """Pass an object with exactly these keys, each of its type: string, [string] or any."""
+    try:
+        value = _read_json(text)
+    except (ValueError, RecursionError):
+        return Verdict(False, None, "not JSON")
+    if not isinstance(value, dict):
+        return Verdict(False, None, "not a JSON object")
+    if value.keys() != set(keys):
+        missing, extra = sorted(set(keys) - value.keys()), sorted(value.keys() - set(keys))
+        return Verdict(False, None, f"wrong keys: missing {missing}, extra {extra[:5]}")
+    wrong = [key for key, kind in keys.items() if not FIELD_TYPES[kind](value[key])]
+    answer = json.dumps(value)
+    return Verdict(not wrong, answer, f"wrong type: {wrong}" if wrong else "valid JSON")
+
+
+def _json_schema(prompt: Prompt, text: str, schema: Mapping[str, Any]) -> Verdict:
+    """Pass JSON that conforms to a schema (see distill.tasks.json_schema for the keywords)."""
+    try:
+        value = _read_json(text)
+        answer = json.dumps(value)
+    except (ValueError, RecursionError):
+        return Verdict(False, None, "not JSON")
+    try:
+        error = first_error(schema, value)
+    except RecursionError:
+        return Verdict(False, answer, "nested too deeply to be checked")
+    except TimeoutError:
+        return Verdict(None, answer, "a pattern of the schema takes too long on this answer")
+    return Verdict(error is None, answer, error or "conforms to the schema")
+
+
+def _field_f1(prompt: Prompt, text: str, least: float = 1.0) -> Verdict:
+    """Grade a JSON object by F1 over the fields of the reference object; pass from `least` on.
+
+    Fields are leaves with their paths; of texts case, punctuation and space do not count, of lists the order.
+    """
+    try:
+        wanted = _fields(_read_json(prompt.reference or ""))
+    except (ValueError, RecursionError):
+        return Verdict(None, None, "the reference is no JSON object")
+    try:
+        found = _fields(_read_json(text))
+    except (ValueError, RecursionError):
+        return Verdict(False, None, "no JSON object", 0.0)
+    score = 2 * (wanted & found).total() / max(1, wanted.total() + found.total())
+    lacking = sorted({path for path, _ in wanted - found})
+    reason = f"F1 {score:.2f}" + (
+        f", wrong or missing: {', '.join(lacking[:5])}"[:120] * bool(lacking)
+    )
+    return Verdict(score >= least, strip_fence(text), reason, score)
+
+
+def _fields(tree: Any) -> Counter[tuple[str, Any]]:
+    """Count the leaves of a JSON object by path and value; raises ValueError for anything but an object."""
+    if not isinstance(tree, dict):
+        raise ValueError("not an object")
+    left: list[tuple[str, Any]] = [("", tree)]
+    leaves = Counter[tuple[str, Any]]()
+    while left:
+        path, value = left.pop()
+        if isinstance(value, dict):
+            left += [(f"{path}.{key}".lstrip("."), child) for key, child in value.items()]
+        elif isinstance(value, list):
+            left += [(f"{path}[]", child) for child in value]
+        else:
+            plain = (normalised(value) or value) if isinstance(value, str) else value
+            leaves[path, (isinstance(value, bool), plain)] += 1
+    return leaves
+
+
+def _python_code(prompt: Prompt, text: str) -> Verdict:
+    """Pass code that parses and uses the name that the prompt's reference ends in."""
+    code = strip_fence(text)
+    if not code or len(code) > MAX_CODE:
+        return Verdict(False, None, "no code" if not code else "code too long")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an invalid escape in the answer is no matter of ours
+            tree = ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return Verdict(False, code, "does not parse")
+    used = {
+        node.id if isinstance(node, ast.Name) else node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Name | ast.Attribute)
+    }
+    name = (prompt.reference or "").rpartition(".")[2]
+    if name and name not in used:
+        return Verdict(False, code, f"does not use {name}")
+    return Verdict(True, code, "parses and uses the name" if name else "parses")
+
+
+def _python_tests(
+    prompt: Prompt, text: str, seconds: float = DEFAULT.seconds, megabytes: int = DEFAULT.megabytes
+) -> Verdict:
+    """Pass code that passes the tests of the prompt's reference, run in a sandbox."""
+    tests = read_tests(prompt.reference or "")
+    code = _program(text, tests)
+    if not code.strip() or len(code) > MAX_CODE + len(tests.setup):
+        return Verdict(False, None, "no code" if not code.strip() else "code too long")
+    passed, reason = run_tests(code, tests, Limits(seconds, megabytes))
+    return Verdict(passed, code, reason)
+
+
+def read_tests(reference: str) -> Trial:
+    """Read tests: JSON with `test`, `entry_point` and perhaps `prompt` (HumanEval's columns), else lines of Python.
+
+    Lines (MBPP's `test_list`) assert what functions of the program's return; HumanEval's test defines `check`.
+    """
+    try:
+        row = json.loads(reference)
+        test, entry = str(row["test"]), str(row["entry_point"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return Trial(reference)
+    return Trial(f"{test}\n\ncheck({entry})\n", str(row.get("prompt", "")), entry)
+
+
+def _program(text: str, tests: Trial) -> str:
+    """Return an answer's program: its first fenced block, or all of it, after what the prompt begins the code with.
+
+    An answer that does not define the function goes on where the prompt ends, as a completion.
+    """
+    block = BLOCK.search(text)
+    code = block[1] if block else text
+    name = re.escape(tests.entry)
+    whole = re.search(rf"^(?:(?:async )?def|class) {name}\b|^{name}\s*[:=]", code, re.MULTILINE)
+    if tests.entry and not whole:
+        return f"{tests.setup.rstrip()}\n{code}"
+    return f"{tests.setup}\n\n{code.strip()}" if code.strip() else ""
+
+
+def read_number(text: str) -> Decimal | None:
+    """Return the number stated after `####` or in a box, else the last number in the text."""
+    stated = [first or second for first, second in STATED.findall(text)]
+    for place in [*reversed(stated[-1:]), text]:
+        found = list(NUMBER.finditer(place))
+        if found:
+            return _decimal(found[-1])
+    return None
+
+
+def _decimal(found: re.Match[str]) -> Decimal | None:
+    sign = "-" if found[0][0] in "-\u2212" else ""
+    try:
+        return Decimal(sign + found[1].replace(",", ""))
+    except InvalidOperation:
+        return None
+
+
+def _number(prompt: Prompt, text: str) -> Verdict:
+    """Pass an answer whose number equals the reference's."""
+    wanted, found = read_number(prompt.reference or ""), read_number(text)
+    if found is None:
+        return Verdict(False, None, "no number")
+    return _compared(str(found), found == wanted, prompt)
+
+
+def _compared(answer: str, equal: bool, prompt: Prompt) -> Verdict:
+    reason = "equals the reference" if equal else f"the reference is {prompt.reference!r:.80}"
+    return Verdict(equal, answer, reason)
+
+
+def _math(prompt: Prompt, text: str) -> Verdict:
+    """Pass an expression that equals the reference's however it is written, as math-verify decides in a few seconds."""
+    from math_verify import verify  # brings sympy, which few need
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it shows what models wrote
+    try:
+        wanted, found = _expressions(prompt.reference or ""), _expressions(text[-MAX_MATH:])
+        if not found:
+            return Verdict(False, None, "no expression")
+        return _compared(
+            str(found[-1]), bool(verify(wanted, found, timeout_seconds=SECONDS)), prompt
+        )
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        return Verdict(None, None, f"math-verify failed: {type(error).__name__}")
+
+
+def _expressions(text: str) -> list[Any]:
+    """Read expressions in LaTeX or plain; a text without marks may be LaTeX as a whole."""
+    from math_verify import parse
+
+    return parse(text, parsing_timeout=SECONDS) or parse(f"${text}$", parsing_timeout=SECONDS)
+
+
+def _exact(prompt: Prompt, text: str) -> Verdict:
+    """Pass the reference itself, surrounding space apart."""
+    return _compared(text.strip(), text.strip() == (prompt.reference or "").strip(), prompt)
+
+
+def normalised(text: str) -> str:
+    """Return the words of a text: case, punctuation and space do not count."""
+    return " ".join(text.casefold().translate(str.maketrans("", "", string.punctuation)).split())
+
+
+def _normalised(prompt: Prompt, text: str) -> Verdict:
+    """Pass the reference's words."""
+    answer = normalised(text)
+    return _compared(answer, answer == normalised(prompt.reference or ""), prompt)
+
+
+def _includes(prompt: Prompt, text: str) -> Verdict:
+    """Pass a text in which the reference's words stand, in their order and without others between."""
+    found = f" {normalised(prompt.reference or '')} " in f" {normalised(text)} "
+    return _compared(text.strip(), found, prompt)
+
+
+def _choice(prompt: Prompt, text: str) -> Verdict:
+    """Pass the reference's letter: alone, as `answer: B`, or the first one that stands by itself."""
+    found = CHOSEN.findall(text)[-1:] or re.findall(r"(?:^|[\s(*])([A-Z])(?=[).:*\s]|$)", text)[:1]
+    if not found:
+        return Verdict(False, None, "no choice")
+    letter = found[0].upper()
+    return _compared(letter, letter == (prompt.reference or "").strip().upper()[:1], prompt)
+
+
+def _regex(prompt: Prompt, text: str, pattern: str) -> Verdict:
+    """Pass a text in which the pattern is found; where it has a group, that must equal the reference."""
+    try:
+        found = regex.search(pattern, text, timeout=SECONDS)
+    except TimeoutError:
+        return Verdict(None, None, "the pattern takes too long on this answer")
+    if found is None:
+        return Verdict(False, None, "the pattern is not found")
+    if not found.groups() or prompt.reference is None:
+        return Verdict(True, found[0], "the pattern is found")
+    answer = (found[1] or "").strip()
+    return _compared(answer, answer == prompt.reference.strip(), prompt)
+
+
+def count_sentences(text: str) -> int:
+    """Count sentences: a full stop before a capital ends one, and so does a line."""
+    return sum(1 for part in SENTENCE_END.split(text.strip()) if part and part.strip())
+
+
+def _max_sentences(prompt: Prompt, text: str, max: int = 1) -> Verdict:
+    """Pass a text of at least one and at most `max` sentences."""
+    count = count_sentences(text)
+    return Verdict(1 <= count <= max, text.strip(), f"{count} sentence{'s' * (count != 1)}")
+
+
+KINDS: dict[str, Callable[..., Verdict]] = {
+    "json_object": _json_object,
+    "json_schema": _json_schema,
+    "field_f1": _field_f1,
+    "python_code": _python_code,
+    "python_tests": _python_tests,
+    "number": _number,
+    "math": _math,
+    "exact": _exact,
+    "normalised": _normalised,
+    "includes": _includes,
+    "choice": _choice,
+    "regex": _regex,
+    "max_sentences": _max_sentences,
+}
+NEEDS_REFERENCE = frozenset(
+    {"field_f1", "python_tests", "number", "math", "exact", "normalised", "includes", "choice"}
+)
+GRADED = frozenset({"field_f1"})  # checks whose value may lie between 0 and 1
+RUNS_CODE = frozenset({"python_tests"})
+
+
+def validate(checker: Mapping[str, Any]) -> None:
+    """Raise ValueError, in words for the author of a task, where `checker` is not a check that we have."""
+    settings = {key: value for key, value in checker.items() if key != "kind"}
+    kind = checker.get("kind")
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
+    try:
+        inspect.signature(KINDS[kind]).bind(None, "", **settings)
+    except TypeError as error:
+        raise ValueError(f"checker {kind}: {error}") from None
+    keys = settings.get("keys", {})
+    if not isinstance(keys, dict) or not set(map(str, keys.values())) <= FIELD_TYPES.keys():
+        raise ValueError(f"keys maps each key to one of {', '.join(FIELD_TYPES)}")
+    if "schema" in settings:
+        validate_schema(settings["schema"])
+    least = settings.get("least", 1.0)
+    if isinstance(least, bool) or not isinstance(least, int | float) or not 0 < least <= 1:
+        raise ValueError("least must be a number above 0 and at most 1")
+    if not isinstance(settings.get("max", 1), int):
+        raise ValueError("max must be a whole number")
+    for limit in ("seconds", "megabytes"):
+        value = settings.get(limit, 10)
+        if not isinstance(value, int | float) or not 1 <= value <= 100_000:
+            raise ValueError(f"{limit} must be a number from 1 to 100,000")
+    try:
+        regex.compile(settings.get("pattern", ""))
+    except (regex.error, TypeError) as error:
+        raise ValueError(f"pattern is not a regular expression: {error}") from None
+
+
+def check(checker: Mapping[str, Any], prompt: Prompt, text: str) -> Verdict:
+    """Check an answer; `checker` is a task's, as `validate` accepts it."""
+    kind = checker["kind"]
+    if kind in NEEDS_REFERENCE and not (prompt.reference or "").strip():
+        return Verdict(False, None, "no reference to compare with")
+    settings = {key: value for key, value in checker.items() if key != "kind"}
+    verdict = KINDS[kind](prompt, text, **settings)
+    if verdict.answer is None:
+        return verdict
+    # a lone surrogate (an escape in JSON) cannot be stored
+    clean = verdict.answer.encode("utf-8", "replace").decode("utf-8")
+    return verdict._replace(answer=clean)

@@ -1,0 +1,234 @@
+"""The two parts that live in a sandbox: the judge, who runs the tests, and the program, which answers the judge's calls.
+
+    outside               in the sandbox
+    distill.tasks.sandbox.programs - process 1: the judge - its child: the program, and whatever that starts
+      code, then tests ->               calls, plain data ->
+      <- verdict with its nonce         <- result, plain data, or the name of an error
+
+The program never sees the tests, the nonce, the verdict's pipe or the judge's memory: it is forked before the judge
+reads them, and the judge can be neither traced nor, being process 1, killed from inside. When the judge ends, the
+kernel ends all else in the sandbox. Started by `distill.tasks.sandbox.programs`; standard library only.
+"""
+
+import builtins
+import json
+import os
+import signal
+import sys
+from contextlib import suppress
+from types import ModuleType
+from typing import Any, NoReturn
+
+from distill.tasks.sandbox import messages, namespaces
+
+TICK = 0.02  # seconds between looks at the memory in use
+SHOWN = 100  # characters of a value in a reason
+VERDICT = 1  # the descriptor that the verdict is written to
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def main() -> NoReturn:
+    """Read the code, go inside, let the program loose, read the tests, judge; the arguments are `run`'s."""
+    seconds, megabytes, walled = json.loads(sys.argv[1])
+    namespaces.die_with_parent()
+    sys.path.pop()  # the package's folder, which the program has no business with
+    os.environ.clear()
+    sys.set_int_max_str_digits(0)
+    code, fault, proc = messages.receive(0), "", None
+    try:
+        proc = namespaces.enter(seconds) if walled else None
+        namespaces.confine(seconds, megabytes)
+    except OSError as error:
+        fault = str(error)
+    calls, answers = os.pipe(), os.pipe()
+    if not fault and os.fork() == 0:
+        live(code, calls[0], answers[1])
+    os.close(calls[0])
+    os.close(answers[1])
+    job = messages.receive(0)
+    judge = Judge(job["nonce"], answers[0], calls[1])
+    if fault:
+        judge.finish("broken", fault)
+    judge.watch(proc, megabytes)
+    judge.run(job)
+
+
+class Names(dict[str, Any]):
+    """The builtins of the tests: what neither these nor the tests define is a function of the program's."""
+
+    def __init__(self, judge: "Judge") -> None:
+        super().__init__(vars(builtins))
+        self.judge = judge
+
+    def __missing__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise KeyError(name)
+        return lambda *given, **named: self.judge.call(name, given, named)
+
+
+class Judge:
+    """Runs the tests, asks the program for what they call, and gives the verdict: pass, fail or broken."""
+
+    def __init__(self, nonce: str, read: int, write: int) -> None:
+        self.nonce, self.read, self.write = nonce, read, write
+        self.answered, self.last = 0, ""
+
+    def finish(self, verdict: str, reason: str) -> NoReturn:
+        """Write the verdict and end, and with this process all in the sandbox; no test can catch it."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        messages.send(VERDICT, {"nonce": self.nonce, "verdict": verdict, "reason": reason[:1000]})
+        os._exit(0)
+
+    def run(self, job: dict[str, Any]) -> NoReturn:
+        """Run the setup and the tests; of a function that both the setup and the program have, the program's counts."""
+        space: dict[str, Any] = {"__name__": "tests", "__builtins__": Names(self)}
+        try:
+            setup = compile(job["setup"], "setup", "exec")
+            tests = compile(job["tests"], "tests", "exec")
+            exec(setup, space)  # noqa: S102 - that is what a sandbox is for
+        except Exception as error:  # whatever is wrong with it, it is no fault of the program's
+            self.finish("broken", f"the tests: {told(error)}")
+        space.pop(job["entry"], None)
+        try:
+            self.answer()
+            exec(tests, space)  # noqa: S102
+        except BaseException as error:  # the tests may raise what they like: it is a failure
+            self.finish("fail", told(error) + (f" (last: {self.last})" if self.last else ""))
+        if not self.answered:
+            self.finish("broken", "the tests call nothing")
+        self.finish("pass", f"passes: {self.answered} calls")
+
+    def call(self, name: str, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """Call a function of the program; a list, dict or set that it changed is changed here too."""
+        self.last = f"{name}({short(given)[1:-1].rstrip(',')})"
+        try:
+            message = {"name": name, "given": messages.pack(given), "named": messages.pack(named)}
+        except messages.NotData as error:
+            self.finish("broken", f"the tests hand {error} to {name}")
+        with suppress(BrokenPipeError):  # the program ended: reading says so
+            messages.send(self.write, message)
+        value, after = self.answer()
+        self.answered += 1
+        for old, new in zip(given, after, strict=False):
+            change(old, new)
+        self.last += f" gave {short(value)}"
+        return value
+
+    def answer(self) -> Any:
+        """Return what the program answers; an error of its own is raised here, under the same name if builtin."""
+        try:
+            reply = messages.receive(self.read)
+            if "value" in reply:
+                value, after = messages.unpack(reply["value"])
+                return value, after
+            name, text = str(reply["error"]), str(reply["text"])
+        except EOFError:
+            self.finish("fail", "the program ended" + (f" in {self.last}" if self.last else ""))
+        except (messages.NotData, LookupError, TypeError, ValueError, RecursionError) as error:
+            self.finish("fail", f"the program's answer is no data: {error}")
+        self.answered += bool(self.last)
+        kind = getattr(builtins, name, None)
+        ends_loops = (StopIteration, StopAsyncIteration)
+        if isinstance(kind, type) and issubclass(kind, Exception) and kind not in ends_loops:
+            with suppress(TypeError):  # UnicodeDecodeError wants more than a text
+                raise kind(text)
+        raise Exception(f"{name}: {text}")
+
+    def watch(self, proc: int | None, megabytes: int) -> None:
+        """Look at the memory of all processes in the sandbox every now and then; too much of it is the end."""
+
+        def look(number: int, frame: object) -> None:
+            if proc is not None and memory(proc) > megabytes << 20:
+                self.finish("fail", f"took more than {megabytes} MB of memory")
+
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGALRM, look)
+        signal.setitimer(signal.ITIMER_REAL, TICK, TICK)
+
+
+def memory(proc: int) -> int:
+    """Return the bytes in use by all processes of a /proc; what they share counts for each."""
+    pages = 0
+    for name in os.listdir(proc):
+        if name.isdigit():
+            with suppress(OSError):  # it has just ended
+                file = os.open(f"{name}/statm", os.O_RDONLY, dir_fd=proc)
+                pages += int(os.read(file, 200).split()[1])
+                os.close(file)
+    return pages * PAGE
+
+
+def change(old: Any, new: Any) -> None:
+    """Make a list, dict or set like another of the same type."""
+    if type(old) is not type(new):
+        return
+    if isinstance(old, list):
+        old[:] = new
+    elif isinstance(old, dict | set):
+        old.clear()
+        old.update(new)
+
+
+def short(value: Any) -> str:
+    """Return a value as text for a reason."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else text[:SHOWN] + "..."
+
+
+def told(error: BaseException) -> str:
+    """Return an exception's name and message."""
+    return f"{type(error).__name__}: {error}"[:300].removesuffix(": ")
+
+
+def live(code: str, read: int, write: int) -> NoReturn:
+    """Be the program: run the code, then answer calls until there are no more."""
+    namespaces.die_with_parent()
+    os.setsid()
+    read, write = alone(read, write)
+    module = ModuleType("answer")
+    sys.modules["answer"] = module
+    try:
+        exec(compile(code, "answer", "exec"), vars(module))  # noqa: S102
+        messages.send(write, {"value": messages.pack((None, ()))})
+        while True:
+            answer(vars(module), messages.receive(read), write)
+    except BaseException as error:  # SystemExit too: the judge hears of it and decides
+        with suppress(BaseException):
+            messages.send(write, complaint(error))
+    os._exit(0)
+
+
+def alone(read: int, write: int) -> tuple[int, int]:
+    """Close all descriptors but the two pipes, which become 3 and 4; input, output and errors go nowhere."""
+    nowhere = os.open("/dev/null", os.O_RDWR)
+    for number in range(3):
+        os.dup2(nowhere, number)
+    high = [os.dup2(end, 50 + place) for place, end in enumerate((read, write))]
+    os.closerange(3, 50)
+    os.dup2(high[0], 3)
+    os.dup2(high[1], 4)
+    os.closerange(5, namespaces.FILES)
+    return 3, 4
+
+
+def answer(space: dict[str, Any], call: dict[str, Any], write: int) -> None:
+    """Do one call and say what came of it."""
+    try:
+        if call["name"] not in space:
+            raise NameError(f"name {call['name']!r} is not defined")
+        given, named = messages.unpack(call["given"]), messages.unpack(call["named"])
+        value = space[call["name"]](*given, **named)
+        reply = {"value": messages.pack((value, [x if kept(x) else None for x in given]))}
+    except Exception as error:
+        reply = complaint(error)
+    messages.send(write, reply)
+
+
+def kept(value: Any) -> bool:
+    """Tell whether a call's argument may have changed in place."""
+    return isinstance(value, list | dict | set)
+
+
+def complaint(error: BaseException) -> dict[str, str]:
+    """Return an error as the judge hears of it."""
+    return {"error": type(error).__name__, "text": str(error)[:300]}

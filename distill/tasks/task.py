@@ -1,0 +1,127 @@
+"""Tasks: what is asked about a document or of a prompt, as YAML that a user can write without code.
+
+A task has a student's view (what is trained and served), where it differs a teacher's view (which may see a passage or
+a long system prompt that the student does not), and where one exists a checker. Templates are jinja2 in a sandbox.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from pydantic import ValidationError, field_validator, model_validator
+
+from distill.config import Section
+from distill.config_file import find_config, read_yaml
+from distill.errors import DistillError, Exit
+from distill.storage.store import read_json
+from distill.tasks.checkers import validate
+
+Named = TypeVar("Named", bound=Section)
+KEPT = "tasks.json"  # in a run's folder: the tasks as they were asked, by name
+ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
+
+
+class View(Section):
+    """The turns of one side: templates of the user's turn and, where there is one, of the system's."""
+
+    user: str = ""
+    system: str | None = None
+
+    @field_validator("user", "system")
+    @classmethod
+    def _template(cls, value: str | None) -> str | None:
+        try:
+            ENVIRONMENT.parse(value or "")
+        except TemplateSyntaxError as error:
+            raise ValueError(f"template line {error.lineno}: {error.message}") from None
+        return value
+
+
+class Task(Section):
+    """A named task. `metric` is what the scorecard calls the share of answers that pass the checker."""
+
+    name: str
+    metric: str | None = None
+    student: View
+    teacher: View | None = None
+    reference: str | None = None
+    checker: dict[str, Any] | None = None
+
+    @field_validator("checker")
+    @classmethod
+    def _known_checker(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None:
+            validate(value)
+        return value
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Task":
+        if not self.student.user.strip():
+            raise ValueError("student.user is empty")
+        if (self.checker is None) != (self.metric is None):
+            raise ValueError("metric and checker come together: the metric counts what passes")
+        return self
+
+    def teacher_view(self) -> View | None:
+        """Return the teacher's view, with the student's user turn where it states none of its own."""
+        if self.teacher is None or self.teacher.user.strip():
+            return self.teacher
+        return self.teacher.model_copy(update={"user": self.student.user})
+
+
+FindTask = Callable[[str], Task | None]
+
+
+def task_path(name_or_path: str) -> Path:
+    """Return the file of a task: a path ending in .yaml, or the name of one in configs/tasks."""
+    if name_or_path.endswith((".yaml", ".yml")):
+        return find_config(Path(name_or_path))
+    return find_config(Path("configs/tasks") / f"{name_or_path}.yaml")
+
+
+def load_task(name_or_path: str) -> Task:
+    """Read and check a task; raises DistillError (exit 2) naming the file and the fault."""
+    return load_section(task_path(name_or_path), Task, "task", "configs/tasks")
+
+
+def load_section(path: Path, kind: type[Named], what: str, examples: str) -> Named:
+    """Read a YAML file as a section that is named after it; raises DistillError (exit 2) with the file and the fault."""
+    tree = read_yaml(path, kind)
+    if not isinstance(tree, dict):
+        raise DistillError(Exit.CONFIG, path, f"holds no {what}", f"start from one of {examples}")
+    try:
+        return kind.model_validate({"name": path.stem, **tree})
+    except ValidationError as error:
+        fault = max(error.errors(), key=lambda fault: len(fault["loc"]))  # of a choice the nearest
+        key, message = ".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")
+        raise DistillError(
+            Exit.CONFIG, path, f"{key}: {message}".removeprefix(": "), f"correct the {what}"
+        ) from None
+
+
+@cache
+def shipped(name: str) -> Task | None:
+    """Return the task of that name in configs/tasks, or None."""
+    return load_task(name) if task_path(name).is_file() else None
+
+
+def tasks_of_run(folder: Path) -> FindTask:
+    """Return what finds the task that a prompt names: as the run's `tasks.json` keeps it, else in configs/tasks."""
+    path = folder / KEPT
+    rows = read_json(path).items() if path.is_file() else ()
+    kept = {name: Task.model_validate(row) for name, row in rows}
+    return lambda name: kept.get(name) or shipped(name)
+
+
+def fill(template: str, task: str, values: dict[str, Any]) -> str:
+    """Fill a template in; raises DistillError (exit 2) where it asks for what a document does not have."""
+    try:
+        return ENVIRONMENT.from_string(template).render(values).strip()
+    except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
+        have = ", ".join(sorted(values))
+        raise DistillError(
+            Exit.CONFIG, f"task {task}", f"template: {error}", f"templates may use: {have}"
+        ) from None

@@ -1,0 +1,254 @@
+"""Decoder layers of the Llama kind (Llama, Mistral, Qwen2) for LoRA training on a CPU, the way back written by hand.
+
+The same mathematics as transformers' layers with PEFT's adapters, arranged for a machine on which only a few kinds of
+operation are fast. Adapted modules that share an input become one product, [x | xA'] [W | sB]', and so does their way
+back; norms and residuals stay inside; nothing is saved that need not be. `fuse` puts them in place of a model's own
+layers; the student's probe then compares the two, and tests compare gradients with plain PEFT in float32.
+
+Shape suffixes: N tokens of a packed row, D hidden size, I inputs, O outputs, R ranks side by side, F inner size.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from distill.training.adapters import ADAPTER, factors
+from distill.training.cpu import attention
+from distill.training.packing import Segment
+
+KINDS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
+
+
+class Projection:
+    """Linear modules with one input, adapted or not, as one matrix [W | sB] of (O, I + R)."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        linears: list[Any] = [getattr(m, "base_layer", m) for m in modules]
+        adapted = [factors(m) if isinstance(m, LoraLayer) else None for m in modules]
+        self.inputs = linears[0].in_features
+        self.widths = [linear.out_features for linear in linears]
+        ranks = [a_b_s[0].shape[0] if a_b_s else 0 for a_b_s in adapted]
+        weight = linears[0].weight
+        self.matrix = weight.new_zeros(sum(self.widths), self.inputs + sum(ranks))
+        self.down = weight.new_zeros(sum(ranks), self.inputs)
+        self.bias = _joined_bias(linears)
+        self.parts: list[tuple[slice, slice, float]] = []  # rows of O, columns of R, scale
+        self.masters: list[nn.Parameter] = []  # A, B, A, B, ... in float32
+        row = column = 0
+        for linear, width, rank, found in zip(linears, self.widths, ranks, adapted, strict=True):
+            rows, columns = slice(row, row + width), slice(column, column + rank)
+            self.matrix[rows, : self.inputs] = linear.weight.data
+            linear.weight.data = self.matrix[rows, : self.inputs]  # the same memory from now on
+            if found:
+                self.parts.append((rows, columns, found[2]))
+                self.masters += found[:2]
+            row, column = row + width, column + rank
+
+    def refresh(self) -> None:
+        """Copy the masters into the working type."""
+        for number, (rows, columns, scale) in enumerate(self.parts):
+            a, b = self.masters[2 * number : 2 * number + 2]
+            self.down[columns] = a
+            self.matrix[rows, self.inputs :][:, columns] = b * scale
+
+    def buffer(self, like: Tensor) -> Tensor:
+        """Return an empty (N, I + R) whose first I columns the caller fills."""
+        return like.new_empty(like.shape[0], self.matrix.shape[1])
+
+    def forward(self, wide_NI: Tensor, residual_NO: Tensor | None = None) -> Tensor:
+        """Fill the last R columns of the buffer, and return the outputs (N, O), on top of a residual."""
+        self.refresh()
+        torch.mm(wide_NI[:, : self.inputs], self.down.t(), out=wide_NI[:, self.inputs :])
+        if residual_NO is not None:
+            out = torch.addmm(residual_NO, wide_NI, self.matrix.t())
+            return out if self.bias is None else out.add_(self.bias)
+        return nn.functional.linear(wide_NI, self.matrix, self.bias)
+
+    def backward(self, wide_NI: Tensor, slope_NO: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the gradients of the inputs (N, I) and of the masters, those in float32."""
+        slope_NI = torch.mm(slope_NO, self.matrix)
+        low_NR, low_slope_NR = wide_NI[:, self.inputs :], slope_NI[:, self.inputs :]
+        slope_a = torch.mm(low_slope_NR.t(), wide_NI[:, : self.inputs]).float()
+        gradients = []
+        for rows, columns, scale in self.parts:
+            slope_b = torch.mm(slope_NO[:, rows].t(), low_NR[:, columns]).float()
+            gradients += [slope_a[columns], slope_b.mul_(scale)]
+        return torch.addmm(slope_NI[:, : self.inputs], low_slope_NR, self.down), gradients
+
+
+def _joined_bias(linears: Sequence[nn.Linear]) -> Tensor | None:
+    """Lay the biases side by side, with zeros where a module has none; None where no module has one."""
+    if all(linear.bias is None for linear in linears):
+        return None
+    zeros = [linear.weight.new_zeros(linear.out_features) for linear in linears]
+    return torch.cat(
+        [z if lin.bias is None else lin.bias.data for lin, z in zip(linears, zeros, strict=True)]
+    )
+
+
+class Norm:
+    """Root-mean-square normalisation (arXiv 1910.07467) by a frozen weight, in float32 inside."""
+
+    def __init__(self, module: Any) -> None:
+        self.weight, self.eps = module.weight.data, module.variance_epsilon
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """Return the normalised rows."""
+        return nn.functional.rms_norm(x_ND, (x_ND.shape[1],), self.weight, self.eps)
+
+    def backward(self, x_ND: Tensor, slope_ND: Tensor, residual_ND: Tensor) -> Tensor:
+        """Return the gradient of x: through the norm, plus that of the residual beside it."""
+        size = torch.linalg.vector_norm(x_ND, dim=1, keepdim=True, dtype=torch.float32)
+        inverse = (size.square() / x_ND.shape[1] + self.eps).rsqrt()
+        weighted, x = slope_ND.float() * self.weight.float(), x_ND.float()
+        along = (weighted * x).sum(1, keepdim=True) * inverse.pow(3) / x_ND.shape[1]
+        return weighted.mul_(inverse).addcmul_(x, along, value=-1).add_(residual_ND).to(x_ND.dtype)
+
+
+def rotate(heads_NHd: Tensor, cos_N1h: Tensor, sin_N1h: Tensor) -> Tensor:
+    """Rotate each pair (i, i + d/2) of every head by its position's angle (arXiv 2104.09864); -sin turns it back."""
+    half = heads_NHd.shape[2] // 2
+    first, second = heads_NHd[..., :half], heads_NHd[..., half:]
+    turned = torch.empty_like(heads_NHd, memory_format=torch.contiguous_format)
+    torch.mul(first, cos_N1h, out=turned[..., :half]).addcmul_(second, sin_N1h, value=-1)
+    torch.mul(second, cos_N1h, out=turned[..., half:]).addcmul_(first, sin_N1h)
+    return turned
+
+
+class FusedLayer:
+    """One decoder layer: the forward that replaces the module's own."""
+
+    def __init__(self, layer: Any) -> None:
+        attend, mlp = layer.self_attn, layer.mlp
+        self.norms = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
+        self.qkv = Projection([attend.q_proj, attend.k_proj, attend.v_proj])
+        self.out, self.down = Projection([attend.o_proj]), Projection([mlp.down_proj])
+        self.gate_up = Projection([mlp.gate_proj, mlp.up_proj])
+        self.head_dim, self.scale = attend.head_dim, attend.scaling
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        segments: Sequence[Segment],
+        **unused: Any,
+    ) -> Tensor:
+        half = self.head_dim // 2
+        cos, sin = (t[0, :, None, :half].to(hidden_states.dtype) for t in position_embeddings)
+        x = hidden_states[0]
+        x = _Attend.apply(x, self, cos, sin, segments, *self.qkv.masters, *self.out.masters)
+        x = _Feed.apply(x, self, *self.gate_up.masters, *self.down.masters)
+        return x[None]  # pyright: ignore[reportOptionalSubscript]
+
+
+class _Attend(torch.autograd.Function):
+    """x + out(attention(qkv(norm(x))))."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_ND: Tensor, layer: FusedLayer, cos: Tensor, sin: Tensor, segments: Sequence[Segment], *masters: Tensor
+    ) -> Tensor:  # fmt: skip
+        wide = layer.qkv.buffer(x_ND)
+        wide[:, : x_ND.shape[1]] = layer.norms[0].forward(x_ND)
+        made = layer.qkv.forward(wide)
+        queries, keys, _ = layer.qkv.widths
+        turned = rotate(_heads(made[:, : queries + keys], layer.head_dim), cos, sin)
+        value = _heads(made[:, queries + keys :], layer.head_dim)
+        query, key = turned.split([queries // layer.head_dim, keys // layer.head_dim], dim=1)
+        mixed, kept = attention.forward(query, key, value, segments, layer.scale)
+        inner = layer.out.buffer(x_ND)
+        inner[:, :queries] = mixed.flatten(1)
+        ctx.layer, ctx.segments = layer, segments
+        ctx.save_for_backward(x_ND, wide, query, key, value, inner, cos, sin, *kept)
+        return layer.out.forward(inner, x_ND)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
+        layer, slope_ND = ctx.layer, upstream[0]
+        x_ND, wide, query, key, value, inner, cos, sin, *kept = ctx.saved_tensors
+        slope_mixed, out_gradients = layer.out.backward(inner, slope_ND)
+        slopes = attention.backward(
+            _heads(slope_mixed, layer.head_dim), query, key, value, kept, ctx.segments, layer.scale
+        )
+        turned_back = rotate(torch.cat(slopes[:2], dim=1), cos, -sin)
+        slope_made = torch.cat([turned_back.flatten(1), slopes[2].flatten(1)], dim=1)
+        slope_normed, qkv_gradients = layer.qkv.backward(wide, slope_made)
+        slope_x = layer.norms[0].backward(x_ND, slope_normed, slope_ND)
+        return slope_x, None, None, None, None, *qkv_gradients, *out_gradients
+
+
+def _heads(flat_ND: Tensor, size: int) -> Tensor:
+    return flat_ND.unflatten(1, (-1, size))
+
+
+class _Feed(torch.autograd.Function):
+    """x + down(silu(gate(norm(x))) · up(norm(x)))."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, layer: FusedLayer, *masters: Tensor) -> Tensor:
+        wide = layer.gate_up.buffer(x_ND)
+        wide[:, : x_ND.shape[1]] = layer.norms[1].forward(x_ND)
+        made = layer.gate_up.forward(wide)
+        gate, up = made.split(layer.gate_up.widths, dim=1)
+        inner = layer.down.buffer(x_ND)
+        active = torch.ops.aten.silu.out(gate, out=inner[:, : gate.shape[1]])
+        active.mul_(up)
+        ctx.layer = layer
+        ctx.save_for_backward(x_ND, wide, made, inner)
+        return layer.down.forward(inner, x_ND)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
+        layer, slope_ND = ctx.layer, upstream[0]
+        x_ND, wide, made, inner = ctx.saved_tensors
+        slope_active, down_gradients = layer.down.backward(inner, slope_ND)
+        gate, up = made.split(layer.gate_up.widths, dim=1)
+        slope_made = torch.empty_like(made)
+        slope_gate, slope_up = slope_made.split(layer.gate_up.widths, dim=1)
+        torch.mul(torch.nn.functional.silu(gate), slope_active, out=slope_up)
+        slope_active *= up
+        torch.ops.aten.silu_backward.grad_input(slope_active, gate, grad_input=slope_gate)
+        slope_normed, up_gradients = layer.gate_up.backward(wide, slope_made)
+        slope_x = layer.norms[1].backward(x_ND, slope_normed, slope_ND)
+        return slope_x, None, *up_gradients, *down_gradients
+
+
+def fusible(layer: Any) -> bool:
+    """Tell whether a decoder layer is of a kind that `FusedLayer` computes, with plain or adapted linear modules."""
+    if type(layer).__name__ not in KINDS or type(layer.mlp.act_fn).__name__ not in (
+        "SiLU",
+        "SiLUActivation",
+    ):
+        return False
+    attend, mlp = layer.self_attn, layer.mlp
+    parts = (attend.q_proj, attend.k_proj, attend.v_proj, attend.o_proj)
+    return all(_plain(m) for m in (*parts, mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+
+
+def _plain(module: Any) -> bool:
+    """Tell whether a module is a linear map, or one with a LoRA without dropout."""
+    if isinstance(module, LoraLayer):
+        return type(module.base_layer) is nn.Linear and isinstance(
+            module.lora_dropout[ADAPTER], nn.Identity
+        )
+    return type(module) is nn.Linear
+
+
+def fuse(decoder: Any) -> bool:
+    """Replace the forward of every layer where all of them are fusible and on a CPU; returns whether it did."""
+    found = list(decoder.layers) if hasattr(decoder, "layers") else []
+    on_cpu = all(p.device.type == "cpu" for p in decoder.parameters())
+    if not found or not on_cpu or not all(fusible(layer) for layer in found):
+        return False
+    for layer in found:
+        layer.forward = FusedLayer(layer)
+    return True
+
+
+def unfuse(decoder: Any) -> None:
+    """Give every layer its own forward back."""
+    for layer in decoder.layers:
+        del layer.forward

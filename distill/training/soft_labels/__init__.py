@@ -1,0 +1,1 @@
+"""The teacher's distributions: captured, stored, and learnt from."""

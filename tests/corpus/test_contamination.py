@@ -1,0 +1,227 @@
+"""Contamination: planted leaks are found in every disguise, clean sets stay clean, collisions cost nothing."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distill.corpus import contamination
+from distill.corpus.contamination import (
+    Eval,
+    flag,
+    index,
+    own_parts,
+    sentences,
+    template_of,
+    unsearchable,
+)
+from distill.corpus.ngrams import Index, Wanted, words
+from distill.corpus.prompts import ask
+from distill.records import Document, Item, Message, Prompt
+from distill.tasks.task import load_task
+from scripts.benchmarks.benchmark_contamination import Language, measure
+
+ROOT = Path(__file__).parent.parent.parent
+
+VOCABULARY = [f"word{n}" for n in range(400)]
+
+
+def text(seed: int, length: int = 40) -> str:
+    return " ".join(random.Random(seed).choices(VOCABULARY, k=length))
+
+
+def found(item: str, document: str, **more: str) -> bool:
+    """Tell whether an item, among others, is found in a document."""
+    items = [
+        Eval("1", "1", (item,), **more),
+        *(Eval(f"o{k}", f"o{k}", (text(900 + k),)) for k in range(9)),
+    ]
+    return "1" in flag(items, [("d", document)])
+
+
+def test_planted_leaks_are_found_in_every_disguise_and_nothing_else() -> None:
+    figures = measure(items=1500, documents=3000, length=120, leaks=500, seed=3)
+    assert figures["found"] == 500, figures["missed"]
+    assert figures["false_alarms"] == 0 and figures["documents_wrongly_flagged"] == 0
+
+
+@pytest.mark.parametrize("bits", [64, 8, 1])
+def test_a_collision_of_hashes_is_no_match(bits: int) -> None:
+    wanted = [Wanted(k, str(k), (text(k),)) for k in range(30)]
+    texts = [(str(k), text(k if k < 5 else 1000 + k)) for k in range(30)]
+    hits = {(f.owner, f.place) for f in Index(wanted, bits).find(texts)}
+    assert hits == {(k, str(k)) for k in range(5)}
+
+
+@pytest.mark.parametrize("size", range(3, 30))
+def test_the_length_decides_how_an_item_is_looked_for(size: int) -> None:
+    item, before, after = text(1, size), text(2), text(3)
+    alone = f"{before}\n{item}?\n{after}"
+    assert found(item, item.upper()) and found(item, alone)
+    assert found(item, f"{before} {item} {after}") == (size >= 8)
+    part = " ".join(item.split()[-13:])
+    assert found(item, f"{before} {part} {after}") == (size >= 8)
+    assert not found(item, f"{before} {' '.join(part.split()[:12])} {after}") or size in range(
+        8, 13
+    )
+
+
+def test_windows_do_not_reach_over_the_ends_of_texts_and_parts() -> None:
+    item = text(1, 20)
+    first, second = " ".join(item.split()[:10]), " ".join(item.split()[10:])
+    assert not flag([Eval("1", "1", (item,))], [("a", first), ("b", second)])
+    long = Eval("1", "1", (f"{first} {text(4, 3)}", f"{text(5, 3)} {second}"))
+    assert not flag([long], [("a", item)]), "a window over the gap between two parts"
+
+
+def test_items_that_hold_nothing_are_not_found_and_not_checked() -> None:
+    items = [
+        Eval("1", "1", ("",)),
+        Eval("2", "2", ()),
+        Eval("3", "3", ("?!",)),
+        Eval("4", "4", ("so",)),
+    ]
+    assert flag(items, [("a", ""), ("b", "\n\n"), ("c", "...")]) == {}
+    assert unsearchable(items) == {"1", "2", "3"}
+    assert flag([], [("a", "text")]) == {}
+
+
+def test_each_kind_is_told_with_its_first_place() -> None:
+    items = [Eval("1", "1", (text(1),)), Eval("2", "2", (text(2),), text(3))]
+    matches = flag(
+        items, [("d", "x"), ("e", text(1)), ("f", text(1))], [("p", text(1))], [("a", text(3))]
+    )
+    assert [(m.kind, m.place) for m in matches["1"]] == [("corpus", "e"), ("prompt", "p")]
+    assert [(m.kind, m.place) for m in matches["2"]] == [("answer", "a")]
+    assert matches["1"][0].phrase in text(1)
+
+
+def test_an_answer_of_a_few_words_is_no_evidence() -> None:
+    question = text(1)
+    assert not found(question, "72", reference="72")
+    assert not found(question, "not enough evidence", reference="Not enough evidence.")
+    assert found(
+        question, "The answer is:\nparis is the capital", reference="Paris is the Capital!"
+    )
+
+
+SAME = [
+    ("It's the café's “naïve” rôle", "ITS THE CAFE\u0301S naive\u00ad rôle".replace("naive", "nai\u0308ve")),
+    ("ﬁve １２３ Straße", "five 123 STRASSE"),
+    ("state-of-the-art, e.g. foo_bar(x)", "State of the art; e g foo bar x"),
+    ("co\u00adoperate\u200b now", "cooperate now"),
+    ("東京は日本の首都です。", "東 京 は 日本 の 首都 です"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("left", "right"), SAME)
+def test_forms_of_one_text_are_the_same_words(left: str, right: str) -> None:
+    assert words(left) == words(right) and len(words(left)) > 1
+
+
+@given(st.text(st.characters(codec="utf-8"), max_size=60))
+def test_words_are_stable(raw: str) -> None:
+    first = words(raw)
+    assert words(" ".join(first)) == first and words(raw + " é")[:-1] == first
+
+
+def test_a_text_without_spaces_is_found_by_its_characters() -> None:
+    item = "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。"
+    assert found(item, f"序文：{item.replace('。', '、')}以下略")
+    assert not found(item, "吾輩は犬である。名前はもうある。")
+
+
+def test_a_paraphrase_is_not_found_and_this_is_said() -> None:
+    item = "How many litres of water does the tank of the old house hold when it is three quarters full?"
+    other = "If three quarters of the old house's tank are filled, what amount of water in litres is in it?"
+    assert not found(item, other)
+    assert "paraphrase" in contamination.NOT_FOUND
+
+
+def documents(count: int, first: int = 0) -> list[Document]:
+    return [
+        Document.make(text(first + k, 60), f"s{k}", {"name": f"n{k}", "split": "train"})
+        for k in range(count)
+    ]
+
+
+@pytest.mark.parametrize("task", ["summary", "api_json", "example", "prose_questions"])
+@pytest.mark.parametrize("count", [1, 2, 30])
+def test_a_task_s_template_is_nobody_s_own(task: str, count: int) -> None:
+    known = load_task(task)
+    held_out = [ask(known, document) for document in documents(count)]
+    trained = [ask(known, document) for document in documents(200, first=5000)]
+    items = [contamination.of_item(Item.make(prompt)) for prompt in held_out]
+    texts = [(p.id, "\n".join(m.content for m in p.messages)) for p in trained]
+    assert flag(items, prompts=texts) == {}
+    assert index(items).checked == set(range(count))
+    again = [(p.id, "\n".join(m.content for m in p.messages)) for p in held_out]
+    assert len(flag(items, prompts=again)) == count
+
+
+def test_what_a_user_writes_before_every_question_is_nobody_s_own() -> None:
+    order = f"You are an examiner. {text(77, 30)} Answer briefly: "
+    items = [Eval(str(k), str(k), (order + text(k, 25),)) for k in range(40)]
+    clean = [(str(k), order + text(3000 + k, 25)) for k in range(300)]
+    assert flag(items, prompts=clean) == {}
+    assert set(flag(items, prompts=[("p", order + text(7, 25))])) == {"7"}
+
+
+def test_a_passage_with_several_questions_is_still_an_item_s_own() -> None:
+    passage = text(50, 60)
+    items = [Eval(f"q{k}", "passage", (passage, text(k, 10))) for k in range(6)]
+    items += [Eval(f"o{k}", f"o{k}", (text(100 + k),)) for k in range(20)]
+    assert set(flag(items, [("d", passage)])) == {f"q{k}" for k in range(6)}
+
+
+def test_names_of_classes_are_nobody_s_own() -> None:
+    items = [Eval(str(k), str(k), (text(k),), "the text says nothing") for k in range(10)]
+    assert flag(items, answers=[("a", "The text says nothing.")]) == {}
+
+
+def test_a_template_is_cut_out_of_a_prompt() -> None:
+    assert template_of("no such task") == "" and sentences("") == ()
+    document = Document.make("What the document says.", "s", {"name": "os.path"})
+    (own,) = own_parts(ask(load_task("summary"), document))
+    assert own == "What the document says."
+    plain = Prompt.make(
+        (Message(role="system", content="x"), Message(role="user", content="y z")), "d", "chat"
+    )
+    assert own_parts(plain) == ("y z",)
+    assert own_parts(plain, "y {{ prompt }}") == ("y z",), "a word or two may be anybody's"
+    assert own_parts(plain, "{{ x }} {{ y }}") == ("y z",)
+
+
+def test_the_index_is_the_same_in_every_process() -> None:
+    script = "from distill.corpus.ngrams import value; print(value('word'))"
+    other = subprocess.check_output([sys.executable, "-c", script], text=True, cwd=ROOT)
+    from distill.corpus.ngrams import value
+
+    assert int(other) == value("word")
+
+
+def test_files_are_compared_from_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "items.jsonl").write_text(
+        f'{{"question": "{text(1)}", "answer": "4"}}\n{{"question": "{text(2)}"}}\n'
+    )
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/a.txt").write_text(f"{text(5)} {text(2).upper()}")
+    command = [
+        sys.executable,
+        ROOT / "eval/contamination.py",
+        tmp_path / "items.jsonl",
+        tmp_path / "corpus",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "1 of 2 items" in done.stdout and "items.jsonl:2" in done.stdout
+    assert subprocess.run(command[:2], capture_output=True, cwd=ROOT).returncode == 2
+
+
+def test_the_language_of_the_benchmark_is_uneven() -> None:
+    made = [word for words_ in Language(0, 2000).texts(50, 100) for word in words_]
+    assert 0.05 < made.count(max(set(made), key=made.count)) / len(made) < 0.2

@@ -1,0 +1,203 @@
+"""The corpus stage as a whole: counts, repeats, bad rows, the split by document, and what a change of the input says."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from distill.config import Config
+from distill.corpus import corpus
+from distill.corpus.readers import Reject
+from distill.errors import DistillError, Exit
+from distill.pipeline import STAGES
+from distill.records import Document
+from distill.storage.run_folder import Run
+from distill.storage.store import read_records
+
+STAGE = STAGES[0]
+
+
+def make(folder: Path, **settings: Any) -> Run:
+    tree = {
+        "name": "r",
+        "runs": folder / "runs",
+        "corpus": {"path": folder / "in", "max_bad_fraction": 0.5} | settings,
+        "teacher": {"model": "t"},
+        "student": {"model": "s"},
+    }
+    return Run(Config.model_validate(tree))
+
+
+def write_rows(folder: Path, rows: list[Any], name: str = "rows.jsonl") -> None:
+    (folder / "in").mkdir(exist_ok=True)
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (folder / "in" / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def documents(run: Run) -> list[Document]:
+    return read_records(run.path("documents.jsonl"), Document)
+
+
+def text(n: int, words: int = 40) -> str:
+    return " ".join(f"word{n * 1000 + k}" for k in range(words))
+
+
+def test_everything_that_is_read_is_kept_or_accounted_for(tmp_path: Path) -> None:
+    good: list[Any] = [{"text": text(n)} for n in range(30)]
+    near = text(3, 38) + " more words"
+    write_rows(
+        tmp_path, [*good, {"text": text(2)}, {"text": near}, {"text": None}, "{", {"text": "x"}]
+    )
+    run = make(tmp_path, near_duplicate_threshold=0.8)
+    assert run.perform(STAGE)
+    rejects = read_records(run.path("rejects.jsonl"), Reject)
+    assert {(r.where, r.bad) for r in rejects} == {
+        ("rows.jsonl:31", False),
+        ("rows.jsonl:32", False),
+        ("rows.jsonl:33", True),
+        ("rows.jsonl:34", True),
+        ("rows.jsonl:35", True),
+    }
+    note = run.manifest()["corpus"]
+    assert (note["rows"], note["kept"], note["bad"], note["repeats"]) == (35, 30, 3, 2)
+    assert note["kept"] == len(documents(run)) == sum(note["splits"].values())
+    assert len(note["corpus_sha256"]) == 64 and note["python"]
+
+
+def test_chunks_of_one_document_are_in_one_split(tmp_path: Path) -> None:
+    write_rows(tmp_path, [{"text": text(n, 60)} for n in range(40)])
+    run = make(tmp_path, chunk={"max_chars": 200, "overlap_chars": 20}, split={"heldout": 10})
+    run.perform(STAGE)
+    splits: dict[str, set[str]] = {}
+    for document in documents(run):
+        assert len(document.text) <= 200 and document.meta["chunks"] > 1
+        splits.setdefault(document.meta["parent"], set()).add(document.meta["split"])
+    assert len(splits) == 40 and all(len(found) == 1 for found in splits.values())
+    assert Counter(found.pop() for found in splits.values())["heldout"] == 10
+
+
+def test_a_repeated_chunk_stands_once_and_is_accounted_for(tmp_path: Path) -> None:
+    header = text(999, 20)
+    write_rows(tmp_path, [{"text": f"{header}\n\n{text(n, 20)}"} for n in range(9)])
+    run = make(tmp_path, chunk={"max_chars": 210, "overlap_chars": 0})
+    run.perform(STAGE)
+    found = documents(run)
+    assert len({d.id for d in found}) == len(found) == 10
+    rejects = read_records(run.path("rejects.jsonl"), Reject)
+    assert len(rejects) == 8 and not any(reject.bad for reject in rejects)
+
+
+def test_a_limit_takes_the_same_documents_whatever_their_order(tmp_path: Path) -> None:
+    rows = [{"text": text(n)} for n in range(50)]
+    write_rows(tmp_path, rows)
+    first = make(tmp_path, limit=20)
+    first.perform(STAGE)
+    (tmp_path / "other").mkdir()
+    write_rows(tmp_path / "other", rows[::-1])
+    second = make(tmp_path / "other", limit=20)
+    second.perform(STAGE)
+    assert len(documents(first)) == 20
+    assert {d.id for d in documents(first)} == {d.id for d in documents(second)}
+
+
+def test_too_many_bad_rows_stop_and_show_the_first(tmp_path: Path) -> None:
+    write_rows(tmp_path, [{"text": text(n)} for n in range(98)] + ["{", "{"])
+    run = make(tmp_path, max_bad_fraction=0.01)
+    with pytest.raises(DistillError) as caught:
+        run.perform(STAGE)
+    assert len(read_records(run.path("rejects.jsonl"), Reject)) == 2
+    assert caught.value.code == Exit.INPUT
+    assert "2 of 100 rows are bad" in str(caught.value) and "rows.jsonl:99" in str(caught.value)
+    assert "max_bad_fraction to 0.02" in caught.value.fix
+    assert make(tmp_path, max_bad_fraction=0.02).perform(STAGE, redo=True)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\n\n", b"\xff\xfe", b"{}\n"])
+def test_nothing_usable_stops(tmp_path: Path, content: bytes | None) -> None:
+    (tmp_path / "in").mkdir()
+    if content is not None:
+        (tmp_path / "in" / "a.jsonl").write_bytes(content)
+    with pytest.raises(DistillError) as caught:
+        make(tmp_path, max_bad_fraction=1.0).perform(STAGE)
+    assert caught.value.code == Exit.INPUT and "\n" not in str(caught.value)
+
+
+def test_one_file_is_named_in_places_by_its_name(tmp_path: Path) -> None:
+    write_rows(tmp_path, [{"text": text(n)} for n in range(9)])
+    run = make(tmp_path, path=tmp_path / "in" / "rows.jsonl")
+    run.perform(STAGE)
+    assert documents(run)[0].source == "rows.jsonl:1"
+
+
+def test_a_changed_input_is_named(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        write_rows(tmp_path, [{"text": text(n + 100 * ord(name[0]))} for n in range(9)], name)
+    run = make(tmp_path)
+    run.perform(STAGE)
+    assert run.state(STAGE) == ("done", [])
+    (tmp_path / "in" / "a.jsonl").unlink()
+    write_rows(tmp_path, [{"text": text(7)}], "b.jsonl")
+    write_rows(tmp_path, [{"text": text(8)}], "c.jsonl")
+    state, changes = run.state(STAGE)
+    assert state == "stale"
+    assert sorted(changes) == ["added: c.jsonl", "changed: b.jsonl", "removed: a.jsonl"]
+    with pytest.raises(DistillError) as caught:
+        run.perform(STAGE)
+    assert caught.value.code == Exit.STATE and "c.jsonl" in str(caught.value)
+
+
+def test_a_missing_path_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DistillError) as caught:
+        corpus.identity(make(tmp_path).config)
+    assert caught.value.code == Exit.INPUT and str(tmp_path / "in") in caught.value.where
+
+
+@pytest.mark.parametrize("key", ["path", "dataset"])
+def test_a_saved_dataset_is_a_corpus(tmp_path: Path, key: str) -> None:
+    rows = [{"text": text(n)} for n in range(9)]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    run = make(tmp_path, **({"path": None} | {key: str(tmp_path / "saved")}))
+    run.perform(STAGE)
+    assert [d.text for d in documents(run)] == [row["text"] for row in rows]
+    assert any("arrow" in name for name in corpus.identity(run.config))
+
+
+def test_the_standard_library_is_a_corpus(tmp_path: Path) -> None:
+    sizes = {"validation": 5, "heldout": 10}
+    run = make(tmp_path, path=None, source="python-docs", limit=60, split=sizes)
+    run.perform(STAGE)
+    found = documents(run)
+    assert Counter(d.meta["split"] for d in found) == {"train": 45, **sizes}
+    assert all(d.text.startswith(d.meta["name"]) for d in found)
+    assert list(corpus.identity(run.config)) == ["python"]
+
+
+def test_documents_that_share_text_with_held_out_ones_are_left_out_and_those_stay(
+    tmp_path: Path,
+) -> None:
+    rows = [{"text": text(n)} for n in range(30)]
+    write_rows(tmp_path, rows)
+    run = make(tmp_path, split={"heldout": 0.2})
+    run.perform(STAGE)
+    held_out = {d.id: d for d in documents(run) if d.meta["split"] == "heldout"}
+    stolen = " ".join(next(iter(held_out.values())).text.split()[7:20])
+    thieves = [{"text": f"{text(n, 20)}, {stolen.upper()}; and"} for n in range(30, 34)]
+    write_rows(tmp_path, [*rows, *thieves])
+    run.perform(STAGE, redo=True)
+    sharing = [d.meta["split"] for d in documents(run) if stolen in d.text.casefold()]
+    assert set(sharing) == {"heldout"} and held_out.keys() <= {d.id for d in documents(run)}
+    rejects = read_records(run.path("rejects.jsonl"), Reject)
+    assert len(rejects) == 5 - len(sharing) == run.manifest()["corpus"]["contaminated"] > 0
+    assert all(f"which is held out: {stolen}" in r.reason and not r.bad for r in rejects)
+    assert run.manifest()["corpus"]["repeats"] == 0
+
+
+def test_a_corpus_of_one_text_in_many_dresses_says_so(tmp_path: Path) -> None:
+    write_rows(tmp_path, [{"text": f"{text(n, 30)} {text(99, 20)}"} for n in range(3)])
+    run = make(tmp_path, split={"heldout": 1, "validation": 0})
+    with pytest.raises(DistillError, match="share text with held-out ones") as caught:
+        run.perform(STAGE)
+    assert caught.value.code == Exit.INPUT

@@ -1,0 +1,193 @@
+"""Private text: what is masked, what stays as an example, that documentation keeps its words, and hostile text."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distill.corpus.privacy import KEY, RULES, mask, masked_document
+from distill.corpus.python_docs import read_python_docs
+from distill.errors import DistillError, Exit
+from distill.pipeline import STAGES
+from distill.records import Document
+from distill.storage.store import read_records
+from tests.corpus.test_corpus import documents, make, text, write_rows
+
+CORPUS, PROMPTS = STAGES[:2]
+KEYS = [
+    "sk-proj-" + "aB3" * 14,
+    "sk-ant-api03-" + "xY9" * 12,
+    "sk_live_" + "4eC39HqLyjWDarjtT1",
+    "hf_" + "AbCdEfGhIj" * 3,
+    "AKIA" + "IOSFODNN7ABCDEFG",
+    "ghp_" + "a1B2" * 9,
+    "github_pat_" + "11ABCDE_" * 4,
+    "AIza" + "Sy1234567" * 3 + "abcdefgh",
+    "xoxb-" + "123456789012-abc",
+    "glpat-" + "x1Y2z3" * 4,
+    ".".join(["eyJhbGciOiJIUzI1NiJ9", "eyJzdWIiOiIxMjM0In0", "SflKxwRJSMeKKF2QT4"]),
+]
+PEM = (
+    "-----BEGIN RSA PRIVATE KEY-----\n"
+    + "\n".join(["MIIEpAIBAAKCAQEA1c7" * 3] * 5 + ["QyyLA=="])
+    + "\n-----END RSA PRIVATE KEY-----"
+)
+PRIVATE = [
+    *((key, "key") for key in KEYS),
+    (PEM, "key"),
+    (PEM.replace("\n", "\\n"), "key"),
+    (PEM.rsplit("\n", 2)[0], "key"),  # its end is cut off
+    ("ada.lovelace+notes@analytical-engine.co.uk", "email"),
+    ("4111 1111 1111 1111", "card"),
+    ("5500-0000-0000-0004", "card"),
+    ("378282246310005", "card"),
+    ("DE89 3704 0044 0532 0130 00", "iban"),
+    ("GB82WEST12345698765432", "iban"),
+    ("+49 30 901820", "phone"),
+    ("+44 (0)20 7946 0958", "phone"),
+    ("+1-212-736-5000", "phone"),
+    ("(212) 736-5000", "phone"),
+    ("212-736-5000", "phone"),
+    ("Tel.: 030 901820", "phone"),
+    ("https://ada:en9ine!x@analytical.io/notes", "password"),
+]
+PLAIN = [
+    "mail somebody@example.com or user@host, or a@b.test",
+    "clone git@github.com:owner/name.git",
+    "http://user:password@example.org/ and ftp://anonymous:pass@server.org",
+    "@decorator and x@y and matrix @ vector",
+    "sk-learn-contrib, task-oriented-programming, sk_X509_EXTENSION_num, pk_ctx",
+    "the header -----BEGIN PRIVATE KEY----- begins a file",
+    "4111 1111 1111 1112 and 1234567812345670 and 0000000000000000",
+    "0.4111111111111111 and 1e4111111111111111 and 4111111111111111.5",
+    "DE89 3704 0044 0532 0130 01 and GB82WEST1234569876543",
+    "2024-01-15 12:30:45, 192.168.0.1, 3.14159265358979, +1.000000, +281474976710656",
+    "version 1.0+20200929085817 of 252.227-7013, ISBN 978-3-16-148410-0, RFC 2606",
+    "call +1 212 555 0123 or (212) 555-0100",
+    "<142480216486.20800.16526388040877946887@nightshade.la.mastaler.com>",
+    "datetime(2020, 2, 29), range(10**12), 0x7fffffffffffffff, 123456789012",
+    "550e8400-e29b-41d4-a716-446655440000 and da39a3ee5e6b4b0d3255bfef95601890afd80709",
+]
+
+
+@pytest.mark.parametrize(("private", "kind"), PRIVATE, ids=lambda v: str(v)[:20])
+@pytest.mark.parametrize("around", ["{}", "before {} after", "({})", '"{}",', "line\n{}\nline"])
+def test_private_text_is_masked_and_counted(private: str, kind: str, around: str) -> None:
+    masked, counts = mask(around.format(private))
+    assert dict(counts) == {kind: 1} and f"[{kind.upper()}]" in masked
+    assert private not in masked and masked.startswith(around[: around.index("{")])
+    assert mask(masked) == (masked, {})
+
+
+@pytest.mark.parametrize("plain", PLAIN)
+def test_examples_numbers_and_code_stay(plain: str) -> None:
+    assert mask(plain) == (plain, {})
+
+
+def test_the_documentation_of_python_keeps_every_word() -> None:
+    rows = read_python_docs()
+    assert len(rows) > 500
+    assert [row["name"] for row in rows if mask(row["text"])[1]] == []
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(alphabet=st.characters(codec="utf-8"), max_size=300))
+def test_any_text_is_read(value: str) -> None:
+    masked, counts = mask(value)
+    assert counts or masked == value
+
+
+PARTS = st.sampled_from(
+    [*KEYS, PEM, "a@b.cc", "@", "+49", "4111 1111", "DE89", " ", "-", ".", "://", "x:y@", "eyJ", "0", "tel", "["]
+)  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(PARTS, max_size=12).map("".join))
+def test_pieces_of_private_text_end_masked(value: str) -> None:
+    once, _ = mask(value)
+    assert not any(key in once.split() for key in KEYS)
+
+
+HOSTILE = [
+    *("a@", "a@a.", "@" * 9, "eyJ", "eyJ-", "eyJa.", "sk-", "-sk-1", "+49", "+49 1", "+1 ", "0", "1 ", "1-", "tel 0"),
+    *("DE11", "DE11 ", "4111", "4111 ", "://a:b", "://", "-----BEGIN PRIVATE KEY-----", "(212) ", "hf_", "a.b+c%"),
+    *("-----BEGIN PRIVATE KEY-----\n" + "A" * 64 + "\n", "A" * 64 + "\n", "pypi-AgE", "xoxb-", "\\n", "+49" + "1" * 40),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("part", HOSTILE)
+@pytest.mark.parametrize("start", ["", "-----BEGIN PRIVATE KEY-----", "@ sk- :// "])
+def test_hostile_text_takes_linear_time(part: str, start: str) -> None:
+    def seconds(size: int) -> float:
+        value = start + part * (size // len(part))
+        begun = time.process_time()
+        mask(value)
+        return time.process_time() - begun
+
+    assert seconds(100_000) < 1.5  # a quadratic pattern takes minutes
+
+
+def test_every_rule_is_tried_where_its_form_fits() -> None:
+    for private, _ in PRIVATE:
+        for _, sign, form, check in RULES:
+            found = form.search(private)
+            assert not (found and check(found)) or sign.search(private)
+    assert KEY.search(KEYS[0])
+
+
+def test_values_and_turns_are_masked_and_the_user_s_id_stays() -> None:
+    turns = [{"role": "user", "content": "I am ada@lovelace.org"}]
+    meta: dict[str, Any] = {"id": "ada@lovelace.org", "who": "bob@lovelace.org", "n": 3}
+    given_text = Document.make("I am ada@lovelace.org", "x", {**meta, "messages": turns})
+    masked, counts = masked_document(given_text)
+    assert masked.text == "I am [EMAIL]" and masked.id != given_text.id
+    assert masked.meta["messages"][0] == {"role": "user", "content": "I am [EMAIL]"}
+    assert (masked.meta["id"], masked.meta["who"]) == ("ada@lovelace.org", "[EMAIL]")
+    assert dict(counts) == {"email": 2} and list(masked.meta) == list(given_text.meta)
+    plain = Document.make("nothing here", "x", {"id": "1"})
+    assert masked_document(plain) == (plain, {})
+
+
+def private_rows(folder: Path) -> None:
+    rows = [{"text": text(n)} for n in range(20)]
+    rows[3] = {"text": text(3) + " ask ada@lovelace.org or bob@lovelace.org"}
+    rows[5] = {"text": text(5) + " the key " + KEYS[0], "note": "+49 30 901820"}
+    write_rows(folder, rows)
+
+
+def test_the_corpus_is_masked_before_prompts_and_says_so(tmp_path: Path, capsys) -> None:
+    private_rows(tmp_path)
+    run = make(tmp_path)
+    run.perform(CORPUS)
+    kept = "".join(document.to_line() for document in documents(run))
+    assert len(documents(run)) == 20 and "lovelace" not in kept and KEYS[0] not in kept
+    assert run.manifest()["corpus"]["private_text"] == {
+        "policy": "mask", "documents": 2, "kinds": {"email": 2, "key": 1, "phone": 1},
+    }  # fmt: skip
+    assert "private text masked in 2 rows: 2 email, 1 key, 1 phone" in capsys.readouterr().err
+
+
+def test_the_policy_may_drop_or_keep(tmp_path: Path) -> None:
+    private_rows(tmp_path)
+    run = make(tmp_path, private_text="drop")
+    run.perform(CORPUS)
+    noted = run.manifest()["corpus"]
+    assert (noted["documents"], noted["bad"], noted["repeats"]) == (18, 0, 0)
+    rejects = run.path("rejects.jsonl").read_text()
+    assert "holds private text: 2 email" in rejects and "lovelace" not in rejects
+    kept = make(tmp_path / "b", path=tmp_path / "in", private_text="keep")
+    kept.perform(CORPUS)
+    whole = read_records(kept.path("documents.jsonl"), Document)
+    assert any("ada@lovelace.org" in document.text for document in whole)
+    assert kept.manifest()["corpus"]["private_text"] == {"policy": "keep"}
+
+
+def test_a_corpus_of_private_text_alone_cannot_be_dropped(tmp_path: Path) -> None:
+    write_rows(tmp_path, [{"text": f"{text(n)} me{n}@lovelace.org"} for n in range(5)])
+    with pytest.raises(DistillError, match="every document holds private text") as caught:
+        make(tmp_path, private_text="drop").perform(CORPUS)
+    assert caught.value.code == Exit.INPUT

@@ -1,0 +1,125 @@
+"""Costs: from measured time and dated prices; what is not known is null with its reason, never 0."""
+
+from datetime import date
+from decimal import Decimal
+
+import pytest
+
+from distill.economics.costs import (
+    CONTRADICTED,
+    NO_TIME,
+    NOT_APART,
+    Tariff,
+    Timing,
+    distillation_cost,
+    request_cost,
+)
+from distill.records import LedgerEntry, Usage
+from distill.responders.prices import MachinePrice, TokenPrice
+
+MACHINE = MachinePrice(
+    name="m", dollars_per_hour=Decimal("0.36"), date=date(2026, 1, 1), source="s"
+)
+HOSTED = TokenPrice(
+    model="*x", dollars_per_million_input=Decimal(1), dollars_per_million_output=Decimal(10),
+    dollars_per_million_cached_input=Decimal("0.1"), date=date(2026, 1, 1), source="s",
+)  # fmt: skip
+USAGES = [Usage(input_tokens=100, output_tokens=50, seconds=s) for s in (1.0, 3.0)]
+TIMING = Timing(requests=4, output_tokens=200, seconds=20, read_tokens=1000, read_seconds=5)
+
+
+def entry(stage: str, seconds: float, dollars: Decimal | None = None) -> LedgerEntry:
+    return LedgerEntry(stage=stage, started="t", seconds=seconds, dollars=dollars, output_tokens=5)
+
+
+def test_a_request_on_a_machine_costs_its_share_of_the_batch() -> None:
+    cost = request_cost(USAGES, Tariff(MACHINE))
+    assert cost.seconds_per_1k == 2000 and cost.dollars_per_1k == Decimal("0.2")
+    assert cost.output_tokens_per_second == 25 and cost.price and "2026-01-01" in cost.price
+    assert (cost.requests, cost.input_tokens, cost.output_tokens) == (2, 100, 50)
+
+
+def test_a_machine_is_paid_while_it_idles() -> None:
+    cost = request_cost(USAGES, Tariff(MACHINE, Decimal("0.25")), TIMING)
+    assert cost.seconds_per_1k == 2000 and cost.dollars_per_1k == Decimal("0.8")
+    assert cost.price and "in use 25\u00a0% of the time" in cost.price
+    assert cost.one_at_a_time and cost.one_at_a_time.dollars_per_1k == Decimal("2.0")
+
+
+def test_reading_and_writing_add_up_to_the_time_measured() -> None:
+    cost = request_cost(USAGES, Tariff(MACHINE), TIMING)
+    # read: 5 s of 1,000 tokens; the 200 read here took 1 s of 4, so 100 written took 3 s
+    rates = cost.per_million
+    assert rates and rates.seconds_input == pytest.approx(5_000)
+    assert rates.seconds_output == pytest.approx(30_000)
+    assert (rates.dollars_input, rates.dollars_output) == (Decimal("0.5"), 3)
+    alone = cost.one_at_a_time
+    assert alone and alone.requests == 4 and alone.seconds_per_1k == 5000
+    assert alone.output_tokens_per_second == 10 and alone.dollars_per_1k == Decimal("0.5")
+
+
+def test_rates_that_were_not_timed_or_contradict_the_total_are_unknown() -> None:
+    slow = TIMING.model_copy(update={"read_seconds": 100.0})
+    for timing, reason in ((None, NOT_APART), (slow, CONTRADICTED)):
+        cost = request_cost(USAGES, Tariff(MACHINE), timing)
+        assert cost.per_million is None and cost.reasons["per_million"] == reason
+
+
+def test_a_hosted_model_costs_its_list_price() -> None:
+    cost = request_cost(USAGES, Tariff(HOSTED), TIMING)
+    assert cost.dollars_per_1k == Decimal("0.6") and cost.seconds_per_1k == 2000
+    rates = cost.per_million
+    assert rates and (rates.dollars_input, rates.dollars_output) == (1, 10)
+    assert cost.one_at_a_time is None and "by the token" in cost.reasons["one_at_a_time"]
+
+
+def test_cached_input_has_its_own_price() -> None:
+    usage = Usage(input_tokens=100, cached_input_tokens=60, output_tokens=50)
+    cost = request_cost([usage], Tariff(HOSTED))
+    # 40 at $1, 60 at $0.10 and 50 at $10 a million, a thousand times
+    assert cost.dollars_per_1k == Decimal("0.546")
+    dear = HOSTED.model_copy(update={"dollars_per_million_cached_input": None})
+    assert request_cost([usage], Tariff(dear)).dollars_per_1k == Decimal("0.6")
+
+
+def test_no_machine_no_dollars_but_a_reason() -> None:
+    cost = request_cost(USAGES, Tariff(None, why="evaluation.machine is not set"), TIMING)
+    assert cost.dollars_per_1k is None and cost.price is None
+    for key in ("dollars_per_1k", "per_million.dollars"):
+        assert cost.reasons[key] == "evaluation.machine is not set"
+    assert cost.seconds_per_1k == 2000
+    assert cost.one_at_a_time and cost.one_at_a_time.dollars_per_1k is None
+
+
+def test_untimed_answers_have_no_time_and_no_dollars() -> None:
+    for usages in ([Usage(output_tokens=9)], []):
+        cost = request_cost(usages, Tariff(MACHINE), TIMING)
+        assert cost.seconds_per_1k is None and cost.dollars_per_1k is None and cost.price is None
+        assert cost.reasons["seconds_per_1k"] == cost.reasons["dollars_per_1k"] == NO_TIME
+
+
+def test_the_distillation_costs_what_all_its_attempts_took() -> None:
+    ledger = [entry("train", 100), entry("train", 3500), entry("generate", 0, Decimal("1.5"))]
+    cost = distillation_cost([*ledger, entry("report", 999), entry("publish", 999)], MACHINE, "")
+    assert cost.seconds == 3600 and cost.dollars == Decimal("1.86")
+    assert cost.stages == {"train": 3600} and cost.output_tokens == 15 and cost.reused == 0
+
+
+def test_what_an_earlier_run_paid_for_is_said() -> None:
+    cost = distillation_cost([entry("generate", 1), entry("train", 1)], MACHINE, "", 20)
+    assert cost.reused == 0.75
+
+
+def test_without_a_machine_the_distillations_cost_is_unknown() -> None:
+    cost = distillation_cost([entry("train", 1)], None, "why")
+    assert cost.dollars is None and cost.reasons == {"dollars": "why"}
+
+
+def test_what_others_were_paid_is_unknown_rather_than_nothing() -> None:
+    paid = LedgerEntry(stage="generate", started="t", seconds=1, attempts=3)
+    assert distillation_cost([paid], MACHINE, "").dollars is None
+    stated = distillation_cost([entry("generate", 1)], MACHINE, "", why_unpaid="not stated")
+    assert stated.dollars is None and stated.reasons == {"dollars": "not stated"}
+    doubtful = paid.model_copy(update={"dollars": Decimal(2), "unknown_dollars": Decimal("0.5")})
+    found = distillation_cost([doubtful], MACHINE, "")
+    assert found.dollars == Decimal("2.0001") and found.unknown_dollars == Decimal("0.5")

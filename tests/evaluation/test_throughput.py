@@ -1,0 +1,78 @@
+"""Timing a tiny real model: one request at a time, reading alone, kept for the next time."""
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from distill.economics.costs import reading_and_writing
+from distill.evaluation import throughput
+from distill.records import Message
+from distill.responders.local.local_model import LocalResponder
+from distill.responders.responder import Request, Sampling
+from tests.support.tiny import make_tiny
+
+
+@pytest.fixture(scope="module")
+def responder(tmp_path_factory: pytest.TempPathFactory) -> LocalResponder:
+    folder = make_tiny(tmp_path_factory.mktemp("models") / "tiny")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return LocalResponder(
+        model, AutoTokenizer.from_pretrained(folder), "tiny", "o", "2026-01-01", 3
+    )
+
+
+def asked(count: int) -> list[Request]:
+    sampling = Sampling(max_new_tokens=6)
+    return [
+        Request.make("o", f"p{k}", (Message(role="user", content=f"say {k} {k}"),), sampling)
+        for k in range(count)
+    ]
+
+
+def test_a_few_are_asked_alone_and_many_are_read(tmp_path: Path, responder: LocalResponder) -> None:
+    path = tmp_path / "timings/tiny.jsonl"
+    found = throughput.timed(path, responder, asked(20))
+    assert found and found.requests == throughput.ALONE and found.seconds > 0
+    assert throughput.ALONE <= found.output_tokens <= 6 * throughput.ALONE
+    encoded = [len(responder._encode(request)) for request in asked(20)]
+    assert found.read_tokens == sum(encoded) and found.read_seconds > 0
+    assert responder.max_batch_size == 3, "the responder is as it was"
+
+
+def test_what_was_timed_is_not_timed_again(tmp_path: Path, responder: LocalResponder) -> None:
+    path = tmp_path / "t.jsonl"
+    first = throughput.timed(path, responder, asked(4))
+    before = path.read_bytes()
+    assert throughput.timed(path, responder, []) == first and path.read_bytes() == before
+
+
+def test_no_prompt_is_begun_when_the_time_is_over(
+    responder: LocalResponder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(throughput, "SECONDS", 0.0)
+    assert len(throughput.measured(responder, asked(8), 1)) == 1
+
+
+def test_nothing_asked_is_nothing_timed(tmp_path: Path, responder: LocalResponder) -> None:
+    assert throughput.timed(tmp_path / "t.jsonl", responder, []) is None
+    assert not (tmp_path / "t.jsonl").exists()
+
+
+def test_prompts_are_spread_from_first_to_last() -> None:
+    requests = asked(20)
+    assert throughput.spread(requests, 8)[-1] == requests[14]
+    assert len(throughput.spread(requests, 8)) == 8
+    assert throughput.spread(requests[:3], 8) == requests[:3]
+
+
+def test_reading_and_writing_of_a_real_batch_add_up(responder: LocalResponder) -> None:
+    answers = throughput.measured(responder, asked(8), 8)
+    usages = [raw.usage for raw in answers]
+    timing = throughput.Timing(
+        requests=1, output_tokens=1, seconds=1.0, read_tokens=100, read_seconds=1e-6
+    )
+    rates = reading_and_writing(usages, timing)
+    assert rates
+    whole = sum(u.input_tokens * rates[0] + u.output_tokens * rates[1] for u in usages)
+    assert whole == pytest.approx(sum(u.seconds for u in usages))

@@ -1,0 +1,202 @@
+"""The filters: each reason, the order of reasons, rejection sampling, and the funnel that adds up."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.config import Config, Filters
+from distill.errors import DistillError, Exit
+from distill.generation import filters
+from distill.records import Document, Message, Pair, Prompt, Response, Stop, Usage
+from distill.storage.run_folder import Run
+from distill.storage.store import read_json, read_records, write_records
+
+JSON = json.dumps({"name": "f", "purpose": "p", "parameters": [], "returns": None})
+
+
+def prompt(task: str = "chat", reference: str | None = None, text: str = "q") -> Prompt:
+    return Prompt.make((Message(role="user", content=text),), "d", task, reference=reference)
+
+
+def response(text: str, stop: Stop = "end", tokens: int = 5, sample: int = 0) -> Response:
+    key = f"{text}"
+    return Response(
+        id=Response.make_id(key, sample),
+        request_key=key,
+        sample=sample,
+        prompt_id="",
+        model="m",
+        text=text,
+        stop=stop,
+        usage=Usage(output_tokens=tokens),
+    )
+
+
+def reason(text: str, of: Prompt | None = None, stop: Stop = "end", **settings: Any) -> str | None:
+    """Return the first reason that the filters give."""
+    found = filters.chosen(Filters(**settings))
+    return next((why for f in found if (why := f(of or prompt(), response(text, stop)))), None)
+
+
+@pytest.mark.parametrize("text", ["", "  \n", "```\n```", "```json\n\n```"])
+def test_empty(text: str) -> None:
+    assert reason(text) == "empty" and reason(text, empty=False) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I'm sorry, but I can't assist with that request.",
+        "I cannot help with this.",
+        "Sorry, I am unable to provide that.",
+        "As an AI language model, I do not have access to it.",
+        "Unfortunately, I can\u2019t answer this.",
+    ],
+)
+def test_refusals(text: str) -> None:
+    assert reason(text) == "refusal" and reason(text, refusal=False) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I can help you with that.",
+        'print("I cannot help")',
+        "It says: I cannot help.",
+        "Sorry is a card game.",
+        "I cannot overstate how useful sorted() is.",
+        "Unfortunately the function raises ValueError.",
+    ],
+)
+def test_texts_that_are_no_refusals(text: str) -> None:
+    assert reason(text) is None
+
+
+def test_repetition() -> None:
+    circle = "The value is returned. " * 6
+    assert reason(circle) == "repetition" and reason(circle, repetition=False) is None
+    assert reason("a b c d e f " * 20) == "repetition"
+    assert reason("-" * 200 + "\ntitle") is None, "a ruler is no repetition"
+    assert reason("\n".join(f"print(table[{i}])  # row {i}" for i in range(20))) is None
+
+
+def test_a_long_repetitive_text_is_judged_quickly() -> None:
+    assert reason("ab" * 50_000) == "repetition"
+    assert reason("".join(chr(97 + i * i % 23) for i in range(100_000))) in (None, "repetition")
+
+
+def test_truncated_comes_first_and_failures_before_it() -> None:
+    assert reason("", stop="length") == "truncated"
+    assert reason("x", stop="length", truncated=False) is None
+    assert reason("x", stop="error", truncated=False) == "failed"
+
+
+def test_formats_and_checkers() -> None:
+    assert reason(JSON, prompt("api_json")) is None
+    assert reason("```json\n" + JSON + "\n```", prompt("api_json")) is None
+    assert reason("Here: " + JSON, prompt("api_json")) == "wrong format"
+    assert reason("Here: " + JSON, prompt("api_json"), wrong_format=False) is None
+    number = prompt("math_word_problem", reference="42")
+    assert reason("so it is #### 42", number) is None
+    assert reason("so it is #### 41", number) == "failed checker"
+    assert reason("so it is #### 41", number, failed_checker=False) is None
+    assert reason("so it is 41", prompt("math_word_problem")) is None, "no reference, no verdict"
+    assert reason("anything", prompt("a-task-without-a-file")) is None
+
+
+def test_too_long() -> None:
+    found = filters.too_long(4)
+    assert found(prompt(), response("x", tokens=5)) == "too long"
+    assert found(prompt(), response("x", tokens=4)) is None
+
+
+def test_of_several_samples_all_that_pass_and_differ_stay() -> None:
+    number = prompt("math_word_problem", reference="42")
+    texts = ["it is 42", "it is 41", " it is 42", "6 * 7 = 42"]
+    pairs = [Pair(prompt=number, response=response(t, sample=i)) for i, t in enumerate(texts)]
+    dropped: list[filters.Dropped] = []
+    kept = filters.sift(pairs, "train", filters.chosen(Filters()), dropped)
+    assert [pair.response.text for pair in kept] == ["it is 42", "6 * 7 = 42"]
+    assert [row.reason for row in dropped] == ["failed checker", "same answer again"]
+
+
+def make_run(folder: Path, answers: dict[str, list[str]], **settings: Any) -> tuple[Config, Run]:
+    """Return a run whose inputs hold the answers of each split."""
+    tree = {
+        "name": "r",
+        "runs": folder,
+        "corpus": {"path": "x"},
+        "teacher": {"model": "t"},
+        "student": {"model": "s"},
+        "filters": settings,
+    }
+    config = Config.model_validate(tree)
+    run = Run(config)
+    documents, prompts, responses = [], [], []
+    for split, texts in answers.items():
+        for place, text in enumerate(texts):
+            document = Document.make(f"{split} {place}", "x", {"split": split})
+            asked = Prompt.make((Message(role="user", content="q"),), document.id, "chat")
+            documents.append(document)
+            prompts.append(asked)
+            responses.append(response(text).model_copy(update={"prompt_id": asked.id}))
+    write_records(run.path("documents.jsonl"), documents)
+    write_records(run.path("prompts.jsonl"), prompts[:1])
+    write_records(run.path("questions.jsonl"), prompts[1:])
+    write_records(run.path("responses.jsonl"), responses)
+    return config, run
+
+
+def test_the_stage_keeps_reasons_and_counts(tmp_path: Path, capsys: Any) -> None:
+    answers = {"train": ["a", "", "b"], "validation": ["", "c"], "heldout": ["", "I cannot help."]}
+    config, run = make_run(tmp_path, answers)
+    filters.main(config, run)
+    sizes = {
+        split: len(read_records(run.path(f"dataset/{split}.jsonl"), Pair)) for split in answers
+    }
+    assert sizes == {"train": 2, "validation": 1, "heldout": 2}, "held-out is never filtered"
+    dropped = read_records(run.path("dropped.jsonl"), filters.Dropped)
+    assert Counter((d.split, d.reason) for d in dropped) == {
+        ("train", "empty"): 1,
+        ("validation", "empty"): 1,
+    }
+    funnel = read_json(run.path("funnel.json"))
+    assert funnel["answers"] == sum(sizes.values()) + sum(funnel["dropped"].values())
+    assert funnel["tasks"]["chat"]["kept_train"] == 2
+    assert "kept, train" in capsys.readouterr().err
+
+
+def test_no_row_left_names_the_biggest_reason(tmp_path: Path) -> None:
+    config, run = make_run(tmp_path, {"train": ["", "", "I cannot help."], "heldout": ["x"]})
+    with pytest.raises(DistillError, match="no row is left: 2 of 4 were empty") as caught:
+        filters.main(config, run)
+    assert caught.value.code == Exit.INPUT
+    assert run.path("dropped.jsonl").exists() and run.path("funnel.json").exists()
+
+
+def test_reasoning_is_trained_on_where_that_is_asked() -> None:
+    message = Message(role="user", content="q")
+    prompt = Prompt.make((message,), "d", "chat")
+    response = Response(
+        id="r", request_key="k", sample=0, prompt_id=prompt.id, model="m", text="a", stop="end"
+    )
+    plain = Pair(prompt=prompt, response=response)
+    thought = Pair(prompt=prompt, response=response.model_copy(update={"reasoning": "hm"}))
+    assert filters.with_reasoning(plain) == plain
+    assert filters.with_reasoning(thought).response.text == "<think>\nhm\n</think>\n\na"
+
+
+def test_what_holds_a_held_out_prompt_is_not_trained_on(tmp_path: Path) -> None:
+    question = "In which year did the town on the river get its second bridge, and who paid for it?"
+    answers = {"train": ["fine", f"You ask: {question.upper()} In 1907."], "heldout": ["x"]}
+    config, run = make_run(tmp_path, answers)
+    prompts = read_records(run.path("questions.jsonl"), Prompt)
+    asked = prompts[-1].model_copy(update={"messages": (Message(role="user", content=question),)})
+    write_records(run.path("questions.jsonl"), [*prompts[:-1], asked])
+    filters.main(config, run)
+    (dropped,) = read_records(run.path("dropped.jsonl"), filters.Dropped)
+    assert dropped.reason == "holds a held-out item" and "1907" in dropped.text
+    assert len(read_records(run.path("dataset/heldout.jsonl"), Pair)) == 1

@@ -1,0 +1,320 @@
+"""Generation and its store: nothing is asked twice, an interrupted run ends with the same bytes, raw comes first."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.config import Config
+from distill.errors import DistillError, Exit
+from distill.generation import generate
+from distill.generation.generate import answer_all
+from distill.generation.requests import requests_for
+from distill.pipeline import STAGES
+from distill.records import Document, Message, Prompt, Response, canonical
+from distill.responders.local.local_model import LocalResponder
+from distill.responders.local.plans import unfinished
+from distill.responders.recorded import CannedResponder
+from distill.responders.responder import Plan, Raw, Request, Sampling, respond
+from distill.storage.run_folder import Run
+from distill.storage.store import Log, read_records, write_records
+from tests.support.tiny import make_tiny
+
+STAGE = next(stage for stage in STAGES if stage.name == "generate")
+
+
+def asks(count: int, origin: str = "o", **sampling: Any) -> list[Request]:
+    return [
+        Request.make(
+            origin, f"p{i}", (Message(role="user", content=f"q{i}"),), Sampling(**sampling)
+        )
+        for i in range(count)
+    ]
+
+
+class Counting(CannedResponder):
+    """A canned responder that counts what it is asked, and can fail after some answers."""
+
+    def __init__(self, fail_after: int | None = None) -> None:
+        super().__init__({}, default="yes")
+        self.asked = 0
+        self.fail_after = fail_after
+
+    def ask(self, requests: Sequence[Request]) -> Iterator[Raw]:
+        for raw in super().ask(requests):
+            if self.asked == self.fail_after:
+                raise DistillError(Exit.TEACHER, "teacher", "gone", "wait")
+            self.asked += 1
+            yield raw
+
+
+def test_answers_come_in_the_order_of_the_requests(tmp_path: Path) -> None:
+    responder = CannedResponder({f"q{i}": f"a{i}" for i in range(5)})
+    requests = asks(5, responder.origin)
+    found = answer_all(responder, [requests[i] for i in (3, 1, 3)], tmp_path, "x")
+    assert [r.text for r in found] == ["a3", "a1", "a3"]
+
+
+def test_nothing_is_asked_twice(tmp_path: Path) -> None:
+    first, second = Counting(), Counting()
+    spent: list[int] = []
+    answer_all(first, asks(4), tmp_path, "x", lambda read, written: spent.append(written))
+    answer_all(second, asks(6), tmp_path, "x", lambda read, written: spent.append(written))
+    answer_all(second, asks(6), tmp_path, "x", lambda read, written: spent.append(written))
+    assert (first.asked, second.asked, len(spent)) == (4, 2, 6)
+
+
+def test_a_failure_keeps_what_came_before(tmp_path: Path) -> None:
+    with pytest.raises(DistillError, match="gone"):
+        answer_all(Counting(fail_after=3), asks(5), tmp_path, "x")
+    again = Counting()
+    assert len(answer_all(again, asks(5), tmp_path, "x")) == 5 and again.asked == 2
+
+
+def test_a_stored_answer_goes_to_the_prompt_that_asks(tmp_path: Path) -> None:
+    responder = Counting()
+    request = asks(1)[0]
+    answer_all(responder, [request], tmp_path, "x")
+    other = request.model_copy(update={"prompt_id": "elsewhere"})
+    assert answer_all(responder, [other], tmp_path, "x")[0].prompt_id == "elsewhere"
+    assert responder.asked == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"temperature": 0.5},
+        {"top_p": 0.9},
+        {"max_new_tokens": 7},
+    ],
+)
+def test_another_sampling_is_another_key(change: dict[str, Any]) -> None:
+    assert asks(1)[0].key != asks(1, **change)[0].key
+
+
+def test_keys_hold_origin_messages_and_sample() -> None:
+    request = asks(1)[0]
+    assert request.key != asks(1, origin="another")[0].key
+    system = (Message(role="system", content="s"), *request.messages)
+    assert request.key != Request.make("o", "p0", system, Sampling()).key
+    assert Response.make_id(request.key, 0) != Response.make_id(request.key, 1)
+    assert request.key == Request.make("o", "another prompt", request.messages, Sampling()).key
+
+
+def test_the_raw_answer_is_stored_with_its_hash(tmp_path: Path) -> None:
+    folder = make_tiny(tmp_path / "m", hidden=16)
+    responder = LocalResponder.load(str(folder), "float32")
+    requests = asks(2, responder.origin, max_new_tokens=6)
+    found = answer_all(responder, requests, tmp_path / "store", "x")
+    with Log(tmp_path / "store", writable=False) as log:
+        bodies = [log.get("response", r.id)["body"] for r in found]
+    assert all(len(body["ids"]) == 6 for body in bodies)
+    assert [hashlib.sha256(canonical(b)).hexdigest() for b in bodies] == [
+        r.raw_sha256 for r in found
+    ]
+
+
+class Fussy:
+    """A planner whose answers name their plan, as a model's last bits do; it can be cut off after some answers."""
+
+    model, origin = "fussy", "o"
+
+    def __init__(self, cut_after: int | None = None) -> None:
+        self.cut_after, self.plans = cut_after, list[str]()
+
+    def plan(self, requests: Sequence[Request]) -> list[Plan]:
+        ordered = sorted(requests, key=lambda r: r.key)
+        return [
+            Plan(requests=tuple(ordered[i : i + 4]), slots=2) for i in range(0, len(ordered), 4)
+        ]
+
+    def ask_plan(self, plan: Plan) -> Iterator[Raw]:
+        self.plans.append(plan.id)
+        for place, request in enumerate(plan.requests):
+            if self.cut_after is not None:
+                self.cut_after -= 1
+                if self.cut_after < 0:
+                    raise KeyboardInterrupt
+            body = {"text": f"{place} of {plan.id}"}
+            yield Raw(key=request.key, sample=0, model=self.model, stop="end", body=body)
+
+    def ask(self, requests: Sequence[Request]) -> Iterator[Raw]:
+        for plan in self.plan(requests):
+            yield from self.ask_plan(plan)
+
+    def respond(self, requests: Sequence[Request]) -> Iterator[Response]:
+        return respond(self, requests)
+
+
+@pytest.mark.parametrize("cut", range(10))
+def test_an_unfinished_plan_is_rerun_whole(tmp_path: Path, cut: int) -> None:
+    whole = answer_all(Fussy(), asks(10), tmp_path / "whole", "x")
+    with pytest.raises(KeyboardInterrupt):
+        answer_all(Fussy(cut), asks(10), tmp_path / "cut", "x")
+    again = Fussy()
+    assert answer_all(again, asks(10), tmp_path / "cut", "x") == whole
+    assert len(again.plans) == 3 - cut // 4, "finished plans are not run again"
+
+
+def test_another_run_finishes_a_plan_that_it_shares(tmp_path: Path) -> None:
+    whole = answer_all(Fussy(), asks(4), tmp_path / "whole", "x")
+    with pytest.raises(KeyboardInterrupt):
+        answer_all(Fussy(1), asks(4), tmp_path / "cut", "x")
+    part = answer_all(Fussy(), asks(2), tmp_path / "cut", "x")
+    assert part == whole[:2]
+    with Log(tmp_path / "cut", writable=False) as log:
+        assert not unfinished(log, asks(1)[:0])
+        assert sum(1 for _ in log.keys("response")) == 4
+
+
+def make_run(folder: Path, **teacher: Any) -> tuple[Config, Run]:
+    """Return a run with six prompts, one of them held out and one for validation."""
+    config = Config.model_validate(
+        {
+            "name": "r",
+            "runs": folder / "runs",
+            "corpus": {"path": "x"},
+            "teacher": teacher,
+            "terms": {"basis": "weights made by this test"},
+            "student": {"model": "s"},
+        }
+    )
+    run = Run(config)
+    splits = ["train"] * 4 + ["validation", "heldout"]
+    documents = [
+        Document.make(f"text {i}", "x", {"split": split, "recorded_answer": f"r{i}"})
+        for i, split in enumerate(splits)
+    ]
+    prompts = [
+        Prompt.make((Message(role="user", content=f"q{i}"),), d.id, "chat")
+        for i, d in enumerate(documents)
+    ]
+    write_records(run.path("documents.jsonl"), documents)
+    write_records(run.path("prompts.jsonl"), prompts)
+    return config, run
+
+
+def test_the_stage_asks_n_samples_for_training_only(tmp_path: Path) -> None:
+    folder = make_tiny(tmp_path / "m", hidden=16)
+    _, run = make_run(tmp_path, model=str(folder), n=3, temperature=1.0, max_new_tokens=4)
+    run.perform(STAGE)
+    responses = read_records(run.path("responses.jsonl"), Response)
+    assert [r.sample for r in responses] == [0, 1, 2] * 4 + [0, 0]
+    assert len({r.id for r in responses}) == 14
+    assert run.ledger()[-1].output_tokens == sum(r.usage.output_tokens for r in responses)
+
+
+def test_a_second_run_loads_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_tiny(tmp_path / "m", hidden=16)
+    config, run = make_run(tmp_path, model=str(folder), max_new_tokens=4)
+    generate.main(config, run)
+    first = run.path("responses.jsonl").read_bytes()
+
+    def refuse(*given: Any, **named: Any) -> None:
+        raise AssertionError("the weights were loaded")
+
+    monkeypatch.setattr("distill.responders.local.local_model.load_model", refuse)
+    generate.main(config, run)
+    assert run.path("responses.jsonl").read_bytes() == first
+
+
+def test_recorded_answers_become_responses(tmp_path: Path) -> None:
+    _, run = make_run(tmp_path, kind="recorded", model="gpt-x", dollars="1.50")
+    run.perform(STAGE)
+    responses = read_records(run.path("responses.jsonl"), Response)
+    assert [r.text for r in responses] == [f"r{i}" for i in range(6)]
+    assert {r.model for r in responses} == {"gpt-x"}
+    assert str(run.ledger()[-1].dollars) == "1.50"
+
+
+def test_the_teacher_writes_questions(tmp_path: Path) -> None:
+    config, run = make_run(tmp_path, kind="canned", answers=str(tmp_path / "a.jsonl"))
+    config = Config.model_validate(
+        {**config.resolved(), "prompts": {"questions": {"kinds": ["factual"], "per_document": 2}}}
+    )
+    (tmp_path / "a.jsonl").write_text("")
+    documents = {d.id: d for d in read_records(run.path("documents.jsonl"), Document)}
+    replies = "1. What is the colour of the sky at noon?\n2. What colour is grass in the spring?"
+    teacher = CannedResponder({}, default=replies)
+    written = generate.write_questions(
+        config, teacher, list(documents.values()), tmp_path / "store", lambda read, given: None
+    )
+    assert len(written) == 12
+    assert written[0].messages[-1].content == "What is the colour of the sky at noon?"
+    assert "text 0" in written[0].asked_of_teacher()[-1].content
+    assert documents[written[0].document_id].meta["split"] == "train"
+    (request,) = requests_for(config, "o", written[0], documents[written[0].document_id])
+    assert request.messages == written[0].asked_of_teacher()
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from distill.generation.generate import answer_all
+from distill.responders.local.local_model import LocalResponder
+from distill.responders.responder import Request, Sampling
+from distill.records import Message
+from distill.storage.store import write_records
+
+model, store, out = sys.argv[1:]
+responder = LocalResponder.load(model, "bfloat16", max_batch_size=4)
+requests = [
+    Request.make(responder.origin, f"p{i}", (Message(role="user", content="word " * (i % 7) + str(i)),),
+                 Sampling(max_new_tokens=40, temperature=float(i % 2)))
+    for i in range(60)
+]
+print("ready", flush=True)
+write_records(Path(out), answer_all(responder, requests, Path(store), "x"))
+"""
+
+
+def start(folder: Path, model: Path, store: str) -> subprocess.Popen[bytes]:
+    """Start the script in a process of its own, on one thread."""
+    arguments = [model, folder / store, folder / f"{store}.jsonl"]
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def without_seconds(path: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        assert row["usage"].pop("seconds") > 0
+    return rows
+
+
+@pytest.mark.slow
+def test_a_killed_generation_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "m", "qwen2", hidden=64, tied=False)
+    assert start(tmp_path, model, "whole").wait(120) == 0
+    wanted = without_seconds(tmp_path / "whole.jsonl")
+    kills = 0
+    for answers in (3, 30):
+        process = start(tmp_path, model, "killed")
+        wait_for_answers(tmp_path / "killed", answers, process)
+        kills += process.poll() is None
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert kills == 2, "the processes ended before they could be killed"
+    assert start(tmp_path, model, "killed").wait(120) == 0
+    assert without_seconds(tmp_path / "killed.jsonl") == wanted
+
+
+def wait_for_answers(store: Path, count: int, process: subprocess.Popen[bytes]) -> None:
+    """Wait until the store holds so many answers, or the process has ended."""
+    path = store / "00000001.jsonl"
+    while process.poll() is None:
+        if path.exists() and path.read_bytes().count(b" response ") >= count:
+            return
+        time.sleep(0.005)

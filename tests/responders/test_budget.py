@@ -1,0 +1,191 @@
+"""Money: reservations, maxima, and the account that the store gives of every attempt."""
+
+import json
+import random
+from datetime import date
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.config import Config
+from distill.records import Response, Usage
+from distill.responders.endpoint.budget import (
+    Budget,
+    account,
+    charge,
+    enter_account,
+    last_fault,
+    most_dollars,
+    next_attempt,
+    unknown_outcomes,
+)
+from distill.responders.endpoint.wire import Reply, pack
+from distill.storage.run_folder import Run, Stage
+from distill.storage.store import Log
+from tests.support.fake_teacher import PRICE, answer
+
+
+def test_a_maximum_bounds_every_bill() -> None:
+    chance = random.Random(0)
+    for _ in range(200):
+        question, cap = chance.randrange(1, 5000), chance.randrange(1, 900)
+        read = chance.randrange(0, question + 1)
+        usage = Usage(
+            input_tokens=read,
+            cached_input_tokens=chance.randrange(0, read + 1),
+            output_tokens=chance.randrange(0, cap + 1),
+        )
+        most = most_dollars(PRICE, question, cap)
+        assert most is not None and PRICE.of(usage) <= most
+    assert most_dollars(None, 1, 1) is None
+
+
+INTENT = {"most": "0.02", "question": 4000, "cap": 500}
+CHARGES = {  # stated, read, written: paid, perhaps, doubt; the price says 0.0045 of 1000 and 100
+    "by the price": ((None, 1000, 100), ("0.0045", "0", "")),
+    "by the server": (("0.004", 1000, 100), ("0.004", "0.0005", "")),
+    "dearer by the server": (("0.02", 1000, 100), ("0.02", "0", "")),
+    "ten times apart": (("0.00045", 1000, 100), ("0.00045", "0.00405", "")),
+    "nothing": (("0", 1000, 100), (None, "0.0045", "states")),
+    "next to nothing": (("0.0000001", 1000, 100), (None, "0.0045", "states")),
+    "a hundred times": (("0.45", 1000, 100), (None, "0.45", "states")),
+    "without sense": (("1e30", 1000, 100), (None, "0.02", "states")),
+    "above its maximum": (("0.03", 1000, 100), (None, "0.03", "cost")),
+    "more tokens written": ((None, 1000, 501), (None, "0.02", "counts 501 tokens written")),
+    "more tokens read": ((None, 4257, 10), (None, "0.02", "counts 4,257 tokens read")),
+    "many more": ((None, 1000, 70_000), (None, "1.053", "counts 70,000 tokens written")),
+    "a billion": ((None, 1000, 999_999_999), (None, "0.02", "counts 999,999,999")),
+    "not counted": (("0.5", 0, 0), (None, "0.5", "answered without a count")),
+}
+
+
+@pytest.mark.parametrize("name", CHARGES)
+def test_what_a_server_states_is_held_against_the_price(name: str) -> None:
+    (stated, read, written), (paid, perhaps, doubt) = CHARGES[name]
+    usage = Usage(input_tokens=read, output_tokens=written)
+    reply = Reply(stop="end", usage=usage, dollars=stated and Decimal(stated))
+    found = charge(PRICE, reply, INTENT)
+    assert found.paid == (paid and Decimal(paid)) and found.perhaps == Decimal(perhaps)
+    assert found.doubt.startswith(doubt) and bool(found.doubt) == bool(doubt)
+
+
+def test_without_a_price_what_a_server_states_counts() -> None:
+    reply = Reply(stop="end", usage=Usage(input_tokens=1000, output_tokens=100))
+    assert charge(None, reply, {}).paid is None and not charge(None, reply, {}).doubt
+    stated = reply.model_copy(update={"dollars": Decimal("0.5")})
+    assert charge(None, stated, {}).paid == Decimal("0.5")
+
+
+def test_an_answer_without_a_cap_has_no_maximum() -> None:
+    reply = Reply(stop="end", usage=Usage(input_tokens=1000, output_tokens=10_000))
+    assert charge(PRICE, reply, {**INTENT, "cap": None}).paid == Decimal("0.153")
+    assert charge(PRICE, reply, {"most": "0.02"}).doubt  # as it was stored before caps were
+
+
+def test_a_budget_never_holds_more_than_its_limit() -> None:
+    chance = random.Random(1)
+    budget, flying = Budget(Decimal("1.00")), list[Decimal]()
+    for _ in range(2000):
+        most = Decimal(chance.randrange(1, 9)) / 100
+        if chance.random() < 0.6 and budget.reserve(most):
+            flying.append(most)
+        elif flying:
+            most = flying.pop(chance.randrange(len(flying)))
+            if chance.random() < 0.5:
+                budget.settle(most, most * Decimal(chance.randrange(0, 11)) / 10)
+            else:
+                budget.settle(most, Decimal(0), most)
+        assert budget.settled + budget.unknown + sum(flying) == budget.committed <= 1
+        assert budget.reserved == sum(flying) and not budget.exceeded
+    assert budget.committed > Decimal("0.9")
+
+
+def intent(log: Log, key: str, number: int, run: str = "mine") -> str:
+    """Store the intent of an attempt that can cost a cent, and return the response's id."""
+    identifier = Response.make_id(key, 0)
+    log.append([("intent", f"{identifier}.{number}", {"model": "m", "run": run, "most": "0.01"})])
+    return identifier
+
+
+def respond(log: Log, key: str, number: int, data: bytes, status: int = 200) -> None:
+    body = {"status": status, "attempt": number, "question": 50, **pack(data)}
+    raw = {"key": key, "sample": 0, "model": "m", "stop": None, "usage": {}, "body": body}
+    log.append([("response", Response.make_id(key, 0), raw)])
+
+
+def outcome(log: Log, identifier: str, number: int, billed: str) -> None:
+    log.append([("outcome", f"{identifier}.{number}", {"what": billed, "billed": billed})])
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Any:
+    """Return a log with one attempt of every kind."""
+    with Log(tmp_path / "runs/.store/responses") as log:
+        one = intent(log, "paid", 0)
+        outcome(log, one, 0, "no")
+        intent(log, "paid", 1)
+        outcome(log, one, 1, "unknown")
+        intent(log, "paid", 2)
+        question = {"model": "m", "messages": [{"role": "user", "content": "one two"}]}
+        respond(log, "paid", 2, answer(question))
+        intent(log, "killed", 0)
+        intent(log, "unreadable", 0)
+        respond(log, "unreadable", 0, b"{")
+        intent(log, "another's", 0, "yours")
+        yield log
+
+
+def test_the_account_tells_settled_from_unknown(log: Log) -> None:
+    found = account(log, PRICE, "mine")
+    assert (found.attempts, found.unknown, found.unknown_most) == (5, 3, Decimal("0.03"))
+    usage = Usage(input_tokens=7, output_tokens=5)
+    assert found.settled == PRICE.of(usage) and found.output_tokens == 5
+    assert account(log, PRICE).unknown == 4
+    assert account(log, None, "mine").unpriced == 1
+    whats = {a.what for a in unknown_outcomes(log, "mine")}
+    assert whats == {"unknown", "no word of how it ended", "answered without a count of tokens"}
+
+
+def test_attempts_go_on_counting_and_the_last_fault_is_told(log: Log) -> None:
+    assert (next_attempt(log, "paid", 0), next_attempt(log, "new", 0)) == (3, 0)
+    assert last_fault(log, "paid", 0) == "unknown" and last_fault(log, "killed", 0) is None
+
+
+def test_the_ledger_holds_the_account_once(log: Log, tmp_path: Path) -> None:
+    row = {**PRICE.model_dump(mode="json"), "model": "m", "date": str(date.today())}
+    (tmp_path / "prices.yaml").write_text(json.dumps({"tokens": [row]}))
+    judge = {"kind": "endpoint", "model": "j", "base_url": "http://127.0.0.1:1/v1"}
+    config = Config.model_validate(
+        {
+            "name": "mine",
+            "runs": tmp_path / "runs",
+            "corpus": {"path": "x"},
+            "teacher": {**judge, "model": "m"},
+            "student": {"model": "s"},
+            "evaluation": {"prices": tmp_path / "prices.yaml", "judge": judge},
+        }
+    )
+    run = Run(config)
+    log.append([("intent", "judged.0", {"model": "j", "run": "mine"})])
+    log.append([("outcome", "judged.0", {"what": "refused", "billed": "no"})])
+
+    def spend(config: Config, run: Run) -> None:
+        run.spend(input_tokens=1_000_000, output_tokens=2_000_000)  # of a local model, beside it
+        enter_account(run, log.folder)
+
+    work = Stage("generate", (), (), (), spend)
+    run.folder.mkdir(parents=True)
+    for goes in (1, 2):
+        run.remake([work])
+        run.perform(work)
+        entries = run.ledger()
+        assert len(entries) == goes
+        assert sum(e.attempts for e in entries) == 6 and sum(e.unknown for e in entries) == 3
+        assert sum(e.dollars or 0 for e in entries) == account(log, PRICE, "mine").settled
+        assert sum(e.unknown_dollars or 0 for e in entries) == Decimal("0.03")
+        paid = account(log, PRICE, "mine")
+        assert sum(e.input_tokens for e in entries) == goes * 1_000_000 + paid.input_tokens
+        assert sum(e.output_tokens for e in entries) == goes * 2_000_000 + paid.output_tokens
+        assert paid.output_tokens > 0 and all(e.output_tokens >= 2_000_000 for e in entries)

@@ -1,0 +1,795 @@
+"""The endpoint responder against a real server on a loopback port: faults C1 to C13, and what the store then holds."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from decimal import Decimal
+from email.utils import formatdate
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.config import Config, Teacher
+from distill.errors import DistillError, Exit
+from distill.generation.generate import answer_all
+from distill.pipeline import STAGES
+from distill.records import Message, Response
+from distill.responders.endpoint import client as purchase_module
+from distill.responders.endpoint.attempts import origin_of, spelled
+from distill.responders.endpoint.budget import account, attempts, unknown_outcomes
+from distill.responders.endpoint.client import Purchase
+from distill.responders.endpoint.endpoint import EndpointResponder
+from distill.responders.responder import Request, Sampling
+from distill.storage.run_folder import Run
+from distill.storage.store import Log, read_records
+from tests.support.buying import KEY, MODEL, make_run, settings
+from tests.support.fake_teacher import PRICE, FakeTeacher, Reply, Script, answer, bomb
+
+
+def asks(teacher: Teacher, count: int, **sampling: Any) -> list[Request]:
+    drawn = Sampling(max_new_tokens=teacher.max_new_tokens, **sampling)
+    return [
+        Request.make(
+            origin_of(teacher), f"p{i}", (Message(role="user", content=f"q{i} please"),), drawn
+        )
+        for i in range(count)
+    ]
+
+
+def buy(teacher: FakeTeacher, store: Path, count: int = 1, **changes: Any) -> list[Response]:
+    """Buy some answers, and hold the store's account against the teacher's bill, whatever happens."""
+    asked = settings(teacher, **changes)
+    try:
+        responder = EndpointResponder(asked, PRICE, "run")
+        return answer_all(responder, asks(asked, count), store, "x")
+    finally:
+        if store.exists():
+            hold_account(teacher, store)
+
+
+def hold_account(teacher: FakeTeacher, store: Path) -> None:
+    """Assert settled <= bill <= settled + the maximum of the unknown, and an intent for every request."""
+    with Log(store, writable=False) as log:
+        found = account(log, PRICE)
+    assert found.settled <= teacher.bill <= found.settled + found.unknown_most
+    if not found.unknown_most:
+        assert found.settled == teacher.bill
+    assert found.attempts >= len(teacher.payloads)
+
+
+def always(**reply: Any) -> Script:
+    return lambda number, payload: Reply(**reply)
+
+
+def first(count: int, **reply: Any) -> Script:
+    return lambda number, payload: Reply(**reply) if number < count else Reply()
+
+
+def test_answers_come_in_order_and_are_paid_once(tmp_path: Path) -> None:
+    with FakeTeacher() as teacher:
+        found = buy(teacher, tmp_path, 20)
+        again = buy(teacher, tmp_path, 20)
+    assert [r.text for r in found] == [f"the answer to q{i} please" for i in range(20)]
+    assert again == found and len(teacher.payloads) == 20
+    assert {r.stop for r in found} == {"end"} and {r.model for r in found} == {MODEL}
+
+
+def test_only_what_was_set_is_sent(tmp_path: Path) -> None:
+    with FakeTeacher() as teacher:
+        buy(teacher, tmp_path)
+        buy(teacher, tmp_path, omit=("temperature",), max_tokens_field="max_completion_tokens")
+        buy(teacher, tmp_path, extra_body={"repetition_penalty": 1.0}, api="completions")
+    turn = [{"role": "user", "content": "q0 please"}]
+    assert teacher.payloads == [
+        {"model": MODEL, "messages": turn, "temperature": 0.0, "max_tokens": 20},
+        {"model": MODEL, "messages": turn, "max_completion_tokens": 20},
+        {
+            "model": MODEL,
+            "prompt": "q0 please",
+            "temperature": 0.0,
+            "max_tokens": 20,
+            "repetition_penalty": 1.0,
+        },
+    ]
+    assert teacher.paths == ["/v1/chat/completions"] * 2 + ["/v1/completions"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"base_url": "http://127.0.0.1:9/v1"},
+        {"base_url": "http://127.0.0.1:1/v2"},
+        {"model": "other"},
+        {"extra_body": {"top_k": 1}},
+        {"omit": ("temperature",)},
+        {"api": "completions"},
+        {"revision": "2"},
+    ],
+)
+def test_what_shapes_an_answer_is_in_its_key(change: dict[str, Any]) -> None:
+    one, other = settings("http://127.0.0.1:1/v1"), settings("http://127.0.0.1:1/v1", **change)
+    assert asks(one, 1)[0].key != asks(other, 1)[0].key
+    same = settings(("http://127.0.0.1:1/v1/", "http://127.0.0.1:2/v1"), concurrency=3)
+    assert asks(one, 1)[0].key == asks(same, 1)[0].key
+
+
+WAITS = {
+    "seconds": ({"retry-after": "0.3"}, 0.3),
+    "milliseconds": ({"retry-after-ms": "300", "retry-after": "9000"}, 0.3),
+    "absent": ({}, 0.0),
+    "zero": ({"retry-after": "0"}, 0.0),
+    "negative": ({"retry-after": "-5"}, 0.0),
+    "garbage": ({"retry-after": "soon"}, 0.0),
+    "date": (
+        {"retry-after": formatdate(101, usegmt=True), "date": formatdate(100, usegmt=True)},
+        1,
+    ),
+    "past": ({"retry-after": formatdate(10, usegmt=True)}, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_c1_a_pause_holds_all_workers(tmp_path: Path, name: str) -> None:
+    headers, least = WAITS[name]
+    times: list[float] = []
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        times.append(time.monotonic())
+        return Reply(status=429, headers=headers) if number == 0 else Reply(delay=0.1)
+
+    with FakeTeacher(script) as teacher:
+        found = buy(teacher, tmp_path, 6, concurrency=2)
+    assert {r.stop for r in found} == {"end"} and len(times) == 7
+    after = sorted(times)[2:]  # the second was on its way when the first was refused
+    assert after[0] - times[0] >= least
+
+
+def test_c1_too_long_a_pause_stops_and_resumes(tmp_path: Path) -> None:
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        return Reply(status=429, headers={"retry-after": "36000"}) if number == 3 else Reply()
+
+    with FakeTeacher(script) as teacher:
+        with pytest.raises(DistillError, match="36,000 s") as stopped:
+            buy(teacher, tmp_path, 9, concurrency=1)
+        assert stopped.value.code == Exit.TEACHER and len(teacher.payloads) == 4
+        assert len(buy(teacher, tmp_path, 9)) == 9 and len(teacher.payloads) == 10
+
+
+PASSING = {
+    "500": {"status": 500, "body": b'{"error": {"message": "boom"}}'},
+    "502 html": {"status": 502, "body": b"<html>bad gateway</html>"},
+    "503": {"status": 503, "body": b""},
+    "504": {"status": 504, "body": b"", "billed": True},
+    "html on 200": {"body": b"<!doctype html><p>hello", "billed": False},
+    "empty": {"body": b"", "billed": True},
+    "error on 200": {"body": b'{"error": {"code": 502, "message": "upstream"}}'},
+    "429": {"status": 429, "body": b'{"error": {"message": "slow down", "type": "requests"}}'},
+    "reset": {"manner": "reset", "billed": True},
+    "half a body": {"manner": "half", "billed": True},
+    "no bytes": {"manner": "hang"},
+    "closed": {"manner": "silent"},
+}
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_c2_c5_what_passes_is_tried_again(tmp_path: Path, name: str) -> None:
+    patience = {"read_timeout": 1} if name == "no bytes" else {}
+    with FakeTeacher(first(2, **PASSING[name])) as teacher:
+        found = buy(teacher, tmp_path, **patience)
+    assert found[0].text == "the answer to q0 please"
+    assert len(teacher.payloads) == 3 or (patience and len(teacher.payloads) == 4)
+
+
+@pytest.mark.parametrize("name", ["500", "reset", "no bytes", "empty"])
+def test_c2_retries_are_bounded_and_the_next_go_asks_again(tmp_path: Path, name: str) -> None:
+    patience = {"read_timeout": 0.3} if name == "no bytes" else {}
+    teacher = FakeTeacher(first(4, **PASSING[name]))
+    with teacher:
+        found = buy(teacher, tmp_path, **patience)
+        assert (found[0].stop, len(teacher.payloads)) == ("error", 4)
+        assert found[0].error
+        assert buy(teacher, tmp_path)[0].stop == "end"
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_c3_a_refused_item_fails_and_the_run_goes_on(tmp_path: Path, status: int) -> None:
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        bad = payload["messages"][0]["content"] == "q1 please"
+        error = {"error": {"message": "too long", "code": "context_length_exceeded"}}
+        return Reply(status=status, body=json.dumps(error).encode()) if bad else Reply()
+
+    with FakeTeacher(script) as teacher:
+        found = buy(teacher, tmp_path, 4)
+        assert [r.stop for r in found] == ["end", "error", "end", "end"]
+        assert found[1].error == f"{status}: too long"
+        assert buy(teacher, tmp_path, 4) == found, "asked again, and refused again"
+        assert len(teacher.payloads) == 5 and teacher.asked["q1 please"] == 2
+
+
+@pytest.mark.parametrize("status", [401, 402, 403, 404, 301, 307])
+def test_c3_c9_what_concerns_all_stops_the_run(tmp_path: Path, status: int) -> None:
+    with FakeTeacher() as elsewhere:
+        to = {"location": elsewhere.url + "/chat/completions"}
+        script = always(status=status, headers=to, body=b'{"error": {"message": "no"}}')
+        with FakeTeacher(script) as teacher, pytest.raises(DistillError) as stopped:
+            buy(teacher, tmp_path, 50, concurrency=4)
+    assert stopped.value.code == Exit.TEACHER and str(status) in stopped.value.what
+    assert set(teacher.asked.values()) == {1}, "none is asked again"
+    assert len(teacher.payloads) <= 4 and not elsewhere.payloads
+
+
+@pytest.mark.parametrize("code", ["insufficient_quota", "credit_balance_exhausted"])
+def test_c4_a_quota_burns_nothing(tmp_path: Path, code: str) -> None:
+    error = {"error": {"message": "You exceeded", "type": "insufficient_quota", "code": code}}
+    with FakeTeacher(always(status=429, body=json.dumps(error).encode())) as teacher:
+        with pytest.raises(DistillError, match="quota") as stopped:
+            buy(teacher, tmp_path, 9, concurrency=1)
+    assert stopped.value.code == Exit.TEACHER and len(teacher.payloads) == 1
+
+
+def test_c5_a_dead_server_trips_the_breaker(tmp_path: Path) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        dead = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
+    asked = settings(dead, max_consecutive_failures=5)
+    with pytest.raises(DistillError, match="5 failures in a row.*cannot connect") as stopped:
+        answer_all(EndpointResponder(asked, PRICE), asks(asked, 50), tmp_path, "x")
+    assert stopped.value.code == Exit.TEACHER
+    with Log(tmp_path, writable=False) as log:
+        assert account(log, PRICE).unknown == 0, "nothing was sent, so nothing is in doubt"
+
+
+@pytest.mark.parametrize("host", ["http://no-such-host.invalid/v1", "https://127.0.0.1:{}/v1"])
+def test_c5_no_name_and_no_tls(tmp_path: Path, host: str) -> None:
+    with FakeTeacher() as teacher:
+        asked = settings(
+            host.format(teacher.port), max_retries=0, allow_insecure=True, connect_timeout=3
+        )
+        found = answer_all(EndpointResponder(asked, PRICE), asks(asked, 1), tmp_path, "x")
+    assert found[0].stop == "error" and "connect" in str(found[0].error)
+
+
+@pytest.mark.parametrize("manner", ["drip", "endless"])
+def test_c5_time_and_size_are_bounded(tmp_path: Path, manner: str) -> None:
+    with FakeTeacher(always(manner=manner, billed=True)) as teacher:
+        found = buy(teacher, tmp_path, max_retries=0, total_timeout=1, max_body_bytes=100_000)
+    assert found[0].stop == "error"
+    with Log(tmp_path, writable=False) as log:
+        (doubt,) = unknown_outcomes(log)
+    assert doubt.most and doubt.most >= teacher.bill
+
+
+WHOLE = answer({"model": MODEL, "messages": [{"role": "user", "content": "q0 please"}]})
+UNREADABLE = {
+    "cut": WHOLE[:50],
+    "NaN": WHOLE.replace(b'"index": 0', b'"index": NaN'),
+    "no object": b"[1, 2]",
+    "a number": b"7",
+    "wrong type": WHOLE.replace(b'"the answer to q0 please"', b"7"),
+    "no choices": b'{"choices": []}',
+    "null": WHOLE.replace(b'"the answer to q0 please"', b"null"),
+    "not UTF-8": WHOLE.replace(b"answer", b"ans\xff"),
+    "deep": b'{"choices": ' + b"[" * 100_000,
+    "long number": b'{"choices": [{"index": ' + b"9" * 5000 + b"}]}",
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_c6_what_cannot_be_read_is_kept_and_failed(tmp_path: Path, name: str) -> None:
+    with FakeTeacher(always(body=UNREADABLE[name], billed=True)) as teacher:
+        found = buy(teacher, tmp_path)
+        assert found[0].stop == "error" and "unreadable" in str(found[0].error)
+        assert buy(teacher, tmp_path) == found and len(teacher.payloads) == 1
+    with Log(tmp_path, writable=False) as log:
+        assert log.get("response", found[0].id)["body"]["sha256"] == found[0].raw_sha256
+        assert account(log, PRICE).unknown == 1
+
+
+@pytest.mark.parametrize("size", [200_000, 20_000_000])
+def test_c6_a_bomb_and_a_flood_are_cut(tmp_path: Path, size: int) -> None:
+    for name, reply in {
+        "bomb": {"body": bomb(size), "headers": {"content-encoding": "gzip"}},
+        "flood": {"body": b'{"choices": "' + b" " * size},
+    }.items():
+        with FakeTeacher(always(**reply, billed=True)) as teacher:
+            found = buy(teacher, tmp_path / name, max_body_bytes=100_000)
+        assert found[0].stop == "error" and "more than 100,000 bytes" in str(found[0].error)
+        stored = sum(p.stat().st_size for p in (tmp_path / name).rglob("*.jsonl"))
+        assert stored < 200_000
+
+
+def test_c6_gzip_that_was_not_asked_for_is_read(tmp_path: Path) -> None:
+    import gzip
+
+    reply = {"body": gzip.compress(WHOLE), "headers": {"content-encoding": "gzip"}, "billed": True}
+    with FakeTeacher(always(**reply)) as teacher:
+        teacher._charge = lambda payload, *_: FakeTeacher._charge(teacher, payload, WHOLE)
+        assert buy(teacher, tmp_path)[0].text == "the answer to q0 please"
+
+
+STOPS: dict[str, tuple[dict[str, Any], str, str | None]] = {
+    "length": ({"finish": "length"}, "length", None),
+    "filter": ({"finish": "content_filter"}, "filtered", "content_filter"),
+    "refusal": (
+        {"message": {"refusal": "I cannot", "content": None}},
+        "filtered",
+        "refusal: I cannot",
+    ),
+    "tool": (
+        {"finish": "tool_calls", "message": {"content": None, "tool_calls": [{}]}},
+        "error",
+        "tool_calls: it called a tool instead of answering",
+    ),
+    "unknown": ({"finish": "moon"}, "error", "unknown finish_reason 'moon'"),
+    "none": ({"finish": None}, "error", "unknown finish_reason 'None'"),
+}
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_c7_how_it_stopped_is_stored_as_paid_and_labelled(tmp_path: Path, name: str) -> None:
+    reply, stop, error = STOPS[name]
+    with FakeTeacher(always(**reply)) as teacher:
+        found = buy(teacher, tmp_path)
+        assert (found[0].stop, found[0].error) == (stop, error)
+        buy(teacher, tmp_path)
+    assert len(teacher.payloads) == 1 and teacher.bill > 0
+
+
+@pytest.mark.parametrize(
+    "usage", [None, {}, {"prompt_tokens": 0, "completion_tokens": 0}, {"prompt_tokens": -3}, "7"]
+)
+def test_c8_without_usage_the_cost_is_estimated_and_in_doubt(tmp_path: Path, usage: Any) -> None:
+    with FakeTeacher(always(answer={"usage": usage})) as teacher:
+        found = buy(teacher, tmp_path)
+    assert found[0].usage.estimated and found[0].usage.output_tokens > 0
+    with Log(tmp_path, writable=False) as log:
+        assert account(log, PRICE).unknown == 1
+
+
+def test_c9_the_key_stays_with_its_host_and_out_of_every_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+    echo = json.dumps({"error": {"message": f"what is {KEY}?"}}).encode()
+    faults = [
+        {"status": 400, "body": echo},
+        {"status": 500, "body": echo},
+        {"message": {"content": f"your key is {KEY}"}},
+        {"manner": "reset"},
+        {"status": 401, "body": echo},
+    ]
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        return Reply(**faults[min(number, len(faults) - 1)])
+
+    with FakeTeacher(script) as teacher, pytest.raises(DistillError) as stopped:
+        buy(teacher, tmp_path, 9, concurrency=1, api_key_env="TEACHER_KEY", max_retries=1)
+    assert {h["authorization"] for h in teacher.headers} == {f"Bearer {KEY}"}
+    printed = "".join(capfd.readouterr()) + str(stopped.value)
+    written = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+    assert KEY not in printed and KEY.encode() not in written
+    assert len(teacher.payloads) == 5
+
+
+@pytest.mark.parametrize("value", ["", "  ", "two words", "a\nb", "clé"])
+def test_a5_a_key_that_cannot_be_sent_stops_before(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEACHER_KEY", value)
+    asked = settings("http://localhost:1/v1", api_key_env="TEACHER_KEY")
+    with pytest.raises(DistillError, match="TEACHER_KEY") as stopped:
+        EndpointResponder(asked)
+    assert stopped.value.code == Exit.CONFIG
+    assert not value.strip() or value not in str(stopped.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "file:///etc/passwd",
+        "ftp://host/v1",
+        "https://key@host/v1",
+        "https://user:key@host/v1",
+        "http://host/v1",
+        "http://192.168.0.7:8000/v1",
+        "https://169.254.169.254/latest",
+        "https://2852039166/",
+        "https://0xA9FEA9FE/",
+        "https://0251.0376.0251.0376/",
+        "https://[::ffff:169.254.169.254]/",
+        "https://metadata.google.internal/",
+        "https://host/v1?key=1",
+        "https://[broken/v1",
+        "https:///v1",
+        "",
+    ],
+)
+def test_a6_addresses_that_are_refused(url: str) -> None:
+    with pytest.raises(ValueError):
+        settings(url)
+
+
+def test_a6_addresses_that_are_fine() -> None:
+    for url in ("https://api.example.com/v1", "http://localhost:8000/v1", "http://[::1]:8000/v1"):
+        assert settings(url).base_urls == (url,)
+    assert settings("http://10.0.0.7:8000/v1", allow_insecure=True)
+    with pytest.raises(ValueError):
+        settings("http://169.254.169.254/", allow_insecure=True)
+
+
+def test_c10_another_model_is_recorded_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        return Reply(answer={"model": "fake-1-june" if number < 2 else "fake-1-july"})
+
+    with FakeTeacher(script) as teacher:
+        found = buy(teacher, tmp_path, 4, concurrency=1)
+        assert [r.model for r in found] == ["fake-1-june"] * 2 + ["fake-1-july"] * 2
+        assert "is now fake-1-july, it was fake-1-june" in capsys.readouterr().err
+        with pytest.raises(DistillError, match="fake-1-july answered for fake-1") as stopped:
+            buy(teacher, tmp_path, 9, concurrency=1, strict_model=True)
+    assert stopped.value.code == Exit.TEACHER and len(teacher.payloads) == 5
+
+
+def test_c11_the_budget_stops_before_the_request_that_could_exceed_it(tmp_path: Path) -> None:
+    limit = Decimal("0.01")
+    with FakeTeacher(always(delay=0.01)) as teacher:
+        with pytest.raises(DistillError, match="limit") as stopped:
+            buy(teacher, tmp_path, 100, budget_dollars=limit, concurrency=8)
+        spent, sent = teacher.bill, len(teacher.payloads)
+        assert stopped.value.code == Exit.BUDGET
+        assert limit * Decimal("0.8") < spent <= limit and sent < 100
+        with pytest.raises(DistillError):
+            buy(teacher, tmp_path, 100, budget_dollars=limit)
+        assert teacher.bill <= limit, "a second go has no second budget"
+        buy(teacher, tmp_path, 100, budget_dollars=Decimal(1))
+    assert len(teacher.payloads) == 100
+
+
+def test_c11_failures_that_may_be_billed_count_against_the_budget(tmp_path: Path) -> None:
+    limit = Decimal("0.01")
+    script = always(status=504, body=b"", billed=True)
+    with FakeTeacher(script) as teacher, pytest.raises(DistillError) as stopped:
+        buy(teacher, tmp_path, 100, budget_dollars=limit, concurrency=8, max_retries=0)
+    assert stopped.value.code == Exit.BUDGET and teacher.bill <= limit
+
+
+def test_c11_ninety_per_cent_of_failures_stay_within_the_budget(tmp_path: Path) -> None:
+    limit = Decimal("0.02")
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        return Reply(status=500, body=b"", billed=True) if number % 10 else Reply()
+
+    with FakeTeacher(script) as teacher, pytest.raises(DistillError) as stopped:
+        buy(teacher, tmp_path, 100, budget_dollars=limit, concurrency=8, max_retries=2)
+    assert stopped.value.code == Exit.BUDGET and teacher.bill <= limit
+    assert max(teacher.asked.values()) <= 3
+
+
+def test_c11_a_bill_ten_times_the_price_stops_the_run(tmp_path: Path) -> None:
+    with FakeTeacher(always()) as teacher:
+        sane = usage = {"prompt_tokens": 7, "completion_tokens": 6}
+        assert sane
+        teacher.script = always(answer={"usage": {**usage, "cost": 0.5}})
+        with pytest.raises(DistillError, match="more than its maximum") as stopped:
+            buy(teacher, tmp_path, 50, budget_dollars=Decimal("0.1"), concurrency=1)
+    assert stopped.value.code == Exit.BUDGET and len(teacher.payloads) == 1
+
+
+def test_c11_a_budget_without_a_price_is_refused() -> None:
+    asked = settings("http://localhost:1/v1", budget_dollars=Decimal(1))
+    with pytest.raises(DistillError, match="unknown") as stopped:
+        EndpointResponder(asked, None)
+    assert stopped.value.code == Exit.BUDGET
+    with pytest.raises(DistillError, match="max_tokens"):
+        EndpointResponder(asked.model_copy(update={"omit": ("max_tokens",)}), PRICE)
+
+
+def test_a_dead_replica_is_left_out(tmp_path: Path) -> None:
+    with FakeTeacher() as teacher, FakeTeacher() as other:
+        urls = (teacher.url, "http://127.0.0.1:9/v1", other.url)
+        asked = settings(urls, concurrency=4)
+        found = answer_all(EndpointResponder(asked, PRICE, "run"), asks(asked, 40), tmp_path, "x")
+    assert {r.stop for r in found} == {"end"}
+    assert len(teacher.payloads) + len(other.payloads) == 40
+    assert min(len(teacher.payloads), len(other.payloads)) > 5
+    with Log(tmp_path, writable=False) as log:
+        assert account(log, PRICE).attempts < 50, "a dead address is asked a few times only"
+
+
+def test_concurrency_and_pace_hold(tmp_path: Path) -> None:
+    with FakeTeacher() as teacher:
+        buy(teacher, tmp_path, concurrency=5)  # the first answer of a run is awaited alone
+        assert teacher.busiest == 1
+        teacher.script = always(delay=0.05, hold=lambda: teacher.busiest >= 5)
+        buy(teacher, tmp_path, 20, concurrency=5)
+        assert teacher.busiest == 5
+        teacher.script = always()
+        started = time.monotonic()
+        buy(teacher, tmp_path, 7, revision="2", requests_per_minute=600)
+        assert 0.6 < time.monotonic() - started < 30
+        started = time.monotonic()
+        buy(teacher, tmp_path, 4, revision="3", tokens_per_minute=6000)
+        assert time.monotonic() - started > 0.8
+
+
+def test_c12_a_caller_that_stops_loses_no_answer_in_flight(tmp_path: Path) -> None:
+    with FakeTeacher(always(delay=0.2)) as teacher, Log(tmp_path) as log:
+        asked = settings(teacher, concurrency=4)
+        raws = EndpointResponder(asked, PRICE, "run").buy(asks(asked, 50), log)
+        next(raws)
+        raws.close()
+        sent = len(teacher.payloads)
+        assert sent < 50 and len(list(log.keys("response"))) == sent
+    hold_account(teacher, tmp_path)
+    with Log(tmp_path, writable=False) as log:
+        assert account(log, PRICE).unknown == 0
+
+
+def test_a_full_disk_stops_sending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeTeacher(always(delay=0.02)) as teacher, Log(tmp_path) as log:
+        asked = settings(teacher, concurrency=2)
+        written, append = [0], log.append
+
+        def full(records: Any) -> int:
+            written[0] += 1
+            if written[0] > 9:
+                raise DistillError(Exit.STATE, "store", "no space left", "free space")
+            return append(records)
+
+        monkeypatch.setattr(log, "append", full)
+        with pytest.raises(DistillError, match="no space"):
+            list(EndpointResponder(asked, PRICE).buy(asks(asked, 50), log))
+        assert len(teacher.payloads) <= 9
+
+
+def test_d4_a_disk_that_fills_up_ends_a_run_and_loses_nothing(tmp_path: Path) -> None:
+    with FakeTeacher() as teacher:
+        config, shown = make_run(tmp_path, teacher, 30), tmp_path / "shown"
+        full = (16_000, 16_000)  # bytes a file, about half of what the answers take
+        child = command(config, "generate", limits={resource.RLIMIT_FSIZE: full})
+        assert child.wait(60) == Exit.STATE and "Traceback" not in shown.read_text()
+        assert "error: " in shown.read_text() and 0 < len(teacher.payloads) < 30
+        store = tmp_path / "runs/.store/responses"
+        hold_account(teacher, store)
+        with Log(store, writable=False) as log:
+            kept = len(list(log.keys("response")))
+        assert kept >= len(teacher.payloads) - 4, "at most what was in flight could not be stored"
+        assert command(config, "generate").wait(60) == 0
+        assert sum(times - 1 for times in teacher.bills.values()) <= 4
+        hold_account(teacher, store)
+
+
+def test_d5_d6_another_filter_and_another_run_ask_nothing(tmp_path: Path) -> None:
+    with FakeTeacher() as teacher:
+        config, shown = make_run(tmp_path, teacher), tmp_path / "shown"
+        assert command(config, "generate").wait(60) == 0, shown.read_text()
+        copied = tmp_path / "runs/other"
+        copied.mkdir()
+        for name in ("documents.jsonl", "prompts.jsonl"):
+            shutil.copy(tmp_path / "runs/mine" / name, copied / name)
+        for words in (
+            ["filter"],
+            ["filter", "filters.repetition=false", "--redo"],
+            ["generate", "--redo"],
+            ["generate", "name=other"],
+        ):
+            assert command(config, *words).wait(60) == 0, shown.read_text()
+        assert len(teacher.payloads) == 12 and set(teacher.bills.values()) == {1}
+    answers = [tmp_path / f"runs/{name}/responses.jsonl" for name in ("mine", "other")]
+    assert answers[0].read_bytes() == answers[1].read_bytes()
+    ledger = Run(Config.model_validate_json(config.read_text())).ledger()
+    assert sum(entry.dollars or 0 for entry in ledger) == teacher.bill
+
+
+def test_reasoning_is_kept_apart(tmp_path: Path) -> None:
+    for name, message in {
+        "vllm": {"reasoning": "hm"},
+        "old": {"reasoning_content": "hm"},
+        "block": {"content": "<think>\nhm\n</think>\n\nthe answer to q0 please"},
+    }.items():
+        with FakeTeacher(always(message=message)) as teacher:
+            found = buy(teacher, tmp_path / name)
+        assert (found[0].reasoning, found[0].text) == ("hm", "the answer to q0 please")
+
+
+def command(
+    config: Path, verb: str, *words: str, limits: dict[int, tuple[int, int]] | None = None
+) -> subprocess.Popen[str]:
+    """Start the command; what it prints goes to the file `shown` beside its config."""
+
+    def prepare() -> None:
+        # A test runner in the background of a script ignores Ctrl-C, and its children inherit that.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        for name, limit in (limits or {}).items():
+            resource.setrlimit(name, limit)
+
+    with config.with_name("shown").open("a") as shown:
+        return subprocess.Popen(
+            [sys.executable, "-m", "distill", verb, str(config), *words],
+            env={**os.environ, "TEACHER_KEY": KEY},
+            stderr=shown,
+            stdout=shown,
+            text=True,
+            preexec_fn=prepare,
+        )
+
+
+def wait_until(what: Any) -> None:
+    end = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def held_after(teacher: FakeTeacher, count: int) -> threading.Event:
+    """Let a teacher answer `count` requests, and those that follow only once the event is set."""
+    free = threading.Event()
+    teacher.script = lambda number, payload: Reply(hold=free.is_set if number >= count else None)
+    return free
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_c12_ctrl_c_drains_and_re_bills_nothing(tmp_path: Path, sent: signal.Signals) -> None:
+    with FakeTeacher() as teacher:
+        free, config = held_after(teacher, 4), make_run(tmp_path, teacher)
+        child, shown = command(config, "generate"), tmp_path / "shown"
+        wait_until(lambda: len(teacher.payloads) == 8)
+        child.send_signal(sent)
+        wait_until(lambda: "waiting up to" in shown.read_text())
+        free.set()
+        assert child.wait(60) == 130 and "Traceback" not in shown.read_text()
+        assert len(teacher.payloads) == 8
+        assert command(config, "generate").wait(60) == 0, shown.read_text()
+        assert len(teacher.payloads) == 12 and set(teacher.bills.values()) == {1}
+        hold_account(teacher, tmp_path / "runs/.store/responses")
+    entries = [e for e in Run(Config.model_validate_json(config.read_text())).ledger()]
+    assert sum(e.dollars or 0 for e in entries) == teacher.bill
+    assert not sum(e.unknown for e in entries)
+    with Log(tmp_path / "runs/.store/responses", writable=False) as log:
+        unsent = [
+            a for a in attempts(log, PRICE) if a.what == "not sent"
+        ]  # begun as the signal came
+    assert sum(e.attempts for e in entries) == 12 + len(unsent)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_c12_twice_is_at_once_and_lists_what_was_in_flight(
+    tmp_path: Path, sent: signal.Signals
+) -> None:
+    with FakeTeacher() as teacher:
+        free, config = held_after(teacher, 4), make_run(tmp_path, teacher, drain_timeout=3600)
+        child, shown = command(config, "generate"), tmp_path / "shown"
+        wait_until(lambda: len(teacher.payloads) == 8)
+        child.send_signal(sent)
+        wait_until(lambda: "waiting up to" in shown.read_text())
+        child.send_signal(sent)
+        assert child.wait(60) == 130 and "Traceback" not in shown.read_text()
+        free.set()
+        hold_account(teacher, tmp_path / "runs/.store/responses")
+        assert command(config, "status").wait(60) == 0
+        assert "4 requests may have been billed" in shown.read_text()
+        assert command(config, "generate").wait(60) == 0
+        assert sum(times - 1 for times in teacher.bills.values()) == 4
+
+
+def test_d1_a_kill_re_bills_only_what_was_in_flight_and_status_lists_it(tmp_path: Path) -> None:
+    with FakeTeacher() as teacher:
+        free, config = held_after(teacher, 4), make_run(tmp_path, teacher)
+        child, shown = command(config, "generate"), tmp_path / "shown"
+        wait_until(lambda: len(teacher.payloads) == 8)
+        child.kill()
+        child.wait()
+        free.set()
+        store = tmp_path / "runs/.store/responses"
+        hold_account(teacher, store)
+        assert command(config, "status").wait(60) == 0
+        with Log(store, writable=False) as log:
+            doubts = unknown_outcomes(log, "mine")
+        assert len(doubts) == 4 and "4 requests may have been billed" in shown.read_text()
+        assert all(doubt.key in shown.read_text() for doubt in doubts)
+        assert command(config, "generate").wait(60) == 0
+        assert sum(times - 1 for times in teacher.bills.values()) == 4
+        hold_account(teacher, store)
+    run = Run(Config.model_validate_json(config.read_text()))
+    found = read_records(run.path("responses.jsonl"), Response)
+    assert [r.text for r in found] == [f"the answer to q{i} please" for i in range(12)]
+    paid = sum((e.dollars or Decimal(0) for e in run.ledger()), Decimal(0))
+    doubt = sum((e.unknown_dollars or Decimal(0) for e in run.ledger()), Decimal(0))
+    assert paid <= teacher.bill <= paid + doubt
+    written = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+    assert KEY.encode() not in written
+
+
+def test_a_second_ctrl_c_leaves_what_is_in_flight(tmp_path: Path) -> None:
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        return Reply(manner="hang", billed=True) if number else Reply()
+
+    with FakeTeacher(script) as teacher, Log(tmp_path) as log:
+        asked = settings(teacher, read_timeout=30, total_timeout=30, drain_timeout=30)
+        purchase = Purchase(asked, None, PRICE, "run", asks(asked, 4), log)
+        thread = threading.Thread(target=purchase.main)
+        thread.start()
+        wait_until(lambda: len(teacher.payloads) == 4)
+        purchase.halt_from_outside()
+        purchase.abandon()
+        thread.join(25)
+        assert not thread.is_alive() and len(unknown_outcomes(log)) == 3
+
+
+def test_whoever_waits_is_told_once_what_an_address_fails_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FakeTeacher(first(5, status=500, body=b"")) as teacher:
+        buy(teacher, tmp_path, 3)
+        said = capsys.readouterr().err
+    assert said.count("asking again") == 1 and f"{teacher.url}: 500 without a message" in said
+
+
+def test_a_budget_may_change_between_goes_and_an_address_may_not(tmp_path: Path) -> None:
+    with FakeTeacher() as teacher:
+        config = make_run(tmp_path, teacher, 6)
+        tree = json.loads(config.read_text())
+        tree["teacher"] |= {"budget_dollars": "0.0001", "api_key_env": None}
+        stage = next(stage for stage in STAGES if stage.name == "generate")
+
+        def run() -> Run:
+            return Run(Config.model_validate_json(json.dumps(tree), strict=True))
+
+        with pytest.raises(DistillError) as stopped:
+            run().perform(stage)
+        assert stopped.value.code == Exit.BUDGET and not teacher.payloads
+        tree["teacher"]["budget_dollars"] = "1.5"
+        assert run().perform(stage) and len(teacher.payloads) == 6
+        tree["teacher"] |= {"concurrency": 2, "budget_dollars": None}
+        assert not run().perform(stage)
+        again = Run(Config.model_validate_json(json.dumps(run().config.resolved()), strict=True))
+        assert again.config == run().config
+        tree["teacher"]["base_url"] = "http://127.0.0.1:9/v1"
+        with pytest.raises(DistillError, match="endpoint"):
+            run().perform(stage)
+
+
+def test_a_key_is_found_as_json_may_write_it() -> None:
+    key = 'a/b"c+Z'
+    forms = [
+        key,
+        r"a\/b\"c+Z",
+        r"\u0061/b\"c+\u005A",
+        r"\u0061\u002f\u0062\u0022\u0063\u002B\u005a",
+    ]
+    for form in forms:
+        assert spelled(key).sub(b"-", f"<{form}>".encode()) == b"<->"
+    assert spelled(key).sub(b"-", b"a/b") == b"a/b"
+
+
+def test_c13_a_clock_that_is_set_changes_no_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(10**9, 0, -(10**6)))
+    monkeypatch.setattr(purchase_module.time, "time", lambda: float(next(clock)))
+    reply = {"status": 429, "headers": {"retry-after": "0.2"}}
+    started = time.monotonic()
+    with FakeTeacher(first(1, **reply)) as teacher:
+        found = buy(teacher, tmp_path, 3, concurrency=1)
+    assert {r.stop for r in found} == {"end"} and 0.2 < time.monotonic() - started < 60
+
+
+def test_nothing_to_buy_is_no_fault() -> None:
+    assert not list(EndpointResponder(settings("http://127.0.0.1:9/v1"), PRICE).ask([]))
+
+
+def test_respond_needs_no_store() -> None:
+    with FakeTeacher() as teacher:
+        asked = settings(teacher)
+        (found,) = EndpointResponder(asked, PRICE).respond(asks(asked, 1))
+    assert found.text == "the answer to q0 please"

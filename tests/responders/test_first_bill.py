@@ -1,0 +1,411 @@
+"""What a server says of money, and of itself, is not taken at its word: faults H6, H13, H15, H25, and D4 of the field.
+
+The teacher is the fake one, over HTTP, with a bill of its own. Wherever it charges, what is settled is at most its
+bill, and that at most what is settled and what may have been charged.
+"""
+
+import json
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.cli import main, open_run
+from distill.config import Config
+from distill.errors import DistillError, Exit
+from distill.evaluation.judging import through_store
+from distill.generation.generate import answer_all, read
+from distill.records import Message, Response
+from distill.responders.endpoint.attempts import origin_of
+from distill.responders.endpoint.budget import account, unknown_outcomes
+from distill.responders.endpoint.endpoint import EndpointResponder
+from distill.responders.endpoint.wire import pack
+from distill.responders.responder import Request, Sampling
+from distill.storage.store import Log, read_records
+from tests.responders.test_endpoint import always, asks, buy, hold_account
+from tests.support.buying import KEY, make_run, settings
+from tests.support.fake_teacher import PRICE, FakeTeacher, Reply, answer, question, usage_of
+
+USUAL = PRICE.of(usage_of({"prompt": "q0 please"}))  # what an answer is charged by the price
+MOST = Decimal("0.0013")  # about what one of these requests can cost at most
+
+
+def usage(**fields: Any) -> dict[str, Any]:
+    """Return the changes of an answer whose usage has these fields too."""
+    counted = usage_of({"prompt": "q0 please"})
+    tokens = {
+        "prompt_tokens": counted.input_tokens,
+        "completion_tokens": counted.output_tokens,
+    }
+    return {"usage": {**tokens, **fields}}
+
+
+def own_key(cost: float, upstream: Decimal, **fields: Any) -> dict[str, Any]:
+    """Return what OpenRouter says of a request that it passed on with the user's own key."""
+    details = {"upstream_inference_cost": float(upstream)}
+    return usage(cost=cost, cost_details=details, **fields)
+
+
+STATED = {  # what the server says, and what it charges
+    "nothing, and charges": (usage(cost=0), USUAL),
+    "nothing, and charges nothing": (usage(cost=0), Decimal(0)),
+    "next to nothing": (usage(cost=1e-12), USUAL),
+    "one's own key": (own_key(0, USUAL), USUAL),
+    "one's own key, dearer": (own_key(0, USUAL * 3, is_byok=True), USUAL * 3),
+    "one's own key and a fee": (own_key(float(USUAL), USUAL, is_byok=True), USUAL * 2),
+    "the server's key, twice": (own_key(float(USUAL), USUAL, is_byok=False), USUAL),
+    "a little less": (usage(cost=float(USUAL) / 2), USUAL / 2),
+    "a little less than it charges": (usage(cost=float(USUAL) / 2), USUAL),
+    "no number": (usage(cost="free"), USUAL),
+    "less than nothing": (usage(cost=-4.0), USUAL),
+    "more tokens than a count holds": (usage(completion_tokens=10**9), USUAL),
+    "more tokens written than allowed": (usage(completion_tokens=21), USUAL),
+    "a cost without tokens": ({"usage": {"cost": float(USUAL)}}, USUAL),
+}
+
+
+@pytest.mark.parametrize("name", STATED)
+def test_h6_a_cost_is_held_against_the_price(tmp_path: Path, name: str) -> None:
+    said, charged = STATED[name]
+    with FakeTeacher(always(answer=said, dollars=charged)) as teacher:
+        found = buy(teacher, tmp_path, 12)  # which holds the account against the bill
+    assert {r.stop for r in found} == {"end"} and teacher.bill == 12 * charged
+    with Log(tmp_path, writable=False) as log:
+        known = account(log, PRICE)
+    assert known.settled + known.unknown_most >= 12 * USUAL
+
+
+@pytest.mark.parametrize(
+    "said", [usage(cost=0), own_key(0, USUAL), usage(cost=1e-9), usage(cost=float(USUAL) / 2)]
+)
+def test_h6_no_stated_cost_switches_the_budget_off(tmp_path: Path, said: dict[str, Any]) -> None:
+    limit = Decimal("0.01")
+    with FakeTeacher(always(answer=said, dollars=USUAL)) as teacher:
+        with pytest.raises(DistillError, match="limit") as stopped:
+            buy(teacher, tmp_path, 200, budget_dollars=limit, concurrency=8)
+        with pytest.raises(DistillError):  # nor in a second go, which reads the account
+            buy(teacher, tmp_path, 200, budget_dollars=limit, concurrency=8)
+    assert stopped.value.code == Exit.BUDGET and limit / 2 < teacher.bill <= limit
+
+
+SENSELESS = {
+    "cost": usage(cost=1e30),
+    "written": usage(completion_tokens=999_999_999),
+    "read": usage(prompt_tokens=999_999_999),
+    "upstream": own_key(0, Decimal("1e12")),
+}
+
+
+@pytest.mark.parametrize("name", SENSELESS)
+def test_h6_a_number_gone_wrong_is_named_and_stops_the_run(tmp_path: Path, name: str) -> None:
+    with FakeTeacher(always(answer=SENSELESS[name], dollars=USUAL)) as teacher:
+        with pytest.raises(DistillError, match="more than its maximum") as stopped:
+            buy(teacher, tmp_path, 40, concurrency=16)
+        assert stopped.value.code == Exit.BUDGET and len(teacher.payloads) == 1
+        with Log(tmp_path, writable=False) as log:
+            (doubt,) = unknown_outcomes(log, "run", {"fake-1": PRICE})
+            assert doubt.most and MOST / 2 < doubt.most < MOST * 2
+            assert doubt.what.startswith(("states a cost", "states $", "counts 999,999,999"))
+        teacher.script = always()  # mended: the answer that was paid is there
+        found = buy(teacher, tmp_path, 40, concurrency=16)
+    assert len(teacher.payloads) == 40 and {r.stop for r in found} == {"end"}
+
+
+@pytest.mark.parametrize("by", ["cost", "tokens"])
+def test_h15_a_server_that_bills_145_times_its_maximum_does_so_once(
+    tmp_path: Path, by: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = {"completion_tokens": int(MOST * 145 / 15 * 10**6)}
+    said = usage(cost=float(MOST * 145)) if by == "cost" else usage(**tokens)
+    with FakeTeacher(always(answer=said, delay=0.05)) as teacher:
+        with pytest.raises(DistillError, match="more than its maximum") as stopped:
+            buy(teacher, tmp_path, 300, concurrency=16, budget_dollars=Decimal(5))
+    assert stopped.value.code == Exit.BUDGET and len(teacher.payloads) == 1
+    assert "price table" in stopped.value.fix
+
+
+def test_h15_a_later_bill_stops_too_and_a_dearer_server_keeps_to_the_budget(tmp_path: Path) -> None:
+    limit = Decimal("0.05")
+
+    def later(number: int, payload: dict[str, Any]) -> Reply:
+        return Reply(answer=usage(cost=float(MOST * 145)) if number >= 20 else {}, delay=0.01)
+
+    with FakeTeacher(later) as teacher:
+        with pytest.raises(DistillError, match="more than its maximum"):
+            buy(teacher, tmp_path / "later", 300, concurrency=4)
+        assert len(teacher.payloads) <= 24
+    dear = usage(completion_tokens=200)  # of 20: 0.003 dollars, more than twice the maximum
+    with FakeTeacher(always(answer=dear, delay=0.01)) as teacher:
+        with pytest.raises(DistillError) as stopped:
+            buy(teacher, tmp_path / "dear", 300, concurrency=16, budget_dollars=limit)
+    assert stopped.value.code == Exit.BUDGET and limit / 2 < teacher.bill <= limit
+
+
+def test_h15_only_the_first_answer_of_a_run_is_awaited_alone(tmp_path: Path) -> None:
+    with FakeTeacher() as teacher:
+        teacher.script = lambda number, payload: Reply(
+            hold=lambda: len(teacher.payloads) >= 9 if number else teacher.busiest == 1
+        )
+        buy(teacher, tmp_path, 9, concurrency=8)
+        teacher.script = always(hold=lambda: len(teacher.payloads) >= 17)
+        asked = settings(teacher, concurrency=8)
+        responder = EndpointResponder(asked, PRICE, "run")
+        answer_all(responder, asks(asked, 17)[9:], tmp_path, "x")  # all eight at once
+    assert len(teacher.payloads) == 17 and teacher.busiest == 8
+
+
+def refused(status: int, body: Any) -> dict[str, Any]:
+    return {"status": status, "body": json.dumps(body).encode(), "billed": False}
+
+
+def says(message: str, **more: Any) -> dict[str, Any]:
+    return {"error": {"message": message, **more}}
+
+
+TOLD = {  # a text that says that it is about the account
+    "key expired": refused(400, says("key expired")),
+    "Google": refused(
+        400, [says("API key not valid. Please pass a valid API key.", status="INVALID_ARGUMENT")]
+    ),
+    "Anthropic, limits": refused(
+        400, {"type": "error", **says("You have reached your specified API usage limits.")}
+    ),
+    "Anthropic, credit": refused(
+        400, says("Your credit balance is too low to access the Anthropic API.")
+    ),
+    "402": refused(402, says("no")),
+    "410": refused(410, says("no")),
+    "Zhipu": refused(200, {"code": 1113, "msg": "Your account is in arrears."}),
+    "Zhipu's words": refused(200, {"code": 1113, "msg": "您的账户已欠费，请充值后重试。"}),
+    "Aliyun": refused(400, {"code": "Arrearage", "message": "Access denied."}),
+    "organization": refused(400, says("This organization has been disabled.")),
+    "country": refused(400, says("User location is not supported for the API use.")),
+    "200, quota": refused(200, says("x", code="insufficient_quota")),
+    "200, coded": refused(200, {"choices": None, **says("no key", code=401)}),
+    "200, said": refused(200, {"success": False, "message": "Insufficient balance"}),
+}
+REPEATED = {  # what nobody knows but by its repetition
+    "400": refused(400, says("no")),
+    "another text each": {"status": 400, "body": None, "billed": False},
+    "406": refused(406, says("not acceptable")),
+    "413": {"status": 413, "body": b"<html>", "billed": False},
+    "451": refused(451, {"detail": "unavailable for legal reasons"}),
+    "200, no success": refused(200, {"success": False}),
+    "200, a code": refused(200, {"code": 7, "msg": "no"}),
+    "200, a message": refused(200, {"message": "no"}),
+    "unreadable": {"body": b'{"choices": [7]}', "billed": True},
+}
+
+
+@pytest.mark.parametrize("name", [*TOLD, *REPEATED])
+def test_h13_a_refusal_of_the_account_is_no_answer(tmp_path: Path, name: str) -> None:
+    reply = {**TOLD, **REPEATED}[name]
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        body = json.dumps(says(f"{question(payload)}?")).encode()
+        return Reply(**{**reply, "body": body if reply["body"] is None else reply["body"]})
+
+    with FakeTeacher(script) as teacher:
+        with pytest.raises(DistillError) as stopped:
+            buy(teacher, tmp_path, 40, concurrency=8, max_retries=0)
+        assert stopped.value.code == Exit.TEACHER
+        assert len(teacher.payloads) == (1 if name in TOLD else 5)
+        sent, teacher.script = len(teacher.payloads), always()
+        found = buy(teacher, tmp_path, 40, concurrency=8)
+    paid = 5 if name == "unreadable" else 0  # these wait for --redo
+    assert len(teacher.payloads) == sent + 40 - paid
+    assert sum(r.stop == "end" for r in found) == 40 - paid
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_h13_a_question_that_sounds_like_a_refusal_ends_no_run(tmp_path: Path, first: bool) -> None:
+    words = "my credit balance is too low and my api key expired"
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        said = says(f"cannot read: {question(payload)}")
+        return Reply(**refused(400, said)) if words in question(payload) else Reply()
+
+    with FakeTeacher(script) as teacher:
+        asked = settings(teacher)
+        texts = [f"q{n}" for n in range(9)]
+        texts.insert(0 if first else 5, words)
+        requests = [
+            Request.make(origin_of(asked), "p", (Message(role="user", content=text),), Sampling())
+            for text in texts
+        ]
+        found = answer_all(EndpointResponder(asked, PRICE, "run"), requests, tmp_path, "x")
+    assert [r.stop for r in found].count("error") == 1 and len(teacher.payloads) == 10
+
+
+def test_h13_five_refused_of_a_few_that_are_left_end_no_run(tmp_path: Path) -> None:
+    """A go that finds only what is refused, since the others are answered, is no sign of a fault of all."""
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        return Reply(**refused(400, says("no"))) if int(question(payload)[1:3]) > 9 else Reply()
+
+    with FakeTeacher(script) as teacher:
+        assert sum(r.stop == "error" for r in buy(teacher, tmp_path, 16)) == 6
+        assert sum(r.stop == "error" for r in buy(teacher, tmp_path, 16)) == 6
+        assert len(teacher.payloads) == 22
+        teacher.script = always()
+        assert {r.stop for r in buy(teacher, tmp_path, 16)} == {"end"}
+
+
+def generate(config: Path, *words: str) -> int:
+    return main(["generate", str(config), *words])
+
+
+@pytest.fixture(autouse=True)
+def _a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+
+
+FAILING = {
+    "q1 please": refused(400, says("no")),
+    "q2 please": {"body": b'{"choices": [', "billed": True},
+    "q3 please": {"finish": "tool_calls", "message": {"content": None, "tool_calls": [{}]}},
+    "q4 please": {"status": 500, "body": b"", "billed": False},
+    "q5 please": refused(200, {"code": 1301, "msg": "no"}),
+}
+DECLINED = {
+    "q6 please": {"message": {"content": None, "refusal": "I cannot"}},
+    "q7 please": {"finish": "content_filter"},
+    "q8 please": {"message": {"content": "I'm sorry, but I can't help with that."}},
+    "q9 please": {"finish": "length"},
+}
+
+
+def test_h13_redo_asks_what_failed_and_nothing_else(tmp_path: Path) -> None:
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        return Reply(**{**FAILING, **DECLINED}.get(question(payload), {}))
+
+    with FakeTeacher(script) as teacher:
+        config = make_run(tmp_path, teacher, 16, max_retries=0)
+        assert generate(config) == 0 and len(teacher.payloads) == 16
+        assert generate(config) == 0 and len(teacher.payloads) == 16, "it is done"
+        run = open_run(config)
+        before = read_records(run.path("responses.jsonl"), Response)
+        assert sum(r.stop == "error" for r in before) == len(FAILING)
+        assert generate(config, "--redo") == 0 and len(teacher.payloads) == 21
+        assert {q for q, times in teacher.asked.items() if times == 2} == set(FAILING)
+        after = read_records(run.path("responses.jsonl"), Response)
+        assert [(r.text, r.stop, r.error) for r in after] == [
+            (r.text, r.stop, r.error) for r in before
+        ]
+        teacher.script = lambda number, payload: Reply(**DECLINED.get(question(payload), {}))
+        assert generate(config, "--redo") == 0 and len(teacher.payloads) == 26
+        after = read_records(run.path("responses.jsonl"), Response)
+        assert not any(r.stop == "error" for r in after)
+        assert [r for r in before if r.stop != "error"] == [r for r in after if r in before]
+        assert generate(config, "--redo") == 0 and len(teacher.payloads) == 26
+        hold_account(teacher, tmp_path / "runs/.store/responses")
+        paid = sum((e.dollars or Decimal(0) for e in run.ledger()), Decimal(0))
+        perhaps = sum((e.unknown_dollars or Decimal(0) for e in run.ledger()), Decimal(0))
+    assert paid <= teacher.bill <= paid + perhaps
+
+
+def test_h13_refusals_in_a_store_of_before_are_read_and_asked_again_by_redo(tmp_path: Path) -> None:
+    """As commit 07339c8 stored them: the refusal is the response, and an object in a 200 an answer."""
+    stored = [(400, says("Your credit balance is too low")), (200, {"code": 1113, "msg": "no"})]
+    with FakeTeacher() as teacher, Log(tmp_path) as log:
+        asked = settings(teacher)
+        requests = asks(asked, 3)
+        for request, (status, said) in zip(requests, stored, strict=False):
+            identifier = Response.make_id(request.key, 0)
+            body = {"status": status, "attempt": 0, **pack(json.dumps(said).encode())}
+            refusal = {"what": f"{status}: {said}", "billed": "no"} if status == 400 else {}
+            most = {"model": "fake-1", "run": "run", "most": str(MOST), "question": 99}
+            raw = {"key": request.key, "sample": 0, "model": "fake-1", "stop": None, "usage": {}}
+            log.append([("intent", f"{identifier}.0", most)])
+            if refusal:
+                log.append([("outcome", f"{identifier}.0", refusal)])
+            log.append([("response", identifier, {**raw, "body": {**body, **refusal}})])
+        for request in requests[:2]:
+            assert read(log, request).stop == "error"
+    with FakeTeacher() as teacher:
+        responder = EndpointResponder(asked, PRICE, "run")
+        responder.settings = settings(teacher)
+        found = answer_all(responder, requests, tmp_path, "x")
+        assert [r.stop for r in found] == ["error", "error", "end"] and len(teacher.payloads) == 1
+        found = answer_all(responder, requests, tmp_path, "x", again=True)
+        assert {r.stop for r in found} == {"end"} and len(teacher.payloads) == 3
+        assert answer_all(responder, requests, tmp_path, "x", again=True) == found
+        assert len(teacher.payloads) == 3
+        hold_account(teacher, tmp_path)
+
+
+@pytest.mark.parametrize("manner", ["dead", "refusing", "paid for nothing"])
+def test_h25_nothing_but_failures_is_exit_4(
+    tmp_path: Path, manner: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replies = {
+        "dead": Reply(status=500, body=b"", billed=False),
+        "refusing": Reply(**refused(400, says("no"))),
+        "paid for nothing": Reply(finish="moon"),
+    }
+    with FakeTeacher(lambda number, payload: replies[manner]) as teacher:
+        config = make_run(tmp_path, teacher, 4, max_retries=1)
+        tree = json.loads(config.read_text())
+        if manner == "dead":
+            tree["teacher"]["base_url"] = "http://127.0.0.1:9/v1"
+            config.write_text(json.dumps(tree))
+        assert generate(config) == Exit.TEACHER
+        shown = capsys.readouterr().err
+        assert "all 4 requests failed, the last: " in shown and "Traceback" not in shown
+        assert not (tmp_path / "runs/mine/responses.jsonl").exists()
+        tree["teacher"]["base_url"] = teacher.url
+        config.write_text(json.dumps(tree))
+        replies[manner] = Reply()
+        assert generate(config, "--redo") == 0
+    found = read_records(tmp_path / "runs/mine/responses.jsonl", Response)
+    assert {r.stop for r in found} == {"end"}
+
+
+def test_h25_questions_that_all_fail_are_exit_4(tmp_path: Path) -> None:
+    with FakeTeacher(always(status=500, body=b"", billed=False)) as teacher:
+        config = make_run(tmp_path, teacher, 3, max_retries=0)
+        tree = json.loads(config.read_text())
+        tree["prompts"] = {"questions": {"kinds": ["factual"]}}
+        config.write_text(json.dumps(tree))
+        assert generate(config) == Exit.TEACHER
+    assert len(teacher.payloads) == 3, "the prompts were not asked"
+
+
+@pytest.mark.parametrize("reply", [{"status": 500, "body": b"", "billed": False}, {"finish": "x"}])
+def test_h25_a_judge_that_only_fails_is_exit_4(tmp_path: Path, reply: dict[str, Any]) -> None:
+    with FakeTeacher(always(**reply)) as judge:
+        config = Config.model_validate_json(make_run(tmp_path, judge, 1, max_retries=0).read_text())
+        turns = [(Message(role="user", content=f"which? {n}"),) for n in range(4)]
+        with pytest.raises(DistillError, match="all 4 requests failed") as stopped:
+            through_store(config)(turns)
+    assert stopped.value.code == Exit.TEACHER
+
+
+WHOLE = answer({"model": "fake-1", "messages": [{"role": "user", "content": "q0 please"}]})
+KEPT_ALIVE = {
+    "blanks": b" " * 2200 + WHOLE,
+    "lines": b"\n" * 3000 + WHOLE + b"\n\n",
+    "comments": b": OPENROUTER PROCESSING\n\n" * 200 + WHOLE,
+    "comments, CRLF": b": keep-alive\r\n\r\n" * 100 + WHOLE + b"\r\n: done\r\n",
+    "after it": WHOLE + b"\n: keep-alive\n\n: keep-alive",
+    "a mark of order": b"\xef\xbb\xbf\n" + WHOLE,
+    "indented": b" \t\n" * 1000 + json.dumps(json.loads(WHOLE), indent=1).encode(),
+}
+
+
+@pytest.mark.parametrize("name", KEPT_ALIVE)
+def test_d4_an_answer_is_read_behind_what_kept_the_connection(tmp_path: Path, name: str) -> None:
+    with FakeTeacher(always(body=KEPT_ALIVE[name], billed=True, dollars=USUAL)) as teacher:
+        found = buy(teacher, tmp_path, 3)
+        assert buy(teacher, tmp_path, 3) == found and len(teacher.payloads) == 3
+    assert {(r.stop, r.text) for r in found} == {("end", "the answer to q0 please")}
+    with Log(tmp_path, writable=False) as log:
+        assert account(log, PRICE).settled == teacher.bill
+
+
+@pytest.mark.parametrize("body", [b" " * 3000, b": PROCESSING\n\n" * 300, b"\n" * 3000 + b"<html>"])
+def test_d4_nothing_behind_it_is_nothing(tmp_path: Path, body: bytes) -> None:
+    with FakeTeacher(lambda n, _: Reply() if n else Reply(body=body, billed=True)) as teacher:
+        assert {r.stop for r in buy(teacher, tmp_path, 3)} == {"end"}
+    assert len(teacher.payloads) == 4

@@ -1,0 +1,330 @@
+"""The local responder: its streams answer as `generate` does, token for token, whatever shares the batch."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig
+
+from distill.errors import DistillError, Exit
+from distill.models.chat_template import encode_prompt
+from distill.models.registry import load_model
+from distill.records import Message
+from distill.responders.local import local_model
+from distill.responders.local.continuous_batching import NAME, Row, Stream, streaming
+from distill.responders.local.local_model import LocalResponder, end_of_turn
+from distill.responders.local.packed_linear import PackedLinear, packed
+from distill.responders.local.padded_batches import answer_padded
+from distill.responders.local.sampling import draw, likeliest, seeded
+from distill.responders.responder import Request, Sampling
+from tests.support.tiny import make_tiny, make_tokenizer
+
+DATE = "2026-01-01"
+BEGINNING = (
+    "Say in a few words what this piece of documentation is about: "  # shared by the prompts
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: matrices this small gain nothing from a second, which on a busy machine must be waited for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("models") / "teacher", "qwen2", hidden=64)
+
+
+def make_requests(origin: str, count: int, sampling: Sampling | None = None) -> list[Request]:
+    """Return requests of mixed length, two thirds of which begin alike."""
+    texts = [
+        (BEGINNING if i % 3 else "") + "words " * (i * 5 % 7) + chr(97 + i) for i in range(count)
+    ]
+    sampling = sampling or Sampling(max_new_tokens=16)
+    return [
+        Request.make(origin, f"p{i}", (Message(role="user", content=text),), sampling)
+        for i, text in enumerate(texts)
+    ]
+
+
+def generated(model: Any, ids: list[int], limit: int, stop_ids: frozenset[int]) -> list[int]:
+    """Return what transformers' own `generate` answers, alone in its batch."""
+    out = model.generate(
+        torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        max_new_tokens=limit,
+        do_sample=False,
+        eos_token_id=sorted(stop_ids),
+        pad_token_id=0,
+    )
+    return out[0, len(ids) :].tolist()
+
+
+def greedy(logits: torch.Tensor, rows: Sequence[Row]) -> list[int]:
+    return likeliest(logits)
+
+
+def uneven_stop(answers: list[list[int]]) -> int:
+    """Return the id which, as the end token, would end these answers at the most different places."""
+    ids = sorted({i for answer in answers for i in answer})
+    ends = [[a.index(i) if i in a else -1 for a in answers] for i in ids]
+    return max(zip(ids, ends, strict=True), key=lambda pair: len(set(pair[1])))[0]
+
+
+@pytest.mark.parametrize("slots", [1, 3, 64])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_stream_answers_as_generate_does(tmp_path: Path, family: str, slots: int) -> None:
+    model = load_model(str(make_tiny(tmp_path, family, hidden=64, tied=False)), "float32")
+    tokenizer = make_tokenizer()
+    requests = make_requests("o", 14)
+    prompts = [encode_prompt(tokenizer, r.messages, DATE) for r in requests]
+    free = [generated(model, ids, 16, frozenset({0})) for ids in prompts]
+    stop_ids = frozenset({uneven_stop(free)})
+    wanted = [generated(model, ids, 16, stop_ids) for ids in prompts]
+    assert len({len(answer) for answer in wanted}) > 2, "rows must end at different times"
+    rows = [Row(i, list(ids), 16) for i, ids in enumerate(prompts)]
+    with streaming(model) as streams:
+        assert streams
+        finished = list(Stream(model, rows, slots, stop_ids, greedy))
+    assert sorted(row.index for row in finished) == list(range(14))
+    assert [row.answer() for row in rows] == wanted
+    assert all(row.seconds > 0 for row in rows)
+
+
+def test_stream_reads_a_shared_beginning_once(folder: Path) -> None:
+    model, tokenizer = load_model(str(folder), "float32"), make_tokenizer()
+    prompts = [
+        encode_prompt(tokenizer, [Message(role="user", content=BEGINNING * 3 + c)], DATE)
+        for c in "abcdefgh"
+    ]
+    read: list[int] = []
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: read.append(inputs[0].numel())
+    )
+    with streaming(model):
+        read.clear()
+        list(Stream(model, [Row(i, p, 2) for i, p in enumerate(prompts)], 8, frozenset(), greedy))
+    hook.remove()
+    assert sum(read) < 2 * len(prompts[0]) + 8 * 30, "the beginning was computed more than once"
+
+
+def test_streaming_leaves_the_model_as_it_was(folder: Path) -> None:
+    model = load_model(str(folder), "bfloat16")
+    before = model.config._attn_implementation
+    with streaming(model) as streams:
+        assert streams and model.config._attn_implementation == NAME
+    assert model.config._attn_implementation == before
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+
+
+def test_sliding_windows_are_kept() -> None:
+    config = MistralConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=8,
+    )
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    prompts = [[(3 * i + j) % 97 for i in range(20 + j)] for j in range(4)]
+    wanted = [generated(model, ids, 12, frozenset({99})) for ids in prompts]
+    rows = [Row(i, list(ids), 12) for i, ids in enumerate(prompts)]
+    with streaming(model) as streams:
+        assert streams
+        list(Stream(model, rows, 2, frozenset({99}), greedy))
+    assert [row.answer() for row in rows] == wanted
+
+
+def test_an_architecture_that_does_not_fit_answers_padded() -> None:
+    config = Gemma2Config(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        attn_logit_softcapping=0.05,
+        query_pre_attn_scalar=1,
+        initializer_range=0.5,
+    )
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    with streaming(model) as streams:
+        assert not streams
+    assert model.config._attn_implementation == "eager"
+    prompts = [[(3 * i + j) % 97 for i in range(5 + 3 * j)] for j in range(5)]
+    wanted = [generated(model, ids, 6, frozenset({99})) for ids in prompts]
+    rows = [Row(i, list(ids), 6) for i, ids in enumerate(prompts)]
+    list(answer_padded(model, rows, 3, frozenset({99}), greedy))
+    assert [row.answer() for row in rows] == wanted
+
+
+def test_packed_layers_multiply_bit_for_bit_alike() -> None:
+    torch.manual_seed(0)
+    head, layer = torch.nn.Linear(64, 40_000, bias=False), torch.nn.Linear(64, 96)
+    model = torch.nn.Sequential(layer, torch.nn.Linear(96, 64), head).to(torch.bfloat16)
+    inputs = torch.randn(1, 5, 64, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        plain = model(inputs)
+        with packed(model):
+            again = model(inputs)
+    assert torch.equal(plain, again)
+    assert model[2] is head
+
+
+def test_bfloat16_agrees_but_at_near_ties(folder: Path) -> None:
+    model, tokenizer = load_model(str(folder), "bfloat16"), make_tokenizer()
+    prompts = [encode_prompt(tokenizer, r.messages, DATE) for r in make_requests("o", 8)]
+    wanted = [generated(model, ids, 12, frozenset({0})) for ids in prompts]
+    rows = [Row(i, list(ids), 12) for i, ids in enumerate(prompts)]
+    with streaming(model) as streams:
+        assert streams
+        list(Stream(model, rows, 4, frozenset({0}), greedy))
+    for row, other in zip(rows, wanted, strict=True):
+        assert near_tie(model, row.ids[: row.prompt], row.answer(), other)
+
+
+def near_tie(model: Any, prompt: list[int], ours: list[int], theirs: list[int]) -> bool:
+    """Tell whether two answers are equal, or part where the two tokens are likely within 0.1 nat of each other."""
+    pairs = list(zip(ours, theirs, strict=False))
+    place = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+    if place is None:
+        return True
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + ours[:place]])).logits[0, -1].float()
+    chances = logits.log_softmax(-1)
+    return abs(float(chances[ours[place]] - chances[theirs[place]])) < 0.1
+
+
+def test_a_plan_repeats_byte_for_byte(folder: Path) -> None:
+    responder = LocalResponder.load(str(folder), "float32", max_batch_size=3)
+    sampling = Sampling(temperature=1.0, top_p=0.9, max_new_tokens=12)
+    requests = make_requests(responder.origin, 9, sampling)
+    (plan,) = responder.plan(requests)
+    assert responder.plan(requests[::-1]) == [plan], "plans depend on the requests, not their order"
+    first, second = (
+        {raw.id: raw.model_dump(exclude={"usage"}) for raw in responder.ask_plan(plan)}
+        for _ in range(2)
+    )
+    assert first == second
+
+
+def test_a_sampled_row_does_not_depend_on_its_batch(folder: Path) -> None:
+    responder = LocalResponder.load(str(folder), "float32", max_batch_size=4)
+    sampling = Sampling(temperature=0.8, max_new_tokens=10)
+    requests = make_requests(responder.origin, 6, sampling)
+    together = {r.id: r.text for r in responder.respond(requests)}
+    alone = {r.id: r.text for request in requests for r in responder.respond([request])}
+    assert together == alone
+    assert len(set(together.values())) > 1
+
+
+def test_samples_of_one_request_differ(folder: Path) -> None:
+    responder = LocalResponder.load(str(folder), "float32")
+    ask = make_requests(responder.origin, 1, Sampling(temperature=1.0, max_new_tokens=20))[0]
+    samples = [ask.model_copy(update={"sample": k}) for k in range(3)]
+    assert len({r.text for r in responder.respond(samples)}) == 3
+
+
+def test_a_prompt_too_long_is_named(folder: Path) -> None:
+    responder = LocalResponder.load(str(folder), "float32")
+    message = Message(role="user", content="far too long " * 200)
+    request = Request.make(responder.origin, "p7", (message,), Sampling(max_new_tokens=8))
+    with pytest.raises(DistillError, match="prompt p7 .*exceed the 2048") as caught:
+        list(responder.ask([request]))
+    assert caught.value.code == Exit.INPUT
+
+
+def test_origin_needs_no_weights_and_names_what_shapes_answers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: Any, **named: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(local_model, "load_model", refuse)
+    origins = {
+        LocalResponder.load(str(folder), dtype, date=date).origin
+        for dtype in ("float32", "bfloat16")
+        for date in ("2026-01-01", "2026-02-01")
+    }
+    assert len(origins) == 4
+
+
+def test_usage_and_stop(folder: Path) -> None:
+    responder = LocalResponder.load(str(folder), "float32")
+    requests = make_requests(responder.origin, 3)
+    for response in responder.respond(requests):
+        assert response.stop == "length" and response.usage.output_tokens == 16
+        assert response.usage.input_tokens > 10 and response.usage.seconds > 0
+
+
+def test_an_end_token_ends_and_is_not_shown(folder: Path) -> None:
+    responder = LocalResponder.load(str(folder), "float32")
+    request = make_requests(responder.origin, 1)[0]
+    (free,) = responder.ask([request])
+    responder.__dict__["stop_ids"] = frozenset({free.body["ids"][4]})
+    (raw,) = responder.ask([request])
+    first = free.body["ids"].index(free.body["ids"][4])
+    assert raw.stop == "end" and raw.body["ids"] == free.body["ids"][: first + 1]
+    assert raw.body["text"] == responder.tokenizer.decode(free.body["ids"][:first])
+
+
+def test_the_templates_own_end_is_found() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    assert end_of_turn(tokenizer, DATE) == {tokenizer.convert_tokens_to_ids("<|im_end|>")}
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, 1)
+    generators = [seeded("k", i) for i in range(4000)]
+    counts = torch.tensor(draw(logits, 1.0, 1.0, generators)).bincount(minlength=4) / 4000
+    assert torch.allclose(counts, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.03)
+    nucleus = torch.tensor(draw(logits, 1.0, 0.7, [seeded("k", i) for i in range(4000)]))
+    counts = nucleus.bincount(minlength=4) / 4000
+    assert torch.allclose(counts, torch.tensor([0.625, 0.375, 0.0, 0.0]), atol=0.03)
+
+
+def test_top_p_reaches_beyond_the_first_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    from distill.responders.local import sampling
+
+    logits = (-0.01 * torch.arange(50)).repeat(200, 1)
+    wide = draw(logits, 1.0, 0.9, [seeded("k", i) for i in range(200)])
+    monkeypatch.setattr(sampling, "HEAD", 4)
+    assert draw(logits, 1.0, 0.9, [seeded("k", i) for i in range(200)]) == wide
+    assert max(wide) > 4
+
+
+def test_a_merged_adapter_answers_as_the_adapter_does(folder: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from distill.models.registry import record_base
+
+    model: Any = get_peft_model(
+        load_model(str(folder), "float32"), LoraConfig(r=4, target_modules="all-linear")
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path)
+    record_base(tmp_path, str(folder))
+    merged = LocalResponder.load(str(folder), "float32", adapter=tmp_path)
+    unmerged = LocalResponder(model.eval(), make_tokenizer(), "student", "o", DATE)
+    requests = make_requests("o", 5)
+    answers = {r.id: r.text for r in merged.respond(requests)}
+    assert answers == {r.id: r.text for r in unmerged.respond(requests)}
+    assert merged.origin != LocalResponder.load(str(folder), "float32").origin
+    plain = LocalResponder.load(str(folder), "float32").respond(requests)
+    assert answers != {r.id: r.text for r in plain}

@@ -1,0 +1,36 @@
+"""Plans: a compaction leaves out the finished ones and nothing else, and an unfinished one still ends with the same bytes."""
+
+from pathlib import Path
+
+import pytest
+
+from distill.generation.generate import answer_all
+from distill.responders.local.plans import lacking, planned, unfinished, worth_keeping
+from distill.storage.repair import compact
+from distill.storage.store import Log
+from tests.generation.test_generate import Fussy, asks
+
+
+def test_a_compaction_between_a_kill_and_its_continuation_changes_no_answer(tmp_path: Path) -> None:
+    whole = answer_all(Fussy(), asks(10), tmp_path / "whole", "x")
+    store = tmp_path / "cut"
+    with pytest.raises(KeyboardInterrupt):
+        answer_all(Fussy(6), asks(10), store, "x")
+    with Log(store) as log:
+        log.append((kind, "k", 1) for kind in ("intent", "outcome", "model", "new"))
+    result = compact(store, worth_keeping)
+    assert result.left_out == {"plan": 1} and result.kept == 6 + 2 + 4
+    with Log(store, writable=False) as log:
+        assert len(list(log.keys("plan"))) == len(unfinished(log, lacking(log, asks(10)))) == 2
+    assert answer_all(Fussy(), asks(10), store, "x") == whole
+    assert compact(store, worth_keeping).left_out == {"plan": 2}
+
+
+def test_new_plans_leave_out_what_unfinished_ones_bring(tmp_path: Path) -> None:
+    with Log(tmp_path) as log:
+        first = planned(Fussy(), asks(6), log)
+        again = planned(Fussy(), asks(9), log)
+        assert [plan.id for plan in again[:2]] == [plan.id for plan in first]
+        asked = [request.key for plan in again for request in plan.requests]
+        assert sorted(asked) == sorted(request.key for request in asks(9))
+        assert set(log.keys("plan")) == {plan.id for plan in again}

@@ -1,0 +1,293 @@
+"""The endpoint responder against `transformers serve`: the answers of the local teacher, two replicas, and a real model."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from distill.cli import main
+from distill.config import Config, Teacher
+from distill.errors import DistillError, Exit
+from distill.generation.generate import answer_all
+from distill.models.registry import fetch, load_tokenizer
+from distill.records import Message, Prompt, Response
+from distill.responders.endpoint.attempts import encode, origin_of
+from distill.responders.endpoint.budget import attempts
+from distill.responders.endpoint.endpoint import EndpointResponder
+from distill.responders.local.local_model import LocalResponder
+from distill.responders.responder import Request, Sampling
+from distill.storage.store import Log, read_records
+from distill.training.soft_labels.prompt_logprobs import probe
+from tests.support.tiny import TEMPLATE, make_tiny, make_tokenizer
+
+ROOT = Path(__file__).parent.parent.parent
+DATE = "2026-01-01"
+SMOLLM2 = "smollm2-135m-instruct"
+TEXTS = [f"{'words ' * (i * 5 % 7)}{chr(97 + i)}?" for i in range(12)]
+
+
+class Server:
+    """`transformers serve` on a free loopback port; it finds models as folders of `folder`, by their names."""
+
+    def __init__(self, folder: Path, *words: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "transformers.cli.transformers", "serve", *words]
+        command += ["--host", "127.0.0.1", "--port", str(port)]
+        command += ["--device", "cpu", "--dtype", "float32"]
+        self.log = folder / f"{port}.log"
+        with self.log.open("w") as log:
+            environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+            self.process = subprocess.Popen(
+                command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
+        self.address = f"http://127.0.0.1:{port}"
+        self.url = f"{self.address}/v1"
+
+    def wait(self) -> None:
+        """Return once it listens."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                if httpx2.get(f"{self.address}/health").status_code == 200:
+                    return
+            except httpx2.TransportError:
+                time.sleep(0.1)
+        raise AssertionError(self.log.read_text()[-2000:])
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a tiny model, one whose own settings penalise repetition, and one that thinks aloud."""
+    folder = tmp_path_factory.mktemp("models")
+    make_tiny(folder / "tiny", hidden=64, tied=False)
+    settings = make_tiny(folder / "penal", hidden=64, tied=False) / "generation_config.json"
+    own = {"repetition_penalty": 1.5, "temperature": 0.7, "do_sample": True, "top_k": 5}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | own))
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace("assistant\n' }}", "assistant\n<think>\n' }}")
+    tokenizer.save_pretrained(make_tiny(folder / "thinker", "qwen2", tied=False))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def servers(models: Path) -> Iterator[tuple[Server, Server]]:
+    """Yield a server of any model of the folder, and one that was started for the tiny model alone."""
+    both = Server(models), Server(models, "tiny")
+    try:
+        for server in both:
+            server.wait()
+        yield both
+    finally:
+        for server in both:
+            server.kill()
+
+
+def settings(server: Server | Sequence[Server], **changes: Any) -> Teacher:
+    several = [server] if isinstance(server, Server) else server
+    given = {
+        "kind": "endpoint",
+        "model": "tiny",
+        "base_url": tuple(one.url for one in several),
+        "extra_body": {"frequency_penalty": 0},
+        "concurrency": 4,
+        **changes,
+    }
+    return Teacher.model_validate(given)
+
+
+def requests_to(origin: str, texts: Sequence[str] = TEXTS, tokens: int = 16) -> list[Request]:
+    drawn = Sampling(max_new_tokens=tokens)
+    return [
+        Request.make(origin, f"p{i}", (Message(role="user", content=text),), drawn)
+        for i, text in enumerate(texts)
+    ]
+
+
+def served(asked: Teacher, store: Path, texts: Sequence[str] = TEXTS) -> list[Response]:
+    return answer_all(
+        EndpointResponder(asked), requests_to(origin_of(asked), texts), store, "served"
+    )
+
+
+def local(folder: Path, store: Path, texts: Sequence[str] = TEXTS) -> list[Response]:
+    responder = LocalResponder.load(str(folder), "float32", date=DATE)
+    return answer_all(responder, requests_to(responder.origin, texts), store, "local")
+
+
+def test_a_server_answers_as_the_local_teacher_does(
+    servers: tuple[Server, Server], models: Path, tmp_path: Path
+) -> None:
+    asked = settings(servers[0])
+    ours, theirs = local(models / "tiny", tmp_path / "a"), served(asked, tmp_path / "b")
+    assert [r.text for r in theirs] == [r.text for r in ours]
+    assert [r.stop for r in theirs] == [r.stop for r in ours]
+    counts = [(r.usage.input_tokens, r.usage.output_tokens, r.usage.estimated) for r in theirs]
+    assert counts == [(r.usage.input_tokens, r.usage.output_tokens, False) for r in ours]
+    assert {r.model for r in theirs} == {"tiny"} and len({r.text for r in theirs}) > 6
+
+
+def test_the_model_s_own_settings_are_held_off_by_the_fields_that_the_config_sends(
+    servers: tuple[Server, Server], models: Path, tmp_path: Path
+) -> None:
+    neutral = [r.text for r in local(models / "penal", tmp_path / "a")]
+    sent = settings(servers[0], model="penal")
+    assert [r.text for r in served(sent, tmp_path / "b")] == neutral
+    unsent = settings(servers[0], model="penal", extra_body={})
+    assert [r.text for r in served(unsent, tmp_path / "c")] != neutral
+
+
+def test_sampling_needs_the_field_that_the_config_names(
+    servers: tuple[Server, Server], tmp_path: Path
+) -> None:
+    drawn = Sampling(temperature=1.0, max_new_tokens=8)
+    turn = (Message(role="user", content="?"),)
+    for own, different in ((None, 1), ('{"do_sample": true, "top_k": 0}', 4)):
+        extra = {"frequency_penalty": 0} | ({"generation_config": own} if own else {})
+        asked = settings(servers[0], temperature=1.0, n=4, extra_body=extra)
+        requests = [Request.make(origin_of(asked), "p", turn, drawn, i) for i in range(4)]
+        found = answer_all(EndpointResponder(asked), requests, tmp_path, "samples")
+        assert len({r.text for r in found}) == different
+
+
+def test_what_it_thinks_comes_apart_from_its_answer(
+    servers: tuple[Server, Server], tmp_path: Path
+) -> None:
+    found = served(settings(servers[0], model="thinker"), tmp_path, TEXTS[:2])
+    assert {(r.text, r.stop, r.usage.output_tokens) for r in found} == {("", "length", 16)}
+    assert all(r.reasoning for r in found)
+
+
+def test_text_completions_are_read_too(servers: tuple[Server, Server], tmp_path: Path) -> None:
+    found = served(settings(servers[0], api="completions"), tmp_path, TEXTS[:2])
+    assert {(r.stop, r.usage.output_tokens) for r in found} == {("length", 16)}
+    assert all(r.text for r in found)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"model": "other"}, "400: Server is pinned to 'tiny'"),
+        ({"extra_body": {"repetition_penalty": 1.0}}, "422: Unexpected fields"),
+        ({"base_url": "/v2"}, "404: Not Found"),
+    ],
+)
+def test_what_no_request_could_pass_stops_the_run_at_once(
+    servers: tuple[Server, Server], tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    if "base_url" in change:
+        change = {"base_url": servers[1].address + change["base_url"]}
+    asked = settings(servers[1], concurrency=1, **change)
+    with pytest.raises(DistillError, match=said) as stopped:
+        served(asked, tmp_path)
+    assert stopped.value.code == Exit.TEACHER
+    with Log(tmp_path, writable=False) as log:
+        assert [a.billed for a in attempts(log, None)] == ["no"]
+
+
+def test_a_server_that_tells_no_distributions_is_found_by_one_short_text(
+    servers: tuple[Server, Server], models: Path, tmp_path: Path
+) -> None:
+    config = Config.model_validate(
+        {
+            "name": "x",
+            "runs": tmp_path,
+            "corpus": {"source": "python-docs"},
+            "teacher": settings(servers[0]),
+            "student": {"model": str(models / "tiny")},
+            "train": {"loss": {"forward_kl": 1}},
+        }
+    )
+    with pytest.raises(
+        DistillError, match=r"prompt_logprobs.*\(signals need a server that gives"
+    ) as e:
+        probe(config, load_tokenizer(config.student.model))
+    assert e.value.code == Exit.TEACHER
+
+
+def slice_of_the_quickstart(folder: Path, url: str) -> list[str]:
+    """Return the words of a command that asks 16 of the quickstart's prompts for short answers."""
+    return [
+        str(ROOT / "configs/endpoint.yaml"),
+        f"runs={folder}",
+        f"teacher.model={SMOLLM2}",
+        f"teacher.base_url={url}",
+        "teacher.max_new_tokens=12",
+        "corpus.chunk={max_chars: 300, overlap_chars: 0}",
+        "corpus.limit=16",
+        "corpus.split={validation: 2, heldout: 4}",
+        "prompts={train: 10, validation: 2, heldout: 4}",
+    ]
+
+
+@pytest.mark.models
+@pytest.mark.slow
+def test_the_quickstart_s_requests_to_a_real_model_are_answered_alike(
+    servers: tuple[Server, Server], models: Path, tmp_path: Path
+) -> None:
+    try:
+        (models / SMOLLM2).symlink_to(fetch(SMOLLM2))
+    except DistillError as error:
+        pytest.skip(f"the model cannot be fetched here: {error}")
+    words = slice_of_the_quickstart(tmp_path, servers[0].url)
+    assert [main([verb, *words]) for verb in ("corpus", "prompts", "generate")] == [0, 0, 0]
+    prompts = read_records(tmp_path / "endpoint/prompts.jsonl", Prompt)
+    theirs = read_records(tmp_path / "endpoint/responses.jsonl", Response)
+    responder = LocalResponder.load(SMOLLM2, "float32", date=DATE)
+    drawn = Sampling(max_new_tokens=12)
+    requests = [Request.make(responder.origin, p.id, p.messages, drawn) for p in prompts]
+    asked = settings(servers[0], model=SMOLLM2)
+    for request in requests:
+        sent = json.loads(encode(request, asked))
+        assert sent["messages"] == [message.model_dump() for message in request.messages]
+    ours = answer_all(responder, requests, tmp_path / "store", "local")
+    assert len(ours) == 16 and [r.prompt_id for r in ours] == [r.prompt_id for r in theirs]
+    assert [r.text for r in theirs] == [r.text for r in ours]
+    assert [r.usage.input_tokens for r in theirs] == [r.usage.input_tokens for r in ours]
+
+
+def test_a_replica_that_dies_is_left_out_and_nothing_else_is_asked_twice(
+    servers: tuple[Server, Server], models: Path, tmp_path: Path
+) -> None:
+    texts = [f"{i}: {text}" for i, text in enumerate(TEXTS * 4)]
+    asked = settings(servers, concurrency=6)
+    killer = threading.Thread(target=kill_after, args=(servers[1], 8))
+    killer.start()
+    found = served(asked, tmp_path / "b", texts)
+    killer.join()
+    assert {r.stop for r in found} <= {"end", "length"} and len(found) == len(texts)
+    assert [r.text for r in found] == [
+        r.text for r in local(models / "tiny", tmp_path / "a", texts)
+    ]
+    with Log(tmp_path / "b", writable=False) as log:
+        told = list(attempts(log, None))
+    doubtful = [a for a in told if a.billed == "unknown"]
+    assert 0 < len(doubtful) <= 3, "more than what the dead replica had in hand"
+    assert [a.billed for a in told].count("yes") == len(texts)
+    assert len({a.key.rsplit(".", 1)[0] for a in doubtful}) == len(doubtful)
+
+
+def kill_after(server: Server, answers: int) -> None:
+    """Kill a server while it works, after it has given so many answers more."""
+    before = given(server)
+    while given(server) < before + answers:
+        time.sleep(0.002)
+    server.kill()
+
+
+def given(server: Server) -> int:
+    return server.log.read_text().count('completions HTTP/1.1" 200')

@@ -1,0 +1,88 @@
+"""Canned and recorded answers: from a dictionary, a file or the corpus, with one line for every fault."""
+
+from pathlib import Path
+
+import pytest
+
+from distill.errors import DistillError, Exit
+from distill.records import Document, Message
+from distill.responders.recorded import CannedResponder, RecordedResponder, answers_hash
+from distill.responders.responder import Request, Sampling
+
+
+def ask(text: str, prompt_id: str = "p") -> Request:
+    message = Message(role="user", content=text)
+    return Request.make("o", prompt_id, (message,), Sampling())
+
+
+def test_answers_come_in_order_under_their_prompts() -> None:
+    responder = CannedResponder({"a": "one", "b": "two"}, default="?")
+    found = list(responder.respond([ask("b", "p1"), ask("a", "p2"), ask("c", "p3")]))
+    assert [(r.prompt_id, r.text, r.stop) for r in found] == [
+        ("p1", "two", "end"),
+        ("p2", "one", "end"),
+        ("p3", "?", "end"),
+    ]
+    assert all(r.usage.estimated for r in found)
+
+
+def test_a_leading_think_block_is_reasoning() -> None:
+    responder = CannedResponder({"a": "<think>\nfirst this\n</think>\n\n42", "b": "say <think>"})
+    first, second = responder.respond([ask("a"), ask("b")])
+    assert (first.text, first.reasoning) == ("42", "first this")
+    assert (second.text, second.reasoning) == ("say <think>", None)
+
+
+def test_the_origin_is_the_answers() -> None:
+    same = CannedResponder({"a": "1"}).origin
+    assert same == CannedResponder({"a": "1"}).origin != CannedResponder({"a": "2"}).origin
+
+
+def test_a_file_of_answers(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    path.write_text(
+        '{"prompt": "a", "answer": "one\\u2028line"}\n\n{"prompt": "b", "answer": ""}\n'
+    )
+    responder = CannedResponder.load(path)
+    assert [r.text for r in responder.respond([ask("a"), ask("b")])] == ["one\u2028line", ""]
+    before = answers_hash(path)
+    path.write_text('{"prompt": "a", "answer": "two"}\n')
+    assert answers_hash(path) != before
+
+
+@pytest.mark.parametrize(
+    "line", ["not json", "[1]", '{"prompt": "a"}', '{"prompt": "a", "answer": 3}', "[" * 100_000]
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "answers.jsonl"
+    path.write_text('{"prompt": "x", "answer": "y"}\n' + line + "\n")
+    with pytest.raises(DistillError, match="answers.jsonl:2: is no canned answer") as caught:
+        CannedResponder.load(path)
+    assert caught.value.code == Exit.INPUT
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe"])
+def test_an_unreadable_file_is_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "answers.jsonl"
+    if content:
+        path.write_bytes(content)
+    with pytest.raises(DistillError, match="answers.jsonl.*check teacher.answers") as caught:
+        CannedResponder.load(path)
+    assert caught.value.code == Exit.INPUT
+
+
+def test_a_question_without_answer_stops() -> None:
+    with pytest.raises(DistillError, match="has no canned answer") as caught:
+        list(CannedResponder({}).respond([ask("a")]))
+    assert caught.value.code == Exit.TEACHER
+
+
+def test_recorded_answers_keep_what_was_stated() -> None:
+    said = Document.make("q", "f", {"recorded_answer": "a", "recorded_model": "big-1"})
+    silent = Document.make("r", "f", {"recorded_answer": "b"})
+    responder = RecordedResponder({"p1": said, "p2": silent}, "unknown")
+    found = list(responder.respond([ask("q", "p1"), ask("r", "p2")]))
+    assert [(r.text, r.model) for r in found] == [("a", "big-1"), ("b", "unknown")]
+    with pytest.raises(DistillError, match="no recorded answer") as caught:
+        list(responder.respond([ask("s", "p3")]))
+    assert caught.value.code == Exit.INPUT

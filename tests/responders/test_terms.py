@@ -1,0 +1,219 @@
+"""The terms book: what the shipped table says of real teachers, that unknown is never allowed, and that a run stops."""
+
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.cli import main
+from distill.config import Config
+from distill.config_file import load_config
+from distill.errors import DistillError, Exit
+from distill.responders.terms import (
+    Terms,
+    TermsBook,
+    is_public,
+    judge_teacher,
+    load_terms,
+    require_terms,
+)
+from distill.storage.run_folder import Run
+from distill.storage.store import Log, read_json
+from tests.support.tiny import make_tiny
+
+ROOT = Path(__file__).parent.parent.parent
+OWN = 'terms.basis="our own model"'
+
+
+@pytest.mark.parametrize(
+    ("model", "word", "title"),
+    [
+        ("gpt-4o-mini", "no", "OpenAI"),
+        ("openai/gpt-5.6-terra", "no", "OpenAI"),
+        ("o3", "no", "OpenAI"),
+        ("openai/gpt-oss-120b", "yes", "Apache"),
+        ("anthropic/claude-sonnet-5.5", "no", "Anthropic"),
+        ("google/gemini-3-pro", "no", "Gemini"),
+        ("x-ai/grok-4", "no", "xAI"),
+        ("meta-llama/Llama-2-70b-chat-hf", "no", "Llama 2"),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", "no", "Llama 2 and Llama 3"),
+        ("meta-llama/Llama-3.1-8B-Instruct", "duties", "Llama 3.1"),
+        ("meta-llama/Llama-3.3-70B-Instruct", "duties", "Llama 3.3"),
+        ("somebody/Llama-3.3-70B-abliterated", "duties", "Llama 3.3"),
+        ("llama3.2:3b", "duties", "Llama 3.2"),
+        ("meta-llama/Llama-4-Scout-17B-16E-Instruct", "duties", "Llama 4"),
+        ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "duties", "Llama 3.1"),
+        ("deepseek-ai/DeepSeek-R1-Distill-Llama-70B", "duties", "Llama 3.3"),
+        ("deepseek-ai/DeepSeek-R1", "yes", "MIT"),
+        ("google/gemma-3-27b-it", "duties", "Gemma"),
+        ("google/gemma-2b-it", "duties", "Gemma"),
+        ("google/gemma-4-27b-it", "yes", "Apache"),
+        ("Qwen/Qwen2.5-72B-Instruct", "duties", "Qwen License"),
+        ("Qwen/Qwen2.5-3B-Instruct", "no", "Qwen Research"),
+        ("Qwen/Qwen2.5-Coder-3B-Instruct", "no", "Qwen Research"),
+        ("Qwen/Qwen2-72B-Instruct", "no", "Tongyi"),
+        ("Qwen/Qwen2.5-7B-Instruct", "yes", "Apache"),
+        ("Qwen/Qwen3-32B", "yes", "Apache"),
+        ("LGAI-EXAONE/EXAONE-4.0-32B", "no", "EXAONE"),
+        ("HuggingFaceTB/SmolLM3-3B", "yes", "Apache"),
+        ("mistralai/Mistral-Small-3.2-24B-Instruct-2506", "yes", "Apache"),
+        ("mistralai/Mistral-Large-Instruct-2411", "no", "Mistral Research"),
+        ("microsoft/phi-4", "yes", "MIT"),
+    ],
+)
+def test_the_shipped_table_knows_them(model: str, word: str, title: str) -> None:
+    verdict = load_terms().judge(model)
+    assert (verdict.word, verdict.allowed) == (word, word != "no")
+    assert verdict.texts[0].title.startswith(title)
+    assert bool(verdict.duties()) == (word == "duties") or word == "no"
+
+
+@pytest.mark.parametrize("model", ["", "someone/else", "my-qwen3-8b", "me/Qwen3-8B", "qwen", "gpt"])
+def test_what_is_not_in_the_table_is_unknown(model: str) -> None:
+    verdict = load_terms().judge(model)
+    assert verdict.word == "unknown" and not verdict.allowed
+    assert load_terms().judge(model, basis="our own").allowed
+
+
+def test_every_row_says_where_and_when_it_was_read() -> None:
+    rows = load_terms().rows
+    assert len(rows) > 15 and len({row.title for row in rows}) == len(rows)
+    for row in rows:
+        assert row.url.startswith("https://") and row.clause and row.teachers + row.hosts
+        assert date(2026, 1, 1) <= row.read <= date.today()
+
+
+def test_a_provider_s_terms_add_to_the_model_s() -> None:
+    book = load_terms()
+    assert book.judge("Qwen/Qwen3-8B", hosts=["127.0.0.1"]).word == "yes"
+    assert book.judge("Qwen/Qwen3-8B", hosts=["api.openai.com"]).word == "no"
+    assert book.judge("Qwen/Qwen3-8B", hosts=["api.somebody.example"]).word == "unknown"
+    assert book.judge("deepseek-v4-pro", hosts=["api.deepseek.com"]).word == "yes"
+    assert book.judge("deepseek-v4-pro", hosts=["api.deepseek.com", "gpu.example.org"]).unknown
+    assert book.judge("unheard-of", hosts=["localhost"]).word == "unknown"
+    assert book.judge("gpt-4o", hosts=["10.0.0.3"]).word == "no"
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]", "10.1.2.3", "gpu7", "a.local"])
+def test_a_host_of_one_s_own_is_no_provider(host: str) -> None:
+    assert not is_public(host) and is_public("api.openai.com") and is_public("8.8.8.8")
+
+
+def test_a_license_of_models_yaml_stands_in_for_the_name() -> None:
+    book = load_terms()
+    assert book.judge("acme/own", "Apache-2.0").word == "yes"
+    assert book.judge("acme/own", "llama3.3").word == "duties"
+    assert book.judge("acme/own", "proprietary").word == "unknown"
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    return {
+        "title": "t", "teachers": ["*"], "may_train": "yes", "clause": "c", "url": "https://a",
+        "version": "", "read": "2026-01-01", **changes,
+    }  # fmt: skip
+
+
+def test_the_first_row_counts_and_duties_are_named() -> None:
+    book = TermsBook([Terms(**row(teachers=["a*"], may_train="no")), Terms(**row())])
+    assert [book.judge(name).word for name in ("Abc", "b")] == ["no", "yes"]
+    for wrong in ({"may_train": "duties"}, {"outputs": {"name": "X"}}):
+        with pytest.raises(ValueError, match="may_train is duties exactly where"):
+            Terms(**row(**wrong))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["- {title: t}", "a: 1", "- 1", "", "- &a {}", "- {title: t, may_train: no, nonsense: 1}", "["],
+)
+def test_a_wrong_table_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "terms.yaml").write_text(text)
+    with pytest.raises(DistillError) as caught:
+        load_terms(tmp_path / "terms.yaml")
+    assert caught.value.code == Exit.CONFIG and "terms.yaml" in caught.value.where
+
+
+def config(*overrides: str) -> Config:
+    return load_config(ROOT / "configs/quickstart.yaml", overrides)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_configs_may_run(path: Path) -> None:
+    if path.stem not in ("models", "prices", "devices", "terms", "judge_probe"):
+        assert require_terms(load_config(path)).allowed
+
+
+def refused(*overrides: str) -> str:
+    with pytest.raises(DistillError) as caught:
+        require_terms(config(*overrides))
+    assert caught.value.code == Exit.TERMS and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_stop_says_what_to_state() -> None:
+    assert "3.3(e)" in refused("teacher.model=openai/gpt-4o")
+    assert "does not know model someone/else" in refused("teacher.model=someone/else")
+    assert "terms.basis" in refused("teacher.model=someone/else")
+    assert OWN in refused("teacher.model=./models/mine")
+    recorded = "teacher={kind: recorded, model: somebody}"
+    assert "teacher.license=" in refused(recorded)
+
+
+@pytest.mark.parametrize("name", ["Qwen3-8B", "smollm2-135m-instruct", "llama-3.3-70b"])
+def test_a_folder_s_name_proves_nothing(name: str) -> None:
+    assert "a folder does not say" in refused(f"teacher.model=./{name}")
+    verdict = require_terms(config(f"teacher.model=./{name}", OWN))
+    assert verdict.basis == "our own model"
+    assert bool(verdict.duties()) == ("llama" in name)  # though it may bind
+
+
+def test_recorded_and_canned_answers() -> None:
+    canned = "teacher={kind: canned, answers: a.jsonl}"
+    assert judge_teacher(config(canned)).word == "yes"
+    stated = judge_teacher(config("teacher={kind: recorded, model: somebody, license: CC0-1.0}"))
+    assert stated.allowed and stated.basis and "CC0-1.0" in stated.basis
+
+
+def test_an_endpoint_is_judged_by_its_host_too() -> None:
+    asked = "teacher={kind: endpoint, model: Qwen/Qwen3-8B, base_url: 'https://api.openai.com/v1'}"
+    assert "forbidden by OpenAI" in refused(asked)
+    local = asked.replace("https://api.openai.com", "http://127.0.0.1:8000")
+    assert require_terms(config(local)).word == "yes"
+
+
+def test_a_run_stops_before_its_first_stage_and_plan_says_why(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    place = str(ROOT / "configs/quickstart.yaml")
+    assert main(["run", place, "teacher.model=openai/gpt-4o"]) == Exit.TERMS
+    assert capsys.readouterr().err.startswith("error: teacher openai/gpt-4o: forbidden by OpenAI")
+    assert not list(tmp_path.iterdir())
+    corpus = ["corpus.limit=20", "prompts.train=4", "prompts.validation=1", "prompts.heldout=1"]
+    llama = ["teacher={kind: recorded, model: meta-llama/Llama-3.3-70B-Instruct}", *corpus]
+    assert main(["plan", place, *llama, "corpus.split={validation: 2, heldout: 2}"]) == 0
+    said = capsys.readouterr().out
+    assert "yes, with duties" in said and "its name begins with Llama" in said
+    unknown = ["teacher={kind: recorded, model: x}", *corpus]
+    assert main(["plan", place, *unknown, "corpus.split={validation: 2, heldout: 2}"]) == 0
+    assert "exit 10 until terms.basis is stated" in capsys.readouterr().out
+
+
+def test_generation_stops_before_anything_is_asked_and_notes_the_basis(tmp_path: Path) -> None:
+    from distill.generation import generate
+
+    folder = make_tiny(tmp_path / "m", hidden=16)
+    tree = config().resolved() | {"runs": str(tmp_path / "runs"), "teacher": {"model": str(folder)}}
+    run = Run(Config.model_validate(tree))
+    with pytest.raises(DistillError) as caught:  # before it would miss documents.jsonl
+        generate.main(run.config, run)
+    assert caught.value.code == Exit.TERMS and not run.folder.exists()
+    assert not (tmp_path / "runs/.store").exists()
+    for name in ("documents.jsonl", "prompts.jsonl"):
+        run.path(name).parent.mkdir(parents=True, exist_ok=True)
+        run.path(name).write_text("")
+    run.config = Config.model_validate(tree | {"terms": {"basis": "random weights"}})
+    generate.main(run.config, run)
+    noted = read_json(run.path("manifest.json"))["terms"]
+    assert noted["basis"] == "random weights" and noted["verdict"] == "unknown"
+    assert len(noted["table_sha256"]) == 64
+    with Log(run.config.store_folder() / "responses", writable=False) as log:
+        assert not list(log.keys("response"))

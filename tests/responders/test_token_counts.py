@@ -1,0 +1,75 @@
+"""Tokens counted by a cached tokenizer: of a folder, of a named model, of none; nothing is fetched, no torch loaded."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distill.models import download
+from distill.models.registry import lookup
+from distill.records import Message, Response, Usage
+from distill.responders.responder import Request, Sampling
+from distill.responders.token_counts import recounted, token_counter
+from tests.support.tiny import make_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give each test a cache of its own."""
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "cache"))
+    token_counter.cache_clear()
+    return tmp_path / "cache"
+
+
+def test_a_served_model_is_counted_by_its_converted_twin(cache: Path) -> None:
+    hub = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
+    row = lookup("qwen2.5-coder-0.5b-instruct")
+    assert row and row.gguf and row.hub_id == hub
+    folder = download.converted_folder(row.name, row.gguf)
+    assert folder.is_relative_to(cache)
+    make_tokenizer().save_pretrained(folder)
+    for name in (hub, row.name):
+        count = token_counter(name)
+        assert count and count("hällo") == 6  # bytes
+
+
+@pytest.mark.parametrize("name", ["fake-1", "models/gpt:latest", "a/b/c", "./nowhere"])
+def test_what_no_cache_holds_is_not_counted(name: str) -> None:
+    assert token_counter(name) is None
+
+
+def response(request: Request, usage: Usage) -> Response:
+    return Response(
+        id=Response.make_id(request.key, 0),
+        request_key=request.key,
+        sample=0,
+        prompt_id="p",
+        model="m",
+        text="four",
+        reasoning="why",
+        stop="end",
+        usage=usage,
+    )
+
+
+def test_only_estimates_are_counted_again_and_stay_estimates(tmp_path: Path) -> None:
+    make_tokenizer().save_pretrained(tmp_path / "m")
+    turns = (Message(role="system", content="abc"), Message(role="user", content="de"))
+    request = Request.make("o", "p", turns, Sampling())
+    told = response(request, Usage(input_tokens=9, output_tokens=9))
+    guessed = response(request, Usage(input_tokens=9, output_tokens=9, seconds=2, estimated=True))
+    found = recounted([told, guessed], [request, request], str(tmp_path / "m"))
+    assert found[0] == told
+    assert found[1].usage == Usage(input_tokens=5, output_tokens=7, seconds=2, estimated=True)
+    assert recounted([guessed], [request], "fake-1") == [guessed]
+
+
+def test_counting_loads_no_torch(tmp_path: Path) -> None:
+    make_tokenizer().save_pretrained(tmp_path / "m")
+    code = (
+        "import sys; from distill.responders.token_counts import token_counter\n"
+        f"assert token_counter({str(tmp_path / 'm')!r})('ab') == 2\n"
+        "assert not {'torch', 'transformers'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

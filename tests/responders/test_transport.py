@@ -1,0 +1,275 @@
+"""What stands between us and a teacher: TLS, proxies, redirects, headers without end, encodings nobody asked for."""
+
+import gzip
+import json
+import select
+import socket
+import ssl
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.errors import DistillError, Exit
+from distill.generation.generate import answer_all
+from distill.records import Message, Response
+from distill.responders.endpoint.attempts import origin_of
+from distill.responders.endpoint.endpoint import EndpointResponder
+from distill.responders.responder import Request, Sampling
+from tests.support.buying import KEY, settings
+from tests.support.fake_teacher import PRICE, FakeTeacher, Reply, answer
+
+CERTIFICATE = (
+    Path(__file__).parent.parent / "fixtures" / "self_signed.pem"
+)  # of 127.0.0.1, with its key
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in PROXIES:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+
+
+def ask(url: str, store: Path, **changes: Any) -> Response:
+    """Ask one question with a key; return the answer, or how it failed."""
+    changes = {"max_retries": 0, "api_key_env": "TEACHER_KEY", **changes}
+    asked = settings(url, **changes)
+    turn = (Message(role="user", content="q0 please"),)
+    request = Request.make(origin_of(asked), "p", turn, Sampling(max_new_tokens=20))
+    return answer_all(EndpointResponder(asked, PRICE, "run"), [request], store, "x")[0]
+
+
+def secure() -> FakeTeacher:
+    """Return a teacher behind TLS, with a certificate that nobody vouches for."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(CERTIFICATE)
+    return FakeTeacher(tls=context)
+
+
+def test_c5_a_certificate_that_nobody_vouches_for_gets_no_key(tmp_path: Path) -> None:
+    with secure() as teacher:
+        found = ask(teacher.url, tmp_path)
+    assert (found.stop, found.error) == ("error", "cannot connect")
+    assert not teacher.payloads and not teacher.headers
+
+
+def test_a_certificate_that_the_user_vouches_for_is_fine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
+    with secure() as teacher:
+        assert ask(teacher.url, tmp_path).text == "the answer to q0 please"
+
+
+def test_c5_a_certificate_of_another_host_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
+    with secure() as teacher:
+        found = ask(teacher.url.replace("127.0.0.1", "127.0.0.2"), tmp_path)
+    assert found.stop == "error" and not teacher.payloads
+
+
+def test_c5_tls_with_a_server_that_has_none(tmp_path: Path) -> None:
+    with listener(lambda head: b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n") as (
+        port,
+        _,
+    ):
+        found = ask(f"https://127.0.0.1:{port}/v1", tmp_path)
+    assert (found.stop, found.error) == ("error", "cannot connect")
+
+
+@contextmanager
+def listener(reply: Any) -> Iterator[tuple[int, list[bytes]]]:
+    """Listen on a loopback port; answer the first bytes of every connection with what `reply` makes of them."""
+    seen: list[bytes] = []
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = server.accept()
+            except OSError:  # closed
+                return
+            with connection, suppress(ConnectionError):  # a client that has seen enough
+                seen.append(connection.recv(65536))
+                made = reply(seen[-1])
+                if isinstance(made, bytes):
+                    connection.sendall(made)
+                elif made is not None:
+                    pipe(connection, made, seen)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield server.getsockname()[1], seen
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join(10)
+
+
+def pipe(client: socket.socket, target: socket.socket, seen: list[bytes]) -> None:
+    """Carry bytes both ways until one side ends, as a proxy's tunnel does."""
+    with target:
+        client.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+        while True:
+            for source in select.select([client, target], [], [])[0]:
+                data = source.recv(65536)
+                if not data:
+                    return
+                seen.append(data)
+                (target if source is client else client).sendall(data)
+
+
+def test_a_proxy_of_the_environment_carries_tls_and_sees_no_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
+    with secure() as teacher:
+        target = ("127.0.0.1", teacher.port)
+        with listener(lambda head: socket.create_connection(target)) as (port, seen):
+            monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{port}")
+            assert ask(teacher.url, tmp_path).text == "the answer to q0 please"
+    passed = b"".join(seen)
+    assert passed.startswith(b"CONNECT 127.0.0.1:") and len(seen) > 3
+    assert KEY.encode() not in passed and b"q0 please" not in passed
+
+
+def test_a_proxy_of_the_environment_never_sees_a_request_in_the_clear(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with listener(lambda head: None) as (port, seen), FakeTeacher() as teacher:
+        for name in PROXIES[:3]:
+            monkeypatch.setenv(name, f"http://127.0.0.1:{port}")
+        assert ask(teacher.url, tmp_path).text == "the answer to q0 please"
+    assert not seen
+
+
+@pytest.mark.parametrize("proxy", ["socks5://u:hidden@127.0.0.1:9", "gopher://u:hidden@h:1"])
+def test_a_proxy_that_cannot_be_used_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, proxy: str
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
+    with pytest.raises(DistillError, match="HTTPS_PROXY") as stopped:
+        ask("https://127.0.0.1:9/v1", tmp_path)
+    assert stopped.value.code == Exit.CONFIG and "hidden" not in str(stopped.value)
+
+
+@pytest.mark.parametrize(
+    "to", ["http://169.254.169.254/latest", "file:///etc/passwd", "//127.0.0.1:1/", "\x7f", ""]
+)
+@pytest.mark.parametrize("status", [302, 308])
+def test_c9_a_redirect_is_never_followed(tmp_path: Path, to: str, status: int) -> None:
+    script = Reply(status=status, headers={"location": to}, body=b"")
+    with FakeTeacher(lambda number, payload: script) as teacher:
+        with pytest.raises(DistillError, match="a redirect") as stopped:
+            ask(teacher.url, tmp_path, max_retries=3)
+    assert stopped.value.code == Exit.TEACHER and len(teacher.payloads) == 1
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"HTTP/1.1 200 OK\r\n" + b"x: y\r\n" * 1_000_000,
+        b"HTTP/1.1 200 OK\r\nx: " + b"y" * 5_000_000,
+        b"HTTP/1.1 100 Continue\r\n\r\n" * 10_000,
+        b"HTTP/1.1 2OO OK\r\n\r\n",
+        b"\x00" * 100_000,
+        b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + b"F" * 5000,
+    ],
+    ids=["many", "long", "interim", "status", "zeros", "lengths", "chunk"],
+)
+def test_c5_a_head_without_end_or_sense_is_a_fault(tmp_path: Path, head: bytes) -> None:
+    started = time.process_time()
+    with listener(lambda request: head) as (port, _):
+        found = ask(f"http://127.0.0.1:{port}/v1", tmp_path)
+    assert found.stop == "error" and "outcome unknown" in str(found.error)
+    assert time.process_time() - started < 10
+
+
+WHOLE = answer({"model": "fake-1", "messages": [{"role": "user", "content": "q0 please"}]})
+
+
+@pytest.mark.parametrize(
+    ("encoding", "body", "says"),
+    [
+        ("gzip, gzip", gzip.compress(gzip.compress(WHOLE)), "content encoding"),
+        ("br", WHOLE, "content encoding"),
+        ("gzip", WHOLE, "damaged gzip"),
+        ("gzip", gzip.compress(WHOLE)[:-30], "unreadable"),
+        ("deflate", zlib.compress(WHOLE), ""),
+        ("GZIP", gzip.compress(WHOLE), ""),
+        ("identity", WHOLE, ""),
+    ],
+)
+def test_c6_encodings(tmp_path: Path, encoding: str, body: bytes, says: str) -> None:
+    reply = Reply(body=body, headers={"content-encoding": encoding}, billed=True)
+    with FakeTeacher(lambda number, payload: reply) as teacher:
+        found = ask(teacher.url, tmp_path)
+        assert ask(teacher.url, tmp_path) == found and len(teacher.payloads) == 1
+    assert says in str(found.error) if says else found.text == "the answer to q0 please"
+
+
+@pytest.mark.parametrize("identifier", ["chatcmpl-1", None, 7, "x" * 100_000, {"a": []}])
+def test_c6_whatever_id_an_answer_has_it_is_that_of_its_request(
+    tmp_path: Path, identifier: Any
+) -> None:
+    reply = Reply(answer={"id": identifier, "object": "moon"})
+    with FakeTeacher(lambda number, payload: reply) as teacher:
+        assert ask(teacher.url, tmp_path).text == "the answer to q0 please"
+
+
+def test_what_a_server_says_cannot_steer_the_terminal(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    escape = "\x1b]0;mine\x07\x1b[2J\x9b31m\r\x00"
+    error = json.dumps({"error": {"message": f"no {escape}"}}).encode()
+    replies = [
+        Reply(),
+        Reply(answer={"model": f"m{escape}"}),
+        Reply(status=400, body=error),
+        Reply(status=401, body=error),
+    ]
+    with FakeTeacher(lambda number, payload: replies[number]) as teacher:
+        turns = (Message(role="user", content=f"q{i} please") for i in range(3))
+        asked = settings(teacher, max_retries=0, concurrency=1)
+        requests = [Request.make(origin_of(asked), "p", (turn,), Sampling()) for turn in turns]
+        responder = EndpointResponder(asked, PRICE)
+        found = answer_all(responder, requests, tmp_path, "x")
+        with pytest.raises(DistillError) as stopped:
+            ask(teacher.url, tmp_path, revision="x")
+    shown = "".join(capfd.readouterr()) + str(found[2].error) + str(stopped.value)
+    assert "is now m" in shown and "401: no" in shown
+    assert all(c.isprintable() or c == "\n" for c in shown)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://u:{}@host/v1",
+        "https://{}@host/v1",
+        "https://host/v1?api_key={}",
+        "https://host/{}#x",
+    ],
+)
+def test_a6_an_address_with_a_secret_is_refused_and_never_echoed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], url: str
+) -> None:
+    from distill.cli import main
+
+    config = tmp_path / "c.yaml"
+    teacher = {"kind": "endpoint", "model": "m", "base_url": url.format(KEY)}
+    tree = {"corpus": {"path": "x"}, "teacher": teacher, "student": {"model": "s"}}
+    config.write_text(json.dumps({"name": "r", "runs": str(tmp_path / "runs"), **tree}))
+    for words in (["plan", str(config)], ["generate", str(config)]):
+        assert main(words) == Exit.CONFIG
+    shown = "".join(capsys.readouterr())
+    assert "base_url" in shown or "address" in shown
+    assert KEY not in shown and not (tmp_path / "runs").exists()

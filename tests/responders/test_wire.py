@@ -1,0 +1,133 @@
+"""The wire: what the servers send, as fixtures with their sources, and what nobody should."""
+
+import json
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distill.records import Message
+from distill.responders.endpoint import wire
+from distill.responders.responder import Raw, parse
+
+FIXTURES = Path(__file__).parent.parent / "fixtures" / "wire"
+CASES = [
+    pytest.param(case, id=f"{path.stem}: {case['name']}")
+    for path in sorted(FIXTURES.glob("*.json"))
+    for case in json.loads(path.read_text())["cases"]
+]
+
+
+def test_every_fixture_names_its_source() -> None:
+    found = sorted(FIXTURES.glob("*.json"))
+    assert {"openai", "openrouter", "sglang", "transformers", "vllm"} <= {p.stem for p in found}
+    assert all(len(json.loads(path.read_text())["source"]) > 40 for path in found)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_servers_send_is_read(case: dict[str, Any]) -> None:
+    data = json.dumps(case["body"]).encode()
+    if "fault" in case:
+        assert not wire.is_answer(case["status"], data)
+        found = wire.classify(case["status"], data).model_dump()
+        assert {name: found[name] for name in case["fault"]} == case["fault"]
+        assert str(case["status"]) in found["what"] and "without a message" not in found["what"]
+        return
+    assert wire.is_answer(case["status"], data)
+    reply = wire.read_reply(data)
+    flat = {**reply.usage.model_dump(), **reply.model_dump(mode="json")}
+    assert {name: flat[name] for name in case["reply"]} == case["reply"]
+    assert not reply.usage.estimated
+
+
+def test_a_request_holds_what_was_set_and_no_more() -> None:
+    asked = (Message(role="user", content="é"),)
+    body = wire.request_body("m", asked, {"temperature": 0.0}, {"temperature": 1, "top_k": -1})
+    assert json.loads(body) == {
+        "model": "m",
+        "messages": [{"role": "user", "content": "é"}],
+        "temperature": 1,
+        "top_k": -1,
+    }
+
+
+@pytest.mark.parametrize("data", [b"plain", "é\u2028".encode(), b"\xff\xfe", b"", b"\x00"])
+def test_packed_bytes_come_back(data: bytes) -> None:
+    body = json.loads(json.dumps(wire.pack(data)))
+    assert wire.unpack(body) == data and len(body["sha256"]) == 64
+
+
+def test_an_estimate_is_marked() -> None:
+    body = {"choices": [{"message": {"content": "x" * 40}, "finish_reason": "stop"}]}
+    usage = wire.read_reply(json.dumps(body).encode(), question=100).usage
+    assert (usage.input_tokens, usage.output_tokens, usage.estimated) == (25, 10, True)
+
+
+@pytest.mark.parametrize("cost", [True, -1, float("nan"), "1", [], 1e400])
+def test_a_strange_cost_is_none(cost: Any) -> None:
+    assert wire._dollars(cost) is None
+    assert wire._dollars(0.1) == Decimal("0.1")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [],
+        {"content": [1]},
+        {"content": [{"token": "a", "logprob": None}]},
+        {"content": [{"token": "a", "logprob": 1e400}]},
+        {"content": [{"token": "a", "logprob": -1, "top_logprobs": {"b": -2}}]},
+        {"tokens": ["a", "b"], "token_logprobs": [-1]},
+        {"tokens": ["a"], "token_logprobs": [None]},
+    ],
+)
+def test_log_probabilities_that_cannot_be_read_cost_no_answer(given: Any) -> None:
+    choice = {"message": {"content": "a"}, "finish_reason": "stop", "logprobs": given}
+    reply = wire.read_reply(json.dumps({"choices": [choice]}).replace("Infinity", "1e999").encode())
+    assert (reply.text, reply.stop, reply.logprobs) == ("a", "end", None)
+
+
+def test_half_a_surrogate_pair_is_replaced() -> None:
+    text = r'"a \ud800 b \ud83d\ude00"'
+    data = f'{{"choices": [{{"message": {{"content": {text}}}, "finish_reason": "stop"}}]}}'
+    reply = wire.read_reply(data.encode())
+    assert reply.text == "a \ufffd b \U0001f600" and reply.model_dump_json()
+
+
+ANY_TEXT = st.text(st.characters(codec=None, exclude_categories=()))
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | ANY_TEXT,
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+FIELDS = st.sampled_from(
+    [
+        "error",
+        "choices",
+        "message",
+        "content",
+        "usage",
+        "text",
+        "finish_reason",
+        "logprobs",
+        "tokens",
+    ]
+)
+BODIES = st.recursive(
+    JSON, lambda inner: st.dictionaries(FIELDS, inner | st.lists(inner, max_size=2)), max_leaves=12
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary() | BODIES.map(lambda body: json.dumps(body).encode()), st.integers(100, 599))
+def test_no_body_breaks_the_reader(data: bytes, status: int) -> None:
+    wire.is_answer(status, data)
+    assert wire.classify(status, data).what
+    stored = {"status": 200, "question": 10, **wire.pack(data)}
+    raw = Raw(key="k", sample=0, model="m", stop=None, body=stored)
+    response = parse(raw, "p")
+    assert response.stop != "error" or response.error
+    assert response.to_line()

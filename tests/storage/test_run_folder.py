@@ -1,0 +1,263 @@
+"""The run's folder: which stages are done, left or stale, what a redo sets aside, and the ledger after a kill."""
+
+import os
+import signal
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.config import Config
+from distill.errors import DistillError, Exit
+from distill.pipeline import STAGES
+from distill.storage import run_folder as run_module
+from distill.storage.run_folder import Run, Stage, differences
+from distill.storage.store import read_json
+
+TREE = {
+    "name": "r",
+    "corpus": {"path": "texts", "split": {"heldout": 0.1}},
+    "teacher": {"kind": "local", "model": "t", "dollars": "0.10"},
+    "student": {"model": "s"},
+}
+
+
+def make(folder: Path, **changes: Any) -> Run:
+    """Return a run in `folder`; `changes` replace keys of the tree."""
+    return Run(Config.model_validate({**TREE, "runs": folder, **changes}))
+
+
+def write(name: str, text: str = "made") -> Callable[[Config, Run], None]:
+    """Return the work of a stage that writes one file."""
+
+    def main(_: Config, run: Run) -> None:
+        run.path(name).write_text(f"{text} {run.config.seed}")
+
+    return main
+
+
+FIRST = Stage("first", ("corpus", "seed"), (), ("a.txt",), write("a.txt"))
+SECOND = Stage("second", ("teacher",), ("a.txt",), ("b.txt",), write("b.txt"))
+
+
+def perform(run: Run, *stages: Stage, redo: tuple[Stage, ...] = ()) -> list[bool]:
+    """Do stages as the command does: under the lock, all checked first."""
+    with run.lock():
+        for stage in stages:
+            if stage not in redo:
+                run.checked_state(stage)
+        run.remake(redo)
+        return [run.perform(stage) for stage in stages]
+
+
+def refused(run: Run, *stages: Stage) -> str:
+    """Return the message of the exit 5 with which the stages are refused."""
+    with pytest.raises(DistillError) as caught:
+        perform(run, *stages)
+    assert caught.value.code == Exit.STATE and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_done_work_is_not_done_twice(tmp_path):
+    assert perform(make(tmp_path), FIRST, SECOND) == [True, True]
+    assert perform(make(tmp_path), FIRST, SECOND) == [False, False]
+    assert [entry.stage for entry in make(tmp_path).ledger()] == ["first", "second"]
+
+
+def test_settings_round_trip_through_the_marker(tmp_path):
+    for stage in STAGES:
+        run, toy = (
+            make(tmp_path, name=stage.name),
+            Stage(stage.name, stage.keys, (), (), write("x")),
+        )
+        run.folder.mkdir()
+        assert perform(run, toy) == [True]
+        assert run.state(toy) == ("done", [])
+
+
+def test_a_changed_setting_is_named_with_the_redo_that_remakes_it(tmp_path):
+    perform(make(tmp_path), FIRST, SECOND)
+    message = refused(make(tmp_path, seed=1), FIRST, SECOND)
+    assert message.endswith(
+        "r: stage first was made with other settings: seed was 0, is 1 "
+        "(--redo first remakes it and what follows, or choose a new name=)"
+    )
+    teacher = {**TREE["teacher"], "dollars": "0.20"}
+    assert "teacher.dollars was 0.10, is 0.20" in refused(make(tmp_path, teacher=teacher), SECOND)
+    assert (tmp_path / "r" / "a.txt").read_text() == "made 0"
+
+
+def test_what_precedes_a_changed_stage_stays(tmp_path):
+    perform(make(tmp_path), FIRST, SECOND)
+    run = make(tmp_path, teacher={**TREE["teacher"], "model": "other"})
+    assert run.state(FIRST)[0] == "done" and run.state(SECOND)[0] == "stale"
+    assert perform(run, FIRST, SECOND, redo=(SECOND,)) == [False, True]
+
+
+def test_redo_sets_the_old_aside_and_what_follows(tmp_path):
+    perform(make(tmp_path), FIRST, SECOND)
+    for seed in (1, 2):
+        run = make(tmp_path, seed=seed)
+        assert perform(run, FIRST, SECOND, redo=(FIRST, SECOND)) == [True, True]
+    old = tmp_path / "r" / ".old"
+    assert [(old / f"first-{n}" / "a.txt").read_text() for n in (1, 2)] == ["made 0", "made 1"]
+    assert read_json(old / "second-1" / "stages" / "second.json")["finished"] is True
+    assert len(run.ledger()) == 6  # what was spent stays in the ledger
+
+
+def test_redo_moves_all_of_a_stage_and_continues_after_a_kill(tmp_path, monkeypatch):
+    outputs = ("checkpoints", "adapter", "training.json")
+
+    def main(_: Config, run: Run) -> None:
+        for name in outputs[:2]:
+            run.path(name).mkdir()
+            (run.path(name) / "x").write_text(name)
+        run.path("training.json").write_text("{}")
+
+    stage, run = Stage("train", ("seed",), (), outputs, main), make(tmp_path)
+    perform(run, stage)
+    real, moves = Path.rename, []
+
+    def rename(path: Path, target: Path) -> None:
+        if len(moves) == 1:
+            raise KeyboardInterrupt
+        moves.append(real(path, target))
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", rename)
+        run.remake([stage])
+    assert run.marker(stage).exists()  # so the old adapter is not taken for the new run's
+    assert perform(make(tmp_path, seed=1), stage, redo=(stage,)) == [True]
+    old = {str(p.relative_to(run.path(".old"))) for p in run.path(".old").rglob("*") if p.is_file()}
+    assert {"train-1/checkpoints/x", "train-2/adapter/x", "train-2/training.json"} < old
+
+
+def test_an_input_that_is_missing_is_no_change_but_another_one_is(tmp_path):
+    run = make(tmp_path)
+    perform(run, FIRST, SECOND)
+    run.path("a.txt").unlink()
+    assert run.state(FIRST)[0] == "unfinished" and run.state(SECOND)[0] == "done"
+    assert perform(run, FIRST, SECOND) == [True, False]
+    run.path("a.txt").write_text("edited")
+    assert "changed: a.txt (--redo second" in refused(run, FIRST, SECOND)
+
+
+def test_changed_input_files_are_listed(tmp_path):
+    hashes = {f"input {n:02}.md": f"{n:064x}" for n in range(20)}
+    stage = Stage("first", (), (), ("a.txt",), write("a.txt"), lambda _: hashes)
+    perform(make(tmp_path), stage)
+    later = {**hashes, "input new.md": "f" * 64, "input 03.md": "e" * 64}
+    for n in range(10, 18):
+        del later[f"input {n}.md"]
+    changed = Stage("first", (), (), ("a.txt",), write("a.txt"), lambda _: later)
+    message = refused(make(tmp_path), changed)
+    assert "added: new.md" in message and "changed: 03.md" in message
+    assert "removed: 10.md, 11.md, 12.md, 13.md, 14.md, 15.md and 2 more" in message
+
+
+def test_differences_are_short_and_on_one_line():
+    old = {"a": "x\ny" * 100, **{f"k{n}": n for n in range(3)}}
+    lines = differences(old, {"a": None, "k0": 0, "k1": 7, "new": True})
+    assert lines[1:] == ["k1 was 1, is 7", "k2 was 2, is unset", "new was unset, is True"]
+    assert len(lines[0]) < 80 and "\n" not in lines[0]
+
+
+def interrupted(_: Config, run: Run) -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_unfinished_stage_continues_and_asks_only_if_it_has_made_something(tmp_path):
+    stopped = Stage("first", ("seed",), (), ("a.txt", "parts"), interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        perform(make(tmp_path), stopped)
+    run = make(tmp_path, seed=1)
+    run.path("parts").mkdir()
+    assert make(tmp_path).state(stopped)[0] == "unfinished" and run.state(stopped)[0] == "fresh"
+    (run.path("parts") / "1").write_text("")
+    assert run.state(stopped) == ("stale", ["seed was 0, is 1"])
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"finished": true}', '{"fingerprint": 1}'])
+def test_a_damaged_marker_is_one_line_and_redo_remakes_it(tmp_path, text):
+    run = make(tmp_path)
+    perform(run, FIRST)
+    run.marker(FIRST).write_text(text)
+    assert "first.json: is damaged" in refused(run, FIRST)
+    assert perform(run, FIRST, redo=(FIRST,)) == [True]
+
+
+# --- the ledger
+
+
+def test_spending_is_summed_and_failures_are_entered(tmp_path):
+    def main(_: Config, run: Run) -> None:
+        run.spend(3, 4, Decimal("0.1"), "row")
+        run.spend(output_tokens=1, dollars=Decimal("0.2"))
+        raise DistillError(Exit.TEACHER, "t", "x", "y")
+
+    run = make(tmp_path)
+    with pytest.raises(DistillError):
+        perform(run, Stage("first", (), (), ("a.txt",), main))
+    perform(run, FIRST)
+    failed, made = run.ledger()
+    assert (failed.input_tokens, failed.output_tokens, failed.dollars) == (3, 5, Decimal("0.3"))
+    assert (failed.note, failed.price, made.note, made.dollars) == ("failed", "row", "", None)
+
+
+def test_a_torn_ledger_is_read_and_continued(tmp_path):
+    perform(make(tmp_path), FIRST)
+    path = make(tmp_path).path("ledger.jsonl")
+    path.write_bytes(path.read_bytes() + path.read_bytes()[:20])
+    assert len(make(tmp_path).ledger()) == 1
+    perform(make(tmp_path), SECOND)
+    assert [entry.stage for entry in make(tmp_path).ledger()] == ["first", "second"]
+
+
+def test_the_seconds_of_a_killed_stage_are_in_the_ledger(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "HEARTBEAT", 0.05)
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+
+        def main(_: Config, run: Run) -> None:
+            run.spend(5, 7, Decimal("0.3"), "row")
+            run.spend(1, 1, Decimal("0.1"))
+            os.write(writer, b"x")
+            signal.pause()
+
+        perform(make(tmp_path), Stage("first", (), (), ("a.txt",), main))
+    os.read(reader, 1)
+    run = make(tmp_path)
+    stage = Stage("first", (), (), ("a.txt",), write("a.txt"))
+    begun = run.marker(stage).stat().st_mtime
+    while run.marker(stage).stat().st_mtime < begun + 0.3:
+        pass
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    (run.folder / f".a.txt.{pid}.tmp").write_text("half")
+    assert run.state(stage)[0] == "unfinished"
+    assert perform(run, stage) == [True]  # the dead process's lock is free
+    killed, made = run.ledger()
+    assert (killed.input_tokens, killed.output_tokens) == (6, 8)
+    assert (killed.dollars, killed.price, made.input_tokens) == (Decimal("0.4"), "row", 0)
+    assert killed.note == "killed" and 0.25 < killed.seconds < 5 and made.note == ""
+    assert not list(run.folder.glob(".*.tmp"))
+
+
+# --- lock and manifest
+
+
+def test_a_second_writer_is_told_who_holds_the_run(tmp_path):
+    with make(tmp_path).lock():
+        assert f"lock held by pid {os.getpid()}" in refused(make(tmp_path), FIRST)
+
+
+def test_notes_gather_in_the_manifest(tmp_path):
+    run = make(tmp_path)
+    assert run.manifest() == {}
+    run.note("a", 1)
+    run.note("b", {"c": [1, 2]})
+    run.note("a", 2)
+    assert make(tmp_path).manifest() == {"a": 2, "b": {"c": [1, 2]}}

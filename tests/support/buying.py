@@ -1,0 +1,62 @@
+"""Runs whose teacher is the fake one, made as far as the generate stage, for tests and scripts that buy answers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from distill.config import Config, Teacher
+from distill.records import Document, Message, Prompt
+from distill.storage.run_folder import Run
+from distill.storage.store import write_records
+from tests.support.fake_teacher import PRICE, FakeTeacher
+
+KEY = "canary-3141592653589793"
+MODEL = "fake-1"
+
+
+def settings(teacher: FakeTeacher | str | tuple[str, ...], **changes: Any) -> Teacher:
+    """Return the settings of a client that retries soon, with timeouts that a busy machine does not reach."""
+    url = teacher.url if isinstance(teacher, FakeTeacher) else teacher
+    given = {
+        "kind": "endpoint",
+        "model": MODEL,
+        "base_url": url,
+        "max_new_tokens": 20,
+        "initial_backoff": 0.01,
+        "max_retries": 3,
+        "connect_timeout": 20,
+        "read_timeout": 20,
+        "total_timeout": 30,
+        "drain_timeout": 30,
+        **changes,
+    }
+    return Teacher.model_validate(given)
+
+
+def make_run(folder: Path, teacher: FakeTeacher, count: int = 12, **changes: Any) -> Path:
+    """Write a run whose prompts are made, so that its generate stage can be run; return its config."""
+    turns = [{"role": "user", "content": f"q{i} please"} for i in range(count)]
+    documents = [Document.make(f"text {i}", "x", {"split": "train"}) for i in range(count)]
+    prompts = [
+        Prompt.make((Message.model_validate(turn),), document.id, "chat")
+        for turn, document in zip(turns, documents, strict=True)
+    ]
+    table = [{**PRICE.model_dump(mode="json"), "date": "2026-11-01"}]
+    (folder / "corpus.txt").write_text("A text that is long enough to be taken for a document.")
+    (folder / "prices.yaml").write_text(json.dumps({"tokens": table}))
+    given = settings(teacher, **changes).model_dump(mode="json", exclude_unset=True)
+    given = {"api_key_env": "TEACHER_KEY", "concurrency": 4} | given
+    tree = {
+        "name": "mine",
+        "runs": str(folder / "runs"),
+        "corpus": {"path": str(folder / "corpus.txt")},
+        "teacher": given,
+        "terms": {"basis": "our own fake teacher"},
+        "evaluation": {"prices": str(folder / "prices.yaml")},
+        "student": {"model": "s"},
+    }
+    run = Run(Config.model_validate(tree))
+    write_records(run.path("documents.jsonl"), documents)
+    write_records(run.path("prompts.jsonl"), prompts)
+    (folder / "c.yaml").write_text(json.dumps(tree))
+    return folder / "c.yaml"

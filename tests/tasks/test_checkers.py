@@ -1,0 +1,535 @@
+"""The checks of an answer: what passes, what fails and why, and that no text makes one raise."""
+
+import json
+import time
+from collections.abc import Iterator
+from datetime import date, datetime
+from decimal import Decimal
+from typing import Annotated, Any, Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel, ConfigDict, Field, Json
+
+from distill.errors import DistillError
+from distill.records import Message, Prompt
+from distill.tasks.checkers import (
+    KINDS,
+    RUNS_CODE,
+    check,
+    count_sentences,
+    read_number,
+    strip_fence,
+    validate,
+)
+from distill.tasks.sandbox.programs import allow, unavailable
+
+API = {
+    "kind": "json_object",
+    "keys": {"name": "string", "purpose": "string", "parameters": "[string]", "returns": "any"},
+}
+CHECKERS: list[dict[str, Any]] = [
+    API,
+    {"kind": "regex", "pattern": r"answer: (\w+)"},
+    {"kind": "max_sentences", "max": 2},
+    {"kind": "json_schema", "schema": {"type": "object", "required": ["a"]}},
+    *(
+        {"kind": kind}
+        for kind in (
+            "python_code",
+            "python_tests",
+            "number",
+            "math",
+            "field_f1",
+            "exact",
+            "normalised",
+            "includes",
+            "choice",
+        )
+    ),
+]
+GOOD = {"name": "len", "purpose": "Counts.", "parameters": ["obj"], "returns": None}
+
+
+def prompt(reference: str | None = None) -> Prompt:
+    return Prompt.make((Message(role="user", content="q"),), "d", "t", reference=reference)
+
+
+def passes(checker: dict[str, Any], text: str, reference: str | None = None) -> bool:
+    return bool(check(checker, prompt(reference), text).passed)
+
+
+@pytest.mark.parametrize(
+    ("value", "passed"),
+    [
+        (GOOD, True),
+        (GOOD | {"returns": {"type": "int"}}, True),
+        (GOOD | {"parameters": []}, True),
+        (GOOD | {"parameters": [1]}, False),
+        (GOOD | {"parameters": "obj"}, False),
+        (GOOD | {"name": None}, False),
+        (GOOD | {"raises": "TypeError"}, False),
+        ({"name": "len"}, False),
+        ([GOOD], False),
+    ],
+)
+def test_json_needs_exactly_the_keys_with_their_types(value: Any, passed: bool) -> None:
+    assert passes(API, json.dumps(value)) is passed
+
+
+def test_one_surrounding_fence_is_stripped_and_prose_is_not() -> None:
+    text = json.dumps(GOOD)
+    assert passes(API, f"```json\n{text}\n```")
+    assert not passes(API, f"Here it is:\n```json\n{text}\n```")
+    assert not passes(API, f"```\n```json\n{text}\n```\n```")
+    assert strip_fence(" ```py\nx = 1\n``` ") == "x = 1"
+
+
+def test_json_that_is_none_fails_with_a_reason() -> None:
+    text = json.dumps(GOOD).replace("null", "NaN")
+    assert check(API, prompt(), text).reason == "not JSON"
+    for hostile in ("[" * 100_000, '{"a":' * 100_000, "1" * 5_000, "", "\x00", "{" + "}" * 99):
+        assert not passes(API, hostile)
+
+
+def test_a_lone_surrogate_in_json_can_be_stored() -> None:
+    verdict = check(API, prompt(), json.dumps(GOOD)[:-1] + "}")
+    assert verdict.passed
+    found = check({"kind": "regex", "pattern": ".+"}, prompt(), "\ud800").answer
+    assert found is not None and found.encode("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("text", "passed"),
+    [
+        ("```python\nimport json\nprint(json.dumps({}))\n```", True),
+        ("from json import dumps\ndumps(1)", True),
+        ("import json\njson.loads('1')  # not dumps", False),
+        ("print('json.dumps')", False),
+        ("def f(:", False),
+        ("", False),
+        ("x = '\\d'\njson.dumps(x)", True),
+        ("(" * 10_000, False),
+        ("-" * 19_000 + "dumps", False),
+        ("dumps(1)" + "\n" * 30_000, True),
+        ("dumps(1)\n" * 30_000, False),
+    ],
+)
+def test_code_must_parse_and_use_the_last_part_of_the_name(text: str, passed: bool) -> None:
+    assert passes({"kind": "python_code"}, text, "json.dumps") is passed
+
+
+def test_code_without_a_reference_must_only_parse() -> None:
+    assert passes({"kind": "python_code"}, "x = 1")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("so 5 - 3 = 2.\n#### 72", "72"),
+        ("#### $1,234.50 dollars", "1234.50"),
+        ("The answer is -7.", "-7"),
+        ("She has 5-3", "3"),
+        ("\\boxed{42} and 7", "42"),
+        ("costs $.50", "0.50"),
+        ("#### none, but 3 apples", "3"),
+        ("12%", "12"),
+        ("nothing", None),
+        ("", None),
+    ],
+)
+def test_the_number_of_an_answer(text: str, number: str | None) -> None:
+    found = read_number(text)
+    assert (None if found is None else str(found)) == number
+
+
+@pytest.mark.parametrize(
+    ("kind", "reference", "right", "wrong"),
+    [
+        ("number", "1,000", "It is 1000.0", "It is 100"),
+        ("number", "72", "#### 72", "72 before #### 71"),
+        ("exact", "Paris", " Paris\n", "paris"),
+        ("normalised", "The Hague", "the  hague.", "Hague"),
+        ("choice", "B", "The answer is (b).", "A) because B"),
+        ("choice", "C", "C", "D"),
+    ],
+)
+def test_answers_are_compared_with_the_reference(
+    kind: str, reference: str, right: str, wrong: str
+) -> None:
+    assert passes({"kind": kind}, right, reference)
+    assert not passes({"kind": kind}, wrong, reference)
+    assert check({"kind": kind}, prompt(), right).reason == "no reference to compare with"
+
+
+def test_a_pattern_with_a_group_must_give_the_reference() -> None:
+    checker = {"kind": "regex", "pattern": r"label=(\w+)"}
+    assert passes(checker, "label=spam") and passes(checker, "label=spam", "spam")
+    assert not passes(checker, "label=ham", "spam") and not passes(checker, "spam", "spam")
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("Returns the value, e.g. from os.path.join.", 1),
+        ("One. Two! Three?", 3),
+        ("- one\n- two", 2),
+        ('He said "no." She left.', 2),
+        ("no full stop", 1),
+        ("", 0),
+    ],
+)
+def test_sentences_are_counted(text: str, count: int) -> None:
+    assert count_sentences(text) == count
+    assert passes({"kind": "max_sentences", "max": 2}, text) is (1 <= count <= 2)
+
+
+@pytest.mark.parametrize(
+    "checker",
+    [
+        {},
+        {"kind": "vibes"},
+        {"kind": "number", "tolerance": 1},
+        {"kind": "json_object"},
+        {"kind": "json_object", "keys": {"a": "integer"}},
+        {"kind": "json_object", "keys": ["a"]},
+        {"kind": "regex", "pattern": "("},
+        {"kind": "regex", "pattern": 3},
+        {"kind": "max_sentences", "max": "two"},
+        {"kind": "python_tests", "seconds": 0},
+        {"kind": "python_tests", "megabytes": "all"},
+        {"kind": "python_tests", "network": True},
+    ],
+)
+def test_a_wrong_checker_is_refused_before_it_is_used(checker: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        validate(checker)
+
+
+def test_every_kind_is_tested_here() -> None:
+    assert {checker["kind"] for checker in CHECKERS} == set(KINDS)
+    for checker in CHECKERS:
+        validate(checker)
+
+
+HUMANEVAL = {
+    "prompt": "import math\n\ndef two(x: int) -> int:\n    return 2\n\n"
+    'def f(x: int) -> int:\n    """Add two."""\n',
+    "test": "def check(candidate):\n    assert candidate(1) == 1 + two(0)\n",
+    "entry_point": "f",
+}
+MBPP = "import math\nassert f(1) == 3\nassert math.isclose(f(0.5), 2.5)"
+
+
+@pytest.fixture
+def sandbox() -> Iterator[None]:
+    if unavailable():
+        pytest.skip(f"no sandbox here: {unavailable()}")
+    allow("sandbox")
+    yield
+    allow("no")
+
+
+@pytest.mark.parametrize(
+    ("text", "passed"),
+    [
+        ("```python\ndef f(x):\n    return x + 2\n```", True),
+        ("Here:\n```\ndef f(x):\n    return x + two(x)\n```\nUse it as f(1).", True),
+        ("    return math.floor(x) + 2", True),
+        ("def f(x):\n    return x", False),
+        ("def g(x):\n    return x + 2", False),
+        ("def two(x):\n    return 0\n\ndef f(x):\n    return x", False),
+        ("It is x + 2.", False),
+        ("", False),
+        ("x = 1\n" * 10_000, False),
+    ],
+)
+def test_code_must_pass_the_tests(text: str, passed: bool, sandbox: None) -> None:
+    checker = {"kind": "python_tests", "seconds": 5}
+    assert passes(checker, text, json.dumps(HUMANEVAL)) is passed
+
+
+def test_tests_may_be_lines_that_assert(sandbox: None) -> None:
+    checker = {"kind": "python_tests"}
+    assert passes(checker, "```\ndef f(x):\n    return x + 2\n```", MBPP)
+    assert not passes(checker, "f = int", MBPP)
+    assert check(checker, prompt("assert f("), "f = 1").passed is None
+
+
+def test_nothing_runs_unasked() -> None:
+    with pytest.raises(DistillError, match="--allow-code"):
+        check({"kind": "python_tests"}, prompt(MBPP), "def f(x):\n    return x + 2")
+
+
+ANSWERS = st.one_of(
+    st.text(st.characters(exclude_categories=())),
+    st.text(alphabet='{}[]":,`#$.-019e\\nul (=\n'),
+    st.recursive(st.none() | st.floats() | st.text(), st.lists, max_leaves=20).map(json.dumps),
+    st.text(max_size=5).map(lambda text: f"```\n{text}\n```"),
+)
+
+
+@settings(deadline=None)
+@given(text=ANSWERS, reference=st.none() | st.text())
+def test_no_text_makes_a_check_raise(text: str, reference: str | None) -> None:
+    for checker in (checker for checker in CHECKERS if checker["kind"] not in RUNS_CODE):
+        verdict = check(checker, prompt(reference), text)
+        ours = verdict.passed is None and reference is not None  # no check can use that reference
+        assert verdict.reason and (ours or isinstance(verdict.passed, bool))
+        assert verdict.answer is None or verdict.answer.encode("utf-8") is not None
+
+
+@settings(deadline=None)
+@given(st.recursive(st.none() | st.integers() | st.text(), st.lists, max_leaves=10))
+def test_any_object_with_the_keys_is_valid(value: Any) -> None:
+    assert passes(API, json.dumps(GOOD | {"returns": value}))
+
+
+FIELDS = '{"name": "Ada Lovelace", "born": 1815, "tags": ["maths", "code"]}'
+
+
+@pytest.mark.parametrize(
+    ("answer", "value"),
+    [
+        (FIELDS, 1.0),
+        ('{"tags": ["code", "Maths."], "born": 1815.0, "name": "ada lovelace"}', 1.0),
+        ('{"name": "Ada Lovelace"}', 2 * 1 / (1 + 4)),
+        ('{"name": "Ada Lovelace", "born": 1815, "tags": ["maths", "code"], "x": 1}', 8 / 9),
+        ('{"born": true}', 0.0),
+        ('{"born": "1815"}', 0.0),
+        ("[1815]", 0.0),
+        ("{}", 0.0),
+        ("prose", 0.0),
+    ],
+)
+def test_fields_are_graded_by_f1(answer: str, value: float) -> None:
+    verdict = check({"kind": "field_f1"}, prompt(FIELDS), answer)
+    assert verdict.value == pytest.approx(value) and verdict.passed is (value == 1)
+
+
+def test_a_grade_passes_from_its_least_value_and_a_bad_reference_is_ours() -> None:
+    half = '{"name": "Ada Lovelace", "born": 1815}'
+    assert check({"kind": "field_f1", "least": 0.6}, prompt(FIELDS), half).passed
+    assert not check({"kind": "field_f1", "least": 0.7}, prompt(FIELDS), half).passed
+    assert "born" in check({"kind": "field_f1"}, prompt(FIELDS), '{"born": 2}').reason
+    assert check({"kind": "field_f1"}, prompt("prose"), half).passed is None
+
+
+SCHEMA = {
+    "type": "object",
+    "required": ["name", "age"],
+    "additionalProperties": False,
+    "properties": {
+        "name": {"type": "string", "minLength": 2, "pattern": "^[A-Z]"},
+        "age": {"type": ["integer", "null"], "minimum": 0},
+        "kind": {"enum": ["cat", "dog"]},
+        "tags": {"type": "array", "maxItems": 2, "items": {"type": "string"}},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ('{"name": "Tom", "age": 3}', "conforms"),
+        ('```json\n{"name": "Tom", "age": null, "kind": "cat", "tags": ["a"]}\n```', "conforms"),
+        ('{"name": "Tom"}', "$: 'age' is a required property"),
+        ('{"name": "Tom", "age": 3.5}', "$.age: 3.5 is not of type 'integer', 'null'"),
+        ('{"name": "Tom", "age": true}', "$.age: True is not of type 'integer'"),
+        ('{"name": "tom", "age": 3}', "$.name: 'tom' does not match '^[A-Z]'"),
+        ('{"name": "T", "age": 3}', "$.name: 'T' is too short"),
+        ('{"name": "Tom", "age": -1}', "$.age: -1 is less than the minimum of 0"),
+        ('{"name": "Tom", "age": 3, "kind": "cow"}', "$.kind: 'cow' is not one of"),
+        ('{"name": "Tom", "age": 3, "tags": ["a", 1]}', "$.tags[1]: 1 is not of type 'string'"),
+        (
+            '{"name": "Tom", "age": 3, "tags": ["a", "b", "c"]}',
+            "$.tags: ['a', 'b', 'c'] is too long",
+        ),
+        ('{"name": "Tom", "age": 3, "x": 1}', "$: has an extra field 'x'"),
+        ('{"name": "Tom", "age": 1e999}', "$.age: inf is not of type 'integer'"),
+        ('{"name": "Tom", "age": "' + "x" * 999 + '"}', "$.age: breaks type ['integer', 'null']"),
+        ("[]", "$: [] is not of type 'object'"),
+        ("Tom", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+    ],
+)
+def test_json_conforms_to_a_schema_or_the_first_error_is_named(answer: str, reason: str) -> None:
+    verdict = check({"kind": "json_schema", "schema": SCHEMA}, prompt(), answer)
+    assert reason in verdict.reason and verdict.passed is (reason == "conforms")
+    assert len(verdict.reason) < 300
+
+
+class Cat(BaseModel):
+    kind: Literal["cat"]
+    lives: int = Field(9, ge=1, title="Lives", examples=[7])
+
+
+class Dog(BaseModel):
+    """A dog, and its puppies."""
+
+    kind: Literal["dog"]
+    name: Annotated[str, Field(pattern="^[A-Z]")]
+    puppies: list["Dog"] = []
+
+
+class Visit(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    pet: Annotated[Cat | Dog, Field(discriminator="kind")]
+    at: datetime | None = None
+    price: Decimal = Decimal(0)
+    ids: set[int] = set()
+    place: tuple[int, str] = (0, "")
+    notes: dict[Annotated[str, Field(pattern="^n")], str] = {}
+    raw: Json[Cat] | None = Field(None, deprecated=True)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ({"pet": {"kind": "cat"}, "at": None, "ids": [1, 2], "place": [1, "a"]}, "conforms"),
+        ({"pet": {"kind": "cat", "lives": 0}}, "$.pet.lives: 0 is less than the minimum of 1"),
+        ({"pet": {"kind": "cow"}}, "$.pet: {'kind': 'cow'} is not valid under any"),
+        (
+            {"pet": {"kind": "dog", "name": "A", "puppies": [{"kind": "dog", "name": 1}]}},
+            "$.pet.puppies[0].name: 1 is not of type 'string'",
+        ),
+        ({"pet": {"kind": "cat"}, "ids": [1, 1.0]}, "$.ids: has equal items"),
+        ({"pet": {"kind": "cat"}, "place": [1, 2]}, "$.place[1]: 2 is not of type 'string'"),
+        ({"pet": {"kind": "cat"}, "notes": {"n": 1}}, "$.notes.n: 1 is not of type 'string'"),
+        ({"pet": {"kind": "cat"}, "b": 1, "a": 1}, "$: has an extra field 'b'"),
+        ({}, "$: 'pet' is a required property"),
+    ],
+)
+def test_what_pydantic_writes_is_a_schema(answer: Any, reason: str) -> None:
+    checker = {"kind": "json_schema", "schema": Visit.model_json_schema()}
+    validate(checker)
+    verdict = check(checker, prompt(), json.dumps(answer))
+    assert reason in verdict.reason and verdict.passed is (reason == "conforms")
+
+
+ITSELF: dict[str, Any] = {}
+ITSELF["not"] = ITSELF
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ([], "an object whose keys are strings is needed"),
+        ({"properties": {"a": {"requried": ["b"]}}}, "schema.properties.a: requried .*required"),
+        ({"then": {"anyOf": [{"tpye": "null"}]}}, "schema.then.anyOf.0: tpye .*did you mean type"),
+        ({"dependencies": {}}, "dependencies is not supported"),
+        ({"unevaluatedProperties": False}, "unevaluatedProperties is not supported"),
+        ({"items": {"$id": "http://example.org/a"}}, "schema.items: .id .*only at the root"),
+        ({"type": "text"}, "schema.type: 'text' is not among array, boolean"),
+        ({"items": [{}]}, "schema.items: "),
+        ({"properties": {"a": {"oneOf": []}}}, "schema.properties.a.oneOf: "),
+        ({"items": {"minimum": "1"}}, "schema.items.minimum: '1' is not of type 'number'"),
+        ({"properties": {"a": {"pattern": "("}}}, "schema.properties.a.*: '\\(' is not a"),
+        ({"patternProperties": {"(": {}}}, "'\\(' is not a"),
+        ({"required": "a"}, "schema.required: "),
+        ({"additionalProperties": {"type": "thing"}}, "schema.additionalProperties.type: "),
+        ({"properties": {1: {}}}, "keys are strings"),
+        ({"const": date(2026, 1, 1)}, "not JSON"),
+        ({"const": float("nan")}, "not JSON"),
+        (ITSELF, "Circular"),
+        ({"$ref": "#/x"}, "does not point to a schema in this document"),
+        ({"$ref": "#/const", "const": {}}, "does not point to a schema in this document"),
+        ({"$ref": "other.json"}, "does not point to a schema in this document"),
+        ({"$ref": "file:///etc/passwd"}, "does not point to a schema in this document"),
+        ({"items": {"$ref": "http://json-schema.org/schema"}}, "schema.items: .*does not point"),
+        ({"$dynamicRef": "#a"}, "dynamicRef is not supported"),
+        ({"$ref": "#"}, "without end"),
+        (
+            {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"not": {"$ref": "#/$defs/a"}}}},
+            "schema.*defs.a and schema.*defs.b and .*: refers to itself",
+        ),
+    ],
+)
+def test_a_schema_that_would_not_check_what_it_says_is_refused(schema: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        validate({"kind": "json_schema", "schema": schema})
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"items": {"$ref": "#/$defs/a~1b%20c"}, "$defs": {"a/b c": {"type": "integer"}}},
+        {"items": {"$ref": "#/prefixItems/0"}, "prefixItems": [{"type": "integer"}]},
+        {
+            "$schema": "http://json-schema.org/draft-07/schema#",
+            "$id": "https://example.org/list",
+            "items": {"$ref": "#/definitions/a"},
+            "definitions": {"a": {"type": "integer"}},
+        },
+    ],
+)
+def test_references_inside_a_schema_are_followed(schema: Any) -> None:
+    checker = {"kind": "json_schema", "schema": schema}
+    validate(checker)
+    assert passes(checker, "[1, 2]") and not passes(checker, '[1, "a"]')
+
+
+TREE = {"$ref": "#/$defs/node"}
+BRANCHES = [{"required": ["x"], "properties": {"c": TREE}}, {"properties": {"c": TREE}}]
+SLOW = "^(a|aa)+$"
+STRING = "a" * 80 + "b"
+
+
+@pytest.mark.parametrize(
+    ("schema", "answer", "passed"),
+    [
+        # two alternatives at each level, of which the first fails at the bottom only
+        ({**TREE, "$defs": {"node": {"anyOf": BRANCHES}}}, '{"c":' * 60 + "1" + "}" * 60, True),
+        ({"items": {"$ref": "#"}}, "[" * 60 + "]" * 60, True),
+        ({"items": {"$ref": "#"}}, "[" * 300 + "]" * 300, False),
+        ({"uniqueItems": True}, json.dumps([{"a": n} for n in range(20_000)]), True),
+        ({"multipleOf": 0.1}, "1e999", False),
+        ({"items": {"pattern": SLOW}}, json.dumps([STRING] * 100), None),
+        ({"patternProperties": {SLOW: True}}, json.dumps({STRING: 1}), None),
+        (
+            {"patternProperties": {SLOW: True}, "additionalProperties": False},
+            json.dumps({STRING: 1}),
+            None,
+        ),
+        ({"propertyNames": {"pattern": SLOW}}, json.dumps({STRING: 1}), None),
+    ],
+)
+def test_a_schema_is_checked_in_bounded_time(
+    schema: dict[str, Any], answer: str, passed: bool | None
+) -> None:
+    checker = {"kind": "json_schema", "schema": schema}
+    validate(checker)
+    started = time.thread_time()
+    assert check(checker, prompt(), answer).passed is passed
+    assert time.thread_time() - started < 4
+
+
+def test_a_pattern_that_takes_too_long_is_no_verdict() -> None:
+    verdict = check({"kind": "regex", "pattern": SLOW}, prompt(), STRING)
+    assert verdict.passed is None and "too long" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "passed"),
+    [
+        ("The answer is $\\frac{1}{2}$.", "1/2", True),
+        ("so x = 0.5", "\\frac{1}{2}", True),
+        ("\\boxed{2\\sqrt{2}}", "\\sqrt{8}", True),
+        ("$x^2 + 2x + 1$", "(x+1)^2", True),
+        ("it is 3", "4", False),
+        ("no idea", "4", False),
+    ],
+)
+def test_expressions_are_equal_however_they_are_written(
+    answer: str, reference: str, passed: bool
+) -> None:
+    assert check({"kind": "math"}, prompt(reference), answer).passed is passed
+
+
+def test_an_endless_expression_is_no_answer_and_is_not_shown(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    verdict = check({"kind": "math"}, prompt("4"), "\\boxed{" + "(" * 3000 + "}")
+    assert verdict.passed is False
+    assert "(((" not in "".join(capfd.readouterr())

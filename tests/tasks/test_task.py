@@ -1,0 +1,102 @@
+"""Tasks: the shipped ones load, and a wrong one ends with its file and its fault."""
+
+from pathlib import Path
+
+import pytest
+
+from distill.errors import DistillError, Exit
+from distill.tasks.task import fill, load_task, shipped
+
+SHIPPED = sorted(Path("configs/tasks").glob("*.yaml"))
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_tasks_load_by_name(path: Path) -> None:
+    task = load_task(path.stem)
+    assert task.name == path.stem
+    assert shipped(path.stem) == task
+
+
+def test_the_docs_task_loads(tmp_path: Path) -> None:
+    block = Path("docs/corpus.md").read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
+    task = load_task(write(tmp_path, block))
+    assert task.checker and task.teacher_view()
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_tasks_fence_the_document(path: Path) -> None:
+    task = load_task(path.stem)
+    for view in (task.student, task.teacher):
+        if view and "document.text" in view.user:
+            assert "<document>\n{{ document.text }}\n</document>" in view.user
+
+
+def test_the_tasks_of_the_quickstart() -> None:
+    keys = {"name": "string", "purpose": "string", "parameters": "[string]", "returns": "any"}
+    assert load_task("api_json").checker == {"kind": "json_object", "keys": keys}
+    assert load_task("example").reference == "{{ document.meta.name }}"
+    assert load_task("example").checker == {"kind": "python_code"}
+
+
+def test_the_teacher_may_have_only_a_longer_system_turn(tmp_path: Path) -> None:
+    task = load_task(write(tmp_path, "student: {user: '{{ prompt }}'}\nteacher: {system: Long.}"))
+    view = task.teacher_view()
+    assert task.name == "mine" and view is not None
+    assert (view.system, view.user) == ("Long.", "{{ prompt }}")
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("", "holds no task"),
+        ("student: {user: ''}", "student.user is empty"),
+        ("student: {user: '{{ x'}", "template line 1"),
+        ("student: {user: x}\nchecker: {kind: vibes}\nmetric: m", "kind must be one of"),
+        ("student: {user: x}\nchecker: {kind: number}", "metric and checker come together"),
+        ("student: {user: x}\nteachr: {user: x}", "teachr"),
+        ("metric: m", "student"),
+        ("student: {user: x", "mine.yaml:1"),
+    ],
+)
+def test_a_wrong_task_names_its_file_and_fault(tmp_path: Path, text: str, fault: str) -> None:
+    with pytest.raises(DistillError) as caught:
+        load_task(write(tmp_path, text))
+    assert caught.value.code == Exit.CONFIG
+    assert fault in str(caught.value) and "mine.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_task_is_a_config_fault() -> None:
+    with pytest.raises(DistillError) as caught:
+        load_task("no_such_task")
+    assert caught.value.code == Exit.CONFIG and "no_such_task" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ missing }}",
+        "{{ document.meta.missing }}",
+        "{{ document.__class__.__mro__ }}",
+        "{{ document.text.__globals__ }}",
+        "{{ 1 / 'a' }}",
+        "{{ 1 // 0 }}",
+        "{{ range(10**9) }}",
+    ],
+)
+def test_a_template_that_fails_or_breaks_out_is_one_line(template: str) -> None:
+    values = {"document": {"text": "t", "meta": {}}}
+    with pytest.raises(DistillError) as caught:
+        fill(template, "mine", values)
+    assert caught.value.code == Exit.CONFIG and "\n" not in str(caught.value)
+
+
+def test_a_document_is_not_a_template() -> None:
+    values = {"document": {"text": "{{ 7 * 7 }}{% raw %}", "meta": {}}}
+    assert fill("{{ document.text }}", "mine", values) == "{{ 7 * 7 }}{% raw %}"

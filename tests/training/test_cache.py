@@ -1,0 +1,191 @@
+"""The cache of distributions: what is read is what was written, and whatever is wrong with a file is found."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distill.config import Signals
+from distill.errors import DistillError, Exit
+from distill.training.soft_labels.cache import (
+    Cache,
+    Chunk,
+    Row,
+    Signal,
+    codes,
+    encode_chunk,
+    expected_bytes,
+)
+
+TEACHER = "f" * 32
+
+
+def made(tokens: int = 40, seed: int = 0, temperatures: int = 0) -> tuple[Signal, np.ndarray]:
+    """A signal of random distributions over ids up to 2^24, and its exact log-probabilities."""
+    random = np.random.default_rng(seed)
+    counts = random.integers(1, 9, tokens).astype(np.uint16)
+    rest = random.uniform(0, 0.2, tokens).astype(np.float32)
+    logs = []
+    for count, left in zip(counts, rest, strict=True):
+        weights = np.sort(random.dirichlet(np.full(count, 0.7)))[::-1] + 1e-5
+        logs.append(np.log(weights / weights.sum() * (1 - left)))
+    exact = np.concatenate(logs).astype(np.float32)
+    ids = random.integers(0, 1 << 24, len(exact)).astype(np.uint32)
+    tails = random.normal(size=(temperatures, tokens)).astype(np.float32)
+    return Signal(counts, ids, codes(exact, counts), rest, tails), exact
+
+
+def rows(*counts: int) -> list[Row]:
+    return [Row(f"{n:032x}", f"{n + 99:032x}", count) for n, count in enumerate(counts)]
+
+
+def test_a_token_s_probabilities_and_its_rest_sum_to_one():
+    signal, _ = made(200)
+    owners = np.repeat(np.arange(200), signal.counts_N)
+    sums = np.bincount(owners, np.exp(signal.logs().astype(np.float64)))
+    assert np.allclose(sums + signal.rest_N, 1, atol=1e-6)
+
+
+def test_what_is_read_back_is_within_a_half_step_and_a_single_id_is_exact():
+    signal, exact = made(200)
+    owners = np.repeat(np.arange(200), signal.counts_N)
+    assert np.abs(signal.logs() - exact)[signal.codes_E < 255].max() < 1 / 16
+    single = signal.counts_N[owners] == 1
+    assert single.any() and np.allclose(signal.logs()[single], exact[single], atol=1e-6)
+    probs, rest = np.exp(exact.astype(np.float64)), signal.rest_N
+    kl = np.bincount(owners, probs * (exact - signal.logs()))
+    assert abs(kl.mean()) < (1 / 16) ** 2 / 24 * 1.2 and (rest > 0).all()
+
+
+def test_one_token_that_has_all_the_mass():
+    signal = Signal(
+        *(np.array([1], np.uint16), np.array([7], np.uint32), np.zeros(1, np.uint8)),
+        np.zeros(1, np.float32),
+        np.zeros((0, 1), np.float32),
+    )
+    assert signal.logs().tolist() == [0.0]
+
+
+@pytest.mark.parametrize("temperatures", [0, 2])
+def test_a_cache_gives_back_what_was_put_in(tmp_path, temperatures):
+    signal, _ = made(40, temperatures=temperatures)
+    cache = Cache.open(tmp_path, TEACHER)
+    cache.append(rows(10, 0, 25, 5), signal)
+    found = Cache.open(tmp_path, TEACHER).read(rows(10, 0, 25, 5))
+    whole = Signal.join([found[row.example] for row in rows(10, 0, 25, 5)])
+    for name in ("counts_N", "ids_E", "codes_E", "rest_N", "tails_TN"):
+        one, other = getattr(whole, name), getattr(signal, name)
+        assert one.dtype == other.dtype and np.array_equal(one, other), name
+
+
+def test_chunks_follow_each_other_and_only_what_is_asked_is_returned(tmp_path):
+    cache = Cache.open(tmp_path, TEACHER)
+    first, second = rows(4, 6), [Row("a" * 32, "b" * 32, 5)]
+    cache.append(first, made(10)[0])
+    cache.append(second, made(5, seed=1)[0])
+    assert [path.name for path in sorted(cache.folder.iterdir())] == [
+        "00000001.signals",
+        "00000002.signals",
+    ]
+    found = Cache.open(tmp_path, TEACHER).read([first[1], *second])
+    assert list(found) == [first[1].example, "a" * 32]
+    assert np.array_equal(found["a" * 32].ids_E, made(5, seed=1)[0].ids_E)
+
+
+def test_a_row_that_is_missing_or_stands_for_other_tokens_is_an_error(tmp_path):
+    cache = Cache.open(tmp_path, TEACHER)
+    cache.append(rows(4, 6), made(10)[0])
+    with pytest.raises(DistillError, match=r"no signal of example c+ \(--redo signals"):
+        cache.check([Row("c" * 32, "", 1)])
+    with pytest.raises(DistillError, match="00000001.signals: example .* other tokens") as fault:
+        cache.check([rows(4)[0]._replace(tokens="d" * 32)])
+    assert fault.value.code == Exit.STATE
+
+
+def test_every_cut_and_every_flipped_byte_is_found_with_its_file(tmp_path):
+    whole = encode_chunk(TEACHER, rows(3, 2), made(5)[0])
+    path = tmp_path / "signals" / TEACHER / "00000001.signals"
+    path.parent.mkdir(parents=True)
+    damaged = [whole[:length] for length in range(len(whole))]
+    damaged += [whole[:n] + bytes([whole[n] ^ 1]) + whole[n + 1 :] for n in range(len(whole))]
+    for data in [*damaged, whole + b"x"]:
+        path.write_bytes(data)
+        with pytest.raises(DistillError, match=r"00000001.signals: .*\(\S+") as fault:
+            Cache.open(tmp_path, TEACHER).read(rows(3, 2))
+        assert fault.value.code == Exit.STATE
+    path.write_bytes(whole)
+    assert Cache.open(tmp_path, TEACHER).read(rows(3, 2))
+
+
+def test_a_chunk_of_another_teacher_or_of_a_newer_format_is_refused(tmp_path):
+    path = tmp_path / "signals" / TEACHER / "00000001.signals"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(encode_chunk("0" * 32, rows(5), made(5)[0]))
+    with pytest.raises(DistillError, match="another teacher"):
+        Cache.open(tmp_path, TEACHER)
+    path.write_bytes(encode_chunk(TEACHER, rows(5), made(5)[0]).replace(b" 1 ", b" 2 ", 1))
+    with pytest.raises(DistillError, match="newer"):
+        Chunk.open(path)
+
+
+def test_a_full_disk_is_one_line_and_what_was_there_stays(tmp_path, monkeypatch):
+    cache = Cache.open(tmp_path, TEACHER)
+    cache.append(rows(5), made(5)[0])
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("there is no /dev/full")
+    opened = Path.open
+
+    def fills_up(path, mode="r", *words, **named):
+        return opened(full if path.suffix == ".tmp" else path, mode, *words, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", fills_up)
+        with pytest.raises(DistillError, match="No space left.*free space") as fault:
+            cache.append([Row("a" * 32, "b" * 32, 5)], made(5)[0])
+    assert fault.value.code == Exit.STATE
+    assert list(Cache.open(tmp_path, TEACHER).read(rows(5))) == [rows(5)[0].example]
+
+
+KILLED = """
+import os, sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from distill.training.soft_labels.cache import Cache, Row
+from tests.training.test_cache import TEACHER, made
+at, count = int(sys.argv[2]), 0
+for name in ("open", "fsync", "replace"):
+    def wrapped(*words, _real=getattr(os, name), **named):
+        global count
+        count += 1
+        if count == at:
+            os._exit(9)
+        return _real(*words, **named)
+    setattr(os, name, wrapped)
+cache = Cache.open(Path(sys.argv[1]), TEACHER)
+for number in range(3):
+    cache.append([Row(f"{{number:032x}}", "t", 5)], made(5, seed=number)[0])
+    print(number, flush=True)
+"""
+
+
+def test_killed_at_any_call_to_the_disk_no_finished_chunk_is_lost(tmp_path):
+    script = KILLED.format(root=str(Path(__file__).parent.parent.parent))
+    for at in (1, 2, 4, 6):
+        folder = tmp_path / str(at)
+        command = [sys.executable, "-c", script, str(folder), str(at)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        finished = [int(line) for line in done.stdout.split()]
+        cache = Cache.open(folder, TEACHER)
+        found = cache.read([Row(f"{number:032x}", "t", 5) for number in finished])
+        for number in finished:
+            assert np.array_equal(found[f"{number:032x}"].ids_E, made(5, seed=number)[0].ids_E)
+
+
+def test_the_estimate_grows_with_p_and_is_bounded_by_k():
+    assert expected_bytes(1000, Signals(p=0.99)) < expected_bytes(1000, Signals())
+    assert expected_bytes(10, Signals(p=0.999999, k=8)) == expected_bytes(
+        10, Signals(p=0.9999999, k=8)
+    )

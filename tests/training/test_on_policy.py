@@ -1,0 +1,210 @@
+"""On-policy rounds: the student's own answers, read by the teacher, trained on, and to the same bits after a kill."""
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from distill.cli import main
+from distill.config import Config
+from distill.errors import DistillError, Exit
+from distill.generation.filters import CONTAMINATED, Dropped
+from distill.pipeline import STAGES
+from distill.records import Pair
+from distill.storage.run_folder import Run
+from distill.storage.store import read_json, read_records, sha256_file, write_records
+from distill.training import train
+from distill.training.adapters import WEIGHTS
+from distill.training.soft_labels import on_policy
+from distill.training.soft_labels.cache import Cache
+from distill.verify import verify
+from tests.evaluation.test_suites import make_suite
+from tests.publishing.test_publish import BASE
+from tests.support.fake_hub import fake_hub, use_hub
+from tests.support.tiny import make_tiny
+from tests.test_verify import write_config
+from tests.training.test_capture import make_run as make_captured
+from tests.training.test_labels import SETTINGS
+from tests.training.test_train import killed_at
+
+OWN = {"rounds": 2, "prompts": 5, "max_new_tokens": 12, "learning_rate": 1e-2}
+
+
+def make_run(folder: Path, name: str = "run", **changes) -> Run:
+    """A trained run in float32 with rounds before it, and all its prompts in prompts.jsonl."""
+    small = {"tokens_per_step": 150, "micro_batch_tokens": 100}
+    made = {"train": {**SETTINGS, **small, "loss": {}, "num_train_epochs": 1}, "on_policy": OWN}
+    run = make_captured(folder, name, **{**made, **changes})
+    pairs = read_records(run.path("dataset/train.jsonl"), Pair)
+    write_records(run.path("prompts.jsonl"), [pair.prompt for pair in pairs])
+    write_records(run.path("dropped.jsonl"), [])
+    train.main(run.config, run)
+    return run
+
+
+def outcome(run: Run) -> dict[str, object]:
+    """All that must be equal after a kill: weights, losses and answers of each round."""
+    found: dict[str, object] = {}
+    for number in (1, 2):
+        folder = run.path(f"refined/round-{number}")
+        told = read_json(folder / "training.json")
+        rows = [{k: v for k, v in row.items() if k != "seconds"} for row in told["history"]]
+        found[f"{number} history"] = rows
+        found[f"{number} validation"] = told["validation"]
+        pairs = read_records(folder / "dataset/train.jsonl", Pair)
+        found[f"{number} answers"] = [(p.prompt.id, p.response.text) for p in pairs]
+        found[f"{number} weights"] = sha256_file(folder / "adapter" / WEIGHTS)
+    return found
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    run = make_run(folder)
+    on_policy.main(run.config, run)
+    return folder, run
+
+
+def test_each_round_answers_with_the_student_before_it_and_trains_it_on(unbroken):
+    _, run = unbroken
+    asked, weights = [], [sha256_file(run.path("adapter") / WEIGHTS)]
+    for number in (1, 2):
+        each = on_policy.Round(run, number)
+        pairs = read_records(each.path("dataset/train.jsonl"), Pair)
+        assert 0 < len(pairs) <= 5
+        assert all(p.response.usage.output_tokens <= 12 for p in pairs)
+        asked.append({p.prompt.id for p in pairs})
+        weights.append(sha256_file(each.path("adapter") / WEIGHTS))
+        facts = json.loads(next(each.path("checkpoints").glob("*/manifest.json")).read_text())
+        assert facts["run"]["start"] == weights[number - 1]
+        history = read_json(each.path("training.json"))["history"]
+        assert all(row["loss"] == row["jsd"] and "ce" not in row for row in history)
+        row = read_json(run.path("refined/training.json"))["rounds"][number - 1]
+        assert 0 < row["best_step"] == row["adapter_step"] <= row["steps"]
+    assert len(set(weights)) == 3 and asked[0] != asked[1]
+    told = read_json(run.trained("training.json"))
+    assert told["adapter_sha256"] == weights[2] == sha256_file(run.trained("adapter") / WEIGHTS)
+
+
+def test_the_first_step_starts_from_the_adapter_that_was_trained(tmp_path):
+    run = make_run(tmp_path, on_policy={**OWN, "rounds": 1, "learning_rate": 1e-12})
+    on_policy.main(run.config, run)
+    before = load_file(run.path("adapter") / WEIGHTS)
+    after = load_file(run.trained("adapter") / WEIGHTS)
+    assert all(torch.allclose(before[name], after[name], atol=1e-9) for name in before)
+    assert any(t.abs().max() > 0 for name, t in before.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("call", [1, 6, 17])
+def test_a_killed_round_goes_on_to_the_same_bits(unbroken, call):
+    folder, whole = unbroken
+    name = f"kill{call}"
+    shutil.copytree(whole.folder, folder / "runs" / name, ignore=shutil.ignore_patterns("refined"))
+    run = Run(whole.config.model_copy(update={"name": name, "store": folder / f"store{call}"}))
+    with killed_at(call):
+        on_policy.main(run.config, run)
+    on_policy.main(run.config, run)
+    assert outcome(run) == outcome(whole)
+
+
+def test_a_round_that_is_done_asks_and_reads_nothing_again(unbroken, monkeypatch):
+    _, run = unbroken
+    monkeypatch.setattr(on_policy, "answer_all", None)
+    monkeypatch.setattr(Cache, "append", None)
+    before = outcome(run)
+    on_policy.main(run.config, run)
+    assert outcome(run) == before
+
+
+def test_the_teacher_s_rounds_bring_the_student_nearer_to_it(tmp_path):
+    run = make_run(tmp_path, on_policy={**OWN, "rounds": 1, "prompts": 9, "max_new_tokens": 40})
+    on_policy.main(run.config, run)
+    [told] = read_json(run.trained("training.json"))["rounds"]
+    first, *_, last = told["validation"]
+    assert last["jsd"] < first["jsd"]
+
+
+def test_prompts_whose_answer_was_dropped_are_asked_but_none_that_leaks(tmp_path):
+    run = make_captured(tmp_path, on_policy=OWN)
+    pairs = read_records(run.path("dataset/train.jsonl"), Pair)
+    kept, wrong, leaking, other = pairs[:6], pairs[6], pairs[7], pairs[8]
+    write_records(run.path("dataset/train.jsonl"), kept)
+    write_records(run.path("prompts.jsonl"), [pair.prompt for pair in pairs])
+    rows = [
+        dropped(wrong, "train", "not the reference's number"),
+        dropped(leaking, "train", CONTAMINATED),
+        dropped(other, "validation", "empty"),
+    ]
+    write_records(run.path("dropped.jsonl"), rows)
+    found = {prompt.id for prompt in on_policy.training_prompts(run)}
+    assert found == {pair.prompt.id for pair in [*kept, wrong]}
+
+
+def dropped(pair: Pair, split: str, reason: str) -> Dropped:
+    prompt, response = pair.prompt, pair.response
+    return Dropped.model_validate(
+        {
+            **{"prompt_id": prompt.id, "response_id": response.id, "task": prompt.task},
+            **{"split": split, "reason": reason, "text": response.text},
+        }
+    )
+
+
+def test_another_tokenizer_stops_before_anything_is_asked(tmp_path):
+    from tests.training.test_labels import other_tokenizer
+
+    run = make_run(tmp_path)
+    other_tokenizer(run)
+    with pytest.raises(DistillError, match="have different tokenizers") as fault:
+        on_policy.main(run.config, run)
+    assert fault.value.code == Exit.CONFIG
+
+
+def test_a_whole_run_evaluates_verifies_and_publishes_the_refined_student(tmp_path):
+    files = {p.name: p.read_bytes() for p in make_tiny(tmp_path / "base").iterdir()}
+    with fake_hub() as hub, pytest.MonkeyPatch.context() as patch:
+        hub.add(BASE, files)
+        use_hub(patch, hub, tmp_path / "hub")
+        config = write_config(tmp_path, make_suite(tmp_path / "suite"))
+        text = config.read_text() + (
+            f"signals: {{model: {BASE}, dtype: float32}}\nterms: {{basis: a test of our own}}\n"
+            "on_policy: {rounds: 1, prompts: 4, max_new_tokens: 8}\n"
+        )
+        config.write_text(text)
+        with contextlib.chdir(tmp_path):
+            assert main(["run", str(config)]) == 0
+            assert main(["publish", "runs/tiny", "--override", "a test"]) == 0
+            checks = verify(Path("runs/tiny"))
+            assert main(["run", str(config), "on_policy.prompts=3"]) == Exit.STATE
+            assert main(["run", str(config), "on_policy.prompts=3", "--redo", "refine"]) == 0
+    run = tmp_path / "runs/tiny"
+    assert not [check for check in checks if check.state in ("differs", "missing")], checks
+    assert "then on policy: 1 rounds" in (run / "release/README.md").read_text()
+    card = read_json(run / "scorecard.json")
+    assert card["training"]["on_policy"][0]["answers"] <= 3
+    assert card["models"]["student"]["adapter_sha256"] == sha256_file(
+        run / "refined/adapter" / WEIGHTS
+    )
+    redone = read_json(run / "stages/train.json")["at"]
+    assert redone < read_json(run / "stages/refine.json")["at"]
+    ledger = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    assert sum(row["input_tokens"] for row in ledger if row["stage"] == "refine") > 0
+
+
+def test_no_rounds_no_stage():
+    stage = next(stage for stage in STAGES if stage.name == "refine")
+    tree = {
+        "name": "x",
+        "corpus": {"source": "python-docs"},
+        "teacher": {"model": "a"},
+        "student": {"model": "b"},
+    }
+    assert not stage.applies(Config.model_validate(tree))
+    assert stage.applies(Config.model_validate({**tree, "on_policy": {"rounds": 1}}))
+    with pytest.raises(ValueError, match="on_policy has rounds, which a local teacher must read"):
+        recorded = {"teacher": {"kind": "recorded"}, "on_policy": {"rounds": 1}}
+        Config.model_validate({**tree, **recorded})

@@ -1,0 +1,435 @@
+"""Signals from a server: what it says of a text becomes what the local teacher would have said, and is paid once."""
+
+import json
+import math
+import re
+import shutil
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from distill.cli import main
+from distill.config import Config, Signals
+from distill.config_file import load_config
+from distill.errors import DistillError, Exit
+from distill.models.registry import load_model, load_tokenizer
+from distill.pipeline import STAGES
+from distill.records import Document, Message, Prompt
+from distill.responders.endpoint.budget import account
+from distill.storage.run_folder import Run
+from distill.storage.store import Log, write_json, write_records
+from distill.training.soft_labels import capture, labels, prompt_logprobs
+from distill.training.soft_labels.cache import Cache
+from tests.planning.test_plan import ROOT, shown
+from tests.support.buying import KEY
+from tests.support.fake_teacher import PRICE, FakeTeacher, Reply, Script
+from tests.support.tiny import make_tiny, make_tokenizer
+from tests.training.test_capture import SOFT, captured, dataset, make_run
+
+SERVED = "tiny-served"
+
+
+class Scorer:
+    """Scores texts with a model in this process, as vLLM answers `prompt_logprobs`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model, self.tokenizer = load_model(str(folder), "float32"), load_tokenizer(str(folder))
+        self.texts = [self.tokenizer.decode([i]) for i in range(len(self.tokenizer))]
+        self.known: dict[Any, list[Any]] = {}
+        self.most = 64
+
+    def places(self, ids: list[int], k: int) -> list[Any]:
+        """What the model lists at each token: the k likeliest and the token itself; nothing at the first."""
+        if (key := (tuple(ids), k)) not in self.known:
+            self.known[key] = [None, *self._lists(ids, k)]
+        return self.known[key]
+
+    @torch.no_grad()
+    def _lists(self, ids: list[int], k: int) -> list[Any]:
+        logits_NV = self.model(input_ids=torch.tensor([ids])).logits[0, :-1, : len(self.texts)]
+        logs_NV = torch.log_softmax(logits_NV.float(), -1)
+        ranks_NV = logs_NV.argsort(descending=True).argsort() + 1
+        top_NK = logs_NV.topk(k).indices.tolist()
+        listed = ({*top, token} for top, token in zip(top_NK, ids[1:], strict=True))
+        rows = zip(listed, logs_NV.tolist(), ranks_NV.tolist(), strict=True)
+        return [{str(i): self._one(i, logs[i], ranks[i]) for i in own} for own, logs, ranks in rows]
+
+    def _one(self, i: int, log: float, rank: int) -> dict[str, Any]:
+        return {"logprob": log, "rank": rank, "decoded_token": self.texts[i]}
+
+    def __call__(self, number: int, payload: dict[str, Any]) -> Reply:
+        ids, k = payload["prompt"], payload["prompt_logprobs"]
+        if k > self.most:
+            what = (
+                f"Requested prompt logprobs of {k}, which is greater than max allowed: {self.most}"
+            )
+            return refused(400, what)
+        return scored(ids, self.places(ids, k))
+
+
+def refused(status: int, message: str) -> Reply:
+    """A refusal as vLLM words it."""
+    body = {"error": {"message": message, "type": "BadRequestError", "param": None, "code": status}}
+    return Reply(status=status, body=json.dumps(body).encode(), billed=False)
+
+
+def scored(ids: list[int], places: list[Any] | None) -> Reply:
+    """A reply that holds `places`."""
+    choice = {"index": 0, "text": "x", "logprobs": None, "finish_reason": "length"}
+    body = {
+        "id": "cmpl-1",
+        "object": "text_completion",
+        "created": 1,
+        "model": SERVED,
+        "choices": [{**choice, "prompt_logprobs": places}],
+        "usage": {"prompt_tokens": len(ids), "total_tokens": len(ids) + 1, "completion_tokens": 1},
+    }
+    return Reply(body=json.dumps(body).encode(), billed=True)
+
+
+def endpoint(server: FakeTeacher, **changes: Any) -> dict[str, Any]:
+    own = {"kind": "endpoint", "model": SERVED, "base_url": server.url, "initial_backoff": 0.01}
+    return {**own, "max_retries": 2, "concurrency": 3, **changes}
+
+
+def make_remote(folder: Path, server: FakeTeacher, name: str = "far", **signals: Any) -> Run:
+    """The run of the capture's tests, read by a server."""
+    asked = {"endpoint": endpoint(server), "p": 0.9, "k": 12, **signals}
+    return make_run(folder, name, signals=asked)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher and a student, made once."""
+    folder = tmp_path_factory.mktemp("models")
+    make_run(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scores(models: Path) -> Scorer:
+    return Scorer(models / "teacher")
+
+
+@pytest.fixture
+def scorer(models: Path, scores: Scorer, tmp_path: Path) -> Scorer:
+    """What a server says in this test, whose folder has the models."""
+    for name in ("teacher", "model"):
+        shutil.copytree(models / name, tmp_path / name)
+    scores.most = 64
+    return scores
+
+
+def test_a_server_s_lists_become_what_the_local_teacher_s_are(tmp_path, scorer):
+    rows, near = captured(make_run(tmp_path, signals={"p": 0.9, "k": 40}))
+    with FakeTeacher(scorer) as server:
+        run = make_remote(tmp_path, server, k=40)
+        same, far = captured(run)
+    assert same == rows and near.folder != far.folder
+    one, other = (cache.read(list(rows.values())) for cache in (near, far))
+    for name in one:
+        assert np.array_equal(one[name].counts_N, other[name].counts_N)
+        assert np.abs(one[name].rest_N - other[name].rest_N).max() < 1e-5
+        assert np.abs(one[name].logs() - other[name].logs()).max() < 0.07
+        assert (one[name].ids_E == other[name].ids_E).mean() > 0.99  # but for ties
+    assert len(server.payloads) == len(dataset(run)) == 12
+    assert server.payloads[0].keys() == {
+        *("model", "prompt", "prompt_logprobs", "max_tokens", "temperature")
+    }
+
+
+def kept_dollars(run: Run) -> Decimal:
+    with Log(run.config.store_folder() / "responses", writable=False) as log:
+        return account(log, PRICE).settled
+
+
+def signals_stage(run: Run) -> None:
+    run.perform(next(stage for stage in STAGES if stage.name == "signals"))
+
+
+def failing(run: Run, match: str, code: Exit = Exit.TEACHER) -> None:
+    with pytest.raises(DistillError, match=match) as fault:
+        signals_stage(run)
+    assert fault.value.code == code and "\n" not in str(fault.value)
+
+
+def test_the_signals_of_a_server_are_trained_on_as_any_others(tmp_path, scorer):
+    with FakeTeacher(scorer) as server:
+        run = make_remote(tmp_path, server)
+        signals_stage(run)
+    _, examples = capture.supervised(run.config, run)
+    soft = labels.load_labels(run.config, run, examples, len(scorer.tokenizer))
+    targets = soft.targets([e.response_id for e in examples], "cpu")
+    assert targets.rest_N.min() >= 0 and torch.isfinite(targets.logprobs_M).all()
+    made = json.loads(run.path("signals.json").read_text())["teacher"]
+    assert (made["endpoint"], made["served"]) == (server.url, SERVED) and "weights" not in made
+    near = make_run(tmp_path, "far")
+    with pytest.raises(DistillError, match="another teacher or setting"):
+        labels.load_labels(near.config, near, examples, len(scorer.tokenizer))
+
+
+def test_a_server_that_lists_too_few_is_asked_once_and_its_flag_is_named(tmp_path, scorer):
+    scorer.most = 10
+    with FakeTeacher(scorer) as server:
+        run = make_remote(tmp_path, server)
+        failing(run, r"Requested prompt logprobs of 12, .* \(start vLLM with --max-logprobs")
+        assert len(server.payloads) == 1 and server.bill == 0
+        scorer.most = 12
+        signals_stage(run)
+    assert len(server.payloads) == 13
+
+
+def test_what_broke_off_goes_on_with_what_is_left_and_nothing_is_paid_twice(tmp_path, scorer):
+    down = {"now": True}
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        broken = down["now"] and number >= 5
+        return Reply(manner="reset", billed=False) if broken else scorer(number, payload)
+
+    with FakeTeacher(script) as server:
+        run = make_remote(tmp_path, server)
+        failing(run, r"answer \w+ has no reply: the connection broke.*and \d others have none")
+        paid = dict(server.bills)
+        down["now"] = False
+        signals_stage(run)
+    assert len(paid) == 5 and all(count == 1 for count in server.bills.values())
+    assert len(server.bills) == 12 and all(server.asked[text] == 1 for text in paid)
+
+
+def test_what_was_paid_for_survives_a_stop_before_the_cache_has_it(tmp_path, scorer, monkeypatch):
+    def stop(*words: Any) -> None:
+        raise KeyboardInterrupt
+
+    with FakeTeacher(scorer) as server:
+        run = make_remote(tmp_path, server)
+        with monkeypatch.context() as patch:
+            patch.setattr(Cache, "append", stop)
+            with pytest.raises(KeyboardInterrupt):
+                signals_stage(run)
+        assert len(server.payloads) == 1
+        signals_stage(run)
+        captured(make_remote(tmp_path, server, "other", p=0.5))  # other lists of the same replies
+    assert len(server.payloads) == 12
+
+
+def test_a_reply_without_distributions_is_found_at_the_first_and_asked_again(tmp_path, scorer):
+    script: dict[str, Script] = {"now": lambda number, payload: scored(payload["prompt"], None)}
+    with FakeTeacher(lambda *words: script["now"](*words)) as server:
+        run = make_remote(tmp_path, server)
+        failing(run, r"cannot be used: it holds no prompt_logprobs.*same command asks again")
+        assert len(server.payloads) == 1
+        script["now"] = scorer
+        signals_stage(run)
+    assert len(server.payloads) == 13 and server.bill == kept_dollars(run) > 0
+
+
+def test_a_server_of_another_tokenizer_is_found_at_the_first(tmp_path, scorer):
+    words = [f"word{n}" for n in range(600)]
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        _, *places = scorer.places(payload["prompt"], 5)
+        other = [{i: {**o, "decoded_token": words[int(i)]} for i, o in p.items()} for p in places]
+        return scored(payload["prompt"], [None, *other])
+
+    with FakeTeacher(script) as server:
+        failing(make_remote(tmp_path, server), "its tokenizer is another: id .* is 'word")
+    assert len(server.payloads) == 1
+
+
+def test_a_named_tokenizer_must_be_the_student_s(tmp_path, scorer):
+    make_tokenizer(("extra",)).save_pretrained(make_tiny(tmp_path / "foreign"))
+    with FakeTeacher(scorer) as server:
+        run = make_remote(tmp_path, server, tokenizer=str(tmp_path / "foreign"))
+        failing(run, "different tokenizers", Exit.CONFIG)
+        captured(make_remote(tmp_path, server, "named", tokenizer=str(tmp_path / "teacher")))
+        assert len(server.payloads) == 12
+
+
+def test_a_key_is_sent_and_never_kept(tmp_path, scorer, monkeypatch, capsys):
+    monkeypatch.setenv("READER_KEY", KEY)
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        return refused(401, f"no such key: {KEY}") if number == 0 else scorer(number, payload)
+
+    with FakeTeacher(script) as server:
+        run = make_remote(tmp_path, server, endpoint=endpoint(server, api_key_env="READER_KEY"))
+        failing(run, r"401: no such key: \[key\]")
+        assert len(server.payloads) == 1
+        signals_stage(run)
+    assert all(headers["authorization"] == f"Bearer {KEY}" for headers in server.headers)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files and not any(KEY.encode() in path.read_bytes() for path in files)
+    assert KEY not in "".join(capsys.readouterr())
+
+
+def test_a_budget_holds_for_signals_and_raising_it_goes_on(tmp_path, scorer):
+    prices = tmp_path / "prices.json"
+    row = {**PRICE.model_dump(mode="json"), "model": SERVED, "date": "2026-11-01"}
+    prices.write_text(json.dumps({"tokens": [row]}))
+
+    def limited(server: FakeTeacher, dollars: str) -> Run:
+        asked = {"endpoint": endpoint(server, budget_dollars=dollars), "p": 0.9, "k": 12}
+        return make_run(tmp_path, "far", signals=asked, evaluation={"prices": str(prices)})
+
+    with FakeTeacher(scorer) as server:
+        failing(limited(server, "0.003"), "above the limit of", Exit.BUDGET)
+        assert 0 < len(server.payloads) < 12 and server.bill <= Decimal("0.003")
+        run = limited(server, "9")
+        signals_stage(run)
+    assert len(server.payloads) == 12
+    entries = [entry for entry in run.ledger() if entry.stage == "signals"]
+    assert sum(e.dollars or 0 for e in entries) == server.bill == kept_dollars(run)
+    assert sum(entry.attempts for entry in entries) == 12
+
+
+def test_the_teacher_that_answers_at_an_address_is_the_one_that_reads(tmp_path, scorer):
+    with FakeTeacher(scorer) as server:
+        run = make_run(tmp_path, "far", teacher=endpoint(server, extra_body={"seed": 3}))
+        captured(run)
+    assert len(server.payloads) == 12 and "seed" not in server.payloads[0]
+    assert {payload["prompt_logprobs"] for payload in server.payloads} == {64}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"signals": {"temperatures": [2.0]}}, "temperature 1 only"),
+        ({"train": {"loss": {**SOFT, "temperature": 2.0}}}, "temperature 1 only"),
+        ({"signals": {"method": "sampled"}}, "no endpoint gives"),
+        ({"train": {"loss": {**SOFT, "teacher": "live"}}}, "needs a local teacher"),
+        ({"on_policy": {"rounds": 1}}, "needs a local teacher"),
+        ({"signals": {"model": "some/model"}}, "either model"),
+        ({"signals": {"endpoint": {"kind": "local", "model": "m"}}}, "of kind: endpoint"),
+    ],
+)
+def test_what_no_server_can_do_is_said_with_the_config(changes, message):
+    far = {"kind": "endpoint", "model": "m", "base_url": "https://example.org/v1"}
+    tree = {
+        "name": "x",
+        "corpus": {"source": "python-docs"},
+        "teacher": {"model": "some/teacher"},
+        "student": {"model": "some/student"},
+        "train": {"loss": SOFT},
+        **changes,
+    }
+    tree["signals"] = {"endpoint": far, **changes.get("signals", {})}
+    with pytest.raises(ValueError, match=message):
+        Config.model_validate(tree)
+
+
+def test_a_host_whose_terms_forbid_it_is_sent_nothing(tmp_path):
+    far = {"kind": "endpoint", "model": "gpt-4o", "base_url": "https://api.openai.com/v1"}
+    run = make_run(tmp_path, signals={"endpoint": far}, terms={})
+    failing(run, "forbidden by", Exit.TERMS)
+
+
+def test_a_run_finds_before_it_pays_that_the_server_tells_nothing(tmp_path, scorer, capsys):
+    with FakeTeacher(lambda number, payload: refused(404, "no such path")) as server:
+        run = make_remote(tmp_path, server)
+        write_json(tmp_path / "c.json", run.config.resolved())
+        assert main(("run", str(tmp_path / "c.json"))) == Exit.TEACHER
+        assert not run.path("documents.jsonl").exists() and server.paths == ["/v1/completions"]
+        server.script = scorer
+        for _ in range(2):  # the short text is paid once
+            prompt_logprobs.probe(run.config, scorer.tokenizer)
+        assert len(server.payloads) == 2 and "404" in capsys.readouterr().err
+        document = Document.make("text", "x", {"split": "train"})
+        prompt = Prompt.make((Message(role="user", content="why?"),), document.id, "chat")
+        write_records(run.path("documents.jsonl"), [document])
+        write_records(run.path("prompts.jsonl"), [prompt])
+        run.perform(next(stage for stage in STAGES if stage.name == "generate"))
+        signals_stage(run)
+    local, far = run.ledger()  # each stage's tokens are its own
+    assert (local.attempts, far.attempts) == (0, 14) and local.output_tokens > 0
+    assert far.input_tokens == sum(len(payload["prompt"]) for payload in server.payloads[1:])
+
+
+def test_the_plan_says_what_a_server_must_list_and_what_reading_costs(tmp_path):
+    prices = tmp_path / "prices.json"
+    row = {**PRICE.model_dump(mode="json"), "model": SERVED, "date": "2026-11-01"}
+    prices.write_text(json.dumps({"tokens": [row]}))
+    far = f"{{kind: endpoint, model: {SERVED}, base_url: 'http://127.0.0.1:9/v1'}}"
+    words = [f"corpus.path={ROOT / 'data/gsm8k/sample.jsonl'}", f"evaluation.prices={prices}"]
+    words += [f"signals.endpoint={far}", "train.loss={ce: 0.5, forward_kl: 0.5}"]
+    told = shown(load_config(ROOT / "configs/gsm8k.yaml", words))
+    assert re.search(r"read once by a server, 64 ids a token, \$\d", told)
+
+
+def place(*chances: float, first: int = 0) -> dict[int, tuple[float, str | None]]:
+    return {first + n: (math.log(chance), None) for n, chance in enumerate(chances)}
+
+
+def test_the_likeliest_that_hold_p_are_listed_and_the_rest_is_what_they_lack():
+    settings = Signals(p=0.8, k=3)
+    far_off = {**place(0.5, 0.25, 0.1), 9: (math.log(1e-4), None)}  # the text's own, at rank 10
+    places = [place(0.7, 0.2), far_off, place(0.3, 0.3, 0.2, 0.1), place(1 - 1e-9, 2e-9)]
+    signal = prompt_logprobs.to_signal(places, (0, 1, 1, 1), settings, 300)
+    assert signal.counts_N.tolist() == [3, 3, 1]
+    assert signal.ids_E.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert signal.rest_N == pytest.approx([0.15, 0.2, 1e-9], abs=1e-6)
+    assert np.exp(signal.logs()[:3]) == pytest.approx([0.5, 0.25, 0.1], rel=0.04)
+
+
+def test_ids_that_no_text_has_and_what_cannot_be_are_not_listed():
+    odd = {**place(0.5, 0.2), 300: (math.log(0.25), None), 7: (-9999.0, None)}
+    signal = prompt_logprobs.to_signal([odd], (1.0,), Signals(p=0.999, k=8), 300)
+    assert signal.ids_E.tolist() == [0, 1] and signal.rest_N == pytest.approx([0.3], abs=1e-6)
+    over = prompt_logprobs.to_signal([place(0.6, 0.4000003)], (1.0,), Signals(), 300)
+    assert over.rest_N.tolist() == [0]
+
+
+GOOD: list[Any] = [None, {"5": {"logprob": -0.1, "rank": 1, "decoded_token": "a"}}]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, "holds no prompt_logprobs"),
+        ("x", "holds no prompt_logprobs"),
+        (GOOD[:1], "of 1 tokens, the text has 2"),
+        ([*GOOD, None], "of 3 tokens, the text has 2"),
+        ([None, {"6": GOOD[1]["5"]}], "does not list token 1"),
+        ([None, None], "does not list token 1"),
+        ([None, ["5"]], "cannot be read"),
+        ([None, {"5": -0.1}], "cannot be read"),
+        ([None, {"x": GOOD[1]["5"]}], "cannot be read"),
+        ([None, {"5": {"logprob": None}}], "cannot be read"),
+        ([None, {"5": {"logprob": "low"}}], "cannot be read"),
+        ([None, {"5": {"logprob": 3.5}}], "cannot be read"),
+        ([None, {"5": GOOD[1]["5"], "-1": GOOD[1]["5"]}], "cannot be read"),
+        ([None, {"5": GOOD[1]["5"], "99999999": GOOD[1]["5"]}], "cannot be read"),
+    ],
+)
+def test_a_reply_that_cannot_be_read_says_why(given, message):
+    body = json.dumps({"choices": [{"prompt_logprobs": given}]}).encode()
+    with pytest.raises(ValueError, match=message):
+        prompt_logprobs.prompt_logprobs(body, (3, 5))
+    whole = json.dumps({"choices": [{"prompt_logprobs": GOOD}]}).encode()
+    assert prompt_logprobs.prompt_logprobs(whole, (3, 5))[1] == {5: (-0.1, "a")}
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"choices": []}', b'{"choices": [1]}', b"{"])
+def test_a_body_of_another_shape_says_why(body):
+    with pytest.raises(ValueError):
+        prompt_logprobs.prompt_logprobs(body, (3, 5))
+
+
+def test_probabilities_of_more_than_one_are_refused_with_the_server_s_flag():
+    with pytest.raises(ValueError, match="--logprobs-mode raw_logprobs"):
+        prompt_logprobs.to_signal([place(0.9, 0.8)], (1.0,), Signals(), 300)
+
+
+def test_tokens_are_held_against_the_tokenizer_but_for_parts_of_characters():
+    tokenizer = make_tokenizer()
+    ids = tokenizer("plain text with an é", add_special_tokens=False)["input_ids"]
+    places = [{}, *({i: (0.0, tokenizer.decode([i]))} for i in ids[1:])]
+    prompt_logprobs.require_tokens(tokenizer, places, ids)
+    prompt_logprobs.require_tokens(tokenizer, [{}, *({i: (0.0, None)} for i in ids[1:])], ids)
+    with pytest.raises(ValueError, match="its tokenizer is another"):
+        prompt_logprobs.require_tokens(
+            tokenizer, [{}, *({i: (0.0, "other")} for i in ids[1:])], ids
+        )
