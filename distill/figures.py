@@ -3,7 +3,7 @@
 `verdict` chooses the words that an interval supports: where it holds 0, these items cannot tell, which is not "equal".
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -122,3 +122,25 @@ def grouped(reasons: Mapping[str, str]) -> list[tuple[str, list[str]]]:
         (reason, [path for path, why in reasons.items() if why == reason])
         for reason in dict.fromkeys(reasons.values())
     ]
+
+
+def markdown_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """Write a Markdown table whose columns line up as plain text; the first is left-aligned."""
+    cells = [[_cell(c) for c in row] for row in [head, *body]]
+    widths = [max(3, *(len(row[k]) for row in cells)) for k in range(len(head))]
+    lines = [cells[0], [_rule(k, w) for k, w in enumerate(widths)], *cells[1:]]
+    return "\n".join(
+        f"| {' | '.join(map(_justify, line, widths, range(len(head))))} |" for line in lines
+    )
+
+
+def _justify(text: str, width: int, column: int) -> str:
+    return text.rjust(width) if column else text.ljust(width)
+
+
+def _rule(column: int, width: int) -> str:
+    return "-" * width if column == 0 else "-" * (width - 1) + ":"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())

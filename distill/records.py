@@ -206,6 +206,16 @@ class Score(Record):
     reason: str
 
 
+class Timing(Record):
+    """What was timed apart: requests asked one at a time, and prompts only read, in a batch."""
+
+    requests: int
+    output_tokens: int
+    seconds: float
+    read_tokens: int
+    read_seconds: float
+
+
 class LedgerEntry(Record):
     """What one stage took in one go; of paid attempts also those that may have been billed, and their maximum.
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import NamedTuple
 
-from distill.records import LedgerEntry, Record, Usage
+from distill.records import LedgerEntry, Record, Timing, Usage
 from distill.responders.prices import MachinePrice, TokenPrice
 
 THOUSAND, MILLION = 1000, 1_000_000
@@ -18,16 +18,6 @@ NO_TIME = "the answers were not timed in this run"
 NOT_APART = "reading the prompts was not timed apart"
 CONTRADICTED = "timed apart, reading the prompts took longer than reading and answering: the machine was busier then"
 BY_TOKEN = "a hosted model is paid by the token"
-
-
-class Timing(Record):
-    """What was timed apart: requests asked one at a time, and prompts only read, in a batch."""
-
-    requests: int
-    output_tokens: int
-    seconds: float
-    read_tokens: int
-    read_seconds: float
 
 
 class Tariff(NamedTuple):

@@ -13,7 +13,6 @@ from distill.config import Config
 from distill.economics.costs import (
     DistillationCost,
     Tariff,
-    Timing,
     distillation_cost,
     request_cost,
 )
@@ -21,7 +20,7 @@ from distill.economics.savings import Assumptions, economics
 from distill.evaluation.acceptance import Asked
 from distill.evaluation.statistics import Certainty
 from distill.figures import plain_numbers
-from distill.records import LedgerEntry, Response, Usage
+from distill.records import LedgerEntry, Response, Timing, Usage
 from distill.responders.prices import PriceBook, load_prices
 from distill.storage.run_folder import Run
 from distill.storage.store import read_json, read_records, write_json

@@ -27,9 +27,8 @@ from distill.evaluation.statistics import (
     pair,
     require_paired,
 )
-from distill.figures import figure, signed
+from distill.figures import figure, markdown_table, signed
 from distill.records import Item, Response, Score
-from distill.report.report import table
 from distill.storage.store import read_records
 from distill.tasks.task import tasks_of_run
 
@@ -68,7 +67,7 @@ def compare_paths(a: Sequence[Path], b: Sequence[Path], certainty: Certainty = U
     for task in dict.fromkeys(_task(items, i) for i in shared):
         ids = [i for i in shared if _task(items, i) == task]
         rows.append(_row(task, ids, left, right, items, certainty))
-    return "\n".join([*lines, "", table(HEAD, rows)])
+    return "\n".join([*lines, "", markdown_table(HEAD, rows)])
 
 
 def _task(items: Mapping[str, Item], item: str) -> str:

@@ -19,9 +19,8 @@ from distill.evaluation.results import Measured
 from distill.evaluation.statistics import USUAL, Certainty
 from distill.evaluation.suite_scores import measure_suite, write_answers, write_suite
 from distill.evaluation.suites import Suite, is_run
-from distill.figures import figure, share
+from distill.figures import figure, markdown_table, share
 from distill.records import Response
-from distill.report.report import table
 from distill.responders.recorded import raw_text
 from distill.responders.responder import Request, Sampling, parse
 from distill.storage.run_folder import open_folder
@@ -139,7 +138,7 @@ def result_table(
     shown = dict(rows) | ({"all checks": pooled} if pooled and len(rows) > 1 else {})
     head = ("task", "n", "missing", name, "interval", "cut off", "tokens")
     lines = [_line(task, row, name, given, certainty) for task, row in shown.items()]
-    return f"{suite.name}: {suite.facts['description']}\n\n{table(head, lines)}"
+    return f"{suite.name}: {suite.facts['description']}\n\n{markdown_table(head, lines)}"
 
 
 def _line(

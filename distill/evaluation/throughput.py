@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill.economics.costs import Timing
+from distill.records import Timing
 from distill.responders.local.local_model import LocalResponder
 from distill.responders.responder import Raw, Request
 from distill.storage.progress import say

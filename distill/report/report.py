@@ -4,14 +4,14 @@ Loads no model and asks nothing, so it can be made again at any time (`python ev
 give the same bytes.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from distill.config import Config
 from distill.economics.run_economics import accounts
 from distill.evaluation import lm_eval
 from distill.evaluation.failures import bare, failures, withheld
-from distill.figures import duration, grouped, money, share
+from distill.figures import duration, grouped, markdown_table, money, share
 from distill.records import Scorecard
 from distill.report import tables as rows
 from distill.report.headline import answer, compared, of_judge
@@ -131,10 +131,10 @@ def parts(card: Mapping[str, Any]) -> dict[str, str]:
     return {
         "compared": f"Compared: {compared(card)}",
         "answer": "\n\n".join(said),
-        "quality": table(*rows.quality_rows(card)),
-        "cost": table(*rows.cost_rows(card)),
+        "quality": markdown_table(*rows.quality_rows(card)),
+        "cost": markdown_table(*rows.cost_rows(card)),
         "made": made(card),
-        "tokens": table(*token_rows(cost)) if "one_at_a_time" in cost["student"] else "",
+        "tokens": markdown_table(*token_rows(cost)) if "one_at_a_time" in cost["student"] else "",
         "saves": surplus_part(card) if found else "",
         "judge": judge_part(judge, confidence) if judge else "",
         "external": external_table(card.get("external", {})),
@@ -157,7 +157,7 @@ def surplus_part(card: Mapping[str, Any]) -> str:
     """Return the surplus statement with its tables: the three ways, and what could change the headline."""
     found = card["economics"]
     said = statement(found, card["environment"]["settings"]["confidence"])
-    tables = [table(*surplus_rows(found)), table(*sensitivity_rows(found))]
+    tables = [markdown_table(*surplus_rows(found)), markdown_table(*sensitivity_rows(found))]
     return "\n\n".join(["## What it saves", *said, *tables])
 
 
@@ -166,34 +166,12 @@ def judge_part(judge: Mapping[str, Any], confidence: float) -> str:
     said = " ".join(of_judge(judge, confidence))
     duels = [rows.judge_rows(judge)] if judge["probe"]["passed"] else []
     tables = [*duels, rows.probe_rows(judge["probe"])]
-    return "\n\n".join([said, *(table(*found) for found in tables)])
+    return "\n\n".join([said, *(markdown_table(*found) for found in tables)])
 
 
 def external_table(found: Mapping[str, Any]) -> str:
     """Return what another harness found of the student; nothing where none was asked."""
-    return table(*lm_eval.table_of(found)) if found else ""
-
-
-def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """Write a Markdown table whose columns line up as plain text; the first is left-aligned."""
-    cells = [[_cell(c) for c in row] for row in [head, *body]]
-    widths = [max(3, *(len(row[k]) for row in cells)) for k in range(len(head))]
-    lines = [cells[0], [_rule(k, w) for k, w in enumerate(widths)], *cells[1:]]
-    return "\n".join(
-        f"| {' | '.join(map(_justify, line, widths, range(len(head))))} |" for line in lines
-    )
-
-
-def _justify(text: str, width: int, column: int) -> str:
-    return text.rjust(width) if column else text.ljust(width)
-
-
-def _rule(column: int, width: int) -> str:
-    return "-" * width if column == 0 else "-" * (width - 1) + ":"
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
+    return markdown_table(*lm_eval.table_of(found)) if found else ""
 
 
 def _notes(card: Mapping[str, Any]) -> str:

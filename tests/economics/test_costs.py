@@ -10,11 +10,10 @@ from distill.economics.costs import (
     NO_TIME,
     NOT_APART,
     Tariff,
-    Timing,
     distillation_cost,
     request_cost,
 )
-from distill.records import LedgerEntry, Usage
+from distill.records import LedgerEntry, Timing, Usage
 from distill.responders.prices import MachinePrice, TokenPrice
 
 MACHINE = MachinePrice(

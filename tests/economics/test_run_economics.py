@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 
 from distill.config import Config
-from distill.economics.costs import Timing
 from distill.economics.run_economics import UNSTATED, accounts
 from distill.errors import DistillError, Exit
 from distill.evaluation.acceptance import Asked
-from distill.records import LedgerEntry, Response, Usage
+from distill.records import LedgerEntry, Response, Timing, Usage
 from distill.storage.run_folder import Run
 from distill.storage.store import write_records
 

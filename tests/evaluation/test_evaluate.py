@@ -10,14 +10,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from distill.config import Config
-from distill.economics.costs import Timing
 from distill.errors import DistillError, Exit
 from distill.evaluation import answering, evaluate
 from distill.evaluation.acceptance import Asked
 from distill.evaluation.items import held_out, items_of
 from distill.evaluation.measure import measure_task
 from distill.models import registry
-from distill.records import Document, Message, Pair, Prompt, Response, Score, Usage
+from distill.records import Document, Message, Pair, Prompt, Response, Score, Timing, Usage
 from distill.storage.run_folder import Run
 from distill.storage.store import read_json, read_records, write_records
 from tests.support.tiny import make_tiny

@@ -258,7 +258,7 @@ def test_the_markdown_is_a_table_that_hostile_names_cannot_break(tmp_path: Path)
     text = run.path("scorecard.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {9, 8, 7, 5}
-    assert report.table(("a", "b"), [(HOSTILE, "1")]).count("\n") == 2
+    assert figures.markdown_table(("a", "b"), [(HOSTILE, "1")]).count("\n") == 2
     assert "cannot tell the two apart" in text or "not as good as the teacher" in text
 
 
