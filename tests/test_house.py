@@ -6,9 +6,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
+
+from scripts import house
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "distill"
@@ -223,11 +226,57 @@ FOLDERS = "distill|configs|data|docs|eval|scripts|tests"
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 
 
+def test_the_house_script_counts(tmp_path):
+    for name in ("distill/a/one.py", "distill/b/one.py", "tests/test_one.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("class Row:\n    pass\n")
+    (tmp_path / "README.md").write_text("two words")
+    (tmp_path / "distill/a/two.py").write_text(
+        "def _twice(x: Any): ...\ndef _once(config: Config):\n    found = _twice(_twice(1))\n_once(2)\n"
+    )
+    figures, places = house.measure(tmp_path)
+    assert list(figures.values()) == [8, 3, 4, "1 / 2 / 2", 1, 1, 1, 1, 1, 1, 2, 2]
+    assert "distill/a/two.py:2: called once: _once" in places
+    assert "distill/a/one.py, distill/b/one.py: type name: Row" in places
+
+
 @every_page
 def test_paths_in_the_docs_exist(page):
     """Hold what looks like a path of ours against the tree: `distill/storage/store.py`, configs/*.yaml, a map's first column."""
     for name in re.findall(rf"(?<![\w./-])(?:{FOLDERS})/[\w./*-]*[\w*/]", page.read_text()):
         assert list(ROOT.glob(name.rstrip("/"))), f"{page.name} names {name}"
+
+
+def test_the_map_is_the_tree():
+    block = (ROOT / "CONTRIBUTING.md").read_text().split("```text\n")[1].split("```")[0]
+    names = [name.removesuffix("/") for name in re.findall(r"^  (\S+)", block, re.M)]
+    tree = {
+        path.name for path in PACKAGE.iterdir() if path.suffix == ".py" or any(path.glob("*.py"))
+    }
+    assert sorted(names) == sorted(tree - {"__init__.py", "__main__.py"})
+    ranks = [RANK[name.removesuffix(".py")] for name in names]
+    assert ranks == sorted(ranks, reverse=True), "a line stands above what may import it"
+
+
+def test_the_docs_name_every_kind():
+    """What a user may choose stands in the docs: kinds of files, checkers, losses, teachers, stages, exit codes."""
+    from distill.config import SOFT, Teacher
+    from distill.corpus.readers import BINARY_SUFFIXES, SUFFIXES
+    from distill.errors import Exit
+    from distill.pipeline import STAGES
+    from distill.tasks.checkers import KINDS
+
+    teachers = get_args(Teacher.model_fields["kind"].annotation)
+    outputs = [f"`{name.split('/')[0]}" for stage in STAGES for name in stage.outputs]
+    for page, names in {
+        "corpus.md": [f"`{name}`" for name in (*SUFFIXES, *BINARY_SUFFIXES, *KINDS)],
+        "soft-labels.md": [f"`{name}`" for name in ("ce", *SOFT)],
+        "teachers.md": [f"`{name}`" for name in teachers],
+        "formats.md": [*outputs, *(f"| {code:d} |" for code in Exit)],
+    }.items():
+        text = (ROOT / "docs" / page).read_text()
+        lacking = [name for name in names if name not in text]
+        assert not lacking, f"docs/{page} does not name {lacking}"
 
 
 @every_page
