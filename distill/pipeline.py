@@ -21,20 +21,45 @@ def _identity(module: str) -> Callable[[Config], dict[str, str]]:
     return lambda config: import_module(module).identity(config)
 
 
-def reader_identity(config: Config) -> str:
-    """Return what pins the weights of the teacher whose distributions are captured."""
+def reader_identity(config: Config) -> dict[str, str]:
+    """Return what pins the teacher whose distributions are captured."""
     teacher = config.soft_teacher()
     if teacher.kind == "endpoint":
         from distill.responders.endpoint.attempts import origin_of
 
-        return origin_of(teacher)
-    return registry.identity(teacher.model, teacher.revision)
+        return {"teacher": origin_of(teacher)}
+    pinned = registry.identity(teacher.model, teacher.revision)
+    return {"teacher": pinned, **registry.folder_facts("teacher", teacher.model)}
 
 
-def live_identity(config: Config) -> dict[str, str]:
-    """Return what pins a teacher that training reads itself."""
+def student_facts(config: Config) -> dict[str, str]:
+    """Return what a student in a folder is; a pinned one is known by its name and revision."""
+    return registry.folder_facts("student", config.student.model)
+
+
+def capture_identity(config: Config) -> dict[str, str]:
+    """Return what pins the teacher whose distributions are captured, and the tokens that they are over."""
+    served = config.soft_teacher().kind == "endpoint"
+    tokenizer = config.signals.tokenizer if served else None
+    facts = registry.folder_facts("tokenizer", tokenizer) if tokenizer else {}
+    return {**reader_identity(config), **student_facts(config), **facts}
+
+
+def evaluation_identity(config: Config) -> dict[str, str]:
+    """Return the hashes of the suites, and what the models are that answer them or judge, where they are folders."""
+    from distill.evaluation.suites import identity
+
+    found = {**identity(config), **student_facts(config)}
+    for role, asked in (("teacher", config.teacher), ("judge", config.evaluation.judge)):
+        if asked and asked.kind == "local":
+            found |= registry.folder_facts(role, asked.model)
+    return found
+
+
+def training_identity(config: Config) -> dict[str, str]:
+    """Return what pins the student, and a teacher that training reads itself."""
     live = config.train.loss.soft and not config.captures
-    return {"teacher": reader_identity(config)} if live else {}
+    return {**student_facts(config), **(reader_identity(config) if live else {})}
 
 
 def require_models(config: Config, left: Collection[str]) -> None:
@@ -125,7 +150,7 @@ STAGES: tuple[Stage, ...] = (
         DATASET[:2],
         ("signals.json",),
         _lazy("distill.training.soft_labels.capture"),
-        lambda config: {"teacher": reader_identity(config)},
+        capture_identity,
         purpose="keep the teacher's distributions over the answers, for losses that need them",
         applies=lambda config: config.captures,
     ),
@@ -135,8 +160,9 @@ STAGES: tuple[Stage, ...] = (
         (*DATASET[:2], "signals.json"),
         ("checkpoints", "adapter", "training.json"),
         _lazy("distill.training.train"),
-        live_identity,
+        training_identity,
         purpose="train the student's adapter",
+        compares=("student", "teacher"),
     ),
     Stage(
         "refine",
@@ -147,7 +173,7 @@ STAGES: tuple[Stage, ...] = (
         (*DATASET[:2], "dropped.jsonl", "adapter/adapter_model.safetensors"),
         ("refined",),
         _lazy("distill.training.soft_labels.on_policy"),
-        lambda config: {"teacher": reader_identity(config)},
+        capture_identity,
         purpose="let the student answer, and train it towards the teacher's distributions there",
         applies=lambda config: config.on_policy.rounds > 0,
     ),
@@ -157,7 +183,7 @@ STAGES: tuple[Stage, ...] = (
         ("dataset/heldout.jsonl", *STUDENT),
         ("answers", "scores", "timings", "requests.jsonl", "evaluation.json"),
         _lazy("distill.evaluation.evaluate"),
-        _identity("distill.evaluation.suites"),
+        evaluation_identity,
         purpose="compare student, base and teacher on held-out items",
     ),
     Stage(

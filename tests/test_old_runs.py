@@ -116,7 +116,7 @@ def answers_in(store: Path) -> list[str]:
 def signals_in(folder: Path) -> dict[str, str]:
     """Return the hashes of the distributions that are kept."""
     files = sha256_files(folder / "runs/.store/signals", ["."])
-    return {name: file for name, file in files.items() if not name.endswith(".lock")}
+    return {name: file for name, file in files.items() if name.endswith(".signals")}
 
 
 def commands_on(name: str) -> dict[str, list[str]]:

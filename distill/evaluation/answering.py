@@ -70,13 +70,13 @@ def student_responder(
     )
     told["adapter_sha256"] = sha256_file(adapter / WEIGHTS) if adapter else None
     model = load_student(student, adapter)
-    origin = digest({**told, "dtype": str(model.dtype)})
+    shaping = {**told, "dtype": str(model.dtype)}
+    origin, files = digest(shaping), shaping.pop("files", None)
     told["dtype"] = str(model.dtype).removeprefix("torch.")
     if adapter:  # so that publishing can tell whether it releases these very weights
         told["merged_sha256"] = registry.digest_weights(model)
-    return LocalResponder(
-        model, tokenizer, name, origin, date, config.evaluation.max_batch_size
-    ), told
+    batch, old_origin = config.evaluation.max_batch_size, digest(shaping) if files else None
+    return LocalResponder(model, tokenizer, name, origin, date, batch, old_origin), told
 
 
 def load_student(student: Student, adapter: Path | None) -> Any:
@@ -194,8 +194,12 @@ def timing_of(run: Run, model: str) -> Path:
 def describe(
     reference: str, revision: str | None, identity: str | None, template: str | None
 ) -> dict[str, Any]:
-    """Describe a model for the scorecard: its name, what pins its weights, and its chat template."""
+    """Describe a model for the scorecard: its name, what pins its weights, and its chat template.
+
+    Of a folder, where anything may change beside the weights, its further `files` by their hashes too.
+    """
     local = registry.is_folder(reference)
+    files = registry.parts(reference) if identity else {}
     commit = identity if identity and len(identity) == 40 else None
     return {
         "name": Path(reference).name if local else reference,
@@ -203,6 +207,7 @@ def describe(
         "revision": revision or commit,
         "sha256": None if commit else identity,
         "template_hash": template,
+        **({"files": files} if files else {}),
     }
 
 

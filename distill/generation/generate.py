@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from distill.config import Config
 from distill.errors import DistillError, Exit
 from distill.generation.requests import asking_requests, requests_of, written_prompts
-from distill.models.registry import identity as model_identity
+from distill.models import registry
 from distill.records import Document, Prompt, Response
 from distill.responders.endpoint.budget import enter_account, faults, replies
 from distill.responders.local.plans import Spend, Spending, answers, lacking, planned, store_each
@@ -39,6 +39,8 @@ from distill.storage.store import Log, read_records, write_records
 
 if TYPE_CHECKING:
     from distill.responders.local.local_model import LocalResponder
+
+ADOPTED = "adopted"  # record of the store: the origin that an older one's answers are taken for
 
 
 def main(config: Config, run: Run, crew: Crew | None = None) -> None:
@@ -91,10 +93,11 @@ def _generate(
 
 
 def identity(config: Config) -> dict[str, str]:
-    """Return the hash of the teacher's weights, of its endpoint, or of the file of its answers."""
+    """Return the hashes of the teacher's weights and files, of its endpoint, or of the file of its answers."""
     teacher = config.teacher
     if teacher.kind == "local":
-        return {"teacher": model_identity(teacher.model, teacher.revision)}
+        pinned = registry.identity(teacher.model, teacher.revision)
+        return {"teacher": pinned, **registry.folder_facts("teacher", teacher.model)}
     if teacher.kind == "endpoint":
         from distill.responders.endpoint.attempts import origin_of
 
@@ -191,9 +194,9 @@ def answer_all(
 
     With `again` also for what a server's reply is stored of, but no answer.
     """
-    ask_all(responder, requests, store_folder, title, spend, crew, again)
+    asked = ask_all(responder, requests, store_folder, title, spend, crew, again)
     with Log(store_folder, writable=False) as log:
-        return [read(log, request) for request in requests]
+        return [read(log, request) for request in asked]
 
 
 def ask_all(
@@ -204,18 +207,48 @@ def ask_all(
     spend: Spend | None = None,
     crew: Crew | None = None,
     again: bool = False,
-) -> None:
+) -> list[Request]:
     """Ask for what the store in `store_folder` lacks, and `again` for what has failed.
+
+    Returns the requests with the keys of their answers there.
 
     `spend` is told the input and output tokens of each answer that was generated now, by this process.
     """
+    former: str = getattr(responder, "old_origin", None) or ""  # a model in a folder has one
+    asked, old = list(requests), 0
     with Log(store_folder, writable=False) as log:
-        missing = lacking(log, requests, again)
-    if missing:
+        if former and (log.get(ADOPTED, former) or responder.origin) == responder.origin:
+            asked = under_old_keys(log, former, requests)
+            old = sum(one.key != other.key for one, other in zip(asked, requests, strict=True))
+        adopting = old > 0 and (ADOPTED, former) not in log
+        missing = lacking(log, asked, again)
+    if missing or adopting:
         with Log(store_folder) as log:
+            if adopting:
+                log.append([(ADOPTED, former, responder.origin)])
+                what = (
+                    f"{old} answers are stored under the hash of {responder.model}'s weights alone"
+                )
+                say(f"{title}: {what}, and count as answers of the model as it is now")
             take_over(log)
             if missing := lacking(log, missing, again):
                 _ask(responder, missing, log, title, spend, crew)
+    return asked
+
+
+def under_old_keys(log: Log, former: str, requests: Sequence[Request]) -> list[Request]:
+    """Return the requests, those whose answer only an earlier distill has stored under its key, of origin `former`.
+
+    It knew a model in a folder by its weights alone. Its answers are those of the first model that asks for them
+    (`ADOPTED`): they are not found any more once a file of that folder has changed.
+    """
+    renamed = (
+        Request.make(former, r.prompt_id, r.messages, r.sampling, r.sample) for r in requests
+    )
+    return [
+        old if lacking(log, [new]) and not lacking(log, [old]) else new
+        for old, new in zip(renamed, requests, strict=True)
+    ]
 
 
 def read(log: Log, request: Request) -> Response:

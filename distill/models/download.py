@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from typing import Any
 
 from distill.errors import DistillError, Exit
 from distill.models.weights import require_intact
@@ -227,13 +228,14 @@ def _convert(name: str, file: Path, gguf: Gguf, target: Path) -> Path:
     transformers.utils.logging.set_verbosity_error()
     shutil.rmtree(target, ignore_errors=True)
     with redirect_stderr(io.StringIO()):  # its bar cannot be turned off
-        model, report = AutoModelForCausalLM.from_pretrained(
+        both: Any = AutoModelForCausalLM.from_pretrained(
             file.parent,
             gguf_file=file.name,
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.bfloat16,
             output_loading_info=True,
         )
+    model, report = both
     require_intact(f"model {name}", report)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     tokenizer.model_max_length = model.config.max_position_embeddings

@@ -24,6 +24,7 @@ from distill.models.download import Gguf, converted
 from distill.models.weights import require_intact, require_values, stored_values, values_of
 from distill.records import Record
 from distill.storage.environment import cpu_facts
+from distill.storage.run_folder import differences
 from distill.storage.store import sha256_file, write_json
 
 if TYPE_CHECKING:
@@ -37,6 +38,13 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 DTYPES |= {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
 COMMIT = re.compile(r"[0-9a-f]{40}")
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+# What makes a folder a model beside its weights: transformers reads them, and answers and tokens follow from them
+PARTS = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("*.model", "*.tiktoken", "tekken.json", "chat_template.json", "*.jinja"),
+    *("additional_chat_templates/*.jinja", "*.index.json", "*.py"),
+)
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]  # what is taken from the Hub
 
 
@@ -220,7 +228,8 @@ def _first_line(error: Exception) -> str:
 def identity(reference: str, revision: str | None = None) -> str:
     """Return what pins a model's weights: the hash of a named or local model's weights, or a commit of the Hub.
 
-    A named model's is that of its GGUF, so it is known before anything is fetched.
+    A named model's is that of its GGUF, so it is known before anything is fetched. In a folder more can change than
+    the weights: see `folder_facts`.
     """
     reference = _checked(reference)
     info = lookup(reference)
@@ -243,6 +252,34 @@ def _folder_hash(folder: Path) -> str:
     if len(parts) == 1:
         return parts[0][1]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def parts(reference: str) -> dict[str, str]:
+    """Return the hash of each file beside the weights that makes a folder the model it is, by name.
+
+    It is empty for a model of the Hub or of models.yaml: what pins that one, pins all of its files.
+    """
+    if not is_folder(reference):
+        return {}
+    folder = _existing(Path(_checked(reference)))
+    found = sorted(path for pattern in PARTS for path in folder.glob(pattern) if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): _file_hash(
+            path.resolve(), path.stat().st_size, path.stat().st_mtime_ns
+        )
+        for path in found
+    }
+
+
+def folder_facts(role: str, reference: str) -> dict[str, str]:
+    """Return what a model in a folder is, as entries of a fingerprint: its weights, and each further file by name.
+
+    `role` is what the model does there; `run.unnamed` knows the same form. Empty for a model that is pinned.
+    """
+    if not is_folder(reference):
+        return {}
+    files = {f"{role} file {name}": found for name, found in parts(reference).items()}
+    return {role: identity(reference), **files}
 
 
 @cache
@@ -408,7 +445,7 @@ def _read(
     quiet()
     check_files(folder, allow_pickle, trust_remote_code)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        both: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             use_safetensors=None if allow_pickle else True,
             trust_remote_code=trust_remote_code,
@@ -417,6 +454,7 @@ def _read(
             output_loading_info=True,
             **how,
         )
+        model, report = both
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         what = f"could not be loaded: {_first_line(error)}"
         raise DistillError(Exit.TRAINING, f"model {reference}", what, "check the model") from None
@@ -540,27 +578,34 @@ def check_tokenizer(tokenizer: Any, vocab_size: int | None = None) -> None:
 
 
 def check_base(adapter: Path, reference: str, revision: str | None = None) -> None:
-    """Refuse an adapter that was trained on other weights; raises DistillError (exit 7).
+    """Refuse an adapter that was trained on another model; raises DistillError (exit 7).
 
-    The adapter's own record is `base.json` beside its weights, written by `record_base`.
+    The adapter's own record is `base.json` beside its weights, written by `record_base`. One that knows a folder by
+    its weights alone, as an earlier distill wrote it, is held to these.
     """
     path = adapter / "base.json"
     if not path.is_file():
         raise DistillError(Exit.TRAINING, adapter, "does not say what it was trained on", "retrain")
-    kept, found = _json(path).get("identity"), identity(reference, revision)
+    base, found, files = _json(path), identity(reference, revision), parts(reference)
+    kept = base.get("identity")
     if kept != found:
         what = f"was trained on {str(kept)[:12]}, {reference} is {found[:12]}"
         raise DistillError(Exit.TRAINING, adapter, what, "name the base that it was trained on")
+    if changes := differences(base.get("files", files), files):
+        what = f"was trained on {reference} as it was before: {'; '.join(changes)}"
+        raise DistillError(Exit.TRAINING, adapter, what, "restore these files, or train again")
 
 
 def record_base(adapter: Path, reference: str, revision: str | None = None) -> dict[str, Any]:
-    """Write, and return, which base an adapter belongs to: name, Hub id, revision and hash of the weights."""
+    """Write, and return, which base an adapter belongs to: name, Hub id, revision, hash of the weights, other files."""
     info = lookup(reference)
-    base = {
+    base: dict[str, Any] = {
         "name": reference if not is_folder(reference) else Path(reference).name,
         "hub_id": hub_id(reference),
         "revision": revision or (info.revision if info else None),
         "identity": identity(reference, revision),
     }
+    if files := parts(reference):
+        base["files"] = files
     write_json(adapter / "base.json", base)
     return base

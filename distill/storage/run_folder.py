@@ -28,6 +28,7 @@ from distill.errors import DistillError, Exit
 from distill.records import LedgerEntry
 from distill.renamed_keys import fields_in, present_path
 from distill.storage.environment import environment
+from distill.storage.progress import say
 from distill.storage.store import (
     FolderLock,
     append_record,
@@ -48,6 +49,8 @@ HEARTBEAT = 5.0  # seconds between the signs of life of a running stage
 SHOWN = 6  # differences, or names of files, in a message
 SEAL = "sha256"  # the manifest's last key
 HASH = re.compile(r"[0-9a-f]{32,64}")
+# In a fingerprint: a file beside the weights of a model in a folder, after what the model does there
+MODEL_FILE = re.compile(r"(base|judge|student|teacher|tokenizer|weights) file .+")
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class Stage:
     )  # further inputs by hash: corpus files, models
     purpose: str = ""
     applies: Callable[[Config], bool] = lambda config: True  # whether a config needs it at all
+    # models whose change it finds itself when it continues after a kill, more exactly than its fingerprint
+    compares: tuple[str, ...] = ()
 
 
 class Run:
@@ -128,12 +133,43 @@ class Run:
         kept, new = self._kept(stage.name), self.fingerprint(stage)
         missing = {f"file {name}" for name in stage.inputs if not self.path(name).exists()}
         old = {key: value for key, value in kept["fingerprint"].items() if key not in missing}
+        old = {**self._taken_for_granted(stage, old, new), **old}
         finished = kept.get("finished") is True
+        if not finished:
+            old, new = (
+                {k: v for k, v in facts.items() if k.split(" file ")[0] not in stage.compares}
+                for facts in (old, new)
+            )
         if changes := differences(old, new):
             begun = finished or any(_holds_files(self.path(name)) for name in stage.outputs)
             return ("stale", changes) if begun else ("fresh", [])
         whole = finished and all(self.path(name).exists() for name in stage.outputs)
         return ("done" if whole else "unfinished"), []
+
+    def _taken_for_granted(
+        self, stage: Stage, old: dict[str, Any], new: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return what a fingerprint of an earlier distill does not say of models in folders.
+
+        It is what was recorded when the stage was accepted. Before that it is as the folder is now, but for the
+        student's weights, which the adapter knows.
+        """
+        added, base = unnamed(old, new), self.path("adapter/base.json")
+        if not added:
+            return {}
+        if "student" in added and base.is_file():
+            added["student"] = read_json(base).get("identity")
+        return {**added, **self.manifest().get("accepted", {}).get(stage.name, {})}
+
+    def _accept(self, stage: Stage) -> None:
+        """Record the files of models of which a finished stage knows the weights alone, and say so once a run."""
+        accepted = self.manifest().get("accepted", {})
+        added = unnamed(self._kept(stage.name)["fingerprint"], self.fingerprint(stage))
+        if added and stage.name not in accepted:
+            if not accepted:
+                what = "knows models in folders by their weights alone, which are the same"
+                say(f"{self.folder}: {what}; from now on their other files count too")
+            self.note("accepted", {**accepted, stage.name: added})
 
     def checked_state(self, stage: Stage) -> State:
         """Return the stage's state; raises DistillError (exit 5) with the keys that differ where it is stale."""
@@ -154,6 +190,7 @@ class Run:
         if redo:
             self.remake([stage])
         if self.checked_state(stage) == "done":
+            self._accept(stage)
             return False
         self.do(stage)
         return True
@@ -409,6 +446,18 @@ def _setting(fingerprint: dict[str, Any], key: str) -> Any:
             return None
         annotation = field.annotation
     return None
+
+
+def unnamed(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Return what `new` says of models in folders of which `old` names no file.
+
+    An earlier distill knew such a model by its weights alone, or, the student and the judge, by its name.
+    """
+    ours, theirs = (
+        {found[1] for key in facts if (found := MODEL_FILE.fullmatch(key))} for facts in (new, old)
+    )
+    roles = ours - theirs
+    return {k: v for k, v in new.items() if k not in old and k.split(" file ")[0] in roles}
 
 
 def _listed(names: list[str]) -> str:

@@ -75,6 +75,7 @@ def prepare(config: Config, run: Run, start: Path | None = None) -> Parts:
             load_live(config, run, both) if live else load_labels(config, run, both, rows)
         )
         known["signals"] = student.labels.digest
+        known |= registry.folder_facts("teacher", config.soft_teacher().model) if live else {}
     if start:
         known["start"] = restore_from(model, start)
     plan = plan_steps(
@@ -162,6 +163,7 @@ def facts(
             "template_date": config.template_date,
             "data": digest([[e.id for e in examples], [e.id for e in validation]]),
             "base": registry.identity(config.student.model, config.student.revision),
+            **registry.folder_facts("base", config.student.model),
             "template": template_hash(tokenizer, config.template_date),
             "device": model.device.type,
             "dtype": str(model.dtype).removeprefix("torch."),

@@ -34,7 +34,7 @@ from distill.storage.processes import (
     launcher_command,
 )
 from distill.storage.progress import Tracker, say, tracking
-from distill.storage.run_folder import Run, differences, flatten
+from distill.storage.run_folder import Run, differences, flatten, unnamed
 from distill.storage.store import sha256_file, write_json
 from distill.training import adapters, checkpoint, sharding
 from distill.training.batches import Step, share
@@ -187,7 +187,12 @@ class Loop:
 
     def _changes(self, saved: checkpoint.Checkpoint, allow_inexact: bool) -> list[str]:
         """Return, as notes, what differs from the run that saved; raises DistillError (exit 7) unless that is allowed."""
-        changes = differences(saved.facts["run"], self.facts)
+        facts = saved.facts["run"]
+        if added := unnamed(facts, self.facts):
+            self._say(
+                f"train: {saved.folder} knows a model's folder by its weights, which are the same"
+            )
+        changes = differences({**added, **facts}, self.facts)
         what = "not what the run was begun with: " + "; ".join(changes[:8])
         if changes and not allow_inexact:
             fix = "restore them, --redo train, or --allow-inexact, which the card will say"

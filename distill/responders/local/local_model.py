@@ -23,6 +23,7 @@ from distill.models.chat_template import (
 from distill.models.registry import (
     check_base,
     context_length,
+    folder_facts,
     identity,
     load_model,
     load_tokenizer,
@@ -53,8 +54,10 @@ class LocalResponder:
         origin: str,
         date: str,
         max_batch_size: int | None = None,
+        old_origin: str | None = None,
     ) -> None:
         self.tokenizer, self.model, self.origin, self.date = tokenizer, name, origin, date
+        self.old_origin = old_origin  # by which an earlier distill stored answers of a folder
         self.max_batch_size, self._given = max_batch_size, model
 
     @classmethod
@@ -72,11 +75,13 @@ class LocalResponder:
         The weights are loaded at the first request; what names the origin is known without them.
         """
         tokenizer = load_tokenizer(reference, revision)
-        weights = {"weights": identity(reference, revision), "dtype": str(pick_dtype(dtype))}
+        facts = {"weights": identity(reference, revision), "dtype": str(pick_dtype(dtype))}
         if adapter:
             check_base(adapter, reference, revision)
-            weights["adapter"] = sha256_file(adapter / "adapter_model.safetensors")
-        origin = digest({**weights, "template": template_hash(tokenizer, date)})
+            facts["adapter"] = sha256_file(adapter / "adapter_model.safetensors")
+        facts["template"] = template_hash(tokenizer, date)
+        more = folder_facts("weights", reference)
+        origin, old_origin = digest({**facts, **more}), digest(facts) if more else None
 
         def weights_loaded() -> Any:
             return (
@@ -85,7 +90,8 @@ class LocalResponder:
                 else load_model(reference, dtype, revision)
             )
 
-        return cls(weights_loaded, tokenizer, Path(reference).name, origin, date, max_batch_size)
+        name = Path(reference).name
+        return cls(weights_loaded, tokenizer, name, origin, date, max_batch_size, old_origin)
 
     @cached_property
     def network(self) -> Any:

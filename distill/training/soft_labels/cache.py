@@ -31,7 +31,9 @@ from distill.errors import DistillError, Exit
 from distill.models import registry
 from distill.models.chat_template import template_hash, vocabulary_hash
 from distill.records import Example, canonical, digest
-from distill.storage.store import disk_faults, write_atomic
+from distill.storage.progress import say
+from distill.storage.run_folder import MODEL_FILE
+from distill.storage.store import disk_faults, read_json, write_atomic, write_json
 
 FORMAT = 1
 MAGIC = b"distill-signals"
@@ -318,7 +320,26 @@ def reader_facts(config: Config) -> dict[str, Any]:
         came = {"from_answers": True} if own.from_answers else {}
         return {**facts, **came, "revision": teacher.revision, "extra_body": extra}
     dtype = str(registry.pick_dtype(teacher.dtype)).removeprefix("torch.")
-    return {"weights": registry.identity(teacher.model, teacher.revision), "dtype": dtype}
+    pinned = registry.identity(teacher.model, teacher.revision)
+    return {"weights": pinned, **registry.folder_facts("weights", teacher.model), "dtype": dtype}
+
+
+def as_captured(store: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the facts under which the store keeps the signals that these facts name.
+
+    An earlier distill knew a model in a folder by its weights alone. Its cache goes on as that of the first model that
+    asks for it (`adopted.json` there), and is not found any more once a file of that folder has changed.
+    """
+    former = {key: value for key, value in facts.items() if not MODEL_FILE.fullmatch(key)}
+    folder = store / "signals" / describe(former)
+    if former == facts or not folder.is_dir():
+        return facts
+    adopted = folder / "adopted.json"
+    if not adopted.exists():
+        write_json(adopted, facts)
+        what = "is named by the hash of the teacher's weights alone"
+        say(f"signals: {folder} {what}, and counts as that of the model as it is now")
+    return former if read_json(adopted) == facts else facts
 
 
 def expected_bytes(tokens: int, settings: Signals) -> float:

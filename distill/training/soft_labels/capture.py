@@ -33,6 +33,7 @@ from distill.training.soft_labels.cache import (
     Cache,
     Row,
     Signal,
+    as_captured,
     codes,
     describe,
     expected_bytes,
@@ -66,6 +67,7 @@ def main(config: Config, run: Run) -> None:
     teacher = config.soft_teacher()
     require_terms(config.model_copy(update={"teacher": teacher}))
     tokenizer, facts = open_teacher(config)
+    facts = as_captured(config.store_folder(), facts)
     pairs, examples = supervised(config, run)
     reads = [read_as_teacher(tokenizer, p, e, config) for p, e in zip(pairs, examples, strict=True)]
     cache = Cache.open(config.store_folder(), describe(facts))

@@ -17,7 +17,7 @@ from torch import Tensor
 from distill.config import Config, Loss
 from distill.errors import DistillError, Exit
 from distill.records import Example, Pair, digest
-from distill.storage.run_folder import Run, differences
+from distill.storage.run_folder import Run, differences, unnamed
 from distill.storage.store import read_json, read_records
 from distill.training.divergences import soft_loss
 from distill.training.host_to_device import send
@@ -133,6 +133,7 @@ def read_run_rows(config: Config, path: Path) -> tuple[str, dict[str, Row]]:
     except (ValueError, TypeError, KeyError, AttributeError):
         raise DistillError(Exit.STATE, path, "is damaged", AGAIN) from None
     _, wanted = open_teacher(config)
+    facts = {**unnamed(facts, wanted), **facts}
     changes = differences({**facts, "dtype": ""}, {**wanted, "dtype": ""})
     if changes:  # not the dtype, which `auto` chooses by the machine
         what = f"was made by another teacher or setting than the config names: {'; '.join(changes)}"

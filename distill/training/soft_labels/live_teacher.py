@@ -15,7 +15,7 @@ from distill.models import registry
 from distill.records import Example, digest
 from distill.responders.terms import require_terms
 from distill.storage.progress import say
-from distill.storage.run_folder import Run
+from distill.storage.run_folder import MODEL_FILE, Run
 from distill.training.soft_labels.cache import open_teacher
 from distill.training.soft_labels.capture import read_as_teacher, require_context
 from distill.training.soft_labels.labels import read_pairs
@@ -59,5 +59,7 @@ def load_live(config: Config, run: Run, examples: Sequence[Example]) -> LiveLabe
         say(f"teacher: {note}")
     require_context(reads, registry.context_length(model.config))
     named = {read.example.response_id: read.example for read in reads}
-    known = digest(["live", {**facts, "p": None, "k": None, "temperatures": None}])
+    # a folder's files are compared by name, in the facts of the training
+    shaping = {key: value for key, value in facts.items() if not MODEL_FILE.fullmatch(key)}
+    known = digest(["live", {**shaping, "p": None, "k": None, "temperatures": None}])
     return LiveLabels(reader, named, len(tokenizer), known, config.train.loss)
