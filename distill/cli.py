@@ -1,35 +1,44 @@
 """The `distill` command: `distill run CONFIG` does all stages; each stage is also a verb of its own.
 
-A CONFIG is a YAML file or a run's folder; `key.name=value` after it changes a key. A fault is one line on stderr and
+A CONFIG is a YAML file or a run's folder; `key.name=value` after it changes a key. An error is one line on stderr and
 its exit code (see `distill.errors`); `--debug` shows the traceback. Work that is done is never done twice.
 """
 
 import json
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from distill.config_file import load_config, parse_config, place_of
 from distill.errors import DistillError, Exit, exit_code
-from distill.pipeline import STAGES, require_models
-from distill.storage.progress import say
-from distill.storage.run_folder import Run, Stage, open_folder
-from distill.storage.store import as_json, sha256_file, write_atomic
+from distill.pipeline import (
+    CHECKING,
+    NAMES,
+    STAGES,
+    from_stage,
+    perform,
+    permit_code,
+    require_models,
+    require_soft_teacher,
+)
+from distill.storage.run_folder import Run, Stage, open_run
 
 app = typer.Typer(
     help="Turn a teacher model and a corpus into a small open model, and say what it kept and cost.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
-NAMES = tuple(stage.name for stage in STAGES)
-CHECKING = ("filter", "evaluate")  # the stages that check answers
-LOADING = ("generate", "signals", "train", "refine", "evaluate")  # the stages that load models
+RUN, STEP, LOOK, PUBLISH, KEEP = (
+    "Run",
+    "Run one stage",
+    "Look",
+    "Publish",
+    "Keep models and answers",
+)
 ConfigArgument = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="A YAML file, or the folder of a run.")
 ]
@@ -39,7 +48,6 @@ Overrides = Annotated[
 RunArgument = Annotated[
     Path, typer.Argument(metavar="RUN", help="The folder of a run, or its config.")
 ]
-
 RedoThis = Annotated[bool, typer.Option("--redo", help="Make it again, though it is done.")]
 AllowCode = Annotated[
     bool, typer.Option("--allow-code", help="Run generated programs, in a sandbox.")
@@ -47,106 +55,14 @@ AllowCode = Annotated[
 UnsafeCode = Annotated[
     bool, typer.Option("--unsafe-code", help="Run them with limits only; they can read and write.")
 ]
-
-
-def open_run(place: Path, overrides: Sequence[str] = ()) -> Run:
-    """Return the run of a config file, or of a run's folder (which may have been moved)."""
-    return open_folder(place, overrides) if place.is_dir() else Run(load_config(place, overrides))
-
-
-def permit_code(
-    run: Run, stages: Sequence[Stage], redo: Sequence[Stage], sandboxed: bool, unsafe: bool
-) -> None:
-    """Let generated programs run as asked; raises DistillError (exit 2) where stages need that which are left."""
-    from distill.evaluation.suites import tasks_of
-    from distill.tasks.checkers import RUNS_CODE
-    from distill.tasks.sandbox.programs import allow
-
-    allow("unsafe" if unsafe else "sandbox" if sandboxed else "no")
-    checking = [stage for stage in stages if stage.name in CHECKING]
-    left = any(stage in redo or run.state(stage)[0] != "done" for stage in checking)
-    if not left or sandboxed or unsafe:
-        return
-    needing = [t.name for t in tasks_of(run.config) if t.checker and t.checker["kind"] in RUNS_CODE]
-    if needing:
-        what = "is checked by running the programs that models wrote"
-        fix = "allow that with --allow-code, which runs them in a sandbox"
-        raise DistillError(Exit.CONFIG, f"task {needing[0]}", what, fix)
-
-
-def perform(run: Run, stages: Sequence[Stage], redo: Sequence[Stage] = ()) -> None:
-    """Do what is left of `stages` under the run's lock, after checking all of them for other settings."""
-    with run.lock():
-        for stage in stages:
-            if stage not in redo and stage.applies(run.config):
-                run.checked_state(stage)
-        loading = [s for s in stages if s.name in LOADING and s.applies(run.config)]
-        left = {s.name for s in loading if s in redo or run.state(s)[0] != "done"}
-        if left:
-            require_models(run.config, left)
-        path = run.path("config.json")
-        text = as_json({**run.config.resolved(), **place_of(run.folder)})
-        parse_config(text, path)  # what could not be read again is not written
-        run.remake(redo)
-        write_atomic(path, text)
-        run.note("config_sha256", sha256_file(run.path("config.json")))
-        for stage in stages:
-            if not stage.applies(run.config):
-                say(f"{stage.name}: not needed by this config")
-                continue
-            require_inputs(run, stage)
-            if run.perform(stage):
-                if stage.name in CHECKING:
-                    note_programs(run, stage)
-                say(f"{stage.name}: done")
-            else:
-                say(f"{stage.name}: done before, reused")
-
-
-def note_programs(run: Run, stage: Stage) -> None:
-    """Record in the manifest whether a stage that checks answers could run programs, and how."""
-    from distill.tasks.sandbox.programs import allowed
-
-    run.note("programs", {**run.manifest().get("programs", {}), stage.name: allowed()})
-
-
-def require_inputs(run: Run, stage: Stage) -> None:
-    """Stop where a file that the stage reads is missing, and name the command that makes it."""
-    for missing in (name for name in stage.inputs if not run.path(name).exists()):
-        maker = next(s for s in STAGES if any(missing.startswith(name) for name in s.outputs))
-        if maker.applies(run.config):
-            fix = f"make it: distill {maker.name} CONFIG"
-            raise DistillError(Exit.STATE, run.path(missing), "is missing", fix)
-
-
-def from_stage(name: str) -> tuple[Stage, ...]:
-    """Return the stage of that name and all that follow; raises DistillError (exit 2) for an unknown name."""
-    if name not in NAMES:
-        raise DistillError(
-            Exit.CONFIG, f"--redo {name}", "no such stage", "one of " + ", ".join(NAMES)
-        )
-    return STAGES[NAMES.index(name) :]
-
-
-def require_soft_teacher(run: Run, redo: Sequence[Stage]) -> None:
-    """Stop before anything is asked where soft labels cannot be had: other tokens (exit 2), or terms (exit 10).
-
-    A server that shall tell distributions is asked for those of one short text (exit 4 where it does not).
-    """
-    from distill.responders.terms import require_terms
-    from distill.training.soft_labels import answer_logprobs, prompt_logprobs
-    from distill.training.soft_labels.cache import open_teacher
-
-    config = run.config
-    reading = ("signals" if config.captures else "train", "refine")
-    left = [s for s in STAGES if s.name in reading and s.applies(config)]
-    if config.distributions and any(s in redo or run.state(s)[0] != "done" for s in left):
-        require_terms(config.model_copy(update={"teacher": config.soft_teacher()}))
-        tokenizer, _ = open_teacher(config)
-        if config.buys_signals:
-            prompt_logprobs.probe(config, tokenizer)
-        elif config.signals.from_answers:
-            answer_logprobs.probe(config, tokenizer)
+AllowInexact = Annotated[
+    bool,
+    typer.Option(
+        "--allow-inexact",
+        help="Resume a training under other data, settings or libraries; the card says so.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for a script.")]
 
 
 def show_scorecard(run: Run) -> None:
@@ -155,7 +71,36 @@ def show_scorecard(run: Run) -> None:
     print(f"report: {run.path('report.html')}")
 
 
-@app.command(name="run")
+@app.command(rich_help_panel=RUN)
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the config is written.")],
+    corpus: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Documents or rows; those in FOLDER by default."),
+    ] = None,
+    teacher: Annotated[
+        str, typer.Option(metavar="MODEL", help="A model here, or a server's name for one.")
+    ] = "qwen2.5-coder-0.5b-instruct",
+    base_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="The server that answers, https://HOST/v1.")
+    ] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The variable that holds the server's key.")
+    ] = None,
+    student: Annotated[
+        str, typer.Option(metavar="MODEL", help="The small model that learns.")
+    ] = "smollm2-135m-instruct",
+) -> None:
+    """Write a commented config from a corpus and a teacher, and show its plan."""
+    from distill.planning.new_config import write_config
+    from distill.planning.plan import make_plan, show
+
+    path = write_config(folder, corpus, teacher, student, base_url, api_key_env)
+    print(f"wrote {path}; change it as you like, then: distill run {path}")
+    Console(soft_wrap=True).print(show(make_plan(open_run(path))), markup=False)
+
+
+@app.command(name="run", rich_help_panel=RUN)
 def run_all(
     config: ConfigArgument,
     overrides: Overrides = None,
@@ -164,6 +109,7 @@ def run_all(
     ] = None,
     allow_code: AllowCode = False,
     unsafe_code: UnsafeCode = False,
+    allow_inexact: AllowInexact = False,
 ) -> None:
     """Do every stage that is left, and show the scorecard."""
     from distill.planning.plan import announce
@@ -175,54 +121,74 @@ def run_all(
     require_terms(run.config)
     require_soft_teacher(run, again)
     announce(run, again)
-    perform(run, STAGES, again)
+    perform(run, STAGES, again, allow_inexact)
     show_scorecard(run)
 
 
-def _stage_command(stage: Stage) -> Callable[..., None]:
-    """Return the verb of one stage."""
+def perform_alone(
+    stage: Stage,
+    config: Path,
+    overrides: list[str] | None,
+    redo: bool,
+    allow_inexact: bool = False,
+) -> None:
+    """Do one stage, where it is left or `redo` says so."""
+    run = open_run(config, overrides or ())
+    perform(run, (stage,), (stage,) if redo else (), allow_inexact)
+    if stage.name == "report":
+        show_scorecard(run)
 
-    def command(
-        config: ConfigArgument, overrides: Overrides = None, redo: RedoThis = False
-    ) -> None:
-        run = open_run(config, overrides or ())
-        perform(run, (stage,), (stage,) if redo else ())
-        if stage.name == "report":
-            show_scorecard(run)
 
-    return command
+def perform_checking(
+    stage: Stage,
+    config: Path,
+    overrides: list[str] | None,
+    redo: bool,
+    allow_code: bool,
+    unsafe_code: bool,
+) -> None:
+    """Do a stage that checks answers, and so may run programs."""
+    run = open_run(config, overrides or ())
+    again = (stage,) if redo else ()
+    permit_code(run, (stage,), again, allow_code, unsafe_code)
+    perform(run, (stage,), again)
 
 
-def _checking_command(stage: Stage) -> Callable[..., None]:
-    """Return the verb of a stage that checks answers, and so may run programs."""
+def add_stage(stage: Stage) -> None:
+    """Give a stage a verb of its own, with the options that it knows."""
 
-    def command(
+    def checking(
         config: ConfigArgument,
         overrides: Overrides = None,
         redo: RedoThis = False,
         allow_code: AllowCode = False,
         unsafe_code: UnsafeCode = False,
     ) -> None:
-        run = open_run(config, overrides or ())
-        again = (stage,) if redo else ()
-        permit_code(run, (stage,), again, allow_code, unsafe_code)
-        perform(run, (stage,), again)
+        perform_checking(stage, config, overrides, redo, allow_code, unsafe_code)
 
-    return command
+    def training(
+        config: ConfigArgument,
+        overrides: Overrides = None,
+        redo: RedoThis = False,
+        allow_inexact: AllowInexact = False,
+    ) -> None:
+        perform_alone(stage, config, overrides, redo, allow_inexact)
 
+    def plain(config: ConfigArgument, overrides: Overrides = None, redo: RedoThis = False) -> None:
+        perform_alone(stage, config, overrides, redo)
 
-def _command(stage: Stage) -> Callable[..., None]:
-    return (_checking_command if stage.name in CHECKING else _stage_command)(stage)
+    command = checking if stage.name in CHECKING else training if stage.name == "train" else plain
+    purpose = f"{stage.purpose[:1].upper()}{stage.purpose[1:]}."
+    app.command(stage.name, help=purpose, rich_help_panel=STEP)(command)
 
 
 for _stage in STAGES:
-    app.command(_stage.name, help=f"Do the stage {_stage.name}: {_stage.purpose}.")(
-        _command(_stage)
-    )
+    if _stage.name != "evaluate":  # which can hand the student to lm-eval as well
+        add_stage(_stage)
 
 
-@app.command(name="eval")
-def measure(
+@app.command(rich_help_panel=STEP)
+def evaluate(
     config: ConfigArgument,
     overrides: Overrides = None,
     redo: RedoThis = False,
@@ -236,38 +202,24 @@ def measure(
         Path | None, typer.Option(metavar="DIR", help="Further tasks of it; they may hold code.")
     ] = None,
 ) -> None:
-    """Do the stage evaluate; with --lm-eval hand the trained student to EleutherAI's lm-eval instead."""
+    """Compare student, base and teacher on held-out items; with --lm-eval ask the student lm-eval's tasks instead."""
     if lm_eval is None:
         stage = STAGES[NAMES.index("evaluate")]
-        _checking_command(stage)(config, overrides, redo, allow_code, unsafe_code)
+        perform_checking(stage, config, overrides, redo, allow_code, unsafe_code)
         return
-    from distill.evaluation import lm_eval as external
+    from distill.evaluation import lm_eval as harness
     from distill.report import report
 
     run = open_run(config, overrides or ())
     tasks = tuple(task.strip() for task in lm_eval.split(",") if task.strip())
     with run.lock():
-        found = external.main(run.config, run, external.Order(tasks, limit, include_path))
-        print(report.external_table(found))
+        results = harness.main(run.config, run, harness.Order(tasks, limit, include_path))
+        print(report.external_table(results))
     if run.path("scorecard.json").exists():
         perform(run, STAGES[-1:], STAGES[-1:])
 
 
-@app.command()
-def fetch(config: ConfigArgument, overrides: Overrides = None) -> None:
-    """Download and verify the models of a config, so that it can run offline."""
-    from distill.models.registry import fetch as fetch_model
-
-    settings = open_run(config, overrides or ()).config
-    if settings.teacher.kind == "local":
-        fetch_model(settings.teacher.model, settings.teacher.revision)
-    student = settings.student
-    if settings.distributions and settings.reader()[0] != student.model:
-        fetch_model(*settings.reader())
-    fetch_model(student.model, student.revision, student.allow_pickle)
-
-
-@app.command(name="plan")
+@app.command(name="plan", rich_help_panel=LOOK)
 def show_plan(
     config: ConfigArgument,
     overrides: Overrides = None,
@@ -275,44 +227,44 @@ def show_plan(
         int | None,
         typer.Option(metavar="N", min=1, help="Ask the teacher N of the questions, and keep them."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for a script.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say what a run would take: prompts, tokens, dollars, seconds, bytes. Without --pilot it sends nothing."""
+    from distill.planning import pilot as piloting
     from distill.planning.plan import make_plan, show
+    from distill.responders.terms import require_terms
 
-    run = open_run(config, overrides or ())
-    plan = make_plan(run, _ask_pilot(run, pilot) if pilot else None)
+    run, origin = open_run(config, overrides or ()), None
+    if pilot:
+        piloting.require_teacher(run.config)
+        require_terms(run.config)
+        require_models(run.config, ("generate",))
+        perform(run, STAGES[: NAMES.index("generate")])
+        with run.lock():
+            origin = piloting.pilot(run, pilot)
+    plan = make_plan(run, origin)
     if as_json:
         print(plan.model_dump_json(indent=2))
     else:
         Console(soft_wrap=True).print(show(plan), markup=False)
 
 
-def _ask_pilot(run: Run, count: int) -> str:
-    """Make the run's prompts where they are missing, ask some of them, and return the teacher's origin."""
-    from distill.planning import pilot
-    from distill.responders.terms import require_terms
-
-    pilot.require_teacher(run.config)
-    require_terms(run.config)
-    require_models(run.config, ("generate",))
-    perform(run, STAGES[: NAMES.index("generate")])
-    with run.lock():
-        return pilot.pilot(run, count)
-
-
-@app.command(name="status")
-def show_status(run: RunArgument, overrides: Overrides = None) -> None:
+@app.command(name="status", rich_help_panel=LOOK)
+def show_status(run: RunArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Say what is done, what is left, and what it cost so far."""
-    from distill.status import status
+    from distill.status import read_status, show
 
-    Console(soft_wrap=True).print(status(open_run(run, overrides or ()), STAGES), markup=False)
+    status = read_status(open_run(run, overrides or ()), STAGES)
+    if as_json:
+        print(status.model_dump_json(indent=2))
+    else:
+        Console(soft_wrap=True).print(show(status), markup=False)
 
 
-@app.command(name="verify")
+@app.command(name="verify", rich_help_panel=LOOK)
 def show_verified(
     run: RunArgument,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for a script.")] = False,
+    as_json: AsJson = False,
     allow_code: AllowCode = False,
     unsafe_code: UnsafeCode = False,
 ) -> None:
@@ -330,26 +282,84 @@ def show_verified(
     verify.require_whole(folder, checks)
 
 
-@app.command()
-def repair(store: Annotated[Path, typer.Argument(metavar="STORE")]) -> None:
-    """Copy what is whole in a damaged store; the damaged one is kept beside it."""
-    from distill.storage.repair import repair as repair_store
+@app.command(rich_help_panel=LOOK)
+def compare(
+    sides: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[A B]", help="Runs, or .jsonl files of scores or answers."),
+    ] = None,
+    a: Annotated[
+        list[Path] | None, typer.Option("--a", help="Runs of side A with other seeds.")
+    ] = None,
+    b: Annotated[list[Path] | None, typer.Option("--b", help="Those of side B.")] = None,
+) -> None:
+    """Compare two runs or files on the items that they share; several of a side are averaged over seeds."""
+    from distill.evaluation.compare import compare_paths
 
-    for line in repair_store(store).explain():
-        print(line)
+    paired = sides or []
+    left, right = (paired[:1], paired[1:]) if len(paired) == 2 else (a or [], b or [])
+    if not (left and right) or (paired and len(paired) != 2):
+        fix = "distill compare A B, or --a A1 --a A2 --b B1 --b B2"
+        raise DistillError(Exit.CONFIG, "compare", "needs two sides", fix)
+    print(compare_paths(left, right))
 
 
-@app.command()
-def compact(store: Annotated[Path, typer.Argument(metavar="STORE")]) -> None:
-    """Copy a store without what nothing reads any more, and let the copy take its place."""
-    from distill.responders.local.plans import worth_keeping
-    from distill.storage.repair import compact as compact_store
+@app.command(rich_help_panel=LOOK)
+def score(
+    suite: Annotated[
+        str,
+        typer.Argument(
+            metavar="SUITE", help="A name of eval/suites, a .yaml, or a run (its held-out prompts)."
+        ),
+    ],
+    responder: Annotated[
+        str, typer.Option(metavar="WHO", help="A run, a model, a config, or a file of answers.")
+    ],
+    data: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Questions from a file, not from the Hub.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What the responder is called.")] = None,
+    store: Annotated[Path, typer.Option(metavar="DIR", help="Shared answers.")] = Path(
+        "runs/.store/responses"
+    ),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="For scores and answers.")] = Path(
+        "runs/.suites"
+    ),
+    allow_code: AllowCode = False,
+) -> None:
+    """Ask any responder the questions of a suite, and score its answers."""
+    from distill.evaluation.score import Place
+    from distill.evaluation.score import score as score_suite
+    from distill.evaluation.suites import load_suite
+    from distill.tasks.sandbox.programs import allow
 
-    for line in compact_store(store, worth_keeping).explain():
-        print(line)
+    allow("sandbox" if allow_code else "no")
+    print(score_suite(load_suite(suite, data), responder, name, Place(store, out)))
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
+def probe(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Put the probes to the judge of a config: may its verdicts be used?"""
+    from distill.evaluation.judging import probe_lines, probed
+
+    print(*probe_lines(probed(open_run(config, overrides or ()).config)), sep="\n")
+
+
+@app.command(rich_help_panel=LOOK)
+def contamination(
+    items: Annotated[Path, typer.Argument(metavar="ITEMS", help="Items of an evaluation.")],
+    corpus: Annotated[Path, typer.Argument(metavar="CORPUS", help="A file or folder of text.")],
+) -> None:
+    """Look for the items of an evaluation in a corpus."""
+    from distill.corpus.contamination import NOT_FOUND, compare_files
+
+    known, matches = compare_files(items, corpus)
+    for item, (match, *_) in matches.items():
+        print(f"{item}  in {match.place}: {match.phrase[:120]}")
+    print(f"{len(matches)} of {len(known)} items are in the corpus. {NOT_FOUND}")
+
+
+@app.command(rich_help_panel=PUBLISH)
 def publish(
     run: RunArgument,
     push: Annotated[
@@ -360,13 +370,65 @@ def publish(
         str | None,
         typer.Option(metavar="REASON", help="Publish against the evidence; the card says why."),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Make the release of a run: adapter, merged model, card; and upload it where that is asked."""
     from distill.publishing.publish import main as make_release
 
     opened = open_run(run)
     with opened.lock():
-        make_release(opened.config, opened, push, public, override)
+        release = make_release(opened.config, opened, push, public, override)
+    if as_json:
+        files = {
+            p.relative_to(release).as_posix(): p.stat().st_size
+            for p in sorted(release.rglob("*"))
+            if p.is_file()
+        }
+        print(json.dumps({"release": str(release), "pushed_to": push, "files": files}, indent=2))
+
+
+@app.command(rich_help_panel=PUBLISH)
+def tables(
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER", help="Holds README.md and docs/*.md."),
+    ] = Path(),
+) -> None:
+    """Write the scorecards anew that README.md and docs/*.md show between their comments."""
+    from distill.report.readme import write
+
+    write(folder)
+
+
+@app.command(rich_help_panel=KEEP)
+def fetch(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Download and verify the models of a config, so that it can run offline."""
+    from distill.models.registry import fetch as fetch_model
+
+    settings = open_run(config, overrides or ()).config
+    if settings.teacher.kind == "local":
+        fetch_model(settings.teacher.model, settings.teacher.revision)
+    student = settings.student
+    if settings.distributions and settings.reader()[0] != student.model:
+        fetch_model(*settings.reader())
+    fetch_model(student.model, student.revision, student.allow_pickle)
+
+
+@app.command(rich_help_panel=KEEP)
+def repair(store: Annotated[Path, typer.Argument(metavar="STORE")]) -> None:
+    """Copy what is intact in a damaged store; the damaged one is kept beside it."""
+    from distill.storage.repair import repair as repair_store
+
+    print(*repair_store(store).explain(), sep="\n")
+
+
+@app.command(rich_help_panel=KEEP)
+def compact(store: Annotated[Path, typer.Argument(metavar="STORE")]) -> None:
+    """Copy a store without what nothing reads any more, and let the copy take its place."""
+    from distill.responders.local.plans import worth_keeping
+    from distill.storage.repair import compact as compact_store
+
+    print(*compact_store(store, worth_keeping).explain(), sep="\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,13 +10,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from distill.cli import open_run, perform
 from distill.config import Config
 from distill.errors import DistillError, Exit, exit_code
-from distill.pipeline import STAGES
+from distill.pipeline import STAGES, perform
 from distill.responders.local.workers import Crew
 from distill.storage.progress import console
-from distill.storage.run_folder import Run, Stage
+from distill.storage.run_folder import Run, Stage, open_run
 
 
 def main(name: str, words: Sequence[str]) -> int:

@@ -1,19 +1,33 @@
-"""The stages in their order: what each reads and writes, so that the command knows what is done, left or stale.
+"""The stages in their order: what each reads and writes, and how what is left of them is performed.
 
 The work is imported when a stage runs, so `plan` and `status` never load torch.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from functools import partial
 from importlib import import_module
+from typing import Any
 
 from distill.config import Config, Evaluation, Signals
+from distill.config_file import parse_config, place_of
+from distill.errors import DistillError, Exit
 from distill.models import registry
+from distill.storage.progress import say
 from distill.storage.run_folder import Run, Stage
+from distill.storage.store import as_json, sha256_file, write_atomic
+
+CHECKING = ("filter", "evaluate")  # the stages that check answers
+LOADING = ("generate", "signals", "train", "refine", "evaluate")  # the stages that load models
 
 
-def _lazy(module: str) -> Callable[[Config, Run], None]:
+def _lazy(module: str) -> Callable[..., None]:
     """Return the `main` of a module, imported at its first call."""
-    return lambda config, run: import_module(module).main(config, run)
+
+    def main(config: Config, run: Run, **options: Any) -> None:
+        import_module(module).main(config, run, **options)
+
+    return main
 
 
 def _identity(module: str) -> Callable[[Config], dict[str, str]]:
@@ -201,3 +215,102 @@ STAGES: tuple[Stage, ...] = (
         purpose="write the scorecard and the report",
     ),
 )
+NAMES = tuple(stage.name for stage in STAGES)
+
+
+def from_stage(name: str) -> tuple[Stage, ...]:
+    """Return the stage of that name and all that follow; raises DistillError (exit 2) for an unknown name."""
+    if name not in NAMES:
+        raise DistillError(
+            Exit.CONFIG, f"--redo {name}", "no such stage", "one of " + ", ".join(NAMES)
+        )
+    return STAGES[NAMES.index(name) :]
+
+
+def permit_code(
+    run: Run, stages: Sequence[Stage], redo: Sequence[Stage], sandboxed: bool, unsafe: bool
+) -> None:
+    """Let generated programs run as asked; raises DistillError (exit 2) where stages need that which are left."""
+    from distill.evaluation.suites import tasks_of
+    from distill.tasks.checkers import RUNS_CODE
+    from distill.tasks.sandbox.programs import allow
+
+    allow("unsafe" if unsafe else "sandbox" if sandboxed else "no")
+    checking = [stage for stage in stages if stage.name in CHECKING]
+    left = any(stage in redo or run.state(stage)[0] != "done" for stage in checking)
+    if not left or sandboxed or unsafe:
+        return
+    needing = [t.name for t in tasks_of(run.config) if t.checker and t.checker["kind"] in RUNS_CODE]
+    if needing:
+        what = "is checked by running the programs that models wrote"
+        fix = "allow that with --allow-code, which runs them in a sandbox"
+        raise DistillError(Exit.CONFIG, f"task {needing[0]}", what, fix)
+
+
+def require_soft_teacher(run: Run, redo: Sequence[Stage]) -> None:
+    """Stop before anything is asked where soft labels cannot be had: other tokens (exit 2), or terms (exit 10).
+
+    A server that shall tell distributions is asked for those of one short text (exit 4 where it does not).
+    """
+    from distill.responders.terms import require_terms
+    from distill.training.soft_labels import answer_logprobs, prompt_logprobs
+    from distill.training.soft_labels.cache import open_teacher
+
+    config = run.config
+    reading = ("signals" if config.captures else "train", "refine")
+    left = [s for s in STAGES if s.name in reading and s.applies(config)]
+    if config.distributions and any(s in redo or run.state(s)[0] != "done" for s in left):
+        require_terms(config.model_copy(update={"teacher": config.soft_teacher()}))
+        tokenizer, _ = open_teacher(config)
+        if config.buys_signals:
+            prompt_logprobs.probe(config, tokenizer)
+        elif config.signals.from_answers:
+            answer_logprobs.probe(config, tokenizer)
+
+
+def perform(
+    run: Run, stages: Sequence[Stage], redo: Sequence[Stage] = (), allow_inexact: bool = False
+) -> None:
+    """Do what is left of `stages` under the run's lock, after checking all of them for other settings.
+
+    `allow_inexact` lets a training resume under other data, settings or libraries, which the card says.
+    """
+    with run.lock():
+        for stage in stages:
+            if stage not in redo and stage.applies(run.config):
+                run.checked_state(stage)
+        loading = [s for s in stages if s.name in LOADING and s.applies(run.config)]
+        left = {s.name for s in loading if s in redo or run.state(s)[0] != "done"}
+        if left:
+            require_models(run.config, left)
+        path = run.path("config.json")
+        text = as_json({**run.config.resolved(), **place_of(run.folder)})
+        parse_config(text, path)  # what could not be read again is not written
+        run.remake(redo)
+        write_atomic(path, text)
+        run.note("config_sha256", sha256_file(run.path("config.json")))
+        for stage in stages:
+            if not stage.applies(run.config):
+                say(f"{stage.name}: not needed by this config")
+                continue
+            require_inputs(run, stage)
+            inexact = allow_inexact and stage.name == "train"
+            work = partial(stage.main, allow_inexact=True) if inexact else stage.main
+            if run.perform(replace(stage, main=work)):
+                if stage.name in CHECKING:  # whether it could run programs, and how
+                    from distill.tasks.sandbox.programs import allowed
+
+                    programs = {**run.manifest().get("programs", {}), stage.name: allowed()}
+                    run.note("programs", programs)
+                say(f"{stage.name}: done")
+            else:
+                say(f"{stage.name}: done before, reused")
+
+
+def require_inputs(run: Run, stage: Stage) -> None:
+    """Stop where a file that the stage reads is missing, and name the command that makes it."""
+    for missing in (name for name in stage.inputs if not run.path(name).exists()):
+        maker = next(s for s in STAGES if any(missing.startswith(name) for name in s.outputs))
+        if maker.applies(run.config):
+            fix = f"make it: distill {maker.name} CONFIG"
+            raise DistillError(Exit.STATE, run.path(missing), "is missing", fix)

@@ -1,75 +1,125 @@
 """`distill status`: what a run has done, what is left, and what each stage has cost so far. Loads no model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
 
 from rich.console import Group
 
 from distill.errors import DistillError
 from distill.formatting import table
-from distill.records import LedgerEntry
+from distill.records import LedgerEntry, Record
 from distill.responders.endpoint.budget import paid_models, unknown_outcomes
 from distill.storage.run_folder import Run, Stage
 from distill.storage.store import Log, read_json
 
-WORDS = {"fresh": "left", "unfinished": "begun", "done": "done", "stale": "stale"}
+STATES = {"fresh": "left", "unfinished": "begun", "done": "done", "stale": "stale"}
 
 
-def status(run: Run, stages: Sequence[Stage]) -> Group:
-    """Return one row a stage, from the markers and the ledger, a row of sums, and why what is stale is stale."""
-    shown = table(
-        f"{run.folder}", "stage", "state", "finished", ">seconds", ">in", ">out", ">dollars"
-    )
-    ledger, remarks = run.ledger(), []
+class StageStatus(Record):
+    """Where a stage stands, why, and what it has taken; sums are None where nothing was entered."""
+
+    stage: str
+    state: str
+    remark: str = ""
+    finished: str = ""
+    seconds: float | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    dollars: Decimal | None = None
+
+
+class Doubt(Record):
+    """A request that may have been billed though nobody knows how much; `most` is its maximum in dollars."""
+
+    key: str
+    what: str
+    most: Decimal | None = None
+
+
+class Status(Record):
+    """The stages of a run, the sums of its ledger, and the requests whose bill is not known."""
+
+    run: str
+    stages: tuple[StageStatus, ...]
+    all: StageStatus
+    doubts: tuple[Doubt, ...] = ()
+
+
+def read_status(run: Run, stages: Sequence[Stage]) -> Status:
+    """Return where a run stands, from its markers, its ledger and the store."""
+    ledger, rows = run.ledger(), []
     for stage in stages:
-        spent = [entry for entry in ledger if entry.stage == stage.name]
-        state, remark = _state(run, stage)
+        state, remark = "not needed", ""
+        if stage.applies(run.config):
+            try:
+                found, changes = run.state(stage)
+                state, remark = STATES[found], "; ".join(changes)
+            except DistillError as error:  # an input is not there, which leaves it unknown
+                state, remark = "unknown", str(error)
         finished = read_json(run.marker(stage)).get("at", "") if state == "done" else ""
-        shown.add_row(stage.name, state, finished[:16].replace("T", " "), *_sums(spent))
-        remarks += [f"{stage.name}: {remark}"] if remark else []
-    for name in dict.fromkeys(entry.stage for entry in ledger):
-        if name not in {stage.name for stage in stages}:  # a pilot
-            spent = [entry for entry in ledger if entry.stage == name]
-            shown.add_row(name, "", spent[-1].started[:16].replace("T", " "), *_sums(spent))
-    shown.add_section()
-    shown.add_row("all", "", "", *_sums(ledger))
-    return Group(shown, *remarks, *_doubts(run))
-
-
-def _doubts(run: Run) -> list[str]:
-    """Say how many requests of the run may have been billed and nobody knows how much, at most what, and name each."""
+        entries = [entry for entry in ledger if entry.stage == stage.name]
+        rows.append(summed(stage.name, entries, state, remark, finished))
+    names = {stage.name for stage in stages}
+    for name in dict.fromkeys(e.stage for e in ledger if e.stage not in names):  # a pilot
+        entries = [entry for entry in ledger if entry.stage == name]
+        rows.append(summed(name, entries, "", "", entries[-1].started))
+    doubts: list[Doubt] = []
     folder = run.config.store_folder() / "responses"
-    if run.config.teacher.kind != "endpoint" or not folder.exists():
-        return []
-    with Log(folder, writable=False) as log:
-        found = unknown_outcomes(log, run.config.name, paid_models(run.config))
-    if not found:
-        return []
-    most = [attempt.most for attempt in found if attempt.most is not None]
-    sum_ = f"at most ${sum(most, Decimal(0)):.4f}" if len(most) == len(found) else "cost unknown"
-    rows = [f"  {a.key}: {a.what}" + (f", at most ${a.most}" if a.most else "") for a in found]
-    return [f"{len(found)} requests may have been billed, {sum_}:", *rows]
-
-
-def _state(run: Run, stage: Stage) -> tuple[str, str]:
-    """Return the stage's state in a word, and a remark; an input that is not there leaves it unknown."""
-    if not stage.applies(run.config):
-        return "not needed", ""
-    try:
-        state, changes = run.state(stage)
-    except DistillError as error:
-        return "unknown", str(error)
-    return WORDS[state], "; ".join(changes)
-
-
-def _sums(entries: list[LedgerEntry]) -> tuple[str, str, str, str]:
-    """Return seconds, tokens in and out, and dollars where any are known."""
-    if not entries:
-        return "", "", "", ""
-    dollars = [entry.dollars for entry in entries if entry.dollars is not None]
-    return (
-        f"{sum(entry.seconds for entry in entries):,.1f}",
-        f"{sum(entry.input_tokens for entry in entries):,}",
-        f"{sum(entry.output_tokens for entry in entries):,}",
-        f"{sum(dollars, Decimal(0)):.4f}" if dollars else "",
+    if run.config.teacher.kind == "endpoint" and folder.exists():
+        with Log(folder, writable=False) as log:
+            unknown = unknown_outcomes(log, run.config.name, paid_models(run.config))
+        doubts = [Doubt(key=a.key, what=a.what, most=a.most) for a in unknown]
+    return Status(
+        run=str(run.folder), stages=tuple(rows), all=summed("all", ledger), doubts=tuple(doubts)
     )
+
+
+def summed(
+    stage: str,
+    entries: Sequence[LedgerEntry],
+    state: str = "",
+    remark: str = "",
+    finished: str = "",
+) -> StageStatus:
+    """Return a stage's status with the sums of its entries in the ledger."""
+    status = StageStatus(stage=stage, state=state, remark=remark, finished=finished)
+    if not entries:
+        return status
+    dollars = [entry.dollars for entry in entries if entry.dollars is not None]
+    sums = {
+        "seconds": sum(entry.seconds for entry in entries),
+        "input_tokens": sum(entry.input_tokens for entry in entries),
+        "output_tokens": sum(entry.output_tokens for entry in entries),
+        "dollars": sum(dollars, Decimal(0)) if dollars else None,
+    }
+    return status.model_copy(update=sums)
+
+
+def show(status: Status) -> Group:
+    """Return a row a stage, a row of sums, why what is stale is stale, and what may have been billed."""
+    rows = table(status.run, "stage", "state", "finished", ">seconds", ">in", ">out", ">dollars")
+    for stage in status.stages:
+        rows.add_row(*_cells(stage))
+    rows.add_section()
+    rows.add_row(*_cells(status.all))
+    remarks = [f"{stage.stage}: {stage.remark}" for stage in status.stages if stage.remark]
+    lines: list[str] = []
+    if status.doubts:
+        most = [doubt.most for doubt in status.doubts if doubt.most is not None]
+        known = len(most) == len(status.doubts)
+        total = f"at most ${sum(most, Decimal(0)):.4f}" if known else "cost unknown"
+        lines = [f"{len(status.doubts)} requests may have been billed, {total}:"]
+        lines += [
+            f"  {doubt.key}: {doubt.what}" + (f", at most ${doubt.most}" if doubt.most else "")
+            for doubt in status.doubts
+        ]
+    return Group(rows, *remarks, *lines)
+
+
+def _cells(row: StageStatus) -> Iterable[str]:
+    yield from (row.stage, row.state, row.finished[:16].replace("T", " "))
+    if row.seconds is None:
+        yield from ("", "", "", "")
+        return
+    yield from (f"{row.seconds:,.1f}", f"{row.input_tokens:,}", f"{row.output_tokens:,}")
+    yield "" if row.dollars is None else f"{row.dollars:.4f}"

@@ -1,16 +1,9 @@
-"""Write the scorecards that README.md and docs/*.md show, from eval/results: `python eval/readme.py`. Loads no model."""
+"""Write the scorecards that README.md and docs/*.md show anew: `python eval/readme.py`, as `distill tables`."""
 
 import sys
 from pathlib import Path
 
-from distill.errors import exit_code
-from distill.report.readme import write
-
-
-def main() -> None:
-    """Fill the pages."""
-    write(Path(__file__).parent.parent)
-
+from distill.cli import main
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(main(["tables", *(sys.argv[1:] or [str(Path(__file__).parent.parent)])]))

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import typer
 
-from distill.cli import app, from_stage, main, open_run, perform
+from distill.cli import app, main
+from distill.config_file import load_config
 from distill.errors import DistillError, Exit, exit_code
-from distill.storage.run_folder import Run, Stage
+from distill.pipeline import STAGES, from_stage, perform
+from distill.storage.run_folder import Run, Stage, open_run
 from distill.tasks.sandbox.programs import unavailable
 
 ROOT = Path(__file__).parent.parent
@@ -191,8 +193,9 @@ def test_a_second_run_in_the_folder_is_told_who_holds_it(config, capsys):
 
 
 def test_a_killed_holder_s_lock_is_taken_over(config, capsys):
-    script = "from distill.cli import open_run; from pathlib import Path; import time\n" + (
-        "with open_run(Path('c.yaml')).lock(): print('held', flush=True); time.sleep(60)"
+    script = (
+        "from distill.storage.run_folder import open_run; from pathlib import Path; import time\n"
+        + ("with open_run(Path('c.yaml')).lock(): print('held', flush=True); time.sleep(60)")
     )
     holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert holder.stdout and holder.stdout.readline() == "held\n"
@@ -240,20 +243,71 @@ def test_quick_commands_import_no_torch(config, words):
     assert time.monotonic() - started < (40 if "plan" in words else 10)  # a child measures
 
 
-def test_every_verb_has_help():
+def test_every_verb_has_help_and_stands_in_a_group():
     commands = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
-    assert {
-        "run",
-        "plan",
-        "status",
-        "repair",
-        "compact",
-        "publish",
-        "fetch",
-        "corpus",
-        "eval",
-    } <= set(commands)
-    assert all(command.help for command in commands.values() if not command.hidden)
+    verbs = "init run plan status verify compare score probe tables publish fetch repair compact"
+    assert set(verbs.split()) | {stage.name for stage in STAGES} <= set(commands)
+    assert all(command.help and command.rich_help_panel for command in commands.values())
+
+
+def test_verbs_are_completed_by_the_shell():
+    words = {"_DISTILL_COMPLETE": "complete_bash", "COMP_WORDS": "distill co", "COMP_CWORD": "1"}
+    command = [Path(sys.executable).with_name("distill")]
+    done = subprocess.run(command, env={**os.environ, **words}, capture_output=True, text=True)
+    assert {"corpus", "compare", "compact"} <= set(done.stdout.split())
+
+
+def test_init_writes_a_config_that_says_what_it_needs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = "lighthouse wave harbour gull lantern anchor tide rope mast sail reef storm".split()
+    turned = [words[n:] + words[:n] for n in range(12)]
+    notes = [
+        f"Note {n}. The {', the '.join(w[::2])} and {w[1]} were seen." for n, w in enumerate(turned)
+    ]
+    Path("notes").mkdir()
+    for n, note in enumerate(notes):
+        Path(f"notes/{n}.txt").write_text(note)
+    code, out, lines = say(capsys, "init", "notes")
+    assert code == 0 and "plan of notes" in out and "distill run notes/config.yaml" in out, lines
+    written = load_config(Path("notes/config.yaml"))
+    assert (written.name, written.prompts.tasks[0]) == ("notes", "prose_summary")
+    code, _, (line,) = say(capsys, "init", "notes")
+    assert code == Exit.CONFIG and "is there already" in line
+
+    rows = [{"messages": [{"role": "user", "content": note}]} for note in notes]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    hosted = ("--base-url", "https://api.openai.com/v1", "--api-key-env", "OPENAI_API_KEY")
+    code, out, _ = say(
+        capsys, "init", "asks", "--corpus", "rows.jsonl", "--teacher", "gpt-5.6-terra", *hosted
+    )
+    written = load_config(Path("asks/config.yaml"))
+    assert code == 0 and not written.prompts.tasks, "rows that are prompts get no task"
+    assert written.teacher.base_urls == ("https://api.openai.com/v1",)
+    assert "forbidden by OpenAI" in Path("asks/config.yaml").read_text()
+
+    assert say(capsys, "init", "empty", "--corpus", "nothing")[0] == Exit.INPUT
+
+
+def test_status_and_plan_tell_scripts_what_they_tell_people(config, capsys):
+    assert say(capsys, "corpus", config)[0] == 0
+    status = json.loads(say(capsys, "status", config, "--json")[1])
+    assert [s["state"] for s in status["stages"]][:2] == ["done", "left"]
+    assert status["all"]["seconds"] >= 0 and not status["doubts"]
+
+
+def test_allow_inexact_reaches_the_training_alone(config, monkeypatch):
+    """The flag that the errors advise is there on run and train."""
+    options: list[dict[str, bool]] = []
+
+    def main(config, run, **given):
+        options.append(given)
+
+    stages = [Stage(n, (), (), (), main) for n in ("filter", "train")]
+    perform(open_run(Path(config)), stages, allow_inexact=True)
+    assert options == [{}, {"allow_inexact": True}]
+    commands = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
+    having = {n for n, c in commands.items() if any("--allow-inexact" in p.opts for p in c.params)}
+    assert having == {"run", "train"}
 
 
 def test_the_folder_of_a_config_is_its_run(config):

@@ -1,4 +1,4 @@
-"""Hand the student to EleutherAI's lm-eval and read its results back: `distill eval RUN --lm-eval TASKS`.
+"""Hand the student to EleutherAI's lm-eval and read its results back: `distill evaluate RUN --lm-eval TASKS`.
 
 lm-eval is an extra (`pip install 'distill[eval]'`). It gets the very weights that were evaluated, the adapter merged in, and
 the model's own chat template. What it finds stands in `lm_eval.json` and on the scorecard as results of another harness: they

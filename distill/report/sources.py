@@ -37,7 +37,7 @@ SOURCES: dict[str, Files] = {
         **QUALITY,
         "filter": ("dataset/train.jsonl", "dataset/validation.jsonl", "dataset/heldout.jsonl"),
     },
-    "external": {"eval --lm-eval": (FILE,)},
+    "external": {"evaluate --lm-eval": (FILE,)},
     "cost": MONEY,
     "economics": MONEY,
     "corpus": {"corpus": ("documents.jsonl", "rejects.jsonl")},

@@ -61,7 +61,7 @@ class Stage:
     keys: tuple[str, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    main: Callable[[Config, "Run"], None]
+    main: Callable[..., None]  # of config and run; training also knows allow_inexact
     identity: Callable[[Config], dict[str, str]] = (
         lambda config: {}
     )  # further inputs by hash: corpus files, models
@@ -350,6 +350,11 @@ class Run:
         path = self.path("manifest.json")
         facts = read_json(path) if path.exists() else {}
         return {key: value for key, value in facts.items() if key != SEAL}
+
+
+def open_run(place: Path, overrides: Sequence[str] = ()) -> Run:
+    """Return the run of a config file, or of a run's folder (which may have been moved)."""
+    return open_folder(place, overrides) if place.is_dir() else Run(load_config(place, overrides))
 
 
 def open_folder(place: Path, overrides: Sequence[str] = ()) -> Run:

@@ -22,13 +22,13 @@ from benchmark_signals import answers, size
 from rich.console import Console
 from torch import Tensor
 
-from distill.cli import open_run
 from distill.config import Config, Signals
 from distill.formatting import table
 from distill.models import registry
 from distill.records import Example, Message, Pair, Prompt, Response
 from distill.storage.environment import environment
 from distill.storage.progress import tracking
+from distill.storage.run_folder import open_run
 from distill.storage.store import write_json
 from distill.training.batches import micro_batches
 from distill.training.divergences import soft_loss

@@ -41,13 +41,12 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
-from distill.cli import open_run
 from distill.formatting import table
 from distill.models import registry
 from distill.records import Example, Pair
 from distill.storage.environment import environment
 from distill.storage.progress import console, say
-from distill.storage.run_folder import Run
+from distill.storage.run_folder import Run, open_run
 from distill.storage.store import FolderLock, read_json, read_records, write_json
 from distill.training.batches import micro_batches, plan_steps
 from distill.training.encode import encode_pairs

@@ -24,7 +24,6 @@ import torch
 from benchmark_soft_labels import Signals
 from rich.table import Table
 
-from distill.cli import open_run
 from distill.config import Config, OnPolicy
 from distill.errors import DistillError, Exit, exit_code
 from distill.evaluation.answering import ask, student_responder
@@ -46,7 +45,7 @@ from distill.records import Example, Item, Pair, Response
 from distill.responders.local.local_model import LocalResponder
 from distill.storage.environment import environment
 from distill.storage.progress import console, say
-from distill.storage.run_folder import Run
+from distill.storage.run_folder import Run, open_run
 from distill.storage.store import read_json, read_records, write_json, write_records
 from distill.tasks.task import tasks_of_run
 from distill.training import train

@@ -33,7 +33,6 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from distill.cli import main as distill_main  # noqa: E402
-from distill.cli import open_run  # noqa: E402
 from distill.config import Teacher  # noqa: E402
 from distill.generation.generate import answer_all  # noqa: E402
 from distill.generation.requests import requests_for  # noqa: E402
@@ -43,9 +42,9 @@ from distill.responders.endpoint.attempts import origin_of  # noqa: E402
 from distill.responders.endpoint.budget import account  # noqa: E402
 from distill.responders.endpoint.endpoint import EndpointResponder  # noqa: E402
 from distill.responders.responder import Request, Sampling  # noqa: E402
-from distill.status import status  # noqa: E402
+from distill.status import read_status, show  # noqa: E402
 from distill.storage.progress import console  # noqa: E402
-from distill.storage.run_folder import Run  # noqa: E402
+from distill.storage.run_folder import Run, open_run  # noqa: E402
 from distill.storage.store import Log, read_records  # noqa: E402
 from tests.support.buying import KEY, make_run  # noqa: E402
 from tests.support.fake_teacher import PRICE, FakeTeacher, Reply, text_of  # noqa: E402
@@ -206,7 +205,7 @@ class Buying:
         """Count what was billed, is not stored, and is not named by `distill status`."""
         shown = Console(width=300)
         with shown.capture() as text:
-            shown.print(status(self.run, STAGES))
+            shown.print(show(read_status(self.run, STAGES)))
         listed = Counter(line.split(".")[0].strip() for line in text.get().splitlines())
         stored = self.witness.stored
         return sum(

@@ -26,14 +26,13 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from distill.cli import main as distill_main  # noqa: E402
-from distill.cli import open_run  # noqa: E402
 from distill.errors import Exit  # noqa: E402
 from distill.publishing.card import make_card  # noqa: E402
 from distill.publishing.merge import Fidelity  # noqa: E402
 from distill.publishing.publish import facts_of  # noqa: E402
 from distill.records import Response  # noqa: E402
 from distill.responders.endpoint.budget import Account, account  # noqa: E402
-from distill.storage.run_folder import Run  # noqa: E402
+from distill.storage.run_folder import Run, open_run  # noqa: E402
 from distill.storage.store import Log, read_records  # noqa: E402
 from tests.support.buying import make_run  # noqa: E402
 from tests.support.fake_teacher import PRICE, FakeTeacher, Reply, bomb, question  # noqa: E402

@@ -11,7 +11,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from distill.cli import main, open_run
+from distill.cli import main
 from distill.errors import Exit
 from distill.planning.cost import TeacherCost, teacher_cost
 from distill.planning.pilot import chosen
@@ -19,6 +19,7 @@ from distill.planning.work import count_work
 from distill.records import LedgerEntry, Message, digest
 from distill.responders.endpoint.budget import account
 from distill.responders.responder import Request, Sampling
+from distill.storage.run_folder import open_run
 from distill.storage.store import Log, read_records
 from tests.support.buying import KEY, settings
 from tests.support.fake_teacher import PRICE, FakeTeacher, Reply, question, usage_of

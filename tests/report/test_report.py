@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from distill import figures
-from distill.cli import open_run
 from distill.config import Config
 from distill.errors import DistillError, Exit
 from distill.evaluation import results
@@ -39,7 +38,7 @@ from distill.report.plots import (
     ticks,
     training_curve,
 )
-from distill.storage.run_folder import Run
+from distill.storage.run_folder import Run, open_run
 from distill.storage.store import read_json, write_json, write_records
 
 HOSTILE = "<script>alert('x')</script> & \"quotes\" | pipes\nand a new line"

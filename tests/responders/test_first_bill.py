@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from distill.cli import main, open_run
+from distill.cli import main
 from distill.config import Config
 from distill.errors import DistillError, Exit
 from distill.evaluation.judging import through_store
@@ -22,6 +22,7 @@ from distill.responders.endpoint.budget import account, unknown_outcomes
 from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.endpoint.wire import pack
 from distill.responders.responder import Request, Sampling
+from distill.storage.run_folder import open_run
 from distill.storage.store import Log, read_records
 from tests.responders.test_endpoint import always, asks, buy, hold_account
 from tests.support.buying import KEY, make_run, settings
