@@ -12,7 +12,7 @@ from math import ceil
 from typing import NamedTuple
 
 from distill.config import Config
-from distill.corpus.questions import TASK, shares
+from distill.corpus.questions import shares
 from distill.formatting import dollars
 from distill.generation.generate import read
 from distill.generation.requests import asking_requests, requests_of, written_prompts
@@ -26,7 +26,6 @@ from distill.storage.store import Log
 
 ANSWER = 0.5  # of max_new_tokens: 0.35 on the quickstart's documentation, 0.66 on GSM8K's problems
 READ = 1000  # stored answers of a kind that are read
-QUESTION = 150  # bytes of a question that the teacher writes
 ESCAPED, ENVELOPE = 1.1, 400  # a request's bytes: its texts', as JSON, and what stands around them
 
 
@@ -50,13 +49,9 @@ class TeacherCost(Record):
     notes: tuple[str, ...] = ()
 
 
-class Kind(NamedTuple):
-    """Requests of one kind: how many are left, bytes of a question, cap, and the stored answers that were read.
+class Left(NamedTuple):
+    """Requests of a kind that are left: how many, bytes of a question, cap; how many are stored, and those that were read."""
 
-    Asking for questions is a kind of its own, `asking`, since what comes is no answer.
-    """
-
-    name: str
     count: float
     size: float
     cap: int
@@ -75,20 +70,20 @@ def teacher_cost(config: Config, work: Work, origin: str | None = None) -> Teach
     price = load_prices(config.evaluation.prices).teacher(teacher.model) if paid else None
     origin = origin or (origin_of(teacher) if paid else None)
     if work.texts is None or origin is None:
-        kinds, spent = list(_by_size(config, work)), Account()
+        kinds, spent = _by_size(config, work), Account()
     else:
         with Log(config.store_folder() / "responses", writable=False) as log:
-            kinds = list(_by_request(config, work, origin, log))
+            kinds = _by_request(config, work, origin, log)
             spent = account(log, price, config.name, teacher.model)
-    lengths = [r.usage.output_tokens for k in kinds if k.name != "asking" for r in k.known]
-    answer = sum(lengths) / len(lengths) if lengths else ANSWER * teacher.max_new_tokens
-    count = asked = output = capped = 0.0
+    count = asked = output = capped = answer = 0.0
     most = None if price is None or "max_tokens" in teacher.omit else Decimal(0)
     for kind in kinds:
         own = [response.usage.output_tokens for response in kind.known]
+        mean = sum(own) / len(own) if own else ANSWER * kind.cap
+        answer = answer or mean  # the answers come first, then the writing of questions
         count += kind.count
         asked += kind.count * work.teacher.tokens_of(kind.size)
-        output += kind.count * (sum(own) / len(own) if own else min(answer, kind.cap))
+        output += kind.count * mean
         capped += kind.count * kind.cap
         if most is not None:
             each = most_dollars(price, ceil(ESCAPED * kind.size) + ENVELOPE, kind.cap)
@@ -122,53 +117,49 @@ def teacher_cost(config: Config, work: Work, origin: str | None = None) -> Teach
     return found.model_copy(update={"notes": tuple(_notes(config, found, known, price))})
 
 
-def _by_size(config: Config, work: Work) -> Iterator[Kind]:
-    """Yield what is to be asked, from the number and size of prompts alone."""
+def _by_size(config: Config, work: Work) -> list[Left]:
+    """Return the answers, and the writing of questions, from the number and size of prompts alone."""
     teacher, questions, size = config.teacher, config.prompts.questions, work.teacher.bytes
     count = work.asked + work.prompts["train"] * (teacher.n - 1)
-    yield Kind("answers", count, size, teacher.max_new_tokens)
-    if questions:
-        asking = work.documents * len(shares(questions.kinds, questions.per_document))
-        yield Kind("asking", asking, size, questions.max_new_tokens)
+    answers = Left(count, size, teacher.max_new_tokens)
+    if questions is None:
+        return [answers]
+    asking = work.documents * len(shares(questions.kinds, questions.per_document))
+    return [answers, Left(asking, size, questions.max_new_tokens)]
 
 
-def _by_request(config: Config, work: Work, origin: str, log: Log) -> Iterator[Kind]:
-    """Yield what is left of each task's requests, and of the questions that the teacher writes."""
+def _by_request(config: Config, work: Work, origin: str, log: Log) -> list[Left]:
+    """Return the answers, and the writing of questions, from the requests that the store lacks."""
     (documents, prompts), settings = work.texts or ((), ()), config.prompts.questions
 
     def stored(request: Request) -> bool:
         return ("response", Response.make_id(request.key, request.sample)) in log
 
-    def kind(name: str, requests: Sequence[Request]) -> Kind:
+    def left(requests: Sequence[Request], cap: int, to_come: float = 0.0) -> Left:
         missing = [request for request in requests if not stored(request)]
         answered = [request for request in requests if stored(request)]
         known = [read(log, request) for request in answered[:: -(-len(answered) // READ) or 1]]
-        cap = max((request.sampling.max_new_tokens for request in requests), default=0)
-        size = mean_bytes([request.messages for request in missing])
-        return Kind(name, len(missing), size, cap, len(answered), known)
+        size = mean_bytes([request.messages for request in missing]) or work.teacher.bytes
+        return Left(len(missing) + to_come, size, cap, len(answered), known)
 
-    prompts = list(prompts)
+    written, asking, to_come = list(prompts), list[Request](), 0.0
     if settings:
-        left, came, asking = [], list[int](), list[Request]()
+        came, waiting = list[int](), 0
         for document in documents:
             requests = asking_requests(settings, origin, document)
             asking += requests
             if all(map(stored, requests)):
                 replies = [read(log, request) for request in requests]
                 came.append(len(new := written_prompts(settings, document, replies)))
-                prompts += new
-            else:
-                left.append(document)
-        yield kind("asking", asking)
-        # Of each other document as many questions are expected as came of these, answered n times for training.
-        each = sum(came) / len(came) if came else settings.per_document
-        count = each * sum(config.teacher.n if d.meta["split"] == "train" else 1 for d in left)
-        size = QUESTION + (work.teacher.bytes if settings.answer_with_passage else 0)
-        yield Kind(f"{TASK} to come", count, size, config.teacher.max_new_tokens)
+                written += new
+            else:  # each of its questions is answered n times where it is for training
+                waiting += config.teacher.n if document.meta["split"] == "train" else 1
+        # Of a document that is not asked yet as many questions are expected as came of the others.
+        to_come = waiting * (sum(came) / len(came) if came else settings.per_document)
     known = {document.id: document for document in documents}
-    for task in dict.fromkeys(prompt.task for prompt in prompts):
-        of_task = [prompt for prompt in prompts if prompt.task == task]
-        yield kind(task, requests_of(config, origin, of_task, known))
+    requests = requests_of(config, origin, written, known)
+    answers = left(requests, config.teacher.max_new_tokens, to_come)
+    return [answers, left(asking, settings.max_new_tokens)] if settings else [answers]
 
 
 def _notes(

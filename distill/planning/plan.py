@@ -224,7 +224,8 @@ def memory(config: Config, work: Work, machine: Machine) -> dict[str, float]:
         weights = width * teacher.parameters * (1 + (machine.kind == "cpu" and width == 2))
         found["generate"] = weights + (config.teacher.max_batch_size or slots) * row
     student, width = shape(config.student.model), machine.width(config.student.dtype)
-    lora, tokens = settings.lora, settings.micro_batch_tokens or MICRO_BATCH_TOKENS
+    lora, most = settings.lora, settings.micro_batch_tokens or MICRO_BATCH_TOKENS
+    tokens = min(most, settings.tokens_per_step)
     adapter = adapter_parameters(student, lora.r, lora.target_modules)
     four_bit, saving = config.student.load_in_4bit, settings.gradient_checkpointing
     peak = training_bytes(student, adapter, lora.r, tokens, saving, four_bit, width)
@@ -305,7 +306,10 @@ def announce(run: Run, redo: Iterable[Stage] = ()) -> None:
 
     try:
         left = {stage.name for stage in STAGES if stage in again or run.state(stage)[0] != "done"}
-        work, types = count_work(run, QUICK), _types(config)
+        if left <= {"filter", "report"}:
+            return
+        # Not what the store has: the account of a store of a million answers takes minutes.
+        work, types = count_work(run, QUICK).scaled(1), _types(config)
         slow = Machine(name="slow", kind="cpu", rates=dict.fromkeys(types, SLOW), source="")
         if _sum(stages(work, slow)) < SHORT:
             return
