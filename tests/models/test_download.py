@@ -189,7 +189,7 @@ def test_the_hub_is_tried_first(wheelhouse, data, tmp_path, monkeypatch):
 def test_two_processes_convert_once(wheelhouse, data, tmp_path):
     (tmp_path / "gguf.json").write_text(tiny_gguf(data).model_dump_json())
     code = (
-        "import sys; from distill import download as d; from pathlib import Path;"
+        "import sys; from distill.models import download as d; from pathlib import Path;"
         "print(d.converted('tiny', d.Gguf.from_line(Path(sys.argv[1]).read_text())))"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "gguf.json")]

@@ -41,7 +41,7 @@ def change(path: Path, **values) -> None:
 
 def test_looking_up_needs_no_torch():
     code = (
-        "import sys; from distill import models; models.table();"
+        "import sys; from distill.models import registry as models; models.table();"
         "models.identity('smollm2-135m-instruct'); models.shape_of('Qwen/Qwen2.5-7B-Instruct');"
         "assert not {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)"
     )
