@@ -44,6 +44,7 @@ STATED = {
     WORDING: "reasons, scorecard, report and card may say the same in other words",
 }
 FREE = ("scorecard.md", "report.html", "release/README.md")  # compared without their numbers
+KEYS = ("id", "request_key")  # of an answer
 TREES = ("scorecard.json", "evaluation.json")  # compared by the names of their keys
 QUICKSTART = (
     *("prompts.train=24", "prompts.validation=6", "prompts.heldout=12"),
@@ -72,9 +73,9 @@ for name, (model, revision, date, most) in runs.items():
     run, tokenizer, samples = Path("runs", name), load_tokenizer(model, revision), {}
     for path in sorted(run.glob("**/dataset/*.jsonl")):
         pairs = [Pair.model_validate_json(line) for line in path.read_text("utf-8").splitlines()]
-        made = encode_pairs(tokenizer, pairs, date, most, path) if pairs else []
+        examples = encode_pairs(tokenizer, pairs, date, most, path) if pairs else []
         place = path.relative_to(run).as_posix()
-        samples |= {f"{place}:{n}": [one.input_ids, one.weights] for n, one in enumerate(made, 1)}
+        samples |= {f"{place}:{n}": [one.input_ids, one.weights] for n, one in enumerate(examples, 1)}
     Path("runs", f"{name}.samples.json").write_text(json.dumps(samples))
 """
 SHOWN = 3  # differences of a row and kind on the screen; all of them are in record.txt of the work folder
@@ -123,13 +124,13 @@ class Run:
 
     def names(self, *patterns: str) -> list[str]:
         """Return the files of either side that a pattern fits, those that are no results apart."""
-        found = {
+        names = {
             path.relative_to(folder).as_posix()
             for folder in (self.old, self.new)
             for pattern in patterns
             for path in folder.glob(pattern)
         }
-        return sorted(n for n in found if not n.startswith(("checkpoints/", ".old/", ".release/")))
+        return sorted(n for n in names if not n.startswith(("checkpoints/", ".old/", ".release/")))
 
     def lines(self, name: str) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
         """Yield the place and both sides' row of each line of a file; a row that is not there is empty."""
@@ -142,10 +143,10 @@ class Run:
         student = Path(name).stem == "student" or "/judge/" in name
         return "rounding" if student and self.rounds else ""
 
-    def compared(self) -> list[Row]:
+    def compare(self) -> list[Row]:
         """Compare everything but the requests, which the server has."""
         return [
-            counted(self.name, what, values)
+            row_of(self.name, what, values)
             for what, values in (
                 ("documents", self._documents()),
                 ("prompts", self._prompts()),
@@ -256,14 +257,11 @@ class Run:
                 yield f"{name} {key}", key in old, key in new, WORDING
 
 
-KEYS = ("id", "request_key")
-
-
-def counted(run: str, what: str, values: Iterator[Value]) -> Row:
+def row_of(run: str, what: str, values: Iterator[Value]) -> Row:
     """Return the row of values that were compared."""
-    found = list(values)
-    different = [Difference(kind, where, old, new) for where, old, new, kind in found if old != new]
-    return Row(run, what, len(found), different)
+    rows = list(values)
+    different = [Difference(kind, where, old, new) for where, old, new, kind in rows if old != new]
+    return Row(run, what, len(rows), different)
 
 
 def read_lines(path: Path) -> Lines:
@@ -315,13 +313,13 @@ def paid_for(side: Side) -> Counter[str]:
     return Counter(str(line.split(b" ")[2]) for line in lines if line[65:72] == b"intent ")
 
 
-def asked(old: Side, new: Side, name: str) -> Row:
+def requests_row(old: Side, new: Side, name: str) -> Row:
     """Compare what the server was sent in a run: addresses and bodies, whatever their order."""
     one, other = (
         Counter(json.loads((side.folder / f"runs/{name}.requests.json").read_bytes()))
         for side in (old, new)
     )
-    return counted(name, "requests", ((key, one[key], other[key], "") for key in {**one, **other}))
+    return row_of(name, "requests", ((key, one[key], other[key], "") for key in {**one, **other}))
 
 
 def perform(side: Side, name: str, *words: str, **changes: str) -> None:
@@ -334,7 +332,7 @@ def perform(side: Side, name: str, *words: str, **changes: str) -> None:
 
 def encode(side: Side, configs: dict[str, dict[str, Any]], **changes: str) -> None:
     """Let a side turn the datasets of its runs into samples, and keep them beside the runs."""
-    wanted = {
+    arguments = {
         name: [
             *(config["student"]["model"], config["student"]["revision"]),
             *(config["template_date"], config["train"]["max_length"]),
@@ -342,7 +340,7 @@ def encode(side: Side, configs: dict[str, dict[str, Any]], **changes: str) -> No
         for name, config in configs.items()
     }
     _, environment = command(side.tree, side.folder, **changes)
-    run = [sys.executable, "-c", ENCODE, json.dumps([ENCODERS, wanted])]
+    run = [sys.executable, "-c", ENCODE, json.dumps([ENCODERS, arguments])]
     done = subprocess.run(run, cwd=side.folder, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{side.name}: no samples\n{done.stderr[-2000:]}")
@@ -355,8 +353,10 @@ def make_tiny_runs(side: Side, port: int) -> None:
         if name in PAID:
             with serve(port) as server:
                 perform(side, name, "run", f"{name}.yaml")
-            sent = [f"{a} {b.decode()}" for a, b in zip(server.paths, server.bodies, strict=True)]
-            (side.folder / f"runs/{name}.requests.json").write_text(json.dumps(sent))
+            requests = [
+                f"{a} {b.decode()}" for a, b in zip(server.paths, server.bodies, strict=True)
+            ]
+            (side.folder / f"runs/{name}.requests.json").write_text(json.dumps(requests))
         else:
             perform(side, name, "run", f"{name}.yaml")
         if not tree["student"]["model"].startswith("."):
@@ -373,10 +373,10 @@ def make_quickstart(side: Side, config: Path) -> None:
 
 
 @contextmanager
-def old_tree(given: Path | None) -> Iterator[Path]:
+def old_tree(path: Path | None) -> Iterator[Path]:
     """Yield a checkout of the old commit; one that was not given is made, and removed at the end."""
-    if given:
-        yield given.resolve()
+    if path:
+        yield path.resolve()
         return
     git = ["git", "-C", str(ROOT), "worktree"]
     with tempfile.TemporaryDirectory() as folder:
@@ -409,18 +409,18 @@ def both_sides(work: Path, old: Path, new: Path, models: bool) -> list[Row]:
             (side.folder / "made").touch()
     runs = runs_of(sides, EXPERIMENTS)
     for run in runs:
-        rows += [asked(*sides, run.name)] if run.name in PAID else []
-        rows += run.compared()
+        rows += [requests_row(*sides, run.name)] if run.name in PAID else []
+        rows += run.compare()
     one, other = map(paid_for, sides)
     keys = ((key, one[key], other[key], "") for key in sorted(one | other))
-    rows.append(counted("all", "keys of paid requests", keys))
+    rows.append(row_of("all", "keys of paid requests", keys))
     if models:
         large = [side._replace(folder=side.folder / "models") for side in sides]
         for side in large:
             if not (side.folder / "made").exists():
                 make_quickstart(side, old / "configs/quickstart.yaml")
                 (side.folder / "made").touch()
-        rows += [row for run in runs_of(large, ["quickstart"], **ONLINE) for row in run.compared()]
+        rows += [row for run in runs_of(large, ["quickstart"], **ONLINE) for row in run.compare()]
     return rows
 
 
@@ -446,19 +446,19 @@ def table_of(rows: Sequence[Row]) -> Table:
     return table
 
 
-def explained(rows: Sequence[Row], most: int | None = None) -> Iterator[str]:
+def listing(rows: Sequence[Row], most: int | None = None) -> Iterator[str]:
     """Yield the lines that list the differences, those that nothing explains last; of a row and kind at most so many."""
     for kind in (*STATED, ""):
         by_row = [(row, [d for d in row.differences if d.kind == kind]) for row in rows]
-        if count := sum(len(found) for _, found in by_row):
+        if count := sum(len(differences) for _, differences in by_row):
             yield f"\n{count} {kind or 'UNEXPLAINED'}: {STATED.get(kind, 'nothing states these')}"
-        for row, found in by_row:
-            for difference in found[:most]:
+        for row, differences in by_row:
+            for difference in differences[:most]:
                 yield f"  {row.run}, {row.what}, {difference.where}"
                 yield f"    old: {difference.old!s:.300}"
                 yield f"    new: {difference.new!s:.300}"
-            if most is not None and len(found) > most:
-                yield f"  {row.run}, {row.what}: and {len(found) - most} more"
+            if most is not None and len(differences) > most:
+                yield f"  {row.run}, {row.what}: and {len(differences) - most} more"
 
 
 def main() -> int:
@@ -479,10 +479,10 @@ def main() -> int:
         work = (arguments.work or Path(temporary)).resolve()
         work.mkdir(parents=True, exist_ok=True)
         rows = both_sides(work, old, arguments.new.resolve(), arguments.models)
-        (work / "record.txt").write_text("\n".join(explained(rows)), encoding="utf-8")
+        (work / "record.txt").write_text("\n".join(listing(rows)), encoding="utf-8")
     console = Console(width=None if sys.stdout.isatty() else 120, soft_wrap=True)
     console.print(table_of(rows))
-    for line in explained(rows, SHOWN):
+    for line in listing(rows, SHOWN):
         console.print(line, markup=False)
     return int(any(not d.kind for row in rows for d in row.differences))
 

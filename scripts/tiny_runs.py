@@ -282,8 +282,8 @@ def write_files(folder: Path, port: int = PORT) -> None:
 def write_models(folder: Path) -> None:
     """Make a teacher and a student with random weights, in `models/` and as the Hub's cache has them in `hub/`."""
     for name, family, seed in (("teacher", "qwen2", 2), ("student", "llama", 3)):
-        made = make_tiny(folder / "models" / name, family, seed=seed, hidden=16, layers=1)
-        weights = made / "model.safetensors"
+        model = make_tiny(folder / "models" / name, family, seed=seed, hidden=16, layers=1)
+        weights = model / "model.safetensors"
         peaked = {name: t * (1 if t.dim() == 1 else 12) for name, t in load_file(weights).items()}
         save_file(peaked, weights, {"format": "pt"})  # what it says depends on what it is asked
     for name, local in ((TEACHER, "teacher"), (STUDENT, "student")):
@@ -358,8 +358,8 @@ class Replies:
         if sums := re.findall(r"What is (\d+) plus (\d+)", asked):
             a, b = map(int, sums[-1])
             wrong = (a + b) % 9 == 0  # so that a checker has something to drop
-            said = ("=", "makes")[before % 2]
-            return f"{a} + {b} {said} {a + b + wrong}\n#### {a + b + wrong}"
+            word = ("=", "makes")[before % 2]
+            return f"{a} + {b} {word} {a + b + wrong}\n#### {a + b + wrong}"
         if town := re.search(r"(\w+) ships (\w+)", asked):
             if "Write one question" in asked:
                 return f"What goods does the harbour of {town[1]} ship?"
@@ -368,8 +368,8 @@ class Replies:
 
     def _verdict(self, asked: str) -> str:
         """Prefer a real answer to a probe's rival, and an answer that reckons to one that does not."""
-        found = re.findall(r"ANSWER [AB] BEGINS\]\n(.*?)\n\[\w+ ANSWER", asked, re.S)
-        a, b = (text in self.good or "####" in text for text in found)
+        answers = re.findall(r"ANSWER [AB] BEGINS\]\n(.*?)\n\[\w+ ANSWER", asked, re.S)
+        a, b = (text in self.good or "####" in text for text in answers)
         return f"It says more.\nVERDICT: {'TIE' if a == b else 'A' if a else 'B'}"
 
     def _scored(self, ids: Sequence[int], k: int) -> Reply:

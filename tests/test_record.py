@@ -33,7 +33,7 @@ def compared(name: str, new: Path) -> dict[str, record.Row]:
         for run in RUNS:
             (old / run).symlink_to(OLD / run)
             (old / f"{run}.samples.json").write_text('{"a:1": [[1, 2], [0.0, 1.0]]}')
-    return {row.what: row for row in record.Run(name, old / name, new / name).compared()}
+    return {row.what: row for row in record.Run(name, old / name, new / name).compare()}
 
 
 def kinds(name: str, new: Path) -> set[tuple[str, str]]:
@@ -122,7 +122,7 @@ def test_words_are_free_and_numbers_of_a_report_are_no_words(new: Path) -> None:
         (new / "chat" / file).write_text(text.replace("answers", "replies").replace("3", "4"))
     plant(new / "chat/scores/base.jsonl", lambda row: row.update(reason="in other words"))
     assert kinds("chat", new) == {("reports", "wording"), ("scores", "wording")}
-    listed = "\n".join(record.explained(list(compared("chat", new).values())))
+    listed = "\n".join(record.listing(list(compared("chat", new).values())))
     assert "replies" in listed and "UNEXPLAINED" not in listed
 
 
@@ -141,6 +141,6 @@ def test_an_answer_is_rounded_only_where_a_release_was(new: Path) -> None:
 def test_what_is_not_explained_is_listed_last_and_counted(new: Path) -> None:
     plant(new / "chat/scores/student.jsonl", lambda row: row.update(value=0.5, reason="why"))
     rows = list(compared("chat", new).values())
-    lines = list(record.explained(rows, most=1))
+    lines = list(record.listing(rows, most=1))
     assert lines[-4].startswith("\n1 UNEXPLAINED") and "scores/student.jsonl:1" in lines[-3]
     assert record.table_of(rows).row_count == len(rows) == 10
