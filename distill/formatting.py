@@ -1,33 +1,103 @@
-"""How figures and tables are written for people: counts, seconds, bytes and dollars, and a dash for what is unknown."""
+"""How figures and tables are written for people, on a terminal, in Markdown, in HTML and on the card.
 
-from decimal import ROUND_CEILING, Decimal
+One way for each: a true minus, a unit, an interval in brackets, and a dash for what is unknown. What a difference
+allows to claim is decided elsewhere (`distill.evaluation.claims`).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Decimal
+from typing import Any
 
 from rich.table import Table
 
 UNKNOWN = "–"
+MINUS = "−"
+HARD = "\u00a0"  # a space that no line breaks at
 
 
 def table(title: str, *columns: str) -> Table:
-    """Return an empty table; a column whose name begins with `>` is set flush right."""
-    made = Table(title=title, title_justify="left")
+    """Return an empty table for the terminal; a column whose name begins with `>` is set flush right."""
+    empty = Table(title=title, title_justify="left")
     for name in columns:
-        made.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left")
-    return made
+        empty.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left")
+    return empty
+
+
+def markdown_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """Write a Markdown table whose columns line up as plain text; the first is left-aligned."""
+    rows = [[" ".join(c.replace("|", "\\|").split()) for c in row] for row in [head, *body]]
+    widths = [max(3, *(len(row[k]) for row in rows)) for k in range(len(head))]
+    rules = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = [
+        [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+        for row in rows
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rules, *lines[1:]])
+
+
+def plain_numbers(tree: Any) -> Any:
+    """Return a tree for JSON: Decimals and fractions as numbers of six significant digits; more would be noise."""
+    if isinstance(tree, Mapping):
+        return {key: plain_numbers(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [plain_numbers(value) for value in tree]
+    if isinstance(tree, bool | int | str) or tree is None:
+        return tree
+    return float(f"{float(tree):.6g}")
+
+
+def figure(value: float | None, digits: int = 2) -> str:
+    """Write a number with a true minus sign."""
+    return UNKNOWN if value is None else f"{value:,.{digits}f}".replace("-", MINUS)
+
+
+def signed(value: float | None, digits: int = 2) -> str:
+    """Write a number with its sign."""
+    text = figure(value, digits)
+    return f"+{text}" if value is not None and value > 0 else text
 
 
 def count(value: float | None) -> str:
     """Write a whole number."""
-    return UNKNOWN if value is None else f"{round(value):,}"
+    return figure(value, 0)
+
+
+def share(value: float | None, digits: int = 0) -> str:
+    """Write a share as a percentage."""
+    return UNKNOWN if value is None else f"{figure(100 * value, digits)}{HARD}%"
+
+
+def p_value(p: float | None) -> str:
+    """Write the p value of a test; none is so small that it is 0."""
+    return "< 0.001" if p is not None and p < 0.001 else figure(p, 3)
+
+
+def score(value: float | None, metric: str) -> str:
+    """Write a score in the unit of its metric: chrF and nats as they are, all else as a percentage."""
+    if metric.startswith("loss"):
+        return figure(value, 3)
+    return figure(value, 1) if metric == "chrF" else share(value)
+
+
+def between(low: str, high: str) -> str:
+    """Write an interval, which no line breaks within."""
+    return f"[{low},{HARD}{high}]"
+
+
+def plain(name: str) -> str:
+    """Write the name of a metric or task as words."""
+    return name.replace("_", " ")
 
 
 def duration(seconds: float | None) -> str:
-    """Write a time in seconds, minutes or hours, to about two digits."""
+    """Write a time in seconds, minutes or hours, to two digits."""
     if seconds is None:
         return UNKNOWN
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
+    for unit, length in (("s", 1), ("min", 60)):
+        if seconds < 99.5 * length:
+            return f"{seconds / length:.2g} {unit}"
+    hours = seconds / 3600
+    return f"{hours:.1f} h" if hours < 99.5 else f"{hours:,.0f} h"
 
 
 def size(value: float) -> str:
@@ -38,9 +108,12 @@ def size(value: float) -> str:
     return f"{value:.0f} B"
 
 
-def dollars(value: Decimal | None) -> str:
-    """Write dollars to the cent, and to two digits below ten cents; rounded up, since a bill is no place to hope."""
+def money(value: Decimal | float | None, up: bool = False) -> str:
+    """Write dollars to the cent, and to two digits below ten cents; a cost estimate is rounded `up`."""
     if value is None:
         return UNKNOWN
-    places = 2 if value >= Decimal("0.1") or not value else 1 - value.adjusted()
-    return f"${value.quantize(Decimal(1).scaleb(-places), ROUND_CEILING):,f}"
+    amount = abs(value if isinstance(value, Decimal) else Decimal(repr(value)))
+    places = 2 if amount >= Decimal("0.1") or not amount else 1 - amount.adjusted()
+    rounding = ROUND_CEILING if up else ROUND_HALF_EVEN
+    text = f"${amount.quantize(Decimal(1).scaleb(-places), rounding):,f}"
+    return f"{MINUS}{text}" if value < 0 else text

@@ -39,6 +39,10 @@ from distill.tasks.task import tasks_of_run
 
 MEASURED = ("scores/", "requests.jsonl", "evaluation.json")
 REPORTED = ("scorecard.json", "scorecard.md", "report.html")
+WORDED = (
+    "scorecard.md",
+    "report.html",
+)  # from scorecard.json and samples, in words that may change
 # what is made again depends on none of these
 NOT_READ = ("adapter/", "checkpoints/", "refined/adapter/", "refined/round-", "release/")
 PROGRAMS = "its task runs programs: --allow-code makes it again"
@@ -70,7 +74,9 @@ def _is_read(name: str) -> bool:
 
 def _again(evidence: Evidence) -> Iterator[Check]:
     """Make scores, scorecard and report again from the answers, elsewhere, and compare every byte."""
-    yield from _code(evidence)
+    other = list(_code(evidence))
+    yield from other
+    other_code = bool(other)
     with tempfile.TemporaryDirectory() as place, _scratch(evidence, Path(place)) as run:
         try:
             measured = _measure_again(run)
@@ -82,10 +88,9 @@ def _again(evidence: Evidence) -> Iterator[Check]:
             if name.startswith(MEASURED) and not measured:
                 yield Check("again", name, "skipped", PROGRAMS)
             elif name.startswith((*MEASURED, *REPORTED)):
-                where = first_difference(evidence.folder / name, run.path(name))
-                yield verdict("again", name, not where, where)
-        same = run.manifest().get("sources") == evidence.manifest.get("sources")
-        yield verdict("again", "sources of the scorecard", same)
+                yield _compared(evidence.folder / name, run.path(name), name, other_code)
+        sources = [_sources(m, other_code) for m in (run.manifest(), evidence.manifest)]
+        yield verdict("again", "sources of the scorecard", sources[0] == sources[1])
 
 
 def _code(evidence: Evidence) -> Iterator[Check]:
@@ -141,6 +146,47 @@ def _runs_programs(run: Run, items: Sequence[Item], suites: Sequence[Suite]) -> 
     tasks = [find(name) for name in {item.task for item in items}]
     tasks += [part.task for suite in suites for part in suite.parts]
     return any(t and t.checker and t.checker["kind"] in RUNS_CODE for t in tasks)
+
+
+def _sources(manifest: dict[str, Any], other_code: bool) -> Any:
+    """Return the files that a scorecard's parts come from; without those that other code measured in other words."""
+    return {
+        part: {
+            stage: {
+                file: hashed
+                for file, hashed in files.items()
+                if not (other_code and file.startswith(MEASURED))
+            }
+            for stage, files in stages.items()
+        }
+        for part, stages in (manifest.get("sources") or {}).items()
+    }
+
+
+def _compared(old: Path, new: Path, name: str, other_code: bool) -> Check:
+    """Compare a file with the same one made again: every byte, or where other code made it, every figure it shares."""
+    where = first_difference(old, new)
+    if where and other_code and name in WORDED:
+        return Check(
+            "again", name, "skipped", "worded by another distill; scorecard.json is compared"
+        )
+    if where and other_code and name.endswith(".json"):
+        where = ", ".join(list(different_figures(read_json(old), read_json(new)))[:3])
+    return verdict("again", name, not where, where)
+
+
+def different_figures(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    """Yield where two trees of JSON state different numbers; what only one of them states is no difference."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in old.keys() & new.keys():
+            yield from different_figures(old[key], new[key], f"{path}.{key}" if path else key)
+    elif isinstance(old, list) and isinstance(new, list):
+        if len(old) != len(new):
+            yield path
+        for number, pair in enumerate(zip(old, new, strict=False)):
+            yield from different_figures(*pair, f"{path}.{number}")
+    elif isinstance(old, int | float) and isinstance(new, int | float) and old != new:
+        yield path
 
 
 def first_difference(old: Path, new: Path) -> str:

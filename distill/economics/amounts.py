@@ -83,6 +83,7 @@ class Economics(Record):
 
     requests: int  # that these figures are over: those that a test covers, or all where none does
     of: int  # held-out requests in all
+    documents: int | None = None  # that they are of: with few, no saving is claimed
     teacher: dict[
         str, Any
     ]  # whose price: name, hypothetical, price, hosted, dollars_per_1k, and the like

@@ -19,7 +19,7 @@ from distill.economics.costs import (
 from distill.economics.savings import Assumptions, economics
 from distill.evaluation.acceptance import Asked
 from distill.evaluation.statistics import Certainty
-from distill.figures import plain_numbers
+from distill.formatting import plain_numbers
 from distill.records import LedgerEntry, Response, Timing, Usage
 from distill.responders.prices import PriceBook, load_prices
 from distill.storage.run_folder import Run
@@ -55,7 +55,10 @@ def accounts(config: Config, run: Run, overall: Mapping[str, Any] | None) -> dic
         requests_per_month=settings.requests_per_month,
     )
     certainty = Certainty(settings.confidence, settings.bootstrap_samples, config.seed)
-    quality = (overall or {}).get("student_minus_teacher", {"mean": None, "reason": NOT_MEASURED})
+    quality = {"mean": None, "reason": NOT_MEASURED}
+    if overall:
+        counts = {key: overall[key] for key in ("n", "documents") if key in overall}
+        quality = {**overall["student_minus_teacher"], **counts}
     found = economics(requests, assumed, certainty, compared, quality)
     cost = {**{m: c.model_dump() for m, c in costs.items()}, "distillation": spent.model_dump()}
     return plain_numbers({"cost": cost, "economics": found.model_dump()})

@@ -33,6 +33,7 @@ from distill.economics.amounts import (
 from distill.economics.costs import NO_TIME, THOUSAND, Tariff, percent
 from distill.economics.substitution import shares_of
 from distill.evaluation.acceptance import Asked
+from distill.evaluation.claims import conclude
 from distill.evaluation.statistics import (
     Bounds,
     Certainty,
@@ -82,6 +83,7 @@ def economics(
     return Economics(
         requests=len(covered),
         of=len(requests),
+        documents=len({asked.cluster for asked in covered}),
         teacher={**compared_with, **reckoning.teacher_facts()},
         student=reckoning.student_facts(),
         tests=tests,
@@ -175,7 +177,7 @@ class Reckoning(NamedTuple):
             way=way,
             dollars_per_1k=surplus,
             dollars_per_month=surplus.scaled(Decimal(volume) / THOUSAND),
-            break_even=break_even(surplus, self.assumed),
+            break_even=break_even(surplus, self.assumed, len(set(self.basis.clusters))),
         )
 
     def case(self, name: str, way: Way) -> Case:
@@ -266,18 +268,22 @@ class Reckoning(NamedTuple):
         }
 
 
-def break_even(surplus: Ranged, assumed: Assumptions) -> BreakEven:
-    """Return when `surplus`, dollars of 1,000 requests, has paid for the distillation."""
-    requests = _requests_to_pay(surplus, assumed)
+def break_even(surplus: Ranged, assumed: Assumptions, documents: int) -> BreakEven:
+    """Return when `surplus`, dollars of 1,000 requests of some documents, has paid for the distillation."""
+    requests = _requests_to_pay(surplus, assumed, documents)
     days = requests.scaled(Decimal(MONTH_DAYS) / assumed.requests_per_month)
     return BreakEven(requests=requests, days=days)
 
 
-def _requests_to_pay(surplus: Ranged, assumed: Assumptions) -> Ranged:
+def _requests_to_pay(surplus: Ranged, assumed: Assumptions, documents: int) -> Ranged:
     if assumed.distillation is None or surplus.value is None or surplus.reason:
         return unknown(surplus.reason or assumed.why_no_distillation)
-    if surplus.low is not None and surplus.high is not None and surplus.low <= 0 < surplus.high:
-        return unknown("the interval of the surplus reaches 0, so it may never be paid back")
+    if surplus.value <= 0 and (surplus.high is None or surplus.high <= 0):
+        return unknown("nothing is saved, so the distillation is never paid back")
+    if surplus.low is not None and surplus.high is not None:
+        decided = conclude(float(surplus.low), float(surplus.high), documents)
+        if decided.verdict == "undecided":
+            return unknown(f"it may never be paid back: {decided.reason}")
     if surplus.value <= 0:
         return unknown("nothing is saved, so the distillation is never paid back")
     cost = assumed.distillation * THOUSAND

@@ -1,6 +1,7 @@
-"""What a paired difference allows one to say: a test for yes/no scores, non-inferiority, what this n could have seen.
+"""What a paired difference allows one to say: better, worse or undecided, by one rule for every sentence and table.
 
-Everything here stands beside an interval (`statistics.py`), never instead of it. Legend: N items, G clusters, S seeds.
+`conclude` is that rule. Beside it stand an exact test for yes/no scores, non-inferiority, and what so many items could
+have seen. Legend: N items, G clusters (documents), S seeds.
 """
 
 from collections.abc import Hashable, Sequence
@@ -20,7 +21,48 @@ from distill.evaluation.statistics import (
 )
 
 POWER = 0.8  # the usual one: how often a difference of the stated size would have been seen
-Verdict = Literal["not inferior", "inferior", "undecided"]
+ALPHA = 0.05  # of the exact test beside an interval: a few items that differ can fool the interval
+FEWEST_DOCUMENTS = (
+    6  # were all of G to point one way, an exact test would give p = 2 / 2^G: below ALPHA from 6 on
+)
+Noninferiority = Literal["not inferior", "inferior", "undecided"]
+
+
+class Conclusion(NamedTuple):
+    """What a difference allows one to say, and why where it is undecided."""
+
+    verdict: Literal["better", "worse", "undecided"]
+    reason: str = ""
+
+
+def conclude(
+    low: float | None,
+    high: float | None,
+    documents: int | None = None,
+    p: float | None = None,
+    items: int | None = None,
+    why_no_interval: str | None = None,
+) -> Conclusion:
+    """Decide a difference: its interval excludes 0, there are enough documents, and an exact test (`p`) agrees.
+
+    Three ways to be fooled, so all three must hold. An interval of few documents rests on a handful of numbers: with five
+    or fewer no exact test of them could reach 5 %, whatever the scores. `documents` and `p` are None where they are not
+    known (old scorecards) or do not apply (scores that are no yes or no).
+    """
+    if low is None or high is None:
+        return Conclusion("undecided", why_no_interval or "there is no interval")
+    if documents is not None and documents < FEWEST_DOCUMENTS:
+        many = f"{items} items of " if items else ""
+        chance = f"even if all pointed one way, p would be {2 / 2 ** max(1, documents):.3g}"
+        few = f"{many}{documents} document{'s' * (documents != 1)} are too few"
+        return Conclusion("undecided", f"{few} ({chance}; it takes {FEWEST_DOCUMENTS} documents)")
+    if low <= 0 <= high:
+        return Conclusion("undecided", "the interval includes 0")
+    if p is not None and p >= ALPHA:
+        return Conclusion(
+            "undecided", f"the exact test does not confirm the interval (p = {p:.2g})"
+        )
+    return Conclusion("better" if low > 0 else "worse")
 
 
 class Discordant(NamedTuple):
@@ -63,14 +105,16 @@ def _swapped(size_G: Floats, seen: int) -> float:
     return min(1.0, float(chance[np.abs(sums) >= seen].sum()))
 
 
-def non_inferiority(difference: Estimate, margin: float) -> Verdict | None:
+def non_inferiority(difference: Estimate, margin: float) -> Noninferiority | None:
     """Say whether a - b is surely above -`margin`, surely below it, or neither; None where there is no interval.
 
     The lower end of a two-sided 95 % interval is a one-sided test at 2.5 % (Piaggio et al. 2012, JAMA 308:2594). The
-    margin is chosen before the data are seen.
+    margin is chosen before the data are seen. Few documents decide nothing here either.
     """
     if difference.low is None or difference.high is None:
         return None
+    if difference.clusters < FEWEST_DOCUMENTS:
+        return "undecided"
     if difference.low > -margin:
         return "not inferior"
     return "inferior" if difference.high < -margin else "undecided"

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from distill.errors import DistillError, Exit
-from distill.evaluation.claims import across_seeds, mcnemar, smallest_visible
+from distill.evaluation.claims import across_seeds, conclude, mcnemar, smallest_visible
 from distill.evaluation.items import held_out, items_of
 from distill.evaluation.scorers import passes
 from distill.evaluation.statistics import (
@@ -27,12 +27,12 @@ from distill.evaluation.statistics import (
     pair,
     require_paired,
 )
-from distill.figures import figure, markdown_table, signed
+from distill.formatting import figure, markdown_table, p_value, signed
 from distill.records import Item, Response, Score
 from distill.storage.store import read_records
 from distill.tasks.task import tasks_of_run
 
-HEAD = ("task", "n", "missing", "a", "b", "a − b", "interval", "could see", "McNemar p")
+HEAD = ("task", "n", "missing", "a", "b", "a − b", "interval", "could see", "McNemar p", "a is")
 
 
 class Side(NamedTuple):
@@ -93,6 +93,7 @@ def _row(
     else:
         seeds = (_by_seed(left, paired.items), _by_seed(right, paired.items))
         change = across_seeds(*seeds, clusters, certainty)
+    p = mcnemar(*sides).p
     means = [figure(float(side.mean()) if len(side) else None, 3) for side in paired[1:3]]
     return (
         task,
@@ -102,7 +103,8 @@ def _row(
         signed(change.value, 3),
         _interval(change),
         figure(smallest_visible(*sides, certainty), 3),
-        figure(mcnemar(*sides).p, 3),
+        p_value(p),
+        conclude(change.low, change.high, change.clusters, p).verdict,
     )
 
 

@@ -211,6 +211,7 @@ def row_of_duels(
     told = [o.value for o in outcomes if o.value is not None]
     return {
         "n": len(duels),
+        "documents": len({duel.cluster for duel in duels}),
         "unanswered": total - len(duels),
         "wins": sum(value == 1 for value in told),
         "ties": sum(value == 0.5 for value in told),

@@ -19,7 +19,7 @@ from distill.evaluation.results import Measured
 from distill.evaluation.statistics import Certainty
 from distill.evaluation.suite_scores import measure_suite, suite_result, write_suite
 from distill.evaluation.suites import Suite
-from distill.figures import plain_numbers
+from distill.formatting import plain_numbers
 from distill.records import Item, Reading, Response
 from distill.storage.run_folder import Run
 from distill.storage.store import read_json, read_records, write_json, write_records

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from distill.evaluation.claims import mcnemar, non_inferiority, smallest_visible
+from distill.evaluation.claims import conclude, mcnemar, non_inferiority, smallest_visible
 from distill.evaluation.scorers import agrees, passes
 from distill.evaluation.statistics import (
     Bounds,
@@ -179,7 +179,17 @@ def _gap(measured: Measured, certainty: Certainty) -> dict[str, Any]:
         ids = [i for i in measured.ids() if all(values.get(i) is not None for values in three)]
         student, teacher, base = ([values[i] or 0.0 for i in ids] for values in three)
         clusters = measured.clusters(ids)
-        gap = estimate_gap_recovered(student, teacher, base, clusters, certainty, measured.bounds)
+        change = tested(measured, "teacher", "base", certainty)
+        p = change.get("mcnemar", {}).get("p")
+        ends, documents = (change["low"], change["high"]), len(set(clusters))
+        decided = conclude(*ends, documents, p, len(ids), change.get("reason"))
+        if decided.verdict == "undecided":  # the gap itself must stand, by the rule of every claim
+            reason = f"that teacher and base do not differ is possible: {decided.reason}"
+            gap = Estimate(value=None, reason=reason)
+        else:
+            gap = estimate_gap_recovered(
+                student, teacher, base, clusters, certainty, measured.bounds
+            )
     shown = {"value": gap.value, "low": gap.low, "high": gap.high}
     return shown if gap.reason is None else {**shown, "reason": gap.reason}
 
@@ -236,6 +246,7 @@ def token_row(
     return {
         "metric": metric,
         "n": len(kept),
+        "documents": len(set(clusters)),
         "tokens": int(sum(tokens)),
         "teacher": None,
         **{m: mean.value for m, mean in means.items()},

@@ -19,7 +19,7 @@ from distill.evaluation.results import Measured
 from distill.evaluation.statistics import USUAL, Certainty
 from distill.evaluation.suite_scores import measure_suite, write_answers, write_suite
 from distill.evaluation.suites import Suite, is_run
-from distill.figures import figure, markdown_table, share
+from distill.formatting import figure, markdown_table, share
 from distill.records import Response
 from distill.responders.recorded import raw_text
 from distill.responders.responder import Request, Sampling, parse

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from distill.config import Config
 from distill.corpus.questions import shares
-from distill.formatting import dollars
+from distill.formatting import money
 from distill.generation.generate import read
 from distill.generation.requests import asking_requests, requests_of, written_prompts
 from distill.planning.work import Work, mean_bytes
@@ -184,9 +184,9 @@ def _notes(
         stop = f"; with the limit of ${limit} a run stops (exit 6)" if limit is not None else ""
         yield f"cost unknown: {why}{stop}"
         return
-    perhaps = f" and perhaps {dollars(found.paid_perhaps)}" if found.paid_perhaps else ""
-    whole = dollars(found.paid + found.dollars)
-    yield f"paid so far {dollars(found.paid)}{perhaps}; the whole run {whole}, retries apart"
+    perhaps = f" and perhaps {money(found.paid_perhaps, up=True)}" if found.paid_perhaps else ""
+    whole = money(found.paid + found.dollars, up=True)
+    yield f"paid so far {money(found.paid, up=True)}{perhaps}; the whole run {whole}, retries apart"
     if limit is None:
         yield "no limit: teacher.budget_dollars is not set"
         return

@@ -14,7 +14,7 @@ from rich.console import Group
 from distill.config import Config
 from distill.errors import DistillError, Exit
 from distill.evaluation.suites import amounts
-from distill.formatting import count, dollars, duration, size, table
+from distill.formatting import count, duration, money, size, table
 from distill.models import download, registry
 from distill.models.registry import Shape
 from distill.pipeline import STAGES
@@ -172,7 +172,7 @@ def plan_stages(
         seconds = START + machine.seconds(texts * read, reader.dtype, "train")
         if reader.kind == "endpoint":
             price = load_prices(config.evaluation.prices).teacher(reader.model)
-            paid = dollars(price and price.of(Usage(input_tokens=round(tokens))))
+            paid = money(price and price.of(Usage(input_tokens=round(tokens))), up=True)
             told += f" by a server, {config.signals.k} ids a token, {paid}"
             seconds = math.nan
         add("signals", told, tokens, seconds)
@@ -271,7 +271,9 @@ def show(plan: Plan) -> Group:
         shown.add_row(row.stage, row.work, tokens, duration(row.seconds))
     shown.add_section()
     whole = count(sum(row.tokens or 0 for row in plan.stages))
-    price = f"{dollars(plan.machine_dollars)} of machine time" if plan.machine_dollars else ""
+    price = (
+        f"{money(plan.machine_dollars, up=True)} of machine time" if plan.machine_dollars else ""
+    )
     shown.add_row("all", price, whole, duration(plan.seconds))
     lines, cost = [f"machine: {plan.machine.name}: {plan.machine.source}"], plan.teacher
     peak, written = max(plan.memory.values()), sum(plan.disk.values())
@@ -287,8 +289,8 @@ def show(plan: Plan) -> Group:
         most = f"(at most {cost.output_tokens_most:,})"
         lines.append(f"teacher: {cost.requests:,} requests, {tokens} {most}")
         if cost.dollars is not None:
-            most = f"at most {dollars(cost.dollars_most)}, retries apart"
-            lines.append(f"teacher: {dollars(cost.dollars)} expected, {most}")
+            most = f"at most {money(cost.dollars_most, up=True)}, retries apart"
+            lines.append(f"teacher: {money(cost.dollars, up=True)} expected, {most}")
     return Group(shown, *lines, *plan.notes)
 
 

@@ -14,12 +14,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from distill.publishing.merge import Fidelity
 from distill.records import Record
 from distill.report.statement import sensitivity_rows, statement, surplus_rows
-from distill.report.tables import leaked
+from distill.report.tables import UNDECIDED, claims_too_much, conclusion, leaked
 
 LICENSES = re.compile(
     r"(?:apache-2\.0|mit|bsd-[23]-clause|cc0-1\.0|cc-by(?:-nc)?(?:-sa)?-4\.0|llama[23.]+|gemma)"
 )
 UNKNOWN = "unknown"
+UNKNOWN_FIGURE = "–"
 
 
 class Facts(Record):
@@ -176,15 +177,20 @@ def _score_row(task: str, row: Mapping[str, Any]) -> tuple[str, ...]:
         words(row.get("metric")),
         str(row.get("n")),
         *(number(row.get(model)) for model in ("teacher", "base", "student")),
-        _interval(row.get("student_minus_teacher")),
-        _interval(row.get("student_minus_base")),
-        _interval(row.get("gap_recovered"), "value"),
+        _interval(row.get("student_minus_teacher"), row),
+        _interval(row.get("student_minus_base"), row),
+        _interval(row.get("gap_recovered"), row, "value"),
     )
 
 
-def _interval(row: Mapping[str, Any] | None, key: str = "mean") -> str:
-    if not row or row.get(key) is None:
-        return "–"
+def _interval(found: Mapping[str, Any] | None, of: Mapping[str, Any], key: str = "mean") -> str:
+    """Return a figure and its interval, which is left out where it would claim too much."""
+    row = found or {}
+    if row.get(key) is None:
+        return UNKNOWN_FIGURE
+    decided = conclusion(row if key == "mean" else of.get("student_minus_base") or row, of)
+    if claims_too_much(row.get("low"), row.get("high"), decided):
+        return f"{number(row[key])} {UNDECIDED}"
     return f"{number(row[key])} [{number(row.get('low'))}, {number(row.get('high'))}]"
 
 

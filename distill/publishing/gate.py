@@ -10,6 +10,7 @@ from typing import Any
 from distill.errors import DistillError, Exit
 from distill.publishing.merge import Fidelity
 from distill.records import Record
+from distill.report.tables import conclusion
 from distill.storage.progress import say
 
 ON_PURPOSE = 'or publish with --override "reason", which the card shows'
@@ -38,20 +39,28 @@ def _leaked(scorecard: Mapping[str, Any]) -> list[Finding]:
 
 
 def _worse(scorecard: Mapping[str, Any]) -> list[Finding]:
-    """Find a student that measured worse than its base: over all checks, else by its loss on the teacher's answers."""
-    change = _mean(scorecard.get("overall"))
-    if change is not None:
-        worse, what = change < 0, f"{100 * change:+.1f} points over all checks"
+    """Find a student that measured worse than its base: over all checks, else by its loss on the teacher's answers.
+
+    Where the difference is undecided by the rule of all claims, the finding says so; it stands all the same.
+    """
+    overall = scorecard.get("overall") or {}
+    losses = (scorecard.get("agreement") or {}).get("nats_per_token") or {}
+    change, loss = ((row.get("student_minus_base") or {}) for row in (overall, losses))
+    if change.get("mean") is not None:
+        worse, decided = change["mean"] < 0, conclusion(change, overall)
+        what = f"{100 * change['mean']:+.1f} points over all checks"
     else:
-        loss = _mean((scorecard.get("agreement") or {}).get("nats_per_token")) or 0.0
-        worse, what = loss > 0, f"{loss:+.3f} nats a token on the teacher's answers"
+        mean = loss.get("mean") or 0.0
+        worse, decided = mean > 0, conclusion(loss, losses)
+        what = f"{mean:+.3f} nats a token on the teacher's answers"
+    if not worse:
+        return []
+    if decided.verdict == "undecided":
+        what = f"measured worse than its base: {what} (undecided: {decided.reason})"
+    else:
+        what = f"is worse than its base: {what}"
     fix = "train longer, on more answers, or on other settings"
-    worse_than = f"is worse than its base: {what}"
-    return [Finding(where="the student", what=worse_than, fix=fix)] if worse else []
-
-
-def _mean(row: Any) -> float | None:
-    return ((row or {}).get("student_minus_base") or {}).get("mean")
+    return [Finding(where="the student", what=what, fix=fix)]
 
 
 def weights(fidelity: Fidelity, evaluated: str | None = None) -> list[Finding]:

@@ -7,8 +7,10 @@ tell the two apart, not that they are equal. What is unknown is said to be unkno
 from collections.abc import Mapping
 from typing import Any
 
-from distill.figures import change, duration, figure, money, plain, points, share, verdict
+from distill.evaluation.claims import conclude
+from distill.formatting import duration, figure, money, plain, share
 from distill.report.statement import in_short
+from distill.report.tables import change, conclusion, points
 
 Row = Mapping[str, Any]
 RIVALS = ("teacher", "base")
@@ -70,33 +72,33 @@ def quality(card: Row) -> str:
         return (
             "No task has a checker, so how good the student is, is not known; only how much its answers are like the "
             f"teacher's: chrF {figure(chrf['base'], 1)} before training, {figure(chrf['student'], 1)} after "
-            f"({change(chrf['student_minus_base'], 'chrF')})."
+            f"({change(chrf['student_minus_base'], chrf)})."
         )
     confidence = card["environment"]["settings"]["confidence"]
     to_base = overall["student_minus_base"]
-    gained = verdict(
-        to_base,
-        "training helped",
-        "training did harm",
-        "whether training helped cannot be told from these items",
-    )
+    decided = conclusion(to_base, overall)
+    gained = {
+        "better": "training helped",
+        "worse": "training did harm",
+        "undecided": f"whether training helped is undecided: {decided.reason}",
+    }[decided.verdict]
     return (
         f"Of {overall['n']} held-out answers, {share(overall['student'])} of the student's pass their check and "
         f"{share(overall['teacher'])} of the teacher's: {against_teacher(overall, confidence)}. Before training it was "
-        f"{share(overall['base'])}: {points(to_base, confidence)}; {gained}."
+        f"{share(overall['base'])}: {points(to_base, overall, confidence)}; {gained}."
     )
 
 
 def against_teacher(overall: Row, confidence: float) -> str:
     """Say how far the student is from its teacher, and what that allows to claim."""
     found = overall["student_minus_teacher"]
-    said = verdict(
-        found,
-        "it is better than the teacher here",
-        "it is not as good as the teacher",
-        f"these items cannot tell the two apart{could_show(found)}",
-    )
-    return f"{points(found, confidence)}; {said}"
+    decided = conclusion(found, overall)
+    said = {
+        "better": "it is better than the teacher here",
+        "worse": "it is not as good as the teacher",
+        "undecided": f"which of the two is better is undecided: {decided.reason}{could_show(found)}",
+    }[decided.verdict]
+    return f"{points(found, overall, confidence)}; {said}"
 
 
 def could_show(found: Row) -> str:
@@ -132,15 +134,15 @@ def on_suite(suite: Row, confidence: float) -> str:
     if not row:
         return ""
     change = row["student_minus_base"]
-    said = verdict(
-        change,
-        "the student does better than before",
-        "the student lost some of what it could do",
-        f"these questions cannot tell whether it lost or gained{could_show(change)}",
-    )
+    decided = conclusion(change, row)
+    said = {
+        "better": "the student does better than before",
+        "worse": "the student lost some of what it could do",
+        "undecided": f"whether it lost or gained is undecided: {decided.reason}{could_show(change)}",
+    }[decided.verdict]
     return (
         f"Of {row['n']} answers {share(row['base'])} pass before training and {share(row['student'])} after: "
-        f"{points(change, confidence)}; {said}."
+        f"{points(change, row, confidence)}; {said}."
     )
 
 
@@ -151,20 +153,22 @@ def of_judge(judge: Row, confidence: float) -> list[str]:
         said = [f"The judge {model} is not used, so no win rate is given: {probe['reason']}."]
     else:
         said = [f"The judge {model} passed its {probe['n']} probes."]
-        said += [_preferred(rival, judge[rival]["win_rate"], confidence) for rival in RIVALS]
+        said += [_preferred(rival, judge[rival], confidence) for rival in RIVALS]
     return [*said, *(f"Warning: {warning}." for warning in judge["warnings"])]
 
 
-def _preferred(rival: str, rate: Row, confidence: float) -> str:
+def _preferred(rival: str, duels: Row, confidence: float) -> str:
+    rate = duels["win_rate"]
     if rate["mean"] is None:
         return f"How often the student wins against the {rival} is not known: {rate['reason']}."
-    above = {**rate, **{end: None if rate[end] is None else rate[end] - 0.5 for end in ENDS}}
-    said = verdict(
-        above,
-        "it prefers the student",
-        f"it prefers the {rival}",
-        "these items cannot tell which one it prefers",
-    )
+    low, high = (None if rate[end] is None else rate[end] - 0.5 for end in ENDS)
+    decided = conclude(low, high, duels.get("documents"), None, duels.get("n"), rate.get("reason"))
+    why = decided.reason.replace("includes 0", "includes 50 %")
+    said = {
+        "better": "it prefers the student",
+        "worse": f"it prefers the {rival}",
+        "undecided": f"which one it prefers is undecided: {why}",
+    }[decided.verdict]
     between = "" if rate["low"] is None else f" to {share(rate['high'])}"
     interval = f" ({share(confidence)} interval {share(rate['low'])}{between})" if between else ""
     return f"Against the {rival} the student wins {share(rate['mean'])}, ties counted half{interval}: {said}."

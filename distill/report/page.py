@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from distill import figures
+from distill import formatting
 from distill.evaluation import lm_eval
 from distill.evaluation.failures import WITHHELD
 from distill.records import SPLITS
@@ -30,8 +30,9 @@ def page(card: Row, samples: Sequence[Row], training: Row) -> str:
         loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    names = ("share", "money", "duration", "figure", "plain", "points", "within")
-    environment.globals.update({name: getattr(figures, name) for name in names})
+    names = ("share", "money", "duration", "figure", "plain")
+    environment.globals.update({name: getattr(formatting, name) for name in names})
+    environment.globals["within"] = tables.within
     environment.globals.update({"rows": tables, "mark": mark, "marks_of": marks_of})
     environment.globals.update({"on_suite": headline.on_suite, "suite_leaks": suite_leaks})
     environment.globals["shown_in"] = shown_in
@@ -54,7 +55,7 @@ def page(card: Row, samples: Sequence[Row], training: Row) -> str:
         groups=sample_groups(samples),
         judged=headline.of_judge(card["judge"], confidence) if card["judge"] else [],
         withheld=card["failures"].get("reason") == WITHHELD,
-        missing=figures.grouped(card["reasons"]),
+        missing=grouped(card["reasons"]),
         prices=prices(card),
         external=lm_eval.table_of(card["external"]) if card["external"] else None,
         **surplus(card["economics"], card["cost"], confidence),
@@ -68,7 +69,7 @@ def surplus(economics: Row, cost: Row, confidence: float) -> dict[str, Any]:
         "headline": statement.row_of(economics, economics["headline"]),
         "ways": statement.WAYS,
         "span": statement.span,
-        "count": statement.count,
+        "whole_requests": statement.whole_requests,
         "surplus_rows": statement.surplus_rows(economics),
         "sensitivity_rows": statement.sensitivity_rows(economics),
         "token_rows": statement.token_rows(cost),
@@ -140,6 +141,14 @@ def _curve(training: Row, width: int) -> Markup:
     return training_curve(train, validation, training.get("best_step"), width)
 
 
+def grouped(reasons: Mapping[str, str]) -> list[tuple[str, list[str]]]:
+    """Return each reason with all that is missing because of it."""
+    return [
+        (reason, [path for path, why in reasons.items() if why == reason])
+        for reason in dict.fromkeys(reasons.values())
+    ]
+
+
 def marks_of(row: Row) -> list[dict[str, Any]]:
     """Return where each model's score of a task stands between 0 and 100, and its interval."""
     scale = 1.0 if row["metric"] == "chrF" else 100.0
@@ -185,7 +194,7 @@ def mark(sample: Row, model: str) -> str:
     if value is None:
         return f"not scored: {reason}"
     if sample["metric"] == "chrF":
-        return f"chrF {figures.figure(value, 0)}"
+        return f"chrF {formatting.figure(value, 0)}"
     return f"{'✓' if value else '✗'} {reason}"
 
 

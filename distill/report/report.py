@@ -11,11 +11,11 @@ from distill.config import Config
 from distill.economics.run_economics import accounts
 from distill.evaluation import lm_eval
 from distill.evaluation.failures import bare, failures, withheld
-from distill.figures import duration, grouped, markdown_table, money, share
+from distill.formatting import duration, markdown_table, money, share
 from distill.records import Scorecard
 from distill.report import tables as rows
 from distill.report.headline import answer, compared, of_judge
-from distill.report.page import page
+from distill.report.page import grouped, page
 from distill.report.sources import sources
 from distill.report.statement import (
     sensitivity_rows,

@@ -4,9 +4,12 @@ A sentence says what is assumed, against whose price, and how sure the figure is
 """
 
 from collections.abc import Mapping
+from math import ceil
 from typing import Any
 
-from distill.figures import UNKNOWN, between, duration, figure, money, points, share
+from distill.evaluation.claims import Conclusion, conclude
+from distill.formatting import UNKNOWN, between, count, duration, figure, money, share
+from distill.report.tables import UNDECIDED, claims_too_much, points
 
 Row = Mapping[str, Any]
 WAYS = {
@@ -25,20 +28,19 @@ MEANING = {
 }
 
 
-def dollars(value: float | None) -> str:
-    """Return dollars with the sign before them."""
-    if value is None:
-        return UNKNOWN
-    return f"−{money(-value)}" if value < 0 else money(value)
+def decided(amount: Row, documents: int | None) -> Conclusion:
+    """Decide whether an amount saved is above 0, by the rule of all claims."""
+    return conclude(amount["low"], amount["high"], documents, why_no_interval=amount.get("reason"))
 
 
-def span(amount: Row, form: Any = dollars) -> str:
-    """Return an amount with its interval, or a dash."""
-    if amount["value"] is None:
-        return UNKNOWN
-    if amount["low"] is None:
-        return form(amount["value"])
-    return f"{form(amount['value'])} {between(form(amount['low']), form(amount['high']))}"
+def span(amount: Row, documents: int | None) -> str:
+    """Write an amount saved with its interval, or a dash; no interval where it would claim too much."""
+    value, low, high = (amount[key] for key in ("value", "low", "high"))
+    if value is None or low is None:
+        return money(value)
+    if claims_too_much(low, high, decided(amount, documents)):
+        return f"{money(value)} {UNDECIDED}"
+    return f"{money(value)} {between(money(low), money(high))}"
 
 
 def row_of(economics: Row, way: str) -> Row:
@@ -75,7 +77,7 @@ def in_short(economics: Row, confidence: float) -> str:
     if paid["value"] is None:
         return f"{said} No break-even is stated: {paid['reason']}."
     cost = money(economics["distillation_dollars"])
-    return f"{said} Making it cost {cost}, paid back after {count(paid['value'])} requests{_between(paid)}."
+    return f"{said} Making it cost {cost}, paid back after {whole_requests(paid['value'])} requests{_between(paid)}."
 
 
 def _share(economics: Row, confidence: float) -> str:
@@ -105,9 +107,11 @@ def _surplus(economics: Row, headline: Row, confidence: float) -> str:
     if saved["value"] is None:
         return f"{MEANING[headline['way']]}: what that saves is not known: {saved['reason']}."
     said = f"{MEANING[headline['way']]}: {_of_price(economics, saved, confidence)}."
-    if saved["low"] is not None and not saved["low"] <= 0 <= saved["high"]:
+    if decided(saved, economics.get("documents")).verdict != "undecided":
         volume, month = economics["requests_per_month"], headline["dollars_per_month"]
-        said += f" With {figure(volume, 0)} requests a month: {span(month)}."
+        said += (
+            f" With {count(volume)} requests a month: {span(month, economics.get('documents'))}."
+        )
     return said + (_quality(economics, confidence) if headline["way"] == "replace_all" else "")
 
 
@@ -115,19 +119,21 @@ def _of_price(economics: Row, saved: Row, confidence: float) -> str:
     teacher = economics["teacher"]
     whose = f"{teacher['name']}'s {'list price' if teacher['hosted'] else 'cost'}"
     before = f"1,000 requests, {money(teacher['dollars_per_1k'])} at {whose}"
-    return f"{before}, {_saved(saved, confidence)}"
+    return f"{before}, {_saved(saved, economics.get('documents'), confidence)}"
 
 
-def _saved(saved: Row, confidence: float) -> str:
+def _saved(saved: Row, documents: int | None, confidence: float) -> str:
     value, low, high = (saved[key] for key in ("value", "low", "high"))
     if low is None:
-        return f"save {dollars(value)}, and how sure that is, is not known: {saved['reason']}"
-    interval = f"{share(confidence)} interval {dollars(low)} to {dollars(high)}"
-    if low > 0:
-        return f"save {dollars(value)} ({interval})"
-    if high < 0:
-        return f"save nothing: they cost {dollars(-value)} more (saved: {interval})"
-    return f"may save or cost: these items cannot tell (saved: {dollars(value)}, {interval})"
+        return f"save {money(value)}, and how sure that is, is not known: {saved['reason']}"
+    interval = f"{share(confidence)} interval {money(low)} to {money(high)}"
+    conclusion = decided(saved, documents)
+    if conclusion.verdict == "better":
+        return f"save {money(value)} ({interval})"
+    if conclusion.verdict == "worse":
+        return f"save nothing: they cost {money(-value)} more (saved: {interval})"
+    shown = "" if claims_too_much(low, high, conclusion) else f", {interval}"
+    return f"may save or cost, undecided: {conclusion.reason} (saved: {money(value)}{shown})"
 
 
 def _no_trying(economics: Row) -> str:
@@ -140,7 +146,7 @@ def _no_trying(economics: Row) -> str:
 
 def _quality(economics: Row, confidence: float) -> str:
     """Say what replacing every answer does to quality, against the teacher that was measured."""
-    return f" In quality that is {points(economics['quality'], confidence)} against the teacher of this run."
+    return f" In quality that is {points(economics['quality'], economics['quality'], confidence)} against the teacher of this run."
 
 
 def _break_even(economics: Row, headline: Row) -> str:
@@ -150,13 +156,17 @@ def _break_even(economics: Row, headline: Row) -> str:
         return f"No break-even is stated: {after['reason']}."
     return (
         f"The distillation cost {money(cost)} of machine time and tokens, nobody's work counted{_bought(economics)}; it "
-        f"is paid back after {count(after['value'])} requests{_between(after)}, {duration(86_400 * days['value'])} at this "
+        f"is paid back after {whole_requests(after['value'])} requests{_between(after)}, {duration(86_400 * days['value'])} at this "
         "volume."
     )
 
 
 def _between(after: Row) -> str:
-    return f" ({count(after['low'])} to {count(after['high'])})" if after["low"] is not None else ""
+    return (
+        f" ({whole_requests(after['low'])} to {whole_requests(after['high'])})"
+        if after["low"] is not None
+        else ""
+    )
 
 
 def _bought(economics: Row) -> str:
@@ -167,9 +177,9 @@ def _bought(economics: Row) -> str:
     return f", {money(bought)} of it what the teacher's answers would have cost at the list price below"
 
 
-def count(requests: float) -> str:
-    """Return a number of requests: a whole one, rounded up."""
-    return figure(-(-requests // 1), 0)
+def whole_requests(requests: float) -> str:
+    """Write a number of requests, rounded up to a whole one."""
+    return count(ceil(requests))
 
 
 def _hypothetical(economics: Row) -> str:
@@ -200,7 +210,12 @@ def surplus_rows(economics: Row) -> tuple[tuple[str, ...], list[tuple[str, ...]]
     """Return the head and the rows of the table of surplus."""
     head = ("saved", "1,000 requests", "a month", "paid back after")
     rows = [
-        (WAYS[row["way"]], span(row["dollars_per_1k"]), span(row["dollars_per_month"]), _paid(row))
+        (
+            WAYS[row["way"]],
+            span(row["dollars_per_1k"], economics.get("documents")),
+            span(row["dollars_per_month"], economics.get("documents")),
+            _paid(row),
+        )
         for row in economics["rows"]
     ]
     return head, rows
@@ -219,10 +234,10 @@ def sensitivity_rows(economics: Row) -> tuple[tuple[str, ...], list[tuple[str, .
     rows = [
         (
             case["case"],
-            dollars(case["teacher_dollars_per_1k"]),
-            dollars(case["student_dollars_per_1k"]),
-            span(case["dollars_per_1k"]),
-            dollars(case["dollars_per_month"]["value"]),
+            money(case["teacher_dollars_per_1k"]),
+            money(case["student_dollars_per_1k"]),
+            span(case["dollars_per_1k"], economics.get("documents")),
+            money(case["dollars_per_month"]["value"]),
             _paid(case),
         )
         for case in economics["sensitivity"]
@@ -232,7 +247,7 @@ def sensitivity_rows(economics: Row) -> tuple[tuple[str, ...], list[tuple[str, .
 
 def _paid(row: Row) -> str:
     after, days = row["break_even"]["requests"]["value"], row["break_even"]["days"]["value"]
-    return UNKNOWN if after is None else f"{count(after)} ({duration(86_400 * days)})"
+    return UNKNOWN if after is None else f"{whole_requests(after)} ({duration(86_400 * days)})"
 
 
 def token_rows(cost: Row) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -254,11 +269,11 @@ def token_rows(cost: Row) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
             (
                 model,
                 duration(alone.get("seconds_per_1k")),
-                dollars(alone.get("dollars_per_1k")),
+                money(alone.get("dollars_per_1k")),
                 figure(alone.get("output_tokens_per_second"), 0),
                 figure(row["input_tokens"], 0),
-                dollars(million.get("dollars_input")),
-                dollars(million.get("dollars_output")),
+                money(million.get("dollars_input")),
+                money(million.get("dollars_output")),
             )
         )
     return head, rows

@@ -6,17 +6,19 @@ A figure stands with its interval; what is not known is a dash, and its reason i
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from distill.figures import (
+from distill.evaluation.claims import Conclusion, conclude
+from distill.formatting import (
     UNKNOWN,
     between,
-    change,
+    count,
     duration,
     figure,
     money,
+    p_value,
     plain,
     score,
     share,
-    within,
+    signed,
 )
 
 Row = Mapping[str, Any]
@@ -29,10 +31,63 @@ PROBES = {
     "injected": "an answer that orders the judge to choose it",
     "copy": "an answer against itself",
 }
+UNDECIDED = (
+    "(undecided)"  # in place of an interval that says more than the rule of `conclude` allows
+)
 QUALITY = (
     *("", "n", "teacher", "base", "student"),
     *("student − teacher", "student − base", "gap recovered"),
 )
+
+
+def conclusion(difference: Row, row: Row) -> Conclusion:
+    """Decide a difference that belongs to a metric's row, which knows items and documents."""
+    p = (difference.get("mcnemar") or {}).get("p")
+    ends = (difference.get("low"), difference.get("high"))
+    return conclude(*ends, row.get("documents"), p, row.get("n"), difference.get("reason"))
+
+
+def claims_too_much(low: float | None, high: float | None, decided: Conclusion) -> bool:
+    """Tell whether an interval excludes 0 although the difference is undecided."""
+    if low is None or high is None:
+        return False
+    return decided.verdict == "undecided" and not low <= 0 <= high
+
+
+def change(difference: Row, row: Row) -> str:
+    """Write a difference and its interval, in points, chrF or nats; no interval where it would claim too much."""
+    if difference.get("mean") is None:
+        return UNKNOWN
+    metric = row["metric"]
+    scale, digits = (
+        (1, 3) if metric.startswith("loss") else (1, 1) if metric == "chrF" else (100, 1)
+    )
+    mean, low, high = (
+        None if difference[k] is None else scale * difference[k] for k in ("mean", "low", "high")
+    )
+    if claims_too_much(low, high, conclusion(difference, row)):
+        return f"{signed(mean, digits)} {UNDECIDED}"
+    return f"{signed(mean, digits)} {between(signed(low, digits), signed(high, digits))}"
+
+
+def points(difference: Row, row: Row, confidence: float) -> str:
+    """Say a difference of shares and its interval in words; no interval where it would claim too much."""
+    if difference.get("mean") is None:
+        return f"not known ({difference.get('reason', 'no interval')})"
+    mean, low, high = (signed(100 * difference[k], 1) for k in ("mean", "low", "high"))
+    text = f"{mean} percentage points"
+    ends = (difference["low"], difference["high"])
+    if claims_too_much(*ends, conclusion(difference, row)):
+        return text
+    return f"{text} ({share(confidence)} interval {low} to {high})"
+
+
+def within(row: Row, model: str, metric: str) -> str:
+    """Write a model's score with its interval."""
+    low, high = row["intervals"][model]
+    if row[model] is None or low is None:
+        return score(row[model], metric)
+    return f"{score(row[model], metric)} {between(score(low, metric), score(high, metric))}"
 
 
 def quality_rows(card: Row) -> Table:
@@ -74,13 +129,16 @@ def agreement_rows(card: Row) -> list[tuple[str, ...]]:
 def quality_row(label: str, row: Row) -> tuple[str, ...]:
     """Return one metric: the models' scores, the paired differences, the gap recovered."""
     metric, gap = row["metric"], row.get("gap_recovered", {})
-    ends = f" {between(share(gap.get('low')), share(gap.get('high')))}"
+    low, high = gap.get("low"), gap.get("high")
+    ends = f" {between(share(low), share(high))}"
+    if claims_too_much(low, high, conclusion(row["student_minus_base"], row)):
+        ends = f" {UNDECIDED}"
     return (
         label,
         str(row["n"]),
         *(score(row[model], metric) for model in MODELS),
-        change(row.get("student_minus_teacher", {}), metric),
-        change(row["student_minus_base"], metric),
+        change(row.get("student_minus_teacher", {}), row),
+        change(row["student_minus_base"], row),
         share(gap.get("value")) + (ends if gap.get("value") is not None else ""),
     )
 
@@ -111,17 +169,12 @@ def _claim(label: str, row: Row, found: Row) -> tuple[str, ...]:
         label,
         str(row["n"]),
         str(row.get("documents", UNKNOWN)),
-        change(found, row["metric"]),
+        change(found, row),
         figure(None if visible is None else scale * visible, digits),
         f"{test['only_a']} / {test['only_b']}" if test else UNKNOWN,
-        chance(test["p"]) if test else UNKNOWN,
+        p_value(test["p"]) if test else UNKNOWN,
         f"{claimed['verdict']} ({share(claimed['margin'])})" if claimed else UNKNOWN,
     )
-
-
-def chance(p: float | None) -> str:
-    """Return a p value; none is so small that it is 0."""
-    return "< 0.001" if p is not None and p < 0.001 else figure(p, 3)
 
 
 def cost_rows(card: Row) -> Table:
@@ -171,15 +224,15 @@ def judge_rows(judge: Row) -> Table:
 
 def _judged(rival: str, row: Row) -> tuple[str, ...]:
     alike = row["length_matched"]
-    counts = (_count(row.get(key)) for key in ("wins", "ties", "losses", "unparsed"))
+    counts = (count(row.get(key)) for key in ("wins", "ties", "losses", "unparsed"))
     return (
         rival,
-        _count(row.get("n")),
+        count(row.get("n")),
         rate(row["win_rate"]),
         *counts,
         share(row.get("flip_rate")),
         rate(alike["win_rate"]),
-        _count(alike.get("n")),
+        count(alike.get("n")),
     )
 
 
@@ -189,7 +242,7 @@ def probe_rows(probe: Row) -> Table:
     rows = [
         (
             what,
-            _count(probe[kind]["n"]),
+            count(probe[kind]["n"]),
             *(share(probe[kind][key]) for key in ("wins", "losses", "unparsed")),
         )
         for kind, what in PROBES.items()
@@ -252,7 +305,3 @@ def leaked(found: Row, clean: Row | None) -> Iterator[str]:
         f"{found['flagged']} of {found['n']} items{but} stand in the training data (of items like these, {low} to "
         f"{high} would); the figures are without them.{beside} {method}"
     )
-
-
-def _count(value: int | None) -> str:
-    return UNKNOWN if value is None else str(value)

@@ -39,7 +39,7 @@ from distill.evaluation.statistics import (
     estimate_gap_recovered,
     estimate_mean,
 )
-from distill.figures import figure
+from distill.formatting import figure
 from distill.models import registry
 from distill.records import Example, Item, Pair, Response
 from distill.responders.local.local_model import LocalResponder

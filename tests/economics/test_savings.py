@@ -193,7 +193,7 @@ def test_no_break_even_where_the_interval_reaches_nothing() -> None:
     tried = row(reckon(SIXTEEN, dear), "try_then_escalate")
     assert tried.dollars_per_1k.value and round(tried.dollars_per_1k.value, 9) == D("0.1")
     assert tried.dollars_per_1k.low is not None and tried.dollars_per_1k.low < 0
-    assert tried.break_even.days.reason and "reaches 0" in tried.break_even.days.reason
+    assert tried.break_even.days.reason and "includes 0" in tried.break_even.days.reason
 
 
 def test_without_a_test_only_replacing_all_is_known() -> None:

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from distill.evaluation.claims import across_seeds, mcnemar, non_inferiority, smallest_visible
+from distill.evaluation.claims import (
+    FEWEST_DOCUMENTS,
+    across_seeds,
+    conclude,
+    mcnemar,
+    non_inferiority,
+    smallest_visible,
+)
 from distill.evaluation.statistics import Certainty, Estimate, estimate_difference
 from scripts.benchmarks import simulate_statistics
 
@@ -44,7 +51,41 @@ def test_mcnemar_says_when_it_has_nothing_to_say() -> None:
     ],
 )
 def test_non_inferiority_is_read_off_the_interval(low: float, high: float, verdict: str) -> None:
-    assert non_inferiority(Estimate(value=0.0, low=low, high=high), 0.05) == verdict
+    assert non_inferiority(Estimate(value=0.0, low=low, high=high, clusters=24), 0.05) == verdict
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "documents", "p", "verdict", "reason"),
+    [
+        (0.1, 0.2, 24, 0.01, "better", ""),
+        (-0.2, -0.1, 24, None, "worse", ""),
+        (-0.1, 0.1, 24, None, "undecided", "includes 0"),
+        (0.0, 0.1, 24, None, "undecided", "includes 0"),
+        (0.1, 0.2, 24, 0.07, "undecided", "does not confirm"),
+        (0.1, 0.2, 5, None, "undecided", "5 documents are too few"),
+        (0.1, 0.2, 1, None, "undecided", "1 document are too few"),
+        (0.1, 0.2, None, None, "better", ""),
+        (None, None, 24, None, "undecided", "nothing varies"),
+    ],
+)
+def test_one_rule_decides(
+    low: float | None,
+    high: float | None,
+    documents: int | None,
+    p: float | None,
+    verdict: str,
+    reason: str,
+) -> None:
+    conclusion = conclude(low, high, documents, p, why_no_interval="nothing varies")
+    assert conclusion.verdict == verdict and reason in conclusion.reason
+    assert bool(conclusion.reason) == (verdict == "undecided")
+
+
+def test_fewer_documents_than_the_rule_asks_for_could_never_pass_an_exact_test() -> None:
+    for documents in range(1, 12):
+        ones = [1.0] * documents
+        p = mcnemar(ones, [0.0] * documents, range(documents)).p
+        assert p is not None and (p < 0.05) == (documents >= FEWEST_DOCUMENTS)
 
 
 def test_no_interval_no_verdict() -> None:

@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from distill.figures import plain_numbers
+from distill.formatting import plain_numbers
 from distill.publishing.card import Facts, cell, make_card, number, one_line
 from distill.publishing.merge import Fidelity
 from tests.economics.test_savings import SIXTEEN, reckon

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from distill import figures
+from distill import formatting
 from distill.config import Config
 from distill.errors import DistillError, Exit
 from distill.evaluation import results
@@ -27,7 +27,7 @@ from distill.evaluation.judge import (
     withheld,
 )
 from distill.evaluation.statistics import Certainty
-from distill.figures import plain_numbers
+from distill.formatting import plain_numbers
 from distill.records import Item, LedgerEntry, Message, Pair, Prompt, Reading, Response, Usage
 from distill.report import readme, report
 from distill.report.headline import answer, kept
@@ -257,8 +257,8 @@ def test_the_markdown_is_a_table_that_hostile_names_cannot_break(tmp_path: Path)
     text = run.path("scorecard.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {9, 8, 7, 5}
-    assert figures.markdown_table(("a", "b"), [(HOSTILE, "1")]).count("\n") == 2
-    assert "cannot tell the two apart" in text or "not as good as the teacher" in text
+    assert formatting.markdown_table(("a", "b"), [(HOSTILE, "1")]).count("\n") == 2
+    assert "which of the two is better is undecided" in text or "not as good as the teacher" in text
 
 
 def test_without_a_checker_the_answer_says_that_quality_is_not_known(tmp_path: Path) -> None:
@@ -350,16 +350,9 @@ def test_plots_stay_in_their_frame_and_have_round_ticks() -> None:
     assert len(running_mean([(k, 1.0) for k in range(50)])) == 50
 
 
-def test_words_claim_only_what_the_interval_supports() -> None:
-    def said(low: float, high: float) -> str:
-        return figures.verdict({"low": low, "high": high}, "better", "worse", "open")
-
-    assert [said(0.1, 0.2), said(-0.2, -0.1), said(-0.1, 0.1), said(0.0, 0.1)] == [
-        "better", "worse", "open", "open",
-    ]  # fmt: skip
-    assert "not known" in figures.verdict({"low": None, "reason": "few"}, "b", "w", "o")
-    assert figures.money(None) == figures.share(None) == figures.UNKNOWN
-    assert figures.money(0.00861) == "$0.0086" and figures.duration(7300).startswith("2.0")
+def test_figures_are_written_in_one_way() -> None:
+    assert formatting.money(None) == formatting.share(None) == formatting.UNKNOWN
+    assert formatting.money(0.00861) == "$0.0086" and formatting.duration(7300) == "2.0 h"
     assert json.dumps(plain_numbers({"a": [True, 1 / 3]})) == '{"a": [true, 0.333333]}'
 
 
@@ -434,7 +427,7 @@ def test_suites_judge_leaks_and_other_harnesses_are_shown(tmp_path: Path) -> Non
     everything(run)
     page, text = pages(run)
     for said in ("What it forgot", "What a judge prefers", "passed its", "67 % [46 %, 83 %]",
-                 "these items cannot tell which one it prefers", "one family", "What another harness found",
+                 "which one it prefers is undecided: the interval includes 50 %", "one family", "What another harness found",
                  "3 of 24 items", "not found in the training data", "all items", "is not found"):  # fmt: skip
         assert said in page, said
     assert "passed its" in text and "67 % [46 %, 83 %]" in text

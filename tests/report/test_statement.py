@@ -7,14 +7,13 @@ import pytest
 
 from distill.economics.costs import Tariff
 from distill.economics.savings import NEEDS_ANSWER, Assumptions, economics
-from distill.figures import plain_numbers
+from distill.formatting import money, plain_numbers
 from distill.report.statement import (
-    count,
-    dollars,
     sensitivity_rows,
     statement,
     surplus_rows,
     token_rows,
+    whole_requests,
 )
 from tests.economics.test_savings import ASSUMED, CERTAINTY, MACHINE, SIXTEEN, asked, reckon
 
@@ -52,8 +51,8 @@ def test_what_costs_more_is_said_to_cost_more() -> None:
 
 def test_where_the_interval_holds_nothing_no_saving_is_claimed() -> None:
     text = said(SIXTEEN, ASSUMED._replace(student=Tariff(MACHINE, Decimal("0.5") / 7)))
-    assert "these items cannot tell" in text and " save $" not in text
-    assert "No break-even is stated: the interval of the surplus reaches 0" in text
+    assert "undecided: the interval includes 0" in text and " save $" not in text
+    assert "No break-even is stated: it may never be paid back: the interval includes 0" in text
 
 
 @pytest.mark.parametrize(
@@ -108,5 +107,5 @@ def test_tables_have_a_row_for_each_way_and_case() -> None:
 
 
 def test_money_and_counts_are_written_as_people_do() -> None:
-    assert [dollars(v) for v in (None, 0.7, -0.0042, 0.0)] == ["–", "$0.70", "−$0.0042", "$0.00"]
-    assert (count(4571.43), count(12.0)) == ("4,572", "12")
+    assert [money(v) for v in (None, 0.7, -0.0042, 0.0)] == ["–", "$0.70", "−$0.0042", "$0.00"]
+    assert (whole_requests(4571.43), whole_requests(12.0)) == ("4,572", "12")

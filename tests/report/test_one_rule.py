@@ -1,0 +1,104 @@
+"""Sixteen scored items of four documents: every sentence, table, gap, saving and the gate follow the one rule.
+
+Eleven more answers pass after training than before. The interval excludes 0 (+48.8 to +88.7 points), and an exact test of
+four documents cannot go below p = 0.125.
+"""
+
+from typing import Any
+
+import pytest
+
+from distill.evaluation import results
+from distill.evaluation.acceptance import Asked
+from distill.evaluation.statistics import Certainty
+from distill.formatting import plain_numbers
+from distill.publishing.gate import evidence
+from distill.records import Item, Message, Prompt, Response, Usage
+from distill.report import headline, tables
+from distill.report.statement import in_short, statement, surplus_rows
+from tests.economics.test_savings import ASSUMED, reckon
+
+RIGHT = {"teacher": (4, 4, 4, 4), "base": (0, 0, 0, 0), "student": (3, 3, 3, 2)}  # of each document
+
+
+def row(documents: int) -> dict[str, Any]:
+    """Return the row of all checks; the four documents may stand for more that are like them."""
+    items, answers = [], {model: dict[str, Response]() for model in RIGHT}
+    for document in range(documents):
+        for k in range(4):
+            turn = Message(role="user", content=f"{document}, {k}?")
+            prompt = Prompt.make((turn,), f"doc{document}", "sums", reference="7")
+            items.append(Item.make(prompt))
+            for model, right in RIGHT.items():
+                answers[model][items[-1].id] = Response(
+                    id=f"{model}-{document}-{k}", request_key="k", sample=0, prompt_id=prompt.id, model=model,
+                    text="7" if k < right[document % 4] else "8", stop="end",
+                )  # fmt: skip
+    measured = results.measure_task("sums", items, answers, "correct", {"kind": "number"})
+    return results.row_of(measured, Certainty(samples=500))
+
+
+def savings(documents: int) -> dict[str, Any]:
+    usage = {
+        "teacher": Usage(input_tokens=400, output_tokens=60),
+        "student": Usage(input_tokens=400, output_tokens=60, seconds=0.5),
+    }
+    requests = [
+        Asked(
+            item=f"{d}-{k}", cluster=f"d{d}", usage=usage, test="correct", when_served=True,
+            accepted=k < RIGHT["student"][d % 4],
+        )
+        for d in range(documents)
+        for k in range(4)
+    ]  # fmt: skip
+    return plain_numbers(reckon(requests, ASSUMED).model_dump())
+
+
+def test_the_case_is_the_one_that_misled() -> None:
+    change, test = row(4)["student_minus_base"], row(4)["student_minus_base"]["mcnemar"]
+    ends = [round(100 * change[key], 1) for key in ("mean", "low", "high")]
+    assert ends == [68.8, 48.9, 88.6] and test["p"] == pytest.approx(0.125)
+
+
+@pytest.mark.parametrize("documents", [4, 24])
+def test_the_sentence_and_the_table_say_the_same(documents: int) -> None:
+    overall = row(documents)
+    card = {"overall": overall, "environment": {"settings": {"confidence": 0.95}}}
+    sentence, cells = headline.quality(card), tables.quality_row("sums", overall)
+    if documents == 4:
+        assert "training helped" not in sentence.replace("whether training helped is undecided", "")
+        assert "16 items of 4 documents are too few" in sentence
+        assert "interval +" not in sentence, "no interval that claims more than the sentence"
+        assert cells[-2] == "+68.8 (undecided)" and cells[-3].endswith("(undecided)")
+        assert overall["student_minus_base"]["non_inferiority"]["verdict"] == "undecided"
+    else:
+        assert "; training helped." in sentence and "interval +" in sentence
+        assert "[+" in cells[-2]
+
+
+def test_no_gap_is_given_where_it_is_undecided_that_there_is_one() -> None:
+    assert row(24)["gap_recovered"]["value"] == pytest.approx(11 / 16)
+    gap = row(4)["gap_recovered"]
+    assert gap["value"] is None and "4 documents are too few" in gap["reason"]
+
+
+def test_few_documents_save_nothing_for_sure_and_are_never_paid_back() -> None:
+    few, many = savings(4), savings(24)
+    assert "save $" in in_short(many, 0.95) and "paid back after" in in_short(many, 0.95)
+    said = " ".join([in_short(few, 0.95), *statement(few, 0.95)])
+    assert "save $" not in said and "4 documents are too few" in said
+    assert "No break-even is stated" in said and "a month" not in said.partition("Rented")[0]
+    assert all(r[3] == "–" for r in surplus_rows(few)[1])
+    assert all("[" not in r[1] or "[−" in r[1] for r in surplus_rows(few)[1])
+
+
+def test_the_gate_says_that_a_student_measured_worse_but_undecided() -> None:
+    change = row(4)["student_minus_base"]
+    turned = {**change, "mean": -change["mean"], "low": -change["high"], "high": -change["low"]}
+    (finding,) = evidence({"overall": {**row(4), "student_minus_base": turned}})
+    assert "undecided: 16 items of 4 documents" in finding.what
+    (finding,) = evidence(
+        {"overall": {**row(24), "student_minus_base": {**turned, "mcnemar": None}}}
+    )
+    assert finding.what.startswith("is worse than its base")
+    assert not evidence({"overall": row(4)})
