@@ -53,17 +53,31 @@ class Message(Record):
 
 
 class Document(Record):
-    """A piece of the corpus after cleaning and chunking; `meta["split"]` names its split."""
+    """A piece of the corpus after cleaning and chunking; `split` is None until all documents are split."""
 
     id: str
     text: str
     source: str
+    split: Split | None = None
     meta: dict[str, Any] = {}
 
     @classmethod
-    def make(cls, text: str, source: str, meta: dict[str, Any] | None = None) -> Self:
+    def make(
+        cls, text: str, source: str, meta: dict[str, Any] | None = None, split: Split | None = None
+    ) -> Self:
         """Build a document whose id is the hash of its text."""
-        return cls(id=digest({"text": text}), text=text, source=source, meta=meta or {})
+        return cls(
+            id=digest({"text": text}), text=text, source=source, split=split, meta=meta or {}
+        )
+
+    @classmethod
+    def from_line(cls, line: str | bytes) -> Self:
+        """Read what `to_line` wrote, also before 0.1.0, when the split stood in `meta`."""
+        document = super().from_line(line)
+        if "split" in document.model_fields_set or "split" not in document.meta:
+            return document
+        meta = dict(document.meta)
+        return document.model_copy(update={"split": meta.pop("split"), "meta": meta})
 
 
 class Prompt(Record):

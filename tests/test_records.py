@@ -62,7 +62,15 @@ def test_what_json_or_utf8_cannot_hold_is_a_value_error(value):
 
 def test_ids_are_the_same_on_every_machine():
     assert digest({"a": 1}) == "015abd7f5cc57a2dd94b7590f04ad808"
-    assert Document.make("x", "here").id == Document.make("x", "there", {"split": "train"}).id
+    assert Document.make("x", "here").id == Document.make("x", "there", split="train").id
+
+
+def test_a_split_that_an_earlier_version_wrote_in_meta_is_read():
+    line = '{"id":"1","text":"x","source":"s","meta":{"split":"heldout","name":"n"}}'
+    document = Document.from_line(line)
+    assert (document.split, document.meta) == ("heldout", {"name": "n"})
+    own = Document.make("x", "s", {"split": "a column of the user's"}, "train")
+    assert Document.from_line(own.to_line()) == own
 
 
 def test_a_prompt_s_id_depends_on_everything_in_it():

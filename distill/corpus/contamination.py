@@ -121,7 +121,7 @@ def unsearchable(items: Sequence[Eval]) -> set[str]:
 def trained_on(documents: Iterable[Document]) -> Iterator[Text]:
     """Yield the texts of documents that are not held out, recorded answers too."""
     for document in documents:
-        if document.meta.get("split") != "heldout":
+        if document.split != "heldout":
             yield document.id, whole_text(document)
 
 
@@ -142,7 +142,7 @@ def answered(pairs: Iterable[Pair]) -> Iterator[Text]:
 
 def leaking(documents: Sequence[Document]) -> dict[str, tuple[Document, Found]]:
     """Return which documents share text with a held-out one and are not held out, by id: that one, and the text."""
-    held_out = [document for document in documents if document.meta["split"] == "heldout"]
+    held_out = [document for document in documents if document.split == "heldout"]
     looked_for, leaks = index([of_document(document) for document in held_out]), {}
     for found in looked_for.find(trained_on(documents)):
         leaks.setdefault(found.place, (held_out[found.owner], found))

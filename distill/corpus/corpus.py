@@ -212,12 +212,13 @@ def chunked(
     """Cut the documents; a chunk has its parent's split, and one that repeats another (a license header) is left out."""
     chunks: dict[str, Document] = {}
     for document in kept:
-        marks = {"split": splits[document.id], "parent": document.id}
         for piece in cut(document, rule):
             if piece.id in chunks:
                 rejects.append(_repeat(piece, f"a chunk of it stands in {chunks[piece.id].source}"))
             else:
-                chunks[piece.id] = piece.model_copy(update={"meta": piece.meta | marks})
+                meta = piece.meta | {"parent": document.id}
+                changes = {"split": splits[document.id], "meta": meta}
+                chunks[piece.id] = piece.model_copy(update=changes)
     return list(chunks.values())
 
 
@@ -233,7 +234,7 @@ def uncontaminated(documents: list[Document], rejects: list[Reject]) -> list[Doc
             what = f"holds text of {held_out.source}, which is held out: {found.phrase[:120]}"
             rejects.append(Reject(where=document.source, reason=what, bad=False))
     kept = [document for document in documents if document.id not in leaks]
-    if leaks and not any(document.meta["split"] == "train" for document in kept):
+    if leaks and not any(document.split == "train" for document in kept):
         what = (
             f"all documents to train on share text with held-out ones, such as {rejects[-1].reason}"
         )
@@ -246,7 +247,7 @@ def report(
     run: Run, documents: list[Document], rejects: list[Reject], counts: dict[str, Any]
 ) -> None:
     """Show the counts and note them in the manifest."""
-    splits = Counter(document.meta["split"] for document in documents)
+    splits = Counter(document.split for document in documents)
     private = counts["private_text"]
     dropped = private.get("documents", 0) if private["policy"] == "drop" else 0
     repeats = sum(not reject.bad for reject in rejects) - dropped - counts["contaminated"]

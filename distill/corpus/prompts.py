@@ -30,7 +30,7 @@ def main(config: Config, run: Run) -> None:
     prompts: list[Prompt] = []
     counts: dict[str, dict[str, int]] = {}
     for split in SPLITS:
-        mine = sorted((d for d in documents if d.meta["split"] == split), key=lambda d: d.id)
+        mine = sorted((d for d in documents if d.split == split), key=lambda d: d.id)
         asked = pairs(mine, tasks, settings.per_document, settings.questions is not None)
         made = [ask(task, document) for document, task in islice(asked, caps[split])]
         counts[split] = dict(Counter(prompt.task for prompt in made))

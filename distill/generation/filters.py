@@ -53,7 +53,7 @@ class Dropped(Record):
 def main(config: Config, run: Run) -> None:
     """Make dataset/*.jsonl, dropped.jsonl and funnel.json; raises DistillError (exit 3) where no row is left to train on."""
     prompts = {p.id: p for p in _prompts(run)}
-    splits = {d.id: d.meta["split"] for d in read_records(run.path("documents.jsonl"), Document)}
+    splits = {d.id: d.split for d in read_records(run.path("documents.jsonl"), Document)}
     responses = read_records(run.path("responses.jsonl"), Response)
     pairs = [Pair(prompt=prompts[r.prompt_id], response=r) for r in responses]
     leaks = leaking_pairs(

@@ -29,7 +29,7 @@ def requests_for(
         top_p=teacher.top_p,
         max_new_tokens=teacher.max_new_tokens,
     )
-    for sample in range(teacher.n if document.meta["split"] == "train" else 1):
+    for sample in range(teacher.n if document.split == "train" else 1):
         yield Request.make(origin, prompt.id, prompt.asked_of_teacher(), sampling, sample)
 
 

@@ -153,7 +153,7 @@ def _by_request(config: Config, work: Work, origin: str, log: Log) -> list[Left]
                 came.append(len(new := written_prompts(settings, document, replies)))
                 written += new
             else:  # each of its questions is answered n times where it is for training
-                waiting += config.teacher.n if document.meta["split"] == "train" else 1
+                waiting += config.teacher.n if document.split == "train" else 1
         # Of a document that is not asked yet as many questions are expected as came of the others.
         to_come = waiting * (sum(came) / len(came) if came else settings.per_document)
     known = {document.id: document for document in documents}

@@ -105,7 +105,7 @@ def _count(config: Config, run: Run, seconds: float) -> Work:
     """Count what a run's stages made; questions that the teacher is yet to write count as all that it is asked for."""
     documents = read_records(run.path("documents.jsonl"), Document)
     prompts = read_records(run.path("prompts.jsonl"), Prompt)
-    splits = {document.id: document.meta["split"] for document in documents}
+    splits = {document.id: document.split or "train" for document in documents}
     counts: dict[str, float] = dict.fromkeys(SPLITS, 0.0)
     for prompt in prompts:
         counts[splits[prompt.document_id]] += 1

@@ -29,7 +29,7 @@ def read(run: Path) -> dict[str, list[dict]]:
     documents = [
         json.loads(line) for line in (run / "documents.jsonl").read_text("utf-8").splitlines()
     ]
-    split = {d["id"]: d["meta"]["split"] for d in documents}
+    split = {d["id"]: d["split"] for d in documents}
     prompts = [json.loads(line) for line in (run / "prompts.jsonl").read_text("utf-8").splitlines()]
     return {s: [p for p in prompts if split[p["document_id"]] == s] for s in ("train", "heldout")}
 

@@ -144,7 +144,7 @@ def test_a_paraphrase_is_not_found_and_this_is_said() -> None:
 
 def documents(count: int, first: int = 0) -> list[Document]:
     return [
-        Document.make(text(first + k, 60), f"s{k}", {"name": f"n{k}", "split": "train"})
+        Document.make(text(first + k, 60), f"s{k}", {"name": f"n{k}"}, "train")
         for k in range(count)
     ]
 

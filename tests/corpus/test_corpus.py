@@ -74,7 +74,7 @@ def test_chunks_of_one_document_are_in_one_split(tmp_path: Path) -> None:
     splits: dict[str, set[str]] = {}
     for document in documents(run):
         assert len(document.text) <= 200 and document.meta["chunks"] > 1
-        splits.setdefault(document.meta["parent"], set()).add(document.meta["split"])
+        splits.setdefault(document.meta["parent"], set()).add(document.split)
     assert len(splits) == 40 and all(len(found) == 1 for found in splits.values())
     assert Counter(found.pop() for found in splits.values())["heldout"] == 10
 
@@ -170,7 +170,7 @@ def test_the_standard_library_is_a_corpus(tmp_path: Path) -> None:
     run = make(tmp_path, path=None, source="python-docs", limit=60, split=sizes)
     run.perform(STAGE)
     found = documents(run)
-    assert Counter(d.meta["split"] for d in found) == {"train": 45, **sizes}
+    assert Counter(d.split for d in found) == {"train": 45, **sizes}
     assert all(d.text.startswith(d.meta["name"]) for d in found)
     assert list(corpus.identity(run.config)) == ["python"]
 
@@ -182,12 +182,12 @@ def test_documents_that_share_text_with_held_out_ones_are_left_out_and_those_sta
     write_rows(tmp_path, rows)
     run = make(tmp_path, split={"heldout": 0.2})
     run.perform(STAGE)
-    held_out = {d.id: d for d in documents(run) if d.meta["split"] == "heldout"}
+    held_out = {d.id: d for d in documents(run) if d.split == "heldout"}
     stolen = " ".join(next(iter(held_out.values())).text.split()[7:20])
     thieves = [{"text": f"{text(n, 20)}, {stolen.upper()}; and"} for n in range(30, 34)]
     write_rows(tmp_path, [*rows, *thieves])
     run.perform(STAGE, redo=True)
-    sharing = [d.meta["split"] for d in documents(run) if stolen in d.text.casefold()]
+    sharing = [d.split for d in documents(run) if stolen in d.text.casefold()]
     assert set(sharing) == {"heldout"} and held_out.keys() <= {d.id for d in documents(run)}
     rejects = read_records(run.path("rejects.jsonl"), Reject)
     assert len(rejects) == 5 - len(sharing) == run.manifest()["corpus"]["contaminated"] > 0

@@ -14,7 +14,7 @@ from distill.errors import DistillError, Exit
 from distill.generation import filters
 from distill.models.chat_template import encode_prompt
 from distill.pipeline import STAGES
-from distill.records import SPLITS, Document, Prompt, Response
+from distill.records import SPLITS, Document, Prompt, Response, Split
 from distill.storage.run_folder import Run
 from distill.storage.store import read_records, write_records
 from distill.tasks.task import load_task, tasks_of_run
@@ -38,15 +38,18 @@ def make(folder: Path, documents: list[Document], **settings: Any) -> Run:
     return run
 
 
-def api(n: int, split: str = "train") -> Document:
-    meta = {"name": f"module.name{n}", "split": split, "parent": "p"}
-    return Document.make(f"module.name{n}(x)\n\nDocumentation {n}.", f"python-docs:{n}", meta)
+def api(n: int, split: Split = "train") -> Document:
+    text, meta = (
+        f"module.name{n}(x)\n\nDocumentation {n}.",
+        {"name": f"module.name{n}", "parent": "p"},
+    )
+    return Document.make(text, f"python-docs:{n}", meta, split)
 
 
 def rows(*values: dict[str, Any]) -> list[Document]:
     found = [interpret(value, f"rows:{n}") for n, value in enumerate(values)]
     return [
-        d.model_copy(update={"meta": d.meta | {"split": "train", "parent": d.id}}) for d in found
+        d.model_copy(update={"split": "train", "meta": d.meta | {"parent": d.id}}) for d in found
     ]
 
 
@@ -60,7 +63,7 @@ def test_rotation_gives_each_document_one_task_and_each_split_equal_parts(tmp_pa
     run = make(tmp_path, documents, tasks=THREE, per_document="rotate", train=12, heldout=9)
     found = made(run)
     assert len({prompt.document_id for prompt in found}) == len(found) == 21
-    splits = {d.id: d.meta["split"] for d in documents}
+    splits = {d.id: d.split for d in documents}
     for split, count in (("train", 4), ("heldout", 3)):
         mine = Counter(p.task for p in found if splits[p.document_id] == split)
         assert mine == dict.fromkeys(THREE, count)
@@ -192,8 +195,8 @@ FORGERIES = [
 
 @pytest.mark.parametrize("text", FORGERIES)
 def test_text_that_forges_a_role_is_broken_up(tmp_path: Path, text: str) -> None:
-    marks = {"split": "train", "parent": "p", "name": f"a.{text}"}
-    document = Document.make(f"A document. {text}", "a:1", marks)
+    marks = {"parent": "p", "name": f"a.{text}"}
+    document = Document.make(f"A document. {text}", "a:1", marks, "train")
     run = make(tmp_path, [document], tasks=THREE)
     for prompt in made(run):
         content = prompt.messages[-1].content

@@ -8,7 +8,7 @@ from distill.corpus.questions import KINDS, askings, distinct, read_questions, s
 from distill.errors import DistillError, Exit
 from distill.records import Document
 
-DOCUMENT = Document.make("Tin melts at 232 degrees. <|im_end|>", "a:1", {"split": "train"})
+DOCUMENT = Document.make("Tin melts at 232 degrees. <|im_end|>", "a:1", split="train")
 
 
 def test_questions_are_spread_over_the_kinds() -> None:

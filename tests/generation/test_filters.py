@@ -138,7 +138,7 @@ def make_run(folder: Path, answers: dict[str, list[str]], **settings: Any) -> tu
     documents, prompts, responses = [], [], []
     for split, texts in answers.items():
         for place, text in enumerate(texts):
-            document = Document.make(f"{split} {place}", "x", {"split": split})
+            document = Document.make(f"{split} {place}", "x", split=split)
             asked = Prompt.make((Message(role="user", content="q"),), document.id, "chat")
             documents.append(document)
             prompts.append(asked)

@@ -19,7 +19,7 @@ from distill.generation import generate
 from distill.generation.generate import answer_all
 from distill.generation.requests import requests_for
 from distill.pipeline import STAGES
-from distill.records import Document, Message, Prompt, Response, canonical
+from distill.records import Document, Message, Prompt, Response, Split, canonical
 from distill.responders.local.local_model import LocalResponder
 from distill.responders.local.plans import unfinished
 from distill.responders.recorded import CannedResponder
@@ -188,9 +188,9 @@ def make_run(folder: Path, **teacher: Any) -> tuple[Config, Run]:
         }
     )
     run = Run(config)
-    splits = ["train"] * 4 + ["validation", "heldout"]
+    splits: list[Split] = [*["train"] * 4, "validation", "heldout"]
     documents = [
-        Document.make(f"text {i}", "x", {"split": split, "recorded_answer": f"r{i}"})
+        Document.make(f"text {i}", "x", {"recorded_answer": f"r{i}"}, split)
         for i, split in enumerate(splits)
     ]
     prompts = [
@@ -250,7 +250,7 @@ def test_the_teacher_writes_questions(tmp_path: Path) -> None:
     assert len(written) == 12
     assert written[0].messages[-1].content == "What is the colour of the sky at noon?"
     assert "text 0" in written[0].asked_of_teacher()[-1].content
-    assert documents[written[0].document_id].meta["split"] == "train"
+    assert documents[written[0].document_id].split == "train"
     (request,) = requests_for(config, "o", written[0], documents[written[0].document_id])
     assert request.messages == written[0].asked_of_teacher()
 

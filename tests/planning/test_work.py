@@ -61,7 +61,7 @@ def test_questions_that_the_teacher_writes_are_no_part_of_the_caps(texts):
     run = of_folder(texts, "prompts.train=2", "prompts.questions={per_document: 3}")
     read = count_work(run)
     assert read.texts
-    train = sum(document.meta["split"] == "train" for document in read.texts[0])
+    train = sum(document.split == "train" for document in read.texts[0])
     assert read.prompts["train"] == 2 + 3 * train
 
 

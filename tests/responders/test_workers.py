@@ -62,7 +62,7 @@ def make_run(folder: Path, model: Path, **teacher: Any) -> tuple[Run, list[str]]
         }
     )
     run = Run(config)
-    document = Document.make("text", "x", {"split": "train"})
+    document = Document.make("text", "x", split="train")
     prompts = [
         Prompt.make((Message(role="user", content="word " * (i % 7) + str(i)),), document.id, "t")
         for i in range(COUNT // 2)

@@ -36,7 +36,7 @@ def settings(teacher: FakeTeacher | str | tuple[str, ...], **changes: Any) -> Te
 def make_run(folder: Path, teacher: FakeTeacher, count: int = 12, **changes: Any) -> Path:
     """Write a run whose prompts are made, so that its generate stage can be run; return its config."""
     turns = [{"role": "user", "content": f"q{i} please"} for i in range(count)]
-    documents = [Document.make(f"text {i}", "x", {"split": "train"}) for i in range(count)]
+    documents = [Document.make(f"text {i}", "x", split="train") for i in range(count)]
     prompts = [
         Prompt.make((Message.model_validate(turn),), document.id, "chat")
         for turn, document in zip(turns, documents, strict=True)

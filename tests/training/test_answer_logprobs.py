@@ -96,7 +96,7 @@ def make_answered(folder: Path, server: FakeTeacher, name: str = "far", **signal
     teacher = {"kind": "endpoint", "model": SERVED, "base_url": server.url, "extra_body": LISTED}
     teacher |= {"initial_backoff": 0.01, "max_retries": 1, "concurrency": 2}
     run = make_run(folder, name, teacher=teacher, signals={"from_answers": True, **signals})
-    documents = [Document.make(f"text {pair.prompt.id}", "x", {"split": "train"}) for pair in KNOWN]
+    documents = [Document.make(f"text {pair.prompt.id}", "x", split="train") for pair in KNOWN]
     write_records(run.path("documents.jsonl"), documents)
     prompts = [
         Prompt.make(messages=pair.prompt.messages, document_id=document.id, task="t")

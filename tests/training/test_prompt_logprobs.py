@@ -337,7 +337,7 @@ def test_a_run_finds_before_it_pays_that_the_server_tells_nothing(tmp_path, scor
         for _ in range(2):  # the short text is paid once
             prompt_logprobs.probe(run.config, scorer.tokenizer)
         assert len(server.payloads) == 2 and "404" in capsys.readouterr().err
-        document = Document.make("text", "x", {"split": "train"})
+        document = Document.make("text", "x", split="train")
         prompt = Prompt.make((Message(role="user", content="why?"),), document.id, "chat")
         write_records(run.path("documents.jsonl"), [document])
         write_records(run.path("prompts.jsonl"), [prompt])
