@@ -34,6 +34,7 @@ class Doubt(Record):
     key: str
     what: str
     most: Decimal | None = None
+    answered: bool = False
 
 
 class Status(Record):
@@ -68,7 +69,7 @@ def read_status(run: Run, stages: Sequence[Stage]) -> Status:
     if run.config.teacher.kind == "endpoint" and folder.exists():
         with Log(folder, writable=False) as log:
             unknown = unknown_outcomes(log, run.config.name, paid_models(run.config))
-        doubts = [Doubt(key=a.key, what=a.what, most=a.most) for a in unknown]
+        doubts = [Doubt(key=a.key, what=a.what, most=a.most, answered=a.answered) for a in unknown]
     return Status(
         run=str(run.folder), stages=tuple(rows), all=summed("all", ledger), doubts=tuple(doubts)
     )
@@ -112,7 +113,11 @@ def show(status: Status) -> Group:
         lines += [
             f"  {doubt.key}: {doubt.what}" + (f", at most ${doubt.most}" if doubt.most else "")
             for doubt in status.doubts
+            if not doubt.answered
         ]
+        if answered := [doubt for doubt in status.doubts if doubt.answered]:  # there may be many
+            first = answered[0]
+            lines.append(f"  {len(answered)} with an answer, the first {first.key}: {first.what}")
     return Group(rows, *remarks, *lines)
 
 

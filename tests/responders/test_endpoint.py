@@ -253,8 +253,9 @@ def test_c5_no_name_and_no_tls(tmp_path: Path, host: str) -> None:
         asked = settings(
             host.format(teacher.port), max_retries=0, allow_insecure=True, connect_timeout=3
         )
-        found = answer_all(EndpointResponder(asked, PRICE), asks(asked, 1), tmp_path, "x")
-    assert found[0].stop == "error" and "connect" in str(found[0].error)
+        with pytest.raises(DistillError, match="1 requests could be sent.*connect") as stopped:
+            answer_all(EndpointResponder(asked, PRICE), asks(asked, 1), tmp_path, "x")
+    assert stopped.value.code == Exit.TEACHER
 
 
 @pytest.mark.parametrize("manner", ["drip", "endless"])

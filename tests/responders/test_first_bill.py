@@ -353,7 +353,9 @@ def test_h25_nothing_but_failures_is_exit_4(
             config.write_text(json.dumps(tree))
         assert generate(config) == Exit.TEACHER
         shown = capsys.readouterr().err
-        assert "all 4 requests failed, the last: " in shown and "Traceback" not in shown
+        dead = "none of 4 requests could be sent: cannot connect"
+        assert (dead if manner == "dead" else "all 4 requests failed, the last: ") in shown
+        assert "Traceback" not in shown
         assert not (tmp_path / "runs/mine/responses.jsonl").exists()
         tree["teacher"]["base_url"] = teacher.url
         config.write_text(json.dumps(tree))
@@ -361,6 +363,17 @@ def test_h25_nothing_but_failures_is_exit_4(
         assert generate(config, "--redo") == 0
     found = read_records(tmp_path / "runs/mine/responses.jsonl", Response)
     assert {r.stop for r in found} == {"end"}
+
+
+def test_h25_a_host_that_has_died_since_is_exit_4(tmp_path: Path) -> None:
+    with FakeTeacher() as teacher:
+        buy(teacher, tmp_path, 6)
+        asked = settings(teacher, max_retries=0)
+        requests = asks(asked, 9)
+        responder = EndpointResponder(asked, PRICE, "run")
+    with pytest.raises(DistillError, match="none of 3 requests could be sent") as stopped:
+        answer_all(responder, requests, tmp_path, "x")
+    assert stopped.value.code == Exit.TEACHER
 
 
 def test_h25_questions_that_all_fail_are_exit_4(tmp_path: Path) -> None:

@@ -55,9 +55,8 @@ def secure() -> FakeTeacher:
 
 
 def test_c5_a_certificate_that_nobody_vouches_for_gets_no_key(tmp_path: Path) -> None:
-    with secure() as teacher:
-        found = ask(teacher.url, tmp_path)
-    assert (found.stop, found.error) == ("error", "cannot connect")
+    with secure() as teacher, pytest.raises(DistillError, match="cannot connect"):
+        ask(teacher.url, tmp_path)
     assert not teacher.payloads and not teacher.headers
 
 
@@ -73,9 +72,9 @@ def test_c5_a_certificate_of_another_host_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
-    with secure() as teacher:
-        found = ask(teacher.url.replace("127.0.0.1", "127.0.0.2"), tmp_path)
-    assert found.stop == "error" and not teacher.payloads
+    with secure() as teacher, pytest.raises(DistillError, match="could be sent"):
+        ask(teacher.url.replace("127.0.0.1", "127.0.0.2"), tmp_path)
+    assert not teacher.payloads
 
 
 def test_c5_tls_with_a_server_that_has_none(tmp_path: Path) -> None:
@@ -83,8 +82,8 @@ def test_c5_tls_with_a_server_that_has_none(tmp_path: Path) -> None:
         port,
         _,
     ):
-        found = ask(f"https://127.0.0.1:{port}/v1", tmp_path)
-    assert (found.stop, found.error) == ("error", "cannot connect")
+        with pytest.raises(DistillError, match="cannot connect"):
+            ask(f"https://127.0.0.1:{port}/v1", tmp_path)
 
 
 @contextmanager

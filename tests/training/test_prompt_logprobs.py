@@ -183,6 +183,14 @@ def test_a_server_that_lists_too_few_is_asked_once_and_its_flag_is_named(tmp_pat
     assert len(server.payloads) == 13
 
 
+@pytest.mark.parametrize("status", [500, 400])
+def test_h25_a_server_that_only_fails_ends_the_stage(tmp_path, scorer, status):
+    with FakeTeacher(lambda number, payload: refused(status, "no")) as server:
+        run = make_remote(tmp_path, server)
+        failing(run, f"{status}: no")
+        assert len(server.payloads) <= 3 and not run.path("signals.json").exists()
+
+
 def test_what_broke_off_goes_on_with_what_is_left_and_nothing_is_paid_twice(tmp_path, scorer):
     down = {"now": True}
 

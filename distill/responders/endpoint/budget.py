@@ -134,6 +134,7 @@ class Attempt(Record):
     input_tokens: int = 0
     output_tokens: int = 0
     what: str = ""
+    answered: bool = False
 
 
 class Account(Record):
@@ -248,9 +249,11 @@ def _attempt(log: Log, price: TokenPrice | None, key: str, intent: dict[str, Any
         return Attempt(**known, billed="unknown", what="no word of how it ended")
     found, usage = charge(price, reply, intent), reply.usage
     if found.doubt:
-        return Attempt(**known | {"most": found.perhaps}, billed="unknown", what=found.doubt)
+        doubt = {"most": found.perhaps, "what": found.doubt}
+        return Attempt(**known | doubt, billed="unknown", answered=True)
     return Attempt(
         **known,
+        answered=True,
         billed="yes",
         dollars=found.paid,
         perhaps=found.perhaps or NOTHING,

@@ -85,6 +85,7 @@ class Purchase:
         apart = 1 if self.answered else max(1, -(-self.count // SEVERAL))
         others = (request for n, request in enumerate(requests) if n % apart)
         self.todo, self.fruitless = chain(requests[::apart], others), 0
+        self.unsent: str | None = ""  # why no request has been sent; None once one was
         self.warned, self.told = set[str](), set[str]()
         self.last = time.monotonic()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -95,6 +96,10 @@ class Purchase:
         """Run to the end in this thread; `results` ends with None, whatever happens."""
         try:
             asyncio.run(self._run())
+            if self.unsent and not self.fault:
+                what = f"none of {self.count} requests could be sent: {self.unsent}"
+                fix = f"see to the server and to teacher.base_url: {AGAIN}"
+                self.fault = DistillError(Exit.TEACHER, self.settings.base_urls[0], what, fix)
         except BaseException as error:  # handed to the thread that asked, which raises it
             self.fault = self.fault or error
         finally:
@@ -266,6 +271,10 @@ class Purchase:
             )
         finally:
             self.replicas.busy[address] -= 1
+        if not isinstance(got, Fault) or got.billed != "no":
+            self.unsent = None
+        elif self.unsent is not None:
+            self.unsent = got.what
         if isinstance(got, Received) and got.is_answer:
             self.replicas.note(address, well=True)
             await self._keep(attempt, got, time.monotonic() - started)
@@ -361,7 +370,10 @@ class Purchase:
             if claim > most * APART:
                 what = f"an answer cost ${claim:.4g}, more than its maximum of ${most:.4g}"
                 what = f"{what}: it {found.doubt}" if "maximum" not in found.doubt else what
-                fix = "see to the server, or correct the price table (evaluation.prices)"
+                fix = "see to the server, correct the price table (evaluation.prices), or raise"
+                fix = (
+                    f"{fix} teacher.max_new_tokens where it counts its reasoning beside the answer"
+                )
                 self.halt(DistillError(Exit.BUDGET, self.settings.model, what, fix))
                 return False
             if most:

@@ -65,7 +65,7 @@ def probe(config: Config, tokenizer: Any) -> None:
     asked = (Message(role="user", content="Count from one to ten, in words."),)
     drawn = Sampling(max_new_tokens=min(32, teacher.max_new_tokens))
     request = Request.make(buyer.origin, "probe", asked, drawn)
-    ask_all(buyer, [request], store, "signals")
+    ask_all(buyer, [request], store, "signals", again=True)
     with Log(store, writable=False) as log:
         reply = _reply(log, Response.make_id(request.key, request.sample))
     if isinstance(reply, str) or not reply.logprobs:
