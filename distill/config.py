@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
+import regex
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -206,9 +207,9 @@ class Corpus(Section):
     @classmethod
     def _pattern(cls, value: str | None) -> str | None:
         try:
-            if value is not None and re.compile(value).groups != 1:
+            if value is not None and regex.compile(value).groups != 1:
                 raise ValueError("the pattern needs exactly one group")
-        except re.error as error:
+        except regex.error as error:
             raise ValueError(f"not a regular expression: {error}") from error
         return value
 

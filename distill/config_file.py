@@ -36,7 +36,7 @@ SECRET = re.compile(
     r"(?:\b(?:sk|gsk|xai|pplx|nvapi|rk|pk)[-_][A-Za-z0-9_-]{16,}|\bhf_[A-Za-z0-9]{16,}"
     r"|\bAIza[\w-]{30,}"
     r"|\bgh[opsu]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bAKIA[A-Z0-9]{16}|\bxox[abp]-[\w-]{10,}"
-    r"|\bBearer\s+\S{8,}|://[^/\s:@]*:?[^/\s:@]+@|-----BEGIN [A-Z ]*PRIVATE KEY)"
+    r"|\bBearer\s+\S{8,}|://(?!@)[^/\s:@]*+(?::[^/\s:@]++)?@|-----BEGIN [A-Z ]*PRIVATE KEY)"
 )
 SECRET_KEY = re.compile(r"(?:api_?key|token|secret|password|authorization)$", re.I)
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")

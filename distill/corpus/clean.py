@@ -30,7 +30,8 @@ def normalise(text: object) -> str:
         raise ValueError("holds a lone surrogate or a byte that is not UTF-8") from None
     text = unicodedata.normalize("NFC", text.removeprefix("\ufeff"))
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\f", "\n")
-    text = re.sub(r"[ \t]+(?=\n)", "", CONTROL.sub("", text))
+    # not by a pattern of spaces before a line's end, which takes time in the square of the spaces
+    text = "\n".join(line.rstrip(" \t") for line in CONTROL.sub("", text).split("\n"))
     text = re.sub(r"\n{3,}", "\n\n", text).strip()
     if not text:
         raise ValueError("the text is empty")

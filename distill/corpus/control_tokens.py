@@ -16,7 +16,7 @@ CONTROL_TOKENS = re.compile(
     re.IGNORECASE,
 )
 INSTRUCTIONS = re.compile(
-    r"^\W*(?:system|assistant|human)\s*:|^#+ *(?:instruction|response)s? *:"
+    r"^[^\w\n]*(?:system|assistant|human)\s*:|^#+ *(?:instruction|response)s? *:"
     r"|\b(?:ignore|disregard|forget)\b.{0,30}\b(?:previous|prior|above|earlier)\b.{0,30}\binstructions?\b",
     re.IGNORECASE | re.MULTILINE,
 )

@@ -189,9 +189,14 @@ class Index:
                 del self.alone[key]
 
     def _windows(self, values_N: Hashes, begins: dict[int, list[int]]) -> dict[int, Windows]:
-        tables = {}
+        tables, owner_N = {}, np.array(self.owner)
         for length, hashes_N in partial_hashes(values_N, set(begins)):
             starts = np.array(begins[length], np.int64)
+            # of a window that a text repeats, the first: "ha ha ha" in both would be compared word by word, squared
+            order = np.lexsort((owner_N[starts], hashes_N[starts]))
+            pairs = np.stack([hashes_N[starts[order]], owner_N[starts[order]].astype(np.uint64)])
+            new = np.concatenate([[True], (pairs[:, 1:] != pairs[:, :-1]).any(axis=0)])
+            starts = starts[np.sort(order[new])]
             tables[length] = Windows.make(hashes_N[starts] >> self.shift, starts)
         return tables
 
@@ -245,11 +250,16 @@ class Index:
             places, low, high = table.hits(hashes_N >> self.shift)
             numbers = np.searchsorted(start_T, places, "right") - 1
             ranges = zip(*(a.tolist() for a in (places, low, high, numbers)), strict=True)
+            done: set[tuple[int, str]] = set()  # a text that repeats a phrase is compared once
             for place, first, last, number in ranges:
                 there = stream[place : place + length]
+                phrase = " ".join(there)
+                if (number, phrase) in done:
+                    continue
+                done.add((number, phrase))
                 for start in table.starts[first:last].tolist():
                     if self.stream[start : start + length] == there:
-                        yield number, self.owner[start], " ".join(there)
+                        yield number, self.owner[start], phrase
 
 
 def partial_hashes(values_N: Hashes, lengths: set[int]) -> Iterator[tuple[int, Hashes]]:

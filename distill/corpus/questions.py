@@ -6,6 +6,7 @@ passage; those that point at "the text" are left out, and so are questions that 
 
 import re
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from distill.corpus.control_tokens import break_up
 from distill.corpus.dedupe import overlap
@@ -31,7 +32,7 @@ Write {count} about the passage above, one on each line. Each {does}. Each must 
 see the passage: name the things you ask about, and never say "the passage" or "the text". Write nothing but the \
 questions."""
 MARK = re.compile(
-    r"^\s*(?:[-*\u2022]|\(?\d{1,3}[.):]|Q(?:uestion)?\s*\d*\s*[.:)])\s*", re.IGNORECASE
+    r"^\s*(?:[-*\u2022]|\(?\d{1,3}[.):]|Q(?:uestion)?\s*(?:\d+\s*)?[.:)])\s*", re.IGNORECASE
 )
 POINTS_AT_PASSAGE = re.compile(
     r"\b(?:the|this|that)\s+(?:given\s+|above\s+)?(?:passage|text|document|article|excerpt|paragraph|author)\b",
@@ -39,6 +40,7 @@ POINTS_AT_PASSAGE = re.compile(
 )
 QUOTES = ' \t\r*"\u201c\u201d'
 SHORTEST, LONGEST = 12, 400  # characters of a question
+MOST = 1000  # questions about one document; each is compared with each
 NEARLY_SAME = 0.7  # Jaccard similarity of the words of two questions
 
 
@@ -79,9 +81,9 @@ def read_questions(reply: str) -> list[str]:
 
 
 def distinct(questions: Iterable[str]) -> list[str]:
-    """Return the questions without those that repeat, or nearly repeat, an earlier one."""
+    """Return the questions (the first 1,000) without those that repeat, or nearly repeat, an earlier one."""
     kept: list[tuple[str, set[str]]] = []
-    for question in questions:
+    for question in islice(questions, MOST):
         words = set(normalised(question).split())
         if words and all(overlap(words, other) < NEARLY_SAME for _, other in kept):
             kept.append((question, words))

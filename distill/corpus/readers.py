@@ -92,7 +92,7 @@ def read_file(path: Path, shown: str) -> Iterator[Row | Reject]:
             if kind == ".jsonl":
                 yield from read_lines(file, shown)
             elif kind in DELIMITERS:
-                yield from _read_csv(file, shown, DELIMITERS[kind])
+                yield from read_csv(file, shown, DELIMITERS[kind])
             else:
                 yield from _read_text(file, shown, html=kind in (".html", ".htm"))
     except (EOFError, zlib.error, gzip.BadGzipFile):
@@ -169,7 +169,7 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON value")
 
 
-def _read_csv(file: Bytes, shown: str, delimiter: str) -> Iterator[Row | Reject]:
+def read_csv(file: Bytes, shown: str, delimiter: str) -> Iterator[Row | Reject]:
     """Yield the rows of CSV or TSV, read strictly: a row whose quote does not close costs that row alone.
 
     Such a row is rejected at the line where it begins, and reading goes on at the line after it, so that it swallows

@@ -5,13 +5,15 @@ an assistant's turn after it is kept as `meta["recorded_answer"]`.
 """
 
 import math
-import re
 from typing import Any
+
+import regex
 
 from distill.config import Columns
 from distill.corpus.clean import normalise
 from distill.records import Document
 
+SECONDS = 2.0  # that finding a reference in one answer may take
 TEXT_COLUMNS = ("text", "content", "document", "passage", "body")
 PROMPT_COLUMNS = ("prompt", "question", "instruction")
 ANSWER_COLUMNS = ("answer", "completion", "response", "output")
@@ -80,8 +82,11 @@ def extract(answer: str | None, pattern: str | None) -> str | None:
     """Return what the pattern's group finds in an answer; raises ValueError where it finds nothing."""
     if answer is None or pattern is None:
         return answer
-    found = re.search(pattern, answer)
-    if found is None:
+    try:
+        found = regex.search(pattern, answer, timeout=SECONDS)
+    except TimeoutError:
+        raise ValueError("corpus.reference_pattern takes too long on the answer") from None
+    if found is None or found[1] is None:
         raise ValueError("corpus.reference_pattern is not found in the answer")
     return found[1].strip()
 

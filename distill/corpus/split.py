@@ -37,7 +37,7 @@ def split(ids: list[str], seed: int, validation: float, heldout: float) -> dict[
             fix = "give more documents, or smaller corpus.split sizes"
             raise DistillError(Exit.INPUT, "corpus.split", what, fix)
         chosen |= dict.fromkeys(picked, name)
-        left = [identity for identity in left if identity not in set(picked)]
+        left = [identity for identity in left if chosen[identity] == "train"]
     return chosen
 
 

@@ -9,7 +9,7 @@ from distill.config_file import SECRET
 from distill.errors import DistillError, Exit
 
 CREDENTIALS = re.compile(
-    r"[a-z][a-z0-9+.-]*://[^\s/:@\"'<>]+:(?!(?:pass(?:word)?|pwd|secret|token)@)[^\s/@\"'<>]+@",
+    r"(?<=[a-z0-9+.-]://)[^\s/:@\"'<>]++:(?!(?:pass(?:word)?|pwd|secret|token)@)[^\s/@\"'<>]++@",
     re.I,
 )
 HOMES = re.compile(r"(?:/home/|/Users/|[A-Z]:\\+Users\\+)[A-Za-z0-9._-]+[/\\]")
@@ -26,7 +26,7 @@ def scan(folder: Path, private: tuple[str, ...] = ()) -> None:
     known = _known(private)
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         text = _text_of(path)
-        for what, place in _faults(text, known, generic=path.name not in SAMPLES):
+        for what, place in faults(text, known, generic=path.name not in SAMPLES):
             where = f"{path.relative_to(folder)}:{1 + text[:place].count(chr(10))}"
             raise DistillError(Exit.PUBLISH, where, f"holds {what}", "remove it at its source")
 
@@ -51,7 +51,7 @@ def _known(private: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-def _faults(text: str, known: dict[str, str], generic: bool) -> Iterator[tuple[str, int]]:
+def faults(text: str, known: dict[str, str], generic: bool) -> Iterator[tuple[str, int]]:
     """Yield what was found, and where in the text."""
     for value, what in known.items():
         if (place := text.find(value)) >= 0:

@@ -6,6 +6,7 @@ unless the person at the machine has allowed it (`distill.tasks.sandbox.programs
 """
 
 import ast
+import hashlib
 import inspect
 import json
 import logging
@@ -27,13 +28,14 @@ MAX_CODE = (
     20_000  # characters; a longer answer is no short example, and parsing it may exhaust the stack
 )
 SECONDS = 2  # that reading or comparing an expression, or finding a pattern, may take
+MAX_PATH = 500  # characters of a path that stands for a field; a longer one stands by its hash
 MAX_MATH = 1_000  # characters at the end of an answer in which an expression is looked for
 FENCE = re.compile(r"\A```[^\n`]*\n(.*?)\n?```\Z", re.DOTALL)
 BLOCK = re.compile(r"```[^\n`]*\n(.*?)\n?```", re.DOTALL)
 NUMBER = re.compile(r"(?:(?<![\w.)])[-\u2212])?\$?(\d[\d,]*(?:\.\d+)?|\.\d+)", re.ASCII)
 STATED = re.compile(r"####\s*([^\n]+)|\\boxed\{([^{}]*)\}")
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]*[A-Z])|\n+")
-CHOSEN = re.compile(r"(?:answer|choice|option)\W*(?:is|:)?\W*\b([A-Z])\b", re.IGNORECASE)
+CHOSEN = re.compile(r"(?:answer|choice|option)\W*+(?:is\W*+)?\b([A-Z])\b", re.IGNORECASE)
 FIELD_TYPES: dict[str, Callable[[Any], bool]] = {
     "string": lambda value: isinstance(value, str),
     "[string]": lambda value: (
@@ -132,10 +134,13 @@ def _fields(tree: Any) -> Counter[tuple[str, Any]]:
     leaves = Counter[tuple[str, Any]]()
     while left:
         path, value = left.pop()
+        if len(path) > MAX_PATH:  # or deep paths of many leaves grow in their square
+            path = hashlib.sha256(path.encode("utf-8", "surrogatepass")).hexdigest()
         if isinstance(value, dict):
             left += [(f"{path}.{key}".lstrip("."), child) for key, child in value.items()]
         elif isinstance(value, list):
-            left += [(f"{path}[]", child) for child in value]
+            path += "[]"
+            left += [(path, child) for child in value]
         else:
             plain = (normalised(value) or value) if isinstance(value, str) else value
             leaves[path, (isinstance(value, bool), plain)] += 1
@@ -169,7 +174,7 @@ def _python_tests(
 ) -> Verdict:
     """Pass code that passes the tests of the prompt's reference, run in a sandbox."""
     tests = read_tests(prompt.reference or "")
-    code = _program(text, tests)
+    code = program(text, tests)
     if not code.strip() or len(code) > MAX_CODE + len(tests.setup):
         return Verdict(False, None, "no code" if not code.strip() else "code too long")
     passed, reason = run_tests(code, tests, Limits(seconds, megabytes))
@@ -189,7 +194,7 @@ def read_tests(reference: str) -> Trial:
     return Trial(f"{test}\n\ncheck({entry})\n", str(row.get("prompt", "")), entry)
 
 
-def _program(text: str, tests: Trial) -> str:
+def program(text: str, tests: Trial) -> str:
     """Return an answer's program: its first fenced block, or all of it, after what the prompt begins the code with.
 
     An answer that does not define the function goes on where the prompt ends, as a completion.
@@ -197,8 +202,8 @@ def _program(text: str, tests: Trial) -> str:
     block = BLOCK.search(text)
     code = block[1] if block else text
     name = re.escape(tests.entry)
-    whole = re.search(rf"^(?:(?:async )?def|class) {name}\b|^{name}\s*[:=]", code, re.MULTILINE)
-    if tests.entry and not whole:
+    defined = rf"^(?:(?:async )?def|class) {name}\b|^{name}\s*[:=]"
+    if name and not re.search(defined, code, re.MULTILINE):
         return f"{tests.setup.rstrip()}\n{code}"
     return f"{tests.setup}\n\n{code.strip()}" if code.strip() else ""
 
