@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple
 
 from distill.errors import DistillError
 from distill.records import LedgerEntry
+from distill.storage.files import read_json, sha256_file
 from distill.storage.run_folder import SEAL, Stage, sealed
-from distill.storage.store import read_json, sha256_file
 
 State = Literal["same", "differs", "missing", "skipped"]
 MANIFEST, CONFIG, LEDGER = "manifest.json", "config.json", "ledger.jsonl"

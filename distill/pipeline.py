@@ -13,9 +13,9 @@ from distill.config import Config, Evaluation, Signals
 from distill.config_file import parse_config, place_of
 from distill.errors import DistillError, Exit
 from distill.models import registry
+from distill.storage.files import as_json, sha256_file, write_atomic
 from distill.storage.progress import say
 from distill.storage.run_folder import Run, Stage
-from distill.storage.store import as_json, sha256_file, write_atomic
 
 CHECKING = ("filter", "evaluate")  # the stages that check answers
 LOADING = ("generate", "signals", "train", "refine", "evaluate")  # the stages that load models

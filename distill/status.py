@@ -9,8 +9,9 @@ from distill.errors import DistillError
 from distill.formatting import table
 from distill.records import LedgerEntry, Record
 from distill.responders.endpoint.budget import paid_models, unknown_outcomes
+from distill.storage.files import read_json
+from distill.storage.log import Log
 from distill.storage.run_folder import Run, Stage
-from distill.storage.store import Log, read_json
 
 STATES = {"fresh": "left", "unfinished": "begun", "done": "done", "stale": "stale"}
 

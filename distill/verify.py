@@ -31,8 +31,9 @@ from distill.report import report
 from distill.responders.endpoint.budget import replies
 from distill.responders.responder import Request, Sampling
 from distill.storage.environment import environment
+from distill.storage.files import read_json, read_records, sha256_file
+from distill.storage.log import Log
 from distill.storage.run_folder import SEAL, Run, open_folder
-from distill.storage.store import Log, read_json, read_records, sha256_file
 from distill.tasks.checkers import RUNS_CODE
 from distill.tasks.sandbox.programs import allowed
 from distill.tasks.task import tasks_of_run

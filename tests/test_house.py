@@ -50,8 +50,8 @@ WITHOUT_TORCH = (
         "config",
         "config_file",
         "config_reference",
-        "storage.store",
-        "storage.repair",
+        "storage.files",
+        "storage.log",
         "storage.progress",
         "storage.environment",
         "storage.run_folder",
@@ -242,7 +242,7 @@ def test_the_house_script_counts(tmp_path):
 
 @every_page
 def test_paths_in_the_docs_exist(page):
-    """Hold what looks like a path of ours against the tree: `distill/storage/store.py`, configs/*.yaml, a map's first column."""
+    """Hold what looks like a path of ours against the tree: `distill/storage/log.py`, configs/*.yaml, a map's first column."""
     for name in re.findall(rf"(?<![\w./-])(?:{FOLDERS})/[\w./*-]*[\w*/]", page.read_text()):
         assert list(ROOT.glob(name.rstrip("/"))), f"{page.name} names {name}"
 

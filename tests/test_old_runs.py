@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pytest
 
-from distill.storage.store import sha256_files
+from distill.storage.files import sha256_files
 
 OLD = Path(__file__).parent / "fixtures/old"
 PORT = 18_765  # where their teacher answered; the address is part of the key of every paid answer

@@ -15,8 +15,8 @@ from distill.models import registry
 from distill.models.registry import ModelInfo
 from distill.renamed_keys import RENAMED, fields_in, first_names, present_path
 from distill.responders.terms import Terms, load_terms
+from distill.storage.files import read_json, write_json
 from distill.storage.run_folder import Run, Stage, differences
-from distill.storage.store import read_json, write_json
 
 OLD = """name: r
 corpus: {path: texts}

@@ -23,8 +23,8 @@ from distill.pipeline import STAGES
 from distill.records import Scorecard
 from distill.report.sources import SOURCES
 from distill.responders import prices
+from distill.storage.files import read_json, sha256_file, write_json
 from distill.storage.run_folder import open_folder, sealed
-from distill.storage.store import read_json, sha256_file, write_json
 from tests.evaluation.test_suites import make_suite
 from tests.publishing.test_publish import BASE
 from tests.support.fake_hub import fake_hub, use_hub

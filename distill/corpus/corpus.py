@@ -23,9 +23,9 @@ from distill.corpus.rows import interpret
 from distill.corpus.split import rank, split
 from distill.errors import DistillError, Exit
 from distill.records import Document, Split
+from distill.storage.files import sha256_file, write_records
 from distill.storage.progress import say, track
 from distill.storage.run_folder import Run
-from distill.storage.store import sha256_file, write_records
 
 
 def main(config: Config, run: Run) -> None:

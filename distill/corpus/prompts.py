@@ -13,9 +13,9 @@ from distill.config import Config
 from distill.corpus.control_tokens import break_up, looks_like_instructions
 from distill.errors import DistillError, Exit
 from distill.records import SPLITS, Document, Message, Prompt
+from distill.storage.files import read_records, sha256_file, write_json, write_records
 from distill.storage.progress import say
 from distill.storage.run_folder import Run
-from distill.storage.store import read_records, sha256_file, write_json, write_records
 from distill.tasks.task import KEPT, Task, View, fill, load_task, task_path
 
 PLAIN = "chat"  # the task of prompts that are asked as they stand

@@ -22,8 +22,8 @@ from distill.evaluation.statistics import Certainty
 from distill.formatting import plain_numbers
 from distill.records import LedgerEntry, Response, Timing, Usage
 from distill.responders.prices import PriceBook, load_prices
+from distill.storage.files import read_json, read_records, write_json
 from distill.storage.run_folder import Run
-from distill.storage.store import read_json, read_records, write_json
 
 PRICES = "prices.json"
 UNSTATED = "what the recorded answers cost is not stated (teacher.dollars)"

@@ -24,9 +24,9 @@ from distill.responders.local.local_model import LocalResponder
 from distill.responders.local.plans import Spend, Spending
 from distill.responders.responder import Request, Responder, Sampling
 from distill.responders.terms import require_terms
+from distill.storage.files import sha256_file
 from distill.storage.progress import say
 from distill.storage.run_folder import Run
-from distill.storage.store import sha256_file
 from distill.training.adapters import WEIGHTS
 from distill.training.student import answer_loss
 

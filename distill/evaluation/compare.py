@@ -29,7 +29,7 @@ from distill.evaluation.statistics import (
 )
 from distill.formatting import figure, markdown_table, p_value, signed
 from distill.records import Item, Response, Score
-from distill.storage.store import read_records
+from distill.storage.files import read_records
 from distill.tasks.task import tasks_of_run
 
 HEAD = ("task", "n", "missing", "a", "b", "a − b", "interval", "could see", "McNemar p", "a is")

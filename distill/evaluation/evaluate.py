@@ -20,8 +20,8 @@ from distill.evaluation.overlap import find_leaks, refuse_all_leaked
 from distill.evaluation.suite_scores import write_answers, write_suites
 from distill.evaluation.suites import Suite, load_suites
 from distill.records import Item, Pair
+from distill.storage.files import write_json, write_records
 from distill.storage.run_folder import Run
-from distill.storage.store import write_json, write_records
 
 
 def main(config: Config, run: Run) -> None:

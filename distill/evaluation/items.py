@@ -5,8 +5,8 @@ from pathlib import Path
 
 from distill.errors import DistillError, Exit
 from distill.records import Document, Item, Pair, Response
+from distill.storage.files import read_records
 from distill.storage.run_folder import Run
-from distill.storage.store import read_records
 
 
 def held_out(path: Path) -> list[Pair]:

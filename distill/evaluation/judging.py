@@ -29,9 +29,9 @@ from distill.evaluation.judge import (
 from distill.evaluation.results import Models
 from distill.evaluation.statistics import Certainty
 from distill.records import Item, Message, Response, Score, digest
+from distill.storage.files import read_records, write_records
 from distill.storage.progress import say
 from distill.storage.run_folder import Run
-from distill.storage.store import read_records, write_records
 
 RIVALS = ("teacher", "base")
 TEST = "the judge prefers it, or ties it with an answer of the teacher's that will do"

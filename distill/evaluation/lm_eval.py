@@ -13,8 +13,8 @@ from typing import Any
 
 from distill.config import Config
 from distill.errors import DistillError, Exit
+from distill.storage.files import read_json, write_json
 from distill.storage.run_folder import Run
-from distill.storage.store import read_json, write_json
 
 FILE = "lm_eval.json"
 FAULTS = (KeyError, LookupError, OSError, RuntimeError, TypeError, ValueError)

@@ -21,8 +21,8 @@ from distill.evaluation.suite_scores import measure_suite, suite_result, write_s
 from distill.evaluation.suites import Suite
 from distill.formatting import plain_numbers
 from distill.records import Item, Reading, Response
+from distill.storage.files import read_json, read_records, write_json, write_records
 from distill.storage.run_folder import Run
-from distill.storage.store import read_json, read_records, write_json, write_records
 from distill.tasks.checkers import NEEDS_REFERENCE
 from distill.tasks.task import FindTask, shipped, tasks_of_run
 

@@ -24,8 +24,8 @@ from distill.evaluation.results import Measured
 from distill.evaluation.statistics import Certainty, as_interval, estimate_mean
 from distill.evaluation.suites import Suite
 from distill.records import Document, Item, Pair
+from distill.storage.files import read_records
 from distill.storage.run_folder import Run
-from distill.storage.store import read_records
 
 SHOWN = 5  # examples in evaluation.json
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from distill.evaluation.results import Measured
 from distill.evaluation.statistics import Certainty
 from distill.evaluation.suites import Part, Suite
 from distill.records import Item, Response
-from distill.storage.store import read_json, write_json, write_records
+from distill.storage.files import read_json, write_json, write_records
 from distill.tasks.task import Task
 
 Models = Mapping[str, Mapping[str, Response]]

@@ -23,8 +23,8 @@ from distill.errors import DistillError, Exit
 from distill.evaluation.items import held_out, items_of
 from distill.records import Document, Item, digest
 from distill.renamed_keys import first_names
+from distill.storage.files import sha256_file
 from distill.storage.run_folder import open_folder
-from distill.storage.store import sha256_file
 from distill.tasks.task import Task, load_section, load_task, task_path
 
 SUITES = Path("eval/suites")

@@ -13,8 +13,8 @@ from pathlib import Path
 from distill.records import Timing
 from distill.responders.local.local_model import LocalResponder
 from distill.responders.responder import Raw, Request
+from distill.storage.files import read_records, write_records
 from distill.storage.progress import say
-from distill.storage.store import read_records, write_records
 
 ALONE = 8  # prompts asked one at a time
 READ = 32  # prompts read in a batch

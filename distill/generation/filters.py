@@ -17,9 +17,9 @@ from distill.config import Config, Filters
 from distill.corpus.contamination import leaking_pairs
 from distill.errors import DistillError, Exit
 from distill.records import SPLITS, Document, Pair, Prompt, Record, Response, Split
+from distill.storage.files import read_records, write_json, write_records
 from distill.storage.progress import console
 from distill.storage.run_folder import Run
-from distill.storage.store import read_records, write_json, write_records
 from distill.tasks.checkers import NEEDS_REFERENCE, check, normalised, strip_fence
 from distill.tasks.task import FindTask, shipped, tasks_of_run
 

@@ -33,9 +33,10 @@ from distill.responders.responder import (
 )
 from distill.responders.terms import require_terms
 from distill.responders.token_counts import recounted
+from distill.storage.files import read_records, write_records
+from distill.storage.log import Log
 from distill.storage.progress import say, tracking
 from distill.storage.run_folder import Run
-from distill.storage.store import Log, read_records, write_records
 
 if TYPE_CHECKING:
     from distill.responders.local.local_model import LocalResponder

@@ -20,8 +20,8 @@ from typing import Any
 from distill.errors import DistillError, Exit
 from distill.models.weights import require_intact
 from distill.records import Record
+from distill.storage.files import fsync_folder, read_json, sha256_file, write_json
 from distill.storage.progress import say, tracking
-from distill.storage.store import fsync_folder, read_json, sha256_file, write_json
 
 PARALLEL = 4  # downloads at a time; a wheel is small and pip's own start takes a second
 

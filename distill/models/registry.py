@@ -24,8 +24,8 @@ from distill.models.download import Gguf, converted
 from distill.models.weights import require_intact, require_values, stored_values, values_of
 from distill.records import Record
 from distill.storage.environment import cpu_facts
+from distill.storage.files import sha256_file, write_json
 from distill.storage.run_folder import differences
-from distill.storage.store import sha256_file, write_json
 
 if TYPE_CHECKING:
     import torch

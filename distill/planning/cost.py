@@ -22,7 +22,7 @@ from distill.responders.endpoint.attempts import origin_of
 from distill.responders.endpoint.budget import Account, account, most_dollars
 from distill.responders.prices import MILLION, TokenPrice, load_prices
 from distill.responders.responder import Request
-from distill.storage.store import Log
+from distill.storage.log import Log
 
 ANSWER = 0.5  # of max_new_tokens: 0.35 on the quickstart's documentation, 0.66 on GSM8K's problems
 READ = 1000  # stored answers of a kind that are read

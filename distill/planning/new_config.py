@@ -11,7 +11,7 @@ from distill.corpus.readers import Row, list_files, read_file
 from distill.corpus.rows import interpret
 from distill.errors import DistillError, Exit
 from distill.responders.terms import judge_teacher
-from distill.storage.store import write_atomic
+from distill.storage.files import write_atomic
 
 LOOKED_AT = 100  # rows of the corpus in which a first readable one is looked for
 

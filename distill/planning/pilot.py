@@ -17,9 +17,9 @@ from distill.records import Document, Prompt, digest
 from distill.responders.endpoint.budget import enter_account
 from distill.responders.local.plans import Spending
 from distill.responders.responder import Request
+from distill.storage.files import read_records
 from distill.storage.progress import say
 from distill.storage.run_folder import Run, Stage
-from distill.storage.store import read_records
 
 
 def require_teacher(config: Config) -> None:

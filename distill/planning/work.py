@@ -19,9 +19,9 @@ from distill.errors import DistillError, Exit
 from distill.pipeline import STAGES
 from distill.records import SPLITS, Document, Message, Prompt
 from distill.responders.token_counts import token_counter
+from distill.storage.files import read_records
 from distill.storage.progress import console
 from distill.storage.run_folder import Run
-from distill.storage.store import read_records
 
 LARGE = 50_000_000  # bytes of corpus above which it is not read for a plan; a second a megabyte
 HEAD = 1_000_000  # bytes of a large file that are read

@@ -15,7 +15,7 @@ from distill.errors import DistillError, Exit
 from distill.models.registry import check_base, digest_weights, fetch, load_model, pick_dtype
 from distill.models.weights import add_adapter
 from distill.records import Record
-from distill.storage.store import read_json
+from distill.storage.files import read_json
 
 MAX_KL = 0.01  # nats a token: above it, scores of the adapter are not the merged model's
 MAX_TOKENS = (

@@ -29,9 +29,7 @@ from distill.publishing.obligations import (
 from distill.publishing.secret_scan import scan
 from distill.publishing.upload import check_name, push
 from distill.records import Pair
-from distill.storage.progress import say
-from distill.storage.run_folder import Run
-from distill.storage.store import (
+from distill.storage.files import (
     fsync_folder,
     read_json,
     read_records,
@@ -39,6 +37,8 @@ from distill.storage.store import (
     sha256_files,
     write_json,
 )
+from distill.storage.progress import say
+from distill.storage.run_folder import Run
 from distill.training.adapters import WEIGHTS
 from distill.training.encode import encode_pairs
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from distill.errors import DistillError, Exit
 from distill.report.report import parts
-from distill.storage.store import read_json, write_atomic
+from distill.storage.files import read_json, write_atomic
 
 BLOCK = re.compile(
     r"(?P<head><!-- scorecard: (?P<path>\S+)(?P<names>(?: \w+)+) -->\n).*?(?P<end><!-- end of scorecard -->)",

@@ -23,8 +23,8 @@ from distill.report.statement import (
     surplus_rows,
     token_rows,
 )
+from distill.storage.files import read_json, write_atomic, write_json
 from distill.storage.run_folder import Run
-from distill.storage.store import read_json, write_atomic, write_json
 
 REUSED = 0.01  # of the teacher's answers: more than that is worth a word
 NAMED = 6  # places of the scorecard that are named for one reason

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from distill.evaluation.lm_eval import FILE
-from distill.storage.store import sha256_files
+from distill.storage.files import sha256_files
 
 Files = Mapping[str, Sequence[str]]  # stage -> files and folders
 

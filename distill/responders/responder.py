@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from distill.records import Message, Record, Response, Stop, Usage, canonical, digest
 from distill.responders.endpoint.wire import THINKING, read_stored
-from distill.storage.store import Log
+from distill.storage.log import Log
 
 
 class Sampling(Record):

@@ -28,21 +28,20 @@ from distill.errors import DistillError, Exit
 from distill.records import LedgerEntry
 from distill.renamed_keys import fields_in, present_path
 from distill.storage.environment import environment
-from distill.storage.progress import say
-from distill.storage.store import (
-    FolderLock,
+from distill.storage.files import (
     append_record,
     as_json,
-    disk_faults,
+    disk_errors,
     read_json,
     read_records,
     sha256_file,
     sha256_files,
     sha256_text,
-    sweep,
     write_atomic,
     write_json,
 )
+from distill.storage.locks import FolderLock, sweep
+from distill.storage.progress import say
 
 State = Literal["fresh", "unfinished", "done", "stale"]
 HEARTBEAT = 5.0  # seconds between the signs of life of a running stage
@@ -99,7 +98,7 @@ class Run:
         """Return what the stage's result depends on: its config keys, the hashes of its inputs, its identities."""
         resolved = self.config.resolved()
         values = {key: _lookup(resolved, key) for key in stage.keys}
-        with disk_faults(self.folder):
+        with disk_errors(self.folder):
             files = [name for name in stage.inputs if self.path(name).is_file()]
             hashes = {name: sha256_file(self.path(name)) for name in files}
         return {
@@ -208,7 +207,7 @@ class Run:
 
     def _finish(self, stage: Stage, mark: dict[str, Any]) -> None:
         """Write the marker of a finished stage, with the hashes of what it wrote and of the ledger so far."""
-        with disk_faults(self.folder):
+        with disk_errors(self.folder):
             outputs = sha256_files(self.folder, stage.outputs)
             ledger = sha256_file(self.path("ledger.jsonl"))
         text = as_json({**mark, "outputs": outputs, "ledger": ledger})
@@ -226,7 +225,7 @@ class Run:
         """Move the stage's outputs, then its marker, to `.old/`, numbered: a crash between leaves it to do again."""
         count = len(list((self.folder / ".old").glob(f"{stage.name}-*")))
         target = self.folder / ".old" / f"{stage.name}-{count + 1}"
-        with disk_faults(target):
+        with disk_errors(target):
             for path in [*(self.path(name) for name in stage.outputs), self.marker(stage)]:
                 if path.exists():
                     moved = target / path.relative_to(self.folder)
@@ -271,7 +270,7 @@ class Run:
                 unknown_dollars=unknown_dollars,
             )
             path = self._spent(self._running)
-            with disk_faults(path), path.open("a", encoding="utf-8") as file:
+            with disk_errors(path), path.open("a", encoding="utf-8") as file:
                 file.write(entry.to_line() + "\n")
 
     @contextmanager

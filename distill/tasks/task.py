@@ -16,7 +16,7 @@ from pydantic import ValidationError, field_validator, model_validator
 from distill.config import Section
 from distill.config_file import find_config, read_yaml
 from distill.errors import DistillError, Exit
-from distill.storage.store import read_json
+from distill.storage.files import read_json
 from distill.tasks.checkers import validate
 
 Named = TypeVar("Named", bound=Section)

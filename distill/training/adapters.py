@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from distill.errors import DistillError, Exit
-from distill.storage.store import fsync_folder
+from distill.storage.files import fsync_folder
 from distill.training.sharding import like, snapshot, whole
 
 ADAPTER = "default"

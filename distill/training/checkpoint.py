@@ -19,8 +19,8 @@ from torch import Tensor
 
 from distill.errors import DistillError, Exit
 from distill.records import digest
+from distill.storage.files import fsync_folder, sha256_file
 from distill.storage.progress import say
-from distill.storage.store import fsync_folder, sha256_file
 from distill.training.adapters import read_tensors
 
 FORMAT = 1

@@ -25,6 +25,7 @@ from distill.config import Config
 from distill.errors import DistillError, Exit
 from distill.models import registry
 from distill.records import Example, digest
+from distill.storage.files import sha256_file, write_json
 from distill.storage.processes import (
     Interrupt,
     asked_of_launcher,
@@ -35,7 +36,6 @@ from distill.storage.processes import (
 )
 from distill.storage.progress import Tracker, say, tracking
 from distill.storage.run_folder import Run, differences, flatten, unnamed
-from distill.storage.store import sha256_file, write_json
 from distill.training import adapters, checkpoint, sharding
 from distill.training.batches import Step, share
 from distill.training.encode import show

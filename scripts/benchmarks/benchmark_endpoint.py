@@ -28,8 +28,8 @@ from distill.records import Message
 from distill.responders.endpoint.attempts import encode, origin_of
 from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.responder import Request, Sampling
+from distill.storage.log import Log
 from distill.storage.progress import console
-from distill.storage.store import Log
 
 QUESTION = "Say in one sentence what this function does. " + "It reads a line and returns it. " * 12
 ANSWER = {

@@ -27,9 +27,9 @@ from distill.pipeline import STAGES
 from distill.records import Prompt
 from distill.responders.local.local_model import LocalResponder
 from distill.responders.responder import Request, Sampling
+from distill.storage.files import read_records, write_json
 from distill.storage.progress import console, say
 from distill.storage.run_folder import Run
-from distill.storage.store import read_records, write_json
 
 Answers = dict[str, list[int]]  # by prompt id
 DATE = "2026-01-01"

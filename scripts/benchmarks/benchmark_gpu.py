@@ -47,8 +47,8 @@ from distill.planning.machine import devices
 from distill.planning.sizes import adapter_parameters, training_flops
 from distill.records import Example
 from distill.storage.environment import environment, installed
+from distill.storage.files import write_json
 from distill.storage.progress import console, say
-from distill.storage.store import write_json
 from distill.training import divergences, losses
 
 NAMES = {  # of a shape's fields in a Qwen2's config

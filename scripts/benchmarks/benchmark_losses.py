@@ -29,8 +29,8 @@ from rich.table import Table
 from torch import Tensor
 
 from distill.storage.environment import environment
+from distill.storage.files import write_json
 from distill.storage.progress import console, say
-from distill.storage.store import write_json
 from distill.training.divergences import soft_loss
 from distill.training.losses import cross_entropy
 from distill.training.targets import Live, SoftTargets

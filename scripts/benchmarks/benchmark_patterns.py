@@ -43,8 +43,8 @@ from distill.models.chat_template import neutralise
 from distill.publishing import card, secret_scan
 from distill.records import Document, Item, Message, Prompt, Response
 from distill.responders.endpoint import wire
+from distill.storage.files import write_json
 from distill.storage.progress import console
-from distill.storage.store import write_json
 from distill.tasks.checkers import (
     check,
     count_sentences,

@@ -22,7 +22,7 @@ from sacrebleu import sentence_chrf
 from distill.config_file import load_config
 from distill.models.registry import fetch
 from distill.records import Pair, Prompt, Response, Split
-from distill.storage.store import read_json, read_records, write_json
+from distill.storage.files import read_json, read_records, write_json
 from distill.tasks.checkers import check
 from distill.tasks.task import load_task
 

@@ -27,9 +27,9 @@ from distill.formatting import table
 from distill.models import registry
 from distill.records import Example, Message, Pair, Prompt, Response
 from distill.storage.environment import environment
+from distill.storage.files import write_json
 from distill.storage.progress import tracking
 from distill.storage.run_folder import open_run
-from distill.storage.store import write_json
 from distill.training.batches import micro_batches
 from distill.training.divergences import soft_loss
 from distill.training.encode import encode_pair

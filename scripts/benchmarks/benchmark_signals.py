@@ -25,9 +25,9 @@ from distill.formatting import table
 from distill.models import registry
 from distill.records import Example, Pair, Prompt, Response
 from distill.storage.environment import environment
+from distill.storage.files import read_records, write_json
 from distill.storage.progress import tracking
 from distill.storage.run_folder import Run, open_run
-from distill.storage.store import read_records, write_json
 from distill.training.batches import micro_batches
 from distill.training.encode import encode_pair
 from distill.training.soft_labels.cache import (

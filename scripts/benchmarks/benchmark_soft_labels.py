@@ -45,9 +45,10 @@ from distill.formatting import table
 from distill.models import registry
 from distill.records import Example, Pair
 from distill.storage.environment import environment
+from distill.storage.files import read_json, read_records, write_json
+from distill.storage.locks import FolderLock
 from distill.storage.progress import console, say
 from distill.storage.run_folder import Run, open_run
-from distill.storage.store import FolderLock, read_json, read_records, write_json
 from distill.training.batches import micro_batches, plan_steps
 from distill.training.encode import encode_pairs
 from distill.training.optimizer import learning_rate, warmup_count

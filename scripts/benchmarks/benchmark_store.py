@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from distill.storage.store import Log
+from distill.storage.log import Log
 
 CHILD = "import sys; sys.path.insert(0, 'scripts'); import benchmark_store as b; b.child({!r})"
 

@@ -25,8 +25,8 @@ from rich.table import Table
 from distill.models import registry
 from distill.records import Example, Pair
 from distill.storage.environment import environment
+from distill.storage.files import read_records, write_json
 from distill.storage.progress import console, say
-from distill.storage.store import read_records, write_json
 from distill.training import adapters
 from distill.training.batches import MICRO_BATCH_TOKENS, micro_batches
 from distill.training.encode import encode_pairs

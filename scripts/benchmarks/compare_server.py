@@ -24,9 +24,10 @@ from distill.records import Message, Prompt, Response
 from distill.responders.endpoint.attempts import encode, origin_of
 from distill.responders.local.local_model import LocalResponder
 from distill.responders.responder import Request, Sampling
+from distill.storage.files import read_records, write_json
+from distill.storage.log import Log
 from distill.storage.progress import console, say
 from distill.storage.run_folder import Run, open_folder
-from distill.storage.store import Log, read_records, write_json
 
 NEAR = 0.1  # nats: row 3 of the targets
 

@@ -44,9 +44,9 @@ from distill.models import registry
 from distill.records import Example, Item, Pair, Response
 from distill.responders.local.local_model import LocalResponder
 from distill.storage.environment import environment
+from distill.storage.files import read_json, read_records, write_json, write_records
 from distill.storage.progress import console, say
 from distill.storage.run_folder import Run, open_run
-from distill.storage.store import read_json, read_records, write_json, write_records
 from distill.tasks.task import tasks_of_run
 from distill.training import train
 from distill.training.encode import encode_pairs

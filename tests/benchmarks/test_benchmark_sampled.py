@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from distill.storage.store import write_json
+from distill.storage.files import write_json
 from tests.training.test_capture import make_run
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "scripts" / "benchmarks"))

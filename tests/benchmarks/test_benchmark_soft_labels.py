@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.storage.store import write_json, write_records
+from distill.storage.files import write_json, write_records
 from tests.training.test_capture import make_run
 from tests.training.test_train import pairs
 

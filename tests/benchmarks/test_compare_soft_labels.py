@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from distill.cli import main
-from distill.storage.store import read_json, sha256_file
+from distill.storage.files import read_json, sha256_file
 from tests.evaluation.test_suites import make_suite
 from tests.publishing.test_publish import BASE
 from tests.support.fake_hub import fake_hub, use_hub

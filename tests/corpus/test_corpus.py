@@ -14,8 +14,8 @@ from distill.corpus.readers import Reject
 from distill.errors import DistillError, Exit
 from distill.pipeline import STAGES
 from distill.records import Document
+from distill.storage.files import read_records
 from distill.storage.run_folder import Run
-from distill.storage.store import read_records
 
 STAGE = STAGES[0]
 

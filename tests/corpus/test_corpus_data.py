@@ -6,7 +6,7 @@ from pathlib import Path
 from distill.config_file import load_config
 from distill.corpus import corpus
 from distill.corpus.readers import Reject
-from distill.storage.store import sha256_file
+from distill.storage.files import sha256_file
 
 DATA = Path("data")
 

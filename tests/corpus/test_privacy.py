@@ -13,7 +13,7 @@ from distill.corpus.python_docs import read_python_docs
 from distill.errors import DistillError, Exit
 from distill.pipeline import STAGES
 from distill.records import Document
-from distill.storage.store import read_records
+from distill.storage.files import read_records
 from tests.corpus.test_corpus import documents, make, text, write_rows
 
 CORPUS, PROMPTS = STAGES[:2]

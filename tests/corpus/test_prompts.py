@@ -15,8 +15,8 @@ from distill.generation import filters
 from distill.models.chat_template import encode_prompt
 from distill.pipeline import STAGES
 from distill.records import SPLITS, Document, Prompt, Response, Split
+from distill.storage.files import read_records, write_records
 from distill.storage.run_folder import Run
-from distill.storage.store import read_records, write_records
 from distill.tasks.task import load_task, tasks_of_run
 from tests.support.tiny import make_tokenizer
 

@@ -11,8 +11,8 @@ from distill.economics.run_economics import UNSTATED, accounts
 from distill.errors import DistillError, Exit
 from distill.evaluation.acceptance import Asked
 from distill.records import LedgerEntry, Response, Timing, Usage
+from distill.storage.files import write_records
 from distill.storage.run_folder import Run
-from distill.storage.store import write_records
 
 PRICES = """
 machines:

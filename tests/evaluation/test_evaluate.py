@@ -17,8 +17,8 @@ from distill.evaluation.items import held_out, items_of
 from distill.evaluation.measure import measure_task
 from distill.models import registry
 from distill.records import Document, Message, Pair, Prompt, Response, Score, Timing, Usage
+from distill.storage.files import read_json, read_records, write_records
 from distill.storage.run_folder import Run
-from distill.storage.store import read_json, read_records, write_records
 from tests.support.tiny import make_tiny
 
 ITEMS = 8

@@ -13,7 +13,7 @@ from distill.evaluation.score import Place, score
 from distill.evaluation.suites import load_suite
 from distill.records import Score
 from distill.report import report
-from distill.storage.store import read_json, read_records, write_json
+from distill.storage.files import read_json, read_records, write_json
 from tests.evaluation.test_evaluate import heldout_pairs, make_run
 from tests.evaluation.test_suites import QUESTIONS, make_suite
 from tests.support.tiny import make_tiny

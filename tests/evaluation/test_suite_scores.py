@@ -11,8 +11,8 @@ from distill.evaluation.statistics import Certainty
 from distill.evaluation.suite_scores import measure_suite, suite_result
 from distill.evaluation.suites import Suite, load_suite
 from distill.records import Item, Response, Score
+from distill.storage.files import read_json, read_records
 from distill.storage.run_folder import Run
-from distill.storage.store import read_json, read_records
 from tests.evaluation.test_evaluate import heldout_pairs, make_run
 from tests.evaluation.test_suites import SUM, make_suite
 from tests.support.tiny import make_tiny

@@ -43,9 +43,10 @@ from distill.responders.endpoint.budget import account  # noqa: E402
 from distill.responders.endpoint.endpoint import EndpointResponder  # noqa: E402
 from distill.responders.responder import Request, Sampling  # noqa: E402
 from distill.status import read_status, show  # noqa: E402
+from distill.storage.files import read_records  # noqa: E402
+from distill.storage.log import Log  # noqa: E402
 from distill.storage.progress import console  # noqa: E402
 from distill.storage.run_folder import Run, open_run  # noqa: E402
-from distill.storage.store import Log, read_records  # noqa: E402
 from tests.support.buying import KEY, make_run  # noqa: E402
 from tests.support.fake_teacher import PRICE, FakeTeacher, Reply, text_of  # noqa: E402
 from tests.support.mortal import die_at  # noqa: E402

@@ -32,7 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from distill.cli import main as distill_main  # noqa: E402
-from distill.storage.store import Log, read_json, sha256_file  # noqa: E402
+from distill.storage.files import read_json, sha256_file  # noqa: E402
+from distill.storage.log import Log  # noqa: E402
 
 STAGES = ("corpus", "prompts", "generate", "filter", "train", "evaluate", "report")
 # keys that hold time, or its price

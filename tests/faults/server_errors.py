@@ -32,8 +32,9 @@ from distill.publishing.merge import Fidelity  # noqa: E402
 from distill.publishing.publish import facts_of  # noqa: E402
 from distill.records import Response  # noqa: E402
 from distill.responders.endpoint.budget import Account, account  # noqa: E402
+from distill.storage.files import read_records  # noqa: E402
+from distill.storage.log import Log  # noqa: E402
 from distill.storage.run_folder import Run, open_run  # noqa: E402
-from distill.storage.store import Log, read_records  # noqa: E402
 from tests.support.buying import make_run  # noqa: E402
 from tests.support.fake_teacher import PRICE, FakeTeacher, Reply, bomb, question  # noqa: E402
 

@@ -11,8 +11,8 @@ from distill.config import Config, Filters
 from distill.errors import DistillError, Exit
 from distill.generation import filters
 from distill.records import Document, Message, Pair, Prompt, Response, Stop, Usage
+from distill.storage.files import read_json, read_records, write_records
 from distill.storage.run_folder import Run
-from distill.storage.store import read_json, read_records, write_records
 
 JSON = json.dumps({"name": "f", "purpose": "p", "parameters": [], "returns": None})
 

@@ -24,8 +24,9 @@ from distill.responders.local.local_model import LocalResponder
 from distill.responders.local.plans import unfinished
 from distill.responders.recorded import CannedResponder
 from distill.responders.responder import Plan, Raw, Request, Sampling, respond
+from distill.storage.files import read_records, write_records
+from distill.storage.log import Log
 from distill.storage.run_folder import Run
-from distill.storage.store import Log, read_records, write_records
 from tests.support.tiny import make_tiny
 
 STAGE = next(stage for stage in STAGES if stage.name == "generate")
@@ -262,7 +263,7 @@ from distill.generation.generate import answer_all
 from distill.responders.local.local_model import LocalResponder
 from distill.responders.responder import Request, Sampling
 from distill.records import Message
-from distill.storage.store import write_records
+from distill.storage.files import write_records
 
 model, store, out = sys.argv[1:]
 responder = LocalResponder.load(model, "bfloat16", max_batch_size=4)

@@ -21,8 +21,9 @@ from distill.pipeline import STAGES
 from distill.records import digest
 from distill.responders.local import local_model
 from distill.responders.local.local_model import LocalResponder
+from distill.storage.files import read_json, write_json
+from distill.storage.log import Log
 from distill.storage.run_folder import Run
-from distill.storage.store import Log, read_json, write_json
 from distill.training import train
 from distill.training.soft_labels import capture
 from tests.support.fake_hub import fake_hub, use_hub

@@ -19,8 +19,9 @@ from distill.planning.work import count_work
 from distill.records import LedgerEntry, Message, digest
 from distill.responders.endpoint.budget import account
 from distill.responders.responder import Request, Sampling
+from distill.storage.files import read_records
+from distill.storage.log import Log
 from distill.storage.run_folder import open_run
-from distill.storage.store import Log, read_records
 from tests.support.buying import KEY, settings
 from tests.support.fake_teacher import PRICE, FakeTeacher, Reply, question, usage_of
 from tests.support.tiny import make_tiny

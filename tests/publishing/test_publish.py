@@ -18,8 +18,8 @@ from distill.errors import DistillError, Exit
 from distill.models import registry
 from distill.publishing.publish import main
 from distill.records import Message, Pair, Prompt, Response
+from distill.storage.files import sha256_file, write_json, write_records
 from distill.storage.run_folder import Run
-from distill.storage.store import sha256_file, write_json, write_records
 from tests.support.fake_hub import TOKEN, fake_hub, use_hub
 from tests.support.tiny import make_tiny
 

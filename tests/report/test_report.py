@@ -38,8 +38,8 @@ from distill.report.plots import (
     ticks,
     training_curve,
 )
+from distill.storage.files import read_json, write_json, write_records
 from distill.storage.run_folder import Run, open_run
-from distill.storage.store import read_json, write_json, write_records
 
 HOSTILE = "<script>alert('x')</script> & \"quotes\" | pipes\nand a new line"
 LONG = "w" * 90 + HOSTILE

@@ -22,8 +22,8 @@ from distill.responders.endpoint.budget import (
     unknown_outcomes,
 )
 from distill.responders.endpoint.wire import Reply, pack
+from distill.storage.log import Log
 from distill.storage.run_folder import Run, Stage
-from distill.storage.store import Log
 from tests.support.fake_teacher import PRICE, answer
 
 

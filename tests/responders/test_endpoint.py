@@ -28,8 +28,9 @@ from distill.responders.endpoint.budget import account, attempts, unknown_outcom
 from distill.responders.endpoint.client import Purchase
 from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.responder import Request, Sampling
+from distill.storage.files import read_records
+from distill.storage.log import Log
 from distill.storage.run_folder import Run
-from distill.storage.store import Log, read_records
 from tests.support.buying import KEY, MODEL, make_run, settings
 from tests.support.fake_teacher import PRICE, FakeTeacher, Reply, Script, answer, bomb
 

@@ -22,8 +22,9 @@ from distill.responders.endpoint.budget import account, unknown_outcomes
 from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.endpoint.wire import pack
 from distill.responders.responder import Request, Sampling
+from distill.storage.files import read_records
+from distill.storage.log import Log
 from distill.storage.run_folder import open_run
-from distill.storage.store import Log, read_records
 from tests.responders.test_endpoint import always, asks, buy, hold_account
 from tests.support.buying import KEY, make_run, settings
 from tests.support.fake_teacher import PRICE, FakeTeacher, Reply, answer, question, usage_of

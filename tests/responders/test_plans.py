@@ -6,8 +6,7 @@ import pytest
 
 from distill.generation.generate import answer_all
 from distill.responders.local.plans import lacking, planned, unfinished, worth_keeping
-from distill.storage.repair import compact
-from distill.storage.store import Log
+from distill.storage.log import Log, compact
 from tests.generation.test_generate import Fussy, asks
 
 

@@ -11,7 +11,7 @@ from distill.responders.endpoint.budget import Budget
 from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.endpoint.progress_line import Tally
 from distill.responders.responder import Request, Sampling
-from distill.storage.store import Log
+from distill.storage.log import Log
 from tests.support.buying import settings
 from tests.support.fake_teacher import PRICE, FakeTeacher, Reply
 

@@ -25,7 +25,8 @@ from distill.responders.endpoint.budget import attempts
 from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.local.local_model import LocalResponder
 from distill.responders.responder import Request, Sampling
-from distill.storage.store import Log, read_records
+from distill.storage.files import read_records
+from distill.storage.log import Log
 from distill.training.soft_labels.prompt_logprobs import probe
 from tests.support.tiny import TEMPLATE, make_tiny, make_tokenizer
 

@@ -18,8 +18,9 @@ from distill.responders.terms import (
     load_terms,
     require_terms,
 )
+from distill.storage.files import read_json
+from distill.storage.log import Log
 from distill.storage.run_folder import Run
-from distill.storage.store import Log, read_json
 from tests.support.tiny import make_tiny
 
 ROOT = Path(__file__).parent.parent.parent

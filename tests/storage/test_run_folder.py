@@ -13,8 +13,8 @@ from distill.config import Config
 from distill.errors import DistillError, Exit
 from distill.pipeline import STAGES
 from distill.storage import run_folder as run_module
+from distill.storage.files import read_json
 from distill.storage.run_folder import Run, Stage, differences
-from distill.storage.store import read_json
 
 TREE = {
     "name": "r",

@@ -6,8 +6,8 @@ from typing import Any
 
 from distill.config import Config, Teacher
 from distill.records import Document, Message, Prompt
+from distill.storage.files import write_records
 from distill.storage.run_folder import Run
-from distill.storage.store import write_records
 from tests.support.fake_teacher import PRICE, FakeTeacher
 
 KEY = "canary-3141592653589793"

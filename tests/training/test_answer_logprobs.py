@@ -20,8 +20,8 @@ from distill.models.chat_template import encode_prompt
 from distill.models.registry import load_model, load_tokenizer
 from distill.pipeline import STAGES
 from distill.records import Candidate, Document, Message, Pair, Place, Prompt, Response
+from distill.storage.files import read_records, write_json, write_records
 from distill.storage.run_folder import Run
-from distill.storage.store import read_records, write_json, write_records
 from distill.training.soft_labels import answer_logprobs, capture, labels
 from distill.training.soft_labels.cache import Signal
 from tests.planning.test_plan import ROOT, shown

@@ -15,8 +15,8 @@ from distill.errors import DistillError, Exit
 from distill.models.chat_template import encode_prompt
 from distill.models.registry import load_model, load_tokenizer
 from distill.records import Message, Pair
+from distill.storage.files import read_records, write_json, write_records
 from distill.storage.run_folder import Run
-from distill.storage.store import read_records, write_json, write_records
 from distill.training.soft_labels import capture
 from distill.training.soft_labels.cache import Cache, Row
 from tests.support.tiny import SPECIAL, TEMPLATE, make_tiny, make_tokenizer

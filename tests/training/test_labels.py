@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from distill.errors import DistillError, Exit
 from distill.models.registry import load_model
 from distill.records import Example
+from distill.storage.files import read_json, write_json, write_records
 from distill.storage.run_folder import Run
-from distill.storage.store import read_json, write_json, write_records
 from distill.training import train
 from distill.training.prepare import encode_split, load_adapted
 from distill.training.soft_labels import capture

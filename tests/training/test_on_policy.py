@@ -15,8 +15,8 @@ from distill.errors import DistillError, Exit
 from distill.generation.filters import CONTAMINATED, Dropped
 from distill.pipeline import STAGES
 from distill.records import Pair
+from distill.storage.files import read_json, read_records, sha256_file, write_records
 from distill.storage.run_folder import Run
-from distill.storage.store import read_json, read_records, sha256_file, write_records
 from distill.training import train
 from distill.training.adapters import WEIGHTS
 from distill.training.soft_labels import on_policy

@@ -20,8 +20,9 @@ from distill.models.registry import load_model, load_tokenizer
 from distill.pipeline import STAGES
 from distill.records import Document, Message, Prompt
 from distill.responders.endpoint.budget import account
+from distill.storage.files import write_json, write_records
+from distill.storage.log import Log
 from distill.storage.run_folder import Run
-from distill.storage.store import Log, write_json, write_records
 from distill.training.soft_labels import capture, labels, prompt_logprobs
 from distill.training.soft_labels.cache import Cache
 from tests.planning.test_plan import ROOT, shown

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from distill.config import Config
 from distill.errors import DistillError, Exit
 from distill.records import Message, Pair, Prompt, Response
+from distill.storage.files import write_records
 from distill.storage.run_folder import Run
-from distill.storage.store import write_records
 from distill.training import checkpoint, train
 from distill.training.adapters import WEIGHTS
 from distill.training.student import Student

@@ -14,8 +14,8 @@ from distill.config import Config
 from distill.records import Record, Response, Usage
 from distill.responders.endpoint.wire import Reply, read_stored
 from distill.responders.prices import MILLION, TokenPrice, load_prices
+from distill.storage.log import Log
 from distill.storage.run_folder import Run
-from distill.storage.store import Log
 
 MARGIN = 256  # tokens of a chat template and a server's own system prompt that no request shows
 NOTHING = Decimal(0)

@@ -43,9 +43,8 @@ from distill.responders.endpoint.wire import (
 )
 from distill.responders.prices import TokenPrice
 from distill.responders.responder import Raw, Request, Scoring
+from distill.storage.log import Log, LogWriter
 from distill.storage.progress import say
-from distill.storage.store import Log
-from distill.storage.writer import Scribe
 
 QUARANTINED = 64 << 10  # bytes kept of a body that is no answer
 SEVERAL = 5  # requests that bring no answer, before any has, are the run's fault and not theirs
@@ -136,7 +135,7 @@ class Purchase:
         self._close()
 
     async def _run(self) -> None:
-        self.gate, self.scribe, self.freed = Gate(), Scribe(self.log), asyncio.Event()
+        self.gate, self.scribe, self.freed = Gate(), LogWriter(self.log), asyncio.Event()
         self.turn = asyncio.Lock()  # of those that are sent alone
         self._loop = asyncio.get_running_loop()
         width = min(self.settings.concurrency, self.count)

@@ -18,8 +18,8 @@ from distill.responders.endpoint.attempts import origin_of
 from distill.responders.endpoint.client import Purchase
 from distill.responders.prices import TokenPrice
 from distill.responders.responder import Raw, Request, respond
+from distill.storage.log import Log
 from distill.storage.progress import say
-from distill.storage.store import Log
 
 
 class EndpointResponder:

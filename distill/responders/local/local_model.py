@@ -36,7 +36,7 @@ from distill.responders.local.packed_linear import free_memory
 from distill.responders.local.padded_batches import answer_padded
 from distill.responders.local.sampling import draw, likeliest, seeded
 from distill.responders.responder import Plan, Raw, Request, respond
-from distill.storage.store import sha256_file
+from distill.storage.files import sha256_file
 
 SLOTS = {"cpu": 64, "cuda": 128}
 CACHE_SHARE = 0.4  # of the memory now free, for the cache of keys and values

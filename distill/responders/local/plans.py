@@ -9,8 +9,8 @@ from distill.records import Response
 from distill.responders.endpoint.budget import replies
 from distill.responders.endpoint.wire import read_stored
 from distill.responders.responder import Plan, Planner, Raw, Request
+from distill.storage.log import Log
 from distill.storage.run_folder import Run
-from distill.storage.store import Log
 
 Spend = Callable[[int, int], None]
 

@@ -18,6 +18,9 @@ from distill.errors import DistillError, Exit
 from distill.records import Response
 from distill.responders.local.plans import Spend, answers, planned, store_each
 from distill.responders.responder import Plan, Planner, Raw, Request
+from distill.storage.files import remove_folder
+from distill.storage.locks import alive
+from distill.storage.log import Log, Tail, copy
 from distill.storage.processes import (
     asked_of_launcher,
     check_world,
@@ -25,7 +28,6 @@ from distill.storage.processes import (
     launcher_command,
 )
 from distill.storage.progress import say
-from distill.storage.store import Log, Tail, alive, copy, remove
 
 PATIENCE = timedelta(
     days=30
@@ -220,7 +222,7 @@ def take_over(log: Log) -> None:
     for part in sorted(folder / name for name in names if name.isdigit()):
         with Log(part):  # a torn tail goes, and nobody writes
             count += copy(Tail(part).read(), log)
-        remove(part)
+        remove_folder(part)
     with suppress(OSError):  # not there, or it holds what a repair has kept
         folder.rmdir()
     if count:

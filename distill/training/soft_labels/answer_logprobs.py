@@ -25,8 +25,8 @@ from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.endpoint.wire import Reply, read_stored
 from distill.responders.prices import load_prices
 from distill.responders.responder import Request, Sampling
+from distill.storage.log import Log
 from distill.storage.progress import say
-from distill.storage.store import Log
 from distill.training.soft_labels.cache import TEXT_ONLY, Cache, Signal, supervised_ids
 from distill.training.soft_labels.top_logprobs import Chances, Text, enter, named, to_signal
 

@@ -31,9 +31,9 @@ from distill.errors import DistillError, Exit
 from distill.models import registry
 from distill.models.chat_template import template_hash, vocabulary_hash
 from distill.records import Example, canonical, digest
+from distill.storage.files import disk_errors, read_json, write_atomic, write_json
 from distill.storage.progress import say
 from distill.storage.run_folder import MODEL_FILE
-from distill.storage.store import disk_faults, read_json, write_atomic, write_json
 
 FORMAT = 1
 MAGIC = b"distill-signals"
@@ -187,7 +187,7 @@ class Chunk:
     @classmethod
     def open(cls, path: Path) -> "Chunk":
         """Read and check a chunk's header and length; raises DistillError (exit 5) where it is damaged or cut off."""
-        with disk_faults(path), path.open("rb") as file:
+        with disk_errors(path), path.open("rb") as file:
             line = file.readline(200)
             try:
                 magic, version, size, checksum = line.split()
@@ -210,7 +210,7 @@ class Chunk:
 
     def read(self) -> dict[str, Signal]:
         """Return the signals by their examples' ids; raises DistillError (exit 5) where a byte is not as written."""
-        with disk_faults(self.path), self.path.open("rb") as file:
+        with disk_errors(self.path), self.path.open("rb") as file:
             file.seek(self.begin)
             body = file.read()
         if hashlib.sha256(body).hexdigest() != self.body:

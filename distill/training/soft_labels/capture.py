@@ -22,9 +22,10 @@ from distill.errors import DistillError, Exit
 from distill.models import registry
 from distill.records import Example, Pair
 from distill.responders.terms import require_terms
+from distill.storage.files import disk_errors, write_json
+from distill.storage.locks import FolderLock, sweep
 from distill.storage.progress import say, tracking
 from distill.storage.run_folder import Run
-from distill.storage.store import FolderLock, disk_faults, sweep, write_json
 from distill.training.batches import micro_batches, padded_batches
 from distill.training.encode import encode_pair, encode_pairs
 from distill.training.soft_labels import answer_logprobs, prompt_logprobs
@@ -114,7 +115,7 @@ def read_as_teacher(tokenizer: Any, pair: Pair, example: Example, config: Config
 
 def require_room(folder: Path, reads: Sequence[Read], config: Config) -> None:
     """Stop where the signals, and the replies of a server, will not fit on the disk; raises DistillError (exit 5)."""
-    with disk_faults(folder):
+    with disk_errors(folder):
         free = shutil.disk_usage(folder).free
     tokens, own = sum(read.row.count for read in reads), config.signals
     needed = expected_bytes(tokens, own)

@@ -17,8 +17,8 @@ from torch import Tensor
 from distill.config import Config, Loss
 from distill.errors import DistillError, Exit
 from distill.records import Example, Pair, digest
+from distill.storage.files import read_json, read_records
 from distill.storage.run_folder import Run, differences, unnamed
-from distill.storage.store import read_json, read_records
 from distill.training.divergences import soft_loss
 from distill.training.host_to_device import send
 from distill.training.losses import Head

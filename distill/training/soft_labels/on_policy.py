@@ -21,9 +21,9 @@ from distill.records import Pair, Prompt
 from distill.responders.local.local_model import LocalResponder
 from distill.responders.local.plans import Spending
 from distill.responders.responder import Request, Sampling
+from distill.storage.files import read_json, read_records, write_json, write_records
 from distill.storage.progress import say
 from distill.storage.run_folder import Run
-from distill.storage.store import read_json, read_records, write_json, write_records
 from distill.training import train
 from distill.training.batches import order
 from distill.training.soft_labels import capture

@@ -23,8 +23,8 @@ from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.endpoint.wire import load_json, unpack
 from distill.responders.prices import load_prices
 from distill.responders.responder import Scoring
+from distill.storage.log import Log
 from distill.storage.run_folder import Run
-from distill.storage.store import Log
 from distill.training.soft_labels.cache import Cache, Signal
 from distill.training.soft_labels.top_logprobs import SLACK, Chances, Text, enter, named, to_signal
 

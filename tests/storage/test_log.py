@@ -14,10 +14,10 @@ import pytest
 
 from distill.errors import DistillError, Exit
 from distill.records import Document
-from distill.storage import repair as repairing
-from distill.storage import store
-from distill.storage.repair import compact, repair
-from distill.storage.store import FolderLock, Log
+from distill.storage import files
+from distill.storage import log as logs
+from distill.storage.locks import FolderLock, sweep
+from distill.storage.log import Log, compact, repair
 from tests.support.mortal import in_child, killed_at_every_call, open_file
 
 BODIES = {f"k{n}": {"text": f"answer {n} é — " + "x" * (n * 7 % 20), "n": n} for n in range(12)}
@@ -76,7 +76,7 @@ def test_segments_roll_over_and_keep_their_order(tmp_path, monkeypatch):
     with Log(tmp_path) as log:
         for key, body in BODIES.items():
             log.append([("response", key, body)])
-    assert len(store.segments(tmp_path)) > 3
+    assert len(logs.segments(tmp_path)) > 3
     assert contents(tmp_path) == BODIES
     assert list(contents(tmp_path)) == list(BODIES)
     (tmp_path / "00000002.jsonl").unlink()
@@ -99,7 +99,7 @@ def test_d8_memory_holds_the_index_and_not_the_bodies(tmp_path):
 def test_keys_are_words():
     for kind, key in (("a b", "c"), ("a", ""), ("a", "b\n")):
         with pytest.raises(ValueError):
-            store.encode_line(kind, key, 1)
+            logs.encode_line(kind, key, 1)
 
 
 # --- torn tails (D2) and damage (D3)
@@ -227,7 +227,7 @@ def spread(folder: Path) -> None:
         patch.setattr(Log, "SEGMENT_BYTES", 300)
         for key, body in BODIES.items():
             log.append([("response", key, body), ("done", key, body), ("intent", key, {"most": 1})])
-    with store.segments(folder)[-1].open("ab") as segment:
+    with logs.segments(folder)[-1].open("ab") as segment:
         segment.write(b"torn")
     with Log(folder) as log:
         assert log.torn == 1
@@ -242,7 +242,7 @@ def compacted(folder: Path) -> bool:
         contents(folder) == BODIES
         and kinds == {"response": list(BODIES), "intent": list(BODIES)}
         and torn == [b"torn"]
-        and len(store.segments(folder)) == 1
+        and len(logs.segments(folder)) == 1
         and [path.name for path in folder.parent.iterdir()] == [folder.name]
     )
 
@@ -250,7 +250,7 @@ def compacted(folder: Path) -> bool:
 def test_compaction_keeps_what_is_worth_it_in_full_segments(tmp_path):
     folder = tmp_path / "s"
     spread(folder)
-    before = sum(path.stat().st_size for path in store.segments(folder))
+    before = sum(path.stat().st_size for path in logs.segments(folder))
     with Log(folder, writable=False) as reader:
         result = compact(folder, worth)
         assert reader.get("response", "k3") == BODIES["k3"]  # in the files that it has opened
@@ -276,7 +276,7 @@ def test_a_copy_that_differs_takes_nobody_s_place(tmp_path, monkeypatch):
     folder = tmp_path / "s"
     segment = fill(folder)
     data = segment.read_bytes()
-    monkeypatch.setattr(repairing, "copy", lambda records, log: len(list(records)))
+    monkeypatch.setattr(logs, "copy", lambda records, log: len(list(records)))
     assert "the copy differs" in str(fault(lambda: compact(folder, worth)))
     assert "the copy differs" in str(fault(lambda: repair(folder)))
     assert segment.read_bytes() == data
@@ -301,8 +301,8 @@ def test_newer_is_refused_and_older_is_copied(tmp_path, monkeypatch):
     assert "newer than 1 (use a newer distill)" in str(fault(lambda: contents(folder)))
     assert "newer" in str(fault(lambda: repair(folder)))
     (folder / "version.json").write_text('{"version": 1}')
-    monkeypatch.setattr(store, "VERSION", 2)
-    monkeypatch.setattr(store, "DECODERS", {**store.DECODERS, 2: store.decode_line})
+    monkeypatch.setattr(logs, "VERSION", 2)
+    monkeypatch.setattr(logs, "DECODERS", {**logs.DECODERS, 2: logs.decode_line})
     assert "store version 1, this is 2 (distill repair" in str(fault(lambda: contents(folder)))
     before = segment.read_bytes()
     result = repair(folder)
@@ -375,10 +375,10 @@ def test_no_file_handles_left_is_one_line(tmp_path):
 def test_a_folder_that_cannot_be_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     fault(lambda: contents(tmp_path / "file" / "store"))
-    fault(lambda: store.write_atomic(tmp_path / "file" / "x", b""))
-    fault(lambda: store.write_atomic(tmp_path, b""))
-    fault(lambda: store.read_json(tmp_path))
-    fault(lambda: store.read_records(tmp_path, Document))
+    fault(lambda: files.write_atomic(tmp_path / "file" / "x", b""))
+    fault(lambda: files.write_atomic(tmp_path, b""))
+    fault(lambda: files.read_json(tmp_path))
+    fault(lambda: files.read_records(tmp_path, Document))
     assert not list(tmp_path.glob(".*.tmp"))
 
 
@@ -501,31 +501,31 @@ def test_atomic_write_is_old_or_new_at_every_kill(tmp_path):
     def check() -> None:
         assert path.read_bytes() in (b"old", b"new" * 1000)
         path.write_bytes(b"old")
-        store.sweep(tmp_path)
+        sweep(tmp_path)
         assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
-    assert killed_at_every_call(lambda: store.write_atomic(path, b"new" * 1000), check) == 5
+    assert killed_at_every_call(lambda: files.write_atomic(path, b"new" * 1000), check) == 5
 
 
 def test_records_files_name_the_damaged_line(tmp_path):
     path = tmp_path / "d.jsonl"
     documents = [Document.make(f"text {n}", "here") for n in range(3)]
-    assert store.write_records(path, documents) == 3
-    assert store.read_records(path, Document) == documents
+    assert files.write_records(path, documents) == 3
+    assert files.read_records(path, Document) == documents
     path.write_text(path.read_text().replace("text 1", 'te"xt 1'))
-    assert f"{path}:2: is damaged" in str(fault(lambda: store.read_records(path, Document)))
+    assert f"{path}:2: is damaged" in str(fault(lambda: files.read_records(path, Document)))
     path.unlink()
-    assert "is missing (run the stage" in str(fault(lambda: store.read_records(path, Document)))
+    assert "is missing (run the stage" in str(fault(lambda: files.read_records(path, Document)))
 
 
 def test_appended_records_survive_a_cut_at_every_byte(tmp_path):
     path = tmp_path / "ledger.jsonl"
     documents = [Document.make(f"text {n}", "é") for n in range(3)]
     for document in documents[:2]:
-        store.append_record(path, document)
+        files.append_record(path, document)
     data = path.read_bytes()
     for cut in range(data.index(b"\n") + 1, len(data)):
         path.write_bytes(data[:cut])
-        assert store.read_records(path, Document, torn=True) == documents[:1]
-        store.append_record(path, documents[2])
-        assert store.read_records(path, Document) == [documents[0], documents[2]]
+        assert files.read_records(path, Document, torn=True) == documents[:1]
+        files.append_record(path, documents[2])
+        assert files.read_records(path, Document) == [documents[0], documents[2]]

@@ -1,4 +1,4 @@
-"""What survives a crash: atomic files, locks, and append-only logs of checksummed records.
+"""Append-only logs of checksummed records: what is paid for is on the disk before anything goes on.
 
 A log is a folder of numbered segments; a line of a segment is `SHA256 KIND KEY JSON`, the hash covering the rest of
 the line. `append` returns after fsync, so what it returned for is there after a kill or a power cut. A torn tail (a
@@ -7,229 +7,27 @@ names `distill repair`, which copies what is whole and keeps the original. `dist
 nothing reads any more, and removes the original once the copy has been held against it.
 """
 
-import errno
-import fcntl
+import asyncio
 import hashlib
 import json
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self, TypeVar
-
-from pydantic import ValidationError
+from typing import Any, BinaryIO, NamedTuple, Self
 
 from distill.errors import DistillError, Exit
-from distill.records import Record, canonical
+from distill.records import canonical
+from distill.storage.files import disk_errors, fsync_folder, read_json, write_atomic, write_json
+from distill.storage.locks import FolderLock, sweep
 from distill.storage.progress import say
-
-R = TypeVar("R", bound=Record)
 
 BLOCK = 1 << 20  # bytes read at once
 NEWLINE = ord("\n")
 SEGMENTS = "[0-9]" * 8 + ".jsonl"
-REMAKE = "remake it with --redo STAGE"
-MAKE_WRITABLE, FREE_SPACE = "make it writable, then run again", "free space, then run again"
-WAYS_OUT = {
-    errno.ENOSPC: FREE_SPACE,
-    errno.EDQUOT: FREE_SPACE,
-    errno.EROFS: MAKE_WRITABLE,
-    errno.EACCES: MAKE_WRITABLE,
-    errno.EPERM: MAKE_WRITABLE,
-    errno.EMFILE: "raise the limit of open files (ulimit -n), then run again",
-    errno.ENOENT: "check the path",
-    errno.ENOTDIR: "check the path",
-    errno.EISDIR: "check the path",
-}
-
-
-@contextmanager
-def disk_faults(where: Path) -> Iterator[None]:
-    """Turn what the operating system refuses into one line with a way out (exit 5)."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        fix = WAYS_OUT.get(error.errno or 0, "check the disk, then run again")
-        raise DistillError(Exit.STATE, error.filename or where, reason, fix) from None
-
-
-def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes as 64 hexadecimal digits; raises OSError where it cannot be read."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sha256_text(text: str) -> str:
-    """Return the SHA-256 of a text's UTF-8 bytes: what `sha256_file` says of a file that holds it."""
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
-def sha256_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Hash files, and all files below folders, by their path below `folder`; what is not there is left out."""
-    files = [p for name in names for p in sorted([folder / name, *(folder / name).rglob("*")])]
-    return {p.relative_to(folder).as_posix(): sha256_file(p) for p in files if p.is_file()}
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new, never a part."""
-    content = data.encode("utf-8") if isinstance(data, str) else data
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with disk_faults(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-        fsync_folder(path.parent)
-
-
-def sweep(folder: Path) -> None:
-    """Remove what `write_atomic` left in a folder, and below it, in processes that were killed."""
-    for path in folder.rglob(".*.tmp"):
-        pid = path.stem.rpartition(".")[2]
-        if pid.isdigit() and path.is_file() and not alive(int(pid)):
-            path.unlink(missing_ok=True)
-
-
-def as_json(value: Any) -> str:
-    """Return the text of a JSON file of ours: indented, one trailing newline, no NaN."""
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
-    write_atomic(path, as_json(value))
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise DistillError(Exit.STATE, path, "is missing", "run the stage that makes it") from None
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file of ours; raises DistillError (exit 5) where it is missing or damaged."""
-    with disk_faults(path):
-        try:
-            return json.loads(_read(path))
-        except ValueError:
-            raise DistillError(Exit.STATE, path, "is damaged", REMAKE) from None
-
-
-def write_records(path: Path, records: Iterable[Record]) -> int:
-    """Write records as JSON lines, atomically, and return how many."""
-    lines = [record.to_line() + "\n" for record in records]
-    write_atomic(path, "".join(lines))
-    return len(lines)
-
-
-def read_records(path: Path, kind: type[R], torn: bool = False) -> list[R]:
-    """Read records of one kind; raises DistillError (exit 5) with the line of any damage.
-
-    With `torn`, a last line without its newline is not counted: `append_record` was cut off while it wrote it.
-    """
-    with disk_faults(path):
-        lines = _read(path).split(b"\n")
-    if torn:
-        lines.pop()
-    records = []
-    for number, line in enumerate(lines, 1):
-        if line:
-            try:
-                records.append(kind.from_line(line))
-            except ValidationError:
-                raise DistillError(Exit.STATE, f"{path}:{number}", "is damaged", REMAKE) from None
-    return records
-
-
-def append_record(path: Path, record: Record) -> None:
-    """Add one record to a small file of lines, durably; a last line that a crash cut off goes first."""
-    with disk_faults(path), path.open("a+b") as file:
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(record.to_line().encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-class FolderLock:
-    """One process at a time may write in a folder; the lock of a dead process is free."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / ".lock"
-        self.handle = -1
-
-    def __enter__(self) -> Self:
-        with disk_faults(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            while not self._take():
-                os.close(self.handle)
-            os.ftruncate(self.handle, 0)
-            os.pwrite(self.handle, str(os.getpid()).encode(), 0)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        os.close(self.handle)
-
-    def _take(self) -> bool:
-        """Lock the file, and say whether it is still the one at the path: a repair may have moved the folder."""
-        self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = self._holder()
-            os.close(self.handle)
-            what, fix = f"lock held by pid {holder}", "wait for it, or end it"
-            raise DistillError(Exit.STATE, self.path.parent, what, fix) from None
-        with suppress(FileNotFoundError):
-            return os.path.samestat(os.fstat(self.handle), self.path.stat())
-        return False
-
-    def _holder(self) -> str:
-        """Return the holder's pid; it writes it just after it locked, over a dead one's, so look for a moment."""
-        pid = ""
-        for _ in range(20):
-            pid = os.pread(self.handle, 32, 0).decode("ascii", "replace")
-            if pid.isdigit() and alive(int(pid)):
-                break
-            time.sleep(0.01)
-        return pid or "unknown"
-
-
-def alive(pid: int) -> bool:
-    """Tell whether there is a process of that id."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
 
 
 def encode_line(kind: str, key: str, body: Any) -> bytes:
@@ -322,7 +120,7 @@ class Log:
                 undo.enter_context(FolderLock(self.folder))
                 sweep(self.folder)
             undo.callback(self._close)
-            with disk_faults(self.folder):
+            with disk_errors(self.folder):
                 self._load()
             self._undo = undo.pop_all()
         return self
@@ -416,7 +214,7 @@ class Log:
                 fresh[kind, key] = encode_line(kind, key, body)
         if fresh:
             self._sound = False
-            with disk_faults(self.folder):
+            with disk_errors(self.folder):
                 self._write(b"".join(fresh.values()))
             self._note(fresh)
             self._sound = True
@@ -451,7 +249,7 @@ class Log:
         if place is None:
             return None
         number, offset = place >> 40, place & (1 << 40) - 1
-        with disk_faults(self.folder):
+        with disk_errors(self.folder):
             file = self._reader(number)
             file.seek(offset)
             record = decode_line(file.readline().removesuffix(b"\n"))
@@ -513,14 +311,6 @@ def copy(records: Iterable[tuple[str, str, Any]], log: Log) -> int:
     return count
 
 
-def remove(folder: Path) -> None:
-    """Remove a folder so that no crash leaves a part of it under its name."""
-    gone = folder.with_name(f".{folder.name}.gone")
-    shutil.rmtree(gone, ignore_errors=True)
-    folder.rename(gone)
-    shutil.rmtree(gone)
-
-
 # what the folder of a copy is called until it takes its place
 REPAIRED, COMPACTED = ".repaired", ".compacted"
 VERBS = {REPAIRED: "repair", COMPACTED: "compact"}
@@ -540,3 +330,212 @@ def refuse_half_copy(folder: Path, but: str = "") -> None:
         if verb != but and not folder.exists() and beside(folder, suffix).exists():
             what = f"`distill {verb}` was cut off"
             raise DistillError(Exit.STATE, folder, what, f"distill {verb} {folder}")
+
+
+class Loss(NamedTuple):
+    """A line that a repair left out: where it stood, its length in bytes, and why."""
+
+    place: str
+    length: int
+    reason: str
+
+
+class Repair(NamedTuple):
+    """What a repair did: the records kept, what was left out, and the folder that holds the original."""
+
+    kept: int
+    losses: list[Loss]
+    original: Path
+
+    def explain(self) -> list[str]:
+        """Return the outcome in lines for the user."""
+        head = f"{self.kept} records are whole; the original is kept in {self.original}"
+        return [head, *(f"{place}: {reason}, {n} bytes" for place, n, reason in self.losses)]
+
+
+def _refuse_no_store(folder: Path) -> None:
+    if not any(folder.glob(SEGMENTS)) and not (folder / "version.json").exists():
+        raise DistillError(Exit.STATE, folder, "is no store", "check the path")
+
+
+def _put_in_place(fresh: Path, folder: Path) -> None:
+    """Give a finished copy its name, durably."""
+    fresh.rename(folder)
+    fsync_folder(folder.parent)
+
+
+def repair(folder: Path) -> Repair:
+    """Copy what is whole into a fresh log, keep the original as `FOLDER.damaged-N`, and put the fresh one in its place.
+
+    A log of an older version is brought to this one in the same way. The list of what was left out is also kept, as
+    `repair.json` in the fresh log. Raises DistillError (exit 5) where the folder is no log, or is being written.
+    """
+    fresh = beside(folder, REPAIRED)
+    with disk_errors(folder):
+        refuse_half_copy(folder, "repair")
+        if folder.exists():
+            _refuse_no_store(folder)
+            with FolderLock(folder):
+                number = 1 + len(list(folder.parent.glob(f"{folder.name}.damaged-*")))
+                original = beside(folder, f".damaged-{number}")
+                losses: list[Loss] = []
+                kept = _copy(_whole_records(folder, losses), fresh)
+                report = {"kept": kept, "losses": losses, "original": original.name}
+                write_json(fresh / "repair.json", report)
+                folder.rename(original)
+        _put_in_place(fresh, folder)
+    report = read_json(folder / "repair.json")
+    losses = [Loss(*row) for row in report["losses"]]
+    return Repair(report["kept"], losses, folder.with_name(report["original"]))
+
+
+def _copy(entries: Iterable[Entry], fresh: Path) -> int:
+    """Copy records into a new log, and read it again to see that it holds just these; return how many.
+
+    Raises DistillError (exit 5) where it does not.
+    """
+    shutil.rmtree(fresh, ignore_errors=True)  # of a copy that was killed
+    wanted, found = hashlib.sha256(), hashlib.sha256()
+
+    def noted() -> Iterator[tuple[str, str, Any]]:
+        for entry in entries:
+            wanted.update(repr(entry).encode())
+            yield entry[0], entry[1], json.loads(entry[2])
+
+    with Log(fresh) as log:
+        count = copy(noted(), log)
+    for segment in segments(fresh):
+        for *_, entry in scan(segment):
+            found.update(repr(entry).encode())
+    if found.digest() != wanted.digest():
+        what, fix = "the copy differs from the original, which is kept", "check disk and memory"
+        raise DistillError(Exit.STATE, fresh, what, fix)
+    return count
+
+
+class Compaction(NamedTuple):
+    """What a compaction did: the records kept, how many of which kind were left out, bytes before and after."""
+
+    kept: int
+    left_out: dict[str, int]
+    before: int
+    after: int
+
+    def explain(self) -> list[str]:
+        """Return the outcome in lines for the user."""
+        out = [f"{count} of kind {kind} left out" for kind, count in self.left_out.items()]
+        return [
+            "; ".join([f"{self.kept} records kept", *out]),
+            f"{self.before:,} bytes before, {self.after:,} after",
+        ]
+
+
+Worth = Callable[[Log, str, bytes], bool]  # of a log, a record's kind and its JSON
+
+
+def compact(folder: Path, worth_keeping: Worth) -> Compaction:
+    """Copy what is worth keeping into a fresh log, put it in the place of the original, and remove that.
+
+    Torn tails and the report of a repair are kept, and segments are filled up. Raises DistillError (exit 5) where the folder is no log, is damaged, or is being written.
+    """
+    fresh, original = beside(folder, COMPACTED), beside(folder, ".original")
+    with disk_errors(folder):
+        refuse_half_copy(folder, "compact")
+        if not original.exists():  # else it was cut off when the copy was whole
+            _refuse_no_store(folder)
+            with Log(folder) as log:
+                _write_compact(log, fresh, worth_keeping)
+                folder.rename(original)
+        if not folder.exists():
+            _put_in_place(fresh, folder)
+        report = read_json(folder / "compact.json")  # not there: this is not what was copied
+        shutil.rmtree(original)
+        fsync_folder(folder.parent)
+    return Compaction(**report, after=_size(folder))
+
+
+def _write_compact(log: Log, fresh: Path, worth_keeping: Worth) -> None:
+    """Write the whole copy, with an account of what was left out."""
+    left_out: dict[str, int] = {}
+
+    def chosen() -> Iterator[Entry]:
+        for entry in _entries(log.folder):
+            kind, _, body = entry
+            if worth_keeping(log, kind, body):
+                yield entry
+            else:
+                left_out[kind] = left_out.get(kind, 0) + 1
+
+    kept = _copy(chosen(), fresh)
+    for path in [*log.folder.glob("torn/*"), *log.folder.glob("repair.json")]:
+        write_atomic(fresh / path.relative_to(log.folder), path.read_bytes())
+    before = _size(log.folder)
+    write_json(fresh / "compact.json", {"kept": kept, "left_out": left_out, "before": before})
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _entries(folder: Path) -> Iterator[Entry]:
+    """Yield every record of a log that has been checked; raises DistillError (exit 5) where one is damaged since."""
+    for segment in segments(folder):
+        for number, _, _, record in scan(segment):
+            if record is None:
+                raise damaged(f"{segment}:{number}", folder, "damaged record")
+            yield record
+
+
+def _whole_records(folder: Path, losses: list[Loss]) -> Iterator[Entry]:
+    """Yield the first whole record of every key, and note in `losses` every line that is left out."""
+    version, seen = read_version(folder) or VERSION, set()
+    for segment in sorted(folder.glob(SEGMENTS)):
+        for number, _, data, record in scan(segment, version):
+            place = f"{segment.name}:{number}"
+            if record is None:
+                what = "damaged" if data[-1] == NEWLINE else "cut off while being written"
+                losses.append(Loss(place, len(data), what))
+            elif record[:2] in seen:
+                what = f"{record[0]} {record[1]} a second time, the first is kept"
+                losses.append(Loss(place, len(data), what))
+            else:
+                seen.add(record[:2])
+                yield record
+
+
+class LogWriter:
+    """Writes to a log from one event loop; the log's writer is no other meanwhile."""
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+        self._waiting: list[tuple[Sequence[Entry], asyncio.Future[None]]] = []
+        self._task: asyncio.Task[None] | None = None
+
+    async def write(self, *entries: Entry) -> None:
+        """Return once the entries are on the disk; they get there also when the caller is cancelled meanwhile.
+
+        Raises DistillError (exit 5) where the disk refuses.
+        """
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((entries, done))
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._flush())
+        await done
+
+    async def finished(self) -> None:
+        """Return once nothing waits to be written."""
+        if self._task is not None:
+            await self._task
+
+    async def _flush(self) -> None:
+        while self._waiting:
+            group, self._waiting = self._waiting, []
+            fault = None
+            try:
+                records = [entry for entries, _ in group for entry in entries]
+                await asyncio.to_thread(self.log.append, records)
+            except DistillError as error:
+                fault = error
+            for _, done in group:
+                if not done.done():
+                    done.set_exception(fault) if fault else done.set_result(None)

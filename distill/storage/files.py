@@ -1,0 +1,156 @@
+"""Files that survive a crash: written atomically or not at all, read with the line of any damage, hashed."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from distill.errors import DistillError, Exit
+from distill.records import Record
+
+R = TypeVar("R", bound=Record)
+REMAKE = "remake it with --redo STAGE"
+MAKE_WRITABLE, FREE_SPACE = "make it writable, then run again", "free space, then run again"
+WAYS_OUT = {
+    errno.ENOSPC: FREE_SPACE,
+    errno.EDQUOT: FREE_SPACE,
+    errno.EROFS: MAKE_WRITABLE,
+    errno.EACCES: MAKE_WRITABLE,
+    errno.EPERM: MAKE_WRITABLE,
+    errno.EMFILE: "raise the limit of open files (ulimit -n), then run again",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.EISDIR: "check the path",
+}
+
+
+@contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turn what the operating system refuses into one line with a way out (exit 5)."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        fix = WAYS_OUT.get(error.errno or 0, "check the disk, then run again")
+        raise DistillError(Exit.STATE, error.filename or where, reason, fix) from None
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes as 64 hexadecimal digits; raises OSError where it cannot be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_text(text: str) -> str:
+    """Return the SHA-256 of a text's UTF-8 bytes: what `sha256_file` says of a file that holds it."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def sha256_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Hash files, and all files below folders, by their path below `folder`; what is not there is left out."""
+    files = [p for name in names for p in sorted([folder / name, *(folder / name).rglob("*")])]
+    return {p.relative_to(folder).as_posix(): sha256_file(p) for p in files if p.is_file()}
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a file so that a reader, or a crash, sees the old content or the new, never a part."""
+    content = data.encode("utf-8") if isinstance(data, str) else data
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_folder(path.parent)
+
+
+def as_json(value: Any) -> str:
+    """Return the text of a JSON file of ours: indented, one trailing newline, no NaN."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_atomic(path, as_json(value))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise DistillError(Exit.STATE, path, "is missing", "run the stage that makes it") from None
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of ours; raises DistillError (exit 5) where it is missing or damaged."""
+    with disk_errors(path):
+        try:
+            return json.loads(_read(path))
+        except ValueError:
+            raise DistillError(Exit.STATE, path, "is damaged", REMAKE) from None
+
+
+def write_records(path: Path, records: Iterable[Record]) -> int:
+    """Write records as JSON lines, atomically, and return how many."""
+    lines = [record.to_line() + "\n" for record in records]
+    write_atomic(path, "".join(lines))
+    return len(lines)
+
+
+def read_records(path: Path, kind: type[R], torn: bool = False) -> list[R]:
+    """Read records of one kind; raises DistillError (exit 5) with the line of any damage.
+
+    With `torn`, a last line without its newline is not counted: `append_record` was cut off while it wrote it.
+    """
+    with disk_errors(path):
+        lines = _read(path).split(b"\n")
+    if torn:
+        lines.pop()
+    records = []
+    for number, line in enumerate(lines, 1):
+        if line:
+            try:
+                records.append(kind.from_line(line))
+            except ValidationError:
+                raise DistillError(Exit.STATE, f"{path}:{number}", "is damaged", REMAKE) from None
+    return records
+
+
+def append_record(path: Path, record: Record) -> None:
+    """Add one record to a small file of lines, durably; a last line that a crash cut off goes first."""
+    with disk_errors(path), path.open("a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(record.to_line().encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that no crash leaves a part of it under its name."""
+    gone = folder.with_name(f".{folder.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone)
