@@ -16,7 +16,7 @@ from distill.records import SPLITS, Document, Message, Prompt
 from distill.storage.files import read_records, sha256_file, write_json, write_records
 from distill.storage.progress import say
 from distill.storage.run_folder import Run
-from distill.tasks.task import KEPT, Task, View, fill, load_task, task_path
+from distill.tasks.task import TASKS_FILE, PromptView, Task, fill, load_task, task_path
 
 PLAIN = "chat"  # the task of prompts that are asked as they stand
 
@@ -36,7 +36,7 @@ def main(config: Config, run: Run) -> None:
         counts[split] = dict(Counter(prompt.task for prompt in made))
         prompts += made
     write_records(run.path("prompts.jsonl"), prompts)
-    write_json(run.path(KEPT), {task.name: task.model_dump(mode="json") for task in tasks})
+    write_json(run.path(TASKS_FILE), {task.name: task.model_dump(mode="json") for task in tasks})
     report(run, documents, counts)
 
 
@@ -105,7 +105,9 @@ def template_values(document: Document) -> dict[str, Any]:
     return values | {"prompt": break_up(messages[-1]["content"])} if messages else values
 
 
-def turns(view: View, task: str, document: Document, values: dict[str, Any]) -> tuple[Message, ...]:
+def turns(
+    view: PromptView, task: str, document: Document, values: dict[str, Any]
+) -> tuple[Message, ...]:
     """Return one side's conversation: the document's own earlier turns, and the task's user turn.
 
     A system turn of the task replaces the conversation's own.

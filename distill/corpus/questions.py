@@ -13,8 +13,8 @@ from distill.corpus.dedupe import overlap
 from distill.corpus.prompts import template_values
 from distill.errors import DistillError, Exit
 from distill.records import Document, Message, Prompt
-from distill.tasks.checkers import normalised
-from distill.tasks.task import Task, View, fill, load_task
+from distill.tasks.checkers import normalise_answer
+from distill.tasks.task import PromptView, Task, fill, load_task
 
 TASK = "question"
 KINDS = {
@@ -84,7 +84,7 @@ def distinct(questions: Iterable[str]) -> list[str]:
     """Return the questions (the first 1,000) without those that repeat, or nearly repeat, an earlier one."""
     kept: list[tuple[str, set[str]]] = []
     for question in islice(questions, MOST):
-        words = set(normalised(question).split())
+        words = set(normalise_answer(question).split())
         if words and all(overlap(words, other) < NEARLY_SAME for _, other in kept):
             kept.append((question, words))
     return [question for question, _ in kept]
@@ -111,7 +111,7 @@ def _prompt(
     with_passage = task.teacher_view() or task.student
 
     def view(sees: bool) -> tuple[Message, ...]:
-        chosen: View = with_passage if sees else task.student
+        chosen: PromptView = with_passage if sees else task.student
         return (Message(role="user", content=fill(chosen.user, task.name, values)),)
 
     differs = teacher_sees != student_sees

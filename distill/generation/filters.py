@@ -20,7 +20,7 @@ from distill.records import SPLITS, Document, Pair, Prompt, Record, Response, Sp
 from distill.storage.files import read_records, write_json, write_records
 from distill.storage.progress import console
 from distill.storage.run_folder import Run
-from distill.tasks.checkers import NEEDS_REFERENCE, check, normalised, strip_fence
+from distill.tasks.checkers import NEEDS_REFERENCE, check, normalise_answer, strip_fence
 from distill.tasks.task import FindTask, shipped, tasks_of_run
 
 Filter = Callable[[Prompt, Response], str | None]
@@ -173,7 +173,7 @@ def repetition(prompt: Prompt, response: Response) -> str | None:
     if len(triples) >= TRIPLES and again > MOST_REPEATED:
         return "repetition"
     circles = (found[1] for found in UNIT.finditer(response.text[-2000:]))
-    return "repetition" if any(normalised(piece) for piece in circles) else None
+    return "repetition" if any(normalise_answer(piece) for piece in circles) else None
 
 
 def wrong_format(find: FindTask) -> Filter:

@@ -22,7 +22,7 @@ import regex
 
 from distill.records import Prompt
 from distill.tasks.json_schema import first_error, validate_schema
-from distill.tasks.sandbox.programs import DEFAULT, Limits, Trial, run_tests
+from distill.tasks.sandbox.programs import DEFAULT, Limits, ProgramTests, run_tests
 
 MAX_CODE = (
     20_000  # characters; a longer answer is no short example, and parsing it may exhaust the stack
@@ -36,7 +36,7 @@ NUMBER = re.compile(r"(?:(?<![\w.)])[-\u2212])?\$?(\d[\d,]*(?:\.\d+)?|\.\d+)", r
 STATED = re.compile(r"####\s*([^\n]+)|\\boxed\{([^{}]*)\}")
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]*[A-Z])|\n+")
 CHOSEN = re.compile(r"(?:answer|choice|option)\W*+(?:is\W*+)?\b([A-Z])\b", re.IGNORECASE)
-FIELD_TYPES: dict[str, Callable[[Any], bool]] = {
+FIELD_TYPES: dict[str, Callable[[object], bool]] = {
     "string": lambda value: isinstance(value, str),
     "[string]": lambda value: (
         isinstance(value, list) and all(isinstance(item, str) for item in value)
@@ -45,7 +45,7 @@ FIELD_TYPES: dict[str, Callable[[Any], bool]] = {
 }
 
 
-class Verdict(NamedTuple):
+class CheckResult(NamedTuple):
     """Whether an answer passed (None: a failure of ours), what was read out of it, and why it did not pass.
 
     A check that grades also gives a `value` from 0 to 1.
@@ -60,104 +60,104 @@ class Verdict(NamedTuple):
 def strip_fence(text: str) -> str:
     """Return the text without surrounding space and without one surrounding code fence."""
     text = text.strip()
-    found = FENCE.match(text)
-    return found[1].strip() if found else text
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+    fenced = FENCE.match(text)
+    return fenced[1].strip() if fenced else text
 
 
 def _read_json(text: str) -> Any:
-    """Read JSON, with or without one code fence around it; raises ValueError or RecursionError where it is none."""
-    return json.loads(strip_fence(text), parse_constant=_refuse_constant)
+    """Read JSON, with or without one code fence around it; raises ValueError or RecursionError for other text."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not JSON")
+
+    return json.loads(strip_fence(text), parse_constant=refuse)
 
 
-def _json_object(prompt: Prompt, text: str, keys: Mapping[str, str]) -> Verdict:
+def check_json_object(prompt: Prompt, text: str, keys: Mapping[str, str]) -> CheckResult:
     """Pass an object with exactly these keys, each of its type: string, [string] or any."""
     try:
         value = _read_json(text)
     except (ValueError, RecursionError):
-        return Verdict(False, None, "not JSON")
+        return CheckResult(False, None, "not JSON")
     if not isinstance(value, dict):
-        return Verdict(False, None, "not a JSON object")
+        return CheckResult(False, None, "not a JSON object")
     if value.keys() != set(keys):
         missing, extra = sorted(set(keys) - value.keys()), sorted(value.keys() - set(keys))
-        return Verdict(False, None, f"wrong keys: missing {missing}, extra {extra[:5]}")
+        return CheckResult(False, None, f"wrong keys: missing {missing}, extra {extra[:5]}")
     wrong = [key for key, kind in keys.items() if not FIELD_TYPES[kind](value[key])]
     answer = json.dumps(value)
-    return Verdict(not wrong, answer, f"wrong type: {wrong}" if wrong else "valid JSON")
+    return CheckResult(not wrong, answer, f"wrong type: {wrong}" if wrong else "valid JSON")
 
 
-def _json_schema(prompt: Prompt, text: str, schema: Mapping[str, Any]) -> Verdict:
+def check_json_schema(prompt: Prompt, text: str, schema: Mapping[str, Any]) -> CheckResult:
     """Pass JSON that conforms to a schema (see distill.tasks.json_schema for the keywords)."""
     try:
         value = _read_json(text)
         answer = json.dumps(value)
     except (ValueError, RecursionError):
-        return Verdict(False, None, "not JSON")
+        return CheckResult(False, None, "not JSON")
     try:
         error = first_error(schema, value)
     except RecursionError:
-        return Verdict(False, answer, "nested too deeply to be checked")
+        return CheckResult(False, answer, "nested too deeply to be checked")
     except TimeoutError:
-        return Verdict(None, answer, "a pattern of the schema takes too long on this answer")
-    return Verdict(error is None, answer, error or "conforms to the schema")
+        return CheckResult(None, answer, "a pattern of the schema takes too long on this answer")
+    return CheckResult(error is None, answer, error or "conforms to the schema")
 
 
-def _field_f1(prompt: Prompt, text: str, least: float = 1.0) -> Verdict:
+def check_field_f1(prompt: Prompt, text: str, least: float = 1.0) -> CheckResult:
     """Grade a JSON object by F1 over the fields of the reference object; pass from `least` on.
 
     Fields are leaves with their paths; of texts case, punctuation and space do not count, of lists the order.
     """
     try:
-        wanted = _fields(_read_json(prompt.reference or ""))
+        expected = _fields(_read_json(prompt.reference or ""))
     except (ValueError, RecursionError):
-        return Verdict(None, None, "the reference is no JSON object")
+        return CheckResult(None, None, "the reference is no JSON object")
     try:
-        found = _fields(_read_json(text))
+        fields = _fields(_read_json(text))
     except (ValueError, RecursionError):
-        return Verdict(False, None, "no JSON object", 0.0)
-    score = 2 * (wanted & found).total() / max(1, wanted.total() + found.total())
-    lacking = sorted({path for path, _ in wanted - found})
+        return CheckResult(False, None, "no JSON object", 0.0)
+    score = 2 * (expected & fields).total() / max(1, expected.total() + fields.total())
+    lacking = sorted({path for path, _ in expected - fields})
     reason = f"F1 {score:.2f}" + (
         f", wrong or missing: {', '.join(lacking[:5])}"[:120] * bool(lacking)
     )
-    return Verdict(score >= least, strip_fence(text), reason, score)
+    return CheckResult(score >= least, strip_fence(text), reason, score)
 
 
-def _fields(tree: Any) -> Counter[tuple[str, Any]]:
-    """Count the leaves of a JSON object by path and value; raises ValueError for anything but an object."""
+def _fields(tree: object) -> Counter[tuple[str, object]]:
+    """Count the leaves of a JSON object by path and value; raises ValueError for any other value."""
     if not isinstance(tree, dict):
         raise ValueError("not an object")
-    left: list[tuple[str, Any]] = [("", tree)]
-    leaves = Counter[tuple[str, Any]]()
-    while left:
-        path, value = left.pop()
+    pending: list[tuple[str, object]] = [("", tree)]
+    leaves = Counter[tuple[str, object]]()
+    while pending:
+        path, value = pending.pop()
         if len(path) > MAX_PATH:  # or deep paths of many leaves grow in their square
             path = hashlib.sha256(path.encode("utf-8", "surrogatepass")).hexdigest()
         if isinstance(value, dict):
-            left += [(f"{path}.{key}".lstrip("."), child) for key, child in value.items()]
+            pending += [(f"{path}.{key}".lstrip("."), child) for key, child in value.items()]
         elif isinstance(value, list):
             path += "[]"
-            left += [(path, child) for child in value]
+            pending += [(path, child) for child in value]
         else:
-            plain = (normalised(value) or value) if isinstance(value, str) else value
+            plain = (normalise_answer(value) or value) if isinstance(value, str) else value
             leaves[path, (isinstance(value, bool), plain)] += 1
     return leaves
 
 
-def _python_code(prompt: Prompt, text: str) -> Verdict:
+def check_python_code(prompt: Prompt, text: str) -> CheckResult:
     """Pass code that parses and uses the name that the prompt's reference ends in."""
     code = strip_fence(text)
     if not code or len(code) > MAX_CODE:
-        return Verdict(False, None, "no code" if not code else "code too long")
+        return CheckResult(False, None, "no code" if not code else "code too long")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an invalid escape in the answer is no matter of ours
+            warnings.simplefilter("ignore")  # an invalid escape in the answer would be shown
             tree = ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return Verdict(False, code, "does not parse")
+        return CheckResult(False, code, "does not parse")
     used = {
         node.id if isinstance(node, ast.Name) else node.attr
         for node in ast.walk(tree)
@@ -165,23 +165,23 @@ def _python_code(prompt: Prompt, text: str) -> Verdict:
     }
     name = (prompt.reference or "").rpartition(".")[2]
     if name and name not in used:
-        return Verdict(False, code, f"does not use {name}")
-    return Verdict(True, code, "parses and uses the name" if name else "parses")
+        return CheckResult(False, code, f"does not use {name}")
+    return CheckResult(True, code, "parses and uses the name" if name else "parses")
 
 
-def _python_tests(
+def check_python_tests(
     prompt: Prompt, text: str, seconds: float = DEFAULT.seconds, megabytes: int = DEFAULT.megabytes
-) -> Verdict:
+) -> CheckResult:
     """Pass code that passes the tests of the prompt's reference, run in a sandbox."""
     tests = read_tests(prompt.reference or "")
     code = program(text, tests)
     if not code.strip() or len(code) > MAX_CODE + len(tests.setup):
-        return Verdict(False, None, "no code" if not code.strip() else "code too long")
+        return CheckResult(False, None, "no code" if not code.strip() else "code too long")
     passed, reason = run_tests(code, tests, Limits(seconds, megabytes))
-    return Verdict(passed, code, reason)
+    return CheckResult(passed, code, reason)
 
 
-def read_tests(reference: str) -> Trial:
+def read_tests(reference: str) -> ProgramTests:
     """Read tests: JSON with `test`, `entry_point` and perhaps `prompt` (HumanEval's columns), else lines of Python.
 
     Lines (MBPP's `test_list`) assert what functions of the program's return; HumanEval's test defines `check`.
@@ -190,11 +190,11 @@ def read_tests(reference: str) -> Trial:
         row = json.loads(reference)
         test, entry = str(row["test"]), str(row["entry_point"])
     except (ValueError, LookupError, TypeError, RecursionError):
-        return Trial(reference)
-    return Trial(f"{test}\n\ncheck({entry})\n", str(row.get("prompt", "")), entry)
+        return ProgramTests(reference)
+    return ProgramTests(f"{test}\n\ncheck({entry})\n", str(row.get("prompt", "")), entry)
 
 
-def program(text: str, tests: Trial) -> str:
+def program(text: str, tests: ProgramTests) -> str:
     """Return an answer's program: its first fenced block, or all of it, after what the prompt begins the code with.
 
     An answer that does not define the function goes on where the prompt ends, as a completion.
@@ -211,100 +211,94 @@ def program(text: str, tests: Trial) -> str:
 def read_number(text: str) -> Decimal | None:
     """Return the number stated after `####` or in a box, else the last number in the text."""
     stated = [first or second for first, second in STATED.findall(text)]
-    for place in [*reversed(stated[-1:]), text]:
-        found = list(NUMBER.finditer(place))
-        if found:
-            return _decimal(found[-1])
+    for part in [*reversed(stated[-1:]), text]:
+        numbers = list(NUMBER.finditer(part))
+        if numbers:
+            sign = "-" if numbers[-1][0][0] in "-\u2212" else ""
+            try:
+                return Decimal(sign + numbers[-1][1].replace(",", ""))
+            except InvalidOperation:
+                return None
     return None
 
 
-def _decimal(found: re.Match[str]) -> Decimal | None:
-    sign = "-" if found[0][0] in "-\u2212" else ""
-    try:
-        return Decimal(sign + found[1].replace(",", ""))
-    except InvalidOperation:
-        return None
-
-
-def _number(prompt: Prompt, text: str) -> Verdict:
+def check_number(prompt: Prompt, text: str) -> CheckResult:
     """Pass an answer whose number equals the reference's."""
-    wanted, found = read_number(prompt.reference or ""), read_number(text)
-    if found is None:
-        return Verdict(False, None, "no number")
-    return _compared(str(found), found == wanted, prompt)
+    number = read_number(text)
+    if number is None:
+        return CheckResult(False, None, "no number")
+    return _compare(str(number), number == read_number(prompt.reference or ""), prompt)
 
 
-def _compared(answer: str, equal: bool, prompt: Prompt) -> Verdict:
+def _compare(answer: str, equal: bool, prompt: Prompt) -> CheckResult:
     reason = "equals the reference" if equal else f"the reference is {prompt.reference!r:.80}"
-    return Verdict(equal, answer, reason)
+    return CheckResult(equal, answer, reason)
 
 
-def _math(prompt: Prompt, text: str) -> Verdict:
+def check_math(prompt: Prompt, text: str) -> CheckResult:
     """Pass an expression that equals the reference's however it is written, as math-verify decides in a few seconds."""
-    from math_verify import verify  # brings sympy, which few need
+    from math_verify import parse, verify  # imports sympy, which few need
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it shows what models wrote
+
+    def expressions(text: str) -> list[Any]:
+        # a text without marks may be LaTeX as a whole
+        return parse(text, parsing_timeout=SECONDS) or parse(f"${text}$", parsing_timeout=SECONDS)
+
     try:
-        wanted, found = _expressions(prompt.reference or ""), _expressions(text[-MAX_MATH:])
-        if not found:
-            return Verdict(False, None, "no expression")
-        return _compared(
-            str(found[-1]), bool(verify(wanted, found, timeout_seconds=SECONDS)), prompt
-        )
+        expected, answers = expressions(prompt.reference or ""), expressions(text[-MAX_MATH:])
+        if not answers:
+            return CheckResult(False, None, "no expression")
+        equal = bool(verify(expected, answers, timeout_seconds=SECONDS))
+        return _compare(str(answers[-1]), equal, prompt)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        return Verdict(None, None, f"math-verify failed: {type(error).__name__}")
+        return CheckResult(None, None, f"math-verify failed: {type(error).__name__}")
 
 
-def _expressions(text: str) -> list[Any]:
-    """Read expressions in LaTeX or plain; a text without marks may be LaTeX as a whole."""
-    from math_verify import parse
-
-    return parse(text, parsing_timeout=SECONDS) or parse(f"${text}$", parsing_timeout=SECONDS)
-
-
-def _exact(prompt: Prompt, text: str) -> Verdict:
+def check_exact(prompt: Prompt, text: str) -> CheckResult:
     """Pass the reference itself, surrounding space apart."""
-    return _compared(text.strip(), text.strip() == (prompt.reference or "").strip(), prompt)
+    return _compare(text.strip(), text.strip() == (prompt.reference or "").strip(), prompt)
 
 
-def normalised(text: str) -> str:
+def normalise_answer(text: str) -> str:
     """Return the words of a text: case, punctuation and space do not count."""
     return " ".join(text.casefold().translate(str.maketrans("", "", string.punctuation)).split())
 
 
-def _normalised(prompt: Prompt, text: str) -> Verdict:
+def check_normalised(prompt: Prompt, text: str) -> CheckResult:
     """Pass the reference's words."""
-    answer = normalised(text)
-    return _compared(answer, answer == normalised(prompt.reference or ""), prompt)
+    answer = normalise_answer(text)
+    return _compare(answer, answer == normalise_answer(prompt.reference or ""), prompt)
 
 
-def _includes(prompt: Prompt, text: str) -> Verdict:
+def check_includes(prompt: Prompt, text: str) -> CheckResult:
     """Pass a text in which the reference's words stand, in their order and without others between."""
-    found = f" {normalised(prompt.reference or '')} " in f" {normalised(text)} "
-    return _compared(text.strip(), found, prompt)
+    words = f" {normalise_answer(prompt.reference or '')} "
+    return _compare(text.strip(), words in f" {normalise_answer(text)} ", prompt)
 
 
-def _choice(prompt: Prompt, text: str) -> Verdict:
+def check_choice(prompt: Prompt, text: str) -> CheckResult:
     """Pass the reference's letter: alone, as `answer: B`, or the first one that stands by itself."""
-    found = CHOSEN.findall(text)[-1:] or re.findall(r"(?:^|[\s(*])([A-Z])(?=[).:*\s]|$)", text)[:1]
-    if not found:
-        return Verdict(False, None, "no choice")
-    letter = found[0].upper()
-    return _compared(letter, letter == (prompt.reference or "").strip().upper()[:1], prompt)
+    letters = CHOSEN.findall(text)[-1:]
+    letters = letters or re.findall(r"(?:^|[\s(*])([A-Z])(?=[).:*\s]|$)", text)[:1]
+    if not letters:
+        return CheckResult(False, None, "no choice")
+    letter = letters[0].upper()
+    return _compare(letter, letter == (prompt.reference or "").strip().upper()[:1], prompt)
 
 
-def _regex(prompt: Prompt, text: str, pattern: str) -> Verdict:
+def check_regex(prompt: Prompt, text: str, pattern: str) -> CheckResult:
     """Pass a text in which the pattern is found; where it has a group, that must equal the reference."""
     try:
-        found = regex.search(pattern, text, timeout=SECONDS)
+        match = regex.search(pattern, text, timeout=SECONDS)
     except TimeoutError:
-        return Verdict(None, None, "the pattern takes too long on this answer")
-    if found is None:
-        return Verdict(False, None, "the pattern is not found")
-    if not found.groups() or prompt.reference is None:
-        return Verdict(True, found[0], "the pattern is found")
-    answer = (found[1] or "").strip()
-    return _compared(answer, answer == prompt.reference.strip(), prompt)
+        return CheckResult(None, None, "the pattern takes too long on this answer")
+    if match is None:
+        return CheckResult(False, None, "the pattern is not found")
+    if not match.groups() or prompt.reference is None:
+        return CheckResult(True, match[0], "the pattern is found")
+    answer = (match[1] or "").strip()
+    return _compare(answer, answer == prompt.reference.strip(), prompt)
 
 
 def count_sentences(text: str) -> int:
@@ -312,26 +306,26 @@ def count_sentences(text: str) -> int:
     return sum(1 for part in SENTENCE_END.split(text.strip()) if part and part.strip())
 
 
-def _max_sentences(prompt: Prompt, text: str, max: int = 1) -> Verdict:
+def check_max_sentences(prompt: Prompt, text: str, max: int = 1) -> CheckResult:
     """Pass a text of at least one and at most `max` sentences."""
     count = count_sentences(text)
-    return Verdict(1 <= count <= max, text.strip(), f"{count} sentence{'s' * (count != 1)}")
+    return CheckResult(1 <= count <= max, text.strip(), f"{count} sentence{'s' * (count != 1)}")
 
 
-KINDS: dict[str, Callable[..., Verdict]] = {
-    "json_object": _json_object,
-    "json_schema": _json_schema,
-    "field_f1": _field_f1,
-    "python_code": _python_code,
-    "python_tests": _python_tests,
-    "number": _number,
-    "math": _math,
-    "exact": _exact,
-    "normalised": _normalised,
-    "includes": _includes,
-    "choice": _choice,
-    "regex": _regex,
-    "max_sentences": _max_sentences,
+KINDS: dict[str, Callable[..., CheckResult]] = {
+    "json_object": check_json_object,
+    "json_schema": check_json_schema,
+    "field_f1": check_field_f1,
+    "python_code": check_python_code,
+    "python_tests": check_python_tests,
+    "number": check_number,
+    "math": check_math,
+    "exact": check_exact,
+    "normalised": check_normalised,
+    "includes": check_includes,
+    "choice": check_choice,
+    "regex": check_regex,
+    "max_sentences": check_max_sentences,
 }
 NEEDS_REFERENCE = frozenset(
     {"field_f1", "python_tests", "number", "math", "exact", "normalised", "includes", "choice"}
@@ -341,7 +335,7 @@ RUNS_CODE = frozenset({"python_tests"})
 
 
 def validate(checker: Mapping[str, Any]) -> None:
-    """Raise ValueError, in words for the author of a task, where `checker` is not a check that we have."""
+    """Raise ValueError, with a message for the author of a task, where `checker` is not a valid check."""
     settings = {key: value for key, value in checker.items() if key != "kind"}
     kind = checker.get("kind")
     if kind not in KINDS:
@@ -370,15 +364,15 @@ def validate(checker: Mapping[str, Any]) -> None:
         raise ValueError(f"pattern is not a regular expression: {error}") from None
 
 
-def check(checker: Mapping[str, Any], prompt: Prompt, text: str) -> Verdict:
+def check(checker: Mapping[str, Any], prompt: Prompt, text: str) -> CheckResult:
     """Check an answer; `checker` is a task's, as `validate` accepts it."""
     kind = checker["kind"]
     if kind in NEEDS_REFERENCE and not (prompt.reference or "").strip():
-        return Verdict(False, None, "no reference to compare with")
+        return CheckResult(False, None, "no reference to compare with")
     settings = {key: value for key, value in checker.items() if key != "kind"}
-    verdict = KINDS[kind](prompt, text, **settings)
-    if verdict.answer is None:
-        return verdict
+    result = KINDS[kind](prompt, text, **settings)
+    if result.answer is None:
+        return result
     # a lone surrogate (an escape in JSON) cannot be stored
-    clean = verdict.answer.encode("utf-8", "replace").decode("utf-8")
-    return verdict._replace(answer=clean)
+    clean = result.answer.encode("utf-8", "replace").decode("utf-8")
+    return result._replace(answer=clean)

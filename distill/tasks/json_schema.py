@@ -45,8 +45,8 @@ KEYWORDS = {
 }
 
 
-def validate_schema(schema: Any) -> None:
-    """Raise ValueError, saying where, if `schema` is none or holds a keyword or `$ref` that is not supported."""
+def validate_schema(schema: object) -> None:
+    """Raise ValueError, with the place, if `schema` is not a schema or holds a keyword or `$ref` that is not supported."""
     try:
         # YAML also has dates, keys that are numbers, and nodes that contain themselves
         if (
@@ -126,7 +126,7 @@ def _subschemas(
 
 @dataclass
 class _Effort:
-    """What checking one answer has taken and found so far."""
+    """The time and the results of checking one answer, so far."""
 
     seconds: float = 0.0
     references: int = 0  # that are open now
@@ -138,8 +138,8 @@ class _Effort:
 _effort: ContextVar[_Effort] = ContextVar("_effort")
 
 
-def _reference(validator: Any, ref: str, value: Any, schema: Any) -> Iterator[ValidationError]:
-    """`$ref`: each schema looks at each value once."""
+def check_ref(validator: Any, ref: str, value: object, schema: object) -> Iterator[ValidationError]:
+    """`$ref`: each schema checks each value once."""
     effort, key = _effort.get(), (ref, id(value))
     if key in effort.results:
         if (fields := effort.results[key]) is not None:
@@ -163,28 +163,32 @@ def _reference(validator: Any, ref: str, value: Any, schema: Any) -> Iterator[Va
 def _matches(pattern: str, text: str) -> bool:
     effort, started = _effort.get(), time.thread_time()
     try:
-        left = max(0.001, SECONDS - effort.seconds)
-        return regex.search(pattern, text, timeout=left) is not None
+        timeout = max(0.001, SECONDS - effort.seconds)
+        return regex.search(pattern, text, timeout=timeout) is not None
     finally:
         effort.seconds += time.thread_time() - started
 
 
-def _pattern(validator: Any, pattern: str, value: Any, schema: Any) -> Iterator[ValidationError]:
+def check_pattern(
+    validator: Any, pattern: str, value: object, schema: object
+) -> Iterator[ValidationError]:
+    """`pattern`, in bounded time."""
     if isinstance(value, str) and not _matches(pattern, value):
         yield ValidationError(f"{value[:40]!r} does not match {pattern!r}")
 
 
-def _pattern_properties(
-    validator: Any, rules: Mapping[str, Any], value: Any, schema: Any
+def check_pattern_properties(
+    validator: Any, rules: Mapping[str, object], value: object, schema: object
 ) -> Iterator[ValidationError]:
+    """`patternProperties`, in bounded time."""
     for name, child in value.items() if isinstance(value, dict) else ():
         for pattern, rule in rules.items():
             if _matches(pattern, name):
                 yield from validator.descend(child, rule, path=name)
 
 
-def _additional_properties(
-    validator: Any, rule: Any, value: Any, schema: Mapping[str, Any]
+def check_additional_properties(
+    validator: Any, rule: object, value: object, schema: Mapping[str, Any]
 ) -> Iterator[ValidationError]:
     """`additionalProperties` in the answer's order (jsonschema's order changes from process to process)."""
     patterns = schema.get("patternProperties", {})
@@ -197,16 +201,16 @@ def _additional_properties(
             yield from validator.descend(child, rule, path=name)
 
 
-def _unique_items(
-    validator: Any, unique: bool, value: Any, schema: Any
+def check_unique_items(
+    validator: Any, unique: bool, value: object, schema: object
 ) -> Iterator[ValidationError]:
     """`uniqueItems` by hash; jsonschema compares each object with each."""
     if unique and isinstance(value, list) and len(set(map(_hashable, value))) < len(value):
         yield ValidationError("has equal items")
 
 
-def _hashable(value: Any) -> Any:
-    """Return what equals another value's if JSON holds the two equal: 1 and 1.0 are, 1 and true are not."""
+def _hashable(value: object) -> object:
+    """Return a key that two values share if they are equal in JSON: 1 and 1.0 are, 1 and true are not."""
     if isinstance(value, dict):
         return frozenset((name, _hashable(child)) for name, child in value.items())
     if isinstance(value, list):
@@ -217,17 +221,17 @@ def _hashable(value: Any) -> Any:
 _Validator = extend(
     Draft202012Validator,
     {
-        "$ref": _reference,
-        "pattern": _pattern,
-        "patternProperties": _pattern_properties,
-        "additionalProperties": _additional_properties,
-        "uniqueItems": _unique_items,
+        "$ref": check_ref,
+        "pattern": check_pattern,
+        "patternProperties": check_pattern_properties,
+        "additionalProperties": check_additional_properties,
+        "uniqueItems": check_unique_items,
     },
 )
 
 
-def first_error(schema: Mapping[str, Any], value: Any) -> str | None:
-    """Say where `value` first differs from a valid `schema`, or None where it conforms.
+def first_error(schema: Mapping[str, object], value: object) -> str | None:
+    """Return a message with the place where `value` first differs from a valid `schema`, or None where it conforms.
 
     Raises RecursionError where the value is nested too deeply, TimeoutError where a pattern takes too long.
     """

@@ -19,12 +19,12 @@ from distill.errors import DistillError, Exit
 from distill.storage.files import read_json
 from distill.tasks.checkers import validate
 
-Named = TypeVar("Named", bound=Section)
-KEPT = "tasks.json"  # in a run's folder: the tasks as they were asked, by name
+NamedSection = TypeVar("NamedSection", bound=Section)
+TASKS_FILE = "tasks.json"  # in a run's folder: the tasks as they were asked, by name
 ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
 
 
-class View(Section):
+class PromptView(Section):
     """The turns of one side: templates of the user's turn and, where there is one, of the system's."""
 
     user: str = ""
@@ -45,8 +45,8 @@ class Task(Section):
 
     name: str
     metric: str | None = None
-    student: View
-    teacher: View | None = None
+    student: PromptView
+    teacher: PromptView | None = None
     reference: str | None = None
     checker: dict[str, Any] | None = None
 
@@ -65,7 +65,7 @@ class Task(Section):
             raise ValueError("metric and checker come together: the metric counts what passes")
         return self
 
-    def teacher_view(self) -> View | None:
+    def teacher_view(self) -> PromptView | None:
         """Return the teacher's view, with the student's user turn where it states none of its own."""
         if self.teacher is None or self.teacher.user.strip():
             return self.teacher
@@ -83,20 +83,23 @@ def task_path(name_or_path: str) -> Path:
 
 
 def load_task(name_or_path: str) -> Task:
-    """Read and check a task; raises DistillError (exit 2) naming the file and the fault."""
+    """Read and check a task; raises DistillError (exit 2) naming the file and the error."""
     return load_section(task_path(name_or_path), Task, "task", "configs/tasks")
 
 
-def load_section(path: Path, kind: type[Named], what: str, examples: str) -> Named:
-    """Read a YAML file as a section that is named after it; raises DistillError (exit 2) with the file and the fault."""
+def load_section(path: Path, kind: type[NamedSection], what: str, examples: str) -> NamedSection:
+    """Read a YAML file as a section that is named after it; raises DistillError (exit 2) with the file and the error."""
     tree = read_yaml(path, kind)
     if not isinstance(tree, dict):
         raise DistillError(Exit.CONFIG, path, f"holds no {what}", f"start from one of {examples}")
     try:
         return kind.model_validate({"name": path.stem, **tree})
     except ValidationError as error:
-        fault = max(error.errors(), key=lambda fault: len(fault["loc"]))  # of a choice the nearest
-        key, message = ".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")
+        nearest = max(error.errors(), key=lambda detail: len(detail["loc"]))  # among alternatives
+        key, message = (
+            ".".join(map(str, nearest["loc"])),
+            nearest["msg"].removeprefix("Value error, "),
+        )
         raise DistillError(
             Exit.CONFIG, path, f"{key}: {message}".removeprefix(": "), f"correct the {what}"
         ) from None
@@ -109,15 +112,15 @@ def shipped(name: str) -> Task | None:
 
 
 def tasks_of_run(folder: Path) -> FindTask:
-    """Return what finds the task that a prompt names: as the run's `tasks.json` keeps it, else in configs/tasks."""
-    path = folder / KEPT
+    """Return a function that finds a task by its name: in the run's `tasks.json`, else in configs/tasks."""
+    path = folder / TASKS_FILE
     rows = read_json(path).items() if path.is_file() else ()
-    kept = {name: Task.model_validate(row) for name, row in rows}
-    return lambda name: kept.get(name) or shipped(name)
+    tasks = {name: Task.model_validate(row) for name, row in rows}
+    return lambda name: tasks.get(name) or shipped(name)
 
 
 def fill(template: str, task: str, values: dict[str, Any]) -> str:
-    """Fill a template in; raises DistillError (exit 2) where it asks for what a document does not have."""
+    """Render a template; raises DistillError (exit 2) where it uses a value that the document does not have."""
     try:
         return ENVIRONMENT.from_string(template).render(values).strip()
     except (TemplateError, TypeError, ValueError, ArithmeticError) as error:

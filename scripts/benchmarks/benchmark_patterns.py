@@ -48,12 +48,12 @@ from distill.storage.progress import console
 from distill.tasks.checkers import (
     check,
     count_sentences,
-    normalised,
+    normalise_answer,
     program,
     read_number,
     strip_fence,
 )
-from distill.tasks.sandbox.programs import Trial
+from distill.tasks.sandbox.programs import ProgramTests
 from distill.tasks.task import load_task
 
 PIECES = {
@@ -276,7 +276,7 @@ READERS: dict[str, Reader] = {
         400, json.dumps({"error": {"message": text}}).encode()
     ),
     "tasks.checkers.strip_fence": strip_fence,
-    "tasks.checkers.normalised": normalised,
+    "tasks.checkers.normalise_answer": normalise_answer,
     "tasks.checkers.count_sentences": count_sentences,
     "tasks.checkers.read_number": read_number,
     **{
@@ -290,9 +290,9 @@ READERS: dict[str, Reader] = {
     "tasks.checkers, json_object": checked("json_object", keys={"a": "string"}),
     "tasks.checkers, json_schema": checked("json_schema", schema={"type": "object"}),
     "tasks.checkers, max_sentences": checked("max_sentences", max=3),
-    "tasks.checkers, program": lambda text: program(text, Trial("assert f(1)")),
+    "tasks.checkers, program": lambda text: program(text, ProgramTests("assert f(1)")),
     "tasks.checkers, program of a name": lambda text: program(
-        text, Trial("check(f)", "def f():", "f")
+        text, ProgramTests("check(f)", "def f():", "f")
     ),
     "evaluation.scorers.agrees": lambda text: agrees({"i": text}, "m")(
         Item.make(prompt_of("q")).model_copy(update={"id": "i"}), response_of(text + "b")

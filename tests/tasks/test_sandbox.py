@@ -28,8 +28,8 @@ from distill.tasks.sandbox import namespaces
 from distill.tasks.sandbox.programs import (
     DEFAULT,
     Limits,
-    Outcome,
-    Trial,
+    ProgramResult,
+    ProgramTests,
     allow,
     allowed,
     execute,
@@ -43,7 +43,7 @@ HOSTILE = ROOT / "tests" / "hostile"
 SECRET = "a-secret-of-the-host"
 MARK = f"left-{os.getpid()}"[:15]
 WHY = unavailable()
-walled = pytest.mark.skipif(bool(WHY), reason=f"no sandbox here: {WHY}")
+isolated = pytest.mark.skipif(bool(WHY), reason=f"no sandbox here: {WHY}")
 
 
 def programs(*folders: str) -> list[Any]:
@@ -51,8 +51,10 @@ def programs(*folders: str) -> list[Any]:
     return [pytest.param(path, id=f"{path.parent.name}-{path.stem}") for path in paths]
 
 
-def judged(code: str, tests: str, setup: str = "", entry: str = "", seconds: float = 10) -> Outcome:
-    return execute(code, Trial(tests, setup, entry), Limits(seconds), walled=True)
+def judged(
+    code: str, tests: str, setup: str = "", entry: str = "", seconds: float = 10
+) -> ProgramResult:
+    return execute(code, ProgramTests(tests, setup, entry), Limits(seconds), isolated=True)
 
 
 def bare(code: str, *more: str) -> subprocess.CompletedProcess[str]:
@@ -116,7 +118,7 @@ def test_without_a_judge_it_passes(path: Path) -> None:
     assert bare(path.read_text(), check, "check(solve)").returncode == 0
 
 
-@walled
+@isolated
 @pytest.mark.parametrize("path", programs("reach", "rights"))
 def test_it_does_not_get_out(path: Path, host: dict[str, Any]) -> None:
     outcome = judged(path.read_text(), f"assert solve({host!r}) == 42", seconds=3)
@@ -125,7 +127,7 @@ def test_it_does_not_get_out(path: Path, host: dict[str, Any]) -> None:
     assert Path(f"/proc/{host['neighbour']}").exists()
 
 
-@walled
+@isolated
 @pytest.mark.parametrize("path", programs("fake"))
 def test_it_does_not_pass(path: Path) -> None:
     check = "def check(candidate, wanted=42):\n    assert candidate({}) == 42\ncheck(solve)"
@@ -133,7 +135,7 @@ def test_it_does_not_pass(path: Path) -> None:
     assert outcome.passed is False, outcome.reason
 
 
-@walled
+@isolated
 @pytest.mark.parametrize("path", programs("flood"))
 def test_it_ends_in_time_and_leaves_nothing(path: Path, host: dict[str, Any]) -> None:
     started = time.monotonic()
@@ -143,12 +145,12 @@ def test_it_ends_in_time_and_leaves_nothing(path: Path, host: dict[str, Any]) ->
     assert MARK not in running()
 
 
-@walled
+@isolated
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_it_ends_with_the_command_that_started_it(number: int) -> None:
     code = (HOSTILE / "flood" / "daemon.py").read_text().replace("sleep(0.1)", "sleep(600)")
     tests = f"solve({{'mark': {MARK!r}}})"
-    script = f"from distill.tasks.sandbox.programs import *\nexecute({code!r}, Trial({tests!r}), Limits(60), True)"
+    script = f"from distill.tasks.sandbox.programs import *\nexecute({code!r}, ProgramTests({tests!r}), Limits(60), True)"
     command = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL, cwd=ROOT)
     assert soon(lambda: MARK in running())
     command.send_signal(number)
@@ -221,7 +223,7 @@ RIGHT = {
 }
 
 
-@walled
+@isolated
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_right_program_passes(name: str) -> None:
     outcome = judged(*RIGHT[name])
@@ -241,20 +243,20 @@ WRONG = {
 }
 
 
-@walled
+@isolated
 @pytest.mark.parametrize("code", WRONG)
 def test_a_wrong_program_fails_with_its_reason(code: str) -> None:
     outcome = judged(code, "assert f(1, 'a') == 2, 'two'")
     assert outcome.passed is False and WRONG[code] in outcome.reason, outcome.reason
 
 
-@walled
+@isolated
 def test_an_iterator_cannot_be_ended_by_an_error() -> None:
     code = "def f(x):\n    raise StopIteration"
     assert judged(code, "for a in map(f, [1]):\n    assert a == 1").passed is False
 
 
-@walled
+@isolated
 @pytest.mark.parametrize(
     ("tests", "setup", "reason"),
     [
@@ -269,7 +271,7 @@ def test_faulty_tests_are_no_failure_of_the_program(tests: str, setup: str, reas
     assert outcome.passed is None and reason in outcome.reason
 
 
-@walled
+@isolated
 def test_the_program_cannot_replace_what_the_tests_define() -> None:
     code = "set = sorted = len = abs = wanted = lambda *x: 1\ndef f(x):\n    return x"
     assert judged(code, "assert set(f([1])) == {2}").passed is False
@@ -279,14 +281,14 @@ def test_the_program_cannot_replace_what_the_tests_define() -> None:
     )
 
 
-@walled
+@isolated
 def test_only_what_is_named_is_the_program_s() -> None:
     setup = "def helper(x):\n    return x + 1\n\ndef f(x):\n    '''Add one.'''\n"
     code = setup + "    return helper(x)"
     assert judged(code, "assert f(1) == 2 == helper(1)", setup, "f").passed
 
 
-@walled
+@isolated
 def test_many_at_once_do_not_disturb_each_other() -> None:
     code = "import threading, time\ndef f(n):\n    many = [threading.Thread(target=time.sleep, args=(0.1,)) for _ in range(n)]\n    [t.start() for t in many]\n    return len(many)"
     bomb = (HOSTILE / "flood" / "fork_bomb.py").read_text()
@@ -350,7 +352,7 @@ def forgetful() -> Iterator[None]:
 def test_nothing_runs_unasked() -> None:
     assert allowed() == "no"
     with pytest.raises(DistillError, match="--allow-code"):
-        run_tests("def f(x):\n    return x", Trial("assert f(1) == 1"))
+        run_tests("def f(x):\n    return x", ProgramTests("assert f(1) == 1"))
 
 
 def test_where_there_is_no_sandbox_it_is_refused(
@@ -366,23 +368,25 @@ def test_where_there_is_no_sandbox_it_is_refused(
 
 def test_a_sandbox_that_cannot_be_made_runs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distill.tasks.sandbox.programs.START", NO_MOUNTS)
-    outcome = execute("def f(x):\n    return x", Trial("assert f(1) == 1"), DEFAULT, walled=True)
+    outcome = execute(
+        "def f(x):\n    return x", ProgramTests("assert f(1) == 1"), DEFAULT, isolated=True
+    )
     assert outcome.passed is None and "not today" in outcome.reason
 
 
 NO_MOUNTS = """import sys; sys.path.append(sys.argv.pop())
-from distill.tasks.sandbox import judge, walls
+from distill.tasks.sandbox import inside, namespaces
 def refuse(seconds): raise OSError("not today")
-walls.enter = refuse
-judge.main()"""
+namespaces.enter = refuse
+inside.main()"""
 
 
-def test_without_walls_there_are_still_limits_and_a_judge(forgetful: None) -> None:
+def test_without_namespaces_there_are_still_limits_and_a_judge(forgetful: None) -> None:
     allow("unsafe")
-    assert run_tests("def f(x):\n    return x", Trial("assert f(1) == 1")).passed
+    assert run_tests("def f(x):\n    return x", ProgramTests("assert f(1) == 1")).passed
     for name in ("exit_at_once", "equals_all", "read_the_caller", "patch_the_harness", "at_exit"):
         code = (HOSTILE / "fake" / f"{name}.py").read_text()
-        assert run_tests(code, Trial("assert solve({}) == 42")).passed is False
+        assert run_tests(code, ProgramTests("assert solve({}) == 42")).passed is False
     for name in ("loop", "deaf"):
         code = (HOSTILE / "flood" / f"{name}.py").read_text()
-        assert run_tests(code, Trial("assert solve({}) == 42"), Limits(0.5)).passed is False
+        assert run_tests(code, ProgramTests("assert solve({}) == 42"), Limits(0.5)).passed is False

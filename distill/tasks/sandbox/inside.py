@@ -7,7 +7,7 @@
 
 The program never sees the tests, the nonce, the verdict's pipe or the judge's memory: it is forked before the judge
 reads them, and the judge can be neither traced nor, being process 1, killed from inside. When the judge ends, the
-kernel ends all else in the sandbox. Started by `distill.tasks.sandbox.programs`; standard library only.
+kernel ends all else in the sandbox. `distill.tasks.sandbox.programs` starts it; standard library only.
 """
 
 import builtins
@@ -22,38 +22,38 @@ from typing import Any, NoReturn
 from distill.tasks.sandbox import messages, namespaces
 
 TICK = 0.02  # seconds between looks at the memory in use
-SHOWN = 100  # characters of a value in a reason
+MAX_SHOWN = 100  # characters of a value in a reason
 VERDICT = 1  # the descriptor that the verdict is written to
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def main() -> NoReturn:
-    """Read the code, go inside, let the program loose, read the tests, judge; the arguments are `run`'s."""
-    seconds, megabytes, walled = json.loads(sys.argv[1])
+    """Read the code, enter the sandbox, start the program, read the tests, judge; `execute` states the arguments."""
+    seconds, megabytes, isolated = json.loads(sys.argv[1])
     namespaces.die_with_parent()
     sys.path.pop()  # the package's folder, which the program has no business with
     os.environ.clear()
     sys.set_int_max_str_digits(0)
-    code, fault, proc = messages.receive(0), "", None
+    code, failure, proc = messages.receive(0), "", None
     try:
-        proc = namespaces.enter(seconds) if walled else None
+        proc = namespaces.enter(seconds) if isolated else None
         namespaces.confine(seconds, megabytes)
     except OSError as error:
-        fault = str(error)
+        failure = str(error)
     calls, answers = os.pipe(), os.pipe()
-    if not fault and os.fork() == 0:
-        live(code, calls[0], answers[1])
+    if not failure and os.fork() == 0:
+        run_program(code, calls[0], answers[1])
     os.close(calls[0])
     os.close(answers[1])
     job = messages.receive(0)
     judge = Judge(job["nonce"], answers[0], calls[1])
-    if fault:
-        judge.finish("broken", fault)
+    if failure:
+        judge.finish("broken", failure)
     judge.watch(proc, megabytes)
     judge.run(job)
 
 
-class Names(dict[str, Any]):
+class TestBuiltins(dict[str, Any]):
     """The builtins of the tests: what neither these nor the tests define is a function of the program's."""
 
     def __init__(self, judge: "Judge") -> None:
@@ -63,7 +63,7 @@ class Names(dict[str, Any]):
     def __missing__(self, name: str) -> Any:
         if name.startswith("__"):
             raise KeyError(name)
-        return lambda *given, **named: self.judge.call(name, given, named)
+        return lambda *args, **kwargs: self.judge.call(name, args, kwargs)
 
 
 class Judge:
@@ -81,40 +81,42 @@ class Judge:
 
     def run(self, job: dict[str, Any]) -> NoReturn:
         """Run the setup and the tests; of a function that both the setup and the program have, the program's counts."""
-        space: dict[str, Any] = {"__name__": "tests", "__builtins__": Names(self)}
+        space: dict[str, Any] = {"__name__": "tests", "__builtins__": TestBuiltins(self)}
         try:
             setup = compile(job["setup"], "setup", "exec")
             tests = compile(job["tests"], "tests", "exec")
             exec(setup, space)  # noqa: S102 - that is what a sandbox is for
-        except Exception as error:  # whatever is wrong with it, it is no fault of the program's
-            self.finish("broken", f"the tests: {told(error)}")
+        except Exception as error:  # whatever is wrong with it, the program did not cause it
+            self.finish("broken", f"the tests: {describe_error(error)}")
         space.pop(job["entry"], None)
         try:
-            self.answer()
+            self.receive_answer()
             exec(tests, space)  # noqa: S102
         except BaseException as error:  # the tests may raise what they like: it is a failure
-            self.finish("fail", told(error) + (f" (last: {self.last})" if self.last else ""))
+            self.finish(
+                "fail", describe_error(error) + (f" (last: {self.last})" if self.last else "")
+            )
         if not self.answered:
             self.finish("broken", "the tests call nothing")
         self.finish("pass", f"passes: {self.answered} calls")
 
-    def call(self, name: str, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function of the program; a list, dict or set that it changed is changed here too."""
-        self.last = f"{name}({short(given)[1:-1].rstrip(',')})"
+        self.last = f"{name}({shorten(args)[1:-1].rstrip(',')})"
         try:
-            message = {"name": name, "given": messages.pack(given), "named": messages.pack(named)}
+            message = {"name": name, "args": messages.pack(args), "kwargs": messages.pack(kwargs)}
         except messages.NotData as error:
             self.finish("broken", f"the tests hand {error} to {name}")
-        with suppress(BrokenPipeError):  # the program ended: reading says so
+        with suppress(BrokenPipeError):  # the program ended, as the next read reports
             messages.send(self.write, message)
-        value, after = self.answer()
+        value, after = self.receive_answer()
         self.answered += 1
-        for old, new in zip(given, after, strict=False):
-            change(old, new)
-        self.last += f" gave {short(value)}"
+        for old, new in zip(args, after, strict=False):
+            copy_content(old, new)
+        self.last += f" gave {shorten(value)}"
         return value
 
-    def answer(self) -> Any:
+    def receive_answer(self) -> Any:
         """Return what the program answers; an error of its own is raised here, under the same name if builtin."""
         try:
             reply = messages.receive(self.read)
@@ -135,18 +137,18 @@ class Judge:
         raise Exception(f"{name}: {text}")
 
     def watch(self, proc: int | None, megabytes: int) -> None:
-        """Look at the memory of all processes in the sandbox every now and then; too much of it is the end."""
+        """Measure the memory of all processes in the sandbox at every tick; above the limit, fail the program."""
 
-        def look(number: int, frame: object) -> None:
-            if proc is not None and memory(proc) > megabytes << 20:
+        def measure(number: int, frame: object) -> None:
+            if proc is not None and memory_in_use(proc) > megabytes << 20:
                 self.finish("fail", f"took more than {megabytes} MB of memory")
 
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGALRM, look)
+        signal.signal(signal.SIGALRM, measure)
         signal.setitimer(signal.ITIMER_REAL, TICK, TICK)
 
 
-def memory(proc: int) -> int:
+def memory_in_use(proc: int) -> int:
     """Return the bytes in use by all processes of a /proc; what they share counts for each."""
     pages = 0
     for name in os.listdir(proc):
@@ -158,7 +160,7 @@ def memory(proc: int) -> int:
     return pages * PAGE
 
 
-def change(old: Any, new: Any) -> None:
+def copy_content(old: Any, new: Any) -> None:
     """Make a list, dict or set like another of the same type."""
     if type(old) is not type(new):
         return
@@ -169,36 +171,36 @@ def change(old: Any, new: Any) -> None:
         old.update(new)
 
 
-def short(value: Any) -> str:
+def shorten(value: Any) -> str:
     """Return a value as text for a reason."""
     text = repr(value)
-    return text if len(text) <= SHOWN else text[:SHOWN] + "..."
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
 
 
-def told(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Return an exception's name and message."""
     return f"{type(error).__name__}: {error}"[:300].removesuffix(": ")
 
 
-def live(code: str, read: int, write: int) -> NoReturn:
+def run_program(code: str, read: int, write: int) -> NoReturn:
     """Be the program: run the code, then answer calls until there are no more."""
     namespaces.die_with_parent()
     os.setsid()
-    read, write = alone(read, write)
+    read, write = close_other_descriptors(read, write)
     module = ModuleType("answer")
     sys.modules["answer"] = module
     try:
         exec(compile(code, "answer", "exec"), vars(module))  # noqa: S102
         messages.send(write, {"value": messages.pack((None, ()))})
         while True:
-            answer(vars(module), messages.receive(read), write)
-    except BaseException as error:  # SystemExit too: the judge hears of it and decides
+            perform(vars(module), messages.receive(read), write)
+    except BaseException as error:  # SystemExit too: the judge decides
         with suppress(BaseException):
-            messages.send(write, complaint(error))
+            messages.send(write, error_reply(error))
     os._exit(0)
 
 
-def alone(read: int, write: int) -> tuple[int, int]:
+def close_other_descriptors(read: int, write: int) -> tuple[int, int]:
     """Close all descriptors but the two pipes, which become 3 and 4; input, output and errors go nowhere."""
     nowhere = os.open("/dev/null", os.O_RDWR)
     for number in range(3):
@@ -211,24 +213,21 @@ def alone(read: int, write: int) -> tuple[int, int]:
     return 3, 4
 
 
-def answer(space: dict[str, Any], call: dict[str, Any], write: int) -> None:
-    """Do one call and say what came of it."""
+def perform(space: dict[str, Any], call: dict[str, Any], write: int) -> None:
+    """Perform one call and send its result, or its error."""
     try:
         if call["name"] not in space:
             raise NameError(f"name {call['name']!r} is not defined")
-        given, named = messages.unpack(call["given"]), messages.unpack(call["named"])
-        value = space[call["name"]](*given, **named)
-        reply = {"value": messages.pack((value, [x if kept(x) else None for x in given]))}
+        args, kwargs = messages.unpack(call["args"]), messages.unpack(call["kwargs"])
+        value = space[call["name"]](*args, **kwargs)
+        # the call may have changed these in place
+        after = [arg if isinstance(arg, list | dict | set) else None for arg in args]
+        reply = {"value": messages.pack((value, after))}
     except Exception as error:
-        reply = complaint(error)
+        reply = error_reply(error)
     messages.send(write, reply)
 
 
-def kept(value: Any) -> bool:
-    """Tell whether a call's argument may have changed in place."""
-    return isinstance(value, list | dict | set)
-
-
-def complaint(error: BaseException) -> dict[str, str]:
-    """Return an error as the judge hears of it."""
+def error_reply(error: BaseException) -> dict[str, str]:
+    """Return an error as the message that the judge receives."""
     return {"error": type(error).__name__, "text": str(error)[:300]}

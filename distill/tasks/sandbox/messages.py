@@ -1,4 +1,4 @@
-"""What the parts of a sandbox say to each other: plain data as JSON with its length before it, never pickles.
+"""The messages between the parts of a sandbox: plain data as JSON with its length before it, never pickles.
 
 Only values that are data cross from a generated program to its judge: an object with an `__eq__` of its own cannot.
 Every kind is rebuilt as exactly that kind; a subclass (Counter, an enumeration) arrives as what it derives from, and an
@@ -11,43 +11,43 @@ from collections.abc import Iterator, Set
 from itertools import islice
 from typing import Any
 
-MOST = 16 << 20  # bytes of one message
-ITEMS = 100_000  # of an iterator; what follows is cut off
-KINDS = {"list": list, "tuple": tuple, "frozenset": frozenset, "set": Set}  # views of keys too
-MADE = {**KINDS, "set": set, "iterator": iter}
+MAX_BYTES = 16 << 20  # of one message
+MAX_ITEMS = 100_000  # of an iterator; what follows is cut off
+PACKED = {"list": list, "tuple": tuple, "frozenset": frozenset, "set": Set}  # views of keys too
+UNPACKED = {**PACKED, "set": set, "iterator": iter}
 
 
 class NotData(Exception):
-    """A value that does not cross."""
+    """A value or message that is not plain data."""
 
 
-def framed(value: Any) -> bytes:
+def frame(value: Any) -> bytes:
     """Return one message; raises NotData where it is too long."""
     text = json.dumps(value).encode()
-    if len(text) > MOST:
+    if len(text) > MAX_BYTES:
         raise NotData("too much data")
     return len(text).to_bytes(8, "big") + text
 
 
 def send(descriptor: int, value: Any) -> None:
     """Write one message."""
-    left = memoryview(framed(value))
-    while left:
-        left = left[os.write(descriptor, left) :]
+    pending = memoryview(frame(value))
+    while pending:
+        pending = pending[os.write(descriptor, pending) :]
 
 
 def receive(descriptor: int) -> Any:
-    """Read one message and not a byte more; raises EOFError where the other side is gone, NotData for nonsense."""
-    length = int.from_bytes(_exactly(descriptor, 8), "big")
-    if length > MOST:
+    """Read one message and not a byte more; raises EOFError where the other side is gone, NotData for no message."""
+    length = int.from_bytes(_read_exactly(descriptor, 8), "big")
+    if length > MAX_BYTES:
         raise NotData("too much data")
     try:
-        return json.loads(_exactly(descriptor, length))
+        return json.loads(_read_exactly(descriptor, length))
     except (ValueError, RecursionError):
-        raise NotData("a message that is none") from None
+        raise NotData("not a message") from None
 
 
-def _exactly(descriptor: int, length: int) -> bytes:
+def _read_exactly(descriptor: int, length: int) -> bytes:
     parts = []
     while length:
         part = os.read(descriptor, min(length, 1 << 20))
@@ -73,11 +73,11 @@ def pack(value: Any) -> Any:
         return {"dict": [[pack(key), pack(item)] for key, item in value.items()]}
     if isinstance(value, range):
         return {"range": [value.start, value.stop, value.step]}
-    for name, plain in KINDS.items():
+    for name, plain in PACKED.items():
         if isinstance(value, plain):
             return {name: [pack(item) for item in value]}
     if isinstance(value, Iterator):
-        return {"iterator": [pack(item) for item in islice(value, ITEMS)]}
+        return {"iterator": [pack(item) for item in islice(value, MAX_ITEMS)]}
     raise NotData(f"a value of type {type(value).__name__}")
 
 
@@ -95,6 +95,6 @@ def unpack(value: Any) -> Any:
             return {unpack(key): unpack(item) for key, item in inside}
         if kind == "range":
             return range(*inside)
-        return MADE[kind]([unpack(item) for item in inside])
+        return UNPACKED[kind]([unpack(item) for item in inside])
     except (KeyError, TypeError, ValueError, RecursionError):
-        raise NotData("a message that is none") from None
+        raise NotData("not a message") from None

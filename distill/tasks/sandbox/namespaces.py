@@ -1,9 +1,9 @@
-"""The walls around a generated program, put up by the process that is to live inside them. Linux, standard library only.
+"""The namespaces and limits around a generated program, set up by the process that then runs in them. Linux only.
 
 Namespaces of its own for processes, network, mounts, IPC and names; a root of read-only system libraries and one small
 folder; a user without rights on the host; limits on everything that can be limited; and a filter that refuses the
 system calls which lead out (sockets, mounts, tracing, namespaces, memory that nobody counts). Raises OSError where the
-system does not let us. Needs Linux 5.14: from then on processes are counted for each user namespace apart.
+system does not let us. Uses the standard library only. Needs Linux 5.14: from then on processes are counted for each user namespace apart.
 """
 
 import ctypes
@@ -13,7 +13,6 @@ import resource
 import signal
 import struct
 import sys
-from typing import NoReturn
 
 BOX = "/box"  # the program's own folder
 OUTSIDE = 65_534  # the user that a sandbox of root's is on the host
@@ -102,34 +101,17 @@ MACHINE = os.uname().machine
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-def _call(what: str, result: int) -> None:
+def _check(what: str, result: int) -> None:
     """Raise OSError, naming what was tried, where a call of the C library failed."""
     if result < 0:
         raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
 
 
-def _unshare(flags: int) -> None:
-    _call("unshare", LIBC.unshare(flags))
-
-
 def _mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
-    """Mount `source` on `target`, which is made where it is missing."""
-    if kind is not None or flags & BIND:
-        os.makedirs(target, exist_ok=True)
-    _mount_here(source, target, kind, flags, options)
-
-
-def _mount_here(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
+    """Mount `source` on `target`, which must exist."""
     texts = [None if text is None else text.encode() for text in (source, target, kind)]
-    done = LIBC.mount(*texts, ctypes.c_ulong(flags), options.encode())
-    _call(f"mount {target}", done)
-
-
-def _read_only(target: str, attributes: int) -> None:
-    """Set the attributes on a mount and all that is mounted below it (mount_setattr(2))."""
-    wanted = struct.pack("QQQQ", attributes, 0, 0, 0)
-    arguments = (HERE, target.encode(), RECURSIVE, wanted, ctypes.c_size_t(len(wanted)))
-    _call(f"read-only {target}", LIBC.syscall(MOUNT_SETATTR, *arguments))
+    result = LIBC.mount(*texts, ctypes.c_ulong(flags), options.encode())
+    _check(f"mount {target}", result)
 
 
 def die_with_parent() -> None:
@@ -138,7 +120,7 @@ def die_with_parent() -> None:
 
 
 def enter(seconds: float) -> int:
-    """Go inside: returns in the first process of the sandbox, with a descriptor of its /proc.
+    """Enter the sandbox: return in its first process, with a descriptor of its /proc.
 
     The process that called stays outside, kills the sandbox when `seconds` are over, and ends with its exit status.
     """
@@ -147,13 +129,21 @@ def enter(seconds: float) -> int:
     root = os.geteuid() == 0
     if not root:
         _new_user("/proc/self", 0, os.geteuid(), os.getegid())
-    _unshare(NEWNS | NEWPID | NEWNET | NEWIPC | NEWUTS | NEWCGROUP)
+    _check("unshare", LIBC.unshare(NEWNS | NEWPID | NEWNET | NEWIPC | NEWUTS | NEWCGROUP))
     child = os.fork()
-    if child:
-        _wait(child, seconds)
+    if child:  # when this process ends, the kernel ends all in the sandbox
+        die_with_parent()
+        signal.signal(signal.SIGALRM, lambda number, frame: os.kill(child, signal.SIGKILL))
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        _, status = os.waitpid(child, 0)
+        os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
     os.setsid()
     proc = _new_root()
-    _become_nobody(root)
+    if root:  # any other user has no rights to give up
+        os.setgroups([])
+        os.setresgid(OUTSIDE, OUTSIDE, OUTSIDE)
+        os.setresuid(OUTSIDE, OUTSIDE, OUTSIDE)
+    LIBC.prctl(SET_DUMPABLE, 1)  # else the files in /proc/self would be root's
     _new_user("self", INSIDE, os.geteuid(), os.getegid(), proc)
     die_with_parent()
     return proc
@@ -161,7 +151,7 @@ def enter(seconds: float) -> int:
 
 def _new_user(me: str, inside: int, user: int, group: int, folder: int | None = None) -> None:
     """Make a user namespace in which `user` and `group` are called `inside`."""
-    _unshare(NEWUSER)
+    _check("unshare", LIBC.unshare(NEWUSER))
     for name, text in (
         ("setgroups", "deny"),
         ("uid_map", f"{inside} {user} 1"),
@@ -172,66 +162,49 @@ def _new_user(me: str, inside: int, user: int, group: int, folder: int | None = 
         os.close(file)
 
 
-def _wait(child: int, seconds: float) -> NoReturn:
-    """Wait for the sandbox, at most `seconds`. All in it is gone when this ends: the kernel sees to it."""
-    die_with_parent()
-    signal.signal(signal.SIGALRM, lambda number, frame: os.kill(child, signal.SIGKILL))
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    _, status = os.waitpid(child, 0)
-    os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
-
-
 def _new_root() -> int:
     """Replace the file system by system libraries and an empty folder; return a descriptor of a /proc that has no path.
 
     The new root is mounted over /tmp, which every system has, and then takes the place of the old one.
     """
-    _mount_here("none", "/", None, REC | PRIVATE)
-    _mount_here("tmpfs", "/tmp", "tmpfs", NOSUID | NODEV, "size=1m,mode=755")
+    _mount("none", "/", None, REC | PRIVATE)
+    _mount("tmpfs", "/tmp", "tmpfs", NOSUID | NODEV, "size=1m,mode=755")
     os.mkdir("/tmp/old")
-    _call("pivot_root", LIBC.syscall(PIVOT_ROOT[MACHINE], b"/tmp", b"/tmp/old"))
+    _check("pivot_root", LIBC.syscall(PIVOT_ROOT[MACHINE], b"/tmp", b"/tmp/old"))
     os.chdir("/")
     library = os.path.dirname(os.path.realpath(os.__file__))
-    for path in dict.fromkeys((*SYSTEM, library)):
-        _show(path)
+    for path in dict.fromkeys((*SYSTEM, library)):  # each at the same path, read-only
+        if os.path.islink(f"/old{path}"):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            os.symlink(os.readlink(f"/old{path}"), path)
+        elif os.path.isdir(f"/old{path}") and not os.path.isdir(path):
+            os.makedirs(path, exist_ok=True)
+            _mount(f"/old{path}", path, None, BIND | REC)
+            # mount_setattr(2), which reaches all that is mounted below as well
+            attributes = struct.pack("QQQQ", RDONLY | NOSUID | NODEV, 0, 0, 0)
+            arguments = (HERE, path.encode(), RECURSIVE, attributes, ctypes.c_size_t(32))
+            _check(f"read-only {path}", LIBC.syscall(MOUNT_SETATTR, *arguments))
     for name in ("site-packages", "dist-packages"):
         if os.path.isdir(f"{library}/{name}"):
             _mount("tmpfs", f"{library}/{name}", "tmpfs", RDONLY | NOSUID | NODEV, "size=4k")
     os.mkdir("/dev")
     os.close(os.open("/dev/null", os.O_CREAT))
-    _mount_here("/old/dev/null", "/dev/null", None, BIND)
+    _mount("/old/dev/null", "/dev/null", None, BIND)
+    os.makedirs(BOX, exist_ok=True)
     _mount("tmpfs", BOX, "tmpfs", NOSUID | NODEV, f"size={FOLDER}m,nr_inodes=4096,mode=777")
+    os.makedirs("/proc", exist_ok=True)
     _mount("proc", "/proc", "proc", NOSUID | NODEV | NOEXEC)
     proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
     for path in ("/proc", "/old"):
-        _call(f"umount {path}", LIBC.umount2(path.encode(), DETACH))
+        _check(f"umount {path}", LIBC.umount2(path.encode(), DETACH))
         os.rmdir(path)
-    _mount_here("tmpfs", "/", None, REMOUNT | BIND | RDONLY | NOSUID | NODEV)
+    _mount("tmpfs", "/", None, REMOUNT | BIND | RDONLY | NOSUID | NODEV)
     os.chdir(BOX)
     return proc
 
 
-def _show(path: str) -> None:
-    """Show a folder of the old root at the same place, to be read only; links stay links."""
-    if os.path.islink(f"/old{path}"):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        os.symlink(os.readlink(f"/old{path}"), path)
-    elif os.path.isdir(f"/old{path}") and not os.path.isdir(path):
-        _mount(f"/old{path}", path, None, BIND | REC)
-        _read_only(path, RDONLY | NOSUID | NODEV)
-
-
-def _become_nobody(root: bool) -> None:
-    """Give up root; a user that is not root is nobody already."""
-    if root:
-        os.setgroups([])
-        os.setresgid(OUTSIDE, OUTSIDE, OUTSIDE)
-        os.setresuid(OUTSIDE, OUTSIDE, OUTSIDE)
-    LIBC.prctl(SET_DUMPABLE, 1)  # else the files in /proc/self would be root's
-
-
 def confine(seconds: float, megabytes: int) -> None:
-    """Take all rights from this process, for good: limits, capabilities, system calls, and being looked into."""
+    """Take all rights from this process, for good: limits, capabilities, system calls, and being traced."""
     limits = {
         resource.RLIMIT_CPU: int(seconds) + 1,
         resource.RLIMIT_AS: 2 * megabytes << 20,  # stacks are reserved and seldom used
@@ -245,33 +218,25 @@ def confine(seconds: float, megabytes: int) -> None:
         _, hard = resource.getrlimit(limit)
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(limit, (most, most))
-    if sys.platform == "linux":
-        if hasattr(LIBC, "mallopt"):  # glibc
-            LIBC.mallopt(ARENA_MAX, 1)  # else each thread reserves 64 MB of address space
-        _drop_capabilities()
-        _call("no_new_privs", LIBC.prctl(SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-        if MACHINE in AUDIT:
-            _filter_calls(MACHINE)
-        LIBC.prctl(SET_DUMPABLE, 0)
-
-
-def _drop_capabilities() -> None:
+    if sys.platform != "linux":
+        return
+    if hasattr(LIBC, "mallopt"):  # glibc
+        LIBC.mallopt(ARENA_MAX, 1)  # else each thread reserves 64 MB of address space
     for capability in range(64):
         LIBC.prctl(CAPBSET_DROP, capability, 0, 0, 0)  # fails above the last one there is
     version_3, nothing = struct.pack("Ii", 0x20080522, 0), bytes(24)
-    _call("capset", LIBC.capset(version_3, nothing))
-
-
-def _filter_calls(machine: str) -> None:
-    """Install the filter: a program of the kernel's packet filter language that sees each system call's number."""
-    code = filter_program(machine)
-    buffer = ctypes.create_string_buffer(code, len(code))
-    program = struct.pack("HP", len(code) // 8, ctypes.addressof(buffer))
-    _call("seccomp", LIBC.prctl(SET_SECCOMP, 2, program, 0, 0))
+    _check("capset", LIBC.capset(version_3, nothing))
+    _check("no_new_privs", LIBC.prctl(SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    if MACHINE in AUDIT:
+        code = filter_program(MACHINE)
+        buffer = ctypes.create_string_buffer(code, len(code))
+        program = struct.pack("HP", len(code) // 8, ctypes.addressof(buffer))
+        _check("seccomp", LIBC.prctl(SET_SECCOMP, 2, program, 0, 0))
+    LIBC.prctl(SET_DUMPABLE, 0)
 
 
 def filter_program(machine: str) -> bytes:
-    """Return the filter's instructions of 8 bytes: allow all but what is refused, on this architecture only."""
+    """Return a seccomp filter, in instructions of 8 bytes: it allows all but what is refused, on this architecture only."""
     column = list(AUDIT).index(machine)
     numbers = [pair[column] for pair in REFUSED.values() if pair[column] >= 0]
     no = (RETURN, 0, 0, REFUSE | errno.EPERM)

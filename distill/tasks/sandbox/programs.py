@@ -1,4 +1,4 @@
-"""Whether a generated program passes its tests, found out where it can do no harm.
+"""Run the tests of a generated program in a sandbox, where the program can do no harm.
 
 What holds, on Linux with user namespaces: the program has no network (nor sockets of any kind), no files but its own
 empty folder and read-only system libraries, no environment, no /proc; it ends within its seconds, and all that it
@@ -7,7 +7,7 @@ A pass cannot be faked: the verdict is written by a judge in a process of its ow
 program nothing but the arguments of each call, takes nothing but plain data back, and signs with a nonce that the
 program's memory never held (see `distill.tasks.sandbox.inside`). A pass means right answers, and at least one was asked for.
 
-What does not hold: this is one kernel, so a fault of the kernel is a way out; a program may use a core until its
+What does not hold: this is one kernel, so an error of the kernel is a way out; a program may use a core until its
 seconds are over; it may tell how long things take, and which libraries the system has. With `--unsafe-code` there are
 limits, the judge and where possible the filter of system calls, but the program reads what its user reads, and writes.
 Tests see plain data only: a class of the program's own, or a function as an argument, cannot be tested this way.
@@ -29,7 +29,10 @@ from distill.tasks.sandbox import messages
 Permission = Literal["no", "sandbox", "unsafe"]
 ROOT = Path(__file__).parents[3]
 START = "import sys; sys.path.append(sys.argv.pop()); from distill.tasks.sandbox.inside import main; main()"
-LATE = 1.5  # seconds after its time in which a sandbox ends by itself
+GRACE = 1.5  # seconds after its time in which a sandbox ends by itself
+
+
+_permission: Permission = "no"  # given by the person at the machine; no config can
 
 
 class Limits(NamedTuple):
@@ -42,7 +45,7 @@ class Limits(NamedTuple):
 DEFAULT = Limits()
 
 
-class Trial(NamedTuple):
+class ProgramTests(NamedTuple):
     """What a program must pass: code that runs before, code that asserts, and the function that is the program's."""
 
     code: str
@@ -50,57 +53,53 @@ class Trial(NamedTuple):
     entry: str = ""
 
 
-class Outcome(NamedTuple):
+class ProgramResult(NamedTuple):
     """Whether the program passed, None where we could not find out, and why."""
 
     passed: bool | None
     reason: str
 
 
-class _Allowed:
-    """What the person at the machine has allowed; no config can."""
-
-    permission: Permission = "no"
-
-
 def allow(permission: Permission) -> None:
-    """Allow programs to run, or no longer; raises DistillError (exit 2) where a sandbox is wanted and there is none."""
+    """Allow programs to run, or forbid it; raises DistillError (exit 2) where the sandbox is not available."""
+    global _permission
     if permission == "sandbox" and (why := unavailable()):
         fix = "see distill.tasks.sandbox.namespaces for what it needs; --unsafe-code runs code with limits only, on a machine that may be lost"
         raise DistillError(Exit.CONFIG, "--allow-code", f"no sandbox on this system: {why}", fix)
-    _Allowed.permission = permission
+    _permission = permission
 
 
 def allowed() -> Permission:
-    """Return what is allowed now."""
-    return _Allowed.permission
+    """Return the present permission."""
+    return _permission
 
 
 @cache
 def unavailable() -> str:
-    """Return why there is no sandbox here, or nothing: by really running a program in one."""
+    """Return why there is no sandbox here, or an empty text; a program is run in one to find out."""
     if sys.platform != "linux":
         return "it needs Linux"
-    outcome = execute("def f(x):\n    return x + 1", Trial("assert f(1) == 2"), DEFAULT, True)
+    outcome = execute(
+        "def f(x):\n    return x + 1", ProgramTests("assert f(1) == 2"), DEFAULT, isolated=True
+    )
     return "" if outcome.passed else outcome.reason
 
 
-def run_tests(code: str, tests: Trial, limits: Limits = DEFAULT) -> Outcome:
+def run_tests(code: str, tests: ProgramTests, limits: Limits = DEFAULT) -> ProgramResult:
     """Run a program's tests; raises DistillError (exit 2) where nobody has allowed that."""
-    permission = allowed()
-    if permission == "no":
+    if _permission == "no":
         raise DistillError(
             Exit.CONFIG, "generated code", "is not run unless asked", "add --allow-code"
         )
-    return execute(code, tests, limits, permission == "sandbox")
+    return execute(code, tests, limits, isolated=_permission == "sandbox")
 
 
-def execute(code: str, tests: Trial, limits: Limits, walled: bool) -> Outcome:
-    """Start a sandbox for one program and return what its judge says; all in it has ended by then."""
+def execute(code: str, tests: ProgramTests, limits: Limits, isolated: bool) -> ProgramResult:
+    """Start a sandbox for one program and return the result that its judge sent; all in it has ended by then."""
     nonce = secrets.token_hex(16)
     job = {"nonce": nonce, "setup": tests.setup, "tests": tests.code, "entry": tests.entry}
-    sent = messages.framed(code) + messages.framed(job)
-    settings = json.dumps([limits.seconds, limits.megabytes, walled])
+    request = messages.frame(code) + messages.frame(job)
+    settings = json.dumps([limits.seconds, limits.megabytes, isolated])
     command = [sys.executable, "-I", "-S", "-X", "utf8", "-c", START, settings, str(ROOT)]
     process = subprocess.Popen(
         command,
@@ -112,29 +111,24 @@ def execute(code: str, tests: Trial, limits: Limits, walled: bool) -> Outcome:
         start_new_session=True,
     )
     try:
-        said, _ = process.communicate(sent, limits.seconds + LATE * walled)
+        reply, _ = process.communicate(request, limits.seconds + GRACE * isolated)
     except subprocess.TimeoutExpired:
-        said = b""
-    finally:
-        _end(process)
-    return read_verdict(said, nonce, limits)
+        reply = b""
+    finally:  # also where we are interrupted
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    return read_verdict(reply, nonce, limits)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of a sandbox, also where we were interrupted."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-
-
-def read_verdict(said: bytes, nonce: str, limits: Limits) -> Outcome:
-    """Read what the judge wrote; without the nonce it is no verdict."""
+def read_verdict(reply: bytes, nonce: str, limits: Limits) -> ProgramResult:
+    """Read the verdict that the judge wrote; without the nonce it is refused."""
     try:
-        verdict = json.loads(said[8:])
+        verdict = json.loads(reply[8:])
         genuine = secrets.compare_digest(verdict["nonce"], nonce)
     except (ValueError, LookupError, TypeError):
         genuine, verdict = False, {}
     if not genuine:
-        return Outcome(False, f"no verdict within {limits.seconds:g} seconds")
+        return ProgramResult(False, f"no verdict within {limits.seconds:g} seconds")
     passed = {"pass": True, "fail": False}.get(verdict["verdict"])
-    return Outcome(passed, verdict["reason"])
+    return ProgramResult(passed, verdict["reason"])
