@@ -284,7 +284,7 @@ def apply_override(tree: dict[str, Any], override: str) -> Places:
         value = {part: value}
     use_present_names(value, Config, "command line", {})
     _merge(tree, value)
-    return {key: "command line" for key in _paths(value)}
+    return dict.fromkeys(_paths(value), "command line")
 
 
 def _merge(tree: dict[str, Any], changes: dict[str, Any]) -> None:

@@ -65,7 +65,7 @@ def _described(tree: type[BaseModel], path: tuple[str, ...], shown: set[type]) -
             continue
         instead = "required" if field.is_required() else f"default {_yaml(field.default)}"
         note = f"; an example, {instead}" if key in EXAMPLES else ""
-        value = EXAMPLES[key] if key in EXAMPLES else field.default
+        value = EXAMPLES.get(key, field.default)
         yield f"{indent}{name}: {_yaml(value)}".ljust(40) + f"  # {_choices(field)}{note}"
         if inner and inner not in shown:  # a section that is off unless it is written
             lines = _described(inner, (*path, name), shown)

@@ -360,8 +360,12 @@ def test_programs_that_pass_their_tests_are_kept(programs, capsys):
     for stage in ("corpus", "prompts", "generate"):
         assert say(capsys, stage, programs)[0] == 0
     assert say(capsys, "filter", programs, "--allow-code")[0] == 0
-    kept = [json.loads(line) for line in Path("runs/mine/dataset/train.jsonl").open()]
-    dropped = [json.loads(line) for line in Path("runs/mine/dropped.jsonl").open()]
+    kept = [
+        json.loads(line) for line in Path("runs/mine/dataset/train.jsonl").read_text().splitlines()
+    ]
+    dropped = [
+        json.loads(line) for line in Path("runs/mine/dropped.jsonl").read_text().splitlines()
+    ]
     assert kept and all("return x +" in row["response"]["text"] for row in kept)
     assert dropped and {row["reason"] for row in dropped} == {"failed checker"}
     assert all("return x +" not in row["text"] for row in dropped)

@@ -314,7 +314,7 @@ def outcome(path: Path, content: bytes) -> None:
     try:
         load_config(path)
     except DistillError as error:
-        assert error.code == Exit.CONFIG
+        assert error.code == Exit.CONFIG  # noqa: PT017
     assert time.process_time() - started < 2
 
 

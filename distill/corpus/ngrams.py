@@ -174,7 +174,7 @@ class Index:
         if long:
             return
         for start, end in own:
-            if SHORTEST <= end - start:
+            if end - start >= SHORTEST:
                 begins.setdefault(end - start, []).append(start)
         whole = [word for part in text.parts for word in words(part)]
         if len(whole) >= text.least:

@@ -21,7 +21,7 @@ EXCLUDED = frozenset(
     "__main__ antigravity ensurepip genericpath idlelib lib2to3 msilib nt ntpath nturl2path posix posixpath pyexpat "
     "rlcompleter site sitecustomize test this tkinter turtle turtledemo usercustomize".split()
 )
-HOMES = {name: "os" for name in ("posix", "nt", "posixpath", "ntpath", "genericpath")}
+HOMES = dict.fromkeys(("posix", "nt", "posixpath", "ntpath", "genericpath"), "os")
 SUBMODULES = (
     "collections.abc concurrent.futures email.header email.message email.parser email.policy email.utils html.parser "
     "http.client http.cookiejar http.cookies http.server importlib.metadata importlib.resources importlib.util "

@@ -161,7 +161,7 @@ def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         counts = Counter(key for key, _ in pairs)
-        raise ValueError(f"key {ascii(counts.most_common(1)[0][0][:60])} stands twice")
+        raise ValueError(f"key {counts.most_common(1)[0][0][:60]!a} stands twice")
     return value
 
 
@@ -243,7 +243,7 @@ def _refuse_twins(names: list[str], where: object) -> None:
     """Stop (exit 3) where two columns have one name: only one of them could be read."""
     twins = [name for name, count in Counter(names).items() if name and count > 1]
     if twins:
-        what = f"names the column {ascii(twins[0][:60])} twice"
+        what = f"names the column {twins[0][:60]!a} twice"
         raise DistillError(Exit.INPUT, where, what, "give each column a name of its own")
 
 

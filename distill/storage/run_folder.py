@@ -439,7 +439,7 @@ def _setting(fingerprint: dict[str, Any], key: str) -> Any:
     annotation, names = Config, key.split(".")
     for depth, name in enumerate(names, 1):
         field = fields_in(annotation).get(name)
-        if field is None or field.is_required() and depth == len(names):
+        if field is None or (field.is_required() and depth == len(names)):
             return None
         if depth == len(names):
             return to_jsonable_python(field.default)

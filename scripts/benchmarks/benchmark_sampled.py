@@ -11,6 +11,7 @@ what a nucleus leaves out may be common to them.
 """
 
 import argparse
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -128,7 +129,7 @@ def errors(
     whole_VR = torch.zeros(len(student_VD), RANK)
     wrong, found = [whole_VR.clone() for _ in signals], [list[float]() for _ in signals]
     with tracking("gradients", PARTS, "parts") as tracker:
-        for number, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for number, (start, end) in enumerate(itertools.pairwise(bounds)):
             part = slice(int(start), int(end))
             live = Live(reading.teacher_ND[part], teacher_VD, len(student_VD))
             exact_VR = gradient(reading, student_VD, live, part)

@@ -1,5 +1,7 @@
 """Cleaning and cutting: what changes, what is refused, and that cutting loses nothing."""
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -64,7 +66,7 @@ def test_chunks_overlap_by_whole_words() -> None:
     words = [f"word{n}" for n in range(40)]
     pieces = [piece.split() for piece in chunk(" ".join(words), 100, 20)]
     assert all(set(piece) <= set(words) for piece in pieces)
-    for left, right in zip(pieces, pieces[1:], strict=False):
+    for left, right in itertools.pairwise(pieces):
         shared = [word for word in right if word in left]
         assert 1 <= len(shared) <= 3 and right[: len(shared)] == left[-len(shared) :]
 

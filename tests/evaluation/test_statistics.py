@@ -141,8 +141,8 @@ def test_a_student_equal_to_its_teacher_everywhere_has_no_bound() -> None:
 
 def test_pairing_uses_the_intersection_and_counts_the_rest() -> None:
     items = [f"i{k}" for k in range(100)]
-    student: dict[str, float | None] = {i: 1.0 for i in items[:96]}
-    teacher: dict[str, float | None] = {i: 1.0 for i in items}
+    student: dict[str, float | None] = dict.fromkeys(items[:96], 1.0)
+    teacher: dict[str, float | None] = dict.fromkeys(items, 1.0)
     teacher["i0"] = float("nan")
     paired = pair(student, teacher, items)
     assert paired.missing == 5 and len(paired.items) == 95

@@ -188,7 +188,7 @@ SPEAKS_AGAINST = {
 }
 
 
-@pytest.mark.parametrize("changes, said", SPEAKS_AGAINST.values(), ids=SPEAKS_AGAINST)
+@pytest.mark.parametrize(("changes", "said"), SPEAKS_AGAINST.values(), ids=SPEAKS_AGAINST)
 def test_what_speaks_against_publishing_stops_it_or_stands_on_the_card(run, changes, said):
     make_scorecard(run, **changes)
     error = refused(run)

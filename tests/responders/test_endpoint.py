@@ -241,7 +241,7 @@ def test_c5_a_dead_server_trips_the_breaker(tmp_path: Path) -> None:
         unused.bind(("127.0.0.1", 0))
         dead = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
     asked = settings(dead, max_consecutive_failures=5)
-    with pytest.raises(DistillError, match="5 failures in a row.*cannot connect") as stopped:
+    with pytest.raises(DistillError, match=r"5 failures in a row.*cannot connect") as stopped:
         answer_all(EndpointResponder(asked, PRICE), asks(asked, 50), tmp_path, "x")
     assert stopped.value.code == Exit.TEACHER
     with Log(tmp_path, writable=False) as log:
@@ -254,7 +254,7 @@ def test_c5_no_name_and_no_tls(tmp_path: Path, host: str) -> None:
         asked = settings(
             host.format(teacher.port), max_retries=0, allow_insecure=True, connect_timeout=3
         )
-        with pytest.raises(DistillError, match="1 requests could be sent.*connect") as stopped:
+        with pytest.raises(DistillError, match=r"1 requests could be sent.*connect") as stopped:
             answer_all(EndpointResponder(asked, PRICE), asks(asked, 1), tmp_path, "x")
     assert stopped.value.code == Exit.TEACHER
 
@@ -654,7 +654,7 @@ def test_c12_ctrl_c_drains_and_re_bills_nothing(tmp_path: Path, sent: signal.Sig
         assert command(config, "generate").wait(60) == 0, shown.read_text()
         assert len(teacher.payloads) == 12 and set(teacher.bills.values()) == {1}
         hold_account(teacher, tmp_path / "runs/.store/responses")
-    entries = [e for e in Run(Config.model_validate_json(config.read_text())).ledger()]
+    entries = list(Run(Config.model_validate_json(config.read_text())).ledger())
     assert sum(e.dollars or 0 for e in entries) == teacher.bill
     assert not sum(e.unknown for e in entries)
     with Log(tmp_path / "runs/.store/responses", writable=False) as log:

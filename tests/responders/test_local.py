@@ -242,7 +242,7 @@ def test_a_prompt_too_long_is_named(folder: Path) -> None:
     responder = LocalResponder.load(str(folder), "float32")
     message = Message(role="user", content="far too long " * 200)
     request = Request.make(responder.origin, "p7", (message,), Sampling(max_new_tokens=8))
-    with pytest.raises(DistillError, match="prompt p7 .*exceed the 2048") as caught:
+    with pytest.raises(DistillError, match=r"prompt p7 .*exceed the 2048") as caught:
         list(responder.ask([request]))
     assert caught.value.code == Exit.INPUT
 

@@ -180,7 +180,7 @@ def test_text_completions_are_read_too(servers: tuple[Server, Server], tmp_path:
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    ("change", "said"),
     [
         ({"model": "other"}, "400: Server is pinned to 'tiny'"),
         ({"extra_body": {"repetition_penalty": 1.0}}, "422: Unexpected fields"),

@@ -56,7 +56,7 @@ def test_a_file_of_answers(tmp_path: Path) -> None:
 def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "answers.jsonl"
     path.write_text('{"prompt": "x", "answer": "y"}\n' + line + "\n")
-    with pytest.raises(DistillError, match="answers.jsonl:2: is no canned answer") as caught:
+    with pytest.raises(DistillError, match=r"answers.jsonl:2: is no canned answer") as caught:
         CannedResponder.load(path)
     assert caught.value.code == Exit.INPUT
 
@@ -66,7 +66,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path, content: bytes | None) -> N
     path = tmp_path / "answers.jsonl"
     if content:
         path.write_bytes(content)
-    with pytest.raises(DistillError, match="answers.jsonl.*check teacher.answers") as caught:
+    with pytest.raises(DistillError, match=r"answers.jsonl.*check teacher.answers") as caught:
         CannedResponder.load(path)
     assert caught.value.code == Exit.INPUT
 

@@ -361,7 +361,7 @@ def test_where_there_is_no_sandbox_it_is_refused(
     monkeypatch.setattr(
         "distill.tasks.sandbox.programs.unavailable", lambda: "unshare: not permitted"
     )
-    with pytest.raises(DistillError, match="unshare: not permitted.*--unsafe-code"):
+    with pytest.raises(DistillError, match=r"unshare: not permitted.*--unsafe-code"):
         allow("sandbox")
     assert allowed() == "no"
 

@@ -99,7 +99,7 @@ def test_a_row_that_is_missing_or_stands_for_other_tokens_is_an_error(tmp_path):
     cache.append(rows(4, 6), made(10)[0])
     with pytest.raises(DistillError, match=r"no signal of example c+ \(--redo signals"):
         cache.check([Row("c" * 32, "", 1)])
-    with pytest.raises(DistillError, match="00000001.signals: example .* other tokens") as fault:
+    with pytest.raises(DistillError, match=r"00000001.signals: example .* other tokens") as fault:
         cache.check([rows(4)[0]._replace(tokens="d" * 32)])
     assert fault.value.code == Exit.STATE
 
@@ -143,7 +143,7 @@ def test_a_full_disk_is_one_line_and_what_was_there_stays(tmp_path, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", fills_up)
-        with pytest.raises(DistillError, match="No space left.*free space") as fault:
+        with pytest.raises(DistillError, match=r"No space left.*free space") as fault:
             cache.append([Row("a" * 32, "b" * 32, 5)], made(5)[0])
     assert fault.value.code == Exit.STATE
     assert list(Cache.open(tmp_path, TEACHER).read(rows(5))) == [rows(5)[0].example]

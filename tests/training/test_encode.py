@@ -76,7 +76,7 @@ def test_a_template_whose_conversation_does_not_begin_with_its_prompt_is_named()
     tokenizer.chat_template = (
         "{% if add_generation_prompt %}A{% endif %}{{ messages[-1]['content'] }}<|im_end|>"
     )
-    with pytest.raises(DistillError, match="chat template of .*does not begin") as fault:
+    with pytest.raises(DistillError, match=r"chat template of .*does not begin") as fault:
         encode_pair(tokenizer, pair(), DATE)
     assert fault.value.code == Exit.TRAINING
 

@@ -30,7 +30,7 @@ def step(named, optimizer) -> None:
 
 
 def test_a_restored_optimizer_takes_the_same_steps():
-    named, optimizer = trained(5)
+    named, _optimizer = trained(5)
     other, fresh = trained(3)
     saved = optimizer_tensors(fresh, other)
     again, restored = trained(0)
@@ -58,7 +58,7 @@ def test_a_missing_part_of_the_state_stops():
     named, optimizer = trained(1)
     saved = optimizer_tensors(optimizer, named)
     del saved["b.exp_avg_sq"]
-    with pytest.raises(DistillError, match="b.exp_avg_sq"):
+    with pytest.raises(DistillError, match=r"b.exp_avg_sq"):
         restore_optimizer(optimizer, named, saved, "checkpoint")
 
 

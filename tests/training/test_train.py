@@ -312,7 +312,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_samples(tmp_path, monkeyp
         return forward(self, batch) * (float("nan") if seen[0] == 3 else 1)
 
     monkeypatch.setattr(Student, "forward", broken)
-    with pytest.raises(DistillError, match="step 3: loss nan.*over samples [0-9a-f]{32}") as fault:
+    with pytest.raises(DistillError, match=r"step 3: loss nan.*over samples [0-9a-f]{32}") as fault:
         train.main(run.config, run)
     assert fault.value.code == Exit.TRAINING
     assert sorted(f.name for f in run.path("checkpoints").iterdir())[-1] == "step-00000002"

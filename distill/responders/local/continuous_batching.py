@@ -330,7 +330,7 @@ def streaming(model: Any) -> Iterator[bool]:
     wanted = [_own_logits(model, row) for row in ids]
     with packed(model):
         try:
-            yield _switch(model, NAME) and _agrees(model, ids, wanted) or not _switch(model, own)
+            yield (_switch(model, NAME) and _agrees(model, ids, wanted)) or not _switch(model, own)
         finally:
             _switch(model, own)
 

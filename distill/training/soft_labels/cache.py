@@ -16,6 +16,7 @@ Needs no torch.
 """
 
 import hashlib
+import itertools
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -216,7 +217,7 @@ class Chunk:
         if hashlib.sha256(body).hexdigest() != self.body:
             raise DistillError(Exit.STATE, self.path, "is damaged", WAY_OUT)
         ends = np.cumsum((0, *self.columns))
-        packed = [body[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+        packed = [body[a:b] for a, b in itertools.pairwise(ends)]
         tokens = sum(row.count for row in self.rows)
         lengths = {"counts_N": tokens, "ids_E": self.listed, "codes_E": self.listed}
         named = {
