@@ -172,7 +172,7 @@ STAGES: tuple[Stage, ...] = (
         "train",
         ("student", "train", "seed", "template_date"),
         (*DATASET[:2], "signals.json"),
-        ("checkpoints", "adapter", "training.json"),
+        ("checkpoints", "adapter", "training.json", "merged"),
         _lazy("distill.training.train"),
         training_identity,
         purpose="train the student's adapter",

@@ -2,8 +2,8 @@
 
 Three things are looked at. The files have the hashes that were recorded when they were written. The stored answers give
 the same scores, scorecard and report again, byte for byte, on another day and in another folder too. And the parts
-belong together: the answers are what the store holds as it came, the adapter is the evaluated one, and a release has
-that adapter, that scorecard and those weights.
+belong together: the answers are what the store holds as it came, adapter and merged model are the evaluated ones, and a
+release has that adapter, that scorecard and that model.
 """
 
 import tempfile
@@ -24,7 +24,7 @@ from distill.evaluation.suites import Suite
 from distill.evidence import APART, CONFIG, LEDGER, MANIFEST, Check, Evidence, check_files, verdict
 from distill.formatting import table
 from distill.generation.generate import readings
-from distill.models.registry import digest_file
+from distill.models.registry import folder_digest
 from distill.pipeline import STAGES
 from distill.records import Item, Response
 from distill.report import report
@@ -45,7 +45,8 @@ WORDED = (
     "report.html",
 )  # from scorecard.json and samples, in words that may change
 # what is made again depends on none of these
-NOT_READ = ("adapter/", "checkpoints/", "refined/adapter/", "refined/round-", "release/")
+NOT_READ = ("adapter/", "checkpoints/", "merged/", "release/", "refined/round-")
+NOT_READ += ("refined/adapter/", "refined/merged/")
 PROGRAMS = "its task runs programs: --allow-code makes it again"
 WEIGHTS = "adapter/adapter_model.safetensors"
 
@@ -212,6 +213,9 @@ def _together(evidence: Evidence) -> Iterator[Check]:
         yield verdict("together", f"adapter of {name}", same, "is not the evaluated one")
     same = evidence.hashes.get(f"{last}{WEIGHTS}") == told.get("adapter_sha256")
     yield verdict("together", f"{last}{WEIGHTS}", same, "is not the evaluated one")
+    if evaluated := told.get("model_sha256"):
+        same = _model(evidence.folder / f"{last}merged") == evaluated
+        yield verdict("together", f"{last}merged", same, "is not the evaluated model")
     if (evidence.folder / "release").is_dir():
         yield from _release(evidence, told)
 
@@ -298,18 +302,17 @@ def _hash(path: Path) -> str | None:
 
 
 def _merged(release: Path, told: dict[str, Any]) -> Check:
-    """Compare the released weights with those that were evaluated, in the dtype of the evaluation."""
-    what, evaluated = "its weights", told.get("merged_sha256")
-    summed = _field(release / "fidelity.json", "merged_sha256")
-    if evaluated is None or summed != evaluated:
-        return Check("release", what, "differs", "evaluated and released weights differ")
-    if not (release / "model.safetensors").is_file():
-        return Check("release", what, "missing", "model.safetensors is not there")
-    found, dtype = digest_file(release / "model.safetensors")
-    if dtype != told["dtype"]:
-        why = f"compared when published: evaluated in {told['dtype']}, released in {dtype}"
-        return Check("release", what, "skipped", why)
-    return verdict("release", what, found == evaluated, "evaluated and released weights differ")
+    """Compare the released model with the one that was evaluated."""
+    if evaluated := told.get("model_sha256"):
+        same = _model(release) == evaluated
+        return verdict("release", "its model", same, "evaluated and released model differ")
+    why = "evaluated was the adapter, with which it was compared when it was published"
+    return Check("release", "its model", "skipped", why)
+
+
+def _model(folder: Path) -> str | None:
+    """Return the hash of a folder's model, or None where it holds none."""
+    return folder_digest(folder) if (folder / "config.json").is_file() else None
 
 
 def is_whole(checks: Sequence[Check]) -> bool:

@@ -18,12 +18,12 @@ from distill import verify
 from distill.cli import main
 from distill.errors import DistillError, Exit
 from distill.evidence import Check, Evidence
-from distill.models.registry import digest_file, digest_weights, load_model
+from distill.models.registry import folder_digest
 from distill.pipeline import STAGES
 from distill.records import Scorecard
 from distill.report.sources import SOURCES
 from distill.responders import prices
-from distill.storage.files import read_json, sha256_file, write_json
+from distill.storage.files import read_json, sha256_file, sha256_files, write_json
 from distill.storage.run_folder import open_folder, sealed
 from tests.evaluation.test_suites import make_suite
 from tests.publishing.test_publish import BASE
@@ -111,7 +111,7 @@ def test_a_finished_run_is_whole_elsewhere_and_on_another_day(
     assert {"evaluation.json", "scorecard.json", "scorecard.md", "report.html"} < again
     stored = {check.what for check in checks if check.kind == "store"}
     assert {"responses.jsonl", "answers/base.jsonl", "answers/sums/student.jsonl"} < stored
-    assert Check("release", "its weights", "same") in checks
+    assert Check("release", "its model", "same") in checks
     assert set(Evidence(run, STAGES).outside()) <= FREE
 
 
@@ -226,18 +226,40 @@ def test_a_release_of_other_weights_is_named(run: Path) -> None:
     manifest["release"]["release/model.safetensors"] = sha256_file(weights)
     seal(run, manifest)
     assert bad(verify.verify(run)) == [
-        Check("release", "its weights", "differs", "evaluated and released weights differ")
+        Check("release", "its model", "differs", "evaluated and released model differ")
     ]
+
+
+def test_the_evaluated_model_is_the_merged_one_and_is_released(run: Path) -> None:
+    merged = sha256_files(run / "merged", ["."])
+    made = read_json(run / "stages/train.json")["outputs"]
+    assert {f"merged/{name}": sha for name, sha in merged.items()}.items() <= made.items()
+    assert "merged/model.safetensors" in made and "merged/source.json" in made
+    merged.pop("source.json")
+    assert merged.items() <= sha256_files(run / "release", ["."]).items()
+    assert not (run / "release/fidelity.json").exists()
+    told = read_json(run / "answers/models.json")["student"]
+    assert told["model_sha256"] == folder_digest(run / "merged")
+
+
+def test_a_merged_model_that_was_not_evaluated_is_named(run: Path) -> None:
+    config = run / "merged/config.json"
+    config.write_text(config.read_text() + " ")
+    found = {(c.kind, c.what): c.where for c in bad(verify.verify(run))}
+    assert found == {
+        ("train", "merged/config.json"): "not as recorded",
+        ("together", "merged"): "is not the evaluated model",
+    }
 
 
 def test_what_was_evaluated_must_be_released(
     finished: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     card = read_json(run / "scorecard.json")
-    card["models"]["student"]["merged_sha256"] = "0" * 64
+    card["models"]["student"]["model_sha256"] = "0" * 64
     write_json(run / "scorecard.json", card)
     assert main(["publish", str(run)]) == Exit.PUBLISH
-    assert "evaluated and released weights differ" in capsys.readouterr().err
+    assert "evaluated was model 000000000000, here is" in capsys.readouterr().err
 
 
 def test_results_of_other_code_are_named_as_such(
@@ -312,13 +334,6 @@ def test_the_manifest_says_what_each_stage_was_made_with(finished: Path) -> None
     for made in manifest["stages"].values():
         assert len(made["environment"]["code_sha256"]) == 64 and made["environment"]["libraries"]
     assert manifest["programs"] == {"filter": "no", "evaluate": "no"}
-
-
-def test_weights_in_a_file_and_in_memory_have_one_digest(tmp_path: Path) -> None:
-    for tied in (True, False):
-        folder = make_tiny(tmp_path / str(tied), "qwen2", tied=tied)
-        model = load_model(f"{folder}", "float32")
-        assert digest_file(folder / "model.safetensors") == (digest_weights(model), "float32")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Who answers in an evaluation: the student's weights without and with the adapter, and on suites the teacher.
+"""Who answers in an evaluation: the student as it is released, its base, and on suites the teacher.
 
 All are responders, and answers go through the shared store: an evaluation that was killed goes on where it was, and
 what was asked once is never asked or paid for again.
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distill.config import Config, Student
+from distill.config import Config
 from distill.evaluation.items import by_item
 from distill.evaluation.measure import limit, why_no_teacher
 from distill.evaluation.suites import Suite
@@ -17,7 +17,6 @@ from distill.evaluation.throughput import timed
 from distill.generation.generate import answer_all, make_teacher, require_an_answer
 from distill.models import registry
 from distill.models.chat_template import template_hash
-from distill.models.weights import add_adapter
 from distill.records import Pair, Prompt, Reading, Response, digest
 from distill.responders.endpoint.budget import enter_account
 from distill.responders.local.local_model import LocalResponder
@@ -28,6 +27,7 @@ from distill.storage.files import sha256_file
 from distill.storage.progress import say
 from distill.storage.run_folder import Run
 from distill.training.adapters import WEIGHTS
+from distill.training.merge import merged_student
 from distill.training.student import answer_loss
 
 Given = dict[str, Response]  # answers by item id
@@ -44,10 +44,10 @@ class Answered(NamedTuple):
 def answer_with_student(
     config: Config, run: Run, pairs: Sequence[Pair], suites: Sequence[Suite] = ()
 ) -> tuple[dict[str, Any], dict[str, Answered]]:
-    """Answer with the student's weights without and with the adapter; return both models' descriptions too."""
+    """Answer with the base and with the student; return both models' descriptions too."""
     described, answered = {}, {}
-    for name, folder in (("base", None), ("student", run.trained("adapter"))):
-        responder, described[name] = student_responder(config, folder, name)
+    for name, trained in (("base", None), ("student", run)):
+        responder, described[name] = student_responder(config, trained, name)
         answered[name] = _answered(config, run, responder, pairs, suites)
         del responder
         gc.collect()
@@ -55,38 +55,34 @@ def answer_with_student(
 
 
 def student_responder(
-    config: Config, adapter: Path | None, name: str
+    config: Config, run: Run | None, name: str
 ) -> tuple[LocalResponder, dict[str, Any]]:
-    """Load the student's base, or with `adapter` the student as it is released; return its description too."""
+    """Load the student's base, or of a `run` the student as it is released; return its description too."""
     student, date = config.student, config.template_date
-    if adapter:
-        registry.check_base(adapter, student.model, student.revision)
-    tokenizer = registry.load_tokenizer(student.model, student.revision, student.trust_remote_code)
+    if run:
+        registry.check_base(run.trained("adapter"), student.model, student.revision)
+    folder = f"{merged_student(student, run).resolve()}" if run else student.model
+    revision = None if run else student.revision
+    tokenizer = registry.load_tokenizer(folder, revision, student.trust_remote_code)
     told = describe(
         student.model,
         student.revision,
         registry.identity(student.model, student.revision),
         template_hash(tokenizer, date),
     )
-    told["adapter_sha256"] = sha256_file(adapter / WEIGHTS) if adapter else None
-    model = load_student(student, adapter)
-    shaping = {**told, "dtype": str(model.dtype)}
-    origin, files = digest(shaping), shaping.pop("files", None)
+    told["adapter_sha256"] = sha256_file(run.trained("adapter") / WEIGHTS) if run else None
+    flags = (student.allow_pickle and not run, student.trust_remote_code)
+    model = registry.load_model(folder, student.dtype, revision, *flags)
+    shaping, old_origin = {**told, "dtype": str(model.dtype)}, None
+    if run:
+        told["model_sha256"] = registry.folder_digest(Path(folder))
+        shaping = {"model": told["model_sha256"], "dtype": str(model.dtype), "date": date}
+    origin = digest(shaping)
+    if shaping.pop("files", None):
+        old_origin = digest(shaping)
     told["dtype"] = str(model.dtype).removeprefix("torch.")
-    if adapter:  # so that publishing can tell whether it releases these very weights
-        told["merged_sha256"] = registry.digest_weights(model)
-    batch, old_origin = config.evaluation.max_batch_size, digest(shaping) if files else None
+    batch = config.evaluation.max_batch_size
     return LocalResponder(model, tokenizer, name, origin, date, batch, old_origin), told
-
-
-def load_student(student: Student, adapter: Path | None) -> Any:
-    """Load the student's base, or with `adapter` the student as it is released: added in float32, cast once."""
-    flags = (student.revision, student.allow_pickle, student.trust_remote_code)
-    if adapter is None:
-        return registry.load_model(student.model, student.dtype, *flags)
-    base = registry.load_model(student.model, "float32", *flags)
-    merged = add_adapter(base, adapter).merge_and_unload(safe_merge=True)
-    return merged.to(registry.pick_dtype(student.dtype)).eval()
 
 
 def _answered(

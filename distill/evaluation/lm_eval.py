@@ -1,7 +1,6 @@
 """Hand the student to EleutherAI's lm-eval and read its results back: `distill evaluate RUN --lm-eval TASKS`.
 
-lm-eval is an extra (`pip install 'distill[eval]'`). It gets the very weights that were evaluated, the adapter merged in, and
-the model's own chat template. What it finds stands in `lm_eval.json` and on the scorecard as results of another harness: they
+lm-eval is an extra (`pip install 'distill[eval]'`). It gets the merged student, as evaluation does, and the model's own chat template. What it finds stands in `lm_eval.json` and on the scorecard as results of another harness: they
 are not paired with ours, and their standard errors are lm-eval's.
 """
 
@@ -43,7 +42,7 @@ def main(config: Config, run: Run, order: Order) -> dict[str, Any]:
         raise DistillError(Exit.STATE, run.trained("adapter"), "is missing", fix)
     from distill.evaluation.answering import student_responder
 
-    responder, told = student_responder(config, run.trained("adapter"), "student")
+    responder, told = student_responder(config, run, "student")
     found = _measured(harness, responder.network, responder.tokenizer, order)
     kept = {
         "harness": f"lm-eval {version('lm_eval')}",

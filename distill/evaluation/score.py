@@ -63,7 +63,7 @@ def _asked(suite: Suite, path: Path, who: str, store: Path) -> tuple[dict[str, R
 
     if is_run(path):
         run = open_folder(path)
-        responder, _ = student_responder(run.config, run.trained("adapter"), "student")
+        responder, _ = student_responder(run.config, run, "student")
         return ask_suite(responder, suite, store), path.resolve().name
     if path.suffix in (".yaml", ".yml"):
         return _bought(suite, load_config(path), store)

@@ -21,8 +21,14 @@ from distill.config import checked_model
 from distill.config_file import find_config, read_yaml
 from distill.errors import DistillError, Exit
 from distill.models.download import Gguf, converted
-from distill.models.weights import require_intact, require_values, stored_values, values_of
-from distill.records import Record
+from distill.models.weights import (
+    add_adapter,
+    require_intact,
+    require_values,
+    stored_values,
+    values_of,
+)
+from distill.records import Record, digest
 from distill.storage.environment import cpu_facts
 from distill.storage.files import sha256_file, write_json
 from distill.storage.run_folder import differences
@@ -32,10 +38,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TABLE = Path("configs/models.yaml")
-MAX_HEADER = 100_000_000  # bytes, as the safetensors format allows
-BLOCK = 1 << 20  # bytes read at once
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-DTYPES |= {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
 COMMIT = re.compile(r"[0-9a-f]{40}")
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 # What makes a folder a model beside its weights: transformers reads them, and answers and tokens follow from them
@@ -282,6 +284,18 @@ def folder_facts(role: str, reference: str) -> dict[str, str]:
     return {role: identity(reference), **files}
 
 
+def folder_digest(folder: Path) -> str:
+    """Return one hash of a folder's model: of its weights, and of each further file that makes it what it is."""
+    place = folder.resolve()
+    stats = {p: p.stat() for name in ("*.safetensors", *PARTS) for p in place.glob(name)}
+    return digest(
+        {
+            path.relative_to(place).as_posix(): _file_hash(path, stat.st_size, stat.st_mtime_ns)
+            for path, stat in stats.items()
+        }
+    )
+
+
 @cache
 def _file_hash(path: Path, size: int, mtime_ns: int) -> str:
     return sha256_file(path)
@@ -387,20 +401,32 @@ def load_model(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     load_in_4bit: bool = False,
+    on_cpu: bool = False,
 ) -> "PreTrainedModel":
-    """Load a causal language model for inference, on the GPU if there is one.
+    """Load a causal language model for inference, on the GPU if there is one and not `on_cpu`.
 
     Raises DistillError: as `fetch` and `check_files`; exit 7 where the files are no causal language model, or not all
     of one, or its weights are no numbers.
     """
     folder = fetch(reference, revision, allow_pickle)
     extra: dict[str, Any] = {"quantization_config": _four_bit()} if load_in_4bit else {}
-    if (place := device()).type == "cuda":
+    if (place := device()).type == "cuda" and not on_cpu:
         extra["device_map"] = {"": place}  # straight to the GPU, without a copy in main memory
     flags = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     model = _read(reference, folder, dtype=pick_dtype(dtype), **flags, **extra)
     require_values(f"model {reference}", values_of(model))
     return model.eval()
+
+
+def load_merged(
+    reference: str, adapter: Path, revision: str | None = None, **flags: bool
+) -> "PreTrainedModel":
+    """Load a model with an adapter added to it in float32, in main memory: the caller casts it once.
+
+    Raises DistillError as `load_model` does, and (exit 7) where the adapter does not fit.
+    """
+    base = load_model(reference, "float32", revision, on_cpu=True, **flags)
+    return add_adapter(base, adapter).merge_and_unload(safe_merge=True).eval()
 
 
 def check_model(
@@ -460,57 +486,6 @@ def _read(
         raise DistillError(Exit.TRAINING, f"model {reference}", what, "check the model") from None
     require_intact(f"model {reference}", report)
     return model
-
-
-def digest_weights(model: Any, dtype: "torch.dtype | None" = None) -> str:
-    """Hash a model's weights as a file of them would hold them: names in order, dtypes, shapes and bytes.
-
-    With `dtype` they are hashed as if they had been cast to it first. A name that is tied to another is left out.
-    """
-    found, state = hashlib.sha256(), model.state_dict()
-    for name in sorted(state.keys() - set(model.all_tied_weights_keys)):
-        tensor = state[name].detach()
-        if dtype is not None and tensor.is_floating_point():
-            tensor = tensor.to(dtype)
-        found.update(_heading(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)))
-        found.update(memoryview(_bytes(tensor)))
-    return found.hexdigest()
-
-
-def _heading(name: str, dtype: str, shape: list[int]) -> bytes:
-    return f"{name} {dtype} {shape}\n".encode()
-
-
-def _bytes(tensor: "torch.Tensor") -> Any:
-    """Return a tensor's bytes, in its own dtype."""
-    import torch
-
-    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
-def digest_file(path: Path) -> tuple[str, str]:
-    """Hash the weights in a safetensors file as `digest_weights` does, and name their dtype; loads no torch.
-
-    The file begins with the length of its header, then the header: JSON of each tensor's dtype, shape and place
-    (https://huggingface.co/docs/safetensors). Raises DistillError (exit 8) where it is no such file.
-    """
-    found, dtypes = hashlib.sha256(), set[str]()
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length if length < MAX_HEADER else 0))
-            header.pop("__metadata__", None)
-            for name in sorted(header):
-                (begin, end), dtype = header[name]["data_offsets"], DTYPES[header[name]["dtype"]]
-                found.update(_heading(name, dtype, header[name]["shape"]))
-                dtypes.add(dtype)
-                file.seek(8 + length + begin)
-                for place in range(begin, end, BLOCK):
-                    found.update(file.read(min(BLOCK, end - place)))
-    except (ValueError, LookupError, TypeError, AttributeError):
-        fix = "make the release again: distill publish RUN"
-        raise DistillError(Exit.EVALUATION, path, "is no safetensors file", fix) from None
-    return found.hexdigest(), " and ".join(sorted(dtypes))
 
 
 def _four_bit() -> Any:

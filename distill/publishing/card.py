@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from distill.publishing.merge import Fidelity
+from distill.publishing.fidelity import Fidelity
 from distill.records import Record
 from distill.report.statement import sensitivity_rows, statement, surplus_rows
 from distill.report.tables import UNDECIDED, claims_too_much, conclusion, leaked
@@ -46,7 +46,7 @@ class Facts(Record):
     override: str | None = None  # why it was published all the same
 
 
-def make_card(facts: Facts, scorecard: Mapping[str, Any], fidelity: Fidelity) -> ModelCard:
+def make_card(facts: Facts, scorecard: Mapping[str, Any], fidelity: Fidelity | None) -> ModelCard:
     """Write the card; `scorecard` is the content of scorecard.json."""
     data = metadata(facts, scorecard)
     body = "\n\n".join(part for part in sections(facts, scorecard, fidelity) if part)
@@ -124,7 +124,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def sections(facts: Facts, scorecard: Mapping[str, Any], fidelity: Fidelity) -> Iterable[str]:
+def sections(
+    facts: Facts, scorecard: Mapping[str, Any], fidelity: Fidelity | None
+) -> Iterable[str]:
     """Yield the parts of the page in their order."""
     yield f"# {cell(facts.model_name)}"
     yield (
@@ -346,7 +348,7 @@ model = PeftModel.from_pretrained(base, "{name}", subfolder="adapter")
 ```"""
 
 
-def _limits(facts: Facts, fidelity: Fidelity) -> str:
+def _limits(facts: Facts, fidelity: Fidelity | None) -> str:
     lines = ["- It was measured on the tasks above only; elsewhere it may be worse than its base."]
     if facts.converted_from:
         lines.append(
@@ -354,6 +356,11 @@ def _limits(facts: Facts, fidelity: Fidelity) -> str:
             "to the merged model, which is the primary artefact; the adapter on the base's full-precision weights was "
             "not measured."
         )
+    if fidelity is None:
+        lines.append(
+            "- The scores above are those of the merged model: evaluation loaded these files."
+        )
+        return "## Limits\n\n" + "\n".join(lines)
     verdict = (
         "so the scores above are given as the merged model's"
         if fidelity.same

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill.errors import DistillError, Exit
-from distill.publishing.merge import Fidelity
+from distill.publishing.fidelity import Fidelity
 from distill.records import Record
 from distill.report.tables import conclusion
 from distill.storage.progress import say
@@ -63,24 +63,12 @@ def _worse(scorecard: Mapping[str, Any]) -> list[Finding]:
     return [Finding(where="the student", what=what, fix=fix)]
 
 
-def weights(fidelity: Fidelity, evaluated: str | None = None) -> list[Finding]:
-    """Return what speaks against the merged weights: they are not those that were evaluated, by hash or by what they say.
-
-    `evaluated` is the hash that the evaluation recorded of the merged weights, where it did.
-    """
-    where, found = "the merged model", []
-    if evaluated and fidelity.merged_sha256 and evaluated != fidelity.merged_sha256:
-        what = (
-            f"evaluated and released weights differ: {evaluated[:12]} was evaluated, "
-            f"this is {fidelity.merged_sha256[:12]}"
-        )
-        fix = "--redo evaluate, or publish where it was evaluated: another processor adds otherwise"
-        found.append(Finding(where=where, what=what, fix=fix))
-    if not fidelity.same:
-        what = f"is not the adapter that was evaluated: {fidelity.line()}"
-        fix = "train and evaluate in the dtype of the base"
-        found.append(Finding(where=where, what=what, fix=fix))
-    return found
+def weights(fidelity: Fidelity) -> list[Finding]:
+    """Return what speaks against a merged model whose adapter was evaluated: they say something else."""
+    if fidelity.same:
+        return []
+    what = f"is not the adapter that was evaluated: {fidelity.line()}"
+    return [Finding(where="the merged model", what=what, fix="--redo evaluate")]
 
 
 def pass_gate(findings: Sequence[Finding], override: str | None) -> list[str]:

@@ -1,13 +1,16 @@
 """Make `release/`: the merged model, the adapter, the card and the scorecard, from an allow-list into a fresh folder.
 
 `python scripts/publish.py RUN [--push OWNER/NAME] [--public] [--override REASON]`. The release holds what was
-evaluated and nothing else: the adapter's hash is the scorecard's, links and paths that lead out are refused, and every file is scanned before
-anything can be uploaded.
+evaluated and nothing else: adapter and merged model have the scorecard's hashes, links and paths that lead out are
+refused, and every file is scanned before anything can be uploaded. A run of an earlier distill was evaluated by its
+adapter, and has no merged model: it is made from the adapter, and compared with it.
 """
 
+import gc
 import json
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,10 @@ from distill.config import Config
 from distill.config_file import find_config
 from distill.errors import DistillError, Exit
 from distill.models import registry
+from distill.models.weights import add_adapter
 from distill.publishing.card import Facts, make_card
+from distill.publishing.fidelity import Conversation, Fidelity, answer_logits, compare_models
 from distill.publishing.gate import evidence, pass_gate, weights
-from distill.publishing.merge import Conversation, Fidelity, merge_and_compare
 from distill.publishing.obligations import (
     Owed,
     check_names,
@@ -41,9 +45,10 @@ from distill.storage.progress import say
 from distill.storage.run_folder import Run
 from distill.training.adapters import WEIGHTS
 from distill.training.encode import encode_pairs
+from distill.training.merge import merged_student
 
 ADAPTER = ("adapter_config.json", WEIGHTS, "base.json")
-MODEL = (
+MODEL = (  # at least
     "model.safetensors",
     "config.json",
     "generation_config.json",
@@ -81,12 +86,12 @@ def main(
     shutil.rmtree(work, ignore_errors=True)
     (work / "adapter").mkdir(parents=True)
     write_notices(terms.owed, config.terms.agreement, work)
-    told = scorecard["models"]["student"]
-    fidelity = add_models(config, run, work, told.get("dtype", config.student.dtype))
-    overridden += pass_gate(weights(fidelity, told.get("merged_sha256")), override)
+    fidelity = add_models(config, run, work, scorecard["models"]["student"])
+    if fidelity:
+        overridden += pass_gate(weights(fidelity), override)
+        write_json(work / "fidelity.json", fidelity.model_dump())
     for name in REPORT:
         copy_plain(run.path(name), work / name)
-    write_json(work / "fidelity.json", fidelity.model_dump())
     text = license_text(own, base_of(config)) + also_under(terms.owed, own)
     (work / "LICENSE").write_text(text, encoding="utf-8")
     facts = facts_of(config, run, repository, license, stated).model_copy(
@@ -172,30 +177,46 @@ def model_name(config: Config, repository: str | None) -> str:
     return config.publish.model_name or (repository or config.name).split("/")[-1]
 
 
-def add_models(config: Config, run: Run, work: Path, dtype: str) -> Fidelity:
-    """Put adapter, merged model and tokenizer into `work`; return how far merged and adapter are apart.
+def add_models(
+    config: Config, run: Run, work: Path, evaluated: Mapping[str, Any]
+) -> Fidelity | None:
+    """Put adapter and merged model into `work`, as the student of the scorecard's row `evaluated`.
 
-    `dtype` is that of the evaluation.
+    Returns how far merged and adapter are apart where the adapter was evaluated, by an earlier distill. Raises
+    DistillError (exit 9) where another model was evaluated.
     """
-    student, adapter = config.student, run.trained("adapter")
+    adapter = run.trained("adapter")
     for name in ADAPTER:
         copy_plain(adapter / name, work / "adapter" / name)
     name_base(work / "adapter" / "adapter_config.json", base_of(config))
-    fidelity = merge_and_compare(
-        student.model,
-        student.revision,
-        work / "adapter",
-        work,
-        conversations(config, run),
-        dtype,
-        allow_pickle=student.allow_pickle,
-        trust_remote_code=student.trust_remote_code,
-    )
+    merged, measured = merged_student(config.student, run), evaluated.get("model_sha256")
+    found = registry.folder_digest(merged)
+    if measured and measured != found:
+        what = f"evaluated was model {measured[:12]}, here is {found[:12]}"
+        raise DistillError(Exit.PUBLISH, merged, what, "--redo evaluate")
+    for name in sorted({*MODEL, *registry.parts(f"{merged.resolve()}")}):
+        (work / name).parent.mkdir(exist_ok=True)
+        copy_plain(merged / name, work / name)
+    return None if measured else compared(config, run, merged, evaluated)
+
+
+def compared(config: Config, run: Run, merged: Path, evaluated: Mapping[str, Any]) -> Fidelity:
+    """Compare the merged model with the adapter on its base, in the type of the evaluation.
+
+    Raises DistillError (exit 9) where there is nothing to compare on. One model is in memory at a time.
+    """
+    student, dtype = config.student, evaluated.get("dtype", config.student.dtype)
+    rows = conversations(config, run)
+    if not rows:
+        raise DistillError(Exit.PUBLISH, run.path("dataset"), "holds no pairs", "make the dataset")
+    flags = (student.allow_pickle, student.trust_remote_code)
+    base = registry.load_model(student.model, dtype, student.revision, *flags)
+    before = answer_logits(add_adapter(base, run.trained("adapter")), rows)
+    del base
+    gc.collect()
+    model = registry.load_model(f"{merged.resolve()}", dtype, None, False, flags[1])
+    fidelity = compare_models(before, answer_logits(model, rows))
     say(fidelity.line())
-    missing = [name for name in MODEL if not (work / name).is_file()]
-    if missing:
-        raise DistillError(Exit.PUBLISH, work, f"{missing[0]} was not written", "report this")
-    keep_only(work)
     return fidelity
 
 
@@ -204,7 +225,6 @@ def conversations(config: Config, run: Run) -> list[Conversation]:
     tokenizer = registry.load_tokenizer(
         config.student.model, config.student.revision, config.student.trust_remote_code
     )
-    tokenizer.save_pretrained(run.path(".release"))
     pairs = [
         pair
         for split in ("validation", "train")
@@ -229,14 +249,12 @@ def copy_plain(source: Path, target: Path) -> None:
         raise DistillError(Exit.PUBLISH, source, "is a link", "put the file itself there")
     if not source.is_file():
         raise DistillError(Exit.PUBLISH, source, "is missing", "distill run CONFIG first")
-    shutil.copyfile(source, target)
-
-
-def keep_only(work: Path) -> None:
-    """Remove what saving wrote beside the files of the allow-list."""
-    for path in work.iterdir():
-        if path.is_file() and path.name not in (*MODEL, *NOTICES):
-            path.unlink()
+    try:
+        if source.suffix != ".safetensors":  # small, and somebody may edit it in place
+            raise OSError
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(source, target)
 
 
 def facts_of(config: Config, run: Run, repository: str | None, license: str, stated: bool) -> Facts:

@@ -39,6 +39,7 @@ from distill.storage.run_folder import Run, differences, flatten, unnamed
 from distill.training import adapters, checkpoint, sharding
 from distill.training.batches import Step, share
 from distill.training.encode import show
+from distill.training.merge import write_merged
 from distill.training.optimizer import (
     learning_rate,
     make_adamw,
@@ -71,7 +72,7 @@ class Progress:
 
 
 def main(config: Config, run: Run, allow_inexact: bool = False, start: Path | None = None) -> None:
-    """Train, or continue training, and write adapter/, checkpoints/ and training.json.
+    """Train, or continue training, and write adapter/, checkpoints/, training.json and merged/.
 
     The first step begins with the adapter in `start`, or with a fresh one. Raises DistillError (exit 7) for whatever
     keeps the training from being what was asked; `allow_inexact` lets a resume under other data, settings, libraries or
@@ -94,6 +95,11 @@ def main(config: Config, run: Run, allow_inexact: bool = False, start: Path | No
             raise DistillError(Exit.TRAINING, run.folder, what, fix) from None
         loop.finish()
         loop.close()
+        merges = accelerator.is_main_process and not config.on_policy.rounds
+        del loop  # the model that was trained makes room for the one that is merged
+        gc.collect()
+    if merges:  # else the rounds that follow are trained on
+        write_merged(config.student, run.path("adapter"), run.path("merged"))
 
 
 @contextmanager

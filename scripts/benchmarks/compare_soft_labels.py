@@ -205,8 +205,7 @@ def measure(base: Run, run: Run | None, held: HeldOut) -> Measured:
     path = (run or base).path("measured.json" if run else "measured-base.json")
     kept = read_json(path) if path.exists() else {}
     if "kl" not in kept:
-        adapter = run.trained("adapter") if run else None
-        responder, _ = student_responder(base.config, adapter, run.folder.name if run else "base")
+        responder, _ = student_responder(base.config, run, run.folder.name if run else "base")
         kept = kept or answered(base, responder, held)
         kept["kl"] = held.divergences(responder.network)
         write_json(path, kept)

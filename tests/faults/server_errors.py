@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from distill.cli import main as distill_main  # noqa: E402
 from distill.errors import Exit  # noqa: E402
 from distill.publishing.card import make_card  # noqa: E402
-from distill.publishing.merge import Fidelity  # noqa: E402
+from distill.publishing.fidelity import Fidelity  # noqa: E402
 from distill.publishing.publish import facts_of  # noqa: E402
 from distill.records import Response  # noqa: E402
 from distill.responders.endpoint.budget import Account, account  # noqa: E402

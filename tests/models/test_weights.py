@@ -13,12 +13,11 @@ from safetensors.torch import load_file, save_file
 from distill.cli import main
 from distill.config import Config, Student
 from distill.errors import DistillError, Exit
-from distill.evaluation.answering import load_student
 from distill.models import registry
 from distill.models.weights import require_values
-from distill.publishing.merge import merge
-from distill.responders.local.local_model import load_merged
+from distill.responders.local.local_model import LocalResponder
 from distill.training import adapters, prepare
+from distill.training.merge import write_merged
 from tests.support.tiny import make_tiny
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -178,6 +177,7 @@ def adapter(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     wrapped = adapters.inject(model, 4, 8, 0.0, "all-linear", 0)
     folder = tmp_path_factory.mktemp("adapter") / "adapter"
     adapters.save_adapter(wrapped, adapters.tensors(wrapped), folder, None)
+    registry.record_base(folder, str(tiny))
     return folder
 
 
@@ -193,15 +193,15 @@ BROKEN_ADAPTER: dict[str, Callable[[Tensors], object]] = {
 
 
 @pytest.mark.parametrize("what", BROKEN_ADAPTER)
-def test_an_adapter_that_is_not_whole(what: str, tiny: Path, adapter: Path, tmp_path: Path) -> None:
-    """It is refused where a student answers on policy, where it is evaluated, and where it is merged."""
+def test_an_adapter_that_is_not_intact(
+    what: str, tiny: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """It is refused where a student answers on policy, and where it is merged."""
     folder = copied(adapter, tmp_path / "adapter")
     edit(folder / adapters.WEIGHTS, BROKEN_ADAPTER[what])
-    student, target = Student(model=str(tiny)), tmp_path / "merged"
     calls: tuple[Callable[[Path], Any], ...] = (
-        lambda place: load_merged(str(tiny), place, "float32", None),
-        lambda place: load_student(student, place),
-        lambda place: merge(str(tiny), None, place, target),
+        lambda place: LocalResponder.load(str(tiny), "float32", adapter=place).network,
+        lambda place: write_merged(Student(model=str(tiny)), place, tmp_path / "merged"),
     )
     for call in calls:
         call(adapter)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from distill.formatting import plain_numbers
 from distill.publishing.card import Facts, cell, make_card, number, one_line
-from distill.publishing.merge import Fidelity
+from distill.publishing.fidelity import Fidelity
 from tests.economics.test_savings import SIXTEEN, reckon
 
 FIDELITY = Fidelity(

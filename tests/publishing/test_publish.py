@@ -206,7 +206,7 @@ def test_a_student_that_is_better_needs_no_override_and_shows_none(run):
 
 
 def test_merged_weights_that_differ_are_not_released(run, monkeypatch):
-    monkeypatch.setattr("distill.publishing.merge.MAX_KL", -1.0)
+    monkeypatch.setattr("distill.publishing.fidelity.MAX_KL", -1.0)
     error = refused(run)
     assert error.code == Exit.PUBLISH and "is not the adapter that was evaluated" in error.what
     release = main(run.config, run, override="for the record")

@@ -23,13 +23,14 @@ from distill.models.chat_template import (
 from distill.models.registry import (
     check_base,
     context_length,
+    device,
     folder_facts,
     identity,
+    load_merged,
     load_model,
     load_tokenizer,
     pick_dtype,
 )
-from distill.models.weights import add_adapter
 from distill.records import Message, Response, Stop, Usage, digest
 from distill.responders.local.continuous_batching import Row, Stream, streaming
 from distill.responders.local.packed_linear import free_memory
@@ -84,11 +85,10 @@ class LocalResponder:
         origin, old_origin = digest({**facts, **more}), digest(facts) if more else None
 
         def weights_loaded() -> Any:
-            return (
-                load_merged(reference, adapter, dtype, revision)
-                if adapter
-                else load_model(reference, dtype, revision)
-            )
+            if adapter is None:
+                return load_model(reference, dtype, revision)
+            merged: Any = load_merged(reference, adapter, revision)
+            return merged.to(device=device(), dtype=pick_dtype(dtype))
 
         name = Path(reference).name
         return cls(weights_loaded, tokenizer, name, origin, date, max_batch_size, old_origin)
@@ -218,10 +218,3 @@ def end_of_turn(tokenizer: Any, date: str) -> frozenset[int]:
     control = set(special_tokens(tokenizer).values())
     rest = encode_text(tokenizer, whole[len(asked) :]) if whole.startswith(asked) else []
     return frozenset([token for token in rest if token in control][:1])
-
-
-def load_merged(reference: str, adapter: Path, dtype: str, revision: str | None) -> Any:
-    """Load a model with an adapter added in float32 and cast once."""
-    base = load_model(reference, "float32", revision)
-    merged = add_adapter(base, adapter).merge_and_unload(safe_merge=True)
-    return merged.to(pick_dtype(dtype)).eval()

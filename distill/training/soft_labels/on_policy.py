@@ -26,6 +26,7 @@ from distill.storage.progress import say
 from distill.storage.run_folder import Run
 from distill.training import train
 from distill.training.batches import order
+from distill.training.merge import write_merged
 from distill.training.soft_labels import capture
 
 TOLD = (
@@ -70,7 +71,7 @@ def round_config(outer: Run, number: int) -> Config:
 
 
 def main(config: Config, run: Run) -> None:
-    """Do the rounds that are left, and write refined/adapter and refined/training.json.
+    """Do the rounds that are left, and write refined/adapter, refined/training.json and refined/merged.
 
     Raises DistillError: exit 2 where the tokenizers differ, 10 where the teacher's terms forbid it, and what the
     capture and the training raise.
@@ -87,6 +88,7 @@ def main(config: Config, run: Run) -> None:
     told = [told_of(each) for each in rounds]
     summary = {"rounds": told, "adapter_sha256": told[-1]["adapter_sha256"]}
     write_json(run.path("refined/training.json"), summary)
+    write_merged(config.student, copied, run.path("refined/merged"))
 
 
 def refine(each: Round, prompts: Sequence[Prompt], adapter: Path) -> None:
