@@ -417,7 +417,7 @@ def fetch(config: ConfigArgument, overrides: Overrides = None) -> None:
 @app.command(rich_help_panel=KEEP)
 def repair(store: Annotated[Path, typer.Argument(metavar="STORE")]) -> None:
     """Copy what is intact in a damaged store; the damaged one is kept beside it."""
-    from distill.storage.log import repair as repair_store
+    from distill.storage.repair import repair as repair_store
 
     print(*repair_store(store).explain(), sep="\n")
 
@@ -426,7 +426,7 @@ def repair(store: Annotated[Path, typer.Argument(metavar="STORE")]) -> None:
 def compact(store: Annotated[Path, typer.Argument(metavar="STORE")]) -> None:
     """Copy a store without what nothing reads any more, and let the copy take its place."""
     from distill.responders.local.plans import worth_keeping
-    from distill.storage.log import compact as compact_store
+    from distill.storage.repair import compact as compact_store
 
     print(*compact_store(store, worth_keeping).explain(), sep="\n")
 

@@ -5,7 +5,6 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from distill.errors import DistillError, Exit
@@ -36,12 +35,7 @@ class FolderLock:
             os.pwrite(self.handle, str(os.getpid()).encode(), 0)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         os.close(self.handle)
 
     def _take(self) -> bool:

@@ -26,7 +26,8 @@ from distill.responders.local import local_model
 from distill.responders.local import workers as crew
 from distill.responders.local.workers import Crew, take_over
 from distill.storage.files import write_records
-from distill.storage.log import Log, repair
+from distill.storage.log import Log
+from distill.storage.repair import repair
 from distill.storage.run_folder import Run
 from tests.support.mortal import killed_at_every_call
 from tests.support.tiny import make_tiny

@@ -16,8 +16,10 @@ from distill.errors import DistillError, Exit
 from distill.records import Document
 from distill.storage import files
 from distill.storage import log as logs
+from distill.storage import repair as repairing
 from distill.storage.locks import FolderLock, sweep
-from distill.storage.log import Log, compact, repair
+from distill.storage.log import Log
+from distill.storage.repair import compact, repair
 from tests.support.mortal import in_child, killed_at_every_call, open_file
 
 BODIES = {f"k{n}": {"text": f"answer {n} é — " + "x" * (n * 7 % 20), "n": n} for n in range(12)}
@@ -81,6 +83,47 @@ def test_segments_roll_over_and_keep_their_order(tmp_path, monkeypatch):
     assert list(contents(tmp_path)) == list(BODIES)
     (tmp_path / "00000002.jsonl").unlink()
     assert "segment 00000002 is missing" in str(fault(lambda: contents(tmp_path)))
+
+
+def test_each_writer_appends_to_segments_of_its_own_and_readers_take_all(tmp_path, monkeypatch):
+    folder, keys = tmp_path / "s", list(BODIES)
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "SEGMENT_BYTES", 300)
+        for writer, share in (("b", keys[8:]), ("", keys[:4]), ("a", keys[4:8]), ("b", [])):
+            with Log(folder, writer=writer) as log:
+                assert sum(log.append([("response", key, BODIES[key])]) for key in share) == len(
+                    share
+                )
+                assert all(log.get("response", key) == BODIES[key] for key in share)
+    names = [path.name for path in logs.segments(folder)]
+    assert {name[:-14] for name in names} == {"", "a-", "b-"} and len(names) == 6
+    assert list(contents(folder).items()) == list(BODIES.items())
+    # a record that two bought at once: the first segment by name counts, and neither is damage
+    again = logs.encode_line("response", "k0", "bought again")
+    (folder / "c-00000001.jsonl").write_bytes(again)
+    for writer in "", "a":  # tails of writers that were killed
+        with [p for p in logs.segments(folder) if logs.writer_of(p) == writer][-1].open(
+            "ab"
+        ) as end:
+            end.write(b"torn " + writer.encode())
+    with Log(folder, writer="a") as log:
+        assert log.torn == 2 and log.append([("response", "new", 1)]) == 1
+    new = {**BODIES, "new": 1}
+    assert contents(folder) == new
+    tail = logs.Tail(folder)
+    assert {key: body for _, key, body in list(tail.read())[:-1]} == new and not list(tail.read())
+    assert repair(folder).lost == [] and contents(folder) == new
+    assert compact(folder, worth).records == 13 and contents(folder) == new
+
+
+def test_a_segment_that_is_missing_is_named_with_its_writer(tmp_path, monkeypatch):
+    monkeypatch.setattr(Log, "SEGMENT_BYTES", 300)
+    for writer in "", "a":
+        with Log(tmp_path, writer=writer) as log:
+            for key, body in BODIES.items():
+                log.append([(f"response{writer}", key, body)])
+    (tmp_path / "a-00000002.jsonl").unlink()
+    assert "segment a-00000002 is missing" in str(fault(lambda: contents(tmp_path)))
 
 
 def test_d8_memory_holds_the_index_and_not_the_bodies(tmp_path):
@@ -198,11 +241,11 @@ def test_repair_keeps_what_is_whole_and_explains_the_rest(tmp_path):
     result = repair(folder)
     assert contents(folder) == {k: v for k, v in BODIES.items() if k != "k4"}
     assert (result.original / segment.name).read_bytes() == damaged
-    assert [loss.place for loss in result.losses] == [f"00000001.jsonl:{n}" for n in (5, 13, 14)]
+    assert [line.place for line in result.lost] == [f"00000001.jsonl:{n}" for n in (5, 13, 14)]
     head, first, second, third = result.explain()
     assert "11 records" in head and "responses.damaged-1" in head
     assert "damaged" in first and "a second time" in second and "cut off" in third
-    assert repair(folder).losses == []
+    assert repair(folder).lost == []
 
 
 def test_repair_refuses_what_is_no_store_and_what_is_in_use(tmp_path):
@@ -255,7 +298,7 @@ def test_compaction_keeps_what_is_worth_it_in_full_segments(tmp_path):
         result = compact(folder, worth)
         assert reader.get("response", "k3") == BODIES["k3"]  # in the files that it has opened
     assert compacted(folder)
-    assert (result.kept, result.left_out) == (24, {"done": 12})
+    assert (result.records, result.left_out) == (24, {"done": 12})
     assert result.after < before <= result.before
     assert result.explain()[0] == "24 records kept; 12 of kind done left out"
     assert compact(folder, worth).left_out == {} and compacted(folder)
@@ -276,7 +319,7 @@ def test_a_copy_that_differs_takes_nobody_s_place(tmp_path, monkeypatch):
     folder = tmp_path / "s"
     segment = fill(folder)
     data = segment.read_bytes()
-    monkeypatch.setattr(logs, "copy", lambda records, log: len(list(records)))
+    monkeypatch.setattr(repairing, "copy", lambda records, log: len(list(records)))
     assert "the copy differs" in str(fault(lambda: compact(folder, worth)))
     assert "the copy differs" in str(fault(lambda: repair(folder)))
     assert segment.read_bytes() == data
@@ -301,7 +344,8 @@ def test_newer_is_refused_and_older_is_copied(tmp_path, monkeypatch):
     assert "newer than 1 (use a newer distill)" in str(fault(lambda: contents(folder)))
     assert "newer" in str(fault(lambda: repair(folder)))
     (folder / "version.json").write_text('{"version": 1}')
-    monkeypatch.setattr(logs, "VERSION", 2)
+    for module in (logs, repairing):
+        monkeypatch.setattr(module, "VERSION", 2)
     monkeypatch.setattr(logs, "DECODERS", {**logs.DECODERS, 2: logs.decode_line})
     assert "store version 1, this is 2 (distill repair" in str(fault(lambda: contents(folder)))
     before = segment.read_bytes()
