@@ -370,6 +370,7 @@ def test_a_saved_dataset_is_read_with_its_split(tmp_path: Path) -> None:
         ("flipped.txt.gz", gzip.compress(b"text" * 99)[:-9] + b"\0" * 9),
         ("none.parquet", b"PAR1 not really"),
     ],
+    ids=("cut", "no gzip", "flipped", "no parquet"),  # packed bytes hold the time
 )
 def test_a_damaged_file_stops_and_is_named(tmp_path: Path, name: str, data: bytes) -> None:
     path = tmp_path / name
