@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 from jinja2 import nodes
 
 from distill.corpus import readers
-from distill.corpus.ngrams import Found, Index, Wanted
+from distill.corpus.ngrams import Index, PhraseMatch, Query
 from distill.corpus.rows import interpret
 from distill.errors import DistillError, Exit
 from distill.records import Document, Item, Pair, Prompt
@@ -27,18 +27,18 @@ from distill.tasks.task import ENVIRONMENT, load_task, task_path
 
 Kind = Literal["corpus", "prompt", "answer"]
 KINDS: tuple[Kind, ...] = ("corpus", "prompt", "answer")
-Text = tuple[str, str]  # where it stands, and what it says
+PlacedText = tuple[str, str]  # a place, and the text that stands there
 
 NOT_FOUND = (
     "Found are 13 words in a row, case, punctuation and spacing aside (shorter items: the whole "
     "item). A paraphrase or a translation is not found."
 )
-TELLING = 4  # words of an answer that may be evidence
-CUT = 6  # characters of a template's sentence that is cut out of a question
+MIN_ANSWER_WORDS = 4  # of an answer that may be evidence
+MIN_SENTENCE = 6  # characters of a template's sentence that is cut out of a question
 
 
 class Match(NamedTuple):
-    """What was found of an item: in what kind of text, where, and the words."""
+    """A match of an item: in what kind of text, where, and the words."""
 
     item: str
     kind: Kind
@@ -46,8 +46,8 @@ class Match(NamedTuple):
     phrase: str
 
 
-class Eval(NamedTuple):
-    """What is evaluated, as text: its id, its cluster, the question without its template, and the reference."""
+class EvaluatedText(NamedTuple):
+    """An item that is evaluated, as text: id, cluster, question without its template, and reference."""
 
     id: str
     cluster: str
@@ -55,15 +55,15 @@ class Eval(NamedTuple):
     reference: str | None = None
 
 
-def of_item(item: Item, template: str | None = None) -> Eval:
+def of_item(item: Item, template: str | None = None) -> EvaluatedText:
     """Return an item as text; `template` is that of its task, where the task has no file."""
-    return Eval(item.id, item.cluster, own_parts(item.prompt, template), item.reference)
+    return EvaluatedText(item.id, item.cluster, own_parts(item.prompt, template), item.reference)
 
 
-def of_document(document: Document) -> Eval:
+def of_document(document: Document) -> EvaluatedText:
     """Return a document that is held out as text."""
     cluster, reference = document.meta.get("parent"), document.meta.get("reference")
-    return Eval(document.id, str(cluster or document.id), (document.text,), reference)
+    return EvaluatedText(document.id, str(cluster or document.id), (document.text,), reference)
 
 
 def own_parts(prompt: Prompt, template: str | None = None) -> tuple[str, ...]:
@@ -82,79 +82,84 @@ def template_of(task: str) -> str:
 
 @cache
 def sentences(template: str) -> tuple[str, ...]:
-    """Return what a template itself says, the longest first."""
-    said = [data.data.strip() for data in ENVIRONMENT.parse(template).find_all(nodes.TemplateData)]
-    return tuple(sorted((text for text in said if len(text) >= CUT), key=len, reverse=True))
+    """Return the sentences of a template itself, the longest first."""
+    parts = ENVIRONMENT.parse(template).find_all(nodes.TemplateData)
+    texts = [part.data.strip() for part in parts]
+    return tuple(
+        sorted((text for text in texts if len(text) >= MIN_SENTENCE), key=len, reverse=True)
+    )
 
 
-def index(items: Sequence[Eval]) -> Index:
-    """Return the items as an index; an owner in it is the place of an item here."""
-    wanted = []
+def index(items: Sequence[EvaluatedText]) -> Index:
+    """Return the items as an index; an owner in it is the position of an item here."""
+    queries = []
     for owner, item in enumerate(items):
-        wanted.append(Wanted(owner, item.cluster, item.question))
+        queries.append(Query(owner, item.cluster, item.question))
         if item.reference:
-            wanted.append(Wanted(owner, item.cluster, (item.reference,), TELLING))
-    return Index(wanted)
+            queries.append(Query(owner, item.cluster, (item.reference,), MIN_ANSWER_WORDS))
+    return Index(queries)
 
 
 def flag(
-    items: Sequence[Eval],
-    documents: Iterable[Text] = (),
-    prompts: Iterable[Text] = (),
-    answers: Iterable[Text] = (),
+    items: Sequence[EvaluatedText],
+    documents: Iterable[PlacedText] = (),
+    prompts: Iterable[PlacedText] = (),
+    answers: Iterable[PlacedText] = (),
 ) -> dict[str, list[Match]]:
-    """Return, by item id, the first match of each kind; an item without one is not in it."""
-    looked_for, matches = index(items), dict[str, dict[Kind, Match]]()
+    """Return, by item id, the first match of each kind; an item without a match is left out."""
+    queries, matches = index(items), dict[str, dict[Kind, Match]]()
     for kind, texts in zip(KINDS, (documents, prompts, answers), strict=True):
-        for owner, place, phrase, _ in looked_for.find(texts):
-            found = Match(items[owner].id, kind, place, phrase)
-            matches.setdefault(found.item, {}).setdefault(kind, found)
-    return {item: list(found.values()) for item, found in matches.items()}
+        for owner, place, phrase, _ in queries.find(texts):
+            match = Match(items[owner].id, kind, place, phrase)
+            matches.setdefault(match.item, {}).setdefault(kind, match)
+    return {item: list(of_item.values()) for item, of_item in matches.items()}
 
 
-def unsearchable(items: Sequence[Eval]) -> set[str]:
+def unsearchable(items: Sequence[EvaluatedText]) -> set[str]:
     """Return the ids of the items that have no words of their own to look for."""
-    checked = index(items).checked
-    return {item.id for owner, item in enumerate(items) if owner not in checked}
+    searchable = index(items).searchable
+    return {item.id for owner, item in enumerate(items) if owner not in searchable}
 
 
-def trained_on(documents: Iterable[Document]) -> Iterator[Text]:
+def trained_on(documents: Iterable[Document]) -> Iterator[PlacedText]:
     """Yield the texts of documents that are not held out, recorded answers too."""
     for document in documents:
         if document.split != "heldout":
-            yield document.id, whole_text(document)
+            yield document.id, full_text(document)
 
 
-def whole_text(document: Document) -> str:
+def full_text(document: Document) -> str:
     """Return a document with the answer that was recorded with it."""
     return "\n".join(filter(None, (document.text, document.meta.get("recorded_answer"))))
 
 
-def asked(pairs: Iterable[Pair]) -> Iterator[Text]:
-    """Yield what training pairs ask the student."""
+def questions_of(pairs: Iterable[Pair]) -> Iterator[PlacedText]:
+    """Yield the questions that training pairs ask the student."""
     return ((pair.prompt.id, "\n".join(own_parts(pair.prompt))) for pair in pairs)
 
 
-def answered(pairs: Iterable[Pair]) -> Iterator[Text]:
-    """Yield what training pairs answer."""
+def answers_of(pairs: Iterable[Pair]) -> Iterator[PlacedText]:
+    """Yield the answers of training pairs."""
     return ((pair.prompt.id, pair.response.text) for pair in pairs)
 
 
-def leaking(documents: Sequence[Document]) -> dict[str, tuple[Document, Found]]:
-    """Return which documents share text with a held-out one and are not held out, by id: that one, and the text."""
+def contaminated_documents(
+    documents: Sequence[Document],
+) -> dict[str, tuple[Document, PhraseMatch]]:
+    """Return, by the id of a document that shares text with a held-out one, that one and the match."""
     held_out = [document for document in documents if document.split == "heldout"]
-    looked_for, leaks = index([of_document(document) for document in held_out]), {}
-    for found in looked_for.find(trained_on(documents)):
-        leaks.setdefault(found.place, (held_out[found.owner], found))
-    return leaks
+    queries, matches = index([of_document(document) for document in held_out]), {}
+    for match in queries.find(trained_on(documents)):
+        matches.setdefault(match.place, (held_out[match.owner], match))
+    return matches
 
 
-def leaking_pairs(pairs: Iterable[Pair], held_out: Iterable[Prompt]) -> set[str]:
+def contaminated_pairs(pairs: Iterable[Pair], held_out: Iterable[Prompt]) -> set[str]:
     """Return the ids of the responses whose prompt or text holds something of a held-out prompt."""
-    asked_of = {prompt.id: Item.make(prompt) for prompt in held_out}
-    looked_for = index([of_item(item) for item in asked_of.values()])
+    items = {prompt.id: Item.make(prompt) for prompt in held_out}
+    queries = index([of_item(item) for item in items.values()])
     texts = ((p.response.id, "\n".join([*own_parts(p.prompt), p.response.text])) for p in pairs)
-    return {found.place for found in looked_for.find(texts)}
+    return {match.place for match in queries.find(texts)}
 
 
 def read_texts(path: Path) -> Iterator[Document]:
@@ -171,12 +176,12 @@ def read_texts(path: Path) -> Iterator[Document]:
                 raise DistillError(Exit.INPUT, row.where, str(error), fix) from None
 
 
-def compare_files(items: Path, corpus: Path) -> tuple[list[Eval], dict[str, list[Match]]]:
+def compare_files(items: Path, corpus: Path) -> tuple[list[EvaluatedText], dict[str, list[Match]]]:
     """Look for the items of one file in the texts of another, or of a folder; places are `file:line`."""
-    looked_for: dict[str, Eval] = {}
+    texts: dict[str, EvaluatedText] = {}
     for document in read_texts(items):
         answer = document.meta.get("reference") or document.meta.get("recorded_answer")
-        item = Eval(document.source, document.source, (document.text,), answer)
-        looked_for.setdefault(document.id, item)
-    evals = list(looked_for.values())
-    return evals, flag(evals, ((d.source, whole_text(d)) for d in read_texts(corpus)))
+        item = EvaluatedText(document.source, document.source, (document.text,), answer)
+        texts.setdefault(document.id, item)
+    evals = list(texts.values())
+    return evals, flag(evals, ((d.source, full_text(d)) for d in read_texts(corpus)))

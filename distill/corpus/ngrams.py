@@ -1,9 +1,9 @@
-"""Finding phrases: which of many texts hold, word for word, a piece of some wanted ones.
+"""Find phrases: which of many texts hold, word for word, a piece of one of the queries.
 
-The wanted texts are the small side. Their windows of words are indexed by exact 64-bit hashes, the others stream past
-in batches, and every hit of a hash is verified on the words themselves, so a collision costs time and never a false
-alarm. Text is compared as words: NFKC, case-folded, punctuation and invisible characters taken out; where a script is
-written without spaces each character is a word. Memory is that of the wanted texts, whatever streams past.
+The queries are the small side. Their windows of words are indexed by exact 64-bit hashes, the texts stream past
+in batches, and every match of a hash is verified on the words themselves, so a collision costs time and never a false
+match. Text is compared as words: NFKC, case-folded, punctuation and invisible characters taken out; where a script is
+written without spaces each character is a word. Memory is that of the queries, however many texts there are.
 """
 
 import hashlib
@@ -17,12 +17,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-WINDOW = 13  # words in a row that count as the same text (Brown et al. 2020, appendix C)
+WINDOW = 13  # consecutive words that count as the same text (Brown et al. 2020, appendix C)
 SHORTEST = (
     8  # words of a shorter text that are looked for inside others; below, it must stand alone
 )
-PHRASE = 5  # words in a row that many wanted texts share are nobody's own
-SHARED = 0.05  # of the clusters: what so many share is nobody's own
+PHRASE = 5  # consecutive words that many queries share are nobody's own
+SHARED = 0.05  # of the clusters: a phrase that so many share is nobody's own
 FEW = 5  # clusters, at least
 BATCH = 1 << 18  # words that are hashed together: what the processor's caches hold
 
@@ -58,26 +58,26 @@ def value(word: str) -> int:
 FACTORS = [value(f"place {place}") | 1 for place in range(WINDOW)]
 
 
-class Wanted(NamedTuple):
-    """A text that is looked for: whose it is, by number, of which cluster, its parts, and the words that it needs."""
+class Query(NamedTuple):
+    """A text to look for: its owner, by number, its cluster, its parts, and the fewest words that are evidence."""
 
     owner: int
     cluster: str
     parts: tuple[str, ...]
-    least: int = 1
+    min_words: int = 1
 
 
-class Found(NamedTuple):
-    """A text named `place` holds words of the wanted text of `owner`, or is the same as a `whole`."""
+class PhraseMatch(NamedTuple):
+    """The text at `place` holds the words of a query of `owner`, or (`alone`) is the same as the query."""
 
     owner: int
     place: str
     phrase: str
-    whole: bool
+    alone: bool
 
 
 class Windows(NamedTuple):
-    """The windows of one length: sorted hashes, where each begins among the wanted words, and a filter by hash."""
+    """The windows of one length: sorted hashes, where each begins among the queries' words, and a filter by hash."""
 
     hashes: Hashes
     starts: NDArray[np.int64]
@@ -96,78 +96,89 @@ class Windows(NamedTuple):
         places = np.flatnonzero(self.filter[hashes_N & np.uint64(len(self.filter) - 1)])
         low = np.searchsorted(self.hashes, hashes_N[places], "left")
         high = np.searchsorted(self.hashes, hashes_N[places], "right")
-        there = high > low
-        return places[there], low[there], high[there]
+        nonempty = high > low
+        return places[nonempty], low[nonempty], high[nonempty]
 
 
 class Index:
-    """The wanted texts, ready to be found. `bits` shortens the hashes, so that a test can make them collide."""
+    """The queries as an index. `bits` shortens the hashes, so that a test can make them collide."""
 
-    def __init__(self, wanted: Sequence[Wanted], bits: int = 64) -> None:
+    def __init__(self, queries: Sequence[Query], bits: int = 64) -> None:
         self.shift = np.uint64(64 - bits)
-        self.stream: list[str] = []  # all wanted words, the parts apart by an empty one
+        self.stream: list[str] = []  # the words of all queries, an empty one after each part
         self.owner: array[int] = array("l")  # of each word
         self.alone: dict[str, list[int]] = {}  # texts that must stand alone -> their owners
         self.values: dict[str, int] = {"": 0}
-        parts = self._read(wanted)
-        values_N = self._hashed(self.stream)
-        own_N = self._own(values_N, wanted, parts)
+        parts = self._read(queries)
+        values_N = self._values_of(self.stream)
+        clusters = len({query.cluster for query in queries})
+        # so many clusters must share a phrase for it to be nobody's own; of few clusters, all
+        many = max(2, min(FEW, clusters), int(SHARED * clusters))
+        own_N = self._mark_own(values_N, queries, parts, many)
         begins: dict[int, list[int]] = {}
-        for text, pieces in zip(wanted, parts, strict=True):
-            self._choose(text, [run for piece in pieces for run in runs(own_N, *piece)], begins)
-        self._keep_rare_alone(wanted)
-        self.windows = self._windows(values_N, begins)
-        owner_N = np.array(self.owner)
-        self.checked = {k for w in self.windows.values() for k in np.unique(owner_N[w.starts])}
-        self.checked |= {owner for owners in self.alone.values() for owner in owners}
+        for query, pieces in zip(queries, parts, strict=True):
+            own = [run for piece in pieces for run in runs(own_N, *piece)]
+            self._choose(query, own, begins)
+        cluster = {query.owner: query.cluster for query in queries}
+        for key, owners in list(self.alone.items()):
+            if len({cluster[owner] for owner in owners}) >= many:  # such as the name of a class
+                del self.alone[key]
+        self.windows, owner_N = dict[int, Windows](), np.array(self.owner)
+        for length, hashes_N in partial_hashes(values_N, set(begins)):
+            starts = np.array(begins[length], np.int64)
+            # of a window that a text repeats, the first: "ha ha ha" in both would be compared word by word, squared
+            order = np.lexsort((owner_N[starts], hashes_N[starts]))
+            pairs = np.stack([hashes_N[starts[order]], owner_N[starts[order]].astype(np.uint64)])
+            new = np.concatenate([[True], (pairs[:, 1:] != pairs[:, :-1]).any(axis=0)])
+            starts = starts[np.sort(order[new])]
+            self.windows[length] = Windows.make(hashes_N[starts] >> self.shift, starts)
+        self.searchable = {k for w in self.windows.values() for k in np.unique(owner_N[w.starts])}
+        self.searchable |= {owner for owners in self.alone.values() for owner in owners}
         self.longest = max((len(text) for text in self.alone), default=0)
 
-    def _read(self, wanted: Sequence[Wanted]) -> list[list[tuple[int, int]]]:
-        """Put all wanted words in the stream, and return where the parts of each text begin and end."""
-        known: dict[str, str] = {}
-        places = []
-        for text in wanted:
-            mine = []
-            for part in text.parts:
-                found = [known.setdefault(word, word) for word in words(part)]
-                mine.append((len(self.stream), len(self.stream) + len(found)))
-                self.stream += [*found, ""]
-                self.owner.extend(repeat(text.owner, len(found) + 1))
-            places.append(mine)
-        self.values |= {word: value(word) for word in known}
-        return places
+    def _read(self, queries: Sequence[Query]) -> list[list[tuple[int, int]]]:
+        """Put the words of all queries in the stream, and return where the parts of each query begin and end."""
+        vocabulary: dict[str, str] = {}
+        parts = []
+        for query in queries:
+            parts.append([])
+            for part in query.parts:
+                tokens = [vocabulary.setdefault(word, word) for word in words(part)]
+                parts[-1].append((len(self.stream), len(self.stream) + len(tokens)))
+                self.stream += [*tokens, ""]
+                self.owner.extend(repeat(query.owner, len(tokens) + 1))
+        self.values |= {word: value(word) for word in vocabulary}
+        return parts
 
-    def _hashed(self, stream: Sequence[str]) -> Hashes:
-        """Return the values of words; one that is in no wanted text has the value 0, and no window with it matches."""
-        found = map(self.values.get, stream, repeat(0))
-        return np.fromiter(found, np.uint64, len(stream))
+    def _values_of(self, stream: Sequence[str]) -> Hashes:
+        """Return the values of words; one that is in no query has the value 0, and no window with it matches."""
+        values = map(self.values.get, stream, repeat(0))
+        return np.fromiter(values, np.uint64, len(stream))
 
-    def _own(
-        self, values_N: Hashes, wanted: Sequence[Wanted], parts: list[list[tuple[int, int]]]
+    def _mark_own(
+        self,
+        values_N: Hashes,
+        queries: Sequence[Query],
+        parts: list[list[tuple[int, int]]],
+        many: int,
     ) -> NDArray[np.bool_]:
-        """Mark the words that are the texts' own: not in a phrase that many clusters share, as a template's is."""
+        """Mark the words that are the queries' own: not in a phrase that many clusters share, as a template's is."""
         own_N = np.ones(len(values_N), np.bool_)
-        names = {name: k for k, name in enumerate(sorted({text.cluster for text in wanted}))}
-        shared_by = self._many(len(names))
+        names = {name: k for k, name in enumerate(sorted({query.cluster for query in queries}))}
         cluster_N = np.zeros(len(values_N), np.int64)
-        for text, pieces in zip(wanted, parts, strict=True):
+        for query, pieces in zip(queries, parts, strict=True):
             for start, end in pieces:
-                cluster_N[start:end] = names[text.cluster]
+                cluster_N[start:end] = names[query.cluster]
         for _, hashes_N in partial_hashes(values_N, {PHRASE}):
-            for start in starts_of_shared(hashes_N, cluster_N, shared_by):
+            for start in starts_of_shared(hashes_N, cluster_N, many):
                 if "" not in self.stream[start : start + PHRASE]:
                     own_N[start : start + PHRASE] = False
         return own_N
 
-    @staticmethod
-    def _many(clusters: int) -> int:
-        """Return how many clusters must share a phrase for it to be nobody's own; of few clusters, all."""
-        return max(2, min(FEW, clusters), int(SHARED * clusters))
-
     def _choose(
-        self, text: Wanted, own: list[tuple[int, int]], begins: dict[int, list[int]]
+        self, query: Query, own: list[tuple[int, int]], begins: dict[int, list[int]]
     ) -> None:
-        """Choose what is looked for: every window of 13 words, else a shorter run whole, else the text alone."""
+        """Choose the windows: every one of 13 words, else each shorter run in full, else the query by itself."""
         long = [(start, end) for start, end in own if end - start >= WINDOW]
         for start, end in long:
             begins.setdefault(WINDOW, []).extend(range(start, end - WINDOW + 1))
@@ -176,43 +187,23 @@ class Index:
         for start, end in own:
             if end - start >= SHORTEST:
                 begins.setdefault(end - start, []).append(start)
-        whole = [word for part in text.parts for word in words(part)]
-        if len(whole) >= text.least:
-            self.alone.setdefault(" ".join(whole), []).append(text.owner)
+        tokens = [word for part in query.parts for word in words(part)]
+        if len(tokens) >= query.min_words:
+            self.alone.setdefault(" ".join(tokens), []).append(query.owner)
 
-    def _keep_rare_alone(self, wanted: Sequence[Wanted]) -> None:
-        """Forget whole texts that many clusters have, such as the names of classes."""
-        cluster = {text.owner: text.cluster for text in wanted}
-        many = self._many(len(set(cluster.values())))
-        for key, owners in list(self.alone.items()):
-            if len({cluster[owner] for owner in owners}) >= many:
-                del self.alone[key]
-
-    def _windows(self, values_N: Hashes, begins: dict[int, list[int]]) -> dict[int, Windows]:
-        tables, owner_N = {}, np.array(self.owner)
-        for length, hashes_N in partial_hashes(values_N, set(begins)):
-            starts = np.array(begins[length], np.int64)
-            # of a window that a text repeats, the first: "ha ha ha" in both would be compared word by word, squared
-            order = np.lexsort((owner_N[starts], hashes_N[starts]))
-            pairs = np.stack([hashes_N[starts[order]], owner_N[starts[order]].astype(np.uint64)])
-            new = np.concatenate([[True], (pairs[:, 1:] != pairs[:, :-1]).any(axis=0)])
-            starts = starts[np.sort(order[new])]
-            tables[length] = Windows.make(hashes_N[starts] >> self.shift, starts)
-        return tables
-
-    def find(self, texts: Iterable[tuple[str, str]]) -> Iterator[Found]:
-        """Yield what each of the texts, (place, text), holds of each owner: once for a text and an owner."""
+    def find(self, texts: Iterable[tuple[str, str]]) -> Iterator[PhraseMatch]:
+        """Yield the matches in each of the texts, (place, text): one for each text and owner."""
         for places, stream, starts, alone in self._batches(texts):
             seen: set[tuple[int, int]] = set()
             for number, phrase in alone:
                 for owner in self.alone[phrase]:
                     if (number, owner) not in seen:
                         seen.add((number, owner))
-                        yield Found(owner, places[number], phrase, True)
-            for number, owner, phrase in self._hits(stream, starts):
+                        yield PhraseMatch(owner, places[number], phrase, True)
+            for number, owner, phrase in self._matches(stream, starts):
                 if (number, owner) not in seen:
                     seen.add((number, owner))
-                    yield Found(owner, places[number], phrase, False)
+                    yield PhraseMatch(owner, places[number], phrase, False)
 
     def _batches(
         self, texts: Iterable[tuple[str, str]]
@@ -220,12 +211,17 @@ class Index:
         """Yield batches: the texts' places, their words in one stream, where each begins, what stands alone in them."""
         places, stream, starts, alone = [], [], [], []
         for place, text in texts:
-            found = words(text)
-            if self.alone:
-                alone += [(len(places), key) for key in self._alone_in(text, found)]
+            tokens = words(text)
+            if self.alone:  # queries that are this text, or a line of it
+                joined = " ".join(tokens)
+                keys = {joined} if len(joined) <= self.longest else set[str]()
+                if "\n" in text:
+                    short = (line for line in text.split("\n") if len(line) <= 4 * self.longest)
+                    keys.update(" ".join(words(line)) for line in short)
+                alone += [(len(places), key) for key in keys & self.alone.keys()]
             places.append(place)
             starts.append(len(stream))
-            stream += found
+            stream += tokens
             stream.append("")
             if len(stream) >= BATCH:
                 yield places, stream, starts, alone
@@ -233,32 +229,23 @@ class Index:
         if places:
             yield places, stream, starts, alone
 
-    def _alone_in(self, text: str, found: list[str]) -> set[str]:
-        """Return the wanted texts that are this one, or a line of it."""
-        whole = " ".join(found)
-        keys = {whole} if len(whole) <= self.longest else set[str]()
-        if "\n" in text:
-            short = (line for line in text.split("\n") if len(line) <= 4 * self.longest)
-            keys.update(" ".join(words(line)) for line in short)
-        return keys & self.alone.keys()
-
-    def _hits(self, stream: list[str], starts: list[int]) -> Iterator[tuple[int, int, str]]:
-        """Yield the number of the text, the owner and the words of each window that is really there."""
+    def _matches(self, stream: list[str], starts: list[int]) -> Iterator[tuple[int, int, str]]:
+        """Yield the number of the text, the owner and the words of each window whose words are the same."""
         start_T = np.array(starts)
-        for length, hashes_N in partial_hashes(self._hashed(stream), set(self.windows)):
+        for length, hashes_N in partial_hashes(self._values_of(stream), set(self.windows)):
             table = self.windows[length]
             places, low, high = table.hits(hashes_N >> self.shift)
             numbers = np.searchsorted(start_T, places, "right") - 1
             ranges = zip(*(a.tolist() for a in (places, low, high, numbers)), strict=True)
-            done: set[tuple[int, str]] = set()  # a text that repeats a phrase is compared once
+            compared: set[tuple[int, str]] = set()  # a text that repeats a phrase is compared once
             for place, first, last, number in ranges:
-                there = stream[place : place + length]
-                phrase = " ".join(there)
-                if (number, phrase) in done:
+                window = stream[place : place + length]
+                phrase = " ".join(window)
+                if (number, phrase) in compared:
                     continue
-                done.add((number, phrase))
+                compared.add((number, phrase))
                 for start in table.starts[first:last].tolist():
-                    if self.stream[start : start + length] == there:
+                    if self.stream[start : start + length] == window:
                         yield number, self.owner[start], phrase
 
 

@@ -1,6 +1,6 @@
 """Reading what people have: text, Markdown, HTML, JSON lines, CSV, TSV, Parquet, a folder of these, or a dataset.
 
-Every row comes out as a mapping with the place it came from, or as a reject with a reason. A file that cannot be
+Each reader yields a row as a mapping with its place (`file:line`), or a reject with a reason. A file that cannot be
 opened or whose end is missing stops with exit 3; a bad row never does. Lines end at newlines and nowhere else.
 """
 
@@ -38,7 +38,7 @@ MAX_LOOKS = 2_000_000_000
 Bytes = io.BufferedReader | gzip.GzipFile
 
 
-class Row(NamedTuple):
+class SourceRow(NamedTuple):
     """A row as it was read, and where: `file:line`."""
 
     where: str
@@ -62,26 +62,24 @@ def kind_of(path: Path) -> str | None:
 
 
 def list_files(path: Path) -> tuple[list[Path], int]:
-    """Return the readable files at or below a path, sorted, and how many others were passed by.
+    """Return the readable files at or below a path, sorted, and how many others there are.
 
     Raises DistillError (exit 3) where the path is missing or holds nothing that can be read.
     """
     if not path.exists():
         raise DistillError(Exit.INPUT, path, "does not exist", "check corpus.path")
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if _is_visible(p, path))
-    known = [file for file in files if kind_of(file)]
-    if not known:
+    files = [path]
+    if not path.is_file():
+        parts = {p: p.relative_to(path).parts for p in path.rglob("*") if p.is_file()}
+        files = sorted(p for p in parts if not any(part.startswith(".") for part in parts[p]))
+    readable = [file for file in files if kind_of(file)]
+    if not readable:
         names = " ".join((*SUFFIXES, *BINARY_SUFFIXES))
         raise DistillError(Exit.INPUT, path, "holds no file of a known kind", f"known are {names}")
-    return known, len(files) - len(known)
+    return readable, len(files) - len(readable)
 
 
-def _is_visible(path: Path, root: Path) -> bool:
-    hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-    return not hidden and path.is_file()
-
-
-def read_file(path: Path, shown: str) -> Iterator[Row | Reject]:
+def read_file(path: Path, shown: str) -> Iterator[SourceRow | Reject]:
     """Yield the rows of one file; `shown` names it in places. Raises DistillError (exit 3) where it cannot be read."""
     kind = kind_of(path)
     try:
@@ -105,7 +103,7 @@ def read_file(path: Path, shown: str) -> Iterator[Row | Reject]:
         ) from None
 
 
-def _read_text(file: Bytes, shown: str, html: bool) -> Iterator[Row | Reject]:
+def _read_text(file: Bytes, shown: str, html: bool) -> Iterator[SourceRow | Reject]:
     data = file.read(MAX_ROW + 1)
     try:
         if len(data) > MAX_ROW:
@@ -113,7 +111,7 @@ def _read_text(file: Bytes, shown: str, html: bool) -> Iterator[Row | Reject]:
         text = decode(data)
         if html and "\0" in text:  # which the parser would replace
             raise ValueError("holds a NUL character")
-        yield Row(f"{shown}:1", {"text": html_to_text(text) if html else text})
+        yield SourceRow(f"{shown}:1", {"text": html_to_text(text) if html else text})
     except ValueError as error:
         yield Reject(where=f"{shown}:1", reason=str(error))
 
@@ -126,25 +124,35 @@ def decode(data: bytes) -> str:
         raise ValueError(f"not UTF-8 at byte {error.start}") from None
 
 
-def read_lines(file: Bytes, shown: str) -> Iterator[Row | Reject]:
+def read_lines(file: Bytes, shown: str) -> Iterator[SourceRow | Reject]:
     """Yield the rows of JSON lines; memory stays bounded by the longest allowed row."""
     number = 0
     while line := file.readline(MAX_ROW + 1):
         number += 1
-        where, whole = f"{shown}:{number}", len(line) <= MAX_ROW
-        while not line.endswith(b"\n") and not whole and (line := file.readline(MAX_ROW)):
+        where, fits = f"{shown}:{number}", len(line) <= MAX_ROW
+        while not line.endswith(b"\n") and not fits and (line := file.readline(MAX_ROW)):
             pass
-        if not whole:
+        if not fits:
             yield Reject(where=where, reason=f"longer than {MAX_ROW:,} bytes")
         elif line.strip():
-            yield _parsed(line, where)
+            yield _parse_line(line, where)
 
 
-def _parsed(line: bytes, where: str) -> Row | Reject:
+def _parse_line(line: bytes, where: str) -> SourceRow | Reject:
+    """Parse an object whose keys are unique; of two equal keys, JSON does not say which one counts."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is no JSON value")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            counts = Counter(key for key, _ in pairs)
+            raise ValueError(f"key {counts.most_common(1)[0][0][:60]!a} stands twice")
+        return value
+
     try:
-        value = json.loads(
-            decode(line), parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeats
-        )
+        value = json.loads(decode(line), parse_constant=refuse, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         return Reject(where=where, reason=f"not JSON: {error.msg} at column {error.colno}")
     except RecursionError:
@@ -153,23 +161,10 @@ def _parsed(line: bytes, where: str) -> Row | Reject:
         return Reject(where=where, reason=f"not JSON: {error}"[:200])
     if not isinstance(value, dict):
         return Reject(where=where, reason=f"not an object but {type(value).__name__}")
-    return Row(where, value)
+    return SourceRow(where, value)
 
 
-def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build an object whose keys stand once each; of two, JSON does not say which one counts."""
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        counts = Counter(key for key, _ in pairs)
-        raise ValueError(f"key {counts.most_common(1)[0][0][:60]!a} stands twice")
-    return value
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON value")
-
-
-def read_csv(file: Bytes, shown: str, delimiter: str) -> Iterator[Row | Reject]:
+def read_csv(file: Bytes, shown: str, delimiter: str) -> Iterator[SourceRow | Reject]:
     """Yield the rows of CSV or TSV, read strictly: a row whose quote does not close costs that row alone.
 
     Such a row is rejected at the line where it begins, and reading goes on at the line after it, so that it swallows
@@ -178,20 +173,20 @@ def read_csv(file: Bytes, shown: str, delimiter: str) -> Iterator[Row | Reject]:
     # bytes that are not UTF-8 become lone surrogates, which cleaning rejects row by row
     text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
     csv.field_size_limit(MAX_ROW)
-    again, taken = deque[str](), list[str]()  # lines to be read again; lines of the row at hand
-    number = 0  # lines of the file that lie behind
+    again, lines = deque[str](), list[str]()  # lines to be read again; lines of the present row
+    number = 0  # lines of the file before the present row
     # A row left open at the end of a line has the fate of every other that is open there: one failure at a later line
     # settles all that begin above that line. Without this, each of them would be read to its end: quadratic.
     hopeless, unclosed, size = 0, "a quote is not closed", 0
 
     def next_line() -> str:
         nonlocal size
-        if taken and number + len(taken) < hopeless:
+        if lines and number + len(lines) < hopeless:
             raise csv.Error(unclosed)
         line = again.popleft() if again else text.readline(MAX_ROW + 1)
-        size = size + len(line) if taken else len(line)
+        size = size + len(line) if lines else len(line)
         if line:
-            taken.append(line)
+            lines.append(line)
         if size > MAX_ROW:
             raise csv.Error(f"longer than {MAX_ROW:,} characters")
         return line
@@ -199,7 +194,7 @@ def read_csv(file: Bytes, shown: str, delimiter: str) -> Iterator[Row | Reject]:
     names: list[str] | None = None
     rows = csv.reader(iter(next_line, ""), delimiter=delimiter, strict=True)
     while True:
-        taken.clear()
+        lines.clear()
         reason, fields = "", list[str]()
         try:
             fields = next(rows)
@@ -207,12 +202,12 @@ def read_csv(file: Bytes, shown: str, delimiter: str) -> Iterator[Row | Reject]:
             return
         except csv.Error as error:
             reason = unclosed if "unexpected end" in str(error) else str(error)
-            if len(taken) > 1 and reason != unclosed:
+            if len(lines) > 1 and reason != unclosed:
                 reason = f"{unclosed}, or {reason}"
         if names is not None and fields and len(fields) != len(names):
             reason = f"{len(fields)} fields under {len(names)} names"
-            if len(taken) > 1:
-                reason += f", on {len(taken)} lines: perhaps {unclosed}"
+            if len(lines) > 1:
+                reason += f", on {len(lines)} lines: perhaps {unclosed}"
         elif reason:
             reason = f"not CSV: {reason}"
         if reason:
@@ -220,44 +215,44 @@ def read_csv(file: Bytes, shown: str, delimiter: str) -> Iterator[Row | Reject]:
             if names is None:
                 raise DistillError(Exit.INPUT, where, f"the head is {reason}", "correct the line")
             yield Reject(where=where, reason=reason)
-            while len(taken[0]) > MAX_ROW and not taken[0].endswith(("\n", "\r")):
-                taken[0] = text.readline(MAX_ROW + 1) or "\n"
-            hopeless = max(hopeless, number + len(taken))
-            again.extendleft(reversed(taken[1:]))
+            while len(lines[0]) > MAX_ROW and not lines[0].endswith(("\n", "\r")):
+                lines[0] = text.readline(MAX_ROW + 1) or "\n"
+            hopeless = max(hopeless, number + len(lines))
+            again.extendleft(reversed(lines[1:]))
             number += 1
             rows = csv.reader(iter(next_line, ""), delimiter=delimiter, strict=True)
             continue
-        number += len(taken)
+        number += len(lines)
         where = f"{shown}:{number}"
         if names is None and any(field.strip() for field in fields):
             names = [name if name.strip() else "" for name in fields]
-            _refuse_twins(names, where)
-            if nameless := [str(place) for place, name in enumerate(names, 1) if not name]:
+            _refuse_same_columns(names, where)
+            if nameless := [str(n) for n, name in enumerate(names, 1) if not name]:
                 say(f"{where}: columns without a name are left out: {', '.join(nameless[:20])}")
         elif names is not None and fields:
             pairs = zip(names, fields, strict=True)
-            yield Row(where, {name: value for name, value in pairs if name})
+            yield SourceRow(where, {name: value for name, value in pairs if name})
 
 
-def _refuse_twins(names: list[str], where: object) -> None:
+def _refuse_same_columns(names: list[str], where: object) -> None:
     """Stop (exit 3) where two columns have one name: only one of them could be read."""
-    twins = [name for name, count in Counter(names).items() if name and count > 1]
-    if twins:
-        what = f"names the column {twins[0][:60]!a} twice"
+    repeated = [name for name, count in Counter(names).items() if name and count > 1]
+    if repeated:
+        what = f"names the column {repeated[0][:60]!a} twice"
         raise DistillError(Exit.INPUT, where, what, "give each column a name of its own")
 
 
-def _read_parquet(path: Path, shown: str) -> Iterator[Row | Reject]:
+def _read_parquet(path: Path, shown: str) -> Iterator[SourceRow | Reject]:
     import pyarrow  # costs a second to import, and few need it
     import pyarrow.parquet
 
     try:
         file, number = pyarrow.parquet.ParquetFile(path), 0
-        _refuse_twins(file.schema_arrow.names, path)
+        _refuse_same_columns(file.schema_arrow.names, path)
         for batch in file.iter_batches(batch_size=1024):
             for value in batch.to_pylist():
                 number += 1
-                yield Row(f"{shown}:{number}", value)
+                yield SourceRow(f"{shown}:{number}", value)
     except (pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
         what = f"is no readable Parquet file: {str(error).splitlines()[0][:120]}"
         raise DistillError(Exit.INPUT, path, what, "write it again") from None
@@ -268,16 +263,16 @@ def is_saved_dataset(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
-def read_dataset(reference: str, config: str | None, split: str) -> Iterator[Row]:
+def read_dataset(reference: str, config: str | None, split: str) -> Iterator[SourceRow]:
     """Yield the rows of a Hub dataset or of a folder saved with save_to_disk; raises DistillError (exit 3)."""
     import datasets  # heavy, and few need it
 
     try:
         if reference.startswith(("/", "./")):
-            found = datasets.load_from_disk(reference)
-            found = found[split] if isinstance(found, datasets.DatasetDict) else found
+            rows = datasets.load_from_disk(reference)
+            rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
         else:
-            found = datasets.load_dataset(reference, config, split=split)
+            rows = datasets.load_dataset(reference, config, split=split)
     except KeyError:
         raise DistillError(
             Exit.INPUT, reference, f"has no split {split}", "set corpus.dataset_split"
@@ -286,11 +281,11 @@ def read_dataset(reference: str, config: str | None, split: str) -> Iterator[Row
         what = f"could not be loaded: {str(error).splitlines()[0][:160]}"
         fix = "check the name and the connection, or set corpus.path to a file"
         raise DistillError(Exit.INPUT, f"dataset {reference}", what, fix) from None
-    for number, value in enumerate(found, 1):
-        yield Row(f"{reference}/{split}:{number}", dict(value))
+    for number, value in enumerate(rows, 1):
+        yield SourceRow(f"{reference}/{split}:{number}", dict(value))
 
 
-class _Text:
+class _PageText:
     """Collects the visible text as the parser comes to it; a block ends a line, `pre` keeps its spaces.
 
     No tree is built, so neither depth nor size is a matter of the stack or of memory.
@@ -353,7 +348,7 @@ def html_to_text(html: str) -> str:
 
     if not html.strip():
         return ""
-    collector = _Text(MAX_LOOKS // (1 + html.count("</")))
+    collector = _PageText(MAX_LOOKS // (1 + html.count("</")))
     parser = HTMLParser(target=collector, encoding="utf-8", no_network=True, huge_tree=True)
     marked = BLOCK_END.sub(lambda end: end[0] + MARK.format(end[1].lower()), html)
     data = marked.encode("utf-8", "replace")

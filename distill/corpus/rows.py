@@ -5,6 +5,7 @@ an assistant's turn after it is kept as `meta["recorded_answer"]`.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import regex
@@ -32,13 +33,13 @@ STATED = {
 
 
 def interpret(
-    row: dict[str, Any],
+    row: Mapping[str, Any],
     where: str,
     columns: Columns | None = None,
     form: str = "auto",
     pattern: str | None = None,
 ) -> Document:
-    """Read a row as a document; `form` is auto, documents or prompts. Raises ValueError with the reason if it is none."""
+    """Read a row as a document; `form` is auto, documents or prompts. Raises ValueError with the reason."""
     columns = columns or Columns()
     text_column = columns.text or _first(row, TEXT_COLUMNS)
     asks = columns.prompt or _first(row, (*CONVERSATIONS, *PROMPT_COLUMNS))
@@ -52,96 +53,86 @@ def interpret(
 
 
 def _conversation(
-    row: dict[str, Any], where: str, columns: Columns, asks: str, pattern: str | None
+    row: Mapping[str, Any], where: str, columns: Columns, asks: str, pattern: str | None
 ) -> Document:
     """Read a row that holds a prompt: a text, or turns."""
-    turns = _turns(row[asks]) if not isinstance(row[asks], str) else [_turn("user", row[asks])]
+    value = row[asks]
+    if isinstance(value, str):
+        turns = [_turn("user", value)]
+    elif not isinstance(value, list) or not value:
+        raise ValueError("a conversation must be a list of turns")
+    elif not all(isinstance(turn, dict) for turn in value):
+        raise ValueError("a turn must have a role and a text")
+    else:
+        turns = [
+            _turn(turn.get("role", turn.get("from")), turn.get("content", turn.get("value")))
+            for turn in value
+        ]
     answer_column = columns.reference or _first(row, ("reference", *ANSWER_COLUMNS))
-    answer = _text_or_none(row.get(answer_column)) if answer_column else None
+    answer = row.get(answer_column) if answer_column else None
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        answer = None
+    answer = None if answer is None else normalise(str(answer))
     recorded = None if answer_column == "reference" else answer
     if turns[-1]["role"] == "assistant":
         recorded = turns.pop()["content"]
     if not turns or turns[-1]["role"] != "user":
         raise ValueError("the conversation has no last user turn to answer")
     reference = extract(answer if answer is not None or not pattern else recorded, pattern)
-    kept = {"reference": reference, "recorded_answer": recorded, **_stated(row)}
+    answers = {"reference": reference, "recorded_answer": recorded}
     meta = {
         **_other(row, columns, asks, answer_column or ""),
         "messages": turns,
-        **{key: value for key, value in kept.items() if value is not None},
+        **{key: value for key, value in answers.items() if value is not None},
+        **{key: row[name] for name, key in STATED.items() if _is_plain(row.get(name))},
     }
-    plain = turns[0]["content"] if len(turns) == 1 else _script(turns)
-    return Document.make(plain, where, meta)
-
-
-def _script(turns: list[dict[str, str]]) -> str:
-    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+    text = turns[0]["content"]
+    if len(turns) > 1:
+        text = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+    return Document.make(text, where, meta)
 
 
 def extract(answer: str | None, pattern: str | None) -> str | None:
-    """Return what the pattern's group finds in an answer; raises ValueError where it finds nothing."""
+    """Return what the pattern's group matches in an answer; raises ValueError where nothing matches."""
     if answer is None or pattern is None:
         return answer
     try:
-        found = regex.search(pattern, answer, timeout=SECONDS)
+        match = regex.search(pattern, answer, timeout=SECONDS)
     except TimeoutError:
         raise ValueError("corpus.reference_pattern takes too long on the answer") from None
-    if found is None or found[1] is None:
+    if match is None or match[1] is None:
         raise ValueError("corpus.reference_pattern is not found in the answer")
-    return found[1].strip()
+    return match[1].strip()
 
 
-def _turns(value: Any) -> list[dict[str, str]]:
-    if not isinstance(value, list) or not value:
-        raise ValueError("a conversation must be a list of turns")
-    turns = []
-    for turn in value:
-        if not isinstance(turn, dict):
-            raise ValueError("a turn must have a role and a text")
-        role = turn.get("role", turn.get("from"))
-        turns.append(_turn(role, turn.get("content", turn.get("value"))))
-    return turns
-
-
-def _turn(role: Any, content: Any) -> dict[str, str]:
+def _turn(role: object, content: object) -> dict[str, str]:
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"unknown role {str(role)[:40]!r}")
     return {"role": ROLES[role], "content": normalise(content)}
 
 
-def _text_or_none(value: Any) -> str | None:
-    if value is None or isinstance(value, bool) or not isinstance(value, str | int | float):
-        return None
-    return normalise(str(value))
-
-
-def _stated(row: dict[str, Any]) -> dict[str, Any]:
-    """Return what the row says about who gave its answer, and for what price."""
-    return {ours: row[theirs] for theirs, ours in STATED.items() if _is_plain(row.get(theirs))}
-
-
-def _other(row: dict[str, Any], columns: Columns, *used: str) -> dict[str, Any]:
+def _other(row: Mapping[str, Any], columns: Columns, *used: str) -> dict[str, Any]:
     """Return the plain values of the other columns, for templates; `id` is the user's own id."""
     skipped = {*used, *STATED, columns.id or "id"}
     meta = {key: value for key, value in row.items() if key not in skipped and _is_plain(value)}
-    given = row.get(columns.id or "id")
-    if given is not None and _is_plain(given):
-        meta["id"] = str(given)
+    identity = row.get(columns.id or "id")
+    if identity is not None and _is_plain(identity):
+        meta["id"] = str(identity)
     for value in (*meta, *meta.values()):
         if isinstance(value, str) and value:
             value.encode("utf-8")  # a lone surrogate raises UnicodeEncodeError, a ValueError
     return meta
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
     return isinstance(value, str | int) and not (isinstance(value, int) and abs(value) > 2**63)
 
 
-def _first(row: dict[str, Any], names: tuple[str, ...]) -> str | None:
+def _first(row: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
     return next((name for name in names if row.get(name) is not None), None)
 
 
-def _names(row: dict[str, Any]) -> str:
+def _names(row: Mapping[str, Any]) -> str:
     return ascii(", ".join(row)[:120])

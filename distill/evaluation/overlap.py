@@ -11,10 +11,10 @@ from distill.corpus.contamination import (
     KINDS,
     NOT_FOUND,
     Match,
-    answered,
-    asked,
+    answers_of,
     flag,
     of_item,
+    questions_of,
     trained_on,
     unsearchable,
 )
@@ -51,7 +51,7 @@ def find_leaks(run: Run, items: Sequence[Item], suites: Sequence[Suite] = ()) ->
     looked_for = [of_item(item) for item in items]
     for part in (part for suite in suites for part in suite.parts):
         looked_for += [of_item(item, part.task.student.user) for item in part.items]
-    matches = flag(looked_for, trained_on(documents), asked(pairs), answered(pairs))
+    matches = flag(looked_for, trained_on(documents), questions_of(pairs), answers_of(pairs))
     return Leaks(matches, unsearchable(looked_for))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from distill.config import Config
 from distill.config_file import load_config
-from distill.corpus.readers import Reject, Row, read_file
+from distill.corpus.readers import Reject, SourceRow, read_file
 from distill.errors import DistillError, Exit
 from distill.evaluation import results
 from distill.evaluation.results import Measured
@@ -112,7 +112,7 @@ def read_answers(suite: Suite, path: Path) -> dict[str, Response]:
     return given
 
 
-def _take(row: Row, texts: dict[str, str], stored: dict[str, Response]) -> None:
+def _take(row: SourceRow, texts: dict[str, str], stored: dict[str, Response]) -> None:
     """Keep what one line of a file of answers says."""
     prompt, answer = row.value.get("prompt"), row.value.get("answer")
     if isinstance(prompt, str) and isinstance(answer, str):

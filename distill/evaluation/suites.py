@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from distill.config import Columns, Config, File, Positive, Section, checked_model
 from distill.config_file import find_config
 from distill.corpus.prompts import ask
-from distill.corpus.readers import Reject, Row, list_files, read_dataset, read_file
+from distill.corpus.readers import Reject, SourceRow, list_files, read_dataset, read_file
 from distill.corpus.rows import interpret
 from distill.corpus.split import rank
 from distill.errors import DistillError, Exit
@@ -220,7 +220,7 @@ def _questions(data: Data, suite: Path, where: str) -> list[Document]:
     return found
 
 
-def _rows(data: Data, suite: Path) -> Iterator[Row | Reject]:
+def _rows(data: Data, suite: Path) -> Iterator[SourceRow | Reject]:
     if data.path is None:
         try:
             yield from read_dataset(data.dataset or "", data.dataset_config, data.dataset_split)

@@ -14,7 +14,7 @@ from typing import Any
 from rich.table import Table
 
 from distill.config import Config, Filters
-from distill.corpus.contamination import leaking_pairs
+from distill.corpus.contamination import contaminated_pairs
 from distill.errors import DistillError, Exit
 from distill.records import SPLITS, Document, Pair, Prompt, Record, Response, Split
 from distill.storage.files import read_records, write_json, write_records
@@ -56,7 +56,7 @@ def main(config: Config, run: Run) -> None:
     splits = {d.id: d.split for d in read_records(run.path("documents.jsonl"), Document)}
     responses = read_records(run.path("responses.jsonl"), Response)
     pairs = [Pair(prompt=prompts[r.prompt_id], response=r) for r in responses]
-    leaks = leaking_pairs(
+    leaks = contaminated_pairs(
         (p for p in pairs if splits[p.prompt.document_id] != "heldout"),
         (p for p in prompts.values() if splits[p.document_id] == "heldout"),
     )

@@ -7,7 +7,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from distill.config import Config, Corpus
 from distill.config_file import load_config
-from distill.corpus.readers import Row, list_files, read_file
+from distill.corpus.readers import SourceRow, list_files, read_file
 from distill.corpus.rows import interpret
 from distill.errors import DistillError, Exit
 from distill.responders.terms import judge_teacher
@@ -74,7 +74,7 @@ def holds_prompts(source: Path) -> bool:
     columns = Corpus(path=source).columns
     for file in list_files(source)[0]:
         for number, row in enumerate(read_file(file, str(file))):
-            if isinstance(row, Row):
+            if isinstance(row, SourceRow):
                 try:
                     return "messages" in interpret(row.value, row.where, columns).meta
                 except ValueError:  # a bad row, which the corpus stage counts

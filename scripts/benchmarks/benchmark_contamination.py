@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from distill.corpus.contamination import Eval, index
+from distill.corpus.contamination import EvaluatedText, index
 from distill.corpus.ngrams import SHORTEST, WINDOW
 
 LETTERS = "etaoinshrdlucmfwypvbgkjqxz"
@@ -159,7 +159,7 @@ def measure(items: int, documents: int, length: int, leaks: int, seed: int) -> d
     wanted = [words if len(words) > 12 else words[: 4 + k % 9] for k, words in enumerate(sizes)]
     planted = plant(wanted, leaks, documents, draw)
     started = time.perf_counter()
-    index_ = index([Eval(str(k), str(k), (sentence(w),)) for k, w in enumerate(wanted)])
+    index_ = index([EvaluatedText(str(k), str(k), (sentence(w),)) for k, w in enumerate(wanted)])
     indexed = time.perf_counter() - started
     texts = Clock(corpus(language, documents, length, planted, draw))
     started = time.perf_counter()

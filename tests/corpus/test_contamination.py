@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from distill.corpus import contamination
 from distill.corpus.contamination import (
-    Eval,
+    EvaluatedText,
     flag,
     index,
     own_parts,
@@ -19,7 +19,7 @@ from distill.corpus.contamination import (
     template_of,
     unsearchable,
 )
-from distill.corpus.ngrams import Index, Wanted, words
+from distill.corpus.ngrams import Index, Query, words
 from distill.corpus.prompts import ask
 from distill.records import Document, Item, Message, Prompt
 from distill.tasks.task import load_task
@@ -37,8 +37,8 @@ def text(seed: int, length: int = 40) -> str:
 def found(item: str, document: str, **more: str) -> bool:
     """Tell whether an item, among others, is found in a document."""
     items = [
-        Eval("1", "1", (item,), **more),
-        *(Eval(f"o{k}", f"o{k}", (text(900 + k),)) for k in range(9)),
+        EvaluatedText("1", "1", (item,), **more),
+        *(EvaluatedText(f"o{k}", f"o{k}", (text(900 + k),)) for k in range(9)),
     ]
     return "1" in flag(items, [("d", document)])
 
@@ -51,7 +51,7 @@ def test_planted_leaks_are_found_in_every_disguise_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("bits", [64, 8, 1])
 def test_a_collision_of_hashes_is_no_match(bits: int) -> None:
-    wanted = [Wanted(k, str(k), (text(k),)) for k in range(30)]
+    wanted = [Query(k, str(k), (text(k),)) for k in range(30)]
     texts = [(str(k), text(k if k < 5 else 1000 + k)) for k in range(30)]
     hits = {(f.owner, f.place) for f in Index(wanted, bits).find(texts)}
     assert hits == {(k, str(k)) for k in range(5)}
@@ -73,17 +73,17 @@ def test_the_length_decides_how_an_item_is_looked_for(size: int) -> None:
 def test_windows_do_not_reach_over_the_ends_of_texts_and_parts() -> None:
     item = text(1, 20)
     first, second = " ".join(item.split()[:10]), " ".join(item.split()[10:])
-    assert not flag([Eval("1", "1", (item,))], [("a", first), ("b", second)])
-    long = Eval("1", "1", (f"{first} {text(4, 3)}", f"{text(5, 3)} {second}"))
+    assert not flag([EvaluatedText("1", "1", (item,))], [("a", first), ("b", second)])
+    long = EvaluatedText("1", "1", (f"{first} {text(4, 3)}", f"{text(5, 3)} {second}"))
     assert not flag([long], [("a", item)]), "a window over the gap between two parts"
 
 
 def test_items_that_hold_nothing_are_not_found_and_not_checked() -> None:
     items = [
-        Eval("1", "1", ("",)),
-        Eval("2", "2", ()),
-        Eval("3", "3", ("?!",)),
-        Eval("4", "4", ("so",)),
+        EvaluatedText("1", "1", ("",)),
+        EvaluatedText("2", "2", ()),
+        EvaluatedText("3", "3", ("?!",)),
+        EvaluatedText("4", "4", ("so",)),
     ]
     assert flag(items, [("a", ""), ("b", "\n\n"), ("c", "...")]) == {}
     assert unsearchable(items) == {"1", "2", "3"}
@@ -91,7 +91,7 @@ def test_items_that_hold_nothing_are_not_found_and_not_checked() -> None:
 
 
 def test_each_kind_is_told_with_its_first_place() -> None:
-    items = [Eval("1", "1", (text(1),)), Eval("2", "2", (text(2),), text(3))]
+    items = [EvaluatedText("1", "1", (text(1),)), EvaluatedText("2", "2", (text(2),), text(3))]
     matches = flag(
         items, [("d", "x"), ("e", text(1)), ("f", text(1))], [("p", text(1))], [("a", text(3))]
     )
@@ -158,14 +158,14 @@ def test_a_task_s_template_is_nobody_s_own(task: str, count: int) -> None:
     items = [contamination.of_item(Item.make(prompt)) for prompt in held_out]
     texts = [(p.id, "\n".join(m.content for m in p.messages)) for p in trained]
     assert flag(items, prompts=texts) == {}
-    assert index(items).checked == set(range(count))
+    assert index(items).searchable == set(range(count))
     again = [(p.id, "\n".join(m.content for m in p.messages)) for p in held_out]
     assert len(flag(items, prompts=again)) == count
 
 
 def test_what_a_user_writes_before_every_question_is_nobody_s_own() -> None:
     order = f"You are an examiner. {text(77, 30)} Answer briefly: "
-    items = [Eval(str(k), str(k), (order + text(k, 25),)) for k in range(40)]
+    items = [EvaluatedText(str(k), str(k), (order + text(k, 25),)) for k in range(40)]
     clean = [(str(k), order + text(3000 + k, 25)) for k in range(300)]
     assert flag(items, prompts=clean) == {}
     assert set(flag(items, prompts=[("p", order + text(7, 25))])) == {"7"}
@@ -173,13 +173,13 @@ def test_what_a_user_writes_before_every_question_is_nobody_s_own() -> None:
 
 def test_a_passage_with_several_questions_is_still_an_item_s_own() -> None:
     passage = text(50, 60)
-    items = [Eval(f"q{k}", "passage", (passage, text(k, 10))) for k in range(6)]
-    items += [Eval(f"o{k}", f"o{k}", (text(100 + k),)) for k in range(20)]
+    items = [EvaluatedText(f"q{k}", "passage", (passage, text(k, 10))) for k in range(6)]
+    items += [EvaluatedText(f"o{k}", f"o{k}", (text(100 + k),)) for k in range(20)]
     assert set(flag(items, [("d", passage)])) == {f"q{k}" for k in range(6)}
 
 
 def test_names_of_classes_are_nobody_s_own() -> None:
-    items = [Eval(str(k), str(k), (text(k),), "the text says nothing") for k in range(10)]
+    items = [EvaluatedText(str(k), str(k), (text(k),), "the text says nothing") for k in range(10)]
     assert flag(items, answers=[("a", "The text says nothing.")]) == {}
 
 

@@ -21,6 +21,8 @@ def test_the_files_and_their_hashes() -> None:
 def test_the_problems_are_read_with_their_numbers() -> None:
     override = "corpus.path=data/gsm8k/sample.jsonl"
     rejects: list[Reject] = []
-    found = corpus.interpreted(load_config(Path("configs/gsm8k.yaml"), [override]).corpus, rejects)
+    found = corpus.interpret_rows(
+        load_config(Path("configs/gsm8k.yaml"), [override]).corpus, rejects
+    )
     assert len(found) == 160 and not rejects
     assert found[0].meta["reference"] == "72" and found[0].meta["recorded_answer"].endswith("72")

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from distill.corpus import readers
 from distill.corpus.clean import normalise
-from distill.corpus.readers import Reject, Row, html_to_text, list_files, read_file
+from distill.corpus.readers import Reject, SourceRow, html_to_text, list_files, read_file
 from distill.errors import DistillError, Exit
 
 
-def read(path: Path) -> list[Row | Reject]:
+def read(path: Path) -> list[SourceRow | Reject]:
     return list(read_file(path, path.name))
 
 
@@ -32,7 +32,7 @@ def write(folder: Path, name: str, data: bytes) -> Path:
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "a.rst", "a.txt.gz", "a.rst.gz", "A.MD"])
 def test_a_text_file_is_one_row(tmp_path: Path, name: str) -> None:
     path = write(tmp_path, name, "\ufeffÜber\r\nline".encode())
-    assert read(path) == [Row(f"{name}:1", {"text": "Über\r\nline"})]
+    assert read(path) == [SourceRow(f"{name}:1", {"text": "Über\r\nline"})]
 
 
 def test_html_gives_its_visible_text(tmp_path: Path) -> None:
@@ -50,7 +50,9 @@ def test_html_gives_its_visible_text(tmp_path: Path) -> None:
         "x",
         "  y",
     ]
-    assert read(write(tmp_path, "a.html.gz", page.encode())) == [Row("a.html.gz:1", {"text": text})]
+    assert read(write(tmp_path, "a.html.gz", page.encode())) == [
+        SourceRow("a.html.gz:1", {"text": text})
+    ]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,7 @@ def test_lines_end_at_newlines_only(tmp_path: Path, name: str) -> None:
     rows = [{"text": "one\u2028two\x85three\x0cfour"}, {"text": "next"}]
     data = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
     found = read(write(tmp_path, name, b"\xef\xbb\xbf" + data.encode() + b"\n"))
-    assert found == [Row(f"{name}:1", rows[0]), Row(f"{name}:2", rows[1])]
+    assert found == [SourceRow(f"{name}:1", rows[0]), SourceRow(f"{name}:2", rows[1])]
 
 
 @pytest.mark.parametrize(
@@ -165,7 +167,7 @@ def test_a_bad_line_is_rejected_and_the_next_is_read(
 ) -> None:
     bad, good = read(write(tmp_path, "a.jsonl", line + b'\n{"text": "good"}'))
     assert isinstance(bad, Reject) and bad.where == "a.jsonl:1" and reason in bad.reason
-    assert good == Row("a.jsonl:2", {"text": "good"})
+    assert good == SourceRow("a.jsonl:2", {"text": "good"})
 
 
 @pytest.mark.parametrize("extra", [-1, 0, 1, 100])
@@ -176,7 +178,7 @@ def test_a_row_that_is_too_long_is_rejected(
     line = json.dumps({"text": "x" * (100 + extra - len('{"text": ""}') - 1)})
     found = read(write(tmp_path, "a.jsonl", f'{line}\n{{"text": "good"}}\n'.encode()))
     assert isinstance(found[0], Reject) is (extra > 0)
-    assert found[1:] == [Row("a.jsonl:2", {"text": "good"})]
+    assert found[1:] == [SourceRow("a.jsonl:2", {"text": "good"})]
     text = read(write(tmp_path, "a.txt", b"x" * (100 + extra)))
     assert isinstance(text[0], Reject) is (extra > 0)
 
@@ -192,21 +194,21 @@ def test_no_bytes_make_a_reader_raise(tmp_path: Path, data: bytes) -> None:
     for name in ("a.txt", "a.html", "a.jsonl", "a.csv", "a.tsv"):
         head = b"a,b\n" if name == "a.csv" else b"a\n" if name == "a.tsv" else b""
         found = read(write(tmp_path, name, head + data))
-        assert all(isinstance(row, Row | Reject) for row in found)
+        assert all(isinstance(row, SourceRow | Reject) for row in found)
 
 
 def test_csv_rows_have_the_names_of_the_header(tmp_path: Path) -> None:
     with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8-sig") as file:
         csv.writer(file).writerows([["id", "text"], ["1", 'a "quoted"\nline, b'], ["2", "ü"]])
     assert read(tmp_path / "a.csv") == [
-        Row("a.csv:3", {"id": "1", "text": 'a "quoted"\nline, b'}),
-        Row("a.csv:4", {"id": "2", "text": "ü"}),
+        SourceRow("a.csv:3", {"id": "1", "text": 'a "quoted"\nline, b'}),
+        SourceRow("a.csv:4", {"id": "2", "text": "ü"}),
     ]
 
 
 def test_a_csv_row_of_other_length_is_rejected(tmp_path: Path) -> None:
     found = read(write(tmp_path, "a.csv", b"id,text\n1,a,b\n\n2\n3,c\n"))
-    assert [type(row) for row in found] == [Reject, Reject, Row]
+    assert [type(row) for row in found] == [Reject, Reject, SourceRow]
     assert found[0].where == "a.csv:2"
 
 
@@ -243,7 +245,7 @@ def test_a_broken_csv_row_costs_no_other(tmp_path: Path, place: int, bad: str, o
     rejects = [row for row in found if isinstance(row, Reject)]
     line = 1 + data[: data.index("\n" + bad.format(n=place) + "\n")].count("\n") + 1
     assert [row.where for row in rejects] == [f"a.csv:{line}"] and rejects[0].bad
-    kept = [int(row.value["id"]) for row in found if isinstance(row, Row)]
+    kept = [int(row.value["id"]) for row in found if isinstance(row, SourceRow)]
     assert kept == [n for n in range(1, 1001) if n != place]
 
 
@@ -260,12 +262,12 @@ def test_what_stands_in_quotes_may_go_over_lines(tmp_path: Path) -> None:
     with (tmp_path / "a.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["id", "the\ntext"], *rows])
     found = read(tmp_path / "a.csv")
-    assert [row.value for row in found if isinstance(row, Row)] == [
+    assert [row.value for row in found if isinstance(row, SourceRow)] == [
         {"id": number, "the\ntext": text} for number, text in rows
     ]
     assert len(found) == len(rows)
     inside = read(write(tmp_path, "b.csv", b'id,text\n1,a 19" disk\n2,b"\n3,c""d\n'))
-    assert [row.value["text"] for row in inside if isinstance(row, Row)] == [
+    assert [row.value["text"] for row in inside if isinstance(row, SourceRow)] == [
         'a 19" disk',
         'b"',
         'c""d',
@@ -298,7 +300,7 @@ def test_a_csv_row_that_is_too_long_is_rejected_and_the_next_is_read(
     for middle, line in (("1," + "x" * 500, 2), ('1,"' + "x\n" * 90, 2)):
         found = read(write(tmp_path, "a.csv", f"id,text\n{middle}\n9,good\n".encode()))
         assert isinstance(found[0], Reject) and found[0].where == f"a.csv:{line}"
-        assert isinstance(found[-1], Row) and found[-1].value == {"id": "9", "text": "good"}
+        assert isinstance(found[-1], SourceRow) and found[-1].value == {"id": "9", "text": "good"}
 
 
 def test_two_columns_of_one_name_stop_and_are_named(tmp_path: Path) -> None:
@@ -326,13 +328,20 @@ def test_columns_without_a_name_are_left_out_with_a_word(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = read(write(tmp_path, "a.csv", b"\n,text, ,\n0,a,,x\n1,b,,y\n"))
-    assert [row.value for row in found if isinstance(row, Row)] == [{"text": "a"}, {"text": "b"}]
+    assert [row.value for row in found if isinstance(row, SourceRow)] == [
+        {"text": "a"},
+        {"text": "b"},
+    ]
     assert "columns without a name are left out: 1, 3, 4" in capsys.readouterr().err
 
 
 def test_tsv_is_read_by_its_tabs(tmp_path: Path) -> None:
     found = read(write(tmp_path, "a.tsv.gz", b'id\ttext\n1\ta, b\n2\t"c\td"\n3\t"e\n4\tf\n'))
-    assert [row.value["text"] for row in found if isinstance(row, Row)] == ["a, b", "c\td", "f"]
+    assert [row.value["text"] for row in found if isinstance(row, SourceRow)] == [
+        "a, b",
+        "c\td",
+        "f",
+    ]
     assert [row.where for row in found if isinstance(row, Reject)] == ["a.tsv.gz:4"]
 
 
@@ -341,13 +350,13 @@ def test_a_key_that_stands_twice_makes_a_bad_row(tmp_path: Path) -> None:
     first, second, good = read(write(tmp_path, "a.jsonl", data))
     assert isinstance(first, Reject) and "key 'text' stands twice" in first.reason
     assert isinstance(second, Reject) and second.where == "a.jsonl:2"
-    assert good == Row("a.jsonl:3", {"text": "d"})
+    assert good == SourceRow("a.jsonl:3", {"text": "d"})
 
 
 def test_parquet_rows(tmp_path: Path) -> None:
     path, rows = tmp_path / "a.parquet", [{"text": "a", "n": 1}, {"text": None, "n": 2}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    assert read(path) == [Row("a.parquet:1", rows[0]), Row("a.parquet:2", rows[1])]
+    assert read(path) == [SourceRow("a.parquet:1", rows[0]), SourceRow("a.parquet:2", rows[1])]
 
 
 def test_a_saved_dataset_is_read_with_its_split(tmp_path: Path) -> None:
