@@ -23,11 +23,11 @@ from distill.evaluation.suite_scores import read_suites
 from distill.evaluation.suites import Suite
 from distill.evidence import APART, CONFIG, LEDGER, MANIFEST, Check, Evidence, check_files, verdict
 from distill.formatting import table
-from distill.generation.generate import readings
 from distill.models.registry import folder_digest
 from distill.pipeline import STAGES
 from distill.records import Item, Response
 from distill.report import report
+from distill.responders.ask import readings
 from distill.responders.endpoint.budget import replies
 from distill.responders.responder import Request, Sampling
 from distill.storage.environment import environment

@@ -14,13 +14,12 @@ from distill.evaluation.items import by_item
 from distill.evaluation.measure import limit, why_no_teacher
 from distill.evaluation.suites import Suite
 from distill.evaluation.throughput import timed
-from distill.generation.generate import answer_all, make_teacher, require_an_answer
+from distill.generation.generate import make_teacher
 from distill.models import registry
 from distill.models.chat_template import template_hash
 from distill.records import Pair, Prompt, Reading, Response, digest
-from distill.responders.endpoint.budget import enter_account
+from distill.responders.ask import Ask
 from distill.responders.local.local_model import LocalResponder
-from distill.responders.local.plans import Spend, Spending
 from distill.responders.responder import Request, Responder, Sampling
 from distill.responders.terms import require_terms
 from distill.storage.files import sha256_file
@@ -92,36 +91,16 @@ def _answered(
     pairs: Sequence[Pair],
     suites: Sequence[Suite],
 ) -> Answered:
-    store, spend = config.store_folder() / "responses", Spending(run)
     prompts = [pair.prompt for pair in pairs]
-    responses = ask(responder, prompts, [limit(config)] * len(prompts), store, spend)
-    given = {suite.name: ask_suite(responder, suite, store, spend) for suite in suites}
-    timed(
-        timing_of(run, responder.model),
-        responder,
-        requests_to(responder, prompts, [limit(config)] * len(prompts)),
-    )
+    requests = requests_to(responder, prompts, [limit(config)] * len(prompts))
+    with Ask(responder, config.store_folder() / "responses", run) as ask:
+        responses = ask.responses(requests, f"{responder.model} answers")
+        given = {suite.name: ask_suite(ask, suite) for suite in suites}
+    timed(timing_of(run, responder.model), responder, requests)
     say(f"{responder.model}: loss on the teacher's answers")
     length = config.train.max_length
     readings = answer_loss(responder.network, responder.tokenizer, pairs, responder.date, length)
     return Answered(responses, readings, given)
-
-
-def ask(
-    responder: Responder,
-    prompts: Sequence[Prompt],
-    limits: Sequence[int],
-    store: Path,
-    spend: Spend | None = None,
-    as_teacher: bool = False,
-    again: bool = False,
-) -> list[Response]:
-    """Ask the student's view of every prompt (`as_teacher`: the teacher's), greedily, at most `limits` tokens each."""
-    requests = requests_to(responder, prompts, limits, as_teacher)
-    title = f"{responder.model} answers"
-    responses = answer_all(responder, requests, store, title, spend, again=again)
-    require_an_answer(responses, responder.model)
-    return responses
 
 
 def requests_to(
@@ -142,32 +121,23 @@ def requests_to(
     ]
 
 
-def ask_suite(
-    responder: Responder,
-    suite: Suite,
-    store: Path,
-    spend: Spend | None = None,
-    as_teacher: bool = False,
-    again: bool = False,
-) -> Given:
-    """Ask the questions of a suite; return the answers by item id."""
-    items, most = suite.items, suite.limits()
-    prompts, limits = [item.prompt for item in items], [most[item.id] for item in items]
-    return by_item(items, ask(responder, prompts, limits, store, spend, as_teacher, again))
+def ask_suite(ask: Ask, suite: Suite, as_teacher: bool = False) -> Given:
+    """Ask the student's view of a suite's questions (`as_teacher`: the teacher's); return the answers by item id."""
+    most = suite.limits()
+    prompts, limits = [i.prompt for i in suite.items], [most[i.id] for i in suite.items]
+    requests = requests_to(ask.responder, prompts, limits, as_teacher)
+    return by_item(suite.items, ask.responses(requests, f"{ask.responder.model} answers"))
 
 
 def answer_with_teacher(config: Config, run: Run, suites: Sequence[Suite]) -> dict[str, Given]:
     """Put suites to the teacher; what a paid one took is in the ledger, also when the budget ends it (exit 6)."""
-    asked = [suite for suite in suites if why_no_teacher(config, suite) is None]
-    if not asked:
+    open_suites = [suite for suite in suites if why_no_teacher(config, suite) is None]
+    if not open_suites:
         return {}
     require_terms(config)
     teacher, store = make_teacher(config, {}, []), config.store_folder() / "responses"
-    spend, again = Spending(run, config.teacher.kind), "evaluate" in run.remade
-    try:
-        return {suite.name: ask_suite(teacher, suite, store, spend, True, again) for suite in asked}
-    finally:
-        enter_account(run, store)
+    with Ask(teacher, store, run, "evaluate" in run.remade) as ask:
+        return {suite.name: ask_suite(ask, suite, as_teacher=True) for suite in open_suites}
 
 
 def time_teacher(config: Config, run: Run, pairs: Sequence[Pair]) -> None:

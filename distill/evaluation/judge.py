@@ -22,7 +22,7 @@ PROBES = Path("configs/judge_probe.yaml")
 MOST_FOOLED, LEAST_SEEN = 0.05, 0.5  # shares of the probes; see `verdict_on_judge`
 MATCHED = 0.2  # lengths that differ by at most this share of the longer count as alike
 Choice = Literal["A", "B", "TIE"]
-Ask = Callable[[Sequence[tuple[Message, ...]]], list[Response]]
+Judge = Callable[[Sequence[tuple[Message, ...]]], list[Response]]  # one reply a conversation
 
 CHOICES: dict[str, Choice] = {"VERDICT: A": "A", "VERDICT: B": "B", "VERDICT: TIE": "TIE"}
 SYSTEM = """\
@@ -91,7 +91,7 @@ def _marked(name: str, code: str, text: str) -> str:
     return f"[{code} {name} BEGINS]\n{text}\n[{code} {name} ENDS]"
 
 
-def judge(duels: Sequence[Duel], ask: Ask, ask_copies: bool = False) -> list[Outcome]:
+def judge(duels: Sequence[Duel], ask: Judge, ask_copies: bool = False) -> list[Outcome]:
     """Put every duel to the judge in both orders; equal texts tie without being asked, unless `ask_copies`."""
     open_ = [d for d in duels if ask_copies or d.a.strip() != d.b.strip()]
     replies = ask([ask_about(duel, swapped) for duel in open_ for swapped in (False, True)])

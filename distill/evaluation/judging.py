@@ -11,8 +11,8 @@ from distill.config import Config, Teacher
 from distill.errors import DistillError, Exit
 from distill.evaluation.acceptance import Acceptance
 from distill.evaluation.judge import (
-    Ask,
     Duel,
+    Judge,
     Outcome,
     accepted,
     duels_of,
@@ -28,7 +28,10 @@ from distill.evaluation.judge import (
 )
 from distill.evaluation.results import Models
 from distill.evaluation.statistics import Certainty
+from distill.generation.generate import make_teacher
 from distill.records import Item, Message, Response, Score, digest
+from distill.responders.ask import Ask
+from distill.responders.responder import Request, Sampling
 from distill.storage.files import read_records, write_records
 from distill.storage.progress import say
 from distill.storage.run_folder import Run
@@ -56,17 +59,14 @@ def ask_judge(config: Config, run: Run, items: Sequence[Item], answers: Models) 
     settings = config.evaluation.judge
     if settings is None:
         return
-    from distill.responders.endpoint.budget import enter_account
-
-    try:
-        ask = asking(config, run, settings)
-        probes = probe_duels(load_probes())
-        found = {"probe": (probes, judge(probes, ask, ask_copies=True))}
+    responder = make_teacher(config.model_copy(update={"teacher": settings}), {}, [])
+    store, again = config.store_folder() / "responses", "evaluate" in run.remade
+    with Ask(responder, store, run, again) as ask:
+        probes, replies = probe_duels(load_probes()), through(ask, settings)
+        found = {"probe": (probes, judge(probes, replies, ask_copies=True))}
         for rival in RIVALS:
             duels = duels_of(items, answers, "student", rival)
-            found[rival] = (duels, judge(duels, ask))
-    finally:
-        enter_account(run, config.store_folder() / "responses")
+            found[rival] = (duels, judge(duels, replies))
     for name, (duels, outcomes) in found.items():
         rows = scores_of(f"student against {name}", duels, outcomes)
         write_records(run.path(f"answers/judge/{name}.jsonl"), rows)
@@ -99,49 +99,36 @@ def read_judge(
     return Judged(told, duels["teacher"], outcomes["teacher"])
 
 
-def asking(config: Config, run: Run, settings: Teacher) -> Ask:
-    """Return what asks the judge, keeps what it says in the store, and enters what it took in the ledger."""
-    from distill.responders.local.plans import Spending
-
-    spend, again = Spending(run, settings.kind), "evaluate" in run.remade
-    return through_store(config.model_copy(update={"teacher": settings}), spend, again)
-
-
-def through_store(
-    config: Config, spend: Callable[[int, int], None] | None = None, again: bool = False
-) -> Ask:
-    """Return what asks the config's teacher in the role of a judge, and keeps what it says in the store."""
-    from distill.generation.generate import answer_all, make_teacher, require_an_answer
-    from distill.responders.responder import Request, Sampling
-
-    responder, settings = make_teacher(config, {}, []), config.teacher
+def through(ask: Ask, settings: Teacher) -> Judge:
+    """Return what asks a responder with these settings in the role of a judge."""
     sampling = Sampling(
         temperature=settings.temperature,
         top_p=settings.top_p,
         max_new_tokens=settings.max_new_tokens,
     )
 
-    def ask(asked: Sequence[tuple[Message, ...]]) -> list[Response]:
+    def replies(conversations: Sequence[tuple[Message, ...]]) -> list[Response]:
+        origin = ask.responder.origin
         requests = [
-            Request.make(responder.origin, digest([m.content for m in turns]), turns, sampling)
-            for turns in asked
+            Request.make(origin, digest([m.content for m in turns]), turns, sampling)
+            for turns in conversations
         ]
-        store = config.store_folder() / "responses"
-        responses = answer_all(responder, requests, store, "judge", spend, again=again)
-        require_an_answer(responses, responder.model)
-        return responses
+        return ask.responses(requests, "judge")
 
-    return ask
+    return replies
 
 
 def probed(config: Config) -> dict[str, Any]:
     """Put the probes to the judge of a config, and return the result; raises DistillError (exit 2) without a judge."""
-    if config.evaluation.judge is None:
+    settings = config.evaluation.judge
+    if settings is None:
         fix = "set evaluation.judge, for instance {kind: local, model: MODEL, max_new_tokens: 96}"
         raise DistillError(Exit.CONFIG, "evaluation.judge", "is not set", fix)
     probes = load_probes()
-    ask = through_store(config.model_copy(update={"teacher": config.evaluation.judge}))
-    return examined(probes, judge(probe_duels(probes), ask, ask_copies=True))
+    responder = make_teacher(config.model_copy(update={"teacher": settings}), {}, [])
+    with Ask(responder, config.store_folder() / "responses") as ask:
+        outcomes = judge(probe_duels(probes), through(ask, settings), ask_copies=True)
+    return examined(probes, outcomes)
 
 
 def probe_lines(found: dict[str, Any]) -> list[str]:

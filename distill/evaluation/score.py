@@ -21,6 +21,7 @@ from distill.evaluation.suite_scores import measure_suite, write_answers, write_
 from distill.evaluation.suites import Suite, is_run
 from distill.formatting import figure, markdown_table, share
 from distill.records import Response
+from distill.responders.ask import Ask
 from distill.responders.recorded import raw_text
 from distill.responders.responder import Request, Sampling, parse
 from distill.storage.run_folder import open_folder
@@ -61,14 +62,16 @@ def _asked(suite: Suite, path: Path, who: str, store: Path) -> tuple[dict[str, R
     from distill.evaluation.answering import ask_suite, student_responder
     from distill.responders.local.local_model import LocalResponder
 
-    if is_run(path):
-        run = open_folder(path)
-        responder, _ = student_responder(run.config, run, "student")
-        return ask_suite(responder, suite, store), path.resolve().name
-    if path.suffix in (".yaml", ".yml"):
+    if path.suffix in (".yaml", ".yml") and not is_run(path):
         return _bought(suite, load_config(path), store)
-    responder = LocalResponder.load(who)
-    return ask_suite(responder, suite, store), responder.model
+    if is_run(path):
+        run, name = open_folder(path), path.resolve().name
+        responder, _ = student_responder(run.config, run, "student")
+    else:
+        responder = LocalResponder.load(who)
+        name = responder.model
+    with Ask(responder, store) as ask:
+        return ask_suite(ask, suite), name
 
 
 def _bought(suite: Suite, config: Config, store: Path) -> tuple[dict[str, Response], str]:
@@ -84,7 +87,8 @@ def _bought(suite: Suite, config: Config, store: Path) -> tuple[dict[str, Respon
         fix = "name a config with a local teacher or an endpoint, or a file of answers"
         raise DistillError(Exit.CONFIG, "teacher.kind", f"{teacher.kind} cannot be asked", fix)
     responder = make_teacher(config, {}, [])
-    return ask_suite(responder, suite, store, as_teacher=True), responder.model
+    with Ask(responder, store) as ask:
+        return ask_suite(ask, suite, as_teacher=True), responder.model
 
 
 def read_answers(suite: Suite, path: Path) -> dict[str, Response]:

@@ -14,10 +14,10 @@ from typing import NamedTuple
 from distill.config import Config
 from distill.corpus.questions import shares
 from distill.formatting import money
-from distill.generation.generate import read
 from distill.generation.requests import asking_requests, requests_of, written_prompts
 from distill.planning.work import Work, mean_bytes
 from distill.records import Record, Response
+from distill.responders.ask import read
 from distill.responders.endpoint.attempts import origin_of
 from distill.responders.endpoint.budget import Account, account, most_dollars
 from distill.responders.prices import MILLION, TokenPrice, load_prices

@@ -6,16 +6,14 @@ answers in the store.
 """
 
 from collections.abc import Iterable
-from functools import partial
 from itertools import islice
 
 from distill.config import Config
 from distill.errors import DistillError, Exit
-from distill.generation.generate import answer_all, make_teacher, require_an_answer
+from distill.generation.generate import make_teacher
 from distill.generation.requests import asking_requests, requests_of, written_prompts
 from distill.records import Document, Prompt, digest
-from distill.responders.endpoint.budget import enter_account
-from distill.responders.local.plans import Spending
+from distill.responders.ask import Ask
 from distill.responders.responder import Request
 from distill.storage.files import read_records
 from distill.storage.progress import say
@@ -40,30 +38,24 @@ def pilot(run: Run, count: int) -> str:
         documents = {d.id: d for d in read_records(run.path("documents.jsonl"), Document)}
         prompts = read_records(run.path("prompts.jsonl"), Prompt)
         teacher, settings = make_teacher(config, documents, prompts), config.prompts.questions
-        folder, spend = config.store_folder() / "responses", Spending(run, config.teacher.kind)
-        ask = partial(answer_all, teacher, store_folder=folder, title="pilot", spend=spend)
+        store = config.store_folder() / "responses"
         origins.append(teacher.origin)
-        asked = 0
-        try:
+        answered = 0
+        with Ask(teacher, store, run) as ask:
             if settings:  # half of what is asked goes to the writing of questions
                 ordered = sorted(documents.values(), key=lambda document: digest(document.text))
                 pairs = [(d, asking_requests(settings, teacher.origin, d)) for d in ordered]
                 pairs = pairs[: max(1, count // 2 // max(1, len(pairs[0][1])))] if pairs else []
                 pairs = [(d, requests) for d, requests in pairs if len(requests) <= count]
-                written = ask(requests=[r for _, requests in pairs for r in requests])
-                require_an_answer(written, teacher.model)
-                replies = iter(written)
-                asked = sum(len(requests) for _, requests in pairs)
+                first = [request for _, requests in pairs for request in requests]
+                replies = iter(ask.responses(first, "pilot"))
+                answered = len(first)
                 for document, requests in pairs:
                     new = written_prompts(settings, document, islice(replies, len(requests)))
                     prompts += new
             requests = requests_of(config, teacher.origin, prompts, documents)
-            answers = ask(requests=chosen(requests, count - asked))
-            require_an_answer(answers, teacher.model)
-            asked += len(answers)
-        finally:
-            enter_account(run, folder)
-        say(f"pilot: {asked} answers in the store, {spend.answers} of them asked for now")
+            answered += len(ask.responses(chosen(requests, count - answered), "pilot"))
+        say(f"pilot: {answered} answers in the store, {ask.count} of them asked for now")
 
     run.do(Stage("pilot", (), (), (), main))
     return origins[0]

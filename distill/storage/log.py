@@ -16,7 +16,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Self
@@ -116,11 +116,20 @@ def damaged(where: object, folder: Path, what: str) -> DistillError:
     return DistillError(Exit.STATE, where, what, f"distill repair {folder}")
 
 
+class Checked(NamedTuple):
+    """How much of a segment was checked: its position among the files of the log, lines, bytes."""
+
+    segment: int
+    lines: int = 0
+    size: int = 0
+
+
 class Log:
     """An append-only folder of checksummed records, by kind and key; any number of readers.
 
     Opening checks every line, and keeps in memory where each record lies, not what it holds.
-    `writer` names whose segments are appended to.
+    `writer` names whose segments are appended to. A log that was opened to be read can become the
+    writer's for a while (`writing`): it then reads no more than what others have added.
     """
 
     SEGMENT_BYTES = 256 << 20  # a segment that has reached this is followed by a new one
@@ -131,34 +140,48 @@ class Log:
         self.index: dict[str, dict[str, int]] = {}
         self.torn = 0
         self._files: list[BinaryIO] = []
-        self._handle, self._segment, self._number, self._size = -1, 0, 0, 0
+        self._checked: dict[str, Checked] = {}  # by the name of the segment
+        self._handle, self._name, self._number, self._size = -1, "", 0, 0
         self._sound = False  # False from the start of a write until it is known to be on the disk
         self._undo = ExitStack()
 
     def __enter__(self) -> Self:
         with ExitStack() as undo:
-            refuse_half_copy(self.folder)
+            undo.callback(self._close_files)
             if self.writable:
-                undo.enter_context(FolderLock(self.folder))
-                sweep(self.folder)
-            undo.callback(self._close)
-            with disk_errors(self.folder):
-                self._load()
+                undo.enter_context(self.writing())
+            else:
+                refuse_half_copy(self.folder)
+                with disk_errors(self.folder):
+                    self._load()
             self._undo = undo.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._undo.close()
 
-    def _close(self) -> None:
-        if self._handle >= 0:
-            os.close(self._handle)
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the writer's lock inside the block, after reading what was added since the opening."""
+        refuse_half_copy(self.folder)
+        with FolderLock(self.folder):
+            sweep(self.folder)
+            self.writable = True
+            try:
+                with disk_errors(self.folder):
+                    self._load()
+                yield
+            finally:
+                if self._handle >= 0:
+                    os.close(self._handle)
+                self._handle, self._sound, self.writable = -1, False, False
+
+    def _close_files(self) -> None:
         for file in self._files:
             file.close()
-        self._handle, self._sound = -1, False
 
     def _load(self) -> None:
-        """Check the version and every line, and open the writer's last segment."""
+        """Check the version and every line not checked yet, and open the writer's last segment."""
         paths = segments(self.folder)  # before the version, which a writer beside us makes first
         version = read_version(self.folder)
         if version != VERSION and (version or paths):
@@ -166,27 +189,45 @@ class Log:
             raise damaged(self.folder / "version.json", self.folder, what)
         if not version and self.writable:
             write_json(self.folder / "version.json", {"version": VERSION})
+        self.torn = 0
+        if self._replaced():
+            self._close_files()
+            self._files, self._checked, self.index = [], {}, {}
         for path, following in zip_longest(paths, paths[1:]):
-            # opened now: a reader goes on in these files while a copy takes their place
-            self._files.append(path.open("rb"))
+            if path.name not in self._checked:
+                # opened now: a reader goes on in these files while a copy takes their place
+                self._checked[path.name] = Checked(len(self._files))
+                self._files.append(path.open("rb"))
             self._index_segment(path, not following or writer_of(following) != writer_of(path))
         if self.writable:
-            mine = [n for n, path in enumerate(paths) if writer_of(path) == self.writer]
-            self._open_segment(max(1, len(mine)), mine[-1] if mine else len(paths))
+            mine = sum(writer_of(path) == self.writer for path in paths)
+            self._open_segment(max(1, mine))
             self._sound = True
             if self.torn:
                 what = f"{self.torn} record cut off while being written, moved to torn/"
                 say(f"{self.folder}: {what}")
 
+    def _replaced(self) -> bool:
+        """Tell whether a copy took the place of what was read, or a writer took back what it wrote."""
+        for name, (segment, _, size) in self._checked.items():
+            opened = os.fstat(self._files[segment].fileno())
+            path = self.folder / name
+            if not path.exists() or not os.path.samestat(path.stat(), opened):
+                return True
+            if opened.st_size < size:
+                return True
+        return False
+
     def _index_segment(self, path: Path, last: bool) -> None:
-        """Note where each record lies in the newest of the open segments.
+        """Note where each record lies in what is new of a segment.
 
         Only the last line of a writer's last segment may lack its newline. Where its checksum fails
         it is torn, and moved to `torn/`, named by its position and content: a crash here only
         repeats the move. No line after it is read: a writer beside this reader may be adding some.
         """
-        segment = len(self._files) - 1
-        for line, offset, data, record in scan(path):
+        segment, before, start = self._checked[path.name]
+        for line, offset, data, record in scan(path, offset=start):
+            number, position = before + line, segment << 40 | offset
             complete = data[-1] == NEWLINE
             if record is None and last and not complete:
                 self.torn += 1
@@ -197,27 +238,29 @@ class Log:
                     _extend(path, b"")
                 return
             if record is None or not (complete or last):
-                raise damaged(f"{path}:{line}", self.folder, "damaged record")
-            keys = self.index.setdefault(record.kind, {})
-            if record.key not in keys:
-                keys[record.key] = segment << 40 | offset
-            elif writer_of(Path(self._files[keys[record.key] >> 40].name)) == writer_of(path):
+                raise damaged(f"{path}:{number}", self.folder, "damaged record")
+            known = self.index.setdefault(record.kind, {}).setdefault(record.key, position)
+            same_writer = writer_of(Path(self._files[known >> 40].name)) == writer_of(path)
+            if known != position and same_writer:
                 what = f"{record.kind} {record.key} stands a second time"
-                raise damaged(f"{path}:{line}", self.folder, what)
+                raise damaged(f"{path}:{number}", self.folder, what)
             if not complete:
                 if self.writable:
                     _extend(path, b"\n")
+                    self._checked[path.name] = Checked(segment, number, offset + len(data) + 1)
                 return
+            self._checked[path.name] = Checked(segment, number, offset + len(data))
 
-    def _open_segment(self, number: int, segment: int) -> None:
+    def _open_segment(self, number: int) -> None:
         """Make the writer's segment `number` the one that is written; a new one is made durably."""
         if self._handle >= 0:
             os.close(self._handle)
         path = self.folder / f"{self.writer}-{number:08}.jsonl".removeprefix("-")
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         self._handle = os.open(path, flags, 0o644)
-        self._segment, self._number, self._size = segment, number, os.fstat(self._handle).st_size
-        if segment == len(self._files):
+        self._name, self._number, self._size = path.name, number, os.fstat(self._handle).st_size
+        if path.name not in self._checked:
+            self._checked[path.name] = Checked(len(self._files))
             self._files.append(path.open("rb"))
         fsync_folder(self.folder)
 
@@ -239,7 +282,7 @@ class Log:
         self._sound = False
         with disk_errors(self.folder):
             if self._size >= self.SEGMENT_BYTES:
-                self._open_segment(self._number + 1, len(self._files))
+                self._open_segment(self._number + 1)
             data = memoryview(b"".join(fresh.values()))
             try:
                 while data:
@@ -251,9 +294,11 @@ class Log:
                 ):  # what stays is a torn tail: the next opening moves it aside
                     os.ftruncate(self._handle, self._size)
                 raise
+        segment, lines, _ = self._checked[self._name]
         for (kind, key), line in fresh.items():
-            self.index.setdefault(kind, {})[key] = self._segment << 40 | self._size
+            self.index.setdefault(kind, {})[key] = segment << 40 | self._size
             self._size += len(line)
+        self._checked[self._name] = Checked(segment, lines + len(fresh), self._size)
         self._sound = True
         return len(fresh)
 

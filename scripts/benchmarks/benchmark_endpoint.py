@@ -23,12 +23,11 @@ from typing import Any
 import httpx2
 
 from distill.config import Teacher
-from distill.generation.generate import answer_all
 from distill.records import Message
+from distill.responders.ask import Ask
 from distill.responders.endpoint.attempts import encode, origin_of
 from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.responder import Request, Sampling
-from distill.storage.log import Log
 from distill.storage.progress import console
 
 QUESTION = "Say in one sentence what this function does. " + "It reads a line and returns it. " * 12
@@ -89,9 +88,9 @@ def serve(delay: float, pipe: Connection) -> None:
 def ask_all(settings: Teacher, requests: list[Request]) -> int:
     """Ask as a run does; return how many answers the store holds."""
     with tempfile.TemporaryDirectory() as folder:
-        answer_all(EndpointResponder(settings, None, "run"), requests, Path(folder), "ours")
-        with Log(Path(folder), writable=False) as log:
-            return sum(1 for _ in log.keys("response"))
+        with Ask(EndpointResponder(settings, None, "run"), Path(folder)) as ask:
+            ask.responses(requests, "ours")
+            return sum(1 for _ in ask.log.keys("response"))
 
 
 def ask_bare(settings: Teacher, requests: list[Request]) -> int:

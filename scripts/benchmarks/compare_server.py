@@ -18,9 +18,9 @@ from benchmark_generate import tie
 from rich.table import Table
 
 from distill.config import Config
-from distill.generation.generate import answer_all, read
 from distill.models.chat_template import encode_prompt, encode_text
 from distill.records import Message, Prompt, Response
+from distill.responders.ask import Ask, read
 from distill.responders.endpoint.attempts import encode, origin_of
 from distill.responders.local.local_model import LocalResponder
 from distill.responders.responder import Request, Sampling
@@ -45,9 +45,9 @@ def local_answers(
     responder: LocalResponder, requests: list[Request], store: Path
 ) -> dict[str, tuple[Response, list[int]]]:
     """Answer here what the store lacks; return each response with its token ids, by prompt."""
-    found = answer_all(responder, requests, store, "local")
-    with Log(store, writable=False) as log:
-        bodies = {r.prompt_id: log.get("response", r.id) for r in found}
+    with Ask(responder, store) as ask:
+        found = ask.responses(requests, "local")
+        bodies = {r.prompt_id: ask.log.get("response", r.id) for r in found}
     return {r.prompt_id: (r, (bodies[r.prompt_id] or {})["body"]["ids"]) for r in found}
 
 

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from distill.config import Config, OnPolicy
 from distill.errors import DistillError, Exit, exit_code
-from distill.evaluation.answering import ask, student_responder
+from distill.evaluation.answering import requests_to, student_responder
 from distill.evaluation.claims import across_seeds, smallest_visible
 from distill.evaluation.items import by_item, held_out_items
 from distill.evaluation.measure import limit
@@ -42,6 +42,7 @@ from distill.evaluation.statistics import (
 from distill.formatting import figure
 from distill.models import registry
 from distill.records import Example, Item, Pair, Response
+from distill.responders.ask import Ask
 from distill.responders.local.local_model import LocalResponder
 from distill.storage.environment import environment
 from distill.storage.files import read_json, read_records, write_json, write_records
@@ -218,7 +219,9 @@ def answered(base: Run, responder: LocalResponder, held: HeldOut) -> dict[str, l
     """Let a student answer the held-out items and read the teacher's verified answers; returns marks and nats a token."""
     store = base.config.store_folder() / "responses"
     prompts = [pair.prompt for pair in held.pairs]
-    answers = ask(responder, prompts, [limit(base.config)] * len(prompts), store)
+    requests = requests_to(responder, prompts, [limit(base.config)] * len(prompts))
+    with Ask(responder, store) as ask:
+        answers = ask.responses(requests, "answers")
     pairs, length = [held.pairs[i] for i in held.verified], base.config.train.max_length
     network, tokenizer = responder.network, responder.tokenizer
     readings = answer_loss(network, tokenizer, pairs, responder.date, length)

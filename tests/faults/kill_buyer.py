@@ -34,7 +34,6 @@ sys.path.insert(0, str(ROOT))
 
 from distill.cli import main as distill_main  # noqa: E402
 from distill.config import Teacher  # noqa: E402
-from distill.generation.generate import answer_all  # noqa: E402
 from distill.generation.requests import requests_for  # noqa: E402
 from distill.pipeline import STAGES  # noqa: E402
 from distill.records import Document, Message, Prompt, Response  # noqa: E402
@@ -47,6 +46,7 @@ from distill.storage.files import read_records  # noqa: E402
 from distill.storage.log import Log  # noqa: E402
 from distill.storage.progress import console  # noqa: E402
 from distill.storage.run_folder import Run, open_run  # noqa: E402
+from tests.support.asking import answer_all  # noqa: E402
 from tests.support.buying import KEY, make_run  # noqa: E402
 from tests.support.fake_teacher import PRICE, FakeTeacher, Reply, text_of  # noqa: E402
 from tests.support.mortal import die_at  # noqa: E402
@@ -76,7 +76,7 @@ def buy(url: str, count: int, concurrency: int, folder: Path) -> None:
         Request.make(origin, str(i), (Message(role="user", content=f"q {i}"),), sampling)
         for i in range(count)
     ]
-    answer_all(EndpointResponder(settings, PRICE, "t"), requests, folder, "x")
+    answer_all(EndpointResponder(settings, PRICE, "t"), requests, folder)
 
 
 class Witness:

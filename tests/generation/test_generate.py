@@ -16,10 +16,10 @@ import pytest
 from distill.config import Config
 from distill.errors import DistillError, Exit
 from distill.generation import generate
-from distill.generation.generate import answer_all
 from distill.generation.requests import requests_for
 from distill.pipeline import STAGES
 from distill.records import Document, Message, Prompt, Response, Split, canonical
+from distill.responders.ask import Ask
 from distill.responders.local.local_model import LocalResponder
 from distill.responders.local.plans import unfinished
 from distill.responders.recorded import CannedResponder
@@ -27,6 +27,7 @@ from distill.responders.responder import Plan, Raw, Request, Sampling, respond
 from distill.storage.files import read_records, write_records
 from distill.storage.log import Log
 from distill.storage.run_folder import Run
+from tests.support.asking import answer_all
 from tests.support.tiny import make_tiny
 
 STAGE = next(stage for stage in STAGES if stage.name == "generate")
@@ -60,32 +61,31 @@ class Counting(CannedResponder):
 def test_answers_come_in_the_order_of_the_requests(tmp_path: Path) -> None:
     responder = CannedResponder({f"q{i}": f"a{i}" for i in range(5)})
     requests = asks(5, responder.origin)
-    found = answer_all(responder, [requests[i] for i in (3, 1, 3)], tmp_path, "x")
+    found = answer_all(responder, [requests[i] for i in (3, 1, 3)], tmp_path)
     assert [r.text for r in found] == ["a3", "a1", "a3"]
 
 
 def test_nothing_is_asked_twice(tmp_path: Path) -> None:
     first, second = Counting(), Counting()
-    spent: list[int] = []
-    answer_all(first, asks(4), tmp_path, "x", lambda read, written: spent.append(written))
-    answer_all(second, asks(6), tmp_path, "x", lambda read, written: spent.append(written))
-    answer_all(second, asks(6), tmp_path, "x", lambda read, written: spent.append(written))
-    assert (first.asked, second.asked, len(spent)) == (4, 2, 6)
+    answer_all(first, asks(4), tmp_path)
+    answer_all(second, asks(6), tmp_path)
+    answer_all(second, asks(6), tmp_path)
+    assert (first.asked, second.asked) == (4, 2)
 
 
 def test_a_failure_keeps_what_came_before(tmp_path: Path) -> None:
     with pytest.raises(DistillError, match="gone"):
-        answer_all(Counting(fail_after=3), asks(5), tmp_path, "x")
+        answer_all(Counting(fail_after=3), asks(5), tmp_path)
     again = Counting()
-    assert len(answer_all(again, asks(5), tmp_path, "x")) == 5 and again.asked == 2
+    assert len(answer_all(again, asks(5), tmp_path)) == 5 and again.asked == 2
 
 
 def test_a_stored_answer_goes_to_the_prompt_that_asks(tmp_path: Path) -> None:
     responder = Counting()
     request = asks(1)[0]
-    answer_all(responder, [request], tmp_path, "x")
+    answer_all(responder, [request], tmp_path)
     other = request.model_copy(update={"prompt_id": "elsewhere"})
-    assert answer_all(responder, [other], tmp_path, "x")[0].prompt_id == "elsewhere"
+    assert answer_all(responder, [other], tmp_path)[0].prompt_id == "elsewhere"
     assert responder.asked == 1
 
 
@@ -114,7 +114,7 @@ def test_the_raw_answer_is_stored_with_its_hash(tmp_path: Path) -> None:
     folder = make_tiny(tmp_path / "m", hidden=16)
     responder = LocalResponder.load(str(folder), "float32")
     requests = asks(2, responder.origin, max_new_tokens=6)
-    found = answer_all(responder, requests, tmp_path / "store", "x")
+    found = answer_all(responder, requests, tmp_path / "store")
     with Log(tmp_path / "store", writable=False) as log:
         bodies = [log.get("response", r.id)["body"] for r in found]
     assert all(len(body["ids"]) == 6 for body in bodies)
@@ -157,19 +157,19 @@ class Fussy:
 
 @pytest.mark.parametrize("cut", range(10))
 def test_an_unfinished_plan_is_rerun_whole(tmp_path: Path, cut: int) -> None:
-    whole = answer_all(Fussy(), asks(10), tmp_path / "whole", "x")
+    whole = answer_all(Fussy(), asks(10), tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        answer_all(Fussy(cut), asks(10), tmp_path / "cut", "x")
+        answer_all(Fussy(cut), asks(10), tmp_path / "cut")
     again = Fussy()
-    assert answer_all(again, asks(10), tmp_path / "cut", "x") == whole
+    assert answer_all(again, asks(10), tmp_path / "cut") == whole
     assert len(again.plans) == 3 - cut // 4, "finished plans are not run again"
 
 
 def test_another_run_finishes_a_plan_that_it_shares(tmp_path: Path) -> None:
-    whole = answer_all(Fussy(), asks(4), tmp_path / "whole", "x")
+    whole = answer_all(Fussy(), asks(4), tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        answer_all(Fussy(1), asks(4), tmp_path / "cut", "x")
-    part = answer_all(Fussy(), asks(2), tmp_path / "cut", "x")
+        answer_all(Fussy(1), asks(4), tmp_path / "cut")
+    part = answer_all(Fussy(), asks(2), tmp_path / "cut")
     assert part == whole[:2]
     with Log(tmp_path / "cut", writable=False) as log:
         assert not unfinished(log, asks(1)[:0])
@@ -245,9 +245,8 @@ def test_the_teacher_writes_questions(tmp_path: Path) -> None:
     documents = {d.id: d for d in read_records(run.path("documents.jsonl"), Document)}
     replies = "1. What is the colour of the sky at noon?\n2. What colour is grass in the spring?"
     teacher = CannedResponder({}, default=replies)
-    written = generate.write_questions(
-        config, teacher, list(documents.values()), tmp_path / "store", lambda read, given: None
-    )
+    with Ask(teacher, tmp_path / "store") as ask:
+        written = generate.write_questions(config, ask, list(documents.values()))
     assert len(written) == 12
     assert written[0].messages[-1].content == "What is the colour of the sky at noon?"
     assert "text 0" in written[0].asked_of_teacher()[-1].content
@@ -259,7 +258,7 @@ def test_the_teacher_writes_questions(tmp_path: Path) -> None:
 SCRIPT = """
 import sys
 from pathlib import Path
-from distill.generation.generate import answer_all
+from tests.support.asking import answer_all
 from distill.responders.local.local_model import LocalResponder
 from distill.responders.responder import Request, Sampling
 from distill.records import Message
@@ -273,7 +272,7 @@ requests = [
     for i in range(60)
 ]
 print("ready", flush=True)
-write_records(Path(out), answer_all(responder, requests, Path(store), "x"))
+write_records(Path(out), answer_all(responder, requests, Path(store)))
 """
 
 

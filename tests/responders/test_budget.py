@@ -173,7 +173,7 @@ def test_the_ledger_holds_the_account_once(log: Log, tmp_path: Path) -> None:
 
     def spend(config: Config, run: Run) -> None:
         run.spend(input_tokens=1_000_000, output_tokens=2_000_000)  # of a local model, beside it
-        enter_account(run, log.folder)
+        enter_account(run, log)
 
     work = Stage("generate", (), (), (), spend)
     run.folder.mkdir(parents=True)

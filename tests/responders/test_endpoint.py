@@ -19,7 +19,6 @@ import pytest
 
 from distill.config import Config, Teacher
 from distill.errors import DistillError, Exit
-from distill.generation.generate import answer_all
 from distill.pipeline import STAGES
 from distill.records import Message, Response
 from distill.responders.endpoint import client as purchase_module
@@ -31,6 +30,7 @@ from distill.responders.responder import Request, Sampling
 from distill.storage.files import read_records
 from distill.storage.log import Log
 from distill.storage.run_folder import Run
+from tests.support.asking import answer_all
 from tests.support.buying import KEY, MODEL, make_run, settings
 from tests.support.fake_teacher import PRICE, FakeTeacher, Reply, Script, answer, bomb
 
@@ -50,7 +50,7 @@ def buy(teacher: FakeTeacher, store: Path, count: int = 1, **changes: Any) -> li
     asked = settings(teacher, **changes)
     try:
         responder = EndpointResponder(asked, PRICE, "run")
-        return answer_all(responder, asks(asked, count), store, "x")
+        return answer_all(responder, asks(asked, count), store)
     finally:
         if store.exists():
             hold_account(teacher, store)
@@ -242,7 +242,7 @@ def test_c5_a_dead_server_trips_the_breaker(tmp_path: Path) -> None:
         dead = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
     asked = settings(dead, max_consecutive_failures=5)
     with pytest.raises(DistillError, match=r"5 failures in a row.*cannot connect") as stopped:
-        answer_all(EndpointResponder(asked, PRICE), asks(asked, 50), tmp_path, "x")
+        answer_all(EndpointResponder(asked, PRICE), asks(asked, 50), tmp_path)
     assert stopped.value.code == Exit.TEACHER
     with Log(tmp_path, writable=False) as log:
         assert account(log, PRICE).unknown == 0, "nothing was sent, so nothing is in doubt"
@@ -255,7 +255,7 @@ def test_c5_no_name_and_no_tls(tmp_path: Path, host: str) -> None:
             host.format(teacher.port), max_retries=0, allow_insecure=True, connect_timeout=3
         )
         with pytest.raises(DistillError, match=r"1 requests could be sent.*connect") as stopped:
-            answer_all(EndpointResponder(asked, PRICE), asks(asked, 1), tmp_path, "x")
+            answer_all(EndpointResponder(asked, PRICE), asks(asked, 1), tmp_path)
     assert stopped.value.code == Exit.TEACHER
 
 
@@ -500,7 +500,7 @@ def test_a_dead_replica_is_left_out(tmp_path: Path) -> None:
     with FakeTeacher() as teacher, FakeTeacher() as other:
         urls = (teacher.url, "http://127.0.0.1:9/v1", other.url)
         asked = settings(urls, concurrency=4)
-        found = answer_all(EndpointResponder(asked, PRICE, "run"), asks(asked, 40), tmp_path, "x")
+        found = answer_all(EndpointResponder(asked, PRICE, "run"), asks(asked, 40), tmp_path)
     assert {r.stop for r in found} == {"end"}
     assert len(teacher.payloads) + len(other.payloads) == 40
     assert min(len(teacher.payloads), len(other.payloads)) > 5

@@ -14,9 +14,10 @@ import pytest
 from distill.cli import main
 from distill.config import Config
 from distill.errors import DistillError, Exit
-from distill.evaluation.judging import through_store
-from distill.generation.generate import answer_all, read
+from distill.evaluation.judging import through
+from distill.generation.generate import make_teacher
 from distill.records import Message, Response
+from distill.responders.ask import Ask, read
 from distill.responders.endpoint.attempts import origin_of
 from distill.responders.endpoint.budget import account, unknown_outcomes
 from distill.responders.endpoint.endpoint import EndpointResponder
@@ -26,6 +27,7 @@ from distill.storage.files import read_records
 from distill.storage.log import Log
 from distill.storage.run_folder import open_run
 from tests.responders.test_endpoint import always, asks, buy, hold_account
+from tests.support.asking import answer_all
 from tests.support.buying import KEY, make_run, settings
 from tests.support.fake_teacher import PRICE, FakeTeacher, Reply, answer, question, usage_of
 
@@ -153,7 +155,7 @@ def test_h15_only_the_first_answer_of_a_run_is_awaited_alone(tmp_path: Path) -> 
         teacher.script = always(hold=lambda: len(teacher.payloads) >= 17)
         asked = settings(teacher, concurrency=8)
         responder = EndpointResponder(asked, PRICE, "run")
-        answer_all(responder, asks(asked, 17)[9:], tmp_path, "x")  # all eight at once
+        answer_all(responder, asks(asked, 17)[9:], tmp_path)  # all eight at once
     assert len(teacher.payloads) == 17 and teacher.busiest == 8
 
 
@@ -236,7 +238,7 @@ def test_h13_a_question_that_sounds_like_a_refusal_ends_no_run(tmp_path: Path, f
             Request.make(origin_of(asked), "p", (Message(role="user", content=text),), Sampling())
             for text in texts
         ]
-        found = answer_all(EndpointResponder(asked, PRICE, "run"), requests, tmp_path, "x")
+        found = answer_all(EndpointResponder(asked, PRICE, "run"), requests, tmp_path)
     assert [r.stop for r in found].count("error") == 1 and len(teacher.payloads) == 10
 
 
@@ -328,11 +330,11 @@ def test_h13_refusals_in_a_store_of_before_are_read_and_asked_again_by_redo(tmp_
     with FakeTeacher() as teacher:
         responder = EndpointResponder(asked, PRICE, "run")
         responder.settings = settings(teacher)
-        found = answer_all(responder, requests, tmp_path, "x")
+        found = answer_all(responder, requests, tmp_path)
         assert [r.stop for r in found] == ["error", "error", "end"] and len(teacher.payloads) == 1
-        found = answer_all(responder, requests, tmp_path, "x", again=True)
+        found = answer_all(responder, requests, tmp_path, again=True)
         assert {r.stop for r in found} == {"end"} and len(teacher.payloads) == 3
-        assert answer_all(responder, requests, tmp_path, "x", again=True) == found
+        assert answer_all(responder, requests, tmp_path, again=True) == found
         assert len(teacher.payloads) == 3
         hold_account(teacher, tmp_path)
 
@@ -373,7 +375,7 @@ def test_h25_a_host_that_has_died_since_is_exit_4(tmp_path: Path) -> None:
         requests = asks(asked, 9)
         responder = EndpointResponder(asked, PRICE, "run")
     with pytest.raises(DistillError, match="none of 3 requests could be sent") as stopped:
-        answer_all(responder, requests, tmp_path, "x")
+        answer_all(responder, requests, tmp_path)
     assert stopped.value.code == Exit.TEACHER
 
 
@@ -393,7 +395,8 @@ def test_h25_a_judge_that_only_fails_is_exit_4(tmp_path: Path, reply: dict[str, 
         config = Config.model_validate_json(make_run(tmp_path, judge, 1, max_retries=0).read_text())
         turns = [(Message(role="user", content=f"which? {n}"),) for n in range(4)]
         with pytest.raises(DistillError, match="all 4 requests failed") as stopped:
-            through_store(config)(turns)
+            with Ask(make_teacher(config, {}, []), tmp_path / "store") as ask:
+                through(ask, config.teacher)(turns)
     assert stopped.value.code == Exit.TEACHER
 
 

@@ -4,25 +4,25 @@ from pathlib import Path
 
 import pytest
 
-from distill.generation.generate import answer_all
 from distill.responders.local.plans import lacking, planned, unfinished, worth_keeping
 from distill.storage.log import Log
 from distill.storage.repair import compact
 from tests.generation.test_generate import Fussy, asks
+from tests.support.asking import answer_all
 
 
 def test_a_compaction_between_a_kill_and_its_continuation_changes_no_answer(tmp_path: Path) -> None:
-    whole = answer_all(Fussy(), asks(10), tmp_path / "whole", "x")
+    whole = answer_all(Fussy(), asks(10), tmp_path / "whole")
     store = tmp_path / "cut"
     with pytest.raises(KeyboardInterrupt):
-        answer_all(Fussy(6), asks(10), store, "x")
+        answer_all(Fussy(6), asks(10), store)
     with Log(store) as log:
         log.append((kind, "k", 1) for kind in ("intent", "outcome", "model", "new"))
     result = compact(store, worth_keeping)
     assert result.left_out == {"plan": 1} and result.records == 6 + 2 + 4
     with Log(store, writable=False) as log:
         assert len(list(log.keys("plan"))) == len(unfinished(log, lacking(log, asks(10)))) == 2
-    assert answer_all(Fussy(), asks(10), store, "x") == whole
+    assert answer_all(Fussy(), asks(10), store) == whole
     assert compact(store, worth_keeping).left_out == {"plan": 2}
 
 

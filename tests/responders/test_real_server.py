@@ -17,7 +17,6 @@ import pytest
 from distill.cli import main
 from distill.config import Config, Teacher
 from distill.errors import DistillError, Exit
-from distill.generation.generate import answer_all
 from distill.models.registry import fetch, load_tokenizer
 from distill.records import Message, Prompt, Response
 from distill.responders.endpoint.attempts import encode, origin_of
@@ -28,6 +27,7 @@ from distill.responders.responder import Request, Sampling
 from distill.storage.files import read_records
 from distill.storage.log import Log
 from distill.training.soft_labels.prompt_logprobs import probe
+from tests.support.asking import answer_all
 from tests.support.tiny import TEMPLATE, make_tiny, make_tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
@@ -120,14 +120,12 @@ def requests_to(origin: str, texts: Sequence[str] = TEXTS, tokens: int = 16) -> 
 
 
 def served(asked: Teacher, store: Path, texts: Sequence[str] = TEXTS) -> list[Response]:
-    return answer_all(
-        EndpointResponder(asked), requests_to(origin_of(asked), texts), store, "served"
-    )
+    return answer_all(EndpointResponder(asked), requests_to(origin_of(asked), texts), store)
 
 
 def local(folder: Path, store: Path, texts: Sequence[str] = TEXTS) -> list[Response]:
     responder = LocalResponder.load(str(folder), "float32", date=DATE)
-    return answer_all(responder, requests_to(responder.origin, texts), store, "local")
+    return answer_all(responder, requests_to(responder.origin, texts), store)
 
 
 def test_a_server_answers_as_the_local_teacher_does(
@@ -161,7 +159,7 @@ def test_sampling_needs_the_field_that_the_config_names(
         extra = {"frequency_penalty": 0} | ({"generation_config": own} if own else {})
         asked = settings(servers[0], temperature=1.0, n=4, extra_body=extra)
         requests = [Request.make(origin_of(asked), "p", turn, drawn, i) for i in range(4)]
-        found = answer_all(EndpointResponder(asked), requests, tmp_path, "samples")
+        found = answer_all(EndpointResponder(asked), requests, tmp_path)
         assert len({r.text for r in found}) == different
 
 
@@ -255,7 +253,7 @@ def test_the_quickstart_s_requests_to_a_real_model_are_answered_alike(
     for request in requests:
         sent = json.loads(encode(request, asked))
         assert sent["messages"] == [message.model_dump() for message in request.messages]
-    ours = answer_all(responder, requests, tmp_path / "store", "local")
+    ours = answer_all(responder, requests, tmp_path / "store")
     assert len(ours) == 16 and [r.prompt_id for r in ours] == [r.prompt_id for r in theirs]
     assert [r.text for r in theirs] == [r.text for r in ours]
     assert [r.usage.input_tokens for r in theirs] == [r.usage.input_tokens for r in ours]

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from distill.errors import DistillError, Exit
-from distill.generation.generate import answer_all
 from distill.records import Message, Response
 from distill.responders.endpoint.attempts import origin_of
 from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.responder import Request, Sampling
+from tests.support.asking import answer_all
 from tests.support.buying import KEY, settings
 from tests.support.fake_teacher import PRICE, FakeTeacher, Reply, answer
 
@@ -44,7 +44,7 @@ def ask(url: str, store: Path, **changes: Any) -> Response:
     asked = settings(url, **changes)
     turn = (Message(role="user", content="q0 please"),)
     request = Request.make(origin_of(asked), "p", turn, Sampling(max_new_tokens=20))
-    return answer_all(EndpointResponder(asked, PRICE, "run"), [request], store, "x")[0]
+    return answer_all(EndpointResponder(asked, PRICE, "run"), [request], store)[0]
 
 
 def secure() -> FakeTeacher:
@@ -241,7 +241,7 @@ def test_what_a_server_says_cannot_steer_the_terminal(
         asked = settings(teacher, max_retries=0, concurrency=1)
         requests = [Request.make(origin_of(asked), "p", (turn,), Sampling()) for turn in turns]
         responder = EndpointResponder(asked, PRICE)
-        found = answer_all(responder, requests, tmp_path, "x")
+        found = answer_all(responder, requests, tmp_path)
         with pytest.raises(DistillError) as stopped:
             ask(teacher.url, tmp_path, revision="x")
     shown = "".join(capfd.readouterr()) + str(found[2].error) + str(stopped.value)

@@ -113,7 +113,7 @@ def test_a_killed_round_goes_on_to_the_same_bits(unbroken, call):
 
 def test_a_round_that_is_done_asks_and_reads_nothing_again(unbroken, monkeypatch):
     _, run = unbroken
-    monkeypatch.setattr(on_policy, "answer_all", None)
+    monkeypatch.setattr(on_policy, "Ask", None)
     monkeypatch.setattr(Cache, "append", None)
     before = outcome(run)
     on_policy.main(run.config, run)

@@ -7,7 +7,6 @@ has bytes, and as many output tokens as it may write. Money is Decimal.
 
 from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from distill.config import Config
@@ -169,13 +168,12 @@ def account(
     return Account.model_validate(sums)
 
 
-def enter_account(run: Run, folder: Path) -> None:
+def enter_account(run: Run, log: Log) -> None:
     """Enter in the ledger what the store knows of a run's spending and the ledger does not, also what a kill hid."""
     prices = paid_models(run.config)
     if not prices:
         return
-    with Log(folder, writable=False) as log:
-        now = _sum(account(log, price, run.config.name, model) for model, price in prices.items())
+    now = _sum(account(log, price, run.config.name, model) for model, price in prices.items())
     entered = [entry for entry in run.ledger() if entry.attempts]
 
     def sum_of(name: str) -> Decimal:

@@ -10,21 +10,8 @@ from distill.responders.endpoint.budget import replies
 from distill.responders.endpoint.wire import read_stored
 from distill.responders.responder import Plan, Planner, Raw, Request
 from distill.storage.log import Log
-from distill.storage.run_folder import Run
 
-Spend = Callable[[int, int], None]
-
-
-class Spending:
-    """Enters the tokens of answers in a run's ledger as they come, and counts them; paid ones are entered from the store."""
-
-    def __init__(self, run: Run, kind: str = "local") -> None:
-        self.run, self.paid, self.answers = run, kind == "endpoint", 0
-
-    def __call__(self, input_tokens: int, output_tokens: int) -> None:
-        self.answers += 1
-        if not self.paid:
-            self.run.spend(input_tokens=input_tokens, output_tokens=output_tokens)
+Spend = Callable[[int, int], None]  # is given the input and output tokens of an answer
 
 
 def lacking(log: Log, requests: Iterable[Request], again: bool = False) -> list[Request]:

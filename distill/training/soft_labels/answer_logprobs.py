@@ -17,9 +17,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from distill.config import Config, Teacher
 from distill.errors import DistillError, Exit
-from distill.generation.generate import ask_all
 from distill.models.chat_template import encode_text
 from distill.records import Candidate, Example, Message, Place, Response
+from distill.responders.ask import Ask
 from distill.responders.endpoint.budget import replies
 from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.endpoint.wire import Reply, read_stored
@@ -65,9 +65,9 @@ def probe(config: Config, tokenizer: Any) -> None:
     asked = (Message(role="user", content="Count from one to ten, in words."),)
     drawn = Sampling(max_new_tokens=min(32, teacher.max_new_tokens))
     request = Request.make(buyer.origin, "probe", asked, drawn)
-    ask_all(buyer, [request], store, "signals", again=True)
-    with Log(store, writable=False) as log:
-        reply = _reply(log, Response.make_id(request.key, request.sample))
+    with Ask(buyer, store, again=True) as ask:
+        ask.fetch([request], "signals")
+        reply = _reply(ask.log, Response.make_id(request.key, request.sample))
     if isinstance(reply, str) or not reply.logprobs:
         why = reply if isinstance(reply, str) else "has no log-probabilities"
         raise _fault(teacher, f"its answer to a first short question {why}")

@@ -16,10 +16,9 @@ import torch
 
 from distill.config import SOFT, Config
 from distill.generation.filters import CONTAMINATED, Dropped
-from distill.generation.generate import answer_all
 from distill.records import Pair, Prompt
+from distill.responders.ask import Ask
 from distill.responders.local.local_model import LocalResponder
-from distill.responders.local.plans import Spending
 from distill.responders.responder import Request, Sampling
 from distill.storage.files import read_json, read_records, write_json, write_records
 from distill.storage.progress import say
@@ -131,8 +130,9 @@ def student_answers(each: Round, prompts: Sequence[Prompt], adapter: Path) -> li
     requests = [Request.make(responder.origin, p.id, p.messages, sampling) for p in prompts]
     store = config.store_folder() / "responses"
     title = f"student, round {each.number}"
-    responses = answer_all(responder, requests, store, title, Spending(each))
-    del responder
+    with Ask(responder, store, each) as ask:
+        responses = ask.responses(requests, title)
+    del responder, ask
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

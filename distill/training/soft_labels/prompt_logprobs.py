@@ -14,16 +14,14 @@ from typing import Any
 
 from distill.config import Config, Teacher
 from distill.errors import DistillError, Exit
-from distill.generation.generate import ask_all
 from distill.models.chat_template import encode_prompt, encode_text
 from distill.records import Example, Message, Response
-from distill.responders.endpoint.attempts import origin_of
-from distill.responders.endpoint.budget import enter_account, last_fault
+from distill.responders.ask import Ask
+from distill.responders.endpoint.budget import last_fault
 from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.endpoint.wire import load_json, unpack
 from distill.responders.prices import load_prices
 from distill.responders.responder import Scoring
-from distill.storage.log import Log
 from distill.storage.run_folder import Run
 from distill.training.soft_labels.cache import Cache, Signal
 from distill.training.soft_labels.top_logprobs import SLACK, Chances, Text, enter, named, to_signal
@@ -52,72 +50,69 @@ def fill(cache: Cache, tokenizer: Any, texts: Sequence[Text], config: Config, ru
     One text is asked alone first, so that a server which cannot do it is found for the price of one. Raises
     DistillError (exit 4) where a text has no distributions that can be read; the same command asks again.
     """
-    server = Server(tokenizer, config)
-    try:
-        _fill(cache, server, texts)
-    finally:
-        enter_account(run, server.store)
-
-
-def _fill(cache: Cache, server: "Server", texts: Sequence[Text]) -> None:
-    left = [text for text, _ in enter(cache, texts, server.read)]  # the store has the others
-    for part in (left[:1], left[1:]):
-        server.ask([example for example, _ in part])
-        if without := enter(cache, part, server.read):
-            raise server.fault(named(without))
+    with asking(config, run) as ask:
+        server = Server(tokenizer, config, ask)
+        left = [text for text, _ in enter(cache, texts, server.read)]  # the store has the others
+        for part in (left[:1], left[1:]):
+            server.ask_for([example for example, _ in part])
+            if without := enter(cache, part, server.read):
+                raise server.fault(named(without))
 
 
 def probe(config: Config, tokenizer: Any) -> None:
     """Let the server read a short text, once, before anything else is paid for; raises DistillError as `fill` does."""
-    server = Server(tokenizer, config)
     asked = (Message(role="user", content="How much is 12 + 30?"),)
     ids = (*encode_prompt(tokenizer, asked, config.template_date), *encode_text(tokenizer, "42"))
     text = Example(
         id="probe", response_id="probe", input_ids=ids, weights=(0.0,) + (1.0,) * (len(ids) - 1)
     )
-    if isinstance(next(server.read([text])), str):
-        server.ask([text])
-    if isinstance(signal := next(server.read([text])), str):
-        raise server.fault(f"a first short text {signal}")
+    with asking(config) as ask:
+        server = Server(tokenizer, config, ask)
+        if isinstance(next(server.read([text])), str):
+            server.ask_for([text])
+        if isinstance(signal := next(server.read([text])), str):
+            raise server.fault(f"a first short text {signal}")
+
+
+def asking(config: Config, payer: Run | None = None) -> Ask:
+    """Return how the endpoint that reads is asked."""
+    settings = scoring_settings(config)
+    price = load_prices(config.evaluation.prices).teacher(settings.model)
+    responder = EndpointResponder(settings, price, config.name)
+    return Ask(responder, config.store_folder() / "responses", payer)
 
 
 class Server:
     """The endpoint that reads, and the store of its replies."""
 
-    def __init__(self, tokenizer: Any, config: Config) -> None:
-        self.tokenizer, self.settings = tokenizer, config.signals
-        asked = scoring_settings(config)
-        price = load_prices(config.evaluation.prices).teacher(asked.model)
-        self.buyer, self.origin = EndpointResponder(asked, price, config.name), origin_of(asked)
-        self.store = config.store_folder() / "responses"
+    def __init__(self, tokenizer: Any, config: Config, ask: Ask) -> None:
+        self.tokenizer, self.settings, self.ask = tokenizer, config.signals, ask
 
-    def ask(self, texts: Sequence[Example]) -> None:
+    def ask_for(self, texts: Sequence[Example]) -> None:
         """Buy a reply for each text, a further one where the last could not be read."""
-        with Log(self.store, writable=False) as log:
-            requests = [self._next(log, text) for text in texts]
-        ask_all(self.buyer, requests, self.store, "signals")
+        self.ask.fetch([self._next(text) for text in texts], "signals")
 
-    def _next(self, log: Log, text: Example) -> Scoring:
+    def _next(self, text: Example) -> Scoring:
         """Return the first request for a text that has no reply yet."""
-        request = Scoring.of(self.origin, text.input_ids)
-        while ("response", Response.make_id(request.key, request.sample)) in log:
+        request = Scoring.of(self.ask.responder.origin, text.input_ids)
+        while ("response", Response.make_id(request.key, request.sample)) in self.ask.log:
             request = request.model_copy(update={"sample": request.sample + 1})
         return request
 
     def read(self, texts: Sequence[Example]) -> Iterator[Signal | str]:
         """Yield each text's signal from its last reply, or why it has none."""
-        with Log(self.store, writable=False) as log:
-            for text in texts:
-                request = self._next(log, text)
-                fault = last_fault(log, request.key, request.sample)
-                if fault or not request.sample:
-                    yield f"has no reply: {fault or 'it was not asked'}"
-                    continue
-                last = Response.make_id(request.key, request.sample - 1)
-                try:
-                    yield self._signal((log.get("response", last) or {})["body"], text)
-                except ValueError as error:
-                    yield f"has a reply that cannot be used: {error}"
+        log = self.ask.log
+        for text in texts:
+            request = self._next(text)
+            fault = last_fault(log, request.key, request.sample)
+            if fault or not request.sample:
+                yield f"has no reply: {fault or 'it was not asked'}"
+                continue
+            last = Response.make_id(request.key, request.sample - 1)
+            try:
+                yield self._signal((log.get("response", last) or {})["body"], text)
+            except ValueError as error:
+                yield f"has a reply that cannot be used: {error}"
 
     def _signal(self, body: Mapping[str, Any], text: Example) -> Signal:
         """Read a stored reply; raises ValueError in words."""
@@ -130,7 +125,7 @@ class Server:
     def fault(self, what: str) -> DistillError:
         """Return the error of a text without distributions."""
         fix = "see to the server: the same command asks again for what is missing"
-        return DistillError(Exit.TEACHER, self.buyer.model, what, fix)
+        return DistillError(Exit.TEACHER, self.ask.responder.model, what, fix)
 
 
 def expected_bytes(tokens: int, k: int) -> float:

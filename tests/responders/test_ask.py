@@ -1,0 +1,125 @@
+"""Asking through the store: opened once, locked only while something is asked, and who pays is told whatever happens."""
+
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from distill.config import Config
+from distill.errors import DistillError, Exit
+from distill.pipeline import STAGES
+from distill.responders.ask import Ask
+from distill.responders.endpoint.endpoint import EndpointResponder
+from distill.responders.recorded import CannedResponder
+from distill.responders.responder import Raw, Request
+from distill.storage import log
+from distill.storage.locks import FolderLock
+from distill.storage.log import Log, repair
+from distill.storage.run_folder import Run
+from tests.generation.test_generate import Counting
+from tests.generation.test_generate import asks as plain
+from tests.responders.test_endpoint import always, asks
+from tests.support.asking import answer_all
+from tests.support.buying import KEY, make_run, settings
+from tests.support.fake_teacher import PRICE, FakeTeacher
+
+
+def stored(folder: Path) -> int:
+    with Log(folder, writable=False) as found:
+        return sum(1 for _ in found.keys("response"))
+
+
+def test_each_line_of_the_store_is_checked_once(tmp_path, monkeypatch):
+    answer_all(Counting(), plain(5), tmp_path)
+    checked, decode = [], log.DECODERS[1]
+    monkeypatch.setitem(log.DECODERS, 1, lambda line: checked.append(line) or decode(line))
+    with Ask(Counting(), tmp_path) as ask:
+        assert len(ask.responses(plain(5), "x")) == len(checked) == 5
+        ask.responses(plain(8), "x")
+        ask.responses(plain(9), "x")
+        answer_all(CannedResponder({}, "another process"), plain(12, "other"), tmp_path)
+        checked.clear()
+        assert ask.responses(plain(9), "x") and not checked  # nothing is missing
+        ask.responses(plain(12), "x")
+        assert len(checked) == 12  # what the other has added, and not what was read or written here
+        assert ask.responses(plain(12, "other"), "x")[0].text == "another process"
+    assert stored(tmp_path) == 24
+
+
+def test_the_lock_is_held_only_while_something_is_asked(tmp_path):
+    class Watching(CannedResponder):
+        def ask(self, requests: Sequence[Request]) -> Iterator[Raw]:
+            with pytest.raises(DistillError, match="lock held"), FolderLock(tmp_path):
+                pass
+            yield from super().ask(requests)
+
+    with FolderLock(tmp_path), Ask(Watching({}, "a"), tmp_path) as ask:
+        with pytest.raises(DistillError, match="lock held"):
+            ask.responses(plain(2), "x")
+    with Ask(Watching({}, "a"), tmp_path) as ask:
+        ask.responses(plain(2), "x")
+        with FolderLock(tmp_path):
+            ask.responses(plain(2), "x")
+
+
+def test_a_store_that_cannot_be_written_is_read(tmp_path):
+    answer_all(Counting(), plain(3), tmp_path)
+    (tmp_path / ".lock").unlink()
+    modes = {path: path.stat().st_mode for path in [*tmp_path.iterdir(), tmp_path]}
+    for path in modes:
+        path.chmod(path.stat().st_mode & ~stat.S_IWUSR & ~stat.S_IWGRP & ~stat.S_IWOTH)
+    try:
+        with Ask(Counting(), tmp_path) as ask:
+            assert len(ask.responses(plain(3), "x")) == 3
+        assert not (tmp_path / ".lock").exists()
+    finally:
+        for path, mode in modes.items():
+            path.chmod(mode)
+
+
+def test_a_store_that_was_repaired_meanwhile_is_read_anew(tmp_path):
+    folder = tmp_path / "store"
+    answer_all(Counting(), plain(3), folder)
+    with Ask(Counting(), folder) as ask:
+        ask.responses(plain(3), "x")
+        repair(folder)
+        assert len(ask.responses(plain(5), "x")) == 5
+        assert isinstance(ask.responder, Counting) and ask.responder.asked == 2
+    assert stored(folder) == 5
+
+
+def test_requests_that_all_fail_are_exit_4(tmp_path, monkeypatch):
+    with FakeTeacher(always(status=400, body=b"{}", billed=False)) as teacher:
+        requests = asks(settings(teacher), 3)
+        with Ask(EndpointResponder(settings(teacher)), tmp_path) as ask:
+            with pytest.raises(DistillError, match="all 3 requests failed") as stopped:
+                ask.responses(requests, "x")
+    assert stopped.value.code == Exit.TEACHER
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, DistillError])
+def test_what_was_paid_is_in_the_ledger_after_an_error_too(tmp_path, monkeypatch, error):
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+    stage = next(stage for stage in STAGES if stage.name == "generate")
+    with FakeTeacher() as teacher:
+        config = Config.model_validate_json(make_run(tmp_path, teacher, 4).read_text())
+        run, folder = Run(config), tmp_path / "store"
+        responder = EndpointResponder(config.teacher, PRICE, config.name)
+
+        def main(config: Config, run: Run) -> None:
+            with Ask(responder, folder, run) as ask:
+                ask.responses(asks(config.teacher, 4), "x")
+                if error:
+                    raise error(*(["a", "b", "c", "d"] if error is DistillError else []))
+
+        changed = replace(stage, main=main)
+        if error:
+            with pytest.raises(error):
+                run.do(changed)
+        else:
+            run.do(changed)
+        assert sum((e.dollars or Decimal(0) for e in run.ledger()), Decimal(0)) == teacher.bill > 0
+    assert sum(entry.attempts for entry in run.ledger()) == 4
