@@ -17,7 +17,8 @@ from distill.responders.recorded import CannedResponder
 from distill.responders.responder import Raw, Request
 from distill.storage import log
 from distill.storage.locks import FolderLock
-from distill.storage.log import Log, repair
+from distill.storage.log import Log
+from distill.storage.repair import repair
 from distill.storage.run_folder import Run
 from tests.generation.test_generate import Counting
 from tests.generation.test_generate import asks as plain
