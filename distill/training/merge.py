@@ -51,7 +51,8 @@ def write_merged(student: Student, adapter: Path, folder: Path) -> None:
     registry.check_base(adapter, student.model, student.revision)
     flags = {"allow_pickle": student.allow_pickle, "trust_remote_code": student.trust_remote_code}
     model = registry.load_merged(student.model, adapter, student.revision, **flags)
-    config = read_json(registry.fetch(student.model, student.revision) / "config.json")
+    folder_of_base = registry.fetch(student.model, student.revision, student.allow_pickle)
+    config = read_json(folder_of_base / "config.json")
     model = model.to(getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32"))
     model.config.name_or_path = ""  # else the folder of this machine is written into the config
     vars(model.config).pop("_model_name_or_path", None)  # a GGUF's own title, not a model's id

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from distill.cli import main
 from distill.config import Config
 from distill.errors import DistillError, Exit
+from distill.evaluation.answering import student_responder
 from distill.generation.filters import CONTAMINATED, Dropped
 from distill.pipeline import STAGES
 from distill.records import Pair
@@ -97,6 +98,23 @@ def test_the_first_step_starts_from_the_adapter_that_was_trained(tmp_path):
     after = load_file(run.trained("adapter") / WEIGHTS)
     assert all(torch.allclose(before[name], after[name], atol=1e-9) for name in before)
     assert any(t.abs().max() > 0 for name, t in before.items() if "lora_B" in name)
+
+
+def test_a_student_with_code_of_its_own_is_trained_refined_and_loaded(tmp_path):
+    (tmp_path / "student").mkdir()
+    code = "from transformers import LlamaForCausalLM\n\n\nclass Own(LlamaForCausalLM):\n    pass\n"
+    folder = make_tiny(tmp_path / "student")
+    (folder / "modeling_own.py").write_text(code)
+    facts = json.loads((folder / "config.json").read_text())
+    facts["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Own"}
+    (folder / "config.json").write_text(json.dumps(facts))
+    student = {"model": str(folder), "dtype": "float32", "trust_remote_code": True}
+    run = make_run(tmp_path, student=student, on_policy={**OWN, "rounds": 1})
+    assert not run.path("merged").exists(), "the rounds that follow are trained on"
+    on_policy.main(run.config, run)
+    assert (run.trained("merged") / "modeling_own.py").read_text() == code
+    responder, _ = student_responder(run.config, run, "student")
+    assert type(responder.network).__name__ == "Own"
 
 
 @pytest.mark.parametrize("call", [1, 6, 17])

@@ -70,12 +70,14 @@ class LocalResponder:
         date: str = "2026-01-01",
         max_batch_size: int | None = None,
         adapter: Path | None = None,
+        allow_pickle: bool = False,
+        trust_remote_code: bool = False,
     ) -> "LocalResponder":
         """Make the responder of a model by reference, with a PEFT adapter merged in where one is given.
 
         The weights are loaded at the first request; what names the origin is known without them.
         """
-        tokenizer = load_tokenizer(reference, revision)
+        tokenizer = load_tokenizer(reference, revision, trust_remote_code)
         facts = {"weights": identity(reference, revision), "dtype": str(pick_dtype(dtype))}
         if adapter:
             check_base(adapter, reference, revision)
@@ -86,8 +88,14 @@ class LocalResponder:
 
         def weights_loaded() -> Any:
             if adapter is None:
-                return load_model(reference, dtype, revision)
-            merged: Any = load_merged(reference, adapter, revision)
+                return load_model(reference, dtype, revision, allow_pickle, trust_remote_code)
+            merged: Any = load_merged(
+                reference,
+                adapter,
+                revision,
+                allow_pickle=allow_pickle,
+                trust_remote_code=trust_remote_code,
+            )
             return merged.to(device=device(), dtype=pick_dtype(dtype))
 
         name = Path(reference).name

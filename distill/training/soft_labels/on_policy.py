@@ -122,7 +122,13 @@ def student_answers(each: Round, prompts: Sequence[Prompt], adapter: Path) -> li
     config, own = each.config, each.config.on_policy
     student = config.student
     responder = LocalResponder.load(
-        student.model, student.dtype, student.revision, config.template_date, adapter=adapter
+        student.model,
+        student.dtype,
+        student.revision,
+        config.template_date,
+        adapter=adapter,
+        allow_pickle=student.allow_pickle,
+        trust_remote_code=student.trust_remote_code,
     )
     sampling = Sampling(
         temperature=own.temperature, top_p=own.top_p, max_new_tokens=own.max_new_tokens
