@@ -12,7 +12,7 @@ from typing import Any
 from distill.config import Config, Evaluation, Signals
 from distill.config_file import parse_config, place_of
 from distill.errors import DistillError, Exit
-from distill.models import registry
+from distill.models import loading, registry
 from distill.storage.files import as_json, sha256_file, write_atomic
 from distill.storage.progress import say
 from distill.storage.run_folder import Run, Stage
@@ -82,14 +82,14 @@ def require_models(config: Config, left: Collection[str]) -> None:
     The student is looked at in any case: what is asked is asked for it. Raises DistillError (exit 7).
     """
     student, judge = config.student, config.evaluation.judge
-    registry.check_model(student.model, student.allow_pickle, student.trust_remote_code)
+    loading.check_model(student.model, student.allow_pickle, student.trust_remote_code)
     asked = [config.teacher] if {"generate", "evaluate"}.intersection(left) else []
     if config.distributions and {"signals", "train", "refine"}.intersection(left):
         asked.append(config.soft_teacher())
     if judge and "evaluate" in left:
         asked.append(judge)
     for name in sorted({teacher.model for teacher in asked if teacher.kind == "local"}):
-        registry.check_model(name)
+        loading.check_model(name)
 
 
 STUDENT = ("adapter/adapter_model.safetensors", "refined/adapter/adapter_model.safetensors")

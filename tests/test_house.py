@@ -63,6 +63,7 @@ WITHOUT_TORCH = (
         "tasks.task",
         "tasks.checkers",
         "models.registry",
+        "models.loading",
         "pipeline",
         "formatting",
     ),

@@ -15,7 +15,7 @@ from distill.evaluation.measure import limit, why_no_teacher
 from distill.evaluation.suites import Suite
 from distill.evaluation.throughput import timed
 from distill.generation.generate import make_teacher
-from distill.models import registry
+from distill.models import loading, registry
 from distill.models.chat_template import template_hash
 from distill.records import Pair, Prompt, Reading, Response, digest
 from distill.responders.ask import Ask
@@ -62,7 +62,7 @@ def student_responder(
         registry.check_base(run.trained("adapter"), student.model, student.revision)
     folder = f"{merged_student(student, run).resolve()}" if run else student.model
     revision = None if run else student.revision
-    tokenizer = registry.load_tokenizer(folder, revision, student.trust_remote_code)
+    tokenizer = loading.load_tokenizer(folder, revision, student.trust_remote_code)
     told = describe(
         student.model,
         student.revision,
@@ -71,7 +71,7 @@ def student_responder(
     )
     told["adapter_sha256"] = sha256_file(run.trained("adapter") / WEIGHTS) if run else None
     flags = (student.allow_pickle and not run, student.trust_remote_code)
-    model = registry.load_model(folder, student.dtype, revision, *flags)
+    model = loading.load_model(folder, student.dtype, revision, *flags)
     shaping, old_origin = {**told, "dtype": str(model.dtype)}, None
     if run:
         told["model_sha256"] = registry.folder_digest(Path(folder))
@@ -183,7 +183,7 @@ def describe_teacher(config: Config) -> dict[str, Any]:
     if teacher.kind != "local":
         told = describe(teacher.model or teacher.kind, teacher.revision, None, None)
         return {**told, "reasons": {"sha256": "the answers were recorded elsewhere"}}
-    tokenizer = registry.load_tokenizer(teacher.model, teacher.revision)
+    tokenizer = loading.load_tokenizer(teacher.model, teacher.revision)
     identity = registry.identity(teacher.model, teacher.revision)
     template = template_hash(tokenizer, config.template_date)
     return describe(teacher.model, teacher.revision, identity, template)

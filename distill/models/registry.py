@@ -1,19 +1,16 @@
 """Models by reference: a name of configs/models.yaml, a Hub id, or an explicit folder (`./x`, `/x`).
 
 Looking up (`lookup`, `shape_of`, `identity` of a named model) needs no torch and no network. `fetch` returns a folder
-of safetensors and tokenizer, verified and cached. Loading reads safetensors only and runs no code of a model's author,
-unless a flag of the config says so.
+of safetensors and tokenizer, verified and cached; `models.loading` loads it.
 """
 
 import difflib
 import hashlib
 import json
-import os
 import re
-import warnings
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -21,25 +18,12 @@ from distill.config import checked_model
 from distill.config_file import find_config, read_yaml
 from distill.errors import DistillError, Exit
 from distill.models.download import Gguf, converted
-from distill.models.weights import (
-    add_adapter,
-    require_intact,
-    require_values,
-    stored_values,
-    values_of,
-)
 from distill.records import Record, digest
-from distill.storage.environment import cpu_facts
 from distill.storage.files import sha256_file, write_json
 from distill.storage.run_folder import differences
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 TABLE = Path("configs/models.yaml")
 COMMIT = re.compile(r"[0-9a-f]{40}")
-BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 # What makes a folder a model beside its weights: transformers reads them, and answers and tokens follow from them
 PARTS = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
@@ -123,7 +107,7 @@ def shape_of(reference: str) -> Shape | None:
     if info or not is_folder(reference):
         return info.shape if info else None
     path = Path(reference) / "config.json"
-    return shape_from_config(_json(path)) if path.is_file() else None
+    return shape_from_config(read_object(path)) if path.is_file() else None
 
 
 def shape_from_config(config: dict[str, Any]) -> Shape:
@@ -216,14 +200,15 @@ def _from_hub(reference: str, revision: str | None, allow_pickle: bool) -> Path:
     try:
         return Path(snapshot_download(reference, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        what = f"could not be fetched from the Hub: {_first_line(error)}"
+        what = f"could not be fetched from the Hub: {first_line(error)}"
         names = ", ".join(name for name in table() if "/" not in name)
         raise DistillError(
             Exit.INPUT, f"model {reference}", what, f"check id and network, or use one of {names}"
         ) from None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its kind where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -301,52 +286,8 @@ def _file_hash(path: Path, size: int, mtime_ns: int) -> str:
     return sha256_file(path)
 
 
-def check_files(folder: Path, allow_pickle: bool = False, trust_remote_code: bool = False) -> None:
-    """Refuse weights that are pickles, code of the model's author, and paths that lead out of the folder.
-
-    Raises DistillError (exit 7) naming the flag that would allow it, where one does.
-    """
-    if not list(folder.glob("*.safetensors")) and not allow_pickle:
-        pickles = list(folder.glob("*.bin")) + list(folder.glob("*.pt"))
-        what = "has its weights only as pickle, which can run code" if pickles else "has no weights"
-        fix = (
-            "convert them to safetensors, or set student.allow_pickle: true"
-            if pickles
-            else "check it"
-        )
-        raise DistillError(Exit.TRAINING, folder, what, fix)
-    if (folder / "adapter_config.json").is_file():
-        what = "holds an adapter too, which transformers would add without a word"
-        fix = "merge it, or move adapter_config.json and its weights elsewhere"
-        raise DistillError(Exit.TRAINING, folder, what, fix)
-    for name in ("config.json", "tokenizer_config.json"):
-        content = _json(folder / name) if (folder / name).is_file() else {}
-        if "auto_map" in content and not trust_remote_code:
-            raise DistillError(
-                Exit.TRAINING,
-                folder / name,
-                "auto_map wants to run code of the model's author",
-                "read that code, then set student.trust_remote_code: true",
-            )
-        _refuse_outside(folder / name, content)
-    index = folder / "model.safetensors.index.json"
-    _refuse_outside(index, _json(index).get("weight_map", {}) if index.is_file() else {}, True)
-
-
-def _refuse_outside(where: Path, content: dict[str, Any], every: bool = False) -> None:
-    """Refuse file names that leave the folder: transformers 5.23 would follow them (#47176, #46279)."""
-    for key, value in content.items():
-        if (
-            (every or key.endswith("_file"))
-            and isinstance(value, str)
-            and Path(value).name != value
-        ):
-            raise DistillError(
-                Exit.TRAINING, where, f"{key} names {value!r}, outside the folder", "do not use it"
-            )
-
-
-def _json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file of a model; raises DistillError (exit 7) where it holds no object."""
     try:
         content = json.loads(path.read_bytes())
     except ValueError:
@@ -354,202 +295,6 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DistillError(Exit.TRAINING, path, "is not a JSON object", "fetch the model again")
     return content
-
-
-def quiet() -> None:
-    """Silence the loading bars and advice of transformers; its errors stay."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-
-
-def pick_dtype(name: str = "auto") -> "torch.dtype":
-    """Return the named dtype; `auto` is bfloat16 where the machine computes in it, else float32."""
-    import torch
-
-    if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    if torch.cuda.is_available():
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        facts = cpu_facts()
-        flags = f"{facts.get('flags', '')} {facts.get('Features', '')}".split()  # x86, ARM
-        fast = not BF16_FLAGS.isdisjoint(flags)
-    return torch.bfloat16 if fast else torch.float32
-
-
-def device() -> "torch.device":
-    """Return this process's GPU, or the CPU."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
-def context_length(model_config: Any) -> int:
-    """Return how many tokens the model can see, by its config: a converted tokenizer reports an absurd limit."""
-    return int(model_config.max_position_embeddings)
-
-
-def load_model(
-    reference: str,
-    dtype: str = "auto",
-    revision: str | None = None,
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
-    load_in_4bit: bool = False,
-    on_cpu: bool = False,
-) -> "PreTrainedModel":
-    """Load a causal language model for inference, on the GPU if there is one and not `on_cpu`.
-
-    Raises DistillError: as `fetch` and `check_files`; exit 7 where the files are no causal language model, or not all
-    of one, or its weights are no numbers.
-    """
-    folder = fetch(reference, revision, allow_pickle)
-    extra: dict[str, Any] = {"quantization_config": _four_bit()} if load_in_4bit else {}
-    if (place := device()).type == "cuda" and not on_cpu:
-        extra["device_map"] = {"": place}  # straight to the GPU, without a copy in main memory
-    flags = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-    model = _read(reference, folder, dtype=pick_dtype(dtype), **flags, **extra)
-    require_values(f"model {reference}", values_of(model))
-    return model.eval()
-
-
-def load_merged(
-    reference: str, adapter: Path, revision: str | None = None, **flags: bool
-) -> "PreTrainedModel":
-    """Load a model with an adapter added to it in float32, in main memory: the caller casts it once.
-
-    Raises DistillError as `load_model` does, and (exit 7) where the adapter does not fit.
-    """
-    base = load_model(reference, "float32", revision, on_cpu=True, **flags)
-    return add_adapter(base, adapter).merge_and_unload(safe_merge=True).eval()
-
-
-def check_model(
-    reference: str, allow_pickle: bool = False, trust_remote_code: bool = False
-) -> None:
-    """Refuse a folder that does not hold the model of its config.json, long before the model is needed.
-
-    What the Hub and models.yaml name has a hash, and is not read here. Raises DistillError as `load_model` does.
-    """
-    if not is_folder(reference):
-        return
-    folder = fetch(reference)
-    flags = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-    if "quantization_config" in _json(folder / "config.json"):
-        return  # which names such weights have is known once they are unpacked
-    # on the meta device only the names and shapes are read
-    model = _read(reference, folder, device_map={"": "meta"}, **flags)
-    require_values(
-        f"model {reference}", stored_values(_weight_files(folder), model.state_dict().keys())
-    )
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files that transformers reads: the one, or those that the index names."""
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.is_file() or not index.is_file():
-        return [whole] if whole.is_file() else []
-    return [folder / name for name in sorted(set(_json(index)["weight_map"].values()))]
-
-
-def _read(
-    reference: str,
-    folder: Path,
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
-    **how: Any,
-) -> Any:
-    """Read a causal language model from its files, and nothing that is not in them: the one place that does."""
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    quiet()
-    check_files(folder, allow_pickle, trust_remote_code)
-    try:
-        both: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            use_safetensors=None if allow_pickle else True,
-            trust_remote_code=trust_remote_code,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,  # they are in the report, and are refused by it
-            output_loading_info=True,
-            **how,
-        )
-        model, report = both
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        what = f"could not be loaded: {_first_line(error)}"
-        raise DistillError(Exit.TRAINING, f"model {reference}", what, "check the model") from None
-    require_intact(f"model {reference}", report)
-    return model
-
-
-def _four_bit() -> Any:
-    """Return the QLoRA quantisation (NF4, doubly quantised, arXiv 2305.14314); raises DistillError without CUDA."""
-    import importlib.util
-
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
-        raise DistillError(
-            Exit.TRAINING,
-            "student.load_in_4bit",
-            "needs an NVIDIA GPU and bitsandbytes",
-            "pip install 'distill[cuda]' on such a machine, or leave it out",
-        )
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=pick_dtype(),
-    )
-
-
-def load_tokenizer(
-    reference: str, revision: str | None = None, trust_remote_code: bool = False
-) -> "PreTrainedTokenizerBase":
-    """Load and check a model's tokenizer; its `model_max_length` is the model's own context length."""
-    from transformers import AutoTokenizer
-
-    quiet()
-    folder = fetch(reference, revision)
-    check_files(folder, allow_pickle=True, trust_remote_code=trust_remote_code)
-    config = _json(folder / "config.json")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        what = f"its tokenizer could not be loaded: {_first_line(error)}"
-        raise DistillError(Exit.TRAINING, f"model {reference}", what, "check the model") from None
-    tokenizer.model_max_length = config["max_position_embeddings"]
-    tokenizer.name_or_path = reference
-    check_tokenizer(tokenizer, config.get("vocab_size"))
-    return tokenizer
-
-
-def check_tokenizer(tokenizer: Any, vocab_size: int | None = None) -> None:
-    """Refuse a tokenizer that cannot train or serve a chat model; raises DistillError (exit 7).
-
-    `vocab_size` is the number of the model's embeddings: an id beyond it means another model's tokenizer.
-    """
-    where = f"tokenizer of {tokenizer.name_or_path}"
-    if not tokenizer.chat_template:
-        raise DistillError(Exit.TRAINING, where, "has no chat template", "use an instruct model")
-    for name in ("eos", "pad"):
-        if getattr(tokenizer, f"{name}_token_id") is None:
-            fix = f"set {name}_token in its tokenizer_config.json"
-            raise DistillError(Exit.TRAINING, where, f"has no {name}_token", fix)
-    if vocab_size is not None and len(tokenizer) > vocab_size:
-        what = f"has {len(tokenizer)} tokens, the model {vocab_size} embeddings"
-        raise DistillError(
-            Exit.TRAINING, where, what, "use the tokenizer that belongs to the model"
-        )
 
 
 def check_base(adapter: Path, reference: str, revision: str | None = None) -> None:
@@ -561,7 +306,7 @@ def check_base(adapter: Path, reference: str, revision: str | None = None) -> No
     path = adapter / "base.json"
     if not path.is_file():
         raise DistillError(Exit.TRAINING, adapter, "does not say what it was trained on", "retrain")
-    base, found, files = _json(path), identity(reference, revision), parts(reference)
+    base, found, files = read_object(path), identity(reference, revision), parts(reference)
     kept = base.get("identity")
     if kept != found:
         what = f"was trained on {str(kept)[:12]}, {reference} is {found[:12]}"

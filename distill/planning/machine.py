@@ -117,11 +117,11 @@ def measure(dtypes: list[str], seconds: float = 1.0) -> None:
 
     import torch
 
-    from distill.models import registry
+    from distill.models import loading
 
-    place, rates = registry.device(), {}
+    place, rates = loading.device(), {}
     for name in dtypes:
-        dtype = registry.pick_dtype(name)
+        dtype = loading.pick_dtype(name)
         inputs = torch.randn(1024, 1024, device=place).to(dtype)
         weight = torch.randn(4096, 1024, device=place).to(dtype)
         done, started = -1, 0.0  # the first product, which sets up the kernel, is not counted

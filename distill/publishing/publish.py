@@ -17,7 +17,7 @@ from typing import Any
 from distill.config import Config
 from distill.config_file import find_config
 from distill.errors import DistillError, Exit
-from distill.models import registry
+from distill.models import loading, registry
 from distill.models.weights import add_adapter
 from distill.publishing.card import Facts, make_card
 from distill.publishing.fidelity import Conversation, Fidelity, answer_logits, compare_models
@@ -210,11 +210,11 @@ def compared(config: Config, run: Run, merged: Path, evaluated: Mapping[str, Any
     if not rows:
         raise DistillError(Exit.PUBLISH, run.path("dataset"), "holds no pairs", "make the dataset")
     flags = (student.allow_pickle, student.trust_remote_code)
-    base = registry.load_model(student.model, dtype, student.revision, *flags)
+    base = loading.load_model(student.model, dtype, student.revision, *flags)
     before = answer_logits(add_adapter(base, run.trained("adapter")), rows)
     del base
     gc.collect()
-    model = registry.load_model(f"{merged.resolve()}", dtype, None, False, flags[1])
+    model = loading.load_model(f"{merged.resolve()}", dtype, None, False, flags[1])
     fidelity = compare_models(before, answer_logits(model, rows))
     say(fidelity.line())
     return fidelity
@@ -222,7 +222,7 @@ def compared(config: Config, run: Run, merged: Path, evaluated: Mapping[str, Any
 
 def conversations(config: Config, run: Run) -> list[Conversation]:
     """Return a few validation (else training) samples as token ids; held-out ones are evaluation's alone."""
-    tokenizer = registry.load_tokenizer(
+    tokenizer = loading.load_tokenizer(
         config.student.model, config.student.revision, config.student.trust_remote_code
     )
     pairs = [

@@ -9,7 +9,7 @@ import torch
 
 from distill.config import Config
 from distill.errors import DistillError, Exit
-from distill.models import registry
+from distill.models import loading, registry
 from distill.models.chat_template import template_hash
 from distill.records import Example, Pair, digest
 from distill.storage.environment import LIBRARIES, installed
@@ -59,11 +59,11 @@ def prepare(config: Config, run: Run, start: Path | None = None) -> Parts:
 
     Raises DistillError (exit 7) where that cannot be.
     """
-    tokenizer = registry.load_tokenizer(
+    tokenizer = loading.load_tokenizer(
         config.student.model, config.student.revision, config.student.trust_remote_code
     )
     model, settings = load_adapted(config), config.train
-    limit = min(settings.max_length, registry.context_length(model.config))
+    limit = min(settings.max_length, loading.context_length(model.config))
     examples = encode_split(tokenizer, config, run, "train", limit)
     validation = encode_split(tokenizer, config, run, "validation", limit)
     student, notes = make_student(model, settings.packing, fused=not sharding.asked())
@@ -101,7 +101,7 @@ def prepare(config: Config, run: Run, start: Path | None = None) -> Parts:
 def load_adapted(config: Config) -> Any:
     """Load the student and wrap it with a fresh adapter, drawn from the run's seed."""
     student, settings = config.student, config.train
-    model = registry.load_model(
+    model = loading.load_model(
         student.model,
         dtype_name(config),
         student.revision,

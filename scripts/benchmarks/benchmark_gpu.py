@@ -42,7 +42,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Con
 
 from distill.errors import DistillError, Exit, exit_code
 from distill.formatting import table
-from distill.models.registry import Shape, quiet, shape_of
+from distill.models.loading import quiet
+from distill.models.registry import Shape, shape_of
 from distill.planning.machine import devices
 from distill.planning.sizes import adapter_parameters, training_flops
 from distill.records import Example

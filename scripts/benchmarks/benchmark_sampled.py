@@ -25,7 +25,7 @@ from torch import Tensor
 
 from distill.config import Config, Signals
 from distill.formatting import table
-from distill.models import registry
+from distill.models import loading
 from distill.records import Example, Message, Pair, Prompt, Response
 from distill.storage.environment import environment
 from distill.storage.files import write_json
@@ -145,7 +145,7 @@ def errors(
 
 def load(reference: str, dtype: str, revision: str | None) -> Student:
     """Load a model to read with."""
-    return make_student(registry.load_model(reference, dtype, revision).requires_grad_(False))[0]
+    return make_student(loading.load_model(reference, dtype, revision).requires_grad_(False))[0]
 
 
 def measure(
@@ -203,7 +203,7 @@ def main(words: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(words)
     run = open_run(chosen.run)
     config, own = run.config, run.config.soft_teacher()
-    tokenizer = registry.load_tokenizer(own.model, own.revision)
+    tokenizer = loading.load_tokenizer(own.model, own.revision)
     both = (
         load(own.model, own.dtype, own.revision),
         load(config.student.model, config.student.dtype, config.student.revision),

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from distill.formatting import table
-from distill.models import registry
+from distill.models import loading
 from distill.records import Example, Pair, Prompt, Response
 from distill.storage.environment import environment
 from distill.storage.files import read_records, write_json
@@ -211,8 +211,8 @@ def main() -> None:
     chosen = parser.parse_args()
     run, started = open_run(chosen.run), time.perf_counter()
     teacher = run.config.soft_teacher()
-    tokenizer = registry.load_tokenizer(teacher.model, teacher.revision)
-    model = registry.load_model(teacher.model, teacher.dtype, teacher.revision)
+    tokenizer = loading.load_tokenizer(teacher.model, teacher.revision)
+    model = loading.load_model(teacher.model, teacher.dtype, teacher.revision)
     student, _ = make_student(model)
     examples = answers(run, tokenizer)
     lengths = [len(example.input_ids) for example in examples]

@@ -42,7 +42,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from distill.formatting import table
-from distill.models import registry
+from distill.models import loading
 from distill.records import Example, Pair
 from distill.storage.environment import environment
 from distill.storage.files import read_json, read_records, write_json
@@ -72,7 +72,7 @@ PARTS = ("ce", "forward_kl")
 def load(asked: argparse.Namespace, count: int) -> tuple[Run, list[Example]]:
     """Return the run, with the default mix as its loss, and its first training samples."""
     run = open_run(asked.run, [MIX])
-    tokenizer = registry.load_tokenizer(run.config.student.model, run.config.student.revision)
+    tokenizer = loading.load_tokenizer(run.config.student.model, run.config.student.revision)
     pairs = read_records(run.path("dataset/train.jsonl"), Pair)[:count]
     limit, date = run.config.train.max_length, run.config.template_date
     examples = encode_pairs(tokenizer, pairs, date, limit, asked.run)
@@ -102,7 +102,7 @@ class Signals:
     def teacher(self) -> Any:
         """Load the teacher."""
         own = self.config.soft_teacher()
-        return registry.load_model(own.model, own.dtype, own.revision)
+        return loading.load_model(own.model, own.dtype, own.revision)
 
     def labels(self, examples: Sequence[Example]) -> CachedLabels:
         """Read the signals of examples from the disk."""
@@ -181,9 +181,9 @@ def gkd(run: Run, task: Task) -> Side:
     )
 
     config = run.config
-    tokenizer = registry.load_tokenizer(config.student.model)
+    tokenizer = loading.load_tokenizer(config.student.model)
     own = config.soft_teacher()
-    teacher = registry.load_model(own.model, own.dtype, own.revision)
+    teacher = loading.load_model(own.model, own.dtype, own.revision)
 
     def train(examples: Sequence[Example]) -> float:
         with tempfile.TemporaryDirectory() as folder:
@@ -206,7 +206,7 @@ def gkd(run: Run, task: Task) -> Side:
                 logging_strategy="no",
             )
             trainer = GKDTrainer(
-                model=registry.load_model(config.student.model),
+                model=loading.load_model(config.student.model),
                 teacher_model=teacher,
                 args=settings,
                 train_dataset=Dataset.from_list(list(map(trl_row, by_length(examples)))),

@@ -22,7 +22,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rich.table import Table
 
-from distill.models import registry
+from distill.models import loading
 from distill.records import Example, Pair
 from distill.storage.environment import environment
 from distill.storage.files import read_records, write_json
@@ -54,7 +54,7 @@ class Ours:
     ) -> None:
         self.step_tokens, self.limit = step_tokens, limit
         model = adapters.inject(
-            registry.load_model(reference), RANK, ALPHA, 0.0, "all-linear", seed=0
+            loading.load_model(reference), RANK, ALPHA, 0.0, "all-linear", seed=0
         )
         self.student, _ = make_student(model.train(), fused=True)
         self.named = adapters.parameters(model)
@@ -105,7 +105,7 @@ def padded(rows: Sequence[Example]) -> dict[str, torch.Tensor]:
 def plain(reference: str, by_length: bool, batch: int = BATCH) -> Side:
     """Return the plain loop: transformers' loss over padded batches, PEFT's own forward."""
     lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
-    model: Any = get_peft_model(registry.load_model(reference), lora).train()
+    model: Any = get_peft_model(loading.load_model(reference), lora).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
 
     def train(examples: Sequence[Example]) -> float:
@@ -127,7 +127,7 @@ def trl(reference: str, packing: bool, batch: int | None = None) -> Side:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports]
 
-    tokenizer = registry.load_tokenizer(reference)
+    tokenizer = loading.load_tokenizer(reference)
 
     def train(examples: Sequence[Example]) -> float:
         rows = {
@@ -151,7 +151,7 @@ def trl(reference: str, packing: bool, batch: int | None = None) -> Side:
                 logging_strategy="no",
             )
             trainer = SFTTrainer(
-                model=registry.load_model(reference),
+                model=loading.load_model(reference),
                 args=settings,
                 train_dataset=Dataset.from_dict(rows),
                 processing_class=tokenizer,
@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     pairs = read_records(asked.run / "dataset/train.jsonl", Pair)
-    examples = encode_pairs(registry.load_tokenizer(asked.model), pairs, DATE, 1024, asked.run)
+    examples = encode_pairs(loading.load_tokenizer(asked.model), pairs, DATE, 1024, asked.run)
     count = asked.samples
     rounds = [examples[n * count : (n + 1) * count] for n in range(asked.repeats + 1)]
     sides: dict[str, Side] = {"ours": Ours(asked.model), "plain": plain(asked.model, False)}

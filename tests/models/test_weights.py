@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from distill.cli import main
 from distill.config import Config, Student
 from distill.errors import DistillError, Exit
-from distill.models import registry
+from distill.models import loading, registry
 from distill.models.weights import require_values
 from distill.responders.local.local_model import LocalResponder
 from distill.training import adapters, prepare
@@ -90,7 +90,7 @@ def refused(call: Callable[..., Any], *given: Any, **named: Any) -> str:
 
 
 @pytest.mark.parametrize("what", DAMAGE)
-@pytest.mark.parametrize("call", [registry.load_model, registry.check_model])
+@pytest.mark.parametrize("call", [loading.load_model, loading.check_model])
 def test_weights_that_are_not_the_model_s(
     what: str, call: Callable[..., Any], tiny: Path, tmp_path: Path
 ) -> None:
@@ -106,11 +106,11 @@ def test_an_untied_head_must_be_there_and_a_tied_one_need_not(tmp_path: Path) ->
     untied = make_tiny(tmp_path / "untied", "qwen2", tied=False)
     tied = make_tiny(tmp_path / "tied", "qwen2")
     assert "lm_head.weight" not in load_file(tied / "model.safetensors")
-    for call in (registry.check_model, registry.load_model):
+    for call in (loading.check_model, loading.load_model):
         call(str(untied))
         call(str(tied))
     edit(untied / "model.safetensors", without("lm_head.weight"))
-    for call in (registry.check_model, registry.load_model):
+    for call in (loading.check_model, loading.load_model):
         assert "lacks lm_head.weight" in refused(call, str(untied))
 
 
@@ -118,8 +118,8 @@ def test_either_of_two_tied_weights_will_do(tiny: Path, tmp_path: Path) -> None:
     """Some save the head and leave the embedding out: the same tensor under its other name."""
     folder = copied(tiny, tmp_path / "m")
     edit(folder / "model.safetensors", lambda t: t.update({"lm_head.weight": t.pop(EMBEDDING)}))
-    registry.check_model(str(folder))
-    whole, other = (registry.load_model(str(f), "float32").state_dict() for f in (tiny, folder))
+    loading.check_model(str(folder))
+    whole, other = (loading.load_model(str(f), "float32").state_dict() for f in (tiny, folder))
     assert torch.equal(whole[EMBEDDING], other[EMBEDDING])
 
 
@@ -128,22 +128,22 @@ def test_what_is_computed_again_may_lie_in_the_file(tiny: Path, tmp_path: Path) 
     folder = copied(tiny, tmp_path / "m")
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     edit(folder / "model.safetensors", lambda t: t.update(old))
-    registry.check_model(str(folder))
-    registry.load_model(str(folder))
+    loading.check_model(str(folder))
+    loading.load_model(str(folder))
 
 
 def test_shards_are_looked_at_too(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "m"
-    registry.load_model(str(tiny), "float32").save_pretrained(folder, max_shard_size="20KB")
-    registry.load_tokenizer(str(tiny)).save_pretrained(folder)
-    registry.check_model(str(folder))
+    loading.load_model(str(tiny), "float32").save_pretrained(folder, max_shard_size="20KB")
+    loading.load_tokenizer(str(tiny)).save_pretrained(folder)
+    loading.check_model(str(folder))
     index = json.loads((folder / "model.safetensors.index.json").read_bytes())
     shard = folder / index["weight_map"][UP]
     edit(shard, poison(float("nan")))
-    for call in (registry.check_model, registry.load_model):
+    for call in (loading.check_model, loading.load_model):
         assert UP in refused(call, str(folder))
     edit(shard, without(UP))
-    for call in (registry.check_model, registry.load_model):
+    for call in (loading.check_model, loading.load_model):
         assert f"lacks {UP}" in refused(call, str(folder))
 
 
@@ -152,7 +152,7 @@ def test_pickled_weights_are_looked_at_too(tiny: Path, tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save({name: t for name, t in tensors.items() if name != UP}, folder / "pytorch_model.bin")
-    for call in (registry.check_model, registry.load_model):
+    for call in (loading.check_model, loading.load_model):
         assert f"lacks {UP}" in refused(call, str(folder), allow_pickle=True)
 
 
@@ -167,13 +167,13 @@ def test_zeros_where_they_belong() -> None:
 def test_an_adapter_beside_the_model_is_not_added_to_it(tiny: Path, tmp_path: Path) -> None:
     folder = copied(tiny, tmp_path / "m")
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    assert "adapter" in refused(registry.load_model, str(folder))
+    assert "adapter" in refused(loading.load_model, str(folder))
 
 
 @pytest.fixture(scope="module")
 def adapter(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter as training writes it."""
-    model = registry.load_model(str(tiny), "float32")
+    model = loading.load_model(str(tiny), "float32")
     wrapped = adapters.inject(model, 4, 8, 0.0, "all-linear", 0)
     folder = tmp_path_factory.mktemp("adapter") / "adapter"
     adapters.save_adapter(wrapped, adapters.tensors(wrapped), folder, None)

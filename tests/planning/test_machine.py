@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from distill.models.registry import pick_dtype, shape_of
+from distill.models.loading import pick_dtype
+from distill.models.registry import shape_of
 from distill.planning import machine
 from distill.planning.machine import BANDWIDTH, Machine, devices, find_machine
 

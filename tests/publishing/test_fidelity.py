@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distill.models import registry
+from distill.models import loading
 from distill.publishing.fidelity import MAX_TOKENS, Conversation, answer_logits, compare_models
 from tests.support.tiny import make_tiny
 
@@ -31,7 +31,7 @@ def test_the_margin_is_that_of_the_first_token_that_differs():
 
 
 def test_the_logits_of_a_long_answer_are_those_of_its_first_tokens(tmp_path):
-    model = registry.load_model(str(make_tiny(tmp_path)), "float32")
+    model = loading.load_model(str(make_tiny(tmp_path)), "float32")
     long = Conversation(ids=tuple(range(3, 103)), answer=10)
     (logits_TV,) = answer_logits(model, [long])
     assert len(logits_TV) == MAX_TOKENS

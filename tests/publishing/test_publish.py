@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 
 from distill.config import Config
 from distill.errors import DistillError, Exit
-from distill.models import registry
+from distill.models import loading, registry
 from distill.publishing.publish import main
 from distill.records import Message, Pair, Prompt, Response
 from distill.storage.files import sha256_file, write_json, write_records
@@ -67,7 +67,7 @@ def make_adapter(folder: Path, scale: float = 0.02) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    model = registry.load_model(BASE, "float32")
+    model = loading.load_model(BASE, "float32")
     torch.manual_seed(1)
     wrapped = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
     for name, parameter in wrapped.named_parameters():
@@ -131,8 +131,8 @@ def test_a_release_holds_the_allow_list_and_loads(run, tmp_path):
     }  # fmt: skip
     assert "Apache License" in (release / "LICENSE").read_text()
     moved = shutil.copytree(release, tmp_path / "elsewhere")
-    assert registry.load_model(str(moved)).num_parameters() > 0
-    assert registry.load_tokenizer(str(moved)).chat_template
+    assert loading.load_model(str(moved)).num_parameters() > 0
+    assert loading.load_tokenizer(str(moved)).chat_template
     assert (
         json.loads((release / "adapter/adapter_config.json").read_text())["base_model_name_or_path"]
         == BASE

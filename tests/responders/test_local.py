@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig
 
 from distill.errors import DistillError, Exit
 from distill.models.chat_template import encode_prompt
-from distill.models.registry import load_model
+from distill.models.loading import load_model
 from distill.records import Message
 from distill.responders.local import local_model
 from distill.responders.local.continuous_batching import NAME, Row, Stream, streaming

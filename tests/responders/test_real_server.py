@@ -17,7 +17,8 @@ import pytest
 from distill.cli import main
 from distill.config import Config, Teacher
 from distill.errors import DistillError, Exit
-from distill.models.registry import fetch, load_tokenizer
+from distill.models.loading import load_tokenizer
+from distill.models.registry import fetch
 from distill.records import Message, Prompt, Response
 from distill.responders.endpoint.attempts import encode, origin_of
 from distill.responders.endpoint.budget import attempts

@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from distill.config import Loss, Signals
 from distill.errors import DistillError, Exit
-from distill.models.registry import load_model
+from distill.models.loading import load_model
 from distill.publishing.fidelity import answer_logits, compare_models
 from distill.training import adapters, train
 from distill.training.encode import encode_pair

@@ -17,7 +17,7 @@ from distill.config import Config
 from distill.config_file import load_config
 from distill.errors import DistillError, Exit
 from distill.models.chat_template import encode_prompt
-from distill.models.registry import load_model, load_tokenizer
+from distill.models.loading import load_model, load_tokenizer
 from distill.pipeline import STAGES
 from distill.records import Candidate, Document, Message, Pair, Place, Prompt, Response
 from distill.storage.files import read_records, write_json, write_records

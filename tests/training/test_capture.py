@@ -13,7 +13,7 @@ from distill.config import Config
 from distill.config_file import load_config
 from distill.errors import DistillError, Exit
 from distill.models.chat_template import encode_prompt
-from distill.models.registry import load_model, load_tokenizer
+from distill.models.loading import load_model, load_tokenizer
 from distill.records import Message, Pair
 from distill.storage.files import read_records, write_json, write_records
 from distill.storage.run_folder import Run

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from distill.errors import DistillError, Exit
-from distill.models.registry import load_model
+from distill.models.loading import load_model
 from distill.records import Example
 from distill.storage.files import read_json, write_json, write_records
 from distill.storage.run_folder import Run

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from distill.config import Config, Student
 from distill.errors import DistillError, Exit
-from distill.models import registry
+from distill.models import loading, registry
 from distill.publishing.fidelity import Conversation, answer_logits, compare_models
 from distill.storage.files import sha256_files
 from distill.storage.run_folder import Run
@@ -29,7 +29,7 @@ FILES = {
 def make_adapter(base: Path, folder: Path, std: float = 0.05) -> Path:
     torch.manual_seed(0)
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
-    model: Any = get_peft_model(registry.load_model(str(base), "float32"), lora)
+    model: Any = get_peft_model(loading.load_model(str(base), "float32"), lora)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=std)
@@ -65,10 +65,10 @@ def test_the_merged_model_says_what_the_adapter_says(
     write_merged(Student(model=str(base)), adapter, tmp_path / "merged")
     assert {path.name for path in (tmp_path / "merged").iterdir()} == FILES
     assert f"{base}" not in (tmp_path / "merged/config.json").read_text()
-    plain = registry.load_model(str(base), "float32")
+    plain = loading.load_model(str(base), "float32")
     before = answer_logits(plain, ROWS)
     adapted = answer_logits(PeftModel.from_pretrained(plain, str(adapter)), ROWS)
-    after = answer_logits(registry.load_model(str(tmp_path / "merged"), "float32"), ROWS)
+    after = answer_logits(loading.load_model(str(tmp_path / "merged"), "float32"), ROWS)
     found = compare_models(adapted, after)
     assert found.same and found.mean_kl < 1e-8 and found.greedy_agreement == 1.0
     assert found.largest_logit_difference < 1e-4 and found.prompts == 8
@@ -80,7 +80,7 @@ def test_the_tokenizer_of_the_merged_model_is_that_of_its_base(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:
     write_merged(Student(model=str(base)), adapter, tmp_path / "merged")
-    old, new = (registry.load_tokenizer(str(f)) for f in (base, tmp_path / "merged"))
+    old, new = (loading.load_tokenizer(str(f)) for f in (base, tmp_path / "merged"))
     assert old.chat_template == new.chat_template and old.get_vocab() == new.get_vocab()
     assert old.model_max_length == new.model_max_length
 
@@ -90,13 +90,13 @@ def test_cast_once_to_the_type_of_the_base(
     dtype: str, base: Path, adapter: Path, tmp_path: Path
 ) -> None:
     half = tmp_path / "half"
-    registry.load_model(str(base), "bfloat16").save_pretrained(half)
-    registry.load_tokenizer(str(base)).save_pretrained(half)
+    loading.load_model(str(base), "bfloat16").save_pretrained(half)
+    loading.load_tokenizer(str(base)).save_pretrained(half)
     own = shutil.copytree(adapter, tmp_path / "adapter")
     registry.record_base(own, str(half))
     student = Student.model_validate({"model": str(half), "dtype": dtype})
     write_merged(student, own, tmp_path / "merged")
-    wide: Any = registry.load_model(str(half), "float32")
+    wide: Any = loading.load_model(str(half), "float32")
     expected = PeftModel.from_pretrained(wide, str(own)).merge_and_unload().state_dict()
     for name, tensor in load_file(tmp_path / "merged/model.safetensors").items():
         assert tensor.dtype == torch.bfloat16

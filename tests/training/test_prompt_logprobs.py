@@ -16,7 +16,7 @@ from distill.cli import main
 from distill.config import Config, Signals
 from distill.config_file import load_config
 from distill.errors import DistillError, Exit
-from distill.models.registry import load_model, load_tokenizer
+from distill.models.loading import load_model, load_tokenizer
 from distill.pipeline import STAGES
 from distill.records import Document, Message, Prompt
 from distill.responders.endpoint.budget import account

@@ -20,17 +20,15 @@ from distill.models.chat_template import (
     special_tokens,
     template_hash,
 )
-from distill.models.registry import (
-    check_base,
+from distill.models.loading import (
     context_length,
     device,
-    folder_facts,
-    identity,
     load_merged,
     load_model,
     load_tokenizer,
     pick_dtype,
 )
+from distill.models.registry import check_base, folder_facts, identity
 from distill.records import Message, Response, Stop, Usage, digest
 from distill.responders.local.continuous_batching import Row, Stream, streaming
 from distill.responders.local.packed_linear import free_memory

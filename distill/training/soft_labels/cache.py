@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from distill.config import Config, Signals
 from distill.errors import DistillError, Exit
-from distill.models import registry
+from distill.models import loading, registry
 from distill.models.chat_template import template_hash, vocabulary_hash
 from distill.records import Example, canonical, digest
 from distill.storage.files import disk_errors, read_json, write_atomic, write_json
@@ -296,8 +296,8 @@ def open_teacher(config: Config) -> tuple[Any, dict[str, Any]]:
     """
     teacher, student = config.soft_teacher(), config.student
     own = config.reader()[0] == student.model and student.trust_remote_code
-    tokenizer = registry.load_tokenizer(*config.reader(), own)
-    other = registry.load_tokenizer(student.model, student.revision, student.trust_remote_code)
+    tokenizer = loading.load_tokenizer(*config.reader(), own)
+    other = loading.load_tokenizer(student.model, student.revision, student.trust_remote_code)
     vocabulary = vocabulary_hash(tokenizer)
     if vocabulary != vocabulary_hash(other):
         where = f"teacher {teacher.model} and student {student.model}"
@@ -320,7 +320,7 @@ def reader_facts(config: Config) -> dict[str, Any]:
         facts = {"endpoint": teacher.base_urls[0], "served": teacher.model}
         came = {"from_answers": True} if own.from_answers else {}
         return {**facts, **came, "revision": teacher.revision, "extra_body": extra}
-    dtype = str(registry.pick_dtype(teacher.dtype)).removeprefix("torch.")
+    dtype = str(loading.pick_dtype(teacher.dtype)).removeprefix("torch.")
     pinned = registry.identity(teacher.model, teacher.revision)
     return {"weights": pinned, **registry.folder_facts("weights", teacher.model), "dtype": dtype}
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from distill.config import Config, Signals
 from distill.errors import DistillError, Exit
-from distill.models import registry
+from distill.models import loading
 from distill.records import Example, Pair
 from distill.responders.terms import require_terms
 from distill.storage.files import disk_errors, write_json
@@ -82,7 +82,7 @@ def main(config: Config, run: Run) -> None:
         elif left and teacher.kind == "endpoint":
             prompt_logprobs.fill(cache, tokenizer, texts, config, run)
         elif left:
-            model = registry.load_model(teacher.model, teacher.dtype, teacher.revision)
+            model = loading.load_model(teacher.model, teacher.dtype, teacher.revision)
             fill(cache, model, len(tokenizer), left, config.signals, run)
     cache.check([read.row for read in reads])
     rows = {e.response_id: read.row for e, read in zip(examples, reads, strict=True)}
@@ -95,7 +95,7 @@ def main(config: Config, run: Run) -> None:
 def supervised(config: Config, run: Run) -> tuple[list[Pair], list[Example]]:
     """Return the pairs that training and validation use, and their examples as the student sees them."""
     student = config.student
-    tokenizer = registry.load_tokenizer(student.model, student.revision, student.trust_remote_code)
+    tokenizer = loading.load_tokenizer(student.model, student.revision, student.trust_remote_code)
     pairs, date, limit = read_pairs(run), config.template_date, config.train.max_length
     examples = encode_pairs(tokenizer, pairs, date, limit, run.path("dataset"))
     kept = {example.response_id for example in examples}
@@ -136,7 +136,7 @@ def fill(
     student, notes = make_student(model)
     for note in notes:
         say(f"teacher: {note}")
-    require_context(reads, registry.context_length(model.config))
+    require_context(reads, loading.context_length(model.config))
     total = sum(read.row.count for read in reads)
     with tracking("signals", total, "tokens") as tracker:
         for part in chunked(reads):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from distill.config import Config, Loss
-from distill.models import registry
+from distill.models import loading
 from distill.records import Example, digest
 from distill.responders.terms import require_terms
 from distill.storage.progress import say
@@ -53,11 +53,11 @@ def load_live(config: Config, run: Run, examples: Sequence[Example]) -> LiveLabe
     tokenizer, facts = open_teacher(config)
     pairs = {pair.response.id: pair for pair in read_pairs(run)}
     reads = [read_as_teacher(tokenizer, pairs[e.response_id], e, config) for e in examples]
-    model = registry.load_model(teacher.model, teacher.dtype, teacher.revision)
+    model = loading.load_model(teacher.model, teacher.dtype, teacher.revision)
     reader, notes = make_student(model.eval().requires_grad_(False))
     for note in notes:
         say(f"teacher: {note}")
-    require_context(reads, registry.context_length(model.config))
+    require_context(reads, loading.context_length(model.config))
     named = {read.example.response_id: read.example for read in reads}
     # a folder's files are compared by name, in the facts of the training
     shaping = {key: value for key, value in facts.items() if not MODEL_FILE.fullmatch(key)}
