@@ -69,7 +69,7 @@ def generate(run: Run, stage: Stage, flags: set[str]) -> None:
             crew.dismiss()
         return
     console.quiet = True
-    with run.joining(stage):
+    with run.ledger.joining(stage.name):
         join(run.config, run, crew)
 
 

@@ -49,7 +49,7 @@ class Status(Record):
 
 def read_status(run: Run, stages: Sequence[Stage]) -> Status:
     """Return where a run stands, from its markers, its ledger and the store."""
-    ledger, rows = run.ledger(), []
+    ledger, rows = run.ledger.entries(), []
     for stage in stages:
         state, remark = "not needed", ""
         if stage.applies(run.config):

@@ -16,7 +16,8 @@ from distill.models.registry import ModelInfo
 from distill.renamed_keys import RENAMED, fields_in, first_names, present_path
 from distill.responders.terms import Terms, load_terms
 from distill.storage.files import read_json, write_json
-from distill.storage.run_folder import Run, Stage, differences
+from distill.storage.fingerprints import differences
+from distill.storage.run_folder import Run, Stage
 
 OLD = """name: r
 corpus: {path: texts}

@@ -45,7 +45,7 @@ def accounts(config: Config, run: Run, overall: Mapping[str, Any] | None) -> dic
         for model in ("teacher", "base", "student")
     }
     answers = answers_of(run)
-    spent = distillation(config, run.ledger(), book, answers)
+    spent = distillation(config, run.ledger.entries(), book, answers)
     compared = compared_with(config, book, answers)
     assumed = Assumptions(
         teacher=compared_tariff(config, book),

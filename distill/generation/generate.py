@@ -45,7 +45,7 @@ def main(config: Config, run: Run, crew: Crew | None = None) -> None:
         responses = recounted(responses, requests, config.teacher.model)
     write_records(run.path("responses.jsonl"), responses)
     if ask.count and config.teacher.kind == "recorded" and config.teacher.dollars is not None:
-        run.spend(dollars=config.teacher.dollars, price="as stated in teacher.dollars")
+        run.ledger.spend(dollars=config.teacher.dollars, price="as stated in teacher.dollars")
     run.note(
         "teacher", {"model": teacher.model, "origin": teacher.origin, "answers": len(responses)}
     )
@@ -105,7 +105,7 @@ def join(config: Config, run: Run, crew: Crew) -> None:
         teacher.load_weights()  # while the main process loads its own and plans
         return teacher
 
-    crew.join(ready, config.store_folder() / "responses", run.spend)
+    crew.join(ready, config.store_folder() / "responses", run.ledger.spend)
 
 
 def write_questions(config: Config, ask: Ask, documents: Sequence[Document]) -> list[Prompt]:

@@ -20,7 +20,7 @@ from distill.errors import DistillError, Exit
 from distill.models.download import Gguf, converted
 from distill.records import Record, digest
 from distill.storage.files import sha256_file, write_json
-from distill.storage.run_folder import differences
+from distill.storage.fingerprints import differences
 
 TABLE = Path("configs/models.yaml")
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -261,7 +261,7 @@ def parts(reference: str) -> dict[str, str]:
 def folder_facts(role: str, reference: str) -> dict[str, str]:
     """Return what a model in a folder is, as entries of a fingerprint: its weights, and each further file by name.
 
-    `role` is what the model does there; `run.unnamed` knows the same form. Empty for a model that is pinned.
+    `role` is what the model does there; `fingerprints.unnamed` knows the same form. Empty for a model that is pinned.
     """
     if not is_folder(reference):
         return {}

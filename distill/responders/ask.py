@@ -142,7 +142,7 @@ class Ask:
         """Enter an answer that was made here, before it is stored: a kill between the two hides no spending."""
         self.count += 1
         if self.payer:
-            self.payer.spend(input_tokens=input_tokens, output_tokens=output_tokens)
+            self.payer.ledger.spend(input_tokens=input_tokens, output_tokens=output_tokens)
 
 
 def read(log: Log, request: Request) -> Response:

@@ -26,6 +26,7 @@ from distill.errors import DistillError, Exit
 from distill.models import registry
 from distill.records import Example, digest
 from distill.storage.files import sha256_file, write_json
+from distill.storage.fingerprints import differences, flatten, unnamed
 from distill.storage.processes import (
     Interrupt,
     asked_of_launcher,
@@ -35,7 +36,7 @@ from distill.storage.processes import (
     launcher_command,
 )
 from distill.storage.progress import Tracker, say, tracking
-from distill.storage.run_folder import Run, differences, flatten, unnamed
+from distill.storage.run_folder import Run
 from distill.training import adapters, checkpoint, sharding
 from distill.training.batches import Step, share
 from distill.training.encode import show
@@ -307,7 +308,7 @@ class Loop:
         progress.step += 1
         progress.tokens += row["tokens"]
         progress.seconds += row["seconds"]
-        self.run.spend(input_tokens=row["tokens"])
+        self.run.ledger.spend(input_tokens=row["tokens"])
         if _due(progress.step, self.settings.logging_steps):
             progress.history.append({"step": progress.step, "epoch": step.epoch, **row})
             self.accelerator.log(row, step=progress.step)

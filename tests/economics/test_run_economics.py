@@ -134,7 +134,7 @@ def test_recorded_answers_have_the_cost_that_is_stated(tmp_path: Path) -> None:
 
 def test_what_the_store_had_already_is_said(tmp_path: Path) -> None:
     run = make_run(tmp_path, {"model": "a/teacher"})
-    write_records(run.path("ledger.jsonl"), [run.ledger()[1]])
+    write_records(run.path("ledger.jsonl"), [run.ledger.entries()[1]])
     assert accounts(run.config, run, OVERALL)["cost"]["distillation"]["reused"] == 1.0
 
 

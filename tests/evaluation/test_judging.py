@@ -98,7 +98,7 @@ def test_a_fair_judge_is_paid_once_and_its_word_counts(tmp_path: Path, items: li
         assert asked == 2 * (len(probes) + 2 * COUNT) - copies
         ask(run, items)
         assert len(teacher.payloads) == asked, "verdicts are in the store"
-        entries = run.ledger()
+        entries = run.ledger.entries()
         assert sum(e.attempts for e in entries) == asked
         assert sum(e.dollars or 0 for e in entries) == teacher.bill
     found = read_judge(run.config, run, items, answers(items), Certainty(samples=200))

@@ -231,7 +231,7 @@ class Buying:
         faults["more in doubt than in flight"] += self.witness.most_at_once > most
         with Log(self.witness.folder, writable=False) as log:
             found = account(log, PRICE)
-        ledger = run.ledger()
+        ledger = run.ledger.entries()
         sums = [sum((getattr(e, n) or Decimal(0) for e in ledger), Decimal(0)) for n in LEDGER]
         wanted = [found.settled, found.unknown_most, found.unknown, found.attempts]
         faults["ledger is not the store"] += sums != wanted

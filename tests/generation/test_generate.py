@@ -210,7 +210,7 @@ def test_the_stage_asks_n_samples_for_training_only(tmp_path: Path) -> None:
     responses = read_records(run.path("responses.jsonl"), Response)
     assert [r.sample for r in responses] == [0, 1, 2] * 4 + [0, 0]
     assert len({r.id for r in responses}) == 14
-    assert run.ledger()[-1].output_tokens == sum(r.usage.output_tokens for r in responses)
+    assert run.ledger.entries()[-1].output_tokens == sum(r.usage.output_tokens for r in responses)
 
 
 def test_a_second_run_loads_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +233,7 @@ def test_recorded_answers_become_responses(tmp_path: Path) -> None:
     responses = read_records(run.path("responses.jsonl"), Response)
     assert [r.text for r in responses] == [f"r{i}" for i in range(6)]
     assert {r.model for r in responses} == {"gpt-x"}
-    assert str(run.ledger()[-1].dollars) == "1.50"
+    assert str(run.ledger.entries()[-1].dollars) == "1.50"
 
 
 def test_the_teacher_writes_questions(tmp_path: Path) -> None:

@@ -122,5 +122,9 @@ def test_what_was_paid_is_in_the_ledger_after_an_error_too(tmp_path, monkeypatch
                 run.do(changed)
         else:
             run.do(changed)
-        assert sum((e.dollars or Decimal(0) for e in run.ledger()), Decimal(0)) == teacher.bill > 0
-    assert sum(entry.attempts for entry in run.ledger()) == 4
+        assert (
+            sum((e.dollars or Decimal(0) for e in run.ledger.entries()), Decimal(0))
+            == teacher.bill
+            > 0
+        )
+    assert sum(entry.attempts for entry in run.ledger.entries()) == 4

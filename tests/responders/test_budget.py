@@ -172,7 +172,9 @@ def test_the_ledger_holds_the_account_once(log: Log, tmp_path: Path) -> None:
     log.append([("outcome", "judged.0", {"what": "refused", "billed": "no"})])
 
     def spend(config: Config, run: Run) -> None:
-        run.spend(input_tokens=1_000_000, output_tokens=2_000_000)  # of a local model, beside it
+        run.ledger.spend(
+            input_tokens=1_000_000, output_tokens=2_000_000
+        )  # of a local model, beside it
         enter_account(run, log)
 
     work = Stage("generate", (), (), (), spend)
@@ -180,7 +182,7 @@ def test_the_ledger_holds_the_account_once(log: Log, tmp_path: Path) -> None:
     for goes in (1, 2):
         run.remake([work])
         run.perform(work)
-        entries = run.ledger()
+        entries = run.ledger.entries()
         assert len(entries) == goes
         assert sum(e.attempts for e in entries) == 6 and sum(e.unknown for e in entries) == 3
         assert sum(e.dollars or 0 for e in entries) == account(log, PRICE, "mine").settled

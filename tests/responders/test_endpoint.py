@@ -589,7 +589,7 @@ def test_d5_d6_another_filter_and_another_run_ask_nothing(tmp_path: Path) -> Non
         assert len(teacher.payloads) == 12 and set(teacher.bills.values()) == {1}
     answers = [tmp_path / f"runs/{name}/responses.jsonl" for name in ("mine", "other")]
     assert answers[0].read_bytes() == answers[1].read_bytes()
-    ledger = Run(Config.model_validate_json(config.read_text())).ledger()
+    ledger = Run(Config.model_validate_json(config.read_text())).ledger.entries()
     assert sum(entry.dollars or 0 for entry in ledger) == teacher.bill
 
 
@@ -654,7 +654,7 @@ def test_c12_ctrl_c_drains_and_re_bills_nothing(tmp_path: Path, sent: signal.Sig
         assert command(config, "generate").wait(60) == 0, shown.read_text()
         assert len(teacher.payloads) == 12 and set(teacher.bills.values()) == {1}
         hold_account(teacher, tmp_path / "runs/.store/responses")
-    entries = list(Run(Config.model_validate_json(config.read_text())).ledger())
+    entries = list(Run(Config.model_validate_json(config.read_text())).ledger.entries())
     assert sum(e.dollars or 0 for e in entries) == teacher.bill
     assert not sum(e.unknown for e in entries)
     with Log(tmp_path / "runs/.store/responses", writable=False) as log:
@@ -705,8 +705,8 @@ def test_d1_a_kill_re_bills_only_what_was_in_flight_and_status_lists_it(tmp_path
     run = Run(Config.model_validate_json(config.read_text()))
     found = read_records(run.path("responses.jsonl"), Response)
     assert [r.text for r in found] == [f"the answer to q{i} please" for i in range(12)]
-    paid = sum((e.dollars or Decimal(0) for e in run.ledger()), Decimal(0))
-    doubt = sum((e.unknown_dollars or Decimal(0) for e in run.ledger()), Decimal(0))
+    paid = sum((e.dollars or Decimal(0) for e in run.ledger.entries()), Decimal(0))
+    doubt = sum((e.unknown_dollars or Decimal(0) for e in run.ledger.entries()), Decimal(0))
     assert paid <= teacher.bill <= paid + doubt
     written = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
     assert KEY.encode() not in written

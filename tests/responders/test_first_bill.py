@@ -304,8 +304,8 @@ def test_h13_redo_asks_what_failed_and_nothing_else(tmp_path: Path) -> None:
         assert [r for r in before if r.stop != "error"] == [r for r in after if r in before]
         assert generate(config, "--redo") == 0 and len(teacher.payloads) == 26
         hold_account(teacher, tmp_path / "runs/.store/responses")
-        paid = sum((e.dollars or Decimal(0) for e in run.ledger()), Decimal(0))
-        perhaps = sum((e.unknown_dollars or Decimal(0) for e in run.ledger()), Decimal(0))
+        paid = sum((e.dollars or Decimal(0) for e in run.ledger.entries()), Decimal(0))
+        perhaps = sum((e.unknown_dollars or Decimal(0) for e in run.ledger.entries()), Decimal(0))
     assert paid <= teacher.bill <= paid + perhaps
 
 

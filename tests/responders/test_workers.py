@@ -123,7 +123,7 @@ def check(run: Run, one: Run) -> None:
 
 
 def tokens(run: Run) -> tuple[int, int]:
-    ledger = run.ledger()
+    ledger = run.ledger.entries()
     return sum(e.input_tokens for e in ledger), sum(e.output_tokens for e in ledger)
 
 
@@ -133,7 +133,7 @@ def test_two_processes_answer_as_one(tmp_path: Path, model: Path, one: Run) -> N
     shown = finished(process)
     assert process.returncode == 0, shown
     check(run, one)
-    assert tokens(run) == tokens(one) and len(run.ledger()) == 1
+    assert tokens(run) == tokens(one) and len(run.ledger.entries()) == 1
     assert f"teacher: {COUNT}/{COUNT}" in shown and shown.count("generate: done") == 1
 
 

@@ -12,9 +12,10 @@ import pytest
 from distill.config import Config
 from distill.errors import DistillError, Exit
 from distill.pipeline import STAGES
-from distill.storage import run_folder as run_module
+from distill.storage import ledger
 from distill.storage.files import read_json
-from distill.storage.run_folder import Run, Stage, differences
+from distill.storage.fingerprints import differences
+from distill.storage.run_folder import Run, Stage
 
 TREE = {
     "name": "r",
@@ -63,7 +64,7 @@ def refused(run: Run, *stages: Stage) -> str:
 def test_done_work_is_not_done_twice(tmp_path):
     assert perform(make(tmp_path), FIRST, SECOND) == [True, True]
     assert perform(make(tmp_path), FIRST, SECOND) == [False, False]
-    assert [entry.stage for entry in make(tmp_path).ledger()] == ["first", "second"]
+    assert [entry.stage for entry in make(tmp_path).ledger.entries()] == ["first", "second"]
 
 
 def test_settings_round_trip_through_the_marker(tmp_path):
@@ -104,7 +105,7 @@ def test_redo_sets_the_old_aside_and_what_follows(tmp_path):
     old = tmp_path / "r" / ".old"
     assert [(old / f"first-{n}" / "a.txt").read_text() for n in (1, 2)] == ["made 0", "made 1"]
     assert read_json(old / "second-1" / "stages" / "second.json")["finished"] is True
-    assert len(run.ledger()) == 6  # what was spent stays in the ledger
+    assert len(run.ledger.entries()) == 6  # what was spent stays in the ledger
 
 
 def test_redo_moves_all_of_a_stage_and_continues_after_a_kill(tmp_path, monkeypatch):
@@ -193,15 +194,15 @@ def test_a_damaged_marker_is_one_line_and_redo_remakes_it(tmp_path, text):
 
 def test_spending_is_summed_and_failures_are_entered(tmp_path):
     def main(_: Config, run: Run) -> None:
-        run.spend(3, 4, Decimal("0.1"), "row")
-        run.spend(output_tokens=1, dollars=Decimal("0.2"))
+        run.ledger.spend(3, 4, Decimal("0.1"), "row")
+        run.ledger.spend(output_tokens=1, dollars=Decimal("0.2"))
         raise DistillError(Exit.TEACHER, "t", "x", "y")
 
     run = make(tmp_path)
     with pytest.raises(DistillError):
         perform(run, Stage("first", (), (), ("a.txt",), main))
     perform(run, FIRST)
-    failed, made = run.ledger()
+    failed, made = run.ledger.entries()
     assert (failed.input_tokens, failed.output_tokens, failed.dollars) == (3, 5, Decimal("0.3"))
     assert (failed.note, failed.price, made.note, made.dollars) == ("failed", "row", "", None)
 
@@ -210,20 +211,20 @@ def test_a_torn_ledger_is_read_and_continued(tmp_path):
     perform(make(tmp_path), FIRST)
     path = make(tmp_path).path("ledger.jsonl")
     path.write_bytes(path.read_bytes() + path.read_bytes()[:20])
-    assert len(make(tmp_path).ledger()) == 1
+    assert len(make(tmp_path).ledger.entries()) == 1
     perform(make(tmp_path), SECOND)
-    assert [entry.stage for entry in make(tmp_path).ledger()] == ["first", "second"]
+    assert [entry.stage for entry in make(tmp_path).ledger.entries()] == ["first", "second"]
 
 
 def test_the_seconds_of_a_killed_stage_are_in_the_ledger(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "HEARTBEAT", 0.05)
+    monkeypatch.setattr(ledger, "HEARTBEAT", 0.05)
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
 
         def main(_: Config, run: Run) -> None:
-            run.spend(5, 7, Decimal("0.3"), "row")
-            run.spend(1, 1, Decimal("0.1"))
+            run.ledger.spend(5, 7, Decimal("0.3"), "row")
+            run.ledger.spend(1, 1, Decimal("0.1"))
             os.write(writer, b"x")
             signal.pause()
 
@@ -239,7 +240,7 @@ def test_the_seconds_of_a_killed_stage_are_in_the_ledger(tmp_path, monkeypatch):
     (run.folder / f".a.txt.{pid}.tmp").write_text("half")
     assert run.state(stage)[0] == "unfinished"
     assert perform(run, stage) == [True]  # the dead process's lock is free
-    killed, made = run.ledger()
+    killed, made = run.ledger.entries()
     assert (killed.input_tokens, killed.output_tokens) == (6, 8)
     assert (killed.dollars, killed.price, made.input_tokens) == (Decimal("0.4"), "row", 0)
     assert killed.note == "killed" and 0.25 < killed.seconds < 5 and made.note == ""

@@ -241,7 +241,7 @@ def test_a_run_with_soft_labels_goes_through_in_an_empty_folder(tmp_path, monkey
     assert "signals: done" in shown and "validation loss" in shown
     training = json.loads(Path("runs/gsm8k/training.json").read_text())
     assert training["loss"] == SOFT and {"ce", "forward_kl"} < training["history"][0].keys()
-    assert [e.stage for e in Run(load_config(Path("runs/gsm8k/config.json"))).ledger()][
+    assert [e.stage for e in Run(load_config(Path("runs/gsm8k/config.json"))).ledger.entries()][
         4
     ] == "signals"
     assert main(words) == 0

@@ -290,7 +290,7 @@ def test_a_budget_holds_for_signals_and_raising_it_goes_on(tmp_path, scorer):
         run = limited(server, "9")
         signals_stage(run)
     assert len(server.payloads) == 12
-    entries = [entry for entry in run.ledger() if entry.stage == "signals"]
+    entries = [entry for entry in run.ledger.entries() if entry.stage == "signals"]
     assert sum(e.dollars or 0 for e in entries) == server.bill == kept_dollars(run)
     assert sum(entry.attempts for entry in entries) == 12
 
@@ -352,7 +352,7 @@ def test_a_run_finds_before_it_pays_that_the_server_tells_nothing(tmp_path, scor
         write_records(run.path("prompts.jsonl"), [prompt])
         run.perform(next(stage for stage in STAGES if stage.name == "generate"))
         signals_stage(run)
-    local, far = run.ledger()  # each stage's tokens are its own
+    local, far = run.ledger.entries()  # each stage's tokens are its own
     assert (local.attempts, far.attempts) == (0, 14) and local.output_tokens > 0
     assert far.input_tokens == sum(len(payload["prompt"]) for payload in server.payloads[1:])
 

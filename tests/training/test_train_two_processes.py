@@ -61,7 +61,7 @@ def test_two_processes_give_the_losses_and_gradients_of_one(tmp_path, way):
     shown = finished(process)
     assert process.returncode == 0, shown
     assert ("sharded over 2 processes" in shown) == (way is SHARDS)
-    assert two.path("stages/train.json").exists() and len(two.ledger()) == 1
+    assert two.path("stages/train.json").exists() and len(two.ledger.entries()) == 1
     for row, other in zip(outcome(one)["history"], outcome(two)["history"], strict=True):
         assert row.keys() == other.keys()
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)

@@ -174,13 +174,13 @@ def enter_account(run: Run, log: Log) -> None:
     if not prices:
         return
     now = _sum(account(log, price, run.config.name, model) for model, price in prices.items())
-    entered = [entry for entry in run.ledger() if entry.attempts]
+    entered = [entry for entry in run.ledger.entries() if entry.attempts]
 
     def sum_of(name: str) -> Decimal:
         return sum((Decimal(getattr(entry, name) or 0) for entry in entered), NOTHING)
 
     known = not now.unpriced
-    run.spend(
+    run.ledger.spend(
         input_tokens=now.input_tokens - int(sum_of("paid_input_tokens")),
         output_tokens=now.output_tokens - int(sum_of("paid_output_tokens")),
         dollars=now.settled - sum_of("dollars") if known else None,

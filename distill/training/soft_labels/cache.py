@@ -33,8 +33,8 @@ from distill.models import loading, registry
 from distill.models.chat_template import template_hash, vocabulary_hash
 from distill.records import Example, canonical, digest
 from distill.storage.files import disk_errors, read_json, write_atomic, write_json
+from distill.storage.fingerprints import MODEL_FILE
 from distill.storage.progress import say
-from distill.storage.run_folder import MODEL_FILE
 
 FORMAT = 1
 MAGIC = b"distill-signals"

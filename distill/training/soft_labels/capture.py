@@ -142,7 +142,7 @@ def fill(
         for part in chunked(reads):
             signal = capture(student, vocabulary, [read.example for read in part], settings)
             cache.append([read.row for read in part], signal)
-            run.spend(input_tokens=sum(len(read.example.input_ids) for read in part))
+            run.ledger.spend(input_tokens=sum(len(read.example.input_ids) for read in part))
             tracker.advance(sum(read.row.count for read in part))
 
 

@@ -18,7 +18,8 @@ from distill.config import Config, Loss
 from distill.errors import DistillError, Exit
 from distill.records import Example, Pair, digest
 from distill.storage.files import read_json, read_records
-from distill.storage.run_folder import Run, differences, unnamed
+from distill.storage.fingerprints import differences, unnamed
+from distill.storage.run_folder import Run
 from distill.training.divergences import soft_loss
 from distill.training.host_to_device import send
 from distill.training.losses import Head

@@ -14,8 +14,9 @@ from distill.config import Config, Loss
 from distill.models import loading
 from distill.records import Example, digest
 from distill.responders.terms import require_terms
+from distill.storage.fingerprints import MODEL_FILE
 from distill.storage.progress import say
-from distill.storage.run_folder import MODEL_FILE, Run
+from distill.storage.run_folder import Run
 from distill.training.soft_labels.cache import open_teacher
 from distill.training.soft_labels.capture import read_as_teacher, require_context
 from distill.training.soft_labels.labels import read_pairs

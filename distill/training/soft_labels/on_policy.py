@@ -40,11 +40,7 @@ class Round(Run):
 
     def __init__(self, outer: Run, number: int) -> None:
         super().__init__(round_config(outer, number))
-        self.outer, self.number = outer, number
-
-    def spend(self, **spent: Any) -> None:
-        """Add to what the outer run's stage has spent."""
-        self.outer.spend(**spent)
+        self.outer, self.number, self.ledger = outer, number, outer.ledger
 
 
 def round_config(outer: Run, number: int) -> Config:
