@@ -155,7 +155,7 @@ class Run:
                 ("samples", self._samples()),
                 (
                     "adapter tensors",
-                    self._tensors("adapter/*.safetensors", "refined/**/*.safetensors"),
+                    self._tensors("adapter/*.safetensors", "refined/**/adapter/*.safetensors"),
                 ),
                 ("released weights", self._tensors("release/*.safetensors")),
                 ("answers", self._answers()),
@@ -217,10 +217,9 @@ class Run:
 
     def _tensors(self, *patterns: str) -> Iterator[Value]:
         for name in self.names(*patterns):
-            if "/checkpoints/" not in name:
-                old, new = (tensors_of(folder / name) for folder in (self.old, self.new))
-                for tensor in sorted({**old, **new}):
-                    yield f"{name} {tensor}", old.get(tensor), new.get(tensor), ""
+            old, new = (tensors_of(folder / name) for folder in (self.old, self.new))
+            for tensor in sorted({**old, **new}):
+                yield f"{name} {tensor}", old.get(tensor), new.get(tensor), ""
 
     def _answers(self) -> Iterator[Value]:
         for name in self.names("answers/**/*.jsonl"):

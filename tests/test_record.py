@@ -116,6 +116,14 @@ def test_a_split_that_moved_and_keys_of_models_in_folders_are_stated(new: Path) 
     assert kinds("local", new) == {("keys", "student")}
 
 
+def test_a_file_of_the_new_side_alone_is_a_difference_only_where_it_is_a_result(new: Path) -> None:
+    (new / "soft/refined/merged").mkdir()
+    shutil.copy(new / "chat/release/model.safetensors", new / "soft/refined/merged")
+    assert kinds("soft", new) == set()
+    shutil.copytree(new / "soft/scores", new / "soft/scores/more")
+    assert ("scores", "") in kinds("soft", new)
+
+
 def test_words_are_free_and_numbers_of_a_report_are_no_words(new: Path) -> None:
     for file in ("scorecard.md", "release/README.md"):
         text = (new / "chat" / file).read_text()
