@@ -13,6 +13,7 @@ BOUNDARIES = (
     re.compile(r"(?<=[.!?。！？])\s+|\n"),
     re.compile(r"\s+"),
 )
+WORD_START = re.compile(r"(?<=\s)\S")
 
 
 def normalise(text: object) -> str:
@@ -42,22 +43,14 @@ def chunk(text: str, max_chars: int, overlap_chars: int) -> list[str]:
     """Cut a text into pieces of at most `max_chars` characters, by the rule above."""
     pieces, start = [], 0
     while len(text) - start > max_chars:
-        end = _cut(text, start + max_chars // 2 + 1, start + max_chars)
+        end = high = start + max_chars
+        for boundary in BOUNDARIES:
+            matches = boundary.finditer(text, start + max_chars // 2 + 1, high + 1)
+            places = [match.start() for match in matches if match.start() <= high]
+            if places:
+                end = places[-1]
+                break
         pieces.append(text[start:end].strip())
-        start = _word_start(text, end - overlap_chars, end)
+        word = WORD_START.search(text, end - overlap_chars, end)
+        start = word.start() if word else end
     return [piece for piece in [*pieces, text[start:].strip()] if piece]
-
-
-def _cut(text: str, low: int, high: int) -> int:
-    """Return the best place to cut between `low` and `high`."""
-    for boundary in BOUNDARIES:
-        found = [m.start() for m in boundary.finditer(text, low, high + 1) if m.start() <= high]
-        if found:
-            return found[-1]
-    return high
-
-
-def _word_start(text: str, low: int, high: int) -> int:
-    """Return the first beginning of a word from `low` on, or `high` where there is none before it."""
-    found = re.compile(r"(?<=\s)\S").search(text, low, high)
-    return found.start() if found else high

@@ -24,7 +24,7 @@ INSTRUCTIONS = re.compile(
 
 def break_up(text: str) -> str:
     """Return the text with a zero-width space inside each control-token text, so that it is plain text."""
-    return CONTROL_TOKENS.sub(lambda found: found[0][0] + SEPARATOR + found[0][1:], text)
+    return CONTROL_TOKENS.sub(lambda match: match[0][0] + SEPARATOR + match[0][1:], text)
 
 
 def looks_like_instructions(text: str) -> bool:

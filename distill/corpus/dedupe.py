@@ -1,4 +1,4 @@
-"""Leaving out documents that say what another says already: by content, and by nearly the same words.
+"""Deduplication: finds documents whose content, or nearly all of whose words, an earlier document has.
 
 Near-duplicates share at least a threshold of their word 5-grams (Jaccard). Candidates come from MinHash with locality
 sensitive hashing (Broder 1997; datasketch), and each is confirmed by the exact overlap. The first one stays.
@@ -30,12 +30,12 @@ def unique(documents: Iterable[Document]) -> Iterator[tuple[Document, str | None
     Raises DistillError (exit 3) where two documents of different content bear the same id of the user's.
     """
     places: dict[str, str] = {}
-    named: dict[str, Document] = {}
+    by_id: dict[str, Document] = {}
     for document in documents:
-        given = document.meta.get("id")
-        other = named.setdefault(given, document) if given else document
+        identity = document.meta.get("id")
+        other = by_id.setdefault(identity, document) if identity else document
         if other.id != document.id:
-            what = f"id {given!r:.60} stands with other content at {other.source}"
+            what = f"id {identity!r:.60} stands with other content at {other.source}"
             fix = "make ids unique, or name another column with corpus.columns.id"
             raise DistillError(Exit.INPUT, document.source, what, fix)
         yield document, places.get(document.id)
@@ -43,7 +43,7 @@ def unique(documents: Iterable[Document]) -> Iterator[tuple[Document, str | None
 
 
 class NearDuplicates:
-    """Remembers documents, and finds one that a new one nearly repeats."""
+    """The documents so far, searchable for one that a new document nearly repeats."""
 
     def __init__(self, threshold: float) -> None:
         from datasketch import MinHashLSH  # half a second, which plan and status need not wait for

@@ -74,43 +74,41 @@ PHONE = re.compile(
 NANP = re.compile(r"1[2-9]\d\d[2-9]\d{6}")
 
 
-def _is_email(found: re.Match[str]) -> bool:
+def is_email(match: re.Match[str]) -> bool:
     """Leave the domains that are kept for examples, the login of an address, and the numbers of a Message-ID."""
-    login = LOGIN.search(found.string[max(0, found.start() - 70) : found.start()])
-    return not (login or EXAMPLES.search(found[1]) or MESSAGE_ID.match(found[0]))
+    login = LOGIN.search(match.string[max(0, match.start() - 70) : match.start()])
+    return not (login or EXAMPLES.search(match[1]) or MESSAGE_ID.match(match[0]))
 
 
-def _is_password(found: re.Match[str]) -> bool:
-    return not (PLACEHOLDER.match(found[2]) or found[1] == found[2] or EXAMPLES.search(found[3]))
+def is_password(match: re.Match[str]) -> bool:
+    """Leave placeholders, and the logins of example domains."""
+    login, password, host = match[1], match[2], match[3]
+    return not (PLACEHOLDER.match(password) or login == password or EXAMPLES.search(host))
 
 
-def _is_card(found: re.Match[str]) -> bool:
+def is_card(match: re.Match[str]) -> bool:
     """Check issuer and Luhn's sum (ISO/IEC 7812)."""
-    digits = [int(c) for c in found[0] if c.isdigit()]
+    digits = [int(c) for c in match[0] if c.isdigit()]
     doubled = [sum(divmod(2 * d, 10)) for d in digits[-2::-2]]
-    known = ISSUERS.fullmatch("".join(map(str, digits)))
-    return bool(known) and (sum(digits[::-2]) + sum(doubled)) % 10 == 0
+    issuer = ISSUERS.fullmatch("".join(map(str, digits)))
+    return bool(issuer) and (sum(digits[::-2]) + sum(doubled)) % 10 == 0
 
 
-def _is_iban(found: re.Match[str]) -> bool:
+def is_iban(match: re.Match[str]) -> bool:
     """Check the sum modulo 97 (ISO 7064)."""
-    text = found[0].replace(" ", "")
+    text = match[0].replace(" ", "")
     return int("".join(str(int(c, 36)) for c in text[4:] + text[:4])) % 97 == 1
 
 
-def _is_phone(found: re.Match[str]) -> bool:
+def is_phone(match: re.Match[str]) -> bool:
     """Check the count of digits (ITU-T E.164), and leave the numbers that are kept for fiction."""
-    digits = "".join(c for c in found[0] if c.isdigit())
-    if found[0].startswith("+1") and not NANP.fullmatch(digits):
+    digits = "".join(c for c in match[0] if c.isdigit())
+    if match[0].startswith("+1") and not NANP.fullmatch(digits):
         return False
-    if re.fullmatch(r"\+\d+\.\d+", found[0]):  # a decimal number with its sign
+    if re.fullmatch(r"\+\d+\.\d+", match[0]):  # a decimal number with its sign
         return False
-    most = 13 if found[0][1:].isdigit() else 15  # longer and unbroken, it is a date or a counter
+    most = 13 if match[0][1:].isdigit() else 15  # longer and unbroken, it is a date or a counter
     return 7 <= len(digits) <= most and not re.search(r"55501\d\d$", digits)
-
-
-def _always(found: re.Match[str]) -> bool:
-    return True
 
 
 KEY_SIGNS = re.compile(  # any of it must stand in a text that holds a key: one pass instead of twenty
@@ -118,17 +116,18 @@ KEY_SIGNS = re.compile(  # any of it must stand in a text that holds a key: one 
 )
 AT, LINK, PEM_SIGN = re.compile("@"), re.compile("://"), re.compile("PRIVATE KEY")
 NUMBER = re.compile(r"\d{4}|\d{3}\D{1,2}\d{3}|\+\d|0\d")
-Rule = tuple[str, re.Pattern[str], re.Pattern[str], Callable[[re.Match[str]], bool]]
+Check = Callable[[re.Match[str]], bool]
+Rule = tuple[str, re.Pattern[str], re.Pattern[str], Check]
 RULES: tuple[
     Rule, ...
 ] = (  # kind, what must stand in the text, form, check; keys first, since they hold digits
-    ("KEY", PEM_SIGN, PEM, _always),
-    ("KEY", KEY_SIGNS, KEY, _always),
-    ("PASSWORD", LINK, PASSWORD, _is_password),
-    ("EMAIL", AT, EMAIL, _is_email),
-    ("IBAN", re.compile(r"[A-Z]{2}\d\d ?[A-Z0-9]{4}"), IBAN, _is_iban),
-    ("CARD", re.compile(r"\d{4}[ -]?\d{4}"), CARD, _is_card),
-    ("PHONE", NUMBER, PHONE, _is_phone),
+    ("KEY", PEM_SIGN, PEM, lambda match: True),
+    ("KEY", KEY_SIGNS, KEY, lambda match: True),
+    ("PASSWORD", LINK, PASSWORD, is_password),
+    ("EMAIL", AT, EMAIL, is_email),
+    ("IBAN", re.compile(r"[A-Z]{2}\d\d ?[A-Z0-9]{4}"), IBAN, is_iban),
+    ("CARD", re.compile(r"\d{4}[ -]?\d{4}"), CARD, is_card),
+    ("PHONE", NUMBER, PHONE, is_phone),
 )
 
 
@@ -139,9 +138,9 @@ def mask(text: str) -> tuple[str, Counter[str]]:
         if not sign.search(text):
             continue
 
-        def masked(found: re.Match[str], kind: str = kind, check: Any = check) -> str:
-            if not check(found):
-                return found[0]
+        def masked(match: re.Match[str], kind: str = kind, check: Check = check) -> str:
+            if not check(match):
+                return match[0]
             counts[kind.lower()] += 1
             return f"[{kind}]@" if kind == "PASSWORD" else f"[{kind}]"
 
@@ -154,16 +153,12 @@ def masked_tree(value: Any) -> tuple[Any, Counter[str]]:
     if isinstance(value, str):
         return mask(value)
     if isinstance(value, dict):
-        found = {key: masked_tree(child) for key, child in value.items()}
-        return {k: new for k, (new, _) in found.items()}, _sum(c for _, c in found.values())
+        children, counts = masked_tree(list(value.values()))
+        return dict(zip(value, children, strict=True)), counts
     if isinstance(value, list):
         items = [masked_tree(child) for child in value]
-        return [new for new, _ in items], _sum(c for _, c in items)
+        return [new for new, _ in items], sum((counts for _, counts in items), Counter[str]())
     return value, Counter()
-
-
-def _sum(counts: Any) -> Counter[str]:
-    return sum(counts, Counter[str]())
 
 
 def masked_document(document: Document) -> tuple[Document, Counter[str]]:
@@ -171,13 +166,14 @@ def masked_document(document: Document) -> tuple[Document, Counter[str]]:
 
     The user's own `id` stays as it is; the turns of a conversation count once, in the text.
     """
-    given = {key: document.meta[key] for key in ("id",) if key in document.meta}
-    turns = {key: document.meta[key] for key in ("messages",) if key in document.meta}
-    others = {k: v for k, v in document.meta.items() if k not in given | turns}
     text, counts = mask(document.text)
-    turns, in_turns = masked_tree(turns)
-    others, in_others = masked_tree(others)
+    meta, in_turns, in_others = dict(document.meta), Counter[str](), Counter[str]()
+    for key, value in document.meta.items():
+        if key == "messages":
+            meta[key], in_turns = masked_tree(value)
+        elif key != "id":
+            meta[key], new = masked_tree(value)
+            in_others += new
     if not counts and not in_turns and not in_others:
         return document, Counter()
-    meta = {key: (given | turns | others)[key] for key in document.meta}
     return Document.make(text, document.source, meta), (counts or in_turns) + in_others

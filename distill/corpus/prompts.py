@@ -1,4 +1,4 @@
-"""The prompts stage: asks the tasks of the documents, in the student's view and where it differs the teacher's.
+"""The prompts stage: applies the tasks to the documents, in the student's view and where it differs the teacher's.
 
 A prompt is in the split of its document. Which documents are asked, and what, follows from content hashes, so a run
 repeats; with `per_document: rotate` each document gets one task, and each split the same number of each.
@@ -18,29 +18,31 @@ from distill.storage.progress import say
 from distill.storage.run_folder import Run
 from distill.tasks.task import TASKS_FILE, PromptView, Task, fill, load_task, task_path
 
-PLAIN = "chat"  # the task of prompts that are asked as they stand
+PLAIN = "chat"  # the task of prompts that are asked unchanged
 
 
 def main(config: Config, run: Run) -> None:
     """Make prompts.jsonl from documents.jsonl; raises DistillError (exit 2) where a task does not fit the documents."""
     settings = config.prompts
     documents = read_records(run.path("documents.jsonl"), Document)
-    tasks = own_tasks(settings.tasks)
+    tasks = load_tasks(settings.tasks)
     caps = {split: getattr(settings, split) for split in SPLITS}
     prompts: list[Prompt] = []
     counts: dict[str, dict[str, int]] = {}
     for split in SPLITS:
         mine = sorted((d for d in documents if d.split == split), key=lambda d: d.id)
-        asked = pairs(mine, tasks, settings.per_document, settings.questions is not None)
-        made = [ask(task, document) for document, task in islice(asked, caps[split])]
-        counts[split] = dict(Counter(prompt.task for prompt in made))
-        prompts += made
+        documents_and_tasks = pairs(
+            mine, tasks, settings.per_document, settings.questions is not None
+        )
+        new = [ask(task, doc) for doc, task in islice(documents_and_tasks, caps[split])]
+        counts[split] = dict(Counter(prompt.task for prompt in new))
+        prompts += new
     write_records(run.path("prompts.jsonl"), prompts)
     write_json(run.path(TASKS_FILE), {task.name: task.model_dump(mode="json") for task in tasks})
     report(run, documents, counts)
 
 
-def own_tasks(names: Sequence[str]) -> list[Task]:
+def load_tasks(names: Sequence[str]) -> list[Task]:
     """Load the tasks; raises DistillError (exit 2) where two have one name, which prompts could not tell apart."""
     tasks = [load_task(name) for name in names]
     again = next((n for n, count in Counter(t.name for t in tasks).items() if count > 1), None)
@@ -60,7 +62,7 @@ def identity(config: Config) -> dict[str, str]:
 def pairs(
     documents: list[Document], tasks: list[Task], per_document: str, questions: bool = False
 ) -> Iterator[tuple[Document, Task]]:
-    """Yield which task is asked of which document; prompts that are there already need no task.
+    """Yield each document with each of its tasks; a row that holds a prompt needs no task.
 
     Raises DistillError (exit 2) for a document without a task, unless the teacher writes `questions` about it.
     """
@@ -82,7 +84,7 @@ def pairs(
 
 
 def ask(task: Task, document: Document) -> Prompt:
-    """Build the prompt of a task about a document, or around a prompt that is there already."""
+    """Build the prompt of a task about a document, or around the prompt that a row holds."""
     values = template_values(document)
     teacher = task.teacher_view()
     reference = document.meta.get("reference")
@@ -123,14 +125,14 @@ def turns(
 
 
 def report(run: Run, documents: list[Document], counts: dict[str, dict[str, int]]) -> None:
-    """Show and note the prompts of each split and task, and how many documents look like an attack."""
+    """Show and note the prompts of each split and task, and how many documents look like an injection."""
     forged = sum(break_up(document.text) != document.text for document in documents)
     ordering = sum(looks_like_instructions(document.text) for document in documents)
     note = {"counts": counts, "control_token_texts": forged, "instruction_like": ordering}
     run.note("prompts", note)
     for split, tasks in counts.items():
-        shown = ", ".join(f"{count} {task}" for task, count in tasks.items()) or "none"
-        say(f"prompts: {split}: {shown}")
+        by_task = ", ".join(f"{count} {task}" for task, count in tasks.items()) or "none"
+        say(f"prompts: {split}: {by_task}")
     if forged or ordering:
         say(
             f"prompts: {forged} documents hold control-token text (broken up), "

@@ -12,16 +12,14 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
 
 # modules that open windows, print, or run something when they are imported, and those that document no API
 EXCLUDED = frozenset(
     "__main__ antigravity ensurepip genericpath idlelib lib2to3 msilib nt ntpath nturl2path posix posixpath pyexpat "
     "rlcompleter site sitecustomize test this tkinter turtle turtledemo usercustomize".split()
 )
-HOMES = dict.fromkeys(("posix", "nt", "posixpath", "ntpath", "genericpath"), "os")
+HOMES: dict[str, str] = dict.fromkeys(("posix", "nt", "posixpath", "ntpath", "genericpath"), "os")
 SUBMODULES = (
     "collections.abc concurrent.futures email.header email.message email.parser email.policy email.utils html.parser "
     "http.client http.cookiejar http.cookies http.server importlib.metadata importlib.resources importlib.util "
@@ -32,62 +30,48 @@ MIN_DOC, MAX_TEXT = 150, 1000  # characters: shorter says little, longer costs t
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # differs with every process
 
 
-def read_python_docs() -> list[dict[str, Any]]:
+def read_python_docs() -> list[dict[str, str]]:
     """Return one row an API (`name`, `text`), sorted by name, read by a fresh interpreter."""
     command = [sys.executable, "-I", "-S", "-W", "ignore", __file__]
-    done = subprocess.run(
+    process = subprocess.run(
         command, capture_output=True, encoding="utf-8", check=True, stdin=subprocess.DEVNULL
     )
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in process.stdout.splitlines()]
 
 
-def collect() -> list[dict[str, Any]]:
+def collect() -> list[dict[str, str]]:
     """Read every public function and class of the standard library in this interpreter."""
     names = sorted(
         n for n in sys.stdlib_module_names if not n.startswith("_") and n not in EXCLUDED
     )
-    found: dict[int, dict[str, Any]] = {}
-    for name in [*names, *SUBMODULES]:
+    rows: dict[int, dict[str, str]] = {}
+    for path in [*names, *SUBMODULES]:
         with contextlib.suppress(ImportError):  # modules of other systems
-            for qualified, value in _members(name, importlib.import_module(name)):
-                row = _row(qualified, value)
-                if row:
-                    found.setdefault(id(value), row)
-    return sorted(found.values(), key=lambda row: row["name"])
+            module = importlib.import_module(path)
+            for name in sorted(getattr(module, "__all__", None) or dir(module)):
+                value = getattr(module, name, None)
+                if name.startswith("_") or not _belongs_to(value, module):
+                    continue
+                qualified = name if path == "builtins" else f"{path}.{name}"
+                try:
+                    signature = str(inspect.signature(value))  # pyright: ignore[reportArgumentType]
+                except (TypeError, ValueError, AttributeError):  # of some built-ins, not readable
+                    signature = ""
+                doc = value.__doc__ if isinstance(value.__doc__, str) else ""
+                doc = inspect.cleandoc(doc)
+                text = ADDRESS.sub("", f"{qualified}{signature}\n\n{doc}")
+                if len(doc) >= MIN_DOC and len(text) <= MAX_TEXT:
+                    rows.setdefault(id(value), {"name": qualified, "text": text})
+    return sorted(rows.values(), key=lambda row: row["name"])
 
 
-def _members(path: str, module: ModuleType) -> Iterator[tuple[str, Any]]:
-    """Yield qualified names and objects: the functions and classes that the module itself exports."""
-    prefix = "" if path == "builtins" else f"{path}."
-    for name in sorted(getattr(module, "__all__", None) or dir(module)):
-        value = getattr(module, name, None)
-        if not name.startswith("_") and _is_of(value, module):
-            yield prefix + name, value
-
-
-def _is_of(value: Any, module: ModuleType) -> bool:
-    """Tell whether a function or class belongs to the module's own package, private helpers of it included."""
+def _belongs_to(value: object, module: ModuleType) -> bool:
+    """Tell whether a function or class is of the module's own package, with its private modules."""
     if not (inspect.isclass(value) or inspect.isroutine(value)):
         return False
     home = (getattr(value, "__module__", None) or module.__name__).split(".")[0]
     package = module.__name__.split(".")[0]
     return HOMES.get(home, home).lstrip("_") == HOMES.get(package, package).lstrip("_")
-
-
-def _row(name: str, value: Any) -> dict[str, Any] | None:
-    """Return the row of one API, or None where its documentation is too short or too long."""
-    doc = inspect.cleandoc(value.__doc__ or "") if isinstance(value.__doc__, str) else ""
-    text = ADDRESS.sub("", f"{name}{_signature(value)}\n\n{doc}")
-    if len(doc) < MIN_DOC or len(text) > MAX_TEXT:
-        return None
-    return {"name": name, "text": text}
-
-
-def _signature(value: Any) -> str:
-    try:
-        return str(inspect.signature(value))
-    except (TypeError, ValueError, AttributeError):  # built-ins without a readable signature
-        return ""
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from distill.corpus.prompts import template_values
 from distill.errors import DistillError, Exit
 from distill.records import Document, Message, Prompt
 from distill.tasks.checkers import normalise_answer
-from distill.tasks.task import PromptView, Task, fill, load_task
+from distill.tasks.task import fill, load_task
 
 TASK = "question"
 KINDS = {
@@ -45,24 +45,24 @@ NEARLY_SAME = 0.7  # Jaccard similarity of the words of two questions
 
 
 def shares(kinds: Sequence[str], per_document: int) -> list[tuple[str, int]]:
-    """Spread the questions of a document over the kinds, the first ones getting what is left over."""
+    """Spread the questions of a document over the kinds, the first ones with the remainder."""
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
         what = f"unknown kind {unknown[0]}" if unknown else "names no kind"
         raise DistillError(
-            Exit.CONFIG, "prompts.questions.kinds", what, f"known are {', '.join(KINDS)}"
+            Exit.CONFIG, "prompts.questions.kinds", what, f"use some of: {', '.join(KINDS)}"
         )
-    whole, rest = divmod(per_document, len(kinds))
-    counts = [(kind, whole + (place < rest)) for place, kind in enumerate(kinds)]
+    share, extra = divmod(per_document, len(kinds))
+    counts = [(kind, share + (number < extra)) for number, kind in enumerate(kinds)]
     return [(kind, count) for kind, count in counts if count]
 
 
-def askings(document: Document, kinds: Sequence[str], per_document: int) -> list[Prompt]:
+def question_prompts(document: Document, kinds: Sequence[str], per_document: int) -> list[Prompt]:
     """Build the prompts that ask the teacher for questions about a document: one a kind, `question:KIND`."""
     prompts = []
     for kind, count in shares(kinds, per_document):
-        wanted = "one question" if count == 1 else f"{count} different questions"
-        text = ASK.format(passage=break_up(document.text), count=wanted, does=KINDS[kind])
+        number = "one question" if count == 1 else f"{count} different questions"
+        text = ASK.format(passage=break_up(document.text), count=number, does=KINDS[kind])
         message = Message(role="user", content=text)
         prompts.append(Prompt.make((message,), document.id, f"{TASK}:{kind}"))
     return prompts
@@ -82,12 +82,12 @@ def read_questions(reply: str) -> list[str]:
 
 def distinct(questions: Iterable[str]) -> list[str]:
     """Return the questions (the first 1,000) without those that repeat, or nearly repeat, an earlier one."""
-    kept: list[tuple[str, set[str]]] = []
+    results: list[tuple[str, set[str]]] = []
     for question in islice(questions, MOST):
         words = set(normalise_answer(question).split())
-        if words and all(overlap(words, other) < NEARLY_SAME for _, other in kept):
-            kept.append((question, words))
-    return [question for question, _ in kept]
+        if words and all(overlap(words, other) < NEARLY_SAME for _, other in results):
+            results.append((question, words))
+    return [question for question, _ in results]
 
 
 def to_prompts(
@@ -98,23 +98,16 @@ def to_prompts(
 ) -> list[Prompt]:
     """Build one prompt a question; the passage stands before it in the views that see it."""
     task = load_task(TASK)
-    return [
-        _prompt(task, document, question, answer_with_passage, student_sees_passage)
-        for question in questions
-    ]
-
-
-def _prompt(
-    task: Task, document: Document, question: str, teacher_sees: bool, student_sees: bool
-) -> Prompt:
-    values = template_values(document) | {"question": break_up(question)}
-    with_passage = task.teacher_view() or task.student
-
-    def view(sees: bool) -> tuple[Message, ...]:
-        chosen: PromptView = with_passage if sees else task.student
-        return (Message(role="user", content=fill(chosen.user, task.name, values)),)
-
-    differs = teacher_sees != student_sees
-    return Prompt.make(
-        view(student_sees), document.id, task.name, view(teacher_sees) if differs else None
-    )
+    with_passage, prompts = (task.teacher_view() or task.student).user, []
+    for question in questions:
+        values = template_values(document) | {"question": break_up(question)}
+        student, teacher = (
+            (Message(role="user", content=fill(template, task.name, values)),)
+            for template in (
+                with_passage if student_sees_passage else task.student.user,
+                with_passage if answer_with_passage else task.student.user,
+            )
+        )
+        differs = answer_with_passage != student_sees_passage
+        prompts.append(Prompt.make(student, document.id, task.name, teacher if differs else None))
+    return prompts

@@ -21,29 +21,23 @@ def split(ids: list[str], seed: int, validation: float, heldout: float) -> dict[
 
     A share above 0 gets a document at least. Raises DistillError (exit 3) where there are too few documents.
     """
-    chosen: dict[str, Split] = dict.fromkeys(ids, "train")
-    left = list(chosen)
+    splits: dict[str, Split] = dict.fromkeys(ids, "train")
     sizes: list[tuple[Split, float, float]] = [
         ("heldout", heldout, heldout),
         # of what heldout leaves, so that it is a share of all
         ("validation", validation, validation / (1 - heldout) if heldout < 1 else validation),
     ]
     for name, size, share in sizes:
-        picked = _pick(left, seed, name, size if size >= 1 else share, size >= 1)
-        if len(picked) < size or len(picked) >= len(left):
+        train = [identity for identity, current in splits.items() if current == "train"]
+        ranks = {identity: rank(identity, seed, name) for identity in train}
+        ranked = sorted(train, key=lambda identity: (ranks[identity], identity))
+        below = sum(number < share for number in ranks.values())
+        picked = ranked[: int(size) if size >= 1 else max(below, int(share > 0))]
+        if len(picked) < size or len(picked) >= len(train):
             what = (
-                f"{len(chosen)} documents cannot give {size:g} for {name} and leave some to train"
+                f"{len(splits)} documents cannot give {size:g} for {name} and leave some to train"
             )
             fix = "give more documents, or smaller corpus.split sizes"
             raise DistillError(Exit.INPUT, "corpus.split", what, fix)
-        chosen |= dict.fromkeys(picked, name)
-        left = [identity for identity in left if chosen[identity] == "train"]
-    return chosen
-
-
-def _pick(ids: list[str], seed: int, salt: str, size: float, is_count: bool) -> list[str]:
-    ranked = sorted(ids, key=lambda identity: (rank(identity, seed, salt), identity))
-    if is_count:
-        return ranked[: int(size)]
-    share = [identity for identity in ranked if rank(identity, seed, salt) < size]
-    return share or ranked[: size > 0]
+        splits |= dict.fromkeys(picked, name)
+    return splits

@@ -6,7 +6,7 @@ Pure functions of the config and the run's files, so that a plan, a pilot and th
 from collections.abc import Iterable, Iterator, Mapping
 
 from distill.config import Config, Questions
-from distill.corpus.questions import askings, distinct, read_questions, to_prompts
+from distill.corpus.questions import distinct, question_prompts, read_questions, to_prompts
 from distill.records import Document, Prompt, Response
 from distill.responders.responder import Request, Sampling
 
@@ -36,7 +36,7 @@ def requests_for(
 def asking_requests(settings: Questions, origin: str, document: Document) -> list[Request]:
     """Return the requests that ask the teacher for questions about a document."""
     sampling = Sampling(max_new_tokens=settings.max_new_tokens)
-    asked = askings(document, settings.kinds, settings.per_document)
+    asked = question_prompts(document, settings.kinds, settings.per_document)
     return [Request.make(origin, prompt.id, prompt.messages, sampling) for prompt in asked]
 
 

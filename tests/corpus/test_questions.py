@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.corpus.questions import KINDS, askings, distinct, read_questions, shares, to_prompts
+from distill.corpus.questions import (
+    KINDS,
+    distinct,
+    question_prompts,
+    read_questions,
+    shares,
+    to_prompts,
+)
 from distill.errors import DistillError, Exit
 from distill.records import Document
 
@@ -29,7 +36,7 @@ def test_an_unknown_kind_names_the_known_ones(kinds: tuple[str, ...]) -> None:
 
 
 def test_the_teacher_is_asked_once_a_kind_with_the_passage_fenced() -> None:
-    asked = askings(DOCUMENT, tuple(KINDS), 7)
+    asked = question_prompts(DOCUMENT, tuple(KINDS), 7)
     assert [prompt.task for prompt in asked] == [f"question:{kind}" for kind in KINDS]
     assert len({prompt.id for prompt in asked}) == len(KINDS)
     for prompt in asked:
