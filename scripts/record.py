@@ -51,31 +51,27 @@ QUICKSTART = (
     "train.load_best_model_at_end=false",  # the best step was not kept rightly at that commit
 )
 ONLINE = {"HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "2"}
-# What turns a dataset into samples, and the modules that may have it: where code has moved, add its new place.
-ENCODERS = {
-    "load_tokenizer": ("distill.models", "distill.models.registry"),
-    "Pair": ("distill.records",),
-    "encode_pairs": ("distill.training.encode",),
-}
+ENCODERS = ("load_tokenizer", "Pair", "encode_pairs")  # what turns a dataset into samples
 ENCODE = """
-import importlib, json, sys
+import importlib, json, re, sys
 from pathlib import Path
-modules, runs = json.loads(sys.argv[1])
+import distill
+names, runs = json.loads(sys.argv[1])
+package = Path(distill.__file__).parent
 def find(name):
-    for module in modules[name]:
-        try:
+    for path in sorted(package.rglob("*.py")):
+        if re.search(rf"^(?:def|class) {name}\\(", path.read_text("utf-8"), re.M):
+            module = ".".join(path.relative_to(package.parent).with_suffix("").parts)
             return getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError):
-            continue
-    sys.exit(f"no {name} in {modules[name]}: add its module to ENCODERS")
-load_tokenizer, Pair, encode_pairs = map(find, modules)
+    sys.exit(f"distill has no {name}: say in ENCODERS what it is called")
+load_tokenizer, Pair, encode_pairs = map(find, names)
 for name, (model, revision, date, most) in runs.items():
     run, tokenizer, samples = Path("runs", name), load_tokenizer(model, revision), {}
     for path in sorted(run.glob("**/dataset/*.jsonl")):
         pairs = [Pair.model_validate_json(line) for line in path.read_text("utf-8").splitlines()]
         examples = encode_pairs(tokenizer, pairs, date, most, path) if pairs else []
         place = path.relative_to(run).as_posix()
-        samples |= {f"{place}:{n}": [one.input_ids, one.weights] for n, one in enumerate(examples, 1)}
+        samples |= {f"{place}:{n}": [e.input_ids, e.weights] for n, e in enumerate(examples, 1)}
     Path("runs", f"{name}.samples.json").write_text(json.dumps(samples))
 """
 SHOWN = 3  # differences of a row and kind on the screen; all of them are in record.txt of the work folder

@@ -100,6 +100,20 @@ def test_one_changed_bit_of_a_tensor_is_unexplained(new: Path, file: str, what: 
     assert kinds(file.split("/")[0], new) == {(what, "")}
 
 
+def test_this_tree_makes_samples_of_a_dataset_whose_weights_are_the_answers(tmp_path: Path) -> None:
+    folder = shutil.copytree(OLD.parent, tmp_path / "side")
+    side = record.Side("new", record.ROOT, folder)
+    record.encode(side, {"soft": json.loads((OLD / "soft/config.json").read_text())})
+    samples = json.loads((folder / "runs/soft.samples.json").read_text())
+    rows = record.read_lines(OLD / "soft/dataset/train.jsonl")
+    assert [name for name in samples if name.startswith("dataset/train")] == [
+        f"dataset/train.jsonl:{number}" for number in range(1, len(rows) + 1)
+    ]
+    assert any(name.startswith("refined/round-1/dataset/train") for name in samples)
+    for ids, weights in samples.values():
+        assert len(ids) == len(weights) and 0 < sum(weights) < len(ids)
+
+
 def test_other_weights_of_a_sample_and_a_missing_file_are_unexplained(new: Path) -> None:
     (new / "chat.samples.json").write_text('{"a:1": [[1, 2], [1.0, 1.0]]}')
     (new / "chat/scores/base.jsonl").unlink()
