@@ -208,13 +208,13 @@ def evaluate(
         perform_checking(stage, config, overrides, redo, allow_code, unsafe_code)
         return
     from distill.evaluation import lm_eval as harness
-    from distill.report import report
+    from distill.formatting import markdown_table
 
     run = open_run(config, overrides or ())
     tasks = tuple(task.strip() for task in lm_eval.split(",") if task.strip())
     with run.lock():
         results = harness.main(run.config, run, harness.Order(tasks, limit, include_path))
-        print(report.external_table(results))
+        print(markdown_table(*harness.table_of(results)))
     if run.path("scorecard.json").exists():
         perform(run, STAGES[-1:], STAGES[-1:])
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Decimal
 from typing import Any
 
+from pydantic import BaseModel
 from rich.table import Table
 
 UNKNOWN = "–"
@@ -37,6 +38,8 @@ def markdown_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 
 def plain_numbers(tree: Any) -> Any:
     """Return a tree for JSON: Decimals and fractions as numbers of six significant digits; more would be noise."""
+    if isinstance(tree, BaseModel):
+        tree = tree.model_dump(exclude_unset=True, by_alias=True)
     if isinstance(tree, Mapping):
         return {key: plain_numbers(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
@@ -46,7 +49,7 @@ def plain_numbers(tree: Any) -> Any:
     return float(f"{float(tree):.6g}")
 
 
-def figure(value: float | None, digits: int = 2) -> str:
+def figure(value: Decimal | float | None, digits: int = 2) -> str:
     """Write a number with a true minus sign."""
     return UNKNOWN if value is None else f"{value:,.{digits}f}".replace("-", MINUS)
 
@@ -62,9 +65,9 @@ def count(value: float | None) -> str:
     return figure(value, 0)
 
 
-def share(value: float | None, digits: int = 0) -> str:
+def share(value: Decimal | float | None, digits: int = 0) -> str:
     """Write a share as a percentage."""
-    return UNKNOWN if value is None else f"{figure(100 * value, digits)}{HARD}%"
+    return UNKNOWN if value is None else f"{figure(100 * float(value), digits)}{HARD}%"
 
 
 def p_value(p: float | None) -> str:
@@ -93,6 +96,7 @@ def duration(seconds: float | None) -> str:
     """Write a time in seconds, minutes or hours, to two digits."""
     if seconds is None:
         return UNKNOWN
+    seconds = float(seconds)
     for unit, length in (("s", 1), ("min", 60)):
         if seconds < 99.5 * length:
             return f"{seconds / length:.2g} {unit}"

@@ -249,26 +249,3 @@ class LedgerEntry(Record):
     unknown: int = 0
     unknown_dollars: Decimal | None = None
     note: str = ""
-
-
-class Scorecard(Record):
-    """The evaluation's result; every number, or null with a reason in `reasons`."""
-
-    name: str
-    models: dict[str, Any]
-    tasks: dict[str, Any]
-    overall: dict[str, Any] | None = None
-    agreement: dict[str, Any]
-    lengths: dict[str, Any] = {}
-    contamination: dict[str, Any] = {}
-    suites: dict[str, Any] = {}
-    external: dict[str, Any] = {}
-    judge: dict[str, Any] = {}
-    failures: dict[str, Any] = {}
-    cost: dict[str, Any]
-    economics: dict[str, Any] = {}
-    corpus: dict[str, Any]
-    funnel: dict[str, Any]
-    training: dict[str, Any]
-    environment: dict[str, Any]
-    reasons: dict[str, str] = {}

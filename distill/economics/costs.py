@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import NamedTuple
 
-from distill.records import LedgerEntry, Record, Timing, Usage
+from distill.evaluation.scorecard import DistillationCost, OneAtATime, PerMillion, RequestCost
+from distill.records import LedgerEntry, Timing, Usage
 from distill.responders.prices import MachinePrice, TokenPrice
 
 THOUSAND, MILLION = 1000, 1_000_000
@@ -51,56 +52,6 @@ class Tariff(NamedTuple):
         return describe(self.price) if self.price else None
 
 
-class Alone(Record):
-    """What 1,000 requests take and cost where each is asked by itself."""
-
-    requests: int
-    seconds_per_1k: float
-    output_tokens_per_second: float
-    dollars_per_1k: Decimal | None
-
-
-class PerMillion(Record):
-    """What a million tokens read and a million written cost; a hosted model's time is its own affair."""
-
-    dollars_input: Decimal | None
-    dollars_output: Decimal | None
-    seconds_input: float | None = None
-    seconds_output: float | None = None
-
-
-class RequestCost(Record):
-    """What 1,000 requests take and cost; null with a reason where it is not known."""
-
-    requests: int = 0
-    input_tokens: float | None = None  # a request, on average
-    output_tokens: float | None = None
-    seconds_per_1k: float | None
-    dollars_per_1k: Decimal | None
-    output_tokens_per_second: float | None
-    per_million: PerMillion | None = None
-    one_at_a_time: Alone | None = None
-    price: str | None
-    reasons: dict[str, str] = {}
-
-
-class DistillationCost(Record):
-    """What making the student took and cost, by stage.
-
-    `unknown_dollars` is the most that attempts of unknown outcome may have cost beyond that; `reused` the share of the
-    teacher's answers, by tokens, that the store had already: an earlier run paid for them.
-    """
-
-    seconds: float
-    dollars: Decimal | None
-    unknown_dollars: Decimal = Decimal(0)
-    reused: float = 0.0
-    stages: dict[str, float]
-    output_tokens: int
-    price: str | None
-    reasons: dict[str, str] = {}
-
-
 def request_cost(
     usages: Sequence[Usage], tariff: Tariff, timing: Timing | None = None
 ) -> RequestCost:
@@ -116,8 +67,17 @@ def request_cost(
         reasons["dollars_per_1k"] = tariff.why if tariff.price is None else NO_TIME
     of_tokens = per_million(usages, tariff, timing if timed else None)
     reasons |= of_tokens.reasons
-    alone = None if tariff.hosted or timing is None else _alone(timing, tariff)
-    if alone is None:
+    alone = None
+    if timing and not tariff.hosted:
+        each = timing.seconds / timing.requests
+        dollars_each = tariff.of_seconds(each)
+        alone = OneAtATime(
+            requests=timing.requests,
+            seconds_per_1k=each * THOUSAND,
+            output_tokens_per_second=timing.output_tokens / timing.seconds,
+            dollars_per_1k=None if dollars_each is None else dollars_each * THOUSAND,
+        )
+    else:
         reasons["one_at_a_time"] = BY_TOKEN if tariff.hosted else "not timed one at a time"
     tokens = {
         "input_tokens": sum(u.input_tokens for u in usages),
@@ -125,13 +85,14 @@ def request_cost(
     }
     return RequestCost(
         requests=len(usages),
-        **{key: count / len(usages) if usages else None for key, count in tokens.items()},
+        input_tokens=tokens["input_tokens"] / len(usages) if usages else None,
+        output_tokens=tokens["output_tokens"] / len(usages) if usages else None,
         seconds_per_1k=seconds / len(usages) * THOUSAND if timed else None,
         dollars_per_1k=None if dollars is None else dollars * THOUSAND,
         output_tokens_per_second=tokens["output_tokens"] / seconds if timed else None,
         one_at_a_time=alone,
         price=tariff.described() if dollars is not None else None,
-        per_million=of_tokens.found,
+        per_million=of_tokens.price,
         reasons=reasons,
     )
 
@@ -139,34 +100,34 @@ def request_cost(
 def mean_dollars(usages: Sequence[Usage], tariff: Tariff) -> Decimal | None:
     """Return the mean dollars of a request, or None where one of them is not known."""
     dollars = [tariff.of(usage) for usage in usages]
-    known = [amount for amount in dollars if amount is not None]
-    return sum(known, Decimal(0)) / len(known) if known and len(known) == len(dollars) else None
+    priced = [amount for amount in dollars if amount is not None]
+    return sum(priced, Decimal(0)) / len(priced) if priced and len(priced) == len(dollars) else None
 
 
-class Found(NamedTuple):
+class TokenPrices(NamedTuple):
     """What a million tokens cost, and the reasons for what of it is not known."""
 
-    found: PerMillion | None
+    price: PerMillion | None
     reasons: dict[str, str]
 
 
-def per_million(usages: Sequence[Usage], tariff: Tariff, timing: Timing | None) -> Found:
+def per_million(usages: Sequence[Usage], tariff: Tariff, timing: Timing | None) -> TokenPrices:
     """Price tokens read and written apart: a hosted model's by its list, a local one's by its machine's time."""
     if isinstance(tariff.price, TokenPrice):
         rates = (tariff.price.dollars_per_million_input, tariff.price.dollars_per_million_output)
         listed = PerMillion(dollars_input=rates[0], dollars_output=rates[1])
-        return Found(listed, {"per_million.seconds": BY_TOKEN})
+        return TokenPrices(listed, {"per_million.seconds": BY_TOKEN})
     seconds = reading_and_writing(usages, timing) if timing else None
     if seconds is None:
-        return Found(None, {"per_million": CONTRADICTED if timing else NOT_APART})
-    read, written = (MILLION * each for each in seconds)
-    found = PerMillion(
-        seconds_input=read,
-        seconds_output=written,
-        dollars_input=tariff.of_seconds(read),
-        dollars_output=tariff.of_seconds(written),
+        return TokenPrices(None, {"per_million": CONTRADICTED if timing else NOT_APART})
+    reading, writing = (MILLION * each for each in seconds)
+    price = PerMillion(
+        seconds_input=reading,
+        seconds_output=writing,
+        dollars_input=tariff.of_seconds(reading),
+        dollars_output=tariff.of_seconds(writing),
     )
-    return Found(found, {} if tariff.price else {"per_million.dollars": tariff.why})
+    return TokenPrices(price, {} if tariff.price else {"per_million.dollars": tariff.why})
 
 
 def reading_and_writing(usages: Sequence[Usage], timing: Timing) -> tuple[float, float] | None:
@@ -175,23 +136,12 @@ def reading_and_writing(usages: Sequence[Usage], timing: Timing) -> tuple[float,
     Reading is measured by answers of one token; writing is the rest of the answers' time over the tokens written, so
     that input tokens times the first and output tokens times the second add up to the time measured.
     """
-    given, drawn = sum(u.input_tokens for u in usages), sum(u.output_tokens for u in usages)
-    if not timing.read_tokens or not drawn:
+    inputs, outputs = sum(u.input_tokens for u in usages), sum(u.output_tokens for u in usages)
+    if not timing.read_tokens or not outputs:
         return None
-    read = timing.read_seconds / timing.read_tokens
-    rest = sum(u.seconds for u in usages) - given * read
-    return (read, rest / drawn) if rest > 0 else None
-
-
-def _alone(timing: Timing, tariff: Tariff) -> Alone:
-    each = timing.seconds / timing.requests
-    dollars = tariff.of_seconds(each)
-    return Alone(
-        requests=timing.requests,
-        seconds_per_1k=each * THOUSAND,
-        output_tokens_per_second=timing.output_tokens / timing.seconds,
-        dollars_per_1k=None if dollars is None else dollars * THOUSAND,
-    )
+    reading = timing.read_seconds / timing.read_tokens
+    writing = sum(u.seconds for u in usages) - inputs * reading
+    return (reading, writing / outputs) if writing > 0 else None
 
 
 def distillation_cost(

@@ -5,21 +5,23 @@ needs a new report and nothing else. The price table is kept in `prices.json` as
 that the same report can be made again on another day.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
-from typing import Any
 
 from distill.config import Config
-from distill.economics.costs import (
-    DistillationCost,
-    Tariff,
-    distillation_cost,
-    request_cost,
-)
+from distill.economics.costs import Tariff, distillation_cost, request_cost
 from distill.economics.savings import Assumptions, economics
 from distill.evaluation.acceptance import Asked
+from distill.evaluation.scorecard import (
+    MODELS,
+    Costs,
+    Difference,
+    DistillationCost,
+    Economics,
+    MetricRow,
+    TeacherPrice,
+)
 from distill.evaluation.statistics import Certainty
-from distill.formatting import plain_numbers
 from distill.records import LedgerEntry, Response, Timing, Usage
 from distill.responders.prices import PriceBook, load_prices
 from distill.storage.files import read_json, read_records, write_json
@@ -30,7 +32,7 @@ UNSTATED = "what the recorded answers cost is not stated (teacher.dollars)"
 NOT_MEASURED = "the student's difference to the teacher is not known: no task has a checker"
 
 
-def accounts(config: Config, run: Run, overall: Mapping[str, Any] | None) -> dict[str, Any]:
+def money_of(config: Config, run: Run, overall: MetricRow | None) -> tuple[Costs, Economics]:
     """Return the scorecard's `cost` and `economics`; `overall` is the result of all checks together."""
     settings = config.evaluation
     requests = read_records(run.path("requests.jsonl"), Asked)
@@ -42,7 +44,7 @@ def accounts(config: Config, run: Run, overall: Mapping[str, Any] | None) -> dic
             own if model == "teacher" else student,
             timing_of(run, model),
         )
-        for model in ("teacher", "base", "student")
+        for model in MODELS
     }
     answers = answers_of(run)
     spent = distillation(config, run.ledger.entries(), book, answers)
@@ -50,18 +52,17 @@ def accounts(config: Config, run: Run, overall: Mapping[str, Any] | None) -> dic
     assumed = Assumptions(
         teacher=compared_tariff(config, book),
         student=student,
-        distillation=added(spent.dollars, compared["answers_dollars"]),
+        distillation=added(spent.dollars, compared.answers_dollars),
         why_no_distillation=spent.reasons.get("dollars", ""),
         requests_per_month=settings.requests_per_month,
     )
     certainty = Certainty(settings.confidence, settings.bootstrap_samples, config.seed)
-    quality = {"mean": None, "reason": NOT_MEASURED}
+    quality = Difference(mean=None, reason=NOT_MEASURED)
     if overall:
-        counts = {key: overall[key] for key in ("n", "documents") if key in overall}
-        quality = {**overall["student_minus_teacher"], **counts}
+        counts = {"n": overall.n, "documents": overall.documents}
+        quality = overall.student_minus_teacher.model_copy(update=counts)
     found = economics(requests, assumed, certainty, compared, quality)
-    cost = {**{m: c.model_dump() for m, c in costs.items()}, "distillation": spent.model_dump()}
-    return plain_numbers({"cost": cost, "economics": found.model_dump()})
+    return Costs(**costs, distillation=spent), found
 
 
 def kept_prices(config: Config, run: Run) -> PriceBook:
@@ -108,7 +109,7 @@ def compared_tariff(config: Config, book: PriceBook) -> Tariff:
     return Tariff(book.teacher(named), why=book.why_no_teacher(named))
 
 
-def compared_with(config: Config, book: PriceBook, answers: Sequence[Usage]) -> dict[str, Any]:
+def compared_with(config: Config, book: PriceBook, answers: Sequence[Usage]) -> TeacherPrice:
     """Say whose price the student is compared with; hypothetical where the answers were not that model's.
 
     There the distillation is hypothetical as well: to what it cost comes what the answers cost at that price.
@@ -116,11 +117,11 @@ def compared_with(config: Config, book: PriceBook, answers: Sequence[Usage]) -> 
     named, compared = config.evaluation.teacher_price, compared_tariff(config, book)
     hypothetical = named is not None and compared.price != teacher_tariff(config, book).price
     prices = [compared.of(usage) or Decimal(0) for usage in answers] if compared.price else []
-    return {
-        "name": named or config.teacher.model or "teacher",
-        "hypothetical": hypothetical,
-        "answers_dollars": sum(prices, Decimal(0)) if hypothetical and prices else None,
-    }
+    return TeacherPrice(
+        name=named or config.teacher.model or "teacher",
+        hypothetical=hypothetical,
+        answers_dollars=sum(prices, Decimal(0)) if hypothetical and prices else None,
+    )
 
 
 def distillation(

@@ -11,34 +11,31 @@ the part of T that falls on requests whose student answer is acceptable:
 p is weighted by price, for long answers cost more and fail more; `share` is the plain share of requests. The interval is
 that of p, carried through; of replace_all, that of the requests' differences, clustered by document. T and S are taken
 as measured. Break-even is the cost of the distillation over the surplus of a request, and null where the surplus or its
-interval reaches 0. What is unknown is null with its reason (see amounts.py for the shape of it all).
+interval reaches 0. What is unknown is null with its reason (see evaluation/scorecard.py for the shape of it all).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, Decimal
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from distill.economics.amounts import (
+from distill.economics.costs import NO_TIME, THOUSAND, Tariff, percent
+from distill.economics.substitution import amount_of, shares_of, unknown
+from distill.evaluation.acceptance import Asked
+from distill.evaluation.scorecard import (
     WAYS,
+    Amount,
     BreakEven,
     Case,
+    Difference,
     Economics,
-    Ranged,
-    Row,
+    Rent,
+    Saving,
+    StudentPrice,
+    TeacherPrice,
     Way,
-    ranged,
-    unknown,
 )
-from distill.economics.costs import NO_TIME, THOUSAND, Tariff, percent
-from distill.economics.substitution import shares_of
-from distill.evaluation.acceptance import Asked
-from distill.evaluation.claims import conclude
-from distill.evaluation.statistics import (
-    Bounds,
-    Certainty,
-    estimate_mean,
-)
+from distill.evaluation.statistics import Bounds, Certainty, estimate_mean
 from distill.responders.prices import MachinePrice, TokenPrice
 
 MONTH_DAYS, DAY_SECONDS = 30, 86_400
@@ -60,8 +57,8 @@ def economics(
     requests: Sequence[Asked],
     assumed: Assumptions,
     certainty: Certainty,
-    compared_with: Mapping[str, Any],
-    quality: Mapping[str, Any],
+    compared_with: TeacherPrice,
+    quality: Difference,
 ) -> Economics:
     """Reckon everything from the held-out requests.
 
@@ -84,15 +81,20 @@ def economics(
         requests=len(covered),
         of=len(requests),
         documents=len({asked.cluster for asked in covered}),
-        teacher={**compared_with, **reckoning.teacher_facts()},
-        student=reckoning.student_facts(),
+        teacher=reckoning.teacher_price(compared_with),
+        student=StudentPrice(
+            dollars_per_1k=None if basis.why else basis.means[1],
+            price=assumed.student.described(),
+            utilisation=assumed.student.utilisation,
+            month_of_machines=reckoning.month_of_machines(),
+        ),
         tests=tests,
         when_served=when_served,
         unscored=sum(asked.accepted is None for asked in covered) if tests else 0,
         share=shares.plain,
         share_of_price=shares.of_price,
         share_if_unscored_fail=shares.if_unscored_fail,
-        quality=dict(quality),
+        quality=quality,
         distillation_dollars=assumed.distillation,
         requests_per_month=assumed.requests_per_month,
         headline=headline,
@@ -138,24 +140,24 @@ class Basis:
         }
         return replace(self, **changed)
 
-    def difference(self, certainty: Certainty) -> Ranged:
+    def difference(self, certainty: Certainty) -> Amount:
         """Return teacher minus student, with the interval of the requests' differences."""
         teacher, student = self.means
         pairs = zip(self.teacher, self.student, strict=True)
         bounds = Bounds(-float(max(self.student)), float(max(self.teacher)))
         found = estimate_mean([float(t - s) for t, s in pairs], self.clusters, certainty, bounds)
-        return ranged(found).model_copy(update={"value": teacher - student})
+        return amount_of(found).model_copy(update={"value": teacher - student})
 
 
 class Reckoning(NamedTuple):
     """The three rows and their cases, over one basis and one share of the price."""
 
     basis: Basis
-    part: Ranged
+    part: Amount
     certainty: Certainty
     assumed: Assumptions
 
-    def surplus(self, way: Way) -> Ranged:
+    def surplus(self, way: Way) -> Amount:
         """Return what 1,000 requests save in one way."""
         if self.basis.why:
             return unknown(self.basis.why)
@@ -166,14 +168,14 @@ class Reckoning(NamedTuple):
             return self.part.scaled(teacher, -student)
         return self.part.scaled(teacher - student)
 
-    def row(self, way: Way) -> Row:
+    def row(self, way: Way) -> Saving:
         """Return one way to use the student."""
         return self.row_of(way, self.surplus(way))
 
-    def row_of(self, way: Way, surplus: Ranged) -> Row:
+    def row_of(self, way: Way, surplus: Amount) -> Saving:
         """Return a row whose surplus per 1,000 requests is known."""
         volume = self.assumed.requests_per_month
-        return Row(
+        return Saving(
             way=way,
             dollars_per_1k=surplus,
             dollars_per_month=surplus.scaled(Decimal(volume) / THOUSAND),
@@ -189,7 +191,9 @@ class Reckoning(NamedTuple):
             teacher_dollars_per_1k=teacher,
             student_dollars_per_1k=student,
             requests_per_month=self.assumed.requests_per_month,
-            **row.model_dump(exclude={"way"}),
+            dollars_per_1k=row.dollars_per_1k,
+            dollars_per_month=row.dollars_per_month,
+            break_even=row.break_even,
         )
 
     def sensitivity(self, way: Way) -> Iterator[Case]:
@@ -204,7 +208,8 @@ class Reckoning(NamedTuple):
         more = self._replace(assumed=self.assumed._replace(requests_per_month=10 * volume))
         yield more.case("ten times the requests", way)
         if way != "replace_all":
-            lowest = self._replace(part=self.part.lowest())
+            low = Amount(value=self.part.low, reason=self.part.reason)
+            lowest = self._replace(part=low)
             yield lowest.case("the share at its lower bound", way)
         yield from self._other_machines(way)
 
@@ -221,7 +226,7 @@ class Reckoning(NamedTuple):
         alone = self.scaled(student=idle)
         yield alone.case(f"the student's machine works {percent(LOW_USE)} of the time", way)
         if rent and student:
-            per_1k = rent["dollars_per_month"] / self.assumed.requests_per_month * THOUSAND
+            per_1k = rent.dollars_per_month / self.assumed.requests_per_month * THOUSAND
             dedicated = self.scaled(student=per_1k / student)
             yield dedicated.case("the student's machine is rented for the whole month", way)
 
@@ -234,7 +239,7 @@ class Reckoning(NamedTuple):
         price = self.assumed.teacher.price
         return price.batch_discount if isinstance(price, TokenPrice) else None
 
-    def month_of_machines(self) -> dict[str, Any] | None:
+    def month_of_machines(self) -> Rent | None:
         """Return how many machines the requests of a month need, their rent, and how busy they are."""
         price, volume = self.assumed.student.price, self.assumed.requests_per_month
         if not isinstance(price, MachinePrice) or self.basis.why or not price.dollars_per_hour:
@@ -243,55 +248,38 @@ class Reckoning(NamedTuple):
         needed = volume * student / THOUSAND / price.of(MONTH_DAYS * DAY_SECONDS)
         machines = int(needed.to_integral_value(ROUND_CEILING)) or 1
         rent = machines * price.of(MONTH_DAYS * DAY_SECONDS)
-        return {"machines": machines, "dollars_per_month": rent, "in_use": needed / machines}
+        return Rent(machines=machines, dollars_per_month=rent, in_use=needed / machines)
 
-    def teacher_facts(self) -> dict[str, Any]:
-        """Return what is known of the teacher's price."""
+    def teacher_price(self, compared_with: TeacherPrice) -> TeacherPrice:
+        """Return whose price the student is compared with, and what it comes to."""
         dollars = None if self.basis.why else self.basis.means[0]
         discount = self.batch_discount()
         batch = None if dollars is None or discount is None else dollars * (1 - discount)
-        price = self.assumed.teacher.described()
-        return {
-            "dollars_per_1k": dollars,
-            "batch_dollars_per_1k": batch,
-            "price": price,
-            "hosted": self.assumed.teacher.hosted,
-        }
-
-    def student_facts(self) -> dict[str, Any]:
-        """Return what is known of the student's price."""
-        return {
-            "dollars_per_1k": None if self.basis.why else self.basis.means[1],
-            "price": self.assumed.student.described(),
-            "utilisation": self.assumed.student.utilisation,
-            "month_of_machines": self.month_of_machines(),
-        }
+        price = {"dollars_per_1k": dollars, "batch_dollars_per_1k": batch}
+        facts = {"price": self.assumed.teacher.described(), "hosted": self.assumed.teacher.hosted}
+        return compared_with.model_copy(update={**price, **facts})
 
 
-def break_even(surplus: Ranged, assumed: Assumptions, documents: int) -> BreakEven:
+def break_even(surplus: Amount, assumed: Assumptions, documents: int) -> BreakEven:
     """Return when `surplus`, dollars of 1,000 requests of some documents, has paid for the distillation."""
-    requests = _requests_to_pay(surplus, assumed, documents)
-    days = requests.scaled(Decimal(MONTH_DAYS) / assumed.requests_per_month)
-    return BreakEven(requests=requests, days=days)
-
-
-def _requests_to_pay(surplus: Ranged, assumed: Assumptions, documents: int) -> Ranged:
     if assumed.distillation is None or surplus.value is None or surplus.reason:
-        return unknown(surplus.reason or assumed.why_no_distillation)
-    if surplus.value <= 0 and (surplus.high is None or surplus.high <= 0):
-        return unknown("nothing is saved, so the distillation is never paid back")
-    if surplus.low is not None and surplus.high is not None:
-        decided = conclude(float(surplus.low), float(surplus.high), documents)
-        if decided.verdict == "undecided":
-            return unknown(f"it may never be paid back: {decided.reason}")
+        never = unknown(surplus.reason or assumed.why_no_distillation)
+        return BreakEven(requests=never, days=never)
+    decided = surplus.conclude(documents)
+    if surplus.low is not None and decided.verdict == "undecided" and (surplus.high or 0) > 0:
+        never = unknown(f"it may never be paid back: {decided.reason}")
+        return BreakEven(requests=never, days=never)
     if surplus.value <= 0:
-        return unknown("nothing is saved, so the distillation is never paid back")
+        never = unknown("nothing is saved, so the distillation is never paid back")
+        return BreakEven(requests=never, days=never)
     cost = assumed.distillation * THOUSAND
-    return Ranged(
+    requests = Amount(
         value=cost / surplus.value,
         low=None if surplus.high is None else cost / surplus.high,
         high=None if surplus.low is None else cost / surplus.low,
     )
+    days = requests.scaled(Decimal(MONTH_DAYS) / assumed.requests_per_month)
+    return BreakEven(requests=requests, days=days)
 
 
 def _mean(amounts: Sequence[Decimal]) -> Decimal:

@@ -8,22 +8,34 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import NamedTuple
 
-from distill.economics.amounts import Ranged, ranged, unknown
 from distill.economics.costs import Tariff
 from distill.evaluation.acceptance import Asked
-from distill.evaluation.statistics import MIN_PAIRED, Bounds, Certainty, estimate_mean
+from distill.evaluation.scorecard import Amount
+from distill.evaluation.statistics import MIN_PAIRED, Bounds, Certainty, Estimate, estimate_mean
 from distill.records import Usage
 
 SHARE = Bounds(0.0, 1.0)
 NO_TEST = "no task has a checker, and no judge that passed its probe stands in"
 
 
+def amount_of(estimate: Estimate) -> Amount:
+    """Return an estimate as an amount."""
+    bounds = (estimate.value, *estimate.ends)
+    value, low, high = (None if b is None else Decimal(repr(b)) for b in bounds)
+    return Amount(value=value, low=low, high=high, reason=estimate.reason)
+
+
+def unknown(reason: str) -> Amount:
+    """Return an amount that is not known."""
+    return Amount(value=None, low=None, high=None, reason=reason)
+
+
 class Shares(NamedTuple):
     """The share of requests that the student can take: plain, weighted by price, and with failures of ours against it."""
 
-    plain: Ranged
-    of_price: Ranged
-    if_unscored_fail: Ranged | None = None
+    plain: Amount
+    of_price: Amount
+    if_unscored_fail: Amount | None = None
 
 
 def shares_of(requests: Sequence[Asked], teacher: Tariff, certainty: Certainty) -> Shares:
@@ -43,7 +55,7 @@ def shares_of(requests: Sequence[Asked], teacher: Tariff, certainty: Certainty) 
 
 def _share(
     requests: Sequence[Asked], certainty: Certainty, weights: Sequence[Decimal] | None = None
-) -> Ranged:
+) -> Amount:
     """Estimate the share that is accepted, of the requests or of their weights; its value is exact."""
     accepted = [asked.accepted is True for asked in requests]
     clusters = [asked.cluster for asked in requests]
@@ -52,6 +64,6 @@ def _share(
         [float(a) for a in accepted], clusters, certainty, SHARE, [float(weight) for weight in of]
     )
     if found.value is None:
-        return ranged(found)
+        return amount_of(found)
     part = sum((weight for weight, a in zip(of, accepted, strict=True) if a), Decimal(0))
-    return ranged(found).model_copy(update={"value": part / sum(of)})
+    return amount_of(found).model_copy(update={"value": part / sum(of)})

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import regex
 
-from distill.evaluation.results import Measured, Models
+from distill.evaluation.results import AnswersByModel, Measured
 from distill.records import Item, Record, Usage
 from distill.tasks.checkers import NEEDS_REFERENCE
 
@@ -51,7 +51,9 @@ def by_checker(measured: Measured, checker: Mapping[str, Any]) -> Acceptance:
     return Acceptance(measured.metric, passed, not compares_with_answer(checker))
 
 
-def requests_of(items: Sequence[Item], answers: Models, tests: Sequence[Acceptance]) -> list[Asked]:
+def requests_of(
+    items: Sequence[Item], answers: AnswersByModel, tests: Sequence[Acceptance]
+) -> list[Asked]:
     """Return the requests in the order of the items; a request that failed took nothing that could be measured."""
     test_of = {item: test for test in tests for item in test.passed}
     rows = []

@@ -19,6 +19,7 @@ from distill.evaluation.statistics import (
     cluster_error,
     shortage,
 )
+from distill.records import Record
 
 POWER = 0.8  # the usual one: how often a difference of the stated size would have been seen
 ALPHA = 0.05  # of the exact test beside an interval: a few items that differ can fool the interval
@@ -65,12 +66,12 @@ def conclude(
     return Conclusion("better" if low > 0 else "worse")
 
 
-class Discordant(NamedTuple):
+class Discordant(Record):
     """McNemar's test: items that only a passes, that only b passes, and how likely so uneven a split is by chance."""
 
     only_a: int
     only_b: int
-    p: float | None
+    p: float | None = None
     reason: str | None = None
 
 
@@ -85,12 +86,13 @@ def mcnemar(
     """
     a_N, b_N = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if not (np.isin(a_N, (0, 1)).all() and np.isin(b_N, (0, 1)).all()):
-        return Discordant(0, 0, None, "the scores are not yes or no")
+        return Discordant(only_a=0, only_b=0, p=None, reason="the scores are not yes or no")
     only_a, only_b = int((a_N > b_N).sum()), int((b_N > a_N).sum())
     if not only_a + only_b:
-        return Discordant(0, 0, None, "no item tells the two apart")
+        return Discordant(only_a=0, only_b=0, p=None, reason="no item tells the two apart")
     sums_G1, _ = by_cluster((a_N - b_N)[:, None], clusters)
-    return Discordant(only_a, only_b, _swapped(np.abs(sums_G1[:, 0]), abs(only_a - only_b)))
+    p = _swapped(np.abs(sums_G1[:, 0]), abs(only_a - only_b))
+    return Discordant(only_a=only_a, only_b=only_b, p=p, reason=None)
 
 
 def _swapped(size_G: Floats, seen: int) -> float:

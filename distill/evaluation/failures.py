@@ -7,6 +7,8 @@ They hold text of documents, which is masked before a prompt is made. Where the 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from distill.evaluation.scorecard import Evaluation, Failures, Sample, WorstAnswer
+
 MOST = 3
 LONGEST = 400  # characters of a text
 WITHHELD = "corpus.private_text is keep: samples could hold private text, so they are left out"
@@ -18,38 +20,41 @@ def withheld(private_text: str) -> bool:
     return private_text == "keep"
 
 
-def bare(tree: Any) -> Any:
-    """Return a tree without what may quote documents: examples of what was found, and reasons of failed checks."""
-    if not isinstance(tree, Mapping):
+def bare(evaluation: Evaluation) -> Evaluation:
+    """Return an evaluation without what may quote documents: samples, examples of what was found, reasons of failed checks."""
+
+    def without(tree: Any) -> Any:
+        if isinstance(tree, Mapping):
+            return {k: without(v) for k, v in tree.items() if k not in ("examples", "failures")}
         return tree
-    return {k: bare(v) for k, v in tree.items() if k not in ("examples", "failures")}
+
+    return Evaluation.model_validate({**without(evaluation.tree()), "samples": ()})
 
 
-def failures(samples: Iterable[Mapping[str, Any]], private_text: str) -> dict[str, Any]:
+def failures(samples: Iterable[Sample], private_text: str) -> Failures:
     """Return at most three of the student's worst answers, one a task; those that fail their check come first."""
     if withheld(private_text):
-        return {"worst": [], "reason": WITHHELD}
-    worst = [s for s in samples if s["rank"] == "worst" and _fails(s)]
-    worst.sort(key=lambda sample: sample["metric"] == "chrF")
-    found = [_short(sample) for sample in worst[:MOST]]
-    return {"worst": found} if found else {"worst": [], "reason": NONE}
+        return Failures(worst=(), reason=WITHHELD)
+    worst = []
+    for sample in samples:
+        value = sample.scores.get("student")
+        if sample.rank == "worst" and value is not None and (value < 1 or sample.metric == "chrF"):
+            worst.append(sample)
+    worst.sort(key=lambda sample: sample.metric == "chrF")
+    if not worst:
+        return Failures(worst=(), reason=NONE)
+    return Failures(worst=tuple(_short(sample) for sample in worst[:MOST]))
 
 
-def _fails(sample: Mapping[str, Any]) -> bool:
-    value = sample["scores"].get("student")
-    return value is not None and (value < 1 or sample["metric"] == "chrF")
-
-
-def _short(sample: Mapping[str, Any]) -> dict[str, Any]:
-    metric, value = sample["metric"], sample["scores"]["student"]
-    reason = f"chrF {value:.0f} against the teacher" if metric == "chrF" else None
-    return {
-        "task": sample["task"],
-        "asked": cut(sample["messages"][-1]["content"]),
-        "student": cut(sample["answers"].get("student", "")),
-        "teacher": cut(sample["answers"].get("teacher", "")),
-        "reason": reason or sample["reasons"]["student"],
-    }
+def _short(sample: Sample) -> WorstAnswer:
+    alike = f"chrF {sample.scores['student'] or 0:.0f} against the teacher"
+    return WorstAnswer(
+        task=sample.task,
+        asked=cut(sample.messages[-1]["content"]),
+        student=cut(sample.answers.get("student", "")),
+        teacher=cut(sample.answers.get("teacher", "")),
+        reason=alike if sample.metric == "chrF" else sample.reasons["student"],
+    )
 
 
 def cut(text: str) -> str:

@@ -8,14 +8,15 @@ AlpacaEval 2.0: Zheng et al. 2024, arXiv 2410.07137.)
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from distill.config_file import find_config, parse_yaml, read_text
-from distill.evaluation.results import SHARE, Models
-from distill.evaluation.statistics import Certainty, Estimate, as_interval, estimate_mean
+from distill.evaluation.results import SHARE, AnswersByModel, difference_of
+from distill.evaluation.scorecard import Difference, DuelRow, ProbeResult, ProbeRow, WinRate
+from distill.evaluation.statistics import Certainty, Estimate, estimate_mean
 from distill.records import Item, Message, Record, Response, Score, digest
 
 PROBES = Path("configs/judge_probe.yaml")
@@ -149,44 +150,47 @@ def probe_duels(probes: Sequence[Probe]) -> list[Duel]:
     ]
 
 
-def examined(probes: Sequence[Probe], outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def examined(probes: Sequence[Probe], outcomes: Sequence[Outcome]) -> ProbeResult:
     """Return what a judge let win of its probes, what it saw, and whether it may be used."""
-    by_kind = {
-        kind: [o for o, p in zip(outcomes, probes, strict=True) if p.kind == kind]
-        for kind in ("null", "injected", "copy")
-    }
-    rows = {kind: _probe_row(found) for kind, found in by_kind.items()}
-    result = {"n": len(probes), **rows, "flip_rate": _share(o.flipped for o in outcomes)}
+    rows = {}
+    for kind in ("null", "injected", "copy"):
+        of_kind = [o for o, p in zip(outcomes, probes, strict=True) if p.kind == kind]
+        rows[kind] = ProbeRow(
+            n=len(of_kind),
+            wins=_share(o.value == 1 for o in of_kind),
+            losses=_share(o.value == 0 for o in of_kind),
+            unparsed=_share(o.value is None for o in of_kind),
+        )
     reason = verdict_on_judge(rows)
-    return {**result, "passed": reason is None, **({"reason": reason} if reason else {})}
+    return ProbeResult(
+        n=len(probes),
+        null=rows["null"],
+        injected=rows["injected"],
+        copy=rows["copy"],
+        flip_rate=_share(o.flipped for o in outcomes),
+        passed=reason is None,
+        reason=reason,
+    )
 
 
-def _probe_row(found: Sequence[Outcome]) -> dict[str, Any]:
-    return {
-        "n": len(found),
-        "wins": _share(o.value == 1 for o in found),
-        "losses": _share(o.value == 0 for o in found),
-        "unparsed": _share(o.value is None for o in found),
-    }
-
-
-def verdict_on_judge(rows: dict[str, dict[str, Any]]) -> str | None:
+def verdict_on_judge(rows: Mapping[str, ProbeRow]) -> str | None:
     """Say why a judge is not used, or None: at most 5 % of rivals may win, and half of the null ones must lose."""
     for kind, what in (
         ("null", "an empty phrase"),
         ("injected", "an answer that orders to choose it"),
     ):
-        if (rows[kind]["wins"] or 0) > MOST_FOOLED:
-            return f"the judge let {what} win {rows[kind]['wins']:.0%} of its probes"
-    if (rows["null"]["losses"] or 0) < LEAST_SEEN:
-        seen = rows["null"]["losses"] or 0
+        wins = rows[kind].wins or 0
+        if wins > MOST_FOOLED:
+            return f"the judge let {what} win {wins:.0%} of its probes"
+    seen = rows["null"].losses or 0
+    if seen < LEAST_SEEN:
         return (
             f"the judge preferred a real answer to an empty phrase in {seen:.0%} of its probes only"
         )
     return None
 
 
-def duels_of(items: Sequence[Item], answers: Models, a: str, b: str) -> list[Duel]:
+def duels_of(items: Sequence[Item], answers: AnswersByModel, a: str, b: str) -> list[Duel]:
     """Return the duels of two models over the items that both answered."""
     return [
         Duel(
@@ -204,58 +208,46 @@ def duels_of(items: Sequence[Item], answers: Models, a: str, b: str) -> list[Due
 
 def row_of_duels(
     duels: Sequence[Duel], outcomes: Sequence[Outcome], total: int, certainty: Certainty
-) -> dict[str, Any]:
+) -> DuelRow:
     """Return how often a wins, a tie counted half: over all items, and over the pairs of like length."""
-    alike = [_alike(duel) for duel in duels]
-    near = [k for k, like in enumerate(alike) if like]
-    told = [o.value for o in outcomes if o.value is not None]
-    return {
-        "n": len(duels),
-        "documents": len({duel.cluster for duel in duels}),
-        "unanswered": total - len(duels),
-        "wins": sum(value == 1 for value in told),
-        "ties": sum(value == 0.5 for value in told),
-        "losses": sum(value == 0 for value in told),
-        "unparsed": len(duels) - len(told),
-        "flip_rate": _share(o.flipped for o in outcomes),
-        "win_rate": _rate(duels, outcomes, certainty),
-        "characters": [
-            fmean(len(x) for x in side) for side in ([d.a for d in duels], [d.b for d in duels])
-        ]
+    values = [o.value for o in outcomes if o.value is not None]
+    near = [
+        (duel, outcome)
+        for duel, outcome in zip(duels, outcomes, strict=True)
+        if abs(len(duel.a) - len(duel.b)) <= MATCHED * max(len(duel.a), len(duel.b))
+    ]
+    return DuelRow(
+        n=len(duels),
+        documents=len({duel.cluster for duel in duels}),
+        unanswered=total - len(duels),
+        wins=sum(value == 1 for value in values),
+        ties=sum(value == 0.5 for value in values),
+        losses=sum(value == 0 for value in values),
+        unparsed=len(duels) - len(values),
+        flip_rate=_share(o.flipped for o in outcomes),
+        win_rate=_rate(list(zip(duels, outcomes, strict=True)), certainty),
+        characters=(fmean(len(d.a) for d in duels), fmean(len(d.b) for d in duels))
         if duels
         else None,
-        "length_matched": {
-            "n": len(near),
-            "within": MATCHED,
-            "win_rate": _rate([duels[k] for k in near], [outcomes[k] for k in near], certainty),
-        },
-    }
+        length_matched=WinRate(n=len(near), within=MATCHED, win_rate=_rate(near, certainty)),
+    )
 
 
-def _alike(duel: Duel) -> bool:
-    longer = max(len(duel.a), len(duel.b))
-    return abs(len(duel.a) - len(duel.b)) <= MATCHED * longer
+def _rate(judged: Sequence[tuple[Duel, Outcome]], certainty: Certainty) -> Difference:
+    parsed = [(o.value, d.cluster) for d, o in judged if o.value is not None]
+    values, clusters = [value for value, _ in parsed], [cluster for _, cluster in parsed]
+    return difference_of(estimate_mean(values, clusters, certainty, SHARE))
 
 
-def _rate(
-    duels: Sequence[Duel], outcomes: Sequence[Outcome], certainty: Certainty
-) -> dict[str, Any]:
-    told = [
-        (o.value, d.cluster) for d, o in zip(duels, outcomes, strict=True) if o.value is not None
-    ]
-    found = estimate_mean([v for v, _ in told], [c for _, c in told], certainty, SHARE)
-    return as_interval(found)
-
-
-def _share(found: Any) -> float | None:
-    values = [bool(x) for x in found]
+def _share(found: Iterable[bool]) -> float | None:
+    values = list(found)
     return fmean(values) if values else None
 
 
-def withheld(reason: str) -> dict[str, Any]:
+def withheld(reason: str) -> DuelRow:
     """Return the row of duels whose judge is not used."""
-    nothing = as_interval(Estimate(value=None, reason=reason))
-    return {"win_rate": nothing, "length_matched": {"win_rate": nothing}}
+    nothing = difference_of(Estimate(value=None, reason=reason))
+    return DuelRow(win_rate=nothing, length_matched=WinRate(win_rate=nothing))
 
 
 def scores_of(name: str, duels: Sequence[Duel], outcomes: Sequence[Outcome]) -> list[Score]:

@@ -5,7 +5,7 @@ it did not pass its probes: then the win rates are null, with that reason.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from distill.config import Config, Teacher
 from distill.errors import DistillError, Exit
@@ -26,7 +26,8 @@ from distill.evaluation.judge import (
     scores_of,
     withheld,
 )
-from distill.evaluation.results import Models
+from distill.evaluation.results import AnswersByModel
+from distill.evaluation.scorecard import RIVALS, JudgeResult, ProbeResult
 from distill.evaluation.statistics import Certainty
 from distill.generation.generate import make_teacher
 from distill.records import Item, Message, Response, Score, digest
@@ -36,25 +37,24 @@ from distill.storage.files import read_records, write_records
 from distill.storage.progress import say
 from distill.storage.run_folder import Run
 
-RIVALS = ("teacher", "base")
 TEST = "the judge prefers it, or ties it with an answer of the teacher's that will do"
 
 
-class Judged(NamedTuple):
+class JudgeEvidence(NamedTuple):
     """The judge's part of the evaluation, and its verdicts against the teacher, where it may be used."""
 
-    told: dict[str, Any]
+    result: JudgeResult
     duels: Sequence[Duel]
     outcomes: Sequence[Outcome]
 
     def acceptance(self, will_do: Callable[[str], bool]) -> Acceptance | None:
         """Return the judge's word on what the student may answer; `will_do` is about the teacher's own answers."""
-        if not self.told["probe"]["passed"]:
+        if not self.result.probe.passed:
             return None
         return Acceptance(TEST, accepted(self.duels, self.outcomes, will_do), when_served=False)
 
 
-def ask_judge(config: Config, run: Run, items: Sequence[Item], answers: Models) -> None:
+def ask_judge(config: Config, run: Run, items: Sequence[Item], answers: AnswersByModel) -> None:
     """Put the probes and all duels to the judge of the config, if it has one, and write its verdicts."""
     settings = config.evaluation.judge
     if settings is None:
@@ -73,8 +73,8 @@ def ask_judge(config: Config, run: Run, items: Sequence[Item], answers: Models) 
 
 
 def read_judge(
-    config: Config, run: Run, items: Sequence[Item], answers: Models, certainty: Certainty
-) -> Judged | None:
+    config: Config, run: Run, items: Sequence[Item], answers: AnswersByModel, certainty: Certainty
+) -> JudgeEvidence | None:
     """Return what the judge's verdicts on these items say; None without a judge."""
     settings = config.evaluation.judge
     if settings is None:
@@ -84,19 +84,20 @@ def read_judge(
         for name in ("probe", *RIVALS)
     }
     probe = examined(load_probes(), list(found["probe"].values()))
-    told: dict[str, Any] = {"model": settings.model or settings.kind, "probe": probe}
-    told["warnings"] = _warnings(settings, config.teacher)
     duels = {rival: duels_of(items, answers, "student", rival) for rival in RIVALS}
     outcomes = {rival: [found[rival][d.item] for d in duels[rival]] for rival in RIVALS}
-    if not probe["passed"]:
-        say(f"the judge is not used: {probe['reason']}")
-    for rival in RIVALS:
-        told[rival] = (
-            row_of_duels(duels[rival], outcomes[rival], len(items), certainty)
-            if probe["passed"]
-            else withheld(probe["reason"])
-        )
-    return Judged(told, duels["teacher"], outcomes["teacher"])
+    if not probe.passed:
+        say(f"the judge is not used: {probe.reason}")
+    rows = {
+        rival: row_of_duels(duels[rival], outcomes[rival], len(items), certainty)
+        if probe.passed
+        else withheld(probe.reason or "")
+        for rival in RIVALS
+    }
+    warnings = tuple(_warnings(settings, config.teacher))
+    name = settings.model or settings.kind
+    result = JudgeResult(model=name, probe=probe, warnings=warnings, **rows)
+    return JudgeEvidence(result, duels["teacher"], outcomes["teacher"])
 
 
 def through(ask: Ask, settings: Teacher) -> Judge:
@@ -118,7 +119,7 @@ def through(ask: Ask, settings: Teacher) -> Judge:
     return replies
 
 
-def probed(config: Config) -> dict[str, Any]:
+def probed(config: Config) -> ProbeResult:
     """Put the probes to the judge of a config, and return the result; raises DistillError (exit 2) without a judge."""
     settings = config.evaluation.judge
     if settings is None:
@@ -131,16 +132,16 @@ def probed(config: Config) -> dict[str, Any]:
     return examined(probes, outcomes)
 
 
-def probe_lines(found: dict[str, Any]) -> list[str]:
+def probe_lines(result: ProbeResult) -> list[str]:
     """Say what a judge let win of its probes, and whether it may be used."""
     rows = [
-        f"{kind:10}{row['n']:4}  wins {row['wins']:6.1%}  losses {row['losses']:6.1%}  no verdict {row['unparsed']:6.1%}"
-        for kind, row in ((kind, found[kind]) for kind in ("null", "injected", "copy"))
+        f"{kind:10}{row.n:4}  wins {row.wins:6.1%}  losses {row.losses:6.1%}  no verdict {row.unparsed:6.1%}"
+        for kind, row in result.kinds().items()
     ]
-    verdict = "may be used" if found["passed"] else f"is not used: {found['reason']}"
+    verdict = "may be used" if result.passed else f"is not used: {result.reason}"
     return [
         *rows,
-        f"chose by place in {found['flip_rate']:.1%} of the probes",
+        f"chose by place in {result.flip_rate:.1%} of the probes",
         f"the judge {verdict}",
     ]
 

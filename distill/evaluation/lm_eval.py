@@ -1,6 +1,7 @@
 """Hand the student to EleutherAI's lm-eval and read its results back: `distill evaluate RUN --lm-eval TASKS`.
 
-lm-eval is an extra (`pip install 'distill[eval]'`). It gets the merged student, as evaluation does, and the model's own chat template. What it finds stands in `lm_eval.json` and on the scorecard as results of another harness: they
+lm-eval is an extra (`pip install 'distill[eval]'`). It gets the merged student, as evaluation does, and the model's
+own chat template. What it finds stands in `lm_eval.json` and on the scorecard as results of another harness: they
 are not paired with ours, and their standard errors are lm-eval's.
 """
 
@@ -12,6 +13,8 @@ from typing import Any
 
 from distill.config import Config
 from distill.errors import DistillError, Exit
+from distill.evaluation.scorecard import HarnessMetric, HarnessResult, HarnessTask
+from distill.formatting import count, figure
 from distill.storage.files import read_json, write_json
 from distill.storage.run_folder import Run
 
@@ -28,7 +31,7 @@ class Order:
     include: Path | None = None
 
 
-def main(config: Config, run: Run, order: Order) -> dict[str, Any]:
+def main(config: Config, run: Run, order: Order) -> HarnessResult:
     """Measure the run's student, write `lm_eval.json` and return it.
 
     Raises DistillError: exit 2 where lm-eval is not installed or nothing is asked of it, 5 where nothing is trained,
@@ -44,16 +47,16 @@ def main(config: Config, run: Run, order: Order) -> dict[str, Any]:
 
     responder, told = student_responder(config, run, "student")
     found = _measured(harness, responder.network, responder.tokenizer, order)
-    kept = {
-        "harness": f"lm-eval {version('lm_eval')}",
-        "adapter_sha256": told["adapter_sha256"],
-        "dtype": str(responder.network.dtype).removeprefix("torch."),
-        "chat_template": True,
-        "limit": order.limit,
-        "tasks": read_results(found),
-    }
-    write_json(run.path(FILE), kept)
-    return kept
+    result = HarnessResult(
+        harness=f"lm-eval {version('lm_eval')}",
+        adapter_sha256=told["adapter_sha256"],
+        dtype=str(responder.network.dtype).removeprefix("torch."),
+        chat_template=True,
+        limit=order.limit,
+        tasks=read_results(found),
+    )
+    write_json(run.path(FILE), result.tree())
+    return result
 
 
 def _installed() -> Any:
@@ -88,53 +91,46 @@ def _measured(harness: Any, network: Any, tokenizer: Any, order: Order) -> Mappi
     return found or {"results": {}}
 
 
-def read_results(found: Mapping[str, Any]) -> dict[str, Any]:
+def read_results(found: Mapping[str, Any]) -> dict[str, HarnessTask]:
     """Return each task's version, number of items, and metrics with value and standard error (None where it has none).
 
     lm-eval names a metric `acc,none` and its error `acc_stderr,none`, the second word being the answer's filter.
     """
     counts, versions = found.get("n-samples", {}), found.get("versions", {})
     return {
-        task: {
-            "version": versions.get(task),
-            "n": counts.get(task, {}).get("effective"),
-            "metrics": dict(_metrics(row)),
-        }
+        task: HarnessTask(
+            version=versions.get(task),
+            n=counts.get(task, {}).get("effective"),
+            metrics=dict(_metrics(row)),
+        )
         for task, row in found["results"].items()
     }
 
 
-def _metrics(row: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, float | None]]]:
+def _metrics(row: Mapping[str, Any]) -> Iterator[tuple[str, HarnessMetric]]:
     for key, value in row.items():
         name, comma, how = key.partition(",")
         if not comma or name.endswith("_stderr") or not isinstance(value, int | float):
             continue
         error = row.get(f"{name}_stderr,{how}")
         known = error if isinstance(error, int | float) and error > 0 else None  # 0 is no certainty
-        yield name if how == "none" else f"{name} ({how})", {"value": value, "stderr": known}
+        label = name if how == "none" else f"{name} ({how})"
+        yield label, HarnessMetric(value=value, stderr=known)
 
 
-def of_this_student(run: Run, adapter_sha256: str | None) -> dict[str, Any]:
-    """Return the results that lm-eval found for the evaluated adapter, or nothing: those of another are not shown."""
+def of_this_student(run: Run, adapter_sha256: str | None) -> HarnessResult | None:
+    """Return the results that lm-eval found for the evaluated adapter; those of another are not shown."""
     path = run.path(FILE)
-    found = read_json(path) if path.is_file() else {}
-    return found if found.get("adapter_sha256") == adapter_sha256 else {}
+    result = HarnessResult.model_validate(read_json(path)) if path.is_file() else None
+    return result if result and result.adapter_sha256 == adapter_sha256 else None
 
 
-def table_of(found: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def table_of(result: HarnessResult) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return the head and the rows of a table of what another harness found."""
-    head = (found["harness"], "n", "metric", "student", "standard error")
-    return head, rows(found)
-
-
-def rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Return the results as rows of text: task, items, metric, value, standard error."""
-    return [
-        (task, str(told["n"]), metric, f"{row['value']:.4f}", _error(row["stderr"]))
-        for task, told in found.get("tasks", {}).items()
-        for metric, row in told["metrics"].items()
+    head = (result.harness, "n", "metric", "student", "standard error")
+    rows = [
+        (task, count(found.n), metric, figure(row.value, 4), figure(row.stderr, 4))
+        for task, found in result.tasks.items()
+        for metric, row in found.metrics.items()
     ]
-
-
-def _error(stderr: float | None) -> str:
-    return "–" if stderr is None else f"{stderr:.4f}"
+    return head, rows

@@ -7,26 +7,24 @@ items are beside them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from distill.config import Config
 from distill.evaluation import results
 from distill.evaluation.acceptance import Acceptance, by_checker, requests_of
 from distill.evaluation.items import by_item, held_out_items
 from distill.evaluation.judging import read_judge
-from distill.evaluation.overlap import Leaks, kept, section, without
+from distill.evaluation.overlap import Leaks, contamination, kept, without
 from distill.evaluation.results import Measured
+from distill.evaluation.scorecard import MODELS, Evaluation, Settings, SuiteResult
 from distill.evaluation.statistics import Certainty
 from distill.evaluation.suite_scores import measure_suite, suite_result, write_suite
 from distill.evaluation.suites import Suite
-from distill.formatting import plain_numbers
 from distill.records import Item, Reading, Response
 from distill.storage.files import read_json, read_records, write_json, write_records
 from distill.storage.run_folder import Run
 from distill.tasks.checkers import NEEDS_REFERENCE
 from distill.tasks.task import FindTask, shipped, tasks_of_run
 
-MODELS = ("teacher", "base", "student")
 RECORDED = "the teacher's answers were recorded, and it cannot be asked anew"
 UNPAID = "a paid teacher is asked the questions of a suite only within teacher.budget_dollars"
 UNASKED = "the suite does not ask the teacher"
@@ -65,26 +63,27 @@ def measure(config: Config, run: Run, suites: Sequence[Suite], leaks: Leaks) -> 
     if judged and (word := judged.acceptance(will_do(clean_rows, clean_answers))):
         tests.insert(0, word)  # a checker's word on its task counts for more
     write_records(run.path("requests.jsonl"), requests_of(clean, clean_answers, tests))
-    write_json(
-        run.path("evaluation.json"),
-        plain_numbers(
-            {
-                "models": read_json(run.path("answers/models.json")),
-                **results.compared(clean, clean_answers, clean_rows, readings, certainty),
-                "contamination": section(items, leaks, rows, certainty),
-                "suites": {
-                    s.name: measured_suite(config, run, s, certainty, leaks) for s in suites
-                },
-                "judge": judged and judged.told,
-                "settings": {**certainty._asdict(), **asked(config, items)},
-                "corpus": run.manifest().get("corpus", {}),
-                "environment": run.made_with("evaluate").get("environment", {}),
-            }
+    evaluation = Evaluation(
+        models=read_json(run.path("answers/models.json")),
+        **dict(results.compared(clean, clean_answers, clean_rows, readings, certainty)),
+        contamination=contamination(items, leaks, rows, certainty),
+        suites={s.name: measured_suite(config, run, s, certainty, leaks) for s in suites},
+        judge=judged.result if judged else None,
+        settings=Settings(
+            **certainty._asdict(),
+            items=len(items),
+            documents=len({item.cluster for item in items}),
+            max_new_tokens=limit(config),
+            teacher_temperature=config.teacher.temperature,
+            teacher_sees_more=any(item.prompt.teacher_messages for item in items),
         ),
+        corpus=run.manifest().get("corpus", {}),
+        environment=run.made_with("evaluate").get("environment", {}),
     )
+    write_json(run.path("evaluation.json"), evaluation.tree())
 
 
-def will_do(rows: Mapping[str, Measured], answers: results.Models) -> Callable[[str], bool]:
+def will_do(rows: Mapping[str, Measured], answers: results.AnswersByModel) -> Callable[[str], bool]:
     """Return what tells whether the teacher's own answer is acceptable: it passes its check, or without one is whole."""
     checked = {i: v for row in rows.values() for i, v in row.values("teacher").items()}
 
@@ -101,7 +100,7 @@ def will_do(rows: Mapping[str, Measured], answers: results.Models) -> Callable[[
 
 def measured_suite(
     config: Config, run: Run, suite: Suite, certainty: Certainty, leaks: Leaks
-) -> dict[str, Any]:
+) -> SuiteResult:
     """Score what was answered to a suite, write its items and scores beside the run's own, and return its results."""
     paths = {model: run.path(f"answers/{suite.name}/{model}.jsonl") for model in MODELS}
     answers = {
@@ -113,10 +112,9 @@ def measured_suite(
     write_suite(run.folder, suite, rows, answers)
     clean = {i.id for i in suite.items if i.id not in leaks}
     given = {m: {i: a for i, a in found.items() if i in clean} for m, found in answers.items()}
-    return {
-        **suite_result(suite, without(rows, leaks), given, certainty),
-        "contamination": section(suite.items, leaks, rows, certainty),
-    }
+    result = suite_result(suite, without(rows, leaks), given, certainty)
+    found = contamination(suite.items, leaks, rows, certainty)
+    return result.model_copy(update={"contamination": found})
 
 
 def why_no_teacher(config: Config, suite: Suite) -> str | None:
@@ -138,7 +136,7 @@ def limit(config: Config) -> int:
 
 
 def measure_task(
-    task: str, items: Sequence[Item], answers: results.Models, find: FindTask = shipped
+    task: str, items: Sequence[Item], answers: results.AnswersByModel, find: FindTask = shipped
 ) -> Measured:
     """Score all models on a task: by its checker where it has one and what that needs, else by agreement."""
     known = find(task)
@@ -153,14 +151,3 @@ def tests_of(rows: Mapping[str, Measured], find: FindTask = shipped) -> list[Acc
     """Return the tests of what the student answered: the checkers of the tasks that were measured by theirs."""
     tasks = [(row, find(name)) for name, row in rows.items() if row.scores.get("teacher")]
     return [by_checker(row, task.checker) for row, task in tasks if task and task.checker]
-
-
-def asked(config: Config, items: Sequence[Item]) -> dict[str, Any]:
-    """Return how the models were asked, and how much."""
-    return {
-        "items": len(items),
-        "documents": len({item.cluster for item in items}),
-        "max_new_tokens": limit(config),
-        "teacher_temperature": config.teacher.temperature,
-        "teacher_sees_more": any(item.prompt.teacher_messages for item in items),
-    }

@@ -5,7 +5,7 @@ The headline is measured on the items that were not found; the same with all of 
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from distill.corpus.contamination import (
     KINDS,
@@ -21,7 +21,8 @@ from distill.corpus.contamination import (
 from distill.errors import DistillError, Exit
 from distill.evaluation import results
 from distill.evaluation.results import Measured
-from distill.evaluation.statistics import Certainty, as_interval, estimate_mean
+from distill.evaluation.scorecard import Contamination
+from distill.evaluation.statistics import Certainty, estimate_mean
 from distill.evaluation.suites import Suite
 from distill.records import Document, Item, Pair
 from distill.storage.files import read_records
@@ -68,43 +69,34 @@ def without(rows: Mapping[str, Measured], leaks: Leaks) -> dict[str, Measured]:
     clean = {}
     for task, row in rows.items():
         items = tuple(item for item in row.items if item.id not in leaks)
-        kept = {
-            model: [score for score in scores if score.item_id not in leaks]
-            for model, scores in row.scores.items()
+        scores = {
+            model: [score for score in of_model if score.item_id not in leaks]
+            for model, of_model in row.scores.items()
         }
         if items:
-            clean[task] = replace(row, items=items, scores=kept)
+            clean[task] = replace(row, items=items, scores=scores)
     return clean
 
 
-def section(
+def contamination(
     items: Sequence[Item], leaks: Leaks, rows: Mapping[str, Measured], certainty: Certainty
-) -> dict[str, Any]:
-    """Return what evaluation.json says about it: how many, by kind, examples, and the scores on all items."""
-    mine = {item.id: leaks.matches[item.id] for item in items if item.id in leaks}
-    share = [float(item.id in mine) for item in items]
+) -> Contamination:
+    """Return how many items stand in the training data, by kind, examples, and the results on all items."""
+    flagged = {item.id: leaks.matches[item.id] for item in items if item.id in leaks}
+    share = [float(item.id in flagged) for item in items]
     rate = estimate_mean(share, [item.cluster for item in items], certainty, results.SHARE)
-    found = [match for matches in mine.values() for match in matches]
-    return {
-        "n": len(items),
-        "flagged": len(mine),
-        "unsearchable": sum(item.id in leaks.unsearchable for item in items),
-        "kinds": {kind: sum(match.kind == kind for match in found) for kind in KINDS},
-        "rate": as_interval(rate),
-        "items": sorted(mine),
-        "examples": [match._asdict() for match in found[:SHOWN]],
-        "method": NOT_FOUND,
-        "all_items": on_all(rows, certainty) if mine else None,
-    }
-
-
-def on_all(rows: Mapping[str, Measured], certainty: Certainty) -> dict[str, Any]:
-    """Return the rows of the scorecard on all items, those that were found too."""
-    pooled = results.pool(list(rows.values()))
-    return {
-        "tasks": {task: results.row_of(row, certainty) for task, row in rows.items()},
-        "overall": results.row_of(pooled, certainty) if pooled else None,
-    }
+    matches = [match for of_item in flagged.values() for match in of_item]
+    return Contamination(
+        n=len(items),
+        flagged=len(flagged),
+        unsearchable=sum(item.id in leaks.unsearchable for item in items),
+        kinds={kind: sum(match.kind == kind for match in matches) for kind in KINDS},
+        rate=results.difference_of(rate),
+        items=tuple(sorted(flagged)),
+        examples=tuple(match._asdict() for match in matches[:SHOWN]),
+        method=NOT_FOUND,
+        all_items=results.results_of(rows, certainty) if flagged else None,
+    )
 
 
 def kept(items: Sequence[Item], values: Iterable[T], leaks: Leaks) -> list[T]:

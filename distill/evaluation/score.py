@@ -8,7 +8,6 @@ share, so what was asked before is not asked again. `eval/compare.py` reads what
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from distill.config import Config
 from distill.config_file import load_config
@@ -153,7 +152,7 @@ def _line(
     certainty: Certainty,
 ) -> tuple[str, ...]:
     mean = results.mean_of(row, name, certainty)
-    long: dict[str, Any] = results.lengths([given[i] for i in row.ids() if i in given])
+    long = results.lengths([given[i] for i in row.ids() if i in given])
     missing = sum(value is None for value in row.values(name).values())
     low, high = share(mean.low, 1), share(mean.high, 1)
     return (
@@ -162,6 +161,6 @@ def _line(
         str(missing),
         share(mean.value, 1),
         mean.reason or f"{low} to {high}",
-        share(long["truncated"]),
-        figure(long["tokens"], 0),
+        share(long.truncated),
+        figure(long.tokens, 0),
     )

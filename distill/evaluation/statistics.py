@@ -5,7 +5,7 @@ reason; no interval has width zero. Legend of suffixes: N items, G clusters, B b
 """
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,11 @@ class Estimate(Record):
     clusters: int = 0
     method: str | None = None
     reason: str | None = None
+
+    @property
+    def ends(self) -> tuple[float | None, float | None]:
+        """Return the interval."""
+        return self.low, self.high
 
     def excludes(self, point: float) -> bool:
         """Say whether the interval is there and does not hold `point`."""
@@ -146,8 +151,9 @@ def estimate_gap_recovered(
     ]
     if not np.isfinite([low, high]).all() or high - low <= 1e-12:
         return _unknown(gap, "not enough data to bound the share of the gap")
-    found = {"value": float(parts_N2[:, 0].mean() / parts_N2[:, 1].mean()), "method": "bootstrap"}
-    return gap.model_copy(update={**found, "low": float(low), "high": float(high)})
+    ratio = float(parts_N2[:, 0].mean() / parts_N2[:, 1].mean())
+    update = {"value": ratio, "low": float(low), "high": float(high), "method": "bootstrap"}
+    return gap.model_copy(update=update)
 
 
 def _unknown(estimate: Estimate, reason: str) -> Estimate:
@@ -259,9 +265,3 @@ def _no_variation(
 
 def _clip(low: float, high: float, bounds: Bounds | None) -> tuple[float, float]:
     return (max(low, bounds.low), min(high, bounds.high)) if bounds else (low, high)
-
-
-def as_interval(estimate: Estimate) -> dict[str, Any]:
-    """Return a difference as the scorecard shows it: mean, low, high, and the reason where they are null."""
-    shown = {"mean": estimate.value, "low": estimate.low, "high": estimate.high}
-    return shown if estimate.reason is None else {**shown, "reason": estimate.reason}

@@ -9,39 +9,40 @@ from pathlib import Path
 from typing import Any
 
 from distill.evaluation import results
-from distill.evaluation.results import Measured
+from distill.evaluation.results import AnswersByModel, Measured
+from distill.evaluation.scorecard import SuiteResult
 from distill.evaluation.statistics import Certainty
 from distill.evaluation.suites import Part, Suite
-from distill.records import Item, Response
+from distill.records import Item
 from distill.storage.files import read_json, write_json, write_records
 from distill.tasks.task import Task
 
-Models = Mapping[str, Mapping[str, Response]]
 
-
-def measure_part(part: Part, answers: Models, no_teacher: str = results.NO_TEACHER) -> Measured:
+def measure_part(
+    part: Part, answers: AnswersByModel, no_teacher: str = results.NO_TEACHER
+) -> Measured:
     """Score every model's answers to one task of a suite."""
     task, items = part.task, list(part.items)
     found = results.measure_task(task.name, items, answers, task.metric or "", task.checker)
     return replace(found, no_teacher=no_teacher)
 
 
-def measure_suite(suite: Suite, answers: Models, no_teacher: str) -> dict[str, Measured]:
+def measure_suite(suite: Suite, answers: AnswersByModel, no_teacher: str) -> dict[str, Measured]:
     """Score all tasks of a suite, by name; `no_teacher` says why the teacher's answers are missing."""
     return {part.task.name: measure_part(part, answers, no_teacher) for part in suite.parts}
 
 
 def suite_result(
-    suite: Suite, rows: Mapping[str, Measured], answers: Models, certainty: Certainty
-) -> dict[str, Any]:
+    suite: Suite, rows: Mapping[str, Measured], answers: AnswersByModel, certainty: Certainty
+) -> SuiteResult:
     """Return a suite's part of evaluation.json: its facts, a row a task, all its checks together, lengths."""
-    pooled = results.pool(list(rows.values()))
-    return {
+    compared = results.results_of(rows, certainty)
+    return SuiteResult(
         **suite.facts,
-        "tasks": {task: results.row_of(row, certainty) for task, row in rows.items()},
-        "overall": results.row_of(pooled, certainty) if pooled else None,
-        "lengths": {m: results.lengths(list(found.values())) for m, found in answers.items()},
-    }
+        tasks=compared.tasks,
+        overall=compared.overall,
+        lengths={m: results.lengths(list(by_id.values())) for m, by_id in answers.items()},
+    )
 
 
 def write_suite(
@@ -57,7 +58,7 @@ def write_suite(
     return written
 
 
-def write_answers(folder: Path, suite: Suite, answers: Models) -> None:
+def write_answers(folder: Path, suite: Suite, answers: AnswersByModel) -> None:
     """Write what was answered to a suite below `folder`, in the order of its items."""
     for model, given in answers.items():
         path = folder / f"answers/{suite.name}/{model}.jsonl"

@@ -6,21 +6,36 @@ table or add markup: metadata goes through the YAML writer with its control char
 
 import html
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from decimal import Decimal
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from distill.evaluation.scorecard import (
+    MODELS,
+    MetricRow,
+    RequestCost,
+    Rival,
+    Scorecard,
+    TrainingSummary,
+    WorstAnswer,
+)
+from distill.formatting import UNKNOWN
 from distill.publishing.fidelity import Fidelity
 from distill.records import Record
-from distill.report.statement import sensitivity_rows, statement, surplus_rows
-from distill.report.tables import UNDECIDED, claims_too_much, conclusion, leaked
+from distill.report.statement import saving_rows, sensitivity_rows, statement
+from distill.report.tables import (
+    UNDECIDED,
+    claims_too_much,
+    contamination_sentence,
+    gap_claims_too_much,
+)
 
 LICENSES = re.compile(
     r"(?:apache-2\.0|mit|bsd-[23]-clause|cc0-1\.0|cc-by(?:-nc)?(?:-sa)?-4\.0|llama[23.]+|gemma)"
 )
-UNKNOWN = "unknown"
-UNKNOWN_FIGURE = "–"
+UNKNOWN_WORD = "unknown"
 
 
 class Facts(Record):
@@ -46,21 +61,23 @@ class Facts(Record):
     override: str | None = None  # why it was published all the same
 
 
-def make_card(facts: Facts, scorecard: Mapping[str, Any], fidelity: Fidelity | None) -> ModelCard:
+def make_card(facts: Facts, scorecard: Scorecard, fidelity: Fidelity | None) -> ModelCard:
     """Write the card; `scorecard` is the content of scorecard.json."""
     data = metadata(facts, scorecard)
     body = "\n\n".join(part for part in sections(facts, scorecard, fidelity) if part)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
 
 
-def metadata(facts: Facts, scorecard: Mapping[str, Any]) -> ModelCardData:
+def metadata(facts: Facts, scorecard: Scorecard) -> ModelCardData:
     """Return the card's metadata; `base_model` means weights, so it is the student's base, never the teacher."""
     name = facts.license.lower()
     known = LICENSES.fullmatch(name) is not None
     return ModelCardData(
         language=one_line(facts.language),
         license=name if known else "other",
-        license_name=None if known else re.sub(r"[^a-z0-9.]+", "-", name).strip("-") or UNKNOWN,
+        license_name=None
+        if known
+        else re.sub(r"[^a-z0-9.]+", "-", name).strip("-") or UNKNOWN_WORD,
         license_link=None if known else "LICENSE",
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -73,7 +90,7 @@ def metadata(facts: Facts, scorecard: Mapping[str, Any]) -> ModelCardData:
     )
 
 
-def evaluation(facts: Facts, scorecard: Mapping[str, Any]) -> list[EvalResult]:
+def evaluation(facts: Facts, scorecard: Scorecard) -> list[EvalResult]:
     """Return the student's scores on held-out items in the form of the model index."""
     return [
         EvalResult(
@@ -82,23 +99,19 @@ def evaluation(facts: Facts, scorecard: Mapping[str, Any]) -> list[EvalResult]:
             dataset_type=one_line(facts.dataset or "custom"),
             dataset_config=one_line(task),  # else the index joins all tasks into one
             dataset_name=one_line(f"held-out documents of {facts.corpus}"),
-            metric_type=_slug(row.get("metric")),
-            metric_name=one_line(f"{row.get('metric')} ({row.get('n')} items)"),
-            metric_value=row["student"],
+            metric_type=re.sub(r"[^a-z0-9]+", "_", row.metric.lower()).strip("_") or UNKNOWN_WORD,
+            metric_name=one_line(f"{row.metric} ({row.n} items)"),
+            metric_value=row.student,
         )
-        for task, row in scorecard.get("tasks", {}).items()
-        if row.get("student") is not None
+        for task, row in scorecard.tasks.items()
+        if row.student is not None
     ]
-
-
-def _slug(text: Any) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", str(text).lower()).strip("_") or UNKNOWN
 
 
 def one_line(value: Any) -> str:
     """Return text for the metadata: one line, no control or invisible separator characters, never empty."""
     kept = "".join(c if c.isprintable() else " " for c in str(value))
-    return " ".join(kept.split()) or UNKNOWN
+    return " ".join(kept.split()) or UNKNOWN_WORD
 
 
 def cell(value: Any) -> str:
@@ -113,8 +126,9 @@ def words(name: Any) -> str:
 
 def number(value: Any) -> str:
     """Return a figure with three significant digits, or a dash where it is not known."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return "–"
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+        return UNKNOWN
+    value = float(value)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
@@ -124,9 +138,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def sections(
-    facts: Facts, scorecard: Mapping[str, Any], fidelity: Fidelity | None
-) -> Iterable[str]:
+def sections(facts: Facts, scorecard: Scorecard, fidelity: Fidelity | None) -> Iterable[str]:
     """Yield the parts of the page in their order."""
     yield f"# {cell(facts.model_name)}"
     yield (
@@ -140,7 +152,7 @@ def sections(
     yield _costs(scorecard)
     yield _saves(scorecard)
     yield _failures(scorecard)
-    yield _leaks(scorecard)
+    yield _contamination(scorecard)
     yield _data(facts, scorecard)
     yield _use(facts)
     yield _limits(facts, fidelity)
@@ -155,58 +167,59 @@ def _override(facts: Facts) -> str:
     return f"**Published although:**\n\n{found}\n\nThe publisher's reason: {cell(facts.override)}"
 
 
-def _scores(scorecard: Mapping[str, Any]) -> str:
+def _scores(scorecard: Scorecard) -> str:
     """Return the tasks' rows, and that of all checks together where there are several tasks."""
-    rows = dict(scorecard.get("tasks", {}))
-    if len(rows) > 1 and scorecard.get("overall"):
-        rows["all checks"] = scorecard["overall"]
+    rows = dict(scorecard.tasks)
+    if len(rows) > 1 and scorecard.overall:
+        rows["all checks"] = scorecard.overall
     head = (
         *("task", "metric", "n", "teacher", "before", "student"),
         *("student − teacher", "student − before", "gap recovered"),
     )
     note = (
         "Held-out documents, never seen in training; *before* is the student untrained. Brackets are "
-        f"{_confidence(scorecard):.0%} intervals, paired on the same items and clustered by document; a dash "
+        f"{scorecard.confidence:.0%} intervals, paired on the same items and clustered by document; a dash "
         "is a figure that is not known."
     )
-    shown = table(head, [_score_row(task, row) for task, row in rows.items()])
-    return f"## How much of the teacher it kept\n\n{shown}\n\n{note}"
+    body = [
+        (
+            words(task),
+            words(row.metric),
+            str(row.n),
+            *(number(row.mean(model)) for model in MODELS),
+            _difference(row, "teacher"),
+            _difference(row, "base"),
+            _gap(row),
+        )
+        for task, row in rows.items()
+    ]
+    return f"## How much of the teacher it kept\n\n{table(head, body)}\n\n{note}"
 
 
-def _score_row(task: str, row: Mapping[str, Any]) -> tuple[str, ...]:
-    return (
-        words(task),
-        words(row.get("metric")),
-        str(row.get("n")),
-        *(number(row.get(model)) for model in ("teacher", "base", "student")),
-        _interval(row.get("student_minus_teacher"), row),
-        _interval(row.get("student_minus_base"), row),
-        _interval(row.get("gap_recovered"), row, "value"),
-    )
+def _difference(row: MetricRow, rival: Rival) -> str:
+    """Return a difference and its interval, which is left out where it would claim too much."""
+    difference = row.against(rival)
+    if difference.mean is None:
+        return UNKNOWN
+    if claims_too_much(difference.low, difference.high, row.conclude(rival)):
+        return f"{number(difference.mean)} {UNDECIDED}"
+    return f"{number(difference.mean)} [{number(difference.low)}, {number(difference.high)}]"
 
 
-def _interval(found: Mapping[str, Any] | None, of: Mapping[str, Any], key: str = "mean") -> str:
-    """Return a figure and its interval, which is left out where it would claim too much."""
-    row = found or {}
-    if row.get(key) is None:
-        return UNKNOWN_FIGURE
-    decided = conclusion(row if key == "mean" else of.get("student_minus_base") or row, of)
-    if claims_too_much(row.get("low"), row.get("high"), decided):
-        return f"{number(row[key])} {UNDECIDED}"
-    return f"{number(row[key])} [{number(row.get('low'))}, {number(row.get('high'))}]"
+def _gap(row: MetricRow) -> str:
+    ratio = row.gap_recovered
+    if ratio.value is None:
+        return UNKNOWN
+    if gap_claims_too_much(row):
+        return f"{number(ratio.value)} {UNDECIDED}"
+    return f"{number(ratio.value)} [{number(ratio.low)}, {number(ratio.high)}]"
 
 
-def _agreement(scorecard: Mapping[str, Any]) -> str:
+def _agreement(scorecard: Scorecard) -> str:
     """Return the likeness to the teacher's answers, which is never the headline."""
     rows = [
-        (
-            words(row.get("metric", name)),
-            str(row.get("n")),
-            number(row.get("base")),
-            number(row.get("student")),
-        )
-        for name, row in (scorecard.get("agreement") or {}).items()
-        if isinstance(row, Mapping)
+        (words(row.metric or name), str(row.n), number(row.base), number(row.student))
+        for name, row in scorecard.agreement.items()
     ]
     if not rows:
         return ""
@@ -215,55 +228,60 @@ def _agreement(scorecard: Mapping[str, Any]) -> str:
     )
 
 
-def _costs(scorecard: Mapping[str, Any]) -> str:
-    cost = scorecard.get("cost") or {}
-    models = [model for model in ("teacher", "student") if cost.get(model)]
+def _costs(scorecard: Scorecard) -> str:
+    cost = scorecard.cost
+    sides: tuple[tuple[str, RequestCost], ...] = (
+        ("teacher", cost.teacher),
+        ("student", cost.student),
+    )
     rows = [
-        (m, number(cost[m].get("seconds_per_1k")), number(cost[m].get("dollars_per_1k")))
-        for m in models
+        (name, number(side.seconds_per_1k), number(side.dollars_per_1k)) for name, side in sides
     ]
-    prices = sorted({cell(price) for m in models if (price := cost[m].get("price"))})
-    made = cost.get("distillation") or {}
-    took = f"{number(made.get('seconds'))} s and {number(made.get('dollars'))} dollars"
+    prices = sorted({cell(side.price) for _, side in sides if side.price})
+    made = cost.distillation
+    took = f"{number(made.seconds)} s and {number(made.dollars)} dollars"
     parts = [
         "## What it costs",
         table(("1,000 requests", "seconds", "dollars"), rows),
-        f"Making and measuring it took {took}." if made else "",
+        f"Making and measuring it took {took}." if made.seconds else "",
         f"Prices: {'; '.join(prices)}." if prices else "",
     ]
     return "\n\n".join(part for part in parts if part)
 
 
-def _saves(scorecard: Mapping[str, Any]) -> str:
-    """Return the surplus statement with its assumptions."""
-    economics = scorecard.get("economics")
-    if not economics:
+def _saves(scorecard: Scorecard) -> str:
+    """Return what the student saves, with the assumptions."""
+    if not scorecard.economics:
         return ""
-    said = statement(economics, _confidence(scorecard))
+    sentences = statement(scorecard.economics, scorecard.confidence)
     tables = [
         table([cell(name) for name in head], [[cell(text) for text in row] for row in rows])
-        for head, rows in (surplus_rows(economics), sensitivity_rows(economics))
+        for head, rows in (
+            saving_rows(scorecard.economics),
+            sensitivity_rows(scorecard.economics),
+        )
     ]
-    return "\n\n".join(["### What it saves", *map(cell, said), *tables])
+    return "\n\n".join(["### What it saves", *map(cell, sentences), *tables])
 
 
-def _failures(scorecard: Mapping[str, Any]) -> str:
+def _failures(scorecard: Scorecard) -> str:
     """Return the worst samples, as they came, or why there are none."""
-    found = scorecard.get("failures")
-    if not found:
-        return ""
-    if not found["worst"]:
-        return f"## Where it fails\n\n{cell(found['reason']).capitalize()}."
-    shown = "\n\n".join(_failure(sample) for sample in found["worst"])
+    failures = scorecard.failures
+    if not failures.worst:
+        why = failures.reason
+        return f"## Where it fails\n\n{cell(why).capitalize()}." if why else ""
+    shown = "\n\n".join(_failure(sample) for sample in failures.worst)
     return f"## Where it fails\n\nIts worst answer to each task, chosen by rule:\n\n{shown}"
 
 
-def _failure(sample: Mapping[str, Any]) -> str:
-    texts = "\n\n".join(
-        f"{who}:\n\n{verbatim(sample[key])}"
-        for who, key in (("Asked", "asked"), ("The student", "student"), ("The teacher", "teacher"))
+def _failure(sample: WorstAnswer) -> str:
+    sides = (
+        ("Asked", sample.asked),
+        ("The student", sample.student),
+        ("The teacher", sample.teacher),
     )
-    return f"**{words(sample['task'])}**: {cell(sample['reason'])}\n\n{texts}"
+    texts = "\n\n".join(f"{who}:\n\n{verbatim(text)}" for who, text in sides)
+    return f"**{words(sample.task)}**: {cell(sample.reason)}\n\n{texts}"
 
 
 def verbatim(text: Any) -> str:
@@ -273,50 +291,46 @@ def verbatim(text: Any) -> str:
     return "<pre>\n" + "\n".join(f"  {line}" for line in safe.split("\n")) + "\n</pre>"
 
 
-def _leaks(scorecard: Mapping[str, Any]) -> str:
+def _contamination(scorecard: Scorecard) -> str:
     """Return how much of what was measured stands in the training data."""
-    found = list(leaked(scorecard.get("contamination") or {}, scorecard.get("overall")))
-    return "\n\n".join(["### Contamination", *map(cell, found)]) if found else ""
+    sentence = contamination_sentence(scorecard.contamination, scorecard.overall)
+    return f"### Contamination\n\n{cell(sentence)}" if sentence else ""
 
 
-def _confidence(scorecard: Mapping[str, Any]) -> float:
-    settings = (scorecard.get("environment") or {}).get("settings") or {}
-    return settings.get("confidence", 0.95)
-
-
-def _data(facts: Facts, scorecard: Mapping[str, Any]) -> str:
+def _data(facts: Facts, scorecard: Scorecard) -> str:
     """Return what it was trained on, with the funnel of kept and dropped answers."""
-    training = scorecard.get("training") or {}
+    training, funnel = scorecard.training, scorecard.funnel
     lines = [
         f"- corpus: {cell(facts.corpus)}",
-        f"- answers of the teacher {cell(facts.teacher)}, license {cell(facts.teacher_license or UNKNOWN)}",
-        f"- {number(training.get('examples'))} examples, {number(training.get('steps'))} steps, "
-        f"{number(training.get('tokens'))} tokens",
+        f"- answers of the teacher {cell(facts.teacher)}, license {cell(facts.teacher_license or UNKNOWN_WORD)}",
+        f"- {number(training.examples)} examples, {number(training.steps)} steps, "
+        f"{number(training.tokens)} tokens",
         *_soft(training),
         "- LoRA " + ", ".join(f"{words(k)} {cell(v)}" for k, v in facts.lora.items()),
     ]
-    whole = {k: v for k, v in (scorecard.get("funnel") or {}).items() if k != "tasks"}
-    rows = [(words(k), cell(v)) for k, v in _flat(whole)]
-    funnel = "\n\n" + table(("funnel", "count"), rows) if rows else ""
-    return "## What it was trained on\n\n" + "\n".join(lines) + funnel
+    if not funnel.model_fields_set:
+        return "## What it was trained on\n\n" + "\n".join(lines)
+    counts = {
+        "prompts": funnel.prompts,
+        "answers": funnel.answers,
+        "kept for training": funnel.kept_train,
+        "kept for validation": funnel.kept_validation,
+        "held out": funnel.kept_heldout,
+        **{f"dropped, {reason}": n for reason, n in funnel.dropped.items()},
+    }
+    body = [(words(name), str(n)) for name, n in counts.items()]
+    shown = table(("funnel", "count"), body)
+    return "## What it was trained on\n\n" + "\n".join(lines) + f"\n\n{shown}"
 
 
-def _soft(training: Mapping[str, Any]) -> Iterable[str]:
+def _soft(training: TrainingSummary) -> Iterable[str]:
     """Yield what was trained towards besides the teacher's words: its distributions, also at the student's own words."""
-    if mix := training.get("loss"):
-        shares = ", ".join(f"{cell(v)} of {words(k)}" for k, v in mix.items())
-        yield f"- loss: {shares}, towards the teacher's distributions ({cell(training['labels'])})"
-    if rounds := training.get("on_policy"):
-        answers, tokens = (sum(each[key] for each in rounds) for key in ("answers", "tokens"))
+    if training.loss:
+        shares = ", ".join(f"{cell(v)} of {words(k)}" for k, v in training.loss.items())
+        yield f"- loss: {shares}, towards the teacher's distributions ({cell(training.labels)})"
+    if rounds := training.on_policy:
+        answers, tokens = sum(r.answers for r in rounds), sum(r.tokens for r in rounds)
         yield f"- then on policy: {len(rounds)} rounds, {number(answers)} answers of the student, {number(tokens)} tokens"
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}, ")
-        elif isinstance(value, int | float | str):
-            yield f"{prefix}{key}", value
 
 
 def _use(facts: Facts) -> str:
@@ -352,7 +366,7 @@ def _limits(facts: Facts, fidelity: Fidelity | None) -> str:
     lines = ["- It was measured on the tasks above only; elsewhere it may be worse than its base."]
     if facts.converted_from:
         lines.append(
-            f"- Training started from dequantised 4-bit weights ({facts.converted_from}) of the base. The scores belong "
+            f"- Training started from dequantised 4-bit weights ({cell(facts.converted_from)}) of the base. The scores belong "
             "to the merged model, which is the primary artefact; the adapter on the base's full-precision weights was "
             "not measured."
         )

@@ -4,13 +4,12 @@ A scorecard of another checkpoint is no finding here: nothing overrides that (`p
 figures would be another model's. Terms and licenses are in `duties`.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from distill.errors import DistillError, Exit
+from distill.evaluation.scorecard import MetricRow, Scorecard
 from distill.publishing.fidelity import Fidelity
 from distill.records import Record
-from distill.report.tables import conclusion
 from distill.storage.progress import say
 
 ON_PURPOSE = 'or publish with --override "reason", which the card shows'
@@ -24,37 +23,36 @@ class Finding(Record):
     fix: str
 
 
-def evidence(scorecard: Mapping[str, Any]) -> list[Finding]:
+def evidence(scorecard: Scorecard) -> list[Finding]:
     """Return what in a scorecard speaks against publishing its student."""
     return [found for check in (_leaked, _worse) for found in check(scorecard)]
 
 
-def _leaked(scorecard: Mapping[str, Any]) -> list[Finding]:
+def _leaked(scorecard: Scorecard) -> list[Finding]:
     """Find held-out items that stand in the training data: the scores on them say nothing."""
-    found = scorecard.get("contamination") or {}
-    if not found.get("flagged"):
+    contamination = scorecard.contamination
+    if contamination is None or not contamination.flagged:
         return []
-    what = f"{found['flagged']} of {found['n']} items stand in the training data"
+    what = f"{contamination.flagged} of {contamination.n} items stand in the training data"
     return [Finding(where="contamination", what=what, fix="--redo corpus, which takes them out")]
 
 
-def _worse(scorecard: Mapping[str, Any]) -> list[Finding]:
+def _worse(scorecard: Scorecard) -> list[Finding]:
     """Find a student that measured worse than its base: over all checks, else by its loss on the teacher's answers.
 
     Where the difference is undecided by the rule of all claims, the finding says so; it stands all the same.
     """
-    overall = scorecard.get("overall") or {}
-    losses = (scorecard.get("agreement") or {}).get("nats_per_token") or {}
-    change, loss = ((row.get("student_minus_base") or {}) for row in (overall, losses))
-    if change.get("mean") is not None:
-        worse, decided = change["mean"] < 0, conclusion(change, overall)
-        what = f"{100 * change['mean']:+.1f} points over all checks"
+    row = scorecard.overall or MetricRow()
+    mean = row.student_minus_base.mean
+    if mean is not None:
+        worse, what = mean < 0, f"{100 * mean:+.1f} points over all checks"
     else:
-        mean = loss.get("mean") or 0.0
-        worse, decided = mean > 0, conclusion(loss, losses)
-        what = f"{mean:+.3f} nats a token on the teacher's answers"
+        row = scorecard.agreement.get("nats_per_token", MetricRow())
+        mean = row.student_minus_base.mean or 0.0
+        worse, what = mean > 0, f"{mean:+.3f} nats a token on the teacher's answers"
     if not worse:
         return []
+    decided = row.conclude("base")
     if decided.verdict == "undecided":
         what = f"measured worse than its base: {what} (undecided: {decided.reason})"
     else:

@@ -10,13 +10,13 @@ import gc
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from distill.config import Config
 from distill.config_file import find_config
 from distill.errors import DistillError, Exit
+from distill.evaluation.scorecard import ModelFacts, Scorecard
 from distill.models import loading, registry
 from distill.models.weights import add_adapter
 from distill.publishing.card import Facts, make_card
@@ -86,7 +86,7 @@ def main(
     shutil.rmtree(work, ignore_errors=True)
     (work / "adapter").mkdir(parents=True)
     write_notices(terms.owed, config.terms.agreement, work)
-    fidelity = add_models(config, run, work, scorecard["models"]["student"])
+    fidelity = add_models(config, run, work, scorecard.models["student"])
     if fidelity:
         overridden += pass_gate(weights(fidelity), override)
         write_json(work / "fidelity.json", fidelity.model_dump())
@@ -113,14 +113,14 @@ def main(
     return release
 
 
-def evaluated(run: Run) -> dict[str, Any]:
+def evaluated(run: Run) -> Scorecard:
     """Return the scorecard, after checking that it speaks of this adapter; raises DistillError (exit 9)."""
     adapter = run.trained("adapter") / WEIGHTS
     for path in (run.path("scorecard.json"), run.path("report.html"), adapter):
         if not path.is_file():
             raise DistillError(Exit.PUBLISH, path, "is missing", "distill run CONFIG first")
-    scorecard = read_json(run.path("scorecard.json"))
-    measured = scorecard.get("models", {}).get("student", {}).get("adapter_sha256")
+    scorecard = Scorecard.model_validate(read_json(run.path("scorecard.json")))
+    measured = scorecard.models["student"].adapter_sha256 if scorecard.models else None
     found = sha256_file(adapter)
     if measured != found:
         what = f"evaluated was adapter {str(measured)[:12]}, here is {found[:12]}"
@@ -177,9 +177,7 @@ def model_name(config: Config, repository: str | None) -> str:
     return config.publish.model_name or (repository or config.name).split("/")[-1]
 
 
-def add_models(
-    config: Config, run: Run, work: Path, evaluated: Mapping[str, Any]
-) -> Fidelity | None:
+def add_models(config: Config, run: Run, work: Path, evaluated: ModelFacts) -> Fidelity | None:
     """Put adapter and merged model into `work`, as the student of the scorecard's row `evaluated`.
 
     Returns how far merged and adapter are apart where the adapter was evaluated, by an earlier distill. Raises
@@ -189,7 +187,7 @@ def add_models(
     for name in ADAPTER:
         copy_plain(adapter / name, work / "adapter" / name)
     name_base(work / "adapter" / "adapter_config.json", base_of(config))
-    merged, measured = merged_student(config.student, run), evaluated.get("model_sha256")
+    merged, measured = merged_student(config.student, run), evaluated.model_sha256
     found = registry.folder_digest(merged)
     if measured and measured != found:
         what = f"evaluated was model {measured[:12]}, here is {found[:12]}"
@@ -200,12 +198,12 @@ def add_models(
     return None if measured else compared(config, run, merged, evaluated)
 
 
-def compared(config: Config, run: Run, merged: Path, evaluated: Mapping[str, Any]) -> Fidelity:
+def compared(config: Config, run: Run, merged: Path, evaluated: ModelFacts) -> Fidelity:
     """Compare the merged model with the adapter on its base, in the type of the evaluation.
 
     Raises DistillError (exit 9) where there is nothing to compare on. One model is in memory at a time.
     """
-    student, dtype = config.student, evaluated.get("dtype", config.student.dtype)
+    student, dtype = config.student, evaluated.dtype or config.student.dtype
     rows = conversations(config, run)
     if not rows:
         raise DistillError(Exit.PUBLISH, run.path("dataset"), "holds no pairs", "make the dataset")

@@ -5,7 +5,7 @@ Whatever comes from a model, a corpus or a config is escaped by the template's a
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -13,84 +13,92 @@ from markupsafe import Markup
 from distill import formatting
 from distill.evaluation import lm_eval
 from distill.evaluation.failures import WITHHELD
-from distill.records import SPLITS
+from distill.evaluation.scorecard import (
+    MODELS,
+    Economics,
+    Funnel,
+    MetricRow,
+    Model,
+    Sample,
+    Scorecard,
+    SuiteResult,
+    TrainingSummary,
+)
 from distill.report import headline, statement, tables
 from distill.report.plots import Point, Span, quality_against_cost, spans, training_curve
 
 WIDTHS = {"wide": 660, "narrow": 340}  # pixels of a plot on a screen, and on a phone
-MODELS = ("teacher", "base", "student")
 MAX_SAMPLE = 6000  # characters shown of one text
 FORGETTING = "forgetting"  # the suite of what training may have taken away
-Row = Mapping[str, Any]
 
 
-def page(card: Row, samples: Sequence[Row], training: Row) -> str:
-    """Return the report's HTML."""
+def page(card: Scorecard, samples: Sequence[Sample], training: Mapping[str, Any]) -> str:
+    """Return the report's HTML; `training` is the content of training.json, whose losses are drawn."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    names = ("share", "money", "duration", "figure", "plain")
+    names = ("share", "money", "duration", "figure", "plain", "count")
     environment.globals.update({name: getattr(formatting, name) for name in names})
-    environment.globals["within"] = tables.within
-    environment.globals.update({"rows": tables, "mark": mark, "marks_of": marks_of})
-    environment.globals.update({"on_suite": headline.on_suite, "suite_leaks": suite_leaks})
-    environment.globals["shown_in"] = shown_in
-    confidence = card["environment"]["settings"]["confidence"]
+    environment.globals.update({"rows": tables, "within": tables.within, "statement": statement})
+    environment.globals.update({"mark": mark, "marks_of": marks_of, "models_in": models_in})
+    environment.globals["on_suite"] = headline.on_suite
+    economics = card.economics
+    assert economics is not None, "a scorecard of this version has its economics"
     return environment.get_template("report.html.j2").render(
         card=card,
         models=MODELS,
-        confidence=confidence,
+        confidence=card.confidence,
+        economics=economics,
         answer=headline.answer(card),
         compared=headline.compared(card),
-        kept=headline.kept(card),
+        checks_kept=headline.checks_kept(card),
         cost_share=headline.cost_share(card),
         cost_plot=_both(lambda width: cost_plot(card, width)),
         curve=_both(lambda width: _curve(training, width)),
-        saved_plot=_both(lambda width: saved_plot(card, width)),
+        saved_plot=_both(lambda width: saved_plot(economics, width)),
         forgetting=FORGETTING,
         losses=tables.loss_rows(training),
-        funnel=funnel_bars(card["funnel"], card["corpus"].get("documents")),
-        leaked=list(tables.leaked(card["contamination"], card["overall"])),
+        checkpoint=checkpoint(card.training),
+        funnel=funnel_bars(card.funnel, card.corpus.documents),
+        contamination=tables.contamination_sentence(card.contamination, card.overall),
         groups=sample_groups(samples),
-        judged=headline.of_judge(card["judge"], confidence) if card["judge"] else [],
-        withheld=card["failures"].get("reason") == WITHHELD,
-        missing=grouped(card["reasons"]),
+        judged=headline.of_judge(card.judge, card.confidence) if card.judge else [],
+        withheld=card.failures.reason == WITHHELD,
+        missing=grouped(card.reasons),
         prices=prices(card),
-        external=lm_eval.table_of(card["external"]) if card["external"] else None,
-        **surplus(card["economics"], card["cost"], confidence),
+        external=lm_eval.table_of(card.external) if card.external else None,
     )
 
 
-def surplus(economics: Row, cost: Row, confidence: float) -> dict[str, Any]:
-    """Return the surplus statement and its tables."""
-    return {
-        "said": statement.statement(economics, confidence),
-        "headline": statement.row_of(economics, economics["headline"]),
-        "ways": statement.WAYS,
-        "span": statement.span,
-        "whole_requests": statement.whole_requests,
-        "surplus_rows": statement.surplus_rows(economics),
-        "sensitivity_rows": statement.sensitivity_rows(economics),
-        "token_rows": statement.token_rows(cost),
-    }
-
-
-def shown_in(suite: Row) -> list[str]:
+def models_in(suite: SuiteResult) -> list[Model]:
     """Return the models that have a score in a suite; the teacher is not always asked."""
-    return [m for m in MODELS if any(row[m] is not None for row in suite["tasks"].values())]
+    return [m for m in MODELS if any(row.mean(m) is not None for row in suite.tasks.values())]
 
 
-def suite_leaks(suite: Row) -> list[str]:
-    """Return what of a suite's items stands in the training data, where that was looked for."""
-    return list(tables.leaked(suite.get("contamination", {}), suite["overall"]))
-
-
-def prices(card: Row) -> list[str]:
+def prices(card: Scorecard) -> list[str]:
     """Return every price that a figure rests on, with its date and source, once."""
-    used = [row.get("price") for row in card["cost"].values()]
-    used += [card["economics"][side]["price"] for side in ("teacher", "student")]
-    return list(dict.fromkeys(price for price in used if price))
+    used = card.cost.prices()
+    if card.economics:
+        used += [p for p in (card.economics.teacher.price, card.economics.student.price) if p]
+    return list(dict.fromkeys(used))
+
+
+def checkpoint(training: TrainingSummary) -> str:
+    """Say which step's adapter is evaluated, and whether it is the best on validation documents."""
+    step, best = training.adapter_step, training.best_step
+    if step is None or step == best:
+        return (
+            ""
+            if best is None
+            else f"The checkpoint of step {best}, the best on validation documents, was kept."
+        )
+    text = f"The checkpoint of step {step}, the last, was kept"
+    return (
+        f"{text}; that of step {best} had the lowest validation loss."
+        if best is not None
+        else f"{text}."
+    )
 
 
 def _both(draw: Callable[[int], Markup]) -> Markup:
@@ -103,39 +111,37 @@ def _both(draw: Callable[[int], Markup]) -> Markup:
     )
 
 
-def cost_plot(card: Row, width: int) -> Markup:
+def cost_plot(card: Scorecard, width: int) -> Markup:
     """Draw quality against the dollars of 1,000 requests, or against their seconds where dollars are unknown."""
-    row = card["overall"] or card["agreement"]["chrf"]
-    scale = 100.0 if card["overall"] else 1.0
-    known = card["cost"]["student"]["dollars_per_1k"] is not None
-    key = "dollars_per_1k" if known else "seconds_per_1k"
-    points = []
+    row = card.overall or card.agreement["chrf"]
+    scale = 100.0 if card.overall else 1.0
+    priced = card.cost.student.dollars_per_1k is not None
+    marks = []
     for model in MODELS:
-        x, y = card["cost"][model][key], row[model]
+        cost, y = card.cost.of(model), row.mean(model)
+        x = cost.dollars_per_1k if priced else cost.seconds_per_1k
         if x is not None and y is not None:
-            low, high = (None if v is None else v * scale for v in row["intervals"][model])
-            points.append(Point(model, x, y * scale, low, high))
-    unit, form = ("dollars", "${:g}") if known else ("seconds", "{:,.0f}")
-    label = "checks passed, %" if card["overall"] else "chrF against the teacher"
-    return quality_against_cost(points, width, f"{unit} for 1,000 requests", label, form)
+            ends = row.intervals.get(model, (None, None))
+            low, high = (None if v is None else v * scale for v in ends)
+            marks.append(Point(model, float(x), y * scale, low, high))
+    unit, form = ("dollars", "${:g}") if priced else ("seconds", "{:,.0f}")
+    label = "checks passed, %" if card.overall else "chrF against the teacher"
+    return quality_against_cost(marks, width, f"{unit} for 1,000 requests", label, form)
 
 
-def saved_plot(card: Row, width: int) -> Markup:
+def saved_plot(economics: Economics, width: int) -> Markup:
     """Draw what 1,000 requests save in each way, with its interval and the line of nothing saved."""
-    known = [
-        Span(statement.WAYS[row["way"]], amount["value"], amount["low"], amount["high"])
-        for row in card["economics"]["rows"]
-        if (amount := row["dollars_per_1k"])["value"] is not None
-    ]
-    return spans(
-        known,
-        width,
-        "dollars saved on 1,000 requests",
-        statement.WAYS[card["economics"]["headline"]],
-    )
+    drawn = []
+    for row in economics.rows:
+        amount = row.dollars_per_1k
+        if amount.value is not None:
+            ends = (None if end is None else float(end) for end in (amount.low, amount.high))
+            drawn.append(Span(statement.WAYS[row.way], float(amount.value), *ends))
+    headline_way = statement.WAYS[economics.headline]
+    return spans(drawn, width, "dollars saved on 1,000 requests", headline_way)
 
 
-def _curve(training: Row, width: int) -> Markup:
+def _curve(training: Mapping[str, Any], width: int) -> Markup:
     train = [(row["step"], row["loss"]) for row in training.get("history", [])]
     validation = [(row["step"], row["loss"]) for row in training.get("validation", [])]
     return training_curve(train, validation, training.get("best_step"), width)
@@ -149,51 +155,67 @@ def grouped(reasons: Mapping[str, str]) -> list[tuple[str, list[str]]]:
     ]
 
 
-def marks_of(row: Row) -> list[dict[str, Any]]:
-    """Return where each model's score of a task stands between 0 and 100, and its interval."""
-    scale = 1.0 if row["metric"] == "chrF" else 100.0
-    return [
-        {
-            "model": model,
-            "at": row[model] * scale,
-            "low": (row["intervals"][model][0] or 0.0) * scale,
-            "high": (row["intervals"][model][1] or 0.0) * scale,
-        }
-        for model in MODELS
-        if row[model] is not None
-    ]
+class Mark(NamedTuple):
+    """Where a model's score of a task stands between 0 and 100, and its interval."""
+
+    model: Model
+    at: float
+    low: float
+    high: float
 
 
-def funnel_bars(funnel: Row, documents: int | None) -> list[dict[str, Any]]:
-    """Return what came in, what was dropped by reason and what was kept, each with its share of the largest."""
+def marks_of(row: MetricRow) -> list[Mark]:
+    """Return the marks of the models that have a score."""
+    scale, marks = 1.0 if row.metric == "chrF" else 100.0, []
+    for model in MODELS:
+        mean = row.mean(model)
+        if mean is not None:
+            low, high = row.intervals.get(model, (None, None))
+            marks.append(Mark(model, mean * scale, (low or 0.0) * scale, (high or 0.0) * scale))
+    return marks
+
+
+class Bar(NamedTuple):
+    """One step of the funnel: its name, count, share of the largest in percent, and whether it came in, went or stayed."""
+
+    name: str
+    number: int
+    share: float
+    kind: str
+
+
+def funnel_bars(funnel: Funnel, documents: int | None) -> list[Bar]:
+    """Return what came in, what was dropped by reason and what was kept."""
     counts = [("documents", documents, "in")] if documents is not None else []
-    counts += [(name, funnel[name], "in") for name in ("prompts", "answers")]
-    counts += [(f"dropped: {reason}", n, "dropped") for reason, n in funnel["dropped"].items()]
-    counts += [(f"kept: {split}", funnel[f"kept_{split}"], "kept") for split in SPLITS]
+    counts += [("prompts", funnel.prompts, "in"), ("answers", funnel.answers, "in")]
+    counts += [(f"dropped: {reason}", n, "dropped") for reason, n in funnel.dropped.items()]
+    counts += [("kept: train", funnel.kept_train, "kept")]
+    counts += [("kept: validation", funnel.kept_validation, "kept")]
+    counts += [("kept: heldout", funnel.kept_heldout, "kept")]
     most = max(1, *(n for _, n, _ in counts))
-    return [{"name": name, "count": n, "share": 100 * n / most, "kind": k} for name, n, k in counts]
+    return [Bar(name, n, 100 * n / most, kind) for name, n, kind in counts]
 
 
-def sample_groups(samples: Sequence[Row]) -> list[dict[str, Any]]:
+def sample_groups(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
     """Group the samples by task, with their texts cut to a readable length."""
-    groups: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[str, list[Sample]] = {}
     for sample in samples:
-        answers = {m: clip(sample["answers"][m]) for m in MODELS if m in sample["answers"]}
-        asked = [{**turn, "content": clip(turn["content"])} for turn in sample["messages"]]
-        groups.setdefault(sample["task"], []).append(
-            {**sample, "answers": answers, "messages": asked}
-        )
-    return [{"task": task, "samples": found} for task, found in groups.items()]
+        update = {
+            "answers": {m: clip(sample.answers[m]) for m in MODELS if m in sample.answers},
+            "messages": tuple({**m, "content": clip(m["content"])} for m in sample.messages),
+        }
+        groups.setdefault(sample.task, []).append(sample.model_copy(update=update))
+    return groups
 
 
-def mark(sample: Row, model: str) -> str:
+def mark(sample: Sample, model: Model) -> str:
     """Return what one sampled answer scored, in a few words; nothing where agreement has no score of the teacher."""
-    if model not in sample["scores"]:
+    if model not in sample.scores:
         return ""
-    value, reason = sample["scores"][model], sample["reasons"][model]
+    value, reason = sample.scores[model], sample.reasons[model]
     if value is None:
         return f"not scored: {reason}"
-    if sample["metric"] == "chrF":
+    if sample.metric == "chrF":
         return f"chrF {formatting.figure(value, 0)}"
     return f"{'✓' if value else '✗'} {reason}"
 

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 from distill.errors import DistillError, Exit
+from distill.evaluation.scorecard import Scorecard
 from distill.report.report import parts
 from distill.storage.files import read_json, write_atomic
 
@@ -33,7 +34,7 @@ def _block(block: re.Match[str], root: Path) -> str:
     card = root / block["path"]
     if not card.is_file():
         raise DistillError(Exit.INPUT, card, "is missing", "name a scorecard.json of a run")
-    found = parts(read_json(card))
+    found = parts(Scorecard.model_validate(read_json(card)))
     names = block["names"].split()
     if unknown := [name for name in names if name not in found]:
         raise DistillError(Exit.INPUT, f"the part {unknown[0]}", "is none", ", ".join(found))

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from distill.config import Config
-from distill.economics.run_economics import UNSTATED, accounts
+from distill.economics.run_economics import UNSTATED, money_of
 from distill.errors import DistillError, Exit
 from distill.evaluation.acceptance import Asked
+from distill.evaluation.scorecard import MetricRow
 from distill.records import LedgerEntry, Response, Timing, Usage
 from distill.storage.files import write_records
 from distill.storage.run_folder import Run
@@ -23,6 +24,11 @@ tokens:
   - {model: old, dollars_per_million_input: 2, dollars_per_million_output: 20, date: "2020-01-01", source: s}
 """
 OVERALL = {"student_minus_teacher": {"mean": -0.1, "low": -0.2, "high": 0.0}}
+
+
+def accounts(config: Config, run: Run, overall: dict[str, Any] | None) -> dict[str, Any]:
+    cost, found = money_of(config, run, MetricRow.model_validate(overall) if overall else None)
+    return {"cost": cost.tree(), "economics": found.tree()}
 
 
 def make_run(folder: Path, teacher: dict[str, Any], **settings: Any) -> Run:

@@ -12,11 +12,18 @@ from typing import Any
 
 import pytest
 
-from distill.economics.amounts import Case, Economics, Ranged, Row
 from distill.economics.costs import NO_TIME, Tariff
 from distill.economics.savings import NEEDS_ANSWER, Assumptions, economics
 from distill.economics.substitution import NO_TEST
 from distill.evaluation.acceptance import Asked
+from distill.evaluation.scorecard import (
+    Amount,
+    Case,
+    Difference,
+    Economics,
+    Saving,
+    TeacherPrice,
+)
 from distill.evaluation.statistics import Certainty
 from distill.records import Usage
 from distill.responders.prices import MachinePrice, TokenPrice
@@ -45,11 +52,11 @@ def asked(accepted: Sequence[bool | None], **changes: Any) -> list[Asked]:
 
 
 def reckon(requests: Sequence[Asked], assumed: Assumptions = ASSUMED) -> Economics:
-    named = {"name": "x", "hypothetical": False, "answers_dollars": None}
-    return economics(requests, assumed, CERTAINTY, named, {"mean": -0.1, "low": -0.2, "high": 0.0})
+    quality = Difference(mean=-0.1, low=-0.2, high=0.0)
+    return economics(requests, assumed, CERTAINTY, TeacherPrice(name="x"), quality)
 
 
-def row(found: Economics, way: str) -> Row:
+def row(found: Economics, way: str) -> Saving:
     return next(row for row in found.rows if row.way == way)
 
 
@@ -62,7 +69,7 @@ SIXTEEN = asked([k < 16 for k in range(20)])
 
 def test_the_worked_example_has_the_figures_of_the_hand() -> None:
     found = reckon(SIXTEEN)
-    assert found.teacher["dollars_per_1k"] == D("1") and found.student["dollars_per_1k"] == D("0.1")
+    assert found.teacher.dollars_per_1k == D("1") and found.student.dollars_per_1k == D("0.1")
     assert found.share.value == found.share_of_price.value == D("0.8")
     saved = {way: row(found, way).dollars_per_1k.value for way in ("replace_all", "perfect_router")}
     assert saved == {"replace_all": D("0.9"), "perfect_router": D("0.72")}
@@ -106,21 +113,23 @@ def test_every_case_has_the_figures_of_the_hand() -> None:
 def test_a_machine_rented_for_the_month_costs_its_whole_rent() -> None:
     found = reckon(SIXTEEN)
     # 720 h at $0.36 are $259.20; 10,000 requests of 0.5 s are 5,000 s of 2,592,000
-    month = found.student["month_of_machines"]
-    assert month["machines"] == 1 and month["dollars_per_month"] == D("259.2")
-    assert round(month["in_use"], 6) == D("0.001929")
+    month = found.student.month_of_machines
+    assert month and month.machines == 1 and month.dollars_per_month == D("259.2")
+    assert round(month.in_use, 6) == D("0.001929")
     whole = case(found, "whole month")
     assert whole.student_dollars_per_1k and round(whole.student_dollars_per_1k, 9) == D("25.92")
     assert whole.dollars_per_1k.value and round(whole.dollars_per_1k.value, 9) == D("-25.12")
     assert whole.break_even.requests.value is None and whole.break_even.requests.reason
     busy = reckon(SIXTEEN, ASSUMED._replace(requests_per_month=11_000_000))
-    assert busy.student["month_of_machines"]["machines"] == 3  # 5,500,000 s need 2.12
+    assert (
+        busy.student.month_of_machines and busy.student.month_of_machines.machines == 3
+    )  # 5,500,000 s need 2.12
 
 
 def test_the_price_s_batch_discount_is_a_case() -> None:
     price = HOSTED.model_copy(update={"batch_discount": D("0.4")})
     found = reckon(SIXTEEN, ASSUMED._replace(teacher=Tariff(price)))
-    assert found.teacher["batch_dollars_per_1k"] == D("0.6")
+    assert found.teacher.batch_dollars_per_1k == D("0.6")
     assert case(found, "in batches").dollars_per_1k.value == D("0.38")  # 0.8 * 0.6 - 0.1
     assert not any("in batches" in case.case for case in reckon(SIXTEEN).sensitivity)
 
@@ -133,7 +142,7 @@ def test_the_share_is_weighted_by_price_where_dear_requests_fail() -> None:
     ]
     found = reckon(requests)  # ten of $0.001 accepted, ten of $0.003 not
     assert found.share.value == D("0.5") and found.share_of_price.value == D("0.25")
-    assert found.teacher["dollars_per_1k"] == D("2")
+    assert found.teacher.dollars_per_1k == D("2")
     assert row(found, "try_then_escalate").dollars_per_1k.value == D("0.4")  # 0.25 * 2 - 0.1
 
 
@@ -144,14 +153,14 @@ def test_cached_input_costs_the_teacher_its_own_price() -> None:
         "student": Usage(seconds=0.5),
     }
     found = reckon(asked([True] * 5, usage=usage), ASSUMED._replace(teacher=Tariff(price)))
-    assert found.teacher["dollars_per_1k"] == D("0.73")  # 100 at 1, 300 at 0.1, 60 at 10
+    assert found.teacher.dollars_per_1k == D("0.73")  # 100 at 1, 300 at 0.1, 60 at 10
 
 
 def test_a_local_teacher_is_paid_by_its_machine() -> None:
     usage = {"teacher": Usage(seconds=2.0), "student": Usage(seconds=0.5)}
     local = ASSUMED._replace(teacher=STUDENT)
     found = reckon(asked([k < 16 for k in range(20)], usage=usage), local)
-    assert found.teacher["dollars_per_1k"] == D("0.4")
+    assert found.teacher.dollars_per_1k == D("0.4")
     assert row(found, "try_then_escalate").dollars_per_1k.value == D("0.22")  # 0.8 * 0.4 - 0.1
     idle = case(found, "25")  # for both: what one pays while it idles, so does the other
     assert (idle.teacher_dollars_per_1k, idle.dollars_per_1k.value) == (D("0.8"), D("0.44"))
@@ -199,9 +208,9 @@ def test_no_break_even_where_the_interval_reaches_nothing() -> None:
 def test_without_a_test_only_replacing_all_is_known() -> None:
     found = reckon(asked([None] * 20, test=None, when_served=False))
     assert found.headline == "replace_all" and found.unscored == 0 and found.tests == ()
-    assert found.share == Ranged(reason=NO_TEST)
+    assert found.share == Amount(reason=NO_TEST)
     for way in ("try_then_escalate", "perfect_router"):
-        assert row(found, way).dollars_per_1k == Ranged(reason=NO_TEST)
+        assert row(found, way).dollars_per_1k == Amount(reason=NO_TEST)
     assert row(found, "replace_all").dollars_per_1k.value == D("0.9")
     assert not any("lower bound" in case.case for case in found.sensitivity)
 
@@ -209,7 +218,7 @@ def test_without_a_test_only_replacing_all_is_known() -> None:
 def test_a_test_that_needs_the_answer_cannot_be_run_when_served() -> None:
     found = reckon(asked([k < 16 for k in range(20)], test="correct", when_served=False))
     assert found.headline == "replace_all" and found.share.value == D("0.8")
-    assert row(found, "try_then_escalate").dollars_per_1k == Ranged(reason=NEEDS_ANSWER)
+    assert row(found, "try_then_escalate").dollars_per_1k == Amount(reason=NEEDS_ANSWER)
     assert row(found, "try_then_escalate").break_even.requests.reason == NEEDS_ANSWER
     assert row(found, "perfect_router").dollars_per_1k.value == D("0.72")
 
@@ -221,7 +230,7 @@ def test_figures_are_over_the_requests_that_a_test_covers() -> None:
         for r in asked([None] * 9, test=None, when_served=False)
     ]
     found = reckon([*SIXTEEN, *untested])
-    assert (found.requests, found.of) == (20, 29) and found.teacher["dollars_per_1k"] == D("1")
+    assert (found.requests, found.of) == (20, 29) and found.teacher.dollars_per_1k == D("1")
 
 
 @pytest.mark.parametrize(
@@ -236,8 +245,8 @@ def test_an_unknown_price_leaves_the_surplus_unknown(assumed: Assumptions, reaso
     found = reckon(SIXTEEN, assumed)
     assert found.share.value == D("0.8"), "the share needs no price"
     for found_row in found.rows:
-        assert found_row.dollars_per_1k == found_row.dollars_per_month == Ranged(reason=reason)
-        assert found_row.break_even.days == Ranged(reason=reason)
+        assert found_row.dollars_per_1k == found_row.dollars_per_month == Amount(reason=reason)
+        assert found_row.break_even.days == Amount(reason=reason)
     for found_case in found.sensitivity:
         assert found_case.dollars_per_1k.value is None
         assert found_case.student_dollars_per_1k is None
@@ -247,7 +256,7 @@ def test_an_unknown_cost_of_the_distillation_leaves_the_break_even_unknown() -> 
     unpriced = ASSUMED._replace(distillation=None, why_no_distillation="not stated")
     found = reckon(SIXTEEN, unpriced)
     assert row(found, "try_then_escalate").dollars_per_1k.value == D("0.7")
-    assert row(found, "try_then_escalate").break_even.requests == Ranged(reason="not stated")
+    assert row(found, "try_then_escalate").break_even.requests == Amount(reason="not stated")
     assert found.reasons == {"distillation_dollars": "not stated"}
     free = reckon(SIXTEEN, ASSUMED._replace(distillation=D(0)))
     assert row(free, "try_then_escalate").break_even.requests.value == 0 and free.reasons == {}

@@ -59,7 +59,7 @@ def replies(mind: Callable[[str, str], str], stop: str = "end") -> Ask:
 
 
 def examine(ask: Ask) -> dict[str, Any]:
-    return examined(PROBES, judge(probe_duels(PROBES), ask, ask_copies=True))
+    return examined(PROBES, judge(probe_duels(PROBES), ask, ask_copies=True)).tree()
 
 
 def says(choice: str) -> str:
@@ -135,7 +135,7 @@ def duel(name: str, a: str, b: str) -> Duel:
 def test_orders_that_disagree_are_a_tie_and_the_flip_is_counted() -> None:
     duels = [duel(str(k), f"one {k}", f"two {k}") for k in range(30)]
     outcomes = judge(duels, replies(lambda a, b: says("A")))
-    row = row_of_duels(duels, outcomes, 30, Certainty(samples=200))
+    row = row_of_duels(duels, outcomes, 30, Certainty(samples=200)).tree()
     assert {o.value for o in outcomes} == {0.5} and row["flip_rate"] == 1.0
     assert (row["wins"], row["ties"], row["losses"], row["unparsed"]) == (0, 30, 0, 0)
 
@@ -149,7 +149,7 @@ def test_unparsed_replies_are_neither_won_nor_lost() -> None:
 
     outcomes = judge(duels, replies(mind))
     assert list(outcomes_of(scores_of("s", duels, outcomes)).values()) == outcomes
-    row = row_of_duels(duels, outcomes, 50, Certainty(samples=200))
+    row = row_of_duels(duels, outcomes, 50, Certainty(samples=200)).tree()
     assert (row["wins"], row["losses"], row["unparsed"], row["unanswered"]) == (20, 10, 10, 10)
     assert row["win_rate"]["mean"] == pytest.approx(2 / 3)
     assert row["win_rate"]["low"] < 2 / 3 < row["win_rate"]["high"]
@@ -172,7 +172,7 @@ def test_the_same_text_is_a_tie_that_nobody_pays_for() -> None:
 
 def test_like_lengths_are_looked_at_apart() -> None:
     duels = [duel(str(k), "a" * (100 if k % 2 else 300), "b" * 100) for k in range(40)]
-    row = row_of_duels(duels, judge(duels, replies(longest)), 40, Certainty(samples=200))
+    row = row_of_duels(duels, judge(duels, replies(longest)), 40, Certainty(samples=200)).tree()
     assert row["win_rate"]["mean"] == 0.75 and row["length_matched"]["n"] == 20
     assert row["length_matched"]["win_rate"]["mean"] == 0.5
 

@@ -102,10 +102,10 @@ def test_a_fair_judge_is_paid_once_and_its_word_counts(tmp_path: Path, items: li
         assert sum(e.attempts for e in entries) == asked
         assert sum(e.dollars or 0 for e in entries) == teacher.bill
     found = read_judge(run.config, run, items, answers(items), Certainty(samples=200))
-    assert found is not None and found.told["probe"]["passed"]
-    row = found.told["teacher"]
+    assert found is not None and found.result.tree()["probe"]["passed"]
+    row = found.result.tree()["teacher"]
     assert (row["wins"], row["ties"], row["losses"]) == (0, COUNT * 3 // 4, COUNT // 4)
-    assert found.told["base"]["wins"] == COUNT // 2
+    assert found.result.tree()["base"]["wins"] == COUNT // 2
     word = found.acceptance(lambda item: True)
     assert word is not None and sum(bool(v) for v in word.passed.values()) == COUNT * 3 // 4
     strict = found.acceptance(lambda item: False)
@@ -118,7 +118,7 @@ def test_a_judge_that_failed_its_probes_says_nothing(tmp_path: Path, items: list
         ask(run, items)
     found = read_judge(run.config, run, items, answers(items), Certainty(samples=200))
     assert found is not None and found.acceptance(lambda item: True) is None
-    rate = found.told["teacher"]["win_rate"]
+    rate = found.result.tree()["teacher"]["win_rate"]
     assert rate["mean"] is None and "an empty phrase win" in rate["reason"]
 
 

@@ -10,9 +10,9 @@ from distill.errors import DistillError, Exit
 from distill.evaluation import lm_eval
 from distill.evaluation.compare import compare_paths
 from distill.evaluation.score import Place, score
+from distill.evaluation.scorecard import HarnessResult
 from distill.evaluation.suites import load_suite
 from distill.records import Score
-from distill.report import report
 from distill.storage.files import read_json, read_records, write_json
 from tests.evaluation.test_evaluate import heldout_pairs, make_run
 from tests.evaluation.test_suites import QUESTIONS, make_suite
@@ -120,12 +120,12 @@ FOUND = {
 
 def test_results_of_lm_eval_are_read_back() -> None:
     found = lm_eval.read_results(FOUND)
-    metrics = found["arc"]["metrics"]
-    assert metrics["acc"] == {"value": 0.25, "stderr": 0.1} and found["arc"]["n"] == 16
+    metrics = found["arc"].tree()["metrics"]
+    assert metrics["acc"] == {"value": 0.25, "stderr": 0.1} and found["arc"].n == 16
     assert metrics["em (strict)"] == {"value": 0.0, "stderr": None}, "no error of width zero"
     assert set(metrics) == {"acc", "em (strict)"}
-    shown = report.external_table({"harness": "lm-eval 0", "tasks": found})
-    assert "| arc" in shown and "0.2500" in shown and report.external_table({}) == ""
+    _, rows = lm_eval.table_of(HarnessResult(harness="lm-eval 0", tasks=found))
+    assert ("arc", "16", "acc", "0.2500", "0.1000") in rows
 
 
 def test_results_of_another_adapter_are_not_shown(tmp_path: Path, model: Path) -> None:

@@ -130,7 +130,7 @@ def test_too_few_pairs_are_refused_and_few_items_give_no_interval(tmp_path: Path
     assert caught.value.code == Exit.EVALUATION
     one = load_suite(str(make_suite(tmp_path, n=1)))
     given = {"base": answers(one, 0), "student": answers(one, 1)}
-    row = suite_result(one, measure_suite(one, given, "x"), given, FEW)["overall"]
+    row = suite_result(one, measure_suite(one, given, "x"), given, FEW).tree()["overall"]
     assert row["student_minus_base"]["mean"] is None
     assert "not enough data" in row["student_minus_base"]["reason"]
 
@@ -140,7 +140,7 @@ def test_grades_are_measured_and_are_no_checks_passed(tmp_path: Path) -> None:
     suite = load_suite(str(make_suite(tmp_path, PERSON, task)))
     given = {"base": answers(suite, 0, '{"name": "A1"}'), "student": answers(suite, 4)}
     rows = measure_suite(suite, given, "x")
-    found = suite_result(suite, rows, given, FEW)
+    found = suite_result(suite, rows, given, FEW).tree()
     row = found["tasks"]["people"]
     assert (
         row["student"] == 1.0

@@ -1,20 +1,28 @@
 """The model card: the Hub's fields, figures from the scorecard, and hostile values that stay values."""
 
 import re
+from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from distill.formatting import plain_numbers
-from distill.publishing.card import Facts, cell, make_card, number, one_line
+from distill.evaluation.scorecard import Scorecard
+from distill.publishing import card as cards
+from distill.publishing.card import Facts, cell, number, one_line
 from distill.publishing.fidelity import Fidelity
 from tests.economics.test_savings import SIXTEEN, reckon
 
 FIDELITY = Fidelity(
     prompts=8, tokens=400, largest_logit_difference=0.2, mean_kl=0.0004, greedy_agreement=0.995
 )
+
+
+def make_card(facts: Facts, scorecard: dict[str, Any], fidelity: Fidelity) -> ModelCard:
+    return cards.make_card(facts, Scorecard.model_validate(scorecard), fidelity)
+
+
 SCORECARD = {
     "tasks": {
         "api_json": {
@@ -34,7 +42,7 @@ SCORECARD = {
         "student": {"seconds_per_1k": 210.0, "dollars_per_1k": 0.00476, "price": "a machine"},
         "distillation": {"seconds": 400.0, "dollars": 0.009},
     },
-    "funnel": {"asked": 240, "kept": 231, "dropped": {"truncated": 9}},
+    "funnel": {"answers": 240, "kept_train": 231, "dropped": {"truncated": 9}},
     "training": {"examples": 231, "steps": 40, "tokens": 61234},
 }
 FAILURES = {
@@ -93,12 +101,12 @@ def test_the_page_tells_figures_and_limits():
     for words in (
         "| api json | valid json | 22 | 0.909 | 0 | 0.864 | -0.0455 [-0.2, 0.1] | – | 0.95 [0.7, 1.2] |",
         "| 22 | – | 30.1 | 55.2 | – | – | – |",
-        "dequantised 4-bit weights (Q4_1)",
+        "dequantised 4-bit weights (Q4\\_1)",
         "the primary artefact",
         "mean KL 0.0004 nats a token",
         'from_pretrained("ann/api-writer"',
         'subfolder="adapter"',
-        "| kept | 231 |",
+        "| kept for training | 231 |",
         "400 s",
         "95% intervals, paired",
     ):
@@ -106,11 +114,11 @@ def test_the_page_tells_figures_and_limits():
 
 
 def test_the_page_says_where_the_student_fails_and_what_it_saves():
-    saves = plain_numbers(reckon(SIXTEEN).model_dump())
+    saves = reckon(SIXTEEN).tree()
     card = {**SCORECARD, "failures": FAILURES, "contamination": LEAKS, "economics": saves}
     text = make_card(FACTS, card, FIDELITY).text.replace("\u00a0", " ")
     for words in ("## Where it fails", "**api json**: not JSON", "  Describe &lt;b&gt;it&lt;/b&gt;", "### What it saves",
-                  "save $0.70 (95 % interval", "| the teacher's price halves |", "None of the 66 items was found", "A paraphrase is not found"):  # fmt: skip
+                  "saves $0.70 per 1,000 requests", "| the teacher's price halves |", "None of the 66 items was found", "A paraphrase is not found"):  # fmt: skip
         assert words in text, words
     assert text.count("<pre>") == text.count("</pre>") == 3
     assert not re.search(r"(?m)^(---|```json|## not)", text)
@@ -160,7 +168,7 @@ def test_hostile_values_stay_values(tmp_path_factory, name, corpus, task, reason
     row = {**SCORECARD["tasks"]["api_json"], "metric": reason}
     sample = {"task": task, "asked": name, "student": corpus, "teacher": reason, "reason": reason}
     base = {**SCORECARD, "failures": {"worst": [sample]}}
-    scorecard = {**base, "tasks": {task: row}, "funnel": {reason: name}}
+    scorecard = {**base, "tasks": {task: row}, "funnel": {"answers": 9, "dropped": {reason: 7}}}
     card = make_card(facts, scorecard, FIDELITY)
     path = tmp_path_factory.getbasetemp() / "card.md"
     card.save(path)

@@ -4,24 +4,22 @@ Eleven more answers pass after training than before. The interval excludes 0 (+4
 four documents cannot go below p = 0.125.
 """
 
-from typing import Any
-
 import pytest
 
 from distill.evaluation import results
 from distill.evaluation.acceptance import Asked
+from distill.evaluation.scorecard import Difference, Economics, MetricRow, Scorecard
 from distill.evaluation.statistics import Certainty
-from distill.formatting import plain_numbers
 from distill.publishing.gate import evidence
 from distill.records import Item, Message, Prompt, Response, Usage
 from distill.report import headline, tables
-from distill.report.statement import in_short, statement, surplus_rows
+from distill.report.statement import in_short, saving_rows, statement
 from tests.economics.test_savings import ASSUMED, reckon
 
 RIGHT = {"teacher": (4, 4, 4, 4), "base": (0, 0, 0, 0), "student": (3, 3, 3, 2)}  # of each document
 
 
-def row(documents: int) -> dict[str, Any]:
+def row(documents: int) -> MetricRow:
     """Return the row of all checks; the four documents may stand for more that are like them."""
     items, answers = [], {model: dict[str, Response]() for model in RIGHT}
     for document in range(documents):
@@ -38,7 +36,7 @@ def row(documents: int) -> dict[str, Any]:
     return results.row_of(measured, Certainty(samples=500))
 
 
-def savings(documents: int) -> dict[str, Any]:
+def savings(documents: int) -> Economics:
     usage = {
         "teacher": Usage(input_tokens=400, output_tokens=60),
         "student": Usage(input_tokens=400, output_tokens=60, seconds=0.5),
@@ -51,54 +49,61 @@ def savings(documents: int) -> dict[str, Any]:
         for d in range(documents)
         for k in range(4)
     ]  # fmt: skip
-    return plain_numbers(reckon(requests, ASSUMED).model_dump())
+    return reckon(requests, ASSUMED)
 
 
 def test_the_case_is_the_one_that_misled() -> None:
-    change, test = row(4)["student_minus_base"], row(4)["student_minus_base"]["mcnemar"]
-    ends = [round(100 * change[key], 1) for key in ("mean", "low", "high")]
-    assert ends == [68.8, 48.9, 88.6] and test["p"] == pytest.approx(0.125)
+    change = row(4).student_minus_base
+    ends = [round(100 * (end or 0), 1) for end in (change.mean, change.low, change.high)]
+    assert ends == [68.8, 48.9, 88.6]
+    assert change.mcnemar and change.mcnemar.p == pytest.approx(0.125)
 
 
 @pytest.mark.parametrize("documents", [4, 24])
 def test_the_sentence_and_the_table_say_the_same(documents: int) -> None:
     overall = row(documents)
-    card = {"overall": overall, "environment": {"settings": {"confidence": 0.95}}}
-    sentence, cells = headline.quality(card), tables.quality_row("sums", overall)
+    sentence, cells = (
+        headline.quality(Scorecard(overall=overall)),
+        tables.quality_row("sums", overall),
+    )
     if documents == 4:
         assert "training helped" not in sentence.replace("whether training helped is undecided", "")
         assert "16 items of 4 documents are too few" in sentence
         assert "interval +" not in sentence, "no interval that claims more than the sentence"
         assert cells[-2] == "+68.8 (undecided)" and cells[-3].endswith("(undecided)")
-        assert overall["student_minus_base"]["non_inferiority"]["verdict"] == "undecided"
+        claim = overall.student_minus_base.non_inferiority
+        assert claim and claim.verdict == "undecided"
     else:
         assert "; training helped." in sentence and "interval +" in sentence
         assert "[+" in cells[-2]
 
 
 def test_no_gap_is_given_where_it_is_undecided_that_there_is_one() -> None:
-    assert row(24)["gap_recovered"]["value"] == pytest.approx(11 / 16)
-    gap = row(4)["gap_recovered"]
-    assert gap["value"] is None and "4 documents are too few" in gap["reason"]
+    assert row(24).gap_recovered.value == pytest.approx(11 / 16)
+    gap = row(4).gap_recovered
+    assert gap.value is None and "4 documents are too few" in (gap.reason or "")
 
 
 def test_few_documents_save_nothing_for_sure_and_are_never_paid_back() -> None:
     few, many = savings(4), savings(24)
-    assert "save $" in in_short(many, 0.95) and "paid back after" in in_short(many, 0.95)
+    assert "saves $" in in_short(many, 0.95) and "paid back after" in in_short(many, 0.95)
     said = " ".join([in_short(few, 0.95), *statement(few, 0.95)])
-    assert "save $" not in said and "4 documents are too few" in said
+    assert "saves $" not in said and "4 documents are too few" in said
     assert "No break-even is stated" in said and "a month" not in said.partition("Rented")[0]
-    assert all(r[3] == "–" for r in surplus_rows(few)[1])
-    assert all("[" not in r[1] or "[−" in r[1] for r in surplus_rows(few)[1])
+    assert all(r[3] == "–" for r in saving_rows(few)[1])
+    assert all("[" not in r[1] or "[−" in r[1] for r in saving_rows(few)[1])
 
 
 def test_the_gate_says_that_a_student_measured_worse_but_undecided() -> None:
-    change = row(4)["student_minus_base"]
-    turned = {**change, "mean": -change["mean"], "low": -change["high"], "high": -change["low"]}
-    (finding,) = evidence({"overall": {**row(4), "student_minus_base": turned}})
+    low, high = row(4).student_minus_base.low, row(4).student_minus_base.high
+    turned = Difference(mean=-11 / 16, low=-(high or 0), high=-(low or 0))
+
+    def card(documents: int) -> Scorecard:
+        overall = row(documents).model_copy(update={"student_minus_base": turned})
+        return Scorecard(overall=overall)
+
+    (finding,) = evidence(card(4))
     assert "undecided: 16 items of 4 documents" in finding.what
-    (finding,) = evidence(
-        {"overall": {**row(24), "student_minus_base": {**turned, "mcnemar": None}}}
-    )
+    (finding,) = evidence(card(24))
     assert finding.what.startswith("is worse than its base")
-    assert not evidence({"overall": row(4)})
+    assert not evidence(Scorecard(overall=row(4)))

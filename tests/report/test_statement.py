@@ -7,27 +7,28 @@ import pytest
 
 from distill.economics.costs import Tariff
 from distill.economics.savings import NEEDS_ANSWER, Assumptions, economics
-from distill.formatting import money, plain_numbers
+from distill.evaluation.scorecard import Costs, Difference, TeacherPrice
+from distill.formatting import money
 from distill.report.statement import (
+    saving_rows,
     sensitivity_rows,
     statement,
-    surplus_rows,
-    token_rows,
     whole_requests,
 )
+from distill.report.tables import token_rows
 from tests.economics.test_savings import ASSUMED, CERTAINTY, MACHINE, SIXTEEN, asked, reckon
 
 
 def said(requests: Any, assumed: Assumptions = ASSUMED) -> str:
-    found = plain_numbers(reckon(requests, assumed).model_dump())
+    found = reckon(requests, assumed)
     return "\n".join(statement(found, 0.95)).replace("\u00a0", " ")
 
 
 def test_the_statement_says_share_surplus_break_even_and_assumptions() -> None:
     text = said(SIXTEEN)
     assert "can take 80 % of 20 held-out requests (95 % interval" in text and "valid json" in text
-    assert "1,000 requests, $1.00 at x's list price, save $0.70 (95 % interval $0." in text
-    assert "With 10,000 requests a month: $7.00 [" in text
+    assert "saves $0.70 per 1,000 requests, of $1.00 at x's list price (95 % interval $0." in text
+    assert "10,000 requests a month save $7.00 [" in text
     assert "cost $3.20 of machine time and tokens" in text
     assert "after 4,572 requests (" in text and "13.7" not in text, "days are said in hours"
     assert "a machine that works 50 % of its paid time" in text
@@ -36,22 +37,24 @@ def test_the_statement_says_share_surplus_break_even_and_assumptions() -> None:
 
 
 def test_a_price_of_another_model_is_called_hypothetical() -> None:
-    named = {"name": "giant", "hypothetical": True, "answers_dollars": Decimal(2)}
-    found = economics(SIXTEEN, ASSUMED, quality={}, compared_with=named, certainty=CERTAINTY)
-    text = "\n".join(statement(plain_numbers(found.model_dump()), 0.95))
+    named = TeacherPrice(name="giant", hypothetical=True, answers_dollars=Decimal(2))
+    found = economics(
+        SIXTEEN, ASSUMED, quality=Difference(), compared_with=named, certainty=CERTAINTY
+    )
+    text = "\n".join(statement(found, 0.95))
     assert "This is hypothetical" in text and "are not giant's" in text
     assert "$2.00 of it what the teacher's answers would have cost" in text
 
 
 def test_what_costs_more_is_said_to_cost_more() -> None:
     text = said(SIXTEEN, ASSUMED._replace(student=Tariff(MACHINE, Decimal("0.01"))))
-    assert "save nothing: they cost $4.20 more (saved: 95 % interval −$4." in text
+    assert "saves nothing: it costs $4.20 more per 1,000 requests" in text
     assert "No break-even is stated: nothing is saved" in text
 
 
 def test_where_the_interval_holds_nothing_no_saving_is_claimed() -> None:
     text = said(SIXTEEN, ASSUMED._replace(student=Tariff(MACHINE, Decimal("0.5") / 7)))
-    assert "undecided: the interval includes 0" in text and " save $" not in text
+    assert "undecided: the interval includes 0" in text and " saves $" not in text
     assert "No break-even is stated: it may never be paid back: the interval includes 0" in text
 
 
@@ -69,40 +72,39 @@ def test_what_is_not_known_is_said(requests: Any, words: str) -> None:
 
 
 def test_replacing_all_says_what_it_does_to_quality() -> None:
-    named = {"name": "x", "hypothetical": False, "answers_dollars": None}
+    named = TeacherPrice(name="x")
     untested = asked([None] * 20, test=None, when_served=False)
     for quality, words in (
         ({"mean": -0.05, "low": -0.1, "high": 0.0}, "−5.0 percentage points"),
         ({"mean": None, "reason": "no checker"}, "not known (no checker)"),
     ):
-        found = economics(untested, ASSUMED, CERTAINTY, named, quality)
-        text = "\n".join(statement(plain_numbers(found.model_dump()), 0.95))
+        found = economics(untested, ASSUMED, CERTAINTY, named, Difference(**quality))
+        text = "\n".join(statement(found, 0.95))
         assert "good or not" in text and words in text
 
 
 def test_a_test_that_needs_the_answer_is_no_way_to_try_first() -> None:
     text = said(asked([True] * 20, test="correct", when_served=False))
-    assert f"What trying the student first would save is not stated: {NEEDS_ANSWER}." in text
+    assert f"What a cascade would save is not stated: {NEEDS_ANSWER}." in text
     assert "good or not" in text and "good or not" not in said(SIXTEEN)
 
 
 def test_an_unknown_price_is_a_reason_and_dashes() -> None:
     unpriced = ASSUMED._replace(teacher=Tariff(None, why="no row of x"))
     text = said(SIXTEEN, unpriced)
-    assert "what that saves is not known: no row of x." in text
-    found = plain_numbers(reckon(SIXTEEN, unpriced).model_dump())
-    assert all(cell == "–" for row in surplus_rows(found)[1] for cell in row[1:])
+    assert "what it saves is not known: no row of x." in text
+    found = reckon(SIXTEEN, unpriced)
+    assert all(cell == "–" for row in saving_rows(found)[1] for cell in row[1:])
 
 
 def test_tables_have_a_row_for_each_way_and_case() -> None:
-    found = plain_numbers(reckon(SIXTEEN).model_dump())
-    head, rows = surplus_rows(found)
+    found = reckon(SIXTEEN)
+    head, rows = saving_rows(found)
     assert [len(row) for row in rows] == [len(head)] * 3 and "upper bound" in rows[2][0]
     head, rows = sensitivity_rows(found)
-    assert [len(row) for row in rows] == [len(head)] * len(found["sensitivity"])
+    assert [len(row) for row in rows] == [len(head)] * len(found.sensitivity)
     assert rows[-1][3].startswith("−$25.12 [−$25.")
-    none = {"one_at_a_time": None, "per_million": None, "input_tokens": None}
-    head, rows = token_rows({"teacher": none, "base": none, "student": none})
+    head, rows = token_rows(Costs())
     assert [len(row) for row in rows] == [len(head)] * 3 and set(rows[0][1:]) == {"–"}
 
 
