@@ -187,9 +187,10 @@ def different_figures(old: Any, new: Any, path: str = "") -> Iterator[str]:
             yield path
         for number, pair in enumerate(zip(old, new, strict=False)):
             yield from different_figures(*pair, f"{path}.{number}")
-    elif isinstance(old, int | float) and isinstance(new, int | float):
-        if f"{old:.6g}" != f"{new:.6g}":  # more digits were written once
-            yield path
+    elif not (isinstance(old, int | float) and isinstance(new, int | float)):
+        return
+    elif f"{old:.6g}" != f"{new:.6g}":  # more digits were written once
+        yield path
 
 
 def first_difference(old: Path, new: Path) -> str:
