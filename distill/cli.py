@@ -278,8 +278,8 @@ def show_verified(
     if as_json:
         print(json.dumps(verify.as_facts(folder, checks), indent=2))
     else:
-        Console(soft_wrap=True).print(verify.shown(folder, checks), markup=False)
-    verify.require_whole(folder, checks)
+        Console(soft_wrap=True).print(verify.show(folder, checks), markup=False)
+    verify.require_intact(folder, checks)
 
 
 @app.command(rich_help_panel=LOOK)

@@ -20,17 +20,25 @@ from distill.evaluation.items import held_out_items
 from distill.evaluation.measure import measure
 from distill.evaluation.overlap import find_leaks
 from distill.evaluation.suite_scores import read_suites
-from distill.evaluation.suites import Suite
-from distill.evidence import APART, CONFIG, LEDGER, MANIFEST, Check, Evidence, check_files, verdict
 from distill.formatting import table
 from distill.models.registry import folder_digest
 from distill.pipeline import STAGES
-from distill.records import Item, Response
+from distill.records import Response
 from distill.report import report
 from distill.responders.ask import readings
 from distill.responders.endpoint.budget import replies
 from distill.responders.responder import Request, Sampling
 from distill.storage.environment import environment
+from distill.storage.evidence import (
+    APART,
+    CONFIG,
+    LEDGER,
+    MANIFEST,
+    Check,
+    Evidence,
+    check_files,
+    verdict,
+)
 from distill.storage.files import read_json, read_records, sha256_file
 from distill.storage.log import Log
 from distill.storage.run_folder import SEAL, Run, open_folder
@@ -40,10 +48,8 @@ from distill.tasks.task import tasks_of_run
 
 MEASURED = ("scores/", "requests.jsonl", "evaluation.json")
 REPORTED = ("scorecard.json", "scorecard.md", "report.html")
-WORDED = (
-    "scorecard.md",
-    "report.html",
-)  # from scorecard.json and samples, in words that may change
+# From scorecard.json and samples, in words that may change
+WORDED = ("scorecard.md", "report.html")
 # what is made again depends on none of these
 NOT_READ = ("adapter/", "checkpoints/", "merged/", "release/", "refined/round-")
 NOT_READ += ("refined/adapter/", "refined/merged/")
@@ -58,20 +64,15 @@ def verify(folder: Path) -> list[Check]:
         raise DistillError(Exit.STATE, folder, "has no report to verify", fix)
     evidence = Evidence(folder, STAGES)
     checks = list(check_files(evidence))
-    bad = [c.what for c in checks if c.state != "same" and _is_read(c.what)]
+    unread = (*NOT_READ, *MEASURED, *REPORTED)  # which nothing that is made again depends on
+    bad = [c.what for c in checks if c.state != "same" and not c.what.startswith(unread)]
     if bad:
         why = f"{bad[0]} is not what was recorded"
         skipped = Check("again", "scores, scorecard and report", "skipped", why)
-        found = (
-            () if CONFIG in bad else _stored(evidence)
-        )  # which names the line of a damaged answer
-        return [*checks, skipped, *found]
+        # the comparison with the store names the line of a damaged answer
+        stored = () if CONFIG in bad else _stored(evidence)
+        return [*checks, skipped, *stored]
     return [*checks, *_again(evidence), *_together(evidence)]
-
-
-def _is_read(name: str) -> bool:
-    """Tell whether what is made again, or held together, depends on a file."""
-    return not name.startswith((*NOT_READ, *MEASURED, *REPORTED))
 
 
 def _again(evidence: Evidence) -> Iterator[Check]:
@@ -99,9 +100,9 @@ def _code(evidence: Evidence) -> Iterator[Check]:
     """Say where another distill than this one measured or reported: its results may rightly differ."""
     here = environment()
     for stage in ("evaluate", "report"):
-        made = evidence.manifest.get("stages", {}).get(stage, {}).get("environment", {})
-        if made.get("code_sha256") != here["code_sha256"]:
-            before, now = (f"{e.get('distill')} {e.get('revision')}" for e in (made, here))
+        there = evidence.manifest.get("stages", {}).get(stage, {}).get("environment", {})
+        if there.get("code_sha256") != here["code_sha256"]:
+            before, now = (f"{e.get('distill')} {e.get('revision')}" for e in (there, here))
             why = f"made by distill {before}, this is {now}: other code may give other bytes"
             yield Check("again", f"the code of {stage}", "skipped", why)
 
@@ -126,28 +127,25 @@ def _scratch(evidence: Evidence, place: Path) -> Iterator[Run]:
 def _field(path: Path, *keys: str) -> Any:
     """Return a value of a JSON file; None where the file or the value is not there."""
     try:
-        found = read_json(path)
+        value = read_json(path)
     except DistillError:
         return None
     for key in keys:
-        found = found.get(key) if isinstance(found, dict) else None
-    return found
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def _measure_again(run: Run) -> bool:
     """Measure the stored answers; False where that needs programs to run, and nobody allowed it."""
     suites, (_, items) = read_suites(run.path("answers/suites.json")), held_out_items(run)
-    if allowed() == "no" and _runs_programs(run, items, suites):
-        return False
-    measure(run.config, run, suites, find_leaks(run, items, suites))
-    return True
-
-
-def _runs_programs(run: Run, items: Sequence[Item], suites: Sequence[Suite]) -> bool:
     find = tasks_of_run(run.folder)
     tasks = [find(name) for name in {item.task for item in items}]
     tasks += [part.task for suite in suites for part in suite.parts]
-    return any(t and t.checker and t.checker["kind"] in RUNS_CODE for t in tasks)
+    programs = any(t and t.checker and t.checker["kind"] in RUNS_CODE for t in tasks)
+    if programs and allowed() == "no":
+        return False
+    measure(run.config, run, suites, find_leaks(run, items, suites))
+    return True
 
 
 def _sources(manifest: dict[str, Any], other_code: bool) -> Any:
@@ -205,21 +203,21 @@ def first_difference(old: Path, new: Path) -> str:
 def _together(evidence: Evidence) -> Iterator[Check]:
     """Look whether the store, the adapter and the release belong to what was evaluated."""
     yield from _stored(evidence)
-    told = _field(evidence.folder / "answers/models.json", "student") or {}
+    student = _field(evidence.folder / "answers/models.json", "student") or {}
     last = "refined/" if f"refined/{WEIGHTS}" in evidence.hashes else ""
     for name, keys in {
         f"{last}training.json": ("adapter_sha256",),
         "scorecard.json": ("models", "student", "adapter_sha256"),
     }.items():
-        same = _field(evidence.folder / name, *keys) == told.get("adapter_sha256")
+        same = _field(evidence.folder / name, *keys) == student.get("adapter_sha256")
         yield verdict("together", f"adapter of {name}", same, "is not the evaluated one")
-    same = evidence.hashes.get(f"{last}{WEIGHTS}") == told.get("adapter_sha256")
+    same = evidence.hashes.get(f"{last}{WEIGHTS}") == student.get("adapter_sha256")
     yield verdict("together", f"{last}{WEIGHTS}", same, "is not the evaluated one")
-    if evaluated := told.get("model_sha256"):
+    if evaluated := student.get("model_sha256"):
         same = _model(evidence.folder / f"{last}merged") == evaluated
         yield verdict("together", f"{last}merged", same, "is not the evaluated model")
     if (evidence.folder / "release").is_dir():
-        yield from _release(evidence, told)
+        yield from _release(evidence, student)
 
 
 def _stored(evidence: Evidence) -> Iterator[Check]:
@@ -232,17 +230,13 @@ def _stored(evidence: Evidence) -> Iterator[Check]:
     try:
         with Log(store, writable=False) as log:
             for name in evidence.hashes:
-                if _holds_answers(name):
+                # the teacher's answers, and what an evaluation asked
+                parts = set(name.split("/"))
+                asking = name.startswith("answers/") and name.endswith(".jsonl")
+                if name == "responses.jsonl" or (asking and not {"readings", "judge"} & parts):
                     yield _answers(log, folder, name)
     except DistillError as error:
         yield Check("store", error.where, "differs", error.what)
-
-
-def _holds_answers(name: str) -> bool:
-    """Tell whether a file of the run holds answers of models: the teacher's, and what an evaluation asked."""
-    parts = name.split("/")
-    asked = parts[0] == "answers" and not {"readings", "judge"} & set(parts)
-    return name == "responses.jsonl" or (asked and name.endswith(".jsonl"))
 
 
 def _answers(log: Log, folder: Path, name: str) -> Check:
@@ -284,32 +278,26 @@ def _as_it_came(log: Log, response: Response) -> bool:
     return False
 
 
-def _release(evidence: Evidence, told: dict[str, Any]) -> Iterator[Check]:
+def _release(evidence: Evidence, student: dict[str, Any]) -> Iterator[Check]:
     """Hold the release against what was recorded of it, and against what was evaluated."""
     folder, release = evidence.folder, evidence.folder / "release"
     for name in evidence.manifest.get("release", {"release/README.md": None}):
         yield evidence.compared("release", name)
-    found = _hash(release / WEIGHTS)
-    yield verdict(
-        "release", "its adapter", found == told["adapter_sha256"], "not the evaluated one"
-    )
+    same = _hash(release / WEIGHTS) == student["adapter_sha256"]
+    yield verdict("release", "its adapter", same, "not the evaluated one")
     for name in ("scorecard.json", "report.html"):
         same = _hash(release / name) == _hash(folder / name)
         yield verdict("release", f"its {name}", same, "is not the run's: publish again")
-    yield _merged(release, told)
+    if evaluated := student.get("model_sha256"):
+        same = _model(release) == evaluated
+        yield verdict("release", "its model", same, "evaluated and released model differ")
+    else:
+        why = "evaluated was the adapter, with which it was compared when it was published"
+        yield Check("release", "its model", "skipped", why)
 
 
 def _hash(path: Path) -> str | None:
     return sha256_file(path) if path.is_file() else None
-
-
-def _merged(release: Path, told: dict[str, Any]) -> Check:
-    """Compare the released model with the one that was evaluated."""
-    if evaluated := told.get("model_sha256"):
-        same = _model(release) == evaluated
-        return verdict("release", "its model", same, "evaluated and released model differ")
-    why = "evaluated was the adapter, with which it was compared when it was published"
-    return Check("release", "its model", "skipped", why)
 
 
 def _model(folder: Path) -> str | None:
@@ -317,12 +305,7 @@ def _model(folder: Path) -> str | None:
     return folder_digest(folder) if (folder / "config.json").is_file() else None
 
 
-def is_whole(checks: Sequence[Check]) -> bool:
-    """Tell whether nothing differs and nothing is missing."""
-    return all(check.state in ("same", "skipped") for check in checks)
-
-
-def shown(folder: Path, checks: Sequence[Check]) -> Group:
+def show(folder: Path, checks: Sequence[Check]) -> Group:
     """Return a row for each kind of check that found nothing, a row for each thing it found, and what nobody watches."""
     rows = table(f"{folder}", "what", "state", "where")
     for kind in dict.fromkeys(check.kind for check in checks):
@@ -335,8 +318,8 @@ def shown(folder: Path, checks: Sequence[Check]) -> Group:
                 rows.add_row(check.what, check.state, check.where)
     evidence = Evidence(folder, STAGES)
     free = [name for name in evidence.outside() if name.split("/")[0] not in APART]
-    told = [f"outside the evidence: {', '.join(free)}"] if free else []
-    return Group(rows, *told, f"seal: {evidence.manifest.get(SEAL)}")
+    outside = [f"outside the evidence: {', '.join(free)}"] if free else []
+    return Group(rows, *outside, f"seal: {evidence.manifest.get(SEAL)}")
 
 
 TITLES = {
@@ -354,13 +337,13 @@ def as_facts(folder: Path, checks: Sequence[Check]) -> dict[str, Any]:
     return {
         "run": folder.name,
         "seal": evidence.manifest.get(SEAL),
-        "whole": is_whole(checks),
+        "whole": all(check.state in ("same", "skipped") for check in checks),
         "checks": [check._asdict() for check in checks],
         "outside": evidence.outside(),
     }
 
 
-def require_whole(folder: Path, checks: Sequence[Check]) -> None:
+def require_intact(folder: Path, checks: Sequence[Check]) -> None:
     """Raise DistillError (exit 8) with the first thing that differs or is missing."""
     bad = [check for check in checks if check.state not in ("same", "skipped")]
     if bad:

@@ -36,8 +36,7 @@ LAYERS = (
     ("publishing",),
     ("pipeline",),
     ("planning",),
-    ("status", "evidence"),
-    ("verify",),
+    ("status", "verify"),
     ("cli",),
     ("launch", "__main__"),
 )

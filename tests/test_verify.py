@@ -18,11 +18,11 @@ from distill import verify
 from distill.cli import main
 from distill.errors import DistillError, Exit
 from distill.evaluation.scorecard import Scorecard
-from distill.evidence import Check, Evidence
 from distill.models.registry import folder_digest
 from distill.pipeline import STAGES
 from distill.report.sources import SOURCES
 from distill.responders import prices
+from distill.storage.evidence import Check, Evidence
 from distill.storage.files import read_json, sha256_file, sha256_files, write_json
 from distill.storage.run_folder import open_folder, sealed
 from tests.evaluation.test_suites import make_suite

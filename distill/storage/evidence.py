@@ -16,13 +16,10 @@ from distill.records import LedgerEntry
 from distill.storage.files import read_json, sha256_file
 from distill.storage.run_folder import SEAL, Stage, sealed
 
-State = Literal["same", "differs", "missing", "skipped"]
+CheckState = Literal["same", "differs", "missing", "skipped"]
 MANIFEST, CONFIG, LEDGER = "manifest.json", "config.json", "ledger.jsonl"
-APART = (
-    ".lock",
-    ".old",
-    ".release",
-)  # a lock, what --redo set aside, a release that was not finished
+# A lock, what --redo set aside, a release that was not finished
+APART = (".lock", ".old", ".release")
 
 
 class Check(NamedTuple):
@@ -30,7 +27,7 @@ class Check(NamedTuple):
 
     kind: str
     what: str
-    state: State
+    state: CheckState
     where: str = ""
 
 
@@ -49,21 +46,21 @@ class Evidence:
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
-            found = read_json(self.folder / name)
+            tree = read_json(self.folder / name)
         except DistillError:
             return {}
-        return found if isinstance(found, dict) else {}
+        return tree if isinstance(tree, dict) else {}
 
     @cached_property
     def hashes(self) -> dict[str, str | None]:
         """Return the hash that was recorded of every file; None where a file should have one."""
-        found: dict[str, str | None] = {CONFIG: self.manifest.get("config_sha256")}
-        for name, made in self.markers.items():
-            noted = self.manifest.get("stages", {}).get(name, {})
-            found |= {_marker(name): noted.get("marker"), **made.get("outputs", {})}
+        hashes: dict[str, str | None] = {CONFIG: self.manifest.get("config_sha256")}
+        for name, marker in self.markers.items():
+            facts = self.manifest.get("stages", {}).get(name, {})
+            hashes |= {_marker(name): facts.get("marker"), **marker.get("outputs", {})}
         for files in self.manifest.get("sources", {}).get("external", {}).values():
-            found |= files
-        return found | self.manifest.get("release", {})
+            hashes |= files
+        return hashes | self.manifest.get("release", {})
 
     def compared(self, kind: str, name: str) -> Check:
         """Hold one file against the hash that was recorded of it."""
@@ -90,9 +87,9 @@ class Evidence:
 
     def outside(self) -> list[str]:
         """Return the run's files that nothing was recorded of, so that a change in them is not seen."""
-        known = {MANIFEST, LEDGER, *self.hashes}
+        recorded = {MANIFEST, LEDGER, *self.hashes}
         files = [p.relative_to(self.folder) for p in self.folder.rglob("*") if p.is_file()]
-        return sorted(f.as_posix() for f in files if f.as_posix() not in known)
+        return sorted(f.as_posix() for f in files if f.as_posix() not in recorded)
 
 
 def _marker(stage: str) -> str:
@@ -106,7 +103,13 @@ def verdict(kind: str, what: str, same: bool, where: str = "not as recorded") ->
 
 def check_files(evidence: Evidence) -> Iterator[Check]:
     """Hold manifest, config, markers, outputs and ledger against what was recorded of them."""
-    yield _seal(evidence)
+    path = evidence.folder / MANIFEST
+    if not path.is_file():
+        yield Check("run", MANIFEST, "missing", "the file is not there")
+    else:
+        facts = {key: value for key, value in evidence.manifest.items() if key != SEAL}
+        intact = path.read_bytes() == sealed(facts).encode()
+        yield verdict("run", MANIFEST, intact, "not as sealed")
     yield evidence.compared("run", CONFIG)
     for stage in evidence.stages:
         yield evidence.compared(stage.name, _marker(stage.name))
@@ -115,26 +118,17 @@ def check_files(evidence: Evidence) -> Iterator[Check]:
         yield from (evidence.compared(kind, name) for name in files)
 
 
-def _seal(evidence: Evidence) -> Check:
-    """Hold the manifest's bytes against its seal."""
-    path = evidence.folder / MANIFEST
-    if not path.is_file():
-        return Check("run", MANIFEST, "missing", "the file is not there")
-    facts = {key: value for key, value in evidence.manifest.items() if key != SEAL}
-    return verdict("run", MANIFEST, path.read_bytes() == sealed(facts).encode(), "not as sealed")
-
-
 def _stage(evidence: Evidence, stage: Stage) -> Iterator[Check]:
     """Hold a stage's outputs and the ledger against its marker, and what it read against what was written."""
-    made = evidence.markers[stage.name]
-    if not made.get("outputs"):
+    marker = evidence.markers[stage.name]
+    if not marker.get("outputs"):
         yield Check(stage.name, stage.name, "missing", "no finished stage says what it wrote")
         return
-    for name in made["outputs"]:
+    for name in marker["outputs"]:
         yield evidence.compared(stage.name, name)
     for name in stage.inputs:
-        read, wrote = made.get("fingerprint", {}).get(f"file {name}"), evidence.hashes.get(name)
+        read, wrote = marker.get("fingerprint", {}).get(f"file {name}"), evidence.hashes.get(name)
         if read != wrote:
             yield Check(stage.name, name, "differs", f"{stage.name} read another file of that name")
     ledger = hashlib.sha256(evidence.ledger_at(stage.name, after=True) or b"").hexdigest()
-    yield verdict(stage.name, f"{LEDGER} up to {stage.name}", ledger == made.get("ledger"))
+    yield verdict(stage.name, f"{LEDGER} up to {stage.name}", ledger == marker.get("ledger"))
