@@ -49,14 +49,14 @@ class TeacherCost(Record):
     notes: tuple[str, ...] = ()
 
 
-class Left(NamedTuple):
+class Unanswered(NamedTuple):
     """Requests of a kind that are left: how many, bytes of a question, cap; how many are stored, and those that were read."""
 
     count: float
     size: float
     cap: int
     stored: int = 0
-    known: Sequence[Response] = ()
+    responses: Sequence[Response] = ()
 
 
 def teacher_cost(config: Config, work: Work, origin: str | None = None) -> TeacherCost | None:
@@ -75,14 +75,14 @@ def teacher_cost(config: Config, work: Work, origin: str | None = None) -> Teach
         with Log(config.store_folder() / "responses", writable=False) as log:
             kinds = _by_request(config, work, origin, log)
             spent = account(log, price, config.name, teacher.model)
-    count = asked = output = capped = answer = 0.0
+    count = sent = output = capped = answer = 0.0
     most = None if price is None or "max_tokens" in teacher.omit else Decimal(0)
     for kind in kinds:
-        own = [response.usage.output_tokens for response in kind.known]
-        mean = sum(own) / len(own) if own else ANSWER * kind.cap
+        lengths = [response.usage.output_tokens for response in kind.responses]
+        mean = sum(lengths) / len(lengths) if lengths else ANSWER * kind.cap
         answer = answer or mean  # the answers come first, then the writing of questions
         count += kind.count
-        asked += kind.count * work.teacher.tokens_of(kind.size)
+        sent += kind.count * work.teacher.tokens_of(kind.size)
         output += kind.count * mean
         capped += kind.count * kind.cap
         if most is not None:
@@ -90,21 +90,21 @@ def teacher_cost(config: Config, work: Work, origin: str | None = None) -> Teach
             most += (each or 0) * ceil(kind.count)
     expected, settled = None, spent.attempts - spent.unknown
     if price:
-        expected = ceil(asked) * price.dollars_per_million_input
+        expected = ceil(sent) * price.dollars_per_million_input
         expected = (expected + ceil(output) * price.dollars_per_million_output) / MILLION
     elif settled and not spent.unpriced:  # the server states what answers cost
         expected = spent.settled * ceil(count) / settled
-    known = [response for kind in kinds for response in kind.known]
+    responses = [response for kind in kinds for response in kind.responses]
     seconds = None if count else 0.0
-    if paid and known:  # as fast as those before came, and as the limits of the rate allow
-        pace = sum(response.usage.seconds for response in known) / len(known)
+    if paid and responses:  # as fast as those before came, and as the limits of the rate allow
+        pace = sum(response.usage.seconds for response in responses) / len(responses)
         by_count = 60 * count / (teacher.requests_per_minute or float("inf"))
-        by_tokens = 60 * (asked + capped) / (teacher.tokens_per_minute or float("inf"))
+        by_tokens = 60 * (sent + capped) / (teacher.tokens_per_minute or float("inf"))
         seconds = max(pace * count, by_count, by_tokens)
-    found = TeacherCost(
+    cost = TeacherCost(
         requests=ceil(count),
         stored=sum(kind.stored for kind in kinds),
-        input_tokens=ceil(asked),
+        input_tokens=ceil(sent),
         output_tokens=ceil(output),
         output_tokens_most=ceil(capped),
         answer_tokens=answer,
@@ -114,62 +114,62 @@ def teacher_cost(config: Config, work: Work, origin: str | None = None) -> Teach
         paid_perhaps=spent.unknown_most,
         seconds=seconds,
     )
-    return found.model_copy(update={"notes": tuple(_notes(config, found, known, price))})
+    return cost.model_copy(update={"notes": tuple(_notes(config, cost, responses, price))})
 
 
-def _by_size(config: Config, work: Work) -> list[Left]:
+def _by_size(config: Config, work: Work) -> list[Unanswered]:
     """Return the answers, and the writing of questions, from the number and size of prompts alone."""
     teacher, questions, size = config.teacher, config.prompts.questions, work.teacher.bytes
-    count = work.asked + work.prompts["train"] * (teacher.n - 1)
-    answers = Left(count, size, teacher.max_new_tokens)
+    count = work.all_prompts + work.prompts["train"] * (teacher.n - 1)
+    answers = Unanswered(count, size, teacher.max_new_tokens)
     if questions is None:
         return [answers]
     asking = work.documents * len(shares(questions.kinds, questions.per_document))
-    return [answers, Left(asking, size, questions.max_new_tokens)]
+    return [answers, Unanswered(asking, size, questions.max_new_tokens)]
 
 
-def _by_request(config: Config, work: Work, origin: str, log: Log) -> list[Left]:
+def _by_request(config: Config, work: Work, origin: str, log: Log) -> list[Unanswered]:
     """Return the answers, and the writing of questions, from the requests that the store lacks."""
     (documents, prompts), settings = work.texts or ((), ()), config.prompts.questions
 
     def stored(request: Request) -> bool:
         return ("response", Response.make_id(request.key, request.sample)) in log
 
-    def left(requests: Sequence[Request], cap: int, to_come: float = 0.0) -> Left:
+    def unanswered(requests: Sequence[Request], cap: int, to_come: float = 0.0) -> Unanswered:
         missing = [request for request in requests if not stored(request)]
         answered = [request for request in requests if stored(request)]
-        known = [read(log, request) for request in answered[:: -(-len(answered) // READ) or 1]]
+        sampled = [read(log, request) for request in answered[:: -(-len(answered) // READ) or 1]]
         size = mean_bytes([request.messages for request in missing]) or work.teacher.bytes
-        return Left(len(missing) + to_come, size, cap, len(answered), known)
+        return Unanswered(len(missing) + to_come, size, cap, len(answered), sampled)
 
-    written, asking, to_come = list(prompts), list[Request](), 0.0
+    all_prompts, asking, to_come = list(prompts), list[Request](), 0.0
     if settings:
-        came, waiting = list[int](), 0
+        counts, waiting = list[int](), 0
         for document in documents:
             requests = asking_requests(settings, origin, document)
             asking += requests
             if all(map(stored, requests)):
                 replies = [read(log, request) for request in requests]
-                came.append(len(new := written_prompts(settings, document, replies)))
-                written += new
+                counts.append(len(new := written_prompts(settings, document, replies)))
+                all_prompts += new
             else:  # each of its questions is answered n times where it is for training
                 waiting += config.teacher.n if document.split == "train" else 1
         # Of a document that is not asked yet as many questions are expected as came of the others.
-        to_come = waiting * (sum(came) / len(came) if came else settings.per_document)
-    known = {document.id: document for document in documents}
-    requests = requests_of(config, origin, written, known)
-    answers = left(requests, config.teacher.max_new_tokens, to_come)
-    return [answers, left(asking, settings.max_new_tokens)] if settings else [answers]
+        to_come = waiting * (sum(counts) / len(counts) if counts else settings.per_document)
+    by_id = {document.id: document for document in documents}
+    requests = requests_of(config, origin, all_prompts, by_id)
+    answers = unanswered(requests, config.teacher.max_new_tokens, to_come)
+    return [answers, unanswered(asking, settings.max_new_tokens)] if settings else [answers]
 
 
 def _notes(
-    config: Config, found: TeacherCost, known: Sequence[Response], price: TokenPrice | None
+    config: Config, cost: TeacherCost, responses: Sequence[Response], price: TokenPrice | None
 ) -> Iterator[str]:
     """Say what is expected on which grounds; of a paid teacher its price, what was paid, and whether the budget suffices."""
-    if known:
-        stops = Counter(response.stop for response in known).most_common()
-        told = ", ".join(f"{many} {stop}" for stop, many in stops)
-        yield f"expected from {len(known):,} stored answers, which stopped so: {told}"
+    if responses:
+        stops = Counter(response.stop for response in responses).most_common()
+        reasons = ", ".join(f"{many} {stop}" for stop, many in stops)
+        yield f"expected from {len(responses):,} stored answers, which stopped so: {reasons}"
     else:
         measured = "distill plan --pilot N asks N of them and measures"
         yield f"answers are expected to take {ANSWER:.0%} of their cap; {measured}"
@@ -179,18 +179,18 @@ def _notes(
         rates = (price.dollars_per_million_input, price.dollars_per_million_output)
         yield f"${rates[0]} in, ${rates[1]} out a million tokens ({price.date}, {price.source})"
     limit = config.teacher.budget_dollars
-    if found.dollars is None:
+    if cost.dollars is None:
         why = load_prices(config.evaluation.prices).why_no_teacher(config.teacher.model)
         stop = f"; with the limit of ${limit} a run stops (exit 6)" if limit is not None else ""
         yield f"cost unknown: {why}{stop}"
         return
-    perhaps = f" and perhaps {money(found.paid_perhaps, up=True)}" if found.paid_perhaps else ""
-    whole = money(found.paid + found.dollars, up=True)
-    yield f"paid so far {money(found.paid, up=True)}{perhaps}; the whole run {whole}, retries apart"
+    perhaps = f" and perhaps {money(cost.paid_perhaps, up=True)}" if cost.paid_perhaps else ""
+    total = money(cost.paid + cost.dollars, up=True)
+    yield f"paid so far {money(cost.paid, up=True)}{perhaps}; the whole run {total}, retries apart"
     if limit is None:
         yield "no limit: teacher.budget_dollars is not set"
         return
-    left, most = limit - found.paid - found.paid_perhaps, found.dollars_most
-    word = "is expected to suffice" if found.dollars <= left else "does not suffice"
-    word = "suffices" if most is not None and most <= left else word
+    remaining, most = limit - cost.paid - cost.paid_perhaps, cost.dollars_most
+    word = "is expected to suffice" if cost.dollars <= remaining else "does not suffice"
+    word = "suffices" if most is not None and most <= remaining else word
     yield f"limit ${limit}, beyond which nothing is asked: {word}"

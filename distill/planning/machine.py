@@ -89,7 +89,9 @@ def find_machine(priced: str | None, *dtypes: str) -> Machine:
             source=f"evaluation.machine, {row['tflops']} TFLOP/s by {row['source']}",
         )
     rates = facts.get("rates", {})
-    told = dict.fromkeys(f"{rate / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, rate in rates.values())
+    speeds = dict.fromkeys(
+        f"{rate / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, rate in rates.values()
+    )
     like = (row["gigabytes_per_second"] * 1e9 for row in devices() if row["match"] in name)
     return Machine(
         name=name,
@@ -97,7 +99,7 @@ def find_machine(priced: str | None, *dtypes: str) -> Machine:
         rates=rates,
         bandwidth=next(like, BANDWIDTH[kind]),
         memory=facts.get("memory"),
-        source=f"{', '.join(told)}, measured now" if told else "its rate could not be measured",
+        source=f"{', '.join(speeds)}, measured now" if speeds else "its rate could not be measured",
     )
 
 

@@ -54,14 +54,14 @@ def pilot(run: Run, count: int) -> str:
                     new = written_prompts(settings, document, islice(replies, len(requests)))
                     prompts += new
             requests = requests_of(config, teacher.origin, prompts, documents)
-            answered += len(ask.responses(chosen(requests, count - answered), "pilot"))
+            answered += len(ask.responses(choose_requests(requests, count - answered), "pilot"))
         say(f"pilot: {answered} answers in the store, {ask.count} of them asked for now")
 
     run.do(Stage("pilot", (), (), (), main))
     return origins[0]
 
 
-def chosen(requests: Iterable[Request], count: int) -> list[Request]:
+def choose_requests(requests: Iterable[Request], count: int) -> list[Request]:
     """Choose `count` requests by the hash of what is asked, and of nothing else: two teachers get the same questions."""
 
     def place(request: Request) -> str:

@@ -57,7 +57,7 @@ class StagePlan(Record):
     seconds: float | None = None
 
 
-class Plan(Record):
+class RunPlan(Record):
     """A run's plan; `seconds` are those of the stages whose time is known, `memory` and `disk` are bytes."""
 
     name: str
@@ -75,7 +75,7 @@ class Plan(Record):
     notes: tuple[str, ...]
 
 
-def make_plan(run: Run, origin: str | None = None, machine: Machine | None = None) -> Plan:
+def make_plan(run: Run, origin: str | None = None, machine: Machine | None = None) -> RunPlan:
     """Return the plan of a run on this or another machine; `origin` is its responder's, where a pilot asked it."""
     config = run.config
     machine = machine or find_machine(config.evaluation.machine, *_types(config))
@@ -94,7 +94,7 @@ def make_plan(run: Run, origin: str | None = None, machine: Machine | None = Non
     stop = [] if verdict.allowed else ["a run stops here with exit 10 until terms.basis is stated"]
     notes += [f"terms: {line}" for line in [*verdict.lines(), *stop]]
     folder = run.folder.absolute()
-    return Plan(
+    return RunPlan(
         name=config.name,
         documents=round(work.documents),
         prompts={split: round(many) for split, many in work.prompts.items()},
@@ -119,10 +119,10 @@ def _types(config: Config) -> list[str]:
 
 def shape(reference: str) -> Shape:
     """Return a model's shape; raises DistillError (exit 2) where nothing says it."""
-    if (known := registry.shape_of(reference)) is None:
+    if (model := registry.shape_of(reference)) is None:
         fix = "add it to configs/models.yaml"
         raise DistillError(Exit.CONFIG, f"model {reference}", "its shape is not known", fix)
-    return known
+    return model
 
 
 def _sum(stages: Iterable[StagePlan]) -> float:
@@ -136,13 +136,13 @@ def plan_stages(
     teacher, student, settings = config.teacher, shape(config.student.model), config.train
     dtype, lora, rows = config.student.dtype, settings.lora, list[StagePlan]()
 
-    def add(stage: str, told: str, tokens: float | None, seconds: float) -> None:
-        known = None if math.isnan(seconds) else round(seconds, 1)
-        whole = None if tokens is None else round(tokens)
-        rows.append(StagePlan(stage=stage, work=told, tokens=whole, seconds=known))
+    def add(stage: str, what: str, tokens: float | None, seconds: float) -> None:
+        known_seconds = None if math.isnan(seconds) else round(seconds, 1)
+        rounded = None if tokens is None else round(tokens)
+        rows.append(StagePlan(stage=stage, work=what, tokens=rounded, seconds=known_seconds))
 
     add("corpus", f"{count(work.documents)} documents", None, work.seconds / 2)
-    add("prompts", f"{count(work.asked)} prompts", None, work.seconds / 2)
+    add("prompts", f"{count(work.all_prompts)} prompts", None, work.seconds / 2)
     if cost is None:
         add("generate", f"answers of kind {teacher.kind}, none made", None, 0)
     else:
@@ -153,33 +153,33 @@ def plan_stages(
                 (cost.input_tokens / many, cost.output_tokens / many),
             )
             seconds = START + machine.answering(model, teacher.dtype, "generate", *each, many)
-        told = f"{cost.requests:,} answers" + f", {cost.stored:,} stored" * bool(cost.stored)
-        add("generate", told, cost.input_tokens + cost.output_tokens, seconds)
+        text = f"{cost.requests:,} answers" + f", {cost.stored:,} stored" * bool(cost.stored)
+        add("generate", text, cost.input_tokens + cost.output_tokens, seconds)
     add("filter", f"keeps about {RETAINED:.0%}", None, 1)
     prompt = work.student.tokens
     usual = work.answer_tokens or ANSWER * teacher.max_new_tokens
     answer = cost.answer_tokens if cost else usual
     samples = RETAINED * teacher.n * work.prompts["train"]
     checked = RETAINED * work.prompts["validation"]
-    read, reader = 0.0, config.soft_teacher()  # operations of a teacher that reads an answer
+    per_answer, reader = 0.0, config.soft_teacher()  # operations of a teacher that reads an answer
     if config.distributions and reader.kind == "local":
-        read = answer_flops(shape(reader.model), prompt, answer)
+        per_answer = answer_flops(shape(reader.model), prompt, answer)
     if config.captures and config.signals.from_answers:
         add("signals", f"{count(samples + checked)} answers, with their lists", None, 1)
     elif config.captures:
         texts = samples + checked
-        told, tokens = f"{count(texts)} answers, read once", texts * (prompt + answer)
-        seconds = START + machine.seconds(texts * read, reader.dtype, "train")
+        text, tokens = f"{count(texts)} answers, read once", texts * (prompt + answer)
+        seconds = START + machine.seconds(texts * per_answer, reader.dtype, "train")
         if reader.kind == "endpoint":
             price = load_prices(config.evaluation.prices).teacher(reader.model)
             paid = money(price and price.of(Usage(input_tokens=round(tokens))), up=True)
-            told += f" by a server, {config.signals.k} ids a token, {paid}"
+            text += f" by a server, {config.signals.k} ids a token, {paid}"
             seconds = math.nan
-        add("signals", told, tokens, seconds)
+        add("signals", text, tokens, seconds)
     # Validation is a forward pass over its samples, as often as the settings say and at the end.
     adapter = adapter_parameters(student, lora.r, lora.target_modules)
     one = training_flops(student, adapter, prompt, answer, settings.gradient_checkpointing)
-    live = read if settings.loss.soft and not config.captures else 0.0
+    live = per_answer if settings.loss.soft and not config.captures else 0.0
     seen = samples * settings.num_train_epochs
     if settings.max_steps:
         seen = settings.max_steps * settings.tokens_per_step / (prompt + answer)
@@ -189,40 +189,51 @@ def plan_stages(
     seconds = START + machine.seconds(flops, dtype, "train")
     add("train", f"{count(steps)} steps", seen * (prompt + answer), seconds)
     if rounds := config.on_policy.rounds:
-        asked = rounds * min(config.on_policy.prompts, work.prompts["train"])
-        written = ANSWER * config.on_policy.max_new_tokens
-        seconds = machine.answering(student, dtype, "evaluate", prompt, written, asked)
-        seconds += machine.seconds(asked * (one + read), dtype, "train") + 3 * rounds * START
-        told = f"{rounds} rounds, {count(asked)} answers of the student"
-        add("refine", told, asked * (prompt + written), seconds)
+        requests = rounds * min(config.on_policy.prompts, work.prompts["train"])
+        length = ANSWER * config.on_policy.max_new_tokens
+        seconds = machine.answering(student, dtype, "evaluate", prompt, length, requests)
+        seconds += (
+            machine.seconds(requests * (one + per_answer), dtype, "train") + 3 * rounds * START
+        )
+        text = f"{rounds} rounds, {count(requests)} answers of the student"
+        add("refine", text, requests * (prompt + length), seconds)
     # Base and student answer held-out prompts and suites, and read the teacher's answers; a base that was not taught
     # to be short writes more than the teacher. Then these two and a local teacher are timed.
     items, limit = work.prompts["heldout"], config.evaluation.max_new_tokens
-    own = (answer + ANSWER * (limit or teacher.max_new_tokens)) / 2
-    asked = [(items, prompt, own)]
+    written_tokens = (answer + ANSWER * (limit or teacher.max_new_tokens)) / 2
+    requests = [(items, prompt, written_tokens)]
     for many, most in amounts(config):
-        asked.append((UNREAD if many is None else many, ITEM, ANSWER * most))
+        requests.append((UNREAD if many is None else many, ITEM, ANSWER * most))
     seconds = machine.seconds(2 * items * answer_flops(student, prompt, answer), dtype, "train")
     seconds += (2 + (teacher.kind == "local")) * (START + TIMED)
-    for many, shown, drawn in asked:
-        seconds += machine.answering(student, dtype, "evaluate", shown, drawn, 2 * many)
-    told = f"{' + '.join(count(many) for many, *_ in asked)} items, two models"
-    add("evaluate", told, sum(2 * m * (shown + drawn) for m, shown, drawn in asked), seconds)
+    for many, prompt_tokens, answer_tokens in requests:
+        seconds += machine.answering(
+            student, dtype, "evaluate", prompt_tokens, answer_tokens, 2 * many
+        )
+    text = f"{' + '.join(count(many) for many, *_ in requests)} items, two models"
+    add(
+        "evaluate",
+        text,
+        sum(
+            2 * m * (prompt_tokens + answer_tokens) for m, prompt_tokens, answer_tokens in requests
+        ),
+        seconds,
+    )
     add("report", "scorecard and report", None, 1)
     return rows
 
 
 def memory(config: Config, work: Work, machine: Machine) -> dict[str, float]:
     """Return the peaks of generation and training in bytes, from the models' shapes."""
-    found, settings, room = {}, config.train, machine.memory or math.inf
+    peaks, settings, room = {}, config.train, machine.memory or math.inf
     if config.teacher.kind == "local":
         teacher, width = shape(config.teacher.model), machine.width(config.teacher.dtype)
         row = (work.teacher.tokens + config.teacher.max_new_tokens) * cache_bytes(teacher, width)
         fitting = CACHE_SHARE * (room - width * teacher.parameters) // row
-        slots = max(1, min(SLOTS[machine.kind], work.asked, fitting))
+        slots = max(1, min(SLOTS[machine.kind], work.all_prompts, fitting))
         # On a CPU, bfloat16 weights stand in memory a second time, in the order of oneDNN.
         weights = width * teacher.parameters * (1 + (machine.kind == "cpu" and width == 2))
-        found["generate"] = weights + (config.teacher.max_batch_size or slots) * row
+        peaks["generate"] = weights + (config.teacher.max_batch_size or slots) * row
     student, width = shape(config.student.model), machine.width(config.student.dtype)
     lora, most = settings.lora, settings.micro_batch_tokens or MICRO_BATCH_TOKENS
     tokens = min(most, settings.tokens_per_step)
@@ -231,17 +242,17 @@ def memory(config: Config, work: Work, machine: Machine) -> dict[str, float]:
     peak = training_bytes(student, adapter, lora.r, tokens, saving, four_bit, width)
     if settings.loss.soft and settings.loss.teacher == "live":
         peak += width * shape(config.soft_teacher().model).parameters
-    return {**found, "train": peak}
+    return {**peaks, "train": peak}
 
 
 def disk(config: Config, work: Work) -> dict[str, float]:
     """Return the bytes of what will be written: models that are not there yet, the run, its release, soft labels."""
     from huggingface_hub import try_to_load_from_cache  # a third of a second to import
 
-    teacher, lora, found = config.teacher, config.train.lora, {"models to fetch": 0.0}
-    wanted = [teacher.model] if teacher.kind == "local" else []
-    wanted += [config.reader()[0]] if config.distributions else []
-    for reference in dict.fromkeys([*wanted, config.student.model]):
+    teacher, lora, sizes = config.teacher, config.train.lora, {"models to fetch": 0.0}
+    references = [teacher.model] if teacher.kind == "local" else []
+    references += [config.reader()[0]] if config.distributions else []
+    for reference in dict.fromkeys([*references, config.student.model]):
         info, there = registry.lookup(reference), registry.is_folder(reference)
         if info and info.gguf:
             there = download.converted_folder(info.name, info.gguf).is_dir()
@@ -249,37 +260,37 @@ def disk(config: Config, work: Work) -> dict[str, float]:
             revision = info.revision if info else None
             cached = try_to_load_from_cache(reference, "config.json", revision=revision)
             there = isinstance(cached, str)
-        found["models to fetch"] += 0 if there else 2 * shape(reference).parameters
+        sizes["models to fetch"] += 0 if there else 2 * shape(reference).parameters
     student, tokens = shape(config.student.model), ANSWER * teacher.max_new_tokens
     adapter = 4 * adapter_parameters(student, lora.r, lora.target_modules)
-    answers = work.asked * teacher.n
-    text = work.text_bytes + work.asked * work.teacher.bytes + 4 * tokens * answers
+    answers = work.all_prompts * teacher.n
+    text = work.text_bytes + work.all_prompts * work.teacher.bytes + 4 * tokens * answers
     # A checkpoint holds the adapter, its two moments and the best one.
-    found["run"] = RECORD * text + 1e6 + (4 * config.train.save_total_limit + 1) * adapter
-    found["release"] = 2 * student.parameters + adapter
+    sizes["run"] = RECORD * text + 1e6 + (4 * config.train.save_total_limit + 1) * adapter
+    sizes["release"] = 2 * student.parameters + adapter
     if config.captures:
-        found["soft labels"] = RETAINED * answers * tokens * expected_bytes(1, config.signals)
-    return found
+        sizes["soft labels"] = RETAINED * answers * tokens * expected_bytes(1, config.signals)
+    return sizes
 
 
-def show(plan: Plan) -> Group:
+def show(plan: RunPlan) -> Group:
     """Return a plan for the terminal."""
     splits = ", ".join(f"{many:,} {split}" for split, many in plan.prompts.items())
-    shown = table(f"plan of {plan.name}: prompts {splits}", "stage", "work", ">tokens", ">time")
+    rows = table(f"plan of {plan.name}: prompts {splits}", "stage", "work", ">tokens", ">time")
     for row in plan.stages:
         tokens = "" if row.tokens is None else count(row.tokens)
-        shown.add_row(row.stage, row.work, tokens, duration(row.seconds))
-    shown.add_section()
-    whole = count(sum(row.tokens or 0 for row in plan.stages))
+        rows.add_row(row.stage, row.work, tokens, duration(row.seconds))
+    rows.add_section()
+    total = count(sum(row.tokens or 0 for row in plan.stages))
     price = (
         f"{money(plan.machine_dollars, up=True)} of machine time" if plan.machine_dollars else ""
     )
-    shown.add_row("all", price, whole, duration(plan.seconds))
+    rows.add_row("all", price, total, duration(plan.seconds))
     lines, cost = [f"machine: {plan.machine.name}: {plan.machine.source}"], plan.teacher
-    peak, written = max(plan.memory.values()), sum(plan.disk.values())
+    peak, disk_bytes = max(plan.memory.values()), sum(plan.disk.values())
     for title, parts, needed, room in (
         ("memory at the peak", plan.memory, peak, plan.machine.memory),
-        ("disk", plan.disk, written, plan.disk_free),
+        ("disk", plan.disk, disk_bytes, plan.disk_free),
     ):
         each = ", ".join(f"{what} {size(amount)}" for what, amount in parts.items())
         word = "does not fit: there are" if needed > (room or math.inf) else "of"
@@ -291,7 +302,7 @@ def show(plan: Plan) -> Group:
         if cost.dollars is not None:
             most = f"at most {money(cost.dollars_most, up=True)}, retries apart"
             lines.append(f"teacher: {money(cost.dollars, up=True)} expected, {most}")
-    return Group(shown, *lines, *plan.notes)
+    return Group(rows, *lines, *plan.notes)
 
 
 def announce(run: Run, redo: Iterable[Stage] = ()) -> None:
@@ -304,11 +315,13 @@ def announce(run: Run, redo: Iterable[Stage] = ()) -> None:
 
     def stages(work: Work, machine: Machine) -> list[StagePlan]:
         rows = plan_stages(config, work, teacher_cost(config, work), machine)
-        return [row for row in rows if row.stage in left]
+        return [row for row in rows if row.stage in remaining]
 
     try:
-        left = {stage.name for stage in STAGES if stage in again or run.state(stage)[0] != "done"}
-        if left <= {"filter", "report"}:
+        remaining = {
+            stage.name for stage in STAGES if stage in again or run.state(stage)[0] != "done"
+        }
+        if remaining <= {"filter", "report"}:
             return
         # Not what the store has: the account of a store of a million answers takes minutes.
         work, types = count_work(run, QUICK).scaled(1), _types(config)

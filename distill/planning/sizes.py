@@ -33,9 +33,9 @@ def adapter_parameters(shape: Shape, r: int, targets: str | tuple[str, ...]) -> 
         "up_proj": hidden + inner,
         "down_proj": inner + hidden,
     }
-    chosen = sizes if targets == "all-linear" else [name for name in sizes if name in targets]
+    modules = sizes if targets == "all-linear" else [name for name in sizes if name in targets]
     head = shape.vocab + shape.hidden if "lm_head" in targets else 0
-    return r * (shape.layers * sum(sizes[name] for name in chosen) + head)
+    return r * (shape.layers * sum(sizes[name] for name in modules) + head)
 
 
 def attention_flops(shape: Shape, tokens: float) -> float:
@@ -85,7 +85,7 @@ def training_bytes(
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     inner = 2 * shape.hidden + 2 * queries + 2 * keys + 4 * shape.intermediate + 7 * r
     layer = 2 * 4 * shape.hidden + width * inner
-    kept = layer * tokens * (1 if checkpointing else shape.layers)
+    activations = layer * tokens * (1 if checkpointing else shape.layers)
     inputs = width * shape.hidden * tokens * (shape.layers if checkpointing else 1)
     backward = width * 3 * (shape.intermediate + shape.hidden) * tokens
-    return ALLOCATOR * (weights + masters + kept + inputs + backward + HEAD_CHUNK)
+    return ALLOCATOR * (weights + masters + activations + inputs + backward + HEAD_CHUNK)

@@ -31,7 +31,7 @@ COUNTED = 300  # prompts whose tokens are counted, for the rate of all
 TEMPLATE = 27  # tokens that the chat templates of the quickstart's two models add to a prompt
 
 
-class View(NamedTuple):
+class PromptSize(NamedTuple):
     """A prompt as one side sees it, on average: its bytes, and how many of them its tokenizer takes for a token."""
 
     bytes: float
@@ -53,15 +53,15 @@ class Work:
 
     documents: float
     prompts: dict[str, float]  # of each split
-    teacher: View
-    student: View
+    teacher: PromptSize
+    student: PromptSize
     text_bytes: float  # of all documents
     seconds: float
     answer_tokens: float | None = None  # of one that the corpus brings
     texts: tuple[Sequence[Document], Sequence[Prompt]] | None = None
 
     @property
-    def asked(self) -> float:
+    def all_prompts(self) -> float:
         """Return the prompts of all splits."""
         return sum(self.prompts.values())
 
@@ -113,13 +113,19 @@ def _count(config: Config, run: Run, seconds: float) -> Work:
         for split in splits.values():
             counts[split] += questions.per_document
     brought = [d.meta["recorded_answer"] for d in documents if "recorded_answer" in d.meta]
-    answers = _view(config.student.model, [(Message(role="user", content=a),) for a in brought])
+    answers = _prompt_size(
+        config.student.model, [(Message(role="user", content=a),) for a in brought]
+    )
     passages = [(Message(role="user", content=document.text),) for document in documents]
     return Work(
         documents=len(documents),
         prompts=counts,
-        teacher=_view(config.teacher.model, [p.asked_of_teacher() for p in prompts] or passages),
-        student=_view(config.student.model, [prompt.messages for prompt in prompts] or passages),
+        teacher=_prompt_size(
+            config.teacher.model, [p.asked_of_teacher() for p in prompts] or passages
+        ),
+        student=_prompt_size(
+            config.student.model, [prompt.messages for prompt in prompts] or passages
+        ),
         text_bytes=sum(len(document.text.encode()) for document in documents),
         seconds=seconds,
         answer_tokens=answers.bytes / answers.bytes_a_token if brought else None,
@@ -133,37 +139,37 @@ def mean_bytes(prompts: Sequence[Sequence[Message]]) -> float:
     return size / max(1, len(prompts))
 
 
-def _view(model: str, prompts: Sequence[Sequence[Message]]) -> View:
+def _prompt_size(model: str, prompts: Sequence[Sequence[Message]]) -> PromptSize:
     """Return the size of prompts, and the rate of the model's tokenizer where the cache has it."""
     counter = token_counter(model) if model else None
     some = prompts[:: -(-len(prompts) // COUNTED) or 1]
     tokens = sum(counter(turn.content) for prompt in some for turn in prompt) if counter else 0
     rate = mean_bytes(some) * len(some) / tokens if tokens else BYTES_A_TOKEN
-    return View(mean_bytes(prompts), rate)
+    return PromptSize(mean_bytes(prompts), rate)
 
 
 def _from_caps(config: Config) -> Work:
     """Return what bytes and caps mean, unread; raises DistillError (exit 3) where nothing limits it."""
-    corpus, asked, endless = config.corpus, config.prompts, float("inf")
+    corpus, settings, endless = config.corpus, config.prompts, float("inf")
     size, length = _bytes(corpus.path), float(corpus.chunk.max_chars)
     if corpus.path and corpus.path.suffix == ".jsonl" and corpus.path.is_file():
         with corpus.path.open("rb") as file:
             head = file.read(HEAD)
         length = min(length, len(head) / max(1, head.count(b"\n")))  # a row's mean
     documents = min(size / length if size else endless, corpus.limit or endless)
-    tasks = max(1, len(asked.tasks)) if asked.per_document == "each" else 1
+    tasks = max(1, len(settings.tasks)) if settings.per_document == "each" else 1
     held = {split: getattr(corpus.split, split) for split in ("validation", "heldout")}
     shares = {"train": max(0.1, 1 - sum(part for part in held.values() if part < 1)), **held}
     of_split = {s: documents * share if share < 1 else share for s, share in shares.items()}
-    caps = {s: endless if (cap := getattr(asked, s)) is None else cap for s in SPLITS}
+    caps = {s: endless if (cap := getattr(settings, s)) is None else cap for s in SPLITS}
     counts = {split: min(tasks * of_split[split], caps[split]) for split in SPLITS}
-    if asked.questions:  # which no cap holds
-        more = asked.questions.per_document
+    if settings.questions:  # which no cap holds
+        more = settings.questions.per_document
         counts = {split: many + more * of_split[split] for split, many in counts.items()}
     if endless in counts.values():
         what = "is not read for a plan: it is on the Hub, and nothing caps it"
         raise DistillError(Exit.INPUT, "corpus", what, "set prompts.train or corpus.limit")
     if not size:
         documents, length = min(documents, sum(counts.values()) / tasks), min(length, UNREAD)
-    view, text = View(length), documents * length
+    view, text = PromptSize(length), documents * length
     return Work(documents, counts, view, view, text, text / 1e6)

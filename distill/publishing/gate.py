@@ -78,6 +78,6 @@ def pass_gate(findings: Sequence[Finding], override: str | None) -> list[str]:
         more = f" (and {others} more)" if others else ""
         fix = f"{first.fix}; {ON_PURPOSE}"
         raise DistillError(Exit.PUBLISH, first.where, first.what + more, fix)
-    for found in findings:
-        say(f"overridden: {found.where} {found.what}")
-    return [f"{found.where} {found.what}" for found in findings]
+    for finding in findings:
+        say(f"overridden: {finding.where} {finding.what}")
+    return [f"{finding.where} {finding.what}" for finding in findings]

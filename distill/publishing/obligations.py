@@ -41,8 +41,8 @@ def obligations(config: Config) -> Obligations:
     base = load_terms().of_model(name, info.license if info else None) if name else None
     if base:
         owed += [Owed(text=base, duties=base.outputs), Owed(text=base, duties=base.weights)]
-    asked = (one for one in owed if one.duties.lines())
-    return Obligations(verdict=verdict, owed=tuple(dict.fromkeys(asked)))
+    demands = (one for one in owed if one.duties.lines())
+    return Obligations(verdict=verdict, owed=tuple(dict.fromkeys(demands)))
 
 
 def check_names(owed: Sequence[Owed], names: Sequence[str]) -> None:

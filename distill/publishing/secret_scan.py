@@ -23,10 +23,10 @@ def scan(folder: Path, private: tuple[str, ...] = ()) -> None:
 
     `private` are further texts that must not appear, such as the absolute path of the run.
     """
-    known = _known(private)
+    exact = _exact_texts(private)
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         text = _text_of(path)
-        for what, place in faults(text, known, generic=path.name not in SAMPLES):
+        for what, place in _find_secrets(text, exact, generic=path.name not in SAMPLES):
             where = f"{path.relative_to(folder)}:{1 + text[:place].count(chr(10))}"
             raise DistillError(Exit.PUBLISH, where, f"holds {what}", "remove it at its source")
 
@@ -40,28 +40,27 @@ def _text_of(path: Path) -> str:
         return file.read(size).decode("utf-8", "replace")
 
 
-def _known(private: tuple[str, ...]) -> dict[str, str]:
+def _exact_texts(private: tuple[str, ...]) -> dict[str, str]:
     """Return the exact texts to look for, each with what it is."""
-    found = {
+    texts = {
         text: "a path of this machine" for text in (f"{Path.home()}/", *private) if len(text) > 4
     }
     for name, value in os.environ.items():
         if SECRET_NAMES.search(name) and len(value) >= 8:
-            found[value] = f"the value of ${name}"
-    return found
+            texts[value] = f"the value of ${name}"
+    return texts
 
 
-def faults(text: str, known: dict[str, str], generic: bool) -> Iterator[tuple[str, int]]:
+def _find_secrets(text: str, exact: dict[str, str], generic: bool) -> Iterator[tuple[str, int]]:
     """Yield what was found, and where in the text."""
-    for value, what in known.items():
+    for value, what in exact.items():
         if (place := text.find(value)) >= 0:
             yield what, place
-    for found in SECRET.finditer(text):
-        if not found[0].startswith(
-            "://"
-        ):  # an address: CREDENTIALS tells those of the documentation apart
-            yield "a secret", found.start()
-    if found := CREDENTIALS.search(text):
-        yield "an address with credentials", found.start()
-    if generic and (found := HOMES.search(text)):
-        yield "somebody's home folder", found.start()
+    for match in SECRET.finditer(text):
+        # of addresses CREDENTIALS knows those of the documentation
+        if not match[0].startswith("://"):
+            yield "a secret", match.start()
+    if match := CREDENTIALS.search(text):
+        yield "an address with credentials", match.start()
+    if generic and (match := HOMES.search(text)):
+        yield "somebody's home folder", match.start()

@@ -70,7 +70,7 @@ def _explained(repository: str, error: BaseException) -> DistillError:
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status in REASONS:
         return DistillError(Exit.PUBLISH, repository, *REASONS[status])
-    said = " ".join(str(error).split())[:200] or type(error).__name__
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
     return DistillError(
-        Exit.PUBLISH, repository, f"not published: {said}", "run the same command again"
+        Exit.PUBLISH, repository, f"not published: {reason}", "run the same command again"
     )

@@ -14,7 +14,7 @@ from typing import Any
 from distill.cli import main
 from distill.errors import Exit
 from distill.planning.cost import TeacherCost, teacher_cost
-from distill.planning.pilot import chosen
+from distill.planning.pilot import choose_requests
 from distill.planning.work import count_work
 from distill.records import LedgerEntry, Message, digest
 from distill.responders.endpoint.budget import account
@@ -299,6 +299,10 @@ def test_the_same_questions_are_chosen_each_time_and_more_of_them_are_those_and_
     turns = [(Message(role="user", content=f"q{i}"),) for i in range(50)]
     requests = [Request.make("o", f"p{i}", turn, Sampling()) for i, turn in enumerate(turns)]
     others = [Request.make("other", f"p{i}", turn, Sampling()) for i, turn in enumerate(turns)]
-    few, more = chosen(requests, 5), chosen(list(reversed(requests)), 20)
-    assert few == more[:5] and len(chosen(requests, 500)) == 50 and chosen(requests, -1) == []
-    assert [r.prompt_id for r in chosen(others, 5)] == [r.prompt_id for r in few]
+    few, more = choose_requests(requests, 5), choose_requests(list(reversed(requests)), 20)
+    assert (
+        few == more[:5]
+        and len(choose_requests(requests, 500)) == 50
+        and choose_requests(requests, -1) == []
+    )
+    assert [r.prompt_id for r in choose_requests(others, 5)] == [r.prompt_id for r in few]
