@@ -19,8 +19,10 @@ SEPARATOR = "\u200b"  # a zero-width space inside a special-token text keeps it 
 def special_tokens(tokenizer: Any) -> dict[str, int]:
     """Return the tokenizer's control tokens: text to id."""
     added = tokenizer.added_tokens_decoder.items()
-    named = {str(token): index for index, token in added if token.special}
-    return named or dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    control = {str(token): index for index, token in added if token.special}
+    return control or dict(
+        zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+    )
 
 
 def neutralise(text: str, tokenizer: Any) -> str:
@@ -92,9 +94,9 @@ def encode_prompt(tokenizer: Any, messages: Sequence[Message], date: str) -> lis
     blank = [Message(role=m.role, content="x") for m in messages]
     control = set(special_tokens(tokenizer).values())
     expected = sum(i in control for i in encode_text(tokenizer, render(tokenizer, blank, date)))
-    found = sum(i in control for i in ids)
-    if found != expected:
-        what = f"{found} control tokens where the template alone has {expected}"
+    count = sum(i in control for i in ids)
+    if count != expected:
+        what = f"{count} control tokens where the template alone has {expected}"
         raise DistillError(
             Exit.INPUT, f"prompt {messages[-1].content[:40]!r}", what, "remove special-token text"
         )

@@ -55,9 +55,9 @@ class Gguf(Record):
 
 def cache_folder() -> Path:
     """Return the user's cache: $DISTILL_CACHE, else $XDG_CACHE_HOME/distill, else ~/.cache/distill."""
-    named = os.environ.get("DISTILL_CACHE")
+    configured = os.environ.get("DISTILL_CACHE")
     shared = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(named) if named else Path(shared) / "distill"
+    return Path(configured) if configured else Path(shared) / "distill"
 
 
 def converted_folder(name: str, gguf: Gguf) -> Path:

@@ -169,9 +169,9 @@ def check_model(
 
 def _weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files that transformers reads: the one, or those that the index names."""
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.is_file() or not index.is_file():
-        return [whole] if whole.is_file() else []
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file() or not index.is_file():
+        return [single] if single.is_file() else []
     return [folder / name for name in sorted(set(read_object(index)["weight_map"].values()))]
 
 

@@ -196,9 +196,9 @@ def _from_hub(reference: str, revision: str | None, allow_pickle: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = [*FILES, "*.bin"] if allow_pickle else FILES
+    patterns = [*FILES, "*.bin"] if allow_pickle else FILES
     try:
-        return Path(snapshot_download(reference, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(reference, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         what = f"could not be fetched from the Hub: {first_line(error)}"
         names = ", ".join(name for name in table() if "/" not in name)
@@ -249,12 +249,12 @@ def parts(reference: str) -> dict[str, str]:
     if not is_folder(reference):
         return {}
     folder = _existing(Path(_checked(reference)))
-    found = sorted(path for pattern in PARTS for path in folder.glob(pattern) if path.is_file())
+    paths = sorted(path for pattern in PARTS for path in folder.glob(pattern) if path.is_file())
     return {
         path.relative_to(folder).as_posix(): _file_hash(
             path.resolve(), path.stat().st_size, path.stat().st_mtime_ns
         )
-        for path in found
+        for path in paths
     }
 
 
@@ -265,7 +265,7 @@ def folder_facts(role: str, reference: str) -> dict[str, str]:
     """
     if not is_folder(reference):
         return {}
-    files = {f"{role} file {name}": found for name, found in parts(reference).items()}
+    files = {f"{role} file {name}": sha256 for name, sha256 in parts(reference).items()}
     return {role: identity(reference), **files}
 
 
@@ -306,10 +306,10 @@ def check_base(adapter: Path, reference: str, revision: str | None = None) -> No
     path = adapter / "base.json"
     if not path.is_file():
         raise DistillError(Exit.TRAINING, adapter, "does not say what it was trained on", "retrain")
-    base, found, files = read_object(path), identity(reference, revision), parts(reference)
-    kept = base.get("identity")
-    if kept != found:
-        what = f"was trained on {str(kept)[:12]}, {reference} is {found[:12]}"
+    base, current, files = read_object(path), identity(reference, revision), parts(reference)
+    recorded = base.get("identity")
+    if recorded != current:
+        what = f"was trained on {str(recorded)[:12]}, {reference} is {current[:12]}"
         raise DistillError(Exit.TRAINING, adapter, what, "name the base that it was trained on")
     if changes := differences(base.get("files", files), files):
         what = f"was trained on {reference} as it was before: {'; '.join(changes)}"

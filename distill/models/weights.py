@@ -33,15 +33,15 @@ def require_intact(where: str, report: Mapping[str, Any]) -> None:
         "lacks": report["missing_keys"],
         "holds, and its config.json does not know": report["unexpected_keys"],
         "holds in another shape than its config.json says": [
-            f"{name} {tuple(stored)} for {tuple(wanted)}"
-            for name, stored, wanted in report["mismatched_keys"]
+            f"{name} {tuple(stored)} for {tuple(expected)}"
+            for name, stored, expected in report["mismatched_keys"]
         ],
         "cannot be read": report["error_msgs"],
     }
-    found = [f"{how} {_listed(names)}" for how, names in wrong.items() if names]
-    if found:
+    defects = [f"{how} {_listed(names)}" for how, names in wrong.items() if names]
+    if defects:
         fix = "use a complete copy of the model, with the config.json that belongs to its weights"
-        raise DistillError(Exit.TRAINING, where, "; ".join(found), fix)
+        raise DistillError(Exit.TRAINING, where, "; ".join(defects), fix)
 
 
 def require_values(where: str, tensors: Iterable[tuple[str, "torch.Tensor"]]) -> None:
@@ -59,11 +59,11 @@ def require_values(where: str, tensors: Iterable[tuple[str, "torch.Tensor"]]) ->
             broken.append(name)
         elif tensor.ndim > 1 and low == high == 0 and "lora_B" not in name:
             empty.append(name)
-    found = [f"has NaN or infinite values in {_listed(broken)}"] if broken else []
-    found += [f"has nothing but zeros in {_listed(empty)}"] if empty else []
-    if found:
+    defects = [f"has NaN or infinite values in {_listed(broken)}"] if broken else []
+    defects += [f"has nothing but zeros in {_listed(empty)}"] if empty else []
+    if defects:
         raise DistillError(
-            Exit.TRAINING, where, "; ".join(found), "use an undamaged copy of the weights"
+            Exit.TRAINING, where, "; ".join(defects), "use an undamaged copy of the weights"
         )
 
 
@@ -84,10 +84,10 @@ def stored_values(files: Sequence[Path], names: Iterable[str]) -> Iterator[tuple
     """Yield those tensors of safetensors files that have one of these names."""
     from safetensors import safe_open
 
-    wanted = set(names)
+    requested = set(names)
     for path in files:
         with safe_open(path, framework="pt") as file:  # pyright: ignore[reportGeneralTypeIssues]
-            for name in wanted.intersection(file.keys()):
+            for name in requested.intersection(file.keys()):
                 yield name, file.get_tensor(name)
 
 
@@ -106,13 +106,13 @@ def add_adapter(base: Any, folder: Path) -> Any:
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         what = f"could not be loaded: {' '.join(str(error).split())[:300]}"
         raise DistillError(Exit.TRAINING, path, what, "--redo train makes it again") from None
-    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     wrong = {
-        "lacks": own.keys() - stored,
-        "holds, and its settings do not know": stored - own.keys(),
+        "lacks": tensors.keys() - stored,
+        "holds, and its settings do not know": stored - tensors.keys(),
     }
-    found = [f"{how} {_listed(names)}" for how, names in wrong.items() if names]
-    if found:
-        raise DistillError(Exit.TRAINING, path, "; ".join(found), "--redo train makes it again")
-    require_values(f"{path}", own.items())
+    defects = [f"{how} {_listed(names)}" for how, names in wrong.items() if names]
+    if defects:
+        raise DistillError(Exit.TRAINING, path, "; ".join(defects), "--redo train makes it again")
+    require_values(f"{path}", tensors.items())
     return model

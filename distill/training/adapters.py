@@ -36,9 +36,14 @@ def inject(
 ) -> PeftModel:
     """Wrap `model` with a fresh adapter drawn from `seed`; raises DistillError (exit 7) where no module matches."""
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
-    whole: Any = int(alpha) if alpha == int(alpha) else alpha  # PEFT's type is int, its use is not
+    # PEFT's type is int, its use is not
+    lora_alpha: Any = int(alpha) if alpha == int(alpha) else alpha
     lora = LoraConfig(
-        r=r, lora_alpha=whole, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM"
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)
     try:
@@ -124,8 +129,8 @@ def check_gradients(model: nn.Module) -> None:
 
 def tensors(model: PeftModel) -> dict[str, Tensor]:
     """Return a snapshot of the adapter's weights under PEFT's names, float32 on the CPU."""
-    found = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {name: snapshot(value, torch.float32) for name, value in found.items()}
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: snapshot(value, torch.float32) for name, value in state.items()}
 
 
 def restore(model: PeftModel, wanted: Mapping[str, Tensor], where: object) -> None:
@@ -138,9 +143,9 @@ def restore(model: PeftModel, wanted: Mapping[str, Tensor], where: object) -> No
         )
     for name, parameter in by_name.items():
         parameter.data.copy_(like(wanted[name], parameter))
-    found = tensors(model)
+    current = tensors(model)
     for name in wanted:
-        if not torch.equal(found[name], wanted[name]):
+        if not torch.equal(current[name], wanted[name]):
             raise DistillError(Exit.TRAINING, where, f"{name} was not restored", "--redo train")
 
 

@@ -15,7 +15,7 @@ MICRO_BATCH_TOKENS = 2560  # holds a step of the default size, whose samples are
 
 
 @dataclass(frozen=True)
-class Step:
+class OptimizerStep:
     """One optimizer step: its epoch, how many samples of that epoch came before, and its samples."""
 
     epoch: int
@@ -28,7 +28,9 @@ def order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(count)
 
 
-def epoch_steps(lengths: np.ndarray, seed: int, epoch: int, tokens_per_step: int) -> list[Step]:
+def epoch_steps(
+    lengths: np.ndarray, seed: int, epoch: int, tokens_per_step: int
+) -> list[OptimizerStep]:
     """Cut an epoch into steps of nearly equal tokens, each about `tokens_per_step`; none is left over small."""
     samples = order(len(lengths), seed, epoch)
     middles = np.cumsum(lengths[samples]) - lengths[samples] / 2
@@ -37,15 +39,15 @@ def epoch_steps(lengths: np.ndarray, seed: int, epoch: int, tokens_per_step: int
     cuts = np.flatnonzero(np.diff((middles * count / total).astype(np.int64))) + 1
     starts = [0, *cuts.tolist()]
     parts = np.split(samples, cuts)
-    return [Step(epoch, s, tuple(p.tolist())) for s, p in zip(starts, parts, strict=True)]
+    return [OptimizerStep(epoch, s, tuple(p.tolist())) for s, p in zip(starts, parts, strict=True)]
 
 
 def plan_steps(
     lengths: Sequence[int], seed: int, tokens_per_step: int, epochs: float, max_steps: int | None
-) -> list[Step]:
+) -> list[OptimizerStep]:
     """Return all steps of a run; `max_steps`, where given, decides instead of `epochs`."""
     array = np.asarray(lengths, dtype=np.int64)
-    steps: list[Step] = []
+    steps: list[OptimizerStep] = []
     for epoch in range(math.ceil(epochs) if max_steps is None else max_steps):
         fresh = epoch_steps(array, seed, epoch, tokens_per_step)
         share = 1.0 if max_steps else min(1.0, epochs - epoch)

@@ -102,8 +102,8 @@ def read(folder: Path) -> Checkpoint | str:
         checksum = body.pop("checksum")
         if digest(body) != checksum:
             return f"{MANIFEST} is damaged"
-        for name, wanted in body["files"].items():
-            if sha256_file(folder / name) != wanted:
+        for name, sha256 in body["files"].items():
+            if sha256_file(folder / name) != sha256:
                 return f"{name} is damaged"
     except OSError as error:
         return f"{Path(error.filename or MANIFEST).name} is missing or unreadable"
@@ -119,14 +119,14 @@ def latest(parent: Path) -> Checkpoint | None:
 
     Raises DistillError (exit 7) where there are checkpoints and all are damaged.
     """
-    found = _folders(parent)
-    for folder in reversed(found):
+    folders = _folders(parent)
+    for folder in reversed(folders):
         checkpoint = read(folder)
         if isinstance(checkpoint, Checkpoint):
             return checkpoint
         say(f"WARNING: {folder}: {checkpoint}; falling back to the checkpoint before it")
-    if found:
-        what = f"none of {len(found)} checkpoints is whole"
+    if folders:
+        what = f"none of {len(folders)} checkpoints is whole"
         raise DistillError(Exit.TRAINING, parent, what, "--redo train starts again from step 0")
     return None
 

@@ -111,28 +111,28 @@ class Mixture(NamedTuple):
         """Name the parts; raises ValueError for one that is unknown, or a number out of its range."""
         if not (0 < beta < 1 and 0 <= alpha < 1 and temperature > 0):
             raise ValueError(f"{beta=} (0 < beta < 1), {alpha=} (0 <= alpha < 1), {temperature=}")
-        known: dict[str, Divergence] = {
+        by_name: dict[str, Divergence] = {
             "forward_kl": forward_kl,
             "reverse_kl": reverse_kl,
             "jsd": partial(jsd, beta=beta),
             "skew_kl": partial(skew_kl, alpha=alpha),
         }
-        if unknown := set(mix) - {"ce", *known}:
+        if unknown := set(mix) - {"ce", *by_name}:
             raise ValueError(f"no loss is called {', '.join(sorted(unknown))}")
-        soft = [name for name in known if mix.get(name)]
+        soft = [name for name in by_name if mix.get(name)]
         names = (*(["ce"] if mix.get("ce") else []), *soft)
         weights = tuple(mix[name] for name in names)
-        found = tuple(known[name] for name in soft)
-        return cls(names, weights, mix.get("ce", 0.0), found, temperature)
+        divergences = tuple(by_name[name] for name in soft)
+        return cls(names, weights, mix.get("ce", 0.0), divergences, temperature)
 
     def diverge(self, teacher: Distribution, student: Distribution) -> tuple[list[Tensor], Tensor]:
         """Return each divergence's values, T^2 included, and the slope of their sum by the student's logits."""
         slope, values = torch.zeros_like(student.probs), []
         weights = self.weights[len(self.weights) - len(self.divergences) :]
         for divergence, weight in zip(self.divergences, weights, strict=True):
-            value, own = divergence(teacher, student)
+            value, gradient = divergence(teacher, student)
             values.append(value * self.temperature**2)
-            slope.add_(own, alpha=weight * self.temperature)  # T^2, and d(z / T) / dz
+            slope.add_(gradient, alpha=weight * self.temperature)  # T^2, and d(z / T) / dz
         return values, slope
 
 
@@ -156,9 +156,9 @@ def soft_loss(
     other positions, or lists without a tail for a temperature other than 1.
     """
     mixture = Mixture.make(mix, beta, alpha, temperature)
-    found = len(soft.hidden_ND if isinstance(soft, Live) else soft.rest_N)
-    if not len(hidden_SE) == len(targets_S) == found:
-        raise ValueError(f"{len(hidden_SE)} positions, but soft targets of {found}")
+    positions = len(soft.hidden_ND if isinstance(soft, Live) else soft.rest_N)
+    if not len(hidden_SE) == len(targets_S) == positions:
+        raise ValueError(f"{len(hidden_SE)} positions, but soft targets of {positions}")
     if isinstance(soft, Live):
         criterion = partial(_against_teacher, mixture, soft, targets_S)
     else:
@@ -179,13 +179,13 @@ def _against_teacher(mixture: Mixture, live: Live, targets_S: Tensor, block: sli
     def measure(strip: slice, logits_RV: Tensor) -> Tensor:
         known_RV = logits_RV[:, : live.vocabulary]
         both = (teacher_RV[strip], known_RV)
-        found = [Distribution.over_words(z, mixture.temperature) for z in both]
-        values, slope = mixture.diverge(*found)
+        distributions = [Distribution.over_words(z, mixture.temperature) for z in both]
+        values, slope = mixture.diverge(*distributions)
         if mixture.hard:
-            value, own = score_tokens(logits_RV, targets_R[strip])
+            value, gradient = score_tokens(logits_RV, targets_R[strip])
             values.insert(0, value)
-            own.mul_(mixture.hard)[:, : live.vocabulary] += slope
-            logits_RV.copy_(own)
+            gradient.mul_(mixture.hard)[:, : live.vocabulary] += slope
+            logits_RV.copy_(gradient)
         else:
             known_RV.copy_(slope)
             logits_RV[:, live.vocabulary :] = 0

@@ -22,8 +22,8 @@ def encode_pair(tokenizer: Any, pair: Pair, date: str) -> Example:
     """Tokenise one pair; raises DistillError (exit 7) where the template does not begin the conversation with the prompt."""
     messages, answer = pair.prompt.messages, pair.response.text
     prompt = render(tokenizer, messages, date)
-    whole = render(tokenizer, messages, date, answer)
-    if not whole.startswith(prompt):
+    rendered = render(tokenizer, messages, date, answer)
+    if not rendered.startswith(prompt):
         what = "a rendered conversation does not begin with its rendered prompt"
         raise DistillError(
             Exit.TRAINING,
@@ -32,7 +32,7 @@ def encode_pair(tokenizer: Any, pair: Pair, date: str) -> Example:
             "use a template whose generation prompt is the beginning of the assistant's turn",
         )
     prompt_ids = encode_prompt(tokenizer, messages, date)
-    answer_ids = _until_end(tokenizer, whole[len(prompt) :], pair.response.stop == "length")
+    answer_ids = _until_end(tokenizer, rendered[len(prompt) :], pair.response.stop == "length")
     if not answer_ids:
         raise DistillError(
             Exit.TRAINING, f"sample {pair.response.id}", "no token to learn", "filter empty answers"
@@ -67,18 +67,18 @@ def encode_pairs(
 ) -> list[Example]:
     """Tokenise `pairs`, drop those longer than `max_length` tokens and say so; raises DistillError (exit 7) if none is left."""
     examples = [encode_pair(tokenizer, pair, date) for pair in pairs]
-    kept = [example for example in examples if len(example.input_ids) <= max_length]
+    fitting = [example for example in examples if len(example.input_ids) <= max_length]
     long = [example for example in examples if len(example.input_ids) > max_length]
     if long:
-        named = ", ".join(example.response_id for example in long[:5])
+        names = ", ".join(example.response_id for example in long[:5])
         more = f" and {len(long) - 5} more" if len(long) > 5 else ""
-        say(f"dropped {len(long)} samples longer than {max_length} tokens: {named}{more}")
-    if not kept:
+        say(f"dropped {len(long)} samples longer than {max_length} tokens: {names}{more}")
+    if not fitting:
         what = f"none of {len(examples)} samples is left within {max_length} tokens"
         raise DistillError(
             Exit.TRAINING, where, what, "raise train.max_length, or loosen the filters"
         )
-    return kept
+    return fitting
 
 
 def show(tokenizer: Any, examples: Sequence[Example], count: int = 2) -> None:
@@ -98,7 +98,9 @@ def marked(tokenizer: Any, example: Example) -> Text:
             continue
         part = tokenizer.decode(list(example.input_ids[start:place]))
         learned = bool(example.weights[start])
-        shown = part if learned or len(part) <= SHOWN_CHARS else f"{part[:SHOWN_CHARS]} …"
-        text.append(f"«{shown}»" if learned else shown, style="bold green" if learned else "dim")
+        excerpt = part if learned or len(part) <= SHOWN_CHARS else f"{part[:SHOWN_CHARS]} …"
+        text.append(
+            f"«{excerpt}»" if learned else excerpt, style="bold green" if learned else "dim"
+        )
         start = place
     return text

@@ -39,20 +39,22 @@ class _AtHead(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         parts_P = torch.zeros_like(mix_P)
         inputs = (hidden_SE, bias_V, *heads)
-        made = [
-            torch.zeros_like(tensor) if wanted and tensor is not None else None
-            for tensor, wanted in zip(inputs, ctx.needs_input_grad[4:], strict=True)
+        gradients = [
+            torch.zeros_like(tensor) if needed and tensor is not None else None
+            for tensor, needed in zip(inputs, ctx.needs_input_grad[4:], strict=True)
         ]
         for start in range(0, len(hidden_SE), rows):
             block = slice(start, start + rows)
-            parts_P += _measure_block(criterion, block, inputs, weights_S[block], made)
-        ctx.save_for_backward(*made)
+            parts_P += _measure_block(criterion, block, inputs, weights_S[block], gradients)
+        ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(parts_P)
         return mix_P @ parts_P, parts_P
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [None if made is None else made * upstream[0] for made in ctx.saved_tensors]
+        scaled = [
+            None if gradient is None else gradient * upstream[0] for gradient in ctx.saved_tensors
+        ]
         return None, None, None, None, *scaled
 
 

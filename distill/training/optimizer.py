@@ -58,11 +58,11 @@ def restore_optimizer(
     where: object,
 ) -> None:
     """Put saved state into the optimizer; raises DistillError (exit 7) where it belongs to other parameters."""
-    wanted = {f"{name}.{part}" for name in named for part in PARTS}
-    if wanted != saved.keys():
-        odd = sorted(wanted ^ saved.keys())[0]
+    expected = {f"{name}.{part}" for name in named for part in PARTS}
+    if expected != saved.keys():
+        odd = sorted(expected ^ saved.keys())[0]
         raise DistillError(Exit.TRAINING, where, f"optimizer state differs: {odd}", "--redo train")
     for name, p in named.items():
-        found = {part: saved[f"{name}.{part}"] for part in PARTS}
-        step = {"step": found.pop("step").to(p.device, copy=True)}
-        optimizer.state[p] = {part: like(value, p) for part, value in found.items()} | step
+        state = {part: saved[f"{name}.{part}"] for part in PARTS}
+        step = {"step": state.pop("step").to(p.device, copy=True)}
+        optimizer.state[p] = {part: like(value, p) for part, value in state.items()} | step

@@ -29,7 +29,7 @@ class Segment(NamedTuple):
 
 
 @dataclass
-class Row:
+class PackedRow:
     """Token ids, the segments that they form, and for each sample the places of its tokens."""
 
     ids: list[int] = field(default_factory=list)
@@ -44,9 +44,9 @@ class Row:
         return start, len(self.ids)
 
 
-def pack(samples: Sequence[Sequence[int]], prompts: Sequence[int], share: bool) -> Row:
+def pack(samples: Sequence[Sequence[int]], prompts: Sequence[int], share: bool) -> PackedRow:
     """Lay samples out in a row; with `share`, prefixes within the first `prompts[i]` tokens of samples are shared."""
-    row = Row()
+    row = PackedRow()
     groups = [list(range(len(samples)))] if share else [[i] for i in range(len(samples))]
     for group in groups:
         _grow(row, samples, prompts, group, ())
@@ -54,7 +54,7 @@ def pack(samples: Sequence[Sequence[int]], prompts: Sequence[int], share: bool) 
 
 
 def _grow(
-    row: Row,
+    row: PackedRow,
     samples: Sequence[Sequence[int]],
     prompts: Sequence[int],
     group: list[int],
@@ -63,8 +63,8 @@ def _grow(
     """Add to the row what is left of the samples of a group, which share the places `before`."""
     depth = sum(end - start for start, end in before)
     if len(group) == 1:
-        own = row.add(samples[group[0]][depth:], before)
-        row.places[group[0]] = [p for start, end in (*before, own) for p in range(start, end)]
+        places = row.add(samples[group[0]][depth:], before)
+        row.places[group[0]] = [p for start, end in (*before, places) for p in range(start, end)]
         return
     common = _common([tuple(samples[i][: prompts[i]]) for i in group])
     if common - depth >= SHORTEST:

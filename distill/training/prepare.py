@@ -19,7 +19,7 @@ from distill.storage.run_folder import Run
 from distill.training import adapters, sharding
 from distill.training.batches import (
     MICRO_BATCH_TOKENS,
-    Step,
+    OptimizerStep,
     micro_batches,
     padded_batches,
     plan_steps,
@@ -27,7 +27,7 @@ from distill.training.batches import (
 from distill.training.encode import encode_pairs
 from distill.training.soft_labels.labels import load_labels
 from distill.training.soft_labels.live_teacher import load_live
-from distill.training.student import Student, make_student
+from distill.training.student import StudentModel, make_student
 
 UNSEEN = ("logging_steps", "save_steps", "save_total_limit", "report_to", "num_processes")
 
@@ -38,10 +38,10 @@ class Parts:
 
     tokenizer: Any
     model: Any
-    student: Student
+    student: StudentModel
     examples: list[Example]
     validation: list[Example]
-    plan: list[Step]
+    plan: list[OptimizerStep]
     facts: dict[str, Any]
     limit: int
     notes: list[str] = field(default_factory=list)
@@ -68,17 +68,17 @@ def prepare(config: Config, run: Run, start: Path | None = None) -> Parts:
     examples = encode_split(tokenizer, config, run, "train", limit)
     validation = encode_split(tokenizer, config, run, "validation", limit)
     student, notes = make_student(model, settings.packing, fused=not sharding.asked())
-    known = facts(config, tokenizer, model, examples, validation)
+    pinned = facts(config, tokenizer, model, examples, validation)
     if settings.loss.soft:
         both, live = [*examples, *validation], settings.loss.teacher == "live"
         rows = len(student.head()[0])
         student.labels = (
             load_live(config, run, both) if live else load_labels(config, run, both, rows)
         )
-        known["signals"] = student.labels.digest
-        known |= registry.folder_facts("teacher", config.soft_teacher().model) if live else {}
+        pinned["signals"] = student.labels.digest
+        pinned |= registry.folder_facts("teacher", config.soft_teacher().model) if live else {}
     if start:
-        known["start"] = restore_from(model, start)
+        pinned["start"] = restore_from(model, start)
     plan = plan_steps(
         [len(e.input_ids) for e in examples],
         config.train_seed,
@@ -93,7 +93,7 @@ def prepare(config: Config, run: Run, start: Path | None = None) -> Parts:
         examples,
         validation,
         plan,
-        known,
+        pinned,
         settings.micro_batch_tokens or MICRO_BATCH_TOKENS,
         notes,
     )

@@ -27,11 +27,11 @@ def asked() -> bool:
     """Tell whether the launcher asks for shards; raises DistillError (exit 7) where it asks for what is not done here."""
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return False
-    found = [f"fsdp_{name.lower()}" for name in REFUSED if parse_flag_from_env(f"FSDP_{name}")]
+    refused = [f"fsdp_{name.lower()}" for name in REFUSED if parse_flag_from_env(f"FSDP_{name}")]
     if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
-        found.append(f"fsdp_version: {version}")
-    if found:
-        what, fix = f"{found[0]} is not supported", "use configs/accelerate/fsdp2.yaml"
+        refused.append(f"fsdp_version: {version}")
+    if refused:
+        what, fix = f"{refused[0]} is not supported", "use configs/accelerate/fsdp2.yaml"
         raise DistillError(Exit.TRAINING, "accelerate's fsdp_config", what, fix)
     return True
 
@@ -44,8 +44,8 @@ def wrap(accelerator: Accelerator, student: nn.Module) -> Any:
         fix = "load_in_4bit: false, or configs/accelerate/ddp.yaml"
         raise DistillError(Exit.TRAINING, "student", "quantised weights cannot be sharded", fix)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    named = [getattr(module, "_no_split_modules", None) or () for module in student.modules()]
-    layers = {name for names in named for name in names}
+    kinds = [getattr(module, "_no_split_modules", None) or () for module in student.modules()]
+    layers = {name for names in kinds for name in names}
     again = parse_flag_from_env("FSDP_RESHARD_AFTER_FORWARD", default=True)
     for module in [m for m in student.modules() if type(m).__name__ in layers]:
         fully_shard(module, mesh=mesh, reshard_after_forward=again)

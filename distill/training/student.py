@@ -51,7 +51,8 @@ class Batch:
         """Pack examples; the place that predicts token i of a sample is that of token i - 1."""
         learned = [[i for i, w in enumerate(e.weights) if w and i] for e in examples]
         prompts = [
-            own[0] if own else len(e.input_ids) for own, e in zip(learned, examples, strict=True)
+            spots[0] if spots else len(e.input_ids)
+            for spots, e in zip(learned, examples, strict=True)
         ]
         row = pack([e.input_ids for e in examples], prompts, share)
         positions = [torch.arange(s.end - s.start) + s.position() for s in row.segments]
@@ -62,7 +63,7 @@ class Batch:
         ]
         columns = send(torch.tensor(targets, dtype=torch.long).view(-1, 3), device)
         places, ids, owners = columns.unbind(1)
-        weights = [e.weights[i] for own, e in zip(learned, examples, strict=True) for i in own]
+        weights = [e.weights[i] for spots, e in zip(learned, examples, strict=True) for i in spots]
         return cls(
             send(torch.tensor(row.ids), device),
             send(torch.cat(positions), device),
@@ -80,7 +81,7 @@ class Batch:
         return cls(zero, zero, (Segment(0, 1),), zero, zero, zero.float(), zero)
 
 
-class Student(nn.Module):
+class StudentModel(nn.Module):
     """A causal language model whose forward is the loss of a batch, by its tokens alone or by a teacher's `labels` too."""
 
     def __init__(self, model: Any, packing: bool = True) -> None:
@@ -166,26 +167,26 @@ class Student(nn.Module):
 
 def make_student(
     model: Any, packing: bool = True, fused: bool = False
-) -> tuple[Student, list[str]]:
+) -> tuple[StudentModel, list[str]]:
     """Wrap `model`, packing where its architecture allows, and with fused layers where asked and possible.
 
     Returns the student and notes for the user. Raises DistillError (exit 7) where the model's logits are not its
     head's output (a cap or a scale behind it).
     """
-    plain, before = Student(model, packing=False), model.config._attn_implementation
+    plain, before = StudentModel(model, packing=False), model.config._attn_implementation
     training = model.training
     model.eval()
     try:
-        wanted = _check_head(plain)
+        expected = _check_head(plain)
         if not packing:
             return plain, []
         model.set_attn_implementation(NAME)
-        student, decoder = Student(model), plain.decoder()
+        student, decoder = StudentModel(model), plain.decoder()
         if fused and fuse(decoder):
-            if _agrees(student, wanted):
+            if _agrees(student, expected):
                 return student, []
             unfuse(decoder)
-        if _agrees(student, wanted):
+        if _agrees(student, expected):
             return student, []
         model.set_attn_implementation(before)
         return plain, [f"{model.config.model_type} cannot take packed rows: batches are padded"]
@@ -193,7 +194,7 @@ def make_student(
         model.train(training)
 
 
-def _probe_batch(student: Student, shift: int = 0) -> Batch:
+def _probe_batch(student: StudentModel, shift: int = 0) -> Batch:
     """Return two samples without supervision; `shift` changes the ids of the first."""
     first, second = PROBE
     ids = [*range(shift, first + shift), *range(first, first + second)]
@@ -205,25 +206,25 @@ def _probe_batch(student: Student, shift: int = 0) -> Batch:
 
 
 @torch.no_grad()
-def _agrees(student: Student, wanted_ND: Tensor) -> bool:
+def _agrees(student: StudentModel, wanted_ND: Tensor) -> bool:
     """Tell whether packed rows give the states of padded ones, and nothing of one sample reaches the next."""
     try:
-        found = student.hidden(_probe_batch(student))
+        states = student.hidden(_probe_batch(student))
         other = student.hidden(_probe_batch(student, shift=3))
     except (TypeError, ValueError, RuntimeError):
         return False  # the model does not pass lengths down, or has another kind of attention
     second = slice(PROBE[0], None)
-    return _close(found, wanted_ND) and bool(torch.equal(found[second], other[second]))
+    return _close(states, wanted_ND) and bool(torch.equal(states[second], other[second]))
 
 
 @torch.no_grad()
-def _check_head(plain: Student) -> Tensor:
+def _check_head(plain: StudentModel) -> Tensor:
     """Return the probe's hidden states, after comparing the head's output with the model's logits."""
     batch = _probe_batch(plain)
     ids = batch.ids_N[None, : PROBE[0]]
-    wanted = plain.model(input_ids=ids, use_cache=False).logits[0]
+    logits = plain.model(input_ids=ids, use_cache=False).logits[0]
     states = plain.hidden(batch)
-    if not _close(nn.functional.linear(plain.widen(states[: PROBE[0]]), *plain.head()), wanted):
+    if not _close(nn.functional.linear(plain.widen(states[: PROBE[0]]), *plain.head()), logits):
         raise DistillError(
             Exit.TRAINING,
             plain.model.config.model_type,
@@ -260,7 +261,7 @@ def answer_loss(
     return results
 
 
-def _read(student: Student, examples: Sequence[Example]) -> list[Reading]:
+def _read(student: StudentModel, examples: Sequence[Example]) -> list[Reading]:
     """Read the samples of one packed batch in one forward pass."""
     batch, (head_VE, bias_V) = student.batch(examples), student.head()
     losses_S, hits_S = read_targets(student.states(batch), head_VE, batch.targets_S, bias_V)

@@ -38,7 +38,7 @@ from distill.storage.processes import (
 from distill.storage.progress import Tracker, say, tracking
 from distill.storage.run_folder import Run
 from distill.training import adapters, checkpoint, sharding
-from distill.training.batches import Step, share
+from distill.training.batches import OptimizerStep, share
 from distill.training.encode import show
 from distill.training.merge import write_merged
 from distill.training.optimizer import (
@@ -125,11 +125,11 @@ def start_processes(config: Config, run: Run) -> Accelerator:
         project_dir=run.path("tracking"),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
     )
-    asked = {
+    expected = {
         "train.num_processes": config.train.num_processes,
         "launcher": asked_of_launcher(launcher_command()),
     }
-    check_world(asked, accelerator.num_processes, "scripts/train.py", Exit.TRAINING)
+    check_world(expected, accelerator.num_processes, "scripts/train.py", Exit.TRAINING)
     if accelerator.num_processes > 1:
         die_with_parent()
     if tracker != "none":
@@ -217,7 +217,7 @@ class Loop:
             while progress.step < len(plan) and not progress.stopped_early:
                 self._advance(plan[progress.step], tracker)
 
-    def _advance(self, step: Step, tracker: Tracker) -> None:
+    def _advance(self, step: OptimizerStep, tracker: Tracker) -> None:
         """Do one step and what is due after it."""
         row, interrupted = self._step(step)
         self._record(step, row, tracker)
@@ -232,18 +232,18 @@ class Loop:
             what, fix = f"stopped after step {done}, checkpoint saved", "the same command continues"
             raise DistillError(Exit.INTERRUPTED, self.run.folder, what, fix)
 
-    def _micro_batches(self, step: Step) -> list[list[int]]:
+    def _micro_batches(self, step: OptimizerStep) -> list[list[int]]:
         return self.parts.batches(self.parts.examples, step.samples)
 
-    def _step(self, step: Step) -> tuple[dict[str, Any], bool]:
+    def _step(self, step: OptimizerStep) -> tuple[dict[str, Any], bool]:
         """Take one optimizer step; returns its row of the history, and whether any process was asked to stop."""
         started, rank = time.monotonic(), self.accelerator.process_index
         torch.manual_seed(int(digest([self.config.train_seed, self.progress.step, rank])[:15], 16))
         samples = [self.parts.examples[i] for i in step.samples]
         count = sum(sum(example.weights) for example in samples)
         losses = self._backward(step, count)
-        asked = losses.new_full((1,), float(self.interrupt.asked))
-        sums: Any = self.accelerator.reduce(torch.cat([losses, asked]))
+        stopping = losses.new_full((1,), float(self.interrupt.asked))
+        sums: Any = self.accelerator.reduce(torch.cat([losses, stopping]))
         row = {**self._named(sums[:-1] / count), "learning_rate": self._rate()}
         row["grad_norm"] = self._update(row, samples)
         row["tokens"] = sum(len(example.input_ids) for example in samples)
@@ -253,7 +253,7 @@ class Loop:
         """Return a loss and its parts by their names."""
         return dict(zip(("loss", *self._parts()), losses.tolist(), strict=True))
 
-    def _backward(self, step: Step, count: float) -> torch.Tensor:
+    def _backward(self, step: OptimizerStep, count: float) -> torch.Tensor:
         """Gather this process's part of the step's gradient; returns the sums of its loss and of the loss's parts.
 
         DDP averages, so the loss is scaled up.
@@ -286,8 +286,8 @@ class Loop:
         limit = self.settings.max_grad_norm
         norm = float(sharding.whole(torch.nn.utils.clip_grad_norm_(self.named.values(), limit)))
         if not (math.isfinite(row["loss"]) and math.isfinite(norm)):
-            named = ", ".join(example.response_id for example in samples)
-            what = f"loss {row['loss']}, gradient norm {norm} over samples {named}"
+            names = ", ".join(example.response_id for example in samples)
+            what = f"loss {row['loss']}, gradient norm {norm} over samples {names}"
             fix = "look at these samples, or lower train.learning_rate; the last checkpoint is kept"
             raise DistillError(Exit.TRAINING, f"step {self.progress.step + 1}", what, fix)
         for group in self.optimizer.param_groups:
@@ -302,7 +302,7 @@ class Loop:
         kind = settings.lr_scheduler_type
         return learning_rate(self.progress.step, total, settings.learning_rate, kind, warmup)
 
-    def _record(self, step: Step, row: dict[str, Any], tracker: Tracker) -> None:
+    def _record(self, step: OptimizerStep, row: dict[str, Any], tracker: Tracker) -> None:
         """Count the step, and log it where that is due."""
         progress = self.progress
         progress.step += 1
@@ -345,7 +345,7 @@ class Loop:
         reduced: Any = accelerator.reduce(total)
         return self._named(reduced / sum(sum(e.weights) for e in examples))
 
-    def _save(self, step: Step) -> None:
+    def _save(self, step: OptimizerStep) -> None:
         """Write a checkpoint, on the main process only; where the student is in shards, all gather it."""
         groups = {
             "adapter": adapters.tensors(self.parts.model),
@@ -363,20 +363,28 @@ class Loop:
     def finish(self) -> None:
         """Write the adapter (the best, where that is asked) and training.json, on the main process only."""
         weights = adapters.tensors(self.parts.model)
-        chosen, student = self.progress.step, self.config.student
+        step, student = self.progress.step, self.config.student
         if self.settings.load_best_model_at_end and self.best:
-            weights, chosen = self.best, self.progress.best_step
+            weights, step = self.best, self.progress.best_step
         if not self.accelerator.is_main_process:
             return
         folder = self.run.path("adapter")
         adapters.save_adapter(self.parts.model, weights, folder, registry.hub_id(student.model))
         base = registry.record_base(folder, student.model, student.revision)
-        kept = ("history", "validation", "best_step", "tokens", "seconds", "stopped_early", "notes")
+        fields = (
+            "history",
+            "validation",
+            "best_step",
+            "tokens",
+            "seconds",
+            "stopped_early",
+            "notes",
+        )
         progress = asdict(self.progress)
         summary = {
-            **{name: progress[name] for name in kept},
+            **{name: progress[name] for name in fields},
             "steps": self.progress.step,
-            "adapter_step": chosen,
+            "adapter_step": step,
             "adapter_sha256": sha256_file(folder / adapters.WEIGHTS),
             "examples": len(self.parts.examples),
             "tokens_per_second": self.progress.tokens / max(self.progress.seconds, 1e-9),

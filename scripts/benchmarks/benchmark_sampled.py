@@ -37,7 +37,7 @@ from distill.training.encode import encode_pair
 from distill.training.soft_labels.cache import Signal, starts, supervised_ids
 from distill.training.soft_labels.capture import PASS_TOKENS, keep, read_head
 from distill.training.soft_labels.labels import CachedLabels
-from distill.training.student import Student, make_student
+from distill.training.student import StudentModel, make_student
 from distill.training.targets import Live, SoftTargets
 
 RANK, PARTS = 16, 8
@@ -73,7 +73,10 @@ def first(examples: Sequence[Example], tokens: int) -> list[Example]:
 
 @torch.inference_mode()
 def read(
-    student: Student, examples: Sequence[Example], vocabulary: int, settings: Sequence[Signals] = ()
+    student: StudentModel,
+    examples: Sequence[Example],
+    vocabulary: int,
+    settings: Sequence[Signals] = (),
 ) -> tuple[Tensor, Tensor, list[Signal]]:
     """Return a model's states at the supervised positions, in the examples' order, the tokens that follow, and a signal
     for each setting."""
@@ -143,7 +146,7 @@ def errors(
     return [(float(np.mean(parts)), total) for parts, total in zip(found, totals, strict=True)]
 
 
-def load(reference: str, dtype: str, revision: str | None) -> Student:
+def load(reference: str, dtype: str, revision: str | None) -> StudentModel:
     """Load a model to read with."""
     return make_student(loading.load_model(reference, dtype, revision).requires_grad_(False))[0]
 
@@ -151,7 +154,7 @@ def load(reference: str, dtype: str, revision: str | None) -> Student:
 def measure(
     name: str,
     examples: list[Example],
-    both: tuple[Student, Student],
+    both: tuple[StudentModel, StudentModel],
     settings: list[Signals],
     V: int,
 ) -> list[dict[str, Any]]:

@@ -31,15 +31,15 @@ from distill.storage.run_folder import Run, open_run
 from distill.training.batches import micro_batches
 from distill.training.encode import encode_pair
 from distill.training.soft_labels.cache import (
-    Row,
     Signal,
+    SignalKey,
     codes,
     encode_chunk,
     supervised_ids,
     token_hash,
 )
 from distill.training.soft_labels.capture import CHUNK_TOKENS, PASS_TOKENS, read_head
-from distill.training.student import Student, make_student
+from distill.training.student import StudentModel, make_student
 
 LISTED = 256  # ids of each token that are kept of the one reading
 
@@ -77,7 +77,7 @@ def join(parts: Sequence[Reading]) -> Reading:
 
 @torch.inference_mode()
 def read(
-    student: Student, examples: Sequence[Example], vocabulary: int, limit: int, seconds: float
+    student: StudentModel, examples: Sequence[Example], vocabulary: int, limit: int, seconds: float
 ) -> Reading:
     """Let the teacher read the first `limit` supervised tokens of the examples, or what `seconds` allow."""
     end = time.monotonic() + seconds
@@ -133,11 +133,15 @@ def size(signal: Signal, examples: Sequence[Example]) -> int:
         counts.append(min(left, len(supervised_ids(example))))
         left -= counts[-1]
     rows = [
-        Row(example.id, token_hash(example.input_ids), count)
+        SignalKey(example.id, token_hash(example.input_ids), count)
         for example, count in zip(examples, counts, strict=True)
         if count
     ]
-    total, chunk, parts = 0, list[tuple[Row, Signal]](), signal.split([row.count for row in rows])
+    total, chunk, parts = (
+        0,
+        list[tuple[SignalKey, Signal]](),
+        signal.split([row.count for row in rows]),
+    )
     for row, part in zip(rows, parts, strict=True):
         chunk.append((row, part))
         if sum(r.count for r, _ in chunk) >= CHUNK_TOKENS or row is rows[-1]:

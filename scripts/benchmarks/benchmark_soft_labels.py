@@ -52,7 +52,7 @@ from distill.storage.run_folder import Run, open_run
 from distill.training.batches import micro_batches, plan_steps
 from distill.training.encode import encode_pairs
 from distill.training.optimizer import learning_rate, warmup_count
-from distill.training.soft_labels.cache import Cache, describe, open_teacher
+from distill.training.soft_labels.cache import SignalCache, describe, open_teacher
 from distill.training.soft_labels.capture import Read, capture, chunked, fill, read_as_teacher
 from distill.training.soft_labels.labels import CachedLabels
 from distill.training.soft_labels.live_teacher import LiveLabels, load_live
@@ -93,7 +93,7 @@ class Signals:
         pairs = {pair.response.id: pair for pair in rows}
         found = [read_as_teacher(tokenizer, pairs[e.response_id], e, run.config) for e in examples]
         self.reads: dict[str, Read] = {read.example.response_id: read for read in found}
-        self.cache = Cache.open(run.config.store_folder(), describe(facts))
+        self.cache = SignalCache.open(run.config.store_folder(), describe(facts))
         with FolderLock(self.cache.folder):
             left = [read for read in found if read.row.example not in self.cache.index]
             if left:
@@ -159,7 +159,7 @@ def reading(run: Run, examples: Sequence[Example]) -> Side:
     def read(samples: Sequence[Example]) -> float:
         start = time.perf_counter()
         with tempfile.TemporaryDirectory(dir=signals.cache.folder.parent) as folder:
-            made = Cache(Path(folder), signals.cache.teacher)
+            made = SignalCache(Path(folder), signals.cache.teacher)
             for part in chunked([signals.reads[e.response_id] for e in samples]):
                 seen = [read.example for read in part]
                 found = capture(reader, signals.vocabulary, seen, run.config.signals)

@@ -15,7 +15,7 @@ from distill.training import adapters, train
 from distill.training.encode import encode_pair
 from distill.training.losses import cross_entropy
 from distill.training.soft_labels.capture import capture
-from distill.training.student import Batch, Student, answer_loss, make_student
+from distill.training.student import Batch, StudentModel, answer_loss, make_student
 from distill.training.targets import Live
 from tests.support.tiny import make_tiny, make_tokenizer
 from tests.training.test_layers import adapted, examples, gradients, plain
@@ -85,8 +85,8 @@ def test_chunked_equals_whole(folder):
 
 def test_a_head_without_its_adapter_is_found_by_the_probe(folder, monkeypatch):
     model = adapted(folder, TARGETS)
-    monkeypatch.setattr(Student, "widen", lambda self, hidden: hidden)
-    monkeypatch.setattr(Student, "matrices", lambda self: (self._head[0].weight,))
+    monkeypatch.setattr(StudentModel, "widen", lambda self, hidden: hidden)
+    monkeypatch.setattr(StudentModel, "matrices", lambda self: (self._head[0].weight,))
     with pytest.raises(DistillError, match="logits behind the head"):
         make_student(model)
 

@@ -10,10 +10,10 @@ import pytest
 from distill.config import Signals
 from distill.errors import DistillError, Exit
 from distill.training.soft_labels.cache import (
-    Cache,
-    Chunk,
-    Row,
     Signal,
+    SignalCache,
+    SignalChunk,
+    SignalKey,
     codes,
     encode_chunk,
     expected_bytes,
@@ -37,8 +37,8 @@ def made(tokens: int = 40, seed: int = 0, temperatures: int = 0) -> tuple[Signal
     return Signal(counts, ids, codes(exact, counts), rest, tails), exact
 
 
-def rows(*counts: int) -> list[Row]:
-    return [Row(f"{n:032x}", f"{n + 99:032x}", count) for n, count in enumerate(counts)]
+def rows(*counts: int) -> list[SignalKey]:
+    return [SignalKey(f"{n:032x}", f"{n + 99:032x}", count) for n, count in enumerate(counts)]
 
 
 def test_a_token_s_probabilities_and_its_rest_sum_to_one():
@@ -71,9 +71,9 @@ def test_one_token_that_has_all_the_mass():
 @pytest.mark.parametrize("temperatures", [0, 2])
 def test_a_cache_gives_back_what_was_put_in(tmp_path, temperatures):
     signal, _ = made(40, temperatures=temperatures)
-    cache = Cache.open(tmp_path, TEACHER)
+    cache = SignalCache.open(tmp_path, TEACHER)
     cache.append(rows(10, 0, 25, 5), signal)
-    found = Cache.open(tmp_path, TEACHER).read(rows(10, 0, 25, 5))
+    found = SignalCache.open(tmp_path, TEACHER).read(rows(10, 0, 25, 5))
     whole = Signal.join([found[row.example] for row in rows(10, 0, 25, 5)])
     for name in ("counts_N", "ids_E", "codes_E", "rest_N", "tails_TN"):
         one, other = getattr(whole, name), getattr(signal, name)
@@ -81,24 +81,24 @@ def test_a_cache_gives_back_what_was_put_in(tmp_path, temperatures):
 
 
 def test_chunks_follow_each_other_and_only_what_is_asked_is_returned(tmp_path):
-    cache = Cache.open(tmp_path, TEACHER)
-    first, second = rows(4, 6), [Row("a" * 32, "b" * 32, 5)]
+    cache = SignalCache.open(tmp_path, TEACHER)
+    first, second = rows(4, 6), [SignalKey("a" * 32, "b" * 32, 5)]
     cache.append(first, made(10)[0])
     cache.append(second, made(5, seed=1)[0])
     assert [path.name for path in sorted(cache.folder.iterdir())] == [
         "00000001.signals",
         "00000002.signals",
     ]
-    found = Cache.open(tmp_path, TEACHER).read([first[1], *second])
+    found = SignalCache.open(tmp_path, TEACHER).read([first[1], *second])
     assert list(found) == [first[1].example, "a" * 32]
     assert np.array_equal(found["a" * 32].ids_E, made(5, seed=1)[0].ids_E)
 
 
 def test_a_row_that_is_missing_or_stands_for_other_tokens_is_an_error(tmp_path):
-    cache = Cache.open(tmp_path, TEACHER)
+    cache = SignalCache.open(tmp_path, TEACHER)
     cache.append(rows(4, 6), made(10)[0])
     with pytest.raises(DistillError, match=r"no signal of example c+ \(--redo signals"):
-        cache.check([Row("c" * 32, "", 1)])
+        cache.check([SignalKey("c" * 32, "", 1)])
     with pytest.raises(DistillError, match=r"00000001.signals: example .* other tokens") as fault:
         cache.check([rows(4)[0]._replace(tokens="d" * 32)])
     assert fault.value.code == Exit.STATE
@@ -113,10 +113,10 @@ def test_every_cut_and_every_flipped_byte_is_found_with_its_file(tmp_path):
     for data in [*damaged, whole + b"x"]:
         path.write_bytes(data)
         with pytest.raises(DistillError, match=r"00000001.signals: .*\(\S+") as fault:
-            Cache.open(tmp_path, TEACHER).read(rows(3, 2))
+            SignalCache.open(tmp_path, TEACHER).read(rows(3, 2))
         assert fault.value.code == Exit.STATE
     path.write_bytes(whole)
-    assert Cache.open(tmp_path, TEACHER).read(rows(3, 2))
+    assert SignalCache.open(tmp_path, TEACHER).read(rows(3, 2))
 
 
 def test_a_chunk_of_another_teacher_or_of_a_newer_format_is_refused(tmp_path):
@@ -124,14 +124,14 @@ def test_a_chunk_of_another_teacher_or_of_a_newer_format_is_refused(tmp_path):
     path.parent.mkdir(parents=True)
     path.write_bytes(encode_chunk("0" * 32, rows(5), made(5)[0]))
     with pytest.raises(DistillError, match="another teacher"):
-        Cache.open(tmp_path, TEACHER)
+        SignalCache.open(tmp_path, TEACHER)
     path.write_bytes(encode_chunk(TEACHER, rows(5), made(5)[0]).replace(b" 1 ", b" 2 ", 1))
     with pytest.raises(DistillError, match="newer"):
-        Chunk.open(path)
+        SignalChunk.open(path)
 
 
 def test_a_full_disk_is_one_line_and_what_was_there_stays(tmp_path, monkeypatch):
-    cache = Cache.open(tmp_path, TEACHER)
+    cache = SignalCache.open(tmp_path, TEACHER)
     cache.append(rows(5), made(5)[0])
     full = Path("/dev/full")
     if not full.exists():
@@ -144,16 +144,16 @@ def test_a_full_disk_is_one_line_and_what_was_there_stays(tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", fills_up)
         with pytest.raises(DistillError, match=r"No space left.*free space") as fault:
-            cache.append([Row("a" * 32, "b" * 32, 5)], made(5)[0])
+            cache.append([SignalKey("a" * 32, "b" * 32, 5)], made(5)[0])
     assert fault.value.code == Exit.STATE
-    assert list(Cache.open(tmp_path, TEACHER).read(rows(5))) == [rows(5)[0].example]
+    assert list(SignalCache.open(tmp_path, TEACHER).read(rows(5))) == [rows(5)[0].example]
 
 
 KILLED = """
 import os, sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from distill.training.soft_labels.cache import Cache, Row
+from distill.training.soft_labels.cache import SignalCache, SignalKey
 from tests.training.test_cache import TEACHER, made
 at, count = int(sys.argv[2]), 0
 for name in ("open", "fsync", "replace"):
@@ -164,9 +164,9 @@ for name in ("open", "fsync", "replace"):
             os._exit(9)
         return _real(*words, **named)
     setattr(os, name, wrapped)
-cache = Cache.open(Path(sys.argv[1]), TEACHER)
+cache = SignalCache.open(Path(sys.argv[1]), TEACHER)
 for number in range(3):
-    cache.append([Row(f"{{number:032x}}", "t", 5)], made(5, seed=number)[0])
+    cache.append([SignalKey(f"{{number:032x}}", "t", 5)], made(5, seed=number)[0])
     print(number, flush=True)
 """
 
@@ -178,8 +178,8 @@ def test_killed_at_any_call_to_the_disk_no_finished_chunk_is_lost(tmp_path):
         command = [sys.executable, "-c", script, str(folder), str(at)]
         done = subprocess.run(command, capture_output=True, text=True)
         finished = [int(line) for line in done.stdout.split()]
-        cache = Cache.open(folder, TEACHER)
-        found = cache.read([Row(f"{number:032x}", "t", 5) for number in finished])
+        cache = SignalCache.open(folder, TEACHER)
+        found = cache.read([SignalKey(f"{number:032x}", "t", 5) for number in finished])
         for number in finished:
             assert np.array_equal(found[f"{number:032x}"].ids_E, made(5, seed=number)[0].ids_E)
 

@@ -18,7 +18,7 @@ from distill.records import Message, Pair
 from distill.storage.files import read_records, write_json, write_records
 from distill.storage.run_folder import Run
 from distill.training.soft_labels import capture
-from distill.training.soft_labels.cache import Cache, Row
+from distill.training.soft_labels.cache import SignalCache, SignalKey
 from tests.support.tiny import SPECIAL, TEMPLATE, make_tiny, make_tokenizer
 from tests.training.test_train import pairs
 
@@ -60,12 +60,12 @@ def dataset(run: Run) -> list[Pair]:
     return [p for name in names for p in read_records(run.path(f"dataset/{name}.jsonl"), Pair)]
 
 
-def captured(run: Run) -> tuple[dict[str, Row], Cache]:
+def captured(run: Run) -> tuple[dict[str, SignalKey], SignalCache]:
     """Do the stage, and return the rows by answer, and the cache."""
     capture.main(run.config, run)
     made = json.loads(run.path("signals.json").read_text())
-    rows = {name: Row(*row) for name, row in made["rows"].items()}
-    return rows, Cache.open(run.config.store_folder(), made["cache"])
+    rows = {name: SignalKey(*row) for name, row in made["rows"].items()}
+    return rows, SignalCache.open(run.config.store_folder(), made["cache"])
 
 
 @torch.no_grad()
@@ -136,7 +136,7 @@ def test_what_the_store_holds_is_not_read_again_by_any_run(tmp_path, monkeypatch
 def test_a_stopped_capture_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(capture, "CHUNK_TOKENS", 60)
     whole, cache = captured(make_run(tmp_path / "whole"))
-    run, append, seen = make_run(tmp_path / "cut"), Cache.append, []
+    run, append, seen = make_run(tmp_path / "cut"), SignalCache.append, []
 
     def stops(self, rows, signal):
         if len(seen) == 2:
@@ -145,7 +145,7 @@ def test_a_stopped_capture_goes_on_where_it_was(tmp_path, monkeypatch):
         append(self, rows, signal)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Cache, "append", stops)
+        patch.setattr(SignalCache, "append", stops)
         with pytest.raises(KeyboardInterrupt):
             capture.main(run.config, run)
     rows, other = captured(run)

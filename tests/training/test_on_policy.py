@@ -21,7 +21,7 @@ from distill.storage.run_folder import Run
 from distill.training import train
 from distill.training.adapters import WEIGHTS
 from distill.training.soft_labels import on_policy
-from distill.training.soft_labels.cache import Cache
+from distill.training.soft_labels.cache import SignalCache
 from distill.verify import verify
 from tests.evaluation.test_suites import make_suite
 from tests.publishing.test_publish import BASE
@@ -132,7 +132,7 @@ def test_a_killed_round_goes_on_to_the_same_bits(unbroken, call):
 def test_a_round_that_is_done_asks_and_reads_nothing_again(unbroken, monkeypatch):
     _, run = unbroken
     monkeypatch.setattr(on_policy, "Ask", None)
-    monkeypatch.setattr(Cache, "append", None)
+    monkeypatch.setattr(SignalCache, "append", None)
     before = outcome(run)
     on_policy.main(run.config, run)
     assert outcome(run) == before

@@ -24,7 +24,7 @@ from distill.storage.files import write_json, write_records
 from distill.storage.log import Log
 from distill.storage.run_folder import Run
 from distill.training.soft_labels import capture, labels, prompt_logprobs
-from distill.training.soft_labels.cache import Cache
+from distill.training.soft_labels.cache import SignalCache
 from tests.planning.test_plan import ROOT, shown
 from tests.support.buying import KEY
 from tests.support.fake_teacher import PRICE, FakeTeacher, Reply, Script
@@ -216,7 +216,7 @@ def test_what_was_paid_for_survives_a_stop_before_the_cache_has_it(tmp_path, sco
     with FakeTeacher(scorer) as server:
         run = make_remote(tmp_path, server)
         with monkeypatch.context() as patch:
-            patch.setattr(Cache, "append", stop)
+            patch.setattr(SignalCache, "append", stop)
             with pytest.raises(KeyboardInterrupt):
                 signals_stage(run)
         assert len(server.payloads) == 1

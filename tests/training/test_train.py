@@ -18,7 +18,7 @@ from distill.storage.files import write_records
 from distill.storage.run_folder import Run
 from distill.training import checkpoint, train
 from distill.training.adapters import WEIGHTS
-from distill.training.student import Student
+from distill.training.student import StudentModel
 from tests.support.tiny import make_tiny
 
 
@@ -101,7 +101,7 @@ class Killed(BaseException):
 @contextmanager
 def killed_at(call: int) -> Iterator[None]:
     """Stop what the block does in the forward pass of the micro-batch number `call` (validation counts too)."""
-    forward, seen = Student.forward, [0]
+    forward, seen = StudentModel.forward, [0]
 
     def counted(self, batch):
         seen[0] += 1
@@ -110,7 +110,7 @@ def killed_at(call: int) -> Iterator[None]:
         return forward(self, batch)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Student, "forward", counted)
+        patch.setattr(StudentModel, "forward", counted)
         yield
 
 
@@ -305,13 +305,13 @@ def test_no_dataset_names_the_command_that_makes_one(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_samples(tmp_path, monkeypatch):
     run = make_run(tmp_path, save_steps=1)
-    forward, seen = Student.forward, [0]
+    forward, seen = StudentModel.forward, [0]
 
     def broken(self, batch):
         seen[0] += 1
         return forward(self, batch) * (float("nan") if seen[0] == 3 else 1)
 
-    monkeypatch.setattr(Student, "forward", broken)
+    monkeypatch.setattr(StudentModel, "forward", broken)
     with pytest.raises(DistillError, match=r"step 3: loss nan.*over samples [0-9a-f]{32}") as fault:
         train.main(run.config, run)
     assert fault.value.code == Exit.TRAINING
@@ -344,7 +344,7 @@ def test_a_resume_on_other_data_stops(tmp_path):
 
 def test_ctrl_c_finishes_the_step_saves_it_and_ends_with_130(tmp_path, monkeypatch):
     run = make_run(tmp_path)
-    forward, seen = Student.forward, [0]
+    forward, seen = StudentModel.forward, [0]
 
     def interrupted(self, batch):
         seen[0] += 1
@@ -353,7 +353,7 @@ def test_ctrl_c_finishes_the_step_saves_it_and_ends_with_130(tmp_path, monkeypat
         return forward(self, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Student, "forward", interrupted)
+        patch.setattr(StudentModel, "forward", interrupted)
         with pytest.raises(DistillError, match="stopped after step 2") as fault:
             train.main(run.config, run)
     assert fault.value.code == Exit.INTERRUPTED

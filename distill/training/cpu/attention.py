@@ -83,15 +83,15 @@ def forward(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Return the attention's output (N, H, d), and the probabilities that are worth keeping for the way back."""
     out_NHd = torch.empty_like(query_NHd, memory_format=torch.contiguous_format)
-    groups, kept = query_NHd.shape[1] // key_NKd.shape[1], []
+    groups, saved = query_NHd.shape[1] // key_NKd.shape[1], []
     for segment in segments:
         key_KSd, value_KSd = _seen(key_NKd, segment), _seen(value_NKd, segment)
         for start, end, seen in blocks(segment):
             query = _stacked(query_NHd[start:end], groups, scale)
             weights = _probabilities(query, key_KSd[:, :seen], end - start)
             _unstack(torch.bmm(weights, value_KSd[:, :seen]), out_NHd[start:end])
-            kept.append(weights if seen <= KEPT else None)
-    return out_NHd, kept
+            saved.append(weights if seen <= KEPT else None)
+    return out_NHd, saved
 
 
 def backward(
@@ -135,14 +135,14 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
         query, key, value, ctx.segments, ctx.scale = given
-        out, kept = forward(*given)
-        ctx.save_for_backward(query, key, value, *(kept if any(ctx.needs_input_grad) else ()))
+        out, saved = forward(*given)
+        ctx.save_for_backward(query, key, value, *(saved if any(ctx.needs_input_grad) else ()))
         return out
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, *kept = ctx.saved_tensors
-        return *backward(upstream[0], query, key, value, kept, ctx.segments, ctx.scale), None, None
+        query, key, value, *saved = ctx.saved_tensors
+        return *backward(upstream[0], query, key, value, saved, ctx.segments, ctx.scale), None, None
 
 
 def attend(
@@ -206,15 +206,15 @@ def can_join(device: torch.device, dtype: torch.dtype, heads: int, keys: int, si
             torch.randn(shape, generator=make, device=device).to(dtype).requires_grad_()
             for shape in shapes
         )
-        found = []
+        results = []
         try:
             for way in (_joined, _apart):
                 out = way(query, key, value, segments, size**-0.5)
                 parts = (out, *torch.autograd.grad(out, (query, key, value), slope))
-                found.append(torch.cat([part.float().flatten() for part in parts]))
+                results.append(torch.cat([part.float().flatten() for part in parts]))
         except (RuntimeError, TypeError, ImportError):  # neither this type nor GPU, or torch is old
             return False
-    joined, apart = found
+    joined, apart = results
     return bool((joined - apart).norm() <= 0.02 * apart.norm())
 
 

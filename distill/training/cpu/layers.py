@@ -38,13 +38,13 @@ class Projection:
         self.parts: list[tuple[slice, slice, float]] = []  # rows of O, columns of R, scale
         self.masters: list[nn.Parameter] = []  # A, B, A, B, ... in float32
         row = column = 0
-        for linear, width, rank, found in zip(linears, self.widths, ranks, adapted, strict=True):
+        for linear, width, rank, lora in zip(linears, self.widths, ranks, adapted, strict=True):
             rows, columns = slice(row, row + width), slice(column, column + rank)
             self.matrix[rows, : self.inputs] = linear.weight.data
             linear.weight.data = self.matrix[rows, : self.inputs]  # the same memory from now on
-            if found:
-                self.parts.append((rows, columns, found[2]))
-                self.masters += found[:2]
+            if lora:
+                self.parts.append((rows, columns, lora[2]))
+                self.masters += lora[:2]
             row, column = row + width, column + rank
 
     def refresh(self) -> None:
@@ -153,25 +153,25 @@ class _Attend(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         wide = layer.qkv.buffer(x_ND)
         wide[:, : x_ND.shape[1]] = layer.norms[0].forward(x_ND)
-        made = layer.qkv.forward(wide)
+        projected = layer.qkv.forward(wide)
         queries, keys, _ = layer.qkv.widths
-        turned = rotate(_heads(made[:, : queries + keys], layer.head_dim), cos, sin)
-        value = _heads(made[:, queries + keys :], layer.head_dim)
+        turned = rotate(_heads(projected[:, : queries + keys], layer.head_dim), cos, sin)
+        value = _heads(projected[:, queries + keys :], layer.head_dim)
         query, key = turned.split([queries // layer.head_dim, keys // layer.head_dim], dim=1)
-        mixed, kept = attention.forward(query, key, value, segments, layer.scale)
+        mixed, saved = attention.forward(query, key, value, segments, layer.scale)
         inner = layer.out.buffer(x_ND)
         inner[:, :queries] = mixed.flatten(1)
         ctx.layer, ctx.segments = layer, segments
-        ctx.save_for_backward(x_ND, wide, query, key, value, inner, cos, sin, *kept)
+        ctx.save_for_backward(x_ND, wide, query, key, value, inner, cos, sin, *saved)
         return layer.out.forward(inner, x_ND)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
         layer, slope_ND = ctx.layer, upstream[0]
-        x_ND, wide, query, key, value, inner, cos, sin, *kept = ctx.saved_tensors
+        x_ND, wide, query, key, value, inner, cos, sin, *saved = ctx.saved_tensors
         slope_mixed, out_gradients = layer.out.backward(inner, slope_ND)
         slopes = attention.backward(
-            _heads(slope_mixed, layer.head_dim), query, key, value, kept, ctx.segments, layer.scale
+            _heads(slope_mixed, layer.head_dim), query, key, value, saved, ctx.segments, layer.scale
         )
         turned_back = rotate(torch.cat(slopes[:2], dim=1), cos, -sin)
         slope_made = torch.cat([turned_back.flatten(1), slopes[2].flatten(1)], dim=1)
@@ -191,22 +191,22 @@ class _Feed(torch.autograd.Function):
     def forward(ctx: Any, x_ND: Tensor, layer: FusedLayer, *masters: Tensor) -> Tensor:
         wide = layer.gate_up.buffer(x_ND)
         wide[:, : x_ND.shape[1]] = layer.norms[1].forward(x_ND)
-        made = layer.gate_up.forward(wide)
-        gate, up = made.split(layer.gate_up.widths, dim=1)
+        projected = layer.gate_up.forward(wide)
+        gate, up = projected.split(layer.gate_up.widths, dim=1)
         inner = layer.down.buffer(x_ND)
         active = torch.ops.aten.silu.out(gate, out=inner[:, : gate.shape[1]])
         active.mul_(up)
         ctx.layer = layer
-        ctx.save_for_backward(x_ND, wide, made, inner)
+        ctx.save_for_backward(x_ND, wide, projected, inner)
         return layer.down.forward(inner, x_ND)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
         layer, slope_ND = ctx.layer, upstream[0]
-        x_ND, wide, made, inner = ctx.saved_tensors
+        x_ND, wide, projected, inner = ctx.saved_tensors
         slope_active, down_gradients = layer.down.backward(inner, slope_ND)
-        gate, up = made.split(layer.gate_up.widths, dim=1)
-        slope_made = torch.empty_like(made)
+        gate, up = projected.split(layer.gate_up.widths, dim=1)
+        slope_made = torch.empty_like(projected)
         slope_gate, slope_up = slope_made.split(layer.gate_up.widths, dim=1)
         torch.mul(torch.nn.functional.silu(gate), slope_active, out=slope_up)
         slope_active *= up
@@ -239,11 +239,11 @@ def _plain(module: Any) -> bool:
 
 def fuse(decoder: Any) -> bool:
     """Replace the forward of every layer where all of them are fusible and on a CPU; returns whether it did."""
-    found = list(decoder.layers) if hasattr(decoder, "layers") else []
+    layers = list(decoder.layers) if hasattr(decoder, "layers") else []
     on_cpu = all(p.device.type == "cpu" for p in decoder.parameters())
-    if not found or not on_cpu or not all(fusible(layer) for layer in found):
+    if not layers or not on_cpu or not all(fusible(layer) for layer in layers):
         return False
-    for layer in found:
+    for layer in layers:
         layer.forward = FusedLayer(layer)
     return True
 

@@ -27,8 +27,8 @@ from distill.responders.prices import load_prices
 from distill.responders.responder import Request, Sampling
 from distill.storage.log import Log
 from distill.storage.progress import say
-from distill.training.soft_labels.cache import TEXT_ONLY, Cache, Signal, supervised_ids
-from distill.training.soft_labels.top_logprobs import Chances, Text, enter, named, to_signal
+from distill.training.soft_labels.cache import TEXT_ONLY, Signal, SignalCache, supervised_ids
+from distill.training.soft_labels.top_logprobs import Chances, KeyedExample, enter, named, to_signal
 
 ALIKE = 0.9  # of the answers' tokens must have a list, else the tokenizer is another, or few answers have any
 LOOKED_AT = 64  # answers, before any is kept
@@ -38,7 +38,7 @@ UNKNOWN = "\ufffd"  # what stands for part of a character
 ASKED = "ask for them: teacher.extra_body={logprobs: true, top_logprobs: 20}"
 
 
-def fill(cache: Cache, tokenizer: Any, texts: Sequence[Text], config: Config) -> None:
+def fill(cache: SignalCache, tokenizer: Any, texts: Sequence[KeyedExample], config: Config) -> None:
     """Put the distributions that came with the answers `texts` into the cache.
 
     Raises DistillError (exit 4) where too few of their tokens have any.
@@ -62,9 +62,9 @@ def probe(config: Config, tokenizer: Any) -> None:
     teacher, store = config.teacher, config.store_folder() / "responses"
     price = load_prices(config.evaluation.prices).teacher(teacher.model)
     buyer = EndpointResponder(teacher, price, config.name)
-    asked = (Message(role="user", content="Count from one to ten, in words."),)
+    question = (Message(role="user", content="Count from one to ten, in words."),)
     drawn = Sampling(max_new_tokens=min(32, teacher.max_new_tokens))
-    request = Request.make(buyer.origin, "probe", asked, drawn)
+    request = Request.make(buyer.origin, "probe", question, drawn)
     with Ask(buyer, store, again=True) as ask:
         ask.fetch([request], "signals")
         reply = _reply(ask.log, Response.make_id(request.key, request.sample))
@@ -118,27 +118,27 @@ class Lists:
     def _signal(self, reply: Reply, text: Example) -> Signal:
         """Lay a reply's lists along the ids of its text; raises ValueError for impossible probabilities."""
         ids = supervised_ids(text)
-        found = align(self.spelling, reply.logprobs or (), ids)
+        aligned = align(self.spelling, reply.logprobs or (), ids)
         self.tokens += len(ids)
-        self.alone += len(ids) - len(found)
-        self.gaps += max(found, default=len(ids) - 1) + 1 - len(found)
+        self.alone += len(ids) - len(aligned)
+        self.gaps += max(aligned, default=len(ids) - 1) + 1 - len(aligned)
         label = ({i: (0.0, None)} for i in ids)
-        places = [found.get(n, alone) for n, alone in enumerate(label)]
+        places = [aligned.get(n, alone) for n, alone in enumerate(label)]
         return to_signal(places, [1.0] * len(ids), self.settings, self.vocabulary)
 
 
 def align(spelling: "Spelling", places: Sequence[Place], ids: Sequence[int]) -> dict[int, Chances]:
     """Return what is listed at each of `ids` that stands, in order, among the tokens that were written."""
-    written = [spelling.id_of(place) for place in places]
-    blocks = SequenceMatcher(None, written, ids, autojunk=False).get_matching_blocks()
+    tokens = [spelling.id_of(place) for place in places]
+    blocks = SequenceMatcher(None, tokens, ids, autojunk=False).get_matching_blocks()
     pairs = [(one.a + n, one.b + n) for one in blocks for n in range(one.size)]
     return {ours: _place(spelling, places[theirs], ids[ours]) for theirs, ours in pairs}
 
 
 def _place(spelling: "Spelling", place: Place, own: int) -> Chances:
     """Return a list by ids, with the token that was written."""
-    named = [(spelling.id_of(other), other.logprob) for other in place.top]
-    listed = {i: (log, None) for i, log in named if i is not None}
+    candidates = [(spelling.id_of(other), other.logprob) for other in place.top]
+    listed = {i: (log, None) for i, log in candidates if i is not None}
     return {own: (place.logprob, None), **listed}
 
 

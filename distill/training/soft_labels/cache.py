@@ -116,7 +116,7 @@ def starts(example: str, count: int) -> NDArray[np.float64]:
     return np.frombuffer(hashlib.shake_256(example.encode()).digest(4 * count), "<u4") / 2**32
 
 
-class Row(NamedTuple):
+class SignalKey(NamedTuple):
     """What an example's signal is found and checked by: the example's id, the hash of its supervised ids, how many."""
 
     example: str
@@ -152,7 +152,7 @@ def _inflate(data: bytes, count: int, dtype: type[np.generic], width: int) -> ND
 COLUMNS = (("counts_N", np.uint16, 2), ("ids_E", np.uint32, 3), ("codes_E", np.uint8, 1))
 
 
-def encode_chunk(teacher: str, rows: Sequence[Row], signal: Signal) -> bytes:
+def encode_chunk(teacher: str, rows: Sequence[SignalKey], signal: Signal) -> bytes:
     """Return the bytes of a chunk: `signal` holds the rows' tokens, end to end."""
     packed = [_deflate(getattr(signal, name), width) for name, _, width in COLUMNS]
     packed += [_deflate(column, 4) for column in (signal.rest_N, *signal.tails_TN)]
@@ -174,19 +174,19 @@ def encode_chunk(teacher: str, rows: Sequence[Row], signal: Signal) -> bytes:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class SignalChunk:
     """A chunk's file and what its header says."""
 
     path: Path
     begin: int  # of the body
     teacher: str
-    rows: tuple[Row, ...]
+    rows: tuple[SignalKey, ...]
     listed: int
     columns: tuple[int, ...]
     body: str
 
     @classmethod
-    def open(cls, path: Path) -> "Chunk":
+    def open(cls, path: Path) -> "SignalChunk":
         """Read and check a chunk's header and length; raises DistillError (exit 5) where it is damaged or cut off."""
         with disk_errors(path), path.open("rb") as file:
             line = file.readline(200)
@@ -196,8 +196,8 @@ class Chunk:
                     what = f"format {int(version)}, newer than {FORMAT}"
                     raise DistillError(Exit.STATE, path, what, "use a newer distill")
                 text = file.read(int(size))
-                known = magic == MAGIC and int(version) == FORMAT
-                if not known or hashlib.sha256(text).hexdigest() != checksum.decode():
+                readable = magic == MAGIC and int(version) == FORMAT
+                if not readable or hashlib.sha256(text).hexdigest() != checksum.decode():
                     raise ValueError
                 header = json.loads(text)
             except ValueError:
@@ -205,7 +205,7 @@ class Chunk:
         begin = len(line) + len(text)
         if path.stat().st_size != begin + sum(header["columns"]):
             raise DistillError(Exit.STATE, path, "is cut off, or longer than it was", WAY_OUT)
-        rows = tuple(Row(*row) for row in header["rows"])
+        rows = tuple(SignalKey(*row) for row in header["rows"])
         sizes = tuple(header["columns"])
         return cls(path, begin, header["teacher"], rows, header["listed"], sizes, header["body"])
 
@@ -220,19 +220,19 @@ class Chunk:
         packed = [body[a:b] for a, b in itertools.pairwise(ends)]
         tokens = sum(row.count for row in self.rows)
         lengths = {"counts_N": tokens, "ids_E": self.listed, "codes_E": self.listed}
-        named = {
+        columns = {
             name: _inflate(data, lengths[name], dtype, width)
             for data, (name, dtype, width) in zip(packed, COLUMNS, strict=False)
         }
         floats = [_inflate(data, tokens, np.float32, 4) for data in packed[len(COLUMNS) :]]
         tails_TN = np.stack(floats[1:]) if floats[1:] else np.zeros((0, tokens), np.float32)
-        whole = Signal(**named, rest_N=floats[0], tails_TN=tails_TN)
-        parts = whole.split([row.count for row in self.rows])
+        signal = Signal(**columns, rest_N=floats[0], tails_TN=tails_TN)
+        parts = signal.split([row.count for row in self.rows])
         return {row.example: part for row, part in zip(self.rows, parts, strict=True)}
 
 
 @dataclass
-class Cache:
+class SignalCache:
     """The chunks of one teacher and setting; `teacher` is the digest of both, and the folder's name.
 
     Opening reads the headers. One process at a time adds to it, under the folder's lock.
@@ -240,49 +240,49 @@ class Cache:
 
     folder: Path
     teacher: str
-    index: dict[str, tuple[Chunk, Row]] = field(default_factory=dict)
+    index: dict[str, tuple[SignalChunk, SignalKey]] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, store: Path, teacher: str) -> "Cache":
+    def open(cls, store: Path, teacher: str) -> "SignalCache":
         """Open the cache of `teacher` in the shared store; raises DistillError (exit 5) naming a chunk that is wrong."""
-        found = cls(store / "signals" / teacher, teacher)
-        for path in sorted(found.folder.glob(f"*{ENDING}")):
-            found._add(Chunk.open(path))
-        return found
+        cache = cls(store / "signals" / teacher, teacher)
+        for path in sorted(cache.folder.glob(f"*{ENDING}")):
+            cache._add(SignalChunk.open(path))
+        return cache
 
-    def _add(self, chunk: Chunk) -> None:
+    def _add(self, chunk: SignalChunk) -> None:
         if chunk.teacher != self.teacher:
             what = f"holds signals of another teacher or setting ({chunk.teacher[:12]})"
             raise DistillError(Exit.STATE, chunk.path, what, WAY_OUT)
         self.index |= {row.example: (chunk, row) for row in chunk.rows}
 
-    def append(self, rows: Sequence[Row], signal: Signal) -> None:
+    def append(self, rows: Sequence[SignalKey], signal: Signal) -> None:
         """Write a chunk, durably; raises DistillError (exit 5) on a full disk, and leaves what was there."""
         last = max((int(path.stem) for path in self.folder.glob(f"*{ENDING}")), default=0)
         path = self.folder / f"{last + 1:08}{ENDING}"
         write_atomic(path, encode_chunk(self.teacher, rows, signal))
-        self._add(Chunk.open(path))
+        self._add(SignalChunk.open(path))
 
-    def check(self, rows: Iterable[Row]) -> None:
+    def check(self, rows: Iterable[SignalKey]) -> None:
         """Stop where a row is not in the cache, or stands there for other tokens; raises DistillError (exit 5)."""
         for row in rows:
-            kept = self.index.get(row.example)
-            if kept is None:
+            entry = self.index.get(row.example)
+            if entry is None:
                 what = f"holds no signal of example {row.example}"
                 raise DistillError(Exit.STATE, self.folder, what, "--redo signals captures it")
-            if kept[1] != row:
+            if entry[1] != row:
                 what = f"example {row.example} stands there with other tokens"
-                raise DistillError(Exit.STATE, kept[0].path, what, WAY_OUT)
+                raise DistillError(Exit.STATE, entry[0].path, what, WAY_OUT)
 
-    def read(self, rows: Sequence[Row]) -> dict[str, Signal]:
+    def read(self, rows: Sequence[SignalKey]) -> dict[str, Signal]:
         """Return the signals of `rows` by their examples' ids, every chunk that holds one checked to the byte."""
         self.check(rows)
-        wanted = dict.fromkeys(row.example for row in rows)
-        chunks = {chunk.path: chunk for chunk, _ in (self.index[name] for name in wanted)}
-        found: dict[str, Signal] = {}
+        requested = dict.fromkeys(row.example for row in rows)
+        chunks = {chunk.path: chunk for chunk, _ in (self.index[name] for name in requested)}
+        signals: dict[str, Signal] = {}
         for chunk in chunks.values():
-            found |= {name: part for name, part in chunk.read().items() if name in wanted}
-        return found
+            signals |= {name: part for name, part in chunk.read().items() if name in requested}
+        return signals
 
     def bytes(self) -> int:
         """Return the bytes of all chunks."""
@@ -295,8 +295,8 @@ def open_teacher(config: Config) -> tuple[Any, dict[str, Any]]:
     Raises DistillError (exit 2) where its vocabulary is not the student's.
     """
     teacher, student = config.soft_teacher(), config.student
-    own = config.reader()[0] == student.model and student.trust_remote_code
-    tokenizer = loading.load_tokenizer(*config.reader(), own)
+    trusted = config.reader()[0] == student.model and student.trust_remote_code
+    tokenizer = loading.load_tokenizer(*config.reader(), trusted)
     other = loading.load_tokenizer(student.model, student.revision, student.trust_remote_code)
     vocabulary = vocabulary_hash(tokenizer)
     if vocabulary != vocabulary_hash(other):
@@ -315,10 +315,10 @@ def reader_facts(config: Config) -> dict[str, Any]:
     """Return what names the model that reads: its weights and precision, or where it is served and as what."""
     teacher = config.soft_teacher()
     if teacher.kind == "endpoint":
-        own = config.signals
-        extra = teacher.extra_body if own.endpoint or own.from_answers else {}
+        settings = config.signals
+        extra = teacher.extra_body if settings.endpoint or settings.from_answers else {}
         facts = {"endpoint": teacher.base_urls[0], "served": teacher.model}
-        came = {"from_answers": True} if own.from_answers else {}
+        came = {"from_answers": True} if settings.from_answers else {}
         return {**facts, **came, "revision": teacher.revision, "extra_body": extra}
     dtype = str(loading.pick_dtype(teacher.dtype)).removeprefix("torch.")
     pinned = registry.identity(teacher.model, teacher.revision)

@@ -31,9 +31,9 @@ from distill.training.encode import encode_pair, encode_pairs
 from distill.training.soft_labels import answer_logprobs, prompt_logprobs
 from distill.training.soft_labels.cache import (
     TEXT_ONLY,
-    Cache,
-    Row,
     Signal,
+    SignalCache,
+    SignalKey,
     as_captured,
     codes,
     describe,
@@ -44,7 +44,7 @@ from distill.training.soft_labels.cache import (
     token_hash,
 )
 from distill.training.soft_labels.labels import read_pairs
-from distill.training.student import Batch, Student, make_student
+from distill.training.student import Batch, StudentModel, make_student
 
 CHUNK_TOKENS = 4096  # supervised tokens of a chunk: what a kill can cost
 PASS_TOKENS = 2048  # tokens that the teacher reads at once
@@ -56,7 +56,7 @@ class Read:
     """An answer as the teacher reads it: the example in its own view, and the row that its signal is kept under."""
 
     example: Example
-    row: Row
+    row: SignalKey
 
 
 def main(config: Config, run: Run) -> None:
@@ -71,23 +71,23 @@ def main(config: Config, run: Run) -> None:
     facts = as_captured(config.store_folder(), facts)
     pairs, examples = supervised(config, run)
     reads = [read_as_teacher(tokenizer, p, e, config) for p, e in zip(pairs, examples, strict=True)]
-    cache = Cache.open(config.store_folder(), describe(facts))
+    cache = SignalCache.open(config.store_folder(), describe(facts))
     with FolderLock(cache.folder):
         sweep(cache.folder)
-        left = [read for read in reads if read.row.example not in cache.index]
-        require_room(cache.folder, left, config)
-        texts = [(read.example, read.row) for read in left]
-        if left and config.signals.from_answers:
+        missing = [read for read in reads if read.row.example not in cache.index]
+        require_room(cache.folder, missing, config)
+        texts = [(read.example, read.row) for read in missing]
+        if missing and config.signals.from_answers:
             answer_logprobs.fill(cache, tokenizer, texts, config)
-        elif left and teacher.kind == "endpoint":
+        elif missing and teacher.kind == "endpoint":
             prompt_logprobs.fill(cache, tokenizer, texts, config, run)
-        elif left:
+        elif missing:
             model = loading.load_model(teacher.model, teacher.dtype, teacher.revision)
-            fill(cache, model, len(tokenizer), left, config.signals, run)
+            fill(cache, model, len(tokenizer), missing, config.signals, run)
     cache.check([read.row for read in reads])
     rows = {e.response_id: read.row for e, read in zip(examples, reads, strict=True)}
     write_json(run.path("signals.json"), {"teacher": facts, "cache": cache.teacher, "rows": rows})
-    tokens, fresh = (sum(read.row.count for read in some) for some in (reads, left))
+    tokens, fresh = (sum(read.row.count for read in some) for some in (reads, missing))
     run.note("signals", {"model": teacher.model, "tokens": tokens, **facts})
     say(f"signals: {tokens:,} tokens of {len(rows):,} answers, {fresh:,} of them read now")
 
@@ -98,8 +98,8 @@ def supervised(config: Config, run: Run) -> tuple[list[Pair], list[Example]]:
     tokenizer = loading.load_tokenizer(student.model, student.revision, student.trust_remote_code)
     pairs, date, limit = read_pairs(run), config.template_date, config.train.max_length
     examples = encode_pairs(tokenizer, pairs, date, limit, run.path("dataset"))
-    kept = {example.response_id for example in examples}
-    return [pair for pair in pairs if pair.response.id in kept], examples
+    fitting = {example.response_id for example in examples}
+    return [pair for pair in pairs if pair.response.id in fitting], examples
 
 
 def read_as_teacher(tokenizer: Any, pair: Pair, example: Example, config: Config) -> Read:
@@ -110,18 +110,18 @@ def read_as_teacher(tokenizer: Any, pair: Pair, example: Example, config: Config
     if supervised_ids(seen) != ids:
         what = "has other tokens under the teacher's chat template than under the student's"
         raise DistillError(Exit.TRAINING, f"answer {pair.response.id}", what, TEXT_ONLY)
-    return Read(seen, Row(seen.id, token_hash(ids), len(ids)))
+    return Read(seen, SignalKey(seen.id, token_hash(ids), len(ids)))
 
 
 def require_room(folder: Path, reads: Sequence[Read], config: Config) -> None:
     """Stop where the signals, and the replies of a server, will not fit on the disk; raises DistillError (exit 5)."""
     with disk_errors(folder):
         free = shutil.disk_usage(folder).free
-    tokens, own = sum(read.row.count for read in reads), config.signals
-    needed = expected_bytes(tokens, own)
+    tokens, settings = sum(read.row.count for read in reads), config.signals
+    needed = expected_bytes(tokens, settings)
     if config.buys_signals:
         needed += prompt_logprobs.expected_bytes(
-            sum(len(r.example.input_ids) for r in reads), own.k
+            sum(len(r.example.input_ids) for r in reads), settings.k
         )
     if needed > free:
         what = f"signals of {tokens:,} tokens take about {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free"
@@ -130,7 +130,12 @@ def require_room(folder: Path, reads: Sequence[Read], config: Config) -> None:
 
 
 def fill(
-    cache: Cache, model: Any, vocabulary: int, reads: Sequence[Read], settings: Signals, run: Run
+    cache: SignalCache,
+    model: Any,
+    vocabulary: int,
+    reads: Sequence[Read],
+    settings: Signals,
+    run: Run,
 ) -> None:
     """Read answers a chunk at a time and append each to the cache."""
     student, notes = make_student(model)
@@ -170,24 +175,26 @@ def chunked(reads: Sequence[Read]) -> list[list[Read]]:
 
 @torch.inference_mode()
 def capture(
-    student: Student, vocabulary: int, examples: Sequence[Example], settings: Signals
+    student: StudentModel, vocabulary: int, examples: Sequence[Example], settings: Signals
 ) -> Signal:
     """Return the distributions of the examples' supervised tokens, end to end, over the first `vocabulary` ids."""
     lengths = [len(example.input_ids) for example in examples]
     deal = micro_batches if student.packing else padded_batches
-    found: dict[int, Signal] = {}
+    signals: dict[int, Signal] = {}
     for samples in deal(range(len(examples)), lengths, PASS_TOKENS):
         batch = student.batch([examples[i] for i in samples])
         counts = [len(supervised_ids(examples[i])) for i in samples]
-        own = [starts(examples[i].id, count) for i, count in zip(samples, counts, strict=True)]
-        starts_S, parts = torch.tensor(np.concatenate(own)), list[Signal]()
+        offsets = [starts(examples[i].id, count) for i, count in zip(samples, counts, strict=True)]
+        starts_S, parts = torch.tensor(np.concatenate(offsets)), list[Signal]()
         for part, logs_SV in read_head(student, batch, vocabulary):
             parts.append(keep(logs_SV, starts_S[part], settings))
-        found |= dict(zip(samples, Signal.join(parts).split(counts), strict=True))
-    return Signal.join([found[i] for i in range(len(examples))])
+        signals |= dict(zip(samples, Signal.join(parts).split(counts), strict=True))
+    return Signal.join([signals[i] for i in range(len(examples))])
 
 
-def read_head(student: Student, batch: Batch, vocabulary: int) -> Iterator[tuple[slice, Tensor]]:
+def read_head(
+    student: StudentModel, batch: Batch, vocabulary: int
+) -> Iterator[tuple[slice, Tensor]]:
     """Yield the log-probabilities (S, V) of a batch's supervised positions, with which they are, some at a time."""
     hidden_SE, (head_VE, bias_V) = student.states(batch), student.head()
     head_VE, bias_V = head_VE[:vocabulary], None if bias_V is None else bias_V[:vocabulary]

@@ -25,9 +25,9 @@ from distill.training.host_to_device import send
 from distill.training.losses import Head
 from distill.training.soft_labels.cache import (
     TEXT_ONLY,
-    Cache,
-    Row,
     Signal,
+    SignalCache,
+    SignalKey,
     describe,
     open_teacher,
     supervised_ids,
@@ -63,11 +63,11 @@ class CachedLabels:
 
     def targets(self, answers: Sequence[str], device: Any) -> SoftTargets:
         """Lay the answers' lists end to end."""
-        found = [self.signals[name] for name in answers]
-        signal = Signal.join(found) if found else IDLE
+        signals = [self.signals[name] for name in answers]
+        signal = Signal.join(signals) if signals else IDLE
         tail_N = None
         if self.place is not None:
-            tail_N = signal.tails_TN[self.place] if found else np.log(signal.rest_N)
+            tail_N = signal.tails_TN[self.place] if signals else np.log(signal.rest_N)
         offsets_N1 = np.concatenate([[0], np.cumsum(signal.counts_N, dtype=np.int64)])
         ids_M = signal.ids_E.astype(np.int64)
         arrays = (ids_M, signal.logs(), offsets_N1, signal.rest_N, tail_N)
@@ -105,37 +105,37 @@ def load_labels(
 
     Raises DistillError: exit 7 where signals.json does not fit the config or the examples, 5 where a file is damaged.
     """
-    path, kept = run.path("signals.json"), config.signals.temperatures
+    path, temperatures = run.path("signals.json"), config.signals.temperatures
     cache_name, rows = read_run_rows(config, path)
     require_same(path, rows, examples, run)
-    cache = Cache.open(config.store_folder(), cache_name)
-    found = cache.read([rows[example.response_id] for example in examples])
-    if (largest := max(int(signal.ids_E.max()) for signal in found.values())) >= vocabulary:
+    cache = SignalCache.open(config.store_folder(), cache_name)
+    signals = cache.read([rows[example.response_id] for example in examples])
+    if (largest := max(int(signal.ids_E.max()) for signal in signals.values())) >= vocabulary:
         what = f"name token {largest}, and the student's head has {vocabulary} rows"
         raise DistillError(Exit.TRAINING, cache.folder, what, TEXT_ONLY)
-    named = {e.response_id: found[rows[e.response_id].example] for e in examples}
+    by_answer = {e.response_id: signals[rows[e.response_id].example] for e in examples}
     hashes = sorted({cache.index[row.example][0].body for row in rows.values()})
-    own = config.train.loss
-    place = None if own.temperature == 1 else kept.index(own.temperature)
-    return CachedLabels(named, digest([cache_name, hashes]), own, place)
+    loss = config.train.loss
+    place = None if loss.temperature == 1 else temperatures.index(loss.temperature)
+    return CachedLabels(by_answer, digest([cache_name, hashes]), loss, place)
 
 
-def read_run_rows(config: Config, path: Path) -> tuple[str, dict[str, Row]]:
+def read_run_rows(config: Config, path: Path) -> tuple[str, dict[str, SignalKey]]:
     """Return the cache's name and the rows by answer of a signals.json; raises DistillError where it is not the config's."""
     if not path.exists():
         what, fix = "is missing, and train.loss has soft parts", "make it: distill signals CONFIG"
         raise DistillError(Exit.TRAINING, path, what, fix)
-    made = read_json(path)
+    record = read_json(path)
     try:
-        facts, name = made["teacher"], made["cache"]
-        rows = {answer: Row(*row) for answer, row in made["rows"].items()}
+        facts, name = record["teacher"], record["cache"]
+        rows = {answer: SignalKey(*row) for answer, row in record["rows"].items()}
         if describe(facts) != name:
             raise ValueError
     except (ValueError, TypeError, KeyError, AttributeError):
         raise DistillError(Exit.STATE, path, "is damaged", AGAIN) from None
-    _, wanted = open_teacher(config)
-    facts = {**unnamed(facts, wanted), **facts}
-    changes = differences({**facts, "dtype": ""}, {**wanted, "dtype": ""})
+    _, current = open_teacher(config)
+    facts = {**unnamed(facts, current), **facts}
+    changes = differences({**facts, "dtype": ""}, {**current, "dtype": ""})
     if changes:  # not the dtype, which `auto` chooses by the machine
         what = f"was made by another teacher or setting than the config names: {'; '.join(changes)}"
         raise DistillError(Exit.TRAINING, path, what, AGAIN)
@@ -143,7 +143,7 @@ def read_run_rows(config: Config, path: Path) -> tuple[str, dict[str, Row]]:
 
 
 def require_same(
-    path: Path, rows: Mapping[str, Row], examples: Sequence[Example], run: Run
+    path: Path, rows: Mapping[str, SignalKey], examples: Sequence[Example], run: Run
 ) -> None:
     """Stop where rows and examples are not of the same answers and tokens; raises DistillError (exit 7)."""
     for example in examples:

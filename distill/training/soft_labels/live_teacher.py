@@ -20,7 +20,7 @@ from distill.storage.run_folder import Run
 from distill.training.soft_labels.cache import open_teacher
 from distill.training.soft_labels.capture import read_as_teacher, require_context
 from distill.training.soft_labels.labels import read_pairs
-from distill.training.student import Student, make_student
+from distill.training.student import StudentModel, make_student
 from distill.training.targets import Live
 
 
@@ -28,7 +28,7 @@ from distill.training.targets import Live
 class LiveLabels:
     """A teacher and the examples as it reads them, by answer; `vocabulary` is how many ids the tokenizer makes."""
 
-    teacher: Student
+    teacher: StudentModel
     examples: Mapping[str, Example]
     vocabulary: int
     digest: str
@@ -59,8 +59,8 @@ def load_live(config: Config, run: Run, examples: Sequence[Example]) -> LiveLabe
     for note in notes:
         say(f"teacher: {note}")
     require_context(reads, loading.context_length(model.config))
-    named = {read.example.response_id: read.example for read in reads}
+    by_answer = {read.example.response_id: read.example for read in reads}
     # a folder's files are compared by name, in the facts of the training
     shaping = {key: value for key, value in facts.items() if not MODEL_FILE.fullmatch(key)}
-    known = digest(["live", {**shaping, "p": None, "k": None, "temperatures": None}])
-    return LiveLabels(reader, named, len(tokenizer), known, config.train.loss)
+    pinned = digest(["live", {**shaping, "p": None, "k": None, "temperatures": None}])
+    return LiveLabels(reader, by_answer, len(tokenizer), pinned, config.train.loss)

@@ -45,13 +45,15 @@ class Round(Run):
 
 def round_config(outer: Run, number: int) -> Config:
     """Return the config of a round: one epoch towards the teacher's distributions alone, in the shared store."""
-    config, own = outer.config, outer.config.on_policy
+    config, settings = outer.config, outer.config.on_policy
     none = dict.fromkeys(("ce", *SOFT), 0.0)
-    loss = config.train.loss.model_copy(update={**none, own.divergence: 1.0, "teacher": "cached"})
+    loss = config.train.loss.model_copy(
+        update={**none, settings.divergence: 1.0, "teacher": "cached"}
+    )
     changes = {
         "loss": loss,
         "seed": config.train_seed + number,
-        "learning_rate": own.learning_rate,
+        "learning_rate": settings.learning_rate,
         "num_train_epochs": 1,
         **{"max_steps": None, "num_processes": None, "report_to": "none"},
     }
@@ -80,8 +82,8 @@ def main(config: Config, run: Run) -> None:
     copied = run.path("refined/adapter")
     shutil.rmtree(copied, ignore_errors=True)
     shutil.copytree(adapter, copied)
-    told = [told_of(each) for each in rounds]
-    summary = {"rounds": told, "adapter_sha256": told[-1]["adapter_sha256"]}
+    summaries = [told_of(each) for each in rounds]
+    summary = {"rounds": summaries, "adapter_sha256": summaries[-1]["adapter_sha256"]}
     write_json(run.path("refined/training.json"), summary)
     write_merged(config.student, copied, run.path("refined/merged"))
 
@@ -90,8 +92,8 @@ def refine(each: Round, prompts: Sequence[Prompt], adapter: Path) -> None:
     """Do one round, from the student with `adapter`."""
     config, number = each.config, each.number
     say(f"refine: round {number} of {config.on_policy.rounds}")
-    chosen = order(len(prompts), config.train_seed, SALT)[: config.on_policy.prompts]
-    pairs = student_answers(each, [prompts[i] for i in chosen], adapter)
+    samples = order(len(prompts), config.train_seed, SALT)[: config.on_policy.prompts]
+    pairs = student_answers(each, [prompts[i] for i in samples], adapter)
     write_records(each.path("dataset/train.jsonl"), pairs)
     validation = each.outer.path("dataset/validation.jsonl")
     if validation.exists():
@@ -104,18 +106,18 @@ def refine(each: Round, prompts: Sequence[Prompt], adapter: Path) -> None:
 
 def training_prompts(run: Run) -> list[Prompt]:
     """Return the prompts of the train split, those whose answer was dropped included, but none that leaks held-out text."""
-    kept = [pair.prompt for pair in read_records(run.path("dataset/train.jsonl"), Pair)]
+    trained = [pair.prompt for pair in read_records(run.path("dataset/train.jsonl"), Pair)]
     rows = read_records(run.path("dropped.jsonl"), Dropped)
     gone = {r.prompt_id for r in rows if r.split == "train" and r.reason != CONTAMINATED}
-    asked = [path for path in map(run.path, ("prompts.jsonl", "questions.jsonl")) if path.exists()]
-    more = [p for path in asked for p in read_records(path, Prompt) if p.id in gone]
-    found = {prompt.id: prompt for prompt in [*kept, *more]}
-    return [found[name] for name in sorted(found)]
+    paths = [path for path in map(run.path, ("prompts.jsonl", "questions.jsonl")) if path.exists()]
+    more = [p for path in paths for p in read_records(path, Prompt) if p.id in gone]
+    by_id = {prompt.id: prompt for prompt in [*trained, *more]}
+    return [by_id[name] for name in sorted(by_id)]
 
 
 def student_answers(each: Round, prompts: Sequence[Prompt], adapter: Path) -> list[Pair]:
     """Let the student answer, at most as long as the config says; an empty answer teaches nothing and is left out."""
-    config, own = each.config, each.config.on_policy
+    config, settings = each.config, each.config.on_policy
     student = config.student
     responder = LocalResponder.load(
         student.model,
@@ -127,7 +129,9 @@ def student_answers(each: Round, prompts: Sequence[Prompt], adapter: Path) -> li
         trust_remote_code=student.trust_remote_code,
     )
     sampling = Sampling(
-        temperature=own.temperature, top_p=own.top_p, max_new_tokens=own.max_new_tokens
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        max_new_tokens=settings.max_new_tokens,
     )
     requests = [Request.make(responder.origin, p.id, p.messages, sampling) for p in prompts]
     store = config.store_folder() / "responses"

@@ -23,8 +23,15 @@ from distill.responders.endpoint.wire import load_json, unpack
 from distill.responders.prices import load_prices
 from distill.responders.responder import Scoring
 from distill.storage.run_folder import Run
-from distill.training.soft_labels.cache import Cache, Signal
-from distill.training.soft_labels.top_logprobs import SLACK, Chances, Text, enter, named, to_signal
+from distill.training.soft_labels.cache import Signal, SignalCache
+from distill.training.soft_labels.top_logprobs import (
+    SLACK,
+    Chances,
+    KeyedExample,
+    enter,
+    named,
+    to_signal,
+)
 
 ALIKE = 0.9  # of the tokens must read the same on both sides: some servers print parts of characters in their own way
 # of a stored reply, deflated, a listed id; the prompt's tokens have lists too
@@ -33,18 +40,20 @@ REPLY_BYTES_AN_ID = 31.0
 
 def scoring_settings(config: Config) -> Teacher:
     """Return how the server is asked for distributions; what shapes the answers of the same server is left out."""
-    reader, own = config.soft_teacher(), config.signals
-    extra = reader.extra_body if own.endpoint else {}
+    reader, settings = config.soft_teacher(), config.signals
+    extra = reader.extra_body if settings.endpoint else {}
     changes = {
         "api": "completions",
-        "extra_body": {**extra, "prompt_logprobs": own.k},
+        "extra_body": {**extra, "prompt_logprobs": settings.k},
         "max_tokens_field": "max_tokens",
         "omit": (),
     }
     return reader.model_copy(update=changes)
 
 
-def fill(cache: Cache, tokenizer: Any, texts: Sequence[Text], config: Config, run: Run) -> None:
+def fill(
+    cache: SignalCache, tokenizer: Any, texts: Sequence[KeyedExample], config: Config, run: Run
+) -> None:
     """Put the distributions of `texts` into the cache, asking for what the store lacks.
 
     One text is asked alone first, so that a server which cannot do it is found for the price of one. Raises
@@ -52,8 +61,10 @@ def fill(cache: Cache, tokenizer: Any, texts: Sequence[Text], config: Config, ru
     """
     with asking(config, run) as ask:
         server = Server(tokenizer, config, ask)
-        left = [text for text, _ in enter(cache, texts, server.read)]  # the store has the others
-        for part in (left[:1], left[1:]):
+        failures = [
+            text for text, _ in enter(cache, texts, server.read)
+        ]  # the store has the others
+        for part in (failures[:1], failures[1:]):
             server.ask_for([example for example, _ in part])
             if without := enter(cache, part, server.read):
                 raise server.fault(named(without))
@@ -61,8 +72,8 @@ def fill(cache: Cache, tokenizer: Any, texts: Sequence[Text], config: Config, ru
 
 def probe(config: Config, tokenizer: Any) -> None:
     """Let the server read a short text, once, before anything else is paid for; raises DistillError as `fill` does."""
-    asked = (Message(role="user", content="How much is 12 + 30?"),)
-    ids = (*encode_prompt(tokenizer, asked, config.template_date), *encode_text(tokenizer, "42"))
+    question = (Message(role="user", content="How much is 12 + 30?"),)
+    ids = (*encode_prompt(tokenizer, question, config.template_date), *encode_text(tokenizer, "42"))
     text = Example(
         id="probe", response_id="probe", input_ids=ids, weights=(0.0,) + (1.0,) * (len(ids) - 1)
     )
@@ -141,15 +152,15 @@ def prompt_logprobs(data: bytes, ids: Sequence[int]) -> list[Chances]:
     body = load_json(data)
     choices = body.get("choices") if isinstance(body, dict) else None
     choice = choices[0] if isinstance(choices, list) and choices else None
-    given = choice.get("prompt_logprobs") if isinstance(choice, dict) else None
-    if not isinstance(given, list):
+    lists = choice.get("prompt_logprobs") if isinstance(choice, dict) else None
+    if not isinstance(lists, list):
         raise ValueError(
             "it holds no prompt_logprobs, which signals need: does the server give them, as vLLM does?"
         )
-    if len(given) != len(ids):
-        raise ValueError(f"its prompt_logprobs are of {len(given)} tokens, the text has {len(ids)}")
+    if len(lists) != len(ids):
+        raise ValueError(f"its prompt_logprobs are of {len(lists)} tokens, the text has {len(ids)}")
     try:
-        places = [_place(row or {}) for row in given]
+        places = [_place(row or {}) for row in lists]
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError("its prompt_logprobs cannot be read") from None
     if wrong := [
@@ -161,10 +172,12 @@ def prompt_logprobs(data: bytes, ids: Sequence[int]) -> list[Chances]:
 
 def _place(row: Mapping[str, Any]) -> Chances:
     """Read the list of one token; raises ValueError, TypeError, KeyError or AttributeError."""
-    found = {int(i): (float(one["logprob"]), one.get("decoded_token")) for i, one in row.items()}
-    if any(not 0 <= i < 1 << 24 or math.isnan(log) or log > SLACK for i, (log, _) in found.items()):
+    chances = {int(i): (float(one["logprob"]), one.get("decoded_token")) for i, one in row.items()}
+    if any(
+        not 0 <= i < 1 << 24 or math.isnan(log) or log > SLACK for i, (log, _) in chances.items()
+    ):
         raise ValueError
-    return found
+    return chances
 
 
 def require_tokens(tokenizer: Any, places: Sequence[Chances], ids: Sequence[int]) -> None:
@@ -179,9 +192,9 @@ def require_tokens(tokenizer: Any, places: Sequence[Chances], ids: Sequence[int]
         for a, b, i in pairs
         if isinstance(a, str) and "\ufffd" not in a + b
     ]
-    told = [(theirs, ours, i) for theirs, ours, i in plain if theirs and ours]
-    others = [row for row in told if row[0] != row[1]]
-    if len(others) > (1 - ALIKE) * len(told):
+    comparable = [(theirs, ours, i) for theirs, ours, i in plain if theirs and ours]
+    others = [row for row in comparable if row[0] != row[1]]
+    if len(others) > (1 - ALIKE) * len(comparable):
         theirs, ours, i = others[0]
         raise ValueError(
             f"its tokenizer is another: id {i} is {theirs!r} there, and {ours!r} in signals.tokenizer"

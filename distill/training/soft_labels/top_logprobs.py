@@ -6,40 +6,44 @@ import numpy as np
 
 from distill.config import Signals
 from distill.records import Example
-from distill.training.soft_labels.cache import Cache, Row, Signal, codes
+from distill.training.soft_labels.cache import Signal, SignalCache, SignalKey, codes
 
-Text = tuple[Example, Row]  # as the teacher reads it, and the row that its signal is kept under
+KeyedExample = tuple[
+    Example, SignalKey
+]  # as the teacher reads it, and the row that its signal is kept under
 Chances = Mapping[int, tuple[float, str | None]]  # id to its log-probability and its text
 CHUNK_TOKENS = 4096  # supervised tokens of a chunk of the cache
 SLACK = 1e-3  # by which rounded probabilities may sum to more than one
 
 
 def enter(
-    cache: Cache, texts: Sequence[Text], read: Callable[[Sequence[Example]], Iterable[Signal | str]]
-) -> list[tuple[Text, str]]:
+    cache: SignalCache,
+    texts: Sequence[KeyedExample],
+    read: Callable[[Sequence[Example]], Iterable[Signal | str]],
+) -> list[tuple[KeyedExample, str]]:
     """Put the signals that `read` finds into the cache, a chunk at a time; return the texts without one, and why."""
     signals = read([example for example, _ in texts])
-    found: list[tuple[Row, Signal]] = []
-    without: list[tuple[Text, str]] = []
+    entries: list[tuple[SignalKey, Signal]] = []
+    without: list[tuple[KeyedExample, str]] = []
     for text, signal in zip(texts, signals, strict=True):
         if isinstance(signal, str):
             without.append((text, signal))
             continue
-        found.append((text[1], signal))
-        if sum(row.count for row, _ in found) >= CHUNK_TOKENS:
-            _append(cache, found)
-    _append(cache, found)
+        entries.append((text[1], signal))
+        if sum(row.count for row, _ in entries) >= CHUNK_TOKENS:
+            _append(cache, entries)
+    _append(cache, entries)
     return without
 
 
-def named(without: Sequence[tuple[Text, str]]) -> str:
+def named(without: Sequence[tuple[KeyedExample, str]]) -> str:
     """Name the first text without a signal, and say how many others there are."""
     ((example, _), why), others = without[0], len(without) - 1
     more = f" (and {others} others have none)" if others else ""
     return f"answer {example.response_id} {why}{more}"
 
 
-def _append(cache: Cache, found: list[tuple[Row, Signal]]) -> None:
+def _append(cache: SignalCache, found: list[tuple[SignalKey, Signal]]) -> None:
     """Write what was found as a chunk, and begin the next."""
     if found:
         rows, signals = zip(*found, strict=True)
