@@ -7,7 +7,7 @@ They hold text of documents, which is masked before a prompt is made. Where the 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from distill.evaluation.scorecard import Evaluation, Failures, Sample, WorstAnswer
+from distill.evaluation.scorecard import EvaluationResult, Failures, Sample, WorstAnswer
 
 MOST = 3
 LONGEST = 400  # characters of a text
@@ -20,7 +20,7 @@ def withheld(private_text: str) -> bool:
     return private_text == "keep"
 
 
-def bare(evaluation: Evaluation) -> Evaluation:
+def bare(evaluation: EvaluationResult) -> EvaluationResult:
     """Return an evaluation without what may quote documents: samples, examples of what was found, reasons of failed checks."""
 
     def without(tree: Any) -> Any:
@@ -28,7 +28,7 @@ def bare(evaluation: Evaluation) -> Evaluation:
             return {k: without(v) for k, v in tree.items() if k not in ("examples", "failures")}
         return tree
 
-    return Evaluation.model_validate({**without(evaluation.tree()), "samples": ()})
+    return EvaluationResult.model_validate({**without(evaluation.tree()), "samples": ()})
 
 
 def failures(samples: Iterable[Sample], private_text: str) -> Failures:

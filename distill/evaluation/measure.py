@@ -15,7 +15,7 @@ from distill.evaluation.items import by_item, held_out_items
 from distill.evaluation.judging import read_judge
 from distill.evaluation.overlap import Leaks, contamination, kept, without
 from distill.evaluation.results import Measured
-from distill.evaluation.scorecard import MODELS, Evaluation, Settings, SuiteResult
+from distill.evaluation.scorecard import MODELS, EvaluationResult, Settings, SuiteResult
 from distill.evaluation.statistics import Certainty
 from distill.evaluation.suite_scores import measure_suite, suite_result, write_suite
 from distill.evaluation.suites import Suite
@@ -63,7 +63,7 @@ def measure(config: Config, run: Run, suites: Sequence[Suite], leaks: Leaks) -> 
     if judged and (word := judged.acceptance(will_do(clean_rows, clean_answers))):
         tests.insert(0, word)  # a checker's word on its task counts for more
     write_records(run.path("requests.jsonl"), requests_of(clean, clean_answers, tests))
-    evaluation = Evaluation(
+    evaluation = EvaluationResult(
         models=read_json(run.path("answers/models.json")),
         **dict(results.compared(clean, clean_answers, clean_rows, readings, certainty)),
         contamination=contamination(items, leaks, rows, certainty),

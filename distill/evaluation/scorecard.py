@@ -317,7 +317,7 @@ class Comparisons(Results):
         return {k: v for k, v in (agreement or {}).items() if not isinstance(v, str)}
 
 
-class Evaluation(Comparisons):
+class EvaluationResult(Comparisons):
     """The content of evaluation.json."""
 
     models: dict[Model, ModelFacts]

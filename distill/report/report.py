@@ -11,7 +11,7 @@ from distill.config import Config
 from distill.economics.run_economics import money_of
 from distill.evaluation import lm_eval
 from distill.evaluation.failures import bare, failures, withheld
-from distill.evaluation.scorecard import Evaluation, Funnel, Scorecard, TrainingSummary
+from distill.evaluation.scorecard import EvaluationResult, Funnel, Scorecard, TrainingSummary
 from distill.formatting import duration, markdown_table, money, share
 from distill.report import tables
 from distill.report.headline import answer, compared, of_judge
@@ -28,7 +28,7 @@ NAMED = 6  # places of the scorecard that are named for one reason
 def main(config: Config, run: Run) -> None:
     """Write the scorecard and the report; raises DistillError (exit 5) where an input is missing or damaged."""
     training = read_training(config, run)
-    evaluation = Evaluation.model_validate(read_json(run.path("evaluation.json")))
+    evaluation = EvaluationResult.model_validate(read_json(run.path("evaluation.json")))
     tree = scorecard(config, run, evaluation, training).tree()
     card = Scorecard.model_validate(
         tree
@@ -51,7 +51,7 @@ def read_training(config: Config, run: Run) -> dict[str, Any]:
 
 
 def scorecard(
-    config: Config, run: Run, evaluation: Evaluation, training: Mapping[str, Any]
+    config: Config, run: Run, evaluation: EvaluationResult, training: Mapping[str, Any]
 ) -> Scorecard:
     """Gather everything that the scorecard states."""
     private = config.corpus.private_text
