@@ -362,6 +362,7 @@ def contamination(
 @app.command(rich_help_panel=PUBLISH)
 def publish(
     run: RunArgument,
+    overrides: Overrides = None,
     push: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Upload to the Hub, privately.")
     ] = None,
@@ -373,9 +374,13 @@ def publish(
     as_json: AsJson = False,
 ) -> None:
     """Make the release of a run: adapter, merged model, card; and upload it where that is asked."""
+    for word in overrides or ():
+        if not word.strip().startswith("publish."):
+            what, fix = "is no key of publish", "what was made is published as it was made"
+            raise DistillError(Exit.CONFIG, "override", what, fix)
     from distill.publishing.publish import main as make_release
 
-    opened = open_run(run)
+    opened = open_run(run, overrides or ())
     with opened.lock():
         release = make_release(opened.config, opened, push, public, override)
     if as_json:

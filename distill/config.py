@@ -4,6 +4,7 @@ The text below a key says what it does. `distill.config_file` reads a tree from 
 a stage's `main` and stops there.
 """
 
+import difflib
 import ipaddress
 import re
 import socket
@@ -23,6 +24,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from distill.secret_patterns import NAMES
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
@@ -682,12 +685,26 @@ class Publish(Section):
     """SPDX id of the release's license; null takes that of the base model."""
     language: str = "en"
     """Language of the answers, as a BCP 47 code, for the model card."""
+    allow_secrets: tuple[str, ...] = ()
+    """What looks like a secret and is none, in the release or in this config: names of forms
+    (sk-key), or a single text by the first 8 to 64 digits of its SHA-256, as the message
+    names it (sha256:0123456789ab)."""
 
     @field_validator("model_name")
     @classmethod
     def _plain_name(cls, value: str | None) -> str | None:
         if value is not None and not MODEL.fullmatch(value):
             raise ValueError("a model's name is NAME or OWNER/NAME")
+        return value
+
+    @field_validator("allow_secrets")
+    @classmethod
+    def _known_secrets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in NAMES and not re.fullmatch("(?:sha256:)?[0-9a-f]{8,64}", name):
+                near = difflib.get_close_matches(name, NAMES, 1)
+                hint = f"did you mean {near[0]}?" if near else "a message shows which"
+                raise ValueError(f"neither the name of a secret's form nor a SHA-256: {hint}")
         return value
 
 

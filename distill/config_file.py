@@ -13,7 +13,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
@@ -26,18 +26,14 @@ from yaml.events import AliasEvent
 from distill.config import NAME, Config, Section
 from distill.errors import DistillError, Exit
 from distill.renamed_keys import RENAMED, models_in, rename_keys
+from distill.secret_patterns import Secret, find_secrets, fingerprint
 
 MAX_BYTES = 64_000  # a larger file is none that a person wrote; this much is read in half a second
 MAX_DEPTH = 20
 PLAIN = "write plain YAML"
 Places = dict[tuple[str, ...], str]  # where each key of the tree was set, as FILE:LINE
 
-SECRET = re.compile(
-    r"(?:\b(?:sk|gsk|xai|pplx|nvapi|rk|pk)[-_][A-Za-z0-9_-]{16,}|\bhf_[A-Za-z0-9]{16,}"
-    r"|\bAIza[\w-]{30,}"
-    r"|\bgh[opsu]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bAKIA[A-Z0-9]{16}|\bxox[abp]-[\w-]{10,}"
-    r"|\bBearer\s+\S{8,}|://(?!@)[^/\s:@]*+(?::[^/\s:@]++)?@|-----BEGIN [A-Z ]*PRIVATE KEY)"
-)
+LOGIN = re.compile(r"://(?!@)[^/\s:@]*+(?::[^/\s:@]++)?@")
 SECRET_KEY = re.compile(r"(?:api_?key|token|secret|password|authorization)$", re.I)
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 ELSEWHERE = {  # what other tools call some of our keys
@@ -130,7 +126,7 @@ def parse_with_places(text: str, where: object) -> tuple[Any, Places]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         what = getattr(error, "problem", None) or str(error).splitlines()[0]
-        what = "not readable here" if SECRET.search(what) else what  # a secret is not repeated
+        what = "not readable here" if secret_in(what) else what  # a secret is not repeated
         place = f"{where}:{mark.line + 1}" if mark else where
         raise DistillError(Exit.CONFIG, place, what, PLAIN) from None
     except (ValueError, OverflowError):  # Python reads no number of 5,000 digits
@@ -248,21 +244,43 @@ def limits(field: FieldInfo) -> str:
     )
 
 
-def check_values(value: Any, file: str, places: Places, path: tuple[str, ...] = ()) -> None:
-    """Stop at a secret (never echoed), a control character, or a number that is not finite."""
+def secret_in(text: str, allowed: Collection[str] = ()) -> Secret | None:
+    """Return the first secret in a text of the user's; the login of an address is one, whatever it is."""
+    if found := LOGIN.search(text):
+        return Secret("address-login", *found.span())
+    return next(find_secrets(text, allowed), None)
+
+
+def check_values(
+    value: Any,
+    file: str,
+    places: Places,
+    path: tuple[str, ...] = (),
+    allowed: Collection[str] = (),
+) -> None:
+    """Stop at a secret (never echoed), a control character, or a number that is not finite.
+
+    `allowed` are secrets that are none, as `publish.allow_secrets` names them.
+    """
     where = next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), file)
     key = ".".join(path)
     if isinstance(value, dict):
         for name, child in value.items():
-            if SECRET.search(name):
+            if secret_in(name):
                 raise DistillError(Exit.CONFIG, where, "a key of the file is a secret", BY_NAME)
-            check_values(child, file, places, (*path, name))
+            check_values(child, file, places, (*path, name), allowed)
     elif isinstance(value, list):
         for child in value:
-            check_values(child, file, places, path)
+            check_values(child, file, places, path, allowed)
     elif isinstance(value, str):
-        if SECRET.search(value) or (value and path and SECRET_KEY.search(path[-1])):
+        if value and path and SECRET_KEY.search(path[-1]):
             raise DistillError(Exit.CONFIG, where, f"{key} holds a secret", BY_NAME)
+        if secret := secret_in(value, allowed):
+            mark = f"sha256:{fingerprint(value[secret.start : secret.end])[:12]}"
+            what = f"{key} holds a secret ({secret.name}, {mark})"
+            way_on = f"{BY_NAME}; if it is none, publish.allow_secrets=[{mark}] lets it pass"
+            fix = BY_NAME if secret.name == "address-login" else way_on
+            raise DistillError(Exit.CONFIG, where, what, fix)
         if CONTROL.search(value):
             raise DistillError(Exit.CONFIG, where, f"{key} holds a control character", "remove it")
     elif isinstance(value, float) and not math.isfinite(value):
@@ -276,8 +294,8 @@ def apply_override(tree: dict[str, Any], override: str) -> Places:
     """
     name, equals, text = override.partition("=")
     path = tuple(name.strip().split("."))
-    if not equals or not all(path) or SECRET.search(name):
-        shown = "an override" if SECRET.search(override) else override
+    if not equals or not all(path) or secret_in(name):
+        shown = "an override" if secret_in(override) else override
         raise DistillError(Exit.CONFIG, shown, "is not KEY=VALUE", "write key.name=value")
     value, _ = parse_with_places(text, f"override {name.strip()}")
     for part in reversed(path):
@@ -346,7 +364,10 @@ def parse_config(
     tree |= place or {}
     for override in overrides:
         places |= apply_override(tree, override)
-    check_values(tree, str(path), places)
+    publish = tree.get("publish")
+    allowed = publish.get("allow_secrets") if isinstance(publish, dict) else None
+    names = [name for name in allowed if isinstance(name, str)] if isinstance(allowed, list) else []
+    check_values(tree, str(path), places, allowed=names)
     try:  # through JSON, whose strict mode knows lists and paths, but makes no number of a text
         return Config.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
@@ -360,9 +381,9 @@ def place_of(folder: Path) -> dict[str, str]:
     hash. A path that no file may hold is left out: an opened folder says itself where it lies.
     """
     name, runs = folder.name, str(folder.parent)
-    if not NAME.fullmatch(name) or SECRET.search(name):
+    if not NAME.fullmatch(name) or secret_in(name):
         plain = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:60]
         digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
-        name = f"{'run' if not plain or SECRET.search(plain) else plain}-{digest}"
-    readable = runs.isprintable() and not SECRET.search(runs)
+        name = f"{'run' if not plain or secret_in(plain) else plain}-{digest}"
+    readable = runs.isprintable() and not secret_in(runs)
     return {"name": name, "runs": runs if readable else "runs"}

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "distill"
 
 # From the ground up: a module imports from lower layers, and a folder's modules from each other.
 LAYERS = (
-    ("__init__", "errors", "renamed_keys", "formatting"),
+    ("__init__", "errors", "renamed_keys", "formatting", "secret_patterns"),
     ("records",),
     ("config",),
     ("config_file",),

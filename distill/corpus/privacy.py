@@ -1,7 +1,7 @@
 """Private text in documents: addresses, numbers and keys are masked before any prompt is made of them.
 
-Masked is what has the form of a private thing and passes its check (Luhn for cards, ISO 7064 for IBANs); what standards
-set aside for examples (example.org, 555-0100, `password`) stays, so that documentation stays readable. A mask is
+Masked is what has the form of a private thing and passes its check (Luhn for cards, ISO 7064 for IBANs); the forms of keys
+are those of `distill.secret_patterns`. What standards set aside for examples (example.org, 555-0100, `password`) stays, so that documentation stays readable. A mask is
 `[EMAIL]`, `[PHONE]` and so on. Patterns cannot find all private text: names and postal addresses are not looked for.
 Every pattern is bounded, so that hostile text is read in linear time.
 """
@@ -12,33 +12,18 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from distill.records import Document
+from distill.secret_patterns import ADDRESS_PASSWORD, FIRST, LATER, mask_secrets
 
 Policy = Literal["mask", "drop", "keep"]
 EXAMPLES = re.compile(
     r"(?:^|\.)(?:example(?:\.\w{2,3})?|test|invalid|localhost|local|domain\.com)$", re.I
 )
-PLACEHOLDER = re.compile(r"(?:pass(?:word|wd)?|pwd|secret|token|key|x+|\*+|\W.*)$", re.I)
+HOST = re.compile(r"[\w.-]{1,253}")
 
 EMAIL = re.compile(
     r"(?<![\w.+%-])(?!git@)[A-Za-z0-9_][\w.+%-]{0,63}@((?:[A-Za-z0-9-]{1,63}\.){1,6}[A-Za-z]{2,24})(?![\w@-])"
 )
 LOGIN, MESSAGE_ID = re.compile(r"://[^\s/@]*$"), re.compile(r"\d+\.\d+\.\d+@")
-KEY = re.compile(
-    r"(?<![\w-])(?:"
-    r"sk-(?=[\w-]{0,60}\d)[\w-]{20,300}|[sr]k_(?:live|test)_\w{16,100}|whsec_\w{20,100}"  # OpenAI's form; Stripe
-    r"|(?:gsk_|xai-|pplx-|nvapi-|glpat-|npm_|dop_v1_)(?=[\w-]{0,40}\d)[\w-]{20,200}|hf_[A-Za-z0-9]{20,100}"
-    r"|gh[opsur]_[A-Za-z0-9]{20,255}|github_pat_\w{20,255}|pypi-AgE[\w-]{50,300}"
-    r"|(?:AKIA|ASIA)[A-Z0-9]{16}\b|AIza[\w-]{35}|xox[abeoprs]-[\w-]{10,200}"
-    r"|eyJ[\w-]{10,4000}+\.eyJ[\w-]{10,8000}+\.[\w-]{10,2000})"  # JWT
-)
-PEM = re.compile(
-    r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY(?: BLOCK)?-----"
-    r"(?:(?:\\n|\s){1,4}(?:[A-Za-z0-9+/]{20,80}={0,2}|[A-Za-z-]{3,20}: [\w ,./()-]{1,80}))++"
-    r"(?:[\w+/=\\\s]{0,100}-----END [A-Z ]{0,40}PRIVATE KEY(?: BLOCK)?-----)?"
-)
-PASSWORD = re.compile(
-    r"(?<=://)([^\s/:@\"'<>\[\](){}$]{1,64}):([^\s/:@\"'<>{}$]{3,128})@(?=([\w.-]{1,253}))"
-)
 DIGITS = r"(?<![\w.,+/=-])"
 CARD = re.compile(
     DIGITS
@@ -82,8 +67,8 @@ def is_email(match: re.Match[str]) -> bool:
 
 def is_password(match: re.Match[str]) -> bool:
     """Leave placeholders, and the logins of example domains."""
-    login, password, host = match[1], match[2], match[3]
-    return not (PLACEHOLDER.match(password) or login == password or EXAMPLES.search(host))
+    host = HOST.match(match.string, match.end())
+    return ADDRESS_PASSWORD.is_one(match) and bool(host) and not EXAMPLES.search(host[0])
 
 
 def is_card(match: re.Match[str]) -> bool:
@@ -111,19 +96,12 @@ def is_phone(match: re.Match[str]) -> bool:
     return 7 <= len(digits) <= most and not re.search(r"55501\d\d$", digits)
 
 
-KEY_SIGNS = re.compile(  # any of it must stand in a text that holds a key: one pass instead of twenty
-    r"[sr]k[-_]|whsec_|xai-|pplx-|nvapi-|glpat-|npm_|dop_v1_|hf_|gh[opsur]_|github_pat_|pypi-|AKIA|ASIA|AIza|xox|eyJ"
-)
-AT, LINK, PEM_SIGN = re.compile("@"), re.compile("://"), re.compile("PRIVATE KEY")
+AT, LINK = re.compile("@"), re.compile("://")
 NUMBER = re.compile(r"\d{4}|\d{3}\D{1,2}\d{3}|\+\d|0\d")
 Check = Callable[[re.Match[str]], bool]
 Rule = tuple[str, re.Pattern[str], re.Pattern[str], Check]
-RULES: tuple[
-    Rule, ...
-] = (  # kind, what must stand in the text, form, check; keys first, since they hold digits
-    ("KEY", PEM_SIGN, PEM, lambda match: True),
-    ("KEY", KEY_SIGNS, KEY, lambda match: True),
-    ("PASSWORD", LINK, PASSWORD, is_password),
+RULES: tuple[Rule, ...] = (  # kind, what must stand in the text, form, check
+    ("PASSWORD", LINK, ADDRESS_PASSWORD.pattern, is_password),
     ("EMAIL", AT, EMAIL, is_email),
     ("IBAN", re.compile(r"[A-Z]{2}\d\d ?[A-Z0-9]{4}"), IBAN, is_iban),
     ("CARD", re.compile(r"\d{4}[ -]?\d{4}"), CARD, is_card),
@@ -134,18 +112,23 @@ RULES: tuple[
 def mask(text: str) -> tuple[str, Counter[str]]:
     """Return the text with `[KIND]` for each private thing, and how many there were of each kind."""
     counts: Counter[str] = Counter()
-    for kind, sign, form, check in RULES:
-        if not sign.search(text):
-            continue
+    # Keys come first, since they hold digits. The forms that were known before there was a list come before the
+    # password of an address, the others after it: so a text is masked as it always was.
+    for forms, rules in ((FIRST, RULES[:1]), (LATER, RULES[1:])):
+        text, keys = mask_secrets(text, forms, "[KEY]")
+        counts["key"] += keys
+        for kind, sign, form, check in rules:
+            if not sign.search(text):
+                continue
 
-        def masked(match: re.Match[str], kind: str = kind, check: Check = check) -> str:
-            if not check(match):
-                return match[0]
-            counts[kind.lower()] += 1
-            return f"[{kind}]@" if kind == "PASSWORD" else f"[{kind}]"
+            def masked(match: re.Match[str], kind: str = kind, check: Check = check) -> str:
+                if not check(match):
+                    return match[0]
+                counts[kind.lower()] += 1
+                return f"[{kind}]@" if kind == "PASSWORD" else f"[{kind}]"
 
-        text = form.sub(masked, text)
-    return text, counts
+            text = form.sub(masked, text)
+    return text, +counts
 
 
 def masked_tree(value: Any) -> tuple[Any, Counter[str]]:

@@ -104,7 +104,8 @@ def main(
         }
     )
     make_card(facts, scorecard, fidelity).save(work / "README.md")
-    scan(work, (str(run.folder.resolve()), str(Path.cwd())))
+    private = (str(run.folder.resolve()), str(Path.cwd()))
+    scan(work, private, config.publish.allow_secrets)
     release = put_in_place(work, run.path("release"))
     run.note("release", sha256_files(run.folder, ["release"]))
     say(f"release: {release} ({', '.join(sorted(p.name for p in release.iterdir()))})")

@@ -2,33 +2,31 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from distill.config_file import SECRET
 from distill.errors import DistillError, Exit
+from distill.secret_patterns import find_secrets, fingerprint
 
-CREDENTIALS = re.compile(
-    r"(?<=[a-z0-9+.-]://)[^\s/:@\"'<>]++:(?!(?:pass(?:word)?|pwd|secret|token)@)[^\s/@\"'<>]++@",
-    re.I,
-)
 HOMES = re.compile(r"(?:/home/|/Users/|[A-Z]:\\+Users\\+)[A-Za-z0-9._-]+[/\\]")
 SECRET_NAMES = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.I)
 TEXT = {".json", ".md", ".html", ".jinja", ".txt", ".yaml", ""}
 SAMPLES = {"report.html"}  # shows texts of the corpus, which may speak of any home
 
 
-def scan(folder: Path, private: tuple[str, ...] = ()) -> None:
+def scan(folder: Path, private: tuple[str, ...] = (), allowed: Collection[str] = ()) -> None:
     """Stop (exit 9) at the first file that holds what must not be published, without echoing it.
 
-    `private` are further texts that must not appear, such as the absolute path of the run.
+    `private` are further texts that must not appear, such as the absolute path of the run. `allowed` are forms of
+    secrets by name, and single ones by the beginning of their SHA-256 (`publish.allow_secrets`).
     """
     exact = _exact_texts(private)
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         text = _text_of(path)
-        for what, place in _find_secrets(text, exact, generic=path.name not in SAMPLES):
+        for what, place, way_on in findings(text, exact, path.name not in SAMPLES, allowed):
             where = f"{path.relative_to(folder)}:{1 + text[:place].count(chr(10))}"
-            raise DistillError(Exit.PUBLISH, where, f"holds {what}", "remove it at its source")
+            fix = f"remove it at its source{way_on}"
+            raise DistillError(Exit.PUBLISH, where, f"holds {what}", fix)
 
 
 def _text_of(path: Path) -> str:
@@ -51,16 +49,17 @@ def _exact_texts(private: tuple[str, ...]) -> dict[str, str]:
     return texts
 
 
-def _find_secrets(text: str, exact: dict[str, str], generic: bool) -> Iterator[tuple[str, int]]:
-    """Yield what was found, and where in the text."""
+def findings(
+    text: str, exact: dict[str, str], generic: bool, allowed: Collection[str] = ()
+) -> Iterator[tuple[str, int, str]]:
+    """Yield what was found, where in the text, and how the publisher goes on where it is no secret."""
     for value, what in exact.items():
         if (place := text.find(value)) >= 0:
-            yield what, place
-    for match in SECRET.finditer(text):
-        # of addresses CREDENTIALS knows those of the documentation
-        if not match[0].startswith("://"):
-            yield "a secret", match.start()
-    if match := CREDENTIALS.search(text):
-        yield "an address with credentials", match.start()
+            yield what, place, ""
+    for secret in find_secrets(text, allowed):
+        mark = f"sha256:{fingerprint(text[secret.start : secret.end])[:12]}"
+        what = "an address with credentials" if secret.name.startswith("address") else "a secret"
+        way_on = f"; if it is none, publish.allow_secrets=[{mark}] lets it pass"
+        yield f"{what} ({secret.name}, {mark})", secret.start, way_on
     if generic and (match := HOMES.search(text)):
-        yield "somebody's home folder", match.start()
+        yield "somebody's home folder", match.start(), ""

@@ -301,7 +301,7 @@ READERS: dict[str, Reader] = {
     "evaluation.failures.cut": failures.cut,
     "publishing.card.cell": card.cell,
     "publishing.card.verbatim": card.verbatim,
-    "publishing.secret_scan": lambda text: list(secret_scan.faults(text, {}, generic=True)),
+    "publishing.secret_scan": lambda text: list(secret_scan.findings(text, {}, generic=True)),
     "models.chat_template.neutralise": lambda text: neutralise(text, LLAMA),
     "config_file.check_values": refusable(lambda text: check_values({"a": text}, "f", {})),
 }

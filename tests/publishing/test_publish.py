@@ -290,6 +290,14 @@ def test_the_last_release_stays_when_a_new_one_is_refused(run, monkeypatch):
     assert sha256_file(release / "README.md") == before
 
 
+def test_what_is_no_secret_is_let_through_by_name(run):
+    run.path("report.html").write_text("token sk-" + "a" * 30)
+    assert "publish.allow_secrets" in refused(run).fix
+    allowed = run.config.publish.model_copy(update={"allow_secrets": ("sk-key",)})
+    main(run.config.model_copy(update={"publish": allowed}), run)
+    assert run.path("release/report.html").is_file()
+
+
 def test_a_release_is_pushed(run, hub):
     main(run.config, run, "me/student")
     sent = hub.repositories["me/student"].files
