@@ -28,7 +28,7 @@ from distill.errors import DistillError, Exit
 from distill.renamed_keys import RENAMED, models_in, rename_keys
 from distill.secret_patterns import Secret, find_secrets, fingerprint
 
-MAX_BYTES = 64_000  # a larger file is none that a person wrote; this much is read in half a second
+MAX_BYTES = 64_000  # no person writes a larger file; this much is read in half a second
 MAX_DEPTH = 20
 PLAIN = "write plain YAML"
 Places = dict[tuple[str, ...], str]  # where each key of the tree was set, as FILE:LINE
@@ -36,7 +36,7 @@ Places = dict[tuple[str, ...], str]  # where each key of the tree was set, as FI
 LOGIN = re.compile(r"://(?!@)[^/\s:@]*+(?::[^/\s:@]++)?@")
 SECRET_KEY = re.compile(r"(?:api_?key|token|secret|password|authorization)$", re.I)
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
-ELSEWHERE = {  # what other tools call some of our keys
+OTHER_TOOLS_NAMES = {  # the names of some of our keys in other tools
     "lr": "learning_rate",
     "epochs": "num_train_epochs",
     "rank": "r",
@@ -71,9 +71,8 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-KEPT = ("tag:yaml.org,2002:null",)
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in pairs if tag in KEPT]
+    first: [(tag, pattern) for tag, pattern in pairs if tag == "tag:yaml.org,2002:null"]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for _kind, _pattern, _first in (
@@ -92,7 +91,7 @@ for _kind, _pattern, _first in (
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
-    """Build a mapping, and refuse a key that stands twice or is not a text."""
+    """Build a mapping; refuse a key that is repeated or is not a text."""
     result: dict[str, Any] = {}
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
@@ -118,7 +117,7 @@ def parse_yaml(text: str, where: object) -> Any:
 
 
 def parse_with_places(text: str, where: object) -> tuple[Any, Places]:
-    """Parse one YAML document, and say where each of its keys stands."""
+    """Parse one YAML document; return it and the place of each of its keys."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -178,7 +177,7 @@ def read_yaml(path: Path, form: Any) -> Any:
 def use_present_names(
     tree: Any, form: Any, where: object, places: Places, tell: bool = True
 ) -> None:
-    """Give the keys of a tree their present names, and tell the user on stderr which were old."""
+    """Give the keys of a tree their present names; name the old ones to the user on stderr."""
     for old, new in rename_keys(tree, form):
         place = places[(*old[:-1], new)] = places.pop(old, str(where))
         if tell:
@@ -211,7 +210,11 @@ def _explain(error: ValidationError, file: str, places: Places) -> DistillError:
     where = next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), file)
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
-        return DistillError(Exit.CONFIG, where, f"unknown key {key[:80]}", _nearest(path))
+        names = list(_sections(path[:-1])[-1].model_fields)
+        usual = (OTHER_TOOLS_NAMES | RENAMED).get(path[-1])
+        near = [usual] if usual in names else difflib.get_close_matches(path[-1], names, 1, 0.5)
+        fix = f"did you mean {near[0]}?" if near else "valid: " + ", ".join(names)
+        return DistillError(Exit.CONFIG, where, f"unknown key {key[:80]}", fix)
     if first["type"] == "missing":
         return DistillError(Exit.CONFIG, where, f"{key} is missing", "add it")
     message = first["msg"].removeprefix("Value error, ").replace("valid array", "list: [a, b]")
@@ -223,16 +226,8 @@ def _explain(error: ValidationError, file: str, places: Places) -> DistillError:
     return DistillError(Exit.CONFIG, where, what + value, fix)
 
 
-def _nearest(path: tuple[str, ...]) -> str:
-    """Say which valid key is nearest to an unknown one."""
-    names = list(_sections(path[:-1])[-1].model_fields)
-    usual = (ELSEWHERE | RENAMED).get(path[-1])
-    near = [usual] if usual in names else difflib.get_close_matches(path[-1], names, 1, 0.5)
-    return f"did you mean {near[0]}?" if near else "valid: " + ", ".join(names)
-
-
 def limits(field: FieldInfo) -> str:
-    """Return the range in a field's annotation in words, also inside `Annotated[...] | None`."""
+    """Return the range in a field's annotation as text, also inside `Annotated[...] | None`."""
     inside = [m for kind in get_args(field.annotation) for m in getattr(kind, "__metadata__", ())]
     inside = [limit for m in inside for limit in getattr(m, "metadata", [m])]
     words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
@@ -258,7 +253,7 @@ def check_values(
     path: tuple[str, ...] = (),
     allowed: Collection[str] = (),
 ) -> None:
-    """Stop at a secret (never echoed), a control character, or a number that is not finite.
+    """Refuse a secret (never echoed), a control character, and a number that is not finite.
 
     `allowed` are secrets that are none, as `publish.allow_secrets` names them.
     """

@@ -46,9 +46,9 @@ def reference() -> str:
     return HEAD + "\n".join(_described(Config, (), set())) + "\n"
 
 
-def _described(tree: type[BaseModel], path: tuple[str, ...], shown: set[type]) -> Iterator[str]:
-    """Yield the lines of a section; `shown` are those whose keys stand in the file already."""
-    shown.add(tree)
+def _described(tree: type[BaseModel], path: tuple[str, ...], described: set[type]) -> Iterator[str]:
+    """Yield the lines of a section; `described` are those whose keys are in the file already."""
+    described.add(tree)
     indent = "  " * len(path)
     for name, field in tree.model_fields.items():
         key = ".".join((*path, name))
@@ -61,14 +61,14 @@ def _described(tree: type[BaseModel], path: tuple[str, ...], shown: set[type]) -
         inner = next(iter(models_in(field.annotation)), None)
         if inner and field.default is not None:
             yield f"{indent}{name}:"
-            yield from _described(inner, (*path, name), shown)
+            yield from _described(inner, (*path, name), described)
             continue
         instead = "required" if field.is_required() else f"default {_yaml(field.default)}"
         note = f"; an example, {instead}" if key in EXAMPLES else ""
         value = EXAMPLES.get(key, field.default)
         yield f"{indent}{name}: {_yaml(value)}".ljust(40) + f"  # {_choices(field)}{note}"
-        if inner and inner not in shown:  # a section that is off unless it is written
-            lines = _described(inner, (*path, name), shown)
+        if inner and inner not in described:  # a section that is off unless it is written
+            lines = _described(inner, (*path, name), described)
             yield from (f"{indent}# {line.removeprefix(indent)}" for line in lines)
 
 
@@ -80,7 +80,7 @@ def _yaml(value: Any) -> str:
 
 
 def _choices(field: FieldInfo) -> str:
-    """Say what a key may be: its choices, else its type and range."""
+    """Return the allowed values of a key: its choices, else its type and range."""
     kinds = ", ".join(dict.fromkeys(_kinds(field.annotation)))
     allowed = limits(field)
     null = ", or null" if NoneType in get_args(field.annotation) else ""
@@ -88,7 +88,7 @@ def _choices(field: FieldInfo) -> str:
 
 
 def _kinds(annotation: Any) -> Iterator[str]:
-    """Yield the choices and types in an annotation in words, all but null."""
+    """Yield the choices and types in an annotation as text, all but null."""
     origin, inside = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         yield from (_yaml(choice) for choice in inside)

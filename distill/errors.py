@@ -1,6 +1,6 @@
 """The one exception of the project, and the exit codes of its commands.
 
-Every fault that a user can cause or meet ends as one line, `error: where: what (what to do)`, and one of these codes.
+Every error that a user can cause or meet ends as one line, `error: where: what (what to do)`, and one of these codes.
 """
 
 import sys
@@ -24,7 +24,7 @@ class Exit(IntEnum):
 
 
 class DistillError(Exception):
-    """Say where a fault is, what was found and what to do about it."""
+    """An error: where it is, what is wrong, and what to do about it."""
 
     def __init__(self, code: Exit, where: object, what: str, fix: str) -> None:
         self.code, self.where, self.what, self.fix = code, str(where), what, fix
@@ -32,7 +32,7 @@ class DistillError(Exception):
 
 
 def exit_code(work: Callable[[], object], debug: bool = False) -> int:
-    """Do `work` and return the command's exit code; any fault becomes one line on stderr. `debug` lets it through."""
+    """Do `work` and return the command's exit code; an error becomes one line on stderr, or with `debug` is raised."""
     try:
         work()
     except KeyboardInterrupt:

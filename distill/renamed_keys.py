@@ -1,4 +1,4 @@
-"""Keys that were published under another name, and stay readable under it.
+"""Renamed keys: published under another name, they stay readable under it.
 
 Whoever reads what users or earlier versions wrote (configs and overrides; task, suite, price, terms
 and model files; markers of finished runs) gives its keys their present names here, by one table.
@@ -53,13 +53,14 @@ def rename_keys(tree: Any, annotation: Any, path: KeyPath = ()) -> list[tuple[Ke
     A key that stands there under both names is left alone: whoever validates the tree refuses it.
     """
     if isinstance(tree, list):
-        return [found for child in tree for found in rename_keys(child, annotation, path)]
+        return [pair for child in tree for pair in rename_keys(child, annotation, path)]
     if not isinstance(tree, dict):
         return []
-    if get_origin(annotation) is dict:  # rows by name: their values have keys of ours
-        inner = get_args(annotation)[1]
-        rows = tree.items()
-        return [found for name, row in rows for found in rename_keys(row, inner, (*path, name))]
+    if get_origin(annotation) is dict:  # the names are the user's, the keys of the values are ours
+        inner, children = get_args(annotation)[1], tree.items()
+        return [
+            pair for name, child in children for pair in rename_keys(child, inner, (*path, name))
+        ]
     fields, renamed = fields_in(annotation), list[tuple[KeyPath, str]]()
     for old in list(tree):
         new = _present_name(old, fields)
