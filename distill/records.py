@@ -117,7 +117,7 @@ class Prompt(Record):
 
 
 class Usage(Record):
-    """What one answer took: tokens, and seconds of its share of the batch."""
+    """The usage of one answer: tokens, and its share of the batch's seconds."""
 
     input_tokens: int = 0
     cached_input_tokens: int = 0
@@ -128,15 +128,15 @@ class Usage(Record):
 
 
 class Candidate(Record):
-    """A token that may stand at a place of an answer; `bytes` are given where its text alone does not say them."""
+    """A token with its log-probability; `bytes` are stated where its text does not determine them."""
 
     token: str
     logprob: Annotated[float, Field(allow_inf_nan=False)]
     bytes: tuple[int, ...] | None = None
 
 
-class Place(Candidate):
-    """The token that stands at a place of an answer, and the likeliest that could have, as a server lists them."""
+class TokenLogprob(Candidate):
+    """The token at a position of an answer and its top-k alternatives, as a server lists them."""
 
     top: tuple[Candidate, ...] = ()
 
@@ -153,7 +153,7 @@ class Response(Record):
     reasoning: str | None = None
     stop: Stop
     usage: Usage = Usage()
-    logprobs: tuple[Place, ...] | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
     raw_sha256: str | None = None
     error: str | None = None
 
@@ -164,7 +164,7 @@ class Response(Record):
 
 
 class Pair(Record):
-    """A row of the dataset: a prompt and the answer that was kept for it."""
+    """A row of the dataset: a prompt and its answer, after the filters."""
 
     prompt: Prompt
     response: Response
@@ -202,8 +202,8 @@ class Item(Record):
         )
 
 
-class Reading(Record):
-    """How a model reads an answer: its loss in nats, the answer's tokens, and how many of them are its likeliest."""
+class AnswerLoss(Record):
+    """The loss of an answer under a model in nats, the answer's tokens, and how many of them are the model's top-1."""
 
     loss: float
     tokens: int
@@ -221,7 +221,7 @@ class Score(Record):
 
 
 class Timing(Record):
-    """What was timed apart: requests asked one at a time, and prompts only read, in a batch."""
+    """Timings of their own: requests asked one at a time, and prompts that are only prefilled, in a batch."""
 
     requests: int
     output_tokens: int

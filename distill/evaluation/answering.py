@@ -17,7 +17,7 @@ from distill.evaluation.throughput import timed
 from distill.generation.generate import make_teacher
 from distill.models import loading, registry
 from distill.models.chat_template import template_hash
-from distill.records import Pair, Prompt, Reading, Response, digest
+from distill.records import AnswerLoss, Pair, Prompt, Response, digest
 from distill.responders.ask import Ask
 from distill.responders.local.local_model import LocalResponder
 from distill.responders.responder import Request, Responder, Sampling
@@ -36,7 +36,7 @@ class Answered(NamedTuple):
     """What one model said to the held-out prompts, how it reads the teacher's answers, and its answers to suites."""
 
     responses: list[Response]
-    readings: list[Reading]
+    readings: list[AnswerLoss]
     suites: dict[str, Given]
 
 

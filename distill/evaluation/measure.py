@@ -19,7 +19,7 @@ from distill.evaluation.scorecard import MODELS, EvaluationResult, Settings, Sui
 from distill.evaluation.statistics import Certainty
 from distill.evaluation.suite_scores import measure_suite, suite_result, write_suite
 from distill.evaluation.suites import Suite
-from distill.records import Item, Reading, Response
+from distill.records import AnswerLoss, Item, Response
 from distill.storage.files import read_json, read_records, write_json, write_records
 from distill.storage.run_folder import Run
 from distill.tasks.checkers import NEEDS_REFERENCE
@@ -54,7 +54,7 @@ def measure(config: Config, run: Run, suites: Sequence[Suite], leaks: Leaks) -> 
     clean_answers = {m: {i.id: given[i.id] for i in clean} for m, given in answers.items()}
     readings = {
         model: kept(
-            items, read_records(run.path(f"answers/readings/{model}.jsonl"), Reading), leaks
+            items, read_records(run.path(f"answers/readings/{model}.jsonl"), AnswerLoss), leaks
         )
         for model in ("base", "student")
     }

@@ -38,7 +38,7 @@ from distill.evaluation.statistics import (
     pair,
     require_paired,
 )
-from distill.records import Item, Reading, Response, Score
+from distill.records import AnswerLoss, Item, Response, Score
 from distill.tasks.checkers import GRADED
 
 AnswersByModel = Mapping[str, Mapping[str, Response]]  # model -> item id -> its answer
@@ -328,7 +328,7 @@ def compared(
     items: Sequence[Item],
     answers: AnswersByModel,
     rows: Mapping[str, Measured],
-    readings: Mapping[str, Sequence[Reading]],
+    readings: Mapping[str, Sequence[AnswerLoss]],
     certainty: Certainty,
 ) -> Comparisons:
     """Return everything that compares the models: tasks, all checks together, agreement, lengths, samples."""

@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from distill.errors import DistillError, Exit
-from distill.records import Example, Pair, Reading
+from distill.records import AnswerLoss, Example, Pair
 from distill.training.adapters import ADAPTER, factors
 from distill.training.batches import micro_batches
 from distill.training.cpu.attention import NAME
@@ -243,12 +243,12 @@ def _close(found: Tensor, wanted: Tensor) -> bool:
 @torch.inference_mode()
 def answer_loss(
     model: Any, tokenizer: Any, pairs: Sequence[Pair], date: str, max_length: int
-) -> list[Reading]:
+) -> list[AnswerLoss]:
     """Return how `model` reads each pair's answer, given the prompt; (0, 0, 0) for one longer than `max_length`."""
     examples = [encode_pair(tokenizer, pair, date) for pair in pairs]
     lengths = [len(e.input_ids) for e in examples]
     fitting = [i for i, length in enumerate(lengths) if length <= max_length]
-    results = [Reading(loss=0.0, tokens=0, hits=0)] * len(pairs)
+    results = [AnswerLoss(loss=0.0, tokens=0, hits=0)] * len(pairs)
     before = model.config._attn_implementation
     try:
         student, _ = make_student(model)
@@ -261,7 +261,7 @@ def answer_loss(
     return results
 
 
-def _read(student: StudentModel, examples: Sequence[Example]) -> list[Reading]:
+def _read(student: StudentModel, examples: Sequence[Example]) -> list[AnswerLoss]:
     """Read the samples of one packed batch in one forward pass."""
     batch, (head_VE, bias_V) = student.batch(examples), student.head()
     losses_S, hits_S = read_targets(student.states(batch), head_VE, batch.targets_S, bias_V)
@@ -269,6 +269,6 @@ def _read(student: StudentModel, examples: Sequence[Example]) -> list[Reading]:
     sums_B3 = torch.zeros(len(examples), 3, dtype=torch.float64)
     sums_B3.index_add_(0, batch.owners_S.cpu(), values_S3.double().cpu())  # in order, on any device
     return [
-        Reading(loss=loss, tokens=int(tokens), hits=int(hits))
+        AnswerLoss(loss=loss, tokens=int(tokens), hits=int(hits))
         for loss, tokens, hits in sums_B3.tolist()
     ]

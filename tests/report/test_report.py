@@ -30,7 +30,7 @@ from distill.evaluation.judge import (
 from distill.evaluation.scorecard import Sample, Scorecard
 from distill.evaluation.statistics import Certainty
 from distill.formatting import plain_numbers
-from distill.records import Item, LedgerEntry, Message, Pair, Prompt, Reading, Response, Usage
+from distill.records import AnswerLoss, Item, LedgerEntry, Message, Pair, Prompt, Response, Usage
 from distill.report import readme, report
 from distill.report.headline import answer, checks_kept
 from distill.report.plots import (
@@ -87,9 +87,11 @@ def evaluation(items: list[Item], right: dict[str, int], run: Run) -> dict[str, 
     tasks = dict.fromkeys(item.task for item in items)
     rows = {t: results.measure_task(t, items, answers, "correct", checkers[t]) for t in tasks}
     losses = {
-        "base": [Reading(loss=20.0 + k % 5, tokens=20, hits=9 + k % 3) for k in range(len(items))],
+        "base": [
+            AnswerLoss(loss=20.0 + k % 5, tokens=20, hits=9 + k % 3) for k in range(len(items))
+        ],
         "student": [
-            Reading(loss=9.0 + k % 3, tokens=20, hits=12 + k % 4) for k in range(len(items))
+            AnswerLoss(loss=9.0 + k % 3, tokens=20, hits=12 + k % 4) for k in range(len(items))
         ],
     }
     certainty = Certainty(samples=500)

@@ -19,7 +19,7 @@ from distill.errors import DistillError, Exit
 from distill.models.chat_template import encode_prompt
 from distill.models.loading import load_model, load_tokenizer
 from distill.pipeline import STAGES
-from distill.records import Candidate, Document, Message, Pair, Place, Prompt, Response
+from distill.records import Candidate, Document, Message, Pair, Prompt, Response, TokenLogprob
 from distill.storage.files import read_records, write_json, write_records
 from distill.storage.run_folder import Run
 from distill.training.soft_labels import answer_logprobs, capture, labels
@@ -236,8 +236,12 @@ def test_the_probe_is_paid_once(tmp_path):
     assert len(server.payloads) == 1 and server.payloads[0]["max_tokens"] <= 32
 
 
-def place(token: str, data: list[int] | None = None, top: tuple[Candidate, ...] = ()) -> Place:
-    return Place(token=token, logprob=-0.5, bytes=None if data is None else tuple(data), top=top)
+def place(
+    token: str, data: list[int] | None = None, top: tuple[Candidate, ...] = ()
+) -> TokenLogprob:
+    return TokenLogprob(
+        token=token, logprob=-0.5, bytes=None if data is None else tuple(data), top=top
+    )
 
 
 def test_ids_are_told_by_bytes_and_what_names_none_is_left_over():

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig
 
 from distill.errors import DistillError
-from distill.records import Reading
+from distill.records import AnswerLoss
 from distill.training.encode import encode_pair
 from distill.training.student import Batch, answer_loss, make_student
 from tests.support.tiny import make_tiny, make_tokenizer
@@ -71,7 +71,7 @@ def test_answer_loss_is_transformers_own_in_the_order_of_the_pairs(tmp_path):
     longest = max(len(encode_pair(tokenizer, p, DATE).input_ids) for p in rows)
     found = answer_loss(model, tokenizer, rows, DATE, max_length=longest - 1)
     assert model.config._attn_implementation == "sdpa"
-    assert found.count(Reading(loss=0.0, tokens=0, hits=0)) >= 1
+    assert found.count(AnswerLoss(loss=0.0, tokens=0, hits=0)) >= 1
     for pair, reading in zip(rows, found, strict=True):
         total, count, hits = reading.loss, reading.tokens, reading.hits
         example = encode_pair(tokenizer, pair, DATE)

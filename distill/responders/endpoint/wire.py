@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any, Literal
 
-from distill.records import Candidate, Message, Place, Record, Stop, Usage, canonical
+from distill.records import Candidate, Message, Record, Stop, TokenLogprob, Usage, canonical
 
 VERSION = 1  # of the form of a request: part of every request's origin
 STOPS: dict[str, Stop] = {"stop": "end", "length": "length", "content_filter": "filtered"}
@@ -79,7 +79,7 @@ class Reply(Record):
     finish: str | None = None  # the server's own word for why it stopped
     usage: Usage = Usage()
     model: str | None = None
-    logprobs: tuple[Place, ...] | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
     dollars: Decimal | None = None
     error: str | None = None
 
@@ -307,7 +307,7 @@ def _name(reported: Any) -> str | None:
     return named or None
 
 
-def _logprobs(given: Any) -> tuple[Place, ...] | None:
+def _logprobs(given: Any) -> tuple[TokenLogprob, ...] | None:
     """Return each token's log-probability and the likeliest beside it; None where there are none that can be read.
 
     Chat completions hold an object a token, text completions lists side by side; vLLM and SGLang write -9999 for minus
@@ -335,10 +335,10 @@ def _rows(given: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _place(row: dict[str, Any]) -> Place:
+def _place(row: dict[str, Any]) -> TokenLogprob:
     """Read one token; raises pydantic's ValidationError."""
     listed = [Candidate(**_candidate(other)) for other in row.get("top_logprobs") or []]
-    return Place(**_candidate(row), top=tuple(listed))
+    return TokenLogprob(**_candidate(row), top=tuple(listed))
 
 
 def _candidate(row: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from distill.config import Config, Teacher
 from distill.errors import DistillError, Exit
 from distill.models.chat_template import encode_text
-from distill.records import Candidate, Example, Message, Place, Response
+from distill.records import Candidate, Example, Message, Response, TokenLogprob
 from distill.responders.ask import Ask
 from distill.responders.endpoint.budget import replies
 from distill.responders.endpoint.endpoint import EndpointResponder
@@ -127,7 +127,9 @@ class Lists:
         return to_signal(places, [1.0] * len(ids), self.settings, self.vocabulary)
 
 
-def align(spelling: "Spelling", places: Sequence[Place], ids: Sequence[int]) -> dict[int, Chances]:
+def align(
+    spelling: "Spelling", places: Sequence[TokenLogprob], ids: Sequence[int]
+) -> dict[int, Chances]:
     """Return what is listed at each of `ids` that stands, in order, among the tokens that were written."""
     tokens = [spelling.id_of(place) for place in places]
     blocks = SequenceMatcher(None, tokens, ids, autojunk=False).get_matching_blocks()
@@ -135,7 +137,7 @@ def align(spelling: "Spelling", places: Sequence[Place], ids: Sequence[int]) -> 
     return {ours: _place(spelling, places[theirs], ids[ours]) for theirs, ours in pairs}
 
 
-def _place(spelling: "Spelling", place: Place, own: int) -> Chances:
+def _place(spelling: "Spelling", place: TokenLogprob, own: int) -> Chances:
     """Return a list by ids, with the token that was written."""
     candidates = [(spelling.id_of(other), other.logprob) for other in place.top]
     listed = {i: (log, None) for i, log in candidates if i is not None}
