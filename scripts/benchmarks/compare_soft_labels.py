@@ -35,7 +35,6 @@ from distill.evaluation.statistics import (
     Bounds,
     Estimate,
     Floats,
-    as_interval,
     estimate_gap_recovered,
     estimate_mean,
 )
@@ -285,7 +284,9 @@ def _difference(
 
 def told(estimate: Estimate) -> dict[str, Any]:
     """Return an estimate as JSON."""
-    return {**as_interval(estimate), "n": estimate.n, "method": estimate.method}
+    shown = {"mean": estimate.value, "low": estimate.low, "high": estimate.high}
+    reason = {"reason": estimate.reason} if estimate.reason else {}
+    return {**shown, **reason, "n": estimate.n, "method": estimate.method}
 
 
 def teacher_tokens(base: Run, count: int | None) -> dict[str, int]:

@@ -321,7 +321,7 @@ def load_libraries() -> None:
 
     modules = (
         "corpus.corpus corpus.prompts generation.generate generation.filters training.train "
-        "evaluation.evaluate evaluation.report"
+        "evaluation.evaluate report.report"
     )
     for module in modules.split():
         import_module(f"distill.{module}")

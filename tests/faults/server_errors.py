@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from distill.cli import main as distill_main  # noqa: E402
 from distill.errors import Exit  # noqa: E402
+from distill.evaluation.scorecard import Scorecard  # noqa: E402
 from distill.publishing.card import make_card  # noqa: E402
 from distill.publishing.fidelity import Fidelity  # noqa: E402
 from distill.publishing.publish import facts_of  # noqa: E402
@@ -195,8 +196,7 @@ def canary(folder: Path, run: Run) -> int:
     for verb in ("status", "plan"):
         command(folder, verb, str(folder / "c.yaml"))
     facts = facts_of(run.config, run, None, "apache-2.0", True)
-    scorecard = {"manifest": run.manifest(), "tasks": {}}
-    (folder / "card.md").write_text(str(make_card(facts, scorecard, SAME)))
+    (folder / "card.md").write_text(str(make_card(facts, Scorecard(name=run.config.name), SAME)))
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert {"shown", "config.json", "manifest.json", "ledger.jsonl"} <= {f.name for f in files}
     return sum(KEY.encode() in path.read_bytes() for path in files)
