@@ -41,6 +41,7 @@ STATED = {
     "folder": "a model in a folder is its tokenizer, config and template too: its keys are other ones",
     "student": "the student's key is that of its merged weights, no longer that of base and adapter",
     "rounding": "evaluation reads the weights that are released; in float32 the old one read them before they were rounded",
+    "frequencies": "evaluation loads the release as anybody does; in bfloat16 the old one had cast the rotary frequencies too",
     WORDING: "reasons, scorecard, report and card may say the same in other words",
 }
 FREE = ("scorecard.md", "report.html", "release/README.md")  # compared without their numbers
@@ -116,7 +117,9 @@ class Run:
         self.config = json.loads((old / "config.json").read_bytes())
         models = json.loads((old / "answers/models.json").read_bytes())
         released = "".join(tensors_of(old / "release/model.safetensors").values())
-        self.rounds = models["student"].get("dtype") == "float32" and "BF16" in released
+        # how other answers of the student are explained; nothing explains them where the release was in float32
+        evaluated = {"float32": "rounding", "bfloat16": "frequencies"}
+        self.of_student = evaluated[models["student"]["dtype"]] if "BF16" in released else ""
 
     def names(self, *patterns: str) -> list[str]:
         """Return the files of either side that a pattern fits, those that are no results apart."""
@@ -134,10 +137,9 @@ class Run:
         for number, (one, other) in enumerate(zip_longest(old, new, fillvalue={}), 1):
             yield f"{name}:{number}", one, other
 
-    def rounding(self, name: str) -> str:
-        """Return how another answer in a file is explained: the student's, where its release was rounded."""
-        student = Path(name).stem == "student" or "/judge/" in name
-        return "rounding" if student and self.rounds else ""
+    def explanation(self, name: str) -> str:
+        """Return how another answer, or a judge's word about it, is explained in a file."""
+        return self.of_student if Path(name).stem == "student" or "/judge/" in name else ""
 
     def compare(self) -> list[Row]:
         """Compare everything but the requests, which the server has."""
@@ -224,9 +226,9 @@ class Run:
                     one, other = (
                         [r.get(k) for k in ("prompt_id", "text", "stop")] for r in (old, new)
                     )
-                    yield where, one, other, self.rounding(name)
+                    yield where, one, other, self.explanation(name)
                 elif "loss" in old or "loss" in new:  # how a model reads the teacher's answers
-                    yield where, old, new, self.rounding(name)
+                    yield where, old, new, self.explanation(name)
 
     def _scores(self) -> Iterator[Value]:
         for name in self.names("scores/**/*.jsonl", "answers/judge/*.jsonl"):
@@ -234,7 +236,7 @@ class Run:
                 one, other = (
                     [r.get(k) for k in ("item_id", "value", "answer")] for r in (old, new)
                 )
-                yield where, one, other, self.rounding(name)
+                yield where, one, other, self.explanation(name)
                 yield f"{where} reason", old.get("reason"), new.get("reason"), WORDING
 
     def _reports(self) -> Iterator[Value]:

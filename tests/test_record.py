@@ -148,7 +148,10 @@ def test_words_are_free_and_numbers_of_a_report_are_no_words(new: Path) -> None:
     assert "replies" in listed and "UNEXPLAINED" not in listed
 
 
-def test_an_answer_is_rounded_only_where_a_release_was(new: Path) -> None:
+@pytest.mark.parametrize(("dtype", "kind"), [("float32", "rounding"), ("bfloat16", "frequencies")])
+def test_other_answers_are_stated_only_of_a_student_released_in_bfloat16(
+    new: Path, dtype: str, kind: str
+) -> None:
     plant(new / "chat/answers/student.jsonl", lambda row: row.update(text="other"))
     assert kinds("chat", new) == {("answers", "")}
     old = new.parent / "old/chat"
@@ -157,7 +160,12 @@ def test_an_answer_is_rounded_only_where_a_release_was(new: Path) -> None:
     for side in (old, new / "chat"):
         path = side / "release/model.safetensors"
         save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path)
-    assert kinds("chat", new) == {("answers", "rounding")}
+        models = json.loads((side / "answers/models.json").read_text())
+        models["student"]["dtype"] = dtype
+        (side / "answers/models.json").write_text(json.dumps(models))
+    assert kinds("chat", new) == {("answers", kind)}
+    plant(new / "chat/answers/base.jsonl", lambda row: row.update(text="other"))
+    assert kinds("chat", new) == {("answers", kind), ("answers", "")}
 
 
 def test_what_is_not_explained_is_listed_last_and_counted(new: Path) -> None:
