@@ -46,8 +46,8 @@ def test_every_student_is_trained_once_on_the_same_answers_and_measured_on_the_s
         first = read_json(tmp_path / "out.json")
         weights = {p: sha256_file(p) for p in Path("runs").rglob("adapter_model.safetensors")}
         patch.setattr(script.train, "main", None)
-        patch.setattr(script.refine, "main", None)
-        patch.setattr(script, "ask", None)
+        patch.setattr(script.on_policy, "main", None)
+        patch.setattr(script, "Ask", None)
         script.main()
         assert read_json(tmp_path / "out.json") == first
         assert weights == {p: sha256_file(p) for p in weights}
