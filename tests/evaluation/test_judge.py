@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.evaluation.judge import (
-    Ask,
     Duel,
+    Judge,
     accepted,
     ask_about,
     examined,
@@ -30,7 +30,7 @@ PROBES = load_probes()
 GOOD = {probe.good for probe in PROBES}
 
 
-def replies(mind: Callable[[str, str], str], stop: str = "end") -> Ask:
+def replies(mind: Callable[[str, str], str], stop: str = "end") -> Judge:
     """Return a judge that is shown answers A and B, and replies as `mind` says."""
 
     def ask(asked: Sequence[tuple[Message, ...]]) -> list[Response]:
@@ -58,7 +58,7 @@ def replies(mind: Callable[[str, str], str], stop: str = "end") -> Ask:
     return ask
 
 
-def examine(ask: Ask) -> dict[str, Any]:
+def examine(ask: Judge) -> dict[str, Any]:
     return examined(PROBES, judge(probe_duels(PROBES), ask, ask_copies=True)).tree()
 
 
