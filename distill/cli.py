@@ -118,7 +118,7 @@ def run_all(
     run = open_run(config, overrides or ())
     again = from_stage(redo) if redo else ()
     permit_code(run, STAGES, again, allow_code, unsafe_code)
-    require_terms(run.config)
+    require_terms(run.config.teacher, run.config.terms.basis)
     require_soft_teacher(run, again)
     announce(run, again)
     perform(run, STAGES, again, allow_inexact)
@@ -237,7 +237,7 @@ def show_plan(
     run, origin = open_run(config, overrides or ()), None
     if pilot:
         piloting.require_teacher(run.config)
-        require_terms(run.config)
+        require_terms(run.config.teacher, run.config.terms.basis)
         require_models(run.config, ("generate",))
         perform(run, STAGES[: NAMES.index("generate")])
         with run.lock():
@@ -411,7 +411,7 @@ def fetch(config: ConfigArgument, overrides: Overrides = None) -> None:
     from distill.models.registry import fetch as fetch_model
 
     settings = open_run(config, overrides or ()).config
-    if settings.teacher.kind == "local":
+    if settings.teacher.runs_here:
         fetch_model(settings.teacher.model, settings.teacher.revision)
     student = settings.student
     if settings.distributions and settings.reader()[0] != student.model:

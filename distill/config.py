@@ -6,12 +6,13 @@ a stage's `main` and stops there.
 
 import difflib
 import ipaddress
+import math
 import re
 import socket
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
 import regex
@@ -19,12 +20,15 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
-    ValidationInfo,
+    Tag,
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError, to_jsonable_python
 
+from distill.renamed_keys import RENAMED
 from distill.secret_patterns import NAMES
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -35,6 +39,7 @@ Positive = Annotated[int, Field(gt=0, le=10**9)]
 Count = Annotated[int, Field(ge=0, le=10**9)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Weight = Annotated[float, Field(ge=0)]
+GREEDY = "n above 1 needs a temperature above 0: greedy answers are all the same"
 SOFT = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
 
 
@@ -257,11 +262,29 @@ class Prompts(Section):
 
 
 class Teacher(Section):
-    """Who answers, and how."""
+    """Who answers, and how: the keys of every kind, and what a kind says of itself.
 
-    kind: Literal["local", "endpoint", "canned", "recorded"] = "local"
-    """`local` loads a model here, `endpoint` asks a server, `recorded` takes the answers in the
-    corpus, `canned` those in a file."""
+    The rest of the package asks these attributes, and never for the name of a kind.
+    """
+
+    model_config = ConfigDict(extra="allow")  # looked at below: keys of other kinds, unknown keys
+
+    paid: ClassVar[bool] = False
+    """Whether an answer costs money."""
+    runs_here: ClassVar[bool] = False
+    """Whether its weights are loaded on this machine."""
+    makes_answers: ClassVar[bool] = False
+    """Whether it can be asked anew; else it has what answers it has."""
+    answers_anything: ClassVar[bool] = True
+    """Whether it has answers to more than the prompts that came with the corpus."""
+    logprobs: ClassVar[Literal["full", "listed"] | None] = None
+    """What it tells of the next token: each token's probability, a list of the top ones, nothing."""
+    under_terms: ClassVar[bool] = True
+    """Whether its answers are a model's, whose terms apply."""
+    shaping: ClassVar[tuple[str, ...]] = ()
+    """Its own keys that shape its answers."""
+
+    kind: str
     model: str = ""
     """Model as NAME of configs/models.yaml, Hub id or ./FOLDER; of an endpoint, the server's name
     for it. Needed for `local` and `endpoint`; else the model whose terms apply to the answers."""
@@ -281,23 +304,105 @@ class Teacher(Section):
     reasoning: Literal["drop", "keep"] = "drop"
     """Whether the teacher's reasoning stays before its answer, in a think block, and is trained
     on."""
-    # kind: local
+    license: str | None = None
+    """License of the answers, for the model card; with it recorded answers need no
+    `terms.basis`."""
+
+    @property
+    def base_urls(self) -> tuple[str, ...]:
+        """Return the addresses at which it is asked; the first names it."""
+        return ()
+
+    @property
+    def budget(self) -> Decimal | None:
+        """Return the dollars that may be spent on it."""
+        return None
+
+    @property
+    def stated_dollars(self) -> Decimal | None:
+        """Return what all its answers cost, where the user states that."""
+        return None
+
+    @property
+    def cost_unstated(self) -> bool:
+        """Tell whether only the user could say what its answers cost, and does not."""
+        return False
+
+    @property
+    def limits_answers(self) -> bool:
+        """Tell whether an answer has a maximum that is enforced."""
+        return True
+
+    @property
+    def lists_logprobs(self) -> bool:
+        """Tell whether log-probabilities come with the answers."""
+        return False
+
+    def least_seconds(self, requests: float, tokens: float) -> float:
+        """Return how long limits of the rate make so many requests and tokens take."""
+        return 0.0
+
+    @field_validator("model")
+    @classmethod
+    def _model_name(cls, value: str) -> str:
+        return value and checked_model(value)
+
+    @model_validator(mode="after")
+    def _keys_of_its_kind(self) -> Self:
+        """Forget what a resolved config says of other kinds; what was set there would do nothing."""
+        extra, foreign = self.__pydantic_extra__ or {}, dict[str, str]()
+        for key, value in extra.items():
+            name = RENAMED.get(key, key)
+            owners = [kind for kind in TEACHERS if name in kind.model_fields]
+            if not owners or name in type(self).model_fields:  # there under both names
+                raise PydanticCustomError("extra_forbidden", "unknown key", {"key": key})
+            field = owners[0].model_fields[name]
+            default = None if field.is_required() else to_jsonable_python(field.default)
+            if value is not None and value != default:
+                foreign[key] = str(owners[0].model_fields["kind"].default)
+        if foreign:
+            (key, kind), *others = foreign.items()
+            more = f"; so is {', '.join(name for name, _ in others)}" if others else ""
+            message = f"is a key of kind {kind}, and this teacher is of kind {self.kind}{more}"
+            raise PydanticCustomError("other_kind", "{message}", {"key": key, "message": message})
+        extra.clear()
+        return self
+
+
+class LocalTeacher(Teacher):
+    """A model that is loaded here."""
+
+    runs_here = makes_answers = True
+    logprobs = "full"
+    shaping = ("dtype", "max_batch_size")
+
+    kind: Literal["local"] = "local"
+    """`local` loads a model here, `endpoint` asks a server, `recorded` takes the answers in the
+    corpus, `canned` those in a file. Below, the keys of one kind stand behind those of all."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the weights in memory; `auto` takes bfloat16 where the hardware computes in it."""
     max_batch_size: Positive | None = None
     """Sequences generated at once; null takes what fits in memory. Lower it where memory runs
     out."""
-    # kind: recorded
-    license: str | None = None
-    """License of the answers, for the model card; with it recorded answers need no
-    `terms.basis`."""
-    dollars: Decimal | None = None
-    """What recorded answers cost in all, in dollars, for the report; null is unknown."""
-    # kind: canned
-    answers: File | None = None
-    """File of JSON lines, {"prompt": last user turn, "answer": text}."""
-    # kind: endpoint
-    base_url: str | Annotated[tuple[str, ...], Field(min_length=1, max_length=100)] | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if not self.model:
+            raise ValueError("needs model")
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError(GREEDY)
+        return self
+
+
+class EndpointTeacher(Teacher):
+    """A server that is asked, and paid."""
+
+    paid = makes_answers = True
+    logprobs = "listed"
+
+    kind: Literal["endpoint"] = "endpoint"
+    """`endpoint`: a server is asked."""
+    base_url: str | Annotated[tuple[str, ...], Field(min_length=1, max_length=100)]
     """Address of the API as https://HOST/v1, or a list of replicas that share the work; the first
     names the endpoint."""
     allow_insecure: bool = False
@@ -348,16 +453,34 @@ class Teacher(Section):
     @property
     def base_urls(self) -> tuple[str, ...]:
         """Return the addresses of the endpoint; the first names it."""
-        urls = (self.base_url,) if isinstance(self.base_url, str) else self.base_url or ()
+        urls = (self.base_url,) if isinstance(self.base_url, str) else self.base_url
         return tuple(url.rstrip("/") for url in urls)
+
+    @property
+    def budget(self) -> Decimal | None:
+        """Return the dollars that may be spent on it."""
+        return self.budget_dollars
+
+    @property
+    def limits_answers(self) -> bool:
+        """Tell whether an answer has a maximum that is enforced."""
+        return "max_tokens" not in self.omit
+
+    @property
+    def lists_logprobs(self) -> bool:
+        """Tell whether log-probabilities come with the answers."""
+        return bool(self.extra_body.get("logprobs"))
+
+    def least_seconds(self, requests: float, tokens: float) -> float:
+        """Return how long limits of the rate make so many requests and tokens take."""
+        by_count = requests / (self.requests_per_minute or math.inf)
+        return 60 * max(by_count, tokens / (self.tokens_per_minute or math.inf))
 
     @field_validator("model")
     @classmethod
-    def _model_name(cls, value: str, info: ValidationInfo) -> str:
-        served = info.data.get("kind") == "endpoint" and SERVED.fullmatch(value)
-        if served and ".." not in value:
-            return value
-        return value and checked_model(value)
+    def _model_name(cls, value: str) -> str:
+        served = SERVED.fullmatch(value) and ".." not in value
+        return value if served or not value else checked_model(value)
 
     @field_validator("extra_body")
     @classmethod
@@ -374,21 +497,80 @@ class Teacher(Section):
         return value
 
     @model_validator(mode="after")
-    def _complete(self) -> "Teacher":
-        if self.kind in ("local", "endpoint") and not self.model:
+    def _complete(self) -> Self:
+        if not self.model:
             raise ValueError("needs model")
-        if self.kind == "canned" and self.answers is None:
-            raise ValueError("kind canned needs answers: FILE")
-        if (self.kind == "endpoint") != bool(self.base_url):
-            raise ValueError("kind endpoint needs base_url, and no other kind takes one")
         for url in self.base_urls:
             checked_url(url, self.allow_insecure)
-        greedy = self.temperature == 0 and "temperature" not in self.omit
-        if self.n > 1 and greedy and self.kind in ("local", "endpoint"):
-            raise ValueError(
-                "n above 1 needs a temperature above 0: greedy answers are all the same"
-            )
+        if self.n > 1 and self.temperature == 0 and "temperature" not in self.omit:
+            raise ValueError(GREEDY)
         return self
+
+
+class CannedTeacher(Teacher):
+    """Answers that stand in a file."""
+
+    under_terms = False
+    shaping = ("answers",)
+
+    kind: Literal["canned"] = "canned"
+    """`canned`: the answers stand in a file."""
+    answers: File
+    """File of JSON lines, {"prompt": last user turn, "answer": text}."""
+
+
+class RecordedTeacher(Teacher):
+    """The answers that came with the corpus."""
+
+    answers_anything = False
+    shaping = ("dollars",)
+
+    kind: Literal["recorded"] = "recorded"
+    """`recorded`: the answers came with the corpus."""
+    dollars: Decimal | None = None
+    """What recorded answers cost in all, in dollars, for the report; null is unknown."""
+
+    @property
+    def stated_dollars(self) -> Decimal | None:
+        """Return what all its answers cost, where the user states that."""
+        return self.dollars
+
+    @property
+    def cost_unstated(self) -> bool:
+        """Tell whether only the user could say what its answers cost, and does not."""
+        return self.dollars is None
+
+
+TEACHERS: tuple[type[Teacher], ...] = (
+    LocalTeacher,
+    EndpointTeacher,
+    CannedTeacher,
+    RecordedTeacher,
+)
+
+
+def _kind_of(value: Any) -> str:
+    """Return the kind of a teacher, read or still to be read; without one it is local."""
+    kind = value.get("kind", "local") if isinstance(value, dict) else getattr(value, "kind", "")
+    return kind if isinstance(kind, str) else ""
+
+
+def _by_kind(*kinds: str) -> Discriminator:
+    return Discriminator(
+        _kind_of,
+        custom_error_type="unknown_kind",
+        custom_error_message=f"is one of {', '.join(kinds)}",
+    )
+
+
+Local = Annotated[LocalTeacher, Tag("local")]
+Endpoint = Annotated[EndpointTeacher, Tag("endpoint")]
+Canned = Annotated[CannedTeacher, Tag("canned")]
+Recorded = Annotated[RecordedTeacher, Tag("recorded")]
+AnyTeacher = Annotated[
+    Local | Endpoint | Canned | Recorded, _by_kind("local", "endpoint", "canned", "recorded")
+]
+AnyJudge = Annotated[Local | Endpoint | Canned, _by_kind("local", "endpoint", "canned")]
 
 
 class Signals(Section):
@@ -413,7 +595,7 @@ class Signals(Section):
     """Branch, tag or commit of `model`, or of `tokenizer`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the weights of `model` in memory."""
-    endpoint: Teacher | None = None
+    endpoint: EndpointTeacher | None = None
     """Server that reads the answers in the teacher's place and returns prompt_logprobs, as vLLM
     does: keys as in `teacher`, with kind: endpoint."""
     from_answers: bool = False
@@ -430,8 +612,6 @@ class Signals(Section):
 
     @model_validator(mode="after")
     def _one_reader(self) -> "Signals":
-        if self.endpoint and self.endpoint.kind != "endpoint":
-            raise ValueError("endpoint is of kind: endpoint; a local reader is named in model")
         if sum((bool(self.endpoint), bool(self.model), self.from_answers)) > 1:
             raise ValueError("either model reads the answers, or endpoint, or from_answers is true")
         return self
@@ -655,16 +835,9 @@ class Evaluation(Section):
     teacher_price: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     """Model of the price table whose price stands in for the teacher's: what the student would save
     there."""
-    judge: Teacher | None = None
+    judge: AnyJudge | None = None
     """Model that compares answers in pairs, keys as in `teacher`; used only if it passes its
     probes. null uses none."""
-
-    @field_validator("judge")
-    @classmethod
-    def _can_be_asked(cls, value: Teacher | None) -> Teacher | None:
-        if value is not None and value.kind == "recorded":
-            raise ValueError("a judge is local, endpoint or canned")
-        return value
 
 
 class Terms(Section):
@@ -725,7 +898,7 @@ class Config(Section):
     """Where the documents or prompts come from."""
     prompts: Prompts = Prompts()
     """Which tasks are asked of which documents."""
-    teacher: Teacher
+    teacher: AnyTeacher
     """Who answers, and how."""
     terms: Terms = Terms()
     """What allows training on the answers."""
@@ -791,7 +964,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _captured_from_a_server(self) -> "Config":
-        if not self.distributions or self.soft_teacher().kind != "endpoint":
+        if not self.distributions or self.soft_teacher().logprobs != "listed":
             return self
         own, loss, fix = self.signals, self.train.loss, "name a local model in signals.model"
         if not self.captures or self.on_policy.rounds:
@@ -807,7 +980,7 @@ class Config(Section):
     def _came_with_answers(self) -> "Config":
         if not (self.distributions and self.signals.from_answers):
             return self
-        if self.teacher.kind != "endpoint" or not self.teacher.extra_body.get("logprobs"):
+        if not self.teacher.lists_logprobs:
             raise ValueError(
                 "signals.from_answers needs teacher.kind: endpoint and teacher.extra_body: "
                 "{logprobs: true, top_logprobs: 20}"
@@ -819,7 +992,7 @@ class Config(Section):
         if not self.distributions:
             return self
         loss, kept = self.train.loss, (1.0, *self.signals.temperatures)
-        if self.soft_teacher().kind not in ("local", "endpoint"):
+        if self.soft_teacher().logprobs is None:
             asking = "train.loss has soft parts" if loss.soft else "on_policy has rounds"
             raise ValueError(
                 f"{asking}, which a local teacher must read: name one in signals.model"
@@ -834,7 +1007,7 @@ class Config(Section):
     @property
     def buys_signals(self) -> bool:
         """Tell whether a server is asked to read the answers again, for their distributions."""
-        served = self.soft_teacher().kind == "endpoint"
+        served = self.soft_teacher().logprobs == "listed"
         return self.captures and served and not self.signals.from_answers
 
     def soft_teacher(self) -> Teacher:
@@ -842,12 +1015,12 @@ class Config(Section):
         own = self.signals
         if own.model is None:
             return own.endpoint or self.teacher
-        return Teacher(model=own.model, revision=own.revision, dtype=own.dtype)
+        return LocalTeacher(model=own.model, revision=own.revision, dtype=own.dtype)
 
     def reader(self) -> tuple[str, str | None]:
         """Return the model, of a server that of its tokenizer, and the revision loaded here."""
         teacher, own, student = self.soft_teacher(), self.signals, self.student
-        if teacher.kind != "endpoint":
+        if teacher.runs_here:
             return teacher.model, teacher.revision
         if own.tokenizer:
             return own.tokenizer, own.revision

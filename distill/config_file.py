@@ -21,16 +21,18 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 from yaml.events import AliasEvent
 
-from distill.config import NAME, Config, Section
+from distill.config import NAME, TEACHERS, Config
 from distill.errors import DistillError, Exit
-from distill.renamed_keys import RENAMED, models_in, rename_keys
+from distill.renamed_keys import RENAMED, fields_in, rename_keys
 from distill.secret_patterns import Secret, find_secrets, fingerprint
 
 MAX_BYTES = 64_000  # no person writes a larger file; this much is read in half a second
 MAX_DEPTH = 20
 PLAIN = "write plain YAML"
+KINDS = {kind.model_fields["kind"].default for kind in TEACHERS}
 Places = dict[tuple[str, ...], str]  # where each key of the tree was set, as FILE:LINE
 
 LOGIN = re.compile(r"://(?!@)[^/\s:@]*+(?::[^/\s:@]++)?@")
@@ -189,28 +191,36 @@ def _tell_once(line: str) -> None:
     print(line if line.isprintable() else ascii(line), file=sys.stderr)
 
 
-def _sections(path: Sequence[str]) -> list[type[Section]]:
-    """Return the sections along a key's path, from the root; the last may be the key itself."""
-    sections: list[type[Section]] = [Config]
+def _fields(path: Sequence[str]) -> dict[str, FieldInfo]:
+    """Return the keys of the section at a path; of several kinds, those of all."""
+    fields = fields_in(Config)
     for name in path:
-        field = sections[-1].model_fields.get(name)
-        inner = [m for m in models_in(field and field.annotation) if issubclass(m, Section)]
-        if not inner:
+        fields = fields_in(fields[name].annotation) if name in fields else {}
+    return fields
+
+
+def _key_of(error: ErrorDetails) -> tuple[str, ...]:
+    """Return the path of an error's key, without pydantic's names of kinds and choices."""
+    path: list[str] = []
+    key = "kind" if error["type"] == "unknown_kind" else error.get("ctx", {}).get("key")
+    for part in (*error["loc"], key) if key else error["loc"]:
+        fields = _fields(path)
+        if part in fields or (error["type"] == "extra_forbidden" and part not in KINDS):
+            path.append(str(part))
+        elif not fields:  # behind a key stand the names of its choices, or a position
             break
-        sections.append(inner[0])
-    return sections
+    return tuple(path)
 
 
 def _explain(error: ValidationError, file: str, places: Places) -> DistillError:
     """Turn pydantic's errors into one line: the first, but an unknown key before a missing one."""
     errors = error.errors()
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    path = tuple(str(part) for part in first["loc"])
-    path = path[: len(_sections(path[:-1]))]  # behind the key stand pydantic's names of the choices
+    path = _key_of(first)
     where = next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), file)
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
-        names = list(_sections(path[:-1])[-1].model_fields)
+        names = list(_fields(path[:-1]))
         usual = (OTHER_TOOLS_NAMES | RENAMED).get(path[-1])
         near = [usual] if usual in names else difflib.get_close_matches(path[-1], names, 1, 0.5)
         fix = f"did you mean {near[0]}?" if near else "valid: " + ", ".join(names)
@@ -220,7 +230,7 @@ def _explain(error: ValidationError, file: str, places: Places) -> DistillError:
     message = first["msg"].removeprefix("Value error, ").replace("valid array", "list: [a, b]")
     value = "" if isinstance(first["input"], dict) else f", not {str(first['input'])[:60]!r}"
     what = f"{key}: {message[:1].lower() + message[1:]}" if key else message
-    field = _sections(path[:-1])[-1].model_fields.get(path[-1]) if path else None
+    field = _fields(path[:-1]).get(path[-1]) if path else None
     allowed = limits(field) if field else ""
     fix = f"allowed: {allowed}" if allowed else "correct the value"
     return DistillError(Exit.CONFIG, where, what + value, fix)

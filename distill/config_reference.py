@@ -4,7 +4,7 @@
 """
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
 from types import NoneType
@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
-from distill.config import Config
+from distill.config import Config, Teacher
 from distill.config_file import limits
 from distill.renamed_keys import models_in
 
@@ -25,12 +25,6 @@ EXAMPLES = {  # of the keys that an experiment cannot do without
     "prompts.tasks": ["prose_summary"],
     "teacher.model": "Qwen/Qwen2.5-7B-Instruct",
     "student.model": "Qwen/Qwen2.5-1.5B-Instruct",
-}
-HEADINGS = {  # of the keys that follow, in a section with several kinds
-    "teacher.dtype": "kind: local",
-    "teacher.license": "kind: recorded",
-    "teacher.answers": "kind: canned",
-    "teacher.base_url": "kind: endpoint",
 }
 HEAD = """\
 # Every key of an experiment: what it does, what it may be, and its default, which a key has that is
@@ -43,31 +37,47 @@ TYPES |= {str: "text", Path: "path", dict: "mapping"}
 
 def reference() -> str:
     """Return configs/reference.yaml: an experiment with each key, its description and its range."""
-    return HEAD + "\n".join(_described(Config, (), set())) + "\n"
+    return HEAD + "\n".join(_described([Config], (), set())) + "\n"
 
 
-def _described(tree: type[BaseModel], path: tuple[str, ...], described: set[type]) -> Iterator[str]:
-    """Yield the lines of a section; `described` are those whose keys are in the file already."""
-    described.add(tree)
-    indent = "  " * len(path)
-    for name, field in tree.model_fields.items():
+def _described(
+    kinds: Sequence[type[BaseModel]], path: tuple[str, ...], described: set[type]
+) -> Iterator[str]:
+    """Yield the lines of a section, of one with several kinds the keys of all kinds first.
+
+    `described` are those whose keys stand in the file already.
+    """
+    described.update(kinds)
+    indent, several = "  " * len(path), len(kinds) > 1
+    common = [n for n in kinds[0].model_fields if all(n in kind.model_fields for kind in kinds)]
+    rows = [(name, kinds[0].model_fields[name], "") for name in common]
+    for kind in kinds:
+        heading = f"--- kind: {kind.model_fields['kind'].default}" if several else ""
+        for name in (name for name in kind.model_fields if name not in common):
+            rows.append((name, kind.model_fields[name], heading))
+            heading = ""
+    for name, field, heading in rows:
         key = ".".join((*path, name))
         if not path:
             yield ""
-        if key in HEADINGS:
-            yield f"{indent}# --- {HEADINGS[key]}"
+        if heading:
+            yield f"{indent}# {heading}"
         lines = textwrap.wrap(field.description or "", 98 - len(indent), break_on_hyphens=False)
         yield from (f"{indent}# {line}" for line in lines)
-        inner = next(iter(models_in(field.annotation)), None)
+        inner = models_in(field.annotation)
         if inner and field.default is not None:
             yield f"{indent}{name}:"
             yield from _described(inner, (*path, name), described)
             continue
         instead = "required" if field.is_required() else f"default {_yaml(field.default)}"
         note = f"; an example, {instead}" if key in EXAMPLES else ""
-        value = EXAMPLES.get(key, field.default)
-        yield f"{indent}{name}: {_yaml(value)}".ljust(40) + f"  # {_choices(field)}{note}"
-        if inner and inner not in described:  # a section that is off unless it is written
+        value = EXAMPLES.get(key, None if field.is_required() else field.default)
+        needed = "; required" if field.is_required() and not note else ""
+        choices = _choices(field)
+        if name == "kind" and several:
+            choices = ", ".join(kind.model_fields[name].default for kind in kinds)
+        yield f"{indent}{name}: {_yaml(value)}".ljust(40) + f"  # {choices}{note}{needed}"
+        if inner and not described.issuperset(inner):  # a section that is off unless it is written
             lines = _described(inner, (*path, name), described)
             yield from (f"{indent}# {line.removeprefix(indent)}" for line in lines)
 
@@ -97,7 +107,8 @@ def _kinds(annotation: Any) -> Iterator[str]:
     elif (origin or annotation) in TYPES:
         yield TYPES[origin or annotation]
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield f"the keys of {annotation.__name__.lower()}"
+        section = Teacher if issubclass(annotation, Teacher) else annotation
+        yield f"the keys of {section.__name__.lower()}"
     else:  # of Annotated the type, of a union each
         for kind in inside[:1] if origin is Annotated else inside:
             yield from _kinds(kind)

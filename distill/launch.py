@@ -54,7 +54,7 @@ def generate(run: Run, stage: Stage, flags: set[str]) -> None:
     if len(crew.pids) == 1:
         _perform(run, stage, flags)
         return
-    if run.config.teacher.kind != "local":
+    if not run.config.teacher.runs_here:
         what, fix = f"one process asks a {run.config.teacher.kind} teacher", "distill generate"
         raise DistillError(Exit.CONFIG, "teacher.kind", what, fix)
     crew.listen()

@@ -9,7 +9,7 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-from distill.config import Config, Evaluation, Signals
+from distill.config import TEACHERS, Config, EndpointTeacher, Evaluation, Signals, Teacher
 from distill.config_file import parse_config, place_of
 from distill.errors import DistillError, Exit
 from distill.models import loading, registry
@@ -38,7 +38,7 @@ def _identity(module: str) -> Callable[[Config], dict[str, str]]:
 def reader_identity(config: Config) -> dict[str, str]:
     """Return what pins the teacher whose distributions are captured."""
     teacher = config.soft_teacher()
-    if teacher.kind == "endpoint":
+    if isinstance(teacher, EndpointTeacher):
         from distill.responders.endpoint.attempts import origin_of
 
         return {"teacher": origin_of(teacher)}
@@ -53,7 +53,7 @@ def student_facts(config: Config) -> dict[str, str]:
 
 def capture_identity(config: Config) -> dict[str, str]:
     """Return what pins the teacher whose distributions are captured, and the tokens that they are over."""
-    served = config.soft_teacher().kind == "endpoint"
+    served = not config.soft_teacher().runs_here
     tokenizer = config.signals.tokenizer if served else None
     facts = registry.folder_facts("tokenizer", tokenizer) if tokenizer else {}
     return {**reader_identity(config), **student_facts(config), **facts}
@@ -65,7 +65,7 @@ def evaluation_identity(config: Config) -> dict[str, str]:
 
     found = {**identity(config), **student_facts(config)}
     for role, asked in (("teacher", config.teacher), ("judge", config.evaluation.judge)):
-        if asked and asked.kind == "local":
+        if asked and asked.runs_here:
             found |= registry.folder_facts(role, asked.model)
     return found
 
@@ -83,31 +83,26 @@ def require_models(config: Config, left: Collection[str]) -> None:
     """
     student, judge = config.student, config.evaluation.judge
     loading.check_model(student.model, student.allow_pickle, student.trust_remote_code)
-    asked = [config.teacher] if {"generate", "evaluate"}.intersection(left) else []
+    asked: list[Teacher] = [config.teacher] if {"generate", "evaluate"}.intersection(left) else []
     if config.distributions and {"signals", "train", "refine"}.intersection(left):
         asked.append(config.soft_teacher())
     if judge and "evaluate" in left:
         asked.append(judge)
-    for name in sorted({teacher.model for teacher in asked if teacher.kind == "local"}):
+    for name in sorted({teacher.model for teacher in asked if teacher.runs_here}):
         loading.check_model(name)
 
 
 STUDENT = ("adapter/adapter_model.safetensors", "refined/adapter/adapter_model.safetensors")
 DATASET = tuple(f"dataset/{split}.jsonl" for split in ("train", "validation", "heldout"))
 # What shapes answers; an endpoint's address is in its identity, and a budget or a timeout may change at any time.
-TEACHER_KEYS = (
-    "teacher.kind",
-    "teacher.model",
-    "teacher.revision",
-    "teacher.answers",
-    "teacher.temperature",
-    "teacher.top_p",
-    "teacher.max_new_tokens",
-    "teacher.n",
-    "teacher.dtype",
-    "teacher.max_batch_size",
-    "teacher.license",
-    "teacher.dollars",
+# The reasoning comes with an answer in any case; whether it is kept is in the identity of `filter`.
+TEACHER_KEYS = tuple(
+    dict.fromkeys(
+        f"teacher.{key}"
+        for kind in TEACHERS
+        for key in (*Teacher.model_fields, *kind.shaping)
+        if key != "reasoning"
+    )
 )
 
 # What only the report reads: at another price, nothing is measured again.
@@ -260,7 +255,7 @@ def require_soft_teacher(run: Run, redo: Sequence[Stage]) -> None:
     reading = ("signals" if config.captures else "train", "refine")
     left = [s for s in STAGES if s.name in reading and s.applies(config)]
     if config.distributions and any(s in redo or run.state(s)[0] != "done" for s in left):
-        require_terms(config.model_copy(update={"teacher": config.soft_teacher()}))
+        require_terms(config.soft_teacher(), config.terms.basis)
         tokenizer, _ = open_teacher(config)
         if config.buys_signals:
             prompt_logprobs.probe(config, tokenizer)

@@ -31,8 +31,8 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def fields_in(annotation: Any) -> dict[str, FieldInfo]:
-    """Return the keys that a value of this annotation may have."""
-    models = models_in(annotation)
+    """Return the keys that a value of this annotation may have; the first of several kinds wins."""
+    models = reversed(models_in(annotation))
     return {name: field for model in models for name, field in model.model_fields.items()}
 
 

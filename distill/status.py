@@ -67,7 +67,7 @@ def read_status(run: Run, stages: Sequence[Stage]) -> Status:
         rows.append(summed(name, entries, "", "", entries[-1].started))
     doubts: list[Doubt] = []
     folder = run.config.store_folder() / "responses"
-    if run.config.teacher.kind == "endpoint" and folder.exists():
+    if run.config.teacher.paid and folder.exists():
         with Log(folder, writable=False) as log:
             unknown = unknown_outcomes(log, run.config.name, paid_models(run.config))
         doubts = [Doubt(key=a.key, what=a.what, most=a.most, answered=a.answered) for a in unknown]

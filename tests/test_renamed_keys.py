@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from distill import config_file
-from distill.config import Config, Teacher
+from distill.config import TEACHERS, Config, LocalTeacher
 from distill.config_file import load_config
 from distill.errors import DistillError, Exit
 from distill.evaluation import suites
@@ -25,9 +25,10 @@ teacher:
   model: ./t
   slots: 4
   licence: mit
-  extra_body: {slots: 3, licence: theirs}
 signals:
-  endpoint: {kind: endpoint, model: m, base_url: "http://localhost:1/v1", slots: 2}
+  endpoint:
+    {kind: endpoint, model: m, base_url: "http://localhost:1/v1", first_wait: 2, slots: null,
+     extra_body: {slots: 3, licence: theirs}}
 student: {model: ./s}
 evaluation:
   slots: 5
@@ -35,6 +36,7 @@ evaluation:
 publish: {licence: Apache-2.0}
 """
 NEW = OLD.replace("slots: ", "max_batch_size: ").replace("licence", "license")
+NEW = NEW.replace("first_wait", "initial_backoff")
 NEW = NEW.replace("{max_batch_size: 3, license: theirs}", "{slots: 3, licence: theirs}")
 
 
@@ -52,12 +54,13 @@ def test_a_config_is_read_under_old_names_and_each_is_told_once(tmp_path, capsys
     path = write(tmp_path / "old.yaml", OLD)
     config = load_config(path)
     assert config == load_config(write(tmp_path / "new.yaml", NEW)) == load_config(path)
-    assert config.teacher.extra_body == {"slots": 3, "licence": "theirs"}
+    assert config.signals.endpoint
+    assert config.signals.endpoint.extra_body == {"slots": 3, "licence": "theirs"}
     told = capsys.readouterr().err.splitlines()
     assert told[0] == (
         f"{path}:5: teacher.slots is now called max_batch_size; the old name still works"
     )
-    assert len(told) == 6 and f"{path}:14: publish.licence is now called license" in told[-1]
+    assert len(told) == 6 and f"{path}:15: publish.licence is now called license" in told[-1]
 
 
 def test_an_error_in_a_value_under_an_old_name_has_its_line(tmp_path):
@@ -71,6 +74,7 @@ def test_an_error_in_a_value_under_an_old_name_has_its_line(tmp_path):
 def test_an_override_wins_under_either_name(tmp_path, capsys, text, name):
     path = write(tmp_path / "c.yaml", text)
     config = load_config(path, [f"teacher.{name}=8", f"evaluation={{{name}: 9}}"])
+    assert isinstance(config.teacher, LocalTeacher)
     assert (config.teacher.max_batch_size, config.evaluation.max_batch_size) == (8, 9)
     told = "command line: teacher.slots is now called max_batch_size" in capsys.readouterr().err
     assert told == (name == "slots")
@@ -97,8 +101,8 @@ def test_a_key_under_both_names_is_refused_with_the_new_one(tmp_path):
 def test_the_table_holds_names_that_are_gone_and_their_new_ones():
     forms = (Config, suites.SuiteFile, tuple[Terms, ...], dict[str, ModelInfo])
     for old, new in RENAMED.items():
-        assert old not in Teacher.model_fields and new != old
-    assert present_path(("signals", "endpoint", "slots"), Config)[-1] == "max_batch_size"
+        assert all(old not in kind.model_fields for kind in TEACHERS) and new != old
+    assert present_path(("signals", "endpoint", "first_wait"), Config)[-1] == "initial_backoff"
     assert present_path(("teacher", "extra_body", "slots"), Config)[-1] == "slots"
     assert present_path(("signals", "samples"), Config)[-1] == "samples", "which is another thing"
     assert present_path(("evaluation", "samples"), Config)[-1] == "bootstrap_samples"

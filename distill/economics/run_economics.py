@@ -96,7 +96,7 @@ def teacher_tariff(config: Config, book: PriceBook) -> Tariff:
     hosted = book.teacher(config.teacher.model)
     if hosted is not None:
         return Tariff(hosted)
-    if config.teacher.kind == "endpoint":
+    if config.teacher.paid:
         return Tariff(None, why=book.why_no_teacher(config.teacher.model))
     return machine_tariff(config, book)
 
@@ -129,13 +129,12 @@ def distillation(
 ) -> DistillationCost:
     """Return what making and measuring the student cost, and how much of the teacher's work was paid for before."""
     settings = config.evaluation
-    unstated = config.teacher.kind == "recorded" and config.teacher.dollars is None
     return distillation_cost(
         ledger,
         book.machine(settings.machine),
         book.why_no_machine(settings.machine),
         sum(usage.output_tokens for usage in answers),
-        UNSTATED if unstated else "",
+        UNSTATED if config.teacher.cost_unstated else "",
     )
 
 

@@ -14,11 +14,11 @@ from distill.evaluation.items import by_item
 from distill.evaluation.measure import limit, why_no_teacher
 from distill.evaluation.suites import Suite
 from distill.evaluation.throughput import timed
-from distill.generation.generate import make_teacher
 from distill.models import loading, registry
 from distill.models.chat_template import template_hash
 from distill.records import AnswerLoss, Pair, Prompt, Response, digest
 from distill.responders.ask import Ask
+from distill.responders.kinds import make_responder
 from distill.responders.local.local_model import LocalResponder
 from distill.responders.responder import Request, Responder, Sampling
 from distill.responders.terms import require_terms
@@ -134,8 +134,8 @@ def answer_with_teacher(config: Config, run: Run, suites: Sequence[Suite]) -> di
     open_suites = [suite for suite in suites if why_no_teacher(config, suite) is None]
     if not open_suites:
         return {}
-    require_terms(config)
-    teacher, store = make_teacher(config, {}, []), config.store_folder() / "responses"
+    require_terms(config.teacher, config.terms.basis)
+    teacher, store = make_responder(config.teacher, config), config.store_folder() / "responses"
     with Ask(teacher, store, run, "evaluate" in run.remade) as ask:
         return {suite.name: ask_suite(ask, suite, as_teacher=True) for suite in open_suites}
 
@@ -143,9 +143,9 @@ def answer_with_teacher(config: Config, run: Run, suites: Sequence[Suite]) -> di
 def time_teacher(config: Config, run: Run, pairs: Sequence[Pair]) -> None:
     """Time a local teacher as the student is timed; others are paid by the token, or were asked elsewhere."""
     path = timing_of(run, "teacher")
-    if config.teacher.kind != "local" or path.exists():
+    if not config.teacher.runs_here or path.exists():
         return
-    teacher = make_teacher(config, {}, [])
+    teacher = make_responder(config.teacher, config)
     if isinstance(teacher, LocalResponder):
         prompts = [pair.prompt for pair in pairs]
         limits = [config.teacher.max_new_tokens] * len(prompts)
@@ -180,7 +180,7 @@ def describe(
 def describe_teacher(config: Config) -> dict[str, Any]:
     """Describe the teacher; of recorded answers only what the user stated is known."""
     teacher = config.teacher
-    if teacher.kind != "local":
+    if not teacher.runs_here:
         told = describe(teacher.model or teacher.kind, teacher.revision, None, None)
         return {**told, "reasons": {"sha256": "the answers were recorded elsewhere"}}
     tokenizer = loading.load_tokenizer(teacher.model, teacher.revision)

@@ -29,9 +29,9 @@ from distill.evaluation.judge import (
 from distill.evaluation.results import AnswersByModel
 from distill.evaluation.scorecard import RIVALS, JudgeResult, ProbeResult
 from distill.evaluation.statistics import Certainty
-from distill.generation.generate import make_teacher
 from distill.records import Item, Message, Response, Score, digest
 from distill.responders.ask import Ask
+from distill.responders.kinds import make_responder
 from distill.responders.responder import Request, Sampling
 from distill.storage.files import read_records, write_records
 from distill.storage.progress import say
@@ -59,7 +59,7 @@ def ask_judge(config: Config, run: Run, items: Sequence[Item], answers: AnswersB
     settings = config.evaluation.judge
     if settings is None:
         return
-    responder = make_teacher(config.model_copy(update={"teacher": settings}), {}, [])
+    responder = make_responder(settings, config)
     store, again = config.store_folder() / "responses", "evaluate" in run.remade
     with Ask(responder, store, run, again) as ask:
         probes, replies = probe_duels(load_probes()), through(ask, settings)
@@ -102,11 +102,7 @@ def read_judge(
 
 def through(ask: Ask, settings: Teacher) -> Judge:
     """Return what asks a responder with these settings in the role of a judge."""
-    sampling = Sampling(
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        max_new_tokens=settings.max_new_tokens,
-    )
+    sampling = Sampling.of(settings)
 
     def replies(conversations: Sequence[tuple[Message, ...]]) -> list[Response]:
         origin = ask.responder.origin
@@ -126,7 +122,7 @@ def probed(config: Config) -> ProbeResult:
         fix = "set evaluation.judge, for instance {kind: local, model: MODEL, max_new_tokens: 96}"
         raise DistillError(Exit.CONFIG, "evaluation.judge", "is not set", fix)
     probes = load_probes()
-    responder = make_teacher(config.model_copy(update={"teacher": settings}), {}, [])
+    responder = make_responder(settings, config)
     with Ask(responder, config.store_folder() / "responses") as ask:
         outcomes = judge(probe_duels(probes), through(ask, settings), ask_copies=True)
     return examined(probes, outcomes)

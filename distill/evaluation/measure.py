@@ -125,9 +125,9 @@ def why_no_teacher(config: Config, suite: Suite) -> str | None:
     """
     if not suite.ask_teacher:
         return UNASKED
-    if config.teacher.kind == "endpoint":
-        return None if config.teacher.budget_dollars is not None else UNPAID
-    return None if config.teacher.kind == "local" else RECORDED
+    if config.teacher.paid and config.teacher.budget is None:
+        return UNPAID
+    return None if config.teacher.makes_answers else RECORDED
 
 
 def limit(config: Config) -> int:

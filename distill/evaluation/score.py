@@ -21,7 +21,8 @@ from distill.evaluation.suites import Suite, is_run
 from distill.formatting import figure, markdown_table, share
 from distill.records import Response
 from distill.responders.ask import Ask
-from distill.responders.recorded import raw_text
+from distill.responders.canned import raw_text
+from distill.responders.kinds import make_responder
 from distill.responders.responder import Request, Sampling, parse
 from distill.storage.run_folder import open_folder
 
@@ -76,16 +77,15 @@ def _asked(suite: Suite, path: Path, who: str, store: Path) -> tuple[dict[str, R
 def _bought(suite: Suite, config: Config, store: Path) -> tuple[dict[str, Response], str]:
     """Ask the endpoint of a config, whose budget holds for all that is bought under the config's name."""
     from distill.evaluation.answering import ask_suite
-    from distill.generation.generate import make_teacher
 
     teacher = config.teacher
-    if teacher.kind == "endpoint" and teacher.budget_dollars is None:
+    if teacher.paid and teacher.budget is None:
         fix = "set teacher.budget_dollars; 0.01 is enough to see what a question costs"
         raise DistillError(Exit.BUDGET, "teacher.budget_dollars", "is not set", fix)
-    if teacher.kind not in ("endpoint", "local"):
+    if not teacher.makes_answers:
         fix = "name a config with a local teacher or an endpoint, or a file of answers"
         raise DistillError(Exit.CONFIG, "teacher.kind", f"{teacher.kind} cannot be asked", fix)
-    responder = make_teacher(config, {}, [])
+    responder = make_responder(teacher, config)
     with Ask(responder, store) as ask:
         return ask_suite(ask, suite, as_teacher=True), responder.model
 

@@ -23,12 +23,7 @@ def requests_for(
     config: Config, origin: str, prompt: Prompt, document: Document
 ) -> Iterator[Request]:
     """Yield the requests of a prompt: `teacher.n` samples for training, else one."""
-    teacher = config.teacher
-    sampling = Sampling(
-        temperature=teacher.temperature,
-        top_p=teacher.top_p,
-        max_new_tokens=teacher.max_new_tokens,
-    )
+    teacher, sampling = config.teacher, Sampling.of(config.teacher)
     for sample in range(teacher.n if document.split == "train" else 1):
         yield Request.make(origin, prompt.id, prompt.asked_of_teacher(), sampling, sample)
 

@@ -11,7 +11,7 @@ from decimal import Decimal
 from math import ceil
 from typing import NamedTuple
 
-from distill.config import Config
+from distill.config import Config, EndpointTeacher
 from distill.corpus.questions import shares
 from distill.formatting import money
 from distill.generation.requests import asking_requests, requests_of, written_prompts
@@ -64,11 +64,11 @@ def teacher_cost(config: Config, work: Work, origin: str | None = None) -> Teach
 
     `origin` is that of a local responder, which only a pilot knows; without it, nothing of the store is read.
     """
-    teacher, paid = config.teacher, config.teacher.kind == "endpoint"
-    if teacher.kind not in ("local", "endpoint"):
+    teacher, paid = config.teacher, config.teacher.paid
+    if not teacher.makes_answers:
         return None
     price = load_prices(config.evaluation.prices).teacher(teacher.model) if paid else None
-    origin = origin or (origin_of(teacher) if paid else None)
+    origin = origin or (origin_of(teacher) if isinstance(teacher, EndpointTeacher) else None)
     if work.texts is None or origin is None:
         kinds, spent = _by_size(config, work), Account()
     else:
@@ -76,7 +76,7 @@ def teacher_cost(config: Config, work: Work, origin: str | None = None) -> Teach
             kinds = _by_request(config, work, origin, log)
             spent = account(log, price, config.name, teacher.model)
     count = sent = output = capped = answer = 0.0
-    most = None if price is None or "max_tokens" in teacher.omit else Decimal(0)
+    most = None if price is None or not teacher.limits_answers else Decimal(0)
     for kind in kinds:
         lengths = [response.usage.output_tokens for response in kind.responses]
         mean = sum(lengths) / len(lengths) if lengths else ANSWER * kind.cap
@@ -98,9 +98,7 @@ def teacher_cost(config: Config, work: Work, origin: str | None = None) -> Teach
     seconds = None if count else 0.0
     if paid and responses:  # as fast as those before came, and as the limits of the rate allow
         pace = sum(response.usage.seconds for response in responses) / len(responses)
-        by_count = 60 * count / (teacher.requests_per_minute or float("inf"))
-        by_tokens = 60 * (sent + capped) / (teacher.tokens_per_minute or float("inf"))
-        seconds = max(pace * count, by_count, by_tokens)
+        seconds = max(pace * count, teacher.least_seconds(count, sent + capped))
     cost = TeacherCost(
         requests=ceil(count),
         stored=sum(kind.stored for kind in kinds),
@@ -173,12 +171,12 @@ def _notes(
     else:
         measured = "distill plan --pilot N asks N of them and measures"
         yield f"answers are expected to take {ANSWER:.0%} of their cap; {measured}"
-    if config.teacher.kind == "local":
+    if not config.teacher.paid:
         return
     if price:
         rates = (price.dollars_per_million_input, price.dollars_per_million_output)
         yield f"${rates[0]} in, ${rates[1]} out a million tokens ({price.date}, {price.source})"
-    limit = config.teacher.budget_dollars
+    limit = config.teacher.budget
     if cost.dollars is None:
         why = load_prices(config.evaluation.prices).why_no_teacher(config.teacher.model)
         stop = f"; with the limit of ${limit} a run stops (exit 6)" if limit is not None else ""

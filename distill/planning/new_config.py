@@ -87,7 +87,7 @@ def holds_prompts(source: Path) -> bool:
 
 def open_terms(config: Config) -> str:
     """Return why the teacher's answers may not train a model as things stand; empty where they may."""
-    verdict = judge_teacher(config)
+    verdict = judge_teacher(config.teacher, config.terms.basis)
     if verdict.allowed:
         return ""
     forbidden = next((text for text in verdict.texts if text.may_train == "no"), None)

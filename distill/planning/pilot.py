@@ -10,10 +10,10 @@ from itertools import islice
 
 from distill.config import Config
 from distill.errors import DistillError, Exit
-from distill.generation.generate import make_teacher
 from distill.generation.requests import asking_requests, requests_of, written_prompts
 from distill.records import Document, Prompt, digest
 from distill.responders.ask import Ask
+from distill.responders.kinds import make_responder
 from distill.responders.responder import Request
 from distill.storage.files import read_records
 from distill.storage.progress import say
@@ -22,7 +22,7 @@ from distill.storage.run_folder import Run, Stage
 
 def require_teacher(config: Config) -> None:
     """Stop where no teacher is asked (exit 2)."""
-    if config.teacher.kind not in ("local", "endpoint"):
+    if not config.teacher.makes_answers:
         what = f"a teacher of kind {config.teacher.kind} is not asked anything"
         raise DistillError(Exit.CONFIG, "--pilot", what, "leave it out")
 
@@ -37,7 +37,11 @@ def pilot(run: Run, count: int) -> str:
     def main(config: Config, run: Run) -> None:
         documents = {d.id: d for d in read_records(run.path("documents.jsonl"), Document)}
         prompts = read_records(run.path("prompts.jsonl"), Prompt)
-        teacher, settings = make_teacher(config, documents, prompts), config.prompts.questions
+        sources = {prompt.id: documents[prompt.document_id] for prompt in prompts}
+        teacher, settings = (
+            make_responder(config.teacher, config, sources),
+            config.prompts.questions,
+        )
         store = config.store_folder() / "responses"
         origins.append(teacher.origin)
         answered = 0

@@ -11,7 +11,7 @@ from decimal import Decimal
 
 from rich.console import Group
 
-from distill.config import Config
+from distill.config import Config, LocalTeacher
 from distill.errors import DistillError, Exit
 from distill.evaluation.suites import amounts
 from distill.formatting import count, duration, money, size, table
@@ -90,7 +90,7 @@ def make_plan(run: Run, origin: str | None = None, machine: Machine | None = Non
         notes.append("counts: by the corpus's bytes and the config's caps; it was not read")
     if teacher:
         notes += [f"teacher: {note}" for note in teacher.notes]
-    verdict = judge_teacher(config)
+    verdict = judge_teacher(config.teacher, config.terms.basis)
     stop = [] if verdict.allowed else ["a run stops here with exit 10 until terms.basis is stated"]
     notes += [f"terms: {line}" for line in [*verdict.lines(), *stop]]
     folder = run.folder.absolute()
@@ -114,7 +114,7 @@ def make_plan(run: Run, origin: str | None = None, machine: Machine | None = Non
 def _types(config: Config) -> list[str]:
     """Return the types in which teacher and student compute here."""
     teachers = [config.teacher, *([config.soft_teacher()] if config.distributions else [])]
-    return [t.dtype for t in teachers if t.kind == "local"] + [config.student.dtype]
+    return [t.dtype for t in teachers if isinstance(t, LocalTeacher)] + [config.student.dtype]
 
 
 def shape(reference: str) -> Shape:
@@ -147,7 +147,7 @@ def plan_stages(
         add("generate", f"answers of kind {teacher.kind}, none made", None, 0)
     else:
         seconds, many = math.nan if cost.seconds is None else cost.seconds, max(1, cost.requests)
-        if teacher.kind == "local" and cost.requests:
+        if isinstance(teacher, LocalTeacher) and cost.requests:
             model, each = (
                 shape(teacher.model),
                 (cost.input_tokens / many, cost.output_tokens / many),
@@ -162,19 +162,20 @@ def plan_stages(
     samples = RETAINED * teacher.n * work.prompts["train"]
     checked = RETAINED * work.prompts["validation"]
     per_answer, reader = 0.0, config.soft_teacher()  # operations of a teacher that reads an answer
-    if config.distributions and reader.kind == "local":
+    if config.distributions and reader.runs_here:
         per_answer = answer_flops(shape(reader.model), prompt, answer)
     if config.captures and config.signals.from_answers:
         add("signals", f"{count(samples + checked)} answers, with their lists", None, 1)
     elif config.captures:
         texts = samples + checked
         text, tokens = f"{count(texts)} answers, read once", texts * (prompt + answer)
-        seconds = START + machine.seconds(texts * per_answer, reader.dtype, "train")
-        if reader.kind == "endpoint":
+        seconds = math.nan
+        if isinstance(reader, LocalTeacher):
+            seconds = START + machine.seconds(texts * per_answer, reader.dtype, "train")
+        else:
             price = load_prices(config.evaluation.prices).teacher(reader.model)
             paid = money(price and price.of(Usage(input_tokens=round(tokens))), up=True)
             text += f" by a server, {config.signals.k} ids a token, {paid}"
-            seconds = math.nan
         add("signals", text, tokens, seconds)
     # Validation is a forward pass over its samples, as often as the settings say and at the end.
     adapter = adapter_parameters(student, lora.r, lora.target_modules)
@@ -205,7 +206,7 @@ def plan_stages(
     for many, most in amounts(config):
         requests.append((UNREAD if many is None else many, ITEM, ANSWER * most))
     seconds = machine.seconds(2 * items * answer_flops(student, prompt, answer), dtype, "train")
-    seconds += (2 + (teacher.kind == "local")) * (START + TIMED)
+    seconds += (2 + teacher.runs_here) * (START + TIMED)
     for many, prompt_tokens, answer_tokens in requests:
         seconds += machine.answering(
             student, dtype, "evaluate", prompt_tokens, answer_tokens, 2 * many
@@ -226,7 +227,7 @@ def plan_stages(
 def memory(config: Config, work: Work, machine: Machine) -> dict[str, float]:
     """Return the peaks of generation and training in bytes, from the models' shapes."""
     peaks, settings, room = {}, config.train, machine.memory or math.inf
-    if config.teacher.kind == "local":
+    if isinstance(config.teacher, LocalTeacher):
         teacher, width = shape(config.teacher.model), machine.width(config.teacher.dtype)
         row = (work.teacher.tokens + config.teacher.max_new_tokens) * cache_bytes(teacher, width)
         fitting = CACHE_SHARE * (room - width * teacher.parameters) // row
@@ -250,7 +251,7 @@ def disk(config: Config, work: Work) -> dict[str, float]:
     from huggingface_hub import try_to_load_from_cache  # a third of a second to import
 
     teacher, lora, sizes = config.teacher, config.train.lora, {"models to fetch": 0.0}
-    references = [teacher.model] if teacher.kind == "local" else []
+    references = [teacher.model] if teacher.runs_here else []
     references += [config.reader()[0]] if config.distributions else []
     for reference in dict.fromkeys([*references, config.student.model]):
         info, there = registry.lookup(reference), registry.is_folder(reference)

@@ -35,7 +35,7 @@ class Obligations(Record):
 
 def obligations(config: Config) -> Obligations:
     """Collect what the config's student owes; raises DistillError (exit 10) where training was not allowed."""
-    verdict = require_terms(config)
+    verdict = require_terms(config.teacher, config.terms.basis)
     owed = [Owed(text=text, duties=text.outputs) for text in verdict.texts]
     info, name = lookup(config.student.model), hub_id(config.student.model)
     base = load_terms().of_model(name, info.license if info else None) if name else None

@@ -1,10 +1,12 @@
 """The one seam through which teacher, student and judge are asked: requests go in, responses come out as they finish."""
 
 import hashlib
-from collections.abc import Generator, Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from distill.records import Message, Record, Response, Stop, Usage, canonical, digest
+from distill.config import Teacher
+from distill.records import Document, Message, Record, Response, Stop, Usage, canonical, digest
 from distill.responders.endpoint.wire import THINKING, read_stored
 from distill.storage.log import Log
 
@@ -15,6 +17,15 @@ class Sampling(Record):
     temperature: float = 0.0
     top_p: float = 1.0
     max_new_tokens: int = 512
+
+    @classmethod
+    def of(cls, settings: Teacher) -> "Sampling":
+        """Return how a teacher or a judge samples."""
+        return cls(
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            max_new_tokens=settings.max_new_tokens,
+        )
 
 
 class Request(Record):
@@ -36,8 +47,17 @@ class Request(Record):
         sample: int = 0,
     ) -> "Request":
         """Build a request; `origin` identifies model, weights and chat template (a responder's `origin`)."""
-        asked = [m.model_dump() for m in messages]
-        key = digest({"origin": origin, "messages": asked, "sampling": sampling.model_dump()})
+        # Written out: a field that is added to these classes must not change the keys of what is stored
+        shape = {
+            "origin": origin,
+            "messages": [{"role": m.role, "content": m.content} for m in messages],
+            "sampling": {
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "max_new_tokens": sampling.max_new_tokens,
+            },
+        }
+        key = digest(shape)
         return cls(
             key=key, sample=sample, prompt_id=prompt_id, messages=messages, sampling=sampling
         )
@@ -118,6 +138,18 @@ def _parse_reply(raw: Raw, prompt_id: str) -> Response:
         raw_sha256=raw.body["sha256"],
         error=reply.error,
     )
+
+
+class Circumstances(NamedTuple):
+    """What a responder is made with beside its own settings.
+
+    The run that pays, the date that templates show, a file of prices, and the documents of the prompts by their ids.
+    """
+
+    run: str
+    date: str
+    prices: Path | None
+    sources: Mapping[str, Document]
 
 
 class Responder(Protocol):

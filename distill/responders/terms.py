@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from pydantic import TypeAdapter, ValidationError, model_validator
 
-from distill.config import Config
+from distill.config import Teacher
 from distill.config_file import find_config, read_yaml
 from distill.errors import DistillError, Exit
 from distill.models.registry import hub_id, is_folder, lookup
@@ -188,12 +188,11 @@ def load_terms(path: Path | None = None) -> TermsBook:
     return TermsBook(rows)
 
 
-def judge_teacher(config: Config) -> Verdict:
-    """Judge the teacher of a config; canned answers have none, and recorded ones come under their stated license."""
-    teacher, basis = config.teacher, config.terms.basis
-    if teacher.kind == "canned":
+def judge_teacher(teacher: Teacher, basis: str | None = None) -> Verdict:
+    """Judge a teacher, with the `basis` that the user states; canned answers have none, and recorded ones come under their stated license."""
+    if not teacher.under_terms:
         return Verdict(teacher="canned answers")
-    if teacher.kind == "recorded" and basis is None and teacher.license:
+    if not teacher.answers_anything and basis is None and teacher.license:
         basis = f"the answers' license as stated: {teacher.license}"
     info = lookup(teacher.model) if teacher.model else None
     name = hub_id(teacher.model) or Path(teacher.model).name or "unknown"
@@ -204,19 +203,20 @@ def judge_teacher(config: Config) -> Verdict:
     return verdict
 
 
-def require_terms(config: Config) -> Verdict:
-    """Return the verdict on the config's teacher; raises DistillError (exit 10) where its answers may not train."""
-    verdict = judge_teacher(config)
+def require_terms(teacher: Teacher, basis: str | None = None) -> Verdict:
+    """Return the verdict on a teacher; raises DistillError (exit 10) where its answers may not train."""
+    verdict = judge_teacher(teacher, basis)
     if verdict.allowed:
         return verdict
-    where = f"teacher {config.teacher.model or config.teacher.kind}"
+    where = f"teacher {teacher.model or teacher.kind}"
     forbidden = next((text for text in verdict.texts if text.may_train == "no"), None)
     if forbidden:
         raise DistillError(Exit.TERMS, where, f"forbidden by {forbidden.line()}", STATE)
-    if is_folder(config.teacher.model):
+    if is_folder(teacher.model):
         what = "a folder does not say whether its answers may train another model"
         raise DistillError(Exit.TERMS, where, what, OWN)
     what = f"{TABLE} does not know {' and '.join(verdict.unknown)}"
-    recorded = config.teacher.kind == "recorded"
     fix = "state the license of the answers: teacher.license=..., or terms.basis=..."
-    raise DistillError(Exit.TERMS, where, what, fix if recorded else f"{STATE}, or add a row")
+    raise DistillError(
+        Exit.TERMS, where, what, f"{STATE}, or add a row" if teacher.answers_anything else fix
+    )

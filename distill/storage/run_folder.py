@@ -11,7 +11,7 @@ manifest ends with its own.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -84,10 +84,10 @@ class Run:
     def fingerprint(self, stage: Stage) -> dict[str, Any]:
         """Return what the stage's result depends on: config keys, hashes of inputs, identities."""
         resolved = self.config.resolved()
-        values = {
-            key: reduce(lambda tree, name: tree[name], key.split("."), resolved)
-            for key in stage.keys
-        }
+        values = dict[str, Any]()
+        for key in stage.keys:
+            with suppress(KeyError):  # a key of another kind of teacher
+                values[key] = reduce(lambda tree, name: tree[name], key.split("."), resolved)
         with disk_errors(self.folder):
             files = [name for name in stage.inputs if self.path(name).is_file()]
             hashes = {name: sha256_file(self.path(name)) for name in files}

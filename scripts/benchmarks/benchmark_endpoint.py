@@ -22,7 +22,7 @@ from typing import Any
 
 import httpx2
 
-from distill.config import Teacher
+from distill.config import EndpointTeacher
 from distill.records import Message
 from distill.responders.ask import Ask
 from distill.responders.endpoint.attempts import encode, origin_of
@@ -85,7 +85,7 @@ def serve(delay: float, pipe: Connection) -> None:
     asyncio.run(forever())
 
 
-def ask_all(settings: Teacher, requests: list[Request]) -> int:
+def ask_all(settings: EndpointTeacher, requests: list[Request]) -> int:
     """Ask as a run does; return how many answers the store holds."""
     with tempfile.TemporaryDirectory() as folder:
         with Ask(EndpointResponder(settings, None, "run"), Path(folder)) as ask:
@@ -93,7 +93,7 @@ def ask_all(settings: Teacher, requests: list[Request]) -> int:
             return sum(1 for _ in ask.log.keys("response"))
 
 
-def ask_bare(settings: Teacher, requests: list[Request]) -> int:
+def ask_bare(settings: EndpointTeacher, requests: list[Request]) -> int:
     """Ask with the HTTP library alone; return how many answers came."""
     todo, url = iter(requests), settings.base_urls[0] + "/chat/completions"
     headers = {"content-type": "application/json"}
@@ -115,7 +115,9 @@ def ask_bare(settings: Teacher, requests: list[Request]) -> int:
 
 
 def timed(
-    client: Callable[[Teacher, list[Request]], int], settings: Teacher, requests: list[Request]
+    client: Callable[[EndpointTeacher, list[Request]], int],
+    settings: EndpointTeacher,
+    requests: list[Request],
 ) -> dict[str, float]:
     """Run one client over all requests; return answers a second, and milliseconds of its CPU a request."""
     started, cpu = time.monotonic(), time.process_time()
@@ -128,7 +130,7 @@ def timed(
 
 def measure(port: int, count: int, concurrency: int, repeats: int) -> dict[str, list[Any]]:
     """Time both clients `repeats` times, interleaved."""
-    settings = Teacher.model_validate(
+    settings = EndpointTeacher.model_validate(
         {
             "kind": "endpoint",
             "model": "m",

@@ -23,7 +23,7 @@ from benchmark_signals import answers, size
 from rich.console import Console
 from torch import Tensor
 
-from distill.config import Config, Signals
+from distill.config import Config, LocalTeacher, Signals
 from distill.formatting import table
 from distill.models import loading
 from distill.records import Example, Message, Pair, Prompt, Response
@@ -206,6 +206,7 @@ def main(words: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(words)
     run = open_run(chosen.run)
     config, own = run.config, run.config.soft_teacher()
+    assert isinstance(own, LocalTeacher)
     tokenizer = loading.load_tokenizer(own.model, own.revision)
     both = (
         load(own.model, own.dtype, own.revision),

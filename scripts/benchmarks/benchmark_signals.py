@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
+from distill.config import LocalTeacher
 from distill.formatting import table
 from distill.models import loading
 from distill.records import Example, Pair, Prompt, Response
@@ -215,6 +216,7 @@ def main() -> None:
     chosen = parser.parse_args()
     run, started = open_run(chosen.run), time.perf_counter()
     teacher = run.config.soft_teacher()
+    assert isinstance(teacher, LocalTeacher)
     tokenizer = loading.load_tokenizer(teacher.model, teacher.revision)
     model = loading.load_model(teacher.model, teacher.dtype, teacher.revision)
     student, _ = make_student(model)

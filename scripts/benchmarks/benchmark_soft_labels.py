@@ -41,6 +41,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
+from distill.config import LocalTeacher
 from distill.formatting import table
 from distill.models import loading
 from distill.records import Example, Pair
@@ -102,6 +103,7 @@ class Signals:
     def teacher(self) -> Any:
         """Load the teacher."""
         own = self.config.soft_teacher()
+        assert isinstance(own, LocalTeacher)
         return loading.load_model(own.model, own.dtype, own.revision)
 
     def labels(self, examples: Sequence[Example]) -> CachedLabels:
@@ -183,6 +185,7 @@ def gkd(run: Run, task: Task) -> Side:
     config = run.config
     tokenizer = loading.load_tokenizer(config.student.model)
     own = config.soft_teacher()
+    assert isinstance(own, LocalTeacher)
     teacher = loading.load_model(own.model, own.dtype, own.revision)
 
     def train(examples: Sequence[Example]) -> float:

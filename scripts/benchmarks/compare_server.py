@@ -17,7 +17,7 @@ import torch
 from benchmark_generate import tie
 from rich.table import Table
 
-from distill.config import Config
+from distill.config import Config, EndpointTeacher
 from distill.models.chat_template import encode_prompt, encode_text
 from distill.records import Message, Prompt, Response
 from distill.responders.ask import Ask, read
@@ -54,6 +54,7 @@ def local_answers(
 def served_answers(config: Config, prompts: list[Prompt]) -> tuple[dict[str, Response], int]:
     """Return the server's stored answers by prompt, and how many of them were asked with exactly so many bytes as ours."""
     found, same = {}, 0
+    assert isinstance(config.teacher, EndpointTeacher)
     with Log(config.store_folder() / "responses", writable=False) as log:
         for request in requests_of(config, origin_of(config.teacher), prompts):
             body = log.get("response", Response.make_id(request.key, request.sample))

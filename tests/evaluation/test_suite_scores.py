@@ -1,10 +1,10 @@
 """Suites in a run: asked beside the held-out items, apart from the headline, resumed, and paired or refused."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from distill.config import EndpointTeacher, LocalTeacher, Teacher
 from distill.errors import DistillError, Exit
 from distill.evaluation import answering, evaluate, results
 from distill.evaluation.statistics import Certainty
@@ -28,11 +28,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny(tmp_path_factory.mktemp("models") / "student")
 
 
-def with_suite(run: Run, suite: Path, **teacher: Any) -> Run:
-    """Return the run with a suite, and its teacher changed."""
+def with_suite(run: Run, suite: Path, teacher: Teacher | None = None) -> Run:
+    """Return the run with a suite, and another teacher."""
     evaluation = run.config.evaluation.model_copy(update={"suites": (str(suite),)})
-    changed = run.config.teacher.model_copy(update=teacher)
-    return Run(run.config.model_copy(update={"evaluation": evaluation, "teacher": changed}))
+    changes = {"evaluation": evaluation, "teacher": teacher or run.config.teacher}
+    return Run(run.config.model_copy(update=changes))
 
 
 def asked_of_teacher(path: Path) -> Path:
@@ -101,8 +101,9 @@ def test_a_local_teacher_is_asked_where_the_suite_says_so(tmp_path: Path, model:
     evaluate.main(run.config, run)
     row = read_json(run.path("evaluation.json"))["suites"]["sums"]["overall"]
     assert "recorded" in row["reasons"]["teacher"]
-    local = {"kind": "local", "model": str(model), "dtype": "float32", "license": "mit"}
-    run = with_suite(plain, suite, **local)
+    most = plain.config.teacher.max_new_tokens
+    local = LocalTeacher(model=str(model), dtype="float32", max_new_tokens=most, license="mit")
+    run = with_suite(plain, suite, local)
     terms = run.config.terms.model_copy(update={"basis": "it is ours"})
     run = Run(run.config.model_copy(update={"terms": terms}))
     evaluate.main(run.config, run)
@@ -115,9 +116,9 @@ def test_a_local_teacher_is_asked_where_the_suite_says_so(tmp_path: Path, model:
 def test_a_paid_teacher_is_asked_only_within_a_budget(tmp_path: Path, model: Path) -> None:
     suite = load_suite(str(asked_of_teacher(make_suite(tmp_path / "suite"))))
     config = make_run(tmp_path / "runs", model, heldout_pairs()).config
-    paid = {"kind": "endpoint", "base_url": "https://example.org/v1"}
+    paid = EndpointTeacher(model="m", base_url="https://example.org/v1")
     for budget, reason in ((None, "budget_dollars"), (1, None)):
-        teacher = config.teacher.model_copy(update={**paid, "budget_dollars": budget})
+        teacher = paid.model_copy(update={"budget_dollars": budget})
         found = answering.why_no_teacher(config.model_copy(update={"teacher": teacher}), suite)
         assert found is None if reason is None else found is not None and reason in found
 

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from distill.cli import main as distill_main  # noqa: E402
-from distill.config import Teacher  # noqa: E402
+from distill.config import EndpointTeacher  # noqa: E402
 from distill.generation.requests import requests_for  # noqa: E402
 from distill.pipeline import STAGES  # noqa: E402
 from distill.records import Document, Message, Prompt, Response  # noqa: E402
@@ -68,7 +68,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 def buy(url: str, count: int, concurrency: int, folder: Path) -> None:
     """Be the client: ask all questions that the store lacks."""
     console.quiet = True
-    settings = Teacher.model_validate(
+    settings = EndpointTeacher.model_validate(
         {"kind": "endpoint", "model": "m", "base_url": url, "concurrency": concurrency}
     )
     origin, sampling = origin_of(settings), Sampling()

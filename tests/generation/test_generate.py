@@ -20,9 +20,9 @@ from distill.generation.requests import requests_for
 from distill.pipeline import STAGES
 from distill.records import Document, Message, Prompt, Response, Split, canonical
 from distill.responders.ask import Ask
+from distill.responders.canned import CannedResponder
 from distill.responders.local.local_model import LocalResponder
 from distill.responders.local.plans import unfinished
-from distill.responders.recorded import CannedResponder
 from distill.responders.responder import Plan, Raw, Request, Sampling, respond
 from distill.storage.files import read_records, write_records
 from distill.storage.log import Log

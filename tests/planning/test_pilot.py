@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.cli import main
+from distill.config import EndpointTeacher, RecordedTeacher
 from distill.errors import Exit
 from distill.planning.cost import TeacherCost, teacher_cost
 from distill.planning.pilot import choose_requests
@@ -155,7 +156,9 @@ def test_terms_come_before_a_pilot(tmp_path: Path, capsys: Any) -> None:
         place = str(write_config(tmp_path, teacher))
         assert main(["plan", "--pilot", "5", place, "terms.basis=null"]) == Exit.TERMS
         assert not teacher.payloads and not (tmp_path / "runs").exists()
-        other = ["teacher.kind=recorded", "teacher.base_url=null"]
+        own = json.loads(Path(place).read_text())["teacher"].keys() & EndpointTeacher.model_fields
+        none = [f"teacher.{key}=null" for key in own - RecordedTeacher.model_fields.keys()]
+        other = ["teacher.kind=recorded", *none]
         assert main(["plan", "--pilot", "5", place, *other]) == Exit.CONFIG
     assert "is not asked anything" in capsys.readouterr().err
 

@@ -12,8 +12,8 @@ from distill.config import Config
 from distill.errors import DistillError, Exit
 from distill.pipeline import STAGES
 from distill.responders.ask import Ask
+from distill.responders.canned import CannedResponder
 from distill.responders.endpoint.endpoint import EndpointResponder
-from distill.responders.recorded import CannedResponder
 from distill.responders.responder import Raw, Request
 from distill.storage import log
 from distill.storage.locks import FolderLock

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from distill.config import Config, Teacher
+from distill.config import Config, EndpointTeacher
 from distill.errors import DistillError, Exit
 from distill.pipeline import STAGES
 from distill.records import Message, Response
@@ -35,7 +35,7 @@ from tests.support.buying import KEY, MODEL, make_run, settings
 from tests.support.fake_teacher import PRICE, FakeTeacher, Reply, Script, answer, bomb
 
 
-def asks(teacher: Teacher, count: int, **sampling: Any) -> list[Request]:
+def asks(teacher: EndpointTeacher, count: int, **sampling: Any) -> list[Request]:
     drawn = Sampling(max_new_tokens=teacher.max_new_tokens, **sampling)
     return [
         Request.make(

@@ -15,13 +15,13 @@ from distill.cli import main
 from distill.config import Config
 from distill.errors import DistillError, Exit
 from distill.evaluation.judging import through
-from distill.generation.generate import make_teacher
 from distill.records import Message, Response
 from distill.responders.ask import Ask, read
 from distill.responders.endpoint.attempts import origin_of
 from distill.responders.endpoint.budget import account, unknown_outcomes
 from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.endpoint.wire import pack
+from distill.responders.kinds import make_responder
 from distill.responders.responder import Request, Sampling
 from distill.storage.files import read_records
 from distill.storage.log import Log
@@ -395,7 +395,7 @@ def test_h25_a_judge_that_only_fails_is_exit_4(tmp_path: Path, reply: dict[str, 
         config = Config.model_validate_json(make_run(tmp_path, judge, 1, max_retries=0).read_text())
         turns = [(Message(role="user", content=f"which? {n}"),) for n in range(4)]
         with pytest.raises(DistillError, match="all 4 requests failed") as stopped:
-            with Ask(make_teacher(config, {}, []), tmp_path / "store") as ask:
+            with Ask(make_responder(config.teacher, config), tmp_path / "store") as ask:
                 through(ask, config.teacher)(turns)
     assert stopped.value.code == Exit.TEACHER
 

@@ -15,7 +15,7 @@ import httpx2
 import pytest
 
 from distill.cli import main
-from distill.config import Config, Teacher
+from distill.config import Config, EndpointTeacher
 from distill.errors import DistillError, Exit
 from distill.models.loading import load_tokenizer
 from distill.models.registry import fetch
@@ -99,7 +99,7 @@ def servers(models: Path) -> Iterator[tuple[Server, Server]]:
             server.kill()
 
 
-def settings(server: Server | Sequence[Server], **changes: Any) -> Teacher:
+def settings(server: Server | Sequence[Server], **changes: Any) -> EndpointTeacher:
     several = [server] if isinstance(server, Server) else server
     given = {
         "kind": "endpoint",
@@ -109,7 +109,7 @@ def settings(server: Server | Sequence[Server], **changes: Any) -> Teacher:
         "concurrency": 4,
         **changes,
     }
-    return Teacher.model_validate(given)
+    return EndpointTeacher.model_validate(given)
 
 
 def requests_to(origin: str, texts: Sequence[str] = TEXTS, tokens: int = 16) -> list[Request]:
@@ -120,7 +120,7 @@ def requests_to(origin: str, texts: Sequence[str] = TEXTS, tokens: int = 16) -> 
     ]
 
 
-def served(asked: Teacher, store: Path, texts: Sequence[str] = TEXTS) -> list[Response]:
+def served(asked: EndpointTeacher, store: Path, texts: Sequence[str] = TEXTS) -> list[Response]:
     return answer_all(EndpointResponder(asked), requests_to(origin_of(asked), texts), store)
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from distill.errors import DistillError, Exit
 from distill.records import Document, Message
-from distill.responders.recorded import CannedResponder, RecordedResponder, answers_hash
+from distill.responders.canned import CannedResponder, answers_hash
+from distill.responders.recorded import RecordedResponder
 from distill.responders.responder import Request, Sampling
 
 

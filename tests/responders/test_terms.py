@@ -1,5 +1,6 @@
 """The terms book: what the shipped table says of real teachers, that unknown is never allowed, and that a run stops."""
 
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,13 @@ from typing import Any
 import pytest
 
 from distill.cli import main
-from distill.config import Config
+from distill.config import Config, Teacher
 from distill.config_file import load_config
 from distill.errors import DistillError, Exit
 from distill.responders.terms import (
     Terms,
     TermsBook,
+    Verdict,
     is_public,
     judge_teacher,
     load_terms,
@@ -141,12 +143,17 @@ def config(*overrides: str) -> Config:
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_configs_may_run(path: Path) -> None:
     if path.stem not in ("models", "prices", "devices", "terms", "judge_probe"):
-        assert require_terms(load_config(path)).allowed
+        assert require_terms(load_config(path).teacher).allowed
+
+
+def stated(ask: Callable[[Teacher, str | None], Verdict], *overrides: str) -> Verdict:
+    tree = config(*overrides)
+    return ask(tree.teacher, tree.terms.basis)
 
 
 def refused(*overrides: str) -> str:
     with pytest.raises(DistillError) as caught:
-        require_terms(config(*overrides))
+        stated(require_terms, *overrides)
     assert caught.value.code == Exit.TERMS and "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -163,23 +170,23 @@ def test_a_stop_says_what_to_state() -> None:
 @pytest.mark.parametrize("name", ["Qwen3-8B", "smollm2-135m-instruct", "llama-3.3-70b"])
 def test_a_folder_s_name_proves_nothing(name: str) -> None:
     assert "a folder does not say" in refused(f"teacher.model=./{name}")
-    verdict = require_terms(config(f"teacher.model=./{name}", OWN))
+    verdict = stated(require_terms, f"teacher.model=./{name}", OWN)
     assert verdict.basis == "our own model"
     assert bool(verdict.duties()) == ("llama" in name)  # though it may bind
 
 
 def test_recorded_and_canned_answers() -> None:
     canned = "teacher={kind: canned, answers: a.jsonl}"
-    assert judge_teacher(config(canned)).word == "yes"
-    stated = judge_teacher(config("teacher={kind: recorded, model: somebody, license: CC0-1.0}"))
-    assert stated.allowed and stated.basis and "CC0-1.0" in stated.basis
+    assert stated(judge_teacher, canned).word == "yes"
+    verdict = stated(judge_teacher, "teacher={kind: recorded, model: somebody, license: CC0-1.0}")
+    assert verdict.allowed and verdict.basis and "CC0-1.0" in verdict.basis
 
 
 def test_an_endpoint_is_judged_by_its_host_too() -> None:
     asked = "teacher={kind: endpoint, model: Qwen/Qwen3-8B, base_url: 'https://api.openai.com/v1'}"
     assert "forbidden by OpenAI" in refused(asked)
     local = asked.replace("https://api.openai.com", "http://127.0.0.1:8000")
-    assert require_terms(config(local)).word == "yes"
+    assert stated(require_terms, local).word == "yes"
 
 
 def test_a_run_stops_before_its_first_stage_and_plan_says_why(tmp_path, monkeypatch, capsys):

@@ -242,7 +242,7 @@ def test_fewer_processes_than_asked_are_refused(monkeypatch: pytest.MonkeyPatch)
 def test_other_teachers_are_asked_by_one_process(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, _ = make_run(tmp_path, model, kind="canned", answers="a")
+    run, _ = make_run(tmp_path, model, kind="canned", answers="a", max_batch_size=None)
     monkeypatch.setattr(Crew, "meet", lambda: Crew(1, [1, 2]))
     with pytest.raises(DistillError, match="one process asks a canned teacher"):
         launching.generate(run, STAGE, set())

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from distill.config import Config, Teacher
+from distill.config import Config, EndpointTeacher
 from distill.records import Document, Message, Prompt
 from distill.storage.files import write_records
 from distill.storage.run_folder import Run
@@ -14,7 +14,7 @@ KEY = "canary-3141592653589793"
 MODEL = "fake-1"
 
 
-def settings(teacher: FakeTeacher | str | tuple[str, ...], **changes: Any) -> Teacher:
+def settings(teacher: FakeTeacher | str | tuple[str, ...], **changes: Any) -> EndpointTeacher:
     """Return the settings of a client that retries soon, with timeouts that a busy machine does not reach."""
     url = teacher.url if isinstance(teacher, FakeTeacher) else teacher
     given = {
@@ -30,7 +30,7 @@ def settings(teacher: FakeTeacher | str | tuple[str, ...], **changes: Any) -> Te
         "drain_timeout": 30,
         **changes,
     }
-    return Teacher.model_validate(given)
+    return EndpointTeacher.model_validate(given)
 
 
 def make_run(folder: Path, teacher: FakeTeacher, count: int = 12, **changes: Any) -> Path:

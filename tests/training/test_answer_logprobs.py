@@ -291,7 +291,7 @@ def test_an_answer_cut_into_other_tokens_keeps_the_lists_of_those_it_shares():
     ("changes", "message"),
     [
         ({"teacher": {"extra_body": {}}}, r"extra_body: \{logprobs: true"),
-        ({"teacher": {"kind": "local", "base_url": None}}, "needs teacher.kind: endpoint"),
+        ({"teacher": {"kind": "local", "base_url": None, "extra_body": {}}}, "kind: endpoint"),
         ({"signals": {"model": "some/model"}}, "or from_answers is true"),
         ({"signals": {"temperatures": [2.0]}}, "temperature 1 only"),
         ({"on_policy": {"rounds": 1}}, "needs a local teacher"),

@@ -312,7 +312,7 @@ def test_the_teacher_that_answers_at_an_address_is_the_one_that_reads(tmp_path, 
         ({"train": {"loss": {**SOFT, "teacher": "live"}}}, "needs a local teacher"),
         ({"on_policy": {"rounds": 1}}, "needs a local teacher"),
         ({"signals": {"model": "some/model"}}, "either model"),
-        ({"signals": {"endpoint": {"kind": "local", "model": "m"}}}, "of kind: endpoint"),
+        ({"signals": {"endpoint": {"kind": "local", "model": "m"}}}, r"signals\.endpoint\.kind"),
     ],
 )
 def test_what_no_server_can_do_is_said_with_the_config(changes, message):

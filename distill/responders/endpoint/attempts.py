@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from distill.config import Teacher
+from distill.config import EndpointTeacher
 from distill.records import Response, canonical, digest
 from distill.responders.endpoint.budget import attempt_key
 from distill.responders.endpoint.wire import VERSION, Fault, request_body
@@ -24,7 +24,7 @@ REFUSALS = (
 )
 
 
-def sampling_fields(sampling: Sampling, settings: Teacher) -> dict[str, Any]:
+def sampling_fields(sampling: Sampling, settings: EndpointTeacher) -> dict[str, Any]:
     """Return how an answer is drawn, in the server's words; a neutral top_p is not sent."""
     fields: dict[str, Any] = {
         "temperature": sampling.temperature,
@@ -36,7 +36,7 @@ def sampling_fields(sampling: Sampling, settings: Teacher) -> dict[str, Any]:
     return sent if sampling.top_p == 1 else {**sent, "top_p": sampling.top_p}
 
 
-def origin_of(settings: Teacher) -> str:
+def origin_of(settings: EndpointTeacher) -> str:
     """Return the hash of all that shapes an answer beside messages and sampling; replicas are one endpoint."""
     return digest(
         {
@@ -52,7 +52,7 @@ def origin_of(settings: Teacher) -> str:
     )
 
 
-def encode(request: Request, settings: Teacher) -> bytes:
+def encode(request: Request, settings: EndpointTeacher) -> bytes:
     """Return the bytes of a request: the fields that were set, and no other."""
     fields = sampling_fields(request.sampling, settings)
     if isinstance(request, Scoring):

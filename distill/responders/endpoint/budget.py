@@ -196,7 +196,7 @@ def paid_models(config: Config) -> dict[str, TokenPrice | None]:
     """Return the models that a run pays for by the token, with their prices: its teacher, its reader and its judge."""
     reader = config.soft_teacher() if config.captures else None
     asked = (config.teacher, reader, config.evaluation.judge)
-    paid = [settings for settings in asked if settings and settings.kind == "endpoint"]
+    paid = [settings for settings in asked if settings and settings.paid]
     book = load_prices(config.evaluation.prices) if paid else None
     return {settings.model: book.teacher(settings.model) for settings in paid if book}
 

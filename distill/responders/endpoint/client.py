@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx2
 
-from distill.config import Teacher
+from distill.config import EndpointTeacher
 from distill.errors import DistillError, Exit
 from distill.records import Usage, digest
 from distill.responders.endpoint.attempts import PATHS, Attempt, encode, origin_of, refusal, spelled
@@ -56,7 +56,7 @@ class Purchase:
 
     def __init__(
         self,
-        settings: Teacher,
+        settings: EndpointTeacher,
         key: str | None,
         price: TokenPrice | None,
         run: str | None,

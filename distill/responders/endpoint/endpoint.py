@@ -11,13 +11,13 @@ import threading
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
-from distill.config import Teacher
+from distill.config import EndpointTeacher
 from distill.errors import DistillError, Exit
 from distill.records import Response
 from distill.responders.endpoint.attempts import origin_of
 from distill.responders.endpoint.client import Purchase
-from distill.responders.prices import TokenPrice
-from distill.responders.responder import Raw, Request, respond
+from distill.responders.prices import TokenPrice, load_prices
+from distill.responders.responder import Circumstances, Raw, Request, respond
 from distill.storage.log import Log
 from distill.storage.progress import say
 
@@ -29,7 +29,7 @@ class EndpointResponder:
     """
 
     def __init__(
-        self, settings: Teacher, price: TokenPrice | None = None, run: str | None = None
+        self, settings: EndpointTeacher, price: TokenPrice | None = None, run: str | None = None
     ) -> None:
         self.settings, self.price, self.run = settings, price, run
         self.model, self.origin = settings.model, origin_of(settings)
@@ -86,6 +86,12 @@ class EndpointResponder:
             purchase.abandon()
             thread.join(5)
             raise
+
+
+def make(teacher: EndpointTeacher, circumstances: Circumstances) -> EndpointResponder:
+    """Make the responder of a server, at the price in the price table."""
+    price = load_prices(circumstances.prices).teacher(teacher.model)
+    return EndpointResponder(teacher, price, circumstances.run)
 
 
 def read_key(variable: str | None) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from distill.config import LocalTeacher
 from distill.errors import DistillError, Exit
 from distill.models.chat_template import (
     encode_prompt,
@@ -34,7 +35,7 @@ from distill.responders.local.continuous_batching import Row, Stream, streaming
 from distill.responders.local.packed_linear import free_memory
 from distill.responders.local.padded_batches import answer_padded
 from distill.responders.local.sampling import draw, likeliest, seeded
-from distill.responders.responder import Plan, Raw, Request, respond
+from distill.responders.responder import Circumstances, Plan, Raw, Request, respond
 from distill.storage.files import sha256_file
 
 SLOTS = {"cpu": 64, "cuda": 128}
@@ -215,6 +216,12 @@ class LocalResponder:
             usage=usage,
             body=body,
         )
+
+
+def make(teacher: LocalTeacher, circumstances: Circumstances) -> LocalResponder:
+    """Make the responder of a model that runs here."""
+    size, date = teacher.max_batch_size, circumstances.date
+    return LocalResponder.load(teacher.model, teacher.dtype, teacher.revision, date, size)
 
 
 def end_of_turn(tokenizer: Any, date: str) -> frozenset[int]:

@@ -21,9 +21,8 @@ from distill.models.chat_template import encode_text
 from distill.records import Candidate, Example, Message, Response, TokenLogprob
 from distill.responders.ask import Ask
 from distill.responders.endpoint.budget import replies
-from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.endpoint.wire import Reply, read_stored
-from distill.responders.prices import load_prices
+from distill.responders.kinds import make_responder
 from distill.responders.responder import Request, Sampling
 from distill.storage.log import Log
 from distill.storage.progress import say
@@ -60,8 +59,7 @@ def fill(cache: SignalCache, tokenizer: Any, texts: Sequence[KeyedExample], conf
 def probe(config: Config, tokenizer: Any) -> None:
     """Ask one short question, once, before anything else is paid for; raises DistillError as `fill` does."""
     teacher, store = config.teacher, config.store_folder() / "responses"
-    price = load_prices(config.evaluation.prices).teacher(teacher.model)
-    buyer = EndpointResponder(teacher, price, config.name)
+    buyer = make_responder(teacher, config)
     question = (Message(role="user", content="Count from one to ten, in words."),)
     drawn = Sampling(max_new_tokens=min(32, teacher.max_new_tokens))
     request = Request.make(buyer.origin, "probe", question, drawn)

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.config import Config, Signals
+from distill.config import Config, EndpointTeacher, LocalTeacher, Signals
 from distill.errors import DistillError, Exit
 from distill.models import loading, registry
 from distill.models.chat_template import template_hash, vocabulary_hash
@@ -314,12 +314,13 @@ def open_teacher(config: Config) -> tuple[Any, dict[str, Any]]:
 def reader_facts(config: Config) -> dict[str, Any]:
     """Return what names the model that reads: its weights and precision, or where it is served and as what."""
     teacher = config.soft_teacher()
-    if teacher.kind == "endpoint":
+    if isinstance(teacher, EndpointTeacher):
         settings = config.signals
         extra = teacher.extra_body if settings.endpoint or settings.from_answers else {}
         facts = {"endpoint": teacher.base_urls[0], "served": teacher.model}
         came = {"from_answers": True} if settings.from_answers else {}
         return {**facts, **came, "revision": teacher.revision, "extra_body": extra}
+    assert isinstance(teacher, LocalTeacher)
     dtype = str(loading.pick_dtype(teacher.dtype)).removeprefix("torch.")
     pinned = registry.identity(teacher.model, teacher.revision)
     return {"weights": pinned, **registry.folder_facts("weights", teacher.model), "dtype": dtype}

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.config import Config, Signals
+from distill.config import Config, EndpointTeacher, LocalTeacher, Signals
 from distill.errors import DistillError, Exit
 from distill.models import loading
 from distill.records import Example, Pair
@@ -66,7 +66,7 @@ def main(config: Config, run: Run) -> None:
     where the teacher's terms forbid it.
     """
     teacher = config.soft_teacher()
-    require_terms(config.model_copy(update={"teacher": teacher}))
+    require_terms(teacher, config.terms.basis)
     tokenizer, facts = open_teacher(config)
     facts = as_captured(config.store_folder(), facts)
     pairs, examples = supervised(config, run)
@@ -79,9 +79,10 @@ def main(config: Config, run: Run) -> None:
         texts = [(read.example, read.row) for read in missing]
         if missing and config.signals.from_answers:
             answer_logprobs.fill(cache, tokenizer, texts, config)
-        elif missing and teacher.kind == "endpoint":
+        elif missing and isinstance(teacher, EndpointTeacher):
             prompt_logprobs.fill(cache, tokenizer, texts, config, run)
         elif missing:
+            assert isinstance(teacher, LocalTeacher)
             model = loading.load_model(teacher.model, teacher.dtype, teacher.revision)
             fill(cache, model, len(tokenizer), missing, config.signals, run)
     cache.check([read.row for read in reads])

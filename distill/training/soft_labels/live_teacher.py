@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from distill.config import Config, Loss
+from distill.config import Config, LocalTeacher, Loss
 from distill.models import loading
 from distill.records import Example, digest
 from distill.responders.terms import require_terms
@@ -50,10 +50,11 @@ def load_live(config: Config, run: Run, examples: Sequence[Example]) -> LiveLabe
     has other tokens under the teacher's template, 10 where the teacher's terms forbid it.
     """
     teacher = config.soft_teacher()
-    require_terms(config.model_copy(update={"teacher": teacher}))
+    require_terms(teacher, config.terms.basis)
     tokenizer, facts = open_teacher(config)
     pairs = {pair.response.id: pair for pair in read_pairs(run)}
     reads = [read_as_teacher(tokenizer, pairs[e.response_id], e, config) for e in examples]
+    assert isinstance(teacher, LocalTeacher)
     model = loading.load_model(teacher.model, teacher.dtype, teacher.revision)
     reader, notes = make_student(model.eval().requires_grad_(False))
     for note in notes:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from distill.config import Config, Teacher
+from distill.config import Config, EndpointTeacher
 from distill.errors import DistillError, Exit
 from distill.models.chat_template import encode_prompt, encode_text
 from distill.records import Example, Message, Response
@@ -38,9 +38,10 @@ ALIKE = 0.9  # of the tokens must read the same on both sides: some servers prin
 REPLY_BYTES_AN_ID = 31.0
 
 
-def scoring_settings(config: Config) -> Teacher:
+def scoring_settings(config: Config) -> EndpointTeacher:
     """Return how the server is asked for distributions; what shapes the answers of the same server is left out."""
     reader, settings = config.soft_teacher(), config.signals
+    assert isinstance(reader, EndpointTeacher)
     extra = reader.extra_body if settings.endpoint else {}
     changes = {
         "api": "completions",

@@ -1,0 +1,55 @@
+"""The kinds of responder: one line each. A new kind is a class of settings in config.py, a module, and a line here.
+
+The module has `make(settings, circumstances)`, and is imported when something is asked; `identity` pins its answers, as
+part of a stage's fingerprint, and loads nothing heavy.
+"""
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from distill.config import Config, LocalTeacher, Teacher
+from distill.models import registry
+from distill.records import Document
+from distill.responders.canned import answers_hash
+from distill.responders.endpoint.attempts import origin_of
+from distill.responders.responder import Circumstances, Responder
+
+
+class Kind(NamedTuple):
+    """Where a kind's responder is made, and which hashes say what its answers depend on."""
+
+    module: str
+    identity: Callable[[Any], dict[str, str]]
+
+
+def weights(teacher: LocalTeacher) -> dict[str, str]:
+    """Return the hashes of a model's weights and of the files beside them."""
+    pinned = registry.identity(teacher.model, teacher.revision)
+    return {"teacher": pinned, **registry.folder_facts("teacher", teacher.model)}
+
+
+KINDS = {
+    "local": Kind("distill.responders.local.local_model", weights),
+    "endpoint": Kind("distill.responders.endpoint.endpoint", lambda t: {"endpoint": origin_of(t)}),
+    "canned": Kind("distill.responders.canned", lambda t: {"answers": answers_hash(t.answers)}),
+    "recorded": Kind("distill.responders.recorded", lambda t: {}),
+}
+
+
+def make_responder(
+    settings: Teacher, config: Config, sources: Mapping[str, Document] | None = None
+) -> Responder:
+    """Make a teacher or a judge of a run; `sources` are the documents of its prompts, by the prompts' ids.
+
+    A local one loads its weights only when something is asked.
+    """
+    circumstances = Circumstances(
+        config.name, config.template_date, config.evaluation.prices, sources or {}
+    )
+    return import_module(KINDS[settings.kind].module).make(settings, circumstances)
+
+
+def identity(settings: Teacher) -> dict[str, str]:
+    """Return the hashes of what a responder's answers depend on."""
+    return KINDS[settings.kind].identity(settings)
