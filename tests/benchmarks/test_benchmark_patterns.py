@@ -71,5 +71,6 @@ def test_what_takes_time_in_its_square_is_seen_by_the_benchmark() -> None:
         for _ in range(len(text)):
             text.count("no such thing in it")
 
-    (timing,) = benchmark.measure(quadratic, 1_000_000, 0.3)
-    assert timing.ratio == float("inf")
+    # How many texts are measured in full depends on the machine; none may look linear.
+    timings = benchmark.measure(quadratic, 1_000_000, 0.3)
+    assert timings and all(timing.ratio == float("inf") for timing in timings)
