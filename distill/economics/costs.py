@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import NamedTuple
 
-from distill.evaluation.scorecard import DistillationCost, OneAtATime, PerMillion, RequestCost
+from distill.evaluation.scorecard import DistillationCost, PerMillion, RequestCost
 from distill.records import LedgerEntry, Timing, Usage
 from distill.responders.prices import MachinePrice, TokenPrice
 
@@ -71,7 +71,7 @@ def request_cost(
     if timing and not tariff.hosted:
         each = timing.seconds / timing.requests
         dollars_each = tariff.of_seconds(each)
-        alone = OneAtATime(
+        alone = RequestCost(
             requests=timing.requests,
             seconds_per_1k=each * THOUSAND,
             output_tokens_per_second=timing.output_tokens / timing.seconds,

@@ -12,15 +12,8 @@ from distill.config import Config
 from distill.economics.costs import Tariff, distillation_cost, request_cost
 from distill.economics.savings import Assumptions, economics
 from distill.evaluation.acceptance import Asked
-from distill.evaluation.scorecard import (
-    MODELS,
-    Costs,
-    Difference,
-    DistillationCost,
-    Economics,
-    MetricRow,
-    TeacherPrice,
-)
+from distill.evaluation.measurements import MODELS, Difference, MetricRow
+from distill.evaluation.scorecard import Costs, DistillationCost, Economics, TeacherPrice
 from distill.evaluation.statistics import Certainty
 from distill.records import LedgerEntry, Response, Timing, Usage
 from distill.responders.prices import PriceBook, load_prices

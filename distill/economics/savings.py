@@ -22,12 +22,12 @@ from typing import NamedTuple
 from distill.economics.costs import NO_TIME, THOUSAND, Tariff, percent
 from distill.economics.substitution import amount_of, shares_of, unknown
 from distill.evaluation.acceptance import Asked
+from distill.evaluation.measurements import Difference
 from distill.evaluation.scorecard import (
     WAYS,
     Amount,
     BreakEven,
     Case,
-    Difference,
     Economics,
     Rent,
     Saving,

@@ -7,7 +7,8 @@ They hold text of documents, which is masked before a prompt is made. Where the 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from distill.evaluation.scorecard import EvaluationResult, Failures, Sample, WorstAnswer
+from distill.evaluation.measurements import EvaluationResult, Sample
+from distill.evaluation.scorecard import Failures, WorstAnswer
 
 MOST = 3
 LONGEST = 400  # characters of a text

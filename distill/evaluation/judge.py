@@ -14,8 +14,8 @@ from statistics import fmean
 from typing import Literal, NamedTuple
 
 from distill.config_file import find_config, parse_yaml, read_text
+from distill.evaluation.measurements import Difference, DuelRow, ProbeResult, ProbeRow
 from distill.evaluation.results import SHARE, AnswersByModel, difference_of
-from distill.evaluation.scorecard import Difference, DuelRow, ProbeResult, ProbeRow, WinRate
 from distill.evaluation.statistics import Certainty, Estimate, estimate_mean
 from distill.records import Item, Message, Record, Response, Score, digest
 
@@ -229,7 +229,7 @@ def row_of_duels(
         characters=(fmean(len(d.a) for d in duels), fmean(len(d.b) for d in duels))
         if duels
         else None,
-        length_matched=WinRate(n=len(near), within=MATCHED, win_rate=_rate(near, certainty)),
+        length_matched=DuelRow(n=len(near), within=MATCHED, win_rate=_rate(near, certainty)),
     )
 
 
@@ -247,7 +247,7 @@ def _share(found: Iterable[bool]) -> float | None:
 def withheld(reason: str) -> DuelRow:
     """Return the row of duels whose judge is not used."""
     nothing = difference_of(Estimate(value=None, reason=reason))
-    return DuelRow(win_rate=nothing, length_matched=WinRate(win_rate=nothing))
+    return DuelRow(win_rate=nothing, length_matched=DuelRow(win_rate=nothing))
 
 
 def scores_of(name: str, duels: Sequence[Duel], outcomes: Sequence[Outcome]) -> list[Score]:

@@ -26,8 +26,8 @@ from distill.evaluation.judge import (
     scores_of,
     withheld,
 )
+from distill.evaluation.measurements import RIVALS, JudgeResult, ProbeResult
 from distill.evaluation.results import AnswersByModel
-from distill.evaluation.scorecard import RIVALS, JudgeResult, ProbeResult
 from distill.evaluation.statistics import Certainty
 from distill.records import Item, Message, Response, Score, digest
 from distill.responders.ask import Ask

@@ -13,9 +13,9 @@ from distill.evaluation import results
 from distill.evaluation.acceptance import Acceptance, by_checker, requests_of
 from distill.evaluation.items import by_item, held_out_items
 from distill.evaluation.judging import read_judge
+from distill.evaluation.measurements import MODELS, EvaluationResult, Settings, SuiteResult
 from distill.evaluation.overlap import Leaks, contamination, kept, without
 from distill.evaluation.results import Measured
-from distill.evaluation.scorecard import MODELS, EvaluationResult, Settings, SuiteResult
 from distill.evaluation.statistics import Certainty
 from distill.evaluation.suite_scores import measure_suite, suite_result, write_suite
 from distill.evaluation.suites import Suite
@@ -63,9 +63,14 @@ def measure(config: Config, run: Run, suites: Sequence[Suite], leaks: Leaks) -> 
     if judged and (word := judged.acceptance(will_do(clean_rows, clean_answers))):
         tests.insert(0, word)  # a checker's word on its task counts for more
     write_records(run.path("requests.jsonl"), requests_of(clean, clean_answers, tests))
+    comparison = results.results_of(clean_rows, certainty)
     evaluation = EvaluationResult(
         models=read_json(run.path("answers/models.json")),
-        **dict(results.compared(clean, clean_answers, clean_rows, readings, certainty)),
+        tasks=comparison.tasks,
+        overall=comparison.overall,
+        agreement=results.agreement_rows(clean, clean_answers, readings, certainty),
+        lengths={m: results.answer_lengths(list(a.values())) for m, a in clean_answers.items()},
+        samples=tuple(results.samples(clean, list(clean_rows.values()), clean_answers)),
         contamination=contamination(items, leaks, rows, certainty),
         suites={s.name: measured_suite(config, run, s, certainty, leaks) for s in suites},
         judge=judged.result if judged else None,

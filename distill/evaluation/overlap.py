@@ -20,8 +20,8 @@ from distill.corpus.contamination import (
 )
 from distill.errors import DistillError, Exit
 from distill.evaluation import results
+from distill.evaluation.measurements import Contamination
 from distill.evaluation.results import Measured
-from distill.evaluation.scorecard import Contamination
 from distill.evaluation.statistics import Certainty, estimate_mean
 from distill.evaluation.suites import Suite
 from distill.records import Document, Item, Pair

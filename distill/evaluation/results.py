@@ -11,17 +11,15 @@ from statistics import fmean
 from typing import Any
 
 from distill.evaluation.claims import mcnemar, non_inferiority, smallest_visible
-from distill.evaluation.scorecard import (
+from distill.evaluation.measurements import (
     MODELS,
     RIVALS,
     AnswerLengths,
     Claim,
-    Comparisons,
     CountedAgainst,
     Difference,
     MetricRow,
     Rank,
-    Ratio,
     Results,
     Sample,
 )
@@ -184,22 +182,21 @@ def row_of(measured: Measured, certainty: Certainty) -> MetricRow:
     return row.model_copy(update={"if_missing_counts_against_student": against_student})
 
 
-def _gap(measured: Measured, certainty: Certainty) -> Ratio:
+def _gap(measured: Measured, certainty: Certainty) -> Estimate:
     """Return the share of the gap recovered, where there is a reference other than the teacher's answer."""
     if "teacher" not in measured.scores:
         alike = measured.no_teacher == NO_TEACHER
         reason = NO_REFERENCE if alike else measured.no_teacher
-        return Ratio(value=None, low=None, high=None, reason=reason)
+        return Estimate(value=None, reason=reason)
     three = [measured.values(m) for m in ("student", "teacher", "base")]
     ids = [i for i in measured.ids() if all(values.get(i) is not None for values in three)]
     clusters = measured.clusters(ids)
     decided = tested(measured, "teacher", "base", certainty).conclude(len(ids), len(set(clusters)))
     if decided.verdict == "undecided":  # the gap itself must stand, by the rule of every claim
         reason = f"whether teacher and base differ is undecided: {decided.reason}"
-        return Ratio(value=None, low=None, high=None, reason=reason)
+        return Estimate(value=None, reason=reason)
     student, teacher, base = ([values[i] or 0.0 for i in ids] for values in three)
-    gap = estimate_gap_recovered(student, teacher, base, clusters, certainty, measured.bounds)
-    return Ratio(value=gap.value, low=gap.low, high=gap.high, reason=gap.reason)
+    return estimate_gap_recovered(student, teacher, base, clusters, certainty, measured.bounds)
 
 
 def _counted_against(
@@ -272,7 +269,7 @@ def token_row(
     )
 
 
-def lengths(answers: Sequence[Response]) -> AnswerLengths:
+def answer_lengths(answers: Sequence[Response]) -> AnswerLengths:
     """Return how long a model's answers are, and the shares that were cut off or empty."""
     came = [a for a in answers if a.stop != "error"]
     if not came:
@@ -287,13 +284,13 @@ def lengths(answers: Sequence[Response]) -> AnswerLengths:
 
 
 def samples(
-    rows: Sequence[Measured], agreement: Measured, answers: AnswersByModel
+    items: Sequence[Item], rows: Sequence[Measured], answers: AnswersByModel
 ) -> Iterator[Sample]:
     """Yield the student's best, typical and worst answer to each task, with all models' answers to it.
 
     Ranked by the task's own score, then by likeness to the teacher; typical is the median.
     """
-    alike = agreement.values("student")
+    alike = measure_agreement(items, answers).values("student")
     for measured in rows:
         value = measured.values("student")
         ranked = sorted(
@@ -324,25 +321,17 @@ def samples(
             )
 
 
-def compared(
+def agreement_rows(
     items: Sequence[Item],
     answers: AnswersByModel,
-    rows: Mapping[str, Measured],
-    readings: Mapping[str, Sequence[AnswerLoss]],
+    losses: Mapping[str, Sequence[AnswerLoss]],
     certainty: Certainty,
-) -> Comparisons:
-    """Return everything that compares the models: tasks, all checks together, agreement, lengths, samples."""
-    alike, results = measure_agreement(items, answers), results_of(rows, certainty)
-    losses = {m: [(r.loss, r.tokens) for r in read] for m, read in readings.items()}
-    hits = {m: [(float(r.hits), r.tokens) for r in read] for m, read in readings.items()}
-    return Comparisons(
-        tasks=results.tasks,
-        overall=results.overall,
-        agreement={
-            "chrf": row_of(alike, certainty),
-            "nats_per_token": token_row(LOSS, items, losses, certainty),
-            "top1": token_row(TOP, items, hits, certainty, SHARE),
-        },
-        lengths={model: lengths(list(by_id.values())) for model, by_id in answers.items()},
-        samples=tuple(samples(list(rows.values()), alike, answers)),
-    )
+) -> dict[str, MetricRow]:
+    """Return the rows of likeness to the teacher's answers: their text, their loss, their top-1 tokens."""
+    nats = {m: [(row.loss, row.tokens) for row in rows] for m, rows in losses.items()}
+    hits = {m: [(float(row.hits), row.tokens) for row in rows] for m, rows in losses.items()}
+    return {
+        "chrf": row_of(measure_agreement(items, answers), certainty),
+        "nats_per_token": token_row(LOSS, items, nats, certainty),
+        "top1": token_row(TOP, items, hits, certainty, SHARE),
+    }

@@ -152,7 +152,7 @@ def _line(
     certainty: Certainty,
 ) -> tuple[str, ...]:
     mean = results.mean_of(row, name, certainty)
-    long = results.lengths([given[i] for i in row.ids() if i in given])
+    long = results.answer_lengths([given[i] for i in row.ids() if i in given])
     missing = sum(value is None for value in row.values(name).values())
     low, high = share(mean.low, 1), share(mean.high, 1)
     return (

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from distill.evaluation import results
+from distill.evaluation.measurements import SuiteResult
 from distill.evaluation.results import AnswersByModel, Measured
-from distill.evaluation.scorecard import SuiteResult
 from distill.evaluation.statistics import Certainty
 from distill.evaluation.suites import Part, Suite
 from distill.records import Item
@@ -41,7 +41,7 @@ def suite_result(
         **suite.facts,
         tasks=compared.tasks,
         overall=compared.overall,
-        lengths={m: results.lengths(list(by_id.values())) for m, by_id in answers.items()},
+        lengths={m: results.answer_lengths(list(by_id.values())) for m, by_id in answers.items()},
     )
 
 

@@ -12,15 +12,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from distill.evaluation.scorecard import (
-    MODELS,
-    MetricRow,
-    RequestCost,
-    Rival,
-    Scorecard,
-    TrainingSummary,
-    WorstAnswer,
-)
+from distill.evaluation.measurements import MODELS, MetricRow, Rival
+from distill.evaluation.scorecard import RequestCost, Scorecard, TrainingSummary, WorstAnswer
 from distill.formatting import UNKNOWN
 from distill.publishing.fidelity import Fidelity
 from distill.records import Record

@@ -7,7 +7,8 @@ figures would be another model's. Terms and licenses are in `duties`.
 from collections.abc import Sequence
 
 from distill.errors import DistillError, Exit
-from distill.evaluation.scorecard import MetricRow, Scorecard
+from distill.evaluation.measurements import MetricRow
+from distill.evaluation.scorecard import Scorecard
 from distill.publishing.fidelity import Fidelity
 from distill.records import Record
 from distill.storage.progress import say

@@ -16,7 +16,8 @@ from pathlib import Path
 from distill.config import Config
 from distill.config_file import find_config
 from distill.errors import DistillError, Exit
-from distill.evaluation.scorecard import ModelFacts, Scorecard
+from distill.evaluation.measurements import ModelFacts
+from distill.evaluation.scorecard import Scorecard
 from distill.models import loading, registry
 from distill.models.weights import add_adapter
 from distill.publishing.card import Facts, make_card

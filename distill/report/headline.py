@@ -5,16 +5,15 @@ tell the two apart, not that they are equal. What is unknown is said to be unkno
 """
 
 from distill.evaluation.claims import conclude
-from distill.evaluation.scorecard import (
+from distill.evaluation.measurements import (
     RIVALS,
     DuelRow,
     JudgeResult,
     MetricRow,
-    RequestCost,
     Rival,
-    Scorecard,
     SuiteResult,
 )
+from distill.evaluation.scorecard import RequestCost, Scorecard
 from distill.formatting import UNKNOWN, duration, figure, money, plain, share
 from distill.report.statement import in_short
 from distill.report.tables import change, points

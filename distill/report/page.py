@@ -13,17 +13,8 @@ from markupsafe import Markup
 from distill import formatting
 from distill.evaluation import lm_eval
 from distill.evaluation.failures import WITHHELD
-from distill.evaluation.scorecard import (
-    MODELS,
-    Economics,
-    Funnel,
-    MetricRow,
-    Model,
-    Sample,
-    Scorecard,
-    SuiteResult,
-    TrainingSummary,
-)
+from distill.evaluation.measurements import MODELS, MetricRow, Model, Sample, SuiteResult
+from distill.evaluation.scorecard import Economics, Funnel, Scorecard, TrainingSummary
 from distill.report import headline, statement, tables
 from distill.report.plots import Point, Span, quality_against_cost, spans, training_curve
 

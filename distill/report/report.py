@@ -11,7 +11,8 @@ from distill.config import Config
 from distill.economics.run_economics import money_of
 from distill.evaluation import lm_eval
 from distill.evaluation.failures import bare, failures, withheld
-from distill.evaluation.scorecard import EvaluationResult, Funnel, Scorecard, TrainingSummary
+from distill.evaluation.measurements import Comparison, EvaluationResult
+from distill.evaluation.scorecard import Funnel, Scorecard, TrainingSummary
 from distill.formatting import duration, markdown_table, money, share
 from distill.report import tables
 from distill.report.headline import answer, compared, of_judge
@@ -66,25 +67,18 @@ def scorecard(
         "validation_loss_best": min(validation, default=None),
     }
     student = evaluation.models["student"]
-    environment = {"settings": evaluation.settings}
+    comparison = {name: getattr(evaluation, name) for name in Comparison.model_fields}
+    settings = {"settings": evaluation.settings}
+    comparison["environment"] = evaluation.environment.model_copy(update=settings)
     card = Scorecard(
+        **comparison,
         name=config.name,
-        models=evaluation.models,
-        tasks=evaluation.tasks,
-        overall=evaluation.overall,
-        agreement=evaluation.agreement,
-        suites=evaluation.suites,
-        judge=evaluation.judge,
         cost=cost,
         economics=economics,
-        lengths=evaluation.lengths,
-        contamination=evaluation.contamination,
         failures=worst,
         external=lm_eval.of_this_student(run, student.adapter_sha256),
-        corpus=evaluation.corpus,
         funnel=Funnel.model_validate(read_json(run.path("funnel.json"))),
         training=TrainingSummary.model_validate(summary),
-        environment=evaluation.environment.model_copy(update=environment),
     )
     return card.model_copy(update={"reasons": dict(reasons(card.tree()))})
 

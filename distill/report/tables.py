@@ -8,23 +8,21 @@ from decimal import Decimal
 from typing import Any
 
 from distill.evaluation.claims import Conclusion
-from distill.evaluation.scorecard import (
+from distill.evaluation.measurements import (
     MODELS,
     RIVALS,
     AnswerLengths,
     Contamination,
-    Costs,
     Difference,
+    DuelRow,
     JudgeResult,
     MetricRow,
     Model,
-    OneAtATime,
-    PerMillion,
     ProbeResult,
     Results,
     Rival,
-    Scorecard,
 )
+from distill.evaluation.scorecard import Costs, PerMillion, RequestCost, Scorecard
 from distill.formatting import (
     UNKNOWN,
     between,
@@ -234,7 +232,7 @@ def token_rows(cost: Costs) -> Table:
     rows = []
     for model in MODELS:
         row = cost.of(model)
-        alone, million = row.one_at_a_time or OneAtATime(), row.per_million or PerMillion()
+        alone, million = row.one_at_a_time or RequestCost(), row.per_million or PerMillion()
         rows.append(
             (
                 model,
@@ -269,6 +267,7 @@ def judge_rows(judge: JudgeResult) -> Table:
     rows = []
     for rival in RIVALS:
         row = judge.against(rival)
+        near = row.length_matched or DuelRow()
         rows.append(
             (
                 rival,
@@ -276,8 +275,8 @@ def judge_rows(judge: JudgeResult) -> Table:
                 rate(row.win_rate),
                 *(count(number) for number in (row.wins, row.ties, row.losses, row.unparsed)),
                 share(row.flip_rate),
-                rate(row.length_matched.win_rate),
-                count(row.length_matched.n),
+                rate(near.win_rate),
+                count(near.n),
             )
         )
     return head, rows

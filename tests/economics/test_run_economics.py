@@ -10,7 +10,7 @@ from distill.config import Config
 from distill.economics.run_economics import UNSTATED, money_of
 from distill.errors import DistillError, Exit
 from distill.evaluation.acceptance import Asked
-from distill.evaluation.scorecard import MetricRow
+from distill.evaluation.measurements import MetricRow
 from distill.records import LedgerEntry, Response, Timing, Usage
 from distill.storage.files import write_records
 from distill.storage.run_folder import Run

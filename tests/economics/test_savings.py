@@ -16,14 +16,8 @@ from distill.economics.costs import NO_TIME, Tariff
 from distill.economics.savings import NEEDS_ANSWER, Assumptions, economics
 from distill.economics.substitution import NO_TEST
 from distill.evaluation.acceptance import Asked
-from distill.evaluation.scorecard import (
-    Amount,
-    Case,
-    Difference,
-    Economics,
-    Saving,
-    TeacherPrice,
-)
+from distill.evaluation.measurements import Difference
+from distill.evaluation.scorecard import Amount, Case, Economics, Saving, TeacherPrice
 from distill.evaluation.statistics import Certainty
 from distill.records import Usage
 from distill.responders.prices import MachinePrice, TokenPrice

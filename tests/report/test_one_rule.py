@@ -8,7 +8,8 @@ import pytest
 
 from distill.evaluation import results
 from distill.evaluation.acceptance import Asked
-from distill.evaluation.scorecard import Difference, Economics, MetricRow, Scorecard
+from distill.evaluation.measurements import Difference, MetricRow
+from distill.evaluation.scorecard import Economics, Scorecard
 from distill.evaluation.statistics import Certainty
 from distill.publishing.gate import evidence
 from distill.records import Item, Message, Prompt, Response, Usage

@@ -27,7 +27,8 @@ from distill.evaluation.judge import (
     row_of_duels,
     withheld,
 )
-from distill.evaluation.scorecard import Sample, Scorecard
+from distill.evaluation.measurements import Sample
+from distill.evaluation.scorecard import Scorecard
 from distill.evaluation.statistics import Certainty
 from distill.formatting import plain_numbers
 from distill.records import AnswerLoss, Item, LedgerEntry, Message, Pair, Prompt, Response, Usage
@@ -113,7 +114,10 @@ def evaluation(items: list[Item], right: dict[str, int], run: Run) -> dict[str, 
                 "base": model,
                 "student": {**model, "adapter_sha256": HASH},
             },
-            **dict(results.compared(items, answers, rows, losses, certainty)),
+            **results.results_of(rows, certainty).tree(),
+            "agreement": results.agreement_rows(items, answers, losses, certainty),
+            "lengths": {m: results.answer_lengths(list(a.values())) for m, a in answers.items()},
+            "samples": list(results.samples(items, list(rows.values()), answers)),
             "settings": {**certainty._asdict(), **asked},
             "corpus": {"corpus_sha256": HASH, "python": "3.11.9", "documents": 9},
             "environment": {"distill": "0", "libraries": {"torch": "2"}, "processor": "p"},

@@ -7,7 +7,8 @@ import pytest
 
 from distill.economics.costs import Tariff
 from distill.economics.savings import NEEDS_ANSWER, Assumptions, economics
-from distill.evaluation.scorecard import Costs, Difference, TeacherPrice
+from distill.evaluation.measurements import Difference
+from distill.evaluation.scorecard import Costs, TeacherPrice
 from distill.formatting import money
 from distill.report.statement import (
     saving_rows,

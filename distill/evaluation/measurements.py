@@ -1,0 +1,295 @@
+"""What evaluation.json holds: results by task, agreement, suites, contamination, judge, samples.
+
+Every figure is a number, or None with its reason beside it. A file of an earlier version is read
+too: what it lacks has a default, and unknown keys are ignored. Only fields that were set are written
+(`CardRecord.tree`), so a field that does not apply to a row is not in its JSON.
+"""
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, field_validator
+
+from distill.evaluation.claims import Conclusion, Discordant, Noninferiority, conclude
+from distill.evaluation.statistics import Estimate
+from distill.formatting import plain_numbers
+from distill.records import Record
+
+Model = Literal["teacher", "base", "student"]
+Rival = Literal["teacher", "base"]
+MODELS: tuple[Model, ...] = ("teacher", "base", "student")
+RIVALS: tuple[Rival, ...] = ("teacher", "base")
+Rank = Literal["best", "typical", "worst"]
+Ends = tuple[float | None, float | None]
+
+
+class CardRecord(Record):
+    """A part of evaluation.json or scorecard.json."""
+
+    model_config = ConfigDict(extra="ignore", populate_by_name=True)
+
+    def tree(self) -> dict[str, Any]:
+        """Return the record for JSON: what was set, numbers of six significant digits."""
+        return plain_numbers(self)
+
+
+class Claim(CardRecord):
+    """The margin of non-inferiority, chosen before, and what the interval says to it."""
+
+    margin: float
+    verdict: Noninferiority
+
+
+class Difference(CardRecord):
+    """A paired difference with its interval and, of shares that pass, what it allows to claim."""
+
+    mean: float | None = None
+    low: float | None = None
+    high: float | None = None
+    reason: str | None = None
+    n: int | None = None  # stated where the difference stands apart from its row
+    documents: int | None = None
+    smallest_visible: float | None = None
+    reasons: dict[str, str] = {}
+    mcnemar: Discordant | None = None
+    non_inferiority: Claim | None = None
+
+    def conclude(self, n: int | None = None, documents: int | None = None) -> Conclusion:
+        """Decide the difference, which is over `n` items of some documents."""
+        p = self.mcnemar.p if self.mcnemar else None
+        n, documents = n or self.n, documents or self.documents
+        return conclude(self.low, self.high, documents, p, n, self.reason)
+
+
+class CountedAgainst(CardRecord):
+    """The result in which every missing score counts against the student."""
+
+    unscored_by_model: dict[str, int] = {}
+    student: float | None = None
+    student_minus_teacher: Difference = Difference()
+    student_minus_base: Difference = Difference()
+
+
+class MetricRow(CardRecord):
+    """One metric of some items: the models' means, the paired differences, the gap recovered."""
+
+    metric: str = ""
+    n: int = 0
+    documents: int | None = None
+    tokens: int | None = None  # of what is measured token by token
+    unscored: int = 0
+    teacher: float | None = None
+    base: float | None = None
+    student: float | None = None
+    intervals: dict[Model, Ends] = {}
+    student_minus_teacher: Difference = Difference()
+    student_minus_base: Difference = Difference()
+    gap_recovered: Estimate = Estimate(value=None)
+    reasons: dict[str, str] = {}
+    failures: dict[str, dict[str, int]] = {}
+    if_missing_counts_against_student: CountedAgainst | None = None
+
+    def mean(self, model: Model) -> float | None:
+        """Return a model's mean score."""
+        return {"teacher": self.teacher, "base": self.base, "student": self.student}[model]
+
+    def against(self, rival: Rival) -> Difference:
+        """Return the student minus a rival."""
+        return self.student_minus_teacher if rival == "teacher" else self.student_minus_base
+
+    def conclude(self, rival: Rival) -> Conclusion:
+        """Decide whether the student is better than a rival."""
+        return self.against(rival).conclude(self.n, self.documents)
+
+
+class AnswerLengths(CardRecord):
+    """How long a model's answers are, and the shares that were cut off or empty."""
+
+    n: int = 0
+    tokens: float | None = None
+    characters: float | None = None
+    truncated: float | None = None
+    empty: float | None = None
+
+
+class Results(CardRecord):
+    """The rows of some tasks, and of all their checks together."""
+
+    tasks: dict[str, MetricRow] = {}
+    overall: MetricRow | None = None
+
+
+class Contamination(CardRecord):
+    """How many items stand in the training data, and the results with those items left in."""
+
+    n: int = 0
+    flagged: int = 0
+    unsearchable: int = 0
+    kinds: dict[str, int] = {}
+    rate: Difference = Difference()
+    items: tuple[str, ...] = ()
+    examples: tuple[dict[str, str], ...] = ()
+    method: str = ""
+    all_items: Results | None = None
+
+
+class SuiteResult(Results):
+    """What the models made of a suite; its facts come from the suite's file."""
+
+    description: str = ""
+    source: str | None = None
+    license: str | None = None
+    sha256: str | None = None
+    lengths: dict[str, AnswerLengths] = {}
+    contamination: Contamination | None = None
+
+
+class Sample(CardRecord):
+    """One item with all models' answers: the student's best, typical or worst of a task."""
+
+    task: str
+    rank: Rank
+    item: str = ""
+    metric: str = ""
+    messages: tuple[dict[str, str], ...] = ()
+    reference: str | None = None
+    answers: dict[str, str] = {}
+    scores: dict[str, float | None] = {}
+    reasons: dict[str, str] = {}
+
+
+class ProbeRow(CardRecord):
+    """How often the rival of a real answer won and lost among the probes of one kind."""
+
+    n: int = 0
+    wins: float | None = None
+    losses: float | None = None
+    unparsed: float | None = None
+
+
+class ProbeResult(CardRecord):
+    """What a judge let win of its probes, and whether it may be used."""
+
+    n: int = 0
+    null: ProbeRow = ProbeRow()
+    injected: ProbeRow = ProbeRow()
+    duplicate: ProbeRow = Field(default=ProbeRow(), alias="copy")
+    flip_rate: float | None = None
+    passed: bool = False
+    reason: str | None = None
+
+    def kinds(self) -> dict[str, ProbeRow]:
+        """Return the rows by the kind of probe."""
+        return {"null": self.null, "injected": self.injected, "copy": self.duplicate}
+
+
+class DuelRow(CardRecord):
+    """How often the student's answer wins against a rival's, a tie counted half."""
+
+    n: int | None = None
+    within: float | None = None  # largest difference in length, where the pairs are of like length
+    documents: int | None = None
+    unanswered: int | None = None
+    wins: int | None = None
+    ties: int | None = None
+    losses: int | None = None
+    unparsed: int | None = None
+    flip_rate: float | None = None
+    win_rate: Difference = Difference()
+    characters: tuple[float, float] | None = None
+    length_matched: "DuelRow | None" = None
+
+
+class JudgeResult(CardRecord):
+    """What a judge prefers, and what it made of its probes."""
+
+    model: str
+    probe: ProbeResult
+    warnings: tuple[str, ...] = ()
+    teacher: DuelRow = DuelRow()
+    base: DuelRow = DuelRow()
+
+    def against(self, rival: Rival) -> DuelRow:
+        """Return the duels of the student and a rival."""
+        return self.teacher if rival == "teacher" else self.base
+
+
+class ModelFacts(CardRecord):
+    """A model's name, and what pins its weights and its chat template."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = ""
+    hub_id: str | None = None
+    revision: str | None = None
+    sha256: str | None = None
+    template_hash: str | None = None
+    adapter_sha256: str | None = None
+    dtype: str | None = None
+    model_sha256: str | None = None  # of merged/
+    merged_sha256: str | None = None  # as an earlier version recorded it
+    reasons: dict[str, str] = {}
+
+
+class Settings(CardRecord):
+    """How intervals were made, and how the models were asked."""
+
+    confidence: float = 0.95
+    samples: int = 10_000
+    seed: int = 0
+    margin: float = 0.05
+    items: int | None = None
+    documents: int | None = None
+    max_new_tokens: int | None = None
+    teacher_temperature: float = 0.0
+    teacher_sees_more: bool = False
+
+
+class CorpusFacts(CardRecord):
+    """The corpus that the items are of."""
+
+    model_config = ConfigDict(extra="allow")
+
+    documents: int | None = None
+    corpus_sha256: str | None = None
+    python: str | None = None
+    contaminated: int = 0
+
+
+class Environment(CardRecord):
+    """The code and the machine that measured."""
+
+    model_config = ConfigDict(extra="allow")
+
+    distill: str = ""
+    revision: str | None = None
+    libraries: dict[str, str] = {}
+    processor: str = ""
+    cores: int | None = None
+    platform: str | None = None
+    settings: Settings = Settings()  # in scorecard.json; evaluation.json has them beside
+
+
+class Comparison(Results):
+    """What evaluation.json and scorecard.json both hold."""
+
+    models: dict[Model, ModelFacts] = {}
+    agreement: dict[str, MetricRow] = {}
+    lengths: dict[str, AnswerLengths] = {}
+    contamination: Contamination | None = None
+    suites: dict[str, SuiteResult] = {}
+    judge: JudgeResult | None = None
+    corpus: CorpusFacts = CorpusFacts()
+    environment: Environment = Environment()
+
+    @field_validator("contamination", "judge", mode="before")
+    @classmethod
+    def _absent(cls, part: Any) -> Any:
+        """Read the empty object of earlier versions as absence."""
+        return part or None
+
+
+class EvaluationResult(Comparison):
+    """The content of evaluation.json."""
+
+    samples: tuple[Sample, ...] = ()
+    settings: Settings
