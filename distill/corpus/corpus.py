@@ -17,7 +17,7 @@ from distill.corpus import python_docs, readers
 from distill.corpus.clean import chunk
 from distill.corpus.contamination import contaminated_documents
 from distill.corpus.dedupe import NearDuplicates, unique
-from distill.corpus.privacy import Policy, masked_document
+from distill.corpus.privacy import mask_document
 from distill.corpus.readers import Reject, SourceRow
 from distill.corpus.rows import interpret
 from distill.corpus.split import rank, split
@@ -125,7 +125,7 @@ def refuse_too_many(rejects: list[Reject], good: int, allowed: float, listed: Pa
 
 
 def protect(
-    documents: list[Document], policy: Policy, rejects: list[Reject]
+    documents: list[Document], policy: str, rejects: list[Reject]
 ) -> tuple[list[Document], dict[str, Any]]:
     """Mask, drop or keep private text; return the documents, and how much private text they held, by kind.
 
@@ -135,7 +135,7 @@ def protect(
         return documents, {"policy": policy}
     results, kinds, holding = list[Document](), Counter[str](), 0
     for document in documents:
-        masked, counts = masked_document(document)
+        masked, counts = mask_document(document)
         holding, kinds = holding + bool(counts), kinds + counts
         if counts and policy == "drop":
             rejects.append(_reject(document, f"holds private text: {format_counts(counts)}"))

@@ -46,18 +46,17 @@ class NearDuplicates:
     """The documents so far, searchable for one that a new document nearly repeats."""
 
     def __init__(self, threshold: float) -> None:
-        from datasketch import MinHashLSH  # half a second, which plan and status need not wait for
+        from datasketch import MinHash, MinHashLSH  # half a second, which plan need not wait for
 
         self.threshold = threshold
+        self.empty = MinHash(num_perm=PERMUTATIONS, seed=1)  # making its permutations takes longest
         self.index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
         self.texts: dict[str, Document] = {}
 
     def find_or_add(self, document: Document) -> Document | None:
         """Return an earlier document that this one nearly repeats, or remember this one and return None."""
-        from datasketch import MinHash
-
         grams = shingles(document.text)
-        sketch = MinHash(num_perm=PERMUTATIONS, seed=1)
+        sketch = self.empty.copy()
         sketch.update_batch([gram.encode("utf-8") for gram in grams])
         for key in sorted(map(str, self.index.query(sketch))):
             if overlap(grams, shingles(self.texts[key].text)) >= self.threshold:

@@ -1,27 +1,27 @@
-"""Private text in documents: addresses, numbers and keys are masked before any prompt is made of them.
+"""Private text in documents: addresses, numbers and keys, masked before any prompt is made.
 
-Masked is what has the form of a private thing and passes its check (Luhn for cards, ISO 7064 for IBANs); the forms of keys
-are those of `distill.secret_patterns`. What standards set aside for examples (example.org, 555-0100, `password`) stays, so that documentation stays readable. A mask is
-`[EMAIL]`, `[PHONE]` and so on. Patterns cannot find all private text: names and postal addresses are not looked for.
-Every pattern is bounded, so that hostile text is read in linear time.
+What has the form of a private thing and passes its check (Luhn for cards, ISO 7064 for IBANs) is
+masked as `[EMAIL]`, `[PHONE]` and so on; the forms of keys are those of `distill.secret_patterns`.
+What standards set aside for examples (example.org, 555-0100, `password`) stays, so that
+documentation stays readable. Patterns cannot find all private text: names and postal addresses are
+not looked for. Every pattern is bounded, so that hostile text is read in linear time.
 """
 
 import re
 from collections import Counter
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Iterable
 
 from distill.records import Document
-from distill.secret_patterns import ADDRESS_PASSWORD, FIRST, LATER, mask_secrets
+from distill.secret_patterns import ADDRESS_PASSWORD, Form, forms_in
 
-Policy = Literal["mask", "drop", "keep"]
 EXAMPLES = re.compile(
     r"(?:^|\.)(?:example(?:\.\w{2,3})?|test|invalid|localhost|local|domain\.com)$", re.I
 )
 HOST = re.compile(r"[\w.-]{1,253}")
 
 EMAIL = re.compile(
-    r"(?<![\w.+%-])(?!git@)[A-Za-z0-9_][\w.+%-]{0,63}@((?:[A-Za-z0-9-]{1,63}\.){1,6}[A-Za-z]{2,24})(?![\w@-])"
+    r"(?<![\w.+%-])(?!git@)[A-Za-z0-9_][\w.+%-]{0,63}"
+    r"@((?:[A-Za-z0-9-]{1,63}\.){1,6}[A-Za-z]{2,24})(?![\w@-])"
 )
 LOGIN, MESSAGE_ID = re.compile(r"://[^\s/@]*$"), re.compile(r"\d+\.\d+\.\d+@")
 DIGITS = r"(?<![\w.,+/=-])"
@@ -30,12 +30,14 @@ CARD = re.compile(
     + r"(?:\d{4}([ -]?)\d{4}\1\d{4}\1\d{4}|3[47]\d{2}([ -]?)\d{6}\2\d{5}|\d{13,19})(?![\w-]|[.,]\d)"
 )
 ISSUERS = re.compile(
-    r"4\d{12}(?:\d{3}){0,2}|5[1-5]\d{14}|2[2-7]\d{14}|3[47]\d{13}|3(?:0[0-5]|[68]\d)\d{11}|6(?:011|4[4-9]\d|5\d\d|2\d\d)\d{12}"
+    r"4\d{12}(?:\d{3}){0,2}|5[1-5]\d{14}|2[2-7]\d{14}|3[47]\d{13}"
+    r"|3(?:0[0-5]|[68]\d)\d{11}|6(?:011|4[4-9]\d|5\d\d|2\d\d)\d{12}"
 )
 LENGTHS = {  # of the IBANs of each country, by the SWIFT registry
-    15: "NO", 16: "BE", 18: "DK FI FO GL NL", 19: "MK SI", 20: "AT BA EE KZ LT LU XK", 21: "CH HR LI LV",
-    22: "BG BH CR DE GB GE IE ME RS", 23: "AE GI IL", 24: "AD CZ ES MD PK RO SA SE SK TN", 26: "IS TR",
-    27: "FR GR IT MC SM", 28: "AL AZ CY DO GT HU LB PL", 29: "BR PS QA UA", 31: "MT",
+    15: "NO", 16: "BE", 18: "DK FI FO GL NL", 19: "MK SI", 20: "AT BA EE KZ LT LU XK",
+    21: "CH HR LI LV", 22: "BG BH CR DE GB GE IE ME RS", 23: "AE GI IL", 26: "IS TR",
+    24: "AD CZ ES MD PK RO SA SE SK TN", 27: "FR GR IT MC SM", 28: "AL AZ CY DO GT HU LB PL",
+    29: "BR PS QA UA", 31: "MT",
 }  # fmt: skip
 IBAN = re.compile(
     r"(?<![\w-])(?=[A-Z]{2}\d\d)(?:"
@@ -54,21 +56,22 @@ PHONE = re.compile(
     r"|"
     + DIGITS
     + r"(?:1[ .-])?(?:\([2-9]\d\d\) ?[2-9]\d\d[.-]|[2-9]\d\d([.-])[2-9]\d\d\1)\d{4}(?![\w-]|[.,]\d)"
-    r"|(?i:\b(?:tel|phone|telephone|fax|mobile)\b\.?[:=]? {0,2})\(?0\d{1,5}\)?(?:[ ./-]{0,2}\d){5,12}+(?!\w)"
+    r"|(?i:\b(?:tel|phone|telephone|fax|mobile)\b\.?[:=]? {0,2})"
+    r"\(?0\d{1,5}\)?(?:[ ./-]{0,2}\d){5,12}+(?!\w)"
 )
 NANP = re.compile(r"1[2-9]\d\d[2-9]\d{6}")
 
 
 def is_email(match: re.Match[str]) -> bool:
-    """Leave the domains that are kept for examples, the login of an address, and the numbers of a Message-ID."""
+    """Leave the domains of examples, the login of an address, and the numbers of a Message-ID."""
     login = LOGIN.search(match.string[max(0, match.start() - 70) : match.start()])
     return not (login or EXAMPLES.search(match[1]) or MESSAGE_ID.match(match[0]))
 
 
-def is_password(match: re.Match[str]) -> bool:
-    """Leave placeholders, and the logins of example domains."""
+def is_example_host(match: re.Match[str]) -> bool:
+    """Tell whether the address that a password is for is an example."""
     host = HOST.match(match.string, match.end())
-    return ADDRESS_PASSWORD.is_one(match) and bool(host) and not EXAMPLES.search(host[0])
+    return host is None or EXAMPLES.search(host[0]) is not None
 
 
 def is_card(match: re.Match[str]) -> bool:
@@ -96,67 +99,65 @@ def is_phone(match: re.Match[str]) -> bool:
     return 7 <= len(digits) <= most and not re.search(r"55501\d\d$", digits)
 
 
-AT, LINK = re.compile("@"), re.compile("://")
-NUMBER = re.compile(r"\d{4}|\d{3}\D{1,2}\d{3}|\+\d|0\d")
-Check = Callable[[re.Match[str]], bool]
-Rule = tuple[str, re.Pattern[str], re.Pattern[str], Check]
-RULES: tuple[Rule, ...] = (  # kind, what must stand in the text, form, check
-    ("PASSWORD", LINK, ADDRESS_PASSWORD.pattern, is_password),
-    ("EMAIL", AT, EMAIL, is_email),
-    ("IBAN", re.compile(r"[A-Z]{2}\d\d ?[A-Z0-9]{4}"), IBAN, is_iban),
-    ("CARD", re.compile(r"\d{4}[ -]?\d{4}"), CARD, is_card),
-    ("PHONE", NUMBER, PHONE, is_phone),
+# What must stand in a text before it is searched for a form, and the form.
+PERSONAL = (
+    (re.compile("@"), Form("email", (), EMAIL, is_email, "email")),
+    (re.compile(r"[A-Z]{2}\d\d ?[A-Z0-9]{4}"), Form("iban", (), IBAN, is_iban, "iban")),
+    (re.compile(r"\d{4}[ -]?\d{4}"), Form("card", (), CARD, is_card, "card")),
+    (
+        re.compile(r"\d{4}|\d{3}\D{1,2}\d{3}|\+\d|0\d"),
+        Form("phone", (), PHONE, is_phone, "phone"),
+    ),
 )
 
 
-def mask(text: str) -> tuple[str, Counter[str]]:
-    """Return the text with `[KIND]` for each private thing, and how many there were of each kind."""
+def possible_forms(text: str) -> list[Form]:
+    """Return the forms that may stand in a text. Keys come first, since they hold digits."""
+    return [*forms_in(text), *(form for gate, form in PERSONAL if gate.search(text))]
+
+
+def mask(text: str, forms: Iterable[Form] | None = None) -> tuple[str, Counter[str]]:
+    """Put `[KIND]` for each private thing, of some forms or all; return the text and the counts."""
     counts: Counter[str] = Counter()
-    # Keys come first, since they hold digits. The forms that were known before there was a list come before the
-    # password of an address, the others after it: so a text is masked as it always was.
-    for forms, rules in ((FIRST, RULES[:1]), (LATER, RULES[1:])):
-        text, keys = mask_secrets(text, forms, "[KEY]")
-        counts["key"] += keys
-        for kind, sign, form, check in rules:
-            if not sign.search(text):
-                continue
+    for form in possible_forms(text) if forms is None else forms:
 
-            def masked(match: re.Match[str], kind: str = kind, check: Check = check) -> str:
-                if not check(match):
-                    return match[0]
-                counts[kind.lower()] += 1
-                return f"[{kind}]@" if kind == "PASSWORD" else f"[{kind}]"
+        def replace(match: re.Match[str], form: Form = form) -> str:
+            text = match[0]
+            if not form.check(match) or (form is ADDRESS_PASSWORD and is_example_host(match)):
+                return text
+            counts[form.kind] += 1
+            if form is ADDRESS_PASSWORD:  # with the user before it
+                return "[PASSWORD]@"
+            group = form.pattern.groups if form.kind == "key" else 0
+            start, end = (place - match.start() for place in match.span(group))
+            return f"{text[:start]}[{form.kind.upper()}]{text[end:]}"
 
-            text = form.sub(masked, text)
-    return text, +counts
+        text = form.pattern.sub(replace, text)
+    return text, counts
 
 
-def masked_tree(value: Any) -> tuple[Any, Counter[str]]:
-    """Mask every text in nested lists and mappings, but no key of a mapping."""
-    if isinstance(value, str):
-        return mask(value)
-    if isinstance(value, dict):
-        children, counts = masked_tree(list(value.values()))
-        return dict(zip(value, children, strict=True)), counts
-    if isinstance(value, list):
-        items = [masked_tree(child) for child in value]
-        return [new for new, _ in items], sum((counts for _, counts in items), Counter[str]())
-    return value, Counter()
-
-
-def masked_document(document: Document) -> tuple[Document, Counter[str]]:
-    """Return the document with its text and values masked, and the counts; one without private text is the same.
+def mask_document(document: Document) -> tuple[Document, Counter[str]]:
+    """Return the document with its text and values masked, and the counts by kind.
 
     The user's own `id` stays as it is; the turns of a conversation count once, in the text.
     """
-    text, counts = mask(document.text)
-    meta, in_turns, in_others = dict(document.meta), Counter[str](), Counter[str]()
-    for key, value in document.meta.items():
-        if key == "messages":
-            meta[key], in_turns = masked_tree(value)
-        elif key != "id":
-            meta[key], new = masked_tree(value)
-            in_others += new
-    if not counts and not in_turns and not in_others:
+    turns: list[dict[str, str]] = document.meta.get("messages", [])
+    values = {k: v for k, v in document.meta.items() if isinstance(v, str) and k != "id"}
+    # one search for signs in all texts of the document: what stands in one stands in this
+    joined = "\n".join((document.text, *values.values(), *(turn["content"] for turn in turns)))
+    forms = possible_forms(joined)
+    if not forms:
         return document, Counter()
-    return Document.make(text, document.source, meta), (counts or in_turns) + in_others
+    text, counts = mask(document.text, forms)
+    in_turns, in_values, meta = Counter[str](), Counter[str](), dict(document.meta)
+    for name, value in values.items():
+        meta[name], more = mask(value, forms)
+        in_values += more
+    if turns:
+        masked = [mask(turn["content"], forms) for turn in turns]
+        meta["messages"] = [
+            turn | {"content": content} for turn, (content, _) in zip(turns, masked, strict=True)
+        ]
+        in_turns = sum((more for _, more in masked), in_turns)
+    counts = (counts or in_turns) + in_values
+    return (Document.make(text, document.source, meta) if counts else document), counts

@@ -22,6 +22,7 @@ from distill.tasks.checkers import validate
 NamedSection = TypeVar("NamedSection", bound=Section)
 TASKS_FILE = "tasks.json"  # in a run's folder: the tasks as they were asked, by name
 ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
+compile_template = cache(ENVIRONMENT.from_string)  # a task's templates are filled for each prompt
 
 
 class PromptView(Section):
@@ -122,7 +123,7 @@ def tasks_of_run(folder: Path) -> FindTask:
 def fill(template: str, task: str, values: dict[str, Any]) -> str:
     """Render a template; raises DistillError (exit 2) where it uses a value that the document does not have."""
     try:
-        return ENVIRONMENT.from_string(template).render(values).strip()
+        return compile_template(template).render(values).strip()
     except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
         have = ", ".join(sorted(values))
         raise DistillError(

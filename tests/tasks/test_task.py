@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from distill.errors import DistillError, Exit
-from distill.tasks.task import fill, load_task, shipped
+from distill.tasks.task import compile_template, fill, load_task, shipped
 
 SHIPPED = sorted(Path("configs/tasks").glob("*.yaml"))
 
@@ -95,6 +95,13 @@ def test_a_template_that_fails_or_breaks_out_is_one_line(template: str) -> None:
     with pytest.raises(DistillError) as caught:
         fill(template, "mine", values)
     assert caught.value.code == Exit.CONFIG and "\n" not in str(caught.value)
+
+
+def test_a_template_is_compiled_once() -> None:
+    before = compile_template.cache_info().misses
+    for number in range(9):
+        assert fill("only here: {{ n }}", "mine", {"n": number}) == f"only here: {number}"
+    assert compile_template.cache_info().misses == before + 1
 
 
 def test_a_document_is_not_a_template() -> None:
