@@ -22,7 +22,6 @@ from distill.pipeline import (
     from_stage,
     perform,
     permit_code,
-    require_models,
     require_soft_teacher,
 )
 from distill.storage.run_folder import Run, Stage, open_run
@@ -230,19 +229,11 @@ def show_plan(
     as_json: AsJson = False,
 ) -> None:
     """Say what a run would take: prompts, tokens, dollars, seconds, bytes. Without --pilot it sends nothing."""
-    from distill.planning import pilot as piloting
+    from distill.planning.cost import pilot as ask_some
     from distill.planning.plan import make_plan, show
-    from distill.responders.terms import require_terms
 
-    run, origin = open_run(config, overrides or ()), None
-    if pilot:
-        piloting.require_teacher(run.config)
-        require_terms(run.config.teacher, run.config.terms.basis)
-        require_models(run.config, ("generate",))
-        perform(run, STAGES[: NAMES.index("generate")])
-        with run.lock():
-            origin = piloting.pilot(run, pilot)
-    plan = make_plan(run, origin)
+    run = open_run(config, overrides or ())
+    plan = make_plan(run, ask_some(run, pilot) if pilot else None)
     if as_json:
         print(plan.model_dump_json(indent=2))
     else:

@@ -229,7 +229,7 @@ def test_what_is_no_store_is_refused(config, capsys, verb):
     assert code == Exit.STATE and "is no store" in lines[0]
 
 
-@pytest.mark.parametrize("words", [["status", "c.yaml"], ["plan", "c.yaml"], ["--help"]])
+@pytest.mark.parametrize("words", [["status", "c.yaml"], ["--help"]])
 def test_quick_commands_import_no_torch(config, words):
     script = (
         "import sys; from distill.cli import main\n"
@@ -240,7 +240,7 @@ def test_quick_commands_import_no_torch(config, words):
     started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - started < (40 if "plan" in words else 10)  # a child measures
+    assert time.monotonic() - started < 10
 
 
 def test_every_verb_has_help_and_stands_in_a_group():

@@ -48,6 +48,16 @@ class Shape(Record):
     context: int
     parameters: int
 
+    @property
+    def head(self) -> int:
+        """Return the weights of the output head."""
+        return self.vocab * self.hidden
+
+    @property
+    def body(self) -> int:
+        """Return the weights that every token passes: all but embedding and head."""
+        return self.parameters - self.head * (1 if self.tied else 2)
+
 
 class ModelInfo(Record):
     """A row of models.yaml; `gguf` tells where a named model's weights come from, None for a model of the Hub."""
@@ -101,13 +111,14 @@ def hub_id(reference: str) -> str | None:
     return info.hub_id if info else None if is_folder(reference) else reference
 
 
-def shape_of(reference: str) -> Shape | None:
-    """Return the shape of a model of the table, or of a folder by its config.json; None where neither says."""
-    info = lookup(reference)
-    if info or not is_folder(reference):
-        return info.shape if info else None
-    path = Path(reference) / "config.json"
-    return shape_from_config(read_object(path)) if path.is_file() else None
+def shape_of(reference: str) -> Shape:
+    """Return the shape of a model of the table, or of a folder; raises DistillError (exit 2)."""
+    if info := lookup(reference):
+        return info.shape
+    if is_folder(reference):
+        return shape_from_config(read_object(_existing(Path(reference)) / "config.json"))
+    what, fix = "its shape is not known", "add it to configs/models.yaml"
+    raise DistillError(Exit.CONFIG, f"model {reference}", what, fix)
 
 
 def shape_from_config(config: dict[str, Any]) -> Shape:

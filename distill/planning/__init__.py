@@ -1,1 +1,1 @@
-"""What a run will take, before anything runs: counts from the corpus, tokens times price, seconds from one measurement."""
+"""What a run will take, before anything runs: counts, tokens x price, one measured rate."""

@@ -1,28 +1,39 @@
-"""What a run's teacher will take: what the store has already, what is left, tokens x price, and the hard maximum.
+"""What a run's teacher will take: what the store lacks, tokens x price, and the hard maximum.
 
-Nothing is sent. Where the prompts are known, the requests are those that the generate stage will make, so the store says
-which are answered: these cost nothing, and the others are expected to be like them. Where nothing is answered, half of
-`max_new_tokens` is expected. Money is Decimal.
+Where the prompts are known, the requests are those that the generate stage will make, so the store
+says which are answered: these cost nothing, and the others are expected to be like them. Where
+nothing is answered, ANSWER of `max_new_tokens` is expected. Money is Decimal.
+
+`distill plan --pilot N` asks N of these requests first, chosen by the hashes of their texts: the
+same ones each time. The generate stage finds their answers in the store. Nothing else here sends.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from decimal import Decimal
+from itertools import islice
 from math import ceil
 from typing import NamedTuple
 
 from distill.config import Config, EndpointTeacher
 from distill.corpus.questions import shares
+from distill.errors import DistillError, Exit
 from distill.formatting import money
 from distill.generation.requests import asking_requests, requests_of, written_prompts
+from distill.pipeline import NAMES, STAGES, perform, require_models
 from distill.planning.work import Work, mean_bytes
-from distill.records import Record, Response
-from distill.responders.ask import read
+from distill.records import Document, Prompt, Record, Response, digest
+from distill.responders.ask import Ask, read
 from distill.responders.endpoint.attempts import origin_of
 from distill.responders.endpoint.budget import Account, account, most_dollars
+from distill.responders.kinds import make_responder
 from distill.responders.prices import MILLION, TokenPrice, load_prices
 from distill.responders.responder import Request
+from distill.responders.terms import require_terms
+from distill.storage.files import read_records
 from distill.storage.log import Log
+from distill.storage.progress import say
+from distill.storage.run_folder import Run, Stage
 
 ANSWER = 0.5  # of max_new_tokens: 0.35 on the quickstart's documentation, 0.66 on GSM8K's problems
 READ = 1000  # stored answers of a kind that are read
@@ -30,9 +41,9 @@ ESCAPED, ENVELOPE = 1.1, 400  # a request's bytes: its texts', as JSON, and what
 
 
 class TeacherCost(Record):
-    """What is left to ask of the teacher, expected and at most; dollars and seconds are None where they are not known.
+    """What is left to ask, expected and at most; dollars and seconds are None where unknown.
 
-    `dollars_most` is one attempt at each request that writes all it may; a retry that was billed comes on top.
+    `dollars_most` is one attempt at each request that writes all it may; retries come on top.
     """
 
     requests: int
@@ -50,54 +61,61 @@ class TeacherCost(Record):
 
 
 class Unanswered(NamedTuple):
-    """Requests of a kind that are left: how many, bytes of a question, cap; how many are stored, and those that were read."""
+    """Requests of a kind that are left, the bytes of a question, the cap, and stored answers."""
 
     count: float
     size: float
     cap: int
     stored: int = 0
-    responses: Sequence[Response] = ()
+    sampled: Sequence[Response] = ()  # of the stored ones
 
 
 def teacher_cost(config: Config, work: Work, origin: str | None = None) -> TeacherCost | None:
     """Return what the teacher will take, None for one that is asked nothing.
 
-    `origin` is that of a local responder, which only a pilot knows; without it, nothing of the store is read.
+    `origin` is a local responder's, which only a pilot knows; without it the store is not read.
     """
-    teacher, paid = config.teacher, config.teacher.paid
+    teacher = config.teacher
     if not teacher.makes_answers:
         return None
-    price = load_prices(config.evaluation.prices).teacher(teacher.model) if paid else None
+    price = load_prices(config.evaluation.prices).teacher(teacher.model) if teacher.paid else None
     origin = origin or (origin_of(teacher) if isinstance(teacher, EndpointTeacher) else None)
-    if work.texts is None or origin is None:
-        kinds, spent = _by_size(config, work), Account()
-    else:
+    if work.texts and origin:
         with Log(config.store_folder() / "responses", writable=False) as log:
-            kinds = _by_request(config, work, origin, log)
+            kinds = _by_request(config, *work.texts, origin, log)
             spent = account(log, price, config.name, teacher.model)
+    else:  # from the number and size of prompts alone
+        count = work.all_prompts + work.prompts["train"] * (teacher.n - 1)
+        kinds, spent = [Unanswered(count, work.teacher.bytes, teacher.max_new_tokens)], Account()
+        if questions := config.prompts.questions:
+            asking = work.documents * len(shares(questions.kinds, questions.per_document))
+            kinds.append(Unanswered(asking, work.teacher.bytes, questions.max_new_tokens))
     count = sent = output = capped = answer = 0.0
     most = None if price is None or not teacher.limits_answers else Decimal(0)
     for kind in kinds:
-        lengths = [response.usage.output_tokens for response in kind.responses]
+        lengths = [response.usage.output_tokens for response in kind.sampled]
         mean = sum(lengths) / len(lengths) if lengths else ANSWER * kind.cap
         answer = answer or mean  # the answers come first, then the writing of questions
         count += kind.count
-        sent += kind.count * work.teacher.tokens_of(kind.size)
+        size = kind.size or work.teacher.bytes
+        sent += kind.count * work.teacher._replace(bytes=size).tokens
         output += kind.count * mean
         capped += kind.count * kind.cap
         if most is not None:
-            each = most_dollars(price, ceil(ESCAPED * kind.size) + ENVELOPE, kind.cap)
+            each = most_dollars(price, ceil(ESCAPED * size) + ENVELOPE, kind.cap)
             most += (each or 0) * ceil(kind.count)
-    expected, settled = None, spent.attempts - spent.unknown
+    dollars, settled = None, spent.attempts - spent.unknown
     if price:
-        expected = ceil(sent) * price.dollars_per_million_input
-        expected = (expected + ceil(output) * price.dollars_per_million_output) / MILLION
+        dollars = ceil(sent) * price.dollars_per_million_input
+        dollars = (dollars + ceil(output) * price.dollars_per_million_output) / MILLION
     elif settled and not spent.unpriced:  # the server states what answers cost
-        expected = spent.settled * ceil(count) / settled
-    responses = [response for kind in kinds for response in kind.responses]
+        dollars = spent.settled * ceil(count) / settled
+    sampled = [response for kind in kinds for response in kind.sampled]
     seconds = None if count else 0.0
-    if paid and responses:  # as fast as those before came, and as the limits of the rate allow
-        pace = sum(response.usage.seconds for response in responses) / len(responses)
+    if (
+        teacher.paid and sampled
+    ):  # as fast as those before came, and as the limits of the rate allow
+        pace = sum(response.usage.seconds for response in sampled) / len(sampled)
         seconds = max(pace * count, teacher.least_seconds(count, sent + capped))
     cost = TeacherCost(
         requests=ceil(count),
@@ -106,29 +124,19 @@ def teacher_cost(config: Config, work: Work, origin: str | None = None) -> Teach
         output_tokens=ceil(output),
         output_tokens_most=ceil(capped),
         answer_tokens=answer,
-        dollars=expected,
+        dollars=dollars,
         dollars_most=most,
         paid=spent.settled,
         paid_perhaps=spent.unknown_most,
         seconds=seconds,
     )
-    return cost.model_copy(update={"notes": tuple(_notes(config, cost, responses, price))})
+    return cost.model_copy(update={"notes": tuple(_notes(config, cost, sampled, price))})
 
 
-def _by_size(config: Config, work: Work) -> list[Unanswered]:
-    """Return the answers, and the writing of questions, from the number and size of prompts alone."""
-    teacher, questions, size = config.teacher, config.prompts.questions, work.teacher.bytes
-    count = work.all_prompts + work.prompts["train"] * (teacher.n - 1)
-    answers = Unanswered(count, size, teacher.max_new_tokens)
-    if questions is None:
-        return [answers]
-    asking = work.documents * len(shares(questions.kinds, questions.per_document))
-    return [answers, Unanswered(asking, size, questions.max_new_tokens)]
-
-
-def _by_request(config: Config, work: Work, origin: str, log: Log) -> list[Unanswered]:
+def _by_request(
+    config: Config, documents: Sequence[Document], prompts: Sequence[Prompt], origin: str, log: Log
+) -> list[Unanswered]:
     """Return the answers, and the writing of questions, from the requests that the store lacks."""
-    (documents, prompts), settings = work.texts or ((), ()), config.prompts.questions
 
     def stored(request: Request) -> bool:
         return ("response", Response.make_id(request.key, request.sample)) in log
@@ -137,37 +145,43 @@ def _by_request(config: Config, work: Work, origin: str, log: Log) -> list[Unans
         missing = [request for request in requests if not stored(request)]
         answered = [request for request in requests if stored(request)]
         sampled = [read(log, request) for request in answered[:: -(-len(answered) // READ) or 1]]
-        size = mean_bytes([request.messages for request in missing]) or work.teacher.bytes
+        size = mean_bytes([request.messages for request in missing])
         return Unanswered(len(missing) + to_come, size, cap, len(answered), sampled)
 
-    all_prompts, asking, to_come = list(prompts), list[Request](), 0.0
-    if settings:
-        counts, waiting = list[int](), 0
-        for document in documents:
-            requests = asking_requests(settings, origin, document)
-            asking += requests
-            if all(map(stored, requests)):
-                replies = [read(log, request) for request in requests]
-                counts.append(len(new := written_prompts(settings, document, replies)))
-                all_prompts += new
-            else:  # each of its questions is answered n times where it is for training
-                waiting += config.teacher.n if document.split == "train" else 1
-        # Of a document that is not asked yet as many questions are expected as came of the others.
-        to_come = waiting * (sum(counts) / len(counts) if counts else settings.per_document)
+    settings, cap = config.prompts.questions, config.teacher.max_new_tokens
     by_id = {document.id: document for document in documents}
-    requests = requests_of(config, origin, all_prompts, by_id)
-    answers = unanswered(requests, config.teacher.max_new_tokens, to_come)
-    return [answers, unanswered(asking, settings.max_new_tokens)] if settings else [answers]
+    if settings is None:
+        return [unanswered(requests_of(config, origin, prompts, by_id), cap)]
+    all_prompts, asking, counts, waiting = list(prompts), list[Request](), list[int](), 0
+    for document in documents:
+        requests = asking_requests(settings, origin, document)
+        asking += requests
+        if all(map(stored, requests)):
+            replies = [read(log, request) for request in requests]
+            counts.append(len(new := written_prompts(settings, document, replies)))
+            all_prompts += new
+        else:  # each of its questions is answered n times where it is for training
+            waiting += config.teacher.n if document.split == "train" else 1
+    # Of a document that is not asked yet as many questions are expected as came of the others.
+    to_come = waiting * (sum(counts) / len(counts) if counts else settings.per_document)
+    answers = unanswered(requests_of(config, origin, all_prompts, by_id), cap, to_come)
+    return [answers, unanswered(asking, settings.max_new_tokens)]
 
 
 def _notes(
-    config: Config, cost: TeacherCost, responses: Sequence[Response], price: TokenPrice | None
+    config: Config, cost: TeacherCost, sampled: Sequence[Response], price: TokenPrice | None
 ) -> Iterator[str]:
-    """Say what is expected on which grounds; of a paid teacher its price, what was paid, and whether the budget suffices."""
-    if responses:
-        stops = Counter(response.stop for response in responses).most_common()
+    """Say on which grounds; of a paid teacher its price, what was paid, if the budget suffices."""
+    if cost.requests:
+        tokens = f"{cost.input_tokens:,} tokens in, {cost.output_tokens:,} out"
+        yield f"{cost.requests:,} requests, {tokens} (at most {cost.output_tokens_most:,})"
+        if cost.dollars is not None:
+            most = f"at most {money(cost.dollars_most, up=True)}, retries apart"
+            yield f"{money(cost.dollars, up=True)} expected, {most}"
+    if sampled:
+        stops = Counter(response.stop for response in sampled).most_common()
         reasons = ", ".join(f"{many} {stop}" for stop, many in stops)
-        yield f"expected from {len(responses):,} stored answers, which stopped so: {reasons}"
+        yield f"expected from {len(sampled):,} stored answers, which stopped so: {reasons}"
     else:
         measured = "distill plan --pilot N asks N of them and measures"
         yield f"answers are expected to take {ANSWER:.0%} of their cap; {measured}"
@@ -192,3 +206,57 @@ def _notes(
     word = "is expected to suffice" if cost.dollars <= remaining else "does not suffice"
     word = "suffices" if most is not None and most <= remaining else word
     yield f"limit ${limit}, beyond which nothing is asked: {word}"
+
+
+def pilot(run: Run, count: int) -> str:
+    """Ask `count` questions of a run and return the teacher's origin.
+
+    The run's documents and prompts are made first where they are missing. What the pilot cost is
+    in the ledger as `pilot`, also when it was stopped. Raises DistillError (exit 2) where no
+    teacher is asked, and as the generate stage does.
+    """
+    config, origin = run.config, ""
+    if not config.teacher.makes_answers:
+        what = f"a teacher of kind {config.teacher.kind} is not asked anything"
+        raise DistillError(Exit.CONFIG, "--pilot", what, "leave it out")
+    require_terms(config.teacher, config.terms.basis)
+    require_models(config, ("generate",))
+    perform(run, STAGES[: NAMES.index("generate")])
+
+    def main(config: Config, run: Run) -> None:
+        nonlocal origin
+        documents = {d.id: d for d in read_records(run.path("documents.jsonl"), Document)}
+        prompts = read_records(run.path("prompts.jsonl"), Prompt)
+        sources = {prompt.id: documents[prompt.document_id] for prompt in prompts}
+        teacher, settings = (
+            make_responder(config.teacher, config, sources),
+            config.prompts.questions,
+        )
+        origin, answered = teacher.origin, 0
+        with Ask(teacher, config.store_folder() / "responses", run) as ask:
+            if settings:  # half of what is asked goes to the writing of questions
+                ordered = sorted(documents.values(), key=lambda document: digest(document.text))
+                pairs = [(d, asking_requests(settings, origin, d)) for d in ordered]
+                pairs = pairs[: max(1, count // 2 // max(1, len(pairs[0][1])))] if pairs else []
+                pairs = [(d, requests) for d, requests in pairs if len(requests) <= count]
+                first = [request for _, requests in pairs for request in requests]
+                replies, answered = iter(ask.responses(first, "pilot")), len(first)
+                for document, requests in pairs:
+                    replied = islice(replies, len(requests))
+                    prompts += written_prompts(settings, document, replied)
+            requests = requests_of(config, origin, prompts, documents)
+            answered += len(ask.responses(choose_requests(requests, count - answered), "pilot"))
+        say(f"pilot: {answered} answers in the store, {ask.count} of them asked for now")
+
+    with run.lock():
+        run.do(Stage("pilot", (), (), (), main))
+    return origin
+
+
+def choose_requests(requests: Iterable[Request], count: int) -> list[Request]:
+    """Choose requests by the hash of what is asked alone: two teachers get the same questions."""
+
+    def rank(request: Request) -> str:
+        return digest([[message.model_dump() for message in request.messages], request.sample])
+
+    return sorted(requests, key=rank)[: max(0, count)]

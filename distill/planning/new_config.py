@@ -1,11 +1,12 @@
-"""`distill init`: a commented config from a corpus and a teacher, which `distill run` takes as it is."""
+"""`distill init`: a commented config from a corpus and a teacher, which `distill run` takes."""
 
 import re
+from itertools import islice
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from distill.config import Config, Corpus
+from distill.config import Corpus
 from distill.config_file import load_config
 from distill.corpus.readers import SourceRow, list_files, read_file
 from distill.corpus.rows import interpret
@@ -13,7 +14,7 @@ from distill.errors import DistillError, Exit
 from distill.responders.terms import judge_teacher
 from distill.storage.files import write_atomic
 
-LOOKED_AT = 100  # rows of the corpus in which a first readable one is looked for
+LOOKED_AT = 100  # rows of a file in which a first readable one is looked for
 
 
 def write_config(
@@ -26,20 +27,19 @@ def write_config(
 ) -> Path:
     """Write FOLDER/config.yaml and return its path; `corpus` is what lies in the folder by default.
 
-    Raises DistillError: exit 2 where the file is there already or a value is not allowed, 3 where the corpus cannot be
-    read.
+    Raises DistillError: exit 2 where the file is there already or a value is not allowed, 3 where
+    the corpus cannot be read.
     """
-    path = folder / "config.yaml"
+    path, source = folder / "config.yaml", corpus or folder
     if path.exists():
         what, fix = "is there already", f"change it, or remove it; distill plan {path}"
         raise DistillError(Exit.CONFIG, path, what, fix)
-    source = corpus or folder
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._") or "mine"
     values = {
         "name": plain[:60],
         "path": path,
         "corpus": str(source),
-        "prompts": holds_prompts(source),
+        "prompts": _holds_prompts(source),
         "teacher": teacher,
         "student": student,
         "base_url": base_url,
@@ -57,42 +57,26 @@ def write_config(
     write_atomic(path, template.render(values, open_terms=""))
     try:
         config = load_config(path)
-        reason = open_terms(config)
+        verdict = judge_teacher(config.teacher, config.terms.basis)
     except DistillError:
         path.unlink()  # what cannot be read again is not left behind
         raise
-    if reason:
-        write_atomic(path, template.render(values, open_terms=reason))
+    if not verdict.allowed:
+        reasons = [f"forbidden by {text.title}" for text in verdict.texts if text.may_train == "no"]
+        reasons.append("no terms are known of " + ", ".join(verdict.unknown))
+        write_atomic(path, template.render(values, open_terms=reasons[0]))
     return path
 
 
-def holds_prompts(source: Path) -> bool:
-    """Tell whether the first readable row of a corpus is a prompt that is there already.
-
-    Raises DistillError (exit 3) where nothing there can be read.
-    """
+def _holds_prompts(source: Path) -> bool:
+    """Tell whether the first readable row is a prompt; raises DistillError (exit 3)."""
     columns = Corpus(path=source).columns
     for file in list_files(source)[0]:
-        for number, row in enumerate(read_file(file, str(file))):
-            if isinstance(row, SourceRow):
-                try:
+        for row in islice(read_file(file, str(file)), LOOKED_AT):
+            try:
+                if isinstance(row, SourceRow):
                     return "messages" in interpret(row.value, row.where, columns).meta
-                except ValueError:  # a bad row, which the corpus stage counts
-                    pass
-            if number >= LOOKED_AT:
-                break
+            except ValueError:  # a bad row, which the corpus stage counts
+                pass
     what, fix = "holds no row that can be read", "check the files, or corpus.columns"
     raise DistillError(Exit.INPUT, source, what, fix)
-
-
-def open_terms(config: Config) -> str:
-    """Return why the teacher's answers may not train a model as things stand; empty where they may."""
-    verdict = judge_teacher(config.teacher, config.terms.basis)
-    if verdict.allowed:
-        return ""
-    forbidden = next((text for text in verdict.texts if text.may_train == "no"), None)
-    return (
-        f"forbidden by {forbidden.title}"
-        if forbidden
-        else "no terms are known of " + ", ".join(verdict.unknown)
-    )

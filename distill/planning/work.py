@@ -1,18 +1,17 @@
-"""How much work a config means: documents, prompts of each split, the size of a prompt, before anything runs.
+"""How much work a config means: documents, prompts of each split, the size of a prompt.
 
-Documents and prompts are the run's, where it has made them. Else they are really made, in a folder that is thrown away,
-unless the corpus is on the Hub or large; then its bytes and the caps of the config stand in. Tokens are counted by the
-models' own tokenizers, where the cache has them.
+Documents and prompts are the run's, where it has made them. Else they are really made, in a folder
+that is thrown away, unless the corpus is on the Hub or large; then its bytes and the caps of the
+config stand in. Tokens are counted by the models' own tokenizers, where the cache has them.
 """
 
 import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from distill.config import Config
+from distill.config import Config, Corpus, Prompts
 from distill.corpus import corpus as corpus_stage
 from distill.corpus import prompts as prompts_stage
 from distill.errors import DistillError, Exit
@@ -25,38 +24,41 @@ from distill.storage.run_folder import Run
 
 LARGE = 50_000_000  # bytes of corpus above which it is not read for a plan; a second a megabyte
 HEAD = 1_000_000  # bytes of a large file that are read
-UNREAD = 1500  # bytes of a document on the Hub
+UNREAD_BYTES = 1500  # of a document on the Hub
 BYTES_A_TOKEN = 4.0  # of English and code, where no tokenizer is at hand
 COUNTED = 300  # prompts whose tokens are counted, for the rate of all
 TEMPLATE = 27  # tokens that the chat templates of the quickstart's two models add to a prompt
 
 
 class PromptSize(NamedTuple):
-    """A prompt as one side sees it, on average: its bytes, and how many of them its tokenizer takes for a token."""
+    """A prompt as one side sees it, on average: its bytes, and how many of them make a token."""
 
     bytes: float
     bytes_a_token: float = BYTES_A_TOKEN
 
-    def tokens_of(self, size: float) -> float:
-        """Return the tokens of a prompt of `size` bytes, those of the chat template included."""
-        return size / self.bytes_a_token + TEMPLATE
+    @classmethod
+    def of(cls, model: str, prompts: Sequence[Sequence[Message]]) -> "PromptSize":
+        """Measure prompts, with the model's tokenizer where the cache has it."""
+        counter = token_counter(model) if model else None
+        some = prompts[:: -(-len(prompts) // COUNTED) or 1]
+        tokens = sum(counter(turn.content) for prompt in some for turn in prompt) if counter else 0
+        rate = mean_bytes(some) * len(some) / tokens if tokens else BYTES_A_TOKEN
+        return cls(mean_bytes(prompts), rate)
 
     @property
     def tokens(self) -> float:
-        """Return the tokens of a prompt on average."""
-        return self.tokens_of(self.bytes)
+        """Return the tokens of a prompt, those of the chat template included."""
+        return self.bytes / self.bytes_a_token + TEMPLATE
 
 
-@dataclass(frozen=True)
-class Work:
-    """The amount of work; `texts` are the documents and prompts where they were read, `seconds` what making them takes."""
+class Work(NamedTuple):
+    """The amount of work; `texts` are the documents and prompts, where they were read."""
 
     documents: float
     prompts: dict[str, float]  # of each split
     teacher: PromptSize
     student: PromptSize
     text_bytes: float  # of all documents
-    seconds: float
     answer_tokens: float | None = None  # of one that the corpus brings
     texts: tuple[Sequence[Document], Sequence[Prompt]] | None = None
 
@@ -66,23 +68,20 @@ class Work:
         return sum(self.prompts.values())
 
     def scaled(self, share: float) -> "Work":
-        """Return a share of the prompts, at least one of a split that has any."""
+        """Return a share of it, at least one prompt of a split that has any."""
         fewer = {s: float(max(min(n, 1), round(share * n))) for s, n in self.prompts.items()}
-        return replace(self, prompts=fewer, texts=None)
+        return self._replace(documents=share * self.documents, prompts=fewer, texts=None)
 
 
 def count_work(run: Run, large: int = LARGE) -> Work:
-    """Return the amount of work of a run; a corpus of more than `large` bytes is not read for it."""
+    """Return the amount of work of a run; a corpus of over `large` bytes is not read."""
     config, corpus = run.config, run.config.corpus
-    try:
+    with suppress(DistillError):  # of an input that is not there: making it says what is wrong
         if all(run.state(stage)[0] == "done" for stage in STAGES[:2]):
-            return _count(config, run, 0.0)
-    except DistillError:  # of an input that is not there: making it says what is wrong
-        pass
+            return _count(config, run)
     on_hub = corpus.path is None and not str(corpus.dataset).startswith(("./", "/"))
     if corpus.source != "python-docs" and (on_hub or _bytes(corpus.path) > large):
-        return _from_caps(config)
-    started = time.monotonic()
+        return _from_caps(corpus, config.prompts)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Run(config.model_copy(update={"runs": Path(folder)}))
         scratch.folder.mkdir(parents=True)
@@ -92,7 +91,13 @@ def count_work(run: Run, large: int = LARGE) -> Work:
             prompts_stage.main(config, scratch)
         finally:
             console.quiet = before
-        return _count(config, scratch, time.monotonic() - started)
+        return _count(config, scratch)
+
+
+def mean_bytes(prompts: Sequence[Sequence[Message]]) -> float:
+    """Return the bytes of a prompt on average."""
+    size = sum(len(message.content.encode()) for prompt in prompts for message in prompt)
+    return size / max(1, len(prompts))
 
 
 def _bytes(path: Path | None) -> int:
@@ -101,8 +106,8 @@ def _bytes(path: Path | None) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _count(config: Config, run: Run, seconds: float) -> Work:
-    """Count what a run's stages made; questions that the teacher is yet to write count as all that it is asked for."""
+def _count(config: Config, run: Run) -> Work:
+    """Count what a run's stages made, and all questions that the teacher is yet to write."""
     documents = read_records(run.path("documents.jsonl"), Document)
     prompts = read_records(run.path("prompts.jsonl"), Prompt)
     splits = {document.id: document.split or "train" for document in documents}
@@ -112,64 +117,49 @@ def _count(config: Config, run: Run, seconds: float) -> Work:
     if questions := config.prompts.questions:
         for split in splits.values():
             counts[split] += questions.per_document
+
+    def turns(texts: Sequence[str]) -> list[tuple[Message, ...]]:
+        return [(Message(role="user", content=text),) for text in texts]
+
+    student = config.student.model
     brought = [d.meta["recorded_answer"] for d in documents if "recorded_answer" in d.meta]
-    answers = _prompt_size(
-        config.student.model, [(Message(role="user", content=a),) for a in brought]
-    )
-    passages = [(Message(role="user", content=document.text),) for document in documents]
+    answers = PromptSize.of(student, turns(brought))
+    passages = [] if prompts else turns([document.text for document in documents])
     return Work(
         documents=len(documents),
         prompts=counts,
-        teacher=_prompt_size(
+        teacher=PromptSize.of(
             config.teacher.model, [p.asked_of_teacher() for p in prompts] or passages
         ),
-        student=_prompt_size(
-            config.student.model, [prompt.messages for prompt in prompts] or passages
-        ),
+        student=PromptSize.of(student, [prompt.messages for prompt in prompts] or passages),
         text_bytes=sum(len(document.text.encode()) for document in documents),
-        seconds=seconds,
         answer_tokens=answers.bytes / answers.bytes_a_token if brought else None,
         texts=(documents, prompts),
     )
 
 
-def mean_bytes(prompts: Sequence[Sequence[Message]]) -> float:
-    """Return the bytes of a prompt on average."""
-    size = sum(len(message.content.encode()) for prompt in prompts for message in prompt)
-    return size / max(1, len(prompts))
-
-
-def _prompt_size(model: str, prompts: Sequence[Sequence[Message]]) -> PromptSize:
-    """Return the size of prompts, and the rate of the model's tokenizer where the cache has it."""
-    counter = token_counter(model) if model else None
-    some = prompts[:: -(-len(prompts) // COUNTED) or 1]
-    tokens = sum(counter(turn.content) for prompt in some for turn in prompt) if counter else 0
-    rate = mean_bytes(some) * len(some) / tokens if tokens else BYTES_A_TOKEN
-    return PromptSize(mean_bytes(prompts), rate)
-
-
-def _from_caps(config: Config) -> Work:
-    """Return what bytes and caps mean, unread; raises DistillError (exit 3) where nothing limits it."""
-    corpus, settings, endless = config.corpus, config.prompts, float("inf")
-    size, length = _bytes(corpus.path), float(corpus.chunk.max_chars)
+def _from_caps(corpus: Corpus, settings: Prompts) -> Work:
+    """Return what bytes and caps mean, unread; raises DistillError (exit 3) without any limit."""
+    endless, size, length = float("inf"), _bytes(corpus.path), float(corpus.chunk.max_chars)
     if corpus.path and corpus.path.suffix == ".jsonl" and corpus.path.is_file():
         with corpus.path.open("rb") as file:
             head = file.read(HEAD)
         length = min(length, len(head) / max(1, head.count(b"\n")))  # a row's mean
     documents = min(size / length if size else endless, corpus.limit or endless)
     tasks = max(1, len(settings.tasks)) if settings.per_document == "each" else 1
-    held = {split: getattr(corpus.split, split) for split in ("validation", "heldout")}
+    held = {split: getattr(corpus.split, split) for split in SPLITS[1:]}
     shares = {"train": max(0.1, 1 - sum(part for part in held.values() if part < 1)), **held}
-    of_split = {s: documents * share if share < 1 else share for s, share in shares.items()}
-    caps = {s: endless if (cap := getattr(settings, s)) is None else cap for s in SPLITS}
-    counts = {split: min(tasks * of_split[split], caps[split]) for split in SPLITS}
-    if settings.questions:  # which no cap holds
-        more = settings.questions.per_document
-        counts = {split: many + more * of_split[split] for split, many in counts.items()}
+    more, counts = settings.questions.per_document if settings.questions else 0, {}
+    for split, share in shares.items():
+        of_split = documents * share if share < 1 else share
+        cap = getattr(settings, split)  # which holds no questions
+        counts[split] = min(tasks * of_split, endless if cap is None else cap)
+        counts[split] += more * of_split if more else 0
     if endless in counts.values():
         what = "is not read for a plan: it is on the Hub, and nothing caps it"
         raise DistillError(Exit.INPUT, "corpus", what, "set prompts.train or corpus.limit")
     if not size:
-        documents, length = min(documents, sum(counts.values()) / tasks), min(length, UNREAD)
-    view, text = PromptSize(length), documents * length
-    return Work(documents, counts, view, view, text, text / 1e6)
+        documents = min(documents, sum(counts.values()) / tasks)
+        length = min(length, UNREAD_BYTES)
+    view = PromptSize(length)
+    return Work(documents, counts, view, view, documents * length)

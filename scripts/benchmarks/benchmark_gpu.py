@@ -44,8 +44,7 @@ from distill.errors import DistillError, Exit, exit_code
 from distill.formatting import table
 from distill.models.loading import quiet
 from distill.models.registry import Shape, shape_of
-from distill.planning.machine import devices
-from distill.planning.sizes import adapter_parameters, training_flops
+from distill.planning.machine import adapter_parameters, devices, training_flops
 from distill.records import Example
 from distill.storage.environment import environment, installed
 from distill.storage.files import write_json
@@ -150,9 +149,6 @@ def training_sides(reference: str, asked: argparse.Namespace) -> dict[str, Calla
 def train(asked: argparse.Namespace) -> dict[str, Any]:
     """Train every side on the same rounds; returns the raw figures."""
     shape = TINY if asked.tiny else shape_of(asked.model)
-    if shape is None:
-        fix = "name a model of configs/models.yaml"
-        raise DistillError(Exit.CONFIG, asked.model, "has no shape", fix)
     lengths = (8, 32) if asked.tiny else LENGTHS
     rounds = [draw(shape, asked.step_tokens, lengths, seed) for seed in range(asked.repeats + 1)]
     adapter, needed = adapter_parameters(shape, RANK, "all-linear"), []

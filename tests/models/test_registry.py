@@ -73,8 +73,9 @@ def test_a_shape_of_the_table_counts_the_real_architecture(name):
 
 def test_the_shape_of_a_folder(tiny):
     shape = registry.shape_of(str(tiny))
-    assert shape and shape.parameters == loading.load_model(str(tiny)).num_parameters()
-    assert registry.lookup(str(tiny)) is None and registry.shape_of("gpt2") is None
+    assert shape.parameters == loading.load_model(str(tiny)).num_parameters()
+    assert registry.lookup(str(tiny)) is None
+    assert "configs/models.yaml" in refused(registry.shape_of, "gpt2").fix
 
 
 def test_hub_ids():

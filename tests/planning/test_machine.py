@@ -1,56 +1,113 @@
-"""The machine: measured in a child process in the type that is used, else of a data sheet, else unknown."""
+"""Weights, operations and bytes by formula are those of real tiny models; a machine is measured."""
 
-import json
 import math
-import sys
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill.models.loading import pick_dtype
-from distill.models.registry import shape_of
+from distill.models.registry import shape_from_config, shape_of
 from distill.planning import machine
-from distill.planning.machine import BANDWIDTH, Machine, devices, find_machine
+from distill.planning.machine import (
+    adapter_parameters,
+    answer_flops,
+    attention_flops,
+    cache_bytes,
+    devices,
+    find_machine,
+    training_bytes,
+    training_flops,
+)
+from distill.training.adapters import inject, parameters
+from tests.support.tiny import make_tiny
 
 
 def test_this_machine_is_measured_in_the_types_that_are_asked():
-    found = find_machine("cpu-2-core", "auto", "float32")
-    assert found.kind == "cpu" and found.memory and found.memory > 1e8
-    assert "torch." + found.rates["auto"][0] == str(pick_dtype("auto"))
-    assert found.rates["float32"][0] == "float32" and found.width("float32") == 4
-    assert all(1e8 < rate < 1e14 for _, rate in found.rates.values())
-    assert "GFLOP/s in float32" in found.source and "measured now" in found.source
+    here = find_machine("cpu-2-core", "auto", "float32")
+    assert here.kind == "cpu" and here.memory == here.main_memory and (here.memory or 0) > 1e8
+    assert "torch." + here.rates["auto"][0] == str(pick_dtype("auto"))
+    assert here.rates["float32"][0] == "float32" and here.width("float32") == 4
+    assert all(1e8 < rate < 1e14 for _, rate in here.rates.values())
+    assert "GFLOP/s in float32" in here.source and "measured now" in here.source
 
 
 def test_a_machine_that_cannot_be_measured_has_no_seconds(monkeypatch):
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    find_machine.cache_clear()
-    found = find_machine(None, "float32")
-    find_machine.cache_clear()
-    assert math.isnan(found.seconds(1e12, "float32", "train"))
-    assert found.source == "its rate could not be measured" and found.memory is None
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "randn", full)
+    here = machine.measure(["float32"])
+    assert math.isnan(here.seconds(1e12, "float32", "train"))
+    assert here.source == "its rate could not be measured"
 
 
 def test_a_gpu_that_is_not_here_has_the_rate_of_its_data_sheet():
-    found = find_machine("h100", "bfloat16")
-    assert found.rates["bfloat16"] == ("bfloat16", 989e12) and found.memory == 80e9
-    assert "data sheet" in found.source
-    assert found.seconds(989e12, "bfloat16", "train") == 1 / machine.GPU_SHARE
-
-
-def test_few_answers_take_the_reading_of_the_weights_many_the_operations():
-    shape = shape_of("qwen2.5-coder-0.5b-instruct")
-    assert shape
-    cpu = Machine(name="x", kind="cpu", rates={"auto": ("bfloat16", 858e9)}, source="")
-    one, many = (cpu.answering(shape, "auto", "generate", 100, 100, n) for n in (1, 640))
-    assert one > 100 * 2 * shape.parameters / BANDWIDTH["cpu"]
-    assert 20 * one < many < 100 * one and not cpu.answering(shape, "auto", "generate", 9, 9, 0)
-
-
-def test_every_device_names_its_source():
+    gpu = find_machine("h100", "bfloat16")
+    assert gpu.rates["bfloat16"] == ("bfloat16", 989e12) and gpu.memory == 80e9
+    assert "data sheet" in gpu.source
+    assert gpu.seconds(989e12, "bfloat16", "train") == 1 / machine.GPU_SHARE
     assert all(row["source"] and row["tflops"] > 0 for row in devices())
 
 
-def test_a_measurement_is_one_line_of_json(capsys):
-    machine.measure(["float32"], seconds=0.01)
-    facts = json.loads(capsys.readouterr().out)
-    assert facts["rates"]["float32"][1] == pytest.approx(1e11, rel=1e3)
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def tiny(request, tmp_path_factory):
+    """Return a tiny model and its shape."""
+    folder = make_tiny(tmp_path_factory.mktemp("m"), request.param, tied=request.param == "llama")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model, shape_from_config(AutoConfig.from_pretrained(folder).to_dict())
+
+
+def test_parameters_are_the_model_s(tiny):
+    model, shape = tiny
+    heads = shape.head * (1 if shape.tied else 2)
+    assert shape.body + heads == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj"), ("q_proj", "lm_head")])
+def test_adapter_parameters_are_peft_s(tmp_path, targets):
+    folder = make_tiny(tmp_path, tied=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    shape = shape_from_config(model.config.to_dict())
+    wrapped = inject(model, 4, 8, 0.0, targets, 0)
+    counted = sum(p.numel() for p in parameters(wrapped).values())
+    assert adapter_parameters(shape, 4, targets) == counted
+
+
+def test_flops_are_what_torch_counts(tiny):
+    model, shape = tiny
+    above = attention_flops(shape, 96)  # eager attention computes what the mask hides as well
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 96, dtype=torch.long))
+    assert answer_flops(shape, 0, 96) + above == pytest.approx(counter.get_total_flops(), rel=0.02)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    inputs = model.get_input_embeddings()(torch.zeros(1, 96, dtype=torch.long)).requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        model(inputs_embeds=inputs).logits.sum().backward()
+    expected = training_flops(shape, 0, 0, 96, checkpointing=False)
+    expected += (6 - 3.5) * above  # all of the square, and nothing made again
+    assert expected == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_cache_bytes_are_the_cache_s(tiny):
+    model, shape = tiny
+    cache = model(torch.zeros(1, 10, dtype=torch.long), use_cache=True).past_key_values
+    elements = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    assert cache_bytes(shape, 2) == 2 * elements / 10 and cache_bytes(shape, 4) == 4 * elements / 10
+
+
+def test_training_memory_knows_what_saves_it():
+    shape = shape_of("Qwen/Qwen2.5-1.5B-Instruct")
+    adapter = adapter_parameters(shape, 32, "all-linear")
+
+    def peak(tokens: int, checkpointing: bool, four_bit: bool = False, width: int = 2) -> float:
+        return training_bytes(shape, adapter, 32, tokens, checkpointing, four_bit, width)
+
+    assert peak(8192, True) < peak(8192, False) / 3
+    assert peak(8192, True, four_bit=True) < peak(8192, True) - 1.5e9
+    assert peak(8192, True) + 2 * shape.parameters < peak(8192, True, width=4)
+    assert peak(8192, True) > peak(1024, True) > 2 * shape.parameters + 16 * adapter

@@ -1,4 +1,4 @@
-"""The plan of a paid teacher and its pilot, through the command: what is sent, what is kept, what the ranges hold."""
+"""The plan of a paid teacher and its pilot: what is sent, what is stored, what it costs."""
 
 import json
 import os
@@ -14,8 +14,7 @@ from typing import Any
 from distill.cli import main
 from distill.config import EndpointTeacher, RecordedTeacher
 from distill.errors import Exit
-from distill.planning.cost import TeacherCost, teacher_cost
-from distill.planning.pilot import choose_requests
+from distill.planning.cost import TeacherCost, choose_requests, teacher_cost
 from distill.planning.work import count_work
 from distill.records import LedgerEntry, Message, digest
 from distill.responders.endpoint.budget import account

@@ -1,18 +1,21 @@
-"""The plan: the recorded runs within a factor of 1.5, what it shows, and no figure where nothing is known."""
+"""The plan: the recorded runs within a factor of 1.5, and no figure where nothing is known."""
 
 import json
+import re
 
 import pytest
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
 from distill.cli import main
 from distill.config import Config
 from distill.config_file import load_config
 from distill.errors import Exit
+from distill.models.registry import shape_of
 from distill.planning import plan as planning
 from distill.planning.cost import teacher_cost
 from distill.planning.machine import Machine, find_machine
-from distill.planning.plan import announce, make_plan, memory, plan_stages, show
+from distill.planning.plan import RunEstimate, announce, make_plan, show
 from distill.planning.work import count_work
 from distill.storage.run_folder import Run
 from tests.planning.test_work import ROOT, of_folder, shipped
@@ -21,7 +24,7 @@ from tests.support.tiny import make_tiny
 
 HERE = Machine(name="here", kind="cpu", rates={"auto": ("bfloat16", 858e9)}, source="recorded")
 RECORDED = ROOT / "eval/results/quickstart-scorecard.json"
-# Seconds of the quickstart's stages on two cores: with bfloat16, and with AVX2 alone, whose products reach 150 GFLOP/s.
+# Seconds of the quickstart's stages on two cores: with bfloat16, and with AVX2 at 150 GFLOP/s.
 STAGES = json.loads(RECORDED.read_text())["cost"]["distillation"]["stages"]
 WITH = {
     "bfloat16": (858e9, STAGES),
@@ -46,7 +49,8 @@ def test_the_recorded_quickstart_is_predicted_within_a_factor_of_one_and_a_half(
     machine = Machine(name="x", kind="cpu", rates={"auto": (dtype, rate)}, source="")
     run = quickstart()
     config, work = run.config, count_work(run)
-    rows = {r.stage: r for r in plan_stages(config, work, teacher_cost(config, work), machine)}
+    estimate = RunEstimate(config, work, teacher_cost(config, work), machine)
+    rows = {row.stage: row for row in estimate.stages()}
     assert list(rows) == [
         *("corpus", "prompts", "generate", "filter", "train", "evaluate", "report")
     ]
@@ -65,10 +69,24 @@ def test_shipped_configs_are_planned_from_real_texts(texts, name):
 def test_one_gpu_fits_its_gpu_and_what_does_not_fit_is_said(texts):
     config = load_config(ROOT / "configs/one-gpu.yaml", [f"corpus.path={texts}"])
     machine = find_machine(config.evaluation.machine, "bfloat16")
-    peaks = memory(config, count_work(Run(config)), machine)
+    peaks = dict(make_plan(Run(config), machine=machine).memory)
+    merge = peaks.pop("merge")  # of float32 weights, in main memory
+    assert merge > 4 * shape_of(config.student.model).parameters
     assert set(peaks) == {"generate", "train"} and max(peaks.values()) < 0.9 * 24e9
     assert "does not fit" not in shown(config, machine)
-    assert "does not fit" in shown(config, machine.model_copy(update={"memory": 8e9}))
+    for memory in ("memory", "main_memory"):
+        assert "does not fit" in shown(config, machine.model_copy(update={memory: 4e9}))
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("bfloat16", 2)])
+def test_the_merged_student_takes_the_disk_of_the_type_of_its_base(tmp_path, texts, dtype, width):
+    model = AutoModelForCausalLM.from_pretrained(make_tiny(tmp_path / "m"), dtype=dtype)
+    model.save_pretrained(tmp_path / "m")
+    disk = make_plan(of_folder(texts, f"student.model={tmp_path / 'm'}"), machine=HERE).disk
+    assert disk["merged"] == width * model.num_parameters()
+    assert disk["merged"] == pytest.approx(
+        (tmp_path / "m/model.safetensors").stat().st_size, rel=0.1
+    )
 
 
 def test_soft_labels_have_a_line_and_a_size():
@@ -131,20 +149,27 @@ def test_what_cannot_be_planned_says_so(capsys):
     assert capsys.readouterr().err.startswith("error: none: does not exist")
 
 
-def test_a_run_that_is_long_here_names_a_smaller_size(capsys, monkeypatch, tmp_path):
+def test_a_run_that_is_long_here_names_a_smaller_size(capsys, monkeypatch, tmp_path, texts):
     """The machine is a given one, so that the figures are."""
+
+    def announced(run: Run, rate: float) -> str:
+        machine = HERE.model_copy(update={"rates": {"auto": ("float32", rate)}})
+        monkeypatch.setattr(planning, "find_machine", lambda *_: machine)
+        announce(run)
+        return capsys.readouterr().err
+
     run = quickstart(f"runs={tmp_path}")
-    monkeypatch.setattr(planning, "find_machine", lambda *asked: HERE)
-    announce(run)
-    told = capsys.readouterr().err
-    assert "run: about 6 min on this machine (recorded): generate 2 min" in told
-    assert "smaller" not in told
-    slow = HERE.model_copy(update={"rates": {"auto": ("float32", 30e9)}})
-    monkeypatch.setattr(planning, "find_machine", lambda *asked: slow)
-    announce(run)
-    told = capsys.readouterr().err
-    assert "run: about 97 min" in told and "a smaller size takes 12 min: name=" in told
-    assert "name=quickstart-small prompts.train=24 prompts.validation=2 prompts.heldout=7" in told
+    said = announced(run, 400e9)
+    assert "run: about 7.9 min on this machine (recorded): generate 3 min" in said
+    assert "smaller" not in said
+    said = announced(run, 30e9)
+    small = "prompts.train=24 prompts.validation=2 prompts.heldout=7"
+    assert f"a smaller size takes 12 min: name=quickstart-small {small}\n" in said
+    smaller = quickstart(f"runs={tmp_path}", *small.split())
+    assert "run: about 12 min" in announced(smaller, 30e9)
+    assert "evaluation.suites=[] leaves out" in announced(run, 3e9)
+    asked = of_folder(texts, f"runs={tmp_path}", "prompts.questions={per_document: 3}")
+    assert re.search(r"prompts.heldout=\d+ corpus.limit=\d+\n", announced(asked, 30e9))
 
 
 def test_a_run_is_never_stopped_by_what_cannot_be_predicted(capsys, monkeypatch, tmp_path, texts):
