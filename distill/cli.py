@@ -391,9 +391,9 @@ def tables(
     ] = Path(),
 ) -> None:
     """Write the scorecards anew that README.md and docs/*.md show between their comments."""
-    from distill.report.readme import write
+    from distill.report.render import write_pages
 
-    write(folder)
+    write_pages(folder)
 
 
 @app.command(rich_help_panel=KEEP)

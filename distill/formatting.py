@@ -1,23 +1,33 @@
-"""How figures and tables are written for people, on a terminal, in Markdown, in HTML and on the card.
+"""How figures and tables are written for people, on a terminal, in Markdown and in HTML.
 
-One way for each: a true minus, a unit, an interval in brackets, and a dash for what is unknown. What a difference
-allows to claim is decided elsewhere (`distill.evaluation.claims`).
+One way for each: a true minus, a unit, an interval in brackets, and a dash for what is unknown.
+What a difference allows to claim is decided elsewhere (`distill.evaluation.claims`).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import html
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Decimal
 from typing import Any
 
 from pydantic import BaseModel
 from rich.table import Table
 
+Number = Decimal | float
 UNKNOWN = "–"
 MINUS = "−"
 HARD = "\u00a0"  # a space that no line breaks at
+UNDECIDED = "(undecided)"  # in place of an interval that says more than is decided
+INTERVAL = r"\[[\d\s.,+$%−–]*\](?![(\[:])"  # brackets around figures are no link
+# What Markdown or HTML would take for markup; `_` only at the border of a word.
+MARKUP = re.compile(
+    rf"(?P<figures>{INTERVAL})|(?P<html>[<>]|&(?=#?\w+;))"
+    r"|^[-+=#]+(?=\s|$)|[\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_])"
+)
 
 
 def table(title: str, *columns: str) -> Table:
-    """Return an empty table for the terminal; a column whose name begins with `>` is set flush right."""
+    """Return an empty table for the terminal; a column named `>…` is set flush right."""
     empty = Table(title=title, title_justify="left")
     for name in columns:
         empty.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left")
@@ -25,8 +35,8 @@ def table(title: str, *columns: str) -> Table:
 
 
 def markdown_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """Write a Markdown table whose columns line up as plain text; the first is left-aligned."""
-    rows = [[" ".join(c.replace("|", "\\|").split()) for c in row] for row in [head, *body]]
+    """Write a Markdown table whose columns line up as plain text; cells hold no markup."""
+    rows = [[escape_markdown(cell).replace(HARD, " ") for cell in row] for row in [head, *body]]
     widths = [max(3, *(len(row[k]) for row in rows)) for k in range(len(head))]
     rules = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = [
@@ -36,8 +46,32 @@ def markdown_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rules, *lines[1:]])
 
 
+def one_line(value: object) -> str:
+    """Return text as one line without control, invisible or repeated space characters."""
+    text = "".join(c if c.isprintable() or c == HARD else " " for c in str(value))
+    return re.sub(" +", " ", text).strip()
+
+
+def escape_markdown(value: object) -> str:
+    """Return text as one line in which no markup of its own survives, in Markdown or in HTML."""
+
+    def escaped(match: re.Match[str]) -> str:
+        if match["html"]:
+            return html.escape(match[0])
+        return match[0] if match["figures"] else f"\\{match[0]}"
+
+    return MARKUP.sub(escaped, one_line(value))
+
+
+def verbatim(value: object) -> str:
+    """Return text for Markdown as it is, with its lines, where no markup of its own survives."""
+    text = "".join(c if c.isprintable() or c == "\n" else " " for c in str(value))
+    safe = re.sub(r"[`*_\[\]~]", lambda c: f"&#{ord(c[0])};", html.escape(text, quote=False))
+    return "<pre>\n" + "\n".join(f"  {line}" for line in safe.split("\n")) + "\n</pre>"
+
+
 def plain_numbers(tree: Any) -> Any:
-    """Return a tree for JSON: Decimals and fractions as numbers of six significant digits; more would be noise."""
+    """Return a tree for JSON: fractions as numbers of six significant digits; more is noise."""
     if isinstance(tree, BaseModel):
         tree = tree.model_dump(exclude_unset=True, by_alias=True)
     if isinstance(tree, Mapping):
@@ -49,7 +83,7 @@ def plain_numbers(tree: Any) -> Any:
     return float(f"{float(tree):.6g}")
 
 
-def figure(value: Decimal | float | None, digits: int = 2) -> str:
+def figure(value: Number | None, digits: int = 2) -> str:
     """Write a number with a true minus sign."""
     return UNKNOWN if value is None else f"{value:,.{digits}f}".replace("-", MINUS)
 
@@ -65,7 +99,7 @@ def count(value: float | None) -> str:
     return figure(value, 0)
 
 
-def share(value: Decimal | float | None, digits: int = 0) -> str:
+def share(value: Number | None, digits: int = 0) -> str:
     """Write a share as a percentage."""
     return UNKNOWN if value is None else f"{figure(100 * float(value), digits)}{HARD}%"
 
@@ -76,15 +110,32 @@ def p_value(p: float | None) -> str:
 
 
 def score(value: float | None, metric: str) -> str:
-    """Write a score in the unit of its metric: chrF and nats as they are, all else as a percentage."""
+    """Write a score in the unit of its metric: chrF, nats, else a percentage."""
     if metric.startswith("loss"):
         return figure(value, 3)
     return figure(value, 1) if metric == "chrF" else share(value)
 
 
-def between(low: str, high: str) -> str:
-    """Write an interval, which no line breaks within."""
-    return f"[{low},{HARD}{high}]"
+def estimate(
+    value: Number | None,
+    low: Number | None,
+    high: Number | None,
+    form: Callable[[Any], str],
+    unit: str = "",
+    undecided: bool = False,
+) -> str:
+    """Write a figure with its interval, or with `(undecided)` where the interval would claim more.
+
+    That is where a difference is `undecided` although its interval excludes 0.
+    """
+    if value is None:
+        return UNKNOWN
+    text = form(value) + unit
+    if low is None or high is None:
+        return f"{text} {UNDECIDED}" if undecided else text
+    if undecided and not low <= 0 <= high:
+        return f"{text} {UNDECIDED}"
+    return f"{text} [{form(low)},{HARD}{form(high)}]"
 
 
 def plain(name: str) -> str:
@@ -112,8 +163,8 @@ def size(value: float) -> str:
     return f"{value:.0f} B"
 
 
-def money(value: Decimal | float | None, up: bool = False) -> str:
-    """Write dollars to the cent, and to two digits below ten cents; a cost estimate is rounded `up`."""
+def money(value: Number | None, up: bool = False) -> str:
+    """Write dollars to the cent, below ten cents to two digits; a cost estimate is rounded `up`."""
     if value is None:
         return UNKNOWN
     amount = abs(value if isinstance(value, Decimal) else Decimal(repr(value)))

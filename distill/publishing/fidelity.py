@@ -41,7 +41,7 @@ class Fidelity(Record):
     def line(self) -> str:
         """Return the comparison as one line for a reader."""
         return (
-            f"merged against adapter, {self.prompts} prompts, {self.tokens} tokens: "
+            f"{self.prompts} prompts, {self.tokens} tokens: "
             f"largest logit difference {self.largest_logit_difference:.3g}, "
             f"mean KL {self.mean_kl:.2g} nats a token, "
             f"greedy agreement {self.greedy_agreement:.1%}"

@@ -216,7 +216,7 @@ def compared(config: Config, run: Run, merged: Path, evaluated: ModelFacts) -> F
     gc.collect()
     model = loading.load_model(f"{merged.resolve()}", dtype, None, False, flags[1])
     fidelity = compare_models(before, answer_logits(model, rows))
-    say(fidelity.line())
+    say(f"merged model against adapter: {fidelity.line()}")
     return fidelity
 
 

@@ -1,52 +1,35 @@
-"""The plots of the report as inline SVG: no script, no font, no file, and colours from the page's own variables.
+"""The plots of the report as inline SVG: no script, font or file; colours are the page's variables.
 
-Every text that goes in is escaped. A plot is drawn for a given width in pixels and is not scaled, so that its text
-stays as large as the page's; the page shows the one that fits.
+Every text that goes in is escaped. A plot is drawn for a given width in pixels and is not scaled,
+so that its text stays as large as the page's; the page shows the one that fits.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 LEFT, RIGHT, TOP, BOTTOM = 48, 18, 30, 44
 LETTER = 8.5  # pixels of a letter of a name, about
 EMPTY = Markup("")
+Series = Sequence[tuple[float, float]]
 
 
-class Point(NamedTuple):
-    """A model in the plane of cost and quality; `low` and `high` bound its quality where that is known."""
-
-    name: str
-    x: float
-    y: float
-    low: float | None
-    high: float | None
-
-
-class Span(NamedTuple):
-    """An amount with its interval, where that is known."""
+class Mark(NamedTuple):
+    """A named value with its interval, where that is known."""
 
     name: str
     value: float
     low: float | None
     high: float | None
 
-
-class Box(NamedTuple):
-    """Where a name stands: from left to right, on a line; in pixels."""
-
-    left: float
-    right: float
-    line: float
-
-    def meets(self, others: "Sequence[Box]") -> bool:
-        """Tell whether it would overlap one of the others."""
-        return any(
-            self.left < o.right and o.left < self.right and abs(self.line - o.line) < 17
-            for o in others
-        )
+    def line(self) -> str:
+        """Return the value and its interval for those who do not see the plot."""
+        text = f"{self.value:.3g}"
+        if self.low is None or self.high is None:
+            return text
+        return f"{text} ({self.low:.3g} to {self.high:.3g})"
 
 
 class Frame(NamedTuple):
@@ -58,17 +41,44 @@ class Frame(NamedTuple):
     x_high: float
     y_low: float
     y_high: float
-    left: int = LEFT
+    margin: int = LEFT
 
     def x(self, value: float) -> float:
         """Return the pixel of an x value."""
         part = (value - self.x_low) / (self.x_high - self.x_low)
-        return round(self.left + part * (self.width - self.left - RIGHT), 1)
+        return round(self.margin + part * (self.width - self.margin - RIGHT), 1)
 
     def y(self, value: float) -> float:
         """Return the pixel of a y value."""
         part = (value - self.y_low) / (self.y_high - self.y_low)
         return round(self.height - BOTTOM - part * (self.height - TOP - BOTTOM), 1)
+
+    def svg(self, parts: Iterable[Markup], label: str) -> Markup:
+        """Return the drawing; `label` says what it shows to those who do not see it."""
+        return Markup(
+            '<svg class="plot" width="{0}" height="{1}" viewBox="0 0 {0} {1}" role="img"'
+            ' aria-label="{2}">{3}</svg>'
+        ).format(self.width, self.height, label, EMPTY.join(parts))
+
+    def x_axis(self, label: str, form: str) -> list[Markup]:
+        """Draw the floor with its ticks and their values, and the label below."""
+        floor = self.height - BOTTOM
+        parts = [_line(self.margin, floor, self.width - RIGHT, floor, "axis")]
+        for value in ticks(self.x_low, self.x_high, max(2, self.width // 110)):
+            text = form.format(abs(value))
+            text = f"−{text}" if value < 0 else text
+            parts.append(_text(self.x(value), floor + 18, text, "tick mid"))
+        middle = (self.margin + self.width - RIGHT) / 2
+        return [*parts, _text(middle, self.height - 6, label, "label mid")]
+
+    def grid(self, label: str, form: str = "{:g}") -> list[Markup]:
+        """Draw the lines of the y values, and the label above."""
+        parts = [_text(4, 12, label, "label")]
+        for value in ticks(self.y_low, self.y_high, 4):
+            y = self.y(value)
+            parts.append(_line(LEFT, y, self.width - RIGHT, y, "grid"))
+            parts.append(_text(LEFT - 8, y + 4, form.format(value), "tick end"))
+        return parts
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -80,130 +90,48 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(k * step, 12) for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def axes(
-    frame: Frame, x_label: str, y_label: str, x_form: str = "{:g}", y_form: str = "{:g}"
-) -> Markup:
-    """Draw the grid, the ticks with their values, and both labels."""
-    parts = []
-    for value in ticks(frame.y_low, frame.y_high, 4):
-        y = frame.y(value)
-        parts.append(_line(LEFT, y, frame.width - RIGHT, y, "grid"))
-        parts.append(_text(LEFT - 8, y + 4, y_form.format(value), "tick end"))
-    for value in ticks(frame.x_low, frame.x_high, max(2, frame.width // 110)):
-        parts.append(
-            _text(frame.x(value), frame.height - BOTTOM + 18, x_form.format(value), "tick mid")
-        )
-    floor = frame.height - BOTTOM
-    parts.append(_line(LEFT, floor, frame.width - RIGHT, floor, "axis"))
-    middle = (LEFT + frame.width - RIGHT) / 2
-    parts.append(_text(middle, frame.height - 6, x_label, "label mid"))
-    parts.append(_text(4, 12, y_label, "label"))
-    return Markup("").join(parts)
-
-
 def quality_against_cost(
-    points: Sequence[Point], width: int, x_label: str, y_label: str, x_form: str
+    points: Sequence[tuple[float, Mark]], width: int, x_label: str, y_label: str, x_form: str
 ) -> Markup:
     """Draw each model at its cost and quality, with the interval of its quality."""
     if not points:
         return EMPTY
-    highest = max(p.high or p.y for p in points)
+    highest = max(mark.high or mark.value for _, mark in points)
     top = 100.0 if highest > 50 else min(100.0, highest * 1.3 + 1)
-    frame = Frame(width, 320, 0.0, max(p.x for p in points) * 1.15 or 1.0, 0.0, top)
-    parts = [axes(frame, x_label, y_label, x_form)]
-    taken: list[Box] = []
-    for point in points:
-        x, y = frame.x(point.x), frame.y(point.y)
-        if point.low is not None and point.high is not None:
-            parts += _whisker(x, frame.y(point.low), x, frame.y(point.high), point.name)
-        parts.append(mark(point.name, x, y))
-        parts.append(_name(point.name, x, y, frame, taken))
-    told = "; ".join(_told(p, f"{p.name} at {x_form.format(p.x)}:") for p in points)
-    return _svg(frame, parts, f"Quality against cost. {y_label} by {x_label}: {told}")
+    frame = Frame(width, 320, 0.0, max(x for x, _ in points) * 1.15 or 1.0, 0.0, top)
+    parts = [*frame.grid(y_label), *frame.x_axis(x_label, x_form)]
+    occupied: list[tuple[float, float, float]] = []
+    for cost, mark in points:
+        x, y = frame.x(cost), frame.y(mark.value)
+        if mark.low is not None and mark.high is not None:
+            parts += _whisker(x, frame.y(mark.low), x, frame.y(mark.high), mark.name)
+        parts += [_dot(mark.name, x, y), _name(mark.name, x, y, width, occupied)]
+    values = "; ".join(f"{m.name} at {x_form.format(x)}: {m.line()}" for x, m in points)
+    return frame.svg(parts, f"Quality against cost. {y_label} by {x_label}: {values}")
 
 
-def spans(found: Sequence[Span], width: int, x_label: str, main: str) -> Markup:
-    """Draw amounts with their intervals one below the other, and the line of 0; `main` is drawn filled."""
-    if not found:
+def spans(marks: Sequence[Mark], width: int, x_label: str, main: str) -> Markup:
+    """Draw amounts with intervals one below the other, and the line of 0; `main` is filled."""
+    if not marks:
         return EMPTY
-    ends = [0.0, *(end for s in found for end in (s.value, s.low, s.high) if end is not None)]
+    ends = [0.0, *(end for mark in marks for end in mark[1:] if end is not None)]
     room = 0.06 * (max(ends) - min(ends)) or 1.0
-    frame = Frame(
-        width, 56 * len(found) + BOTTOM + 12, min(ends) - room, max(ends) + room, 0.0, 1.0, 20
-    )
-    floor = frame.height - BOTTOM
-    parts = [_line(frame.x(0.0), 4, frame.x(0.0), floor, "axis zero")]
-    for value in ticks(frame.x_low, frame.x_high, max(2, width // 110)):
-        parts.append(_text(frame.x(value), floor + 18, dollars(value), "tick mid"))
-    parts.append(_line(frame.left, floor, width - RIGHT, floor, "axis"))
-    parts.append(_text(width / 2, frame.height - 6, x_label, "label mid"))
-    for k, span in enumerate(found):
-        x, y = frame.x(span.value), 56.0 * k + 44
-        parts.append(_text(frame.left, y - 22, span.name, "name" if span.name == main else "label"))
-        if span.low is not None and span.high is not None:
-            parts += _whisker(frame.x(span.low), y, frame.x(span.high), y, "student")
-        hollow = "" if span.name == main else " hollow"
-        parts.append(
-            Markup('<circle class="dot student{}" cx="{}" cy="{}" r="7"/>').format(hollow, x, y)
-        )
-    told = "; ".join(
-        f"{s.name} {_told(Point(s.name, 0, s.value, s.low, s.high), '')}" for s in found
-    )
-    return _svg(frame, parts, f"{x_label}: {told}")
+    height = 56 * len(marks) + BOTTOM + 12
+    frame = Frame(width, height, min(ends) - room, max(ends) + room, 0.0, 1.0, 20)
+    zero = frame.x(0.0)
+    parts = [_line(zero, 4, zero, height - BOTTOM, "axis zero"), *frame.x_axis(x_label, "${:g}")]
+    for k, mark in enumerate(marks):
+        x, y, chosen = frame.x(mark.value), 56.0 * k + 44, mark.name == main
+        parts.append(_text(frame.margin, y - 22, mark.name, "name" if chosen else "label"))
+        if mark.low is not None and mark.high is not None:
+            parts += _whisker(frame.x(mark.low), y, frame.x(mark.high), y, "student")
+        parts.append(_disc(x, y, 7, "" if chosen else " hollow"))
+    values = "; ".join(f"{mark.name} {mark.line()}" for mark in marks)
+    return frame.svg(parts, f"{x_label}: {values}")
 
 
-def dollars(value: float) -> str:
-    """Return a tick's dollars, the sign before them."""
-    return f"−${-value:g}" if value < 0 else f"${value:g}"
-
-
-def mark(model: str, x: float, y: float) -> Markup:
-    """Draw a model's mark: the student a disc, the teacher a square, the base a diamond."""
-    if model == "student":
-        return Markup('<circle class="dot student" cx="{}" cy="{}" r="7"/>').format(x, y)
-    turn = Markup(' transform="rotate(45 {} {})"').format(x, y) if model == "base" else ""
-    return Markup('<rect class="dot {}" x="{}" y="{}" width="12" height="12"{}/>').format(
-        model, round(x - 6, 1), round(y - 6, 1), turn
-    )
-
-
-def _name(name: str, x: float, y: float, frame: Frame, taken: list[Box]) -> Markup:
-    """Write a point's name beside it: on the side where no other name stands, else lower. It is then `taken`."""
-    long = LETTER * len(name)
-    sides = [Box(x + 14, x + 14 + long, y + 5), Box(x - 14 - long, x - 14, y + 5)]
-    inside = [b for b in sides if b.left > LEFT and b.right < frame.width] or sides
-    box = next((b for b in inside if not b.meets(taken)), inside[0])
-    while box.meets(taken):
-        box = box._replace(line=box.line + 4)
-    taken.append(box)
-    left = box.left < x
-    return _text(box.right if left else box.left, box.line, name, "name end" if left else "name")
-
-
-def _whisker(x1: float, y1: float, x2: float, y2: float, kind: str) -> list[Markup]:
-    """Draw an interval with a bar at each end, upright or lying."""
-    across, along = (5, 0) if x1 == x2 else (0, 5)
-    bars = [
-        _line(x - across, y - along, x + across, y + along, f"whisker {kind}")
-        for x, y in ((x1, y1), (x2, y2))
-    ]
-    return [_line(x1, y1, x2, y2, f"whisker {kind}"), *bars]
-
-
-def _told(point: Point, before: str) -> str:
-    between = (
-        "" if point.low is None or point.high is None else f" ({point.low:.3g} to {point.high:.3g})"
-    )
-    return f"{before} {point.y:.3g}{between}".strip()
-
-
-def training_curve(
-    train: Sequence[tuple[float, float]],
-    validation: Sequence[tuple[float, float]],
-    best: float | None,
-    width: int,
-) -> Markup:
-    """Draw the training loss by step, its running mean, and the validation loss with the best step marked."""
+def training_curve(train: Series, validation: Series, best: float | None, width: int) -> Markup:
+    """Draw the training loss, its running mean, and the validation loss, its best step filled."""
     if len(train) < 2:
         return EMPTY
     smooth = running_mean(train)
@@ -211,26 +139,22 @@ def training_curve(
     spread = max(values) - min(values) or 1.0
     low, high = max(0.0, min(values) - 0.08 * spread), max(values) + 0.05 * spread
     frame = Frame(width, 300, 0.0, max(x for x, _ in (*train, *validation)), low, high)
-    parts = [axes(frame, "step", "loss, nats a token", "{:,.0f}", "{:.2g}")]
-    parts += [_path(frame, train, "raw"), _path(frame, smooth, "line base")]
-    parts.append(_path(frame, validation, "line student"))
+    parts = [*frame.grid("loss, nats a token", "{:.2g}"), *frame.x_axis("step", "{:,.0f}")]
+    for series, kind in ((train, "raw"), (smooth, "line base"), (validation, "line student")):
+        if len(series) > 1:
+            path = " ".join(f"{frame.x(x)},{frame.y(y)}" for x, y in series)
+            parts.append(Markup('<polyline class="{}" points="{}"/>').format(kind, path))
     for x, y in validation:
-        kind = "dot student" if x == best else "dot student hollow"
-        parts.append(
-            Markup('<circle class="{}" cx="{}" cy="{}" r="4.5"/>').format(
-                kind, frame.x(x), frame.y(y)
-            )
-        )
-    told = f"Training loss from {train[0][1]:.3g} to {smooth[-1][1]:.3g}"
+        parts.append(_disc(frame.x(x), frame.y(y), 4.5, "" if x == best else " hollow"))
+    label = f"Training loss from {train[0][1]:.3g} to {smooth[-1][1]:.3g}"
     if validation:
         losses = [y for _, y in validation]
-        told += (
-            f", validation loss from {losses[0]:.3g} to {losses[-1]:.3g}, least {min(losses):.3g}"
-        )
-    return _svg(frame, parts, f"{told}, in nats a token, by step")
+        label += f", validation loss from {losses[0]:.3g} to {losses[-1]:.3g}"
+        label += f", least {min(losses):.3g}"
+    return frame.svg(parts, f"{label}, in nats a token, by step")
 
 
-def running_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def running_mean(points: Series) -> list[tuple[float, float]]:
     """Smooth a series by the mean of the twentieth of it that surrounds each point."""
     reach = max(1, len(points) // 40)
     smooth = []
@@ -240,11 +164,49 @@ def running_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
     return smooth
 
 
-def _svg(frame: Frame, parts: Sequence[Markup], told: str) -> Markup:
-    """Return the drawing; `told` says what it shows to those who do not see it."""
-    return Markup(
-        '<svg class="plot" width="{0}" height="{1}" viewBox="0 0 {0} {1}" role="img" aria-label="{2}">{3}</svg>'
-    ).format(frame.width, frame.height, told, Markup("").join(parts))
+def _dot(model: str, x: float, y: float) -> Markup:
+    """Draw a model's mark: the student a disc, the teacher a square, the base a diamond."""
+    if model == "student":
+        return _disc(x, y, 7)
+    turn = Markup(' transform="rotate(45 {} {})"').format(x, y) if model == "base" else ""
+    return Markup('<rect class="dot {}" x="{}" y="{}" width="12" height="12"{}/>').format(
+        model, round(x - 6, 1), round(y - 6, 1), turn
+    )
+
+
+def _disc(x: float, y: float, radius: float, hollow: str = "") -> Markup:
+    return Markup('<circle class="dot student{}" cx="{}" cy="{}" r="{}"/>').format(
+        hollow, x, y, radius
+    )
+
+
+def _name(
+    name: str, x: float, y: float, width: int, occupied: list[tuple[float, float, float]]
+) -> Markup:
+    """Write a point's name beside it, on a side or a line where no other name stands.
+
+    A place is left, right and line in pixels; `occupied` are those of other names, and this one's.
+    """
+
+    def meets(place: tuple[float, float, float]) -> bool:
+        left, right, line = place
+        return any(left < r and le < right and abs(line - ln) < 17 for le, r, ln in occupied)
+
+    length = LETTER * len(name)
+    sides = [(x + 14, x + 14 + length, y + 5), (x - 14 - length, x - 14, y + 5)]
+    inside = [side for side in sides if side[0] > LEFT and side[1] < width] or sides
+    left, right, line = next((side for side in inside if not meets(side)), inside[0])
+    while meets((left, right, line)):
+        line += 4
+    occupied.append((left, right, line))
+    return _text(right, line, name, "name end") if left < x else _text(left, line, name, "name")
+
+
+def _whisker(x1: float, y1: float, x2: float, y2: float, kind: str) -> list[Markup]:
+    """Draw an interval with a bar at each end, upright or lying."""
+    across, along = (5, 0) if x1 == x2 else (0, 5)
+    bars = [(x - across, y - along, x + across, y + along) for x, y in ((x1, y1), (x2, y2))]
+    return [_line(*line, f"whisker {kind}") for line in ((x1, y1, x2, y2), *bars)]
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
@@ -252,11 +214,4 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
 
 
 def _text(x: float, y: float, text: str, kind: str) -> Markup:
-    return Markup('<text class="{}" x="{}" y="{}">{}</text>').format(kind, x, y, escape(text))
-
-
-def _path(frame: Frame, points: Sequence[tuple[float, float]], kind: str) -> Markup:
-    if len(points) < 2:
-        return EMPTY
-    joined = " ".join(f"{frame.x(x)},{frame.y(y)}" for x, y in points)
-    return Markup('<polyline class="{}" points="{}"/>').format(kind, joined)
+    return Markup('<text class="{}" x="{}" y="{}">{}</text>').format(kind, x, y, text)

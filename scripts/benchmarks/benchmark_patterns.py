@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
+from distill import formatting
 from distill.config_file import check_values
 from distill.corpus import (
     clean,
@@ -40,7 +41,7 @@ from distill.evaluation import failures, judge
 from distill.evaluation.scorers import agrees
 from distill.generation import filters
 from distill.models.chat_template import neutralise
-from distill.publishing import card, secret_scan
+from distill.publishing import secret_scan
 from distill.records import Document, Item, Message, Prompt, Response
 from distill.responders.endpoint import wire
 from distill.storage.files import write_json
@@ -299,8 +300,8 @@ READERS: dict[str, Reader] = {
     ),
     "evaluation.judge.read_choice": judge.read_choice,
     "evaluation.failures.cut": failures.cut,
-    "publishing.card.cell": card.cell,
-    "publishing.card.verbatim": card.verbatim,
+    "formatting.escape_markdown": formatting.escape_markdown,
+    "formatting.verbatim": formatting.verbatim,
     "publishing.secret_scan": lambda text: list(secret_scan.findings(text, {}, generic=True)),
     "models.chat_template.neutralise": lambda text: neutralise(text, LLAMA),
     "config_file.check_values": refusable(lambda text: check_values({"a": text}, "f", {})),

@@ -145,7 +145,7 @@ def test_the_card_reads_back_whole(run):
     data = card.data.to_dict()
     assert data["base_model"] == BASE and data["license"] == "apache-2.0"
     assert data["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.7
-    assert "0.75 [0.6, 0.9]" in card.text and "Qwen/Qwen2.5-Coder-0.5B-Instruct" in card.text
+    assert "| 75 % [60 %, 90 %] |" in card.text and "Qwen/Qwen2.5-Coder-0.5B-Instruct" in card.text
     assert str(card) == (release / "README.md").read_text()
 
 

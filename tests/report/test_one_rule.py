@@ -13,10 +13,11 @@ from distill.evaluation.scorecard import Economics, Scorecard
 from distill.evaluation.statistics import Certainty
 from distill.publishing.gate import evidence
 from distill.records import Item, Message, Prompt, Response, Usage
-from distill.report import headline, tables
-from distill.report.statement import in_short, saving_rows, statement
+from distill.report import tables
+from distill.report.render import environment
 from tests.economics.test_savings import ASSUMED, reckon
 
+SAY = environment(markdown=False).globals["say"]
 RIGHT = {"teacher": (4, 4, 4, 4), "base": (0, 0, 0, 0), "student": (3, 3, 3, 2)}  # of each document
 
 
@@ -63,19 +64,17 @@ def test_the_case_is_the_one_that_misled() -> None:
 @pytest.mark.parametrize("documents", [4, 24])
 def test_the_sentence_and_the_table_say_the_same(documents: int) -> None:
     overall = row(documents)
-    sentence, cells = (
-        headline.quality(Scorecard(overall=overall)),
-        tables.quality_row("sums", overall),
-    )
+    sentence = SAY["quality"](Scorecard(overall=overall))
+    cells = tables.quality_row("sums", overall)
     if documents == 4:
         assert "training helped" not in sentence.replace("whether training helped is undecided", "")
         assert "16 items of 4 documents are too few" in sentence
-        assert "interval +" not in sentence, "no interval that claims more than the sentence"
+        assert "[+" not in sentence, "no interval that claims more than the sentence"
         assert cells[-2] == "+68.8 (undecided)" and cells[-3].endswith("(undecided)")
         claim = overall.student_minus_base.non_inferiority
         assert claim and claim.verdict == "undecided"
     else:
-        assert "; training helped." in sentence and "interval +" in sentence
+        assert "; training helped." in sentence and "points [+" in sentence
         assert "[+" in cells[-2]
 
 
@@ -87,12 +86,12 @@ def test_no_gap_is_given_where_it_is_undecided_that_there_is_one() -> None:
 
 def test_few_documents_save_nothing_for_sure_and_are_never_paid_back() -> None:
     few, many = savings(4), savings(24)
-    assert "saves $" in in_short(many, 0.95) and "paid back after" in in_short(many, 0.95)
-    said = " ".join([in_short(few, 0.95), *statement(few, 0.95)])
-    assert "saves $" not in said and "4 documents are too few" in said
-    assert "No break-even is stated" in said and "a month" not in said.partition("Rented")[0]
-    assert all(r[3] == "–" for r in saving_rows(few)[1])
-    assert all("[" not in r[1] or "[−" in r[1] for r in saving_rows(few)[1])
+    assert "saves $" in SAY["in_short"](many) and "pay it back" in SAY["in_short"](many)
+    text = SAY["in_short"](few) + SAY["saving_at_length"](few)
+    assert "saves $" not in text and "4 documents are too few" in text
+    assert "No break-even is stated" in text and "a month" not in text
+    rows = tables.saving_rows(few)[1]
+    assert all(row[3] == "–" and ("[" not in row[1] or "[−" in row[1]) for row in rows)
 
 
 def test_the_gate_says_that_a_student_measured_worse_but_undecided() -> None:

@@ -8,30 +8,30 @@ import pytest
 from distill.economics.costs import Tariff
 from distill.economics.savings import NEEDS_ANSWER, Assumptions, economics
 from distill.evaluation.measurements import Difference
-from distill.evaluation.scorecard import Costs, TeacherPrice
-from distill.formatting import money
-from distill.report.statement import (
-    saving_rows,
-    sensitivity_rows,
-    statement,
-    whole_requests,
-)
-from distill.report.tables import token_rows
+from distill.evaluation.scorecard import Costs, Economics, TeacherPrice
+from distill.report.render import environment
+from distill.report.tables import saving_rows, sensitivity_rows, token_rows, whole_requests
 from tests.economics.test_savings import ASSUMED, CERTAINTY, MACHINE, SIXTEEN, asked, reckon
 
 
+def worded(economics: Economics) -> str:
+    sentences = environment(markdown=True).globals["savings"](economics)
+    return "\n".join(sentences).replace("\u00a0", " ")
+
+
 def said(requests: Any, assumed: Assumptions = ASSUMED) -> str:
-    found = reckon(requests, assumed)
-    return "\n".join(statement(found, 0.95)).replace("\u00a0", " ")
+    return worded(reckon(requests, assumed))
 
 
 def test_the_statement_says_share_surplus_break_even_and_assumptions() -> None:
     text = said(SIXTEEN)
-    assert "can take 80 % of 20 held-out requests (95 % interval" in text and "valid json" in text
-    assert "saves $0.70 per 1,000 requests, of $1.00 at x's list price (95 % interval $0." in text
+    assert "can take 80 % [60 %, 95 %] of 20 held-out" in text and "valid json" in text
+    assert "saves $0.70 per 1,000 requests [$0." in text and "], of $1.00 at x's list price" in text
     assert "10,000 requests a month save $7.00 [" in text
     assert "cost $3.20 of machine time and tokens" in text
-    assert "after 4,572 requests (" in text and "13.7" not in text, "days are said in hours"
+    assert "\n4,572 requests [" in text.replace(". ", ".\n") and "13.7" not in text, (
+        "days are said in hours"
+    )
     assert "a machine that works 50 % of its paid time" in text
     assert "1 machine would cost $259.20 a month and work 0.2 % of the time" in text
     assert "hypothetical" not in text
@@ -42,9 +42,9 @@ def test_a_price_of_another_model_is_called_hypothetical() -> None:
     found = economics(
         SIXTEEN, ASSUMED, quality=Difference(), compared_with=named, certainty=CERTAINTY
     )
-    text = "\n".join(statement(found, 0.95))
-    assert "This is hypothetical" in text and "are not giant's" in text
-    assert "$2.00 of it what the teacher's answers would have cost" in text
+    text = worded(found)
+    assert "This is hypothetical" in text and "a model that is not giant" in text
+    assert "$2.00 of it is what the teacher's answers would have cost" in text
 
 
 def test_what_costs_more_is_said_to_cost_more() -> None:
@@ -76,11 +76,11 @@ def test_replacing_all_says_what_it_does_to_quality() -> None:
     named = TeacherPrice(name="x")
     untested = asked([None] * 20, test=None, when_served=False)
     for quality, words in (
-        ({"mean": -0.05, "low": -0.1, "high": 0.0}, "−5.0 percentage points"),
+        ({"mean": -0.05, "low": -0.1, "high": 0.0}, "−5.0 points"),
         ({"mean": None, "reason": "no checker"}, "not known (no checker)"),
     ):
         found = economics(untested, ASSUMED, CERTAINTY, named, Difference(**quality))
-        text = "\n".join(statement(found, 0.95))
+        text = worded(found)
         assert "good or not" in text and words in text
 
 
@@ -109,6 +109,5 @@ def test_tables_have_a_row_for_each_way_and_case() -> None:
     assert [len(row) for row in rows] == [len(head)] * 3 and set(rows[0][1:]) == {"–"}
 
 
-def test_money_and_counts_are_written_as_people_do() -> None:
-    assert [money(v) for v in (None, 0.7, -0.0042, 0.0)] == ["–", "$0.70", "−$0.0042", "$0.00"]
+def test_requests_are_rounded_up() -> None:
     assert (whole_requests(4571.43), whole_requests(12.0)) == ("4,572", "12")

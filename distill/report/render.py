@@ -1,0 +1,159 @@
+"""The templates, and what they make as Markdown: scorecard.md, and its parts in README and docs.
+
+Python computes, the templates of `templates/` word. Whatever a template writes is escaped for its
+medium, so text of a model, a corpus or a config cannot forge structure. README.md and docs/*.md
+show parts of scorecards between comments that name file and parts; `distill tables` writes them:
+
+    <!-- scorecard: eval/results/quickstart-scorecard.json answer quality cost -->
+    <!-- end of scorecard -->
+"""
+
+import json
+import re
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2.runtime import Macro
+from markupsafe import Markup
+
+from distill import formatting
+from distill.errors import DistillError, Exit
+from distill.evaluation import lm_eval
+from distill.evaluation.claims import Conclusion, conclude
+from distill.evaluation.measurements import DuelRow
+from distill.evaluation.scorecard import Costs, Scorecard
+from distill.report import tables
+from distill.storage.files import read_json, write_atomic
+
+FIGURES = ("count", "duration", "estimate", "figure", "money", "plain", "share")
+CELLS = (
+    *("change", "difference_cell", "funnel_steps", "rate", "span", "whole_requests"),
+    "within",
+)
+SAVINGS = (
+    *("substitution", "saving_at_length", "no_cascade", "break_even_at_length"),
+    *("hypothetical", "machine"),
+)
+PARAGRAPHS = re.compile(r"\n{3,}")
+BLOCK = re.compile(
+    r"(?P<head><!-- scorecard: (?P<path>\S+)(?P<names>(?: \w+)+) -->\n)"
+    r".*?(?P<end><!-- end of scorecard -->)",
+    re.S,
+)
+
+
+@cache
+def environment(markdown: bool) -> Environment:
+    """Return the templates for Markdown or HTML, with the sentences that both share as `say`."""
+
+    def text(value: object) -> object:
+        """Write what is unknown as a dash; escape for Markdown (HTML is escaped by jinja)."""
+        value = formatting.UNKNOWN if value is None else value
+        if not markdown or isinstance(value, Markup):
+            return value
+        return Markup(formatting.escape_markdown(value))
+
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=text,
+    )
+    templates.filters["plain"] = formatting.plain
+    templates.filters["verbatim"] = lambda text: Markup(formatting.verbatim(text))
+    templates.filters["quoted"] = lambda text: Markup(
+        json.dumps(formatting.one_line(text), ensure_ascii=False)
+    )
+    templates.globals.update({name: getattr(formatting, name) for name in FIGURES})
+    templates.globals.update({name: getattr(tables, name) for name in CELLS})
+    own = (cost_share, missing, preference, prices)
+    templates.globals.update({function.__name__: function for function in own})
+    templates.globals["tables"] = tables
+    templates.globals["table_of"] = lm_eval.table_of
+    templates.globals["grid"] = lambda table: Markup(formatting.markdown_table(*table))
+    macros = vars(templates.get_template("sentences.j2").module)
+    say = {k: partial(_sentence, m) for k, m in macros.items() if isinstance(m, Macro)}
+    templates.globals["say"] = say
+    templates.globals["savings"] = lambda e: [s for name in SAVINGS if (s := say[name](e))]
+    return templates
+
+
+def _sentence(macro: Callable[..., str], *arguments: Any) -> Markup:
+    """Write a macro's text as one line."""
+    return Markup(re.sub(r"[ \n]+", " ", macro(*arguments)).strip())
+
+
+def cost_share(costs: Costs) -> tuple[float, str] | None:
+    """Return the student's share of what a request takes of the teacher: of its cost, else time."""
+    dollars = (costs.student.dollars_per_1k, costs.teacher.dollars_per_1k)
+    seconds = (costs.student.seconds_per_1k, costs.teacher.seconds_per_1k)
+    for (student, teacher), unit in ((dollars, "cost"), (seconds, "time")):
+        if student is not None and teacher is not None and teacher > 0:
+            return float(student) / float(teacher), unit
+    return None
+
+
+def preference(duels: DuelRow) -> Conclusion:
+    """Decide which of two a judge prefers: its win rate against a half, by the rule of claims."""
+    low, high = (None if x is None else x - 0.5 for x in (duels.win_rate.low, duels.win_rate.high))
+    return conclude(low, high, duels.documents, None, duels.n, duels.win_rate.reason)
+
+
+def prices(card: Scorecard) -> list[str]:
+    """Return every price that a figure rests on, with its date and source, once."""
+    used = card.cost.prices()
+    if card.economics:
+        used += [p for p in (card.economics.teacher.price, card.economics.student.price) if p]
+    return list(dict.fromkeys(used))
+
+
+def missing(card: Scorecard) -> list[tuple[str, list[str]]]:
+    """Return each reason with all that is missing because of it."""
+    reasons = dict.fromkeys(card.reasons.values())
+    return [(why, [path for path, r in card.reasons.items() if r == why]) for why in reasons]
+
+
+def parts(card: Scorecard) -> dict[str, str]:
+    """Return the parts of scorecard.md by name, those that an old scorecard lacks empty."""
+    template = environment(markdown=True).get_template("scorecard.md.j2")
+    context = template.new_context({"card": card})
+    texts = {name: "".join(block(context)) for name, block in template.blocks.items()}
+    return {name: PARAGRAPHS.sub("\n\n", text).strip() for name, text in texts.items()}
+
+
+def fill(text: str, root: Path) -> str:
+    """Return a Markdown text with its scorecards written anew; paths start at `root`.
+
+    Raises DistillError (exit 3) for a scorecard that is missing or a part that does not exist.
+    """
+
+    def written(block: re.Match[str]) -> str:
+        card, names = root / block["path"], block["names"].split()
+        if not card.is_file():
+            raise DistillError(Exit.INPUT, card, "is missing", "name a scorecard.json of a run")
+        texts = parts(Scorecard.model_validate(read_json(card)))
+        if unknown := [name for name in names if name not in texts]:
+            where = f"the part {unknown[0]}"
+            raise DistillError(Exit.INPUT, where, "does not exist", f"use {', '.join(texts)}")
+        quoted = "\n\n".join(texts[name] for name in names if texts[name])
+        lines = "\n".join(f"> {line}".rstrip(" ") for line in quoted.split("\n"))
+        return f"{block['head']}{lines}\n{block['end']}"
+
+    return BLOCK.sub(written, text)
+
+
+def pages(root: Path) -> list[Path]:
+    """Return the Markdown files that may show scorecards: the README and the files of docs."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+
+
+def write_pages(root: Path) -> None:
+    """Write the scorecards of all pages anew; none is touched if one of them cannot be written."""
+    texts = {page: page.read_text(encoding="utf-8") for page in pages(root)}
+    for page, text in {page: fill(text, root) for page, text in texts.items()}.items():
+        write_atomic(page, text)
