@@ -1,8 +1,21 @@
 """distill: turn a teacher model and a corpus into a small open student, and say honestly what came out."""
 
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from distill.api import run as run
 
 __version__ = "0.1.0"
 
 # No telemetry, whichever command imports what.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def __getattr__(name: str) -> object:
+    """Load `distill.run` where it is used: the command and its stages need little of it."""
+    if name == "run":
+        from distill.api import run
+
+        return run
+    raise AttributeError(f"module 'distill' has no attribute {name!r}")

@@ -19,12 +19,10 @@ from distill.pipeline import (
     CHECKING,
     NAMES,
     STAGES,
-    from_stage,
     perform,
     permit_code,
-    require_soft_teacher,
 )
-from distill.storage.run_folder import Run, Stage, open_run
+from distill.storage.run_folder import Stage, open_run
 
 app = typer.Typer(
     help="Turn a teacher model and a corpus into a small open model, and say what it kept and cost.",
@@ -64,10 +62,10 @@ AllowInexact = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for a script.")]
 
 
-def show_scorecard(run: Run) -> None:
+def show_scorecard(folder: Path) -> None:
     """Print the run's scorecard and where its report lies."""
-    print(run.path("scorecard.md").read_text(encoding="utf-8"))
-    print(f"report: {run.path('report.html')}")
+    print((folder / "scorecard.md").read_text(encoding="utf-8"))
+    print(f"report: {folder / 'report.html'}")
 
 
 @app.command(rich_help_panel=RUN)
@@ -111,17 +109,17 @@ def run_all(
     allow_inexact: AllowInexact = False,
 ) -> None:
     """Do every stage that is left, and show the scorecard."""
-    from distill.planning.plan import announce
-    from distill.responders.terms import require_terms
+    from distill.api import run
 
-    run = open_run(config, overrides or ())
-    again = from_stage(redo) if redo else ()
-    permit_code(run, STAGES, again, allow_code, unsafe_code)
-    require_terms(run.config.teacher, run.config.terms.basis)
-    require_soft_teacher(run, again)
-    announce(run, again)
-    perform(run, STAGES, again, allow_inexact)
-    show_scorecard(run)
+    folder, _ = run(
+        config,
+        overrides or (),
+        redo=redo,
+        allow_code=allow_code,
+        unsafe_code=unsafe_code,
+        allow_inexact=allow_inexact,
+    )
+    show_scorecard(folder)
 
 
 def perform_alone(
@@ -135,7 +133,7 @@ def perform_alone(
     run = open_run(config, overrides or ())
     perform(run, (stage,), (stage,) if redo else (), allow_inexact)
     if stage.name == "report":
-        show_scorecard(run)
+        show_scorecard(run.folder)
 
 
 def perform_checking(

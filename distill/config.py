@@ -378,7 +378,7 @@ class LocalTeacher(Teacher):
 
     kind: Literal["local"] = "local"
     """`local` loads a model here, `endpoint` asks a server, `recorded` takes the answers in the
-    corpus, `canned` those in a file. Below, the keys of one kind stand behind those of all."""
+    corpus, `canned` those in a file, `python` calls a function. Below, the keys of one kind stand behind those of all."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the weights in memory; `auto` takes bfloat16 where the hardware computes in it."""
     max_batch_size: Positive | None = None
@@ -519,16 +519,11 @@ class CannedTeacher(Teacher):
     """File of JSON lines, {"prompt": last user turn, "answer": text}."""
 
 
-class RecordedTeacher(Teacher):
-    """The answers that came with the corpus."""
+class StatedCost(Teacher):
+    """Answers whose cost only the user knows."""
 
-    answers_anything = False
-    shaping = ("dollars",)
-
-    kind: Literal["recorded"] = "recorded"
-    """`recorded`: the answers came with the corpus."""
     dollars: Decimal | None = None
-    """What recorded answers cost in all, in dollars, for the report; null is unknown."""
+    """What all answers cost, in dollars, for the report; null is unknown."""
 
     @property
     def stated_dollars(self) -> Decimal | None:
@@ -541,11 +536,34 @@ class RecordedTeacher(Teacher):
         return self.dollars is None
 
 
+class RecordedTeacher(StatedCost):
+    """The answers that came with the corpus."""
+
+    answers_anything = False
+    shaping = ("dollars",)
+
+    kind: Literal["recorded"] = "recorded"
+    """`recorded`: the answers came with the corpus."""
+
+
+class PythonTeacher(StatedCost):
+    """A function of the program that calls `distill.run`."""
+
+    makes_answers = True
+    shaping = ("responder",)
+
+    kind: Literal["python"] = "python"
+    """`python`: a function answers that was given to `distill.run`."""
+    responder: str
+    """Name of the function in `distill.run(..., responders={name: function})`."""
+
+
 TEACHERS: tuple[type[Teacher], ...] = (
     LocalTeacher,
     EndpointTeacher,
     CannedTeacher,
     RecordedTeacher,
+    PythonTeacher,
 )
 
 
@@ -567,10 +585,14 @@ Local = Annotated[LocalTeacher, Tag("local")]
 Endpoint = Annotated[EndpointTeacher, Tag("endpoint")]
 Canned = Annotated[CannedTeacher, Tag("canned")]
 Recorded = Annotated[RecordedTeacher, Tag("recorded")]
+Python = Annotated[PythonTeacher, Tag("python")]
 AnyTeacher = Annotated[
-    Local | Endpoint | Canned | Recorded, _by_kind("local", "endpoint", "canned", "recorded")
+    Local | Endpoint | Canned | Recorded | Python,
+    _by_kind("local", "endpoint", "canned", "recorded", "python"),
 ]
-AnyJudge = Annotated[Local | Endpoint | Canned, _by_kind("local", "endpoint", "canned")]
+AnyJudge = Annotated[
+    Local | Endpoint | Canned | Python, _by_kind("local", "endpoint", "canned", "python")
+]
 
 
 class Signals(Section):
@@ -647,6 +669,9 @@ class Filters(Section):
     """Drops answers that the checker of their task rejects."""
     max_answer_tokens: Positive | None = None
     """Drops answers of more tokens, as counted by the teacher; null keeps long ones."""
+    python: tuple[str, ...] = ()
+    """Names of filters of yours that apply after these; `distill.run(..., filters=[...])` fills it
+    in."""
 
 
 class Student(Section):

@@ -52,15 +52,15 @@ def _described(
     common = [n for n in kinds[0].model_fields if all(n in kind.model_fields for kind in kinds)]
     rows = [(name, kinds[0].model_fields[name], "") for name in common]
     for kind in kinds:
-        heading = f"--- kind: {kind.model_fields['kind'].default}" if several else ""
-        for name in (name for name in kind.model_fields if name not in common):
-            rows.append((name, kind.model_fields[name], heading))
-            heading = ""
-    for name, field, heading in rows:
+        for name in (n for n in kind.model_fields if n not in {row[0] for row in rows}):
+            owners = [k.model_fields["kind"].default for k in kinds if name in k.model_fields]
+            rows.append((name, kind.model_fields[name], f"--- kind: {' or '.join(owners)}"))
+    headings = ["", *(row[2] for row in rows)]
+    for before, (name, field, heading) in zip(headings, rows, strict=False):
         key = ".".join((*path, name))
         if not path:
             yield ""
-        if heading:
+        if heading != before:
             yield f"{indent}# {heading}"
         lines = textwrap.wrap(field.description or "", 98 - len(indent), break_on_hyphens=False)
         yield from (f"{indent}# {line}" for line in lines)

@@ -9,6 +9,7 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
+from distill.callables import source_hash
 from distill.config import TEACHERS, Config, EndpointTeacher, Evaluation, Signals, Teacher
 from distill.config_file import parse_config, place_of
 from distill.errors import DistillError, Exit
@@ -63,11 +64,32 @@ def evaluation_identity(config: Config) -> dict[str, str]:
     """Return the hashes of the suites, and what the models are that answer them or judge, where they are folders."""
     from distill.evaluation.suites import identity
 
-    found = {**identity(config), **student_facts(config)}
+    found = {**identity(config), **student_facts(config), **checker_identity(config)}
     for role, asked in (("teacher", config.teacher), ("judge", config.evaluation.judge)):
         if asked and asked.runs_here:
             found |= registry.folder_facts(role, asked.model)
     return found
+
+
+def checker_identity(config: Config) -> dict[str, str]:
+    """Return the hashes of the checkers that are functions of the user's.
+
+    Raises DistillError (exit 2) where this process was not given one that a task names.
+    """
+    from distill.evaluation.suites import tasks_of
+    from distill.tasks.checkers import KINDS
+
+    kinds = {task.checker["kind"] for task in tasks_of(config) if task.checker}
+    return {
+        f"checker {kind}": source_hash("checker", kind) for kind in sorted(kinds - KINDS.keys())
+    }
+
+
+def filter_identity(config: Config) -> dict[str, str]:
+    """Return what filters the answers beside the config: functions of the user's, reasoning."""
+    from distill.generation import filters
+
+    return {**filters.identity(config), **checker_identity(config)}
 
 
 def training_identity(config: Config) -> dict[str, str]:
@@ -150,7 +172,7 @@ STAGES: tuple[Stage, ...] = (
         ("documents.jsonl", "prompts.jsonl", "questions.jsonl", "responses.jsonl"),
         (*DATASET, "dropped.jsonl", "funnel.json"),
         _lazy("distill.generation.filters"),
-        _identity("distill.generation.filters"),
+        filter_identity,
         purpose="choose the answers that are trained on, with reasons",
     ),
     Stage(

@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Group
 
+from distill.callables import PROVIDED
 from distill.errors import DistillError, Exit
 from distill.evaluation.items import held_out_items
 from distill.evaluation.measure import measure
@@ -42,9 +43,9 @@ from distill.storage.evidence import (
 from distill.storage.files import read_json, read_records, sha256_file
 from distill.storage.log import Log
 from distill.storage.run_folder import SEAL, Run, open_folder
-from distill.tasks.checkers import RUNS_CODE
+from distill.tasks.checkers import KINDS, RUNS_CODE
 from distill.tasks.sandbox.programs import allowed
-from distill.tasks.task import tasks_of_run
+from distill.tasks.task import TASKS_FILE, tasks_of_run
 
 MEASURED = ("scores/", "requests.jsonl", "evaluation.json")
 REPORTED = ("scorecard.json", "scorecard.md", "report.html")
@@ -82,14 +83,14 @@ def _again(evidence: Evidence) -> Iterator[Check]:
     other_code = bool(other)
     with tempfile.TemporaryDirectory() as place, _scratch(evidence, Path(place)) as run:
         try:
-            measured = _measure_again(run)
+            skipped = _measure_again(run)
             report.main(run.config, run)
         except DistillError as error:
             yield Check("again", "evaluation.json", "differs", str(error))
             return
         for name in evidence.hashes:
-            if name.startswith(MEASURED) and not measured:
-                yield Check("again", name, "skipped", PROGRAMS)
+            if name.startswith(MEASURED) and skipped:
+                yield Check("again", name, "skipped", skipped)
             elif name.startswith((*MEASURED, *REPORTED)):
                 yield _compared(evidence.folder / name, run.path(name), name, other_code)
         sources = [_sources(m, other_code) for m in (run.manifest(), evidence.manifest)]
@@ -135,17 +136,28 @@ def _field(path: Path, *keys: str) -> Any:
     return value
 
 
-def _measure_again(run: Run) -> bool:
-    """Measure the stored answers; False where that needs programs to run, and nobody allowed it."""
+def _measure_again(run: Run) -> str | None:
+    """Measure the stored answers; return why not where that needs what is not allowed or not here.
+
+    These are programs that models wrote, and checkers that are functions of the user's.
+    """
+    recorded = read_json(run.path(TASKS_FILE)) if run.path(TASKS_FILE).is_file() else {}
+    tables = [
+        part for suite in read_json(run.path("answers/suites.json")) for part in suite["parts"]
+    ]
+    rows = [*recorded.values(), *(part["task"] for part in tables)]
+    kinds = {row["checker"]["kind"] for row in rows if row.get("checker")}
+    if unknown := sorted(kinds - KINDS.keys() - PROVIDED["checker"].keys()):
+        return f"checker {unknown[0]} is a function that this process was not given"
     suites, (_, items) = read_suites(run.path("answers/suites.json")), held_out_items(run)
     find = tasks_of_run(run.folder)
     tasks = [find(name) for name in {item.task for item in items}]
     tasks += [part.task for suite in suites for part in suite.parts]
     programs = any(t and t.checker and t.checker["kind"] in RUNS_CODE for t in tasks)
     if programs and allowed() == "no":
-        return False
+        return PROGRAMS
     measure(run.config, run, suites, find_leaks(run, items, suites))
-    return True
+    return None
 
 
 def _sources(manifest: dict[str, Any], other_code: bool) -> Any:

@@ -207,10 +207,10 @@ def test_a_killed_holder_s_lock_is_taken_over(config, capsys):
 
 def test_sigterm_ends_a_stage_like_ctrl_c(config):
     script = (
-        "import sys, time; from distill import cli\n"
+        "import sys, time; from distill import api, cli\n"
         "wait = lambda config, run: (print('working', flush=True), time.sleep(60))\n"
         "from distill.storage.run_folder import Stage\n"
-        "cli.STAGES = (Stage('corpus', (), (), ('x',), wait), *cli.STAGES[1:])\n"
+        "api.STAGES = (Stage('corpus', (), (), ('x',), wait), *api.STAGES[1:])\n"
         "sys.exit(cli.main(['run', 'c.yaml']))"
     )
     child = subprocess.Popen(

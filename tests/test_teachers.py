@@ -27,6 +27,7 @@ OWN: dict[str, dict[str, Any]] = {
     "endpoint": {"model": "m:1", "base_url": ["https://a.example/v1", "https://b.example/v1"]},
     "canned": {"answers": "answers.jsonl"},
     "recorded": {"dollars": "3.50"},
+    "python": {"responder": "mine"},
 }
 
 
@@ -82,6 +83,7 @@ def test_every_kind_has_a_line_and_says_of_itself_what_others_ask():
         "endpoint": (True, True, "listed"),
         "canned": (False, False, None),
         "recorded": (False, False, None),
+        "python": (False, True, None),
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import regex
 
+from distill.callables import PROVIDED
 from distill.evaluation.results import AnswersByModel, Measured
 from distill.records import Item, Record, Usage
 from distill.tasks.checkers import NEEDS_REFERENCE
@@ -36,10 +37,14 @@ class Asked(Record):
 def compares_with_answer(checker: Mapping[str, Any]) -> bool:
     """Tell whether a check needs the right answer, which nobody has when a new request is served.
 
-    A reference that is part of the question (the name that code must use) is there; one that is the answer is not.
+    A reference that is part of the question (the name that code must use) is there; one that is the
+    answer is not. A function of the user's may look at it, unless it says that it does not.
     """
-    grouped = checker["kind"] == "regex" and regex.compile(checker["pattern"]).groups > 0
-    return checker["kind"] in NEEDS_REFERENCE or grouped
+    kind = checker["kind"]
+    if mine := PROVIDED["checker"].get(kind):
+        return getattr(mine, "needs_reference", True)
+    grouped = kind == "regex" and regex.compile(checker["pattern"]).groups > 0
+    return kind in NEEDS_REFERENCE or grouped
 
 
 def by_checker(measured: Measured, checker: Mapping[str, Any]) -> Acceptance:

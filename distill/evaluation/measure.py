@@ -22,7 +22,7 @@ from distill.evaluation.suites import Suite
 from distill.records import AnswerLoss, Item, Response
 from distill.storage.files import read_json, read_records, write_json, write_records
 from distill.storage.run_folder import Run
-from distill.tasks.checkers import NEEDS_REFERENCE
+from distill.tasks.checkers import needs_reference
 from distill.tasks.task import FindTask, shipped, tasks_of_run
 
 RECORDED = "the teacher's answers were recorded, and it cannot be asked anew"
@@ -146,7 +146,7 @@ def measure_task(
     """Score all models on a task: by its checker where it has one and what that needs, else by agreement."""
     known = find(task)
     checker = known.checker if known else None
-    if checker and checker["kind"] in NEEDS_REFERENCE:
+    if checker and needs_reference(checker["kind"]):
         there = any(item.reference for item in items if item.task == task)
         checker = checker if there else None
     return results.measure_task(task, items, answers, (known and known.metric) or "", checker)

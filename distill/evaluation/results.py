@@ -85,7 +85,9 @@ def measure_task(
     scores = {
         m: [passes(checker, m)(i, by_id.get(i.id)) for i in mine] for m, by_id in answers.items()
     }
-    return Measured(metric, mine, scores, SHARE, graded=checker["kind"] in GRADED)
+    # A checker of the user's may grade without saying so beforehand.
+    between = any(s.value not in (None, 0, 1) for rows in scores.values() for s in rows)
+    return Measured(metric, mine, scores, SHARE, graded=checker["kind"] in GRADED or between)
 
 
 def measure_agreement(items: Sequence[Item], answers: AnswersByModel) -> Measured:

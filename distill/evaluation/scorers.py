@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from sacrebleu import sentence_chrf
 
 from distill.records import Item, Response, Score
-from distill.tasks.checkers import NEEDS_REFERENCE, check
+from distill.tasks.checkers import check, needs_reference
 
 Scorer = Callable[[Item, Response | None], Score]
 OURS = (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError)
@@ -34,7 +34,7 @@ def passes(checker: Mapping[str, Any], model: str) -> Scorer:
     def judge(item: Item, response: Response) -> Judged:
         if response.stop == "length":
             return Judged(0.0, None, "truncated")
-        if checker["kind"] in NEEDS_REFERENCE and not (item.reference or "").strip():
+        if needs_reference(checker["kind"]) and not (item.reference or "").strip():
             return Judged(None, None, "there is no reference to compare with")
         try:
             verdict = check(checker, item.prompt, response.text)

@@ -13,6 +13,8 @@ from typing import Any
 
 from rich.table import Table
 
+from distill.callables import find as find_callable
+from distill.callables import source_hash
 from distill.config import Config, Filters
 from distill.corpus.contamination import contaminated_pairs
 from distill.errors import DistillError, Exit
@@ -20,7 +22,7 @@ from distill.records import SPLITS, Document, Pair, Prompt, Record, Response, Sp
 from distill.storage.files import read_records, write_json, write_records
 from distill.storage.progress import console
 from distill.storage.run_folder import Run
-from distill.tasks.checkers import NEEDS_REFERENCE, check, normalise_answer, strip_fence
+from distill.tasks.checkers import check, needs_reference, normalise_answer, strip_fence
 from distill.tasks.task import FindTask, shipped, tasks_of_run
 
 Filter = Callable[[Prompt, Response], str | None]
@@ -83,8 +85,10 @@ def main(config: Config, run: Run) -> None:
 
 
 def identity(config: Config) -> dict[str, str]:
-    """Return whether rows are trained on with the teacher's reasoning, where they are."""
-    return {"reasoning": "keep"} if config.teacher.reasoning == "keep" else {}
+    """Return whether rows are trained on with reasoning, and what filters of the user's are."""
+    reasoning = {"reasoning": "keep"} if config.teacher.reasoning == "keep" else {}
+    mine = {f"filter {name}": source_hash("filter", name) for name in config.filters.python}
+    return {**reasoning, **mine}
 
 
 def with_reasoning(pair: Pair) -> Pair:
@@ -114,6 +118,7 @@ def chosen(settings: Filters, find: FindTask = shipped) -> list[Filter]:
         (settings.wrong_format, wrong_format(find)),
         (settings.failed_checker, failed_checker(find)),
         (settings.max_answer_tokens is not None, too_long(settings.max_answer_tokens or 0)),
+        *((True, find_callable("filter", name)) for name in settings.python),
     ]
     return [given for on, given in switches if on]
 
@@ -192,9 +197,12 @@ def _unless_passed(find: FindTask, reason: str, applies: Callable[[str], bool]) 
         checker = task and task.checker
         if not checker or not applies(checker["kind"]):
             return None
-        if checker["kind"] in NEEDS_REFERENCE and not (prompt.reference or "").strip():
+        if needs_reference(checker["kind"]) and not (prompt.reference or "").strip():
             return None
-        return None if check(checker, prompt, response.text).passed else reason
+        result = check(checker, prompt, response.text)
+        if result.passed is None:  # a failure of ours: the reason says which
+            return f"not checked: {result.reason}"
+        return None if result.passed else reason
 
     return filter_
 

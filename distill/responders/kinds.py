@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, NamedTuple
 
+from distill.callables import source_hash
 from distill.config import Config, LocalTeacher, Teacher
 from distill.models import registry
 from distill.records import Document
@@ -34,6 +35,10 @@ KINDS = {
     "endpoint": Kind("distill.responders.endpoint.endpoint", lambda t: {"endpoint": origin_of(t)}),
     "canned": Kind("distill.responders.canned", lambda t: {"answers": answers_hash(t.answers)}),
     "recorded": Kind("distill.responders.recorded", lambda t: {}),
+    "python": Kind(
+        "distill.responders.python_function",
+        lambda t: {f"responder {t.responder}": source_hash("responder", t.responder)},
+    ),
 }
 
 

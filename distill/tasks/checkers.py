@@ -16,10 +16,12 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from decimal import Decimal, InvalidOperation
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import regex
 
+from distill.callables import PROVIDED
 from distill.records import Prompt
 from distill.tasks.json_schema import first_error, validate_schema
 from distill.tasks.sandbox.programs import DEFAULT, Limits, ProgramTests, run_tests
@@ -338,12 +340,16 @@ def validate(checker: Mapping[str, Any]) -> None:
     """Raise ValueError, with a message for the author of a task, where `checker` is not a valid check."""
     settings = {key: value for key, value in checker.items() if key != "kind"}
     kind = checker.get("kind")
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
+    mine = PROVIDED["checker"]
+    if kind not in KINDS and kind not in mine:
+        more = "a checker of your own is given to distill.run(..., checkers={name: function})"
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}; {more}")
     try:
-        inspect.signature(KINDS[kind]).bind(None, "", **settings)
+        inspect.signature(KINDS.get(kind) or mine[kind]).bind(None, "", **settings)
     except TypeError as error:
         raise ValueError(f"checker {kind}: {error}") from None
+    if kind not in KINDS:
+        return
     keys = settings.get("keys", {})
     if not isinstance(keys, dict) or not set(map(str, keys.values())) <= FIELD_TYPES.keys():
         raise ValueError(f"keys maps each key to one of {', '.join(FIELD_TYPES)}")
@@ -364,13 +370,35 @@ def validate(checker: Mapping[str, Any]) -> None:
         raise ValueError(f"pattern is not a regular expression: {error}") from None
 
 
+def needs_reference(kind: str) -> bool:
+    """Tell whether a check is done only where there is a reference to compare with."""
+    return kind in NEEDS_REFERENCE or getattr(
+        PROVIDED["checker"].get(kind), "needs_reference", False
+    )
+
+
+def _check_by_function(kind: str, prompt: Prompt, text: str, **settings: Any) -> CheckResult:
+    """Check by a function of the user's: True, False, a grade from 0 to 1, or a CheckResult."""
+    try:
+        outcome = PROVIDED["checker"][kind](prompt, text, **settings)
+    except Exception as error:  # it may raise anything, and that says nothing of the answer
+        return CheckResult(None, None, f"checker {kind} raised {type(error).__name__}: {error}")
+    if isinstance(outcome, CheckResult):
+        return outcome
+    if not isinstance(outcome, bool | int | float) or not 0 <= outcome <= 1:
+        return CheckResult(None, None, f"checker {kind} returned {outcome!r:.80}, and no grade")
+    passed = outcome == 1
+    grade = None if isinstance(outcome, bool) else float(outcome)
+    return CheckResult(passed, text.strip(), "passes" if passed else "does not pass", grade)
+
+
 def check(checker: Mapping[str, Any], prompt: Prompt, text: str) -> CheckResult:
     """Check an answer; `checker` is a task's, as `validate` accepts it."""
     kind = checker["kind"]
-    if kind in NEEDS_REFERENCE and not (prompt.reference or "").strip():
+    if needs_reference(kind) and not (prompt.reference or "").strip():
         return CheckResult(False, None, "no reference to compare with")
     settings = {key: value for key, value in checker.items() if key != "kind"}
-    result = KINDS[kind](prompt, text, **settings)
+    result = (KINDS.get(kind) or partial(_check_by_function, kind))(prompt, text, **settings)
     if result.answer is None:
         return result
     # a lone surrogate (an escape in JSON) cannot be stored

@@ -93,8 +93,15 @@ def load_section(path: Path, kind: type[NamedSection], what: str, examples: str)
     tree = read_yaml(path, kind)
     if not isinstance(tree, dict):
         raise DistillError(Exit.CONFIG, path, f"holds no {what}", f"start from one of {examples}")
+    return as_section({"name": path.stem, **tree}, path, kind, what)
+
+
+def as_section(
+    tree: dict[str, Any], path: Path, kind: type[NamedSection], what: str
+) -> NamedSection:
+    """Check what was read from a file; raises DistillError (exit 2) with the file and the error."""
     try:
-        return kind.model_validate({"name": path.stem, **tree})
+        return kind.model_validate(tree)
     except ValidationError as error:
         nearest = max(error.errors(), key=lambda detail: len(detail["loc"]))  # among alternatives
         key, message = (
@@ -116,7 +123,7 @@ def tasks_of_run(folder: Path) -> FindTask:
     """Return a function that finds a task by its name: in the run's `tasks.json`, else in configs/tasks."""
     path = folder / TASKS_FILE
     rows = read_json(path).items() if path.is_file() else ()
-    tasks = {name: Task.model_validate(row) for name, row in rows}
+    tasks = {name: as_section({"name": name, **row}, path, Task, "task") for name, row in rows}
     return lambda name: tasks.get(name) or shipped(name)
 
 

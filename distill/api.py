@@ -1,0 +1,54 @@
+"""A run from Python: `import distill; distill.run("my.yaml")` does what `distill run my.yaml` does."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from distill.callables import provided
+from distill.evaluation.scorecard import Scorecard
+from distill.pipeline import STAGES, from_stage, perform, permit_code, require_soft_teacher
+from distill.planning.plan import announce
+from distill.records import Prompt, Response
+from distill.responders.terms import require_terms
+from distill.storage.run_folder import open_run
+
+
+class FinishedRun(NamedTuple):
+    """A run's folder, and what came out of it."""
+
+    folder: Path
+    scorecard: Scorecard
+
+
+def run(
+    config: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    checkers: Mapping[str, Callable[..., Any]] | None = None,
+    filters: Sequence[Callable[[Prompt, Response], str | None]] = (),
+    responders: Mapping[str, Callable[[list[dict[str, str]]], str]] | None = None,
+    redo: str | None = None,
+    allow_code: bool = False,
+    unsafe_code: bool = False,
+    allow_inexact: bool = False,
+) -> FinishedRun:
+    """Do every stage that is left of a config's run, or of that in a folder.
+
+    `overrides` are `key=value`, as on the command line; `redo` names the stage from which on all is
+    made again. `checkers`, `filters` and `responders` are functions of yours (see
+    `distill.callables`): a task names a checker as its `kind`, a teacher of kind `python` names its
+    responder, and filters apply after those of the config. Raises DistillError, with the exit code
+    and the one line of the command.
+    """
+    with provided(checkers or {}, filters, responders or {}):
+        names = ", ".join(f.__name__ for f in filters)
+        added = [f"filters.python=[{names}]"] if filters else []
+        run = open_run(Path(config), [*overrides, *added])
+        again = from_stage(redo) if redo else ()
+        permit_code(run, STAGES, again, allow_code, unsafe_code)
+        require_terms(run.config.teacher, run.config.terms.basis)
+        require_soft_teacher(run, again)
+        announce(run, again)
+        perform(run, STAGES, again, allow_inexact)
+    text = run.path("scorecard.json").read_text(encoding="utf-8")
+    return FinishedRun(run.folder, Scorecard.model_validate_json(text))

@@ -1,0 +1,70 @@
+"""Python functions that a program brings to `distill.run`: checkers, filters and responders, by name.
+
+A config runs no code. It names what the calling program brought, and a run records the hash of its
+source, so that the same name with another body makes the stages stale that used it.
+
+A checker is `f(prompt, text, **settings)` and returns True or False, a grade from 0 to 1 (1 passes)
+or a `CheckResult`. A filter is `g(prompt, response)` and returns a reason to drop the answer, or
+None. A responder is `h(messages)`, of dictionaries with role and content, and returns the answer.
+"""
+
+import functools
+import hashlib
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from distill.errors import DistillError, Exit
+
+Role = Literal["checker", "filter", "responder"]
+PROVIDED: dict[Role, dict[str, Callable[..., Any]]] = {"checker": {}, "filter": {}, "responder": {}}
+
+
+@contextmanager
+def provided(
+    checkers: Mapping[str, Callable[..., Any]],
+    filters: Sequence[Callable[..., Any]],
+    responders: Mapping[str, Callable[..., Any]],
+) -> Iterator[None]:
+    """Make functions known under their names, for as long as a run takes."""
+    named = {getattr(f, "__name__", type(f).__name__): f for f in filters}
+    if "<lambda>" in named or len(named) < len(filters):
+        what, fix = "two have the same name, or one has none", "define each with def, by a name"
+        raise DistillError(Exit.CONFIG, "distill.run: filters", what, fix)
+    before = dict(PROVIDED)
+    PROVIDED.update(checker=dict(checkers), filter=named, responder=dict(responders))
+    try:
+        yield
+    finally:
+        PROVIDED.update(before)
+
+
+def find(role: Role, name: str) -> Callable[..., Any]:
+    """Return a function; raises DistillError (exit 2) where this process was not given it."""
+    if name not in PROVIDED[role]:
+        given = f"[{name}]" if role == "filter" else f'{{"{name}": ...}}'
+        fix = f"run it from Python: distill.run(..., {role}s={given})"
+        raise DistillError(Exit.CONFIG, f"{role} {name}", "is not known to this process", fix)
+    return PROVIDED[role][name]
+
+
+def source_hash(role: Role, name: str) -> str:
+    """Return the hash of a function's `version`, where it has one, else of its source text.
+
+    What the source calls is not part of it: give a function that depends on more a `version`.
+    Raises DistillError (exit 2) where it has neither.
+    """
+    function = find(role, name)
+    text = getattr(function, "version", None)
+    if text is None:
+        code = function if inspect.isroutine(function) else type(function)
+        try:
+            if isinstance(function, functools.partial):  # its arguments are in no source text
+                raise TypeError
+            text = textwrap.dedent(inspect.getsource(code))
+        except (OSError, TypeError):
+            what, fix = "has no source text that could be hashed", f"set {name}.version = '1'"
+            raise DistillError(Exit.CONFIG, f"{role} {name}", what, fix) from None
+    return hashlib.sha256(str(text).encode()).hexdigest()[:32]
