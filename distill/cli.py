@@ -342,10 +342,10 @@ def contamination(
     """Look for the items of an evaluation in a corpus."""
     from distill.corpus.contamination import NOT_FOUND, compare_files
 
-    known, matches = compare_files(items, corpus)
+    count, matches = compare_files(items, corpus)
     for item, (match, *_) in matches.items():
         print(f"{item}  in {match.place}: {match.phrase[:120]}")
-    print(f"{len(matches)} of {len(known)} items are in the corpus. {NOT_FOUND}")
+    print(f"{len(matches)} of {count} items are in the corpus. {NOT_FOUND}")
 
 
 @app.command(rich_help_panel=PUBLISH)

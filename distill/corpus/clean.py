@@ -1,11 +1,16 @@
-"""Cleaning and cutting text: what normalising changes, and where a long document is cut.
+"""Text of the corpus: cleaned, cut into pieces, and without anything that acts as a control token.
 
-A text is cut at the last paragraph end that fits, else sentence end, else white space, else hard; each chunk after the
-first begins `overlap` characters earlier, at a word. Nothing but white space is lost.
+A text is cut at the last end of a paragraph that fits, else of a sentence, else at white space,
+else hard; each piece after the first begins `overlap` characters earlier, at a word. Nothing but
+white space is lost. Texts that chat templates use as control tokens are broken up before any prompt
+is made. This is the first of two guards and knows the families by their shape, since the models are
+not known here; `distill.models.chat_template` is the second, and knows the tokenizer.
 """
 
 import re
 import unicodedata
+
+from distill.models.chat_template import SEPARATOR
 
 CONTROL = re.compile(r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]")
 BOUNDARIES = (
@@ -14,12 +19,30 @@ BOUNDARIES = (
     re.compile(r"\s+"),
 )
 WORD_START = re.compile(r"(?<=\s)\S")
+CONTROL_TOKENS = re.compile(
+    # ChatML, Llama 3, Phi, Command, GPT-OSS, Gemma 4
+    r"<\|[\w.:/-][\w .:/-]{0,59}\|?>|<[\w.:/-]{1,60}\|>"
+    # DeepSeek, with full-width bars
+    r"|<\uff5c[^\uff5c<>]{1,60}\uff5c>"
+    # Llama 2, Mistral, GLM
+    r"|\[/?(?:INST|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|SYSTEM_PROMPT|gMASK)\]|<</?SYS>>"
+    # Gemma; our own fence
+    r"|</?(?:s|bos|eos|pad|unk|sop|mask|start_of_turn|end_of_turn|start_of_image|document)>",
+    re.IGNORECASE,
+)
+INSTRUCTIONS = re.compile(
+    r"^[^\w\n]*(?:system|assistant|human)\s*:|^#+ *(?:instruction|response)s? *:"
+    r"|\b(?:ignore|disregard|forget)\b.{0,30}\b(?:previous|prior|above|earlier)\b"
+    r".{0,30}\binstructions?\b",
+    re.IGNORECASE | re.MULTILINE,
+)
 
 
 def normalise(text: object) -> str:
-    """Return clean text: NFC, `\\n` line ends, no control characters, no space at line ends, one blank line at most.
+    """Return clean text: NFC, `\\n` line ends, no control characters, one blank line at most.
 
-    Raises ValueError with the reason where the value is no text, is empty, or holds NUL or a lone surrogate.
+    Raises ValueError with the reason where the value is no text, is empty, or holds NUL or a lone
+    surrogate.
     """
     if not isinstance(text, str):
         raise ValueError(f"the text is {type(text).__name__}, not text")
@@ -51,6 +74,12 @@ def chunk(text: str, max_chars: int, overlap_chars: int) -> list[str]:
                 end = places[-1]
                 break
         pieces.append(text[start:end].strip())
-        word = WORD_START.search(text, end - overlap_chars, end)
+        # a piece begins after the one before it, however much they may overlap
+        word = WORD_START.search(text, max(start + 1, end - overlap_chars), end)
         start = word.start() if word else end
     return [piece for piece in [*pieces, text[start:].strip()] if piece]
+
+
+def break_up(text: str) -> str:
+    """Put a zero-width space inside each control-token text, which makes it plain text."""
+    return CONTROL_TOKENS.sub(lambda match: match[0][0] + SEPARATOR + match[0][1:], text)

@@ -1,13 +1,19 @@
-"""The corpus stage: reads the sources, cleans, leaves out repeats, splits by document, then cuts into chunks.
+"""The corpus stage: reads the sources, cleans, leaves out repeats, splits by document, then cuts.
 
-What shares text with a held-out document is left out too, so that nothing is bought or trained on that is evaluated.
-Writes documents.jsonl, and rejects.jsonl with the place and reason of everything that was left out. Counts and hashes
-go into the run's manifest under `corpus`.
+What shares text with a held-out document is left out too, so that nothing is bought or trained on
+that is evaluated. Writes documents.jsonl, and rejects.jsonl with the place and reason of everything
+that was left out. Counts and hashes go into the run's manifest under `corpus`.
+
+The split of a document follows from its content and the seed alone: with shares, new documents
+never move old ones; with counts, the documents of the lowest hashes are taken. Near-duplicates
+share at least a threshold of their word 5-grams (Jaccard). Candidates come from MinHash with
+locality sensitive hashing (Broder 1997; datasketch), and each is confirmed by the exact overlap.
 """
 
+import hashlib
 import platform
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -16,41 +22,73 @@ from distill.config import Chunk, Config, Corpus
 from distill.corpus import python_docs, readers
 from distill.corpus.clean import chunk
 from distill.corpus.contamination import contaminated_documents
-from distill.corpus.dedupe import NearDuplicates, unique
 from distill.corpus.privacy import mask_document
 from distill.corpus.readers import Reject, SourceRow
 from distill.corpus.rows import interpret
-from distill.corpus.split import rank, split
 from distill.errors import DistillError, Exit
 from distill.records import Document, Split
 from distill.storage.files import sha256_file, write_records
 from distill.storage.progress import say, track
 from distill.storage.run_folder import Run
 
+WORDS = 5  # of a shingle
+PERMUTATIONS = 128
+
 
 def main(config: Config, run: Run) -> None:
-    """Make documents.jsonl and rejects.jsonl; raises DistillError (exit 3) where the corpus is not usable."""
-    corpus, rejects = config.corpus, list[Reject]()
+    """Make documents.jsonl and rejects.jsonl, and note the counts.
+
+    Raises DistillError (exit 3) where the corpus is not usable.
+    """
+    corpus, rejects, listed = config.corpus, list[Reject](), run.path("rejects.jsonl")
     documents = interpret_rows(corpus, rejects)
-    write_records(run.path("rejects.jsonl"), rejects)  # the next error refers to it
-    refuse_too_many(rejects, len(documents), corpus.max_bad_fraction, run.path("rejects.jsonl"))
-    rows = len(documents) + sum(reject.bad for reject in rejects)
+    write_records(listed, rejects)  # the next error refers to it
+    bad = len(rejects)
+    refuse_too_many(rejects, len(documents), corpus.max_bad_fraction, listed)
+    rows = len(documents) + bad
     documents, private = protect(documents, corpus.private_text, rejects)
-    threshold = corpus.near_duplicate_threshold
-    documents = deduplicate(documents, rejects, threshold, corpus.limit, config.seed)
+    before = len(rejects)
+    documents = deduplicate(
+        documents, rejects, corpus.near_duplicate_threshold, corpus.limit, config.seed
+    )
     sizes = corpus.split
     splits = split([d.id for d in documents], config.seed, sizes.validation, sizes.heldout)
     chunks = cut_documents(documents, splits, corpus.chunk, rejects)
+    repeats = len(rejects) - before
     clean_chunks = remove_contaminated(chunks, rejects)
-    write_records(run.path("rejects.jsonl"), rejects)
+    write_records(listed, rejects)
     write_records(run.path("documents.jsonl"), clean_chunks)
+    by_split = Counter(document.split for document in clean_chunks)
     contaminated = len(chunks) - len(clean_chunks)
-    counts = {"rows": rows, "kept": len(documents), "private_text": private}
-    report(run, clean_chunks, rejects, counts | {"contaminated": contaminated})
+    facts = {
+        "rows": rows,
+        "kept": len(documents),
+        "private_text": private,
+        "contaminated": contaminated,
+        "bad": bad,
+        "repeats": repeats,
+        "documents": len(clean_chunks),
+        "splits": dict(by_split),
+        "characters": sum(len(document.text) for document in clean_chunks),
+        "corpus_sha256": sha256_file(run.path("documents.jsonl")),
+        "python": platform.python_version(),
+    }
+    run.note("corpus", facts)
+    shares = ", ".join(f"{count} {name}" for name, count in sorted(by_split.items()))
+    n = len(clean_chunks)
+    say(f"corpus: {rows} rows, {bad} bad, {repeats} repeats, {n} documents ({shares})")
+    if contaminated:
+        say(
+            f"corpus: {contaminated} documents share text with held-out ones and are left out of "
+            f"training: {listed}"
+        )
+    if private.get("documents"):
+        action, kinds = "dropped" if corpus.private_text == "drop" else "masked", private["kinds"]
+        say(f"corpus: private text {action} in {private['documents']} rows: {counts_line(kinds)}")
 
 
 def identity(config: Config) -> dict[str, str]:
-    """Return what the documents depend on outside the config: each input file's hash, or the Python version."""
+    """Return what the documents depend on besides the config: hashes of files, Python's version."""
     corpus = config.corpus
     if corpus.source == "python-docs":
         return {"python": platform.python_version()}
@@ -94,7 +132,7 @@ def read(corpus: Corpus) -> Iterator[SourceRow | Reject]:
 
 
 def interpret_rows(corpus: Corpus, rejects: list[Reject]) -> list[Document]:
-    """Return the documents and prompts of the source; rows that are neither are added to `rejects`."""
+    """Return the documents and prompts of the source; rows that are neither go to `rejects`."""
     documents = []
     for row in read(corpus):
         if isinstance(row, Reject):
@@ -112,22 +150,24 @@ def interpret_rows(corpus: Corpus, rejects: list[Reject]) -> list[Document]:
     return documents
 
 
-def refuse_too_many(rejects: list[Reject], good: int, allowed: float, listed: Path) -> None:
+def refuse_too_many(bad: list[Reject], good: int, allowed: float, listed: Path) -> None:
     """Raise DistillError (exit 3) where nothing is left, or more rows are bad than allowed."""
-    bad = [reject for reject in rejects if reject.bad]
     share = len(bad) / max(1, len(bad) + good)
     if good and share <= allowed:
         return
     example = f", first {bad[0].where}: {bad[0].reason}" if bad else ""
     what = f"{len(bad)} of {len(bad) + good} rows are bad{example}"
-    fix = f"all are in {listed}; correct them, or raise corpus.max_bad_fraction to {ceil(share * 100) / 100:g}"
-    raise DistillError(Exit.INPUT, "corpus", what, fix if good else f"all are in {listed}")
+    fix = f"all are in {listed}"
+    if good:
+        limit = ceil(share * 100) / 100
+        fix += f"; correct them, or raise corpus.max_bad_fraction to {limit:g}"
+    raise DistillError(Exit.INPUT, "corpus", what, fix)
 
 
 def protect(
     documents: list[Document], policy: str, rejects: list[Reject]
 ) -> tuple[list[Document], dict[str, Any]]:
-    """Mask, drop or keep private text; return the documents, and how much private text they held, by kind.
+    """Mask, drop or keep private text; return the documents, and how much they held, by kind.
 
     Raises DistillError (exit 3) where every document is dropped.
     """
@@ -136,61 +176,136 @@ def protect(
     results, kinds, holding = list[Document](), Counter[str](), 0
     for document in documents:
         masked, counts = mask_document(document)
-        holding, kinds = holding + bool(counts), kinds + counts
+        holding += bool(counts)
+        kinds += counts
         if counts and policy == "drop":
-            rejects.append(_reject(document, f"holds private text: {format_counts(counts)}"))
+            rejects.append(_left_out(document, f"holds private text: {counts_line(counts)}"))
         else:
             results.append(masked)
     if not results:
-        what = f"every document holds private text: {format_counts(kinds)}"
+        what = f"every document holds private text: {counts_line(kinds)}"
         raise DistillError(Exit.INPUT, "corpus", what, "set corpus.private_text to mask")
     return results, {"policy": policy, "documents": holding, "kinds": dict(sorted(kinds.items()))}
 
 
-def format_counts(kinds: Mapping[str, int]) -> str:
+def counts_line(kinds: dict[str, int]) -> str:
     """Return counts by kind as text."""
     return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
 
 
-def _reject(document: Document, reason: str) -> Reject:
+def _left_out(document: Document, reason: str) -> Reject:
     return Reject(where=document.source, reason=reason, bad=False)
 
 
 def deduplicate(
     documents: list[Document],
     rejects: list[Reject],
-    threshold: float | None,
-    limit: int | None,
-    seed: int,
+    threshold: float | None = None,
+    limit: int | None = None,
+    seed: int = 0,
 ) -> list[Document]:
-    """Return the documents without repeats, in their order; with a limit, that many, chosen by content and seed."""
-    candidates = []
-    for document, earlier in unique(documents):
-        if earlier is None:
-            candidates.append(document)
-        else:
-            rejects.append(_reject(document, f"same content as {earlier}"))
-    order = {document.id: number for number, document in enumerate(candidates)}
+    """Return the documents without repeats, in their order; of equal ones, the first stays.
+
+    With a limit, that many, chosen by content and seed. Raises DistillError (exit 3) where two
+    documents of different content bear the same id of the user's.
+    """
+    by_content: dict[str, Document] = {}
+    by_id: dict[str, Document] = {}
+    for document in documents:
+        identity = document.meta.get("id")
+        other = by_id.setdefault(identity, document) if identity else document
+        if other.id != document.id:
+            what = f"id {identity!r:.60} stands with other content at {other.source}"
+            fix = "make ids unique, or name another column with corpus.columns.id"
+            raise DistillError(Exit.INPUT, document.source, what, fix)
+        first = by_content.setdefault(document.id, document)
+        if first is not document:
+            rejects.append(_left_out(document, f"same content as {first.source}"))
+    candidates = list(by_content.values())
     if limit is not None:
         candidates.sort(key=lambda document: rank(document.id, seed, "limit"))
-    results, seen = [], NearDuplicates(threshold) if threshold else None
+    ids, seen = set[str](), NearDuplicates(threshold) if threshold else None
     for document in candidates:
-        if limit is not None and len(results) == limit:
+        if len(ids) == limit:
             break
         near = seen.find_or_add(document) if seen else None
         if near is None:
-            results.append(document)
+            ids.add(document.id)
         else:
-            rejects.append(_reject(document, f"nearly the same as {near.source}"))
-    return sorted(results, key=lambda document: order[document.id])
+            rejects.append(_left_out(document, f"nearly the same as {near.source}"))
+    return [document for document in by_content.values() if document.id in ids]
+
+
+class NearDuplicates:
+    """The documents so far, searchable for one that a new document nearly repeats."""
+
+    def __init__(self, threshold: float) -> None:
+        from datasketch import MinHash, MinHashLSH  # half a second, which plan need not wait for
+
+        self.threshold = threshold
+        self.empty = MinHash(num_perm=PERMUTATIONS, seed=1)  # making its permutations takes longest
+        self.index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
+        self.texts: dict[str, Document] = {}
+
+    def find_or_add(self, document: Document) -> Document | None:
+        """Return an earlier document that this one nearly repeats, or add this one."""
+        grams = shingles(document.text)
+        sketch = self.empty.copy()
+        sketch.update_batch([gram.encode("utf-8") for gram in grams])
+        for key in sorted(map(str, self.index.query(sketch))):
+            others = shingles(self.texts[key].text)
+            if len(grams & others) / len(grams | others) >= self.threshold:
+                return self.texts[key]
+        self.index.insert(document.id, sketch)
+        self.texts[document.id] = document
+        return None
+
+
+def shingles(text: str) -> set[str]:
+    """Return the word 5-grams of a text, case ignored; of a shorter text, the text itself."""
+    words = text.casefold().split()
+    return {" ".join(words[i : i + WORDS]) for i in range(max(1, len(words) - WORDS + 1))}
+
+
+def rank(identity: str, seed: int, salt: str = "") -> float:
+    """Return a number in [0, 1) that depends on content and seed only."""
+    key = hashlib.sha256(f"{seed} {salt} {identity}".encode()).digest()
+    return int.from_bytes(key[:7], "big") / 2**56
+
+
+def split(ids: list[str], seed: int, validation: float, heldout: float) -> dict[str, Split]:
+    """Assign each id; sizes of 1 and more are counts, below 1 shares of all.
+
+    A share above 0 gets a document at least, and so does training. Raises DistillError (exit 3)
+    where there are too few documents.
+    """
+    splits: dict[str, Split] = dict.fromkeys(ids, "train")
+    sizes: list[tuple[Split, float, float]] = [
+        ("heldout", heldout, heldout),
+        # of what heldout leaves, so that it is a share of all
+        ("validation", validation, validation / (1 - heldout) if heldout < 1 else validation),
+    ]
+    for name, size, share in sizes:
+        train = [identity for identity, current in splits.items() if current == "train"]
+        ranks = {identity: rank(identity, seed, name) for identity in train}
+        ranked = sorted(train, key=lambda identity: (ranks[identity], identity))
+        below = sum(number < share for number in ranks.values())
+        picked = ranked[: int(size) if size >= 1 else max(below, int(share > 0))]
+        if len(picked) < size or len(picked) >= len(train):
+            what = f"{len(ids)} documents cannot give {size:g} for {name} and leave some to train"
+            fix = "give more documents, or smaller corpus.split sizes"
+            raise DistillError(Exit.INPUT, "corpus.split", what, fix)
+        splits |= dict.fromkeys(picked, name)
+    return splits
 
 
 def cut_documents(
     documents: list[Document], splits: dict[str, Split], rule: Chunk, rejects: list[Reject]
 ) -> list[Document]:
-    """Cut the documents into chunks, each in the split of its document; a prompt, and a text that fits, stays complete.
+    """Cut the documents into chunks, each in the split of its document.
 
-    A chunk that repeats another (a license header) is left out.
+    A prompt, and a text that fits, stays complete. A chunk that repeats another (a license header)
+    is left out.
     """
     chunks: dict[str, Document] = {}
     for document in documents:
@@ -206,7 +321,7 @@ def cut_documents(
         for piece in pieces:
             if piece.id in chunks:
                 where = chunks[piece.id].source
-                rejects.append(_reject(piece, f"a chunk of it stands in {where}"))
+                rejects.append(_left_out(piece, f"a chunk of it stands in {where}"))
             else:
                 meta = piece.meta | {"parent": document.id}
                 update = {"split": splits[document.id], "meta": meta}
@@ -222,50 +337,12 @@ def remove_contaminated(documents: list[Document], rejects: list[Reject]) -> lis
     contaminated = contaminated_documents(documents)
     for document in documents:
         if document.id in contaminated:
-            held_out, match = contaminated[document.id]
-            what = f"holds text of {held_out.source}, which is held out: {match.phrase[:120]}"
-            rejects.append(_reject(document, what))
+            held_out, phrase = contaminated[document.id]
+            what = f"holds text of {held_out.source}, which is held out: {phrase[:120]}"
+            rejects.append(_left_out(document, what))
     results = [document for document in documents if document.id not in contaminated]
     if contaminated and not any(document.split == "train" for document in results):
-        what = (
-            f"all documents to train on share text with held-out ones, such as {rejects[-1].reason}"
-        )
+        what = "all documents to train on share text with held-out ones, such as "
         fix = "give documents that differ, or a smaller corpus.split.heldout"
-        raise DistillError(Exit.INPUT, rejects[-1].where, what, fix)
+        raise DistillError(Exit.INPUT, rejects[-1].where, f"{what}{rejects[-1].reason}", fix)
     return results
-
-
-def report(
-    run: Run, documents: list[Document], rejects: list[Reject], counts: dict[str, Any]
-) -> None:
-    """Show the counts, and note them in the manifest."""
-    splits = Counter(document.split for document in documents)
-    private = counts["private_text"]
-    dropped = private.get("documents", 0) if private["policy"] == "drop" else 0
-    repeats = sum(not reject.bad for reject in rejects) - dropped - counts["contaminated"]
-    facts: dict[str, Any] = {
-        **counts,
-        "bad": sum(reject.bad for reject in rejects),
-        "repeats": repeats,
-        "documents": len(documents),
-        "splits": dict(splits),
-        "characters": sum(len(document.text) for document in documents),
-        "corpus_sha256": sha256_file(run.path("documents.jsonl")),
-        "python": platform.python_version(),
-    }
-    run.note("corpus", facts)
-    by_split = ", ".join(f"{count} {name}" for name, count in sorted(splits.items()))
-    say(
-        f"corpus: {facts['rows']} rows, {facts['bad']} bad, {repeats} repeats, "
-        f"{len(documents)} documents ({by_split})"
-    )
-    if counts["contaminated"]:
-        say(
-            f"corpus: {counts['contaminated']} documents share text with held-out ones and are "
-            f"left out of training: {run.path('rejects.jsonl')}"
-        )
-    if private.get("documents"):
-        action = "dropped" if dropped else "masked"
-        say(
-            f"corpus: private text {action} in {private['documents']} rows: {format_counts(private['kinds'])}"
-        )

@@ -1,15 +1,18 @@
-"""Find phrases: which of many texts hold, word for word, a piece of one of the queries.
+"""Find phrases: which of many texts hold, word for word, a piece of one of the evaluated texts.
 
-The queries are the small side. Their windows of words are indexed by exact 64-bit hashes, the texts stream past
-in batches, and every match of a hash is verified on the words themselves, so a collision costs time and never a false
-match. Text is compared as words: NFKC, case-folded, punctuation and invisible characters taken out; where a script is
-written without spaces each character is a word. Memory is that of the queries, however many texts there are.
+The evaluated texts are the small side. Their windows of words are indexed by exact 64-bit hashes,
+the other texts stream past in batches, and every match of a hash is verified on the words
+themselves, so a collision costs time and never a false match. Text is compared as words: NFKC,
+case-folded, punctuation and invisible characters taken out; where a script is written without
+spaces each character is a word. Memory is that of the evaluated texts, however many others there
+are.
 """
 
 import hashlib
 import re
 import unicodedata
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import repeat
 from typing import NamedTuple
@@ -18,10 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 WINDOW = 13  # consecutive words that count as the same text (Brown et al. 2020, appendix C)
-SHORTEST = (
-    8  # words of a shorter text that are looked for inside others; below, it must stand alone
-)
-PHRASE = 5  # consecutive words that many queries share are nobody's own
+SHORTEST = 8  # words of a text that is looked for inside others; below, it must stand alone
+MIN_ANSWER_WORDS = 4  # of a reference answer that may be evidence
+PHRASE = 5  # consecutive words that many items share are nobody's own
 SHARED = 0.05  # of the clusters: a phrase that so many share is nobody's own
 FEW = 5  # clusters, at least
 BATCH = 1 << 18  # words that are hashed together: what the processor's caches hold
@@ -42,6 +44,15 @@ ASCII = {n: None if chr(n) == "'" else chr(n) if chr(n).isalnum() else " " for n
 Hashes = NDArray[np.uint64]
 
 
+class EvaluatedText(NamedTuple):
+    """An item that is evaluated: id, cluster, question without its template, and reference."""
+
+    id: str
+    cluster: str
+    question: tuple[str, ...]
+    reference: str | None = None
+
+
 def words(text: str) -> list[str]:
     """Return a text as the words that are compared."""
     if text.isascii():
@@ -58,202 +69,172 @@ def value(word: str) -> int:
 FACTORS = [value(f"place {place}") | 1 for place in range(WINDOW)]
 
 
-class Query(NamedTuple):
-    """A text to look for: its owner, by number, its cluster, its parts, and the fewest words that are evidence."""
+class Windows:
+    """The windows of one length: sorted hashes, where each begins, and a filter by hash."""
 
-    owner: int
-    cluster: str
-    parts: tuple[str, ...]
-    min_words: int = 1
-
-
-class PhraseMatch(NamedTuple):
-    """The text at `place` holds the words of a query of `owner`, or (`alone`) is the same as the query."""
-
-    owner: int
-    place: str
-    phrase: str
-    alone: bool
-
-
-class Windows(NamedTuple):
-    """The windows of one length: sorted hashes, where each begins among the queries' words, and a filter by hash."""
-
-    hashes: Hashes
-    starts: NDArray[np.int64]
-    filter: NDArray[np.bool_]
-
-    @classmethod
-    def make(cls, hashes: Hashes, starts: NDArray[np.int64]) -> "Windows":
-        """Sort, and mark each hash in a table of at least sixteen places a hash."""
+    def __init__(self, hashes: Hashes, starts: NDArray[np.int64]) -> None:
         order = np.argsort(hashes, kind="stable")
-        table = np.zeros(1 << max(16, (16 * len(hashes)).bit_length()), np.bool_)
-        table[hashes & np.uint64(len(table) - 1)] = True
-        return cls(hashes[order], starts[order], table)
+        self.hashes, self.starts = hashes[order], starts[order]
+        # at least sixteen places a hash
+        self.filter = np.zeros(1 << max(16, (16 * len(hashes)).bit_length()), np.bool_)
+        self.filter[hashes & np.uint64(len(self.filter) - 1)] = True
 
-    def hits(self, hashes_N: Hashes) -> tuple[NDArray[np.int64], ...]:
-        """Return which of the hashes are here, and for each the range of its windows."""
+    def hits(self, hashes_N: Hashes) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """Yield which of the hashes are here, and where the windows with that hash begin."""
         places = np.flatnonzero(self.filter[hashes_N & np.uint64(len(self.filter) - 1)])
-        low = np.searchsorted(self.hashes, hashes_N[places], "left")
-        high = np.searchsorted(self.hashes, hashes_N[places], "right")
-        nonempty = high > low
-        return places[nonempty], low[nonempty], high[nonempty]
+        low = np.searchsorted(self.hashes, hashes_N[places], "left").tolist()
+        high = np.searchsorted(self.hashes, hashes_N[places], "right").tolist()
+        for place, first, last in zip(places.tolist(), low, high, strict=True):
+            if last > first:
+                yield place, self.starts[first:last]
 
 
 class Index:
-    """The queries as an index. `bits` shortens the hashes, so that a test can make them collide."""
+    """The evaluated texts, searchable; fewer `bits` make hashes collide, for tests."""
 
-    def __init__(self, queries: Sequence[Query], bits: int = 64) -> None:
-        self.shift = np.uint64(64 - bits)
-        self.stream: list[str] = []  # the words of all queries, an empty one after each part
-        self.owner: array[int] = array("l")  # of each word
+    def __init__(self, items: Sequence[EvaluatedText], bits: int = 64) -> None:
+        self.items, self.shift = items, np.uint64(64 - bits)
+        self.stream: list[str] = []  # the words of all items, an empty one after each part
+        self.owner: array[int] = array("l")  # of each word: the position of its item
         self.alone: dict[str, list[int]] = {}  # texts that must stand alone -> their owners
-        self.values: dict[str, int] = {"": 0}
-        parts = self._read(queries)
+        # by owner and fewest words that are evidence: where the parts begin and end in the stream
+        queries = list[tuple[int, int, list[tuple[int, int]]]]()
+        vocabulary: dict[str, str] = {}
+        names = {name: k for k, name in enumerate(sorted({item.cluster for item in items}))}
+        clusters = array("l")  # of each word
+        for owner, item in enumerate(items):
+            answer = [(MIN_ANSWER_WORDS, (item.reference,))] if item.reference else []
+            for min_words, parts in ((1, item.question), *answer):
+                queries.append((owner, min_words, []))
+                for part in parts:
+                    tokens = [vocabulary.setdefault(word, word) for word in words(part)]
+                    start, end = len(self.stream), len(self.stream) + len(tokens)
+                    queries[-1][2].append((start, end))
+                    self.stream += [*tokens, ""]
+                    self.owner.extend(repeat(owner, len(tokens) + 1))
+                    clusters.extend([*repeat(names[item.cluster], len(tokens)), 0])
+        self.values = {"": 0} | {word: value(word) for word in vocabulary}
         values_N = self._values_of(self.stream)
-        clusters = len({query.cluster for query in queries})
         # so many clusters must share a phrase for it to be nobody's own; of few clusters, all
-        many = max(2, min(FEW, clusters), int(SHARED * clusters))
-        own_N = self._mark_own(values_N, queries, parts, many)
+        many = max(2, min(FEW, len(names)), int(SHARED * len(names)))
+        own_N = np.ones(len(values_N), np.bool_)  # words outside what many share, as a template's
+        for _, hashes_N in partial_hashes(values_N, {PHRASE}):
+            for start in starts_of_shared(hashes_N, np.array(clusters, np.int64), many):
+                if "" not in self.stream[start : start + PHRASE]:
+                    own_N[start : start + PHRASE] = False
         begins: dict[int, list[int]] = {}
-        for query, pieces in zip(queries, parts, strict=True):
-            own = [run for piece in pieces for run in runs(own_N, *piece)]
-            self._choose(query, own, begins)
-        cluster = {query.owner: query.cluster for query in queries}
+        for query in queries:
+            self._choose_windows(*query, own_N, begins)
         for key, owners in list(self.alone.items()):
-            if len({cluster[owner] for owner in owners}) >= many:  # such as the name of a class
+            if len({items[owner].cluster for owner in owners}) >= many:  # such as a class's name
                 del self.alone[key]
         self.windows, owner_N = dict[int, Windows](), np.array(self.owner)
         for length, hashes_N in partial_hashes(values_N, set(begins)):
             starts = np.array(begins[length], np.int64)
-            # of a window that a text repeats, the first: "ha ha ha" in both would be compared word by word, squared
+            # of a window that a text repeats, the first: of "ha ha ha" in both, every pair would be
+            # compared word by word
             order = np.lexsort((owner_N[starts], hashes_N[starts]))
             pairs = np.stack([hashes_N[starts[order]], owner_N[starts[order]].astype(np.uint64)])
             new = np.concatenate([[True], (pairs[:, 1:] != pairs[:, :-1]).any(axis=0)])
             starts = starts[np.sort(order[new])]
-            self.windows[length] = Windows.make(hashes_N[starts] >> self.shift, starts)
-        self.searchable = {k for w in self.windows.values() for k in np.unique(owner_N[w.starts])}
-        self.searchable |= {owner for owners in self.alone.values() for owner in owners}
+            self.windows[length] = Windows(hashes_N[starts] >> self.shift, starts)
+        owners = {k for w in self.windows.values() for k in np.unique(owner_N[w.starts]).tolist()}
+        owners |= {owner for of_text in self.alone.values() for owner in of_text}
+        self.searchable = [items[owner] for owner in sorted(owners)]
         self.longest = max((len(text) for text in self.alone), default=0)
 
-    def _read(self, queries: Sequence[Query]) -> list[list[tuple[int, int]]]:
-        """Put the words of all queries in the stream, and return where the parts of each query begin and end."""
-        vocabulary: dict[str, str] = {}
-        parts = []
-        for query in queries:
-            parts.append([])
-            for part in query.parts:
-                tokens = [vocabulary.setdefault(word, word) for word in words(part)]
-                parts[-1].append((len(self.stream), len(self.stream) + len(tokens)))
-                self.stream += [*tokens, ""]
-                self.owner.extend(repeat(query.owner, len(tokens) + 1))
-        self.values |= {word: value(word) for word in vocabulary}
-        return parts
-
     def _values_of(self, stream: Sequence[str]) -> Hashes:
-        """Return the values of words; one that is in no query has the value 0, and no window with it matches."""
+        """Return the values of words: of one in no item 0, so that no window with it matches."""
         values = map(self.values.get, stream, repeat(0))
         return np.fromiter(values, np.uint64, len(stream))
 
-    def _mark_own(
+    def _choose_windows(
         self,
-        values_N: Hashes,
-        queries: Sequence[Query],
-        parts: list[list[tuple[int, int]]],
-        many: int,
-    ) -> NDArray[np.bool_]:
-        """Mark the words that are the queries' own: not in a phrase that many clusters share, as a template's is."""
-        own_N = np.ones(len(values_N), np.bool_)
-        names = {name: k for k, name in enumerate(sorted({query.cluster for query in queries}))}
-        cluster_N = np.zeros(len(values_N), np.int64)
-        for query, pieces in zip(queries, parts, strict=True):
-            for start, end in pieces:
-                cluster_N[start:end] = names[query.cluster]
-        for _, hashes_N in partial_hashes(values_N, {PHRASE}):
-            for start in starts_of_shared(hashes_N, cluster_N, many):
-                if "" not in self.stream[start : start + PHRASE]:
-                    own_N[start : start + PHRASE] = False
-        return own_N
-
-    def _choose(
-        self, query: Query, own: list[tuple[int, int]], begins: dict[int, list[int]]
+        owner: int,
+        min_words: int,
+        parts: list[tuple[int, int]],
+        own_N: NDArray[np.bool_],
+        begins: dict[int, list[int]],
     ) -> None:
-        """Choose the windows: every one of 13 words, else each shorter run in full, else the query by itself."""
-        long = [(start, end) for start, end in own if end - start >= WINDOW]
+        """Choose every window of 13 words, else each shorter run in full, else all of the text."""
+        own_runs = []  # where the runs of a part's own words begin and end
+        for start, end in parts:
+            edges = np.diff(np.concatenate([[0], own_N[start:end].astype(np.int8), [0]]))
+            edges = (np.flatnonzero(edges) + start).tolist()
+            own_runs += zip(edges[::2], edges[1::2], strict=True)
+        long = [(start, end) for start, end in own_runs if end - start >= WINDOW]
         for start, end in long:
             begins.setdefault(WINDOW, []).extend(range(start, end - WINDOW + 1))
         if long:
             return
-        for start, end in own:
+        for start, end in own_runs:
             if end - start >= SHORTEST:
                 begins.setdefault(end - start, []).append(start)
-        tokens = [word for part in query.parts for word in words(part)]
-        if len(tokens) >= query.min_words:
-            self.alone.setdefault(" ".join(tokens), []).append(query.owner)
+        tokens = [word for start, end in parts for word in self.stream[start:end]]
+        if len(tokens) >= min_words:
+            self.alone.setdefault(" ".join(tokens), []).append(owner)
 
-    def find(self, texts: Iterable[tuple[str, str]]) -> Iterator[PhraseMatch]:
-        """Yield the matches in each of the texts, (place, text): one for each text and owner."""
-        for places, stream, starts, alone in self._batches(texts):
-            seen: set[tuple[int, int]] = set()
-            for number, phrase in alone:
-                for owner in self.alone[phrase]:
-                    if (number, owner) not in seen:
-                        seen.add((number, owner))
-                        yield PhraseMatch(owner, places[number], phrase, True)
-            for number, owner, phrase in self._matches(stream, starts):
-                if (number, owner) not in seen:
-                    seen.add((number, owner))
-                    yield PhraseMatch(owner, places[number], phrase, False)
-
-    def _batches(
-        self, texts: Iterable[tuple[str, str]]
-    ) -> Iterator[tuple[list[str], list[str], list[int], list[tuple[int, str]]]]:
-        """Yield batches: the texts' places, their words in one stream, where each begins, what stands alone in them."""
-        places, stream, starts, alone = [], [], [], []
+    def find(self, texts: Iterable[tuple[str, str]]) -> Iterator[tuple[EvaluatedText, str, str]]:
+        """Yield item, place and words of the matches in texts (place, text), one a text and item."""
+        places, stream, starts, alone = (
+            list[str](),
+            list[str](),
+            list[int](),
+            set[tuple[int, str]](),
+        )
         for place, text in texts:
             tokens = words(text)
-            if self.alone:  # queries that are this text, or a line of it
+            if self.alone:  # items that are this text, or a line of it
                 joined = " ".join(tokens)
                 keys = {joined} if len(joined) <= self.longest else set[str]()
                 if "\n" in text:
                     short = (line for line in text.split("\n") if len(line) <= 4 * self.longest)
                     keys.update(" ".join(words(line)) for line in short)
-                alone += [(len(places), key) for key in keys & self.alone.keys()]
+                alone |= {(len(places), key) for key in keys & self.alone.keys()}
             places.append(place)
             starts.append(len(stream))
-            stream += tokens
-            stream.append("")
+            stream += [*tokens, ""]
             if len(stream) >= BATCH:
-                yield places, stream, starts, alone
-                places, stream, starts, alone = [], [], [], []
-        if places:
-            yield places, stream, starts, alone
+                yield from self._find_in_batch(places, stream, starts, alone)
+                places, stream, starts, alone = [], [], [], set()
+        yield from self._find_in_batch(places, stream, starts, alone)
 
-    def _matches(self, stream: list[str], starts: list[int]) -> Iterator[tuple[int, int, str]]:
-        """Yield the number of the text, the owner and the words of each window whose words are the same."""
-        start_T = np.array(starts)
+    def _find_in_batch(
+        self, places: list[str], stream: list[str], starts: list[int], alone: set[tuple[int, str]]
+    ) -> Iterator[tuple[EvaluatedText, str, str]]:
+        """Yield the matches in texts whose words are one stream, in which `starts` are the texts."""
+        seen: set[tuple[int, int]] = set()
+
+        def new(number: int, owner: int) -> bool:
+            before = len(seen)
+            seen.add((number, owner))
+            return len(seen) > before
+
+        for number, phrase in sorted(alone):
+            for owner in self.alone[phrase]:
+                if new(number, owner):
+                    yield self.items[owner], places[number], phrase
+        compared: set[tuple[int, str]] = set()
         for length, hashes_N in partial_hashes(self._values_of(stream), set(self.windows)):
-            table = self.windows[length]
-            places, low, high = table.hits(hashes_N >> self.shift)
-            numbers = np.searchsorted(start_T, places, "right") - 1
-            ranges = zip(*(a.tolist() for a in (places, low, high, numbers)), strict=True)
-            compared: set[tuple[int, str]] = set()  # a text that repeats a phrase is compared once
-            for place, first, last, number in ranges:
-                window = stream[place : place + length]
+            for position, candidates in self.windows[length].hits(hashes_N >> self.shift):
+                window = stream[position : position + length]
+                number = bisect_right(starts, position) - 1
                 phrase = " ".join(window)
-                if (number, phrase) in compared:
+                if (number, phrase) in compared:  # a phrase that a text repeats is compared once
                     continue
                 compared.add((number, phrase))
-                for start in table.starts[first:last].tolist():
-                    if self.stream[start : start + length] == window:
-                        yield number, self.owner[start], phrase
+                for start in candidates.tolist():
+                    same = self.stream[start : start + length] == window
+                    if same and new(number, owner := self.owner[start]):
+                        yield self.items[owner], places[number], phrase
 
 
 def partial_hashes(values_N: Hashes, lengths: set[int]) -> Iterator[tuple[int, Hashes]]:
     """Yield, for each of the lengths up to 13, the hashes of the windows that begin at each word.
 
-    The hash of a window is the sum of its words' values, each times an odd factor of its place, modulo 2^64: that of a
-    longer window goes on from that of a shorter one. Windows at the end go on in zeros.
+    The hash of a window is the sum of its words' values, each times an odd factor of its place,
+    modulo 2^64: that of a longer window goes on from that of a shorter one. Windows at the end are
+    padded with zeros.
     """
     longest = max(lengths, default=0)
     padded = np.concatenate([values_N, np.zeros(longest, np.uint64)])
@@ -275,9 +256,3 @@ def starts_of_shared(hashes_N: Hashes, cluster_N: NDArray[np.int64], least: int)
     group = np.cumsum(new_hash) - 1
     counts = np.bincount(group, weights=new_pair)
     return np.sort(order[counts[group] >= least]).tolist()
-
-
-def runs(own_N: NDArray[np.bool_], start: int, end: int) -> list[tuple[int, int]]:
-    """Return where the runs of a text's own words between `start` and `end` begin and end."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], own_N[start:end].astype(np.int8), [0]])))
-    return [(start + int(a), start + int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]

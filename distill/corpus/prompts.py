@@ -1,56 +1,92 @@
-"""The prompts stage: applies the tasks to the documents, in the student's view and where it differs the teacher's.
+"""The prompts stage: applies the tasks to the documents, in the student's view and the teacher's.
 
-A prompt is in the split of its document. Which documents are asked, and what, follows from content hashes, so a run
-repeats; with `per_document: rotate` each document gets one task, and each split the same number of each.
+A prompt is in the split of its document. Which documents are asked, and what, follows from content
+hashes, so a run repeats; with `per_document: rotate` each document gets one task, and each split
+the same number of each. The questions that the teacher writes about a passage become prompts here
+too; the generate stage asks for them. A question must stand by itself, since the student may not
+see the passage: one that points at "the text", or nearly repeats another, is left out.
 """
 
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from distill.config import Config
-from distill.corpus.control_tokens import break_up, looks_like_instructions
+from distill.config import Config, Questions
+from distill.corpus.clean import INSTRUCTIONS, break_up
 from distill.errors import DistillError, Exit
 from distill.records import SPLITS, Document, Message, Prompt
 from distill.storage.files import read_records, sha256_file, write_json, write_records
 from distill.storage.progress import say
 from distill.storage.run_folder import Run
+from distill.tasks.checkers import normalise_answer
 from distill.tasks.task import TASKS_FILE, PromptView, Task, fill, load_task, task_path
 
-PLAIN = "chat"  # the task of prompts that are asked unchanged
+PLAIN, QUESTION = "chat", "question"  # tasks: of prompts asked unchanged, and of written questions
+QUESTION_KINDS = {
+    "factual": "asks for one fact that the passage states",
+    "explain": "asks why or how something in the passage is so",
+    "apply": "describes a small concrete situation and asks what the passage means for it",
+    "compare": "asks how two things in the passage differ or agree",
+    "consequence": "asks what follows, or what would happen if something in the passage were "
+    "different",
+}
+ASK = """<document>
+{passage}
+</document>
+
+Write {count} about the passage above, one on each line. Each {does}. Each must be understood by \
+somebody who cannot see the passage: name the things you ask about, and never say "the passage" or \
+"the text". Write nothing but the questions."""
+MARK = re.compile(
+    r"^\s*(?:[-*\u2022]|\(?\d{1,3}[.):]|Q(?:uestion)?\s*(?:\d+\s*)?[.:)])\s*", re.IGNORECASE
+)
+POINTS_AT_PASSAGE = re.compile(
+    r"\b(?:the|this|that)\s+(?:given\s+|above\s+)?"
+    r"(?:passage|text|document|article|excerpt|paragraph|author)\b",
+    re.IGNORECASE,
+)
+QUOTES = ' \t\r*"\u201c\u201d'
+SHORTEST, LONGEST = 12, 400  # characters of a question
+MOST = 1000  # questions about one document; each is compared with each
+NEARLY_SAME = 0.7  # Jaccard similarity of the words of two questions
 
 
 def main(config: Config, run: Run) -> None:
-    """Make prompts.jsonl from documents.jsonl; raises DistillError (exit 2) where a task does not fit the documents."""
+    """Make prompts.jsonl from documents.jsonl, and note the counts.
+
+    Raises DistillError (exit 2) where a task does not fit the documents, or two have one name.
+    """
     settings = config.prompts
     documents = read_records(run.path("documents.jsonl"), Document)
-    tasks = load_tasks(settings.tasks)
-    caps = {split: getattr(settings, split) for split in SPLITS}
+    tasks = [load_task(name) for name in settings.tasks]
+    for name, count in Counter(task.name for task in tasks).items():
+        if count > 1:  # prompts could not tell them apart
+            what = f"two tasks are called {name}"
+            raise DistillError(Exit.CONFIG, "prompts.tasks", what, "rename one")
     prompts: list[Prompt] = []
     counts: dict[str, dict[str, int]] = {}
     for split in SPLITS:
         mine = sorted((d for d in documents if d.split == split), key=lambda d: d.id)
-        documents_and_tasks = pairs(
-            mine, tasks, settings.per_document, settings.questions is not None
-        )
-        new = [ask(task, doc) for doc, task in islice(documents_and_tasks, caps[split])]
+        pairs = assign_tasks(mine, tasks, settings.per_document, settings.questions is not None)
+        new = [ask(task, doc) for doc, task in islice(pairs, getattr(settings, split))]
         counts[split] = dict(Counter(prompt.task for prompt in new))
         prompts += new
+        by_task = ", ".join(f"{count} {task}" for task, count in counts[split].items())
+        say(f"prompts: {split}: {by_task or 'none'}")
     write_records(run.path("prompts.jsonl"), prompts)
     write_json(run.path(TASKS_FILE), {task.name: task.model_dump(mode="json") for task in tasks})
-    report(run, documents, counts)
-
-
-def load_tasks(names: Sequence[str]) -> list[Task]:
-    """Load the tasks; raises DistillError (exit 2) where two have one name, which prompts could not tell apart."""
-    tasks = [load_task(name) for name in names]
-    again = next((n for n, count in Counter(t.name for t in tasks).items() if count > 1), None)
-    if again:
-        raise DistillError(
-            Exit.CONFIG, "prompts.tasks", f"two tasks are called {again}", "rename one"
+    # documents that forge a role or give orders to a model are counted, not dropped
+    forged = sum(break_up(document.text) != document.text for document in documents)
+    ordering = sum(INSTRUCTIONS.search(document.text) is not None for document in documents)
+    note = {"counts": counts, "control_token_texts": forged, "instruction_like": ordering}
+    run.note("prompts", note)
+    if forged or ordering:
+        say(
+            f"prompts: {forged} documents hold control-token text (broken up), "
+            f"{ordering} look like instructions (fenced as data)"
         )
-    return tasks
 
 
 def identity(config: Config) -> dict[str, str]:
@@ -59,24 +95,21 @@ def identity(config: Config) -> dict[str, str]:
     return {f"task {name}": sha256_file(path) for name, path in paths.items() if path.is_file()}
 
 
-def pairs(
-    documents: list[Document], tasks: list[Task], per_document: str, questions: bool = False
+def assign_tasks(
+    documents: list[Document], tasks: list[Task], per_document: str, questions: bool
 ) -> Iterator[tuple[Document, Task]]:
     """Yield each document with each of its tasks; a row that holds a prompt needs no task.
 
-    Raises DistillError (exit 2) for a document without a task, unless the teacher writes `questions` about it.
+    Raises DistillError (exit 2) for a document without a task, unless `questions` are written.
     """
     plain = load_task(PLAIN)
     for place, document in enumerate(documents):
         if not tasks and "messages" in document.meta:
             yield document, plain
         elif not tasks and not questions:
-            raise DistillError(
-                Exit.CONFIG,
-                "prompts.tasks",
-                f"{document.source} is a document, and no task is asked of it",
-                "name tasks, or set prompts.questions",
-            )
+            what = f"{document.source} is a document, and no task is asked of it"
+            fix = "name tasks, or set prompts.questions"
+            raise DistillError(Exit.CONFIG, "prompts.tasks", what, fix)
         elif tasks and per_document == "rotate":
             yield document, tasks[place % len(tasks)]
         else:
@@ -100,7 +133,7 @@ def ask(task: Task, document: Document) -> Prompt:
 
 
 def template_values(document: Document) -> dict[str, Any]:
-    """Return what templates may use: `document.text`, `document.meta`, and `prompt` where there is one."""
+    """Return what templates may use: `document.text`, `document.meta`, and of a prompt `prompt`."""
     meta = {k: break_up(v) if isinstance(v, str) else v for k, v in document.meta.items()}
     values: dict[str, Any] = {"document": {"text": break_up(document.text), "meta": meta}}
     messages = document.meta.get("messages")
@@ -124,17 +157,72 @@ def turns(
     return (*earlier, Message(role="user", content=fill(view.user, task, values)))
 
 
-def report(run: Run, documents: list[Document], counts: dict[str, dict[str, int]]) -> None:
-    """Show and note the prompts of each split and task, and how many documents look like an injection."""
-    forged = sum(break_up(document.text) != document.text for document in documents)
-    ordering = sum(looks_like_instructions(document.text) for document in documents)
-    note = {"counts": counts, "control_token_texts": forged, "instruction_like": ordering}
-    run.note("prompts", note)
-    for split, tasks in counts.items():
-        by_task = ", ".join(f"{count} {task}" for task, count in tasks.items()) or "none"
-        say(f"prompts: {split}: {by_task}")
-    if forged or ordering:
-        say(
-            f"prompts: {forged} documents hold control-token text (broken up), "
-            f"{ordering} look like instructions (fenced as data)"
+def question_shares(kinds: Sequence[str], per_document: int) -> list[tuple[str, int]]:
+    """Spread the questions of a document over the kinds, the first ones with the remainder."""
+    unknown = [kind for kind in kinds if kind not in QUESTION_KINDS]
+    if unknown or not kinds:
+        what = f"unknown kind {unknown[0]}" if unknown else "names no kind"
+        fix = f"use some of: {', '.join(QUESTION_KINDS)}"
+        raise DistillError(Exit.CONFIG, "prompts.questions.kinds", what, fix)
+    share, extra = divmod(per_document, len(kinds))
+    counts = [(kind, share + (number < extra)) for number, kind in enumerate(kinds)]
+    return [(kind, count) for kind, count in counts if count]
+
+
+def prompts_for_questions(document: Document, settings: Questions) -> list[Prompt]:
+    """Build the prompts that ask the teacher for questions: one a kind, `question:KIND`."""
+    prompts = []
+    for kind, count in question_shares(settings.kinds, settings.per_document):
+        number = "one question" if count == 1 else f"{count} different questions"
+        passage, does = break_up(document.text), QUESTION_KINDS[kind]
+        text = ASK.format(passage=passage, count=number, does=does)
+        message = Message(role="user", content=text)
+        prompts.append(Prompt.make((message,), document.id, f"{QUESTION}:{kind}"))
+    return prompts
+
+
+def read_questions(reply: str) -> list[str]:
+    """Return the questions of a reply that stand by themselves, without marks and quotes."""
+    lines = [MARK.sub("", line.strip(QUOTES)).strip(QUOTES) for line in reply.split("\n")]
+    return [
+        line
+        for line in lines
+        if SHORTEST <= len(line) <= LONGEST
+        and line.endswith("?")
+        and not POINTS_AT_PASSAGE.search(line)
+    ]
+
+
+def distinct(questions: Iterable[str]) -> list[str]:
+    """Return the questions, of the first 1,000, that do not nearly repeat an earlier one."""
+    results: dict[str, set[str]] = {}
+    for question in islice(questions, MOST):
+        words = set(normalise_answer(question).split())
+        overlaps = (len(words & other) / len(words | other) for other in results.values())
+        if words and all(overlap < NEARLY_SAME for overlap in overlaps):
+            results[question] = words
+    return list(results)
+
+
+def prompts_from_questions(
+    document: Document, replies: Iterable[str], settings: Questions
+) -> list[Prompt]:
+    """Build one prompt for each question of the teacher's replies about a document.
+
+    The passage stands before the question in the views that see it.
+    """
+    task = load_task(QUESTION)
+    plain, with_passage = task.student.user, (task.teacher_view() or task.student).user
+    prompts = []
+    for question in distinct(one for reply in replies for one in read_questions(reply)):
+        values = template_values(document) | {"question": break_up(question)}
+        student, teacher = (
+            (Message(role="user", content=fill(template, task.name, values)),)
+            for template in (
+                with_passage if settings.student_sees_passage else plain,
+                with_passage if settings.answer_with_passage else plain,
+            )
         )
+        differs = settings.answer_with_passage != settings.student_sees_passage
+        prompts.append(Prompt.make(student, document.id, task.name, teacher if differs else None))
+    return prompts

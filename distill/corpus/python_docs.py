@@ -1,7 +1,8 @@
-"""The documentation of Python's standard library, read from the interpreter that runs: signatures and docstrings.
+"""The documentation of Python's standard library, of the interpreter that runs this.
 
-The reading happens in a fresh isolated interpreter (`python -I -S python_docs.py`, one JSON row a line), so that neither
-what this process has imported nor what a module does on import can change the documents. Imports the standard library only.
+Signatures and docstrings are read in a fresh isolated interpreter (`python -I -S python_docs.py`,
+one JSON row a line), so that neither what this process has imported nor what a module does on
+import can change the documents. Imports the standard library only.
 """
 
 import contextlib
@@ -14,17 +15,19 @@ import subprocess
 import sys
 from types import ModuleType
 
-# modules that open windows, print, or run something when they are imported, and those that document no API
+# modules that open windows, print, or run something on import, and those that document no API
 EXCLUDED = frozenset(
-    "__main__ antigravity ensurepip genericpath idlelib lib2to3 msilib nt ntpath nturl2path posix posixpath pyexpat "
-    "rlcompleter site sitecustomize test this tkinter turtle turtledemo usercustomize".split()
+    "__main__ antigravity ensurepip genericpath idlelib lib2to3 msilib nt ntpath nturl2path posix "
+    "posixpath pyexpat rlcompleter site sitecustomize test this tkinter turtle turtledemo "
+    "usercustomize".split()
 )
 HOMES: dict[str, str] = dict.fromkeys(("posix", "nt", "posixpath", "ntpath", "genericpath"), "os")
 SUBMODULES = (
-    "collections.abc concurrent.futures email.header email.message email.parser email.policy email.utils html.parser "
-    "http.client http.cookiejar http.cookies http.server importlib.metadata importlib.resources importlib.util "
-    "logging.config logging.handlers multiprocessing.pool multiprocessing.shared_memory os.path unittest.mock "
-    "urllib.parse urllib.request urllib.robotparser wsgiref.util xml.dom.minidom xml.etree.ElementTree xml.sax.saxutils"
+    "collections.abc concurrent.futures email.header email.message email.parser email.policy "
+    "email.utils html.parser http.client http.cookiejar http.cookies http.server "
+    "importlib.metadata importlib.resources importlib.util logging.config logging.handlers multiprocessing.pool "
+    "multiprocessing.shared_memory os.path unittest.mock urllib.parse urllib.request "
+    "urllib.robotparser wsgiref.util xml.dom.minidom xml.etree.ElementTree xml.sax.saxutils"
 ).split()
 MIN_DOC, MAX_TEXT = 150, 1000  # characters: shorter says little, longer costs the teacher much
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # differs with every process

@@ -1,7 +1,8 @@
-"""Reading what people have: text, Markdown, HTML, JSON lines, CSV, TSV, Parquet, a folder of these, or a dataset.
+"""Reading what people have: text, HTML, JSON lines, CSV, Parquet, a folder of these, or a dataset.
 
-Each reader yields a row as a mapping with its place (`file:line`), or a reject with a reason. A file that cannot be
-opened or whose end is missing stops with exit 3; a bad row never does. Lines end at newlines and nowhere else.
+Each reader yields a row as a mapping with its place (`file:line`), or a reject with a reason. A
+file that cannot be opened or whose end is missing stops with exit 3; a bad row never does. Lines
+end at newlines and nowhere else.
 """
 
 import csv
@@ -25,15 +26,15 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (*TEXTS, ".jsonl", *DELIMITERS)
 BINARY_SUFFIXES = (".parquet",)
 BLOCKS = frozenset(
-    "address article aside blockquote br dd div dl dt figcaption footer h1 h2 h3 h4 h5 h6 header hr li listing main ol "
-    "p plaintext pre section table td th tr ul xmp".split()
+    "address article aside blockquote br dd div dl dt figcaption footer h1 h2 h3 h4 h5 h6 header "
+    "hr li listing main ol p plaintext pre section table td th tr ul xmp".split()
 )
 HIDDEN = frozenset("script style template noscript title nav iframe noembed noframes".split())
 VERBATIM = frozenset("pre listing plaintext textarea xmp".split())
 BLOCK_END = re.compile(rf"</({'|'.join(sorted(BLOCKS))})\s*>", re.IGNORECASE)
 MARK = "<br end={}>"  # after each of these, which the parser tells only where it closes something
 MARKS = re.compile(MARK.format(r"\w+"))  # left where markup is text, as in a textarea
-# libxml2 looks through all open elements for what an end tag closes: this many take some five seconds
+# libxml2 looks through all open elements for what an end tag closes: these take some five seconds
 MAX_LOOKS = 2_000_000_000
 Bytes = io.BufferedReader | gzip.GzipFile
 
@@ -80,7 +81,10 @@ def list_files(path: Path) -> tuple[list[Path], int]:
 
 
 def read_file(path: Path, shown: str) -> Iterator[SourceRow | Reject]:
-    """Yield the rows of one file; `shown` names it in places. Raises DistillError (exit 3) where it cannot be read."""
+    """Yield the rows of one file, which places call `shown`.
+
+    Raises DistillError (exit 3) where it cannot be read.
+    """
     kind = kind_of(path)
     try:
         if kind == ".parquet":
@@ -139,7 +143,7 @@ def read_lines(file: Bytes, shown: str) -> Iterator[SourceRow | Reject]:
 
 
 def _parse_line(line: bytes, where: str) -> SourceRow | Reject:
-    """Parse an object whose keys are unique; of two equal keys, JSON does not say which one counts."""
+    """Parse an object whose keys are unique: of equal ones, JSON does not say which counts."""
 
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is no JSON value")
@@ -153,8 +157,6 @@ def _parse_line(line: bytes, where: str) -> SourceRow | Reject:
 
     try:
         value = json.loads(decode(line), parse_constant=refuse, object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        return Reject(where=where, reason=f"not JSON: {error.msg} at column {error.colno}")
     except RecursionError:
         return Reject(where=where, reason="nested too deeply")
     except ValueError as error:
@@ -165,18 +167,20 @@ def _parse_line(line: bytes, where: str) -> SourceRow | Reject:
 
 
 def read_csv(file: Bytes, shown: str, delimiter: str) -> Iterator[SourceRow | Reject]:
-    """Yield the rows of CSV or TSV, read strictly: a row whose quote does not close costs that row alone.
+    """Yield the rows of CSV or TSV; a row whose quote does not close costs that row alone.
 
-    Such a row is rejected at the line where it begins, and reading goes on at the line after it, so that it swallows
-    none of the rows below. Raises DistillError (exit 3) where the head cannot be read or names a column twice.
+    Such a row is rejected at the line where it begins, and reading goes on at the line after it, so
+    that it swallows none of the rows below. Raises DistillError (exit 3) where the head cannot be
+    read or names a column twice.
     """
     # bytes that are not UTF-8 become lone surrogates, which cleaning rejects row by row
     text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
     csv.field_size_limit(MAX_ROW)
     again, lines = deque[str](), list[str]()  # lines to be read again; lines of the present row
     number = 0  # lines of the file before the present row
-    # A row left open at the end of a line has the fate of every other that is open there: one failure at a later line
-    # settles all that begin above that line. Without this, each of them would be read to its end: quadratic.
+    # A row left open at the end of a line has the fate of every other that is open there: one
+    # failure at a later line settles all that begin above that line. Without this, each of them
+    # would be read to its end: quadratic.
     hopeless, unclosed, size = 0, "a quote is not closed", 0
 
     def next_line() -> str:
@@ -264,7 +268,7 @@ def is_saved_dataset(path: Path) -> bool:
 
 
 def read_dataset(reference: str, config: str | None, split: str) -> Iterator[SourceRow]:
-    """Yield the rows of a Hub dataset or of a folder saved with save_to_disk; raises DistillError (exit 3)."""
+    """Yield the rows of a Hub dataset, or of a folder saved with save_to_disk, or stop (exit 3)."""
     import datasets  # heavy, and few need it
 
     try:
@@ -286,7 +290,7 @@ def read_dataset(reference: str, config: str | None, split: str) -> Iterator[Sou
 
 
 class _PageText:
-    """Collects the visible text as the parser comes to it; a block ends a line, `pre` keeps its spaces.
+    """Collects the visible text as the parser meets it; a block ends a line, `pre` keeps spaces.
 
     No tree is built, so neither depth nor size is a matter of the stack or of memory.
     """
@@ -340,9 +344,10 @@ class _PageText:
 
 
 def html_to_text(html: str) -> str:
-    """Return the visible text of a page, one block a paragraph; raises ValueError where it is nested too deeply.
+    """Return the visible text of a page, one block a paragraph.
 
-    Whatever the page declares, nothing is fetched and no entity but HTML's own is expanded.
+    Whatever the page declares, nothing is fetched and no entity but HTML's own is expanded. Raises
+    ValueError where it is nested too deeply.
     """
     from lxml.html import HTMLParser  # few corpora are pages
 

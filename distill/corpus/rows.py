@@ -1,7 +1,7 @@
-"""What a row means: a document, or a prompt that is there already, with a reference or a recorded answer.
+"""What a row means: a document, or a prompt with, perhaps, its reference or a recorded answer.
 
-Prompts become documents whose `meta["messages"]` holds the conversation to answer; the last user turn is answered, and
-an assistant's turn after it is kept as `meta["recorded_answer"]`.
+Prompts become documents whose `meta["messages"]` holds the conversation to answer; the last user
+turn is answered, and an assistant's turn after it is kept as `meta["recorded_answer"]`.
 """
 
 import math
@@ -39,7 +39,10 @@ def interpret(
     form: str = "auto",
     pattern: str | None = None,
 ) -> Document:
-    """Read a row as a document; `form` is auto, documents or prompts. Raises ValueError with the reason."""
+    """Read a row as a document; `form` is auto, documents or prompts.
+
+    Raises ValueError with the reason where it is neither.
+    """
     columns = columns or Columns()
     text_column = columns.text or _first(row, TEXT_COLUMNS)
     asks = columns.prompt or _first(row, (*CONVERSATIONS, *PROMPT_COLUMNS))
@@ -93,7 +96,7 @@ def _conversation(
 
 
 def extract(answer: str | None, pattern: str | None) -> str | None:
-    """Return what the pattern's group matches in an answer; raises ValueError where nothing matches."""
+    """Return what the pattern's group matches in an answer; raises ValueError for no match."""
     if answer is None or pattern is None:
         return answer
     try:

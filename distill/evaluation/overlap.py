@@ -7,17 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from distill.corpus.contamination import (
-    KINDS,
-    NOT_FOUND,
-    Match,
-    answers_of,
-    flag,
-    of_item,
-    questions_of,
-    trained_on,
-    unsearchable,
-)
+from distill.corpus.contamination import KINDS, NOT_FOUND, Match, flag_training, of_item
 from distill.errors import DistillError, Exit
 from distill.evaluation import results
 from distill.evaluation.measurements import Contamination
@@ -52,8 +42,7 @@ def find_leaks(run: Run, items: Sequence[Item], suites: Sequence[Suite] = ()) ->
     looked_for = [of_item(item) for item in items]
     for part in (part for suite in suites for part in suite.parts):
         looked_for += [of_item(item, part.task.student.user) for item in part.items]
-    matches = flag(looked_for, trained_on(documents), questions_of(pairs), answers_of(pairs))
-    return Leaks(matches, unsearchable(looked_for))
+    return Leaks(*flag_training(looked_for, documents, pairs))
 
 
 def refuse_all_leaked(items: Sequence[Item], leaks: Leaks) -> None:

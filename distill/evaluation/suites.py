@@ -15,10 +15,10 @@ from pydantic import Field, model_validator
 
 from distill.config import Columns, Config, File, Positive, Section, checked_model
 from distill.config_file import find_config
+from distill.corpus.corpus import rank
 from distill.corpus.prompts import ask
 from distill.corpus.readers import Reject, SourceRow, list_files, read_dataset, read_file
 from distill.corpus.rows import interpret
-from distill.corpus.split import rank
 from distill.errors import DistillError, Exit
 from distill.evaluation.items import held_out, items_of
 from distill.records import Document, Item, digest

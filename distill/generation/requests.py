@@ -6,7 +6,7 @@ Pure functions of the config and the run's files, so that a plan, a pilot and th
 from collections.abc import Iterable, Iterator, Mapping
 
 from distill.config import Config, Questions
-from distill.corpus.questions import distinct, question_prompts, read_questions, to_prompts
+from distill.corpus.prompts import prompts_for_questions, prompts_from_questions
 from distill.records import Document, Prompt, Response
 from distill.responders.responder import Request, Sampling
 
@@ -31,13 +31,12 @@ def requests_for(
 def asking_requests(settings: Questions, origin: str, document: Document) -> list[Request]:
     """Return the requests that ask the teacher for questions about a document."""
     sampling = Sampling(max_new_tokens=settings.max_new_tokens)
-    asked = question_prompts(document, settings.kinds, settings.per_document)
-    return [Request.make(origin, prompt.id, prompt.messages, sampling) for prompt in asked]
+    prompts = prompts_for_questions(document, settings)
+    return [Request.make(origin, prompt.id, prompt.messages, sampling) for prompt in prompts]
 
 
 def written_prompts(
     settings: Questions, document: Document, replies: Iterable[Response]
 ) -> list[Prompt]:
     """Return the prompts that the replies about a document become."""
-    found = distinct(question for reply in replies for question in read_questions(reply.text))
-    return to_prompts(document, found, settings.answer_with_passage, settings.student_sees_passage)
+    return prompts_from_questions(document, (reply.text for reply in replies), settings)

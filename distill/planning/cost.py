@@ -16,7 +16,7 @@ from math import ceil
 from typing import NamedTuple
 
 from distill.config import Config, EndpointTeacher
-from distill.corpus.questions import shares
+from distill.corpus.prompts import question_shares
 from distill.errors import DistillError, Exit
 from distill.formatting import money
 from distill.generation.requests import asking_requests, requests_of, written_prompts
@@ -88,7 +88,7 @@ def teacher_cost(config: Config, work: Work, origin: str | None = None) -> Teach
         count = work.all_prompts + work.prompts["train"] * (teacher.n - 1)
         kinds, spent = [Unanswered(count, work.teacher.bytes, teacher.max_new_tokens)], Account()
         if questions := config.prompts.questions:
-            asking = work.documents * len(shares(questions.kinds, questions.per_document))
+            asking = work.documents * len(question_shares(questions.kinds, questions.per_document))
             kinds.append(Unanswered(asking, work.teacher.bytes, questions.max_new_tokens))
     count = sent = output = capped = answer = 0.0
     most = None if price is None or not teacher.limits_answers else Decimal(0)

@@ -21,8 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from distill.corpus.contamination import EvaluatedText, index
-from distill.corpus.ngrams import SHORTEST, WINDOW
+from distill.corpus.ngrams import SHORTEST, WINDOW, EvaluatedText, Index
 
 LETTERS = "etaoinshrdlucmfwypvbgkjqxz"
 OTHER = ("éüñçøåß", "αβγδεηθικλμνοπρστυφω", "абвгдежзийклмнопрстуфхцчшщыэюя")
@@ -159,11 +158,11 @@ def measure(items: int, documents: int, length: int, leaks: int, seed: int) -> d
     wanted = [words if len(words) > 12 else words[: 4 + k % 9] for k, words in enumerate(sizes)]
     planted = plant(wanted, leaks, documents, draw)
     started = time.perf_counter()
-    index_ = index([EvaluatedText(str(k), str(k), (sentence(w),)) for k, w in enumerate(wanted)])
+    index = Index([EvaluatedText(str(k), str(k), (sentence(w),)) for k, w in enumerate(wanted)])
     indexed = time.perf_counter() - started
     texts = Clock(corpus(language, documents, length, planted, draw))
     started = time.perf_counter()
-    found = {(found.owner, int(found.place)) for found in index_.find(texts)}
+    found = {(int(item.id), int(place)) for item, place, _ in index.find(texts)}
     seconds = time.perf_counter() - started
     told = {(leak.owner, place): leak.disguise for place, leak in planted.items()}
     missed = Counter(name for pair, name in told.items() if pair not in found)

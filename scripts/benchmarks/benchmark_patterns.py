@@ -23,19 +23,9 @@ from rich.table import Table
 
 from distill import formatting
 from distill.config_file import check_values
-from distill.corpus import (
-    clean,
-    contamination,
-    control_tokens,
-    privacy,
-    questions,
-    readers,
-    rows,
-)
-from distill.corpus.dedupe import NearDuplicates, shingles
+from distill.corpus import clean, contamination, privacy, prompts, readers, rows
+from distill.corpus.corpus import NearDuplicates, shingles, split
 from distill.corpus.ngrams import words
-from distill.corpus.prompts import ask
-from distill.corpus.split import split
 from distill.errors import DistillError
 from distill.evaluation import failures, judge
 from distill.evaluation.scorers import agrees
@@ -243,6 +233,7 @@ READERS: dict[str, Reader] = {
     "corpus.clean.normalise": refusable(clean.normalise),
     "corpus.clean.chunk": lambda text: clean.chunk(text, 6000, 200),
     "corpus.clean.chunk, half over": lambda text: clean.chunk(text, 200, 100),
+    "corpus.clean.chunk, most over": lambda text: clean.chunk(text, 200, 180),
     "corpus.readers, HTML": readers.html_to_text,
     "corpus.readers, JSON lines": whole(lambda t: readers.read_lines(file_of(t), "f")),
     "corpus.readers, CSV": whole(lambda t: readers.read_csv(file_of(t), "f", ",")),
@@ -251,19 +242,19 @@ READERS: dict[str, Reader] = {
         lambda t: rows.interpret({"prompt": t, "answer": t}, "f", pattern=r"#### (.+)")
     ),
     "corpus.privacy.mask": privacy.mask,
-    "corpus.control_tokens.break_up": control_tokens.break_up,
-    "corpus.control_tokens.looks_like_instructions": control_tokens.looks_like_instructions,
-    "corpus.dedupe.shingles": shingles,
-    "corpus.dedupe.NearDuplicates": near,
+    "corpus.clean.break_up": clean.break_up,
+    "corpus.clean.INSTRUCTIONS": clean.INSTRUCTIONS.search,
+    "corpus.corpus.shingles": shingles,
+    "corpus.corpus.NearDuplicates": near,
     "corpus.ngrams.words": words,
     "corpus.contamination.flag": leaks,
     "corpus.contamination.flag, many items": many_leaks,
-    "corpus.questions.read_questions": questions.read_questions,
-    "corpus.questions.distinct": lambda text: questions.distinct(
+    "corpus.prompts.read_questions": prompts.read_questions,
+    "corpus.prompts.distinct": lambda text: prompts.distinct(
         f"What is {text[n : n + 8]} {n}?" for n in range(0, len(text), 10)
     ),
-    "corpus.split.split": splits,
-    "corpus.prompts.ask": lambda text: ask(load_task("summary"), Document.make(text, "f")),
+    "corpus.corpus.split": splits,
+    "corpus.prompts.ask": lambda text: prompts.ask(load_task("summary"), Document.make(text, "f")),
     "generation.filters.empty": filtered(filters.empty),
     "generation.filters.refusal": filtered(filters.refusal),
     "generation.filters.repetition": filtered(filters.repetition),

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent / "scripts" / "benchm
 
 import benchmark_patterns as benchmark
 
-from distill.corpus.split import split
+from distill.corpus.corpus import split
 
 SIZE = 200_000  # characters: what reads them again and again takes a minute or more
 SECONDS = 8  # what reads them once takes under two
@@ -22,11 +22,11 @@ QUADRATIC = {  # what once took time in the square of a text, and which text sho
     "corpus.clean.normalise": ("", "spaces"),
     "corpus.rows.interpret": ("", "spaces"),
     "corpus.rows.interpret, prompt": ("", "spaces"),
-    "corpus.control_tokens.looks_like_instructions": ("", "fences"),
+    "corpus.clean.INSTRUCTIONS": ("", "fences"),
     "corpus.contamination.flag": ("", "digits apart"),
     "corpus.contamination.flag, many items": ("", "digits apart"),
-    "corpus.questions.read_questions": ("Q", "spaces"),
-    "corpus.questions.distinct": ("", "spaces"),
+    "corpus.prompts.read_questions": ("Q", "spaces"),
+    "corpus.prompts.distinct": ("", "spaces"),
     "tasks.checkers, choice": ("answer", "spaces"),
     "tasks.checkers, program": ("", "newlines"),
     "publishing.secret_scan": ("", "a long word"),

@@ -11,15 +11,13 @@ from hypothesis import strategies as st
 
 from distill.corpus import contamination
 from distill.corpus.contamination import (
-    EvaluatedText,
     flag,
-    index,
+    flag_training,
     own_parts,
     sentences,
     template_of,
-    unsearchable,
 )
-from distill.corpus.ngrams import Index, Query, words
+from distill.corpus.ngrams import EvaluatedText, Index, words
 from distill.corpus.prompts import ask
 from distill.records import Document, Item, Message, Prompt
 from distill.tasks.task import load_task
@@ -51,10 +49,10 @@ def test_planted_leaks_are_found_in_every_disguise_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("bits", [64, 8, 1])
 def test_a_collision_of_hashes_is_no_match(bits: int) -> None:
-    wanted = [Query(k, str(k), (text(k),)) for k in range(30)]
+    items = [EvaluatedText(str(k), str(k), (text(k),)) for k in range(30)]
     texts = [(str(k), text(k if k < 5 else 1000 + k)) for k in range(30)]
-    hits = {(f.owner, f.place) for f in Index(wanted, bits).find(texts)}
-    assert hits == {(k, str(k)) for k in range(5)}
+    hits = {(item.id, place) for item, place, _ in Index(items, bits).find(texts)}
+    assert hits == {(str(k), str(k)) for k in range(5)}
 
 
 @pytest.mark.parametrize("size", range(3, 30))
@@ -86,7 +84,7 @@ def test_items_that_hold_nothing_are_not_found_and_not_checked() -> None:
         EvaluatedText("4", "4", ("so",)),
     ]
     assert flag(items, [("a", ""), ("b", "\n\n"), ("c", "...")]) == {}
-    assert unsearchable(items) == {"1", "2", "3"}
+    assert flag_training(items, [], []) == ({}, {"1", "2", "3"})
     assert flag([], [("a", "text")]) == {}
 
 
@@ -158,7 +156,7 @@ def test_a_task_s_template_is_nobody_s_own(task: str, count: int) -> None:
     items = [contamination.of_item(Item.make(prompt)) for prompt in held_out]
     texts = [(p.id, "\n".join(m.content for m in p.messages)) for p in trained]
     assert flag(items, prompts=texts) == {}
-    assert index(items).searchable == set(range(count))
+    assert Index(items).searchable == items
     again = [(p.id, "\n".join(m.content for m in p.messages)) for p in held_out]
     assert len(flag(items, prompts=again)) == count
 
