@@ -419,7 +419,7 @@ def repair(store: Annotated[Path, typer.Argument(metavar="STORE")]) -> None:
 @app.command(rich_help_panel=KEEP)
 def compact(store: Annotated[Path, typer.Argument(metavar="STORE")]) -> None:
     """Copy a store without what nothing reads any more, and let the copy take its place."""
-    from distill.responders.local.plans import worth_keeping
+    from distill.responders.store import worth_keeping
     from distill.storage.repair import compact as compact_store
 
     print(*compact_store(store, worth_keeping).explain(), sep="\n")

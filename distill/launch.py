@@ -13,7 +13,7 @@ from pathlib import Path
 from distill.config import Config
 from distill.errors import DistillError, Exit, exit_code
 from distill.pipeline import STAGES, perform
-from distill.responders.local.workers import Crew
+from distill.responders.local.workers import Workers
 from distill.storage.progress import console
 from distill.storage.run_folder import Run, Stage, open_run
 
@@ -50,27 +50,27 @@ def generate(run: Run, stage: Stage, flags: set[str]) -> None:
     from distill.generation.generate import join
     from distill.generation.generate import main as work
 
-    crew = Crew.meet()
-    if len(crew.pids) == 1:
+    workers = Workers.meet()
+    if len(workers.pids) == 1:
         _perform(run, stage, flags)
         return
     if not run.config.teacher.runs_here:
         what, fix = f"one process asks a {run.config.teacher.kind} teacher", "distill generate"
         raise DistillError(Exit.CONFIG, "teacher.kind", what, fix)
-    crew.listen()
-    if crew.rank == 0:
+    workers.listen()
+    if workers.rank == 0:
 
         def lead(config: Config, run: Run) -> None:
-            with crew.leading():
-                work(config, run, crew)
+            with workers.leading():
+                work(config, run, workers)
 
-        with crew.leading():
+        with workers.leading():
             _perform(run, replace(stage, main=lead), flags)
-            crew.dismiss()
+            workers.dismiss()
         return
     console.quiet = True
     with run.ledger.joining(stage.name):
-        join(run.config, run, crew)
+        join(run.config, run, workers)
 
 
 STARTS: dict[str, Callable[[Run, Stage, set[str]], None]] = {"train": train, "generate": generate}

@@ -40,7 +40,7 @@ def reader_identity(config: Config) -> dict[str, str]:
     """Return what pins the teacher whose distributions are captured."""
     teacher = config.soft_teacher()
     if isinstance(teacher, EndpointTeacher):
-        from distill.responders.endpoint.attempts import origin_of
+        from distill.responders.endpoint.sending import origin_of
 
         return {"teacher": origin_of(teacher)}
     pinned = registry.identity(teacher.model, teacher.revision)

@@ -9,8 +9,8 @@ from distill.errors import DistillError
 from distill.formatting import table
 from distill.records import LedgerEntry, Record
 from distill.responders.endpoint.budget import paid_models, unknown_outcomes
+from distill.responders.store import ResponseStore
 from distill.storage.files import read_json
-from distill.storage.log import Log
 from distill.storage.run_folder import Run, Stage
 
 STATES = {"fresh": "left", "unfinished": "begun", "done": "done", "stale": "stale"}
@@ -68,8 +68,8 @@ def read_status(run: Run, stages: Sequence[Stage]) -> Status:
     doubts: list[Doubt] = []
     folder = run.config.store_folder() / "responses"
     if run.config.teacher.paid and folder.exists():
-        with Log(folder, writable=False) as log:
-            unknown = unknown_outcomes(log, run.config.name, paid_models(run.config))
+        with ResponseStore(folder, writable=False) as store:
+            unknown = unknown_outcomes(store, paid_models(run.config), run.config.name)
         doubts = [Doubt(key=a.key, what=a.what, most=a.most, answered=a.answered) for a in unknown]
     return Status(
         run=str(run.folder), stages=tuple(rows), all=summed("all", ledger), doubts=tuple(doubts)

@@ -26,9 +26,8 @@ from distill.models.registry import folder_digest
 from distill.pipeline import STAGES
 from distill.records import Response
 from distill.report import report
-from distill.responders.ask import readings
-from distill.responders.endpoint.budget import replies
 from distill.responders.responder import Request, Sampling
+from distill.responders.store import ResponseStore
 from distill.storage.environment import environment
 from distill.storage.evidence import (
     APART,
@@ -41,7 +40,6 @@ from distill.storage.evidence import (
     verdict,
 )
 from distill.storage.files import read_json, read_records, sha256_file
-from distill.storage.log import Log
 from distill.storage.run_folder import SEAL, Run, open_folder
 from distill.tasks.checkers import KINDS, RUNS_CODE
 from distill.tasks.sandbox.programs import allowed
@@ -240,7 +238,7 @@ def _stored(evidence: Evidence) -> Iterator[Check]:
         yield Check("store", str(store), "skipped", "the store is not at hand")
         return
     try:
-        with Log(store, writable=False) as log:
+        with ResponseStore(store, writable=False) as log:
             for name in evidence.hashes:
                 # the teacher's answers, and what an evaluation asked
                 parts = set(name.split("/"))
@@ -251,14 +249,14 @@ def _stored(evidence: Evidence) -> Iterator[Check]:
         yield Check("store", error.where, "differs", error.what)
 
 
-def _answers(log: Log, folder: Path, name: str) -> Check:
+def _answers(log: ResponseStore, folder: Path, name: str) -> Check:
     """Read every answer of a file again from its raw bytes, and compare."""
     responses = read_records(folder / name, Response)
     lost = [
         number
         for number, response in enumerate(responses, 1)
         if response.stop != "error"
-        and not any(replies(log, Response.make_id(response.request_key, response.sample)))
+        and ("response", Response.make_id(response.request_key, response.sample)) not in log
     ]
     for line, response in enumerate(responses, 1):
         if line not in lost and not _as_it_came(log, response):
@@ -270,7 +268,7 @@ def _answers(log: Log, folder: Path, name: str) -> Check:
     return Check("store", name, "missing", f"line {lost[0]}: the store does not hold it")
 
 
-def _as_it_came(log: Log, response: Response) -> bool:
+def _as_it_came(log: ResponseStore, response: Response) -> bool:
     """Tell whether an answer is what a raw record says; tokens that were estimated may have been counted since.
 
     One that had failed may have been asked again, by another run too.
@@ -282,7 +280,7 @@ def _as_it_came(log: Log, response: Response) -> bool:
         messages=(),
         sampling=Sampling(),
     )
-    for came in readings(log, request):
+    for came in log.responses(request):
         if came.usage.estimated:
             came = came.model_copy(update={"usage": response.usage})
         if came == response:

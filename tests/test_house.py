@@ -70,7 +70,7 @@ WITHOUT_TORCH = (
     *("corpus.privacy", "corpus.contamination", "responders.terms"),
     *("responders.token_counts", "responders.endpoint.endpoint"),
     *("responders.prices", "responders.responder", "generation.generate", "generation.filters"),
-    *("responders.local.workers", "responders.local.plans"),
+    *("responders.local.workers", "responders.store"),
 )
 HEAVY = {"torch", "transformers", "accelerate", "peft", "datasets", "sacrebleu"}
 

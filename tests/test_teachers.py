@@ -11,7 +11,7 @@ from distill.errors import DistillError, Exit
 from distill.pipeline import STAGES
 from distill.records import Message
 from distill.renamed_keys import fields_in
-from distill.responders.endpoint.attempts import origin_of
+from distill.responders.endpoint.sending import origin_of
 from distill.responders.kinds import KINDS, make_responder
 from distill.responders.responder import Request, Sampling, Scoring
 

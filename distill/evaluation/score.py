@@ -23,7 +23,7 @@ from distill.records import Response
 from distill.responders.ask import Ask
 from distill.responders.canned import raw_text
 from distill.responders.kinds import make_responder
-from distill.responders.responder import Request, Sampling, parse
+from distill.responders.responder import Request, Sampling
 from distill.storage.run_folder import open_folder
 
 ALONE = "one responder was asked"
@@ -108,7 +108,7 @@ def read_answers(suite: Suite, path: Path) -> dict[str, Response]:
         elif asked in texts:
             sampling = Sampling(max_new_tokens=suite.limits()[item.id])
             request = Request.make(str(path), item.prompt.id, item.prompt.messages, sampling)
-            given[item.id] = parse(raw_text(request, texts[asked], path.stem), item.prompt.id)
+            given[item.id] = raw_text(request, texts[asked], path.stem).response(item.prompt.id)
     if not given:
         what, fix = f"answers no question of {suite.name}", "the prompts must be the suite's own"
         raise DistillError(Exit.INPUT, path, what, fix)

@@ -10,7 +10,7 @@ from distill.records import Document, Prompt
 from distill.responders import kinds
 from distill.responders.ask import Ask
 from distill.responders.kinds import make_responder
-from distill.responders.local.workers import Crew
+from distill.responders.local.workers import Workers
 from distill.responders.responder import Planner
 from distill.responders.terms import require_terms
 from distill.responders.token_counts import recounted
@@ -19,11 +19,11 @@ from distill.storage.progress import say
 from distill.storage.run_folder import Run
 
 
-def main(config: Config, run: Run, crew: Crew | None = None) -> None:
+def main(config: Config, run: Run, workers: Workers | None = None) -> None:
     """Make responses.jsonl from prompts.jsonl, and questions.jsonl, empty unless the teacher writes questions.
 
     Raises DistillError (exit 10) before anything is asked, where the teacher's terms do not allow it.
-    This is the main process of a `crew`, where others answer too.
+    This is the main process of `workers`, where others answer too.
     """
     run.note("terms", require_terms(config.teacher, config.terms.basis).facts())
     documents = {d.id: d for d in read_records(run.path("documents.jsonl"), Document)}
@@ -31,7 +31,7 @@ def main(config: Config, run: Run, crew: Crew | None = None) -> None:
     sources = {prompt.id: documents[prompt.document_id] for prompt in prompts}
     teacher = make_responder(config.teacher, config, sources)
     store, again = config.store_folder() / "responses", "generate" in run.remade
-    with Ask(teacher, store, run, again, crew) as ask:
+    with Ask(teacher, store, run, again, workers) as ask:
         questions = write_questions(config, ask, list(documents.values()))
         write_records(run.path("questions.jsonl"), questions)
         prompts += questions
@@ -58,7 +58,7 @@ def identity(config: Config) -> dict[str, str]:
     return kinds.identity(config.teacher)
 
 
-def join(config: Config, run: Run, crew: Crew) -> None:
+def join(config: Config, run: Run, workers: Workers) -> None:
     """Do a share of the work, as another process than the main one."""
 
     from distill.responders.local.local_model import LocalResponder
@@ -69,7 +69,7 @@ def join(config: Config, run: Run, crew: Crew) -> None:
         teacher.load_weights()  # while the main process loads its own and plans
         return teacher
 
-    crew.join(ready, config.store_folder() / "responses", run.ledger.spend)
+    workers.join(ready, config.store_folder() / "responses", run.ledger.spend)
 
 
 def write_questions(config: Config, ask: Ask, documents: Sequence[Document]) -> list[Prompt]:

@@ -23,15 +23,15 @@ from distill.generation.requests import asking_requests, requests_of, written_pr
 from distill.pipeline import NAMES, STAGES, perform, require_models
 from distill.planning.work import Work, mean_bytes
 from distill.records import Document, Prompt, Record, Response, digest
-from distill.responders.ask import Ask, read
-from distill.responders.endpoint.attempts import origin_of
+from distill.responders.ask import Ask
 from distill.responders.endpoint.budget import Account, account, most_dollars
+from distill.responders.endpoint.sending import origin_of
 from distill.responders.kinds import make_responder
 from distill.responders.prices import MILLION, TokenPrice, load_prices
 from distill.responders.responder import Request
+from distill.responders.store import ResponseStore
 from distill.responders.terms import require_terms
 from distill.storage.files import read_records
-from distill.storage.log import Log
 from distill.storage.progress import say
 from distill.storage.run_folder import Run, Stage
 
@@ -81,9 +81,9 @@ def teacher_cost(config: Config, work: Work, origin: str | None = None) -> Teach
     price = load_prices(config.evaluation.prices).teacher(teacher.model) if teacher.paid else None
     origin = origin or (origin_of(teacher) if isinstance(teacher, EndpointTeacher) else None)
     if work.texts and origin:
-        with Log(config.store_folder() / "responses", writable=False) as log:
-            kinds = _by_request(config, *work.texts, origin, log)
-            spent = account(log, price, config.name, teacher.model)
+        with ResponseStore(config.store_folder() / "responses", writable=False) as store:
+            kinds = _by_request(config, *work.texts, origin, store)
+            spent = account(store, {teacher.model: price}, config.name)
     else:  # from the number and size of prompts alone
         count = work.all_prompts + work.prompts["train"] * (teacher.n - 1)
         kinds, spent = [Unanswered(count, work.teacher.bytes, teacher.max_new_tokens)], Account()
@@ -134,17 +134,21 @@ def teacher_cost(config: Config, work: Work, origin: str | None = None) -> Teach
 
 
 def _by_request(
-    config: Config, documents: Sequence[Document], prompts: Sequence[Prompt], origin: str, log: Log
+    config: Config,
+    documents: Sequence[Document],
+    prompts: Sequence[Prompt],
+    origin: str,
+    store: ResponseStore,
 ) -> list[Unanswered]:
     """Return the answers, and the writing of questions, from the requests that the store lacks."""
 
     def stored(request: Request) -> bool:
-        return ("response", Response.make_id(request.key, request.sample)) in log
+        return ("response", request.id) in store
 
     def unanswered(requests: Sequence[Request], cap: int, to_come: float = 0.0) -> Unanswered:
         missing = [request for request in requests if not stored(request)]
         answered = [request for request in requests if stored(request)]
-        sampled = [read(log, request) for request in answered[:: -(-len(answered) // READ) or 1]]
+        sampled = [store.response(r) for r in answered[:: -(-len(answered) // READ) or 1]]
         size = mean_bytes([request.messages for request in missing])
         return Unanswered(len(missing) + to_come, size, cap, len(answered), sampled)
 
@@ -157,7 +161,7 @@ def _by_request(
         requests = asking_requests(settings, origin, document)
         asking += requests
         if all(map(stored, requests)):
-            replies = [read(log, request) for request in requests]
+            replies = [store.response(request) for request in requests]
             counts.append(len(new := written_prompts(settings, document, replies)))
             all_prompts += new
         else:  # each of its questions is answered n times where it is for training

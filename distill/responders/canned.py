@@ -1,18 +1,19 @@
-"""Answers that stand in a file or a dictionary, so that whoever builds on this can test a whole pipeline offline.
+"""Answers that stand somewhere already: in a file, a dictionary or the corpus. Nothing is asked.
 
-A file holds JSON lines, each with the text of the last user turn and its answer: {"prompt": "...", "answer": "..."}.
+With canned ones whoever builds on this can test a pipeline offline. A file holds JSON lines, each with
+the text of the last user turn and its answer: {"prompt": "...", "answer": "..."}. Recorded ones came
+with the corpus; model, license and cost are as the user stated them.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from distill.config import CannedTeacher
+from distill.config import CannedTeacher, RecordedTeacher
 from distill.errors import DistillError, Exit
-from distill.records import Response, Usage, digest
-from distill.responders.responder import Circumstances, Raw, Request, respond
+from distill.records import Document, Usage, digest
+from distill.responders.responder import Circumstances, Raw, Request
 
 
 class CannedResponder:
@@ -26,37 +27,67 @@ class CannedResponder:
 
     @classmethod
     def load(cls, path: Path, model: str = "canned") -> "CannedResponder":
-        """Read answers from JSON lines; raises DistillError (exit 3) with the line of any fault."""
+        """Read answers from JSON lines; raises DistillError (exit 3) with the line of any error."""
         answers: dict[str, str] = {}
         for number, line in enumerate(_lines(path), 1):
-            if line.strip():
-                prompt, answer = _read_answer(line, f"{path}:{number}")
-                answers[prompt] = answer
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                prompt, answer = row["prompt"], row["answer"]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                prompt = answer = None
+            if not isinstance(prompt, str) or not isinstance(answer, str):
+                fix = 'write {"prompt": "...", "answer": "..."}'
+                raise DistillError(Exit.INPUT, f"{path}:{number}", "is no canned answer", fix)
+            answers[prompt] = answer
         return cls(answers, model=model)
 
-    def respond(self, requests: Sequence[Request]) -> Iterator[Response]:
-        """Yield one response for each request."""
-        return respond(self, requests)
-
     def ask(self, requests: Sequence[Request]) -> Iterator[Raw]:
-        """Yield one raw answer for each request; raises DistillError (exit 4) where there is none."""
+        """Yield one raw answer for each request; raises DistillError (exit 4) on a lack of one."""
         for request in requests:
             text = self.answers.get(request.messages[-1].content, self.default)
             if text is None:
-                asked = request.messages[-1].content[:40]
-                raise DistillError(
-                    Exit.TEACHER, f"prompt {asked!r}", "has no canned answer", "add one to the file"
-                )
+                where = f"prompt {request.messages[-1].content[:40]!r}"
+                what, fix = "has no canned answer", "add one to the file"
+                raise DistillError(Exit.TEACHER, where, what, fix)
             yield raw_text(request, text, self.model)
 
 
-def make(teacher: CannedTeacher, circumstances: Circumstances) -> CannedResponder:
-    """Make the responder of a file of answers."""
-    return CannedResponder.load(teacher.answers, teacher.model or "canned")
+class RecordedResponder:
+    """Answers with what the corpus recorded, by prompt."""
+
+    def __init__(self, recorded: Mapping[str, Document], model: str) -> None:
+        self.recorded, self.model = recorded, model
+        answers = {key: d.meta["recorded_answer"] for key, d in recorded.items()}
+        self.origin = digest({"recorded": answers, "model": model})
+
+    def ask(self, requests: Sequence[Request]) -> Iterator[Raw]:
+        """Yield each prompt's recorded answer; raises DistillError (exit 3) on a lack of one."""
+        for request in requests:
+            document = self.recorded.get(request.prompt_id)
+            if document is None:
+                where = f"prompt {request.prompt_id} ({request.messages[-1].content[:40]!r})"
+                what = "no recorded answer in the corpus"
+                fix = "end each conversation with the assistant's turn, or choose another teacher"
+                raise DistillError(Exit.INPUT, where, what, fix)
+            model = str(document.meta.get("recorded_model") or self.model)
+            yield raw_text(request, document.meta["recorded_answer"], model)
+
+
+def make(
+    teacher: CannedTeacher | RecordedTeacher, circumstances: Circumstances
+) -> CannedResponder | RecordedResponder:
+    """Make the responder of a file of answers, or of what the documents of the prompts hold."""
+    if isinstance(teacher, CannedTeacher):
+        return CannedResponder.load(teacher.answers, teacher.model or "canned")
+    sources = circumstances.sources.items()
+    recorded = {key: d for key, d in sources if "recorded_answer" in d.meta}
+    return RecordedResponder(recorded, teacher.model or "unknown")
 
 
 def raw_text(request: Request, text: str, model: str) -> Raw:
-    """Wrap a text as a raw answer; its length is estimated in words, since no tokenizer is known."""
+    """Wrap a text as a raw answer; its length is estimated in words, for want of a tokenizer."""
     words = len(" ".join(m.content for m in request.messages).split())
     usage = Usage(input_tokens=words, output_tokens=len(text.split()), estimated=True)
     return Raw(
@@ -80,15 +111,3 @@ def _lines(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         what = getattr(error, "strerror", None) or "is not UTF-8"
         raise DistillError(Exit.INPUT, path, what, "check teacher.answers") from None
-
-
-def _read_answer(line: str, where: str) -> tuple[str, str]:
-    try:
-        row: Any = json.loads(line)
-        prompt, answer = row["prompt"], row["answer"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        prompt = answer = None
-    if not isinstance(prompt, str) or not isinstance(answer, str):
-        fix = 'write {"prompt": "...", "answer": "..."}'
-        raise DistillError(Exit.INPUT, where, "is no canned answer", fix)
-    return prompt, answer

@@ -1,7 +1,8 @@
-"""The kinds of responder: one line each. A new kind is a class of settings in config.py, a module, and a line here.
+"""The kinds of responder: one line each.
 
-The module has `make(settings, circumstances)`, and is imported when something is asked; `identity` pins its answers, as
-part of a stage's fingerprint, and loads nothing heavy.
+A new kind is a class of settings in config.py, a module, and a line here. The module has
+`make(settings, circumstances)`, and is imported when something is asked; `identity` pins its answers,
+as part of a stage's fingerprint, and loads nothing heavy.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,11 +14,11 @@ from distill.config import Config, LocalTeacher, Teacher
 from distill.models import registry
 from distill.records import Document
 from distill.responders.canned import answers_hash
-from distill.responders.endpoint.attempts import origin_of
+from distill.responders.endpoint.sending import origin_of
 from distill.responders.responder import Circumstances, Responder
 
 
-class Kind(NamedTuple):
+class ResponderKind(NamedTuple):
     """Where a kind's responder is made, and which hashes say what its answers depend on."""
 
     module: str
@@ -31,12 +32,12 @@ def weights(teacher: LocalTeacher) -> dict[str, str]:
 
 
 KINDS = {
-    "local": Kind("distill.responders.local.local_model", weights),
-    "endpoint": Kind("distill.responders.endpoint.endpoint", lambda t: {"endpoint": origin_of(t)}),
-    "canned": Kind("distill.responders.canned", lambda t: {"answers": answers_hash(t.answers)}),
-    "recorded": Kind("distill.responders.recorded", lambda t: {}),
-    "python": Kind(
-        "distill.responders.python_function",
+    "local": ResponderKind("local.local_model", weights),
+    "endpoint": ResponderKind("endpoint.endpoint", lambda t: {"endpoint": origin_of(t)}),
+    "canned": ResponderKind("canned", lambda t: {"answers": answers_hash(t.answers)}),
+    "recorded": ResponderKind("canned", lambda t: {}),
+    "python": ResponderKind(
+        "python_function",
         lambda t: {f"responder {t.responder}": source_hash("responder", t.responder)},
     ),
 }
@@ -45,14 +46,15 @@ KINDS = {
 def make_responder(
     settings: Teacher, config: Config, sources: Mapping[str, Document] | None = None
 ) -> Responder:
-    """Make a teacher or a judge of a run; `sources` are the documents of its prompts, by the prompts' ids.
+    """Make a teacher or a judge of a run; `sources` are its prompts' documents, by prompt id.
 
     A local one loads its weights only when something is asked.
     """
     circumstances = Circumstances(
         config.name, config.template_date, config.evaluation.prices, sources or {}
     )
-    return import_module(KINDS[settings.kind].module).make(settings, circumstances)
+    module = import_module(f"distill.responders.{KINDS[settings.kind].module}")
+    return module.make(settings, circumstances)
 
 
 def identity(settings: Teacher) -> dict[str, str]:

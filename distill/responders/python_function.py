@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from distill.callables import find, source_hash
 from distill.config import PythonTeacher
 from distill.errors import DistillError, Exit
-from distill.records import Response, digest
+from distill.records import digest
 from distill.responders.canned import raw_text
-from distill.responders.responder import Circumstances, Raw, Request, respond
+from distill.responders.responder import Circumstances, Raw, Request
 
 
 class FunctionResponder:
@@ -16,10 +16,6 @@ class FunctionResponder:
     def __init__(self, name: str, model: str) -> None:
         self.name, self.model, self.function = name, model or name, find("responder", name)
         self.origin = digest({"python": source_hash("responder", name), "model": self.model})
-
-    def respond(self, requests: Sequence[Request]) -> Iterator[Response]:
-        """Yield one response for each request."""
-        return respond(self, requests)
 
     def ask(self, requests: Sequence[Request]) -> Iterator[Raw]:
         """Yield one raw answer for each request; raises DistillError (exit 4) where it gives none.

@@ -1,18 +1,21 @@
-"""The one seam through which teacher, student and judge are asked: requests go in, responses come out as they finish."""
+"""The one seam through which teacher, student and judge are asked: requests in, answers out as they finish."""
 
 import hashlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from distill.config import Teacher
 from distill.records import Document, Message, Record, Response, Stop, Usage, canonical, digest
-from distill.responders.endpoint.wire import THINKING, read_stored
-from distill.storage.log import Log
+from distill.responders.endpoint.wire import Reply, read_stored, split_reasoning
+
+if TYPE_CHECKING:
+    from distill.responders.store import ResponseStore
 
 
 class Sampling(Record):
-    """How an answer is drawn. Temperature 0 is greedy; everything here is part of the request's key."""
+    """How an answer is sampled; temperature 0 is greedy. All of it is part of the request's key."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -37,6 +40,11 @@ class Request(Record):
     messages: tuple[Message, ...]
     sampling: Sampling
 
+    @property
+    def id(self) -> str:
+        """Return the id of the response to it."""
+        return Response.make_id(self.key, self.sample)
+
     @classmethod
     def make(
         cls,
@@ -46,8 +54,8 @@ class Request(Record):
         sampling: Sampling,
         sample: int = 0,
     ) -> "Request":
-        """Build a request; `origin` identifies model, weights and chat template (a responder's `origin`)."""
-        # Written out: a field that is added to these classes must not change the keys of what is stored
+        """Build a request; `origin`, a responder's, identifies model, weights and chat template."""
+        # Field by field: a field that is added to these classes must not change stored keys
         shape = {
             "origin": origin,
             "messages": [{"role": m.role, "content": m.content} for m in messages],
@@ -57,33 +65,36 @@ class Request(Record):
                 "max_new_tokens": sampling.max_new_tokens,
             },
         }
-        key = digest(shape)
         return cls(
-            key=key, sample=sample, prompt_id=prompt_id, messages=messages, sampling=sampling
+            key=digest(shape),
+            sample=sample,
+            prompt_id=prompt_id,
+            messages=messages,
+            sampling=sampling,
         )
 
 
 class Scoring(Request):
-    """A text as token ids, of each of which a server is to say how likely it was there, and what else was.
+    """A text as token ids, at each of which a server lists its distribution.
 
-    Nothing is drawn but the one token that no server goes without. Another `sample` asks again.
+    Only the one token that no server goes without is sampled. Another `sample` asks again.
     """
 
     ids: tuple[int, ...]
 
     @classmethod
     def of(cls, origin: str, ids: tuple[int, ...], sample: int = 0) -> "Scoring":
-        """Build a request whose key is the hash of the ids and of what names the server, its model and its settings."""
+        """Build a request whose key is the hash of the ids and of the server's `origin`."""
         key = digest({"origin": origin, "ids": ids})
-        drawn = Sampling(max_new_tokens=1)
-        return cls(key=key, sample=sample, prompt_id=key, messages=(), sampling=drawn, ids=ids)
+        sampling = Sampling(max_new_tokens=1)
+        return cls(key=key, sample=sample, prompt_id=key, messages=(), sampling=sampling, ids=ids)
 
 
 class Raw(Record):
     """One answer exactly as it came, before anything is read from it: this is what the store keeps.
 
-    `body` holds at least `text`; a local model adds the token ids that it drew, its end token included. An endpoint's
-    body holds the bytes of the reply (see wire.pack), and nothing is known of how it stopped before they are read.
+    `body` holds at least `text`; a local model adds the ids that it sampled, its end token included.
+    An endpoint's body holds the bytes of the reply (see wire.pack), and its `stop` is None.
     """
 
     key: str
@@ -94,56 +105,60 @@ class Raw(Record):
     body: dict[str, Any]
     error: str | None = None
 
+    @classmethod
+    def failed(cls, request: Request, error: str, model: str = "") -> "Raw":
+        """Return what stands for an answer that did not come; it is never stored."""
+        return cls(
+            key=request.key,
+            sample=request.sample,
+            model=model,
+            stop="error",
+            body={"text": ""},
+            error=error,
+        )
+
     @property
     def id(self) -> str:
         """Return the id of the response that this becomes."""
         return Response.make_id(self.key, self.sample)
 
+    @cached_property
+    def reply(self) -> Reply:
+        """Return what the answer says, read from its body once; a think block is reasoning."""
+        if "sha256" in self.body:
+            return read_stored(self.body)
+        text, reasoning = split_reasoning(str(self.body["text"]))
+        return Reply(
+            text=text,
+            reasoning=reasoning,
+            stop=self.stop or "error",
+            usage=self.usage,
+            error=self.error,
+        )
 
-def parse(raw: Raw, prompt_id: str) -> Response:
-    """Read a response out of what came: a leading think block is reasoning, the rest is the answer."""
-    if "sha256" in raw.body:
-        return _parse_reply(raw, prompt_id)
-    text = str(raw.body["text"])
-    thinking = THINKING.match(text)
-    return Response(
-        id=raw.id,
-        request_key=raw.key,
-        sample=raw.sample,
-        prompt_id=prompt_id,
-        model=raw.model,
-        text=text[thinking.end() :] if thinking else text,
-        reasoning=thinking[1].strip() if thinking else None,
-        stop=raw.stop or "error",
-        usage=raw.usage,
-        raw_sha256=hashlib.sha256(canonical(raw.body)).hexdigest(),
-        error=raw.error,
-    )
-
-
-def _parse_reply(raw: Raw, prompt_id: str) -> Response:
-    """Read a response out of the bytes of an endpoint's reply."""
-    reply = read_stored(raw.body)
-    return Response(
-        id=raw.id,
-        request_key=raw.key,
-        sample=raw.sample,
-        prompt_id=prompt_id,
-        model=reply.model or raw.model,
-        text=reply.text,
-        reasoning=reply.reasoning,
-        stop=reply.stop,
-        usage=reply.usage.model_copy(update={"seconds": raw.usage.seconds}),
-        logprobs=reply.logprobs,
-        raw_sha256=raw.body["sha256"],
-        error=reply.error,
-    )
+    def response(self, prompt_id: str) -> Response:
+        """Return the response to a prompt. Log-probabilities, fifty times its size, stay behind."""
+        reply, sha256 = self.reply, self.body.get("sha256")
+        return Response(
+            id=self.id,
+            request_key=self.key,
+            sample=self.sample,
+            prompt_id=prompt_id,
+            model=reply.model or self.model,
+            text=reply.text,
+            reasoning=reply.reasoning,
+            stop=reply.stop,
+            usage=reply.usage.model_copy(update={"seconds": self.usage.seconds}),
+            raw_sha256=sha256 or hashlib.sha256(canonical(self.body)).hexdigest(),
+            error=reply.error,
+        )
 
 
 class Circumstances(NamedTuple):
     """What a responder is made with beside its own settings.
 
-    The run that pays, the date that templates show, a file of prices, and the documents of the prompts by their ids.
+    The run that pays, the date that templates show, a file of prices, and the documents of the
+    prompts by the prompts' ids.
     """
 
     run: str
@@ -153,22 +168,18 @@ class Circumstances(NamedTuple):
 
 
 class Responder(Protocol):
-    """Answers requests, in the order they finish; `origin` names what shapes its answers, `model` what a reader calls it."""
+    """Answers requests; `origin` names what shapes its answers, `model` is its name for readers."""
 
     model: str
     origin: str
 
     def ask(self, requests: Sequence[Request]) -> Iterator[Raw]:
-        """Yield one raw answer for each request."""
-        ...
-
-    def respond(self, requests: Sequence[Request]) -> Iterator[Response]:
-        """Yield one response for each request: what `ask` yields, parsed."""
+        """Yield one raw answer for each request, in the order they finish."""
         ...
 
 
 class Plan(Record):
-    """Requests that are answered together, in this order, by a stream of so many slots."""
+    """Requests that are answered together, in this order, in `slots` rows of a batch."""
 
     requests: tuple[Request, ...]
     slots: int
@@ -176,19 +187,20 @@ class Plan(Record):
     @property
     def id(self) -> str:
         """Return the plan's id, which depends on everything in it."""
-        asked = [[request.key, request.sample] for request in self.requests]
-        return digest({"requests": asked, "slots": self.slots})
+        keys = [[request.key, request.sample] for request in self.requests]
+        return digest({"requests": keys, "slots": self.slots})
 
 
 @runtime_checkable
 class Planner(Protocol):
     """A responder whose answers depend, in the last bits, on what shares the batch.
 
-    Its plans are recorded before they are asked and rerun whole when unfinished: same plan, same answers.
+    Its plans are recorded before they are asked and rerun in full when unfinished: same plan, same
+    answers.
     """
 
     def plan(self, requests: Sequence[Request]) -> list[Plan]:
-        """Divide requests into plans; the result depends on the requests only, not on their order."""
+        """Divide requests into plans; the result depends on the requests, not on their order."""
         ...
 
     def ask_plan(self, plan: Plan) -> Iterator[Raw]:
@@ -198,19 +210,14 @@ class Planner(Protocol):
 
 @runtime_checkable
 class Buyer(Protocol):
-    """A responder whose answers are paid for: it records each attempt before it is sent, and stores what comes."""
+    """A responder that is paid: it records each attempt before it is sent, and stores what comes."""
 
-    def buy(self, requests: Sequence[Request], log: Log) -> Generator[Raw, None, None]:
-        """Yield one raw answer for each request, stored already; one that could not be had is yielded, not stored."""
+    def buy(
+        self, requests: Sequence[Request], store: "ResponseStore"
+    ) -> Generator[Raw, None, None]:
+        """Yield one raw answer a request, stored already; one that failed is yielded, not stored."""
         ...
 
     def progress(self) -> str:
-        """Say in a few words what has been spent of what, while `buy` runs."""
+        """Return in a few words what has been spent of what, while `buy` runs."""
         ...
-
-
-def respond(responder: Responder, requests: Sequence[Request]) -> Iterator[Response]:
-    """Yield the parsed answers of any responder, each under its request's prompt."""
-    prompts = {(request.key, request.sample): request.prompt_id for request in requests}
-    for raw in responder.ask(requests):
-        yield parse(raw, prompts[raw.key, raw.sample])

@@ -25,8 +25,8 @@ import httpx2
 from distill.config import EndpointTeacher
 from distill.records import Message
 from distill.responders.ask import Ask
-from distill.responders.endpoint.attempts import encode, origin_of
 from distill.responders.endpoint.endpoint import EndpointResponder
+from distill.responders.endpoint.sending import encode, origin_of
 from distill.responders.responder import Request, Sampling
 from distill.storage.progress import console
 
@@ -90,7 +90,7 @@ def ask_all(settings: EndpointTeacher, requests: list[Request]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         with Ask(EndpointResponder(settings, None, "run"), Path(folder)) as ask:
             ask.responses(requests, "ours")
-            return sum(1 for _ in ask.log.keys("response"))
+            return sum(1 for _ in ask.store.keys("response"))
 
 
 def ask_bare(settings: EndpointTeacher, requests: list[Request]) -> int:

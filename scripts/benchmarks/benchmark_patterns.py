@@ -33,7 +33,7 @@ from distill.generation import filters
 from distill.models.chat_template import neutralise
 from distill.publishing import secret_scan
 from distill.records import Document, Item, Message, Prompt, Response
-from distill.responders.endpoint import wire
+from distill.responders.endpoint import transport, wire
 from distill.storage.files import write_json
 from distill.storage.progress import console
 from distill.tasks.checkers import (
@@ -263,8 +263,8 @@ READERS: dict[str, Reader] = {
     "responders.endpoint.wire.read_reply, thought": lambda text: wire.read_reply(
         body(f"<think>{text}")
     ),
-    "responders.endpoint.wire.classify": lambda text: wire.classify(400, text.encode()),
-    "responders.endpoint.wire.classify, error": lambda text: wire.classify(
+    "responders.endpoint.transport.classify": lambda text: transport.classify(400, text.encode()),
+    "responders.endpoint.transport.classify, error": lambda text: transport.classify(
         400, json.dumps({"error": {"message": text}}).encode()
     ),
     "tasks.checkers.strip_fence": strip_fence,

@@ -20,12 +20,12 @@ from rich.table import Table
 from distill.config import Config, EndpointTeacher
 from distill.models.chat_template import encode_prompt, encode_text
 from distill.records import Message, Prompt, Response
-from distill.responders.ask import Ask, read
-from distill.responders.endpoint.attempts import encode, origin_of
+from distill.responders.ask import Ask
+from distill.responders.endpoint.sending import encode, origin_of
 from distill.responders.local.local_model import LocalResponder
 from distill.responders.responder import Request, Sampling
+from distill.responders.store import ResponseStore
 from distill.storage.files import read_records, write_json
-from distill.storage.log import Log
 from distill.storage.progress import console, say
 from distill.storage.run_folder import Run, open_folder
 
@@ -47,7 +47,7 @@ def local_answers(
     """Answer here what the store lacks; return each response with its token ids, by prompt."""
     with Ask(responder, store) as ask:
         found = ask.responses(requests, "local")
-        bodies = {r.prompt_id: ask.log.get("response", r.id) for r in found}
+        bodies = {r.prompt_id: ask.store.get("response", r.id) for r in found}
     return {r.prompt_id: (r, (bodies[r.prompt_id] or {})["body"]["ids"]) for r in found}
 
 
@@ -55,11 +55,11 @@ def served_answers(config: Config, prompts: list[Prompt]) -> tuple[dict[str, Res
     """Return the server's stored answers by prompt, and how many of them were asked with exactly so many bytes as ours."""
     found, same = {}, 0
     assert isinstance(config.teacher, EndpointTeacher)
-    with Log(config.store_folder() / "responses", writable=False) as log:
+    with ResponseStore(config.store_folder() / "responses", writable=False) as log:
         for request in requests_of(config, origin_of(config.teacher), prompts):
             body = log.get("response", Response.make_id(request.key, request.sample))
             if body is not None:
-                found[request.prompt_id] = read(log, request)
+                found[request.prompt_id] = log.response(request)
                 same += body["body"]["question"] == len(encode(request, config.teacher))
     return found, same
 

@@ -37,13 +37,13 @@ from distill.config import EndpointTeacher  # noqa: E402
 from distill.generation.requests import requests_for  # noqa: E402
 from distill.pipeline import STAGES  # noqa: E402
 from distill.records import Document, Message, Prompt, Response  # noqa: E402
-from distill.responders.endpoint.attempts import origin_of  # noqa: E402
 from distill.responders.endpoint.budget import account  # noqa: E402
 from distill.responders.endpoint.endpoint import EndpointResponder  # noqa: E402
+from distill.responders.endpoint.sending import origin_of  # noqa: E402
 from distill.responders.responder import Request, Sampling  # noqa: E402
+from distill.responders.store import ResponseStore  # noqa: E402
 from distill.status import read_status, show  # noqa: E402
 from distill.storage.files import read_records  # noqa: E402
-from distill.storage.log import Log  # noqa: E402
 from distill.storage.progress import console  # noqa: E402
 from distill.storage.run_folder import Run, open_run  # noqa: E402
 from tests.support.asking import answer_all  # noqa: E402
@@ -92,9 +92,9 @@ class Witness:
         """Compare the store with what it held before, and with the bill."""
         if not self.folder.exists():
             return
-        with Log(self.folder) as log:
+        with ResponseStore(self.folder) as log:
             now = set(log.keys("response"))
-            found = account(log, PRICE)
+            found = account(log, {"m": PRICE, "fake-1": PRICE})
         self.faults["lost"] += len(self.stored - now)
         most = found.settled + found.unknown_most
         self.faults["bill out of bounds"] += not found.settled <= self.teacher.bill <= most
@@ -229,8 +229,8 @@ class Buying:
         faults["billed again, not listed"] += max(0, again - self.witness.unknown)
         most = self.concurrency + 1  # and the attempt that met the teacher's fault
         faults["more in doubt than in flight"] += self.witness.most_at_once > most
-        with Log(self.witness.folder, writable=False) as log:
-            found = account(log, PRICE)
+        with ResponseStore(self.witness.folder, writable=False) as log:
+            found = account(log, {"m": PRICE, "fake-1": PRICE})
         ledger = run.ledger.entries()
         sums = [sum((getattr(e, n) or Decimal(0) for e in ledger), Decimal(0)) for n in LEDGER]
         wanted = [found.settled, found.unknown_most, found.unknown, found.attempts]

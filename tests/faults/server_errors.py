@@ -33,11 +33,11 @@ from distill.publishing.fidelity import Fidelity  # noqa: E402
 from distill.publishing.publish import facts_of  # noqa: E402
 from distill.records import Response  # noqa: E402
 from distill.responders.endpoint.budget import Account, account  # noqa: E402
+from distill.responders.store import ResponseStore  # noqa: E402
 from distill.storage.files import read_records  # noqa: E402
-from distill.storage.log import Log  # noqa: E402
 from distill.storage.run_folder import Run, open_run  # noqa: E402
 from tests.support.buying import make_run  # noqa: E402
-from tests.support.fake_teacher import PRICE, FakeTeacher, Reply, bomb, question  # noqa: E402
+from tests.support.fake_teacher import PRICES, FakeTeacher, Reply, bomb, question  # noqa: E402
 
 KEY = "canary-2718281828459045"
 ECHO = json.dumps({"error": {"message": f"what of {KEY}?", "code": "x"}}).encode()
@@ -132,8 +132,8 @@ def trial(count: int, share: float, seed: int, concurrency: int, folder: Path) -
         raise SystemExit(f"exit {code}: {(folder / 'shown').read_text()[-2000:]}")
     run = open_run(config)
     responses = read_records(run.path("responses.jsonl"), Response)
-    with Log(run.config.store_folder() / "responses", writable=False) as log:
-        found = account(log, PRICE, run.config.name)
+    with ResponseStore(run.config.store_folder() / "responses", writable=False) as log:
+        found = account(log, PRICES, run.config.name)
         stored = sum(1 for _ in log.keys("response"))
     return {
         **outcomes(responses),

@@ -22,10 +22,9 @@ from distill.records import Document, Message, Prompt, Response, Split, canonica
 from distill.responders.ask import Ask
 from distill.responders.canned import CannedResponder
 from distill.responders.local.local_model import LocalResponder
-from distill.responders.local.plans import unfinished
-from distill.responders.responder import Plan, Raw, Request, Sampling, respond
+from distill.responders.responder import Plan, Raw, Request, Sampling
+from distill.responders.store import ResponseStore
 from distill.storage.files import read_records, write_records
-from distill.storage.log import Log
 from distill.storage.run_folder import Run
 from tests.support.asking import answer_all
 from tests.support.tiny import make_tiny
@@ -115,7 +114,7 @@ def test_the_raw_answer_is_stored_with_its_hash(tmp_path: Path) -> None:
     responder = LocalResponder.load(str(folder), "float32")
     requests = asks(2, responder.origin, max_new_tokens=6)
     found = answer_all(responder, requests, tmp_path / "store")
-    with Log(tmp_path / "store", writable=False) as log:
+    with ResponseStore(tmp_path / "store", writable=False) as log:
         bodies = [log.get("response", r.id)["body"] for r in found]
     assert all(len(body["ids"]) == 6 for body in bodies)
     assert [hashlib.sha256(canonical(b)).hexdigest() for b in bodies] == [
@@ -151,9 +150,6 @@ class Fussy:
         for plan in self.plan(requests):
             yield from self.ask_plan(plan)
 
-    def respond(self, requests: Sequence[Request]) -> Iterator[Response]:
-        return respond(self, requests)
-
 
 @pytest.mark.parametrize("cut", range(10))
 def test_an_unfinished_plan_is_rerun_whole(tmp_path: Path, cut: int) -> None:
@@ -171,8 +167,8 @@ def test_another_run_finishes_a_plan_that_it_shares(tmp_path: Path) -> None:
         answer_all(Fussy(1), asks(4), tmp_path / "cut")
     part = answer_all(Fussy(), asks(2), tmp_path / "cut")
     assert part == whole[:2]
-    with Log(tmp_path / "cut", writable=False) as log:
-        assert not unfinished(log, asks(1)[:0])
+    with ResponseStore(tmp_path / "cut", writable=False) as log:
+        assert not log.unfinished(asks(1)[:0])
         assert sum(1 for _ in log.keys("response")) == 4
 
 

@@ -19,8 +19,8 @@ from distill.planning.work import count_work
 from distill.records import LedgerEntry, Message, digest
 from distill.responders.endpoint.budget import account
 from distill.responders.responder import Request, Sampling
+from distill.responders.store import ResponseStore
 from distill.storage.files import read_records
-from distill.storage.log import Log
 from distill.storage.run_folder import open_run
 from tests.support.buying import KEY, settings
 from tests.support.fake_teacher import PRICE, FakeTeacher, Reply, question, usage_of
@@ -293,8 +293,8 @@ def test_what_a_killed_pilot_spent_is_entered_once(tmp_path: Path) -> None:
         assert main(["generate", str(place)]) == 0
         assert paid(tmp_path) == teacher.bill and not spent.exists()
     attempts = sum(entry.attempts for entry in ledger_of(tmp_path))
-    with Log(open_run(place).config.store_folder() / "responses", writable=False) as log:
-        assert attempts == account(log, PRICE).attempts == COUNT
+    with ResponseStore(open_run(place).config.store_folder() / "responses", writable=False) as log:
+        assert attempts == account(log, {PRICE.model: PRICE}).attempts == COUNT
 
 
 def test_the_same_questions_are_chosen_each_time_and_more_of_them_are_those_and_more() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -10,21 +11,22 @@ from typing import Any
 import pytest
 
 from distill.config import Config
-from distill.records import Response, Usage
+from distill.records import Message, Response, Usage
 from distill.responders.endpoint.budget import (
     Budget,
     account,
     charge,
     enter_account,
-    last_fault,
     most_dollars,
-    next_attempt,
     unknown_outcomes,
 )
+from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.endpoint.wire import Reply, pack
-from distill.storage.log import Log
+from distill.responders.responder import Request, Sampling
+from distill.responders.store import ResponseStore
 from distill.storage.run_folder import Run, Stage
-from tests.support.fake_teacher import PRICE, answer
+from tests.support.buying import settings
+from tests.support.fake_teacher import PRICE, FakeTeacher, answer
 
 
 def test_a_maximum_bounds_every_bill() -> None:
@@ -102,27 +104,27 @@ def test_a_budget_never_holds_more_than_its_limit() -> None:
     assert budget.committed > Decimal("0.9")
 
 
-def intent(log: Log, key: str, number: int, run: str = "mine") -> str:
+def intent(log: ResponseStore, key: str, number: int, run: str = "mine") -> str:
     """Store the intent of an attempt that can cost a cent, and return the response's id."""
     identifier = Response.make_id(key, 0)
     log.append([("intent", f"{identifier}.{number}", {"model": "m", "run": run, "most": "0.01"})])
     return identifier
 
 
-def respond(log: Log, key: str, number: int, data: bytes, status: int = 200) -> None:
+def respond(log: ResponseStore, key: str, number: int, data: bytes, status: int = 200) -> None:
     body = {"status": status, "attempt": number, "question": 50, **pack(data)}
     raw = {"key": key, "sample": 0, "model": "m", "stop": None, "usage": {}, "body": body}
     log.append([("response", Response.make_id(key, 0), raw)])
 
 
-def outcome(log: Log, identifier: str, number: int, billed: str) -> None:
+def outcome(log: ResponseStore, identifier: str, number: int, billed: str) -> None:
     log.append([("outcome", f"{identifier}.{number}", {"what": billed, "billed": billed})])
 
 
 @pytest.fixture
 def log(tmp_path: Path) -> Any:
     """Return a log with one attempt of every kind."""
-    with Log(tmp_path / "runs/.store/responses") as log:
+    with ResponseStore(tmp_path / "runs/.store/responses") as log:
         one = intent(log, "paid", 0)
         outcome(log, one, 0, "no")
         intent(log, "paid", 1)
@@ -137,23 +139,24 @@ def log(tmp_path: Path) -> Any:
         yield log
 
 
-def test_the_account_tells_settled_from_unknown(log: Log) -> None:
-    found = account(log, PRICE, "mine")
+def test_the_account_tells_settled_from_unknown(log: ResponseStore) -> None:
+    found = account(log, {"m": PRICE}, "mine")
     assert (found.attempts, found.unknown, found.unknown_most) == (5, 3, Decimal("0.03"))
     usage = Usage(input_tokens=7, output_tokens=5)
     assert found.settled == PRICE.of(usage) and found.output_tokens == 5
-    assert account(log, PRICE).unknown == 4
-    assert account(log, None, "mine").unpriced == 1
-    whats = {a.what for a in unknown_outcomes(log, "mine")}
+    assert account(log, {"m": PRICE}).unknown == 4
+    assert account(log, {"m": None}, "mine").unpriced == 1
+    whats = {a.what for a in unknown_outcomes(log, {"m": None}, "mine")}
     assert whats == {"unknown", "no word of how it ended", "answered without a count of tokens"}
 
 
-def test_attempts_go_on_counting_and_the_last_fault_is_told(log: Log) -> None:
-    assert (next_attempt(log, "paid", 0), next_attempt(log, "new", 0)) == (3, 0)
-    assert last_fault(log, "paid", 0) == "unknown" and last_fault(log, "killed", 0) is None
+def test_attempts_go_on_counting_and_the_last_error_is_told(log: ResponseStore) -> None:
+    paid, new, killed = (Response.make_id(key, 0) for key in ("paid", "new", "killed"))
+    assert (log.attempts_at(paid), log.attempts_at(new)) == (3, 0)
+    assert list(log.errors(paid)) == ["unknown", "no"] and not list(log.errors(killed))
 
 
-def test_the_ledger_holds_the_account_once(log: Log, tmp_path: Path) -> None:
+def test_the_ledger_holds_the_account_once(log: ResponseStore, tmp_path: Path) -> None:
     row = {**PRICE.model_dump(mode="json"), "model": "m", "date": str(date.today())}
     (tmp_path / "prices.yaml").write_text(json.dumps({"tokens": [row]}))
     judge = {"kind": "endpoint", "model": "j", "base_url": "http://127.0.0.1:1/v1"}
@@ -185,9 +188,76 @@ def test_the_ledger_holds_the_account_once(log: Log, tmp_path: Path) -> None:
         entries = run.ledger.entries()
         assert len(entries) == goes
         assert sum(e.attempts for e in entries) == 6 and sum(e.unknown for e in entries) == 3
-        assert sum(e.dollars or 0 for e in entries) == account(log, PRICE, "mine").settled
+        assert sum(e.dollars or 0 for e in entries) == account(log, {"m": PRICE}, "mine").settled
         assert sum(e.unknown_dollars or 0 for e in entries) == Decimal("0.03")
-        paid = account(log, PRICE, "mine")
+        paid = account(log, {"m": PRICE}, "mine")
         assert sum(e.input_tokens for e in entries) == goes * 1_000_000 + paid.input_tokens
         assert sum(e.output_tokens for e in entries) == goes * 2_000_000 + paid.output_tokens
         assert paid.output_tokens > 0 and all(e.output_tokens >= 2_000_000 for e in entries)
+
+
+def bought(budget: Budget, count: int, dollars: str) -> None:
+    for _ in range(count):
+        budget.settle(Decimal(0), Decimal(dollars))
+        budget.count(Usage(output_tokens=10))
+
+
+def test_what_is_left_is_predicted_from_this_go_alone() -> None:
+    budget = Budget(Decimal(9), settled=Decimal(2))  # two dollars before it
+    assert budget.line(10, True).startswith(
+        "$2.0000, in all about $2.0000, limit $9, $0.00/h, 0 tokens/s"
+    )
+    bought(budget, 4, "0.5")
+    assert budget.line(10, True).startswith("$4.0000, in all about $7.0000, limit $9, $")
+    bought(budget, 6, "0.5")
+    assert budget.line(10, True).startswith("$7.0000, in all about $7.0000, limit $9, $")
+
+
+def test_doubts_stand_beside_and_grow_alike() -> None:
+    budget = Budget(Decimal(9), unknown=Decimal(1))  # a dollar in doubt before it
+    bought(budget, 1, "0.5")
+    assert budget.reserve(Decimal("0.25"))
+    budget.settle(Decimal("0.25"), Decimal(0), Decimal("0.25"))
+    said = budget.line(4, True)
+    assert said.startswith("$0.5000 + $1.2500 perhaps, in all about $2.0000 + $2.0000 perhaps, lim")
+
+
+def test_the_rate_is_that_of_this_go() -> None:
+    budget = Budget(None)
+    bought(budget, 2, "0.5")
+    budget.started -= 60
+    rate = re.search(r"\$([\d.]+)/h, (\d+) tokens/s", budget.line(4, True))
+    assert rate and float(rate[1]) == pytest.approx(60, rel=0.01) and rate[2] == "0"
+
+
+@pytest.mark.parametrize(("stated", "start"), [(None, "cost unknown, "), ("0.25", "$0.2500, in")])
+def test_without_a_price_only_what_a_server_states_is_known(stated: str | None, start: str) -> None:
+    budget = Budget(None)
+    bought(budget, 1, stated or "0")
+    assert budget.line(1, False).startswith(start)
+
+
+@pytest.mark.parametrize("limit", [None, "5"])
+def test_a_client_says_what_it_spent(tmp_path: Path, limit: str | None) -> None:
+    """Hold the last line of two goes against the bill; only a limit makes the first count on."""
+    lines, bills = [], []
+    with FakeTeacher() as teacher, ResponseStore(tmp_path) as log:
+        asked = settings(teacher, budget_dollars=limit)
+        for go in range(2):
+            responder = EndpointResponder(asked, PRICE, "run")
+            requests = [
+                Request.make(
+                    responder.origin,
+                    f"p{i}",
+                    (Message(role="user", content=f"q{go} {i} please"),),
+                    Sampling(max_new_tokens=20),
+                )
+                for i in range(5)
+            ]
+            assert len(list(responder.buy(requests, log))) == 5
+            lines.append(responder.progress())
+            bills.append(teacher.bill)
+    told = bills[1] if limit else bills[1] - bills[0]
+    for line, dollars in zip(lines, (bills[0], told), strict=True):
+        assert line.startswith(f"${dollars:.4f}, in all about ${dollars:.4f}")
+        assert ("limit $5" in line) == (limit is not None)

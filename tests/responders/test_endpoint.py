@@ -21,18 +21,18 @@ from distill.config import Config, EndpointTeacher
 from distill.errors import DistillError, Exit
 from distill.pipeline import STAGES
 from distill.records import Message, Response
-from distill.responders.endpoint import client as purchase_module
-from distill.responders.endpoint.attempts import origin_of, spelled
+from distill.responders.endpoint import client as client_module
 from distill.responders.endpoint.budget import account, attempts, unknown_outcomes
-from distill.responders.endpoint.client import Purchase
+from distill.responders.endpoint.client import EndpointClient
 from distill.responders.endpoint.endpoint import EndpointResponder
+from distill.responders.endpoint.sending import key_pattern, origin_of
 from distill.responders.responder import Request, Sampling
+from distill.responders.store import ResponseStore
 from distill.storage.files import read_records
-from distill.storage.log import Log
 from distill.storage.run_folder import Run
 from tests.support.asking import answer_all
 from tests.support.buying import KEY, MODEL, make_run, settings
-from tests.support.fake_teacher import PRICE, FakeTeacher, Reply, Script, answer, bomb
+from tests.support.fake_teacher import PRICE, PRICES, FakeTeacher, Reply, Script, answer, bomb
 
 
 def asks(teacher: EndpointTeacher, count: int, **sampling: Any) -> list[Request]:
@@ -58,8 +58,8 @@ def buy(teacher: FakeTeacher, store: Path, count: int = 1, **changes: Any) -> li
 
 def hold_account(teacher: FakeTeacher, store: Path) -> None:
     """Assert settled <= bill <= settled + the maximum of the unknown, and an intent for every request."""
-    with Log(store, writable=False) as log:
-        found = account(log, PRICE)
+    with ResponseStore(store, writable=False) as log:
+        found = account(log, PRICES)
     assert found.settled <= teacher.bill <= found.settled + found.unknown_most
     if not found.unknown_most:
         assert found.settled == teacher.bill
@@ -244,8 +244,8 @@ def test_c5_a_dead_server_trips_the_breaker(tmp_path: Path) -> None:
     with pytest.raises(DistillError, match=r"5 failures in a row.*cannot connect") as stopped:
         answer_all(EndpointResponder(asked, PRICE), asks(asked, 50), tmp_path)
     assert stopped.value.code == Exit.TEACHER
-    with Log(tmp_path, writable=False) as log:
-        assert account(log, PRICE).unknown == 0, "nothing was sent, so nothing is in doubt"
+    with ResponseStore(tmp_path, writable=False) as log:
+        assert account(log, PRICES).unknown == 0, "nothing was sent, so nothing is in doubt"
 
 
 @pytest.mark.parametrize("host", ["http://no-such-host.invalid/v1", "https://127.0.0.1:{}/v1"])
@@ -264,8 +264,8 @@ def test_c5_time_and_size_are_bounded(tmp_path: Path, manner: str) -> None:
     with FakeTeacher(always(manner=manner, billed=True)) as teacher:
         found = buy(teacher, tmp_path, max_retries=0, total_timeout=1, max_body_bytes=100_000)
     assert found[0].stop == "error"
-    with Log(tmp_path, writable=False) as log:
-        (doubt,) = unknown_outcomes(log)
+    with ResponseStore(tmp_path, writable=False) as log:
+        (doubt,) = unknown_outcomes(log, PRICES)
     assert doubt.most and doubt.most >= teacher.bill
 
 
@@ -290,9 +290,9 @@ def test_c6_what_cannot_be_read_is_kept_and_failed(tmp_path: Path, name: str) ->
         found = buy(teacher, tmp_path)
         assert found[0].stop == "error" and "unreadable" in str(found[0].error)
         assert buy(teacher, tmp_path) == found and len(teacher.payloads) == 1
-    with Log(tmp_path, writable=False) as log:
+    with ResponseStore(tmp_path, writable=False) as log:
         assert log.get("response", found[0].id)["body"]["sha256"] == found[0].raw_sha256
-        assert account(log, PRICE).unknown == 1
+        assert account(log, PRICES).unknown == 1
 
 
 @pytest.mark.parametrize("size", [200_000, 20_000_000])
@@ -352,8 +352,8 @@ def test_c8_without_usage_the_cost_is_estimated_and_in_doubt(tmp_path: Path, usa
     with FakeTeacher(always(answer={"usage": usage})) as teacher:
         found = buy(teacher, tmp_path)
     assert found[0].usage.estimated and found[0].usage.output_tokens > 0
-    with Log(tmp_path, writable=False) as log:
-        assert account(log, PRICE).unknown == 1
+    with ResponseStore(tmp_path, writable=False) as log:
+        assert account(log, PRICES).unknown == 1
 
 
 def test_c9_the_key_stays_with_its_host_and_out_of_every_byte(
@@ -504,8 +504,8 @@ def test_a_dead_replica_is_left_out(tmp_path: Path) -> None:
     assert {r.stop for r in found} == {"end"}
     assert len(teacher.payloads) + len(other.payloads) == 40
     assert min(len(teacher.payloads), len(other.payloads)) > 5
-    with Log(tmp_path, writable=False) as log:
-        assert account(log, PRICE).attempts < 50, "a dead address is asked a few times only"
+    with ResponseStore(tmp_path, writable=False) as log:
+        assert account(log, PRICES).attempts < 50, "a dead address is asked a few times only"
 
 
 def test_concurrency_and_pace_hold(tmp_path: Path) -> None:
@@ -525,7 +525,7 @@ def test_concurrency_and_pace_hold(tmp_path: Path) -> None:
 
 
 def test_c12_a_caller_that_stops_loses_no_answer_in_flight(tmp_path: Path) -> None:
-    with FakeTeacher(always(delay=0.2)) as teacher, Log(tmp_path) as log:
+    with FakeTeacher(always(delay=0.2)) as teacher, ResponseStore(tmp_path) as log:
         asked = settings(teacher, concurrency=4)
         raws = EndpointResponder(asked, PRICE, "run").buy(asks(asked, 50), log)
         next(raws)
@@ -533,12 +533,12 @@ def test_c12_a_caller_that_stops_loses_no_answer_in_flight(tmp_path: Path) -> No
         sent = len(teacher.payloads)
         assert sent < 50 and len(list(log.keys("response"))) == sent
     hold_account(teacher, tmp_path)
-    with Log(tmp_path, writable=False) as log:
-        assert account(log, PRICE).unknown == 0
+    with ResponseStore(tmp_path, writable=False) as log:
+        assert account(log, PRICES).unknown == 0
 
 
 def test_a_full_disk_stops_sending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with FakeTeacher(always(delay=0.02)) as teacher, Log(tmp_path) as log:
+    with FakeTeacher(always(delay=0.02)) as teacher, ResponseStore(tmp_path) as log:
         asked = settings(teacher, concurrency=2)
         written, append = [0], log.append
 
@@ -563,7 +563,7 @@ def test_d4_a_disk_that_fills_up_ends_a_run_and_loses_nothing(tmp_path: Path) ->
         assert "error: " in shown.read_text() and 0 < len(teacher.payloads) < 30
         store = tmp_path / "runs/.store/responses"
         hold_account(teacher, store)
-        with Log(store, writable=False) as log:
+        with ResponseStore(store, writable=False) as log:
             kept = len(list(log.keys("response")))
         assert kept >= len(teacher.payloads) - 4, "at most what was in flight could not be stored"
         assert command(config, "generate").wait(60) == 0
@@ -657,9 +657,9 @@ def test_c12_ctrl_c_drains_and_re_bills_nothing(tmp_path: Path, sent: signal.Sig
     entries = list(Run(Config.model_validate_json(config.read_text())).ledger.entries())
     assert sum(e.dollars or 0 for e in entries) == teacher.bill
     assert not sum(e.unknown for e in entries)
-    with Log(tmp_path / "runs/.store/responses", writable=False) as log:
+    with ResponseStore(tmp_path / "runs/.store/responses", writable=False) as log:
         unsent = [
-            a for a in attempts(log, PRICE) if a.what == "not sent"
+            a for a in attempts(log, PRICES) if a.what == "not sent"
         ]  # begun as the signal came
     assert sum(e.attempts for e in entries) == 12 + len(unsent)
 
@@ -695,8 +695,8 @@ def test_d1_a_kill_re_bills_only_what_was_in_flight_and_status_lists_it(tmp_path
         store = tmp_path / "runs/.store/responses"
         hold_account(teacher, store)
         assert command(config, "status").wait(60) == 0
-        with Log(store, writable=False) as log:
-            doubts = unknown_outcomes(log, "mine")
+        with ResponseStore(store, writable=False) as log:
+            doubts = unknown_outcomes(log, PRICES, "mine")
         assert len(doubts) == 4 and "4 requests may have been billed" in shown.read_text()
         assert all(doubt.key in shown.read_text() for doubt in doubts)
         assert command(config, "generate").wait(60) == 0
@@ -716,16 +716,16 @@ def test_a_second_ctrl_c_leaves_what_is_in_flight(tmp_path: Path) -> None:
     def script(number: int, payload: dict[str, Any]) -> Reply:
         return Reply(manner="hang", billed=True) if number else Reply()
 
-    with FakeTeacher(script) as teacher, Log(tmp_path) as log:
+    with FakeTeacher(script) as teacher, ResponseStore(tmp_path) as log:
         asked = settings(teacher, read_timeout=30, total_timeout=30, drain_timeout=30)
-        purchase = Purchase(asked, None, PRICE, "run", asks(asked, 4), log)
-        thread = threading.Thread(target=purchase.main)
+        client = EndpointClient(asked, None, PRICE, "run", asks(asked, 4), log)
+        thread = threading.Thread(target=client.main)
         thread.start()
         wait_until(lambda: len(teacher.payloads) == 4)
-        purchase.halt_from_outside()
-        purchase.abandon()
+        client.stop()
+        client.stop(abandon=True)
         thread.join(25)
-        assert not thread.is_alive() and len(unknown_outcomes(log)) == 3
+        assert not thread.is_alive() and len(unknown_outcomes(log, PRICES)) == 3
 
 
 def test_whoever_waits_is_told_once_what_an_address_fails_with(
@@ -770,15 +770,15 @@ def test_a_key_is_found_as_json_may_write_it() -> None:
         r"\u0061\u002f\u0062\u0022\u0063\u002B\u005a",
     ]
     for form in forms:
-        assert spelled(key).sub(b"-", f"<{form}>".encode()) == b"<->"
-    assert spelled(key).sub(b"-", b"a/b") == b"a/b"
+        assert key_pattern(key).sub(b"-", f"<{form}>".encode()) == b"<->"
+    assert key_pattern(key).sub(b"-", b"a/b") == b"a/b"
 
 
 def test_c13_a_clock_that_is_set_changes_no_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(range(10**9, 0, -(10**6)))
-    monkeypatch.setattr(purchase_module.time, "time", lambda: float(next(clock)))
+    monkeypatch.setattr(client_module.time, "time", lambda: float(next(clock)))
     reply = {"status": 429, "headers": {"retry-after": "0.2"}}
     started = time.monotonic()
     with FakeTeacher(first(1, **reply)) as teacher:
@@ -793,5 +793,5 @@ def test_nothing_to_buy_is_no_fault() -> None:
 def test_respond_needs_no_store() -> None:
     with FakeTeacher() as teacher:
         asked = settings(teacher)
-        (found,) = EndpointResponder(asked, PRICE).respond(asks(asked, 1))
-    assert found.text == "the answer to q0 please"
+        (found,) = EndpointResponder(asked, PRICE).ask(asks(asked, 1))
+    assert found.reply.text == "the answer to q0 please"

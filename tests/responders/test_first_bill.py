@@ -16,20 +16,20 @@ from distill.config import Config
 from distill.errors import DistillError, Exit
 from distill.evaluation.judging import through
 from distill.records import Message, Response
-from distill.responders.ask import Ask, read
-from distill.responders.endpoint.attempts import origin_of
+from distill.responders.ask import Ask
 from distill.responders.endpoint.budget import account, unknown_outcomes
 from distill.responders.endpoint.endpoint import EndpointResponder
+from distill.responders.endpoint.sending import origin_of
 from distill.responders.endpoint.wire import pack
 from distill.responders.kinds import make_responder
 from distill.responders.responder import Request, Sampling
+from distill.responders.store import ResponseStore
 from distill.storage.files import read_records
-from distill.storage.log import Log
 from distill.storage.run_folder import open_run
 from tests.responders.test_endpoint import always, asks, buy, hold_account
 from tests.support.asking import answer_all
 from tests.support.buying import KEY, make_run, settings
-from tests.support.fake_teacher import PRICE, FakeTeacher, Reply, answer, question, usage_of
+from tests.support.fake_teacher import PRICE, PRICES, FakeTeacher, Reply, answer, question, usage_of
 
 USUAL = PRICE.of(usage_of({"prompt": "q0 please"}))  # what an answer is charged by the price
 MOST = Decimal("0.0013")  # about what one of these requests can cost at most
@@ -75,8 +75,8 @@ def test_h6_a_cost_is_held_against_the_price(tmp_path: Path, name: str) -> None:
     with FakeTeacher(always(answer=said, dollars=charged)) as teacher:
         found = buy(teacher, tmp_path, 12)  # which holds the account against the bill
     assert {r.stop for r in found} == {"end"} and teacher.bill == 12 * charged
-    with Log(tmp_path, writable=False) as log:
-        known = account(log, PRICE)
+    with ResponseStore(tmp_path, writable=False) as log:
+        known = account(log, PRICES)
     assert known.settled + known.unknown_most >= 12 * USUAL
 
 
@@ -107,8 +107,8 @@ def test_h6_a_number_gone_wrong_is_named_and_stops_the_run(tmp_path: Path, name:
         with pytest.raises(DistillError, match="more than its maximum") as stopped:
             buy(teacher, tmp_path, 40, concurrency=16)
         assert stopped.value.code == Exit.BUDGET and len(teacher.payloads) == 1
-        with Log(tmp_path, writable=False) as log:
-            (doubt,) = unknown_outcomes(log, "run", {"fake-1": PRICE})
+        with ResponseStore(tmp_path, writable=False) as log:
+            (doubt,) = unknown_outcomes(log, PRICES, "run")
             assert doubt.most and MOST / 2 < doubt.most < MOST * 2
             assert doubt.what.startswith(("states a cost", "states $", "counts 999,999,999"))
         teacher.script = always()  # mended: the answer that was paid is there
@@ -312,7 +312,7 @@ def test_h13_redo_asks_what_failed_and_nothing_else(tmp_path: Path) -> None:
 def test_h13_refusals_in_a_store_of_before_are_read_and_asked_again_by_redo(tmp_path: Path) -> None:
     """As commit 07339c8 stored them: the refusal is the response, and an object in a 200 an answer."""
     stored = [(400, says("Your credit balance is too low")), (200, {"code": 1113, "msg": "no"})]
-    with FakeTeacher() as teacher, Log(tmp_path) as log:
+    with FakeTeacher() as teacher, ResponseStore(tmp_path) as log:
         asked = settings(teacher)
         requests = asks(asked, 3)
         for request, (status, said) in zip(requests, stored, strict=False):
@@ -326,7 +326,7 @@ def test_h13_refusals_in_a_store_of_before_are_read_and_asked_again_by_redo(tmp_
                 log.append([("outcome", f"{identifier}.0", refusal)])
             log.append([("response", identifier, {**raw, "body": {**body, **refusal}})])
         for request in requests[:2]:
-            assert read(log, request).stop == "error"
+            assert log.response(request).stop == "error"
     with FakeTeacher() as teacher:
         responder = EndpointResponder(asked, PRICE, "run")
         responder.settings = settings(teacher)
@@ -418,8 +418,8 @@ def test_d4_an_answer_is_read_behind_what_kept_the_connection(tmp_path: Path, na
         found = buy(teacher, tmp_path, 3)
         assert buy(teacher, tmp_path, 3) == found and len(teacher.payloads) == 3
     assert {(r.stop, r.text) for r in found} == {("end", "the answer to q0 please")}
-    with Log(tmp_path, writable=False) as log:
-        assert account(log, PRICE).settled == teacher.bill
+    with ResponseStore(tmp_path, writable=False) as log:
+        assert account(log, PRICES).settled == teacher.bill
 
 
 @pytest.mark.parametrize("body", [b" " * 3000, b": PROCESSING\n\n" * 300, b"\n" * 3000 + b"<html>"])

@@ -225,8 +225,8 @@ def test_a_sampled_row_does_not_depend_on_its_batch(folder: Path) -> None:
     responder = LocalResponder.load(str(folder), "float32", max_batch_size=4)
     sampling = Sampling(temperature=0.8, max_new_tokens=10)
     requests = make_requests(responder.origin, 6, sampling)
-    together = {r.id: r.text for r in responder.respond(requests)}
-    alone = {r.id: r.text for request in requests for r in responder.respond([request])}
+    together = {r.id: r.reply.text for r in responder.ask(requests)}
+    alone = {r.id: r.reply.text for request in requests for r in responder.ask([request])}
     assert together == alone
     assert len(set(together.values())) > 1
 
@@ -235,7 +235,7 @@ def test_samples_of_one_request_differ(folder: Path) -> None:
     responder = LocalResponder.load(str(folder), "float32")
     ask = make_requests(responder.origin, 1, Sampling(temperature=1.0, max_new_tokens=20))[0]
     samples = [ask.model_copy(update={"sample": k}) for k in range(3)]
-    assert len({r.text for r in responder.respond(samples)}) == 3
+    assert len({r.reply.text for r in responder.ask(samples)}) == 3
 
 
 def test_a_prompt_too_long_is_named(folder: Path) -> None:
@@ -265,9 +265,9 @@ def test_origin_needs_no_weights_and_names_what_shapes_answers(
 def test_usage_and_stop(folder: Path) -> None:
     responder = LocalResponder.load(str(folder), "float32")
     requests = make_requests(responder.origin, 3)
-    for response in responder.respond(requests):
-        assert response.stop == "length" and response.usage.output_tokens == 16
-        assert response.usage.input_tokens > 10 and response.usage.seconds > 0
+    for raw in responder.ask(requests):
+        assert raw.stop == "length" and raw.usage.output_tokens == 16
+        assert raw.usage.input_tokens > 10 and raw.usage.seconds > 0
 
 
 def test_an_end_token_ends_and_is_not_shown(folder: Path) -> None:
@@ -323,8 +323,8 @@ def test_a_merged_adapter_answers_as_the_adapter_does(folder: Path, tmp_path: Pa
     merged = LocalResponder.load(str(folder), "float32", adapter=tmp_path)
     unmerged = LocalResponder(model.eval(), make_tokenizer(), "student", "o", DATE)
     requests = make_requests("o", 5)
-    answers = {r.id: r.text for r in merged.respond(requests)}
-    assert answers == {r.id: r.text for r in unmerged.respond(requests)}
+    answers = {r.id: r.reply.text for r in merged.ask(requests)}
+    assert answers == {r.id: r.reply.text for r in unmerged.ask(requests)}
     assert merged.origin != LocalResponder.load(str(folder), "float32").origin
-    plain = LocalResponder.load(str(folder), "float32").respond(requests)
-    assert answers != {r.id: r.text for r in plain}
+    plain = LocalResponder.load(str(folder), "float32").ask(requests)
+    assert answers != {r.id: r.reply.text for r in plain}

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.responders.local.plans import lacking, planned, unfinished, worth_keeping
-from distill.storage.log import Log
+from distill.responders.store import ResponseStore, worth_keeping
 from distill.storage.repair import compact
 from tests.generation.test_generate import Fussy, asks
 from tests.support.asking import answer_all
@@ -16,20 +15,20 @@ def test_a_compaction_between_a_kill_and_its_continuation_changes_no_answer(tmp_
     store = tmp_path / "cut"
     with pytest.raises(KeyboardInterrupt):
         answer_all(Fussy(6), asks(10), store)
-    with Log(store) as log:
+    with ResponseStore(store) as log:
         log.append((kind, "k", 1) for kind in ("intent", "outcome", "model", "new"))
     result = compact(store, worth_keeping)
     assert result.left_out == {"plan": 1} and result.records == 6 + 2 + 4
-    with Log(store, writable=False) as log:
-        assert len(list(log.keys("plan"))) == len(unfinished(log, lacking(log, asks(10)))) == 2
+    with ResponseStore(store, writable=False) as log:
+        assert len(list(log.keys("plan"))) == len(log.unfinished(log.lacking(asks(10)))) == 2
     assert answer_all(Fussy(), asks(10), store) == whole
     assert compact(store, worth_keeping).left_out == {"plan": 2}
 
 
 def test_new_plans_leave_out_what_unfinished_ones_bring(tmp_path: Path) -> None:
-    with Log(tmp_path) as log:
-        first = planned(Fussy(), asks(6), log)
-        again = planned(Fussy(), asks(9), log)
+    with ResponseStore(tmp_path) as log:
+        first = log.planned(Fussy(), asks(6))
+        again = log.planned(Fussy(), asks(9))
         assert [plan.id for plan in again[:2]] == [plan.id for plan in first]
         asked = [request.key for plan in again for request in plan.requests]
         assert sorted(asked) == sorted(request.key for request in asks(9))

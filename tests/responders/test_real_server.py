@@ -20,13 +20,13 @@ from distill.errors import DistillError, Exit
 from distill.models.loading import load_tokenizer
 from distill.models.registry import fetch
 from distill.records import Message, Prompt, Response
-from distill.responders.endpoint.attempts import encode, origin_of
 from distill.responders.endpoint.budget import attempts
 from distill.responders.endpoint.endpoint import EndpointResponder
+from distill.responders.endpoint.sending import encode, origin_of
 from distill.responders.local.local_model import LocalResponder
 from distill.responders.responder import Request, Sampling
+from distill.responders.store import ResponseStore
 from distill.storage.files import read_records
-from distill.storage.log import Log
 from distill.training.soft_labels.prompt_logprobs import probe
 from tests.support.asking import answer_all
 from tests.support.tiny import TEMPLATE, make_tiny, make_tokenizer
@@ -195,8 +195,8 @@ def test_what_no_request_could_pass_stops_the_run_at_once(
     with pytest.raises(DistillError, match=said) as stopped:
         served(asked, tmp_path)
     assert stopped.value.code == Exit.TEACHER
-    with Log(tmp_path, writable=False) as log:
-        assert [a.billed for a in attempts(log, None)] == ["no"]
+    with ResponseStore(tmp_path, writable=False) as log:
+        assert [a.billed for a in attempts(log, {"tiny": None, "other": None})] == ["no"]
 
 
 def test_a_server_that_tells_no_distributions_is_found_by_one_short_text(
@@ -273,8 +273,8 @@ def test_a_replica_that_dies_is_left_out_and_nothing_else_is_asked_twice(
     assert [r.text for r in found] == [
         r.text for r in local(models / "tiny", tmp_path / "a", texts)
     ]
-    with Log(tmp_path / "b", writable=False) as log:
-        told = list(attempts(log, None))
+    with ResponseStore(tmp_path / "b", writable=False) as log:
+        told = list(attempts(log, {"tiny": None, "other": None}))
     doubtful = [a for a in told if a.billed == "unknown"]
     assert 0 < len(doubtful) <= 3, "more than what the dead replica had in hand"
     assert [a.billed for a in told].count("yes") == len(texts)

@@ -17,8 +17,8 @@ import pytest
 
 from distill.errors import DistillError, Exit
 from distill.records import Message, Response
-from distill.responders.endpoint.attempts import origin_of
 from distill.responders.endpoint.endpoint import EndpointResponder
+from distill.responders.endpoint.sending import origin_of
 from distill.responders.responder import Request, Sampling
 from tests.support.asking import answer_all
 from tests.support.buying import KEY, settings

@@ -24,7 +24,7 @@ from distill.pipeline import STAGES
 from distill.records import Document, Message, Prompt
 from distill.responders.local import local_model
 from distill.responders.local import workers as crew
-from distill.responders.local.workers import Crew, take_over
+from distill.responders.local.workers import Workers, take_over
 from distill.storage.files import write_records
 from distill.storage.log import Log
 from distill.storage.repair import repair
@@ -235,7 +235,7 @@ def test_fewer_processes_than_asked_are_refused(monkeypatch: pytest.MonkeyPatch)
     asked = "python\0accelerate\0launch\0--cpu\0--num_processes\0002\0"
     monkeypatch.setattr(crew, "launcher_command", lambda: asked)
     with pytest.raises(DistillError, match=r"2 processes were asked for, 1 came .*generate.py"):
-        Crew.meet()
+        Workers.meet()
     PartialState._reset_state()
 
 
@@ -243,7 +243,7 @@ def test_other_teachers_are_asked_by_one_process(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, _ = make_run(tmp_path, model, kind="canned", answers="a", max_batch_size=None)
-    monkeypatch.setattr(Crew, "meet", lambda: Crew(1, [1, 2]))
+    monkeypatch.setattr(Workers, "meet", lambda: Workers(1, [1, 2]))
     with pytest.raises(DistillError, match="one process asks a canned teacher"):
         launching.generate(run, STAGE, set())
 
@@ -251,8 +251,8 @@ def test_other_teachers_are_asked_by_one_process(
 def test_machines_and_devices_are_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(DistillError, match="several machines"):
-        crew._check_places(4)
+        crew.check_devices(4)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(DistillError, match="2 processes, 1 GPUs"):
-        crew._check_places(2)
+        crew.check_devices(2)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distill.records import Response
-from distill.responders.ask import Ask, read
+from distill.responders.ask import Ask
 from distill.responders.responder import Request, Responder
 
 
@@ -14,4 +14,4 @@ def answer_all(
     """Ask for what the store lacks; return what it says of each request, failures too."""
     with Ask(responder, store, again=again) as ask:
         ask.fetch(requests, "x")
-        return [read(ask.log, request) for request in requests]
+        return [ask.store.response(request) for request in requests]

@@ -27,6 +27,7 @@ PRICE = TokenPrice.model_validate(
         "source": "tests",
     }
 )
+PRICES = {"fake-1": PRICE}  # of the model that it serves
 
 
 @dataclass

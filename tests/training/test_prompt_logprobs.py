@@ -20,8 +20,8 @@ from distill.models.loading import load_model, load_tokenizer
 from distill.pipeline import STAGES
 from distill.records import Document, Message, Prompt
 from distill.responders.endpoint.budget import account
+from distill.responders.store import ResponseStore
 from distill.storage.files import write_json, write_records
-from distill.storage.log import Log
 from distill.storage.run_folder import Run
 from distill.training.soft_labels import capture, labels, prompt_logprobs
 from distill.training.soft_labels.cache import SignalCache
@@ -144,8 +144,8 @@ def test_a_server_s_lists_become_what_the_local_teacher_s_are(tmp_path, scorer):
 
 
 def kept_dollars(run: Run) -> Decimal:
-    with Log(run.config.store_folder() / "responses", writable=False) as log:
-        return account(log, PRICE).settled
+    with ResponseStore(run.config.store_folder() / "responses", writable=False) as log:
+        return account(log, {SERVED: PRICE}).settled
 
 
 def signals_stage(run: Run) -> None:

@@ -1,18 +1,29 @@
-"""Sends one request and reads its reply within limits of time and size; what goes wrong on the way is a Fault.
+"""Sends one request, and says what came: an answer, or what its failure means for item and run.
 
 Nothing here quotes an HTTP exception: its text may hold headers, and with them the key.
 """
 
 import asyncio
+import re
+import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import httpx2
 
-from distill.responders.endpoint.wire import Fault, decoded, is_answer
+from distill.config import EndpointTeacher
+from distill.errors import DistillError, Exit
+from distill.records import Record
+from distill.responders.endpoint.wire import (
+    MESSAGE_CHARS,
+    body_of,
+    is_answer,
+    load_json,
+    plain_message,
+)
 
 UNSENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, httpx2.ProxyError)
-WORDS = {
+BREAKS = {
     "ConnectError": "cannot connect",
     "ConnectTimeout": "no connection in time",
     "ReadTimeout": "no bytes in time",
@@ -21,56 +32,216 @@ WORDS = {
     "WriteTimeout": "the request could not be sent in time",
     "WriteError": "the connection broke while sending",
 }
+QUOTA = {
+    "insufficient_quota",
+    "billing_hard_limit_reached",
+    "credit_balance_exhausted",
+    "organization_spend_limit_exceeded",
+    "project_spend_limit_exceeded",
+    "organization_usage_limit_exceeded",
+}
+# A refusal of the request's form, which the next request shares: `transformers serve`, OpenRouter,
+# DeepSeek
+FORM = re.compile(
+    r"Server is pinned to|Unexpected fields in the request|Model Not Exist"
+    r"|\S{1,200} is not a valid model ID"
+)
+# A refusal that is about the account and not about what was asked, whatever its status: Anthropic,
+# OpenAI, Google, OpenRouter, Zhipu, Aliyun, one-api. The number is the status that says the same
+ACCOUNT = (
+    (
+        401,
+        r"\bkey\b.{0,60}\b(expired|invalid|not valid|incorrect|revoked|disabled|not found|missing)"
+        r"|\b(expired|invalid|incorrect|revoked|disabled|missing|wrong)\b.{0,20}\bapi.?key"
+        r"|authentication[ _](error|failed|required)|\bunauthorized\b",
+    ),
+    (
+        402,
+        r"credit balance|usage limit|spend(ing)? limit"
+        r"|insufficient.{0,12}(balance|quota|credit|fund)|insufficientbalance"
+        r"|quota (exceeded|exhausted)|exceeded .{0,30}quota|out of credit|no credits"
+        r"|balance (is )?(too low|not enough)|arrear|\boverdue\b|payment required"
+        r"|billing|余额|欠费|充值",
+    ),
+    (
+        403,
+        r"\b(account|organi[sz]ation|project|workspace|team)\b.{0,60}"
+        r"\b(suspended|disabled|deactivated|banned|blocked|locked|terminated|restricted)"
+        r"|unsupported_country|\b(country|region|location)\b.{0,30}\bnot (supported|available)",
+    ),
+)
+UNPAID = {429, 503, 529}  # turned away before any work was done
+FIXES = {
+    401: "check the key in the variable that teacher.api_key_env names",
+    402: "add credit, then run again",
+    403: "check what the key may do, and teacher.model",
+    404: "check teacher.base_url and teacher.model",
+    405: "check teacher.base_url",
+    410: "check teacher.base_url and teacher.model: what was there is gone",
+}
+MESSAGES = ("message", "detail", "msg", "error_msg", "error_message", "errmsg", "error_description")
+CODES = ("code", "type", "status", "error_code", "errcode", "error_type")
 
 
-@dataclass(frozen=True)
-class Received:
-    """A reply as it came; `cut` says why its body is not whole, where it is not."""
+class Failure(Record):
+    """What an attempt without an answer means: for it (retry), its item, or the whole run."""
 
-    status: int
-    headers: Mapping[str, str]
-    data: bytes
+    what: str
+    scope: Literal["retry", "item", "run"]
+    billed: Literal["no", "unknown"]
+    fix: str = "run the same command again"
+    replica: bool = False  # this address failed, another may answer
+    limited: bool = False  # the rate was too high: all workers wait
+
+
+class Received(NamedTuple):
+    """What came of one request: an answer, readable or not, or its failure.
+
+    `cut` says why the body is not complete. Of a request that got no reply there is no status.
+    """
+
+    status: int | None = None
+    headers: Mapping[str, str] = {}
+    data: bytes = b""
     cut: str = ""
+    failure: Failure | None = None
 
-    @property
-    def is_answer(self) -> bool:
-        """Tell a reply that is kept as an answer, readable or not, from an error."""
-        well = 200 <= self.status < 300
-        return well and (bool(self.cut) or is_answer(self.status, self.data))
+
+def open_client(settings: EndpointTeacher, key: str | None, width: int) -> httpx2.AsyncClient:
+    """Return a client of up to `width` connections; raises DistillError on an unusable proxy."""
+    headers = {"content-type": "application/json", "accept-encoding": "identity"}
+    if key:
+        headers["authorization"] = f"Bearer {key}"
+    timeout = httpx2.Timeout(settings.read_timeout, connect=settings.connect_timeout, pool=None)
+    try:
+        return httpx2.AsyncClient(
+            headers=headers,
+            timeout=timeout,
+            limits=httpx2.Limits(max_connections=width, max_keepalive_connections=width),
+            follow_redirects=False,
+            # a proxy of the environment may carry TLS, and never sees a key in the clear
+            trust_env=all(url.startswith("https://") for url in settings.base_urls),
+        )
+    except (ImportError, ValueError):  # their words may hold the proxy's password
+        what, fix = "names a proxy that cannot be used", "write http://HOST:PORT, or unset it"
+        raise DistillError(Exit.CONFIG, "HTTPS_PROXY or ALL_PROXY", what, fix) from None
 
 
 async def post(
-    client: httpx2.AsyncClient, url: str, body: bytes, total: float, most_bytes: int
-) -> Received | Fault:
-    """Send `body` and return the reply, or how it failed; `total` seconds bound all of it, `most_bytes` the reply."""
+    client: httpx2.AsyncClient,
+    url: str,
+    body: bytes,
+    settings: EndpointTeacher,
+    key: re.Pattern[bytes] | None,
+) -> Received:
+    """Send `body` and return what came, within the limits of time and size, without our `key`."""
+    parts, size, cut = list[bytes](), 0, ""
+    most, seconds = settings.max_body_bytes, settings.total_timeout
     try:
-        async with asyncio.timeout(total), client.stream("POST", url, content=body) as response:
-            return await _read(response, most_bytes)
+        async with asyncio.timeout(seconds), client.stream("POST", url, content=body) as response:
+            async for part in response.aiter_raw():
+                parts.append(part)
+                size += len(part)
+                if size > most:
+                    cut = f"more than {most:,} bytes"
+                    break
     except TimeoutError:
-        what = f"no whole answer in {total:g} s"
-        return Fault(what=f"{what}: outcome unknown", scope="retry", billed="unknown")
+        what = f"no complete answer in {seconds:g} s: outcome unknown"
+        return Received(failure=Failure(what=what, scope="retry", billed="unknown"))
     except httpx2.TransportError as error:
-        name = type(error).__name__
-        what = WORDS.get(name, f"the connection failed ({name})")
-        if isinstance(error, UNSENT):
-            return Fault(what=what, scope="retry", billed="no", replica=True)
-        what = f"{what}: outcome unknown"
-        return Fault(what=what, scope="retry", billed="unknown", replica=True)
-
-
-async def _read(response: httpx2.Response, most_bytes: int) -> Received:
-    """Read a body up to `most_bytes`, also where it was compressed without being asked to."""
-    parts, size, cut = [], 0, ""
-    async for part in response.aiter_raw():
-        parts.append(part)
-        size += len(part)
-        if size > most_bytes:
-            cut = f"more than {most_bytes:,} bytes"
-            break
+        name, unsent = type(error).__name__, isinstance(error, UNSENT)
+        what = BREAKS.get(name, f"the connection failed ({name})")
+        what, billed = (what, "no") if unsent else (f"{what}: outcome unknown", "unknown")
+        return Received(failure=Failure(what=what, scope="retry", billed=billed, replica=True))
     data, encoding = b"".join(parts), response.headers.get("content-encoding", "").lower()
     if not cut:
         try:
-            data = decoded(data, encoding, most_bytes)
+            data = decoded(data, encoding, most)
         except ValueError as error:
             cut = str(error)
-    return Received(response.status_code, response.headers, data, cut)
+    data, status = key.sub(b"[key]", data) if key else data, response.status_code
+    answered = 200 <= status < 300 and (bool(cut) or is_answer(data))
+    failure = None if answered else classify(status, data, body)
+    return Received(status, response.headers, data, cut, failure)
+
+
+def decoded(data: bytes, encoding: str, limit: int) -> bytes:
+    """Undo a content encoding that was not asked for.
+
+    Raises ValueError above `limit` bytes, or where the encoding is foreign or damaged.
+    """
+    if encoding in ("", "identity"):
+        return data
+    if encoding not in ("gzip", "deflate"):
+        raise ValueError(f"content encoding {encoding[:20]!r}")
+    try:
+        plain = zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(data, limit + 1)
+    except zlib.error:
+        raise ValueError(f"damaged {encoding}") from None
+    if len(plain) > limit:
+        raise ValueError(f"more than {limit:,} bytes of {encoding}")
+    return plain
+
+
+def classify(status: int, data: bytes, request: bytes = b"") -> Failure:
+    """Say what a reply that is no answer means (faults C2, C3, C4, C9, D5, H13).
+
+    A text that is about the account ends the run, unless the words are those of the request,
+    repeated.
+    """
+    try:
+        body = load_json(data)
+    except ValueError:
+        body = None
+    # an object that says why there is no answer, `{"code": 1301, "msg": ...}`
+    declared = isinstance(body, dict) and bool(body) and not body.get("error")
+    message, codes = error_of(body)
+    what = f"{status}: {message}" if message else f"{status} without a message"
+    well = 200 <= status < 300  # as the server says; nobody knows then whether it charges
+    if well and not message:
+        text = plain_message(body_of(data)[:MESSAGE_CHARS].decode("utf-8", "replace"))
+        what = f"{status} with {'HTML' if text else 'nothing'} in place of an answer"
+        if text and not text.startswith("<"):
+            what = f"{status}, no answer: {text}"
+    if well:  # what its code says
+        status = next((int(c) for c in codes if re.fullmatch(r"[45]\d\d", c)), status)
+    if QUOTA & codes or status == 402:
+        what = f"the account's quota is used up ({what})"
+        return Failure(what=what, scope="run", billed="no", fix=FIXES[402])
+    if status == 429:
+        return Failure(what=what, scope="retry", billed="no", limited=True)
+    if 300 <= status < 400:
+        fix = "redirects are never followed: write the final address in teacher.base_url"
+        return Failure(what=f"{status}: a redirect", scope="run", billed="no", fix=fix)
+    # OpenRouter's moderation is about one prompt, other 403 about the key
+    moderated = status == 403 and re.search("moderation|flagged", message, re.IGNORECASE)
+    if status in FIXES and not moderated:
+        return Failure(what=what, scope="run", billed="no", fix=FIXES[status])
+    if status in (400, 422) and FORM.match(message):
+        fix = "check teacher.model, and the fields that teacher.extra_body sends"
+        return Failure(what=what, scope="run", billed="no", fix=fix)
+    success = 200 <= status < 300
+    refused = (400 <= status < 500 and status not in (408, 409, 425)) or (success and declared)
+    if refused or success:
+        for like, pattern in ACCOUNT:
+            match = re.search(pattern, " ".join([message, *sorted(codes)]), re.IGNORECASE)
+            if match and match[0].lower() not in request.decode("utf-8", "replace").lower():
+                return Failure(what=what, scope="run", billed="no", fix=FIXES[like])
+    if refused:
+        return Failure(what=what, scope="item", billed="unknown" if well else "no")
+    billed = "no" if status in UNPAID else "unknown"
+    return Failure(what=what, scope="retry", billed=billed, replica=status in (502, 503, 504))
+
+
+def error_of(body: object) -> tuple[str, set[str]]:
+    """Return the message of an error's JSON, and its codes and types, of any of the known shapes."""
+    if isinstance(body, list) and body:  # as Google's compatible interface wraps it
+        body = body[0]
+    error = (body.get("error") or body) if isinstance(body, dict) else {}
+    if isinstance(error, str):
+        return plain_message(error), set()
+    if not isinstance(error, dict):
+        return "", set()
+    codes = {str(error[name]) for name in CODES if isinstance(error.get(name), str | int)}
+    message = next((error[name] for name in MESSAGES if error.get(name)), None)
+    return plain_message(message), codes

@@ -30,12 +30,12 @@ from distill.models.loading import (
     pick_dtype,
 )
 from distill.models.registry import check_base, folder_facts, identity
-from distill.records import Message, Response, Stop, Usage, digest
+from distill.records import Message, Stop, Usage, digest
 from distill.responders.local.continuous_batching import Row, Stream, streaming
 from distill.responders.local.packed_linear import free_memory
 from distill.responders.local.padded_batches import answer_padded
 from distill.responders.local.sampling import draw, likeliest, seeded
-from distill.responders.responder import Circumstances, Plan, Raw, Request, respond
+from distill.responders.responder import Circumstances, Plan, Raw, Request
 from distill.storage.files import sha256_file
 
 SLOTS = {"cpu": 64, "cuda": 128}
@@ -121,10 +121,6 @@ class LocalResponder:
         ]
         flat = [i for n in named for i in (n if isinstance(n, list) else [n]) if i is not None]
         return frozenset(flat) | end_of_turn(self.tokenizer, self.date)
-
-    def respond(self, requests: Sequence[Request]) -> Iterator[Response]:
-        """Yield one response for each request."""
-        return respond(self, requests)
 
     def ask(self, requests: Sequence[Request]) -> Iterator[Raw]:
         """Yield one raw answer for each request, plan by plan."""

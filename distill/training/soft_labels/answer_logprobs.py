@@ -18,13 +18,12 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from distill.config import Config, Teacher
 from distill.errors import DistillError, Exit
 from distill.models.chat_template import encode_text
-from distill.records import Candidate, Example, Message, Response, TokenLogprob
+from distill.records import Candidate, Example, Message, TokenLogprob
 from distill.responders.ask import Ask
-from distill.responders.endpoint.budget import replies
-from distill.responders.endpoint.wire import Reply, read_stored
+from distill.responders.endpoint.wire import Reply
 from distill.responders.kinds import make_responder
 from distill.responders.responder import Request, Sampling
-from distill.storage.log import Log
+from distill.responders.store import ResponseStore
 from distill.storage.progress import say
 from distill.training.soft_labels.cache import TEXT_ONLY, Signal, SignalCache, supervised_ids
 from distill.training.soft_labels.top_logprobs import Chances, KeyedExample, enter, named, to_signal
@@ -42,18 +41,23 @@ def fill(cache: SignalCache, tokenizer: Any, texts: Sequence[KeyedExample], conf
 
     Raises DistillError (exit 4) where too few of their tokens have any.
     """
-    looked, lists = Lists(tokenizer, config), Lists(tokenizer, config)
-    some = texts[:: -(-len(texts) // LOOKED_AT)]
-    for signal in looked.read([example for example, _ in some]):
-        if isinstance(signal, str):
-            raise _fault(config.teacher, f"an answer {signal}")
-    if looked.gaps > (1 - ALIKE) * looked.tokens:
-        what = f"lists what was likely at {looked.tokens - looked.alone} of {looked.tokens} tokens"
-        raise _fault(config.teacher, f"{what}: its tokenizer is another, or it seldom does")
-    if without := enter(cache, texts, lists.read):
-        raise _fault(config.teacher, named(without))
-    if lists.alone:
-        say(f"signals: {lists.alone:,} of {lists.tokens:,} tokens have no list, but their label")
+    with ResponseStore(config.store_folder() / "responses", writable=False) as store:
+        looked, lists = (Lists(tokenizer, config, store) for _ in range(2))
+        some = texts[:: -(-len(texts) // LOOKED_AT)]
+        for signal in looked.read([example for example, _ in some]):
+            if isinstance(signal, str):
+                raise _fault(config.teacher, f"an answer {signal}")
+        if looked.gaps > (1 - ALIKE) * looked.tokens:
+            what = (
+                f"lists what was likely at {looked.tokens - looked.alone} of {looked.tokens} tokens"
+            )
+            raise _fault(config.teacher, f"{what}: its tokenizer is another, or it seldom does")
+        if without := enter(cache, texts, lists.read):
+            raise _fault(config.teacher, named(without))
+        if lists.alone:
+            say(
+                f"signals: {lists.alone:,} of {lists.tokens:,} tokens have no list, but their label"
+            )
 
 
 def probe(config: Config, tokenizer: Any) -> None:
@@ -65,7 +69,7 @@ def probe(config: Config, tokenizer: Any) -> None:
     request = Request.make(buyer.origin, "probe", question, drawn)
     with Ask(buyer, store, again=True) as ask:
         ask.fetch([request], "signals")
-        reply = _reply(ask.log, Response.make_id(request.key, request.sample))
+        reply = _reply(ask.store, request.id)
     if isinstance(reply, str) or not reply.logprobs:
         why = reply if isinstance(reply, str) else "has no log-probabilities"
         raise _fault(teacher, f"its answer to a first short question {why}")
@@ -80,12 +84,12 @@ def _fault(teacher: Teacher, what: str) -> DistillError:
     return DistillError(Exit.TEACHER, teacher.model, what, f"{ASKED}; or {TEXT_ONLY}")
 
 
-def _reply(log: Log, identifier: str) -> Reply | str:
+def _reply(store: ResponseStore, identifier: str) -> Reply | str:
     """Read a stored answer, or say why there is none to read."""
-    stored = next(replies(log, identifier), None)
-    if stored is None:
+    key = next(store.reply_keys(identifier), None)
+    if key is None:
         return "is not in the store"
-    reply = read_stored(stored["body"])
+    reply = store.raw(key).reply
     return f"cannot be read: {reply.error}" if reply.stop == "error" else reply
 
 
@@ -95,23 +99,22 @@ class Lists:
     It counts the tokens that it read, those that have their label alone, and of these the gaps: not an answer's last.
     """
 
-    def __init__(self, tokenizer: Any, config: Config) -> None:
+    def __init__(self, tokenizer: Any, config: Config, store: ResponseStore) -> None:
         self.spelling, self.vocabulary = Spelling(tokenizer), len(tokenizer)
-        self.settings, self.store = config.signals, config.store_folder() / "responses"
+        self.settings, self.store = config.signals, store
         self.tokens = self.alone = self.gaps = 0
 
     def read(self, texts: Sequence[Example]) -> Iterator[Signal | str]:
         """Yield each answer's signal, or why it has none."""
-        with Log(self.store, writable=False) as log:
-            for text in texts:
-                reply = _reply(log, text.response_id)
-                if isinstance(reply, str):
-                    yield reply
-                    continue
-                try:
-                    yield self._signal(reply, text)
-                except ValueError as error:
-                    yield f"cannot be used: {error}"
+        for text in texts:
+            reply = _reply(self.store, text.response_id)
+            if isinstance(reply, str):
+                yield reply
+                continue
+            try:
+                yield self._signal(reply, text)
+            except ValueError as error:
+                yield f"cannot be used: {error}"
 
     def _signal(self, reply: Reply, text: Example) -> Signal:
         """Lay a reply's lists along the ids of its text; raises ValueError for impossible probabilities."""

@@ -17,7 +17,6 @@ from distill.errors import DistillError, Exit
 from distill.models.chat_template import encode_prompt, encode_text
 from distill.records import Example, Message, Response
 from distill.responders.ask import Ask
-from distill.responders.endpoint.budget import last_fault
 from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.endpoint.wire import load_json, unpack
 from distill.responders.prices import load_prices
@@ -107,22 +106,22 @@ class Server:
     def _next(self, text: Example) -> Scoring:
         """Return the first request for a text that has no reply yet."""
         request = Scoring.of(self.ask.responder.origin, text.input_ids)
-        while ("response", Response.make_id(request.key, request.sample)) in self.ask.log:
+        while ("response", request.id) in self.ask.store:
             request = request.model_copy(update={"sample": request.sample + 1})
         return request
 
     def read(self, texts: Sequence[Example]) -> Iterator[Signal | str]:
         """Yield each text's signal from its last reply, or why it has none."""
-        log = self.ask.log
+        store = self.ask.store
         for text in texts:
             request = self._next(text)
-            fault = last_fault(log, request.key, request.sample)
+            fault = next(store.errors(request.id), None)
             if fault or not request.sample:
                 yield f"has no reply: {fault or 'it was not asked'}"
                 continue
             last = Response.make_id(request.key, request.sample - 1)
             try:
-                yield self._signal((log.get("response", last) or {})["body"], text)
+                yield self._signal((store.get("response", last) or {})["body"], text)
             except ValueError as error:
                 yield f"has a reply that cannot be used: {error}"
 

@@ -6,8 +6,7 @@ import pytest
 
 from distill.errors import DistillError, Exit
 from distill.records import Document, Message
-from distill.responders.canned import CannedResponder, answers_hash
-from distill.responders.recorded import RecordedResponder
+from distill.responders.canned import CannedResponder, RecordedResponder, answers_hash
 from distill.responders.responder import Request, Sampling
 
 
@@ -16,20 +15,18 @@ def ask(text: str, prompt_id: str = "p") -> Request:
     return Request.make("o", prompt_id, (message,), Sampling())
 
 
-def test_answers_come_in_order_under_their_prompts() -> None:
+def test_answers_come_in_order() -> None:
     responder = CannedResponder({"a": "one", "b": "two"}, default="?")
-    found = list(responder.respond([ask("b", "p1"), ask("a", "p2"), ask("c", "p3")]))
-    assert [(r.prompt_id, r.text, r.stop) for r in found] == [
-        ("p1", "two", "end"),
-        ("p2", "one", "end"),
-        ("p3", "?", "end"),
+    found = list(responder.ask([ask(text) for text in "bac"]))
+    assert [(r.reply.text, r.reply.stop) for r in found] == [
+        (t, "end") for t in ("two", "one", "?")
     ]
-    assert all(r.usage.estimated for r in found)
+    assert all(r.reply.usage.estimated for r in found)
 
 
 def test_a_leading_think_block_is_reasoning() -> None:
     responder = CannedResponder({"a": "<think>\nfirst this\n</think>\n\n42", "b": "say <think>"})
-    first, second = responder.respond([ask("a"), ask("b")])
+    first, second = (raw.response("p") for raw in responder.ask([ask("a"), ask("b")]))
     assert (first.text, first.reasoning) == ("42", "first this")
     assert (second.text, second.reasoning) == ("say <think>", None)
 
@@ -45,7 +42,7 @@ def test_a_file_of_answers(tmp_path: Path) -> None:
         '{"prompt": "a", "answer": "one\\u2028line"}\n\n{"prompt": "b", "answer": ""}\n'
     )
     responder = CannedResponder.load(path)
-    assert [r.text for r in responder.respond([ask("a"), ask("b")])] == ["one\u2028line", ""]
+    assert [r.reply.text for r in responder.ask([ask("a"), ask("b")])] == ["one\u2028line", ""]
     before = answers_hash(path)
     path.write_text('{"prompt": "a", "answer": "two"}\n')
     assert answers_hash(path) != before
@@ -74,7 +71,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path, content: bytes | None) -> N
 
 def test_a_question_without_answer_stops() -> None:
     with pytest.raises(DistillError, match="has no canned answer") as caught:
-        list(CannedResponder({}).respond([ask("a")]))
+        list(CannedResponder({}).ask([ask("a")]))
     assert caught.value.code == Exit.TEACHER
 
 
@@ -82,8 +79,8 @@ def test_recorded_answers_keep_what_was_stated() -> None:
     said = Document.make("q", "f", {"recorded_answer": "a", "recorded_model": "big-1"})
     silent = Document.make("r", "f", {"recorded_answer": "b"})
     responder = RecordedResponder({"p1": said, "p2": silent}, "unknown")
-    found = list(responder.respond([ask("q", "p1"), ask("r", "p2")]))
-    assert [(r.text, r.model) for r in found] == [("a", "big-1"), ("b", "unknown")]
+    found = list(responder.ask([ask("q", "p1"), ask("r", "p2")]))
+    assert [(r.reply.text, r.model) for r in found] == [("a", "big-1"), ("b", "unknown")]
     with pytest.raises(DistillError, match="no recorded answer") as caught:
-        list(responder.respond([ask("s", "p3")]))
+        list(responder.ask([ask("s", "p3")]))
     assert caught.value.code == Exit.INPUT

@@ -1,0 +1,154 @@
+"""The store of answers that all runs share: what was planned, what was asked, and what came.
+
+A store is opened once a stage, when each of its lines is checked. A reply is read once too: what it
+took is remembered, so that the account of money need not read it again. Money itself is counted in
+endpoint/budget.py.
+
+Plans of answers that depend on what shares the batch are recorded before they are asked, and rerun in
+full when unfinished. So an interrupted run ends with the same bytes as one that was not, and it does
+not matter which process answers which plan.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from distill.records import Response
+from distill.responders.endpoint.wire import Reply
+from distill.responders.responder import Plan, Planner, Raw, Request
+from distill.storage.log import Log
+
+Spend = Callable[[int, int], None]  # is given the input and output tokens of an answer
+
+
+class Bill(NamedTuple):
+    """What a stored reply took: a reply without its text, and the number of the attempt."""
+
+    attempt: int | None
+    reply: Reply
+
+    @classmethod
+    def of(cls, raw: Raw) -> "Bill":
+        """Read an answer's bill."""
+        reply = raw.reply
+        short = Reply(stop=reply.stop, usage=reply.usage, dollars=reply.dollars)
+        return cls(raw.body.get("attempt"), short)
+
+
+class ResponseStore(Log):
+    """The log of requests and answers, by the id of the response that a request becomes.
+
+    The first reply to a request stands under that id; what came when it had failed, and was asked
+    again, under its attempt.
+    """
+
+    def __init__(self, folder: Path, writable: bool = True, writer: str = "") -> None:
+        super().__init__(folder, writable, writer)
+        self._bills: dict[str, Bill] = {}  # of the replies that were read, by their keys
+
+    def attempts_at(self, identifier: str) -> int:
+        """Return the number of attempts at a request, which is that of the next one.
+
+        Those of a killed run count: their numbers are never used again.
+        """
+        number = 0
+        while ("intent", attempt_key(identifier, number)) in self:
+            number += 1
+        return number
+
+    def reply_keys(self, identifier: str) -> Iterator[str]:
+        """Yield the keys of the stored replies to a request, the newest first."""
+        numbers = reversed(range(self.attempts_at(identifier)))
+        for key in (*(attempt_key(identifier, number) for number in numbers), identifier):
+            if ("response", key) in self:
+                yield key
+
+    def raw(self, key: str) -> Raw:
+        """Return the reply under a key, read, and remember its bill."""
+        raw = Raw.model_validate(self.get("response", key))
+        self.remember(key, raw)
+        return raw
+
+    def remember(self, key: str, raw: Raw) -> None:
+        """Remember the bill of the reply under a key."""
+        self._bills[key] = Bill.of(raw)
+
+    def bill(self, key: str) -> Bill | None:
+        """Return the bill of the reply under a key, or None where there is none."""
+        if key not in self._bills and ("response", key) in self:
+            self.raw(key)
+        return self._bills.get(key)
+
+    def errors(self, identifier: str) -> Iterator[str]:
+        """Yield how the attempts at a request failed, the last first."""
+        for number in reversed(range(self.attempts_at(identifier))):
+            outcome = self.get("outcome", attempt_key(identifier, number))
+            if outcome is not None:
+                yield str(outcome["what"])
+
+    def responses(self, request: Request) -> Iterator[Response]:
+        """Yield the replies to a request, the newest first, then its errors, the last first."""
+        for key in self.reply_keys(request.id):
+            yield self.raw(key).response(request.prompt_id)
+        for error in (*self.errors(request.id), "no attempt is recorded"):
+            yield Raw.failed(request, error).response(request.prompt_id)
+
+    def response(self, request: Request) -> Response:
+        """Return the stored response to a request; without one, how the last attempt failed."""
+        return next(self.responses(request))
+
+    def lacking(self, requests: Iterable[Request], again: bool = False) -> list[Request]:
+        """Return the requests without a reply, each once.
+
+        `again` adds those to whose last reply a server gave no answer (refused, unreadable, broken
+        off); a model that declines has answered.
+        """
+        missing: dict[str, Request] = {}
+        for request in requests:
+            key = next(self.reply_keys(request.id), None)
+            bill = self.bill(key) if key and again else None
+            failed = bill and bill.attempt is not None and bill.reply.stop == "error"
+            if key is None or failed:
+                missing.setdefault(request.id, request)
+        return list(missing.values())
+
+    def unfinished(self, missing: Sequence[Request]) -> list[Plan]:
+        """Return the stored plans that hold a missing request, in the order they were stored."""
+        ids = {request.id for request in missing}
+        plans = [Plan.model_validate(self.get("plan", key)) for key in self.keys("plan")]
+        return [plan for plan in plans if any(request.id in ids for request in plan.requests)]
+
+    def planned(self, planner: Planner, missing: Sequence[Request]) -> list[Plan]:
+        """Return the stored plans that bring what is missing: unfinished ones, then new ones."""
+        begun = self.unfinished(missing)
+        ids = {request.id for plan in begun for request in plan.requests}
+        fresh = planner.plan([request for request in missing if request.id not in ids])
+        self.append(("plan", plan.id, plan.model_dump(mode="json")) for plan in fresh)
+        return begun + fresh
+
+    def keep(
+        self, raws: Iterable[Raw], spend: Spend | None, other: Log | None = None
+    ) -> Iterator[Raw]:
+        """Store each answer that neither this nor the `other` log has, durably, and yield it."""
+        for raw in raws:
+            record = ("response", raw.id)
+            if record in self or (other and record in other):
+                continue  # a plan that is rerun gives again what was stored before the kill
+            if spend:  # first, so that a kill while the answer is being stored hides no spending
+                spend(raw.usage.input_tokens, raw.usage.output_tokens)
+            self.append([(*record, raw.model_dump(mode="json"))])
+            yield raw
+
+
+def attempt_key(identifier: str, number: int) -> str:
+    """Return the key under which an attempt's intent and outcome are stored."""
+    return f"{identifier}.{number}"
+
+
+def worth_keeping(log: Log, kind: str, body: bytes) -> bool:
+    """Tell whether anything reads a stored record again: all but a plan that is answered in full.
+
+    The account of money is made anew from every intent and outcome, so these stay.
+    """
+    requests = Plan.from_line(body).requests if kind == "plan" else ()
+    return kind != "plan" or any(("response", request.id) not in log for request in requests)
