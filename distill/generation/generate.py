@@ -66,7 +66,7 @@ def join(config: Config, run: Run, workers: Workers) -> None:
     def ready() -> Planner:
         teacher = make_responder(config.teacher, config)
         assert isinstance(teacher, LocalResponder)
-        teacher.load_weights()  # while the main process loads its own and plans
+        assert teacher.network  # loaded while the main process loads its own and plans
         return teacher
 
     workers.join(ready, config.store_folder() / "responses", run.ledger.spend)

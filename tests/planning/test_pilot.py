@@ -17,7 +17,7 @@ from distill.errors import Exit
 from distill.planning.cost import TeacherCost, choose_requests, teacher_cost
 from distill.planning.work import count_work
 from distill.records import LedgerEntry, Message, digest
-from distill.responders.endpoint.budget import account
+from distill.responders.endpoint.budget import account, paid_models
 from distill.responders.responder import Request, Sampling
 from distill.responders.store import ResponseStore
 from distill.storage.files import read_records
@@ -294,7 +294,7 @@ def test_what_a_killed_pilot_spent_is_entered_once(tmp_path: Path) -> None:
         assert paid(tmp_path) == teacher.bill and not spent.exists()
     attempts = sum(entry.attempts for entry in ledger_of(tmp_path))
     with ResponseStore(open_run(place).config.store_folder() / "responses", writable=False) as log:
-        assert attempts == account(log, {PRICE.model: PRICE}).attempts == COUNT
+        assert attempts == account(log, paid_models(run.config)).attempts == COUNT
 
 
 def test_the_same_questions_are_chosen_each_time_and_more_of_them_are_those_and_more() -> None:

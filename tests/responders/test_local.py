@@ -13,11 +13,21 @@ from distill.models.chat_template import encode_prompt
 from distill.models.loading import load_model
 from distill.records import Message
 from distill.responders.local import local_model
-from distill.responders.local.continuous_batching import NAME, Row, Stream, streaming
-from distill.responders.local.local_model import LocalResponder, end_of_turn
+from distill.responders.local.continuous_batching import (
+    NAME,
+    BatchRow,
+    ContinuousBatch,
+    answer_padded,
+    continuous_attention,
+)
+from distill.responders.local.local_model import (
+    LocalResponder,
+    argmax,
+    end_of_turn,
+    sample_ids,
+    seeded,
+)
 from distill.responders.local.packed_linear import PackedLinear, packed
-from distill.responders.local.padded_batches import answer_padded
-from distill.responders.local.sampling import draw, likeliest, seeded
 from distill.responders.responder import Request, Sampling
 from tests.support.tiny import make_tiny, make_tokenizer
 
@@ -66,8 +76,8 @@ def generated(model: Any, ids: list[int], limit: int, stop_ids: frozenset[int]) 
     return out[0, len(ids) :].tolist()
 
 
-def greedy(logits: torch.Tensor, rows: Sequence[Row]) -> list[int]:
-    return likeliest(logits)
+def greedy(logits: torch.Tensor, rows: Sequence[BatchRow]) -> list[int]:
+    return argmax(logits)
 
 
 def uneven_stop(answers: list[list[int]]) -> int:
@@ -88,10 +98,10 @@ def test_stream_answers_as_generate_does(tmp_path: Path, family: str, slots: int
     stop_ids = frozenset({uneven_stop(free)})
     wanted = [generated(model, ids, 16, stop_ids) for ids in prompts]
     assert len({len(answer) for answer in wanted}) > 2, "rows must end at different times"
-    rows = [Row(i, list(ids), 16) for i, ids in enumerate(prompts)]
-    with streaming(model) as streams:
+    rows = [BatchRow(i, list(ids), 16) for i, ids in enumerate(prompts)]
+    with continuous_attention(model) as streams:
         assert streams
-        finished = list(Stream(model, rows, slots, stop_ids, greedy))
+        finished = list(ContinuousBatch(model, rows, slots, stop_ids, greedy))
     assert sorted(row.index for row in finished) == list(range(14))
     assert [row.answer() for row in rows] == wanted
     assert all(row.seconds > 0 for row in rows)
@@ -107,9 +117,13 @@ def test_stream_reads_a_shared_beginning_once(folder: Path) -> None:
     hook = model.get_input_embeddings().register_forward_hook(
         lambda module, inputs, output: read.append(inputs[0].numel())
     )
-    with streaming(model):
+    with continuous_attention(model):
         read.clear()
-        list(Stream(model, [Row(i, p, 2) for i, p in enumerate(prompts)], 8, frozenset(), greedy))
+        list(
+            ContinuousBatch(
+                model, [BatchRow(i, p, 2) for i, p in enumerate(prompts)], 8, frozenset(), greedy
+            )
+        )
     hook.remove()
     assert sum(read) < 2 * len(prompts[0]) + 8 * 30, "the beginning was computed more than once"
 
@@ -117,7 +131,7 @@ def test_stream_reads_a_shared_beginning_once(folder: Path) -> None:
 def test_streaming_leaves_the_model_as_it_was(folder: Path) -> None:
     model = load_model(str(folder), "bfloat16")
     before = model.config._attn_implementation
-    with streaming(model) as streams:
+    with continuous_attention(model) as streams:
         assert streams and model.config._attn_implementation == NAME
     assert model.config._attn_implementation == before
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
@@ -137,10 +151,10 @@ def test_sliding_windows_are_kept() -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     prompts = [[(3 * i + j) % 97 for i in range(20 + j)] for j in range(4)]
     wanted = [generated(model, ids, 12, frozenset({99})) for ids in prompts]
-    rows = [Row(i, list(ids), 12) for i, ids in enumerate(prompts)]
-    with streaming(model) as streams:
+    rows = [BatchRow(i, list(ids), 12) for i, ids in enumerate(prompts)]
+    with continuous_attention(model) as streams:
         assert streams
-        list(Stream(model, rows, 2, frozenset({99}), greedy))
+        list(ContinuousBatch(model, rows, 2, frozenset({99}), greedy))
     assert [row.answer() for row in rows] == wanted
 
 
@@ -161,12 +175,12 @@ def test_an_architecture_that_does_not_fit_answers_padded() -> None:
     model = AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    with streaming(model) as streams:
+    with continuous_attention(model) as streams:
         assert not streams
     assert model.config._attn_implementation == "eager"
     prompts = [[(3 * i + j) % 97 for i in range(5 + 3 * j)] for j in range(5)]
     wanted = [generated(model, ids, 6, frozenset({99})) for ids in prompts]
-    rows = [Row(i, list(ids), 6) for i, ids in enumerate(prompts)]
+    rows = [BatchRow(i, list(ids), 6) for i, ids in enumerate(prompts)]
     list(answer_padded(model, rows, 3, frozenset({99}), greedy))
     assert [row.answer() for row in rows] == wanted
 
@@ -188,10 +202,10 @@ def test_bfloat16_agrees_but_at_near_ties(folder: Path) -> None:
     model, tokenizer = load_model(str(folder), "bfloat16"), make_tokenizer()
     prompts = [encode_prompt(tokenizer, r.messages, DATE) for r in make_requests("o", 8)]
     wanted = [generated(model, ids, 12, frozenset({0})) for ids in prompts]
-    rows = [Row(i, list(ids), 12) for i, ids in enumerate(prompts)]
-    with streaming(model) as streams:
+    rows = [BatchRow(i, list(ids), 12) for i, ids in enumerate(prompts)]
+    with continuous_attention(model) as streams:
         assert streams
-        list(Stream(model, rows, 4, frozenset({0}), greedy))
+        list(ContinuousBatch(model, rows, 4, frozenset({0}), greedy))
     for row, other in zip(rows, wanted, strict=True):
         assert near_tie(model, row.ids[: row.prompt], row.answer(), other)
 
@@ -290,20 +304,18 @@ def test_the_templates_own_end_is_found() -> None:
 def test_draws_follow_the_distribution() -> None:
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, 1)
     generators = [seeded("k", i) for i in range(4000)]
-    counts = torch.tensor(draw(logits, 1.0, 1.0, generators)).bincount(minlength=4) / 4000
+    counts = torch.tensor(sample_ids(logits, 1.0, 1.0, generators)).bincount(minlength=4) / 4000
     assert torch.allclose(counts, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.03)
-    nucleus = torch.tensor(draw(logits, 1.0, 0.7, [seeded("k", i) for i in range(4000)]))
+    nucleus = torch.tensor(sample_ids(logits, 1.0, 0.7, [seeded("k", i) for i in range(4000)]))
     counts = nucleus.bincount(minlength=4) / 4000
     assert torch.allclose(counts, torch.tensor([0.625, 0.375, 0.0, 0.0]), atol=0.03)
 
 
 def test_top_p_reaches_beyond_the_first_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    from distill.responders.local import sampling
-
     logits = (-0.01 * torch.arange(50)).repeat(200, 1)
-    wide = draw(logits, 1.0, 0.9, [seeded("k", i) for i in range(200)])
-    monkeypatch.setattr(sampling, "HEAD", 4)
-    assert draw(logits, 1.0, 0.9, [seeded("k", i) for i in range(200)]) == wide
+    wide = sample_ids(logits, 1.0, 0.9, [seeded("k", i) for i in range(200)])
+    monkeypatch.setattr(local_model, "TOP_IDS", 4)
+    assert sample_ids(logits, 1.0, 0.9, [seeded("k", i) for i in range(200)]) == wide
     assert max(wide) > 4
 
 

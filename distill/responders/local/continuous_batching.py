@@ -1,13 +1,15 @@
-"""A stream of rows through the slots of one preallocated cache: no padding, rows leave when finished, others join.
+"""Answers rows in a continuous batch: no padding, rows leave when finished, others join.
 
-Every step is one forward pass over a packed line of tokens: first the last token of each live row, then the prompt
-tokens of rows that have just joined. The linear layers see real tokens only; attention runs for each row on its slot
-of the cache, keys unexpanded under grouped queries; the head is applied to the first B positions. A prompt that begins
-like one that is still in a slot copies that part of the cache instead of computing it.
+Every step is one forward pass over a packed line of tokens: first the last token of each live row, then
+the prompt tokens of rows that have just joined. The linear layers see real tokens only; attention runs
+for each row on its place in one preallocated cache, keys unexpanded under grouped queries; the head is
+applied to the first B positions. A prompt that begins like one that is still in the cache copies that
+part instead of computing it. What does not fit this is answered in padded batches.
 
-What is computed together depends on the order of the rows and on their answers alone, so that the same rows in the
-same order give the same bytes. Legend: L layers, S slots, H key heads, G queries a key head, C capacity, D head
-dimension, T tokens of a step, B live rows, N keys seen, V vocabulary.
+What is computed together depends on the order of the rows and on their answers alone, so that the same
+rows in the same order give the same bytes. Legend: L layers, R places of rows in the cache, H key heads,
+G queries a key head, C capacity, D head dimension, T tokens of a step, B live rows, N keys seen,
+V vocabulary.
 """
 
 import time
@@ -28,12 +30,12 @@ SHARED_TOKENS = 16  # a shorter common prefix is not worth a wait or a copy
 QUERY_CHUNK = 256  # prompt queries attended at once, so that a mask stays small
 PREFILL_TOKENS = {"cpu": 512, "cuda": 4096}  # of joining prompts in one step
 
-Chooser = Callable[[torch.Tensor, "Sequence[Row]"], list[int]]
+Chooser = Callable[[torch.Tensor, "Sequence[BatchRow]"], list[int]]
 
 
 @dataclass
-class Row:
-    """One answer being written: the ids so far, where the prompt ends, and how far the cache has read."""
+class BatchRow:
+    """One answer being written: the ids so far, where the prompt ends, how far the cache has read."""
 
     index: int
     ids: list[int]
@@ -46,22 +48,21 @@ class Row:
         self.prompt = len(self.ids)
 
     def answer(self) -> list[int]:
-        """Return the ids drawn so far."""
+        """Return the answer's ids so far."""
         return self.ids[self.prompt :]
 
-
-def ended(row: Row, stop_ids: frozenset[int]) -> bool:
-    """Tell whether a row has drawn an end token or all that it may draw."""
-    return row.ids[-1] in stop_ids or len(row.ids) - row.prompt == row.limit
+    def ended(self, stop_ids: frozenset[int]) -> bool:
+        """Tell whether the last id is an end token, or the last that the row may have."""
+        return self.ids[-1] in stop_ids or len(self.ids) - self.prompt == self.limit
 
 
 @dataclass
-class Span:
+class PromptSpan:
     """The prompt tokens of a joining row in the packed line, its last token left out."""
 
     start: int
     end: int
-    slot: int
+    row: int
     first: int  # position of the first of them in the row
 
 
@@ -70,11 +71,11 @@ class Step:
     """What the attention function needs to know of one forward pass."""
 
     cache: "Cache"
-    slots_T: torch.Tensor
+    rows_T: torch.Tensor
     positions_T: torch.Tensor
     rows: int
     longest: int
-    spans: list[Span]
+    spans: list[PromptSpan]
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
@@ -91,34 +92,35 @@ class Step:
 
 
 class Cache:
-    """Keys and values of all slots, layer by layer, allocated when a layer first writes."""
+    """Keys and values of all rows, layer by layer, allocated when a layer first writes."""
 
-    def __init__(self, slots: int, capacity: int) -> None:
-        self.slots, self.capacity = slots, capacity
+    def __init__(self, rows: int, capacity: int) -> None:
+        self.rows, self.capacity = rows, capacity
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def write(
         self, layer: int, step: Step, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store keys and values [1, H, T, D] of a step; return the layer's whole cache, twice [S, H, C, D]."""
+        """Store keys and values [1, H, T, D] of a step; return the layer's cache, twice [R, H, C, D]."""
+
+        def room(like: torch.Tensor) -> torch.Tensor:
+            shape = (self.rows, like.shape[1], self.capacity, like.shape[3])
+            return like.new_zeros(shape)  # zeros, since a masked key must still be finite
+
         if layer not in self.layers:
-            self.layers[layer] = (self._room(keys), self._room(values))
-        for room_SHCD, new in zip(self.layers[layer], (keys, values), strict=True):
-            room_SHCD[step.slots_T, :, step.positions_T] = new[0].transpose(0, 1)
+            self.layers[layer] = (room(keys), room(values))
+        for room_RHCD, new in zip(self.layers[layer], (keys, values), strict=True):
+            room_RHCD[step.rows_T, :, step.positions_T] = new[0].transpose(0, 1)
         return self.layers[layer]
 
-    def _room(self, like: torch.Tensor) -> torch.Tensor:
-        shape = (self.slots, like.shape[1], self.capacity, like.shape[3])
-        return like.new_zeros(shape)  # zeros, since a masked key must still be finite
-
     def copy(self, source: int, target: int, count: int) -> None:
-        """Copy the first `count` positions of a slot to another."""
+        """Copy the first `count` positions of a row to another."""
         for pair in self.layers.values():
-            for room_SHCD in pair:
-                room_SHCD[target, :, :count] = room_SHCD[source, :, :count]
+            for room_RHCD in pair:
+                room_RHCD[target, :, :count] = room_RHCD[source, :, :count]
 
 
-def stream_attention(
+def continuous_batch_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -129,18 +131,18 @@ def stream_attention(
     step: Step | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend in a stream's step; called without one, attend as transformers' SDPA does."""
+    """Attend in a step of a batch; called without one, attend as transformers' SDPA does."""
     if step is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
-    keys_SHCD, values_SHCD = step.cache.write(int(module.layer_idx), step, key, value)  # pyright: ignore
+    keys_RHCD, values_RHCD = step.cache.write(int(module.layer_idx), step, key, value)  # pyright: ignore
     heads, rows = key.shape[1], step.rows
     grouped = query[0].transpose(0, 1).unflatten(1, (heads, -1))  # T, H, G, D
     out_BHGD = scaled_dot_product_attention(
         grouped[:rows],
-        keys_SHCD[:rows, :, : step.longest],
-        values_SHCD[:rows, :, : step.longest],
+        keys_RHCD[:rows, :, : step.longest],
+        values_RHCD[:rows, :, : step.longest],
         attn_mask=step.mask(sliding_window, query.dtype),
         scale=scaling,
     )
@@ -148,119 +150,100 @@ def stream_attention(
     for span in step.spans:
         for start in range(span.start, span.end, QUERY_CHUNK):
             end = min(start + QUERY_CHUNK, span.end)
-            first = span.first + start - span.start
-            seen = slice(None, first + end - start)
-            outputs.append(
-                _attend_prompt(
-                    query[0, :, start:end],
-                    keys_SHCD[span.slot, :, seen],
-                    values_SHCD[span.slot, :, seen],
-                    scaling,
-                    sliding_window,
-                )
+            # consecutive prompt tokens, the last of which sees all keys
+            chunk, seen = query[0, :, start:end], span.first + end - span.start
+            count, groups = end - start, len(chunk) // heads
+            visible = query.new_ones((count, seen), dtype=torch.bool).tril_(seen - count)
+            if sliding_window:
+                visible.triu_(seen - count - sliding_window + 1)
+            out = scaled_dot_product_attention(
+                chunk.reshape(1, -1, groups * count, chunk.shape[2]),
+                keys_RHCD[span.row, None, :, :seen],
+                values_RHCD[span.row, None, :, :seen],
+                attn_mask=visible.repeat(groups, 1),
+                scale=scaling,
             )
+            outputs.append(out.reshape(len(chunk), count, -1).transpose(0, 1))
     return torch.cat(outputs).unsqueeze(0) if step.spans else outputs[0].unsqueeze(0), None
 
 
-def _attend_prompt(
-    query: torch.Tensor,
-    keys_HND: torch.Tensor,
-    values_HND: torch.Tensor,
-    scaling: float | None,
-    window: int | None,
-) -> torch.Tensor:
-    """Attend from consecutive prompt tokens, the last of which sees all keys; return [tokens, heads, D]."""
-    heads, count, size = query.shape
-    groups, seen = heads // keys_HND.shape[0], keys_HND.shape[1]
-    visible = query.new_ones((count, seen), dtype=torch.bool).tril_(seen - count)
-    if window:
-        visible.triu_(seen - count - window + 1)
-    out = scaled_dot_product_attention(
-        query.reshape(1, -1, groups * count, size),
-        keys_HND[None],
-        values_HND[None],
-        attn_mask=visible.repeat(groups, 1),
-        scale=scaling,
-    )
-    return out.reshape(heads, count, -1).transpose(0, 1)
+AttentionInterface.register(NAME, continuous_batch_attention)
 
 
-AttentionInterface.register(NAME, stream_attention)
-
-
-class Stream:
-    """Rows in their planned order, through `slots` slots; iterate to get them as they finish."""
+class ContinuousBatch:
+    """Rows in their planned order, `size` at once; iterate to get them as they finish."""
 
     def __init__(
         self,
         model: PreTrainedModel,
-        rows: Sequence[Row],
-        slots: int,
+        rows: Sequence[BatchRow],
+        size: int,
         stop_ids: frozenset[int],
         choose: Chooser,
     ) -> None:
         self.model, self.stop_ids, self.choose = model, stop_ids, choose
         self.waiting = list(reversed(rows))
-        self.live: list[Row | None] = []  # by slot; None where a row has left
-        self.resident: list[list[int]] = []  # by slot: the ids whose keys are in the cache
-        self.slots = min(slots, len(rows))
-        self.cache = Cache(self.slots, max((len(r.ids) + r.limit for r in rows), default=0))
+        self.live: list[BatchRow | None] = []  # by place in the cache; None where a row has left
+        self.resident: list[list[int]] = []  # by place: the ids whose keys are in the cache
+        self.size = min(size, len(rows))
+        self.cache = Cache(self.size, max((len(r.ids) + r.limit for r in rows), default=0))
         self.budget = PREFILL_TOKENS.get(model.device.type, 4096)
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[BatchRow]:
         while self.waiting or self.live:
             yield from self.advance()
 
     @torch.inference_mode()
-    def advance(self) -> list[Row]:
-        """Do one step: draw one token for every live row, and return the rows that it finished."""
+    def advance(self) -> list[BatchRow]:
+        """Do one step: choose one token for every live row, and return the rows that it finished."""
         started = time.perf_counter()
         self._join()
         rows = self._close_gaps()
         tokens = self.choose(self._forward(rows), rows)
         work = [len(row.ids) - row.cached for row in rows]
         seconds = time.perf_counter() - started
-        for row, token, share in zip(rows, tokens, work, strict=True):
-            row.seconds += seconds * share / sum(work)
+        finished = []
+        for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+            row.seconds += seconds * work[place] / sum(work)
             row.cached = len(row.ids)
             row.ids.append(token)
-        return self._leave(rows)
+            self.resident[place] = row.ids[: row.cached]
+            if row.ended(self.stop_ids):
+                self.live[place] = None
+                finished.append(row)
+        if not self.waiting and not any(self.live):
+            self.live.clear()
+        return finished
 
     def _join(self) -> None:
-        """Seat waiting rows in their order, while slots and the step's budget of prompt tokens last."""
-        joined: list[Row] = []
+        """Let waiting rows join in their order, while places and the step's prompt tokens last."""
+        joined: list[BatchRow] = []
         spent = 0
         while self.waiting:
-            slot = self.live.index(None) if None in self.live else len(self.live)
-            if slot == self.slots:
+            place = self.live.index(None) if None in self.live else len(self.live)
+            if place == self.size:
                 return
             row = self.waiting[-1]
-            donor, shared = self._donor(row.ids)
+            # the place whose cache begins most like this prompt, and how many tokens they share
+            common = [min(_common(row.ids, other), len(row.ids) - 1) for other in self.resident]
+            shared = max(common, default=0)
+            donor, shared = (common.index(shared), shared) if shared >= SHARED_TOKENS else (0, 0)
             fresh = max((_common(row.ids, other.ids) for other in joined), default=0)
             late = fresh >= shared + SHARED_TOKENS  # better to wait for a row now being read
             spent += len(row.ids) - shared
             if joined and (late or spent > self.budget):
                 return
-            self._seat(self.waiting.pop(), slot, donor, shared)
-            joined.append(row)
+            if place == len(self.live):
+                self.live.append(None)
+                self.resident.append([])
+            if shared and donor != place:
+                self.cache.copy(donor, place, shared)
+            row.cached = shared
+            self.live[place], self.resident[place] = row, []  # a donor only after its first step
+            joined.append(self.waiting.pop())
 
-    def _donor(self, ids: list[int]) -> tuple[int, int]:
-        """Return the slot whose cache begins most like `ids`, and how many tokens they share."""
-        common = [min(_common(ids, other), len(ids) - 1) for other in self.resident]
-        best = max(common, default=0)
-        return (common.index(best), best) if best >= SHARED_TOKENS else (0, 0)
-
-    def _seat(self, row: Row, slot: int, donor: int, shared: int) -> None:
-        if slot == len(self.live):
-            self.live.append(None)
-            self.resident.append([])
-        if shared and donor != slot:
-            self.cache.copy(donor, slot, shared)
-        row.cached = shared
-        self.live[slot], self.resident[slot] = row, []  # a donor only after its first step
-
-    def _close_gaps(self) -> list[Row]:
-        """Move rows from the end into empty slots, so that the live ones are the first B; return them."""
+    def _close_gaps(self) -> list[BatchRow]:
+        """Move rows from the end into empty places, so that the live ones are the first B."""
         while None in self.live:
             row = self.live.pop()
             self.resident.pop()
@@ -270,23 +253,22 @@ class Stream:
                 self.live[gap], self.resident[gap] = row, row.ids[: row.cached]
         return [row for row in self.live if row is not None]
 
-    def _forward(self, rows: list[Row]) -> torch.Tensor:
+    def _forward(self, rows: list[BatchRow]) -> torch.Tensor:
         """Run one step and return the logits [B, V] of each row's last token."""
-        ids, slots = [row.ids[-1] for row in rows], list(range(len(rows)))
+        ids, places = [row.ids[-1] for row in rows], list(range(len(rows)))
         positions = [len(row.ids) - 1 for row in rows]
         spans = []
-        for slot, row in enumerate(rows):
+        for place, row in enumerate(rows):
             new = row.ids[row.cached : -1]
             if new:
-                spans.append(Span(len(ids), len(ids) + len(new), slot, row.cached))
+                spans.append(PromptSpan(len(ids), len(ids) + len(new), place, row.cached))
                 ids += new
-                slots += [slot] * len(new)
+                places += [place] * len(new)
                 positions += range(row.cached, row.cached + len(new))
-        ids_T, slots_T, positions_T = torch.tensor(
-            [ids, slots, positions], device=self.model.device
-        )
+        table = torch.tensor([ids, places, positions], device=self.model.device)
+        ids_T, places_T, positions_T = table
         longest = 1 + max(positions)
-        step = Step(self.cache, slots_T, positions_T, len(rows), longest, spans)
+        step = Step(self.cache, places_T, positions_T, len(rows), longest, spans)
         output = self.model(
             input_ids=ids_T[None],
             position_ids=positions_T[None],
@@ -295,18 +277,6 @@ class Stream:
             step=step,
         )
         return output.logits[0]
-
-    def _leave(self, rows: list[Row]) -> list[Row]:
-        """Empty the slots of the rows that end here, and return these rows."""
-        left = []
-        for slot, row in enumerate(rows):
-            self.resident[slot] = row.ids[: row.cached]
-            if ended(row, self.stop_ids):
-                self.live[slot] = None
-                left.append(row)
-        if not self.waiting and not any(self.live):
-            self.live.clear()
-        return left
 
 
 def _common(left: list[int], right: list[int]) -> int:
@@ -319,20 +289,24 @@ def _common(left: list[int], right: list[int]) -> int:
 
 
 @contextmanager
-def streaming(model: Any) -> Iterator[bool]:
-    """Let the model attend as a stream inside the block; yield whether that computes what its own attention does.
+def continuous_attention(model: Any) -> Iterator[bool]:
+    """Let the model attend so inside the block; yield whether that computes what it does itself.
 
-    Where it does not (the architecture does not go through transformers' attention interface, or adds something of its
-    own such as soft-capping), the model keeps its attention. On a CPU in bfloat16 the linear layers are packed too.
+    Where it does not (the architecture does not go through transformers' attention interface, or adds
+    something such as soft-capping), the model keeps its attention. On a CPU in bfloat16 the linear
+    layers are packed too.
     """
-    own = model.config._attn_implementation
-    ids = [[(7 * place + shift) % 97 for place in range(9 + 3 * shift)] for shift in (1, 2)]
-    wanted = [_own_logits(model, row) for row in ids]
+    usual = model.config._attn_implementation
+    prompts = [[(7 * n + shift) % 97 for n in range(9 + 3 * shift)] for shift in (1, 2)]
+    with torch.inference_mode():  # logits [2, V] that end each prompt, and it with one id more
+        longer = [torch.tensor([[*ids, ids[0]]], device=model.device) for ids in prompts]
+        expected = [model(input_ids=ids, use_cache=False).logits[0, -2:].float() for ids in longer]
     with packed(model):
         try:
-            yield (_switch(model, NAME) and _agrees(model, ids, wanted)) or not _switch(model, own)
+            fits = _switch(model, NAME) and _agrees(model, prompts, torch.stack(expected))
+            yield fits or not _switch(model, usual)
         finally:
-            _switch(model, own)
+            _switch(model, usual)
 
 
 def _switch(model: Any, name: str) -> bool:
@@ -344,29 +318,66 @@ def _switch(model: Any, name: str) -> bool:
     return model.config._attn_implementation == name
 
 
-@torch.inference_mode()
-def _own_logits(model: Any, ids: list[int]) -> torch.Tensor:
-    """Return the logits [2, V] that end the ids and the ids with one more, as the model itself computes them."""
-    longer = torch.tensor([[*ids, ids[0]]], device=model.device)
-    return model(input_ids=longer, use_cache=False).logits[0, -2:].float()
-
-
-def _agrees(model: Any, ids: list[list[int]], wanted: list[torch.Tensor]) -> bool:
-    """Run the ids through a stream, forced to go on as the model's own pass did, and compare the logits."""
+def _agrees(model: Any, prompts: list[list[int]], expected: torch.Tensor) -> bool:
+    """Answer prompts, forced to go on as the model's own pass did, and compare the logits."""
     seen: list[torch.Tensor] = []
 
-    def record(logits_BV: torch.Tensor, rows: Sequence[Row]) -> list[int]:
+    def record(logits_BV: torch.Tensor, rows: Sequence[BatchRow]) -> list[int]:
         seen.append(logits_BV.float())
         return [row.ids[0] for row in rows]
 
-    rows = [Row(index, list(row), limit=2) for index, row in enumerate(ids)]
-    stream = Stream(model, rows, len(rows), frozenset(), record)
+    rows = [BatchRow(index, list(ids), limit=2) for index, ids in enumerate(prompts)]
+    batch = ContinuousBatch(model, rows, len(rows), frozenset(), record)
     try:
-        finished = list(stream)
+        finished = list(batch)
     except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError):
-        return False  # an architecture that the stream does not fit fails in a way of its own
-    if len(finished) != len(rows) or not stream.cache.layers:
+        return False  # an architecture that does not fit fails in a way of its own
+    if len(finished) != len(rows) or not batch.cache.layers:
         return False
-    found = torch.stack(seen, dim=1)
-    error = (found - torch.stack(wanted)).norm() / torch.stack(wanted).norm()
+    error = (torch.stack(seen, dim=1) - expected).norm() / expected.norm()
     return bool(error < (1e-3 if model.dtype == torch.float32 else 0.05))
+
+
+@torch.inference_mode()
+def answer_padded(
+    model: Any,
+    rows: Sequence[BatchRow],
+    size: int,
+    stop_ids: frozenset[int],
+    choose: Chooser,
+) -> Iterator[BatchRow]:
+    """Yield the rows as they finish, `size` neighbours at a time, left-padded until all have ended.
+
+    It asks nothing of a model but transformers' own forward pass with a cache (sliding windows of a
+    special kind, attention sinks, state-space layers, remote code). Slower, since a long answer holds
+    its batch and padding is computed.
+    """
+    for start in range(0, len(rows), size):
+        batch = rows[start : start + size]
+        longest = max(len(row.ids) for row in batch)
+        ids = torch.tensor([[0] * (longest - len(row.ids)) + row.ids for row in batch])
+        mask = torch.tensor([[0] * (longest - len(r.ids)) + [1] * len(r.ids) for r in batch])
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        past, live = None, list(enumerate(batch))
+        while live:
+            started = time.perf_counter()
+            output = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :],
+                past_key_values=past,
+                use_cache=True,
+            )
+            past, logits = output.past_key_values, output.logits[:, -1]
+            alive = [row for _, row in live]
+            chosen = choose(logits[[place for place, _ in live]], alive)
+            for row, token in zip(alive, chosen, strict=True):
+                row.ids.append(token)
+            # rows that have ended go on as padding
+            ids = torch.tensor([[row.ids[-1]] for row in batch], device=model.device)
+            mask = torch.cat((mask, mask.new_ones(len(batch), 1)), dim=1)
+            share = (time.perf_counter() - started) / len(live)
+            for row in alive:
+                row.seconds += share
+            yield from (row for row in alive if row.ended(stop_ids))
+            live = [(place, row) for place, row in live if not row.ended(stop_ids)]

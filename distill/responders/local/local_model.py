@@ -1,11 +1,16 @@
 """The local responder: a transformers model on this machine answers planned batches.
 
-Requests are sorted by length and divided into plans before anything is generated; a plan runs through a stream of slots
-(see stream.py), or in padded batches where the architecture needs that. The same plan on the same machine gives the
-same bytes. Generation starts from a neutral config: of the model's own, only the end tokens are used.
+Requests are sorted by length and divided into plans before anything is generated; a plan runs through
+continuous batching, or in padded batches where the architecture needs that. The same plan on the same
+machine gives the same bytes.
+
+Of the model's own generation config only the end tokens are used: no penalty, no top-k. A sampled row
+has a generator of its own, seeded by request key and sample index, so that a sample does not depend on
+what shares the batch. Legend: B rows, K ids, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,24 +36,31 @@ from distill.models.loading import (
 )
 from distill.models.registry import check_base, folder_facts, identity
 from distill.records import Message, Stop, Usage, digest
-from distill.responders.local.continuous_batching import Row, Stream, streaming
+from distill.responders.local.continuous_batching import (
+    BatchRow,
+    ContinuousBatch,
+    answer_padded,
+    continuous_attention,
+)
 from distill.responders.local.packed_linear import free_memory
-from distill.responders.local.padded_batches import answer_padded
-from distill.responders.local.sampling import draw, likeliest, seeded
 from distill.responders.responder import Circumstances, Plan, Raw, Request
 from distill.storage.files import sha256_file
 
-SLOTS = {"cpu": 64, "cuda": 128}
+MAX_ROWS = {"cpu": 64, "cuda": 128}  # of a batch, which keep the device busy
 CACHE_SHARE = 0.4  # of the memory now free, for the cache of keys and values
 PLAN_TOKENS = 49_152  # that a plan's answers may take at most: what a kill can cost
+TOP_IDS = 256  # sorted first for top-p; the whole vocabulary only where these do not suffice
 
 
 class LocalResponder:
-    """Answers with a causal language model of transformers; `model` may be a function that loads it when needed."""
+    """Answers with a causal language model; `model` may be a function that loads it when needed.
+
+    `old_origin` is that by which an earlier distill stored the answers of a folder.
+    """
 
     def __init__(
         self,
-        model: Any,
+        model: torch.nn.Module | Callable[[], Any],
         tokenizer: Any,
         name: str,
         origin: str,
@@ -57,8 +69,7 @@ class LocalResponder:
         old_origin: str | None = None,
     ) -> None:
         self.tokenizer, self.model, self.origin, self.date = tokenizer, name, origin, date
-        self.old_origin = old_origin  # by which an earlier distill stored answers of a folder
-        self.max_batch_size, self._given = max_batch_size, model
+        self.max_batch_size, self.old_origin, self._model = max_batch_size, old_origin, model
 
     @classmethod
     def load(
@@ -72,7 +83,7 @@ class LocalResponder:
         allow_pickle: bool = False,
         trust_remote_code: bool = False,
     ) -> "LocalResponder":
-        """Make the responder of a model by reference, with a PEFT adapter merged in where one is given.
+        """Make the responder of a model by reference, with a PEFT adapter merged in if one is given.
 
         The weights are loaded at the first request; what names the origin is known without them.
         """
@@ -84,42 +95,32 @@ class LocalResponder:
         facts["template"] = template_hash(tokenizer, date)
         more = folder_facts("weights", reference)
         origin, old_origin = digest({**facts, **more}), digest(facts) if more else None
+        flags = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
 
-        def weights_loaded() -> Any:
+        def load_weights() -> Any:
             if adapter is None:
-                return load_model(reference, dtype, revision, allow_pickle, trust_remote_code)
-            merged: Any = load_merged(
-                reference,
-                adapter,
-                revision,
-                allow_pickle=allow_pickle,
-                trust_remote_code=trust_remote_code,
-            )
+                return load_model(reference, dtype, revision, **flags)
+            merged: Any = load_merged(reference, adapter, revision, **flags)
             return merged.to(device=device(), dtype=pick_dtype(dtype))
 
         name = Path(reference).name
-        return cls(weights_loaded, tokenizer, name, origin, date, max_batch_size, old_origin)
+        return cls(load_weights, tokenizer, name, origin, date, max_batch_size, old_origin)
 
     @cached_property
     def network(self) -> Any:
         """Return the model, loaded now if it was not."""
-        given: Any = self._given
-        return given if isinstance(given, torch.nn.Module) else given()
-
-    def load_weights(self) -> None:
-        """Load the model now rather than at the first request."""
-        assert self.network is not None
+        return self._model if isinstance(self._model, torch.nn.Module) else self._model()
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Return the ids that end an answer: those that the model names, the tokenizer's, and the template's."""
+        """Return the ids that end an answer: the model's, the tokenizer's, and the template's."""
         generation = getattr(self.network, "generation_config", None)
-        named: list[Any] = [
+        fields: list[Any] = [
             self.network.config.eos_token_id,
             getattr(generation, "eos_token_id", None),
             self.tokenizer.eos_token_id,
         ]
-        flat = [i for n in named for i in (n if isinstance(n, list) else [n]) if i is not None]
+        flat = [i for n in fields for i in (n if isinstance(n, list) else [n]) if i is not None]
         return frozenset(flat) | end_of_turn(self.tokenizer, self.date)
 
     def ask(self, requests: Sequence[Request]) -> Iterator[Raw]:
@@ -134,84 +135,77 @@ class LocalResponder:
         """
         lengths = {request: len(self._encode(request)) for request in requests}
         ordered = sorted(
-            lengths,
-            key=lambda r: (r.sampling.to_line(), -lengths[r], r.key, r.sample),
+            lengths, key=lambda r: (r.sampling.to_line(), -lengths[r], r.key, r.sample)
         )
         plans: list[Plan] = []
         while ordered:
-            first = ordered[0].sampling
-            longest = lengths[ordered[0]] + first.max_new_tokens
-            slots = self.max_batch_size or self._fitting_slots(longest)
-            most = max(PLAN_TOKENS // first.max_new_tokens, slots)
-            taken = [request for request in ordered[:most] if request.sampling == first]
-            plans.append(Plan(requests=tuple(taken), slots=min(slots, len(taken))))
-            ordered = ordered[len(taken) :]
+            sampling = ordered[0].sampling
+            longest = lengths[ordered[0]] + sampling.max_new_tokens
+            size = self.max_batch_size or self._fitting_rows(longest)
+            most = max(PLAN_TOKENS // sampling.max_new_tokens, size)
+            alike = [request for request in ordered[:most] if request.sampling == sampling]
+            plans.append(Plan(requests=tuple(alike), slots=min(size, len(alike))))
+            ordered = ordered[len(alike) :]
         return plans
 
     def ask_plan(self, plan: Plan) -> Iterator[Raw]:
         """Yield the raw answers of one plan as they finish."""
+        requests, sampling = plan.requests, plan.requests[0].sampling
         rows = [
-            Row(index, self._encode(r), r.sampling.max_new_tokens)
-            for index, r in enumerate(plan.requests)
+            BatchRow(index, self._encode(request), sampling.max_new_tokens)
+            for index, request in enumerate(requests)
         ]
-        sampling = plan.requests[0].sampling
-        generators = (
-            [seeded(r.key, r.sample) for r in plan.requests] if sampling.temperature else []
-        )
+        generators = [seeded(r.key, r.sample) for r in requests] if sampling.temperature else []
 
-        def choose(logits_BV: torch.Tensor, live: Sequence[Row]) -> list[int]:
+        def choose(logits_BV: torch.Tensor, live: Sequence[BatchRow]) -> list[int]:
             if not sampling.temperature:
-                return likeliest(logits_BV)
-            own = [generators[row.index] for row in live]
-            return draw(logits_BV, sampling.temperature, sampling.top_p, own)
+                return argmax(logits_BV)
+            of_rows = [generators[row.index] for row in live]
+            return sample_ids(logits_BV, sampling.temperature, sampling.top_p, of_rows)
 
-        with streaming(self.network) as streams:
-            answer = Stream if streams else answer_padded
+        with continuous_attention(self.network) as fits:
+            answer = ContinuousBatch if fits else answer_padded
             for row in answer(self.network, rows, plan.slots, self.stop_ids, choose):
-                yield self._raw(plan.requests[row.index], row)
+                ids, request = row.answer(), requests[row.index]
+                stop: Stop = "end" if ids[-1] in self.stop_ids else "length"
+                text = self.tokenizer.decode(
+                    ids[:-1] if stop == "end" else ids,
+                    skip_special_tokens=True,
+                    clean_up_tokenization_spaces=False,
+                )
+                yield Raw(
+                    key=request.key,
+                    sample=request.sample,
+                    model=self.model,
+                    stop=stop,
+                    usage=Usage(
+                        input_tokens=row.prompt, output_tokens=len(ids), seconds=row.seconds
+                    ),
+                    body={"ids": ids, "text": text},
+                )
 
     def _encode(self, request: Request) -> list[int]:
-        """Return the prompt's ids; raises DistillError (exit 3) where it is too long for its answer to fit."""
+        """Return the prompt's ids; raises DistillError (exit 3) on one too long for its answer."""
         ids = encode_prompt(self.tokenizer, request.messages, self.date)
-        room, asked = context_length(self.network.config), request.sampling.max_new_tokens
-        if len(ids) + asked > room:
+        room, most = context_length(self.network.config), request.sampling.max_new_tokens
+        if len(ids) + most > room:
             raise DistillError(
                 Exit.INPUT,
                 f"prompt {request.prompt_id} ({request.messages[-1].content[:40]!r})",
-                f"{len(ids)} tokens and {asked} for the answer exceed the {room} that {self.model} sees",
+                f"{len(ids)} tokens and {most} for the answer exceed the {room} that"
+                f" {self.model} sees",
                 "make corpus.chunk.max_chars or max_new_tokens smaller",
             )
         return ids
 
-    def _fitting_slots(self, capacity: int) -> int:
-        """Return how many rows of `capacity` tokens the cache can hold, up to what keeps the device busy."""
-        device, shape = self.network.device, self.network.config.get_text_config()
+    def _fitting_rows(self, capacity: int) -> int:
+        """Return how many rows of `capacity` tokens the cache can hold, up to MAX_ROWS."""
+        place, shape = self.network.device, self.network.config.get_text_config()
         heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
         size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
         row = 2 * shape.num_hidden_layers * heads * size * self.network.dtype.itemsize * capacity
-        return max(1, min(SLOTS.get(device.type, 64), int(CACHE_SHARE * self._free()) // row))
-
-    def _free(self) -> int:
-        device = self.network.device
-        return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-
-    def _raw(self, request: Request, row: Row) -> Raw:
-        ids = row.answer()
-        stop: Stop = "end" if ids[-1] in self.stop_ids else "length"
-        shown = ids[:-1] if stop == "end" else ids
-        usage = Usage(input_tokens=row.prompt, output_tokens=len(ids), seconds=row.seconds)
-        text = self.tokenizer.decode(
-            shown, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        body = {"ids": ids, "text": text}
-        return Raw(
-            key=request.key,
-            sample=request.sample,
-            model=self.model,
-            stop=stop,
-            usage=usage,
-            body=body,
-        )
+        free = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else free_memory()
+        return max(1, min(MAX_ROWS.get(place.type, 64), int(CACHE_SHARE * free) // row))
 
 
 def make(teacher: LocalTeacher, circumstances: Circumstances) -> LocalResponder:
@@ -223,7 +217,46 @@ def make(teacher: LocalTeacher, circumstances: Circumstances) -> LocalResponder:
 def end_of_turn(tokenizer: Any, date: str) -> frozenset[int]:
     """Return the control token with which the chat template ends an answer, if there is one."""
     question = (Message(role="user", content="?"),)
-    asked, whole = render(tokenizer, question, date), render(tokenizer, question, date, "!")
+    prompt, answered = render(tokenizer, question, date), render(tokenizer, question, date, "!")
     control = set(special_tokens(tokenizer).values())
-    rest = encode_text(tokenizer, whole[len(asked) :]) if whole.startswith(asked) else []
-    return frozenset([token for token in rest if token in control][:1])
+    after = answered[len(prompt) :] if answered.startswith(prompt) else ""
+    return frozenset([token for token in encode_text(tokenizer, after) if token in control][:1])
+
+
+def seeded(key: str, sample: int) -> torch.Generator:
+    """Return the generator of one answer, seeded by its request's key and its sample index."""
+    hashed = hashlib.sha256(f"{key} {sample}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(hashed[:8], "big") >> 1)
+
+
+def argmax(logits_BV: torch.Tensor) -> list[int]:
+    """Return the id of the largest logit of each row, the first of equals."""
+    return logits_BV.max(dim=-1).indices.tolist()  # on a CPU five times faster than argmax
+
+
+def sample_ids(
+    logits_BV: torch.Tensor, temperature: float, top_p: float, generators: list[torch.Generator]
+) -> list[int]:
+    """Sample one id a row from softmax(logits / temperature) within its top-p nucleus.
+
+    Source: arXiv 1904.09751.
+    """
+
+    def invert(weights_BK: torch.Tensor) -> torch.Tensor:
+        """Return where each row's cumulated weights pass its share `uniform` of their sum."""
+        cumulated_BK = weights_BK.double().cumsum(-1)
+        index_B1 = torch.searchsorted(cumulated_BK, uniform_B1 * cumulated_BK[:, -1:], right=True)
+        return index_B1[:, 0].clamp_(max=weights_BK.shape[1] - 1)
+
+    probabilities_BV = torch.softmax(logits_BV.float() / temperature, dim=-1)
+    uniform = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
+    uniform_B1 = uniform.to(probabilities_BV.device)[:, None]
+    if top_p == 1:
+        return invert(probabilities_BV).tolist()
+    top_BK = probabilities_BV.topk(min(TOP_IDS, probabilities_BV.shape[1]), dim=-1)
+    values, ids = top_BK.values, top_BK.indices
+    if bool((values.sum(-1) < top_p).any()):
+        values, ids = probabilities_BV.sort(dim=-1, descending=True, stable=True)
+    before = values.cumsum(-1) - values
+    index_B = invert(values.masked_fill(before >= top_p, 0))
+    return ids.gather(1, index_B[:, None])[:, 0].tolist()
