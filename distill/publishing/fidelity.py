@@ -1,6 +1,7 @@
 """How far two models are apart on the same prompts, by the logits of the answers' tokens.
 
-What is compared is what a user will load, the files read back, with what was evaluated, where that was another model.
+What a user will load, the files read back, is compared with what was evaluated, where that was
+another model.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
+from distill.formatting import share
 from distill.records import Record
 
 MAX_KL = 0.01  # nats a token: above it, the scores of one model are not the other's
@@ -24,7 +26,7 @@ class Conversation(Record):
 
 
 class Fidelity(Record):
-    """How far a model is from the one that was evaluated, over the answer tokens of a few prompts."""
+    """How far a model is from the one that was evaluated, over answer tokens of a few prompts."""
 
     prompts: int
     tokens: int
@@ -44,13 +46,13 @@ class Fidelity(Record):
             f"{self.prompts} prompts, {self.tokens} tokens: "
             f"largest logit difference {self.largest_logit_difference:.3g}, "
             f"mean KL {self.mean_kl:.2g} nats a token, "
-            f"greedy agreement {self.greedy_agreement:.1%}"
+            f"greedy agreement {share(self.greedy_agreement, 1)}"
         )
 
 
 @torch.inference_mode()
 def answer_logits(model: Any, conversations: Sequence[Conversation]) -> list[Tensor]:
-    """Return, for each conversation, the float32 logits (T, V) that predict its answer's first tokens."""
+    """Return the float32 logits (T, V) that predict each answer's first tokens."""
     model.eval()
     rows = []
     for one in conversations:
@@ -60,11 +62,11 @@ def answer_logits(model: Any, conversations: Sequence[Conversation]) -> list[Ten
 
 
 def compare_models(before: Sequence[Tensor], after: Sequence[Tensor]) -> Fidelity:
-    """Compare the logits (T, V) of two models on the same prompts, those of the evaluated one first.
+    """Compare the logits (T, V) of two models on the same prompts, the evaluated one first.
 
-    KL is that of the first model's distribution from the second's. The margin is how much likelier the first model
-    finds its own top-1 token than the second's, at the first token of a prompt where these differ: small where the
-    two differ by rounding only.
+    KL is that of the first model's distribution from the second's. The margin is how much more
+    probable the first model finds its own top-1 token than the second's, at the first token of a
+    prompt where these differ: small where the two differ by rounding only.
     """
     kl = agreed = largest = margin = 0.0
     for old_TV, new_TV in zip(before, after, strict=True):

@@ -1,7 +1,7 @@
-"""The release gate: what the evidence must say before a student is published, and the override that the card shows.
+"""The release gate: what the evidence must say, and the override that the card shows.
 
-A scorecard of another checkpoint is no finding here: nothing overrides that (`publish.evaluated`), because the card's
-figures would be another model's. Terms and licenses are in `duties`.
+A scorecard of another checkpoint is no finding here: nothing overrides that (`publish.evaluated`),
+because the card's figures would be another model's. Terms and licenses are in `obligations`.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from distill.errors import DistillError, Exit
 from distill.evaluation.measurements import MetricRow
 from distill.evaluation.scorecard import Scorecard
+from distill.formatting import signed
 from distill.publishing.fidelity import Fidelity
 from distill.records import Record
 from distill.storage.progress import say
@@ -17,53 +18,44 @@ ON_PURPOSE = 'or publish with --override "reason", which the card shows'
 
 
 class Finding(Record):
-    """Something that speaks against publishing: where it stands, what it is, what to do about it."""
+    """What speaks against publishing: where it stands, what it is, what to do about it."""
 
     where: str
     what: str
     fix: str
 
 
-def evidence(scorecard: Scorecard) -> list[Finding]:
-    """Return what in a scorecard speaks against publishing its student."""
-    return [found for check in (_leaked, _worse) for found in check(scorecard)]
+def evidence(card: Scorecard) -> list[Finding]:
+    """Return what speaks against a student: contamination, and that it is worse than its base.
 
-
-def _leaked(scorecard: Scorecard) -> list[Finding]:
-    """Find held-out items that stand in the training data: the scores on them say nothing."""
-    contamination = scorecard.contamination
-    if contamination is None or not contamination.flagged:
-        return []
-    what = f"{contamination.flagged} of {contamination.n} items stand in the training data"
-    return [Finding(where="contamination", what=what, fix="--redo corpus, which takes them out")]
-
-
-def _worse(scorecard: Scorecard) -> list[Finding]:
-    """Find a student that measured worse than its base: over all checks, else by its loss on the teacher's answers.
-
-    Where the difference is undecided by the rule of all claims, the finding says so; it stands all the same.
+    Worse is over all checks, else by its loss on the teacher's answers. Where the difference is
+    undecided by the rule of all claims, the finding says so; it stands all the same.
     """
-    row = scorecard.overall or MetricRow()
+    findings, part = [], card.contamination
+    if part and part.flagged:  # the scores on these items say nothing
+        what = f"{part.flagged} of {part.n} items stand in the training data"
+        fix = "--redo corpus, which takes them out"
+        findings.append(Finding(where="contamination", what=what, fix=fix))
+    row = card.overall or MetricRow()
     mean = row.student_minus_base.mean
     if mean is not None:
-        worse, what = mean < 0, f"{100 * mean:+.1f} points over all checks"
+        worse, what = mean < 0, f"{signed(100 * mean, 1)} points over all checks"
     else:
-        row = scorecard.agreement.get("nats_per_token", MetricRow())
+        row = card.agreement.get("nats_per_token", MetricRow())
         mean = row.student_minus_base.mean or 0.0
-        worse, what = mean > 0, f"{mean:+.3f} nats a token on the teacher's answers"
-    if not worse:
-        return []
-    decided = row.conclude("base")
-    if decided.verdict == "undecided":
-        what = f"measured worse than its base: {what} (undecided: {decided.reason})"
-    else:
+        worse, what = mean > 0, f"{signed(mean, 3)} nats a token on the teacher's answers"
+    if worse:
+        decided = row.conclude("base")
         what = f"is worse than its base: {what}"
-    fix = "train longer, on more answers, or on other settings"
-    return [Finding(where="the student", what=what, fix=fix)]
+        if decided.verdict == "undecided":
+            what = what.replace("is worse", "measured worse") + f" (undecided: {decided.reason})"
+        fix = "train longer, on more answers, or on other settings"
+        findings.append(Finding(where="the student", what=what, fix=fix))
+    return findings
 
 
 def weights(fidelity: Fidelity) -> list[Finding]:
-    """Return what speaks against a merged model whose adapter was evaluated: they say something else."""
+    """Return what speaks against a merged model whose adapter was evaluated: they differ."""
     if fidelity.same:
         return []
     what = f"is not the adapter that was evaluated: {fidelity.line()}"
@@ -71,14 +63,13 @@ def weights(fidelity: Fidelity) -> list[Finding]:
 
 
 def pass_gate(findings: Sequence[Finding], override: str | None) -> list[str]:
-    """Return what the card must say of findings that were overridden; without an override they raise (exit 9)."""
-    if not findings:
-        return []
-    first, others = findings[0], len(findings) - 1
-    if override is None:
+    """Return the findings that the card shows as overridden; without an override raise (exit 9)."""
+    if findings and override is None:
+        first, others = findings[0], len(findings) - 1
         more = f" (and {others} more)" if others else ""
         fix = f"{first.fix}; {ON_PURPOSE}"
         raise DistillError(Exit.PUBLISH, first.where, first.what + more, fix)
-    for finding in findings:
-        say(f"overridden: {finding.where} {finding.what}")
-    return [f"{finding.where} {finding.what}" for finding in findings]
+    lines = [f"{finding.where} {finding.what}" for finding in findings]
+    for line in lines:
+        say(f"overridden: {line}")
+    return lines

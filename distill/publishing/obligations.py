@@ -1,14 +1,16 @@
-"""What a release owes to the terms of its teacher and of its base: name, license, lines shown, notices, agreements.
+"""What a release owes to the terms of its teacher and base: name, license, lines shown, notices.
 
-The terms book (`distill.responders.terms`) says what is owed; this puts it into the release, or says why it cannot be
-published (exit 10) with the clause.
+The terms book (`distill.responders.terms`) says what is owed; this puts it into the release, or
+says why it cannot be published (exit 10) with the clause.
 """
 
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from distill.config import Config
+from distill.config_file import find_config
 from distill.errors import DistillError, Exit
 from distill.models.registry import hub_id, lookup
 from distill.records import Record
@@ -34,7 +36,7 @@ class Obligations(Record):
 
 
 def obligations(config: Config) -> Obligations:
-    """Collect what the config's student owes; raises DistillError (exit 10) where training was not allowed."""
+    """Collect what the student owes; raises DistillError (exit 10) if training was not allowed."""
     verdict = require_terms(config.teacher, config.terms.basis)
     owed = [Owed(text=text, duties=text.outputs) for text in verdict.texts]
     info, name = lookup(config.student.model), hub_id(config.student.model)
@@ -55,25 +57,54 @@ def check_names(owed: Sequence[Owed], names: Sequence[str]) -> None:
                 raise DistillError(Exit.TERMS, f"the name {name}", what, fix)
 
 
-def licensing(owed: Sequence[Owed]) -> Owed | None:
-    """Return what names the release's license, or None where that of the base stays."""
-    return next((one for one in owed if one.duties.license), None)
+def base_of(model: str) -> str:
+    """Return the Hub id of a student's base; raises DistillError (exit 9) where it has none."""
+    base = hub_id(model)
+    if base is None:
+        where = f"student.model {Path(model).name}"
+        what = "is a folder, and a published model names its base by Hub id"
+        raise DistillError(Exit.PUBLISH, where, what, "train on a Hub id or a name of models.yaml")
+    return base
 
 
-def owed_license(owed: Sequence[Owed], stated: str | None, own: str) -> str:
-    """Return the release's license: the one that is owed, else its own; a stated one must be the same (exit 10)."""
-    asking = licensing(owed)
-    license = asking.duties.license if asking else None
-    if asking is None or license is None:
-        return own
-    if stated and stated.lower() != license.lower():
-        what = f"is {stated}, but {license} is asked for by {asking.text.line()}"
-        raise DistillError(Exit.TERMS, "publish.license", what, f"publish.license={license}")
-    return license
+class ReleaseLicense(NamedTuple):
+    """The release's license, who named it, and what stands in its file LICENSE."""
+
+    name: str
+    stated: bool  # by the publisher
+    owed: bool  # to the terms of teacher or base
+    text: str
+
+
+def license_of(model: str, stated: str | None, owed: Sequence[Owed]) -> ReleaseLicense:
+    """Return the license that is owed, else the one that is stated, else that of the base.
+
+    Raises DistillError (exit 10) where it is not known, or another is stated than is owed.
+    """
+    info = lookup(model)
+    own = stated or (info.license if info else None)
+    if own is None:
+        what = "its license is not in configs/models.yaml"
+        fix = "read it on the model's page, then state publish.license=SPDX-ID"
+        raise DistillError(Exit.TERMS, f"student.model {model}", what, fix)
+    text = f"{own}\n\nThe license of the base model: https://huggingface.co/{base_of(model)}\n"
+    shipped = find_config(Path("configs/licenses") / f"{own.lower()}.txt")
+    if shipped.is_file():
+        text = shipped.read_text(encoding="utf-8")
+    for one in owed:
+        if license := one.duties.license:
+            if stated and stated.lower() != license.lower():
+                what = f"is {stated}, but {license} is required by {one.text.line()}"
+                fix = f"publish.license={license}"
+                raise DistillError(Exit.TERMS, "publish.license", what, fix)
+            if license != own:
+                text += f"\n\nThe model is distributed under {license}: {one.text.line()}\n"
+            return ReleaseLicense(license, bool(stated), True, text)
+    return ReleaseLicense(own, bool(stated), False, text)
 
 
 def write_notices(owed: Sequence[Owed], agreement: Path | None, folder: Path) -> None:
-    """Write NOTICE, and AGREEMENT.txt from the file `agreement`; raises DistillError (exit 10) where that is missing."""
+    """Write NOTICE, and AGREEMENT.txt from the file `agreement` (exit 10 where it is missing)."""
     notices = list(dict.fromkeys(one.duties.notice for one in owed if one.duties.notice))
     if notices:
         (folder / "NOTICE").write_text("\n".join(notices) + "\n", encoding="utf-8")

@@ -1,20 +1,19 @@
-"""Make `release/`: the merged model, the adapter, the card and the scorecard, from an allow-list into a fresh folder.
+"""Make `release/`: merged model, adapter, card and scorecard, by an allow-list in a fresh folder.
 
-`python scripts/publish.py RUN [--push OWNER/NAME] [--public] [--override REASON]`. The release holds what was
-evaluated and nothing else: adapter and merged model have the scorecard's hashes, links and paths that lead out are
-refused, and every file is scanned before anything can be uploaded. A run of an earlier distill was evaluated by its
-adapter, and has no merged model: it is made from the adapter, and compared with it.
+`distill publish RUN [--push OWNER/NAME] [--public] [--override REASON]`. The release holds what was
+evaluated and nothing else: adapter and merged model have the scorecard's hashes, links and paths
+that lead out are refused, and every file is scanned before anything can be uploaded. A run of an
+earlier distill was evaluated by its adapter, and has no merged model: it is made from the adapter,
+and compared with it.
 """
 
 import gc
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 from distill.config import Config
-from distill.config_file import find_config
 from distill.errors import DistillError, Exit
 from distill.evaluation.measurements import ModelFacts
 from distill.evaluation.scorecard import Scorecard
@@ -24,11 +23,11 @@ from distill.publishing.card import Facts, make_card
 from distill.publishing.fidelity import Conversation, Fidelity, answer_logits, compare_models
 from distill.publishing.gate import evidence, pass_gate, weights
 from distill.publishing.obligations import (
-    Owed,
+    ReleaseLicense,
+    base_of,
     check_names,
-    licensing,
+    license_of,
     obligations,
-    owed_license,
     write_notices,
 )
 from distill.publishing.secret_scan import scan
@@ -57,7 +56,6 @@ MODEL = (  # at least
     "tokenizer_config.json",
     "chat_template.jinja",
 )
-NOTICES = ("NOTICE", "AGREEMENT.txt")  # where the terms of teacher or base ask for them
 REPORT = ("scorecard.json", "report.html")
 COMPARED = 8  # prompts on which merged and adapter are compared
 
@@ -71,19 +69,18 @@ def main(
 ) -> Path:
     """Build the release, and push it where `repository` (OWNER/NAME) is given; return its folder.
 
-    Raises DistillError: exit 9 for what must not be published, unless `override` gives a reason for the card to show;
-    10 where license or terms do not allow it.
+    Raises DistillError: exit 9 for what must not be published, unless `override` gives a reason for
+    the card to show; 10 where license or terms do not allow it.
     """
     if repository:
         check_name(repository)
     scorecard = evaluated(run)
     overridden = pass_gate(evidence(scorecard), override)
     terms = obligations(config)
-    names = [model_name(config, repository), *([repository] if repository else [])]
-    check_names(terms.owed, names)
-    own, stated = license_of(config)
-    license = owed_license(terms.owed, config.publish.license, own)
-    work = run.path(".release")
+    name = config.publish.model_name or (repository or config.name).split("/")[-1]
+    check_names(terms.owed, [name, *([repository] if repository else [])])
+    license = license_of(config.student.model, config.publish.license, terms.owed)
+    work, release = run.path(".release"), run.path("release")
     shutil.rmtree(work, ignore_errors=True)
     (work / "adapter").mkdir(parents=True)
     write_notices(terms.owed, config.terms.agreement, work)
@@ -91,23 +88,25 @@ def main(
     if fidelity:
         overridden += pass_gate(weights(fidelity), override)
         write_json(work / "fidelity.json", fidelity.model_dump())
-    for name in REPORT:
-        copy_plain(run.path(name), work / name)
-    text = license_text(own, base_of(config)) + also_under(terms.owed, own)
-    (work / "LICENSE").write_text(text, encoding="utf-8")
-    facts = facts_of(config, run, repository, license, stated).model_copy(
+    for file in REPORT:
+        copy_plain(run.path(file), work / file)
+    (work / "LICENSE").write_text(license.text, encoding="utf-8")
+    facts = facts_of(config, name, repository, license).model_copy(
         update={
             "terms": tuple(terms.verdict.lines()),
             "displays": tuple(terms.displays()),
-            "license_owed": licensing(terms.owed) is not None,
             "overridden": tuple(overridden),
             "override": override if overridden else None,
         }
     )
     make_card(facts, scorecard, fidelity).save(work / "README.md")
-    private = (str(run.folder.resolve()), str(Path.cwd()))
-    scan(work, private, config.publish.allow_secrets)
-    release = put_in_place(work, run.path("release"))
+    scan(work, (str(run.folder.resolve()), str(Path.cwd())), config.publish.allow_secrets)
+    if release.is_symlink():
+        raise DistillError(Exit.PUBLISH, release, "is a link", "remove it")
+    if release.exists():
+        shutil.rmtree(release)
+    work.rename(release)
+    fsync_folder(release.parent)
     run.note("release", sha256_files(run.folder, ["release"]))
     say(f"release: {release} ({', '.join(sorted(p.name for p in release.iterdir()))})")
     if repository:
@@ -116,135 +115,73 @@ def main(
 
 
 def evaluated(run: Run) -> Scorecard:
-    """Return the scorecard, after checking that it speaks of this adapter; raises DistillError (exit 9)."""
+    """Return the scorecard; raises DistillError (exit 9) where it is of another adapter."""
     adapter = run.trained("adapter") / WEIGHTS
     for path in (run.path("scorecard.json"), run.path("report.html"), adapter):
         if not path.is_file():
             raise DistillError(Exit.PUBLISH, path, "is missing", "distill run CONFIG first")
     scorecard = Scorecard.model_validate(read_json(run.path("scorecard.json")))
     measured = scorecard.models["student"].adapter_sha256 if scorecard.models else None
-    found = sha256_file(adapter)
-    if measured != found:
-        what = f"evaluated was adapter {str(measured)[:12]}, here is {found[:12]}"
+    digest = sha256_file(adapter)
+    if measured != digest:
+        what = f"evaluated was adapter {str(measured)[:12]}, here is {digest[:12]}"
         raise DistillError(Exit.PUBLISH, run.path("scorecard.json"), what, "--redo evaluate")
     return scorecard
-
-
-def base_of(config: Config) -> str:
-    """Return the Hub id of the student's base; raises DistillError (exit 9) where it has none."""
-    base = registry.hub_id(config.student.model)
-    if base is None:
-        raise DistillError(
-            Exit.PUBLISH,
-            f"student.model {Path(config.student.model).name}",
-            "is a folder, and a published model names its base by Hub id",
-            "train on a Hub id or a name of models.yaml",
-        )
-    return base
-
-
-def license_of(config: Config) -> tuple[str, bool]:
-    """Return the license, and whether the publisher stated it; raises DistillError (exit 10) where it is not known."""
-    info = registry.lookup(config.student.model)
-    if config.publish.license:
-        return config.publish.license, True
-    if info is None:
-        raise DistillError(
-            Exit.TERMS,
-            f"student.model {config.student.model}",
-            "its license is not in configs/models.yaml",
-            "read it on the model's page, then state publish.license=SPDX-ID",
-        )
-    return info.license, False
-
-
-def license_text(license: str, base: str) -> str:
-    """Return the license's own text where it ships with the package, else its name and where to read it."""
-    shipped = find_config(Path("configs/licenses") / f"{license.lower()}.txt")
-    if shipped.is_file():
-        return shipped.read_text(encoding="utf-8")
-    return f"{license}\n\nThe license of the base model: https://huggingface.co/{base}\n"
-
-
-def also_under(owed: Sequence[Owed], own: str) -> str:
-    """Return what LICENSE adds to the base's license, where the terms of the teacher name another."""
-    asking = licensing(owed)
-    if asking is None or asking.duties.license == own:
-        return ""
-    return f"\n\nThe model is distributed under {asking.duties.license}: {asking.text.line()}\n"
-
-
-def model_name(config: Config, repository: str | None) -> str:
-    """Return what the release is called."""
-    return config.publish.model_name or (repository or config.name).split("/")[-1]
 
 
 def add_models(config: Config, run: Run, work: Path, evaluated: ModelFacts) -> Fidelity | None:
     """Put adapter and merged model into `work`, as the student of the scorecard's row `evaluated`.
 
-    Returns how far merged and adapter are apart where the adapter was evaluated, by an earlier distill. Raises
-    DistillError (exit 9) where another model was evaluated.
+    Returns how far merged and adapter are apart where the adapter was evaluated, by an earlier
+    distill. Raises DistillError (exit 9) where another model was evaluated.
     """
-    adapter = run.trained("adapter")
+    adapter, about = run.trained("adapter"), work / "adapter/adapter_config.json"
     for name in ADAPTER:
         copy_plain(adapter / name, work / "adapter" / name)
-    name_base(work / "adapter" / "adapter_config.json", base_of(config))
+    base = base_of(config.student.model)  # whatever folder the adapter was trained from
+    write_json(about, {**json.loads(about.read_bytes()), "base_model_name_or_path": base})
     merged, measured = merged_student(config.student, run), evaluated.model_sha256
-    found = registry.folder_digest(merged)
-    if measured and measured != found:
-        what = f"evaluated was model {measured[:12]}, here is {found[:12]}"
+    digest = registry.folder_digest(merged)
+    if measured and measured != digest:
+        what = f"evaluated was model {measured[:12]}, here is {digest[:12]}"
         raise DistillError(Exit.PUBLISH, merged, what, "--redo evaluate")
     for name in sorted({*MODEL, *registry.parts(f"{merged.resolve()}")}):
         (work / name).parent.mkdir(exist_ok=True)
         copy_plain(merged / name, work / name)
-    return None if measured else compared(config, run, merged, evaluated)
+    return None if measured else compared(config, run, merged, evaluated.dtype)
 
 
-def compared(config: Config, run: Run, merged: Path, evaluated: ModelFacts) -> Fidelity:
+def compared(config: Config, run: Run, merged: Path, dtype: str | None) -> Fidelity:
     """Compare the merged model with the adapter on its base, in the type of the evaluation.
 
-    Raises DistillError (exit 9) where there is nothing to compare on. One model is in memory at a time.
+    On validation (else training) samples; held-out ones are evaluation's alone. One model is in
+    memory at a time. Raises DistillError (exit 9) where there is nothing to compare on.
     """
-    student, dtype = config.student, evaluated.dtype or config.student.dtype
-    rows = conversations(config, run)
-    if not rows:
-        raise DistillError(Exit.PUBLISH, run.path("dataset"), "holds no pairs", "make the dataset")
-    flags = (student.allow_pickle, student.trust_remote_code)
+    student, dtype = config.student, dtype or config.student.dtype
+    folder, trusted = run.path("dataset"), config.student.trust_remote_code
+    files = (folder / f"{split}.jsonl" for split in ("validation", "train"))
+    pairs = [pair for file in files for pair in read_records(file, Pair)][:COMPARED]
+    if not pairs:
+        raise DistillError(Exit.PUBLISH, folder, "holds no pairs", "make the dataset")
+    tokenizer = loading.load_tokenizer(student.model, student.revision, trusted)
+    length = config.train.max_length
+    rows = [
+        Conversation(ids=example.input_ids, answer=sum(w == 0 for w in example.weights))
+        for example in encode_pairs(tokenizer, pairs, config.template_date, length, folder)
+    ]
+    flags = (student.allow_pickle, trusted)
     base = loading.load_model(student.model, dtype, student.revision, *flags)
     before = answer_logits(add_adapter(base, run.trained("adapter")), rows)
     del base
     gc.collect()
-    model = loading.load_model(f"{merged.resolve()}", dtype, None, False, flags[1])
+    model = loading.load_model(f"{merged.resolve()}", dtype, None, False, trusted)
     fidelity = compare_models(before, answer_logits(model, rows))
     say(f"merged model against adapter: {fidelity.line()}")
     return fidelity
 
 
-def conversations(config: Config, run: Run) -> list[Conversation]:
-    """Return a few validation (else training) samples as token ids; held-out ones are evaluation's alone."""
-    tokenizer = loading.load_tokenizer(
-        config.student.model, config.student.revision, config.student.trust_remote_code
-    )
-    pairs = [
-        pair
-        for split in ("validation", "train")
-        for pair in read_records(run.path(f"dataset/{split}.jsonl"), Pair)
-    ][:COMPARED]
-    where = run.path("dataset")
-    examples = encode_pairs(tokenizer, pairs, config.template_date, config.train.max_length, where)
-    return [
-        Conversation(ids=example.input_ids, answer=sum(w == 0 for w in example.weights))
-        for example in examples
-    ]
-
-
-def name_base(path: Path, base: str) -> None:
-    """Let the adapter's config name its base by Hub id, whatever folder it was trained from."""
-    write_json(path, {**json.loads(path.read_bytes()), "base_model_name_or_path": base})
-
-
 def copy_plain(source: Path, target: Path) -> None:
-    """Copy one regular file; a link could publish a file from anywhere, so it is refused (exit 9)."""
+    """Copy one regular file; a link could publish any file, so it is refused (exit 9)."""
     if source.is_symlink() or source.parent.is_symlink():
         raise DistillError(Exit.PUBLISH, source, "is a link", "put the file itself there")
     if not source.is_file():
@@ -257,20 +194,20 @@ def copy_plain(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def facts_of(config: Config, run: Run, repository: str | None, license: str, stated: bool) -> Facts:
+def facts_of(config: Config, name: str, repository: str | None, license: ReleaseLicense) -> Facts:
     """Collect what the card says beside the figures."""
     info, teacher = registry.lookup(config.student.model), registry.lookup(config.teacher.model)
     corpus = config.corpus
-    name = model_name(config, repository)
     place = corpus.path.name if corpus.path else corpus.dataset
     hub = corpus.dataset if corpus.dataset and not corpus.path else None
     return Facts(
         model_name=name,
         repository=repository or f"OWNER/{name}",
-        base=base_of(config),
+        base=base_of(config.student.model),
         base_revision=config.student.revision or (info.revision if info else None),
-        license=license,
-        license_stated=stated,
+        license=license.name,
+        license_stated=license.stated,
+        license_owed=license.owed,
         language=config.publish.language,
         teacher=registry.hub_id(config.teacher.model) or Path(config.teacher.model).name,
         teacher_license=config.teacher.license or (teacher.license if teacher else None),
@@ -279,14 +216,3 @@ def facts_of(config: Config, run: Run, repository: str | None, license: str, sta
         converted_from=info.gguf.quantisation if info and info.gguf else None,
         lora=config.train.lora.model_dump(mode="json"),
     )
-
-
-def put_in_place(work: Path, release: Path) -> Path:
-    """Replace the last release by the new one."""
-    if release.is_symlink():
-        raise DistillError(Exit.PUBLISH, release, "is a link", "remove it")
-    if release.exists():
-        shutil.rmtree(release)
-    work.rename(release)
-    fsync_folder(release.parent)
-    return release

@@ -1,4 +1,4 @@
-"""What must not leave the machine: secrets, this machine's paths, and addresses with credentials in them."""
+"""What must not leave the machine: secrets, its paths, and addresses with credentials in them."""
 
 import os
 import re
@@ -17,42 +17,32 @@ SAMPLES = {"report.html"}  # shows texts of the corpus, which may speak of any h
 def scan(folder: Path, private: tuple[str, ...] = (), allowed: Collection[str] = ()) -> None:
     """Stop (exit 9) at the first file that holds what must not be published, without echoing it.
 
-    `private` are further texts that must not appear, such as the absolute path of the run. `allowed` are forms of
-    secrets by name, and single ones by the beginning of their SHA-256 (`publish.allow_secrets`).
+    `private` are further texts that must not appear, such as the absolute path of the run.
+    `allowed` are forms of secrets by name, and single ones by the beginning of their SHA-256
+    (`publish.allow_secrets`).
     """
-    exact = _exact_texts(private)
+    places = [text for text in (f"{Path.home()}/", *private) if len(text) > 4]
+    exact = dict.fromkeys(places, "a path of this machine")
+    for name, value in os.environ.items():
+        if SECRET_NAMES.search(name) and len(value) >= 8:
+            exact[value] = f"the value of ${name}"
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        text = _text_of(path)
+        if path.suffix in TEXT:
+            text = path.read_text(encoding="utf-8", errors="replace")
+        else:  # the header of a safetensors file
+            with path.open("rb") as file:
+                size = min(int.from_bytes(file.read(8), "little"), 1 << 26)
+                text = file.read(size).decode("utf-8", "replace")
         for what, place, way_on in findings(text, exact, path.name not in SAMPLES, allowed):
             where = f"{path.relative_to(folder)}:{1 + text[:place].count(chr(10))}"
             fix = f"remove it at its source{way_on}"
             raise DistillError(Exit.PUBLISH, where, f"holds {what}", fix)
 
 
-def _text_of(path: Path) -> str:
-    """Return what can be read in a file: all of a text, or the header of a safetensors file."""
-    if path.suffix in TEXT:
-        return path.read_text(encoding="utf-8", errors="replace")
-    with path.open("rb") as file:
-        size = min(int.from_bytes(file.read(8), "little"), 1 << 26)
-        return file.read(size).decode("utf-8", "replace")
-
-
-def _exact_texts(private: tuple[str, ...]) -> dict[str, str]:
-    """Return the exact texts to look for, each with what it is."""
-    texts = {
-        text: "a path of this machine" for text in (f"{Path.home()}/", *private) if len(text) > 4
-    }
-    for name, value in os.environ.items():
-        if SECRET_NAMES.search(name) and len(value) >= 8:
-            texts[value] = f"the value of ${name}"
-    return texts
-
-
 def findings(
     text: str, exact: dict[str, str], generic: bool, allowed: Collection[str] = ()
 ) -> Iterator[tuple[str, int, str]]:
-    """Yield what was found, where in the text, and how the publisher goes on where it is no secret."""
+    """Yield each finding, where it stands, and how the publisher goes on where it is no secret."""
     for value, what in exact.items():
         if (place := text.find(value)) >= 0:
             yield what, place, ""

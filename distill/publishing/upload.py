@@ -1,4 +1,4 @@
-"""Upload a release to the Hub: validated, in one commit, private until it is complete and wanted public."""
+"""Upload a release to the Hub: validated, in one commit, private until it is complete."""
 
 from pathlib import Path
 
@@ -21,9 +21,9 @@ REASONS = {
 
 
 def push(release: Path, repository: str, public: bool = False) -> str:
-    """Upload the folder in one commit and return its address; a second call uploads only what changed.
+    """Upload the folder in one commit and return its address; a second call uploads changes only.
 
-    Raises DistillError (exit 9) with the Hub's reason; the repository then holds what it held before.
+    Raises DistillError (exit 9) with the Hub's reason; the repository then holds what it held.
     """
     check_name(repository)
     if not get_token():
@@ -36,7 +36,12 @@ def push(release: Path, repository: str, public: bool = False) -> str:
             raise DistillError(
                 Exit.PUBLISH, repository, "is public", "say --public, or take another name"
             )
-        commit = api.create_commit(repository, operations(release), commit_message="Publish")
+        files = sorted(path for path in release.rglob("*") if path.is_file())
+        commit = api.create_commit(
+            repository,
+            [CommitOperationAdd(path.relative_to(release).as_posix(), path) for path in files],
+            commit_message="Publish",
+        )
         if public:
             api.update_repo_settings(repository, private=False)
     except HfHubHTTPError as error:
@@ -54,15 +59,6 @@ def check_name(repository: str) -> None:
         raise DistillError(
             Exit.PUBLISH, f"--push {repository[:60]!r}", "not OWNER/NAME", "name both"
         )
-
-
-def operations(release: Path) -> list[CommitOperationAdd]:
-    """Return one addition a file."""
-    files = sorted(path for path in release.rglob("*") if path.is_file())
-    return [
-        CommitOperationAdd(path_in_repo=path.relative_to(release).as_posix(), path_or_fileobj=path)
-        for path in files
-    ]
 
 
 def _explained(repository: str, error: BaseException) -> DistillError:

@@ -30,6 +30,7 @@ from distill.errors import Exit  # noqa: E402
 from distill.evaluation.scorecard import Scorecard  # noqa: E402
 from distill.publishing.card import make_card  # noqa: E402
 from distill.publishing.fidelity import Fidelity  # noqa: E402
+from distill.publishing.obligations import ReleaseLicense  # noqa: E402
 from distill.publishing.publish import facts_of  # noqa: E402
 from distill.records import Response  # noqa: E402
 from distill.responders.endpoint.budget import Account, account  # noqa: E402
@@ -195,7 +196,8 @@ def canary(folder: Path, run: Run) -> int:
     """Count the files that hold the key: all that was written, what three commands print, and the card."""
     for verb in ("status", "plan"):
         command(folder, verb, str(folder / "c.yaml"))
-    facts = facts_of(run.config, run, None, "apache-2.0", True)
+    license = ReleaseLicense("apache-2.0", stated=True, owed=False, text="")
+    facts = facts_of(run.config, run.config.name, None, license)
     (folder / "card.md").write_text(str(make_card(facts, Scorecard(name=run.config.name), SAME)))
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert {"shown", "config.json", "manifest.json", "ledger.jsonl"} <= {f.name for f in files}

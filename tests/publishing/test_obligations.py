@@ -9,9 +9,8 @@ from distill.config import Config
 from distill.errors import DistillError, Exit
 from distill.publishing.obligations import (
     check_names,
-    licensing,
+    license_of,
     obligations,
-    owed_license,
     write_notices,
 )
 
@@ -37,8 +36,9 @@ def test_a_teacher_s_outputs_owe_less_than_a_base_s_weights() -> None:
     assert [one.duties.name for one in taught.owed] == ["Llama"] and not taught.displays()
     made = obligations(config("Qwen/Qwen3-8B", llama))
     assert made.displays() == ["Built with Llama"]
-    asking = licensing(made.owed)
-    assert asking and asking.duties.license == "llama3.2" and asking.duties.notice
+    license = license_of(llama, "llama3.2", made.owed)
+    assert license.name == "llama3.2" and license.owed
+    assert any(one.duties.notice for one in made.owed)
 
 
 def test_a_card_displays_qwen() -> None:
@@ -55,12 +55,14 @@ def test_every_name_of_the_release_is_checked() -> None:
 
 
 def test_an_owed_license_wins_over_the_base_s_and_not_over_another_stated_one() -> None:
-    owed = obligations(config("google/gemma-2-9b-it")).owed
-    assert owed_license(owed, None, "Apache-2.0") == "gemma"
-    assert owed_license(owed, "Gemma", "Gemma") == "gemma"
-    assert owed_license((), "MIT", "MIT") == "MIT"
-    with pytest.raises(DistillError, match="gemma is asked for") as caught:
-        owed_license(owed, "MIT", "MIT")
+    owed, base = obligations(config("google/gemma-2-9b-it")).owed, "smollm2-135m-instruct"
+    license = license_of(base, None, owed)
+    assert license.name == "gemma" and license.owed and not license.stated
+    assert "Apache License" in license.text and "is distributed under gemma" in license.text
+    assert license_of(base, "Gemma", owed).name == "gemma"
+    assert license_of(base, "MIT", ())[:3] == ("MIT", True, False)
+    with pytest.raises(DistillError, match="gemma is required by") as caught:
+        license_of(base, "MIT", owed)
     assert caught.value.code == Exit.TERMS
 
 

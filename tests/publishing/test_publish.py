@@ -180,7 +180,7 @@ def test_no_override_publishes_the_scores_of_another_adapter(run):
 WORSE = {"mean": -0.1, "low": -0.2, "high": 0.0}
 SPEAKS_AGAINST = {
     "leaked": ({"contamination": {"n": 66, "flagged": 3}}, "3 of 66 items stand in the training"),
-    "worse": ({"overall": {"student_minus_base": WORSE}}, "worse than its base: -10.0 points"),
+    "worse": ({"overall": {"student_minus_base": WORSE}}, "worse than its base: −10.0 points"),
     "worse by loss": (
         {"agreement": {"nats_per_token": {"student_minus_base": {"mean": 0.25}}}},
         "+0.250 nats a token",
@@ -255,7 +255,7 @@ def test_a_student_of_llama_is_named_so(run):
 def test_a_student_of_gemma_passes_the_terms_on(run, tmp_path):
     with_teacher(run, "google/gemma-3-27b-it")
     error = refused(run)
-    assert error.code == Exit.TERMS and "gemma is asked for" in error.what
+    assert error.code == Exit.TERMS and "gemma is required by" in error.what
     with_teacher(run, "google/gemma-3-27b-it", publish={"license": "gemma"})
     assert "terms.agreement" in refused(run).where
     (tmp_path / "terms.txt").write_text("the agreement")
