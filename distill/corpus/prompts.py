@@ -16,7 +16,7 @@ from typing import Any
 from distill.config import Config, Questions
 from distill.corpus.clean import INSTRUCTIONS, break_up
 from distill.errors import DistillError, Exit
-from distill.records import SPLITS, Document, Message, Prompt
+from distill.records import SPLITS, Document, Message, Prompt, Response
 from distill.storage.files import read_records, sha256_file, write_json, write_records
 from distill.storage.progress import say
 from distill.storage.run_folder import Run
@@ -204,8 +204,8 @@ def distinct(questions: Iterable[str]) -> list[str]:
     return list(results)
 
 
-def prompts_from_questions(
-    document: Document, replies: Iterable[str], settings: Questions
+def written_prompts(
+    settings: Questions, document: Document, replies: Iterable[Response]
 ) -> list[Prompt]:
     """Build one prompt for each question of the teacher's replies about a document.
 
@@ -214,7 +214,7 @@ def prompts_from_questions(
     task = load_task(QUESTION)
     plain, with_passage = task.student.user, (task.teacher_view() or task.student).user
     prompts = []
-    for question in distinct(one for reply in replies for one in read_questions(reply)):
+    for question in distinct(one for reply in replies for one in read_questions(reply.text)):
         values = template_values(document) | {"question": break_up(question)}
         student, teacher = (
             (Message(role="user", content=fill(template, task.name, values)),)

@@ -1,14 +1,15 @@
 """The filter stage: which answers are trained on. Every answer that is dropped keeps its reason.
 
-A filter takes a prompt and its response and returns a reason to drop it, or None; the first reason counts. Validation
-pairs are filtered like training pairs, so that the loss is measured on what is learned, and both where they hold text
-of a held-out prompt. Held-out pairs are never filtered: a teacher that fails there must score 0. Of several samples of a prompt, all that pass and differ in text are
-kept, which is rejection sampling where the task has a reference.
+A filter takes a prompt and its response and returns a reason to drop it, or None; the first reason
+counts. Validation pairs are filtered like training pairs, so that the loss is measured on what is
+learned, and both where they hold text of a held-out prompt. Held-out pairs are never filtered: a
+teacher that fails there must score 0. Of several samples of a prompt, all that pass and differ in
+text are kept, which is rejection sampling where the task has a reference.
 """
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -32,7 +33,8 @@ REFUSAL = re.compile(
     r"\W*(?:i['\u2019]?m sorry|i am sorry|sorry|i apologi[sz]e|unfortunately)?\W*(?:but\W+)?"
     r"(?:i (?:can(?:no|['\u2019])t|am not able to|am unable to|must decline|won['\u2019]t)"
     r"|i['\u2019]m (?:not able to|unable to)|as an ai\b|as a language model\b)"
-    r".{0,40}?\b(?:help|assist|provide|answer|comply|fulfil|do that|generate|write|discuss|access|model|have|able)",
+    r".{0,40}?\b(?:help|assist|provide|answer|comply|fulfil|do that|generate|write|discuss|access"
+    r"|model|have|able)",
     re.IGNORECASE | re.DOTALL,
 )
 MOST_REPEATED = 0.5  # of an answer's word triples may have occurred before
@@ -53,35 +55,47 @@ class Dropped(Record):
 
 
 def main(config: Config, run: Run) -> None:
-    """Make dataset/*.jsonl, dropped.jsonl and funnel.json; raises DistillError (exit 3) where no row is left to train on."""
-    prompts = {p.id: p for p in _prompts(run)}
+    """Make dataset/*.jsonl, dropped.jsonl and funnel.json.
+
+    Raises DistillError (exit 3) where no row is left to train on.
+    """
+    sources = [run.path("prompts.jsonl"), run.path("questions.jsonl")]
+    rows = [row for path in sources if path.exists() for row in read_records(path, Prompt)]
+    prompts = {prompt.id: prompt for prompt in rows}
     splits = {d.id: d.split for d in read_records(run.path("documents.jsonl"), Document)}
-    responses = read_records(run.path("responses.jsonl"), Response)
-    pairs = [Pair(prompt=prompts[r.prompt_id], response=r) for r in responses]
-    leaks = contaminated_pairs(
+    pairs = [
+        Pair(prompt=prompts[response.prompt_id], response=response)
+        for response in read_records(run.path("responses.jsonl"), Response)
+    ]
+    contaminated = contaminated_pairs(
         (p for p in pairs if splits[p.prompt.document_id] != "heldout"),
         (p for p in prompts.values() if splits[p.document_id] == "heldout"),
     )
-    filters = [*chosen(config.filters, tasks_of_run(run.folder)), contaminated(leaks)]
+
+    def holds_held_out(prompt: Prompt, response: Response) -> str | None:
+        return CONTAMINATED if response.id in contaminated else None
+
+    filters = [*active_filters(config.filters, tasks_of_run(run.folder)), holds_held_out]
     dropped: list[Dropped] = []
-    kept: dict[Split, list[Pair]] = {}
+    dataset: dict[Split, list[Pair]] = {}
     for split in SPLITS:
         mine = [pair for pair in pairs if splits[pair.prompt.document_id] == split]
-        kept[split] = mine if split == "heldout" else sift(mine, split, filters, dropped)
-        if config.teacher.reasoning == "keep" and split != "heldout":
-            kept[split] = [with_reasoning(pair) for pair in kept[split]]
-        write_records(run.path(f"dataset/{split}.jsonl"), kept[split])
+        if split != "heldout":
+            mine = sift(mine, split, filters, dropped)
+            if config.teacher.reasoning == "keep":
+                mine = [with_reasoning(pair) for pair in mine]
+        dataset[split] = mine
+        write_records(run.path(f"dataset/{split}.jsonl"), mine)
     write_records(run.path("dropped.jsonl"), dropped)
-    result = funnel(pairs, kept, dropped)
-    write_json(run.path("funnel.json"), result)
-    console.print(shown(result))
-    if not kept["train"]:
+    counts = funnel(pairs, dataset, dropped)
+    write_json(run.path("funnel.json"), counts)
+    console.print(funnel_table(counts))
+    if not dataset["train"]:
         reasons = Counter(row.reason for row in dropped).most_common(1)
-        found = f"{reasons[0][1]} of {len(pairs)} were {reasons[0][0]}" if reasons else "no answers"
+        most = f"{reasons[0][1]} of {len(pairs)} were {reasons[0][0]}" if reasons else "no answers"
+        what, where = f"no row is left: {most}", run.path("dataset/train.jsonl")
         fix = "change filters or teacher.max_new_tokens; dropped.jsonl has the texts"
-        raise DistillError(
-            Exit.INPUT, run.path("dataset/train.jsonl"), f"no row is left: {found}", fix
-        )
+        raise DistillError(Exit.INPUT, where, what, fix)
 
 
 def identity(config: Config) -> dict[str, str]:
@@ -92,7 +106,7 @@ def identity(config: Config) -> dict[str, str]:
 
 
 def with_reasoning(pair: Pair) -> Pair:
-    """Put the teacher's reasoning before its answer, in a think block; a row without one stays as it is."""
+    """Put the teacher's reasoning, if any, before its answer, in a think block."""
     response = pair.response
     if not response.reasoning:
         return pair
@@ -100,14 +114,7 @@ def with_reasoning(pair: Pair) -> Pair:
     return pair.model_copy(update={"response": response.model_copy(update={"text": text})})
 
 
-def _prompts(run: Run) -> list[Prompt]:
-    """Return the prompts of the tasks, and the teacher's own questions where it wrote any."""
-    written = run.path("questions.jsonl")
-    more = read_records(written, Prompt) if written.exists() else []
-    return read_records(run.path("prompts.jsonl"), Prompt) + more
-
-
-def chosen(settings: Filters, find: FindTask = shipped) -> list[Filter]:
+def active_filters(settings: Filters, find: FindTask = shipped) -> list[Filter]:
     """Return the filters that the config turns on, in the order in which they give the reason."""
     switches: list[tuple[bool, Filter]] = [
         (True, failed),
@@ -115,19 +122,19 @@ def chosen(settings: Filters, find: FindTask = shipped) -> list[Filter]:
         (settings.empty, empty),
         (settings.refusal, refusal),
         (settings.repetition, repetition),
-        (settings.wrong_format, wrong_format(find)),
-        (settings.failed_checker, failed_checker(find)),
+        (settings.wrong_format, unless_passed(find, "wrong format", of_form=True)),
+        (settings.failed_checker, unless_passed(find, "failed checker", of_form=False)),
         (settings.max_answer_tokens is not None, too_long(settings.max_answer_tokens or 0)),
         *((True, find_callable("filter", name)) for name in settings.python),
     ]
-    return [given for on, given in switches if on]
+    return [filter_ for on, filter_ in switches if on]
 
 
 def sift(
     pairs: Iterable[Pair], split: Split, filters: Sequence[Filter], dropped: list[Dropped]
 ) -> list[Pair]:
-    """Return the pairs that pass; the others are added to `dropped`, repeats of a prompt's answer too."""
-    kept: list[Pair] = []
+    """Return the pairs that pass; the others, and repeats of an answer, are added to `dropped`."""
+    results: list[Pair] = []
     seen: set[tuple[str, str]] = set()
     for pair in pairs:
         prompt, response = pair.prompt, pair.response
@@ -136,7 +143,7 @@ def sift(
         reason = reason or ("same answer again" if text in seen else None)
         if reason is None:
             seen.add(text)
-            kept.append(pair)
+            results.append(pair)
             continue
         row = Dropped(
             prompt_id=prompt.id,
@@ -147,7 +154,7 @@ def sift(
             text=response.text,
         )
         dropped.append(row)
-    return kept
+    return results
 
 
 def failed(prompt: Prompt, response: Response) -> str | None:
@@ -171,31 +178,26 @@ def refusal(prompt: Prompt, response: Response) -> str | None:
 
 
 def repetition(prompt: Prompt, response: Response) -> str | None:
-    """Drop an answer that goes in circles: one piece again and again, or half of its word triples seen before."""
+    """Drop an answer that repeats one piece, or half of whose word triples were seen before."""
     words = response.text.split()
     triples = list(zip(words, words[1:], words[2:], strict=False))
     again = 1 - len(set(triples)) / max(len(triples), 1)
     if len(triples) >= TRIPLES and again > MOST_REPEATED:
         return "repetition"
-    circles = (found[1] for found in UNIT.finditer(response.text[-2000:]))
-    return "repetition" if any(normalise_answer(piece) for piece in circles) else None
+    circles = UNIT.finditer(response.text[-2000:])
+    return "repetition" if any(normalise_answer(circle[1]) for circle in circles) else None
 
 
-def wrong_format(find: FindTask) -> Filter:
-    """Return the filter that drops an answer without the form that its task asks for."""
-    return _unless_passed(find, "wrong format", FORMATS.__contains__)
+def unless_passed(find: FindTask, reason: str, of_form: bool) -> Filter:
+    """Return the filter that drops what a task's checker, of the form or another, rejects.
 
+    A checker that needs a reference is asked where there is one.
+    """
 
-def failed_checker(find: FindTask) -> Filter:
-    """Return the filter that drops what a task's checker rejects; one that needs a reference is asked where there is one."""
-    return _unless_passed(find, "failed checker", lambda kind: kind not in FORMATS)
-
-
-def _unless_passed(find: FindTask, reason: str, applies: Callable[[str], bool]) -> Filter:
     def filter_(prompt: Prompt, response: Response) -> str | None:
         task = find(prompt.task)
         checker = task and task.checker
-        if not checker or not applies(checker["kind"]):
+        if not checker or (checker["kind"] in FORMATS) != of_form:
             return None
         if needs_reference(checker["kind"]) and not (prompt.reference or "").strip():
             return None
@@ -208,7 +210,7 @@ def _unless_passed(find: FindTask, reason: str, applies: Callable[[str], bool]) 
 
 
 def too_long(most: int) -> Filter:
-    """Return the filter that drops answers of more than `most` tokens, as counted by the teacher."""
+    """Return the filter that drops answers of more than `most` tokens, as the teacher counts."""
 
     def filter_(prompt: Prompt, response: Response) -> str | None:
         return "too long" if response.usage.output_tokens > most else None
@@ -216,47 +218,34 @@ def too_long(most: int) -> Filter:
     return filter_
 
 
-def contaminated(leaks: Collection[str]) -> Filter:
-    """Return the filter that drops the responses named, which hold text of a held-out prompt."""
-
-    def filter_(prompt: Prompt, response: Response) -> str | None:
-        return CONTAMINATED if response.id in leaks else None
-
-    return filter_
-
-
 def funnel(
-    pairs: Sequence[Pair], kept: dict[Split, list[Pair]], dropped: Sequence[Dropped]
+    pairs: Sequence[Pair], dataset: dict[Split, list[Pair]], dropped: Sequence[Dropped]
 ) -> dict[str, Any]:
-    """Count what came in, what was kept by split, and what was dropped, for all and by task."""
+    """Count what came in, what stayed by split, and what was dropped, for all and by task."""
 
     def counts(task: str | None) -> dict[str, Any]:
         mine = [pair.prompt for pair in pairs if task in (None, pair.prompt.task)]
-        reasons = Counter(row.reason for row in dropped if task in (None, row.task))
-        left = {
+        stayed = {
             f"kept_{split}": sum(task in (None, pair.prompt.task) for pair in rows)
-            for split, rows in kept.items()
+            for split, rows in dataset.items()
         }
+        reasons = Counter(row.reason for row in dropped if task in (None, row.task))
         prompts = len({prompt.id for prompt in mine})
-        return {
-            "prompts": prompts,
-            "answers": len(mine),
-            **left,
-            "dropped": dict(reasons.most_common()),
-        }
+        inputs = {"prompts": prompts, "answers": len(mine)}
+        return {**inputs, **stayed, "dropped": dict(reasons.most_common())}
 
     tasks = sorted({pair.prompt.task for pair in pairs})
     return {**counts(None), "tasks": {task: counts(task) for task in tasks}}
 
 
-def shown(result: dict[str, Any]) -> Table:
+def funnel_table(counts: dict[str, Any]) -> Table:
     """Lay the funnel out as a table: a column a task, a row a reason."""
-    names = list(result["tasks"])
-    columns = [result, *(result["tasks"][name] for name in names)]
+    names = list(counts["tasks"])
+    columns = [counts, *(counts["tasks"][name] for name in names)]
     table = Table("", "all", *names, title="funnel")
     for name in ("prompts", "answers"):
         table.add_row(name, *(str(column[name]) for column in columns))
-    for reason in result["dropped"]:
+    for reason in counts["dropped"]:
         table.add_row(f"- {reason}", *(str(c["dropped"].get(reason, 0)) for c in columns))
     for split in SPLITS:
         table.add_row(f"kept, {split}", *(str(column[f"kept_{split}"]) for column in columns))

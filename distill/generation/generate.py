@@ -1,17 +1,21 @@
-"""The generate stage: the teacher's answers to the prompts, and the questions that it writes about documents."""
+"""The generate stage: the teacher's answers to the prompts, and its questions about documents.
 
-from collections.abc import Sequence
+The requests are pure functions of the config and the run's files, so that a plan, a pilot and this
+stage mean the same ones.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 
-from distill.config import Config
+from distill.config import Config, Questions, Teacher
+from distill.corpus.prompts import prompts_for_questions, written_prompts
 from distill.errors import DistillError, Exit
-from distill.generation.requests import asking_requests, requests_of, written_prompts
 from distill.records import Document, Prompt
 from distill.responders import kinds
 from distill.responders.ask import Ask
 from distill.responders.kinds import make_responder
 from distill.responders.local.workers import Workers
-from distill.responders.responder import Planner
+from distill.responders.responder import Planner, Request, Sampling
 from distill.responders.terms import require_terms
 from distill.responders.token_counts import recounted
 from distill.storage.files import read_records, write_records
@@ -20,37 +24,45 @@ from distill.storage.run_folder import Run
 
 
 def main(config: Config, run: Run, workers: Workers | None = None) -> None:
-    """Make responses.jsonl from prompts.jsonl, and questions.jsonl, empty unless the teacher writes questions.
+    """Make responses.jsonl from prompts.jsonl, and questions.jsonl, which may be empty.
 
-    Raises DistillError (exit 10) before anything is asked, where the teacher's terms do not allow it.
-    This is the main process of `workers`, where others answer too.
+    Raises DistillError (exit 10) before anything is asked, where the teacher's terms do not allow
+    it. This is the main process of `workers`, where others answer too.
     """
-    run.note("terms", require_terms(config.teacher, config.terms.basis).facts())
+    settings, questions = config.teacher, list[Prompt]()
+    run.note("terms", require_terms(settings, config.terms.basis).facts())
     documents = {d.id: d for d in read_records(run.path("documents.jsonl"), Document)}
     prompts = read_records(run.path("prompts.jsonl"), Prompt)
     sources = {prompt.id: documents[prompt.document_id] for prompt in prompts}
-    teacher = make_responder(config.teacher, config, sources)
+    teacher = make_responder(settings, config, sources)
     store, again = config.store_folder() / "responses", "generate" in run.remade
     with Ask(teacher, store, run, again, workers) as ask:
-        questions = write_questions(config, ask, list(documents.values()))
+        if writing := config.prompts.questions:
+            if not settings.answers_anything:
+                what, fix = "recorded answers write no questions", "use a local teacher"
+                raise DistillError(Exit.CONFIG, "prompts.questions", what, fix)
+            groups = [question_requests(writing, teacher.origin, d) for d in documents.values()]
+            requests = [request for group in groups for request in group]
+            replies = iter(ask.responses(requests, "questions"))
+            for document, group in zip(documents.values(), groups, strict=True):
+                questions += written_prompts(writing, document, islice(replies, len(group)))
         write_records(run.path("questions.jsonl"), questions)
         prompts += questions
-        requests = requests_of(config, teacher.origin, prompts, documents)
+        requests = requests_of(settings, teacher.origin, prompts, documents)
         responses = ask.responses(requests, "teacher")
-    if config.teacher.paid:
-        responses = recounted(responses, requests, config.teacher.model)
+    if settings.paid:
+        responses = recounted(responses, requests, settings.model)
     write_records(run.path("responses.jsonl"), responses)
-    if ask.count and config.teacher.stated_dollars is not None:
-        run.ledger.spend(
-            dollars=config.teacher.stated_dollars, price="as stated in teacher.dollars"
-        )
+    if ask.count and settings.stated_dollars is not None:
+        run.ledger.spend(dollars=settings.stated_dollars, price="as stated in teacher.dollars")
     run.note(
         "teacher", {"model": teacher.model, "origin": teacher.origin, "answers": len(responses)}
     )
-    errors = [response.error for response in responses if response.stop == "error"]
-    but = f", {len(errors)} of them failed (--redo generate asks those again), the last: "
-    but = f"{but}{errors[-1]}" if errors else ""
-    say(f"generate: {len(responses)} answers to {len(prompts)} prompts{but}")
+    line = f"generate: {len(responses)} answers to {len(prompts)} prompts"
+    if errors := [response.error for response in responses if response.stop == "error"]:
+        line += f", {len(errors)} of them failed (--redo generate asks those again), the last: "
+        line += str(errors[-1])
+    say(line)
 
 
 def identity(config: Config) -> dict[str, str]:
@@ -60,7 +72,6 @@ def identity(config: Config) -> dict[str, str]:
 
 def join(config: Config, run: Run, workers: Workers) -> None:
     """Do a share of the work, as another process than the main one."""
-
     from distill.responders.local.local_model import LocalResponder
 
     def ready() -> Planner:
@@ -72,18 +83,28 @@ def join(config: Config, run: Run, workers: Workers) -> None:
     workers.join(ready, config.store_folder() / "responses", run.ledger.spend)
 
 
-def write_questions(config: Config, ask: Ask, documents: Sequence[Document]) -> list[Prompt]:
-    """Let the teacher write questions about each document, and return the prompts that they become."""
-    settings = config.prompts.questions
-    if settings is None:
-        return []
-    if not config.teacher.answers_anything:
-        what, fix = "recorded answers write no questions", "use a local teacher"
-        raise DistillError(Exit.CONFIG, "prompts.questions", what, fix)
-    groups = [asking_requests(settings, ask.responder.origin, d) for d in documents]
-    responses = iter(ask.responses([request for group in groups for request in group], "questions"))
+def requests_of(
+    teacher: Teacher, origin: str, prompts: Iterable[Prompt], documents: Mapping[str, Document]
+) -> list[Request]:
+    """Return the requests of all prompts, in their order."""
     return [
-        prompt
-        for document, group in zip(documents, groups, strict=True)
-        for prompt in written_prompts(settings, document, islice(responses, len(group)))
+        request
+        for prompt in prompts
+        for request in requests_for(teacher, origin, prompt, documents[prompt.document_id])
     ]
+
+
+def requests_for(
+    teacher: Teacher, origin: str, prompt: Prompt, document: Document
+) -> Iterator[Request]:
+    """Yield the requests of a prompt: `teacher.n` samples for training, else one."""
+    sampling = Sampling.of(teacher)
+    for sample in range(teacher.n if document.split == "train" else 1):
+        yield Request.make(origin, prompt.id, prompt.asked_of_teacher(), sampling, sample)
+
+
+def question_requests(settings: Questions, origin: str, document: Document) -> list[Request]:
+    """Return the requests that ask the teacher for questions about a document."""
+    sampling = Sampling(max_new_tokens=settings.max_new_tokens)
+    prompts = prompts_for_questions(document, settings)
+    return [Request.make(origin, prompt.id, prompt.messages, sampling) for prompt in prompts]

@@ -16,10 +16,10 @@ from math import ceil
 from typing import NamedTuple
 
 from distill.config import Config, EndpointTeacher
-from distill.corpus.prompts import question_shares
+from distill.corpus.prompts import question_shares, written_prompts
 from distill.errors import DistillError, Exit
 from distill.formatting import money
-from distill.generation.requests import asking_requests, requests_of, written_prompts
+from distill.generation.generate import question_requests, requests_of
 from distill.pipeline import NAMES, STAGES, perform, require_models
 from distill.planning.work import Work, mean_bytes
 from distill.records import Document, Prompt, Record, Response, digest
@@ -155,10 +155,10 @@ def _by_request(
     settings, cap = config.prompts.questions, config.teacher.max_new_tokens
     by_id = {document.id: document for document in documents}
     if settings is None:
-        return [unanswered(requests_of(config, origin, prompts, by_id), cap)]
+        return [unanswered(requests_of(config.teacher, origin, prompts, by_id), cap)]
     all_prompts, asking, counts, waiting = list(prompts), list[Request](), list[int](), 0
     for document in documents:
-        requests = asking_requests(settings, origin, document)
+        requests = question_requests(settings, origin, document)
         asking += requests
         if all(map(stored, requests)):
             replies = [store.response(request) for request in requests]
@@ -168,7 +168,7 @@ def _by_request(
             waiting += config.teacher.n if document.split == "train" else 1
     # Of a document that is not asked yet as many questions are expected as came of the others.
     to_come = waiting * (sum(counts) / len(counts) if counts else settings.per_document)
-    answers = unanswered(requests_of(config, origin, all_prompts, by_id), cap, to_come)
+    answers = unanswered(requests_of(config.teacher, origin, all_prompts, by_id), cap, to_come)
     return [answers, unanswered(asking, settings.max_new_tokens)]
 
 
@@ -240,7 +240,7 @@ def pilot(run: Run, count: int) -> str:
         with Ask(teacher, config.store_folder() / "responses", run) as ask:
             if settings:  # half of what is asked goes to the writing of questions
                 ordered = sorted(documents.values(), key=lambda document: digest(document.text))
-                pairs = [(d, asking_requests(settings, origin, d)) for d in ordered]
+                pairs = [(d, question_requests(settings, origin, d)) for d in ordered]
                 pairs = pairs[: max(1, count // 2 // max(1, len(pairs[0][1])))] if pairs else []
                 pairs = [(d, requests) for d, requests in pairs if len(requests) <= count]
                 first = [request for _, requests in pairs for request in requests]
@@ -248,7 +248,7 @@ def pilot(run: Run, count: int) -> str:
                 for document, requests in pairs:
                     replied = islice(replies, len(requests))
                     prompts += written_prompts(settings, document, replied)
-            requests = requests_of(config, origin, prompts, documents)
+            requests = requests_of(config.teacher, origin, prompts, documents)
             answered += len(ask.responses(choose_requests(requests, count - answered), "pilot"))
         say(f"pilot: {answered} answers in the store, {ask.count} of them asked for now")
 

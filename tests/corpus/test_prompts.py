@@ -15,9 +15,9 @@ from distill.corpus.prompts import (
     QUESTION_KINDS,
     distinct,
     prompts_for_questions,
-    prompts_from_questions,
     question_shares,
     read_questions,
+    written_prompts,
 )
 from distill.corpus.rows import interpret
 from distill.errors import DistillError, Exit
@@ -96,7 +96,7 @@ def test_a_task_of_ones_own_stays_with_the_run_and_keeps_its_checker(tmp_path: P
     task = find(found[0].task)
     assert task is not None and task.checker == {"kind": "regex", "pattern": "^yes"}
     assert find("summary") == load_task("summary") == find("summary") and find("nobody") is None
-    judge = filters.failed_checker(find)
+    judge = filters.unless_passed(find, "failed checker", of_form=False)
     said = {"request_key": "k", "sample": 0, "prompt_id": found[0].id, "model": "m", "stop": "end"}
     assert judge(found[0], Response(id="a", text="yes it is", **said)) is None
     assert judge(found[0], Response(id="b", text="no", **said)) == "failed checker"
@@ -294,8 +294,10 @@ def test_questions_that_nearly_repeat_are_left_out() -> None:
 @pytest.mark.parametrize("teacher", [True, False])
 @pytest.mark.parametrize("student", [True, False])
 def test_each_side_sees_the_passage_or_not(teacher: bool, student: bool) -> None:
+    said = {"request_key": "k", "sample": 0, "prompt_id": "p", "model": "m", "stop": "end"}
+    reply = Response(id="r", text="When does tin melt?", **said)
     views = Questions(answer_with_passage=teacher, student_sees_passage=student)
-    (prompt,) = prompts_from_questions(PASSAGE, ["When does tin melt?"], views)
+    (prompt,) = written_prompts(views, PASSAGE, [reply])
     assert ("232" in prompt.asked_of_teacher()[-1].content) is teacher
     assert ("232" in prompt.messages[-1].content) is student
     assert (prompt.teacher_messages is None) is (teacher == student)

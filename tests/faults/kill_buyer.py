@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 from distill.cli import main as distill_main  # noqa: E402
 from distill.config import EndpointTeacher  # noqa: E402
-from distill.generation.requests import requests_for  # noqa: E402
+from distill.generation.generate import requests_for  # noqa: E402
 from distill.pipeline import STAGES  # noqa: E402
 from distill.records import Document, Message, Prompt, Response  # noqa: E402
 from distill.responders.endpoint.budget import account  # noqa: E402
@@ -180,11 +180,13 @@ class Buying:
 
     def _questions(self) -> Iterator[tuple[str, str]]:
         """Yield every question with the id of its answer."""
-        config, origin = self.run.config, origin_of(self.run.config.teacher)
+        teacher = self.run.config.teacher
+        assert isinstance(teacher, EndpointTeacher)
+        origin = origin_of(teacher)
         documents = read_records(self.run.path("documents.jsonl"), Document)
         for prompt in read_records(self.run.path("prompts.jsonl"), Prompt):
             document = next(d for d in documents if d.id == prompt.document_id)
-            for request in requests_for(config, origin, prompt, document):
+            for request in requests_for(teacher, origin, prompt, document):
                 yield prompt.messages[-1].content, Response.make_id(request.key, request.sample)
 
     def go(self, count: int = -1, half: bool = False) -> bool:

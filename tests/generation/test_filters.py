@@ -37,7 +37,7 @@ def response(text: str, stop: Stop = "end", tokens: int = 5, sample: int = 0) ->
 
 def reason(text: str, of: Prompt | None = None, stop: Stop = "end", **settings: Any) -> str | None:
     """Return the first reason that the filters give."""
-    found = filters.chosen(Filters(**settings))
+    found = filters.active_filters(Filters(**settings))
     return next((why for f in found if (why := f(of or prompt(), response(text, stop)))), None)
 
 
@@ -118,7 +118,7 @@ def test_of_several_samples_all_that_pass_and_differ_stay() -> None:
     texts = ["it is 42", "it is 41", " it is 42", "6 * 7 = 42"]
     pairs = [Pair(prompt=number, response=response(t, sample=i)) for i, t in enumerate(texts)]
     dropped: list[filters.Dropped] = []
-    kept = filters.sift(pairs, "train", filters.chosen(Filters()), dropped)
+    kept = filters.sift(pairs, "train", filters.active_filters(Filters()), dropped)
     assert [pair.response.text for pair in kept] == ["it is 42", "6 * 7 = 42"]
     assert [row.reason for row in dropped] == ["failed checker", "same answer again"]
 

@@ -16,10 +16,9 @@ import pytest
 from distill.config import Config
 from distill.errors import DistillError, Exit
 from distill.generation import generate
-from distill.generation.requests import requests_for
+from distill.generation.generate import requests_for
 from distill.pipeline import STAGES
 from distill.records import Document, Message, Prompt, Response, Split, canonical
-from distill.responders.ask import Ask
 from distill.responders.canned import CannedResponder
 from distill.responders.local.local_model import LocalResponder
 from distill.responders.responder import Plan, Raw, Request, Sampling
@@ -232,23 +231,25 @@ def test_recorded_answers_become_responses(tmp_path: Path) -> None:
     assert str(run.ledger.entries()[-1].dollars) == "1.50"
 
 
-def test_the_teacher_writes_questions(tmp_path: Path) -> None:
+def test_the_teacher_writes_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, run = make_run(tmp_path, kind="canned", answers=str(tmp_path / "a.jsonl"))
-    config = Config.model_validate(
-        {**config.resolved(), "prompts": {"questions": {"kinds": ["factual"], "per_document": 2}}}
-    )
-    (tmp_path / "a.jsonl").write_text("")
-    documents = {d.id: d for d in read_records(run.path("documents.jsonl"), Document)}
+    questions = {"kinds": ["factual"], "per_document": 2}
+    config = Config.model_validate({**config.resolved(), "prompts": {"questions": questions}})
     replies = "1. What is the colour of the sky at noon?\n2. What colour is grass in the spring?"
     teacher = CannedResponder({}, default=replies)
-    with Ask(teacher, tmp_path / "store") as ask:
-        written = generate.write_questions(config, ask, list(documents.values()))
-    assert len(written) == 12
-    assert written[0].messages[-1].content == "What is the colour of the sky at noon?"
-    assert "text 0" in written[0].asked_of_teacher()[-1].content
-    assert documents[written[0].document_id].split == "train"
-    (request,) = requests_for(config, "o", written[0], documents[written[0].document_id])
-    assert request.messages == written[0].asked_of_teacher()
+    monkeypatch.setattr(generate, "make_responder", lambda *rest: teacher)
+    generate.main(config, run)
+    documents = {d.id: d for d in read_records(run.path("documents.jsonl"), Document)}
+    prompts = read_records(run.path("questions.jsonl"), Prompt)
+    first = prompts[0]
+    assert len(prompts) == 12
+    assert first.messages[-1].content == "What is the colour of the sky at noon?"
+    assert "text 0" in first.asked_of_teacher()[-1].content
+    assert documents[first.document_id].split == "train"
+    answers = read_records(run.path("responses.jsonl"), Response)
+    assert {prompt.id for prompt in prompts} <= {response.prompt_id for response in answers}
+    (request,) = requests_for(config.teacher, "o", first, documents[first.document_id])
+    assert request.messages == first.asked_of_teacher()
 
 
 SCRIPT = """
