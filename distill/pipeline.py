@@ -271,7 +271,7 @@ def require_soft_teacher(run: Run, redo: Sequence[Stage]) -> None:
     """
     from distill.responders.terms import require_terms
     from distill.training.soft_labels import answer_logprobs, prompt_logprobs
-    from distill.training.soft_labels.cache import open_teacher
+    from distill.training.soft_labels.labels import open_teacher
 
     config = run.config
     reading = ("signals" if config.captures else "train", "refine")

@@ -25,8 +25,7 @@ from distill.responders.terms import require_terms
 from distill.storage.files import sha256_file
 from distill.storage.progress import say
 from distill.storage.run_folder import Run
-from distill.training.adapters import WEIGHTS
-from distill.training.merge import merged_student
+from distill.training.adapters import WEIGHTS, merged_student
 from distill.training.student import answer_loss
 
 Given = dict[str, Response]  # answers by item id

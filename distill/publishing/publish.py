@@ -43,9 +43,8 @@ from distill.storage.files import (
 )
 from distill.storage.progress import say
 from distill.storage.run_folder import Run
-from distill.training.adapters import WEIGHTS
+from distill.training.adapters import WEIGHTS, merged_student
 from distill.training.encode import encode_pairs
-from distill.training.merge import merged_student
 
 ADAPTER = ("adapter_config.json", WEIGHTS, "base.json")
 MODEL = (  # at least

@@ -1,29 +1,40 @@
-"""LoRA adapters by PEFT: float32 masters, a working copy in the model's type in the forward pass, plain PEFT on disk.
+"""LoRA adapters by PEFT: float32 masters that are trained, plain PEFT files, and the merged model.
 
-A bf16 adapter loses its updates at small learning rates, so the weights that are trained stay float32 and only the
-products run in the model's type; gradients come back to float32.
+A bf16 adapter loses its updates at small learning rates, so the weights that are trained stay
+float32; only the products run in the model's type, and gradients come back to float32.
+
+The last stage that trains writes `merged/`: the adapter is added to the base once, in float32, and
+cast once to the type of the base's files. Evaluation loads that folder and publishing copies it, so
+what is measured is what is released. The folder appears complete or not at all; `source.json` says
+whose adapter it holds.
 """
 
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from distill.config import Student
 from distill.errors import DistillError, Exit
-from distill.storage.files import fsync_folder
-from distill.training.sharding import like, snapshot, whole
+from distill.models import loading, registry
+from distill.storage.files import disk_errors, fsync_folder, read_json, sha256_file, write_json
+from distill.storage.locks import alive
+from distill.storage.run_folder import Run
+from distill.training.sharding import full_tensor, like, snapshot
 
 ADAPTER = "default"
 WEIGHTS = "adapter_model.safetensors"
+SOURCE = "source.json"  # the one file of merged/ that is no part of the model
+OPTIMIZER_PARTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 def inject(
@@ -34,17 +45,16 @@ def inject(
     target_modules: str | tuple[str, ...],
     seed: int,
 ) -> PeftModel:
-    """Wrap `model` with a fresh adapter drawn from `seed`; raises DistillError (exit 7) where no module matches."""
+    """Wrap `model` with a fresh adapter drawn from `seed`.
+
+    Raises DistillError (exit 7) where no module matches, and for the embeddings or a head that is
+    one: merging would add to both what was learnt for one.
+    """
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     # PEFT's type is int, its use is not
     lora_alpha: Any = int(alpha) if alpha == int(alpha) else alpha
-    lora = LoraConfig(
-        r=r,
-        lora_alpha=lora_alpha,
-        lora_dropout=dropout,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-    )
+    shape = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": dropout}
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=targets, **shape)
     torch.manual_seed(seed)
     try:
         with warnings.catch_warnings():
@@ -56,34 +66,21 @@ def inject(
         what = str(error).splitlines()[0][:200]
         fix = "name modules of this model, such as q_proj, or all-linear"
         raise DistillError(Exit.TRAINING, "train.lora.target_modules", what, fix) from None
-    _refuse_embeddings(model, targets)
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = isinstance(head, LoraLayer) and head.weight is table.weight
+    if tied or isinstance(table, LoraLayer):
+        what = "the output head, which is this model's embedding too" if tied else "the embedding"
+        fix = "leave it out: an adapter of it cannot be merged"
+        where = "train.lora.target_modules"
+        raise DistillError(Exit.TRAINING, where, f"{targets} includes {what}", fix)
     for parameter in parameters(wrapped).values():
         parameter.data = parameter.data.float()
     return wrapped  # pyright: ignore[reportReturnType]
 
 
-def _refuse_embeddings(model: Any, targets: object) -> None:
-    """Stop where embeddings would be adapted, or a head that is one: merging would add to both what was learnt for one."""
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = isinstance(head, LoraLayer) and head.weight is table.weight
-    if tied or isinstance(table, LoraLayer):
-        what = "the output head, which is this model's embedding too" if tied else "the embedding"
-        raise DistillError(
-            *(Exit.TRAINING, "train.lora.target_modules", f"{targets} includes {what}"),
-            "leave it out: an adapter of it cannot be merged",
-        )
-
-
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return what is trained, by name, in a fixed order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """Yield the adapted modules with their names."""
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            yield name, module
 
 
 def factors(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter, float]:
@@ -94,14 +91,16 @@ def factors(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter, float]:
 
 def use_working_copies(model: nn.Module) -> None:
     """Let every adapted linear module compute in its input's type, from the float32 masters."""
-    for _, layer in layers(model):
-        layer.forward = _WorkingCopy(layer)  # pyright: ignore[reportAttributeAccessIssue]
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.forward = _WorkingCopy(module)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class _WorkingCopy:
     """The forward of an adapted linear module: base(x) + scale · B(A(dropout(x))).
 
-    The weights are looked up at each call: where they are sharded, others stand in their place between calls.
+    The weights are looked up at each call: where they are sharded, others stand in their place
+    between calls.
     """
 
     def __init__(self, layer: LoraLayer) -> None:
@@ -115,16 +114,15 @@ class _WorkingCopy:
 
 
 def check_gradients(model: nn.Module) -> None:
-    """Stop (exit 7) where an adapter is out of the loss's reach: after the first step every B has a gradient.
+    """Stop (exit 7) where the loss's gradient does not reach an adapter: after step 1, B has one.
 
     A's gradient is zero then, since B starts at zero.
     """
     for name, parameter in parameters(model).items():
         gradient = parameter.grad
-        if gradient is None or ("lora_B" in name and not whole(gradient).any()):
-            raise DistillError(
-                Exit.TRAINING, name, "got no gradient in the first step", "leave it out of targets"
-            )
+        if gradient is None or ("lora_B" in name and not full_tensor(gradient).any()):
+            what = "got no gradient in the first step"
+            raise DistillError(Exit.TRAINING, name, what, "leave it out of targets")
 
 
 def tensors(model: PeftModel) -> dict[str, Tensor]:
@@ -133,26 +131,53 @@ def tensors(model: PeftModel) -> dict[str, Tensor]:
     return {name: snapshot(value, torch.float32) for name, value in state.items()}
 
 
-def restore(model: PeftModel, wanted: Mapping[str, Tensor], where: object) -> None:
-    """Put saved weights into the adapter and check that they are there; raises DistillError (exit 7) where names differ."""
+def restore(model: PeftModel, saved: Mapping[str, Tensor], where: object) -> None:
+    """Put saved weights into the adapter and check them; DistillError (exit 7) for other names."""
     by_name = {name.replace(f".{ADAPTER}.", "."): p for name, p in parameters(model).items()}
-    if by_name.keys() != wanted.keys():
-        odd = sorted(by_name.keys() ^ wanted.keys())[0]
-        raise DistillError(
-            Exit.TRAINING, where, f"holds another adapter: {odd} differs", "--redo train"
-        )
+    if by_name.keys() != saved.keys():
+        what = f"holds another adapter: {min(by_name.keys() ^ saved.keys())} differs"
+        raise DistillError(Exit.TRAINING, where, what, "--redo train")
     for name, parameter in by_name.items():
-        parameter.data.copy_(like(wanted[name], parameter))
+        parameter.data.copy_(like(saved[name], parameter))
     current = tensors(model)
-    for name in wanted:
-        if not torch.equal(current[name], wanted[name]):
+    for name in saved:
+        if not torch.equal(current[name], saved[name]):
             raise DistillError(Exit.TRAINING, where, f"{name} was not restored", "--redo train")
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """Return a snapshot of AdamW's state as tensors named `PARAMETER.PART`, on the CPU."""
+    return {
+        f"{name}.{part}": snapshot(optimizer.state[p][part])
+        for name, p in named.items()
+        if p in optimizer.state
+        for part in OPTIMIZER_PARTS
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    named: Mapping[str, nn.Parameter],
+    saved: Mapping[str, Tensor],
+    where: object,
+) -> None:
+    """Put saved state into AdamW; raises DistillError (exit 7) where it has other parameters."""
+    expected = {f"{name}.{part}" for name in named for part in OPTIMIZER_PARTS}
+    if expected != saved.keys():
+        what = f"optimizer state differs: {min(expected ^ saved.keys())}"
+        raise DistillError(Exit.TRAINING, where, what, "--redo train")
+    for name, p in named.items():
+        state = {part: like(saved[f"{name}.{part}"], p) for part in OPTIMIZER_PARTS[:-1]}
+        step = saved[f"{name}.step"].to(p.device, copy=True)  # one number, never in shards
+        optimizer.state[p] = {**state, "step": step}
 
 
 def save_adapter(
     model: PeftModel, weights: Mapping[str, Tensor], folder: Path, base: str | None
 ) -> None:
-    """Write `weights` as a plain PEFT adapter whose config names `base`, replacing `folder` in one rename."""
+    """Write `weights` as a plain PEFT adapter of `base`, replacing `folder` in one rename."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -160,8 +185,7 @@ def save_adapter(
     settings.inference_mode, settings.base_model_name_or_path = True, base
     settings.save_pretrained(str(temporary))
     settings.inference_mode = False
-    path = temporary / WEIGHTS
-    save_file(dict(weights), path, metadata={"format": "pt"})
+    save_file(dict(weights), temporary / WEIGHTS, metadata={"format": "pt"})
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)
     fsync_folder(folder.parent)
@@ -171,3 +195,50 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file into memory of its own."""
     with safe_open(path, framework="pt") as file:  # pyright: ignore[reportGeneralTypeIssues]
         return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+
+
+def merged_student(student: Student, run: Run) -> Path:
+    """Return the folder of the run's merged student, made now for a run of an earlier distill."""
+    adapter, folder = run.trained("adapter"), run.trained("merged")
+    source = read_json(folder / SOURCE) if (folder / SOURCE).is_file() else {}
+    if source.get("adapter_sha256") != sha256_file(adapter / WEIGHTS):
+        write_merged(student, adapter, folder)
+    return folder
+
+
+def write_merged(student: Student, adapter: Path, folder: Path) -> None:
+    """Write the student with `adapter` as a model of its own, replacing `folder`.
+
+    Raises DistillError (exit 7) where the adapter belongs to another base or does not fit, 5 where
+    the disk is full.
+    """
+    registry.check_base(adapter, student.model, student.revision)
+    flags = {"allow_pickle": student.allow_pickle, "trust_remote_code": student.trust_remote_code}
+    model = loading.load_merged(student.model, adapter, student.revision, **flags)
+    folder_of_base = registry.fetch(student.model, student.revision, student.allow_pickle)
+    config = read_json(folder_of_base / "config.json")
+    model = model.to(getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32"))
+    model.config.name_or_path = ""  # else the folder of this machine is written into the config
+    vars(model.config).pop("_model_name_or_path", None)  # a GGUF's own title, not a model's id
+    tokenizer = loading.load_tokenizer(student.model, student.revision, student.trust_remote_code)
+    work = folder.with_name(f".{folder.name}.{os.getpid()}")
+    for old in folder.parent.glob(f".{folder.name}.*"):  # of processes that were killed
+        if old == work or not alive(int(old.suffix[1:])):
+            shutil.rmtree(old)
+    try:
+        with disk_errors(folder):
+            work.mkdir(parents=True)
+            model.save_pretrained(work, max_shard_size="100GB")
+            tokenizer.save_pretrained(work)
+            write_json(work / SOURCE, {"adapter_sha256": sha256_file(adapter / WEIGHTS)})
+            for path in work.iterdir():
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
+            shutil.rmtree(folder, ignore_errors=True)
+            work.replace(folder)
+            fsync_folder(folder.parent)
+    except SafetensorError as error:  # of a full disk too
+        what, fix = f"could not be written: {error}", "free space, then run again"
+        raise DistillError(Exit.STATE, folder, what, fix) from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

@@ -1,22 +1,30 @@
-"""The order of training: which samples make which step, decided before the first of them.
+"""The order of training: which samples make which step, micro-batch and row; learning rates.
 
-An epoch's order is a permutation drawn from (seed, epoch) alone. A step is about `tokens_per_step` real tokens of whole
-samples, whatever the number of processes; its samples are dealt into micro-batches, and those over the processes. So
-where a run stopped is one number, its step, and two processes take the same steps as one.
+All is decided before the first step. An epoch's order is a permutation drawn from (seed, epoch)
+alone. A step is about `tokens_per_step` tokens of complete samples, whatever the number of
+processes; its samples are dealt into micro-batches, and those over the processes. So where a run
+stopped is one number, its step, and two processes take the same steps as one.
+
+A row lays samples end to end without padding. Causal states depend on what came before and nothing
+else, so a prefix that samples share (the system prompt, a task's instructions) has the same states
+in each and is computed once. The row is then a forest: a segment attends to its ancestors and
+itself. Losses and gradients are those of the samples alone.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
-MICRO_BATCH_TOKENS = 2560  # holds a step of the default size, whose samples are whole
+MICRO_BATCH_TOKENS = 2560  # holds a step of the default size, whose samples are complete
+SHORTEST_PREFIX = 8  # tokens: a shorter prefix is not worth a segment of its own
 
 
 @dataclass(frozen=True)
 class OptimizerStep:
-    """One optimizer step: its epoch, how many samples of that epoch came before, and its samples."""
+    """One optimizer step: its epoch, how many samples of the epoch came before, and its samples."""
 
     epoch: int
     cursor: int
@@ -28,56 +36,67 @@ def order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(count)
 
 
-def epoch_steps(
-    lengths: np.ndarray, seed: int, epoch: int, tokens_per_step: int
-) -> list[OptimizerStep]:
-    """Cut an epoch into steps of nearly equal tokens, each about `tokens_per_step`; none is left over small."""
-    samples = order(len(lengths), seed, epoch)
-    middles = np.cumsum(lengths[samples]) - lengths[samples] / 2
-    total = int(lengths.sum())
-    count = max(1, round(total / tokens_per_step))
-    cuts = np.flatnonzero(np.diff((middles * count / total).astype(np.int64))) + 1
-    starts = [0, *cuts.tolist()]
-    parts = np.split(samples, cuts)
-    return [OptimizerStep(epoch, s, tuple(p.tolist())) for s, p in zip(starts, parts, strict=True)]
-
-
 def plan_steps(
     lengths: Sequence[int], seed: int, tokens_per_step: int, epochs: float, max_steps: int | None
 ) -> list[OptimizerStep]:
-    """Return all steps of a run; `max_steps`, where given, decides instead of `epochs`."""
-    array = np.asarray(lengths, dtype=np.int64)
-    steps: list[OptimizerStep] = []
+    """Return all steps of a run; `max_steps`, unless None, decides instead of `epochs`.
+
+    An epoch is cut into steps of nearly equal tokens, each about `tokens_per_step`, so that no
+    small one is left over.
+    """
+    lengths_N, steps = np.asarray(lengths, dtype=np.int64), list[OptimizerStep]()
+    total = int(lengths_N.sum())
+    count = max(1, round(total / tokens_per_step))
     for epoch in range(math.ceil(epochs) if max_steps is None else max_steps):
-        fresh = epoch_steps(array, seed, epoch, tokens_per_step)
-        share = 1.0 if max_steps else min(1.0, epochs - epoch)
-        steps += fresh[: max(1, round(share * len(fresh)))]
+        samples = order(len(lengths_N), seed, epoch)
+        middles = np.cumsum(lengths_N[samples]) - lengths_N[samples] / 2
+        cuts = np.flatnonzero(np.diff((middles * count / total).astype(np.int64))) + 1
+        parts = zip([0, *cuts.tolist()], np.split(samples, cuts), strict=True)
+        fresh = [OptimizerStep(epoch, start, tuple(part.tolist())) for start, part in parts]
+        fraction = 1.0 if max_steps else min(1.0, epochs - epoch)
+        steps += fresh[: max(1, round(fraction * len(fresh)))]
         if max_steps and len(steps) >= max_steps:
             return steps[:max_steps]
     return steps
 
 
-def micro_batches(samples: Sequence[int], lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """Deal samples into the fewest micro-batches of at most about `limit` tokens, evenly filled, longest first.
+def learning_rate(step: int, total: int, peak: float, kind: str, warmup_steps: float) -> float:
+    """Return the rate of a step (from 0) of `total`: linear warm-up to `peak`, then `kind` to zero.
 
-    A sample longer than `limit` has one of its own. The result does not depend on the number of processes.
+    `warmup_steps` below 1 is a fraction of all steps. The first step of a warm-up is not zero, and
+    the last step of a decay is not quite zero: no step is wasted.
+    """
+    warmup = round(warmup_steps * total) if warmup_steps < 1 else int(warmup_steps)
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, total - warmup)
+    if kind == "constant":
+        return peak
+    return peak * (1 - progress if kind == "linear" else (1 + math.cos(math.pi * progress)) / 2)
+
+
+def micro_batches(samples: Sequence[int], lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Deal samples into the fewest micro-batches of about `limit` tokens, evenly, longest first.
+
+    A sample longer than `limit` has one of its own. The result does not depend on the number of
+    processes.
     """
     count = max(1, math.ceil(sum(lengths[i] for i in samples) / limit))
     longest_first = sorted(samples, key=lambda i: (-lengths[i], i))
     while True:
         bins: list[list[int]] = [[] for _ in range(count)]
-        filled = [0] * count
+        tokens = [0] * count
         for sample in longest_first:
-            place = filled.index(min(filled))
-            bins[place].append(sample)
-            filled[place] += lengths[sample]
-        if all(f <= limit or len(b) == 1 for f, b in zip(filled, bins, strict=True)):
+            emptiest = tokens.index(min(tokens))
+            bins[emptiest].append(sample)
+            tokens[emptiest] += lengths[sample]
+        if all(n <= limit or len(b) == 1 for n, b in zip(tokens, bins, strict=True)):
             return [b for b in bins if b]
         count += 1
 
 
 def padded_batches(samples: Sequence[int], lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """Deal samples into batches of similar length whose padded size is at most `limit` tokens, longest first."""
+    """Deal samples into batches of similar lengths, of at most `limit` tokens with padding."""
     batches: list[list[int]] = []
     for sample in sorted(samples, key=lambda i: (-lengths[i], i)):
         batch = batches[-1] if batches else []
@@ -88,7 +107,68 @@ def padded_batches(samples: Sequence[int], lengths: Sequence[int], limit: int) -
 
 
 def share(batches: Sequence[list[int]], rank: int, world: int) -> list[list[int]]:
-    """Return the micro-batches of one process; every process has the same number, some of them empty."""
-    rounds = math.ceil(len(batches) / world)
+    """Return the micro-batches of one process; all have the same number, some of them empty."""
     mine = list(batches[rank::world])
-    return mine + [[]] * (rounds - len(mine))
+    return mine + [[]] * (math.ceil(len(batches) / world) - len(mine))
+
+
+class Segment(NamedTuple):
+    """Indices [start, end) of a row, and the ranges of its ancestors, which it attends to too."""
+
+    start: int
+    end: int
+    before: tuple[tuple[int, int], ...] = ()
+
+    def position(self) -> int:
+        """Return the position of the segment's first token in its samples."""
+        return sum(end - start for start, end in self.before)
+
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """Return the ranges of the row that the segment attends to."""
+        return (*self.before, (self.start, self.end))
+
+
+@dataclass
+class PackedRow:
+    """Token ids, the segments that they form, and each sample's indices in the row."""
+
+    ids: list[int] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+    indices: dict[int, list[int]] = field(default_factory=dict)
+
+    def add(self, ids: Sequence[int], before: tuple[tuple[int, int], ...]) -> Segment:
+        """Append a segment."""
+        self.segments.append(Segment(len(self.ids), len(self.ids) + len(ids), before))
+        self.ids += ids
+        return self.segments[-1]
+
+
+def pack(samples: Sequence[Sequence[int]], prompts: Sequence[int], sharing: bool) -> PackedRow:
+    """Lay samples out in a row; `sharing` merges prefixes within the `prompts[i]` first tokens."""
+    row = PackedRow()
+
+    def grow(group: list[int], before: tuple[tuple[int, int], ...]) -> None:
+        """Add what is left of the samples of a group, which share the ranges `before`."""
+        depth, first = sum(end - start for start, end in before), group[0]
+        if len(group) == 1:
+            ranges = row.add(samples[first][depth:], before).ranges()
+            row.indices[first] = [i for start, end in ranges for i in range(start, end)]
+            return
+        prefixes = [tuple(samples[i][: prompts[i]]) for i in group]
+        one, other = min(prefixes), max(prefixes)  # in lexical order: the two that differ most
+        pairs = enumerate(zip(one, other, strict=False))
+        common = next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
+        if common - depth >= SHORTEST_PREFIX:
+            before = row.add(samples[first][depth:common], before).ranges()
+        # By the token after the prefix; a sample whose prompt ends there is a part of its own.
+        parts: dict[tuple[int, int], list[int]] = {}
+        for i in group:
+            key = (1, i) if prompts[i] <= common else (0, samples[i][common])
+            parts.setdefault(key, []).append(i)
+        for part in parts.values():
+            grow(part, before)
+
+    everything = list(range(len(samples)))
+    for group in [everything] if sharing else [[i] for i in everything]:
+        grow(group, ())
+    return row

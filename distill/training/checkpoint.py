@@ -1,9 +1,10 @@
 """Checkpoints that survive a kill, a full disk and damage, and say so when one does not.
 
-A checkpoint is a folder: safetensors (no pickle anywhere), `state.json`, and last `manifest.json` with the SHA-256 of
-each file. It is written under a temporary name, synced, renamed, read back and compared; only then are old ones
-removed, and never fewer than two kept. Loading checks every byte before it is used: a damaged checkpoint is passed
-over loudly for the one before, and where none is whole the run stops rather than begin anew.
+A checkpoint is a folder: safetensors (no pickle anywhere), `state.json`, and last `manifest.json`
+with the SHA-256 of each file. It is written under a temporary name, synced, renamed, read back and
+compared; only then are old ones removed, and never fewer than two kept. Loading checks every byte
+before it is used: a damaged checkpoint is passed over loudly for the one before, and where none is
+intact the run stops rather than begin anew.
 """
 
 import json
@@ -25,11 +26,12 @@ from distill.training.adapters import read_tensors
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+FOLDERS = "step-[0-9]*"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint: its folder, and the facts of its manifest."""
+    """An intact checkpoint: its folder, and the facts of its manifest."""
 
     folder: Path
     facts: dict[str, Any]
@@ -52,16 +54,28 @@ def save(
     facts: Mapping[str, Any],
     keep: int,
 ) -> Checkpoint:
-    """Write the checkpoint of `step`, verify it, then keep the newest `keep`; raises DistillError (exit 7)."""
-    temporary = parent / f".step-{step:08d}.{os.getpid()}"
-    target = parent / f"step-{step:08d}"
+    """Write and verify a checkpoint, and keep the newest `keep`; raises DistillError (exit 7)."""
+
+    def sync(path: Path) -> None:
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+    temporary, target = parent / f".step-{step:08d}.{os.getpid()}", parent / f"step-{step:08d}"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         for name, group in tensors.items():
             save_file(dict(group), temporary / f"{name}.safetensors")
-        _write(temporary / "state.json", dict(state))
-        _seal(temporary, {**facts, "step": step})
+        (temporary / "state.json").write_text(json.dumps(dict(state), allow_nan=False))
+        paths = sorted(temporary.iterdir())
+        for path in paths:
+            sync(path)
+        files = {path.name: sha256_file(path) for path in paths}
+        body = {"format": FORMAT, "files": files, **facts, "step": step}
+        manifest = json.dumps({**body, "checksum": digest(body)}, allow_nan=False)
+        (temporary / MANIFEST).write_text(manifest)
+        sync(temporary / MANIFEST)
+        fsync_folder(temporary)
         shutil.rmtree(target, ignore_errors=True)
         temporary.replace(target)
         fsync_folder(parent)
@@ -73,30 +87,13 @@ def save(
     saved = read(target)
     if isinstance(saved, str):
         raise DistillError(Exit.TRAINING, target, saved, "check the disk; older ones are kept")
-    for old in _folders(parent)[: -max(2, keep)]:
+    for old in sorted(parent.glob(FOLDERS))[: -max(2, keep)]:
         shutil.rmtree(old)
     return saved
 
 
-def _write(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, allow_nan=False), encoding="utf-8")
-
-
-def _seal(folder: Path, facts: dict[str, Any]) -> None:
-    """Sync every file, then write the manifest over them, checksummed itself."""
-    for path in folder.iterdir():
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-    files = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
-    body = {"format": FORMAT, "files": files, **facts}
-    _write(folder / MANIFEST, {**body, "checksum": digest(body)})
-    with (folder / MANIFEST).open("rb+") as file:
-        os.fsync(file.fileno())
-    fsync_folder(folder)
-
-
 def read(folder: Path) -> Checkpoint | str:
-    """Return the checkpoint in `folder` with every file verified, or in words what is wrong with it."""
+    """Return the checkpoint in `folder` with every file verified, or what is wrong with it."""
     try:
         body = json.loads((folder / MANIFEST).read_bytes())
         checksum = body.pop("checksum")
@@ -115,18 +112,18 @@ def read(folder: Path) -> Checkpoint | str:
 
 
 def latest(parent: Path) -> Checkpoint | None:
-    """Return the newest whole checkpoint, or None where none was ever saved.
+    """Return the newest intact checkpoint, or None where none was ever saved.
 
     Raises DistillError (exit 7) where there are checkpoints and all are damaged.
     """
-    folders = _folders(parent)
+    folders = sorted(parent.glob(FOLDERS))
     for folder in reversed(folders):
         checkpoint = read(folder)
         if isinstance(checkpoint, Checkpoint):
             return checkpoint
         say(f"WARNING: {folder}: {checkpoint}; falling back to the checkpoint before it")
     if folders:
-        what = f"none of {len(folders)} checkpoints is whole"
+        what = f"none of {len(folders)} checkpoints is intact"
         raise DistillError(Exit.TRAINING, parent, what, "--redo train starts again from step 0")
     return None
 
@@ -135,7 +132,3 @@ def sweep(parent: Path) -> None:
     """Remove what a killed save left behind."""
     for folder in parent.glob(".step-*"):
         shutil.rmtree(folder)
-
-
-def _folders(parent: Path) -> list[Path]:
-    return sorted(parent.glob("step-[0-9]*"))

@@ -1,12 +1,13 @@
-"""Losses as pure functions that return (sum, count); the division happens once, over the whole step.
+"""Losses as pure functions that return (sum, count); the division happens once, over the full step.
 
-The head is applied at supervised positions only, a block of them at a time, so the logits of a batch never exist;
-logits are in the model's type, what follows is float32, a strip of a block at a time. Gradients are made on the way
-forward: of the hidden states, and of the head where it is trained or adapted; a frozen head costs nothing. An adapted
-head is two matrices side by side, W and the scaled B, for hidden states with their images under A beside them.
+The head is applied at supervised positions only, a block of them at a time, so the logits of a
+batch never exist; logits are in the model's type, what follows is float32, a strip of a block at a
+time. Gradients are made in the forward pass: of the hidden states, and of the head where it is
+trained or adapted; a frozen head costs nothing. An adapted head is two matrices side by side, W and
+the scaled B, for hidden states with their images under A beside them.
 
-Shape suffixes: S supervised positions, R those of a block or strip, D hidden size, E the columns of all matrices of a
-head, V vocabulary, P parts of a loss.
+Shape suffixes: S supervised positions, R those of a block or strip, D hidden size, E the columns of
+all matrices of a head, V vocabulary, P parts of a loss.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,21 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Bytes of logits at a time: the head is read twice a block, which is dear where a block has few rows.
+# Bytes of logits at a time: the head is read twice a block, which is dear for blocks of few rows.
 CPU_BLOCK, GPU_BLOCK = 64 * 2**20, 256 * 2**20
 STRIP_BYTES = 4 * 2**20  # of float32 logits at a time: small enough to stay in a CPU's cache
 
-# Given positions of the block (a slice of its rows) and their logits (R, V), returns the values (P, R) of a loss's parts
-# and turns the logits into the slope of the loss.
+# Of positions of the block (a slice of its rows) and their logits (R, V), returns the values (P, R)
+# of a loss's parts, and overwrites the logits with the loss's gradient by them.
 Measure = Callable[[slice, Tensor], Tensor]
-Criterion = Callable[[slice], Measure]  # given a block of positions
-Head = (
-    Tensor | tuple[Tensor, ...]
-)  # (V, D), or several side by side for as many columns of the hidden states (S, E)
+Criterion = Callable[[slice], Measure]  # of a block of positions
+Head = Tensor | tuple[Tensor, ...]  # (V, D), or several side by side for hidden states (S, E)
 
 
 class _AtHead(torch.autograd.Function):
-    """A criterion's weighted sums over all positions, block by block, with the gradients beside them."""
+    """A criterion's weighted sums over all positions, block by block, and their gradients."""
 
     @staticmethod
     def forward(
@@ -52,9 +51,7 @@ class _AtHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [
-            None if gradient is None else gradient * upstream[0] for gradient in ctx.saved_tensors
-        ]
+        scaled = [None if grad is None else grad * upstream[0] for grad in ctx.saved_tensors]
         return None, None, None, None, *scaled
 
 
@@ -63,26 +60,24 @@ def _measure_block(
     block: slice,
     inputs: Sequence[Any],
     weights_R: Tensor,
-    made: Sequence[Tensor | None],
+    gradients: Sequence[Tensor | None],
 ) -> Tensor:
-    """Return the sums (P,) of a block, and add its gradients to those of the hidden states, bias and matrices.
+    """Return the sums (P,) of a block, and add its gradients to those of states, bias and matrices.
 
     The logits end with this function: the next block's take their place in memory.
     """
-    hidden_SE, bias_V, *heads = inputs
-    gradient_SE, gradient_V, *gradients = made
+    (hidden_SE, bias_V, *heads), (grad_SE, grad_V, *grads_VD) = inputs, gradients
     logits_RV = apply_head(hidden_SE[block], tuple(heads), bias_V)
     measure = criterion(block)
     sums = [measure(strip, logits_RV[strip]) @ weights_R[strip] for strip in _strips(logits_RV)]
-    slope_RV, heavy_R = logits_RV, weights_R.to(logits_RV.dtype)
-    for columns, head_VD, gradient_VD in zip(_columns(heads), heads, gradients, strict=True):
-        if gradient_SE is not None:
-            out = gradient_SE[block, columns]
-            torch.mm(slope_RV, head_VD, out=out).mul_(weights_R[:, None])
-        if gradient_VD is not None:
-            gradient_VD.addmm_(slope_RV.t(), hidden_SE[block, columns] * heavy_R[:, None])
-    if gradient_V is not None:
-        gradient_V += heavy_R @ slope_RV
+    grad_RV, heavy_R = logits_RV, weights_R.to(logits_RV.dtype)
+    for columns, head_VD, grad_VD in zip(_columns(heads), heads, grads_VD, strict=True):
+        if grad_SE is not None:
+            torch.mm(grad_RV, head_VD, out=grad_SE[block, columns]).mul_(weights_R[:, None])
+        if grad_VD is not None:
+            grad_VD.addmm_(grad_RV.t(), hidden_SE[block, columns] * heavy_R[:, None])
+    if grad_V is not None:
+        grad_V += heavy_R @ grad_RV
     return torch.stack(sums).sum(0)
 
 
@@ -103,7 +98,7 @@ def apply_head(hidden_SE: Tensor, head: Head, bias_V: Tensor | None = None) -> T
 
 
 def _strips(logits_RV: Tensor) -> Iterator[slice]:
-    """Cut a block into strips whose float32 logits fit a cache; a GPU takes it whole."""
+    """Cut a block into strips whose float32 logits fit a cache; a GPU takes all at once."""
     count, width = logits_RV.shape
     size = max(1, STRIP_BYTES // (4 * width)) if logits_RV.device.type == "cpu" else count
     return (slice(start, start + size) for start in range(0, count, size))
@@ -118,16 +113,16 @@ def apply_at_head(
     bias_V: Tensor | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a criterion's weighted sum, the sum of weights, and the sums of its parts (P,), before they are mixed.
+    """Return a criterion's weighted sum, the sum of weights, and its parts' unmixed sums (P,).
 
-    The slopes that the criterion makes are those of the mixed loss. `chunk` is the number of positions in a block.
+    The gradients that the criterion makes are those of the mixed loss. `chunk` is the number of
+    positions in a block.
     """
     weights_S = weights_S.float()
-    mix_P = weights_S.new_tensor(mix)
     heads = (head,) if isinstance(head, Tensor) else head
-    rows = chunk or _block_rows(heads[0])
     total, parts_P = _AtHead.apply(  # pyright: ignore[reportGeneralTypeIssues]
-        weights_S, criterion, mix_P, rows, hidden_SE, bias_V, *heads
+        *(weights_S, criterion, weights_S.new_tensor(mix), chunk or _block_rows(heads[0])),
+        *(hidden_SE, bias_V, *heads),
     )
     return total, weights_S.sum(), parts_P
 
@@ -140,7 +135,7 @@ def _block_rows(head_VD: Tensor) -> int:
 def normalise(logits_RV: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Return softmax(z / T) (R, V) and log sum exp(z / T) (R, 1), both float32.
 
-    The sum is read off the likeliest entry: a CPU's softmax takes less than its exp or logsumexp does.
+    The sum is read off the argmax: a CPU's softmax takes less than its exp or logsumexp does.
     """
     z_RV = logits_RV.float() if temperature == 1 else logits_RV.float() / temperature
     probs_RV = torch.softmax(z_RV, -1)
@@ -148,11 +143,11 @@ def normalise(logits_RV: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tens
 
 
 def score_tokens(logits_RV: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Return -log p(target) in nats (R,) and its slope by the logits (R, V), both float32."""
-    slope_RV, sums_R1 = normalise(logits_RV)
-    values = (sums_R1 - logits_RV.gather(1, targets_R[:, None])).squeeze(1)
-    slope_RV[torch.arange(len(slope_RV), device=slope_RV.device), targets_R] -= 1
-    return values, slope_RV
+    """Return -log p(target) in nats (R,) and its gradient by the logits (R, V), both float32."""
+    grad_RV, sums_R1 = normalise(logits_RV)
+    values_R = (sums_R1 - logits_RV.gather(1, targets_R[:, None])).squeeze(1)
+    grad_RV[torch.arange(len(grad_RV), device=grad_RV.device), targets_R] -= 1
+    return values_R, grad_RV
 
 
 def cross_entropy(
@@ -163,7 +158,7 @@ def cross_entropy(
     bias_V: Tensor | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the weighted sum of -log p(target) in nats, and the sum of weights, both float32 scalars.
+    """Return the weighted sum of -log p(target) in nats, and the sum of weights, float32 scalars.
 
     `chunk` is the number of positions at a time; no position at all gives (0, 0).
     """
@@ -172,9 +167,9 @@ def cross_entropy(
         targets_R = targets_S[block]
 
         def measure(strip: slice, logits_RV: Tensor) -> Tensor:
-            values, slope = score_tokens(logits_RV, targets_R[strip])
-            logits_RV.copy_(slope)
-            return values[None]
+            values_R, grad_RV = score_tokens(logits_RV, targets_R[strip])
+            logits_RV.copy_(grad_RV)
+            return values_R[None]
 
         return measure
 
@@ -182,15 +177,15 @@ def cross_entropy(
 
 
 @torch.no_grad()
-def read_targets(
-    hidden_SD: Tensor, head_VD: Tensor, targets_S: Tensor, bias_V: Tensor | None = None
+def evaluate_targets(
+    hidden_SE: Tensor, head_VE: Tensor, targets_S: Tensor, bias_V: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return -log p(target) in nats (S,) and whether the target is the likeliest token (S,), a block at a time."""
-    rows = _block_rows(head_VD)
-    losses, hits = [hidden_SD.new_zeros(0, dtype=torch.float32)], [targets_S.new_zeros(0).bool()]
+    """Return -log p(target) in nats (S,) and whether the target is the argmax (S,)."""
+    rows = _block_rows(head_VE)
+    losses, hits = [hidden_SE.new_zeros(0, dtype=torch.float32)], [targets_S.new_zeros(0).bool()]
     for start in range(0, len(targets_S), rows):
         targets_R = targets_S[start : start + rows]
-        logits_RV = torch.nn.functional.linear(hidden_SD[start : start + rows], head_VD, bias_V)
+        logits_RV = apply_head(hidden_SE[start : start + rows], head_VE, bias_V)
         hits.append(logits_RV.argmax(-1) == targets_R)
         for strip in _strips(logits_RV):
             _, sums_R1 = normalise(logits_RV[strip])

@@ -1,13 +1,14 @@
-"""What a training run is made of, before any process meets another: model, examples, and the plan of its steps."""
+"""What a training run is made of, before any process meets another: model, examples and steps."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 
-from distill.config import Config
+from distill.config import Config, Student, Train
 from distill.errors import DistillError, Exit
 from distill.models import loading, registry
 from distill.models.chat_template import template_hash
@@ -25,11 +26,10 @@ from distill.training.batches import (
     plan_steps,
 )
 from distill.training.encode import encode_pairs
-from distill.training.soft_labels.labels import load_labels
-from distill.training.soft_labels.live_teacher import load_live
+from distill.training.soft_labels.labels import load_labels, load_live
 from distill.training.student import StudentModel, make_student
 
-UNSEEN = ("logging_steps", "save_steps", "save_total_limit", "report_to", "num_processes")
+UNPINNED = ("logging_steps", "save_steps", "save_total_limit", "report_to", "num_processes")
 
 
 @dataclass
@@ -37,117 +37,86 @@ class Parts:
     """The parts of a run; `model` is the adapted model inside `student`."""
 
     tokenizer: Any
-    model: Any
+    model: PeftModel
     student: StudentModel
     examples: list[Example]
     validation: list[Example]
     plan: list[OptimizerStep]
     facts: dict[str, Any]
     limit: int
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
     def batches(
         self, examples: Sequence[Example], samples: Sequence[int] | None = None
     ) -> list[list[int]]:
-        """Deal samples (all, where none are named) into micro-batches of the run's size."""
+        """Deal samples (None: all) into micro-batches of the run's size."""
         lengths = [len(e.input_ids) for e in examples]
         deal = micro_batches if self.student.packing else padded_batches
         return deal(range(len(lengths)) if samples is None else samples, lengths, self.limit)
 
 
 def prepare(config: Config, run: Run, start: Path | None = None) -> Parts:
-    """Load the student with the adapter in `start` or a fresh one, encode the dataset and plan the steps.
+    """Load the student with the adapter in `start` or a fresh one, encode the data, plan the steps.
 
     Raises DistillError (exit 7) where that cannot be.
     """
-    tokenizer = loading.load_tokenizer(
-        config.student.model, config.student.revision, config.student.trust_remote_code
+    base, settings = config.student, config.train
+    tokenizer = loading.load_tokenizer(base.model, base.revision, base.trust_remote_code)
+    model = load_adapted(base, settings, config.train_seed)
+    max_length = min(settings.max_length, loading.context_length(model.config))
+    examples, validation = (
+        encode_split(tokenizer, run, split, config.template_date, max_length)
+        for split in ("train", "validation")
     )
-    model, settings = load_adapted(config), config.train
-    limit = min(settings.max_length, loading.context_length(model.config))
-    examples = encode_split(tokenizer, config, run, "train", limit)
-    validation = encode_split(tokenizer, config, run, "validation", limit)
-    student, notes = make_student(model, settings.packing, fused=not sharding.asked())
-    pinned = facts(config, tokenizer, model, examples, validation)
+    student, notes = make_student(model, settings.packing, fused=not sharding.enabled())
+    facts = pinned_facts(config, tokenizer, model, examples, validation)
     if settings.loss.soft:
-        both, live = [*examples, *validation], settings.loss.teacher == "live"
-        rows = len(student.head()[0])
-        student.labels = (
-            load_live(config, run, both) if live else load_labels(config, run, both, rows)
-        )
-        pinned["signals"] = student.labels.digest
-        pinned |= registry.folder_facts("teacher", config.soft_teacher().model) if live else {}
+        both = [*examples, *validation]
+        if settings.loss.teacher == "live":
+            student.labels = load_live(config, run, both)
+            facts |= registry.folder_facts("teacher", config.soft_teacher().model)
+        else:
+            student.labels = load_labels(config, run, both, len(student.head()[0]))
+        facts["signals"] = student.labels.digest
     if start:
-        pinned["start"] = restore_from(model, start)
-    plan = plan_steps(
-        [len(e.input_ids) for e in examples],
-        config.train_seed,
-        settings.tokens_per_step,
-        settings.num_train_epochs,
-        settings.max_steps,
-    )
-    return Parts(
-        tokenizer,
-        model,
-        student,
-        examples,
-        validation,
-        plan,
-        pinned,
-        settings.micro_batch_tokens or MICRO_BATCH_TOKENS,
-        notes,
-    )
+        path = start / adapters.WEIGHTS
+        adapters.restore(model, adapters.read_tensors(path), path)
+        facts["start"] = sha256_file(path)
+    lengths = [len(e.input_ids) for e in examples]
+    amount = (settings.tokens_per_step, settings.num_train_epochs, settings.max_steps)
+    plan = plan_steps(lengths, config.train_seed, *amount)
+    limit = settings.micro_batch_tokens or MICRO_BATCH_TOKENS
+    return Parts(tokenizer, model, student, examples, validation, plan, facts, limit, notes)
 
 
-def load_adapted(config: Config) -> Any:
-    """Load the student and wrap it with a fresh adapter, drawn from the run's seed."""
-    student, settings = config.student, config.train
-    model = loading.load_model(
-        student.model,
-        dtype_name(config),
-        student.revision,
-        student.allow_pickle,
-        student.trust_remote_code,
-        student.load_in_4bit,
-    )
-    lora = settings.lora
-    wrapped = adapters.inject(
-        model, lora.r, lora.alpha, lora.dropout, lora.target_modules, config.train_seed
-    )
+def load_adapted(student: Student, train: Train, seed: int) -> PeftModel:
+    """Load the student and wrap it with a fresh adapter drawn from `seed`."""
+    dtype = "bfloat16" if train.bf16 else "float32"
+    if train.bf16 == "auto":
+        dtype = student.dtype
+    elif train.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        what, fix = "this GPU has no bfloat16", "set train.bf16: false"
+        raise DistillError(Exit.TRAINING, "train.bf16", what, fix)
+    flags = (student.allow_pickle, student.trust_remote_code, student.load_in_4bit)
+    model = loading.load_model(student.model, dtype, student.revision, *flags)
+    lora = train.lora
+    wrapped = adapters.inject(model, lora.r, lora.alpha, lora.dropout, lora.target_modules, seed)
     adapters.use_working_copies(wrapped)
-    if settings.gradient_checkpointing:
+    if train.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return wrapped.train()
 
 
-def restore_from(model: Any, folder: Path) -> str:
-    """Put a saved adapter into the model; returns the hash of its file."""
-    path = folder / adapters.WEIGHTS
-    adapters.restore(model, adapters.read_tensors(path), path)
-    return sha256_file(path)
-
-
-def dtype_name(config: Config) -> str:
-    """Return the type that the model computes in, by `train.bf16` and `student.dtype`."""
-    if config.train.bf16 == "auto":
-        return config.student.dtype
-    if config.train.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
-        raise DistillError(
-            Exit.TRAINING, "train.bf16", "this GPU has no bfloat16", "set train.bf16: false"
-        )
-    return "bfloat16" if config.train.bf16 else "float32"
-
-
-def encode_split(tokenizer: Any, config: Config, run: Run, split: str, limit: int) -> list[Example]:
+def encode_split(tokenizer: Any, run: Run, split: str, date: str, limit: int) -> list[Example]:
     """Encode a split of the run's dataset; validation may be empty, training may not."""
     path = run.path(f"dataset/{split}.jsonl")
     pairs = read_records(path, Pair) if path.exists() else []
     if not pairs and split == "validation":
         return []
-    return encode_pairs(tokenizer, pairs, config.template_date, limit, path)
+    return encode_pairs(tokenizer, pairs, date, limit, path)
 
 
-def facts(
+def pinned_facts(
     config: Config,
     tokenizer: Any,
     model: Any,
@@ -159,7 +128,7 @@ def facts(
     return flatten(
         {
             "student": resolved["student"],
-            "train": {k: v for k, v in resolved["train"].items() if k not in UNSEEN},
+            "train": {k: v for k, v in resolved["train"].items() if k not in UNPINNED},
             "seed": config.train_seed,
             "template_date": config.template_date,
             "data": digest([[e.id for e in examples], [e.id for e in validation]]),

@@ -1,8 +1,10 @@
-"""A student in shards (FSDP2): each process keeps its part of every weight, and gathers a layer only while it computes.
+"""Where tensors live: in shards of several processes (FSDP2), on the host, on the device.
 
-`accelerate launch` asks for it, by configs/accelerate/fsdp2.yaml. The layers are sharded here, by torch's `fully_shard`,
-and not by accelerate, which would quietly leave them whole on a CPU: so what two CPU processes are tested with is what
-GPUs run. What leaves the model (checkpoints, adapters, norms) is whole again, and every process takes part in that.
+With configs/accelerate/fsdp2.yaml each process holds its part of every weight and gathers a layer
+only while it computes. The layers are sharded here, by torch's `fully_shard`, not by accelerate,
+which would silently leave them unsharded on a CPU: so what two CPU processes are tested with is
+what GPUs run. What leaves the model (checkpoints, adapters, norms) is gathered, and every process
+takes part in that.
 """
 
 import os
@@ -23,8 +25,8 @@ from distill.errors import DistillError, Exit
 REFUSED = ("OFFLOAD_PARAMS", "CPU_RAM_EFFICIENT_LOADING", "ACTIVATION_CHECKPOINTING")
 
 
-def asked() -> bool:
-    """Tell whether the launcher asks for shards; raises DistillError (exit 7) where it asks for what is not done here."""
+def enabled() -> bool:
+    """Tell whether the launcher requests shards; raises DistillError (exit 7) for others."""
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return False
     refused = [f"fsdp_{name.lower()}" for name in REFUSED if parse_flag_from_env(f"FSDP_{name}")]
@@ -37,8 +39,8 @@ def asked() -> bool:
 
 
 def wrap(accelerator: Accelerator, student: nn.Module) -> Any:
-    """Return the student ready for several processes: in shards where that is asked, else as accelerate prepares it."""
-    if not asked():
+    """Return the student ready for several processes: in shards, or as accelerate prepares it."""
+    if not enabled():
         return accelerator.prepare(student)
     if any(not p.is_floating_point() for p in student.parameters()):
         fix = "load_in_4bit: false, or configs/accelerate/ddp.yaml"
@@ -54,7 +56,7 @@ def wrap(accelerator: Accelerator, student: nn.Module) -> Any:
 
 @contextmanager
 def no_sync(accelerator: Accelerator, student: Any) -> Iterator[None]:
-    """Keep gradients to this process inside the block: a later pass of the step brings them together."""
+    """Keep gradients local inside the block: a later backward of the step brings them together."""
     if not isinstance(student, FSDPModule):
         with accelerator.no_sync(student):
             yield
@@ -64,25 +66,35 @@ def no_sync(accelerator: Accelerator, student: Any) -> Iterator[None]:
     student.set_requires_gradient_sync(True)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Return a tensor, gathered where processes hold shards of it; each of them must call."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def snapshot(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return a copy of a tensor, whole, contiguous and on the CPU, which no later step changes; each process must call.
+    """Return a full, contiguous copy on the CPU that no later step changes; each process must call.
 
-    `cpu`, `float` and `contiguous` return the tensor itself where it is that already, and so for float32 on a CPU.
+    `cpu`, `float` and `contiguous` return the tensor itself where it already is that: float32 on a
+    CPU.
     """
     layout = torch.contiguous_format
-    return whole(tensor).detach().to("cpu", dtype, copy=True, memory_format=layout)
+    return full_tensor(tensor).detach().to("cpu", dtype, copy=True, memory_format=layout)
 
 
 def like(value: Tensor, parameter: Tensor) -> Tensor:
-    """Return a copy of a whole tensor where and as `parameter` is: on its device, of shards this process's alone."""
-    value = value.to(
-        parameter.device, copy=True
-    )  # else an optimizer would step on what it was given
+    """Return a copy of a full tensor as `parameter` is: on its device, sharded where it is."""
+    value = value.to(parameter.device, copy=True)  # else an optimizer steps on the caller's tensor
     if isinstance(parameter, DTensor):
         return distribute_tensor(value, parameter.device_mesh, parameter.placements)
     return value
+
+
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Copy a tensor to the device, without waiting for what a GPU computes meanwhile.
+
+    A plain copy to a GPU first waits for its queue. From pinned memory the copy takes its place in
+    the queue, and PyTorch keeps that memory until it is done.
+    """
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -1,88 +1,99 @@
-"""The model as the loss sees it: a packed batch goes in, the sum of the loss over its supervised tokens comes out.
+"""The model as the loss sees it: a packed batch goes in, the sum of its loss comes out.
 
-The head is applied inside this module's forward, at supervised positions only, so that wrapping it (DDP, FSDP) covers
-all of it. Where an architecture cannot take packed rows, batches are padded instead; a probe on the model itself
-decides, never a list of names.
+The head is applied inside this module's forward, at supervised positions only, so that wrapping it
+(DDP, FSDP) covers all of it. Where an architecture cannot take packed rows, batches are padded
+instead; a probe on the model itself decides, never a list of names.
 
-Shape suffixes: N tokens of a row, S supervised positions, B samples, T longest sample, D hidden size, R rank of an
-adapted head, E = D + R.
+Shape suffixes: N tokens of a row, S supervised positions, B samples, T longest sample, D hidden
+size, R rank of an adapted head, E = D + R, V vocabulary, P parts of a loss.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from distill.config import Loss
 from distill.errors import DistillError, Exit
 from distill.records import AnswerLoss, Example, Pair
 from distill.training.adapters import ADAPTER, factors
-from distill.training.batches import micro_batches
-from distill.training.cpu.attention import NAME
-from distill.training.cpu.layers import fuse, unfuse
+from distill.training.attention import NAME
+from distill.training.batches import Segment, micro_batches, pack
+from distill.training.divergences import Live, SoftTargets, soft_loss
 from distill.training.encode import encode_pair
-from distill.training.host_to_device import send
-from distill.training.losses import cross_entropy, read_targets
-from distill.training.packing import Segment, pack
-from distill.training.soft_labels.labels import Labels, mixed_loss
-from distill.training.targets import Live, SoftTargets
+from distill.training.fused_layers import fuse, unfuse
+from distill.training.losses import cross_entropy, evaluate_targets
+from distill.training.sharding import send
 
 PROBE = (7, 12)  # lengths of the two samples that the probe packs
-MEASURED_TOKENS = 2048  # in a batch whose loss is only measured
+EVALUATION_TOKENS = 2048  # in a batch of `answer_loss`
+
+
+class Labels(Protocol):
+    """What a batch's soft targets come from; `digest` pins it, `settings` are its losses."""
+
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def settings(self) -> Loss: ...
+
+    def targets(self, answers: Sequence[str], device: torch.device) -> SoftTargets | Live:
+        """Return the targets of answers' supervised positions; for none, of an idle position."""
+        ...
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A row of samples: its ids, positions and segments, and where, what, how heavily and for whom to predict."""
+    """A row of samples: ids, positions and segments; where, what and how heavily to predict.
+
+    Index `indices_S` of the row predicts `targets_S`, a token of the sample `owners_S`.
+    """
 
     ids_N: Tensor
     positions_N: Tensor
     segments: tuple[Segment, ...]
-    places_S: Tensor
+    indices_S: Tensor
     targets_S: Tensor
     weights_S: Tensor
     owners_S: Tensor
     soft: SoftTargets | Live | None = None
 
     @classmethod
-    def make(cls, examples: Sequence[Example], share: bool = False, device: Any = "cpu") -> "Batch":
-        """Pack examples; the place that predicts token i of a sample is that of token i - 1."""
+    def make(
+        cls, examples: Sequence[Example], sharing: bool = False, device: torch.device | str = "cpu"
+    ) -> "Batch":
+        """Pack examples; of none at all, a process's idle turn, make a row that weighs nothing."""
+        if not examples:
+            zero = torch.zeros(1, dtype=torch.long, device=device)
+            return cls(zero, zero, (Segment(0, 1),), zero, zero, zero.float(), zero)
         learned = [[i for i, w in enumerate(e.weights) if w and i] for e in examples]
-        prompts = [
-            spots[0] if spots else len(e.input_ids)
-            for spots, e in zip(learned, examples, strict=True)
-        ]
-        row = pack([e.input_ids for e in examples], prompts, share)
+        pairs = zip(learned, examples, strict=True)
+        prompts = [answer[0] if answer else len(e.input_ids) for answer, e in pairs]
+        row = pack([e.input_ids for e in examples], prompts, sharing)
         positions = [torch.arange(s.end - s.start) + s.position() for s in row.segments]
-        targets = [
-            (row.places[sample][i - 1], example.input_ids[i], sample)
-            for sample, example in enumerate(examples)
-            for i in learned[sample]
-        ]
-        columns = send(torch.tensor(targets, dtype=torch.long).view(-1, 3), device)
-        places, ids, owners = columns.unbind(1)
-        weights = [e.weights[i] for spots, e in zip(learned, examples, strict=True) for i in spots]
+        tokens = [(n, i) for n in range(len(examples)) for i in learned[n]]
+        # Token i of a sample is predicted at its token i - 1.
+        columns = [(row.indices[n][i - 1], examples[n].input_ids[i], n) for n, i in tokens]
+        columns_S3 = send(torch.tensor(columns, dtype=torch.long).view(-1, 3), device)
+        indices_S, targets_S, owners_S = columns_S3.unbind(1)
+        weights = [examples[n].weights[i] for n, i in tokens]
         return cls(
             send(torch.tensor(row.ids), device),
             send(torch.cat(positions), device),
             tuple(row.segments),
-            places,
-            ids,
+            indices_S,
+            targets_S,
             send(torch.tensor(weights, dtype=torch.float32), device),
-            owners,
+            owners_S,
         )
-
-    @classmethod
-    def idle(cls, device: Any = "cpu") -> "Batch":
-        """Return a batch that weighs nothing, for a process that has none left."""
-        zero = torch.zeros(1, dtype=torch.long, device=device)
-        return cls(zero, zero, (Segment(0, 1),), zero, zero, zero.float(), zero)
 
 
 class StudentModel(nn.Module):
-    """A causal language model whose forward is the loss of a batch, by its tokens alone or by a teacher's `labels` too."""
+    """A causal language model whose forward is a batch's loss, by its tokens or soft labels too."""
 
     def __init__(self, model: Any, packing: bool = True) -> None:
         super().__init__()
@@ -92,12 +103,18 @@ class StudentModel(nn.Module):
         self._decoder, self._head = (base.get_decoder(),), (base.get_output_embeddings(),)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return the loss summed over the batch's supervised tokens, in nats; with labels, and then its parts, (1 + P,)."""
+        """Return the loss summed over supervised tokens in nats; with labels (1 + P,), its parts too.
+
+        The parts stand in the order of the settings, before they are mixed.
+        """
         inputs = (self.states(batch), self.matrices(), batch.targets_S, batch.weights_S)
         bias_V = self._head[0].bias
-        if self.labels and batch.soft:
-            return mixed_loss(self.labels.settings, *inputs, batch.soft, bias_V)
-        return cross_entropy(*inputs, bias_V)[0]
+        if self.labels is None or batch.soft is None:
+            return cross_entropy(*inputs, bias_V)[0]
+        loss = self.labels.settings
+        numbers = (loss.beta, loss.alpha, loss.temperature)
+        total, _, parts = soft_loss(*inputs, batch.soft, loss.parts, *numbers, bias_V)
+        return torch.stack([total, *(parts[name] for name in loss.parts)])
 
     @property
     def device(self) -> torch.device:
@@ -114,7 +131,7 @@ class StudentModel(nn.Module):
         return torch.cat(matrices, 1) if matrices[1:] else matrices[0], self._head[0].bias
 
     def matrices(self) -> tuple[Tensor, ...]:
-        """Return the output head's weight W (V, D), and where it is adapted, the scaled B (V, R) for its last columns."""
+        """Return the head's weight W (V, D), and where it is adapted, the scaled B (V, R)."""
         head = self._head[0]
         if not isinstance(head, LoraLayer):
             return (head.weight,)
@@ -123,10 +140,10 @@ class StudentModel(nn.Module):
 
     def states(self, batch: Batch) -> Tensor:
         """Return what the head is applied to at the batch's supervised positions, (S, E)."""
-        return self.widen(self.hidden(batch)[batch.places_S])
+        return self.widen(self.hidden(batch)[batch.indices_S])
 
     def widen(self, hidden_ND: Tensor) -> Tensor:
-        """Put an adapted head's A h (N, R) beside each hidden state h; E = D where the head is not adapted."""
+        """Put an adapted head's A h (N, R) beside each hidden state h; else E = D."""
         head = self._head[0]
         if not isinstance(head, LoraLayer):
             return hidden_ND
@@ -136,57 +153,57 @@ class StudentModel(nn.Module):
 
     def hidden(self, batch: Batch) -> Tensor:
         """Return the last hidden states (N, D) of the batch's tokens, in their order."""
-        return self._packed(batch) if self.packing else self._padded(batch)
-
-    def batch(self, examples: Sequence[Example]) -> Batch:
-        """Pack examples as this student computes them: prefixes are shared on a CPU; none at all is an idle batch."""
-        device = self.device
-        share = self.packing and device.type == "cpu"
-        batch = Batch.make(examples, share, device) if examples else Batch.idle(device)
-        if self.labels is None:
-            return batch
-        return replace(batch, soft=self.labels.targets([e.response_id for e in examples], device))
-
-    def _packed(self, batch: Batch) -> Tensor:
-        states = self.decoder()(
-            input_ids=batch.ids_N[None],
-            position_ids=batch.positions_N[None],
-            use_cache=False,
-            segments=batch.segments,
-        )
-        return states.last_hidden_state[0]
-
-    def _padded(self, batch: Batch) -> Tensor:
+        if self.packing:
+            ids_1N, positions_1N = batch.ids_N[None], batch.positions_N[None]
+            row = {"input_ids": ids_1N, "position_ids": positions_1N, "segments": batch.segments}
+            return self.decoder()(**row, use_cache=False).last_hidden_state[0]
         rows = [batch.ids_N[segment.start : segment.end] for segment in batch.segments]
         ids_BT = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        real = [torch.ones_like(row) for row in rows]
-        mask_BT = nn.utils.rnn.pad_sequence(real, batch_first=True)
+        ones = [torch.ones_like(row) for row in rows]
+        mask_BT = nn.utils.rnn.pad_sequence(ones, batch_first=True)
         states = self.decoder()(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
         return states.last_hidden_state[mask_BT.bool()]
+
+    def batch(self, examples: Sequence[Example]) -> Batch:
+        """Pack examples as this student computes them: on a CPU prefixes are shared."""
+        sharing = self.packing and self.device.type == "cpu"
+        batch = Batch.make(examples, sharing, self.device)
+        if self.labels is None:
+            return batch
+        soft = self.labels.targets([e.response_id for e in examples], self.device)
+        return replace(batch, soft=soft)
 
 
 def make_student(
     model: Any, packing: bool = True, fused: bool = False
 ) -> tuple[StudentModel, list[str]]:
-    """Wrap `model`, packing where its architecture allows, and with fused layers where asked and possible.
+    """Wrap `model`, packing where its architecture allows, with fused layers on request.
 
-    Returns the student and notes for the user. Raises DistillError (exit 7) where the model's logits are not its
-    head's output (a cap or a scale behind it).
+    Returns the student and notes for the user. Raises DistillError (exit 7) where the model's
+    logits are not its head's output (a cap or a scale behind it).
     """
     plain, before = StudentModel(model, packing=False), model.config._attn_implementation
     training = model.training
     model.eval()
     try:
-        expected = _check_head(plain)
+        with torch.no_grad():
+            batch = _probe_batch(plain)
+            logits = plain.model(input_ids=batch.ids_N[None, : PROBE[0]], use_cache=False).logits[0]
+            expected_ND = plain.hidden(batch)
+            states = plain.widen(expected_ND[: PROBE[0]])
+            if not _close(nn.functional.linear(states, *plain.head()), logits):
+                what = "scales or caps its logits behind the head, which this loss does not know"
+                where, fix = model.config.model_type, "use another student"
+                raise DistillError(Exit.TRAINING, where, what, fix)
         if not packing:
             return plain, []
         model.set_attn_implementation(NAME)
         student, decoder = StudentModel(model), plain.decoder()
         if fused and fuse(decoder):
-            if _agrees(student, expected):
+            if _agrees(student, expected_ND):
                 return student, []
             unfuse(decoder)
-        if _agrees(student, expected):
+        if _agrees(student, expected_ND):
             return student, []
         model.set_attn_implementation(before)
         return plain, [f"{model.config.model_type} cannot take packed rows: batches are padded"]
@@ -197,54 +214,38 @@ def make_student(
 def _probe_batch(student: StudentModel, shift: int = 0) -> Batch:
     """Return two samples without supervision; `shift` changes the ids of the first."""
     first, second = PROBE
-    ids = [*range(shift, first + shift), *range(first, first + second)]
-    parts = [ids[:first], ids[first:]]
+    parts = (range(shift, first + shift), range(first, first + second))
     examples = [
-        Example(id="", response_id="", input_ids=tuple(p), weights=(0.0,) * len(p)) for p in parts
+        Example(id="", response_id="", input_ids=tuple(part), weights=(0.0,) * len(part))
+        for part in parts
     ]
     return Batch.make(examples, device=student.device)
 
 
 @torch.no_grad()
-def _agrees(student: StudentModel, wanted_ND: Tensor) -> bool:
-    """Tell whether packed rows give the states of padded ones, and nothing of one sample reaches the next."""
+def _agrees(student: StudentModel, expected_ND: Tensor) -> bool:
+    """Tell whether packed rows have the states of padded ones, and one sample none of another's."""
     try:
-        states = student.hidden(_probe_batch(student))
-        other = student.hidden(_probe_batch(student, shift=3))
+        states_ND = student.hidden(_probe_batch(student))
+        shifted_ND = student.hidden(_probe_batch(student, shift=3))
     except (TypeError, ValueError, RuntimeError):
-        return False  # the model does not pass lengths down, or has another kind of attention
+        return False  # the model does not pass segments down, or has another kind of attention
     second = slice(PROBE[0], None)
-    return _close(states, wanted_ND) and bool(torch.equal(states[second], other[second]))
+    apart = torch.equal(states_ND[second], shifted_ND[second])
+    return apart and _close(states_ND, expected_ND)
 
 
-@torch.no_grad()
-def _check_head(plain: StudentModel) -> Tensor:
-    """Return the probe's hidden states, after comparing the head's output with the model's logits."""
-    batch = _probe_batch(plain)
-    ids = batch.ids_N[None, : PROBE[0]]
-    logits = plain.model(input_ids=ids, use_cache=False).logits[0]
-    states = plain.hidden(batch)
-    if not _close(nn.functional.linear(plain.widen(states[: PROBE[0]]), *plain.head()), logits):
-        raise DistillError(
-            Exit.TRAINING,
-            plain.model.config.model_type,
-            "scales or caps its logits behind the head, which this loss does not know",
-            "use another student",
-        )
-    return states
-
-
-def _close(found: Tensor, wanted: Tensor) -> bool:
-    """Tell whether two results agree but for rounding: thirty layers in bfloat16 differ by several percent."""
-    allowed = 1e-3 if wanted.dtype == torch.float32 else 0.2
-    return bool((found - wanted).float().norm() <= allowed * wanted.float().norm())
+def _close(states: Tensor, expected: Tensor) -> bool:
+    """Tell whether results agree up to rounding: 30 layers in bfloat16 differ by some percent."""
+    allowed = 1e-3 if expected.dtype == torch.float32 else 0.2
+    return bool((states - expected).float().norm() <= allowed * expected.float().norm())
 
 
 @torch.inference_mode()
 def answer_loss(
     model: Any, tokenizer: Any, pairs: Sequence[Pair], date: str, max_length: int
 ) -> list[AnswerLoss]:
-    """Return how `model` reads each pair's answer, given the prompt; (0, 0, 0) for one longer than `max_length`."""
+    """Return each answer's loss given its prompt; (0, 0, 0) for one above `max_length` tokens."""
     examples = [encode_pair(tokenizer, pair, date) for pair in pairs]
     lengths = [len(e.input_ids) for e in examples]
     fitting = [i for i, length in enumerate(lengths) if length <= max_length]
@@ -252,23 +253,15 @@ def answer_loss(
     before = model.config._attn_implementation
     try:
         student, _ = make_student(model)
-        for samples in micro_batches(fitting, lengths, MEASURED_TOKENS):
-            readings = _read(student, [examples[i] for i in samples])
-            for sample, result in zip(samples, readings, strict=True):
-                results[sample] = result
+        for samples in micro_batches(fitting, lengths, EVALUATION_TOKENS):
+            batch, (head_VE, bias_V) = student.batch([examples[i] for i in samples]), student.head()
+            states_SE = student.states(batch)
+            losses_S, hits_S = evaluate_targets(states_SE, head_VE, batch.targets_S, bias_V)
+            values_S3 = torch.stack([losses_S, torch.ones_like(losses_S), hits_S.float()], 1)
+            sums_B3 = torch.zeros(len(samples), 3, dtype=torch.float64)
+            sums_B3.index_add_(0, batch.owners_S.cpu(), values_S3.double().cpu())  # in order
+            for sample, (loss, tokens, hits) in zip(samples, sums_B3.tolist(), strict=True):
+                results[sample] = AnswerLoss(loss=loss, tokens=int(tokens), hits=int(hits))
     finally:
         model.set_attn_implementation(before)
     return results
-
-
-def _read(student: StudentModel, examples: Sequence[Example]) -> list[AnswerLoss]:
-    """Read the samples of one packed batch in one forward pass."""
-    batch, (head_VE, bias_V) = student.batch(examples), student.head()
-    losses_S, hits_S = read_targets(student.states(batch), head_VE, batch.targets_S, bias_V)
-    values_S3 = torch.stack([losses_S, torch.ones_like(losses_S), hits_S.float()], 1)
-    sums_B3 = torch.zeros(len(examples), 3, dtype=torch.float64)
-    sums_B3.index_add_(0, batch.owners_S.cpu(), values_S3.double().cpu())  # in order, on any device
-    return [
-        AnswerLoss(loss=loss, tokens=int(tokens), hits=int(hits))
-        for loss, tokens, hits in sums_B3.tolist()
-    ]

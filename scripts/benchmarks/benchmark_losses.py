@@ -31,9 +31,8 @@ from torch import Tensor
 from distill.storage.environment import environment
 from distill.storage.files import write_json
 from distill.storage.progress import console, say
-from distill.training.divergences import soft_loss
+from distill.training.divergences import Live, SoftTargets, soft_loss
 from distill.training.losses import cross_entropy
-from distill.training.targets import Live, SoftTargets
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SPREAD = 3.0  # standard deviation of the logits, in nats

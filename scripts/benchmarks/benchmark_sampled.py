@@ -32,13 +32,12 @@ from distill.storage.files import write_json
 from distill.storage.progress import tracking
 from distill.storage.run_folder import open_run
 from distill.training.batches import micro_batches
-from distill.training.divergences import soft_loss
+from distill.training.divergences import Live, SoftTargets, soft_loss
 from distill.training.encode import encode_pair
-from distill.training.soft_labels.cache import Signal, starts, supervised_ids
-from distill.training.soft_labels.capture import PASS_TOKENS, keep, read_head
+from distill.training.soft_labels.cache import Signal, sample_offsets, supervised_ids
+from distill.training.soft_labels.capture import PASS_TOKENS, read_head, select
 from distill.training.soft_labels.labels import CachedLabels
 from distill.training.student import StudentModel, make_student
-from distill.training.targets import Live, SoftTargets
 
 RANK, PARTS = 16, 8
 
@@ -84,12 +83,13 @@ def read(
     for samples in micro_batches(range(len(examples)), lengths, PASS_TOKENS):
         batch = student.batch([examples[i] for i in samples])
         counts = [len(supervised_ids(examples[i])) for i in samples]
-        own = [starts(examples[i].id, count) for i, count in zip(samples, counts, strict=True)]
-        starts_S = torch.tensor(np.concatenate(own))
+        pairs = zip(samples, counts, strict=True)
+        offsets = [sample_offsets(examples[i].id, count) for i, count in pairs]
+        offsets_S = torch.tensor(np.concatenate(offsets))
         kept: list[list[Signal]] = [[] for _ in settings]
         for part, logs_SV in read_head(student, batch, vocabulary) if settings else ():
             for signals, setting in zip(kept, settings, strict=True):
-                signals.append(keep(logs_SV.clone(), starts_S[part], setting))
+                signals.append(select(logs_SV.clone(), offsets_S[part], setting))
         split = [Signal.join(signals).split(counts) for signals in kept]
         columns = (student.states(batch).split(counts), batch.targets_S.split(counts), *split)
         found |= dict(zip(samples, zip(*columns, strict=True), strict=True))
@@ -171,7 +171,7 @@ def measure(
             **setting.shape,
             "bytes_a_token": size(signal, examples) / len(signal),
             "ids_a_token": float(signal.counts_N.mean()),
-            "rest": float(signal.rest_N.mean()),
+            "rest": float(signal.tail_mass_N.mean()),
             "error_of_an_eighth": parts,
             "error": total,
         }

@@ -24,7 +24,7 @@ from rich.console import Console
 from distill.config import LocalTeacher
 from distill.formatting import table
 from distill.models import loading
-from distill.records import Example, Pair, Prompt, Response
+from distill.records import Example, Pair, Prompt, Response, digest
 from distill.storage.environment import environment
 from distill.storage.files import read_records, write_json
 from distill.storage.progress import tracking
@@ -32,14 +32,14 @@ from distill.storage.run_folder import Run, open_run
 from distill.training.batches import micro_batches
 from distill.training.encode import encode_pair
 from distill.training.soft_labels.cache import (
+    CHUNK_TOKENS,
     Signal,
     SignalKey,
     codes,
     encode_chunk,
     supervised_ids,
-    token_hash,
 )
-from distill.training.soft_labels.capture import CHUNK_TOKENS, PASS_TOKENS, read_head
+from distill.training.soft_labels.capture import PASS_TOKENS, read_head
 from distill.training.student import StudentModel, make_student
 
 LISTED = 256  # ids of each token that are kept of the one reading
@@ -120,7 +120,7 @@ def divergences(reading: Reading, signal: Signal, vocabulary: int) -> tuple[floa
     inside_N = np.where(listed_NK, probs_NK * (reading.logs_NK - own_NK), 0).sum(1)
     others_NK = np.where(listed_NK, 0, probs_NK)
     rest_N = others_NK.sum(1) + reading.mass_N
-    kept_N = np.maximum(signal.rest_N.astype(np.float64), 1e-300)
+    kept_N = np.maximum(signal.tail_mass_N.astype(np.float64), 1e-300)
     entropy_N = (others_NK * reading.logs_NK).sum(1) + reading.entropy_N
     even_N = entropy_N - rest_N * np.log(kept_N / (vocabulary - counts_N))
     bucket_N = np.where(rest_N > 0, rest_N * np.log(np.maximum(rest_N, 1e-300) / kept_N), 0)
@@ -134,7 +134,7 @@ def size(signal: Signal, examples: Sequence[Example]) -> int:
         counts.append(min(left, len(supervised_ids(example))))
         left -= counts[-1]
     rows = [
-        SignalKey(example.id, token_hash(example.input_ids), count)
+        SignalKey(example.id, digest(list(example.input_ids)), count)
         for example, count in zip(examples, counts, strict=True)
         if count
     ]
@@ -162,9 +162,9 @@ def measure(
         **settings._asdict(),
         "bytes_a_token": size(signal, examples) / len(signal),
         "ids_a_token": float(signal.counts_N.mean()),
-        "capped": float((signal.rest_N > 1 - settings.p).mean()),
+        "capped": float((signal.tail_mass_N > 1 - settings.p).mean()),
         "single": float((signal.counts_N == 1).mean()),
-        "rest": float(signal.rest_N.mean()),
+        "rest": float(signal.tail_mass_N.mean()),
         "kl_even": even,
         "kl_bucket": bucket,
     }

@@ -50,15 +50,19 @@ from distill.storage.files import read_json, read_records, write_json
 from distill.storage.locks import FolderLock
 from distill.storage.progress import console, say
 from distill.storage.run_folder import Run, open_run
-from distill.training.batches import micro_batches, plan_steps
+from distill.training.batches import learning_rate, micro_batches, plan_steps
 from distill.training.encode import encode_pairs
-from distill.training.optimizer import learning_rate, warmup_count
-from distill.training.soft_labels.cache import SignalCache, describe, open_teacher
-from distill.training.soft_labels.capture import Read, capture, chunked, fill, read_as_teacher
-from distill.training.soft_labels.labels import CachedLabels
-from distill.training.soft_labels.live_teacher import LiveLabels, load_live
+from distill.training.soft_labels.cache import KeyedExample, SignalCache, chunked
+from distill.training.soft_labels.capture import capture, fill
+from distill.training.soft_labels.labels import (
+    CachedLabels,
+    LiveLabels,
+    cache_name,
+    load_live,
+    open_teacher,
+    read_as_teacher,
+)
 from distill.training.student import make_student
-from distill.training.train import flushing_denormals
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MIX = "train.loss={ce: 0.5, forward_kl: 0.5}"
@@ -92,11 +96,12 @@ class Signals:
         self.vocabulary = len(tokenizer)
         rows = read_records(run.path("dataset/train.jsonl"), Pair) if given is None else given
         pairs = {pair.response.id: pair for pair in rows}
-        found = [read_as_teacher(tokenizer, pairs[e.response_id], e, run.config) for e in examples]
-        self.reads: dict[str, Read] = {read.example.response_id: read for read in found}
-        self.cache = SignalCache.open(run.config.store_folder(), describe(facts))
+        date = run.config.template_date
+        found = [read_as_teacher(tokenizer, pairs[e.response_id], e, date) for e in examples]
+        self.reads: dict[str, KeyedExample] = {read.example.response_id: read for read in found}
+        self.cache = SignalCache.open(run.config.store_folder(), cache_name(facts))
         with FolderLock(self.cache.folder):
-            left = [read for read in found if read.row.example not in self.cache.index]
+            left = [read for read in found if read.key.example not in self.cache.index]
             if left:
                 fill(self.cache, self.teacher(), self.vocabulary, left, run.config.signals, run)
 
@@ -109,8 +114,8 @@ class Signals:
     def labels(self, examples: Sequence[Example]) -> CachedLabels:
         """Read the signals of examples from the disk."""
         reads = [self.reads[example.response_id] for example in examples]
-        found = self.cache.read([read.row for read in reads])
-        named = {read.example.response_id: found[read.row.example] for read in reads}
+        found = self.cache.read([read.key for read in reads])
+        named = {read.example.response_id: found[read.key.example] for read in reads}
         return CachedLabels(named, self.cache.teacher, self.config.train.loss, None)
 
 
@@ -165,7 +170,7 @@ def reading(run: Run, examples: Sequence[Example]) -> Side:
             for part in chunked([signals.reads[e.response_id] for e in samples]):
                 seen = [read.example for read in part]
                 found = capture(reader, signals.vocabulary, seen, run.config.signals)
-                made.append([read.row for read in part], found)
+                made.append([read.key for read in part], found)
         return time.perf_counter() - start
 
     return read
@@ -384,7 +389,7 @@ class Plain(Ours):
         batch = self.student.batch(examples)
         soft: Any = batch.soft
         head, bias = (None if t is None else t.float() for t in self.student.head())
-        states = self.student.hidden(batch)[batch.places_S].float()
+        states = self.student.hidden(batch)[batch.indices_S].float()
         logits = functional.linear(states, head, bias)  # pyright: ignore[reportArgumentType]
         known = functional.log_softmax(logits[:, : soft.vocabulary], -1)
         teacher = functional.linear(soft.hidden_ND.float(), soft.head_VD.float(), soft.bias_V)
@@ -421,10 +426,10 @@ def train_side(
     ours.student.labels = Signals(run, learned).labels(learned) if cached_too else teacher
     lengths = [len(example.input_ids) for example in learned]
     plan = plan_steps(lengths, seed, asked.step_tokens, 1, asked.steps)
-    peak, warm = run.config.train.learning_rate, warmup_count(WARMUP, len(plan))
+    peak = run.config.train.learning_rate
     before, losses = judge(ours, teacher, held), []
     for number, step in enumerate(plan):
-        ours.set_rate(learning_rate(number, len(plan), peak, "cosine", warm))
+        ours.set_rate(learning_rate(number, len(plan), peak, "cosine", WARMUP))
         losses.append(ours.step([learned[i] for i in step.samples]))
         if number % 10 == 9:
             say(f"{side}: step {number + 1} of {len(plan)}, loss {losses[-1]:.4f}")
@@ -513,11 +518,11 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the arguments, measure, and show and store the result; or be a side's process."""
     asked = parser().parse_args(arguments)
-    with flushing_denormals():  # as training does
-        if asked.child:
-            child(asked)
-        else:
-            keep(asked, asked.mode(asked))
+    torch.set_flush_denormal(True)  # as training does
+    if asked.child:
+        child(asked)
+    else:
+        keep(asked, asked.mode(asked))
 
 
 if __name__ == "__main__":

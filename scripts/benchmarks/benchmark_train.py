@@ -30,9 +30,7 @@ from distill.storage.progress import console, say
 from distill.training import adapters
 from distill.training.batches import MICRO_BATCH_TOKENS, micro_batches
 from distill.training.encode import encode_pairs
-from distill.training.optimizer import make_adamw
 from distill.training.student import make_student
-from distill.training.train import flushing_denormals
 
 RANK, ALPHA, RATE, BATCH, DATE = 32, 64, 1e-4, 8, "2026-01-01"
 STEP_TOKENS = 2048
@@ -58,7 +56,8 @@ class Ours:
         )
         self.student, _ = make_student(model.train(), fused=True)
         self.named = adapters.parameters(model)
-        self.optimizer = make_adamw(self.named, (0.9, 0.999), 0.0)
+        weights = list(self.named.values())
+        self.optimizer = torch.optim.AdamW(weights, weight_decay=0.0, fused=True)
         self.set_rate(RATE)
 
     def set_rate(self, rate: float) -> None:
@@ -208,8 +207,8 @@ def main() -> None:
     if importlib.util.find_spec("trl"):
         sides |= {"trl": trl(asked.model, False), "trl packing": trl(asked.model, True)}
         say(f"trl {version('trl')}")
-    with flushing_denormals():
-        rows = measure(sides, [samples for samples in rounds if samples])
+    torch.set_flush_denormal(True)
+    rows = measure(sides, [samples for samples in rounds if samples])
     console.print(table(rows))
     if asked.json:
         write_json(asked.json, {"environment": environment(), "rounds": rows})

@@ -17,7 +17,7 @@ from distill.models import loading, registry
 from distill.models.weights import require_values
 from distill.responders.local.local_model import LocalResponder
 from distill.training import adapters, prepare
-from distill.training.merge import write_merged
+from distill.training.adapters import write_merged
 from tests.support.tiny import make_tiny
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -257,4 +257,4 @@ def test_training_starts_from_no_random_weights(tiny: Path, tmp_path: Path) -> N
     edit(folder / "model.safetensors", without(UP))
     tree = {"name": "r", "corpus": {"source": "python-docs"}, "teacher": {"kind": "recorded"}}
     config = Config.model_validate({**tree, "student": {"model": str(folder)}})
-    assert f"lacks {UP}" in refused(prepare.load_adapted, config)
+    assert f"lacks {UP}" in refused(prepare.load_adapted, config.student, config.train, 0)

@@ -12,11 +12,11 @@ from distill.errors import DistillError, Exit
 from distill.models.loading import load_model
 from distill.publishing.fidelity import answer_logits, compare_models
 from distill.training import adapters, train
+from distill.training.divergences import Live
 from distill.training.encode import encode_pair
 from distill.training.losses import cross_entropy
 from distill.training.soft_labels.capture import capture
 from distill.training.student import Batch, StudentModel, answer_loss, make_student
-from distill.training.targets import Live
 from tests.support.tiny import make_tiny, make_tokenizer
 from tests.training.test_layers import adapted, examples, gradients, plain
 from tests.training.test_merge import ROWS
@@ -54,9 +54,9 @@ def test_gradients_of_soft_labels_are_plain_peft_s(folder):
     model = adapted(folder, TARGETS)
     batch, rows = Batch.make(examples(1)), len(make_tokenizer()) + 5
     make = torch.Generator().manual_seed(0)
-    teacher = torch.randn(len(batch.places_S), 8, generator=make)
+    teacher = torch.randn(len(batch.indices_S), 8, generator=make)
     head = torch.randn(rows, 8, generator=make)
-    logits = model(input_ids=batch.ids_N[None]).logits[0, batch.places_S]
+    logits = model(input_ids=batch.ids_N[None]).logits[0, batch.indices_S]
     logs, aims = torch.log_softmax(logits, -1), torch.softmax(teacher @ head.t(), -1)
     kl = (aims * (aims.log() - logs)).sum()
     loss = 0.5 * kl - 0.5 * logs.gather(1, batch.targets_S[:, None]).sum()
@@ -102,7 +102,7 @@ def test_what_is_read_and_captured_is_what_the_adapted_model_says(folder):
     heard = [
         capture(make_student(m)[0], len(tokenizer), encoded, Signals(k=4)) for m in (model, plainly)
     ]
-    torch.testing.assert_close(*(torch.tensor(s.rest_N) for s in heard), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(*(torch.tensor(s.tail_mass_N) for s in heard), rtol=1e-4, atol=1e-6)
     assert heard[0].ids_E.tolist() == heard[1].ids_E.tolist()
 
 

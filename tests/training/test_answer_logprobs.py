@@ -153,7 +153,7 @@ def test_what_was_listed_is_what_the_teacher_says_when_it_reads(tmp_path, spell)
         signal = found[name]
         assert len(signal) == len(wanted)
         if spell is not by_text:
-            assert np.abs(signal.rest_N - wanted.rest_N).max() < 1e-5
+            assert np.abs(signal.tail_mass_N - wanted.tail_mass_N).max() < 1e-5
             assert (signal.counts_N == wanted.counts_N).all()
         for one, other in zip(listed(signal), listed(wanted), strict=True):
             lists += len(other)
@@ -177,7 +177,11 @@ def test_where_the_end_is_not_listed_it_has_its_label_and_the_command_says_so(tm
         found = far(run)
     for signal in found.values():
         *_, last = signal.split([1] * len(signal))
-        assert last.counts_N.tolist() == [1] and last.rest_N.tolist() == [0] and last.logs() == [0]
+        assert (
+            last.counts_N.tolist() == [1]
+            and last.tail_mass_N.tolist() == [0]
+            and last.logs() == [0]
+        )
     tokens = sum(len(signal) for signal in found.values())
     assert f"12 of {tokens} tokens have no list" in capsys.readouterr().err
 
@@ -188,7 +192,7 @@ def test_they_are_trained_on_as_any_others_and_another_teacher_is_told(tmp_path)
         run = make_answered(tmp_path, server)
         generated(run)
         stage(run, "signals")
-        _, examples = capture.supervised(run.config, run)
+        _, examples = capture.student_view(run.config, run)
         soft = labels.load_labels(run.config, run, examples, len(make_tokenizer()))
         assert torch.isfinite(
             soft.targets([e.response_id for e in examples], "cpu").logprobs_M
@@ -222,7 +226,7 @@ def test_a_server_of_another_tokenizer_is_found_by_the_short_question(tmp_path):
         with pytest.raises(DistillError, match="its tokenizer is another"):
             answer_logprobs.probe(run.config, tokenizer)
         generated(run)
-        with pytest.raises(DistillError, match="lists what was likely at 0 of") as fault:
+        with pytest.raises(DistillError, match="lists candidates at 0 of") as fault:
             stage(run, "signals")
     assert fault.value.code == Exit.TEACHER and not run.path("signals.json").exists()
 

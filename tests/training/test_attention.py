@@ -8,9 +8,9 @@ import torch.nn.attention.varlen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.training.cpu import attention
-from distill.training.cpu.attention import attend, blocks
-from distill.training.packing import Segment
+from distill.training import attention
+from distill.training.attention import attend, blocks
+from distill.training.batches import Segment
 
 SIZE = 8
 
@@ -61,7 +61,7 @@ def compare(way, lengths, groups):
 def test_equals_each_sample_alone(lengths, groups, block, kept):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "BLOCK", block)
-        patch.setattr(attention, "KEPT", kept)
+        patch.setattr(attention, "SAVED_KEYS", kept)
         compare(attend, lengths, groups)
 
 
@@ -75,7 +75,7 @@ def test_blocks_cover_every_place_once():
 def test_other_kinds_of_attention_are_refused(kind):
     row = torch.zeros(1, 2, 3, SIZE)
     with pytest.raises(ValueError):
-        attention._registered(
+        attention.packed_attention(
             torch.nn.Identity(), row, row, row, None, segments=[Segment(0, 3)], **{kind: 4}
         )
 

@@ -45,7 +45,7 @@ def test_a_token_s_probabilities_and_its_rest_sum_to_one():
     signal, _ = made(200)
     owners = np.repeat(np.arange(200), signal.counts_N)
     sums = np.bincount(owners, np.exp(signal.logs().astype(np.float64)))
-    assert np.allclose(sums + signal.rest_N, 1, atol=1e-6)
+    assert np.allclose(sums + signal.tail_mass_N, 1, atol=1e-6)
 
 
 def test_what_is_read_back_is_within_a_half_step_and_a_single_id_is_exact():
@@ -54,7 +54,7 @@ def test_what_is_read_back_is_within_a_half_step_and_a_single_id_is_exact():
     assert np.abs(signal.logs() - exact)[signal.codes_E < 255].max() < 1 / 16
     single = signal.counts_N[owners] == 1
     assert single.any() and np.allclose(signal.logs()[single], exact[single], atol=1e-6)
-    probs, rest = np.exp(exact.astype(np.float64)), signal.rest_N
+    probs, rest = np.exp(exact.astype(np.float64)), signal.tail_mass_N
     kl = np.bincount(owners, probs * (exact - signal.logs()))
     assert abs(kl.mean()) < (1 / 16) ** 2 / 24 * 1.2 and (rest > 0).all()
 
@@ -75,7 +75,7 @@ def test_a_cache_gives_back_what_was_put_in(tmp_path, temperatures):
     cache.append(rows(10, 0, 25, 5), signal)
     found = SignalCache.open(tmp_path, TEACHER).read(rows(10, 0, 25, 5))
     whole = Signal.join([found[row.example] for row in rows(10, 0, 25, 5)])
-    for name in ("counts_N", "ids_E", "codes_E", "rest_N", "tails_TN"):
+    for name in ("counts_N", "ids_E", "codes_E", "tail_mass_N", "tails_TN"):
         one, other = getattr(whole, name), getattr(signal, name)
         assert one.dtype == other.dtype and np.array_equal(one, other), name
 

@@ -17,6 +17,7 @@ from distill.models.loading import load_model, load_tokenizer
 from distill.records import Message, Pair
 from distill.storage.files import read_records, write_json, write_records
 from distill.storage.run_folder import Run
+from distill.training.soft_labels import cache as signal_cache
 from distill.training.soft_labels import capture
 from distill.training.soft_labels.cache import SignalCache, SignalKey
 from tests.support.tiny import SPECIAL, TEMPLATE, make_tiny, make_tokenizer
@@ -96,7 +97,7 @@ def test_each_token_has_the_teacher_s_distribution_where_it_is_predicted(tmp_pat
             likeliest = wanted[place].topk(int(count)).values
             assert (wanted[place][ids] - likeliest).abs().max() < 1e-4  # the same, but for ties
             mass = wanted[place][ids].exp().sum().item()
-            assert signal.rest_N[place] == pytest.approx(1 - mass, abs=1e-5)
+            assert signal.tail_mass_N[place] == pytest.approx(1 - mass, abs=1e-5)
             last = wanted[place][ids[-1]].exp().item()
             assert count == 40 or mass > 0.9 - 1e-5 > mass - last - 2e-5
             logs = torch.tensor(signal.logs()[end - count : end])
@@ -134,7 +135,7 @@ def test_what_the_store_holds_is_not_read_again_by_any_run(tmp_path, monkeypatch
 
 
 def test_a_stopped_capture_goes_on_where_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr(capture, "CHUNK_TOKENS", 60)
+    monkeypatch.setattr(signal_cache, "CHUNK_TOKENS", 60)
     whole, cache = captured(make_run(tmp_path / "whole"))
     run, append, seen = make_run(tmp_path / "cut"), SignalCache.append, []
 

@@ -81,7 +81,7 @@ def test_every_flipped_byte_is_found(tmp_path):
 def test_none_whole_stops_rather_than_begin_anew(tmp_path):
     for step in (1, 2):
         harm(save(tmp_path, step).folder / "optimizer.safetensors", "half")
-    with pytest.raises(DistillError, match="none of 2 checkpoints is whole") as fault:
+    with pytest.raises(DistillError, match="none of 2 checkpoints is intact") as fault:
         checkpoint.latest(tmp_path)
     assert fault.value.code == Exit.TRAINING
 

@@ -8,9 +8,8 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.training import losses
-from distill.training.divergences import soft_loss
+from distill.training.divergences import Live, SoftTargets, soft_loss
 from distill.training.losses import cross_entropy
-from distill.training.targets import Live, SoftTargets
 
 ROWS, WIDTH, WIDER, WORDS = 23, 12, 20, 101
 SOFT = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
@@ -86,7 +85,7 @@ def cut(soft, start, stop):
         soft.ids_M[first:last],
         soft.logprobs_M[first:last],
         soft.offsets_N1[start : stop + 1] - first,
-        soft.rest_N[start:stop],
+        soft.tail_mass_N[start:stop],
         soft.tail_N[start:stop],
     )
 

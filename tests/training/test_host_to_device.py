@@ -5,7 +5,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from distill.training.host_to_device import send
+from distill.training.sharding import send
 
 
 def test_on_a_cpu_nothing_is_copied():

@@ -71,7 +71,9 @@ def test_a_student_that_is_its_teacher_has_no_divergence_and_a_shifted_one_would
     assert row["loss"] == pytest.approx(sum(row[name] for name in parts), rel=1e-6)
     labels = load(run)
     shifted = {name: shift(signal) for name, signal in labels.signals.items()}
-    student, _ = make_student(load_adapted(run.config))
+    student, _ = make_student(
+        load_adapted(run.config.student, run.config.train, run.config.train_seed)
+    )
     student.labels = replace(labels, signals=shifted)
     total = student(student.batch(examples(run))).tolist()
     assert total[2] / sum(len(signal) for signal in shifted.values()) > 0.5
@@ -85,11 +87,17 @@ def shift(signal: Signal) -> Signal:
 
 def examples(run: Run) -> list[Example]:
     splits = ("train", "validation")
-    return [e for s in splits for e in encode_split(make_tokenizer(), run.config, run, s, 2048)]
+    return [
+        e
+        for s in splits
+        for e in encode_split(make_tokenizer(), run, s, run.config.template_date, 2048)
+    ]
 
 
 def load(run: Run) -> CachedLabels:
-    student, _ = make_student(load_adapted(run.config))
+    student, _ = make_student(
+        load_adapted(run.config.student, run.config.train, run.config.train_seed)
+    )
     return load_labels(run.config, run, examples(run), len(student.head()[0]))
 
 
@@ -113,7 +121,9 @@ def test_the_loss_is_that_of_the_two_models_distributions_read_alone(tmp_path):
             p, q = (bucketed(z[place], ids) for z in (teacher, own))
             soft += 4 * float((p * (p / q).log()).sum())
             count += 1
-    model, _ = make_student(load_adapted(run.config))
+    model, _ = make_student(
+        load_adapted(run.config.student, run.config.train, run.config.train_seed)
+    )
     model.labels = labels
     model.eval()
     with torch.no_grad():

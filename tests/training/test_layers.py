@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from distill.records import Example
 from distill.training import adapters
-from distill.training.cpu.layers import fusible, unfuse
+from distill.training.fused_layers import fusible, unfuse
 from distill.training.student import Batch, make_student
 from tests.support.tiny import make_tiny
 

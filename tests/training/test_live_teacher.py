@@ -12,8 +12,7 @@ from distill.storage.run_folder import Run
 from distill.training import train
 from distill.training.prepare import load_adapted
 from distill.training.soft_labels import capture
-from distill.training.soft_labels.labels import load_labels
-from distill.training.soft_labels.live_teacher import load_live
+from distill.training.soft_labels.labels import load_labels, load_live
 from distill.training.student import make_student
 from tests.training.test_capture import SOFT, dataset, exact
 from tests.training.test_capture import make_run as make_captured
@@ -36,7 +35,9 @@ def make_run(folder: Path, name: str = "run", loss: dict = LIVE, **train_) -> Ru
 
 
 def live_student(run: Run):
-    student, _ = make_student(load_adapted(run.config))
+    student, _ = make_student(
+        load_adapted(run.config.student, run.config.train, run.config.train_seed)
+    )
     student.labels = load_live(run.config, run, examples(run))
     return student.eval()
 

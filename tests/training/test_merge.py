@@ -15,8 +15,8 @@ from distill.models import loading, registry
 from distill.publishing.fidelity import Conversation, answer_logits, compare_models
 from distill.storage.files import sha256_files
 from distill.storage.run_folder import Run
-from distill.training import merge
-from distill.training.merge import merged_student, write_merged
+from distill.training import adapters
+from distill.training.adapters import merged_student, write_merged
 from tests.support.tiny import make_tiny
 
 ROWS = [Conversation(ids=tuple(range(3 + n, 40 + 2 * n)), answer=10 + n) for n in range(8)]
@@ -118,7 +118,7 @@ def test_a_run_without_a_merged_model_gets_it_from_its_adapter_once(
     assert folder == run.path("merged") and {path.name for path in folder.iterdir()} == FILES
     before = sha256_files(run.folder, ["merged"])
     with monkeypatch.context() as patch:
-        patch.setattr(merge, "write_merged", None)
+        patch.setattr(adapters, "write_merged", None)
         merged_student(run.config.student, run)
     shutil.rmtree(run.path("adapter"))
     make_adapter(base, run.path("adapter"), std=0.1)
@@ -142,9 +142,9 @@ def test_a_kill_leaves_no_half_of_a_merged_model(
         if moment == "rename":
             patch.setattr(Path, "replace", kill)
         elif moment == "tokenizer":
-            patch.setattr(merge, "write_json", kill)
+            patch.setattr(adapters, "write_json", kill)
         else:
-            patch.setattr(merge.os, "fsync", kill)
+            patch.setattr(adapters.os, "fsync", kill)
         with pytest.raises(Killed):
             merged_student(run.config.student, run)
     assert not run.path("merged").exists()
@@ -158,7 +158,7 @@ def test_a_full_disk_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(merge.os, "fsync", full)
+    monkeypatch.setattr(adapters.os, "fsync", full)
     with pytest.raises(DistillError, match="No space left") as caught:
         merged_student(run.config.student, run)
     assert caught.value.code == Exit.STATE and list(run.folder.glob(".merged*")) == []

@@ -4,19 +4,16 @@ import pytest
 import torch
 
 from distill.errors import DistillError
-from distill.training.optimizer import (
-    learning_rate,
-    make_adamw,
-    optimizer_tensors,
-    restore_optimizer,
-    warmup_count,
-)
+from distill.training.adapters import optimizer_tensors, restore_optimizer
+from distill.training.batches import learning_rate
 
 
 def trained(steps: int):
     torch.manual_seed(0)
     named = {name: torch.nn.Parameter(torch.randn(3)) for name in ("a", "b")}
-    optimizer = make_adamw(named, (0.9, 0.99), 0.1)
+    optimizer = torch.optim.AdamW(
+        list(named.values()), 0.0, (0.9, 0.99), weight_decay=0.1, fused=True
+    )
     optimizer.param_groups[0]["lr"] = 0.1
     for _ in range(steps):
         step(named, optimizer)
@@ -62,8 +59,10 @@ def test_a_missing_part_of_the_state_stops():
         restore_optimizer(optimizer, named, saved, "checkpoint")
 
 
-def test_warm_up_is_a_share_below_one_and_a_count_above():
-    assert warmup_count(0.1, 200) == 20 and warmup_count(7, 200) == 7 and warmup_count(0, 9) == 0
+@pytest.mark.parametrize(("warmup", "steps"), [(0.1, 20), (7, 7), (0, 0)])
+def test_warm_up_is_a_share_below_one_and_a_count_above(warmup, steps):
+    rates = [learning_rate(n, 200, 1.0, "constant", warmup) for n in range(200)]
+    assert sum(rate < 1 for rate in rates) == steps
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])

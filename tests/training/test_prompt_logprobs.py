@@ -24,7 +24,8 @@ from distill.responders.store import ResponseStore
 from distill.storage.files import write_json, write_records
 from distill.storage.run_folder import Run
 from distill.training.soft_labels import capture, labels, prompt_logprobs
-from distill.training.soft_labels.cache import SignalCache
+from distill.training.soft_labels.cache import Signal, SignalCache
+from distill.training.soft_labels.prompt_logprobs import Listed
 from tests.planning.test_plan import ROOT, shown
 from tests.support.buying import KEY
 from tests.support.fake_teacher import PRICE, FakeTeacher, Reply, Script
@@ -134,7 +135,7 @@ def test_a_server_s_lists_become_what_the_local_teacher_s_are(tmp_path, scorer):
     one, other = (cache.read(list(rows.values())) for cache in (near, far))
     for name in one:
         assert np.array_equal(one[name].counts_N, other[name].counts_N)
-        assert np.abs(one[name].rest_N - other[name].rest_N).max() < 1e-5
+        assert np.abs(one[name].tail_mass_N - other[name].tail_mass_N).max() < 1e-5
         assert np.abs(one[name].logs() - other[name].logs()).max() < 0.07
         assert (one[name].ids_E == other[name].ids_E).mean() > 0.99  # but for ties
     assert len(server.payloads) == len(dataset(run)) == 12
@@ -162,10 +163,10 @@ def test_the_signals_of_a_server_are_trained_on_as_any_others(tmp_path, scorer):
     with FakeTeacher(scorer) as server:
         run = make_remote(tmp_path, server)
         signals_stage(run)
-    _, examples = capture.supervised(run.config, run)
+    _, examples = capture.student_view(run.config, run)
     soft = labels.load_labels(run.config, run, examples, len(scorer.tokenizer))
     targets = soft.targets([e.response_id for e in examples], "cpu")
-    assert targets.rest_N.min() >= 0 and torch.isfinite(targets.logprobs_M).all()
+    assert targets.tail_mass_N.min() >= 0 and torch.isfinite(targets.logprobs_M).all()
     made = json.loads(run.path("signals.json").read_text())["teacher"]
     assert (made["endpoint"], made["served"]) == (server.url, SERVED) and "weights" not in made
     near = make_run(tmp_path, "far")
@@ -368,27 +369,27 @@ def test_the_plan_says_what_a_server_must_list_and_what_reading_costs(tmp_path):
     assert re.search(r"read once by a server, 64 ids a token, \$\d", told)
 
 
-def place(*chances: float, first: int = 0) -> dict[int, tuple[float, str | None]]:
-    return {first + n: (math.log(chance), None) for n, chance in enumerate(chances)}
+def place(*chances: float) -> dict[int, float]:
+    return {n: math.log(chance) for n, chance in enumerate(chances)}
 
 
 def test_the_likeliest_that_hold_p_are_listed_and_the_rest_is_what_they_lack():
     settings = Signals(p=0.8, k=3)
-    far_off = {**place(0.5, 0.25, 0.1), 9: (math.log(1e-4), None)}  # the text's own, at rank 10
-    places = [place(0.7, 0.2), far_off, place(0.3, 0.3, 0.2, 0.1), place(1 - 1e-9, 2e-9)]
-    signal = prompt_logprobs.to_signal(places, (0, 1, 1, 1), settings, 300)
+    far_off = {**place(0.5, 0.25, 0.1), 9: math.log(1e-4)}  # the text's own, at rank 10
+    places = [far_off, place(0.3, 0.3, 0.2, 0.1), place(1 - 1e-9, 2e-9)]
+    signal = Signal.from_lists(places, settings, 300)
     assert signal.counts_N.tolist() == [3, 3, 1]
     assert signal.ids_E.tolist() == [0, 1, 2, 0, 1, 2, 0]
-    assert signal.rest_N == pytest.approx([0.15, 0.2, 1e-9], abs=1e-6)
+    assert signal.tail_mass_N == pytest.approx([0.15, 0.2, 1e-9], abs=1e-6)
     assert np.exp(signal.logs()[:3]) == pytest.approx([0.5, 0.25, 0.1], rel=0.04)
 
 
 def test_ids_that_no_text_has_and_what_cannot_be_are_not_listed():
-    odd = {**place(0.5, 0.2), 300: (math.log(0.25), None), 7: (-9999.0, None)}
-    signal = prompt_logprobs.to_signal([odd], (1.0,), Signals(p=0.999, k=8), 300)
-    assert signal.ids_E.tolist() == [0, 1] and signal.rest_N == pytest.approx([0.3], abs=1e-6)
-    over = prompt_logprobs.to_signal([place(0.6, 0.4000003)], (1.0,), Signals(), 300)
-    assert over.rest_N.tolist() == [0]
+    odd = {**place(0.5, 0.2), 300: math.log(0.25), 7: -9999.0}
+    signal = Signal.from_lists([odd], Signals(p=0.999, k=8), 300)
+    assert signal.ids_E.tolist() == [0, 1] and signal.tail_mass_N == pytest.approx([0.3], abs=1e-6)
+    over = Signal.from_lists([place(0.6, 0.4000003)], Signals(), 300)
+    assert over.tail_mass_N.tolist() == [0]
 
 
 GOOD: list[Any] = [None, {"5": {"logprob": -0.1, "rank": 1, "decoded_token": "a"}}]
@@ -429,16 +430,16 @@ def test_a_body_of_another_shape_says_why(body):
 
 def test_probabilities_of_more_than_one_are_refused_with_the_server_s_flag():
     with pytest.raises(ValueError, match="--logprobs-mode raw_logprobs"):
-        prompt_logprobs.to_signal([place(0.9, 0.8)], (1.0,), Signals(), 300)
+        Signal.from_lists([place(0.9, 0.8)], Signals(), 300)
 
 
 def test_tokens_are_held_against_the_tokenizer_but_for_parts_of_characters():
     tokenizer = make_tokenizer()
     ids = tokenizer("plain text with an é", add_special_tokens=False)["input_ids"]
-    places = [{}, *({i: (0.0, tokenizer.decode([i]))} for i in ids[1:])]
+    places = [{}, *({i: Listed(0.0, tokenizer.decode([i]))} for i in ids[1:])]
     prompt_logprobs.require_tokens(tokenizer, places, ids)
-    prompt_logprobs.require_tokens(tokenizer, [{}, *({i: (0.0, None)} for i in ids[1:])], ids)
+    prompt_logprobs.require_tokens(tokenizer, [{}, *({i: Listed(0.0, None)} for i in ids[1:])], ids)
     with pytest.raises(ValueError, match="its tokenizer is another"):
         prompt_logprobs.require_tokens(
-            tokenizer, [{}, *({i: (0.0, "other")} for i in ids[1:])], ids
+            tokenizer, [{}, *({i: Listed(0.0, "other")} for i in ids[1:])], ids
         )

@@ -6,11 +6,10 @@ import torch
 
 from distill.config import Signals
 from distill.training import train
-from distill.training.divergences import soft_loss
+from distill.training.divergences import SoftTargets, soft_loss
 from distill.training.soft_labels import capture
-from distill.training.soft_labels.cache import Signal, expected_bytes, starts
-from distill.training.soft_labels.capture import draw
-from distill.training.targets import SoftTargets
+from distill.training.soft_labels.cache import Signal, expected_bytes, sample_offsets
+from distill.training.soft_labels.capture import systematic_samples
 from tests.training.test_capture import captured, dataset, exact, make_run
 from tests.training.test_labels import SETTINGS
 
@@ -32,8 +31,10 @@ def shares(signal: Signal, words: int = WORDS) -> np.ndarray:
 
 def test_each_id_comes_up_its_expected_number_of_times_rounded_up_or_down():
     logs = flat()
-    drawn = draw(logs.repeat(TIMES, 1), torch.tensor(starts("a", TIMES)), SAMPLES)
-    assert (drawn.rest_N == 0).all() and drawn.tails_TN.shape == (0, TIMES)
+    drawn = systematic_samples(
+        logs.repeat(TIMES, 1), torch.tensor(sample_offsets("a", TIMES)), SAMPLES
+    )
+    assert (drawn.tail_mass_N == 0).all() and drawn.tails_TN.shape == (0, TIMES)
     found, wanted = shares(drawn) * SAMPLES, logs.double().exp().numpy() * SAMPLES
     assert (found - np.rint(found)).max() < 1e-4 and np.allclose(found.sum(1), SAMPLES)
     assert (found > np.floor(wanted) - 1e-4).all() and (found < np.ceil(wanted) + 1e-4).all()
@@ -54,9 +55,11 @@ def gradients(
 def test_the_mean_gradient_over_many_draws_is_that_of_the_whole_vocabulary():
     make, logs = torch.Generator().manual_seed(1), flat(3)
     hidden, head = (torch.randn(n, WIDTH, generator=make) for n in (1, WORDS))
-    drawn = draw(logs.repeat(TIMES, 1), torch.tensor(starts("b", TIMES)), SAMPLES)
+    drawn = systematic_samples(
+        logs.repeat(TIMES, 1), torch.tensor(sample_offsets("b", TIMES)), SAMPLES
+    )
     offsets = torch.tensor(np.concatenate([[0], np.cumsum(drawn.counts_N, dtype=int)]))
-    ids, rest = torch.tensor(drawn.ids_E.astype(int)), torch.tensor(drawn.rest_N)
+    ids, rest = torch.tensor(drawn.ids_E.astype(int)), torch.tensor(drawn.tail_mass_N)
     soft = SoftTargets(ids, torch.tensor(drawn.logs()), offsets, rest)
     targets = torch.full((TIMES,), 7)
     found = gradients(hidden.repeat(TIMES, 1), head, targets, soft).double()
@@ -70,7 +73,7 @@ def test_the_mean_gradient_over_many_draws_is_that_of_the_whole_vocabulary():
 
 def test_a_row_with_one_likely_id_and_a_student_that_rules_out_the_rest_stay_finite():
     logs = torch.log_softmax(torch.tensor([[0.0, 200.0, 1.0]]), -1)
-    drawn = draw(logs, torch.tensor([0.99]), 50)
+    drawn = systematic_samples(logs, torch.tensor([0.99]), 50)
     assert drawn.ids_E.tolist() == [1] and drawn.codes_E.tolist() == [50]
     assert drawn.logs().tolist() == [0.0]
     soft = SoftTargets(
@@ -82,8 +85,12 @@ def test_a_row_with_one_likely_id_and_a_student_that_rules_out_the_rest_stay_fin
 
 
 def test_draws_hang_on_the_example_alone():
-    assert starts("a", 3).tolist() == starts("a", 9)[:3].tolist() != starts("b", 3).tolist()
-    assert 0 <= starts("a", 999).min() < starts("a", 999).max() < 1
+    assert (
+        sample_offsets("a", 3).tolist()
+        == sample_offsets("a", 9)[:3].tolist()
+        != sample_offsets("b", 3).tolist()
+    )
+    assert 0 <= sample_offsets("a", 999).min() < sample_offsets("a", 999).max() < 1
 
 
 def test_a_capture_holds_draws_from_the_teacher_and_another_the_same_bytes(tmp_path, monkeypatch):

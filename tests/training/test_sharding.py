@@ -41,7 +41,7 @@ def test_accelerate_knows_every_key(path):
 def test_shards_come_where_the_file_asks_for_them(name, monkeypatch):
     for key, value in environment_of(name).items():
         monkeypatch.setenv(key, value)
-    assert sharding.asked() == (name == "fsdp2.yaml")
+    assert sharding.enabled() == (name == "fsdp2.yaml")
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_another_way_to_shard_is_refused(key, value, monkeypatch):
     for name, other in {**environment_of("fsdp2.yaml"), key: value}.items():
         monkeypatch.setenv(name, other)
     with pytest.raises(DistillError, match=f"{key.lower()}.* is not supported") as fault:
-        sharding.asked()
+        sharding.enabled()
     assert fault.value.code == Exit.TRAINING
 
 

@@ -52,14 +52,14 @@ def test_logits_that_are_capped_behind_the_head_are_refused():
 
 def test_an_idle_batch_weighs_nothing(tmp_path):
     student, _ = make_student(adapted(make_tiny(tmp_path)))
-    loss = student(Batch.idle())
+    loss = student(Batch.make([]))
     loss.backward()
     assert float(loss.detach()) == 0
 
 
 def test_places_predict_the_next_token():
     batch = Batch.make(examples(2))
-    assert torch.equal(batch.ids_N[batch.places_S + 1], batch.targets_S)
+    assert torch.equal(batch.ids_N[batch.indices_S + 1], batch.targets_S)
     first = examples(1)[0]
     wanted = [i for i, w in zip(first.input_ids, first.weights, strict=True) if w]
     assert batch.targets_S[: len(wanted)].tolist() == wanted

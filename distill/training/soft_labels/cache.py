@@ -1,25 +1,27 @@
-"""The teacher's distributions on disk: for each supervised token its likeliest ids, their log-probabilities, the rest.
+"""The teacher's distributions on disk: for each supervised token its top ids and the tail mass.
 
-A token's row is its nucleus, likeliest first: ids of three bytes, log-probabilities as steps of 1/16 nat below the
-likeliest (never more than 255), and the exact mass of all that is not listed, a float32; for each further temperature T
-the log of the sum of p^(1/T) over what is not listed. Listed probabilities are scaled to one minus that mass when they
-are read, so one listed id is exact, and a whole row costs its relative error only (Δ²/24 nat at most, 0.0002).
+A token's row is its nucleus, by falling probability: ids of three bytes, log-probabilities as steps
+of 1/16 nat below the first (never more than 255), and the exact mass of all that is not listed, a
+float32; for each further temperature T the log of the sum of p^(1/T) over what is not listed.
+Listed probabilities are scaled to one minus that mass when they are read, so one listed id is
+exact, and a row costs its relative error only (Δ²/24 nat at most, 0.0002).
 
-A sampled row holds the ids that came up in some draws, and how often in place of the steps: the first of a nucleus is
-always 0, of draws never. Its rest is 0, and its probabilities are the shares of the draws: right in the mean to the
-last bit, where rounded steps would be off by up to 3 % of a rare id's, always the same way.
+A sampled row holds the ids of some samples, and their counts in place of the steps: the first of a
+nucleus is always 0, a count never. Its tail mass is 0, and its probabilities are the frequencies:
+unbiased to the last bit, where rounded steps would be off by up to 3 % of a rare id's, always the
+same way.
 
-A cache is a folder, one for each teacher and setting, of chunks: a line with the format and the header's length and
-hash, the header (JSON: the rows' keys and lengths, the body's hash), and the body, each column cut into its bytes'
-planes and deflated. A chunk appears whole or not at all, and is never changed. Headers are read without the bodies.
-Needs no torch.
+A cache is a folder, one for each teacher and setting, of chunks: a line with the format and the
+header's length and hash, the header (JSON: the rows' keys and lengths, the body's hash), and the
+body, each column cut into its bytes' planes and deflated. A chunk appears complete or not at all,
+and is never changed. Headers are read without the bodies. Needs no torch.
 """
 
 import hashlib
 import itertools
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -27,29 +29,30 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.config import Config, EndpointTeacher, LocalTeacher, Signals
+from distill.config import Signals
 from distill.errors import DistillError, Exit
-from distill.models import loading, registry
-from distill.models.chat_template import template_hash, vocabulary_hash
-from distill.records import Example, canonical, digest
-from distill.storage.files import disk_errors, read_json, write_atomic, write_json
-from distill.storage.fingerprints import MODEL_FILE
-from distill.storage.progress import say
+from distill.records import Example, canonical
+from distill.storage.files import disk_errors, write_atomic
 
 FORMAT = 1
 MAGIC = b"distill-signals"
 STEPS = 16  # of log-probability a nat
 ENDING = ".signals"
+CHUNK_TOKENS = 4096  # supervised tokens of a chunk: what a kill can cost
 TEXT_ONLY = "train on text: train.loss={ce: 1, forward_kl: 0}"
 WAY_OUT = "remove the file; --redo signals captures again what it held"
-LISTED = 0.33  # ids listed a token, times sqrt(1 - p): 3 at p = .99, 10 at .999 (scripts/benchmarks/benchmark_signals.py)
-DRAWN = 2.5  # bytes a token, times draws^0.35, on a person's answers; half on a teacher's own (scripts/benchmarks/benchmark_sampled.py)
+SLACK = 1e-3  # by which a server's rounded probabilities may sum to more than one
+# Ids listed a token, times sqrt(1 - p): 3 at p = .99, 10 at .999 (benchmark_signals.py).
+LISTED = 0.33
+# Bytes a token, times samples^0.35, on a person's answers; half on a teacher's own
+# (benchmark_sampled.py).
+SAMPLED = 2.5
 BYTES_A_TOKEN, BYTES_AN_ID = 5.0, 2.45  # of files, deflated, with index and checksums
 
 
 @dataclass(frozen=True)
 class Signal:
-    """The distributions of N tokens: how many ids each lists, all those ids (E,) and codes, and the masses left over.
+    """The distributions of N tokens: how many ids each lists, their ids and codes, and the tails.
 
     `tails_TN` holds a row for each further temperature.
     """
@@ -57,76 +60,91 @@ class Signal:
     counts_N: NDArray[np.uint16]
     ids_E: NDArray[np.uint32]
     codes_E: NDArray[np.uint8]
-    rest_N: NDArray[np.float32]
+    tail_mass_N: NDArray[np.float32]
     tails_TN: NDArray[np.float32]
 
     def __len__(self) -> int:
         return len(self.counts_N)
 
     def logs(self) -> NDArray[np.float32]:
-        """Return the log-probabilities (E,) of the listed ids, those of a token summing to one minus its rest."""
-        codes_E, owners_E = (
-            self.codes_E.astype(np.float64),
-            np.repeat(np.arange(len(self)), self.counts_N),
-        )
+        """Return the log-probabilities (E,), those of a token summing to 1 minus its tail mass."""
+        codes_E = self.codes_E.astype(np.float64)
+        owners_E = np.repeat(np.arange(len(self)), self.counts_N)
         firsts_N = np.cumsum(self.counts_N, dtype=np.int64) - self.counts_N
-        drawn_E = (codes_E[firsts_N] > 0)[owners_E]
-        logs_E = np.where(drawn_E, np.log(np.maximum(codes_E, 1)), codes_E / -STEPS)
+        sampled_E = (codes_E[firsts_N] > 0)[owners_E]
+        logs_E = np.where(sampled_E, np.log(np.maximum(codes_E, 1)), codes_E / -STEPS)
         sums_N = np.bincount(owners_E, np.exp(logs_E), minlength=len(self))
         with np.errstate(divide="ignore"):
-            scale_N = np.log1p(-self.rest_N.astype(np.float64)) - np.log(sums_N)
+            scale_N = np.log1p(-self.tail_mass_N.astype(np.float64)) - np.log(sums_N)
         return (logs_E + scale_N[owners_E]).astype(np.float32)
+
+    @classmethod
+    def from_lists(
+        cls, lists: Sequence[Mapping[int, float]], settings: Signals, vocabulary: int
+    ) -> Self:
+        """Return what a server listed for each token (id to log-probability), cut to p and k.
+
+        Ids from `vocabulary` on, which no text has, are left out. Raises ValueError where
+        probabilities sum to more than 1.
+        """
+        ids, logs, tails = list[NDArray[Any]](), list[NDArray[Any]](), list[float]()
+        for listed in lists:
+            rows = sorted((-log, i) for i, log in listed.items() if i < vocabulary)
+            logs_K = -np.array([negative for negative, _ in rows])
+            mass_K = np.exp(logs_K)
+            if not len(rows) or mass_K.sum() > 1 + SLACK or not mass_K[0]:
+                what = "its log-probabilities are none: start vLLM with"
+                raise ValueError(f"{what} --logprobs-mode raw_logprobs")
+            nucleus_K = (np.cumsum(mass_K) - mass_K < settings.p) & (mass_K > 0)
+            nucleus_K[settings.k :] = False
+            nucleus_K[0] = True
+            ids.append(np.array([i for _, i in rows])[nucleus_K])
+            logs.append(logs_K[nucleus_K])
+            tails.append(max(0.0, 1 - float(mass_K[nucleus_K].sum())))
+        counts_N = np.array([len(ids_K) for ids_K in ids], np.uint16)
+        codes_E = codes(np.concatenate(logs).astype(np.float32), counts_N)
+        tail_mass_N, none_TN = np.array(tails, np.float32), np.zeros((0, len(ids)), np.float32)
+        return cls(counts_N, np.concatenate(ids).astype(np.uint32), codes_E, tail_mass_N, none_TN)
 
     @classmethod
     def join(cls, parts: Sequence["Signal"]) -> Self:
         """Lay signals end to end; at least one."""
-        return cls(
-            np.concatenate([part.counts_N for part in parts]),
-            np.concatenate([part.ids_E for part in parts]),
-            np.concatenate([part.codes_E for part in parts]),
-            np.concatenate([part.rest_N for part in parts]),
-            np.concatenate([part.tails_TN for part in parts], 1),
-        )
+        names = ("counts_N", "ids_E", "codes_E", "tail_mass_N", "tails_TN")
+        return cls(*(np.concatenate([getattr(part, n) for part in parts], -1) for n in names))
 
     def split(self, lengths: Sequence[int]) -> Iterator["Signal"]:
         """Yield the signals of as many tokens each as `lengths` says, which add up to all."""
         ends_N = np.concatenate([[0], np.cumsum(self.counts_N, dtype=np.int64)])
         start = 0
         for length in lengths:
-            end, first, last = start + length, ends_N[start], ends_N[start + length]
+            tokens = slice(start, start := start + length)
+            ids = slice(ends_N[tokens.start], ends_N[tokens.stop])
             yield Signal(
-                self.counts_N[start:end],
-                self.ids_E[first:last],
-                self.codes_E[first:last],
-                self.rest_N[start:end],
-                self.tails_TN[:, start:end],
+                *(self.counts_N[tokens], self.ids_E[ids], self.codes_E[ids]),
+                *(self.tail_mass_N[tokens], self.tails_TN[:, tokens]),
             )
-            start = end
 
 
 def codes(logs_E: NDArray[np.float32], counts_N: NDArray[np.uint16]) -> NDArray[np.uint8]:
-    """Return the codes of log-probabilities, each token's in falling order: sixteenths of a nat below its first."""
+    """Return the codes of log-probabilities, each token's falling: 1/16 nats below its first."""
     firsts_N = np.cumsum(counts_N, dtype=np.int64) - counts_N
     below_E = np.repeat(logs_E[firsts_N], counts_N) - logs_E
     return np.clip(np.rint(below_E * STEPS), 0, 255).astype(np.uint8)
 
 
-def starts(example: str, count: int) -> NDArray[np.float64]:
-    """Return where in [0, 1) the draws of an example's tokens begin, always the same."""
-    return np.frombuffer(hashlib.shake_256(example.encode()).digest(4 * count), "<u4") / 2**32
-
-
 class SignalKey(NamedTuple):
-    """What an example's signal is found and checked by: the example's id, the hash of its supervised ids, how many."""
+    """What names and checks an example's signal: its id, its supervised ids' hash, how many."""
 
     example: str
     tokens: str
     count: int
 
 
-def token_hash(ids: Sequence[int]) -> str:
-    """Hash the token ids that an answer's distributions stand for."""
-    return digest(list(ids))
+class KeyedExample(NamedTuple):
+    """An answer as the teacher reads it, and the key that its signal is kept under."""
+
+    example: Example
+    key: SignalKey
 
 
 def supervised_ids(example: Example) -> list[int]:
@@ -135,7 +153,7 @@ def supervised_ids(example: Example) -> list[int]:
 
 
 def _deflate(array: NDArray[Any], width: int) -> bytes:
-    """Deflate an array's lowest `width` bytes, plane by plane: the high bytes of ids and counts are nearly free."""
+    """Deflate an array's lowest `width` bytes, plane by plane: high bytes are nearly free."""
     plain = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<")))
     planes = plain.view(np.uint8).reshape(-1, array.dtype.itemsize)[:, :width]
     return zlib.compress(np.ascontiguousarray(planes.T).tobytes(), 6)
@@ -155,7 +173,7 @@ COLUMNS = (("counts_N", np.uint16, 2), ("ids_E", np.uint32, 3), ("codes_E", np.u
 def encode_chunk(teacher: str, rows: Sequence[SignalKey], signal: Signal) -> bytes:
     """Return the bytes of a chunk: `signal` holds the rows' tokens, end to end."""
     packed = [_deflate(getattr(signal, name), width) for name, _, width in COLUMNS]
-    packed += [_deflate(column, 4) for column in (signal.rest_N, *signal.tails_TN)]
+    packed += [_deflate(column, 4) for column in (signal.tail_mass_N, *signal.tails_TN)]
     body = b"".join(packed)
     header = canonical(
         {
@@ -166,11 +184,8 @@ def encode_chunk(teacher: str, rows: Sequence[SignalKey], signal: Signal) -> byt
             "body": hashlib.sha256(body).hexdigest(),
         }
     )
-    line = b"%s %d %d %s\n" % (
-        *(MAGIC, FORMAT, len(header)),
-        hashlib.sha256(header).hexdigest().encode(),
-    )
-    return line + header + body
+    checksum = hashlib.sha256(header).hexdigest().encode()
+    return b"%s %d %d %s\n" % (MAGIC, FORMAT, len(header), checksum) + header + body
 
 
 @dataclass(frozen=True)
@@ -187,7 +202,7 @@ class SignalChunk:
 
     @classmethod
     def open(cls, path: Path) -> "SignalChunk":
-        """Read and check a chunk's header and length; raises DistillError (exit 5) where it is damaged or cut off."""
+        """Read and check a chunk's header and length; raises DistillError (exit 5) for damage."""
         with disk_errors(path), path.open("rb") as file:
             line = file.readline(200)
             try:
@@ -210,7 +225,7 @@ class SignalChunk:
         return cls(path, begin, header["teacher"], rows, header["listed"], sizes, header["body"])
 
     def read(self) -> dict[str, Signal]:
-        """Return the signals by their examples' ids; raises DistillError (exit 5) where a byte is not as written."""
+        """Return the signals by their examples' ids; raises DistillError (exit 5) for damage."""
         with disk_errors(self.path), self.path.open("rb") as file:
             file.seek(self.begin)
             body = file.read()
@@ -226,14 +241,14 @@ class SignalChunk:
         }
         floats = [_inflate(data, tokens, np.float32, 4) for data in packed[len(COLUMNS) :]]
         tails_TN = np.stack(floats[1:]) if floats[1:] else np.zeros((0, tokens), np.float32)
-        signal = Signal(**columns, rest_N=floats[0], tails_TN=tails_TN)
+        signal = Signal(**columns, tail_mass_N=floats[0], tails_TN=tails_TN)
         parts = signal.split([row.count for row in self.rows])
         return {row.example: part for row, part in zip(self.rows, parts, strict=True)}
 
 
 @dataclass
 class SignalCache:
-    """The chunks of one teacher and setting; `teacher` is the digest of both, and the folder's name.
+    """The chunks of one teacher and setting; `teacher` is the digest of both, the folder's name.
 
     Opening reads the headers. One process at a time adds to it, under the folder's lock.
     """
@@ -244,7 +259,7 @@ class SignalCache:
 
     @classmethod
     def open(cls, store: Path, teacher: str) -> "SignalCache":
-        """Open the cache of `teacher` in the shared store; raises DistillError (exit 5) naming a chunk that is wrong."""
+        """Open a teacher's cache in the store; raises DistillError (exit 5) for a bad chunk."""
         cache = cls(store / "signals" / teacher, teacher)
         for path in sorted(cache.folder.glob(f"*{ENDING}")):
             cache._add(SignalChunk.open(path))
@@ -257,14 +272,14 @@ class SignalCache:
         self.index |= {row.example: (chunk, row) for row in chunk.rows}
 
     def append(self, rows: Sequence[SignalKey], signal: Signal) -> None:
-        """Write a chunk, durably; raises DistillError (exit 5) on a full disk, and leaves what was there."""
+        """Write a chunk, durably; raises DistillError (exit 5) on a full disk."""
         last = max((int(path.stem) for path in self.folder.glob(f"*{ENDING}")), default=0)
         path = self.folder / f"{last + 1:08}{ENDING}"
         write_atomic(path, encode_chunk(self.teacher, rows, signal))
         self._add(SignalChunk.open(path))
 
     def check(self, rows: Iterable[SignalKey]) -> None:
-        """Stop where a row is not in the cache, or stands there for other tokens; raises DistillError (exit 5)."""
+        """Raise DistillError (exit 5) where a row is missing, or stands there for other tokens."""
         for row in rows:
             entry = self.index.get(row.example)
             if entry is None:
@@ -275,7 +290,7 @@ class SignalCache:
                 raise DistillError(Exit.STATE, entry[0].path, what, WAY_OUT)
 
     def read(self, rows: Sequence[SignalKey]) -> dict[str, Signal]:
-        """Return the signals of `rows` by their examples' ids, every chunk that holds one checked to the byte."""
+        """Return the signals of `rows` by their examples' ids, each chunk checked to the byte."""
         self.check(rows)
         requested = dict.fromkeys(row.example for row in rows)
         chunks = {chunk.path: chunk for chunk, _ in (self.index[name] for name in requested)}
@@ -284,74 +299,54 @@ class SignalCache:
             signals |= {name: part for name, part in chunk.read().items() if name in requested}
         return signals
 
-    def bytes(self) -> int:
-        """Return the bytes of all chunks."""
-        return sum(path.stat().st_size for path in self.folder.glob(f"*{ENDING}"))
+    def fill(
+        self,
+        texts: Sequence[KeyedExample],
+        read: Callable[[Sequence[Example]], Iterable[Signal | str]],
+    ) -> list[tuple[KeyedExample, str]]:
+        """Append what `read` yields, chunk by chunk; return the texts without a signal, and why."""
+        failures: list[tuple[KeyedExample, str]] = []
+        results = iter(read([text.example for text in texts]))
+        for part in chunked(texts):
+            entries: list[tuple[SignalKey, Signal]] = []
+            for text, signal in zip(part, itertools.islice(results, len(part)), strict=True):
+                if isinstance(signal, str):
+                    failures.append((text, signal))
+                else:
+                    entries.append((text.key, signal))
+            if entries:
+                self.append([key for key, _ in entries], Signal.join([s for _, s in entries]))
+        return failures
 
 
-def open_teacher(config: Config) -> tuple[Any, dict[str, Any]]:
-    """Return the tokenizer of the teacher whose distributions are captured, and the facts that name its signals.
-
-    Raises DistillError (exit 2) where its vocabulary is not the student's.
-    """
-    teacher, student = config.soft_teacher(), config.student
-    trusted = config.reader()[0] == student.model and student.trust_remote_code
-    tokenizer = loading.load_tokenizer(*config.reader(), trusted)
-    other = loading.load_tokenizer(student.model, student.revision, student.trust_remote_code)
-    vocabulary = vocabulary_hash(tokenizer)
-    if vocabulary != vocabulary_hash(other):
-        where = f"teacher {teacher.model} and student {student.model}"
-        what = "have different tokenizers: a distribution over one's tokens says nothing in the other's"
-        raise DistillError(Exit.CONFIG, where, what, TEXT_ONLY)
-    return tokenizer, {
-        **config.signals.shape,
-        **reader_facts(config),
-        "template": template_hash(tokenizer, config.template_date),
-        "vocabulary": vocabulary,
-    }
+def chunked(texts: Sequence[KeyedExample]) -> list[list[KeyedExample]]:
+    """Cut texts, in their order, into chunks of about CHUNK_TOKENS, the same after a kill."""
+    parts: list[list[KeyedExample]] = []
+    tokens = CHUNK_TOKENS
+    for text in texts:
+        if tokens >= CHUNK_TOKENS:
+            parts.append([])
+            tokens = 0
+        parts[-1].append(text)
+        tokens += text.key.count
+    return parts
 
 
-def reader_facts(config: Config) -> dict[str, Any]:
-    """Return what names the model that reads: its weights and precision, or where it is served and as what."""
-    teacher = config.soft_teacher()
-    if isinstance(teacher, EndpointTeacher):
-        settings = config.signals
-        extra = teacher.extra_body if settings.endpoint or settings.from_answers else {}
-        facts = {"endpoint": teacher.base_urls[0], "served": teacher.model}
-        came = {"from_answers": True} if settings.from_answers else {}
-        return {**facts, **came, "revision": teacher.revision, "extra_body": extra}
-    assert isinstance(teacher, LocalTeacher)
-    dtype = str(loading.pick_dtype(teacher.dtype)).removeprefix("torch.")
-    pinned = registry.identity(teacher.model, teacher.revision)
-    return {"weights": pinned, **registry.folder_facts("weights", teacher.model), "dtype": dtype}
+def name_failures(failures: Sequence[tuple[KeyedExample, str]]) -> str:
+    """Name the first text without a signal, and say how many others there are."""
+    (text, why), others = failures[0], len(failures) - 1
+    more = f" (and {others} others have none)" if others else ""
+    return f"answer {text.example.response_id} {why}{more}"
 
 
-def as_captured(store: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """Return the facts under which the store keeps the signals that these facts name.
-
-    An earlier distill knew a model in a folder by its weights alone. Its cache goes on as that of the first model that
-    asks for it (`adopted.json` there), and is not found any more once a file of that folder has changed.
-    """
-    former = {key: value for key, value in facts.items() if not MODEL_FILE.fullmatch(key)}
-    folder = store / "signals" / describe(former)
-    if former == facts or not folder.is_dir():
-        return facts
-    adopted = folder / "adopted.json"
-    if not adopted.exists():
-        write_json(adopted, facts)
-        what = "is named by the hash of the teacher's weights alone"
-        say(f"signals: {folder} {what}, and counts as that of the model as it is now")
-    return former if read_json(adopted) == facts else facts
+def sample_offsets(example: str, count: int) -> NDArray[np.float64]:
+    """Return where in [0, 1) the samples of an example's tokens begin, always the same."""
+    return np.frombuffer(hashlib.shake_256(example.encode()).digest(4 * count), "<u4") / 2**32
 
 
 def expected_bytes(tokens: int, settings: Signals) -> float:
-    """Return about how many bytes the signals of `tokens` take, from what was measured on a teacher's own text."""
+    """Return about how many bytes the signals of `tokens` take, as measured on teachers' texts."""
     if settings.method == "sampled":
-        return tokens * DRAWN * settings.samples**0.35
+        return tokens * SAMPLED * settings.samples**0.35
     listed = min(settings.k, LISTED * (1 - settings.p) ** -0.5)
     return tokens * (BYTES_A_TOKEN + BYTES_AN_ID * listed)
-
-
-def describe(settings: Mapping[str, Any]) -> str:
-    """Return the digest of what shapes a teacher's signals, with the format: the name of its cache."""
-    return digest({"format": FORMAT, "steps": STEPS, **settings})

@@ -1,13 +1,15 @@
-"""Causal attention in a packed row: every segment sees its ancestors and itself; nothing is padded, nothing leaks.
+"""Causal attention in a packed row: each segment attends to its ancestors and itself, unpadded.
 
-Registered with transformers under the name `packed`, so any model that takes its attention from the library can use
-it; the segments travel as a keyword through the model's forward. Queries of the heads that share a key
-are stacked, so keys and values are never repeated. On a CPU the products run as plain batched matrix products, a block
-of queries at a time (PyTorch's own kernel is several times slower at these lengths). Elsewhere one call of PyTorch's
-kernel for rows of various lengths does all segments, where a trial on the device itself shows that it can; else (float32,
-an old GPU) its common kernel does one segment after the other.
+Registered with transformers under the name `packed`, so any model that takes its attention from the
+library can use it; the segments travel as a keyword through the model's forward. On a CPU, queries
+of the heads that share a key are stacked, so keys and values are never repeated, and the products
+are plain batched matrix products, a block of queries at a time (PyTorch's own kernel is several
+times slower at these lengths). Elsewhere one call of PyTorch's variable-length kernel does all
+segments, where a trial on the device itself shows that it can; else (float32, an old GPU) its
+common kernel does one segment after the other.
 
-Shape suffixes: N tokens of the row, T of a block, S keys that it sees, H query heads, K key heads, G = H / K, d the head's size.
+Shape suffixes: N tokens of the row, T of a block, S keys that it attends to, H query heads, K key
+heads, G = H / K, d the head's size.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,38 +21,30 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from distill.training.host_to_device import send
-from distill.training.packing import Segment
+from distill.training.batches import Segment
+from distill.training.sharding import send
 
 NAME = "packed"
 BLOCK = 128  # queries at a time: what lies above the diagonal is skipped block by block
 OTHER_KINDS = ("sliding_window", "softcap", "s_aux", "position_bias")
-KEPT = 512  # blocks that see up to so many keys keep their probabilities for the way back, others make them again
+SAVED_KEYS = 512  # blocks with up to so many keys save their probabilities, others recompute them
 
 
 def blocks(segment: Segment) -> Iterator[tuple[int, int, int]]:
-    """Yield (start, end) of each block of a segment's queries in the row, and how many keys its last one sees."""
+    """Yield start and end of each block of a segment's queries, and the keys of its last one."""
     ancestors = segment.position()
     for start in range(segment.start, segment.end, BLOCK):
         end = min(start + BLOCK, segment.end)
         yield start, end, ancestors + end - segment.start
 
 
-def _seen(rows_NKd: Tensor, segment: Segment) -> Tensor:
-    """Return the keys or values (K, S, d) that a segment sees: its ancestors' and its own."""
+def _gather(rows_NKd: Tensor, segment: Segment) -> Tensor:
+    """Return the keys or values (K, S, d) of a segment's ancestors and its own."""
     parts = [rows_NKd[start:end] for start, end in segment.ranges()]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).transpose(0, 1)
 
 
-def _spread(slope_NKd: Tensor, part_KSd: Tensor, segment: Segment) -> None:
-    """Add the gradient of what `_seen` returned to its places."""
-    start = 0
-    for first, last in segment.ranges():
-        slope_NKd[first:last] += part_KSd[:, start : start + last - first].transpose(0, 1)
-        start += last - first
-
-
-def _stacked(heads_THd: Tensor, groups: int, scale: float = 1.0) -> Tensor:
+def _stack(heads_THd: Tensor, groups: int, scale: float = 1.0) -> Tensor:
     """Lay (T, K·G, d) out as (K, G·T, d), times `scale`."""
     T, H, d = heads_THd.shape
     out_KXd = heads_THd.new_empty(H // groups, groups * T, d)
@@ -68,74 +62,73 @@ def _unstack(stacked_KXd: Tensor, out_THd: Tensor, scale: float = 1.0) -> None:
 
 
 def _probabilities(query_KXd: Tensor, key_KSd: Tensor, rows: int) -> Tensor:
-    """Return the causal softmax (K, G·T, S) of a block of scaled queries, the last of which sees all S keys."""
+    """Return the causal softmax (K, G·T, S) of a block of scaled queries."""
     scores = torch.bmm(query_KXd, key_KSd.transpose(1, 2))
     K, X, S = scores.shape
     corner = scores.view(K, X // rows, rows, S)[..., S - rows :]
-    corner += torch.full(
-        (rows, rows), float("-inf"), dtype=scores.dtype, device=scores.device
-    ).triu_(1)
+    corner += scores.new_full((rows, rows), float("-inf")).triu_(1)
     return torch.softmax(scores, -1)
 
 
 def forward(
     query_NHd: Tensor, key_NKd: Tensor, value_NKd: Tensor, segments: Sequence[Segment], scale: float
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Return the attention's output (N, H, d), and the probabilities that are worth keeping for the way back."""
+    """Return the output (N, H, d), and the blocks' probabilities that are saved for backward."""
     out_NHd = torch.empty_like(query_NHd, memory_format=torch.contiguous_format)
     groups, saved = query_NHd.shape[1] // key_NKd.shape[1], []
     for segment in segments:
-        key_KSd, value_KSd = _seen(key_NKd, segment), _seen(value_NKd, segment)
-        for start, end, seen in blocks(segment):
-            query = _stacked(query_NHd[start:end], groups, scale)
-            weights = _probabilities(query, key_KSd[:, :seen], end - start)
-            _unstack(torch.bmm(weights, value_KSd[:, :seen]), out_NHd[start:end])
-            saved.append(weights if seen <= KEPT else None)
+        key_KSd, value_KSd = _gather(key_NKd, segment), _gather(value_NKd, segment)
+        for start, end, keys in blocks(segment):
+            query = _stack(query_NHd[start:end], groups, scale)
+            weights = _probabilities(query, key_KSd[:, :keys], end - start)
+            _unstack(torch.bmm(weights, value_KSd[:, :keys]), out_NHd[start:end])
+            saved.append(weights if keys <= SAVED_KEYS else None)
     return out_NHd, saved
 
 
 def backward(
-    slope_NHd: Tensor,
+    gradient_NHd: Tensor,
     query_NHd: Tensor,
     key_NKd: Tensor,
     value_NKd: Tensor,
-    kept: Sequence[Tensor | None],
+    saved: Sequence[Tensor | None],
     segments: Sequence[Segment],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key and value (Dao et al. 2022, appendix B, by blocks of queries only)."""
-    groups, saved = query_NHd.shape[1] // key_NKd.shape[1], iter(kept)
-    slope_q = torch.empty_like(query_NHd, memory_format=torch.contiguous_format)
-    slope_k = torch.zeros(
-        key_NKd.shape, dtype=torch.float32, device=key_NKd.device
-    )  # of many parts
-    slope_v = torch.zeros_like(slope_k)
+    """Return the gradients of query, key and value (Dao et al. 2022, appendix B)."""
+    groups, probabilities = query_NHd.shape[1] // key_NKd.shape[1], iter(saved)
+    grad_q = torch.empty_like(query_NHd, memory_format=torch.contiguous_format)
+    grad_k = key_NKd.new_zeros(key_NKd.shape, dtype=torch.float32)  # sums of many parts
+    grad_v = torch.zeros_like(grad_k)
     for segment in segments:
-        key_KSd, value_KSd = _seen(key_NKd, segment), _seen(value_NKd, segment)
+        key_KSd, value_KSd = _gather(key_NKd, segment), _gather(value_NKd, segment)
         part_k, part_v = torch.zeros_like(key_KSd), torch.zeros_like(value_KSd)
-        for start, end, seen in blocks(segment):
-            query = _stacked(query_NHd[start:end], groups, scale)
-            weights = next(saved)
+        for start, end, keys in blocks(segment):
+            query = _stack(query_NHd[start:end], groups, scale)
+            weights = next(probabilities)
             if weights is None:
-                weights = _probabilities(query, key_KSd[:, :seen], end - start)
-            slope = _stacked(slope_NHd[start:end], groups)
-            part_v[:, :seen].baddbmm_(weights.transpose(1, 2), slope)
-            scores = torch.bmm(slope, value_KSd[:, :seen].transpose(1, 2))
+                weights = _probabilities(query, key_KSd[:, :keys], end - start)
+            upstream = _stack(gradient_NHd[start:end], groups)
+            part_v[:, :keys].baddbmm_(weights.transpose(1, 2), upstream)
+            scores = torch.bmm(upstream, value_KSd[:, :keys].transpose(1, 2))
             scores = torch.ops.aten._softmax_backward_data(scores, weights, -1, weights.dtype)
-            _unstack(torch.bmm(scores, key_KSd[:, :seen]), slope_q[start:end], scale)
-            part_k[:, :seen].baddbmm_(scores.transpose(1, 2), query)
-        _spread(slope_k, part_k, segment)
-        _spread(slope_v, part_v, segment)
-    return slope_q, slope_k.to(key_NKd.dtype), slope_v.to(key_NKd.dtype)
+            _unstack(torch.bmm(scores, key_KSd[:, :keys]), grad_q[start:end], scale)
+            part_k[:, :keys].baddbmm_(scores.transpose(1, 2), query)
+        start = 0
+        for first, last in segment.ranges():  # what `_gather` brought together goes back
+            part = slice(start, start := start + last - first)
+            grad_k[first:last] += part_k[:, part].transpose(0, 1)
+            grad_v[first:last] += part_v[:, part].transpose(0, 1)
+    return grad_q, grad_k.to(key_NKd.dtype), grad_v.to(key_NKd.dtype)
 
 
 class _Attention(torch.autograd.Function):
     """`forward` and `backward` for the models that autograd runs through."""
 
     @staticmethod
-    def forward(ctx: Any, *given: Any) -> Tensor:
-        query, key, value, ctx.segments, ctx.scale = given
-        out, saved = forward(*given)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        query, key, value, ctx.segments, ctx.scale = inputs
+        out, saved = forward(*inputs)
         ctx.save_for_backward(query, key, value, *(saved if any(ctx.needs_input_grad) else ()))
         return out
 
@@ -148,36 +141,39 @@ class _Attention(torch.autograd.Function):
 def attend(
     query_NHd: Tensor, key_NKd: Tensor, value_NKd: Tensor, segments: Sequence[Segment], scale: float
 ) -> Tensor:
-    """Return softmax(QK'·scale)V of every segment over its ancestors and itself, causal, as (N, H, d).
+    """Return softmax(QK'·scale)V of every segment over its ancestors and itself, causal, (N, H, d).
 
     Only a CPU's rows may share prefixes.
     """
     if query_NHd.device.type == "cpu":
-        return _Attention.apply(query_NHd, key_NKd, value_NKd, segments, scale)  # pyright: ignore[reportReturnType]
+        inputs = (query_NHd, key_NKd, value_NKd, segments, scale)
+        return _Attention.apply(*inputs)  # pyright: ignore[reportReturnType]
     H, d = query_NHd.shape[1:]
     able = can_join(query_NHd.device, query_NHd.dtype, H, key_NKd.shape[1], d)
     return (_joined if able else _apart)(query_NHd, key_NKd, value_NKd, tuple(segments), scale)
 
 
 def _apart(
-    query_NHd: Tensor, key_NKd: Tensor, value_NKd: Tensor, segments: tuple[Segment, ...], scale: float
+    query_NHd: Tensor, key_NKd: Tensor, value_NKd: Tensor,
+    segments: tuple[Segment, ...], scale: float,
 ) -> Tensor:  # fmt: skip
-    """Return the attention of segments without ancestors, one after the other, by PyTorch's common kernel."""
+    """Return the attention of segments without ancestors, one after the other."""
     lengths = [segment.end - segment.start for segment in segments]
-    done = []
+    outputs = []
     for rows in zip(*(t.split(lengths) for t in (query_NHd, key_NKd, value_NKd)), strict=True):
         query, key, value = (t.transpose(0, 1)[None] for t in rows)
         out = nn.functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scale, enable_gqa=True
         )
-        done.append(out[0].transpose(0, 1))
-    return torch.cat(done)
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs)
 
 
 def _joined(
-    query_NHd: Tensor, key_NKd: Tensor, value_NKd: Tensor, segments: tuple[Segment, ...], scale: float
+    query_NHd: Tensor, key_NKd: Tensor, value_NKd: Tensor,
+    segments: tuple[Segment, ...], scale: float,
 ) -> Tensor:  # fmt: skip
-    """Return the attention of segments without ancestors by one call of PyTorch's kernel for various lengths."""
+    """Return the attention of segments without ancestors by one call of PyTorch's kernel."""
     from torch.nn.attention.varlen import varlen_attn  # slow to import, and not wanted on a CPU
 
     bounds, longest = _bounds(segments, query_NHd.device)
@@ -189,20 +185,20 @@ def _joined(
 
 @lru_cache(maxsize=8)
 def _bounds(segments: tuple[Segment, ...], device: torch.device) -> tuple[Tensor, int]:
-    """Return the bounds between segments on the device, copied once for all layers, and the longest length."""
+    """Return the segments' bounds on the device, copied once for all layers, and the longest."""
     lengths = [segment.end - segment.start for segment in segments]
-    with torch.inference_mode(False):  # a training step may meet what a measurement made
+    with torch.inference_mode(False):  # a training step may meet what an evaluation made
         ends = send(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
     return ends, max(lengths)
 
 
 @lru_cache
 def can_join(device: torch.device, dtype: torch.dtype, heads: int, keys: int, size: int) -> bool:
-    """Tell by a trial whether `_joined` gives on this device what `_apart` gives, and their gradients."""
+    """Tell by a trial whether `_joined` has the values and gradients of `_apart` on this device."""
     make, segments = torch.Generator(device).manual_seed(0), (Segment(0, 7), Segment(7, 19))
     shapes = [(19, heads, size), (19, keys, size), (19, keys, size), (19, heads, size)]
     with torch.inference_mode(False), torch.enable_grad():
-        query, key, value, slope = (
+        query, key, value, upstream = (
             torch.randn(shape, generator=make, device=device).to(dtype).requires_grad_()
             for shape in shapes
         )
@@ -210,7 +206,7 @@ def can_join(device: torch.device, dtype: torch.dtype, heads: int, keys: int, si
         try:
             for way in (_joined, _apart):
                 out = way(query, key, value, segments, size**-0.5)
-                parts = (out, *torch.autograd.grad(out, (query, key, value), slope))
+                parts = (out, *torch.autograd.grad(out, (query, key, value), upstream))
                 results.append(torch.cat([part.float().flatten() for part in parts]))
         except (RuntimeError, TypeError, ImportError):  # neither this type nor GPU, or torch is old
             return False
@@ -218,7 +214,7 @@ def can_join(device: torch.device, dtype: torch.dtype, heads: int, keys: int, si
     return bool((joined - apart).norm() <= 0.02 * apart.norm())
 
 
-def _registered(
+def packed_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -229,9 +225,10 @@ def _registered(
     dropout: float = 0.0,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Be transformers' attention function for one packed row: (1, heads, N, d) in, (1, N, heads, d) out.
+    """Be transformers' attention function of one packed row: (1, H, N, d) in, (1, N, H, d) out.
 
-    Raises ValueError for kinds of attention that this is not; the student's probe then pads instead.
+    Raises ValueError for kinds of attention that this is not; the student's probe then pads
+    instead.
     """
     unknown = [name for name in OTHER_KINDS if others.get(name) is not None]
     if unknown or dropout or query.shape[0] != 1 or attention_mask is not None:
@@ -241,4 +238,4 @@ def _registered(
     return attend(*rows, segments=segments or [Segment(0, query.shape[2])], scale=scale)[None], None
 
 
-AttentionInterface.register(NAME, _registered)
+AttentionInterface.register(NAME, packed_attention)

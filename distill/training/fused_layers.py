@@ -1,11 +1,12 @@
-"""Decoder layers of the Llama kind (Llama, Mistral, Qwen2) for LoRA training on a CPU, the way back written by hand.
+"""Decoder layers of the Llama kind for LoRA training on a CPU, with their backward by hand.
 
-The same mathematics as transformers' layers with PEFT's adapters, arranged for a machine on which only a few kinds of
-operation are fast. Adapted modules that share an input become one product, [x | xA'] [W | sB]', and so does their way
-back; norms and residuals stay inside; nothing is saved that need not be. `fuse` puts them in place of a model's own
-layers; the student's probe then compares the two, and tests compare gradients with plain PEFT in float32.
+The same mathematics as transformers' layers with PEFT's adapters, arranged for a machine on which
+only a few kinds of operation are fast. Adapted modules that share an input become one product,
+[x | xA'] [W | sB]', and so does their backward; norms and residuals stay inside; nothing is saved
+that need not be. `fuse` puts them in place of a model's own layers; the student's probe then
+compares the two, and tests compare gradients with plain PEFT in float32.
 
-Shape suffixes: N tokens of a packed row, D hidden size, I inputs, O outputs, R ranks side by side, F inner size.
+Shape suffixes: N tokens of a packed row, D hidden size, I inputs, O outputs, R ranks side by side.
 """
 
 from collections.abc import Sequence
@@ -15,9 +16,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from distill.training import attention
 from distill.training.adapters import ADAPTER, factors
-from distill.training.cpu import attention
-from distill.training.packing import Segment
+from distill.training.batches import Segment
 
 KINDS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
 
@@ -34,7 +35,9 @@ class Projection:
         weight = linears[0].weight
         self.matrix = weight.new_zeros(sum(self.widths), self.inputs + sum(ranks))
         self.down = weight.new_zeros(sum(ranks), self.inputs)
-        self.bias = _joined_bias(linears)
+        self.bias: Tensor | None = None
+        if any(linear.bias is not None for linear in linears):
+            self.bias = weight.new_zeros(sum(self.widths))  # of modules without one, it stays zero
         self.parts: list[tuple[slice, slice, float]] = []  # rows of O, columns of R, scale
         self.masters: list[nn.Parameter] = []  # A, B, A, B, ... in float32
         row = column = 0
@@ -42,51 +45,39 @@ class Projection:
             rows, columns = slice(row, row + width), slice(column, column + rank)
             self.matrix[rows, : self.inputs] = linear.weight.data
             linear.weight.data = self.matrix[rows, : self.inputs]  # the same memory from now on
+            if self.bias is not None and linear.bias is not None:
+                self.bias[rows] = linear.bias.data
             if lora:
                 self.parts.append((rows, columns, lora[2]))
                 self.masters += lora[:2]
             row, column = row + width, column + rank
-
-    def refresh(self) -> None:
-        """Copy the masters into the working type."""
-        for number, (rows, columns, scale) in enumerate(self.parts):
-            a, b = self.masters[2 * number : 2 * number + 2]
-            self.down[columns] = a
-            self.matrix[rows, self.inputs :][:, columns] = b * scale
 
     def buffer(self, like: Tensor) -> Tensor:
         """Return an empty (N, I + R) whose first I columns the caller fills."""
         return like.new_empty(like.shape[0], self.matrix.shape[1])
 
     def forward(self, wide_NI: Tensor, residual_NO: Tensor | None = None) -> Tensor:
-        """Fill the last R columns of the buffer, and return the outputs (N, O), on top of a residual."""
-        self.refresh()
+        """Fill the last R columns of the buffer, and return the outputs (N, O) plus a residual."""
+        for number, (rows, columns, scale) in enumerate(self.parts):  # the working copy of masters
+            a, b = self.masters[2 * number : 2 * number + 2]
+            self.down[columns] = a
+            self.matrix[rows, self.inputs :][:, columns] = b * scale
         torch.mm(wide_NI[:, : self.inputs], self.down.t(), out=wide_NI[:, self.inputs :])
         if residual_NO is not None:
             out = torch.addmm(residual_NO, wide_NI, self.matrix.t())
             return out if self.bias is None else out.add_(self.bias)
         return nn.functional.linear(wide_NI, self.matrix, self.bias)
 
-    def backward(self, wide_NI: Tensor, slope_NO: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def backward(self, wide_NI: Tensor, grad_NO: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the gradients of the inputs (N, I) and of the masters, those in float32."""
-        slope_NI = torch.mm(slope_NO, self.matrix)
-        low_NR, low_slope_NR = wide_NI[:, self.inputs :], slope_NI[:, self.inputs :]
-        slope_a = torch.mm(low_slope_NR.t(), wide_NI[:, : self.inputs]).float()
+        grad_NI = torch.mm(grad_NO, self.matrix)
+        low_NR, low_grad_NR = wide_NI[:, self.inputs :], grad_NI[:, self.inputs :]
+        grad_a = torch.mm(low_grad_NR.t(), wide_NI[:, : self.inputs]).float()
         gradients = []
         for rows, columns, scale in self.parts:
-            slope_b = torch.mm(slope_NO[:, rows].t(), low_NR[:, columns]).float()
-            gradients += [slope_a[columns], slope_b.mul_(scale)]
-        return torch.addmm(slope_NI[:, : self.inputs], low_slope_NR, self.down), gradients
-
-
-def _joined_bias(linears: Sequence[nn.Linear]) -> Tensor | None:
-    """Lay the biases side by side, with zeros where a module has none; None where no module has one."""
-    if all(linear.bias is None for linear in linears):
-        return None
-    zeros = [linear.weight.new_zeros(linear.out_features) for linear in linears]
-    return torch.cat(
-        [z if lin.bias is None else lin.bias.data for lin, z in zip(linears, zeros, strict=True)]
-    )
+            grad_b = torch.mm(grad_NO[:, rows].t(), low_NR[:, columns]).float()
+            gradients += [grad_a[columns], grad_b.mul_(scale)]
+        return torch.addmm(grad_NI[:, : self.inputs], low_grad_NR, self.down), gradients
 
 
 class Norm:
@@ -99,17 +90,17 @@ class Norm:
         """Return the normalised rows."""
         return nn.functional.rms_norm(x_ND, (x_ND.shape[1],), self.weight, self.eps)
 
-    def backward(self, x_ND: Tensor, slope_ND: Tensor, residual_ND: Tensor) -> Tensor:
+    def backward(self, x_ND: Tensor, grad_ND: Tensor, residual_ND: Tensor) -> Tensor:
         """Return the gradient of x: through the norm, plus that of the residual beside it."""
         size = torch.linalg.vector_norm(x_ND, dim=1, keepdim=True, dtype=torch.float32)
         inverse = (size.square() / x_ND.shape[1] + self.eps).rsqrt()
-        weighted, x = slope_ND.float() * self.weight.float(), x_ND.float()
+        weighted, x = grad_ND.float() * self.weight.float(), x_ND.float()
         along = (weighted * x).sum(1, keepdim=True) * inverse.pow(3) / x_ND.shape[1]
         return weighted.mul_(inverse).addcmul_(x, along, value=-1).add_(residual_ND).to(x_ND.dtype)
 
 
 def rotate(heads_NHd: Tensor, cos_N1h: Tensor, sin_N1h: Tensor) -> Tensor:
-    """Rotate each pair (i, i + d/2) of every head by its position's angle (arXiv 2104.09864); -sin turns it back."""
+    """Rotate each pair (i, i + d/2) of every head (arXiv 2104.09864); -sin turns it back."""
     half = heads_NHd.shape[2] // 2
     first, second = heads_NHd[..., :half], heads_NHd[..., half:]
     turned = torch.empty_like(heads_NHd, memory_format=torch.contiguous_format)
@@ -149,7 +140,8 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, layer: FusedLayer, cos: Tensor, sin: Tensor, segments: Sequence[Segment], *masters: Tensor
+        ctx: Any, x_ND: Tensor, layer: FusedLayer, cos: Tensor, sin: Tensor,
+        segments: Sequence[Segment], *masters: Tensor,
     ) -> Tensor:  # fmt: skip
         wide = layer.qkv.buffer(x_ND)
         wide[:, : x_ND.shape[1]] = layer.norms[0].forward(x_ND)
@@ -167,17 +159,17 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
-        layer, slope_ND = ctx.layer, upstream[0]
+        layer, grad_ND = ctx.layer, upstream[0]
         x_ND, wide, query, key, value, inner, cos, sin, *saved = ctx.saved_tensors
-        slope_mixed, out_gradients = layer.out.backward(inner, slope_ND)
-        slopes = attention.backward(
-            _heads(slope_mixed, layer.head_dim), query, key, value, saved, ctx.segments, layer.scale
+        grad_mixed, out_gradients = layer.out.backward(inner, grad_ND)
+        gradients = attention.backward(
+            _heads(grad_mixed, layer.head_dim), query, key, value, saved, ctx.segments, layer.scale
         )
-        turned_back = rotate(torch.cat(slopes[:2], dim=1), cos, -sin)
-        slope_made = torch.cat([turned_back.flatten(1), slopes[2].flatten(1)], dim=1)
-        slope_normed, qkv_gradients = layer.qkv.backward(wide, slope_made)
-        slope_x = layer.norms[0].backward(x_ND, slope_normed, slope_ND)
-        return slope_x, None, None, None, None, *qkv_gradients, *out_gradients
+        turned_back = rotate(torch.cat(gradients[:2], dim=1), cos, -sin)
+        grad_made = torch.cat([turned_back.flatten(1), gradients[2].flatten(1)], dim=1)
+        grad_normed, qkv_gradients = layer.qkv.backward(wide, grad_made)
+        grad_x = layer.norms[0].backward(x_ND, grad_normed, grad_ND)
+        return grad_x, None, None, None, None, *qkv_gradients, *out_gradients
 
 
 def _heads(flat_ND: Tensor, size: int) -> Tensor:
@@ -202,43 +194,39 @@ class _Feed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
-        layer, slope_ND = ctx.layer, upstream[0]
+        layer, grad_ND = ctx.layer, upstream[0]
         x_ND, wide, projected, inner = ctx.saved_tensors
-        slope_active, down_gradients = layer.down.backward(inner, slope_ND)
+        grad_active, down_gradients = layer.down.backward(inner, grad_ND)
         gate, up = projected.split(layer.gate_up.widths, dim=1)
-        slope_made = torch.empty_like(projected)
-        slope_gate, slope_up = slope_made.split(layer.gate_up.widths, dim=1)
-        torch.mul(torch.nn.functional.silu(gate), slope_active, out=slope_up)
-        slope_active *= up
-        torch.ops.aten.silu_backward.grad_input(slope_active, gate, grad_input=slope_gate)
-        slope_normed, up_gradients = layer.gate_up.backward(wide, slope_made)
-        slope_x = layer.norms[1].backward(x_ND, slope_normed, slope_ND)
-        return slope_x, None, *up_gradients, *down_gradients
+        grad_made = torch.empty_like(projected)
+        grad_gate, grad_up = grad_made.split(layer.gate_up.widths, dim=1)
+        torch.mul(torch.nn.functional.silu(gate), grad_active, out=grad_up)
+        grad_active *= up
+        torch.ops.aten.silu_backward.grad_input(grad_active, gate, grad_input=grad_gate)
+        grad_normed, up_gradients = layer.gate_up.backward(wide, grad_made)
+        grad_x = layer.norms[1].backward(x_ND, grad_normed, grad_ND)
+        return grad_x, None, *up_gradients, *down_gradients
 
 
 def fusible(layer: Any) -> bool:
-    """Tell whether a decoder layer is of a kind that `FusedLayer` computes, with plain or adapted linear modules."""
-    if type(layer).__name__ not in KINDS or type(layer.mlp.act_fn).__name__ not in (
-        "SiLU",
-        "SiLUActivation",
-    ):
+    """Tell whether `FusedLayer` computes a decoder layer, of linear or adapted modules."""
+    activation = type(layer.mlp.act_fn).__name__ if type(layer).__name__ in KINDS else None
+    if activation not in ("SiLU", "SiLUActivation"):
         return False
     attend, mlp = layer.self_attn, layer.mlp
-    parts = (attend.q_proj, attend.k_proj, attend.v_proj, attend.o_proj)
-    return all(_plain(m) for m in (*parts, mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-
-
-def _plain(module: Any) -> bool:
-    """Tell whether a module is a linear map, or one with a LoRA without dropout."""
-    if isinstance(module, LoraLayer):
-        return type(module.base_layer) is nn.Linear and isinstance(
-            module.lora_dropout[ADAPTER], nn.Identity
-        )
-    return type(module) is nn.Linear
+    modules = [attend.q_proj, attend.k_proj, attend.v_proj, attend.o_proj]
+    for module in (*modules, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+        if isinstance(module, LoraLayer):
+            if not isinstance(module.lora_dropout[ADAPTER], nn.Identity):
+                return False
+            module = module.base_layer
+        if type(module) is not nn.Linear:
+            return False
+    return True
 
 
 def fuse(decoder: Any) -> bool:
-    """Replace the forward of every layer where all of them are fusible and on a CPU; returns whether it did."""
+    """Replace every layer's forward where all are fusible and on a CPU; returns whether it did."""
     layers = list(decoder.layers) if hasattr(decoder, "layers") else []
     on_cpu = all(p.device.type == "cpu" for p in decoder.parameters())
     if not layers or not on_cpu or not all(fusible(layer) for layer in layers):

@@ -1,1 +1,0 @@
-"""Kernels for training on a CPU."""
