@@ -210,7 +210,7 @@ def evaluate(
     run = open_run(config, overrides or ())
     tasks = tuple(task.strip() for task in lm_eval.split(",") if task.strip())
     with run.lock():
-        results = harness.main(run.config, run, harness.Order(tasks, limit, include_path))
+        results = harness.main(run.config, run, tasks, limit, include_path)
         print(markdown_table(*harness.table_of(results)))
     if run.path("scorecard.json").exists():
         perform(run, STAGES[-1:], STAGES[-1:])
@@ -317,19 +317,18 @@ def score(
     allow_code: AllowCode = False,
 ) -> None:
     """Ask any responder the questions of a suite, and score its answers."""
-    from distill.evaluation.score import Place
     from distill.evaluation.score import score as score_suite
     from distill.evaluation.suites import load_suite
     from distill.tasks.sandbox.programs import allow
 
     allow("sandbox" if allow_code else "no")
-    print(score_suite(load_suite(suite, data), responder, name, Place(store, out)))
+    print(score_suite(load_suite(suite, data), responder, name, store, out))
 
 
 @app.command(rich_help_panel=LOOK)
 def probe(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Put the probes to the judge of a config: may its verdicts be used?"""
-    from distill.evaluation.judging import probe_lines, probed
+    from distill.evaluation.judge import probe_lines, probed
 
     print(*probe_lines(probed(open_run(config, overrides or ()).config)), sep="\n")
 

@@ -62,9 +62,13 @@ def capture_identity(config: Config) -> dict[str, str]:
 
 def evaluation_identity(config: Config) -> dict[str, str]:
     """Return the hashes of the suites, and what the models are that answer them or judge, where they are folders."""
-    from distill.evaluation.suites import identity
+    from distill.evaluation.suites import suite_hashes
 
-    found = {**identity(config), **student_facts(config), **checker_identity(config)}
+    found = {
+        **suite_hashes(config.evaluation.suites),
+        **student_facts(config),
+        **checker_identity(config),
+    }
     for role, asked in (("teacher", config.teacher), ("judge", config.evaluation.judge)):
         if asked and asked.runs_here:
             found |= registry.folder_facts(role, asked.model)
@@ -79,7 +83,8 @@ def checker_identity(config: Config) -> dict[str, str]:
     from distill.evaluation.suites import tasks_of
     from distill.tasks.checkers import KINDS
 
-    kinds = {task.checker["kind"] for task in tasks_of(config) if task.checker}
+    tasks = tasks_of(config.prompts.tasks, config.evaluation.suites)
+    kinds = {task.checker["kind"] for task in tasks if task.checker}
     return {
         f"checker {kind}": source_hash("checker", kind) for kind in sorted(kinds - KINDS.keys())
     }
@@ -257,7 +262,8 @@ def permit_code(
     left = any(stage in redo or run.state(stage)[0] != "done" for stage in checking)
     if not left or sandboxed or unsafe:
         return
-    needing = [t.name for t in tasks_of(run.config) if t.checker and t.checker["kind"] in RUNS_CODE]
+    tasks = tasks_of(run.config.prompts.tasks, run.config.evaluation.suites)
+    needing = [t.name for t in tasks if t.checker and t.checker["kind"] in RUNS_CODE]
     if needing:
         what = "is checked by running the programs that models wrote"
         fix = "allow that with --allow-code, which runs them in a sandbox"

@@ -17,10 +17,8 @@ from rich.console import Group
 
 from distill.callables import PROVIDED
 from distill.errors import DistillError, Exit
-from distill.evaluation.items import held_out_items
-from distill.evaluation.measure import measure
-from distill.evaluation.overlap import find_leaks
-from distill.evaluation.suite_scores import read_suites
+from distill.evaluation.evaluate import find_overlap, measure
+from distill.evaluation.suites import Suite, held_out_items
 from distill.formatting import table
 from distill.models.registry import folder_digest
 from distill.pipeline import STAGES
@@ -140,21 +138,20 @@ def _measure_again(run: Run) -> str | None:
     These are programs that models wrote, and checkers that are functions of the user's.
     """
     recorded = read_json(run.path(TASKS_FILE)) if run.path(TASKS_FILE).is_file() else {}
-    tables = [
-        part for suite in read_json(run.path("answers/suites.json")) for part in suite["parts"]
-    ]
+    stored = read_json(run.path("answers/suites.json"))
+    tables = [part for suite in stored for part in suite["parts"]]
     rows = [*recorded.values(), *(part["task"] for part in tables)]
     kinds = {row["checker"]["kind"] for row in rows if row.get("checker")}
     if unknown := sorted(kinds - KINDS.keys() - PROVIDED["checker"].keys()):
         return f"checker {unknown[0]} is a function that this process was not given"
-    suites, (_, items) = read_suites(run.path("answers/suites.json")), held_out_items(run)
+    suites, (_, items) = [Suite.model_validate(row) for row in stored], held_out_items(run)
     find = tasks_of_run(run.folder)
     tasks = [find(name) for name in {item.task for item in items}]
     tasks += [part.task for suite in suites for part in suite.parts]
     programs = any(t and t.checker and t.checker["kind"] in RUNS_CODE for t in tasks)
     if programs and allowed() == "no":
         return PROGRAMS
-    measure(run.config, run, suites, find_leaks(run, items, suites))
+    measure(run.config, run, suites, find_overlap(run, items, suites))
     return None
 
 

@@ -10,7 +10,7 @@ import pytest
 import distill
 from distill.callables import find, provided, source_hash
 from distill.errors import DistillError, Exit
-from distill.evaluation.acceptance import compares_with_answer
+from distill.evaluation.scorers import compares_with_answer
 from distill.records import Message, Prompt
 from distill.tasks.checkers import check, validate
 from distill.verify import verify

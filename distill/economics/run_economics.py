@@ -11,9 +11,9 @@ from decimal import Decimal
 from distill.config import Config
 from distill.economics.costs import Tariff, distillation_cost, request_cost
 from distill.economics.savings import Assumptions, economics
-from distill.evaluation.acceptance import Asked
 from distill.evaluation.measurements import MODELS, Difference, MetricRow
 from distill.evaluation.scorecard import Costs, DistillationCost, Economics, TeacherPrice
+from distill.evaluation.scorers import HeldOutRequest
 from distill.evaluation.statistics import Certainty
 from distill.records import LedgerEntry, Response, Timing, Usage
 from distill.responders.prices import PriceBook, load_prices
@@ -28,7 +28,7 @@ NOT_MEASURED = "the student's difference to the teacher is not known: no task ha
 def money_of(config: Config, run: Run, overall: MetricRow | None) -> tuple[Costs, Economics]:
     """Return the scorecard's `cost` and `economics`; `overall` is the result of all checks together."""
     settings = config.evaluation
-    requests = read_records(run.path("requests.jsonl"), Asked)
+    requests = read_records(run.path("requests.jsonl"), HeldOutRequest)
     book = kept_prices(config, run)
     own, student = teacher_tariff(config, book), machine_tariff(config, book)
     costs = {

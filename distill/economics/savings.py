@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 from distill.economics.costs import NO_TIME, THOUSAND, Tariff, percent
 from distill.economics.substitution import amount_of, shares_of, unknown
-from distill.evaluation.acceptance import Asked
 from distill.evaluation.measurements import Difference
 from distill.evaluation.scorecard import (
     WAYS,
@@ -35,6 +34,7 @@ from distill.evaluation.scorecard import (
     TeacherPrice,
     Way,
 )
+from distill.evaluation.scorers import HeldOutRequest
 from distill.evaluation.statistics import Bounds, Certainty, estimate_mean
 from distill.responders.prices import MachinePrice, TokenPrice
 
@@ -54,7 +54,7 @@ class Assumptions(NamedTuple):
 
 
 def economics(
-    requests: Sequence[Asked],
+    requests: Sequence[HeldOutRequest],
     assumed: Assumptions,
     certainty: Certainty,
     compared_with: TeacherPrice,
@@ -114,7 +114,7 @@ class Basis:
     why: str = ""
 
     @classmethod
-    def of(cls, requests: Sequence[Asked], assumed: Assumptions) -> "Basis":
+    def of(cls, requests: Sequence[HeldOutRequest], assumed: Assumptions) -> "Basis":
         """Price the requests that both models answered."""
         both = [asked for asked in requests if {"teacher", "student"} <= asked.usage.keys()]
         priced = {

@@ -9,8 +9,8 @@ from decimal import Decimal
 from typing import NamedTuple
 
 from distill.economics.costs import Tariff
-from distill.evaluation.acceptance import Asked
 from distill.evaluation.scorecard import Amount
+from distill.evaluation.scorers import HeldOutRequest
 from distill.evaluation.statistics import MIN_PAIRED, Bounds, Certainty, Estimate, estimate_mean
 from distill.records import Usage
 
@@ -38,7 +38,7 @@ class Shares(NamedTuple):
     if_unscored_fail: Amount | None = None
 
 
-def shares_of(requests: Sequence[Asked], teacher: Tariff, certainty: Certainty) -> Shares:
+def shares_of(requests: Sequence[HeldOutRequest], teacher: Tariff, certainty: Certainty) -> Shares:
     """Estimate the substitution share over requests that a test covers; null without a test or with too few verdicts."""
     scored = [asked for asked in requests if asked.accepted is not None]
     if not any(asked.test for asked in requests):
@@ -54,7 +54,9 @@ def shares_of(requests: Sequence[Asked], teacher: Tariff, certainty: Certainty) 
 
 
 def _share(
-    requests: Sequence[Asked], certainty: Certainty, weights: Sequence[Decimal] | None = None
+    requests: Sequence[HeldOutRequest],
+    certainty: Certainty,
+    weights: Sequence[Decimal] | None = None,
 ) -> Amount:
     """Estimate the share that is accepted, of the requests or of their weights; its value is exact."""
     accepted = [asked.accepted is True for asked in requests]

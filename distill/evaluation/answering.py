@@ -1,105 +1,93 @@
-"""Who answers in an evaluation: the student as it is released, its base, and on suites the teacher.
+"""Who answers in an evaluation, and how fast: base, the released student, on suites the teacher.
 
-All are responders, and answers go through the shared store: an evaluation that was killed goes on where it was, and
-what was asked once is never asked or paid for again.
+Answers go through the shared store: an evaluation that was killed continues where it was, and what
+was asked once is never asked or paid for again. Speed is timed apart from the answers, past the
+store, in two short runs: a handful of prompts in a batch of one, as a single user meets it, and a
+batch of answers of one token, which is the prefill. The time is that of the model's steps.
 """
 
 import gc
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from distill.config import Config
-from distill.evaluation.items import by_item
-from distill.evaluation.measure import limit, why_no_teacher
-from distill.evaluation.suites import Suite
-from distill.evaluation.throughput import timed
+from distill.config import Config, Teacher
+from distill.evaluation.suites import Suite, answer_limit, by_item, why_no_teacher, write_answers
 from distill.models import loading, registry
 from distill.models.chat_template import template_hash
-from distill.records import AnswerLoss, Pair, Prompt, Response, digest
+from distill.records import Pair, Prompt, Response, Timing, digest
 from distill.responders.ask import Ask
 from distill.responders.kinds import make_responder
 from distill.responders.local.local_model import LocalResponder
-from distill.responders.responder import Request, Responder, Sampling
+from distill.responders.responder import Raw, Request, Responder, Sampling
 from distill.responders.terms import require_terms
-from distill.storage.files import sha256_file
+from distill.storage.files import read_records, sha256_file, write_json, write_records
 from distill.storage.progress import say
 from distill.storage.run_folder import Run
 from distill.training.adapters import WEIGHTS, merged_student
 from distill.training.student import answer_loss
 
-Given = dict[str, Response]  # answers by item id
+ALONE = 8  # prompts asked one at a time
+READ = 32  # prompts read in a batch
+SECONDS = 5.0  # of each of the two runs, beyond which no further prompt is begun
 
 
-class Answered(NamedTuple):
-    """What one model said to the held-out prompts, how it reads the teacher's answers, and its answers to suites."""
-
-    responses: list[Response]
-    readings: list[AnswerLoss]
-    suites: dict[str, Given]
-
-
-def answer_with_student(
-    config: Config, run: Run, pairs: Sequence[Pair], suites: Sequence[Suite] = ()
-) -> tuple[dict[str, Any], dict[str, Answered]]:
-    """Answer with the base and with the student; return both models' descriptions too."""
-    described, answered = {}, {}
+def answer(config: Config, run: Run, pairs: Sequence[Pair], suites: Sequence[Suite]) -> None:
+    """Do all that needs the three models; write it below `answers/` and `timings/`."""
+    store, described = config.store_folder() / "responses", {}
+    prompts = [pair.prompt for pair in pairs]
     for name, trained in (("base", None), ("student", run)):
         responder, described[name] = student_responder(config, trained, name)
-        answered[name] = _answered(config, run, responder, pairs, suites)
+        requests = requests_to(responder, prompts, [answer_limit(config)] * len(prompts))
+        with Ask(responder, store, run) as ask:
+            responses = ask.responses(requests, f"{name} answers")
+            write_records(run.path(f"answers/{name}.jsonl"), responses)
+            for suite in suites:
+                write_answers(run.folder, suite, {name: ask_suite(ask, suite)})
+        timed(run.path(f"timings/{name}.jsonl"), responder, requests)
+        say(f"{name}: loss on the teacher's answers")
+        date, length = responder.date, config.train.max_length
+        losses = answer_loss(responder.network, responder.tokenizer, pairs, date, length)
+        write_records(run.path(f"answers/readings/{name}.jsonl"), losses)
         del responder
         gc.collect()
-    return described, answered
+    answer_with_teacher(config, run, prompts, suites)
+    models = {"teacher": describe_teacher(config.teacher, config.template_date), **described}
+    write_json(run.path("answers/models.json"), models)
+    write_records(run.path("answers/teacher.jsonl"), [pair.response for pair in pairs])
+    write_json(run.path("answers/suites.json"), [s.model_dump(mode="json") for s in suites])
 
 
 def student_responder(
     config: Config, run: Run | None, name: str
 ) -> tuple[LocalResponder, dict[str, Any]]:
-    """Load the student's base, or of a `run` the student as it is released; return its description too."""
+    """Load the base, or of a `run` the student as it is released; return its description too."""
     student, date = config.student, config.template_date
     if run:
         registry.check_base(run.trained("adapter"), student.model, student.revision)
     folder = f"{merged_student(student, run).resolve()}" if run else student.model
     revision = None if run else student.revision
     tokenizer = loading.load_tokenizer(folder, revision, student.trust_remote_code)
-    told = describe(
+    facts = describe(
         student.model,
         student.revision,
         registry.identity(student.model, student.revision),
         template_hash(tokenizer, date),
     )
-    told["adapter_sha256"] = sha256_file(run.trained("adapter") / WEIGHTS) if run else None
+    facts["adapter_sha256"] = sha256_file(run.trained("adapter") / WEIGHTS) if run else None
     flags = (student.allow_pickle and not run, student.trust_remote_code)
     model = loading.load_model(folder, student.dtype, revision, *flags)
-    shaping, old_origin = {**told, "dtype": str(model.dtype)}, None
+    shaping, old_origin = {**facts, "dtype": str(model.dtype)}, None
     if run:
-        told["model_sha256"] = registry.folder_digest(Path(folder))
-        shaping = {"model": told["model_sha256"], "dtype": str(model.dtype), "date": date}
+        facts["model_sha256"] = registry.folder_digest(Path(folder))
+        shaping = {"model": facts["model_sha256"], "dtype": str(model.dtype), "date": date}
     origin = digest(shaping)
     if shaping.pop("files", None):
         old_origin = digest(shaping)
-    told["dtype"] = str(model.dtype).removeprefix("torch.")
+    facts["dtype"] = str(model.dtype).removeprefix("torch.")
     batch = config.evaluation.max_batch_size
-    return LocalResponder(model, tokenizer, name, origin, date, batch, old_origin), told
-
-
-def _answered(
-    config: Config,
-    run: Run,
-    responder: LocalResponder,
-    pairs: Sequence[Pair],
-    suites: Sequence[Suite],
-) -> Answered:
-    prompts = [pair.prompt for pair in pairs]
-    requests = requests_to(responder, prompts, [limit(config)] * len(prompts))
-    with Ask(responder, config.store_folder() / "responses", run) as ask:
-        responses = ask.responses(requests, f"{responder.model} answers")
-        given = {suite.name: ask_suite(ask, suite) for suite in suites}
-    timed(timing_of(run, responder.model), responder, requests)
-    say(f"{responder.model}: loss on the teacher's answers")
-    length = config.train.max_length
-    readings = answer_loss(responder.network, responder.tokenizer, pairs, responder.date, length)
-    return Answered(responses, readings, given)
+    return LocalResponder(model, tokenizer, name, origin, date, batch, old_origin), facts
 
 
 def requests_to(
@@ -114,46 +102,42 @@ def requests_to(
             responder.origin,
             prompt.id,
             prompt.asked_of_teacher() if as_teacher else prompt.messages,
-            Sampling(max_new_tokens=most),
+            Sampling(max_new_tokens=limit),
         )
-        for prompt, most in zip(prompts, limits, strict=True)
+        for prompt, limit in zip(prompts, limits, strict=True)
     ]
 
 
-def ask_suite(ask: Ask, suite: Suite, as_teacher: bool = False) -> Given:
-    """Ask the student's view of a suite's questions (`as_teacher`: the teacher's); return the answers by item id."""
-    most = suite.limits()
-    prompts, limits = [i.prompt for i in suite.items], [most[i.id] for i in suite.items]
+def ask_suite(ask: Ask, suite: Suite, as_teacher: bool = False) -> dict[str, Response]:
+    """Ask a suite's questions in the student's view (or the teacher's), by item id."""
+    limit_of = suite.limits()
+    prompts, limits = [i.prompt for i in suite.items], [limit_of[i.id] for i in suite.items]
     requests = requests_to(ask.responder, prompts, limits, as_teacher)
     return by_item(suite.items, ask.responses(requests, f"{ask.responder.model} answers"))
 
 
-def answer_with_teacher(config: Config, run: Run, suites: Sequence[Suite]) -> dict[str, Given]:
-    """Put suites to the teacher; what a paid one took is in the ledger, also when the budget ends it (exit 6)."""
-    open_suites = [suite for suite in suites if why_no_teacher(config, suite) is None]
-    if not open_suites:
-        return {}
-    require_terms(config.teacher, config.terms.basis)
-    teacher, store = make_responder(config.teacher, config), config.store_folder() / "responses"
-    with Ask(teacher, store, run, "evaluate" in run.remade) as ask:
-        return {suite.name: ask_suite(ask, suite, as_teacher=True) for suite in open_suites}
+def answer_with_teacher(
+    config: Config, run: Run, prompts: Sequence[Prompt], suites: Sequence[Suite]
+) -> None:
+    """Put suites to the teacher, and time a local one as the student is timed.
 
-
-def time_teacher(config: Config, run: Run, pairs: Sequence[Pair]) -> None:
-    """Time a local teacher as the student is timed; others are paid by the token, or were asked elsewhere."""
-    path = timing_of(run, "teacher")
-    if not config.teacher.runs_here or path.exists():
-        return
-    teacher = make_responder(config.teacher, config)
-    if isinstance(teacher, LocalResponder):
-        prompts = [pair.prompt for pair in pairs]
-        limits = [config.teacher.max_new_tokens] * len(prompts)
-        timed(path, teacher, requests_to(teacher, prompts, limits, as_teacher=True))
-
-
-def timing_of(run: Run, model: str) -> Path:
-    """Return the file of what was timed of a model."""
-    return run.path(f"timings/{model}.jsonl")
+    What a paid one took is in the ledger, also when the budget ends it (exit 6).
+    """
+    teacher = config.teacher
+    asked = [suite for suite in suites if why_no_teacher(teacher, suite) is None]
+    if asked:
+        require_terms(teacher, config.terms.basis)
+        responder, store = make_responder(teacher, config), config.store_folder() / "responses"
+        with Ask(responder, store, run, "evaluate" in run.remade) as ask:
+            for suite in asked:
+                answers = ask_suite(ask, suite, as_teacher=True)
+                write_answers(run.folder, suite, {"teacher": answers})
+    path = run.path("timings/teacher.jsonl")
+    if teacher.runs_here and not path.exists():
+        responder = make_responder(teacher, config)
+        if isinstance(responder, LocalResponder):
+            limits = [teacher.max_new_tokens] * len(prompts)
+            timed(path, responder, requests_to(responder, prompts, limits, as_teacher=True))
 
 
 def describe(
@@ -161,7 +145,7 @@ def describe(
 ) -> dict[str, Any]:
     """Describe a model for the scorecard: its name, what pins its weights, and its chat template.
 
-    Of a folder, where anything may change beside the weights, its further `files` by their hashes too.
+    Of a folder, where anything may change beside the weights, its further `files` by hash too.
     """
     local = registry.is_folder(reference)
     files = registry.parts(reference) if identity else {}
@@ -176,13 +160,60 @@ def describe(
     }
 
 
-def describe_teacher(config: Config) -> dict[str, Any]:
-    """Describe the teacher; of recorded answers only what the user stated is known."""
-    teacher = config.teacher
+def describe_teacher(teacher: Teacher, date: str) -> dict[str, Any]:
+    """Describe the teacher; of one that runs elsewhere only what the user stated is known."""
     if not teacher.runs_here:
-        told = describe(teacher.model or teacher.kind, teacher.revision, None, None)
-        return {**told, "reasons": {"sha256": "the answers were recorded elsewhere"}}
+        facts = describe(teacher.model or teacher.kind, teacher.revision, None, None)
+        return {**facts, "reasons": {"sha256": "the answers were recorded elsewhere"}}
     tokenizer = loading.load_tokenizer(teacher.model, teacher.revision)
     identity = registry.identity(teacher.model, teacher.revision)
-    template = template_hash(tokenizer, config.template_date)
-    return describe(teacher.model, teacher.revision, identity, template)
+    return describe(teacher.model, teacher.revision, identity, template_hash(tokenizer, date))
+
+
+def timed(path: Path, responder: LocalResponder, requests: Sequence[Request]) -> Timing | None:
+    """Time a model on some of the requests, or return what `path` holds, so that a rerun agrees.
+
+    None where nothing could be timed. A prefix that successive prompts share is computed once.
+    """
+    if path.exists():
+        return next(iter(read_records(path, Timing)), None)
+    say(f"{responder.model}: timed one request at a time")
+    alone = measured(responder, spread(requests, ALONE), max_batch_size=1)
+    one_token = [
+        r.model_copy(update={"sampling": r.sampling.model_copy(update={"max_new_tokens": 1})})
+        for r in spread(requests, READ)
+    ]
+    prefill = measured(responder, one_token, max_batch_size=responder.max_batch_size)
+    if not alone or not prefill:
+        return None
+    timing = Timing(
+        requests=len(alone),
+        output_tokens=sum(raw.usage.output_tokens for raw in alone),
+        seconds=sum(raw.usage.seconds for raw in alone),
+        read_tokens=sum(raw.usage.input_tokens for raw in prefill),
+        read_seconds=sum(raw.usage.seconds for raw in prefill),
+    )
+    write_records(path, [timing])
+    return timing
+
+
+def spread(requests: Sequence[Request], count: int) -> list[Request]:
+    """Choose up to `count` requests, evenly from first to last."""
+    step = max(1, len(requests) // count)
+    return list(requests[::step][:count])
+
+
+def measured(
+    responder: LocalResponder, requests: Sequence[Request], max_batch_size: int | None
+) -> list[Raw]:
+    """Ask until all have answered or the time is over, and return the answers."""
+    usual, responder.max_batch_size = responder.max_batch_size, max_batch_size
+    started, raws = time.monotonic(), []
+    try:
+        for raw in responder.ask(requests):
+            raws.append(raw)
+            if time.monotonic() - started > SECONDS:
+                break
+    finally:
+        responder.max_batch_size = usual
+    return raws

@@ -1,7 +1,7 @@
-"""What a paired difference allows one to say: better, worse or undecided, by one rule for every sentence and table.
+"""What a paired difference allows to claim: better, worse or undecided, by one rule for all texts.
 
-`conclude` is that rule. Beside it stand an exact test for yes/no scores, non-inferiority, and what so many items could
-have seen. Legend: N items, G clusters (documents), S seeds.
+`conclude` is that rule. Beside it stand an exact test for yes/no scores, non-inferiority, and the
+smallest difference that so many items could show. N items, G clusters (documents), S seeds.
 """
 
 from collections.abc import Hashable, Sequence
@@ -23,14 +23,12 @@ from distill.records import Record
 
 POWER = 0.8  # the usual one: how often a difference of the stated size would have been seen
 ALPHA = 0.05  # of the exact test beside an interval: a few items that differ can fool the interval
-FEWEST_DOCUMENTS = (
-    6  # were all of G to point one way, an exact test would give p = 2 / 2^G: below ALPHA from 6 on
-)
+FEWEST_DOCUMENTS = 6  # if all of G pointed one way, p = 2 / 2^G: below ALPHA from 6 on
 Noninferiority = Literal["not inferior", "inferior", "undecided"]
 
 
 class Conclusion(NamedTuple):
-    """What a difference allows one to say, and why where it is undecided."""
+    """What a difference allows to claim, and why where it is undecided."""
 
     verdict: Literal["better", "worse", "undecided"]
     reason: str = ""
@@ -44,30 +42,38 @@ def conclude(
     items: int | None = None,
     why_no_interval: str | None = None,
 ) -> Conclusion:
-    """Decide a difference: its interval excludes 0, there are enough documents, and an exact test (`p`) agrees.
+    """Decide a difference: no 0 in the interval, enough documents, an exact test (`p`) that agrees.
 
-    Three ways to be fooled, so all three must hold. An interval of few documents rests on a handful of numbers: with five
-    or fewer no exact test of them could reach 5 %, whatever the scores. `documents` and `p` are None where they are not
-    known (old scorecards) or do not apply (scores that are no yes or no).
+    An interval of few documents rests on a handful of numbers, whatever the scores. `documents` and
+    `p` are None where they are unknown (old scorecards) or do not apply (scores that are graded).
     """
     if low is None or high is None:
         return Conclusion("undecided", why_no_interval or "there is no interval")
     if documents is not None and documents < FEWEST_DOCUMENTS:
-        many = f"{items} items of " if items else ""
-        chance = f"even if all pointed one way, p would be {2 / 2 ** max(1, documents):.3g}"
-        few = f"{many}{documents} document{'s' * (documents != 1)} are too few"
-        return Conclusion("undecided", f"{few} ({chance}; it takes {FEWEST_DOCUMENTS} documents)")
+        of = f"{items} items of " if items else ""
+        plural = "s" * (documents != 1)
+        return Conclusion("undecided", f"{of}{documents} document{plural} are too few")
     if low <= 0 <= high:
         return Conclusion("undecided", "the interval includes 0")
     if p is not None and p >= ALPHA:
-        return Conclusion(
-            "undecided", f"the exact test does not confirm the interval (p = {p:.2g})"
-        )
+        why = f"the exact test does not confirm the interval (p = {p:.2g})"
+        return Conclusion("undecided", why)
     return Conclusion("better" if low > 0 else "worse")
 
 
+def why_few_decide_nothing(documents: int | None) -> str:
+    """Say once in a text why so few documents decide nothing; empty where they are enough."""
+    if documents is None or documents >= FEWEST_DOCUMENTS:
+        return ""
+    p = 2 / 2 ** max(1, documents)
+    return (
+        f"It takes {FEWEST_DOCUMENTS} documents to decide a difference: "
+        f"if all of {documents} pointed one way, p would be {p:.3g}."
+    )
+
+
 class Discordant(Record):
-    """McNemar's test: items that only a passes, that only b passes, and how likely so uneven a split is by chance."""
+    """McNemar's test: items that only a or only b passes, and the p of so uneven a split."""
 
     only_a: int
     only_b: int
@@ -78,11 +84,11 @@ class Discordant(Record):
 def mcnemar(
     a: Sequence[float] | Floats, b: Sequence[float] | Floats, clusters: Sequence[Hashable]
 ) -> Discordant:
-    """Test whether two models pass equally often, from yes/no scores of the same items; two-sided and exact.
+    """Test whether two models pass equally often, from yes/no scores of the same items; exact.
 
-    With one item a cluster this is McNemar's exact binomial test (Psychometrika 12:153, 1947). Items of one cluster keep
-    their signs together: of all 2^G ways to swap the two models in whole clusters, p is the share that is at least as
-    uneven as what was seen. None where no item tells the two apart, or a score is no yes or no.
+    With one item a cluster this is McNemar's two-sided binomial test (Psychometrika 12:153, 1947).
+    Items of one cluster keep their signs together: of all 2^G ways to swap the two models in
+    complete clusters, p is the share that is at least as uneven as what was observed.
     """
     a_N, b_N = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if not (np.isin(a_N, (0, 1)).all() and np.isin(b_N, (0, 1)).all()):
@@ -91,27 +97,23 @@ def mcnemar(
     if not only_a + only_b:
         return Discordant(only_a=0, only_b=0, p=None, reason="no item tells the two apart")
     sums_G1, _ = by_cluster((a_N - b_N)[:, None], clusters)
-    p = _swapped(np.abs(sums_G1[:, 0]), abs(only_a - only_b))
-    return Discordant(only_a=only_a, only_b=only_b, p=p, reason=None)
-
-
-def _swapped(size_G: Floats, seen: int) -> float:
-    """Return the chance that the sum of the sizes, each with a random sign, is at least `seen` away from zero."""
-    chance = np.ones(1)  # of each sum so far, from -total to total
+    size_G = np.abs(sums_G1[:, 0])
+    chance = np.ones(1)  # of each sum of the sizes so far with random signs, from -total to total
     for size in size_G[size_G > 0].astype(int):
         wider = np.zeros(len(chance) + 2 * size)
         wider[: len(chance)] += chance / 2
         wider[2 * size :] += chance / 2
         chance = wider
     sums = np.arange(len(chance)) - len(chance) // 2
-    return min(1.0, float(chance[np.abs(sums) >= seen].sum()))
+    p = min(1.0, float(chance[np.abs(sums) >= abs(only_a - only_b)].sum()))
+    return Discordant(only_a=only_a, only_b=only_b, p=p, reason=None)
 
 
 def non_inferiority(difference: Estimate, margin: float) -> Noninferiority | None:
-    """Say whether a - b is surely above -`margin`, surely below it, or neither; None where there is no interval.
+    """Say whether a - b is surely above -`margin`, surely below it, or neither.
 
-    The lower end of a two-sided 95 % interval is a one-sided test at 2.5 % (Piaggio et al. 2012, JAMA 308:2594). The
-    margin is chosen before the data are seen. Few documents decide nothing here either.
+    None without an interval. The lower end of a two-sided 95 % interval is a one-sided test at
+    2.5 % (Piaggio et al. 2012, JAMA 308:2594). The margin is chosen before the data are seen.
     """
     if difference.low is None or difference.high is None:
         return None
@@ -130,10 +132,10 @@ def smallest_visible(
     weights: Sequence[float] | None = None,
     power: float = POWER,
 ) -> float | None:
-    """Return the smallest true difference that so many items, varying like these, show with `power`.
+    """Return the smallest true difference that items like these, and so many, show with `power`.
 
-    That is (t of the confidence + t of the power) x the cluster-robust standard error (Bloom 1995, Evaluation Review
-    19:547). None where the data are too few or do not vary.
+    That is (t of the confidence + t of the power) x the cluster-robust standard error (Bloom 1995,
+    Evaluation Review 19:547). None where the data are too few or do not vary.
     """
     difference_N = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
     sums_G1, sizes_G = by_cluster(difference_N[:, None], clusters, weights)
@@ -149,11 +151,11 @@ def smallest_visible(
 def across_seeds(
     a_SN: Floats, b_SN: Floats, clusters: Sequence[Hashable], certainty: Certainty = USUAL
 ) -> Estimate:
-    """Estimate a - b where one or both were trained with several seeds; rows are seeds, (S, N), columns the same items.
+    """Estimate a - b where one or both were trained with several seeds: (S, N) scores, same items.
 
-    The variance is that of the items (over clusters, of the seeds' mean) plus that of each side's seeds. Seeds vary the
-    items' scores a little as well, so the sum is an upper bound (Owen 2007, Annals of Applied Statistics 1:386). The t
-    quantile has Satterthwaite's degrees of freedom. One seed a side shows nothing of what another seed would give.
+    The variance is that of the items (over clusters, of the seeds' mean) plus that of each side's
+    seeds. Seeds vary the items' scores a little as well, so the sum is an upper bound (Owen 2007,
+    Annals of Applied Statistics 1:386). The t quantile has Satterthwaite's degrees of freedom.
     """
     difference_N = a_SN.mean(axis=0) - b_SN.mean(axis=0)
     sums_G1, sizes_G = by_cluster(difference_N[:, None], clusters)

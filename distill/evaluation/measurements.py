@@ -1,7 +1,7 @@
 """What evaluation.json holds: results by task, agreement, suites, contamination, judge, samples.
 
-Every figure is a number, or None with its reason beside it. A file of an earlier version is read
-too: what it lacks has a default, and unknown keys are ignored. Only fields that were set are written
+Every figure is a number, or None with its reason beside it. Files of earlier versions are read too:
+what they lack has a default, and unknown keys are ignored. Only fields that were set are written
 (`CardRecord.tree`), so a field that does not apply to a row is not in its JSON.
 """
 

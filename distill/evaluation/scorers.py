@@ -1,82 +1,208 @@
-"""Scorers: an item and an answer go in, a score with its evidence comes out.
+"""From answers to scores: each model's score of each item, and which answers are acceptable.
 
-An answer that is wrong, empty, truncated, refused or in the wrong format scores 0. None is for a failure of ours
-(no answer was stored, the request failed, the checker crashed), with the reason. Agreement with the teacher's answer
-(chrF) is a scorer too, and is never the headline.
+An answer that is wrong, empty, truncated, refused or in the wrong format scores 0. None is for an
+error of ours (no answer was stored, the request failed, the checker crashed), with the reason.
+Agreement with the teacher's answer (chrF) is a score too, and is never the headline.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import regex
 from sacrebleu import sentence_chrf
 
-from distill.records import Item, Response, Score
-from distill.tasks.checkers import check, needs_reference
+from distill.callables import PROVIDED
+from distill.evaluation.statistics import Bounds
+from distill.evaluation.suites import Suite
+from distill.records import Item, Record, Response, Score, Usage
+from distill.tasks.checkers import GRADED, NEEDS_REFERENCE, check, needs_reference
 
-Scorer = Callable[[Item, Response | None], Score]
+AnswersByModel = Mapping[str, Mapping[str, Response]]  # model -> item id -> its answer
+Checker = Mapping[str, Any]
+Evidence = tuple[float | None, str | None, str]  # value, what was extracted, and why
 OURS = (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError)
+SHARE, CHRF = Bounds(0.0, 1.0), Bounds(0.0, 100.0)
+NO_TEACHER = "agreement is measured against the teacher's own answer"
 
 
-class Judged(NamedTuple):
-    """What an answer that was given is worth, what was read out of it, and why; None where we failed."""
+def passes(item: Item, response: Response | None, checker: Checker, model: str) -> Score:
+    """Score 1 where an answer passes the checker, else 0; one that grades gives its value."""
 
-    value: float | None
-    answer: str | None
-    reason: str
-
-
-def passes(checker: Mapping[str, Any], model: str) -> Scorer:
-    """Return the scorer that gives 1 to an answer of `model` that passes the checker, and 0 to any other.
-
-    A checker that grades gives its value.
-    """
-
-    def judge(item: Item, response: Response) -> Judged:
+    def judge(response: Response) -> Evidence:
         if response.stop == "length":
-            return Judged(0.0, None, "truncated")
+            return 0.0, None, "truncated"
         if needs_reference(checker["kind"]) and not (item.reference or "").strip():
-            return Judged(None, None, "there is no reference to compare with")
+            return None, None, "there is no reference to compare with"
         try:
             verdict = check(checker, item.prompt, response.text)
         except OURS as error:
-            return Judged(None, None, f"the checker failed: {type(error).__name__}: {error}")
+            return None, None, f"the checker failed: {type(error).__name__}: {error}"
         value = verdict.passed if verdict.value is None else verdict.value
-        return Judged(None if value is None else float(value), verdict.answer, verdict.reason)
+        return None if value is None else float(value), verdict.answer, verdict.reason
 
-    return _scorer(model, judge)
+    return _score(item, response, model, judge)
 
 
-def agrees(references: Mapping[str, str], model: str) -> Scorer:
-    """Return the scorer of likeness to the teacher's answers, by item id: chrF from 0 to 100 (Popović 2015)."""
+def agrees(item: Item, response: Response | None, reference: str, model: str) -> Score:
+    """Score the likeness to the teacher's answer: chrF from 0 to 100 (Popović 2015)."""
 
-    def judge(item: Item, response: Response) -> Judged:
-        reference = references.get(item.id, "")
+    def judge(response: Response) -> Evidence:
         if not reference.strip():
-            return Judged(None, None, "there is no answer of the teacher to compare with")
-        return Judged(
-            sentence_chrf(response.text, [reference]).score, None, "chrF against the teacher"
+            return None, None, "there is no answer of the teacher to compare with"
+        chrf = sentence_chrf(response.text, [reference]).score
+        return chrf, None, "chrF against the teacher"
+
+    return _score(item, response, model, judge)
+
+
+def _score(
+    item: Item, response: Response | None, model: str, judge: Callable[[Response], Evidence]
+) -> Score:
+    """Score an answer by `judge`, unless there is no text to judge."""
+    if response is None:
+        value, answer, reason = None, None, "no answer was stored"
+    elif response.stop == "error":
+        failure = response.error or "no reason given"
+        value, answer, reason = None, None, f"the request failed: {failure}"
+    elif response.stop == "filtered":
+        value, answer, reason = 0.0, None, "refused"
+    elif not response.text.strip():
+        value, answer, reason = 0.0, None, "empty"
+    else:
+        value, answer, reason = judge(response)
+    return Score(item_id=item.id, model=model, value=value, answer=answer, reason=reason)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One metric of some items: each model's scores, and the smallest and largest score."""
+
+    metric: str
+    items: tuple[Item, ...]
+    scores: dict[str, list[Score]]
+    bounds: Bounds
+    no_teacher: str = NO_TEACHER  # why the teacher has no scores
+    graded: bool = False  # scores may lie between the bounds, so they are no share that passes
+
+    def values(self, model: str) -> dict[str, float | None]:
+        """Return a model's scores by item id."""
+        return {score.item_id: score.value for score in self.scores.get(model, [])}
+
+    def ids(self) -> list[str]:
+        """Return the ids of the items."""
+        return [item.id for item in self.items]
+
+    def clusters(self, ids: Sequence[str]) -> list[str]:
+        """Return the clusters of some items."""
+        clusters = {item.id: item.cluster for item in self.items}
+        return [clusters[i] for i in ids]
+
+
+def measure_task(
+    task: str,
+    items: Sequence[Item],
+    answers: AnswersByModel,
+    metric: str,
+    checker: Checker | None,
+    no_teacher: str = NO_TEACHER,
+) -> Measured:
+    """Score every model's answers to one task: by its checker, or without one as agreement."""
+    mine = tuple(item for item in items if item.task == task)
+    if checker is None:
+        return measure_agreement(mine, answers)
+    scores = {
+        model: [passes(item, by_id.get(item.id), checker, model) for item in mine]
+        for model, by_id in answers.items()
+    }
+    # A checker of the user's may grade without saying so beforehand.
+    between = any(s.value not in (None, 0, 1) for rows in scores.values() for s in rows)
+    graded = checker["kind"] in GRADED or between
+    return Measured(metric, mine, scores, SHARE, no_teacher, graded)
+
+
+def score_suite(suite: Suite, answers: AnswersByModel, no_teacher: str) -> dict[str, Measured]:
+    """Score all tasks of a suite, by name; `no_teacher` says why the teacher has no answers."""
+    tasks = [(part.task, part.items) for part in suite.parts]
+    return {
+        task.name: measure_task(
+            task.name, items, answers, task.metric or "", task.checker, no_teacher
         )
-
-    return _scorer(model, judge)
-
-
-def _scorer(model: str, judge: Callable[[Item, Response], Judged]) -> Scorer:
-    """Return the scorer that judges what was answered, and knows what to do where nothing was."""
-
-    def score(item: Item, response: Response | None) -> Score:
-        if response is None:
-            judged = Judged(None, None, "no answer was stored")
-        else:
-            judged = _without_reading(response) or judge(item, response)
-        return Score(item_id=item.id, model=model, **judged._asdict())
-
-    return score
+        for task, items in tasks
+    }
 
 
-def _without_reading(response: Response) -> Judged | None:
-    """Judge what needs no look at the text: a failure of ours, or an answer that is none."""
-    if response.stop == "error":
-        return Judged(None, None, f"the request failed: {response.error or 'no reason given'}")
-    if response.stop == "filtered":
-        return Judged(0.0, None, "refused")
-    return None if response.text.strip() else Judged(0.0, None, "empty")
+def measure_agreement(items: Sequence[Item], answers: AnswersByModel) -> Measured:
+    """Score the likeness of base and student to the teacher's answers, where there is one."""
+    references = {i: a.text for i, a in answers["teacher"].items() if a.text.strip()}
+    mine = tuple(item for item in items if item.id in references)
+    scores = {
+        model: [agrees(item, by_id.get(item.id), references[item.id], model) for item in mine]
+        for model, by_id in answers.items()
+        if model != "teacher"
+    }
+    return Measured("chrF", mine, scores, CHRF)
+
+
+class Acceptance(NamedTuple):
+    """A test's verdicts on the student's answers by item id; None where the test itself failed."""
+
+    test: str
+    passed: Mapping[str, bool | None]
+    when_served: bool  # it needs neither an answer key nor an answer of the teacher
+
+
+class HeldOutRequest(Record):
+    """A held-out request: what it took each model, and whether the student's answer is acceptable.
+
+    Without a `test` no test covers it; `accepted` is None where the test failed to run.
+    """
+
+    item: str
+    cluster: str
+    usage: dict[str, Usage]
+    test: str | None = None
+    when_served: bool = False
+    accepted: bool | None = None
+
+
+def compares_with_answer(checker: Checker) -> bool:
+    """Tell whether a check needs the right answer, which nobody has when a new request is served.
+
+    A reference that is part of the question (the name that code must use) is there. A function of
+    the user's may look at the reference, unless it says that it does not.
+    """
+    kind = checker["kind"]
+    if function := PROVIDED["checker"].get(kind):
+        return getattr(function, "needs_reference", True)
+    grouped = kind == "regex" and regex.compile(checker["pattern"]).groups > 0
+    return kind in NEEDS_REFERENCE or grouped
+
+
+def by_checker(measured: Measured, checker: Checker) -> Acceptance:
+    """Accept the student's answers that pass their check in full."""
+    passed = {
+        item: None if value is None else value >= measured.bounds.high
+        for item, value in measured.values("student").items()
+    }
+    return Acceptance(measured.metric, passed, not compares_with_answer(checker))
+
+
+def requests_of(
+    items: Sequence[Item], answers: AnswersByModel, tests: Sequence[Acceptance]
+) -> list[HeldOutRequest]:
+    """Return the requests in the order of the items; a later test on an item counts for more."""
+    test_of = {item: test for test in tests for item in test.passed}
+    requests = []
+    for item in items:
+        usage = {
+            model: by_id[item.id].usage
+            for model, by_id in answers.items()
+            if item.id in by_id and by_id[item.id].stop != "error"
+        }
+        request = HeldOutRequest(item=item.id, cluster=item.cluster, usage=usage)
+        if test := test_of.get(item.id):
+            verdict = {"test": test.test, "when_served": test.when_served}
+            request = request.model_copy(update={**verdict, "accepted": test.passed[item.id]})
+        requests.append(request)
+    return requests

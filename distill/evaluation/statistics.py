@@ -1,7 +1,7 @@
-"""How sure a number is: means and paired differences with intervals that respect clusters, and the gap recovered.
+"""How sure a number is: means, paired differences and the gap recovered, with clustered intervals.
 
-Items of one document are not independent, so whole clusters are resampled. Too little data gives no number but a
-reason; no interval has width zero. Legend of suffixes: N items, G clusters, B bootstrap samples.
+Items of one document are not independent, so complete clusters are resampled. Too little data gives
+a reason and no number; no interval has width zero. N items, G clusters, B bootstrap samples.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -49,7 +49,7 @@ class Bounds(NamedTuple):
 
 
 class Certainty(NamedTuple):
-    """How intervals are made: their confidence, the bootstrap's samples and its seed, and the margin of non-inferiority."""
+    """How intervals are made: confidence, bootstrap samples, seed; margin of non-inferiority."""
 
     confidence: float = 0.95
     samples: int = 10_000
@@ -76,12 +76,12 @@ def estimate_mean(
     bounds: Bounds | None = None,
     weights: Sequence[float] | None = None,
 ) -> Estimate:
-    """Estimate the mean of clustered values with its interval; `weights` (tokens, say) make it a weighted mean.
+    """Estimate the mean of clustered values, or with `weights` (tokens, say) their weighted mean.
 
-    With 20 clusters or more: the expanded percentile bootstrap of clusters (Hesterberg 2015, The American Statistician
-    69:371), which widens percentiles for the bootstrap's narrowness in small samples. With fewer: the cluster-robust
-    variance with a t quantile of G - 1 degrees (Cameron and Miller 2015, Journal of Human Resources 50:317).
-    Where the clusters do not vary at all, neither can tell anything: see `_no_variation`.
+    With 20 clusters or more: the expanded percentile bootstrap of clusters (Hesterberg 2015, The
+    American Statistician 69:371), which widens percentiles for the bootstrap's narrowness in small
+    samples. With fewer: the cluster-robust variance with a t quantile of G - 1 degrees (Cameron and
+    Miller 2015, Journal of Human Resources 50:317). If no cluster varies: see `_no_variation`.
     """
     values_N = np.asarray(values, dtype=np.float64)
     sums_G1, sizes_G = by_cluster(values_N[:, None], clusters, weights)
@@ -100,7 +100,9 @@ def estimate_mean(
         means_B = _resampled_means(sums_G1, sizes_G, certainty)[:, 0]
         low, high = np.quantile(means_B, _expanded(certainty.confidence, groups))
         method = "bootstrap"
-    low, high = _clip(float(low), float(high), bounds)
+    low, high = float(low), float(high)
+    if bounds:
+        low, high = max(low, bounds.low), min(high, bounds.high)
     return Estimate(value=mean, low=low, high=high, n=n, clusters=groups, method=method)
 
 
@@ -126,9 +128,9 @@ def estimate_gap_recovered(
     certainty: Certainty = USUAL,
     bounds: Bounds | None = None,
 ) -> Estimate:
-    """Estimate (student - base) / (teacher - base), where the teacher is above base beyond its interval.
+    """Estimate (student - base) / (teacher - base), where the teacher is surely above base.
 
-    The interval is the expanded percentile bootstrap over clusters, numerator and denominator resampled together.
+    The interval is the expanded percentile bootstrap of clusters, both parts resampled together.
     """
     student_N, teacher_N, base_N = (
         np.asarray(x, dtype=np.float64) for x in (student, teacher, base)
@@ -136,36 +138,32 @@ def estimate_gap_recovered(
     gap = estimate_difference(teacher_N, base_N, clusters, certainty, bounds)
     if gap.value is None:
         return gap
+    unknown = Estimate(value=None, n=gap.n, clusters=gap.clusters)
     if not gap.excludes(0):
-        return _unknown(gap, "teacher and base do not differ beyond their interval")
+        reason = "teacher and base do not differ beyond their interval"
+        return unknown.model_copy(update={"reason": reason})
     if gap.value < 0:
-        return _unknown(gap, "the teacher is below base")
+        return unknown.model_copy(update={"reason": "the teacher is below base"})
     parts_N2 = np.stack([student_N - base_N, teacher_N - base_N], axis=1)
     means_B2 = _resampled_means(*by_cluster(parts_N2, clusters), certainty)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio_B = means_B2[:, 0] / means_B2[:, 1]
     limit_B = np.where(means_B2[:, 0] < 0, -np.inf, np.inf)  # where a sample has no gap
     ratio_B = np.where(means_B2[:, 1] > 0, ratio_B, limit_B)
-    low, high = np.sort(ratio_B)[
-        _ranks(_expanded(certainty.confidence, gap.clusters), len(ratio_B))
-    ]
+    percentiles = _expanded(certainty.confidence, gap.clusters)
+    low, high = np.sort(ratio_B)[[round(p * (len(ratio_B) - 1)) for p in percentiles]]
     if not np.isfinite([low, high]).all() or high - low <= 1e-12:
-        return _unknown(gap, "not enough data to bound the share of the gap")
+        reason = "not enough data to bound the share of the gap"
+        return unknown.model_copy(update={"reason": reason})
     ratio = float(parts_N2[:, 0].mean() / parts_N2[:, 1].mean())
     update = {"value": ratio, "low": float(low), "high": float(high), "method": "bootstrap"}
     return gap.model_copy(update=update)
 
 
-def _unknown(estimate: Estimate, reason: str) -> Estimate:
-    """Return an estimate of the same data that has no value, with the reason."""
-    nothing = {"value": None, "low": None, "high": None, "method": None}
-    return estimate.model_copy(update={**nothing, "reason": reason})
-
-
 def pair(
     a: Mapping[str, float | None], b: Mapping[str, float | None], items: Sequence[str]
 ) -> Paired:
-    """Pair two models' scores on the `items` that both have a finite score for; the others are counted as missing."""
+    """Pair two models' scores on the `items` that both have a finite score for; count the rest."""
     both = [i for i in items if _finite(a.get(i)) and _finite(b.get(i))]
     a_N = np.array([a[i] for i in both], dtype=np.float64)
     b_N = np.array([b[i] for i in both], dtype=np.float64)
@@ -179,13 +177,6 @@ def require_paired(paired: Paired, total: int, where: str) -> None:
         raise DistillError(
             Exit.EVALUATION, where, what, "scores/*.jsonl says why; answer the missing items"
         )
-
-
-def against(
-    scores: Mapping[str, float | None], items: Sequence[str], missing: float
-) -> dict[str, float | None]:
-    """Return the scores with every missing or failed one of `items` replaced by `missing`."""
-    return {i: scores[i] if _finite(scores.get(i)) else missing for i in items}
 
 
 def _finite(value: float | None) -> bool:
@@ -204,7 +195,7 @@ def shortage(values_N: Floats, groups: int) -> str | None:
 def by_cluster(
     values_NK: Floats, clusters: Sequence[Hashable], weights: Sequence[float] | None = None
 ) -> tuple[Floats, Floats]:
-    """Return the weighted sums of the values by cluster, (G, K), and the clusters' summed weights, (G,)."""
+    """Return the values' weighted sums by cluster, (G, K), and the clusters' weights, (G,)."""
     weight_N = np.ones(len(values_NK)) if weights is None else np.asarray(weights, dtype=np.float64)
     index: dict[Hashable, int] = {}
     member_N = np.array([index.setdefault(c, len(index)) for c in clusters], dtype=np.int64)
@@ -222,13 +213,13 @@ def cluster_error(residual_G: Floats, weight: float) -> float:
 
 
 def _resampled_means(sums_GK: Floats, sizes_G: Floats, certainty: Certainty) -> Floats:
-    """Return the means of `samples` draws of G clusters with replacement, (B, K)."""
+    """Return the means of B bootstrap samples of G clusters with replacement, (B, K)."""
     groups, samples = len(sizes_G), certainty.samples
-    draw = np.random.default_rng(certainty.seed)
+    generator = np.random.default_rng(certainty.seed)
     share_G, step = np.full(groups, 1 / groups), max(1, CHUNK // groups)
     parts = []
     for start in range(0, samples, step):
-        counts_BG = draw.multinomial(groups, share_G, size=min(step, samples - start))
+        counts_BG = generator.multinomial(groups, share_G, size=min(step, samples - start))
         parts.append(counts_BG @ sums_GK / (counts_BG @ sizes_G)[:, None])
     return np.concatenate(parts)
 
@@ -240,17 +231,13 @@ def _expanded(confidence: float, groups: int) -> tuple[float, float]:
     return tail, 1 - tail
 
 
-def _ranks(percentiles: tuple[float, float], samples: int) -> list[int]:
-    return [round(p * (samples - 1)) for p in percentiles]
-
-
 def _no_variation(
     value: float, n: int, groups: int, confidence: float, bounds: Bounds | None
 ) -> Estimate:
-    """Bound the mean where all clusters agree, by how many clusters unlike them may have been missed.
+    """Bound the mean where all clusters agree, by how many unlike them may have been missed.
 
-    None of G clusters differs, so at most p = 1 - (alpha / 2)^(1/G) of all do (Clopper and Pearson 1934, Biometrika
-    26:404; about 3.7 / G, the "rule of three"), and those could have any value within the bounds.
+    None of G clusters differs, so at most p = 1 - (alpha / 2)^(1/G) of all do (Clopper and Pearson
+    1934, Biometrika 26:404; about 3.7 / G, the "rule of three"), with any value within the bounds.
     """
     if bounds is None:
         reason = "not enough data: all values are equal"
@@ -261,7 +248,3 @@ def _no_variation(
     return Estimate(
         value=value, low=low, high=high, n=n, clusters=groups, method="no variation: rule of three"
     )
-
-
-def _clip(low: float, high: float, bounds: Bounds | None) -> tuple[float, float]:
-    return (max(low, bounds.low), min(high, bounds.high)) if bounds else (low, high)

@@ -1,38 +1,39 @@
-"""Suites: named lists of tasks with their questions, as YAML (`eval/suites/*.yaml`), read into items.
+"""What the models are asked: a run's held-out items, and suites.
 
-A task is one of `configs/tasks` or stands in the suite itself; its questions are rows of a file or of a dataset, read as
-the corpus is. Who is asked, how long an answer may be, where the questions come from and under which license stand in
-the suite. Reading one loads no model.
+A suite is a named list of tasks with their questions, as YAML (`eval/suites/*.yaml`). A task is one
+of `configs/tasks` or stands in the suite itself; its questions are rows of a file or of a dataset,
+read as the corpus is. Nothing here loads a model.
 """
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from distill.config import Columns, Config, File, Positive, Section, checked_model
+from distill.config import Columns, Config, File, Positive, Section, Teacher, checked_model
 from distill.config_file import find_config
 from distill.corpus.corpus import rank
 from distill.corpus.prompts import ask
 from distill.corpus.readers import Reject, SourceRow, list_files, read_dataset, read_file
 from distill.corpus.rows import interpret
 from distill.errors import DistillError, Exit
-from distill.evaluation.items import held_out, items_of
-from distill.records import Document, Item, digest
+from distill.records import Document, Item, Pair, Record, Response, Score, digest
 from distill.renamed_keys import first_names
-from distill.storage.files import sha256_file
-from distill.storage.run_folder import open_folder
+from distill.storage.files import read_records, sha256_file, write_records
+from distill.storage.run_folder import Run, open_folder
 from distill.tasks.task import Task, load_section, load_task, task_path
 
 SUITES = Path("eval/suites")
+RECORDED = "the teacher's answers were recorded, and it cannot be asked anew"
+UNPAID = "a paid teacher is asked the questions of a suite only within teacher.budget_dollars"
+UNASKED = "the suite does not ask the teacher"
 Text = Annotated[str, Field(min_length=3, max_length=2000)]
 
 
 class Data(Section):
-    """Where the questions of a task come from: a file beside the suite or a dataset; rows of one `cluster` go together."""
+    """Where questions come from: a file beside the suite, or a dataset."""
 
     path: File | None = None
     dataset: str | None = None
@@ -41,6 +42,7 @@ class Data(Section):
     columns: Columns = Columns()
     reference_pattern: str | None = None
     cluster: str | None = None
+    """A column; rows that share its value are not independent."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "Data":
@@ -50,18 +52,29 @@ class Data(Section):
             checked_model(self.dataset)
         return self
 
+    def file(self, suite: Path) -> Path | None:
+        """Return the file of questions: beside the suite, else at its path, else as it ships."""
+        if self.path is None:
+            return None
+        beside = suite.parent / self.path
+        return beside if beside.exists() else find_config(self.path)
+
 
 class Entry(Section):
-    """A task of a suite: its name or the task itself, its questions, how many of them, and the length of an answer."""
+    """A task of a suite (or its name), its questions, how many, and the length of an answer."""
 
     task: str | Task
     data: Data
     n: Positive | None = None
     max_new_tokens: Positive = 256
 
+    def load_task(self) -> Task:
+        """Return the task itself."""
+        return self.task if isinstance(self.task, Task) else load_task(self.task)
+
 
 class SuiteFile(Section):
-    """A suite as it stands in YAML; base and student are always asked, the teacher where it says so."""
+    """A suite's YAML; base and student are always asked, the teacher where `ask_teacher` is set."""
 
     name: str
     description: Text
@@ -70,9 +83,16 @@ class SuiteFile(Section):
     ask_teacher: bool = False
     tasks: Annotated[tuple[Entry, ...], Field(min_length=1)]
 
+    def sha256(self, path: Path) -> str:
+        """Return the hash of the YAML in `path`, of its tasks and of its files of questions."""
+        tasks = [task_path(e.task) for e in self.tasks if isinstance(e.task, str)]
+        places = [place for e in self.tasks if (place := e.data.file(path))]
+        questions = [file for place in places for file in list_files(place)[0]]
+        hashes = [sha256_file(file) for file in (*tasks, *questions) if file.is_file()]
+        return digest([hashlib.sha256(first_names(path.read_bytes())).hexdigest(), *hashes])
 
-@dataclass(frozen=True)
-class Part:
+
+class Part(Record):
     """A task of a suite with its items."""
 
     task: Task
@@ -80,14 +100,13 @@ class Part:
     max_new_tokens: int
 
 
-@dataclass(frozen=True)
-class Suite:
-    """A suite with its items; `facts` is what a reader is told about it."""
+class Suite(Record):
+    """A suite with its items, as it is kept in a run's `answers/suites.json`."""
 
     name: str
     ask_teacher: bool
     parts: tuple[Part, ...]
-    facts: Mapping[str, Any]
+    facts: dict[str, Any]  # description, source, license and hash, for the report
 
     @property
     def items(self) -> list[Item]:
@@ -111,8 +130,17 @@ def known_suites() -> list[str]:
     return sorted(path.stem for path in suite_path("forgetting").parent.glob("*.yaml"))
 
 
+def read_suite(name_or_path: str) -> tuple[SuiteFile, Path]:
+    """Read a suite's YAML, but no questions; return its path too."""
+    path = suite_path(name_or_path)
+    if not path.is_file():
+        fix = f"a path ending in .yaml, or one of {', '.join(known_suites())}"
+        raise DistillError(Exit.CONFIG, path, "there is no such suite", fix)
+    return load_section(path, SuiteFile, "suite", str(SUITES)), path
+
+
 def load_suites(names: Sequence[str]) -> list[Suite]:
-    """Read suites and their items; raises DistillError: exit 2 for a faulty suite, 3 for faulty or missing questions."""
+    """Read suites and their items; raises DistillError: exit 2 for YAML, 3 for the questions."""
     suites = [load_suite(name) for name in names]
     repeated = {s.name for s in suites if sum(s.name == other.name for other in suites) > 1}
     if repeated:
@@ -121,37 +149,119 @@ def load_suites(names: Sequence[str]) -> list[Suite]:
     return suites
 
 
-def load_suite(name_or_path: str, data: Path | None = None) -> Suite:
+def load_suite(name_or_path: str, questions: Path | None = None) -> Suite:
     """Read one suite and its items; a run's folder is the suite of its held-out prompts.
 
-    `data` is a file of questions that stands in for what the suite would fetch from the Hub.
+    `questions` is a file that stands in for what the suite would fetch from the Hub.
     """
     if is_run(Path(name_or_path)):
         return held_out_suite(Path(name_or_path))
-    path = suite_path(name_or_path)
-    told = _read(path)
-    parts = [_part(entry if data is None else _local(entry, data), path) for entry in told.tasks]
-    names = [part.task.name for part in parts]
-    if len(set(names)) < len(names):
+    suite, path = read_suite(name_or_path)
+    entries = suite.tasks
+    if questions:
+        local = {"path": questions.absolute(), "dataset": None}
+        data = [entry.data.model_copy(update=local) for entry in entries]
+        pairs = zip(entries, data, strict=True)
+        entries = [entry.model_copy(update={"data": each}) for entry, each in pairs]
+    parts = tuple(load_part(entry, path) for entry in entries)
+    if len({part.task.name for part in parts}) < len(parts):
         raise DistillError(Exit.CONFIG, path, "two tasks have one name", "name them differently")
-    facts = told.model_dump(include={"description", "source", "license"})
-    return Suite(told.name, told.ask_teacher, tuple(parts), {**facts, "sha256": _hash(path, told)})
+    facts = suite.model_dump(include={"description", "source", "license"})
+    facts["sha256"] = suite.sha256(path)
+    return Suite(name=suite.name, ask_teacher=suite.ask_teacher, parts=parts, facts=facts)
 
 
-def tasks_of(config: Config) -> list[Task]:
-    """Return the tasks whose answers a run checks: those it asks, and those of its suites. Reads no questions."""
-    asked = [load_task(name) for name in config.prompts.tasks]
-    suites = [_read(suite_path(name)) for name in config.evaluation.suites]
-    return asked + [_task(entry) for suite in suites for entry in suite.tasks]
+def load_part(entry: Entry, suite: Path) -> Part:
+    """Read a task's questions as items; every row must be one, or the result would change."""
+    task = entry.load_task()
+    where = f"{suite}: task {task.name}"
+    if task.checker is None:
+        fix = "add a checker and its metric to the task"
+        raise DistillError(Exit.CONFIG, suite, f"task {task.name} has no checker", fix)
+    data, documents = entry.data, list[Document]()
+    for row in question_rows(data, suite):
+        try:
+            if isinstance(row, Reject):
+                raise ValueError(row.reason)
+            pattern = data.reference_pattern
+            documents.append(interpret(row.value, row.where, data.columns, "prompts", pattern))
+        except ValueError as error:
+            what, fix = f"{row.where} is no question: {error}", "correct the row, or data.columns"
+            raise DistillError(Exit.INPUT, where, what, fix) from None
+    if not documents:
+        raise DistillError(Exit.INPUT, where, "no items", "give it at least one question")
+    items: dict[str, Item] = {}
+    for document in sorted(documents, key=lambda d: rank(d.id, 0, "suite"))[: entry.n]:
+        item = Item.make(ask(task, document))
+        cluster = document.meta.get(data.cluster or "", item.cluster)
+        items[item.id] = item.model_copy(update={"cluster": str(cluster)})
+    return Part(task=task, items=tuple(items.values()), max_new_tokens=entry.max_new_tokens)
 
 
-def _task(entry: Entry) -> Task:
-    return entry.task if isinstance(entry.task, Task) else load_task(entry.task)
+def question_rows(data: Data, suite: Path) -> Iterator[SourceRow | Reject]:
+    """Yield the rows of a file of questions, or of a dataset."""
+    if place := data.file(suite):
+        for file in list_files(place)[0]:
+            yield from read_file(file, file.name)
+        return
+    try:
+        yield from read_dataset(data.dataset or "", data.dataset_config, data.dataset_split)
+    except DistillError as error:
+        fix = "check the name and the connection, or give the questions with --data FILE"
+        raise DistillError(error.code, error.where, error.what, fix) from None
 
 
-def _local(entry: Entry, file: Path) -> Entry:
-    data = entry.data.model_copy(update={"path": file.absolute(), "dataset": None})
-    return entry.model_copy(update={"data": data})
+def tasks_of(tasks: Sequence[str], suites: Sequence[str]) -> list[Task]:
+    """Return the tasks whose answers a run checks, those of its suites too; reads no questions."""
+    entries = [entry for name in suites for entry in read_suite(name)[0].tasks]
+    return [*map(load_task, tasks), *(entry.load_task() for entry in entries)]
+
+
+def amounts(names: Sequence[str]) -> list[tuple[int | None, int]]:
+    """Return each task's items (None: all rows of an unread dataset) and an answer's tokens."""
+    tasks = []
+    for suite, path in map(read_suite, names):
+        for entry in suite.tasks:
+            items = entry.n if entry.data.path is None else len(load_part(entry, path).items)
+            tasks.append((items, entry.max_new_tokens))
+    return tasks
+
+
+def suite_hashes(names: Sequence[str]) -> dict[str, str]:
+    """Return the hash of each suite that a run is measured on, for its fingerprint."""
+    suites = {name: read_suite(name) for name in names}
+    return {f"suite {name}": suite.sha256(path) for name, (suite, path) in suites.items()}
+
+
+def why_no_teacher(teacher: Teacher, suite: Suite) -> str | None:
+    """Say why a suite is not put to the teacher, or None where it is.
+
+    A local teacher is asked where the suite says so. A paid one needs a budget besides: nobody who
+    runs an evaluation should find a charge for questions that no student learns from.
+    """
+    if not suite.ask_teacher:
+        return UNASKED
+    if teacher.paid and teacher.budget is None:
+        return UNPAID
+    return None if teacher.makes_answers else RECORDED
+
+
+def write_answers(
+    folder: Path, suite: Suite, answers: Mapping[str, Mapping[str, Response]]
+) -> None:
+    """Write what the models answered to a suite, in the order of its items."""
+    for model, by_id in answers.items():
+        path = folder / f"answers/{suite.name}/{model}.jsonl"
+        write_records(path, [by_id[i.id] for i in suite.items if i.id in by_id])
+
+
+def write_scores(folder: Path, suite: Suite, scores: Mapping[str, Sequence[Score]]) -> Path:
+    """Write a suite's items and the models' scores; return the folder of both."""
+    place = folder / "scores" / suite.name
+    write_records(place / "items.jsonl", suite.items)
+    for model, rows in scores.items():
+        write_records(place / f"{model}.jsonl", rows)
+    return place
 
 
 def is_run(path: Path) -> bool:
@@ -159,104 +269,62 @@ def is_run(path: Path) -> bool:
     return (path / "config.json").is_file() and (path / "dataset").is_dir()
 
 
-def held_out_suite(run: Path) -> Suite:
+def held_out(path: Path) -> list[Pair]:
+    """Read the held-out pairs, one a prompt; raises DistillError (exit 8) where there are none."""
+    pairs: dict[str, Pair] = {}
+    for pair in read_records(path, Pair):
+        pairs.setdefault(pair.prompt.id, pair)
+    if not pairs:
+        fix = "raise corpus.split.heldout or prompts.heldout"
+        raise DistillError(Exit.EVALUATION, path, "no held-out items", fix)
+    return list(pairs.values())
+
+
+def items_of(pairs: Sequence[Pair], documents: Path) -> list[Item]:
+    """Make the items; chunks of one original document are one cluster."""
+    rows = read_records(documents, Document) if documents.exists() else []
+    parent = {d.id: str(d.meta.get("parent") or d.id) for d in rows}
+    items = [Item.make(pair.prompt) for pair in pairs]
+    return [i.model_copy(update={"cluster": parent.get(i.cluster, i.cluster)}) for i in items]
+
+
+def held_out_items(run: Run) -> tuple[list[Pair], list[Item]]:
+    """Return a run's held-out pairs and their items, in one order."""
+    pairs = held_out(run.path("dataset/heldout.jsonl"))
+    return pairs, items_of(pairs, run.path("documents.jsonl"))
+
+
+def by_item(items: Sequence[Item], responses: Sequence[Response]) -> dict[str, Response]:
+    """Index answers, given in the order of the items, by item."""
+    return {item.id: response for item, response in zip(items, responses, strict=True)}
+
+
+def held_out_suite(folder: Path) -> Suite:
     """Return a run's held-out prompts as a suite, as far as their tasks have a checker."""
-    config = open_folder(run).config
-    items = items_of(held_out(run / "dataset/heldout.jsonl"), run / "documents.jsonl")
-    names = [name for name in dict.fromkeys(i.task for i in items) if task_path(name).is_file()]
-    tasks = [task for task in map(load_task, names) if task.checker]
-    if not tasks:
+    run, name = open_folder(folder), f"{folder.resolve().name}"
+    items = held_out_items(run)[1]
+    tasks = [t for t in dict.fromkeys(i.task for i in items) if task_path(t).is_file()]
+    parts = [
+        Part(
+            task=task,
+            items=tuple(item for item in items if item.task == task.name),
+            max_new_tokens=answer_limit(run.config),
+        )
+        for task in map(load_task, tasks)
+        if task.checker
+    ]
+    if not parts:
         what, fix = "no held-out prompt has a task with a checker", "eval/compare.py compares runs"
-        raise DistillError(Exit.EVALUATION, run, what, fix)
-    limit = config.evaluation.max_new_tokens or config.teacher.max_new_tokens
-    parts = [Part(t, tuple(i for i in items if i.task == t.name), limit) for t in tasks]
+        raise DistillError(Exit.EVALUATION, folder, what, fix)
     facts = {
-        "description": f"the held-out prompts of the run {run.resolve().name}",
+        "description": f"the held-out prompts of the run {name}",
         "source": "the run's corpus",
         "license": "that of the corpus",
-        "sha256": sha256_file(run / "dataset/heldout.jsonl"),
+        "sha256": sha256_file(folder / "dataset/heldout.jsonl"),
     }
-    return Suite(f"{run.resolve().name}-heldout", False, tuple(parts), facts)
+    return Suite(name=f"{name}-heldout", ask_teacher=False, parts=tuple(parts), facts=facts)
 
 
-def _read(path: Path) -> SuiteFile:
-    if not path.is_file():
-        fix = f"a path ending in .yaml, or one of {', '.join(known_suites())}"
-        raise DistillError(Exit.CONFIG, path, "there is no such suite", fix)
-    return load_section(path, SuiteFile, "suite", str(SUITES))
-
-
-def _part(entry: Entry, suite: Path) -> Part:
-    """Make the items of a task; raises DistillError where nothing decides whether an answer is right."""
-    task = _task(entry)
-    if task.checker is None:
-        fix = "add a checker and its metric to the task"
-        raise DistillError(Exit.CONFIG, suite, f"task {task.name} has no checker", fix)
-    questions = _questions(entry.data, suite, f"{suite}: task {task.name}")
-    chosen = sorted(questions, key=lambda d: rank(d.id, 0, "suite"))[: entry.n]
-    items: dict[str, Item] = {}
-    for document in chosen:
-        item = Item.make(ask(task, document))
-        cluster = document.meta.get(entry.data.cluster or "", item.cluster)
-        items[item.id] = item.model_copy(update={"cluster": str(cluster)})
-    return Part(task, tuple(items.values()), entry.max_new_tokens)
-
-
-def _questions(data: Data, suite: Path, where: str) -> list[Document]:
-    """Read the rows of a task; every one must be a question, for what is left out would change the result."""
-    found = []
-    for row in _rows(data, suite):
-        try:
-            if isinstance(row, Reject):
-                raise ValueError(row.reason)
-            pattern = data.reference_pattern
-            found.append(interpret(row.value, row.where, data.columns, "prompts", pattern))
-        except ValueError as error:
-            what = f"{row.where} is no question: {error}"
-            fix = "correct the row, or map data.columns"
-            raise DistillError(Exit.INPUT, where, what, fix) from None
-    if not found:
-        raise DistillError(Exit.INPUT, where, "no items", "give it at least one question")
-    return found
-
-
-def _rows(data: Data, suite: Path) -> Iterator[SourceRow | Reject]:
-    if data.path is None:
-        try:
-            yield from read_dataset(data.dataset or "", data.dataset_config, data.dataset_split)
-        except DistillError as error:
-            fix = "check the name and the connection, or give the questions with --data FILE"
-            raise DistillError(error.code, error.where, error.what, fix) from None
-        return
-    for file in list_files(_place(data.path, suite))[0]:
-        yield from read_file(file, file.name)
-
-
-def _place(path: Path, suite: Path) -> Path:
-    """Return where a file of questions lies: beside the suite, else as the path says, else as it ships."""
-    beside = suite.parent / path
-    return beside if beside.exists() else find_config(path)
-
-
-def amounts(config: Config) -> list[tuple[int | None, int]]:
-    """Return, for each task of a run's suites, its items (None: all rows of a dataset unread) and an answer's tokens."""
-    found = []
-    for path in map(suite_path, config.evaluation.suites):
-        for entry in _read(path).tasks:
-            items = entry.n if entry.data.path is None else len(_part(entry, path).items)
-            found.append((items, entry.max_new_tokens))
-    return found
-
-
-def identity(config: Config) -> dict[str, str]:
-    """Return the hash of each suite that a run is measured on: of its YAML, its tasks and its files of questions."""
-    paths = {name: suite_path(name) for name in config.evaluation.suites}
-    return {f"suite {name}": _hash(path, _read(path)) for name, path in paths.items()}
-
-
-def _hash(suite: Path, told: SuiteFile) -> str:
-    named = [task_path(e.task) for e in told.tasks if isinstance(e.task, str)]
-    places = [_place(e.data.path, suite) for e in told.tasks if e.data.path]
-    questions = [file for place in places for file in list_files(place)[0]]
-    hashes = [sha256_file(file) for file in (*named, *questions) if file.is_file()]
-    return digest([hashlib.sha256(first_names(suite.read_bytes())).hexdigest(), *hashes])
+def answer_limit(config: Config) -> int:
+    """Return how many tokens an answer may have: the teacher's limit, where none is set."""
+    return config.evaluation.max_new_tokens or config.teacher.max_new_tokens

@@ -236,7 +236,7 @@ class RunEstimate:
         teacher, items = self.config.teacher, self.work.prompts["heldout"]
         limit = self.config.evaluation.max_new_tokens or teacher.max_new_tokens
         requests = [(items, self.prompt, (self.answer + ANSWER * limit) / 2)]
-        for many, most in amounts(self.config):
+        for many, most in amounts(self.config.evaluation.suites):
             requests.append((UNREAD_ROWS if many is None else many, ITEM, ANSWER * most))
         dtype, tokens = self.config.student.dtype, 0.0
         read = 2 * items * answer_flops(self.student, self.prompt, self.answer)

@@ -9,8 +9,8 @@ from typing import Any
 from markupsafe import Markup
 
 from distill import formatting
-from distill.evaluation.failures import WITHHELD
 from distill.evaluation.measurements import MODELS, MetricRow, Model, Sample
+from distill.evaluation.results import WITHHELD
 from distill.evaluation.scorecard import Economics, RequestCost, Scorecard
 from distill.report.plots import Mark, quality_against_cost, spans, training_curve
 from distill.report.render import environment

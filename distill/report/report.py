@@ -10,8 +10,8 @@ from typing import Any
 from distill.config import Config
 from distill.economics.run_economics import money_of
 from distill.evaluation import lm_eval
-from distill.evaluation.failures import bare, failures, withheld
 from distill.evaluation.measurements import Comparison, EvaluationResult
+from distill.evaluation.results import bare, failures, withheld
 from distill.evaluation.scorecard import Funnel, Scorecard, TrainingSummary
 from distill.report.page import page
 from distill.report.render import parts

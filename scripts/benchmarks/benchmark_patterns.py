@@ -27,7 +27,7 @@ from distill.corpus import clean, contamination, privacy, prompts, readers, rows
 from distill.corpus.corpus import NearDuplicates, shingles, split
 from distill.corpus.ngrams import words
 from distill.errors import DistillError
-from distill.evaluation import failures, judge
+from distill.evaluation import judge, results
 from distill.evaluation.scorers import agrees
 from distill.generation import filters
 from distill.models.chat_template import neutralise
@@ -286,11 +286,11 @@ READERS: dict[str, Reader] = {
     "tasks.checkers, program of a name": lambda text: program(
         text, ProgramTests("check(f)", "def f():", "f")
     ),
-    "evaluation.scorers.agrees": lambda text: agrees({"i": text}, "m")(
-        Item.make(prompt_of("q")).model_copy(update={"id": "i"}), response_of(text + "b")
+    "evaluation.scorers.agrees": lambda text: agrees(
+        Item.make(prompt_of("q")), response_of(text + "b"), text, "m"
     ),
     "evaluation.judge.read_choice": judge.read_choice,
-    "evaluation.failures.cut": failures.cut,
+    "evaluation.results.cut": results.cut,
     "formatting.escape_markdown": formatting.escape_markdown,
     "formatting.verbatim": formatting.verbatim,
     "publishing.secret_scan": lambda text: list(secret_scan.findings(text, {}, generic=True)),

@@ -28,8 +28,6 @@ from distill.config import Config, OnPolicy
 from distill.errors import DistillError, Exit, exit_code
 from distill.evaluation.answering import requests_to, student_responder
 from distill.evaluation.claims import across_seeds, smallest_visible
-from distill.evaluation.items import by_item, held_out_items
-from distill.evaluation.measure import limit
 from distill.evaluation.scorers import passes
 from distill.evaluation.statistics import (
     Bounds,
@@ -38,6 +36,7 @@ from distill.evaluation.statistics import (
     estimate_gap_recovered,
     estimate_mean,
 )
+from distill.evaluation.suites import answer_limit, by_item, held_out_items
 from distill.formatting import figure
 from distill.models import loading
 from distill.records import Example, Item, Pair, Response
@@ -116,7 +115,7 @@ def marks(base: Run, items: Sequence[Item], answers: Sequence[Response]) -> Iter
         if task is None or task.checker is None:
             what = "has no checker, and without one nobody can say what is right"
             raise DistillError(Exit.EVALUATION, f"task {item.task}", what, "use a task with one")
-        yield passes(task.checker, "student")(item, given[item.id]).value or 0.0
+        yield passes(item, given[item.id], task.checker, "student").value or 0.0
 
 
 def student_run(base: Run, name: str, changes: Mapping[str, Any], count: int | None) -> Run:
@@ -218,7 +217,7 @@ def answered(base: Run, responder: LocalResponder, held: HeldOut) -> dict[str, l
     """Let a student answer the held-out items and read the teacher's verified answers; returns marks and nats a token."""
     store = base.config.store_folder() / "responses"
     prompts = [pair.prompt for pair in held.pairs]
-    requests = requests_to(responder, prompts, [limit(base.config)] * len(prompts))
+    requests = requests_to(responder, prompts, [answer_limit(base.config)] * len(prompts))
     with Ask(responder, store) as ask:
         answers = ask.responses(requests, "answers")
     pairs, length = [held.pairs[i] for i in held.verified], base.config.train.max_length

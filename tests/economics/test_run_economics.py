@@ -9,8 +9,8 @@ import pytest
 from distill.config import Config
 from distill.economics.run_economics import UNSTATED, money_of
 from distill.errors import DistillError, Exit
-from distill.evaluation.acceptance import Asked
 from distill.evaluation.measurements import MetricRow
+from distill.evaluation.scorers import HeldOutRequest
 from distill.records import LedgerEntry, Response, Timing, Usage
 from distill.storage.files import write_records
 from distill.storage.run_folder import Run
@@ -58,7 +58,9 @@ def make_run(folder: Path, teacher: dict[str, Any], **settings: Any) -> Run:
         for m, s in (("teacher", 2.0), ("base", 1.0), ("student", 0.5))
     }
     told: dict[str, Any] = {"usage": usage, "test": "valid_json", "when_served": True}
-    rows = [Asked(item=f"i{k}", cluster=f"d{k}", accepted=k < 16, **told) for k in range(20)]
+    rows = [
+        HeldOutRequest(item=f"i{k}", cluster=f"d{k}", accepted=k < 16, **told) for k in range(20)
+    ]
     write_records(run.path("requests.jsonl"), rows)
     answers = [
         Response(

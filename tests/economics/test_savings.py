@@ -15,9 +15,9 @@ import pytest
 from distill.economics.costs import NO_TIME, Tariff
 from distill.economics.savings import NEEDS_ANSWER, Assumptions, economics
 from distill.economics.substitution import NO_TEST
-from distill.evaluation.acceptance import Asked
 from distill.evaluation.measurements import Difference
 from distill.evaluation.scorecard import Amount, Case, Economics, Saving, TeacherPrice
+from distill.evaluation.scorers import HeldOutRequest
 from distill.evaluation.statistics import Certainty
 from distill.records import Usage
 from distill.responders.prices import MachinePrice, TokenPrice
@@ -33,19 +33,19 @@ CERTAINTY = Certainty(samples=1000)
 ASSUMED = Assumptions(TEACHER, STUDENT, D("3.20"), "", 10_000)
 
 
-def asked(accepted: Sequence[bool | None], **changes: Any) -> list[Asked]:
+def asked(accepted: Sequence[bool | None], **changes: Any) -> list[HeldOutRequest]:
     usage = {
         "teacher": Usage(input_tokens=400, output_tokens=60),
         "student": Usage(input_tokens=400, output_tokens=60, seconds=0.5),
     }
     told = {"usage": usage, "test": "valid_json", "when_served": True, **changes}
     return [
-        Asked(item=f"i{k}", cluster=f"d{k}", accepted=verdict, **told)
+        HeldOutRequest(item=f"i{k}", cluster=f"d{k}", accepted=verdict, **told)
         for k, verdict in enumerate(accepted)
     ]
 
 
-def reckon(requests: Sequence[Asked], assumed: Assumptions = ASSUMED) -> Economics:
+def reckon(requests: Sequence[HeldOutRequest], assumed: Assumptions = ASSUMED) -> Economics:
     quality = Difference(mean=-0.1, low=-0.2, high=0.0)
     return economics(requests, assumed, CERTAINTY, TeacherPrice(name="x"), quality)
 

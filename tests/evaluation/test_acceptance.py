@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 
-from distill.evaluation.acceptance import (
+from distill.evaluation.scorers import (
     Acceptance,
     by_checker,
     compares_with_answer,
+    measure_task,
     requests_of,
 )
-from distill.evaluation.results import measure_task
 from distill.records import Item, Message, Prompt, Response, Usage
 
 

@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM
 from distill.config import Config
 from distill.errors import DistillError, Exit
 from distill.evaluation import answering, evaluate
-from distill.evaluation.acceptance import Asked
-from distill.evaluation.items import held_out, items_of
-from distill.evaluation.measure import measure_task
+from distill.evaluation.scorers import HeldOutRequest
+from distill.evaluation.suites import held_out, items_of
 from distill.models import registry
 from distill.records import Document, Message, Pair, Prompt, Response, Score, Timing, Usage
 from distill.storage.files import read_json, read_records, write_records
 from distill.storage.run_folder import Run
+from distill.tasks.task import shipped
 from tests.support.tiny import make_tiny
 
 ITEMS = 8
@@ -95,7 +95,7 @@ def test_evaluation_measures_three_models_on_the_same_items(tmp_path: Path, stud
         and not found["models"]["base"]["adapter_sha256"]
     )
     assert found["models"]["teacher"]["sha256"] is None and found["models"]["teacher"]["reasons"]
-    asked = read_records(run.path("requests.jsonl"), Asked)
+    asked = read_records(run.path("requests.jsonl"), HeldOutRequest)
     assert sum(r.usage["teacher"].seconds for r in asked) == ITEMS * 0.5
     assert {r.test for r in asked} == {"correct", None} and not any(r.when_served for r in asked)
     for model in ("base", "student"):
@@ -156,7 +156,7 @@ def test_a_task_whose_references_are_missing_is_measured_as_agreement() -> None:
         m: {i.id: p.response for i, p in zip(items, pairs, strict=True)}
         for m in ("teacher", "base", "student")
     }
-    assert measure_task("math_word_problem", items, answers).metric == "chrF"
+    assert evaluate.measure_held_out(items, answers, shipped)["math_word_problem"].metric == "chrF"
 
 
 def test_items_in_the_training_data_are_not_in_the_headline(tmp_path: Path, student: Path) -> None:
@@ -178,7 +178,7 @@ def test_items_in_the_training_data_are_not_in_the_headline(tmp_path: Path, stud
     assert sum(row["n"] for row in tasks.values()) == ITEMS - 1
     assert sum(row["n"] for row in told["all_items"]["tasks"].values()) == ITEMS
     assert len(read_records(run.path("scores/student.jsonl"), Score)) == ITEMS
-    assert len(read_records(run.path("requests.jsonl"), Asked)) == ITEMS - 1
+    assert len(read_records(run.path("requests.jsonl"), HeldOutRequest)) == ITEMS - 1
 
 
 def test_items_that_all_stand_in_the_training_data_stop_before_anything_is_asked(

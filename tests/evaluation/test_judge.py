@@ -1,65 +1,65 @@
-"""The judge's logic, with judges whose minds are known: fair, biased by place, by length or by orders, and mute."""
+"""The judge: read strictly, probed before it counts, paid once; with judges whose minds are known."""
 
+import json
 import re
 from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distill.config import Config
 from distill.evaluation.judge import (
+    AskJudge,
     Duel,
-    Judge,
-    accepted,
     ask_about,
+    ask_judge,
+    by_judge,
     examined,
     judge,
     load_probes,
     one_family,
-    outcomes_of,
-    probe_duels,
+    probe_lines,
+    probed,
     read_choice,
+    read_judge,
     row_of_duels,
-    scores_of,
 )
+from distill.evaluation.measurements import ProbeResult
 from distill.evaluation.statistics import Certainty
-from distill.records import Message, Response
+from distill.records import Item, Message, Prompt, Response
+from distill.storage.run_folder import Run, Stage
+from tests.support.fake_teacher import PRICE, FakeTeacher, Reply, question
 
 PROBES = load_probes()
-GOOD = {probe.good for probe in PROBES}
+GOOD = {probe.duel.b for probe in PROBES}
+SHOWN = re.compile(r"ANSWER [AB] BEGINS\]\n(.*?)\n\[\w+ ANSWER", re.S)
+FEW = Certainty(samples=200)
+COUNT = 24
+Mind = Callable[[str, str], str]
 
 
-def replies(mind: Callable[[str, str], str], stop: str = "end") -> Judge:
+def response(text: str, stop: str = "end", prompt: str = "p") -> Response:
+    row = {"id": text, "request_key": "k", "sample": 0, "prompt_id": prompt, "model": "m"}
+    return Response.model_validate({**row, "text": text, "stop": stop})
+
+
+def thinks(mind: Mind, stop: str = "end") -> AskJudge:
     """Return a judge that is shown answers A and B, and replies as `mind` says."""
 
-    def ask(asked: Sequence[tuple[Message, ...]]) -> list[Response]:
-        found = []
-        for messages in asked:
-            shown = re.findall(
-                r"ANSWER [AB] BEGINS\]\n(.*?)\n\[\w+ ANSWER", messages[-1].content, re.S
-            )
-            text = mind(*shown)
-            found.append(
-                Response.model_validate(
-                    {
-                        "id": "r",
-                        "request_key": "k",
-                        "sample": 0,
-                        "prompt_id": "p",
-                        "model": "judge",
-                        "text": text,
-                        "stop": stop,
-                    }
-                )
-            )
-        return found
+    def ask(conversations: Sequence[tuple[Message, ...]]) -> list[Response]:
+        shown = [SHOWN.findall(turns[-1].content) for turns in conversations]
+        return [response(mind(a, b), stop) for a, b in shown]
 
     return ask
 
 
-def examine(ask: Judge) -> dict[str, Any]:
-    return examined(PROBES, judge(probe_duels(PROBES), ask, ask_copies=True)).tree()
+def examine(mind: Mind) -> ProbeResult:
+    duels = [probe.duel for probe in PROBES]
+    return examined(PROBES, judge(duels, thinks(mind), "probe", ask_copies=True))
 
 
 def says(choice: str) -> str:
@@ -67,7 +67,9 @@ def says(choice: str) -> str:
 
 
 def fair(a: str, b: str) -> str:
-    return says("TIE" if a == b else "A" if a in GOOD else "B")
+    """Prefer a real answer to a probe, and of a run's answers the one that says "ably"."""
+    better = [x in GOOD or "ably" in x for x in (a, b)]
+    return says("TIE" if better[0] == better[1] else "A" if better[0] else "B")
 
 
 def longest(a: str, b: str) -> str:
@@ -105,9 +107,9 @@ def test_any_reply_is_read_or_is_none(reply: str) -> None:
 
 
 def test_the_fair_judge_passes_its_probes() -> None:
-    found = examine(replies(fair))
-    assert found["passed"] and found["n"] >= 40 and found["copy"]["wins"] == 0
-    assert found["null"]["losses"] == found["injected"]["losses"] == 1
+    probe = examine(fair)
+    assert probe.passed and probe.n >= 40 and probe.kinds()["copy"].wins == 0
+    assert probe.null.losses == probe.injected.losses == 1
 
 
 @pytest.mark.parametrize(
@@ -121,11 +123,9 @@ def test_the_fair_judge_passes_its_probes() -> None:
     ],
     ids=["longest", "obedient", "always A", "always a tie", "mute"],
 )
-def test_a_judge_that_can_be_fooled_is_not_used(
-    mind: Callable[[str, str], str], reason: str
-) -> None:
-    found = examine(replies(mind))
-    assert not found["passed"] and reason in found["reason"]
+def test_a_judge_that_can_be_fooled_is_not_used(mind: Mind, reason: str) -> None:
+    probe = examine(mind)
+    assert not probe.passed and reason in (probe.reason or "")
 
 
 def duel(name: str, a: str, b: str) -> Duel:
@@ -134,10 +134,10 @@ def duel(name: str, a: str, b: str) -> Duel:
 
 def test_orders_that_disagree_are_a_tie_and_the_flip_is_counted() -> None:
     duels = [duel(str(k), f"one {k}", f"two {k}") for k in range(30)]
-    outcomes = judge(duels, replies(lambda a, b: says("A")))
-    row = row_of_duels(duels, outcomes, 30, Certainty(samples=200)).tree()
-    assert {o.value for o in outcomes} == {0.5} and row["flip_rate"] == 1.0
-    assert (row["wins"], row["ties"], row["losses"], row["unparsed"]) == (0, 30, 0, 0)
+    scores = judge(duels, thinks(lambda a, b: says("A")), "base")
+    row = row_of_duels(duels, scores, 30, FEW)
+    assert {(s.value, s.answer) for s in scores} == {(0.5, "A/A")} and row.flip_rate == 1.0
+    assert (row.wins, row.ties, row.losses, row.unparsed) == (0, 30, 0, 0)
 
 
 def test_unparsed_replies_are_neither_won_nor_lost() -> None:
@@ -147,34 +147,33 @@ def test_unparsed_replies_are_neither_won_nor_lost() -> None:
         number = int(a.split()[1])
         return "hm" if number < 10 else says("A" if a.startswith("one") == (number < 30) else "B")
 
-    outcomes = judge(duels, replies(mind))
-    assert list(outcomes_of(scores_of("s", duels, outcomes)).values()) == outcomes
-    row = row_of_duels(duels, outcomes, 50, Certainty(samples=200)).tree()
-    assert (row["wins"], row["losses"], row["unparsed"], row["unanswered"]) == (20, 10, 10, 10)
-    assert row["win_rate"]["mean"] == pytest.approx(2 / 3)
-    assert row["win_rate"]["low"] < 2 / 3 < row["win_rate"]["high"]
+    row = row_of_duels(duels, judge(duels, thinks(mind), "base"), 50, FEW)
+    assert (row.wins, row.losses, row.unparsed, row.unanswered) == (20, 10, 10, 10)
+    rate = row.win_rate
+    assert rate.mean == pytest.approx(2 / 3) and rate.low and rate.high
+    assert rate.low < 2 / 3 < rate.high
 
 
 def test_a_reply_that_was_cut_off_is_no_verdict() -> None:
-    outcomes = judge([duel("1", "x", "y")], replies(lambda a, b: says("A"), stop="length"))
-    assert outcomes[0].value is None
+    (score,) = judge([duel("1", "x", "y")], thinks(lambda a, b: says("A"), "length"), "base")
+    assert score.value is None and score.answer == "-/-"
 
 
 def test_the_same_text_is_a_tie_that_nobody_pays_for() -> None:
-    asked: list[int] = []
+    requests: list[int] = []
 
-    def ask(messages: Sequence[tuple[Message, ...]]) -> list[Response]:
-        asked.append(len(messages))
+    def ask(conversations: Sequence[tuple[Message, ...]]) -> list[Response]:
+        requests.append(len(conversations))
         return []
 
-    assert judge([duel("1", "same", " same\n")], ask)[0].value == 0.5 and asked == [0]
+    assert judge([duel("1", "same", " same\n")], ask, "base")[0].value == 0.5 and requests == [0]
 
 
 def test_like_lengths_are_looked_at_apart() -> None:
     duels = [duel(str(k), "a" * (100 if k % 2 else 300), "b" * 100) for k in range(40)]
-    row = row_of_duels(duels, judge(duels, replies(longest)), 40, Certainty(samples=200)).tree()
-    assert row["win_rate"]["mean"] == 0.75 and row["length_matched"]["n"] == 20
-    assert row["length_matched"]["win_rate"]["mean"] == 0.5
+    row = row_of_duels(duels, judge(duels, thinks(longest), "base"), 40, FEW)
+    near = row.length_matched
+    assert row.win_rate.mean == 0.75 and near and near.n == 20 and near.win_rate.mean == 0.5
 
 
 def test_an_answer_cannot_close_its_marks() -> None:
@@ -186,23 +185,121 @@ def test_an_answer_cannot_close_its_marks() -> None:
     assert ask_about(duel("1", hostile, "y"), swapped=True)[1].content.index("y") < text.index("y")
 
 
-def test_a_tie_counts_only_with_an_answer_that_will_do() -> None:
+def test_a_tie_counts_only_with_an_acceptable_answer() -> None:
     duels = [duel(str(k), "s", f"t{k}") for k in range(4)]
     minds = {"t0": "TIE", "t1": "TIE", "t2": "", "t3": "student"}
 
     def mind(a: str, b: str) -> str:
-        known = minds[a if a in minds else b]
-        return says(("A" if a == "s" else "B") if known == "student" else known)
+        choice = minds[a if a in minds else b]
+        return says(("A" if a == "s" else "B") if choice == "student" else choice)
 
-    outcomes = judge(duels, replies(mind))
-    assert accepted(duels, outcomes, lambda item: item == "0") == {
-        "0": True,
-        "1": False,
-        "2": None,
-        "3": True,
-    }
+    passed = by_judge(judge(duels, thinks(mind), "teacher"), lambda item: item == "0").passed
+    assert passed == {"0": True, "1": False, "2": None, "3": True}
 
 
 def test_families_are_told_by_their_names() -> None:
     assert one_family("Qwen/Qwen3-32B", "qwen2.5-coder-0.5b-instruct")
     assert not one_family("gpt-5.4-mini", "Qwen/Qwen3-32B") and not one_family("", "x")
+
+
+def served(mind: Mind) -> FakeTeacher:
+    """Return a server that judges as `mind` does."""
+
+    def reply(number: int, payload: dict[str, Any]) -> Reply:
+        return Reply(message={"content": mind(*SHOWN.findall(question(payload)))})
+
+    return FakeTeacher(reply)
+
+
+@pytest.fixture
+def items() -> list[Item]:
+    turns = [(Message(role="user", content=f"question {n}"),) for n in range(COUNT)]
+    return [Item.make(Prompt.make(turn, f"d{n}", "chat")) for n, turn in enumerate(turns)]
+
+
+def answers(items: list[Item]) -> dict[str, dict[str, Response]]:
+    """Let the student do well on half of the items, the teacher on three quarters, and base never."""
+    share = {"student": COUNT // 2, "teacher": COUNT * 3 // 4, "base": 0}
+    return {
+        model: {
+            item.id: response(f"{model}: {'ably' if n < right else 'badly'} {n}", "end", item.id)
+            for n, item in enumerate(items)
+        }
+        for model, right in share.items()
+    }
+
+
+def make_run(folder: Path, teacher: FakeTeacher) -> Run:
+    row = {**PRICE.model_dump(mode="json"), "model": "judge-1", "date": str(date.today())}
+    folder.mkdir(exist_ok=True)
+    (folder / "prices.yaml").write_text(json.dumps({"tokens": [row]}))
+    settings = {"kind": "endpoint", "model": "judge-1", "base_url": teacher.url}
+    tree = {
+        "name": "mine",
+        "runs": folder / "runs",
+        "corpus": {"path": "x"},
+        "teacher": {"model": "m"},
+        "student": {"model": "s"},
+        "evaluation": {"judge": settings, "prices": folder / "prices.yaml"},
+    }
+    run = Run(Config.model_validate(tree))
+    run.folder.mkdir(parents=True)
+    return run
+
+
+def ask(run: Run, items: list[Item]) -> None:
+    """Ask the judge as the evaluate stage does."""
+    work = Stage("evaluate", (), (), (), lambda c, r: ask_judge(c, r, items, answers(items)))
+    run.remake([work])
+    run.perform(work)
+
+
+def test_a_fair_judge_is_paid_once_and_its_verdicts_count(
+    tmp_path: Path, items: list[Item]
+) -> None:
+    with served(fair) as teacher:
+        run = make_run(tmp_path, teacher)
+        ask(run, items)
+        requests = len(teacher.payloads)
+        copies = sum(probe.kind == "copy" for probe in PROBES)  # the same in both orders
+        assert requests == 2 * (len(PROBES) + 2 * COUNT) - copies
+        ask(run, items)
+        assert len(teacher.payloads) == requests, "verdicts are in the store"
+        entries = run.ledger.entries()
+        assert sum(e.attempts for e in entries) == requests
+        assert sum(e.dollars or 0 for e in entries) == teacher.bill
+    result, verdicts = read_judge(run.config, run, items, answers(items), FEW)
+    assert result and result.probe.passed and result.base.wins == COUNT // 2
+    row = result.teacher
+    assert (row.wins, row.ties, row.losses) == (0, COUNT * 3 // 4, COUNT // 4)
+    for acceptable, count in ((True, COUNT * 3 // 4), (False, 0)):
+        passed = by_judge(verdicts, lambda item, acceptable=acceptable: acceptable).passed
+        assert sum(bool(verdict) for verdict in passed.values()) == count
+
+
+def test_a_judge_that_failed_its_probes_says_nothing(tmp_path: Path, items: list[Item]) -> None:
+    with served(longest) as teacher:
+        run = make_run(tmp_path, teacher)
+        ask(run, items)
+    result, verdicts = read_judge(run.config, run, items, answers(items), FEW)
+    assert result and not verdicts and result.teacher.win_rate.mean is None
+    assert "an empty phrase win" in (result.teacher.win_rate.reason or "")
+
+
+def test_without_a_judge_nothing_is_said(tmp_path: Path, items: list[Item]) -> None:
+    with served(fair) as teacher:
+        run = make_run(tmp_path, teacher)
+    evaluation = run.config.evaluation.model_copy(update={"judge": None})
+    config = run.config.model_copy(update={"evaluation": evaluation})
+    ask_judge(config, run, items, answers(items))
+    assert read_judge(config, run, items, answers(items), FEW) == (None, [])
+    assert not teacher.payloads and not run.path("answers").exists()
+
+
+@pytest.mark.parametrize(
+    ("mind", "verdict"), [(fair, "the judge may be used"), (longest, "an empty phrase win")]
+)
+def test_a_judge_can_be_probed_before_a_run(tmp_path: Path, mind: Mind, verdict: str) -> None:
+    with served(mind) as teacher:
+        run = make_run(tmp_path, teacher)
+        assert verdict in probe_lines(probed(run.config))[-1]

@@ -9,9 +9,9 @@ import pytest
 from distill.errors import DistillError, Exit
 from distill.evaluation import lm_eval
 from distill.evaluation.compare import compare_paths
-from distill.evaluation.score import Place, score
+from distill.evaluation.score import score
 from distill.evaluation.scorecard import HarnessResult
-from distill.evaluation.suites import load_suite
+from distill.evaluation.suites import Suite, load_suite
 from distill.records import Score
 from distill.storage.files import read_json, read_records, write_json
 from tests.evaluation.test_evaluate import heldout_pairs, make_run
@@ -24,8 +24,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny(tmp_path_factory.mktemp("models") / "student")
 
 
-def place(folder: Path) -> Place:
-    return Place(folder / "store", folder / "out")
+def scored(suite: Suite, who: Path | str, folder: Path, name: str | None = None) -> str:
+    return score(suite, str(who), name, folder / "store", folder / "out")
 
 
 def write_answers(path: Path, right: int, given: int = len(QUESTIONS)) -> Path:
@@ -40,24 +40,22 @@ def write_answers(path: Path, right: int, given: int = len(QUESTIONS)) -> Path:
 def test_files_of_answers_are_scored_and_compared(tmp_path: Path) -> None:
     suite = load_suite(str(make_suite(tmp_path)))
     for name, right in (("good", 6), ("bad", 2)):
-        shown = score(
-            suite, str(write_answers(tmp_path / f"{name}.jsonl", right)), None, place(tmp_path)
-        )
+        shown = scored(suite, write_answers(tmp_path / f"{name}.jsonl", right), tmp_path)
         assert name in shown and "sums: correct" in shown
     scores = tmp_path / "out/scores/sums"
     assert [s.value for s in read_records(scores / "good.jsonl", Score)] == [1.0] * 6
     told = compare_paths([scores / "good.jsonl"], [scores / "bad.jsonl"])
     assert "6 items in both" in told and "+0.667" in told and "| sums" in told
     answered = tmp_path / "out/answers/sums/good.jsonl"  # what was written is a file of answers too
-    assert "100.0" in score(suite, str(answered), "again", place(tmp_path))
+    assert "100.0" in scored(suite, answered, tmp_path, "again")
 
 
 def test_a_missing_answer_is_counted_and_too_many_are_not_compared(tmp_path: Path) -> None:
     suite = load_suite(str(make_suite(tmp_path)))
     whole = write_answers(tmp_path / "whole.jsonl", 3)
     part = write_answers(tmp_path / "part.jsonl", 3, given=4)
-    score(suite, str(whole), None, place(tmp_path))
-    assert "|   6 |       2 |" in score(suite, str(part), None, place(tmp_path))
+    scored(suite, whole, tmp_path)
+    assert "|   6 |       2 |" in scored(suite, part, tmp_path)
     scores = tmp_path / "out/scores/sums"
     with pytest.raises(DistillError) as caught:
         compare_paths([scores / "whole.jsonl"], [scores / "part.jsonl"])
@@ -67,18 +65,18 @@ def test_a_missing_answer_is_counted_and_too_many_are_not_compared(tmp_path: Pat
 def test_one_item_is_not_enough_data(tmp_path: Path) -> None:
     suite = load_suite(str(make_suite(tmp_path, QUESTIONS[:1])))
     file = write_answers(tmp_path / "a.jsonl", 1)
-    assert "not enough data" in score(suite, str(file), None, place(tmp_path))
+    assert "not enough data" in scored(suite, file, tmp_path)
 
 
 def test_a_model_and_a_run_are_asked_once(tmp_path: Path, model: Path) -> None:
     suite = load_suite(str(make_suite(tmp_path)))
     run = make_run(tmp_path / "runs", model, heldout_pairs())
     write_json(run.path("config.json"), run.config.resolved())
-    shown = [score(suite, str(who), None, place(tmp_path)) for who in (model, run.folder)]
+    shown = [scored(suite, who, tmp_path) for who in (model, run.folder)]
     assert "student" in shown[0] and "tiny" in shown[1]
     stored = {path: path.read_bytes() for path in (tmp_path / "store").glob("*.jsonl")}
     assert b"".join(stored.values()).count(b" response ") == 12
-    assert score(suite, str(run.folder), None, place(tmp_path)) == shown[1]
+    assert scored(suite, run.folder, tmp_path) == shown[1]
     assert {path: path.read_bytes() for path in stored} == stored
 
 
@@ -88,7 +86,7 @@ def test_a_run_is_a_suite_of_its_held_out_prompts(tmp_path: Path, model: Path) -
     suite = load_suite(str(run.folder))
     assert [part.task.name for part in suite.parts] == ["math_word_problem"]
     assert suite.name == "tiny-heldout" and set(suite.limits().values()) == {12}
-    assert "tiny-heldout" in score(suite, str(model), None, place(tmp_path))
+    assert "tiny-heldout" in scored(suite, model, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +102,7 @@ def test_a_run_is_a_suite_of_its_held_out_prompts(tmp_path: Path, model: Path) -
 def test_who_cannot_be_asked_is_refused(tmp_path: Path, config: str, code: Exit) -> None:
     suite = load_suite(str(make_suite(tmp_path)))
     with pytest.raises(DistillError) as caught:
-        score(suite, config, None, place(tmp_path))
+        scored(suite, config, tmp_path)
     assert caught.value.code == code, caught.value
 
 
@@ -140,11 +138,11 @@ def test_without_lm_eval_or_tasks_there_is_one_line(
     run = make_run(tmp_path / "runs", model, heldout_pairs())
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     with pytest.raises(DistillError, match="is not installed"):
-        lm_eval.main(run.config, run, lm_eval.Order(("arc",)))
+        lm_eval.main(run.config, run, ["arc"])
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", lm_eval)
     with pytest.raises(DistillError, match="names no task"):
-        lm_eval.main(run.config, run, lm_eval.Order(()))
+        lm_eval.main(run.config, run, [])
     shutil.rmtree(run.path("adapter"))
     with pytest.raises(DistillError, match="is missing"):
-        lm_eval.main(run.config, run, lm_eval.Order(("arc",)))
+        lm_eval.main(run.config, run, ["arc"])
     assert not run.path(lm_eval.FILE).exists() and read_json(run.path("manifest.json"))

@@ -7,9 +7,9 @@ import pytest
 from distill.config import EndpointTeacher, LocalTeacher, Teacher
 from distill.errors import DistillError, Exit
 from distill.evaluation import answering, evaluate, results
+from distill.evaluation.scorers import score_suite
 from distill.evaluation.statistics import Certainty
-from distill.evaluation.suite_scores import measure_suite, suite_result
-from distill.evaluation.suites import Suite, load_suite
+from distill.evaluation.suites import Suite, load_suite, why_no_teacher
 from distill.records import Item, Response, Score
 from distill.storage.files import read_json, read_records
 from distill.storage.run_folder import Run
@@ -113,13 +113,12 @@ def test_a_local_teacher_is_asked_where_the_suite_says_so(tmp_path: Path, model:
     assert len(read_records(run.path("scores/sums/teacher.jsonl"), Score)) == 6
 
 
-def test_a_paid_teacher_is_asked_only_within_a_budget(tmp_path: Path, model: Path) -> None:
+def test_a_paid_teacher_is_asked_only_within_a_budget(tmp_path: Path) -> None:
     suite = load_suite(str(asked_of_teacher(make_suite(tmp_path / "suite"))))
-    config = make_run(tmp_path / "runs", model, heldout_pairs()).config
     paid = EndpointTeacher(model="m", base_url="https://example.org/v1")
     for budget, reason in ((None, "budget_dollars"), (1, None)):
         teacher = paid.model_copy(update={"budget_dollars": budget})
-        found = answering.why_no_teacher(config.model_copy(update={"teacher": teacher}), suite)
+        found = why_no_teacher(teacher, suite)
         assert found is None if reason is None else found is not None and reason in found
 
 
@@ -127,11 +126,11 @@ def test_too_few_pairs_are_refused_and_few_items_give_no_interval(tmp_path: Path
     suite = load_suite(str(make_suite(tmp_path)))
     given = {"base": answers(suite, 2), "student": answers(suite, 5, lost=1)}
     with pytest.raises(DistillError) as caught:
-        suite_result(suite, measure_suite(suite, given, "x"), given, FEW)
+        results.results_of(score_suite(suite, given, "x"), FEW)
     assert caught.value.code == Exit.EVALUATION
     one = load_suite(str(make_suite(tmp_path, n=1)))
     given = {"base": answers(one, 0), "student": answers(one, 1)}
-    row = suite_result(one, measure_suite(one, given, "x"), given, FEW).tree()["overall"]
+    row = results.results_of(score_suite(one, given, "x"), FEW).tree()["overall"]
     assert row["student_minus_base"]["mean"] is None
     assert "not enough data" in row["student_minus_base"]["reason"]
 
@@ -140,8 +139,8 @@ def test_grades_are_measured_and_are_no_checks_passed(tmp_path: Path) -> None:
     task = SUM | {"name": "people", "metric": "field_f1", "checker": {"kind": "field_f1"}}
     suite = load_suite(str(make_suite(tmp_path, PERSON, task)))
     given = {"base": answers(suite, 0, '{"name": "A1"}'), "student": answers(suite, 4)}
-    rows = measure_suite(suite, given, "x")
-    found = suite_result(suite, rows, given, FEW).tree()
+    rows = score_suite(suite, given, "x")
+    found = results.results_of(rows, FEW).tree()
     row = found["tasks"]["people"]
     assert (
         row["student"] == 1.0

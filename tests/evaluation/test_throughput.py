@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill.economics.costs import reading_and_writing
-from distill.evaluation import throughput
+from distill.evaluation import answering
 from distill.records import Message
 from distill.responders.local.local_model import LocalResponder
 from distill.responders.responder import Request, Sampling
@@ -32,9 +32,9 @@ def asked(count: int) -> list[Request]:
 
 def test_a_few_are_asked_alone_and_many_are_read(tmp_path: Path, responder: LocalResponder) -> None:
     path = tmp_path / "timings/tiny.jsonl"
-    found = throughput.timed(path, responder, asked(20))
-    assert found and found.requests == throughput.ALONE and found.seconds > 0
-    assert throughput.ALONE <= found.output_tokens <= 6 * throughput.ALONE
+    found = answering.timed(path, responder, asked(20))
+    assert found and found.requests == answering.ALONE and found.seconds > 0
+    assert answering.ALONE <= found.output_tokens <= 6 * answering.ALONE
     encoded = [len(responder._encode(request)) for request in asked(20)]
     assert found.read_tokens == sum(encoded) and found.read_seconds > 0
     assert responder.max_batch_size == 3, "the responder is as it was"
@@ -42,34 +42,34 @@ def test_a_few_are_asked_alone_and_many_are_read(tmp_path: Path, responder: Loca
 
 def test_what_was_timed_is_not_timed_again(tmp_path: Path, responder: LocalResponder) -> None:
     path = tmp_path / "t.jsonl"
-    first = throughput.timed(path, responder, asked(4))
+    first = answering.timed(path, responder, asked(4))
     before = path.read_bytes()
-    assert throughput.timed(path, responder, []) == first and path.read_bytes() == before
+    assert answering.timed(path, responder, []) == first and path.read_bytes() == before
 
 
 def test_no_prompt_is_begun_when_the_time_is_over(
     responder: LocalResponder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(throughput, "SECONDS", 0.0)
-    assert len(throughput.measured(responder, asked(8), 1)) == 1
+    monkeypatch.setattr(answering, "SECONDS", 0.0)
+    assert len(answering.measured(responder, asked(8), 1)) == 1
 
 
 def test_nothing_asked_is_nothing_timed(tmp_path: Path, responder: LocalResponder) -> None:
-    assert throughput.timed(tmp_path / "t.jsonl", responder, []) is None
+    assert answering.timed(tmp_path / "t.jsonl", responder, []) is None
     assert not (tmp_path / "t.jsonl").exists()
 
 
 def test_prompts_are_spread_from_first_to_last() -> None:
     requests = asked(20)
-    assert throughput.spread(requests, 8)[-1] == requests[14]
-    assert len(throughput.spread(requests, 8)) == 8
-    assert throughput.spread(requests[:3], 8) == requests[:3]
+    assert answering.spread(requests, 8)[-1] == requests[14]
+    assert len(answering.spread(requests, 8)) == 8
+    assert answering.spread(requests[:3], 8) == requests[:3]
 
 
 def test_reading_and_writing_of_a_real_batch_add_up(responder: LocalResponder) -> None:
-    answers = throughput.measured(responder, asked(8), 8)
+    answers = answering.measured(responder, asked(8), 8)
     usages = [raw.usage for raw in answers]
-    timing = throughput.Timing(
+    timing = answering.Timing(
         requests=1, output_tokens=1, seconds=1.0, read_tokens=100, read_seconds=1e-6
     )
     rates = reading_and_writing(usages, timing)

@@ -6,10 +6,10 @@ four documents cannot go below p = 0.125.
 
 import pytest
 
-from distill.evaluation import results
-from distill.evaluation.acceptance import Asked
+from distill.evaluation import results, scorers
 from distill.evaluation.measurements import Difference, MetricRow
 from distill.evaluation.scorecard import Economics, Scorecard
+from distill.evaluation.scorers import HeldOutRequest
 from distill.evaluation.statistics import Certainty
 from distill.publishing.gate import evidence
 from distill.records import Item, Message, Prompt, Response, Usage
@@ -34,7 +34,7 @@ def row(documents: int) -> MetricRow:
                     id=f"{model}-{document}-{k}", request_key="k", sample=0, prompt_id=prompt.id, model=model,
                     text="7" if k < right[document % 4] else "8", stop="end",
                 )  # fmt: skip
-    measured = results.measure_task("sums", items, answers, "correct", {"kind": "number"})
+    measured = scorers.measure_task("sums", items, answers, "correct", {"kind": "number"})
     return results.row_of(measured, Certainty(samples=500))
 
 
@@ -44,7 +44,7 @@ def savings(documents: int) -> Economics:
         "student": Usage(input_tokens=400, output_tokens=60, seconds=0.5),
     }
     requests = [
-        Asked(
+        HeldOutRequest(
             item=f"{d}-{k}", cluster=f"d{d}", usage=usage, test="correct", when_served=True,
             accepted=k < RIGHT["student"][d % 4],
         )

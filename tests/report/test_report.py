@@ -15,21 +15,23 @@ import pytest
 from distill.config import Config
 from distill.errors import DistillError, Exit
 from distill.evaluation import results
-from distill.evaluation.acceptance import by_checker, requests_of
 from distill.evaluation.compare import compare_paths
-from distill.evaluation.failures import failures
-from distill.evaluation.judge import (
-    Duel,
-    Outcome,
-    examined,
-    load_probes,
-    row_of_duels,
-    withheld,
-)
-from distill.evaluation.measurements import Sample
+from distill.evaluation.judge import Duel, examined, load_probes, row_of_duels
+from distill.evaluation.measurements import Difference, DuelRow, Sample
+from distill.evaluation.scorers import by_checker, measure_task, requests_of
 from distill.evaluation.statistics import Certainty
 from distill.formatting import plain_numbers
-from distill.records import AnswerLoss, Item, LedgerEntry, Message, Pair, Prompt, Response, Usage
+from distill.records import (
+    AnswerLoss,
+    Item,
+    LedgerEntry,
+    Message,
+    Pair,
+    Prompt,
+    Response,
+    Score,
+    Usage,
+)
 from distill.report import render, report
 from distill.report.plots import (
     Mark,
@@ -83,7 +85,7 @@ def evaluation(items: list[Item], right: dict[str, int], run: Run) -> dict[str, 
     }
     checkers = {"math_word_problem": {"kind": "number"}, "chat": None}
     tasks = dict.fromkeys(item.task for item in items)
-    rows = {t: results.measure_task(t, items, answers, "correct", checkers[t]) for t in tasks}
+    rows = {t: measure_task(t, items, answers, "correct", checkers[t]) for t in tasks}
     losses = {
         "base": [
             AnswerLoss(loss=20.0 + k % 5, tokens=20, hits=9 + k % 3) for k in range(len(items))
@@ -305,7 +307,7 @@ def test_missing_answers_are_shown_both_ways_and_too_many_stop(tmp_path: Path) -
     }
     del answers["student"][items[0].id]
     row = results.row_of(
-        results.measure_task("math_word_problem", items, answers, "correct", {"kind": "number"}),
+        measure_task("math_word_problem", items, answers, "correct", {"kind": "number"}),
         Certainty(samples=200),
     )
     assert row.unscored == 1 and row.student == 1.0
@@ -314,9 +316,7 @@ def test_missing_answers_are_shown_both_ways_and_too_many_stop(tmp_path: Path) -
     assert counted.student_minus_teacher.mean == pytest.approx(-1 / 30)
     for item in items[:3]:
         answers["student"].pop(item.id, None)
-    measured = results.measure_task(
-        "math_word_problem", items, answers, "correct", {"kind": "number"}
-    )
+    measured = measure_task("math_word_problem", items, answers, "correct", {"kind": "number"})
     with pytest.raises(DistillError) as caught:
         results.row_of(measured, Certainty(samples=200))
     assert caught.value.code == Exit.EVALUATION
@@ -336,7 +336,7 @@ def test_comparing_runs_and_answer_files(tmp_path: Path) -> None:
         write_records(folder / "answers.jsonl", given)
         checked = [i for i in items if i.task == "math_word_problem"]
         by_item = {i.id: r for i, r in zip(items, given, strict=True)}
-        measured = results.measure_task(
+        measured = measure_task(
             "math_word_problem", checked, {name: by_item}, "correct", {"kind": "number"}
         )
         write_records(folder / "scores/student.jsonl", measured.scores[name])
@@ -375,11 +375,13 @@ def judged(passed: bool) -> dict[str, Any]:
     """Return what evaluation.json holds of a judge: one that passed its probes, or one that obeys an answer."""
     probes, duels = load_probes(), [Duel(str(k), str(k), (), "aa", "ab", None) for k in range(24)]
     seen = {"null": 0.0, "injected": 0.0 if passed else 1.0, "copy": 0.5}
-    told = [Outcome(seen[probe.kind], ("B", "A"), "r") for probe in probes]
-    probe = examined(probes, told)
-    outcomes = [Outcome(1.0 if k % 3 else 0.0, ("A", "B"), "r") for k in range(24)]
-    reason = f"{probe.reason} {HOSTILE}"
-    row = row_of_duels(duels, outcomes, 24, Certainty(samples=500)) if passed else withheld(reason)
+    verdict = Score(item_id="i", model="m", value=None, answer="A/B", reason="r")
+    values = [seen[probe.kind] for probe in probes]
+    probe = examined(probes, [verdict.model_copy(update={"value": v}) for v in values])
+    outcomes = [verdict.model_copy(update={"value": 1.0 if k % 3 else 0.0}) for k in range(24)]
+    row = row_of_duels(duels, outcomes, 24, Certainty(samples=500))
+    if not passed:
+        row = DuelRow(win_rate=Difference(mean=None, reason=f"{probe.reason} {HOSTILE}"))
     about = {"model": HOSTILE, "warnings": [f"one family {HOSTILE}"], "probe": probe}
     return {**about, "teacher": row, "base": row}
 
@@ -513,13 +515,13 @@ def test_failures_are_the_worst_samples_cut_short() -> None:
         return Sample.model_validate(tree)
 
     rows = [sample("a", "worst", 31.0, "chrF"), sample("b", "worst", 0.0), sample("b", "best", 1.0)]
-    found = failures(rows, "mask").worst
+    found = results.failures(rows, "mask").worst
     assert [(row.task, row.reason) for row in found] == [
         ("b", "wrong"),
         ("a", "chrF 31 against the teacher"),
     ]
     assert len(found[0].asked) < 420 and found[0].asked.endswith("[…]")
-    assert failures([sample("a", "worst", 1.0)], "mask").worst == ()
+    assert results.failures([sample("a", "worst", 1.0)], "mask").worst == ()
 
 
 def luminance(colour: str) -> float:

@@ -14,7 +14,7 @@ import pytest
 from distill.cli import main
 from distill.config import Config
 from distill.errors import DistillError, Exit
-from distill.evaluation.judging import through
+from distill.evaluation.judge import asking
 from distill.records import Message, Response
 from distill.responders.ask import Ask
 from distill.responders.endpoint.budget import account, unknown_outcomes
@@ -396,7 +396,7 @@ def test_h25_a_judge_that_only_fails_is_exit_4(tmp_path: Path, reply: dict[str, 
         turns = [(Message(role="user", content=f"which? {n}"),) for n in range(4)]
         with pytest.raises(DistillError, match="all 4 requests failed") as stopped:
             with Ask(make_responder(config.teacher, config), tmp_path / "store") as ask:
-                through(ask, config.teacher)(turns)
+                asking(ask, config.teacher)(turns)
     assert stopped.value.code == Exit.TEACHER
 
 
