@@ -16,10 +16,10 @@ import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from yaml.events import AliasEvent
@@ -174,6 +174,19 @@ def read_yaml(path: Path, form: Any) -> Any:
     tree, places = parse_with_places(read_text(path), path)
     use_present_names(tree, form, path, places)
     return tree
+
+
+Table = TypeVar("Table")
+
+
+def read_table(path: Path, form: type[Table], fix: str) -> Table:
+    """Read a table of rows; raises DistillError (exit 2) with the first value that is wrong."""
+    try:
+        return TypeAdapter(form).validate_python(read_yaml(path, form))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = f"{path}: {'.'.join(map(str, first['loc']))}"
+        raise DistillError(Exit.CONFIG, where, first["msg"], fix) from None
 
 
 def use_present_names(

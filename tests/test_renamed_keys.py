@@ -14,7 +14,7 @@ from distill.evaluation import suites
 from distill.models import registry
 from distill.models.registry import ModelInfo
 from distill.renamed_keys import RENAMED, fields_in, first_names, present_path
-from distill.responders.terms import Terms, load_terms
+from distill.responders.terms import TermsText, load_terms
 from distill.storage.files import read_json, write_json
 from distill.storage.fingerprints import differences
 from distill.storage.run_folder import Run, Stage
@@ -99,7 +99,7 @@ def test_a_key_under_both_names_is_refused_with_the_new_one(tmp_path):
 
 
 def test_the_table_holds_names_that_are_gone_and_their_new_ones():
-    forms = (Config, suites.SuiteFile, tuple[Terms, ...], dict[str, ModelInfo])
+    forms = (Config, suites.SuiteFile, tuple[TermsText, ...], dict[str, ModelInfo])
     for old, new in RENAMED.items():
         assert all(old not in kind.model_fields for kind in TEACHERS) and new != old
     assert present_path(("signals", "endpoint", "first_wait"), Config)[-1] == "initial_backoff"

@@ -62,8 +62,8 @@ def kept_prices(config: Config, run: Run) -> PriceBook:
     """Return the run's price book: the table of the day on which its report was first made."""
     path = run.path(PRICES)
     if not path.exists():
-        write_json(path, load_prices(config.evaluation.prices).facts())
-    return PriceBook.of_facts(read_json(path))
+        write_json(path, load_prices(config.evaluation.prices).model_dump(mode="json"))
+    return PriceBook.model_validate(read_json(path))
 
 
 def answers_of(run: Run) -> list[Usage]:

@@ -14,14 +14,14 @@ from distill.config_file import find_config
 from distill.errors import DistillError, Exit
 from distill.models.registry import hub_id, lookup
 from distill.records import Record
-from distill.responders.terms import Duties, Terms, Verdict, load_terms, require_terms
+from distill.responders.terms import Obligation, TermsText, Verdict, load_terms, require_terms
 
 
 class Owed(Record):
     """What one text asks of the release."""
 
-    text: Terms
-    duties: Duties
+    text: TermsText
+    duties: Obligation
 
 
 class Obligations(Record):

@@ -1,4 +1,4 @@
-"""How a responder is asked: through the store that all runs share, so that nothing is paid for twice.
+"""How a responder is asked: through the store that all runs share, so that nothing is paid twice.
 
 What comes is stored before anything is read from it, keyed by content: the model's weights and
 template, the messages, the sampling, the sample index. So a filter, a parser or a run may change
@@ -29,9 +29,9 @@ class Ask:
 
     The store is opened once, to be read; its writer's lock is held only while something is asked.
     What is spent enters the ledger of the run `payer`: of a local model as answers come, of an
-    endpoint at the end of the block, also after an error. `again` asks anew what a server has replied
-    to without an answer; `workers` are the processes of the launch, where several answer. `count` is
-    the number of answers that came now.
+    endpoint at the end of the block, also after an error. `again` asks anew what a server has
+    replied to without an answer; `workers` are the processes of the launch, where several answer.
+    `count` is the number of answers that came now.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class Ask:
             yield from store.keep(raws, self._spend)
 
     def _spend(self, input_tokens: int, output_tokens: int) -> None:
-        """Enter an answer made here before it is stored: a kill between the two hides no spending."""
+        """Enter an answer made here before it is stored: so a kill hides no spending."""
         self.count += 1
         if self.payer:
             self.payer.ledger.spend(input_tokens=input_tokens, output_tokens=output_tokens)

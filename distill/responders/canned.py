@@ -1,8 +1,8 @@
 """Answers that stand somewhere already: in a file, a dictionary or the corpus. Nothing is asked.
 
-With canned ones whoever builds on this can test a pipeline offline. A file holds JSON lines, each with
-the text of the last user turn and its answer: {"prompt": "...", "answer": "..."}. Recorded ones came
-with the corpus; model, license and cost are as the user stated them.
+With canned ones whoever builds on this can test a pipeline offline. A file holds JSON lines, each
+with the text of the last user turn and its answer: {"prompt": "...", "answer": "..."}. Recorded
+ones came with the corpus; model, license and cost are as the user stated them.
 """
 
 import hashlib

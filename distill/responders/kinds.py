@@ -1,8 +1,8 @@
 """The kinds of responder: one line each.
 
 A new kind is a class of settings in config.py, a module, and a line here. The module has
-`make(settings, circumstances)`, and is imported when something is asked; `identity` pins its answers,
-as part of a stage's fingerprint, and loads nothing heavy.
+`make(settings, circumstances)`, and is imported when something is asked; `identity` pins its
+answers, as part of a stage's fingerprint, and loads nothing heavy.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,20 +1,20 @@
-"""The price book: what an hour of a machine and a million tokens of a hosted model cost, each with date and source.
+"""The price book: what an hour of a machine and a million tokens of a hosted model cost.
 
-A price that is not in the book, or that is older than a year, is unknown: the caller gets None with the reason to
-show, and unknown never becomes 0. Money is Decimal throughout.
+Each row has its date and source. A price that is not in the book, or that is older than a year, is
+unknown: the caller gets None with the reason to show, and unknown never becomes 0. Money is
+Decimal.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from datetime import date
 from decimal import Decimal
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from distill.config_file import find_config, read_yaml
-from distill.errors import DistillError, Exit
+from distill.config_file import find_config, read_table
 from distill.records import Record, Usage
 
 SHIPPED = Path("configs/prices.yaml")
@@ -41,7 +41,8 @@ class MachinePrice(Record):
 class TokenPrice(Record):
     """What a hosted model costs a million tokens; `model` is a pattern over its name.
 
-    `batch_discount` is what answers within a day, rather than at once, are cheaper by: 0.5 for half the price.
+    `batch_discount` is what answers within a day, rather than at once, are cheaper by: 0.5 for half
+    the price.
     """
 
     model: str
@@ -54,7 +55,7 @@ class TokenPrice(Record):
     note: str = ""
 
     def of(self, usage: Usage) -> Decimal:
-        """Return the dollars of one answer; cached input counts as input where it has no price of its own."""
+        """Return the dollars of one answer; cached input without a price of its own is input."""
         cached = self.dollars_per_million_cached_input
         if cached is None:
             cached = self.dollars_per_million_input
@@ -63,33 +64,22 @@ class TokenPrice(Record):
         return (paid + usage.output_tokens * self.dollars_per_million_output) / MILLION
 
 
-Row = TypeVar("Row", MachinePrice, TokenPrice)
+Price = TypeVar("Price", MachinePrice, TokenPrice)
 
 
-class _Table(Record):
+class PriceTable(Record):
+    """A file of prices."""
+
     machines: tuple[MachinePrice, ...] = ()
     tokens: tuple[TokenPrice, ...] = ()
 
 
-class PriceBook:
-    """Rows in order of precedence, read on one day: a row older than MAX_AGE_DAYS on it is not used."""
+class PriceBook(Record):
+    """Rows in order of precedence, read on one day; older than MAX_AGE_DAYS none is used."""
 
-    def __init__(
-        self, machines: Iterable[MachinePrice], tokens: Iterable[TokenPrice], today: date
-    ) -> None:
-        self.machines, self.tokens, self.today = tuple(machines), tuple(tokens), today
-
-    def facts(self) -> dict[str, Any]:
-        """Return the book as JSON values: its day, and its rows in their order."""
-        rows = {"machines": self.machines, "tokens": self.tokens}
-        shown = {kind: [row.model_dump(mode="json") for row in of] for kind, of in rows.items()}
-        return {"today": self.today.isoformat(), **shown}
-
-    @classmethod
-    def of_facts(cls, facts: Mapping[str, Any]) -> "PriceBook":
-        """Read what `facts` returned."""
-        table = _Table(machines=facts["machines"], tokens=facts["tokens"])
-        return cls(table.machines, table.tokens, date.fromisoformat(facts["today"]))
+    today: date
+    machines: tuple[MachinePrice, ...]
+    tokens: tuple[TokenPrice, ...]
 
     def machine(self, name: str | None) -> MachinePrice | None:
         """Return the hourly price of the machine called `name`, or None."""
@@ -99,24 +89,24 @@ class PriceBook:
         """Return the price of the hosted model `model`, or None."""
         return self._current(row for row in self.tokens if fnmatchcase(model, row.model))
 
+    def _current(self, rows: Iterable[Price]) -> Price | None:
+        return next((r for r in rows if (self.today - r.date).days <= MAX_AGE_DAYS), None)
+
     def why_no_machine(self, name: str | None) -> str:
-        """Say why `machine(name)` is None."""
+        """Return why `machine(name)` is None."""
         if name is None:
             return "evaluation.machine is not set, so time has no price"
         if any(row.name == name for row in self.machines):
             return f"the price of {name} is older than {MAX_AGE_DAYS} days"
-        known = ", ".join(dict.fromkeys(row.name for row in self.machines))
-        return f"the price table has no machine {name} (it has {known})"
+        names = ", ".join(dict.fromkeys(row.name for row in self.machines))
+        return f"the price table has no machine {name} (it has {names})"
 
     def why_no_teacher(self, model: str) -> str:
-        """Say why `teacher(model)` is None."""
+        """Return why `teacher(model)` is None."""
         if any(fnmatchcase(model, row.model) for row in self.tokens):
             return f"the list price of {model} is older than {MAX_AGE_DAYS} days"
-        known = ", ".join(dict.fromkeys(row.model.strip("*") for row in self.tokens))
-        return f"the price table has no model {model} (it has {known})"
-
-    def _current(self, rows: Iterable[Row]) -> Row | None:
-        return next((r for r in rows if (self.today - r.date).days <= MAX_AGE_DAYS), None)
+        names = ", ".join(dict.fromkeys(row.model.strip("*") for row in self.tokens))
+        return f"the price table has no model {model} (it has {names})"
 
 
 def load_prices(path: Path | None = None, today: date | None = None) -> PriceBook:
@@ -124,19 +114,11 @@ def load_prices(path: Path | None = None, today: date | None = None) -> PriceBoo
 
     Raises DistillError (exit 2) where a file is missing or a row is wrong.
     """
-    tables = [_read(find_config(path))] if path else []
-    tables.append(_read(find_config(SHIPPED)))
-    machines = [row for table in tables for row in table.machines]
-    tokens = [row for table in tables for row in table.tokens]
-    return PriceBook(machines, tokens, today or date.today())
-
-
-def _read(path: Path) -> _Table:
-    try:
-        return _Table.model_validate(read_yaml(path, _Table))
-    except ValidationError as error:
-        fault = error.errors()[0]
-        where = f"{path}: {'.'.join(map(str, fault['loc']))}"
-        raise DistillError(
-            Exit.CONFIG, where, fault["msg"], "see configs/prices.yaml for the form"
-        ) from None
+    fix = "see configs/prices.yaml for the form"
+    paths = [find_config(path)] if path else []
+    tables = [read_table(place, PriceTable, fix) for place in (*paths, find_config(SHIPPED))]
+    return PriceBook(
+        today=today or date.today(),
+        machines=tuple(row for table in tables for row in table.machines),
+        tokens=tuple(row for table in tables for row in table.tokens),
+    )

@@ -1,4 +1,4 @@
-"""A function of the program that calls `distill.run`, as a responder: messages in, an answer out."""
+"""A function of the program that calls `distill.run`: messages in, an answer out."""
 
 from collections.abc import Iterator, Sequence
 

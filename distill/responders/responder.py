@@ -1,4 +1,4 @@
-"""The one seam through which teacher, student and judge are asked: requests in, answers out as they finish."""
+"""The one seam through which teacher, student and judge are asked."""
 
 import hashlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -93,8 +93,9 @@ class Scoring(Request):
 class Raw(Record):
     """One answer exactly as it came, before anything is read from it: this is what the store keeps.
 
-    `body` holds at least `text`; a local model adds the ids that it sampled, its end token included.
-    An endpoint's body holds the bytes of the reply (see wire.pack), and its `stop` is None.
+    `body` holds at least `text`; a local model adds the ids that it sampled, its end token
+    included. An endpoint's body holds the bytes of the reply (see wire.pack), and its `stop` is
+    None.
     """
 
     key: str
@@ -210,12 +211,12 @@ class Planner(Protocol):
 
 @runtime_checkable
 class Buyer(Protocol):
-    """A responder that is paid: it records each attempt before it is sent, and stores what comes."""
+    """A responder that is paid: it stores each attempt before it is sent, and what comes."""
 
     def buy(
         self, requests: Sequence[Request], store: "ResponseStore"
     ) -> Generator[Raw, None, None]:
-        """Yield one raw answer a request, stored already; one that failed is yielded, not stored."""
+        """Yield one raw answer a request, stored already unless it failed."""
         ...
 
     def progress(self) -> str:

@@ -4,9 +4,9 @@ A store is opened once a stage, when each of its lines is checked. A reply is re
 took is remembered, so that the account of money need not read it again. Money itself is counted in
 endpoint/budget.py.
 
-Plans of answers that depend on what shares the batch are recorded before they are asked, and rerun in
-full when unfinished. So an interrupted run ends with the same bytes as one that was not, and it does
-not matter which process answers which plan.
+Plans of answers that depend on what shares the batch are recorded before they are asked, and rerun
+in full when unfinished. So an interrupted run ends with the same bytes as one that was not, and it
+does not matter which process answers which plan.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -1,6 +1,9 @@
-"""Counts tokens with the teacher's own tokenizer, where the cache has it: nothing is downloaded, no torch is loaded."""
+"""Counts tokens with the teacher's own tokenizer, where the cache has it.
 
-from collections.abc import Callable, Iterable, Sequence
+Nothing is downloaded, no torch is loaded.
+"""
+
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -8,13 +11,28 @@ from distill.models import download, registry
 from distill.records import Response
 from distill.responders.responder import Request
 
-Counter = Callable[[str], int]
-
 
 @cache
-def token_counter(model: str) -> Counter | None:
-    """Return what counts the tokens of a text as `model` does, or None where its tokenizer is not in the cache."""
-    path = next((path for path in _places(model) if path.is_file()), None)
+def token_counter(model: str) -> Callable[[str], int] | None:
+    """Return what counts a text's tokens as `model` does; None without its tokenizer in the cache.
+
+    That lies in a folder, among the converted models, or in the Hub's cache.
+    """
+    if registry.is_folder(model):
+        paths = [Path(model)]
+    else:
+        rows = [row for row in registry.table().values() if model in (row.name, row.hub_id)]
+        paths = [download.converted_folder(row.name, row.gguf) for row in rows if row.gguf]
+    path = next((p for p in (path / "tokenizer.json" for path in paths) if p.is_file()), None)
+    if path is None and not registry.is_folder(model):
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            cached = try_to_load_from_cache(registry.hub_id(model) or model, "tokenizer.json")
+        except HFValidationError:  # what a server calls a model need be no name of the Hub
+            cached = None
+        path = Path(cached) if isinstance(cached, str) else None
     if path is None:
         return None
     from tokenizers import Tokenizer
@@ -23,45 +41,25 @@ def token_counter(model: str) -> Counter | None:
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-def _places(model: str) -> Iterable[Path]:
-    """Yield where a tokenizer of a model may lie: a folder, the converted models, the Hub's cache."""
-    if registry.is_folder(model):
-        yield Path(model) / "tokenizer.json"
-        return
-    for row in registry.table().values():
-        if model in (row.name, row.hub_id) and row.gguf:
-            yield download.converted_folder(row.name, row.gguf) / "tokenizer.json"
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(registry.hub_id(model) or model, "tokenizer.json")
-    except HFValidationError:  # what a server calls a model need be no name of the Hub
-        return
-    if isinstance(found, str):
-        yield Path(found)
-
-
 def recounted(
     responses: Sequence[Response], requests: Sequence[Request], model: str
 ) -> list[Response]:
-    """Return the responses with estimated usage counted by the tokenizer of `model`; it stays marked as estimated.
+    """Return the responses to `requests` with estimated usage counted by the tokenizer of `model`.
 
-    `requests` are those of the responses, in their order. The template's own tokens are not counted. Without a tokenizer
-    the estimate by bytes stays. The account of what was paid does not use it: there such an answer is in doubt.
+    It stays marked as estimated. The template's own tokens are not counted. Without a tokenizer the
+    estimate by bytes stays. The account of what was paid does not use it: there such an answer is
+    in doubt.
     """
     if not any(response.usage.estimated for response in responses):
         return list(responses)
-    count = token_counter(model)
-    pairs = zip(responses, requests, strict=True)
-    return [
-        _recounted(response, request, count) if count and response.usage.estimated else response
-        for response, request in pairs
-    ]
-
-
-def _recounted(response: Response, request: Request, count: Counter) -> Response:
-    read = sum(count(message.content) for message in request.messages)
-    written = count((response.reasoning or "") + response.text)
-    usage = {"input_tokens": read, "output_tokens": written}
-    return response.model_copy(update={"usage": response.usage.model_copy(update=usage)})
+    count, counted = token_counter(model), []
+    for response, request in zip(responses, requests, strict=True):
+        if count and response.usage.estimated:
+            tokens = {
+                "input_tokens": sum(count(message.content) for message in request.messages),
+                "output_tokens": count((response.reasoning or "") + response.text),
+            }
+            usage = response.usage.model_copy(update=tokens)
+            response = response.model_copy(update={"usage": usage})
+        counted.append(response)
+    return counted

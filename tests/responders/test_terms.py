@@ -12,8 +12,8 @@ from distill.config import Config, Teacher
 from distill.config_file import load_config
 from distill.errors import DistillError, Exit
 from distill.responders.terms import (
-    Terms,
     TermsBook,
+    TermsText,
     Verdict,
     is_public,
     judge_teacher,
@@ -66,17 +66,17 @@ OWN = 'terms.basis="our own model"'
     ],
 )
 def test_the_shipped_table_knows_them(model: str, word: str, title: str) -> None:
-    verdict = load_terms().judge(model)
+    verdict = load_terms().verdict(model)
     assert (verdict.word, verdict.allowed) == (word, word != "no")
     assert verdict.texts[0].title.startswith(title)
-    assert bool(verdict.duties()) == (word == "duties") or word == "no"
+    assert bool(verdict.obligations()) == (word == "duties") or word == "no"
 
 
 @pytest.mark.parametrize("model", ["", "someone/else", "my-qwen3-8b", "me/Qwen3-8B", "qwen", "gpt"])
 def test_what_is_not_in_the_table_is_unknown(model: str) -> None:
-    verdict = load_terms().judge(model)
+    verdict = load_terms().verdict(model)
     assert verdict.word == "unknown" and not verdict.allowed
-    assert load_terms().judge(model, basis="our own").allowed
+    assert load_terms().verdict(model, basis="our own").allowed
 
 
 def test_every_row_says_where_and_when_it_was_read() -> None:
@@ -89,13 +89,13 @@ def test_every_row_says_where_and_when_it_was_read() -> None:
 
 def test_a_provider_s_terms_add_to_the_model_s() -> None:
     book = load_terms()
-    assert book.judge("Qwen/Qwen3-8B", hosts=["127.0.0.1"]).word == "yes"
-    assert book.judge("Qwen/Qwen3-8B", hosts=["api.openai.com"]).word == "no"
-    assert book.judge("Qwen/Qwen3-8B", hosts=["api.somebody.example"]).word == "unknown"
-    assert book.judge("deepseek-v4-pro", hosts=["api.deepseek.com"]).word == "yes"
-    assert book.judge("deepseek-v4-pro", hosts=["api.deepseek.com", "gpu.example.org"]).unknown
-    assert book.judge("unheard-of", hosts=["localhost"]).word == "unknown"
-    assert book.judge("gpt-4o", hosts=["10.0.0.3"]).word == "no"
+    assert book.verdict("Qwen/Qwen3-8B", hosts=["127.0.0.1"]).word == "yes"
+    assert book.verdict("Qwen/Qwen3-8B", hosts=["api.openai.com"]).word == "no"
+    assert book.verdict("Qwen/Qwen3-8B", hosts=["api.somebody.example"]).word == "unknown"
+    assert book.verdict("deepseek-v4-pro", hosts=["api.deepseek.com"]).word == "yes"
+    assert book.verdict("deepseek-v4-pro", hosts=["api.deepseek.com", "gpu.example.org"]).unknown
+    assert book.verdict("unheard-of", hosts=["localhost"]).word == "unknown"
+    assert book.verdict("gpt-4o", hosts=["10.0.0.3"]).word == "no"
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]", "10.1.2.3", "gpu7", "a.local"])
@@ -105,9 +105,9 @@ def test_a_host_of_one_s_own_is_no_provider(host: str) -> None:
 
 def test_a_license_of_models_yaml_stands_in_for_the_name() -> None:
     book = load_terms()
-    assert book.judge("acme/own", "Apache-2.0").word == "yes"
-    assert book.judge("acme/own", "llama3.3").word == "duties"
-    assert book.judge("acme/own", "proprietary").word == "unknown"
+    assert book.verdict("acme/own", "Apache-2.0").word == "yes"
+    assert book.verdict("acme/own", "llama3.3").word == "duties"
+    assert book.verdict("acme/own", "proprietary").word == "unknown"
 
 
 def row(**changes: Any) -> dict[str, Any]:
@@ -118,11 +118,11 @@ def row(**changes: Any) -> dict[str, Any]:
 
 
 def test_the_first_row_counts_and_duties_are_named() -> None:
-    book = TermsBook([Terms(**row(teachers=["a*"], may_train="no")), Terms(**row())])
-    assert [book.judge(name).word for name in ("Abc", "b")] == ["no", "yes"]
+    book = TermsBook((TermsText(**row(teachers=["a*"], may_train="no")), TermsText(**row())))
+    assert [book.verdict(name).word for name in ("Abc", "b")] == ["no", "yes"]
     for wrong in ({"may_train": "duties"}, {"outputs": {"name": "X"}}):
         with pytest.raises(ValueError, match="may_train is duties exactly where"):
-            Terms(**row(**wrong))
+            TermsText(**row(**wrong))
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_a_folder_s_name_proves_nothing(name: str) -> None:
     assert "a folder does not say" in refused(f"teacher.model=./{name}")
     verdict = stated(require_terms, f"teacher.model=./{name}", OWN)
     assert verdict.basis == "our own model"
-    assert bool(verdict.duties()) == ("llama" in name)  # though it may bind
+    assert bool(verdict.obligations()) == ("llama" in name)  # though it may bind
 
 
 def test_recorded_and_canned_answers() -> None:

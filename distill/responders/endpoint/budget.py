@@ -1,8 +1,9 @@
 """What was paid and what may have been: a run's budget, and the account that the store gives.
 
-An attempt is an intent record, written before its request is sent. It is settled where the answer or
-a refusal of the server says what it cost; else its outcome is unknown, and counts with its maximum: as
-many input tokens as the request has bytes, and as many output tokens as it may write. Money is Decimal.
+An attempt is an intent record, written before its request is sent. It is settled where the answer
+or a refusal of the server says what it cost; else its outcome is unknown, and counts with its
+maximum: as many input tokens as the request has bytes, and as many output tokens as it may write.
+Money is Decimal.
 """
 
 import time
@@ -50,8 +51,8 @@ def charge(price: TokenPrice | None, reply: Reply, intent: Mapping[str, Any]) ->
 
     The statement counts as paid where it lies within APART of the price; where the price says more,
     the difference may have been charged. In doubt is a cost further apart, and one of more tokens
-    than were allowed, or above the attempt's maximum: then the larger of both may have been charged,
-    or the maximum where that is beyond all sense.
+    than were allowed, or above the attempt's maximum: then the larger of both may have been
+    charged, or the maximum where that is beyond all sense.
     """
     usage, stated = reply.usage, reply.dollars
     counted = not usage.estimated and usage != Usage()
@@ -127,8 +128,8 @@ class Budget:
     def line(self, count: int, priced: bool) -> str:
         """Return what is spent, perhaps spent, in all of `count` requests at this rate, an hour.
 
-        With a limit it is of the run. Without one the store is not read for what went before, so the
-        sums are of this go.
+        With a limit it is of the run. Without one the store is not read for what went before, so
+        the sums are of this go.
         """
         hours = max(time.monotonic() - self.started, 1e-9) / 3600
         speed = f"{self.tokens / hours / 3600:,.0f} tokens/s"

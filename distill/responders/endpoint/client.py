@@ -1,9 +1,9 @@
 """One go at buying answers: workers that share a gate, a pace, a budget, replicas and a store.
 
-The order for every attempt: reserve its maximum, store its intent, send it, store what came, read it,
-settle. An attempt that brings no answer gets an outcome record, which says whether it may be billed.
-The first answer of a run is awaited alone, and its bill held against the price, before others are
-asked for: a server that bills many times its maximum does so once.
+The order for every attempt: reserve its maximum, store its intent, send it, store what came, read
+it, settle. An attempt that brings no answer gets an outcome record, which says whether it may be
+billed. The first answer of a run is awaited alone, and its bill held against the price, before
+others are asked for: a server that bills many times its maximum does so once.
 """
 
 import asyncio
@@ -67,7 +67,7 @@ class Sending(NamedTuple):
 
 
 class EndpointClient:
-    """Buys the answers to `requests`; `results` gives them as they are stored, and ends with None."""
+    """Buys the answers to `requests`; `results` gives them once stored, and ends with None."""
 
     def __init__(
         self,
@@ -204,8 +204,9 @@ class EndpointClient:
     async def _attempt(self, request: Request, number: int, body: bytes) -> Failure | None:
         """Wait for pauses, for the pace and for the budget, and send unless the gate closes.
 
-        Set aside is what the request can cost at most, or more where an answer has cost more than its
-        maximum: others may as well. What does not fit into the budget yet waits for what is in flight.
+        Set aside is what the request can cost at most, or more where an answer has cost more than
+        its maximum: others may as well. What does not fit into the budget yet waits for what is in
+        flight.
         """
         cap, budget = request.sampling.max_new_tokens, self.budget
         await self.gate.wait()

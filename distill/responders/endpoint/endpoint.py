@@ -1,9 +1,9 @@
 """The endpoint responder: a teacher behind an OpenAI-compatible server, paid once and never lost.
 
-Before a request is sent its intent is stored; what comes is stored, durably, before it is read. There
-is one layer of retries. Every reply counts against the budget, and so does every attempt whose outcome
-nobody knows. Async stays in here: the requests run in a thread of their own, and whoever asked gets a
-plain iterator.
+Before a request is sent its intent is stored; what comes is stored, durably, before it is read.
+There is one layer of retries. Every reply counts against the budget, and so does every attempt
+whose outcome nobody knows. Async stays in here: the requests run in a thread of their own, and
+whoever asked gets a plain iterator.
 """
 
 import os
@@ -51,8 +51,8 @@ class EndpointResponder:
     def buy(self, requests: Sequence[Request], store: ResponseStore) -> Generator[Raw, None, None]:
         """Yield a raw answer for each request as it is stored; one that failed is not stored.
 
-        When the caller stops, or Ctrl-C comes, nothing more is sent, and what is in flight is waited
-        for and stored; a second Ctrl-C leaves it. Raises the DistillError that ends the run.
+        When the caller stops, or Ctrl-C comes, nothing more is sent, and what is in flight is
+        waited for and stored; a second Ctrl-C leaves it. Raises the DistillError that ends the run.
         """
         client = EndpointClient(self.settings, self.key, self.price, self.run, requests, store)
         self.client = client
@@ -87,7 +87,7 @@ def make(teacher: EndpointTeacher, circumstances: Circumstances) -> EndpointResp
 
 
 def read_key(variable: str | None) -> str | None:
-    """Return the key in an environment variable; raises DistillError (exit 2) on an unusable one."""
+    """Return the key in a variable; raises DistillError (exit 2) on an unusable one."""
     if variable is None:
         return None
     key = os.environ.get(variable, "").strip(" ")

@@ -1,4 +1,4 @@
-"""How fast a teacher may be asked: the pace of requests and tokens, pauses that hold all workers, and backoff.
+"""How fast a teacher may be asked: pace of requests and tokens, pauses of all workers, backoff.
 
 Waits are measured by a monotonic clock, so a clock that is set changes none of them.
 """
@@ -12,48 +12,49 @@ from email.utils import parsedate_to_datetime
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds of backoff, before jitter
 FOREVER = 1e9  # seconds; a longer wait is as good as this one
+REST, LONGEST_REST = 2.0, 300.0  # seconds that a dead address is left out, doubling
 
 
 def backoff(attempt: int, first: float = FIRST_WAIT, chance: random.Random | None = None) -> float:
-    """Return the seconds before attempt `attempt` + 1, doubling from `first`, with half of it drawn at random."""
+    """Return the seconds before attempt `attempt` + 1: doubling from `first`, half of it random."""
     most = min(LONGEST_WAIT, first * 2 ** min(attempt, 20))
     return most * (0.5 + (chance or random).random() / 2)
 
 
 def retry_after(headers: Mapping[str, str], now: float | None = None) -> float | None:
-    """Return the seconds that a server asks to wait (RFC 9110, 10.2.3), or None where it says nothing usable.
+    """Return the seconds that a server asks to wait (RFC 9110, 10.2.3), or None.
 
-    Read are `retry-after-ms`, a number of seconds, and a date, which is compared with the server's own `date` where
-    it sends one. A negative number and garbage count as absent; a date that has passed is 0.
+    Read are `retry-after-ms`, a number of seconds, and a date, which is compared with the server's
+    own `date` where it sends one. A negative number and garbage count as absent; a date that has
+    passed is 0.
     """
-    milliseconds = _number(headers.get("retry-after-ms"))
+    milliseconds = _number(headers.get("retry-after-ms", ""))
     if milliseconds is not None:
         return milliseconds / 1000
-    given = headers.get("retry-after", "")
-    seconds = _number(given)
-    if seconds is not None:
+    header = headers.get("retry-after", "")
+    if (seconds := _number(header)) is not None:
         return seconds
-    until, here = _date(given), _date(headers.get("date", ""))
+    until, here = _date(header), _date(headers.get("date", ""))
     if until is None:
         return None
     sent = here if here is not None else time.time() if now is None else now
     return max(0.0, until - sent)
 
 
-def _number(text: str | None) -> float | None:
+def _number(text: str) -> float | None:
     """Return a plain number that is not negative, and no more than FOREVER, or None."""
     try:
-        value = float(text or "")
+        value = float(text)
     except ValueError:
         return None
     return min(value, FOREVER) if 0 <= value < float("inf") else None
 
 
 def _date(text: str) -> float | None:
-    """Return an HTTP date in seconds since 1970, or None; without a zone it is UTC, as all HTTP dates are."""
+    """Return an HTTP date in seconds since 1970, or None; without a zone it is UTC, as all are."""
     try:
-        found = parsedate_to_datetime(text)
-        return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+        moment = parsedate_to_datetime(text)
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
     except (ValueError, TypeError, IndexError, OverflowError):
         return None
 
@@ -78,9 +79,9 @@ class Gate:
                 return
 
     async def wait(self) -> bool:
-        """Return once no pause holds, with a little jitter behind one; False where the gate is closed for good."""
-        while not self.closed.is_set() and (left := self.until - time.monotonic()) > 0:
-            await self.sleep(left + random.uniform(0, min(1.0, left / 4)))
+        """Return once no pause holds, with jitter behind one; False once the gate is closed."""
+        while not self.closed.is_set() and (seconds := self.until - time.monotonic()) > 0:
+            await self.sleep(seconds + random.uniform(0, min(1.0, seconds / 4)))
         return not self.closed.is_set()
 
 
@@ -93,7 +94,7 @@ class Pace:
         self._free = 0.0
 
     def take(self, tokens: int) -> float:
-        """Take the next place in the line for a request of so many tokens; return the seconds until its turn."""
+        """Queue a request of so many tokens; return the seconds until its turn."""
         now = time.monotonic()
         start = max(now, self._free)
         self._free = start + max(self.request, self.token * tokens)
@@ -103,31 +104,24 @@ class Pace:
 class Replicas:
     """The addresses of one model; the least busy that is not left out is asked."""
 
-    REST, LONGEST_REST = 2.0, 300.0  # seconds that a dead address is left out, doubling
-
     def __init__(self, addresses: tuple[str, ...]) -> None:
-        self.addresses = addresses
         self.busy = dict.fromkeys(addresses, 0)
         self._out = dict.fromkeys(addresses, 0.0)  # until when
-        self._faults = dict.fromkeys(addresses, 0)
+        self._failures = dict.fromkeys(addresses, 0)
 
     def pick(self) -> str:
         """Return the address to ask; where all are left out, the one that comes back first."""
         now = time.monotonic()
-        alive = [a for a in self.addresses if self._out[a] <= now]
-        if alive:
-            return min(alive, key=self.busy.__getitem__)
-        return min(self.addresses, key=self._out.__getitem__)
+        alive = [address for address, until in self._out.items() if until <= now]
+        times = self.busy if alive else self._out
+        return min(alive or self._out, key=lambda address: times[address])
 
     def note(self, address: str, well: bool) -> None:
         """Note how an address did: one that failed is left out for a while, longer each time."""
-        if well:
-            self._faults[address] = 0
-            self._out[address] = 0.0
-            return
         now = time.monotonic()
-        if self._out[address] > now:
-            return  # one death, told by every request that was in flight
-        rest = min(self.LONGEST_REST, self.REST * 2 ** min(self._faults[address], 10))
-        self._faults[address] += 1
-        self._out[address] = now + rest
+        if well:
+            self._failures[address], self._out[address] = 0, 0.0
+        elif self._out[address] <= now:  # else it is one death, which all in flight tell of
+            rest = min(LONGEST_REST, REST * 2 ** min(self._failures[address], 10))
+            self._failures[address] += 1
+            self._out[address] = now + rest

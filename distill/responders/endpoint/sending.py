@@ -11,7 +11,7 @@ PATHS = {"chat": "/chat/completions", "completions": "/completions"}
 
 
 def origin_of(settings: EndpointTeacher) -> str:
-    """Return the hash of all that shapes an answer beside its request; replicas are one endpoint."""
+    """Return the hash of all that shapes an answer beside its request, replicas aside."""
     return digest(
         {
             "endpoint": settings.base_urls[0],

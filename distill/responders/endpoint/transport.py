@@ -154,7 +154,7 @@ async def post(
         what, billed = (what, "no") if unsent else (f"{what}: outcome unknown", "unknown")
         return Received(failure=Failure(what=what, scope="retry", billed=billed, replica=True))
     data, encoding = b"".join(parts), response.headers.get("content-encoding", "").lower()
-    if not cut:
+    if not cut and encoding not in ("", "identity"):
         try:
             data = decoded(data, encoding, most)
         except ValueError as error:
@@ -170,8 +170,6 @@ def decoded(data: bytes, encoding: str, limit: int) -> bytes:
 
     Raises ValueError above `limit` bytes, or where the encoding is foreign or damaged.
     """
-    if encoding in ("", "identity"):
-        return data
     if encoding not in ("gzip", "deflate"):
         raise ValueError(f"content encoding {encoding[:20]!r}")
     try:
@@ -234,7 +232,7 @@ def classify(status: int, data: bytes, request: bytes = b"") -> Failure:
 
 
 def error_of(body: object) -> tuple[str, set[str]]:
-    """Return the message of an error's JSON, and its codes and types, of any of the known shapes."""
+    """Return the message of an error's JSON, and its codes and types, in any known shape."""
     if isinstance(body, list) and body:  # as Google's compatible interface wraps it
         body = body[0]
     error = (body.get("error") or body) if isinstance(body, dict) else {}

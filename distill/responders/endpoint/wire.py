@@ -1,8 +1,9 @@
 """What OpenAI-compatible servers answer, and how it is read. Pure functions, no network.
 
-A reply is read from its stored bytes, so a better reader costs no request. Field names follow OpenAI,
-vLLM, SGLang, OpenRouter and `transformers serve`; tests/fixtures/wire holds a reply of each, with its
-source. Nothing here raises on a hostile body: what cannot be read becomes a reply of stop "error".
+A reply is read from its stored bytes, so a better reader costs no request. Field names follow
+OpenAI, vLLM, SGLang, OpenRouter and `transformers serve`; tests/fixtures/wire holds a reply of
+each, with its source. Nothing here raises on a hostile body: what cannot be read becomes a reply of
+stop "error".
 """
 
 import base64
@@ -64,8 +65,8 @@ def unpack(body: Mapping[str, Any]) -> bytes:
 def is_answer(data: bytes) -> bool:
     """Tell an answer from an error: HTML, nothing, and an object without choices are none.
 
-    A body with choices, which may be long, is not parsed. One that cannot be parsed may be an answer
-    that broke.
+    A body with choices, which may be long, is not parsed. One that cannot be parsed may be an
+    answer that broke.
     """
     data = body_of(data)
     if not data or data.startswith(b"<"):
@@ -124,7 +125,7 @@ def load_json(data: bytes) -> Any:
 
 
 def read_stored(body: dict[str, Any]) -> Reply:
-    """Read the reply in a stored body; one that was refused, or cut at the size cap, is an error."""
+    """Read the reply in a stored body; a refusal, or a body cut at the cap, is an error."""
     if body.get("cut"):
         return Reply(stop="error", error=f"unreadable answer: {body['cut']}")
     status = int(body["status"])
@@ -138,6 +139,7 @@ def read_reply(data: bytes, question: int = 0) -> Reply:
 
     `question` is the request's length in bytes, for an estimate of missing usage.
     """
+    reasoning: str | None = None
     try:
         body = load_json(data)
         choices = body.get("choices") if isinstance(body, dict) else None
@@ -148,12 +150,24 @@ def read_reply(data: bytes, question: int = 0) -> Reply:
         message = choice.get("message", {"content": choice.get("text")})
         if not isinstance(message, dict):
             raise ValueError("the message is no object")
-        text, reasoning = _text(message, choice)
+        content = message.get("content")
+        if isinstance(content, list):  # parts, as some servers give them
+            content = "".join(str(p.get("text", "")) for p in content if isinstance(p, dict))
+        explained = message.get("tool_calls") or message.get("refusal") or choice.get("error")
+        for name in ("reasoning_content", "reasoning"):  # of which the second counts
+            field = message.get(name)
+            reasoning = field if isinstance(field, str) and field.strip() else reasoning
+        if content is None and (explained or reasoning or choice.get("finish_reason") != "stop"):
+            content = ""
+        if not isinstance(content, str):
+            raise ValueError("the content is no text")
+        text, block = split_reasoning(content) if reasoning is None else (content, None)
     except ValueError as error:
         return Reply(stop="error", error=f"unreadable answer: {error}"[:MESSAGE_CHARS])
     stop, why = _stop(message, choice)
     model, usage = body.get("model"), body.get("usage")
     usage = usage if isinstance(usage, dict) else {}
+    reasoning = reasoning or block
     return Reply(
         text=text,
         reasoning=reasoning,
@@ -165,21 +179,6 @@ def read_reply(data: bytes, question: int = 0) -> Reply:
         dollars=_cost(usage),
         error=why,
     )
-
-
-def _text(message: dict[str, Any], choice: dict[str, Any]) -> tuple[str, str | None]:
-    """Return the answer, and the reasoning that came apart from it or before it."""
-    content = message.get("content")
-    if isinstance(content, list):  # parts, as some servers give them
-        content = "".join(str(p.get("text", "")) for p in content if isinstance(p, dict))
-    explained = message.get("tool_calls") or message.get("refusal") or choice.get("error")
-    fields = [message.get(key) for key in ("reasoning", "reasoning_content")]
-    reasoning = next((value for value in fields if isinstance(value, str) and value.strip()), None)
-    if content is None and (explained or reasoning or choice.get("finish_reason") != "stop"):
-        content = ""
-    if not isinstance(content, str):
-        raise ValueError("the content is no text")
-    return (content, reasoning) if reasoning else split_reasoning(content)
 
 
 def split_reasoning(text: str) -> tuple[str, str | None]:
@@ -242,8 +241,8 @@ def _logprobs(field: Any) -> tuple[TokenLogprob, ...] | None:
 
 def _usage(fields: dict[str, Any], question: int, answer: int) -> Usage:
     """Return the tokens that the server counted, or an estimate of 4 characters a token."""
-    read, written = _count(fields.get("prompt_tokens")), _count(fields.get("completion_tokens"))
-    if not read or written is None or (answer and not written):
+    read, output = _count(fields.get("prompt_tokens")), _count(fields.get("completion_tokens"))
+    if not read or output is None or (answer and not output):
         return Usage(input_tokens=-(-question // 4), output_tokens=-(-answer // 4), estimated=True)
     inside, outside = (fields.get(f"{side}_tokens_details") for side in ("prompt", "completion"))
     cached = _count(inside.get("cached_tokens")) if isinstance(inside, dict) else None
@@ -252,7 +251,7 @@ def _usage(fields: dict[str, Any], question: int, answer: int) -> Usage:
     return Usage(
         input_tokens=read,
         cached_input_tokens=min(cached or 0, read),
-        output_tokens=max(written, total - read),  # xAI counts reasoning in the total only
+        output_tokens=max(output, total - read),  # xAI counts reasoning in the total only
         reasoning_tokens=reasoning or _count(fields.get("reasoning_tokens")) or 0,
     )
 

@@ -1,15 +1,16 @@
 """Answers rows in a continuous batch: no padding, rows leave when finished, others join.
 
-Every step is one forward pass over a packed line of tokens: first the last token of each live row, then
-the prompt tokens of rows that have just joined. The linear layers see real tokens only; attention runs
-for each row on its place in one preallocated cache, keys unexpanded under grouped queries; the head is
-applied to the first B positions. A prompt that begins like one that is still in the cache copies that
-part instead of computing it. What does not fit this is answered in padded batches.
+Every step is one forward pass over a packed line of tokens: first the last token of each live row,
+then the prompt tokens of rows that have just joined. The linear layers see real tokens only;
+attention runs for each row on its place in one preallocated cache, keys unexpanded under grouped
+queries; the head is applied to the first B positions. A prompt that begins like one that is still
+in the cache copies that part instead of computing it. What does not fit this is answered in padded
+batches.
 
-What is computed together depends on the order of the rows and on their answers alone, so that the same
-rows in the same order give the same bytes. Legend: L layers, R places of rows in the cache, H key heads,
-G queries a key head, C capacity, D head dimension, T tokens of a step, B live rows, N keys seen,
-V vocabulary.
+What is computed together depends on the order of the rows and on their answers alone, so that the
+same rows in the same order give the same bytes. Legend: L layers, R places of rows in the cache, H
+key heads, G queries a key head, C capacity, D head dimension, T tokens of a step, B live rows, N
+keys seen, V vocabulary.
 """
 
 import time
@@ -35,7 +36,7 @@ Chooser = Callable[[torch.Tensor, "Sequence[BatchRow]"], list[int]]
 
 @dataclass
 class BatchRow:
-    """One answer being written: the ids so far, where the prompt ends, how far the cache has read."""
+    """One answer being written: its ids, where the prompt ends, how far the cache has read."""
 
     index: int
     ids: list[int]
@@ -101,7 +102,7 @@ class Cache:
     def write(
         self, layer: int, step: Step, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store keys and values [1, H, T, D] of a step; return the layer's cache, twice [R, H, C, D]."""
+        """Store keys and values [1, H, T, D]; return the layer's cache, twice [R, H, C, D]."""
 
         def room(like: torch.Tensor) -> torch.Tensor:
             shape = (self.rows, like.shape[1], self.capacity, like.shape[3])
@@ -195,7 +196,7 @@ class ContinuousBatch:
 
     @torch.inference_mode()
     def advance(self) -> list[BatchRow]:
-        """Do one step: choose one token for every live row, and return the rows that it finished."""
+        """Choose one token for every live row, and return the rows that this finishes."""
         started = time.perf_counter()
         self._join()
         rows = self._close_gaps()
@@ -292,9 +293,9 @@ def _common(left: list[int], right: list[int]) -> int:
 def continuous_attention(model: Any) -> Iterator[bool]:
     """Let the model attend so inside the block; yield whether that computes what it does itself.
 
-    Where it does not (the architecture does not go through transformers' attention interface, or adds
-    something such as soft-capping), the model keeps its attention. On a CPU in bfloat16 the linear
-    layers are packed too.
+    Where it does not (the architecture does not go through transformers' attention interface, or
+    adds something such as soft-capping), the model keeps its attention. On a CPU in bfloat16 the
+    linear layers are packed too.
     """
     usual = model.config._attn_implementation
     prompts = [[(7 * n + shift) % 97 for n in range(9 + 3 * shift)] for shift in (1, 2)]
@@ -349,8 +350,8 @@ def answer_padded(
     """Yield the rows as they finish, `size` neighbours at a time, left-padded until all have ended.
 
     It asks nothing of a model but transformers' own forward pass with a cache (sliding windows of a
-    special kind, attention sinks, state-space layers, remote code). Slower, since a long answer holds
-    its batch and padding is computed.
+    special kind, attention sinks, state-space layers, remote code). Slower, since a long answer
+    holds its batch and padding is computed.
     """
     for start in range(0, len(rows), size):
         batch = rows[start : start + size]

@@ -1,7 +1,7 @@
-"""Linear layers for inference in bfloat16 on a CPU, their weights kept in the order that oneDNN multiplies in.
+"""Linear layers for inference in bfloat16 on a CPU, their weights in the order of oneDNN.
 
-A plain `nn.Linear` reorders its weight at every call, which for the few tokens of a decoding step costs as much as the
-product itself. The results are bit for bit the same.
+A plain `nn.Linear` reorders its weight at every call, which for the few tokens of a decoding step
+costs as much as the product itself. The results are bit for bit the same.
 """
 
 import os
@@ -40,28 +40,26 @@ class PackedLinear(nn.Module):
 
 @contextmanager
 def packed(model: nn.Module) -> Iterator[None]:
-    """Use packed linear layers inside the block, where that is faster and memory allows a second copy of the weights."""
-    replaced: list[tuple[nn.Module, str, nn.Linear]] = []
+    """Use packed linear layers inside the block, where that is faster and memory allows a copy."""
+    mkldnn = torch.backends.mkldnn
+    able = mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    layers = [
+        (owner, name, child)
+        for owner in (model.modules() if able else ())
+        for name, child in owner.named_children()
+        if type(child) is nn.Linear
+        and child.weight.device.type == "cpu"
+        and child.weight.dtype == torch.bfloat16
+    ]
+    if sum(linear.weight.nbytes for _, _, linear in layers) >= free_memory() / 2:
+        layers = []
     try:
-        for owner, name, linear in _candidates(model):
+        for owner, name, linear in layers:
             setattr(owner, name, PackedLinear(linear))
-            replaced.append((owner, name, linear))
         yield
     finally:
-        for owner, name, linear in replaced:
+        for owner, name, linear in layers:
             setattr(owner, name, linear)
-
-
-def _candidates(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
-    """Return the linear layers to pack, each with its owner and name in it."""
-    found = [
-        (owner, name, child)
-        for owner in model.modules()
-        for name, child in owner.named_children()
-        if type(child) is nn.Linear and _suits(child.weight)
-    ]
-    size = sum(linear.weight.nbytes for _, _, linear in found)
-    return found if size < free_memory() / 2 else []
 
 
 def free_memory() -> int:
@@ -72,12 +70,3 @@ def free_memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     rows = dict(line.split(":", 1) for line in lines)
     return int(rows["MemAvailable"].split()[0]) * 1024
-
-
-def _suits(weight: torch.Tensor) -> bool:
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.bfloat16
-        and torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )

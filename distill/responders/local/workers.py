@@ -1,9 +1,9 @@
 """Several processes that answer the plans of one teacher, each on a device of its own.
 
-The main process holds the store, records the plans and hands them out: the process of rank r answers
-plans r, r + N, ... into a log of its own, `STORE.parts/r`, and the main process takes over what is
-there as it comes. What a kill leaves in these logs is taken over by whoever asks next. Who answers a
-plan changes nothing in its answers.
+The main process holds the store, records the plans and hands them out: the process of rank r
+answers plans r, r + N, ... into a log of its own, `STORE.parts/r`, and the main process takes over
+what is there as it comes. What a kill leaves in these logs is taken over by whoever asks next. Who
+answers a plan changes nothing in its answers.
 """
 
 import os
@@ -84,7 +84,7 @@ class Workers:
 
     @contextmanager
     def leading(self) -> Iterator[None]:
-        """Where the block fails, end the others before anything is summed up: they go on spending."""
+        """Where the block fails, end the others, who spend on, before anything is summed up."""
         with ExitStack() as undo:
             undo.callback(self._end_others)
             yield
