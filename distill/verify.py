@@ -38,7 +38,7 @@ from distill.storage.evidence import (
     verdict,
 )
 from distill.storage.files import read_json, read_records, sha256_file
-from distill.storage.run_folder import SEAL, Run, open_folder
+from distill.storage.run_folder import SEAL, Run, open_run
 from distill.tasks.checkers import KINDS, RUNS_CODE
 from distill.tasks.sandbox.programs import allowed
 from distill.tasks.task import TASKS_FILE, tasks_of_run
@@ -110,7 +110,7 @@ def _scratch(evidence: Evidence, place: Path) -> Iterator[Run]:
 
     It has the ledger as the report found it. Its name is the scorecard's, whatever the folder is called now.
     """
-    config = open_folder(evidence.folder).config
+    config = open_run(evidence.folder).config
     name = _field(evidence.folder / "scorecard.json", "name") or config.name
     run = Run(config.model_copy(update={"name": name, "runs": place}), place / "run")
     for file in (MANIFEST, *evidence.hashes):
@@ -230,7 +230,7 @@ def _together(evidence: Evidence) -> Iterator[Check]:
 def _stored(evidence: Evidence) -> Iterator[Check]:
     """Hold every answer against the raw one in the store that runs share, where that is at hand."""
     folder = evidence.folder
-    store = open_folder(folder).config.store_folder() / "responses"
+    store = open_run(folder).config.store_folder() / "responses"
     if not store.is_dir():
         yield Check("store", str(store), "skipped", "the store is not at hand")
         return

@@ -16,8 +16,7 @@ from distill.models.registry import ModelInfo
 from distill.renamed_keys import RENAMED, fields_in, first_names, present_path
 from distill.responders.terms import TermsText, load_terms
 from distill.storage.files import read_json, write_json
-from distill.storage.fingerprints import differences
-from distill.storage.run_folder import Run, Stage
+from distill.storage.run_folder import Run, Stage, differences
 
 OLD = """name: r
 corpus: {path: texts}

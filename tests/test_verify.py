@@ -24,7 +24,7 @@ from distill.report.sources import SOURCES
 from distill.responders import prices
 from distill.storage.evidence import Check, Evidence
 from distill.storage.files import read_json, sha256_file, sha256_files, write_json
-from distill.storage.run_folder import open_folder, sealed
+from distill.storage.run_folder import open_run, sealed
 from tests.evaluation.test_suites import make_suite
 from tests.publishing.test_publish import BASE
 from tests.support.fake_hub import fake_hub, use_hub
@@ -410,7 +410,7 @@ def test_a_link_is_the_run_that_it_leads_to(at_home: Path, tmp_path: Path) -> No
     for name in (at_home.name, "another"):
         link = tmp_path / "links" / name
         link.symlink_to(at_home)
-        opened = open_folder(link)
+        opened = open_run(link)
         assert (opened.folder, opened.config.name) == (at_home.resolve(), at_home.name)
         assert main(["run", str(link)]) == 0
         assert main(["verify", str(link)]) == 0
@@ -424,7 +424,7 @@ def test_a_folder_is_named_in_any_way(at_home: Path, monkeypatch: pytest.MonkeyP
         (at_home.parent, f"./{at_home.name}/"),
     ):
         monkeypatch.chdir(here)
-        opened = open_folder(Path(place))
+        opened = open_run(Path(place))
         assert (opened.folder.resolve(), opened.config.name) == (at_home.resolve(), at_home.name)
         assert opened.config.store_folder().resolve() == (at_home.parent / ".store").resolve()
         assert main(["verify", place]) == 0
@@ -432,8 +432,8 @@ def test_a_folder_is_named_in_any_way(at_home: Path, monkeypatch: pytest.MonkeyP
 
 def test_another_name_makes_another_run_beside_it(at_home: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in at_home.rglob("*")}
-    opened = open_folder(at_home, ["name=other", "seed=3"])
+    opened = open_run(at_home, ["name=other", "seed=3"])
     assert opened.folder == at_home.parent / "other" and opened.config.seed == 3
-    elsewhere = open_folder(at_home, [f"runs={at_home.parent / 'more'}"])
+    elsewhere = open_run(at_home, [f"runs={at_home.parent / 'more'}"])
     assert elsewhere.folder == at_home.parent / "more" / at_home.name
     assert {p: p.stat().st_mtime_ns for p in at_home.rglob("*")} == before

@@ -21,7 +21,7 @@ from distill.responders.ask import Ask
 from distill.responders.canned import raw_text
 from distill.responders.kinds import make_responder
 from distill.responders.responder import Request, Sampling
-from distill.storage.run_folder import open_folder
+from distill.storage.run_folder import open_run
 
 ALONE = "one responder was asked"
 
@@ -70,7 +70,7 @@ def ask_responder(
             raise DistillError(Exit.CONFIG, "teacher.kind", f"{teacher.kind} cannot be asked", fix)
         responder = make_responder(teacher, config)
     elif is_run(path):
-        run, name = open_folder(path), path.resolve().name
+        run, name = open_run(path), path.resolve().name
         responder, _ = student_responder(run.config, run, "student")
     else:
         responder = LocalResponder.load(who)

@@ -22,7 +22,7 @@ from distill.errors import DistillError, Exit
 from distill.records import Document, Item, Pair, Record, Response, Score, digest
 from distill.renamed_keys import first_names
 from distill.storage.files import read_records, sha256_file, write_records
-from distill.storage.run_folder import Run, open_folder
+from distill.storage.run_folder import Run, open_run
 from distill.tasks.task import Task, load_section, load_task, task_path
 
 SUITES = Path("eval/suites")
@@ -301,7 +301,7 @@ def by_item(items: Sequence[Item], responses: Sequence[Response]) -> dict[str, R
 
 def held_out_suite(folder: Path) -> Suite:
     """Return a run's held-out prompts as a suite, as far as their tasks have a checker."""
-    run, name = open_folder(folder), f"{folder.resolve().name}"
+    run, name = open_run(folder), f"{folder.resolve().name}"
     items = held_out_items(run)[1]
     tasks = [t for t in dict.fromkeys(i.task for i in items) if task_path(t).is_file()]
     parts = [

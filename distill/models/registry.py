@@ -20,7 +20,7 @@ from distill.errors import DistillError, Exit
 from distill.models.download import Gguf, converted
 from distill.records import Record, digest
 from distill.storage.files import sha256_file, write_json
-from distill.storage.fingerprints import differences
+from distill.storage.run_folder import differences
 
 TABLE = Path("configs/models.yaml")
 COMMIT = re.compile(r"[0-9a-f]{40}")

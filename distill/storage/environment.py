@@ -1,29 +1,36 @@
-"""What a run was made with: code, versions, processor and threads. Imports no torch."""
+"""What a run is made with and by: code, versions, processor, threads, processes. Imports no torch.
 
+`accelerate launch --cpu --num_processes 2` starts one process and says nothing; so how many were
+asked for is read from the config and from the launcher's command line, and held against the count.
+"""
+
+import ctypes
 import hashlib
 import os
 import platform
+import re
+import signal
 import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from distill import __version__
+from distill.errors import DistillError, Exit
 
 PACKAGE = Path(__file__).resolve().parent.parent
 LIBRARIES = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "peft",
-    "datasets",
-    "safetensors",
-    "gguf",
-    "numpy",
-    "scipy",
-    "sacrebleu",
+    *("torch", "transformers", "accelerate", "peft", "datasets", "safetensors"),
+    *("gguf", "numpy", "scipy", "sacrebleu"),
 )
+LAUNCHER = re.compile(r"accelerate|torchrun|torch\.distributed")
+PROCESSES = re.compile(r"--(?:num_processes|num-processes|nproc_per_node|nproc-per-node)[\0=](\d+)")
 
 
 def environment() -> dict[str, Any]:
@@ -33,7 +40,7 @@ def environment() -> dict[str, Any]:
         "revision": revision(),
         "code_sha256": code_hash(),
         "python": platform.python_version(),
-        "libraries": {name: found for name in LIBRARIES if (found := installed(name))},
+        "libraries": {name: installed(name) for name in LIBRARIES if installed(name)},
         "platform": platform.platform(),
         "processor": processor(),
         "cores": cores(),
@@ -51,28 +58,27 @@ def installed(name: str) -> str | None:
 
 @cache
 def code_hash() -> str:
-    """Hash the names and contents of the package's files, which a checkout and an installed package have alike."""
-    found = hashlib.sha256()
+    """Hash names and contents of the package's files, the same in a checkout and installed."""
+    total = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*")):
         if path.suffix in (".py", ".j2"):
-            found.update(f"{path.relative_to(PACKAGE).as_posix()}\n".encode())
-            found.update(hashlib.sha256(path.read_bytes()).digest())
-    return found.hexdigest()
+            total.update(f"{path.relative_to(PACKAGE).as_posix()}\n".encode())
+            total.update(hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()
 
 
 @cache
 def revision() -> str | None:
-    """Return the commit of the source tree, with `+` where it has changes; None outside a checkout."""
+    """Return the source tree's commit, with `+` where it has changes; None outside a checkout."""
     root = PACKAGE.parent
     if not (root / ".git").exists():
         return None
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+"]
     try:
-        ask = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+"]
-        return (
-            subprocess.run(ask, capture_output=True, text=True, timeout=10).stdout.strip() or None
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
+    return done.stdout.strip() or None
 
 
 def cpu_facts() -> dict[str, str]:
@@ -93,3 +99,57 @@ def processor() -> str:
 def cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def launcher_command() -> str:
+    """Return the parent's command line, its words separated by NUL; empty where it is unknown."""
+    try:
+        return Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def check_world(stated: Mapping[str, int | None], world: int, script: str, code: Exit) -> None:
+    """Stop with `code` where `world` processes run, and a source of `stated` says another number.
+
+    The launcher's command line is such a source too.
+    """
+    command = launcher_command()
+    match = PROCESSES.search(command) if LAUNCHER.search(command) else None
+    for source, number in {**stated, "launcher": int(match[1]) if match else None}.items():
+        if number and number != world:
+            what = f"{number} processes were asked for, {world} came"
+            fix = f"accelerate launch --multi_gpu --num_processes {number} {script} CONFIG"
+            raise DistillError(code, source, what, fix)
+
+
+def die_with_parent() -> None:
+    """End this process when its launcher dies, so that no orphan trains on (PR_SET_PDEATHSIG)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+class Interrupt:
+    """Whether a stop was requested: the running step is saved first; a second signal ends it."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+@contextmanager
+def interruptible() -> Iterator[Interrupt]:
+    """Catch Ctrl-C and SIGTERM inside the block; outside the main thread signals are left alone."""
+    interrupt = Interrupt()
+    main = threading.current_thread() is threading.main_thread()
+    kinds = (signal.SIGINT, signal.SIGTERM) if main else ()
+    before = [signal.signal(kind, interrupt) for kind in kinds]
+    try:
+        yield interrupt
+    finally:
+        for kind, handler in zip(kinds, before, strict=True):
+            signal.signal(kind, handler)

@@ -1,12 +1,17 @@
-"""Files that survive a crash: written atomically or not at all, read with the line of any damage, hashed."""
+"""Files that survive a crash: written atomically or not at all, read with the line of any damage.
+
+One process at a time writes in a folder: it holds the folder's lock.
+"""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,18 +48,13 @@ def disk_errors(where: Path) -> Iterator[None]:
 
 
 def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes as 64 hexadecimal digits; raises OSError where it cannot be read."""
+    """Return the SHA-256 of a file's bytes as 64 hexadecimal digits; raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_text(text: str) -> str:
-    """Return the SHA-256 of a text's UTF-8 bytes: what `sha256_file` says of a file that holds it."""
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
 def sha256_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Hash files, and all files below folders, by their path below `folder`; what is not there is left out."""
+    """Hash files, and all files below folders, by their path below `folder`, where they exist."""
     files = [p for name in names for p in sorted([folder / name, *(folder / name).rglob("*")])]
     return {p.relative_to(folder).as_posix(): sha256_file(p) for p in files if p.is_file()}
 
@@ -154,3 +154,60 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
     folder.rename(gone)
     shutil.rmtree(gone)
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Let one process at a time write in a folder; the lock of a dead process is free.
+
+    What `write_atomic` left there, and below, in processes that were killed is removed.
+    """
+    path, handle = folder / ".lock", -1
+    with disk_errors(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        while handle < 0:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                what = f"lock held by pid {_holder(handle)}"
+                os.close(handle)
+                raise DistillError(Exit.STATE, folder, what, "wait for it, or end it") from None
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), path.stat()):
+                    break
+            os.close(handle)  # a repair has moved the folder since
+            handle = -1
+    try:
+        with disk_errors(path):
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, str(os.getpid()).encode(), 0)
+            for left in folder.rglob(".*.tmp"):
+                pid = left.stem.rpartition(".")[2]
+                if pid.isdigit() and left.is_file() and not alive(int(pid)):
+                    left.unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _holder(handle: int) -> str:
+    """Return the holder's pid, which it writes over a dead one's just after it locked."""
+    pid = ""
+    for _ in range(20):
+        pid = os.pread(handle, 32, 0).decode("ascii", "replace")
+        if pid.isdigit() and alive(int(pid)):
+            break
+        time.sleep(0.01)
+    return pid or "unknown"
+
+
+def alive(pid: int) -> bool:
+    """Tell whether there is a process of that id."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True

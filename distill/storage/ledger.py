@@ -1,24 +1,28 @@
-"""A run's ledger: what each go of a stage took, in seconds, tokens and dollars, also when it was killed.
+"""A run's ledger: what each go of a stage took, in seconds, tokens and dollars, also when killed.
 
 What a stage spends stands at once in a file of its own, `stages/STAGE.spent.jsonl`, so that a kill
-loses none of it; when the stage ends, or the next go finds that it was killed, the sum is entered in
-`ledger.jsonl`.
+loses none of it; when the stage ends, or the next go finds that it was killed, the sum is entered
+in `ledger.jsonl`.
 """
 
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 
 from distill.records import LedgerEntry
-from distill.storage.files import append_record, disk_errors, read_records
+from distill.storage.files import append_record, disk_errors, read_json, read_records
 
 HEARTBEAT = 5.0  # seconds between the signs of life of a running stage
 SPENT = ".spent.jsonl"
+COUNTS = (
+    *("input_tokens", "output_tokens", "paid_input_tokens", "paid_output_tokens"),
+    *("attempts", "unknown"),
+)
 
 
 class Ledger:
@@ -43,7 +47,7 @@ class Ledger:
         unknown_dollars: Decimal | None = None,
         paid: bool = False,
     ) -> None:
-        """Add to what the stage now running has spent; `paid` says that these are of paid attempts."""
+        """Add to what the running stage has spent; `paid` says that these are of paid attempts."""
         if not self._stage:
             return
         entry = LedgerEntry(
@@ -74,76 +78,68 @@ class Ledger:
             self._stage = ""
 
     @contextmanager
-    def counting(self, stage: str, started: str) -> Iterator[None]:
-        """Enter the seconds and the spending of the block, also when it fails."""
-        clock, note = time.monotonic(), "failed"
+    def counting(self, stage: str, marker: Path, started: str) -> Iterator[None]:
+        """Enter the seconds and the spending of the block, also when it fails.
+
+        While it runs, the time of the marker's file is set to now, as a sign of life.
+        """
+        clock, note, over = time.monotonic(), "failed", threading.Event()
+
+        def beat() -> None:
+            while not over.wait(HEARTBEAT):
+                with suppress(OSError):
+                    os.utime(marker)
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
         try:
             with self.joining(stage):
                 yield
             note = ""
         finally:
+            over.set()
+            thread.join()
             self._enter(stage, started, time.monotonic() - clock, note)
 
-    def interrupted(self) -> set[str]:
-        """Return the stages that have spent, and were killed before the ledger said so."""
-        return {path.name.removesuffix(SPENT) for path in self.stages.glob(f"*{SPENT}")}
+    def enter_killed(self, stage: str) -> None:
+        """Enter the seconds until the last sign of life of each stage that was killed.
 
-    def enter_killed(self, stage: str, marker: Path, begun: str | None) -> None:
-        """Where a stage that had `begun` was killed, enter its seconds until its last sign of life."""
-        if any(entry.stage == stage and entry.started == begun for entry in self.entries()):
-            (self.stages / (stage + SPENT)).unlink(missing_ok=True)  # killed just after its entry
-        elif begun:
-            alive = marker.stat().st_mtime - datetime.fromisoformat(begun).timestamp()
-            self._enter(stage, begun, max(alive, 0.0), "killed")
+        Looked at are `stage`, and those that have spent before the ledger said so.
+        """
+        spending = {p.name.removesuffix(SPENT) for p in self.stages.glob(f"*{SPENT}")}
+        for name in sorted({stage, *spending}):
+            marker = self.stages / f"{name}.json"
+            begun = read_json(marker).get("begun") if marker.exists() else None
+            if any(entry.stage == name and entry.started == begun for entry in self.entries()):
+                (self.stages / (name + SPENT)).unlink(missing_ok=True)  # killed after its entry
+            elif begun:
+                alive = marker.stat().st_mtime - datetime.fromisoformat(begun).timestamp()
+                self._enter(name, begun, max(alive, 0.0), "killed")
 
     def _enter(self, stage: str, started: str, seconds: float, note: str) -> None:
         """Write a stage's entry, with the sum of what it has spent."""
         path = self.stages / (stage + SPENT)
         parts = read_records(path, LedgerEntry, torn=True) if path.exists() else []
+
+        def total(name: str) -> Decimal | None:
+            """Return the sum of the known amounts, or None where there is none."""
+            amounts = [amount for part in parts if (amount := getattr(part, name)) is not None]
+            return sum(amounts, Decimal(0)) if amounts else None
+
         entry = LedgerEntry(
             stage=stage,
             started=started,
             seconds=seconds,
-            input_tokens=sum(part.input_tokens for part in parts),
-            output_tokens=sum(part.output_tokens for part in parts),
-            paid_input_tokens=sum(part.paid_input_tokens for part in parts),
-            paid_output_tokens=sum(part.paid_output_tokens for part in parts),
-            dollars=_sum(part.dollars for part in parts),
+            dollars=total("dollars"),
             price=next((part.price for part in reversed(parts) if part.price), None),
-            attempts=sum(part.attempts for part in parts),
-            unknown=sum(part.unknown for part in parts),
-            unknown_dollars=_sum(part.unknown_dollars for part in parts),
+            unknown_dollars=total("unknown_dollars"),
             note=note,
+            **{name: sum(getattr(part, name) for part in parts) for name in COUNTS},
         )
         append_record(self.path, entry)
         path.unlink(missing_ok=True)
 
 
-def _sum(dollars: Iterable[Decimal | None]) -> Decimal | None:
-    """Return the sum of the known amounts, or None where there is none."""
-    amounts = [amount for amount in dollars if amount is not None]
-    return sum(amounts, Decimal(0)) if amounts else None
-
-
 def now() -> str:
     """Return the time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-@contextmanager
-def heartbeat(path: Path) -> Iterator[None]:
-    """Set the file's time to now every few seconds while the block runs, as a sign of life."""
-    over = threading.Event()
-
-    def beat() -> None:
-        while not over.wait(HEARTBEAT):
-            with suppress(OSError):
-                os.utime(path)
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()

@@ -17,19 +17,21 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from itertools import islice, zip_longest
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Self
 
 from distill.errors import DistillError, Exit
 from distill.records import canonical
-from distill.storage.files import disk_errors, fsync_folder, write_atomic, write_json
-from distill.storage.locks import FolderLock, sweep
+from distill.storage.files import disk_errors, folder_lock, fsync_folder, write_atomic, write_json
 from distill.storage.progress import say
 
 BLOCK = 1 << 20  # bytes read at once
+OFFSET = 40  # bits of a position that are the first byte; those above are the segment
 NEWLINE = ord("\n")
 SEGMENT = re.compile(r"(?:(\w+)-)?(\d{8})\.jsonl", re.ASCII)
+# What the folder of a copy is called until the copy is complete and takes the original's name
+UNFINISHED = {"repair": ".repaired", "compact": ".compacted"}
 
 NewRecord = tuple[str, str, Any]  # kind, key, body
 
@@ -43,7 +45,7 @@ class StoredRecord(NamedTuple):
 
 
 def encode_line(kind: str, key: str, body: Any) -> bytes:
-    """Return a record's line, newline included; `kind` and `key` are words, `body` any JSON value."""
+    """Return a record's line with its newline; `kind` and `key` are words, `body` is JSON."""
     if f"{kind} {key}".split() != [kind, key]:
         raise ValueError(f"kind and key must be words, not {kind!r} and {key!r}")
     text = b"%s %s %s" % (kind.encode(), key.encode(), canonical(body))
@@ -65,16 +67,16 @@ DECODERS: dict[int, Callable[[bytes], StoredRecord | None]] = {1: decode_line}
 
 def scan(
     segment: Path, version: int = VERSION, offset: int = 0
-) -> Iterator[tuple[int, int, bytes, StoredRecord | None]]:
-    """Yield each line from `offset` on: number (from 1), first byte, bytes, record (None: damaged).
+) -> Iterator[tuple[int, bytes, StoredRecord | None]]:
+    """Yield each line from `offset` on: its first byte, its bytes, its record (None: damaged).
 
     Memory is bounded by the longest line.
     """
     decode = DECODERS[version]
     with segment.open("rb", buffering=BLOCK) as file:
         file.seek(offset)
-        for number, data in enumerate(file, 1):
-            yield number, offset, data, decode(data[:-1] if data[-1] == NEWLINE else data)
+        for data in file:
+            yield offset, data, decode(data[:-1] if data[-1] == NEWLINE else data)
             offset += len(data)
 
 
@@ -93,9 +95,12 @@ def segments(folder: Path, check: bool = True) -> list[Path]:
     for path in paths if check else ():
         number, writer = (number + 1 if writer_of(path) == writer else 1), writer_of(path)
         if int(path.stem[-8:]) != number:
-            stem = f"{writer}-{number:08}".removeprefix("-")
-            raise damaged(folder, folder, f"segment {stem} is missing")
+            raise damaged(folder, folder, f"segment {_name(writer, number)[:-6]} is missing")
     return paths
+
+
+def _name(writer: str, number: int) -> str:
+    return f"{writer}-{number:08}.jsonl".removeprefix("-")
 
 
 def read_version(folder: Path) -> int:
@@ -111,17 +116,21 @@ def read_version(folder: Path) -> int:
     return version if version in DECODERS else 0
 
 
-def damaged(where: object, folder: Path, what: str) -> DistillError:
+def damaged(where: object, folder: Path, what: str = "damaged record") -> DistillError:
     """Return the error of a log that is damaged, with the way out."""
     return DistillError(Exit.STATE, where, what, f"distill repair {folder}")
 
 
-class Checked(NamedTuple):
-    """How much of a segment was checked: its position among the files of the log, lines, bytes."""
+def refuse_half_copy(folder: Path, but: str = "") -> None:
+    """Stop where a copy was killed between its renames: no empty log may take the old one's place.
 
-    segment: int
-    lines: int = 0
-    size: int = 0
+    The verb `but` goes on, for it finishes its own.
+    """
+    for verb, suffix in UNFINISHED.items():
+        unfinished = folder.with_name(folder.name + suffix)
+        if verb != but and not folder.exists() and unfinished.exists():
+            what = f"`distill {verb}` was cut off"
+            raise DistillError(Exit.STATE, folder, what, f"distill {verb} {folder}")
 
 
 class Log:
@@ -136,13 +145,15 @@ class Log:
 
     def __init__(self, folder: Path, writable: bool = True, writer: str = "") -> None:
         self.folder, self.writable, self.writer = folder, writable, writer
-        # kind to key to `segment << 40 | first byte`, a segment being a position in `_files`
-        self.index: dict[str, dict[str, int]] = {}
+        self.index: dict[str, dict[str, int]] = {}  # kind to key to the record's position
         self.torn = 0
+        # of each segment its place in these lists, its file, and how much of it was checked
+        self._segments: dict[str, int] = {}
         self._files: list[BinaryIO] = []
-        self._checked: dict[str, Checked] = {}  # by the name of the segment
-        self._handle, self._name, self._number, self._size = -1, "", 0, 0
+        self._sizes: list[int] = []
+        self._handle, self._number, self._current = -1, 0, 0  # of the segment that is written
         self._sound = False  # False from the start of a write until it is known to be on the disk
+        self._seen: dict[str, int] = {}  # records of a kind that `news` has given
         self._undo = ExitStack()
 
     def __enter__(self) -> Self:
@@ -152,8 +163,7 @@ class Log:
                 undo.enter_context(self.writing())
             else:
                 refuse_half_copy(self.folder)
-                with disk_errors(self.folder):
-                    self._load()
+                self._load()
             self._undo = undo.pop_all()
         return self
 
@@ -164,12 +174,10 @@ class Log:
     def writing(self) -> Iterator[None]:
         """Hold the writer's lock inside the block, after reading what was added since the opening."""
         refuse_half_copy(self.folder)
-        with FolderLock(self.folder):
-            sweep(self.folder)
+        with folder_lock(self.folder):
             self.writable = True
             try:
-                with disk_errors(self.folder):
-                    self._load()
+                self._load()
                 yield
             finally:
                 if self._handle >= 0:
@@ -182,41 +190,44 @@ class Log:
 
     def _load(self) -> None:
         """Check the version and every line not checked yet, and open the writer's last segment."""
-        paths = segments(self.folder)  # before the version, which a writer beside us makes first
-        version = read_version(self.folder)
-        if version != VERSION and (version or paths):
-            what = f"store version {version or 'unknown'}, this is {VERSION}"
-            raise damaged(self.folder / "version.json", self.folder, what)
-        if not version and self.writable:
-            write_json(self.folder / "version.json", {"version": VERSION})
-        self.torn = 0
-        if self._replaced():
-            self._close_files()
-            self._files, self._checked, self.index = [], {}, {}
-        for path, following in zip_longest(paths, paths[1:]):
-            if path.name not in self._checked:
-                # opened now: a reader goes on in these files while a copy takes their place
-                self._checked[path.name] = Checked(len(self._files))
-                self._files.append(path.open("rb"))
-            self._index_segment(path, not following or writer_of(following) != writer_of(path))
-        if self.writable:
-            mine = sum(writer_of(path) == self.writer for path in paths)
-            self._open_segment(max(1, mine))
-            self._sound = True
-            if self.torn:
-                what = f"{self.torn} record cut off while being written, moved to torn/"
-                say(f"{self.folder}: {what}")
+        with disk_errors(self.folder):
+            paths = segments(
+                self.folder
+            )  # before the version, which a writer beside us makes first
+            version = read_version(self.folder)
+            if version != VERSION and (version or paths):
+                what = f"store version {version or 'unknown'}, this is {VERSION}"
+                raise damaged(self.folder / "version.json", self.folder, what)
+            if not version and self.writable:
+                write_json(self.folder / "version.json", {"version": VERSION})
+            self.torn = 0
+            if not all(map(self._intact, self._segments)):
+                self._close_files()
+                self._segments, self._files, self._sizes = {}, [], []
+                self.index, self._seen = {}, {}
+            last = {writer_of(path): path for path in paths}
+            for path in paths:
+                self._index_segment(path, last[writer_of(path)] == path)
+            if self.writable:
+                self._append_to(max(1, sum(writer_of(path) == self.writer for path in paths)))
+                self._sound = True
+                if self.torn:
+                    what = f"{self.torn} record cut off while being written, moved to torn/"
+                    say(f"{self.folder}: {what}")
 
-    def _replaced(self) -> bool:
-        """Tell whether a copy took the place of what was read, or a writer took back what it wrote."""
-        for name, (segment, _, size) in self._checked.items():
-            opened = os.fstat(self._files[segment].fileno())
-            path = self.folder / name
-            if not path.exists() or not os.path.samestat(path.stat(), opened):
-                return True
-            if opened.st_size < size:
-                return True
-        return False
+    def _open(self, path: Path) -> int:
+        """Open a segment to be read: a reader goes on in these files while a copy replaces them."""
+        if path.name not in self._segments:
+            self._files.append(path.open("rb"))
+            self._sizes.append(0)
+        return self._segments.setdefault(path.name, len(self._files) - 1)
+
+    def _intact(self, name: str) -> bool:
+        """Tell whether a segment is the one that was read: no copy, and nothing was taken back."""
+        segment, path = self._segments[name], self.folder / name
+        opened = os.fstat(self._files[segment].fileno())
+        same = path.exists() and os.path.samestat(path.stat(), opened)
+        return same and opened.st_size >= self._sizes[segment]
 
     def _index_segment(self, path: Path, last: bool) -> None:
         """Note where each record lies in what is new of a segment.
@@ -225,10 +236,9 @@ class Log:
         it is torn, and moved to `torn/`, named by its position and content: a crash here only
         repeats the move. No line after it is read: a writer beside this reader may be adding some.
         """
-        segment, before, start = self._checked[path.name]
-        for line, offset, data, record in scan(path, offset=start):
-            number, position = before + line, segment << 40 | offset
-            complete = data[-1] == NEWLINE
+        segment = self._open(path)
+        for offset, data, record in scan(path, offset=self._sizes[segment]):
+            position, complete = segment << OFFSET | offset, data[-1] == NEWLINE
             if record is None and last and not complete:
                 self.torn += 1
                 if self.writable:
@@ -237,31 +247,30 @@ class Log:
                     os.truncate(path, offset)
                     _extend(path, b"")
                 return
-            if record is None or not (complete or last):
-                raise damaged(f"{path}:{number}", self.folder, "damaged record")
-            known = self.index.setdefault(record.kind, {}).setdefault(record.key, position)
-            same_writer = writer_of(Path(self._files[known >> 40].name)) == writer_of(path)
-            if known != position and same_writer:
-                what = f"{record.kind} {record.key} stands a second time"
+            what = "damaged record"
+            if record is not None and (complete or last):
+                first = self.index.setdefault(record.kind, {}).setdefault(record.key, position)
+                other = Path(self._files[first >> OFFSET].name) if first != position else None
+                same_writer = other and writer_of(other) == writer_of(path)
+                what = f"{record.kind} {record.key} stands a second time" if same_writer else ""
+            if what:
+                number = path.read_bytes()[:offset].count(b"\n") + 1
                 raise damaged(f"{path}:{number}", self.folder, what)
-            if not complete:
-                if self.writable:
-                    _extend(path, b"\n")
-                    self._checked[path.name] = Checked(segment, number, offset + len(data) + 1)
+            if complete:
+                self._sizes[segment] = offset + len(data)
+            elif self.writable:
+                _extend(path, b"\n")
+                self._sizes[segment] = offset + len(data) + 1
                 return
-            self._checked[path.name] = Checked(segment, number, offset + len(data))
 
-    def _open_segment(self, number: int) -> None:
+    def _append_to(self, number: int) -> None:
         """Make the writer's segment `number` the one that is written; a new one is made durably."""
         if self._handle >= 0:
             os.close(self._handle)
-        path = self.folder / f"{self.writer}-{number:08}.jsonl".removeprefix("-")
+        path = self.folder / _name(self.writer, number)
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        self._handle = os.open(path, flags, 0o644)
-        self._name, self._number, self._size = path.name, number, os.fstat(self._handle).st_size
-        if path.name not in self._checked:
-            self._checked[path.name] = Checked(len(self._files))
-            self._files.append(path.open("rb"))
+        self._handle, self._number = os.open(path, flags, 0o644), number
+        self._current = self._open(path)
         fsync_folder(self.folder)
 
     def append(self, records: Iterable[NewRecord]) -> int:
@@ -281,24 +290,21 @@ class Log:
             return 0
         self._sound = False
         with disk_errors(self.folder):
-            if self._size >= self.SEGMENT_BYTES:
-                self._open_segment(self._number + 1)
+            if self._sizes[self._current] >= self.SEGMENT_BYTES:
+                self._append_to(self._number + 1)
             data = memoryview(b"".join(fresh.values()))
             try:
                 while data:
                     data = data[os.write(self._handle, data) :]
                 os.fsync(self._handle)
             except OSError:
-                with suppress(
-                    OSError
-                ):  # what stays is a torn tail: the next opening moves it aside
-                    os.ftruncate(self._handle, self._size)
+                with suppress(OSError):  # what stays is a torn tail, which the next opening moves
+                    os.ftruncate(self._handle, self._sizes[self._current])
                 raise
-        segment, lines, _ = self._checked[self._name]
         for (kind, key), line in fresh.items():
-            self.index.setdefault(kind, {})[key] = segment << 40 | self._size
-            self._size += len(line)
-        self._checked[self._name] = Checked(segment, lines + len(fresh), self._size)
+            position = self._current << OFFSET | self._sizes[self._current]
+            self.index.setdefault(kind, {})[key] = position
+            self._sizes[self._current] += len(line)
         self._sound = True
         return len(fresh)
 
@@ -311,17 +317,26 @@ class Log:
         position = self.index.get(kind, {}).get(key)
         if position is None:
             return None
-        file, offset = self._files[position >> 40], position & (1 << 40) - 1
+        file, offset = self._files[position >> OFFSET], position & (1 << OFFSET) - 1
         with disk_errors(self.folder):
             file.seek(offset)
             record = decode_line(file.readline().removesuffix(b"\n"))
         if record is None or (record.kind, record.key) != (kind, key):
-            raise damaged(f"{file.name} at byte {offset}", self.folder, "damaged record")
+            raise damaged(f"{file.name} at byte {offset}", self.folder)
         return json.loads(record.body)
 
     def keys(self, kind: str) -> Iterator[str]:
         """Yield the keys of one kind in the order they were stored."""
         return iter(self.index.get(kind, ()))
+
+    def news(self) -> Iterator[NewRecord]:
+        """Yield every record once: all that are there, and at later calls what writers have added."""
+        if not self.writable:
+            self._load()
+        for kind, keys in self.index.items():
+            for key in list(islice(keys, self._seen.get(kind, 0), None)):
+                self._seen[kind] = self._seen.get(kind, 0) + 1
+                yield kind, key, self.get(kind, key)
 
 
 def _extend(path: Path, data: bytes) -> None:
@@ -330,6 +345,14 @@ def _extend(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def copy(records: Iterable[NewRecord], log: Log) -> int:
+    """Append records to a log, a thousand an fsync; return how many were new."""
+    source, count = iter(records), 0
+    while group := list(islice(source, 1000)):
+        count += log.append(group)
+    return count
 
 
 class LogWriter:
@@ -368,52 +391,3 @@ class LogWriter:
             for _, done in group:
                 if not done.done():
                     done.set_exception(refusal) if refusal else done.set_result(None)
-
-
-class Tail:
-    """Reads what other processes add to a log, each line once; they hold the lock, not the reader."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.offsets = folder, dict[Path, int]()
-
-    def read(self) -> Iterator[NewRecord]:
-        """Yield what was added since the last call; a line that is being written waits for the next.
-
-        Raises DistillError (exit 5) on damage.
-        """
-        for path in segments(self.folder):
-            for _, offset, data, record in scan(path, offset=self.offsets.get(path, 0)):
-                if data[-1] != NEWLINE:
-                    break
-                if record is None:
-                    raise damaged(f"{path} at byte {offset}", self.folder, "damaged record")
-                self.offsets[path] = offset + len(data)
-                yield record.kind, record.key, json.loads(record.body)
-
-
-def copy(records: Iterable[NewRecord], log: Log) -> int:
-    """Append records to a log, a thousand an fsync; return how many were new."""
-    source, count = iter(records), 0
-    while group := list(islice(source, 1000)):
-        count += log.append(group)
-    return count
-
-
-# What the folder of a copy is called until the copy is complete and takes the original's name
-UNFINISHED = {"repair": ".repaired", "compact": ".compacted"}
-
-
-def beside(folder: Path, suffix: str) -> Path:
-    """Return the folder of this name and a suffix."""
-    return folder.with_name(folder.name + suffix)
-
-
-def refuse_half_copy(folder: Path, but: str = "") -> None:
-    """Stop where a copy was killed between its renames: no empty log may take the old one's place.
-
-    The verb `but` goes on, for it finishes its own.
-    """
-    for verb, suffix in UNFINISHED.items():
-        if verb != but and not folder.exists() and beside(folder, suffix).exists():
-            what = f"`distill {verb}` was cut off"
-            raise DistillError(Exit.STATE, folder, what, f"distill {verb} {folder}")

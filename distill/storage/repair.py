@@ -7,13 +7,20 @@ leaves the log complete under one name or the other, and the same command goes o
 import hashlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from distill.errors import DistillError, Exit
-from distill.storage.files import disk_errors, fsync_folder, read_json, write_atomic, write_json
-from distill.storage.locks import FolderLock
+from distill.storage.files import (
+    disk_errors,
+    folder_lock,
+    fsync_folder,
+    read_json,
+    write_atomic,
+    write_json,
+)
 from distill.storage.log import (
     NEWLINE,
     UNFINISHED,
@@ -21,7 +28,6 @@ from distill.storage.log import (
     Log,
     NewRecord,
     StoredRecord,
-    beside,
     copy,
     damaged,
     read_version,
@@ -30,11 +36,6 @@ from distill.storage.log import (
     segments,
     writer_of,
 )
-
-
-def _refuse_no_store(folder: Path) -> None:
-    if not segments(folder, check=False) and not (folder / "version.json").exists():
-        raise DistillError(Exit.STATE, folder, "is no store", "check the path")
 
 
 class LostLine(NamedTuple):
@@ -58,32 +59,6 @@ class Repair(NamedTuple):
         return [head, *(f"{line.place}: {line.reason}, {line.length} bytes" for line in self.lost)]
 
 
-def repair(folder: Path) -> Repair:
-    """Copy what is intact into a fresh log, which takes the place of the original.
-
-    The original becomes `FOLDER.damaged-N`. A log of an older version is brought to this one in the
-    same way. The list of what was left out is also kept, as `repair.json` in the fresh log. Raises
-    DistillError (exit 5) where the folder is no log, or is being written.
-    """
-    fresh = beside(folder, UNFINISHED["repair"])
-    with disk_errors(folder):
-        refuse_half_copy(folder, "repair")
-        if folder.exists():
-            _refuse_no_store(folder)
-            with FolderLock(folder):
-                number = 1 + len(list(folder.parent.glob(f"{folder.name}.damaged-*")))
-                original, lost = beside(folder, f".damaged-{number}"), list[LostLine]()
-                count = _copy(_intact(folder, lost), fresh)
-                report = {"kept": count, "losses": lost, "original": original.name}
-                write_json(fresh / "repair.json", report)
-                folder.rename(original)
-        fresh.rename(folder)
-        fsync_folder(folder.parent)
-    report = read_json(folder / "repair.json")
-    lost = [LostLine(*line) for line in report["losses"]]
-    return Repair(report["kept"], lost, folder.with_name(report["original"]))
-
-
 class Compaction(NamedTuple):
     """What a compaction did: records copied, left out of each kind, bytes before and after."""
 
@@ -95,40 +70,69 @@ class Compaction(NamedTuple):
     def explain(self) -> list[str]:
         """Return the outcome in lines for the user."""
         out = [f"{count} of kind {kind} left out" for kind, count in self.left_out.items()]
-        return [
-            "; ".join([f"{self.records} records kept", *out]),
-            f"{self.before:,} bytes before, {self.after:,} after",
-        ]
+        sizes = f"{self.before:,} bytes before, {self.after:,} after"
+        return ["; ".join([f"{self.records} records kept", *out]), sizes]
+
+
+def repair(folder: Path) -> Repair:
+    """Copy what is intact into a fresh log, which takes the place of the original.
+
+    The original becomes `FOLDER.damaged-N`. A log of an older version is brought to this one in the
+    same way. The list of what was left out is also kept, as `repair.json` in the fresh log. Raises
+    DistillError (exit 5) where the folder is no log, or is being written.
+    """
+    fresh = folder.with_name(folder.name + UNFINISHED["repair"])
+    with disk_errors(folder):
+        refuse_half_copy(folder, "repair")
+        if folder.exists():
+            _refuse_no_store(folder)
+            with folder_lock(folder):
+                number = 1 + len(list(folder.parent.glob(f"{folder.name}.damaged-*")))
+                original, lost = f"{folder.name}.damaged-{number}", list[LostLine]()
+                count = _copy(_intact(folder, lost), fresh)
+                report = {"kept": count, "losses": lost, "original": original}
+                write_json(fresh / "repair.json", report)
+                folder.rename(folder.with_name(original))
+        fresh.rename(folder)
+        fsync_folder(folder.parent)
+    report = read_json(folder / "repair.json")
+    lost = [LostLine(*line) for line in report["losses"]]
+    return Repair(report["kept"], lost, folder.with_name(report["original"]))
 
 
 def compact(folder: Path, worth_keeping: Callable[[Log, str, bytes], bool]) -> Compaction:
-    """Copy what is worth keeping into a fresh log, put it in place of the original, and remove that.
+    """Copy what is worth keeping into a fresh log, put it in place of the original, remove that.
 
     `worth_keeping` takes a log, a record's kind and its JSON. Torn tails and the report of a repair
-    are kept, and segments are filled up. Raises DistillError (exit 5) where the folder is no log, is
-    damaged, or is being written.
+    are kept, and segments are filled up. Raises DistillError (exit 5) where the folder is no log,
+    is damaged, or is being written.
     """
-    fresh, original = beside(folder, UNFINISHED["compact"]), beside(folder, ".original")
+    fresh = folder.with_name(folder.name + UNFINISHED["compact"])
+    original = folder.with_name(f"{folder.name}.original")
+
+    def size() -> int:
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
     with disk_errors(folder):
         refuse_half_copy(folder, "compact")
         if not original.exists():  # else a compaction was cut off when the copy was complete
             _refuse_no_store(folder)
             with Log(folder) as log:
-                lost, left_out = list[LostLine](), dict[str, int]()
+                lost, left_out = list[LostLine](), Counter[str]()
 
-                def chosen() -> Iterator[StoredRecord]:
+                def valuable() -> Iterator[StoredRecord]:
                     for record in _intact(folder, lost):
                         if worth_keeping(log, record.kind, record.body):
                             yield record
                         else:
-                            left_out[record.kind] = left_out.get(record.kind, 0) + 1
+                            left_out[record.kind] += 1
 
-                count = _copy(chosen(), fresh)
+                count = _copy(valuable(), fresh)
                 if lost:  # damaged since the log was opened
-                    raise damaged(folder / lost[0].place, folder, "damaged record")
+                    raise damaged(folder / lost[0].place, folder)
                 for path in [*folder.glob("torn/*"), *folder.glob("repair.json")]:
                     write_atomic(fresh / path.relative_to(folder), path.read_bytes())
-                report = {"kept": count, "left_out": left_out, "before": _size(folder)}
+                report = {"kept": count, "left_out": left_out, "before": size()}
                 write_json(fresh / "compact.json", report)
                 folder.rename(original)
         if not folder.exists():
@@ -137,11 +141,12 @@ def compact(folder: Path, worth_keeping: Callable[[Log, str, bytes], bool]) -> C
         report = read_json(folder / "compact.json")  # not there: this is not what was copied
         shutil.rmtree(original)
         fsync_folder(folder.parent)
-    return Compaction(report["kept"], report["left_out"], report["before"], _size(folder))
+    return Compaction(report["kept"], report["left_out"], report["before"], size())
 
 
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def _refuse_no_store(folder: Path) -> None:
+    if not segments(folder, check=False) and not (folder / "version.json").exists():
+        raise DistillError(Exit.STATE, folder, "is no store", "check the path")
 
 
 def _copy(records: Iterable[StoredRecord], fresh: Path) -> int:
@@ -176,13 +181,14 @@ def _intact(folder: Path, lost: list[LostLine]) -> Iterator[StoredRecord]:
     version, seen = read_version(folder) or VERSION, dict[tuple[str, str], str]()
     for segment in segments(folder, check=False):
         writer = writer_of(segment)
-        for number, _, data, record in scan(segment, version):
-            if record is None:
-                reason = "damaged" if data[-1] == NEWLINE else "cut off while being written"
-                lost.append(LostLine(f"{segment.name}:{number}", len(data), reason))
-            elif (key := (record.kind, record.key)) not in seen:
-                seen[key] = writer
-                yield record
-            elif seen[key] == writer:
+        for number, (_, data, record) in enumerate(scan(segment, version), 1):
+            reason = "damaged" if data[-1] == NEWLINE else "cut off while being written"
+            if record is not None:
+                key = (record.kind, record.key)
+                if key not in seen:
+                    seen[key] = writer
+                    yield record
+                    continue
                 reason = f"{record.kind} {record.key} a second time, the first is kept"
+            if record is None or seen[record.kind, record.key] == writer:
                 lost.append(LostLine(f"{segment.name}:{number}", len(data), reason))

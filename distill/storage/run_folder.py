@@ -5,39 +5,47 @@ with the keys that differ, until `--redo` sets its old outputs aside under `.old
 overwritten silently. A stage that was killed is unfinished: the same settings continue it, and its
 seconds until then are in the ledger.
 
-What a later reader can check (`distill verify`): a finished stage's marker holds the SHA-256 of every
-file that it wrote, the manifest that of every marker and what the stage was made with, and the
-manifest ends with its own.
+What a later reader can check (`distill verify`): a finished stage's marker holds the SHA-256 of
+every file that it wrote, the manifest that of every marker and what the stage was made with, and
+the manifest ends with its own.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic_core import to_jsonable_python
+
 from distill.config import Config
 from distill.config_file import load_config, place_of
 from distill.errors import DistillError, Exit
+from distill.renamed_keys import fields_in, present_path
 from distill.storage.environment import environment
 from distill.storage.files import (
     as_json,
     disk_errors,
+    folder_lock,
     read_json,
     sha256_file,
     sha256_files,
-    sha256_text,
     write_atomic,
     write_json,
 )
-from distill.storage.fingerprints import SHOWN, differences, flatten, unnamed
-from distill.storage.ledger import Ledger, heartbeat, now
-from distill.storage.locks import FolderLock, sweep
+from distill.storage.ledger import Ledger, now
 from distill.storage.progress import say
 
+Fingerprint = dict[str, Any]  # what a result depends on: dotted config keys, hashes of inputs
 StageState = Literal["fresh", "unfinished", "done", "stale"]
 SEAL = "sha256"  # the manifest's last key
+SHOWN = 6  # differences, or names of files, in a message
+HASH = re.compile(r"[0-9a-f]{32,64}")
+# A file beside the weights of a model in a folder, after what the model does there
+MODEL_FILE = re.compile(r"(base|judge|student|teacher|tokenizer|weights) file .+")
 
 
 @dataclass(frozen=True)
@@ -71,56 +79,55 @@ class Run:
         return self.folder / name
 
     def trained(self, name: str) -> Path:
-        """Return the path of a file of the last training: of on-policy rounds, where there are any."""
+        """Return the path of a file of the last training: of on-policy rounds, if there are any."""
         return self.path(f"refined/{name}" if self.config.on_policy.rounds else name)
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the lock that writing in the folder needs; clean up what a killed holder left."""
-        with FolderLock(self.folder):
-            sweep(self.folder)
-            yield
+    def lock(self) -> AbstractContextManager[None]:
+        """Return the lock that writing in the folder needs."""
+        return folder_lock(self.folder)
 
-    def fingerprint(self, stage: Stage) -> dict[str, Any]:
+    def fingerprint(self, stage: Stage) -> Fingerprint:
         """Return what the stage's result depends on: config keys, hashes of inputs, identities."""
-        resolved = self.config.resolved()
-        values = dict[str, Any]()
+        resolved, values = self.config.resolved(), dict[str, Any]()
         for key in stage.keys:
             with suppress(KeyError):  # a key of another kind of teacher
                 values[key] = reduce(lambda tree, name: tree[name], key.split("."), resolved)
         with disk_errors(self.folder):
             files = [name for name in stage.inputs if self.path(name).is_file()]
-            hashes = {name: sha256_file(self.path(name)) for name in files}
-        return {
-            **flatten(values),
-            **{f"file {k}": v for k, v in hashes.items()},
-            **stage.identity(self.config),
-        }
+            hashes = {f"file {name}": sha256_file(self.path(name)) for name in files}
+        return {**flatten(values), **hashes, **stage.identity(self.config)}
 
     def marker(self, stage: Stage) -> Path:
         """Return the file that holds the stage's fingerprint and whether it finished."""
         return self.path(f"stages/{stage.name}.json")
 
-    def _read_marker(self, name: str) -> dict[str, Any]:
+    def _read_marker(self, stage: Stage) -> dict[str, Any]:
         """Return a stage's marker; raises DistillError (exit 5) where it is damaged."""
-        path = self.path(f"stages/{name}.json")
-        mark = read_json(path)
+        mark = read_json(self.marker(stage))
         if not isinstance(mark, dict) or not isinstance(mark.get("fingerprint"), dict):
-            raise DistillError(Exit.STATE, path, "is damaged", f"--redo {name} remakes it")
+            fix = f"--redo {stage.name} remakes it"
+            raise DistillError(Exit.STATE, self.marker(stage), "is damaged", fix)
         return mark
 
     def state(self, stage: Stage) -> tuple[StageState, list[str]]:
         """Return the stage's state, and for a stale one the differences in words.
 
-        An input that is missing now is no difference: the stage that makes it has yet to run. A stage
-        that was begun with other settings and has produced nothing is fresh.
+        An input that is missing now is no difference: the stage that makes it has yet to run. A
+        stage that was begun with other settings and has produced nothing is fresh.
         """
         if not self.marker(stage).exists():
             return "fresh", []
-        mark, new = self._read_marker(stage.name), self.fingerprint(stage)
+        mark, new = self._read_marker(stage), self.fingerprint(stage)
         missing = {f"file {name}" for name in stage.inputs if not self.path(name).exists()}
         old = {key: value for key, value in mark["fingerprint"].items() if key not in missing}
-        old = {**self._assumed(stage, old, new), **old}
+        # What an earlier distill does not say of models in folders is what was recorded when the
+        # stage was accepted. Before that it is as the folder is now, but for the student's weights,
+        # which the adapter knows.
+        if added := unnamed(old, new):
+            base = self.path("adapter/base.json")
+            if "student" in added and base.is_file():
+                added["student"] = read_json(base).get("identity")
+            old = {**added, **self.manifest().get("accepted", {}).get(stage.name, {}), **old}
         finished = mark.get("finished") is True
         if not finished:
             old, new = (
@@ -131,24 +138,11 @@ class Run:
             outputs = [p for n in stage.outputs for p in (self.path(n), *self.path(n).rglob("*"))]
             begun = finished or any(path.is_file() for path in outputs)
             return ("stale", changes) if begun else ("fresh", [])
-        # What its marker lists no file of, it did not write: an earlier distill's training made no merged/.
+        # What its marker lists no file of, it did not write: an earlier training made no merged/.
         lists = tuple(f"{file}/" for file in mark.get("outputs", stage.outputs))
         absent = [n for n in stage.outputs if not self.path(n).exists()]
         complete = finished and not any(file.startswith(f"{n}/") for n in absent for file in lists)
         return ("done" if complete else "unfinished"), []
-
-    def _assumed(self, stage: Stage, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-        """Return what a fingerprint of an earlier distill does not say of models in folders.
-
-        It is what was recorded when the stage was accepted. Before that it is as the folder is now,
-        but for the student's weights, which the adapter knows.
-        """
-        added, base = unnamed(old, new), self.path("adapter/base.json")
-        if not added:
-            return {}
-        if "student" in added and base.is_file():
-            added["student"] = read_json(base).get("identity")
-        return {**added, **self.manifest().get("accepted", {}).get(stage.name, {})}
 
     def checked_state(self, stage: Stage) -> StageState:
         """Return the stage's state; raises DistillError (exit 5) with what differs for a stale one."""
@@ -156,52 +150,45 @@ class Run:
         if state == "stale":
             first = "; ".join(changes[:SHOWN])
             more = f"; and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
-            raise DistillError(
-                Exit.STATE,
-                self.folder,
-                f"stage {stage.name} was made with other settings: {first}{more}",
-                f"--redo {stage.name} remakes it and what follows, or choose a new name=",
-            )
+            what = f"stage {stage.name} was made with other settings: {first}{more}"
+            fix = f"--redo {stage.name} remakes it and what follows, or choose a new name="
+            raise DistillError(Exit.STATE, self.folder, what, fix)
         return state
 
-    def perform(self, stage: Stage, redo: bool = False) -> bool:
+    def perform(self, stage: Stage) -> bool:
         """Run the stage unless it is done; return whether it ran.
 
-        Raises DistillError (exit 5) where it is stale. Of a finished stage of an earlier distill that
-        knows models in folders by their weights alone, the other files are recorded now.
+        Raises DistillError (exit 5) where it is stale. Of a finished stage of an earlier distill
+        that knows models in folders by their weights alone, the other files are recorded now.
         """
-        if redo:
-            self.remake([stage])
-        if self.checked_state(stage) == "done":
-            accepted = self.manifest().get("accepted", {})
-            old, new = self._read_marker(stage.name)["fingerprint"], self.fingerprint(stage)
-            if (added := unnamed(old, new)) and stage.name not in accepted:
-                if not accepted:
-                    what = "knows models in folders by their weights alone, which are the same"
-                    say(f"{self.folder}: {what}; from now on their other files count too")
-                self.note("accepted", {**accepted, stage.name: added})
-            return False
-        self.do(stage)
-        return True
+        if self.checked_state(stage) != "done":
+            self.do(stage)
+            return True
+        accepted = self.manifest().get("accepted", {})
+        added = unnamed(self._read_marker(stage)["fingerprint"], self.fingerprint(stage))
+        if added and stage.name not in accepted:
+            if not accepted:
+                what = "knows models in folders by their weights alone, which are the same"
+                say(f"{self.folder}: {what}; from now on their other files count too")
+            self.note("accepted", {**accepted, stage.name: added})
+        return False
 
     def do(self, stage: Stage) -> None:
         """Run the stage whatever its state, with its marker, signs of life and ledger entry."""
-        for name in sorted({stage.name, *self.ledger.interrupted()}):
-            path = self.path(f"stages/{name}.json")
-            begun = self._read_marker(name).get("begun") if path.exists() else None
-            self.ledger.enter_killed(name, path, begun)
+        self.ledger.enter_killed(stage.name)
         marker = self.marker(stage)
         mark = {"fingerprint": self.fingerprint(stage), "finished": False, "begun": now()}
         write_json(marker, mark)
         self._note_stage(stage, {"environment": environment()})
-        with self.ledger.counting(stage.name, mark["begun"]), heartbeat(marker):
+        with self.ledger.counting(stage.name, marker, mark["begun"]):
             stage.main(self.config, self)
         mark |= {"finished": True, "at": now()}
         with disk_errors(self.folder):
             mark["outputs"] = sha256_files(self.folder, stage.outputs)
             mark["ledger"] = sha256_file(self.ledger.path)
         text = as_json(mark)
-        self._note_stage(stage, {**self.made_with(stage.name), "marker": sha256_text(text)})
+        sha256 = hashlib.sha256(text.encode()).hexdigest()
+        self._note_stage(stage, {**self.made_with(stage.name), "marker": sha256})
         write_atomic(marker, text)
 
     def _note_stage(self, stage: Stage, facts: dict[str, Any]) -> None:
@@ -240,17 +227,20 @@ class Run:
         return {key: value for key, value in facts.items() if key != SEAL}
 
 
+def sealed(manifest: Mapping[str, Any]) -> str:
+    """Return the text of a manifest with its own SHA-256 at its end."""
+    sha256 = hashlib.sha256(as_json(manifest).encode()).hexdigest()
+    return as_json({**manifest, SEAL: sha256})
+
+
 def open_run(place: Path, overrides: Sequence[str] = ()) -> Run:
-    """Return the run of a config file, or of a run's folder (which may have been moved)."""
-    return open_folder(place, overrides) if place.is_dir() else Run(load_config(place, overrides))
+    """Return the run of a config file, or in a folder, whatever it is called or moved to.
 
-
-def open_folder(place: Path, overrides: Sequence[str] = ()) -> Run:
-    """Return the run in a folder, whatever it is called and wherever it was moved or copied.
-
-    Overrides of `name` or `runs` make it another run with the same config, beside this one or there.
-    Raises DistillError (exit 2) where the folder holds no run.
+    Of a folder, overrides of `name` or `runs` make it another run with the same config, beside this
+    one or there. Raises DistillError (exit 2) where the folder holds no run.
     """
+    if not place.is_dir():
+        return Run(load_config(place, overrides))
     if not (place / "config.json").exists():
         what, fix = "is no run: it has no config.json", "name a config or a run's folder"
         raise DistillError(Exit.CONFIG, place, what, fix)
@@ -268,6 +258,73 @@ def open_folder(place: Path, overrides: Sequence[str] = ()) -> Run:
     return Run(config, None if changed else folder)
 
 
-def sealed(manifest: dict[str, Any]) -> str:
-    """Return the text of a manifest with its own SHA-256 at its end."""
-    return as_json({**manifest, SEAL: sha256_text(as_json(manifest))})
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Flatten nested mappings to dotted keys."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        k: v
+        for key, child in tree.items()
+        for k, v in flatten(child, f"{prefix}.{key}" if prefix else key).items()
+    }
+
+
+def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
+    """Name every key that differs: settings with both values, hashed inputs as lists of names.
+
+    Old names of keys are read as the present ones. A setting that one side lacks, because it came
+    later or belongs to another kind of teacher, counts as its default there.
+    """
+
+    def short(value: Any) -> str:
+        text = "unset" if value is None else " ".join(str(value).split())
+        return text if len(text) <= 40 else text[:39] + "…"
+
+    old = {".".join(present_path(key.split("."), Config)): value for key, value in old.items()}
+    settings, files = [], dict[str, list[str]]()
+    for key in sorted(old.keys() | new.keys()):
+        before, after = _setting(old, key), _setting(new, key)
+        if before == after or (before in (None, "") and after in (None, "")):
+            continue
+        if HASH.fullmatch(str(after if before is None else before)):
+            how = "added" if before is None else "removed" if after is None else "changed"
+            files.setdefault(how, []).append(key.removeprefix("file ").removeprefix("input "))
+        else:
+            settings.append(f"{key} was {short(before)}, is {short(after)}")
+    for how, names in files.items():
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        settings.append(f"{how}: {', '.join(names[:SHOWN])}{more}")
+    return settings
+
+
+def _setting(fingerprint: Fingerprint, key: str) -> Any:
+    """Return a key's value in a fingerprint, else a setting's default, else None."""
+    if key in fingerprint:
+        return fingerprint[key]
+    annotation, names = Config, key.split(".")
+    for depth, name in enumerate(names, 1):
+        field = fields_in(annotation).get(name)
+        if field is None or (field.is_required() and depth == len(names)):
+            return None
+        if depth == len(names):
+            return to_jsonable_python(field.default)
+        # a section that may be null has defaults only where the fingerprint has other keys of it
+        section = ".".join(names[:depth])
+        off = section in fingerprint or field.default is None
+        if off and not any(other.startswith(f"{section}.") for other in fingerprint):
+            return None
+        annotation = field.annotation
+    return None
+
+
+def unnamed(old: Fingerprint, new: Fingerprint) -> Fingerprint:
+    """Return what `new` says of models in folders of which `old` names no file.
+
+    An earlier distill knew such a model by its weights alone, or, the student and the judge, by its
+    name.
+    """
+    ours, theirs = (
+        {match[1] for key in facts if (match := MODEL_FILE.fullmatch(key))} for facts in (new, old)
+    )
+    roles = ours - theirs
+    return {k: v for k, v in new.items() if k not in old and k.split(" file ")[0] in roles}

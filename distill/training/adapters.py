@@ -26,8 +26,14 @@ from torch import Tensor, nn
 from distill.config import Student
 from distill.errors import DistillError, Exit
 from distill.models import loading, registry
-from distill.storage.files import disk_errors, fsync_folder, read_json, sha256_file, write_json
-from distill.storage.locks import alive
+from distill.storage.files import (
+    alive,
+    disk_errors,
+    fsync_folder,
+    read_json,
+    sha256_file,
+    write_json,
+)
 from distill.storage.run_folder import Run
 from distill.training.sharding import full_tensor, like, snapshot
 

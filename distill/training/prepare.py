@@ -15,8 +15,7 @@ from distill.models.chat_template import template_hash
 from distill.records import Example, Pair, digest
 from distill.storage.environment import LIBRARIES, installed
 from distill.storage.files import read_records, sha256_file
-from distill.storage.fingerprints import flatten
-from distill.storage.run_folder import Run
+from distill.storage.run_folder import Run, flatten
 from distill.training import adapters, sharding
 from distill.training.batches import (
     MICRO_BATCH_TOKENS,

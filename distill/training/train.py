@@ -25,18 +25,15 @@ from distill.config import Config
 from distill.errors import DistillError, Exit
 from distill.models import registry
 from distill.records import digest
-from distill.storage.files import sha256_file, write_json
-from distill.storage.fingerprints import differences, flatten, unnamed
-from distill.storage.processes import (
+from distill.storage.environment import (
     Interrupt,
-    asked_of_launcher,
     check_world,
     die_with_parent,
     interruptible,
-    launcher_command,
 )
+from distill.storage.files import sha256_file, write_json
 from distill.storage.progress import say, tracking
-from distill.storage.run_folder import Run
+from distill.storage.run_folder import Run, differences, flatten, unnamed
 from distill.training import adapters, checkpoint, sharding
 from distill.training.batches import OptimizerStep, learning_rate, share
 from distill.training.encode import show
@@ -108,7 +105,6 @@ def start_processes(config: Config, run: Run) -> Accelerator:
     )
     expected = {
         "train.num_processes": config.train.num_processes,
-        "launcher": asked_of_launcher(launcher_command()),
     }
     check_world(expected, accelerator.num_processes, "scripts/train.py", Exit.TRAINING)
     if accelerator.num_processes > 1:

@@ -46,8 +46,7 @@ from distill.formatting import table
 from distill.models import loading
 from distill.records import Example, Pair
 from distill.storage.environment import environment
-from distill.storage.files import read_json, read_records, write_json
-from distill.storage.locks import FolderLock
+from distill.storage.files import folder_lock, read_json, read_records, write_json
 from distill.storage.progress import console, say
 from distill.storage.run_folder import Run, open_run
 from distill.training.batches import learning_rate, micro_batches, plan_steps
@@ -100,7 +99,7 @@ class Signals:
         found = [read_as_teacher(tokenizer, pairs[e.response_id], e, date) for e in examples]
         self.reads: dict[str, KeyedExample] = {read.example.response_id: read for read in found}
         self.cache = SignalCache.open(run.config.store_folder(), cache_name(facts))
-        with FolderLock(self.cache.folder):
+        with folder_lock(self.cache.folder):
             left = [read for read in found if read.key.example not in self.cache.index]
             if left:
                 fill(self.cache, self.teacher(), self.vocabulary, left, run.config.signals, run)

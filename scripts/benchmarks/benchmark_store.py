@@ -17,7 +17,8 @@ from pathlib import Path
 
 from distill.storage.log import Log
 
-CHILD = "import sys; sys.path.insert(0, 'scripts'); import benchmark_store as b; b.child({!r})"
+HERE = str(Path(__file__).parent)
+CHILD = f"import sys; sys.path.insert(0, {HERE!r}); import benchmark_store as b; b.child({{!r}})"
 
 
 def body(number: int, size: int) -> dict[str, str]:

@@ -27,7 +27,7 @@ from distill.responders.responder import Request, Sampling
 from distill.responders.store import ResponseStore
 from distill.storage.files import read_records, write_json
 from distill.storage.progress import console, say
-from distill.storage.run_folder import Run, open_folder
+from distill.storage.run_folder import Run, open_run
 
 NEAR = 0.1  # nats: row 3 of the targets
 
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="compare every n-th prompt only")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    found = compare(open_folder(given.run), given)
+    found = compare(open_run(given.run), given)
     show(found)
     if given.json:
         write_json(given.json, found)

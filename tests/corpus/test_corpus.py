@@ -117,7 +117,9 @@ def test_too_many_bad_rows_stop_and_show_the_first(tmp_path: Path) -> None:
     assert caught.value.code == Exit.INPUT
     assert "2 of 100 rows are bad" in str(caught.value) and "rows.jsonl:99" in str(caught.value)
     assert "max_bad_fraction to 0.02" in caught.value.fix
-    assert make(tmp_path, max_bad_fraction=0.02).perform(STAGE, redo=True)
+    run = make(tmp_path, max_bad_fraction=0.02)
+    run.remake([STAGE])
+    assert run.perform(STAGE)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\n\n", b"\xff\xfe", b"{}\n"])
@@ -191,7 +193,8 @@ def test_documents_that_share_text_with_held_out_ones_are_left_out_and_those_sta
     stolen = " ".join(next(iter(held_out.values())).text.split()[7:20])
     thieves = [{"text": f"{text(n, 20)}, {stolen.upper()}; and"} for n in range(30, 34)]
     write_rows(tmp_path, [*rows, *thieves])
-    run.perform(STAGE, redo=True)
+    run.remake([STAGE])
+    run.perform(STAGE)
     sharing = [d.split for d in documents(run) if stolen in d.text.casefold()]
     assert set(sharing) == {"heldout"} and held_out.keys() <= {d.id for d in documents(run)}
     rejects = read_records(run.path("rejects.jsonl"), Reject)

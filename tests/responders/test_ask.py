@@ -16,7 +16,7 @@ from distill.responders.canned import CannedResponder
 from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.responder import Raw, Request
 from distill.storage import log
-from distill.storage.locks import FolderLock
+from distill.storage.files import folder_lock
 from distill.storage.log import Log
 from distill.storage.repair import repair
 from distill.storage.run_folder import Run
@@ -53,16 +53,16 @@ def test_each_line_of_the_store_is_checked_once(tmp_path, monkeypatch):
 def test_the_lock_is_held_only_while_something_is_asked(tmp_path):
     class Watching(CannedResponder):
         def ask(self, requests: Sequence[Request]) -> Iterator[Raw]:
-            with pytest.raises(DistillError, match="lock held"), FolderLock(tmp_path):
+            with pytest.raises(DistillError, match="lock held"), folder_lock(tmp_path):
                 pass
             yield from super().ask(requests)
 
-    with FolderLock(tmp_path), Ask(Watching({}, "a"), tmp_path) as ask:
+    with folder_lock(tmp_path), Ask(Watching({}, "a"), tmp_path) as ask:
         with pytest.raises(DistillError, match="lock held"):
             ask.responses(plain(2), "x")
     with Ask(Watching({}, "a"), tmp_path) as ask:
         ask.responses(plain(2), "x")
-        with FolderLock(tmp_path):
+        with folder_lock(tmp_path):
             ask.responses(plain(2), "x")
 
 

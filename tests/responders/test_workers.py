@@ -25,6 +25,7 @@ from distill.records import Document, Message, Prompt
 from distill.responders.local import local_model
 from distill.responders.local import workers as crew
 from distill.responders.local.workers import Workers, take_over
+from distill.storage import environment
 from distill.storage.files import write_records
 from distill.storage.log import Log
 from distill.storage.repair import repair
@@ -233,7 +234,7 @@ def test_a_log_in_use_or_damaged_is_not_taken_over(tmp_path: Path) -> None:
 
 def test_fewer_processes_than_asked_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = "python\0accelerate\0launch\0--cpu\0--num_processes\0002\0"
-    monkeypatch.setattr(crew, "launcher_command", lambda: asked)
+    monkeypatch.setattr(environment, "launcher_command", lambda: asked)
     with pytest.raises(DistillError, match=r"2 processes were asked for, 1 came .*generate.py"):
         Workers.meet()
     PartialState._reset_state()

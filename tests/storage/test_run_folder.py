@@ -14,13 +14,12 @@ from distill.errors import DistillError, Exit
 from distill.pipeline import STAGES
 from distill.storage import ledger
 from distill.storage.files import read_json
-from distill.storage.fingerprints import differences
-from distill.storage.run_folder import Run, Stage
+from distill.storage.run_folder import Run, Stage, differences
 
 TREE = {
     "name": "r",
     "corpus": {"path": "texts", "split": {"heldout": 0.1}},
-    "teacher": {"kind": "local", "model": "t", "dollars": "0.10"},
+    "teacher": {"kind": "recorded", "model": "t", "dollars": "0.10"},
     "student": {"model": "s"},
 }
 
@@ -228,7 +227,10 @@ def test_the_seconds_of_a_killed_stage_are_in_the_ledger(tmp_path, monkeypatch):
             os.write(writer, b"x")
             signal.pause()
 
-        perform(make(tmp_path), Stage("first", (), (), ("a.txt",), main))
+        try:
+            perform(make(tmp_path), Stage("first", (), (), ("a.txt",), main))
+        finally:
+            os._exit(1)
     os.read(reader, 1)
     run = make(tmp_path)
     stage = Stage("first", (), (), ("a.txt",), write("a.txt"))

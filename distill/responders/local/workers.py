@@ -18,15 +18,9 @@ from types import FrameType
 from distill.errors import DistillError, Exit
 from distill.responders.responder import Plan, Planner, Raw, Request
 from distill.responders.store import ResponseStore, Spend
-from distill.storage.files import remove_folder
-from distill.storage.locks import alive
-from distill.storage.log import Log, Tail, copy
-from distill.storage.processes import (
-    asked_of_launcher,
-    check_world,
-    die_with_parent,
-    launcher_command,
-)
+from distill.storage.environment import check_world, die_with_parent
+from distill.storage.files import alive, remove_folder
+from distill.storage.log import Log, copy
 from distill.storage.progress import say
 
 PATIENCE = timedelta(days=30)  # for a process that waits: the launcher ends it where another died
@@ -54,10 +48,7 @@ class Workers:
 
         state = PartialState(cpu=True, timeout=PATIENCE)  # few messages are exchanged, no tensors
         world = state.num_processes
-        sizes = {
-            "WORLD_SIZE": int(os.environ.get("WORLD_SIZE", "1")),
-            "launcher": asked_of_launcher(launcher_command()),
-        }
+        sizes = {"WORLD_SIZE": int(os.environ.get("WORLD_SIZE", "1"))}
         check_world(sizes, world, "scripts/generate.py", Exit.TEACHER)
         if world == 1:
             return cls(0, [os.getpid()])
@@ -120,18 +111,20 @@ class Workers:
         self._send([plan.id for plan in plans])
         ids = {request.id for plan in plans for request in plan.requests}
         count = sum(("response", identifier) not in store for identifier in ids)
-        tails = [Tail(_part(store.folder, rank)) for rank in range(1, len(self.pids))]
         mine = store.keep(_answers(planner, plans[:: len(self.pids)]), spend)
-        while count:
-            records = [r for tail in tails for r in tail.read() if r[:2] not in store]
-            store.append(records)
-            raws = [Raw.model_validate(body) for _, _, body in records]
-            if raw := next(mine, None):
-                raws.append(raw)
-            count -= len(raws)
-            yield from raws
-            if not raws:
-                time.sleep(PAUSE)
+        with ExitStack() as opened:
+            folders = [_part(store.folder, rank) for rank in range(1, len(self.pids))]
+            parts = [opened.enter_context(Log(folder, writable=False)) for folder in folders]
+            while count:
+                records = [r for part in parts for r in part.news() if r[:2] not in store]
+                store.append(records)
+                raws = [Raw.model_validate(body) for _, _, body in records]
+                if raw := next(mine, None):
+                    raws.append(raw)
+                count -= len(raws)
+                yield from raws
+                if not raws:
+                    time.sleep(PAUSE)
         self._wait()
         take_over(store)
 
@@ -220,8 +213,8 @@ def take_over(store: Log) -> None:
     names = {path.name.removesuffix(".repaired") for path in folder.glob("[0-9]*")}
     count = 0
     for part in sorted(folder / name for name in names if name.isdigit()):
-        with Log(part):  # a torn tail goes, and nobody writes
-            count += copy(Tail(part).read(), store)
+        with Log(part) as log:  # a torn tail goes, and nobody writes
+            count += copy(log.news(), store)
         remove_folder(part)
     with suppress(OSError):  # not there, or it holds what a repair has kept
         folder.rmdir()

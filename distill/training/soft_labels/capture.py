@@ -23,11 +23,9 @@ from distill.errors import DistillError, Exit
 from distill.models import loading
 from distill.records import Example, Pair
 from distill.responders.terms import require_terms
-from distill.storage.files import disk_errors, read_json, write_json
-from distill.storage.fingerprints import MODEL_FILE
-from distill.storage.locks import FolderLock, sweep
+from distill.storage.files import disk_errors, folder_lock, read_json, write_json
 from distill.storage.progress import say, tracking
-from distill.storage.run_folder import Run
+from distill.storage.run_folder import MODEL_FILE, Run
 from distill.training.batches import micro_batches, padded_batches
 from distill.training.encode import encode_pairs
 from distill.training.soft_labels import answer_logprobs, prompt_logprobs
@@ -68,8 +66,7 @@ def main(config: Config, run: Run) -> None:
     both = zip(pairs, examples, strict=True)
     texts = [read_as_teacher(tokenizer, pair, example, date) for pair, example in both]
     cache = SignalCache.open(config.store_folder(), cache_name(facts))
-    with FolderLock(cache.folder):
-        sweep(cache.folder)
+    with folder_lock(cache.folder):
         missing = [text for text in texts if text.key.example not in cache.index]
         require_room(cache.folder, missing, config.signals, config.buys_signals)
         if missing and config.signals.from_answers:

@@ -22,9 +22,8 @@ from distill.models.chat_template import template_hash, vocabulary_hash
 from distill.records import Example, Pair, digest
 from distill.responders.terms import require_terms
 from distill.storage.files import read_json, read_records
-from distill.storage.fingerprints import MODEL_FILE, differences, unnamed
 from distill.storage.progress import say
-from distill.storage.run_folder import Run
+from distill.storage.run_folder import MODEL_FILE, Run, differences, unnamed
 from distill.training.divergences import Live, SoftTargets
 from distill.training.encode import encode_pair
 from distill.training.sharding import send
