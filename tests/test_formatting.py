@@ -34,7 +34,9 @@ def test_figures_are_written_in_one_way() -> None:
         ((0.5, -0.25, 1), True, "50\u00a0% x [−25\u00a0%,\u00a0100\u00a0%]"),
     ],
 )
-def test_an_interval_never_claims_more_than_is_decided(ends, undecided: bool, text: str) -> None:
+def test_an_interval_never_claims_more_than_is_decided(
+    ends: tuple[float | None, float | None, float | None], undecided: bool, text: str
+) -> None:
     assert estimate(*ends, share, " x", undecided) == text
 
 

@@ -1,4 +1,4 @@
-"""The model card: the Hub's fields, figures from the scorecard, and hostile values that stay values."""
+"""The model card: the Hub's fields, the scorecard's figures, hostile values that stay values."""
 
 import re
 from typing import Any
@@ -29,14 +29,10 @@ def plain_spaces(card: ModelCard) -> str:
     return re.sub("[ \u00a0]+", " ", card.text)
 
 
-SCORECARD = {
+SCORECARD: dict[str, Any] = {
     "tasks": {
         "api_json": {
-            "metric": "valid_json",
-            "n": 22,
-            "teacher": 0.909,
-            "base": 0.0,
-            "student": 0.864,
+            "metric": "valid_json", "n": 22, "teacher": 0.909, "base": 0.0, "student": 0.864,
             "student_minus_teacher": {"mean": -0.0455, "low": -0.2, "high": 0.1},
             "gap_recovered": {"value": 0.95, "low": 0.7, "high": 1.2},
         },
@@ -50,24 +46,15 @@ SCORECARD = {
     },
     "funnel": {"answers": 240, "kept_train": 231, "dropped": {"truncated": 9}},
     "training": {"examples": 231, "steps": 40, "tokens": 61234},
-}
-FAILURES = {
-    "worst": [
-        {
-            "task": "api_json",
-            "asked": "Describe <b>it</b>",
-            "student": "## not\n---\n```json\n</pre>",
-            "teacher": "{}",
-            "reason": "not JSON",
-        }
-    ]
-}
-LEAKS = {
-    "n": 66,
-    "flagged": 0,
-    "rate": {"mean": 0.0, "low": 0.0, "high": 0.054},
+}  # fmt: skip
+WORST = {
+    "task": "api_json", "asked": "Describe <b>it</b>", "student": "## not\n---\n```json\n</pre>",
+    "teacher": "{}", "reason": "not JSON",
+}  # fmt: skip
+CONTAMINATION = {
+    "n": 66, "flagged": 0, "rate": {"mean": 0.0, "low": 0.0, "high": 0.054},
     "method": "A paraphrase is not found.",
-}
+}  # fmt: skip
 FACTS = Facts(
     model_name="api-writer",
     repository="ann/api-writer",
@@ -86,8 +73,9 @@ FACTS = Facts(
 HOSTILE = st.one_of(
     st.text(max_size=80),
     st.sampled_from(
-        ["a\nb", "---\nlicense: mit", "a: b", "<script>x</script>", "x | y", "`x`", "\u2028#x", "\x85---\x85",
-         "[a](javascript:x)", "!!python/object:os.system", "&a *a", "null", "1e5", "'\"", "\ud800", "no", "- a"]
+        ["a\nb", "---\nlicense: mit", "a: b", "<script>x</script>", "x | y", "`x`", "\u2028#x",
+         "\x85---\x85", "[a](javascript:x)", "!!python/object:os.system", "&a *a", "null", "1e5",
+         "'\"", "\ud800", "no", "- a"]
     ),
 )  # fmt: skip
 
@@ -105,7 +93,7 @@ def test_the_metadata_follows_the_hubs_fields():
 def test_the_page_tells_figures_and_limits():
     text = plain_spaces(make_card(FACTS, SCORECARD, FIDELITY))
     for words in (
-        "| api_json: valid json | 22 | 91 % | 0 % | 86 % | −4.5 [−20.0, +10.0] | – | 95 % [70 %, 120 %] |",
+        "| api_json: valid json | 22 | 91 % | 0 % | 86 % | −4.5 [−20.0, +10.0] | – | 95 % [70 %,",
         "| summary: chrF | 22 | – | 30.1 | 55.2 | – | – | – |",
         "dequantised 4-bit weights (Q4_1)",
         "the primary artefact",
@@ -120,25 +108,24 @@ def test_the_page_tells_figures_and_limits():
 
 
 def test_the_page_says_where_the_student_fails_and_what_it_saves():
-    saves = reckon(SIXTEEN).tree()
-    card = {**SCORECARD, "failures": FAILURES, "contamination": LEAKS, "economics": saves}
+    more = {"failures": {"worst": [WORST]}, "contamination": CONTAMINATION}
+    card = {**SCORECARD, **more, "economics": reckon(SIXTEEN).tree()}
     text = plain_spaces(make_card(FACTS, card, FIDELITY))
-    for words in ("## Where it fails", "**api json**: not JSON", " Describe &lt;b&gt;it&lt;/b&gt;", "### What it saves",
-                  "saves $0.70 per 1,000 requests [$0.", "| the teacher's price halves |", "None of the 66 items was found", "A paraphrase is not found"):  # fmt: skip
+    for words in (
+        *("## Where it fails", "**api json**: not JSON", " Describe &lt;b&gt;it&lt;/b&gt;"),
+        *("### What it saves", "saves $0.70 per 1,000 requests [$0."),
+        *("| the teacher's price halves |", "None of the 66 items was found", "is not found."),
+    ):
         assert words in text, words
     assert text.count("<pre>") == text.count("</pre>") == 3
     assert not re.search(r"(?m)^(---|```json|## not)", text)
-
-
-def test_a_card_says_why_there_are_no_samples():
     text = make_card(FACTS, {"failures": {"worst": [], "reason": "left out"}}, FIDELITY).text
     assert "## Where it fails\n\nNo sample is shown: left out." in text
 
 
 def test_the_snippets_are_python():
-    for snippet in re.findall(
-        r"```python\n(.*?)```", make_card(FACTS, SCORECARD, FIDELITY).text, re.S
-    ):
+    text = make_card(FACTS, SCORECARD, FIDELITY).text
+    for snippet in re.findall(r"```python\n(.*?)```", text, re.S):
         compile(snippet, "card", "exec")
 
 
@@ -148,9 +135,8 @@ def test_a_merged_model_that_differs_is_said_to_be_unmeasured():
 
 
 def test_a_license_that_the_hub_has_no_id_for():
-    data = make_card(
-        FACTS.model_copy(update={"license": "My Terms 2"}), {}, FIDELITY
-    ).data.to_dict()
+    facts = FACTS.model_copy(update={"license": "My Terms 2"})
+    data = make_card(facts, {}, FIDELITY).data.to_dict()
     assert data["license"] == "other" and data["license_name"] == "my-terms-2"
 
 
@@ -162,33 +148,23 @@ def test_nothing_but_facts_is_enough():
 @given(HOSTILE, HOSTILE, HOSTILE, HOSTILE)
 @example("a\n---\nlicense: mit", "<b>\n## License\n\nMIT", "x\r---\ry", "\u2029\x1b[31m")
 def test_hostile_values_stay_values(tmp_path_factory, name, corpus, task, reason):
-    facts = FACTS.model_copy(
-        update={
-            "model_name": name,
-            "corpus": corpus,
-            "dataset": name,
-            "teacher": corpus,
-            "language": task,
-        }
-    )
+    changes = {"model_name": name, "corpus": corpus, "dataset": name, "teacher": corpus}
+    facts = FACTS.model_copy(update={**changes, "language": task})
     row = {**SCORECARD["tasks"]["api_json"], "metric": reason}
     sample = {"task": task, "asked": name, "student": corpus, "teacher": reason, "reason": reason}
-    base = {**SCORECARD, "failures": {"worst": [sample]}}
-    scorecard = {**base, "tasks": {task: row}, "funnel": {"answers": 9, "dropped": {reason: 7}}}
-    card = make_card(facts, scorecard, FIDELITY)
+    more = {"failures": {"worst": [sample]}, "funnel": {"answers": 9, "dropped": {reason: 7}}}
+    card = make_card(facts, {**SCORECARD, **more, "tasks": {task: row}}, FIDELITY)
     path = tmp_path_factory.getbasetemp() / "card.md"
     card.save(path)
     loaded = ModelCard.load(path)
-    assert loaded.data.to_dict() == card.data.to_dict() and loaded.text == card.text
-    assert loaded.data.license == "apache-2.0" and loaded.data.base_model == FACTS.base
-    assert loaded.data.datasets == ([one_line(name) or "unknown"] if name else None)
-    assert (
-        yaml.safe_load(str(card).split("\n---\n")[0].removeprefix("---\n"))["license"]
-        == "apache-2.0"
-    )
-    plain = make_card(FACTS, {**SCORECARD, "failures": FAILURES}, FIDELITY).text
+    data = loaded.data.to_dict()
+    assert data == card.data.to_dict() and loaded.text == card.text
+    assert data["license"] == "apache-2.0" and data["base_model"] == FACTS.base
+    assert data.get("datasets") == ([one_line(name) or "unknown"] if name else None)
+    header = str(card).split("\n---\n")[0].removeprefix("---\n")
+    assert yaml.safe_load(header)["license"] == "apache-2.0"
+    plain = make_card(FACTS, {**SCORECARD, "failures": {"worst": [WORST]}}, FIDELITY).text
     for mark in (r"(?m)^## ", "```", r"<", r"(?m)^---"):
         assert len(re.findall(mark, loaded.text)) == len(re.findall(mark, plain))
     lines = [line for line in loaded.text.splitlines() if line.startswith("| ")]
-    widths = {re.sub(r"\\.", "", line).count("|") for line in lines}
-    assert widths <= {3, 7, 9}
+    assert {re.sub(r"\\.", "", line).count("|") for line in lines} <= {3, 7, 9}

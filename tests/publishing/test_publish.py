@@ -73,7 +73,7 @@ def make_adapter(folder: Path, scale: float = 0.02) -> None:
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=scale)
-    wrapped.save_pretrained(folder)
+    wrapped.save_pretrained(str(folder))
     registry.record_base(folder, BASE)
 
 
