@@ -18,8 +18,12 @@ from typing import Any, Literal
 
 from distill.errors import DistillError, Exit
 
-Role = Literal["checker", "filter", "responder"]
-PROVIDED: dict[Role, dict[str, Callable[..., Any]]] = {"checker": {}, "filter": {}, "responder": {}}
+FunctionKind = Literal["checker", "filter", "responder"]
+PROVIDED: dict[FunctionKind, dict[str, Callable[..., Any]]] = {
+    "checker": {},
+    "filter": {},
+    "responder": {},
+}
 
 
 @contextmanager
@@ -41,22 +45,22 @@ def provided(
         PROVIDED.update(before)
 
 
-def find(role: Role, name: str) -> Callable[..., Any]:
+def find(kind: FunctionKind, name: str) -> Callable[..., Any]:
     """Return a function; raises DistillError (exit 2) where this process was not given it."""
-    if name not in PROVIDED[role]:
-        given = f"[{name}]" if role == "filter" else f'{{"{name}": ...}}'
-        fix = f"run it from Python: distill.run(..., {role}s={given})"
-        raise DistillError(Exit.CONFIG, f"{role} {name}", "is not known to this process", fix)
-    return PROVIDED[role][name]
+    if name not in PROVIDED[kind]:
+        given = f"[{name}]" if kind == "filter" else f'{{"{name}": ...}}'
+        fix = f"run it from Python: distill.run(..., {kind}s={given})"
+        raise DistillError(Exit.CONFIG, f"{kind} {name}", "is not known to this process", fix)
+    return PROVIDED[kind][name]
 
 
-def source_hash(role: Role, name: str) -> str:
+def source_hash(kind: FunctionKind, name: str) -> str:
     """Return the hash of a function's `version`, where it has one, else of its source text.
 
     What the source calls is not part of it: give a function that depends on more a `version`.
     Raises DistillError (exit 2) where it has neither.
     """
-    function = find(role, name)
+    function = find(kind, name)
     text = getattr(function, "version", None)
     if text is None:
         code = function if inspect.isroutine(function) else type(function)
@@ -66,5 +70,5 @@ def source_hash(role: Role, name: str) -> str:
             text = textwrap.dedent(inspect.getsource(code))
         except (OSError, TypeError):
             what, fix = "has no source text that could be hashed", f"set {name}.version = '1'"
-            raise DistillError(Exit.CONFIG, f"{role} {name}", what, fix) from None
+            raise DistillError(Exit.CONFIG, f"{kind} {name}", what, fix) from None
     return hashlib.sha256(str(text).encode()).hexdigest()[:32]

@@ -31,6 +31,8 @@ def test_a_shipped_experiment_loads_and_is_named_after_its_file(path: Path) -> N
 
 def test_the_quickstart_has_the_sizes_that_it_is_compared_at() -> None:
     config = load_config(Path("configs/quickstart.yaml"))
-    assert (config.prompts.train, config.corpus.limit) == (240, 360)
-    assert config.prompts.heldout == config.corpus.split.heldout == 66
+    assert (config.prompts.train, config.corpus.limit) == (96, 180)
     assert config.teacher.max_new_tokens == 128 and config.prompts.per_document == "rotate"
+    table = load_config(Path("configs/python-docs.yaml"))  # the README's
+    assert (table.prompts.train, table.prompts.validation, table.prompts.heldout) == (240, 360, 66)
+    assert table.student == config.student and table.train == config.train

@@ -32,8 +32,14 @@ WITH = {
 }
 
 
+SIZE = (  # of the quickstart when it was recorded
+    *("prompts.train=240", "prompts.validation=24", "prompts.heldout=66", "corpus.limit=360"),
+    *("corpus.split={validation: 26, heldout: 66}", "evaluation.suites=[forgetting]"),
+)
+
+
 def quickstart(*overrides: str) -> Run:
-    return shipped("quickstart", *overrides)
+    return shipped("quickstart", *SIZE, *overrides)
 
 
 def shown(config: Config, machine: Machine = HERE) -> str:
@@ -136,9 +142,9 @@ def test_the_plan_is_json_too(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert main(["plan", str(ROOT / "configs/quickstart.yaml"), "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert plan["prompts"] == {"train": 240, "validation": 24, "heldout": 66}
+    assert plan["prompts"] == {"train": 96, "validation": 12, "heldout": 48}
     assert plan["machine"]["rates"]["auto"] and plan["seconds"] > 60 and plan["memory"]["train"]
-    assert plan["teacher"]["requests"] == 330 and plan["teacher"]["output_tokens_most"] == 330 * 128
+    assert plan["teacher"]["requests"] == 156 and plan["teacher"]["output_tokens_most"] == 156 * 128
 
 
 def test_what_cannot_be_planned_says_so(capsys):
