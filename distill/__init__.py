@@ -1,4 +1,4 @@
-"""distill: turn a teacher model and a corpus into a small open student, and say honestly what came out."""
+"""Turn a teacher model and a corpus into a small open student, and say honestly what came out."""
 
 import os
 from typing import TYPE_CHECKING

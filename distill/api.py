@@ -1,4 +1,4 @@
-"""A run from Python: `import distill; distill.run("my.yaml")` does what `distill run my.yaml` does."""
+"""A run from Python: `distill.run("my.yaml")` does what `distill run my.yaml` does."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

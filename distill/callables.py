@@ -1,4 +1,4 @@
-"""Python functions that a program brings to `distill.run`: checkers, filters and responders, by name.
+"""Functions that a program brings to `distill.run`: checkers, filters and responders, by name.
 
 A config runs no code. It names what the calling program brought, and a run records the hash of its
 source, so that the same name with another body makes the stages stale that used it.

@@ -1,7 +1,8 @@
-"""The `distill` command: `distill run CONFIG` does all stages; each stage is also a verb of its own.
+"""The `distill` command: `distill run CONFIG` does all stages; each stage is a verb too.
 
-A CONFIG is a YAML file or a run's folder; `key.name=value` after it changes a key. An error is one line on stderr and
-its exit code (see `distill.errors`); `--debug` shows the traceback. Work that is done is never done twice.
+A CONFIG is a YAML file or a run's folder; `key.name=value` after it changes a key. An error is one
+line on stderr and its exit code (see `distill.errors`); `--debug` shows the traceback. Work that is
+done is never done twice.
 """
 
 import json
@@ -25,7 +26,7 @@ from distill.pipeline import (
 from distill.storage.run_folder import Stage, open_run
 
 app = typer.Typer(
-    help="Turn a teacher model and a corpus into a small open model, and say what it kept and cost.",
+    help="Turn a teacher model and a corpus into a small open one, and say what it kept and cost.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -199,7 +200,7 @@ def evaluate(
         Path | None, typer.Option(metavar="DIR", help="Further tasks of it; they may hold code.")
     ] = None,
 ) -> None:
-    """Compare student, base and teacher on held-out items; with --lm-eval ask the student lm-eval's tasks instead."""
+    """Compare student, base and teacher on held-out items, or ask the student lm-eval's tasks."""
     if lm_eval is None:
         stage = STAGES[NAMES.index("evaluate")]
         perform_checking(stage, config, overrides, redo, allow_code, unsafe_code)
@@ -226,7 +227,7 @@ def show_plan(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a run would take: prompts, tokens, dollars, seconds, bytes. Without --pilot it sends nothing."""
+    """Say what a run would take: tokens, dollars, seconds, bytes. Only --pilot sends anything."""
     from distill.planning.cost import pilot as ask_some
     from distill.planning.plan import make_plan, show
 
@@ -257,7 +258,7 @@ def show_verified(
     allow_code: AllowCode = False,
     unsafe_code: UnsafeCode = False,
 ) -> None:
-    """Hold a finished run against its own records, and make its scorecard again from the stored answers."""
+    """Hold a finished run against its records, and make its scorecard again from its answers."""
     from distill import verify
     from distill.tasks.sandbox.programs import allow
 
@@ -282,7 +283,7 @@ def compare(
     ] = None,
     b: Annotated[list[Path] | None, typer.Option("--b", help="Those of side B.")] = None,
 ) -> None:
-    """Compare two runs or files on the items that they share; several of a side are averaged over seeds."""
+    """Compare two runs or files on the items that they share; runs of a side are its seeds."""
     from distill.evaluation.compare import compare_paths
 
     paired = sides or []

@@ -278,7 +278,8 @@ class Teacher(Section):
     answers_anything: ClassVar[bool] = True
     """Whether it has answers to more than the prompts that came with the corpus."""
     logprobs: ClassVar[Literal["full", "listed"] | None] = None
-    """What it tells of the next token: each token's probability, a list of the top ones, nothing."""
+    """What it tells of the next token: each token's probability, a list of the top ones,
+    nothing."""
     under_terms: ClassVar[bool] = True
     """Whether its answers are a model's, whose terms apply."""
     shaping: ClassVar[tuple[str, ...]] = ()
@@ -349,7 +350,8 @@ class Teacher(Section):
 
     @model_validator(mode="after")
     def _keys_of_its_kind(self) -> Self:
-        """Forget what a resolved config says of other kinds; what was set there would do nothing."""
+        """Forget what a resolved config says of other kinds; what was set there would do
+        nothing."""
         extra, foreign = self.__pydantic_extra__ or {}, dict[str, str]()
         for key, value in extra.items():
             name = RENAMED.get(key, key)
@@ -378,7 +380,8 @@ class LocalTeacher(Teacher):
 
     kind: Literal["local"] = "local"
     """`local` loads a model here, `endpoint` asks a server, `recorded` takes the answers in the
-    corpus, `canned` those in a file, `python` calls a function. Below, the keys of one kind stand behind those of all."""
+    corpus, `canned` those in a file, `python` calls a function. Below, the keys of one kind stand
+    behind those of all."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the weights in memory; `auto` takes bfloat16 where the hardware computes in it."""
     max_batch_size: Positive | None = None

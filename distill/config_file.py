@@ -263,7 +263,8 @@ def limits(field: FieldInfo) -> str:
 
 
 def secret_in(text: str, allowed: Collection[str] = ()) -> Secret | None:
-    """Return the first secret in a text of the user's; the login of an address is one, whatever it is."""
+    """Return the first secret in a text of the user's; the login of an address is one, whatever it
+    is."""
     if found := LOGIN.search(text):
         return Secret("address-login", *found.span())
     return next(find_secrets(text, allowed), None)

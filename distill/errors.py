@@ -1,6 +1,7 @@
 """The one exception of the project, and the exit codes of its commands.
 
-Every error that a user can cause or meet ends as one line, `error: where: what (what to do)`, and one of these codes.
+Every error that a user can cause or meet ends as one line, `error: where: what (what to do)`, and
+one of these codes.
 """
 
 import sys
@@ -32,7 +33,8 @@ class DistillError(Exception):
 
 
 def exit_code(work: Callable[[], object], debug: bool = False) -> int:
-    """Do `work` and return the command's exit code; an error becomes one line on stderr, or with `debug` is raised."""
+    """Do `work` and return the command's exit code; an error becomes one line on stderr, or with
+    `debug` is raised."""
     try:
         work()
     except KeyboardInterrupt:
@@ -50,6 +52,7 @@ def exit_code(work: Callable[[], object], debug: bool = False) -> int:
 
 
 def _complain(line: str, code: int) -> int:
-    """Print one line, whatever came in from a file: control characters are shown, not sent to the terminal."""
+    """Print one line, whatever came in from a file: control characters are shown, not sent to the
+    terminal."""
     print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), file=sys.stderr)
     return int(code)

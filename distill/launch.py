@@ -1,7 +1,9 @@
-"""A stage started as a program of its own, by plain python or once a process by `accelerate launch`: generate or train.
+"""A stage started as a program of its own, by plain python or once a process by `accelerate
+launch`: generate or train.
 
-The first process holds the run's lock and does the stage, with all it records. The others join its work: in training
-they look at the same state and take the same decision, and in generation they answer what the first hands out.
+The first process holds the run's lock and does the stage, with all it records. The others join its
+work: in training they look at the same state and take the same decision, and in generation they
+answer what the first hands out.
 """
 
 import os
@@ -19,7 +21,8 @@ from distill.storage.run_folder import Run, Stage, open_run
 
 
 def main(name: str, words: Sequence[str]) -> int:
-    """Do a stage for `CONFIG [key=value ...] [--redo] [--allow-inexact] [--debug]`; returns the exit code."""
+    """Do a stage for `CONFIG [key=value ...] [--redo] [--allow-inexact] [--debug]`; returns the
+    exit code."""
     flags = {word for word in words if word.startswith("--")}
     config, *overrides = [word for word in words if word not in flags]
     stage = next(stage for stage in STAGES if stage.name == name)

@@ -32,7 +32,8 @@ def _lazy(module: str) -> Callable[..., None]:
 
 
 def _identity(module: str) -> Callable[[Config], dict[str, str]]:
-    """Return the `identity` of a module: hashes of what the stage reads outside the run's folder."""
+    """Return the `identity` of a module: hashes of what the stage reads outside the run's
+    folder."""
     return lambda config: import_module(module).identity(config)
 
 
@@ -53,7 +54,8 @@ def student_facts(config: Config) -> dict[str, str]:
 
 
 def capture_identity(config: Config) -> dict[str, str]:
-    """Return what pins the teacher whose distributions are captured, and the tokens that they are over."""
+    """Return what pins the teacher whose distributions are captured, and the tokens that they are
+    over."""
     served = not config.soft_teacher().runs_here
     tokenizer = config.signals.tokenizer if served else None
     facts = registry.folder_facts("tokenizer", tokenizer) if tokenizer else {}
@@ -61,7 +63,7 @@ def capture_identity(config: Config) -> dict[str, str]:
 
 
 def evaluation_identity(config: Config) -> dict[str, str]:
-    """Return the hashes of the suites, and what the models are that answer them or judge, where they are folders."""
+    """Return the hashes of the suites, and of the models in folders that answer them or judge."""
     from distill.evaluation.suites import suite_hashes
 
     found = {
@@ -104,9 +106,11 @@ def training_identity(config: Config) -> dict[str, str]:
 
 
 def require_models(config: Config, left: Collection[str]) -> None:
-    """Stop before anything is asked where a folder does not hold the model that the stages `left` would load.
+    """Stop before anything is asked where a folder does not hold the model that the stages `left`
+    would load.
 
-    The student is looked at in any case: what is asked is asked for it. Raises DistillError (exit 7).
+    The student is looked at in any case: what is asked is asked for it. Raises DistillError (exit
+    7).
     """
     student, judge = config.student, config.evaluation.judge
     loading.check_model(student.model, student.allow_pickle, student.trust_remote_code)
@@ -121,8 +125,9 @@ def require_models(config: Config, left: Collection[str]) -> None:
 
 STUDENT = ("adapter/adapter_model.safetensors", "refined/adapter/adapter_model.safetensors")
 DATASET = tuple(f"dataset/{split}.jsonl" for split in ("train", "validation", "heldout"))
-# What shapes answers; an endpoint's address is in its identity, and a budget or a timeout may change at any time.
-# The reasoning comes with an answer in any case; whether it is kept is in the identity of `filter`.
+# What shapes answers; an endpoint's address is in its identity, and a budget or a timeout may
+# change at any time. The reasoning comes with an answer in any case; whether it is kept is in the
+# identity of `filter`.
 TEACHER_KEYS = tuple(
     dict.fromkeys(
         f"teacher.{key}"
@@ -136,7 +141,8 @@ TEACHER_KEYS = tuple(
 MONEY = ("machine", "prices", "utilisation", "requests_per_month", "teacher_price")
 MEASURED = tuple(f"evaluation.{key}" for key in Evaluation.model_fields if key not in MONEY)
 
-# What shapes distributions; of the training only how long its samples may be. A server is in the identity.
+# What shapes distributions; of the training only how long its samples may be. A server is in the
+# identity.
 SIGNAL_KEYS = (
     *(f"signals.{key}" for key in Signals.model_fields if key != "endpoint"),
     *("teacher.kind", "teacher.model", "teacher.revision", "teacher.dtype"),
@@ -241,7 +247,8 @@ NAMES = tuple(stage.name for stage in STAGES)
 
 
 def from_stage(name: str) -> tuple[Stage, ...]:
-    """Return the stage of that name and all that follow; raises DistillError (exit 2) for an unknown name."""
+    """Return the stage of that name and all that follow; raises DistillError (exit 2) for an
+    unknown name."""
     if name not in NAMES:
         raise DistillError(
             Exit.CONFIG, f"--redo {name}", "no such stage", "one of " + ", ".join(NAMES)
@@ -252,7 +259,8 @@ def from_stage(name: str) -> tuple[Stage, ...]:
 def permit_code(
     run: Run, stages: Sequence[Stage], redo: Sequence[Stage], sandboxed: bool, unsafe: bool
 ) -> None:
-    """Let generated programs run as asked; raises DistillError (exit 2) where stages need that which are left."""
+    """Let generated programs run as asked; raises DistillError (exit 2) where stages need that
+    which are left."""
     from distill.evaluation.suites import tasks_of
     from distill.tasks.checkers import RUNS_CODE
     from distill.tasks.sandbox.programs import allow
@@ -271,9 +279,11 @@ def permit_code(
 
 
 def require_soft_teacher(run: Run, redo: Sequence[Stage]) -> None:
-    """Stop before anything is asked where soft labels cannot be had: other tokens (exit 2), or terms (exit 10).
+    """Stop before anything is asked where soft labels cannot be had: other tokens (exit 2), or
+    terms (exit 10).
 
-    A server that shall tell distributions is asked for those of one short text (exit 4 where it does not).
+    A server that shall tell distributions is asked for those of one short text (exit 4 where it
+    does not).
     """
     from distill.responders.terms import require_terms
     from distill.training.soft_labels import answer_logprobs, prompt_logprobs
@@ -294,9 +304,11 @@ def require_soft_teacher(run: Run, redo: Sequence[Stage]) -> None:
 def perform(
     run: Run, stages: Sequence[Stage], redo: Sequence[Stage] = (), allow_inexact: bool = False
 ) -> None:
-    """Do what is left of `stages` under the run's lock, after checking all of them for other settings.
+    """Do what is left of `stages` under the run's lock, after checking all of them for other
+    settings.
 
-    `allow_inexact` lets a training resume under other data, settings or libraries, which the card says.
+    `allow_inexact` lets a training resume under other data, settings or libraries, which the card
+    says.
     """
     with run.lock():
         for stage in stages:

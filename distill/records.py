@@ -1,7 +1,7 @@
 """The nouns of the pipeline: frozen records, their ids and their JSON form.
 
-Ids are hashes of content, never row numbers, so joining, resuming and sharing between runs come free.
-This module imports no torch; every stage may import it.
+Ids are hashes of content, never row numbers, so joining, resuming and sharing between runs come
+free. This module imports no torch; every stage may import it.
 """
 
 import hashlib
@@ -53,7 +53,8 @@ class Message(Record):
 
 
 class Document(Record):
-    """A piece of the corpus after cleaning and chunking; `split` is None until all documents are split."""
+    """A piece of the corpus after cleaning and chunking; `split` is None until all documents are
+    split."""
 
     id: str
     text: str
@@ -128,7 +129,8 @@ class Usage(Record):
 
 
 class Candidate(Record):
-    """A token with its log-probability; `bytes` are stated where its text does not determine them."""
+    """A token with its log-probability; `bytes` are stated where its text does not determine
+    them."""
 
     token: str
     logprob: Annotated[float, Field(allow_inf_nan=False)]
@@ -203,7 +205,8 @@ class Item(Record):
 
 
 class AnswerLoss(Record):
-    """The loss of an answer under a model in nats, the answer's tokens, and how many of them are the model's top-1."""
+    """The loss of an answer under a model in nats, the answer's tokens, and how many of them are
+    the model's top-1."""
 
     loss: float
     tokens: int
@@ -211,7 +214,8 @@ class AnswerLoss(Record):
 
 
 class Score(Record):
-    """A scorer's verdict with its evidence; `value` is None only where we failed, never where the model did."""
+    """A scorer's verdict with its evidence; `value` is None only where we failed, never where the
+    model did."""
 
     item_id: str
     model: str
@@ -221,7 +225,8 @@ class Score(Record):
 
 
 class Timing(Record):
-    """Timings of their own: requests asked one at a time, and prompts that are only prefilled, in a batch."""
+    """Timings of their own: requests asked one at a time, and prompts that are only prefilled, in a
+    batch."""
 
     requests: int
     output_tokens: int
@@ -231,7 +236,8 @@ class Timing(Record):
 
 
 class LedgerEntry(Record):
-    """What one stage took in one go; of paid attempts also those that may have been billed, and their maximum.
+    """What one stage took in one go; of paid attempts also those that may have been billed, and
+    their maximum.
 
     `paid_input_tokens` and `paid_output_tokens` are the part of the tokens that paid attempts took.
     """

@@ -1,4 +1,5 @@
-"""`distill status`: what a run has done, what is left, and what each stage has cost so far. Loads no model."""
+"""`distill status`: what a run has done, what is left, and what each stage has cost so far. Loads
+no model."""
 
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
@@ -30,7 +31,8 @@ class StageStatus(Record):
 
 
 class Doubt(Record):
-    """A request that may have been billed though nobody knows how much; `most` is its maximum in dollars."""
+    """A request that may have been billed though nobody knows how much; `most` is its maximum in
+    dollars."""
 
     key: str
     what: str
@@ -98,7 +100,8 @@ def summed(
 
 
 def show(status: Status) -> Group:
-    """Return a row a stage, a row of sums, why what is stale is stale, and what may have been billed."""
+    """Return a row a stage, a row of sums, why what is stale is stale, and what may have been
+    billed."""
     rows = table(status.run, "stage", "state", "finished", ">seconds", ">in", ">out", ">dollars")
     for stage in status.stages:
         rows.add_row(*_cells(stage))

@@ -1,9 +1,11 @@
-"""`distill verify RUN`: is a finished run what it says it is? Loads no model, asks nothing, writes nothing into the run.
+"""`distill verify RUN`: is a finished run what it says it is? Loads no model, asks nothing, writes
+nothing into the run.
 
-Three things are looked at. The files have the hashes that were recorded when they were written. The stored answers give
-the same scores, scorecard and report again, byte for byte, on another day and in another folder too. And the parts
-belong together: the answers are what the store holds as it came, adapter and merged model are the evaluated ones, and a
-release has that adapter, that scorecard and that model.
+Three things are looked at. The files have the hashes that were recorded when they were written. The
+stored answers give the same scores, scorecard and report again, byte for byte, on another day and
+in another folder too. And the parts belong together: the answers are what the store holds as it
+came, adapter and merged model are the evaluated ones, and a release has that adapter, that
+scorecard and that model.
 """
 
 import tempfile
@@ -73,7 +75,8 @@ def verify(folder: Path) -> list[Check]:
 
 
 def _again(evidence: Evidence) -> Iterator[Check]:
-    """Make scores, scorecard and report again from the answers, elsewhere, and compare every byte."""
+    """Make scores, scorecard and report again from the answers, elsewhere, and compare every
+    byte."""
     other = list(_code(evidence))
     yield from other
     other_code = bool(other)
@@ -94,7 +97,8 @@ def _again(evidence: Evidence) -> Iterator[Check]:
 
 
 def _code(evidence: Evidence) -> Iterator[Check]:
-    """Say where another distill than this one measured or reported: its results may rightly differ."""
+    """Say where another distill than this one measured or reported: its results may rightly
+    differ."""
     here = environment()
     for stage in ("evaluate", "report"):
         there = evidence.manifest.get("stages", {}).get(stage, {}).get("environment", {})
@@ -106,9 +110,11 @@ def _code(evidence: Evidence) -> Iterator[Check]:
 
 @contextmanager
 def _scratch(evidence: Evidence, place: Path) -> Iterator[Run]:
-    """Yield a run elsewhere, of links to what was recorded; what is written there takes a link's place.
+    """Yield a run elsewhere, of links to what was recorded; what is written there takes a link's
+    place.
 
-    It has the ledger as the report found it. Its name is the scorecard's, whatever the folder is called now.
+    It has the ledger as the report found it. Its name is the scorecard's, whatever the folder is
+    called now.
     """
     config = open_run(evidence.folder).config
     name = _field(evidence.folder / "scorecard.json", "name") or config.name
@@ -156,7 +162,8 @@ def _measure_again(run: Run) -> str | None:
 
 
 def _sources(manifest: dict[str, Any], other_code: bool) -> Any:
-    """Return the files that a scorecard's parts come from; without those that other code measured in other words."""
+    """Return the files that a scorecard's parts come from; without those that other code measured
+    in other words."""
     return {
         part: {
             stage: {
@@ -171,7 +178,8 @@ def _sources(manifest: dict[str, Any], other_code: bool) -> Any:
 
 
 def _compared(old: Path, new: Path, name: str, other_code: bool) -> Check:
-    """Compare a file with the same one made again: every byte, or where other code made it, every figure it shares."""
+    """Compare a file with the same one made again: every byte, or where other code made it, every
+    figure it shares."""
     where = first_difference(old, new)
     if where and other_code and name in WORDED:
         return Check(
@@ -183,7 +191,8 @@ def _compared(old: Path, new: Path, name: str, other_code: bool) -> Check:
 
 
 def different_figures(old: Any, new: Any, path: str = "") -> Iterator[str]:
-    """Yield where two trees of JSON state different numbers; what only one of them states is no difference."""
+    """Yield where two trees of JSON state different numbers; what only one of them states is no
+    difference."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in old.keys() & new.keys():
             yield from different_figures(old[key], new[key], f"{path}.{key}" if path else key)
@@ -266,7 +275,8 @@ def _answers(log: ResponseStore, folder: Path, name: str) -> Check:
 
 
 def _as_it_came(log: ResponseStore, response: Response) -> bool:
-    """Tell whether an answer is what a raw record says; tokens that were estimated may have been counted since.
+    """Tell whether an answer is what a raw record says; tokens that were estimated may have been
+    counted since.
 
     One that had failed may have been asked again, by another run too.
     """
@@ -313,7 +323,8 @@ def _model(folder: Path) -> str | None:
 
 
 def show(folder: Path, checks: Sequence[Check]) -> Group:
-    """Return a row for each kind of check that found nothing, a row for each thing it found, and what nobody watches."""
+    """Return a row for each kind of check that found nothing, a row for each thing it found, and
+    what nobody watches."""
     rows = table(f"{folder}", "what", "state", "where")
     for kind in dict.fromkeys(check.kind for check in checks):
         mine = [check for check in checks if check.kind == kind]

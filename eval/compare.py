@@ -1,4 +1,5 @@
-"""Compare two runs or two files of scores or answers: `python eval/compare.py A B`, as `distill compare`. Loads no model."""
+"""Compare two runs or two files of scores or answers: `python eval/compare.py A B`, as `distill
+compare`. Loads no model."""
 
 import sys
 

@@ -1,4 +1,5 @@
-"""Look for items in a corpus: `python eval/contamination.py ITEMS CORPUS`, as `distill contamination`."""
+"""Look for items in a corpus: `python eval/contamination.py ITEMS CORPUS`, as `distill
+contamination`."""
 
 import sys
 

@@ -1,4 +1,5 @@
-"""Write the scorecards that README.md and docs/*.md show anew: `python eval/readme.py`, as `distill tables`."""
+"""Write the scorecards that README.md and docs/*.md show anew: `python eval/readme.py`, as `distill
+tables`."""
 
 import sys
 from pathlib import Path

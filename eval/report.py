@@ -1,4 +1,5 @@
-"""Make the scorecard and the report of a run again: `python eval/report.py runs/quickstart`. Loads no model."""
+"""Make the scorecard and the report of a run again: `python eval/report.py runs/quickstart`. Loads
+no model."""
 
 import sys
 

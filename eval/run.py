@@ -1,4 +1,5 @@
-"""Score a responder on a suite: `python eval/run.py forgetting --responder runs/quickstart`, as `distill score`."""
+"""Score a responder on a suite: `python eval/run.py forgetting --responder runs/quickstart`, as
+`distill score`."""
 
 import sys
 

@@ -1,11 +1,12 @@
-"""Measure the code of distill/ as a mirror for those who change it: sizes, doors, and words that say too little.
+"""Measure the code of distill/ as a mirror for those who change it: sizes, doors, and words that
+say too little.
 
     python scripts/house.py             # the figures
     python scripts/house.py --places    # and the places worth looking at
     python scripts/house.py --write     # puts the figures, with today's date, into CONTRIBUTING.md
 
-Look before and after a change. The figures are no gate: where one could only be met by making the code read worse, the
-code wins, and the commit says so.
+Look before and after a change. The figures are no gate: where one could only be met by making the
+code read worse, the code wins, and the commit says so.
 """
 
 import argparse

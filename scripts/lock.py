@@ -1,7 +1,9 @@
 """Make requirements.lock and requirements-dev.lock anew: `python scripts/lock.py [--upgrade]`.
 
-Every package but torch and what only its GPU builds need is pinned with hashes, for Linux and macOS and Python 3.11 to
-3.13. The dev lock holds what the `dev` extra adds. Versions stay as they are, unless `--upgrade` or pyproject.toml
+Every package but torch and what only its GPU builds need is pinned with hashes, for Linux and macOS
+and Python 3.11 to
+3.13. The dev lock holds what the `dev` extra adds. Versions stay as they are, unless `--upgrade` or
+pyproject.toml
 moves them. Needs `uv` (any recent one) beside this Python or on the path.
 """
 
@@ -14,11 +16,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LEFT_TO_PIP = re.compile(r"(?:torch|triton|nvidia-.*|cuda-.*)==")
 BUILD = ("pip", "hatchling", "editables")  # the installer itself, and what builds the package
-HEAD = "# Made by scripts/lock.py: every package but torch, for Linux and macOS, Python 3.11 to 3.13.\n"
+HEAD = "# Made by scripts/lock.py: all but torch, for Linux and macOS, Python 3.11 to 3.13.\n"
 
 
 def compiled(target: Path, extras: list[str], options: list[str]) -> list[str]:
-    """Return the blocks (a requirement with its hashes) that uv resolves; `target` holds the versions to keep."""
+    """Return the blocks (a requirement with its hashes) that uv resolves; `target` holds the
+    versions to keep."""
     uv = shutil.which("uv", path=str(Path(sys.executable).parent)) or shutil.which("uv")
     if not uv:
         sys.exit("error: uv: not found (pip install uv)")

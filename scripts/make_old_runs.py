@@ -1,11 +1,13 @@
-"""Make tests/fixtures/old: a store and finished runs as commit 07339c8 left them, which every later commit must read.
+"""Make tests/fixtures/old: a store and finished runs as commit 07339c8 left them, which every later
+commit must read.
 
     git worktree add --detach /tmp/old 07339c8
     python scripts/make_old_runs.py /tmp/old tests/fixtures/old
 
-Each experiment of `scripts/tiny_runs.py` is run by that commit, and the first one is published. The models are part of
-the fixture, since other processors compute other bits. Not needed unless the fixture shall hold more: made again, it
-holds other times and seconds, and on another processor other answers of the local models.
+Each experiment of `scripts/tiny_runs.py` is run by that commit, and the first one is published. The
+models are part of the fixture, since other processors compute other bits. Not needed unless the
+fixture shall hold more: made again, it holds other times and seconds, and on another processor
+other answers of the local models.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""Make RUN/release and, with --push OWNER/NAME, upload it: `python scripts/publish.py RUN`, as `distill publish`."""
+"""Make RUN/release and, with --push OWNER/NAME, upload it: `python scripts/publish.py RUN`, as
+`distill publish`."""
 
 import sys
 

@@ -1,13 +1,17 @@
-"""Hold this code against commit 07339c8, both run on this machine: what was asked, learnt and scored is the same.
+"""Hold this code against commit 07339c8, both run on this machine: what was asked, learnt and
+scored is the same.
 
-    python scripts/record.py                    # four tiny pipelines, two of them paid (a fake server): minutes
+    python scripts/record.py                    # four tiny pipelines, two of them paid (a fake
+    server): minutes
     python scripts/record.py --models           # and a small quickstart on its real models
-    python scripts/record.py --work FOLDER      # keep both sides there; the old one is then made once
+    python scripts/record.py --work FOLDER      # keep both sides there; the old one is then made
+    once
 
-Each side works by its own command line in a folder of its own, on the same processor (another gives other bytes).
-Equal byte for byte: requests, keys, prompts, dataset, token ids and weights of the samples, adapter tensors, released
-weights, values and answers of scores. What may differ is stated below, each with its reason, and every such difference
-is listed. Wording is free, and listed too. Anything else ends with exit 1.
+Each side works by its own command line in a folder of its own, on the same processor (another gives
+other bytes). Equal byte for byte: requests, keys, prompts, dataset, token ids and weights of the
+samples, adapter tensors, released weights, values and answers of scores. What may differ is stated
+below, each with its reason, and every such difference is listed. Wording is free, and listed too.
+Anything else ends with exit 1.
 """
 
 import argparse
@@ -38,10 +42,10 @@ from scripts.tiny_runs import COMMIT, EXPERIMENTS, PAID, command, serve, write_f
 WORDING = "wording"
 STATED = {
     "split": "a document's split is a field of its own, and no longer part of its meta",
-    "folder": "a model in a folder is its tokenizer, config and template too: its keys are other ones",
-    "student": "the student's key is that of its merged weights, no longer that of base and adapter",
-    "rounding": "evaluation reads the weights that are released; in float32 the old one read them before they were rounded",
-    "frequencies": "evaluation loads the release as anybody does; in bfloat16 the old one had cast the rotary frequencies too",
+    "folder": "a model in a folder is its tokenizer, config and template too: other keys",
+    "student": "the student's key is that of its merged weights, not of base and adapter",
+    "rounding": "evaluation reads the released weights; in float32 the old one read them unrounded",
+    "frequencies": "in bfloat16 the old evaluation cast the rotary frequencies of the release too",
     WORDING: "reasons, scorecard, report and card may say the same in other words",
 }
 FREE = ("scorecard.md", "report.html", "release/README.md")  # compared without their numbers
@@ -75,7 +79,7 @@ for name, (model, revision, date, most) in runs.items():
         samples |= {f"{place}:{n}": [e.input_ids, e.weights] for n, e in enumerate(examples, 1)}
     Path("runs", f"{name}.samples.json").write_text(json.dumps(samples))
 """
-SHOWN = 3  # differences of a row and kind on the screen; all of them are in record.txt of the work folder
+SHOWN = 3  # differences of a row and kind on the screen; record.txt has all of them
 
 Lines = list[dict[str, Any]]
 Value = tuple[
@@ -92,7 +96,8 @@ class Side(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Two values that are not the same; `kind` is a key of STATED, or empty where nothing explains it."""
+    """Two values that are not the same; `kind` is a key of STATED, or empty where nothing explains
+    it."""
 
     kind: str
     where: str
@@ -117,7 +122,8 @@ class Run:
         self.config = json.loads((old / "config.json").read_bytes())
         models = json.loads((old / "answers/models.json").read_bytes())
         released = "".join(tensors_of(old / "release/model.safetensors").values())
-        # how other answers of the student are explained; nothing explains them where the release was in float32
+        # how other answers of the student are explained; nothing explains them where the release
+        # was in float32
         evaluated = {"float32": "rounding", "bfloat16": "frequencies"}
         self.of_student = evaluated[models["student"]["dtype"]] if "BF16" in released else ""
 
@@ -132,7 +138,8 @@ class Run:
         return sorted(n for n in names if not n.startswith(("checkpoints/", ".old/", ".release/")))
 
     def lines(self, name: str) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-        """Yield the place and both sides' row of each line of a file; a row that is not there is empty."""
+        """Yield the place and both sides' row of each line of a file; a row that is not there is
+        empty."""
         old, new = (read_lines(folder / name) for folder in (self.old, self.new))
         for number, (one, other) in enumerate(zip_longest(old, new, fillvalue={}), 1):
             yield f"{name}:{number}", one, other
@@ -175,7 +182,8 @@ class Run:
             yield from ((*row, "") for row in self.lines(name))
 
     def _keys(self) -> Iterator[Value]:
-        """Compare under which keys answers are kept; those of local models may be stated to change."""
+        """Compare under which keys answers are kept; those of local models may be stated to
+        change."""
         teacher, student = self.config["teacher"], self.config["student"]["model"]
         folders = {
             "responses": teacher["kind"] == "local" and teacher["model"].startswith((".", "/")),
@@ -193,7 +201,8 @@ class Run:
                     yield where, one, other, kind
 
     def _dataset(self) -> Iterator[Value]:
-        """Compare what is taught, without the keys and the seconds of the answers, and what was dropped."""
+        """Compare what is taught, without the keys and the seconds of the answers, and what was
+        dropped."""
 
         def plain(row: dict[str, Any]) -> dict[str, Any]:
             response = {k: v for k, v in row.get("response", {}).items() if k not in KEYS}
@@ -268,7 +277,8 @@ def read_lines(path: Path) -> Lines:
 
 
 def tensors_of(path: Path) -> dict[str, str]:
-    """Return type, shape and hash of each tensor in a safetensors file, which begins with its header's length."""
+    """Return type, shape and hash of each tensor in a safetensors file, which begins with its
+    header's length."""
     if not path.is_file():
         return {}
     data = path.read_bytes()
@@ -344,7 +354,8 @@ def encode(side: Side, configs: dict[str, dict[str, Any]], **changes: str) -> No
 
 
 def make_tiny_runs(side: Side, port: int) -> None:
-    """Perform the tiny experiments on one side, publish what can be, and keep what the server was asked."""
+    """Perform the tiny experiments on one side, publish what can be, and keep what the server was
+    asked."""
     for name, tree in EXPERIMENTS.items():
         print(f"{side.name}: {name}", flush=True)
         if name in PAID:
@@ -371,7 +382,8 @@ def make_quickstart(side: Side, config: Path) -> None:
 
 @contextmanager
 def old_tree(path: Path | None) -> Iterator[Path]:
-    """Yield a checkout of the old commit; one that was not given is made, and removed at the end."""
+    """Yield a checkout of the old commit; one that was not given is made, and removed at the
+    end."""
     if path:
         yield path.resolve()
         return
@@ -388,7 +400,8 @@ def old_tree(path: Path | None) -> Iterator[Path]:
 
 
 def both_sides(work: Path, old: Path, new: Path, models: bool) -> list[Row]:
-    """Make both sides in the work folder, the old one where it is not there yet, and compare them."""
+    """Make both sides in the work folder, the old one where it is not there yet, and compare
+    them."""
     if not (work / "port").exists():
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -444,7 +457,8 @@ def table_of(rows: Sequence[Row]) -> Table:
 
 
 def listing(rows: Sequence[Row], most: int | None = None) -> Iterator[str]:
-    """Yield the lines that list the differences, those that nothing explains last; of a row and kind at most so many."""
+    """Yield the lines that list the differences, those that nothing explains last; of a row and
+    kind at most so many."""
     for kind in (*STATED, ""):
         by_row = [(row, [d for d in row.differences if d.kind == kind]) for row in rows]
         if count := sum(len(differences) for _, differences in by_row):

@@ -1,4 +1,5 @@
-"""Make configs/reference.yaml anew, every config key with its meaning: `python scripts/reference.py`."""
+"""Make configs/reference.yaml anew, every config key with its meaning: `python
+scripts/reference.py`."""
 
 from pathlib import Path
 

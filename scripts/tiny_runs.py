@@ -1,9 +1,11 @@
-"""Tiny experiments as a user wrote them at commit 07339c8: configs, files, models, and the server that answers.
+"""Tiny experiments as a user wrote them at commit 07339c8: configs, files, models, and the server
+that answers.
 
-`scripts/record.py` performs them with old and new code side by side; `scripts/make_old_runs.py` made
-tests/fixtures/old of them. Their keys and files have the names of that commit on purpose: what was written
-then is read for ever. Whatever shapes a request's key (endpoint, interface, model, revision, extra_body, omit,
-max_tokens_field, temperature, top_p, sample) is set in one of them to other than its default.
+`scripts/record.py` performs them with old and new code side by side; `scripts/make_old_runs.py`
+made tests/fixtures/old of them. Their keys and files have the names of that commit on purpose: what
+was written then is read for ever. Whatever shapes a request's key (endpoint, interface, model,
+revision, extra_body, omit, max_tokens_field, temperature, top_p, sample) is set in one of them to
+other than its default.
 """
 
 import json
@@ -74,7 +76,8 @@ ENDPOINT: dict[str, Any] = {
     "max_retries": 0,
 }
 EXPERIMENTS: dict[str, dict[str, Any]] = {
-    # paid: documents, questions that the teacher writes, a key, a budget, log-probabilities that come with the answers
+    # paid: documents, questions that the teacher writes, a key, a budget, log-probabilities that
+    # come with the answers
     "chat": {
         **NOTES,
         "prompts": {
@@ -134,7 +137,8 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
         "evaluation": {**EVALUATION, "suites": ["suite/products.yaml"]},
         "publish": {"licence": "Apache-2.0"},
     },
-    # local: models in folders, distributions kept in the store, a round of the student's own answers
+    # local: models in folders, distributions kept in the store, a round of the student's own
+    # answers
     "soft": {
         **SUMS,
         "teacher": {"model": "./models/teacher", "dtype": "float32", "max_new_tokens": 16},
@@ -247,7 +251,8 @@ SUITE = {
 
 
 def write_files(folder: Path, port: int = PORT) -> None:
-    """Write all that a user has before a run: configs, corpora, tasks, a suite, tables, models and the Hub's cache.
+    """Write all that a user has before a run: configs, corpora, tasks, a suite, tables, models and
+    the Hub's cache.
 
     The server is expected at `port`.
     """
@@ -280,7 +285,8 @@ def write_files(folder: Path, port: int = PORT) -> None:
 
 
 def write_models(folder: Path) -> None:
-    """Make a teacher and a student with random weights, in `models/` and as the Hub's cache has them in `hub/`."""
+    """Make a teacher and a student with random weights, in `models/` and as the Hub's cache has
+    them in `hub/`."""
     for name, family, seed in (("teacher", "qwen2", 2), ("student", "llama", 3)):
         model = make_tiny(folder / "models" / name, family, seed=seed, hidden=16, layers=1)
         weights = model / "model.safetensors"
@@ -306,7 +312,8 @@ def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def command(
     tree: Path, folder: Path, *words: str, **changes: str
 ) -> tuple[list[str], dict[str, str]]:
-    """Return the command and the environment that let the distill of a source tree work on the files of `folder`."""
+    """Return the command and the environment that let the distill of a source tree work on the
+    files of `folder`."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(tree),
@@ -320,12 +327,14 @@ def command(
 
 
 def serve(port: int = PORT) -> FakeTeacher:
-    """Return the server of all paid experiments, to be used in a `with` block; what it says follows from what is asked."""
+    """Return the server of all paid experiments, to be used in a `with` block; what it says follows
+    from what is asked."""
     return FakeTeacher(Replies(), port=port)
 
 
 class Replies:
-    """What the server says to a request; a question that comes again is answered in other words, as samples are."""
+    """What the server says to a request; a question that comes again is answered in other words, as
+    samples are."""
 
     def __init__(self) -> None:
         tokenizer = make_tokenizer()
@@ -367,13 +376,15 @@ class Replies:
         return "one two three"
 
     def _verdict(self, asked: str) -> str:
-        """Prefer a real answer to a probe's rival, and an answer that reckons to one that does not."""
+        """Prefer a real answer to a probe's rival, and an answer that reckons to one that does
+        not."""
         answers = re.findall(r"ANSWER [AB] BEGINS\]\n(.*?)\n\[\w+ ANSWER", asked, re.S)
         a, b = (text in self.good or "####" in text for text in answers)
         return f"It says more.\nVERDICT: {'TIE' if a == b else 'A' if a else 'B'}"
 
     def _scored(self, ids: Sequence[int], k: int) -> Reply:
-        """List the `k` ids that come first at each place of a text, and the text's own, as vLLM does."""
+        """List the `k` ids that come first at each place of a text, and the text's own, as vLLM
+        does."""
         places: list[Any] = [None]
         for place, own in enumerate(ids[1:], 1):
             others = [(own + place * n) % len(self.words) for n in range(1, k)]
@@ -389,7 +400,8 @@ class Replies:
 
 
 def _lists(text: str, k: int) -> list[dict[str, Any]]:
-    """List each byte of a text, and the end of the turn, with the `k` likeliest beside it, as chats do."""
+    """List each byte of a text, and the end of the turn, with the `k` likeliest beside it, as chats
+    do."""
     rows = []
     for place, token in enumerate([*text, "<|im_end|>"]):
         logs = {token: round(-0.3 - 0.01 * (place % 7), 2)}

@@ -1,4 +1,5 @@
-"""Say from pip's report which build of torch it will take, and how much it will download: `torch_size.py REPORT`."""
+"""Say from pip's report which build of torch it will take, and how much it will download:
+`torch_size.py REPORT`."""
 
 import json
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 
 
 def size(url: str) -> int | None:
-    """Return a file's size in bytes, from the disk or from the index's answer; None where it does not say."""
+    """Return a file's size in bytes, from the disk or from the index's answer; None where it does
+    not say."""
     if url.startswith("file:"):
         return Path(urllib.request.url2pathname(urllib.parse.urlsplit(url).path)).stat().st_size
     try:
@@ -21,7 +23,8 @@ def size(url: str) -> int | None:
 
 
 def main(report: Path) -> None:
-    """Print one line: torch's version and build, the packages that come with it, the size of all."""
+    """Print one line: torch's version and build, the packages that come with it, the size of
+    all."""
     files = json.loads(report.read_text(encoding="utf-8"))["install"]
     if not files:
         print("torch: is installed already")

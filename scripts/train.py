@@ -1,6 +1,8 @@
-"""Train the student of a run: `python scripts/train.py CONFIG [key=value ...]`, or the same after `accelerate launch`.
+"""Train the student of a run: `python scripts/train.py CONFIG [key=value ...]`, or the same after
+`accelerate launch`.
 
-The same stage as `distill train CONFIG`; with several processes the first does the stage, the others join its work.
+The same stage as `distill train CONFIG`; with several processes the first does the stage, the
+others join its work.
 """
 
 import sys

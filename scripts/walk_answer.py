@@ -1,8 +1,10 @@
-"""Follow one answer of an endpoint to the scorecard: `python scripts/walk_answer.py [--code CHECKOUT] [--list]`.
+"""Follow one answer of an endpoint to the scorecard: `python scripts/walk_answer.py [--code
+CHECKOUT] [--list]`.
 
-A run of a few prompts is done against a server on this machine whose every answer holds a marker. From `generate` to
-`report` each call of a function of the package is watched, and counted where an argument, or what it holds, contains the
-marker: the files and functions that the answer passes. `--code` watches the package of another checkout instead.
+A run of a few prompts is done against a server on this machine whose every answer holds a marker.
+From `generate` to `report` each call of a function of the package is watched, and counted where an
+argument, or what it holds, contains the marker: the files and functions that the answer passes.
+`--code` watches the package of another checkout instead.
 """
 
 import argparse
@@ -60,7 +62,8 @@ def holds(value: Any, depth: int = DEPTH) -> bool:
 
 
 def walk(config: Path, overrides: list[str]) -> list[tuple[str, str]]:
-    """Do the run, and return the (file, function) pairs of the package that were handed the answer."""
+    """Do the run, and return the (file, function) pairs of the package that were handed the
+    answer."""
     import distill
     from distill.cli import main
 

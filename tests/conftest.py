@@ -1,4 +1,5 @@
-"""Every test, and every process it starts, computes on one thread: tiny models gain nothing from more, and waiting threads cost much on a busy machine."""
+"""Every test, and every process it starts, computes on one thread: tiny models gain nothing from
+more, and waiting threads cost much on a busy machine."""
 
 import os
 import signal
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Started in the background of a script, this process ignores Ctrl-C, and so would every process that a test interrupts.
+# Started in the background of a script, this process ignores Ctrl-C, and so would every process
+# that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -22,7 +22,8 @@ OVERRIDES = ["train.max_steps=2", "train.bf16=false", "evaluation.max_new_tokens
 
 @pytest.fixture(scope="module")
 def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The example's folder after its program has run, with a tiny student in place of the real one."""
+    """The example's folder after its program has run, with a tiny student in place of the real
+    one."""
     folder = tmp_path_factory.mktemp("python")
     make_tiny(folder / "student")
     config, task = re.findall(r"```yaml\n(.*?)```", DOC, re.DOTALL)

@@ -1,4 +1,5 @@
-"""The command line: verbs, reuse, faults in one line with their exit codes (A1, A5, A7), and no torch before its time."""
+"""The command line: verbs, reuse, faults in one line with their exit codes (A1, A5, A7), and no
+torch before its time."""
 
 import json
 import os
@@ -36,7 +37,8 @@ def config(tmp_path, monkeypatch) -> str:
     Path("rows.jsonl").write_text("".join(json.dumps({"messages": t}) + "\n" for t in turns))
     Path("c.yaml").write_text(
         "name: mine\n"
-        "corpus: {path: rows.jsonl, format: prompts, split: {validation: 2, heldout: 4}, near_duplicate_threshold: null}\n"
+        "corpus: {path: rows.jsonl, format: prompts, split: {validation: 2, heldout: 4}, "
+        "near_duplicate_threshold: null}\n"
         "teacher: {kind: recorded, model: somebody, license: CC0-1.0}\n"
         "student: {model: smollm2-135m-instruct}\n"
     )
@@ -319,7 +321,8 @@ PROGRAMS = ("```python\ndef f(x):\n    return x + {n}\n```", "def f(x):\n    ret
 
 @pytest.fixture
 def programs(config, tmp_path) -> str:
-    """Return a config whose task is checked by running programs: of three answers, the first is right."""
+    """Return a config whose task is checked by running programs: of three answers, the first is
+    right."""
     rows = [
         {
             "messages": [

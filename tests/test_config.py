@@ -1,4 +1,5 @@
-"""The config: what people write is read as they mean it, and every fault is one line with its place (faults A1-A8)."""
+"""The config: what people write is read as they mean it, and every fault is one line with its place
+(faults A1-A8)."""
 
 import os
 import re
@@ -308,7 +309,8 @@ def test_an_override_is_named_where_it_is_wrong(tmp_path):
 
 
 def outcome(path: Path, content: bytes) -> None:
-    """Load a config that may hold anything: it loads, or stops with exit 2 and one printable message in time."""
+    """Load a config that may hold anything: it loads, or stops with exit 2 and one printable
+    message in time."""
     path.write_bytes(content)
     started = time.process_time()
     try:

@@ -1,4 +1,5 @@
-"""The house rules that a machine can hold: imports, what loads torch, what must not stand in the code, README and docs."""
+"""The house rules that a machine can hold: imports, what loads torch, what must not stand in the
+code, README and docs."""
 
 import ast
 import re
@@ -233,7 +234,8 @@ def test_the_house_script_counts(tmp_path):
         (tmp_path / name).write_text("class Row:\n    pass\n")
     (tmp_path / "README.md").write_text("two words")
     (tmp_path / "distill/a/two.py").write_text(
-        "def _twice(x: Any): ...\ndef _once(config: Config):\n    found = _twice(_twice(1))\n_once(2)\n"
+        "def _twice(x: Any): ...\n"
+        "def _once(config: Config):\n    found = _twice(_twice(1))\n_once(2)\n"
     )
     figures, places = house.measure(tmp_path)
     assert list(figures.values()) == [8, 3, 4, "1 / 2 / 2", 1, 1, 1, 1, 1, 1, 2, 2]
@@ -243,7 +245,8 @@ def test_the_house_script_counts(tmp_path):
 
 @every_page
 def test_paths_in_the_docs_exist(page):
-    """Hold what looks like a path of ours against the tree: `distill/storage/log.py`, configs/*.yaml, a map's first column."""
+    """Hold what looks like a path of ours against the tree: `distill/storage/log.py`,
+    configs/*.yaml, a map's first column."""
     for name in re.findall(rf"(?<![\w./-])(?:{FOLDERS})/[\w./*-]*[\w*/]", page.read_text()):
         assert list(ROOT.glob(name.rstrip("/"))), f"{page.name} names {name}"
 
@@ -260,7 +263,8 @@ def test_the_map_is_the_tree():
 
 
 def test_the_docs_name_every_kind():
-    """What a user may choose stands in the docs: kinds of files, checkers, losses, teachers, stages, exit codes."""
+    """What a user may choose stands in the docs: kinds of files, checkers, losses, teachers,
+    stages, exit codes."""
     from distill.config import SOFT, TEACHERS
     from distill.corpus.readers import BINARY_SUFFIXES, SUFFIXES
     from distill.errors import Exit
@@ -311,7 +315,8 @@ def test_links_in_the_docs_lead_somewhere(page):
 
 @every_page
 def test_config_keys_in_the_docs_exist(page):
-    """Hold what the docs write as a key of the config, such as `train.loss` or train.seed=1, against the config's tree."""
+    """Hold what the docs write as a key of the config, such as `train.loss` or train.seed=1,
+    against the config's tree."""
     from distill.config import Config
 
     for section, rest in re.findall(

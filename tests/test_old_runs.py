@@ -1,7 +1,9 @@
-"""Paid answers and finished runs stay: those that commit 07339c8 left are opened by the command line, which asks nothing.
+"""Paid answers and finished runs stay: those that commit 07339c8 left are opened by the command
+line, which asks nothing.
 
-tests/fixtures/old was made by scripts/make_old_runs.py. Nothing there is ever made again for a new release of distill:
-where a test here fails, users lose what they paid for. Every command runs in a copy, in a process of its own.
+tests/fixtures/old was made by scripts/make_old_runs.py. Nothing there is ever made again for a new
+release of distill: where a test here fails, users lose what they paid for. Every command runs in a
+copy, in a process of its own.
 """
 
 import json
@@ -83,7 +85,8 @@ class Listener:
 
 
 def distill(folder: Path, commands: Sequence[Sequence[str]]) -> tuple[list[Done], int]:
-    """Perform commands of distill one after another in a folder; return how they ended, and how often the teacher was called."""
+    """Perform commands of distill one after another in a folder; return how they ended, and how
+    often the teacher was called."""
     environment = {
         **{name: value for name, value in os.environ.items() if name != "HF_ENDPOINT"},
         "HF_HUB_OFFLINE": "1",

@@ -1,4 +1,5 @@
-"""What is shipped and how it is set up: the wheel, the locks, the scripts, and the words about torch's build."""
+"""What is shipped and how it is set up: the wheel, the locks, the scripts, and the words about
+torch's build."""
 
 import json
 import re
@@ -61,7 +62,7 @@ def test_the_wheel_plans_in_an_empty_folder(wheel, tmp_path):
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, cwd=empty)
     assert done.returncode == 0, done.stderr
-    assert "330 prompts" in done.stdout
+    assert "156 prompts" in done.stdout
     assert not list(empty.iterdir())
 
 
@@ -152,7 +153,10 @@ def test_a_matching_stamp_means_no_pip(clone):
     stamp = clone / ".venv/installed.sha256"
     assert not stamp.exists()
     hashed = subprocess.run(
-        ["bash", "-c", "source scripts/setup.sh; wanted_packages requirements.lock requirements-dev.lock"],
+        [
+            *("bash", "-c"),
+            "source scripts/setup.sh; wanted_packages requirements.lock requirements-dev.lock",
+        ],
         cwd=clone, capture_output=True, text=True, check=True,
     )  # fmt: skip
     stamp.write_text(hashed.stdout)

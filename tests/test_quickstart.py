@@ -1,4 +1,5 @@
-"""The command on a real model: SmolLM2 is fetched, verified, asked, trained a little, compared and reported."""
+"""The command on a real model: SmolLM2 is fetched, verified, asked, trained a little, compared and
+reported."""
 
 import json
 import subprocess

@@ -1,4 +1,5 @@
-"""The record's comparison: two equal sides show no difference, and a planted one is found, named and told from a stated one."""
+"""The record's comparison: two equal sides show no difference, and a planted one is found, named
+and told from a stated one."""
 
 import json
 import shutil

@@ -1,4 +1,5 @@
-"""Keys under their old names: read everywhere, told once, and no reason to do a finished stage again."""
+"""Keys under their old names: read everywhere, told once, and no reason to do a finished stage
+again."""
 
 import json
 from pathlib import Path
@@ -113,7 +114,8 @@ def test_a_suite_under_its_old_name_is_the_same_suite(tmp_path, capsys):
     (tmp_path / "sums.jsonl").write_text(json.dumps(row) + "\n")
     text = (
         "description: sums\nsource: made here\nlicence: none\ntasks:\n"
-        "  - task:\n      name: sums\n      metric: correct\n      student: {user: '{{ prompt }}'}\n"
+        "  - task:\n      name: sums\n      metric: correct\n"
+        "      student: {user: '{{ prompt }}'}\n"
         "      checker: {kind: number}\n    data: {path: sums.jsonl}\n"
     )
     path = write(tmp_path / "sums.yaml", text)

@@ -1,8 +1,10 @@
-"""The list of secrets: the usual formats are caught by mask, scan and config alike, and what only looks like one passes.
+"""The list of secrets: the usual formats are caught by mask, scan and config alike, and what only
+looks like one passes.
 
-The samples are made when the test runs, from the forms that their makers publish, so that no scanner of this repository
-stumbles over them. `{b:40}` in a form is 40 random letters and digits, `h` hexadecimal, `d` digits, `w` also - and _, `u`
-capitals and digits, `l` lower case and digits, `s` base64, `g` a UUID.
+The samples are made when the test runs, from the forms that their makers publish, so that no
+scanner of this repository stumbles over them. `{b:40}` in a form is 40 random letters and digits,
+`h` hexadecimal, `d` digits, `w` also - and _, `u` capitals and digits, `l` lower case and digits,
+`s` base64, `g` a UUID.
 """
 
 import random
@@ -52,7 +54,8 @@ SHAPES = {
     "Alibaba": "LTAI{b:20}",
     "DigitalOcean": "dop_v1_{h:64}",
     "DigitalOcean OAuth": "doo_v1_{h:64}",
-    "Azure storage": "DefaultEndpointsProtocol=https;AccountName=a;AccountKey={s:86}==;EndpointSuffix=core",
+    "Azure storage": "DefaultEndpointsProtocol=https;AccountName=a;"
+    "AccountKey={s:86}==;EndpointSuffix=core",
     "Azure service bus": "Endpoint=sb://a.servicebus.windows.net/;SharedAccessKeyName=b;SharedAccessKey={s:43}=",
     "Azure signature": "https://a.blob.core.windows.net/b?sv=2024-01-01&sig={b:43}%3D",
     "Azure client": "{b:3}8Q~{w:34}",
@@ -138,9 +141,11 @@ SHAPES = {
     "password in an address": "postgres://ada:{b:14}@db.internal:5432/a",
     "password of nobody in an address": "redis://:{b:20}@cache:6379/0",
     "token in an address": "https://{h:40}@git.internal/a.git",
-    "private key": "-----BEGIN OPENSSH PRIVATE KEY-----\n{s:70}\n{s:70}\n-----END OPENSSH PRIVATE KEY-----",
+    "private key": "-----BEGIN OPENSSH PRIVATE KEY-----\n{s:70}\n{s:70}\n"
+    "-----END OPENSSH PRIVATE KEY-----",
     "private key, PKCS 8": "-----BEGIN PRIVATE KEY-----\n{s:64}\n{s:20}\n-----END PRIVATE KEY-----",
-    "PGP": "-----BEGIN PGP PRIVATE KEY BLOCK-----\n\n{s:64}\n{s:40}\n=ab12\n-----END PGP PRIVATE KEY BLOCK-----",
+    "PGP": "-----BEGIN PGP PRIVATE KEY BLOCK-----\n\n{s:64}\n{s:40}\n=ab12\n"
+    "-----END PGP PRIVATE KEY BLOCK-----",
 }
 ALPHABETS = {
     "b": string.ascii_letters + string.digits,
@@ -269,7 +274,8 @@ def test_what_only_looks_like_a_secret_passes(text: str, tmp_path: Path) -> None
 
 
 def test_forms_known_from_the_beginning_are_masked_as_ever() -> None:
-    """A key before the password that it may be; other keys, which were passwords only, as passwords."""
+    """A key before the password that it may be; other keys, which were passwords only, as
+    passwords."""
     old, new = made(SHAPES["GitHub"], 1), made(SHAPES["Shopify"], 1)
     assert mask(f"https://u:{old}@h.org/x")[0] == "https://u:[KEY]@h.org/x"
     assert mask(f"https://u:{new}@h.org/x")[0] == "https://[PASSWORD]@h.org/x"

@@ -1,4 +1,5 @@
-"""Kinds of teachers: each with its own keys, read from old configs too, and the keys of what is asked of them."""
+"""Kinds of teachers: each with its own keys, read from old configs too, and the keys of what is
+asked of them."""
 
 import json
 from typing import Any

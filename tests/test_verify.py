@@ -1,4 +1,5 @@
-"""`distill verify` on a whole tiny run with its release: made again byte for byte, and no changed byte passes."""
+"""`distill verify` on a whole tiny run with its release: made again byte for byte, and no changed
+byte passes."""
 
 import contextlib
 import json
@@ -62,7 +63,8 @@ def write_config(folder: Path, suite: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Make a whole run and its release, once; return the folder that holds `runs/tiny` and the store."""
+    """Make a whole run and its release, once; return the folder that holds `runs/tiny` and the
+    store."""
     place = tmp_path_factory.mktemp("finished")
     files = {p.name: p.read_bytes() for p in make_tiny(tmp_path_factory.mktemp("base")).iterdir()}
     with fake_hub() as hub, pytest.MonkeyPatch.context() as patch:
@@ -77,7 +79,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
-    """Return a copy of the run that a test may damage, its store beside it, in another folder than it was made in."""
+    """Return a copy of the run that a test may damage, its store beside it, in another folder than
+    it was made in."""
     shutil.copytree(finished / "runs", tmp_path / "moved")
     return tmp_path / "moved/tiny"
 
@@ -338,7 +341,8 @@ def test_the_manifest_says_what_each_stage_was_made_with(finished: Path) -> None
 
 @pytest.fixture
 def at_home(run: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Return the copy of the run where its inputs are at hand: in the folder that its paths are told from."""
+    """Return the copy of the run where its inputs are at hand: in the folder that its paths are
+    told from."""
     monkeypatch.chdir(finished)
     with fake_hub() as hub:
         use_hub(monkeypatch, hub, finished / "hub")

@@ -1,11 +1,12 @@
 """Measure the search for contamination: leaks found, false alarms, seconds and memory.
 
-    python scripts/benchmarks/benchmark_contamination.py --documents 1000000 --json contamination.json
+    python scripts/benchmarks/benchmark_contamination.py --documents 1000000 --json
+    contamination.json
 
-Items and documents are made on the fly from one vocabulary whose words are as uneven as those of a language (Zipf), in
-letters of several scripts. Leaks are planted in documents: pieces of items as they stand, in other case, punctuation,
-spacing and Unicode form, from every place of the item, and short items whole. What is made costs time too: the seconds
-of the search alone are told apart.
+Items and documents are made on the fly from one vocabulary whose words are as uneven as those of a
+language (Zipf), in letters of several scripts. Leaks are planted in documents: pieces of items as
+they stand, in other case, punctuation, spacing and Unicode form, from every place of the item, and
+short items whole. What is made costs time too: the seconds of the search alone are told apart.
 """
 
 import argparse
@@ -68,7 +69,8 @@ def respaced(text: str, draw: random.Random) -> str:
 
 
 def reformed(text: str, draw: random.Random) -> str:
-    """Return the text decomposed (NFD), every third word in full-width letters, with soft hyphens."""
+    """Return the text decomposed (NFD), every third word in full-width letters, with soft
+    hyphens."""
     wide = {n: n + 0xFEE0 for n in range(0x21, 0x7F)}
     found = [unicodedata.normalize("NFD", word) for word in text.split()]
     found = [word.translate(wide) if k % 3 == 0 else word for k, word in enumerate(found)]
@@ -118,7 +120,8 @@ def corpus(
     planted: dict[int, Leak],
     draw: random.Random,
 ) -> Iterator[tuple[str, str]]:
-    """Yield the documents, with what leaks into them somewhere among their words; a very short leak has its line."""
+    """Yield the documents, with what leaks into them somewhere among their words; a very short leak
+    has its line."""
     for start in range(0, documents, CHUNK):
         made = language.texts(min(CHUNK, documents - start), length)
         for place, words in enumerate(made, start):

@@ -1,10 +1,13 @@
-"""Measure the client of a paid teacher: answers a second and CPU a request, beside a bare client in the same run.
+"""Measure the client of a paid teacher: answers a second and CPU a request, beside a bare client in
+the same run.
 
-    python scripts/benchmarks/benchmark_endpoint.py --requests 10000 --repeats 2 --json endpoint.json
+    python scripts/benchmarks/benchmark_endpoint.py --requests 10000 --repeats 2 --json
+    endpoint.json
 
-The server is a process on this machine that answers after 200 ms; the limit is concurrency / 0.2 s. Ours stores an
-intent before every request and every answer durably before it counts; the bare client (httpx2, one task a connection,
-JSON parsed, nothing kept) shows what the library and the two processes on these cores leave room for.
+The server is a process on this machine that answers after 200 ms; the limit is concurrency / 0.2 s.
+Ours stores an intent before every request and every answer durably before it counts; the bare
+client (httpx2, one task a connection, JSON parsed, nothing kept) shows what the library and the two
+processes on these cores leave room for.
 """
 
 import argparse
@@ -48,7 +51,8 @@ ANSWER = {
 
 
 class Server(asyncio.Protocol):
-    """Answers each request on a kept connection after `delay` seconds, with as little work as can be."""
+    """Answers each request on a kept connection after `delay` seconds, with as little work as can
+    be."""
 
     delay = 0.2
     body = json.dumps(ANSWER).encode()
@@ -119,7 +123,8 @@ def timed(
     settings: EndpointTeacher,
     requests: list[Request],
 ) -> dict[str, float]:
-    """Run one client over all requests; return answers a second, and milliseconds of its CPU a request."""
+    """Run one client over all requests; return answers a second, and milliseconds of its CPU a
+    request."""
     started, cpu = time.monotonic(), time.process_time()
     found = client(settings, requests)
     seconds, cpu = time.monotonic() - started, time.process_time() - cpu

@@ -1,11 +1,13 @@
-"""Measure the local responder against transformers' `generate`: tokens a second, and whether the answers are equal.
+"""Measure the local responder against transformers' `generate`: tokens a second, and whether the
+answers are equal.
 
     python scripts/benchmarks/benchmark_generate.py --repeats 5 --json generate.json
 
-The prompts are the quickstart's, drawn evenly over their lengths; greedy, in the dtype that the machine computes in.
-`generate` answers padded batches sorted by length, at each size of `--batches`; the first is the reference for equality.
-All sides are interleaved. A rate counts the tokens of answers only, end tokens included. Where an answer differs, the
-log-probabilities of the two tokens at which they part are compared, as a float32 copy of the model gives them; the last
+The prompts are the quickstart's, drawn evenly over their lengths; greedy, in the dtype that the
+machine computes in. `generate` answers padded batches sorted by length, at each size of
+`--batches`; the first is the reference for equality. All sides are interleaved. A rate counts the
+tokens of answers only, end tokens included. Where an answer differs, the log-probabilities of the
+two tokens at which they part are compared, as a float32 copy of the model gives them; the last
 check answers 16 prompts in float32 on both sides.
 """
 
@@ -36,7 +38,8 @@ DATE = "2026-01-01"
 
 
 def quickstart_prompts(count: int) -> list[Prompt]:
-    """Make the quickstart's prompts in a temporary folder, and return `count` spread evenly over their lengths."""
+    """Make the quickstart's prompts in a temporary folder, and return `count` spread evenly over
+    their lengths."""
     with tempfile.TemporaryDirectory() as folder:
         run = Run(load_config(Path("configs/quickstart.yaml"), [f"runs={folder}"]))
         for stage in STAGES[:2]:
@@ -48,7 +51,8 @@ def quickstart_prompts(count: int) -> list[Prompt]:
 
 @torch.inference_mode()
 def generate(responder: LocalResponder, requests: list[Request], batch: int) -> Answers:
-    """Answer with `generate`, in left-padded batches sorted by length, its neutral config spelled out."""
+    """Answer with `generate`, in left-padded batches sorted by length, its neutral config spelled
+    out."""
     model, tokenizer = responder.network, responder.tokenizer
     prompts = {r.prompt_id: encode_prompt(tokenizer, r.messages, DATE) for r in requests}
     names = sorted(prompts, key=lambda name: -len(prompts[name]))
@@ -132,7 +136,8 @@ def measure(responder: LocalResponder, requests: list[Request], given: Any) -> d
 
 
 def ties(reference: str, requests: list[Request], result: dict[str, Any]) -> dict[str, float]:
-    """Return, for each answer of ours that differs, how near a tie it parted at, in a float32 copy of the model."""
+    """Return, for each answer of ours that differs, how near a tie it parted at, in a float32 copy
+    of the model."""
     exact = LocalResponder.load(reference, "float32", date=DATE)
     asked = {r.prompt_id: encode_prompt(exact.tokenizer, r.messages, DATE) for r in requests}
     ours, theirs = result["answers"]["distill"], next(iter(result["answers"].values()))

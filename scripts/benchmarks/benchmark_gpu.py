@@ -1,19 +1,23 @@
-"""Measure on a GPU how near the training is to its limit, and what a loss costs beside TRL's and Liger's.
+"""Measure on a GPU how near the training is to its limit, and what a loss costs beside TRL's and
+Liger's.
 
-    python scripts/benchmarks/benchmark_gpu.py train --model Qwen/Qwen2.5-1.5B-Instruct --json train.json
+    python scripts/benchmarks/benchmark_gpu.py train --model Qwen/Qwen2.5-1.5B-Instruct --json
+    train.json
     python scripts/benchmarks/benchmark_gpu.py losses --tokens 4096 --json losses.json
 
-Models have the shapes of configs/models.yaml and random weights, for speed does not depend on them, and nothing is
-downloaded. TRL (`pip install 'trl==1.16.*'`) and Liger (`pip install liger-kernel`) are measured where they are installed. A
-side is alone on the GPU, so its peak of memory is its own. `--tiny` does the same with a tiny model on any machine, a CPU
-too: it shows that the script works, and its figures mean nothing.
+Models have the shapes of configs/models.yaml and random weights, for speed does not depend on them,
+and nothing is downloaded. TRL (`pip install 'trl==1.16.*'`) and Liger (`pip install liger-kernel`)
+are measured where they are installed. A side is alone on the GPU, so its peak of memory is its own.
+`--tiny` does the same with a tiny model on any machine, a CPU too: it shows that the script works,
+and its figures mean nothing.
 
-train: LoRA (r 32, alpha 64, all-linear) in bfloat16 on samples of random tokens, half of each supervised. A round is one
-step; the first of each side warms it up. MFU is what the real tokens need (4 operations a frozen weight, the head at
-supervised positions only, attention; padding counts for nothing) over the time and the GPU's dense bfloat16 rate in
-configs/devices.yaml. `compiled` has its MLPs and norms compiled. TRL's SFTTrainer has no gradient checkpointing.
-losses: forward and backward at both heads in bfloat16, the student's frozen; times by CUDA events, memory what a pass adds.
-`compiled` has what follows our logits compiled; Liger compiles itself. JSD has beta 0.5.
+train: LoRA (r 32, alpha 64, all-linear) in bfloat16 on samples of random tokens, half of each
+supervised. A round is one step; the first of each side warms it up. MFU is what the real tokens
+need (4 operations a frozen weight, the head at supervised positions only, attention; padding counts
+for nothing) over the time and the GPU's dense bfloat16 rate in configs/devices.yaml. `compiled` has
+its MLPs and norms compiled. TRL's SFTTrainer has no gradient checkpointing. losses: forward and
+backward at both heads in bfloat16, the student's frozen; times by CUDA events, memory what a pass
+adds. `compiled` has what follows our logits compiled; Liger compiles itself. JSD has beta 0.5.
 """
 
 import argparse
@@ -52,8 +56,9 @@ from distill.storage.progress import console, say
 from distill.training import divergences, losses
 
 NAMES = {  # of a shape's fields in a Qwen2's config
-    "vocab": "vocab_size", "hidden": "hidden_size", "intermediate": "intermediate_size", "layers": "num_hidden_layers",
-    "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "context": "max_position_embeddings",
+    "vocab": "vocab_size", "hidden": "hidden_size", "intermediate": "intermediate_size",
+    "layers": "num_hidden_layers", "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads", "context": "max_position_embeddings",
     "tied": "tie_word_embeddings",
 }  # fmt: skip
 SIZES = {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "intermediate": 64}
@@ -98,7 +103,8 @@ def gibibytes(value: int | None) -> str:
 
 
 def save_model(folder: Path, shape: Shape) -> str:
-    """Save a model of `shape` with random weights, and a tokenizer that TRL can load; returns its reference."""
+    """Save a model of `shape` with random weights, and a tokenizer that TRL can load; returns its
+    reference."""
     config = Qwen2Config(**{name: getattr(shape, own) for own, name in NAMES.items()})
     torch.manual_seed(0)
     with torch.device("cuda" if CUDA else "cpu"):
@@ -201,7 +207,8 @@ def title(what: str, asked: argparse.Namespace) -> str:
 
 
 def liger(problem: Problem, beta: float) -> Pass:
-    """Return Liger's fused loss, which at beta 0 is the forward KL; its gradient of the head is made in any case."""
+    """Return Liger's fused loss, which at beta 0 is the forward KL; its gradient of the head is
+    made in any case."""
     from liger_kernel.chunked_loss import (  # pyright: ignore[reportMissingImports]
         LigerFusedLinearJSDLoss,
     )

@@ -1,13 +1,15 @@
-"""Measure the losses' extra peak memory and time against TRL's, the products with both heads included.
+"""Measure the losses' extra peak memory and time against TRL's, the products with both heads
+included.
 
     python -m venv --system-site-packages TRL && TRL/bin/pip install 'trl==1.16.*'
     python scripts/benchmarks/benchmark_losses.py --trl-python TRL/bin/python --json losses.json
 
-Every figure comes from a process of its own, the sides taking turns: its first pass (forward and backward) gives the
-memory, VmHWM after a reset of the mark, and its second one the time. The student's head is frozen, as under LoRA; hidden
-states and heads are random, in bfloat16. TRL's sides are `GKDTrainer.generalized_jsd_loss` on logits of all positions,
-in bfloat16 and (as accelerate's mixed precision hands them over) in float32, and the loss of `DistillationTrainer`.
-Its teacher's product is made without gradients. `half` means that half of the positions are masked.
+Every figure comes from a process of its own, the sides taking turns: its first pass (forward and
+backward) gives the memory, VmHWM after a reset of the mark, and its second one the time. The
+student's head is frozen, as under LoRA; hidden states and heads are random, in bfloat16. TRL's
+sides are `GKDTrainer.generalized_jsd_loss` on logits of all positions, in bfloat16 and (as
+accelerate's mixed precision hands them over) in float32, and the loss of `DistillationTrainer`. Its
+teacher's product is made without gradients. `half` means that half of the positions are masked.
 """
 
 import argparse
@@ -75,7 +77,8 @@ def make(shape: Shape, half: bool) -> Problem:
 
 
 def lists(problem: Problem) -> SoftTargets:
-    """Draw a cache's lists for the positions that count: making real ones would leave memory behind for the loss."""
+    """Draw a cache's lists for the positions that count: making real ones would leave memory behind
+    for the loss."""
     count, stride = int(problem.counts_S.sum()), len(problem.head_VD) // LISTED
     ids = torch.arange(LISTED) * stride + torch.randint(stride, (count, LISTED))
     logs = torch.log_softmax(torch.randn(count, LISTED + 1) * SPREAD, -1)

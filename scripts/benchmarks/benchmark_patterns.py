@@ -1,11 +1,14 @@
-"""Measure every pattern and loop that reads a user's, a teacher's or a student's text: seconds for a megabyte of each kind.
+"""Measure every pattern and loop that reads a user's, a teacher's or a student's text: seconds for
+a megabyte of each kind.
 
-    python scripts/benchmarks/benchmark_patterns.py [NAME ...] [--size 1000000] [--limit 20] [--json patterns.json]
+    python scripts/benchmarks/benchmark_patterns.py [NAME ...] [--size 1000000] [--limit 20] [--json
+    patterns.json]
 
-Each function reads a quarter of a megabyte and a megabyte of one repeated piece, chosen so that a pattern which looks
-again at what it has seen takes time in its square. Of a linear one the ratio is about 4, of a quadratic one 16. A row
-shows the slowest text by seconds, and the one with the largest ratio among those that take 100 ms. Not here are checks
-that have a clock of their own (patterns of tasks, mathematics) and what is read at its end only.
+Each function reads a quarter of a megabyte and a megabyte of one repeated piece, chosen so that a
+pattern which looks again at what it has seen takes time in its square. Of a linear one the ratio is
+about 4, of a quadratic one 16. A row shows the slowest text by seconds, and the one with the
+largest ratio among those that take 100 ms. Not here are checks that have a clock of their own
+(patterns of tasks, mathematics) and what is read at its end only.
 """
 
 import argparse
@@ -170,7 +173,8 @@ def file_of(text: str) -> io.BufferedReader:
 
 
 def whole(read: Callable[[str], Any]) -> Reader:
-    """Return a reader that takes all that another yields, and is content where that refuses the text."""
+    """Return a reader that takes all that another yields, and is content where that refuses the
+    text."""
 
     def reader(text: str) -> None:
         with contextlib.suppress(DistillError, ValueError):
@@ -308,7 +312,8 @@ class Timing(NamedTuple):
 
 
 def made(head: str, piece: str, size: int) -> str:
-    """Return a text of about so many characters: a head, the piece again and again, and an end that fits nothing."""
+    """Return a text of about so many characters: a head, the piece again and again, and an end that
+    fits nothing."""
     return head + piece * (size // len(piece)) + "\x01xy"
 
 
@@ -336,7 +341,8 @@ def seconds_of(read: Reader, text: str, limit: float) -> float:
 
 
 def worst(read: Reader) -> list[tuple[str, str, str]]:
-    """Return the name, head and piece of the texts that take longest, and of those whose time grows most."""
+    """Return the name, head and piece of the texts that take longest, and of those whose time grows
+    most."""
     found = []
     for head in HEADS:
         for name, piece in PIECES.items():

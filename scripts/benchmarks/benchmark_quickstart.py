@@ -1,9 +1,11 @@
-"""Measure the quickstart against the plain script, interleaved: wall time from process start to result, and quality.
+"""Measure the quickstart against the plain script, interleaved: wall time from process start to
+result, and quality.
 
-Both sides ask the same prompts of the same models and take the same evaluations; both are scored by the same scorers.
-The plain script runs in two columns: as most people write it, and with its best flag (batches sorted by length).
-Run nothing else meanwhile. Command: `python scripts/benchmarks/benchmark_quickstart.py [--repeats 2] [--best-flags]`; it prints one
-table and writes eval/results/quickstart.json.
+Both sides ask the same prompts of the same models and take the same evaluations; both are scored by
+the same scorers. The plain script runs in two columns: as most people write it, and with its best
+flag (batches sorted by length). Run nothing else meanwhile. Command: `python
+scripts/benchmarks/benchmark_quickstart.py [--repeats 2] [--best-flags]`; it prints one table and
+writes eval/results/quickstart.json.
 """
 
 import argparse
@@ -111,7 +113,8 @@ def plain_side(folder: Path, run: Path, name: str, flags: list[str]) -> dict[str
 
 
 def table(sides: dict[str, list[dict[str, Any]]]) -> str:
-    """Return the comparison as a Markdown table: median seconds with their range, ratio, and quality."""
+    """Return the comparison as a Markdown table: median seconds with their range, ratio, and
+    quality."""
     ours = statistics.median(row["seconds"] for row in sides["distill"])
     lines = [
         "| side | seconds (range) | times ours | valid JSON | example | chrF | nats a token |",
@@ -122,7 +125,8 @@ def table(sides: dict[str, list[dict[str, Any]]]) -> str:
         median, last = statistics.median(seconds), rows[-1]
         student = last["quality"]["student"]
         lines.append(
-            f"| {name} | {median:.0f} ({min(seconds):.0f} to {max(seconds):.0f}) | {median / ours:.2f} "
+            f"| {name} | {median:.0f} ({min(seconds):.0f} to {max(seconds):.0f}) "
+            f"| {median / ours:.2f} "
             f"| {student['api_json']} | {student['example']} | {student['chrf']:.1f} "
             f"| {last['loss']['student']:.3f} |"
         )

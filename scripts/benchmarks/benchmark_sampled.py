@@ -1,13 +1,16 @@
-"""Measure signals that are draws beside signals that are nuclei: bytes a token, and how wrong the gradient is with them.
+"""Measure signals that are draws beside signals that are nuclei: bytes a token, and how wrong the
+gradient is with them.
 
-    python scripts/benchmarks/benchmark_sampled.py RUN --foreign data/gsm8k/sample.jsonl --tokens 1024 --json sampled.json
+    python scripts/benchmarks/benchmark_sampled.py RUN --foreign data/gsm8k/sample.jsonl --tokens
+    1024 --json sampled.json
 
-RUN is a run's folder (or config) that names teacher and student. Two texts: the answers of FILE, rows of question and
-answer, which are not the teacher's own; and the run's own responses, where it has any. The gradient is that of forward
-KL by the B of an adapter on the student's head (rank 16, A drawn at random), summed over tokens; its error is that of
-the cached signals against the live teacher's whole vocabulary, as a share of its norm, at all tokens and in the mean of
-eighths of them. What is common to the tokens' gradients grows with their number and the noise of draws with its root;
-what a nucleus leaves out may be common to them.
+RUN is a run's folder (or config) that names teacher and student. Two texts: the answers of FILE,
+rows of question and answer, which are not the teacher's own; and the run's own responses, where it
+has any. The gradient is that of forward KL by the B of an adapter on the student's head (rank 16, A
+drawn at random), summed over tokens; its error is that of the cached signals against the live
+teacher's whole vocabulary, as a share of its norm, at all tokens and in the mean of eighths of
+them. What is common to the tokens' gradients grows with their number and the noise of draws with
+its root; what a nucleus leaves out may be common to them.
 """
 
 import argparse
@@ -43,7 +46,8 @@ RANK, PARTS = 16, 8
 
 
 class Reading(NamedTuple):
-    """What both models make of a text: their states at N supervised positions, and the tokens that follow."""
+    """What both models make of a text: their states at N supervised positions, and the tokens that
+    follow."""
 
     teacher_ND: Tensor
     student_ND: Tensor
@@ -77,8 +81,8 @@ def read(
     vocabulary: int,
     settings: Sequence[Signals] = (),
 ) -> tuple[Tensor, Tensor, list[Signal]]:
-    """Return a model's states at the supervised positions, in the examples' order, the tokens that follow, and a signal
-    for each setting."""
+    """Return a model's states at the supervised positions, in the examples' order, the tokens that
+    follow, and a signal for each setting."""
     lengths, found = [len(example.input_ids) for example in examples], dict[int, Any]()
     for samples in micro_batches(range(len(examples)), lengths, PASS_TOKENS):
         batch = student.batch([examples[i] for i in samples])
@@ -99,7 +103,8 @@ def read(
 
 
 def gradient(reading: Reading, head_VD: Tensor, soft: SoftTargets | Live, part: slice) -> Tensor:
-    """Return the gradient (V, R) of an adapter's B on the student's head, summed over a part of the tokens."""
+    """Return the gradient (V, R) of an adapter's B on the student's head, summed over a part of the
+    tokens."""
     make = torch.Generator().manual_seed(0)
     down = torch.randn(reading.student_ND.shape[1], RANK, generator=make)
     hidden_SD = reading.student_ND[part].float()
@@ -123,7 +128,8 @@ def targets(signal: Signal) -> SoftTargets:
 def errors(
     reading: Reading, heads: tuple[Tensor, Tensor], signals: Sequence[Signal]
 ) -> list[tuple[float, float]]:
-    """Return each signal's relative error of the gradient: the mean of the parts', and that of the whole."""
+    """Return each signal's relative error of the gradient: the mean of the parts', and that of the
+    whole."""
     teacher_VD, student_VD = heads
     count = len(reading.targets_N)
     bounds = np.linspace(0, count, PARTS + 1).astype(int)

@@ -1,12 +1,14 @@
-"""Measure the signal cache: bytes a token, and how far what is read back lies from the teacher, for several p and k.
+"""Measure the signal cache: bytes a token, and how far what is read back lies from the teacher, for
+several p and k.
 
     python scripts/benchmarks/benchmark_signals.py RUN --tokens 20000 --json signals.json
 
-RUN is a run's folder (or config) that has its responses: the teacher of its config reads its own answers once, and each
-setting is cut from that reading as the stage would, written as chunks and read back. KL is KL(teacher ‖ cache) a token,
-in nats: with the rest spread evenly over all unlisted ids, and with the rest as one bucket. Bytes are those of the
-chunk files, with index and checksums. "capped": tokens whose k likeliest ids hold less than p; "one id": those whose
-likeliest holds p alone.
+RUN is a run's folder (or config) that has its responses: the teacher of its config reads its own
+answers once, and each setting is cut from that reading as the stage would, written as chunks and
+read back. KL is KL(teacher ‖ cache) a token, in nats: with the rest spread evenly over all unlisted
+ids, and with the rest as one bucket. Bytes are those of the chunk files, with index and checksums.
+"capped": tokens whose k likeliest ids hold less than p; "one id": those whose likeliest holds p
+alone.
 """
 
 import argparse
@@ -46,7 +48,8 @@ LISTED = 256  # ids of each token that are kept of the one reading
 
 
 class Reading(NamedTuple):
-    """The likeliest ids of N tokens with their log-probabilities, and of all others the sums of p and of p log p."""
+    """The likeliest ids of N tokens with their log-probabilities, and of all others the sums of p
+    and of p log p."""
 
     ids_NK: NDArray[np.uint32]
     logs_NK: NDArray[np.float64]
@@ -80,7 +83,8 @@ def join(parts: Sequence[Reading]) -> Reading:
 def read(
     student: StudentModel, examples: Sequence[Example], vocabulary: int, limit: int, seconds: float
 ) -> Reading:
-    """Let the teacher read the first `limit` supervised tokens of the examples, or what `seconds` allow."""
+    """Let the teacher read the first `limit` supervised tokens of the examples, or what `seconds`
+    allow."""
     end = time.monotonic() + seconds
     lengths = [len(example.input_ids) for example in examples]
     found, done = list[Reading](), 0
@@ -112,7 +116,8 @@ def cut(reading: Reading, settings: Settings) -> Signal:
 
 
 def divergences(reading: Reading, signal: Signal, vocabulary: int) -> tuple[float, float]:
-    """Return the mean KL(teacher ‖ cache) a token: the rest spread evenly over unlisted ids, and as one bucket."""
+    """Return the mean KL(teacher ‖ cache) a token: the rest spread evenly over unlisted ids, and as
+    one bucket."""
     counts_N, width = signal.counts_N.astype(np.int64), reading.logs_NK.shape[1]
     listed_NK = np.arange(width) < counts_N[:, None]
     probs_NK, own_NK = np.exp(reading.logs_NK), np.zeros_like(reading.logs_NK)

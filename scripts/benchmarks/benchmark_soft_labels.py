@@ -1,21 +1,25 @@
-"""Measure whole training steps with soft labels: their speed, what they cost beside plain text, and what a cache changes.
+"""Measure whole training steps with soft labels: their speed, what they cost beside plain text, and
+what a cache changes.
 
     python -m venv --system-site-packages TRL && TRL/bin/pip install 'trl==1.16.*'
-    python scripts/benchmarks/benchmark_soft_labels.py speed RUN --trl-python TRL/bin/python --json speed.json
+    python scripts/benchmarks/benchmark_soft_labels.py speed RUN --trl-python TRL/bin/python --json
+    speed.json
     python scripts/benchmarks/benchmark_soft_labels.py overhead RUN --json overhead.json
     python scripts/benchmarks/benchmark_soft_labels.py parity RUN --json parity.json
 
-RUN is a run's folder with a dataset, whose config names teacher and student; signals that its store lacks are captured
-first. All sides train the same LoRA (r 32, alpha 64, all-linear) on the same token ids, in the machine's own type.
+RUN is a run's folder with a dataset, whose config names teacher and student; signals that its store
+lacks are captured first. All sides train the same LoRA (r 32, alpha 64, all-linear) on the same
+token ids, in the machine's own type.
 
-speed: `cached` trains from the signals on disk, `live` with the teacher in memory, `capture` is the teacher's one
-reading. TRL is `GKDTrainer` with lmbda 0 and beta 0 (forward KL), on samples in the order of their length. Its batch
-sizes, with and without mixed precision, are tried on a few samples; the best goes on, with gradient checkpointing too.
-Every figure comes from a process of its own, the sides taking turns; a rate counts real tokens only.
-overhead: the same student takes the same steps with soft labels and with cross-entropy, in turn.
-parity: the same steps from the cache, with a live teacher, and with a live teacher and a plain loss (all logits at once,
-float32, autograd); then each student's divergence from the teacher over the whole vocabulary on samples held out. What
-the JSON file has of the same settings is not done again.
+speed: `cached` trains from the signals on disk, `live` with the teacher in memory, `capture` is the
+teacher's one reading. TRL is `GKDTrainer` with lmbda 0 and beta 0 (forward KL), on samples in the
+order of their length. Its batch sizes, with and without mixed precision, are tried on a few
+samples; the best goes on, with gradient checkpointing too. Every figure comes from a process of its
+own, the sides taking turns; a rate counts real tokens only. overhead: the same student takes the
+same steps with soft labels and with cross-entropy, in turn. parity: the same steps from the cache,
+with a live teacher, and with a live teacher and a plain loss (all logits at once, float32,
+autograd); then each student's divergence from the teacher over the whole vocabulary on samples held
+out. What the JSON file has of the same settings is not done again.
 """
 
 import argparse
@@ -86,7 +90,8 @@ def load(asked: argparse.Namespace, count: int) -> tuple[Run, list[Example]]:
 
 
 class Signals:
-    """The examples as the teacher reads them, and the cache of its signals, which has them all once this is made."""
+    """The examples as the teacher reads them, and the cache of its signals, which has them all once
+    this is made."""
 
     def __init__(
         self, run: Run, examples: Sequence[Example], given: Iterable[Pair] | None = None
@@ -253,7 +258,8 @@ def child(asked: argparse.Namespace) -> None:
 
 
 def confine() -> None:
-    """Let this process take the memory that is free and no more: it fails before others are killed."""
+    """Let this process take the memory that is free and no more: it fails before others are
+    killed."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     most = int(0.95 * free)
@@ -277,7 +283,8 @@ def spawn(asked: argparse.Namespace, task: Task) -> dict[str, Any] | None:
 
 
 def best_flags(asked: argparse.Namespace) -> tuple[list[Task], dict[str, Any]]:
-    """Try TRL's batch sizes and types on a few samples; returns the best, with and without checkpointing, and all."""
+    """Try TRL's batch sizes and types on a few samples; returns the best, with and without
+    checkpointing, and all."""
     if asked.trl_python is None:
         return [], {}
     tasks = [Task("GKD", asked.trial, n, mixed) for n in BATCHES for mixed in (False, True)]
@@ -316,7 +323,8 @@ def median(rows: Sequence[Mapping[str, float]], key: str) -> float:
 def against(
     rows: Mapping[str, Sequence[Mapping[str, float]]], others: Sequence[str]
 ) -> dict[str, dict[str, float]]:
-    """Return how many times as long as ours each other takes: training alone, and with capture for so many epochs."""
+    """Return how many times as long as ours each other takes: training alone, and with capture for
+    so many epochs."""
     own, once = median(rows["cached"], "seconds"), median(rows["capture"], "seconds")
     found = {}
     for name in others:
@@ -356,7 +364,8 @@ def ratio_table(ratios: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def overhead(asked: argparse.Namespace) -> dict[str, Any]:
-    """Train the same student on the same samples with soft labels and without, in turn; the first round warms up."""
+    """Train the same student on the same samples with soft labels and without, in turn; the first
+    round warms up."""
     run, examples = load(asked, asked.samples)
     ours = Ours(run.config.student.model)
     kinds = {"cached": Signals(run, examples).labels(examples), "cross-entropy": None}
@@ -381,10 +390,12 @@ def overhead(asked: argparse.Namespace) -> dict[str, Any]:
 
 
 class Plain(Ours):
-    """The same loop with a loss that a textbook would have: all logits at once, in float32, by autograd."""
+    """The same loop with a loss that a textbook would have: all logits at once, in float32, by
+    autograd."""
 
     def loss(self, examples: Sequence[Example]) -> Tensor:
-        """Return half of the cross-entropy and half of KL(teacher || student), summed over the supervised tokens."""
+        """Return half of the cross-entropy and half of KL(teacher || student), summed over the
+        supervised tokens."""
         batch = self.student.batch(examples)
         soft: Any = batch.soft
         head, bias = (None if t is None else t.float() for t in self.student.head())
@@ -399,7 +410,8 @@ class Plain(Ours):
 
 @torch.no_grad()
 def judge(ours: Ours, teacher: LiveLabels, examples: Sequence[Example]) -> dict[str, float]:
-    """Return the student's cross-entropy and forward KL over the whole vocabulary, in nats a token, and their mix."""
+    """Return the student's cross-entropy and forward KL over the whole vocabulary, in nats a token,
+    and their mix."""
     before, ours.student.labels = ours.student.labels, teacher
     lengths = [len(example.input_ids) for example in examples]
     total = torch.zeros(1 + len(PARTS))
@@ -418,7 +430,8 @@ def train_side(
     examples: Sequence[Example],
     teacher: LiveLabels,
 ) -> dict[str, Any]:
-    """Train one student, on samples in the seed's order; returns its losses of all steps, and of the held-out samples."""
+    """Train one student, on samples in the seed's order; returns its losses of all steps, and of
+    the held-out samples."""
     ours = (Plain if side == "live, plain loss" else Ours)(run.config.student.model)
     learned, held = examples[: asked.samples], examples[asked.samples :]
     cached_too = side == "cached"
@@ -439,7 +452,8 @@ PARITY = ("cached", "live", "live, plain loss")
 
 
 def parity(asked: argparse.Namespace) -> dict[str, Any]:
-    """Train a student on each side, or take what an earlier call has measured; returns their losses."""
+    """Train a student on each side, or take what an earlier call has measured; returns their
+    losses."""
     run, examples = load(asked, asked.samples + asked.held)
     teacher = load_live(run.config, run, examples)
     teacher = replace(teacher, settings=run.config.train.loss)
@@ -462,7 +476,8 @@ def named(side: str, seed: int) -> str:
 
 
 def parity_table(found: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Return the losses on held-out samples, and how far each lies from the live teacher's student."""
+    """Return the losses on held-out samples, and how far each lies from the live teacher's
+    student."""
     shown = table(
         "nats a token of the held-out samples, over the whole vocabulary",
         *("trained", ">mixed loss", ">cross-entropy", ">forward KL"),

@@ -1,4 +1,5 @@
-"""Measure the store: durable appends a second, opening time and memory at a million records, random reads.
+"""Measure the store: durable appends a second, opening time and memory at a million records, random
+reads.
 
     python scripts/benchmarks/benchmark_store.py --records 1000000 --json store.json
 

@@ -1,11 +1,14 @@
-"""Measure the training loop against plain PEFT, and against TRL's SFTTrainer where that is installed.
+"""Measure the training loop against plain PEFT, and against TRL's SFTTrainer where that is
+installed.
 
-    python scripts/benchmarks/benchmark_train.py RUN --model smollm2-135m-instruct --repeats 5 --json train.json
+    python scripts/benchmarks/benchmark_train.py RUN --model smollm2-135m-instruct --repeats 5
+    --json train.json
 
-RUN is a run's folder with a dataset. All sides train the same LoRA (r 32, alpha 64, all-linear) in the machine's own
-type on the same samples, interleaved; a rate counts real tokens only, never padding. A side's first round warms it up
-and is left out. `plain` is the loop of scripts/benchmarks/plain_baseline.py: padded batches of 8; `sorted` gives it its best flag,
-batches of similar length; `trl` is SFTTrainer without gradient checkpointing, `trl packing` its best flags.
+RUN is a run's folder with a dataset. All sides train the same LoRA (r 32, alpha 64, all-linear) in
+the machine's own type on the same samples, interleaved; a rate counts real tokens only, never
+padding. A side's first round warms it up and is left out. `plain` is the loop of
+scripts/benchmarks/plain_baseline.py: padded batches of 8; `sorted` gives it its best flag, batches
+of similar length; `trl` is SFTTrainer without gradient checkpointing, `trl packing` its best flags.
 """
 
 import argparse
@@ -45,7 +48,8 @@ def since(start: float) -> float:
 
 
 class Ours:
-    """Our loop: steps and micro-batches of about so many tokens, by default as `distill train` takes them."""
+    """Our loop: steps and micro-batches of about so many tokens, by default as `distill train`
+    takes them."""
 
     def __init__(
         self, reference: str, step_tokens: int = STEP_TOKENS, limit: int = MICRO_BATCH_TOKENS
@@ -164,7 +168,8 @@ def trl(reference: str, packing: bool, batch: int | None = None) -> Side:
 def measure(
     sides: dict[str, Side], rounds: list[list[Example]]
 ) -> dict[str, list[dict[str, float]]]:
-    """Train every side on every round, interleaved; the first round of each is a warm-up and is left out."""
+    """Train every side on every round, interleaved; the first round of each is a warm-up and is
+    left out."""
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     for number, samples in enumerate(rounds):
         tokens = sum(len(e.input_ids) for e in samples)

@@ -1,12 +1,15 @@
-"""Hold a server's answers against the local teacher's: the same requests, equal texts, and how near a tie each differs.
+"""Hold a server's answers against the local teacher's: the same requests, equal texts, and how near
+a tie each differs.
 
     distill generate configs/endpoint.yaml teacher.model=qwen2.5-coder-0.5b-instruct
     python scripts/benchmarks/compare_server.py runs/endpoint --json compare.json
 
-Reads what the store has of a run's answers from a greedy endpoint, finished or not, and answers the same prompts with the
-same model here, unless the store has these answers already. A request counts as the same where the stored length of what was sent is that of our messages, and the
-server counted as many input tokens as the local tokenizer. Where texts differ, the log-probabilities of the two tokens at
-which they part are compared, as a float32 copy of the model gives them; the server's tokens are those of its text.
+Reads what the store has of a run's answers from a greedy endpoint, finished or not, and answers the
+same prompts with the same model here, unless the store has these answers already. A request counts
+as the same where the stored length of what was sent is that of our messages, and the server counted
+as many input tokens as the local tokenizer. Where texts differ, the log-probabilities of the two
+tokens at which they part are compared, as a float32 copy of the model gives them; the server's
+tokens are those of its text.
 """
 
 import argparse
@@ -52,7 +55,8 @@ def local_answers(
 
 
 def served_answers(config: Config, prompts: list[Prompt]) -> tuple[dict[str, Response], int]:
-    """Return the server's stored answers by prompt, and how many of them were asked with exactly so many bytes as ours."""
+    """Return the server's stored answers by prompt, and how many of them were asked with exactly so
+    many bytes as ours."""
     found, same = {}, 0
     assert isinstance(config.teacher, EndpointTeacher)
     with ResponseStore(config.store_folder() / "responses", writable=False) as log:
@@ -65,7 +69,8 @@ def served_answers(config: Config, prompts: list[Prompt]) -> tuple[dict[str, Res
 
 
 def parting(ours: list[int], theirs: list[int]) -> int | None:
-    """Return the first place at which ids differ, or None where one is the beginning of the other."""
+    """Return the first place at which ids differ, or None where one is the beginning of the
+    other."""
     pairs = enumerate(zip(ours, theirs, strict=False))
     return next((place for place, (a, b) in pairs if a != b), None)
 
@@ -105,7 +110,9 @@ def compare(run: Run, given: argparse.Namespace) -> dict[str, Any]:
     return {
         "answers": len(prompts),
         "same_requests": same,
-        "same_input_tokens": sum(a.usage.input_tokens == b.usage.input_tokens for a, b in pairs.values()),
+        "same_input_tokens": sum(
+            a.usage.input_tokens == b.usage.input_tokens for a, b in pairs.values()
+        ),
         "equal": len(equal),
         "equal_but_for_whitespace_at_the_ends": len(stripped),
         "same_stop": sum(a.stop == b.stop for a, b in pairs.values()),
@@ -114,8 +121,12 @@ def compare(run: Run, given: argparse.Namespace) -> dict[str, Any]:
             for p in apart
             if exact
         },
-        "settings": {"dtype": given.dtype, "max_batch_size": given.max_batch_size, "torch": torch.__version__},
-    }  # fmt: skip
+        "settings": {
+            "dtype": given.dtype,
+            "max_batch_size": given.max_batch_size,
+            "torch": torch.__version__,
+        },
+    }
 
 
 def _bare(response: Response) -> str:
@@ -131,12 +142,10 @@ def show(found: dict[str, Any]) -> None:
     console.print(table)
     gaps = [row["nats"] for row in found["different"].values()]
     known = sorted(gap for gap in gaps if gap is not None)
-    say(
-        f"{len(gaps)} differ; nats between the two tokens at the parting: {[round(g, 3) for g in known]}"
-    )
-    say(
-        f"within {NEAR}: {sum(g <= NEAR for g in known)}; one the beginning of the other: {gaps.count(None)}"
-    )
+    nats = [round(gap, 3) for gap in known]
+    say(f"{len(gaps)} differ; nats between the two tokens where they part: {nats}")
+    near = sum(gap <= NEAR for gap in known)
+    say(f"within {NEAR}: {near}; one the beginning of the other: {gaps.count(None)}")
 
 
 def main() -> None:

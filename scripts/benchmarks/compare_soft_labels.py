@@ -1,14 +1,18 @@
-"""Compare students trained on text alone, on soft labels, and then on their own answers: one teacher, the same tokens.
+"""Compare students trained on text alone, on soft labels, and then on their own answers: one
+teacher, the same tokens.
 
     distill signals configs/gsm8k.yaml ... 'train.loss={ce: 0.5, forward_kl: 0.5}'
-    python scripts/benchmarks/compare_soft_labels.py runs/gsm8k [KEY=VALUE ...] --seeds 3 --rates 1e-4 3e-4 --json FILE
+    python scripts/benchmarks/compare_soft_labels.py runs/gsm8k [KEY=VALUE ...] --seeds 3 --rates
+    1e-4 3e-4 --json FILE
 
-RUN is a run whose signals are captured; KEY=VALUE changes its training. Each student is a run of its own beside it, with
-RUN's dataset: one that was killed goes on where it was, and what is measured is not measured again. Each kind is trained
-with every learning rate on seed 0; the rate with the least loss on the validation answers' tokens stays for the other
-seeds, and on-policy rounds go on from the soft labels of seed 0. All are measured on the held-out items: the share that
-the task's checker passes, and on the teacher's answers that it passes the loss and the divergence from the teacher's
-distributions, forward KL from lists as training has them, both in nats a token, item by item.
+RUN is a run whose signals are captured; KEY=VALUE changes its training. Each student is a run of
+its own beside it, with RUN's dataset: one that was killed goes on where it was, and what is
+measured is not measured again. Each kind is trained with every learning rate on seed 0; the rate
+with the least loss on the validation answers' tokens stays for the other seeds, and on-policy
+rounds go on from the soft labels of seed 0. All are measured on the held-out items: the share that
+the task's checker passes, and on the teacher's answers that it passes the loss and the divergence
+from the teacher's distributions, forward KL from lists as training has them, both in nats a token,
+item by item.
 """
 
 import argparse
@@ -67,7 +71,8 @@ COPIED = ("dataset/validation.jsonl", "dropped.jsonl", "prompts.jsonl", "questio
 
 
 class Measured(NamedTuple):
-    """One student on the held-out items: whether each passes; of each verified answer of the teacher loss and KL."""
+    """One student on the held-out items: whether each passes; of each verified answer of the
+    teacher loss and KL."""
 
     right: Floats
     nats: Floats
@@ -75,7 +80,8 @@ class Measured(NamedTuple):
 
 
 class HeldOut(NamedTuple):
-    """The held-out items, and those pairs whose answer of the teacher is right, with its distributions over these."""
+    """The held-out items, and those pairs whose answer of the teacher is right, with its
+    distributions over these."""
 
     pairs: list[Pair]
     items: list[Item]
@@ -99,7 +105,8 @@ class HeldOut(NamedTuple):
         return cls(pairs, items, verified, right_N, examples, labels)
 
     def divergences(self, network: Any) -> list[float]:
-        """Return a network's forward KL from the teacher on each verified answer, in nats a token."""
+        """Return a network's forward KL from the teacher on each verified answer, in nats a
+        token."""
         student, _ = make_student(network)
         student.labels, place = self.labels, 1 + list(self.labels.settings.parts).index(KL)
         with torch.no_grad():
@@ -163,7 +170,8 @@ def refined(base: Run, soft: Run, count: int | None, settings: Config) -> Run:
 
 
 class Candidate(NamedTuple):
-    """A student of seed 0, and the loss on the validation answers' tokens at the step whose weights it has."""
+    """A student of seed 0, and the loss on the validation answers' tokens at the step whose weights
+    it has."""
 
     run: Run
     loss: float
@@ -185,7 +193,8 @@ def tried(
 
 
 def trainings(run: Run) -> list[dict[str, int]]:
-    """Return how many steps a student's training, or each of its rounds, took, the best one, and the one it left."""
+    """Return how many steps a student's training, or each of its rounds, took, the best one, and
+    the one it left."""
     rounds = range(1, run.config.on_policy.rounds + 1)
     folders = [run.path(f"refined/round-{number}") for number in rounds] or [run.folder]
     rows = [read_json(folder / "training.json") for folder in folders]
@@ -200,7 +209,8 @@ def student(base: Run, kind: str, rate: float, seed: int, count: int | None) -> 
 
 
 def measure(base: Run, run: Run | None, held: HeldOut) -> Measured:
-    """Measure a student, or with None the base, on the held-out items; what was measured is read."""
+    """Measure a student, or with None the base, on the held-out items; what was measured is
+    read."""
     path = (run or base).path("measured.json" if run else "measured-base.json")
     kept = read_json(path) if path.exists() else {}
     if "kl" not in kept:
@@ -214,7 +224,8 @@ def measure(base: Run, run: Run | None, held: HeldOut) -> Measured:
 
 
 def answered(base: Run, responder: LocalResponder, held: HeldOut) -> dict[str, list[float]]:
-    """Let a student answer the held-out items and read the teacher's verified answers; returns marks and nats a token."""
+    """Let a student answer the held-out items and read the teacher's verified answers; returns
+    marks and nats a token."""
     store = base.config.store_folder() / "responses"
     prompts = [pair.prompt for pair in held.pairs]
     requests = requests_to(responder, prompts, [answer_limit(base.config)] * len(prompts))
@@ -228,7 +239,8 @@ def answered(base: Run, responder: LocalResponder, held: HeldOut) -> dict[str, l
 
 
 def compare(held: HeldOut, students: Mapping[str, Sequence[Measured]]) -> dict[str, Any]:
-    """Return the table's figures: each kind over its seeds, and soft labels against text, item by item."""
+    """Return the table's figures: each kind over its seeds, and soft labels against text, item by
+    item."""
     items = [item.cluster for item in held.items]
     verified = [items[i] for i in held.verified]
     [base] = students["base"]
@@ -268,7 +280,8 @@ def _difference(
     items: Sequence[str],
     verified: Sequence[str],
 ) -> dict[str, Any]:
-    """Return `two` - `one`, with the seeds' spread where there are several, and the smallest difference to be seen."""
+    """Return `two` - `one`, with the seeds' spread where there are several, and the smallest
+    difference to be seen."""
     found = {}
     clustered = zip(Measured._fields, (items, verified, verified), one, two, strict=True)
     for name, clusters, b_SN, a_SN in clustered:
@@ -289,7 +302,8 @@ def told(estimate: Estimate) -> dict[str, Any]:
 
 
 def teacher_tokens(base: Run, count: int | None) -> dict[str, int]:
-    """Return the tokens that the teacher wrote for the training prompts, and for those answers that are trained on."""
+    """Return the tokens that the teacher wrote for the training prompts, and for those answers that
+    are trained on."""
     kept = read_records(base.path("dataset/train.jsonl"), Pair)
     rows = [pair.response.usage.output_tokens for pair in kept]
     responses = read_records(base.path("responses.jsonl"), Response)
@@ -330,7 +344,9 @@ def _within(estimate: Mapping[str, Any], digits: int) -> str:
 
 def main() -> None:
     """Train and measure what is left, and print and write what there is after each student."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("run", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--seeds", type=int, default=3)

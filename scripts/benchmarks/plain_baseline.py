@@ -1,10 +1,12 @@
-"""The plain script that the quickstart is measured against: transformers and PEFT, nothing of distill's engine.
+"""The plain script that the quickstart is measured against: transformers and PEFT, nothing of
+distill's engine.
 
-It does what a practitioner writes in an afternoon: the teacher answers in padded batches, the student answers before
-training, a LoRA is trained by a plain loop over padded batches of 8 for two epochs, the student answers after, and its
-loss on the teacher's answers is taken before and after. It reads the prompts of a finished distill run, so both sides
-ask the same. Command: `python scripts/benchmarks/plain_baseline.py RUN TEACHER STUDENT OUT.json [--sorted]`, with folders of models;
-`--sorted` gives it its best flag: batches of prompts of similar length.
+It does what a practitioner writes in an afternoon: the teacher answers in padded batches, the
+student answers before training, a LoRA is trained by a plain loop over padded batches of 8 for two
+epochs, the student answers after, and its loss on the teacher's answers is taken before and after.
+It reads the prompts of a finished distill run, so both sides ask the same. Command: `python
+scripts/benchmarks/plain_baseline.py RUN TEACHER STUDENT OUT.json [--sorted]`, with folders of
+models; `--sorted` gives it its best flag: batches of prompts of similar length.
 """
 
 import json

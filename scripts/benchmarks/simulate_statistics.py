@@ -1,10 +1,12 @@
-"""Check the intervals and the tests by simulation, where the truth is known: false alarms and coverage.
+"""Check the intervals and the tests by simulation, where the truth is known: false alarms and
+coverage.
 
     python scripts/benchmarks/simulate_statistics.py --runs 1000 --json statistics.json
 
-Two models that are equally good answer the same items (A/A). An honest 95 % interval misses zero in 3 to 7 of 100 such
-runs, and holds the true difference in 93 to 97. The same with one model better by a known amount, with items of one
-document alike, with documents of different sizes, with yes/no scores and with continuous ones.
+Two models that are equally good answer the same items (A/A). An honest 95 % interval misses zero in
+3 to 7 of 100 such runs, and holds the true difference in 93 to 97. The same with one model better
+by a known amount, with items of one document alike, with documents of different sizes, with yes/no
+scores and with continuous ones.
 """
 
 import argparse
@@ -26,7 +28,8 @@ ALARMS, COVERAGE = (0.03, 0.07), (0.93, 0.97)
 
 
 class Design(NamedTuple):
-    """An evaluation to simulate: documents, items of each, how alike they are, and what the scores are."""
+    """An evaluation to simulate: documents, items of each, how alike they are, and what the scores
+    are."""
 
     documents: int
     sizes: tuple[int, ...]  # of the documents, in turn
@@ -58,7 +61,8 @@ DESIGNS = (
 
 
 def simulate(design: Design, runs: int, seed: int = 0, samples: int = 2000) -> dict[str, Any]:
-    """Return how often the interval held the true difference, missed zero, and how often the test was below 5 %."""
+    """Return how often the interval held the true difference, missed zero, and how often the test
+    was below 5 %."""
     draw = np.random.default_rng([seed, *map(ord, design.name)])
     held, alarms, tested = 0, 0, 0
     clusters = members(design)
@@ -86,7 +90,8 @@ def members(design: Design) -> Sequence[int]:
 def scores(
     design: Design, clusters: Sequence[int], draw: np.random.Generator
 ) -> tuple[Floats, Floats]:
-    """Draw both models' scores; a document is easy or hard for both, and each model has its own luck with it."""
+    """Draw both models' scores; a document is easy or hard for both, and each model has its own
+    luck with it."""
     n, groups = len(clusters), design.documents
     document_N = draw.normal(size=groups)[clusters]
 
@@ -105,7 +110,8 @@ def truth(design: Design) -> float:
 
 
 def simulate_seeds(runs: int, seeds: int, n: int = 100, seed: int = 0) -> dict[str, Any]:
-    """Return the coverage where each side was trained with several seeds, none better on average than another."""
+    """Return the coverage where each side was trained with several seeds, none better on average
+    than another."""
     draw, held = np.random.default_rng([seed, seeds, n]), 0
     for _ in range(runs):
         item_N = draw.normal(size=n)
@@ -121,7 +127,8 @@ def simulate_seeds(runs: int, seeds: int, n: int = 100, seed: int = 0) -> dict[s
 
 
 def passed(row: dict[str, Any]) -> bool:
-    """Tell whether a row is within the bounds; the seeds' interval is an upper bound and may cover more."""
+    """Tell whether a row is within the bounds; the seeds' interval is an upper bound and may cover
+    more."""
     slack = 3 * math.sqrt(0.05 * 0.95 / row["runs"]) if row["runs"] < 1000 else 0.0
     most = 1.0 if "seeds" in row["design"] else COVERAGE[1] + slack
     alarms = row.get("false_alarms")

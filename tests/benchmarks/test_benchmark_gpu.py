@@ -1,4 +1,5 @@
-"""The benchmark for GPUs in its tiny form, which any machine can run: it measures what it says, and says when it cannot."""
+"""The benchmark for GPUs in its tiny form, which any machine can run: it measures what it says, and
+says when it cannot."""
 
 import json
 import sys

@@ -1,4 +1,5 @@
-"""No pattern and no loop over a text takes time in its square (H18): each reads what would make it so, long enough to tell."""
+"""No pattern and no loop over a text takes time in its square (H18): each reads what would make it
+so, long enough to tell."""
 
 import sys
 import tracemalloc

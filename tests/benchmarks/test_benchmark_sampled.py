@@ -1,4 +1,5 @@
-"""The benchmark of draws on tiny models: its errors fall with the draws, and are none where nothing is left out."""
+"""The benchmark of draws on tiny models: its errors fall with the draws, and are none where nothing
+is left out."""
 
 import json
 import sys

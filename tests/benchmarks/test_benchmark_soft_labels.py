@@ -1,4 +1,5 @@
-"""The benchmark of soft labels on tiny models: what it compares is trained alike, and its ratios are what they say."""
+"""The benchmark of soft labels on tiny models: what it compares is trained alike, and its ratios
+are what they say."""
 
 import json
 import sys

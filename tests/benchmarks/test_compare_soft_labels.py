@@ -1,4 +1,5 @@
-"""The comparison of soft labels with text alone, whole on tiny models: it goes on where it was, and adds up."""
+"""The comparison of soft labels with text alone, whole on tiny models: it goes on where it was, and
+adds up."""
 
 import contextlib
 import importlib.util

@@ -1,15 +1,17 @@
-"""Kill a client of a paid teacher at random moments, start it again, and hold its store against the teacher's bill.
+"""Kill a client of a paid teacher at random moments, start it again, and hold its store against the
+teacher's bill.
 
     python tests/faults/kill_buyer.py --kills 1000 --json kills.json
     python tests/faults/kill_buyer.py --every-call
 
-A complete run asks a few hundred questions of the test suite's teacher, and is killed with SIGKILL as often as it
-lasts. With --every-call, `distill generate` is killed before each single call that changes the disk, and in the middle of
-each write: once in every run, and then one run again and again, one call later each time. After every kill: no stored
-answer is lost, none is there twice (opening the store would say so), the bill lies between what is settled and that plus
-the maximum of what is unknown, and `distill status` names every request that was billed and is not stored. At the end of
-a run every question is answered, what was billed again is at most what is listed as unknown, and the ledger's sums are
-the store's.
+A complete run asks a few hundred questions of the test suite's teacher, and is killed with SIGKILL
+as often as it lasts. With --every-call, `distill generate` is killed before each single call that
+changes the disk, and in the middle of each write: once in every run, and then one run again and
+again, one call later each time. After every kill: no stored answer is lost, none is there twice
+(opening the store would say so), the bill lies between what is settled and that plus the maximum of
+what is unknown, and `distill status` names every request that was billed and is not stored. At the
+end of a run every question is answered, what was billed again is at most what is listed as unknown,
+and the ledger's sums are the store's.
 """
 
 import argparse
@@ -145,7 +147,8 @@ def settle(teacher: FakeTeacher) -> None:
 
 
 def generate(config: Path, count: int, half: bool, log: Path) -> None:
-    """Be `distill generate CONFIG`, and die at the `count`-th call that changes the disk (never where negative)."""
+    """Be `distill generate CONFIG`, and die at the `count`-th call that changes the disk (never
+    where negative)."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -156,7 +159,8 @@ def generate(config: Path, count: int, half: bool, log: Path) -> None:
 
 
 class Buying:
-    """A run that buys from a teacher whose first reply to the first question is a fault, and its witness."""
+    """A run that buys from a teacher whose first reply to the first question is a fault, and its
+    witness."""
 
     def __init__(self, place: Path, count: int, concurrency: int) -> None:
         self.teacher = FakeTeacher(self._reply)
@@ -221,7 +225,8 @@ class Buying:
         return "Traceback" in text or "error:" in text or KEY in text
 
     def end(self) -> Counter[str]:
-        """Run the command to its end, hold its answers and its ledger against the store; return all counts."""
+        """Run the command to its end, hold its answers and its ledger against the store; return all
+        counts."""
         if not self.go():
             raise SystemExit("it was killed, and nobody killed it")
         run, faults = self.run, self.witness.faults
@@ -245,7 +250,8 @@ LEDGER = ("dollars", "unknown_dollars", "unknown", "attempts")
 
 
 def every_call(count: int, concurrency: int, chained: bool = True) -> Counter[str]:
-    """Kill a run before each call and in each write, and continue it; then one run at all of them in a row."""
+    """Kill a run before each call and in each write, and continue it; then one run at all of them
+    in a row."""
     CONTEXT.set_forkserver_preload(PRELOADED)
     total = Counter[str]()
     for half in (False, True):
@@ -262,7 +268,8 @@ def every_call(count: int, concurrency: int, chained: bool = True) -> Counter[st
 
 
 def every_call_in_a_row(count: int, concurrency: int, half: bool) -> Counter[str]:
-    """Kill one run again and again, one call later each time, until it ends before its time has come."""
+    """Kill one run again and again, one call later each time, until it ends before its time has
+    come."""
     with tempfile.TemporaryDirectory(dir=MEMORY) as place:
         with Buying(Path(place), count, concurrency) as buying:
             calls = itertools.count()
@@ -272,7 +279,8 @@ def every_call_in_a_row(count: int, concurrency: int, half: bool) -> Counter[str
 
 
 def main() -> None:
-    """Kill until there were enough kills, print the table, and exit with 1 where a promise was broken."""
+    """Kill until there were enough kills, print the table, and exit with 1 where a promise was
+    broken."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--questions", type=int, default=300)
@@ -294,7 +302,8 @@ def main() -> None:
 
 
 def random_kills(kills: int, questions: int, concurrency: int, seed: int) -> dict[str, int]:
-    """Kill complete runs at random moments until there were enough kills; return the sums of their counts."""
+    """Kill complete runs at random moments until there were enough kills; return the sums of their
+    counts."""
     chance, total = random.Random(seed), Counter[str]()
     while total["kills"] < kills:
         total.update(complete_run(questions, concurrency, chance, kills - total["kills"]))

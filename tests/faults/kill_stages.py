@@ -1,12 +1,14 @@
-"""Kill the pipeline at random moments of every stage, run it on, and compare with a run that nobody killed.
+"""Kill the pipeline at random moments of every stage, run it on, and compare with a run that nobody
+killed.
 
     python tests/faults/kill_stages.py --kills 20 --json kills.json
 
-The models are tiny and random, the stages and the store are the real ones. A run is killed with SIGKILL, it and its
-children, at a random moment inside a stage, then the same command is given again. Afterwards scorecard, answers,
-scores and adapter must be those of the unbroken run, times aside; and what the store held at the kill must be in it
-still, once. Most runs are forked from a process that has the libraries loaded; the first of every stage is the
-`distill` command itself. `--store-kills` kills a writer of the store alone, many more times.
+The models are tiny and random, the stages and the store are the real ones. A run is killed with
+SIGKILL, it and its children, at a random moment inside a stage, then the same command is given
+again. Afterwards scorecard, answers, scores and adapter must be those of the unbroken run, times
+aside; and what the store held at the kill must be in it still, once. Most runs are forked from a
+process that has the libraries loaded; the first of every stage is the `distill` command itself.
+`--store-kills` kills a writer of the store alone, many more times.
 """
 
 import argparse
@@ -38,7 +40,7 @@ from distill.storage.log import Log  # noqa: E402
 STAGES = ("corpus", "prompts", "generate", "filter", "train", "evaluate", "report")
 # keys that hold time, or its price
 TIMES = re.compile(r"second|dollars|per_hour|^stages$|per_million|one_at_a_time|^economics")
-WORDS = "the store keeps every answer that was paid for and a kill at any moment loses none of them".split()
+WORDS = "the store keeps every answer that was paid for and a kill at any moment loses none".split()
 DOCUMENTS = 20
 TASKS = {
     "summary": {
@@ -67,7 +69,8 @@ class Trial(NamedTuple):
 
 
 def prepare(folder: Path) -> Path:
-    """Write tiny models, a corpus and the config of the experiment in `folder`; return the config."""
+    """Write tiny models, a corpus and the config of the experiment in `folder`; return the
+    config."""
     from tests.support.mortal import in_child
     from tests.support.tiny import make_tiny
 
@@ -87,7 +90,8 @@ def prepare(folder: Path) -> Path:
 
 
 def experiment(folder: Path) -> dict[str, Any]:
-    """Return the config: two tasks over the notes, a teacher of random weights, nothing filtered for its quality."""
+    """Return the config: two tasks over the notes, a teacher of random weights, nothing filtered
+    for its quality."""
     lenient = dict.fromkeys(
         ("truncated", "empty", "refusal", "repetition", "wrong_format", "failed_checker"), False
     )
@@ -122,7 +126,8 @@ def experiment(folder: Path) -> dict[str, Any]:
 
 
 def start(words: Sequence[str], log: Path, real: bool) -> int:
-    """Start `distill WORDS` in a process group of its own, and return its pid; forked unless `real`."""
+    """Start `distill WORDS` in a process group of its own, and return its pid; forked unless
+    `real`."""
     if real:
         command = [sys.executable, "-m", "distill", *words]
         with log.open("ab") as file:
@@ -151,7 +156,8 @@ def finish(words: Sequence[str], log: Path) -> None:
 
 
 def kill_inside(words: Sequence[str], run: Path, stage: str, after: float, real: bool) -> bool:
-    """Start a run, kill it `after` seconds into the stage, and return whether the stage was still running."""
+    """Start a run, kill it `after` seconds into the stage, and return whether the stage was still
+    running."""
     marker = run / "stages" / f"{stage}.json"
     pid = start(words, run / "log", real)
     while not marker.exists():
@@ -194,7 +200,8 @@ def results(run: Path) -> dict[str, Any]:
 
 
 def stored(run: Path) -> dict[tuple[str, str], Any]:
-    """Return every record of the run's store; opening it checks every line and that no key stands twice."""
+    """Return every record of the run's store; opening it checks every line and that no key stands
+    twice."""
     found = {}
     for version in sorted((run / ".store").glob("*/version.json")):
         with Log(version.parent, writable=False) as log:
@@ -246,7 +253,8 @@ class Bench:
         return [verb, str(self.config), f"name={run.name}", f"runs={run.parent}", store]
 
     def trial(self, stage: str, draw: random.Random, real: bool) -> Trial | None:
-        """Kill a run once inside the stage, run it on, and compare; None where the stage was over before the moment came."""
+        """Kill a run once inside the stage, run it on, and compare; None where the stage was over
+        before the moment came."""
         run = self.folder / "trial" / "run"
         shutil.rmtree(run.parent, ignore_errors=True)
         shutil.copytree(self.folder / "before" / stage, run)
@@ -269,7 +277,8 @@ class Bench:
 
 
 def kill_writers(folder: Path, kills: int, seed: int) -> dict[str, int]:
-    """Kill writers of one store at random moments; count records, and those lost although `append` had returned."""
+    """Kill writers of one store at random moments; count records, and those lost although `append`
+    had returned."""
     draw, told = random.Random(seed), set[str]()
     for _ in range(kills):
         told |= kill_writer(folder, draw.randrange(2**60), draw.uniform(0.0005, 0.02))
@@ -287,7 +296,8 @@ def kill_writers(folder: Path, kills: int, seed: int) -> dict[str, int]:
 
 
 def kill_writer(folder: Path, seed: int, after: float) -> set[str]:
-    """Start a process that appends groups of records, kill it `after` seconds; return the keys it was told are stored."""
+    """Start a process that appends groups of records, kill it `after` seconds; return the keys it
+    was told are stored."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -316,7 +326,8 @@ def write_for_ever(folder: Path, draw: random.Random, told: int) -> None:
 
 
 def load_libraries() -> None:
-    """Import what every stage needs, once, so that forked runs begin at once. No tensor is made before a fork."""
+    """Import what every stage needs, once, so that forked runs begin at once. No tensor is made
+    before a fork."""
     from importlib import import_module
 
     modules = (
@@ -328,7 +339,8 @@ def load_libraries() -> None:
 
 
 def table(trials: Sequence[Trial], show: Callable[[str], None] = print) -> None:
-    """Print a row a stage: kills that hit, runs that ended the same, and the moments of the kills."""
+    """Print a row a stage: kills that hit, runs that ended the same, and the moments of the
+    kills."""
     show(f"{'stage':10} {'kills':>6} {'same':>6} {'different':>10}   moment of the kill, seconds")
     for stage in dict.fromkeys(trial.stage for trial in trials):
         rows = [trial for trial in trials if trial.stage == stage]
@@ -341,7 +353,8 @@ def table(trials: Sequence[Trial], show: Callable[[str], None] = print) -> None:
 
 
 def main() -> int:
-    """Run the trials, print the table, write the JSON; returns 1 where any run ended differently."""
+    """Run the trials, print the table, write the JSON; returns 1 where any run ended
+    differently."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20, help="kills a stage")
     parser.add_argument(

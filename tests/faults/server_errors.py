@@ -1,13 +1,16 @@
-"""Ask a faulty teacher thousands of questions, and count what became of each of them and of the money.
+"""Ask a faulty teacher thousands of questions, and count what became of each of them and of the
+money.
 
     python tests/faults/server_errors.py --requests 10000 --faults 0.2 --json faults.json
 
-The teacher is the test suite's: a real HTTP server on a loopback port, with a bill of its own; the client is the command
-`distill generate`. Of the replies the given share is a fault, drawn at random from all kinds that a run survives.
-Afterwards every question must be answered or labelled failed, none of 400 and 422 asked twice, and the teacher's bill
-between what is settled and that plus the maximum of what is unknown. What a run does not survive (401, 402, 403, 404, 405,
-redirects) then meets a small run each, which must stop at once and ask nothing again. The canary key may stand in no byte
-that was written or printed: store, config, manifest, ledger, answers, card, what the commands say.
+The teacher is the test suite's: a real HTTP server on a loopback port, with a bill of its own; the
+client is the command `distill generate`. Of the replies the given share is a fault, drawn at random
+from all kinds that a run survives. Afterwards every question must be answered or labelled failed,
+none of 400 and 422 asked twice, and the teacher's bill between what is settled and that plus the
+maximum of what is unknown. What a run does not survive (401, 402, 403, 404, 405, redirects) then
+meets a small run each, which must stop at once and ask nothing again. The canary key may stand in
+no byte that was written or printed: store, config, manifest, ledger, answers, card, what the
+commands say.
 """
 
 import argparse
@@ -193,7 +196,8 @@ def money(found: Account, teacher: FakeTeacher) -> dict[str, Any]:
 
 
 def canary(folder: Path, run: Run) -> int:
-    """Count the files that hold the key: all that was written, what three commands print, and the card."""
+    """Count the files that hold the key: all that was written, what three commands print, and the
+    card."""
     for verb in ("status", "plan"):
         command(folder, verb, str(folder / "c.yaml"))
     license = ReleaseLicense("apache-2.0", stated=True, owed=False, text="")

@@ -1,4 +1,5 @@
-"""The short form of tests/faults/kill_stages.py: one kill in each of the long stages, a few of a writer of the store."""
+"""The short form of tests/faults/kill_stages.py: one kill in each of the long stages, a few of a
+writer of the store."""
 
 import json
 import subprocess

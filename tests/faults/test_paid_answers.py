@@ -1,4 +1,5 @@
-"""The promises about paid answers, in short: the long forms are tests/faults/server_errors.py and tests/faults/kill_buyer.py."""
+"""The promises about paid answers, in short: the long forms are tests/faults/server_errors.py and
+tests/faults/kill_buyer.py."""
 
 import random
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Runs whose teacher is the fake one, made as far as the generate stage, for tests and scripts that buy answers."""
+"""Runs whose teacher is the fake one, made as far as the generate stage, for tests and scripts that
+buy answers."""
 
 import json
 from pathlib import Path
@@ -15,7 +16,8 @@ MODEL = "fake-1"
 
 
 def settings(teacher: FakeTeacher | str | tuple[str, ...], **changes: Any) -> EndpointTeacher:
-    """Return the settings of a client that retries soon, with timeouts that a busy machine does not reach."""
+    """Return the settings of a client that retries soon, with timeouts that a busy machine does not
+    reach."""
     url = teacher.url if isinstance(teacher, FakeTeacher) else teacher
     given = {
         "kind": "endpoint",
@@ -34,7 +36,8 @@ def settings(teacher: FakeTeacher | str | tuple[str, ...], **changes: Any) -> En
 
 
 def make_run(folder: Path, teacher: FakeTeacher, count: int = 12, **changes: Any) -> Path:
-    """Write a run whose prompts are made, so that its generate stage can be run; return its config."""
+    """Write a run whose prompts are made, so that its generate stage can be run; return its
+    config."""
     turns = [{"role": "user", "content": f"q{i} please"} for i in range(count)]
     documents = [Document.make(f"text {i}", "x", split="train") for i in range(count)]
     prompts = [

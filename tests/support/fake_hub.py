@@ -1,7 +1,8 @@
-"""A Hub on loopback for the tests: what huggingface_hub 2.4 asks of the real one when it creates, uploads and downloads.
+"""A Hub on loopback for the tests: what huggingface_hub 2.4 asks of the real one when it creates,
+uploads and downloads.
 
-Repositories live in memory as commits of whole trees. Safetensors go through LFS.
-`fail` maps the beginning of a request ("PUT /lfs") to the status that it is answered with, once per listed time.
+Repositories live in memory as commits of whole trees. Safetensors go through LFS. `fail` maps the
+beginning of a request ("PUT /lfs") to the status that it is answered with, once per listed time.
 """
 
 import base64
@@ -89,7 +90,8 @@ def fake_hub() -> Iterator[FakeHub]:
 
 
 def use_hub(monkeypatch: Any, hub: FakeHub, cache: Any, token: str | None = TOKEN) -> None:
-    """Point huggingface_hub of this process at `hub`, with its own cache, and plain LFS instead of Xet."""
+    """Point huggingface_hub of this process at `hub`, with its own cache, and plain LFS instead of
+    Xet."""
     from huggingface_hub import constants, hf_api
 
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)

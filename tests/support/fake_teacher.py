@@ -1,7 +1,9 @@
-"""A teacher on a loopback port: a real HTTP server, scriptable fault by fault, that keeps the bill of every request.
+"""A teacher on a loopback port: a real HTTP server, scriptable fault by fault, that keeps the bill
+of every request.
 
-A script maps the number of a request (from 0, as they arrive) and its payload to a `Reply`. Whatever a reply's fault,
-`billed` says whether the teacher charged for it, as a real one would where it had already generated the answer.
+A script maps the number of a request (from 0, as they arrive) and its payload to a `Reply`.
+Whatever a reply's fault, `billed` says whether the teacher charged for it, as a real one would
+where it had already generated the answer.
 """
 
 import asyncio
@@ -179,7 +181,8 @@ class FakeTeacher:
         return True
 
     def _charge(self, payload: dict[str, Any], body: bytes, dollars: Decimal | None = None) -> None:
-        """Charge `dollars`, or as the answer's usage says, or what an answer takes where it says nothing usable."""
+        """Charge `dollars`, or as the answer's usage says, or what an answer takes where it says
+        nothing usable."""
         asked = question(payload)
         self.bills[asked] = self.bills.get(asked, 0) + 1
         if dollars is not None:

@@ -1,8 +1,10 @@
-"""Processes that end as by kill -9 at a chosen call that changes the disk, so that every moment can be tried.
+"""Processes that end as by kill -9 at a chosen call that changes the disk, so that every moment can
+be tried.
 
-Counted are the calls of `os` that write, sync, name or cut files, and what Python's own files write: these are made to
-go through `os` as well. (Making a folder that is there changes nothing, and is not counted.) To end before call n is to end after call n - 1; what that leaves out is a write that is half
-done, so those are a count of their own.
+Counted are the calls of `os` that write, sync, name or cut files, and what Python's own files
+write: these are made to go through `os` as well. (Making a folder that is there changes nothing,
+and is not counted.) To end before call n is to end after call n - 1; what that leaves out is a
+write that is half done, so those are a count of their own.
 """
 
 import io
@@ -43,7 +45,8 @@ def open_counted(path: Any, mode: str = "r", *rest: Any, **named: Any) -> Any:
 
 
 def die_at(count: int, half: bool = False) -> None:
-    """Make this process kill itself before its `count`-th counted call (from 0), or in the middle of that write."""
+    """Make this process kill itself before its `count`-th counted call (from 0), or in the middle
+    of that write."""
     calls = itertools.count()
     for name in WRITES if half else CALLS:
         real = getattr(os, name)
@@ -75,7 +78,8 @@ def in_child(work: Callable[[], object]) -> int:
 
 
 def killed_at_every_call(work: Callable[[], object], check: Callable[[], None]) -> int:
-    """Run `work` in children that die one call later each time, `check` after each; return how many died."""
+    """Run `work` in children that die one call later each time, `check` after each; return how many
+    died."""
     deaths = 0
     for half in (False, True):
         for count in itertools.count():

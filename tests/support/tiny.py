@@ -1,4 +1,5 @@
-"""Tiny real models for the tests: a Llama or Qwen2 of a few thousand weights and a byte-level ChatML tokenizer."""
+"""Tiny real models for the tests: a Llama or Qwen2 of a few thousand weights and a byte-level
+ChatML tokenizer."""
 
 from pathlib import Path
 
@@ -7,14 +8,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
 TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 def make_tokenizer(extra: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
-    """Return a byte-level tokenizer (no merges) with a ChatML template; `extra` adds plain tokens."""
+    """Return a byte-level tokenizer (no merges) with a ChatML template; `extra` adds plain
+    tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *alphabet, *extra])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -38,7 +41,8 @@ def make_tiny(
     layers: int = 2,
     tied: bool = True,
 ) -> Path:
-    """Save a tiny causal language model with random weights and its tokenizer in `folder`, and return it."""
+    """Save a tiny causal language model with random weights and its tokenizer in `folder`, and
+    return it."""
     tokenizer = make_tokenizer()
     kind = {"llama": LlamaConfig, "qwen2": Qwen2Config}[family]
     config = kind(
