@@ -175,7 +175,7 @@ class Index:
             self.alone.setdefault(" ".join(tokens), []).append(owner)
 
     def find(self, texts: Iterable[tuple[str, str]]) -> Iterator[tuple[EvaluatedText, str, str]]:
-        """Yield item, place and words of the matches in texts (place, text), one a text and item."""
+        """Yield item, place and words of each match in texts, one a text and item."""
         places, stream, starts, alone = (
             list[str](),
             list[str](),
@@ -202,7 +202,7 @@ class Index:
     def _find_in_batch(
         self, places: list[str], stream: list[str], starts: list[int], alone: set[tuple[int, str]]
     ) -> Iterator[tuple[EvaluatedText, str, str]]:
-        """Yield the matches in texts whose words are one stream, in which `starts` are the texts."""
+        """Yield the matches in texts whose words are one stream; each begins at a `starts`."""
         seen: set[tuple[int, int]] = set()
 
         def new(number: int, owner: int) -> bool:

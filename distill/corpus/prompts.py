@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any
 
 from distill.config import Config, Questions
 from distill.corpus.clean import INSTRUCTIONS, break_up
@@ -132,16 +131,16 @@ def ask(task: Task, document: Document) -> Prompt:
     )
 
 
-def template_values(document: Document) -> dict[str, Any]:
+def template_values(document: Document) -> dict[str, object]:
     """Return what templates may use: `document.text`, `document.meta`, and of a prompt `prompt`."""
     meta = {k: break_up(v) if isinstance(v, str) else v for k, v in document.meta.items()}
-    values: dict[str, Any] = {"document": {"text": break_up(document.text), "meta": meta}}
+    values: dict[str, object] = {"document": {"text": break_up(document.text), "meta": meta}}
     messages = document.meta.get("messages")
     return values | {"prompt": break_up(messages[-1]["content"])} if messages else values
 
 
 def turns(
-    view: PromptView, task: str, document: Document, values: dict[str, Any]
+    view: PromptView, task: str, document: Document, values: dict[str, object]
 ) -> tuple[Message, ...]:
     """Return one side's conversation: the document's own earlier turns, and the task's user turn.
 

@@ -25,9 +25,10 @@ HOMES: dict[str, str] = dict.fromkeys(("posix", "nt", "posixpath", "ntpath", "ge
 SUBMODULES = (
     "collections.abc concurrent.futures email.header email.message email.parser email.policy "
     "email.utils html.parser http.client http.cookiejar http.cookies http.server "
-    "importlib.metadata importlib.resources importlib.util logging.config logging.handlers multiprocessing.pool "
-    "multiprocessing.shared_memory os.path unittest.mock urllib.parse urllib.request "
-    "urllib.robotparser wsgiref.util xml.dom.minidom xml.etree.ElementTree xml.sax.saxutils"
+    "importlib.metadata importlib.resources importlib.util logging.config logging.handlers "
+    "multiprocessing.pool multiprocessing.shared_memory os.path unittest.mock urllib.parse "
+    "urllib.request urllib.robotparser wsgiref.util xml.dom.minidom xml.etree.ElementTree "
+    "xml.sax.saxutils"
 ).split()
 MIN_DOC, MAX_TEXT = 150, 1000  # characters: shorter says little, longer costs the teacher much
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # differs with every process

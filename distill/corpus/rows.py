@@ -6,7 +6,6 @@ turn is answered, and an assistant's turn after it is kept as `meta["recorded_an
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import regex
 
@@ -33,7 +32,7 @@ STATED = {
 
 
 def interpret(
-    row: Mapping[str, Any],
+    row: Mapping[str, object],
     where: str,
     columns: Columns | None = None,
     form: str = "auto",
@@ -56,7 +55,7 @@ def interpret(
 
 
 def _conversation(
-    row: Mapping[str, Any], where: str, columns: Columns, asks: str, pattern: str | None
+    row: Mapping[str, object], where: str, columns: Columns, asks: str, pattern: str | None
 ) -> Document:
     """Read a row that holds a prompt: a text, or turns."""
     value = row[asks]
@@ -114,7 +113,7 @@ def _turn(role: object, content: object) -> dict[str, str]:
     return {"role": ROLES[role], "content": normalise(content)}
 
 
-def _other(row: Mapping[str, Any], columns: Columns, *used: str) -> dict[str, Any]:
+def _other(row: Mapping[str, object], columns: Columns, *used: str) -> dict[str, object]:
     """Return the plain values of the other columns, for templates; `id` is the user's own id."""
     skipped = {*used, *STATED, columns.id or "id"}
     meta = {key: value for key, value in row.items() if key not in skipped and _is_plain(value)}
@@ -133,9 +132,9 @@ def _is_plain(value: object) -> bool:
     return isinstance(value, str | int) and not (isinstance(value, int) and abs(value) > 2**63)
 
 
-def _first(row: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+def _first(row: Mapping[str, object], names: tuple[str, ...]) -> str | None:
     return next((name for name in names if row.get(name) is not None), None)
 
 
-def _names(row: Mapping[str, Any]) -> str:
+def _names(row: Mapping[str, object]) -> str:
     return ascii(", ".join(row)[:120])

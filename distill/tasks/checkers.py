@@ -1,8 +1,9 @@
 """Checks of an answer that need no judge: is it the JSON, the code, the number that was asked for?
 
-Used by the filters (before training) and by the scorers (in evaluation), so both mean the same. A check never raises,
-whatever the text: wrong, empty, hostile or endless answers fail with a reason. A check that runs the answer is refused
-unless the person at the machine has allowed it (`distill.tasks.sandbox.programs`).
+Used by the filters (before training) and by the scorers (in evaluation), so both mean the same. A
+check never raises, whatever the text: wrong, empty, hostile or endless answers fail with a reason.
+A check that runs the answer is refused unless the person at the machine has allowed it
+(`distill.tasks.sandbox.programs`).
 """
 
 import ast
@@ -24,16 +25,13 @@ import regex
 from distill.callables import PROVIDED
 from distill.records import Prompt
 from distill.tasks.json_schema import first_error, validate_schema
-from distill.tasks.sandbox.programs import DEFAULT, Limits, ProgramTests, run_tests
+from distill.tasks.sandbox.programs import DEFAULT, Limits, program, read_tests, run_tests
 
-MAX_CODE = (
-    20_000  # characters; a longer answer is no short example, and parsing it may exhaust the stack
-)
+MAX_CODE = 20_000  # characters of an answer; parsing a longer one may exhaust the stack
 SECONDS = 2  # that reading or comparing an expression, or finding a pattern, may take
 MAX_PATH = 500  # characters of a path that stands for a field; a longer one stands by its hash
 MAX_MATH = 1_000  # characters at the end of an answer in which an expression is looked for
 FENCE = re.compile(r"\A```[^\n`]*\n(.*?)\n?```\Z", re.DOTALL)
-BLOCK = re.compile(r"```[^\n`]*\n(.*?)\n?```", re.DOTALL)
 NUMBER = re.compile(r"(?:(?<![\w.)])[-\u2212])?\$?(\d[\d,]*(?:\.\d+)?|\.\d+)", re.ASCII)
 STATED = re.compile(r"####\s*([^\n]+)|\\boxed\{([^{}]*)\}")
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]*[A-Z])|\n+")
@@ -48,7 +46,7 @@ FIELD_TYPES: dict[str, Callable[[object], bool]] = {
 
 
 class CheckResult(NamedTuple):
-    """Whether an answer passed (None: a failure of ours), what was read out of it, and why it did not pass.
+    """Whether an answer passed (None: a failure of ours), what was read out of it, and why.
 
     A check that grades also gives a `value` from 0 to 1.
     """
@@ -66,8 +64,8 @@ def strip_fence(text: str) -> str:
     return fenced[1].strip() if fenced else text
 
 
-def _read_json(text: str) -> Any:
-    """Read JSON, with or without one code fence around it; raises ValueError or RecursionError for other text."""
+def _read_json(text: str) -> object:
+    """Read JSON, perhaps in one code fence; raises ValueError or RecursionError for other text."""
 
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is not JSON")
@@ -91,7 +89,7 @@ def check_json_object(prompt: Prompt, text: str, keys: Mapping[str, str]) -> Che
     return CheckResult(not wrong, answer, f"wrong type: {wrong}" if wrong else "valid JSON")
 
 
-def check_json_schema(prompt: Prompt, text: str, schema: Mapping[str, Any]) -> CheckResult:
+def check_json_schema(prompt: Prompt, text: str, schema: Mapping[str, object]) -> CheckResult:
     """Pass JSON that conforms to a schema (see distill.tasks.json_schema for the keywords)."""
     try:
         value = _read_json(text)
@@ -110,7 +108,8 @@ def check_json_schema(prompt: Prompt, text: str, schema: Mapping[str, Any]) -> C
 def check_field_f1(prompt: Prompt, text: str, least: float = 1.0) -> CheckResult:
     """Grade a JSON object by F1 over the fields of the reference object; pass from `least` on.
 
-    Fields are leaves with their paths; of texts case, punctuation and space do not count, of lists the order.
+    Fields are leaves with their paths; of texts case, punctuation and space do not count, of lists
+    the order.
     """
     try:
         expected = _fields(_read_json(prompt.reference or ""))
@@ -122,14 +121,14 @@ def check_field_f1(prompt: Prompt, text: str, least: float = 1.0) -> CheckResult
         return CheckResult(False, None, "no JSON object", 0.0)
     score = 2 * (expected & fields).total() / max(1, expected.total() + fields.total())
     lacking = sorted({path for path, _ in expected - fields})
-    reason = f"F1 {score:.2f}" + (
-        f", wrong or missing: {', '.join(lacking[:5])}"[:120] * bool(lacking)
-    )
+    reason = f"F1 {score:.2f}"
+    if lacking:
+        reason += f", wrong or missing: {', '.join(lacking[:5])}"[:120]
     return CheckResult(score >= least, strip_fence(text), reason, score)
 
 
 def _fields(tree: object) -> Counter[tuple[str, object]]:
-    """Count the leaves of a JSON object by path and value; raises ValueError for any other value."""
+    """Count the leaves of a JSON object by path and value; raises ValueError for no object."""
     if not isinstance(tree, dict):
         raise ValueError("not an object")
     pending: list[tuple[str, object]] = [("", tree)]
@@ -183,33 +182,6 @@ def check_python_tests(
     return CheckResult(passed, code, reason)
 
 
-def read_tests(reference: str) -> ProgramTests:
-    """Read tests: JSON with `test`, `entry_point` and perhaps `prompt` (HumanEval's columns), else lines of Python.
-
-    Lines (MBPP's `test_list`) assert what functions of the program's return; HumanEval's test defines `check`.
-    """
-    try:
-        row = json.loads(reference)
-        test, entry = str(row["test"]), str(row["entry_point"])
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return ProgramTests(reference)
-    return ProgramTests(f"{test}\n\ncheck({entry})\n", str(row.get("prompt", "")), entry)
-
-
-def program(text: str, tests: ProgramTests) -> str:
-    """Return an answer's program: its first fenced block, or all of it, after what the prompt begins the code with.
-
-    An answer that does not define the function goes on where the prompt ends, as a completion.
-    """
-    block = BLOCK.search(text)
-    code = block[1] if block else text
-    name = re.escape(tests.entry)
-    defined = rf"^(?:(?:async )?def|class) {name}\b|^{name}\s*[:=]"
-    if name and not re.search(defined, code, re.MULTILINE):
-        return f"{tests.setup.rstrip()}\n{code}"
-    return f"{tests.setup}\n\n{code.strip()}" if code.strip() else ""
-
-
 def read_number(text: str) -> Decimal | None:
     """Return the number stated after `####` or in a box, else the last number in the text."""
     stated = [first or second for first, second in STATED.findall(text)]
@@ -238,7 +210,7 @@ def _compare(answer: str, equal: bool, prompt: Prompt) -> CheckResult:
 
 
 def check_math(prompt: Prompt, text: str) -> CheckResult:
-    """Pass an expression that equals the reference's however it is written, as math-verify decides in a few seconds."""
+    """Pass an expression that equals the reference's however it is written (math-verify)."""
     from math_verify import parse, verify  # imports sympy, which few need
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it shows what models wrote
@@ -274,13 +246,13 @@ def check_normalised(prompt: Prompt, text: str) -> CheckResult:
 
 
 def check_includes(prompt: Prompt, text: str) -> CheckResult:
-    """Pass a text in which the reference's words stand, in their order and without others between."""
+    """Pass a text in which the reference's words stand, in order and without others between."""
     words = f" {normalise_answer(prompt.reference or '')} "
     return _compare(text.strip(), words in f" {normalise_answer(text)} ", prompt)
 
 
 def check_choice(prompt: Prompt, text: str) -> CheckResult:
-    """Pass the reference's letter: alone, as `answer: B`, or the first one that stands by itself."""
+    """Pass the reference's letter: alone, as `answer: B`, or the first that stands by itself."""
     letters = CHOSEN.findall(text)[-1:]
     letters = letters or re.findall(r"(?:^|[\s(*])([A-Z])(?=[).:*\s]|$)", text)[:1]
     if not letters:
@@ -290,7 +262,7 @@ def check_choice(prompt: Prompt, text: str) -> CheckResult:
 
 
 def check_regex(prompt: Prompt, text: str, pattern: str) -> CheckResult:
-    """Pass a text in which the pattern is found; where it has a group, that must equal the reference."""
+    """Pass a text with a match of the pattern, whose group, if any, equals the reference."""
     try:
         match = regex.search(pattern, text, timeout=SECONDS)
     except TimeoutError:
@@ -337,7 +309,7 @@ RUNS_CODE = frozenset({"python_tests"})
 
 
 def validate(checker: Mapping[str, Any]) -> None:
-    """Raise ValueError, with a message for the author of a task, where `checker` is not a valid check."""
+    """Raise ValueError, with a message for the author of a task, where a check is not valid."""
     settings = {key: value for key, value in checker.items() if key != "kind"}
     kind = checker.get("kind")
     mine = PROVIDED["checker"]

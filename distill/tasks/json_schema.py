@@ -1,8 +1,9 @@
-"""JSON Schema (draft 2020-12) for answers, as pydantic's `model_json_schema` writes it; jsonschema validates.
+"""JSON Schema (draft 2020-12) for answers, as pydantic's `model_json_schema` writes it.
 
-A schema is checked when its task is loaded: an unknown keyword is an error, since a typo would check nothing, and
-`$ref` stays inside the document. An answer is checked in bounded time, whatever it holds. `format` and `content...`
-describe and are not checked, which is the draft's default: state a `pattern` for what must hold.
+The jsonschema package validates. A schema is checked when its task is loaded: an unknown keyword is
+an error, since a typo would check nothing, and `$ref` stays inside the document. An answer is
+checked in bounded time, whatever it holds. `format` and `content...` describe and are not checked,
+which is the draft's default: state a `pattern` for what must hold.
 """
 
 import difflib
@@ -22,9 +23,7 @@ from referencing import Registry
 
 SECONDS = 1.0  # processor time that all patterns may take on one answer
 MAX_REFERENCES = 64  # one inside another; each takes about ten of Python's thousand frames
-MAX_TEXT = (
-    120  # characters of a message; jsonschema quotes the value, which may be the whole answer
-)
+MAX_TEXT = 120  # characters of a message; jsonschema quotes the value, which may be the answer
 TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
 # keywords that hold a schema, a list of schemas, or schemas by name
 ONE = {"items", "contains", "additionalProperties", "propertyNames", "not", "if", "then", "else"}
@@ -46,7 +45,7 @@ KEYWORDS = {
 
 
 def validate_schema(schema: object) -> None:
-    """Raise ValueError, with the place, if `schema` is not a schema or holds a keyword or `$ref` that is not supported."""
+    """Raise ValueError, with the place, where `schema` is none or holds what is not supported."""
     try:
         # YAML also has dates, keys that are numbers, and nodes that contain themselves
         if (
@@ -64,7 +63,7 @@ def validate_schema(schema: object) -> None:
         raise ValueError(f"schema is not valid: {error}") from None
     except RecursionError:
         raise ValueError("schema is nested too deeply") from None
-    # which schemas apply to the very value that a schema applies to: a cycle of these would never end
+    # which schemas apply to the same value as a schema: a cycle of these would never end
     applied: dict[str, set[str]] = {pointer: set() for pointer, _, _ in nodes}
     for pointer, node, parent in nodes:
         if parent is not None:
@@ -106,7 +105,7 @@ def _place(pointer: str) -> str:
 def _subschemas(
     schema: Any, pointer: str = "", parent: str | None = None
 ) -> Iterator[tuple[str, Any, str | None]]:
-    """Yield each schema in `schema`, its JSON pointer, and its parent's where both apply to the same value."""
+    """Yield each schema, its JSON pointer, and its parent's where both apply to one value."""
     yield pointer, schema, parent
     for keyword, value in schema.items() if isinstance(schema, dict) else ():
         children: dict[str, Any] = {}
@@ -130,8 +129,8 @@ class _Effort:
 
     seconds: float = 0.0
     references: int = 0  # that are open now
-    # by `$ref` and value: the first error's fields, or None. Without it, alternatives (`anyOf`) that refer to the
-    # same schema would double the work at every level of the answer
+    # by `$ref` and value: the first error's fields, or None. Without it, alternatives (`anyOf`)
+    # that refer to the same schema would double the work at every level of the answer
     results: dict[tuple[str, int], dict[str, Any] | None] = field(default_factory=dict)
 
 
@@ -190,7 +189,7 @@ def check_pattern_properties(
 def check_additional_properties(
     validator: Any, rule: object, value: object, schema: Mapping[str, Any]
 ) -> Iterator[ValidationError]:
-    """`additionalProperties` in the answer's order (jsonschema's order changes from process to process)."""
+    """`additionalProperties` in the answer's order; jsonschema's differs between processes."""
     patterns = schema.get("patternProperties", {})
     for name, child in value.items() if isinstance(value, dict) else ():
         if name in schema.get("properties", {}) or any(_matches(p, name) for p in patterns):
@@ -210,7 +209,7 @@ def check_unique_items(
 
 
 def _hashable(value: object) -> object:
-    """Return a key that two values share if they are equal in JSON: 1 and 1.0 are, 1 and true are not."""
+    """Return a key that equal JSON values share: 1 and 1.0 do, 1 and true do not."""
     if isinstance(value, dict):
         return frozenset((name, _hashable(child)) for name, child in value.items())
     if isinstance(value, list):
@@ -231,9 +230,10 @@ _Validator = extend(
 
 
 def first_error(schema: Mapping[str, object], value: object) -> str | None:
-    """Return a message with the place where `value` first differs from a valid `schema`, or None where it conforms.
+    """Return a message with the place where `value` first differs from a valid `schema`, or None.
 
-    Raises RecursionError where the value is nested too deeply, TimeoutError where a pattern takes too long.
+    Raises RecursionError where the value is nested too deeply, TimeoutError where a pattern takes
+    too long.
     """
     root = {keyword: rule for keyword, rule in schema.items() if keyword not in AT_ROOT}
     token = _effort.set(_Effort())
@@ -246,8 +246,8 @@ def first_error(schema: Mapping[str, object], value: object) -> str | None:
         _effort.reset(token)
     if error is None:
         return None
-    # of alternatives, the error of the one that comes nearest, where one does: it fails furthest inside the value,
-    # and not because another kind of value was wanted
+    # of alternatives, the error of the one that comes nearest, where one does: it fails furthest
+    # inside the value, and not because another kind of value was wanted
     while error.context:
         ranks = {
             one: (len(one.relative_path), one.validator not in ("const", "enum", "type"))

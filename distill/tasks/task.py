@@ -1,10 +1,11 @@
 """Tasks: what is asked about a document or of a prompt, as YAML that a user can write without code.
 
-A task has a student's view (what is trained and served), where it differs a teacher's view (which may see a passage or
-a long system prompt that the student does not), and where one exists a checker. Templates are jinja2 in a sandbox.
+A task has a student's view (what is trained and served), where it differs a teacher's view (which
+may see a passage or a long system prompt that the student does not), and where one exists a
+checker. Templates are jinja2 in a sandbox.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +27,7 @@ compile_template = cache(ENVIRONMENT.from_string)  # a task's templates are fill
 
 
 class PromptView(Section):
-    """The turns of one side: templates of the user's turn and, where there is one, of the system's."""
+    """The turns of one side: templates of the user's turn and, if any, of the system's."""
 
     user: str = ""
     system: str | None = None
@@ -42,7 +43,7 @@ class PromptView(Section):
 
 
 class Task(Section):
-    """A named task. `metric` is what the scorecard calls the share of answers that pass the checker."""
+    """A named task; `metric` is what the scorecard calls the share that passes the checker."""
 
     name: str
     metric: str | None = None
@@ -67,7 +68,7 @@ class Task(Section):
         return self
 
     def teacher_view(self) -> PromptView | None:
-        """Return the teacher's view, with the student's user turn where it states none of its own."""
+        """Return the teacher's view, with the student's user turn where it states none."""
         if self.teacher is None or self.teacher.user.strip():
             return self.teacher
         return self.teacher.model_copy(update={"user": self.student.user})
@@ -89,7 +90,7 @@ def load_task(name_or_path: str) -> Task:
 
 
 def load_section(path: Path, kind: type[NamedSection], what: str, examples: str) -> NamedSection:
-    """Read a YAML file as a section that is named after it; raises DistillError (exit 2) with the file and the error."""
+    """Read a YAML file as a section that is named after it, or stop (exit 2) with the error."""
     tree = read_yaml(path, kind)
     if not isinstance(tree, dict):
         raise DistillError(Exit.CONFIG, path, f"holds no {what}", f"start from one of {examples}")
@@ -97,7 +98,7 @@ def load_section(path: Path, kind: type[NamedSection], what: str, examples: str)
 
 
 def as_section(
-    tree: dict[str, Any], path: Path, kind: type[NamedSection], what: str
+    tree: dict[str, object], path: Path, kind: type[NamedSection], what: str
 ) -> NamedSection:
     """Check what was read from a file; raises DistillError (exit 2) with the file and the error."""
     try:
@@ -120,15 +121,15 @@ def shipped(name: str) -> Task | None:
 
 
 def tasks_of_run(folder: Path) -> FindTask:
-    """Return a function that finds a task by its name: in the run's `tasks.json`, else in configs/tasks."""
+    """Return what finds a task by its name: in the run's `tasks.json`, else in configs/tasks."""
     path = folder / TASKS_FILE
     rows = read_json(path).items() if path.is_file() else ()
     tasks = {name: as_section({"name": name, **row}, path, Task, "task") for name, row in rows}
     return lambda name: tasks.get(name) or shipped(name)
 
 
-def fill(template: str, task: str, values: dict[str, Any]) -> str:
-    """Render a template; raises DistillError (exit 2) where it uses a value that the document does not have."""
+def fill(template: str, task: str, values: Mapping[str, object]) -> str:
+    """Render a template; raises DistillError (exit 2) where it uses a value that is not there."""
     try:
         return compile_template(template).render(values).strip()
     except (TemplateError, TypeError, ValueError, ArithmeticError) as error:

@@ -43,11 +43,10 @@ from distill.tasks.checkers import (
     check,
     count_sentences,
     normalise_answer,
-    program,
     read_number,
     strip_fence,
 )
-from distill.tasks.sandbox.programs import ProgramTests
+from distill.tasks.sandbox.programs import ProgramTests, program
 from distill.tasks.task import load_task
 
 PIECES = {
@@ -286,8 +285,8 @@ READERS: dict[str, Reader] = {
     "tasks.checkers, json_object": checked("json_object", keys={"a": "string"}),
     "tasks.checkers, json_schema": checked("json_schema", schema={"type": "object"}),
     "tasks.checkers, max_sentences": checked("max_sentences", max=3),
-    "tasks.checkers, program": lambda text: program(text, ProgramTests("assert f(1)")),
-    "tasks.checkers, program of a name": lambda text: program(
+    "tasks.programs, program": lambda text: program(text, ProgramTests("assert f(1)")),
+    "tasks.programs, program of a name": lambda text: program(
         text, ProgramTests("check(f)", "def f():", "f")
     ),
     "evaluation.scorers.agrees": lambda text: agrees(

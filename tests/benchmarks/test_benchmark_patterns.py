@@ -29,7 +29,7 @@ QUADRATIC = {  # what once took time in the square of a text, and which text sho
     "corpus.prompts.read_questions": ("Q", "spaces"),
     "corpus.prompts.distinct": ("", "spaces"),
     "tasks.checkers, choice": ("answer", "spaces"),
-    "tasks.checkers, program": ("", "newlines"),
+    "tasks.programs, program": ("", "newlines"),
     "publishing.secret_scan": ("", "a long word"),
     "config_file.check_values": ("://", "digits"),
 }

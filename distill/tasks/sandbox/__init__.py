@@ -1,1 +1,1 @@
-"""Run a generated program where it can do no harm, and learn whether it passes its tests: `distill.tasks.sandbox.programs`."""
+"""A place to run generated programs where they can do no harm, and only where that is allowed."""

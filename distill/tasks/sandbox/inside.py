@@ -1,13 +1,14 @@
-"""The two parts that live in a sandbox: the judge, who runs the tests, and the program, which answers the judge's calls.
+"""The two parts that live in a sandbox: the harness runs the tests, the program answers its calls.
 
-    outside               in the sandbox
-    distill.tasks.sandbox.programs - process 1: the judge - its child: the program, and whatever that starts
-      code, then tests ->               calls, plain data ->
-      <- verdict with its nonce         <- result, plain data, or the name of an error
+    outside                    in the sandbox
+    tasks.sandbox.programs  -  process 1: the harness  -  its child: the program, and what it starts
+      code, then tests ->        calls, plain data ->
+      <- verdict, nonce          <- result, plain data, or the name of an error
 
-The program never sees the tests, the nonce, the verdict's pipe or the judge's memory: it is forked before the judge
-reads them, and the judge can be neither traced nor, being process 1, killed from inside. When the judge ends, the
-kernel ends all else in the sandbox. `distill.tasks.sandbox.programs` starts it; standard library only.
+The program never sees the tests, the nonce, the verdict's pipe or the harness's memory: it is
+forked before the harness reads them, and the harness can be neither traced nor, being process 1,
+killed from inside. When the harness ends, the kernel ends all else in the sandbox. Standard library
+only.
 """
 
 import builtins
@@ -28,7 +29,7 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def main() -> NoReturn:
-    """Read the code, enter the sandbox, start the program, read the tests, judge; `execute` states the arguments."""
+    """Read the code, enter the sandbox, start the program, read the tests and run them."""
     seconds, megabytes, isolated = json.loads(sys.argv[1])
     namespaces.die_with_parent()
     sys.path.pop()  # the package's folder, which the program has no business with
@@ -46,41 +47,41 @@ def main() -> NoReturn:
     os.close(calls[0])
     os.close(answers[1])
     job = messages.receive(0)
-    judge = Judge(job["nonce"], answers[0], calls[1])
+    harness = Harness(job["nonce"], answers[0], calls[1])
     if failure:
-        judge.finish("broken", failure)
-    judge.watch(proc, megabytes)
-    judge.run(job)
+        harness.finish("broken", failure)
+    harness.watch(proc, megabytes)
+    harness.run(job)
 
 
 class TestBuiltins(dict[str, Any]):
-    """The builtins of the tests: what neither these nor the tests define is a function of the program's."""
+    """The builtins of the tests: a name that nothing defines is a function of the program's."""
 
-    def __init__(self, judge: "Judge") -> None:
+    def __init__(self, harness: "Harness") -> None:
         super().__init__(vars(builtins))
-        self.judge = judge
+        self.harness = harness
 
     def __missing__(self, name: str) -> Any:
         if name.startswith("__"):
             raise KeyError(name)
-        return lambda *args, **kwargs: self.judge.call(name, args, kwargs)
+        return lambda *args, **kwargs: self.harness.call(name, args, kwargs)
 
 
-class Judge:
-    """Runs the tests, asks the program for what they call, and gives the verdict: pass, fail or broken."""
+class Harness:
+    """Runs the tests, has the program do what they call, and writes pass, fail or broken."""
 
     def __init__(self, nonce: str, read: int, write: int) -> None:
         self.nonce, self.read, self.write = nonce, read, write
         self.answered, self.last = 0, ""
 
     def finish(self, verdict: str, reason: str) -> NoReturn:
-        """Write the verdict and end, and with this process all in the sandbox; no test can catch it."""
+        """Write the verdict and end, with all in the sandbox; no test can catch it."""
         signal.setitimer(signal.ITIMER_REAL, 0)
         messages.send(VERDICT, {"nonce": self.nonce, "verdict": verdict, "reason": reason[:1000]})
         os._exit(0)
 
     def run(self, job: dict[str, Any]) -> NoReturn:
-        """Run the setup and the tests; of a function that both the setup and the program have, the program's counts."""
+        """Run the setup and the tests; a function that both define is the program's."""
         space: dict[str, Any] = {"__name__": "tests", "__builtins__": TestBuiltins(self)}
         try:
             setup = compile(job["setup"], "setup", "exec")
@@ -93,15 +94,14 @@ class Judge:
             self.receive_answer()
             exec(tests, space)  # noqa: S102
         except BaseException as error:  # the tests may raise what they like: it is a failure
-            self.finish(
-                "fail", describe_error(error) + (f" (last: {self.last})" if self.last else "")
-            )
+            last = f" (last: {self.last})" if self.last else ""
+            self.finish("fail", describe_error(error) + last)
         if not self.answered:
             self.finish("broken", "the tests call nothing")
         self.finish("pass", f"passes: {self.answered} calls")
 
     def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a function of the program; a list, dict or set that it changed is changed here too."""
+        """Call a function of the program; a list, dict or set that it changed changes here too."""
         self.last = f"{name}({shorten(args)[1:-1].rstrip(',')})"
         try:
             message = {"name": name, "args": messages.pack(args), "kwargs": messages.pack(kwargs)}
@@ -117,7 +117,7 @@ class Judge:
         return value
 
     def receive_answer(self) -> Any:
-        """Return what the program answers; an error of its own is raised here, under the same name if builtin."""
+        """Return what the program answers; raise its errors, under the same name if builtin."""
         try:
             reply = messages.receive(self.read)
             if "value" in reply:
@@ -137,7 +137,7 @@ class Judge:
         raise Exception(f"{name}: {text}")
 
     def watch(self, proc: int | None, megabytes: int) -> None:
-        """Measure the memory of all processes in the sandbox at every tick; above the limit, fail the program."""
+        """Measure the memory of all in the sandbox at every tick; above the limit, fail."""
 
         def measure(number: int, frame: object) -> None:
             if proc is not None and memory_in_use(proc) > megabytes << 20:
@@ -194,14 +194,14 @@ def run_program(code: str, read: int, write: int) -> NoReturn:
         messages.send(write, {"value": messages.pack((None, ()))})
         while True:
             perform(vars(module), messages.receive(read), write)
-    except BaseException as error:  # SystemExit too: the judge decides
+    except BaseException as error:  # SystemExit too: the harness decides
         with suppress(BaseException):
             messages.send(write, error_reply(error))
     os._exit(0)
 
 
 def close_other_descriptors(read: int, write: int) -> tuple[int, int]:
-    """Close all descriptors but the two pipes, which become 3 and 4; input, output and errors go nowhere."""
+    """Close all descriptors but the pipes, which become 3 and 4; the standard ones go nowhere."""
     nowhere = os.open("/dev/null", os.O_RDWR)
     for number in range(3):
         os.dup2(nowhere, number)
@@ -229,5 +229,5 @@ def perform(space: dict[str, Any], call: dict[str, Any], write: int) -> None:
 
 
 def error_reply(error: BaseException) -> dict[str, str]:
-    """Return an error as the message that the judge receives."""
+    """Return an error as the message that the harness receives."""
     return {"error": type(error).__name__, "text": str(error)[:300]}

@@ -1,27 +1,35 @@
-"""The messages between the parts of a sandbox: plain data as JSON with its length before it, never pickles.
+"""The messages between the parts of a sandbox: plain data as JSON with its length, never pickles.
 
-Only values that are data cross from a generated program to its judge: an object with an `__eq__` of its own cannot.
-Every kind is rebuilt as exactly that kind; a subclass (Counter, an enumeration) arrives as what it derives from, and an
-iterator as an iterator over its items.
+Only values that are data cross from a generated program to its harness: an object with an `__eq__`
+of its own cannot. Every kind is rebuilt as exactly that kind; a subclass (Counter, an enumeration)
+arrives as what it derives from, and an iterator as an iterator over its items.
 """
 
 import json
 import os
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from itertools import islice
 from typing import Any
 
 MAX_BYTES = 16 << 20  # of one message
 MAX_ITEMS = 100_000  # of an iterator; what follows is cut off
-PACKED = {"list": list, "tuple": tuple, "frozenset": frozenset, "set": Set}  # views of keys too
-UNPACKED = {**PACKED, "set": set, "iterator": iter}
+PACKED: dict[str, type[Iterable[object]]] = {
+    "list": list,
+    "tuple": tuple,
+    "frozenset": frozenset,
+    "set": Set,
+}  # views of keys too
+UNPACKED: dict[str, Callable[[list[Any]], Any]] = {
+    **{"list": list, "tuple": tuple, "frozenset": frozenset, "set": set},
+    "iterator": iter,
+}
 
 
 class NotData(Exception):
     """A value or message that is not plain data."""
 
 
-def frame(value: Any) -> bytes:
+def frame(value: object) -> bytes:
     """Return one message; raises NotData where it is too long."""
     text = json.dumps(value).encode()
     if len(text) > MAX_BYTES:
@@ -29,7 +37,7 @@ def frame(value: Any) -> bytes:
     return len(text).to_bytes(8, "big") + text
 
 
-def send(descriptor: int, value: Any) -> None:
+def send(descriptor: int, value: object) -> None:
     """Write one message."""
     pending = memoryview(frame(value))
     while pending:
@@ -37,7 +45,7 @@ def send(descriptor: int, value: Any) -> None:
 
 
 def receive(descriptor: int) -> Any:
-    """Read one message and not a byte more; raises EOFError where the other side is gone, NotData for no message."""
+    """Read one message and not a byte more; raises EOFError at its end, NotData for no message."""
     length = int.from_bytes(_read_exactly(descriptor, 8), "big")
     if length > MAX_BYTES:
         raise NotData("too much data")
@@ -58,7 +66,7 @@ def _read_exactly(descriptor: int, length: int) -> bytes:
     return b"".join(parts)
 
 
-def pack(value: Any) -> Any:
+def pack(value: object) -> object:
     """Return a value as JSON can hold it; raises NotData for anything that is not data."""
     if value is None or type(value) in (bool, int, float, str):
         return value
@@ -81,7 +89,7 @@ def pack(value: Any) -> Any:
     raise NotData(f"a value of type {type(value).__name__}")
 
 
-def unpack(value: Any) -> Any:
+def unpack(value: object) -> Any:
     """Rebuild what `pack` made; raises NotData where it did not make it."""
     if not isinstance(value, dict):
         return value

@@ -1,14 +1,16 @@
-"""The namespaces and limits around a generated program, set up by the process that then runs in them. Linux only.
+"""The namespaces and limits around a generated program, made by the process that runs in them.
 
-Namespaces of its own for processes, network, mounts, IPC and names; a root of read-only system libraries and one small
-folder; a user without rights on the host; limits on everything that can be limited; and a filter that refuses the
-system calls which lead out (sockets, mounts, tracing, namespaces, memory that nobody counts). Raises OSError where the
-system does not let us. Uses the standard library only. Needs Linux 5.14: from then on processes are counted for each user namespace apart.
+Namespaces of its own for processes, network, mounts, IPC and names; a root of read-only system
+libraries and one small folder; a user without rights on the host; limits on everything that can be
+limited; and a filter that refuses the system calls which lead out (sockets, mounts, tracing,
+namespaces, memory that nobody counts). Raises OSError where the system does not let us. Standard
+library only; Linux 5.14, from which on processes are counted for each user namespace apart.
 """
 
 import ctypes
 import errno
 import os
+import re
 import resource
 import signal
 import struct
@@ -34,63 +36,26 @@ ARENA_MAX = -8
 MOUNT_SETATTR = 442
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 
-# Refused, as numbers on x86-64 and aarch64 (-1: not there). Linux: arch/x86/entry/syscalls/syscall_64.tbl, and
-# include/uapi/asm-generic/unistd.h.
-REFUSED: dict[str, tuple[int, int]] = {
-    "socket": (41, 198),  # sockets of every family: vsock knows no namespaces
-    "ptrace": (101, 117),
-    "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271),
-    "kcmp": (312, 272),
-    "pidfd_getfd": (438, 438),
-    "mount": (165, 40),
-    "umount2": (166, 39),
-    "pivot_root": (155, 41),
-    "chroot": (161, 51),
-    "open_tree": (428, 428),
-    "move_mount": (429, 429),
-    "fsopen": (430, 430),
-    "fsconfig": (431, 431),
-    "fsmount": (432, 432),
-    "fspick": (433, 433),
-    "mount_setattr": (442, 442),
-    "unshare": (272, 97),
-    "setns": (308, 268),
-    "memfd_create": (319, 279),
-    "memfd_secret": (447, 447),
-    "shmget": (29, 194),
-    "msgget": (68, 186),
-    "semget": (64, 190),
-    "mq_open": (240, 180),
-    "bpf": (321, 280),
-    "perf_event_open": (298, 241),
-    "userfaultfd": (323, 282),
-    "add_key": (248, 217),
-    "request_key": (249, 218),
-    "keyctl": (250, 219),
-    "io_uring_setup": (425, 425),
-    "io_uring_enter": (426, 426),
-    "io_uring_register": (427, 427),
-    "init_module": (175, 105),
-    "finit_module": (313, 273),
-    "delete_module": (176, 106),
-    "kexec_load": (246, 104),
-    "kexec_file_load": (320, 294),
-    "open_by_handle_at": (304, 265),
-    "name_to_handle_at": (303, 264),
-    "fanotify_init": (300, 262),
-    "personality": (135, 92),
-    "swapon": (167, 224),
-    "swapoff": (168, 225),
-    "reboot": (169, 142),
-    "syslog": (103, 116),
-    "acct": (163, 89),
-    "quotactl": (179, 60),
-    "sethostname": (170, 161),
-    "setdomainname": (171, 162),
-    "iopl": (172, -1),
-    "ioperm": (173, -1),
-    "modify_ldt": (154, -1),
+# Refused, as numbers on x86-64 and aarch64 (-1: not there). Linux:
+# arch/x86/entry/syscalls/syscall_64.tbl, and include/uapi/asm-generic/unistd.h. Sockets of every
+# family are, since vsock knows no namespaces.
+_NUMBERS = """
+socket 41 198, ptrace 101 117, process_vm_readv 310 270, process_vm_writev 311 271
+kcmp 312 272, pidfd_getfd 438 438, mount 165 40, umount2 166 39, pivot_root 155 41
+chroot 161 51, open_tree 428 428, move_mount 429 429, fsopen 430 430, fsconfig 431 431
+fsmount 432 432, fspick 433 433, mount_setattr 442 442, unshare 272 97, setns 308 268
+memfd_create 319 279, memfd_secret 447 447, shmget 29 194, msgget 68 186, semget 64 190
+mq_open 240 180, bpf 321 280, perf_event_open 298 241, userfaultfd 323 282, add_key 248 217
+request_key 249 218, keyctl 250 219, io_uring_setup 425 425, io_uring_enter 426 426
+io_uring_register 427 427, init_module 175 105, finit_module 313 273, delete_module 176 106
+kexec_load 246 104, kexec_file_load 320 294, open_by_handle_at 304 265
+name_to_handle_at 303 264, fanotify_init 300 262, personality 135 92, swapon 167 224
+swapoff 168 225, reboot 169 142, syslog 103 116, acct 163 89, quotactl 179 60
+sethostname 170 161, setdomainname 171 162, iopl 172 -1, ioperm 173 -1, modify_ldt 154 -1
+"""
+REFUSED = {
+    name: (int(x86_64), int(aarch64))
+    for name, x86_64, aarch64 in map(str.split, re.split(r"[,\n]", _NUMBERS.strip()))
 }
 CLONE, CLONE3 = {"x86_64": 56, "aarch64": 220}, 435
 AUDIT = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -115,14 +80,15 @@ def _mount(source: str, target: str, kind: str | None, flags: int, options: str 
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends; any change of user takes that back."""
+    """Have the kernel kill this process when its parent ends; a change of user takes that back."""
     LIBC.prctl(SET_PDEATHSIG, signal.SIGKILL)
 
 
 def enter(seconds: float) -> int:
     """Enter the sandbox: return in its first process, with a descriptor of its /proc.
 
-    The process that called stays outside, kills the sandbox when `seconds` are over, and ends with its exit status.
+    The process that called stays outside, kills the sandbox when `seconds` are over, and ends with
+    its exit status.
     """
     if MACHINE not in AUDIT:
         raise OSError(errno.ENOSYS, f"no filter of system calls for {MACHINE}")
@@ -163,9 +129,10 @@ def _new_user(me: str, inside: int, user: int, group: int, folder: int | None = 
 
 
 def _new_root() -> int:
-    """Replace the file system by system libraries and an empty folder; return a descriptor of a /proc that has no path.
+    """Replace the file system by system libraries and an empty folder.
 
-    The new root is mounted over /tmp, which every system has, and then takes the place of the old one.
+    Returns a descriptor of a /proc that has no path. The new root is mounted over /tmp, which every
+    system has, and then takes the place of the old one.
     """
     _mount("none", "/", None, REC | PRIVATE)
     _mount("tmpfs", "/tmp", "tmpfs", NOSUID | NODEV, "size=1m,mode=755")
@@ -204,7 +171,7 @@ def _new_root() -> int:
 
 
 def confine(seconds: float, megabytes: int) -> None:
-    """Take all rights from this process, for good: limits, capabilities, system calls, and being traced."""
+    """Take all rights from this process, for good: limits, capabilities, calls, being traced."""
     limits = {
         resource.RLIMIT_CPU: int(seconds) + 1,
         resource.RLIMIT_AS: 2 * megabytes << 20,  # stacks are reserved and seldom used
@@ -236,7 +203,7 @@ def confine(seconds: float, megabytes: int) -> None:
 
 
 def filter_program(machine: str) -> bytes:
-    """Return a seccomp filter, in instructions of 8 bytes: it allows all but what is refused, on this architecture only."""
+    """Return a seccomp filter, in instructions of 8 bytes, for this architecture only."""
     column = list(AUDIT).index(machine)
     numbers = [pair[column] for pair in REFUSED.values() if pair[column] >= 0]
     no = (RETURN, 0, 0, REFUSE | errno.EPERM)

@@ -1,20 +1,24 @@
 """Run the tests of a generated program in a sandbox, where the program can do no harm.
 
-What holds, on Linux with user namespaces: the program has no network (nor sockets of any kind), no files but its own
-empty folder and read-only system libraries, no environment, no /proc; it ends within its seconds, and all that it
-started with it; memory, processes, files and CPU time are limited for all of it together; its output goes nowhere.
-A pass cannot be faked: the verdict is written by a judge in a process of its own, which runs the tests, hands the
-program nothing but the arguments of each call, takes nothing but plain data back, and signs with a nonce that the
-program's memory never held (see `distill.tasks.sandbox.inside`). A pass means right answers, and at least one was asked for.
+What holds, on Linux with user namespaces: the program has no network (nor sockets of any kind), no
+files but its own empty folder and read-only system libraries, no environment, no /proc; it ends
+within its seconds, and all that it started with it; memory, processes, files and CPU time are
+limited for all of it together; its output goes nowhere. A pass cannot be faked: the verdict is
+written by a harness in a process of its own, which runs the tests, hands the program nothing but
+the arguments of each call, takes nothing but plain data back, and signs with a nonce that the
+program's memory never held (see `distill.tasks.sandbox.inside`). A pass means right answers, to at
+least one call.
 
-What does not hold: this is one kernel, so an error of the kernel is a way out; a program may use a core until its
-seconds are over; it may tell how long things take, and which libraries the system has. With `--unsafe-code` there are
-limits, the judge and where possible the filter of system calls, but the program reads what its user reads, and writes.
-Tests see plain data only: a class of the program's own, or a function as an argument, cannot be tested this way.
+What does not hold: this is one kernel, so an error of the kernel is a way out; a program may use a
+core until its seconds are over; it may tell how long things take, and which libraries the system
+has. With `--unsafe-code` there are limits, the harness and where possible the filter of system
+calls, but the program reads what its user reads, and writes. Tests see plain data only: a class of
+the program's own, or a function as an argument, cannot be tested this way.
 """
 
 import json
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -28,15 +32,18 @@ from distill.tasks.sandbox import messages
 
 Permission = Literal["no", "sandbox", "unsafe"]
 ROOT = Path(__file__).parents[3]
-START = "import sys; sys.path.append(sys.argv.pop()); from distill.tasks.sandbox.inside import main; main()"
+START = (
+    "import sys; sys.path.append(sys.argv.pop()); "
+    "from distill.tasks.sandbox.inside import main; main()"
+)
 GRACE = 1.5  # seconds after its time in which a sandbox ends by itself
-
+BLOCK = re.compile(r"```[^\n`]*\n(.*?)\n?```", re.DOTALL)
 
 _permission: Permission = "no"  # given by the person at the machine; no config can
 
 
 class Limits(NamedTuple):
-    """What a program may take: seconds on the clock, and megabytes for all of its processes together."""
+    """What a program may take: seconds on the clock, megabytes for all its processes together."""
 
     seconds: float = 10.0
     megabytes: int = 512
@@ -46,7 +53,7 @@ DEFAULT = Limits()
 
 
 class ProgramTests(NamedTuple):
-    """What a program must pass: code that runs before, code that asserts, and the function that is the program's."""
+    """Code that asserts, code that runs before, and the function that is the program's."""
 
     code: str
     setup: str = ""
@@ -61,10 +68,13 @@ class ProgramResult(NamedTuple):
 
 
 def allow(permission: Permission) -> None:
-    """Allow programs to run, or forbid it; raises DistillError (exit 2) where the sandbox is not available."""
+    """Allow programs to run, or forbid it; raises DistillError (exit 2) without a sandbox."""
     global _permission
     if permission == "sandbox" and (why := unavailable()):
-        fix = "see distill.tasks.sandbox.namespaces for what it needs; --unsafe-code runs code with limits only, on a machine that may be lost"
+        fix = (
+            "see distill.tasks.sandbox.namespaces for what it needs; --unsafe-code runs code with "
+            "limits only, on a machine that may be lost"
+        )
         raise DistillError(Exit.CONFIG, "--allow-code", f"no sandbox on this system: {why}", fix)
     _permission = permission
 
@@ -76,26 +86,52 @@ def allowed() -> Permission:
 
 @cache
 def unavailable() -> str:
-    """Return why there is no sandbox here, or an empty text; a program is run in one to find out."""
+    """Run a program in a sandbox; return why there is none here, or an empty text."""
     if sys.platform != "linux":
         return "it needs Linux"
-    outcome = execute(
-        "def f(x):\n    return x + 1", ProgramTests("assert f(1) == 2"), DEFAULT, isolated=True
-    )
+    tests = ProgramTests("assert f(1) == 2")
+    outcome = execute("def f(x):\n    return x + 1", tests, DEFAULT, isolated=True)
     return "" if outcome.passed else outcome.reason
+
+
+def read_tests(reference: str) -> ProgramTests:
+    """Read tests: lines of Python, or JSON with `test`, `entry_point` and perhaps `prompt`.
+
+    Lines (MBPP's `test_list`) assert what functions of the program's return; the test of
+    HumanEval's columns defines `check`.
+    """
+    try:
+        row = json.loads(reference)
+        test, entry = str(row["test"]), str(row["entry_point"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return ProgramTests(reference)
+    return ProgramTests(f"{test}\n\ncheck({entry})\n", str(row.get("prompt", "")), entry)
+
+
+def program(text: str, tests: ProgramTests) -> str:
+    """Return an answer's program: its first fenced block, or all of it, after the tests' setup.
+
+    An answer that does not define the function goes on where the setup ends, as a completion.
+    """
+    block = BLOCK.search(text)
+    code = block[1] if block else text
+    name = re.escape(tests.entry)
+    defined = rf"^(?:(?:async )?def|class) {name}\b|^{name}\s*[:=]"
+    if name and not re.search(defined, code, re.MULTILINE):
+        return f"{tests.setup.rstrip()}\n{code}"
+    return f"{tests.setup}\n\n{code.strip()}" if code.strip() else ""
 
 
 def run_tests(code: str, tests: ProgramTests, limits: Limits = DEFAULT) -> ProgramResult:
     """Run a program's tests; raises DistillError (exit 2) where nobody has allowed that."""
     if _permission == "no":
-        raise DistillError(
-            Exit.CONFIG, "generated code", "is not run unless asked", "add --allow-code"
-        )
+        what, fix = "is not run unless asked", "add --allow-code"
+        raise DistillError(Exit.CONFIG, "generated code", what, fix)
     return execute(code, tests, limits, isolated=_permission == "sandbox")
 
 
 def execute(code: str, tests: ProgramTests, limits: Limits, isolated: bool) -> ProgramResult:
-    """Start a sandbox for one program and return the result that its judge sent; all in it has ended by then."""
+    """Start a sandbox for one program; return its harness's result when all in it has ended."""
     nonce = secrets.token_hex(16)
     job = {"nonce": nonce, "setup": tests.setup, "tests": tests.code, "entry": tests.entry}
     request = messages.frame(code) + messages.frame(job)
@@ -122,7 +158,7 @@ def execute(code: str, tests: ProgramTests, limits: Limits, isolated: bool) -> P
 
 
 def read_verdict(reply: bytes, nonce: str, limits: Limits) -> ProgramResult:
-    """Read the verdict that the judge wrote; without the nonce it is refused."""
+    """Read the verdict that the harness wrote; without the nonce it is refused."""
     try:
         verdict = json.loads(reply[8:])
         genuine = secrets.compare_digest(verdict["nonce"], nonce)
