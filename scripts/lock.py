@@ -1,10 +1,9 @@
 """Make requirements.lock and requirements-dev.lock anew: `python scripts/lock.py [--upgrade]`.
 
 Every package but torch and what only its GPU builds need is pinned with hashes, for Linux and macOS
-and Python 3.11 to
-3.13. The dev lock holds what the `dev` extra adds. Versions stay as they are, unless `--upgrade` or
-pyproject.toml
-moves them. Needs `uv` (any recent one) beside this Python or on the path.
+and Python 3.11 to 3.13. The dev lock holds what the `dev` extra adds. Versions stay as they are,
+unless `--upgrade` or pyproject.toml moves them. Needs `uv` (any recent one) beside this Python or
+on the path.
 """
 
 import re

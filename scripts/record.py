@@ -1,11 +1,9 @@
 """Hold this code against commit 07339c8, both run on this machine: what was asked, learnt and
 scored is the same.
 
-    python scripts/record.py                    # four tiny pipelines, two of them paid (a fake
-    server): minutes
+    python scripts/record.py                    # four tiny pipelines, two paid (a fake server)
     python scripts/record.py --models           # and a small quickstart on its real models
-    python scripts/record.py --work FOLDER      # keep both sides there; the old one is then made
-    once
+    python scripts/record.py --work FOLDER      # keep both sides there; the old one is made once
 
 Each side works by its own command line in a folder of its own, on the same processor (another gives
 other bytes). Equal byte for byte: requests, keys, prompts, dataset, token ids and weights of the
@@ -110,7 +108,7 @@ class Row(NamedTuple):
 
     run: str
     what: str
-    count: int
+    values: int
     differences: list[Difference]
 
 
@@ -451,7 +449,7 @@ def table_of(rows: Sequence[Row]) -> Table:
     table = Table(*columns, title=f"{COMMIT} and this tree")
     for row in rows:
         counts = Counter(d.kind for d in row.differences)
-        cells = [row.run, row.what, row.count, row.count - len(row.differences)]
+        cells = [row.run, row.what, row.values, row.values - len(row.differences)]
         table.add_row(*map(str, [*cells, *(counts[k] or "" for k in kinds), counts[""] or ""]))
     return table
 

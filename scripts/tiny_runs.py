@@ -302,7 +302,7 @@ def write_models(folder: Path) -> None:
 def _write_yaml(path: Path, tree: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = json.loads(json.dumps(tree))  # YAML names what it has seen before, which we do not read
-    path.write_text(yaml.safe_dump(plain, sort_keys=False, width=100), encoding="utf-8")
+    path.write_text(str(yaml.safe_dump(plain, sort_keys=False, width=100)), encoding="utf-8")
 
 
 def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:

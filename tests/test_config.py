@@ -42,7 +42,7 @@ def load(*overrides: str) -> Config:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_shipped_experiment_loads(path):
-    if "corpus" in yaml.safe_load(path.read_text()):
+    if "corpus" in (yaml.safe_load(path.read_text()) or ()):
         given = ["corpus.path=./texts"] if "path: null" in path.read_text() else []
         config = load_config(path, given)
         assert Config.model_validate(config.resolved()) == config
@@ -349,7 +349,9 @@ def encoded(text: str) -> bytes:
         damaged(),
         st.binary(max_size=200),
         st.dictionaries(NAMES, TREES).map(
-            lambda tree: yaml.safe_dump(tree, allow_unicode=True).encode("utf-8", "surrogatepass")
+            lambda tree: str(yaml.safe_dump(tree, allow_unicode=True)).encode(
+                "utf-8", "surrogatepass"
+            )
         ),
     )
 )

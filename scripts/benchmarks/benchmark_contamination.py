@@ -1,7 +1,7 @@
 """Measure the search for contamination: leaks found, false alarms, seconds and memory.
 
-    python scripts/benchmarks/benchmark_contamination.py --documents 1000000 --json
-    contamination.json
+    python scripts/benchmarks/benchmark_contamination.py --documents 1000000 \\
+        --json contamination.json
 
 Items and documents are made on the fly from one vocabulary whose words are as uneven as those of a
 language (Zipf), in letters of several scripts. Leaks are planted in documents: pieces of items as

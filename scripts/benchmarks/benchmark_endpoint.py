@@ -1,8 +1,8 @@
 """Measure the client of a paid teacher: answers a second and CPU a request, beside a bare client in
 the same run.
 
-    python scripts/benchmarks/benchmark_endpoint.py --requests 10000 --repeats 2 --json
-    endpoint.json
+    python scripts/benchmarks/benchmark_endpoint.py --requests 10000 --repeats 2 \\
+        --json endpoint.json
 
 The server is a process on this machine that answers after 200 ms; the limit is concurrency / 0.2 s.
 Ours stores an intent before every request and every answer durably before it counts; the bare

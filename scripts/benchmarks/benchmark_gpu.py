@@ -1,8 +1,8 @@
 """Measure on a GPU how near the training is to its limit, and what a loss costs beside TRL's and
 Liger's.
 
-    python scripts/benchmarks/benchmark_gpu.py train --model Qwen/Qwen2.5-1.5B-Instruct --json
-    train.json
+    python scripts/benchmarks/benchmark_gpu.py train --model Qwen/Qwen2.5-1.5B-Instruct \\
+        --json train.json
     python scripts/benchmarks/benchmark_gpu.py losses --tokens 4096 --json losses.json
 
 Models have the shapes of configs/models.yaml and random weights, for speed does not depend on them,

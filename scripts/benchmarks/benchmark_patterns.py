@@ -1,8 +1,8 @@
 """Measure every pattern and loop that reads a user's, a teacher's or a student's text: seconds for
 a megabyte of each kind.
 
-    python scripts/benchmarks/benchmark_patterns.py [NAME ...] [--size 1000000] [--limit 20] [--json
-    patterns.json]
+    python scripts/benchmarks/benchmark_patterns.py [NAME ...] [--size 1000000] [--limit 20] \\
+        [--json patterns.json]
 
 Each function reads a quarter of a megabyte and a megabyte of one repeated piece, chosen so that a
 pattern which looks again at what it has seen takes time in its square. Of a linear one the ratio is

@@ -1,8 +1,8 @@
 """Measure signals that are draws beside signals that are nuclei: bytes a token, and how wrong the
 gradient is with them.
 
-    python scripts/benchmarks/benchmark_sampled.py RUN --foreign data/gsm8k/sample.jsonl --tokens
-    1024 --json sampled.json
+    python scripts/benchmarks/benchmark_sampled.py RUN --foreign data/gsm8k/sample.jsonl \\
+        --tokens 1024 --json sampled.json
 
 RUN is a run's folder (or config) that names teacher and student. Two texts: the answers of FILE,
 rows of question and answer, which are not the teacher's own; and the run's own responses, where it

@@ -2,8 +2,8 @@
 what a cache changes.
 
     python -m venv --system-site-packages TRL && TRL/bin/pip install 'trl==1.16.*'
-    python scripts/benchmarks/benchmark_soft_labels.py speed RUN --trl-python TRL/bin/python --json
-    speed.json
+    python scripts/benchmarks/benchmark_soft_labels.py speed RUN --trl-python TRL/bin/python \\
+        --json speed.json
     python scripts/benchmarks/benchmark_soft_labels.py overhead RUN --json overhead.json
     python scripts/benchmarks/benchmark_soft_labels.py parity RUN --json parity.json
 

@@ -1,8 +1,8 @@
 """Measure the training loop against plain PEFT, and against TRL's SFTTrainer where that is
 installed.
 
-    python scripts/benchmarks/benchmark_train.py RUN --model smollm2-135m-instruct --repeats 5
-    --json train.json
+    python scripts/benchmarks/benchmark_train.py RUN --model smollm2-135m-instruct --repeats 5 \\
+        --json train.json
 
 RUN is a run's folder with a dataset. All sides train the same LoRA (r 32, alpha 64, all-linear) in
 the machine's own type on the same samples, interleaved; a rate counts real tokens only, never

@@ -2,8 +2,8 @@
 teacher, the same tokens.
 
     distill signals configs/gsm8k.yaml ... 'train.loss={ce: 0.5, forward_kl: 0.5}'
-    python scripts/benchmarks/compare_soft_labels.py runs/gsm8k [KEY=VALUE ...] --seeds 3 --rates
-    1e-4 3e-4 --json FILE
+    python scripts/benchmarks/compare_soft_labels.py runs/gsm8k [KEY=VALUE ...] --seeds 3 \\
+        --rates 1e-4 3e-4 --json FILE
 
 RUN is a run whose signals are captured; KEY=VALUE changes its training. Each student is a run of
 its own beside it, with RUN's dataset: one that was killed goes on where it was, and what is
@@ -377,13 +377,11 @@ def main() -> None:
 
     for seed in range(asked.seeds):
         for kind in KINDS:
-            run = student(base, kind, next(iter(rates[kind])), seed, asked.examples)
-            runs.append(run)
-            students.setdefault(kind, []).append(measure(base, run, held))
+            runs.append(student(base, kind, next(iter(rates[kind])), seed, asked.examples))
+            students.setdefault(kind, []).append(measure(base, runs[-1], held))
         report()
         if seed == 0 and base.config.on_policy.rounds:
-            run = refined(base, run, asked.examples, base.config)
-            runs.append(run)
+            runs.append(run := refined(base, runs[-1], asked.examples, base.config))
             students[ON_POLICY] = [measure(base, run, held)]
             report()
 

@@ -27,8 +27,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small are slower on two
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
@@ -78,14 +76,14 @@ def prepare(folder: Path) -> Path:
         if in_child(lambda name=name, seed=seed: make_tiny(folder / name, seed=seed)):
             raise SystemExit("the tiny models could not be made")
     for name, task in TASKS.items():
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
+        (folder / f"{name}.yaml").write_text(json.dumps(task))
     draw = random.Random(0)
     (folder / "texts").mkdir()
     for number in range(DOCUMENTS):
         text = ". ".join(" ".join(draw.choices(WORDS, k=6)) for _ in range(2))
         (folder / "texts" / f"{number:02}.txt").write_text(f"Note {number}: {text}.\n")
     config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(experiment(folder)))
+    config.write_text(json.dumps(experiment(folder)))
     return config
 
 

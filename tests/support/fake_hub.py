@@ -186,7 +186,7 @@ class Handler(BaseHTTPRequestHandler):
     def validate(self, content: str) -> None:
         errors = []
         try:
-            data = yaml.safe_load(content.split("---\n")[1])
+            data: dict[str, Any] = yaml.safe_load(content.split("---\n")[1]) or {}
             base = data.get("base_model", "")
             if len(base.split("/")) != 2 or base.startswith("/"):
                 errors.append({"message": '"base_model" must be a model id'})
