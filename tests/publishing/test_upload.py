@@ -1,4 +1,4 @@
-"""Uploading: one commit, private until complete, and one clear line for every refusal, against a Hub on loopback."""
+"""Uploading: one commit, private until complete, one clear line for every refusal."""
 
 import pytest
 import torch
