@@ -42,7 +42,9 @@ def test_the_wheel_carries_configs_and_license(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     files = [*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "eval/suites").glob("*.yaml")]
     files += (ROOT / "data/forgetting").iterdir()
-    templates = {p.relative_to(ROOT).as_posix() for p in (ROOT / "distill").rglob("*.j2")}
+    templates = {
+        p.relative_to(ROOT).as_posix() for p in (ROOT / "distill/report/templates").iterdir()
+    }
     shipped = {path.relative_to(ROOT).as_posix() for path in files}
     assert {f"distill/_data/{name}" for name in shipped} | templates <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -313,7 +313,7 @@ def test_suites_judge_contamination_and_other_harnesses_are_shown(tmp_path: Path
     card, text, page = reported(plain_run(tmp_path))
     for words in (
         *("What it forgot", "What a judge prefers", "What another harness found", "one family"),
-        "which one the judge prefers is undecided: the interval includes 50 %",
+        "Which one the judge prefers is undecided: the interval includes 50 %",
         *("3 of 24 items", "not found in the training data", "all items", "is not found"),
     ):
         assert words in page, words
@@ -452,7 +452,7 @@ def test_every_text_has_the_contrast_of_wcag_aa_in_both_schemes_and_on_paper() -
         )
         return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
-    style = (ROOT / "distill/report/templates/report.html.j2").read_text()
+    style = (ROOT / "distill/report/templates/report.css").read_text()
     schemes = [
         dict(re.findall(r"--([a-z]+): (#[0-9a-f]{3,6})", block))
         for block in re.findall(r":root \{(.*?)\}", style, re.S)
