@@ -1,19 +1,22 @@
-"""Asking through the store: opened once, locked only while something is asked, and who pays is told whatever happens."""
+"""Asking through the store: opened once, locked only to ask, and what was paid is entered."""
 
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from distill.config import Config
 from distill.errors import DistillError, Exit
 from distill.pipeline import STAGES
+from distill.responders import responder
 from distill.responders.ask import Ask
 from distill.responders.canned import CannedResponder
 from distill.responders.endpoint.endpoint import EndpointResponder
+from distill.responders.endpoint.wire import Reply
 from distill.responders.responder import Raw, Request
 from distill.storage import log
 from distill.storage.files import folder_lock
@@ -22,9 +25,8 @@ from distill.storage.repair import repair
 from distill.storage.run_folder import Run
 from tests.generation.test_generate import Counting
 from tests.generation.test_generate import asks as plain
-from tests.responders.test_endpoint import always, asks
 from tests.support.asking import answer_all
-from tests.support.buying import KEY, make_run, settings
+from tests.support.buying import KEY, always, asks, make_run, settings
 from tests.support.fake_teacher import PRICE, FakeTeacher
 
 
@@ -48,6 +50,33 @@ def test_each_line_of_the_store_is_checked_once(tmp_path, monkeypatch):
         assert len(checked) == 12  # what the other has added, and not what was read or written here
         assert ask.responses(plain(12, "other"), "x")[0].text == "another process"
     assert stored(tmp_path) == 24
+
+
+def test_each_reply_is_read_once(tmp_path, monkeypatch):
+    """As it comes or from the store; neither `again`, the budget nor the ledger reads it again."""
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+    count, read = [0], responder.read_stored
+
+    def counting(body: dict[str, Any]) -> Reply:
+        count[0] += 1
+        return read(body)
+
+    monkeypatch.setattr(responder, "read_stored", counting)
+    with FakeTeacher() as teacher:
+        path = make_run(tmp_path, teacher, 4, budget_dollars="1", api_key_env=None)
+        config = Config.model_validate_json(path.read_text())
+        stage, requests = STAGES[0], asks(settings(teacher), 7)
+        for known, total in ((0, 4), (4, 7)):
+
+            def main(config: Config, run: Run, total: int = total) -> None:
+                buyer = EndpointResponder(settings(teacher, budget_dollars=1), PRICE, "mine")
+                with Ask(buyer, tmp_path / "store", run, again=True) as ask:
+                    assert len(ask.responses(requests[:total], "x")) == total
+
+            Run(config).do(replace(stage, main=main))
+            assert count[0] == total, f"{known} replies were stored"
+            count[0] = 0
+        assert len(teacher.payloads) == 7
 
 
 def test_the_lock_is_held_only_while_something_is_asked(tmp_path):
@@ -108,11 +137,12 @@ def test_what_was_paid_is_in_the_ledger_after_an_error_too(tmp_path, monkeypatch
     with FakeTeacher() as teacher:
         config = Config.model_validate_json(make_run(tmp_path, teacher, 4).read_text())
         run, folder = Run(config), tmp_path / "store"
-        responder = EndpointResponder(config.teacher, PRICE, config.name)
+        asked = settings(teacher)
+        buyer = EndpointResponder(asked, PRICE, config.name)
 
         def main(config: Config, run: Run) -> None:
-            with Ask(responder, folder, run) as ask:
-                ask.responses(asks(config.teacher, 4), "x")
+            with Ask(buyer, folder, run) as ask:
+                ask.responses(asks(asked, 4), "x")
                 if error:
                     raise error(*(["a", "b", "c", "d"] if error is DistillError else []))
 

@@ -1,4 +1,4 @@
-"""Canned and recorded answers: from a dictionary, a file or the corpus, with one line for every fault."""
+"""Canned and recorded answers: from a dictionary, a file or the corpus; errors are one line."""
 
 from pathlib import Path
 

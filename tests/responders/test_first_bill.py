@@ -1,7 +1,7 @@
-"""What a server says of money, and of itself, is not taken at its word: faults H6, H13, H15, H25, and D4 of the field.
+"""What a server says of money and of itself is not taken at its word: H6, H13, H15, H25, D4.
 
-The teacher is the fake one, over HTTP, with a bill of its own. Wherever it charges, what is settled is at most its
-bill, and that at most what is settled and what may have been charged.
+The teacher is the fake one, over HTTP, with a bill of its own. Wherever it charges, what is settled
+is at most its bill, and that at most what is settled and what may have been charged.
 """
 
 import json
@@ -26,9 +26,8 @@ from distill.responders.responder import Request, Sampling
 from distill.responders.store import ResponseStore
 from distill.storage.files import read_records
 from distill.storage.run_folder import open_run
-from tests.responders.test_endpoint import always, asks, buy, hold_account
 from tests.support.asking import answer_all
-from tests.support.buying import KEY, make_run, settings
+from tests.support.buying import KEY, always, asks, buy, hold_account, make_run, settings
 from tests.support.fake_teacher import PRICE, PRICES, FakeTeacher, Reply, answer, question, usage_of
 
 USUAL = PRICE.of(usage_of({"prompt": "q0 please"}))  # what an answer is charged by the price
@@ -243,7 +242,7 @@ def test_h13_a_question_that_sounds_like_a_refusal_ends_no_run(tmp_path: Path, f
 
 
 def test_h13_five_refused_of_a_few_that_are_left_end_no_run(tmp_path: Path) -> None:
-    """A go that finds only what is refused, since the others are answered, is no sign of a fault of all."""
+    """A go that finds only what is refused, the others being answered, ends no run."""
 
     def script(number: int, payload: dict[str, Any]) -> Reply:
         return Reply(**refused(400, says("no"))) if int(question(payload)[1:3]) > 9 else Reply()
@@ -310,7 +309,7 @@ def test_h13_redo_asks_what_failed_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_h13_refusals_in_a_store_of_before_are_read_and_asked_again_by_redo(tmp_path: Path) -> None:
-    """As commit 07339c8 stored them: the refusal is the response, and an object in a 200 an answer."""
+    """As commit 07339c8 stored them: the refusal is the response, an object in a 200 an answer."""
     stored = [(400, says("Your credit balance is too low")), (200, {"code": 1113, "msg": "no"})]
     with FakeTeacher() as teacher, ResponseStore(tmp_path) as log:
         asked = settings(teacher)

@@ -1,4 +1,4 @@
-"""The local responder: its streams answer as `generate` does, token for token, whatever shares the batch."""
+"""The local responder answers as `generate` does, token for token, whatever shares the batch."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,9 +37,15 @@ BEGINNING = (
 )
 
 
+SHAPE: dict[str, Any] = {
+    **{"vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2},
+}
+
+
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Compute on one thread: matrices this small gain nothing from a second, which on a busy machine must be waited for."""
+    """Compute on one thread: matrices this small gain nothing from a second."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -81,7 +87,7 @@ def greedy(logits: torch.Tensor, rows: Sequence[BatchRow]) -> list[int]:
 
 
 def uneven_stop(answers: list[list[int]]) -> int:
-    """Return the id which, as the end token, would end these answers at the most different places."""
+    """Return the id which, as the end token, would end these answers most differently."""
     ids = sorted({i for answer in answers for i in answer})
     ends = [[a.index(i) if i in a else -1 for a in answers] for i in ids]
     return max(zip(ids, ends, strict=True), key=lambda pair: len(set(pair[1])))[0]
@@ -138,16 +144,8 @@ def test_streaming_leaves_the_model_as_it_was(folder: Path) -> None:
 
 
 def test_sliding_windows_are_kept() -> None:
-    config = MistralConfig(
-        vocab_size=100,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=8,
-    )
     torch.manual_seed(1)
+    config = MistralConfig(**SHAPE, sliding_window=8)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     prompts = [[(3 * i + j) % 97 for i in range(20 + j)] for j in range(4)]
     wanted = [generated(model, ids, 12, frozenset({99})) for ids in prompts]
@@ -160,12 +158,7 @@ def test_sliding_windows_are_kept() -> None:
 
 def test_an_architecture_that_does_not_fit_answers_padded() -> None:
     config = Gemma2Config(
-        vocab_size=100,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **SHAPE,
         head_dim=8,
         attn_logit_softcapping=0.05,
         query_pre_attn_scalar=1,
@@ -211,7 +204,7 @@ def test_bfloat16_agrees_but_at_near_ties(folder: Path) -> None:
 
 
 def near_tie(model: Any, prompt: list[int], ours: list[int], theirs: list[int]) -> bool:
-    """Tell whether two answers are equal, or part where the two tokens are likely within 0.1 nat of each other."""
+    """Tell whether two answers are equal, or part where the two tokens are within 0.1 nat."""
     pairs = list(zip(ours, theirs, strict=False))
     place = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
     if place is None:
@@ -298,7 +291,7 @@ def test_an_end_token_ends_and_is_not_shown(folder: Path) -> None:
 def test_the_templates_own_end_is_found() -> None:
     tokenizer = make_tokenizer()
     tokenizer.eos_token = "<|endoftext|>"
-    assert end_of_turn(tokenizer, DATE) == {tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    assert list(end_of_turn(tokenizer, DATE)) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
 def test_draws_follow_the_distribution() -> None:

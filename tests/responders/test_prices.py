@@ -15,7 +15,8 @@ OWN = """
 machines:
   - {name: cpu-2-core, dollars_per_hour: "1.50", date: "2026-11-01", source: my invoice}
 tokens:
-  - {model: "acme/*", dollars_per_million_input: 1, dollars_per_million_output: 2, date: "2026-11-01", source: mail}
+  - {model: "acme/*", dollars_per_million_input: 1, dollars_per_million_output: 2,
+     date: "2026-11-01", source: mail}
 """
 
 

@@ -1,4 +1,4 @@
-"""The endpoint responder against `transformers serve`: the answers of the local teacher, two replicas, and a real model."""
+"""The endpoint responder against `transformers serve`: two replicas, and a real model."""
 
 import json
 import os
@@ -38,7 +38,7 @@ TEXTS = [f"{'words ' * (i * 5 % 7)}{chr(97 + i)}?" for i in range(12)]
 
 
 class Server:
-    """`transformers serve` on a free loopback port; it finds models as folders of `folder`, by their names."""
+    """`transformers serve` on a free loopback port; its models are the folders of `folder`."""
 
     def __init__(self, folder: Path, *words: str) -> None:
         with socket.socket() as free:
@@ -74,7 +74,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a tiny model, one whose own settings penalise repetition, and one that thinks aloud."""
+    """Return a folder of tiny models: plain, penalising repetition, and thinking aloud."""
     folder = tmp_path_factory.mktemp("models")
     make_tiny(folder / "tiny", hidden=64, tied=False)
     settings = make_tiny(folder / "penal", hidden=64, tied=False) / "generation_config.json"
@@ -88,7 +88,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def servers(models: Path) -> Iterator[tuple[Server, Server]]:
-    """Yield a server of any model of the folder, and one that was started for the tiny model alone."""
+    """Yield a server of any model of the folder, and one of the tiny model alone."""
     both = Server(models), Server(models, "tiny")
     try:
         for server in both:

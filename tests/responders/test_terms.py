@@ -1,4 +1,4 @@
-"""The terms book: what the shipped table says of real teachers, that unknown is never allowed, and that a run stops."""
+"""The terms book: what it says of real teachers; unknown is never allowed, and a run stops."""
 
 from collections.abc import Callable
 from datetime import date

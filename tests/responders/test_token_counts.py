@@ -1,4 +1,4 @@
-"""Tokens counted by a cached tokenizer: of a folder, of a named model, of none; nothing is fetched, no torch loaded."""
+"""Tokens counted by a cached tokenizer: nothing is fetched, no torch loaded."""
 
 import subprocess
 import sys

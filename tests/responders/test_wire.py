@@ -49,12 +49,6 @@ def test_packed_bytes_come_back(data: bytes) -> None:
     assert wire.unpack(body) == data and len(body["sha256"]) == 64
 
 
-def test_an_estimate_is_marked() -> None:
-    body = {"choices": [{"message": {"content": "x" * 40}, "finish_reason": "stop"}]}
-    usage = wire.read_reply(json.dumps(body).encode(), question=100).usage
-    assert (usage.input_tokens, usage.output_tokens, usage.estimated) == (25, 10, True)
-
-
 @pytest.mark.parametrize("cost", [True, -1, float("nan"), "1", [], 1e400])
 def test_a_strange_cost_is_none(cost: Any) -> None:
     assert wire._dollars(cost) is None

@@ -1,4 +1,4 @@
-"""Two processes answer as one does: the same answers, also when both are killed and one goes on; a dead one ends the other."""
+"""Two processes answer as one does, also when both are killed and one goes on."""
 
 import itertools
 import json
@@ -51,7 +51,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_run(folder: Path, model: Path, **teacher: Any) -> tuple[Run, list[str]]:
-    """Return a run in `folder` with prompts of many lengths, and the words that start its generation."""
+    """Return a run with prompts of many lengths, and the words that start its generation."""
     teacher = {"model": str(model), "max_new_tokens": 32, "max_batch_size": 5, "n": 2, **teacher}
     config = Config.model_validate(
         {
@@ -117,7 +117,7 @@ def one(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Run:
 
 
 def check(run: Run, one: Run) -> None:
-    """Hold a run against that of one process: responses, store, tokens accounted for, nothing left lying about."""
+    """Hold a run against that of one process: responses, store, nothing left lying about."""
     assert responses(run) == responses(one) and stored(run) == stored(one)
     assert len(responses(run)) == COUNT
     assert not list((run.folder.parent / ".store").glob("responses.parts*"))
@@ -139,7 +139,7 @@ def test_two_processes_answer_as_one(tmp_path: Path, model: Path, one: Run) -> N
 
 
 def answers_kept(run: Run) -> set[str]:
-    """Return the ids of the answers that are on the disk, in the store or in a process's own log."""
+    """Return the ids of the answers on the disk, in the store or in a process's own log."""
     while True:
         with suppress(FileNotFoundError):  # a log that is taken over goes while we look
             files = [path.read_bytes() for path in run.config.store_folder().rglob("0*.jsonl")]
@@ -186,7 +186,7 @@ def test_killed_processes_lose_nothing_and_one_goes_on(
 
 
 def leave(folder: Path) -> None:
-    """Write a store of two answers, and logs of two other processes with four, one of them in the store too."""
+    """Write a store of two answers, and two other processes' logs with four, one in both."""
     for name, keys in (("s", "ab"), ("s.parts/1", "bcd"), ("s.parts/12", "e")):
         with Log(folder / name) as log:
             log.append(("response", key, {"text": key}) for key in keys)

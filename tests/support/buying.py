@@ -1,23 +1,27 @@
-"""Runs whose teacher is the fake one, made as far as the generate stage, for tests and scripts that
-buy answers."""
+"""Runs whose teacher is the fake one, as far as the generate stage, and buying from it."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from distill.config import Config, EndpointTeacher
-from distill.records import Document, Message, Prompt
+from distill.records import Document, Message, Prompt, Response
+from distill.responders.endpoint.budget import account
+from distill.responders.endpoint.endpoint import EndpointResponder
+from distill.responders.endpoint.sending import origin_of
+from distill.responders.responder import Request, Sampling
+from distill.responders.store import ResponseStore
 from distill.storage.files import write_records
 from distill.storage.run_folder import Run
-from tests.support.fake_teacher import PRICE, FakeTeacher
+from tests.support.asking import answer_all
+from tests.support.fake_teacher import PRICE, PRICES, FakeTeacher, Reply, Script
 
 KEY = "canary-3141592653589793"
 MODEL = "fake-1"
 
 
 def settings(teacher: FakeTeacher | str | tuple[str, ...], **changes: Any) -> EndpointTeacher:
-    """Return the settings of a client that retries soon, with timeouts that a busy machine does not
-    reach."""
+    """Return settings that retry soon, with timeouts that a busy machine does not reach."""
     url = teacher.url if isinstance(teacher, FakeTeacher) else teacher
     given = {
         "kind": "endpoint",
@@ -36,8 +40,7 @@ def settings(teacher: FakeTeacher | str | tuple[str, ...], **changes: Any) -> En
 
 
 def make_run(folder: Path, teacher: FakeTeacher, count: int = 12, **changes: Any) -> Path:
-    """Write a run whose prompts are made, so that its generate stage can be run; return its
-    config."""
+    """Write a run whose prompts are made, ready for its generate stage; return its config."""
     turns = [{"role": "user", "content": f"q{i} please"} for i in range(count)]
     documents = [Document.make(f"text {i}", "x", split="train") for i in range(count)]
     prompts = [
@@ -63,3 +66,42 @@ def make_run(folder: Path, teacher: FakeTeacher, count: int = 12, **changes: Any
     write_records(run.path("prompts.jsonl"), prompts)
     (folder / "c.yaml").write_text(json.dumps(tree))
     return folder / "c.yaml"
+
+
+def asks(teacher: EndpointTeacher, count: int, **sampling: Any) -> list[Request]:
+    drawn = Sampling(max_new_tokens=teacher.max_new_tokens, **sampling)
+    return [
+        Request.make(
+            origin_of(teacher), f"p{i}", (Message(role="user", content=f"q{i} please"),), drawn
+        )
+        for i in range(count)
+    ]
+
+
+def buy(teacher: FakeTeacher, store: Path, count: int = 1, **changes: Any) -> list[Response]:
+    """Buy some answers, and hold the store's account against the teacher's bill."""
+    asked = settings(teacher, **changes)
+    try:
+        responder = EndpointResponder(asked, PRICE, "run")
+        return answer_all(responder, asks(asked, count), store)
+    finally:
+        if store.exists():
+            hold_account(teacher, store)
+
+
+def hold_account(teacher: FakeTeacher, store: Path) -> None:
+    """Assert settled <= bill <= settled + most unknown, and an intent for every request."""
+    with ResponseStore(store, writable=False) as log:
+        found = account(log, PRICES)
+    assert found.settled <= teacher.bill <= found.settled + found.unknown_most
+    if not found.unknown_most:
+        assert found.settled == teacher.bill
+    assert found.attempts >= len(teacher.payloads)
+
+
+def always(**reply: Any) -> Script:
+    return lambda number, payload: Reply(**reply)
+
+
+def first(count: int, **reply: Any) -> Script:
+    return lambda number, payload: Reply(**reply) if number < count else Reply()

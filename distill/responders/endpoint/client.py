@@ -8,7 +8,6 @@ others are asked for: a server that bills many times its maximum does so once.
 
 import asyncio
 import queue
-import re
 import threading
 import time
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from distill.responders.endpoint.budget import (
 )
 from distill.responders.endpoint.rate_limits import Gate, Pace, Replicas, backoff, retry_after
 from distill.responders.endpoint.sending import PATHS, encode, key_pattern, origin_of
-from distill.responders.endpoint.transport import Failure, Received, open_client, post
+from distill.responders.endpoint.transport import Failure, Received, of_scoring, open_client, post
 from distill.responders.endpoint.wire import Reply, pack
 from distill.responders.prices import TokenPrice
 from distill.responders.responder import Raw, Request, Scoring
@@ -40,16 +39,6 @@ from distill.storage.progress import say
 QUARANTINED = 64 << 10  # bytes stored of a body that is no answer
 SEVERAL = 5  # requests that bring no answer, before any has: the run fails, and not they
 AGAIN = "the same command continues"
-# What a server says that does not score, and what to do about it; the first that fits counts. Words
-# of vLLM's, of `transformers serve`, of pydantic's
-SCORING_FIXES = (
-    (r"greater than max allowed", "start vLLM with --max-logprobs=K, or lower signals.k"),
-    (
-        r"context length|maximum .*length|max_model_len",
-        "serve a longer context, or lower train.max_length",
-    ),
-    (r"", "signals need a server that gives prompt_logprobs, as vLLM does, or signals.model"),
-)
 
 
 class Sending(NamedTuple):
@@ -256,11 +245,8 @@ class EndpointClient:
             self.unsent = None
         elif self.unsent is not None:
             self.unsent = failure.what
-        of_form = failure.scope == "item" or failure.what.startswith(("400", "422"))
-        if isinstance(sending.request, Scoring) and of_form:
-            # an answer less is an item less, but a text that is not scored ends the run
-            fix = next(fix for words, fix in SCORING_FIXES if re.search(words, failure.what))
-            failure = failure.model_copy(update={"scope": "run", "fix": fix})
+        if isinstance(sending.request, Scoring):
+            failure = of_scoring(failure)
         self.replicas.note(address, well=not failure.replica)
         if failure.scope == "retry" and self._first("address", address):
             say(f"{address}: {failure.what}; asking again")

@@ -79,6 +79,16 @@ FIXES = {
     405: "check teacher.base_url",
     410: "check teacher.base_url and teacher.model: what was there is gone",
 }
+# What a server says that does not score, and what to do about it; the first that fits counts. Words
+# of vLLM's, of `transformers serve`, of pydantic's
+SCORING_FIXES = (
+    (r"greater than max allowed", "start vLLM with --max-logprobs=K, or lower signals.k"),
+    (
+        r"context length|maximum .*length|max_model_len",
+        "serve a longer context, or lower train.max_length",
+    ),
+    (r"", "signals need a server that gives prompt_logprobs, as vLLM does, or signals.model"),
+)
 MESSAGES = ("message", "detail", "msg", "error_msg", "error_message", "errmsg", "error_description")
 CODES = ("code", "type", "status", "error_code", "errcode", "error_type")
 
@@ -229,6 +239,17 @@ def classify(status: int, data: bytes, request: bytes = b"") -> Failure:
         return Failure(what=what, scope="item", billed="unknown" if well else "no")
     billed = "no" if status in UNPAID else "unknown"
     return Failure(what=what, scope="retry", billed=billed, replica=status in (502, 503, 504))
+
+
+def of_scoring(failure: Failure) -> Failure:
+    """Return what the failure means of a text to score.
+
+    An answer less is an item less, but a text that is not scored ends the run.
+    """
+    if failure.scope != "item" and not failure.what.startswith(("400", "422")):
+        return failure
+    fix = next(fix for words, fix in SCORING_FIXES if re.search(words, failure.what))
+    return failure.model_copy(update={"scope": "run", "fix": fix})
 
 
 def error_of(body: object) -> tuple[str, set[str]]:

@@ -1,4 +1,4 @@
-"""Plans: a compaction leaves out the finished ones and nothing else, and an unfinished one still ends with the same bytes."""
+"""The store: a compaction leaves out finished plans and nothing else."""
 
 from pathlib import Path
 
