@@ -1,8 +1,8 @@
-"""What a request costs and what the distillation cost, from times measured in this run and dated prices.
+"""What a request and the distillation cost, from times measured in this run and dated prices.
 
-Money is Decimal until it is written. An unknown price or an untimed answer makes the result None with a reason,
-never 0. A machine is paid while it idles too: its price is divided by the share of the time that it works
-(`utilisation`), so a request at 50 % costs twice its share of a busy machine.
+Money is Decimal until it is written. An unknown price or an untimed answer makes the result None
+with a reason, never 0. A machine is paid while it idles too: its price is divided by the share of
+the time that it works (`utilisation`): a request at 50 % costs twice its share of a busy machine.
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,15 @@ THOUSAND, MILLION = 1000, 1_000_000
 DISTILLATION = ("corpus", "prompts", "generate", "filter", "signals", "train", "evaluate")
 NO_TIME = "the answers were not timed in this run"
 NOT_APART = "reading the prompts was not timed apart"
-CONTRADICTED = "timed apart, reading the prompts took longer than reading and answering: the machine was busier then"
+CONTRADICTED = (
+    "timed apart, reading the prompts took longer than reading and answering: "
+    "the machine was busier then"
+)
 BY_TOKEN = "a hosted model is paid by the token"
 
 
 class Tariff(NamedTuple):
-    """What a model's work is paid by: a list price, a machine's hour, or nothing known (`why` says so)."""
+    """What a model's work is paid by: a list price, a machine's hour, or unknown (see `why`)."""
 
     price: MachinePrice | TokenPrice | None
     utilisation: Decimal = Decimal(1)
@@ -32,6 +35,11 @@ class Tariff(NamedTuple):
     def hosted(self) -> bool:
         """Tell whether tokens are paid, not time."""
         return isinstance(self.price, TokenPrice)
+
+    @property
+    def batch_discount(self) -> Decimal | None:
+        """Return the discount for answers that may take a day, where the price has one."""
+        return self.price.batch_discount if isinstance(self.price, TokenPrice) else None
 
     def of(self, usage: Usage) -> Decimal | None:
         """Return the dollars of one answer, or None where price or time is not known."""
@@ -55,18 +63,19 @@ class Tariff(NamedTuple):
 def request_cost(
     usages: Sequence[Usage], tariff: Tariff, timing: Timing | None = None
 ) -> RequestCost:
-    """Price 1,000 requests like these: by the token where the model is hosted, else by the machine's time.
+    """Price 1,000 requests like these: by the token where the model is hosted, else by time.
 
-    `usages` are those of one model's answers; their seconds are shares of measured batch time, so they add up to it.
+    `usages` are those of one model's answers; their seconds are shares of measured batch time.
     """
-    seconds = sum(usage.seconds for usage in usages)
+    requests, seconds = len(usages), sum(usage.seconds for usage in usages)
     timed = bool(usages) and all(usage.seconds > 0 for usage in usages)
-    dollars = mean_dollars(usages, tariff)
+    known = [d for usage in usages if (d := tariff.of(usage)) is not None]
+    dollars = sum(known, Decimal(0)) / requests if known and len(known) == requests else None
     reasons = {} if timed else {"seconds_per_1k": NO_TIME}
     if dollars is None:
         reasons["dollars_per_1k"] = tariff.why if tariff.price is None else NO_TIME
-    of_tokens = per_million(usages, tariff, timing if timed else None)
-    reasons |= of_tokens.reasons
+    per_million, why = token_prices(usages, tariff, timing if timed else None)
+    reasons |= why
     alone = None
     if timing and not tariff.hosted:
         each = timing.seconds / timing.requests
@@ -79,47 +88,32 @@ def request_cost(
         )
     else:
         reasons["one_at_a_time"] = BY_TOKEN if tariff.hosted else "not timed one at a time"
-    tokens = {
-        "input_tokens": sum(u.input_tokens for u in usages),
-        "output_tokens": sum(u.output_tokens for u in usages),
-    }
+    inputs, outputs = sum(u.input_tokens for u in usages), sum(u.output_tokens for u in usages)
     return RequestCost(
-        requests=len(usages),
-        input_tokens=tokens["input_tokens"] / len(usages) if usages else None,
-        output_tokens=tokens["output_tokens"] / len(usages) if usages else None,
-        seconds_per_1k=seconds / len(usages) * THOUSAND if timed else None,
+        requests=requests,
+        input_tokens=inputs / requests if requests else None,
+        output_tokens=outputs / requests if requests else None,
+        seconds_per_1k=seconds / requests * THOUSAND if timed else None,
         dollars_per_1k=None if dollars is None else dollars * THOUSAND,
-        output_tokens_per_second=tokens["output_tokens"] / seconds if timed else None,
+        output_tokens_per_second=outputs / seconds if timed else None,
         one_at_a_time=alone,
         price=tariff.described() if dollars is not None else None,
-        per_million=of_tokens.price,
+        per_million=per_million,
         reasons=reasons,
     )
 
 
-def mean_dollars(usages: Sequence[Usage], tariff: Tariff) -> Decimal | None:
-    """Return the mean dollars of a request, or None where one of them is not known."""
-    dollars = [tariff.of(usage) for usage in usages]
-    priced = [amount for amount in dollars if amount is not None]
-    return sum(priced, Decimal(0)) / len(priced) if priced and len(priced) == len(dollars) else None
-
-
-class TokenPrices(NamedTuple):
-    """What a million tokens cost, and the reasons for what of it is not known."""
-
-    price: PerMillion | None
-    reasons: dict[str, str]
-
-
-def per_million(usages: Sequence[Usage], tariff: Tariff, timing: Timing | None) -> TokenPrices:
-    """Price tokens read and written apart: a hosted model's by its list, a local one's by its machine's time."""
+def token_prices(
+    usages: Sequence[Usage], tariff: Tariff, timing: Timing | None
+) -> tuple[PerMillion | None, dict[str, str]]:
+    """Price input and output tokens apart, by list or by time; return why what is not known."""
     if isinstance(tariff.price, TokenPrice):
         rates = (tariff.price.dollars_per_million_input, tariff.price.dollars_per_million_output)
         listed = PerMillion(dollars_input=rates[0], dollars_output=rates[1])
-        return TokenPrices(listed, {"per_million.seconds": BY_TOKEN})
+        return listed, {"per_million.seconds": BY_TOKEN}
     seconds = reading_and_writing(usages, timing) if timing else None
     if seconds is None:
-        return TokenPrices(None, {"per_million": CONTRADICTED if timing else NOT_APART})
+        return None, {"per_million": CONTRADICTED if timing else NOT_APART}
     reading, writing = (MILLION * each for each in seconds)
     price = PerMillion(
         seconds_input=reading,
@@ -127,14 +121,14 @@ def per_million(usages: Sequence[Usage], tariff: Tariff, timing: Timing | None) 
         dollars_input=tariff.of_seconds(reading),
         dollars_output=tariff.of_seconds(writing),
     )
-    return TokenPrices(price, {} if tariff.price else {"per_million.dollars": tariff.why})
+    return price, {} if tariff.price else {"per_million.dollars": tariff.why}
 
 
 def reading_and_writing(usages: Sequence[Usage], timing: Timing) -> tuple[float, float] | None:
-    """Return the seconds of one token read and of one written; None where the two timings contradict each other.
+    """Return the seconds of an input and of an output token; None where the timings contradict.
 
-    Reading is measured by answers of one token; writing is the rest of the answers' time over the tokens written, so
-    that input tokens times the first and output tokens times the second add up to the time measured.
+    Reading is measured by answers of one token; writing is the remaining time of the answers over
+    the output tokens, so that both times their tokens add up to the time measured.
     """
     inputs, outputs = sum(u.input_tokens for u in usages), sum(u.output_tokens for u in usages)
     if not timing.read_tokens or not outputs:
@@ -151,11 +145,11 @@ def distillation_cost(
     answer_tokens: int = 0,
     why_unpaid: str = "",
 ) -> DistillationCost:
-    """Add up the stages that made and measured the student: what was paid to others, and the machine's time.
+    """Add up the stages that made and measured the student: payments, and the machine's time.
 
-    Attempts that failed or were cut short count as well: they cost the same. The machine was busy all the while.
-    `answer_tokens` are those of all the teacher's answers: what the ledger has fewer of, an earlier run paid for.
-    `why_unpaid` says why what others were paid is not known, where the ledger cannot know it.
+    Attempts that failed or were cut short count as well. The machine was busy all the while.
+    `answer_tokens` are those of all the teacher's answers: what the ledger lacks of them, an
+    earlier run paid for. `why_unpaid` is set where the ledger cannot know what others were paid.
     """
     entries = [entry for entry in ledger if entry.stage in DISTILLATION]
     stages = {s: sum(e.seconds for e in entries if e.stage == s) for s in DISTILLATION}

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from distill.economics.costs import NO_TIME, Tariff
-from distill.economics.savings import NEEDS_ANSWER, Assumptions, economics
-from distill.economics.substitution import NO_TEST
+from distill.economics.savings import NEEDS_ANSWER, NO_TEST, Assumptions, economics
 from distill.evaluation.measurements import Difference
 from distill.evaluation.scorecard import Amount, Case, Economics, Saving, TeacherPrice
 from distill.evaluation.scorers import HeldOutRequest
