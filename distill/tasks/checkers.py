@@ -18,13 +18,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from decimal import Decimal, InvalidOperation
 from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
 import regex
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from distill.callables import PROVIDED
 from distill.records import Prompt
-from distill.tasks.json_schema import first_error, validate_schema
+from distill.tasks.json_schema import first_error, valid_schema
 from distill.tasks.sandbox.programs import DEFAULT, Limits, program, read_tests, run_tests
 
 MAX_CODE = 20_000  # characters of an answer; parsing a longer one may exhaust the stack
@@ -36,7 +37,8 @@ NUMBER = re.compile(r"(?:(?<![\w.)])[-\u2212])?\$?(\d[\d,]*(?:\.\d+)?|\.\d+)", r
 STATED = re.compile(r"####\s*([^\n]+)|\\boxed\{([^{}]*)\}")
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]*[A-Z])|\n+")
 CHOSEN = re.compile(r"(?:answer|choice|option)\W*+(?:is\W*+)?\b([A-Z])\b", re.IGNORECASE)
-FIELD_TYPES: dict[str, Callable[[object], bool]] = {
+FieldType = Literal["string", "[string]", "any"]
+FIELD_TYPES: dict[FieldType, Callable[[object], bool]] = {
     "string": lambda value: isinstance(value, str),
     "[string]": lambda value: (
         isinstance(value, list) and all(isinstance(item, str) for item in value)
@@ -73,7 +75,7 @@ def _read_json(text: str) -> object:
     return json.loads(strip_fence(text), parse_constant=refuse)
 
 
-def check_json_object(prompt: Prompt, text: str, keys: Mapping[str, str]) -> CheckResult:
+def check_json_object(prompt: Prompt, text: str, keys: dict[str, FieldType]) -> CheckResult:
     """Pass an object with exactly these keys, each of its type: string, [string] or any."""
     try:
         value = _read_json(text)
@@ -89,7 +91,9 @@ def check_json_object(prompt: Prompt, text: str, keys: Mapping[str, str]) -> Che
     return CheckResult(not wrong, answer, f"wrong type: {wrong}" if wrong else "valid JSON")
 
 
-def check_json_schema(prompt: Prompt, text: str, schema: Mapping[str, object]) -> CheckResult:
+def check_json_schema(
+    prompt: Prompt, text: str, schema: Annotated[Any, AfterValidator(valid_schema)]
+) -> CheckResult:
     """Pass JSON that conforms to a schema (see distill.tasks.json_schema for the keywords)."""
     try:
         value = _read_json(text)
@@ -105,7 +109,9 @@ def check_json_schema(prompt: Prompt, text: str, schema: Mapping[str, object]) -
     return CheckResult(error is None, answer, error or "conforms to the schema")
 
 
-def check_field_f1(prompt: Prompt, text: str, least: float = 1.0) -> CheckResult:
+def check_field_f1(
+    prompt: Prompt, text: str, least: Annotated[float, Field(gt=0, le=1)] = 1.0
+) -> CheckResult:
     """Grade a JSON object by F1 over the fields of the reference object; pass from `least` on.
 
     Fields are leaves with their paths; of texts case, punctuation and space do not count, of lists
@@ -171,7 +177,10 @@ def check_python_code(prompt: Prompt, text: str) -> CheckResult:
 
 
 def check_python_tests(
-    prompt: Prompt, text: str, seconds: float = DEFAULT.seconds, megabytes: int = DEFAULT.megabytes
+    prompt: Prompt,
+    text: str,
+    seconds: Annotated[float, Field(ge=1, le=100_000)] = DEFAULT.seconds,
+    megabytes: Annotated[int, Field(ge=1, le=100_000)] = DEFAULT.megabytes,
 ) -> CheckResult:
     """Pass code that passes the tests of the prompt's reference, run in a sandbox."""
     tests = read_tests(prompt.reference or "")
@@ -261,7 +270,17 @@ def check_choice(prompt: Prompt, text: str) -> CheckResult:
     return _compare(letter, letter == (prompt.reference or "").strip().upper()[:1], prompt)
 
 
-def check_regex(prompt: Prompt, text: str, pattern: str) -> CheckResult:
+def _valid_pattern(pattern: str) -> str:
+    try:
+        regex.compile(pattern)
+    except regex.error as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+    return pattern
+
+
+def check_regex(
+    prompt: Prompt, text: str, pattern: Annotated[str, AfterValidator(_valid_pattern)]
+) -> CheckResult:
     """Pass a text with a match of the pattern, whose group, if any, equals the reference."""
     try:
         match = regex.search(pattern, text, timeout=SECONDS)
@@ -316,30 +335,17 @@ def validate(checker: Mapping[str, Any]) -> None:
     if kind not in KINDS and kind not in mine:
         more = "a checker of your own is given to distill.run(..., checkers={name: function})"
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}; {more}")
+    signature = inspect.signature(KINDS.get(kind) or mine[kind])
     try:
-        inspect.signature(KINDS.get(kind) or mine[kind]).bind(None, "", **settings)
+        signature.bind(None, "", **settings)
     except TypeError as error:
         raise ValueError(f"checker {kind}: {error}") from None
-    if kind not in KINDS:
-        return
-    keys = settings.get("keys", {})
-    if not isinstance(keys, dict) or not set(map(str, keys.values())) <= FIELD_TYPES.keys():
-        raise ValueError(f"keys maps each key to one of {', '.join(FIELD_TYPES)}")
-    if "schema" in settings:
-        validate_schema(settings["schema"])
-    least = settings.get("least", 1.0)
-    if isinstance(least, bool) or not isinstance(least, int | float) or not 0 < least <= 1:
-        raise ValueError("least must be a number above 0 and at most 1")
-    if not isinstance(settings.get("max", 1), int):
-        raise ValueError("max must be a whole number")
-    for limit in ("seconds", "megabytes"):
-        value = settings.get(limit, 10)
-        if not isinstance(value, int | float) or not 1 <= value <= 100_000:
-            raise ValueError(f"{limit} must be a number from 1 to 100,000")
-    try:
-        regex.compile(settings.get("pattern", ""))
-    except (regex.error, TypeError) as error:
-        raise ValueError(f"pattern is not a regular expression: {error}") from None
+    for name, value in settings.items() if kind in KINDS else ():
+        try:
+            TypeAdapter(signature.parameters[name].annotation).validate_python(value, strict=True)
+        except ValidationError as error:
+            message = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ValueError(f"checker {kind}: {name}: {message}") from None
 
 
 def needs_reference(kind: str) -> bool:

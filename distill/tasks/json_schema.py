@@ -44,8 +44,8 @@ KEYWORDS = {
 }
 
 
-def validate_schema(schema: object) -> None:
-    """Raise ValueError, with the place, where `schema` is none or holds what is not supported."""
+def valid_schema(schema: object) -> object:
+    """Return a schema; raises ValueError, with the place, where it is none or not supported."""
     try:
         # YAML also has dates, keys that are numbers, and nodes that contain themselves
         if (
@@ -96,6 +96,7 @@ def validate_schema(schema: object) -> None:
     except graphlib.CycleError as error:
         cycle = " and ".join(sorted(map(_place, set(error.args[1]))))
         raise ValueError(f"{cycle}: refers to itself for the same value, without end") from None
+    return schema
 
 
 def _place(pointer: str) -> str:
