@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.config import Config, Questions
+from distill.config_file import load_config, parse_yaml, read_text
 from distill.corpus import prompts
 from distill.corpus.clean import INSTRUCTIONS, break_up
 from distill.corpus.prompts import (
@@ -310,3 +311,22 @@ def test_each_side_sees_the_passage_or_not(teacher: bool, student: bool) -> None
 def test_no_reply_makes_reading_raise(reply: str) -> None:
     for question in distinct(read_questions(reply)):
         assert question.endswith("?") and "\n" not in question
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_tasks_of_a_shipped_experiment_are_there(path: Path) -> None:
+    if "corpus" not in parse_yaml(read_text(path), path):
+        return  # prices, terms and the like
+    config = load_config(path)
+    assert config.name == path.stem
+    assert all(load_task(name).student.user for name in config.prompts.tasks)
+    assert len(prompts.identity(config)) == max(1, len(config.prompts.tasks))
+
+
+def test_the_quickstart_has_the_sizes_that_it_is_compared_at() -> None:
+    config = load_config(Path("configs/quickstart.yaml"))
+    assert (config.prompts.train, config.corpus.limit) == (96, 180)
+    assert config.teacher.max_new_tokens == 128 and config.prompts.per_document == "rotate"
+    table = load_config(Path("configs/python-docs.yaml"))  # the README's
+    assert (table.prompts.train, table.prompts.validation, table.prompts.heldout) == (240, 360, 66)
+    assert table.student == config.student and table.train == config.train

@@ -41,46 +41,34 @@ def reason(text: str, of: Prompt | None = None, stop: Stop = "end", **settings: 
     return next((why for f in found if (why := f(of or prompt(), response(text, stop)))), None)
 
 
-@pytest.mark.parametrize("text", ["", "  \n", "```\n```", "```json\n\n```"])
-def test_empty(text: str) -> None:
-    assert reason(text) == "empty" and reason(text, empty=False) is None
+CIRCLE = "The value is returned. " * 6
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "why"),
     [
-        "I'm sorry, but I can't assist with that request.",
-        "I cannot help with this.",
-        "Sorry, I am unable to provide that.",
-        "As an AI language model, I do not have access to it.",
-        "Unfortunately, I can\u2019t answer this.",
+        *((text, "empty") for text in ("", "  \n", "```\n```", "```json\n\n```")),
+        ("I'm sorry, but I can't assist with that request.", "refusal"),
+        ("I cannot help with this.", "refusal"),
+        ("Sorry, I am unable to provide that.", "refusal"),
+        ("As an AI language model, I do not have access to it.", "refusal"),
+        ("Unfortunately, I can\u2019t answer this.", "refusal"),
+        ("I can help you with that.", None),
+        ('print("I cannot help")', None),
+        ("It says: I cannot help.", None),
+        ("Sorry is a card game.", None),
+        ("I cannot overstate how useful sorted() is.", None),
+        ("Unfortunately the function raises ValueError.", None),
+        (CIRCLE, "repetition"),
+        ("a b c d e f " * 20, "repetition"),
+        ("-" * 200 + "\ntitle", None),  # a ruler
+        ("\n".join(f"print(table[{i}])  # row {i}" for i in range(20)), None),
     ],
 )
-def test_refusals(text: str) -> None:
-    assert reason(text) == "refusal" and reason(text, refusal=False) is None
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "I can help you with that.",
-        'print("I cannot help")',
-        "It says: I cannot help.",
-        "Sorry is a card game.",
-        "I cannot overstate how useful sorted() is.",
-        "Unfortunately the function raises ValueError.",
-    ],
-)
-def test_texts_that_are_no_refusals(text: str) -> None:
-    assert reason(text) is None
-
-
-def test_repetition() -> None:
-    circle = "The value is returned. " * 6
-    assert reason(circle) == "repetition" and reason(circle, repetition=False) is None
-    assert reason("a b c d e f " * 20) == "repetition"
-    assert reason("-" * 200 + "\ntitle") is None, "a ruler is no repetition"
-    assert reason("\n".join(f"print(table[{i}])  # row {i}" for i in range(20))) is None
+def test_the_text_alone_may_be_the_reason(text: str, why: str | None) -> None:
+    assert reason(text) == why
+    if why:
+        assert reason(text, **{why: False}) is None
 
 
 def test_a_long_repetitive_text_is_judged_quickly() -> None:

@@ -1,12 +1,6 @@
-"""Generation and its store: nothing is asked twice, an interrupted run ends with the same bytes, raw comes first."""
+"""Generation: nothing is asked twice, an unfinished plan is rerun, the teacher writes questions."""
 
 import hashlib
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,23 +81,13 @@ def test_a_stored_answer_goes_to_the_prompt_that_asks(tmp_path: Path) -> None:
     assert responder.asked == 1
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"temperature": 0.5},
-        {"top_p": 0.9},
-        {"max_new_tokens": 7},
-    ],
-)
-def test_another_sampling_is_another_key(change: dict[str, Any]) -> None:
-    assert asks(1)[0].key != asks(1, **change)[0].key
-
-
-def test_keys_hold_origin_messages_and_sample() -> None:
+def test_keys_hold_origin_messages_and_sampling_but_not_the_prompt() -> None:
     request = asks(1)[0]
     assert request.key != asks(1, origin="another")[0].key
     system = (Message(role="system", content="s"), *request.messages)
     assert request.key != Request.make("o", "p0", system, Sampling()).key
+    for change in ({"temperature": 0.5}, {"top_p": 0.9}, {"max_new_tokens": 7}):
+        assert request.key != asks(1, **change)[0].key
     assert Response.make_id(request.key, 0) != Response.make_id(request.key, 1)
     assert request.key == Request.make("o", "another prompt", request.messages, Sampling()).key
 
@@ -250,68 +234,3 @@ def test_the_teacher_writes_questions(tmp_path: Path, monkeypatch: pytest.Monkey
     assert {prompt.id for prompt in prompts} <= {response.prompt_id for response in answers}
     (request,) = requests_for(config.teacher, "o", first, documents[first.document_id])
     assert request.messages == first.asked_of_teacher()
-
-
-SCRIPT = """
-import sys
-from pathlib import Path
-from tests.support.asking import answer_all
-from distill.responders.local.local_model import LocalResponder
-from distill.responders.responder import Request, Sampling
-from distill.records import Message
-from distill.storage.files import write_records
-
-model, store, out = sys.argv[1:]
-responder = LocalResponder.load(model, "bfloat16", max_batch_size=4)
-requests = [
-    Request.make(responder.origin, f"p{i}", (Message(role="user", content="word " * (i % 7) + str(i)),),
-                 Sampling(max_new_tokens=40, temperature=float(i % 2)))
-    for i in range(60)
-]
-print("ready", flush=True)
-write_records(Path(out), answer_all(responder, requests, Path(store)))
-"""
-
-
-def start(folder: Path, model: Path, store: str) -> subprocess.Popen[bytes]:
-    """Start the script in a process of its own, on one thread."""
-    arguments = [model, folder / store, folder / f"{store}.jsonl"]
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-def without_seconds(path: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    for row in rows:
-        assert row["usage"].pop("seconds") > 0
-    return rows
-
-
-@pytest.mark.slow
-def test_a_killed_generation_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    model = make_tiny(tmp_path / "m", "qwen2", hidden=64, tied=False)
-    assert start(tmp_path, model, "whole").wait(120) == 0
-    wanted = without_seconds(tmp_path / "whole.jsonl")
-    kills = 0
-    for answers in (3, 30):
-        process = start(tmp_path, model, "killed")
-        wait_for_answers(tmp_path / "killed", answers, process)
-        kills += process.poll() is None
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    assert kills == 2, "the processes ended before they could be killed"
-    assert start(tmp_path, model, "killed").wait(120) == 0
-    assert without_seconds(tmp_path / "killed.jsonl") == wanted
-
-
-def wait_for_answers(store: Path, count: int, process: subprocess.Popen[bytes]) -> None:
-    """Wait until the store holds so many answers, or the process has ended."""
-    path = store / "00000001.jsonl"
-    while process.poll() is None:
-        if path.exists() and path.read_bytes().count(b" response ") >= count:
-            return
-        time.sleep(0.005)

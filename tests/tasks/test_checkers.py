@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, Json
 
 from distill.errors import DistillError
 from distill.records import Message, Prompt
+from distill.tasks import checkers, json_schema
 from distill.tasks.checkers import (
     KINDS,
     RUNS_CODE,
@@ -496,8 +497,9 @@ STRING = "a" * 80 + "b"
     ],
 )
 def test_a_schema_is_checked_in_bounded_time(
-    schema: dict[str, Any], answer: str, passed: bool | None
+    schema: dict[str, Any], answer: str, passed: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(json_schema, "SECONDS", 0.2)
     checker = {"kind": "json_schema", "schema": schema}
     validate(checker)
     started = time.thread_time()
@@ -505,7 +507,8 @@ def test_a_schema_is_checked_in_bounded_time(
     assert time.thread_time() - started < 4
 
 
-def test_a_pattern_that_takes_too_long_is_no_verdict() -> None:
+def test_a_pattern_that_takes_too_long_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkers, "SECONDS", 0.2)
     verdict = check({"kind": "regex", "pattern": SLOW}, prompt(), STRING)
     assert verdict.passed is None and "too long" in verdict.reason
 
@@ -528,8 +531,9 @@ def test_expressions_are_equal_however_they_are_written(
 
 
 def test_an_endless_expression_is_no_answer_and_is_not_shown(
-    capfd: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(checkers, "SECONDS", 1)
     verdict = check({"kind": "math"}, prompt("4"), "\\boxed{" + "(" * 3000 + "}")
     assert verdict.passed is False
     assert "(((" not in "".join(capfd.readouterr())
