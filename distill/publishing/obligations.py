@@ -82,13 +82,13 @@ def license_of(model: str, stated: str | None, owed: Sequence[Owed]) -> ReleaseL
     Raises DistillError (exit 10) where it is not known, or another is stated than is owed.
     """
     info = lookup(model)
-    own = stated or (info.license if info else None)
-    if own is None:
+    name = stated or (info.license if info else None)
+    if name is None:
         what = "its license is not in configs/models.yaml"
         fix = "read it on the model's page, then state publish.license=SPDX-ID"
         raise DistillError(Exit.TERMS, f"student.model {model}", what, fix)
-    text = f"{own}\n\nThe license of the base model: https://huggingface.co/{base_of(model)}\n"
-    shipped = find_config(Path("configs/licenses") / f"{own.lower()}.txt")
+    text = f"{name}\n\nThe license of the base model: https://huggingface.co/{base_of(model)}\n"
+    shipped = find_config(Path("configs/licenses") / f"{name.lower()}.txt")
     if shipped.is_file():
         text = shipped.read_text(encoding="utf-8")
     for one in owed:
@@ -97,10 +97,10 @@ def license_of(model: str, stated: str | None, owed: Sequence[Owed]) -> ReleaseL
                 what = f"is {stated}, but {license} is required by {one.text.line()}"
                 fix = f"publish.license={license}"
                 raise DistillError(Exit.TERMS, "publish.license", what, fix)
-            if license != own:
+            if license != name:
                 text += f"\n\nThe model is distributed under {license}: {one.text.line()}\n"
             return ReleaseLicense(license, bool(stated), True, text)
-    return ReleaseLicense(own, bool(stated), False, text)
+    return ReleaseLicense(name, bool(stated), False, text)
 
 
 def write_notices(owed: Sequence[Owed], agreement: Path | None, folder: Path) -> None:

@@ -121,11 +121,11 @@ def spans(marks: Sequence[Mark], width: int, x_label: str, main: str) -> Markup:
     zero = frame.x(0.0)
     parts = [_line(zero, 4, zero, height - BOTTOM, "axis zero"), *frame.x_axis(x_label, "${:g}")]
     for k, mark in enumerate(marks):
-        x, y, chosen = frame.x(mark.value), 56.0 * k + 44, mark.name == main
-        parts.append(_text(frame.margin, y - 22, mark.name, "name" if chosen else "label"))
+        x, y, is_main = frame.x(mark.value), 56.0 * k + 44, mark.name == main
+        parts.append(_text(frame.margin, y - 22, mark.name, "name" if is_main else "label"))
         if mark.low is not None and mark.high is not None:
             parts += _whisker(frame.x(mark.low), y, frame.x(mark.high), y, "student")
-        parts.append(_disc(x, y, 7, "" if chosen else " hollow"))
+        parts.append(_disc(x, y, 7, "" if is_main else " hollow"))
     values = "; ".join(f"{mark.name} {mark.line()}" for mark in marks)
     return frame.svg(parts, f"{x_label}: {values}")
 
@@ -185,21 +185,23 @@ def _name(
 ) -> Markup:
     """Write a point's name beside it, on a side or a line where no other name stands.
 
-    A place is left, right and line in pixels; `occupied` are those of other names, and this one's.
+    A place is start, end and line in pixels; `occupied` are those of other names, and this one's.
     """
 
     def meets(place: tuple[float, float, float]) -> bool:
-        left, right, line = place
-        return any(left < r and le < right and abs(line - ln) < 17 for le, r, ln in occupied)
+        return any(
+            place[0] < end and start < place[1] and abs(place[2] - line) < 17
+            for start, end, line in occupied
+        )
 
     length = LETTER * len(name)
     sides = [(x + 14, x + 14 + length, y + 5), (x - 14 - length, x - 14, y + 5)]
     inside = [side for side in sides if side[0] > LEFT and side[1] < width] or sides
-    left, right, line = next((side for side in inside if not meets(side)), inside[0])
-    while meets((left, right, line)):
+    start, end, line = next((side for side in inside if not meets(side)), inside[0])
+    while meets((start, end, line)):
         line += 4
-    occupied.append((left, right, line))
-    return _text(right, line, name, "name end") if left < x else _text(left, line, name, "name")
+    occupied.append((start, end, line))
+    return _text(end, line, name, "name end") if start < x else _text(start, line, name, "name")
 
 
 def _whisker(x1: float, y1: float, x2: float, y2: float, kind: str) -> list[Markup]:

@@ -71,8 +71,8 @@ def environment(markdown: bool) -> Environment:
     )
     templates.globals.update({name: getattr(formatting, name) for name in FIGURES})
     templates.globals.update({name: getattr(tables, name) for name in CELLS})
-    own = (cost_share, missing, preference, prices)
-    templates.globals.update({function.__name__: function for function in own})
+    functions = (cost_share, missing, preference, prices)
+    templates.globals.update({function.__name__: function for function in functions})
     templates.globals["tables"] = tables
     templates.globals["table_of"] = lm_eval.table_of
     templates.globals["grid"] = lambda table: Markup(formatting.markdown_table(*table))

@@ -49,7 +49,7 @@ from distill.formatting import (
     signed,
 )
 
-Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
+TextTable = tuple[tuple[str, ...], list[tuple[str, ...]]]
 AGREEMENT = {"chrf": "chrF", "nats_per_token": "nats a token", "top1": "top-1 token"}
 PROBES = {
     "null": "an empty phrase against an answer",
@@ -128,7 +128,7 @@ def quality_row(label: str, row: MetricRow) -> tuple[str, ...]:
     return (label, str(row.n), *scores, change(row, "teacher"), change(row, "base"), gap(row))
 
 
-def quality_rows(card: Scorecard) -> Table:
+def quality_rows(card: Scorecard) -> TextTable:
     """Return all tasks, all checks together, agreement and suites, with paired differences."""
     rows = [*task_rows(card)[1], *agreement_rows(card)[1]]
     for name, suite in card.suites.items():
@@ -137,7 +137,7 @@ def quality_rows(card: Scorecard) -> Table:
     return QUALITY, rows
 
 
-def task_rows(results: Scorecard | Results) -> Table:
+def task_rows(results: Scorecard | Results) -> TextTable:
     """Return some tasks, and all their checks together where there are several."""
     rows = [quality_row(f"{task}: {plain(row.metric)}", row) for task, row in results.tasks.items()]
     if results.overall and len(rows) > 1:
@@ -145,27 +145,27 @@ def task_rows(results: Scorecard | Results) -> Table:
     return QUALITY, rows
 
 
-def agreement_rows(card: Scorecard) -> Table:
+def agreement_rows(card: Scorecard) -> TextTable:
     """Return the likeness to the teacher's answers."""
     rows = {label: card.agreement[k] for k, label in AGREEMENT.items() if k in card.agreement}
     return QUALITY, [quality_row(f"agreement: {label}", row) for label, row in rows.items()]
 
 
-def contamination_rows(card: Scorecard) -> Table:
+def contamination_rows(card: Scorecard) -> TextTable:
     """Return the checks passed without and with the items that stand in the training data."""
     full = card.contamination.all_items if card.contamination else None
     rows = {"not found in the training data": card.overall, "all items": full and full.overall}
     return QUALITY, [quality_row(label, row) for label, row in rows.items() if row]
 
 
-def with_figures(table: Table) -> Table:
+def with_figures(table: TextTable) -> TextTable:
     """Return a table without the columns that hold no figure at all."""
     head, rows = table
     columns = [k for k in range(len(head)) if not rows or any(row[k] != UNKNOWN for row in rows)]
     return tuple(head[k] for k in columns), [tuple(row[k] for k in columns) for row in rows]
 
 
-def claim_rows(card: Scorecard) -> Table:
+def claim_rows(card: Scorecard) -> TextTable:
     """Return what the differences allow to claim: what could be seen, McNemar, non-inferiority."""
     head = (
         *("the student against", "n", "documents", "difference", "could have shown"),
@@ -199,19 +199,19 @@ def claim_rows(card: Scorecard) -> Table:
     return head, lines
 
 
-def cost_rows(card: Scorecard) -> Table:
+def cost_rows(card: Scorecard) -> TextTable:
     """Return what 1,000 requests take and cost each model, and how long its answers are."""
     head = ("1,000 requests", "time", "dollars", "tokens/s", "tokens an answer", "cut off")
     rows = []
     for model in MODELS:
         cost, lengths = card.cost.of(model), card.lengths.get(model, AnswerLengths())
         per_second, tokens = count(cost.output_tokens_per_second), count(lengths.tokens)
-        taken = (duration(cost.seconds_per_1k), money(cost.dollars_per_1k), per_second)
-        rows.append((model, *taken, tokens, share(lengths.truncated)))
+        spent = (duration(cost.seconds_per_1k), money(cost.dollars_per_1k), per_second)
+        rows.append((model, *spent, tokens, share(lengths.truncated)))
     return head, rows
 
 
-def token_rows(cost: Costs) -> Table:
+def token_rows(cost: Costs) -> TextTable:
     """Return the cost of requests one at a time, and of a million tokens read and written."""
     head = (
         *("one request at a time", "1,000 take", "and cost", "tokens/s"),
@@ -222,13 +222,13 @@ def token_rows(cost: Costs) -> Table:
         row = cost.of(model)
         alone, million = row.one_at_a_time or RequestCost(), row.per_million or PerMillion()
         per_second, prompt = count(alone.output_tokens_per_second), count(row.input_tokens)
-        taken = (duration(alone.seconds_per_1k), money(alone.dollars_per_1k), per_second)
+        spent = (duration(alone.seconds_per_1k), money(alone.dollars_per_1k), per_second)
         apart = (money(million.dollars_input), money(million.dollars_output))
-        rows.append((model, *taken, prompt, *apart))
+        rows.append((model, *spent, prompt, *apart))
     return head, rows
 
 
-def plane_rows(card: Scorecard) -> Table:
+def plane_rows(card: Scorecard) -> TextTable:
     """Return the points of the plot of quality against cost."""
     row, sides = card.overall or card.agreement["chrf"], {m: card.cost.of(m) for m in MODELS}
     head = ("", "checks passed" if card.overall else "chrF", "1,000 requests")
@@ -238,7 +238,7 @@ def plane_rows(card: Scorecard) -> Table:
     return head, [(model, within(row, model), costs[model]) for model in MODELS]
 
 
-def judge_rows(result: JudgeResult) -> Table:
+def judge_rows(result: JudgeResult) -> TextTable:
     """Return the judge's win rates of the student."""
     head = (
         *("the student against", "n", "win rate", "wins", "ties", "losses", "not parsed"),
@@ -256,7 +256,7 @@ def judge_rows(result: JudgeResult) -> Table:
     return head, rows
 
 
-def probe_rows(probe: ProbeResult) -> Table:
+def probe_rows(probe: ProbeResult) -> TextTable:
     """Return what a judge was tried with, and what it made of it."""
     rows = [
         (PROBES[kind], count(row.n), share(row.wins), share(row.losses), share(row.unparsed))
@@ -265,7 +265,7 @@ def probe_rows(probe: ProbeResult) -> Table:
     return ("probe", "n", "wins", "loses", "not parsed"), rows
 
 
-def saving_rows(economics: Economics) -> Table:
+def saving_rows(economics: Economics) -> TextTable:
     """Return what each way to use the student saves."""
     rows = []
     for row in economics.rows:
@@ -275,7 +275,7 @@ def saving_rows(economics: Economics) -> Table:
     return ("saved", "1,000 requests", "a month", "paid back after"), rows
 
 
-def sensitivity_rows(economics: Economics) -> Table:
+def sensitivity_rows(economics: Economics) -> TextTable:
     """Return what could change the headline, one thing at a time."""
     head = (WAYS[economics.headline], "teacher", "student", "saved", "a month", "paid back after")
     rows = []
@@ -287,7 +287,7 @@ def sensitivity_rows(economics: Economics) -> Table:
     return head, rows
 
 
-def stage_rows(card: Scorecard) -> Table:
+def stage_rows(card: Scorecard) -> TextTable:
     """Return the time of each stage of making and measuring the student."""
     rows = card.cost.distillation.stages.items()
     return ("stage", "time"), [(stage, duration(seconds)) for stage, seconds in rows]
@@ -303,7 +303,7 @@ def funnel_steps(funnel: Funnel, documents: int | None = None) -> list[tuple[str
     return [*steps, ("kept: heldout", funnel.kept_heldout, "kept")]
 
 
-def loss_rows(training: Mapping[str, Any]) -> Table:
+def loss_rows(training: Mapping[str, Any]) -> TextTable:
     """Return the validation losses, and the training loss at the same steps."""
     train = {row["step"]: row["loss"] for row in training.get("history", [])}
     rows = [
