@@ -38,7 +38,7 @@ def provided(
         what, fix = "two have the same name, or one has none", "define each with def, by a name"
         raise DistillError(Exit.CONFIG, "distill.run: filters", what, fix)
     before = dict(PROVIDED)
-    PROVIDED.update(checker=dict(checkers), filter=named, responder=dict(responders))
+    PROVIDED.update({"checker": dict(checkers), "filter": named, "responder": dict(responders)})
     try:
         yield
     finally:
