@@ -405,7 +405,7 @@ def fetch(config: ConfigArgument, overrides: Overrides = None) -> None:
     student = settings.student
     if settings.distributions and settings.reader()[0] != student.model:
         fetch_model(*settings.reader())
-    fetch_model(student.model, student.revision, student.allow_pickle)
+    fetch_model(student.model, student.revision, student.trust)
 
 
 @app.command(rich_help_panel=KEEP)

@@ -12,7 +12,7 @@ import socket
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 from urllib.parse import urlsplit
 
 import regex
@@ -677,6 +677,16 @@ class Filters(Section):
     in."""
 
 
+class Trust(NamedTuple):
+    """What a model's files may be beside safetensors: pickles, and code of the model's author."""
+
+    pickle: bool = False
+    code: bool = False
+
+
+SAFE = Trust()
+
+
 class Student(Section):
     """The small model that learns."""
 
@@ -694,6 +704,11 @@ class Student(Section):
     """Allows weights in pickle files, which can run code. Convert them to safetensors instead."""
     trust_remote_code: bool = False
     """Runs Python code that comes with the model. Read it first."""
+
+    @property
+    def trust(self) -> Trust:
+        """Return what the files of the model are allowed to be."""
+        return Trust(self.allow_pickle, self.trust_remote_code)
 
     _model_name = field_validator("model")(classmethod(lambda cls, value: checked_model(value)))
 

@@ -113,7 +113,7 @@ def require_models(config: Config, left: Collection[str]) -> None:
     7).
     """
     student, judge = config.student, config.evaluation.judge
-    loading.check_model(student.model, student.allow_pickle, student.trust_remote_code)
+    loading.check_model(student.model, student.trust)
     asked: list[Teacher] = [config.teacher] if {"generate", "evaluate"}.intersection(left) else []
     if config.distributions and {"signals", "train", "refine"}.intersection(left):
         asked.append(config.soft_teacher())

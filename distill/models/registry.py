@@ -1,20 +1,22 @@
-"""Models by reference: a name of configs/models.yaml, a Hub id, or an explicit folder (`./x`, `/x`).
+"""Models by reference: a name of configs/models.yaml, a Hub id, or a folder (`./x`, `/x`).
 
-Looking up (`lookup`, `shape_of`, `identity` of a named model) needs no torch and no network. `fetch` returns a folder
-of safetensors and tokenizer, verified and cached; `models.loading` loads it.
+Looking up (`lookup`, `shape_of`, `identity` of a named model) needs no torch and no network.
+`fetch` returns a folder of safetensors and tokenizer, verified and cached; `models.loading` loads
+it.
 """
 
 import difflib
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from distill.config import checked_model
+from distill.config import SAFE, Trust, checked_model
 from distill.config_file import find_config, read_yaml
 from distill.errors import DistillError, Exit
 from distill.models.download import Gguf, converted
@@ -24,7 +26,7 @@ from distill.storage.run_folder import differences
 
 TABLE = Path("configs/models.yaml")
 COMMIT = re.compile(r"[0-9a-f]{40}")
-# What makes a folder a model beside its weights: transformers reads them, and answers and tokens follow from them
+# What makes a folder a model beside its weights: transformers reads them, and answers follow
 PARTS = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
@@ -35,7 +37,7 @@ FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]  # what is ta
 
 
 class Shape(Record):
-    """A decoder's size; `parameters` counts the head only where it is not `tied` to the embedding."""
+    """A decoder's size; `parameters` counts the head where it is not `tied` to the embedding."""
 
     layers: int
     hidden: int
@@ -60,7 +62,7 @@ class Shape(Record):
 
 
 class ModelInfo(Record):
-    """A row of models.yaml; `gguf` tells where a named model's weights come from, None for a model of the Hub."""
+    """A row of models.yaml; `gguf` says where a named model's weights are, None for a Hub model."""
 
     name: str
     hub_id: str
@@ -69,30 +71,18 @@ class ModelInfo(Record):
     shape: Shape
     gguf: Gguf | None = None
 
-    @property
-    def sha256(self) -> str | None:
-        """Return the hash of the published weights, where the table has it."""
-        return self.gguf.sha256 if self.gguf else None
-
-    @property
-    def bytes(self) -> int:
-        """Return how much is downloaded: the GGUF, or two bytes a parameter."""
-        return self.gguf.bytes if self.gguf else 2 * self.shape.parameters
-
 
 @cache
 def table() -> dict[str, ModelInfo]:
-    """Read configs/models.yaml: the user's, else the one that ships; raises DistillError (exit 2)."""
+    """Read configs/models.yaml, the user's or the one that ships; raises DistillError (exit 2)."""
     path = find_config(TABLE)
     rows = read_yaml(path, dict[str, ModelInfo])
     try:
         return {name: ModelInfo.model_validate({"name": name, **row}) for name, row in rows.items()}
     except ValidationError as error:
-        fault = error.errors()[0]
-        where = ".".join(str(part) for part in fault["loc"])
-        raise DistillError(
-            Exit.CONFIG, path, f"{where}: {fault['msg']}", "correct the row"
-        ) from None
+        first = error.errors()[0]
+        what = f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+        raise DistillError(Exit.CONFIG, path, what, "correct the row") from None
 
 
 def lookup(reference: str) -> ModelInfo | None:
@@ -101,7 +91,7 @@ def lookup(reference: str) -> ModelInfo | None:
 
 
 def is_folder(reference: str) -> bool:
-    """Tell whether a reference is an explicit folder; anything else is a name or a Hub id."""
+    """Tell whether a reference is an explicit folder; else it is a name or a Hub id."""
     return reference.startswith(("./", "/"))
 
 
@@ -116,13 +106,13 @@ def shape_of(reference: str) -> Shape:
     if info := lookup(reference):
         return info.shape
     if is_folder(reference):
-        return shape_from_config(read_object(_existing(Path(reference)) / "config.json"))
+        return shape_from_config(read_object(_existing(reference) / "config.json"))
     what, fix = "its shape is not known", "add it to configs/models.yaml"
     raise DistillError(Exit.CONFIG, f"model {reference}", what, fix)
 
 
 def shape_from_config(config: dict[str, Any]) -> Shape:
-    """Derive the shape of a Llama or Qwen2 decoder (gated MLP, grouped queries) from its config.json."""
+    """Derive the shape of a Llama or Qwen2 decoder (gated MLP, grouped queries)."""
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or hidden // heads
@@ -133,7 +123,6 @@ def shape_from_config(config: dict[str, Any]) -> Shape:
     biases = queries + 2 * keys if config["model_type"] == "qwen2" else 0
     block = 2 * hidden * queries + 2 * hidden * keys + biases + 3 * hidden * inner + 2 * hidden
     tied = config.get("tie_word_embeddings", True)
-    total = layers * block + hidden + vocab * hidden * (1 if tied else 2)
     return Shape(
         layers=layers,
         hidden=hidden,
@@ -144,78 +133,52 @@ def shape_from_config(config: dict[str, Any]) -> Shape:
         vocab=vocab,
         tied=tied,
         context=config["max_position_embeddings"],
-        parameters=total,
+        parameters=layers * block + hidden + vocab * hidden * (1 if tied else 2),
     )
 
 
-def fetch(reference: str, revision: str | None = None, allow_pickle: bool = False) -> Path:
-    """Return the folder of a model's weights and tokenizer, downloading it where the cache lacks it.
+def fetch(reference: str, revision: str | None = None, trust: Trust = SAFE) -> Path:
+    """Return the folder of a model's weights and tokenizer, downloaded where the cache lacks it.
 
-    Raises DistillError: exit 2 for a name or folder that is not there, 3 where no place could give the files.
+    Raises DistillError: exit 2 for a name or folder that is not there, 3 where no place could give
+    the files.
     """
-    reference = _checked(reference)
+    where = f"model {reference[:60]}"
+    try:
+        checked_model(reference)
+    except ValueError as error:
+        raise DistillError(Exit.CONFIG, where, "is not a reference", str(error)) from None
     if is_folder(reference):
-        return _existing(Path(reference))
+        return _existing(reference)
     info = lookup(reference)
     if info and info.gguf:
-        _refuse_revision(info, revision)
+        if revision not in (None, info.revision):  # the name is one file
+            what, fix = f"is one file, not revision {revision}", f"name the Hub id {info.hub_id}"
+            raise DistillError(Exit.CONFIG, where, what, fix)
         return converted(info.name, info.gguf)
-    _refuse_near_miss(reference)
-    return _from_hub(reference, revision or (info.revision if info else None), allow_pickle)
-
-
-def _checked(reference: str) -> str:
-    """Accept what the config accepts as a model; raises DistillError (exit 2)."""
-    try:
-        return checked_model(reference)
-    except ValueError as error:
-        raise DistillError(
-            Exit.CONFIG, f"model {reference[:60]!r}", "not a reference", str(error)
-        ) from None
-
-
-def _existing(folder: Path) -> Path:
-    if not (folder / "config.json").is_file():
-        raise DistillError(
-            Exit.CONFIG, folder, "is no model folder: config.json is missing", "check the path"
-        )
-    return folder
-
-
-def _refuse_near_miss(reference: str) -> None:
-    """Stop at a misspelt name of the table before the Hub is asked for it."""
     near = difflib.get_close_matches(reference, table(), n=1, cutoff=0.75)
-    if "/" not in reference and near:
-        raise DistillError(
-            Exit.CONFIG, f"model {reference}", "no such name", f"did you mean {near[0]}?"
-        )
-
-
-def _refuse_revision(info: ModelInfo, revision: str | None) -> None:
-    """Stop where another revision of a named model is asked for: the name is one file."""
-    if revision not in (None, info.revision):
-        raise DistillError(
-            Exit.CONFIG,
-            f"model {info.name}",
-            f"is one file, not revision {revision}",
-            f"name the Hub id {info.hub_id}",
-        )
-
-
-def _from_hub(reference: str, revision: str | None, allow_pickle: bool) -> Path:
-    """Download a snapshot from the Hub, or find it in its cache; HF_HUB_OFFLINE and HF_ENDPOINT are honoured."""
+    if "/" not in reference and near:  # a misspelt name of the table, before the Hub is asked
+        raise DistillError(Exit.CONFIG, where, "no such name", f"did you mean {near[0]}?")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = [*FILES, "*.bin"] if allow_pickle else FILES
-    try:
+    revision = revision or (info.revision if info else None)
+    patterns = [*FILES, "*.bin"] if trust.pickle else FILES
+    try:  # HF_HUB_OFFLINE and HF_ENDPOINT are honoured
         return Path(snapshot_download(reference, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         what = f"could not be fetched from the Hub: {first_line(error)}"
         names = ", ".join(name for name in table() if "/" not in name)
-        raise DistillError(
-            Exit.INPUT, f"model {reference}", what, f"check id and network, or use one of {names}"
-        ) from None
+        fix = f"check id and network, or use one of {names}"
+        raise DistillError(Exit.INPUT, where, what, fix) from None
+
+
+def _existing(reference: str) -> Path:
+    """Return the folder of a reference; raises DistillError (exit 2) where it is no model's."""
+    if not (Path(reference) / "config.json").is_file():
+        what = "is no model folder: config.json is missing"
+        raise DistillError(Exit.CONFIG, reference, what, "check the path")
+    return Path(reference)
 
 
 def first_line(error: Exception) -> str:
@@ -224,32 +187,24 @@ def first_line(error: Exception) -> str:
 
 
 def identity(reference: str, revision: str | None = None) -> str:
-    """Return what pins a model's weights: the hash of a named or local model's weights, or a commit of the Hub.
+    """Return what pins a model's weights: their hash, or a commit of the Hub.
 
-    A named model's is that of its GGUF, so it is known before anything is fetched. In a folder more can change than
-    the weights: see `folder_facts`.
+    A named model's is that of its GGUF, so it is known before anything is fetched. In a folder more
+    can change than the weights: see `folder_facts`.
     """
-    reference = _checked(reference)
     info = lookup(reference)
-    if is_folder(reference):
-        return _folder_hash(_existing(Path(reference)))
     if info and info.gguf:
         return info.gguf.sha256
     pinned = revision or (info.revision if info else None)
-    if pinned and COMMIT.fullmatch(pinned):
+    if pinned and COMMIT.fullmatch(pinned) and not is_folder(reference):
         return pinned
-    return fetch(reference, revision).name  # a snapshot's folder is named by its commit
-
-
-def _folder_hash(folder: Path) -> str:
-    """Hash the names and contents of a folder's weights; unchanged files are read once a process."""
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    parts = [
-        (f.name, _file_hash(f.resolve(), f.stat().st_size, f.stat().st_mtime_ns)) for f in files
-    ]
-    if len(parts) == 1:
-        return parts[0][1]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    folder = fetch(reference, revision)
+    if not is_folder(reference):
+        return folder.name  # a snapshot's folder is named by its commit
+    hashes = _hashes(folder, ("*.safetensors", "*.bin"))
+    if len(hashes) == 1:
+        return next(iter(hashes.values()))
+    return hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest()
 
 
 def parts(reference: str) -> dict[str, str]:
@@ -257,39 +212,33 @@ def parts(reference: str) -> dict[str, str]:
 
     It is empty for a model of the Hub or of models.yaml: what pins that one, pins all of its files.
     """
-    if not is_folder(reference):
-        return {}
-    folder = _existing(Path(_checked(reference)))
-    paths = sorted(path for pattern in PARTS for path in folder.glob(pattern) if path.is_file())
-    return {
-        path.relative_to(folder).as_posix(): _file_hash(
-            path.resolve(), path.stat().st_size, path.stat().st_mtime_ns
-        )
-        for path in paths
-    }
+    return _hashes(fetch(reference), PARTS) if is_folder(reference) else {}
 
 
 def folder_facts(role: str, reference: str) -> dict[str, str]:
-    """Return what a model in a folder is, as entries of a fingerprint: its weights, and each further file by name.
+    """Return what a model in a folder is, for a fingerprint: its weights, and each file by name.
 
-    `role` is what the model does there; `fingerprints.unnamed` knows the same form. Empty for a model that is pinned.
+    `role` is what the model does there; `run_folder.unnamed` knows the same form. Empty for a model
+    that is pinned.
     """
-    if not is_folder(reference):
-        return {}
     files = {f"{role} file {name}": sha256 for name, sha256 in parts(reference).items()}
-    return {role: identity(reference), **files}
+    return {role: identity(reference), **files} if files else {}
 
 
 def folder_digest(folder: Path) -> str:
-    """Return one hash of a folder's model: of its weights, and of each further file that makes it what it is."""
-    place = folder.resolve()
-    stats = {p: p.stat() for name in ("*.safetensors", *PARTS) for p in place.glob(name)}
-    return digest(
-        {
-            path.relative_to(place).as_posix(): _file_hash(path, stat.st_size, stat.st_mtime_ns)
-            for path, stat in stats.items()
-        }
-    )
+    """Return one hash of a folder's model: of its weights, and of each file beside them."""
+    return digest(_hashes(folder, ("*.safetensors", *PARTS)))
+
+
+def _hashes(folder: Path, patterns: Iterable[str]) -> dict[str, str]:
+    """Return the hashes of a folder's files by name; unchanged ones are read once a process."""
+    paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    hashes = {}
+    for path in sorted(paths):
+        facts = path.stat()
+        sha256 = _file_hash(path.resolve(), facts.st_size, facts.st_mtime_ns)
+        hashes[path.relative_to(folder).as_posix()] = sha256
+    return hashes
 
 
 @cache
@@ -311,8 +260,8 @@ def read_object(path: Path) -> dict[str, Any]:
 def check_base(adapter: Path, reference: str, revision: str | None = None) -> None:
     """Refuse an adapter that was trained on another model; raises DistillError (exit 7).
 
-    The adapter's own record is `base.json` beside its weights, written by `record_base`. One that knows a folder by
-    its weights alone, as an earlier distill wrote it, is held to these.
+    The adapter's own record is `base.json` beside its weights, written by `record_base`. One that
+    knows a folder by its weights alone, as an earlier distill wrote it, is held to these.
     """
     path = adapter / "base.json"
     if not path.is_file():
@@ -328,7 +277,7 @@ def check_base(adapter: Path, reference: str, revision: str | None = None) -> No
 
 
 def record_base(adapter: Path, reference: str, revision: str | None = None) -> dict[str, Any]:
-    """Write, and return, which base an adapter belongs to: name, Hub id, revision, hash of the weights, other files."""
+    """Write, and return, which base an adapter belongs to: its names, and what pins it."""
     info = lookup(reference)
     base: dict[str, Any] = {
         "name": reference if not is_folder(reference) else Path(reference).name,

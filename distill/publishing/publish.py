@@ -157,23 +157,22 @@ def compared(config: Config, run: Run, merged: Path, dtype: str | None) -> Fidel
     memory at a time. Raises DistillError (exit 9) where there is nothing to compare on.
     """
     student, dtype = config.student, dtype or config.student.dtype
-    folder, trusted = run.path("dataset"), config.student.trust_remote_code
+    folder, trust = run.path("dataset"), config.student.trust
     files = (folder / f"{split}.jsonl" for split in ("validation", "train"))
     pairs = [pair for file in files for pair in read_records(file, Pair)][:COMPARED]
     if not pairs:
         raise DistillError(Exit.PUBLISH, folder, "holds no pairs", "make the dataset")
-    tokenizer = loading.load_tokenizer(student.model, student.revision, trusted)
+    tokenizer = loading.load_tokenizer(student.model, student.revision, trust)
     length = config.train.max_length
     rows = [
         Conversation(ids=example.input_ids, answer=sum(w == 0 for w in example.weights))
         for example in encode_pairs(tokenizer, pairs, config.template_date, length, folder)
     ]
-    flags = (student.allow_pickle, trusted)
-    base = loading.load_model(student.model, dtype, student.revision, *flags)
+    base = loading.load_model(student.model, dtype, student.revision, trust)
     before = answer_logits(add_adapter(base, run.trained("adapter")), rows)
     del base
     gc.collect()
-    model = loading.load_model(f"{merged.resolve()}", dtype, None, False, trusted)
+    model = loading.load_model(f"{merged.resolve()}", dtype, trust=trust._replace(pickle=False))
     fidelity = compare_models(before, answer_logits(model, rows))
     say(f"merged model against adapter: {fidelity.line()}")
     return fidelity

@@ -219,14 +219,13 @@ def write_merged(student: Student, adapter: Path, folder: Path) -> None:
     the disk is full.
     """
     registry.check_base(adapter, student.model, student.revision)
-    flags = {"allow_pickle": student.allow_pickle, "trust_remote_code": student.trust_remote_code}
-    model = loading.load_merged(student.model, adapter, student.revision, **flags)
-    folder_of_base = registry.fetch(student.model, student.revision, student.allow_pickle)
-    config = read_json(folder_of_base / "config.json")
-    model = model.to(getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32"))
+    base = registry.fetch(student.model, student.revision, student.trust)
+    config = read_json(base / "config.json")
+    dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
+    model = loading.load_merged(student.model, adapter, student.revision, student.trust, dtype)
     model.config.name_or_path = ""  # else the folder of this machine is written into the config
     vars(model.config).pop("_model_name_or_path", None)  # a GGUF's own title, not a model's id
-    tokenizer = loading.load_tokenizer(student.model, student.revision, student.trust_remote_code)
+    tokenizer = loading.load_tokenizer(student.model, student.revision, student.trust)
     work = folder.with_name(f".{folder.name}.{os.getpid()}")
     for old in folder.parent.glob(f".{folder.name}.*"):  # of processes that were killed
         if old == work or not alive(int(old.suffix[1:])):

@@ -60,7 +60,7 @@ def prepare(config: Config, run: Run, start: Path | None = None) -> Parts:
     Raises DistillError (exit 7) where that cannot be.
     """
     base, settings = config.student, config.train
-    tokenizer = loading.load_tokenizer(base.model, base.revision, base.trust_remote_code)
+    tokenizer = loading.load_tokenizer(base.model, base.revision, base.trust)
     model = load_adapted(base, settings, config.train_seed)
     max_length = min(settings.max_length, loading.context_length(model.config))
     examples, validation = (
@@ -96,8 +96,8 @@ def load_adapted(student: Student, train: Train, seed: int) -> PeftModel:
     elif train.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         what, fix = "this GPU has no bfloat16", "set train.bf16: false"
         raise DistillError(Exit.TRAINING, "train.bf16", what, fix)
-    flags = (student.allow_pickle, student.trust_remote_code, student.load_in_4bit)
-    model = loading.load_model(student.model, dtype, student.revision, *flags)
+    four_bit = student.load_in_4bit
+    model = loading.load_model(student.model, dtype, student.revision, student.trust, four_bit)
     lora = train.lora
     wrapped = adapters.inject(model, lora.r, lora.alpha, lora.dropout, lora.target_modules, seed)
     adapters.use_working_copies(wrapped)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from distill.config import Trust
 from distill.errors import DistillError, Exit
 from distill.models import loading, registry
 from tests.support.fake_hub import fake_hub, use_hub
@@ -127,7 +128,7 @@ def test_pickles_are_refused_unless_allowed(copy):
     (copy / "model.safetensors").unlink()
     error = refused(loading.load_model, str(copy))
     assert error.code == Exit.TRAINING and "allow_pickle" in error.fix
-    assert loading.load_model(str(copy), allow_pickle=True).num_parameters() > 0
+    assert loading.load_model(str(copy), trust=Trust(pickle=True)).num_parameters() > 0
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])

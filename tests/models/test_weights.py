@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distill.cli import main
-from distill.config import Config, Student
+from distill.config import Config, Student, Trust
 from distill.errors import DistillError, Exit
 from distill.models import loading, registry
 from distill.models.weights import require_values
@@ -153,7 +153,7 @@ def test_pickled_weights_are_looked_at_too(tiny: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     torch.save({name: t for name, t in tensors.items() if name != UP}, folder / "pytorch_model.bin")
     for call in (loading.check_model, loading.load_model):
-        assert f"lacks {UP}" in refused(call, str(folder), allow_pickle=True)
+        assert f"lacks {UP}" in refused(call, str(folder), trust=Trust(pickle=True))
 
 
 def test_zeros_where_they_belong() -> None:
@@ -207,6 +207,17 @@ def test_an_adapter_that_is_not_intact(
         call(adapter)
         said = refused(call, folder)
         assert what in said and "up_proj.lora_A" in said
+
+
+def test_a_merged_model_is_cast_like_one_that_is_loaded_so(tiny: Path, adapter: Path) -> None:
+    """The rotary frequencies, which are computed anew, stay in float32."""
+    merged = loading.load_merged(str(tiny), adapter, dtype=torch.bfloat16)
+    loaded = loading.load_model(str(tiny), "bfloat16", on_cpu=True)
+    types = [
+        {name: t.dtype for name, t in (*model.named_parameters(), *model.named_buffers())}
+        for model in (merged, loaded)
+    ]
+    assert types[0] == types[1] and set(types[0].values()) == {torch.bfloat16, torch.float32}
 
 
 def config_of(folder: Path, **changes: Any) -> Path:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from distill.config import LocalTeacher
+from distill.config import SAFE, LocalTeacher, Trust
 from distill.errors import DistillError, Exit
 from distill.models.chat_template import (
     encode_prompt,
@@ -80,14 +80,13 @@ class LocalResponder:
         date: str = "2026-01-01",
         max_batch_size: int | None = None,
         adapter: Path | None = None,
-        allow_pickle: bool = False,
-        trust_remote_code: bool = False,
+        trust: Trust = SAFE,
     ) -> "LocalResponder":
         """Make the responder of a model by reference, with a PEFT adapter merged in if any.
 
         The weights are loaded at the first request; what names the origin is known without them.
         """
-        tokenizer = load_tokenizer(reference, revision, trust_remote_code)
+        tokenizer = load_tokenizer(reference, revision, trust)
         facts = {"weights": identity(reference, revision), "dtype": str(pick_dtype(dtype))}
         if adapter:
             check_base(adapter, reference, revision)
@@ -95,13 +94,12 @@ class LocalResponder:
         facts["template"] = template_hash(tokenizer, date)
         more = folder_facts("weights", reference)
         origin, old_origin = digest({**facts, **more}), digest(facts) if more else None
-        flags = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
 
         def load_weights() -> Any:
             if adapter is None:
-                return load_model(reference, dtype, revision, **flags)
-            merged: Any = load_merged(reference, adapter, revision, **flags)
-            return merged.to(device=device(), dtype=pick_dtype(dtype))
+                return load_model(reference, dtype, revision, trust)
+            merged: Any = load_merged(reference, adapter, revision, trust, pick_dtype(dtype))
+            return merged.to(device())
 
         name = Path(reference).name
         return cls(load_weights, tokenizer, name, origin, date, max_batch_size, old_origin)

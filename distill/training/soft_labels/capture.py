@@ -106,7 +106,7 @@ def as_captured(store: Path, facts: dict[str, Any]) -> dict[str, Any]:
 def student_view(config: Config, run: Run) -> tuple[list[Pair], list[Example]]:
     """Return the pairs that training and validation use, and their examples for the student."""
     student = config.student
-    tokenizer = loading.load_tokenizer(student.model, student.revision, student.trust_remote_code)
+    tokenizer = loading.load_tokenizer(student.model, student.revision, student.trust)
     pairs, date, limit = read_pairs(run), config.template_date, config.train.max_length
     examples = encode_pairs(tokenizer, pairs, date, limit, run.path("dataset"))
     fitting = {example.response_id for example in examples}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from distill.config import Config, EndpointTeacher, LocalTeacher, Loss
+from distill.config import SAFE, Config, EndpointTeacher, LocalTeacher, Loss
 from distill.errors import DistillError, Exit
 from distill.models import loading, registry
 from distill.models.chat_template import template_hash, vocabulary_hash
@@ -209,9 +209,9 @@ def open_teacher(config: Config) -> tuple[Any, dict[str, Any]]:
     is served and as what. Raises DistillError (exit 2) where its vocabulary is not the student's.
     """
     teacher, student, settings = config.soft_teacher(), config.student, config.signals
-    trusted = config.reader()[0] == student.model and student.trust_remote_code
-    tokenizer = loading.load_tokenizer(*config.reader(), trusted)
-    other = loading.load_tokenizer(student.model, student.revision, student.trust_remote_code)
+    trust = student.trust if config.reader()[0] == student.model else SAFE
+    tokenizer = loading.load_tokenizer(*config.reader(), trust)
+    other = loading.load_tokenizer(student.model, student.revision, student.trust)
     vocabulary = vocabulary_hash(tokenizer)
     if vocabulary != vocabulary_hash(other):
         where = f"teacher {teacher.model} and student {student.model}"

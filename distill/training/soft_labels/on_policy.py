@@ -119,9 +119,8 @@ def training_prompts(run: Run) -> list[Prompt]:
 def student_answers(current: Round, prompts: Sequence[Prompt], adapter: Path) -> list[Pair]:
     """Let the student answer, at most as long as the config says, without the empty answers."""
     config, settings, student = current.config, current.config.on_policy, current.config.student
-    flags = {"allow_pickle": student.allow_pickle, "trust_remote_code": student.trust_remote_code}
     model = (student.model, student.dtype, student.revision, config.template_date)
-    responder = LocalResponder.load(*model, adapter=adapter, **flags)
+    responder = LocalResponder.load(*model, adapter=adapter, trust=student.trust)
     shape = settings.model_dump(include={"temperature", "top_p", "max_new_tokens"})
     sampling = Sampling(**shape)
     requests = [Request.make(responder.origin, p.id, p.messages, sampling) for p in prompts]
