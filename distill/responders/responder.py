@@ -83,11 +83,11 @@ class Scoring(Request):
     ids: tuple[int, ...]
 
     @classmethod
-    def of(cls, origin: str, ids: tuple[int, ...], sample: int = 0) -> "Scoring":
+    def of(cls, origin: str, ids: tuple[int, ...]) -> "Scoring":
         """Build a request whose key is the hash of the ids and of the server's `origin`."""
         key = digest({"origin": origin, "ids": ids})
         sampling = Sampling(max_new_tokens=1)
-        return cls(key=key, sample=sample, prompt_id=key, messages=(), sampling=sampling, ids=ids)
+        return cls(key=key, sample=0, prompt_id=key, messages=(), sampling=sampling, ids=ids)
 
 
 class Raw(Record):

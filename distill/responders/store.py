@@ -27,13 +27,6 @@ class Bill(NamedTuple):
     attempt: int | None
     reply: Reply
 
-    @classmethod
-    def of(cls, raw: Raw) -> "Bill":
-        """Read an answer's bill."""
-        reply = raw.reply
-        short = Reply(stop=reply.stop, usage=reply.usage, dollars=reply.dollars)
-        return cls(raw.body.get("attempt"), short)
-
 
 class ResponseStore(Log):
     """The log of requests and answers, by the id of the response that a request becomes.
@@ -71,7 +64,8 @@ class ResponseStore(Log):
 
     def remember(self, key: str, raw: Raw) -> None:
         """Remember the bill of the reply under a key."""
-        self._bills[key] = Bill.of(raw)
+        reply = Reply(stop=raw.reply.stop, usage=raw.reply.usage, dollars=raw.reply.dollars)
+        self._bills[key] = Bill(raw.body.get("attempt"), reply)
 
     def bill(self, key: str) -> Bill | None:
         """Return the bill of the reply under a key, or None where there is none."""

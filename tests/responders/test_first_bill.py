@@ -12,16 +12,12 @@ from typing import Any
 import pytest
 
 from distill.cli import main
-from distill.config import Config
 from distill.errors import DistillError, Exit
-from distill.evaluation.judge import asking
 from distill.records import Message, Response
-from distill.responders.ask import Ask
 from distill.responders.endpoint.budget import account, unknown_outcomes
 from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.endpoint.sending import origin_of
 from distill.responders.endpoint.wire import pack
-from distill.responders.kinds import make_responder
 from distill.responders.responder import Request, Sampling
 from distill.responders.store import ResponseStore
 from distill.storage.files import read_records
@@ -386,17 +382,6 @@ def test_h25_questions_that_all_fail_are_exit_4(tmp_path: Path) -> None:
         config.write_text(json.dumps(tree))
         assert generate(config) == Exit.TEACHER
     assert len(teacher.payloads) == 3, "the prompts were not asked"
-
-
-@pytest.mark.parametrize("reply", [{"status": 500, "body": b"", "billed": False}, {"finish": "x"}])
-def test_h25_a_judge_that_only_fails_is_exit_4(tmp_path: Path, reply: dict[str, Any]) -> None:
-    with FakeTeacher(always(**reply)) as judge:
-        config = Config.model_validate_json(make_run(tmp_path, judge, 1, max_retries=0).read_text())
-        turns = [(Message(role="user", content=f"which? {n}"),) for n in range(4)]
-        with pytest.raises(DistillError, match="all 4 requests failed") as stopped:
-            with Ask(make_responder(config.teacher, config), tmp_path / "store") as ask:
-                asking(ask, config.teacher)(turns)
-    assert stopped.value.code == Exit.TEACHER
 
 
 WHOLE = answer({"model": "fake-1", "messages": [{"role": "user", "content": "q0 please"}]})
