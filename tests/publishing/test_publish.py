@@ -151,7 +151,10 @@ def test_scores_of_another_adapter_are_published_by_no_override(run):
 
 WORSE = {"mean": -0.1, "low": -0.2, "high": 0.0}
 SPEAKS_AGAINST = {
-    "leaked": ({"contamination": {"n": 66, "flagged": 3}}, "3 of 66 items stand in the training"),
+    "contaminated": (
+        {"contamination": {"n": 66, "flagged": 3}},
+        "3 of 66 items stand in the training",
+    ),
     "worse": ({"overall": {"student_minus_base": WORSE}}, "worse than its base: −10.0 points"),
     "worse by loss": (
         {"agreement": {"nats_per_token": {"student_minus_base": {"mean": 0.25}}}},
