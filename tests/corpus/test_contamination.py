@@ -1,4 +1,4 @@
-"""Contamination: planted leaks are found in every disguise, clean sets stay clean, collisions cost nothing."""
+"""Contamination: planted leaks are found in every disguise, and clean sets stay clean."""
 
 import random
 import subprocess
@@ -108,7 +108,7 @@ def test_an_answer_of_a_few_words_is_no_evidence() -> None:
 
 
 SAME = [
-    ("It's the café's “naïve” rôle", "ITS THE CAFE\u0301S naive\u00ad rôle".replace("naive", "nai\u0308ve")),
+    ("It's the café's “naïve” rôle", "ITS THE CAFE\u0301S nai\u0308ve\u00ad rôle"),
     ("ﬁve １２３ Straße", "five 123 STRASSE"),
     ("state-of-the-art, e.g. foo_bar(x)", "State of the art; e g foo bar x"),
     ("co\u00adoperate\u200b now", "cooperate now"),
@@ -134,8 +134,8 @@ def test_a_text_without_spaces_is_found_by_its_characters() -> None:
 
 
 def test_a_paraphrase_is_not_found_and_this_is_said() -> None:
-    item = "How many litres of water does the tank of the old house hold when it is three quarters full?"
-    other = "If three quarters of the old house's tank are filled, what amount of water in litres is in it?"
+    item = "How many litres does the tank of the old house hold when it is three quarters full?"
+    other = "If three quarters of the old house's tank are filled, what amount in litres is in it?"
     assert not found(item, other)
     assert "paraphrase" in contamination.NOT_FOUND
 

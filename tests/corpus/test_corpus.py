@@ -1,4 +1,4 @@
-"""The corpus stage: counts, repeats, bad rows, the split by document, and what a change of input says."""
+"""The corpus stage: counts, repeats, bad rows, the split by document, changed inputs."""
 
 import json
 import re
@@ -76,7 +76,7 @@ def test_chunks_of_one_document_are_in_one_split(tmp_path: Path) -> None:
     write_rows(tmp_path, [{"text": text(n, 60)} for n in range(40)])
     run = make(tmp_path, chunk={"max_chars": 200, "overlap_chars": 20}, split={"heldout": 10})
     run.perform(STAGE)
-    splits: dict[str, set[str]] = {}
+    splits: dict[str, set[str | None]] = {}
     for document in documents(run):
         assert len(document.text) <= 200 and document.meta["chunks"] > 1
         splits.setdefault(document.meta["parent"], set()).add(document.split)

@@ -1,4 +1,4 @@
-"""Private text: what is masked, what stays as an example, that documentation keeps its words, and hostile text."""
+"""Private text: what is masked, what stays, that documentation keeps its words, hostile text."""
 
 import time
 from pathlib import Path
@@ -101,8 +101,8 @@ def test_any_text_is_read(value: str) -> None:
 
 
 PARTS = st.sampled_from(
-    [*KEYS, PEM, "a@b.cc", "@", "+49", "4111 1111", "DE89", " ", "-", ".", "://", "x:y@", "eyJ", "0", "tel", "["]
-)  # fmt: skip
+    [*KEYS, PEM, *"a@b.cc @ +49 DE89 - . :// x:y@ eyJ 0 tel [".split(), "4111 1111", " "]
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -112,15 +112,17 @@ def test_pieces_of_private_text_end_masked(value: str) -> None:
     assert not any(key in once.split() for key in KEYS)
 
 
+BEGIN = "-----BEGIN PRIVATE KEY-----"
 HOSTILE = [
-    *("a@", "a@a.", "@" * 9, "eyJ", "eyJ-", "eyJa.", "sk-", "-sk-1", "+49", "+49 1", "+1 ", "0", "1 ", "1-", "tel 0"),
-    *("DE11", "DE11 ", "4111", "4111 ", "://a:b", "://", "-----BEGIN PRIVATE KEY-----", "(212) ", "hf_", "a.b+c%"),
-    *("-----BEGIN PRIVATE KEY-----\n" + "A" * 64 + "\n", "A" * 64 + "\n", "pypi-AgE", "xoxb-", "\\n", "+49" + "1" * 40),
-]  # fmt: skip
+    *"a@ a@a. eyJ eyJ- eyJa. sk- -sk-1 +49 0 1- DE11 4111 ://a:b :// hf_ a.b+c%".split(),
+    *("pypi-AgE", "xoxb-", "\\n"),
+    *("@" * 9, "+49 1", "+1 ", "1 ", "tel 0", "DE11 ", "4111 ", BEGIN, "(212) ", "+49" + "1" * 40),
+    *(BEGIN + "\n" + "A" * 64 + "\n", "A" * 64 + "\n"),
+]
 
 
 @pytest.mark.parametrize("part", HOSTILE)
-@pytest.mark.parametrize("start", ["", "-----BEGIN PRIVATE KEY-----", "@ sk- :// "])
+@pytest.mark.parametrize("start", ["", BEGIN, "@ sk- :// "])
 def test_hostile_text_takes_linear_time(part: str, start: str) -> None:
     def seconds(size: int) -> float:
         value = start + part * (size // len(part))

@@ -70,7 +70,7 @@ def made(run: Run) -> list[Prompt]:
 
 
 def test_rotation_gives_each_document_one_task_and_each_split_equal_parts(tmp_path: Path) -> None:
-    documents = [api(n, split) for n, split in enumerate(["train"] * 20 + ["heldout"] * 10)]
+    documents = [api(n, "train" if n < 20 else "heldout") for n in range(30)]
     run = make(tmp_path, documents, tasks=THREE, per_document="rotate", train=12, heldout=9)
     found = made(run)
     assert len({prompt.document_id for prompt in found}) == len(found) == 21

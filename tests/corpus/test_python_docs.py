@@ -1,4 +1,4 @@
-"""The documentation of the running interpreter: what it holds, that it repeats, and that nothing odd is imported."""
+"""The documentation of the running interpreter: what it holds, and that it repeats."""
 
 import subprocess
 import sys
@@ -26,9 +26,9 @@ def test_reading_again_gives_the_same() -> None:
 def test_modules_with_side_effects_are_not_imported() -> None:
     code = (
         f"import runpy, sys; runpy.run_path({python_docs.__file__!r}, run_name='__main__'); "
-        "print([m for m in ('antigravity', 'this', 'turtle', 'idlelib', 'test') if m in sys.modules])"
+        "print({'antigravity', 'this', 'turtle', 'idlelib', 'test'} & set(sys.modules) or None)"
     )
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-W", "ignore", "-c", code], capture_output=True, text=True
     )
-    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]" and not done.stderr
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "None" and not done.stderr

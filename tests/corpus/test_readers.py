@@ -1,4 +1,4 @@
-"""Readers: every kind of file, every kind of damage; a bad row is a reject with its place, never a crash."""
+"""Readers: every kind of file, every kind of damage; a bad row is a reject with its place."""
 
 import csv
 import gzip
@@ -38,7 +38,8 @@ def test_a_text_file_is_one_row(tmp_path: Path, name: str) -> None:
 def test_html_gives_its_visible_text(tmp_path: Path) -> None:
     page = (
         "<html><head><title>t</title><style>p {}</style></head><body><script>evil()</script>"
-        "<h1>Title</h1><p>One &amp;\n two <b>bold</b> word.</p><ul><li>a<li>b</ul><pre>x\n  y</pre></body>"
+        "<h1>Title</h1><p>One &amp;\n two <b>bold</b> word.</p><ul><li>a<li>b</ul>"
+        "<pre>x\n  y</pre></body>"
     )
     text = html_to_text(page)
     assert "evil" not in text and "p {}" not in text
@@ -60,7 +61,8 @@ def test_html_gives_its_visible_text(tmp_path: Path) -> None:
     [
         (
             "<?xml version='1.0' encoding='latin-1'?><!DOCTYPE html><html xmlns='urn:x'><head>"
-            "<meta charset=windows-1251><title/><script src=a.js /></head><body>é – 漢😀</body></html>",
+            "<meta charset=windows-1251><title/><script src=a.js /></head>"
+            "<body>é – 漢😀</body></html>",
             "é – 漢😀",
         ),
         (

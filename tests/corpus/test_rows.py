@@ -1,4 +1,4 @@
-"""Rows: what is a document, what a prompt, what its reference and its recorded answer; and what is refused."""
+"""Rows: what is a document, what a prompt, what its reference; and what is refused."""
 
 import json
 from typing import Any

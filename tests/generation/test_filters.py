@@ -1,4 +1,4 @@
-"""The filters: each reason, the order of reasons, rejection sampling, and the funnel that adds up."""
+"""The filters: each reason, their order, rejection sampling, and the funnel that adds up."""
 
 import json
 from collections import Counter
@@ -10,7 +10,7 @@ import pytest
 from distill.config import Config, Filters
 from distill.errors import DistillError, Exit
 from distill.generation import filters
-from distill.records import Document, Message, Pair, Prompt, Response, Stop, Usage
+from distill.records import Document, Message, Pair, Prompt, Response, Split, Stop, Usage
 from distill.storage.files import read_json, read_records, write_records
 from distill.storage.run_folder import Run
 
@@ -67,8 +67,8 @@ CIRCLE = "The value is returned. " * 6
 )
 def test_the_text_alone_may_be_the_reason(text: str, why: str | None) -> None:
     assert reason(text) == why
-    if why:
-        assert reason(text, **{why: False}) is None
+    settings: dict[str, Any] = {why: False} if why else {}
+    assert reason(text, **settings) is None
 
 
 def test_a_long_repetitive_text_is_judged_quickly() -> None:
@@ -111,7 +111,7 @@ def test_of_several_samples_all_that_pass_and_differ_stay() -> None:
     assert [row.reason for row in dropped] == ["failed checker", "same answer again"]
 
 
-def make_run(folder: Path, answers: dict[str, list[str]], **settings: Any) -> tuple[Config, Run]:
+def make_run(folder: Path, answers: dict[Split, list[str]], **settings: Any) -> tuple[Config, Run]:
     """Return a run whose inputs hold the answers of each split."""
     tree = {
         "name": "r",
@@ -139,7 +139,11 @@ def make_run(folder: Path, answers: dict[str, list[str]], **settings: Any) -> tu
 
 
 def test_the_stage_keeps_reasons_and_counts(tmp_path: Path, capsys: Any) -> None:
-    answers = {"train": ["a", "", "b"], "validation": ["", "c"], "heldout": ["", "I cannot help."]}
+    answers: dict[Split, list[str]] = {
+        "train": ["a", "", "b"],
+        "validation": ["", "c"],
+        "heldout": ["", "I cannot help."],
+    }
     config, run = make_run(tmp_path, answers)
     filters.main(config, run)
     sizes = {
@@ -179,7 +183,10 @@ def test_reasoning_is_trained_on_where_that_is_asked() -> None:
 
 def test_what_holds_a_held_out_prompt_is_not_trained_on(tmp_path: Path) -> None:
     question = "In which year did the town on the river get its second bridge, and who paid for it?"
-    answers = {"train": ["fine", f"You ask: {question.upper()} In 1907."], "heldout": ["x"]}
+    answers: dict[Split, list[str]] = {
+        "train": ["fine", f"You ask: {question.upper()} In 1907."],
+        "heldout": ["x"],
+    }
     config, run = make_run(tmp_path, answers)
     prompts = read_records(run.path("questions.jsonl"), Prompt)
     asked = prompts[-1].model_copy(update={"messages": (Message(role="user", content=question),)})

@@ -86,8 +86,8 @@ def test_keys_hold_origin_messages_and_sampling_but_not_the_prompt() -> None:
     assert request.key != asks(1, origin="another")[0].key
     system = (Message(role="system", content="s"), *request.messages)
     assert request.key != Request.make("o", "p0", system, Sampling()).key
-    for change in ({"temperature": 0.5}, {"top_p": 0.9}, {"max_new_tokens": 7}):
-        assert request.key != asks(1, **change)[0].key
+    for other in (asks(1, temperature=0.5), asks(1, top_p=0.9), asks(1, max_new_tokens=7)):
+        assert request.key != other[0].key
     assert Response.make_id(request.key, 0) != Response.make_id(request.key, 1)
     assert request.key == Request.make("o", "another prompt", request.messages, Sampling()).key
 
@@ -98,7 +98,7 @@ def test_the_raw_answer_is_stored_with_its_hash(tmp_path: Path) -> None:
     requests = asks(2, responder.origin, max_new_tokens=6)
     found = answer_all(responder, requests, tmp_path / "store")
     with ResponseStore(tmp_path / "store", writable=False) as log:
-        bodies = [log.get("response", r.id)["body"] for r in found]
+        bodies = [(log.get("response", r.id) or {})["body"] for r in found]
     assert all(len(body["ids"]) == 6 for body in bodies)
     assert [hashlib.sha256(canonical(b)).hexdigest() for b in bodies] == [
         r.raw_sha256 for r in found
@@ -106,7 +106,7 @@ def test_the_raw_answer_is_stored_with_its_hash(tmp_path: Path) -> None:
 
 
 class Fussy:
-    """A planner whose answers name their plan, as a model's last bits do; it can be cut off after some answers."""
+    """A planner whose answers name their plan, as a model's last bits do; it can be cut off."""
 
     model, origin = "fussy", "o"
 
@@ -168,7 +168,7 @@ def make_run(folder: Path, **teacher: Any) -> tuple[Config, Run]:
         }
     )
     run = Run(config)
-    splits: list[Split] = [*["train"] * 4, "validation", "heldout"]
+    splits: list[Split] = ["train", "train", "train", "train", "validation", "heldout"]
     documents = [
         Document.make(f"text {i}", "x", {"recorded_answer": f"r{i}"}, split)
         for i, split in enumerate(splits)

@@ -1,8 +1,9 @@
-"""The sandbox: right programs pass, wrong ones fail with a reason, none runs unasked, and no hostile one gets out.
+"""The sandbox: right programs pass, wrong ones fail, none runs unasked, no hostile one gets out.
 
-`tests/hostile` holds the hostile programs. Those in `reach` and `fake` are also run without a sandbox, where each does
-what it is there to do: so these tests would fail if the sandbox were taken away. Those in `rights` and `flood` are not
-harmless enough for that, or need rights that a test does not have.
+`tests/hostile` holds the hostile programs. Those in `reach` and `fake` are also run without a
+sandbox, where each does what it is there to do: so these tests would fail if the sandbox were taken
+away. Those in `rights` and `flood` are not harmless enough for that, or need rights that a test
+does not have.
 """
 
 import errno
@@ -150,7 +151,10 @@ def test_it_ends_in_time_and_leaves_nothing(path: Path, host: dict[str, Any]) ->
 def test_it_ends_with_the_command_that_started_it(number: int) -> None:
     code = (HOSTILE / "flood" / "daemon.py").read_text().replace("sleep(0.1)", "sleep(600)")
     tests = f"solve({{'mark': {MARK!r}}})"
-    script = f"from distill.tasks.sandbox.programs import *\nexecute({code!r}, ProgramTests({tests!r}), Limits(60), True)"
+    script = (
+        "from distill.tasks.sandbox.programs import *\n"
+        f"execute({code!r}, ProgramTests({tests!r}), Limits(60), True)"
+    )
     command = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL, cwd=ROOT)
     assert soon(lambda: MARK in running())
     command.send_signal(number)
@@ -178,13 +182,15 @@ RIGHT = {
     ),
     "kinds": (
         "def f(x):\n    return x",
-        "for x in (None, True, 'é\\ud800', b'\\x00', [1], (1,), {1}, frozenset([1]), {(1, 'a'): [None]}, range(3)):\n"
+        "for x in (None, True, 'é\\ud800', b'\\x00', [1], (1,), {1}, frozenset([1]),\n"
+        "        {(1, 'a'): [None]}, range(3)):\n"
         "    assert f(x) == x and type(f(x)) is type(x), x\n"
         "assert f(float('nan')) != f(float('nan')) and f(float('inf')) > 1e300",
     ),
     "derived": (
         "from collections import Counter, OrderedDict\nfrom enum import IntEnum\n"
-        "E = IntEnum('E', 'A B')\ndef f(x):\n    return Counter(x), OrderedDict(x=1), E.B, Counter(x).keys()",
+        "E = IntEnum('E', 'A B')\n"
+        "def f(x):\n    return Counter(x), OrderedDict(x=1), E.B, Counter(x).keys()",
         "assert f('aab') == ({'a': 2, 'b': 1}, {'x': 1}, 2, {'a', 'b'})",
     ),
     "iterator": ("def f(n):\n    yield from range(n)", "assert list(f(3)) == [0, 1, 2]"),
@@ -202,7 +208,8 @@ RIGHT = {
         "assert all(f(x) == g(x) + 1 for x in (1.5, 2.5))",
     ),
     "classes and threads": (
-        "from dataclasses import dataclass\nfrom concurrent.futures import ThreadPoolExecutor\nimport asyncio\n"
+        "from dataclasses import dataclass\nimport asyncio\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
         "@dataclass\nclass P:\n    x: int\n"
         "async def a(p):\n    await asyncio.sleep(0)\n    return p.x\n"
         "def f(xs):\n    with ThreadPoolExecutor(8) as pool:\n"
@@ -232,7 +239,8 @@ def test_a_right_program_passes(name: str) -> None:
 
 WRONG = {
     "def f(x, y):\n    return 3": "AssertionError: two (last: f(1, 'a') gave 3)",
-    "def f(x, y):\n    return x // 0": "ZeroDivisionError: integer division or modulo by zero (last: f(1, 'a'))",
+    "def f(x, y):\n    return x // 0": "ZeroDivisionError: integer division or modulo by zero "
+    "(last: f(1, 'a'))",
     "def f(:": "SyntaxError: invalid syntax (answer, line 1)",
     "import numpy": "ModuleNotFoundError: No module named 'numpy'",
     "def g(x):\n    return 2": "NameError: name 'f' is not defined (last: f(1, 'a'))",
@@ -290,7 +298,11 @@ def test_only_what_is_named_is_the_program_s() -> None:
 
 @isolated
 def test_many_at_once_do_not_disturb_each_other() -> None:
-    code = "import threading, time\ndef f(n):\n    many = [threading.Thread(target=time.sleep, args=(0.1,)) for _ in range(n)]\n    [t.start() for t in many]\n    return len(many)"
+    code = (
+        "import threading, time\ndef f(n):\n"
+        "    many = [threading.Thread(target=time.sleep, args=(0.1,)) for _ in range(n)]\n"
+        "    [t.start() for t in many]\n    return len(many)"
+    )
     bomb = (HOSTILE / "flood" / "fork_bomb.py").read_text()
     with ThreadPoolExecutor(8) as pool:
         bombs = [pool.submit(judged, bomb, "solve(1)", "", "", 1) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""Talks to the machine that this virtual machine runs on: a family of sockets without namespaces."""
+"""Talks to the host of this virtual machine: a family of sockets without namespaces."""
 
 import socket
 
