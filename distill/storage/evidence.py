@@ -1,8 +1,9 @@
 """What a run recorded about its own files, and whether they still are what was recorded.
 
-The manifest's seal covers the hash of every stage's marker, and a marker holds the hash of every file that its stage
-wrote. So one number, the seal, stands for the whole run. It shows damage and edits; whoever rewrites files, markers and
-seal together is found only by somebody who wrote the seal down.
+The manifest's seal covers the hash of every stage's marker, and a marker holds the hash of every
+file that its stage wrote. So one number, the seal, stands for the complete run. It shows damage and
+edits; whoever rewrites files, markers and seal together is found only by somebody who wrote the
+seal down.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ APART = (".lock", ".old", ".release")
 
 
 class Check(NamedTuple):
-    """One thing that was looked at: the kind of check, of what, how it stands, and where or why it differs."""
+    """One thing that was looked at: its kind, what, how it stands, and where or why it differs."""
 
     kind: str
     what: str
@@ -32,21 +33,24 @@ class Check(NamedTuple):
 
 
 class Evidence:
-    """The manifest, the markers and the ledger of a run's folder; what is damaged counts as nothing.
+    """Manifest, markers and ledger of a run's folder; what is damaged counts as nothing.
 
     Its stages are those that were done. One that is left out is noticed by what the next one read.
     """
 
     def __init__(self, folder: Path, stages: Sequence[Stage]) -> None:
-        self.folder = folder
-        self.manifest = self._json(MANIFEST)
-        done = self.manifest.get("stages", {})
-        self.stages = [s for s in stages if s.name in done or (folder / _marker(s.name)).exists()]
-        self.markers = {stage.name: self._json(_marker(stage.name)) for stage in self.stages}
+        self.folder, self.manifest = folder, self._json(folder / MANIFEST)
+        done, markers = self.manifest.get("stages", {}), {s: _marker(s.name) for s in stages}
+        self.markers = {
+            stage: self._json(folder / marker)
+            for stage, marker in markers.items()
+            if stage.name in done or (folder / marker).exists()
+        }
 
-    def _json(self, name: str) -> dict[str, Any]:
+    @staticmethod
+    def _json(path: Path) -> dict[str, Any]:
         try:
-            tree = read_json(self.folder / name)
+            tree = read_json(path)
         except DistillError:
             return {}
         return tree if isinstance(tree, dict) else {}
@@ -55,9 +59,9 @@ class Evidence:
     def hashes(self) -> dict[str, str | None]:
         """Return the hash that was recorded of every file; None where a file should have one."""
         hashes: dict[str, str | None] = {CONFIG: self.manifest.get("config_sha256")}
-        for name, marker in self.markers.items():
-            facts = self.manifest.get("stages", {}).get(name, {})
-            hashes |= {_marker(name): facts.get("marker"), **marker.get("outputs", {})}
+        for stage, marker in self.markers.items():
+            facts = self.manifest.get("stages", {}).get(stage.name, {})
+            hashes |= {_marker(stage.name): facts.get("marker"), **marker.get("outputs", {})}
         for files in self.manifest.get("sources", {}).get("external", {}).values():
             hashes |= files
         return hashes | self.manifest.get("release", {})
@@ -72,9 +76,10 @@ class Evidence:
         return verdict(kind, name, sha256_file(path) == recorded)
 
     def ledger_at(self, stage: str, after: bool = False) -> bytes | None:
-        """Return the ledger as a stage found it, or `after` its own entry; None where it has no entry."""
-        path, begun, end = self.folder / LEDGER, self.markers[stage].get("begun"), None
-        content, size = path.read_bytes() if path.is_file() else b"", 0
+        """Return the ledger as a stage found it, or `after` its entry; None where it has none."""
+        path, size, end = self.folder / LEDGER, 0, None
+        begun = next((m.get("begun") for s, m in self.markers.items() if s.name == stage), None)
+        content = path.read_bytes() if path.is_file() else b""
         for line in content.splitlines(keepends=True):
             try:
                 entry = LedgerEntry.from_line(line)
@@ -86,10 +91,9 @@ class Evidence:
         return None if end is None else content[:end]
 
     def outside(self) -> list[str]:
-        """Return the run's files that nothing was recorded of, so that a change in them is not seen."""
-        recorded = {MANIFEST, LEDGER, *self.hashes}
+        """Return the run's files of which nothing was recorded: a change in them is not seen."""
         files = [p.relative_to(self.folder) for p in self.folder.rglob("*") if p.is_file()]
-        return sorted(f.as_posix() for f in files if f.as_posix() not in recorded)
+        return sorted({f.as_posix() for f in files} - {MANIFEST, LEDGER, *self.hashes})
 
 
 def _marker(stage: str) -> str:
@@ -102,33 +106,31 @@ def verdict(kind: str, what: str, same: bool, where: str = "not as recorded") ->
 
 
 def check_files(evidence: Evidence) -> Iterator[Check]:
-    """Hold manifest, config, markers, outputs and ledger against what was recorded of them."""
+    """Hold manifest, config, markers, outputs and ledger against what was recorded of them.
+
+    And of each stage what it read against what the stage before it wrote.
+    """
     path = evidence.folder / MANIFEST
-    if not path.is_file():
-        yield Check("run", MANIFEST, "missing", "the file is not there")
-    else:
+    if path.is_file():
         facts = {key: value for key, value in evidence.manifest.items() if key != SEAL}
         intact = path.read_bytes() == sealed(facts).encode()
         yield verdict("run", MANIFEST, intact, "not as sealed")
+    else:
+        yield Check("run", MANIFEST, "missing", "the file is not there")
     yield evidence.compared("run", CONFIG)
-    for stage in evidence.stages:
-        yield evidence.compared(stage.name, _marker(stage.name))
-        yield from _stage(evidence, stage)
+    for stage, marker in evidence.markers.items():
+        kind = stage.name
+        yield evidence.compared(kind, _marker(kind))
+        if not marker.get("outputs"):
+            yield Check(kind, kind, "missing", "no finished stage says what it wrote")
+            continue
+        for name in marker["outputs"]:
+            yield evidence.compared(kind, name)
+        for name in stage.inputs:
+            read = marker.get("fingerprint", {}).get(f"file {name}")
+            if read != evidence.hashes.get(name):
+                yield Check(kind, name, "differs", f"{kind} read another file of that name")
+        ledger = hashlib.sha256(evidence.ledger_at(kind, after=True) or b"").hexdigest()
+        yield verdict(kind, f"{LEDGER} up to {kind}", ledger == marker.get("ledger"))
     for kind, files in evidence.manifest.get("sources", {}).get("external", {}).items():
         yield from (evidence.compared(kind, name) for name in files)
-
-
-def _stage(evidence: Evidence, stage: Stage) -> Iterator[Check]:
-    """Hold a stage's outputs and the ledger against its marker, and what it read against what was written."""
-    marker = evidence.markers[stage.name]
-    if not marker.get("outputs"):
-        yield Check(stage.name, stage.name, "missing", "no finished stage says what it wrote")
-        return
-    for name in marker["outputs"]:
-        yield evidence.compared(stage.name, name)
-    for name in stage.inputs:
-        read, wrote = marker.get("fingerprint", {}).get(f"file {name}"), evidence.hashes.get(name)
-        if read != wrote:
-            yield Check(stage.name, name, "differs", f"{stage.name} read another file of that name")
-    ledger = hashlib.sha256(evidence.ledger_at(stage.name, after=True) or b"").hexdigest()
-    yield verdict(stage.name, f"{LEDGER} up to {stage.name}", ledger == marker.get("ledger"))

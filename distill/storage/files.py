@@ -122,7 +122,7 @@ def write_records(path: Path, records: Iterable[Record]) -> int:
 def read_records(path: Path, kind: type[R], torn: bool = False) -> list[R]:
     """Read records of one kind; raises DistillError (exit 5) with the line of any damage.
 
-    With `torn`, a last line without its newline is not counted: `append_record` was cut off while it wrote it.
+    With `torn`, a last line without its newline is not counted: `append_record` was cut off there.
     """
     with disk_errors(path):
         lines = _read(path).split(b"\n")
@@ -139,7 +139,7 @@ def read_records(path: Path, kind: type[R], torn: bool = False) -> list[R]:
 
 
 def append_record(path: Path, record: Record) -> None:
-    """Add one record to a small file of lines, durably; a last line that a crash cut off goes first."""
+    """Add a record to a small file of lines, durably, in place of a line that a crash cut off."""
     with disk_errors(path), path.open("a+b") as file:
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)

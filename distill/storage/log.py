@@ -1,13 +1,14 @@
 """Append-only logs of checksummed records: what is paid for is on the disk before anything goes on.
 
 A log is a folder of segments; a line of a segment is `SHA256 KIND KEY JSON`, where the hash covers
-what follows it. A writer appends to segments of its own, `00000001.jsonl` or `WRITER-00000001.jsonl`
-and on, and readers take all segments: writers share no file, so nothing but the folder's lock keeps
-them from writing at once. Where two writers stored one key, the first segment by name counts.
+what follows it. A writer appends to segments of its own, from `00000001.jsonl` or
+`WRITER-00000001.jsonl` on, and readers take all segments: writers share no file, so nothing but the
+folder's lock keeps them from writing at once. Where two writers stored one key, the first segment
+by name counts.
 
 `append` returns after fsync, so what it returned for is there after a kill or a power cut. A torn
-tail (a write that was cut off) is moved to `torn/` when a writer opens the log. Damage anywhere else
-stops with exit 5 and names `distill repair` (storage/repair.py).
+tail (a write that was cut off) is moved to `torn/` when a writer opens the log. Damage anywhere
+else stops with exit 5 and names `distill repair` (storage/repair.py).
 """
 
 import asyncio
@@ -104,7 +105,7 @@ def _name(writer: str, number: int) -> str:
 
 
 def read_version(folder: Path) -> int:
-    """Return a log's version, 0 where it states none; raises DistillError (exit 5) on a newer one."""
+    """Return a log's version, 0 for none; raises DistillError (exit 5) on a newer one."""
     path = folder / "version.json"
     try:
         version = json.loads(path.read_bytes())["version"]
@@ -172,7 +173,7 @@ class Log:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the writer's lock inside the block, after reading what was added since the opening."""
+        """Hold the writer's lock inside the block, and read first what was added since."""
         refuse_half_copy(self.folder)
         with folder_lock(self.folder):
             self.writable = True
@@ -274,10 +275,11 @@ class Log:
         fsync_folder(self.folder)
 
     def append(self, records: Iterable[NewRecord]) -> int:
-        """Store records durably with one fsync; skip a key that is there. Return how many were new.
+        """Store records durably with one fsync but for keys that are there; return how many.
 
-        Raises DistillError (exit 5) where the disk refuses. The log is then closed to writing: after
-        a failed fsync nobody knows what the disk holds, so the next opening checks every line again.
+        Raises DistillError (exit 5) where the disk refuses. The log is then closed to writing:
+        after a failed fsync nobody knows what the disk holds, so the next opening checks every line
+        again.
         """
         if not self._sound:
             what, fix = "not open for writing, or an earlier write failed", "run again"
@@ -313,7 +315,7 @@ class Log:
         return key in self.index.get(kind, ())
 
     def get(self, kind: str, key: str) -> Any | None:
-        """Return the body stored under kind and key, or None; raises DistillError (exit 5) on damage."""
+        """Return a stored body, or None; raises DistillError (exit 5) on damage."""
         position = self.index.get(kind, {}).get(key)
         if position is None:
             return None
@@ -330,7 +332,7 @@ class Log:
         return iter(self.index.get(kind, ()))
 
     def news(self) -> Iterator[NewRecord]:
-        """Yield every record once: all that are there, and at later calls what writers have added."""
+        """Yield every record once: all, and at later calls those that writers have added."""
         if not self.writable:
             self._load()
         for kind, keys in self.index.items():
@@ -356,7 +358,7 @@ def copy(records: Iterable[NewRecord], log: Log) -> int:
 
 
 class LogWriter:
-    """Durable writes from one event loop: what waits while one fsync runs is written by the next."""
+    """Durable writes from one event loop: what waits during an fsync is written by the next."""
 
     def __init__(self, log: Log) -> None:
         self.log = log
@@ -364,7 +366,7 @@ class LogWriter:
         self._task: asyncio.Task[None] | None = None
 
     async def write(self, *records: NewRecord) -> None:
-        """Return once the records are on the disk, where they come also when the caller is cancelled.
+        """Return once the records are on the disk; they come there too if the caller is cancelled.
 
         Raises DistillError (exit 5) where the disk refuses.
         """

