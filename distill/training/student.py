@@ -103,7 +103,7 @@ class StudentModel(nn.Module):
         self._decoder, self._head = (base.get_decoder(),), (base.get_output_embeddings(),)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return the loss summed over supervised tokens in nats; with labels (1 + P,), its parts too.
+        """Return the loss summed over supervised tokens in nats; of labels (1 + P,), parts too.
 
         The parts stand in the order of the settings, before they are mixed.
         """

@@ -146,11 +146,11 @@ def size(signal: Signal, examples: Sequence[Example]) -> int:
     total, chunk, parts = (
         0,
         list[tuple[SignalKey, Signal]](),
-        signal.split([row.count for row in rows]),
+        signal.split([row.length for row in rows]),
     )
     for row, part in zip(rows, parts, strict=True):
         chunk.append((row, part))
-        if sum(r.count for r, _ in chunk) >= CHUNK_TOKENS or row is rows[-1]:
+        if sum(r.length for r, _ in chunk) >= CHUNK_TOKENS or row is rows[-1]:
             named, signals = zip(*chunk, strict=True)
             total += len(encode_chunk("0" * 32, named, Signal.join(signals)))
             chunk = []

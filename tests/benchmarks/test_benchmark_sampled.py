@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from distill.storage.files import write_json
-from tests.training.test_capture import make_run
+from tests.support.training import make_soft_run
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "scripts" / "benchmarks"))
 
@@ -16,7 +16,7 @@ SAMPLE = Path(__file__).parent.parent.parent / "data/gsm8k/sample.jsonl"
 
 
 def test_errors_fall_with_the_draws_and_a_whole_list_has_next_to_none(tmp_path):
-    run, path = make_run(tmp_path), tmp_path / "found.json"
+    run, path = make_soft_run(tmp_path), tmp_path / "found.json"
     write_json(run.path("config.json"), run.config.resolved())
     words = ("--foreign", str(SAMPLE), "--tokens", "300")
     more = ("--samples", "10", "250", "--k", "4", "300", "--json", str(path))

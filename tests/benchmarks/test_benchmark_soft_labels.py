@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from distill.storage.files import write_json, write_records
-from tests.training.test_capture import make_run
-from tests.training.test_train import pairs
+from tests.support.training import make_soft_run, pairs
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "scripts" / "benchmarks"))
 
@@ -19,7 +18,7 @@ import benchmark_soft_labels as benchmark
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A run's folder with 16 training samples."""
-    run = make_run(tmp_path, train={"learning_rate": 1e-2})
+    run = make_soft_run(tmp_path, train={"learning_rate": 1e-2})
     write_records(run.path("dataset/train.jsonl"), pairs(16))
     write_json(run.path("config.json"), run.config.resolved())
     return run.folder

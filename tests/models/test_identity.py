@@ -28,9 +28,8 @@ from distill.training import train
 from distill.training.soft_labels import capture
 from tests.support.fake_hub import fake_hub, use_hub
 from tests.support.tiny import make_tiny
-from tests.training import test_capture
-from tests.training.test_train import killed_at
-from tests.training.test_train import make_run as make_training
+from tests.support.training import killed_at, make_soft_run
+from tests.support.training import make_run as make_training
 
 PARTS = [
     "config.json",
@@ -370,7 +369,7 @@ def test_an_adapter_knows_the_files_of_its_base(tiny: Path, tmp_path: Path) -> N
 def test_signals_under_an_old_name_are_found_until_a_file_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = test_capture.make_run(tmp_path)
+    run = make_soft_run(tmp_path)
     with earlier():
         capture.main(run.config, run)
     made = read_json(run.path("signals.json"))

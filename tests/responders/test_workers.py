@@ -30,9 +30,9 @@ from distill.storage.files import write_records
 from distill.storage.log import Log
 from distill.storage.repair import repair
 from distill.storage.run_folder import Run
+from tests.support.launched import alive, finished, launch
 from tests.support.mortal import killed_at_every_call
 from tests.support.tiny import make_tiny
-from tests.training.test_train_two_processes import alive, finished, launch
 
 STAGE = next(stage for stage in STAGES if stage.name == "generate")
 COUNT = 60

@@ -1,6 +1,10 @@
 """Tiny real models for the tests: a Llama or Qwen2 of a few thousand weights and a byte-level
 ChatML tokenizer."""
 
+import atexit
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -41,8 +45,16 @@ def make_tiny(
     layers: int = 2,
     tied: bool = True,
 ) -> Path:
-    """Save a tiny causal language model with random weights and its tokenizer in `folder`, and
-    return it."""
+    """Save a tiny model with random weights and its tokenizer in `folder`, and return it."""
+    made = _made(family, seed, hidden, layers, tied)
+    return Path(shutil.copytree(made, folder, dirs_exist_ok=True))
+
+
+@cache
+def _made(family: str, seed: int, hidden: int, layers: int, tied: bool) -> Path:
+    """Make a model once a process."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     tokenizer = make_tokenizer()
     kind = {"llama": LlamaConfig, "qwen2": Qwen2Config}[family]
     config = kind(

@@ -1,31 +1,53 @@
-"""Adapters: plain PEFT on disk with equal outputs, float32 masters, and no silent re-initialisation."""
+"""Adapters: plain PEFT on disk, float32 masters, exact snapshots; and the merged student."""
 
 import json
+import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
+from distill.config import Config, Student
 from distill.errors import DistillError, Exit
+from distill.models import loading, registry
+from distill.publishing.fidelity import Conversation, answer_logits, compare_models
+from distill.storage.files import sha256_files
+from distill.storage.run_folder import Run
 from distill.training import adapters
+from distill.training.adapters import (
+    merged_student,
+    optimizer_tensors,
+    restore_optimizer,
+    write_merged,
+)
 from distill.training.student import Batch, make_student
 from tests.support.tiny import make_tiny
-from tests.training.test_layers import adapted, examples
+from tests.support.training import Killed, adapted, causal_model, equal, examples, gradient
+
+ROWS = [Conversation(ids=tuple(range(3 + n, 40 + 2 * n)), answer=10 + n) for n in range(8)]
+FILES = {
+    *("model.safetensors", "config.json", "generation_config.json", "source.json"),
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+}
 
 
-def test_a_saved_adapter_is_plain_peft_with_equal_outputs(tmp_path):
-    folder = make_tiny(tmp_path / "model")
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("model"))
+
+
+def test_a_saved_adapter_is_plain_peft_with_equal_outputs(folder: Path, tmp_path: Path) -> None:
     model = adapted(folder)
     student, _ = make_student(model, fused=True)
     adapters.save_adapter(model, adapters.tensors(model), tmp_path / "adapter", "owner/name")
     batch = Batch.make(examples(1))
-    found = torch.nn.functional.linear(student.hidden(batch), student.head()[0])
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    loaded = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
-    wanted = loaded(input_ids=batch.ids_N[None]).logits[0]
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    logits = torch.nn.functional.linear(student.hidden(batch), student.head()[0])
+    loaded = PeftModel.from_pretrained(causal_model(folder), str(tmp_path / "adapter"))
+    expected = loaded(input_ids=batch.ids_N[None]).logits[0]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == "owner/name"
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -33,8 +55,10 @@ def test_a_saved_adapter_is_plain_peft_with_equal_outputs(tmp_path):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_masters_stay_float32_and_move_by_less_than_bfloat16_could(tmp_path, fused):
-    model = AutoModelForCausalLM.from_pretrained(make_tiny(tmp_path), dtype=torch.bfloat16)
+def test_masters_stay_float32_and_move_by_less_than_bfloat16_could(
+    folder: Path, fused: bool
+) -> None:
+    model = causal_model(folder, torch.bfloat16)
     wrapped = adapters.inject(model, 4, 8, 0.0, "all-linear", seed=1)
     adapters.use_working_copies(wrapped)
     student, _ = make_student(wrapped, fused=fused)
@@ -49,56 +73,210 @@ def test_masters_stay_float32_and_move_by_less_than_bfloat16_could(tmp_path, fus
         assert (p != before[name]).float().mean() > 0.9, name
 
 
-def test_targets_that_match_nothing_stop(tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(make_tiny(tmp_path))
-    with pytest.raises(DistillError, match="target_modules") as fault:
-        adapters.inject(model, 4, 8, 0.0, ("nothing_proj",), seed=0)
-    assert fault.value.code == Exit.TRAINING
+def test_targets_that_match_nothing_stop(folder: Path) -> None:
+    with pytest.raises(DistillError, match="target_modules") as error:
+        adapters.inject(causal_model(folder), 4, 8, 0.0, ("nothing_proj",), seed=0)
+    assert error.value.code == Exit.TRAINING
 
 
-def test_an_adapter_out_of_the_losses_reach_is_found(tmp_path):
-    model = adapted(make_tiny(tmp_path))
+def test_an_adapter_that_the_loss_does_not_reach_is_found(folder: Path) -> None:
+    model = adapted(folder)
     student, _ = make_student(model)
     student(Batch.make(examples())).backward()
     adapters.check_gradients(model)
     name, parameter = next((n, p) for n, p in adapters.parameters(model).items() if "lora_B" in n)
-    parameter.grad.zero_()
-    with pytest.raises(DistillError, match="got no gradient") as fault:
+    gradient(parameter).zero_()
+    with pytest.raises(DistillError, match="got no gradient") as error:
         adapters.check_gradients(model)
-    assert fault.value.where == name
+    assert error.value.where == name
 
 
-def test_restoring_puts_every_tensor_back(tmp_path):
-    folder = make_tiny(tmp_path)
-    model, other = adapted(folder), adapted(folder)
-    for parameter in adapters.parameters(other).values():
-        parameter.data.add_(1)
-    adapters.restore(other, adapters.tensors(model), "x")
-    for name, value in adapters.tensors(model).items():
-        assert torch.equal(adapters.tensors(other)[name], value)
-
-
-def test_neither_a_snapshot_nor_what_was_restored_moves_with_the_model(tmp_path):
-    model = adapted(make_tiny(tmp_path))
-    found = adapters.tensors(model)
-    before = {name: value.clone() for name, value in found.items()}
+def test_neither_a_snapshot_nor_a_restored_one_moves_with_the_model(folder: Path) -> None:
+    model, same = adapted(folder), adapted(folder)
+    saved = adapters.tensors(model)
+    assert equal(saved, adapters.tensors(same)), "the same seed gives the same adapter"
+    before = {name: value.clone() for name, value in saved.items()}
     for _ in range(2):  # the second time after weights were restored from the very snapshot
         for parameter in adapters.parameters(model).values():
             parameter.data.add_(1)
-        for name, value in adapters.tensors(model).items():
-            assert torch.equal(value, before[name] + 1)
-            assert torch.equal(found[name], before[name]), name
-        adapters.restore(model, found, "x")
+        assert equal(adapters.tensors(model), {name: t + 1 for name, t in before.items()})
+        assert equal(saved, before)
+        adapters.restore(model, saved, "x")
+        assert equal(adapters.tensors(model), before)
 
 
-def test_an_adapter_of_another_shape_of_names_is_refused(tmp_path):
-    folder = make_tiny(tmp_path)
+def test_an_adapter_with_other_names_is_refused(folder: Path) -> None:
     few = adapters.tensors(adapted(folder, targets=("q_proj",)))
     with pytest.raises(DistillError, match="another adapter"):
         adapters.restore(adapted(folder), few, "checkpoint")
 
 
-def test_the_same_seed_gives_the_same_adapter(tmp_path):
-    folder = make_tiny(tmp_path)
-    one, two = (adapters.tensors(adapted(folder)) for _ in range(2))
-    assert all(torch.equal(one[name], two[name]) for name in one)
+Optimized = tuple[dict[str, torch.nn.Parameter], torch.optim.AdamW]
+
+
+def optimized(steps: int) -> Optimized:
+    torch.manual_seed(0)
+    named = {name: torch.nn.Parameter(torch.randn(3)) for name in ("a", "b")}
+    optimizer = torch.optim.AdamW(list(named.values()), 0.1, (0.9, 0.99), fused=True)
+    for _ in range(steps):
+        step(named, optimizer)
+    return named, optimizer
+
+
+def step(named: dict[str, torch.nn.Parameter], optimizer: torch.optim.AdamW) -> None:
+    for p in named.values():
+        p.grad = p.detach().sin()
+    optimizer.step()
+
+
+def test_a_restored_optimizer_takes_the_same_steps() -> None:
+    expected, _optimizer = optimized(5)
+    other, fresh = optimized(3)
+    again, restored = optimized(0)
+    for name in again:
+        again[name].data.copy_(other[name])
+    restore_optimizer(restored, again, optimizer_tensors(fresh, other), "x")
+    for _ in range(2):
+        step(again, restored)
+    assert all(torch.equal(expected[name], again[name]) for name in expected)
+
+
+def test_an_optimizer_s_state_is_a_copy_and_complete() -> None:
+    named, optimizer = optimized(2)
+    saved = optimizer_tensors(optimizer, named)
+    before = {name: value.clone() for name, value in saved.items()}
+    for _ in range(2):  # the second time after the very snapshot was restored
+        step(named, optimizer)
+        assert equal(saved, before)
+        assert not torch.equal(optimizer.state[named["a"]]["exp_avg"], before["a.exp_avg"])
+        restore_optimizer(optimizer, named, saved, "x")
+    del saved["b.exp_avg_sq"]
+    with pytest.raises(DistillError, match=r"b.exp_avg_sq"):
+        restore_optimizer(optimizer, named, saved, "checkpoint")
+
+
+def make_adapter(base: Path, folder: Path, std: float = 0.05) -> Path:
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+    model: Any = get_peft_model(loading.load_model(str(base), "float32"), lora)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=std)
+    model.save_pretrained(folder)
+    registry.record_base(folder, str(base))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    return make_tiny(folder, request.param, tied=request.param == "llama")
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_adapter(base, tmp_path_factory.mktemp("adapter"))
+
+
+@pytest.fixture
+def run(base: Path, adapter: Path, tmp_path: Path) -> Run:
+    """Return a run as an earlier distill trained it: with an adapter, and no merged model."""
+    tree = {"name": "r", "runs": tmp_path, "corpus": {"source": "python-docs"}}
+    tree |= {"teacher": {"kind": "recorded"}, "student": {"model": str(base)}}
+    run = Run(Config.model_validate(tree))
+    shutil.copytree(adapter, run.path("adapter"))
+    return run
+
+
+def test_the_merged_model_is_the_adapted_one_with_its_base_s_tokenizer(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    merged = tmp_path / "merged"
+    write_merged(Student(model=str(base)), adapter, merged)
+    assert {path.name for path in merged.iterdir()} == FILES
+    assert f"{base}" not in (merged / "config.json").read_text()
+    plain = loading.load_model(str(base), "float32")
+    before = answer_logits(plain, ROWS)
+    adapted = answer_logits(PeftModel.from_pretrained(plain, str(adapter)), ROWS)
+    after = answer_logits(loading.load_model(str(merged), "float32"), ROWS)
+    fidelity = compare_models(adapted, after)
+    assert fidelity.same and fidelity.mean_kl < 1e-8 and fidelity.greedy_agreement == 1.0
+    assert fidelity.largest_logit_difference < 1e-4 and fidelity.prompts == 8
+    assert fidelity.tokens == sum(len(row.ids) - row.answer for row in ROWS)
+    assert compare_models(before, after).mean_kl > 1e-4, "the adapter does nothing"
+    old, new = (loading.load_tokenizer(str(path)) for path in (base, merged))
+    assert old.get_vocab() == new.get_vocab() and old.chat_template == new.chat_template
+    assert old.eos_token == new.eos_token and old.model_max_length == new.model_max_length
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_merged_model_is_cast_once_to_the_type_of_the_base(
+    dtype: str, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    half = tmp_path / "half"
+    loading.load_model(str(base), "bfloat16").save_pretrained(half)
+    loading.load_tokenizer(str(base)).save_pretrained(half)
+    own = shutil.copytree(adapter, tmp_path / "adapter")
+    registry.record_base(own, str(half))
+    student = Student.model_validate({"model": str(half), "dtype": dtype})
+    write_merged(student, own, tmp_path / "merged")
+    wide: Any = loading.load_model(str(half), "float32")
+    expected = PeftModel.from_pretrained(wide, str(own)).merge_and_unload().state_dict()
+    for name, tensor in load_file(tmp_path / "merged/model.safetensors").items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, expected[name].bfloat16()), name
+
+
+def test_an_adapter_of_another_base_is_not_merged(adapter: Path, tmp_path: Path) -> None:
+    other = make_tiny(tmp_path / "other", seed=9)
+    with pytest.raises(DistillError) as error:
+        write_merged(Student(model=str(other)), adapter, tmp_path / "merged")
+    assert error.value.code == Exit.TRAINING
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_run_without_a_merged_model_gets_it_from_its_adapter_once(
+    run: Run, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = merged_student(run.config.student, run)
+    assert folder == run.path("merged") and {path.name for path in folder.iterdir()} == FILES
+    before = sha256_files(run.folder, ["merged"])
+    with monkeypatch.context() as patch:
+        patch.setattr(adapters, "write_merged", None)
+        merged_student(run.config.student, run)
+    shutil.rmtree(run.path("adapter"))
+    make_adapter(base, run.path("adapter"), std=0.1)
+    merged_student(run.config.student, run)
+    after = sha256_files(run.folder, ["merged"])
+    weights = "merged/model.safetensors"
+    assert before[weights] != after[weights], "the merged model of another adapter was taken"
+
+
+def kill(*_: object, **__: object) -> None:
+    raise Killed
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(adapters.os, "fsync"), (adapters, "write_json"), (Path, "replace")]
+)
+def test_a_kill_leaves_no_half_of_a_merged_model(
+    run: Run, module: object, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(module, name, kill)
+        merged_student(run.config.student, run)
+    assert not run.path("merged").exists()
+    (run.folder / f".merged.{2**22}").mkdir()  # above the ids that Linux gives
+    merged_student(run.config.student, run)
+    assert {path.name for path in run.path("merged").iterdir()} == FILES
+    assert list(run.folder.glob(".merged*")) == []
+
+
+def test_a_full_disk_while_merging_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(adapters.os, "fsync", full)
+    with pytest.raises(DistillError, match="No space left") as error:
+        merged_student(run.config.student, run)
+    assert error.value.code == Exit.STATE and list(run.folder.glob(".merged*")) == []

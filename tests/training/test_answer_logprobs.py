@@ -1,4 +1,4 @@
-"""Signals that came with answers: what a server listed while it wrote becomes what the local teacher would have said."""
+"""Signals that came with answers: a server's lists become what the local teacher would say."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +27,8 @@ from distill.training.soft_labels.cache import Signal
 from tests.planning.test_plan import ROOT, shown
 from tests.support.fake_teacher import FakeTeacher, Reply
 from tests.support.tiny import make_tokenizer
-from tests.training.test_capture import captured, make_run
-from tests.training.test_train import pairs
+from tests.support.training import make_soft_run, pairs
+from tests.training.test_capture import captured
 
 SERVED = "tiny-served"
 LISTED = {"logprobs": True, "top_logprobs": 20}
@@ -37,7 +37,7 @@ Spell = Callable[[Any, int], dict[str, Any]]  # how a server writes a token
 
 
 def by_bytes(tokenizer: Any, i: int) -> dict[str, Any]:
-    """As hosted interfaces do: the text, and the bytes that it stands for, also parts of a character."""
+    """As hosted interfaces do: the text and its bytes, parts of characters too."""
     back = {char: byte for byte, char in bytes_to_unicode().items()}
     word = tokenizer.convert_ids_to_tokens(i)
     special = i in tokenizer.added_tokens_decoder
@@ -56,10 +56,11 @@ def by_text(tokenizer: Any, i: int) -> dict[str, Any]:
 
 
 class Writer:
-    """Answers what is known, and lists at each token what a model in this process finds likely, as chats do."""
+    """Answers as the pairs do, and lists what a model in this process predicts at each token."""
 
     def __init__(self, folder: Path, spell: Spell = by_bytes, ends: int = 1) -> None:
-        self.model, self.tokenizer = load_model(str(folder), "float32"), load_tokenizer(str(folder))
+        self.model: Any = load_model(str(folder), "float32")
+        self.tokenizer: Any = load_tokenizer(str(folder))
         self.texts = {pair.prompt.messages[-1].content: pair.response.text for pair in KNOWN}
         self.spell, self.ends = spell, ends  # how many tokens of the template's end are listed
 
@@ -92,10 +93,10 @@ class Writer:
 
 
 def make_answered(folder: Path, server: FakeTeacher, name: str = "far", **signals: Any) -> Run:
-    """A run whose teacher is behind an endpoint, with its prompts; the models are those of the capture's tests."""
+    """Return a run whose teacher is behind an endpoint, with its prompts."""
     teacher = {"kind": "endpoint", "model": SERVED, "base_url": server.url, "extra_body": LISTED}
     teacher |= {"initial_backoff": 0.01, "max_retries": 1, "concurrency": 2}
-    run = make_run(folder, name, teacher=teacher, signals={"from_answers": True, **signals})
+    run = make_soft_run(folder, name, teacher=teacher, signals={"from_answers": True, **signals})
     documents = [Document.make(f"text {pair.prompt.id}", "x", split="train") for pair in KNOWN]
     write_records(run.path("documents.jsonl"), documents)
     prompts = [
@@ -123,7 +124,7 @@ def generated(run: Run) -> None:
 
 def near(folder: Path, run: Run, **signals: Any) -> dict[str, Signal]:
     """What the same model says of the same answers when it reads them here."""
-    own = make_run(folder, "near", signals=signals)
+    own = make_soft_run(folder, "near", signals=signals)
     for name in ("train", "validation"):
         write_records(
             own.path(f"dataset/{name}.jsonl"), read_records(run.path(f"dataset/{name}.jsonl"), Pair)
@@ -141,7 +142,7 @@ def far(run: Run) -> dict[str, Signal]:
 
 @pytest.mark.parametrize("spell", [by_bytes, by_id, by_text])
 def test_what_was_listed_is_what_the_teacher_says_when_it_reads(tmp_path, spell):
-    make_run(tmp_path)
+    make_soft_run(tmp_path)
     with FakeTeacher(Writer(tmp_path / "teacher", spell)) as server:
         run = make_answered(tmp_path, server, p=0.9, k=20)
         generated(run)
@@ -170,7 +171,7 @@ def listed(signal: Signal) -> list[dict[int, float]]:
 
 
 def test_where_the_end_is_not_listed_it_has_its_label_and_the_command_says_so(tmp_path, capsys):
-    make_run(tmp_path)
+    make_soft_run(tmp_path)
     with FakeTeacher(Writer(tmp_path / "teacher", by_id, ends=0)) as server:
         run = make_answered(tmp_path, server)
         generated(run)
@@ -187,7 +188,7 @@ def test_where_the_end_is_not_listed_it_has_its_label_and_the_command_says_so(tm
 
 
 def test_they_are_trained_on_as_any_others_and_another_teacher_is_told(tmp_path):
-    make_run(tmp_path)
+    make_soft_run(tmp_path)
     with FakeTeacher(Writer(tmp_path / "teacher")) as server:
         run = make_answered(tmp_path, server)
         generated(run)
@@ -197,13 +198,13 @@ def test_they_are_trained_on_as_any_others_and_another_teacher_is_told(tmp_path)
         assert torch.isfinite(
             soft.targets([e.response_id for e in examples], "cpu").logprobs_M
         ).all()
-        read = make_run(tmp_path, "far", teacher=run.config.teacher.model_dump(mode="json"))
+        read = make_soft_run(tmp_path, "far", teacher=run.config.teacher.model_dump(mode="json"))
         with pytest.raises(DistillError, match="another teacher or setting"):
             labels.load_labels(read.config, read, examples, len(make_tokenizer()))
 
 
 def test_a_server_that_lists_nothing_is_found_for_the_price_of_a_short_question(tmp_path, capsys):
-    make_run(tmp_path)
+    make_soft_run(tmp_path)
     with FakeTeacher() as server:
         run = make_answered(tmp_path, server, "fresh")
         run.path("documents.jsonl").unlink()
@@ -215,7 +216,7 @@ def test_a_server_that_lists_nothing_is_found_for_the_price_of_a_short_question(
 
 
 def test_a_server_of_another_tokenizer_is_found_by_the_short_question(tmp_path):
-    make_run(tmp_path)
+    make_soft_run(tmp_path)
 
     def foreign(tokenizer: Any, i: int) -> dict[str, Any]:
         return {"token": f"word{i}"}
@@ -226,13 +227,13 @@ def test_a_server_of_another_tokenizer_is_found_by_the_short_question(tmp_path):
         with pytest.raises(DistillError, match="its tokenizer is another"):
             answer_logprobs.probe(run.config, tokenizer)
         generated(run)
-        with pytest.raises(DistillError, match="lists candidates at 0 of") as fault:
+        with pytest.raises(DistillError, match="lists candidates at 0 of") as error:
             stage(run, "signals")
-    assert fault.value.code == Exit.TEACHER and not run.path("signals.json").exists()
+    assert error.value.code == Exit.TEACHER and not run.path("signals.json").exists()
 
 
 def test_the_probe_is_paid_once(tmp_path):
-    make_run(tmp_path)
+    make_soft_run(tmp_path)
     with FakeTeacher(Writer(tmp_path / "teacher")) as server:
         run = make_answered(tmp_path, server)
         for _ in range(2):
@@ -249,7 +250,7 @@ def place(
 
 
 def test_ids_are_told_by_bytes_and_what_names_none_is_left_over():
-    tokenizer = make_tokenizer()
+    tokenizer: Any = make_tokenizer()
     spelling = answer_logprobs.Spelling(tokenizer)
     told = 0
     for i in range(len(tokenizer)):

@@ -1,6 +1,7 @@
 """Attention of packed rows against PyTorch's own, sample by sample, values and gradients."""
 
 from itertools import accumulate, pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -11,14 +12,18 @@ from hypothesis import strategies as st
 from distill.training import attention
 from distill.training.attention import attend, blocks
 from distill.training.batches import Segment
+from tests.support.training import gradient
 
 SIZE = 8
 
 
-def tensors(count: int, heads: int, keys: int):
+def tensors(count: int, heads: int, keys: int) -> tuple[Any, Any, Any]:
     make = torch.Generator().manual_seed(count)
     shapes = [(count, heads, SIZE), (count, keys, SIZE), (count, keys, SIZE)]
-    return [torch.randn(s, generator=make, dtype=torch.float64).requires_grad_() for s in shapes]
+    query, key, value = (
+        torch.randn(s, generator=make, dtype=torch.float64).requires_grad_() for s in shapes
+    )
+    return query, key, value
 
 
 def segments_of(lengths) -> list[Segment]:
@@ -65,7 +70,7 @@ def test_equals_each_sample_alone(lengths, groups, block, kept):
         compare(attend, lengths, groups)
 
 
-def test_blocks_cover_every_place_once():
+def test_blocks_cover_every_index_once():
     found = [b for segment in segments_of([5, 300, 1]) for b in blocks(segment)]
     assert [p for start, end, _ in found for p in range(start, end)] == list(range(306))
     assert list(blocks(Segment(8, 17, ((0, 5),)))) == [(8, 17, 14)]
@@ -84,13 +89,14 @@ def test_a_shared_prefix_gives_the_same_as_each_sample_with_its_own():
     prefix, tails = 5, (3, 9)
     shared = [Segment(0, 5), Segment(5, 8, ((0, 5),)), Segment(8, 17, ((0, 5),))]
     packed = tensors(prefix + sum(tails), 4, 2)
-    found = attend(*packed, shared, 0.3)
+    found = attend(packed[0], packed[1], packed[2], shared, 0.3)
     slope = torch.randn_like(found)
     found.backward(slope)
     rows = [torch.cat([torch.arange(5), torch.arange(s.start, s.end)]) for s in shared[1:]]
     whole = [t.detach().clone().requires_grad_() for t in packed]
     for share, row in zip((1, 0), rows, strict=True):  # the prefix's own output counts once
-        out = reference(*(t[row] for t in whole), [len(row)], 0.3)
+        query, key, value = (t[row] for t in whole)
+        out = reference(query, key, value, [len(row)], 0.3)
         weighed = slope[row].clone()
         weighed[:5] *= share
         out.backward(weighed)
@@ -99,8 +105,8 @@ def test_a_shared_prefix_gives_the_same_as_each_sample_with_its_own():
         torch.testing.assert_close(one.grad, other.grad)
 
 
-# What runs on a GPU. `varlen_attn` exists on CUDA only, so a stand-in with its arguments does its work here; whether the
-# kernel itself is right is tried on the device, by `can_join` and by the student's probe.
+# What runs on a GPU. `varlen_attn` exists on CUDA only, so a stand-in with its arguments does its
+# work here; whether the kernel itself is right is tried on the device, by `can_join` and the probe.
 
 LENGTHS = [7, 1, 12]
 
@@ -130,10 +136,10 @@ def test_on_a_gpu_each_segment_sees_itself_alone(way, monkeypatch):
 
 def test_pytorch_s_kernel_takes_what_it_is_given():
     rows = [t.detach().to("meta", torch.bfloat16).requires_grad_() for t in tensors(20, 4, 2)]
-    out = attention._joined(*rows, tuple(segments_of(LENGTHS)), 0.3)
+    out = attention._joined(rows[0], rows[1], rows[2], tuple(segments_of(LENGTHS)), 0.3)
     out.backward(torch.empty_like(out))
     assert out.shape == rows[0].shape
-    assert all(row.grad.shape == row.shape for row in rows)
+    assert all(gradient(row).shape == row.shape for row in rows)
 
 
 def wrong_gradient(query, key, value, *bounds, **settings):

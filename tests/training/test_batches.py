@@ -1,11 +1,22 @@
-"""The order of training: every sample once an epoch, whole samples in steps, the same for any number of processes."""
+"""The order of training: each sample once an epoch, complete, packed and read back."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.training.batches import micro_batches, order, padded_batches, plan_steps, share
+from distill.training.batches import (
+    SHORTEST_PREFIX,
+    learning_rate,
+    micro_batches,
+    order,
+    pack,
+    padded_batches,
+    plan_steps,
+    share,
+)
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=60)
+TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=30)
 
 
 @settings(max_examples=100, deadline=None)
@@ -38,12 +49,9 @@ def test_epochs_differ_and_repeat():
     assert order(50, 1, 1).tolist() == order(50, 1, 1).tolist()
 
 
-def test_max_steps_decides_and_runs_on_into_further_epochs():
-    assert len(plan_steps([10] * 8, 0, 20, 1, 11)) == 11
-    assert plan_steps([10] * 8, 0, 20, 1, 11)[-1].epoch == 2
-
-
-def test_a_share_of_an_epoch_is_a_share_of_its_steps():
+def test_max_steps_decide_into_further_epochs_and_a_share_of_an_epoch_is_one_of_its_steps():
+    steps = plan_steps([10] * 8, 0, 20, 1, 11)
+    assert len(steps) == 11 and steps[-1].epoch == 2
     assert len(plan_steps([10] * 8, 0, 20, 1.5, None)) == 6
 
 
@@ -65,3 +73,55 @@ def test_padded_batches_keep_to_the_limit_with_their_padding(lengths, limit):
     batches = padded_batches(range(len(lengths)), lengths, limit)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     assert all(len(b) == 1 or max(lengths[i] for i in b) * len(b) <= limit for b in batches)
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(0.1, 20), (7, 7), (0, 0)])
+def test_warm_up_is_a_share_below_one_and_a_count_above(warmup, steps):
+    rates = [learning_rate(n, 200, 1.0, "constant", warmup) for n in range(200)]
+    assert sum(rate < 1 for rate in rates) == steps
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+def test_rates_rise_to_the_peak_and_never_leave_it_upwards(kind):
+    rates = [learning_rate(n, 100, 1e-3, kind, 10) for n in range(100)]
+    assert rates[:11] == sorted(rates[:11]) and rates[0] > 0
+    assert max(rates) == rates[10] == 1e-3
+    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] > 0
+    assert (rates[-1] < 2e-5) == (kind != "constant")
+
+
+def test_half_way_down_a_cosine_is_half_the_peak():
+    assert learning_rate(50, 100, 2.0, "cosine", 0) == pytest.approx(1.0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(samples=st.lists(TOKENS, min_size=1, max_size=8), share=st.booleans(), data=st.data())
+def test_every_sample_is_read_back_along_its_segments(samples, share, data):
+    prompts = [data.draw(st.integers(0, len(s))) for s in samples]
+    row = pack(samples, prompts, share)
+    assert [s.start for s in row.segments] == [0, *(s.end for s in row.segments[:-1])]
+    by_last = {s.end - 1: s for s in row.segments}
+    for number, sample in enumerate(samples):
+        places = row.indices[number]
+        assert [row.ids[p] for p in places] == sample
+        if places:
+            leaf = by_last[places[-1]]
+            seen = [p for a, b in (*leaf.before, (leaf.start, leaf.end)) for p in range(a, b)]
+            assert seen == places  # it sees itself and nothing else
+        answers = [set(row.indices[n][prompts[n] :]) for n in range(len(samples))]
+        assert all(
+            not answers[number] & set(row.indices[n]) for n in range(len(samples)) if n != number
+        )
+
+
+def test_what_all_begin_with_is_there_once_and_what_some_share_too():
+    system, task = list(range(20)), list(range(50, 60))
+    samples = [[*system, *task, 1, 2], [*system, *task, 3], [*system, 4, 5]]
+    row = pack(samples, [31, 30, 21], sharing=True)
+    assert len(row.ids) == 20 + 10 + 2 + 1 + 2
+    assert [s.position() for s in row.segments] == [0, 20, 30, 30, 20]
+
+
+def test_short_beginnings_are_not_worth_it():
+    samples = [[1] * (SHORTEST_PREFIX - 1) + [n] for n in (2, 3)]
+    assert len(pack(samples, [8, 8], sharing=True).ids) == 2 * SHORTEST_PREFIX

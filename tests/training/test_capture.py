@@ -1,96 +1,59 @@
-"""The teacher's reading of the dataset: each token's own distribution, under the teacher's prompt, and nothing twice."""
+"""The teacher's pass over the dataset: each token's distribution, its prompt, nothing twice."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from distill.cli import main
-from distill.config import Config
 from distill.config_file import load_config
 from distill.errors import DistillError, Exit
-from distill.models.chat_template import encode_prompt
-from distill.models.loading import load_model, load_tokenizer
-from distill.records import Message, Pair
-from distill.storage.files import read_records, write_json, write_records
+from distill.records import Message
+from distill.storage.files import read_json, write_json, write_records
 from distill.storage.run_folder import Run
+from distill.training.divergences import SoftTargets, soft_loss
 from distill.training.soft_labels import cache as signal_cache
 from distill.training.soft_labels import capture
-from distill.training.soft_labels.cache import SignalCache, SignalKey
+from distill.training.soft_labels.cache import Signal, SignalCache, SignalKey, sample_offsets
+from distill.training.soft_labels.capture import systematic_samples
 from tests.support.tiny import SPECIAL, TEMPLATE, make_tiny, make_tokenizer
-from tests.training.test_train import pairs
+from tests.support.training import (
+    SOFT,
+    dataset,
+    exact_logs,
+    make_soft_run,
+    other_weights,
+    sharpen,
+    training,
+)
 
-SOFT = {"ce": 0.5, "forward_kl": 0.5}
-
-
-def sharpen(folder: Path) -> None:
-    """Scale a tiny model's weights, so that its distributions are peaked and hang on what came before."""
-    path = folder / "model.safetensors"
-    tensors = {name: t * (1 if t.dim() == 1 else 12) for name, t in load_file(path).items()}
-    save_file(tensors, path, {"format": "pt"})
-
-
-def make_run(folder: Path, name: str = "run", **changes) -> Run:
-    """A run with a dataset of 12 pairs, of a tiny teacher and a tinier student that share a tokenizer."""
-    if not (folder / "teacher").exists():
-        make_tiny(folder / "teacher", "qwen2", seed=1, hidden=48)
-        sharpen(folder / "teacher")
-        make_tiny(folder / "model")
-    tree = {
-        "name": name,
-        "runs": folder / "runs",
-        "corpus": {"source": "python-docs"},
-        "teacher": {"model": str(folder / "teacher"), "dtype": "float32"},
-        "terms": {"basis": "a model of our own"},
-        "student": {"model": str(folder / "model")},
-        "train": {"loss": SOFT},
-        **changes,
-    }
-    run = Run(Config.model_validate(tree))
-    if not run.path("dataset/train.jsonl").exists():
-        write_records(run.path("dataset/train.jsonl"), pairs(9))
-        write_records(run.path("dataset/validation.jsonl"), pairs(3, first=100))
-    return run
-
-
-def dataset(run: Run) -> list[Pair]:
-    names = ("train", "validation")
-    return [p for name in names for p in read_records(run.path(f"dataset/{name}.jsonl"), Pair)]
+SAMPLED = {"method": "sampled"}
+WORDS, WIDTH, TIMES, SAMPLES = 501, 6, 4000, 20
 
 
 def captured(run: Run) -> tuple[dict[str, SignalKey], SignalCache]:
     """Do the stage, and return the rows by answer, and the cache."""
     capture.main(run.config, run)
-    made = json.loads(run.path("signals.json").read_text())
+    made = read_json(run.path("signals.json"))
     rows = {name: SignalKey(*row) for name, row in made["rows"].items()}
     return rows, SignalCache.open(run.config.store_folder(), made["cache"])
 
 
-@torch.no_grad()
-def exact(run: Run, pair: Pair, more: int = 0) -> torch.Tensor:
-    """The teacher's log-probabilities (N, V) for each token of the answer and its end, read alone; of `more` ids than the
-    tokenizer has."""
-    model = load_model(run.config.teacher.model, "float32")
-    tokenizer = load_tokenizer(run.config.teacher.model)
-    prompt = encode_prompt(tokenizer, pair.prompt.asked_of_teacher(), run.config.template_date)
-    text = f"{pair.response.text}<|im_end|>\n"
-    answer = tokenizer(text, add_special_tokens=False)["input_ids"][:-1]
-    logits = model(input_ids=torch.tensor([prompt + answer])).logits[0]
-    own = logits[len(prompt) - 1 : -1, : len(tokenizer) + more]
-    return torch.log_softmax(own.double(), -1)
+def chunks(cache: SignalCache) -> dict[str, bytes]:
+    """Return the chunks' files."""
+    return {path.name: path.read_bytes() for path in cache.folder.glob("*.signals")}
 
 
 def test_each_token_has_the_teacher_s_distribution_where_it_is_predicted(tmp_path):
-    run = make_run(tmp_path, signals={"p": 0.9, "k": 40, "temperatures": [2.0]})
+    run = make_soft_run(tmp_path, signals={"p": 0.9, "k": 40, "temperatures": [2.0]})
     rows, cache = captured(run)
     found = cache.read(list(rows.values()))
     for pair in dataset(run):
-        wanted = exact(run, pair)
+        wanted = exact_logs(run, pair)
         signal = found[rows[pair.response.id].example]
-        assert len(signal) == len(wanted) == rows[pair.response.id].count
+        assert len(signal) == len(wanted) == rows[pair.response.id].length
         ends = np.cumsum(signal.counts_N, dtype=int)
         for place, (end, count) in enumerate(zip(ends, signal.counts_N, strict=True)):
             ids = torch.tensor(signal.ids_E[end - count : end].astype(np.int64))
@@ -109,7 +72,7 @@ def test_each_token_has_the_teacher_s_distribution_where_it_is_predicted(tmp_pat
 
 
 def test_the_teacher_reads_the_prompt_that_it_was_asked(tmp_path):
-    run = make_run(tmp_path)
+    run = make_soft_run(tmp_path)
     shown = (Message(role="system", content="a passage"), Message(role="user", content="why?"))
     first, *others = dataset(run)
     prompt = first.prompt.model_copy(update={"teacher_messages": shown})
@@ -120,24 +83,24 @@ def test_the_teacher_reads_the_prompt_that_it_was_asked(tmp_path):
     rows, cache = captured(run)
     signal = cache.read([rows[pair.response.id]])[rows[pair.response.id].example]
     firsts = np.cumsum(signal.counts_N, dtype=int) - signal.counts_N
-    wanted = exact(run, pair)
+    wanted = exact_logs(run, pair)
     assert signal.ids_E[firsts].tolist() == wanted.argmax(-1).tolist()
-    assert signal.ids_E[firsts].tolist() != exact(run, first).argmax(-1).tolist()
+    assert signal.ids_E[firsts].tolist() != exact_logs(run, first).argmax(-1).tolist()
 
 
 def test_what_the_store_holds_is_not_read_again_by_any_run(tmp_path, monkeypatch):
-    rows, cache = captured(make_run(tmp_path))
-    before = {path.name: path.read_bytes() for path in cache.folder.glob("*.signals")}
+    rows, cache = captured(make_soft_run(tmp_path))
+    before = chunks(cache)
     monkeypatch.setattr(capture, "fill", lambda *words: pytest.fail("read again"))
-    again, _ = captured(make_run(tmp_path, "other", seed=7))
+    again, _ = captured(make_soft_run(tmp_path, "other", seed=7))
     assert again == rows
-    assert before == {path.name: path.read_bytes() for path in cache.folder.glob("*.signals")}
+    assert before == chunks(cache)
 
 
 def test_a_stopped_capture_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(signal_cache, "CHUNK_TOKENS", 60)
-    whole, cache = captured(make_run(tmp_path / "whole"))
-    run, append, seen = make_run(tmp_path / "cut"), SignalCache.append, []
+    whole, cache = captured(make_soft_run(tmp_path / "whole"))
+    run, append, seen = make_soft_run(tmp_path / "cut"), SignalCache.append, []
 
     def stops(self, rows, signal):
         if len(seen) == 2:
@@ -151,43 +114,23 @@ def test_a_stopped_capture_goes_on_where_it_was(tmp_path, monkeypatch):
             capture.main(run.config, run)
     rows, other = captured(run)
     assert rows == whole
-    names = [path.name for path in sorted(cache.folder.glob("*.signals"))]
-    assert names == [path.name for path in sorted(other.folder.glob("*.signals"))]
-    assert len(names) > 3
-    for name in names:
-        assert (cache.folder / name).read_bytes() == (other.folder / name).read_bytes()
+    assert len(chunks(cache)) > 3 and chunks(cache) == chunks(other)
 
 
-def other_weights(folder: Path) -> None:
-    path = folder / "teacher/model.safetensors"
-    tensors = load_file(path)
-    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.5
-    save_file(tensors, path, {"format": "pt"})
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"signals": {"p": 0.5}},
-        {"signals": {"temperatures": [2.0]}},
-        {"template_date": "2025-01-01"},
-    ],
-)
-def test_another_setting_has_a_cache_of_its_own(tmp_path, change):
-    _, one = captured(make_run(tmp_path))
-    _, other = captured(make_run(tmp_path, "other", **change))
-    assert one.folder != other.folder and set(one.index) == set(other.index)
-
-
-def test_other_weights_have_a_cache_of_their_own(tmp_path):
-    _, one = captured(make_run(tmp_path))
-    other_weights(tmp_path)
-    _, other = captured(make_run(tmp_path, "other"))
-    assert one.folder != other.folder
+def test_other_settings_and_other_weights_have_caches_of_their_own(tmp_path):
+    changes: list[dict[str, Any]] = [
+        *({}, {"signals": {"p": 0.5}}, {"signals": {"temperatures": [2.0]}}),
+        *({"signals": SAMPLED}, {"template_date": "2025-01-01"}),
+    ]
+    caches = [captured(make_soft_run(tmp_path, f"r{n}", **c))[1] for n, c in enumerate(changes)]
+    other_weights(tmp_path / "teacher")
+    caches.append(captured(make_soft_run(tmp_path, "other"))[1])
+    assert len({cache.folder for cache in caches}) == len(caches)
+    assert all(set(cache.index) == set(caches[0].index) for cache in caches)
 
 
 def test_different_tokenizers_are_one_line_that_names_the_way(tmp_path):
-    run = make_run(tmp_path)
+    run = make_soft_run(tmp_path)
     make_tokenizer(("extra",)).save_pretrained(tmp_path / "teacher")
     with pytest.raises(
         DistillError, match=r"different tokenizers.*train on text: train\.loss="
@@ -197,7 +140,7 @@ def test_different_tokenizers_are_one_line_that_names_the_way(tmp_path):
 
 
 def test_an_answer_with_other_tokens_under_the_teacher_s_template_is_refused(tmp_path):
-    run = make_run(tmp_path)
+    run = make_soft_run(tmp_path)
     tokenizer = make_tokenizer()
     tokenizer.chat_template = TEMPLATE.replace("<|im_end|>", SPECIAL[0])
     tokenizer.save_pretrained(tmp_path / "teacher")
@@ -206,7 +149,7 @@ def test_an_answer_with_other_tokens_under_the_teacher_s_template_is_refused(tmp
 
 
 def test_a_cache_larger_than_the_disk_is_said_before_it_starts(tmp_path, monkeypatch):
-    run = make_run(tmp_path)
+    run = make_soft_run(tmp_path)
     space = type("Usage", (), {"free": 100})
     monkeypatch.setattr(capture.shutil, "disk_usage", lambda folder: space)
     with pytest.raises(DistillError, match=r"take about .* GB, 0.0 GB are free \(free space") as e:
@@ -215,7 +158,7 @@ def test_a_cache_larger_than_the_disk_is_said_before_it_starts(tmp_path, monkeyp
 
 
 def test_a_teacher_whose_terms_are_not_known_captures_nothing(tmp_path):
-    run = make_run(tmp_path, terms={})
+    run = make_soft_run(tmp_path, terms={})
     with pytest.raises(DistillError) as fault:
         capture.main(run.config, run)
     assert fault.value.code == Exit.TERMS
@@ -240,19 +183,127 @@ def test_a_run_with_soft_labels_goes_through_in_an_empty_folder(tmp_path, monkey
     assert main(words) == 0, capsys.readouterr().err
     shown = capsys.readouterr().err
     assert "signals: done" in shown and "validation loss" in shown
-    training = json.loads(Path("runs/gsm8k/training.json").read_text())
-    assert training["loss"] == SOFT and {"ce", "forward_kl"} < training["history"][0].keys()
-    assert [e.stage for e in Run(load_config(Path("runs/gsm8k/config.json"))).ledger.entries()][
-        4
-    ] == "signals"
+    run = Run(load_config(Path("runs/gsm8k/config.json")))
+    made = training(run)
+    assert made["loss"] == SOFT and {"ce", "forward_kl"} < made["history"][0].keys()
+    assert [entry.stage for entry in run.ledger.entries()][4] == "signals"
     assert main(words) == 0
     assert capsys.readouterr().err.count("reused") == 8
 
 
 def test_other_tokens_are_found_before_anything_is_asked(tmp_path, monkeypatch, capsys):
-    run = make_run(tmp_path)
+    run = make_soft_run(tmp_path)
     make_tokenizer(("extra",)).save_pretrained(tmp_path / "teacher")
     write_json(tmp_path / "c.json", run.config.resolved())
     assert main(("run", str(tmp_path / "c.json"))) == Exit.CONFIG
     assert "different tokenizers" in capsys.readouterr().err
     assert not run.path("documents.jsonl").exists()
+
+
+# Sampled signals: unbiased, nearer than independent samples, and always the same.
+
+
+def flat(seed: int = 0) -> torch.Tensor:
+    """Log-probabilities (1, V) with a long tail, as on text that is not the teacher's own."""
+    make = torch.Generator().manual_seed(seed)
+    return torch.log_softmax(1.5 * torch.randn(1, WORDS, generator=make), -1)
+
+
+def shares(signal: Signal, words: int = WORDS) -> np.ndarray:
+    """The probabilities (N, V) that a signal gives."""
+    found = np.zeros((len(signal), words))
+    found[np.repeat(np.arange(len(signal)), signal.counts_N), signal.ids_E] = np.exp(signal.logs())
+    return found
+
+
+def test_each_id_comes_up_its_expected_number_of_times_rounded_up_or_down():
+    logs = flat()
+    samples = systematic_samples(
+        logs.repeat(TIMES, 1), torch.tensor(sample_offsets("a", TIMES)), SAMPLES
+    )
+    assert (samples.tail_mass_N == 0).all() and samples.tails_TN.shape == (0, TIMES)
+    found, wanted = shares(samples) * SAMPLES, logs.double().exp().numpy() * SAMPLES
+    assert (found - np.rint(found)).max() < 1e-4 and np.allclose(found.sum(1), SAMPLES)
+    assert (found > np.floor(wanted) - 1e-4).all() and (found < np.ceil(wanted) + 1e-4).all()
+    error = np.sqrt((wanted % 1) * (1 - wanted % 1) / TIMES)
+    assert (np.abs(found.mean(0) - wanted) < 5 * error + 1e-5).all()
+
+
+def gradients(
+    hidden_SD: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, soft
+) -> torch.Tensor:
+    hidden = hidden_SD.clone().requires_grad_()
+    mix = {"ce": 0.5, "forward_kl": 0.5}
+    soft_loss(hidden, head, targets, torch.ones(len(hidden)), soft, mix)[0].backward()
+    assert hidden.grad is not None
+    return hidden.grad
+
+
+def test_the_mean_gradient_over_many_samples_is_that_of_the_whole_vocabulary():
+    make, logs = torch.Generator().manual_seed(1), flat(3)
+    hidden, head = (torch.randn(n, WIDTH, generator=make) for n in (1, WORDS))
+    samples = systematic_samples(
+        logs.repeat(TIMES, 1), torch.tensor(sample_offsets("b", TIMES)), SAMPLES
+    )
+    offsets = torch.tensor(np.concatenate([[0], np.cumsum(samples.counts_N, dtype=int)]))
+    ids, rest = torch.tensor(samples.ids_E.astype(int)), torch.tensor(samples.tail_mass_N)
+    soft = SoftTargets(ids, torch.tensor(samples.logs()), offsets, rest)
+    targets = torch.full((TIMES,), 7)
+    found = gradients(hidden.repeat(TIMES, 1), head, targets, soft).double()
+    z = torch.log_softmax(hidden.double() @ head.double().t(), -1)
+    one_hot = torch.nn.functional.one_hot(targets[:1], WORDS).double()
+    slope = z.exp() - 0.5 * logs.double().exp() - 0.5 * one_hot
+    error = found.std(0) / TIMES**0.5
+    assert float(error.max()) < 0.01  # so that what follows says something
+    assert bool(((found.mean(0) - slope @ head.double())[0].abs() < 5 * error + 1e-6).all())
+
+
+def test_a_row_with_one_likely_id_and_a_student_that_rules_out_the_rest_stay_finite():
+    logs = torch.log_softmax(torch.tensor([[0.0, 200.0, 1.0]]), -1)
+    samples = systematic_samples(logs, torch.tensor([0.99]), 50)
+    assert samples.ids_E.tolist() == [1] and samples.codes_E.tolist() == [50]
+    assert samples.logs().tolist() == [0.0]
+    soft = SoftTargets(
+        *(torch.tensor([1]), torch.tensor([0.0]), torch.tensor([0, 1]), torch.tensor([0.0]))
+    )
+    head = torch.tensor([[1.0], [300.0], [2.0]])
+    found = gradients(torch.ones(1, 1), head, torch.tensor([1]), soft)
+    assert abs(float(found)) < 1e-4
+
+
+def test_samples_hang_on_the_example_alone():
+    offsets = sample_offsets("a", 999)
+    assert (
+        sample_offsets("a", 3).tolist() == offsets[:3].tolist() != sample_offsets("b", 3).tolist()
+    )
+    assert 0 <= offsets.min() < offsets.max() < 1
+
+
+def test_a_capture_holds_samples_of_the_teacher_and_another_the_same_bytes(tmp_path):
+    signals = {**SAMPLED, "samples": 40}
+    runs = [make_soft_run(tmp_path / n, signals=signals) for n in "ab"]
+    rows, cache = captured(runs[0])
+    for pair in dataset(runs[0]):
+        row = rows[pair.response.id]
+        signal = cache.read([row])[row.example]
+        expected = exact_logs(runs[0], pair).exp().numpy()
+        assert len(signal) == row.length == len(expected)
+        assert np.abs(shares(signal, expected.shape[1]) - expected).max() < 1 / 40 + 1e-4
+    assert chunks(captured(runs[1])[1]) == chunks(cache)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"train": {"loss": {"jsd": 1}}}, "not for jsd"),
+        ({"train": {"loss": {"forward_kl": 1, "temperature": 2}}}, "not for temperature 2"),
+        ({"train": {}, "on_policy": {"rounds": 1}}, "not for jsd"),
+        ({"signals": {"method": "sampled", "temperatures": [2]}}, "leave temperatures out"),
+        ({"signals": {"method": "sampled", "samples": 256}}, "less than or equal to 255"),
+    ],
+)
+def test_a_loss_that_samples_do_not_suit_is_refused(tmp_path, changes, named):
+    with pytest.raises(ValueError, match=named):
+        make_soft_run(tmp_path, **{"signals": SAMPLED, **changes})
+    live = {"loss": {"jsd": 1, "teacher": "live"}}
+    make_soft_run(tmp_path, signals=SAMPLED, train=live)  # a live teacher needs no samples

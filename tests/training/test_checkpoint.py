@@ -1,11 +1,6 @@
-"""Checkpoints under kills, damage and a full disk: what is loaded is whole, or the run stops."""
+"""Checkpoints under kills, damage and a full disk: what is loaded is intact, or the run stops."""
 
 import errno
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +8,7 @@ import torch
 
 from distill.errors import DistillError, Exit
 from distill.training import checkpoint
+from tests.support.mortal import killed_at_every_call
 
 TENSORS = {"adapter": {"a": torch.arange(6.0)}, "optimizer": {"a.step": torch.tensor(3.0)}}
 FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
@@ -23,21 +19,18 @@ def save(folder: Path, step: int, keep: int = 2) -> checkpoint.Checkpoint:
 
 
 def newest(folder: Path) -> checkpoint.Checkpoint:
-    found = checkpoint.latest(folder)
-    assert found is not None
-    return found
+    saved = checkpoint.latest(folder)
+    assert saved is not None
+    return saved
 
 
 def test_what_is_saved_is_read_back(tmp_path):
     save(tmp_path, 7)
-    found = newest(tmp_path)
-    assert found.facts["step"] == 7 and found.facts["run"] == {"seed": 1}
-    assert found.state() == {"step": 7}
-    assert torch.equal(found.tensors("adapter")["a"], TENSORS["adapter"]["a"])
-    assert found.tensors("best") == {}
-
-
-def test_no_checkpoint_is_none(tmp_path):
+    saved = newest(tmp_path)
+    assert saved.facts["step"] == 7 and saved.facts["run"] == {"seed": 1}
+    assert saved.state() == {"step": 7}
+    assert torch.equal(saved.tensors("adapter")["a"], TENSORS["adapter"]["a"])
+    assert saved.tensors("best") == {}
     assert checkpoint.latest(tmp_path / "nowhere") is None
 
 
@@ -56,13 +49,13 @@ def test_damage_is_found_and_the_one_before_is_used(tmp_path, capfd, name, damag
     assert f"WARNING: {tmp_path / 'step-00000002'}" in capfd.readouterr().err
 
 
-def harm(path: Path, damage: str, place: int = 0) -> None:
+def harm(path: Path, damage: str, index: int = 0) -> None:
     data = path.read_bytes()
     if damage == "missing":
         path.unlink()
     elif damage == "flip":
-        place = place % len(data)
-        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        index = index % len(data)
+        path.write_bytes(data[:index] + bytes([data[index] ^ 1]) + data[index + 1 :])
     else:
         path.write_bytes(data[: len(data) // 2] if damage == "half" else b"")
 
@@ -71,19 +64,19 @@ def test_every_flipped_byte_is_found(tmp_path):
     folder = save(tmp_path, 1).folder
     for name in FILES:
         whole = (folder / name).read_bytes()
-        for place in range(0, len(whole), max(1, len(whole) // 60)):
-            harm(folder / name, "flip", place)
-            assert isinstance(checkpoint.read(folder), str), (name, place)
+        for index in range(0, len(whole), max(1, len(whole) // 60)):
+            harm(folder / name, "flip", index)
+            assert isinstance(checkpoint.read(folder), str), (name, index)
             (folder / name).write_bytes(whole)
     assert not isinstance(checkpoint.read(folder), str)
 
 
-def test_none_whole_stops_rather_than_begin_anew(tmp_path):
+def test_none_intact_stops_rather_than_begin_anew(tmp_path):
     for step in (1, 2):
         harm(save(tmp_path, step).folder / "optimizer.safetensors", "half")
-    with pytest.raises(DistillError, match="none of 2 checkpoints is intact") as fault:
+    with pytest.raises(DistillError, match="none of 2 checkpoints is intact") as error:
         checkpoint.latest(tmp_path)
-    assert fault.value.code == Exit.TRAINING
+    assert error.value.code == Exit.TRAINING
 
 
 def test_a_full_disk_keeps_the_one_before(tmp_path, monkeypatch):
@@ -99,25 +92,13 @@ def test_a_full_disk_keeps_the_one_before(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".step-*"))
 
 
-SAVER = """
-import sys, torch
-from pathlib import Path
-from distill.training import checkpoint
-tensors = {"adapter": {"a": torch.zeros(200_000)}, "optimizer": {"b": torch.zeros(200_000)}}
-print("ready", flush=True)
-for step in range(1, 10_000):
-    checkpoint.save(Path(sys.argv[1]), step, tensors, {"step": step}, {}, 2)
-"""
+def test_a_kill_at_any_call_to_the_disk_leaves_an_intact_one(memory):
+    save(memory, 1)
+    save(memory, 2)
 
+    def check() -> None:
+        assert newest(memory).state()["step"] >= 2
+        checkpoint.sweep(memory)
+        assert not list(memory.glob(".step-*"))
 
-def test_a_kill_while_saving_leaves_a_whole_one(tmp_path):
-    for attempt in range(4):
-        with subprocess.Popen(
-            [sys.executable, "-c", SAVER, str(tmp_path)], stdout=subprocess.PIPE
-        ) as saver:
-            assert saver.stdout and saver.stdout.readline()
-            time.sleep(0.3 + 0.037 * attempt)
-            os.kill(saver.pid, signal.SIGKILL)
-        assert newest(tmp_path).state()["step"] >= 1
-        checkpoint.sweep(tmp_path)
-        assert not list(tmp_path.glob(".step-*"))
+    assert killed_at_every_call(lambda: save(memory, 3), check) > 10

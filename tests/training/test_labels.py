@@ -1,82 +1,95 @@
-"""Training towards a teacher's distributions: aligned to the token, exact when resumed, and loud about a cache that does not fit."""
+"""Training towards a teacher, cached or live: aligned, exact when resumed, loud about misfits."""
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from distill.config import Config
 from distill.errors import DistillError, Exit
-from distill.models.loading import load_model
-from distill.records import Example
 from distill.storage.files import read_json, write_json, write_records
 from distill.storage.run_folder import Run
 from distill.training import train
-from distill.training.prepare import encode_split, load_adapted
+from distill.training.adapters import WEIGHTS
+from distill.training.prepare import load_adapted
 from distill.training.soft_labels import capture
 from distill.training.soft_labels.cache import Signal
-from distill.training.soft_labels.labels import CachedLabels, load_labels
-from distill.training.student import make_student
+from distill.training.soft_labels.labels import CachedLabels, load_labels, load_live
+from distill.training.student import StudentModel, make_student
 from tests.support.tiny import make_tiny, make_tokenizer
-from tests.training.test_capture import SOFT, dataset, exact, other_weights, sharpen
-from tests.training.test_capture import make_run as make_captured
-from tests.training.test_train import assert_same, killed_at, outcome, pairs
+from tests.support.training import (
+    SOFT,
+    TRAIN,
+    assert_close,
+    assert_same,
+    dataset,
+    encoded,
+    exact_logs,
+    killed_at,
+    make_soft_run,
+    other_weights,
+    outcome,
+    pairs,
+    sharpen,
+    training,
+)
 
-SETTINGS = {
-    "learning_rate": 1e-2,
-    "num_train_epochs": 2,
-    "tokens_per_step": 500,
-    "micro_batch_tokens": 300,
-    "eval_steps": 2,
-    "save_steps": 1,
-    "bf16": False,
-    "lora": {"r": 4, "alpha": 8, "dropout": 0.1},
-    "loss": SOFT,
-}
+LIVE = {**SOFT, "teacher": "live"}
+by_kind = pytest.mark.parametrize("loss", [SOFT, LIVE], ids=["cached", "live"])
 
 
-def make_run(folder: Path, name: str = "run", signals: dict | None = None, **train_) -> Run:
-    """A run in float32 whose signals are captured."""
-    made = {"train": {**SETTINGS, **train_}, "signals": signals or {"p": 0.99, "k": 64}}
-    run = make_captured(folder, name, **made)
-    if not run.path("signals.json").exists():
+def make_run(
+    folder: Path, name: str = "run", loss: dict = SOFT, signals: dict | None = None, **settings: Any
+) -> Run:
+    """Return a run in float32, whose signals are captured where it needs them."""
+    signals = signals or {"p": 0.99, "k": 64}
+    run = make_soft_run(folder, name, train={**TRAIN, "loss": loss, **settings}, signals=signals)
+    if run.config.captures and not run.path("signals.json").exists():
         capture.main(run.config, run)
     return run
 
 
-def own_teacher(folder: Path) -> None:
-    """Make the teacher the student itself, with peaked distributions."""
-    make_tiny(folder / "model", hidden=48)
-    sharpen(folder / "model")
-    shutil.copytree(folder / "model", folder / "teacher")
+def make_labelled(run: Run) -> StudentModel:
+    """Return the run's student with its labels, in evaluation."""
+    config = run.config
+    student, _ = make_student(load_adapted(config.student, config.train, config.train_seed))
+    live = config.train.loss.teacher == "live"
+    student.labels = load_live(config, run, encoded(run)) if live else load(run)
+    return student.eval()
 
 
-def history(run: Run) -> list[dict]:
-    return json.loads(run.path("training.json").read_text())["history"]
+def load(run: Run) -> CachedLabels:
+    vocabulary = len(make_tokenizer()) + 5
+    return load_labels(run.config, run, encoded(run), vocabulary)
+
+
+@torch.no_grad()
+def losses(student: StudentModel, run: Run) -> list[float]:
+    """Return the loss over all answers of a run, and its parts."""
+    return student(student.batch(encoded(run))).tolist()
 
 
 def test_a_student_that_is_its_teacher_has_no_divergence_and_a_shifted_one_would(tmp_path):
-    own_teacher(tmp_path)
+    make_tiny(tmp_path / "model", hidden=48)
+    sharpen(tmp_path / "model")
+    shutil.copytree(tmp_path / "model", tmp_path / "teacher")
     parts = {"ce": 1, "forward_kl": 1, "reverse_kl": 1, "jsd": 1}
     run = make_run(tmp_path, max_steps=1, loss=parts, lora={"r": 4})
     train.main(run.config, run)
-    row = history(run)[0]
+    row = training(run)["history"][0]
     assert row["ce"] > 1
     assert all(-1e-4 < row[name] < 4e-3 for name in parts if name != "ce")
     assert row["loss"] == pytest.approx(sum(row[name] for name in parts), rel=1e-6)
-    labels = load(run)
-    shifted = {name: shift(signal) for name, signal in labels.signals.items()}
-    student, _ = make_student(
-        load_adapted(run.config.student, run.config.train, run.config.train_seed)
-    )
-    student.labels = replace(labels, signals=shifted)
-    total = student(student.batch(examples(run))).tolist()
-    assert total[2] / sum(len(signal) for signal in shifted.values()) > 0.5
+    student, labels = make_labelled(run), load(run)
+    student.labels = replace(labels, signals={n: shift(s) for n, s in labels.signals.items()})
+    tokens = sum(len(signal) for signal in labels.signals.values())
+    assert losses(student, run)[2] / tokens > 0.5
 
 
 def shift(signal: Signal) -> Signal:
@@ -85,49 +98,23 @@ def shift(signal: Signal) -> Signal:
     return Signal.join([single[-1], *single[:-1]])
 
 
-def examples(run: Run) -> list[Example]:
-    splits = ("train", "validation")
-    return [
-        e
-        for s in splits
-        for e in encode_split(make_tokenizer(), run, s, run.config.template_date, 2048)
-    ]
+def test_the_cached_loss_is_that_of_the_two_models_distributions_read_alone(tmp_path):
+    """Bucketed forward KL at temperature 2, by hand in float64, over all tokens of all answers.
 
-
-def load(run: Run) -> CachedLabels:
-    student, _ = make_student(
-        load_adapted(run.config.student, run.config.train, run.config.train_seed)
-    )
-    return load_labels(run.config, run, examples(run), len(student.head()[0]))
-
-
-def test_the_loss_is_that_of_the_two_models_distributions_read_alone(tmp_path):
-    """Bucketed forward KL at temperature 2, by hand in float64, over all tokens of all answers; the student's tail has
-    the rows of its head that are no token's."""
+    The student's tail has the rows of its head that are no token's.
+    """
     loss = {"ce": 0.25, "forward_kl": 0.75, "temperature": 2.0}
-    run = make_run(
-        tmp_path, signals={"p": 0.8, "k": 20, "temperatures": [2.0]}, loss=loss, max_steps=1
-    )
-    student = run.config.student.model
-    teacher_config = run.config.model_copy(
-        update={"teacher": run.config.teacher.model_copy(update={"model": student})}
-    )
+    run = make_run(tmp_path, signals={"p": 0.8, "k": 20, "temperatures": [2.0]}, loss=loss)
     labels, soft, count = load(run), 0.0, 0
     for pair in dataset(run):
-        own, teacher = exact(Run(teacher_config), pair, 5) / 2, exact(run, pair) / 2
-        signal = labels.signals[pair.response.id]
-        for place, ids_n in enumerate(np.split(signal.ids_E, np.cumsum(signal.counts_N)[:-1])):
-            ids = torch.from_numpy(ids_n.astype(np.int64))
-            p, q = (bucketed(z[place], ids) for z in (teacher, own))
+        own = exact_logs(run, pair, 5, run.config.student.model) / 2
+        teacher, signal = exact_logs(run, pair) / 2, labels.signals[pair.response.id]
+        lists = np.split(signal.ids_E, np.cumsum(signal.counts_N)[:-1])
+        for n, ids in enumerate(torch.from_numpy(ids_N.astype(np.int64)) for ids_N in lists):
+            p, q = (bucketed(logits[n], ids) for logits in (teacher, own))
             soft += 4 * float((p * (p / q).log()).sum())
             count += 1
-    model, _ = make_student(
-        load_adapted(run.config.student, run.config.train, run.config.train_seed)
-    )
-    model.labels = labels
-    model.eval()
-    with torch.no_grad():
-        total, hard, kl = model(model.batch(examples(run))).tolist()
+    total, hard, kl = losses(make_labelled(run), run)
     assert kl / count == pytest.approx(soft / count, rel=0.01)  # but for the sixteenths of a nat
     assert total == pytest.approx(0.25 * hard + 0.75 * kl, rel=1e-5)
 
@@ -138,160 +125,214 @@ def bucketed(logits_V: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return torch.cat([listed, (probs.sum() - listed.sum())[None]])
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
+def test_the_live_loss_is_the_divergence_of_the_whole_vocabularies_as_a_full_cache_s(tmp_path):
+    live = make_run(tmp_path, loss=LIVE)
+    total, hard, kl = losses(make_labelled(live), live)
+    expected = 0.0
+    for pair in dataset(live):
+        p, q = exact_logs(live, pair), exact_logs(live, pair, model=live.config.student.model)
+        expected += float((p.exp() * (p - (q - q.logsumexp(1, keepdim=True)))).sum())
+    assert kl == pytest.approx(expected, rel=1e-4)
+    cached = make_run(tmp_path, "cached", signals={"p": 0.9999999, "k": 1024})
+    found = losses(make_labelled(cached), cached)
+    assert found == pytest.approx([total, hard, kl], rel=0.03)  # but for sixteenths of a nat
+
+
+@pytest.fixture(scope="module", params=[SOFT, LIVE], ids=["cached", "live"])
+def unbroken(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
-    run = make_run(folder)
+    run = make_run(folder, loss=request.param)
     train.main(run.config, run)
-    return folder, outcome(run)
+    return folder, outcome(run), request.param
 
 
-@pytest.mark.parametrize("call", [1, 2, 5, 9])
+@pytest.mark.parametrize("call", [2, 7])
 def test_a_killed_run_goes_on_to_the_same_bits(unbroken, call):
-    folder, wanted = unbroken
-    run = make_run(folder, f"kill{call}")
+    folder, expected, loss = unbroken
+    run = make_run(folder, f"kill{call}", loss)
     with killed_at(call):
         train.main(run.config, run)
     train.main(run.config, run)
-    assert_same(outcome(run), wanted)
+    assert_same(outcome(run), expected)
 
 
-def test_history_and_validation_name_the_parts(unbroken):
-    _, found = unbroken
-    for row in [*found["history"], *found["validation"]]:
+def test_history_and_validation_name_the_parts_and_the_teacher_is_not_saved(unbroken):
+    folder, made, _ = unbroken
+    for row in [*made["history"], *made["validation"]]:
         assert row["loss"] == pytest.approx(0.5 * row["ce"] + 0.5 * row["forward_kl"], rel=1e-5)
+    saved = load_file(folder / "runs/run/adapter" / WEIGHTS)
+    student = make_labelled(make_run(folder, loss=LIVE))
+    assert not any("labels" in name for name, _ in student.named_parameters())
+    assert len(saved) == sum(p.requires_grad for p in student.parameters())
+    teacher: Any = student.labels
+    assert not any(p.requires_grad for p in teacher.teacher.parameters())
 
 
-def assert_deal_does_not_matter(make: Callable[..., Run], folder: Path) -> None:
-    """Train with the same steps in micro-batches of several sizes, packed and padded, and compare every step."""
-    rows = []
+@by_kind
+def test_eight_by_one_equals_two_by_four(tmp_path, loss):
+    """The same steps in micro-batches of several sizes, packed and padded."""
+    outcomes = []
     for limit, packing in ((10_000, True), (300, True), (1, True), (300, False)):
-        name = f"run{limit}{packing}"
-        run = make(folder, name, micro_batch_tokens=limit, packing=packing, lora={"r": 4})
+        settings = {"micro_batch_tokens": limit, "packing": packing, "num_train_epochs": 1}
+        run = make_run(tmp_path, f"run{limit}{packing}", loss, **settings, lora={"r": 4})
         train.main(run.config, run)
-        rows.append(history(run))
-    for other in rows[1:]:
-        for one, two in zip(rows[0], other, strict=True):
-            for key in ("loss", "ce", "forward_kl"):
-                assert one[key] == pytest.approx(two[key], rel=1e-4)
-            assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
+        outcomes.append(outcome(run))
+    for other in outcomes[1:]:
+        assert_close(outcomes[0], other)
 
 
-def test_eight_by_one_equals_two_by_four(tmp_path):
-    assert_deal_does_not_matter(make_run, tmp_path)
-
-
-def test_the_adapter_moves_towards_the_teacher_without_any_cross_entropy(tmp_path):
-    run = make_run(tmp_path, loss={"ce": 0, "forward_kl": 1}, num_train_epochs=8)
+@pytest.mark.parametrize("signals", [None, {"method": "sampled"}], ids=["nucleus", "sampled"])
+def test_the_adapter_moves_towards_the_teacher_without_any_cross_entropy(tmp_path, signals):
+    loss = {"ce": 0, "forward_kl": 1}
+    run = make_run(tmp_path, loss=loss, signals=signals, num_train_epochs=8, eval_steps=None)
     train.main(run.config, run)
-    rows = history(run)
+    rows = training(run)["history"]
     assert rows[-1]["forward_kl"] < 0.97 * rows[0]["forward_kl"] and "ce" not in rows[0]
-    adapter = load_file(run.path("adapter/adapter_model.safetensors"))
+    adapter = load_file(run.path("adapter") / WEIGHTS)
     assert all(t.abs().max() > 0 for name, t in adapter.items() if "lora_B" in name)
 
 
-def test_an_idle_batch_weighs_nothing_at_any_temperature(tmp_path):
-    for temperature in (1.0, 2.0):
-        loss = {**SOFT, "temperature": temperature}
-        run = make_run(tmp_path, f"t{temperature}", {"temperatures": [2.0]}, loss=loss)
-        student, _ = make_student(load_model(run.config.student.model, "float32"))
-        student.labels = load(run)
-        assert student(student.batch([])).tolist() == [0.0, 0.0, 0.0]
+@pytest.mark.parametrize("loss", [SOFT, {**SOFT, "temperature": 2.0}, LIVE])
+def test_an_idle_batch_weighs_nothing(tmp_path, loss):
+    student = make_labelled(make_run(tmp_path, loss=loss, signals={"temperatures": [2.0]}))
+    assert student(student.batch([])).tolist() == [0.0, 0.0, 0.0]
 
 
-def drop_one(run: Run) -> None:
-    write_records(run.path("dataset/train.jsonl"), pairs(8))
+def signals_json(change: Callable[[dict[str, Any]], object]) -> Callable[[Run], None]:
+    """Return what changes a run's signals.json."""
+
+    def damage(run: Run) -> None:
+        made = read_json(run.path("signals.json"))
+        change(made)
+        write_json(run.path("signals.json"), made)
+
+    return damage
 
 
-def add_one(run: Run) -> None:
-    write_records(run.path("dataset/train.jsonl"), pairs(10))
-
-
-def change_row(run: Run) -> None:
-    made = read_json(run.path("signals.json"))
+def change_row(made: dict[str, Any]) -> None:
     name, row = next(iter(made["rows"].items()))
     made["rows"][name] = [row[0], "0" * 32, row[2]]
-    write_json(run.path("signals.json"), made)
 
 
-def change_facts(run: Run) -> None:
-    made = read_json(run.path("signals.json"))
-    write_json(run.path("signals.json"), {**made, "teacher": {**made["teacher"], "p": 0.1}})
+def chunk(change: Callable[[bytes], bytes]) -> Callable[[Run], None]:
+    """Return what changes the first chunk of a run's signals."""
 
+    def damage(run: Run) -> None:
+        path = next(run.config.store_folder().rglob("*.signals"))
+        path.write_bytes(change(path.read_bytes()))
 
-def cut_signals_json(run: Run) -> None:
-    path = run.path("signals.json")
-    path.write_text(path.read_text()[:50])
-
-
-def remove(run: Run) -> None:
-    run.path("signals.json").unlink()
-
-
-def chunk(run: Run) -> Path:
-    return next(run.config.store_folder().rglob("*.signals"))
-
-
-def flip(run: Run) -> None:
-    data = bytearray(chunk(run).read_bytes())
-    data[-3] ^= 1
-    chunk(run).write_bytes(data)
-
-
-def cut(run: Run) -> None:
-    chunk(run).write_bytes(chunk(run).read_bytes()[:-1])
-
-
-def lose(run: Run) -> None:
-    chunk(run).unlink()
-
-
-def other_teacher(run: Run) -> None:
-    other_weights(Path(run.config.teacher.model).parent)
+    return damage
 
 
 def other_template(run: Run) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = f"{tokenizer.chat_template} "
-    tokenizer.save_pretrained(run.config.teacher.model)
+    tokenizer.save_pretrained(f"{run.config.teacher.model}")
 
 
 def other_tokenizer(run: Run) -> None:
-    make_tokenizer(("extra",)).save_pretrained(run.config.teacher.model)
+    make_tokenizer(("extra",)).save_pretrained(f"{run.config.teacher.model}")
+
+
+def other_teacher(run: Run) -> None:
+    other_weights(Path(f"{run.config.teacher.model}"))
+
+
+def rewrite(count: int) -> Callable[[Run], object]:
+    """Return what gives a run another number of pairs."""
+    return lambda run: write_records(run.path("dataset/train.jsonl"), pairs(count))
 
 
 @pytest.mark.parametrize(
     ("damage", "code", "what"),
     [
-        (drop_one, Exit.TRAINING, "signals.json: was made for 1 answers that the filters"),
-        (add_one, Exit.TRAINING, "signals.json: has no signal of answer"),
-        (change_row, Exit.TRAINING, "signals.json: was made for other tokens of answer"),
-        (change_facts, Exit.STATE, "signals.json: is damaged"),
-        (cut_signals_json, Exit.STATE, "signals.json: is damaged"),
-        (remove, Exit.TRAINING, r"signals.json: is missing.*\(make it: distill signals"),
-        (flip, Exit.STATE, "00000001.signals: is damaged"),
-        (cut, Exit.STATE, "00000001.signals: is cut off"),
-        (lose, Exit.STATE, "holds no signal of example"),
+        (rewrite(8), Exit.TRAINING, "signals.json: was made for 1 answers that the filters"),
+        (rewrite(10), Exit.TRAINING, "signals.json: has no signal of answer"),
+        (
+            *(signals_json(change_row), Exit.TRAINING),
+            "signals.json: was made for other tokens of answer",
+        ),
+        (
+            *(signals_json(lambda made: made["teacher"].update(p=0.1)), Exit.STATE),
+            "signals.json: is damaged",
+        ),
+        (
+            *(lambda run: run.path("signals.json").write_text('{"teacher": {'), Exit.STATE),
+            "signals.json: is damaged",
+        ),
+        (
+            *(lambda run: run.path("signals.json").unlink(), Exit.TRAINING),
+            r"signals.json: is missing.*\(make it: distill signals",
+        ),
+        (
+            *(chunk(lambda data: data[:-3] + bytes([data[-3] ^ 1]) + data[-2:]), Exit.STATE),
+            "00000001.signals: is damaged",
+        ),
+        (chunk(lambda data: data[:-1]), Exit.STATE, "00000001.signals: is cut off"),
+        (
+            *(lambda run: shutil.rmtree(run.config.store_folder() / "signals"), Exit.STATE),
+            "holds no signal of example",
+        ),
         (other_teacher, Exit.TRAINING, "signals.json: was made by another teacher.*weights"),
         (other_template, Exit.TRAINING, "signals.json: was made by another teacher.*template"),
         (other_tokenizer, Exit.CONFIG, "have different tokenizers"),
     ],
 )
-def test_what_does_not_fit_is_found_before_the_first_step(tmp_path, damage, code, what):
-    run = make_run(tmp_path)
+def test_what_does_not_fit_is_found_before_the_first_step(
+    captured_once, tmp_path, damage, code, what
+):
+    folder = Path(shutil.copytree(captured_once.folder.parent.parent, tmp_path / "copy"))
+    teacher, student = ({"model": str(folder / name)} for name in ("teacher", "model"))
+    tree = captured_once.config.model_dump(mode="json") | {"student": student}
+    tree |= {"runs": str(folder / "runs"), "teacher": {**teacher, "dtype": "float32"}}
+    run = Run(Config.model_validate(tree))
     damage(run)
-    with pytest.raises(DistillError, match=what) as fault:
+    with pytest.raises(DistillError, match=what) as error:
         train.main(run.config, run)
-    assert fault.value.code == code
+    assert error.value.code == code
     assert not run.path("checkpoints").exists()
 
 
-def test_a_resume_towards_other_distributions_stops(tmp_path):
-    run = make_run(tmp_path)
+@pytest.fixture(scope="module")
+def captured_once(tmp_path_factory) -> Run:
+    """A run whose signals are captured, to be copied."""
+    return make_run(tmp_path_factory.mktemp("captured"))
+
+
+def test_another_tokenizer_than_a_live_teacher_s_is_found_before_the_first_step(tmp_path):
+    run = make_run(tmp_path, loss=LIVE)
+    other_tokenizer(run)
+    with pytest.raises(DistillError, match="have different tokenizers") as error:
+        train.main(run.config, run)
+    assert error.value.code == Exit.CONFIG and not run.path("checkpoints").exists()
+
+
+@by_kind
+def test_a_resume_towards_another_teacher_stops(tmp_path, loss):
+    run = make_run(tmp_path, loss=loss)
     with killed_at(5):
         train.main(run.config, run)
     other_teacher(run)
-    run.path("signals.json").unlink()
-    capture.main(run.config, run)
+    if run.config.captures:
+        capture.main(run.config, run)
     with pytest.raises(DistillError, match="changed: signals"):
         train.main(run.config, run)
+
+
+def test_a_live_teacher_needs_no_capture_and_any_temperature(tmp_path):
+    run = make_run(tmp_path, loss={**LIVE, "temperature": 2.0})
+    assert not run.config.captures and run.config.distributions
+    with pytest.raises(ValueError, match="is not captured"):
+        make_run(tmp_path, loss={**SOFT, "temperature": 2.0})
+    with pytest.raises(ValueError, match="a local teacher must read"):
+        tree = run.config.model_dump(mode="json")
+        recorded = {"kind": "recorded", "model": "someone"}
+        Config.model_validate({**tree, "teacher": recorded})
+
+
+def test_another_training_seed_keeps_the_split(tmp_path):
+    runs = [make_run(tmp_path, f"r{seed}", seed=seed, max_steps=1) for seed in (0, 1)]
+    for run in runs:
+        train.main(run.config, run)
+    one, other = (outcome(run)["history"] for run in runs)
+    assert runs[0].config.seed == runs[1].config.seed and one != other

@@ -1,4 +1,4 @@
-"""On-policy rounds: the student's own answers, read by the teacher, trained on, and to the same bits after a kill."""
+"""On-policy rounds: the student's own answers, read by the teacher, trained on, and resumed."""
 
 import contextlib
 import json
@@ -27,10 +27,9 @@ from tests.evaluation.test_suites import make_suite
 from tests.publishing.test_publish import BASE
 from tests.support.fake_hub import fake_hub, use_hub
 from tests.support.tiny import make_tiny
+from tests.support.training import TRAIN, killed_at, make_soft_run
 from tests.test_verify import write_config
-from tests.training.test_capture import make_run as make_captured
-from tests.training.test_labels import SETTINGS
-from tests.training.test_train import killed_at
+from tests.training.test_labels import other_tokenizer
 
 OWN = {"rounds": 2, "prompts": 5, "max_new_tokens": 12, "learning_rate": 1e-2}
 
@@ -38,8 +37,8 @@ OWN = {"rounds": 2, "prompts": 5, "max_new_tokens": 12, "learning_rate": 1e-2}
 def make_run(folder: Path, name: str = "run", **changes) -> Run:
     """A trained run in float32 with rounds before it, and all its prompts in prompts.jsonl."""
     small = {"tokens_per_step": 150, "micro_batch_tokens": 100}
-    made = {"train": {**SETTINGS, **small, "loss": {}, "num_train_epochs": 1}, "on_policy": OWN}
-    run = make_captured(folder, name, **{**made, **changes})
+    made = {"train": {**TRAIN, **small, "loss": {}, "num_train_epochs": 1}, "on_policy": OWN}
+    run = make_soft_run(folder, name, **{**made, **changes})
     pairs = read_records(run.path("dataset/train.jsonl"), Pair)
     write_records(run.path("prompts.jsonl"), [pair.prompt for pair in pairs])
     write_records(run.path("dropped.jsonl"), [])
@@ -147,7 +146,7 @@ def test_the_teacher_s_rounds_bring_the_student_nearer_to_it(tmp_path):
 
 
 def test_prompts_whose_answer_was_dropped_are_asked_but_none_that_leaks(tmp_path):
-    run = make_captured(tmp_path, on_policy=OWN)
+    run = make_soft_run(tmp_path, on_policy=OWN)
     pairs = read_records(run.path("dataset/train.jsonl"), Pair)
     kept, wrong, leaking, other = pairs[:6], pairs[6], pairs[7], pairs[8]
     write_records(run.path("dataset/train.jsonl"), kept)
@@ -173,13 +172,11 @@ def dropped(pair: Pair, split: str, reason: str) -> Dropped:
 
 
 def test_another_tokenizer_stops_before_anything_is_asked(tmp_path):
-    from tests.training.test_labels import other_tokenizer
-
     run = make_run(tmp_path)
     other_tokenizer(run)
-    with pytest.raises(DistillError, match="have different tokenizers") as fault:
+    with pytest.raises(DistillError, match="have different tokenizers") as error:
         on_policy.main(run.config, run)
-    assert fault.value.code == Exit.CONFIG
+    assert error.value.code == Exit.CONFIG
 
 
 def test_a_whole_run_evaluates_verifies_and_publishes_the_refined_student(tmp_path):

@@ -1,9 +1,8 @@
-"""Signals from a server: what it says of a text becomes what the local teacher would have said, and is paid once."""
+"""Signals from a server: as the local teacher's would be, and paid for once."""
 
 import json
 import math
 import re
-import shutil
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,8 @@ from tests.planning.test_plan import ROOT, shown
 from tests.support.buying import KEY
 from tests.support.fake_teacher import PRICE, FakeTeacher, Reply, Script
 from tests.support.tiny import make_tiny, make_tokenizer
-from tests.training.test_capture import SOFT, captured, dataset, make_run
+from tests.support.training import SOFT, dataset, make_soft_run
+from tests.training.test_capture import captured
 
 SERVED = "tiny-served"
 
@@ -39,26 +39,27 @@ class Scorer:
     """Scores texts with a model in this process, as vLLM answers `prompt_logprobs`."""
 
     def __init__(self, folder: Path) -> None:
-        self.model, self.tokenizer = load_model(str(folder), "float32"), load_tokenizer(str(folder))
+        self.model: Any = load_model(str(folder), "float32")
+        self.tokenizer: Any = load_tokenizer(str(folder))
         self.texts = [self.tokenizer.decode([i]) for i in range(len(self.tokenizer))]
-        self.known: dict[Any, list[Any]] = {}
+        self.memory: dict[Any, list[Any]] = {}
         self.most = 64
 
-    def places(self, ids: list[int], k: int) -> list[Any]:
-        """What the model lists at each token: the k likeliest and the token itself; nothing at the first."""
-        if (key := (tuple(ids), k)) not in self.known:
-            self.known[key] = [None, *self._lists(ids, k)]
-        return self.known[key]
-
     @torch.no_grad()
-    def _lists(self, ids: list[int], k: int) -> list[Any]:
+    def lists(self, ids: list[int], k: int) -> list[Any]:
+        """Return what the model lists at each token: the top k and the token itself; first None."""
+        if (key := (tuple(ids), k)) in self.memory:
+            return self.memory[key]
         logits_NV = self.model(input_ids=torch.tensor([ids])).logits[0, :-1, : len(self.texts)]
         logs_NV = torch.log_softmax(logits_NV.float(), -1)
         ranks_NV = logs_NV.argsort(descending=True).argsort() + 1
-        top_NK = logs_NV.topk(k).indices.tolist()
-        listed = ({*top, token} for top, token in zip(top_NK, ids[1:], strict=True))
-        rows = zip(listed, logs_NV.tolist(), ranks_NV.tolist(), strict=True)
-        return [{str(i): self._one(i, logs[i], ranks[i]) for i in own} for own, logs, ranks in rows]
+        rows: list[Any] = [None]
+        for n, (top, token) in enumerate(
+            zip(logs_NV.topk(k).indices.tolist(), ids[1:], strict=True)
+        ):
+            logs_V, ranks_V = logs_NV[n].tolist(), ranks_NV[n].tolist()
+            rows.append({str(i): self._one(i, logs_V[i], ranks_V[i]) for i in {*top, token}})
+        return self.memory.setdefault(key, rows)
 
     def _one(self, i: int, log: float, rank: int) -> dict[str, Any]:
         return {"logprob": log, "rank": rank, "decoded_token": self.texts[i]}
@@ -70,7 +71,7 @@ class Scorer:
                 f"Requested prompt logprobs of {k}, which is greater than max allowed: {self.most}"
             )
             return refused(400, what)
-        return scored(ids, self.places(ids, k))
+        return scored(ids, self.lists(ids, k))
 
 
 def refused(status: int, message: str) -> Reply:
@@ -101,33 +102,23 @@ def endpoint(server: FakeTeacher, **changes: Any) -> dict[str, Any]:
 def make_remote(folder: Path, server: FakeTeacher, name: str = "far", **signals: Any) -> Run:
     """The run of the capture's tests, read by a server."""
     asked = {"endpoint": endpoint(server), "p": 0.9, "k": 12, **signals}
-    return make_run(folder, name, signals=asked)
+    return make_soft_run(folder, name, signals=asked)
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher and a student, made once."""
-    folder = tmp_path_factory.mktemp("models")
-    make_run(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def scores(models: Path) -> Scorer:
-    return Scorer(models / "teacher")
+def scores(tmp_path_factory: pytest.TempPathFactory) -> Scorer:
+    return Scorer(make_soft_run(tmp_path_factory.mktemp("models")).folder.parent.parent / "teacher")
 
 
 @pytest.fixture
-def scorer(models: Path, scores: Scorer, tmp_path: Path) -> Scorer:
-    """What a server says in this test, whose folder has the models."""
-    for name in ("teacher", "model"):
-        shutil.copytree(models / name, tmp_path / name)
+def scorer(scores: Scorer) -> Scorer:
+    """What a server says of a text; each test has the same models in a folder of its own."""
     scores.most = 64
     return scores
 
 
 def test_a_server_s_lists_become_what_the_local_teacher_s_are(tmp_path, scorer):
-    rows, near = captured(make_run(tmp_path, signals={"p": 0.9, "k": 40}))
+    rows, near = captured(make_soft_run(tmp_path, signals={"p": 0.9, "k": 40}))
     with FakeTeacher(scorer) as server:
         run = make_remote(tmp_path, server, k=40)
         same, far = captured(run)
@@ -154,9 +145,9 @@ def signals_stage(run: Run) -> None:
 
 
 def failing(run: Run, match: str, code: Exit = Exit.TEACHER) -> None:
-    with pytest.raises(DistillError, match=match) as fault:
+    with pytest.raises(DistillError, match=match) as error:
         signals_stage(run)
-    assert fault.value.code == code and "\n" not in str(fault.value)
+    assert error.value.code == code and "\n" not in str(error.value)
 
 
 def test_the_signals_of_a_server_are_trained_on_as_any_others(tmp_path, scorer):
@@ -169,7 +160,7 @@ def test_the_signals_of_a_server_are_trained_on_as_any_others(tmp_path, scorer):
     assert targets.tail_mass_N.min() >= 0 and torch.isfinite(targets.logprobs_M).all()
     made = json.loads(run.path("signals.json").read_text())["teacher"]
     assert (made["endpoint"], made["served"]) == (server.url, SERVED) and "weights" not in made
-    near = make_run(tmp_path, "far")
+    near = make_soft_run(tmp_path, "far")
     with pytest.raises(DistillError, match="another teacher or setting"):
         labels.load_labels(near.config, near, examples, len(scorer.tokenizer))
 
@@ -241,7 +232,7 @@ def test_a_server_of_another_tokenizer_is_found_at_the_first(tmp_path, scorer):
     words = [f"word{n}" for n in range(600)]
 
     def script(number: int, payload: dict[str, Any]) -> Reply:
-        _, *places = scorer.places(payload["prompt"], 5)
+        _, *places = scorer.lists(payload["prompt"], 5)
         other = [{i: {**o, "decoded_token": words[int(i)]} for i, o in p.items()} for p in places]
         return scored(payload["prompt"], [None, *other])
 
@@ -283,7 +274,7 @@ def test_a_budget_holds_for_signals_and_raising_it_goes_on(tmp_path, scorer):
 
     def limited(server: FakeTeacher, dollars: str) -> Run:
         asked = {"endpoint": endpoint(server, budget_dollars=dollars), "p": 0.9, "k": 12}
-        return make_run(tmp_path, "far", signals=asked, evaluation={"prices": str(prices)})
+        return make_soft_run(tmp_path, "far", signals=asked, evaluation={"prices": str(prices)})
 
     with FakeTeacher(scorer) as server:
         failing(limited(server, "0.003"), "above the limit of", Exit.BUDGET)
@@ -298,7 +289,7 @@ def test_a_budget_holds_for_signals_and_raising_it_goes_on(tmp_path, scorer):
 
 def test_the_teacher_that_answers_at_an_address_is_the_one_that_reads(tmp_path, scorer):
     with FakeTeacher(scorer) as server:
-        run = make_run(tmp_path, "far", teacher=endpoint(server, extra_body={"seed": 3}))
+        run = make_soft_run(tmp_path, "far", teacher=endpoint(server, extra_body={"seed": 3}))
         captured(run)
     assert len(server.payloads) == 12 and "seed" not in server.payloads[0]
     assert {payload["prompt_logprobs"] for payload in server.payloads} == {64}
@@ -333,7 +324,7 @@ def test_what_no_server_can_do_is_said_with_the_config(changes, message):
 
 def test_a_host_whose_terms_forbid_it_is_sent_nothing(tmp_path):
     far = {"kind": "endpoint", "model": "gpt-4o", "base_url": "https://api.openai.com/v1"}
-    run = make_run(tmp_path, signals={"endpoint": far}, terms={})
+    run = make_soft_run(tmp_path, signals={"endpoint": far}, terms={})
     failing(run, "forbidden by", Exit.TERMS)
 
 
@@ -373,7 +364,7 @@ def place(*chances: float) -> dict[int, float]:
     return {n: math.log(chance) for n, chance in enumerate(chances)}
 
 
-def test_the_likeliest_that_hold_p_are_listed_and_the_rest_is_what_they_lack():
+def test_the_top_ids_that_hold_p_are_listed_and_the_tail_mass_is_what_they_lack():
     settings = Signals(p=0.8, k=3)
     far_off = {**place(0.5, 0.25, 0.1), 9: math.log(1e-4)}  # the text's own, at rank 10
     places = [far_off, place(0.3, 0.3, 0.2, 0.1), place(1 - 1e-9, 2e-9)]
@@ -434,7 +425,7 @@ def test_probabilities_of_more_than_one_are_refused_with_the_server_s_flag():
 
 
 def test_tokens_are_held_against_the_tokenizer_but_for_parts_of_characters():
-    tokenizer = make_tokenizer()
+    tokenizer: Any = make_tokenizer()
     ids = tokenizer("plain text with an é", add_special_tokens=False)["input_ids"]
     places = [{}, *({i: Listed(0.0, tokenizer.decode([i]))} for i in ids[1:])]
     prompt_logprobs.require_tokens(tokenizer, places, ids)

@@ -1,19 +1,37 @@
-"""The student: padding where packing cannot be, loud about heads it does not know, losses by sample."""
+"""The student: packed, padded and fused alike with plain PEFT, an adapted head too."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig
+from peft import LoraConfig, get_peft_model
+from transformers import Gemma2Config, MistralConfig
 
-from distill.errors import DistillError
+from distill.config import Loss, Signals
+from distill.errors import DistillError, Exit
 from distill.records import AnswerLoss
+from distill.training import adapters
+from distill.training.divergences import Live
 from distill.training.encode import encode_pair
-from distill.training.student import Batch, answer_loss, make_student
+from distill.training.fused_layers import fusible, unfuse
+from distill.training.losses import cross_entropy
+from distill.training.soft_labels.capture import capture
+from distill.training.student import Batch, StudentModel, answer_loss, make_student
 from tests.support.tiny import make_tiny, make_tokenizer
-from tests.training.test_layers import adapted, examples
-from tests.training.test_train import pairs
+from tests.support.training import (
+    DATE,
+    LENGTHS,
+    adapted,
+    causal_model,
+    examples,
+    gradients,
+    pairs,
+)
 
-DATE = "2026-01-01"
-SIZES = {
+HEAD = ("q_proj", "down_proj", "lm_head")
+SIZES: dict[str, Any] = {
     "vocab_size": 300,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -24,19 +42,138 @@ SIZES = {
 }
 
 
-def test_padded_and_packed_batches_have_one_loss(tmp_path):
-    model = adapted(make_tiny(tmp_path))
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("tied"))
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("untied"), tied=False)
+
+
+@pytest.fixture(scope="module")
+def qwen2(tmp_path_factory):
+    """Qwen2's biases are zero in a fresh model, which would hide a forgotten one."""
+    folder = make_tiny(tmp_path_factory.mktemp("qwen2"), family="qwen2")
+    model = causal_model(folder)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(folder)
+    return folder
+
+
+def plain(model: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    """Return loss and gradients by transformers and PEFT alone, one sample at a time."""
+    total = 0.0
+    for example in examples():
+        ids = torch.tensor([example.input_ids])
+        logits = model(input_ids=ids).logits[0, :-1].double()
+        losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+        loss = (losses * torch.tensor(example.weights[1:])).sum()
+        loss.backward()
+        total += float(loss.detach())
+    return total, gradients(model)
+
+
+def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in other.items():
+        torch.testing.assert_close(
+            one[name], value, rtol=1e-4, atol=1e-5 * max(1.0, float(value.norm()))
+        )
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    ("base", "targets"),
+    [
+        ("folder", "all-linear"),
+        ("folder", ("q_proj", "v_proj", "down_proj")),
+        ("qwen2", "all-linear"),
+        ("qwen2", ("q_proj", "v_proj", "down_proj")),
+        ("untied", HEAD),
+    ],
+)
+def test_packed_and_fused_equals_plain_peft_sample_by_sample(base, targets, fused, request):
+    folder = request.getfixturevalue(base)
+    expected_loss, expected = plain(adapted(folder, targets))
+    model = adapted(folder, targets)
+    if targets == HEAD:
+        adapters.use_working_copies(model)
+    student, notes = make_student(model, packing=True, fused=fused)
+    assert student.packing and not notes
+    assert fused == ("forward" in vars(student.decoder().layers[0]))
+    batch = student.batch(examples())
+    assert len(batch.ids_N) < sum(LENGTHS)  # two samples share their beginning
+    loss = student(batch)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(expected_loss, rel=1e-5)
+    assert_close(gradients(model), expected)
+    assert all(p.grad is None for name, p in model.named_parameters() if "lora" not in name)
+
+
+def test_gradient_checkpointing_changes_nothing(folder):
+    outcomes = []
+    for checkpointing in (False, True):
+        model = adapted(folder)
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        student, _ = make_student(model.train(), fused=True)
+        student(Batch.make(examples())).backward()
+        outcomes.append(gradients(model))
+    one, other = outcomes
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_dropout_and_other_kinds_are_left_to_transformers(folder):
+    def layer(**settings: Any) -> Any:
+        return adapted(folder, **settings).get_base_model().model.layers[0]
+
+    assert not fusible(layer(dropout=0.5))
+    one = layer()
+    assert fusible(one)
+    one.mlp.act_fn = torch.nn.GELU()
+    assert not fusible(one)
+
+
+def test_unfused_layers_compute_as_before(folder):
+    model, ids = adapted(folder), torch.arange(9)[None]
+    before = model(input_ids=ids).logits
+    student, _ = make_student(model, fused=True)
+    unfuse(student.decoder())
+    model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(model(input_ids=ids).logits, before)
+
+
+def test_a_step_of_bfloat16_is_near_the_float32_one(tmp_path):
+    folder = make_tiny(tmp_path, hidden=64)
+    _, expected = plain(adapted(folder))
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+    wrapped = get_peft_model(causal_model(folder, torch.bfloat16), lora)
+    reference = adapters.parameters(adapted(folder))
+    for name, parameter in adapters.parameters(wrapped).items():
+        parameter.data = reference[name].data.clone()
+    student, _ = make_student(wrapped, fused=True)
+    student(Batch.make(examples())).backward()
+    for name, value in gradients(wrapped).items():
+        assert value.dtype == torch.float32
+        assert (value - expected[name]).norm() < 0.1 * expected[name].norm(), name
+
+
+def test_padded_and_packed_batches_have_one_loss(folder):
+    model = adapted(folder)
     packed, _ = make_student(model)
-    found = float(packed(Batch.make(examples())).detach())
+    expected = float(packed(Batch.make(examples())).detach())
     model.set_attn_implementation("sdpa")
     padded, notes = make_student(model, packing=False)
     assert not padded.packing and not notes
-    assert float(padded(Batch.make(examples())).detach()) == pytest.approx(found, rel=1e-5)
+    assert float(padded(Batch.make(examples())).detach()) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_sliding_window_is_padded_and_said(tmp_path):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(MistralConfig(**SIZES, sliding_window=4))
+def test_a_sliding_window_is_padded_and_said():
+    model = causal_model(MistralConfig(**SIZES, sliding_window=4))
     student, notes = make_student(model, fused=True)
     assert not student.packing and "mistral cannot take packed rows" in notes[0]
     assert model.config._attn_implementation == "sdpa"
@@ -44,45 +181,110 @@ def test_a_sliding_window_is_padded_and_said(tmp_path):
 
 
 def test_logits_that_are_capped_behind_the_head_are_refused():
-    torch.manual_seed(0)
     config = Gemma2Config(**SIZES, final_logit_softcapping=0.01)
     with pytest.raises(DistillError, match="scales or caps its logits"):
-        make_student(AutoModelForCausalLM.from_config(config))
+        make_student(causal_model(config))
 
 
-def test_an_idle_batch_weighs_nothing(tmp_path):
-    student, _ = make_student(adapted(make_tiny(tmp_path)))
+def test_an_idle_batch_weighs_nothing(folder):
+    student, _ = make_student(adapted(folder))
     loss = student(Batch.make([]))
     loss.backward()
     assert float(loss.detach()) == 0
 
 
-def test_places_predict_the_next_token():
+def test_an_index_predicts_the_next_token():
     batch = Batch.make(examples(2))
     assert torch.equal(batch.ids_N[batch.indices_S + 1], batch.targets_S)
     first = examples(1)[0]
-    wanted = [i for i, w in zip(first.input_ids, first.weights, strict=True) if w]
-    assert batch.targets_S[: len(wanted)].tolist() == wanted
+    supervised = [i for i, w in zip(first.input_ids, first.weights, strict=True) if w]
+    assert batch.targets_S[: len(supervised)].tolist() == supervised
 
 
-def test_answer_loss_is_transformers_own_in_the_order_of_the_pairs(tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(make_tiny(tmp_path)).eval()
-    tokenizer, rows = make_tokenizer(), pairs(9)
+def test_answer_loss_is_transformers_own_in_the_order_of_the_pairs(folder):
+    model, tokenizer, rows = causal_model(folder).eval(), make_tokenizer(), pairs(9)
     longest = max(len(encode_pair(tokenizer, p, DATE).input_ids) for p in rows)
-    found = answer_loss(model, tokenizer, rows, DATE, max_length=longest - 1)
+    results = answer_loss(model, tokenizer, rows, DATE, max_length=longest - 1)
     assert model.config._attn_implementation == "sdpa"
-    assert found.count(AnswerLoss(loss=0.0, tokens=0, hits=0)) >= 1
-    for pair, reading in zip(rows, found, strict=True):
-        total, count, hits = reading.loss, reading.tokens, reading.hits
+    nothing = AnswerLoss(loss=0.0, tokens=0, hits=0)
+    assert results.count(nothing) >= 1
+    for pair, result in zip(rows, results, strict=True):
         example = encode_pair(tokenizer, pair, DATE)
         if len(example.input_ids) == longest:
-            assert (total, count, hits) == (0.0, 0, 0)
+            assert result == nothing
             continue
         ids = torch.tensor([example.input_ids])
         labels = torch.where(torch.tensor([example.weights]) > 0, ids, -100)
         with torch.no_grad():
             whole = model(input_ids=ids, labels=labels)
-        mean, likeliest = float(whole.loss), whole.logits[:, :-1].argmax(-1)
-        assert count == sum(example.weights)
-        assert total == pytest.approx(mean * count, rel=1e-4)
-        assert hits == int((likeliest == labels[:, 1:]).sum())
+        assert result.tokens == sum(example.weights)
+        assert result.loss == pytest.approx(float(whole.loss) * result.tokens, rel=1e-4)
+        assert result.hits == int((whole.logits[:, :-1].argmax(-1) == labels[:, 1:]).sum())
+
+
+def test_gradients_of_soft_labels_with_an_adapted_head_are_plain_peft_s(untied):
+    model = adapted(untied, HEAD)
+    batch, rows = Batch.make(examples(1)), len(make_tokenizer()) + 5
+    make = torch.Generator().manual_seed(0)
+    teacher = torch.randn(len(batch.indices_S), 8, generator=make)
+    head = torch.randn(rows, 8, generator=make)
+    logits = model(input_ids=batch.ids_N[None]).logits[0, batch.indices_S]
+    logs, aims = torch.log_softmax(logits, -1), torch.softmax(teacher @ head.t(), -1)
+    kl = (aims * (aims.log() - logs)).sum()
+    loss = 0.5 * kl - 0.5 * logs.gather(1, batch.targets_S[:, None]).sum()
+    loss.backward()
+    expected, again = gradients(model), adapted(untied, HEAD)
+    student, _ = make_student(again)
+    student.labels = SimpleNamespace(settings=Loss(ce=0.5, forward_kl=0.5))  # pyright: ignore[reportAttributeAccessIssue]
+    total, _, divergence = student(replace(batch, soft=Live(teacher, head, rows)))
+    total.backward()
+    assert float(total.detach()) == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert float(divergence.detach()) == pytest.approx(float(kl.detach()), rel=1e-5)
+    assert_close(gradients(again), expected)
+
+
+def test_an_adapted_head_is_the_same_in_chunks(untied):
+    model, outcomes = adapted(untied, HEAD), []
+    student, _ = make_student(model)
+    batch = Batch.make(examples())
+    for chunk in (7, 1000):
+        model.zero_grad()
+        inputs = (student.states(batch), student.matrices(), batch.targets_S, batch.weights_S)
+        cross_entropy(*inputs, chunk=chunk)[0].backward()
+        outcomes.append(gradients(model))
+    assert_close(*outcomes)
+
+
+def test_a_head_without_its_adapter_is_found_by_the_probe(untied, monkeypatch):
+    monkeypatch.setattr(StudentModel, "widen", lambda self, hidden: hidden)
+    monkeypatch.setattr(StudentModel, "matrices", lambda self: (self._head[0].weight,))
+    with pytest.raises(DistillError, match="logits behind the head"):
+        make_student(adapted(untied, HEAD))
+
+
+def test_answer_losses_and_signals_of_an_adapted_head_are_the_merged_model_s(untied):
+    tokenizer, rows = make_tokenizer(), pairs(3)
+    models = (adapted(untied, HEAD).eval(), adapted(untied, HEAD).eval().merge_and_unload())
+    one, other = (answer_loss(model, tokenizer, rows, DATE, 2048) for model in models)
+    assert [a.loss for a in one] == pytest.approx([a.loss for a in other], rel=1e-5)
+    assert [a.hits for a in one] == [a.hits for a in other]
+    encoded = [encode_pair(tokenizer, pair, DATE) for pair in rows]
+    students = [make_student(model)[0] for model in models]
+    signals = [capture(s, len(tokenizer), encoded, Signals(k=4)) for s in students]
+    masses = (torch.tensor(signal.tail_mass_N) for signal in signals)
+    torch.testing.assert_close(*masses, rtol=1e-4, atol=1e-6)
+    assert signals[0].ids_E.tolist() == signals[1].ids_E.tolist()
+
+
+@pytest.mark.parametrize(
+    ("targets", "what"),
+    [
+        (("q_proj", "lm_head"), "the output head, which is this model's embedding too"),
+        (("embed_tokens",), "the embedding"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused(folder, targets, what, recwarn):
+    with pytest.raises(DistillError, match=what) as error:
+        adapted(folder, targets)
+    assert error.value.code == Exit.TRAINING
+    assert not any("tie_word" in str(warning.message) for warning in recwarn)

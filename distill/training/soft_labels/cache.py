@@ -137,7 +137,7 @@ class SignalKey(NamedTuple):
 
     example: str
     tokens: str
-    count: int
+    length: int
 
 
 class KeyedExample(NamedTuple):
@@ -233,7 +233,7 @@ class SignalChunk:
             raise DistillError(Exit.STATE, self.path, "is damaged", WAY_OUT)
         ends = np.cumsum((0, *self.columns))
         packed = [body[a:b] for a, b in itertools.pairwise(ends)]
-        tokens = sum(row.count for row in self.rows)
+        tokens = sum(row.length for row in self.rows)
         lengths = {"counts_N": tokens, "ids_E": self.listed, "codes_E": self.listed}
         columns = {
             name: _inflate(data, lengths[name], dtype, width)
@@ -242,7 +242,7 @@ class SignalChunk:
         floats = [_inflate(data, tokens, np.float32, 4) for data in packed[len(COLUMNS) :]]
         tails_TN = np.stack(floats[1:]) if floats[1:] else np.zeros((0, tokens), np.float32)
         signal = Signal(**columns, tail_mass_N=floats[0], tails_TN=tails_TN)
-        parts = signal.split([row.count for row in self.rows])
+        parts = signal.split([row.length for row in self.rows])
         return {row.example: part for row, part in zip(self.rows, parts, strict=True)}
 
 
@@ -328,7 +328,7 @@ def chunked(texts: Sequence[KeyedExample]) -> list[list[KeyedExample]]:
             parts.append([])
             tokens = 0
         parts[-1].append(text)
-        tokens += text.key.count
+        tokens += text.key.length
     return parts
 
 

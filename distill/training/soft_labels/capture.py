@@ -80,7 +80,7 @@ def main(config: Config, run: Run) -> None:
     cache.check([text.key for text in texts])
     rows = {e.response_id: text.key for e, text in zip(examples, texts, strict=True)}
     write_json(run.path("signals.json"), {"teacher": facts, "cache": cache.teacher, "rows": rows})
-    tokens, fresh = (sum(text.key.count for text in some) for some in (texts, missing))
+    tokens, fresh = (sum(text.key.length for text in some) for some in (texts, missing))
     run.note("signals", {"model": teacher.model, "tokens": tokens, **facts})
     say(f"signals: {tokens:,} tokens of {len(rows):,} answers, {fresh:,} of them read now")
 
@@ -119,7 +119,7 @@ def require_room(
     """Raise DistillError (exit 5) where signals, and a server's replies, do not fit on the disk."""
     with disk_errors(folder):
         free = shutil.disk_usage(folder).free
-    tokens = sum(text.key.count for text in texts)
+    tokens = sum(text.key.length for text in texts)
     needed = expected_bytes(tokens, settings)
     if replies:
         lengths = [len(text.example.input_ids) for text in texts]
@@ -141,12 +141,12 @@ def fill(
 ) -> None:
     """Read answers a chunk at a time and append each to the cache."""
     reader = load_reader(model, texts)
-    with tracking("signals", sum(text.key.count for text in texts), "tokens") as tracker:
+    with tracking("signals", sum(text.key.length for text in texts), "tokens") as tracker:
         for part in chunked(texts):
             signal = capture(reader, vocabulary, [text.example for text in part], settings)
             cache.append([text.key for text in part], signal)
             run.ledger.spend(input_tokens=sum(len(text.example.input_ids) for text in part))
-            tracker.advance(sum(text.key.count for text in part))
+            tracker.advance(sum(text.key.length for text in part))
 
 
 @torch.inference_mode()

@@ -141,7 +141,7 @@ def require_same(
         if row is None:
             what = f"has no signal of answer {example.response_id}"
             raise DistillError(Exit.TRAINING, path, what, AGAIN)
-        if (row.tokens, row.count) != (digest(ids), len(ids)):
+        if (row.tokens, row.length) != (digest(ids), len(ids)):
             what = f"was made for other tokens of answer {example.response_id}"
             raise DistillError(Exit.TRAINING, path, what, AGAIN)
     spare = rows.keys() - {example.response_id for example in examples}
