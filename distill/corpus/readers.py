@@ -80,34 +80,32 @@ def list_files(path: Path) -> tuple[list[Path], int]:
     return readable, len(files) - len(readable)
 
 
-def read_file(path: Path, shown: str) -> Iterator[SourceRow | Reject]:
-    """Yield the rows of one file, which places call `shown`.
+def read_file(path: Path, source: str) -> Iterator[SourceRow | Reject]:
+    """Yield the rows of one file, called `source` in places.
 
     Raises DistillError (exit 3) where it cannot be read.
     """
     kind = kind_of(path)
     try:
         if kind == ".parquet":
-            yield from _read_parquet(path, shown)
+            yield from _read_parquet(path, source)
             return
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             if kind == ".jsonl":
-                yield from read_lines(file, shown)
+                yield from read_lines(file, source)
             elif kind in DELIMITERS:
-                yield from read_csv(file, shown, DELIMITERS[kind])
+                yield from read_csv(file, source, DELIMITERS[kind])
             else:
-                yield from _read_text(file, shown, html=kind in (".html", ".htm"))
+                yield from _read_text(file, source, html=kind in (".html", ".htm"))
     except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise DistillError(
-            Exit.INPUT, path, "is a damaged or cut-off .gz", "fetch or pack it again"
-        ) from None
+        what, fix = "is a damaged or cut-off .gz", "fetch or pack it again"
+        raise DistillError(Exit.INPUT, path, what, fix) from None
     except OSError as error:
-        raise DistillError(
-            Exit.INPUT, path, error.strerror or str(error), "check the file and its rights"
-        ) from None
+        what, fix = error.strerror or str(error), "check the file and its rights"
+        raise DistillError(Exit.INPUT, path, what, fix) from None
 
 
-def _read_text(file: Bytes, shown: str, html: bool) -> Iterator[SourceRow | Reject]:
+def _read_text(file: Bytes, source: str, html: bool) -> Iterator[SourceRow | Reject]:
     data = file.read(MAX_ROW + 1)
     try:
         if len(data) > MAX_ROW:
@@ -115,9 +113,9 @@ def _read_text(file: Bytes, shown: str, html: bool) -> Iterator[SourceRow | Reje
         text = decode(data)
         if html and "\0" in text:  # which the parser would replace
             raise ValueError("holds a NUL character")
-        yield SourceRow(f"{shown}:1", {"text": html_to_text(text) if html else text})
+        yield SourceRow(f"{source}:1", {"text": html_to_text(text) if html else text})
     except ValueError as error:
-        yield Reject(where=f"{shown}:1", reason=str(error))
+        yield Reject(where=f"{source}:1", reason=str(error))
 
 
 def decode(data: bytes) -> str:
@@ -128,45 +126,44 @@ def decode(data: bytes) -> str:
         raise ValueError(f"not UTF-8 at byte {error.start}") from None
 
 
-def read_lines(file: Bytes, shown: str) -> Iterator[SourceRow | Reject]:
+def read_lines(file: Bytes, source: str) -> Iterator[SourceRow | Reject]:
     """Yield the rows of JSON lines; memory stays bounded by the longest allowed row."""
-    number = 0
-    while line := file.readline(MAX_ROW + 1):
-        number += 1
-        where, fits = f"{shown}:{number}", len(line) <= MAX_ROW
-        while not line.endswith(b"\n") and not fits and (line := file.readline(MAX_ROW)):
-            pass
-        if not fits:
-            yield Reject(where=where, reason=f"longer than {MAX_ROW:,} bytes")
-        elif line.strip():
-            yield _parse_line(line, where)
-
-
-def _parse_line(line: bytes, where: str) -> SourceRow | Reject:
-    """Parse an object whose keys are unique: of equal ones, JSON does not say which counts."""
 
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is no JSON value")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
-        if len(value) < len(pairs):
+        if len(value) < len(pairs):  # JSON does not say which of equal keys counts
             counts = Counter(key for key, _ in pairs)
             raise ValueError(f"key {counts.most_common(1)[0][0][:60]!a} stands twice")
         return value
 
-    try:
-        value = json.loads(decode(line), parse_constant=refuse, object_pairs_hook=unique)
-    except RecursionError:
-        return Reject(where=where, reason="nested too deeply")
-    except ValueError as error:
-        return Reject(where=where, reason=f"not JSON: {error}"[:200])
-    if not isinstance(value, dict):
-        return Reject(where=where, reason=f"not an object but {type(value).__name__}")
-    return SourceRow(where, value)
+    number = 0
+    while line := file.readline(MAX_ROW + 1):
+        number += 1
+        where, reason, value = f"{source}:{number}", "", None
+        if len(line) > MAX_ROW:
+            reason = f"longer than {MAX_ROW:,} bytes"
+            while not line.endswith(b"\n") and (line := file.readline(MAX_ROW)):
+                pass
+        elif not line.strip():
+            continue
+        else:
+            try:
+                value = json.loads(decode(line), parse_constant=refuse, object_pairs_hook=unique)
+            except RecursionError:
+                reason = "nested too deeply"
+            except ValueError as error:
+                reason = f"not JSON: {error}"[:200]
+        if isinstance(value, dict):
+            yield SourceRow(where, value)
+        else:
+            reason = reason or f"not an object but {type(value).__name__}"
+            yield Reject(where=where, reason=reason)
 
 
-def read_csv(file: Bytes, shown: str, delimiter: str) -> Iterator[SourceRow | Reject]:
+def read_csv(file: Bytes, source: str, delimiter: str) -> Iterator[SourceRow | Reject]:
     """Yield the rows of CSV or TSV; a row whose quote does not close costs that row alone.
 
     Such a row is rejected at the line where it begins, and reading goes on at the line after it, so
@@ -215,7 +212,7 @@ def read_csv(file: Bytes, shown: str, delimiter: str) -> Iterator[SourceRow | Re
         elif reason:
             reason = f"not CSV: {reason}"
         if reason:
-            where = f"{shown}:{number + 1}"
+            where = f"{source}:{number + 1}"
             if names is None:
                 raise DistillError(Exit.INPUT, where, f"the head is {reason}", "correct the line")
             yield Reject(where=where, reason=reason)
@@ -227,7 +224,7 @@ def read_csv(file: Bytes, shown: str, delimiter: str) -> Iterator[SourceRow | Re
             rows = csv.reader(iter(next_line, ""), delimiter=delimiter, strict=True)
             continue
         number += len(lines)
-        where = f"{shown}:{number}"
+        where = f"{source}:{number}"
         if names is None and any(field.strip() for field in fields):
             names = [name if name.strip() else "" for name in fields]
             _refuse_same_columns(names, where)
@@ -246,7 +243,7 @@ def _refuse_same_columns(names: list[str], where: object) -> None:
         raise DistillError(Exit.INPUT, where, what, "give each column a name of its own")
 
 
-def _read_parquet(path: Path, shown: str) -> Iterator[SourceRow | Reject]:
+def _read_parquet(path: Path, source: str) -> Iterator[SourceRow | Reject]:
     import pyarrow  # costs a second to import, and few need it
     import pyarrow.parquet
 
@@ -256,7 +253,7 @@ def _read_parquet(path: Path, shown: str) -> Iterator[SourceRow | Reject]:
         for batch in file.iter_batches(batch_size=1024):
             for value in batch.to_pylist():
                 number += 1
-                yield SourceRow(f"{shown}:{number}", value)
+                yield SourceRow(f"{source}:{number}", value)
     except (pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
         what = f"is no readable Parquet file: {str(error).splitlines()[0][:120]}"
         raise DistillError(Exit.INPUT, path, what, "write it again") from None
@@ -278,9 +275,8 @@ def read_dataset(reference: str, config: str | None, split: str) -> Iterator[Sou
         else:
             rows = datasets.load_dataset(reference, config, split=split)
     except KeyError:
-        raise DistillError(
-            Exit.INPUT, reference, f"has no split {split}", "set corpus.dataset_split"
-        ) from None
+        what, fix = f"has no split {split}", "set corpus.dataset_split"
+        raise DistillError(Exit.INPUT, reference, what, fix) from None
     except (OSError, ValueError, RuntimeError) as error:
         what = f"could not be loaded: {str(error).splitlines()[0][:160]}"
         fix = "check the name and the connection, or set corpus.path to a file"

@@ -1,1 +1,1 @@
-"""Answers: responders, the store of what they said, and the filters."""
+"""The teacher's answers, and the filters that choose what is trained on."""
