@@ -68,13 +68,13 @@ class Ask:
         Raises DistillError (exit 4) where every request failed, which is the fault of none of them.
         """
         answered: dict[str, Response] = {}
-        responses = [
-            answered[request.id].model_copy(update={"prompt_id": request.prompt_id})
-            if request.id in answered
-            else self.store.response(request)  # how it failed, or what another process stored
-            for request in self.fetch(requests, title, answered)
-        ]
-        if responses and all(response.stop == "error" for response in responses):
+        responses, failed = list[Response](), 0
+        for request in self.fetch(requests, title, answered):
+            # without one it is told how the request failed, or another process has stored one since
+            response = answered.get(request.id) or self.store.response(request)
+            responses.append(response.model_copy(update={"prompt_id": request.prompt_id}))
+            failed += response.stop == "error"
+        if responses and failed == len(responses):
             what = f"all {len(responses)} requests failed, the last: {responses[-1].error}"
             fix = "see to the server, then ask again with --redo"
             raise DistillError(Exit.TEACHER, self.responder.model, what, fix)

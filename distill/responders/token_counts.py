@@ -50,11 +50,9 @@ def recounted(
     estimate by bytes stays. The account of what was paid does not use it: there such an answer is
     in doubt.
     """
-    if not any(response.usage.estimated for response in responses):
-        return list(responses)
-    count, counted = token_counter(model), []
+    counted = list[Response]()
     for response, request in zip(responses, requests, strict=True):
-        if count and response.usage.estimated:
+        if response.usage.estimated and (count := token_counter(model)):
             tokens = {
                 "input_tokens": sum(count(message.content) for message in request.messages),
                 "output_tokens": count((response.reasoning or "") + response.text),
