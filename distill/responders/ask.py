@@ -70,7 +70,7 @@ class Ask:
         answered: dict[str, Response] = {}
         responses, failed = list[Response](), 0
         for request in self.fetch(requests, title, answered):
-            # without one it is told how the request failed, or another process has stored one since
+            # where none came: how the request failed, or what another process has stored since
             response = answered.get(request.id) or self.store.response(request)
             responses.append(response.model_copy(update={"prompt_id": request.prompt_id}))
             failed += response.stop == "error"

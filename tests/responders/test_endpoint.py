@@ -31,6 +31,7 @@ from distill.storage.files import read_records
 from distill.storage.run_folder import Run
 from tests.support.asking import answer_all
 from tests.support.buying import (
+    ANSWER,
     KEY,
     MODEL,
     always,
@@ -41,7 +42,7 @@ from tests.support.buying import (
     make_run,
     settings,
 )
-from tests.support.fake_teacher import PRICE, PRICES, FakeTeacher, Reply, answer, bomb
+from tests.support.fake_teacher import PRICE, PRICES, FakeTeacher, Reply, bomb
 
 
 @pytest.fixture(autouse=True)
@@ -239,16 +240,15 @@ def test_c5_time_and_size_are_bounded(tmp_path: Path, manner: str) -> None:
     assert doubt.most and doubt.most >= teacher.bill
 
 
-WHOLE = answer({"model": MODEL, "messages": [{"role": "user", "content": "q0 please"}]})
 UNREADABLE = {
-    "cut": WHOLE[:50],
-    "NaN": WHOLE.replace(b'"index": 0', b'"index": NaN'),
+    "cut": ANSWER[:50],
+    "NaN": ANSWER.replace(b'"index": 0', b'"index": NaN'),
     "no object": b"[1, 2]",
     "a number": b"7",
-    "wrong type": WHOLE.replace(b'"the answer to q0 please"', b"7"),
+    "wrong type": ANSWER.replace(b'"the answer to q0 please"', b"7"),
     "no choices": b'{"choices": []}',
-    "null": WHOLE.replace(b'"the answer to q0 please"', b"null"),
-    "not UTF-8": WHOLE.replace(b"answer", b"ans\xff"),
+    "null": ANSWER.replace(b'"the answer to q0 please"', b"null"),
+    "not UTF-8": ANSWER.replace(b"answer", b"ans\xff"),
     "deep": b'{"choices": ' + b"[" * 100_000,
     "long number": b'{"choices": [{"index": ' + b"9" * 5000 + b"}]}",
 }

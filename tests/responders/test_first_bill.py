@@ -23,8 +23,8 @@ from distill.responders.store import ResponseStore
 from distill.storage.files import read_records
 from distill.storage.run_folder import open_run
 from tests.support.asking import answer_all
-from tests.support.buying import KEY, always, asks, buy, hold_account, make_run, settings
-from tests.support.fake_teacher import PRICE, PRICES, FakeTeacher, Reply, answer, question, usage_of
+from tests.support.buying import ANSWER, KEY, always, asks, buy, hold_account, make_run, settings
+from tests.support.fake_teacher import PRICE, PRICES, FakeTeacher, Reply, question, usage_of
 
 USUAL = PRICE.of(usage_of({"prompt": "q0 please"}))  # what an answer is charged by the price
 MOST = Decimal("0.0013")  # about what one of these requests can cost at most
@@ -384,15 +384,14 @@ def test_h25_questions_that_all_fail_are_exit_4(tmp_path: Path) -> None:
     assert len(teacher.payloads) == 3, "the prompts were not asked"
 
 
-WHOLE = answer({"model": "fake-1", "messages": [{"role": "user", "content": "q0 please"}]})
 KEPT_ALIVE = {
-    "blanks": b" " * 2200 + WHOLE,
-    "lines": b"\n" * 3000 + WHOLE + b"\n\n",
-    "comments": b": OPENROUTER PROCESSING\n\n" * 200 + WHOLE,
-    "comments, CRLF": b": keep-alive\r\n\r\n" * 100 + WHOLE + b"\r\n: done\r\n",
-    "after it": WHOLE + b"\n: keep-alive\n\n: keep-alive",
-    "a mark of order": b"\xef\xbb\xbf\n" + WHOLE,
-    "indented": b" \t\n" * 1000 + json.dumps(json.loads(WHOLE), indent=1).encode(),
+    "blanks": b" " * 2200 + ANSWER,
+    "lines": b"\n" * 3000 + ANSWER + b"\n\n",
+    "comments": b": OPENROUTER PROCESSING\n\n" * 200 + ANSWER,
+    "comments, CRLF": b": keep-alive\r\n\r\n" * 100 + ANSWER + b"\r\n: done\r\n",
+    "after it": ANSWER + b"\n: keep-alive\n\n: keep-alive",
+    "a mark of order": b"\xef\xbb\xbf\n" + ANSWER,
+    "indented": b" \t\n" * 1000 + json.dumps(json.loads(ANSWER), indent=1).encode(),
 }
 
 

@@ -21,8 +21,8 @@ from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.endpoint.sending import origin_of
 from distill.responders.responder import Request, Sampling
 from tests.support.asking import answer_all
-from tests.support.buying import KEY, settings
-from tests.support.fake_teacher import PRICE, FakeTeacher, Reply, answer
+from tests.support.buying import ANSWER, KEY, settings
+from tests.support.fake_teacher import PRICE, FakeTeacher, Reply
 
 CERTIFICATE = (
     Path(__file__).parent.parent / "fixtures" / "self_signed.pem"
@@ -193,19 +193,16 @@ def test_c5_a_head_without_end_or_sense_is_a_fault(tmp_path: Path, head: bytes) 
     assert time.process_time() - started < 10
 
 
-WHOLE = answer({"model": "fake-1", "messages": [{"role": "user", "content": "q0 please"}]})
-
-
 @pytest.mark.parametrize(
     ("encoding", "body", "says"),
     [
-        ("gzip, gzip", gzip.compress(gzip.compress(WHOLE)), "content encoding"),
-        ("br", WHOLE, "content encoding"),
-        ("gzip", WHOLE, "damaged gzip"),
-        ("gzip", gzip.compress(WHOLE)[:-30], "unreadable"),
-        ("deflate", zlib.compress(WHOLE), ""),
-        ("GZIP", gzip.compress(WHOLE), ""),
-        ("identity", WHOLE, ""),
+        ("gzip, gzip", gzip.compress(gzip.compress(ANSWER)), "content encoding"),
+        ("br", ANSWER, "content encoding"),
+        ("gzip", ANSWER, "damaged gzip"),
+        ("gzip", gzip.compress(ANSWER)[:-30], "unreadable"),
+        ("deflate", zlib.compress(ANSWER), ""),
+        ("GZIP", gzip.compress(ANSWER), ""),
+        ("identity", ANSWER, ""),
     ],
 )
 def test_c6_encodings(tmp_path: Path, encoding: str, body: bytes, says: str) -> None:

@@ -23,7 +23,7 @@ from distill.errors import DistillError
 from distill.pipeline import STAGES
 from distill.records import Document, Message, Prompt
 from distill.responders.local import local_model
-from distill.responders.local import workers as crew
+from distill.responders.local import workers as workers_module
 from distill.responders.local.workers import Workers, take_over
 from distill.storage import environment
 from distill.storage.files import write_records
@@ -252,8 +252,8 @@ def test_other_teachers_are_asked_by_one_process(
 def test_machines_and_devices_are_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(DistillError, match="several machines"):
-        crew.check_devices(4)
+        workers_module.check_devices(4)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(DistillError, match="2 processes, 1 GPUs"):
-        crew.check_devices(2)
+        workers_module.check_devices(2)

@@ -14,10 +14,11 @@ from distill.responders.store import ResponseStore
 from distill.storage.files import write_records
 from distill.storage.run_folder import Run
 from tests.support.asking import answer_all
-from tests.support.fake_teacher import PRICE, PRICES, FakeTeacher, Reply, Script
+from tests.support.fake_teacher import PRICE, PRICES, FakeTeacher, Reply, Script, answer
 
 KEY = "canary-3141592653589793"
 MODEL = "fake-1"
+ANSWER = answer({"model": MODEL, "messages": [{"role": "user", "content": "q0 please"}]})
 
 
 def settings(teacher: FakeTeacher | str | tuple[str, ...], **changes: Any) -> EndpointTeacher:
