@@ -202,7 +202,7 @@ class Index:
     def _find_in_batch(
         self, places: list[str], stream: list[str], starts: list[int], alone: set[tuple[int, str]]
     ) -> Iterator[tuple[EvaluatedText, str, str]]:
-        """Yield the matches in texts whose words are one stream; each begins at a `starts`."""
+        """Yield the matches in texts whose words are one stream; `starts` are their positions."""
         seen: set[tuple[int, int]] = set()
 
         def new(number: int, owner: int) -> bool:

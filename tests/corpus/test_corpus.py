@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.config import Config
 from distill.config_file import load_config
 from distill.corpus import corpus
 from distill.corpus.corpus import NearDuplicates, deduplicate, split
@@ -21,19 +20,13 @@ from distill.pipeline import STAGES
 from distill.records import Document
 from distill.storage.files import read_records, sha256_file
 from distill.storage.run_folder import Run
+from tests.support.runs import make_run
 
 STAGE = STAGES[0]
 
 
 def make(folder: Path, **keys: Any) -> Run:
-    tree = {
-        "name": "r",
-        "runs": folder / "runs",
-        "corpus": {"path": folder / "in", "max_bad_fraction": 0.5} | keys,
-        "teacher": {"model": "t"},
-        "student": {"model": "s"},
-    }
-    return Run(Config.model_validate(tree))
+    return make_run(folder, corpus={"path": folder / "in", "max_bad_fraction": 0.5} | keys)
 
 
 def write_rows(folder: Path, rows: list[Any], name: str = "rows.jsonl") -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.config import Config, Questions
+from distill.config import Questions
 from distill.config_file import load_config, parse_yaml, read_text
 from distill.corpus import prompts
 from distill.corpus.clean import INSTRUCTIONS, break_up
@@ -29,6 +29,7 @@ from distill.records import SPLITS, Document, Prompt, Response, Split
 from distill.storage.files import read_records, write_records
 from distill.storage.run_folder import Run
 from distill.tasks.task import load_task, tasks_of_run
+from tests.support.runs import make_run
 from tests.support.tiny import make_tokenizer
 
 STAGE = STAGES[1]
@@ -36,25 +37,14 @@ THREE = ("summary", "api_json", "example")
 
 
 def make(folder: Path, documents: list[Document], **keys: Any) -> Run:
-    tree = {
-        "name": "r",
-        "runs": folder / "runs",
-        "corpus": {"source": "python-docs"},
-        "prompts": keys,
-        "teacher": {"model": "t"},
-        "student": {"model": "s"},
-    }
-    run = Run(Config.model_validate(tree))
+    run = make_run(folder, corpus={"source": "python-docs"}, prompts=keys)
     write_records(run.path("documents.jsonl"), documents)
     return run
 
 
 def api(n: int, split: Split = "train") -> Document:
-    text, meta = (
-        f"module.name{n}(x)\n\nDocumentation {n}.",
-        {"name": f"module.name{n}", "parent": "p"},
-    )
-    return Document.make(text, f"python-docs:{n}", meta, split)
+    text, meta = f"module.name{n}(x)\n\nDocumentation {n}.", {"name": f"module.name{n}"}
+    return Document.make(text, f"python-docs:{n}", meta | {"parent": "p"}, split)
 
 
 def rows(*values: dict[str, Any]) -> list[Document]:

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from distill.config import Config, Filters
+from distill.config import Filters
 from distill.errors import DistillError, Exit
 from distill.generation import filters
 from distill.records import Document, Message, Pair, Prompt, Response, Split, Stop, Usage
 from distill.storage.files import read_json, read_records, write_records
 from distill.storage.run_folder import Run
+from tests.support.runs import make_run
 
 JSON = json.dumps({"name": "f", "purpose": "p", "parameters": [], "returns": None})
 
@@ -111,18 +112,9 @@ def test_of_several_samples_all_that_pass_and_differ_stay() -> None:
     assert [row.reason for row in dropped] == ["failed checker", "same answer again"]
 
 
-def make_run(folder: Path, answers: dict[Split, list[str]], **settings: Any) -> tuple[Config, Run]:
+def with_answers(folder: Path, answers: dict[Split, list[str]]) -> Run:
     """Return a run whose inputs hold the answers of each split."""
-    tree = {
-        "name": "r",
-        "runs": folder,
-        "corpus": {"path": "x"},
-        "teacher": {"model": "t"},
-        "student": {"model": "s"},
-        "filters": settings,
-    }
-    config = Config.model_validate(tree)
-    run = Run(config)
+    run = make_run(folder)
     documents, prompts, responses = [], [], []
     for split, texts in answers.items():
         for place, text in enumerate(texts):
@@ -135,7 +127,7 @@ def make_run(folder: Path, answers: dict[Split, list[str]], **settings: Any) -> 
     write_records(run.path("prompts.jsonl"), prompts[:1])
     write_records(run.path("questions.jsonl"), prompts[1:])
     write_records(run.path("responses.jsonl"), responses)
-    return config, run
+    return run
 
 
 def test_the_stage_keeps_reasons_and_counts(tmp_path: Path, capsys: Any) -> None:
@@ -144,8 +136,8 @@ def test_the_stage_keeps_reasons_and_counts(tmp_path: Path, capsys: Any) -> None
         "validation": ["", "c"],
         "heldout": ["", "I cannot help."],
     }
-    config, run = make_run(tmp_path, answers)
-    filters.main(config, run)
+    run = with_answers(tmp_path, answers)
+    filters.main(run.config, run)
     sizes = {
         split: len(read_records(run.path(f"dataset/{split}.jsonl"), Pair)) for split in answers
     }
@@ -162,9 +154,9 @@ def test_the_stage_keeps_reasons_and_counts(tmp_path: Path, capsys: Any) -> None
 
 
 def test_no_row_left_names_the_biggest_reason(tmp_path: Path) -> None:
-    config, run = make_run(tmp_path, {"train": ["", "", "I cannot help."], "heldout": ["x"]})
+    run = with_answers(tmp_path, {"train": ["", "", "I cannot help."], "heldout": ["x"]})
     with pytest.raises(DistillError, match="no row is left: 2 of 4 were empty") as caught:
-        filters.main(config, run)
+        filters.main(run.config, run)
     assert caught.value.code == Exit.INPUT
     assert run.path("dropped.jsonl").exists() and run.path("funnel.json").exists()
 
@@ -187,11 +179,11 @@ def test_what_holds_a_held_out_prompt_is_not_trained_on(tmp_path: Path) -> None:
         "train": ["fine", f"You ask: {question.upper()} In 1907."],
         "heldout": ["x"],
     }
-    config, run = make_run(tmp_path, answers)
+    run = with_answers(tmp_path, answers)
     prompts = read_records(run.path("questions.jsonl"), Prompt)
     asked = prompts[-1].model_copy(update={"messages": (Message(role="user", content=question),)})
     write_records(run.path("questions.jsonl"), [*prompts[:-1], asked])
-    filters.main(config, run)
+    filters.main(run.config, run)
     (dropped,) = read_records(run.path("dropped.jsonl"), filters.Dropped)
     assert dropped.reason == "holds a held-out item" and "1907" in dropped.text
     assert len(read_records(run.path("dataset/heldout.jsonl"), Pair)) == 1

@@ -20,6 +20,7 @@ from distill.responders.store import ResponseStore
 from distill.storage.files import read_records, write_records
 from distill.storage.run_folder import Run
 from tests.support.asking import answer_all
+from tests.support.runs import make_run
 from tests.support.tiny import make_tiny
 
 STAGE = next(stage for stage in STAGES if stage.name == "generate")
@@ -58,27 +59,14 @@ def test_answers_come_in_the_order_of_the_requests(tmp_path: Path) -> None:
 
 
 def test_nothing_is_asked_twice(tmp_path: Path) -> None:
-    first, second = Counting(), Counting()
-    answer_all(first, asks(4), tmp_path)
-    answer_all(second, asks(6), tmp_path)
-    answer_all(second, asks(6), tmp_path)
-    assert (first.asked, second.asked) == (4, 2)
-
-
-def test_a_failure_keeps_what_came_before(tmp_path: Path) -> None:
+    first, second, third = Counting(fail_after=3), Counting(), Counting()
     with pytest.raises(DistillError, match="gone"):
-        answer_all(Counting(fail_after=3), asks(5), tmp_path)
-    again = Counting()
-    assert len(answer_all(again, asks(5), tmp_path)) == 5 and again.asked == 2
-
-
-def test_a_stored_answer_goes_to_the_prompt_that_asks(tmp_path: Path) -> None:
-    responder = Counting()
-    request = asks(1)[0]
-    answer_all(responder, [request], tmp_path)
-    other = request.model_copy(update={"prompt_id": "elsewhere"})
-    assert answer_all(responder, [other], tmp_path)[0].prompt_id == "elsewhere"
-    assert responder.asked == 1
+        answer_all(first, asks(4), tmp_path)
+    assert len(answer_all(second, asks(6), tmp_path)) == 6
+    assert second.asked == 3, "a failure keeps what came before"
+    elsewhere = asks(1)[0].model_copy(update={"prompt_id": "elsewhere"})
+    (response,) = answer_all(third, [elsewhere], tmp_path)
+    assert response.prompt_id == "elsewhere" and third.asked == 0
 
 
 def test_keys_hold_origin_messages_and_sampling_but_not_the_prompt() -> None:
@@ -155,19 +143,9 @@ def test_another_run_finishes_a_plan_that_it_shares(tmp_path: Path) -> None:
         assert sum(1 for _ in log.keys("response")) == 4
 
 
-def make_run(folder: Path, **teacher: Any) -> tuple[Config, Run]:
+def with_prompts(folder: Path, **teacher: Any) -> tuple[Config, Run]:
     """Return a run with six prompts, one of them held out and one for validation."""
-    config = Config.model_validate(
-        {
-            "name": "r",
-            "runs": folder / "runs",
-            "corpus": {"path": "x"},
-            "teacher": teacher,
-            "terms": {"basis": "weights made by this test"},
-            "student": {"model": "s"},
-        }
-    )
-    run = Run(config)
+    run = make_run(folder, teacher=teacher, terms={"basis": "weights made by this test"})
     splits: list[Split] = ["train", "train", "train", "train", "validation", "heldout"]
     documents = [
         Document.make(f"text {i}", "x", {"recorded_answer": f"r{i}"}, split)
@@ -179,12 +157,12 @@ def make_run(folder: Path, **teacher: Any) -> tuple[Config, Run]:
     ]
     write_records(run.path("documents.jsonl"), documents)
     write_records(run.path("prompts.jsonl"), prompts)
-    return config, run
+    return run.config, run
 
 
 def test_the_stage_asks_n_samples_for_training_only(tmp_path: Path) -> None:
     folder = make_tiny(tmp_path / "m", hidden=16)
-    _, run = make_run(tmp_path, model=str(folder), n=3, temperature=1.0, max_new_tokens=4)
+    _, run = with_prompts(tmp_path, model=str(folder), n=3, temperature=1.0, max_new_tokens=4)
     run.perform(STAGE)
     responses = read_records(run.path("responses.jsonl"), Response)
     assert [r.sample for r in responses] == [0, 1, 2] * 4 + [0, 0]
@@ -194,7 +172,7 @@ def test_the_stage_asks_n_samples_for_training_only(tmp_path: Path) -> None:
 
 def test_a_second_run_loads_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_tiny(tmp_path / "m", hidden=16)
-    config, run = make_run(tmp_path, model=str(folder), max_new_tokens=4)
+    config, run = with_prompts(tmp_path, model=str(folder), max_new_tokens=4)
     generate.main(config, run)
     first = run.path("responses.jsonl").read_bytes()
 
@@ -207,7 +185,7 @@ def test_a_second_run_loads_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_recorded_answers_become_responses(tmp_path: Path) -> None:
-    _, run = make_run(tmp_path, kind="recorded", model="gpt-x", dollars="1.50")
+    _, run = with_prompts(tmp_path, kind="recorded", model="gpt-x", dollars="1.50")
     run.perform(STAGE)
     responses = read_records(run.path("responses.jsonl"), Response)
     assert [r.text for r in responses] == [f"r{i}" for i in range(6)]
@@ -216,7 +194,7 @@ def test_recorded_answers_become_responses(tmp_path: Path) -> None:
 
 
 def test_the_teacher_writes_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, run = make_run(tmp_path, kind="canned", answers=str(tmp_path / "a.jsonl"))
+    config, run = with_prompts(tmp_path, kind="canned", answers=str(tmp_path / "a.jsonl"))
     questions = {"kinds": ["factual"], "per_document": 2}
     config = Config.model_validate({**config.resolved(), "prompts": {"questions": questions}})
     replies = "1. What is the colour of the sky at noon?\n2. What colour is grass in the spring?"

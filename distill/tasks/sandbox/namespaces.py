@@ -203,7 +203,7 @@ def confine(seconds: float, megabytes: int) -> None:
 
 
 def filter_program(machine: str) -> bytes:
-    """Return a seccomp filter, in instructions of 8 bytes, for this architecture only."""
+    """Return a seccomp filter, in instructions of 8 bytes: it allows all but what is refused."""
     column = list(AUDIT).index(machine)
     numbers = [pair[column] for pair in REFUSED.values() if pair[column] >= 0]
     no = (RETURN, 0, 0, REFUSE | errno.EPERM)
