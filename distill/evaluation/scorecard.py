@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator
 
-from distill.evaluation.claims import Conclusion, conclude
+from distill.evaluation.claims import Conclusion, conclude, why_few_decide_nothing
 from distill.evaluation.measurements import CardRecord, Comparison, Difference, Model
 
 Way = Literal["replace_all", "try_then_escalate", "perfect_router"]
@@ -287,3 +287,9 @@ class Scorecard(Comparison):
     def confidence(self) -> float:
         """Return the confidence of the intervals."""
         return self.environment.settings.confidence
+
+    @property
+    def few_documents(self) -> str:
+        """Say once why so few documents decide nothing; empty where they are enough."""
+        settings = self.environment.settings
+        return why_few_decide_nothing(self.overall.documents if self.overall else settings.documents)

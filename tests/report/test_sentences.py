@@ -13,14 +13,14 @@ import pytest
 from distill.economics.costs import Tariff
 from distill.economics.savings import NEEDS_ANSWER, Assumptions, economics
 from distill.evaluation import results, scorers
-from distill.evaluation.measurements import Difference, MetricRow
+from distill.evaluation.measurements import MODELS, Difference, MetricRow, ModelFacts
 from distill.evaluation.scorecard import Costs, Economics, Scorecard, TeacherPrice
 from distill.evaluation.scorers import HeldOutRequest
 from distill.evaluation.statistics import Certainty
 from distill.publishing.gate import evidence
 from distill.records import Item, Message, Prompt, Response, Usage
 from distill.report import tables
-from distill.report.render import environment
+from distill.report.render import environment, parts
 from tests.economics.test_savings import ASSUMED, CERTAINTY, MACHINE, SIXTEEN, asked, reckon
 
 SAY = environment(markdown=True).globals["say"]
@@ -90,6 +90,11 @@ def test_few_documents_leave_sentence_table_gap_and_gate_undecided() -> None:
         (finding,) = evidence(Scorecard(overall=worse))
         assert what in finding.what
     assert not evidence(Scorecard(overall=few))
+    models = {model: ModelFacts(name=model) for model in MODELS}
+    for measured, count in ((few, 1), (many, 0)):
+        card = Scorecard(models=models, overall=measured, agreement={"chrf": measured})
+        text = " ".join(parts(card).values())
+        assert text.count("It takes 6 documents to decide a difference") == count, "said once"
 
 
 def test_few_documents_save_nothing_for_sure_and_are_never_paid_back() -> None:
