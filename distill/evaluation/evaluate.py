@@ -28,6 +28,7 @@ from distill.evaluation.scorers import (
     AnswersByModel,
     Measured,
     by_checker,
+    measure_agreement,
     measure_task,
     requests_of,
     score_suite,
@@ -160,13 +161,14 @@ def measure(config: Config, run: Run, suites: Sequence[Suite], overlap: Overlap)
     tests = acceptance_tests(clean_rows, clean_answers, find, verdicts)
     write_records(run.path("requests.jsonl"), requests_of(clean, clean_answers, tests))
     comparison = results.results_of(clean_rows, certainty)
+    alike = measure_agreement(clean, clean_answers)
     evaluation = EvaluationResult(
         models=read_json(run.path("answers/models.json")),
         tasks=comparison.tasks,
         overall=comparison.overall,
-        agreement=results.agreement_rows(clean, clean_answers, losses, certainty),
+        agreement=results.agreement_of(alike, clean, losses, certainty),
         lengths={m: results.answer_lengths(a.values()) for m, a in clean_answers.items()},
-        samples=tuple(results.samples(clean, clean_rows.values(), clean_answers)),
+        samples=tuple(results.samples(clean_rows.values(), alike, clean_answers)),
         contamination=contamination(items, overlap, rows, certainty),
         suites={s.name: measure_suite(config, run, s, certainty, overlap) for s in suites},
         judge=judge,

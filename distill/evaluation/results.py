@@ -25,13 +25,7 @@ from distill.evaluation.measurements import (
     Sample,
 )
 from distill.evaluation.scorecard import Failures, WorstAnswer
-from distill.evaluation.scorers import (
-    NO_TEACHER,
-    SHARE,
-    AnswersByModel,
-    Measured,
-    measure_agreement,
-)
+from distill.evaluation.scorers import NO_TEACHER, SHARE, AnswersByModel, Measured
 from distill.evaluation.statistics import (
     Bounds,
     Certainty,
@@ -184,9 +178,9 @@ def results_of(rows: Mapping[str, Measured], certainty: Certainty) -> Results:
     )
 
 
-def agreement_rows(
+def agreement_of(
+    alike: Measured,
     items: Sequence[Item],
-    answers: AnswersByModel,
     losses: Mapping[str, Sequence[AnswerLoss]],
     certainty: Certainty,
 ) -> dict[str, MetricRow]:
@@ -194,7 +188,7 @@ def agreement_rows(
     nats = {m: [(row.loss, row.tokens) for row in rows] for m, rows in losses.items()}
     hits = {m: [(float(row.hits), row.tokens) for row in rows] for m, rows in losses.items()}
     return {
-        "chrf": row_of(measure_agreement(items, answers), certainty),
+        "chrf": row_of(alike, certainty),
         "nats_per_token": token_row(LOSS, items, nats, certainty),
         "top1": token_row(TOP, items, hits, certainty, SHARE),
     }
@@ -250,18 +244,16 @@ def answer_lengths(answers: Iterable[Response]) -> AnswerLengths:
     )
 
 
-def samples(
-    items: Sequence[Item], rows: Iterable[Measured], answers: AnswersByModel
-) -> Iterator[Sample]:
+def samples(rows: Iterable[Measured], alike: Measured, answers: AnswersByModel) -> Iterator[Sample]:
     """Yield the student's best, typical and worst answer to each task, with all models' answers.
 
     Ranked by the task's own score, then by likeness to the teacher; typical is the median.
     """
-    alike = measure_agreement(items, answers).values("student")
+    likeness = alike.values("student")
     for measured in rows:
         value = measured.values("student")
         ranked = sorted(
-            measured.items, key=lambda i: (value.get(i.id) or 0.0, alike.get(i.id) or 0.0, i.id)
+            measured.items, key=lambda i: (value.get(i.id) or 0.0, likeness.get(i.id) or 0.0, i.id)
         )
         best, typical = len(ranked) - 1, len(ranked) // 2
         positions: list[tuple[Rank, int]] = [("best", best), ("typical", typical), ("worst", 0)]

@@ -292,4 +292,6 @@ class Scorecard(Comparison):
     def few_documents(self) -> str:
         """Say once why so few documents decide nothing; empty where they are enough."""
         settings = self.environment.settings
-        return why_few_decide_nothing(self.overall.documents if self.overall else settings.documents)
+        return why_few_decide_nothing(
+            self.overall.documents if self.overall else settings.documents
+        )

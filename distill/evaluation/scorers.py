@@ -20,7 +20,7 @@ from distill.tasks.checkers import GRADED, NEEDS_REFERENCE, check, needs_referen
 
 AnswersByModel = Mapping[str, Mapping[str, Response]]  # model -> item id -> its answer
 Checker = Mapping[str, Any]
-Evidence = tuple[float | None, str | None, str]  # value, what was extracted, and why
+Outcome = tuple[float | None, str | None, str]  # value, what was extracted, and why
 OURS = (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError)
 SHARE, CHRF = Bounds(0.0, 1.0), Bounds(0.0, 100.0)
 NO_TEACHER = "agreement is measured against the teacher's own answer"
@@ -29,7 +29,7 @@ NO_TEACHER = "agreement is measured against the teacher's own answer"
 def passes(item: Item, response: Response | None, checker: Checker, model: str) -> Score:
     """Score 1 where an answer passes the checker, else 0; one that grades gives its value."""
 
-    def judge(response: Response) -> Evidence:
+    def judge(response: Response) -> Outcome:
         if response.stop == "length":
             return 0.0, None, "truncated"
         if needs_reference(checker["kind"]) and not (item.reference or "").strip():
@@ -47,7 +47,7 @@ def passes(item: Item, response: Response | None, checker: Checker, model: str) 
 def agrees(item: Item, response: Response | None, reference: str, model: str) -> Score:
     """Score the likeness to the teacher's answer: chrF from 0 to 100 (Popović 2015)."""
 
-    def judge(response: Response) -> Evidence:
+    def judge(response: Response) -> Outcome:
         if not reference.strip():
             return None, None, "there is no answer of the teacher to compare with"
         chrf = sentence_chrf(response.text, [reference]).score
@@ -57,7 +57,7 @@ def agrees(item: Item, response: Response | None, reference: str, model: str) ->
 
 
 def _score(
-    item: Item, response: Response | None, model: str, judge: Callable[[Response], Evidence]
+    item: Item, response: Response | None, model: str, judge: Callable[[Response], Outcome]
 ) -> Score:
     """Score an answer by `judge`, unless there is no text to judge."""
     if response is None:

@@ -1,4 +1,4 @@
-"""Costs: from measured time and dated prices; what is not known is null with its reason, never 0."""
+"""Costs: from measured time and dated prices; the unknown is null with its reason, never 0."""
 
 from datetime import date
 from decimal import Decimal

@@ -1,4 +1,4 @@
-"""A run in money, from its files: whose price counts, what is hypothetical, what an earlier run had paid for."""
+"""A run in money, from its files: whose price counts, what an earlier run had paid for."""
 
 from decimal import Decimal
 from pathlib import Path

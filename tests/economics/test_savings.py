@@ -1,8 +1,9 @@
-"""The surplus, against a worked example whose every figure was reckoned by hand, and at its edges.
+"""The savings, against a worked example whose every figure was computed by hand, and at its edges.
 
-Twenty requests, each of a document of its own. The teacher is paid $1 a million tokens in and $10 out; a request has 400
-tokens in and 60 out, so it costs $0.001, and 1,000 cost $1. The student takes 0.5 s on a machine of $0.36 an hour that
-works half of its time: $0.0001, and 1,000 cost $0.10. Sixteen of the twenty answers are acceptable.
+Twenty requests, each of a document of its own. The teacher is paid $1 a million tokens in and $10
+out; a request has 400 tokens in and 60 out: $0.001, and 1,000 cost $1. The student takes 0.5 s on a
+machine of $0.36 an hour that works half of its time: $0.0001, and 1,000 cost $0.10. Sixteen of the
+twenty answers are acceptable.
 """
 
 from collections.abc import Sequence

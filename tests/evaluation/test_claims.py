@@ -1,4 +1,4 @@
-"""Tests of differences: exact against a binomial by hand, honest about clusters and seeds, in the bounds they promise."""
+"""Tests of differences: exact against a binomial by hand, honest about clusters and seeds."""
 
 from itertools import product
 

@@ -1,6 +1,7 @@
-"""The evaluate stage on a tiny real model with a real adapter: three models, one set of items, resumable."""
+"""The stage on a tiny real model with a real adapter: three models, held-out items and a suite."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +10,20 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from distill.config import Config
+from distill.config import Config, LocalTeacher
 from distill.errors import DistillError, Exit
 from distill.evaluation import answering, evaluate
-from distill.evaluation.scorers import HeldOutRequest
+from distill.evaluation.scorers import AnswersByModel, HeldOutRequest
 from distill.evaluation.suites import held_out, items_of
 from distill.models import registry
 from distill.records import Document, Message, Pair, Prompt, Response, Score, Timing, Usage
 from distill.storage.files import read_json, read_records, write_records
 from distill.storage.run_folder import Run
 from distill.tasks.task import shipped
+from tests.evaluation.test_suites import make_suite
 from tests.support.tiny import make_tiny
 
-ITEMS = 8
+ITEMS, QUESTIONS = 8, 6  # held out, and of the suite
 
 
 def heldout_pairs() -> list[Pair]:
@@ -29,12 +31,8 @@ def heldout_pairs() -> list[Pair]:
     pairs = []
     for k in range(ITEMS):
         task = ("math_word_problem", "chat")[k % 2]
-        prompt = Prompt.make(
-            (Message(role="user", content=f"What is {k} + 1?"),),
-            f"chunk{k}",
-            task,
-            reference=str(k + 1),
-        )
+        turn = Message(role="user", content=f"What is {k} + 1?")
+        prompt = Prompt.make((turn,), f"chunk{k}", task, reference=str(k + 1))
         usage = Usage(input_tokens=9, output_tokens=4, seconds=0.5)
         answer = Response(
             id=f"r{k}", request_key=f"k{k}", sample=0, prompt_id=prompt.id, model="teacher",
@@ -49,19 +47,18 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny(tmp_path_factory.mktemp("models") / "student")
 
 
-def make_run(folder: Path, student: Path, pairs: list[Pair]) -> Run:
-    """Make a run that has been trained: held-out pairs, documents, and an adapter that changes the student."""
-    config = Config.model_validate(
-        {
-            "name": "tiny",
-            "runs": str(folder),
-            "corpus": {"source": "python-docs"},
-            "teacher": {"kind": "recorded", "model": "somebody/teacher", "max_new_tokens": 12},
-            "student": {"model": str(student), "dtype": "float32"},
-            "evaluation": {"machine": "cpu-2-core", "bootstrap_samples": 500},
-        }
-    )
-    run = Run(config)
+def make_run(folder: Path, student: Path, pairs: list[Pair], **settings: Any) -> Run:
+    """Make a run that has been trained: held-out pairs, documents, an adapter with an effect."""
+    evaluation = {"machine": "cpu-2-core", "bootstrap_samples": 500, **settings}
+    tree = {
+        "name": "tiny",
+        "runs": str(folder),
+        "corpus": {"source": "python-docs"},
+        "teacher": {"kind": "recorded", "model": "somebody/teacher", "max_new_tokens": 12},
+        "student": {"model": str(student), "dtype": "float32"},
+        "evaluation": evaluation,
+    }
+    run = Run(Config.model_validate(tree))
     write_records(run.path("dataset/heldout.jsonl"), pairs)
     documents = [
         Document(id=f"chunk{k}", text="x", source="s", meta={"parent": f"doc{k // 2}"})
@@ -74,60 +71,137 @@ def make_run(folder: Path, student: Path, pairs: list[Pair]) -> Run:
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    wrapped.save_pretrained(run.path("adapter"))
+    wrapped.save_pretrained(str(run.path("adapter")))
     registry.record_base(run.path("adapter"), str(student))
     run.note("corpus", {"corpus_sha256": "ab" * 32, "python": "3.11.9", "documents": ITEMS})
     return run
 
 
-def test_evaluation_measures_three_models_on_the_same_items(tmp_path: Path, student: Path) -> None:
-    run = make_run(tmp_path, student, heldout_pairs())
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory, student: Path) -> Run:
+    """Return an evaluated run with a suite, which no teacher can be asked anew."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    suite = make_suite(folder / "suite")
+    suite.write_text(suite.read_text() + "ask_teacher: true\n")
+    run = make_run(folder / "runs", student, heldout_pairs(), suites=[str(suite)])
     evaluate.main(run.config, run)
-    found = read_json(run.path("evaluation.json"))
-    checked, likeness = found["tasks"]["math_word_problem"], found["tasks"]["chat"]
+    return run
+
+
+@pytest.fixture
+def again(evaluated: Run, tmp_path: Path) -> Run:
+    """Return a copy of the evaluated run, with its store."""
+    folder = shutil.copytree(evaluated.folder.parent, tmp_path / "runs")
+    return Run(evaluated.config.model_copy(update={"runs": folder}))
+
+
+def test_evaluation_measures_three_models_on_the_same_items(evaluated: Run) -> None:
+    evaluation = read_json(evaluated.path("evaluation.json"))
+    checked, likeness = (evaluation["tasks"][name] for name in ("math_word_problem", "chat"))
     assert checked["teacher"] == 1.0 and checked["metric"] == "correct" and checked["n"] == 4
     assert likeness["teacher"] is None and likeness["gap_recovered"]["value"] is None
     assert likeness["gap_recovered"]["reason"]
-    nats = found["agreement"]["nats_per_token"]
+    nats, top = (evaluation["agreement"][name] for name in ("nats_per_token", "top1"))
     assert nats["base"] > 0 and nats["student"] != nats["base"], "the adapter was not applied"
-    assert (
-        found["models"]["student"]["adapter_sha256"]
-        and not found["models"]["base"]["adapter_sha256"]
-    )
-    assert found["models"]["teacher"]["sha256"] is None and found["models"]["teacher"]["reasons"]
-    asked = read_records(run.path("requests.jsonl"), HeldOutRequest)
-    assert sum(r.usage["teacher"].seconds for r in asked) == ITEMS * 0.5
-    assert {r.test for r in asked} == {"correct", None} and not any(r.when_served for r in asked)
+    assert 0 <= top["base"] <= 1 and top["tokens"] == nats["tokens"]
+    models = evaluation["models"]
+    assert models["student"]["adapter_sha256"] and not models["base"]["adapter_sha256"]
+    assert models["teacher"]["sha256"] is None and models["teacher"]["reasons"]
+    requests = read_records(evaluated.path("requests.jsonl"), HeldOutRequest)
+    assert sum(r.usage["teacher"].seconds for r in requests) == ITEMS * 0.5
+    assert {(r.test, r.when_served) for r in requests} == {("correct", False), (None, False)}
     for model in ("base", "student"):
-        (timing,) = read_records(run.path(f"timings/{model}.jsonl"), Timing)
+        (timing,) = read_records(evaluated.path(f"timings/{model}.jsonl"), Timing)
         assert timing.requests == ITEMS and timing.seconds > 0 and timing.read_seconds > 0
-    assert found["corpus"]["python"] == "3.11.9"
-    scores = read_records(run.path("scores/student.jsonl"), Score)
+    assert evaluation["corpus"]["python"] == "3.11.9"
+    scores = read_records(evaluated.path("scores/student.jsonl"), Score)
     assert len(scores) == ITEMS and all(score.reason for score in scores)
-    assert len(read_records(run.path("scores/teacher.jsonl"), Score)) == 4, (
-        "agreement has no teacher"
-    )
+    scores = read_records(evaluated.path("scores/teacher.jsonl"), Score)
+    assert len(scores) == 4, "agreement has no teacher"
 
 
+def test_a_suite_stands_beside_the_held_out_items(evaluated: Run) -> None:
+    evaluation = read_json(evaluated.path("evaluation.json"))
+    suite = evaluation["suites"]["sums"]
+    assert suite["license"] == "none" and suite["tasks"]["sums"]["n"] == QUESTIONS
+    assert evaluation["overall"]["n"] == 4, "its items are not in the headline"
+    row = suite["overall"]
+    assert row["teacher"] is None and row["reasons"]["teacher"] == row["gap_recovered"]["reason"]
+    assert "recorded" in row["reasons"]["teacher"]
+    assert row["student_minus_base"]["mean"] is not None
+    assert len(read_records(evaluated.path("scores/sums/student.jsonl"), Score)) == QUESTIONS
+    assert evaluated.path("scores/sums/items.jsonl").exists()
+
+
+@pytest.mark.parametrize("killed", ["ask_suite", "answer_loss"])
 def test_a_killed_evaluation_asks_nothing_twice_and_ends_the_same(
-    tmp_path: Path, student: Path, monkeypatch: pytest.MonkeyPatch
+    again: Run, evaluated: Run, monkeypatch: pytest.MonkeyPatch, killed: str
 ) -> None:
-    run = make_run(tmp_path, student, heldout_pairs())
+    store = again.folder.parent / ".store/responses"
+    shutil.rmtree(store)
+    shutil.rmtree(again.path("answers"))
 
-    def killed(*_: object) -> None:
+    def kill(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(answering, "answer_loss", killed)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate.main(run.config, run)  # base has answered, nothing else is done
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(answering, killed, kill)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.main(again.config, again)  # base has answered the held-out prompts
+    evaluate.main(again.config, again)
+    (log,) = store.glob("*.jsonl")
+    assert log.read_bytes().count(b" response ") == 2 * (ITEMS + QUESTIONS)
+    first, second = (
+        {k: v for k, v in read_json(run.path("evaluation.json")).items() if k != "environment"}
+        for run in (evaluated, again)
+    )
+    assert json.dumps(first) == json.dumps(second)
+
+
+def test_a_local_teacher_is_asked_where_the_suite_says_so(again: Run, student: Path) -> None:
+    limit = again.config.teacher.max_new_tokens
+    local = LocalTeacher(model=str(student), dtype="float32", max_new_tokens=limit, license="mit")
+    terms = again.config.terms.model_copy(update={"basis": "it is ours"})
+    run = Run(again.config.model_copy(update={"teacher": local, "terms": terms}))
     evaluate.main(run.config, run)
-    stored = sorted((tmp_path / ".store/responses").glob("*.jsonl"))
-    before, first = stored[0].read_bytes(), read_json(run.path("evaluation.json"))
-    assert before.count(b" response ") == 2 * ITEMS
-    evaluate.main(run.config, run)
-    assert stored[0].read_bytes() == before, "asked again what was stored"
-    assert json.dumps(read_json(run.path("evaluation.json"))) == json.dumps(first)
+    row = read_json(run.path("evaluation.json"))["suites"]["sums"]["overall"]
+    assert row["teacher"] == row["base"], "the same weights"
+    assert row["student_minus_teacher"]["mean"] is not None
+    assert len(read_records(run.path("scores/sums/teacher.jsonl"), Score)) == QUESTIONS
+    assert run.path("timings/teacher.jsonl").exists()
+
+
+def test_items_in_the_training_data_are_not_in_the_headline(again: Run) -> None:
+    stolen = again.folder / "dataset/heldout.jsonl"
+    pair = read_records(stolen, Pair)[0]
+    text = f"as asked:\n{pair.prompt.messages[-1].content.upper()}"
+    thief = Pair(
+        prompt=Prompt.make((Message(role="user", content="hm"),), "d", "chat"),
+        response=pair.response.model_copy(update={"text": text}),
+    )
+    write_records(again.path("dataset/train.jsonl"), [thief])
+    evaluate.main(again.config, again)
+    evaluation = read_json(again.path("evaluation.json"))
+    overlap = evaluation["contamination"]
+    assert (overlap["n"], overlap["flagged"], overlap["unsearchable"]) == (ITEMS, 1, 0)
+    assert overlap["kinds"] == {"corpus": 0, "prompt": 0, "answer": 1}
+    assert overlap["examples"][0]["item"] == overlap["items"][0]
+    assert "paraphrase" in overlap["method"]
+    tasks, all_tasks = evaluation["tasks"], overlap["all_items"]["tasks"]
+    assert sum(row["n"] for row in tasks.values()) == ITEMS - 1
+    assert sum(row["n"] for row in all_tasks.values()) == ITEMS
+    assert len(read_records(again.path("scores/student.jsonl"), Score)) == ITEMS
+    assert len(read_records(again.path("requests.jsonl"), HeldOutRequest)) == ITEMS - 1
+
+
+def test_items_that_all_stand_in_the_training_data_stop_before_anything_is_asked(
+    again: Run,
+) -> None:
+    shutil.rmtree(again.path("answers"))
+    shutil.copy(again.path("dataset/heldout.jsonl"), again.path("dataset/train.jsonl"))
+    with pytest.raises(DistillError, match="stand in the training data") as caught:
+        evaluate.main(again.config, again)
+    assert caught.value.code == Exit.EVALUATION and not again.path("answers").exists()
 
 
 def test_no_held_out_items_stop_with_exit_8(tmp_path: Path) -> None:
@@ -152,41 +226,7 @@ def test_a_task_whose_references_are_missing_is_measured_as_agreement() -> None:
         for p in heldout_pairs()
     ]
     items = items_of(pairs, Path("none"))
-    answers = {
-        m: {i.id: p.response for i, p in zip(items, pairs, strict=True)}
-        for m in ("teacher", "base", "student")
-    }
-    assert evaluate.measure_held_out(items, answers, shipped)["math_word_problem"].metric == "chrF"
-
-
-def test_items_in_the_training_data_are_not_in_the_headline(tmp_path: Path, student: Path) -> None:
-    pairs = heldout_pairs()
-    run = make_run(tmp_path, student, pairs)
-    stolen = pairs[0].prompt.messages[-1].content
-    thief = Pair(
-        prompt=Prompt.make((Message(role="user", content="hm"),), "d", "chat"),
-        response=pairs[0].response.model_copy(update={"text": f"as asked:\n{stolen.upper()}"}),
-    )
-    write_records(run.path("dataset/train.jsonl"), [thief])
-    evaluate.main(run.config, run)
-    found = read_json(run.path("evaluation.json"))
-    told = found["contamination"]
-    assert (told["n"], told["flagged"], told["unsearchable"]) == (ITEMS, 1, 0)
-    assert told["kinds"] == {"corpus": 0, "prompt": 0, "answer": 1}
-    assert told["examples"][0]["item"] == told["items"][0] and "paraphrase" in told["method"]
-    tasks = found["tasks"]
-    assert sum(row["n"] for row in tasks.values()) == ITEMS - 1
-    assert sum(row["n"] for row in told["all_items"]["tasks"].values()) == ITEMS
-    assert len(read_records(run.path("scores/student.jsonl"), Score)) == ITEMS
-    assert len(read_records(run.path("requests.jsonl"), HeldOutRequest)) == ITEMS - 1
-
-
-def test_items_that_all_stand_in_the_training_data_stop_before_anything_is_asked(
-    tmp_path: Path, student: Path
-) -> None:
-    pairs = heldout_pairs()
-    run = make_run(tmp_path, student, pairs)
-    write_records(run.path("dataset/train.jsonl"), pairs)
-    with pytest.raises(DistillError, match="stand in the training data") as caught:
-        evaluate.main(run.config, run)
-    assert caught.value.code == Exit.EVALUATION and not run.path("answers").exists()
+    by_id = {i.id: p.response for i, p in zip(items, pairs, strict=True)}
+    answers: AnswersByModel = dict.fromkeys(("teacher", "base", "student"), by_id)
+    rows = evaluate.measure_held_out(items, answers, shipped)
+    assert rows["math_word_problem"].metric == "chrF"

@@ -1,4 +1,4 @@
-"""The judge: read strictly, probed before it counts, paid once; with judges whose minds are known."""
+"""The judge: read strictly, probed before it counts, paid once; with judges of known minds."""
 
 import json
 import re
@@ -218,7 +218,7 @@ def items() -> list[Item]:
 
 
 def answers(items: list[Item]) -> dict[str, dict[str, Response]]:
-    """Let the student do well on half of the items, the teacher on three quarters, and base never."""
+    """Let the student do well on half of the items, the teacher on three quarters, base never."""
     share = {"student": COUNT // 2, "teacher": COUNT * 3 // 4, "base": 0}
     return {
         model: {

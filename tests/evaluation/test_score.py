@@ -1,4 +1,4 @@
-"""Any responder on a suite: a model, a run's student, a file of answers; resumed, compared, and refused in one line."""
+"""Any responder on a suite: a model, a run's student, a file of answers; compared, and refused."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Intervals: they cover, they respect clusters, and too little data gives a reason instead of a number."""
+"""Intervals cover, respect clusters, and give a reason in place of a number for too little data."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ SHARE, SEED = Bounds(0.0, 1.0), Certainty(seed=1)
 def coverage(groups: int, size: int, binary: bool, runs: int = 300) -> float:
     """Return how often the interval of a difference holds the true one, for clustered scores of equal models."""
     draw, hits = np.random.default_rng(groups * 10 + size), 0
-    clusters = np.repeat(np.arange(groups), size)
+    clusters = np.repeat(np.arange(groups), size).tolist()
     for run in range(runs):
         document = draw.normal(size=groups)[clusters]  # what items of one document share
         a = document + draw.normal(size=len(clusters)) + draw.normal(size=groups)[clusters]
@@ -47,7 +47,7 @@ def test_intervals_cover_as_often_as_they_say(groups: int, size: int, binary: bo
 
 def test_ignoring_clusters_would_be_too_sure() -> None:
     draw = np.random.default_rng(0)
-    clusters = np.repeat(np.arange(30), 5)
+    clusters = np.repeat(np.arange(30), 5).tolist()
     values = draw.normal(size=30)[clusters] + 0.1 * draw.normal(size=150)
     clustered = estimate_mean(values, clusters)
     alone = estimate_mean(values, range(150))

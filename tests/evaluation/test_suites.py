@@ -1,4 +1,4 @@
-"""Suites: read from YAML with their questions, refused in one line where something is wrong, asked and scored."""
+"""Suites: read from YAML with their questions; refused in one line where something is wrong."""
 
 import json
 from pathlib import Path

@@ -18,7 +18,13 @@ from distill.evaluation import results
 from distill.evaluation.compare import compare_paths
 from distill.evaluation.judge import Duel, examined, load_probes, row_of_duels
 from distill.evaluation.measurements import Difference, DuelRow, Sample
-from distill.evaluation.scorers import Measured, by_checker, measure_task, requests_of
+from distill.evaluation.scorers import (
+    Measured,
+    by_checker,
+    measure_agreement,
+    measure_task,
+    requests_of,
+)
 from distill.evaluation.statistics import Certainty
 from distill.formatting import plain_numbers
 from distill.records import (
@@ -91,13 +97,14 @@ def evaluation(items: list[Item], correct: dict[str, int], run: Run) -> dict[str
     model = {"name": HOSTILE, "hub_id": None, "revision": None, "sha256": HASH}
     model["template_hash"] = "t"
     models = {"teacher": model, "base": model, "student": {**model, "adapter_sha256": HASH}}
+    alike = measure_agreement(items, answers)
     return plain_numbers(
         {
             "models": models,
             **results.results_of(rows, certainty).tree(),
-            "agreement": results.agreement_rows(items, answers, losses, certainty),
+            "agreement": results.agreement_of(alike, items, losses, certainty),
             "lengths": {m: results.answer_lengths(list(a.values())) for m, a in answers.items()},
-            "samples": list(results.samples(items, list(rows.values()), answers)),
+            "samples": list(results.samples(rows.values(), alike, answers)),
             "settings": {**certainty._asdict(), **settings},
             "corpus": {"corpus_sha256": HASH, "python": "3.11.9", "documents": 9},
             "environment": {"distill": "0", "libraries": {"torch": "2"}, "processor": "p"},

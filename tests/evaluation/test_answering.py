@@ -1,12 +1,15 @@
-"""Timing a tiny real model: one request at a time, reading alone, kept for the next time."""
+"""Timing a tiny real model, once; and which suites the teacher is asked."""
 
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from distill.config import EndpointTeacher, LocalTeacher, RecordedTeacher, Teacher
 from distill.economics.costs import reading_and_writing
 from distill.evaluation import answering
+from distill.evaluation.suites import Suite, why_no_teacher
 from distill.records import Message
 from distill.responders.local.local_model import LocalResponder
 from distill.responders.responder import Request, Sampling
@@ -38,13 +41,8 @@ def test_a_few_are_asked_alone_and_many_are_read(tmp_path: Path, responder: Loca
     encoded = [len(responder._encode(request)) for request in asked(20)]
     assert found.read_tokens == sum(encoded) and found.read_seconds > 0
     assert responder.max_batch_size == 3, "the responder is as it was"
-
-
-def test_what_was_timed_is_not_timed_again(tmp_path: Path, responder: LocalResponder) -> None:
-    path = tmp_path / "t.jsonl"
-    first = answering.timed(path, responder, asked(4))
     before = path.read_bytes()
-    assert answering.timed(path, responder, []) == first and path.read_bytes() == before
+    assert answering.timed(path, responder, []) == found and path.read_bytes() == before
 
 
 def test_no_prompt_is_begun_when_the_time_is_over(
@@ -57,6 +55,28 @@ def test_no_prompt_is_begun_when_the_time_is_over(
 def test_nothing_asked_is_nothing_timed(tmp_path: Path, responder: LocalResponder) -> None:
     assert answering.timed(tmp_path / "t.jsonl", responder, []) is None
     assert not (tmp_path / "t.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("teacher", "asks", "reason"),
+    [
+        (EndpointTeacher(model="m", base_url="https://example.org/v1"), True, "budget_dollars"),
+        (
+            EndpointTeacher(
+                model="m", base_url="https://example.org/v1", budget_dollars=Decimal(1)
+            ),
+            True,
+            None,
+        ),
+        (LocalTeacher(model="m"), True, None),
+        (LocalTeacher(model="m"), False, "does not ask the teacher"),
+        (RecordedTeacher(model="m"), True, "recorded"),
+    ],
+)
+def test_who_is_asked_a_suite(teacher: Teacher, asks: bool, reason: str | None) -> None:
+    suite = Suite(name="s", ask_teacher=asks, parts=(), facts={})
+    why = why_no_teacher(teacher, suite)
+    assert (why is None) if reason is None else reason in (why or "")
 
 
 def test_prompts_are_spread_from_first_to_last() -> None:
