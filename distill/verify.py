@@ -35,7 +35,7 @@ from distill.storage.evidence import (
     LEDGER,
     MANIFEST,
     Check,
-    Evidence,
+    RunEvidence,
     check_files,
     verdict,
 )
@@ -61,7 +61,7 @@ def verify(folder: Path) -> list[Check]:
     if not (folder / "stages/report.json").is_file():
         fix = "finish it: distill run CONFIG"
         raise DistillError(Exit.STATE, folder, "has no report to verify", fix)
-    evidence = Evidence(folder, STAGES)
+    evidence = RunEvidence(folder, STAGES)
     checks = list(check_files(evidence))
     unread = (*NOT_READ, *MEASURED, *REPORTED)  # which nothing that is made again depends on
     bad = [c.what for c in checks if c.state != "same" and not c.what.startswith(unread)]
@@ -74,7 +74,7 @@ def verify(folder: Path) -> list[Check]:
     return [*checks, *_again(evidence), *_together(evidence)]
 
 
-def _again(evidence: Evidence) -> Iterator[Check]:
+def _again(evidence: RunEvidence) -> Iterator[Check]:
     """Make scores, scorecard and report again from the answers, elsewhere, and compare every
     byte."""
     other = list(_code(evidence))
@@ -96,7 +96,7 @@ def _again(evidence: Evidence) -> Iterator[Check]:
         yield verdict("again", "sources of the scorecard", sources[0] == sources[1])
 
 
-def _code(evidence: Evidence) -> Iterator[Check]:
+def _code(evidence: RunEvidence) -> Iterator[Check]:
     """Say where another distill than this one measured or reported: its results may rightly
     differ."""
     here = environment()
@@ -109,7 +109,7 @@ def _code(evidence: Evidence) -> Iterator[Check]:
 
 
 @contextmanager
-def _scratch(evidence: Evidence, place: Path) -> Iterator[Run]:
+def _scratch(evidence: RunEvidence, place: Path) -> Iterator[Run]:
     """Yield a run elsewhere, of links to what was recorded; what is written there takes a link's
     place.
 
@@ -216,7 +216,7 @@ def first_difference(old: Path, new: Path) -> str:
         return next((f"line {n}" for n, (a, b) in lines if a != b), "")
 
 
-def _together(evidence: Evidence) -> Iterator[Check]:
+def _together(evidence: RunEvidence) -> Iterator[Check]:
     """Look whether the store, the adapter and the release belong to what was evaluated."""
     yield from _stored(evidence)
     student = _field(evidence.folder / "answers/models.json", "student") or {}
@@ -236,7 +236,7 @@ def _together(evidence: Evidence) -> Iterator[Check]:
         yield from _release(evidence, student)
 
 
-def _stored(evidence: Evidence) -> Iterator[Check]:
+def _stored(evidence: RunEvidence) -> Iterator[Check]:
     """Hold every answer against the raw one in the store that runs share, where that is at hand."""
     folder = evidence.folder
     store = open_run(folder).config.store_folder() / "responses"
@@ -295,7 +295,7 @@ def _as_it_came(log: ResponseStore, response: Response) -> bool:
     return False
 
 
-def _release(evidence: Evidence, student: dict[str, Any]) -> Iterator[Check]:
+def _release(evidence: RunEvidence, student: dict[str, Any]) -> Iterator[Check]:
     """Hold the release against what was recorded of it, and against what was evaluated."""
     folder, release = evidence.folder, evidence.folder / "release"
     for name in evidence.manifest.get("release", {"release/README.md": None}):
@@ -334,7 +334,7 @@ def show(folder: Path, checks: Sequence[Check]) -> Group:
         for check in mine:
             if check.state != "same":
                 rows.add_row(check.what, check.state, check.where)
-    evidence = Evidence(folder, STAGES)
+    evidence = RunEvidence(folder, STAGES)
     free = [name for name in evidence.outside() if name.split("/")[0] not in APART]
     outside = [f"outside the evidence: {', '.join(free)}"] if free else []
     return Group(rows, *outside, f"seal: {evidence.manifest.get(SEAL)}")
@@ -351,7 +351,7 @@ TITLES = {
 
 def as_facts(folder: Path, checks: Sequence[Check]) -> dict[str, Any]:
     """Return the outcome for a script."""
-    evidence = Evidence(folder, STAGES)
+    evidence = RunEvidence(folder, STAGES)
     return {
         "run": folder.name,
         "seal": evidence.manifest.get(SEAL),

@@ -23,7 +23,7 @@ from distill.models.registry import folder_digest
 from distill.pipeline import STAGES
 from distill.report.sources import SOURCES
 from distill.responders import prices
-from distill.storage.evidence import Check, Evidence
+from distill.storage.evidence import Check, RunEvidence
 from distill.storage.files import read_json, sha256_file, sha256_files, write_json
 from distill.storage.run_folder import open_run, sealed
 from tests.evaluation.test_suites import make_suite
@@ -115,7 +115,7 @@ def test_a_finished_run_is_whole_elsewhere_and_on_another_day(
     stored = {check.what for check in checks if check.kind == "store"}
     assert {"responses.jsonl", "answers/base.jsonl", "answers/sums/student.jsonl"} < stored
     assert Check("release", "its model", "same") in checks
-    assert set(Evidence(run, STAGES).outside()) <= FREE
+    assert set(RunEvidence(run, STAGES).outside()) <= FREE
 
 
 def test_the_command_says_so_and_needs_neither_torch_nor_network(run: Path) -> None:
@@ -138,7 +138,7 @@ def test_the_command_says_so_and_needs_neither_torch_nor_network(run: Path) -> N
 
 
 def test_nothing_that_was_made_names_a_folder_of_this_machine(finished: Path) -> None:
-    made = {**Evidence(finished / "runs/tiny", STAGES).hashes, "manifest.json": ""}
+    made = {**RunEvidence(finished / "runs/tiny", STAGES).hashes, "manifest.json": ""}
     for name in set(made) - {"config.json"}:  # which says what the user wrote
         content = (finished / "runs/tiny" / name).read_bytes()
         assert str(finished).encode() not in content or name == "stages/evaluate.json", name
@@ -149,7 +149,9 @@ def test_one_changed_byte_of_any_file_is_found_and_named(run: Path) -> None:
         name, kept = path.relative_to(run).as_posix(), path.read_bytes()
         if kept:
             flip(path, len(kept) // 2)
-            found = bad(list(verify.check_files(Evidence(run, STAGES)))) or bad(verify.verify(run))
+            found = bad(list(verify.check_files(RunEvidence(run, STAGES)))) or bad(
+                verify.verify(run)
+            )
             assert any(name in f"{c.what} {c.where}" or c.what in name for c in found), name
             path.write_bytes(kept)
     assert bad(verify.verify(run)) == []
@@ -163,7 +165,7 @@ def test_two_hundred_random_flips_are_found(run: Path) -> None:
         path = chance.choice(files)
         kept = path.read_bytes()
         flip(path, chance.randrange(len(kept)), chance.randrange(8))
-        found = bad(list(verify.check_files(Evidence(run, STAGES))))
+        found = bad(list(verify.check_files(RunEvidence(run, STAGES))))
         if not found and not bad(verify.verify(run)):
             missed.add(path.relative_to(run).as_posix())
         path.write_bytes(kept)

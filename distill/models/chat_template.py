@@ -20,8 +20,8 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
     """Return the tokenizer's control tokens: text to id."""
     added = tokenizer.added_tokens_decoder.items()
     control = {str(token): index for index, token in added if token.special}
-    named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-    return control or dict(named)
+    pairs = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+    return control or dict(pairs)
 
 
 def neutralise(text: str, tokenizer: Any) -> str:

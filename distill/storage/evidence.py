@@ -32,7 +32,7 @@ class Check(NamedTuple):
     where: str = ""
 
 
-class Evidence:
+class RunEvidence:
     """Manifest, markers and ledger of a run's folder; what is damaged counts as nothing.
 
     Its stages are those that were done. One that is left out is noticed by what the next one read.
@@ -105,7 +105,7 @@ def verdict(kind: str, what: str, same: bool, where: str = "not as recorded") ->
     return Check(kind, what, "same") if same else Check(kind, what, "differs", where)
 
 
-def check_files(evidence: Evidence) -> Iterator[Check]:
+def check_files(evidence: RunEvidence) -> Iterator[Check]:
     """Hold manifest, config, markers, outputs and ledger against what was recorded of them.
 
     And of each stage what it read against what the stage before it wrote.

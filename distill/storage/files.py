@@ -182,10 +182,10 @@ def folder_lock(folder: Path) -> Iterator[None]:
         with disk_errors(path):
             os.ftruncate(handle, 0)
             os.pwrite(handle, str(os.getpid()).encode(), 0)
-            for left in folder.rglob(".*.tmp"):
-                pid = left.stem.rpartition(".")[2]
-                if pid.isdigit() and left.is_file() and not alive(int(pid)):
-                    left.unlink(missing_ok=True)
+            for stray in folder.rglob(".*.tmp"):
+                pid = stray.stem.rpartition(".")[2]
+                if pid.isdigit() and stray.is_file() and not alive(int(pid)):
+                    stray.unlink(missing_ok=True)
         yield
     finally:
         os.close(handle)
