@@ -54,14 +54,14 @@ def main() -> NoReturn:
     harness.run(job)
 
 
-class TestBuiltins(dict[str, Any]):
+class TestBuiltins(dict[str, object]):
     """The builtins of the tests: a name that nothing defines is a function of the program's."""
 
     def __init__(self, harness: "Harness") -> None:
         super().__init__(vars(builtins))
         self.harness = harness
 
-    def __missing__(self, name: str) -> Any:
+    def __missing__(self, name: str) -> object:
         if name.startswith("__"):
             raise KeyError(name)
         return lambda *args, **kwargs: self.harness.call(name, args, kwargs)
@@ -80,9 +80,9 @@ class Harness:
         messages.send(VERDICT, {"nonce": self.nonce, "verdict": verdict, "reason": reason[:1000]})
         os._exit(0)
 
-    def run(self, job: dict[str, Any]) -> NoReturn:
+    def run(self, job: dict[str, str]) -> NoReturn:
         """Run the setup and the tests; a function that both define is the program's."""
-        space: dict[str, Any] = {"__name__": "tests", "__builtins__": TestBuiltins(self)}
+        space: dict[str, object] = {"__name__": "tests", "__builtins__": TestBuiltins(self)}
         try:
             setup = compile(job["setup"], "setup", "exec")
             tests = compile(job["tests"], "tests", "exec")
@@ -100,7 +100,7 @@ class Harness:
             self.finish("broken", "the tests call nothing")
         self.finish("pass", f"passes: {self.answered} calls")
 
-    def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, name: str, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         """Call a function of the program; a list, dict or set that it changed changes here too."""
         self.last = f"{name}({shorten(args)[1:-1].rstrip(',')})"
         try:
@@ -116,7 +116,7 @@ class Harness:
         self.last += f" gave {shorten(value)}"
         return value
 
-    def receive_answer(self) -> Any:
+    def receive_answer(self) -> tuple[object, list[object]]:
         """Return what the program answers; raise its errors, under the same name if builtin."""
         try:
             reply = messages.receive(self.read)
@@ -160,7 +160,7 @@ def memory_in_use(proc: int) -> int:
     return pages * PAGE
 
 
-def copy_content(old: Any, new: Any) -> None:
+def copy_content(old: object, new: Any) -> None:
     """Make a list, dict or set like another of the same type."""
     if type(old) is not type(new):
         return
@@ -171,7 +171,7 @@ def copy_content(old: Any, new: Any) -> None:
         old.update(new)
 
 
-def shorten(value: Any) -> str:
+def shorten(value: object) -> str:
     """Return a value as text for a reason."""
     text = repr(value)
     return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
