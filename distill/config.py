@@ -667,7 +667,7 @@ class Filters(Section):
     repetition: bool = True
     """Drops answers that repeat themselves over and over."""
     wrong_format: bool = True
-    """Drops answers without the form that their task asks for (JSON, one sentence, code)."""
+    """Drops answers without the form that their task asks for (JSON, code)."""
     failed_checker: bool = True
     """Drops answers that the checker of their task rejects."""
     max_answer_tokens: Positive | None = None

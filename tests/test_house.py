@@ -265,7 +265,7 @@ def test_the_map_is_the_tree():
 def test_the_docs_name_every_kind():
     """What a user may choose stands in the docs: kinds of files, checkers, losses, teachers,
     stages, exit codes."""
-    from distill.config import SOFT, TEACHERS
+    from distill.config import SOFT, TEACHERS, Filters
     from distill.corpus.readers import BINARY_SUFFIXES, SUFFIXES
     from distill.errors import Exit
     from distill.pipeline import STAGES
@@ -274,7 +274,10 @@ def test_the_docs_name_every_kind():
     teachers = [str(kind.model_fields["kind"].default) for kind in TEACHERS]
     outputs = [f"`{name.split('/')[0]}" for stage in STAGES for name in stage.outputs]
     for page, names in {
-        "corpus.md": [f"`{name}`" for name in (*SUFFIXES, *BINARY_SUFFIXES, *KINDS)],
+        "corpus.md": [
+            f"`{name}`" for name in (*SUFFIXES, *BINARY_SUFFIXES, *KINDS, *Filters.model_fields)
+        ],
+        "../README.md": [*SUFFIXES, *BINARY_SUFFIXES],
         "soft-labels.md": [f"`{name}`" for name in ("ce", *SOFT)],
         "teachers.md": [f"`{name}`" for name in teachers],
         "formats.md": [*outputs, *(f"| {code:d} |" for code in Exit)],

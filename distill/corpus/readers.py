@@ -95,8 +95,10 @@ def read_file(path: Path, source: str) -> Iterator[SourceRow | Reject]:
                 yield from read_lines(file, source)
             elif kind in DELIMITERS:
                 yield from read_csv(file, source, DELIMITERS[kind])
-            else:
+            elif kind in TEXTS:
                 yield from _read_text(file, source, html=kind in (".html", ".htm"))
+            else:
+                raise LookupError(f"{kind} is in SUFFIXES and has no reader")
     except (EOFError, zlib.error, gzip.BadGzipFile):
         what, fix = "is a damaged or cut-off .gz", "fetch or pack it again"
         raise DistillError(Exit.INPUT, path, what, fix) from None

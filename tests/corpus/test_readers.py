@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from distill.corpus import readers
 from distill.corpus.clean import normalise
-from distill.corpus.readers import Reject, SourceRow, html_to_text, list_files, read_file
+from distill.corpus.readers import SUFFIXES, Reject, SourceRow, html_to_text, list_files, read_file
 from distill.errors import DistillError, Exit
 
 
@@ -193,7 +193,7 @@ def test_a_row_that_is_too_long_is_rejected(
     | st.text(alphabet='{}[]":,\n\r\\u d8019a', max_size=60).map(str.encode)
 )
 def test_no_bytes_make_a_reader_raise(tmp_path: Path, data: bytes) -> None:
-    for name in ("a.txt", "a.html", "a.jsonl", "a.csv", "a.tsv"):
+    for name in (f"a{suffix}" for suffix in SUFFIXES):
         head = b"a,b\n" if name == "a.csv" else b"a\n" if name == "a.tsv" else b""
         found = read(write(tmp_path, name, head + data))
         assert all(isinstance(row, SourceRow | Reject) for row in found)

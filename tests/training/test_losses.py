@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from distill.config import SOFT
 from distill.training import losses
 from distill.training.divergences import Live, SoftTargets, soft_loss
 from distill.training.losses import cross_entropy
 from tests.support.training import gradient
 
 ROWS, WIDTH, WIDER, WORDS = 23, 12, 20, 101
-SOFT = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
 MIXES = [*({name: 1.0} for name in ("ce", *SOFT)), {"ce": 0.3, "forward_kl": 0.5, "jsd": 0.2}]
 BETA, ALPHA = 0.3, 0.2
 SIZES = [n % 9 for n in range(ROWS)]  # of the lists: ragged, and some without any entry
