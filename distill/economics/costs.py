@@ -69,8 +69,8 @@ def request_cost(
     """
     requests, seconds = len(usages), sum(usage.seconds for usage in usages)
     timed = bool(usages) and all(usage.seconds > 0 for usage in usages)
-    known = [d for usage in usages if (d := tariff.of(usage)) is not None]
-    dollars = sum(known, Decimal(0)) / requests if known and len(known) == requests else None
+    priced = [d for usage in usages if (d := tariff.of(usage)) is not None]
+    dollars = sum(priced, Decimal(0)) / requests if priced and len(priced) == requests else None
     reasons = {} if timed else {"seconds_per_1k": NO_TIME}
     if dollars is None:
         reasons["dollars_per_1k"] = tariff.why if tariff.price is None else NO_TIME

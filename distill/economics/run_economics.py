@@ -32,11 +32,11 @@ def money_of(config: Config, run: Run, overall: MetricRow | None) -> tuple[Costs
     book = PriceBook.model_validate(read_json(prices))
     utilisation, why = Decimal(repr(settings.utilisation)), book.why_no_machine(settings.machine)
     machine = book.machine(settings.machine)
-    student = own = compared = Tariff(machine, utilisation, why)
+    student = actual = compared = Tariff(machine, utilisation, why)
     if listed := book.teacher(teacher.model):
-        own = compared = Tariff(listed)
+        actual = compared = Tariff(listed)
     elif teacher.paid:
-        own = compared = Tariff(None, why=book.why_no_teacher(teacher.model))
+        actual = compared = Tariff(None, why=book.why_no_teacher(teacher.model))
     if name := settings.teacher_price:  # another model's price
         compared = Tariff(book.teacher(name), why=book.why_no_teacher(name))
     requests = read_records(run.path("requests.jsonl"), HeldOutRequest)
@@ -45,7 +45,7 @@ def money_of(config: Config, run: Run, overall: MetricRow | None) -> tuple[Costs
         path = run.path(f"timings/{model}.jsonl")
         timing = next(iter(read_records(path, Timing)), None) if path.exists() else None
         usages = [request.usage[model] for request in requests if model in request.usage]
-        costs[model] = request_cost(usages, own if model == "teacher" else student, timing)
+        costs[model] = request_cost(usages, actual if model == "teacher" else student, timing)
     path = run.path("responses.jsonl")  # every answer of the teacher, those of earlier runs too
     answers = [r.usage for r in read_records(path, Response)] if path.exists() else []
     spent = distillation_cost(
@@ -56,7 +56,7 @@ def money_of(config: Config, run: Run, overall: MetricRow | None) -> tuple[Costs
         UNSTATED if teacher.cost_unstated else "",
     )
     # Against another model's price the distillation is hypothetical too: its answers cost that.
-    hypothetical = compared.price != own.price
+    hypothetical = compared.price != actual.price
     dollars = [compared.of(usage) or Decimal(0) for usage in answers] if compared.price else []
     bought = sum(dollars, Decimal(0)) if hypothetical and dollars else None
     assumed = Assumptions(

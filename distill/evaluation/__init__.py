@@ -1,1 +1,1 @@
-"""Evidence: scorers, statistics, economics and the report."""
+"""Asking, scoring and comparing: what the student kept of its teacher, and how sure that is."""

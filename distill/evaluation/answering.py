@@ -124,12 +124,12 @@ def answer_with_teacher(
     What a paid one took is in the ledger, also when the budget ends it (exit 6).
     """
     teacher = config.teacher
-    asked = [suite for suite in suites if why_no_teacher(teacher, suite) is None]
-    if asked:
+    open_suites = [suite for suite in suites if why_no_teacher(teacher, suite) is None]
+    if open_suites:
         require_terms(teacher, config.terms.basis)
         responder, store = make_responder(teacher, config), config.store_folder() / "responses"
         with Ask(responder, store, run, "evaluate" in run.remade) as ask:
-            for suite in asked:
+            for suite in open_suites:
                 answers = ask_suite(ask, suite, as_teacher=True)
                 write_answers(run.folder, suite, {"teacher": answers})
     path = run.path("timings/teacher.jsonl")

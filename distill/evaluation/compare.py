@@ -40,8 +40,8 @@ def compare_paths(a: Sequence[Path], b: Sequence[Path], certainty: Certainty = U
     holds neither scores nor answers, 8 where fewer than 95 % are paired.
     """
     items = {k: item for path in (*a, *b) for k, item in items_beside(path).items()}
-    left, right = ([load_scores(path, items) for path in side] for side in (a, b))
-    in_a, in_b = (dict.fromkeys(i for values in side for i in values) for side in (left, right))
+    a_side, b_side = ([load_scores(path, items) for path in side] for side in (a, b))
+    in_a, in_b = (dict.fromkeys(i for values in side for i in values) for side in (a_side, b_side))
     shared = [i for i in in_a if i in in_b]
     lines = [
         *(f"a: {path}" for path in a),
@@ -55,15 +55,15 @@ def compare_paths(a: Sequence[Path], b: Sequence[Path], certainty: Certainty = U
     for i in shared:
         tasks.setdefault(items[i].task if i in items else "all", []).append(i)
     clusters = {i: items[i].cluster if i in items else i for i in shared}
-    rows = [_row(task, ids, left, right, clusters, certainty) for task, ids in tasks.items()]
+    rows = [_row(task, ids, a_side, b_side, clusters, certainty) for task, ids in tasks.items()]
     return "\n".join([*lines, "", markdown_table(HEAD, rows)])
 
 
 def _row(
     task: str,
     ids: Sequence[str],
-    left: Sequence[Values],
-    right: Sequence[Values],
+    a_side: Sequence[Values],
+    b_side: Sequence[Values],
     cluster_of: Mapping[str, str],
     certainty: Certainty,
 ) -> tuple[str, ...]:
@@ -76,15 +76,15 @@ def _row(
     def by_seed(side: Sequence[Values]) -> Floats:
         return np.array([[values[i] for i in paired.items] for values in side], dtype=np.float64)
 
-    paired = pair(averaged(left), averaged(right), ids)
+    paired = pair(averaged(a_side), averaged(b_side), ids)
     require_paired(paired, len(ids), f"task {task}")
     clusters = [cluster_of[i] for i in paired.items]
     sides = (paired.a_N, paired.b_N, clusters)
-    if len(left) == len(right) == 1:
+    if len(a_side) == len(b_side) == 1:
         checked = {*paired.a_N, *paired.b_N} <= {0.0, 1.0}  # agreement has no bounds in the file
         change = estimate_difference(*sides, certainty, SHARE if checked else None)
     else:
-        change = across_seeds(by_seed(left), by_seed(right), clusters, certainty)
+        change = across_seeds(by_seed(a_side), by_seed(b_side), clusters, certainty)
     p = mcnemar(*sides).p
     means = [figure(float(side.mean()) if len(side) else None, 3) for side in sides[:2]]
     interval = change.reason or "unknown"
