@@ -129,18 +129,6 @@ def step(named: dict[str, torch.nn.Parameter], optimizer: torch.optim.AdamW) -> 
     optimizer.step()
 
 
-def test_a_restored_optimizer_takes_the_same_steps() -> None:
-    expected, _optimizer = optimized(5)
-    other, fresh = optimized(3)
-    again, restored = optimized(0)
-    for name in again:
-        again[name].data.copy_(other[name])
-    restore_optimizer(restored, again, optimizer_tensors(fresh, other), "x")
-    for _ in range(2):
-        step(again, restored)
-    assert all(torch.equal(expected[name], again[name]) for name in expected)
-
-
 def test_an_optimizer_s_state_is_a_copy_and_complete() -> None:
     named, optimizer = optimized(2)
     saved = optimizer_tensors(optimizer, named)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.training import attention
-from distill.training.attention import attend, blocks
+from distill.training.attention import attend
 from distill.training.batches import Segment
 from tests.support.training import gradient
 
@@ -68,12 +68,6 @@ def test_equals_each_sample_alone(lengths, groups, block, kept):
         patch.setattr(attention, "BLOCK", block)
         patch.setattr(attention, "SAVED_KEYS", kept)
         compare(attend, lengths, groups)
-
-
-def test_blocks_cover_every_index_once():
-    found = [b for segment in segments_of([5, 300, 1]) for b in blocks(segment)]
-    assert [p for start, end, _ in found for p in range(start, end)] == list(range(306))
-    assert list(blocks(Segment(8, 17, ((0, 5),)))) == [(8, 17, 14)]
 
 
 @pytest.mark.parametrize("kind", ["sliding_window", "softcap"])

@@ -245,18 +245,6 @@ def test_all_masked_is_zero_and_finite(rows, kind):
     assert all(bool((gradient(t) == 0).all()) for t in (problem.hidden, problem.head))
 
 
-@at_temperatures
-@by_name
-def test_lists_of_the_whole_vocabulary_are_the_live_teacher(mix, temperature):
-    live, cached = Problem(), Problem()
-    one, *_ = live.loss(live.live, mix, temperature)
-    two, *_ = cached.loss(cached.lists([WORDS] * ROWS, temperature), mix, temperature)
-    one.backward()
-    two.backward()
-    close(one, two.detach().double())
-    close(gradient(live.hidden), gradient(cached.hidden).double())
-
-
 @settings(max_examples=6, deadline=None)
 @given(name=st.sampled_from(SOFT), size=st.integers(0, 20), seed=st.integers(0, 99))
 def test_the_loss_of_lists_is_a_lower_bound_that_grows_with_them(name, size, seed):

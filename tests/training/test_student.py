@@ -162,16 +162,6 @@ def test_a_step_of_bfloat16_is_near_the_float32_one(tmp_path):
         assert (value - expected[name]).norm() < 0.1 * expected[name].norm(), name
 
 
-def test_padded_and_packed_batches_have_one_loss(folder):
-    model = adapted(folder)
-    packed, _ = make_student(model)
-    expected = float(packed(Batch.make(examples())).detach())
-    model.set_attn_implementation("sdpa")
-    padded, notes = make_student(model, packing=False)
-    assert not padded.packing and not notes
-    assert float(padded(Batch.make(examples())).detach()) == pytest.approx(expected, rel=1e-5)
-
-
 def test_a_sliding_window_is_padded_and_said():
     model = causal_model(MistralConfig(**SIZES, sliding_window=4))
     student, notes = make_student(model, fused=True)
@@ -191,14 +181,6 @@ def test_an_idle_batch_weighs_nothing(folder):
     loss = student(Batch.make([]))
     loss.backward()
     assert float(loss.detach()) == 0
-
-
-def test_an_index_predicts_the_next_token():
-    batch = Batch.make(examples(2))
-    assert torch.equal(batch.ids_N[batch.indices_S + 1], batch.targets_S)
-    first = examples(1)[0]
-    supervised = [i for i, w in zip(first.input_ids, first.weights, strict=True) if w]
-    assert batch.targets_S[: len(supervised)].tolist() == supervised
 
 
 def test_answer_loss_is_transformers_own_in_the_order_of_the_pairs(folder):

@@ -21,7 +21,6 @@ from tests.support.tiny import make_tiny
 from tests.support.training import (
     LORA,
     Killed,
-    assert_close,
     assert_same,
     equal,
     killed_at,
@@ -83,19 +82,6 @@ def test_an_adapted_head_resumes_to_the_same_bits_and_merges(tmp_path):
     fidelity = compare_models(*(answer_logits(model, ROWS) for model in (loaded, merged)))
     assert fidelity.same and fidelity.largest_logit_difference < 1e-4
     assert adapters.tensors(loaded).keys() == weights.keys()
-
-
-@pytest.mark.parametrize("packing", [True, False])
-def test_eight_by_one_equals_two_by_four(tmp_path, packing):
-    """The same steps in micro-batches of several sizes, whose lengths are ragged."""
-    outcomes = []
-    for limit in (10_000, 300, 1):
-        settings = {"micro_batch_tokens": limit, "packing": packing, "num_train_epochs": 1}
-        run = make_run(tmp_path, f"run{limit}", **settings)
-        train.main(run.config, run)
-        outcomes.append(outcome(run))
-    for other in outcomes[1:]:
-        assert_close(outcomes[0], other)
 
 
 def test_the_loss_falls_and_the_files_are_there(tmp_path):

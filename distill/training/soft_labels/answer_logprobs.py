@@ -131,8 +131,8 @@ def align(
     spelling: "Spelling", tokens: Sequence[TokenLogprob], ids: Sequence[int]
 ) -> dict[int, dict[int, float]]:
     """Return what is listed at each of `ids` that stands, in order, among the server's tokens."""
-    written = [spelling.id_of(token) for token in tokens]
-    blocks = SequenceMatcher(None, written, ids, autojunk=False).get_matching_blocks()
+    theirs_ids = [spelling.id_of(token) for token in tokens]
+    blocks = SequenceMatcher(None, theirs_ids, ids, autojunk=False).get_matching_blocks()
     aligned: dict[int, dict[int, float]] = {}
     for theirs, ours in ((block.a + n, block.b + n) for block in blocks for n in range(block.size)):
         token = tokens[theirs]

@@ -194,11 +194,8 @@ class SignalChunk:
 
     path: Path
     begin: int  # of the body
-    teacher: str
     rows: tuple[SignalKey, ...]
-    listed: int
-    columns: tuple[int, ...]
-    body: str
+    header: dict[str, Any]  # as `encode_chunk` wrote it
 
     @classmethod
     def open(cls, path: Path) -> "SignalChunk":
@@ -220,21 +217,19 @@ class SignalChunk:
         begin = len(line) + len(text)
         if path.stat().st_size != begin + sum(header["columns"]):
             raise DistillError(Exit.STATE, path, "is cut off, or longer than it was", WAY_OUT)
-        rows = tuple(SignalKey(*row) for row in header["rows"])
-        sizes = tuple(header["columns"])
-        return cls(path, begin, header["teacher"], rows, header["listed"], sizes, header["body"])
+        return cls(path, begin, tuple(SignalKey(*row) for row in header["rows"]), header)
 
     def read(self) -> dict[str, Signal]:
         """Return the signals by their examples' ids; raises DistillError (exit 5) for damage."""
         with disk_errors(self.path), self.path.open("rb") as file:
             file.seek(self.begin)
             body = file.read()
-        if hashlib.sha256(body).hexdigest() != self.body:
+        if hashlib.sha256(body).hexdigest() != self.header["body"]:
             raise DistillError(Exit.STATE, self.path, "is damaged", WAY_OUT)
-        ends = np.cumsum((0, *self.columns))
+        ends = np.cumsum((0, *self.header["columns"]))
         packed = [body[a:b] for a, b in itertools.pairwise(ends)]
-        tokens = sum(row.length for row in self.rows)
-        lengths = {"counts_N": tokens, "ids_E": self.listed, "codes_E": self.listed}
+        tokens, listed = sum(row.length for row in self.rows), self.header["listed"]
+        lengths = {"counts_N": tokens, "ids_E": listed, "codes_E": listed}
         columns = {
             name: _inflate(data, lengths[name], dtype, width)
             for data, (name, dtype, width) in zip(packed, COLUMNS, strict=False)
@@ -266,8 +261,8 @@ class SignalCache:
         return cache
 
     def _add(self, chunk: SignalChunk) -> None:
-        if chunk.teacher != self.teacher:
-            what = f"holds signals of another teacher or setting ({chunk.teacher[:12]})"
+        if (teacher := chunk.header["teacher"]) != self.teacher:
+            what = f"holds signals of another teacher or setting ({teacher[:12]})"
             raise DistillError(Exit.STATE, chunk.path, what, WAY_OUT)
         self.index |= {row.example: (chunk, row) for row in chunk.rows}
 

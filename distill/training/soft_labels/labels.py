@@ -126,7 +126,7 @@ def load_labels(
         what = f"name token {largest}, and the student's head has {vocabulary} rows"
         raise DistillError(Exit.TRAINING, cache.folder, what, TEXT_ONLY)
     by_answer = {e.response_id: signals[rows[e.response_id].example] for e in examples}
-    hashes = sorted({cache.index[row.example][0].body for row in rows.values()})
+    hashes = sorted({cache.index[row.example][0].header["body"] for row in rows.values()})
     tails = config.signals.temperatures
     tails_row = None if loss.temperature == 1 else tails.index(loss.temperature)
     return CachedLabels(by_answer, digest([name, hashes]), loss, tails_row)

@@ -168,11 +168,11 @@ def prompt_logprobs(data: bytes, ids: Sequence[int]) -> list[dict[int, Listed]]:
         ]
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError("its prompt_logprobs cannot be read") from None
-    for n, (listed, own) in enumerate(zip(lists, ids, strict=True)):
+    for n, (listed, token) in enumerate(zip(lists, ids, strict=True)):
         for i, (log, _) in listed.items():
             if not 0 <= i < 1 << 24 or math.isnan(log) or log > SLACK:
                 raise ValueError("its prompt_logprobs cannot be read")
-        if n and own not in listed:
+        if n and token not in listed:
             raise ValueError(f"it does not list token {n} of the text among those at its position")
     return lists
 
