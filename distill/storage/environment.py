@@ -73,12 +73,21 @@ def revision() -> str | None:
     root = PACKAGE.parent
     if not (root / ".git").exists():
         return None
-    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+"]
+    # `describe --dirty` locks the index, which a commit in progress needs.
+    git = ("git", "--no-optional-locks", "-C", str(root))
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        commit, changes = (
+            subprocess.run(
+                [*git, *words], capture_output=True, text=True, timeout=10
+            ).stdout.strip()
+            for words in (
+                ("describe", "--always", "--abbrev=12"),
+                ("status", "--porcelain", "--untracked-files=no"),
+            )
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None
+    return f"{commit}+" if commit and changes else commit or None
 
 
 def cpu_facts() -> dict[str, str]:

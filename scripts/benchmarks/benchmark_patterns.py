@@ -139,7 +139,9 @@ class Name(str):
 LLAMA = SimpleNamespace(
     added_tokens_decoder=dict(
         enumerate(Name(f"<|reserved_special_token_{n}|>") for n in range(256))
-    )
+    ),
+    all_special_tokens=[],
+    all_special_ids=[],
 )
 
 
