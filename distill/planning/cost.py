@@ -61,9 +61,9 @@ class TeacherCost(Record):
 
 
 class Unanswered(NamedTuple):
-    """Requests of a kind that are left, the bytes of a question, the cap, and stored answers."""
+    """How many requests of a kind are left, a question's bytes, the cap, and stored answers."""
 
-    count: float
+    requests: float
     size: float
     cap: int
     stored: int = 0
@@ -96,14 +96,14 @@ def teacher_cost(config: Config, work: Work, origin: str | None = None) -> Teach
         lengths = [response.usage.output_tokens for response in kind.sampled]
         mean = sum(lengths) / len(lengths) if lengths else ANSWER * kind.cap
         answer = answer or mean  # the answers come first, then the writing of questions
-        count += kind.count
+        count += kind.requests
         size = kind.size or work.teacher.bytes
-        sent += kind.count * work.teacher._replace(bytes=size).tokens
-        output += kind.count * mean
-        capped += kind.count * kind.cap
+        sent += kind.requests * work.teacher._replace(bytes=size).tokens
+        output += kind.requests * mean
+        capped += kind.requests * kind.cap
         if most is not None:
             each = most_dollars(price, ceil(ESCAPED * size) + ENVELOPE, kind.cap)
-            most += (each or 0) * ceil(kind.count)
+            most += (each or 0) * ceil(kind.requests)
     dollars, settled = None, spent.attempts - spent.unknown
     if price:
         dollars = ceil(sent) * price.dollars_per_million_input
