@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from distill.config import Config
+from distill.config.tree import Config
 from distill.errors import DistillError, Exit, exit_code
 from distill.pipeline import STAGES, perform
 from distill.responders.local.workers import Workers

@@ -10,8 +10,10 @@ from importlib import import_module
 from typing import Any
 
 from distill.callables import source_hash
-from distill.config import TEACHERS, Config, EndpointTeacher, Evaluation, Signals, Teacher
-from distill.config_file import parse_config, place_of
+from distill.config.learning import Signals
+from distill.config.teachers import TEACHERS, EndpointTeacher, Teacher
+from distill.config.tree import Config, Evaluation
+from distill.config.yaml_file import parse_config, place_of
 from distill.errors import DistillError, Exit
 from distill.models import loading, registry
 from distill.storage.files import as_json, sha256_file, write_atomic

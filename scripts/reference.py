@@ -3,7 +3,7 @@ scripts/reference.py`."""
 
 from pathlib import Path
 
-from distill.config_reference import reference
+from distill.config.reference import reference
 
 if __name__ == "__main__":
     path = Path(__file__).resolve().parent.parent / "configs" / "reference.yaml"

@@ -1,6 +1,7 @@
 """Every test, and every process it starts, computes on one thread: tiny models gain nothing from
 more, and waiting threads cost much on a busy machine."""
 
+import gc
 import os
 import signal
 import tempfile
@@ -13,6 +14,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Started in the background of a script, this process ignores Ctrl-C, and so would every process
 # that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def frozen_imports() -> None:
+    """Let later collections pass over what the imports have made: trainings collect garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from distill.cli import app, main
-from distill.config_file import load_config
+from distill.config.yaml_file import load_config
 from distill.errors import DistillError, Exit, exit_code
 from distill.pipeline import STAGES, from_stage, perform
 from distill.storage.run_folder import Run, Stage, open_run

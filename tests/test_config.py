@@ -15,9 +15,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.config import Config, Questions, Section
-from distill.config_file import load_config
-from distill.config_reference import reference
+from distill.config.reference import reference
+from distill.config.tree import Config, Questions
+from distill.config.values import Section
+from distill.config.yaml_file import load_config
 from distill.errors import DistillError, Exit
 
 ROOT = Path(__file__).parent.parent

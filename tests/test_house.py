@@ -18,11 +18,9 @@ PACKAGE = ROOT / "distill"
 
 # From the ground up: a module imports from lower layers, and a folder's modules from each other.
 LAYERS = (
-    ("__init__", "errors", "renamed_keys", "formatting", "secret_patterns"),
+    ("__init__", "errors", "formatting", "secret_patterns"),
     ("records", "callables"),
     ("config",),
-    ("config_file",),
-    ("config_reference",),
     ("storage",),
     ("models",),
     ("tasks",),
@@ -45,10 +43,9 @@ WITHOUT_TORCH = (
     *(
         "errors",
         "records",
-        "renamed_keys",
-        "config",
-        "config_file",
-        "config_reference",
+        "config.tree",
+        "config.yaml_file",
+        "config.reference",
         "storage.files",
         "storage.log",
         "storage.progress",
@@ -265,7 +262,9 @@ def test_the_map_is_the_tree():
 def test_the_docs_name_every_kind():
     """What a user may choose stands in the docs: kinds of files, checkers, losses, teachers,
     stages, exit codes."""
-    from distill.config import SOFT, TEACHERS, Filters
+    from distill.config.learning import SOFT
+    from distill.config.teachers import TEACHERS
+    from distill.config.tree import Filters
     from distill.corpus.readers import BINARY_SUFFIXES, SUFFIXES
     from distill.errors import Exit
     from distill.pipeline import STAGES
@@ -320,7 +319,7 @@ def test_links_in_the_docs_lead_somewhere(page):
 def test_config_keys_in_the_docs_exist(page):
     """Hold what the docs write as a key of the config, such as `train.loss` or train.seed=1,
     against the config's tree."""
-    from distill.config import Config
+    from distill.config.tree import Config
 
     for section, rest in re.findall(
         rf"(?<![\w./])({'|'.join(Config.model_fields)})\.(\w+(?:\.\w+)*)", page.read_text()
@@ -338,7 +337,7 @@ def test_config_keys_in_the_docs_exist(page):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.name)
 def test_shipped_yaml_is_plain(path):
-    from distill.config_file import parse_yaml, read_text
+    from distill.config.yaml_file import parse_yaml, read_text
 
     assert parse_yaml(read_text(path), path) is not None
     yaml.safe_load(path.read_text())

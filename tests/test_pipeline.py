@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from distill.config import Config, Evaluation
+from distill.config.tree import Config, Evaluation
 from distill.pipeline import MONEY, STAGES
 from distill.storage.run_folder import Run
 

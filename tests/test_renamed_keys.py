@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 
-from distill import config_file
-from distill.config import TEACHERS, Config, LocalTeacher
-from distill.config_file import load_config
+from distill.config import yaml_file
+from distill.config.renamed_keys import RENAMED, fields_in, first_names, present_path
+from distill.config.teachers import TEACHERS, LocalTeacher
+from distill.config.tree import Config
+from distill.config.yaml_file import load_config
 from distill.errors import DistillError, Exit
 from distill.evaluation import suites
 from distill.models import registry
 from distill.models.registry import ModelInfo
-from distill.renamed_keys import RENAMED, fields_in, first_names, present_path
 from distill.responders.terms import TermsText, load_terms
 from distill.storage.files import read_json, write_json
 from distill.storage.run_folder import Run, Stage, differences
@@ -42,7 +43,7 @@ NEW = NEW.replace("{max_batch_size: 3, license: theirs}", "{slots: 3, licence: t
 
 @pytest.fixture(autouse=True)
 def untold() -> None:
-    config_file._tell_once.cache_clear()
+    yaml_file._tell_once.cache_clear()
 
 
 def write(path: Path, text: str) -> Path:

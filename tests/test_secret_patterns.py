@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from distill.cli import main
-from distill.config_file import check_values
+from distill.config.yaml_file import check_values
 from distill.corpus.privacy import mask
 from distill.errors import DistillError, Exit
 from distill.publishing.secret_scan import scan

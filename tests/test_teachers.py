@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from distill.config import TEACHERS, Config, EndpointTeacher, LocalTeacher
-from distill.config_file import load_config
+from distill.config.renamed_keys import fields_in
+from distill.config.teachers import TEACHERS, EndpointTeacher, LocalTeacher
+from distill.config.tree import Config
+from distill.config.yaml_file import load_config
 from distill.errors import DistillError, Exit
 from distill.pipeline import STAGES
 from distill.records import Message
-from distill.renamed_keys import fields_in
 from distill.responders.endpoint.sending import origin_of
 from distill.responders.kinds import KINDS, make_responder
 from distill.responders.responder import Request, Sampling, Scoring

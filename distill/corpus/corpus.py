@@ -18,7 +18,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from distill.config import Chunk, Config, Corpus
+from distill.config.tree import Chunk, Config, Corpus
 from distill.corpus import python_docs, readers
 from distill.corpus.clean import chunk
 from distill.corpus.contamination import contaminated_documents

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
-from distill.config import Config, Questions
+from distill.config.tree import Config, Questions
 from distill.corpus.clean import INSTRUCTIONS, break_up
 from distill.errors import DistillError, Exit
 from distill.records import SPLITS, Document, Message, Prompt, Response

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import regex
 
-from distill.config import Columns
+from distill.config.tree import Columns
 from distill.corpus.clean import normalise
 from distill.records import Document
 

@@ -7,7 +7,7 @@ as it was on the day of the report, so that the same report can be made again on
 
 from decimal import Decimal
 
-from distill.config import Config
+from distill.config.tree import Config
 from distill.economics.costs import Tariff, distillation_cost, request_cost
 from distill.economics.savings import Assumptions, economics
 from distill.evaluation.measurements import MODELS, Difference, MetricRow

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from distill.config import Config
+from distill.config.tree import Config
 from distill.corpus.contamination import KINDS, NOT_FOUND, Match, flag_training, of_item
 from distill.errors import DistillError, Exit
 from distill.evaluation import results

@@ -14,8 +14,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal, NamedTuple
 
-from distill.config import Config, Teacher
-from distill.config_file import find_config, parse_yaml, read_text
+from distill.config.teachers import Teacher
+from distill.config.tree import Config
+from distill.config.yaml_file import find_config, parse_yaml, read_text
 from distill.errors import DistillError, Exit
 from distill.evaluation.measurements import (
     RIVALS,

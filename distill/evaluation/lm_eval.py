@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from distill.config import Config
+from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.evaluation.scorecard import HarnessMetric, HarnessResult, HarnessTask
 from distill.formatting import count, figure

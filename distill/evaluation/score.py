@@ -8,7 +8,7 @@ answers. Answers go through the store that runs share. `distill compare` reads w
 from collections.abc import Mapping
 from pathlib import Path
 
-from distill.config_file import load_config
+from distill.config.yaml_file import load_config
 from distill.corpus.readers import Reject, read_file
 from distill.errors import DistillError, Exit
 from distill.evaluation import results

@@ -12,15 +12,17 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from distill.config import Columns, Config, File, Positive, Section, Teacher, checked_model
-from distill.config_file import find_config
+from distill.config.renamed_keys import first_names
+from distill.config.teachers import Teacher
+from distill.config.tree import Columns, Config
+from distill.config.values import File, Positive, Section, checked_model
+from distill.config.yaml_file import find_config
 from distill.corpus.corpus import rank
 from distill.corpus.prompts import ask
 from distill.corpus.readers import Reject, SourceRow, list_files, read_dataset, read_file
 from distill.corpus.rows import interpret
 from distill.errors import DistillError, Exit
 from distill.records import Document, Item, Pair, Record, Response, Score, digest
-from distill.renamed_keys import first_names
 from distill.storage.files import read_records, sha256_file, write_records
 from distill.storage.run_folder import Run, open_run
 from distill.tasks.task import Task, load_section, load_task, task_path

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from distill.callables import find as find_callable
 from distill.callables import source_hash
-from distill.config import Config, Filters
+from distill.config.tree import Config, Filters
 from distill.corpus.contamination import contaminated_pairs
 from distill.errors import DistillError, Exit
 from distill.records import SPLITS, Document, Pair, Prompt, Record, Response, Split

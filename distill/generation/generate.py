@@ -7,7 +7,8 @@ stage mean the same ones.
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 
-from distill.config import Config, Questions, Teacher
+from distill.config.teachers import Teacher
+from distill.config.tree import Config, Questions
 from distill.corpus.prompts import prompts_for_questions, written_prompts
 from distill.errors import DistillError, Exit
 from distill.records import Document, Prompt

@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.config import SAFE, Trust
+from distill.config.values import SAFE, Trust
 from distill.errors import DistillError, Exit
 from distill.models.registry import fetch, first_line, is_folder, read_object
 from distill.models.weights import add_adapter, require_intact, require_values, stored_values

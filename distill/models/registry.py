@@ -16,8 +16,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from distill.config import SAFE, Trust, checked_model
-from distill.config_file import find_config, read_yaml
+from distill.config.values import SAFE, Trust, checked_model
+from distill.config.yaml_file import find_config, read_yaml
 from distill.errors import DistillError, Exit
 from distill.models.download import Gguf, converted
 from distill.records import Record, digest

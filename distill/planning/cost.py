@@ -15,7 +15,8 @@ from itertools import islice
 from math import ceil
 from typing import NamedTuple
 
-from distill.config import Config, EndpointTeacher
+from distill.config.teachers import EndpointTeacher
+from distill.config.tree import Config
 from distill.corpus.prompts import question_shares, written_prompts
 from distill.errors import DistillError, Exit
 from distill.formatting import money

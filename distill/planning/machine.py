@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from distill.config_file import find_config, parse_yaml, read_text
+from distill.config.yaml_file import find_config, parse_yaml, read_text
 from distill.models.registry import Shape
 from distill.records import Record
 from distill.storage.environment import cores, processor

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from distill.config import Corpus
-from distill.config_file import load_config
+from distill.config.tree import Corpus
+from distill.config.yaml_file import load_config
 from distill.corpus.readers import SourceRow, list_files, read_file
 from distill.corpus.rows import interpret
 from distill.errors import DistillError, Exit

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from rich.console import Group
 
-from distill.config import Config, LocalTeacher
+from distill.config.teachers import LocalTeacher
+from distill.config.tree import Config
 from distill.errors import DistillError
 from distill.evaluation.suites import amounts
 from distill.formatting import count, duration, money, size, table

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from distill.config import Config, Corpus, Prompts
+from distill.config.tree import Config, Corpus, Prompts
 from distill.corpus import corpus as corpus_stage
 from distill.corpus import prompts as prompts_stage
 from distill.errors import DistillError, Exit

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from distill.config import Config
-from distill.config_file import find_config
+from distill.config.tree import Config
+from distill.config.yaml_file import find_config
 from distill.errors import DistillError, Exit
 from distill.models.registry import hub_id, lookup
 from distill.records import Record

@@ -13,7 +13,7 @@ import os
 import shutil
 from pathlib import Path
 
-from distill.config import Config
+from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.evaluation.measurements import ModelFacts
 from distill.evaluation.scorecard import Scorecard

@@ -6,7 +6,7 @@ from httpx2 import HTTPError
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
-from distill.config import MODEL
+from distill.config.values import MODEL
 from distill.errors import DistillError, Exit
 from distill.storage.progress import say
 

@@ -7,7 +7,7 @@ same inputs give the same bytes.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from distill.config import Config
+from distill.config.tree import Config
 from distill.economics.run_economics import money_of
 from distill.evaluation import lm_eval
 from distill.evaluation.measurements import Comparison, EvaluationResult

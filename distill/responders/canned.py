@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from distill.config import CannedTeacher, RecordedTeacher
+from distill.config.teachers import CannedTeacher, RecordedTeacher
 from distill.errors import DistillError, Exit
 from distill.records import Document, Usage, digest
 from distill.responders.responder import Circumstances, Raw, Request

@@ -1,6 +1,6 @@
 """The kinds of responder: one line each.
 
-A new kind is a class of settings in config.py, a module, and a line here. The module has
+A new kind is a class of settings in config/teachers.py, a module, and a line here. The module has
 `make(settings, circumstances)`, and is imported when something is asked; `identity` pins its
 answers, as part of a stage's fingerprint, and loads nothing heavy.
 """
@@ -10,7 +10,8 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from distill.callables import source_hash
-from distill.config import Config, LocalTeacher, Teacher
+from distill.config.teachers import LocalTeacher, Teacher
+from distill.config.tree import Config
 from distill.models import registry
 from distill.records import Document
 from distill.responders.canned import answers_hash

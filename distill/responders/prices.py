@@ -14,7 +14,7 @@ from typing import Annotated, TypeVar
 
 from pydantic import Field
 
-from distill.config_file import find_config, read_table
+from distill.config.yaml_file import find_config, read_table
 from distill.records import Record, Usage
 
 SHIPPED = Path("configs/prices.yaml")

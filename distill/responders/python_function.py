@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from distill.callables import find, source_hash
-from distill.config import PythonTeacher
+from distill.config.teachers import PythonTeacher
 from distill.errors import DistillError, Exit
 from distill.records import digest
 from distill.responders.canned import raw_text

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
-from distill.config import Teacher
+from distill.config.teachers import Teacher
 from distill.records import Document, Message, Record, Response, Stop, Usage, canonical, digest
 from distill.responders.endpoint.wire import Reply, read_stored, split_reasoning
 

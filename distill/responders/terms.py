@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 
 from pydantic import model_validator
 
-from distill.config import Teacher
-from distill.config_file import find_config, read_table
+from distill.config.teachers import Teacher
+from distill.config.yaml_file import find_config, read_table
 from distill.errors import DistillError, Exit
 from distill.models.registry import hub_id, is_folder, lookup
 from distill.records import Record

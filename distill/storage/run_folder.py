@@ -21,10 +21,10 @@ from typing import Any, Literal
 
 from pydantic_core import to_jsonable_python
 
-from distill.config import Config
-from distill.config_file import load_config, place_of
+from distill.config.renamed_keys import fields_in, present_path
+from distill.config.tree import Config
+from distill.config.yaml_file import load_config, place_of
 from distill.errors import DistillError, Exit
-from distill.renamed_keys import fields_in, present_path
 from distill.storage.environment import environment
 from distill.storage.files import (
     as_json,

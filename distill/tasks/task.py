@@ -14,8 +14,8 @@ from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import ValidationError, field_validator, model_validator
 
-from distill.config import Section
-from distill.config_file import find_config, read_yaml
+from distill.config.values import Section
+from distill.config.yaml_file import find_config, read_yaml
 from distill.errors import DistillError, Exit
 from distill.storage.files import read_json
 from distill.tasks.checkers import validate

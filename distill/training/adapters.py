@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from distill.config import Student
+from distill.config.learning import Student
 from distill.errors import DistillError, Exit
 from distill.models import loading, registry
 from distill.storage.files import (

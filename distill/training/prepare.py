@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from distill.config import Config, Student, Train
+from distill.config.learning import Student, Train
+from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.models import loading, registry
 from distill.models.chat_template import template_hash

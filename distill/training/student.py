@@ -16,7 +16,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from distill.config import Loss
+from distill.config.learning import Loss
 from distill.errors import DistillError, Exit
 from distill.records import AnswerLoss, Example, Pair
 from distill.training.adapters import ADAPTER, factors

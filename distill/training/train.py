@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from distill.config import Config
+from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.models import registry
 from distill.records import digest

@@ -25,7 +25,7 @@ from typing import Any
 
 import httpx2
 
-from distill.config import EndpointTeacher
+from distill.config.teachers import EndpointTeacher
 from distill.records import Message
 from distill.responders.ask import Ask
 from distill.responders.endpoint.endpoint import EndpointResponder

@@ -23,7 +23,7 @@ import torch
 import transformers
 from rich.table import Table
 
-from distill.config_file import load_config
+from distill.config.yaml_file import load_config
 from distill.models.chat_template import encode_prompt
 from distill.pipeline import STAGES
 from distill.records import Prompt

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from distill import formatting
-from distill.config_file import check_values
+from distill.config.yaml_file import check_values
 from distill.corpus import clean, contamination, privacy, prompts, readers, rows
 from distill.corpus.corpus import NearDuplicates, shingles, split
 from distill.corpus.ngrams import words
@@ -300,7 +300,7 @@ READERS: dict[str, Reader] = {
     "formatting.verbatim": formatting.verbatim,
     "publishing.secret_scan": lambda text: list(secret_scan.findings(text, {}, generic=True)),
     "models.chat_template.neutralise": lambda text: neutralise(text, LLAMA),
-    "config_file.check_values": refusable(lambda text: check_values({"a": text}, "f", {})),
+    "config.check_values": refusable(lambda text: check_values({"a": text}, "f", {})),
 }
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from sacrebleu import sentence_chrf
 
-from distill.config_file import load_config
+from distill.config.yaml_file import load_config
 from distill.models.registry import fetch
 from distill.records import Pair, Prompt, Response, Split
 from distill.storage.files import read_json, read_records, write_json

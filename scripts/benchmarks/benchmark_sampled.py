@@ -26,7 +26,9 @@ from benchmark_signals import answers, size
 from rich.console import Console
 from torch import Tensor
 
-from distill.config import Config, LocalTeacher, Signals
+from distill.config.learning import Signals
+from distill.config.teachers import LocalTeacher
+from distill.config.tree import Config
 from distill.formatting import table
 from distill.models import loading
 from distill.records import Example, Message, Pair, Prompt, Response

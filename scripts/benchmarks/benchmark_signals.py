@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from distill.config import LocalTeacher
+from distill.config.teachers import LocalTeacher
 from distill.formatting import table
 from distill.models import loading
 from distill.records import Example, Pair, Prompt, Response, digest

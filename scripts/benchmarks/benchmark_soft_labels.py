@@ -45,7 +45,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
-from distill.config import LocalTeacher
+from distill.config.teachers import LocalTeacher
 from distill.formatting import table
 from distill.models import loading
 from distill.records import Example, Pair

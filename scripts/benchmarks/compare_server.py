@@ -20,7 +20,8 @@ import torch
 from benchmark_generate import tie
 from rich.table import Table
 
-from distill.config import Config, EndpointTeacher
+from distill.config.teachers import EndpointTeacher
+from distill.config.tree import Config
 from distill.models.chat_template import encode_prompt, encode_text
 from distill.records import Message, Prompt, Response
 from distill.responders.ask import Ask

@@ -28,7 +28,8 @@ import torch
 from benchmark_soft_labels import Signals
 from rich.table import Table
 
-from distill.config import Config, OnPolicy
+from distill.config.learning import OnPolicy
+from distill.config.tree import Config
 from distill.errors import DistillError, Exit, exit_code
 from distill.evaluation.answering import requests_to, student_responder
 from distill.evaluation.claims import across_seeds, smallest_visible

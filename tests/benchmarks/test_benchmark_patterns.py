@@ -31,7 +31,7 @@ QUADRATIC = {  # what once took time in the square of a text, and which text sho
     "tasks.checkers, choice": ("answer", "spaces"),
     "tasks.programs, program": ("", "newlines"),
     "publishing.secret_scan": ("", "a long word"),
-    "config_file.check_values": ("://", "digits"),
+    "config.check_values": ("://", "digits"),
 }
 
 

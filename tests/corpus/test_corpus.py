@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.config_file import load_config
+from distill.config.yaml_file import load_config
 from distill.corpus import corpus
 from distill.corpus.corpus import NearDuplicates, deduplicate, split
 from distill.corpus.readers import Reject

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.config import Columns
+from distill.config.tree import Columns
 from distill.corpus.rows import interpret
 
 ASKED = [{"role": "user", "content": "Hi?"}]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from distill.config import Config
+from distill.config.tree import Config
 from distill.economics.run_economics import UNSTATED, money_of
 from distill.errors import DistillError, Exit
 from distill.evaluation.measurements import MetricRow

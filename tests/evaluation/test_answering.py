@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from distill.config import EndpointTeacher, LocalTeacher, RecordedTeacher, Teacher
+from distill.config.teachers import EndpointTeacher, LocalTeacher, RecordedTeacher, Teacher
 from distill.economics.costs import reading_and_writing
 from distill.evaluation import answering
 from distill.evaluation.suites import Suite, why_no_teacher

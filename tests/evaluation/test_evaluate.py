@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from distill.config import Config, LocalTeacher
+from distill.config.teachers import LocalTeacher
+from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.evaluation import answering, evaluate
 from distill.evaluation.scorers import AnswersByModel, HeldOutRequest

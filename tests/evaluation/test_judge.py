@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.config import Config
+from distill.config.tree import Config
 from distill.evaluation.judge import (
     AskJudge,
     Duel,

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from distill.cli import main as distill_main  # noqa: E402
-from distill.config import EndpointTeacher  # noqa: E402
+from distill.config.teachers import EndpointTeacher  # noqa: E402
 from distill.generation.generate import requests_for  # noqa: E402
 from distill.pipeline import STAGES  # noqa: E402
 from distill.records import Document, Message, Prompt, Response  # noqa: E402

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from distill.config import Filters
+from distill.config.tree import Filters
 from distill.errors import DistillError, Exit
 from distill.generation import filters
 from distill.records import Document, Message, Pair, Prompt, Response, Split, Stop, Usage

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from distill.config import Config
+from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.generation import generate
 from distill.generation.generate import requests_for

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from distill.cli import main, open_run
-from distill.config import Config
+from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.models import loading, registry
 from distill.models.chat_template import template_hash

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distill.config import Trust
+from distill.config.values import Trust
 from distill.errors import DistillError, Exit
 from distill.models import loading, registry
 from tests.support.fake_hub import fake_hub, use_hub

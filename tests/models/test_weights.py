@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distill.cli import main
-from distill.config import Config, Student, Trust
+from distill.config.learning import Student
+from distill.config.tree import Config
+from distill.config.values import Trust
 from distill.errors import DistillError, Exit
 from distill.models import loading, registry
 from distill.models.weights import require_values

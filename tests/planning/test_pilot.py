@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.cli import main
-from distill.config import EndpointTeacher, RecordedTeacher
+from distill.config.teachers import EndpointTeacher, RecordedTeacher
 from distill.errors import Exit
 from distill.planning.cost import TeacherCost, choose_requests, teacher_cost
 from distill.planning.work import count_work

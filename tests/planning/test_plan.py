@@ -8,8 +8,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from distill.cli import main
-from distill.config import Config
-from distill.config_file import load_config
+from distill.config.tree import Config
+from distill.config.yaml_file import load_config
 from distill.errors import Exit
 from distill.models.registry import shape_of
 from distill.planning import plan as planning

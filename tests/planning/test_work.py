@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.config_file import load_config
+from distill.config.yaml_file import load_config
 from distill.errors import DistillError, Exit
 from distill.planning.work import BYTES_A_TOKEN, TEMPLATE, count_work
 from distill.storage.run_folder import Run

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from distill.config import Config
+from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.publishing.obligations import (
     check_names,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from distill.config import Config
+from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.evaluation import results
 from distill.evaluation.compare import compare_paths

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from distill.config import Config
+from distill.config.tree import Config
 from distill.records import Message, Response, Usage
 from distill.responders.endpoint.budget import (
     Budget,

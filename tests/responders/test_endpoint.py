@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from distill.cli import main
-from distill.config import Config
+from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.pipeline import STAGES
 from distill.records import Response

@@ -15,7 +15,8 @@ import httpx2
 import pytest
 
 from distill.cli import main
-from distill.config import Config, EndpointTeacher
+from distill.config.teachers import EndpointTeacher
+from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.models.loading import load_tokenizer
 from distill.models.registry import fetch

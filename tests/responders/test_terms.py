@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from distill.cli import main
-from distill.config import Config, Teacher
-from distill.config_file import load_config
+from distill.config.teachers import Teacher
+from distill.config.tree import Config
+from distill.config.yaml_file import load_config
 from distill.errors import DistillError, Exit
 from distill.responders.terms import (
     TermsBook,

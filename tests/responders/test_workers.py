@@ -18,7 +18,7 @@ import yaml
 from accelerate import PartialState
 
 from distill import launch as launching
-from distill.config import Config
+from distill.config.tree import Config
 from distill.errors import DistillError
 from distill.pipeline import STAGES
 from distill.records import Document, Message, Prompt

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from distill.config import Config
+from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.pipeline import STAGES
 from distill.storage import ledger

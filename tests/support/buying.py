@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from distill.config import Config, EndpointTeacher
+from distill.config.teachers import EndpointTeacher
+from distill.config.tree import Config
 from distill.records import Document, Message, Prompt, Response
 from distill.responders.endpoint.budget import account
 from distill.responders.endpoint.endpoint import EndpointResponder

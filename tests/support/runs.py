@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from distill.config import Config
+from distill.config.tree import Config
 from distill.storage.run_folder import Run
 
 

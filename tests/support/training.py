@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from distill.config import Config
+from distill.config.tree import Config
 from distill.models.chat_template import encode_prompt
 from distill.models.loading import load_model, load_tokenizer
 from distill.records import Example, Message, Pair, Prompt, Response

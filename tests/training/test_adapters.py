@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from distill.config import Config, Student
+from distill.config.learning import Student
+from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.models import loading, registry
 from distill.publishing.fidelity import Conversation, answer_logits, compare_models

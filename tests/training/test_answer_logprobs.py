@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from distill.cli import main
-from distill.config import Config
-from distill.config_file import load_config
+from distill.config.tree import Config
+from distill.config.yaml_file import load_config
 from distill.errors import DistillError, Exit
 from distill.models.chat_template import encode_prompt
 from distill.models.loading import load_model, load_tokenizer

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distill.config import Signals
+from distill.config.learning import Signals
 from distill.errors import DistillError, Exit
 from distill.storage.files import folder_lock
 from distill.training.soft_labels.cache import (

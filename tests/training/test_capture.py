@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distill.cli import main
-from distill.config_file import load_config
+from distill.config.yaml_file import load_config
 from distill.errors import DistillError, Exit
 from distill.records import Message
 from distill.storage.files import read_json, write_json, write_records

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distill.config import Config
+from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.storage.files import read_json, write_json, write_records
 from distill.storage.run_folder import Run

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill.config import SOFT
+from distill.config.learning import SOFT
 from distill.training import losses
 from distill.training.divergences import Live, SoftTargets, soft_loss
 from distill.training.losses import cross_entropy

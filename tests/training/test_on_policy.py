@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from distill.cli import main
-from distill.config import Config
+from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.evaluation.answering import student_responder
 from distill.generation.filters import CONTAMINATED, Dropped

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from distill.cli import main
-from distill.config import Config, Signals
-from distill.config_file import load_config
+from distill.config.learning import Signals
+from distill.config.tree import Config
+from distill.config.yaml_file import load_config
 from distill.errors import DistillError, Exit
 from distill.models.loading import load_model, load_tokenizer
 from distill.pipeline import STAGES

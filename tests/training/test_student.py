@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Gemma2Config, MistralConfig
 
-from distill.config import Loss, Signals
+from distill.config.learning import Loss, Signals
 from distill.errors import DistillError, Exit
 from distill.records import AnswerLoss
 from distill.training import adapters

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-from distill.config import Config
+from distill.config.tree import Config
 from distill.records import Record, Usage
 from distill.responders.endpoint.wire import Reply
 from distill.responders.prices import MILLION, TokenPrice, load_prices

@@ -15,7 +15,7 @@ from decimal import ROUND_UP, Decimal
 from itertools import chain
 from typing import Any, NamedTuple
 
-from distill.config import EndpointTeacher
+from distill.config.teachers import EndpointTeacher
 from distill.errors import DistillError, Exit
 from distill.records import Usage, digest
 from distill.responders.endpoint.budget import (

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
-from distill.config import EndpointTeacher
+from distill.config.teachers import EndpointTeacher
 from distill.errors import DistillError, Exit
 from distill.responders.endpoint.client import EndpointClient
 from distill.responders.endpoint.sending import origin_of

@@ -2,7 +2,7 @@
 
 import re
 
-from distill.config import EndpointTeacher
+from distill.config.teachers import EndpointTeacher
 from distill.records import canonical, digest
 from distill.responders.responder import Request, Scoring
 

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import httpx2
 
-from distill.config import EndpointTeacher
+from distill.config.teachers import EndpointTeacher
 from distill.errors import DistillError, Exit
 from distill.records import Record
 from distill.responders.endpoint.wire import (

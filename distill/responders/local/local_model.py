@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from distill.config import SAFE, LocalTeacher, Trust
+from distill.config.teachers import LocalTeacher
+from distill.config.values import SAFE, Trust
 from distill.errors import DistillError, Exit
 from distill.models.chat_template import (
     encode_prompt,

@@ -16,7 +16,8 @@ from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from distill.config import Config, Signals
+from distill.config.learning import Signals
+from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.models.chat_template import encode_text
 from distill.records import Candidate, Example, Message, TokenLogprob

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.config import Signals
+from distill.config.learning import Signals
 from distill.errors import DistillError, Exit
 from distill.records import Example, canonical
 from distill.storage.files import disk_errors, write_atomic

@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.config import Config, EndpointTeacher, LocalTeacher, Signals
+from distill.config.learning import Signals
+from distill.config.teachers import EndpointTeacher, LocalTeacher
+from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.models import loading
 from distill.records import Example, Pair

@@ -15,7 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from distill.config import SAFE, Config, EndpointTeacher, LocalTeacher, Loss
+from distill.config.learning import Loss
+from distill.config.teachers import EndpointTeacher, LocalTeacher
+from distill.config.tree import Config
+from distill.config.values import SAFE
 from distill.errors import DistillError, Exit
 from distill.models import loading, registry
 from distill.models.chat_template import template_hash, vocabulary_hash

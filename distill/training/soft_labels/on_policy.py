@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from distill.config import SOFT, Config
+from distill.config.learning import SOFT
+from distill.config.tree import Config
 from distill.generation.filters import CONTAMINATED, Dropped
 from distill.records import Pair, Prompt
 from distill.responders.ask import Ask

@@ -14,7 +14,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from distill.config import Config, EndpointTeacher, Signals
+from distill.config.learning import Signals
+from distill.config.teachers import EndpointTeacher
+from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.models.chat_template import encode_prompt, encode_text
 from distill.records import Example, Message, Response

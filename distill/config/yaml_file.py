@@ -24,9 +24,11 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from yaml.events import AliasEvent
 
-from distill.config import NAME, TEACHERS, Config
+from distill.config.renamed_keys import RENAMED, fields_in, rename_keys
+from distill.config.teachers import TEACHERS
+from distill.config.tree import Config
+from distill.config.values import NAME
 from distill.errors import DistillError, Exit
-from distill.renamed_keys import RENAMED, fields_in, rename_keys
 from distill.secret_patterns import Secret, find_secrets, fingerprint
 
 MAX_BYTES = 64_000  # no person writes a larger file; this much is read in half a second
@@ -345,7 +347,7 @@ def find_config(path: Path) -> Path:
     """Return `path`, or the file of that name among those that ship (`configs/NAME`)."""
     if path.is_absolute() or os.path.lexists(path):
         return path
-    for root in (Path(__file__).parent.parent, Path(__file__).parent / "_data"):
+    for root in (Path(__file__).parents[2], Path(__file__).parents[1] / "_data"):
         candidate = root / path
         if ".." not in path.parts and os.path.isfile(candidate):
             return candidate

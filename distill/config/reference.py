@@ -1,6 +1,6 @@
 """configs/reference.yaml: every key of an experiment with its meaning, its range and its default.
 
-`python scripts/reference.py` makes it from the descriptions in config.py.
+`python scripts/reference.py` makes it from the descriptions in distill/config.
 """
 
 import textwrap
@@ -15,9 +15,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
-from distill.config import Config, Teacher
-from distill.config_file import limits
-from distill.renamed_keys import models_in
+from distill.config.renamed_keys import models_in
+from distill.config.teachers import Teacher
+from distill.config.tree import Config
+from distill.config.yaml_file import limits
 
 EXAMPLES = {  # of the keys that an experiment cannot do without
     "name": "reference",
@@ -29,7 +30,7 @@ EXAMPLES = {  # of the keys that an experiment cannot do without
 HEAD = """\
 # Every key of an experiment: what it does, what it may be, and its default, which a key has that is
 # left out. Where an example stands in its place, the comment says so.
-# Made from distill/config.py by `python scripts/reference.py`.
+# Made from distill/config by `python scripts/reference.py`.
 """
 TYPES = {bool: "true, false", int: "whole number", float: "number", Decimal: "number"}
 TYPES |= {str: "text", Path: "path", dict: "mapping"}

@@ -1,0 +1,234 @@
+"""The part of a config that training reads: student, losses, loop, soft labels, rounds on-policy."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from distill.config.teachers import EndpointTeacher
+from distill.config.values import Positive, Revision, Section, Trust, Weight, checked_model
+
+SOFT = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
+
+
+class Signals(Section):
+    """What is stored of the teacher's token distributions, for the losses that need them."""
+
+    method: Literal["nucleus", "sampled"] = "nucleus"
+    """`nucleus` stores the most probable ids; `sampled` draws from the distribution, which is
+    unbiased on text that is not the teacher's own, but for `ce` and `forward_kl` at temperature 1
+    alone."""
+    samples: Annotated[int, Field(ge=1, le=255)] = 50
+    """Samples a token, of method `sampled`."""
+    p: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    """Probability mass that the stored ids of a token hold, of method `nucleus`."""
+    k: Annotated[int, Field(ge=1, le=1024)] = 64
+    """Ids stored for a token at most, of method `nucleus`. Servers often list 20 at most."""
+    temperatures: tuple[Annotated[float, Field(gt=0, le=100)], ...] = ()
+    """Further temperatures at which distributions are stored; `train.loss.temperature` is 1 or one
+    of these."""
+    model: str | None = None
+    """Local model that reads the answers in the teacher's place: NAME, Hub id or ./FOLDER."""
+    revision: Revision | None = None
+    """Branch, tag or commit of `model`, or of `tokenizer`."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the weights of `model` in memory."""
+    endpoint: EndpointTeacher | None = None
+    """Server that reads the answers in the teacher's place and returns prompt_logprobs, as vLLM
+    does: keys as in `teacher`, with kind: endpoint."""
+    from_answers: bool = False
+    """Takes the top log-probabilities that came with the endpoint's answers: no second request.
+    Needs them in `teacher.extra_body`."""
+    tokenizer: str | None = None
+    """Model whose tokenizer and chat template are the server's, where they are not the
+    student's."""
+
+    @field_validator("model", "tokenizer")
+    @classmethod
+    def _model_name(cls, value: str | None) -> str | None:
+        return value and checked_model(value)
+
+    @model_validator(mode="after")
+    def _one_reader(self) -> "Signals":
+        if sum((bool(self.endpoint), bool(self.model), self.from_answers)) > 1:
+            raise ValueError("either model reads the answers, or endpoint, or from_answers is true")
+        return self
+
+    @model_validator(mode="after")
+    def _no_tails(self) -> "Signals":
+        if self.method == "sampled" and self.temperatures:
+            raise ValueError("method sampled is for temperature 1 only: leave temperatures out")
+        return self
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """Return the settings that shape what is kept."""
+        sampled = {"method": self.method, "samples": self.samples}
+        nucleus = {"p": self.p, "k": self.k, "temperatures": list(self.temperatures)}
+        return sampled if self.method == "sampled" else nucleus
+
+
+class Student(Section):
+    """The small model that learns."""
+
+    model: str
+    """Model as NAME of configs/models.yaml, Hub id or ./FOLDER."""
+    revision: Revision | None = None
+    """Branch, tag or commit on the Hub; null takes the one in configs/models.yaml, else the
+    newest."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the weights in memory; `auto` takes bfloat16 where the hardware computes in it."""
+    load_in_4bit: bool = False
+    """Loads the frozen weights in 4 bits (QLoRA, needs a CUDA GPU). For a model that does not fit
+    otherwise."""
+    allow_pickle: bool = False
+    """Allows weights in pickle files, which can run code. Convert them to safetensors instead."""
+    trust_remote_code: bool = False
+    """Runs Python code that comes with the model. Read it first."""
+
+    @property
+    def trust(self) -> Trust:
+        """Return what the files of the model are allowed to be."""
+        return Trust(self.allow_pickle, self.trust_remote_code)
+
+    _model_name = field_validator("model")(classmethod(lambda cls, value: checked_model(value)))
+
+
+class Lora(Section):
+    """The adapter, in PEFT's words."""
+
+    r: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Rank of the adapter; more learns more and takes more memory."""
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """Scale of the adapter, which is alpha / r."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input, against overfitting."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Layers that get an adapter: all-linear, a regular expression, or a list of names."""
+
+
+class Loss(Section):
+    """Weights of the parts of the loss; all but `ce` need the teacher's token distributions."""
+
+    ce: Weight = 1.0
+    """Weight of the cross-entropy with the answer's tokens; weights are used as given, and need not
+    add up to 1."""
+    forward_kl: Weight = 0.0
+    """Weight of KL(teacher || student), which covers all that the teacher would say."""
+    reverse_kl: Weight = 0.0
+    """Weight of KL(student || teacher), which keeps to what the teacher is sure of."""
+    jsd: Weight = 0.0
+    """Weight of the generalised Jensen-Shannon divergence, between the two."""
+    skew_kl: Weight = 0.0
+    """Weight of the skew KL: KL from the teacher to a mixture of both."""
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Weight of the teacher in the mixture of `jsd`."""
+    alpha: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Weight of the teacher in the mixture of `skew_kl`."""
+    temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """Temperature of teacher and student in all parts but `ce`."""
+    teacher: Literal["cached", "live"] = "cached"
+    """`cached` reads distributions that were stored once; `live` keeps the teacher in memory and
+    needs no disk."""
+
+    @property
+    def soft(self) -> dict[str, float]:
+        """Return the parts that need the teacher's distributions, with their weights."""
+        parts = {name: getattr(self, name) for name in SOFT}
+        return {name: weight for name, weight in parts.items() if weight}
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Return all parts that have a weight, the cross-entropy first."""
+        return {**({"ce": self.ce} if self.ce else {}), **self.soft}
+
+    @model_validator(mode="after")
+    def _something(self) -> "Loss":
+        if not self.ce and not self.soft:
+            raise ValueError("gives every part the weight 0")
+        return self
+
+
+class Train(Section):
+    """The training loop."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    """Seed of the adapter's initial weights and of the order of samples; null takes the run's
+    seed."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
+    """Peak learning rate, after the warm-up."""
+    num_train_epochs: Annotated[float, Field(gt=0, le=1000)] = 2
+    """Passes over the training samples."""
+    max_steps: Positive | None = None
+    """Optimizer steps at most; null trains for all epochs."""
+    tokens_per_step: Positive = 2048
+    """Tokens of an optimizer step, prompts included, over all processes together."""
+    micro_batch_tokens: Positive | None = None
+    """Tokens of one forward pass; null takes 2,560. Lower it where memory runs out: the result is
+    the same."""
+    max_length: Positive = 2048
+    """Tokens of a sample at most; longer ones are left out, counted and named."""
+    packing: bool = True
+    """Puts several samples into one row, each attending to itself alone. Faster, and the same
+    result."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup_steps: Annotated[float, Field(ge=0)] = 0.05
+    """Warm-up of the learning rate: below 1 a share of all steps, else a count."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Weight decay of AdamW."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay rate of AdamW's first moment."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay rate of AdamW's second moment."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are clipped to this norm."""
+    lora: Lora = Lora()
+    """The adapter that is trained."""
+    loss: Loss = Loss()
+    """The loss and its weights."""
+    bf16: bool | Literal["auto"] = "auto"
+    """Whether the forward pass computes in bfloat16; `auto` goes by `student.dtype`. Adapter and
+    optimizer are float32."""
+    gradient_checkpointing: bool = False
+    """Computes activations again in the backward pass, which takes less memory and more time."""
+    eval_steps: Positive | None = 50
+    """Steps from one validation to the next; null validates at the end alone."""
+    save_steps: Positive | None = 50
+    """Steps from one checkpoint to the next; null saves at the end alone."""
+    save_total_limit: Annotated[int, Field(ge=2)] = 2
+    """Checkpoints that are kept."""
+    load_best_model_at_end: bool = True
+    """Takes the adapter of the best validation loss, not of the last step."""
+    early_stopping_patience: Positive | None = None
+    """Validations in a row without a better loss after which training stops; null never stops
+    early."""
+    logging_steps: Positive = 1
+    """Steps from one logged loss to the next."""
+    num_processes: Positive | None = None
+    """Processes that training must have, or it stops; null takes as many as the launcher starts."""
+    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
+    """Tracker that gets the losses; needs `pip install 'distill[tracking]'`."""
+
+
+class OnPolicy(Section):
+    """Rounds after training in which the student learns from the teacher on its own answers."""
+
+    rounds: Annotated[int, Field(ge=0, le=100)] = 0
+    """Rounds; 0 does none. Needs a local teacher that shares the student's tokenizer."""
+    prompts: Positive = 256
+    """Training prompts that the student answers in a round."""
+    max_new_tokens: Positive = 128
+    """Tokens of an answer of the student, at most."""
+    temperature: Annotated[float, Field(gt=0, le=2)] = 1.0
+    """Sampling temperature of the student."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling of the student."""
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl"] = "jsd"
+    """Divergence from the teacher that is trained on; `train.loss` gives beta, alpha and
+    temperature."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-4
+    """Peak learning rate of a round, which is one epoch; the rest is as in `train`."""

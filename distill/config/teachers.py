@@ -1,0 +1,373 @@
+"""The kinds of teacher: each a class with its own keys, which says of itself what others ask."""
+
+import math
+from decimal import Decimal
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import (
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError, to_jsonable_python
+
+from distill.config.renamed_keys import RENAMED
+from distill.config.values import (
+    SERVED,
+    VARIABLE,
+    File,
+    Positive,
+    Revision,
+    Seconds,
+    Section,
+    checked_model,
+    checked_url,
+)
+
+GREEDY = "n above 1 needs a temperature above 0: greedy answers are all the same"
+
+
+class Teacher(Section):
+    """Who answers, and how: the keys of every kind, and what a kind says of itself.
+
+    The rest of the package asks these attributes, and never for the name of a kind.
+    """
+
+    model_config = ConfigDict(extra="allow")  # looked at below: keys of other kinds, unknown keys
+
+    paid: ClassVar[bool] = False
+    """Whether an answer costs money."""
+    runs_here: ClassVar[bool] = False
+    """Whether its weights are loaded on this machine."""
+    makes_answers: ClassVar[bool] = False
+    """Whether it can be asked anew; else it has what answers it has."""
+    answers_anything: ClassVar[bool] = True
+    """Whether it has answers to more than the prompts that came with the corpus."""
+    logprobs: ClassVar[Literal["full", "listed"] | None] = None
+    """What it tells of the next token: each token's probability, a list of the top ones,
+    nothing."""
+    under_terms: ClassVar[bool] = True
+    """Whether its answers are a model's, whose terms apply."""
+    shaping: ClassVar[tuple[str, ...]] = ()
+    """Its own keys that shape its answers."""
+
+    kind: str
+    model: str = ""
+    """Model as NAME of configs/models.yaml, Hub id or ./FOLDER; of an endpoint, the server's name
+    for it. Needed for `local` and `endpoint`; else the model whose terms apply to the answers."""
+    revision: Revision | None = None
+    """Branch, tag or commit on the Hub; null takes the one in configs/models.yaml, else the
+    newest."""
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
+    """Sampling temperature; 0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling: only the most probable tokens that hold this share of the mass are sampled
+    from."""
+    max_new_tokens: Positive = 512
+    """Tokens of an answer at most. Raise it where `dropped.jsonl` lists many answers as
+    truncated."""
+    n: Positive = 1
+    """Samples of each prompt; above 1 it needs a temperature."""
+    reasoning: Literal["drop", "keep"] = "drop"
+    """Whether the teacher's reasoning stays before its answer, in a think block, and is trained
+    on."""
+    license: str | None = None
+    """License of the answers, for the model card; with it recorded answers need no
+    `terms.basis`."""
+
+    @property
+    def base_urls(self) -> tuple[str, ...]:
+        """Return the addresses at which it is asked; the first names it."""
+        return ()
+
+    @property
+    def budget(self) -> Decimal | None:
+        """Return the dollars that may be spent on it."""
+        return None
+
+    @property
+    def stated_dollars(self) -> Decimal | None:
+        """Return what all its answers cost, where the user states that."""
+        return None
+
+    @property
+    def cost_unstated(self) -> bool:
+        """Tell whether only the user could say what its answers cost, and does not."""
+        return False
+
+    @property
+    def limits_answers(self) -> bool:
+        """Tell whether an answer has a maximum that is enforced."""
+        return True
+
+    @property
+    def lists_logprobs(self) -> bool:
+        """Tell whether log-probabilities come with the answers."""
+        return False
+
+    def least_seconds(self, requests: float, tokens: float) -> float:
+        """Return how long limits of the rate make so many requests and tokens take."""
+        return 0.0
+
+    @field_validator("model")
+    @classmethod
+    def _model_name(cls, value: str) -> str:
+        return value and checked_model(value)
+
+    @model_validator(mode="after")
+    def _keys_of_its_kind(self) -> Self:
+        """Forget what a resolved config says of other kinds; what was set there would do
+        nothing."""
+        extra, foreign = self.__pydantic_extra__ or {}, dict[str, str]()
+        for key, value in extra.items():
+            name = RENAMED.get(key, key)
+            owners = [kind for kind in TEACHERS if name in kind.model_fields]
+            if not owners or name in type(self).model_fields:  # there under both names
+                raise PydanticCustomError("extra_forbidden", "unknown key", {"key": key})
+            field = owners[0].model_fields[name]
+            default = None if field.is_required() else to_jsonable_python(field.default)
+            if value is not None and value != default:
+                foreign[key] = str(owners[0].model_fields["kind"].default)
+        if foreign:
+            (key, kind), *others = foreign.items()
+            more = f"; so is {', '.join(name for name, _ in others)}" if others else ""
+            message = f"is a key of kind {kind}, and this teacher is of kind {self.kind}{more}"
+            raise PydanticCustomError("other_kind", "{message}", {"key": key, "message": message})
+        extra.clear()
+        return self
+
+
+class LocalTeacher(Teacher):
+    """A model that is loaded here."""
+
+    runs_here = makes_answers = True
+    logprobs = "full"
+    shaping = ("dtype", "max_batch_size")
+
+    kind: Literal["local"] = "local"
+    """`local` loads a model here, `endpoint` asks a server, `recorded` takes the answers in the
+    corpus, `canned` those in a file, `python` calls a function. Below, the keys of one kind stand
+    behind those of all."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the weights in memory; `auto` takes bfloat16 where the hardware computes in it."""
+    max_batch_size: Positive | None = None
+    """Sequences generated at once; null takes what fits in memory. Lower it where memory runs
+    out."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if not self.model:
+            raise ValueError("needs model")
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError(GREEDY)
+        return self
+
+
+class EndpointTeacher(Teacher):
+    """A server that is asked, and paid."""
+
+    paid = makes_answers = True
+    logprobs = "listed"
+
+    kind: Literal["endpoint"] = "endpoint"
+    """`endpoint`: a server is asked."""
+    base_url: str | Annotated[tuple[str, ...], Field(min_length=1, max_length=100)]
+    """Address of the API as https://HOST/v1, or a list of replicas that share the work; the first
+    names the endpoint."""
+    allow_insecure: bool = False
+    """Allows http to another machine. Only for a network that you trust."""
+    api: Literal["chat", "completions"] = "chat"
+    """`chat` posts messages to /chat/completions, `completions` plain text to /completions."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the API key; the key itself stands in no file."""
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """What the server calls the limit of an answer. Newer models of OpenAI take
+    `max_completion_tokens`."""
+    omit: tuple[Literal["temperature", "max_tokens"], ...] = ()
+    """Fields that are not sent, for servers that refuse them. Without max_tokens no budget can be
+    kept."""
+    extra_body: dict[str, Any] = {}
+    """Further fields of each request, for instance {logprobs: true, top_logprobs: 20}."""
+    strict_model: bool = False
+    """Stops where the server names another model than `model`, instead of warning."""
+    budget_dollars: Annotated[Decimal, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Dollars that may be spent under the run's name; no request is sent that could exceed it.
+    Needs a price in configs/prices.yaml or `evaluation.prices`."""
+    concurrency: Annotated[int, Field(gt=0, le=4096)] = 16
+    """Requests in flight at once, over all addresses."""
+    requests_per_minute: Positive | None = None
+    """Rate limit of requests, where the provider states one."""
+    tokens_per_minute: Positive | None = None
+    """Rate limit of tokens, prompts and answers together, where the provider states one."""
+    connect_timeout: Seconds = 10
+    """Seconds to open a connection."""
+    read_timeout: Seconds = 300
+    """Seconds without a byte from the server. Raise it for long answers that come in one piece."""
+    total_timeout: Seconds = 600
+    """Seconds that a request may take in all."""
+    drain_timeout: Seconds = 60
+    """Seconds to wait for answers in flight when the run is stopped."""
+    max_pause: Seconds = 300
+    """Longest wait in seconds that a server may ask for (Retry-After); a longer one stops the
+    run."""
+    initial_backoff: Seconds = 0.5
+    """Seconds before the first retry; each further one waits longer, with jitter."""
+    max_retries: Annotated[int, Field(ge=0, le=100)] = 6
+    """Retries of a request that failed for a reason that may pass."""
+    max_consecutive_failures: Positive = 100
+    """Failures in a row, over all requests, after which the run stops."""
+    max_body_bytes: Annotated[int, Field(ge=1000, le=10**9)] = 16_000_000
+    """Bytes of a reply at most; a longer one counts as failed."""
+
+    @property
+    def base_urls(self) -> tuple[str, ...]:
+        """Return the addresses of the endpoint; the first names it."""
+        urls = (self.base_url,) if isinstance(self.base_url, str) else self.base_url
+        return tuple(url.rstrip("/") for url in urls)
+
+    @property
+    def budget(self) -> Decimal | None:
+        """Return the dollars that may be spent on it."""
+        return self.budget_dollars
+
+    @property
+    def limits_answers(self) -> bool:
+        """Tell whether an answer has a maximum that is enforced."""
+        return "max_tokens" not in self.omit
+
+    @property
+    def lists_logprobs(self) -> bool:
+        """Tell whether log-probabilities come with the answers."""
+        return bool(self.extra_body.get("logprobs"))
+
+    def least_seconds(self, requests: float, tokens: float) -> float:
+        """Return how long limits of the rate make so many requests and tokens take."""
+        by_count = requests / (self.requests_per_minute or math.inf)
+        return 60 * max(by_count, tokens / (self.tokens_per_minute or math.inf))
+
+    @field_validator("model")
+    @classmethod
+    def _model_name(cls, value: str) -> str:
+        served = SERVED.fullmatch(value) and ".." not in value
+        return value if served or not value else checked_model(value)
+
+    @field_validator("extra_body")
+    @classmethod
+    def _no_field_of_ours(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if ours := value.keys() & {"model", "messages", "prompt", "n", "stream"}:
+            raise ValueError(f"{min(ours)} is ours to set")
+        return value
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _a_variable(cls, value: str | None) -> str | None:
+        if value is not None and not VARIABLE.fullmatch(value):
+            raise ValueError("names an environment variable, and never holds a key")
+        return value
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if not self.model:
+            raise ValueError("needs model")
+        for url in self.base_urls:
+            checked_url(url, self.allow_insecure)
+        if self.n > 1 and self.temperature == 0 and "temperature" not in self.omit:
+            raise ValueError(GREEDY)
+        return self
+
+
+class CannedTeacher(Teacher):
+    """Answers that stand in a file."""
+
+    under_terms = False
+    shaping = ("answers",)
+
+    kind: Literal["canned"] = "canned"
+    """`canned`: the answers stand in a file."""
+    answers: File
+    """File of JSON lines, {"prompt": last user turn, "answer": text}."""
+
+
+class StatedCost(Teacher):
+    """Answers whose cost only the user knows."""
+
+    dollars: Decimal | None = None
+    """What all answers cost, in dollars, for the report; null is unknown."""
+
+    @property
+    def stated_dollars(self) -> Decimal | None:
+        """Return what all its answers cost, where the user states that."""
+        return self.dollars
+
+    @property
+    def cost_unstated(self) -> bool:
+        """Tell whether only the user could say what its answers cost, and does not."""
+        return self.dollars is None
+
+
+class RecordedTeacher(StatedCost):
+    """The answers that came with the corpus."""
+
+    answers_anything = False
+    shaping = ("dollars",)
+
+    kind: Literal["recorded"] = "recorded"
+    """`recorded`: the answers came with the corpus."""
+
+
+class PythonTeacher(StatedCost):
+    """A function of the program that calls `distill.run`."""
+
+    makes_answers = True
+    shaping = ("responder",)
+
+    kind: Literal["python"] = "python"
+    """`python`: a function answers that was given to `distill.run`."""
+    responder: str
+    """Name of the function in `distill.run(..., responders={name: function})`."""
+
+
+TEACHERS: tuple[type[Teacher], ...] = (
+    LocalTeacher,
+    EndpointTeacher,
+    CannedTeacher,
+    RecordedTeacher,
+    PythonTeacher,
+)
+
+
+def _kind_of(value: Any) -> str:
+    """Return the kind of a teacher, read or still to be read; without one it is local."""
+    kind = value.get("kind", "local") if isinstance(value, dict) else getattr(value, "kind", "")
+    return kind if isinstance(kind, str) else ""
+
+
+def _by_kind(*kinds: str) -> Discriminator:
+    return Discriminator(
+        _kind_of,
+        custom_error_type="unknown_kind",
+        custom_error_message=f"is one of {', '.join(kinds)}",
+    )
+
+
+Local = Annotated[LocalTeacher, Tag("local")]
+
+Endpoint = Annotated[EndpointTeacher, Tag("endpoint")]
+
+Canned = Annotated[CannedTeacher, Tag("canned")]
+
+Recorded = Annotated[RecordedTeacher, Tag("recorded")]
+
+Python = Annotated[PythonTeacher, Tag("python")]
+
+AnyTeacher = Annotated[
+    Local | Endpoint | Canned | Recorded | Python,
+    _by_kind("local", "endpoint", "canned", "recorded", "python"),
+]
+
+AnyJudge = Annotated[
+    Local | Endpoint | Canned | Python, _by_kind("local", "endpoint", "canned", "python")
+]

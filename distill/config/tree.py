@@ -1,0 +1,426 @@
+"""The experiment's configuration: a strict tree of keys, each with meaning, default and range.
+
+The text below a key says what it does. `distill.config.yaml_file` reads a tree from YAML. Config reaches
+a stage's `main` and stops there.
+"""
+
+import difflib
+import re
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import regex
+from pydantic import (
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from distill.config.learning import OnPolicy, Signals, Student, Train
+from distill.config.teachers import (
+    AnyJudge,
+    AnyTeacher,
+    LocalTeacher,
+    Teacher,
+)
+from distill.config.values import (
+    MODEL,
+    NAME,
+    Count,
+    File,
+    Fraction,
+    Positive,
+    Section,
+    checked_model,
+)
+from distill.secret_patterns import NAMES
+
+
+class Chunk(Section):
+    """How long documents are cut into pieces, at the ends of paragraphs."""
+
+    max_chars: Positive = 6000
+    """Characters of a piece at most. Lower it where passage and answer do not fit the student's
+    context."""
+    overlap_chars: Count = 200
+    """Characters of the end of a piece that the next one begins with again."""
+    min_chars: Count = 40
+    """Documents of fewer characters are left out. Lower it for a corpus of short texts."""
+
+    @model_validator(mode="after")
+    def _overlap_is_smaller(self) -> "Chunk":
+        if self.overlap_chars * 2 > self.max_chars:
+            raise ValueError("overlap_chars must be at most half of max_chars")
+        return self
+
+
+class SplitSizes(Section):
+    """How many documents are not trained on; documents are split before any prompt is made."""
+
+    validation: Annotated[float, Field(ge=0)] = 0.05
+    """Documents that choose the best checkpoint: 1 and more is a count, below 1 a share of all
+    documents."""
+    heldout: Annotated[float, Field(ge=0)] = 0.1
+    """Documents for the evaluation alone, written like `validation`."""
+
+
+class Columns(Section):
+    """Names of the columns of rows, where they are not the usual ones."""
+
+    text: str | None = None
+    """Column with the text of a document; else `text`, `content`, `document`, `passage` or
+    `body`."""
+    id: str | None = None
+    """Column with an id of yours, which must be unique; else `id`, where there is one."""
+    prompt: str | None = None
+    """Column with the prompt or the conversation; else `messages`, `conversations`, `prompt`,
+    `question` or `instruction`."""
+    reference: str | None = None
+    """Column with the right answer; else `reference`, `answer`, `completion`, `response` or
+    `output`."""
+
+
+class Corpus(Section):
+    """Where the documents or the prompts come from, and how they are cleaned."""
+
+    source: Literal["auto", "python-docs"] = "auto"
+    """`auto` reads `path` or `dataset`; `python-docs` takes the documentation of the Python that
+    runs this."""
+    path: File | None = None
+    """File or folder of documents or rows: txt, md, rst, html, jsonl, csv, tsv or parquet. Wins
+    over `dataset`."""
+    dataset: str | None = None
+    """Dataset of the Hub as OWNER/NAME, or a folder that `datasets` saved, as ./FOLDER."""
+    dataset_config: str | None = None
+    """Configuration of the dataset, for datasets that have several (GSM8K: `main`)."""
+    dataset_split: str = "train"
+    """Split of the dataset that is read."""
+    format: Literal["auto", "documents", "prompts"] = "auto"
+    """Whether rows are documents, or prompts that exist already; `auto` tells by their columns."""
+    columns: Columns = Columns()
+    """Names of the columns, where they are not the usual ones."""
+    reference_pattern: str | None = None
+    r"""Regular expression whose one group takes the reference from an answer (GSM8K:
+    `####\s*(.+)$`)."""
+    limit: Positive | None = None
+    """Documents kept at most, without repeats, chosen by content and seed. Set it for a first
+    try."""
+    max_bad_fraction: Fraction = 0.01
+    """Share of unreadable rows above which the stage stops. Raise it for a corpus known to be
+    dirty."""
+    chunk: Chunk = Chunk()
+    """How long documents are cut into pieces."""
+    near_duplicate_threshold: Annotated[float, Field(gt=0, le=1)] | None = 0.85
+    """Documents that share at least this part of their word 5-grams (Jaccard) with an earlier one
+    are left out; null keeps all but exact repeats."""
+    split: SplitSizes = SplitSizes()
+    """How many documents are for validation and held out."""
+    private_text: Literal["mask", "drop", "keep"] = "mask"
+    """What happens to e-mail addresses, phone and card numbers and keys: `mask` replaces them,
+    `drop` leaves their documents out, `keep` keeps them, and then no samples of answers are
+    published."""
+
+    @field_validator("dataset")
+    @classmethod
+    def _dataset_name(cls, value: str | None) -> str | None:
+        return value if value is None else checked_model(value)
+
+    @field_validator("reference_pattern")
+    @classmethod
+    def _pattern(cls, value: str | None) -> str | None:
+        try:
+            if value is not None and regex.compile(value).groups != 1:
+                raise ValueError("the pattern needs exactly one group")
+        except regex.error as error:
+            raise ValueError(f"not a regular expression: {error}") from error
+        return value
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "Corpus":
+        if self.source == "auto" and self.path is None and self.dataset is None:
+            raise ValueError("needs path, dataset, or source: python-docs")
+        return self
+
+
+class Questions(Section):
+    """Questions that the teacher writes about each document."""
+
+    kinds: tuple[str, ...] = ("factual", "explain", "apply")
+    """Kinds of questions: factual, explain, apply, compare, consequence."""
+    per_document: Positive = 3
+    """Questions asked for each document, spread over the kinds."""
+    max_new_tokens: Positive = 256
+    """Tokens of a reply that lists questions, at most."""
+    answer_with_passage: bool = True
+    """Whether the teacher sees the document when it answers its questions."""
+    student_sees_passage: bool = False
+    """Whether the student sees the document, in training and when it is evaluated."""
+
+
+class Prompts(Section):
+    """Which tasks are asked of which documents."""
+
+    tasks: tuple[str, ...] = ()
+    """Names of tasks in configs/tasks, or paths of your own. May be empty where the corpus holds
+    prompts already."""
+    per_document: Literal["each", "rotate"] = "each"
+    """`each` asks every task of every document; `rotate` one task a document, the tasks in turn."""
+    train: Positive | None = None
+    """Prompts of the train split at most; null takes all."""
+    validation: Count | None = None
+    """Prompts of the validation split at most; null takes all."""
+    heldout: Count | None = None
+    """Held-out prompts at most; null takes all. More of them make the intervals narrower."""
+    questions: Questions | None = None
+    """Lets the teacher write questions about each document; null asks for none."""
+
+
+class Filters(Section):
+    """Which answers are dropped before training; dropped.jsonl holds each with its reason."""
+
+    truncated: bool = True
+    """Drops answers that reached their length limit."""
+    empty: bool = True
+    """Drops answers without text."""
+    refusal: bool = True
+    """Drops answers that begin by declining."""
+    repetition: bool = True
+    """Drops answers that repeat themselves over and over."""
+    wrong_format: bool = True
+    """Drops answers without the form that their task asks for (JSON, code)."""
+    failed_checker: bool = True
+    """Drops answers that the checker of their task rejects."""
+    max_answer_tokens: Positive | None = None
+    """Drops answers of more tokens, as counted by the teacher; null keeps long ones."""
+    python: tuple[str, ...] = ()
+    """Names of filters of yours that apply after these; `distill.run(..., filters=[...])` fills it
+    in."""
+
+
+class Evaluation(Section):
+    """How models are compared, and at what prices."""
+
+    suites: tuple[Annotated[str, Field(min_length=1, max_length=4000)], ...] = ()
+    """Further questions: names in eval/suites, or paths of your own."""
+    max_new_tokens: Positive | None = None
+    """Tokens of an answer to a held-out prompt, at most; null takes `teacher.max_new_tokens`."""
+    max_batch_size: Positive | None = None
+    """Sequences generated at once; null takes what fits in memory."""
+    bootstrap_samples: Annotated[int, Field(ge=100, le=1_000_000)] = 10_000
+    """Bootstrap samples from which an interval is read."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    """Confidence level of the intervals."""
+    margin: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Margin of non-inferiority, as a share of the items: how much worse than the teacher still
+    counts as equal."""
+    machine: str | None = None
+    """Row of the price table that prices the time of local models; null leaves it without a
+    price."""
+    prices: File | None = None
+    """Price table of your own in the form of configs/prices.yaml; its rows win."""
+    utilisation: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of a paid hour in which the student's machine works."""
+    requests_per_month: Positive = 100_000
+    """Requests a month for which savings are stated."""
+    teacher_price: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    """Model of the price table whose price stands in for the teacher's: what the student would save
+    there."""
+    judge: AnyJudge | None = None
+    """Model that compares answers in pairs, keys as in `teacher`; used only if it passes its
+    probes. null uses none."""
+
+
+class Terms(Section):
+    """What allows training on the teacher's answers, where configs/terms.yaml does not."""
+
+    basis: Annotated[str, Field(min_length=3, max_length=500)] | None = None
+    """What allows it, in your words (agreement, date); stands on the model card."""
+    agreement: File | None = None
+    """Copy of the license agreement that a release must carry, where the terms ask for one."""
+
+
+class Publish(Section):
+    """What the release is called, and its license."""
+
+    model_name: str | None = None
+    """Name of the release as NAME or OWNER/NAME; null takes the repository's, else the run's."""
+    license: str | None = None
+    """SPDX id of the release's license; null takes that of the base model."""
+    language: str = "en"
+    """Language of the answers, as a BCP 47 code, for the model card."""
+    allow_secrets: tuple[str, ...] = ()
+    """What looks like a secret and is none, in the release or in this config: names of forms
+    (sk-key), or a single text by the first 8 to 64 digits of its SHA-256, as the message
+    names it (sha256:0123456789ab)."""
+
+    @field_validator("model_name")
+    @classmethod
+    def _plain_name(cls, value: str | None) -> str | None:
+        if value is not None and not MODEL.fullmatch(value):
+            raise ValueError("a model's name is NAME or OWNER/NAME")
+        return value
+
+    @field_validator("allow_secrets")
+    @classmethod
+    def _known_secrets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in NAMES and not re.fullmatch("(?:sha256:)?[0-9a-f]{8,64}", name):
+                near = difflib.get_close_matches(name, NAMES, 1)
+                hint = f"did you mean {near[0]}?" if near else "a message shows which"
+                raise ValueError(f"neither the name of a secret's form nor a SHA-256: {hint}")
+        return value
+
+
+class Config(Section):
+    """One experiment."""
+
+    name: str
+    """Name of the run, and of its folder below `runs`."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the split, of samples and of training."""
+    runs: File = Path("runs")
+    """Folder of all runs."""
+    store: File | None = None
+    """Folder of the answers and soft labels that all runs share; null takes .store below `runs`."""
+    template_date: str = "2026-01-01"
+    """Date that chat templates print, so that a run repeats on another day."""
+    corpus: Corpus
+    """Where the documents or prompts come from."""
+    prompts: Prompts = Prompts()
+    """Which tasks are asked of which documents."""
+    teacher: AnyTeacher
+    """Who answers, and how."""
+    terms: Terms = Terms()
+    """What allows training on the answers."""
+    filters: Filters = Filters()
+    """Which answers are dropped before training."""
+    signals: Signals = Signals()
+    """What is stored of the teacher's token distributions."""
+    student: Student
+    """The small model that learns."""
+    train: Train = Train()
+    """The training loop."""
+    on_policy: OnPolicy = OnPolicy()
+    """Rounds after training in which the student learns on its own answers."""
+    evaluation: Evaluation = Evaluation()
+    """How models are compared, and at what prices."""
+    publish: Publish = Publish()
+    """What the release is called, and its license."""
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        if not NAME.fullmatch(value):
+            raise ValueError(
+                "a name is letters, digits, '.', '_' and '-', and begins with a letter or digit"
+            )
+        return value
+
+    @field_validator("template_date")
+    @classmethod
+    def _a_date(cls, value: str) -> str:
+        try:
+            return date.fromisoformat(value).isoformat()
+        except ValueError:
+            raise ValueError("a date is written YYYY-MM-DD") from None
+
+    @property
+    def captures(self) -> bool:
+        """Tell whether the teacher's distributions are captured before training."""
+        return bool(self.train.loss.soft) and self.train.loss.teacher == "cached"
+
+    @property
+    def distributions(self) -> bool:
+        """Tell whether any stage needs the teacher's distributions, cached or live."""
+        return bool(self.train.loss.soft) or self.on_policy.rounds > 0
+
+    @property
+    def train_seed(self) -> int:
+        """Return the seed of the training: its own, else the run's."""
+        return self.seed if self.train.seed is None else self.train.seed
+
+    @model_validator(mode="after")
+    def _sampled(self) -> "Config":
+        loss, own = self.train.loss, self.on_policy
+        parts = [*(loss.soft if self.captures else ()), *([own.divergence] if own.rounds else ())]
+        other = [name for name in parts if name != "forward_kl"]
+        if self.signals.method == "sampled" and (other or (parts and loss.temperature != 1)):
+            what = other[0] if other else f"temperature {loss.temperature:g}"
+            raise ValueError(
+                "signals.method sampled is right for ce and forward_kl at temperature 1 only, "
+                f"not for {what}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _captured_from_a_server(self) -> "Config":
+        if not self.distributions or self.soft_teacher().logprobs != "listed":
+            return self
+        own, loss, fix = self.signals, self.train.loss, "name a local model in signals.model"
+        if not self.captures or self.on_policy.rounds:
+            what = "on_policy has rounds" if self.on_policy.rounds else "train.loss.teacher is live"
+            raise ValueError(f"{what}, which needs a local teacher: {fix}")
+        if own.temperatures or loss.temperature != 1:
+            raise ValueError(f"an endpoint tells distributions at temperature 1 only: {fix}")
+        if own.method == "sampled":
+            raise ValueError(f"no endpoint gives what signals.method sampled draws from: {fix}")
+        return self
+
+    @model_validator(mode="after")
+    def _came_with_answers(self) -> "Config":
+        if not (self.distributions and self.signals.from_answers):
+            return self
+        if not self.teacher.lists_logprobs:
+            raise ValueError(
+                "signals.from_answers needs teacher.kind: endpoint and teacher.extra_body: "
+                "{logprobs: true, top_logprobs: 20}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _captured(self) -> "Config":
+        if not self.distributions:
+            return self
+        loss, kept = self.train.loss, (1.0, *self.signals.temperatures)
+        if self.soft_teacher().logprobs is None:
+            asking = "train.loss has soft parts" if loss.soft else "on_policy has rounds"
+            raise ValueError(
+                f"{asking}, which a local teacher must read: name one in signals.model"
+            )
+        if (self.captures or self.on_policy.rounds) and loss.temperature not in kept:
+            raise ValueError(
+                f"train.loss.temperature {loss.temperature:g} is not captured: "
+                "add it to signals.temperatures"
+            )
+        return self
+
+    @property
+    def buys_signals(self) -> bool:
+        """Tell whether a server is asked to read the answers again, for their distributions."""
+        served = self.soft_teacher().logprobs == "listed"
+        return self.captures and served and not self.signals.from_answers
+
+    def soft_teacher(self) -> Teacher:
+        """Return whose distributions are captured: the teacher of `signals`, else `teacher`."""
+        own = self.signals
+        if own.model is None:
+            return own.endpoint or self.teacher
+        return LocalTeacher(model=own.model, revision=own.revision, dtype=own.dtype)
+
+    def reader(self) -> tuple[str, str | None]:
+        """Return the model, of a server that of its tokenizer, and the revision loaded here."""
+        teacher, own, student = self.soft_teacher(), self.signals, self.student
+        if teacher.runs_here:
+            return teacher.model, teacher.revision
+        if own.tokenizer:
+            return own.tokenizer, own.revision
+        return student.model, student.revision
+
+    def store_folder(self) -> Path:
+        """Return the folder of the store that all runs share."""
+        return self.store or self.runs / ".store"
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the whole tree as plain JSON values."""
+        return self.model_dump(mode="json")
