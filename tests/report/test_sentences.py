@@ -13,7 +13,7 @@ import pytest
 from distill.economics.costs import Tariff
 from distill.economics.savings import NEEDS_ANSWER, Assumptions, economics
 from distill.evaluation import results, scorers
-from distill.evaluation.measurements import MODELS, Difference, MetricRow, ModelFacts
+from distill.evaluation.measurements import MODELS, Difference, MetricRow, Model, ModelFacts
 from distill.evaluation.scorecard import Costs, Economics, Scorecard, TeacherPrice
 from distill.evaluation.scorers import HeldOutRequest
 from distill.evaluation.statistics import Certainty
@@ -90,7 +90,7 @@ def test_few_documents_leave_sentence_table_gap_and_gate_undecided() -> None:
         (finding,) = evidence(Scorecard(overall=worse))
         assert what in finding.what
     assert not evidence(Scorecard(overall=few))
-    models = {model: ModelFacts(name=model) for model in MODELS}
+    models: dict[Model, ModelFacts] = {model: ModelFacts(name=model) for model in MODELS}
     for measured, count in ((few, 1), (many, 0)):
         card = Scorecard(models=models, overall=measured, agreement={"chrf": measured})
         text = " ".join(parts(card).values())
