@@ -6,5 +6,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
 
 setup_environment requirements.lock requirements-dev.lock
-[ $# -gt 0 ] || set -- --numprocesses auto --dist loadfile
+[ $# -gt 0 ] || set -- --numprocesses auto --dist loadfile --no-loadscope-reorder
 exec .venv/bin/python -m pytest "$@"

@@ -68,6 +68,7 @@ def test_the_example_runs_and_asks_nothing_again(example: Path) -> None:
     assert "done before, reused" in again(example) and "Error" not in again(example)
 
 
+@pytest.mark.slow
 def test_another_body_of_the_same_name_is_stale(example: Path) -> None:
     said = again(example, "match[2] == unit", "match[2].lower() == unit")
     assert "stage filter was made with other settings: changed: checker units" in said

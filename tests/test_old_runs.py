@@ -155,6 +155,7 @@ def done(session: tuple[list[Done], int]) -> dict[tuple[str, str], Done]:
     return dict(zip(keys, session[0], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("what", commands_on(""))
 def test_a_finished_run_is_used(done: dict[tuple[str, str], Done], name: str, what: str) -> None:

@@ -55,7 +55,7 @@ def plant(path: Path, change: Change) -> None:
 def test_equal_sides_show_no_difference_in_many_values(new: Path, name: str) -> None:
     rows = compared(name, new)
     assert all(not row.differences for row in rows.values())
-    empty = {what for what, row in rows.items() if not row.count}
+    empty = {what for what, row in rows.items() if not row.values}
     assert empty == (set() if name == "chat" else {"released weights"})
 
 

@@ -157,6 +157,7 @@ def wait_for_answers(run: Run, count: int, process: subprocess.Popen[str]) -> li
     return [int(word) for word in children.split()]
 
 
+@pytest.mark.slow
 def test_killed_processes_lose_nothing_and_one_goes_on(
     tmp_path: Path, model: Path, one: Run
 ) -> None:

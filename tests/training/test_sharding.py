@@ -45,6 +45,7 @@ def alone(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["copies", "shards", "resumed in shards"])
 def test_two_processes_give_the_losses_and_gradients_of_one(alone, way):
     folder, name = alone.folder.parent.parent, way.replace(" ", "")
