@@ -315,7 +315,7 @@ def test_the_tasks_of_a_shipped_experiment_are_there(path: Path) -> None:
 
 def test_the_quickstart_has_the_sizes_that_it_is_compared_at() -> None:
     config = load_config(Path("configs/quickstart.yaml"))
-    assert (config.prompts.train, config.corpus.limit) == (96, 180)
+    assert (config.prompts.train, config.corpus.limit) == (60, 120)
     assert config.teacher.max_new_tokens == 128 and config.prompts.per_document == "rotate"
     table = load_config(Path("configs/python-docs.yaml"))  # the README's
     assert (table.prompts.train, table.prompts.validation, table.prompts.heldout) == (240, 360, 66)

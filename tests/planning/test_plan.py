@@ -142,9 +142,9 @@ def test_the_plan_is_json_too(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert main(["plan", str(ROOT / "configs/quickstart.yaml"), "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert plan["prompts"] == {"train": 96, "validation": 12, "heldout": 48}
+    assert plan["prompts"] == {"train": 60, "validation": 6, "heldout": 30}
     assert plan["machine"]["rates"]["auto"] and plan["seconds"] > 60 and plan["memory"]["train"]
-    assert plan["teacher"]["requests"] == 156 and plan["teacher"]["output_tokens_most"] == 156 * 128
+    assert plan["teacher"]["requests"] == 96 and plan["teacher"]["output_tokens_most"] == 96 * 128
 
 
 def test_what_cannot_be_planned_says_so(capsys):
