@@ -1,4 +1,4 @@
-"""The part of a config that training reads: student, losses, loop, soft labels, rounds on-policy."""
+"""What training reads of a config: student, losses, loop, soft labels, on-policy rounds."""
 
 from typing import Annotated, Any, Literal
 

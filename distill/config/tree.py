@@ -1,7 +1,7 @@
 """The experiment's configuration: a strict tree of keys, each with meaning, default and range.
 
-The text below a key says what it does. `distill.config.yaml_file` reads a tree from YAML. Config reaches
-a stage's `main` and stops there.
+The text below a key says what it does. `distill.config.yaml_file` reads a tree from YAML. Config
+reaches a stage's `main` and stops there.
 """
 
 import difflib

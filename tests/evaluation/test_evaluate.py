@@ -28,7 +28,7 @@ ITEMS, QUESTIONS = 8, 6  # held out, and of the suite
 
 
 def heldout_pairs() -> list[Pair]:
-    """Return pairs of a task with a checker (number) and one without (chat), two chunks a document."""
+    """Return pairs of a task with a checker (number) and one without (chat), two a document."""
     pairs = []
     for k in range(ITEMS):
         task = ("math_word_problem", "chat")[k % 2]

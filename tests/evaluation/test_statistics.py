@@ -19,7 +19,7 @@ SHARE, SEED = Bounds(0.0, 1.0), Certainty(seed=1)
 
 
 def coverage(groups: int, size: int, binary: bool, runs: int = 300) -> float:
-    """Return how often the interval of a difference holds the true one, for clustered scores of equal models."""
+    """Return how often the interval of a difference holds the true one, for equal models."""
     draw, hits = np.random.default_rng(groups * 10 + size), 0
     clusters = np.repeat(np.arange(groups), size).tolist()
     for run in range(runs):
