@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distill.callables import provided
+from distill.callables import PROVIDED, provided
 from distill.evaluation.scorecard import Scorecard
 from distill.pipeline import STAGES, from_stage, perform, permit_code, require_soft_teacher
 from distill.planning.plan import announce
@@ -41,8 +41,7 @@ def run(
     and the one line of the command.
     """
     with provided(checkers or {}, filters, responders or {}):
-        names = ", ".join(f.__name__ for f in filters)
-        added = [f"filters.python=[{names}]"] if filters else []
+        added = [f"filters.python=[{', '.join(PROVIDED['filter'])}]"] if filters else []
         run = open_run(Path(config), [*overrides, *added])
         again = from_stage(redo) if redo else ()
         permit_code(run, STAGES, again, allow_code, unsafe_code)

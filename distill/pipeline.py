@@ -71,7 +71,7 @@ def evaluation_identity(config: Config) -> dict[str, str]:
     found = {
         **suite_hashes(config.evaluation.suites),
         **student_facts(config),
-        **checker_identity(config),
+        **checker_identity(config.prompts.tasks, config.evaluation.suites),
     }
     for role, asked in (("teacher", config.teacher), ("judge", config.evaluation.judge)):
         if asked and asked.runs_here:
@@ -79,16 +79,18 @@ def evaluation_identity(config: Config) -> dict[str, str]:
     return found
 
 
-def checker_identity(config: Config) -> dict[str, str]:
+def checker_identity(tasks: Sequence[str], suites: Sequence[str] = ()) -> dict[str, str]:
     """Return the hashes of the checkers that are functions of the user's.
 
     Raises DistillError (exit 2) where this process was not given one that a task names.
     """
     from distill.evaluation.suites import tasks_of
     from distill.tasks.checkers import KINDS
+    from distill.tasks.task import task_path
 
-    tasks = tasks_of(config.prompts.tasks, config.evaluation.suites)
-    kinds = {task.checker["kind"] for task in tasks if task.checker}
+    # A file that is gone is a difference of the stage `prompts`, and no error here.
+    there = [name for name in tasks if task_path(name).is_file()]
+    kinds = {task.checker["kind"] for task in tasks_of(there, suites) if task.checker}
     return {
         f"checker {kind}": source_hash("checker", kind) for kind in sorted(kinds - KINDS.keys())
     }
@@ -98,7 +100,7 @@ def filter_identity(config: Config) -> dict[str, str]:
     """Return what filters the answers beside the config: functions of the user's, reasoning."""
     from distill.generation import filters
 
-    return {**filters.identity(config), **checker_identity(config)}
+    return {**filters.identity(config), **checker_identity(config.prompts.tasks)}
 
 
 def training_identity(config: Config) -> dict[str, str]:

@@ -145,3 +145,13 @@ def test_a_missing_config_is_the_commands_error(tmp_path: Path) -> None:
     with pytest.raises(DistillError) as caught:
         distill.run(tmp_path / "no.yaml")
     assert caught.value.code == Exit.CONFIG
+
+
+def test_a_filter_may_be_an_object_that_is_called(tmp_path: Path) -> None:
+    class Brief:
+        def __call__(self, prompt: Prompt, response: object) -> str | None:
+            return None
+
+    with pytest.raises(DistillError) as caught:  # the config is missing, and nothing else
+        distill.run(tmp_path / "no.yaml", filters=[Brief()])
+    assert caught.value.code == Exit.CONFIG and "no.yaml" in caught.value.where

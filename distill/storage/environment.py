@@ -61,7 +61,7 @@ def code_hash() -> str:
     """Hash names and contents of the package's files, the same in a checkout and installed."""
     total = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*")):
-        if path.suffix in (".py", ".j2"):
+        if path.suffix in (".py", ".j2", ".css"):
             total.update(f"{path.relative_to(PACKAGE).as_posix()}\n".encode())
             total.update(hashlib.sha256(path.read_bytes()).digest())
     return total.hexdigest()
