@@ -28,7 +28,7 @@ from distill.corpus.rows import interpret
 from distill.errors import DistillError, Exit
 from distill.records import Document, Split
 from distill.storage.files import sha256_file, write_records
-from distill.storage.progress import say, track
+from distill.storage.progress import say, tracking
 from distill.storage.run_folder import Run
 
 WORDS = 5  # of a shingle
@@ -127,8 +127,10 @@ def read(corpus: Corpus) -> Iterator[SourceRow | Reject]:
         files, ignored = readers.list_files(corpus.path)
         if ignored:
             say(f"corpus: {ignored} files of other kinds are not read")
-        for file in track(files, "reading", len(files), "files"):
-            yield from readers.read_file(file, _relative(file, corpus.path))
+        with tracking("reading", len(files), "files") as tracker:
+            for file in files:
+                yield from readers.read_file(file, _relative(file, corpus.path))
+                tracker.advance()
 
 
 def interpret_rows(corpus: Corpus, rejects: list[Reject]) -> list[Document]:

@@ -24,7 +24,7 @@ from distill.storage.files import read_records, write_json, write_records
 from distill.storage.progress import console
 from distill.storage.run_folder import Run
 from distill.tasks.checkers import check, needs_reference, normalise_answer, strip_fence
-from distill.tasks.task import FindTask, shipped, tasks_of_run
+from distill.tasks.task import FindTask, Task, shipped, tasks_of_run
 
 Filter = Callable[[Prompt, Response], str | None]
 
@@ -81,9 +81,7 @@ def main(config: Config, run: Run) -> None:
     for split in SPLITS:
         mine = [pair for pair in pairs if splits[pair.prompt.document_id] == split]
         if split != "heldout":
-            mine = sift(mine, split, filters, dropped)
-            if config.teacher.reasoning == "keep":
-                mine = [with_reasoning(pair) for pair in mine]
+            mine = sift(mine, split, filters, dropped, config.teacher.reasoning == "keep")
         dataset[split] = mine
         write_records(run.path(f"dataset/{split}.jsonl"), mine)
     write_records(run.path("dropped.jsonl"), dropped)
@@ -105,35 +103,36 @@ def identity(config: Config) -> dict[str, str]:
     return {**reasoning, **mine}
 
 
-def with_reasoning(pair: Pair) -> Pair:
-    """Put the teacher's reasoning, if any, before its answer, in a think block."""
-    response = pair.response
-    if not response.reasoning:
-        return pair
-    text = f"<think>\n{response.reasoning}\n</think>\n\n{response.text}"
-    return pair.model_copy(update={"response": response.model_copy(update={"text": text})})
-
-
 def active_filters(settings: Filters, find: FindTask = shipped) -> list[Filter]:
     """Return the filters that the config turns on, in the order in which they give the reason."""
+    most = settings.max_answer_tokens
     switches: list[tuple[bool, Filter]] = [
-        (True, failed),
-        (settings.truncated, truncated),
-        (settings.empty, empty),
-        (settings.refusal, refusal),
+        (True, lambda p, r: "failed" if r.stop in ("error", "filtered") else None),
+        (settings.truncated, lambda p, r: "truncated" if r.stop == "length" else None),
+        # nothing but an empty code fence is empty too
+        (settings.empty, lambda p, r: None if strip_fence(r.text) else "empty"),
+        # a text that merely quotes a refusal stays
+        (settings.refusal, lambda p, r: "refusal" if REFUSAL.match(r.text[:300]) else None),
         (settings.repetition, repetition),
-        (settings.wrong_format, unless_passed(find, "wrong format", of_form=True)),
-        (settings.failed_checker, unless_passed(find, "failed checker", of_form=False)),
-        (settings.max_answer_tokens is not None, too_long(settings.max_answer_tokens or 0)),
+        (settings.wrong_format, lambda p, r: rejected(find(p.task), p, r, "wrong format")),
+        (settings.failed_checker, lambda p, r: rejected(find(p.task), p, r, "failed checker")),
+        (True, lambda p, r: "too long" if most and r.usage.output_tokens > most else None),
         *((True, find_callable("filter", name)) for name in settings.python),
     ]
     return [filter_ for on, filter_ in switches if on]
 
 
 def sift(
-    pairs: Iterable[Pair], split: Split, filters: Sequence[Filter], dropped: list[Dropped]
+    pairs: Iterable[Pair],
+    split: Split,
+    filters: Sequence[Filter],
+    dropped: list[Dropped],
+    reasoning: bool = False,
 ) -> list[Pair]:
-    """Return the pairs that pass; the others, and repeats of an answer, are added to `dropped`."""
+    """Return the pairs that pass; the others, and repeats of an answer, are added to `dropped`.
+
+    With `reasoning`, the teacher's stands before its answer, in a think block.
+    """
     results: list[Pair] = []
     seen: set[tuple[str, str]] = set()
     for pair in pairs:
@@ -141,40 +140,16 @@ def sift(
         reason = next((why for f in filters if (why := f(prompt, response))), None)
         text = (prompt.id, response.text.strip())
         reason = reason or ("same answer again" if text in seen else None)
-        if reason is None:
-            seen.add(text)
-            results.append(pair)
+        if reason:
+            names = {"prompt_id": prompt.id, "response_id": response.id, "task": prompt.task}
+            dropped.append(Dropped(**names, split=split, reason=reason, text=response.text))
             continue
-        row = Dropped(
-            prompt_id=prompt.id,
-            response_id=response.id,
-            task=prompt.task,
-            split=split,
-            reason=reason,
-            text=response.text,
-        )
-        dropped.append(row)
+        seen.add(text)
+        if reasoning and response.reasoning:
+            thought = f"<think>\n{response.reasoning}\n</think>\n\n{response.text}"
+            pair = Pair(prompt=prompt, response=response.model_copy(update={"text": thought}))
+        results.append(pair)
     return results
-
-
-def failed(prompt: Prompt, response: Response) -> str | None:
-    """Drop what is no answer: the request failed."""
-    return "failed" if response.stop in ("error", "filtered") else None
-
-
-def truncated(prompt: Prompt, response: Response) -> str | None:
-    """Drop an answer that reached its length limit."""
-    return "truncated" if response.stop == "length" else None
-
-
-def empty(prompt: Prompt, response: Response) -> str | None:
-    """Drop an answer without text, or with nothing but an empty code fence."""
-    return None if strip_fence(response.text) else "empty"
-
-
-def refusal(prompt: Prompt, response: Response) -> str | None:
-    """Drop an answer that begins by declining; a text that merely quotes a refusal stays."""
-    return "refusal" if REFUSAL.match(response.text[:300]) else None
 
 
 def repetition(prompt: Prompt, response: Response) -> str | None:
@@ -188,34 +163,20 @@ def repetition(prompt: Prompt, response: Response) -> str | None:
     return "repetition" if any(normalise_answer(circle[1]) for circle in circles) else None
 
 
-def unless_passed(find: FindTask, reason: str, of_form: bool) -> Filter:
-    """Return the filter that drops what a task's checker, of the form or another, rejects.
+def rejected(task: Task | None, prompt: Prompt, response: Response, reason: str) -> str | None:
+    """Return the reason to drop what a task's checker rejects, by its form or by what it says.
 
     A checker that needs a reference is asked where there is one.
     """
-
-    def filter_(prompt: Prompt, response: Response) -> str | None:
-        task = find(prompt.task)
-        checker = task and task.checker
-        if not checker or (checker["kind"] in FORMATS) != of_form:
-            return None
-        if needs_reference(checker["kind"]) and not (prompt.reference or "").strip():
-            return None
-        result = check(checker, prompt, response.text)
-        if result.passed is None:  # a failure of ours: the reason says which
-            return f"not checked: {result.reason}"
-        return None if result.passed else reason
-
-    return filter_
-
-
-def too_long(most: int) -> Filter:
-    """Return the filter that drops answers of more than `most` tokens, as the teacher counts."""
-
-    def filter_(prompt: Prompt, response: Response) -> str | None:
-        return "too long" if response.usage.output_tokens > most else None
-
-    return filter_
+    checker = task and task.checker
+    if not checker or (checker["kind"] in FORMATS) != (reason == "wrong format"):
+        return None
+    if needs_reference(checker["kind"]) and not (prompt.reference or "").strip():
+        return None
+    result = check(checker, prompt, response.text)
+    if result.passed is None:  # a failure of ours: the reason says which
+        return f"not checked: {result.reason}"
+    return None if result.passed else reason
 
 
 def funnel(

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -30,11 +30,12 @@ from distill.storage.progress import say
 BLOCK = 1 << 20  # bytes read at once
 OFFSET = 40  # bits of a position that are the first byte; those above are the segment
 NEWLINE = ord("\n")
+VERSION = 1  # of the lines that this code reads and writes
 SEGMENT = re.compile(r"(?:(\w+)-)?(\d{8})\.jsonl", re.ASCII)
 # What the folder of a copy is called until the copy is complete and takes the original's name
 UNFINISHED = {"repair": ".repaired", "compact": ".compacted"}
 
-NewRecord = tuple[str, str, Any]  # kind, key, body
+NewRecord = tuple[str, str, object]  # kind, key, body
 
 
 class StoredRecord(NamedTuple):
@@ -45,7 +46,7 @@ class StoredRecord(NamedTuple):
     body: bytes
 
 
-def encode_line(kind: str, key: str, body: Any) -> bytes:
+def encode_line(kind: str, key: str, body: object) -> bytes:
     """Return a record's line with its newline; `kind` and `key` are words, `body` is JSON."""
     if f"{kind} {key}".split() != [kind, key]:
         raise ValueError(f"kind and key must be words, not {kind!r} and {key!r}")
@@ -62,22 +63,12 @@ def decode_line(line: bytes) -> StoredRecord | None:
     return StoredRecord(kind.decode(), key.decode(), body)
 
 
-VERSION = 1  # of the lines that this code writes
-DECODERS: dict[int, Callable[[bytes], StoredRecord | None]] = {1: decode_line}
-
-
-def scan(
-    segment: Path, version: int = VERSION, offset: int = 0
-) -> Iterator[tuple[int, bytes, StoredRecord | None]]:
-    """Yield each line from `offset` on: its first byte, its bytes, its record (None: damaged).
-
-    Memory is bounded by the longest line.
-    """
-    decode = DECODERS[version]
+def scan(segment: Path, offset: int = 0) -> Iterator[tuple[int, bytes, StoredRecord | None]]:
+    """Yield each line from `offset` on: its first byte, its bytes, its record (None: damaged)."""
     with segment.open("rb", buffering=BLOCK) as file:
         file.seek(offset)
         for data in file:
-            yield offset, data, decode(data[:-1] if data[-1] == NEWLINE else data)
+            yield offset, data, decode_line(data[:-1] if data[-1] == NEWLINE else data)
             offset += len(data)
 
 
@@ -105,7 +96,7 @@ def _name(writer: str, number: int) -> str:
 
 
 def read_version(folder: Path) -> int:
-    """Return a log's version, 0 for none; raises DistillError (exit 5) on a newer one."""
+    """Return a log's version, 0 for none that is known; DistillError (exit 5) on a newer one."""
     path = folder / "version.json"
     try:
         version = json.loads(path.read_bytes())["version"]
@@ -114,7 +105,7 @@ def read_version(folder: Path) -> int:
     if isinstance(version, int) and version > VERSION:
         what = f"store version {version}, newer than {VERSION}"
         raise DistillError(Exit.STATE, path, what, "use a newer distill")
-    return version if version in DECODERS else 0
+    return version if version == VERSION else 0
 
 
 def damaged(where: object, folder: Path, what: str = "damaged record") -> DistillError:
@@ -192,13 +183,10 @@ class Log:
     def _load(self) -> None:
         """Check the version and every line not checked yet, and open the writer's last segment."""
         with disk_errors(self.folder):
-            paths = segments(
-                self.folder
-            )  # before the version, which a writer beside us makes first
+            paths = segments(self.folder)  # before the version, which a writer makes first
             version = read_version(self.folder)
-            if version != VERSION and (version or paths):
-                what = f"store version {version or 'unknown'}, this is {VERSION}"
-                raise damaged(self.folder / "version.json", self.folder, what)
+            if paths and not version:
+                raise damaged(self.folder / "version.json", self.folder, "no store version")
             if not version and self.writable:
                 write_json(self.folder / "version.json", {"version": VERSION})
             self.torn = 0

@@ -2,10 +2,9 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
 
 from rich.console import Console, RenderableType
 from rich.progress import (
@@ -19,7 +18,6 @@ from rich.progress import (
 from rich.text import Text
 
 console = Console(stderr=True, highlight=False)
-T = TypeVar("T")
 PLAIN_SECONDS = 10.0  # at most one plain line in this time
 # what a server or a file brought in may not steer the terminal
 CONTROLS = {c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
@@ -81,11 +79,3 @@ def tracking(title: str, total: int, unit: str = "items") -> Iterator[Tracker]:
     )
     with _Bar(*columns, console=console) as bar:
         yield Tracker(title, total, unit, bar)
-
-
-def track(items: Iterable[T], title: str, total: int, unit: str = "items") -> Iterator[T]:
-    """Yield `items` while their progress is shown."""
-    with tracking(title, total, unit) as tracker:
-        for item in items:
-            yield item
-            tracker.advance()

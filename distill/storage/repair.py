@@ -10,7 +10,6 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from distill.errors import DistillError, Exit
 from distill.storage.files import (
@@ -24,7 +23,6 @@ from distill.storage.files import (
 from distill.storage.log import (
     NEWLINE,
     UNFINISHED,
-    VERSION,
     Log,
     NewRecord,
     StoredRecord,
@@ -37,49 +35,15 @@ from distill.storage.log import (
     writer_of,
 )
 
-
-class LostLine(NamedTuple):
-    """A line that a repair left out: its segment and number, its length in bytes, and why."""
-
-    place: str
-    length: int
-    reason: str
+LostLine = tuple[str, int, str]  # left out by a copy: segment and number, length in bytes, why
 
 
-class Repair(NamedTuple):
-    """What a repair did: the records copied, the lines left out, the folder of the original."""
+def repair(folder: Path) -> list[str]:
+    """Put what is intact into a fresh log, in the original's place; return lines to print.
 
-    records: int
-    lost: list[LostLine]
-    original: Path
-
-    def explain(self) -> list[str]:
-        """Return the outcome in lines for the user."""
-        head = f"{self.records} records are intact; the original is kept in {self.original}"
-        return [head, *(f"{line.place}: {line.reason}, {line.length} bytes" for line in self.lost)]
-
-
-class Compaction(NamedTuple):
-    """What a compaction did: records copied, left out of each kind, bytes before and after."""
-
-    records: int
-    left_out: dict[str, int]
-    before: int
-    after: int
-
-    def explain(self) -> list[str]:
-        """Return the outcome in lines for the user."""
-        out = [f"{count} of kind {kind} left out" for kind, count in self.left_out.items()]
-        sizes = f"{self.before:,} bytes before, {self.after:,} after"
-        return ["; ".join([f"{self.records} records kept", *out]), sizes]
-
-
-def repair(folder: Path) -> Repair:
-    """Copy what is intact into a fresh log, which takes the place of the original.
-
-    The original becomes `FOLDER.damaged-N`. A log of an older version is brought to this one in the
-    same way. The list of what was left out is also kept, as `repair.json` in the fresh log. Raises
-    DistillError (exit 5) where the folder is no log, or is being written.
+    The original becomes `FOLDER.damaged-N`. The lines that were left out are also listed in
+    `repair.json` in the fresh log. Raises DistillError (exit 5) where the folder is no log, or is
+    being written.
     """
     fresh = folder.with_name(folder.name + UNFINISHED["repair"])
     with disk_errors(folder):
@@ -96,12 +60,13 @@ def repair(folder: Path) -> Repair:
         fresh.rename(folder)
         fsync_folder(folder.parent)
     report = read_json(folder / "repair.json")
-    lost = [LostLine(*line) for line in report["losses"]]
-    return Repair(report["kept"], lost, folder.with_name(report["original"]))
+    original = folder.with_name(report["original"])
+    head = f"{report['kept']} records are intact; the original is kept in {original}"
+    return [head, *(f"{place}: {why}, {size} bytes" for place, size, why in report["losses"])]
 
 
-def compact(folder: Path, worth_keeping: Callable[[Log, str, bytes], bool]) -> Compaction:
-    """Copy what is worth keeping into a fresh log, put it in place of the original, remove that.
+def compact(folder: Path, worth_keeping: Callable[[Log, str, bytes], bool]) -> list[str]:
+    """Put what is worth keeping into a fresh log in the original's place; return lines to print.
 
     `worth_keeping` takes a log, a record's kind and its JSON. Torn tails and the report of a repair
     are kept, and segments are filled up. Raises DistillError (exit 5) where the folder is no log,
@@ -129,7 +94,7 @@ def compact(folder: Path, worth_keeping: Callable[[Log, str, bytes], bool]) -> C
 
                 count = _copy(valuable(), fresh)
                 if lost:  # damaged since the log was opened
-                    raise damaged(folder / lost[0].place, folder)
+                    raise damaged(folder / lost[0][0], folder)
                 for path in [*folder.glob("torn/*"), *folder.glob("repair.json")]:
                     write_atomic(fresh / path.relative_to(folder), path.read_bytes())
                 report = {"kept": count, "left_out": left_out, "before": size()}
@@ -141,7 +106,9 @@ def compact(folder: Path, worth_keeping: Callable[[Log, str, bytes], bool]) -> C
         report = read_json(folder / "compact.json")  # not there: this is not what was copied
         shutil.rmtree(original)
         fsync_folder(folder.parent)
-    return Compaction(report["kept"], report["left_out"], report["before"], size())
+    counts = [f"{report['kept']} records kept"]
+    counts += [f"{count} of kind {kind} left out" for kind, count in report["left_out"].items()]
+    return ["; ".join(counts), f"{report['before']:,} bytes before, {size():,} after"]
 
 
 def _refuse_no_store(folder: Path) -> None:
@@ -178,10 +145,11 @@ def _intact(folder: Path, lost: list[LostLine]) -> Iterator[StoredRecord]:
 
     A record that another writer stored too is no loss.
     """
-    version, seen = read_version(folder) or VERSION, dict[tuple[str, str], str]()
+    read_version(folder)  # which refuses a newer one
+    seen = dict[tuple[str, str], str]()
     for segment in segments(folder, check=False):
         writer = writer_of(segment)
-        for number, (_, data, record) in enumerate(scan(segment, version), 1):
+        for number, (_, data, record) in enumerate(scan(segment), 1):
             reason = "damaged" if data[-1] == NEWLINE else "cut off while being written"
             if record is not None:
                 key = (record.kind, record.key)
@@ -191,4 +159,4 @@ def _intact(folder: Path, lost: list[LostLine]) -> Iterator[StoredRecord]:
                     continue
                 reason = f"{record.kind} {record.key} a second time, the first is kept"
             if record is None or seen[record.kind, record.key] == writer:
-                lost.append(LostLine(f"{segment.name}:{number}", len(data), reason))
+                lost.append((f"{segment.name}:{number}", len(data), reason))

@@ -87,10 +87,10 @@ def test_a_task_of_ones_own_stays_with_the_run_and_keeps_its_checker(tmp_path: P
     task = find(found[0].task)
     assert task is not None and task.checker == {"kind": "regex", "pattern": "^yes"}
     assert find("summary") == load_task("summary") == find("summary") and find("nobody") is None
-    judge = filters.unless_passed(find, "failed checker", of_form=False)
     said = {"request_key": "k", "sample": 0, "prompt_id": found[0].id, "model": "m", "stop": "end"}
-    assert judge(found[0], Response(id="a", text="yes it is", **said)) is None
-    assert judge(found[0], Response(id="b", text="no", **said)) == "failed checker"
+    for text, why in (("yes it is", None), ("no", "failed checker")):
+        answer = Response(id="a", text=text, **said)
+        assert filters.rejected(task, found[0], answer, "failed checker") == why
 
 
 def test_two_tasks_of_one_name_are_refused(tmp_path: Path) -> None:

@@ -97,9 +97,8 @@ def test_formats_and_checkers() -> None:
 
 
 def test_too_long() -> None:
-    found = filters.too_long(4)
-    assert found(prompt(), response("x", tokens=5)) == "too long"
-    assert found(prompt(), response("x", tokens=4)) is None
+    assert reason("five tokens, they say", max_answer_tokens=4) == "too long"
+    assert reason("five tokens, they say", max_answer_tokens=5) is None
 
 
 def test_of_several_samples_all_that_pass_and_differ_stay() -> None:
@@ -162,15 +161,14 @@ def test_no_row_left_names_the_biggest_reason(tmp_path: Path) -> None:
 
 
 def test_reasoning_is_trained_on_where_that_is_asked() -> None:
-    message = Message(role="user", content="q")
-    prompt = Prompt.make((message,), "d", "chat")
-    response = Response(
-        id="r", request_key="k", sample=0, prompt_id=prompt.id, model="m", text="a", stop="end"
-    )
-    plain = Pair(prompt=prompt, response=response)
-    thought = Pair(prompt=prompt, response=response.model_copy(update={"reasoning": "hm"}))
-    assert filters.with_reasoning(plain) == plain
-    assert filters.with_reasoning(thought).response.text == "<think>\nhm\n</think>\n\na"
+    plain = Pair(prompt=prompt(), response=response("a"))
+    thought = plain.response.model_copy(update={"reasoning": "hm", "text": "b"})
+    pairs = [plain, Pair(prompt=prompt(), response=thought)]
+    for keep, texts in (
+        (False, ["a", "b"]),
+        (True, ["a", "<think>\nhm\n</think>\n\nb"]),
+    ):
+        assert [p.response.text for p in filters.sift(pairs, "train", [], [], keep)] == texts
 
 
 def test_what_holds_a_held_out_prompt_is_not_trained_on(tmp_path: Path) -> None:

@@ -7,13 +7,16 @@ import sys
 
 from distill.storage import progress
 
-WORK = (
-    "import time\n"
-    "from distill.storage.progress import say, track\n"
-    "say('begins [bold]')\n"
-    "for _ in track(range(40), 'answers', 40, 'answers'): time.sleep(0.02)\n"
-    "say('ends')\n"
-)
+WORK = """
+import time
+from distill.storage.progress import say, tracking
+say('begins [bold]')
+with tracking('answers', 40, 'answers') as tracker:
+    for _ in range(40):
+        time.sleep(0.02)
+        tracker.advance()
+say('ends')
+"""
 
 
 def test_a_pipe_gets_plain_lines():
@@ -24,11 +27,10 @@ def test_a_pipe_gets_plain_lines():
     assert lines[1].startswith("answers: 40/40, ") and lines[1].endswith(" answers/s, 0:00:00 left")
 
 
-def on_a_terminal(code: str) -> str:
-    """Run Python code on a pseudo-terminal, and return all that it showed."""
+def test_a_terminal_gets_a_bar_with_rate_and_time_left():
     parent, child = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=child, env=environment)
+    process = subprocess.Popen([sys.executable, "-c", WORK], stderr=child, env=environment)
     os.close(child)
     shown = b""
     try:
@@ -38,34 +40,17 @@ def on_a_terminal(code: str) -> str:
         pass
     assert process.wait() == 0
     os.close(parent)
-    return shown.decode()
-
-
-def test_a_terminal_gets_a_bar_with_rate_and_time_left():
-    shown = on_a_terminal(WORK)
-    assert "answers" in shown and "40/40" in shown and "answers/s" in shown and "0:00:0" in shown
-    assert shown.index("begins [bold]") < shown.index("40/40") < shown.rindex("ends")
+    text = shown.decode()
+    assert all(part in text for part in ("40/40", "answers/s", "0:00:0"))
+    assert text.index("begins [bold]") < text.index("40/40") < text.rindex("ends")
 
 
 def test_lines_are_rare_and_the_last_is_shown(capsys, monkeypatch):
-    monkeypatch.setattr(progress, "PLAIN_SECONDS", 1e9)
-    assert list(progress.track(iter("abc"), "letters", 3)) == ["a", "b", "c"]
-    assert capsys.readouterr().err.count("\n") == 1
-    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
-    list(progress.track("abc", "letters", 3))
-    assert [line.split(",")[0] for line in capsys.readouterr().err.splitlines()] == [
-        "letters: 1/3",
-        "letters: 2/3",
-        "letters: 3/3",
-    ]
-
-
-def test_the_rate_names_its_unit_and_extra(capsys):
-    with progress.tracking("training", 5, "steps") as tracker:
-        tracker.advance(5, extra="loss 1.25")
-    assert "steps/s loss 1.25, 0:00:00 left" in capsys.readouterr().err
-
-
-def test_nothing_to_do_shows_nothing(capsys):
-    assert list(progress.track([], "nothing", 0)) == []
-    assert capsys.readouterr().err == ""
+    for pause, count in ((1e9, 1), (0.0, 3)):
+        monkeypatch.setattr(progress, "PLAIN_SECONDS", pause)
+        with progress.tracking("letters", 3, "letters") as tracker:
+            for _ in range(3):
+                tracker.advance(extra="loss 1.25")
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == count and "letters/s loss 1.25, 0:00:00 left" in lines[-1]
+        assert lines[-1].startswith("letters: 3/3")
