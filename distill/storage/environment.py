@@ -19,7 +19,6 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from distill import __version__
 from distill.errors import DistillError, Exit
@@ -33,7 +32,7 @@ LAUNCHER = re.compile(r"accelerate|torchrun|torch\.distributed")
 PROCESSES = re.compile(r"--(?:num_processes|num-processes|nproc_per_node|nproc-per-node)[\0=](\d+)")
 
 
-def environment() -> dict[str, Any]:
+def environment() -> dict[str, object]:
     """Return the facts that a result may depend on, as plain JSON values."""
     return {
         "distill": __version__,

@@ -86,12 +86,12 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         fsync_folder(path.parent)
 
 
-def as_json(value: Any) -> str:
+def as_json(value: object) -> str:
     """Return the text of a JSON file of ours: indented, one trailing newline, no NaN."""
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON, atomically."""
     write_atomic(path, as_json(value))
 

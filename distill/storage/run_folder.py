@@ -39,11 +39,15 @@ from distill.storage.files import (
 from distill.storage.ledger import Ledger, now
 from distill.storage.progress import say
 
-Fingerprint = dict[str, Any]  # what a result depends on: dotted config keys, hashes of inputs
+Fingerprint = dict[str, object]  # what a result depends on: dotted config keys, hashes of inputs
 StageState = Literal["fresh", "unfinished", "done", "stale"]
 SEAL = "sha256"  # the manifest's last key
 SHOWN = 6  # differences, or names of files, in a message
 HASH = re.compile(r"[0-9a-f]{32,64}")
+# Settings of memory: how much is computed at once changes results by rounding alone. The costs that
+# an evaluation measured hang on its own, so that one counts once it is finished.
+MEMORY = ("teacher.max_batch_size", "train.micro_batch_tokens", "train.gradient_checkpointing")
+UNFINISHED_MEMORY = (*MEMORY, "evaluation.max_batch_size")
 # A file beside the weights of a model in a folder, after what the model does there
 MODEL_FILE = re.compile(r"(base|judge|student|teacher|tokenizer|weights) file .+")
 
@@ -88,7 +92,7 @@ class Run:
 
     def fingerprint(self, stage: Stage) -> Fingerprint:
         """Return what the stage's result depends on: config keys, hashes of inputs, identities."""
-        resolved, values = self.config.resolved(), dict[str, Any]()
+        resolved, values = self.config.resolved(), dict[str, object]()
         for key in stage.keys:
             with suppress(KeyError):  # a key of another kind of teacher
                 values[key] = reduce(lambda tree, name: tree[name], key.split("."), resolved)
@@ -134,7 +138,7 @@ class Run:
                 {k: v for k, v in facts.items() if k.split(" file ")[0] not in stage.compares}
                 for facts in (old, new)
             )
-        if changes := differences(old, new):
+        if changes := differences(old, new, MEMORY if finished else UNFINISHED_MEMORY):
             outputs = [p for n in stage.outputs for p in (self.path(n), *self.path(n).rglob("*"))]
             begun = finished or any(path.is_file() for path in outputs)
             return ("stale", changes) if begun else ("fresh", [])
@@ -191,7 +195,7 @@ class Run:
         self._note_stage(stage, {**self.made_with(stage.name), "marker": sha256})
         write_atomic(marker, text)
 
-    def _note_stage(self, stage: Stage, facts: dict[str, Any]) -> None:
+    def _note_stage(self, stage: Stage, facts: dict[str, object]) -> None:
         self.note("stages", {**self.manifest().get("stages", {}), stage.name: facts})
 
     def made_with(self, stage: str) -> dict[str, Any]:
@@ -216,7 +220,7 @@ class Run:
                         moved.parent.mkdir(parents=True, exist_ok=True)
                         path.rename(moved)
 
-    def note(self, key: str, value: Any) -> None:
+    def note(self, key: str, value: object) -> None:
         """Record a fact (a hash, a version, a count) in the manifest, which is sealed anew."""
         write_atomic(self.path("manifest.json"), sealed({**self.manifest(), key: value}))
 
@@ -227,7 +231,7 @@ class Run:
         return {key: value for key, value in facts.items() if key != SEAL}
 
 
-def sealed(manifest: Mapping[str, Any]) -> str:
+def sealed(manifest: Mapping[str, object]) -> str:
     """Return the text of a manifest with its own SHA-256 at its end."""
     sha256 = hashlib.sha256(as_json(manifest).encode()).hexdigest()
     return as_json({**manifest, SEAL: sha256})
@@ -258,7 +262,7 @@ def open_run(place: Path, overrides: Sequence[str] = ()) -> Run:
     return Run(config, None if changed else folder)
 
 
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(tree: object, prefix: str = "") -> dict[str, object]:
     """Flatten nested mappings to dotted keys."""
     if not isinstance(tree, dict):
         return {prefix: tree}
@@ -269,14 +273,14 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
+def differences(old: Fingerprint, new: Fingerprint, ignored: Sequence[str] = ()) -> list[str]:
     """Name every key that differs: settings with both values, hashed inputs as lists of names.
 
     Old names of keys are read as the present ones. A setting that one side lacks, because it came
     later or belongs to another kind of teacher, counts as its default there.
     """
 
-    def short(value: Any) -> str:
+    def short(value: object) -> str:
         text = "unset" if value is None else " ".join(str(value).split())
         return text if len(text) <= 40 else text[:39] + "…"
 
@@ -284,7 +288,8 @@ def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
     settings, files = [], dict[str, list[str]]()
     for key in sorted(old.keys() | new.keys()):
         before, after = _setting(old, key), _setting(new, key)
-        if before == after or (before in (None, "") and after in (None, "")):
+        unset = before in (None, "") and after in (None, "")
+        if before == after or unset or key in ignored:
             continue
         if HASH.fullmatch(str(after if before is None else before)):
             how = "added" if before is None else "removed" if after is None else "changed"
@@ -297,7 +302,7 @@ def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
     return settings
 
 
-def _setting(fingerprint: Fingerprint, key: str) -> Any:
+def _setting(fingerprint: Fingerprint, key: str) -> object:
     """Return a key's value in a fingerprint, else a setting's default, else None."""
     if key in fingerprint:
         return fingerprint[key]

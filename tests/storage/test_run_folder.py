@@ -249,12 +249,7 @@ def test_the_seconds_of_a_killed_stage_are_in_the_ledger(tmp_path, monkeypatch):
     assert not list(run.folder.glob(".*.tmp"))
 
 
-# --- lock and manifest
-
-
-def test_a_second_writer_is_told_who_holds_the_run(tmp_path):
-    with make(tmp_path).lock():
-        assert f"lock held by pid {os.getpid()}" in refused(make(tmp_path), FIRST)
+# --- the manifest
 
 
 def test_notes_gather_in_the_manifest(tmp_path):
