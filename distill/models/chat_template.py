@@ -8,15 +8,18 @@ import hashlib
 import re
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING
 
 from distill.errors import DistillError, Exit
 from distill.records import Message, digest
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
 SEPARATOR = "\u200b"  # a zero-width space in a special token's text, which makes it plain text
 
 
-def special_tokens(tokenizer: Any) -> dict[str, int]:
+def special_tokens(tokenizer: "Tokenizer") -> dict[str, int]:
     """Return the tokenizer's control tokens: text to id."""
     added = tokenizer.added_tokens_decoder.items()
     control = {str(token): index for index, token in added if token.special}
@@ -24,7 +27,7 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
     return control or dict(pairs)
 
 
-def neutralise(text: str, tokenizer: Any) -> str:
+def neutralise(text: str, tokenizer: "Tokenizer") -> str:
     """Break up every special-token text in `text`, so that it is read as plain characters."""
     names = sorted(special_tokens(tokenizer), key=len, reverse=True)
     if not names:
@@ -33,12 +36,12 @@ def neutralise(text: str, tokenizer: Any) -> str:
     return re.sub(pattern, lambda match: match[0][0] + SEPARATOR + match[0][1:], text)
 
 
-def template_hash(tokenizer: Any, date: str) -> str:
+def template_hash(tokenizer: "Tokenizer", date: str) -> str:
     """Hash the chat template and the date that it is rendered with."""
     return digest({"template": tokenizer.chat_template, "date": date})
 
 
-def vocabulary_hash(tokenizer: Any) -> str:
+def vocabulary_hash(tokenizer: "Tokenizer") -> str:
     """Hash the vocabulary: equal hashes mean that token ids mean the same."""
     tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     rows = "\n".join(f"{index} {token}" for token, index in tokens)
@@ -46,7 +49,7 @@ def vocabulary_hash(tokenizer: Any) -> str:
 
 
 def render(
-    tokenizer: Any, messages: Sequence[Message], date: str, answer: str | None = None
+    tokenizer: "Tokenizer", messages: Sequence[Message], date: str, answer: str | None = None
 ) -> str:
     """Render a conversation up to where the answer begins, or, with `answer`, to its end.
 
@@ -72,12 +75,12 @@ def render(
         raise DistillError(Exit.TRAINING, where, what, "check roles and order") from None
 
 
-def encode_text(tokenizer: Any, text: str) -> list[int]:
+def encode_text(tokenizer: "Tokenizer", text: str) -> list[int]:
     """Tokenise rendered text as it stands, adding nothing."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def encode_prompt(tokenizer: Any, messages: Sequence[Message], date: str) -> list[int]:
+def encode_prompt(tokenizer: "Tokenizer", messages: Sequence[Message], date: str) -> list[int]:
     """Return the ids of the rendered prompt; a forged control token is a DistillError (exit 3)."""
     ids = encode_text(tokenizer, render(tokenizer, messages, date))
     blank = [Message(role=m.role, content="x") for m in messages]

@@ -5,7 +5,6 @@ What is not in the files is an error and not a random number (`models.weights`).
 """
 
 import importlib.util
-import os
 import warnings
 from itertools import chain
 from pathlib import Path
@@ -13,15 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from distill.config.values import SAFE, Trust
 from distill.errors import DistillError, Exit
+from distill.models.devices import device, pick_dtype, raise_device_error
 from distill.models.registry import fetch, first_line, is_folder, read_object
 from distill.models.weights import add_adapter, require_intact, require_values, stored_values
-from distill.storage.environment import cpu_facts
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def check_files(folder: Path, trust: Trust = SAFE) -> None:
@@ -60,30 +57,6 @@ def quiet() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-
-
-def pick_dtype(name: str = "auto") -> "torch.dtype":
-    """Return the named dtype; `auto` is bfloat16 where the machine computes in it, else float32."""
-    import torch
-
-    if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    if torch.cuda.is_available():
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        facts = cpu_facts()
-        flags = f"{facts.get('flags', '')} {facts.get('Features', '')}".split()  # x86, ARM
-        fast = not BF16_FLAGS.isdisjoint(flags)
-    return torch.bfloat16 if fast else torch.float32
-
-
-def device() -> "torch.device":
-    """Return this process's GPU, or the CPU."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def context_length(model_config: Any) -> int:
@@ -129,21 +102,32 @@ def load_model(
 def load_merged(
     reference: str,
     adapter: Path,
+    dtype: "torch.dtype",
     revision: str | None = None,
     trust: Trust = SAFE,
-    dtype: "torch.dtype | None" = None,
 ) -> "PreTrainedModel":
-    """Load a model with an adapter added to it in float32, in main memory, and cast it once.
+    """Load a model with an adapter added to it, in main memory: one that is trained fits there too.
 
-    What a model computes anew when it is loaded, its rotary frequencies, stays in float32, as in a
-    model that is loaded in `dtype`. Raises DistillError as `load_model` does, and (exit 7) where
-    the adapter does not fit.
+    The base stays in the type of its files; weight by weight, the product is added in float32 and
+    the sum cast once to `dtype`. What a model computes anew when it is loaded, its rotary
+    frequencies, stays in float32, as in a model that is loaded in `dtype`. Raises DistillError as
+    `load_model` does, and (exit 7) where the adapter does not fit.
     """
-    base = load_model(reference, "float32", revision, trust, on_cpu=True)
-    model = add_adapter(base, adapter).merge_and_unload(safe_merge=True).eval()
+    from peft.tuners.lora import LoraLayer
+
+    base = _read(reference, fetch(reference, revision, trust), trust, dtype="auto")
+    require_values(f"model {reference}", base.named_parameters())
+    model = add_adapter(base, adapter)
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            weight = layer.get_base_layer().weight
+            weight.data = weight.data.float()
+            layer.merge(safe_merge=True)
+            weight.data = weight.data.to(dtype)
+    model = model.unload().eval()
     stored = model.state_dict().keys()
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if dtype is not None and name in stored and tensor.is_floating_point():
+        if name in stored and tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
     return model
 
@@ -187,6 +171,7 @@ def _read(reference: str, folder: Path, trust: Trust, **options: Any) -> Any:
         )
         model, report = both
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise_device_error(error)
         what = f"could not be loaded: {first_line(error)}"
         raise DistillError(Exit.TRAINING, f"model {reference}", what, "check the model") from None
     require_intact(f"model {reference}", report)
@@ -216,7 +201,7 @@ def load_tokenizer(
     return tokenizer
 
 
-def check_tokenizer(tokenizer: Any, vocab_size: int | None = None) -> None:
+def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", vocab_size: int | None = None) -> None:
     """Refuse a tokenizer that cannot train or serve a chat model; raises DistillError (exit 7).
 
     `vocab_size` is the number of the model's embeddings: an id beyond it means another model's

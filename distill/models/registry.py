@@ -276,10 +276,10 @@ def check_base(adapter: Path, reference: str, revision: str | None = None) -> No
         raise DistillError(Exit.TRAINING, adapter, what, "restore these files, or train again")
 
 
-def record_base(adapter: Path, reference: str, revision: str | None = None) -> dict[str, Any]:
+def record_base(adapter: Path, reference: str, revision: str | None = None) -> dict[str, object]:
     """Write, and return, which base an adapter belongs to: its names, and what pins it."""
     info = lookup(reference)
-    base: dict[str, Any] = {
+    base: dict[str, object] = {
         "name": reference if not is_folder(reference) else Path(reference).name,
         "hub_id": hub_id(reference),
         "revision": revision or (info.revision if info else None),

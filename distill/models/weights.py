@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.errors import DistillError, Exit
+from distill.models.devices import raise_device_error
 
 if TYPE_CHECKING:
     import torch
@@ -97,10 +98,11 @@ def add_adapter(base: Any, folder: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # what it warns of is refused below
-            model: Any = PeftModel.from_pretrained(base, str(folder))
+            model: Any = PeftModel.from_pretrained(base, str(folder), torch_device="cpu")
         with safe_open(path, framework="pt") as file:  # pyright: ignore[reportGeneralTypeIssues]
             stored = set(file.keys())
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+        raise_device_error(error)
         what = f"could not be loaded: {' '.join(str(error).split())[:300]}"
         raise DistillError(Exit.TRAINING, path, what, fix) from None
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)

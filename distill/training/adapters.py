@@ -222,7 +222,7 @@ def write_merged(student: Student, adapter: Path, folder: Path) -> None:
     base = registry.fetch(student.model, student.revision, student.trust)
     config = read_json(base / "config.json")
     dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
-    model = loading.load_merged(student.model, adapter, student.revision, student.trust, dtype)
+    model = loading.load_merged(student.model, adapter, dtype, student.revision, student.trust)
     model.config.name_or_path = ""  # else the folder of this machine is written into the config
     vars(model.config).pop("_model_name_or_path", None)  # a GGUF's own title, not a model's id
     tokenizer = loading.load_tokenizer(student.model, student.revision, student.trust)

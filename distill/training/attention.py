@@ -6,7 +6,7 @@ of the heads that share a key are stacked, so keys and values are never repeated
 are plain batched matrix products, a block of queries at a time (PyTorch's own kernel is several
 times slower at these lengths). Elsewhere one call of PyTorch's variable-length kernel does all
 segments, where a trial on the device itself shows that it can; else (float32, an old GPU) its
-common kernel does one segment after the other.
+common kernel does one segment after the other, and a note says why.
 
 Shape suffixes: N tokens of the row, T of a block, S keys that it attends to, H query heads, K key
 heads, G = H / K, d the head's size.
@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from distill.models.devices import raise_device_error
+from distill.models.registry import first_line
 from distill.training.batches import Segment
 from distill.training.sharding import send
 
@@ -149,21 +151,30 @@ def attend(
         inputs = (query_NHd, key_NKd, value_NKd, segments, scale)
         return _Attention.apply(*inputs)  # pyright: ignore[reportReturnType]
     H, d = query_NHd.shape[1:]
-    able = can_join(query_NHd.device, query_NHd.dtype, H, key_NKd.shape[1], d)
-    return (_joined if able else _apart)(query_NHd, key_NKd, value_NKd, tuple(segments), scale)
+    apart = why_apart(query_NHd.device, query_NHd.dtype, H, key_NKd.shape[1], d)
+    return (_apart if apart else _joined)(query_NHd, key_NKd, value_NKd, tuple(segments), scale)
 
 
 def _apart(
     query_NHd: Tensor, key_NKd: Tensor, value_NKd: Tensor,
     segments: tuple[Segment, ...], scale: float,
 ) -> Tensor:  # fmt: skip
-    """Return the attention of segments without ancestors, one after the other."""
-    lengths = [segment.end - segment.start for segment in segments]
-    outputs = []
+    """Return the attention of segments without ancestors, one after the other.
+
+    Of grouped heads only the flash kernel knows. Without it (float32, an old GPU) their keys and
+    values are repeated for the memory-efficient one: the last kernel would hold the square of the
+    length, for each head of each layer.
+    """
+    lengths, groups = [s.end - s.start for s in segments], query_NHd.shape[1] // key_NKd.shape[1]
+    cuda, outputs = torch.backends.cuda, []
     for rows in zip(*(t.split(lengths) for t in (query_NHd, key_NKd, value_NKd)), strict=True):
         query, key, value = (t.transpose(0, 1)[None] for t in rows)
+        params = cuda.SDPAParams(query, key, value, None, 0.0, True, True)
+        grouped = groups > 1 and cuda.can_use_flash_attention(params)
+        if groups > 1 and not grouped:
+            key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
         out = nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, enable_gqa=True
+            query, key, value, is_causal=True, scale=scale, enable_gqa=grouped
         )
         outputs.append(out[0].transpose(0, 1))
     return torch.cat(outputs)
@@ -193,25 +204,30 @@ def _bounds(segments: tuple[Segment, ...], device: torch.device) -> tuple[Tensor
 
 
 @lru_cache
-def can_join(device: torch.device, dtype: torch.dtype, heads: int, keys: int, size: int) -> bool:
-    """Tell by a trial whether `_joined` has the values and gradients of `_apart` on this device."""
-    make, segments = torch.Generator(device).manual_seed(0), (Segment(0, 7), Segment(7, 19))
+def why_apart(device: torch.device, dtype: torch.dtype, heads: int, keys: int, size: int) -> str:
+    """Return why segments are not attended to in one call; empty where they can be.
+
+    A trial on the device decides: `_joined` must have the values and gradients of `_apart`.
+    """
+    segments = (Segment(0, 7), Segment(7, 19))
     shapes = [(19, heads, size), (19, keys, size), (19, keys, size), (19, heads, size)]
     with torch.inference_mode(False), torch.enable_grad():
-        query, key, value, upstream = (
-            torch.randn(shape, generator=make, device=device).to(dtype).requires_grad_()
-            for shape in shapes
-        )
         results = []
         try:
+            make = torch.Generator(device).manual_seed(0)
+            query, key, value, upstream = (
+                torch.randn(shape, generator=make, device=device).to(dtype).requires_grad_()
+                for shape in shapes
+            )
             for way in (_joined, _apart):
                 out = way(query, key, value, segments, size**-0.5)
                 parts = (out, *torch.autograd.grad(out, (query, key, value), upstream))
                 results.append(torch.cat([part.float().flatten() for part in parts]))
-        except (RuntimeError, TypeError, ImportError):  # neither this type nor GPU, or torch is old
-            return False
+        except (RuntimeError, TypeError, ImportError) as error:  # of this type, GPU or torch
+            raise_device_error(error)
+            return first_line(error)
     joined, apart = results
-    return bool((joined - apart).norm() <= 0.02 * apart.norm())
+    return "" if (joined - apart).norm() <= 0.02 * apart.norm() else "it has other values"
 
 
 def packed_attention(

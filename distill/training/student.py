@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from distill.config.learning import Loss
 from distill.errors import DistillError, Exit
+from distill.models.devices import raise_device_error
 from distill.records import AnswerLoss, Example, Pair
 from distill.training.adapters import ADAPTER, factors
-from distill.training.attention import NAME
+from distill.training.attention import NAME, why_apart
 from distill.training.batches import Segment, micro_batches, pack
 from distill.training.divergences import Live, SoftTargets, soft_loss
 from distill.training.encode import encode_pair
@@ -204,11 +205,22 @@ def make_student(
                 return student, []
             unfuse(decoder)
         if _agrees(student, expected_ND):
-            return student, []
+            return student, attention_notes(student.device, model)
         model.set_attn_implementation(before)
         return plain, [f"{model.config.model_type} cannot take packed rows: batches are padded"]
     finally:
         model.train(training)
+
+
+def attention_notes(device: torch.device, model: Any) -> list[str]:
+    """Return a note where a GPU attends to the segments of a row one after the other."""
+    if device.type == "cpu":
+        return []
+    config = model.config.get_text_config()
+    heads, keys = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    why = why_apart(device, model.dtype, heads, keys or heads, size)
+    return [f"attention takes a row's samples one by one, which is slower: {why}"] if why else []
 
 
 def _probe_batch(student: StudentModel, shift: int = 0) -> Batch:
@@ -228,7 +240,8 @@ def _agrees(student: StudentModel, expected_ND: Tensor) -> bool:
     try:
         states_ND = student.hidden(_probe_batch(student))
         shifted_ND = student.hidden(_probe_batch(student, shift=3))
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise_device_error(error)
         return False  # the model does not pass segments down, or has another kind of attention
     second = slice(PROBE[0], None)
     apart = torch.equal(states_ND[second], shifted_ND[second])

@@ -100,7 +100,7 @@ def test_a_shared_prefix_gives_the_same_as_each_sample_with_its_own():
 
 
 # What runs on a GPU. `varlen_attn` exists on CUDA only, so a stand-in with its arguments does its
-# work here; whether the kernel itself is right is tried on the device, by `can_join` and the probe.
+# work here; the device itself tells whether the kernel is right, by `why_apart` and the probe.
 
 LENGTHS = [7, 1, 12]
 
@@ -117,9 +117,9 @@ def stand_in(
 @pytest.fixture
 def fresh():
     """Forget trials of before, and of this test after it."""
-    attention.can_join.cache_clear()
+    attention.why_apart.cache_clear()
     yield
-    attention.can_join.cache_clear()
+    attention.why_apart.cache_clear()
 
 
 @pytest.mark.parametrize("way", [attention._apart, attention._joined])
@@ -158,8 +158,8 @@ def test_a_trial_decides_whether_one_call_does_all(kernel, good, mode, fresh, mo
         monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", kernel)
     before = torch.get_rng_state()
     with mode():
-        found = attention.can_join(torch.device("cpu"), torch.bfloat16, 4, 2, SIZE)
-    assert found == good  # None: this build's own, which has no such kernel for a CPU
+        why = attention.why_apart(torch.device("cpu"), torch.bfloat16, 4, 2, SIZE)
+    assert (why == "") == good  # None: this build's own, which has no such kernel for a CPU
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -22,6 +22,7 @@ from distill.config.values import SAFE
 from distill.errors import DistillError, Exit
 from distill.models import loading, registry
 from distill.models.chat_template import template_hash, vocabulary_hash
+from distill.models.devices import pick_dtype
 from distill.records import Example, Pair, digest
 from distill.responders.terms import require_terms
 from distill.storage.files import read_json, read_records
@@ -227,7 +228,7 @@ def open_teacher(config: Config) -> tuple[Any, dict[str, Any]]:
         reader |= {"revision": teacher.revision, "extra_body": body}
     else:
         assert isinstance(teacher, LocalTeacher)
-        dtype = str(loading.pick_dtype(teacher.dtype)).removeprefix("torch.")
+        dtype = str(pick_dtype(teacher.dtype)).removeprefix("torch.")
         reader = {"weights": registry.identity(teacher.model, teacher.revision)}
         reader |= {**registry.folder_facts("weights", teacher.model), "dtype": dtype}
     template = template_hash(tokenizer, config.template_date)

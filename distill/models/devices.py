@@ -1,0 +1,92 @@
+"""Where a model is computed: the device, its type of numbers, its free memory, its errors.
+
+The one place that asks what a GPU has and can do. Importing it loads no torch.
+"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distill.errors import DistillError, Exit
+from distill.storage.environment import cpu_facts
+
+if TYPE_CHECKING:
+    import torch
+
+BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+FAST_FP16 = 7  # major compute capability of the first GPUs with tensor cores: V100, T4
+
+
+def device() -> "torch.device":
+    """Return this process's GPU, set up for batches of every length, or the CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # cuDNN's attention builds a graph for every new shape, which decoding has at each step
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    # blocks of all sizes leave holes that only segments which can grow make use of
+    if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def pick_dtype(name: str = "auto") -> "torch.dtype":
+    """Return the named dtype; `auto` is the fastest that the machine does not emulate.
+
+    That is bfloat16, on older GPUs float16, else float32. Raises DistillError (exit 7) for bfloat16
+    on a GPU that only emulates it.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
+        old = torch.cuda.get_device_capability()[0] < FAST_FP16
+        other = torch.float32 if old else torch.float16
+        if name == "bfloat16" and not able:
+            where, fix = torch.cuda.get_device_name(), f"use auto, which is {other} there"
+            raise DistillError(Exit.TRAINING, where, "does not compute in bfloat16", fix)
+    else:
+        facts = cpu_facts()
+        flags = f"{facts.get('flags', '')} {facts.get('Features', '')}".split()  # x86, ARM
+        able, other = not BF16_FLAGS.isdisjoint(flags), torch.float32
+    best = torch.bfloat16 if able else other
+    return best if name == "auto" else getattr(torch, name)
+
+
+def free_memory(place: "torch.device | None" = None) -> int:
+    """Return the bytes that can be had on a GPU, what the allocator keeps for later included.
+
+    Elsewhere those of main memory, the system's file cache included.
+    """
+    if place is not None and place.type == "cuda":
+        import torch
+
+        cached = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
+        return torch.cuda.mem_get_info(place)[0] + cached
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    rows = dict(line.split(":", 1) for line in lines)
+    return int(rows["MemAvailable"].split()[0]) * 1024
+
+
+def release_memory() -> None:
+    """Give back what nothing refers to any more; call it outside of an error's handler."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def raise_device_error(error: Exception) -> None:
+    """Raise an error of the GPU itself again: full or lost, it does not mean "not supported"."""
+    import torch
+
+    lost = isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError)
+    if lost or "CUDA error" in str(error):
+        raise error
