@@ -148,13 +148,13 @@ class Ask:
                     self.count += 1
                     yield raw
         elif not isinstance(responder, Planner):
-            yield from store.keep(responder.ask(missing), self._spend)
+            yield from store.keep(([raw] for raw in responder.ask(missing)), self._spend)
         elif self.workers:
             yield from self.workers.lead(responder, missing, store, self._spend)
         else:
             plans = store.planned(responder, missing)
-            raws = (raw for plan in plans for raw in responder.ask_plan(plan))
-            yield from store.keep(raws, self._spend)
+            groups = (group for plan in plans for group in responder.ask_plan(plan))
+            yield from store.keep(groups, self._spend)
 
     def _spend(self, input_tokens: int, output_tokens: int) -> None:
         """Enter an answer made here before it is stored: so a kill hides no spending."""

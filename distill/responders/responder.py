@@ -204,8 +204,12 @@ class Planner(Protocol):
         """Divide requests into plans; the result depends on the requests, not on their order."""
         ...
 
-    def ask_plan(self, plan: Plan) -> Iterator[Raw]:
-        """Yield the raw answers of one plan."""
+    def fits(self, plan: Plan) -> bool:
+        """Tell whether a recorded plan can be run as it is; else its requests are planned again."""
+        ...
+
+    def ask_plan(self, plan: Plan) -> Iterator[Sequence[Raw]]:
+        """Yield the raw answers of one plan, those together that come together."""
         ...
 
 

@@ -17,6 +17,7 @@ from distill.records import Response
 from distill.responders.endpoint.wire import Reply
 from distill.responders.responder import Plan, Planner, Raw, Request
 from distill.storage.log import Log
+from distill.storage.progress import say
 
 Spend = Callable[[int, int], None]  # is given the input and output tokens of an answer
 
@@ -113,25 +114,35 @@ class ResponseStore(Log):
         return [plan for plan in plans if any(request.id in ids for request in plan.requests)]
 
     def planned(self, planner: Planner, missing: Sequence[Request]) -> list[Plan]:
-        """Return the stored plans that bring what is missing: unfinished ones, then new ones."""
-        begun = self.unfinished(missing)
+        """Return the stored plans that bring what is missing: unfinished ones, then new ones.
+
+        What does not fit any more, on a smaller GPU or by a lowered setting, is planned again.
+        """
+        unfinished = self.unfinished(missing)
+        begun = [plan for plan in unfinished if planner.fits(plan)]
+        if large := len(unfinished) - len(begun):
+            what = f"{large} unfinished plans have more rows at once than fit now"
+            say(f"{self.folder}: {what}: their missing answers are planned again")
         ids = {request.id for plan in begun for request in plan.requests}
         fresh = planner.plan([request for request in missing if request.id not in ids])
         self.append(("plan", plan.id, plan.model_dump(mode="json")) for plan in fresh)
         return begun + fresh
 
     def keep(
-        self, raws: Iterable[Raw], spend: Spend | None, other: Log | None = None
+        self, groups: Iterable[Sequence[Raw]], spend: Spend | None, other: Log | None = None
     ) -> Iterator[Raw]:
-        """Store each answer that neither this nor the `other` log has, durably, and yield it."""
-        for raw in raws:
-            record = ("response", raw.id)
-            if record in self or (other and record in other):
-                continue  # a plan that is rerun gives again what was stored before the kill
-            if spend:  # first, so that a kill while the answer is being stored hides no spending
-                spend(raw.usage.input_tokens, raw.usage.output_tokens)
-            self.append([(*record, raw.model_dump(mode="json"))])
-            yield raw
+        """Store the answers that neither this nor the `other` log has, durably, and yield each.
+
+        Those that come together are stored with one fsync, for which a GPU waits.
+        """
+        logs = [self, other] if other else [self]
+        for group in groups:  # a plan that is rerun gives again what was stored before the kill
+            fresh = [raw for raw in group if not any(("response", raw.id) in log for log in logs)]
+            if spend:  # first, so that a kill while the answers are being stored hides no spending
+                for raw in fresh:
+                    spend(raw.usage.input_tokens, raw.usage.output_tokens)
+            self.append(("response", raw.id, raw.model_dump(mode="json")) for raw in fresh)
+            yield from fresh
 
 
 def attempt_key(identifier: str, number: int) -> str:

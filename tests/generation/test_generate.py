@@ -107,7 +107,10 @@ class Fussy:
             Plan(requests=tuple(ordered[i : i + 4]), slots=2) for i in range(0, len(ordered), 4)
         ]
 
-    def ask_plan(self, plan: Plan) -> Iterator[Raw]:
+    def fits(self, plan: Plan) -> bool:
+        return True
+
+    def ask_plan(self, plan: Plan) -> Iterator[list[Raw]]:
         self.plans.append(plan.id)
         for place, request in enumerate(plan.requests):
             if self.cut_after is not None:
@@ -115,11 +118,12 @@ class Fussy:
                 if self.cut_after < 0:
                     raise KeyboardInterrupt
             body = {"text": f"{place} of {plan.id}"}
-            yield Raw(key=request.key, sample=0, model=self.model, stop="end", body=body)
+            yield [Raw(key=request.key, sample=0, model=self.model, stop="end", body=body)]
 
     def ask(self, requests: Sequence[Request]) -> Iterator[Raw]:
         for plan in self.plan(requests):
-            yield from self.ask_plan(plan)
+            for group in self.ask_plan(plan):
+                yield from group
 
 
 @pytest.mark.parametrize("cut", range(10))

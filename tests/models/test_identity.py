@@ -15,8 +15,9 @@ import pytest
 from distill.cli import main, open_run
 from distill.config.tree import Config
 from distill.errors import DistillError, Exit
-from distill.models import loading, registry
+from distill.models import registry
 from distill.models.chat_template import template_hash
+from distill.models.devices import pick_dtype
 from distill.pipeline import STAGES
 from distill.records import digest
 from distill.responders.local import local_model
@@ -101,7 +102,7 @@ def test_a_pinned_model_keeps_its_identity_and_its_key(
         use_hub(monkeypatch, hub, tmp_path, token=None)
         responder = LocalResponder.load("acme/tiny", revision=sha)
         base = registry.record_base(tmp_path, "acme/tiny", sha)
-    facts = {"weights": sha, "dtype": str(loading.pick_dtype())}
+    facts = {"weights": sha, "dtype": str(pick_dtype())}
     template = template_hash(responder.tokenizer, responder.date)
     assert responder.origin == digest({**facts, "template": template})
     assert responder.old_origin is None

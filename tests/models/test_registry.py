@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill.config.values import Trust
 from distill.errors import DistillError, Exit
-from distill.models import loading, registry
+from distill.models import devices, loading, registry
 from tests.support.fake_hub import fake_hub, use_hub
 from tests.support.tiny import make_tiny
 
@@ -116,10 +116,10 @@ def test_auto_is_bfloat16_only_in_hardware(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("decided by the GPU")
     for flags, wanted in (("avx2 avx512f", torch.float32), ("avx512_bf16", torch.bfloat16)):
-        monkeypatch.setattr(loading, "cpu_facts", lambda flags=flags: {"flags": flags})
-        assert loading.pick_dtype() == wanted
-    monkeypatch.setattr(loading, "cpu_facts", dict)
-    assert loading.pick_dtype() == torch.float32
+        monkeypatch.setattr(devices, "cpu_facts", lambda flags=flags: {"flags": flags})
+        assert devices.pick_dtype() == wanted
+    monkeypatch.setattr(devices, "cpu_facts", dict)
+    assert devices.pick_dtype() == torch.float32
 
 
 def test_pickles_are_refused_unless_allowed(copy):

@@ -12,13 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from distill.cli import main
 from distill.config.learning import Student
-from distill.config.tree import Config
 from distill.config.values import Trust
 from distill.errors import DistillError, Exit
 from distill.models import loading, registry
 from distill.models.weights import require_values
 from distill.responders.local.local_model import LocalResponder
-from distill.training import adapters, prepare
+from distill.training import adapters
 from distill.training.adapters import write_merged
 from tests.support.tiny import make_tiny
 
@@ -214,7 +213,7 @@ def test_an_adapter_that_is_not_intact(
 def test_a_merged_model_is_cast_like_one_that_is_loaded_so(tiny: Path, adapter: Path) -> None:
     """The rotary frequencies, which are computed anew, stay in float32."""
     merged = loading.load_merged(str(tiny), adapter, dtype=torch.bfloat16)
-    loaded = loading.load_model(str(tiny), "bfloat16", on_cpu=True)
+    loaded = loading.load_model(str(tiny), "bfloat16")
     types = [
         {name: t.dtype for name, t in (*model.named_parameters(), *model.named_buffers())}
         for model in (merged, loaded)
@@ -263,11 +262,3 @@ def test_nothing_is_asked_for_a_model_that_is_not_whole(
         assert main(["generate", str(path)]) == Exit.TRAINING
         assert main(["plan", str(path), "--pilot", "2"]) == Exit.TRAINING
         assert not (tmp_path / "runs/.store").exists()
-
-
-def test_training_starts_from_no_random_weights(tiny: Path, tmp_path: Path) -> None:
-    folder = copied(tiny, tmp_path / "m")
-    edit(folder / "model.safetensors", without(UP))
-    tree = {"name": "r", "corpus": {"source": "python-docs"}, "teacher": {"kind": "recorded"}}
-    config = Config.model_validate({**tree, "student": {"model": str(folder)}})
-    assert f"lacks {UP}" in refused(prepare.load_adapted, config.student, config.train, 0)

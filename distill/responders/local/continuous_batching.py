@@ -24,6 +24,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from distill.errors import DistillError, Exit
+from distill.models.devices import raise_device_error
 from distill.responders.local.packed_linear import packed
 
 NAME = "distill_stream"  # of the attention function among those of transformers
@@ -172,7 +174,7 @@ AttentionInterface.register(NAME, continuous_batch_attention)
 
 
 class ContinuousBatch:
-    """Rows in their planned order, `size` at once; iterate to get them as they finish."""
+    """Rows in their planned order, `size` at once; iterate for those that finish together."""
 
     def __init__(
         self,
@@ -190,9 +192,10 @@ class ContinuousBatch:
         self.cache = Cache(self.size, max((len(r.ids) + r.limit for r in rows), default=0))
         self.budget = PREFILL_TOKENS.get(model.device.type, 4096)
 
-    def __iter__(self) -> Iterator[BatchRow]:
+    def __iter__(self) -> Iterator[list[BatchRow]]:
         while self.waiting or self.live:
-            yield from self.advance()
+            if finished := self.advance():
+                yield finished
 
     @torch.inference_mode()
     def advance(self) -> list[BatchRow]:
@@ -290,27 +293,32 @@ def _common(left: list[int], right: list[int]) -> int:
 
 
 @contextmanager
-def continuous_attention(model: Any) -> Iterator[bool]:
+def continuous_attention(model: PreTrainedModel) -> Iterator[bool]:
     """Let the model attend so inside the block; yield whether that computes what it does itself.
 
     Where it does not (the architecture does not go through transformers' attention interface, or
     adds something such as soft-capping), the model keeps its attention. On a CPU in bfloat16 the
-    linear layers are packed too.
+    linear layers are packed too. Raises DistillError (exit 7) where the model's type is too narrow
+    for it: float16 ends at 65,504.
     """
     usual = model.config._attn_implementation
     prompts = [[(7 * n + shift) % 97 for n in range(9 + 3 * shift)] for shift in (1, 2)]
     with torch.inference_mode():  # logits [2, V] that end each prompt, and it with one id more
         longer = [torch.tensor([[*ids, ids[0]]], device=model.device) for ids in prompts]
-        expected = [model(input_ids=ids, use_cache=False).logits[0, -2:].float() for ids in longer]
+        logits = [model(input_ids=ids, use_cache=False).logits[0, -2:].float() for ids in longer]
+        expected = torch.stack(logits)
+    if not expected.isfinite().all():
+        what, fix = f"overflows in {model.dtype}", "set its dtype to float32"
+        raise DistillError(Exit.TRAINING, f"model {model.config.name_or_path}", what, fix)
     with packed(model):
         try:
-            fits = _switch(model, NAME) and _agrees(model, prompts, torch.stack(expected))
+            fits = _switch(model, NAME) and _agrees(model, prompts, expected)
             yield fits or not _switch(model, usual)
         finally:
             _switch(model, usual)
 
 
-def _switch(model: Any, name: str) -> bool:
+def _switch(model: PreTrainedModel, name: str) -> bool:
     """Set the model's attention function, and return whether it took it."""
     try:
         model.set_attn_implementation(name)
@@ -319,7 +327,7 @@ def _switch(model: Any, name: str) -> bool:
     return model.config._attn_implementation == name
 
 
-def _agrees(model: Any, prompts: list[list[int]], expected: torch.Tensor) -> bool:
+def _agrees(model: PreTrainedModel, prompts: list[list[int]], expected: torch.Tensor) -> bool:
     """Answer prompts, forced to go on as the model's own pass did, and compare the logits."""
     seen: list[torch.Tensor] = []
 
@@ -331,9 +339,10 @@ def _agrees(model: Any, prompts: list[list[int]], expected: torch.Tensor) -> boo
     batch = ContinuousBatch(model, rows, len(rows), frozenset(), record)
     try:
         finished = list(batch)
-    except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError):
+    except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError) as error:
+        raise_device_error(error)
         return False  # an architecture that does not fit fails in a way of its own
-    if len(finished) != len(rows) or not batch.cache.layers:
+    if sum(map(len, finished)) != len(rows) or not batch.cache.layers:
         return False
     error = (torch.stack(seen, dim=1) - expected).norm() / expected.norm()
     return bool(error < (1e-3 if model.dtype == torch.float32 else 0.05))
@@ -341,13 +350,13 @@ def _agrees(model: Any, prompts: list[list[int]], expected: torch.Tensor) -> boo
 
 @torch.inference_mode()
 def answer_padded(
-    model: Any,
+    model: PreTrainedModel,
     rows: Sequence[BatchRow],
     size: int,
     stop_ids: frozenset[int],
     choose: Chooser,
-) -> Iterator[BatchRow]:
-    """Yield the rows as they finish, `size` neighbours at a time, left-padded until all have ended.
+) -> Iterator[list[BatchRow]]:
+    """Yield the rows that finish together, `size` neighbours at a time, left-padded to the end.
 
     It asks nothing of a model but transformers' own forward pass with a cache (sliding windows of a
     special kind, attention sinks, state-space layers, remote code). Slower, since a long answer
@@ -371,8 +380,8 @@ def answer_padded(
             )
             past, logits = output.past_key_values, output.logits[:, -1]
             alive = [row for _, row in live]
-            chosen = choose(logits[[place for place, _ in live]], alive)
-            for row, token in zip(alive, chosen, strict=True):
+            tokens = choose(logits[[place for place, _ in live]], alive)
+            for row, token in zip(alive, tokens, strict=True):
                 row.ids.append(token)
             # rows that have ended go on as padding
             ids = torch.tensor([[row.ids[-1]] for row in batch], device=model.device)
@@ -380,5 +389,6 @@ def answer_padded(
             share = (time.perf_counter() - started) / len(live)
             for row in alive:
                 row.seconds += share
-            yield from (row for row in alive if row.ended(stop_ids))
+            if finished := [row for row in alive if row.ended(stop_ids)]:
+                yield finished
             live = [(place, row) for place, row in live if not row.ended(stop_ids)]

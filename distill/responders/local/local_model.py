@@ -12,10 +12,12 @@ depend on what shares the batch. Legend: B rows, K ids, V vocabulary.
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.config.teachers import LocalTeacher
 from distill.config.values import SAFE, Trust
@@ -27,15 +29,9 @@ from distill.models.chat_template import (
     special_tokens,
     template_hash,
 )
-from distill.models.loading import (
-    context_length,
-    device,
-    load_merged,
-    load_model,
-    load_tokenizer,
-    pick_dtype,
-)
-from distill.models.registry import check_base, folder_facts, identity
+from distill.models.devices import device, free_memory, pick_dtype, release_memory
+from distill.models.loading import context_length, load_merged, load_model, load_tokenizer
+from distill.models.registry import check_base, first_line, folder_facts, identity
 from distill.records import Message, Stop, Usage, digest
 from distill.responders.local.continuous_batching import (
     BatchRow,
@@ -43,13 +39,23 @@ from distill.responders.local.continuous_batching import (
     answer_padded,
     continuous_attention,
 )
-from distill.responders.local.packed_linear import free_memory
 from distill.responders.responder import Circumstances, Plan, Raw, Request
 from distill.storage.files import sha256_file
+from distill.storage.progress import say
 
-MAX_ROWS = {"cpu": 64, "cuda": 128}  # of a batch, which keep the device busy
-CACHE_SHARE = 0.4  # of the memory now free, for the cache of keys and values
-PLAN_TOKENS = 49_152  # that a plan's answers may take at most: what a kill can cost
+
+class Limits(NamedTuple):
+    """How much is computed together: rows of a batch, which keep the device busy, the share of the
+    free memory that they may take, and batches of a plan, whose last rows leave the others idle.
+    """
+
+    rows: int
+    share: float
+    batches: int
+
+
+CPU, GPU = Limits(64, 0.4, 1), Limits(512, 0.8, 8)
+PLAN_TOKENS = 49_152  # of a plan's answers, where that is more than its batches: what a kill costs
 TOP_IDS = 256  # sorted first for top-p; the whole vocabulary only where these do not suffice
 
 
@@ -61,8 +67,8 @@ class LocalResponder:
 
     def __init__(
         self,
-        model: torch.nn.Module | Callable[[], Any],
-        tokenizer: Any,
+        model: torch.nn.Module | Callable[[], PreTrainedModel],
+        tokenizer: PreTrainedTokenizerBase,
         name: str,
         origin: str,
         date: str,
@@ -71,6 +77,8 @@ class LocalResponder:
     ) -> None:
         self.tokenizer, self.model, self.origin, self.date = tokenizer, name, origin, date
         self.max_batch_size, self.old_origin, self._model = max_batch_size, old_origin, model
+        self._most_rows: int | None = None  # at once, after an out-of-memory
+        self._padded = False  # whether it was said
 
     @classmethod
     def load(
@@ -96,17 +104,17 @@ class LocalResponder:
         more = folder_facts("weights", reference)
         origin, old_origin = digest({**facts, **more}), digest(facts) if more else None
 
-        def load_weights() -> Any:
+        def load_weights() -> PreTrainedModel:
             if adapter is None:
                 return load_model(reference, dtype, revision, trust)
-            merged: Any = load_merged(reference, adapter, revision, trust, pick_dtype(dtype))
+            merged: Any = load_merged(reference, adapter, pick_dtype(dtype), revision, trust)
             return merged.to(device())
 
         name = Path(reference).name
         return cls(load_weights, tokenizer, name, origin, date, max_batch_size, old_origin)
 
     @cached_property
-    def network(self) -> Any:
+    def network(self) -> PreTrainedModel:
         """Return the model, loaded now if it was not."""
         return self._model if isinstance(self._model, torch.nn.Module) else self._model()
 
@@ -125,7 +133,7 @@ class LocalResponder:
     def ask(self, requests: Sequence[Request]) -> Iterator[Raw]:
         """Yield one raw answer for each request, plan by plan."""
         for plan in self.plan(requests):
-            yield from self.ask_plan(plan)
+            yield from chain.from_iterable(self.ask_plan(plan))
 
     def plan(self, requests: Sequence[Request]) -> list[Plan]:
         """Divide requests into plans of one sampling, the longest prompts first.
@@ -141,15 +149,54 @@ class LocalResponder:
             sampling = ordered[0].sampling
             longest = lengths[ordered[0]] + sampling.max_new_tokens
             size = self.max_batch_size or self._fitting_rows(longest)
-            most = max(PLAN_TOKENS // sampling.max_new_tokens, size)
+            most = max(PLAN_TOKENS // sampling.max_new_tokens, size * self._limits.batches)
             alike = [request for request in ordered[:most] if request.sampling == sampling]
             plans.append(Plan(requests=tuple(alike), slots=min(size, len(alike))))
             ordered = ordered[len(alike) :]
         return plans
 
-    def ask_plan(self, plan: Plan) -> Iterator[Raw]:
-        """Yield the raw answers of one plan as they finish."""
-        requests, sampling = plan.requests, plan.requests[0].sampling
+    def fits(self, plan: Plan) -> bool:
+        """Tell whether a plan that is recorded can be run so: by the settings, on a GPU by memory.
+
+        Main memory is never asked: there an unfinished plan ends with the bytes that it began.
+        """
+        most = self.max_batch_size or plan.slots
+        if self._limits is GPU:
+            longest = max(len(self._encode(r)) + r.sampling.max_new_tokens for r in plan.requests)
+            most = min(most, free_memory(self.network.device) // self._row_bytes(longest))
+        return plan.slots <= most
+
+    def ask_plan(self, plan: Plan) -> Iterator[list[Raw]]:
+        """Yield the raw answers of one plan, those together that finish together.
+
+        Where a GPU's memory does not suffice, what is missing is asked in batches of half the rows,
+        in all later plans too. Raises DistillError (exit 7) where not even one row fits.
+        """
+        assert self.network  # loaded: where the weights alone do not fit, fewer rows do not help
+        missing = {request.id: request for request in plan.requests}
+        while missing:
+            size = min(plan.slots, self._most_rows or plan.slots)
+            try:
+                for raws in self._answers(list(missing.values()), size):
+                    for raw in raws:
+                        del missing[raw.id]
+                    yield raws
+            except torch.OutOfMemoryError as error:
+                if size == 1:
+                    what = f"out of GPU memory with one answer at a time: {first_line(error)}"
+                    fix = (
+                        "lower max_new_tokens, end what else uses the GPU, or take a smaller model"
+                    )
+                    raise DistillError(Exit.TRAINING, f"model {self.model}", what, fix) from None
+                self._most_rows = size // 2
+            else:
+                return
+            release_memory()  # outside of the handler, whose traceback holds the batch
+            say(f"{self.model}: out of GPU memory with {size} rows at once, now {self._most_rows}")
+
+    def _answers(self, requests: Sequence[Request], size: int) -> Iterator[list[Raw]]:
+        """Yield the raw answers to requests of one sampling, with `size` rows at once."""
+        sampling = requests[0].sampling
         rows = [
             BatchRow(index, self._encode(request), sampling.max_new_tokens)
             for index, request in enumerate(requests)
@@ -163,25 +210,30 @@ class LocalResponder:
             return sample_ids(logits_BV, sampling.temperature, sampling.top_p, of_rows)
 
         with continuous_attention(self.network) as fits:
+            if not fits and not self._padded:
+                say(f"{self.model}: answers in padded batches, slower: its attention is another")
+                self._padded = True
             answer = ContinuousBatch if fits else answer_padded
-            for row in answer(self.network, rows, plan.slots, self.stop_ids, choose):
-                ids, request = row.answer(), requests[row.index]
-                stop: Stop = "end" if ids[-1] in self.stop_ids else "length"
-                text = self.tokenizer.decode(
-                    ids[:-1] if stop == "end" else ids,
-                    skip_special_tokens=True,
-                    clean_up_tokenization_spaces=False,
-                )
-                yield Raw(
-                    key=request.key,
-                    sample=request.sample,
-                    model=self.model,
-                    stop=stop,
-                    usage=Usage(
-                        input_tokens=row.prompt, output_tokens=len(ids), seconds=row.seconds
-                    ),
-                    body={"ids": ids, "text": text},
-                )
+            for finished in answer(self.network, rows, size, self.stop_ids, choose):
+                yield [self._raw(requests[row.index], row) for row in finished]
+
+    def _raw(self, request: Request, row: BatchRow) -> Raw:
+        """Return a finished row as the answer to its request."""
+        ids = row.answer()
+        stop: Stop = "end" if ids[-1] in self.stop_ids else "length"
+        text = self.tokenizer.decode(
+            ids[:-1] if stop == "end" else ids,
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
+        )
+        return Raw(
+            key=request.key,
+            sample=request.sample,
+            model=self.model,
+            stop=stop,
+            usage=Usage(input_tokens=row.prompt, output_tokens=len(ids), seconds=row.seconds),
+            body={"ids": ids, "text": text},
+        )
 
     def _encode(self, request: Request) -> list[int]:
         """Return the prompt's ids; raises DistillError (exit 3) on one too long for its answer."""
@@ -197,14 +249,23 @@ class LocalResponder:
             )
         return ids
 
+    @property
+    def _limits(self) -> Limits:
+        return CPU if self.network.device.type == "cpu" else GPU
+
     def _fitting_rows(self, capacity: int) -> int:
-        """Return how many rows of `capacity` tokens the cache can hold, up to MAX_ROWS."""
-        place, shape = self.network.device, self.network.config.get_text_config()
+        """Return how many rows of `capacity` tokens the free memory can hold, up to the limit."""
+        room = int(self._limits.share * free_memory(self.network.device))
+        return max(1, min(self._limits.rows, room // self._row_bytes(capacity)))
+
+    def _row_bytes(self, capacity: int) -> int:
+        """Return what a row of `capacity` tokens takes: keys and values, on a GPU logits too."""
+        shape, width = self.network.config.get_text_config(), self.network.dtype.itemsize
         heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
         size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-        row = 2 * shape.num_hidden_layers * heads * size * self.network.dtype.itemsize * capacity
-        free = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else free_memory()
-        return max(1, min(MAX_ROWS.get(place.type, 64), int(CACHE_SHARE * free) // row))
+        # beside the logits stand, in float32, they and their softmax
+        logits = shape.vocab_size * (width + 8) if self._limits is GPU else 0
+        return 2 * shape.num_hidden_layers * heads * size * width * capacity + logits
 
 
 def make(teacher: LocalTeacher, circumstances: Circumstances) -> LocalResponder:
@@ -213,7 +274,7 @@ def make(teacher: LocalTeacher, circumstances: Circumstances) -> LocalResponder:
     return LocalResponder.load(teacher.model, teacher.dtype, teacher.revision, date, size)
 
 
-def end_of_turn(tokenizer: Any, date: str) -> frozenset[int]:
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, date: str) -> frozenset[int]:
     """Return the control token with which the chat template ends an answer, if there is one."""
     question = (Message(role="user", content="?"),)
     prompt, answered = render(tokenizer, question, date), render(tokenizer, question, date, "!")

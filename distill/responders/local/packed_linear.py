@@ -4,13 +4,13 @@ A plain `nn.Linear` reorders its weight at every call, which for the few tokens 
 costs as much as the product itself. The results are bit for bit the same.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import nn
+
+from distill.models.devices import free_memory
 
 CHUNK = 16_384  # outputs of a vocabulary head computed at once, so that they stay in the cache
 
@@ -60,13 +60,3 @@ def packed(model: nn.Module) -> Iterator[None]:
     finally:
         for owner, name, linear in layers:
             setattr(owner, name, linear)
-
-
-def free_memory() -> int:
-    """Return the bytes of main memory that can be had, the system's file cache included."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    rows = dict(line.split(":", 1) for line in lines)
-    return int(rows["MemAvailable"].split()[0]) * 1024

@@ -196,8 +196,8 @@ def check_devices(world: int) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def _answers(planner: Planner, plans: Iterable[Plan]) -> Iterator[Raw]:
-    return (raw for plan in plans for raw in planner.ask_plan(plan))
+def _answers(planner: Planner, plans: Iterable[Plan]) -> Iterator[Sequence[Raw]]:
+    return (group for plan in plans for group in planner.ask_plan(plan))
 
 
 def _part(store: Path, rank: int) -> Path:
