@@ -211,7 +211,7 @@ def evaluate(
     run = open_run(config, overrides or ())
     tasks = tuple(task.strip() for task in lm_eval.split(",") if task.strip())
     with run.lock():
-        results = harness.main(run.config, run, tasks, limit, include_path)
+        results = harness.main(run, tasks, limit, include_path)
         print(markdown_table(*harness.table_of(results)))
     if run.path("scorecard.json").exists():
         perform(run, STAGES[-1:], STAGES[-1:])
@@ -276,7 +276,7 @@ def show_verified(
 def compare(
     sides: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[A B]", help="Runs, or .jsonl files of scores or answers."),
+        typer.Argument(metavar="[A B]", help="Runs, or .jsonl files of scores."),
     ] = None,
     a: Annotated[
         list[Path] | None, typer.Option("--a", help="Runs of side A with other seeds.")
@@ -371,7 +371,7 @@ def publish(
 
     opened = open_run(run, overrides or ())
     with opened.lock():
-        release = make_release(opened.config, opened, push, public, override)
+        release = make_release(opened, push, public, override)
     if as_json:
         files = {
             p.relative_to(release).as_posix(): p.stat().st_size

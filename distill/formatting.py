@@ -138,6 +138,11 @@ def estimate(
     return f"{text} [{form(low)},{HARD}{form(high)}]"
 
 
+def clip(text: str, most: int) -> str:
+    """Cut a text that is too long to show, and mark the cut."""
+    return text if len(text) <= most else f"{text[:most].rstrip()} […]"
+
+
 def plain(name: str) -> str:
     """Write the name of a metric or task as words."""
     return name.replace("_", " ")

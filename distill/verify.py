@@ -150,14 +150,14 @@ def _measure_again(run: Run) -> str | None:
     kinds = {row["checker"]["kind"] for row in rows if row.get("checker")}
     if unknown := sorted(kinds - KINDS.keys() - PROVIDED["checker"].keys()):
         return f"checker {unknown[0]} is a function that this process was not given"
-    suites, (_, items) = [Suite.model_validate(row) for row in stored], held_out_items(run)
+    suites, (_, items) = [Suite.model_validate(row) for row in stored], held_out_items(run.folder)
     find = tasks_of_run(run.folder)
     tasks = [find(name) for name in {item.task for item in items}]
     tasks += [part.task for suite in suites for part in suite.parts]
     programs = any(t and t.checker and t.checker["kind"] in RUNS_CODE for t in tasks)
     if programs and allowed() == "no":
         return PROGRAMS
-    measure(run.config, run, suites, find_overlap(run, items, suites))
+    measure(run, suites, find_overlap(run, items, suites))
     return None
 
 

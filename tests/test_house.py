@@ -190,7 +190,7 @@ def test_nothing_is_unfinished_and_no_path_is_of_one_machine():
 
 
 def test_held_out_prompts_are_read_by_the_evaluation_only():
-    allowed = {"pipeline.py", "report/sources.py", "generation/filters.py"}
+    allowed = {"pipeline.py", "report/report.py", "generation/filters.py"}
     for path in sources("distill", "scripts", "eval"):
         name = path.relative_to(PACKAGE).as_posix() if path.is_relative_to(PACKAGE) else path.name
         if "heldout.jsonl" in path.read_text():

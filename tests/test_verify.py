@@ -21,7 +21,7 @@ from distill.errors import DistillError, Exit
 from distill.evaluation.scorecard import Scorecard
 from distill.models.registry import folder_digest
 from distill.pipeline import STAGES
-from distill.report.sources import SOURCES
+from distill.report.report import SOURCES
 from distill.responders import prices
 from distill.storage.evidence import Check, RunEvidence
 from distill.storage.files import read_json, sha256_file, sha256_files, write_json

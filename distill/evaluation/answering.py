@@ -10,10 +10,9 @@ import gc
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from distill.config.teachers import Teacher
-from distill.config.tree import Config
+from distill.evaluation.measurements import ModelFacts
 from distill.evaluation.suites import Suite, answer_limit, by_item, why_no_teacher, write_answers
 from distill.models import loading, registry
 from distill.models.chat_template import template_hash
@@ -34,12 +33,12 @@ READ = 32  # prompts read in a batch
 SECONDS = 5.0  # of each of the two runs, beyond which no further prompt is begun
 
 
-def answer(config: Config, run: Run, pairs: Sequence[Pair], suites: Sequence[Suite]) -> None:
+def answer(run: Run, pairs: Sequence[Pair], suites: Sequence[Suite]) -> None:
     """Do all that needs the three models; write it below `answers/` and `timings/`."""
-    store, described = config.store_folder() / "responses", {}
-    prompts = [pair.prompt for pair in pairs]
-    for name, trained in (("base", None), ("student", run)):
-        responder, described[name] = student_responder(config, trained, name)
+    config, facts = run.config, dict[str, ModelFacts]()
+    store, prompts = config.store_folder() / "responses", [pair.prompt for pair in pairs]
+    for name in ("base", "student"):
+        responder, facts[name] = student_responder(run, name, trained=name == "student")
         requests = requests_to(responder, prompts, [answer_limit(config)] * len(prompts))
         with Ask(responder, store, run) as ask:
             responses = ask.responses(requests, f"{name} answers")
@@ -53,41 +52,40 @@ def answer(config: Config, run: Run, pairs: Sequence[Pair], suites: Sequence[Sui
         write_records(run.path(f"answers/readings/{name}.jsonl"), losses)
         del responder
         gc.collect()
-    answer_with_teacher(config, run, prompts, suites)
-    models = {"teacher": describe_teacher(config.teacher, config.template_date), **described}
+    answer_with_teacher(run, prompts, suites)
+    facts = {"teacher": describe_teacher(config.teacher, config.template_date), **facts}
+    models = {model: of_model.tree() for model, of_model in facts.items()}
     write_json(run.path("answers/models.json"), models)
     write_records(run.path("answers/teacher.jsonl"), [pair.response for pair in pairs])
     write_json(run.path("answers/suites.json"), [s.model_dump(mode="json") for s in suites])
 
 
 def student_responder(
-    config: Config, run: Run | None, name: str
-) -> tuple[LocalResponder, dict[str, Any]]:
-    """Load the base, or of a `run` the student as it is released; return its description too."""
-    student, date = config.student, config.template_date
-    if run:
-        registry.check_base(run.trained("adapter"), student.model, student.revision)
-    folder = f"{merged_student(student, run).resolve()}" if run else student.model
-    revision = None if run else student.revision
+    run: Run, name: str, trained: bool = True
+) -> tuple[LocalResponder, ModelFacts]:
+    """Load the student as it is released, or the base; return its description too."""
+    student, date, adapter = run.config.student, run.config.template_date, run.trained("adapter")
+    folder, revision, trust = student.model, student.revision, student.trust
+    if trained:
+        registry.check_base(adapter, student.model, student.revision)
+        folder, revision = f"{merged_student(student, run).resolve()}", None
+        trust = trust._replace(pickle=False)  # ours is none
     tokenizer = loading.load_tokenizer(folder, revision, student.trust)
-    facts = describe(
-        student.model,
-        student.revision,
-        registry.identity(student.model, student.revision),
-        template_hash(tokenizer, date),
-    )
-    facts["adapter_sha256"] = sha256_file(run.trained("adapter") / WEIGHTS) if run else None
-    trust = student.trust._replace(pickle=False) if run else student.trust  # ours is no pickle
+    identity = registry.identity(student.model, student.revision)
+    facts = describe(student.model, student.revision, identity, template_hash(tokenizer, date))
+    changes: dict[str, str | None] = {"adapter_sha256": None}
     model = loading.load_model(folder, student.dtype, revision, trust)
-    shaping, old_origin = {**facts, "dtype": str(model.dtype)}, None
-    if run:
-        facts["model_sha256"] = registry.folder_digest(Path(folder))
-        shaping = {"model": facts["model_sha256"], "dtype": str(model.dtype), "date": date}
+    dtype, old_origin = str(model.dtype), None
+    shaping = {**facts.tree(), **changes, "dtype": dtype}
+    if trained:
+        changes["adapter_sha256"] = sha256_file(adapter / WEIGHTS)
+        changes["model_sha256"] = registry.folder_digest(Path(folder))
+        shaping = {"model": changes["model_sha256"], "dtype": dtype, "date": date}
     origin = digest(shaping)
     if shaping.pop("files", None):
         old_origin = digest(shaping)
-    facts["dtype"] = str(model.dtype).removeprefix("torch.")
-    batch = config.evaluation.max_batch_size
+    facts = facts.model_copy(update={**changes, "dtype": dtype.removeprefix("torch.")})
+    batch = run.config.evaluation.max_batch_size
     return LocalResponder(model, tokenizer, name, origin, date, batch, old_origin), facts
 
 
@@ -117,14 +115,12 @@ def ask_suite(ask: Ask, suite: Suite, as_teacher: bool = False) -> dict[str, Res
     return by_item(suite.items, ask.responses(requests, f"{ask.responder.model} answers"))
 
 
-def answer_with_teacher(
-    config: Config, run: Run, prompts: Sequence[Prompt], suites: Sequence[Suite]
-) -> None:
+def answer_with_teacher(run: Run, prompts: Sequence[Prompt], suites: Sequence[Suite]) -> None:
     """Put suites to the teacher, and time a local one as the student is timed.
 
     What a paid one took is in the ledger, also when the budget ends it (exit 6).
     """
-    teacher = config.teacher
+    config, teacher = run.config, run.config.teacher
     open_suites = [suite for suite in suites if why_no_teacher(teacher, suite) is None]
     if open_suites:
         require_terms(teacher, config.terms.basis)
@@ -143,7 +139,7 @@ def answer_with_teacher(
 
 def describe(
     reference: str, revision: str | None, identity: str | None, template: str | None
-) -> dict[str, Any]:
+) -> ModelFacts:
     """Describe a model for the scorecard: its name, what pins its weights, and its chat template.
 
     Of a folder, where anything may change beside the weights, its further `files` by hash too.
@@ -151,21 +147,22 @@ def describe(
     local = registry.is_folder(reference)
     files = registry.parts(reference) if identity else {}
     commit = identity if identity and len(identity) == 40 else None
-    return {
-        "name": Path(reference).name if local else reference,
-        "hub_id": registry.hub_id(reference),
-        "revision": revision or commit,
-        "sha256": None if commit else identity,
-        "template_hash": template,
-        **({"files": files} if files else {}),
-    }
+    facts = ModelFacts(
+        name=Path(reference).name if local else reference,
+        hub_id=registry.hub_id(reference),
+        revision=revision or commit,
+        sha256=None if commit else identity,
+        template_hash=template,
+    )
+    return facts.model_copy(update={"files": files} if files else {})
 
 
-def describe_teacher(teacher: Teacher, date: str) -> dict[str, Any]:
+def describe_teacher(teacher: Teacher, date: str) -> ModelFacts:
     """Describe the teacher; of one that runs elsewhere only what the user stated is known."""
     if not teacher.runs_here:
         facts = describe(teacher.model or teacher.kind, teacher.revision, None, None)
-        return {**facts, "reasons": {"sha256": "the answers were recorded elsewhere"}}
+        reasons = {"sha256": "the answers were recorded elsewhere"}
+        return facts.model_copy(update={"reasons": reasons})
     tokenizer = loading.load_tokenizer(teacher.model, teacher.revision)
     identity = registry.identity(teacher.model, teacher.revision)
     return describe(teacher.model, teacher.revision, identity, template_hash(tokenizer, date))

@@ -129,22 +129,20 @@ def smallest_visible(
     b: Sequence[float] | Floats,
     clusters: Sequence[Hashable],
     certainty: Certainty = USUAL,
-    weights: Sequence[float] | None = None,
-    power: float = POWER,
 ) -> float | None:
-    """Return the smallest true difference that items like these, and so many, show with `power`.
+    """Return the smallest true difference that items like these, and so many, show with POWER.
 
     That is (t of the confidence + t of the power) x the cluster-robust standard error (Bloom 1995,
     Evaluation Review 19:547). None where the data are too few or do not vary.
     """
     difference_N = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    sums_G1, sizes_G = by_cluster(difference_N[:, None], clusters, weights)
+    sums_G1, sizes_G = by_cluster(difference_N[:, None], clusters)
     groups = len(sizes_G)
     if shortage(difference_N, groups):
         return None
     mean = sums_G1.sum() / sizes_G.sum()
     error = cluster_error(sums_G1[:, 0] - mean * sizes_G, sizes_G.sum())
-    quantiles = stats.t.ppf([(1 + certainty.confidence) / 2, power], groups - 1)
+    quantiles = stats.t.ppf([(1 + certainty.confidence) / 2, POWER], groups - 1)
     return float(quantiles.sum()) * error if error > 1e-12 else None
 
 

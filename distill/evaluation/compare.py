@@ -1,8 +1,8 @@
-"""`distill compare A B`: two runs, two models of runs, or two files of scores or answers.
+"""`distill compare A B`: two runs, two models of runs, or two files of scores.
 
-A side is a run's folder (its student), `RUN/scores/MODEL.jsonl`, or a `.jsonl` file of scores or of
-answers; or several of them that differ in their seed only. Items are paired by their content, so
-two runs can be compared wherever they share held-out items; the others are counted.
+A side is a run's folder (its student), `RUN/scores/MODEL.jsonl`, or a file that `distill score`
+wrote; or several of them that differ in their seed only. Items are paired by their content, so two
+runs can be compared wherever they share held-out items; the others are counted.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,24 +10,21 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
-from pydantic import ValidationError
 
 from distill.errors import DistillError, Exit
 from distill.evaluation.claims import across_seeds, conclude, mcnemar, smallest_visible
-from distill.evaluation.scorers import SHARE, passes
+from distill.evaluation.scorers import SHARE
 from distill.evaluation.statistics import (
     USUAL,
     Certainty,
     Floats,
     estimate_difference,
     pair,
-    require_paired,
 )
-from distill.evaluation.suites import held_out, items_of
+from distill.evaluation.suites import held_out_items
 from distill.formatting import figure, markdown_table, p_value, signed
-from distill.records import Item, Response, Score
+from distill.records import Item, Score
 from distill.storage.files import read_records
-from distill.tasks.task import tasks_of_run
 
 HEAD = ("task", "n", "missing", "a", "b", "a − b", "interval", "could see", "McNemar p", "a is")
 Values = Mapping[str, float | None]  # scores by item id
@@ -37,10 +34,10 @@ def compare_paths(a: Sequence[Path], b: Sequence[Path], certainty: Certainty = U
     """Return a table of a - b: a row a task, each paired on the items of both, with its interval.
 
     Several paths a side are runs with other seeds. Raises DistillError: exit 3 for a path that
-    holds neither scores nor answers, 8 where fewer than 95 % are paired.
+    holds no scores, 8 where fewer than 95 % are paired.
     """
     items = {k: item for path in (*a, *b) for k, item in items_beside(path).items()}
-    a_side, b_side = ([load_scores(path, items) for path in side] for side in (a, b))
+    a_side, b_side = ([load_scores(path) for path in side] for side in (a, b))
     in_a, in_b = (dict.fromkeys(i for values in side for i in values) for side in (a_side, b_side))
     shared = [i for i in in_a if i in in_b]
     lines = [
@@ -76,8 +73,7 @@ def _row(
     def by_seed(side: Sequence[Values]) -> Floats:
         return np.array([[values[i] for i in paired.items] for values in side], dtype=np.float64)
 
-    paired = pair(averaged(a_side), averaged(b_side), ids)
-    require_paired(paired, len(ids), f"task {task}")
+    paired = pair(averaged(a_side), averaged(b_side), ids, f"task {task}")
     clusters = [cluster_of[i] for i in paired.items]
     sides = (paired.a_N, paired.b_N, clusters)
     if len(a_side) == len(b_side) == 1:
@@ -93,7 +89,7 @@ def _row(
     return (
         task,
         str(len(paired.items)),
-        str(paired.missing),
+        str(len(ids) - len(paired.items)),
         *means,
         signed(change.value, 3),
         interval,
@@ -103,43 +99,23 @@ def _row(
     )
 
 
-def run_of(path: Path) -> Path | None:
-    """Return the run that a path is, or lies in, if any."""
-    return next((p for p in (path, *path.resolve().parents) if (p / "config.json").is_file()), None)
-
-
 def items_beside(path: Path) -> dict[str, Item]:
     """Return the items of a path: a suite's lie beside its scores, held-out ones in the run."""
     beside = path.with_name("items.jsonl")
     if path.is_file() and beside.is_file():
         return {item.id: item for item in read_records(beside, Item)}
-    run = run_of(path)
-    if run is None or not (run / "dataset/heldout.jsonl").is_file():
-        return {}
-    pairs = held_out(run / "dataset/heldout.jsonl")
-    return {item.id: item for item in items_of(pairs, run / "documents.jsonl")}
+    above = (path, *path.resolve().parents)
+    run = next((p for p in above if (p / "dataset/heldout.jsonl").is_file()), None)
+    return {item.id: item for item in held_out_items(run)[1]} if run else {}
 
 
-def load_scores(path: Path, items: Mapping[str, Item]) -> Values:
-    """Read one side's scores; answers are scored on the items whose task has a checker."""
+def load_scores(path: Path) -> Values:
+    """Read one side's scores; raises DistillError (exit 3) where it holds none."""
     file = path / "scores/student.jsonl" if path.is_dir() else path
     if not file.is_file():
-        fix = "name a run, a file of scores or of answers"
-        raise DistillError(Exit.INPUT, file, "is missing", fix)
+        raise DistillError(Exit.INPUT, file, "is missing", "name a run, or a file of scores")
     try:
-        with file.open("rb") as lines:
-            Score.from_line(next(lines, b"{}"))
         return {score.item_id: score.value for score in read_records(file, Score)}
-    except ValidationError:
-        answers = {answer.prompt_id: answer for answer in read_records(file, Response)}
-    find, values = tasks_of_run(run_of(file) or file.parent), dict[str, float | None]()
-    for item in items.values():
-        task = find(item.task)
-        if task and task.checker:
-            response = answers.get(item.prompt.id)
-            values[item.id] = passes(item, response, task.checker, file.stem).value
-    if not values:
-        what = "holds answers, but no held-out item is known that checks them"
-        fix = "compare with a run that has these prompts"
-        raise DistillError(Exit.INPUT, file, what, fix)
-    return values
+    except DistillError as error:
+        fix = "of answers, distill score makes scores"
+        raise DistillError(Exit.INPUT, error.where, "is no score", fix) from None

@@ -28,7 +28,7 @@ from distill.evaluation.measurements import (
 )
 from distill.evaluation.results import difference_of
 from distill.evaluation.scorers import SHARE, Acceptance, AnswersByModel
-from distill.evaluation.statistics import Certainty, Estimate, estimate_mean
+from distill.evaluation.statistics import Certainty, estimate_mean
 from distill.records import Item, Message, Response, Score, digest
 from distill.responders.ask import Ask
 from distill.responders.kinds import make_responder
@@ -71,6 +71,10 @@ class Duel(NamedTuple):
     a: str
     b: str
     reference: str | None = None
+
+    def is_of_like_lengths(self) -> bool:
+        """Tell whether the answers differ in length by no more than MATCHED of the longer."""
+        return abs(len(self.a) - len(self.b)) <= MATCHED * max(len(self.a), len(self.b))
 
 
 class Probe(NamedTuple):
@@ -130,6 +134,11 @@ def read_choice(reply: str) -> str | None:
     lines = [line.strip() for line in reply.strip().splitlines()]
     choices = [line for line in lines if line in CHOICES]
     return CHOICES[choices[0]] if len(choices) == 1 and lines[-1] in CHOICES else None
+
+
+def judge_probes(ask: AskJudge) -> list[Score]:
+    """Put every probe to the judge, copies of an answer too."""
+    return judge([probe.duel for probe in load_probes()], ask, "probe", ask_copies=True)
 
 
 def judge(
@@ -202,11 +211,7 @@ def row_of_duels(
 ) -> DuelRow:
     """Return how often a wins, a tie counted half: over all items, and over like lengths."""
     judged = list(zip(duels, scores, strict=True))
-    near = [
-        (duel, score)
-        for duel, score in judged
-        if abs(len(duel.a) - len(duel.b)) <= MATCHED * max(len(duel.a), len(duel.b))
-    ]
+    near = [(duel, score) for duel, score in judged if duel.is_of_like_lengths()]
     values = [score.value for score in scores]
     characters = (fmean(len(d.a) for d in duels), fmean(len(d.b) for d in duels)) if duels else None
     return DuelRow(
@@ -273,16 +278,16 @@ def asking(ask: Ask, settings: Teacher) -> AskJudge:
     return replies
 
 
-def ask_judge(config: Config, run: Run, items: Sequence[Item], answers: AnswersByModel) -> None:
+def ask_judge(run: Run, items: Sequence[Item], answers: AnswersByModel) -> None:
     """Put probes and duels to the judge of the config, if it has one, and write its verdicts."""
-    settings = config.evaluation.judge
+    config, settings = run.config, run.config.evaluation.judge
     if settings is None:
         return
     responder = make_responder(settings, config)
     store, again = config.store_folder() / "responses", "evaluate" in run.remade
     with Ask(responder, store, run, again) as ask:
-        duels, replies = [probe.duel for probe in load_probes()], asking(ask, settings)
-        scores = {"probe": judge(duels, replies, "probe", ask_copies=True)}
+        replies = asking(ask, settings)
+        scores = {"probe": judge_probes(replies)}
         for rival in RIVALS:
             scores[rival] = judge(duels_of(items, answers, "student", rival), replies, rival)
     for name, rows in scores.items():
@@ -290,13 +295,13 @@ def ask_judge(config: Config, run: Run, items: Sequence[Item], answers: AnswersB
 
 
 def read_judge(
-    config: Config, run: Run, items: Sequence[Item], answers: AnswersByModel, certainty: Certainty
+    run: Run, items: Sequence[Item], answers: AnswersByModel, certainty: Certainty
 ) -> tuple[JudgeResult | None, list[Score]]:
     """Return what the stored verdicts on these items say, and those against the teacher.
 
     Nothing without a judge. A judge that failed its probes has no win rates and no verdicts.
     """
-    settings = config.evaluation.judge
+    settings, teacher = run.config.evaluation.judge, run.config.teacher
     if settings is None:
         return None, []
     stored = {
@@ -304,7 +309,7 @@ def read_judge(
         for name in ("probe", *RIVALS)
     }
     probe = examined(load_probes(), stored["probe"])
-    nothing = difference_of(Estimate(value=None, reason=probe.reason or ""))
+    nothing = Difference(mean=None, low=None, high=None, reason=probe.reason)
     unused = DuelRow(win_rate=nothing, length_matched=DuelRow(win_rate=nothing))
     rows, scores = dict.fromkeys(RIVALS, unused), list[Score]()
     for rival in RIVALS if probe.passed else ():
@@ -316,8 +321,8 @@ def read_judge(
     if not probe.passed:
         say(f"the judge is not used: {probe.reason}")
     warnings = []
-    if one_family(settings.model, config.teacher.model):
-        models = f"judge {settings.model} and teacher {config.teacher.model}"
+    if one_family(settings.model, teacher.model):
+        models = f"judge {settings.model} and teacher {teacher.model}"
         warnings = [f"{models} seem to be of one family: it may favour its own"]
         say(f"warning: {warnings[0]}")
     name = settings.model or settings.kind
@@ -331,12 +336,8 @@ def probed(config: Config) -> ProbeResult:
     if settings is None:
         fix = "set evaluation.judge, for instance {kind: local, model: MODEL, max_new_tokens: 96}"
         raise DistillError(Exit.CONFIG, "evaluation.judge", "is not set", fix)
-    probes = load_probes()
-    responder = make_responder(settings, config)
-    with Ask(responder, config.store_folder() / "responses") as ask:
-        duels = [probe.duel for probe in probes]
-        scores = judge(duels, asking(ask, settings), "probe", ask_copies=True)
-    return examined(probes, scores)
+    with Ask(make_responder(settings, config), config.store_folder() / "responses") as ask:
+        return examined(load_probes(), judge_probes(asking(ask, settings)))
 
 
 def probe_lines(result: ProbeResult) -> list[str]:

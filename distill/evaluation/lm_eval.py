@@ -6,11 +6,11 @@ they are not paired with ours, and their standard errors are lm-eval's.
 """
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.evaluation.scorecard import HarnessMetric, HarnessResult, HarnessTask
 from distill.formatting import count, figure
@@ -22,11 +22,7 @@ ERRORS = (KeyError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
 
 def main(
-    config: Config,
-    run: Run,
-    tasks: Sequence[str],
-    limit: int | None = None,
-    include: Path | None = None,
+    run: Run, tasks: Sequence[str], limit: int | None = None, include: Path | None = None
 ) -> HarnessResult:
     """Measure the run's student on at most `limit` items of each task, and write `lm_eval.json`.
 
@@ -34,9 +30,7 @@ def main(
     installed or no task is named, 5 where nothing is trained, 8 where it fails.
     """
     try:
-        import lm_eval  # pyright: ignore[reportMissingImports]
-
-        harness: Any = lm_eval
+        harness = import_module("lm_eval")
     except ImportError:
         fix = "pip install 'lm-eval[hf]>=0.4.13', or this package with its extra eval"
         raise DistillError(Exit.CONFIG, "--lm-eval", "lm-eval is not installed", fix) from None
@@ -50,7 +44,7 @@ def main(
 
     from distill.evaluation.answering import student_responder
 
-    responder, facts = student_responder(config, run, "student")
+    responder, facts = student_responder(run, "student")
     network, tokenizer = responder.network, responder.tokenizer
     try:
         results = harness.simple_evaluate(
@@ -68,7 +62,7 @@ def main(
         raise DistillError(Exit.EVALUATION, "lm-eval", what, fix) from None
     result = HarnessResult(
         harness=f"lm-eval {version('lm_eval')}",
-        adapter_sha256=facts["adapter_sha256"],
+        adapter_sha256=facts.adapter_sha256,
         dtype=str(network.dtype).removeprefix("torch."),
         chat_template=True,
         limit=limit,

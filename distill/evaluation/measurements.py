@@ -132,15 +132,20 @@ class Contamination(CardRecord):
     all_items: Results | None = None
 
 
-class SuiteResult(Results):
+class MeasuredItems(Results):
+    """What the models made of some items, without those that stand in the training data."""
+
+    lengths: dict[str, AnswerLengths] = {}
+    contamination: Contamination | None = None
+
+
+class SuiteResult(MeasuredItems):
     """What the models made of a suite; its facts come from the suite's file."""
 
     description: str = ""
     source: str | None = None
     license: str | None = None
     sha256: str | None = None
-    lengths: dict[str, AnswerLengths] = {}
-    contamination: Contamination | None = None
 
 
 class Sample(CardRecord):
@@ -226,7 +231,7 @@ class ModelFacts(CardRecord):
     adapter_sha256: str | None = None
     dtype: str | None = None
     model_sha256: str | None = None  # of merged/
-    merged_sha256: str | None = None  # as an earlier version recorded it
+    files: dict[str, str] = {}  # of a folder, beside the weights, by hash
     reasons: dict[str, str] = {}
 
 
@@ -269,21 +274,21 @@ class Environment(CardRecord):
     settings: Settings = Settings()  # in scorecard.json; evaluation.json has them beside
 
 
-class Comparison(Results):
+class Comparison(MeasuredItems):
     """What evaluation.json and scorecard.json both hold."""
 
     models: dict[Model, ModelFacts] = {}
     agreement: dict[str, MetricRow] = {}
-    lengths: dict[str, AnswerLengths] = {}
-    contamination: Contamination | None = None
     suites: dict[str, SuiteResult] = {}
     judge: JudgeResult | None = None
     corpus: CorpusFacts = CorpusFacts()
     environment: Environment = Environment()
 
-    @field_validator("contamination", "judge", mode="before")
+    @field_validator(
+        *("contamination", "judge", "external", "economics"), mode="before", check_fields=False
+    )
     @classmethod
-    def _absent(cls, part: Any) -> Any:
+    def _absent(cls, part: object) -> object:
         """Read the empty object of earlier versions as absence."""
         return part or None
 

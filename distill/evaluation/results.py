@@ -7,7 +7,6 @@ the reason beside it.
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
-from typing import Any
 
 from distill.evaluation.claims import mcnemar, non_inferiority, smallest_visible
 from distill.evaluation.measurements import (
@@ -34,8 +33,8 @@ from distill.evaluation.statistics import (
     estimate_gap_recovered,
     estimate_mean,
     pair,
-    require_paired,
 )
+from distill.formatting import clip
 from distill.records import AnswerLoss, Item, Response
 
 LOSS = "loss on the teacher's answer, nats a token"
@@ -43,7 +42,6 @@ TOP = "top-1 agreement on the teacher's answer"
 NO_REFERENCE = "without a checker there is no reference but the teacher's answer"
 MOST_FAILURES = 3
 LONGEST = 400  # characters of a text on the card
-WITHHELD = "corpus.private_text is keep: samples could hold private text, so they are left out"
 NO_FAILURE = "every worst sample passes its check"
 
 
@@ -58,12 +56,12 @@ def compare(measured: Measured, a: str, b: str, certainty: Certainty) -> Differe
 
     Paired on the items that both have a score for; stops (exit 8) where those are under 95 %.
     """
-    paired = pair(measured.values(a), measured.values(b), measured.ids())
-    require_paired(paired, len(measured.items), f"{measured.metric}, {a} against {b}")
+    where = f"{measured.metric}, {a} against {b}"
+    paired = pair(measured.values(a), measured.values(b), measured.ids(), where)
     sides = (paired.a_N, paired.b_N, measured.clusters(paired.items))
     change = estimate_difference(*sides, certainty, measured.bounds)
     visible = smallest_visible(*sides, certainty)
-    update: dict[str, Any] = {"smallest_visible": visible}
+    update: dict[str, object] = {"smallest_visible": visible}
     if visible is None:
         update["reasons"] = {"smallest_visible": "the items are too few, or do not vary"}
     if measured.bounds == SHARE and not measured.graded:
@@ -96,8 +94,8 @@ def row_of(measured: Measured, certainty: Certainty) -> MetricRow:
     if "teacher" in measured.scores:
         to_teacher = compare(measured, "student", "teacher", certainty)
     why_zero = {  # the commonest reasons first
-        model: Counter(score.reason for score in scores if score.value == 0).most_common(5)
-        for model, scores in measured.scores.items()
+        model: Counter(s.reason for s in measured.of(model) if s.value == 0).most_common(5)
+        for model in measured.scores
     }
     row = MetricRow(
         metric=measured.metric,
@@ -149,7 +147,8 @@ def count_against_student(
     student, differences = filled("student", measured.bounds.low), {}
     for rival in RIVALS:
         if rival in measured.scores:
-            paired = pair(student, filled(rival, measured.bounds.high), measured.ids())
+            full = filled(rival, measured.bounds.high)
+            paired = pair(student, full, measured.ids(), measured.metric)
             sides = (paired.a_N, paired.b_N, measured.clusters(paired.items))
             change = estimate_difference(*sides, certainty, measured.bounds)
             differences[f"student_minus_{rival}"] = difference_of(change)
@@ -162,9 +161,10 @@ def pool(rows: Sequence[Measured]) -> Measured | None:
     checked = [m for m in rows if m.bounds == SHARE and not m.graded]
     if not checked:
         return None
-    items = tuple(item for m in checked for item in m.items)
+    items = [item for m in checked for item in m.items]
     scores = {
-        model: [score for m in checked for score in m.scores[model]] for model in checked[0].scores
+        model: {item: score for m in checked for item, score in m.scores[model].items()}
+        for model in checked[0].scores
     }
     return Measured("checks passed", items, scores, SHARE, checked[0].no_teacher)
 
@@ -259,12 +259,7 @@ def samples(rows: Iterable[Measured], alike: Measured, answers: AnswersByModel) 
         positions: list[tuple[Rank, int]] = [("best", best), ("typical", typical), ("worst", 0)]
         for rank, position in positions[: len(ranked)]:
             item = ranked[position]
-            scores = {
-                model: score
-                for model, scores in measured.scores.items()
-                for score in scores
-                if score.item_id == item.id
-            }
+            scores = {model: by_id[item.id] for model, by_id in measured.scores.items()}
             yield Sample(
                 task=item.task,
                 rank=rank,
@@ -280,48 +275,30 @@ def samples(rows: Iterable[Measured], alike: Measured, answers: AnswersByModel) 
             )
 
 
-def failures(samples: Iterable[Sample], private_text: str) -> Failures:
+def failures(samples: Iterable[Sample]) -> Failures:
     """Return at most three of the student's worst answers, failed checks first, one a task."""
-    if withheld(private_text):
-        return Failures(worst=(), reason=WITHHELD)
-    worst = []
+    worst: dict[bool, list[WorstAnswer]] = {False: [], True: []}
     for sample in samples:
-        value = sample.scores.get("student")
-        if sample.rank == "worst" and value is not None and (value < 1 or sample.metric == "chrF"):
-            worst.append(sample)
-    worst.sort(key=lambda sample: sample.metric == "chrF")
-    if not worst:
-        return Failures(worst=(), reason=NO_FAILURE)
-    rows = []
-    for sample in worst[:MOST_FAILURES]:
-        alike = f"chrF {sample.scores['student'] or 0:.0f} against the teacher"
+        value, alike = sample.scores.get("student"), sample.metric == "chrF"
+        if sample.rank != "worst" or value is None or (value >= 1 and not alike):
+            continue
+        reason = f"chrF {value:.0f} against the teacher" if alike else sample.reasons["student"]
+        texts = (sample.messages[-1]["content"], *map(sample.answers.get, ("student", "teacher")))
+        question, student, teacher = (clip(text or "", LONGEST) for text in texts)
         row = WorstAnswer(
-            task=sample.task,
-            asked=cut(sample.messages[-1]["content"]),
-            student=cut(sample.answers.get("student", "")),
-            teacher=cut(sample.answers.get("teacher", "")),
-            reason=alike if sample.metric == "chrF" else sample.reasons["student"],
+            task=sample.task, asked=question, student=student, teacher=teacher, reason=reason
         )
-        rows.append(row)
-    return Failures(worst=tuple(rows))
-
-
-def cut(text: str) -> str:
-    """Cut a text that is too long for the card, and mark the cut."""
-    return text if len(text) <= LONGEST else f"{text[:LONGEST].rstrip()} […]"
-
-
-def withheld(private_text: str) -> bool:
-    """Tell whether samples must stay out of what is published: the corpus is used as it is."""
-    return private_text == "keep"
+        worst[alike].append(row)
+    rows = (*worst[False], *worst[True])[:MOST_FAILURES]
+    return Failures(worst=rows) if rows else Failures(worst=(), reason=NO_FAILURE)
 
 
 def bare(evaluation: EvaluationResult) -> EvaluationResult:
     """Return an evaluation without what may quote documents: samples, examples, reasons of 0."""
 
-    def without(tree: Any) -> Any:
-        if isinstance(tree, Mapping):
+    def without(tree: object) -> object:
+        if isinstance(tree, dict):
             return {k: without(v) for k, v in tree.items() if k not in ("examples", "failures")}
         return tree
 
-    return EvaluationResult.model_validate({**without(evaluation.tree()), "samples": ()})
+    return EvaluationResult.model_validate(without({**evaluation.tree(), "samples": ()}))

@@ -9,18 +9,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from distill.config.yaml_file import load_config
-from distill.corpus.readers import Reject, read_file
 from distill.errors import DistillError, Exit
 from distill.evaluation import results
-from distill.evaluation.scorers import Measured, score_suite
+from distill.evaluation.scorers import Measured, measure_tasks, write_scores
 from distill.evaluation.statistics import USUAL, Certainty
-from distill.evaluation.suites import Suite, is_run, write_answers, write_scores
+from distill.evaluation.suites import Suite, is_run, write_answers
 from distill.formatting import figure, markdown_table, plain, share
 from distill.records import Response
 from distill.responders.ask import Ask
-from distill.responders.canned import raw_text
+from distill.responders.canned import CannedResponder, raw_text
 from distill.responders.kinds import make_responder
 from distill.responders.responder import Request, Sampling
+from distill.storage.files import read_records
 from distill.storage.run_folder import open_run
 
 ALONE = "one responder was asked"
@@ -41,13 +41,13 @@ def score(
     else:
         answers, model = ask_responder(suite, path, who, store)
         name = name or model
-    rows = score_suite(suite, {name: answers}, ALONE)
+    rows = measure_tasks(suite.items, {name: answers}, suite.tasks.get, ALONE)
     write_answers(out, suite, {name: answers})
-    scores = [score for row in rows.values() for score in row.scores[name]]
-    place = write_scores(out, suite, {name: scores})
+    folder = out / "scores" / suite.name
+    write_scores(folder, [name], rows, suite.items)
     table = result_table(rows, name, answers, certainty)
     title = f"{suite.name}: {suite.facts['description']}"
-    return f"{title}\n\n{table}\n\nscores: {place / f'{name}.jsonl'}"
+    return f"{title}\n\n{table}\n\nscores: {folder / f'{name}.jsonl'}"
 
 
 def ask_responder(
@@ -70,8 +70,8 @@ def ask_responder(
             raise DistillError(Exit.CONFIG, "teacher.kind", f"{teacher.kind} cannot be asked", fix)
         responder = make_responder(teacher, config)
     elif is_run(path):
-        run, name = open_run(path), path.resolve().name
-        responder, _ = student_responder(run.config, run, "student")
+        name = path.resolve().name
+        responder, _ = student_responder(open_run(path), "student")
     else:
         responder = LocalResponder.load(who)
     with Ask(responder, store) as ask:
@@ -79,25 +79,15 @@ def ask_responder(
 
 
 def read_answers(suite: Suite, path: Path) -> dict[str, Response]:
-    """Read answers from JSON lines: {"prompt": last user turn, "answer": text}, or a Response each.
+    """Read a file of canned answers, or one of responses, such as `answers/` of a run holds.
 
-    Raises DistillError (exit 3) where a line is neither, or no line answers a question of the
-    suite.
+    Raises DistillError (exit 3) where it is neither, or answers no question of the suite.
     """
     texts, responses = dict[str, str](), dict[str, Response]()
-    for row in read_file(path, str(path)):
-        if isinstance(row, Reject):
-            raise DistillError(Exit.INPUT, row.where, row.reason, "correct the line")
-        prompt, answer = row.value.get("prompt"), row.value.get("answer")
-        if isinstance(prompt, str) and isinstance(answer, str):
-            texts[prompt] = answer
-            continue
-        try:
-            response = Response.model_validate(row.value)
-        except ValueError:
-            fix = 'write {"prompt": "...", "answer": "..."}'
-            raise DistillError(Exit.INPUT, row.where, "is no answer", fix) from None
-        responses[response.prompt_id] = response
+    try:
+        responses = {answer.prompt_id: answer for answer in read_records(path, Response)}
+    except DistillError:
+        texts = CannedResponder.load(path).answers
     answers, limits = {}, suite.limits()
     for item in suite.items:
         question = item.prompt.messages[-1].content

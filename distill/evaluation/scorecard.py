@@ -6,8 +6,6 @@ Money is Decimal until it is written. What is unknown is None, with its reason b
 from decimal import Decimal
 from typing import Any, Literal
 
-from pydantic import field_validator
-
 from distill.evaluation.claims import Conclusion, conclude, why_few_decide_nothing
 from distill.evaluation.measurements import CardRecord, Comparison, Difference, Model
 
@@ -106,11 +104,6 @@ class Costs(CardRecord):
     def of(self, model: Model) -> RequestCost:
         """Return what requests cost a model."""
         return {"teacher": self.teacher, "base": self.base, "student": self.student}[model]
-
-    def prices(self) -> list[str]:
-        """Return every price that a figure rests on, once."""
-        used = (self.teacher, self.base, self.student, self.distillation)
-        return list(dict.fromkeys(cost.price for cost in used if cost.price))
 
 
 class Amount(CardRecord):
@@ -276,12 +269,6 @@ class Scorecard(Comparison):
     funnel: Funnel = Funnel()
     training: TrainingSummary = TrainingSummary()
     reasons: dict[str, str] = {}
-
-    @field_validator("external", "economics", mode="before")
-    @classmethod
-    def _empty(cls, part: Any) -> Any:
-        """Read the empty object of earlier versions as absence."""
-        return part or None
 
     @property
     def confidence(self) -> float:

@@ -5,8 +5,9 @@ error of ours (no answer was stored, the request failed, the checker crashed), w
 Agreement with the teacher's answer (chrF) is a score too, and is never the headline.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import regex
@@ -14,9 +15,10 @@ from sacrebleu import sentence_chrf
 
 from distill.callables import PROVIDED
 from distill.evaluation.statistics import Bounds
-from distill.evaluation.suites import Suite
 from distill.records import Item, Record, Response, Score, Usage
+from distill.storage.files import write_records
 from distill.tasks.checkers import GRADED, NEEDS_REFERENCE, check, needs_reference
+from distill.tasks.task import FindTask
 
 AnswersByModel = Mapping[str, Mapping[str, Response]]  # model -> item id -> its answer
 Checker = Mapping[str, Any]
@@ -76,18 +78,23 @@ def _score(
 
 @dataclass(frozen=True)
 class Measured:
-    """One metric of some items: each model's scores, and the smallest and largest score."""
+    """One metric of some items: each model's scores by item id, the smallest and largest score."""
 
     metric: str
-    items: tuple[Item, ...]
-    scores: dict[str, list[Score]]
+    items: Sequence[Item]
+    scores: Mapping[str, Mapping[str, Score]]
     bounds: Bounds
     no_teacher: str = NO_TEACHER  # why the teacher has no scores
     graded: bool = False  # scores may lie between the bounds, so they are no share that passes
 
+    def of(self, model: str) -> list[Score]:
+        """Return a model's scores of these items."""
+        of_model = self.scores.get(model, {})
+        return [of_model[item.id] for item in self.items if item.id in of_model]
+
     def values(self, model: str) -> dict[str, float | None]:
-        """Return a model's scores by item id."""
-        return {score.item_id: score.value for score in self.scores.get(model, [])}
+        """Return the values of a model's scores by item id."""
+        return {score.item_id: score.value for score in self.of(model)}
 
     def ids(self) -> list[str]:
         """Return the ids of the items."""
@@ -108,36 +115,59 @@ def measure_task(
     no_teacher: str = NO_TEACHER,
 ) -> Measured:
     """Score every model's answers to one task: by its checker, or without one as agreement."""
-    mine = tuple(item for item in items if item.task == task)
+    mine = [item for item in items if item.task == task]
     if checker is None:
         return measure_agreement(mine, answers)
     scores = {
-        model: [passes(item, by_id.get(item.id), checker, model) for item in mine]
+        model: {item.id: passes(item, by_id.get(item.id), checker, model) for item in mine}
         for model, by_id in answers.items()
     }
     # A checker of the user's may grade without saying so beforehand.
-    between = any(s.value not in (None, 0, 1) for rows in scores.values() for s in rows)
+    between = any(s.value not in (None, 0, 1) for rows in scores.values() for s in rows.values())
     graded = checker["kind"] in GRADED or between
     return Measured(metric, mine, scores, SHARE, no_teacher, graded)
 
 
-def score_suite(suite: Suite, answers: AnswersByModel, no_teacher: str) -> dict[str, Measured]:
-    """Score all tasks of a suite, by name; `no_teacher` says why the teacher has no answers."""
-    tasks = [(part.task, part.items) for part in suite.parts]
-    return {
-        task.name: measure_task(
-            task.name, items, answers, task.metric or "", task.checker, no_teacher
-        )
-        for task, items in tasks
-    }
+def measure_tasks(
+    items: Sequence[Item], answers: AnswersByModel, find: FindTask, no_teacher: str = NO_TEACHER
+) -> dict[str, Measured]:
+    """Score the items task by task; `no_teacher` says why the teacher has no answers.
+
+    A checker that compares with references is left aside where the teacher answered and no item of
+    the task has one.
+    """
+    rows = {}
+    for name in dict.fromkeys(item.task for item in items):
+        task = find(name)
+        checker = task.checker if task else None
+        if checker and needs_reference(checker["kind"]) and "teacher" in answers:
+            referenced = any(item.reference for item in items if item.task == name)
+            checker = checker if referenced else None
+        metric = (task and task.metric) or ""
+        rows[name] = measure_task(name, items, answers, metric, checker, no_teacher)
+    return rows
+
+
+def write_scores(
+    folder: Path,
+    models: Iterable[str],
+    rows: Mapping[str, Measured],
+    items: Sequence[Item] | None = None,
+) -> None:
+    """Write each model's scores, and beside them the items where they stand nowhere else."""
+    if items is not None:
+        write_records(folder / "items.jsonl", items)
+    for model in models:
+        scores = [score for row in rows.values() for score in row.of(model)]
+        write_records(folder / f"{model}.jsonl", scores)
 
 
 def measure_agreement(items: Sequence[Item], answers: AnswersByModel) -> Measured:
     """Score the likeness of base and student to the teacher's answers, where there is one."""
     references = {i: a.text for i, a in answers["teacher"].items() if a.text.strip()}
-    mine = tuple(item for item in items if item.id in references)
+    mine = [item for item in items if item.id in references]
     scores = {
-        model: [agrees(item, by_id.get(item.id), references[item.id], model) for item in mine]
+        model: {i.id: agrees(i, by_id.get(i.id), references[i.id], model) for i in mine}
         for model, by_id in answers.items()
         if model != "teacher"
     }
@@ -200,9 +230,14 @@ def requests_of(
             for model, by_id in answers.items()
             if item.id in by_id and by_id[item.id].stop != "error"
         }
-        request = HeldOutRequest(item=item.id, cluster=item.cluster, usage=usage)
-        if test := test_of.get(item.id):
-            verdict = {"test": test.test, "when_served": test.when_served}
-            request = request.model_copy(update={**verdict, "accepted": test.passed[item.id]})
+        test = test_of.get(item.id)
+        request = HeldOutRequest(
+            item=item.id,
+            cluster=item.cluster,
+            usage=usage,
+            test=test and test.test,
+            when_served=bool(test and test.when_served),
+            accepted=test and test.passed[item.id],
+        )
         requests.append(request)
     return requests

@@ -61,12 +61,11 @@ USUAL = Certainty()
 
 
 class Paired(NamedTuple):
-    """Two models' scores on the items that both have, and what is missing."""
+    """Two models' scores on the items that both have a score for."""
 
     items: list[str]
     a_N: Floats
     b_N: Floats
-    missing: int
 
 
 def estimate_mean(
@@ -161,26 +160,24 @@ def estimate_gap_recovered(
 
 
 def pair(
-    a: Mapping[str, float | None], b: Mapping[str, float | None], items: Sequence[str]
+    a: Mapping[str, float | None], b: Mapping[str, float | None], items: Sequence[str], where: str
 ) -> Paired:
-    """Pair two models' scores on the `items` that both have a finite score for; count the rest."""
-    both = [i for i in items if _finite(a.get(i)) and _finite(b.get(i))]
-    a_N = np.array([a[i] for i in both], dtype=np.float64)
-    b_N = np.array([b[i] for i in both], dtype=np.float64)
-    return Paired(both, a_N, b_N, len(items) - len(both))
+    """Pair two models' scores on the `items` that both have a finite score for.
 
+    Raises DistillError (exit 8) where these are fewer than 95 % of the items.
+    """
 
-def require_paired(paired: Paired, total: int, where: str) -> None:
-    """Stop (exit 8) where fewer than 95 % of the items could be compared."""
-    if len(paired.items) < MIN_PAIRED * total:
-        what = f"only {len(paired.items)} of {total} items have both scores"
-        raise DistillError(
-            Exit.EVALUATION, where, what, "scores/*.jsonl says why; answer the missing items"
-        )
+    def scores(values: Mapping[str, float | None]) -> Floats:
+        return np.array([values.get(i) for i in items], dtype=np.float64)  # None becomes NaN
 
-
-def _finite(value: float | None) -> bool:
-    return value is not None and bool(np.isfinite(value))
+    a_N, b_N = scores(a), scores(b)
+    both_N = np.isfinite(a_N) & np.isfinite(b_N)
+    ids = [i for i, both in zip(items, both_N, strict=True) if both]
+    if len(ids) < MIN_PAIRED * len(items):
+        what = f"only {len(ids)} of {len(items)} items have both scores"
+        fix = "scores/*.jsonl says why; answer the missing items"
+        raise DistillError(Exit.EVALUATION, where, what, fix)
+    return Paired(ids, a_N[both_N], b_N[both_N])
 
 
 def shortage(values_N: Floats, groups: int) -> str | None:

@@ -8,7 +8,7 @@ read as the corpus is. Nothing here loads a model.
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
@@ -22,10 +22,10 @@ from distill.corpus.prompts import ask
 from distill.corpus.readers import Reject, SourceRow, list_files, read_dataset, read_file
 from distill.corpus.rows import interpret
 from distill.errors import DistillError, Exit
-from distill.records import Document, Item, Pair, Record, Response, Score, digest
+from distill.records import Document, Item, Pair, Record, Response, digest
 from distill.storage.files import read_records, sha256_file, write_records
-from distill.storage.run_folder import Run, open_run
-from distill.tasks.task import Task, load_section, load_task, task_path
+from distill.storage.run_folder import open_run
+from distill.tasks.task import Task, load_section, load_task, task_path, tasks_of_run
 
 SUITES = Path("eval/suites")
 RECORDED = "the teacher's answers were recorded, and it cannot be asked anew"
@@ -54,12 +54,12 @@ class Data(Section):
             checked_model(self.dataset)
         return self
 
-    def file(self, suite: Path) -> Path | None:
-        """Return the file of questions: beside the suite, else at its path, else as it ships."""
+    def files(self, suite: Path) -> list[Path]:
+        """Return the files of questions: beside the suite, else at their path, else as shipped."""
         if self.path is None:
-            return None
+            return []
         beside = suite.parent / self.path
-        return beside if beside.exists() else find_config(self.path)
+        return list_files(beside if beside.exists() else find_config(self.path))[0]
 
 
 class Entry(Section):
@@ -88,8 +88,7 @@ class SuiteFile(Section):
     def sha256(self, path: Path) -> str:
         """Return the hash of the YAML in `path`, of its tasks and of its files of questions."""
         tasks = [task_path(e.task) for e in self.tasks if isinstance(e.task, str)]
-        places = [place for e in self.tasks if (place := e.data.file(path))]
-        questions = [file for place in places for file in list_files(place)[0]]
+        questions = [file for e in self.tasks for file in e.data.files(path)]
         hashes = [sha256_file(file) for file in (*tasks, *questions) if file.is_file()]
         return digest([hashlib.sha256(first_names(path.read_bytes())).hexdigest(), *hashes])
 
@@ -108,12 +107,17 @@ class Suite(Record):
     name: str
     ask_teacher: bool
     parts: tuple[Part, ...]
-    facts: dict[str, Any]  # description, source, license and hash, for the report
+    facts: dict[str, str]  # description, source, license and hash, for the report
 
     @property
     def items(self) -> list[Item]:
         """Return the items of all tasks."""
         return [item for part in self.parts for item in part.items]
+
+    @property
+    def tasks(self) -> dict[str, Task]:
+        """Return the tasks by name."""
+        return {part.task.name: part.task for part in self.parts}
 
     def limits(self) -> dict[str, int]:
         """Return how many tokens an answer may have, by item id."""
@@ -159,13 +163,8 @@ def load_suite(name_or_path: str, questions: Path | None = None) -> Suite:
     if is_run(Path(name_or_path)):
         return held_out_suite(Path(name_or_path))
     suite, path = read_suite(name_or_path)
-    entries = suite.tasks
-    if questions:
-        local = {"path": questions.absolute(), "dataset": None}
-        data = [entry.data.model_copy(update=local) for entry in entries]
-        pairs = zip(entries, data, strict=True)
-        entries = [entry.model_copy(update={"data": each}) for entry, each in pairs]
-    parts = tuple(load_part(entry, path) for entry in entries)
+    local = {"path": questions.absolute(), "dataset": None} if questions else {}
+    parts = tuple(load_part(e, e.data.model_copy(update=local), path) for e in suite.tasks)
     if len({part.task.name for part in parts}) < len(parts):
         raise DistillError(Exit.CONFIG, path, "two tasks have one name", "name them differently")
     facts = suite.model_dump(include={"description", "source", "license"})
@@ -173,14 +172,14 @@ def load_suite(name_or_path: str, questions: Path | None = None) -> Suite:
     return Suite(name=suite.name, ask_teacher=suite.ask_teacher, parts=parts, facts=facts)
 
 
-def load_part(entry: Entry, suite: Path) -> Part:
+def load_part(entry: Entry, data: Data, suite: Path) -> Part:
     """Read a task's questions as items; every row must be one, or the result would change."""
     task = entry.load_task()
     where = f"{suite}: task {task.name}"
     if task.checker is None:
         fix = "add a checker and its metric to the task"
         raise DistillError(Exit.CONFIG, suite, f"task {task.name} has no checker", fix)
-    data, documents = entry.data, list[Document]()
+    documents = list[Document]()
     for row in question_rows(data, suite):
         try:
             if isinstance(row, Reject):
@@ -202,12 +201,12 @@ def load_part(entry: Entry, suite: Path) -> Part:
 
 def question_rows(data: Data, suite: Path) -> Iterator[SourceRow | Reject]:
     """Yield the rows of a file of questions, or of a dataset."""
-    if place := data.file(suite):
-        for file in list_files(place)[0]:
-            yield from read_file(file, file.name)
+    for file in data.files(suite):
+        yield from read_file(file, file.name)
+    if data.dataset is None:
         return
     try:
-        yield from read_dataset(data.dataset or "", data.dataset_config, data.dataset_split)
+        yield from read_dataset(data.dataset, data.dataset_config, data.dataset_split)
     except DistillError as error:
         fix = "check the name and the connection, or give the questions with --data FILE"
         raise DistillError(error.code, error.where, error.what, fix) from None
@@ -224,7 +223,9 @@ def amounts(names: Sequence[str]) -> list[tuple[int | None, int]]:
     tasks = []
     for suite, path in map(read_suite, names):
         for entry in suite.tasks:
-            items = entry.n if entry.data.path is None else len(load_part(entry, path).items)
+            items = entry.n
+            if entry.data.path:
+                items = len(load_part(entry, entry.data, path).items)
             tasks.append((items, entry.max_new_tokens))
     return tasks
 
@@ -257,43 +258,29 @@ def write_answers(
         write_records(path, [by_id[i.id] for i in suite.items if i.id in by_id])
 
 
-def write_scores(folder: Path, suite: Suite, scores: Mapping[str, Sequence[Score]]) -> Path:
-    """Write a suite's items and the models' scores; return the folder of both."""
-    place = folder / "scores" / suite.name
-    write_records(place / "items.jsonl", suite.items)
-    for model, rows in scores.items():
-        write_records(place / f"{model}.jsonl", rows)
-    return place
-
-
 def is_run(path: Path) -> bool:
     """Tell whether a path is a run's folder; a model's has a config.json too."""
     return (path / "config.json").is_file() and (path / "dataset").is_dir()
 
 
-def held_out(path: Path) -> list[Pair]:
-    """Read the held-out pairs, one a prompt; raises DistillError (exit 8) where there are none."""
-    pairs: dict[str, Pair] = {}
+def held_out_items(run: Path) -> tuple[list[Pair], list[Item]]:
+    """Return the held-out pairs of a run's folder, one a prompt, and their items, in one order.
+
+    Chunks of one original document are one cluster. Raises DistillError (exit 8) where there are
+    none.
+    """
+    path, documents, pairs = run / "dataset/heldout.jsonl", run / "documents.jsonl", {}
     for pair in read_records(path, Pair):
         pairs.setdefault(pair.prompt.id, pair)
     if not pairs:
         fix = "raise corpus.split.heldout or prompts.heldout"
         raise DistillError(Exit.EVALUATION, path, "no held-out items", fix)
-    return list(pairs.values())
-
-
-def items_of(pairs: Sequence[Pair], documents: Path) -> list[Item]:
-    """Make the items; chunks of one original document are one cluster."""
     rows = read_records(documents, Document) if documents.exists() else []
     parent = {d.id: str(d.meta.get("parent") or d.id) for d in rows}
-    items = [Item.make(pair.prompt) for pair in pairs]
-    return [i.model_copy(update={"cluster": parent.get(i.cluster, i.cluster)}) for i in items]
-
-
-def held_out_items(run: Run) -> tuple[list[Pair], list[Item]]:
-    """Return a run's held-out pairs and their items, in one order."""
-    pairs = held_out(run.path("dataset/heldout.jsonl"))
-    return pairs, items_of(pairs, run.path("documents.jsonl"))
+    items = [Item.make(pair.prompt) for pair in pairs.values()]
+    clusters = [{"cluster": parent.get(item.cluster, item.cluster)} for item in items]
+    clustered = [i.model_copy(update=c) for i, c in zip(items, clusters, strict=True)]
+    return list(pairs.values()), clustered
 
 
 def by_item(items: Sequence[Item], responses: Sequence[Response]) -> dict[str, Response]:
@@ -303,17 +290,17 @@ def by_item(items: Sequence[Item], responses: Sequence[Response]) -> dict[str, R
 
 def held_out_suite(folder: Path) -> Suite:
     """Return a run's held-out prompts as a suite, as far as their tasks have a checker."""
-    run, name = open_run(folder), f"{folder.resolve().name}"
-    items = held_out_items(run)[1]
-    tasks = [t for t in dict.fromkeys(i.task for i in items) if task_path(t).is_file()]
+    limit, name = answer_limit(open_run(folder).config), folder.resolve().name
+    items, find = held_out_items(folder)[1], tasks_of_run(folder)
+    tasks = [find(name) for name in dict.fromkeys(item.task for item in items)]
     parts = [
         Part(
             task=task,
             items=tuple(item for item in items if item.task == task.name),
-            max_new_tokens=answer_limit(run.config),
+            max_new_tokens=limit,
         )
-        for task in map(load_task, tasks)
-        if task.checker
+        for task in tasks
+        if task and task.checker
     ]
     if not parts:
         what, fix = "no held-out prompt has a task with a checker", "eval/compare.py compares runs"

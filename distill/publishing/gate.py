@@ -10,22 +10,12 @@ from distill.errors import DistillError, Exit
 from distill.evaluation.measurements import MetricRow
 from distill.evaluation.scorecard import Scorecard
 from distill.formatting import signed
-from distill.publishing.fidelity import Fidelity
-from distill.records import Record
 from distill.storage.progress import say
 
 ON_PURPOSE = 'or publish with --override "reason", which the card shows'
 
 
-class Finding(Record):
-    """What speaks against publishing: where it stands, what it is, what to do about it."""
-
-    where: str
-    what: str
-    fix: str
-
-
-def evidence(card: Scorecard) -> list[Finding]:
+def evidence(card: Scorecard) -> list[DistillError]:
     """Return what speaks against a student: contamination, and that it is worse than its base.
 
     Worse is over all checks, else by its loss on the teacher's answers. Where the difference is
@@ -35,7 +25,7 @@ def evidence(card: Scorecard) -> list[Finding]:
     if part and part.flagged:  # the scores on these items say nothing
         what = f"{part.flagged} of {part.n} items stand in the training data"
         fix = "--redo corpus, which takes them out"
-        findings.append(Finding(where="contamination", what=what, fix=fix))
+        findings.append(DistillError(Exit.PUBLISH, "contamination", what, fix))
     row = card.overall or MetricRow()
     mean = row.student_minus_base.mean
     if mean is not None:
@@ -50,25 +40,17 @@ def evidence(card: Scorecard) -> list[Finding]:
         if decided.verdict == "undecided":
             what = what.replace("is worse", "measured worse") + f" (undecided: {decided.reason})"
         fix = "train longer, on more answers, or on other settings"
-        findings.append(Finding(where="the student", what=what, fix=fix))
+        findings.append(DistillError(Exit.PUBLISH, "the student", what, fix))
     return findings
 
 
-def weights(fidelity: Fidelity) -> list[Finding]:
-    """Return what speaks against a merged model whose adapter was evaluated: they differ."""
-    if fidelity.same:
-        return []
-    what = f"is not the adapter that was evaluated: {fidelity.line()}"
-    return [Finding(where="the merged model", what=what, fix="--redo evaluate")]
-
-
-def pass_gate(findings: Sequence[Finding], override: str | None) -> list[str]:
+def pass_gate(findings: Sequence[DistillError], override: str | None) -> list[str]:
     """Return the findings that the card shows as overridden; without an override raise (exit 9)."""
     if findings and override is None:
         first, others = findings[0], len(findings) - 1
         more = f" (and {others} more)" if others else ""
         fix = f"{first.fix}; {ON_PURPOSE}"
-        raise DistillError(Exit.PUBLISH, first.where, first.what + more, fix)
+        raise DistillError(first.code, first.where, first.what + more, fix)
     lines = [f"{finding.where} {finding.what}" for finding in findings]
     for line in lines:
         say(f"overridden: {line}")

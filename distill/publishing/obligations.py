@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from distill.config.tree import Config
+from distill.config.teachers import Teacher
 from distill.config.yaml_file import find_config
 from distill.errors import DistillError, Exit
 from distill.models.registry import hub_id, lookup
@@ -35,11 +35,11 @@ class Obligations(Record):
         return list(dict.fromkeys(o.duties.display for o in self.owed if o.duties.display))
 
 
-def obligations(config: Config) -> Obligations:
+def obligations(teacher: Teacher, student: str, basis: str | None) -> Obligations:
     """Collect what the student owes; raises DistillError (exit 10) if training was not allowed."""
-    verdict = require_terms(config.teacher, config.terms.basis)
+    verdict = require_terms(teacher, basis)
     owed = [Owed(text=text, duties=text.outputs) for text in verdict.texts]
-    info, name = lookup(config.student.model), hub_id(config.student.model)
+    info, name = lookup(student), hub_id(student)
     base = load_terms().of_model(name, info.license if info else None) if name else None
     if base:
         owed += [Owed(text=base, duties=base.outputs), Owed(text=base, duties=base.weights)]

@@ -7,7 +7,6 @@ earlier distill was evaluated by its adapter, and has no merged model: it is mad
 and compared with it.
 """
 
-import gc
 import json
 import os
 import shutil
@@ -17,11 +16,10 @@ from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.evaluation.measurements import ModelFacts
 from distill.evaluation.scorecard import Scorecard
-from distill.models import loading, registry
-from distill.models.weights import add_adapter
+from distill.models import registry
 from distill.publishing.card import Facts, make_card
-from distill.publishing.fidelity import Conversation, Fidelity, answer_logits, compare_models
-from distill.publishing.gate import evidence, pass_gate, weights
+from distill.publishing.fidelity import Fidelity, compare_with_adapter
+from distill.publishing.gate import evidence, pass_gate
 from distill.publishing.obligations import (
     ReleaseLicense,
     base_of,
@@ -32,11 +30,9 @@ from distill.publishing.obligations import (
 )
 from distill.publishing.secret_scan import scan
 from distill.publishing.upload import check_name, push
-from distill.records import Pair
 from distill.storage.files import (
     fsync_folder,
     read_json,
-    read_records,
     sha256_file,
     sha256_files,
     write_json,
@@ -44,7 +40,6 @@ from distill.storage.files import (
 from distill.storage.progress import say
 from distill.storage.run_folder import Run
 from distill.training.adapters import WEIGHTS, merged_student
-from distill.training.encode import encode_pairs
 
 ADAPTER = ("adapter_config.json", WEIGHTS, "base.json")
 MODEL = (  # at least
@@ -56,15 +51,10 @@ MODEL = (  # at least
     "chat_template.jinja",
 )
 REPORT = ("scorecard.json", "report.html")
-COMPARED = 8  # prompts on which merged and adapter are compared
 
 
 def main(
-    config: Config,
-    run: Run,
-    repository: str | None = None,
-    public: bool = False,
-    override: str | None = None,
+    run: Run, repository: str | None = None, public: bool = False, override: str | None = None
 ) -> Path:
     """Build the release, and push it where `repository` (OWNER/NAME) is given; return its folder.
 
@@ -73,9 +63,9 @@ def main(
     """
     if repository:
         check_name(repository)
-    scorecard = evaluated(run)
+    config, scorecard = run.config, evaluated(run)
     overridden = pass_gate(evidence(scorecard), override)
-    terms = obligations(config)
+    terms = obligations(config.teacher, config.student.model, config.terms.basis)
     name = config.publish.model_name or (repository or config.name).split("/")[-1]
     check_names(terms.owed, [name, *([repository] if repository else [])])
     license = license_of(config.student.model, config.publish.license, terms.owed)
@@ -83,9 +73,12 @@ def main(
     shutil.rmtree(work, ignore_errors=True)
     (work / "adapter").mkdir(parents=True)
     write_notices(terms.owed, config.terms.agreement, work)
-    fidelity = add_models(config, run, work, scorecard.models["student"])
+    fidelity = add_models(run, work, scorecard.models["student"])
     if fidelity:
-        overridden += pass_gate(weights(fidelity), override)
+        say(f"merged model against adapter: {fidelity.line()}")
+        what = f"is not the adapter that was evaluated: {fidelity.line()}"
+        differs = DistillError(Exit.PUBLISH, "the merged model", what, "--redo evaluate")
+        overridden += pass_gate([] if fidelity.same else [differs], override)
         write_json(work / "fidelity.json", fidelity.model_dump())
     for file in REPORT:
         copy_plain(run.path(file), work / file)
@@ -128,7 +121,7 @@ def evaluated(run: Run) -> Scorecard:
     return scorecard
 
 
-def add_models(config: Config, run: Run, work: Path, evaluated: ModelFacts) -> Fidelity | None:
+def add_models(run: Run, work: Path, evaluated: ModelFacts) -> Fidelity | None:
     """Put adapter and merged model into `work`, as the student of the scorecard's row `evaluated`.
 
     Returns how far merged and adapter are apart where the adapter was evaluated, by an earlier
@@ -137,9 +130,9 @@ def add_models(config: Config, run: Run, work: Path, evaluated: ModelFacts) -> F
     adapter, about = run.trained("adapter"), work / "adapter/adapter_config.json"
     for name in ADAPTER:
         copy_plain(adapter / name, work / "adapter" / name)
-    base = base_of(config.student.model)  # whatever folder the adapter was trained from
+    base = base_of(run.config.student.model)  # whatever folder the adapter was trained from
     write_json(about, {**json.loads(about.read_bytes()), "base_model_name_or_path": base})
-    merged, measured = merged_student(config.student, run), evaluated.model_sha256
+    merged, measured = merged_student(run.config.student, run), evaluated.model_sha256
     digest = registry.folder_digest(merged)
     if measured and measured != digest:
         what = f"evaluated was model {measured[:12]}, here is {digest[:12]}"
@@ -147,35 +140,7 @@ def add_models(config: Config, run: Run, work: Path, evaluated: ModelFacts) -> F
     for name in sorted({*MODEL, *registry.parts(f"{merged.resolve()}")}):
         (work / name).parent.mkdir(exist_ok=True)
         copy_plain(merged / name, work / name)
-    return None if measured else compared(config, run, merged, evaluated.dtype)
-
-
-def compared(config: Config, run: Run, merged: Path, dtype: str | None) -> Fidelity:
-    """Compare the merged model with the adapter on its base, in the type of the evaluation.
-
-    On validation (else training) samples; held-out ones are evaluation's alone. One model is in
-    memory at a time. Raises DistillError (exit 9) where there is nothing to compare on.
-    """
-    student, dtype = config.student, dtype or config.student.dtype
-    folder, trust = run.path("dataset"), config.student.trust
-    files = (folder / f"{split}.jsonl" for split in ("validation", "train"))
-    pairs = [pair for file in files for pair in read_records(file, Pair)][:COMPARED]
-    if not pairs:
-        raise DistillError(Exit.PUBLISH, folder, "holds no pairs", "make the dataset")
-    tokenizer = loading.load_tokenizer(student.model, student.revision, trust)
-    length = config.train.max_length
-    rows = [
-        Conversation(ids=example.input_ids, answer=sum(w == 0 for w in example.weights))
-        for example in encode_pairs(tokenizer, pairs, config.template_date, length, folder)
-    ]
-    base = loading.load_model(student.model, dtype, student.revision, trust)
-    before = answer_logits(add_adapter(base, run.trained("adapter")), rows)
-    del base
-    gc.collect()
-    model = loading.load_model(f"{merged.resolve()}", dtype, trust=trust._replace(pickle=False))
-    fidelity = compare_models(before, answer_logits(model, rows))
-    say(f"merged model against adapter: {fidelity.line()}")
-    return fidelity
+    return None if measured else compare_with_adapter(run, merged, evaluated.dtype)
 
 
 def copy_plain(source: Path, target: Path) -> None:

@@ -10,15 +10,6 @@ from distill.config.values import MODEL
 from distill.errors import DistillError, Exit
 from distill.storage.progress import say
 
-REASONS = {
-    401: ("the token is not valid", "set HF_TOKEN to a token with write access"),
-    402: ("the account may not create it", "see the account's plan"),
-    403: ("the token may not write there", "use a token with write access to this owner"),
-    404: ("the owner does not exist, or the token may not see it", "check OWNER/NAME"),
-    409: ("somebody else is changing it", "run the same command again"),
-    413: ("the upload is too large for the account", "see the account's storage"),
-}
-
 
 def push(release: Path, repository: str, public: bool = False) -> str:
     """Upload the folder in one commit and return its address; a second call uploads changes only.
@@ -44,11 +35,13 @@ def push(release: Path, repository: str, public: bool = False) -> str:
         )
         if public:
             api.update_repo_settings(repository, private=False)
-    except HfHubHTTPError as error:
-        raise _explained(repository, error) from None
-    except (HTTPError, OSError, ValueError, RuntimeError) as error:
+    except (HfHubHTTPError, HTTPError, OSError, ValueError, RuntimeError) as error:
         cause = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
-        raise _explained(repository, cause) from None
+        fix = "check the connection, then run the same command again"
+        if isinstance(cause, HfHubHTTPError) and 400 <= cause.response.status_code < 500:
+            fix = "check OWNER/NAME, whether HF_TOKEN may write there, and the account's storage"
+        what = f"not published: {' '.join(str(cause).split())[:200] or type(cause).__name__}"
+        raise DistillError(Exit.PUBLISH, repository, what, fix) from None
     say(f"published {'publicly' if public else 'privately'}: {commit.commit_url}")
     return commit.commit_url
 
@@ -59,14 +52,3 @@ def check_name(repository: str) -> None:
         raise DistillError(
             Exit.PUBLISH, f"--push {repository[:60]!r}", "not OWNER/NAME", "name both"
         )
-
-
-def _explained(repository: str, error: BaseException) -> DistillError:
-    """Turn what the Hub or the network said into one line."""
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    if status in REASONS:
-        return DistillError(Exit.PUBLISH, repository, *REASONS[status])
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return DistillError(
-        Exit.PUBLISH, repository, f"not published: {reason}", "run the same command again"
-    )

@@ -4,13 +4,13 @@ The template escapes whatever comes from a model, a corpus or a config. No scrip
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from markupsafe import Markup
 
 from distill import formatting
 from distill.evaluation.measurements import MODELS, MetricRow, Model, Sample
-from distill.evaluation.results import WITHHELD
 from distill.evaluation.scorecard import Economics, RequestCost, Scorecard
 from distill.report.plots import Mark, quality_against_cost, spans, training_curve
 from distill.report.render import environment
@@ -20,17 +20,19 @@ WIDTHS = {"wide": 660, "narrow": 340}  # pixels of a plot on a screen, and on a 
 MAX_SAMPLE = 6000  # characters shown of one text
 
 
-def page(card: Scorecard, samples: Sequence[Sample], training: Mapping[str, Any]) -> str:
-    """Return the report's HTML; `training` is training.json, whose losses are drawn."""
+def page(card: Scorecard, samples: Sequence[Sample] | None, training: Mapping[str, Any]) -> str:
+    """Return the report's HTML; `training` is training.json, whose losses are drawn.
+
+    `samples` is None where they must not be shown.
+    """
     economics = card.economics
     assert economics is not None, "a scorecard of this version has its economics"
     train, validation = (
         [(row["step"], row["loss"]) for row in training.get(key, [])]
         for key in ("history", "validation")
     )
-    groups: dict[str, list[Sample]] = {}
-    for sample in samples:
-        groups.setdefault(sample.task, []).append(sample)
+    curve = partial(training_curve, train, validation, training.get("best_step"))
+    plots = {"cost_plot": partial(cost_plot, card), "saved_plot": partial(saved_plot, economics)}
     return (
         environment(markdown=False)
         .get_template("report.html.j2")
@@ -39,20 +41,12 @@ def page(card: Scorecard, samples: Sequence[Sample], training: Mapping[str, Any]
             models=MODELS,
             ways=WAYS,
             economics=economics,
-            cost_plot=_both(lambda width: cost_plot(card, width)),
-            curve=_both(
-                lambda width: training_curve(train, validation, training.get("best_step"), width)
-            ),
-            saved_plot=_both(lambda width: saved_plot(economics, width)),
             training=training,
             marks=marks,
-            scored=lambda tasks: [
-                m for m in MODELS if any(row.mean(m) is not None for row in tasks.values())
-            ],
-            groups=groups,
-            clip=clip,
+            samples=samples,
+            clip=partial(formatting.clip, most=MAX_SAMPLE),
             verdict=verdict,
-            withheld=card.failures.reason == WITHHELD,
+            **{name: _both(draw) for name, draw in {**plots, "curve": curve}.items()},
         )
     )
 
@@ -60,11 +54,8 @@ def page(card: Scorecard, samples: Sequence[Sample], training: Mapping[str, Any]
 def _both(draw: Callable[[int], Markup]) -> Markup:
     """Draw a plot at both widths; the page's style shows the one that fits."""
     plots = {name: draw(width) for name, width in WIDTHS.items()}
-    if not all(plots.values()):
-        return Markup("")
-    return Markup("").join(
-        Markup('<div class="{}">{}</div>').format(name, plot) for name, plot in plots.items()
-    )
+    divs = [Markup('<div class="{}">{}</div>').format(*plot) for plot in plots.items()]
+    return Markup("").join(divs if all(plots.values()) else [])
 
 
 def marks(row: MetricRow) -> list[Mark]:
@@ -116,8 +107,3 @@ def verdict(sample: Sample, model: Model) -> str:
     if sample.metric == "chrF":
         return f"chrF {formatting.count(value)}"
     return f"{'✓' if value else '✗'} {reason}"
-
-
-def clip(text: str) -> str:
-    """Cut a text that is too long to show, and say so."""
-    return text if len(text) <= MAX_SAMPLE else f"{text[:MAX_SAMPLE]} […]"

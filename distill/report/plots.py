@@ -11,7 +11,6 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 LEFT, RIGHT, TOP, BOTTOM = 48, 18, 30, 44
-LETTER = 8.5  # pixels of a letter of a name, about
 EMPTY = Markup("")
 Series = Sequence[tuple[float, float]]
 
@@ -100,12 +99,11 @@ def quality_against_cost(
     top = 100.0 if highest > 50 else min(100.0, highest * 1.3 + 1)
     frame = Frame(width, 320, 0.0, max(x for x, _ in points) * 1.15 or 1.0, 0.0, top)
     parts = [*frame.grid(y_label), *frame.x_axis(x_label, x_form)]
-    occupied: list[tuple[float, float, float]] = []
     for cost, mark in points:
         x, y = frame.x(cost), frame.y(mark.value)
         if mark.low is not None and mark.high is not None:
             parts += _whisker(x, frame.y(mark.low), x, frame.y(mark.high), mark.name)
-        parts += [_dot(mark.name, x, y), _name(mark.name, x, y, width, occupied)]
+        parts.append(_dot(mark.name, x, y))
     values = "; ".join(f"{m.name} at {x_form.format(x)}: {m.line()}" for x, m in points)
     return frame.svg(parts, f"Quality against cost. {y_label} by {x_label}: {values}")
 
@@ -178,30 +176,6 @@ def _disc(x: float, y: float, radius: float, hollow: str = "") -> Markup:
     return Markup('<circle class="dot student{}" cx="{}" cy="{}" r="{}"/>').format(
         hollow, x, y, radius
     )
-
-
-def _name(
-    name: str, x: float, y: float, width: int, occupied: list[tuple[float, float, float]]
-) -> Markup:
-    """Write a point's name beside it, on a side or a line where no other name stands.
-
-    A place is start, end and line in pixels; `occupied` are those of other names, and this one's.
-    """
-
-    def meets(place: tuple[float, float, float]) -> bool:
-        return any(
-            place[0] < end and start < place[1] and abs(place[2] - line) < 17
-            for start, end, line in occupied
-        )
-
-    length = LETTER * len(name)
-    sides = [(x + 14, x + 14 + length, y + 5), (x - 14 - length, x - 14, y + 5)]
-    inside = [side for side in sides if side[0] > LEFT and side[1] < width] or sides
-    start, end, line = next((side for side in inside if not meets(side)), inside[0])
-    while meets((start, end, line)):
-        line += 4
-    occupied.append((start, end, line))
-    return _text(end, line, name, "name end") if start < x else _text(start, line, name, "name")
 
 
 def _whisker(x1: float, y1: float, x2: float, y2: float, kind: str) -> list[Markup]:

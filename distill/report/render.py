@@ -10,10 +10,8 @@ show parts of scorecards between comments that name file and parts; `distill tab
 
 import json
 import re
-from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from jinja2.runtime import Macro
@@ -28,11 +26,6 @@ from distill.evaluation.scorecard import Costs, Scorecard
 from distill.report import tables
 from distill.storage.files import read_json, write_atomic
 
-FIGURES = ("count", "duration", "estimate", "figure", "money", "plain", "share")
-CELLS = (
-    *("change", "difference_cell", "funnel_steps", "rate", "span", "whole_requests"),
-    "within",
-)
 SAVINGS = (
     *("substitution", "saving_at_length", "no_cascade", "break_even_at_length"),
     *("hypothetical", "machine"),
@@ -69,23 +62,19 @@ def environment(markdown: bool) -> Environment:
     templates.filters["quoted"] = lambda text: Markup(
         json.dumps(formatting.one_line(text), ensure_ascii=False)
     )
-    templates.globals.update({name: getattr(formatting, name) for name in FIGURES})
-    templates.globals.update({name: getattr(tables, name) for name in CELLS})
-    functions = (cost_share, missing, preference, prices)
-    templates.globals.update({function.__name__: function for function in functions})
+    functions = (cost_share, missing, preference, prices, lm_eval.table_of)
+    templates.globals |= vars(formatting) | vars(tables) | {f.__name__: f for f in functions}
     templates.globals["tables"] = tables
-    templates.globals["table_of"] = lm_eval.table_of
     templates.globals["grid"] = lambda table: Markup(formatting.markdown_table(*table))
+
+    def sentence(macro: Macro, *arguments: object) -> Markup:
+        return Markup(re.sub(r"[ \n]+", " ", macro(*arguments)).strip())
+
     macros = vars(templates.get_template("sentences.j2").module)
-    say = {k: partial(_sentence, m) for k, m in macros.items() if isinstance(m, Macro)}
+    say = {k: partial(sentence, m) for k, m in macros.items() if isinstance(m, Macro)}
     templates.globals["say"] = say
     templates.globals["savings"] = lambda e: [s for name in SAVINGS if (s := say[name](e))]
     return templates
-
-
-def _sentence(macro: Callable[..., str], *arguments: Any) -> Markup:
-    """Write a macro's text as one line."""
-    return Markup(re.sub(r"[ \n]+", " ", macro(*arguments)).strip())
 
 
 def cost_share(costs: Costs) -> tuple[float, str] | None:
@@ -106,10 +95,10 @@ def preference(duels: DuelRow) -> Conclusion:
 
 def prices(card: Scorecard) -> list[str]:
     """Return every price that a figure rests on, with its date and source, once."""
-    used = card.cost.prices()
-    if card.economics:
-        used += [p for p in (card.economics.teacher.price, card.economics.student.price) if p]
-    return list(dict.fromkeys(used))
+    cost, economics = card.cost, card.economics
+    priced = [cost.teacher, cost.base, cost.student, cost.distillation]
+    used = [*priced, *((economics.teacher, economics.student) if economics else ())]
+    return list(dict.fromkeys(one.price for one in used if one.price))
 
 
 def missing(card: Scorecard) -> list[tuple[str, list[str]]]:

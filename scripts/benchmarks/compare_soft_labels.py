@@ -94,7 +94,7 @@ class HeldOut(NamedTuple):
     @classmethod
     def of(cls, base: Run) -> "HeldOut":
         """Read a run's, and check the teacher's answers."""
-        pairs, items = held_out_items(base)
+        pairs, items = held_out_items(base.folder)
         answers = [pair.response for pair in pairs]
         right_N = np.array(list(marks(base, items, answers)))
         verified = np.flatnonzero(right_N == 1).tolist()
@@ -215,7 +215,7 @@ def measure(base: Run, run: Run | None, held: HeldOut) -> Measured:
     path = (run or base).path("measured.json" if run else "measured-base.json")
     kept = read_json(path) if path.exists() else {}
     if "kl" not in kept:
-        responder, _ = student_responder(base.config, run, run.folder.name if run else "base")
+        responder, _ = student_responder(run or base, run.folder.name if run else "base", bool(run))
         kept = kept or answered(base, responder, held)
         kept["kl"] = held.divergences(responder.network)
         write_json(path, kept)
@@ -309,7 +309,7 @@ def teacher_tokens(base: Run, count: int | None) -> dict[str, int]:
     rows = [pair.response.usage.output_tokens for pair in kept]
     responses = read_records(base.path("responses.jsonl"), Response)
     spare = {p.response.id for p in kept[count:]} if count else set()
-    others = {p.prompt.id for p in held_out_items(base)[0]}
+    others = {p.prompt.id for p in held_out_items(base.folder)[0]}
     others |= {p.prompt.id for p in read_records(base.path(COPIED[0]), Pair)}
     asked = [r for r in responses if r.prompt_id not in others and r.id not in spare]
     return {

@@ -45,13 +45,6 @@ def test_every_loss_of_a_kind_has_the_same_value(tmp_path):
             assert side["loss"] == pytest.approx(own["loss"], rel=5e-3)
 
 
-def test_samples_are_half_supervised_and_always_the_same():
-    one, two = (benchmark.draw(benchmark.TINY, 100, (8, 32), 3) for _ in range(2))
-    assert one == two
-    assert 100 <= sum(len(e.input_ids) for e in one) < 132
-    assert all(sum(e.weights) == (len(e.input_ids) + 1) // 2 for e in one)
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("mode", ["train", "losses"])
 def test_without_a_gpu_it_says_so_in_one_line(mode, capsys):

@@ -46,28 +46,6 @@ def test_students_of_the_cache_of_the_teacher_and_of_a_plain_loss_learn_the_same
     assert sides["cached"]["after"] == pytest.approx(live, rel=0.01)
 
 
-def test_every_side_of_ours_trains_the_samples_that_are_asked(folder, capsys):
-    for side in benchmark.OURS:
-        task = json.dumps([side, 4])
-        benchmark.main(["speed", str(folder), "--samples", "4", "--child", task])
-        found = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert pytest.approx(found["rate"] * found["seconds"]) == found["tokens"] > 4 * 20
-        assert found["bytes"] > 2**20
-
-
-def test_the_overhead_is_that_of_each_round(folder):
-    rounds = call(folder, "overhead", "--samples", "3", "--repeats", "2")["rounds"]
-    assert len(rounds) == 2
-    assert all(row["ratio"] == row["cached"] / row["cross-entropy"] for row in rounds)
-
-
-def test_the_ratio_with_capture_counts_it_once_for_all_epochs():
-    seconds = {"cached": (9, 10, 20), "capture": (5,), "GKD": (30, 26, 31)}
-    rows = {name: [{"seconds": float(s)} for s in some] for name, some in seconds.items()}
-    found = benchmark.against(rows, ["GKD"])["GKD"]
-    assert list(found.values()) == [3.0, 30 / 15, 60 / 25, 90 / 35]
-
-
 def test_trl_trains_on_the_same_ids(folder, capsys):
     pytest.importorskip("trl")
     task = json.dumps(["GKD", 4, 2, False, True])

@@ -41,6 +41,8 @@ def test_a_few_are_asked_alone_and_many_are_read(tmp_path: Path, responder: Loca
     encoded = [len(responder._encode(request)) for request in asked(20)]
     assert found.read_tokens == sum(encoded) and found.read_seconds > 0
     assert responder.max_batch_size == 3, "the responder is as it was"
+    assert answering.spread(asked(20), 8) == asked(20)[:16:2]
+    assert answering.timed(tmp_path / "none.jsonl", responder, []) is None
     before = path.read_bytes()
     assert answering.timed(path, responder, []) == found and path.read_bytes() == before
 
@@ -50,11 +52,6 @@ def test_no_prompt_is_begun_when_the_time_is_over(
 ) -> None:
     monkeypatch.setattr(answering, "SECONDS", 0.0)
     assert len(answering.measured(responder, asked(8), 1)) == 1
-
-
-def test_nothing_asked_is_nothing_timed(tmp_path: Path, responder: LocalResponder) -> None:
-    assert answering.timed(tmp_path / "t.jsonl", responder, []) is None
-    assert not (tmp_path / "t.jsonl").exists()
 
 
 @pytest.mark.parametrize(
@@ -77,13 +74,6 @@ def test_who_is_asked_a_suite(teacher: Teacher, asks: bool, reason: str | None) 
     suite = Suite(name="s", ask_teacher=asks, parts=(), facts={})
     why = why_no_teacher(teacher, suite)
     assert (why is None) if reason is None else reason in (why or "")
-
-
-def test_prompts_are_spread_from_first_to_last() -> None:
-    requests = asked(20)
-    assert answering.spread(requests, 8)[-1] == requests[14]
-    assert len(answering.spread(requests, 8)) == 8
-    assert answering.spread(requests[:3], 8) == requests[:3]
 
 
 def test_reading_and_writing_of_a_real_batch_add_up(responder: LocalResponder) -> None:

@@ -14,10 +14,10 @@ from distill.config.teachers import LocalTeacher
 from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.evaluation import answering, evaluate
-from distill.evaluation.scorers import AnswersByModel, HeldOutRequest
-from distill.evaluation.suites import held_out, items_of
+from distill.evaluation.scorers import AnswersByModel, HeldOutRequest, measure_tasks
+from distill.evaluation.suites import held_out_items
 from distill.models import registry
-from distill.records import Document, Message, Pair, Prompt, Response, Score, Timing, Usage
+from distill.records import Document, Item, Message, Pair, Prompt, Response, Score, Timing, Usage
 from distill.storage.files import read_json, read_records, write_records
 from distill.storage.run_folder import Run
 from distill.tasks.task import shipped
@@ -206,9 +206,9 @@ def test_items_that_all_stand_in_the_training_data_stop_before_anything_is_asked
 
 
 def test_no_held_out_items_stop_with_exit_8(tmp_path: Path) -> None:
-    write_records(tmp_path / "heldout.jsonl", [])
+    write_records(tmp_path / "dataset/heldout.jsonl", [])
     with pytest.raises(DistillError) as caught:
-        held_out(tmp_path / "heldout.jsonl")
+        held_out_items(tmp_path)
     assert caught.value.code == Exit.EVALUATION
 
 
@@ -217,8 +217,10 @@ def test_chunks_of_one_document_are_one_cluster(tmp_path: Path) -> None:
         Document(id=f"chunk{k}", text="x", source="s", meta={"parent": "doc"}) for k in range(2)
     ]
     write_records(tmp_path / "documents.jsonl", rows)
-    items = items_of(heldout_pairs()[:3], tmp_path / "documents.jsonl")
-    assert [item.cluster for item in items] == ["doc", "doc", "chunk2"]
+    pairs = heldout_pairs()
+    write_records(tmp_path / "dataset/heldout.jsonl", [*pairs[:2], pairs[0], pairs[2]])
+    kept, items = held_out_items(tmp_path)
+    assert kept == pairs[:3] and [item.cluster for item in items] == ["doc", "doc", "chunk2"]
 
 
 def test_a_task_whose_references_are_missing_is_measured_as_agreement() -> None:
@@ -226,8 +228,8 @@ def test_a_task_whose_references_are_missing_is_measured_as_agreement() -> None:
         p.model_copy(update={"prompt": p.prompt.model_copy(update={"reference": None})})
         for p in heldout_pairs()
     ]
-    items = items_of(pairs, Path("none"))
+    items = [Item.make(pair.prompt) for pair in pairs]
     by_id = {i.id: p.response for i, p in zip(items, pairs, strict=True)}
     answers: AnswersByModel = dict.fromkeys(("teacher", "base", "student"), by_id)
-    rows = evaluate.measure_held_out(items, answers, shipped)
+    rows = measure_tasks(items, answers, shipped)
     assert rows["math_word_problem"].metric == "chrF"

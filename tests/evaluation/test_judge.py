@@ -249,7 +249,7 @@ def make_run(folder: Path, teacher: FakeTeacher) -> Run:
 
 def ask(run: Run, items: list[Item]) -> None:
     """Ask the judge as the evaluate stage does."""
-    work = Stage("evaluate", (), (), (), lambda c, r: ask_judge(c, r, items, answers(items)))
+    work = Stage("evaluate", (), (), (), lambda c, r: ask_judge(r, items, answers(items)))
     run.remake([work])
     run.perform(work)
 
@@ -265,10 +265,11 @@ def test_a_fair_judge_is_paid_once_and_its_verdicts_count(
         assert requests == 2 * (len(PROBES) + 2 * COUNT) - copies
         ask(run, items)
         assert len(teacher.payloads) == requests, "verdicts are in the store"
+        assert probe_lines(probed(run.config))[-1] == "the judge may be used"
         entries = run.ledger.entries()
         assert sum(e.attempts for e in entries) == requests
         assert sum(e.dollars or 0 for e in entries) == teacher.bill
-    result, verdicts = read_judge(run.config, run, items, answers(items), FEW)
+    result, verdicts = read_judge(run, items, answers(items), FEW)
     assert result and result.probe.passed and result.base.wins == COUNT // 2
     row = result.teacher
     assert (row.wins, row.ties, row.losses) == (0, COUNT * 3 // 4, COUNT // 4)
@@ -281,7 +282,8 @@ def test_a_judge_that_failed_its_probes_says_nothing(tmp_path: Path, items: list
     with served(longest) as teacher:
         run = make_run(tmp_path, teacher)
         ask(run, items)
-    result, verdicts = read_judge(run.config, run, items, answers(items), FEW)
+        assert "an empty phrase win" in probe_lines(probed(run.config))[-1]
+    result, verdicts = read_judge(run, items, answers(items), FEW)
     assert result and not verdicts and result.teacher.win_rate.mean is None
     assert "an empty phrase win" in (result.teacher.win_rate.reason or "")
 
@@ -290,16 +292,7 @@ def test_without_a_judge_nothing_is_said(tmp_path: Path, items: list[Item]) -> N
     with served(fair) as teacher:
         run = make_run(tmp_path, teacher)
     evaluation = run.config.evaluation.model_copy(update={"judge": None})
-    config = run.config.model_copy(update={"evaluation": evaluation})
-    ask_judge(config, run, items, answers(items))
-    assert read_judge(config, run, items, answers(items), FEW) == (None, [])
+    run = Run(run.config.model_copy(update={"evaluation": evaluation}))
+    ask_judge(run, items, answers(items))
+    assert read_judge(run, items, answers(items), FEW) == (None, [])
     assert not teacher.payloads and not run.path("answers").exists()
-
-
-@pytest.mark.parametrize(
-    ("mind", "verdict"), [(fair, "the judge may be used"), (longest, "an empty phrase win")]
-)
-def test_a_judge_can_be_probed_before_a_run(tmp_path: Path, mind: Mind, verdict: str) -> None:
-    with served(mind) as teacher:
-        run = make_run(tmp_path, teacher)
-        assert verdict in probe_lines(probed(run.config))[-1]

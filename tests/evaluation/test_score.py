@@ -62,12 +62,6 @@ def test_a_missing_answer_is_counted_and_too_many_are_not_compared(tmp_path: Pat
     assert caught.value.code == Exit.EVALUATION and "4 of 6" in str(caught.value)
 
 
-def test_one_item_is_not_enough_data(tmp_path: Path) -> None:
-    suite = load_suite(str(make_suite(tmp_path, QUESTIONS[:1])))
-    file = write_answers(tmp_path / "a.jsonl", 1)
-    assert "not enough data" in scored(suite, file, tmp_path)
-
-
 def test_a_model_and_a_run_are_asked_once(tmp_path: Path, model: Path) -> None:
     suite = load_suite(str(make_suite(tmp_path)))
     run = make_run(tmp_path / "runs", model, heldout_pairs())
@@ -138,11 +132,11 @@ def test_without_lm_eval_or_tasks_there_is_one_line(
     run = make_run(tmp_path / "runs", model, heldout_pairs())
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     with pytest.raises(DistillError, match="is not installed"):
-        lm_eval.main(run.config, run, ["arc"])
+        lm_eval.main(run, ["arc"])
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", lm_eval)
     with pytest.raises(DistillError, match="names no task"):
-        lm_eval.main(run.config, run, [])
+        lm_eval.main(run, [])
     shutil.rmtree(run.path("adapter"))
     with pytest.raises(DistillError, match="is missing"):
-        lm_eval.main(run.config, run, ["arc"])
+        lm_eval.main(run, ["arc"])
     assert not run.path(lm_eval.FILE).exists() and read_json(run.path("manifest.json"))

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 
-from distill.errors import DistillError, Exit
 from distill.evaluation import results, scorers
 from distill.evaluation.scorers import (
     Acceptance,
@@ -83,19 +82,6 @@ def test_agreement_is_chrf_against_the_teachers_answer(
 ) -> None:
     score = agrees(item(), response, reference, "student").value
     assert score == (None if value is None else pytest.approx(value, abs=5))
-
-
-def test_too_few_pairs_are_refused_and_few_items_give_no_interval() -> None:
-    items = [item(number=k) for k in range(6)]
-    base = {i.id: answer("#### 8") for i in items}
-    student = {i.id: answer("#### 7") for i in items[1:]}
-    answers = {"base": base, "student": student}
-    with pytest.raises(DistillError) as caught:
-        results.row_of(measure_task("math", items, answers, "correct", NUMBER, "x"), FEW)
-    assert caught.value.code == Exit.EVALUATION
-    row = results.row_of(measure_task("math", items[1:2], answers, "correct", NUMBER, "x"), FEW)
-    change = row.student_minus_base
-    assert change.mean is None and "not enough data" in (change.reason or "")
 
 
 def test_grades_are_measured_and_are_no_checks_passed() -> None:

@@ -64,19 +64,6 @@ def test_rows_of_one_passage_are_one_cluster_and_columns_have_any_name(tmp_path:
     assert {item.reference for item in suite.items} == {"0", "1", "2", "3"}
 
 
-def test_csv_and_parquet_are_read_too(tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    path = make_suite(tmp_path, data={"path": "q.csv"})
-    (tmp_path / "q.csv").write_text("question,answer\n1 + 1?,2\n")
-    assert [item.reference for item in load_suite(str(path)).items] == ["2"]
-    table = pyarrow.Table.from_pylist(QUESTIONS)
-    pyarrow.parquet.write_table(table, tmp_path / "q.parquet")
-    path = make_suite(tmp_path, data={"path": "q.parquet"})
-    assert len(load_suite(str(path)).items) == 6
-
-
 def test_the_shapes_of_gsm8k_and_humaneval_are_read_from_a_file(tmp_path: Path) -> None:
     gsm8k = load_suite("gsm8k", Path("data/gsm8k/sample.jsonl"))
     assert len(gsm8k.items) == 160 and all(item.reference for item in gsm8k.items)

@@ -107,6 +107,15 @@ def test_the_page_tells_figures_and_limits():
         assert words in text, words
 
 
+def test_a_bare_card_names_a_license_without_an_id_and_an_unmeasured_merged_model():
+    facts = FACTS.model_copy(update={"license": "My Terms 2"})
+    far = make_card(facts, {}, FIDELITY.model_copy(update={"mean_kl": 0.02}))
+    data = far.data.to_dict()
+    assert data["license"] == "other" and data["license_name"] == "my-terms-2"
+    assert "has not been evaluated" in far.text and "unknown" not in str(far)
+    assert "has not been evaluated" not in make_card(FACTS, {}, FIDELITY).text
+
+
 def test_the_page_says_where_the_student_fails_and_what_it_saves():
     more = {"failures": {"worst": [WORST]}, "contamination": CONTAMINATION}
     card = {**SCORECARD, **more, "economics": reckon(SIXTEEN).tree()}
@@ -121,27 +130,6 @@ def test_the_page_says_where_the_student_fails_and_what_it_saves():
     assert not re.search(r"(?m)^(---|```json|## not)", text)
     text = make_card(FACTS, {"failures": {"worst": [], "reason": "left out"}}, FIDELITY).text
     assert "## Where it fails\n\nNo sample is shown: left out." in text
-
-
-def test_the_snippets_are_python():
-    text = make_card(FACTS, SCORECARD, FIDELITY).text
-    for snippet in re.findall(r"```python\n(.*?)```", text, re.S):
-        compile(snippet, "card", "exec")
-
-
-def test_a_merged_model_that_differs_is_said_to_be_unmeasured():
-    far = FIDELITY.model_copy(update={"mean_kl": 0.02})
-    assert not far.same and "has not been evaluated" in make_card(FACTS, SCORECARD, far).text
-
-
-def test_a_license_that_the_hub_has_no_id_for():
-    facts = FACTS.model_copy(update={"license": "My Terms 2"})
-    data = make_card(facts, {}, FIDELITY).data.to_dict()
-    assert data["license"] == "other" and data["license_name"] == "my-terms-2"
-
-
-def test_nothing_but_facts_is_enough():
-    assert "unknown" not in str(make_card(FACTS, {}, FIDELITY))
 
 
 @settings(max_examples=100, deadline=None)

@@ -109,7 +109,7 @@ def run(hub, trained, tmp_path) -> Run:
 
 def test_a_release_holds_the_allow_list_and_loads_and_is_the_same_twice(run, tmp_path):
     (run.path("adapter") / "optimizer.pt").write_bytes(b"not for the public")
-    release = main(run.config, run)
+    release = main(run)
     files = [path for path in release.rglob("*") if path.is_file()]
     hashes = {path.relative_to(release).as_posix(): sha256_file(path) for path in files}
     assert set(hashes) == {
@@ -130,13 +130,13 @@ def test_a_release_holds_the_allow_list_and_loads_and_is_the_same_twice(run, tmp
     assert loading.load_tokenizer(str(moved)).chat_template
     adapter = json.loads((release / "adapter/adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == BASE
-    again = main(run.config, run)
+    again = main(run)
     assert all(sha256_file(again / name) == digest for name, digest in hashes.items())
 
 
 def refused(run: Run, repository: str | None = None) -> DistillError:
     with pytest.raises(DistillError) as caught:
-        main(run.config, run, repository)
+        main(run, repository)
     assert "\n" not in str(caught.value)
     return caught.value
 
@@ -146,7 +146,7 @@ def test_scores_of_another_adapter_are_published_by_no_override(run):
     error = refused(run)
     assert error.code == Exit.PUBLISH and "evaluated was adapter" in error.what
     with pytest.raises(DistillError, match="evaluated was adapter"):
-        main(run.config, run, override="we know better")
+        main(run, override="we know better")
 
 
 WORSE = {"mean": -0.1, "low": -0.2, "high": 0.0}
@@ -169,14 +169,14 @@ def test_what_speaks_against_publishing_stops_it_or_stands_on_the_card(run, chan
     error = refused(run)
     assert error.code == Exit.PUBLISH and said in error.what and "--override" in error.fix
     assert not run.path("release").exists()
-    release = main(run.config, run, override="a study of <b>failures</b>")
+    release = main(run, override="a study of <b>failures</b>")
     card = (release / "README.md").read_text()
     assert said.partition(":")[0] in card and "a study of &lt;b&gt;failures" in card
 
 
 def test_a_student_that_is_better_needs_no_override_and_shows_none(run):
     make_scorecard(run, overall={"student_minus_base": {"mean": 0.2}})
-    release = main(run.config, run, override="just in case")
+    release = main(run, override="just in case")
     assert "Published although" not in (release / "README.md").read_text()
 
 
@@ -184,7 +184,7 @@ def test_merged_weights_that_differ_are_not_released(run, monkeypatch):
     monkeypatch.setattr("distill.publishing.fidelity.MAX_KL", -1.0)
     error = refused(run)
     assert error.code == Exit.PUBLISH and "is not the adapter that was evaluated" in error.what
-    release = main(run.config, run, override="for the record")
+    release = main(run, override="for the record")
     assert "the merged model is not the adapter" in (release / "README.md").read_text()
 
 
@@ -223,7 +223,7 @@ def test_a_student_of_llama_is_named_so(run):
     publish = {"model_name": "Llama-tiny", "license": "Apache-2.0"}
     with_teacher(run, "meta-llama/Llama-3.3-70B-Instruct", publish=publish)
     assert "--push" in refused(run, "me/student").fix
-    card = ModelCard.load(main(run.config, run) / "README.md")
+    card = ModelCard.load(main(run) / "README.md")
     assert "# Llama-tiny" in card.text and "its name begins with Llama" in card.text
 
 
@@ -236,7 +236,7 @@ def test_a_student_of_gemma_passes_the_terms_on(run, tmp_path):
     (tmp_path / "terms.txt").write_text("the agreement")
     terms = {"agreement": str(tmp_path / "terms.txt")}
     with_teacher(run, "google/gemma-3-27b-it", publish={"license": "gemma"}, terms=terms)
-    release = main(run.config, run)
+    release = main(run)
     assert (release / "AGREEMENT.txt").read_text() == "the agreement"
     assert "Gemma is provided under" in (release / "NOTICE").read_text()
     assert ModelCard.load(release / "README.md").data.to_dict()["license"] == "gemma"
@@ -247,7 +247,7 @@ def test_terms_that_forbid_block_the_release_unless_a_basis_is_stated(run):
     error = refused(run)
     assert error.code == Exit.TERMS and "3.3(e)" in error.what and "terms.basis" in error.fix
     with_teacher(run, "openai/gpt-4o", terms={"basis": "license agreement 2026-03 with OpenAI"})
-    card = ModelCard.load(main(run.config, run) / "README.md").text
+    card = ModelCard.load(main(run) / "README.md").text
     assert "stated basis: license agreement 2026-03 with OpenAI" in card
 
 
@@ -258,19 +258,19 @@ def test_a_base_that_is_a_folder(run, tmp_path):
 
 
 def test_a_secret_stops_the_release_and_the_last_one_stays_until_it_is_allowed(run):
-    release = main(run.config, run)
+    release = main(run)
     before = sha256_file(release / "README.md")
     run.path("report.html").write_text("token sk-" + "a" * 30)
     error = refused(run)
     assert error.code == Exit.PUBLISH and "publish.allow_secrets" in error.fix
     assert sha256_file(release / "README.md") == before
     allowed = run.config.publish.model_copy(update={"allow_secrets": ("sk-key",)})
-    main(run.config.model_copy(update={"publish": allowed}), run)
+    main(Run(run.config.model_copy(update={"publish": allowed})))
     assert "sk-" in run.path("release/report.html").read_text()
 
 
 def test_a_release_is_pushed_and_the_snippets_of_its_card_run(run, hub):
-    release = main(run.config, run, "me/student")
+    release = main(run, "me/student")
     files = [path for path in release.rglob("*") if path.is_file()]
     sent = hub.repositories["me/student"].files
     assert sorted(sent) == sorted(path.relative_to(release).as_posix() for path in files)

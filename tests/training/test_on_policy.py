@@ -112,7 +112,7 @@ def test_a_student_with_code_of_its_own_is_trained_refined_and_loaded(tmp_path):
     assert not run.path("merged").exists(), "the rounds that follow are trained on"
     on_policy.main(run.config, run)
     assert (run.trained("merged") / "modeling_own.py").read_text() == code
-    responder, _ = student_responder(run.config, run, "student")
+    responder, _ = student_responder(run, "student")
     assert type(responder.network).__name__ == "Own"
 
 
