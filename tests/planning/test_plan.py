@@ -23,12 +23,13 @@ from tests.planning.test_work import texts as texts  # a fixture
 from tests.support.tiny import make_tiny
 
 HERE = Machine(name="here", kind="cpu", rates={"auto": ("bfloat16", 858e9)}, source="recorded")
-RECORDED = ROOT / "eval/results/quickstart-scorecard.json"
-# Seconds of the quickstart's stages on two cores: with bfloat16, and with AVX2 at 150 GFLOP/s.
-STAGES = json.loads(RECORDED.read_text())["cost"]["distillation"]["stages"]
-WITH = {
-    "bfloat16": (858e9, STAGES),
-    "float32": (150e9, {"generate": 452, "train": 459, "evaluate": 215}),
+RECORDED = ROOT / "eval/results/python-docs-scorecard.json"
+# Seconds of the stages of three runs on two cores: with bfloat16 (A), with AVX2 at 150 GFLOP/s (B),
+# and the one that README shows (C). docs/measured.md describes the machines.
+RUNS = {
+    "A": ("bfloat16", 858e9, {"generate": 88, "train": 137, "evaluate": 96}),
+    "B": ("float32", 150e9, {"generate": 452, "train": 459, "evaluate": 215}),
+    "C": ("bfloat16", 388e9, json.loads(RECORDED.read_text())["cost"]["distillation"]["stages"]),
 }
 
 
@@ -49,11 +50,11 @@ def shown(config: Config, machine: Machine = HERE) -> str:
     return capture.get()
 
 
-@pytest.mark.parametrize("dtype", WITH)
-def test_the_recorded_quickstart_is_predicted_within_a_factor_of_one_and_a_half(dtype):
-    rate, recorded = WITH[dtype]
+@pytest.mark.parametrize("where", RUNS)
+def test_recorded_runs_are_predicted_within_a_factor_of_one_and_a_half(where):
+    dtype, rate, recorded = RUNS[where]
     machine = Machine(name="x", kind="cpu", rates={"auto": (dtype, rate)}, source="")
-    run = quickstart()
+    run = shipped("python-docs") if where == "C" else quickstart()
     config, work = run.config, count_work(run)
     estimate = RunEstimate(config, work, teacher_cost(config, work), machine)
     rows = {row.stage: row for row in estimate.stages()}
