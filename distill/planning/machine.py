@@ -25,8 +25,8 @@ from distill.storage.environment import cores, processor
 
 DEVICES = Path("configs/devices.yaml")
 # The share of a matrix product's rate that a stage reaches as a whole. On a CPU from recorded runs
-# (docs/measured.md: 858 GFLOP/s in bfloat16; an AVX2 machine, 150 in float32): what is not a product
-# weighs more where products are fast, and most for the small student, which answers in the
+# (docs/measured.md: 858 GFLOP/s in bfloat16; an AVX2 machine, 150 in float32): what is not a
+# product weighs more where products are fast, and most for the small student, which answers in the
 # evaluation.
 SHARES = {
     "bfloat16": {"generate": 0.75, "train": 0.5, "evaluate": 0.3},

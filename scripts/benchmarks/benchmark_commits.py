@@ -75,6 +75,7 @@ def seconds_of_stages(tree: Path, config: dict[str, object]) -> dict[str, float]
 
 
 def main() -> None:
+    """Time both commits in turns, and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
