@@ -13,11 +13,7 @@ import unicodedata
 from distill.models.chat_template import SEPARATOR
 
 CONTROL = re.compile(r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]")
-BOUNDARIES = (
-    re.compile(r"\n\s*\n"),
-    re.compile(r"(?<=[.!?。！？])\s+|\n"),
-    re.compile(r"\s+"),
-)
+BOUNDARIES = (re.compile(r"\n\s*\n"), re.compile(r"(?<=[.!?。！？])\s+|\n"), re.compile(r"\s+"))
 WORD_START = re.compile(r"(?<=\s)\S")
 CONTROL_TOKENS = re.compile(
     # ChatML, Llama 3, Phi, Command, GPT-OSS, Gemma 4

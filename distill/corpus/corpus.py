@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 from distill.config.tree import Chunk, Config, Corpus
 from distill.corpus import python_docs, readers
@@ -46,7 +45,11 @@ def main(config: Config, run: Run) -> None:
     bad = len(rejects)
     refuse_too_many(rejects, len(documents), corpus.max_bad_fraction, listed)
     rows = len(documents) + bad
-    documents, private = protect(documents, corpus.private_text, rejects)
+    private: dict[str, object] = {"policy": corpus.private_text}
+    holding, kinds = 0, Counter[str]()  # documents with private text, and how much of each kind
+    if corpus.private_text != "keep":
+        documents, holding, kinds = protect(documents, corpus.private_text == "drop", rejects)
+        private |= {"documents": holding, "kinds": dict(sorted(kinds.items()))}
     before = len(rejects)
     documents = deduplicate(
         documents, rejects, corpus.near_duplicate_threshold, corpus.limit, config.seed
@@ -82,9 +85,9 @@ def main(config: Config, run: Run) -> None:
             f"corpus: {contaminated} documents share text with held-out ones and are left out of "
             f"training: {listed}"
         )
-    if private.get("documents"):
-        action, kinds = "dropped" if corpus.private_text == "drop" else "masked", private["kinds"]
-        say(f"corpus: private text {action} in {private['documents']} rows: {counts_line(kinds)}")
+    if holding:
+        action = "dropped" if corpus.private_text == "drop" else "masked"
+        say(f"corpus: private text {action} in {holding} rows: {counts_line(kinds)}")
 
 
 def identity(config: Config) -> dict[str, str]:
@@ -167,27 +170,25 @@ def refuse_too_many(bad: list[Reject], good: int, allowed: float, listed: Path) 
 
 
 def protect(
-    documents: list[Document], policy: str, rejects: list[Reject]
-) -> tuple[list[Document], dict[str, Any]]:
-    """Mask, drop or keep private text; return the documents, and how much they held, by kind.
+    documents: list[Document], drop: bool, rejects: list[Reject]
+) -> tuple[list[Document], int, Counter[str]]:
+    """Mask private text, or drop its documents; return these, how many held some, and the kinds.
 
     Raises DistillError (exit 3) where every document is dropped.
     """
-    if policy == "keep":
-        return documents, {"policy": policy}
     results, kinds, holding = list[Document](), Counter[str](), 0
     for document in documents:
         masked, counts = mask_document(document)
         holding += bool(counts)
         kinds += counts
-        if counts and policy == "drop":
+        if counts and drop:
             rejects.append(_left_out(document, f"holds private text: {counts_line(counts)}"))
         else:
             results.append(masked)
     if not results:
         what = f"every document holds private text: {counts_line(kinds)}"
         raise DistillError(Exit.INPUT, "corpus", what, "set corpus.private_text to mask")
-    return results, {"policy": policy, "documents": holding, "kinds": dict(sorted(kinds.items()))}
+    return results, holding, kinds
 
 
 def counts_line(kinds: dict[str, int]) -> str:

@@ -104,10 +104,7 @@ PERSONAL = (
     (re.compile("@"), Form("email", (), EMAIL, is_email, "email")),
     (re.compile(r"[A-Z]{2}\d\d ?[A-Z0-9]{4}"), Form("iban", (), IBAN, is_iban, "iban")),
     (re.compile(r"\d{4}[ -]?\d{4}"), Form("card", (), CARD, is_card, "card")),
-    (
-        re.compile(r"\d{4}|\d{3}\D{1,2}\d{3}|\+\d|0\d"),
-        Form("phone", (), PHONE, is_phone, "phone"),
-    ),
+    (re.compile(r"\d{4}|\d{3}\D{1,2}\d{3}|\+\d|0\d"), Form("phone", (), PHONE, is_phone, "phone")),
 )
 
 

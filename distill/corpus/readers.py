@@ -14,7 +14,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 from distill.errors import DistillError, Exit
 from distill.records import Record
@@ -43,7 +43,7 @@ class SourceRow(NamedTuple):
     """A row as it was read, and where: `file:line`."""
 
     where: str
-    value: dict[str, Any]
+    value: Mapping[str, object]
 
 
 class Reject(Record):
@@ -134,7 +134,7 @@ def read_lines(file: Bytes, source: str) -> Iterator[SourceRow | Reject]:
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is no JSON value")
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         value = dict(pairs)
         if len(value) < len(pairs):  # JSON does not say which of equal keys counts
             counts = Counter(key for key, _ in pairs)

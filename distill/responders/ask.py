@@ -9,7 +9,6 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from distill.errors import DistillError, Exit
@@ -24,7 +23,7 @@ from distill.storage.run_folder import Run
 ADOPTED = "adopted"  # record of the store: the origin that an older one's answers are taken for
 
 
-class Ask:
+class Ask(ExitStack):
     """Asks one responder for what the store lacks, while its block is open.
 
     The store is opened once, to be read; its writer's lock is held only while something is asked.
@@ -42,25 +41,15 @@ class Ask:
         again: bool = False,
         workers: Workers | None = None,
     ) -> None:
+        super().__init__()
         self.responder, self.store = responder, ResponseStore(store, writable=False)
         self.payer, self.again, self.workers, self.count = payer, again, workers, 0
-        self._undo = ExitStack()
 
     def __enter__(self) -> Self:
-        with ExitStack() as undo:
-            undo.enter_context(self.store)
-            if self.payer and isinstance(self.responder, Buyer):
-                undo.callback(enter_account, self.payer, self.store)
-            self._undo = undo.pop_all()
+        self.enter_context(self.store)
+        if self.payer and isinstance(self.responder, Buyer):
+            self.callback(enter_account, self.payer, self.store)
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._undo.__exit__(kind, error, trace)
 
     def responses(self, requests: Sequence[Request], title: str) -> list[Response]:
         """Return one response a request, in their order; `title` stands beside the progress.
@@ -81,10 +70,7 @@ class Ask:
         return responses
 
     def fetch(
-        self,
-        requests: Sequence[Request],
-        title: str,
-        answered: dict[str, Response] | None = None,
+        self, requests: Sequence[Request], title: str, answered: dict[str, Response] | None = None
     ) -> list[Request]:
         """Ask for what the store lacks, and store each reply as it comes.
 

@@ -1,8 +1,9 @@
-"""Answers that stand somewhere already: in a file, a dictionary or the corpus. Nothing is asked.
+"""Answers without a model here: from a file, the corpus, or a function of the user's program.
 
 With canned ones whoever builds on this can test a pipeline offline. A file holds JSON lines, each
 with the text of the last user turn and its answer: {"prompt": "...", "answer": "..."}. Recorded
-ones came with the corpus; model, license and cost are as the user stated them.
+ones came with the corpus; model, license and cost are as the user stated them. A function is given
+to `distill.run(...)`: messages in, an answer out.
 """
 
 import hashlib
@@ -10,7 +11,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from distill.config.teachers import CannedTeacher, RecordedTeacher
+from distill.callables import find, source_hash
+from distill.config.teachers import CannedTeacher, PythonTeacher, RecordedTeacher
 from distill.errors import DistillError, Exit
 from distill.records import Document, Usage, digest
 from distill.responders.responder import Circumstances, Raw, Request
@@ -75,10 +77,38 @@ class RecordedResponder:
             yield raw_text(request, document.meta["recorded_answer"], model)
 
 
+class FunctionResponder:
+    """Calls a function with a request's messages; the store keys its answers by its source too."""
+
+    def __init__(self, name: str, model: str) -> None:
+        self.name, self.model, self.function = name, model or name, find("responder", name)
+        self.origin = digest({"python": source_hash("responder", name), "model": self.model})
+
+    def ask(self, requests: Sequence[Request]) -> Iterator[Raw]:
+        """Yield one raw answer for each request; raises DistillError (exit 4) where it gives none.
+
+        The answers before that are in the store already.
+        """
+        for request in requests:
+            messages = [{"role": m.role, "content": m.content} for m in request.messages]
+            try:
+                text = self.function(messages)
+            except Exception as error:  # a function of the user's may raise anything
+                what = f"raised {type(error).__name__}: {error}"
+                fix = "correct it; the same call continues"
+                raise DistillError(Exit.TEACHER, f"responder {self.name}", what, fix) from error
+            if not isinstance(text, str):
+                what, fix = f"returned {type(text).__name__}, and no text", "return a str"
+                raise DistillError(Exit.TEACHER, f"responder {self.name}", what, fix)
+            yield raw_text(request, text, self.model)
+
+
 def make(
-    teacher: CannedTeacher | RecordedTeacher, circumstances: Circumstances
-) -> CannedResponder | RecordedResponder:
-    """Make the responder of a file of answers, or of what the documents of the prompts hold."""
+    teacher: CannedTeacher | RecordedTeacher | PythonTeacher, circumstances: Circumstances
+) -> CannedResponder | RecordedResponder | FunctionResponder:
+    """Make the responder of a file of answers, of the prompts' documents, or of a function."""
+    if isinstance(teacher, PythonTeacher):
+        return FunctionResponder(teacher.responder, teacher.model)
     if isinstance(teacher, CannedTeacher):
         return CannedResponder.load(teacher.answers, teacher.model or "canned")
     sources = circumstances.sources.items()

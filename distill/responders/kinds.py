@@ -38,8 +38,7 @@ KINDS = {
     "canned": ResponderKind("canned", lambda t: {"answers": answers_hash(t.answers)}),
     "recorded": ResponderKind("canned", lambda t: {}),
     "python": ResponderKind(
-        "python_function",
-        lambda t: {f"responder {t.responder}": source_hash("responder", t.responder)},
+        "canned", lambda t: {f"responder {t.responder}": source_hash("responder", t.responder)}
     ),
 }
 

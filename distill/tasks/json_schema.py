@@ -13,14 +13,16 @@ import time
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 from urllib.parse import unquote
 
 import regex
 from jsonschema import Draft202012Validator, SchemaError, ValidationError
+from jsonschema.exceptions import best_match
 from jsonschema.validators import extend
 from referencing import Registry
 
+Validator: TypeAlias = Any  # jsonschema's, which has no types
 SECONDS = 1.0  # processor time that all patterns may take on one answer
 MAX_REFERENCES = 64  # one inside another; each takes about ten of Python's thousand frames
 MAX_TEXT = 120  # characters of a message; jsonschema quotes the value, which may be the answer
@@ -138,7 +140,9 @@ class _Effort:
 _effort: ContextVar[_Effort] = ContextVar("_effort")
 
 
-def check_ref(validator: Any, ref: str, value: object, schema: object) -> Iterator[ValidationError]:
+def check_ref(
+    validator: Validator, ref: str, value: object, schema: object
+) -> Iterator[ValidationError]:
     """`$ref`: each schema checks each value once."""
     effort, key = _effort.get(), (ref, id(value))
     if key in effort.results:
@@ -170,7 +174,7 @@ def _matches(pattern: str, text: str) -> bool:
 
 
 def check_pattern(
-    validator: Any, pattern: str, value: object, schema: object
+    validator: Validator, pattern: str, value: object, schema: object
 ) -> Iterator[ValidationError]:
     """`pattern`, in bounded time."""
     if isinstance(value, str) and not _matches(pattern, value):
@@ -178,7 +182,7 @@ def check_pattern(
 
 
 def check_pattern_properties(
-    validator: Any, rules: Mapping[str, object], value: object, schema: object
+    validator: Validator, rules: Mapping[str, object], value: object, schema: object
 ) -> Iterator[ValidationError]:
     """`patternProperties`, in bounded time."""
     for name, child in value.items() if isinstance(value, dict) else ():
@@ -188,7 +192,7 @@ def check_pattern_properties(
 
 
 def check_additional_properties(
-    validator: Any, rule: object, value: object, schema: Mapping[str, Any]
+    validator: Validator, rule: object, value: object, schema: Mapping[str, Any]
 ) -> Iterator[ValidationError]:
     """`additionalProperties` in the answer's order; jsonschema's differs between processes."""
     patterns = schema.get("patternProperties", {})
@@ -202,7 +206,7 @@ def check_additional_properties(
 
 
 def check_unique_items(
-    validator: Any, unique: bool, value: object, schema: object
+    validator: Validator, unique: bool, value: object, schema: object
 ) -> Iterator[ValidationError]:
     """`uniqueItems` by hash; jsonschema compares each object with each."""
     if unique and isinstance(value, list) and len(set(map(_hashable, value))) < len(value):
@@ -249,17 +253,9 @@ def first_error(schema: Mapping[str, object], value: object) -> str | None:
         return None
     # of alternatives, the error of the one that comes nearest, where one does: it fails furthest
     # inside the value, and not because another kind of value was wanted
-    while error.context:
-        ranks = {
-            one: (len(one.relative_path), one.validator not in ("const", "enum", "type"))
-            for one in error.context
-        }
-        nearest = max(error.context, key=lambda one: ranks[one])
-        rivals = [one for one in ranks if ranks[one] == ranks[nearest]]
-        if any(one.relative_schema_path[0] != nearest.relative_schema_path[0] for one in rivals):
-            break
-        error = nearest
-    what = error.message
+    other_kind = ("const", "enum", "type")
+    nearest = best_match([error], lambda one: (-len(one.path), one.validator in other_kind))
+    what = nearest.message
     if len(what) > MAX_TEXT:
-        what = f"breaks {error.validator} {error.validator_value!r:.60}"
-    return f"{error.json_path[:MAX_TEXT]}: {what}"
+        what = f"breaks {nearest.validator} {nearest.validator_value!r:.60}"
+    return f"{nearest.json_path[:MAX_TEXT]}: {what}"

@@ -10,18 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distill.corpus import contamination
-from distill.corpus.contamination import (
-    flag,
-    flag_training,
-    own_parts,
-    sentences,
-    template_of,
-)
+from distill.corpus.contamination import flag, flag_training, own_parts, sentences, template_of
 from distill.corpus.ngrams import EvaluatedText, Index, words
 from distill.corpus.prompts import ask
 from distill.records import Document, Item, Message, Prompt
 from distill.tasks.task import load_task
-from scripts.benchmarks.benchmark_contamination import Language, measure
+from scripts.benchmarks.benchmark_contamination import measure
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -218,8 +212,3 @@ def test_files_are_compared_from_the_command_line(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "1 of 2 items" in done.stdout and "items.jsonl:2" in done.stdout
     assert subprocess.run(command[:2], capture_output=True, cwd=ROOT).returncode == 2
-
-
-def test_the_language_of_the_benchmark_is_uneven() -> None:
-    made = [word for words_ in Language(0, 2000).texts(50, 100) for word in words_]
-    assert 0.05 < made.count(max(set(made), key=made.count)) / len(made) < 0.2

@@ -1,5 +1,4 @@
-"""Kill the pipeline at random moments of every stage, run it on, and compare with a run that nobody
-killed.
+"""Kill the pipeline at random moments of every stage, run it on, compare with an unbroken run.
 
     python tests/faults/kill_stages.py --kills 20 --json kills.json
 
@@ -67,8 +66,7 @@ class Trial(NamedTuple):
 
 
 def prepare(folder: Path) -> Path:
-    """Write tiny models, a corpus and the config of the experiment in `folder`; return the
-    config."""
+    """Write tiny models, a corpus and the config: two tasks over notes, and lenient filters."""
     from tests.support.mortal import in_child
     from tests.support.tiny import make_tiny
 
@@ -82,50 +80,34 @@ def prepare(folder: Path) -> Path:
     for number in range(DOCUMENTS):
         text = ". ".join(" ".join(draw.choices(WORDS, k=6)) for _ in range(2))
         (folder / "texts" / f"{number:02}.txt").write_text(f"Note {number}: {text}.\n")
-    config = folder / "config.yaml"
-    config.write_text(json.dumps(experiment(folder)))
-    return config
-
-
-def experiment(folder: Path) -> dict[str, Any]:
-    """Return the config: two tasks over the notes, a teacher of random weights, nothing filtered
-    for its quality."""
-    lenient = dict.fromkeys(
-        ("truncated", "empty", "refusal", "repetition", "wrong_format", "failed_checker"), False
-    )
-    return {
+    lenient = "truncated empty refusal repetition wrong_format failed_checker".split()
+    split = {"validation": 4, "heldout": 6}
+    tasks = [str(folder / f"{name}.yaml") for name in TASKS]
+    tree: dict[str, Any] = {
         "name": "run",
         "runs": str(folder / "runs"),
-        "corpus": {
-            "path": str(folder / "texts"),
-            "near_duplicate_threshold": None,
-            "split": {"validation": 4, "heldout": 6},
-        },
-        "prompts": {
-            "tasks": [str(folder / f"{name}.yaml") for name in TASKS],
-            "per_document": "rotate",
-        },
+        "corpus": {"path": str(folder / "texts"), "near_duplicate_threshold": None, "split": split},
+        "prompts": {"tasks": tasks, "per_document": "rotate"},
         "teacher": {"model": str(folder / "teacher"), "max_new_tokens": 16},
         "terms": {"basis": "random weights made here"},
-        "filters": lenient,
+        "filters": dict.fromkeys(lenient, False),
         "student": {"model": str(folder / "student")},
         "train": {
-            "num_train_epochs": 2,
-            "tokens_per_step": 320,
-            "eval_steps": 4,
-            "save_steps": 2,
+            **{"num_train_epochs": 2, "tokens_per_step": 320, "eval_steps": 4, "save_steps": 2},
             "lora": {"r": 4, "alpha": 8},
         },
         "evaluation": {"bootstrap_samples": 200},
     }
+    config = folder / "config.yaml"
+    config.write_text(json.dumps(tree))
+    return config
 
 
 # --- running and killing
 
 
 def start(words: Sequence[str], log: Path, real: bool) -> int:
-    """Start `distill WORDS` in a process group of its own, and return its pid; forked unless
-    `real`."""
+    """Start `distill WORDS` in a process group of its own; return its pid. Forked unless `real`."""
     if real:
         command = [sys.executable, "-m", "distill", *words]
         with log.open("ab") as file:
@@ -154,8 +136,7 @@ def finish(words: Sequence[str], log: Path) -> None:
 
 
 def kill_inside(words: Sequence[str], run: Path, stage: str, after: float, real: bool) -> bool:
-    """Start a run, kill it `after` seconds into the stage, and return whether the stage was still
-    running."""
+    """Start a run, kill it `after` seconds into the stage; return whether the stage was running."""
     marker = run / "stages" / f"{stage}.json"
     pid = start(words, run / "log", real)
     while not marker.exists():
@@ -198,8 +179,7 @@ def results(run: Path) -> dict[str, Any]:
 
 
 def stored(run: Path) -> dict[tuple[str, str], Any]:
-    """Return every record of the run's store; opening it checks every line and that no key stands
-    twice."""
+    """Return every record of the run's store; opening it checks every line, and for repeats."""
     found = {}
     for version in sorted((run / ".store").glob("*/version.json")):
         with Log(version.parent, writable=False) as log:
@@ -251,8 +231,7 @@ class Bench:
         return [verb, str(self.config), f"name={run.name}", f"runs={run.parent}", store]
 
     def trial(self, stage: str, draw: random.Random, real: bool) -> Trial | None:
-        """Kill a run once inside the stage, run it on, and compare; None where the stage was over
-        before the moment came."""
+        """Kill a run inside the stage, run it on, and compare; None where the stage was over."""
         run = self.folder / "trial" / "run"
         shutil.rmtree(run.parent, ignore_errors=True)
         shutil.copytree(self.folder / "before" / stage, run)
@@ -275,8 +254,7 @@ class Bench:
 
 
 def kill_writers(folder: Path, kills: int, seed: int) -> dict[str, int]:
-    """Kill writers of one store at random moments; count records, and those lost although `append`
-    had returned."""
+    """Kill writers of one store at random moments; count records, and those that were lost."""
     draw, told = random.Random(seed), set[str]()
     for _ in range(kills):
         told |= kill_writer(folder, draw.randrange(2**60), draw.uniform(0.0005, 0.02))
@@ -294,13 +272,17 @@ def kill_writers(folder: Path, kills: int, seed: int) -> dict[str, int]:
 
 
 def kill_writer(folder: Path, seed: int, after: float) -> set[str]:
-    """Start a process that appends groups of records, kill it `after` seconds; return the keys it
-    was told are stored."""
+    """Start a process that appends records, kill it `after` seconds; return the keys it stored."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
+        draw = random.Random(seed)
         try:
-            write_for_ever(folder, random.Random(seed), writer)
+            with Log(folder) as log:
+                while True:  # groups of one to eight records; each key once `append` has returned
+                    names = [f"{draw.randrange(2**64):016x}" for _ in range(draw.randint(1, 8))]
+                    log.append(("response", name, {"text": name * 20}) for name in names)
+                    os.write(writer, "".join(names).encode())
         finally:
             os._exit(70)
     os.close(writer)
@@ -314,18 +296,8 @@ def kill_writer(folder: Path, seed: int, after: float) -> set[str]:
     return {keys[i : i + 16].decode() for i in range(0, len(keys) - 15, 16)}
 
 
-def write_for_ever(folder: Path, draw: random.Random, told: int) -> None:
-    """Append groups of one to eight records, and tell each key once `append` has returned."""
-    with Log(folder) as log:
-        while True:
-            keys = [f"{draw.randrange(2**64):016x}" for _ in range(draw.randint(1, 8))]
-            log.append(("response", key, {"text": key * 20}) for key in keys)
-            os.write(told, "".join(keys).encode())
-
-
 def load_libraries() -> None:
-    """Import what every stage needs, once, so that forked runs begin at once. No tensor is made
-    before a fork."""
+    """Import what every stage needs, so that forks begin at once. No tensor is made before one."""
     from importlib import import_module
 
     modules = (
@@ -337,8 +309,7 @@ def load_libraries() -> None:
 
 
 def table(trials: Sequence[Trial], show: Callable[[str], None] = print) -> None:
-    """Print a row a stage: kills that hit, runs that ended the same, and the moments of the
-    kills."""
+    """Print a row a stage: kills that hit, runs that ended the same, the moments of the kills."""
     show(f"{'stage':10} {'kills':>6} {'same':>6} {'different':>10}   moment of the kill, seconds")
     for stage in dict.fromkeys(trial.stage for trial in trials):
         rows = [trial for trial in trials if trial.stage == stage]
@@ -351,8 +322,7 @@ def table(trials: Sequence[Trial], show: Callable[[str], None] = print) -> None:
 
 
 def main() -> int:
-    """Run the trials, print the table, write the JSON; returns 1 where any run ended
-    differently."""
+    """Run the trials, print the table, write the JSON; return 1 where any ended differently."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20, help="kills a stage")
     parser.add_argument(

@@ -1,5 +1,4 @@
-"""Ask a faulty teacher thousands of questions, and count what became of each of them and of the
-money.
+"""Ask a faulty teacher thousands of questions; count what became of them and of the money.
 
     python tests/faults/server_errors.py --requests 10000 --faults 0.2 --json faults.json
 
@@ -36,50 +35,12 @@ from distill.publishing.fidelity import Fidelity  # noqa: E402
 from distill.publishing.obligations import ReleaseLicense  # noqa: E402
 from distill.publishing.publish import facts_of  # noqa: E402
 from distill.records import Response  # noqa: E402
-from distill.responders.endpoint.budget import Account, account  # noqa: E402
 from distill.responders.store import ResponseStore  # noqa: E402
 from distill.storage.files import read_records  # noqa: E402
 from distill.storage.run_folder import Run, open_run  # noqa: E402
-from tests.support.buying import make_run  # noqa: E402
-from tests.support.fake_teacher import PRICES, FakeTeacher, Reply, bomb, question  # noqa: E402
+from tests.support.buying import account_of, make_run  # noqa: E402
+from tests.support.fake_teacher import ECHO, FAULTS, KEY, FakeTeacher, Reply, question  # noqa: E402
 
-KEY = "canary-2718281828459045"
-ECHO = json.dumps({"error": {"message": f"what of {KEY}?", "code": "x"}}).encode()
-FAULTS: dict[str, dict[str, Any]] = {
-    "429": {"status": 429, "body": ECHO},
-    "429 wait": {"status": 429, "body": b"", "headers": {"retry-after-ms": "30"}},
-    "429 garbage": {"status": 429, "body": b"<html>", "headers": {"retry-after": "soon"}},
-    "500": {"status": 500, "body": ECHO},
-    "500 billed": {"status": 500, "body": b"", "billed": True},
-    "502 html": {"status": 502, "body": b"<html>bad gateway"},
-    "503": {"status": 503, "body": b"", "headers": {"retry-after": "0"}},
-    "504 billed": {"status": 504, "body": b"", "billed": True},
-    "408": {"status": 408, "body": ECHO},
-    "400": {"status": 400, "body": ECHO},
-    "422": {"status": 422, "body": b'{"detail": "no"}'},
-    "413": {"status": 413, "body": b""},
-    "html on 200": {"body": b"<!doctype html>", "billed": False},
-    "empty": {"body": b"", "billed": True},
-    "error on 200": {"body": ECHO, "billed": True},
-    "reset": {"manner": "reset", "billed": True},
-    "closed": {"manner": "silent", "billed": True},
-    "half": {"manner": "half", "billed": True},
-    "endless": {"manner": "endless", "billed": True},
-    "hang": {"manner": "hang", "billed": True},
-    "bomb": {"body": bomb(3_000_000), "headers": {"content-encoding": "gzip"}, "billed": True},
-    "cut JSON": {"body": b'{"choices": [{"mess', "billed": True},
-    "not UTF-8": {"body": b'{"choices": "\xff"}', "billed": True},
-    "no choices": {"body": b'{"choices": []}', "billed": True},
-    "deep": {"body": b'{"choices": ' + b"[" * 50_000, "billed": True},
-    "length": {"finish": "length"},
-    "filter": {"finish": "content_filter"},
-    "refusal": {"message": {"content": None, "refusal": f"{KEY}? no"}},
-    "tool": {"finish": "tool_calls", "message": {"content": None, "tool_calls": [{}]}},
-    "unknown stop": {"finish": "moon"},
-    "no usage": {"answer": {"usage": None}},
-    "negative usage": {"answer": {"usage": {"prompt_tokens": -1, "completion_tokens": "x"}}},
-    "slow": {"delay": 0.3},
-}
 FINAL = {"400", "422", "413"}  # never asked again
 
 
@@ -136,12 +97,20 @@ def trial(count: int, share: float, seed: int, concurrency: int, folder: Path) -
         raise SystemExit(f"exit {code}: {(folder / 'shown').read_text()[-2000:]}")
     run = open_run(config)
     responses = read_records(run.path("responses.jsonl"), Response)
-    with ResponseStore(run.config.store_folder() / "responses", writable=False) as log:
-        found = account(log, PRICES, run.config.name)
+    store = run.config.store_folder() / "responses"
+    account = account_of(store)
+    most = account.settled + account.unknown_most
+    with ResponseStore(store, writable=False) as log:
         stored = sum(1 for _ in log.keys("response"))
     return {
-        **outcomes(responses),
-        **money(found, teacher),
+        **{f"stop_{stop}": n for stop, n in sorted(Counter(r.stop for r in responses).items())},
+        "unlabelled": sum(r.stop == "error" and not r.error for r in responses),
+        "settled": str(account.settled),
+        "bill": str(teacher.bill),
+        "settled_and_unknown": str(most),
+        "unknown": account.unknown,
+        "attempts": account.attempts,
+        "bill_in_bounds": account.settled <= teacher.bill <= most,
         "exit_code": code,
         "questions": count,
         "stored": stored,
@@ -176,28 +145,8 @@ def stopped_well(row: dict[str, Any]) -> bool:
     return row["exit_code"] == Exit.TEACHER and few and not row["asked_again"] + row["canary_found"]
 
 
-def outcomes(responses: list[Response]) -> dict[str, int]:
-    """Count the answers by how they stopped, and those that lack a label."""
-    stops = Counter(response.stop for response in responses)
-    unlabelled = sum(r.stop == "error" and not r.error for r in responses)
-    return {**{f"stop_{stop}": n for stop, n in sorted(stops.items())}, "unlabelled": unlabelled}
-
-
-def money(found: Account, teacher: FakeTeacher) -> dict[str, Any]:
-    """Return the account beside the teacher's bill."""
-    return {
-        "settled": str(found.settled),
-        "bill": str(teacher.bill),
-        "settled_and_unknown": str(found.settled + found.unknown_most),
-        "unknown": found.unknown,
-        "attempts": found.attempts,
-        "bill_in_bounds": found.settled <= teacher.bill <= found.settled + found.unknown_most,
-    }
-
-
 def canary(folder: Path, run: Run) -> int:
-    """Count the files that hold the key: all that was written, what three commands print, and the
-    card."""
+    """Count the files that hold the key: what was written, what commands print, the card."""
     for verb in ("status", "plan"):
         command(folder, verb, str(folder / "c.yaml"))
     license = ReleaseLicense("apache-2.0", stated=True, owed=False, text="")
@@ -211,17 +160,9 @@ def canary(folder: Path, run: Run) -> int:
 def passed(row: dict[str, Any]) -> bool:
     """Tell whether every promise was kept."""
     ended = sum(n for name, n in row.items() if name.startswith("stop_"))
-    return (
-        ended == row["questions"]
-        and row["requests"] <= row["requests_allowed"]
-        and row["bill_in_bounds"]
-        and not (
-            row["exit_code"]
-            or row["unlabelled"]
-            or row["asked_again_after_a_refusal"]
-            or row["canary_found"]
-        )
-    )
+    none = ("exit_code", "unlabelled", "asked_again_after_a_refusal", "canary_found")
+    within = row["bill_in_bounds"] and row["requests"] <= row["requests_allowed"]
+    return within and ended == row["questions"] and not any(row[name] for name in none)
 
 
 def main() -> None:
@@ -232,27 +173,23 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
+    options = parser.parse_args()
     rows = []
-    for seed in range(given.seeds):
+    for seed in range(options.seeds):
         with tempfile.TemporaryDirectory() as folder:
-            row = trial(given.requests, given.faults, seed, given.concurrency, Path(folder))
+            row = trial(options.requests, options.faults, seed, options.concurrency, Path(folder))
         rows.append({"seed": seed, **row, "passed": passed(row)})
         for name, value in rows[-1].items():
             print(f"{name:36} {value}")
-    stops = {status: stopped(status) for status in STOPPING}
-    for status, row in stops.items():
-        print(f"{status} stops the run{'':17} {row}")
-    if given.json:
-        given.json.write_text(json.dumps({"trials": rows, "stops": stops}, indent=2) + "\n")
+    stops = {}
+    for status in STOPPING:
+        with tempfile.TemporaryDirectory() as folder:
+            stops[status] = stopping_trial(status, Path(folder))
+        print(f"{status} stops the run{'':17} {stops[status]}")
+    if options.json:
+        options.json.write_text(json.dumps({"trials": rows, "stops": stops}, indent=2) + "\n")
     well = all(stopped_well(row) for row in stops.values())
     sys.exit(not (well and all(row["passed"] for row in rows)))
-
-
-def stopped(status: int) -> dict[str, Any]:
-    """Return the row of a status that stops a run."""
-    with tempfile.TemporaryDirectory() as folder:
-        return stopping_trial(status, Path(folder))
 
 
 if __name__ == "__main__":

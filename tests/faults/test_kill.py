@@ -1,5 +1,4 @@
-"""The short form of tests/faults/kill_stages.py: one kill in each of the long stages, a few of a
-writer of the store."""
+"""The short form of kill_stages.py: one kill in each long stage, a few of a store's writer."""
 
 import json
 import subprocess

@@ -1,7 +1,5 @@
-"""The promises about paid answers, in short: the long forms are tests/faults/server_errors.py and
-tests/faults/kill_buyer.py."""
+"""The promises about paid answers, in short; the long forms are the scripts of this folder."""
 
-import random
 from pathlib import Path
 
 import pytest
@@ -22,10 +20,9 @@ def test_what_a_run_does_not_survive_stops_it_at_once(tmp_path: Path, status: in
 
 
 def test_kills_lose_nothing_and_every_doubt_is_listed() -> None:
-    row = kill_buyer.complete_run(120, 8, random.Random(3), kills=4)
-    doubts = {"kills", "billed_again", "unknown"}
-    assert row["kills"] >= 1 and row["billed_again"] <= row["unknown"] <= 8 * row["kills"]
-    assert not any(row[name] for name in row.keys() - doubts), row
+    row = kill_buyer.random_kills(4, 120, 8, seed=3)
+    assert row["kills"] == 4 and row["billed_again"] <= row["unknown"] <= 8 * 4 + row["runs"]
+    assert not any(row[name] for name in row.keys() - kill_buyer.FIGURES), row
 
 
 @pytest.mark.slow

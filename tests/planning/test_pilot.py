@@ -22,8 +22,8 @@ from distill.responders.responder import Request, Sampling
 from distill.responders.store import ResponseStore
 from distill.storage.files import read_records
 from distill.storage.run_folder import open_run
-from tests.support.buying import KEY, settings
-from tests.support.fake_teacher import PRICE, FakeTeacher, Reply, question, usage_of
+from tests.support.buying import settings
+from tests.support.fake_teacher import KEY, PRICE, FakeTeacher, Reply, question, usage_of
 from tests.support.tiny import make_tiny
 
 COUNT = 90

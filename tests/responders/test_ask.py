@@ -1,9 +1,9 @@
-"""Asking through the store: opened once, locked only to ask, and what was paid is entered."""
+"""Asking through the store: opened once, locked only to ask; payments, plans, compaction."""
 
 import stat
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,17 @@ from distill.responders.canned import CannedResponder
 from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.endpoint.wire import Reply
 from distill.responders.responder import Raw, Request
+from distill.responders.store import ResponseStore, worth_keeping
 from distill.storage import log
 from distill.storage.files import folder_lock
 from distill.storage.log import Log
-from distill.storage.repair import repair
+from distill.storage.repair import compact, repair
 from distill.storage.run_folder import Run
-from tests.generation.test_generate import Counting
+from tests.generation.test_generate import Counting, Fussy
 from tests.generation.test_generate import asks as plain
 from tests.support.asking import answer_all
-from tests.support.buying import KEY, always, asks, make_run, settings
-from tests.support.fake_teacher import PRICE, FakeTeacher
+from tests.support.buying import always, asks, make_run, settings
+from tests.support.fake_teacher import KEY, PRICE, FakeTeacher
 
 
 def stored(folder: Path) -> int:
@@ -37,8 +38,8 @@ def stored(folder: Path) -> int:
 
 def test_each_line_of_the_store_is_checked_once(tmp_path, monkeypatch):
     answer_all(Counting(), plain(5), tmp_path)
-    checked, decode = [], log.DECODERS[1]
-    monkeypatch.setitem(log.DECODERS, 1, lambda line: checked.append(line) or decode(line))
+    checked, decode = [], log.decode_line
+    monkeypatch.setattr(log, "decode_line", lambda line: checked.append(line) or decode(line))
     with Ask(Counting(), tmp_path) as ask:
         assert len(ask.responses(plain(5), "x")) == len(checked) == 5
         ask.responses(plain(8), "x")
@@ -133,7 +134,6 @@ def test_requests_that_all_fail_are_exit_4(tmp_path, monkeypatch):
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt, DistillError])
 def test_what_was_paid_is_in_the_ledger_after_an_error_too(tmp_path, monkeypatch, error):
     monkeypatch.setenv("TEACHER_KEY", KEY)
-    stage = next(stage for stage in STAGES if stage.name == "generate")
     with FakeTeacher() as teacher:
         config = Config.model_validate_json(make_run(tmp_path, teacher, 4).read_text())
         run, folder = Run(config), tmp_path / "store"
@@ -146,15 +146,31 @@ def test_what_was_paid_is_in_the_ledger_after_an_error_too(tmp_path, monkeypatch
                 if error:
                     raise error(*(["a", "b", "c", "d"] if error is DistillError else []))
 
-        changed = replace(stage, main=main)
-        if error:
-            with pytest.raises(error):
-                run.do(changed)
-        else:
-            run.do(changed)
-        assert (
-            sum((e.dollars or Decimal(0) for e in run.ledger.entries()), Decimal(0))
-            == teacher.bill
-            > 0
-        )
+        with pytest.raises(error) if error else nullcontext():
+            run.do(replace(STAGES[0], main=main))
+        assert sum(entry.dollars or 0 for entry in run.ledger.entries()) == teacher.bill > 0
     assert sum(entry.attempts for entry in run.ledger.entries()) == 4
+
+
+def test_a_compaction_between_a_kill_and_its_continuation_changes_no_answer(tmp_path: Path) -> None:
+    whole = answer_all(Fussy(), plain(10), tmp_path / "whole")
+    store = tmp_path / "cut"
+    with pytest.raises(KeyboardInterrupt):
+        answer_all(Fussy(6), plain(10), store)
+    with ResponseStore(store) as log:
+        log.append((kind, "k", 1) for kind in ("intent", "outcome", "model", "new"))
+    assert compact(store, worth_keeping)[0] == "12 records kept; 1 of kind plan left out"
+    with ResponseStore(store, writable=False) as log:
+        assert len(list(log.keys("plan"))) == len(log.unfinished(log.lacking(plain(10)))) == 2
+    assert answer_all(Fussy(), plain(10), store) == whole
+    assert compact(store, worth_keeping)[0].endswith("kept; 2 of kind plan left out")
+
+
+def test_new_plans_leave_out_what_unfinished_ones_bring(tmp_path: Path) -> None:
+    with ResponseStore(tmp_path) as log:
+        first = log.planned(Fussy(), plain(6))
+        again = log.planned(Fussy(), plain(9))
+        assert [plan.id for plan in again[:2]] == [plan.id for plan in first]
+        asked = [request.key for plan in again for request in plan.requests]
+        assert sorted(asked) == sorted(request.key for request in plain(9))
+        assert set(log.keys("plan")) == {plan.id for plan in again}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from distill.config.tree import Config
-from distill.records import Message, Response, Usage
+from distill.records import Response, Usage
 from distill.responders.endpoint.budget import (
     Budget,
     account,
@@ -22,10 +22,9 @@ from distill.responders.endpoint.budget import (
 )
 from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.endpoint.wire import Reply, pack
-from distill.responders.responder import Request, Sampling
 from distill.responders.store import ResponseStore
 from distill.storage.run_folder import Run, Stage
-from tests.support.buying import settings
+from tests.support.buying import asks, settings
 from tests.support.fake_teacher import PRICE, FakeTeacher, answer
 
 
@@ -204,22 +203,19 @@ def bought(budget: Budget, count: int, dollars: str) -> None:
 
 def test_what_is_left_is_predicted_from_this_go_alone() -> None:
     budget = Budget(Decimal(9), settled=Decimal(2))  # two dollars before it
-    assert budget.line(10, True).startswith(
-        "$2.0000, in all about $2.0000, limit $9, $0.00/h, 0 tokens/s"
-    )
-    bought(budget, 4, "0.5")
-    assert budget.line(10, True).startswith("$4.0000, in all about $7.0000, limit $9, $")
-    bought(budget, 6, "0.5")
-    assert budget.line(10, True).startswith("$7.0000, in all about $7.0000, limit $9, $")
-
-
-def test_doubts_stand_beside_and_grow_alike() -> None:
-    budget = Budget(Decimal(9), unknown=Decimal(1))  # a dollar in doubt before it
+    for count, start in (
+        (0, "$2.0000, in all about $2.0000, limit $9, $0.00/h, 0 tokens/s"),
+        (4, "$4.0000, in all about $7.0000, limit $9, $"),
+        (6, "$7.0000, in all about $7.0000, limit $9, $"),
+    ):
+        bought(budget, count, "0.5")
+        assert budget.line(10, True).startswith(start)
+    budget = Budget(Decimal(9), unknown=Decimal(1))  # doubts stand beside, and grow alike
     bought(budget, 1, "0.5")
     assert budget.reserve(Decimal("0.25"))
     budget.settle(Decimal("0.25"), Decimal(0), Decimal("0.25"))
-    said = budget.line(4, True)
-    assert said.startswith("$0.5000 + $1.2500 perhaps, in all about $2.0000 + $2.0000 perhaps, lim")
+    start = "$0.5000 + $1.2500 perhaps, in all about $2.0000 + $2.0000 perhaps, lim"
+    assert budget.line(4, True).startswith(start)
 
 
 def test_the_rate_is_that_of_this_go() -> None:
@@ -240,24 +236,16 @@ def test_without_a_price_only_what_a_server_states_is_known(stated: str | None, 
 @pytest.mark.parametrize("limit", [None, "5"])
 def test_a_client_says_what_it_spent(tmp_path: Path, limit: str | None) -> None:
     """Hold the last line of two goes against the bill; only a limit makes the first count on."""
-    lines, bills = [], []
+    lines, bills = [], [Decimal(0)]
     with FakeTeacher() as teacher, ResponseStore(tmp_path) as log:
         asked = settings(teacher, budget_dollars=limit)
         for go in range(2):
             responder = EndpointResponder(asked, PRICE, "run")
-            requests = [
-                Request.make(
-                    responder.origin,
-                    f"p{i}",
-                    (Message(role="user", content=f"q{go} {i} please"),),
-                    Sampling(max_new_tokens=20),
-                )
-                for i in range(5)
-            ]
+            requests = asks(asked, 10)[5 * go : 5 * go + 5]
             assert len(list(responder.buy(requests, log))) == 5
             lines.append(responder.progress())
             bills.append(teacher.bill)
-    told = bills[1] if limit else bills[1] - bills[0]
-    for line, dollars in zip(lines, (bills[0], told), strict=True):
+    spent = bills[2] if limit else bills[2] - bills[1]
+    for line, dollars in zip(lines, (bills[1], spent), strict=True):
         assert line.startswith(f"${dollars:.4f}, in all about ${dollars:.4f}")
         assert ("limit $5" in line) == (limit is not None)

@@ -23,7 +23,7 @@ from distill.errors import DistillError, Exit
 from distill.pipeline import STAGES
 from distill.records import Response
 from distill.responders.endpoint import client as client_module
-from distill.responders.endpoint.budget import account, attempts, unknown_outcomes
+from distill.responders.endpoint.budget import attempts
 from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.endpoint.sending import key_pattern
 from distill.responders.store import ResponseStore
@@ -32,17 +32,18 @@ from distill.storage.run_folder import Run
 from tests.support.asking import answer_all
 from tests.support.buying import (
     ANSWER,
-    KEY,
     MODEL,
+    account_of,
     always,
     asks,
     buy,
     first,
     hold_account,
+    in_doubt,
     make_run,
     settings,
 )
-from tests.support.fake_teacher import PRICE, PRICES, FakeTeacher, Reply, bomb
+from tests.support.fake_teacher import FAULTS, KEY, PRICE, PRICES, FakeTeacher, Reply, bomb
 
 
 @pytest.fixture(autouse=True)
@@ -135,36 +136,26 @@ def test_c1_too_long_a_pause_stops_and_resumes(tmp_path: Path) -> None:
         assert len(buy(teacher, tmp_path, 9)) == 9 and len(teacher.payloads) == 10
 
 
-PASSING = {
-    "500": {"status": 500, "body": b'{"error": {"message": "boom"}}'},
-    "502 html": {"status": 502, "body": b"<html>bad gateway</html>"},
-    "503": {"status": 503, "body": b""},
-    "504": {"status": 504, "body": b"", "billed": True},
-    "html on 200": {"body": b"<!doctype html><p>hello", "billed": False},
-    "empty": {"body": b"", "billed": True},
-    "error on 200": {"body": b'{"error": {"code": 502, "message": "upstream"}}'},
-    "429": {"status": 429, "body": b'{"error": {"message": "slow down", "type": "requests"}}'},
-    "reset": {"manner": "reset", "billed": True},
-    "half a body": {"manner": "half", "billed": True},
-    "no bytes": {"manner": "hang"},
-    "closed": {"manner": "silent"},
-}
+PASSING = (
+    "429,500,502 html,503,504 billed,html on 200,empty,error on 200,reset,half,hang,closed".split(
+        ","
+    )
+)
 
 
 @pytest.mark.parametrize("name", PASSING)
 def test_c2_c5_what_passes_is_tried_again(tmp_path: Path, name: str) -> None:
-    patience = {"read_timeout": 1} if name == "no bytes" else {}
-    with FakeTeacher(first(2, **PASSING[name])) as teacher:
+    patience = {"read_timeout": 1} if name == "hang" else {}
+    with FakeTeacher(first(2, **FAULTS[name])) as teacher:
         found = buy(teacher, tmp_path, **patience)
     assert found[0].text == "the answer to q0 please"
     assert len(teacher.payloads) == 3 or (patience and len(teacher.payloads) == 4)
 
 
-@pytest.mark.parametrize("name", ["500", "reset", "no bytes", "empty"])
+@pytest.mark.parametrize("name", ["500", "reset", "hang", "empty"])
 def test_c2_retries_are_bounded_and_the_next_go_asks_again(tmp_path: Path, name: str) -> None:
-    patience: dict[str, Any] = {"read_timeout": 0.3} if name == "no bytes" else {}
-    teacher = FakeTeacher(first(4, **PASSING[name]))
-    with teacher:
+    patience: dict[str, Any] = {"read_timeout": 0.3} if name == "hang" else {}
+    with FakeTeacher(first(4, **FAULTS[name])) as teacher:
         found = buy(teacher, tmp_path, **patience)
         assert (found[0].stop, len(teacher.payloads)) == ("error", 4)
         assert found[0].error
@@ -215,18 +206,13 @@ def test_c5_a_dead_server_trips_the_breaker(tmp_path: Path) -> None:
     with pytest.raises(DistillError, match=r"5 failures in a row.*cannot connect") as stopped:
         answer_all(EndpointResponder(asked, PRICE), asks(asked, 50), tmp_path)
     assert stopped.value.code == Exit.TEACHER
-    with ResponseStore(tmp_path, writable=False) as log:
-        assert account(log, PRICES).unknown == 0, "nothing was sent, so nothing is in doubt"
+    assert account_of(tmp_path).unknown == 0, "nothing was sent, so nothing is in doubt"
 
 
-@pytest.mark.parametrize("host", ["http://no-such-host.invalid/v1", "https://127.0.0.1:{}/v1"])
-def test_c5_no_name_and_no_tls(tmp_path: Path, host: str) -> None:
-    with FakeTeacher() as teacher:
-        asked = settings(
-            host.format(teacher.port), max_retries=0, allow_insecure=True, connect_timeout=3
-        )
-        with pytest.raises(DistillError, match=r"1 requests could be sent.*connect") as stopped:
-            answer_all(EndpointResponder(asked, PRICE), asks(asked, 1), tmp_path)
+def test_c5_a_name_that_nobody_has(tmp_path: Path) -> None:
+    asked = settings("http://no-such-host.invalid/v1", max_retries=0, allow_insecure=True)
+    with pytest.raises(DistillError, match=r"1 requests could be sent.*connect") as stopped:
+        answer_all(EndpointResponder(asked, PRICE), asks(asked, 1), tmp_path)
     assert stopped.value.code == Exit.TEACHER
 
 
@@ -235,8 +221,7 @@ def test_c5_time_and_size_are_bounded(tmp_path: Path, manner: str) -> None:
     with FakeTeacher(always(manner=manner, billed=True)) as teacher:
         found = buy(teacher, tmp_path, max_retries=0, total_timeout=1, max_body_bytes=100_000)
     assert found[0].stop == "error"
-    with ResponseStore(tmp_path, writable=False) as log:
-        (doubt,) = unknown_outcomes(log, PRICES)
+    (doubt,) = in_doubt(tmp_path)
     assert doubt.most and doubt.most >= teacher.bill
 
 
@@ -262,7 +247,7 @@ def test_c6_what_cannot_be_read_is_kept_and_failed(tmp_path: Path, name: str) ->
         assert buy(teacher, tmp_path) == found and len(teacher.payloads) == 1
     with ResponseStore(tmp_path, writable=False) as log:
         assert log.raw(found[0].id).body["sha256"] == found[0].raw_sha256
-        assert account(log, PRICES).unknown == 1
+    assert account_of(tmp_path).unknown == 1
 
 
 @pytest.mark.parametrize("size", [200_000, 20_000_000])
@@ -313,8 +298,7 @@ def test_c8_without_usage_the_cost_is_estimated_and_in_doubt(tmp_path: Path, usa
     with FakeTeacher(always(answer={"usage": usage})) as teacher:
         found = buy(teacher, tmp_path)
     assert found[0].usage.estimated and found[0].usage.output_tokens > 0
-    with ResponseStore(tmp_path, writable=False) as log:
-        assert account(log, PRICES).unknown == 1
+    assert account_of(tmp_path).unknown == 1
 
 
 def test_c9_the_key_stays_with_its_host_and_out_of_every_byte(
@@ -353,27 +337,15 @@ def test_a5_a_key_that_cannot_be_sent_stops_before(
     assert not value.strip() or value not in str(stopped.value)
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "file:///etc/passwd",
-        "ftp://host/v1",
-        "https://key@host/v1",
-        "https://user:key@host/v1",
-        "http://host/v1",
-        "http://192.168.0.7:8000/v1",
-        "https://169.254.169.254/latest",
-        "https://2852039166/",
-        "https://0xA9FEA9FE/",
-        "https://0251.0376.0251.0376/",
-        "https://[::ffff:169.254.169.254]/",
-        "https://metadata.google.internal/",
-        "https://host/v1?key=1",
-        "https://[broken/v1",
-        "https:///v1",
-        "",
-    ],
-)
+REFUSED = (
+    "file:///etc/passwd ftp://host/v1 https://key@host/v1 https://user:key@host/v1 http://host/v1 "
+    "http://192.168.0.7:8000/v1 https://169.254.169.254/latest https://2852039166/ "
+    "https://0xA9FEA9FE/ https://0251.0376.0251.0376/ https://[::ffff:169.254.169.254]/ "
+    "https://metadata.google.internal/ https://host/v1?key=1 https://[broken/v1 https:///v1"
+).split()
+
+
+@pytest.mark.parametrize("url", [*REFUSED, ""])
 def test_a6_addresses_that_are_refused(url: str) -> None:
     with pytest.raises(ValueError):
         settings(url)
@@ -451,8 +423,7 @@ def test_a_dead_replica_is_left_out(tmp_path: Path) -> None:
     assert {r.stop for r in found} == {"end"}
     assert len(teacher.payloads) + len(other.payloads) == 40
     assert min(len(teacher.payloads), len(other.payloads)) > 5
-    with ResponseStore(tmp_path, writable=False) as log:
-        assert account(log, PRICES).attempts < 50, "a dead address is asked a few times only"
+    assert account_of(tmp_path).attempts < 50, "a dead address is asked a few times only"
 
 
 def test_concurrency_and_pace_hold(tmp_path: Path) -> None:
@@ -480,8 +451,7 @@ def test_c12_a_caller_that_stops_loses_no_answer_in_flight(tmp_path: Path) -> No
         sent = len(teacher.payloads)
         assert sent < 50 and len(list(log.keys("response"))) == sent
     hold_account(teacher, tmp_path)
-    with ResponseStore(tmp_path, writable=False) as log:
-        assert account(log, PRICES).unknown == 0
+    assert account_of(tmp_path).unknown == 0
 
 
 def test_d4_a_disk_that_fills_up_ends_a_run_and_loses_nothing(tmp_path: Path) -> None:
@@ -574,7 +544,7 @@ def test_c12_ctrl_c_drains_and_re_bills_nothing(tmp_path: Path, sent: signal.Sig
         assert main(["generate", str(config)]) == 0
         assert len(teacher.payloads) == 12 and set(teacher.bills.values()) == {1}
         hold_account(teacher, tmp_path / "runs/.store/responses")
-    entries = list(Run(Config.model_validate_json(config.read_text())).ledger.entries())
+    entries = Run(Config.model_validate_json(config.read_text())).ledger.entries()
     assert sum(e.dollars or 0 for e in entries) == teacher.bill
     assert not sum(e.unknown for e in entries)
     with ResponseStore(tmp_path / "runs/.store/responses", writable=False) as log:
@@ -583,41 +553,25 @@ def test_c12_ctrl_c_drains_and_re_bills_nothing(tmp_path: Path, sent: signal.Sig
     assert sum(e.attempts for e in entries) == 12 + unsent
 
 
-def test_c12_twice_is_at_once_and_lists_what_was_in_flight(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+def test_c12_d1_a_second_ctrl_c_or_a_kill_re_bills_what_was_in_flight_and_status_lists_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], end: signal.Signals
 ) -> None:
+    store, shown = tmp_path / "runs/.store/responses", tmp_path / "shown"
     with FakeTeacher() as teacher:
         free, config = held_after(teacher, 4), make_run(tmp_path, teacher, drain_timeout=3600)
-        child, shown = command(config, "generate"), tmp_path / "shown"
-        wait_until(lambda: len(teacher.payloads) == 8)
-        child.send_signal(signal.SIGINT)
-        wait_until(lambda: "waiting up to" in shown.read_text())
-        child.send_signal(signal.SIGINT)
-        assert child.wait(60) == 130 and "Traceback" not in shown.read_text()
-        free.set()
-        hold_account(teacher, tmp_path / "runs/.store/responses")
-        assert main(["status", str(config)]) == 0
-        assert "4 requests may have been billed" in capsys.readouterr().out
-        assert main(["generate", str(config)]) == 0
-        assert sum(times - 1 for times in teacher.bills.values()) == 4
-
-
-def test_d1_a_kill_re_bills_only_what_was_in_flight_and_status_lists_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with FakeTeacher() as teacher:
-        free, config = held_after(teacher, 4), make_run(tmp_path, teacher)
         child = command(config, "generate")
         wait_until(lambda: len(teacher.payloads) == 8)
-        child.kill()
-        child.wait()
+        if end == signal.SIGINT:
+            child.send_signal(end)
+            wait_until(lambda: "waiting up to" in shown.read_text())
+        child.send_signal(end)
+        assert child.wait(60) == (130 if end == signal.SIGINT else -end)
+        assert "Traceback" not in shown.read_text()
         free.set()
-        store = tmp_path / "runs/.store/responses"
         hold_account(teacher, store)
         assert main(["status", str(config)]) == 0
-        with ResponseStore(store, writable=False) as log:
-            doubts = unknown_outcomes(log, PRICES, "mine")
-        printed = capsys.readouterr().out
+        printed, doubts = capsys.readouterr().out, in_doubt(store, "mine")
         assert len(doubts) == 4 and "4 requests may have been billed" in printed
         assert all(doubt.key in printed for doubt in doubts)
         assert main(["generate", str(config)]) == 0
@@ -626,8 +580,8 @@ def test_d1_a_kill_re_bills_only_what_was_in_flight_and_status_lists_it(
     run = Run(Config.model_validate_json(config.read_text()))
     found = read_records(run.path("responses.jsonl"), Response)
     assert [r.text for r in found] == [f"the answer to q{i} please" for i in range(12)]
-    paid = sum((e.dollars or Decimal(0) for e in run.ledger.entries()), Decimal(0))
-    doubt = sum((e.unknown_dollars or Decimal(0) for e in run.ledger.entries()), Decimal(0))
+    entries = run.ledger.entries()
+    paid, doubt = (sum(getattr(e, n) or 0 for e in entries) for n in ("dollars", "unknown_dollars"))
     assert paid <= teacher.bill <= paid + doubt
     written = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
     assert KEY.encode() not in written
@@ -643,27 +597,21 @@ def test_whoever_waits_is_told_once_what_an_address_fails_with(
 
 
 def test_a_budget_may_change_between_goes_and_an_address_may_not(tmp_path: Path) -> None:
+    stage = next(stage for stage in STAGES if stage.name == "generate")
     with FakeTeacher() as teacher:
-        config = make_run(tmp_path, teacher, 6)
-        tree = json.loads(config.read_text())
-        tree["teacher"] |= {"budget_dollars": "0.0001", "api_key_env": None}
-        stage = next(stage for stage in STAGES if stage.name == "generate")
+        tree = json.loads(make_run(tmp_path, teacher, 6).read_text())
 
-        def run() -> Run:
-            return Run(Config.model_validate_json(json.dumps(tree), strict=True))
+        def perform(**changes: Any) -> bool:
+            tree["teacher"] |= {"api_key_env": None, **changes}
+            return Run(Config.model_validate_json(json.dumps(tree), strict=True)).perform(stage)
 
         with pytest.raises(DistillError) as stopped:
-            run().perform(stage)
+            perform(budget_dollars="0.0001")
         assert stopped.value.code == Exit.BUDGET and not teacher.payloads
-        tree["teacher"]["budget_dollars"] = "1.5"
-        assert run().perform(stage) and len(teacher.payloads) == 6
-        tree["teacher"] |= {"concurrency": 2, "budget_dollars": None}
-        assert not run().perform(stage)
-        again = Run(Config.model_validate_json(json.dumps(run().config.resolved()), strict=True))
-        assert again.config == run().config
-        tree["teacher"]["base_url"] = "http://127.0.0.1:9/v1"
+        assert perform(budget_dollars="1.5") and len(teacher.payloads) == 6
+        assert not perform(concurrency=2, budget_dollars=None)
         with pytest.raises(DistillError, match="endpoint"):
-            run().perform(stage)
+            perform(base_url="http://127.0.0.1:9/v1")
 
 
 def test_a_key_is_found_as_json_may_write_it() -> None:
@@ -691,12 +639,9 @@ def test_c13_a_clock_that_is_set_changes_no_wait(
     assert {r.stop for r in found} == {"end"} and 0.2 < time.monotonic() - started < 60
 
 
-def test_nothing_to_buy_is_no_fault() -> None:
-    assert not list(EndpointResponder(settings("http://127.0.0.1:9/v1"), PRICE).ask([]))
-
-
-def test_respond_needs_no_store() -> None:
+def test_asking_needs_no_store_and_nothing_to_buy_is_no_fault() -> None:
     with FakeTeacher() as teacher:
         asked = settings(teacher)
         (found,) = EndpointResponder(asked, PRICE).ask(asks(asked, 1))
+        assert not list(EndpointResponder(asked, PRICE).ask([]))
     assert found.reply.text == "the answer to q0 please"

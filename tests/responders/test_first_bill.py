@@ -14,7 +14,6 @@ import pytest
 from distill.cli import main
 from distill.errors import DistillError, Exit
 from distill.records import Message, Response
-from distill.responders.endpoint.budget import account, unknown_outcomes
 from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.endpoint.sending import origin_of
 from distill.responders.endpoint.wire import pack
@@ -23,8 +22,18 @@ from distill.responders.store import ResponseStore
 from distill.storage.files import read_records
 from distill.storage.run_folder import open_run
 from tests.support.asking import answer_all
-from tests.support.buying import ANSWER, KEY, always, asks, buy, hold_account, make_run, settings
-from tests.support.fake_teacher import PRICE, PRICES, FakeTeacher, Reply, question, usage_of
+from tests.support.buying import (
+    ANSWER,
+    account_of,
+    always,
+    asks,
+    buy,
+    hold_account,
+    in_doubt,
+    make_run,
+    settings,
+)
+from tests.support.fake_teacher import KEY, PRICE, FakeTeacher, Reply, question, usage_of
 
 USUAL = PRICE.of(usage_of({"prompt": "q0 please"}))  # what an answer is charged by the price
 MOST = Decimal("0.0013")  # about what one of these requests can cost at most
@@ -33,10 +42,7 @@ MOST = Decimal("0.0013")  # about what one of these requests can cost at most
 def usage(**fields: Any) -> dict[str, Any]:
     """Return the changes of an answer whose usage has these fields too."""
     counted = usage_of({"prompt": "q0 please"})
-    tokens = {
-        "prompt_tokens": counted.input_tokens,
-        "completion_tokens": counted.output_tokens,
-    }
+    tokens = {"prompt_tokens": counted.input_tokens, "completion_tokens": counted.output_tokens}
     return {"usage": {**tokens, **fields}}
 
 
@@ -70,8 +76,7 @@ def test_h6_a_cost_is_held_against_the_price(tmp_path: Path, name: str) -> None:
     with FakeTeacher(always(answer=said, dollars=charged)) as teacher:
         found = buy(teacher, tmp_path, 12)  # which holds the account against the bill
     assert {r.stop for r in found} == {"end"} and teacher.bill == 12 * charged
-    with ResponseStore(tmp_path, writable=False) as log:
-        known = account(log, PRICES)
+    known = account_of(tmp_path)
     assert known.settled + known.unknown_most >= 12 * USUAL
 
 
@@ -102,10 +107,9 @@ def test_h6_a_number_gone_wrong_is_named_and_stops_the_run(tmp_path: Path, name:
         with pytest.raises(DistillError, match="more than its maximum") as stopped:
             buy(teacher, tmp_path, 40, concurrency=16)
         assert stopped.value.code == Exit.BUDGET and len(teacher.payloads) == 1
-        with ResponseStore(tmp_path, writable=False) as log:
-            (doubt,) = unknown_outcomes(log, PRICES, "run")
-            assert doubt.most and MOST / 2 < doubt.most < MOST * 2
-            assert doubt.what.startswith(("states a cost", "states $", "counts 999,999,999"))
+        (doubt,) = in_doubt(tmp_path, "run")
+        assert doubt.most and MOST / 2 < doubt.most < MOST * 2
+        assert doubt.what.startswith(("states $", "counts 999,999,999"))
         teacher.script = always()  # mended: the answer that was paid is there
         found = buy(teacher, tmp_path, 40, concurrency=16)
     assert len(teacher.payloads) == 40 and {r.stop for r in found} == {"end"}
@@ -227,12 +231,10 @@ def test_h13_a_question_that_sounds_like_a_refusal_ends_no_run(tmp_path: Path, f
 
     with FakeTeacher(script) as teacher:
         asked = settings(teacher)
-        texts = [f"q{n}" for n in range(9)]
-        texts.insert(0 if first else 5, words)
-        requests = [
-            Request.make(origin_of(asked), "p", (Message(role="user", content=text),), Sampling())
-            for text in texts
-        ]
+        turns = (Message(role="user", content=words),)
+        requests = asks(asked, 9)
+        place = 0 if first else 5
+        requests.insert(place, Request.make(origin_of(asked), "p", turns, Sampling()))
         found = answer_all(EndpointResponder(asked, PRICE, "run"), requests, tmp_path)
     assert [r.stop for r in found].count("error") == 1 and len(teacher.payloads) == 10
 
@@ -345,18 +347,13 @@ def test_h25_nothing_but_failures_is_exit_4(
     }
     with FakeTeacher(lambda number, payload: replies[manner]) as teacher:
         config = make_run(tmp_path, teacher, 4, max_retries=1)
-        tree = json.loads(config.read_text())
-        if manner == "dead":
-            tree["teacher"]["base_url"] = "http://127.0.0.1:9/v1"
-            config.write_text(json.dumps(tree))
-        assert generate(config) == Exit.TEACHER
+        elsewhere = ["teacher.base_url=http://127.0.0.1:9/v1"] if manner == "dead" else []
+        assert generate(config, *elsewhere) == Exit.TEACHER
         shown = capsys.readouterr().err
         dead = "none of 4 requests could be sent: cannot connect"
         assert (dead if manner == "dead" else "all 4 requests failed, the last: ") in shown
         assert "Traceback" not in shown
         assert not (tmp_path / "runs/mine/responses.jsonl").exists()
-        tree["teacher"]["base_url"] = teacher.url
-        config.write_text(json.dumps(tree))
         replies[manner] = Reply()
         assert generate(config, "--redo") == 0
     found = read_records(tmp_path / "runs/mine/responses.jsonl", Response)
@@ -377,10 +374,7 @@ def test_h25_a_host_that_has_died_since_is_exit_4(tmp_path: Path) -> None:
 def test_h25_questions_that_all_fail_are_exit_4(tmp_path: Path) -> None:
     with FakeTeacher(always(status=500, body=b"", billed=False)) as teacher:
         config = make_run(tmp_path, teacher, 3, max_retries=0)
-        tree = json.loads(config.read_text())
-        tree["prompts"] = {"questions": {"kinds": ["factual"]}}
-        config.write_text(json.dumps(tree))
-        assert generate(config) == Exit.TEACHER
+        assert generate(config, "prompts.questions={kinds: [factual]}") == Exit.TEACHER
     assert len(teacher.payloads) == 3, "the prompts were not asked"
 
 
@@ -401,8 +395,7 @@ def test_d4_an_answer_is_read_behind_what_kept_the_connection(tmp_path: Path, na
         found = buy(teacher, tmp_path, 3)
         assert buy(teacher, tmp_path, 3) == found and len(teacher.payloads) == 3
     assert {(r.stop, r.text) for r in found} == {("end", "the answer to q0 please")}
-    with ResponseStore(tmp_path, writable=False) as log:
-        assert account(log, PRICES).settled == teacher.bill
+    assert account_of(tmp_path).settled == teacher.bill
 
 
 @pytest.mark.parametrize("body", [b" " * 3000, b": PROCESSING\n\n" * 300, b"\n" * 3000 + b"<html>"])

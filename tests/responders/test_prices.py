@@ -69,10 +69,3 @@ def test_a_wrong_row_is_one_clear_line(tmp_path: Path, row: str) -> None:
     with pytest.raises(DistillError) as caught:
         load_prices(path, TODAY)
     assert caught.value.code == Exit.CONFIG and "machines.0.dollars_per_hour" in str(caught.value)
-
-
-def test_the_table_is_found_outside_the_source_tree(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert load_prices(today=TODAY).machines

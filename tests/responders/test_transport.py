@@ -21,8 +21,8 @@ from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.endpoint.sending import origin_of
 from distill.responders.responder import Request, Sampling
 from tests.support.asking import answer_all
-from tests.support.buying import ANSWER, KEY, settings
-from tests.support.fake_teacher import PRICE, FakeTeacher, Reply
+from tests.support.buying import ANSWER, settings
+from tests.support.fake_teacher import KEY, PRICE, FakeTeacher, Reply
 
 CERTIFICATE = (
     Path(__file__).parent.parent / "fixtures" / "self_signed.pem"

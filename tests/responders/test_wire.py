@@ -87,17 +87,7 @@ JSON = st.recursive(
     max_leaves=8,
 )
 FIELDS = st.sampled_from(
-    [
-        "error",
-        "choices",
-        "message",
-        "content",
-        "usage",
-        "text",
-        "finish_reason",
-        "logprobs",
-        "tokens",
-    ]
+    "error choices message content usage text finish_reason logprobs tokens".split()
 )
 BODIES = st.recursive(
     JSON, lambda inner: st.dictionaries(FIELDS, inner | st.lists(inner, max_size=2)), max_leaves=12

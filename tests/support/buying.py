@@ -7,7 +7,7 @@ from typing import Any
 from distill.config.teachers import EndpointTeacher
 from distill.config.tree import Config
 from distill.records import Document, Message, Prompt, Response
-from distill.responders.endpoint.budget import account
+from distill.responders.endpoint.budget import Account, Attempt, account, unknown_outcomes
 from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.endpoint.sending import origin_of
 from distill.responders.responder import Request, Sampling
@@ -17,7 +17,6 @@ from distill.storage.run_folder import Run
 from tests.support.asking import answer_all
 from tests.support.fake_teacher import PRICE, PRICES, FakeTeacher, Reply, Script, answer
 
-KEY = "canary-3141592653589793"
 MODEL = "fake-1"
 ANSWER = answer({"model": MODEL, "messages": [{"role": "user", "content": "q0 please"}]})
 
@@ -91,10 +90,21 @@ def buy(teacher: FakeTeacher, store: Path, count: int = 1, **changes: Any) -> li
             hold_account(teacher, store)
 
 
+def account_of(store: Path) -> Account:
+    """Return what a store's account says of the fake teacher."""
+    with ResponseStore(store, writable=False) as log:
+        return account(log, PRICES)
+
+
+def in_doubt(store: Path, run: str | None = None) -> list[Attempt]:
+    """Return the requests to the fake teacher that may have been billed."""
+    with ResponseStore(store, writable=False) as log:
+        return unknown_outcomes(log, PRICES, run)
+
+
 def hold_account(teacher: FakeTeacher, store: Path) -> None:
     """Assert settled <= bill <= settled + most unknown, and an intent for every request."""
-    with ResponseStore(store, writable=False) as log:
-        found = account(log, PRICES)
+    found = account_of(store)
     assert found.settled <= teacher.bill <= found.settled + found.unknown_most
     if not found.unknown_most:
         assert found.settled == teacher.bill

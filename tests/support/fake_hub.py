@@ -1,5 +1,4 @@
-"""A Hub on loopback for the tests: what huggingface_hub 2.4 asks of the real one when it creates,
-uploads and downloads.
+"""A Hub on loopback: what huggingface_hub 2.4 asks of one when it creates, uploads, downloads.
 
 Repositories live in memory as commits of whole trees. Safetensors go through LFS. `fail` maps the
 beginning of a request ("PUT /lfs") to the status that it is answered with, once per listed time.
@@ -90,21 +89,19 @@ def fake_hub() -> Iterator[FakeHub]:
 
 
 def use_hub(monkeypatch: Any, hub: FakeHub, cache: Any, token: str | None = TOKEN) -> None:
-    """Point huggingface_hub of this process at `hub`, with its own cache, and plain LFS instead of
-    Xet."""
+    """Point this process's huggingface_hub at `hub`, with a cache of its own, and LFS, not Xet."""
     from huggingface_hub import constants, hf_api
 
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
-    monkeypatch.setattr(
-        constants,
-        "HUGGINGFACE_CO_URL_TEMPLATE",
-        hub.url + "/{repo_id}/resolve/{revision}/{filename}",
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
+    for name, value in {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(cache),
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_OFFLINE": False,
+        "HF_TOKEN_PATH": str(cache / "token"),
+    }.items():
+        monkeypatch.setattr(constants, name, value)
     monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN", False)
 
 
@@ -117,32 +114,26 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
-    def do_HEAD(self) -> None:
-        self.answer("HEAD")
-
-    def do_GET(self) -> None:
-        self.answer("GET")
-
-    def do_PUT(self) -> None:
-        self.answer("PUT")
-
-    def do_POST(self) -> None:
-        self.answer("POST")
-
-    def answer(self, method: str) -> None:
-        path = unquote(urlsplit(self.path).path)
+    def answer(self) -> None:
+        method, path = self.command, unquote(urlsplit(self.path).path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
             body = self.read_chunks()
         line = f"{method} {path}"
         self.hub.requests.append(line)
-        failure = self.hub.status(line)
-        if failure:
+        anybody = path.startswith("/lfs/") or path == "/api/validate-yaml"
+        if failure := self.hub.status(line):
             self.reply(failure, {"error": "as the test wants"})
-        elif path.startswith("/lfs/") or path == "/api/validate-yaml" or self.may(method):
-            self.route(method, path, body)
+        elif (
+            anybody
+            or method in ("GET", "HEAD")
+            or self.headers.get("Authorization") == f"Bearer {TOKEN}"
+        ):
+            self.route(path, body)
         else:
             self.reply(401, {"error": "Invalid credentials in Authorization header"})
+
+    do_HEAD = do_GET = do_PUT = do_POST = answer
 
     def read_chunks(self) -> bytes:
         parts = []
@@ -151,9 +142,6 @@ class Handler(BaseHTTPRequestHandler):
             self.rfile.readline()
         self.rfile.readline()
         return b"".join(parts)
-
-    def may(self, method: str) -> bool:
-        return method in ("GET", "HEAD") or self.headers.get("Authorization") == f"Bearer {TOKEN}"
 
     def reply(
         self, status: int, content: Any = None, headers: dict[str, str] | None = None
@@ -166,7 +154,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(data)
 
-    def route(self, method: str, path: str, body: bytes) -> None:
+    def route(self, path: str, body: bytes) -> None:
         parts = path.strip("/").split("/")
         if path == "/api/validate-yaml":
             self.validate(json.loads(body)["content"])
@@ -181,7 +169,7 @@ class Handler(BaseHTTPRequestHandler):
         elif len(parts) >= 5 and parts[2] == "resolve":
             self.download("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
         else:
-            self.reply(404, {"error": f"no route for {method} {path}"})
+            self.reply(404, {"error": f"no route for {self.command} {path}"})
 
     def validate(self, content: str) -> None:
         errors = []
@@ -234,22 +222,25 @@ class Handler(BaseHTTPRequestHandler):
     def preupload(self, repository: Repository, files: list[dict[str, Any]]) -> None:
         rows = []
         for file in files:
-            large = file["path"].endswith(".safetensors")
-            kept = repository.files.get(file["path"])
-            oid = None if kept is None else oid_of(kept, large)
-            mode = "lfs" if large else "regular"
+            large, content = (
+                file["path"].endswith(".safetensors"),
+                repository.files.get(file["path"]),
+            )
             rows.append(
-                {"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid}
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if large else "regular",
+                    "shouldIgnore": False,
+                    "oid": None if content is None else oid_of(content, large),
+                }
             )
         self.reply(200, {"files": rows})
 
     def batch(self, wanted: dict[str, Any]) -> None:
-        rows = []
-        for item in wanted["objects"]:
-            row = {"oid": item["oid"], "size": item["size"]}
-            if item["oid"] not in self.hub.lfs:
-                row["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{item['oid']}"}}
-            rows.append(row)
+        rows = [{"oid": item["oid"], "size": item["size"]} for item in wanted["objects"]]
+        for row in rows:
+            if row["oid"] not in self.hub.lfs:
+                row["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{row['oid']}"}}
         self.reply(200, {"transfer": "basic", "objects": rows})
 
     def store_lfs(self, oid: str, body: bytes) -> None:

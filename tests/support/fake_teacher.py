@@ -1,5 +1,4 @@
-"""A teacher on a loopback port: a real HTTP server, scriptable fault by fault, that keeps the bill
-of every request.
+"""A teacher on a loopback port: a real HTTP server, scriptable, that bills every request.
 
 A script maps the number of a request (from 0, as they arrive) and its payload to a `Reply`.
 Whatever a reply's fault, `billed` says whether the teacher charged for it, as a real one would
@@ -65,7 +64,6 @@ class FakeTeacher:
         self.script, self.price = script or (lambda number, payload: Reply()), price
         self.tls, self.port = tls, port  # port 0 takes any that is free
         self.payloads: list[dict[str, Any]] = []
-        self.bodies: list[bytes] = []
         self.headers: list[dict[str, str]] = []
         self.paths: list[str] = []
         self.bill = Decimal(0)
@@ -125,7 +123,6 @@ class FakeTeacher:
         data = await reader.readexactly(int(headers.get("content-length", 0)))
         number, payload = len(self.payloads), json.loads(data or b"{}")
         self.payloads.append(payload)
-        self.bodies.append(data)
         self.headers.append(headers)
         self.paths.append(head[0].split()[1])
         self.asked[question(payload)] = self.asked.get(question(payload), 0) + 1
@@ -181,8 +178,7 @@ class FakeTeacher:
         return True
 
     def _charge(self, payload: dict[str, Any], body: bytes, dollars: Decimal | None = None) -> None:
-        """Charge `dollars`, or as the answer's usage says, or what an answer takes where it says
-        nothing usable."""
+        """Charge `dollars`, else by the answer's usage, else what an answer takes."""
         asked = question(payload)
         self.bills[asked] = self.bills.get(asked, 0) + 1
         if dollars is not None:
@@ -247,3 +243,42 @@ def answer(payload: dict[str, Any], reply: Reply | None = None) -> bytes:
 def bomb(size: int) -> bytes:
     """Return gzip of `size` spaces."""
     return gzip.compress(b" " * size)
+
+
+KEY = "canary-3141592653589793"  # that may stand in no byte that is written
+ECHO = json.dumps({"error": {"message": f"what of {KEY}?", "code": "x"}}).encode()
+FAULTS: dict[str, dict[str, Any]] = {  # that a run survives, as the fields of a reply
+    "429": {"status": 429, "body": ECHO},
+    "429 wait": {"status": 429, "body": b"", "headers": {"retry-after-ms": "30"}},
+    "429 garbage": {"status": 429, "body": b"<html>", "headers": {"retry-after": "soon"}},
+    "500": {"status": 500, "body": ECHO},
+    "500 billed": {"status": 500, "body": b"", "billed": True},
+    "502 html": {"status": 502, "body": b"<html>bad gateway"},
+    "503": {"status": 503, "body": b"", "headers": {"retry-after": "0"}},
+    "504 billed": {"status": 504, "body": b"", "billed": True},
+    "408": {"status": 408, "body": ECHO},
+    "400": {"status": 400, "body": ECHO},
+    "422": {"status": 422, "body": b'{"detail": "no"}'},
+    "413": {"status": 413, "body": b""},
+    "html on 200": {"body": b"<!doctype html>", "billed": False},
+    "empty": {"body": b"", "billed": True},
+    "error on 200": {"body": ECHO, "billed": True},
+    "reset": {"manner": "reset", "billed": True},
+    "closed": {"manner": "silent", "billed": True},
+    "half": {"manner": "half", "billed": True},
+    "endless": {"manner": "endless", "billed": True},
+    "hang": {"manner": "hang", "billed": True},
+    "bomb": {"body": bomb(3_000_000), "headers": {"content-encoding": "gzip"}, "billed": True},
+    "cut JSON": {"body": b'{"choices": [{"mess', "billed": True},
+    "not UTF-8": {"body": b'{"choices": "\xff"}', "billed": True},
+    "no choices": {"body": b'{"choices": []}', "billed": True},
+    "deep": {"body": b'{"choices": ' + b"[" * 50_000, "billed": True},
+    "length": {"finish": "length"},
+    "filter": {"finish": "content_filter"},
+    "refusal": {"message": {"content": None, "refusal": f"{KEY}? no"}},
+    "tool": {"finish": "tool_calls", "message": {"content": None, "tool_calls": [{}]}},
+    "unknown stop": {"finish": "moon"},
+    "no usage": {"answer": {"usage": None}},
+    "negative usage": {"answer": {"usage": {"prompt_tokens": -1, "completion_tokens": "x"}}},
+    "slow": {"delay": 0.3},
+}

@@ -1,5 +1,4 @@
-"""Processes that end as by kill -9 at a chosen call that changes the disk, so that every moment can
-be tried.
+"""Processes that end as by kill -9 at a chosen call that changes the disk: at every moment.
 
 Counted are the calls of `os` that write, sync, name or cut files, and what Python's own files
 write: these are made to go through `os` as well. (Making a folder that is there changes nothing,
@@ -45,8 +44,7 @@ def open_counted(path: Any, mode: str = "r", *rest: Any, **named: Any) -> Any:
 
 
 def die_at(count: int, half: bool = False) -> None:
-    """Make this process kill itself before its `count`-th counted call (from 0), or in the middle
-    of that write."""
+    """Make this process kill itself before its `count`-th call (from 0), or within that write."""
     calls = itertools.count()
     for name in WRITES if half else CALLS:
         real = getattr(os, name)
@@ -78,8 +76,7 @@ def in_child(work: Callable[[], object]) -> int:
 
 
 def killed_at_every_call(work: Callable[[], object], check: Callable[[], None]) -> int:
-    """Run `work` in children that die one call later each time, `check` after each; return how many
-    died."""
+    """Run `work` in children that die one call later each time, and `check`; return the deaths."""
     deaths = 0
     for half in (False, True):
         for count in itertools.count():

@@ -1,5 +1,4 @@
-"""Tiny real models for the tests: a Llama or Qwen2 of a few thousand weights and a byte-level
-ChatML tokenizer."""
+"""Tiny real models: a Llama or Qwen2 of a few thousand weights, and a byte-level tokenizer."""
 
 import atexit
 import shutil
@@ -20,8 +19,7 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 def make_tokenizer(extra: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
-    """Return a byte-level tokenizer (no merges) with a ChatML template; `extra` adds plain
-    tokens."""
+    """Return a byte-level tokenizer with a ChatML template; `extra` adds plain tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *alphabet, *extra])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

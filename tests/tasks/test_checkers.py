@@ -36,20 +36,8 @@ CHECKERS: list[dict[str, Any]] = [
     {"kind": "regex", "pattern": r"answer: (\w+)"},
     {"kind": "max_sentences", "max": 2},
     {"kind": "json_schema", "schema": {"type": "object", "required": ["a"]}},
-    *(
-        {"kind": kind}
-        for kind in (
-            "python_code",
-            "python_tests",
-            "number",
-            "math",
-            "field_f1",
-            "exact",
-            "normalised",
-            "includes",
-            "choice",
-        )
-    ),
+    *({"kind": kind} for kind in "python_code python_tests number math field_f1 exact".split()),
+    *({"kind": kind} for kind in "normalised includes choice".split()),
 ]
 LABEL = {"kind": "regex", "pattern": r"label=(\w+)"}
 GOOD = {"name": "len", "purpose": "Counts.", "parameters": ["obj"], "returns": None}

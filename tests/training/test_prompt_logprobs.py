@@ -27,8 +27,7 @@ from distill.training.soft_labels import capture, labels, prompt_logprobs
 from distill.training.soft_labels.cache import Signal, SignalCache
 from distill.training.soft_labels.prompt_logprobs import Listed
 from tests.planning.test_plan import ROOT, shown
-from tests.support.buying import KEY
-from tests.support.fake_teacher import PRICE, FakeTeacher, Reply, Script
+from tests.support.fake_teacher import KEY, PRICE, FakeTeacher, Reply, Script
 from tests.support.tiny import make_tiny, make_tokenizer
 from tests.support.training import SOFT, dataset, make_soft_run
 from tests.training.test_capture import captured

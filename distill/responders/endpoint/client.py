@@ -18,14 +18,7 @@ from typing import Any, NamedTuple
 from distill.config.teachers import EndpointTeacher
 from distill.errors import DistillError, Exit
 from distill.records import Usage, digest
-from distill.responders.endpoint.budget import (
-    APART,
-    NOTHING,
-    Budget,
-    account,
-    charge,
-    most_dollars,
-)
+from distill.responders.endpoint.budget import APART, NOTHING, Budget, account, charge, most_dollars
 from distill.responders.endpoint.rate_limits import Gate, Pace, Replicas, backoff, retry_after
 from distill.responders.endpoint.sending import PATHS, encode, key_pattern, origin_of
 from distill.responders.endpoint.transport import Failure, Received, of_scoring, open_client, post

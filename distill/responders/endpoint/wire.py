@@ -13,7 +13,9 @@ import re
 import zlib
 from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
-from typing import Any
+from typing import Any, NoReturn
+
+from pydantic import JsonValue
 
 from distill.records import Candidate, Record, Stop, TokenLogprob, Usage
 
@@ -53,7 +55,7 @@ def pack(data: bytes) -> dict[str, str]:
         return {**body, "raw_base64": base64.b64encode(data).decode("ascii")}
 
 
-def unpack(body: Mapping[str, Any]) -> bytes:
+def unpack(body: Mapping[str, object]) -> bytes:
     """Return the bytes that `pack` took."""
     if "raw" in body:
         return str(body["raw"]).encode("utf-8")
@@ -95,22 +97,22 @@ def body_of(data: bytes) -> bytes:
     return data[start:end].rstrip()
 
 
-def load_json(data: bytes) -> Any:
+def load_json(data: bytes) -> JsonValue:
     """Parse JSON strictly: UTF-8, no NaN, no endless numbers; raises ValueError in words.
 
     Half a surrogate pair, which JSON can name and UTF-8 cannot hold, becomes U+FFFD.
     """
 
-    def refuse(name: str) -> Any:
+    def refuse(name: str) -> NoReturn:
         raise ValueError(f"{name} is no JSON")
 
-    def mended(value: Any) -> Any:
+    def mended(value: JsonValue) -> JsonValue:
         if isinstance(value, str):
             return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if isinstance(value, list):
             return [mended(child) for child in value]
         if isinstance(value, dict):
-            return {mended(name): mended(child) for name, child in value.items()}
+            return {str(mended(name)): mended(child) for name, child in value.items()}
         return value
 
     try:
@@ -143,9 +145,9 @@ def read_reply(data: bytes, question: int = 0) -> Reply:
     try:
         body = load_json(data)
         choices = body.get("choices") if isinstance(body, dict) else None
-        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        choice = choices[0] if isinstance(choices, list) and choices else None
+        if not isinstance(body, dict) or not isinstance(choice, dict):
             raise ValueError("no choices" if isinstance(body, dict) else "not an object")
-        choice = choices[0]
         # a text completion has the text itself in the choice
         message = choice.get("message", {"content": choice.get("text")})
         if not isinstance(message, dict):
@@ -188,7 +190,7 @@ def split_reasoning(text: str) -> tuple[str, str | None]:
     return text, None
 
 
-def _stop(message: dict[str, Any], choice: dict[str, Any]) -> tuple[Stop, str | None]:
+def _stop(message: dict[str, JsonValue], choice: dict[str, JsonValue]) -> tuple[Stop, str | None]:
     """Return why an answer stopped, and what to say where it is not to be taken as an answer."""
     finish, refusal = choice.get("finish_reason"), message.get("refusal")
     finish = finish if isinstance(finish, str) else None
@@ -239,7 +241,7 @@ def _logprobs(field: Any) -> tuple[TokenLogprob, ...] | None:
         return None
 
 
-def _usage(fields: dict[str, Any], question: int, answer: int) -> Usage:
+def _usage(fields: dict[str, JsonValue], question: int, answer: int) -> Usage:
     """Return the tokens that the server counted, or an estimate of 4 characters a token."""
     read, output = _count(fields.get("prompt_tokens")), _count(fields.get("completion_tokens"))
     if not read or output is None or (answer and not output):
@@ -256,13 +258,14 @@ def _usage(fields: dict[str, Any], question: int, answer: int) -> Usage:
     )
 
 
-def _count(value: Any) -> int | None:
+def _count(value: object) -> int | None:
     """Return a number of tokens, or None for what is none (a text, a negative, a truth value)."""
-    sane = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**9
-    return value if sane else None
+    if not isinstance(value, int) or isinstance(value, bool):
+        return None
+    return value if 0 <= value < 10**9 else None
 
 
-def _cost(fields: dict[str, Any]) -> Decimal | None:
+def _cost(fields: dict[str, JsonValue]) -> Decimal | None:
     """Return the dollars that a server states, with those of the provider that it passed it on to.
 
     OpenRouter with one's own key of a provider ("bring your own key") states its fee, often 0, and
@@ -276,7 +279,7 @@ def _cost(fields: dict[str, Any]) -> Decimal | None:
     return stated + passed_on if fields.get("is_byok") is True else max(stated, passed_on)
 
 
-def _dollars(value: Any) -> Decimal | None:
+def _dollars(value: object) -> Decimal | None:
     """Return a cost in dollars, or None for what is none."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -287,7 +290,7 @@ def _dollars(value: Any) -> Decimal | None:
     return dollars if dollars.is_finite() and dollars >= 0 else None
 
 
-def plain_message(value: Any) -> str:
+def plain_message(value: object) -> str:
     """Return a server's message on one line, cut, without what would steer a terminal."""
     if isinstance(value, dict):
         value = value.get("message", "")
