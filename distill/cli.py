@@ -13,16 +13,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from distill.errors import DistillError, Exit, exit_code
-from distill.pipeline import (
-    CHECKING,
-    NAMES,
-    STAGES,
-    perform,
-    permit_code,
-)
+from distill.pipeline import CHECKING, NAMES, STAGES, perform, permit_code
 from distill.storage.run_folder import Stage, open_run
 
 app = typer.Typer(
@@ -30,21 +24,13 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-RUN, STEP, LOOK, PUBLISH, KEEP = (
-    "Run",
-    "Run one stage",
-    "Look",
-    "Publish",
-    "Keep models and answers",
-)
+RUN, STEP, LOOK, PUBLISH = "Run", "Run one stage", "Look", "Publish"
+KEEP = "Keep models and answers"
 ConfigArgument = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="A YAML file, or the folder of a run.")
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes of the config.")
-]
-RunArgument = Annotated[
-    Path, typer.Argument(metavar="RUN", help="The folder of a run, or its config.")
 ]
 RedoThis = Annotated[bool, typer.Option("--redo", help="Make it again, though it is done.")]
 AllowCode = Annotated[
@@ -54,13 +40,15 @@ UnsafeCode = Annotated[
     bool, typer.Option("--unsafe-code", help="Run them with limits only; they can read and write.")
 ]
 AllowInexact = Annotated[
-    bool,
-    typer.Option(
-        "--allow-inexact",
-        help="Resume a training under other data, settings or libraries; the card says so.",
-    ),
+    bool, typer.Option("--allow-inexact", help="Resume a training though something changed.")
 ]
+STORE, SUITES = Path("runs/.store/responses"), Path("runs/.suites")
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for a script.")]
+
+
+def show(view: RenderableType) -> None:
+    """Print a table with its notes."""
+    Console(soft_wrap=True).print(view, markup=False)
 
 
 def show_scorecard(folder: Path) -> None:
@@ -73,8 +61,7 @@ def show_scorecard(folder: Path) -> None:
 def init(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the config is written.")],
     corpus: Annotated[
-        Path | None,
-        typer.Option(metavar="PATH", help="Documents or rows; those in FOLDER by default."),
+        Path | None, typer.Option(metavar="PATH", help="Documents or rows; else those in FOLDER.")
     ] = None,
     teacher: Annotated[
         str, typer.Option(metavar="MODEL", help="A model here, or a server's name for one.")
@@ -90,12 +77,12 @@ def init(
     ] = "smollm2-135m-instruct",
 ) -> None:
     """Write a commented config from a corpus and a teacher, and show its plan."""
+    from distill.planning import plan
     from distill.planning.new_config import write_config
-    from distill.planning.plan import make_plan, show
 
     path = write_config(folder, corpus, teacher, student, base_url, api_key_env)
     print(f"wrote {path}; change it as you like, then: distill run {path}")
-    Console(soft_wrap=True).print(show(make_plan(open_run(path))), markup=False)
+    show(plan.show(plan.make_plan(open_run(path))))
 
 
 @app.command(name="run", rich_help_panel=RUN)
@@ -112,14 +99,8 @@ def run_all(
     """Do every stage that is left, and show the scorecard."""
     from distill.api import run
 
-    folder, _ = run(
-        config,
-        overrides or (),
-        redo=redo,
-        allow_code=allow_code,
-        unsafe_code=unsafe_code,
-        allow_inexact=allow_inexact,
-    )
+    permissions = {"allow_code": allow_code, "unsafe_code": unsafe_code}
+    folder, _ = run(config, overrides or (), redo=redo, allow_inexact=allow_inexact, **permissions)
     show_scorecard(folder)
 
 
@@ -129,27 +110,16 @@ def perform_alone(
     overrides: list[str] | None,
     redo: bool,
     allow_inexact: bool = False,
+    allow_code: bool = False,
+    unsafe_code: bool = False,
 ) -> None:
     """Do one stage, where it is left or `redo` says so."""
-    run = open_run(config, overrides or ())
-    perform(run, (stage,), (stage,) if redo else (), allow_inexact)
+    run, again = open_run(config, overrides or ()), (stage,) if redo else ()
+    if stage.name in CHECKING:
+        permit_code(run, (stage,), again, allow_code, unsafe_code)
+    perform(run, (stage,), again, allow_inexact)
     if stage.name == "report":
         show_scorecard(run.folder)
-
-
-def perform_checking(
-    stage: Stage,
-    config: Path,
-    overrides: list[str] | None,
-    redo: bool,
-    allow_code: bool,
-    unsafe_code: bool,
-) -> None:
-    """Do a stage that checks answers, and so may run programs."""
-    run = open_run(config, overrides or ())
-    again = (stage,) if redo else ()
-    permit_code(run, (stage,), again, allow_code, unsafe_code)
-    perform(run, (stage,), again)
 
 
 def add_stage(stage: Stage) -> None:
@@ -162,7 +132,7 @@ def add_stage(stage: Stage) -> None:
         allow_code: AllowCode = False,
         unsafe_code: UnsafeCode = False,
     ) -> None:
-        perform_checking(stage, config, overrides, redo, allow_code, unsafe_code)
+        perform_alone(stage, config, overrides, redo, False, allow_code, unsafe_code)
 
     def training(
         config: ConfigArgument,
@@ -203,8 +173,7 @@ def evaluate(
     """Compare student, base and teacher on held-out items, or ask the student lm-eval's tasks."""
     if lm_eval is None:
         stage = STAGES[NAMES.index("evaluate")]
-        perform_checking(stage, config, overrides, redo, allow_code, unsafe_code)
-        return
+        return perform_alone(stage, config, overrides, redo, False, allow_code, unsafe_code)
     from distill.evaluation import lm_eval as harness
     from distill.formatting import markdown_table
 
@@ -228,32 +197,31 @@ def show_plan(
     as_json: AsJson = False,
 ) -> None:
     """Say what a run would take: tokens, dollars, seconds, bytes. Only --pilot sends anything."""
-    from distill.planning.cost import pilot as ask_some
-    from distill.planning.plan import make_plan, show
+    from distill.planning import cost, plan
 
     run = open_run(config, overrides or ())
-    plan = make_plan(run, ask_some(run, pilot) if pilot else None)
+    estimate = plan.make_plan(run, cost.pilot(run, pilot) if pilot else None)
     if as_json:
-        print(plan.model_dump_json(indent=2))
+        print(estimate.model_dump_json(indent=2))
     else:
-        Console(soft_wrap=True).print(show(plan), markup=False)
+        show(plan.show(estimate))
 
 
 @app.command(name="status", rich_help_panel=LOOK)
-def show_status(run: RunArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def show_status(run: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Say what is done, what is left, and what it cost so far."""
-    from distill.status import read_status, show
+    from distill import status
 
-    status = read_status(open_run(run, overrides or ()), STAGES)
+    state = status.read_status(open_run(run, overrides or ()), STAGES)
     if as_json:
-        print(status.model_dump_json(indent=2))
+        print(state.model_dump_json(indent=2))
     else:
-        Console(soft_wrap=True).print(show(status), markup=False)
+        show(status.show(state))
 
 
 @app.command(name="verify", rich_help_panel=LOOK)
 def show_verified(
-    run: RunArgument,
+    run: ConfigArgument,
     as_json: AsJson = False,
     allow_code: AllowCode = False,
     unsafe_code: UnsafeCode = False,
@@ -268,20 +236,17 @@ def show_verified(
     if as_json:
         print(json.dumps(verify.as_facts(folder, checks), indent=2))
     else:
-        Console(soft_wrap=True).print(verify.show(folder, checks), markup=False)
+        show(verify.show(folder, checks))
     verify.require_intact(folder, checks)
 
 
 @app.command(rich_help_panel=LOOK)
 def compare(
     sides: Annotated[
-        list[Path] | None,
-        typer.Argument(metavar="[A B]", help="Runs, or .jsonl files of scores."),
+        list[Path] | None, typer.Argument(metavar="[A B]", help="Runs, or .jsonl files.")
     ] = None,
-    a: Annotated[
-        list[Path] | None, typer.Option("--a", help="Runs of side A with other seeds.")
-    ] = None,
-    b: Annotated[list[Path] | None, typer.Option("--b", help="Those of side B.")] = None,
+    a: Annotated[list[Path] | None, typer.Option("--a", help="Runs of A, by seed.")] = None,
+    b: Annotated[list[Path] | None, typer.Option("--b", help="Runs of B, by seed.")] = None,
 ) -> None:
     """Compare two runs or files on the items that they share; runs of a side are its seeds."""
     from distill.evaluation.compare import compare_paths
@@ -297,10 +262,7 @@ def compare(
 @app.command(rich_help_panel=LOOK)
 def score(
     suite: Annotated[
-        str,
-        typer.Argument(
-            metavar="SUITE", help="A name of eval/suites, a .yaml, or a run (its held-out prompts)."
-        ),
+        str, typer.Argument(metavar="SUITE", help="A name of eval/suites, a .yaml, or a run.")
     ],
     responder: Annotated[
         str, typer.Option(metavar="WHO", help="A run, a model, a config, or a file of answers.")
@@ -309,12 +271,8 @@ def score(
         Path | None, typer.Option(metavar="FILE", help="Questions from a file, not from the Hub.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="What the responder is called.")] = None,
-    store: Annotated[Path, typer.Option(metavar="DIR", help="Shared answers.")] = Path(
-        "runs/.store/responses"
-    ),
-    out: Annotated[Path, typer.Option(metavar="DIR", help="For scores and answers.")] = Path(
-        "runs/.suites"
-    ),
+    store: Annotated[Path, typer.Option(metavar="DIR", help="Shared answers.")] = STORE,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="For scores and answers.")] = SUITES,
     allow_code: AllowCode = False,
 ) -> None:
     """Ask any responder the questions of a suite, and score its answers."""
@@ -350,7 +308,7 @@ def contamination(
 
 @app.command(rich_help_panel=PUBLISH)
 def publish(
-    run: RunArgument,
+    run: ConfigArgument,
     overrides: Overrides = None,
     push: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Upload to the Hub, privately.")
@@ -373,19 +331,15 @@ def publish(
     with opened.lock():
         release = make_release(opened, push, public, override)
     if as_json:
-        files = {
-            p.relative_to(release).as_posix(): p.stat().st_size
-            for p in sorted(release.rglob("*"))
-            if p.is_file()
-        }
+        paths = [path for path in sorted(release.rglob("*")) if path.is_file()]
+        files = {path.relative_to(release).as_posix(): path.stat().st_size for path in paths}
         print(json.dumps({"release": str(release), "pushed_to": push, "files": files}, indent=2))
 
 
 @app.command(rich_help_panel=PUBLISH)
 def tables(
     folder: Annotated[
-        Path,
-        typer.Argument(metavar="FOLDER", help="Holds README.md and docs/*.md."),
+        Path, typer.Argument(metavar="FOLDER", help="Holds README.md and docs/*.md.")
     ] = Path(),
 ) -> None:
     """Write the scorecards anew that README.md and docs/*.md show between their comments."""
@@ -440,9 +394,7 @@ def _dispatch(words: list[str]) -> None:
     except typer.exceptions.TyperException as error:
         if not words:  # the help has been shown
             raise SystemExit(Exit.CONFIG) from None
-        where = " ".join(["distill", *words[:1]])
-        raise DistillError(
-            Exit.CONFIG, where, error.format_message(), "see distill --help"
-        ) from None
+        where, what = " ".join(["distill", *words[:1]]), error.format_message()
+        raise DistillError(Exit.CONFIG, where, what, "see distill --help") from None
     if code == Exit.INTERRUPTED:
         raise KeyboardInterrupt

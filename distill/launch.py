@@ -12,7 +12,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from distill.config.tree import Config
 from distill.errors import DistillError, Exit, exit_code
 from distill.pipeline import STAGES, perform
 from distill.responders.local.workers import Workers
@@ -45,7 +44,7 @@ def train(run: Run, stage: Stage, flags: set[str]) -> None:
         return
     console.quiet = True
     if "--redo" in flags or run.checked_state(stage) != "done":
-        stage.main(run.config, run)
+        stage.main(run)
 
 
 def generate(run: Run, stage: Stage, flags: set[str]) -> None:
@@ -63,9 +62,9 @@ def generate(run: Run, stage: Stage, flags: set[str]) -> None:
     workers.listen()
     if workers.rank == 0:
 
-        def lead(config: Config, run: Run) -> None:
+        def lead(run: Run) -> None:
             with workers.leading():
-                work(config, run, workers)
+                work(run, workers)
 
         with workers.leading():
             _perform(run, replace(stage, main=lead), flags)
@@ -73,7 +72,7 @@ def generate(run: Run, stage: Stage, flags: set[str]) -> None:
         return
     console.quiet = True
     with run.ledger.joining(stage.name):
-        join(run.config, run, workers)
+        join(run, workers)
 
 
 STARTS: dict[str, Callable[[Run, Stage, set[str]], None]] = {"train": train, "generate": generate}

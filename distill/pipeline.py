@@ -10,12 +10,13 @@ from importlib import import_module
 from typing import Any
 
 from distill.callables import source_hash
-from distill.config.learning import Signals
+from distill.config.learning import Signals, Student
 from distill.config.teachers import TEACHERS, EndpointTeacher, Teacher
 from distill.config.tree import Config, Evaluation
 from distill.config.yaml_file import parse_config, place_of
 from distill.errors import DistillError, Exit
 from distill.models import loading, registry
+from distill.models.gpus import unused_gpu
 from distill.storage.files import as_json, sha256_file, write_atomic
 from distill.storage.progress import say
 from distill.storage.run_folder import Run, Stage
@@ -24,59 +25,47 @@ CHECKING = ("filter", "evaluate")  # the stages that check answers
 LOADING = ("generate", "signals", "train", "refine", "evaluate")  # the stages that load models
 
 
-def _lazy(module: str) -> Callable[..., None]:
-    """Return the `main` of a module, imported at its first call."""
-
-    def main(config: Config, run: Run, **options: Any) -> None:
-        import_module(module).main(config, run, **options)
-
-    return main
+def _lazy(path: str) -> Callable[..., Any]:
+    """Return a function of a module, imported at its first call."""
+    module, _, name = path.rpartition(".")
+    return lambda *values, **options: getattr(import_module(module), name)(*values, **options)
 
 
-def _identity(module: str) -> Callable[[Config], dict[str, str]]:
-    """Return the `identity` of a module: hashes of what the stage reads outside the run's
-    folder."""
-    return lambda config: import_module(module).identity(config)
-
-
-def reader_identity(config: Config) -> dict[str, str]:
+def reader_identity(teacher: Teacher) -> dict[str, str]:
     """Return what pins the teacher whose distributions are captured."""
-    teacher = config.soft_teacher()
-    if isinstance(teacher, EndpointTeacher):
-        from distill.responders.endpoint.sending import origin_of
+    from distill.responders.kinds import identity
 
-        return {"teacher": origin_of(teacher)}
-    pinned = registry.identity(teacher.model, teacher.revision)
-    return {"teacher": pinned, **registry.folder_facts("teacher", teacher.model)}
+    facts = identity(teacher)
+    return {"teacher": facts["endpoint"]} if isinstance(teacher, EndpointTeacher) else facts
 
 
-def student_facts(config: Config) -> dict[str, str]:
+def capture_identity(teacher: Teacher, student: Student, tokenizer: str | None) -> dict[str, str]:
+    """Return what pins a teacher's distributions, and the tokens that they are over."""
+    served = tokenizer if not teacher.runs_here else None
+    facts = registry.folder_facts("tokenizer", served) if served else {}
+    return {**reader_identity(teacher), **student_facts(student), **facts}
+
+
+def student_facts(student: Student) -> dict[str, str]:
     """Return what a student in a folder is; a pinned one is known by its name and revision."""
-    return registry.folder_facts("student", config.student.model)
+    return registry.folder_facts("student", student.model)
 
 
-def capture_identity(config: Config) -> dict[str, str]:
-    """Return what pins the teacher whose distributions are captured, and the tokens that they are
-    over."""
-    served = not config.soft_teacher().runs_here
-    tokenizer = config.signals.tokenizer if served else None
-    facts = registry.folder_facts("tokenizer", tokenizer) if tokenizer else {}
-    return {**reader_identity(config), **student_facts(config), **facts}
-
-
-def evaluation_identity(config: Config) -> dict[str, str]:
+def evaluation_identity(
+    settings: Evaluation, tasks: Sequence[str], student: Student, teacher: Teacher
+) -> dict[str, str]:
     """Return the hashes of the suites, and of the models in folders that answer them or judge."""
     from distill.evaluation.suites import suite_hashes
 
-    found = {
-        **suite_hashes(config.evaluation.suites),
-        **student_facts(config),
-        **checker_identity(config.prompts.tasks, config.evaluation.suites),
+    facts = {
+        **suite_hashes(settings.suites),
+        **student_facts(student),
+        **checker_identity(tasks, settings.suites),
     }
-    for role, asked in (("teacher", config.teacher), ("judge", config.evaluation.judge)):
-        if asked and asked.runs_here:
-            found |= registry.folder_facts(role, asked.model)
-    return found
+    for role, responder in (("teacher", teacher), ("judge", settings.judge)):
+        if responder and responder.runs_here:
+            facts |= registry.folder_facts(role, responder.model)
+    return facts
 
 
 def checker_identity(tasks: Sequence[str], suites: Sequence[str] = ()) -> dict[str, str]:
@@ -90,23 +79,8 @@ def checker_identity(tasks: Sequence[str], suites: Sequence[str] = ()) -> dict[s
 
     # A file that is gone is a difference of the stage `prompts`, and no error here.
     there = [name for name in tasks if task_path(name).is_file()]
-    kinds = {task.checker["kind"] for task in tasks_of(there, suites) if task.checker}
-    return {
-        f"checker {kind}": source_hash("checker", kind) for kind in sorted(kinds - KINDS.keys())
-    }
-
-
-def filter_identity(config: Config) -> dict[str, str]:
-    """Return what filters the answers beside the config: functions of the user's, reasoning."""
-    from distill.generation import filters
-
-    return {**filters.identity(config), **checker_identity(config.prompts.tasks)}
-
-
-def training_identity(config: Config) -> dict[str, str]:
-    """Return what pins the student, and a teacher that training reads itself."""
-    live = config.train.loss.soft and not config.captures
-    return {**student_facts(config), **(reader_identity(config) if live else {})}
+    used = {task.checker["kind"] for task in tasks_of(there, suites) if task.checker}
+    return {f"checker {kind}": source_hash("checker", kind) for kind in sorted(used - KINDS.keys())}
 
 
 def require_models(config: Config, left: Collection[str]) -> None:
@@ -117,6 +91,8 @@ def require_models(config: Config, left: Collection[str]) -> None:
     7).
     """
     student, judge = config.student, config.evaluation.judge
+    if line := unused_gpu():
+        say(f"device: the CPU; {line}")
     loading.check_model(student.model, student.trust)
     asked: list[Teacher] = [config.teacher] if {"generate", "evaluate"}.intersection(left) else []
     if config.distributions and {"signals", "train", "refine"}.intersection(left):
@@ -159,8 +135,8 @@ STAGES: tuple[Stage, ...] = (
         ("corpus", "seed"),
         (),
         ("documents.jsonl", "rejects.jsonl"),
-        _lazy("distill.corpus.corpus"),
-        _identity("distill.corpus.corpus"),
+        _lazy("distill.corpus.corpus.main"),
+        lambda c: _lazy("distill.corpus.corpus.identity")(c.corpus),
         purpose="read, clean, deduplicate and split the documents",
     ),
     Stage(
@@ -168,8 +144,8 @@ STAGES: tuple[Stage, ...] = (
         ("prompts",),
         ("documents.jsonl",),
         ("prompts.jsonl", "tasks.json"),
-        _lazy("distill.corpus.prompts"),
-        _identity("distill.corpus.prompts"),
+        _lazy("distill.corpus.prompts.main"),
+        lambda c: _lazy("distill.corpus.prompts.identity")(c.prompts.tasks),
         purpose="make the prompts of each task",
     ),
     Stage(
@@ -177,8 +153,8 @@ STAGES: tuple[Stage, ...] = (
         (*TEACHER_KEYS, "prompts.questions", "template_date"),
         ("documents.jsonl", "prompts.jsonl"),
         ("responses.jsonl", "questions.jsonl"),
-        _lazy("distill.generation.generate"),
-        _identity("distill.generation.generate"),
+        _lazy("distill.generation.generate.main"),
+        lambda c: _lazy("distill.responders.kinds.identity")(c.teacher),
         purpose="ask the teacher what the store lacks",
     ),
     Stage(
@@ -186,8 +162,11 @@ STAGES: tuple[Stage, ...] = (
         ("filters",),
         ("documents.jsonl", "prompts.jsonl", "questions.jsonl", "responses.jsonl"),
         (*DATASET, "dropped.jsonl", "funnel.json"),
-        _lazy("distill.generation.filters"),
-        filter_identity,
+        _lazy("distill.generation.filters.main"),
+        lambda c: {
+            **_lazy("distill.generation.filters.identity")(c.filters, c.teacher.reasoning),
+            **checker_identity(c.prompts.tasks),
+        },
         purpose="choose the answers that are trained on, with reasons",
     ),
     Stage(
@@ -195,8 +174,8 @@ STAGES: tuple[Stage, ...] = (
         SIGNAL_KEYS,
         DATASET[:2],
         ("signals.json",),
-        _lazy("distill.training.soft_labels.capture"),
-        capture_identity,
+        _lazy("distill.training.soft_labels.capture.main"),
+        lambda c: capture_identity(c.soft_teacher(), c.student, c.signals.tokenizer),
         purpose="keep the teacher's distributions over the answers, for losses that need them",
         applies=lambda config: config.captures,
     ),
@@ -205,8 +184,11 @@ STAGES: tuple[Stage, ...] = (
         ("student", "train", "seed", "template_date"),
         (*DATASET[:2], "signals.json"),
         ("checkpoints", "adapter", "training.json", "merged"),
-        _lazy("distill.training.train"),
-        training_identity,
+        _lazy("distill.training.train.main"),
+        lambda c: {  # and the teacher that training reads itself
+            **student_facts(c.student),
+            **(reader_identity(c.soft_teacher()) if c.train.loss.soft and not c.captures else {}),
+        },
         purpose="train the student's adapter",
         compares=("student", "teacher"),
     ),
@@ -218,8 +200,8 @@ STAGES: tuple[Stage, ...] = (
         ),
         (*DATASET[:2], "dropped.jsonl", "adapter/adapter_model.safetensors"),
         ("refined",),
-        _lazy("distill.training.soft_labels.on_policy"),
-        capture_identity,
+        _lazy("distill.training.soft_labels.on_policy.main"),
+        lambda c: capture_identity(c.soft_teacher(), c.student, c.signals.tokenizer),
         purpose="let the student answer, and train it towards the teacher's distributions there",
         applies=lambda config: config.on_policy.rounds > 0,
     ),
@@ -228,8 +210,8 @@ STAGES: tuple[Stage, ...] = (
         (*MEASURED, "teacher.max_new_tokens"),
         ("dataset/heldout.jsonl", *STUDENT),
         ("answers", "scores", "timings", "requests.jsonl", "evaluation.json"),
-        _lazy("distill.evaluation.evaluate"),
-        evaluation_identity,
+        _lazy("distill.evaluation.evaluate.main"),
+        lambda c: evaluation_identity(c.evaluation, c.prompts.tasks, c.student, c.teacher),
         purpose="compare student, base and teacher on held-out items",
     ),
     Stage(
@@ -243,7 +225,7 @@ STAGES: tuple[Stage, ...] = (
             "funnel.json",
         ),
         ("prices.json", "scorecard.json", "scorecard.md", "report.html"),
-        _lazy("distill.report.report"),
+        _lazy("distill.report.report.main"),
         purpose="write the scorecard and the report",
     ),
 )

@@ -83,7 +83,7 @@ def _again(evidence: RunEvidence) -> Iterator[Check]:
     with tempfile.TemporaryDirectory() as place, _scratch(evidence, Path(place)) as run:
         try:
             skipped = _measure_again(run)
-            report.main(run.config, run)
+            report.main(run)
         except DistillError as error:
             yield Check("again", "evaluation.json", "differs", str(error))
             return

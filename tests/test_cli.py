@@ -16,7 +16,7 @@ from distill.cli import app, main
 from distill.config.yaml_file import load_config
 from distill.errors import DistillError, Exit, exit_code
 from distill.pipeline import STAGES, from_stage, perform
-from distill.storage.run_folder import Run, Stage, open_run
+from distill.storage.run_folder import Stage, open_run
 from distill.tasks.sandbox.programs import unavailable
 
 ROOT = Path(__file__).parent.parent
@@ -159,11 +159,11 @@ def stage(name: str, work, inputs: tuple[str, ...] = ()) -> Stage:
 
 
 def write(name: str):
-    return lambda config, run: run.path(f"{name}.txt").write_text(name)
+    return lambda run: run.path(f"{name}.txt").write_text(name)
 
 
 def test_ctrl_c_exits_130_and_the_same_command_continues(config, capsys):
-    def interrupted(config, run) -> None:
+    def interrupted(run) -> None:
         raise KeyboardInterrupt
 
     run = open_run(Path(config))
@@ -210,7 +210,7 @@ def test_a_killed_holder_s_lock_is_taken_over(config, capsys):
 def test_sigterm_ends_a_stage_like_ctrl_c(config):
     script = (
         "import sys, time; from distill import api, cli\n"
-        "wait = lambda config, run: (print('working', flush=True), time.sleep(60))\n"
+        "wait = lambda run: (print('working', flush=True), time.sleep(60))\n"
         "from distill.storage.run_folder import Stage\n"
         "api.STAGES = (Stage('corpus', (), (), ('x',), wait), *api.STAGES[1:])\n"
         "sys.exit(cli.main(['run', 'c.yaml']))"
@@ -301,7 +301,7 @@ def test_allow_inexact_reaches_the_training_alone(config, monkeypatch):
     """The flag that the errors advise is there on run and train."""
     options: list[dict[str, bool]] = []
 
-    def main(config, run, **given):
+    def main(run, **given):
         options.append(given)
 
     stages = [Stage(n, (), (), (), main) for n in ("filter", "train")]
@@ -310,10 +310,6 @@ def test_allow_inexact_reaches_the_training_alone(config, monkeypatch):
     commands = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
     having = {n for n, c in commands.items() if any("--allow-inexact" in p.opts for p in c.params)}
     assert having == {"run", "train"}
-
-
-def test_the_folder_of_a_config_is_its_run(config):
-    assert isinstance(open_run(Path(config)), Run)
 
 
 PROGRAMS = ("```python\ndef f(x):\n    return x + {n}\n```", "def f(x):\n    return 0", "exit(0)")

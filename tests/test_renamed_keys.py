@@ -173,7 +173,7 @@ def finished(folder: Path, stage: Stage, **changes: Any) -> Run:
     return run
 
 
-def made(_: Config, run: Run) -> None:
+def made(run: Run) -> None:
     run.path("out").write_text("made")
 
 

@@ -2,11 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
 from distill.config.teachers import EndpointTeacher
 from distill.config.values import Positive, Revision, Section, Trust, Weight, checked_model

@@ -83,35 +83,6 @@ class Teacher(Section):
         """Return the addresses at which it is asked; the first names it."""
         return ()
 
-    @property
-    def budget(self) -> Decimal | None:
-        """Return the dollars that may be spent on it."""
-        return None
-
-    @property
-    def stated_dollars(self) -> Decimal | None:
-        """Return what all its answers cost, where the user states that."""
-        return None
-
-    @property
-    def cost_unstated(self) -> bool:
-        """Tell whether only the user could say what its answers cost, and does not."""
-        return False
-
-    @property
-    def limits_answers(self) -> bool:
-        """Tell whether an answer has a maximum that is enforced."""
-        return True
-
-    @property
-    def lists_logprobs(self) -> bool:
-        """Tell whether log-probabilities come with the answers."""
-        return False
-
-    def least_seconds(self, requests: float, tokens: float) -> float:
-        """Return how long limits of the rate make so many requests and tokens take."""
-        return 0.0
-
     @field_validator("model")
     @classmethod
     def _model_name(cls, value: str) -> str:
@@ -228,21 +199,6 @@ class EndpointTeacher(Teacher):
         urls = (self.base_url,) if isinstance(self.base_url, str) else self.base_url
         return tuple(url.rstrip("/") for url in urls)
 
-    @property
-    def budget(self) -> Decimal | None:
-        """Return the dollars that may be spent on it."""
-        return self.budget_dollars
-
-    @property
-    def limits_answers(self) -> bool:
-        """Tell whether an answer has a maximum that is enforced."""
-        return "max_tokens" not in self.omit
-
-    @property
-    def lists_logprobs(self) -> bool:
-        """Tell whether log-probabilities come with the answers."""
-        return bool(self.extra_body.get("logprobs"))
-
     def least_seconds(self, requests: float, tokens: float) -> float:
         """Return how long limits of the rate make so many requests and tokens take."""
         by_count = requests / (self.requests_per_minute or math.inf)
@@ -297,16 +253,6 @@ class StatedCost(Teacher):
     dollars: Decimal | None = None
     """What all answers cost, in dollars, for the report; null is unknown."""
 
-    @property
-    def stated_dollars(self) -> Decimal | None:
-        """Return what all its answers cost, where the user states that."""
-        return self.dollars
-
-    @property
-    def cost_unstated(self) -> bool:
-        """Tell whether only the user could say what its answers cost, and does not."""
-        return self.dollars is None
-
 
 class RecordedTeacher(StatedCost):
     """The answers that came with the corpus."""
@@ -354,20 +300,14 @@ def _by_kind(*kinds: str) -> Discriminator:
 
 
 Local = Annotated[LocalTeacher, Tag("local")]
-
 Endpoint = Annotated[EndpointTeacher, Tag("endpoint")]
-
 Canned = Annotated[CannedTeacher, Tag("canned")]
-
 Recorded = Annotated[RecordedTeacher, Tag("recorded")]
-
 Python = Annotated[PythonTeacher, Tag("python")]
-
 AnyTeacher = Annotated[
     Local | Endpoint | Canned | Recorded | Python,
     _by_kind("local", "endpoint", "canned", "recorded", "python"),
 ]
-
 AnyJudge = Annotated[
     Local | Endpoint | Canned | Python, _by_kind("local", "endpoint", "canned", "python")
 ]

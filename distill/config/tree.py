@@ -11,19 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import regex
-from pydantic import (
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
 from distill.config.learning import OnPolicy, Signals, Student, Train
-from distill.config.teachers import (
-    AnyJudge,
-    AnyTeacher,
-    LocalTeacher,
-    Teacher,
-)
+from distill.config.teachers import AnyJudge, AnyTeacher, EndpointTeacher, LocalTeacher, Teacher
 from distill.config.values import (
     MODEL,
     NAME,
@@ -341,54 +332,39 @@ class Config(Section):
         return self.seed if self.train.seed is None else self.train.seed
 
     @model_validator(mode="after")
-    def _sampled(self) -> "Config":
-        loss, own = self.train.loss, self.on_policy
-        parts = [*(loss.soft if self.captures else ()), *([own.divergence] if own.rounds else ())]
-        other = [name for name in parts if name != "forward_kl"]
-        if self.signals.method == "sampled" and (other or (parts and loss.temperature != 1)):
-            what = other[0] if other else f"temperature {loss.temperature:g}"
+    def _distributions_can_be_had(self) -> "Config":
+        if not self.distributions:
+            return self
+        loss, own, rounds = self.train.loss, self.signals, self.on_policy.rounds
+        teacher, fix = self.soft_teacher(), "name a local model in signals.model"
+        divergences = [*(loss.soft if self.captures else ())]
+        divergences += [self.on_policy.divergence] if rounds else []
+        biased = [name for name in divergences if name != "forward_kl"]
+        if divergences and loss.temperature != 1:
+            biased.append(f"temperature {loss.temperature:g}")
+        if own.method == "sampled" and biased:
             raise ValueError(
                 "signals.method sampled is right for ce and forward_kl at temperature 1 only, "
-                f"not for {what}"
+                f"not for {biased[0]}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _captured_from_a_server(self) -> "Config":
-        if not self.distributions or self.soft_teacher().logprobs != "listed":
-            return self
-        own, loss, fix = self.signals, self.train.loss, "name a local model in signals.model"
-        if not self.captures or self.on_policy.rounds:
-            what = "on_policy has rounds" if self.on_policy.rounds else "train.loss.teacher is live"
-            raise ValueError(f"{what}, which needs a local teacher: {fix}")
-        if own.temperatures or loss.temperature != 1:
-            raise ValueError(f"an endpoint tells distributions at temperature 1 only: {fix}")
-        if own.method == "sampled":
-            raise ValueError(f"no endpoint gives what signals.method sampled draws from: {fix}")
-        return self
-
-    @model_validator(mode="after")
-    def _came_with_answers(self) -> "Config":
-        if not (self.distributions and self.signals.from_answers):
-            return self
-        if not self.teacher.lists_logprobs:
+        if teacher.logprobs == "listed":
+            if not self.captures or rounds:
+                what = "on_policy has rounds" if rounds else "train.loss.teacher is live"
+                raise ValueError(f"{what}, which needs a local teacher: {fix}")
+            if own.temperatures or loss.temperature != 1:
+                raise ValueError(f"an endpoint tells distributions at temperature 1 only: {fix}")
+            if own.method == "sampled":
+                raise ValueError(f"no endpoint gives what signals.method sampled draws from: {fix}")
+        asked = self.teacher.extra_body if isinstance(self.teacher, EndpointTeacher) else {}
+        if own.from_answers and not asked.get("logprobs"):
             raise ValueError(
                 "signals.from_answers needs teacher.kind: endpoint and teacher.extra_body: "
                 "{logprobs: true, top_logprobs: 20}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _captured(self) -> "Config":
-        if not self.distributions:
-            return self
-        loss, kept = self.train.loss, (1.0, *self.signals.temperatures)
-        if self.soft_teacher().logprobs is None:
-            asking = "train.loss has soft parts" if loss.soft else "on_policy has rounds"
-            raise ValueError(
-                f"{asking}, which a local teacher must read: name one in signals.model"
-            )
-        if (self.captures or self.on_policy.rounds) and loss.temperature not in kept:
+        if teacher.logprobs is None:
+            what = "train.loss has soft parts" if loss.soft else "on_policy has rounds"
+            raise ValueError(f"{what}, which a local teacher must read: name one in signals.model")
+        if divergences and loss.temperature not in (1.0, *own.temperatures):
             raise ValueError(
                 f"train.loss.temperature {loss.temperature:g} is not captured: "
                 "add it to signals.temperatures"

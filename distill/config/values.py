@@ -7,25 +7,17 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 from urllib.parse import urlsplit
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
-
 MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
-
+SERVED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@/-]{0,199}")  # what servers call their models
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
+METADATA = ("fd00:ec2::254", "100.100.100.200")  # of clouds' services that give out keys
 Fraction = Annotated[float, Field(ge=0, le=1)]
-
 Positive = Annotated[int, Field(gt=0, le=10**9)]
-
 Count = Annotated[int, Field(ge=0, le=10**9)]
-
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
-
 Weight = Annotated[float, Field(ge=0)]
 
 
@@ -52,7 +44,6 @@ def plain_revision(value: str) -> str:
 
 
 File = Annotated[Path, AfterValidator(plain_path)]
-
 Revision = Annotated[str, AfterValidator(plain_revision)]
 
 
@@ -63,11 +54,6 @@ def checked_model(value: str) -> str:
     if not MODEL.fullmatch(value):
         raise ValueError("a model is NAME, OWNER/NAME, or a folder written as ./FOLDER or /FOLDER")
     return value
-
-
-SERVED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@/-]{0,199}")  # what servers call their models
-
-VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
 
 
 def checked_url(value: str, allow_insecure: bool = False) -> str:
@@ -82,7 +68,9 @@ def checked_url(value: str, allow_insecure: bool = False) -> str:
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise ValueError("an address holds no name, key, query or fragment")
     address = _ip(host)
-    if host == "metadata.google.internal" or (address and _is_metadata(address)):
+    # where clouds give out keys: link-local, and AWS's in IPv6
+    keys = address and (address.is_link_local or str(address) in METADATA)
+    if host == "metadata.google.internal" or keys:
         raise ValueError("the address is that of a cloud's metadata service")
     local = host == "localhost" or bool(address and address.is_loopback)
     if parts.scheme == "http" and not local and not allow_insecure:
@@ -90,10 +78,7 @@ def checked_url(value: str, allow_insecure: bool = False) -> str:
     return value.rstrip("/")
 
 
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-
-
-def _ip(host: str) -> Address | None:
+def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     """Return a host as an IP address, also one written as a number or in octal; None for a name."""
     try:
         found = ipaddress.ip_address(host)
@@ -103,11 +88,6 @@ def _ip(host: str) -> Address | None:
         except (OSError, UnicodeError):
             return None
     return getattr(found, "ipv4_mapped", None) or found
-
-
-def _is_metadata(address: Address) -> bool:
-    """Tell whether clouds give out keys at an address: link-local, or AWS's in IPv6."""
-    return address.is_link_local or str(address) in ("fd00:ec2::254", "100.100.100.200")
 
 
 class Trust(NamedTuple):

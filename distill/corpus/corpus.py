@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
 
-from distill.config.tree import Chunk, Config, Corpus
+from distill.config.tree import Chunk, Corpus
 from distill.corpus import python_docs, readers
 from distill.corpus.clean import chunk
 from distill.corpus.contamination import contaminated_documents
@@ -34,11 +34,12 @@ WORDS = 5  # of a shingle
 PERMUTATIONS = 128
 
 
-def main(config: Config, run: Run) -> None:
+def main(run: Run) -> None:
     """Make documents.jsonl and rejects.jsonl, and note the counts.
 
     Raises DistillError (exit 3) where the corpus is not usable.
     """
+    config = run.config
     corpus, rejects, listed = config.corpus, list[Reject](), run.path("rejects.jsonl")
     documents = interpret_rows(corpus, rejects)
     write_records(listed, rejects)  # the next error refers to it
@@ -90,9 +91,8 @@ def main(config: Config, run: Run) -> None:
         say(f"corpus: private text {action} in {holding} rows: {counts_line(kinds)}")
 
 
-def identity(config: Config) -> dict[str, str]:
+def identity(corpus: Corpus) -> dict[str, str]:
     """Return what the documents depend on besides the config: hashes of files, Python's version."""
-    corpus = config.corpus
     if corpus.source == "python-docs":
         return {"python": platform.python_version()}
     folder, dataset = corpus.path, corpus.dataset or ""

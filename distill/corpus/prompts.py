@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
-from distill.config.tree import Config, Questions
+from distill.config.tree import Questions
 from distill.corpus.clean import INSTRUCTIONS, break_up
 from distill.errors import DistillError, Exit
 from distill.records import SPLITS, Document, Message, Prompt, Response
@@ -52,12 +52,12 @@ MOST = 1000  # questions about one document; each is compared with each
 NEARLY_SAME = 0.7  # Jaccard similarity of the words of two questions
 
 
-def main(config: Config, run: Run) -> None:
+def main(run: Run) -> None:
     """Make prompts.jsonl from documents.jsonl, and note the counts.
 
     Raises DistillError (exit 2) where a task does not fit the documents, or two have one name.
     """
-    settings = config.prompts
+    settings = run.config.prompts
     documents = read_records(run.path("documents.jsonl"), Document)
     tasks = [load_task(name) for name in settings.tasks]
     for name, count in Counter(task.name for task in tasks).items():
@@ -88,9 +88,9 @@ def main(config: Config, run: Run) -> None:
         )
 
 
-def identity(config: Config) -> dict[str, str]:
+def identity(tasks: Sequence[str]) -> dict[str, str]:
     """Return the hash of each task's file."""
-    paths = {name: task_path(name) for name in config.prompts.tasks or (PLAIN,)}
+    paths = {name: task_path(name) for name in tasks or (PLAIN,)}
     return {f"task {name}": sha256_file(path) for name, path in paths.items() if path.is_file()}
 
 

@@ -7,13 +7,14 @@ as it was on the day of the report, so that the same report can be made again on
 
 from decimal import Decimal
 
-from distill.config.tree import Config
+from distill.config.teachers import StatedCost
 from distill.economics.costs import Tariff, distillation_cost, request_cost
 from distill.economics.savings import Assumptions, economics
 from distill.evaluation.measurements import MODELS, Difference, MetricRow
 from distill.evaluation.scorecard import Costs, Economics, TeacherPrice
 from distill.evaluation.scorers import HeldOutRequest
 from distill.evaluation.statistics import Certainty
+from distill.models.gpus import find_gpu, gpus
 from distill.records import Response, Timing
 from distill.responders.prices import PriceBook, load_prices
 from distill.storage.files import read_json, read_records, write_json
@@ -24,14 +25,29 @@ UNSTATED = "what the recorded answers cost is not stated (teacher.dollars)"
 NOT_MEASURED = "the student's difference to the teacher is not known: no task has a checker"
 
 
-def money_of(config: Config, run: Run, overall: MetricRow | None) -> tuple[Costs, Economics]:
+def ran_elsewhere(run: Run, machine: str | None) -> str:
+    """Return why the price of a GPU is not that of the run: it was measured on another device."""
+    priced = next((row for row in gpus() if row.machine == machine), None)
+    made = run.made_with("evaluate").get("environment", {})
+    if priced is None or not made:
+        return ""
+    name, memory = made.get("gpu"), made.get("gpu_memory", 0)
+    if name and find_gpu(name, memory) == priced:
+        return ""
+    ran = name or made.get("processor") or "a CPU"
+    return f"evaluation.machine is {machine} ({priced.match}), and this was measured on {ran}"
+
+
+def money_of(run: Run, overall: MetricRow | None) -> tuple[Costs, Economics]:
     """Return the scorecard's `cost` and `economics`; `overall` is the result of all checks."""
-    settings, teacher, prices = config.evaluation, config.teacher, run.path(PRICES)
+    settings, teacher, prices = run.config.evaluation, run.config.teacher, run.path(PRICES)
     if not prices.exists():
         write_json(prices, load_prices(settings.prices).model_dump(mode="json"))
     book = PriceBook.model_validate(read_json(prices))
     utilisation, why = Decimal(repr(settings.utilisation)), book.why_no_machine(settings.machine)
     machine = book.machine(settings.machine)
+    if other := ran_elsewhere(run, settings.machine):
+        machine, why = None, other
     student = actual = compared = Tariff(machine, utilisation, why)
     if listed := book.teacher(teacher.model):
         actual = compared = Tariff(listed)
@@ -53,7 +69,7 @@ def money_of(config: Config, run: Run, overall: MetricRow | None) -> tuple[Costs
         machine,
         why,
         sum(usage.output_tokens for usage in answers),
-        UNSTATED if teacher.cost_unstated else "",
+        UNSTATED if isinstance(teacher, StatedCost) and teacher.dollars is None else "",
     )
     # Against another model's price the distillation is hypothetical too: its answers cost that.
     hypothetical = compared.price != actual.price
@@ -75,6 +91,6 @@ def money_of(config: Config, run: Run, overall: MetricRow | None) -> tuple[Costs
     if overall:
         counts = {"n": overall.n, "documents": overall.documents}
         quality = overall.student_minus_teacher.model_copy(update=counts)
-    certainty = Certainty(settings.confidence, settings.bootstrap_samples, config.seed)
+    certainty = Certainty(settings.confidence, settings.bootstrap_samples, run.config.seed)
     saved = economics(requests, assumed, certainty, price, quality)
     return Costs(**costs, distillation=spent), saved

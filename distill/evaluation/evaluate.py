@@ -10,7 +10,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from distill.config.tree import Config
 from distill.corpus.contamination import KINDS, NOT_FOUND, Match, flag_training, of_item
 from distill.errors import DistillError, Exit
 from distill.evaluation import results
@@ -62,12 +61,12 @@ class Overlap(NamedTuple):
         return [item for item in items if item.id not in self.matches]
 
 
-def main(config: Config, run: Run) -> None:
+def main(run: Run) -> None:
     """Answer, score and compare; raises DistillError (exit 8) if too few items are comparable."""
     from distill.evaluation.answering import answer  # which loads torch
 
     pairs, items = held_out_items(run.folder)
-    suites = load_suites(config.evaluation.suites)
+    suites = load_suites(run.config.evaluation.suites)
     overlap = find_overlap(run, items, suites)
     if not overlap.without(items):
         what = f"all {len(items)} held-out items stand in the training data"

@@ -271,6 +271,9 @@ class Environment(CardRecord):
     processor: str = ""
     cores: int | None = None
     platform: str | None = None
+    gpu: str | None = None
+    driver: str | None = None
+    cuda: str | None = None
     settings: Settings = Settings()  # in scorecard.json; evaluation.json has them beside
 
 

@@ -8,6 +8,7 @@ answers. Answers go through the store that runs share. `distill compare` reads w
 from collections.abc import Mapping
 from pathlib import Path
 
+from distill.config.teachers import EndpointTeacher
 from distill.config.yaml_file import load_config
 from distill.errors import DistillError, Exit
 from distill.evaluation import results
@@ -62,7 +63,7 @@ def ask_responder(
     if bought:
         config = load_config(path)
         teacher = config.teacher
-        if teacher.paid and teacher.budget is None:
+        if isinstance(teacher, EndpointTeacher) and teacher.budget_dollars is None:
             fix = "set teacher.budget_dollars; 0.01 is enough to see what a question costs"
             raise DistillError(Exit.BUDGET, "teacher.budget_dollars", "is not set", fix)
         if not teacher.makes_answers:

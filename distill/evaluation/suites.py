@@ -13,7 +13,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from distill.config.renamed_keys import first_names
-from distill.config.teachers import Teacher
+from distill.config.teachers import EndpointTeacher, Teacher
 from distill.config.tree import Columns, Config
 from distill.config.values import File, Positive, Section, checked_model
 from distill.config.yaml_file import find_config
@@ -244,7 +244,7 @@ def why_no_teacher(teacher: Teacher, suite: Suite) -> str | None:
     """
     if not suite.ask_teacher:
         return UNASKED
-    if teacher.paid and teacher.budget is None:
+    if isinstance(teacher, EndpointTeacher) and teacher.budget_dollars is None:
         return UNPAID
     return None if teacher.makes_answers else RECORDED
 

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from distill.callables import find as find_callable
 from distill.callables import source_hash
-from distill.config.tree import Config, Filters
+from distill.config.tree import Filters
 from distill.corpus.contamination import contaminated_pairs
 from distill.errors import DistillError, Exit
 from distill.records import SPLITS, Document, Pair, Prompt, Record, Response, Split
@@ -54,7 +54,7 @@ class Dropped(Record):
     text: str
 
 
-def main(config: Config, run: Run) -> None:
+def main(run: Run) -> None:
     """Make dataset/*.jsonl, dropped.jsonl and funnel.json.
 
     Raises DistillError (exit 3) where no row is left to train on.
@@ -75,13 +75,13 @@ def main(config: Config, run: Run) -> None:
     def holds_held_out(prompt: Prompt, response: Response) -> str | None:
         return CONTAMINATED if response.id in contaminated else None
 
-    filters = [*active_filters(config.filters, tasks_of_run(run.folder)), holds_held_out]
+    filters = [*active_filters(run.config.filters, tasks_of_run(run.folder)), holds_held_out]
     dropped: list[Dropped] = []
     dataset: dict[Split, list[Pair]] = {}
     for split in SPLITS:
         mine = [pair for pair in pairs if splits[pair.prompt.document_id] == split]
         if split != "heldout":
-            mine = sift(mine, split, filters, dropped, config.teacher.reasoning == "keep")
+            mine = sift(mine, split, filters, dropped, run.config.teacher.reasoning == "keep")
         dataset[split] = mine
         write_records(run.path(f"dataset/{split}.jsonl"), mine)
     write_records(run.path("dropped.jsonl"), dropped)
@@ -96,11 +96,10 @@ def main(config: Config, run: Run) -> None:
         raise DistillError(Exit.INPUT, where, what, fix)
 
 
-def identity(config: Config) -> dict[str, str]:
+def identity(settings: Filters, reasoning: str) -> dict[str, str]:
     """Return whether rows are trained on with reasoning, and what filters of the user's are."""
-    reasoning = {"reasoning": "keep"} if config.teacher.reasoning == "keep" else {}
-    mine = {f"filter {name}": source_hash("filter", name) for name in config.filters.python}
-    return {**reasoning, **mine}
+    kept = {"reasoning": reasoning} if reasoning == "keep" else {}
+    return kept | {f"filter {name}": source_hash("filter", name) for name in settings.python}
 
 
 def active_filters(settings: Filters, find: FindTask = shipped) -> list[Filter]:

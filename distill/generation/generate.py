@@ -7,12 +7,11 @@ stage mean the same ones.
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 
-from distill.config.teachers import Teacher
-from distill.config.tree import Config, Questions
+from distill.config.teachers import StatedCost, Teacher
+from distill.config.tree import Questions
 from distill.corpus.prompts import prompts_for_questions, written_prompts
 from distill.errors import DistillError, Exit
 from distill.records import Document, Prompt
-from distill.responders import kinds
 from distill.responders.ask import Ask
 from distill.responders.kinds import make_responder
 from distill.responders.local.workers import Workers
@@ -24,12 +23,13 @@ from distill.storage.progress import say
 from distill.storage.run_folder import Run
 
 
-def main(config: Config, run: Run, workers: Workers | None = None) -> None:
+def main(run: Run, workers: Workers | None = None) -> None:
     """Make responses.jsonl from prompts.jsonl, and questions.jsonl, which may be empty.
 
     Raises DistillError (exit 10) before anything is asked, where the teacher's terms do not allow
     it. This is the main process of `workers`, where others answer too.
     """
+    config = run.config
     settings, questions = config.teacher, list[Prompt]()
     run.note("terms", require_terms(settings, config.terms.basis).facts())
     documents = {d.id: d for d in read_records(run.path("documents.jsonl"), Document)}
@@ -54,8 +54,8 @@ def main(config: Config, run: Run, workers: Workers | None = None) -> None:
     if settings.paid:
         responses = recounted(responses, requests, settings.model)
     write_records(run.path("responses.jsonl"), responses)
-    if ask.count and settings.stated_dollars is not None:
-        run.ledger.spend(dollars=settings.stated_dollars, price="as stated in teacher.dollars")
+    if ask.count and isinstance(settings, StatedCost) and settings.dollars is not None:
+        run.ledger.spend(dollars=settings.dollars, price="as stated in teacher.dollars")
     run.note(
         "teacher", {"model": teacher.model, "origin": teacher.origin, "answers": len(responses)}
     )
@@ -66,22 +66,17 @@ def main(config: Config, run: Run, workers: Workers | None = None) -> None:
     say(line)
 
 
-def identity(config: Config) -> dict[str, str]:
-    """Return the hashes of what the teacher's answers depend on."""
-    return kinds.identity(config.teacher)
-
-
-def join(config: Config, run: Run, workers: Workers) -> None:
+def join(run: Run, workers: Workers) -> None:
     """Do a share of the work, as another process than the main one."""
     from distill.responders.local.local_model import LocalResponder
 
     def ready() -> Planner:
-        teacher = make_responder(config.teacher, config)
+        teacher = make_responder(run.config.teacher, run.config)
         assert isinstance(teacher, LocalResponder)
         assert teacher.network  # loaded while the main process loads its own and plans
         return teacher
 
-    workers.join(ready, config.store_folder() / "responses", run.ledger.spend)
+    workers.join(ready, run.config.store_folder() / "responses", run.ledger.spend)
 
 
 def requests_of(

@@ -15,8 +15,8 @@ from itertools import islice
 from math import ceil
 from typing import NamedTuple
 
-from distill.config.teachers import EndpointTeacher
-from distill.config.tree import Config
+from distill.config.teachers import EndpointTeacher, Teacher
+from distill.config.tree import Config, Questions
 from distill.corpus.prompts import question_shares, written_prompts
 from distill.errors import DistillError, Exit
 from distill.formatting import money
@@ -76,23 +76,25 @@ def teacher_cost(config: Config, work: Work, origin: str | None = None) -> Teach
 
     `origin` is a local responder's, which only a pilot knows; without it the store is not read.
     """
-    teacher = config.teacher
+    teacher, questions = config.teacher, config.prompts.questions
     if not teacher.makes_answers:
         return None
-    price = load_prices(config.evaluation.prices).teacher(teacher.model) if teacher.paid else None
-    origin = origin or (origin_of(teacher) if isinstance(teacher, EndpointTeacher) else None)
+    book, server = load_prices(config.evaluation.prices), isinstance(teacher, EndpointTeacher)
+    price = book.teacher(teacher.model) if server else None
+    origin = origin or (origin_of(teacher) if server else None)
     if work.texts and origin:
         with ResponseStore(config.store_folder() / "responses", writable=False) as store:
-            kinds = _by_request(config, *work.texts, origin, store)
+            kinds = _by_request(teacher, questions, *work.texts, origin, store)
             spent = account(store, {teacher.model: price}, config.name)
     else:  # from the number and size of prompts alone
         count = work.all_prompts + work.prompts["train"] * (teacher.n - 1)
         kinds, spent = [Unanswered(count, work.teacher.bytes, teacher.max_new_tokens)], Account()
-        if questions := config.prompts.questions:
+        if questions:
             asking = work.documents * len(question_shares(questions.kinds, questions.per_document))
             kinds.append(Unanswered(asking, work.teacher.bytes, questions.max_new_tokens))
     count = sent = output = capped = answer = 0.0
-    most = None if price is None or not teacher.limits_answers else Decimal(0)
+    limited = price and "max_tokens" not in teacher.omit
+    most = Decimal(0) if limited else None
     for kind in kinds:
         lengths = [response.usage.output_tokens for response in kind.sampled]
         mean = sum(lengths) / len(lengths) if lengths else ANSWER * kind.cap
@@ -113,9 +115,7 @@ def teacher_cost(config: Config, work: Work, origin: str | None = None) -> Teach
         dollars = spent.settled * ceil(count) / settled
     sampled = [response for kind in kinds for response in kind.sampled]
     seconds = None if count else 0.0
-    if (
-        teacher.paid and sampled
-    ):  # as fast as those before came, and as the limits of the rate allow
+    if server and sampled:  # as fast as those before came, and as the limits of the rate allow
         pace = sum(response.usage.seconds for response in sampled) / len(sampled)
         seconds = max(pace * count, teacher.least_seconds(count, sent + capped))
     cost = TeacherCost(
@@ -131,11 +131,16 @@ def teacher_cost(config: Config, work: Work, origin: str | None = None) -> Teach
         paid_perhaps=spent.unknown_most,
         seconds=seconds,
     )
-    return cost.model_copy(update={"notes": tuple(_notes(config, cost, sampled, price))})
+    notes = [*_grounds(cost, sampled)]
+    if server:
+        why = book.why_no_teacher(teacher.model)
+        notes += _money(cost, price, why, teacher.budget_dollars)
+    return cost.model_copy(update={"notes": tuple(notes)})
 
 
 def _by_request(
-    config: Config,
+    teacher: Teacher,
+    questions: Questions | None,
     documents: Sequence[Document],
     prompts: Sequence[Prompt],
     origin: str,
@@ -153,30 +158,27 @@ def _by_request(
         size = mean_bytes([request.messages for request in missing])
         return Unanswered(len(missing) + to_come, size, cap, len(answered), sampled)
 
-    settings, cap = config.prompts.questions, config.teacher.max_new_tokens
-    by_id = {document.id: document for document in documents}
-    if settings is None:
-        return [unanswered(requests_of(config.teacher, origin, prompts, by_id), cap)]
+    by_id, cap = {document.id: document for document in documents}, teacher.max_new_tokens
+    if questions is None:
+        return [unanswered(requests_of(teacher, origin, prompts, by_id), cap)]
     all_prompts, asking, counts, waiting = list(prompts), list[Request](), list[int](), 0
     for document in documents:
-        requests = question_requests(settings, origin, document)
+        requests = question_requests(questions, origin, document)
         asking += requests
         if all(map(stored, requests)):
             replies = [store.response(request) for request in requests]
-            counts.append(len(new := written_prompts(settings, document, replies)))
+            counts.append(len(new := written_prompts(questions, document, replies)))
             all_prompts += new
         else:  # each of its questions is answered n times where it is for training
-            waiting += config.teacher.n if document.split == "train" else 1
+            waiting += teacher.n if document.split == "train" else 1
     # Of a document that is not asked yet as many questions are expected as came of the others.
-    to_come = waiting * (sum(counts) / len(counts) if counts else settings.per_document)
-    answers = unanswered(requests_of(config.teacher, origin, all_prompts, by_id), cap, to_come)
-    return [answers, unanswered(asking, settings.max_new_tokens)]
+    to_come = waiting * (sum(counts) / len(counts) if counts else questions.per_document)
+    answers = unanswered(requests_of(teacher, origin, all_prompts, by_id), cap, to_come)
+    return [answers, unanswered(asking, questions.max_new_tokens)]
 
 
-def _notes(
-    config: Config, cost: TeacherCost, sampled: Sequence[Response], price: TokenPrice | None
-) -> Iterator[str]:
-    """Say on which grounds; of a paid teacher its price, what was paid, if the budget suffices."""
+def _grounds(cost: TeacherCost, sampled: Sequence[Response]) -> Iterator[str]:
+    """Say how much is asked, and what that is expected from."""
     if cost.requests:
         tokens = f"{cost.input_tokens:,} tokens in, {cost.output_tokens:,} out"
         yield f"{cost.requests:,} requests, {tokens} (at most {cost.output_tokens_most:,})"
@@ -190,16 +192,18 @@ def _notes(
     else:
         measured = "distill plan --pilot N asks N of them and measures"
         yield f"answers are expected to take {ANSWER:.0%} of their cap; {measured}"
-    if not config.teacher.paid:
-        return
+
+
+def _money(
+    cost: TeacherCost, price: TokenPrice | None, why_none: str, limit: Decimal | None
+) -> Iterator[str]:
+    """Say the price of a paid teacher, what was paid, and whether the budget suffices."""
     if price:
         rates = (price.dollars_per_million_input, price.dollars_per_million_output)
         yield f"${rates[0]} in, ${rates[1]} out a million tokens ({price.date}, {price.source})"
-    limit = config.teacher.budget
     if cost.dollars is None:
-        why = load_prices(config.evaluation.prices).why_no_teacher(config.teacher.model)
         stop = f"; with the limit of ${limit} a run stops (exit 6)" if limit is not None else ""
-        yield f"cost unknown: {why}{stop}"
+        yield f"cost unknown: {why_none}{stop}"
         return
     perhaps = f" and perhaps {money(cost.paid_perhaps, up=True)}" if cost.paid_perhaps else ""
     total = money(cost.paid + cost.dollars, up=True)
@@ -228,7 +232,7 @@ def pilot(run: Run, count: int) -> str:
     require_models(config, ("generate",))
     perform(run, STAGES[: NAMES.index("generate")])
 
-    def main(config: Config, run: Run) -> None:
+    def main(run: Run) -> None:
         nonlocal origin
         documents = {d.id: d for d in read_records(run.path("documents.jsonl"), Document)}
         prompts = read_records(run.path("prompts.jsonl"), Prompt)

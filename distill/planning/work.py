@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from distill.config.tree import Config, Corpus, Prompts
+from distill.config.tree import Corpus, Prompts
 from distill.corpus import corpus as corpus_stage
 from distill.corpus import prompts as prompts_stage
 from distill.errors import DistillError, Exit
@@ -78,7 +78,7 @@ def count_work(run: Run, large: int = LARGE) -> Work:
     config, corpus = run.config, run.config.corpus
     with suppress(DistillError):  # of an input that is not there: making it says what is wrong
         if all(run.state(stage)[0] == "done" for stage in STAGES[:2]):
-            return _count(config, run)
+            return _count(run)
     on_hub = corpus.path is None and not str(corpus.dataset).startswith(("./", "/"))
     if corpus.source != "python-docs" and (on_hub or _bytes(corpus.path) > large):
         return _from_caps(corpus, config.prompts)
@@ -87,11 +87,11 @@ def count_work(run: Run, large: int = LARGE) -> Work:
         scratch.folder.mkdir(parents=True)
         console.quiet, before = True, console.quiet
         try:
-            corpus_stage.main(config, scratch)
-            prompts_stage.main(config, scratch)
+            corpus_stage.main(scratch)
+            prompts_stage.main(scratch)
         finally:
             console.quiet = before
-        return _count(config, scratch)
+        return _count(scratch)
 
 
 def mean_bytes(prompts: Sequence[Sequence[Message]]) -> float:
@@ -106,8 +106,9 @@ def _bytes(path: Path | None) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _count(config: Config, run: Run) -> Work:
+def _count(run: Run) -> Work:
     """Count what a run's stages made, and all questions that the teacher is yet to write."""
+    config = run.config
     documents = read_records(run.path("documents.jsonl"), Document)
     prompts = read_records(run.path("prompts.jsonl"), Prompt)
     splits = {document.id: document.split or "train" for document in documents}

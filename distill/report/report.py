@@ -8,7 +8,6 @@ manifest under `sources`, as `part -> stage -> file -> SHA-256`.
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from distill.config.tree import Config
 from distill.economics.run_economics import money_of
 from distill.evaluation import lm_eval
 from distill.evaluation.measurements import EvaluationResult
@@ -59,8 +58,9 @@ SOURCES: dict[str, Files] = {  # a part of the scorecard that is not listed here
 WITHHELD = "corpus.private_text is keep: samples could hold private text, so they are left out"
 
 
-def main(config: Config, run: Run) -> None:
+def main(run: Run) -> None:
     """Write the scorecard and the report; raises DistillError (exit 5) for a damaged input."""
+    config = run.config
     training = read_json(run.path("training.json"))
     if config.on_policy.rounds:  # the student was refined after training
         refined = read_json(run.trained("training.json"))
@@ -71,7 +71,7 @@ def main(config: Config, run: Run) -> None:
     if config.corpus.private_text == "keep":
         samples, worst = None, Failures(worst=(), reason=WITHHELD)
         evaluation = bare(evaluation)
-    cost, economics = money_of(config, run, evaluation.overall)
+    cost, economics = money_of(run, evaluation.overall)
     validation = [row["loss"] for row in training.get("validation", [])]
     summary = {
         **{key: value for key, value in training.items() if key in TrainingSummary.model_fields},

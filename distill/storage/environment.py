@@ -1,4 +1,4 @@
-"""What a run is made with and by: code, versions, processor, threads, processes. Imports no torch.
+"""What a run is made with and by: code, versions, processor, GPU, threads, processes.
 
 `accelerate launch --cpu --num_processes 2` starts one process and says nothing; so how many were
 asked for is read from the config and from the launcher's command line, and held against the count.
@@ -28,6 +28,7 @@ LIBRARIES = (
     *("torch", "transformers", "accelerate", "peft", "datasets", "safetensors"),
     *("gguf", "numpy", "scipy", "sacrebleu"),
 )
+DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/dev/kfd"), Path("/dev/dxg"))
 LAUNCHER = re.compile(r"accelerate|torchrun|torch\.distributed")
 PROCESSES = re.compile(r"--(?:num_processes|num-processes|nproc_per_node|nproc-per-node)[\0=](\d+)")
 
@@ -44,7 +45,27 @@ def environment() -> dict[str, object]:
         "processor": processor(),
         "cores": cores(),
         "threads": os.environ.get("OMP_NUM_THREADS"),
+        **gpu_facts(),
     }
+
+
+def gpu_facts() -> dict[str, object]:
+    """Return the GPU that this process computes on, its driver and CUDA; empty where it has none.
+
+    Torch, which knows, is imported only where a driver says that there may be one.
+    """
+    if not any(path.exists() for path in DRIVERS):
+        return {}
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    properties = torch.cuda.get_device_properties(place)
+    driver = re.search(r"\d+\.[.\d]+", DRIVERS[0].read_text()) if DRIVERS[0].exists() else None
+    facts = {"gpu": properties.name, "gpu_memory": properties.total_memory}
+    cuda = torch.version.cuda or f"ROCm {torch.version.hip}"
+    return {**facts, "driver": driver and driver[0], "cuda": cuda}
 
 
 def installed(name: str) -> str | None:

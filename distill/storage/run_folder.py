@@ -60,7 +60,7 @@ class Stage:
     keys: tuple[str, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    main: Callable[..., None]  # of config and run; training also knows allow_inexact
+    main: Callable[..., None]  # of the run; training also knows allow_inexact
     # further inputs by hash: corpus files, models
     identity: Callable[[Config], dict[str, str]] = lambda config: {}
     purpose: str = ""
@@ -185,7 +185,7 @@ class Run:
         write_json(marker, mark)
         self._note_stage(stage, {"environment": environment()})
         with self.ledger.counting(stage.name, marker, mark["begun"]):
-            stage.main(self.config, self)
+            stage.main(self)
         mark |= {"finished": True, "at": now()}
         with disk_errors(self.folder):
             mark["outputs"] = sha256_files(self.folder, stage.outputs)

@@ -9,12 +9,14 @@ compares the two, and tests compare gradients with plain PEFT in float32.
 Shape suffixes: N tokens of a packed row, D hidden size, I inputs, O outputs, R ranks side by side.
 """
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from distill.training import attention
 from distill.training.adapters import ADAPTER, factors
@@ -119,6 +121,7 @@ class FusedLayer:
         self.out, self.down = Projection([attend.o_proj]), Projection([mlp.down_proj])
         self.gate_up = Projection([mlp.gate_proj, mlp.up_proj])
         self.head_dim, self.scale = attend.head_dim, attend.scaling
+        self.module = weakref.ref(layer)  # whose `forward` this is: no circle that keeps both
 
     def __call__(
         self,
@@ -129,10 +132,18 @@ class FusedLayer:
     ) -> Tensor:
         half = self.head_dim // 2
         cos, sin = (t[0, :, None, :half].to(hidden_states.dtype) for t in position_embeddings)
-        x = hidden_states[0]
-        x = _Attend.apply(x, self, cos, sin, segments, *self.qkv.masters, *self.out.masters)
-        x = _Feed.apply(x, self, *self.gate_up.masters, *self.down.masters)
-        return x[None]  # pyright: ignore[reportOptionalSubscript]
+        module = self.module()
+        again = module is not None and module.training and module.gradient_checkpointing
+        inputs = (hidden_states[0], cos, sin, segments)
+        x = checkpoint(self._compute, *inputs, use_reentrant=False) if again else None
+        return (self._compute(*inputs) if x is None else x)[None]
+
+    def _compute(
+        self, x_ND: Tensor, cos: Tensor, sin: Tensor, segments: Sequence[Segment]
+    ) -> Tensor:
+        masters = (*self.qkv.masters, *self.out.masters)
+        x: Any = _Attend.apply(x_ND, self, cos, sin, segments, *masters)
+        return _Feed.apply(x, self, *self.gate_up.masters, *self.down.masters)  # pyright: ignore
 
 
 class _Attend(torch.autograd.Function):

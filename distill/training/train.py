@@ -58,13 +58,14 @@ class Progress:
     notes: list[str] = field(default_factory=list)
 
 
-def main(config: Config, run: Run, allow_inexact: bool = False, start: Path | None = None) -> None:
+def main(run: Run, allow_inexact: bool = False, start: Path | None = None) -> None:
     """Train, or continue, and write adapter/, checkpoints/, training.json and merged/.
 
     The first step begins with the adapter in `start`, or with a fresh one. Raises DistillError
     (exit 7) for whatever keeps the training from being what the config says; `allow_inexact` lets
     a resume under other data, settings, libraries or processes pass, and records that it did.
     """
+    config = run.config
     train_file = run.path("dataset/train.jsonl")
     if not train_file.exists():
         fix = "make it: distill filter CONFIG, or all at once: distill run CONFIG"

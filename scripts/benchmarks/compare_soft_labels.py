@@ -151,7 +151,7 @@ def trained(run: Run) -> Run:
     with run.lock():
         if not run.path("training.json").exists():
             say(f"training {run.folder.name}")
-            train.main(run.config, run)
+            train.main(run)
     gc.collect()
     return run
 
@@ -165,7 +165,7 @@ def refined(base: Run, soft: Run, count: int | None, settings: Config) -> Run:
         if not run.path("adapter").exists():
             shutil.copytree(soft.path("adapter"), run.path("adapter"))
         if not run.path("refined/training.json").exists():
-            on_policy.main(run.config, run)
+            on_policy.main(run)
     gc.collect()
     return run
 

@@ -151,7 +151,7 @@ def test_a_changed_input_is_named(tmp_path: Path) -> None:
 
 def test_a_missing_path_is_named(tmp_path: Path) -> None:
     with pytest.raises(DistillError) as caught:
-        corpus.identity(make(tmp_path).config)
+        corpus.identity(make(tmp_path).config.corpus)
     assert caught.value.code == Exit.INPUT and str(tmp_path / "in") in caught.value.where
 
 
@@ -162,7 +162,7 @@ def test_a_saved_dataset_is_a_corpus(tmp_path: Path, key: str) -> None:
     run = make(tmp_path, **({"path": None} | {key: str(tmp_path / "saved")}))
     run.perform(STAGE)
     assert [d.text for d in documents(run)] == [row["text"] for row in rows]
-    assert any("arrow" in name for name in corpus.identity(run.config))
+    assert any("arrow" in name for name in corpus.identity(run.config.corpus))
 
 
 def test_the_standard_library_is_a_corpus(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_the_standard_library_is_a_corpus(tmp_path: Path) -> None:
     found = documents(run)
     assert Counter(d.split for d in found) == {"train": 45, **sizes}
     assert all(d.text.startswith(d.meta["name"]) for d in found)
-    assert list(corpus.identity(run.config)) == ["python"]
+    assert list(corpus.identity(run.config.corpus)) == ["python"]
 
 
 def test_documents_that_share_text_with_held_out_ones_are_left_out_and_those_stay(

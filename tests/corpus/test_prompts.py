@@ -310,7 +310,7 @@ def test_the_tasks_of_a_shipped_experiment_are_there(path: Path) -> None:
     config = load_config(path)
     assert config.name == path.stem
     assert all(load_task(name).student.user for name in config.prompts.tasks)
-    assert len(prompts.identity(config)) == max(1, len(config.prompts.tasks))
+    assert len(prompts.identity(config.prompts.tasks)) == max(1, len(config.prompts.tasks))
 
 
 def test_the_quickstart_has_the_sizes_that_it_is_compared_at() -> None:

@@ -38,8 +38,8 @@ tokens:
 OVERALL = {"student_minus_teacher": {"mean": -0.1, "low": -0.2, "high": 0.0}}
 
 
-def accounts(config: Config, run: Run, overall: dict[str, Any] | None) -> dict[str, Any]:
-    cost, found = money_of(config, run, MetricRow.model_validate(overall) if overall else None)
+def accounts(run: Run, overall: dict[str, Any] | None) -> dict[str, Any]:
+    cost, found = money_of(run, MetricRow.model_validate(overall) if overall else None)
     return {"cost": cost.tree(), "economics": found.tree()}
 
 
@@ -94,7 +94,7 @@ def make_run(folder: Path, teacher: dict[str, Any], **settings: Any) -> Run:
 
 def test_a_local_teacher_is_paid_by_the_machine_that_idles_too(tmp_path: Path) -> None:
     run = make_run(tmp_path, {"model": "a/teacher"})
-    found = accounts(run.config, run, OVERALL)
+    found = accounts(run, OVERALL)
     cost, said = found["cost"], found["economics"]
     assert (cost["teacher"]["dollars_per_1k"], cost["student"]["dollars_per_1k"]) == (0.4, 0.1)
     assert said["rows"][1]["dollars_per_1k"]["value"] == 0.22 and not said["teacher"]["hosted"]
@@ -107,7 +107,7 @@ def test_a_local_teacher_is_paid_by_the_machine_that_idles_too(tmp_path: Path) -
 
 def test_a_hosted_teacher_costs_its_own_list_price(tmp_path: Path) -> None:
     run = make_run(tmp_path, {"model": "own/teacher"})
-    said = accounts(run.config, run, None)["economics"]
+    said = accounts(run, None)["economics"]
     assert said["teacher"]["dollars_per_1k"] == 1.0 and not said["teacher"]["hypothetical"]
     assert said["rows"][1]["dollars_per_1k"]["value"] == 0.7
     assert said["quality"]["mean"] is None and said["quality"]["reason"]
@@ -115,14 +115,14 @@ def test_a_hosted_teacher_costs_its_own_list_price(tmp_path: Path) -> None:
 
 def test_another_s_list_price_is_hypothetical_and_so_is_the_distillation(tmp_path: Path) -> None:
     run = make_run(tmp_path, {"model": "a/teacher"}, teacher_price="giant")
-    found = accounts(run.config, run, OVERALL)
+    found = accounts(run, OVERALL)
     cost, said = found["cost"], found["economics"]
     assert said["teacher"]["name"] == "giant" and said["teacher"]["hypothetical"]
     assert said["teacher"]["dollars_per_1k"] == 2.0 and cost["teacher"]["dollars_per_1k"] == 0.4
     # ten answers of 400 in and 60 out at $2 and $20 are $0.02, beside the hour of training
     assert said["teacher"]["answers_dollars"] == 0.02 and said["distillation_dollars"] == 0.38
     own = make_run(tmp_path, {"model": "own/teacher"}, teacher_price="own/teacher")
-    assert not accounts(own.config, own, None)["economics"]["teacher"]["hypothetical"]
+    assert not accounts(own, None)["economics"]["teacher"]["hypothetical"]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_another_s_list_price_is_hypothetical_and_so_is_the_distillation(tmp_pat
 )
 def test_a_price_that_is_missing_or_stale_is_unknown(tmp_path: Path, name: str, why: str) -> None:
     run = make_run(tmp_path, {"model": "a/teacher"}, teacher_price=name)
-    said = accounts(run.config, run, OVERALL)["economics"]
+    said = accounts(run, OVERALL)["economics"]
     assert said["teacher"]["dollars_per_1k"] is None and said["share"]["value"] == 0.8
     for row in said["rows"]:
         assert row["dollars_per_1k"]["value"] is None and why in row["dollars_per_1k"]["reason"]
@@ -139,28 +139,28 @@ def test_a_price_that_is_missing_or_stale_is_unknown(tmp_path: Path, name: str, 
 def test_an_endpoint_without_a_price_is_not_priced_by_our_machine(tmp_path: Path) -> None:
     teacher = {"kind": "endpoint", "model": "served", "base_url": "https://example.org/v1"}
     run = make_run(tmp_path, teacher)
-    cost = accounts(run.config, run, OVERALL)["cost"]["teacher"]
+    cost = accounts(run, OVERALL)["cost"]["teacher"]
     assert cost["dollars_per_1k"] is None and "no model served" in cost["reasons"]["dollars_per_1k"]
 
 
 def test_recorded_answers_have_the_cost_that_is_stated(tmp_path: Path) -> None:
     run = make_run(tmp_path, {"kind": "recorded", "model": "a/teacher"})
-    found = accounts(run.config, run, OVERALL)
+    found = accounts(run, OVERALL)
     assert found["cost"]["distillation"]["reasons"] == {"dollars": UNSTATED}
     assert found["economics"]["rows"][0]["break_even"]["days"]["reason"] == UNSTATED
     free = make_run(tmp_path, {"kind": "recorded", "model": "a/teacher", "dollars": Decimal(0)})
-    assert accounts(free.config, free, OVERALL)["economics"]["distillation_dollars"] == 0.36
+    assert accounts(free, OVERALL)["economics"]["distillation_dollars"] == 0.36
 
 
 def test_what_the_store_had_already_is_said(tmp_path: Path) -> None:
     run = make_run(tmp_path, {"model": "a/teacher"})
     write_records(run.path("ledger.jsonl"), [run.ledger.entries()[1]])
-    assert accounts(run.config, run, OVERALL)["cost"]["distillation"]["reused"] == 1.0
+    assert accounts(run, OVERALL)["cost"]["distillation"]["reused"] == 1.0
 
 
 def test_a_run_of_before_says_what_to_do(tmp_path: Path) -> None:
     run = make_run(tmp_path, {"model": "a/teacher"})
     run.path("requests.jsonl").unlink()
     with pytest.raises(DistillError) as caught:
-        accounts(run.config, run, OVERALL)
+        accounts(run, OVERALL)
     assert caught.value.code == Exit.STATE

@@ -85,7 +85,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory, student: Path) -> Run:
     suite = make_suite(folder / "suite")
     suite.write_text(suite.read_text() + "ask_teacher: true\n")
     run = make_run(folder / "runs", student, heldout_pairs(), suites=[str(suite)])
-    evaluate.main(run.config, run)
+    evaluate.main(run)
     return run
 
 
@@ -148,8 +148,8 @@ def test_a_killed_evaluation_asks_nothing_twice_and_ends_the_same(
     with monkeypatch.context() as patch:
         patch.setattr(answering, killed, kill)
         with pytest.raises(KeyboardInterrupt):
-            evaluate.main(again.config, again)  # base has answered the held-out prompts
-    evaluate.main(again.config, again)
+            evaluate.main(again)  # base has answered the held-out prompts
+    evaluate.main(again)
     (log,) = store.glob("*.jsonl")
     assert log.read_bytes().count(b" response ") == 2 * (ITEMS + QUESTIONS)
     first, second = (
@@ -164,7 +164,7 @@ def test_a_local_teacher_is_asked_where_the_suite_says_so(again: Run, student: P
     local = LocalTeacher(model=str(student), dtype="float32", max_new_tokens=limit, license="mit")
     terms = again.config.terms.model_copy(update={"basis": "it is ours"})
     run = Run(again.config.model_copy(update={"teacher": local, "terms": terms}))
-    evaluate.main(run.config, run)
+    evaluate.main(run)
     row = read_json(run.path("evaluation.json"))["suites"]["sums"]["overall"]
     assert row["teacher"] == row["base"], "the same weights"
     assert row["student_minus_teacher"]["mean"] is not None
@@ -181,7 +181,7 @@ def test_items_in_the_training_data_are_not_in_the_headline(again: Run) -> None:
         response=pair.response.model_copy(update={"text": text}),
     )
     write_records(again.path("dataset/train.jsonl"), [thief])
-    evaluate.main(again.config, again)
+    evaluate.main(again)
     evaluation = read_json(again.path("evaluation.json"))
     overlap = evaluation["contamination"]
     assert (overlap["n"], overlap["flagged"], overlap["unsearchable"]) == (ITEMS, 1, 0)
@@ -201,7 +201,7 @@ def test_items_that_all_stand_in_the_training_data_stop_before_anything_is_asked
     shutil.rmtree(again.path("answers"))
     shutil.copy(again.path("dataset/heldout.jsonl"), again.path("dataset/train.jsonl"))
     with pytest.raises(DistillError, match="stand in the training data") as caught:
-        evaluate.main(again.config, again)
+        evaluate.main(again)
     assert caught.value.code == Exit.EVALUATION and not again.path("answers").exists()
 
 

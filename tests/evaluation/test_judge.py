@@ -249,7 +249,7 @@ def make_run(folder: Path, teacher: FakeTeacher) -> Run:
 
 def ask(run: Run, items: list[Item]) -> None:
     """Ask the judge as the evaluate stage does."""
-    work = Stage("evaluate", (), (), (), lambda c, r: ask_judge(r, items, answers(items)))
+    work = Stage("evaluate", (), (), (), lambda r: ask_judge(r, items, answers(items)))
     run.remake([work])
     run.perform(work)
 

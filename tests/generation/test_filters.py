@@ -136,7 +136,7 @@ def test_the_stage_keeps_reasons_and_counts(tmp_path: Path, capsys: Any) -> None
         "heldout": ["", "I cannot help."],
     }
     run = with_answers(tmp_path, answers)
-    filters.main(run.config, run)
+    filters.main(run)
     sizes = {
         split: len(read_records(run.path(f"dataset/{split}.jsonl"), Pair)) for split in answers
     }
@@ -155,7 +155,7 @@ def test_the_stage_keeps_reasons_and_counts(tmp_path: Path, capsys: Any) -> None
 def test_no_row_left_names_the_biggest_reason(tmp_path: Path) -> None:
     run = with_answers(tmp_path, {"train": ["", "", "I cannot help."], "heldout": ["x"]})
     with pytest.raises(DistillError, match="no row is left: 2 of 4 were empty") as caught:
-        filters.main(run.config, run)
+        filters.main(run)
     assert caught.value.code == Exit.INPUT
     assert run.path("dropped.jsonl").exists() and run.path("funnel.json").exists()
 
@@ -181,7 +181,7 @@ def test_what_holds_a_held_out_prompt_is_not_trained_on(tmp_path: Path) -> None:
     prompts = read_records(run.path("questions.jsonl"), Prompt)
     asked = prompts[-1].model_copy(update={"messages": (Message(role="user", content=question),)})
     write_records(run.path("questions.jsonl"), [*prompts[:-1], asked])
-    filters.main(run.config, run)
+    filters.main(run)
     (dropped,) = read_records(run.path("dropped.jsonl"), filters.Dropped)
     assert dropped.reason == "holds a held-out item" and "1907" in dropped.text
     assert len(read_records(run.path("dataset/heldout.jsonl"), Pair)) == 1

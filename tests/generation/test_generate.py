@@ -176,15 +176,15 @@ def test_the_stage_asks_n_samples_for_training_only(tmp_path: Path) -> None:
 
 def test_a_second_run_loads_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_tiny(tmp_path / "m", hidden=16)
-    config, run = with_prompts(tmp_path, model=str(folder), max_new_tokens=4)
-    generate.main(config, run)
+    _, run = with_prompts(tmp_path, model=str(folder), max_new_tokens=4)
+    generate.main(run)
     first = run.path("responses.jsonl").read_bytes()
 
     def refuse(*given: Any, **named: Any) -> None:
         raise AssertionError("the weights were loaded")
 
     monkeypatch.setattr("distill.responders.local.local_model.load_model", refuse)
-    generate.main(config, run)
+    generate.main(run)
     assert run.path("responses.jsonl").read_bytes() == first
 
 
@@ -204,7 +204,7 @@ def test_the_teacher_writes_questions(tmp_path: Path, monkeypatch: pytest.Monkey
     replies = "1. What is the colour of the sky at noon?\n2. What colour is grass in the spring?"
     teacher = CannedResponder({}, default=replies)
     monkeypatch.setattr(generate, "make_responder", lambda *rest: teacher)
-    generate.main(config, run)
+    generate.main(Run(config, run.folder))
     documents = {d.id: d for d in read_records(run.path("documents.jsonl"), Document)}
     prompts = read_records(run.path("questions.jsonl"), Prompt)
     first = prompts[0]

@@ -302,7 +302,7 @@ def begun(folder: Path, **settings: Any) -> Run:
     (stage,) = (s for s in STAGES if s.name == "train")
     write_json(run.marker(stage), {"fingerprint": run.fingerprint(stage), "finished": False})
     with killed_at(4):
-        train.main(run.config, run)
+        train.main(run)
     return run
 
 
@@ -319,11 +319,11 @@ def test_a_student_that_changed_within_a_training_is_named(tmp_path: Path) -> No
         # left to the training, which --allow-inexact lets pass
         assert state_of(run) == ("unfinished", [])
         with pytest.raises(DistillError, match=f"changed: base file {name}") as caught:
-            train.main(run.config, run)
+            train.main(run)
         assert caught.value.code == Exit.TRAINING
         if name != "generation_config.json":
             (tmp_path / "model" / name).write_bytes(before)
-    train.main(run.config, run, allow_inexact=True)
+    train.main(run, allow_inexact=True)
     assert "base file generation_config.json" in str(read_json(run.path("training.json"))["notes"])
 
 
@@ -336,10 +336,10 @@ def test_a_live_teacher_that_changed_within_a_training_is_named(tmp_path: Path) 
     tree["train"] = {**tree["train"], "loss": loss}
     run = Run(Config.model_validate(tree))
     with killed_at(8):
-        train.main(run.config, run)
+        train.main(run)
     touch(tmp_path / "teacher/config.json")
     with pytest.raises(DistillError) as caught:
-        train.main(run.config, run)
+        train.main(run)
     assert caught.value.code == Exit.TRAINING
     assert "teacher file config.json" in caught.value.what
 
@@ -350,7 +350,7 @@ def test_a_training_that_an_earlier_distill_began_goes_on(
     with earlier():
         run = begun(tmp_path)
     assert state_of(run) == ("unfinished", [])
-    train.main(run.config, run)
+    train.main(run)
     assert capsys.readouterr().err.count("by its weights") == 1
     assert read_json(run.path("training.json"))["notes"] == []
 
@@ -374,15 +374,15 @@ def test_signals_under_an_old_name_are_found_until_a_file_changes(
 ) -> None:
     run = make_soft_run(tmp_path)
     with earlier():
-        capture.main(run.config, run)
+        capture.main(run)
     made = read_json(run.path("signals.json"))
     fill, read = capture.fill, []
     monkeypatch.setattr(capture, "fill", lambda *given: (read.append(1), fill(*given)))
     for _ in range(2):
-        capture.main(run.config, run)
+        capture.main(run)
     assert read == [] and read_json(run.path("signals.json")) == made
     assert capsys.readouterr().err.count("weights alone") == 1
-    train.main(run.config, run)  # which holds signals.json against the config
+    train.main(run)  # which holds signals.json against the config
     touch(tmp_path / "teacher/config.json")
-    capture.main(run.config, run)
+    capture.main(run)
     assert read == [1] and read_json(run.path("signals.json"))["cache"] != made["cache"]

@@ -185,7 +185,7 @@ def poor_run(folder: Path) -> Run:
 
 def reported(run: Run) -> tuple[dict[str, Any], str, str]:
     """Make the report and return scorecard, Markdown and page, hard spaces made plain."""
-    report.main(run.config, run)
+    report.main(run)
     texts = (run.path(name).read_text("utf-8") for name in ("scorecard.md", "report.html"))
     text, page = (text.replace("\u00a0", " ") for text in texts)
     return read_json(run.path("scorecard.json")), text, page
@@ -255,7 +255,7 @@ def test_every_null_of_tasks_and_costs_has_its_reason(tmp_path: Path) -> None:
 
 def test_the_same_inputs_give_the_same_bytes_and_a_moved_run_too(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    report.main(run.config, run)
+    report.main(run)
     names = ("scorecard.json", "scorecard.md", "report.html")
     first = {name: run.path(name).read_bytes() for name in names}
     with run.path("ledger.jsonl").open("a") as ledger:  # an earlier report costs nothing
@@ -265,7 +265,7 @@ def test_the_same_inputs_give_the_same_bytes_and_a_moved_run_too(tmp_path: Path)
     for name in names:
         (moved / name).unlink()
     again = open_run(moved)
-    report.main(again.config, again)
+    report.main(again)
     assert {name: (moved / name).read_bytes() for name in names} == first
 
 
@@ -467,7 +467,7 @@ def test_readme_and_docs_hold_what_the_scorecards_say() -> None:
 
 def test_a_readme_is_filled_from_any_scorecard(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    report.main(run.config, run)
+    report.main(run)
     head = "<!-- scorecard: made-up/scorecard.json quality saves judge -->"
     text = f"before\n{head}\nold\n<!-- end of scorecard -->\nafter"
     once = render.fill(text, tmp_path)
@@ -489,7 +489,7 @@ def test_nothing_is_cut_off_in_a_real_browser(
     tmp_path: Path, width: int, make: Callable[[Path], Run]
 ) -> None:
     run = make(tmp_path)
-    report.main(run.config, run)
+    report.main(run)
     frame = tmp_path / "frame.html"
     frame.write_text(
         f'<body style="margin:0"><iframe id="f" src="{run.path("report.html").as_uri()}" '

@@ -69,7 +69,7 @@ def test_each_reply_is_read_once(tmp_path, monkeypatch):
         stage, requests = STAGES[0], asks(settings(teacher), 7)
         for known, total in ((0, 4), (4, 7)):
 
-            def main(config: Config, run: Run, total: int = total) -> None:
+            def main(run: Run, total: int = total) -> None:
                 buyer = EndpointResponder(settings(teacher, budget_dollars=1), PRICE, "mine")
                 with Ask(buyer, tmp_path / "store", run, again=True) as ask:
                     assert len(ask.responses(requests[:total], "x")) == total
@@ -140,7 +140,7 @@ def test_what_was_paid_is_in_the_ledger_after_an_error_too(tmp_path, monkeypatch
         asked = settings(teacher)
         buyer = EndpointResponder(asked, PRICE, config.name)
 
-        def main(config: Config, run: Run) -> None:
+        def main(run: Run) -> None:
             with Ask(buyer, folder, run) as ask:
                 ask.responses(asks(asked, 4), "x")
                 if error:

@@ -205,14 +205,14 @@ def test_generation_stops_before_anything_is_asked_and_notes_the_basis(tmp_path:
     tree = config().resolved() | {"runs": str(tmp_path / "runs"), "teacher": {"model": str(folder)}}
     run = Run(Config.model_validate(tree))
     with pytest.raises(DistillError) as caught:  # before it would miss documents.jsonl
-        generate.main(run.config, run)
+        generate.main(run)
     assert caught.value.code == Exit.TERMS and not run.folder.exists()
     assert not (tmp_path / "runs/.store").exists()
     for name in ("documents.jsonl", "prompts.jsonl"):
         run.path(name).parent.mkdir(parents=True, exist_ok=True)
         run.path(name).write_text("")
     run.config = Config.model_validate(tree | {"terms": {"basis": "random weights"}})
-    generate.main(run.config, run)
+    generate.main(run)
     noted = read_json(run.path("manifest.json"))["terms"]
     assert noted["basis"] == "random weights" and noted["verdict"] == "unknown"
     assert len(noted["table_sha256"]) == 64

@@ -29,10 +29,10 @@ def make(folder: Path, **changes: Any) -> Run:
     return Run(Config.model_validate({**TREE, "runs": folder, **changes}))
 
 
-def write(name: str, text: str = "made") -> Callable[[Config, Run], None]:
+def write(name: str, text: str = "made") -> Callable[[Run], None]:
     """Return the work of a stage that writes one file."""
 
-    def main(_: Config, run: Run) -> None:
+    def main(run: Run) -> None:
         run.path(name).write_text(f"{text} {run.config.seed}")
 
     return main
@@ -110,7 +110,7 @@ def test_redo_sets_the_old_aside_and_what_follows(tmp_path):
 def test_redo_moves_all_of_a_stage_and_continues_after_a_kill(tmp_path, monkeypatch):
     outputs = ("checkpoints", "adapter", "training.json")
 
-    def main(_: Config, run: Run) -> None:
+    def main(run: Run) -> None:
         for name in outputs[:2]:
             run.path(name).mkdir()
             (run.path(name) / "x").write_text(name)
@@ -164,7 +164,7 @@ def test_differences_are_short_and_on_one_line():
     assert len(lines[0]) < 80 and "\n" not in lines[0]
 
 
-def interrupted(_: Config, run: Run) -> None:
+def interrupted(run: Run) -> None:
     raise KeyboardInterrupt
 
 
@@ -192,7 +192,7 @@ def test_a_damaged_marker_is_one_line_and_redo_remakes_it(tmp_path, text):
 
 
 def test_spending_is_summed_and_failures_are_entered(tmp_path):
-    def main(_: Config, run: Run) -> None:
+    def main(run: Run) -> None:
         run.ledger.spend(3, 4, Decimal("0.1"), "row")
         run.ledger.spend(output_tokens=1, dollars=Decimal("0.2"))
         raise DistillError(Exit.TEACHER, "t", "x", "y")
@@ -221,7 +221,7 @@ def test_the_seconds_of_a_killed_stage_are_in_the_ledger(tmp_path, monkeypatch):
     pid = os.fork()
     if pid == 0:
 
-        def main(_: Config, run: Run) -> None:
+        def main(run: Run) -> None:
             run.ledger.spend(5, 7, Decimal("0.3"), "row")
             run.ledger.spend(1, 1, Decimal("0.1"))
             os.write(writer, b"x")

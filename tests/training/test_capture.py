@@ -35,7 +35,7 @@ WORDS, WIDTH, TIMES, SAMPLES = 501, 6, 4000, 20
 
 def captured(run: Run) -> tuple[dict[str, SignalKey], SignalCache]:
     """Do the stage, and return the rows by answer, and the cache."""
-    capture.main(run.config, run)
+    capture.main(run)
     made = read_json(run.path("signals.json"))
     rows = {name: SignalKey(*row) for name, row in made["rows"].items()}
     return rows, SignalCache.open(run.config.store_folder(), made["cache"])
@@ -111,7 +111,7 @@ def test_a_stopped_capture_goes_on_where_it_was(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(SignalCache, "append", stops)
         with pytest.raises(KeyboardInterrupt):
-            capture.main(run.config, run)
+            capture.main(run)
     rows, other = captured(run)
     assert rows == whole
     assert len(chunks(cache)) > 3 and chunks(cache) == chunks(other)
@@ -135,7 +135,7 @@ def test_an_answer_with_other_tokens_under_the_teacher_s_template_is_refused(tmp
     tokenizer.chat_template = TEMPLATE.replace("<|im_end|>", SPECIAL[0])
     tokenizer.save_pretrained(tmp_path / "teacher")
     with pytest.raises(DistillError, match="other tokens under the teacher's chat template"):
-        capture.main(run.config, run)
+        capture.main(run)
 
 
 def test_a_cache_larger_than_the_disk_is_said_before_it_starts(tmp_path, monkeypatch):
@@ -143,14 +143,14 @@ def test_a_cache_larger_than_the_disk_is_said_before_it_starts(tmp_path, monkeyp
     space = type("Usage", (), {"free": 100})
     monkeypatch.setattr(capture.shutil, "disk_usage", lambda folder: space)
     with pytest.raises(DistillError, match=r"take about .* GB, 0.0 GB are free \(free space") as e:
-        capture.main(run.config, run)
+        capture.main(run)
     assert e.value.code == Exit.STATE and not list(tmp_path.rglob("*.signals"))
 
 
 def test_a_teacher_whose_terms_are_not_known_captures_nothing(tmp_path):
     run = make_soft_run(tmp_path, terms={})
     with pytest.raises(DistillError) as fault:
-        capture.main(run.config, run)
+        capture.main(run)
     assert fault.value.code == Exit.TERMS
 
 

@@ -51,7 +51,7 @@ def make_run(
     signals = signals or {"p": 0.99, "k": 64}
     run = make_soft_run(folder, name, train={**TRAIN, "loss": loss, **settings}, signals=signals)
     if run.config.captures and not run.path("signals.json").exists():
-        capture.main(run.config, run)
+        capture.main(run)
     return run
 
 
@@ -81,7 +81,7 @@ def test_a_student_that_is_its_teacher_has_no_divergence_and_a_shifted_one_would
     shutil.copytree(tmp_path / "model", tmp_path / "teacher")
     parts = {"ce": 1, "forward_kl": 1, "reverse_kl": 1, "jsd": 1, "skew_kl": 1}
     run = make_run(tmp_path, max_steps=1, loss=parts, lora={"r": 4})
-    train.main(run.config, run)
+    train.main(run)
     row = training(run)["history"][0]
     assert row["ce"] > 1
     assert all(-1e-4 < row[name] < 4e-3 for name in parts if name != "ce")
@@ -142,7 +142,7 @@ def test_the_live_loss_is_the_divergence_of_the_whole_vocabularies_as_a_full_cac
 def unbroken(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
     run = make_run(folder, loss=request.param)
-    train.main(run.config, run)
+    train.main(run)
     return folder, outcome(run), request.param
 
 
@@ -151,8 +151,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(unbroken, call):
     folder, expected, loss = unbroken
     run = make_run(folder, f"kill{call}", loss)
     with killed_at(call):
-        train.main(run.config, run)
-    train.main(run.config, run)
+        train.main(run)
+    train.main(run)
     assert_same(outcome(run), expected)
 
 
@@ -175,7 +175,7 @@ def test_eight_by_one_equals_two_by_four(tmp_path, loss):
     for limit, packing in ((10_000, True), (300, True), (1, True), (300, False)):
         settings = {"micro_batch_tokens": limit, "packing": packing, "num_train_epochs": 1}
         run = make_run(tmp_path, f"run{limit}{packing}", loss, **settings, lora={"r": 4})
-        train.main(run.config, run)
+        train.main(run)
         outcomes.append(outcome(run))
     for other in outcomes[1:]:
         assert_close(outcomes[0], other)
@@ -185,7 +185,7 @@ def test_eight_by_one_equals_two_by_four(tmp_path, loss):
 def test_the_adapter_moves_towards_the_teacher_without_any_cross_entropy(tmp_path, signals):
     loss = {"ce": 0, "forward_kl": 1}
     run = make_run(tmp_path, loss=loss, signals=signals, num_train_epochs=8, eval_steps=None)
-    train.main(run.config, run)
+    train.main(run)
     rows = training(run)["history"]
     assert rows[-1]["forward_kl"] < 0.97 * rows[0]["forward_kl"] and "ce" not in rows[0]
     adapter = load_file(run.path("adapter") / WEIGHTS)
@@ -288,7 +288,7 @@ def test_what_does_not_fit_is_found_before_the_first_step(
     run = Run(Config.model_validate(tree))
     damage(run)
     with pytest.raises(DistillError, match=what) as error:
-        train.main(run.config, run)
+        train.main(run)
     assert error.value.code == code
     assert not run.path("checkpoints").exists()
 
@@ -303,7 +303,7 @@ def test_another_tokenizer_than_a_live_teacher_s_is_found_before_the_first_step(
     run = make_run(tmp_path, loss=LIVE)
     other_tokenizer(run)
     with pytest.raises(DistillError, match="have different tokenizers") as error:
-        train.main(run.config, run)
+        train.main(run)
     assert error.value.code == Exit.CONFIG and not run.path("checkpoints").exists()
 
 
@@ -311,12 +311,12 @@ def test_another_tokenizer_than_a_live_teacher_s_is_found_before_the_first_step(
 def test_a_resume_towards_another_teacher_stops(tmp_path, loss):
     run = make_run(tmp_path, loss=loss)
     with killed_at(5):
-        train.main(run.config, run)
+        train.main(run)
     other_teacher(run)
     if run.config.captures:
-        capture.main(run.config, run)
+        capture.main(run)
     with pytest.raises(DistillError, match="changed: signals"):
-        train.main(run.config, run)
+        train.main(run)
 
 
 def test_a_live_teacher_needs_no_capture_and_any_temperature(tmp_path):
@@ -333,6 +333,6 @@ def test_a_live_teacher_needs_no_capture_and_any_temperature(tmp_path):
 def test_another_training_seed_keeps_the_split(tmp_path):
     runs = [make_run(tmp_path, f"r{seed}", seed=seed, max_steps=1) for seed in (0, 1)]
     for run in runs:
-        train.main(run.config, run)
+        train.main(run)
     one, other = (outcome(run)["history"] for run in runs)
     assert runs[0].config.seed == runs[1].config.seed and one != other

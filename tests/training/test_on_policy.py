@@ -42,7 +42,7 @@ def make_run(folder: Path, name: str = "run", **changes) -> Run:
     pairs = read_records(run.path("dataset/train.jsonl"), Pair)
     write_records(run.path("prompts.jsonl"), [pair.prompt for pair in pairs])
     write_records(run.path("dropped.jsonl"), [])
-    train.main(run.config, run)
+    train.main(run)
     return run
 
 
@@ -65,7 +65,7 @@ def outcome(run: Run) -> dict[str, object]:
 def unbroken(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
     run = make_run(folder)
-    on_policy.main(run.config, run)
+    on_policy.main(run)
     return folder, run
 
 
@@ -92,7 +92,7 @@ def test_each_round_answers_with_the_student_before_it_and_trains_it_on(unbroken
 
 def test_the_first_step_starts_from_the_adapter_that_was_trained(tmp_path):
     run = make_run(tmp_path, on_policy={**OWN, "rounds": 1, "learning_rate": 1e-12})
-    on_policy.main(run.config, run)
+    on_policy.main(run)
     before = load_file(run.path("adapter") / WEIGHTS)
     after = load_file(run.trained("adapter") / WEIGHTS)
     assert all(torch.allclose(before[name], after[name], atol=1e-9) for name in before)
@@ -110,7 +110,7 @@ def test_a_student_with_code_of_its_own_is_trained_refined_and_loaded(tmp_path):
     student = {"model": str(folder), "dtype": "float32", "trust_remote_code": True}
     run = make_run(tmp_path, student=student, on_policy={**OWN, "rounds": 1})
     assert not run.path("merged").exists(), "the rounds that follow are trained on"
-    on_policy.main(run.config, run)
+    on_policy.main(run)
     assert (run.trained("merged") / "modeling_own.py").read_text() == code
     responder, _ = student_responder(run, "student")
     assert type(responder.network).__name__ == "Own"
@@ -123,8 +123,8 @@ def test_a_killed_round_goes_on_to_the_same_bits(unbroken, call):
     shutil.copytree(whole.folder, folder / "runs" / name, ignore=shutil.ignore_patterns("refined"))
     run = Run(whole.config.model_copy(update={"name": name, "store": folder / f"store{call}"}))
     with killed_at(call):
-        on_policy.main(run.config, run)
-    on_policy.main(run.config, run)
+        on_policy.main(run)
+    on_policy.main(run)
     assert outcome(run) == outcome(whole)
 
 
@@ -133,13 +133,13 @@ def test_a_round_that_is_done_asks_and_reads_nothing_again(unbroken, monkeypatch
     monkeypatch.setattr(on_policy, "Ask", None)
     monkeypatch.setattr(SignalCache, "append", None)
     before = outcome(run)
-    on_policy.main(run.config, run)
+    on_policy.main(run)
     assert outcome(run) == before
 
 
 def test_the_teacher_s_rounds_bring_the_student_nearer_to_it(tmp_path):
     run = make_run(tmp_path, on_policy={**OWN, "rounds": 1, "prompts": 9, "max_new_tokens": 40})
-    on_policy.main(run.config, run)
+    on_policy.main(run)
     [told] = read_json(run.trained("training.json"))["rounds"]
     first, *_, last = told["validation"]
     assert last["jsd"] < first["jsd"]
@@ -175,7 +175,7 @@ def test_another_tokenizer_stops_before_anything_is_asked(tmp_path):
     run = make_run(tmp_path)
     other_tokenizer(run)
     with pytest.raises(DistillError, match="have different tokenizers") as error:
-        on_policy.main(run.config, run)
+        on_policy.main(run)
     assert error.value.code == Exit.CONFIG
 
 

@@ -40,8 +40,8 @@ def alone(tmp_path_factory):
     from distill.training.soft_labels import capture
 
     run = make_soft_run(tmp_path_factory.mktemp("alone"), "one", train=SOFT)
-    capture.main(run.config, run)
-    train.main(run.config, run)
+    capture.main(run)
+    train.main(run)
     return run
 
 

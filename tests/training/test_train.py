@@ -39,7 +39,7 @@ def unbroken(tmp_path_factory):
     """The run that nothing interrupts, with a checkpoint at each step."""
     folder = tmp_path_factory.mktemp("unbroken")
     run = make_run(folder, save_steps=1, **TWO)
-    train.main(run.config, run)
+    train.main(run)
     return folder, outcome(run)
 
 
@@ -50,8 +50,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(unbroken, calls):
     run = make_run(folder, f"kill{calls[0]}of{len(calls)}", **often, **TWO)
     for call in calls:
         with killed_at(call):
-            train.main(run.config, run)
-    train.main(run.config, run)
+            train.main(run)
+    train.main(run)
     assert_same(outcome(run), expected)
 
 
@@ -59,7 +59,7 @@ def test_a_finished_run_started_again_changes_nothing(unbroken):
     folder, expected = unbroken
     run = make_run(folder, save_steps=1, **TWO)
     before = {f: f.stat().st_mtime_ns for f in run.path("checkpoints").rglob("*")}
-    train.main(run.config, run)
+    train.main(run)
     assert_same(outcome(run), expected)
     assert {f: f.stat().st_mtime_ns for f in run.path("checkpoints").rglob("*")} == before
 
@@ -69,10 +69,10 @@ def test_an_adapted_head_resumes_to_the_same_bits_and_merges(tmp_path):
     lora = {**LORA, "target_modules": ("q_proj", "down_proj", "lm_head")}
     settings = {"save_steps": 1, "micro_batch_tokens": 300, "max_steps": 3, "lora": lora}
     run, other = (make_run(tmp_path, name, **settings) for name in ("one", "killed"))
-    train.main(run.config, run)
+    train.main(run)
     with killed_at(4):
-        train.main(other.config, other)
-    train.main(other.config, other)
+        train.main(other)
+    train.main(other)
     assert_same(outcome(other), outcome(run))
     base, adapter = str(tmp_path / "model"), run.path("adapter")
     weights = adapters.read_tensors(adapter / WEIGHTS)
@@ -86,7 +86,7 @@ def test_an_adapted_head_resumes_to_the_same_bits_and_merges(tmp_path):
 
 def test_the_loss_falls_and_the_files_are_there(tmp_path):
     run = make_run(tmp_path, num_train_epochs=6)
-    train.main(run.config, run)
+    train.main(run)
     made = training(run)
     assert made["history"][-1]["loss"] < 0.97 * made["history"][0]["loss"]
     assert made["steps"] == len(made["history"]) and made["examples"] == 24
@@ -116,7 +116,7 @@ def make_worsening(folder: Path, name: str = "run", **settings: Any) -> Run:
 def past_its_best(tmp_path_factory) -> Run:
     """A finished run whose best step was not its last."""
     run = make_worsening(tmp_path_factory.mktemp("past"))
-    train.main(run.config, run)
+    train.main(run)
     return run
 
 
@@ -151,9 +151,9 @@ def test_a_run_killed_after_its_best_step_ends_with_the_same_best_weights(past_i
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(train.Loop, "_step", killed)
-        train.main(run.config, run)
+        train.main(run)
     assert len(list(run.path("checkpoints").iterdir())) == best + extra
-    train.main(run.config, run)
+    train.main(run)
     assert_best_is_released(run)
     assert_same(outcome(run), outcome(past_its_best))
     one, other = (each.path("adapter") / WEIGHTS for each in (run, past_its_best))
@@ -172,16 +172,16 @@ def test_a_checkpoint_that_lost_its_best_weights_is_not_continued(past_its_best)
         facts = {name: saved.facts[name] for name in ("run", "epoch", "cursor")}
         checkpoint.save(run.path("checkpoints"), step, groups, saved.state(), facts, keep=2)
     with pytest.raises(DistillError, match=f"best.*step {best}.*step {best + 1}") as error:
-        train.main(run.config, run, allow_inexact=True)
+        train.main(run, allow_inexact=True)
     assert error.value.code == Exit.TRAINING and "--redo train" in error.value.fix
     (run.path("checkpoints") / f"step-{best + 1:08d}" / "manifest.json").unlink()
-    train.main(run.config, run)
+    train.main(run)
     assert_same(outcome(run), outcome(past_its_best))
 
 
 def test_early_stopping_stops_and_releases_the_weights_of_the_best_step(tmp_path):
     run = make_worsening(tmp_path, early_stopping_patience=2)
-    train.main(run.config, run)
+    train.main(run)
     made = training(run)
     assert made["stopped_early"] and made["steps"] == made["best_step"] + 4
     assert_best_is_released(run)
@@ -189,7 +189,7 @@ def test_early_stopping_stops_and_releases_the_weights_of_the_best_step(tmp_path
 
 def test_the_last_adapter_is_released_where_the_best_is_not_requested(tmp_path):
     run = make_worsening(tmp_path, load_best_model_at_end=False)
-    train.main(run.config, run)
+    train.main(run)
     made, last = training(run), sorted(run.path("checkpoints").iterdir())[-1]
     assert made["best_step"] < made["adapter_step"] == made["steps"]
     weights = load_file(run.path("adapter") / WEIGHTS)
@@ -212,7 +212,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_samples(tmp_path, monkeyp
     run = make_run(tmp_path, save_steps=1)
     forward_with(monkeypatch, 3, lambda loss: loss * float("nan"))
     with pytest.raises(DistillError, match=r"step 3: loss nan.*over samples [0-9a-f]{32}") as error:
-        train.main(run.config, run)
+        train.main(run)
     assert error.value.code == Exit.TRAINING
     assert sorted(f.name for f in run.path("checkpoints").iterdir())[-1] == "step-00000002"
 
@@ -227,26 +227,26 @@ def test_ctrl_c_finishes_the_step_saves_it_and_ends_with_130(tmp_path, monkeypat
     with monkeypatch.context() as patch:
         forward_with(patch, 2, interrupt)
         with pytest.raises(DistillError, match="stopped after step 2") as error:
-            train.main(run.config, run)
+            train.main(run)
     assert error.value.code == Exit.INTERRUPTED
-    train.main(run.config, run)
-    train.main(whole.config, whole)
+    train.main(run)
+    train.main(whole)
     assert_same(outcome(run), outcome(whole))
 
 
 def test_a_resume_under_other_settings_or_data_stops_with_the_difference(tmp_path):
     run = make_run(tmp_path, save_steps=1)
     with killed_at(4):
-        train.main(run.config, run)
+        train.main(run)
     for key, value in {"learning_rate": 1e-3, "tokens_per_step": 700}.items():
         other = make_run(tmp_path, **{"save_steps": 1, key: value})
         with pytest.raises(DistillError, match=f"train.{key} was .*, is {value}") as error:
-            train.main(other.config, other)
+            train.main(other)
         assert error.value.code == Exit.TRAINING
     write_records(run.path("dataset/train.jsonl"), pairs(25))
     with pytest.raises(DistillError, match="changed: data"):
-        train.main(run.config, run)
-    train.main(run.config, run, allow_inexact=True)
+        train.main(run)
+    train.main(run, allow_inexact=True)
     assert "resumed inexactly at step" in training(run)["notes"][0]
 
 
@@ -263,8 +263,8 @@ def test_what_a_training_lacks_is_one_line(tmp_path, monkeypatch):
     ):
         config = run.config.model_copy(update=changes)
         with pytest.raises(DistillError, match=message):
-            train.main(config, Run(config))
+            train.main(Run(config))
     run.path("dataset/train.jsonl").unlink()
     with pytest.raises(DistillError, match="distill filter") as error:
-        train.main(run.config, run)
+        train.main(run)
     assert error.value.code == Exit.TRAINING

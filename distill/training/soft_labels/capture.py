@@ -54,12 +54,13 @@ PASS_TOKENS = 2048  # of one forward pass of the teacher
 HEAD_BYTES = 32 * 2**20  # of float32 logits at a time: small enough to stay in a CPU's cache
 
 
-def main(config: Config, run: Run) -> None:
+def main(run: Run) -> None:
     """Fill the cache with what it lacks of the run's dataset, and write signals.json.
 
     Raises DistillError: exit 2 where the tokenizers differ, 5 where the disk is too small or a
     chunk is damaged, 10 where the teacher's terms forbid it.
     """
+    config = run.config
     teacher, date = config.soft_teacher(), config.template_date
     require_terms(teacher, config.terms.basis)
     tokenizer, facts = open_teacher(config)

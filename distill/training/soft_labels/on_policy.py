@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from distill.config.learning import SOFT
-from distill.config.tree import Config
 from distill.generation.filters import CONTAMINATED, Dropped
 from distill.records import Pair, Prompt
 from distill.responders.ask import Ask
@@ -61,12 +60,13 @@ class Round(Run):
         self.outer, self.number, self.ledger = outer, number, outer.ledger
 
 
-def main(config: Config, run: Run) -> None:
+def main(run: Run) -> None:
     """Do the rounds that are left, and write adapter, training.json and merged in refined/.
 
     Raises DistillError: exit 2 where the tokenizers differ, 10 where the teacher's terms forbid it,
     and what the capture and the training raise.
     """
+    config = run.config
     prompts, adapter = training_prompts(run), run.path("adapter")
     summaries: list[dict[str, Any]] = []
     for number in range(1, config.on_policy.rounds + 1):
@@ -97,9 +97,9 @@ def refine(current: Round, prompts: Sequence[Prompt], adapter: Path) -> None:
     validation = current.outer.path("dataset/validation.jsonl")
     if validation.exists():
         write_records(current.path("dataset/validation.jsonl"), read_records(validation, Pair))
-    capture.main(config, current)
+    capture.main(current)
     gc.collect()
-    train.main(config, current, start=adapter)
+    train.main(current, start=adapter)
     gc.collect()
 
 

@@ -1,0 +1,242 @@
+"""What a decoder takes by its shape: operations, and bytes of memory stage by stage.
+
+The one place of these figures. `distill plan` prints them before anything is bought, and stages
+choose batch rows and micro-batches by them. It imports the standard library alone.
+
+Operations count a multiplication and an addition as two, after Kaplan et al. 2020 (arXiv
+2001.08361, section 2.1). With LoRA the frozen weights get no gradient: forward and backward to the
+inputs, 4 a weight, not 6. Bytes are those of tensors that are alive at a stage's peak, part by
+part; `width` is the bytes of a number of the type that is computed in.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from distill.models.registry import Shape
+
+Parts = dict[str, float]  # bytes by what they are for
+Towards = Literal["tokens", "cached", "live"]  # what a loss is measured against
+
+MIB = 2**20
+CONTEXT = 500 * MIB  # of a CUDA process beside its tensors: the context, kernels, libraries
+ALLOCATOR = 0.06  # what PyTorch's CUDA allocator holds above what is in use
+PREFILL_TOKENS = {"cpu": 512, "cuda": 4096}  # of joining prompts in one step
+READ_TOKENS = 2048  # of a forward pass that only reads: capture, losses of an evaluation
+MICRO_BATCH_TOKENS = 2560  # of a forward pass of training, where nothing says another number
+NF4 = 0.52  # bytes of a weight in 4 bits, with its constants (QLoRA, arXiv 2305.14314)
+BLOCK, SAVED_KEYS = 128, 512  # of attention on a CPU, see `training.attention`
+# Modules with one input, which are one product on a CPU, see `training.fused_layers`
+JOINED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+# Bytes of logits, in the model's type, that exist at a time: the head is read twice a block, which
+# is dear for blocks of few rows.
+BLOCK_BYTES = {"cpu": 64 * MIB, "cuda": 256 * MIB}
+# Bytes of float32 logits that become a loss at a time: on a CPU what its cache holds.
+STRIP_BYTES = {"cpu": 4 * MIB, "cuda": 64 * MIB}
+# Tensors of a strip's size that a loss has at its peak
+STRIPS = {"tokens": 3, "cached": 5, "live": 9}
+
+
+class Limits(NamedTuple):
+    """How much is computed together: rows of a batch, which keep the device busy, the share of the
+    free memory that they may take, and batches of a plan, whose last rows leave the others idle.
+    """
+
+    rows: int
+    share: float
+    batches: int
+
+
+LIMITS = {"cpu": Limits(64, 0.4, 1), "cuda": Limits(512, 0.8, 8)}
+
+
+def linear_modules(model: "Shape") -> dict[str, tuple[int, int]]:
+    """Return the inputs and outputs of each linear module of a layer."""
+    queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    hidden, inner = model.hidden, model.intermediate
+    return {
+        "q_proj": (hidden, queries),
+        "k_proj": (hidden, keys),
+        "v_proj": (hidden, keys),
+        "o_proj": (queries, hidden),
+        "gate_proj": (hidden, inner),
+        "up_proj": (hidden, inner),
+        "down_proj": (inner, hidden),
+    }
+
+
+def adapted(model: "Shape", targets: str | Sequence[str]) -> list[str]:
+    """Return the linear modules of a layer that get an adapter; `targets` as in PEFT."""
+    return [n for n in linear_modules(model) if targets == "all-linear" or n in targets]
+
+
+def adapter_parameters(model: "Shape", r: int, targets: str | Sequence[str]) -> int:
+    """Return the weights of a LoRA adapter of rank `r`; `targets` as in PEFT."""
+    sizes = linear_modules(model)
+    head = model.vocab + model.hidden if "lm_head" in targets else 0
+    layer = sum(sum(sizes[name]) for name in adapted(model, targets))
+    return r * (model.layers * layer + head)
+
+
+def attention_flops(model: "Shape", tokens: float) -> float:
+    """Return the operations of causal attention over a text of `tokens`: scores and sums."""
+    return 2 * model.layers * model.heads * model.head_dim * tokens**2
+
+
+def answer_flops(model: "Shape", prompt: float, answer: float) -> float:
+    """Return the operations of an answer, or of its loss: only its tokens pass the head."""
+    body = 2 * model.body * (prompt + answer)
+    return body + 2 * model.head * answer + attention_flops(model, prompt + answer)
+
+
+def training_flops(
+    model: "Shape", adapter: int, prompt: float, answer: float, checkpointing: bool
+) -> float:
+    """Return the operations of one sample of a LoRA step; the head sees the answer only."""
+    tokens, passes = prompt + answer, 6 if checkpointing else 4
+    body = (passes * model.body + 6 * adapter) * tokens
+    attention = (3.5 + checkpointing) * attention_flops(model, tokens)
+    return body + 4 * model.head * answer + attention
+
+
+def weight_bytes(model: "Shape", width: int, four_bit: bool = False) -> float:
+    """Return the bytes of the weights; in 4 bits are the layers, not embedding and head."""
+    return width * model.parameters - (width - NF4) * model.body * four_bit
+
+
+def cache_bytes(model: "Shape", width: int = 2) -> int:
+    """Return the bytes of keys and values, a token."""
+    return 2 * width * model.layers * model.kv_heads * model.head_dim
+
+
+def block_rows(vocabulary: int, width: int, kind: str) -> int:
+    """Return the rows of a block of logits in numbers of `width` bytes on a `kind` of device."""
+    return max(16, BLOCK_BYTES[kind] // (width * vocabulary))
+
+
+def strip_rows(vocabulary: int, kind: str) -> int:
+    """Return the rows of float32 logits that become a loss at a time."""
+    return max(1, STRIP_BYTES[kind] // (4 * vocabulary))
+
+
+def loss_bytes(
+    vocabulary: int, width: int, kind: str, towards: Towards = "tokens", positions: float = 1e9
+) -> float:
+    """Return what a loss takes at its peak beside the hidden states: a block, and its strips."""
+    rows = min(positions, block_rows(vocabulary, width, kind))
+    strips = STRIPS[towards] * 4 * min(rows, strip_rows(vocabulary, kind))
+    return vocabulary * (width * rows * (2 if towards == "live" else 1) + strips)
+
+
+def row_bytes(model: "Shape", width: int, kind: str, tokens: float) -> float:
+    """Return what an answer of `tokens`, its prompt included, takes while it is written."""
+    # On a GPU, beside the logits, they and their softmax in float32
+    logits = model.vocab * (width + 8) if kind == "cuda" else 0
+    return tokens * cache_bytes(model, width) + logits
+
+
+def fitting_rows(room: float, row: float, kind: str) -> int:
+    """Return how many answers of `row` bytes are written at once in `room` bytes."""
+    limits = LIMITS[kind]
+    return max(1, min(limits.rows, int(limits.share * max(room, 0.0) // row)))
+
+
+def layer_bytes(model: "Shape", width: int) -> int:
+    """Return what a layer has at its peak for a token without a gradient."""
+    return width * (3 * model.hidden + 3 * model.intermediate) + 4 * model.hidden
+
+
+def answering_bytes(model: "Shape", width: int, kind: str, rows: int, tokens: float) -> Parts:
+    """Return the parts of `rows` answers at once, each of at most `tokens` with its prompt."""
+    # On a CPU bfloat16 weights stand in memory a second time, in the order of oneDNN.
+    copies = 2 if kind == "cpu" and width == 2 else 1
+    parts = {"weights": copies * weight_bytes(model, width)}
+    parts["KV cache"] = rows * row_bytes(model, width, kind, tokens)
+    prompts = min(PREFILL_TOKENS[kind], rows * tokens)
+    return _with_context(parts | {"activations": prompts * layer_bytes(model, width)}, kind)
+
+
+def reading_bytes(model: "Shape", width: int, kind: str) -> Parts:
+    """Return the parts of reading texts: the capture, and the losses of an evaluation."""
+    parts = {"weights": weight_bytes(model, width)}
+    parts["activations"] = READ_TOKENS * layer_bytes(model, width)
+    return _with_context(parts | {"loss": loss_bytes(model.vocab, width, kind)}, kind)
+
+
+def merging_bytes(model: "Shape", width: int, adapter: int) -> Parts:
+    """Return the parts of adding an adapter to its base, in main memory.
+
+    Weight by weight: one in float32, its product with the adapter, and their sum.
+    """
+    largest = max(i * o for i, o in linear_modules(model).values())
+    parts = {"weights": weight_bytes(model, width), "adapter": 4.0 * adapter}
+    return parts | {"one weight": 12.0 * largest}
+
+
+def _with_context(parts: Parts, kind: str) -> Parts:
+    """Return the parts with what a CUDA process takes beside its tensors."""
+    return parts | {"CUDA": CONTEXT + ALLOCATOR * sum(parts.values())} if kind == "cuda" else parts
+
+
+class LoraTraining(NamedTuple):
+    """What a LoRA training computes; `length` is a sample's, `teacher` the bytes of a live one."""
+
+    model: "Shape"
+    r: int
+    targets: str | Sequence[str] = "all-linear"
+    kind: str = "cuda"
+    width: int = 2
+    four_bit: bool = False
+    checkpointing: bool = False
+    towards: Towards = "tokens"
+    teacher: float = 0.0
+    length: float = 512.0
+
+    def parts(self, tokens: float) -> Parts:
+        """Return the parts of a micro-batch of `tokens` at its peak, which the backward begins."""
+        model, width, cpu = self.model, self.width, self.kind == "cpu"
+        queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
+        hidden, inner, names = model.hidden, model.intermediate, adapted(model, self.targets)
+        adapter = adapter_parameters(model, self.r, self.targets)
+        # Weights, gradients and Adam's two moments in float32, and on a CPU the best so far
+        state = adapter * (4 + 4 + 8 + 4 * cpu)
+        ranks = self.r * len(names)
+        if cpu:
+            copies = 0  # of each product [W | sB] the columns beside W, and A below each other
+            for group in JOINED:
+                sizes = [linear_modules(model)[name] for name in group]
+                columns = self.r * sum(name in names for name in group)
+                copies += model.layers * columns * (sum(out for _, out in sizes) + sizes[0][0])
+            # what `_Attend` and `_Feed` of `training.fused_layers` save for their backward
+            layer = width * (4 * hidden + 3 * queries + 3 * keys + 3 * inner + ranks)
+            if self.length <= SAVED_KEYS:
+                layer += width * model.heads * (self.length + BLOCK) / 2
+            backward = width * (4 * inner + 2 * hidden)
+        else:
+            copies = adapter
+            # two float32 inputs of norms; the inputs of attention and MLP; queries, keys, values
+            # and their sums; gate, its activation, up and their product; the adapters' inner ones
+            layer = 8 * hidden
+            layer += width * (2 * hidden + 2 * queries + 2 * keys + 4 * inner + ranks)
+            backward = width * 3 * (inner + hidden)
+        saved = model.layers * layer
+        if self.checkpointing:  # of each layer its input, and one is made again at a time
+            saved, backward = model.layers * width * hidden, layer + backward
+        ends = (4 + 2 * width) * hidden  # the last norm's input, its output, and their gradient
+        loss = loss_bytes(model.vocab, width, self.kind, self.towards, tokens)
+        parts = {
+            "weights": weight_bytes(model, width, self.four_bit),
+            "adapter and optimizer": float(state + width * copies),
+            "activations": tokens * (saved + ends),
+            "loss and backward": max(loss, tokens * backward),
+        }
+        if self.teacher:
+            parts["live teacher"] = self.teacher
+        return _with_context(parts, self.kind)
+
+    def fitting_tokens(self, room: float, most: int) -> int:
+        """Return the tokens of a micro-batch that fit in `room` bytes, at most `most`."""
+        tokens = most
+        while tokens > 1 and sum(self.parts(tokens).values()) > room:
+            tokens //= 2
+        return tokens

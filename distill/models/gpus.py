@@ -1,0 +1,117 @@
+"""GPUs by name: what configs/devices.yaml has of them, why one here is not used, who fills it.
+
+ROCm's build of torch has the interface of CUDA's, so an AMD GPU is used like one of NVIDIA. Apple's
+and Intel's are named and not used. Importing this loads no torch.
+"""
+
+import csv
+import os
+import re
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+from distill.config.yaml_file import find_config, read_table
+from distill.formatting import size
+from distill.records import Record
+
+TABLE = Path("configs/devices.yaml")
+# Words of a name that make it another device than the one without them.
+VARIANTS = {"d", "laptop", "max", "mig", "nvl", "super", "ti"}
+NEAR = 0.1  # a driver states up to 8 % more or less than the data sheet
+HIDING = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+PCI, NVIDIA, KFD = Path("/sys/bus/pci/devices"), Path("/proc/driver/nvidia/version"), "/dev/kfd"
+
+
+class Gpu(Record):
+    """A row of configs/devices.yaml: the words of its name, and its data sheet.
+
+    `tflops` are those of products in bfloat16, or where it has none in float16, summed in float32.
+    """
+
+    match: str
+    machine: str
+    tflops: float
+    bf16: bool = True
+    gigabytes: float
+    gigabytes_per_second: float
+    source: str
+
+    @property
+    def words(self) -> set[str]:
+        """Return the words that its name must have."""
+        return _words(self.match)
+
+
+@cache
+def gpus() -> tuple[Gpu, ...]:
+    """Return the rows of configs/devices.yaml."""
+    return read_table(find_config(TABLE), tuple[Gpu, ...], "correct the row")
+
+
+def find_gpu(name: str, memory: float) -> Gpu | None:
+    """Return the row of a GPU by the name that its driver gives it and its bytes of memory."""
+    words, fitting = _words(name), list[Gpu]()
+    for row in gpus():
+        near = abs(memory / (row.gigabytes * 1e9) - 1) <= NEAR
+        if near and row.words <= words and not (words - row.words) & VARIANTS:
+            fitting.append(row)
+    return max(fitting, key=lambda row: len(row.words), default=None)
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall(r"[a-z0-9]+", name.lower()))
+
+
+def unused_gpu() -> str | None:
+    """Return which GPU is here that torch does not compute on, why, and what to do about it."""
+    import torch
+
+    if torch.cuda.is_available():
+        return None
+    torch_, hidden = f"torch {torch.__version__}", [n for n in HIDING if _hides(n)]
+    vendors = {(path / "vendor").read_text().strip() for path in _displays()}
+    driver = re.search(r"\d+\.\d+[.\d]*", NVIDIA.read_text()) if NVIDIA.exists() else None
+    if "0x10de" in vendors or driver or shutil.which("nvidia-smi"):
+        name, why = "an NVIDIA GPU", "no driver is loaded: install it, or docker run --gpus all"
+        if hidden:
+            why = f"{hidden[0]}={os.environ[hidden[0]]!r} hides it"
+        elif torch.version.cuda is None:
+            why = f"{torch_} is a build without CUDA: install the one with it"
+        elif driver:
+            why = f"driver {driver[0]} is too old for {torch_}: install a newer one"
+    elif "0x1002" in vendors and Path(KFD).exists():
+        name, why = "an AMD GPU", f"{torch_} is a build without ROCm: install the one with it"
+        why = f"{hidden[0]}={os.environ[hidden[0]]!r} hides it" if hidden else why
+    elif torch.backends.mps.is_available():
+        name, why = "an Apple GPU (MPS)", "distill computes on CPUs and by CUDA or ROCm"
+    elif torch.xpu.is_available():
+        name, why = "an Intel GPU (XPU)", "distill computes on CPUs and by CUDA or ROCm"
+    else:
+        return None
+    return f"{name} is here and is not used: {why}"
+
+
+def _hides(variable: str) -> bool:
+    return os.environ.get(variable) in ("", "-1")
+
+
+def _displays() -> list[Path]:
+    """Return the PCI devices that are displays, or compute like them."""
+    devices = PCI.glob("*") if PCI.is_dir() else ()
+    return [path for path in devices if (path / "class").read_text().startswith("0x03")]
+
+
+def other_processes() -> list[str]:
+    """Return who else holds memory of an NVIDIA GPU, with how much, as the driver lists them."""
+    query = ["--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader,nounits"]
+    try:
+        rows = subprocess.run(["nvidia-smi", *query], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [
+        f"{name} (pid {pid}) {size(int(used) * 2**20)}"
+        for pid, name, used in csv.reader(rows.stdout.splitlines(), skipinitialspace=True)
+        if int(pid) != os.getpid() and used.isdigit()
+    ]

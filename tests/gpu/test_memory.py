@@ -1,0 +1,253 @@
+"""Memory as a budget: the arithmetic against real tensors, and plans that say what does not fit."""
+
+import gc
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from distill.config.yaml_file import load_config
+from distill.errors import DistillError, Exit
+from distill.models.arithmetic import (
+    LIMITS,
+    LoraTraining,
+    adapter_parameters,
+    cache_bytes,
+    fitting_rows,
+)
+from distill.models.gpus import Gpu, gpus
+from distill.models.registry import Shape, shape_from_config, table
+from distill.planning import plan as planning
+from distill.planning.estimate import RunEstimate, StageMemory
+from distill.planning.machine import Machine
+from distill.planning.plan import announce
+from distill.planning.work import Work, count_work
+from distill.storage.files import write_records
+from distill.training import train
+from tests.planning.test_work import ROOT, shipped
+from tests.planning.test_work import texts as texts  # a fixture
+from tests.support.tiny import make_tiny
+from tests.support.training import adapted, make_pair, make_run
+
+GB = 1e9
+OVERRIDES = ("teacher.kind=recorded", "teacher.model=somebody", "prompts.tasks=[]")
+OVERRIDES += ("train.lora.r=16", "corpus.near_duplicate_threshold=null")
+
+
+def peak_of(work: Callable[[], object]) -> float:
+    """Return the bytes of tensors that are alive on the CPU at the peak of some work."""
+    gc.collect()
+    alive = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in gc.get_objects()
+        if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu"
+    }
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        work()
+    events = profile.profiler.kineto_results.events()  # pyright: ignore
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    now = most = float(sum(alive.values()))
+    for _, change in changes:
+        most = max(most, now := now + change)
+    return most
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("llama", {}), ("qwen2", {}), ("llama", {"gradient_checkpointing": True})],
+)
+def test_the_peak_of_a_training_here_is_the_predicted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, changes: dict[str, Any]
+) -> None:
+    folder = make_tiny(tmp_path / "model", family, hidden=64, layers=4)
+    settings = {"tokens_per_step": 4096, "micro_batch_tokens": 2048, "max_steps": 2, **changes}
+    run = make_run(tmp_path, lora={"r": 8, "alpha": 16}, **settings)
+    pairs = [make_pair(f"{n:03} " + "ab" * (40 + n), "yes " * 30) for n in range(30)]
+    write_records(run.path("dataset/train.jsonl"), pairs)
+    run.path("dataset/validation.jsonl").unlink()
+    real, peaks, tokens = train.Loop.train, list[float](), list[int]()
+
+    def measured(loop: Any) -> None:
+        examples = loop.parts.examples
+        for step in loop.parts.plan:
+            for batch in loop.parts.batches(examples, step.samples):
+                tokens.append(sum(len(examples[i].input_ids) for i in batch))
+        peaks.append(peak_of(lambda: real(loop)))
+
+    monkeypatch.setattr(train.Loop, "train", measured)
+    train.main(run)
+    shape = shape_from_config(json.loads((folder / "config.json").read_text()))
+    length, saving = max(tokens) / 8, bool(changes)
+    training = LoraTraining(shape, 8, kind="cpu", width=4, checkpointing=saving, length=length)
+    predicted = training.parts(max(tokens))
+    assert sum(predicted.values()) == pytest.approx(peaks[0], rel=0.15), predicted
+
+
+def test_what_a_layer_keeps_on_a_gpu_is_what_it_saves(tmp_path: Path) -> None:
+    """The layers as a GPU computes them, in bfloat16, with a common attention kernel."""
+    folder, tokens = make_tiny(tmp_path, hidden=64, layers=4), 512
+    wrapped = adapted(folder)
+    for parameter in wrapped.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    train.adapters.use_working_copies(wrapped)
+    own = {p.untyped_storage().data_ptr() for p in wrapped.parameters()}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    wrapped.config._attn_implementation = "sdpa"
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        decoder = wrapped.get_base_model().get_decoder()
+        decoder(input_ids=torch.arange(tokens)[None] % 250, use_cache=False)
+    shape = shape_from_config(json.loads((folder / "config.json").read_text()))
+    training = LoraTraining(shape, 4)
+    copies = 2 * adapter_parameters(shape, 4, "all-linear")
+    expected = training.parts(tokens)["activations"] + copies
+    measured = sum(storage.nbytes() for storage in saved.values())
+    assert expected == pytest.approx(measured, rel=0.15)
+
+
+LLAMA_8B = Shape(
+    **{"layers": 32, "hidden": 4096, "heads": 32, "kv_heads": 8, "head_dim": 128},
+    **{"intermediate": 14336, "vocab": 128256, "tied": False, "context": 131072},
+    parameters=8_030_261_248,
+)
+STUDENTS = {
+    "135M": table()["smollm2-135m-instruct"].shape,
+    "0.5B": table()["Qwen/Qwen2.5-Coder-0.5B-Instruct"].shape,
+    "1.5B": table()["Qwen/Qwen2.5-1.5B-Instruct"].shape,
+    "7B": table()["Qwen/Qwen2.5-7B-Instruct"].shape,
+    "8B": LLAMA_8B,
+}
+
+
+def machine_of(gpu: Gpu) -> Machine:
+    """Return a machine with a GPU of the table and 64 GB beside it."""
+    dtype = ("bfloat16" if gpu.bf16 else "float16", gpu.tflops * 1e12)
+    sizes = {"memory": gpu.gigabytes * GB, "main_memory": 64 * GB}
+    return Machine(name=gpu.match, kind="cuda", rates={"auto": dtype}, source="", **sizes)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
+    """Return the amount of work of a student on recorded answers, counted once."""
+    rows = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    turns = '{"messages": [{"role": "user", "content": "Why %d?"}, %s]}\n'
+    answer = '{"role": "assistant", "content": "because it is so"}'
+    rows.write_text("".join(turns % (n, answer) for n in range(40)))
+    return count_work(shipped("folder", f"corpus.path={rows}", *OVERRIDES))
+
+
+def memory_of(work: Work, shape: Shape, machine: Machine, *words: str) -> dict[str, StageMemory]:
+    """Return what each stage of a student's run holds on a machine."""
+    config = load_config(ROOT / "configs/folder.yaml", ["corpus.path=./x", *OVERRIDES, *words])
+    estimate = RunEstimate(config, work, None, machine)
+    estimate.student = shape
+    estimate.adapter = adapter_parameters(shape, config.train.lora.r, "all-linear")
+    return {row.stage: row for row in estimate.memory()}
+
+
+@pytest.mark.parametrize("gpu", gpus(), ids=lambda gpu: gpu.machine)
+def test_every_gpu_and_student_is_planned_by_the_sum_of_its_parts(work: Work, gpu: Gpu) -> None:
+    machine = machine_of(gpu)
+    for shape in STUDENTS.values():
+        for four_bit in ("false", "true"):
+            words = (f"student.load_in_4bit={four_bit}", "train.gradient_checkpointing=true")
+            rows = memory_of(work, shape, machine, *words)
+            assert list(rows) == ["train", "merge", "evaluate"]
+            body = shape.parameters - shape.vocab * shape.hidden * (1 if shape.tied else 2)
+            weights = 2 * shape.parameters - (1.48 * body if four_bit == "true" else 0)
+            queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+            into, out = shape.hidden + queries, shape.hidden + keys
+            inner = 3 * (shape.hidden + shape.intermediate)
+            adapter = 16 * shape.layers * (2 * into + 2 * out + inner)
+            parts = rows["train"].parts
+            assert parts["weights"] == pytest.approx(weights)
+            assert parts["adapter and optimizer"] == pytest.approx((16 + 2) * adapter)
+            logits = max(16, 2**28 // (2 * shape.vocab)) * 2 * shape.vocab
+            assert parts["loss and backward"] >= logits
+            tokens = 2560  # of a micro-batch: of each layer its input, and all of one at a time
+            inputs = tokens * (2 * shape.layers + 8) * shape.hidden
+            assert parts["activations"] == pytest.approx(inputs)
+            layer = 8 * shape.hidden + 2 * (2 * shape.hidden + 2 * queries + 2 * keys)
+            layer += 2 * (4 * shape.intermediate + 7 * 16)
+            backward = tokens * (layer + 6 * (shape.intermediate + shape.hidden))
+            assert parts["loss and backward"] >= backward - 1
+            assert rows["evaluate"].parts["weights"] == 2 * shape.parameters
+            for row in rows.values():
+                room = 64 * GB if row.stage == "merge" else gpu.gigabytes * GB
+                assert row.fits == (sum(row.parts.values()) <= room), row
+                assert row.peak == sum(row.parts.values())
+
+
+# On GPUs of so many GB: does a student's training fit, and its evaluation?
+FITTING = {
+    ("8B", "false", 16): (False, False),
+    ("8B", "true", 16): (True, False),  # trained in 4 bits for hours, and then evaluated in 16
+    ("8B", "false", 24): (True, True),
+    ("7B", "true", 24): (True, True),
+    ("7B", "false", 8): (False, False),
+    ("1.5B", "false", 8): (True, True),
+    ("135M", "false", 8): (True, True),
+}
+
+
+@pytest.mark.parametrize(("case", "fits"), FITTING.items(), ids=str)
+def test_a_student_that_fits_for_training_and_not_for_evaluation_is_known_before(
+    work: Work, case: tuple[str, str, int], fits: tuple[bool, bool]
+) -> None:
+    name, four_bit, gigabytes = case
+    machine = Machine(
+        name="x", kind="cuda", rates={"auto": ("bfloat16", 1e14)}, memory=gigabytes * GB, source=""
+    )
+    words = (f"student.load_in_4bit={four_bit}", "train.gradient_checkpointing=true")
+    rows = memory_of(work, STUDENTS[name], machine, *words)
+    assert (rows["train"].fits, rows["evaluate"].fits) == fits, rows
+
+
+def test_rows_of_answers_fill_the_share_of_memory_that_they_may() -> None:
+    shape = STUDENTS["1.5B"]
+    row = 1024 * cache_bytes(shape)
+    assert fitting_rows(0, row, "cuda") == fitting_rows(-5, row, "cpu") == 1
+    assert fitting_rows(1e15, row, "cuda") == LIMITS["cuda"].rows
+    rows = fitting_rows(10 * GB, row, "cuda")
+    assert rows * row <= LIMITS["cuda"].share * 10 * GB < (rows + 1) * row
+
+
+def test_a_micro_batch_is_halved_until_it_fits() -> None:
+    training = LoraTraining(STUDENTS["7B"], 16)
+    whole = sum(training.parts(8192).values())
+    assert training.fitting_tokens(whole, 8192) == 8192
+    tokens = training.fitting_tokens(20 * GB, 8192)
+    assert tokens < 8192 and sum(training.parts(tokens).values()) <= 20 * GB
+    assert training.fitting_tokens(1 * GB, 8192) == 1
+
+
+def test_what_cannot_fit_stops_before_anything_is_bought(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], texts: Path
+) -> None:
+    def small(memory: float) -> None:
+        machine = Machine(name="x", kind="cuda", memory=memory, main_memory=64 * GB, source="")
+        monkeypatch.setattr(planning, "measure", lambda *_: machine)
+
+    run = shipped("folder", f"corpus.path={texts}", f"runs={tmp_path}")
+    small(0.2 * GB)
+    with pytest.raises(DistillError) as caught:
+        announce(run)
+    assert caught.value.code == Exit.TRAINING and "DOES NOT FIT: " in str(caught.value)
+    assert "weights" in str(caught.value) and "\n" not in str(caught.value)
+    small(2 * GB)  # the weights would fit
+    announce(run)
+    assert "run: memory: DOES NOT FIT: train" in capsys.readouterr().err
+    assert not (tmp_path / "folder").exists(), "something was made"
