@@ -14,13 +14,7 @@ import numpy as np
 from distill.errors import DistillError, Exit
 from distill.evaluation.claims import across_seeds, conclude, mcnemar, smallest_visible
 from distill.evaluation.scorers import SHARE
-from distill.evaluation.statistics import (
-    USUAL,
-    Certainty,
-    Floats,
-    estimate_difference,
-    pair,
-)
+from distill.evaluation.statistics import Floats, estimate_difference, pair
 from distill.evaluation.suites import held_out_items
 from distill.formatting import figure, markdown_table, p_value, signed
 from distill.records import Item, Score
@@ -30,7 +24,7 @@ HEAD = ("task", "n", "missing", "a", "b", "a − b", "interval", "could see", "M
 Values = Mapping[str, float | None]  # scores by item id
 
 
-def compare_paths(a: Sequence[Path], b: Sequence[Path], certainty: Certainty = USUAL) -> str:
+def compare_paths(a: Sequence[Path], b: Sequence[Path]) -> str:
     """Return a table of a - b: a row a task, each paired on the items of both, with its interval.
 
     Several paths a side are runs with other seeds. Raises DistillError: exit 3 for a path that
@@ -52,7 +46,7 @@ def compare_paths(a: Sequence[Path], b: Sequence[Path], certainty: Certainty = U
     for i in shared:
         tasks.setdefault(items[i].task if i in items else "all", []).append(i)
     clusters = {i: items[i].cluster if i in items else i for i in shared}
-    rows = [_row(task, ids, a_side, b_side, clusters, certainty) for task, ids in tasks.items()]
+    rows = [_row(task, ids, a_side, b_side, clusters) for task, ids in tasks.items()]
     return "\n".join([*lines, "", markdown_table(HEAD, rows)])
 
 
@@ -62,7 +56,6 @@ def _row(
     a_side: Sequence[Values],
     b_side: Sequence[Values],
     cluster_of: Mapping[str, str],
-    certainty: Certainty,
 ) -> tuple[str, ...]:
     """Return the comparison on the items of a task, over the mean of each side's seeds."""
 
@@ -78,9 +71,9 @@ def _row(
     sides = (paired.a_N, paired.b_N, clusters)
     if len(a_side) == len(b_side) == 1:
         checked = {*paired.a_N, *paired.b_N} <= {0.0, 1.0}  # agreement has no bounds in the file
-        change = estimate_difference(*sides, certainty, SHARE if checked else None)
+        change = estimate_difference(*sides, bounds=SHARE if checked else None)
     else:
-        change = across_seeds(by_seed(a_side), by_seed(b_side), clusters, certainty)
+        change = across_seeds(by_seed(a_side), by_seed(b_side), clusters)
     p = mcnemar(*sides).p
     means = [figure(float(side.mean()) if len(side) else None, 3) for side in sides[:2]]
     interval = change.reason or "unknown"
@@ -93,7 +86,7 @@ def _row(
         *means,
         signed(change.value, 3),
         interval,
-        figure(smallest_visible(*sides, certainty), 3),
+        figure(smallest_visible(*sides), 3),
         p_value(p),
         conclude(change.low, change.high, change.clusters, p).verdict,
     )

@@ -13,7 +13,7 @@ from distill.config.yaml_file import load_config
 from distill.errors import DistillError, Exit
 from distill.evaluation import results
 from distill.evaluation.scorers import Measured, measure_tasks, write_scores
-from distill.evaluation.statistics import USUAL, Certainty
+from distill.evaluation.statistics import USUAL
 from distill.evaluation.suites import Suite, is_run, write_answers
 from distill.formatting import figure, markdown_table, plain, share
 from distill.records import Response
@@ -27,9 +27,7 @@ from distill.storage.run_folder import open_run
 ALONE = "one responder was asked"
 
 
-def score(
-    suite: Suite, who: str, name: str | None, store: Path, out: Path, certainty: Certainty = USUAL
-) -> str:
+def score(suite: Suite, who: str, name: str | None, store: Path, out: Path) -> str:
     """Ask `who` the questions of a suite, write scores and answers, and return a table of results.
 
     Answers are kept in `store`; items, scores and answers are written below `out`. Raises
@@ -46,7 +44,7 @@ def score(
     write_answers(out, suite, {name: answers})
     folder = out / "scores" / suite.name
     write_scores(folder, [name], rows, suite.items)
-    table = result_table(rows, name, answers, certainty)
+    table = result_table(rows, name, answers)
     title = f"{suite.name}: {suite.facts['description']}"
     return f"{title}\n\n{table}\n\nscores: {folder / f'{name}.jsonl'}"
 
@@ -105,15 +103,13 @@ def read_answers(suite: Suite, path: Path) -> dict[str, Response]:
     return answers
 
 
-def result_table(
-    rows: Mapping[str, Measured], name: str, answers: Mapping[str, Response], certainty: Certainty
-) -> str:
+def result_table(rows: Mapping[str, Measured], name: str, answers: Mapping[str, Response]) -> str:
     """Return a responder's results: a row a task, all checks together, and its answers' lengths."""
     pooled, lines = results.pool(list(rows.values())), []
     if pooled and len(rows) > 1:
         rows = {**rows, "all checks": pooled}
     for task, row in rows.items():
-        mean = results.mean_of(row, name, certainty)
+        mean = results.mean_of(row, name, USUAL)
         lengths = results.answer_lengths(answers[i] for i in row.ids() if i in answers)
         line = (
             f"{task}: {plain(row.metric)}",

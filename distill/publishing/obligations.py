@@ -24,19 +24,13 @@ class Owed(Record):
     duties: Obligation
 
 
-class Obligations(Record):
-    """The verdict on the teacher, and all that its student owes to teacher and base."""
+def obligations(
+    teacher: Teacher, student: str, basis: str | None
+) -> tuple[Verdict, tuple[Owed, ...]]:
+    """Return the verdict on the teacher, and all that its student owes to teacher and base.
 
-    verdict: Verdict
-    owed: tuple[Owed, ...] = ()
-
-    def displays(self) -> list[str]:
-        """Return the lines that the card shows prominently."""
-        return list(dict.fromkeys(o.duties.display for o in self.owed if o.duties.display))
-
-
-def obligations(teacher: Teacher, student: str, basis: str | None) -> Obligations:
-    """Collect what the student owes; raises DistillError (exit 10) if training was not allowed."""
+    Raises DistillError (exit 10) if training was not allowed.
+    """
     verdict = require_terms(teacher, basis)
     owed = [Owed(text=text, duties=text.outputs) for text in verdict.texts]
     info, name = lookup(student), hub_id(student)
@@ -44,7 +38,7 @@ def obligations(teacher: Teacher, student: str, basis: str | None) -> Obligation
     if base:
         owed += [Owed(text=base, duties=base.outputs), Owed(text=base, duties=base.weights)]
     demands = (one for one in owed if one.duties.lines())
-    return Obligations(verdict=verdict, owed=tuple(dict.fromkeys(demands)))
+    return verdict, tuple(dict.fromkeys(demands))
 
 
 def check_names(owed: Sequence[Owed], names: Sequence[str]) -> None:

@@ -65,14 +65,14 @@ def main(
         check_name(repository)
     config, scorecard = run.config, evaluated(run)
     overridden = pass_gate(evidence(scorecard), override)
-    terms = obligations(config.teacher, config.student.model, config.terms.basis)
+    verdict, owed = obligations(config.teacher, config.student.model, config.terms.basis)
     name = config.publish.model_name or (repository or config.name).split("/")[-1]
-    check_names(terms.owed, [name, *([repository] if repository else [])])
-    license = license_of(config.student.model, config.publish.license, terms.owed)
+    check_names(owed, [name, *([repository] if repository else [])])
+    license = license_of(config.student.model, config.publish.license, owed)
     work, release = run.path(".release"), run.path("release")
     shutil.rmtree(work, ignore_errors=True)
     (work / "adapter").mkdir(parents=True)
-    write_notices(terms.owed, config.terms.agreement, work)
+    write_notices(owed, config.terms.agreement, work)
     fidelity = add_models(run, work, scorecard.models["student"])
     if fidelity:
         say(f"merged model against adapter: {fidelity.line()}")
@@ -85,8 +85,8 @@ def main(
     (work / "LICENSE").write_text(license.text, encoding="utf-8")
     facts = facts_of(config, name, repository, license).model_copy(
         update={
-            "terms": tuple(terms.verdict.lines()),
-            "displays": tuple(terms.displays()),
+            "terms": tuple(verdict.lines()),
+            "displays": tuple(dict.fromkeys(o.duties.display for o in owed if o.duties.display)),
             "overridden": tuple(overridden),
             "override": override if overridden else None,
         }

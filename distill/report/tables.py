@@ -228,16 +228,6 @@ def token_rows(cost: Costs) -> TextTable:
     return head, rows
 
 
-def plane_rows(card: Scorecard) -> TextTable:
-    """Return the points of the plot of quality against cost."""
-    row, sides = card.overall or card.agreement["chrf"], {m: card.cost.of(m) for m in MODELS}
-    head = ("", "checks passed" if card.overall else "chrF", "1,000 requests")
-    costs = {m: duration(side.seconds_per_1k) for m, side in sides.items()}
-    if card.cost.student.dollars_per_1k is not None:
-        costs = {m: money(side.dollars_per_1k) for m, side in sides.items()}
-    return head, [(model, within(row, model), costs[model]) for model in MODELS]
-
-
 def judge_rows(result: JudgeResult) -> TextTable:
     """Return the judge's win rates of the student."""
     head = (
