@@ -64,15 +64,14 @@ def render(
     moment = datetime.fromisoformat(date)  # what a template that asks for the time is told
     clock = {"date_string": moment.strftime("%d %b %Y"), "strftime_now": moment.strftime}
     try:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=answer is None, **clock
         )
     except Exception as error:  # jinja2 raises whatever a template's author chose
-        where, what = (
-            f"chat template of {tokenizer.name_or_path}",
-            f"refuses the conversation: {error}",
-        )
+        where, what = tokenizer.name_or_path, f"its template refuses the conversation: {error}"
         raise DistillError(Exit.TRAINING, where, what, "check roles and order") from None
+    assert isinstance(text, str)
+    return text
 
 
 def encode_text(tokenizer: "Tokenizer", text: str) -> list[int]:

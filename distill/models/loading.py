@@ -120,7 +120,7 @@ def load_merged(
     model = add_adapter(base, adapter)
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
-            weight = layer.get_base_layer().weight
+            weight: Any = layer.get_base_layer().weight
             weight.data = weight.data.float()
             layer.merge(safe_merge=True)
             weight.data = weight.data.to(dtype)

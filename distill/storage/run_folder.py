@@ -273,7 +273,9 @@ def flatten(tree: object, prefix: str = "") -> dict[str, object]:
     }
 
 
-def differences(old: Fingerprint, new: Fingerprint, ignored: Sequence[str] = ()) -> list[str]:
+def differences(
+    old: Mapping[str, object], new: Mapping[str, object], ignored: Sequence[str] = ()
+) -> list[str]:
     """Name every key that differs: settings with both values, hashed inputs as lists of names.
 
     Old names of keys are read as the present ones. A setting that one side lacks, because it came
@@ -302,7 +304,7 @@ def differences(old: Fingerprint, new: Fingerprint, ignored: Sequence[str] = ())
     return settings
 
 
-def _setting(fingerprint: Fingerprint, key: str) -> object:
+def _setting(fingerprint: Mapping[str, object], key: str) -> object:
     """Return a key's value in a fingerprint, else a setting's default, else None."""
     if key in fingerprint:
         return fingerprint[key]

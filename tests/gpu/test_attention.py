@@ -15,10 +15,11 @@ from distill.training.student import attention_notes
 SEGMENTS = (Segment(0, 5), Segment(5, 17))
 
 
-def rows(heads: int, keys: int) -> list[torch.Tensor]:
-    """Return queries, keys and values of 17 tokens."""
+def attended(heads: int, keys: int, segments: tuple[Segment, ...]) -> torch.Tensor:
+    """Return the attention of 17 tokens."""
     make = torch.Generator().manual_seed(0)
-    return [torch.randn(17, count, 8, generator=make) for count in (heads, keys, keys)]
+    query, key, value = (torch.randn(17, count, 8, generator=make) for count in (heads, keys, keys))
+    return attention._apart(query, key, value, segments, 0.3)
 
 
 @pytest.mark.parametrize(("flash", "heads"), [(False, [4, 4]), (True, [4, 2])])
@@ -32,14 +33,13 @@ def test_grouped_keys_are_repeated_where_flash_cannot_run(
         calls.append(([t.shape[1] for t in (query, key)], enable_gqa))
         return attend(query, key, value, enable_gqa=enable_gqa, **settings)
 
-    expected = [attention._apart(*rows(4, 2), (segment,), 0.3) for segment in (Segment(0, 17),)]
+    expected = attended(4, 2, (Segment(0, 17),))
     monkeypatch.setattr(functional, "scaled_dot_product_attention", spied)
     monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda params: flash)
-    out = attention._apart(*rows(4, 2), (Segment(0, 17),), 0.3)
-    torch.testing.assert_close(out, expected[0])
+    torch.testing.assert_close(attended(4, 2, (Segment(0, 17),)), expected)
     assert calls == [(heads, flash)]
     calls.clear()
-    attention._apart(*rows(4, 4), SEGMENTS, 0.3)
+    attended(4, 4, SEGMENTS)
     assert calls == [([4, 4], False)] * 2
 
 

@@ -318,7 +318,7 @@ def continuous_attention(model: PreTrainedModel) -> Iterator[bool]:
             _switch(model, usual)
 
 
-def _switch(model: PreTrainedModel, name: str) -> bool:
+def _switch(model: PreTrainedModel, name: str | None) -> bool:
     """Set the model's attention function, and return whether it took it."""
     try:
         model.set_attn_implementation(name)

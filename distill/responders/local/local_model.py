@@ -67,7 +67,7 @@ class LocalResponder:
 
     def __init__(
         self,
-        model: torch.nn.Module | Callable[[], PreTrainedModel],
+        model: PreTrainedModel | Callable[[], PreTrainedModel],
         tokenizer: PreTrainedTokenizerBase,
         name: str,
         origin: str,
