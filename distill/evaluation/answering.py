@@ -50,7 +50,7 @@ def answer(run: Run, pairs: Sequence[Pair], suites: Sequence[Suite]) -> None:
         date, length = responder.date, config.train.max_length
         losses = answer_loss(responder.network, responder.tokenizer, pairs, date, length)
         write_records(run.path(f"answers/readings/{name}.jsonl"), losses)
-        del responder
+        del responder, ask  # so that one model at a time is in memory
         gc.collect()
     answer_with_teacher(run, prompts, suites)
     facts = {"teacher": describe_teacher(config.teacher, config.template_date), **facts}
@@ -122,19 +122,21 @@ def answer_with_teacher(run: Run, prompts: Sequence[Prompt], suites: Sequence[Su
     """
     config, teacher = run.config, run.config.teacher
     open_suites = [suite for suite in suites if why_no_teacher(teacher, suite) is None]
+    path = run.path("timings/teacher.jsonl")
+    untimed = teacher.runs_here and not path.exists()
+    if not open_suites and not untimed:
+        return
     if open_suites:
         require_terms(teacher, config.terms.basis)
-        responder, store = make_responder(teacher, config), config.store_folder() / "responses"
+    responder, store = make_responder(teacher, config), config.store_folder() / "responses"
+    if open_suites:
         with Ask(responder, store, run, "evaluate" in run.remade) as ask:
             for suite in open_suites:
                 answers = ask_suite(ask, suite, as_teacher=True)
                 write_answers(run.folder, suite, {"teacher": answers})
-    path = run.path("timings/teacher.jsonl")
-    if teacher.runs_here and not path.exists():
-        responder = make_responder(teacher, config)
-        if isinstance(responder, LocalResponder):
-            limits = [teacher.max_new_tokens] * len(prompts)
-            timed(path, responder, requests_to(responder, prompts, limits, as_teacher=True))
+    if untimed and isinstance(responder, LocalResponder):
+        limits = [teacher.max_new_tokens] * len(prompts)
+        timed(path, responder, requests_to(responder, prompts, limits, as_teacher=True))
 
 
 def describe(

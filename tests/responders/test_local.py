@@ -317,7 +317,7 @@ def test_a_merged_adapter_answers_as_the_adapter_does(folder: Path, tmp_path: Pa
     model.save_pretrained(tmp_path)
     record_base(tmp_path, str(folder))
     merged = LocalResponder.load(str(folder), "float32", adapter=tmp_path)
-    unmerged = LocalResponder(model.eval(), make_tokenizer(), "student", "o", DATE)
+    unmerged = LocalResponder(model.eval().get_base_model(), make_tokenizer(), "student", "o", DATE)
     requests = make_requests("o", 5)
     answers = {r.id: r.reply.text for r in merged.ask(requests)}
     assert answers == {r.id: r.reply.text for r in unmerged.ask(requests)}

@@ -116,7 +116,7 @@ class LocalResponder:
     @cached_property
     def network(self) -> PreTrainedModel:
         """Return the model, loaded now if it was not."""
-        return self._model if isinstance(self._model, torch.nn.Module) else self._model()
+        return self._model if isinstance(self._model, PreTrainedModel) else self._model()
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
