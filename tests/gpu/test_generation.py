@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from distill.errors import DistillError, Exit
+from distill.models.arithmetic import LIMITS
 from distill.records import Message
 from distill.responders.local import continuous_batching, local_model
 from distill.responders.local.continuous_batching import ContinuousBatch
-from distill.responders.local.local_model import GPU, PLAN_TOKENS, LocalResponder
+from distill.responders.local.local_model import PLAN_TOKENS, LocalResponder
 from distill.responders.responder import Plan, Raw, Request, Sampling
 from distill.responders.store import ResponseStore
 from tests.support.asking import answer_all
@@ -63,7 +64,7 @@ def test_plans_are_eight_batches_of_what_memory_holds(monkeypatch: pytest.Monkey
     """A plan of one batch ends with most of its rows idle, and a step takes as long for one row."""
     small = sizes(on_a_gpu(monkeypatch, Gpu(free=2 * GB)))
     large = sizes(on_a_gpu(monkeypatch, Gpu(free=20 * GB)))
-    assert large[0][0] == GPU.rows > 2 * small[0][0] > 0
+    assert large[0][0] == LIMITS["cuda"].rows > 2 * small[0][0] > 0
     for plans in (small, large):
         assert all(count >= min(8 * rows, PLAN_TOKENS // 256) for rows, count in plans[:-1])
         assert plans[0][1] == max(8 * plans[0][0], PLAN_TOKENS // 256)

@@ -25,13 +25,13 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from distill.errors import DistillError, Exit
+from distill.models.arithmetic import PREFILL_TOKENS
 from distill.models.devices import raise_device_error
 from distill.responders.local.packed_linear import packed
 
 NAME = "distill_stream"  # of the attention function among those of transformers
 SHARED_TOKENS = 16  # a shorter common prefix is not worth a wait or a copy
 QUERY_CHUNK = 256  # prompt queries attended at once, so that a mask stays small
-PREFILL_TOKENS = {"cpu": 512, "cuda": 4096}  # of joining prompts in one step
 
 Chooser = Callable[[torch.Tensor, "Sequence[BatchRow]"], list[int]]
 

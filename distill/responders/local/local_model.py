@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distill.config.teachers import LocalTeacher
 from distill.config.values import SAFE, Trust
 from distill.errors import DistillError, Exit
+from distill.models.arithmetic import LIMITS, fitting_rows
 from distill.models.chat_template import (
     encode_prompt,
     encode_text,
@@ -43,18 +44,6 @@ from distill.responders.responder import Circumstances, Plan, Raw, Request
 from distill.storage.files import sha256_file
 from distill.storage.progress import say
 
-
-class Limits(NamedTuple):
-    """How much is computed together: rows of a batch, which keep the device busy, the share of the
-    free memory that they may take, and batches of a plan, whose last rows leave the others idle.
-    """
-
-    rows: int
-    share: float
-    batches: int
-
-
-CPU, GPU = Limits(64, 0.4, 1), Limits(512, 0.8, 8)
 PLAN_TOKENS = 49_152  # of a plan's answers, where that is more than its batches: what a kill costs
 TOP_IDS = 256  # sorted first for top-p; the whole vocabulary only where these do not suffice
 
@@ -144,12 +133,12 @@ class LocalResponder:
         ordered = sorted(
             lengths, key=lambda r: (r.sampling.to_line(), -lengths[r], r.key, r.sample)
         )
-        plans: list[Plan] = []
+        plans, room = list[Plan](), free_memory(self.network.device)
         while ordered:
             sampling = ordered[0].sampling
             longest = lengths[ordered[0]] + sampling.max_new_tokens
-            size = self.max_batch_size or self._fitting_rows(longest)
-            most = max(PLAN_TOKENS // sampling.max_new_tokens, size * self._limits.batches)
+            size = self.max_batch_size or fitting_rows(room, self._row_bytes(longest), self._kind)
+            most = max(PLAN_TOKENS // sampling.max_new_tokens, size * LIMITS[self._kind].batches)
             alike = [request for request in ordered[:most] if request.sampling == sampling]
             plans.append(Plan(requests=tuple(alike), slots=min(size, len(alike))))
             ordered = ordered[len(alike) :]
@@ -161,7 +150,7 @@ class LocalResponder:
         Main memory is never asked: there an unfinished plan ends with the bytes that it began.
         """
         most = self.max_batch_size or plan.slots
-        if self._limits is GPU:
+        if self._kind == "cuda":
             longest = max(len(self._encode(r)) + r.sampling.max_new_tokens for r in plan.requests)
             most = min(most, free_memory(self.network.device) // self._row_bytes(longest))
         return plan.slots <= most
@@ -250,13 +239,9 @@ class LocalResponder:
         return ids
 
     @property
-    def _limits(self) -> Limits:
-        return CPU if self.network.device.type == "cpu" else GPU
-
-    def _fitting_rows(self, capacity: int) -> int:
-        """Return how many rows of `capacity` tokens the free memory can hold, up to the limit."""
-        room = int(self._limits.share * free_memory(self.network.device))
-        return max(1, min(self._limits.rows, room // self._row_bytes(capacity)))
+    def _kind(self) -> str:
+        """Return the kind of device that the limits are by."""
+        return "cpu" if self.network.device.type == "cpu" else "cuda"
 
     def _row_bytes(self, capacity: int) -> int:
         """Return what a row of `capacity` tokens takes: keys and values, on a GPU logits too."""
@@ -264,7 +249,7 @@ class LocalResponder:
         heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
         size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
         # beside the logits stand, in float32, they and their softmax
-        logits = shape.vocab_size * (width + 8) if self._limits is GPU else 0
+        logits = shape.vocab_size * (width + 8) if self._kind == "cuda" else 0
         return 2 * shape.num_hidden_layers * heads * size * width * capacity + logits
 
 
