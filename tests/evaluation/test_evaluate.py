@@ -6,9 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 
 from distill.config.teachers import LocalTeacher
 from distill.config.tree import Config
@@ -16,13 +13,12 @@ from distill.errors import DistillError, Exit
 from distill.evaluation import answering, evaluate
 from distill.evaluation.scorers import AnswersByModel, HeldOutRequest, measure_tasks
 from distill.evaluation.suites import held_out_items
-from distill.models import registry
 from distill.records import Document, Item, Message, Pair, Prompt, Response, Score, Timing, Usage
 from distill.storage.files import read_json, read_records, write_records
 from distill.storage.run_folder import Run
 from distill.tasks.task import shipped
 from tests.evaluation.test_suites import make_suite
-from tests.support.tiny import make_tiny
+from tests.support.tiny import make_adapter, make_tiny
 
 ITEMS, QUESTIONS = 8, 6  # held out, and of the suite
 
@@ -66,14 +62,7 @@ def make_run(folder: Path, student: Path, pairs: list[Pair], **settings: Any) ->
         for k in range(ITEMS)
     ]
     write_records(run.path("documents.jsonl"), documents)
-    model: Any = AutoModelForCausalLM.from_pretrained(student)
-    torch.manual_seed(1)
-    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
-    for name, parameter in wrapped.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    wrapped.save_pretrained(str(run.path("adapter")))
-    registry.record_base(run.path("adapter"), str(student))
+    make_adapter(run.path("adapter"), str(student), 0.3)
     run.note("corpus", {"corpus_sha256": "ab" * 32, "python": "3.11.9", "documents": ITEMS})
     return run
 
@@ -205,13 +194,6 @@ def test_items_that_all_stand_in_the_training_data_stop_before_anything_is_asked
     assert caught.value.code == Exit.EVALUATION and not again.path("answers").exists()
 
 
-def test_no_held_out_items_stop_with_exit_8(tmp_path: Path) -> None:
-    write_records(tmp_path / "dataset/heldout.jsonl", [])
-    with pytest.raises(DistillError) as caught:
-        held_out_items(tmp_path)
-    assert caught.value.code == Exit.EVALUATION
-
-
 def test_chunks_of_one_document_are_one_cluster(tmp_path: Path) -> None:
     rows = [
         Document(id=f"chunk{k}", text="x", source="s", meta={"parent": "doc"}) for k in range(2)
@@ -220,6 +202,10 @@ def test_chunks_of_one_document_are_one_cluster(tmp_path: Path) -> None:
     pairs = heldout_pairs()
     write_records(tmp_path / "dataset/heldout.jsonl", [*pairs[:2], pairs[0], pairs[2]])
     kept, items = held_out_items(tmp_path)
+    write_records(tmp_path / "empty/dataset/heldout.jsonl", [])
+    with pytest.raises(DistillError) as caught:
+        held_out_items(tmp_path / "empty")
+    assert caught.value.code == Exit.EVALUATION
     assert kept == pairs[:3] and [item.cluster for item in items] == ["doc", "doc", "chunk2"]
 
 

@@ -12,8 +12,8 @@ from distill.evaluation.compare import compare_paths
 from distill.evaluation.score import score
 from distill.evaluation.scorecard import HarnessResult
 from distill.evaluation.suites import Suite, load_suite
-from distill.records import Score
-from distill.storage.files import read_json, read_records, write_json
+from distill.records import Item, Score
+from distill.storage.files import read_json, read_records, write_json, write_records
 from tests.evaluation.test_evaluate import heldout_pairs, make_run
 from tests.evaluation.test_suites import QUESTIONS, make_suite
 from tests.support.tiny import make_tiny
@@ -48,6 +48,24 @@ def test_files_of_answers_are_scored_and_compared(tmp_path: Path) -> None:
     assert "6 items in both" in told and "+0.667" in told and "| sums" in told
     answered = tmp_path / "out/answers/sums/good.jsonl"  # what was written is a file of answers too
     assert "100.0" in scored(suite, answered, tmp_path, "again")
+
+
+def test_seeds_of_runs_are_averaged_item_by_item(tmp_path: Path) -> None:
+    pairs = heldout_pairs()
+    for name, right in (("a", 6), ("b", 2)):
+        write_records(tmp_path / name / "dataset/heldout.jsonl", pairs)
+        scores = [
+            Score(item_id=Item.make(p.prompt).id, model="m", value=float(k < right), reason="r")
+            for k, p in enumerate(pairs)
+        ]
+        write_records(tmp_path / name / "scores/student.jsonl", scores)
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert compare_paths([a], [b]).count("+0.500") == 2, "of both tasks"
+    assert compare_paths([a, a, b], [b, b]).count("+0.333") == 2
+    for wrong in (tmp_path / "nowhere", a / "dataset/heldout.jsonl"):
+        with pytest.raises(DistillError) as caught:
+            compare_paths([wrong], [b])
+        assert caught.value.code == Exit.INPUT
 
 
 def test_a_missing_answer_is_counted_and_too_many_are_not_compared(tmp_path: Path) -> None:

@@ -12,17 +12,16 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import LoraConfig, get_peft_model
 
 from distill.config.tree import Config
 from distill.errors import DistillError, Exit
-from distill.models import loading, registry
+from distill.models import loading
 from distill.publishing.publish import main
 from distill.records import Message, Pair, Prompt, Response
 from distill.storage.files import sha256_file, write_json, write_records
 from distill.storage.run_folder import Run
 from tests.support.fake_hub import TOKEN, fake_hub, use_hub
-from tests.support.tiny import make_tiny
+from tests.support.tiny import make_adapter, make_tiny
 
 BASE = "acme/tiny-base"
 
@@ -57,18 +56,6 @@ def make_pair(number: int) -> Pair:
     return Pair(prompt=prompt, response=answer)
 
 
-def make_adapter(folder: Path, scale: float = 0.02) -> None:
-    """Save an adapter with weights that do something, as training would."""
-    model = loading.load_model(BASE, "float32")
-    torch.manual_seed(1)
-    wrapped = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
-    for name, parameter in wrapped.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=scale)
-    wrapped.save_pretrained(str(folder))
-    registry.record_base(folder, BASE)
-
-
 def make_scorecard(run: Run, **changes) -> None:
     row = {
         "metric": "chrF", "n": 20, "unscored": 0, "teacher": 0.9, "base": 0.1, "student": 0.7,
@@ -97,7 +84,7 @@ def run(hub, trained, tmp_path) -> Run:
     }  # fmt: skip
     run = Run(Config.model_validate(tree))
     if not trained.exists():
-        make_adapter(trained)
+        make_adapter(trained, BASE, 0.02)
     shutil.copytree(trained, run.path("adapter"))
     for split, numbers in (("train", range(8)), ("validation", range(8, 12))):
         write_records(run.path(f"dataset/{split}.jsonl"), [make_pair(n) for n in numbers])

@@ -15,7 +15,6 @@ import pytest
 from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.evaluation import results
-from distill.evaluation.compare import compare_paths
 from distill.evaluation.judge import Duel, examined, load_probes, row_of_duels
 from distill.evaluation.measurements import Difference, DuelRow, Sample
 from distill.evaluation.scorers import (
@@ -32,7 +31,6 @@ from distill.records import (
     Item,
     LedgerEntry,
     Message,
-    Pair,
     Prompt,
     Response,
     Score,
@@ -378,31 +376,6 @@ def test_missing_answers_are_shown_both_ways_and_too_many_stop() -> None:
     with pytest.raises(DistillError) as caught:
         results.row_of(measured(), Certainty(samples=200))
     assert caught.value.code == Exit.EVALUATION
-
-
-def test_comparing_runs_and_seeds(tmp_path: Path) -> None:
-    task, items, sides = "math_word_problem", make_items(60), []
-    checked = [i for i in items if i.task == task]
-    for name, correct in (("a", 50), ("b", 20)):
-        folder = tmp_path / name
-        texts = [f"#### {i.reference}" if k < correct else "no" for k, i in enumerate(items)]
-        answers = [answered(i, name, text) for i, text in zip(items, texts, strict=True)]
-        pairs = [Pair(prompt=i.prompt, response=r) for i, r in zip(items, answers, strict=True)]
-        write_records(folder / "dataset/heldout.jsonl", pairs)
-        write_json(folder / "config.json", {})
-        by_item = {name: {i.id: r for i, r in zip(items, answers, strict=True)}}
-        scores = measure_task(task, checked, by_item, "correct", CHECKERS[task]).of(name)
-        write_records(folder / "scores/student.jsonl", scores)
-        sides.append(folder)
-    a, b = sides
-    text = compare_paths([a], [b])
-    assert "0.833" in text and "0.333" in text and "+0.500" in text
-    seeds = compare_paths([a, a, b], [b, b])
-    assert "0.667" in seeds and "+0.333" in seeds, "seeds are averaged item by item"
-    for wrong in (tmp_path / "nowhere", a / "dataset/heldout.jsonl"):
-        with pytest.raises(DistillError) as caught:
-            compare_paths([wrong], [b])
-        assert caught.value.code == Exit.INPUT
 
 
 def test_failures_are_the_worst_samples_cut_short() -> None:

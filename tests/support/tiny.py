@@ -5,10 +5,14 @@ import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+
+from distill.models import loading, registry
 
 TEMPLATE = (
     "{% for m in messages %}"
@@ -73,3 +77,15 @@ def _made(family: str, seed: int, hidden: int, layers: int, tied: bool) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def make_adapter(folder: Path, base: str, scale: float) -> None:
+    """Save an adapter of a base with weights that do something, as training would."""
+    model: Any = loading.load_model(base, "float32")
+    torch.manual_seed(1)
+    wrapped = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=scale)
+    wrapped.save_pretrained(str(folder))
+    registry.record_base(folder, base)
