@@ -42,6 +42,7 @@ UnsafeCode = Annotated[
 AllowInexact = Annotated[
     bool, typer.Option("--allow-inexact", help="Resume a training though something changed.")
 ]
+STUDENT = "smollm2-135m-instruct"
 STORE, SUITES = Path("runs/.store/responses"), Path("runs/.suites")
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for a script.")]
 
@@ -72,9 +73,7 @@ def init(
     api_key_env: Annotated[
         str | None, typer.Option(metavar="NAME", help="The variable that holds the server's key.")
     ] = None,
-    student: Annotated[
-        str, typer.Option(metavar="MODEL", help="The small model that learns.")
-    ] = "smollm2-135m-instruct",
+    student: Annotated[str, typer.Option(metavar="MODEL", help="What learns.")] = STUDENT,
 ) -> None:
     """Write a commented config from a corpus and a teacher, and show its plan."""
     from distill.planning import plan
@@ -89,9 +88,7 @@ def init(
 def run_all(
     config: ConfigArgument,
     overrides: Overrides = None,
-    redo: Annotated[
-        str | None, typer.Option(metavar="STAGE", help="Make STAGE and what follows again.")
-    ] = None,
+    redo: Annotated[str | None, typer.Option(metavar="STAGE", help="Remake from it on.")] = None,
     allow_code: AllowCode = False,
     unsafe_code: UnsafeCode = False,
     allow_inexact: AllowInexact = False,
@@ -99,8 +96,14 @@ def run_all(
     """Do every stage that is left, and show the scorecard."""
     from distill.api import run
 
-    permissions = {"allow_code": allow_code, "unsafe_code": unsafe_code}
-    folder, _ = run(config, overrides or (), redo=redo, allow_inexact=allow_inexact, **permissions)
+    folder, _ = run(
+        config,
+        overrides or (),
+        redo=redo,
+        allow_code=allow_code,
+        unsafe_code=unsafe_code,
+        allow_inexact=allow_inexact,
+    )
     show_scorecard(folder)
 
 
@@ -162,9 +165,7 @@ def evaluate(
     redo: RedoThis = False,
     allow_code: AllowCode = False,
     unsafe_code: UnsafeCode = False,
-    lm_eval: Annotated[
-        str | None, typer.Option(metavar="TASKS", help="Ask EleutherAI's lm-eval, tasks by commas.")
-    ] = None,
+    lm_eval: Annotated[str | None, typer.Option(metavar="TASKS", help="Of lm-eval.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Items of each of its tasks.")] = None,
 ) -> None:
     """Compare student, base and teacher on held-out items, or ask the student lm-eval's tasks."""
@@ -264,9 +265,7 @@ def score(
     responder: Annotated[
         str, typer.Option(metavar="WHO", help="A run, a model, a config, or a file of answers.")
     ],
-    data: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Questions from a file, not from the Hub.")
-    ] = None,
+    data: Annotated[Path | None, typer.Option(metavar="FILE", help="Its questions.")] = None,
     name: Annotated[str | None, typer.Option(help="What the responder is called.")] = None,
     store: Annotated[Path, typer.Option(metavar="DIR", help="Shared answers.")] = STORE,
     out: Annotated[Path, typer.Option(metavar="DIR", help="For scores and answers.")] = SUITES,

@@ -188,8 +188,8 @@ def test_a_finished_stage_stays_done_under_old_names(tmp_path):
 
 
 def test_another_value_under_an_old_name_is_told_under_the_new_one(tmp_path):
-    names = {"teacher__max_batch_size": ..., "teacher__slots": 5}
-    said = ["teacher.max_batch_size was 5, is 4"]
+    names = {"teacher__license": ..., "teacher__licence": "cc0"}
+    said = ["teacher.license was cc0, is mit"]
     assert finished(tmp_path, STAGE, **names).state(STAGE) == ("stale", said)
 
 

@@ -128,11 +128,13 @@ def loss_bytes(
     return vocabulary * (width * rows * (2 if towards == "live" else 1) + strips)
 
 
-def row_bytes(model: "Shape", width: int, kind: str, tokens: float) -> float:
-    """Return what an answer of `tokens`, its prompt included, takes while it is written."""
-    # On a GPU, beside the logits, they and their softmax in float32
-    logits = model.vocab * (width + 8) if kind == "cuda" else 0
-    return tokens * cache_bytes(model, width) + logits
+def row_bytes(cache: float, vocab: int, width: int, kind: str, tokens: float) -> float:
+    """Return what an answer of `tokens`, its prompt included, takes while it is written.
+
+    `cache` are the bytes of keys and values, a token. On a GPU stand beside the logits, in float32,
+    they and their softmax.
+    """
+    return tokens * cache + (vocab * (width + 8) if kind == "cuda" else 0)
 
 
 def fitting_rows(room: float, row: float, kind: str) -> int:
@@ -151,7 +153,8 @@ def answering_bytes(model: "Shape", width: int, kind: str, rows: int, tokens: fl
     # On a CPU bfloat16 weights stand in memory a second time, in the order of oneDNN.
     copies = 2 if kind == "cpu" and width == 2 else 1
     parts = {"weights": copies * weight_bytes(model, width)}
-    parts["KV cache"] = rows * row_bytes(model, width, kind, tokens)
+    row = row_bytes(cache_bytes(model, width), model.vocab, width, kind, tokens)
+    parts["KV cache"] = rows * row
     prompts = min(PREFILL_TOKENS[kind], rows * tokens)
     return _with_context(parts | {"activations": prompts * layer_bytes(model, width)}, kind)
 

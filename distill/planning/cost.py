@@ -79,9 +79,10 @@ def teacher_cost(config: Config, work: Work, origin: str | None = None) -> Teach
     teacher, questions = config.teacher, config.prompts.questions
     if not teacher.makes_answers:
         return None
-    book, server = load_prices(config.evaluation.prices), isinstance(teacher, EndpointTeacher)
+    book = load_prices(config.evaluation.prices)
+    server = teacher if isinstance(teacher, EndpointTeacher) else None
     price = book.teacher(teacher.model) if server else None
-    origin = origin or (origin_of(teacher) if server else None)
+    origin = origin or (origin_of(server) if server else None)
     if work.texts and origin:
         with ResponseStore(config.store_folder() / "responses", writable=False) as store:
             kinds = _by_request(teacher, questions, *work.texts, origin, store)
@@ -93,8 +94,7 @@ def teacher_cost(config: Config, work: Work, origin: str | None = None) -> Teach
             asking = work.documents * len(question_shares(questions.kinds, questions.per_document))
             kinds.append(Unanswered(asking, work.teacher.bytes, questions.max_new_tokens))
     count = sent = output = capped = answer = 0.0
-    limited = price and "max_tokens" not in teacher.omit
-    most = Decimal(0) if limited else None
+    most = Decimal(0) if server and price and "max_tokens" not in server.omit else None
     for kind in kinds:
         lengths = [response.usage.output_tokens for response in kind.sampled]
         mean = sum(lengths) / len(lengths) if lengths else ANSWER * kind.cap
@@ -117,7 +117,7 @@ def teacher_cost(config: Config, work: Work, origin: str | None = None) -> Teach
     seconds = None if count else 0.0
     if server and sampled:  # as fast as those before came, and as the limits of the rate allow
         pace = sum(response.usage.seconds for response in sampled) / len(sampled)
-        seconds = max(pace * count, teacher.least_seconds(count, sent + capped))
+        seconds = max(pace * count, server.least_seconds(count, sent + capped))
     cost = TeacherCost(
         requests=ceil(count),
         stored=sum(kind.stored for kind in kinds),
@@ -134,7 +134,7 @@ def teacher_cost(config: Config, work: Work, origin: str | None = None) -> Teach
     notes = [*_grounds(cost, sampled)]
     if server:
         why = book.why_no_teacher(teacher.model)
-        notes += _money(cost, price, why, teacher.budget_dollars)
+        notes += _money(cost, price, why, server.budget_dollars)
     return cost.model_copy(update={"notes": tuple(notes)})
 
 

@@ -23,6 +23,7 @@ from distill.models.arithmetic import (
     adapter_parameters,
     answer_flops,
     answering_bytes,
+    cache_bytes,
     fitting_rows,
     merging_bytes,
     reading_bytes,
@@ -206,7 +207,8 @@ class RunEstimate:
 
         def answering(model: Shape, width: int, tokens: float, rows: int | None) -> Parts:
             beside = (room or 1e15) - sum(answering_bytes(model, width, kind, 0, 0).values())
-            fitting = fitting_rows(beside, row_bytes(model, width, kind, tokens), kind)
+            row = row_bytes(cache_bytes(model, width), model.vocab, width, kind, tokens)
+            fitting = fitting_rows(beside, row, kind)
             most = min(fitting, max(1, int(self.work.all_prompts * teacher.n)))
             return answering_bytes(model, width, kind, rows or most, tokens)
 

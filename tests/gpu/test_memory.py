@@ -50,7 +50,7 @@ def peak_of(work: Callable[[], object]) -> float:
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
         work()
-    events = profile.profiler.kineto_results.events()  # pyright: ignore
+    events: Any = profile.profiler.kineto_results.events()  # pyright: ignore
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     now = most = float(sum(alive.values()))
     for _, change in changes:
@@ -135,7 +135,7 @@ STUDENTS = {
 def machine_of(gpu: Gpu) -> Machine:
     """Return a machine with a GPU of the table and 64 GB beside it."""
     dtype = ("bfloat16" if gpu.bf16 else "float16", gpu.tflops * 1e12)
-    sizes = {"memory": gpu.gigabytes * GB, "main_memory": 64 * GB}
+    sizes: dict[str, Any] = {"memory": gpu.gigabytes * GB, "main_memory": 64 * GB}
     return Machine(name=gpu.match, kind="cuda", rates={"auto": dtype}, source="", **sizes)
 
 

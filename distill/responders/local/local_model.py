@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distill.config.teachers import LocalTeacher
 from distill.config.values import SAFE, Trust
 from distill.errors import DistillError, Exit
-from distill.models.arithmetic import LIMITS, fitting_rows
+from distill.models.arithmetic import LIMITS, fitting_rows, row_bytes
 from distill.models.chat_template import (
     encode_prompt,
     encode_text,
@@ -243,14 +243,13 @@ class LocalResponder:
         """Return the kind of device that the limits are by."""
         return "cpu" if self.network.device.type == "cpu" else "cuda"
 
-    def _row_bytes(self, capacity: int) -> int:
-        """Return what a row of `capacity` tokens takes: keys and values, on a GPU logits too."""
+    def _row_bytes(self, capacity: int) -> float:
+        """Return what a row of `capacity` tokens takes."""
         shape, width = self.network.config.get_text_config(), self.network.dtype.itemsize
         heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
         size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-        # beside the logits stand, in float32, they and their softmax
-        logits = shape.vocab_size * (width + 8) if self._kind == "cuda" else 0
-        return 2 * shape.num_hidden_layers * heads * size * width * capacity + logits
+        cache = 2 * shape.num_hidden_layers * heads * size * width
+        return row_bytes(cache, shape.vocab_size, width, self._kind, capacity)
 
 
 def make(teacher: LocalTeacher, circumstances: Circumstances) -> LocalResponder:
