@@ -36,34 +36,13 @@ class Ledger:
         """Return the ledger so far."""
         return read_records(self.path, LedgerEntry, torn=True) if self.path.exists() else []
 
-    def spend(
-        self,
-        input_tokens: int = 0,
-        output_tokens: int = 0,
-        dollars: Decimal | None = None,
-        price: str | None = None,
-        attempts: int = 0,
-        unknown: int = 0,
-        unknown_dollars: Decimal | None = None,
-        paid: bool = False,
-    ) -> None:
-        """Add to what the running stage has spent; `paid` says that these are of paid attempts."""
+    def spend(self, input_tokens: int = 0, output_tokens: int = 0, **more: object) -> None:
+        """Add to what the running stage has spent; `more` are further fields of its entry."""
         if not self._stage:
             return
-        entry = LedgerEntry(
-            stage=self._stage,
-            started=now(),
-            seconds=0.0,
-            input_tokens=input_tokens,
-            output_tokens=output_tokens,
-            paid_input_tokens=input_tokens if paid else 0,
-            paid_output_tokens=output_tokens if paid else 0,
-            dollars=dollars,
-            price=price,
-            attempts=attempts,
-            unknown=unknown,
-            unknown_dollars=unknown_dollars,
-        )
+        tokens = {"input_tokens": input_tokens, "output_tokens": output_tokens}
+        facts = {"stage": self._stage, "started": now(), "seconds": 0.0, **tokens, **more}
+        entry = LedgerEntry.model_validate(facts)
         path = self.stages / (self._stage + SPENT)
         with disk_errors(path), path.open("a", encoding="utf-8") as file:
             file.write(entry.to_line() + "\n")

@@ -38,8 +38,12 @@ def stored(folder: Path) -> int:
 
 def test_each_line_of_the_store_is_checked_once(tmp_path, monkeypatch):
     answer_all(Counting(), plain(5), tmp_path)
-    checked, decode = [], log.decode_line
-    monkeypatch.setattr(log, "decode_line", lambda line: checked.append(line) or decode(line))
+    checked, scan = [], log.scan
+
+    def counted(*segment, **offset):
+        return (checked.append(line) or line for line in scan(*segment, **offset))
+
+    monkeypatch.setattr(log, "scan", counted)
     with Ask(Counting(), tmp_path) as ask:
         assert len(ask.responses(plain(5), "x")) == len(checked) == 5
         ask.responses(plain(8), "x")

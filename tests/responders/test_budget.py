@@ -173,7 +173,7 @@ def test_the_ledger_holds_the_account_once(log: ResponseStore, tmp_path: Path) -
     log.append([("intent", "judged.0", {"model": "j", "run": "mine"})])
     log.append([("outcome", "judged.0", {"what": "refused", "billed": "no"})])
 
-    def spend(config: Config, run: Run) -> None:
+    def spend(run: Run) -> None:
         run.ledger.spend(
             input_tokens=1_000_000, output_tokens=2_000_000
         )  # of a local model, beside it

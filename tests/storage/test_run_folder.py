@@ -193,7 +193,7 @@ def test_a_damaged_marker_is_one_line_and_redo_remakes_it(tmp_path, text):
 
 def test_spending_is_summed_and_failures_are_entered(tmp_path):
     def main(run: Run) -> None:
-        run.ledger.spend(3, 4, Decimal("0.1"), "row")
+        run.ledger.spend(3, 4, dollars=Decimal("0.1"), price="row")
         run.ledger.spend(output_tokens=1, dollars=Decimal("0.2"))
         raise DistillError(Exit.TEACHER, "t", "x", "y")
 
@@ -222,8 +222,8 @@ def test_the_seconds_of_a_killed_stage_are_in_the_ledger(tmp_path, monkeypatch):
     if pid == 0:
 
         def main(run: Run) -> None:
-            run.ledger.spend(5, 7, Decimal("0.3"), "row")
-            run.ledger.spend(1, 1, Decimal("0.1"))
+            run.ledger.spend(5, 7, dollars=Decimal("0.3"), price="row")
+            run.ledger.spend(1, 1, dollars=Decimal("0.1"))
             os.write(writer, b"x")
             signal.pause()
 

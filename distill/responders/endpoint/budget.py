@@ -212,16 +212,17 @@ def enter_account(run: Run, store: ResponseStore) -> None:
     def sum_of(name: str) -> Decimal:
         return sum((Decimal(getattr(entry, name) or 0) for entry in entries), NOTHING)
 
-    priced = not now.unpriced
+    priced, tokens = not now.unpriced, dict[str, int]()
+    for name in ("input_tokens", "output_tokens"):
+        count = getattr(now, name) - int(sum_of(f"paid_{name}"))
+        tokens |= {name: count, f"paid_{name}": count}
     run.ledger.spend(
-        input_tokens=now.input_tokens - int(sum_of("paid_input_tokens")),
-        output_tokens=now.output_tokens - int(sum_of("paid_output_tokens")),
+        **tokens,
         dollars=now.settled - sum_of("dollars") if priced else None,
         price="; ".join(f"{p.model} of {p.date}, {p.source}" for p in prices.values() if p) or None,
         attempts=now.attempts - int(sum_of("attempts")),
         unknown=now.unknown - int(sum_of("unknown")),
         unknown_dollars=now.unknown_most - sum_of("unknown_dollars") if priced else None,
-        paid=True,
     )
 
 
