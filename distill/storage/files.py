@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from distill.errors import DistillError, Exit
 from distill.records import Record
+from distill.storage.progress import say
 
 R = TypeVar("R", bound=Record)
 REMAKE = "remake it with --redo STAGE"
@@ -34,6 +35,8 @@ WAYS_OUT = {
     errno.ENOTDIR: "check the path",
     errno.EISDIR: "check the path",
 }
+# What a mounted drive answers that knows no locks, or no fsync of a folder
+NOT_OFFERED = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
 @contextmanager
@@ -60,10 +63,13 @@ def sha256_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
+    """Make the names in a folder durable, where the file system can do that for a folder."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NOT_OFFERED:
+            raise
     finally:
         os.close(handle)
 
@@ -173,6 +179,10 @@ def folder_lock(folder: Path) -> Iterator[None]:
                 what = f"lock held by pid {_holder(handle)}"
                 os.close(handle)
                 raise DistillError(Exit.STATE, folder, what, "wait for it, or end it") from None
+            except OSError as error:
+                if error.errno not in NOT_OFFERED:
+                    raise
+                say(f"{folder}: its drive has no locks; see that nothing else writes there")
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(handle), path.stat()):
                     break

@@ -1,10 +1,12 @@
-"""Progress of long work: a bar with rate and time left on a terminal, plain lines in a pipe."""
+"""Progress of long work: a bar on a terminal and in a notebook, plain lines elsewhere."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib.util import find_spec
 
 from rich.console import Console, RenderableType
 from rich.progress import (
@@ -70,7 +72,11 @@ class Tracker:
 @contextmanager
 def tracking(title: str, total: int, unit: str = "items") -> Iterator[Tracker]:
     """Show the progress of the work done inside the `with` block."""
-    if not sys.stderr.isatty():
+    if console.is_jupyter:
+        bars = find_spec("ipywidgets") is not None  # which rich draws a bar with there
+    else:  # a command in a cell has a terminal on which a bar's steps stay as lines of their own
+        bars = sys.stderr.isatty() and "JPY_PARENT_PID" not in os.environ
+    if not bars:
         yield Tracker(title, total, unit)
         return
     columns = (
