@@ -13,9 +13,8 @@ from distill.config.yaml_file import load_config
 from distill.errors import DistillError, Exit
 from distill.pipeline import STAGES
 from distill.records import Message
-from distill.responders.endpoint.sending import origin_of
 from distill.responders.kinds import KINDS, make_responder
-from distill.responders.responder import Request, Sampling, Scoring
+from distill.responders.responder import Request, Sampling, Scoring, origin_of
 
 OLD_KEYS: dict[str, Any] = {  # of every kind, as finished runs hold them
     **{"revision": None, "dtype": "auto", "max_batch_size": None, "license": None},

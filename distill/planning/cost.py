@@ -26,10 +26,9 @@ from distill.planning.work import Work, mean_bytes
 from distill.records import Document, Prompt, Record, Response, digest
 from distill.responders.ask import Ask
 from distill.responders.endpoint.budget import Account, account, most_dollars
-from distill.responders.endpoint.sending import origin_of
 from distill.responders.kinds import make_responder
 from distill.responders.prices import MILLION, TokenPrice, load_prices
-from distill.responders.responder import Request
+from distill.responders.responder import Request, origin_of
 from distill.responders.store import ResponseStore
 from distill.responders.terms import require_terms
 from distill.storage.files import read_records

@@ -15,8 +15,7 @@ from distill.config.tree import Config
 from distill.models import registry
 from distill.records import Document
 from distill.responders.canned import answers_hash
-from distill.responders.endpoint.sending import origin_of
-from distill.responders.responder import Circumstances, Responder
+from distill.responders.responder import Circumstances, Responder, origin_of
 
 
 class ResponderKind(NamedTuple):

@@ -6,12 +6,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
-from distill.config.teachers import Teacher
+from distill.config.teachers import EndpointTeacher, Teacher
 from distill.records import Document, Message, Record, Response, Stop, Usage, canonical, digest
 from distill.responders.endpoint.wire import Reply, read_stored, split_reasoning
 
 if TYPE_CHECKING:
     from distill.responders.store import ResponseStore
+
+
+VERSION = 1  # of the form of a request to an endpoint: part of its origin
 
 
 class Sampling(Record):
@@ -29,6 +32,22 @@ class Sampling(Record):
             top_p=settings.top_p,
             max_new_tokens=settings.max_new_tokens,
         )
+
+
+def origin_of(settings: EndpointTeacher) -> str:
+    """Return the hash of all that shapes an endpoint's answers beside a request, replicas aside."""
+    return digest(
+        {
+            "endpoint": settings.base_urls[0],
+            "api": settings.api,
+            "model": settings.model,
+            "revision": settings.revision,
+            "extra": settings.extra_body,
+            "omit": sorted(settings.omit),
+            "max_tokens_field": settings.max_tokens_field,
+            "wire": VERSION,
+        }
+    )
 
 
 class Request(Record):

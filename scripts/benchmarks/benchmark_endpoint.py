@@ -29,8 +29,8 @@ from distill.config.teachers import EndpointTeacher
 from distill.records import Message
 from distill.responders.ask import Ask
 from distill.responders.endpoint.endpoint import EndpointResponder
-from distill.responders.endpoint.sending import encode, origin_of
-from distill.responders.responder import Request, Sampling
+from distill.responders.endpoint.transport import encode
+from distill.responders.responder import Request, Sampling, origin_of
 from distill.storage.progress import console
 
 QUESTION = "Say in one sentence what this function does. " + "It reads a line and returns it. " * 12

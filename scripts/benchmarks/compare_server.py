@@ -25,9 +25,9 @@ from distill.config.tree import Config
 from distill.models.chat_template import encode_prompt, encode_text
 from distill.records import Message, Prompt, Response
 from distill.responders.ask import Ask
-from distill.responders.endpoint.sending import encode, origin_of
+from distill.responders.endpoint.transport import encode
 from distill.responders.local.local_model import LocalResponder
-from distill.responders.responder import Request, Sampling
+from distill.responders.responder import Request, Sampling, origin_of
 from distill.responders.store import ResponseStore
 from distill.storage.files import read_records, write_json
 from distill.storage.progress import console, say

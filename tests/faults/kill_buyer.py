@@ -37,7 +37,7 @@ from distill.config.teachers import EndpointTeacher  # noqa: E402
 from distill.generation.generate import requests_for  # noqa: E402
 from distill.pipeline import STAGES  # noqa: E402
 from distill.records import Document, Prompt, Response  # noqa: E402
-from distill.responders.endpoint.sending import origin_of  # noqa: E402
+from distill.responders.responder import origin_of  # noqa: E402
 from distill.responders.store import ResponseStore  # noqa: E402
 from distill.status import read_status, show  # noqa: E402
 from distill.storage.files import read_records  # noqa: E402

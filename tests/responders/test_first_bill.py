@@ -15,9 +15,8 @@ from distill.cli import main
 from distill.errors import DistillError, Exit
 from distill.records import Message, Response
 from distill.responders.endpoint.endpoint import EndpointResponder
-from distill.responders.endpoint.sending import origin_of
 from distill.responders.endpoint.wire import pack
-from distill.responders.responder import Request, Sampling
+from distill.responders.responder import Request, Sampling, origin_of
 from distill.responders.store import ResponseStore
 from distill.storage.files import read_records
 from distill.storage.run_folder import open_run

@@ -21,9 +21,8 @@ from distill.models.loading import load_tokenizer
 from distill.records import Message, Response
 from distill.responders.endpoint.budget import attempts
 from distill.responders.endpoint.endpoint import EndpointResponder
-from distill.responders.endpoint.sending import origin_of
 from distill.responders.local.local_model import LocalResponder
-from distill.responders.responder import Request, Sampling
+from distill.responders.responder import Request, Sampling, origin_of
 from distill.responders.store import ResponseStore
 from distill.training.soft_labels.prompt_logprobs import probe
 from tests.support.asking import answer_all

@@ -18,8 +18,7 @@ import pytest
 from distill.errors import DistillError, Exit
 from distill.records import Message, Response
 from distill.responders.endpoint.endpoint import EndpointResponder
-from distill.responders.endpoint.sending import origin_of
-from distill.responders.responder import Request, Sampling
+from distill.responders.responder import Request, Sampling, origin_of
 from tests.support.asking import answer_all
 from tests.support.buying import ANSWER, settings
 from tests.support.fake_teacher import KEY, PRICE, FakeTeacher, Reply

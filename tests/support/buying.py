@@ -9,8 +9,7 @@ from distill.config.tree import Config
 from distill.records import Document, Message, Prompt, Response
 from distill.responders.endpoint.budget import Account, Attempt, account, unknown_outcomes
 from distill.responders.endpoint.endpoint import EndpointResponder
-from distill.responders.endpoint.sending import origin_of
-from distill.responders.responder import Request, Sampling
+from distill.responders.responder import Request, Sampling, origin_of
 from distill.responders.store import ResponseStore
 from distill.storage.files import write_records
 from distill.storage.run_folder import Run

@@ -20,11 +20,19 @@ from distill.errors import DistillError, Exit
 from distill.records import Usage, digest
 from distill.responders.endpoint.budget import APART, NOTHING, Budget, account, charge, most_dollars
 from distill.responders.endpoint.rate_limits import Gate, Pace, Replicas, backoff, retry_after
-from distill.responders.endpoint.sending import PATHS, encode, key_pattern, origin_of
-from distill.responders.endpoint.transport import Failure, Received, of_scoring, open_client, post
+from distill.responders.endpoint.transport import (
+    PATHS,
+    Failure,
+    Received,
+    encode,
+    key_pattern,
+    of_scoring,
+    open_client,
+    post,
+)
 from distill.responders.endpoint.wire import Reply, pack
 from distill.responders.prices import TokenPrice
-from distill.responders.responder import Raw, Request, Scoring
+from distill.responders.responder import Raw, Request, Scoring, origin_of
 from distill.responders.store import ResponseStore, attempt_key
 from distill.storage.log import LogWriter
 from distill.storage.progress import say

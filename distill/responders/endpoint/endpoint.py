@@ -15,9 +15,8 @@ from pathlib import Path
 from distill.config.teachers import EndpointTeacher
 from distill.errors import DistillError, Exit
 from distill.responders.endpoint.client import EndpointClient
-from distill.responders.endpoint.sending import origin_of
 from distill.responders.prices import TokenPrice, load_prices
-from distill.responders.responder import Circumstances, Raw, Request
+from distill.responders.responder import Circumstances, Raw, Request, origin_of
 from distill.responders.store import ResponseStore
 from distill.storage.progress import say
 

@@ -13,7 +13,7 @@ import httpx2
 
 from distill.config.teachers import EndpointTeacher
 from distill.errors import DistillError, Exit
-from distill.records import Record
+from distill.records import Record, canonical
 from distill.responders.endpoint.wire import (
     MESSAGE_CHARS,
     body_of,
@@ -21,7 +21,9 @@ from distill.responders.endpoint.wire import (
     load_json,
     plain_message,
 )
+from distill.responders.responder import Request, Scoring
 
+PATHS = {"chat": "/chat/completions", "completions": "/completions"}
 UNSENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, httpx2.ProxyError)
 BREAKS = {
     "ConnectError": "cannot connect",
@@ -115,6 +117,33 @@ class Received(NamedTuple):
     data: bytes = b""
     cut: str = ""
     failure: Failure | None = None
+
+
+def encode(request: Request, settings: EndpointTeacher) -> bytes:
+    """Return the bytes of a request: the fields that were set, and no other; `extra_body` wins.
+
+    A neutral top_p is not sent. Without a chat interface the contents are joined by blank lines: no
+    template is applied.
+    """
+    if isinstance(request, Scoring):
+        content = {"prompt": request.ids}
+    elif settings.api == "chat":
+        content = {"messages": [message.model_dump() for message in request.messages]}
+    else:
+        content = {"prompt": "\n\n".join(message.content for message in request.messages)}
+    sampling = request.sampling
+    fields = {} if sampling.top_p == 1 else {"top_p": sampling.top_p}
+    if "temperature" not in settings.omit:
+        fields["temperature"] = sampling.temperature
+    if "max_tokens" not in settings.omit:
+        fields[settings.max_tokens_field] = sampling.max_new_tokens
+    return canonical({"model": settings.model, **content, **fields, **settings.extra_body})
+
+
+def key_pattern(key: str) -> re.Pattern[bytes]:
+    """Return what matches a key as it is, and as JSON may escape it."""
+    forms = (rb"(?:\\?%s|\\u00(?i:%02x))" % (re.escape(c.encode()), ord(c)) for c in key)
+    return re.compile(b"".join(forms))
 
 
 def open_client(settings: EndpointTeacher, key: str | None, width: int) -> httpx2.AsyncClient:
