@@ -84,14 +84,16 @@ def checker_identity(tasks: Sequence[str], suites: Sequence[str] = ()) -> dict[s
 
 
 def require_models(config: Config, left: Collection[str]) -> None:
-    """Stop before anything is asked where a folder does not hold the model that the stages `left`
-    would load.
+    """Stop before anything is asked where the stages `left` could not load their models.
 
     The student is looked at in any case: what is asked is asked for it. Raises DistillError (exit
     7).
     """
     student, judge = config.student, config.evaluation.judge
-    if line := unused_gpu():
+    if student.load_in_4bit and "train" in left:
+        loading.require_4bit()
+    loads = config.teacher.runs_here or {"train", "refine", "evaluate"}.intersection(left)
+    if loads and (line := unused_gpu()):
         say(f"device: the CPU; {line}")
     loading.check_model(student.model, student.trust)
     asked: list[Teacher] = [config.teacher] if {"generate", "evaluate"}.intersection(left) else []

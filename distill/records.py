@@ -118,7 +118,7 @@ class Prompt(Record):
 
 
 class Usage(Record):
-    """The usage of one answer: tokens, and its share of the batch's seconds."""
+    """The usage of one answer: tokens, and its share of the batch's seconds on a GPU, or a CPU."""
 
     input_tokens: int = 0
     cached_input_tokens: int = 0
@@ -126,6 +126,7 @@ class Usage(Record):
     reasoning_tokens: int = 0
     seconds: float = 0.0
     estimated: bool = False
+    device: Annotated[str, Field(exclude_if=lambda name: not name)] = ""
 
 
 class Candidate(Record):

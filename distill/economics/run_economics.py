@@ -5,6 +5,7 @@ volume or utilisation needs a new report and nothing else. The price table is ke
 as it was on the day of the report, so that the same report can be made again on another day.
 """
 
+from collections.abc import Sequence
 from decimal import Decimal
 
 from distill.config.teachers import StatedCost
@@ -15,7 +16,7 @@ from distill.evaluation.scorecard import Costs, Economics, TeacherPrice
 from distill.evaluation.scorers import HeldOutRequest
 from distill.evaluation.statistics import Certainty
 from distill.models.gpus import find_gpu, gpus
-from distill.records import Response, Timing
+from distill.records import Response, Timing, Usage
 from distill.responders.prices import PriceBook, load_prices
 from distill.storage.files import read_json, read_records, write_json
 from distill.storage.run_folder import Run
@@ -38,6 +39,20 @@ def ran_elsewhere(run: Run, machine: str | None) -> str:
     return f"evaluation.machine is {machine} ({priced.match}), and this was measured on {ran}"
 
 
+def timed_here(run: Run, requests: Sequence[HeldOutRequest]) -> list[HeldOutRequest]:
+    """Return requests without the seconds that answers in the store took on another device."""
+    here = run.made_with("evaluate").get("environment", {}).get("gpu") or ""
+    hosted = () if run.config.teacher.runs_here else ("teacher",)
+
+    def timed(model: str, usage: Usage) -> Usage:
+        same = model in hosted or usage.device == here
+        return usage if same else usage.model_copy(update={"seconds": 0.0})
+
+    usages = [{model: timed(model, u) for model, u in r.usage.items()} for r in requests]
+    pairs = zip(requests, usages, strict=True)
+    return [request.model_copy(update={"usage": usage}) for request, usage in pairs]
+
+
 def money_of(run: Run, overall: MetricRow | None) -> tuple[Costs, Economics]:
     """Return the scorecard's `cost` and `economics`; `overall` is the result of all checks."""
     settings, teacher, prices = run.config.evaluation, run.config.teacher, run.path(PRICES)
@@ -55,7 +70,7 @@ def money_of(run: Run, overall: MetricRow | None) -> tuple[Costs, Economics]:
         actual = compared = Tariff(None, why=book.why_no_teacher(teacher.model))
     if name := settings.teacher_price:  # another model's price
         compared = Tariff(book.teacher(name), why=book.why_no_teacher(name))
-    requests = read_records(run.path("requests.jsonl"), HeldOutRequest)
+    requests = timed_here(run, read_records(run.path("requests.jsonl"), HeldOutRequest))
     costs = {}
     for model in MODELS:
         path = run.path(f"timings/{model}.jsonl")

@@ -54,6 +54,13 @@ def pick_dtype(name: str = "auto") -> "torch.dtype":
     return best if name == "auto" else getattr(torch, name)
 
 
+def device_name(place: "torch.device") -> str:
+    """Return the name of a GPU; nothing for a CPU."""
+    import torch
+
+    return torch.cuda.get_device_name(place) if place.type == "cuda" else ""
+
+
 def free_memory(place: "torch.device | None" = None) -> int:
     """Return the bytes that can be had on a GPU, what the allocator keeps for later included.
 

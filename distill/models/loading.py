@@ -79,13 +79,9 @@ def load_model(
     """
     folder, options = fetch(reference, revision, trust), dict[str, Any]()
     if load_in_4bit:  # NF4, doubly quantised (QLoRA, arXiv 2305.14314)
-        import torch
         from transformers import BitsAndBytesConfig
 
-        if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
-            what = "needs an NVIDIA GPU and bitsandbytes"
-            fix = "pip install 'distill[cuda]' on such a machine, or leave it out"
-            raise DistillError(Exit.TRAINING, "student.load_in_4bit", what, fix)
+        require_4bit()
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -97,6 +93,16 @@ def load_model(
     model = _read(reference, folder, trust, dtype=pick_dtype(dtype), **options)
     require_values(f"model {reference}", model.named_parameters())
     return model.eval()
+
+
+def require_4bit() -> None:
+    """Stop where weights cannot be loaded in 4 bits; raises DistillError (exit 7)."""
+    import torch
+
+    if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
+        what = "needs an NVIDIA GPU and bitsandbytes"
+        fix = "pip install 'distill[cuda]' on such a machine, or leave it out"
+        raise DistillError(Exit.TRAINING, "student.load_in_4bit", what, fix)
 
 
 def load_merged(

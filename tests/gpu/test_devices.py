@@ -7,11 +7,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from distill import pipeline
+from distill.cli import main
+from distill.economics.costs import NO_TIME
+from distill.errors import Exit
+from distill.evaluation.scorers import HeldOutRequest
 from distill.models import gpus as gpus_module
 from distill.models.gpus import find_gpu, gpus, other_processes, unused_gpu
 from distill.planning import machine
+from distill.records import Usage
 from distill.storage import environment
+from distill.storage.files import write_records
+from distill.storage.run_folder import open_run
 from tests.economics.test_run_economics import accounts, make_run
+from tests.planning.test_pilot import write_config
+from tests.support.fake_teacher import FakeTeacher
 
 GIB = 2**30
 NAMES = {  # what the driver says, and the row that this is
@@ -187,6 +197,43 @@ def test_a_gpu_s_price_is_that_of_the_gpu_that_ran(
     run = make_run(tmp_path, {"model": "a/teacher"}, machine="h100")
     made = {"processor": "a Xeon", **({"gpu": gpu, "gpu_memory": memory * GIB} if gpu else {})}
     run.note("stages", {"evaluate": {"environment": made}})
+    usage = {"student": Usage(seconds=0.5, output_tokens=60, device=gpu or "")}
+    requests = [HeldOutRequest(item=f"i{n}", cluster="d", usage=usage) for n in range(3)]
+    write_records(run.path("requests.jsonl"), requests)
     cost = accounts(run, None)["cost"]["student"]
     assert (cost["dollars_per_1k"] is None) == (why is not None)
     assert why is None or why in cost["reasons"]["dollars_per_1k"]
+
+
+@pytest.mark.parametrize("verb", [["run"], ["train"]], ids=" ".join)
+def test_a_quantised_student_without_bitsandbytes_stops_before_anything_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: list[str]
+) -> None:
+    with FakeTeacher() as teacher:
+        place = write_config(tmp_path, teacher)
+        assert main([*verb, str(place), "student.load_in_4bit=true"]) == Exit.TRAINING
+        assert not teacher.payloads
+    assert "student.load_in_4bit: needs an NVIDIA GPU and bitsandbytes" in capsys.readouterr().err
+
+
+def test_a_run_says_that_a_gpu_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FakeTeacher() as teacher:
+        config = open_run(write_config(tmp_path, teacher)).config
+    monkeypatch.setattr(pipeline, "unused_gpu", lambda: "an NVIDIA GPU is here and is not used: x")
+    pipeline.require_models(config, ("generate",))  # which loads nothing
+    assert not capsys.readouterr().err
+    pipeline.require_models(config, ("train",))
+    line = "device: the CPU; an NVIDIA GPU is here and is not used: x\n"
+    assert capsys.readouterr().err == line
+
+
+def test_seconds_of_another_device_are_no_part_of_a_gpu_s_cost(tmp_path: Path) -> None:
+    run = make_run(tmp_path, {"model": "a/teacher"})
+    assert accounts(run, None)["cost"]["student"]["dollars_per_1k"] is not None
+    run.note("stages", {"evaluate": {"environment": {"gpu": "NVIDIA L4", "gpu_memory": 1}}})
+    cost = accounts(run, None)["cost"]["student"]  # which the CPU of an earlier run answered
+    assert cost["dollars_per_1k"] is None and cost["reasons"]["dollars_per_1k"] == NO_TIME
+    usage = Usage(seconds=1.5, device="NVIDIA L4")
+    assert Usage.from_line(usage.to_line()) == usage and "device" not in Usage().to_line()

@@ -30,7 +30,7 @@ from distill.models.chat_template import (
     special_tokens,
     template_hash,
 )
-from distill.models.devices import device, free_memory, pick_dtype, release_memory
+from distill.models.devices import device, device_name, free_memory, pick_dtype, release_memory
 from distill.models.loading import context_length, load_merged, load_model, load_tokenizer
 from distill.models.registry import check_base, first_line, folder_facts, identity
 from distill.records import Message, Stop, Usage, digest
@@ -220,7 +220,12 @@ class LocalResponder:
             sample=request.sample,
             model=self.model,
             stop=stop,
-            usage=Usage(input_tokens=row.prompt, output_tokens=len(ids), seconds=row.seconds),
+            usage=Usage(
+                input_tokens=row.prompt,
+                output_tokens=len(ids),
+                seconds=row.seconds,
+                device=device_name(self.network.device),
+            ),
             body={"ids": ids, "text": text},
         )
 
