@@ -98,8 +98,8 @@ def main(run: Run) -> None:
 
 def identity(settings: Filters, reasoning: str) -> dict[str, str]:
     """Return whether rows are trained on with reasoning, and what filters of the user's are."""
-    kept = {"reasoning": reasoning} if reasoning == "keep" else {}
-    return kept | {f"filter {name}": source_hash("filter", name) for name in settings.python}
+    thoughts = {"reasoning": reasoning} if reasoning == "keep" else {}
+    return thoughts | {f"filter {name}": source_hash("filter", name) for name in settings.python}
 
 
 def active_filters(settings: Filters, find: FindTask = shipped) -> list[Filter]:
