@@ -20,6 +20,7 @@ from distill.pipeline import STAGES
 from distill.records import Document
 from distill.storage.files import read_records, sha256_file
 from distill.storage.run_folder import Run
+from tests.support.errors import stops
 from tests.support.runs import make_run
 
 STAGE = STAGES[0]
@@ -120,9 +121,9 @@ def test_nothing_usable_stops(tmp_path: Path, content: bytes | None) -> None:
     (tmp_path / "in").mkdir()
     if content is not None:
         (tmp_path / "in" / "a.jsonl").write_bytes(content)
-    with pytest.raises(DistillError) as caught:
+    with stops(Exit.INPUT) as caught:
         make(tmp_path, max_bad_fraction=1.0).perform(STAGE)
-    assert caught.value.code == Exit.INPUT and "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_one_file_is_named_in_places_by_its_name(tmp_path: Path) -> None:
@@ -144,15 +145,15 @@ def test_a_changed_input_is_named(tmp_path: Path) -> None:
     state, changes = run.state(STAGE)
     assert state == "stale"
     assert sorted(changes) == ["added: c.jsonl", "changed: b.jsonl", "removed: a.jsonl"]
-    with pytest.raises(DistillError) as caught:
+    with stops(Exit.STATE) as caught:
         run.perform(STAGE)
-    assert caught.value.code == Exit.STATE and "c.jsonl" in str(caught.value)
+    assert "c.jsonl" in str(caught.value)
 
 
 def test_a_missing_path_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DistillError) as caught:
+    with stops(Exit.INPUT) as caught:
         corpus.identity(make(tmp_path).config.corpus)
-    assert caught.value.code == Exit.INPUT and str(tmp_path / "in") in caught.value.where
+    assert str(tmp_path / "in") in caught.value.where
 
 
 @pytest.mark.parametrize("key", ["path", "dataset"])
@@ -199,9 +200,8 @@ def test_documents_that_share_text_with_held_out_ones_are_left_out_and_those_sta
 def test_a_corpus_of_one_text_in_many_dresses_says_so(tmp_path: Path) -> None:
     write_rows(tmp_path, [{"text": f"{text(n, 30)} {text(99, 20)}"} for n in range(3)])
     run = make(tmp_path, split={"heldout": 1, "validation": 0})
-    with pytest.raises(DistillError, match="share text with held-out ones") as caught:
+    with stops(Exit.INPUT, "share text with held-out ones"):
         run.perform(STAGE)
-    assert caught.value.code == Exit.INPUT
 
 
 def document(text: str, source: str = "a", **meta: str) -> Document:
@@ -211,9 +211,8 @@ def document(text: str, source: str = "a", **meta: str) -> Document:
 def test_an_id_with_other_content_stops() -> None:
     same = [document("x", "a:1", id="7"), document("x", "a:2", id="7")]
     assert deduplicate(same, []) == same[:1]
-    with pytest.raises(DistillError) as caught:
+    with stops(Exit.INPUT) as caught:
         deduplicate([*same, document("y", "a:3", id="7")], [])
-    assert caught.value.code == Exit.INPUT
     assert caught.value.where == "a:3" and "a:1" in caught.value.what
 
 
@@ -265,9 +264,8 @@ def test_the_split_depends_on_the_seed_and_not_on_the_order() -> None:
     [(3, 1, 2), (10, 0, 11), (1, 0.1, 0.1), (2, 0.1, 0.1), (0, 0, 0), (100, 0.6, 0.5)],
 )
 def test_too_few_documents_to_split_stop(count: int, validation: float, heldout: float) -> None:
-    with pytest.raises(DistillError, match="to train") as caught:
+    with stops(Exit.INPUT, "to train"):
         split(IDS[:count], 0, validation, heldout)
-    assert caught.value.code == Exit.INPUT
 
 
 def test_the_committed_files_and_their_hashes() -> None:

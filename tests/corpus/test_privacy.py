@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from distill.corpus.privacy import PERSONAL, mask, mask_document
 from distill.corpus.python_docs import read_python_docs
-from distill.errors import DistillError, Exit
+from distill.errors import Exit
 from distill.pipeline import STAGES
 from distill.records import Document
 from distill.storage.files import read_records
 from tests.corpus.test_corpus import documents, make, text, write_rows
+from tests.support.errors import stops
 
 CORPUS, PROMPTS = STAGES[:2]
 KEYS = [
@@ -189,6 +190,5 @@ def test_the_policy_may_drop_or_keep(tmp_path: Path) -> None:
 
 def test_a_corpus_of_private_text_alone_cannot_be_dropped(tmp_path: Path) -> None:
     write_rows(tmp_path, [{"text": f"{text(n)} me{n}@lovelace.org"} for n in range(5)])
-    with pytest.raises(DistillError, match="every document holds private text") as caught:
+    with stops(Exit.INPUT, "every document holds private text"):
         make(tmp_path, private_text="drop").perform(CORPUS)
-    assert caught.value.code == Exit.INPUT

@@ -28,6 +28,7 @@ from tests.generation.test_generate import Counting, Fussy
 from tests.generation.test_generate import asks as plain
 from tests.support.asking import answer_all
 from tests.support.buying import always, asks, make_run, settings
+from tests.support.errors import stops
 from tests.support.fake_teacher import KEY, PRICE, FakeTeacher
 
 
@@ -130,9 +131,8 @@ def test_requests_that_all_fail_are_exit_4(tmp_path, monkeypatch):
     with FakeTeacher(always(status=400, body=b"{}", billed=False)) as teacher:
         requests = asks(settings(teacher), 3)
         with Ask(EndpointResponder(settings(teacher)), tmp_path) as ask:
-            with pytest.raises(DistillError, match="all 3 requests failed") as stopped:
+            with stops(Exit.TEACHER, "all 3 requests failed"):
                 ask.responses(requests, "x")
-    assert stopped.value.code == Exit.TEACHER
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt, DistillError])

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from distill.errors import DistillError, Exit
+from distill.errors import Exit
 from distill.records import Document, Message
 from distill.responders.canned import CannedResponder, RecordedResponder, answers_hash
 from distill.responders.responder import Request, Sampling
+from tests.support.errors import stops
 
 
 def ask(text: str, prompt_id: str = "p") -> Request:
@@ -54,9 +55,8 @@ def test_a_file_of_answers(tmp_path: Path) -> None:
 def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "answers.jsonl"
     path.write_text('{"prompt": "x", "answer": "y"}\n' + line + "\n")
-    with pytest.raises(DistillError, match=r"answers.jsonl:2: is no canned answer") as caught:
+    with stops(Exit.INPUT, r"answers.jsonl:2: is no canned answer"):
         CannedResponder.load(path)
-    assert caught.value.code == Exit.INPUT
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe"])
@@ -64,15 +64,13 @@ def test_an_unreadable_file_is_named(tmp_path: Path, content: bytes | None) -> N
     path = tmp_path / "answers.jsonl"
     if content:
         path.write_bytes(content)
-    with pytest.raises(DistillError, match=r"answers.jsonl.*check teacher.answers") as caught:
+    with stops(Exit.INPUT, r"answers.jsonl.*check teacher.answers"):
         CannedResponder.load(path)
-    assert caught.value.code == Exit.INPUT
 
 
 def test_a_question_without_answer_stops() -> None:
-    with pytest.raises(DistillError, match="has no canned answer") as caught:
+    with stops(Exit.TEACHER, "has no canned answer"):
         list(CannedResponder({}).ask([ask("a")]))
-    assert caught.value.code == Exit.TEACHER
 
 
 def test_recorded_answers_keep_what_was_stated() -> None:
@@ -81,6 +79,5 @@ def test_recorded_answers_keep_what_was_stated() -> None:
     responder = RecordedResponder({"p1": said, "p2": silent}, "unknown")
     found = list(responder.ask([ask("q", "p1"), ask("r", "p2")]))
     assert [(r.reply.text, r.model) for r in found] == [("a", "big-1"), ("b", "unknown")]
-    with pytest.raises(DistillError, match="no recorded answer") as caught:
+    with stops(Exit.INPUT, "no recorded answer"):
         list(responder.ask([ask("s", "p3")]))
-    assert caught.value.code == Exit.INPUT

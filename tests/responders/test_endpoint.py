@@ -43,6 +43,7 @@ from tests.support.buying import (
     make_run,
     settings,
 )
+from tests.support.errors import stops
 from tests.support.fake_teacher import FAULTS, KEY, PRICE, PRICES, FakeTeacher, Reply, bomb
 
 
@@ -130,9 +131,9 @@ def test_c1_too_long_a_pause_stops_and_resumes(tmp_path: Path) -> None:
         return Reply(status=429, headers={"retry-after": "36000"}) if number == 3 else Reply()
 
     with FakeTeacher(script) as teacher:
-        with pytest.raises(DistillError, match="36,000 s") as stopped:
+        with stops(Exit.TEACHER, "36,000 s"):
             buy(teacher, tmp_path, 9, concurrency=1)
-        assert stopped.value.code == Exit.TEACHER and len(teacher.payloads) == 4
+        assert len(teacher.payloads) == 4
         assert len(buy(teacher, tmp_path, 9)) == 9 and len(teacher.payloads) == 10
 
 
@@ -182,9 +183,9 @@ def test_c3_c9_what_concerns_all_stops_the_run(tmp_path: Path, status: int) -> N
     with FakeTeacher() as elsewhere:
         to = {"location": elsewhere.url + "/chat/completions"}
         script = always(status=status, headers=to, body=b'{"error": {"message": "no"}}')
-        with FakeTeacher(script) as teacher, pytest.raises(DistillError) as stopped:
+        with FakeTeacher(script) as teacher, stops(Exit.TEACHER) as stopped:
             buy(teacher, tmp_path, 50, concurrency=4)
-    assert stopped.value.code == Exit.TEACHER and str(status) in stopped.value.what
+    assert str(status) in stopped.value.what
     assert set(teacher.asked.values()) == {1}, "none is asked again"
     assert len(teacher.payloads) <= 4 and not elsewhere.payloads
 
@@ -193,9 +194,9 @@ def test_c3_c9_what_concerns_all_stops_the_run(tmp_path: Path, status: int) -> N
 def test_c4_a_quota_burns_nothing(tmp_path: Path, code: str) -> None:
     error = {"error": {"message": "You exceeded", "type": "insufficient_quota", "code": code}}
     with FakeTeacher(always(status=429, body=json.dumps(error).encode())) as teacher:
-        with pytest.raises(DistillError, match="quota") as stopped:
+        with stops(Exit.TEACHER, "quota"):
             buy(teacher, tmp_path, 9, concurrency=1)
-    assert stopped.value.code == Exit.TEACHER and len(teacher.payloads) == 1
+    assert len(teacher.payloads) == 1
 
 
 def test_c5_a_dead_server_trips_the_breaker(tmp_path: Path) -> None:
@@ -203,17 +204,15 @@ def test_c5_a_dead_server_trips_the_breaker(tmp_path: Path) -> None:
         unused.bind(("127.0.0.1", 0))
         dead = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
     asked = settings(dead, max_consecutive_failures=5)
-    with pytest.raises(DistillError, match=r"5 failures in a row.*cannot connect") as stopped:
+    with stops(Exit.TEACHER, r"5 failures in a row.*cannot connect"):
         answer_all(EndpointResponder(asked, PRICE), asks(asked, 50), tmp_path)
-    assert stopped.value.code == Exit.TEACHER
     assert account_of(tmp_path).unknown == 0, "nothing was sent, so nothing is in doubt"
 
 
 def test_c5_a_name_that_nobody_has(tmp_path: Path) -> None:
     asked = settings("http://no-such-host.invalid/v1", max_retries=0, allow_insecure=True)
-    with pytest.raises(DistillError, match=r"1 requests could be sent.*connect") as stopped:
+    with stops(Exit.TEACHER, r"1 requests could be sent.*connect"):
         answer_all(EndpointResponder(asked, PRICE), asks(asked, 1), tmp_path)
-    assert stopped.value.code == Exit.TEACHER
 
 
 @pytest.mark.parametrize("manner", ["drip", "endless"])
@@ -331,9 +330,8 @@ def test_a5_a_key_that_cannot_be_sent_stops_before(
 ) -> None:
     monkeypatch.setenv("TEACHER_KEY", value)
     asked = settings("http://localhost:1/v1", api_key_env="TEACHER_KEY")
-    with pytest.raises(DistillError, match="TEACHER_KEY") as stopped:
+    with stops(Exit.CONFIG, "TEACHER_KEY") as stopped:
         EndpointResponder(asked)
-    assert stopped.value.code == Exit.CONFIG
     assert not value.strip() or value not in str(stopped.value)
 
 
@@ -369,9 +367,9 @@ def test_c10_another_model_is_recorded_and_told(
         found = buy(teacher, tmp_path, 4, concurrency=1)
         assert [r.model for r in found] == ["fake-1-june"] * 2 + ["fake-1-july"] * 2
         assert "is now fake-1-july, it was fake-1-june" in capsys.readouterr().err
-        with pytest.raises(DistillError, match="fake-1-july answered for fake-1") as stopped:
+        with stops(Exit.TEACHER, "fake-1-july answered for fake-1"):
             buy(teacher, tmp_path, 9, concurrency=1, strict_model=True)
-    assert stopped.value.code == Exit.TEACHER and len(teacher.payloads) == 5
+    assert len(teacher.payloads) == 5
 
 
 def test_c11_the_budget_stops_before_the_request_that_could_exceed_it(tmp_path: Path) -> None:
@@ -400,17 +398,16 @@ def test_c11_failures_that_may_be_billed_count_against_the_budget(
         failed = Reply(status=status, body=b"", billed=True)
         return Reply() if well and number % well == 0 else failed
 
-    with FakeTeacher(script) as teacher, pytest.raises(DistillError) as stopped:
+    with FakeTeacher(script) as teacher, stops(Exit.BUDGET):
         buy(teacher, tmp_path, 100, budget_dollars=limit, concurrency=8, max_retries=retries)
-    assert stopped.value.code == Exit.BUDGET and teacher.bill <= limit
+    assert teacher.bill <= limit
     assert max(teacher.asked.values()) <= retries + 1
 
 
 def test_c11_a_budget_without_a_price_is_refused() -> None:
     asked = settings("http://localhost:1/v1", budget_dollars=Decimal(1))
-    with pytest.raises(DistillError, match="unknown") as stopped:
+    with stops(Exit.BUDGET, "unknown"):
         EndpointResponder(asked, None)
-    assert stopped.value.code == Exit.BUDGET
     with pytest.raises(DistillError, match="max_tokens"):
         EndpointResponder(asked.model_copy(update={"omit": ("max_tokens",)}), PRICE)
 
@@ -605,9 +602,9 @@ def test_a_budget_may_change_between_goes_and_an_address_may_not(tmp_path: Path)
             tree["teacher"] |= {"api_key_env": None, **changes}
             return Run(Config.model_validate_json(json.dumps(tree), strict=True)).perform(stage)
 
-        with pytest.raises(DistillError) as stopped:
+        with stops(Exit.BUDGET):
             perform(budget_dollars="0.0001")
-        assert stopped.value.code == Exit.BUDGET and not teacher.payloads
+        assert not teacher.payloads
         assert perform(budget_dollars="1.5") and len(teacher.payloads) == 6
         assert not perform(concurrency=2, budget_dollars=None)
         with pytest.raises(DistillError, match="endpoint"):

@@ -32,6 +32,7 @@ from tests.support.buying import (
     make_run,
     settings,
 )
+from tests.support.errors import stops
 from tests.support.fake_teacher import KEY, PRICE, FakeTeacher, Reply, question, usage_of
 
 USUAL = PRICE.of(usage_of({"prompt": "q0 please"}))  # what an answer is charged by the price
@@ -103,9 +104,9 @@ SENSELESS = {
 @pytest.mark.parametrize("name", SENSELESS)
 def test_h6_a_number_gone_wrong_is_named_and_stops_the_run(tmp_path: Path, name: str) -> None:
     with FakeTeacher(always(answer=SENSELESS[name], dollars=USUAL)) as teacher:
-        with pytest.raises(DistillError, match="more than its maximum") as stopped:
+        with stops(Exit.BUDGET, "more than its maximum"):
             buy(teacher, tmp_path, 40, concurrency=16)
-        assert stopped.value.code == Exit.BUDGET and len(teacher.payloads) == 1
+        assert len(teacher.payloads) == 1
         (doubt,) = in_doubt(tmp_path, "run")
         assert doubt.most and MOST / 2 < doubt.most < MOST * 2
         assert doubt.what.startswith(("states $", "counts 999,999,999"))
@@ -121,9 +122,9 @@ def test_h15_a_server_that_bills_145_times_its_maximum_does_so_once(
     tokens = {"completion_tokens": int(MOST * 145 / 15 * 10**6)}
     said = usage(cost=float(MOST * 145)) if by == "cost" else usage(**tokens)
     with FakeTeacher(always(answer=said, delay=0.05)) as teacher:
-        with pytest.raises(DistillError, match="more than its maximum") as stopped:
+        with stops(Exit.BUDGET, "more than its maximum") as stopped:
             buy(teacher, tmp_path, 300, concurrency=16, budget_dollars=Decimal(5))
-    assert stopped.value.code == Exit.BUDGET and len(teacher.payloads) == 1
+    assert len(teacher.payloads) == 1
     assert "price table" in stopped.value.fix
 
 
@@ -139,9 +140,9 @@ def test_h15_a_later_bill_stops_too_and_a_dearer_server_keeps_to_the_budget(tmp_
         assert len(teacher.payloads) <= 24
     dear = usage(completion_tokens=200)  # of 20: 0.003 dollars, more than twice the maximum
     with FakeTeacher(always(answer=dear, delay=0.01)) as teacher:
-        with pytest.raises(DistillError) as stopped:
+        with stops(Exit.BUDGET):
             buy(teacher, tmp_path / "dear", 300, concurrency=16, budget_dollars=limit)
-    assert stopped.value.code == Exit.BUDGET and limit / 2 < teacher.bill <= limit
+    assert limit / 2 < teacher.bill <= limit
 
 
 def test_h15_only_the_first_answer_of_a_run_is_awaited_alone(tmp_path: Path) -> None:
@@ -209,9 +210,8 @@ def test_h13_a_refusal_of_the_account_is_no_answer(tmp_path: Path, name: str) ->
         return Reply(**{**reply, "body": body if reply["body"] is None else reply["body"]})
 
     with FakeTeacher(script) as teacher:
-        with pytest.raises(DistillError) as stopped:
+        with stops(Exit.TEACHER):
             buy(teacher, tmp_path, 40, concurrency=8, max_retries=0)
-        assert stopped.value.code == Exit.TEACHER
         assert len(teacher.payloads) == (1 if name in TOLD else 5)
         sent, teacher.script = len(teacher.payloads), always()
         found = buy(teacher, tmp_path, 40, concurrency=8)
@@ -365,9 +365,8 @@ def test_h25_a_host_that_has_died_since_is_exit_4(tmp_path: Path) -> None:
         asked = settings(teacher, max_retries=0)
         requests = asks(asked, 9)
         responder = EndpointResponder(asked, PRICE, "run")
-    with pytest.raises(DistillError, match="none of 3 requests could be sent") as stopped:
+    with stops(Exit.TEACHER, "none of 3 requests could be sent"):
         answer_all(responder, requests, tmp_path)
-    assert stopped.value.code == Exit.TEACHER
 
 
 def test_h25_questions_that_all_fail_are_exit_4(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from distill.config.teachers import EndpointTeacher
 from distill.config.tree import Config
-from distill.errors import DistillError, Exit
+from distill.errors import Exit
 from distill.models.loading import load_tokenizer
 from distill.records import Message, Response
 from distill.responders.endpoint.budget import attempts
@@ -26,6 +26,7 @@ from distill.responders.responder import Request, Sampling, origin_of
 from distill.responders.store import ResponseStore
 from distill.training.soft_labels.prompt_logprobs import probe
 from tests.support.asking import answer_all
+from tests.support.errors import stops
 from tests.support.tiny import TEMPLATE, make_tiny, make_tokenizer
 
 DATE = "2026-01-01"
@@ -188,9 +189,8 @@ def test_what_no_request_could_pass_stops_the_run_at_once(
     if "base_url" in change:
         change = {"base_url": servers[1].address + change["base_url"]}
     asked = settings(servers[1], concurrency=1, **change)
-    with pytest.raises(DistillError, match=said) as stopped:
+    with stops(Exit.TEACHER, said):
         served(asked, tmp_path)
-    assert stopped.value.code == Exit.TEACHER
     with ResponseStore(tmp_path, writable=False) as log:
         assert [a.billed for a in attempts(log, {"tiny": None, "other": None})] == ["no"]
 
@@ -209,9 +209,8 @@ def test_a_server_that_tells_no_distributions_is_found_by_one_short_text(
         }
     )
     needs = r"prompt_logprobs.*\(signals need a server that gives"
-    with pytest.raises(DistillError, match=needs) as stopped:
+    with stops(Exit.TEACHER, needs):
         probe(config, load_tokenizer(config.student.model))
-    assert stopped.value.code == Exit.TEACHER
 
 
 def test_a_replica_that_dies_is_left_out_and_nothing_else_is_asked_twice(
