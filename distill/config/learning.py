@@ -76,7 +76,8 @@ class Student(Section):
     """Branch, tag or commit on the Hub; null takes the one in configs/models.yaml, else the
     newest."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the weights in memory; `auto` takes bfloat16 where the hardware computes in it."""
+    """Type of the weights in memory; `auto` takes bfloat16, float16 on GPUs without it, float32 on
+    CPUs without it."""
     load_in_4bit: bool = False
     """Loads the frozen weights in 4 bits (QLoRA, needs a CUDA GPU). For a model that does not fit
     otherwise."""

@@ -123,7 +123,8 @@ class LocalTeacher(Teacher):
     corpus, `canned` those in a file, `python` calls a function. Below, the keys of one kind stand
     behind those of all."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the weights in memory; `auto` takes bfloat16 where the hardware computes in it."""
+    """Type of the weights in memory; `auto` takes bfloat16, float16 on GPUs without it, float32 on
+    CPUs without it."""
     max_batch_size: Positive | None = None
     """Sequences generated at once; null takes what fits in memory. Lower it where memory runs
     out."""
