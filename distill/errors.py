@@ -32,6 +32,11 @@ class DistillError(Exception):
         super().__init__(f"{self.where}: {what} ({fix})")
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def exit_code(work: Callable[[], object], debug: bool = False) -> int:
     """Do `work` and return the command's exit code; an error becomes one line on stderr, or with
     `debug` is raised."""

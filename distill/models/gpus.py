@@ -1,7 +1,8 @@
 """GPUs by name: what configs/devices.yaml has of them, why one here is not used, who fills it.
 
 ROCm's build of torch has the interface of CUDA's, so an AMD GPU is used like one of NVIDIA. Apple's
-and Intel's are named and not used. Importing this loads no torch.
+and Intel's are named and not used. Importing this loads the standard library alone: a benchmark
+reads it on a bare machine.
 """
 
 import csv
@@ -9,12 +10,10 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-
-from distill.config.yaml_file import find_config, read_table
-from distill.formatting import size
-from distill.records import Record
 
 TABLE = Path("configs/devices.yaml")
 # Words of a name that make it another device than the one without them.
@@ -24,11 +23,14 @@ HIDING = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 PCI, NVIDIA, KFD = Path("/sys/bus/pci/devices"), Path("/proc/driver/nvidia/version"), "/dev/kfd"
 
 
-class Gpu(Record):
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
     """A row of configs/devices.yaml: the words of its name, and its data sheet.
 
     `tflops` are those of products in bfloat16, or where it has none in float16, summed in float32.
     """
+
+    __pydantic_config__ = {"extra": "forbid"}
 
     match: str
     machine: str
@@ -47,13 +49,15 @@ class Gpu(Record):
 @cache
 def gpus() -> tuple[Gpu, ...]:
     """Return the rows of configs/devices.yaml."""
+    from distill.config.yaml_file import find_config, read_table
+
     return read_table(find_config(TABLE), tuple[Gpu, ...], "correct the row")
 
 
-def find_gpu(name: str, memory: float) -> Gpu | None:
+def find_gpu(name: str, memory: float, rows: Sequence[Gpu] | None = None) -> Gpu | None:
     """Return the row of a GPU by the name that its driver gives it and its bytes of memory."""
     words, fitting = _words(name), list[Gpu]()
-    for row in gpus():
+    for row in gpus() if rows is None else rows:
         near = abs(memory / (row.gigabytes * 1e9) - 1) <= NEAR
         if near and row.words <= words and not (words - row.words) & VARIANTS:
             fitting.append(row)
@@ -105,6 +109,8 @@ def _displays() -> list[Path]:
 
 def other_processes() -> list[str]:
     """Return who else holds memory of an NVIDIA GPU, with how much, as the driver lists them."""
+    from distill.formatting import size
+
     query = ["--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader,nounits"]
     try:
         rows = subprocess.run(["nvidia-smi", *query], capture_output=True, text=True, timeout=10)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.config.values import SAFE, Trust
-from distill.errors import DistillError, Exit
+from distill.errors import DistillError, Exit, first_line
 from distill.models.devices import device, pick_dtype, raise_device_error
-from distill.models.registry import fetch, first_line, is_folder, read_object
+from distill.models.registry import fetch, is_folder, read_object
 from distill.models.weights import add_adapter, require_intact, require_values, stored_values
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from distill.config.values import SAFE, Trust, checked_model
 from distill.config.yaml_file import find_config, read_yaml
-from distill.errors import DistillError, Exit
+from distill.errors import DistillError, Exit, first_line
 from distill.models.download import Gguf, converted
 from distill.records import Record, digest
 from distill.storage.files import sha256_file, write_json
@@ -179,11 +179,6 @@ def _existing(reference: str) -> Path:
         what = "is no model folder: config.json is missing"
         raise DistillError(Exit.CONFIG, reference, what, "check the path")
     return Path(reference)
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its kind where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def identity(reference: str, revision: str | None = None) -> str:

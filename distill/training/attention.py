@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from distill.errors import first_line
 from distill.models.devices import raise_device_error
-from distill.models.registry import first_line
 from distill.training.batches import Segment
 from distill.training.sharding import send
 

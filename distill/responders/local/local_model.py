@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.config.teachers import LocalTeacher
 from distill.config.values import SAFE, Trust
-from distill.errors import DistillError, Exit
+from distill.errors import DistillError, Exit, first_line
 from distill.models.arithmetic import LIMITS, fitting_rows, row_bytes
 from distill.models.chat_template import (
     encode_prompt,
@@ -32,7 +32,7 @@ from distill.models.chat_template import (
 )
 from distill.models.devices import device, device_name, free_memory, pick_dtype, release_memory
 from distill.models.loading import context_length, load_merged, load_model, load_tokenizer
-from distill.models.registry import check_base, first_line, folder_facts, identity
+from distill.models.registry import check_base, folder_facts, identity
 from distill.records import Message, Stop, Usage, digest
 from distill.responders.local.continuous_batching import (
     BatchRow,
