@@ -9,7 +9,7 @@ from rich.console import Group
 from distill.errors import DistillError
 from distill.formatting import table
 from distill.records import LedgerEntry, Record
-from distill.responders.endpoint.budget import paid_models, unknown_outcomes
+from distill.responders.endpoint.budget import Attempt, paid_models, unknown_outcomes
 from distill.responders.store import ResponseStore
 from distill.storage.files import read_json
 from distill.storage.run_folder import Run, Stage
@@ -30,23 +30,13 @@ class StageStatus(Record):
     dollars: Decimal | None = None
 
 
-class Doubt(Record):
-    """A request that may have been billed though nobody knows how much; `most` is its maximum in
-    dollars."""
-
-    key: str
-    what: str
-    most: Decimal | None = None
-    answered: bool = False
-
-
 class Status(Record):
     """The stages of a run, the sums of its ledger, and the requests whose bill is not known."""
 
     run: str
     stages: tuple[StageStatus, ...]
     all: StageStatus
-    doubts: tuple[Doubt, ...] = ()
+    doubts: tuple[Attempt, ...] = ()
 
 
 def read_status(run: Run, stages: Sequence[Stage]) -> Status:
@@ -67,12 +57,11 @@ def read_status(run: Run, stages: Sequence[Stage]) -> Status:
     for name in dict.fromkeys(e.stage for e in ledger if e.stage not in names):  # a pilot
         entries = [entry for entry in ledger if entry.stage == name]
         rows.append(summed(name, entries, "", "", entries[-1].started))
-    doubts: list[Doubt] = []
+    doubts: list[Attempt] = []
     folder = run.config.store_folder() / "responses"
     if run.config.teacher.paid and folder.exists():
         with ResponseStore(folder, writable=False) as store:
-            unknown = unknown_outcomes(store, paid_models(run.config), run.config.name)
-        doubts = [Doubt(key=a.key, what=a.what, most=a.most, answered=a.answered) for a in unknown]
+            doubts = unknown_outcomes(store, paid_models(run.config), run.config.name)
     return Status(
         run=str(run.folder), stages=tuple(rows), all=summed("all", ledger), doubts=tuple(doubts)
     )

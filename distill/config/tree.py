@@ -303,9 +303,7 @@ class Config(Section):
     @classmethod
     def _plain_name(cls, value: str) -> str:
         if not NAME.fullmatch(value):
-            raise ValueError(
-                "a name is letters, digits, '.', '_' and '-', and begins with a letter or digit"
-            )
+            raise ValueError("a name has letters, digits and ._-, and begins with letter or digit")
         return value
 
     @field_validator("template_date")
@@ -365,10 +363,8 @@ class Config(Section):
             what = "train.loss has soft parts" if loss.soft else "on_policy has rounds"
             raise ValueError(f"{what}, which a local teacher must read: name one in signals.model")
         if divergences and loss.temperature not in (1.0, *own.temperatures):
-            raise ValueError(
-                f"train.loss.temperature {loss.temperature:g} is not captured: "
-                "add it to signals.temperatures"
-            )
+            what = f"train.loss.temperature {loss.temperature:g} is not captured"
+            raise ValueError(f"{what}: add it to signals.temperatures")
         return self
 
     @property

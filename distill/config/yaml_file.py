@@ -24,7 +24,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from yaml.events import AliasEvent
 
-from distill.config.renamed_keys import RENAMED, fields_in, rename_keys
+from distill.config.renamed_keys import RENAMED, KeyPath, fields_in, rename_keys
 from distill.config.teachers import TEACHERS
 from distill.config.tree import Config
 from distill.config.values import NAME
@@ -35,7 +35,7 @@ MAX_BYTES = 64_000  # no person writes a larger file; this much is read in half 
 MAX_DEPTH = 20
 PLAIN = "write plain YAML"
 KINDS = {kind.model_fields["kind"].default for kind in TEACHERS}
-Places = dict[tuple[str, ...], str]  # where each key of the tree was set, as FILE:LINE
+Places = dict[KeyPath, str]  # where each key of the tree was set, as FILE:LINE
 
 LOGIN = re.compile(r"://(?!@)[^/\s:@]*+(?::[^/\s:@]++)?@")
 SECRET_KEY = re.compile(r"(?:api_?key|token|secret|password|authorization)$", re.I)
@@ -58,18 +58,16 @@ class _Loader(yaml.SafeLoader):
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
-        event = self.peek_event()
+        event, problem = self.peek_event(), ""
         if isinstance(event, AliasEvent):
-            raise yaml.MarkedYAMLError(
-                problem="aliases are not allowed", problem_mark=event.start_mark
-            )
-        if getattr(event, "tag", None) is not None:
-            raise yaml.MarkedYAMLError(
-                problem="tags (!...) are not allowed", problem_mark=event.start_mark
-            )
+            problem = "aliases are not allowed"
+        elif getattr(event, "tag", None) is not None:
+            problem = "tags (!...) are not allowed"
+        elif self.depth == MAX_DEPTH:
+            problem = "nested too deeply"
+        if problem:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
         self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=event.start_mark)
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -98,16 +96,13 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
     """Build a mapping; refuse a key that is repeated or is not a text."""
     result: dict[str, Any] = {}
     for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
+        key, problem = loader.construct_object(key_node, deep=True), ""
         if not isinstance(key, str):
-            raise yaml.MarkedYAMLError(
-                problem=f"a key must be a text, not {str(key)[:40]}",
-                problem_mark=key_node.start_mark,
-            )
-        if key in result:
-            raise yaml.MarkedYAMLError(
-                problem=f"key {key[:60]!r} stands twice", problem_mark=key_node.start_mark
-            )
+            problem = f"a key must be a text, not {str(key)[:40]}"
+        elif key in result:
+            problem = f"key {key[:60]!r} stands twice"
+        if problem:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
         result[key] = loader.construct_object(value_node, deep=True)
     return result
 
@@ -161,9 +156,8 @@ def read_text(path: Path) -> str:
         what = f"larger than {MAX_BYTES:,} bytes"
         raise DistillError(Exit.CONFIG, path, what, "this is no config; check the path")
     if data.startswith(b"\xef\xbb\xbf"):
-        raise DistillError(
-            Exit.CONFIG, path, "begins with a byte order mark", "save it as UTF-8 without"
-        )
+        what, fix = "begins with a byte order mark", "save it as UTF-8 without"
+        raise DistillError(Exit.CONFIG, path, what, fix)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -273,11 +267,7 @@ def secret_in(text: str, allowed: Collection[str] = ()) -> Secret | None:
 
 
 def check_values(
-    value: Any,
-    file: str,
-    places: Places,
-    path: tuple[str, ...] = (),
-    allowed: Collection[str] = (),
+    value: Any, file: str, places: Places, path: KeyPath = (), allowed: Collection[str] = ()
 ) -> None:
     """Refuse a secret (never echoed), a control character, and a number that is not finite.
 
@@ -366,10 +356,7 @@ def load_config(
 
 
 def parse_config(
-    text: str,
-    path: Path,
-    overrides: Iterable[str] = (),
-    place: Mapping[str, str] | None = None,
+    text: str, path: Path, overrides: Iterable[str] = (), place: Mapping[str, str] | None = None
 ) -> Config:
     """Do what `load_config` does with the text of the file."""
     if len(text.encode()) > MAX_BYTES:
@@ -377,9 +364,8 @@ def parse_config(
         raise DistillError(Exit.CONFIG, path, what, "shorten its lists")
     tree, places = parse_with_places(text, path)
     if not isinstance(tree, dict):
-        raise DistillError(
-            Exit.CONFIG, path, "holds no mapping of keys", "start from one of configs/*.yaml"
-        )
+        what, fix = "holds no mapping of keys", "start from one of configs/*.yaml"
+        raise DistillError(Exit.CONFIG, path, what, fix)
     written_by_us = path.suffix == ".json"  # the resolved config of a run
     use_present_names(tree, Config, path, places, tell=not written_by_us)
     tree |= place or {}

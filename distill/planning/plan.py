@@ -148,7 +148,8 @@ def announce(run: Run, redo: Iterable[Stage] = ()) -> None:
             return
         # Not what the store has: the account of a store of a million answers takes minutes.
         work, types = count_work(run, QUICK).scaled(1), _types(config)
-        memory = [row for row in estimate(work, measure(types, 0.0)).memory() if not row.fits]
+        here = measure(types, 0.0)
+        memory = [row for row in estimate(work, here).memory() if not row.fits]
     except UNPREDICTABLE:
         return
     for row in memory:
@@ -156,7 +157,7 @@ def announce(run: Run, redo: Iterable[Stage] = ()) -> None:
             if row.parts["weights"] > (row.room or math.inf):
                 fix = "take a smaller model or a larger machine; distill plan shows each stage"
                 raise DistillError(Exit.TRAINING, row.stage, row.line(), fix)
-            say(f"run: {row.line()}")
+            say(f"run: {'; '.join([row.line(), *here.notes])}")
     with suppress(*UNPREDICTABLE):
         slow = Machine(name="slow", kind="cpu", rates=dict.fromkeys(types, SLOW), source="")
         if _sum(stages(work, slow)) < SHORT:

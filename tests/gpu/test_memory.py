@@ -238,7 +238,10 @@ def test_what_cannot_fit_stops_before_anything_is_bought(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], texts: Path
 ) -> None:
     def small(memory: float) -> None:
-        machine = Machine(name="x", kind="cuda", memory=memory, main_memory=64 * GB, source="")
+        machine = Machine(
+            **{"name": "x", "kind": "cuda", "memory": 24 * GB, "free": memory, "source": ""},
+            notes=("GPU: the rest is held by python (pid 7)",),
+        )
         monkeypatch.setattr(planning, "measure", lambda *_: machine)
 
     run = shipped("folder", f"corpus.path={texts}", f"runs={tmp_path}")
@@ -249,5 +252,6 @@ def test_what_cannot_fit_stops_before_anything_is_bought(
     assert "weights" in str(caught.value) and "\n" not in str(caught.value)
     small(2 * GB)  # the weights would fit
     announce(run)
-    assert "run: memory: DOES NOT FIT: train" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "run: memory: DOES NOT FIT: train" in said and "held by python (pid 7)" in said
     assert not (tmp_path / "folder").exists(), "something was made"
