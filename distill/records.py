@@ -15,6 +15,8 @@ Role = Literal["system", "user", "assistant"]
 Stop = Literal["end", "length", "filtered", "error"]
 Split = Literal["train", "validation", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "heldout")
+# Of a GPU; a CPU has none, and what has none is written as it was before there were any
+DeviceName = Annotated[str, Field(exclude_if=lambda name: not name)]
 
 
 def canonical(value: Any) -> bytes:
@@ -126,7 +128,7 @@ class Usage(Record):
     reasoning_tokens: int = 0
     seconds: float = 0.0
     estimated: bool = False
-    device: Annotated[str, Field(exclude_if=lambda name: not name)] = ""
+    device: DeviceName = ""
 
 
 class Candidate(Record):
@@ -234,6 +236,7 @@ class Timing(Record):
     seconds: float
     read_tokens: int
     read_seconds: float
+    device: DeviceName = ""
 
 
 class LedgerEntry(Record):

@@ -15,7 +15,7 @@ from distill.responders.prices import MachinePrice, TokenPrice
 
 THOUSAND, MILLION = 1000, 1_000_000
 DISTILLATION = ("corpus", "prompts", "generate", "filter", "signals", "train", "evaluate")
-NO_TIME = "the answers were not timed in this run"
+NO_TIME = "not all answers were timed in this run, on its own device"
 NOT_APART = "reading the prompts was not timed apart"
 CONTRADICTED = (
     "timed apart, reading the prompts took longer than reading and answering: "

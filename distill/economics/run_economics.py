@@ -27,21 +27,30 @@ NOT_MEASURED = "the student's difference to the teacher is not known: no task ha
 
 
 def ran_elsewhere(run: Run, machine: str | None) -> str:
-    """Return why the price of a GPU is not that of the run: it was measured on another device."""
+    """Return why the price of a machine is not that of the run: another device was measured."""
     priced = next((row for row in gpus() if row.machine == machine), None)
     made = run.made_with("evaluate").get("environment", {})
-    if priced is None or not made:
-        return ""
     name, memory = made.get("gpu"), made.get("gpu_memory", 0)
-    if name and find_gpu(name, memory) == priced:
+    of_cpu = bool(name) and (machine or "").startswith("cpu")
+    if not made or not (priced or of_cpu) or (priced and name and find_gpu(name, memory) == priced):
         return ""
-    ran = name or made.get("processor") or "a CPU"
-    return f"evaluation.machine is {machine} ({priced.match}), and this was measured on {ran}"
+    ran, what = name or made.get("processor") or "a CPU", priced.match if priced else "a CPU"
+    return f"evaluation.machine is {machine} ({what}), and this was measured on {ran}"
 
 
-def timed_here(run: Run, requests: Sequence[HeldOutRequest]) -> list[HeldOutRequest]:
+def trained_elsewhere(run: Run) -> str:
+    """Return which stage computed on another device than the evaluation, whose price is known."""
+    local = ("generate",) if run.config.teacher.runs_here else ()
+    for stage in (*local, "signals", "train", "refine"):
+        there, here = (run.made_with(s).get("environment") for s in (stage, "evaluate"))
+        if there and here and there.get("gpu") != here.get("gpu"):
+            gpus = [made.get("gpu") or "a CPU" for made in (there, here)]
+            return f"the stage {stage} ran on {gpus[0]}, and the price is of {gpus[1]}"
+    return ""
+
+
+def timed_here(run: Run, here: str, requests: Sequence[HeldOutRequest]) -> list[HeldOutRequest]:
     """Return requests without the seconds that answers in the store took on another device."""
-    here = run.made_with("evaluate").get("environment", {}).get("gpu") or ""
     hosted = () if run.config.teacher.runs_here else ("teacher",)
 
     def timed(model: str, usage: Usage) -> Usage:
@@ -70,19 +79,22 @@ def money_of(run: Run, overall: MetricRow | None) -> tuple[Costs, Economics]:
         actual = compared = Tariff(None, why=book.why_no_teacher(teacher.model))
     if name := settings.teacher_price:  # another model's price
         compared = Tariff(book.teacher(name), why=book.why_no_teacher(name))
-    requests = timed_here(run, read_records(run.path("requests.jsonl"), HeldOutRequest))
+    gpu = run.made_with("evaluate").get("environment", {}).get("gpu") or ""
+    requests = timed_here(run, gpu, read_records(run.path("requests.jsonl"), HeldOutRequest))
     costs = {}
     for model in MODELS:
         path = run.path(f"timings/{model}.jsonl")
-        timing = next(iter(read_records(path, Timing)), None) if path.exists() else None
+        timings = read_records(path, Timing) if path.exists() else []
+        timing = next((timing for timing in timings if timing.device == gpu), None)
         usages = [request.usage[model] for request in requests if model in request.usage]
         costs[model] = request_cost(usages, actual if model == "teacher" else student, timing)
     path = run.path("responses.jsonl")  # every answer of the teacher, those of earlier runs too
     answers = [r.usage for r in read_records(path, Response)] if path.exists() else []
+    other = trained_elsewhere(run)
     spent = distillation_cost(
         run.ledger.entries(),
-        machine,
-        why,
+        None if other else machine,
+        other or why,
         sum(usage.output_tokens for usage in answers),
         UNSTATED if isinstance(teacher, StatedCost) and teacher.dollars is None else "",
     )

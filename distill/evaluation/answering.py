@@ -16,6 +16,7 @@ from distill.evaluation.measurements import ModelFacts
 from distill.evaluation.suites import Suite, answer_limit, by_item, why_no_teacher, write_answers
 from distill.models import loading, registry
 from distill.models.chat_template import template_hash
+from distill.models.devices import device_name
 from distill.records import Pair, Prompt, Response, Timing, digest
 from distill.responders.ask import Ask
 from distill.responders.kinds import make_responder
@@ -175,8 +176,11 @@ def timed(path: Path, responder: LocalResponder, requests: Sequence[Request]) ->
 
     None where nothing could be timed. A prefix that successive prompts share is computed once.
     """
+    here = device_name(responder.network.device)
     if path.exists():
-        return next(iter(read_records(path, Timing)), None)
+        stored = next(iter(read_records(path, Timing)), None)
+        if stored and stored.device == here:  # else a run that goes on on another machine
+            return stored
     say(f"{responder.model}: timed one request at a time")
     alone = measured(responder, spread(requests, ALONE), max_batch_size=1)
     one_token = [
@@ -192,6 +196,7 @@ def timed(path: Path, responder: LocalResponder, requests: Sequence[Request]) ->
         seconds=sum(raw.usage.seconds for raw in alone),
         read_tokens=sum(raw.usage.input_tokens for raw in prefill),
         read_seconds=sum(raw.usage.seconds for raw in prefill),
+        device=here,
     )
     write_records(path, [timing])
     return timing

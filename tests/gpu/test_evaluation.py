@@ -1,4 +1,4 @@
-"""What a model held is free before the next one is loaded."""
+"""One model at a time, timed on the device that is priced."""
 
 import weakref
 from pathlib import Path
@@ -7,9 +7,16 @@ from typing import Any
 import pytest
 
 from distill.evaluation import answering
+from distill.evaluation.scorers import HeldOutRequest
 from distill.models import loading
+from distill.records import Message
 from distill.responders.local import local_model
+from distill.responders.local.local_model import LocalResponder
+from distill.responders.responder import Request, Sampling
+from distill.storage.files import read_records, write_records
 from distill.training import train
+from tests.economics.test_run_economics import accounts, make_run
+from tests.support.tiny import make_tiny
 from tests.support.training import dataset, make_soft_run
 
 
@@ -31,3 +38,48 @@ def test_an_evaluation_has_one_model_at_a_time(
     monkeypatch.setattr(answering, "SECONDS", 0.0)
     answering.answer(run, dataset(run)[:3], [])
     assert alive == [0, 0, 0], "of base, student and teacher"
+
+
+def test_a_run_that_goes_on_on_another_gpu_times_its_models_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    responder = LocalResponder.load(str(make_tiny(tmp_path / "tiny")), "float32")
+    turn = (Message(role="user", content="say it"),)
+    requests = [Request.make("o", "p", turn, Sampling(max_new_tokens=2))]
+    path, bytes_of = tmp_path / "timing.jsonl", list[bytes]()
+    for gpu in ("", "", "Tesla T4", "Tesla T4", "NVIDIA L4"):
+        monkeypatch.setattr(answering, "device_name", lambda place, gpu=gpu: gpu)
+        timing = answering.timed(path, responder, requests)
+        assert timing and timing.device == gpu
+        bytes_of.append(path.read_bytes())
+    assert bytes_of[0] == bytes_of[1] and b"device" not in bytes_of[0]
+    assert bytes_of[2] == bytes_of[3] and len(set(bytes_of)) == 3
+
+
+@pytest.mark.parametrize(
+    ("machine", "train", "student", "distillation"),
+    [
+        ("box", "NVIDIA L4", None, None),
+        ("box", "", None, "the stage train ran on a CPU, and the price is of NVIDIA L4"),
+        (
+            "cpu-2-core",
+            "NVIDIA L4",
+            *["evaluation.machine is cpu-2-core (a CPU), and this was"] * 2,
+        ),
+    ],
+)
+def test_a_gpu_is_paid_at_no_other_device_s_price_and_pays_for_none(
+    tmp_path: Path, machine: str, train: str, student: str | None, distillation: str | None
+) -> None:
+    run, gpu = make_run(tmp_path, {"model": "a/teacher"}, machine=machine), "NVIDIA L4"
+    stages = {"train": train, "evaluate": gpu, "report": ""}
+    run.note("stages", {name: {"environment": {"gpu": gpu_}} for name, gpu_ in stages.items()})
+    rows = read_records(run.path("requests.jsonl"), HeldOutRequest)
+    usage = {m: u.model_copy(update={"device": gpu}) for m, u in rows[0].usage.items()}
+    write_records(run.path("requests.jsonl"), [r.model_copy(update={"usage": usage}) for r in rows])
+    cost = accounts(run, None)["cost"]
+    for name, why in (("student", student), ("distillation", distillation)):
+        key = "dollars" if name == "distillation" else "dollars_per_1k"
+        assert (cost[name][key] is None) == bool(why)
+        assert (why or "") in cost[name]["reasons"].get(key, "")
+    assert "one_at_a_time" in cost["student"]["reasons"], "the timing is of a CPU"

@@ -46,6 +46,7 @@ HOSTILE = "<script>alert('x')</script> & \"quotes\" | pipes [a](b)\nand a new li
 ROOT = Path(__file__).parent.parent.parent
 HASH = "ab" * 32
 CHECKERS = {"math_word_problem": {"kind": "number"}, "chat": None}
+GPU = {"gpu": "NVIDIA L4", "gpu_memory": 5, "driver": "580.65", "cuda": "13.0"}
 SECONDS = {"teacher": 2.0, "base": 0.5, "student": 0.4}
 
 
@@ -106,7 +107,7 @@ def evaluation(items: list[Item], correct: dict[str, int], run: Run) -> dict[str
             "samples": list(results.samples(rows.values(), alike, answers)),
             "settings": {**certainty._asdict(), **settings},
             "corpus": {"corpus_sha256": HASH, "python": "3.11.9", "documents": 9},
-            "environment": {"distill": "0", "libraries": {"torch": "2"}, "processor": "p"},
+            "environment": {"distill": "0", "libraries": {"torch": "2"}, "processor": "p", **GPU},
         }
     )
 
@@ -209,8 +210,10 @@ def test_the_scorecard_has_what_is_promised(tmp_path: Path) -> None:
     assert card["corpus"]["python"] == "3.11.9" and card["training"]["validation_loss_best"]
     heads = [re.sub("<.*?>", "", h) for h in re.findall("<(?:h1|dt).*?>(.*?)</(?:h1|dt)>", page)]
     assert heads[1:5] == ["Quality", "Cost", "What it saves", "Compared"], "the answer comes first"
-    for words in ("the same 24 held-out prompts from 24 documents", " points [", "pay it back",
-                  " items reliably show a difference of "):  # fmt: skip
+    for words in (
+        *("the same 24 held-out prompts from 24 documents", " points [", "pay it back"),
+        *(" items reliably show a difference of ", "NVIDIA L4, driver 580.65, CUDA 13.0"),
+    ):
         assert words in page and words in text, words
     assert "McNemar p" in page and "could have shown" in page
     assert re.search(r"(undecided|not inferior|inferior) \(5 %\)", page)
