@@ -44,7 +44,7 @@ def train(run: Run, stage: Stage, flags: set[str]) -> None:
         return
     console.quiet = True
     if "--redo" in flags or run.checked_state(stage) != "done":
-        stage.main(run)
+        run.work(stage)
 
 
 def generate(run: Run, stage: Stage, flags: set[str]) -> None:

@@ -158,6 +158,7 @@ STAGES: tuple[Stage, ...] = (
         _lazy("distill.generation.generate.main"),
         lambda c: _lazy("distill.responders.kinds.identity")(c.teacher),
         purpose="ask the teacher what the store lacks",
+        smaller="lower teacher.max_batch_size",
     ),
     Stage(
         "filter",
@@ -192,6 +193,7 @@ STAGES: tuple[Stage, ...] = (
             **(reader_identity(c.soft_teacher()) if c.train.loss.soft and not c.captures else {}),
         },
         purpose="train the student's adapter",
+        smaller="lower train.micro_batch_tokens, or set train.gradient_checkpointing: true",
         compares=("student", "teacher"),
     ),
     Stage(
@@ -205,6 +207,7 @@ STAGES: tuple[Stage, ...] = (
         _lazy("distill.training.soft_labels.on_policy.main"),
         lambda c: capture_identity(c.soft_teacher(), c.student, c.signals.tokenizer),
         purpose="let the student answer, and train it towards the teacher's distributions there",
+        smaller="lower train.micro_batch_tokens, or set train.gradient_checkpointing: true",
         applies=lambda config: config.on_policy.rounds > 0,
     ),
     Stage(
@@ -215,6 +218,7 @@ STAGES: tuple[Stage, ...] = (
         _lazy("distill.evaluation.evaluate.main"),
         lambda c: evaluation_identity(c.evaluation, c.prompts.tasks, c.student, c.teacher),
         purpose="compare student, base and teacher on held-out items",
+        smaller="lower evaluation.max_batch_size",
     ),
     Stage(
         "report",
@@ -274,7 +278,7 @@ def require_soft_teacher(run: Run, redo: Sequence[Stage]) -> None:
     does not).
     """
     from distill.responders.terms import require_terms
-    from distill.training.soft_labels import answer_logprobs, prompt_logprobs
+    from distill.training.soft_labels import server_logprobs
     from distill.training.soft_labels.labels import open_teacher
 
     config = run.config
@@ -283,10 +287,8 @@ def require_soft_teacher(run: Run, redo: Sequence[Stage]) -> None:
     if config.distributions and any(s in redo or run.state(s)[0] != "done" for s in left):
         require_terms(config.soft_teacher(), config.terms.basis)
         tokenizer, _ = open_teacher(config)
-        if config.buys_signals:
-            prompt_logprobs.probe(config, tokenizer)
-        elif config.signals.from_answers:
-            answer_logprobs.probe(config, tokenizer)
+        if config.buys_signals or config.signals.from_answers:
+            server_logprobs.probe(config, tokenizer)
 
 
 def perform(

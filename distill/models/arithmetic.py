@@ -23,7 +23,9 @@ CONTEXT = 500 * MIB  # of a CUDA process beside its tensors: the context, kernel
 ALLOCATOR = 0.06  # what PyTorch's CUDA allocator holds above what is in use
 PREFILL_TOKENS = {"cpu": 512, "cuda": 4096}  # of joining prompts in one step
 READ_TOKENS = 2048  # of a forward pass that only reads: capture, losses of an evaluation
-MICRO_BATCH_TOKENS = 2560  # of a forward pass of training, where nothing says another number
+MICRO_BATCH_TOKENS = 2560  # of a pass of training at least: a step of the default size is longer
+LEAST = 512  # tokens of a micro-batch that is chosen by memory
+USABLE = 0.9  # of a GPU's memory, for what is chosen by it
 NF4 = 0.52  # bytes of a weight in 4 bits, with its constants (QLoRA, arXiv 2305.14314)
 BLOCK, SAVED_KEYS = 128, 512  # of attention on a CPU, see `training.attention`
 # Modules with one input, which are one product on a CPU, see `training.fused_layers`
@@ -33,6 +35,7 @@ JOINED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"),
 BLOCK_BYTES = {"cpu": 64 * MIB, "cuda": 256 * MIB}
 # Bytes of float32 logits that become a loss at a time: on a CPU what its cache holds.
 STRIP_BYTES = {"cpu": 4 * MIB, "cuda": 64 * MIB}
+CAPTURE_BYTES = {"cpu": 32 * MIB, "cuda": 512 * MIB}  # of a capture's float32 logits
 # Tensors of a strip's size that a loss has at its peak
 STRIPS = {"tokens": 3, "cached": 5, "live": 9}
 
@@ -117,6 +120,11 @@ def block_rows(vocabulary: int, width: int, kind: str) -> int:
 def strip_rows(vocabulary: int, kind: str) -> int:
     """Return the rows of float32 logits that become a loss at a time."""
     return max(1, STRIP_BYTES[kind] // (4 * vocabulary))
+
+
+def capture_rows(vocabulary: int, kind: str) -> int:
+    """Return the rows of float32 log-probabilities that a capture has at a time."""
+    return max(16, CAPTURE_BYTES[kind] // (4 * vocabulary))
 
 
 def loss_bytes(
@@ -236,6 +244,13 @@ class LoraTraining(NamedTuple):
         if self.teacher:
             parts["live teacher"] = self.teacher
         return _with_context(parts, self.kind)
+
+    def micro_batch(self, memory: float, tokens_per_step: int) -> int:
+        """Return the tokens of a micro-batch: on a GPU what a step has, as far as they fit."""
+        if self.kind == "cpu":
+            return MICRO_BATCH_TOKENS
+        most = max(MICRO_BATCH_TOKENS, tokens_per_step * 5 // 4)  # steps are of complete samples
+        return max(LEAST, self.fitting_tokens(USABLE * memory, most))
 
     def fitting_tokens(self, room: float, most: int) -> int:
         """Return the tokens of a micro-batch that fit in `room` bytes, at most `most`."""

@@ -18,11 +18,18 @@ FAST_FP16 = 7  # major compute capability of the first GPUs with tensor cores: V
 
 
 def device() -> "torch.device":
-    """Return this process's GPU, set up for batches of every length, or the CPU."""
+    """Return this process's GPU, set up for batches of every length, or the CPU.
+
+    Raises DistillError (exit 2) where this machine has fewer GPUs than processes of the launch.
+    """
     import torch
 
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    processes, count = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if processes > count:
+        what, fix = f"{processes} were started here, for {count} GPUs", f"--num_processes {count}"
+        raise DistillError(Exit.CONFIG, "processes", what, fix)
     # cuDNN's attention builds a graph for every new shape, which decoding has at each step
     torch.backends.cuda.enable_cudnn_sdp(False)
     # blocks of all sizes leave holes that only segments which can grow make use of
@@ -97,3 +104,19 @@ def raise_device_error(error: Exception) -> None:
     lost = isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError)
     if lost or "CUDA error" in str(error):
         raise error
+
+
+def kind(place: "torch.device") -> str:
+    """Return the kind of a device that sizes of blocks are by: cpu or cuda."""
+    return "cpu" if place.type == "cpu" else "cuda"
+
+
+def send(tensor: "torch.Tensor", device: "torch.device | str") -> "torch.Tensor":
+    """Copy a tensor to the device, without waiting for what a GPU computes meanwhile.
+
+    A plain copy to a GPU first waits for its queue. From pinned memory the copy takes its place in
+    the queue, and PyTorch keeps that memory until it is done.
+    """
+    if str(device).startswith("cuda"):
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

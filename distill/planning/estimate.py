@@ -16,7 +16,6 @@ from distill.evaluation.suites import amounts
 from distill.formatting import count, money, size
 from distill.models import download, registry
 from distill.models.arithmetic import (
-    MICRO_BATCH_TOKENS,
     LoraTraining,
     Parts,
     Towards,
@@ -231,7 +230,8 @@ class RunEstimate:
             *(config.student.load_in_4bit, settings.gradient_checkpointing, towards, live),
             length=self.prompt + self.answer,
         )
-        tokens = settings.micro_batch_tokens or MICRO_BATCH_TOKENS
+        most = training.micro_batch(machine.memory or math.inf, settings.tokens_per_step)
+        tokens = settings.micro_batch_tokens or most
         trained = training.parts(min(tokens, settings.tokens_per_step))
         yield StageMemory(stage="train", parts=trained, room=room)
         merged = merging_bytes(student, self._stored_width(), self.adapter)

@@ -30,7 +30,8 @@ LIBRARIES = (
 )
 DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/dev/kfd"), Path("/dev/dxg"))
 LAUNCHER = re.compile(r"accelerate|torchrun|torch\.distributed")
-PROCESSES = re.compile(r"--(?:num_processes|num-processes|nproc_per_node|nproc-per-node)[\0=](\d+)")
+PROCESSES = re.compile(r"--(num_processes|num-processes|nproc_per_node|nproc-per-node)[\0=](\d+)")
+MACHINES = re.compile(r"--nnodes[\0=](\d+)")  # of torchrun, whose processes are by machine
 
 
 def environment() -> dict[str, object]:
@@ -145,7 +146,9 @@ def check_world(stated: Mapping[str, int | None], world: int, script: str, code:
     """
     command = launcher_command()
     match = PROCESSES.search(command) if LAUNCHER.search(command) else None
-    for source, number in {**stated, "launcher": int(match[1]) if match else None}.items():
+    machines = MACHINES.search(command) if match and match[1].startswith("nproc") else None
+    count = int(match[2]) * (int(machines[1]) if machines else 1) if match else None
+    for source, number in {**stated, "launcher": count}.items():
         if number and number != world:
             what = f"{number} processes were asked for, {world} came"
             fix = f"accelerate launch --multi_gpu --num_processes {number} {script} CONFIG"

@@ -154,6 +154,32 @@ def append_record(path: Path, record: Record) -> None:
         os.fsync(file.fileno())
 
 
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of `folder` when the block ends, complete or not
+    at all.
+
+    What a killed process left of one is removed.
+    """
+    work = folder.with_name(f".{folder.name}.{os.getpid()}")
+    for old in folder.parent.glob(f".{folder.name}.*"):
+        if old == work or not alive(int(old.suffix[1:])):
+            shutil.rmtree(old)
+    try:
+        work.mkdir(parents=True)
+        yield work
+        for path in work.rglob("*"):
+            if path.is_file():
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
+        fsync_folder(work)
+        shutil.rmtree(folder, ignore_errors=True)
+        work.replace(folder)
+        fsync_folder(folder.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
 def remove_folder(folder: Path) -> None:
     """Remove a folder so that no crash leaves a part of it under its name."""
     gone = folder.with_name(f".{folder.name}.gone")

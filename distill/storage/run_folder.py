@@ -67,6 +67,8 @@ class Stage:
     applies: Callable[[Config], bool] = lambda config: True  # whether a config needs it at all
     # models whose change it finds itself, more exactly, when it continues after a kill
     compares: tuple[str, ...] = ()
+    # what to do where the GPU's memory does not suffice
+    smaller: str = "end what else uses the GPU"
 
 
 class Run:
@@ -185,7 +187,7 @@ class Run:
         write_json(marker, mark)
         self._note_stage(stage, {"environment": environment()})
         with self.ledger.counting(stage.name, marker, mark["begun"]):
-            stage.main(self)
+            self.work(stage)
         mark |= {"finished": True, "at": now()}
         with disk_errors(self.folder):
             mark["outputs"] = sha256_files(self.folder, stage.outputs)
@@ -194,6 +196,17 @@ class Run:
         sha256 = hashlib.sha256(text.encode()).hexdigest()
         self._note_stage(stage, {**self.made_with(stage.name), "marker": sha256})
         write_atomic(marker, text)
+
+    def work(self, stage: Stage) -> None:
+        """Do a stage's work alone; raises DistillError (exit 7) where a GPU's memory runs out."""
+        try:
+            stage.main(self)
+        except Exception as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+                raise
+            what = f"out of GPU memory: {str(error).splitlines()[0]}"
+            fix = f"{stage.smaller}; the same command continues"
+            raise DistillError(Exit.TRAINING, f"stage {stage.name}", what, fix) from None
 
     def _note_stage(self, stage: Stage, facts: dict[str, object]) -> None:
         self.note("stages", {**self.manifest().get("stages", {}), stage.name: facts})

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from distill.errors import first_line
-from distill.models.devices import raise_device_error
+from distill.models.devices import raise_device_error, send
 from distill.training.batches import Segment
-from distill.training.sharding import send
 
 NAME = "packed"
 BLOCK = 128  # queries at a time: what lies above the diagonal is skipped block by block

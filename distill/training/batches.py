@@ -2,8 +2,9 @@
 
 All is decided before the first step. An epoch's order is a permutation drawn from (seed, epoch)
 alone. A step is about `tokens_per_step` tokens of complete samples, whatever the number of
-processes; its samples are dealt into micro-batches, and those over the processes. So where a run
-stopped is one number, its step, and two processes take the same steps as one.
+processes; its samples are dealt into micro-batches, as many for each process where there are so
+many samples. So where a run stopped is one number, its step, and two processes take the same steps
+as one.
 
 A row lays samples end to end without padding. Causal states depend on what came before and nothing
 else, so a prefix that samples share (the system prompt, a task's instructions) has the same states
@@ -18,7 +19,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-MICRO_BATCH_TOKENS = 2560  # holds a step of the default size, whose samples are complete
 SHORTEST_PREFIX = 8  # tokens: a shorter prefix is not worth a segment of its own
 
 
@@ -75,13 +75,15 @@ def learning_rate(step: int, total: int, peak: float, kind: str, warmup_steps: f
     return peak * (1 - progress if kind == "linear" else (1 + math.cos(math.pi * progress)) / 2)
 
 
-def micro_batches(samples: Sequence[int], lengths: Sequence[int], limit: int) -> list[list[int]]:
+def micro_batches(
+    samples: Sequence[int], lengths: Sequence[int], limit: int, world: int = 1
+) -> list[list[int]]:
     """Deal samples into the fewest micro-batches of about `limit` tokens, evenly, longest first.
 
-    A sample longer than `limit` has one of its own. The result does not depend on the number of
-    processes.
+    A sample longer than `limit` has one of its own. Their number is a multiple of `world`, unless
+    there are fewer samples than that.
     """
-    count = max(1, math.ceil(sum(lengths[i] for i in samples) / limit))
+    count = world * max(1, math.ceil(sum(lengths[i] for i in samples) / limit / world))
     longest_first = sorted(samples, key=lambda i: (-lengths[i], i))
     while True:
         bins: list[list[int]] = [[] for _ in range(count)]
@@ -92,7 +94,7 @@ def micro_batches(samples: Sequence[int], lengths: Sequence[int], limit: int) ->
             tokens[emptiest] += lengths[sample]
         if all(n <= limit or len(b) == 1 for n, b in zip(tokens, bins, strict=True)):
             return [b for b in bins if b]
-        count += 1
+        count += world
 
 
 def padded_batches(samples: Sequence[int], lengths: Sequence[int], limit: int) -> list[list[int]]:

@@ -8,19 +8,19 @@ intact the run stops rather than begin anew.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from distill.errors import DistillError, Exit
 from distill.records import digest
-from distill.storage.files import fsync_folder, sha256_file
+from distill.storage.files import replacing, sha256_file
 from distill.storage.progress import say
 from distill.training.adapters import read_tensors
 
@@ -55,33 +55,18 @@ def save(
     keep: int,
 ) -> Checkpoint:
     """Write and verify a checkpoint, and keep the newest `keep`; raises DistillError (exit 7)."""
-
-    def sync(path: Path) -> None:
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-
-    temporary, target = parent / f".step-{step:08d}.{os.getpid()}", parent / f"step-{step:08d}"
+    target = parent / f"step-{step:08d}"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for name, group in tensors.items():
-            save_file(dict(group), temporary / f"{name}.safetensors")
-        (temporary / "state.json").write_text(json.dumps(dict(state), allow_nan=False))
-        paths = sorted(temporary.iterdir())
-        for path in paths:
-            sync(path)
-        files = {path.name: sha256_file(path) for path in paths}
-        body = {"format": FORMAT, "files": files, **facts, "step": step}
-        manifest = json.dumps({**body, "checksum": digest(body)}, allow_nan=False)
-        (temporary / MANIFEST).write_text(manifest)
-        sync(temporary / MANIFEST)
-        fsync_folder(temporary)
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.replace(target)
-        fsync_folder(parent)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        what = f"could not be written: {error.strerror or error}"
+        with replacing(target) as work:
+            for name, group in tensors.items():
+                save_file(dict(group), work / f"{name}.safetensors")
+            (work / "state.json").write_text(json.dumps(dict(state), allow_nan=False))
+            files = {path.name: sha256_file(path) for path in sorted(work.iterdir())}
+            body = {"format": FORMAT, "files": files, **facts, "step": step}
+            manifest = json.dumps({**body, "checksum": digest(body)}, allow_nan=False)
+            (work / MANIFEST).write_text(manifest)
+    except (OSError, SafetensorError) as error:
+        what = f"could not be written: {getattr(error, 'strerror', None) or error}"
         fix = "free space and run again; the checkpoint before it is kept"
         raise DistillError(Exit.TRAINING, target, what, fix) from None
     saved = read(target)
@@ -126,9 +111,3 @@ def latest(parent: Path) -> Checkpoint | None:
         what = f"none of {len(folders)} checkpoints is intact"
         raise DistillError(Exit.TRAINING, parent, what, "--redo train starts again from step 0")
     return None
-
-
-def sweep(parent: Path) -> None:
-    """Remove what a killed save left behind."""
-    for folder in parent.glob(".step-*"):
-        shutil.rmtree(folder)

@@ -36,6 +36,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from distill.models.devices import send
 from distill.training.losses import (
     Criterion,
     Head,
@@ -53,10 +54,11 @@ TINY = torch.finfo(torch.float32).tiny
 class SoftTargets(NamedTuple):
     """The teacher's top tokens at N supervised positions, lists of various lengths, and the tails.
 
-    Position n has the entries `offsets_N1[n]` up to `offsets_N1[n + 1]`; no id stands twice in a
-    list. `logprobs_M` are natural logarithms at temperature 1, normalised so that a list and its
-    `tail_mass_N` sum to 1. `tail_N` is log sum exp(logprob / T) over the unlisted tokens, for the
-    one temperature T of the loss (None: only T = 1, where it is the log of the tail mass).
+    Position n has the entries `offsets_N1[n]` up to `offsets_N1[n + 1]`, which are on the host; no
+    id stands twice in a list. `logprobs_M` are natural logarithms at temperature 1, normalised so
+    that a list and its `tail_mass_N` sum to 1. `tail_N` is log sum exp(logprob / T) over the
+    unlisted tokens, for the one temperature T of the loss (None: only T = 1, where it is the log of
+    the tail mass).
     """
 
     ids_M: Tensor
@@ -240,10 +242,11 @@ def _cached_criterion(mixture: Mixture, soft: SoftTargets, targets_S: Tensor) ->
     tails_N = soft.tail_mass_N.clamp_min(LEAST_TAIL).log() if temperature == 1 else soft.tail_N
     assert tails_N is not None
     tails_N, teacher_logits_M = tails_N.float(), soft.logprobs_M.float() / temperature
-    rows_all = torch.repeat_interleave(soft.offsets_N1.diff())
-    entries = torch.arange(len(rows_all), device=rows_all.device)
-    columns_all = entries - soft.offsets_N1[rows_all] + 1
-    offsets = soft.offsets_N1.tolist()
+    # on the host, for asking a GPU for them would wait for all that it has yet to do
+    offsets_N1 = soft.offsets_N1.cpu()
+    rows_all, offsets = torch.repeat_interleave(offsets_N1.diff()), offsets_N1.tolist()
+    columns_all = torch.arange(len(rows_all)) - offsets_N1[rows_all] + 1
+    rows_all, columns_all = (send(t, soft.ids_M.device) for t in (rows_all, columns_all))
 
     def criterion(block: slice) -> Measure:
         def measure(strip: slice, logits_RV: Tensor) -> Tensor:

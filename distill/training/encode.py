@@ -8,9 +8,9 @@ the limit are dropped, counted and named.
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
 
 from rich.text import Text
+from transformers import PreTrainedTokenizerBase
 
 from distill.errors import DistillError, Exit
 from distill.models.chat_template import encode_prompt, encode_text, render, special_tokens
@@ -20,7 +20,7 @@ from distill.storage.progress import console, say
 SHOWN_CHARS = 1200  # of a sample's text on the screen
 
 
-def encode_pair(tokenizer: Any, pair: Pair, date: str) -> Example:
+def encode_pair(tokenizer: PreTrainedTokenizerBase, pair: Pair, date: str) -> Example:
     """Tokenise one pair; raises DistillError (exit 7) for a template that training cannot use."""
     messages, response = pair.prompt.messages, pair.response
     template = f"chat template of {tokenizer.name_or_path}"
@@ -36,11 +36,11 @@ def encode_pair(tokenizer: Any, pair: Pair, date: str) -> Example:
     end = next((n for n, token in enumerate(answer_ids) if token in control), None)
     if end is not None:
         answer_ids = answer_ids[:end] if cut_off else answer_ids[: end + 1]
-    elif not cut_off and tokenizer.eos_token_id is None:
-        what = "ends an answer with no end token, and the tokenizer names none"
-        raise DistillError(Exit.TRAINING, template, what, "use an instruct model")
     elif not cut_off:
-        answer_ids.append(tokenizer.eos_token_id)
+        if not isinstance(eos := tokenizer.eos_token_id, int):
+            what = "ends an answer with no end token, and the tokenizer names none"
+            raise DistillError(Exit.TRAINING, template, what, "use an instruct model")
+        answer_ids.append(eos)
     if not answer_ids:
         where, fix = f"sample {response.id}", "filter empty answers"
         raise DistillError(Exit.TRAINING, where, "no token to learn", fix)
@@ -51,7 +51,11 @@ def encode_pair(tokenizer: Any, pair: Pair, date: str) -> Example:
 
 
 def encode_pairs(
-    tokenizer: Any, pairs: Sequence[Pair], date: str, max_length: int, where: object
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Pair],
+    date: str,
+    max_length: int,
+    where: object,
 ) -> list[Example]:
     """Tokenise `pairs` but those longer than `max_length` tokens, which are named on the screen.
 
@@ -71,18 +75,18 @@ def encode_pairs(
     return fitting
 
 
-def show(tokenizer: Any, examples: Sequence[Example], count: int = 2) -> None:
+def show(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], count: int = 2) -> None:
     """Print the first `count` examples of a batch, supervised tokens in «marks» and in colour."""
     console.print(f"first batch: {len(examples)} samples; «supervised» tokens are marked")
     for example in examples[:count]:
         console.print(marked(tokenizer, example), soft_wrap=True)
 
 
-def marked(tokenizer: Any, example: Example) -> Text:
+def marked(tokenizer: PreTrainedTokenizerBase, example: Example) -> Text:
     """Return the example's text with its supervised part marked."""
     text, tokens = Text(), zip(example.input_ids, example.weights, strict=True)
     for supervised, run in groupby(tokens, key=lambda token: bool(token[1])):
-        part = tokenizer.decode([i for i, _ in run])
+        part = f"{tokenizer.decode([i for i, _ in run])}"
         if supervised:
             text.append(f"«{part}»", style="bold green")
         else:

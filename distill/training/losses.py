@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Bytes of logits at a time: the head is read twice a block, which is dear for blocks of few rows.
-CPU_BLOCK, GPU_BLOCK = 64 * 2**20, 256 * 2**20
-STRIP_BYTES = 4 * 2**20  # of float32 logits at a time: small enough to stay in a CPU's cache
+from distill.models.arithmetic import block_rows, strip_rows
+from distill.models.devices import kind, send
 
 # Of positions of the block (a slice of its rows) and their logits (R, V), returns the values (P, R)
 # of a loss's parts, and overwrites the logits with the loss's gradient by them.
@@ -98,9 +97,9 @@ def apply_head(hidden_SE: Tensor, head: Head, bias_V: Tensor | None = None) -> T
 
 
 def _strips(logits_RV: Tensor) -> Iterator[slice]:
-    """Cut a block into strips whose float32 logits fit a cache; a GPU takes all at once."""
+    """Cut a block into strips, which become a loss one after the other."""
     count, width = logits_RV.shape
-    size = max(1, STRIP_BYTES // (4 * width)) if logits_RV.device.type == "cpu" else count
+    size = strip_rows(width, kind(logits_RV.device))
     return (slice(start, start + size) for start in range(0, count, size))
 
 
@@ -121,15 +120,14 @@ def apply_at_head(
     weights_S = weights_S.float()
     heads = (head,) if isinstance(head, Tensor) else head
     total, parts_P = _AtHead.apply(  # pyright: ignore[reportGeneralTypeIssues]
-        *(weights_S, criterion, weights_S.new_tensor(mix), chunk or _block_rows(heads[0])),
-        *(hidden_SE, bias_V, *heads),
+        *(weights_S, criterion, send(torch.tensor(mix, dtype=torch.float32), weights_S.device)),
+        *(chunk or _block_rows(heads[0]), hidden_SE, bias_V, *heads),
     )
     return total, weights_S.sum(), parts_P
 
 
 def _block_rows(head_VD: Tensor) -> int:
-    size = CPU_BLOCK if head_VD.device.type == "cpu" else GPU_BLOCK
-    return max(16, size // (head_VD.element_size() * head_VD.shape[0]))
+    return block_rows(len(head_VD), head_VD.element_size(), kind(head_VD.device))
 
 
 def normalise(logits_RV: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

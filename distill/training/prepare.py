@@ -7,19 +7,19 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from distill.config.learning import Student, Train
 from distill.config.tree import Config
-from distill.errors import DistillError, Exit
 from distill.models import loading, registry
+from distill.models.arithmetic import MICRO_BATCH_TOKENS, LoraTraining, Towards, weight_bytes
 from distill.models.chat_template import template_hash
 from distill.records import Example, Pair, digest
 from distill.storage.environment import LIBRARIES, installed
 from distill.storage.files import read_records, sha256_file
-from distill.storage.run_folder import Run, flatten
-from distill.training import adapters, sharding
+from distill.storage.run_folder import MEMORY, Run, flatten
+from distill.training import adapters, processes
 from distill.training.batches import (
-    MICRO_BATCH_TOKENS,
     OptimizerStep,
     micro_batches,
     padded_batches,
@@ -34,16 +34,22 @@ UNPINNED = ("logging_steps", "save_steps", "save_total_limit", "report_to", "num
 
 @dataclass
 class Parts:
-    """The parts of a run; `model` is the adapted model inside `student`."""
+    """The parts of a run; `model` is the adapted model inside `student`.
 
-    tokenizer: Any
+    `facts` are what a resumed run must share with the one it continues, `memory` the settings that
+    may differ; a micro-batch has about `limit` tokens.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
     model: PeftModel
     student: StudentModel
     examples: list[Example]
     validation: list[Example]
     plan: list[OptimizerStep]
     facts: dict[str, Any]
+    memory: dict[str, Any]
     limit: int
+    world: int
     notes: list[str]
 
     def batches(
@@ -51,16 +57,18 @@ class Parts:
     ) -> list[list[int]]:
         """Deal samples (None: all) into micro-batches of the run's size."""
         lengths = [len(e.input_ids) for e in examples]
-        deal = micro_batches if self.student.packing else padded_batches
-        return deal(range(len(lengths)) if samples is None else samples, lengths, self.limit)
+        chosen = range(len(lengths)) if samples is None else samples
+        if self.student.packing:
+            return micro_batches(chosen, lengths, self.limit, self.world)
+        return padded_batches(chosen, lengths, self.limit)
 
 
-def prepare(config: Config, run: Run, start: Path | None = None) -> Parts:
+def prepare(run: Run, world: int = 1, start: Path | None = None) -> Parts:
     """Load the student with the adapter in `start` or a fresh one, encode the data, plan the steps.
 
     Raises DistillError (exit 7) where that cannot be.
     """
-    base, settings = config.student, config.train
+    config, base, settings = run.config, run.config.student, run.config.train
     tokenizer = loading.load_tokenizer(base.model, base.revision, base.trust)
     model = load_adapted(base, settings, config.train_seed)
     max_length = min(settings.max_length, loading.context_length(model.config))
@@ -68,15 +76,15 @@ def prepare(config: Config, run: Run, start: Path | None = None) -> Parts:
         encode_split(tokenizer, run, split, config.template_date, max_length)
         for split in ("train", "validation")
     )
-    student, notes = make_student(model, settings.packing, fused=not sharding.enabled())
-    facts = pinned_facts(config, tokenizer, model, examples, validation)
+    student, notes = make_student(model, settings.packing, fused=not processes.sharded())
+    facts, memory = pinned_facts(config, tokenizer, str(model.dtype), examples, validation)
     if settings.loss.soft:
         both = [*examples, *validation]
         if settings.loss.teacher == "live":
-            student.labels = load_live(config, run, both)
+            student.labels = load_live(run, both)
             facts |= registry.folder_facts("teacher", config.soft_teacher().model)
         else:
-            student.labels = load_labels(config, run, both, len(student.head()[0]))
+            student.labels = load_labels(run, both, len(student.head()[0]))
         facts["signals"] = student.labels.digest
     if start:
         path = start / adapters.WEIGHTS
@@ -85,20 +93,44 @@ def prepare(config: Config, run: Run, start: Path | None = None) -> Parts:
     lengths = [len(e.input_ids) for e in examples]
     amount = (settings.tokens_per_step, settings.num_train_epochs, settings.max_steps)
     plan = plan_steps(lengths, config.train_seed, *amount)
-    limit = settings.micro_batch_tokens or MICRO_BATCH_TOKENS
-    return Parts(tokenizer, model, student, examples, validation, plan, facts, limit, notes)
+    limit = settings.micro_batch_tokens or micro_batch_tokens(config, model)
+    pinned = (facts, memory, limit, world, notes)
+    return Parts(tokenizer, model, student, examples, validation, plan, *pinned)
+
+
+def micro_batch_tokens(config: Config, model: PeftModel) -> int:
+    """Return the tokens of a micro-batch where the config says none.
+
+    On a GPU they follow from shapes and its memory, not from what is free now, so that a resumed
+    run has the same.
+    """
+    train, device = config.train, loading.device()
+    if device.type == "cpu":
+        return MICRO_BATCH_TOKENS
+    try:
+        shape = registry.shape_from_config(model.config.to_dict())
+    except KeyError:  # another kind of decoder
+        return MICRO_BATCH_TOKENS
+    width, live = model.dtype.itemsize, train.loss.soft and train.loss.teacher == "live"
+    towards: Towards = "live" if live else "cached" if train.loss.soft else "tokens"
+    teacher = registry.shape_of(config.soft_teacher().model) if live else None
+    training = LoraTraining(
+        *(shape, train.lora.r, train.lora.target_modules, "cuda", width),
+        *(config.student.load_in_4bit, train.gradient_checkpointing, towards),
+        weight_bytes(teacher, width) if teacher else 0.0,
+    )
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return training.micro_batch(memory, train.tokens_per_step)
 
 
 def load_adapted(student: Student, train: Train, seed: int) -> PeftModel:
     """Load the student and wrap it with a fresh adapter drawn from `seed`."""
-    dtype = "bfloat16" if train.bf16 else "float32"
-    if train.bf16 == "auto":
-        dtype = student.dtype
-    elif train.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
-        what, fix = "this GPU has no bfloat16", "set train.bf16: false"
-        raise DistillError(Exit.TRAINING, "train.bf16", what, fix)
-    four_bit = student.load_in_4bit
-    model = loading.load_model(student.model, dtype, student.revision, student.trust, four_bit)
+    own = {"auto": student.dtype, True: "bfloat16", False: "float32"}
+    dtype, four_bit = own[train.bf16], student.load_in_4bit
+    model = loading.load_model(
+        *(student.model, dtype, student.revision, student.trust, four_bit),
+        on_cpu=processes.sharded() and not four_bit,  # a device gets its shards alone
+    )
     lora = train.lora
     wrapped = adapters.inject(model, lora.r, lora.alpha, lora.dropout, lora.target_modules, seed)
     adapters.use_working_copies(wrapped)
@@ -107,7 +139,9 @@ def load_adapted(student: Student, train: Train, seed: int) -> PeftModel:
     return wrapped.train()
 
 
-def encode_split(tokenizer: Any, run: Run, split: str, date: str, limit: int) -> list[Example]:
+def encode_split(
+    tokenizer: PreTrainedTokenizerBase, run: Run, split: str, date: str, limit: int
+) -> list[Example]:
     """Encode a split of the run's dataset; validation may be empty, training may not."""
     path = run.path(f"dataset/{split}.jsonl")
     pairs = read_records(path, Pair) if path.exists() else []
@@ -118,14 +152,17 @@ def encode_split(tokenizer: Any, run: Run, split: str, date: str, limit: int) ->
 
 def pinned_facts(
     config: Config,
-    tokenizer: Any,
-    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: str,
     examples: Sequence[Example],
     validation: Sequence[Example],
-) -> dict[str, Any]:
-    """Return what a resumed run must share with the one it continues, as flat JSON."""
-    resolved = config.resolved()
-    return flatten(
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a run's `facts` and its settings of `memory`, as flat JSON."""
+    resolved, device = config.resolved(), loading.device()
+    gpu: dict[str, Any] = {}
+    if device.type == "cuda":  # whose kernels, and order of additions, are its own
+        gpu = {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    facts = flatten(
         {
             "student": resolved["student"],
             "train": {k: v for k, v in resolved["train"].items() if k not in UNPINNED},
@@ -135,8 +172,10 @@ def pinned_facts(
             "base": registry.identity(config.student.model, config.student.revision),
             **registry.folder_facts("base", config.student.model),
             "template": template_hash(tokenizer, config.template_date),
-            "device": model.device.type,
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": device.type,
+            "dtype": dtype.removeprefix("torch."),
             "libraries": {name: installed(name) for name in LIBRARIES[:6]},
+            **gpu,
         }
     )
+    return facts, {name: facts.pop(name) for name in MEMORY if name in facts}

@@ -15,10 +15,11 @@ from typing import Any, Protocol
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from distill.config.learning import Loss
 from distill.errors import DistillError, Exit
-from distill.models.devices import raise_device_error
+from distill.models.devices import raise_device_error, send
 from distill.records import AnswerLoss, Example, Pair
 from distill.training.adapters import ADAPTER, factors
 from distill.training.attention import NAME, why_apart
@@ -27,7 +28,6 @@ from distill.training.divergences import Live, SoftTargets, soft_loss
 from distill.training.encode import encode_pair
 from distill.training.fused_layers import fuse, unfuse
 from distill.training.losses import cross_entropy, evaluate_targets
-from distill.training.sharding import send
 
 PROBE = (7, 12)  # lengths of the two samples that the probe packs
 EVALUATION_TOKENS = 2048  # in a batch of `answer_loss`
@@ -163,7 +163,10 @@ class StudentModel(nn.Module):
         ones = [torch.ones_like(row) for row in rows]
         mask_BT = nn.utils.rnn.pad_sequence(ones, batch_first=True)
         states = self.decoder()(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
-        return states.last_hidden_state[mask_BT.bool()]
+        # by indices of the host: a mask would wait for a GPU to say how many there are
+        T = ids_BT.shape[1]
+        indices_N = torch.cat([torch.arange(len(row)) + n * T for n, row in enumerate(rows)])
+        return states.last_hidden_state.flatten(0, 1)[send(indices_N, ids_BT.device)]
 
     def batch(self, examples: Sequence[Example]) -> Batch:
         """Pack examples as this student computes them: on a CPU prefixes are shared."""
@@ -256,7 +259,11 @@ def _close(states: Tensor, expected: Tensor) -> bool:
 
 @torch.inference_mode()
 def answer_loss(
-    model: Any, tokenizer: Any, pairs: Sequence[Pair], date: str, max_length: int
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Pair],
+    date: str,
+    max_length: int,
 ) -> list[AnswerLoss]:
     """Return each answer's loss given its prompt; (0, 0, 0) for one above `max_length` tokens."""
     examples = [encode_pair(tokenizer, pair, date) for pair in pairs]

@@ -1,4 +1,4 @@
-"""Train the student's adapter: our own loop on Accelerate, exact to the bit when resumed.
+"""Train the student's adapter: our own loop on Accelerate, on a CPU exact to the bit when resumed.
 
 `distill run CONFIG`, `python scripts/train.py CONFIG` and `accelerate launch scripts/train.py
 CONFIG` all come here. A step's loss is the sum over its supervised tokens, divided once by their
@@ -7,39 +7,33 @@ the run stands is one number, its step: the order of samples and the random numb
 from the seed and that number. Only the main process writes.
 """
 
-import gc
-import importlib.util
 import math
+import os
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 
-from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.models import registry
+from distill.models.devices import release_memory
 from distill.records import digest
-from distill.storage.environment import (
-    Interrupt,
-    check_world,
-    die_with_parent,
-    interruptible,
-)
+from distill.storage.environment import Interrupt, interruptible
 from distill.storage.files import sha256_file, write_json
 from distill.storage.progress import say, tracking
-from distill.storage.run_folder import Run, differences, flatten, unnamed
-from distill.training import adapters, checkpoint, sharding
+from distill.storage.run_folder import MEMORY, Run, differences, flatten, unnamed
+from distill.training import adapters, checkpoint, processes
 from distill.training.batches import OptimizerStep, learning_rate, share
 from distill.training.encode import show
-from distill.training.prepare import Parts, prepare
+from distill.training.prepare import prepare
 
-TIMEOUT = timedelta(minutes=10)  # for a process that waits for another
+IDLE = 0.1  # of the passes of several processes may hold no sample, without a word about it
+SUMMARY = ("history", "validation", "best_step", "tokens", "seconds", "stopped_early", "notes")
 
 
 @dataclass
@@ -70,84 +64,64 @@ def main(run: Run, allow_inexact: bool = False, start: Path | None = None) -> No
     if not train_file.exists():
         fix = "make it: distill filter CONFIG, or all at once: distill run CONFIG"
         raise DistillError(Exit.TRAINING, train_file, "there is no dataset", fix)
-    sharding.enabled()  # raises for what it does not support, before accelerate ends over it
-    accelerator = start_processes(config, run)
+    tracker = config.train.report_to
+    accelerator = processes.start(tracker, config.train.num_processes, run.path("tracking"))
+    if tracker != "none":
+        settings = {key: str(value) for key, value in flatten(config.resolved()).items()}
+        accelerator.init_trackers(config.name, settings)
     with interruptible() as interrupt:
         torch.set_flush_denormal(True)  # a CPU computes zeros many times faster than denormals
         try:
-            loop = Loop(config, run, accelerator, interrupt, start)
+            loop = Loop(run, accelerator, interrupt, start)
             loop.resume(allow_inexact)
             loop.train()
             loop.finish()
             loop.close()
-        except torch.OutOfMemoryError as error:
-            what = f"out of GPU memory: {str(error).splitlines()[0]}"
-            fix = "lower train.micro_batch_tokens, or set train.gradient_checkpointing: true"
-            raise DistillError(Exit.TRAINING, run.folder, what, fix) from None
         finally:
             torch.set_flush_denormal(False)
         del loop  # the model that was trained makes room for the one that is merged
-        gc.collect()
+        release_memory()
     if accelerator.is_main_process and not config.on_policy.rounds:  # else rounds train on
         adapters.write_merged(config.student, run.path("adapter"), run.path("merged"))
-
-
-def start_processes(config: Config, run: Run) -> Accelerator:
-    """Return the Accelerator of this process, after checking the number of processes."""
-    tracker = config.train.report_to
-    if tracker != "none" and importlib.util.find_spec(tracker) is None:
-        what, fix = f"{tracker} is not installed", "pip install 'distill[tracking]'"
-        raise DistillError(Exit.TRAINING, "train.report_to", what, fix)
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        log_with=None if tracker == "none" else tracker,
-        project_dir=run.path("tracking"),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
-    )
-    expected = {
-        "train.num_processes": config.train.num_processes,
-    }
-    check_world(expected, accelerator.num_processes, "scripts/train.py", Exit.TRAINING)
-    if accelerator.num_processes > 1:
-        die_with_parent()
-    if tracker != "none":
-        settings = {key: str(value) for key, value in flatten(config.resolved()).items()}
-        accelerator.init_trackers(config.name, settings)
-    return accelerator
 
 
 class Loop:
     """A run of training on this process."""
 
     def __init__(
-        self,
-        config: Config,
-        run: Run,
-        accelerator: Accelerator,
-        interrupt: Interrupt,
-        start: Path | None = None,
+        self, run: Run, accelerator: Accelerator, interrupt: Interrupt, start: Path | None = None
     ) -> None:
-        self.config, self.settings, self.run = config, config.train, run
-        self.accelerator, self.interrupt = accelerator, interrupt
-        self.parts: Parts = prepare(config, run, start)
-        self.facts = {**self.parts.facts, "world_size": accelerator.num_processes}
-        if sharding.enabled():
+        self.run, self.accelerator, self.interrupt = run, accelerator, interrupt
+        self.settings = settings = run.config.train
+        self.world, self.halved = accelerator.num_processes, False
+        self.parts = prepare(run, self.world, start)
+        self.facts = {**self.parts.facts, "world_size": self.world}
+        if processes.sharded():
             self.facts["sharded"] = True
-            self.parts.notes.append(f"sharded over {accelerator.num_processes} processes (FSDP2)")
+            self.parts.notes.append(f"sharded over {self.world} processes (FSDP2)")
         self.progress = Progress(notes=self.parts.notes)
-        self.student: Any = sharding.wrap(accelerator, self.parts.student)
+        self.student: Any = processes.wrap(accelerator, self.parts.student)
         self.named = adapters.parameters(self.parts.model)
         # Decoupled weight decay (arXiv 1711.05101); the learning rate is set step by step.
-        betas, decay = (
-            (self.settings.adam_beta1, self.settings.adam_beta2),
-            self.settings.weight_decay,
-        )
+        betas, decay = (settings.adam_beta1, settings.adam_beta2), settings.weight_decay
         weights = list(self.named.values())
         self.optimizer = torch.optim.AdamW(weights, 0.0, betas, weight_decay=decay, fused=True)
         self.best: dict[str, torch.Tensor] = {}
         self.folder = run.path("checkpoints")
-        self.mix = self.settings.loss.parts if self.parts.student.labels else {}
+        self.mix = settings.loss.parts if self.parts.student.labels else {}
         self.losses = ("loss", *self.mix)  # what the student's forward returns
+        if self.world > 1:
+            dealt = [
+                len(self.parts.batches(self.parts.examples, s.samples)) for s in self.parts.plan
+            ]
+            idle = 1 - sum(dealt) / sum(math.ceil(n / self.world) * self.world for n in dealt)
+            if idle > IDLE:
+                what = f"{idle:.0%} of the passes of {self.world} processes hold no sample"
+                self.parts.notes.append(f"{what}: raise train.tokens_per_step, or start fewer")
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if precision != "no":
+            own = f"train.bf16 and student.dtype decide, and here it is {self.facts['dtype']}"
+            self._say(f"accelerate's mixed_precision: {precision} is not used: {own}")
         for note in self.parts.notes:
             self._say(note)
 
@@ -160,13 +134,11 @@ class Loop:
 
         Raises DistillError (exit 7) where it was saved under other facts, unless that is allowed.
         """
-        if self.accelerator.is_main_process:
-            checkpoint.sweep(self.folder)
-        self.accelerator.wait_for_everyone()
         saved = checkpoint.latest(self.folder)
         if saved is None:
             return
-        facts = saved.facts["run"]
+        # what only concerns memory was once among the facts
+        facts = {key: value for key, value in saved.facts["run"].items() if key not in MEMORY}
         if added := unnamed(facts, self.facts):
             what = "knows a model's folder by its weights, which are the same"
             self._say(f"train: {saved.folder} {what}")
@@ -187,7 +159,11 @@ class Loop:
         adapters.restore_optimizer(self.optimizer, self.named, optimizer, saved.folder)
         self.progress, self.best = progress, best
         if changes:
-            progress.notes.append(f"resumed inexactly at step {saved.facts['step']}: {what}")
+            progress.notes.append(f"resumed inexactly at step {progress.step}: {what}")
+        memory, former = self.parts.memory, saved.facts.get("memory", saved.facts["run"])
+        if others := differences({key: former.get(key) for key in memory}, memory):
+            what = f"from step {progress.step} on {'; '.join(others)}"
+            progress.notes.append(f"{what}: equal but for rounding, and for dropout")
         self._say(f"train: continuing after step {progress.step} of {len(self.parts.plan)}")
 
     def train(self) -> None:
@@ -228,34 +204,28 @@ class Loop:
         Returns its row of the history, and whether any process received a signal to stop. Raises
         DistillError (exit 7) where the loss or the gradient's norm is not finite.
         """
-        accelerator, parts, settings = self.accelerator, self.parts, self.settings
-        rank, world, number = (
-            accelerator.process_index,
-            accelerator.num_processes,
-            self.progress.step,
-        )
+        parts, settings, number = self.parts, self.settings, self.progress.step
         started = time.monotonic()
-        torch.manual_seed(int(digest([self.config.train_seed, number, rank])[:15], 16))
         samples = [parts.examples[i] for i in step.samples]
         count = sum(sum(example.weights) for example in samples)
-        sums = self._zeros()
-        mine = share(parts.batches(parts.examples, step.samples), rank, world)
-        for micro, indices in enumerate(mine, 1):
-            last = micro == len(mine)
-            with nullcontext() if last else sharding.no_sync(accelerator, self.student):
-                batch = parts.student.batch([parts.examples[i] for i in indices])
-                losses = self.student(batch).reshape(-1)
-                accelerator.backward(losses[0] * (world / count))  # DDP averages over processes
-            sums += losses.detach()
+        try:
+            sums = self._accumulate(step.samples, count)
+        except torch.OutOfMemoryError:
+            if self.world > 1 or self.halved:  # the other processes wait for this one's gradients
+                raise
+            sums = None
+        if sums is None:  # the error is gone, and with it what its frames held
+            self._halve(step)
+            sums = self._accumulate(step.samples, count)
         stopping = sums.new_full((1,), float(self.interrupt.asked))
-        reduced: Any = accelerator.reduce(torch.cat([sums, stopping]))
+        reduced: Any = self.accelerator.reduce(torch.cat([sums, stopping]))
         row = dict(zip(self.losses, (reduced[:-1] / count).tolist(), strict=True))
         rate = (settings.learning_rate, settings.lr_scheduler_type, settings.warmup_steps)
         row["learning_rate"] = learning_rate(number, len(parts.plan), *rate)
         if number == 0:
             adapters.check_gradients(parts.model)
         norm = torch.nn.utils.clip_grad_norm_(self.named.values(), settings.max_grad_norm)
-        row["grad_norm"] = float(sharding.full_tensor(norm))
+        row["grad_norm"] = float(processes.full_tensor(norm))
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
             names = ", ".join(example.response_id for example in samples)
             what = f"loss {row['loss']}, gradient norm {row['grad_norm']} over samples {names}"
@@ -268,6 +238,43 @@ class Loop:
         row["tokens"] = sum(len(example.input_ids) for example in samples)
         return {**row, "seconds": time.monotonic() - started}, bool(reduced[-1])
 
+    def _halve(self, step: OptimizerStep) -> None:
+        """Halve the micro-batches, once in a run of this process, and make room for them."""
+        parts, self.halved = self.parts, True
+        dealt = parts.batches(parts.examples, step.samples)
+        largest = max(sum(len(parts.examples[i].input_ids) for i in batch) for batch in dealt)
+        parts.limit = max(1, largest // 2)
+        what = f"out of GPU memory in step {self.progress.step + 1}: micro-batches from there on"
+        self.progress.notes.append(f"{what} of {parts.limit} tokens (train.micro_batch_tokens)")
+        self._say(self.progress.notes[-1])
+        self.optimizer.zero_grad()
+        release_memory()
+
+    def _accumulate(self, samples: Sequence[int], count: float) -> torch.Tensor:
+        """Add up the gradients of a step's samples, each token's share one in `count`.
+
+        Returns the sums of this process's losses.
+        """
+        parts, rank, sums = self.parts, self.accelerator.process_index, self._zeros()
+        seed = digest([self.run.config.train_seed, self.progress.step, rank])
+        torch.manual_seed(int(seed[:15], 16))
+        mine = share(parts.batches(parts.examples, samples), rank, self.world)
+        # In float16 the gradients of a mean would be zeros: those of the sum are made, then scaled.
+        scale, half = self.world / count, parts.model.dtype == torch.float16
+        with adapters.cast_once(parts.model):
+            for micro, indices in enumerate(mine, 1):
+                last = micro == len(mine)
+                with nullcontext() if last else processes.no_sync(self.accelerator, self.student):
+                    batch = parts.student.batch([parts.examples[i] for i in indices])
+                    losses = self.student(batch).reshape(-1)
+                    # DDP averages over processes
+                    (losses[0] if half else losses[0] * scale).backward()
+                sums += losses.detach()
+        for parameter in self.named.values() if half else ():
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+        return sums
+
     def _zeros(self) -> torch.Tensor:
         return torch.zeros(len(self.losses), dtype=torch.float64).to(self.accelerator.device)
 
@@ -275,10 +282,11 @@ class Loop:
     def _validate(self) -> None:
         """Measure the mean loss of a validation token, keep the best adapter, maybe stop early."""
         progress, examples, student = self.progress, self.parts.validation, self.parts.student
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
         sums = self._zeros()
         student.eval()
-        for indices in share(self.parts.batches(examples), rank, world):
+        for indices in share(
+            self.parts.batches(examples), self.accelerator.process_index, self.world
+        ):
             sums += student(student.batch([examples[i] for i in indices])).reshape(-1)
         student.train()
         reduced: Any = self.accelerator.reduce(sums)
@@ -307,13 +315,14 @@ class Loop:
         if self.accelerator.is_main_process:
             cursor = step.cursor + len(step.samples)
             facts = {"run": self.facts, "epoch": step.epoch, "cursor": cursor}
+            facts["memory"] = self.parts.memory
             state, keep = asdict(self.progress), self.settings.save_total_limit
             checkpoint.save(self.folder, self.progress.step, groups, state, facts, keep)
 
     def finish(self) -> None:
         """Write the adapter (by the settings the best or the last) and training.json."""
         weights = adapters.tensors(self.parts.model)
-        step, student = self.progress.step, self.config.student
+        step, student = self.progress.step, self.run.config.student
         if self.settings.load_best_model_at_end and self.best:
             weights, step = self.best, self.progress.best_step
         if not self.accelerator.is_main_process:
@@ -321,18 +330,8 @@ class Loop:
         folder = self.run.path("adapter")
         adapters.save_adapter(self.parts.model, weights, folder, registry.hub_id(student.model))
         base = registry.record_base(folder, student.model, student.revision)
-        progress = asdict(self.progress)
-        names = (
-            "history",
-            "validation",
-            "best_step",
-            "tokens",
-            "seconds",
-            "stopped_early",
-            "notes",
-        )
         summary = {
-            **{name: progress[name] for name in names},
+            **{name: getattr(self.progress, name) for name in SUMMARY},
             "steps": self.progress.step,
             "adapter_step": step,
             "adapter_sha256": sha256_file(folder / adapters.WEIGHTS),
@@ -355,7 +354,7 @@ class Loop:
         self.accelerator.wait_for_everyone()
         del self.student
         self.accelerator.free_memory()
-        gc.collect()
+        release_memory()
         self.accelerator.end_training()
 
 

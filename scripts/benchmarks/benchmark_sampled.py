@@ -40,7 +40,7 @@ from distill.training.batches import micro_batches
 from distill.training.divergences import Live, SoftTargets, soft_loss
 from distill.training.encode import encode_pair
 from distill.training.soft_labels.cache import Signal, sample_offsets, supervised_ids
-from distill.training.soft_labels.capture import PASS_TOKENS, read_head, select
+from distill.training.soft_labels.capture import PASS_TOKENS, read_head, select, to_signal
 from distill.training.soft_labels.labels import CachedLabels
 from distill.training.student import StudentModel, make_student
 
@@ -95,7 +95,8 @@ def read(
         kept: list[list[Signal]] = [[] for _ in settings]
         for part, logs_SV in read_head(student, batch, vocabulary) if settings else ():
             for signals, setting in zip(kept, settings, strict=True):
-                signals.append(select(logs_SV.clone(), offsets_S[part], setting))
+                selected = select(logs_SV.clone(), offsets_S[part], setting)
+                signals.append(to_signal(selected, setting))
         split = [Signal.join(signals).split(counts) for signals in kept]
         columns = (student.states(batch).split(counts), batch.targets_S.split(counts), *split)
         found |= dict(zip(samples, zip(*columns, strict=True), strict=True))

@@ -62,10 +62,10 @@ from distill.training.soft_labels.labels import (
     LiveLabels,
     cache_name,
     load_live,
+    load_reader,
     open_teacher,
     read_as_teacher,
 )
-from distill.training.student import make_student
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MIX = "train.loss={ce: 0.5, forward_kl: 0.5}"
@@ -107,13 +107,8 @@ class Signals:
         with folder_lock(self.cache.folder):
             left = [read for read in found if read.key.example not in self.cache.index]
             if left:
-                fill(self.cache, self.teacher(), self.vocabulary, left, run.config.signals, run)
-
-    def teacher(self) -> Any:
-        """Load the teacher."""
-        own = self.config.soft_teacher()
-        assert isinstance(own, LocalTeacher)
-        return loading.load_model(own.model, own.dtype, own.revision)
+                reader = load_reader(run.config.soft_teacher(), left)
+                fill(self.cache, reader, self.vocabulary, left, run.config.signals, run)
 
     def labels(self, examples: Sequence[Example]) -> CachedLabels:
         """Read the signals of examples from the disk."""
@@ -158,14 +153,14 @@ def cached(run: Run, examples: Sequence[Example]) -> Side:
 def live(run: Run, examples: Sequence[Example]) -> Side:
     """Return our training with the teacher in memory."""
     ours = Ours(run.config.student.model)
-    ours.student.labels = load_live(run.config, run, examples)
+    ours.student.labels = load_live(run, examples)
     return ours
 
 
 def reading(run: Run, examples: Sequence[Example]) -> Side:
     """Return the teacher's reading of the samples into a cache."""
     signals = Signals(run, examples)
-    reader, _ = make_student(signals.teacher())
+    reader = load_reader(run.config.soft_teacher(), list(signals.reads.values()))
 
     def read(samples: Sequence[Example]) -> float:
         start = time.perf_counter()
@@ -455,7 +450,7 @@ def parity(asked: argparse.Namespace) -> dict[str, Any]:
     """Train a student on each side, or take what an earlier call has measured; returns their
     losses."""
     run, examples = load(asked, asked.samples + asked.held)
-    teacher = load_live(run.config, run, examples)
+    teacher = load_live(run, examples)
     teacher = replace(teacher, settings=run.config.train.loss)
     settings = {name: getattr(asked, name) for name in ("samples", "held", "steps", "step_tokens")}
     settings |= {"data": [example.id for example in examples]}

@@ -26,12 +26,13 @@ from peft import LoraConfig, get_peft_model
 from rich.table import Table
 
 from distill.models import loading
+from distill.models.arithmetic import MICRO_BATCH_TOKENS
 from distill.records import Example, Pair
 from distill.storage.environment import environment
 from distill.storage.files import read_records, write_json
 from distill.storage.progress import console, say
 from distill.training import adapters
-from distill.training.batches import MICRO_BATCH_TOKENS, micro_batches
+from distill.training.batches import micro_batches
 from distill.training.encode import encode_pairs
 from distill.training.student import make_student
 

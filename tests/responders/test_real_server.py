@@ -24,7 +24,7 @@ from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.local.local_model import LocalResponder
 from distill.responders.responder import Request, Sampling, origin_of
 from distill.responders.store import ResponseStore
-from distill.training.soft_labels.prompt_logprobs import probe
+from distill.training.soft_labels.server_logprobs import probe
 from tests.support.asking import answer_all
 from tests.support.errors import stops
 from tests.support.tiny import TEMPLATE, make_tiny, make_tokenizer

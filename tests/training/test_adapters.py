@@ -1,6 +1,7 @@
 """Adapters: plain PEFT on disk, float32 masters, exact snapshots; and the merged student."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -246,7 +247,7 @@ def kill(*_: object, **__: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "name"), [(adapters.os, "fsync"), (adapters, "write_json"), (Path, "replace")]
+    ("module", "name"), [(os, "fsync"), (adapters, "write_json"), (Path, "replace")]
 )
 def test_a_kill_leaves_no_half_of_a_merged_model(
     run: Run, module: object, name: str, monkeypatch: pytest.MonkeyPatch
@@ -265,7 +266,7 @@ def test_a_full_disk_while_merging_is_one_line(run: Run, monkeypatch: pytest.Mon
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(adapters.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DistillError, match="No space left") as error:
         merged_student(run.config.student, run)
     assert error.value.code == Exit.STATE and list(run.folder.glob(".merged*")) == []

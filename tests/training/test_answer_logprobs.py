@@ -22,7 +22,7 @@ from distill.pipeline import STAGES
 from distill.records import Candidate, Document, Message, Pair, Prompt, Response, TokenLogprob
 from distill.storage.files import read_records, write_json, write_records
 from distill.storage.run_folder import Run
-from distill.training.soft_labels import answer_logprobs, capture, labels
+from distill.training.soft_labels import capture, labels, server_logprobs
 from distill.training.soft_labels.cache import Signal
 from tests.planning.test_plan import ROOT, shown
 from tests.support.fake_teacher import FakeTeacher, Reply
@@ -193,14 +193,14 @@ def test_they_are_trained_on_as_any_others_and_another_teacher_is_told(tmp_path)
         run = make_answered(tmp_path, server)
         generated(run)
         stage(run, "signals")
-        _, examples = capture.student_view(run.config, run)
-        soft = labels.load_labels(run.config, run, examples, len(make_tokenizer()))
+        examples = capture.student_view(run)
+        soft = labels.load_labels(run, examples, len(make_tokenizer()))
         assert torch.isfinite(
             soft.targets([e.response_id for e in examples], "cpu").logprobs_M
         ).all()
         read = make_soft_run(tmp_path, "far", teacher=run.config.teacher.model_dump(mode="json"))
         with pytest.raises(DistillError, match="another teacher or setting"):
-            labels.load_labels(read.config, read, examples, len(make_tokenizer()))
+            labels.load_labels(read, examples, len(make_tokenizer()))
 
 
 def test_a_server_that_lists_nothing_is_found_for_the_price_of_a_short_question(tmp_path, capsys):
@@ -225,7 +225,7 @@ def test_a_server_of_another_tokenizer_is_found_by_the_short_question(tmp_path):
         run = make_answered(tmp_path, server)
         tokenizer = load_tokenizer(str(tmp_path / "teacher"))
         with pytest.raises(DistillError, match="its tokenizer is another"):
-            answer_logprobs.probe(run.config, tokenizer)
+            server_logprobs.probe(run.config, tokenizer)
         generated(run)
         with pytest.raises(DistillError, match="lists candidates at 0 of") as error:
             stage(run, "signals")
@@ -237,7 +237,7 @@ def test_the_probe_is_paid_once(tmp_path):
     with FakeTeacher(Writer(tmp_path / "teacher")) as server:
         run = make_answered(tmp_path, server)
         for _ in range(2):
-            answer_logprobs.probe(run.config, load_tokenizer(str(tmp_path / "teacher")))
+            server_logprobs.probe(run.config, load_tokenizer(str(tmp_path / "teacher")))
     assert len(server.payloads) == 1 and server.payloads[0]["max_tokens"] <= 32
 
 
@@ -251,7 +251,7 @@ def place(
 
 def test_ids_are_told_by_bytes_and_what_names_none_is_left_over():
     tokenizer: Any = make_tokenizer()
-    spelling = answer_logprobs.Spelling(tokenizer)
+    spelling = server_logprobs.Spelling(tokenizer)
     told = 0
     for i in range(len(tokenizer)):
         assert spelling.id_of(place(f"token_id:{i}")) == i
@@ -272,7 +272,7 @@ def test_ids_are_told_by_bytes_and_what_names_none_is_left_over():
 def test_a_vocabulary_of_pieces_has_spaces_and_bytes_of_its_own():
     words = {"<unk>": 0, "\u2581the": 1, "the": 2, "<0xE2>": 3, "<0x41>": 4, "A": 5}
     bpe = tokenizers.models.BPE(vocab=words, merges=[], unk_token="<unk>", byte_fallback=True)
-    spelling = answer_logprobs.Spelling(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(bpe)))
+    spelling = server_logprobs.Spelling(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(bpe)))
     assert spelling.id_of(place(" the")) == 1 and spelling.id_of(place("the")) == 2
     assert spelling.id_of(place("\ufffd", [0xE2])) == 3
     assert spelling.id_of(place("A")) == 5  # the piece, not the byte
@@ -280,14 +280,14 @@ def test_a_vocabulary_of_pieces_has_spaces_and_bytes_of_its_own():
 
 def test_an_answer_cut_into_other_tokens_keeps_the_lists_of_those_it_shares():
     tokenizer = make_tokenizer()
-    spelling = answer_logprobs.Spelling(tokenizer)
+    spelling = server_logprobs.Spelling(tokenizer)
     ids = tokenizer("plain text with words", add_special_tokens=False)["input_ids"]
     written = [place(f"token_id:{i}") for i in ids]
     other = [written[0], place("token_id:1"), place("token_id:2"), *written[2:]]
-    assert sorted(answer_logprobs.align(spelling, written, ids)) == list(range(len(ids)))
-    assert sorted(answer_logprobs.align(spelling, other, ids)) == [0, *range(2, len(ids))]
+    assert sorted(server_logprobs.align(spelling, written, ids)) == list(range(len(ids)))
+    assert sorted(server_logprobs.align(spelling, other, ids)) == [0, *range(2, len(ids))]
     thinking = [place(f"token_id:{n}") for n in range(40, 60)]
-    assert sorted(answer_logprobs.align(spelling, [*thinking, *written], ids)) == list(
+    assert sorted(server_logprobs.align(spelling, [*thinking, *written], ids)) == list(
         range(len(ids))
     )
 

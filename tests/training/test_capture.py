@@ -1,6 +1,5 @@
 """The teacher's pass over the dataset: each token's distribution, its prompt, nothing twice."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 import torch
 
 from distill.cli import main
-from distill.config.yaml_file import load_config
+from distill.config.learning import Signals
 from distill.errors import DistillError, Exit
 from distill.records import Message
 from distill.storage.files import read_json, write_json, write_records
@@ -17,16 +16,13 @@ from distill.training.divergences import SoftTargets, soft_loss
 from distill.training.soft_labels import cache as signal_cache
 from distill.training.soft_labels import capture
 from distill.training.soft_labels.cache import Signal, SignalCache, SignalKey, sample_offsets
-from distill.training.soft_labels.capture import systematic_samples
-from tests.support.tiny import SPECIAL, TEMPLATE, make_tiny, make_tokenizer
+from distill.training.soft_labels.capture import select, to_signal
+from tests.support.tiny import SPECIAL, TEMPLATE, make_tokenizer
 from tests.support.training import (
-    SOFT,
     dataset,
     exact_logs,
     make_soft_run,
     other_weights,
-    sharpen,
-    training,
 )
 
 SAMPLED = {"method": "sampled"}
@@ -154,33 +150,6 @@ def test_a_teacher_whose_terms_are_not_known_captures_nothing(tmp_path):
     assert fault.value.code == Exit.TERMS
 
 
-def test_a_run_with_soft_labels_goes_through_in_an_empty_folder(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    make_tiny(tmp_path / "teacher", "qwen2", seed=1, hidden=48)
-    sharpen(tmp_path / "teacher")
-    make_tiny(tmp_path / "model")
-    sample = Path(__file__).parent.parent.parent / "data/gsm8k/sample.jsonl"
-    words = (
-        *("run", "configs/gsm8k.yaml", f"corpus.path={sample}", "corpus.limit=128"),
-        *("train.loss={ce: 0.5, forward_kl: 0.5}", "teacher.model=./teacher"),
-        *("student.model=./model", "terms.basis=a model of our own", "teacher.max_new_tokens=8"),
-        *(
-            "filters={truncated: false, failed_checker: false, repetition: false}",
-            "train.max_steps=1",
-        ),
-        *("prompts={train: 12, validation: 2, heldout: 4, tasks: [math_word_problem]}",),
-    )
-    assert main(words) == 0, capsys.readouterr().err
-    shown = capsys.readouterr().err
-    assert "signals: done" in shown and "validation loss" in shown
-    run = Run(load_config(Path("runs/gsm8k/config.json")))
-    made = training(run)
-    assert made["loss"] == SOFT and {"ce", "forward_kl"} < made["history"][0].keys()
-    assert [entry.stage for entry in run.ledger.entries()][4] == "signals"
-    assert main(words) == 0
-    assert capsys.readouterr().err.count("reused") == 8
-
-
 def test_other_tokens_are_found_before_anything_is_asked(tmp_path, monkeypatch, capsys):
     run = make_soft_run(tmp_path)
     make_tokenizer(("extra",)).save_pretrained(tmp_path / "teacher")
@@ -192,6 +161,11 @@ def test_other_tokens_are_found_before_anything_is_asked(tmp_path, monkeypatch, 
 
 
 # Sampled signals: unbiased, nearer than independent samples, and always the same.
+
+
+def systematic_samples(logs: torch.Tensor, offsets: Any, samples: int) -> Signal:
+    settings = Signals(method="sampled", samples=samples)
+    return to_signal(select(logs, torch.as_tensor(offsets), settings), settings)
 
 
 def flat(seed: int = 0) -> torch.Tensor:

@@ -98,7 +98,7 @@ def test_a_kill_at_any_call_to_the_disk_leaves_an_intact_one(memory):
 
     def check() -> None:
         assert newest(memory).state()["step"] >= 2
-        checkpoint.sweep(memory)
+        save(memory, 3)
         assert not list(memory.glob(".step-*"))
 
     assert killed_at_every_call(lambda: save(memory, 3), check) > 10

@@ -60,13 +60,13 @@ def make_labelled(run: Run) -> StudentModel:
     config = run.config
     student, _ = make_student(load_adapted(config.student, config.train, config.train_seed))
     live = config.train.loss.teacher == "live"
-    student.labels = load_live(config, run, encoded(run)) if live else load(run)
+    student.labels = load_live(run, encoded(run)) if live else load(run)
     return student.eval()
 
 
 def load(run: Run) -> CachedLabels:
     vocabulary = len(make_tokenizer()) + 5
-    return load_labels(run.config, run, encoded(run), vocabulary)
+    return load_labels(run, encoded(run), vocabulary)
 
 
 @torch.no_grad()

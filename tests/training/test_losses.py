@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.config.learning import SOFT
-from distill.training import losses
+from distill.models import arithmetic
 from distill.training.divergences import Live, SoftTargets, soft_loss
 from distill.training.losses import cross_entropy
 from tests.support.training import gradient
@@ -30,7 +30,7 @@ Soft = SoftTargets | Live | None  # None: the loss by tokens alone, which needs 
 @pytest.fixture(autouse=True)
 def short_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every block have several strips, as with a real vocabulary."""
-    monkeypatch.setattr(losses, "STRIP_BYTES", 3 * 4 * WORDS)
+    monkeypatch.setitem(arithmetic.STRIP_BYTES, "cpu", 3 * 4 * WORDS)
 
 
 class Problem:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from distill.cli import main
 from distill.config.tree import Config
-from distill.errors import DistillError, Exit
+from distill.errors import Exit
 from distill.evaluation.answering import student_responder
 from distill.generation.filters import CONTAMINATED, Dropped
 from distill.pipeline import STAGES
@@ -29,7 +29,6 @@ from tests.support.fake_hub import fake_hub, use_hub
 from tests.support.tiny import make_tiny
 from tests.support.training import TRAIN, killed_at, make_soft_run
 from tests.test_verify import write_config
-from tests.training.test_labels import other_tokenizer
 
 OWN = {"rounds": 2, "prompts": 5, "max_new_tokens": 12, "learning_rate": 1e-2}
 
@@ -169,14 +168,6 @@ def dropped(pair: Pair, split: str, reason: str) -> Dropped:
             **{"split": split, "reason": reason, "text": response.text},
         }
     )
-
-
-def test_another_tokenizer_stops_before_anything_is_asked(tmp_path):
-    run = make_run(tmp_path)
-    other_tokenizer(run)
-    with pytest.raises(DistillError, match="have different tokenizers") as error:
-        on_policy.main(run)
-    assert error.value.code == Exit.CONFIG
 
 
 def test_a_whole_run_evaluates_verifies_and_publishes_the_refined_student(tmp_path):

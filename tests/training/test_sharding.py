@@ -17,9 +17,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from distill.errors import DistillError, Exit
-from distill.training import sharding, train
+from distill.models.devices import send
+from distill.training import processes, train
 from distill.training.prepare import prepare
-from distill.training.sharding import send
 from tests.support.launched import ROOT, alive, finished, launch, wait_for_workers, write_config
 from tests.support.training import (
     TRAIN,
@@ -113,7 +113,7 @@ def test_accelerate_knows_every_key(path):
 def test_shards_come_where_the_file_asks_for_them(name, monkeypatch):
     for key, value in environment_of(name).items():
         monkeypatch.setenv(key, value)
-    assert sharding.enabled() == (name == "fsdp2.yaml")
+    assert processes.sharded() == (name == "fsdp2.yaml")
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_another_way_to_shard_is_refused(key, value, monkeypatch):
     for name, other in {**environment_of("fsdp2.yaml"), key: value}.items():
         monkeypatch.setenv(name, other)
     with pytest.raises(DistillError, match=f"{key.lower()}.* is not supported") as error:
-        sharding.enabled()
+        processes.sharded()
     assert error.value.code == Exit.TRAINING
 
 
@@ -145,8 +145,8 @@ def test_each_process_keeps_its_part_of_every_layer(first_of_two, tmp_path, monk
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     run = make_run(tmp_path)
-    student = prepare(run.config, run).student
-    sharding.wrap(first_of_two, student)
+    student = prepare(run).student
+    processes.wrap(first_of_two, student)
     layers = student.decoder().layers
     assert all(isinstance(part, FSDPModule) for part in (student, *layers))
     parameters: list[Any] = list(student.parameters())

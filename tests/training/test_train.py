@@ -1,5 +1,6 @@
 """The loop: exact when resumed, the same however a step is cut up, and loud about errors."""
 
+import importlib.util
 import os
 import signal
 from pathlib import Path
@@ -43,7 +44,7 @@ def unbroken(tmp_path_factory):
     return folder, outcome(run)
 
 
-@pytest.mark.parametrize("calls", [[1], [3], [6], [11], [14], [20], [25], [12, 9]], ids=str)
+@pytest.mark.parametrize("calls", [[1], [3], [11], [14], [25], [12, 9]], ids=str)
 def test_a_killed_run_goes_on_to_the_same_bits(unbroken, calls):
     folder, expected = unbroken
     often = {"save_steps": 1 if len(calls) == 1 else 3}
@@ -255,7 +256,7 @@ def test_what_a_training_lacks_is_one_line(tmp_path, monkeypatch):
     four_bits = run.config.student.model_copy(update={"load_in_4bit": True})
     plain = run.config.train.model_copy(update={"report_to": "none"})
     two = plain.model_copy(update={"num_processes": 2})
-    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for message, changes in (
         ("trackio is not installed", {}),
         ("2 processes were asked for, 1 came", {"train": two}),

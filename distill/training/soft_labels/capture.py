@@ -19,18 +19,18 @@ import torch
 from torch import Tensor
 
 from distill.config.learning import Signals
-from distill.config.teachers import EndpointTeacher, LocalTeacher
-from distill.config.tree import Config
+from distill.config.teachers import EndpointTeacher
 from distill.errors import DistillError, Exit
 from distill.models import loading
-from distill.records import Example, Pair
-from distill.responders.terms import require_terms
+from distill.models.arithmetic import capture_rows
+from distill.models.devices import kind
+from distill.records import Example
 from distill.storage.files import disk_errors, folder_lock, read_json, write_json
 from distill.storage.progress import say, tracking
 from distill.storage.run_folder import MODEL_FILE, Run
 from distill.training.batches import micro_batches, padded_batches
 from distill.training.encode import encode_pairs
-from distill.training.soft_labels import answer_logprobs, prompt_logprobs
+from distill.training.soft_labels import server_logprobs
 from distill.training.soft_labels.cache import (
     KeyedExample,
     Signal,
@@ -44,14 +44,12 @@ from distill.training.soft_labels.cache import (
 from distill.training.soft_labels.labels import (
     cache_name,
     load_reader,
-    open_teacher,
-    read_as_teacher,
     read_pairs,
+    teacher_view,
 )
 from distill.training.student import Batch, StudentModel
 
-PASS_TOKENS = 2048  # of one forward pass of the teacher
-HEAD_BYTES = 32 * 2**20  # of float32 logits at a time: small enough to stay in a CPU's cache
+PASS_TOKENS = 2048  # of one forward pass of the teacher, on a GPU where they fit
 
 
 def main(run: Run) -> None:
@@ -61,25 +59,18 @@ def main(run: Run) -> None:
     chunk is damaged, 10 where the teacher's terms forbid it.
     """
     config = run.config
-    teacher, date = config.soft_teacher(), config.template_date
-    require_terms(teacher, config.terms.basis)
-    tokenizer, facts = open_teacher(config)
+    teacher, examples = config.soft_teacher(), student_view(run)
+    tokenizer, facts, texts = teacher_view(run, examples)
     facts = as_captured(config.store_folder(), facts)
-    pairs, examples = student_view(config, run)
-    both = zip(pairs, examples, strict=True)
-    texts = [read_as_teacher(tokenizer, pair, example, date) for pair, example in both]
     cache = SignalCache.open(config.store_folder(), cache_name(facts))
     with folder_lock(cache.folder):
         missing = [text for text in texts if text.key.example not in cache.index]
         require_room(cache.folder, missing, config.signals, config.buys_signals)
-        if missing and config.signals.from_answers:
-            answer_logprobs.fill(cache, tokenizer, missing, config)
-        elif missing and isinstance(teacher, EndpointTeacher):
-            prompt_logprobs.fill(cache, tokenizer, missing, config, run)
+        if missing and isinstance(teacher, EndpointTeacher):
+            server_logprobs.fill(cache, tokenizer, missing, config, run)
         elif missing:
-            assert isinstance(teacher, LocalTeacher)
-            model = loading.load_model(teacher.model, teacher.dtype, teacher.revision)
-            fill(cache, model, len(tokenizer), missing, config.signals, run)
+            reader = load_reader(teacher, missing)
+            fill(cache, reader, len(tokenizer), missing, config.signals, run)
     cache.check([text.key for text in texts])
     rows = {e.response_id: text.key for e, text in zip(examples, texts, strict=True)}
     write_json(run.path("signals.json"), {"teacher": facts, "cache": cache.teacher, "rows": rows})
@@ -106,14 +97,14 @@ def as_captured(store: Path, facts: dict[str, Any]) -> dict[str, Any]:
     return former if read_json(adopted) == facts else facts
 
 
-def student_view(config: Config, run: Run) -> tuple[list[Pair], list[Example]]:
-    """Return the pairs that training and validation use, and their examples for the student."""
-    student = config.student
+def student_view(run: Run) -> list[Example]:
+    """Return the examples of training and validation as the student is trained on them."""
+    config, student = run.config, run.config.student
     tokenizer = loading.load_tokenizer(student.model, student.revision, student.trust)
-    pairs, date, limit = read_pairs(run), config.template_date, config.train.max_length
-    examples = encode_pairs(tokenizer, pairs, date, limit, run.path("dataset"))
-    fitting = {example.response_id for example in examples}
-    return [pair for pair in pairs if pair.response.id in fitting], examples
+    limit = config.train.max_length
+    return encode_pairs(
+        tokenizer, read_pairs(run), config.template_date, limit, run.path("dataset")
+    )
 
 
 def require_room(
@@ -126,7 +117,7 @@ def require_room(
     needed = expected_bytes(tokens, settings)
     if replies:
         lengths = [len(text.example.input_ids) for text in texts]
-        needed += prompt_logprobs.expected_bytes(sum(lengths), settings.k)
+        needed += server_logprobs.expected_bytes(sum(lengths), settings.k)
     if needed > free:
         sizes = f"{needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free"
         what = f"signals of {tokens:,} tokens take about {sizes}"
@@ -136,17 +127,25 @@ def require_room(
 
 def fill(
     cache: SignalCache,
-    model: Any,
+    reader: StudentModel,
     vocabulary: int,
     texts: Sequence[KeyedExample],
     settings: Signals,
     run: Run,
 ) -> None:
     """Read answers a chunk at a time and append each to the cache."""
-    reader = load_reader(model, texts)
+    tokens = PASS_TOKENS
     with tracking("signals", sum(text.key.length for text in texts), "tokens") as tracker:
         for part in chunked(texts):
-            signal = capture(reader, vocabulary, [text.example for text in part], settings)
+            examples, signal = [text.example for text in part], None
+            while signal is None:
+                try:
+                    signal = capture(reader, vocabulary, examples, settings, tokens)
+                except torch.OutOfMemoryError:
+                    if tokens < PASS_TOKENS:
+                        raise
+                    tokens //= 4
+                    say(f"signals: out of GPU memory: {tokens} tokens a pass from here on")
             cache.append([text.key for text in part], signal)
             run.ledger.spend(input_tokens=sum(len(text.example.input_ids) for text in part))
             tracker.advance(sum(text.key.length for text in part))
@@ -154,13 +153,17 @@ def fill(
 
 @torch.inference_mode()
 def capture(
-    reader: StudentModel, vocabulary: int, examples: Sequence[Example], settings: Signals
+    reader: StudentModel,
+    vocabulary: int,
+    examples: Sequence[Example],
+    settings: Signals,
+    pass_tokens: int = PASS_TOKENS,
 ) -> Signal:
     """Return the distributions of examples' supervised tokens over the first `vocabulary` ids."""
     lengths = [len(example.input_ids) for example in examples]
     deal = micro_batches if reader.packing else padded_batches
     signals: dict[int, Signal] = {}
-    for samples in deal(range(len(examples)), lengths, PASS_TOKENS):
+    for samples in deal(range(len(examples)), lengths, pass_tokens):
         batch = reader.batch([examples[i] for i in samples])
         counts = [len(supervised_ids(examples[i])) for i in samples]
         pairs = zip(samples, counts, strict=True)
@@ -169,7 +172,8 @@ def capture(
             select(logs_SV, torch.tensor(offsets_S[part]), settings)
             for part, logs_SV in read_head(reader, batch, vocabulary)
         ]
-        signals |= dict(zip(samples, Signal.join(parts).split(counts), strict=True))
+        signal = to_signal(torch.cat(parts), settings)
+        signals |= dict(zip(samples, signal.split(counts), strict=True))
     return Signal.join([signals[i] for i in range(len(examples))])
 
 
@@ -179,38 +183,38 @@ def read_head(
     """Yield slices of a batch's supervised positions, and their log-probabilities (S, V)."""
     hidden_SE, (head_VE, bias_V) = reader.states(batch), reader.head()
     head_VE, bias_V = head_VE[:vocabulary], None if bias_V is None else bias_V[:vocabulary]
-    rows = max(16, HEAD_BYTES // (4 * len(head_VE)))
+    rows = capture_rows(vocabulary, kind(head_VE.device))
     for start in range(0, len(hidden_SE), rows):
         part = slice(start, start + rows)
         logits_SV = torch.nn.functional.linear(hidden_SE[part], head_VE, bias_V)
         yield part, torch.log_softmax(logits_SV, -1, dtype=torch.float32)
 
 
-def select(logs_SV: Tensor, offsets_S: Tensor, settings: Signals) -> Signal:
-    """Return what the settings keep of each row; `logs_SV` is used up."""
+def select(logs_SV: Tensor, offsets_S: Tensor, settings: Signals) -> Tensor:
+    """Return what the settings keep of each row, for `to_signal`; `logs_SV` is used up."""
     if settings.method == "sampled":
         return systematic_samples(logs_SV, offsets_S, settings.samples)
     return nucleus(logs_SV, settings.p, settings.k, settings.temperatures)
 
 
-def nucleus(logs_SV: Tensor, p: float, k: int, temperatures: Sequence[float] = ()) -> Signal:
-    """Return each row's top ids that hold `p` of its mass, at most `k`; `logs_SV` is used up."""
+def nucleus(logs_SV: Tensor, p: float, k: int, temperatures: Sequence[float] = ()) -> Tensor:
+    """Return each row's top ids that hold `p` of its mass, at most `k`; `logs_SV` is used up.
+
+    The row is their log-probabilities, their ids (-1 for what is not listed, and exact, for ids
+    have three bytes), the tail mass, and the tail at each of `temperatures`.
+    """
     top_SK, ids_SK = logs_SV.topk(min(k, logs_SV.shape[1]))
     mass_SK = top_SK.exp()
     listed_SK = mass_SK.cumsum(1) - mass_SK < p
     listed_SK[:, 0] = True
     unlisted_SV = logs_SV.scatter_(1, ids_SK, top_SK.masked_fill(listed_SK, float("-inf")))
-    tails = [torch.logsumexp(unlisted_SV / t, 1).cpu().numpy() for t in temperatures]
-    tail_mass_S = unlisted_SV.exp_().sum(1).cpu().numpy()
-    counts_S = listed_SK.sum(1).cpu().numpy().astype(np.uint16)
-    codes_E = codes(top_SK[listed_SK].cpu().numpy(), counts_S)
-    tails_TS = np.stack(tails) if tails else np.zeros((0, len(counts_S)), np.float32)
-    ids_E = ids_SK[listed_SK].cpu().numpy().astype(np.uint32)
-    return Signal(counts_S, ids_E, codes_E, tail_mass_S, tails_TS)
+    tails = [torch.logsumexp(unlisted_SV / t, 1)[:, None] for t in temperatures]
+    tail_mass_S1 = unlisted_SV.exp_().sum(1)[:, None]
+    return torch.cat([top_SK, ids_SK.masked_fill(~listed_SK, -1), tail_mass_S1, *tails], 1)
 
 
-def systematic_samples(logs_SV: Tensor, offsets_S: Tensor, samples: int) -> Signal:
-    """Return each row's ids among `samples` samples, and their counts; `logs_SV` is used up.
+def systematic_samples(logs_SV: Tensor, offsets_S: Tensor, samples: int) -> Tensor:
+    """Return the ids of each row's samples (S, N), in order; `logs_SV` is used up.
 
     An id of probability p comes up p · samples times in expectation, as in arXiv 2503.16870 with
     proposals at temperature 1. The samples lie at equal distances along the cumulative probability,
@@ -220,9 +224,21 @@ def systematic_samples(logs_SV: Tensor, offsets_S: Tensor, samples: int) -> Sign
     sums_SV = logs_SV.exp_().cumsum(1, dtype=torch.float64)
     steps_N = torch.arange(samples, dtype=torch.float64)
     points_SN = ((offsets_S[:, None] + steps_N) / samples).to(sums_SV.device) * sums_SV[:, -1:]
-    ids_SN = torch.searchsorted(sums_SV, points_SN, right=True).cpu().numpy()
-    new_SN = np.diff(ids_SN, axis=1, prepend=-1) != 0
-    counts_E = np.diff(np.flatnonzero(new_SN), append=ids_SN.size).astype(np.uint8)
-    zeros_S, none_TS = np.zeros(len(ids_SN), np.float32), np.zeros((0, len(ids_SN)), np.float32)
-    ids_E = ids_SN[new_SN].astype(np.uint32)
-    return Signal(new_SN.sum(1).astype(np.uint16), ids_E, counts_E, zeros_S, none_TS)
+    return torch.searchsorted(sums_SV, points_SN, right=True)
+
+
+def to_signal(selected: Tensor, settings: Signals) -> Signal:
+    """Return the signal of what `select` chose, after one copy from the device."""
+    rows = selected.cpu().numpy()
+    if settings.method == "sampled":
+        new_SN = np.diff(rows, axis=1, prepend=-1) != 0
+        codes_E = np.diff(np.flatnonzero(new_SN), append=rows.size).astype(np.uint8)
+        zeros_S, none_TS = np.zeros(len(rows), np.float32), np.zeros((0, len(rows)), np.float32)
+        counts_S, ids_E = new_SN.sum(1).astype(np.uint16), rows[new_SN].astype(np.uint32)
+        return Signal(counts_S, ids_E, codes_E, zeros_S, none_TS)
+    listed = (rows.shape[1] - 1 - len(settings.temperatures)) // 2
+    ids_SK, tails_ST = rows[:, listed : 2 * listed], rows[:, 2 * listed :]
+    counts_S = (ids_SK >= 0).sum(1).astype(np.uint16)
+    codes_E = codes(rows[:, :listed][ids_SK >= 0], counts_S)
+    ids_E = ids_SK[ids_SK >= 0].astype(np.uint32)
+    return Signal(counts_S, ids_E, codes_E, tails_ST[:, 0], tails_ST[:, 1:].T)

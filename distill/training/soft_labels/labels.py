@@ -14,15 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from distill.config.learning import Loss
-from distill.config.teachers import EndpointTeacher, LocalTeacher
+from distill.config.teachers import EndpointTeacher, LocalTeacher, Teacher
 from distill.config.tree import Config
 from distill.config.values import SAFE
 from distill.errors import DistillError, Exit
 from distill.models import loading, registry
 from distill.models.chat_template import template_hash, vocabulary_hash
-from distill.models.devices import pick_dtype
+from distill.models.devices import pick_dtype, send
 from distill.records import Example, Pair, digest
 from distill.responders.terms import require_terms
 from distill.storage.files import read_json, read_records
@@ -30,7 +31,6 @@ from distill.storage.progress import say
 from distill.storage.run_folder import MODEL_FILE, Run, differences, unnamed
 from distill.training.divergences import Live, SoftTargets
 from distill.training.encode import encode_pair
-from distill.training.sharding import send
 from distill.training.soft_labels.cache import (
     FORMAT,
     STEPS,
@@ -66,7 +66,7 @@ class CachedLabels:
         return SoftTargets(
             ids_M=send(torch.tensor(signal.ids_E.astype(np.int64)), device),
             logprobs_M=send(torch.tensor(signal.logs()), device),
-            offsets_N1=send(torch.tensor(offsets_N1), device),
+            offsets_N1=torch.tensor(offsets_N1),
             tail_mass_N=send(torch.tensor(signal.tail_mass_N), device),
             tail_N=None if tail_N is None else send(torch.tensor(tail_N), device),
         )
@@ -97,15 +97,13 @@ class LiveLabels:
         return Live(hidden_ND.to(device), head_VD, self.vocabulary, bias_V)
 
 
-def load_labels(
-    config: Config, run: Run, examples: Sequence[Example], vocabulary: int
-) -> CachedLabels:
+def load_labels(run: Run, examples: Sequence[Example], vocabulary: int) -> CachedLabels:
     """Read the signals of `examples`, under their ids, for a head of `vocabulary` rows.
 
     Raises DistillError: exit 7 where signals.json does not fit the config or the examples, 5 where
     a file is damaged.
     """
-    path, loss = run.path("signals.json"), config.train.loss
+    path, loss, store = run.path("signals.json"), run.config.train.loss, run.config.store_folder()
     if not path.exists():
         what, fix = "is missing, and train.loss has soft parts", "make it: distill signals CONFIG"
         raise DistillError(Exit.TRAINING, path, what, fix)
@@ -117,21 +115,21 @@ def load_labels(
             raise ValueError
     except (ValueError, TypeError, KeyError, AttributeError):
         raise DistillError(Exit.STATE, path, "is damaged", AGAIN) from None
-    _, current = open_teacher(config)
+    _, current = open_teacher(run.config)
     facts = {**unnamed(facts, current), **facts}
     changes = differences({**facts, "dtype": ""}, {**current, "dtype": ""})
     if changes:  # not the dtype, which `auto` chooses by the machine
         what = f"was made by another teacher or setting than the config names: {'; '.join(changes)}"
         raise DistillError(Exit.TRAINING, path, what, AGAIN)
     require_same(path, rows, examples, run)
-    cache = SignalCache.open(config.store_folder(), name)
+    cache = SignalCache.open(store, name)
     signals = cache.read([rows[example.response_id] for example in examples])
     if (largest := max(int(signal.ids_E.max()) for signal in signals.values())) >= vocabulary:
         what = f"name token {largest}, and the student's head has {vocabulary} rows"
         raise DistillError(Exit.TRAINING, cache.folder, what, TEXT_ONLY)
     by_answer = {e.response_id: signals[rows[e.response_id].example] for e in examples}
     hashes = sorted({cache.index[row.example][0].header["body"] for row in rows.values()})
-    tails = config.signals.temperatures
+    tails = run.config.signals.temperatures
     tails_row = None if loss.temperature == 1 else tails.index(loss.temperature)
     return CachedLabels(by_answer, digest([name, hashes]), loss, tails_row)
 
@@ -154,30 +152,42 @@ def require_same(
         raise DistillError(Exit.TRAINING, path, what, AGAIN)
 
 
-def load_live(config: Config, run: Run, examples: Sequence[Example]) -> LiveLabels:
+def load_live(run: Run, examples: Sequence[Example]) -> LiveLabels:
     """Load the teacher beside the student; its labels are by the ids of the examples' answers.
 
-    Raises DistillError: exit 2 where the tokenizers differ, 3 where an answer is too long for the
-    teacher, 7 where it has other tokens under the teacher's template, 10 where the terms forbid it.
+    Raises DistillError as `teacher_view` and `load_reader` do.
     """
-    teacher, date = config.soft_teacher(), config.template_date
-    require_terms(teacher, config.terms.basis)
-    tokenizer, facts = open_teacher(config)
-    pairs = {pair.response.id: pair for pair in read_pairs(run)}
-    texts = [read_as_teacher(tokenizer, pairs[e.response_id], e, date) for e in examples]
-    assert isinstance(teacher, LocalTeacher)
-    model = loading.load_model(teacher.model, teacher.dtype, teacher.revision)
-    reader = load_reader(model.requires_grad_(False), texts)
+    tokenizer, facts, texts = teacher_view(run, examples)
+    reader = load_reader(run.config.soft_teacher(), texts)
     by_answer = {text.example.response_id: text.example for text in texts}
     # a folder's files are compared by name, in the facts of the training
     shaping = {key: value for key, value in facts.items() if not MODEL_FILE.fullmatch(key)}
     pinned = digest(["live", {**shaping, "p": None, "k": None, "temperatures": None}])
-    return LiveLabels(reader, by_answer, len(tokenizer), pinned, config.train.loss)
+    return LiveLabels(reader, by_answer, len(tokenizer), pinned, run.config.train.loss)
 
 
-def load_reader(model: Any, texts: Sequence[KeyedExample]) -> StudentModel:
-    """Wrap the teacher; raises DistillError (exit 3) where a text is longer than its context."""
-    reader, notes = make_student(model)
+def teacher_view(
+    run: Run, examples: Sequence[Example]
+) -> tuple[PreTrainedTokenizerBase, dict[str, Any], list[KeyedExample]]:
+    """Return the tokenizer and facts of `open_teacher`, and the examples as the teacher reads them.
+
+    Raises DistillError: exit 2 where the tokenizers differ, 7 where an answer has other tokens
+    under the teacher's template, 10 where the teacher's terms forbid it.
+    """
+    config = run.config
+    require_terms(config.soft_teacher(), config.terms.basis)
+    tokenizer, facts = open_teacher(config)
+    pairs = {pair.response.id: pair for pair in read_pairs(run)}
+    date = config.template_date
+    texts = [read_as_teacher(tokenizer, pairs[e.response_id], e, date) for e in examples]
+    return tokenizer, facts, texts
+
+
+def load_reader(teacher: Teacher, texts: Sequence[KeyedExample]) -> StudentModel:
+    """Load the teacher; raises DistillError (exit 3) where a text is longer than its context."""
+    assert isinstance(teacher, LocalTeacher)
+    model = loading.load_model(teacher.model, teacher.dtype, teacher.revision)
+    reader, notes = make_student(model.requires_grad_(False))
     for note in notes:
         say(f"teacher: {note}")
     limit = loading.context_length(model.config)
@@ -195,7 +205,9 @@ def read_pairs(run: Run) -> list[Pair]:
     return [pair for path in paths if path.exists() for pair in read_records(path, Pair)]
 
 
-def read_as_teacher(tokenizer: Any, pair: Pair, example: Example, date: str) -> KeyedExample:
+def read_as_teacher(
+    tokenizer: PreTrainedTokenizerBase, pair: Pair, example: Example, date: str
+) -> KeyedExample:
     """Encode a pair in the teacher's view; DistillError (exit 7) if its answer has other tokens."""
     prompt = pair.prompt.model_copy(update={"messages": pair.prompt.asked_of_teacher()})
     text = encode_pair(tokenizer, pair.model_copy(update={"prompt": prompt}), date)
@@ -206,7 +218,7 @@ def read_as_teacher(tokenizer: Any, pair: Pair, example: Example, date: str) -> 
     return KeyedExample(text, SignalKey(text.id, digest(ids), len(ids)))
 
 
-def open_teacher(config: Config) -> tuple[Any, dict[str, Any]]:
+def open_teacher(config: Config) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
     """Return the tokenizer of the teacher that reads, and the facts that name its signals.
 
     Those are what shapes them, the tokenizer, and the model: its weights and precision, or where it

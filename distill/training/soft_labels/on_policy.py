@@ -7,16 +7,14 @@ answers are in the shared store, its training begins with the adapter before it.
 killed goes on where it was, to the same bits.
 """
 
-import gc
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from distill.config.learning import SOFT
 from distill.generation.filters import CONTAMINATED, Dropped
+from distill.models.devices import release_memory
 from distill.records import Pair, Prompt
 from distill.responders.ask import Ask
 from distill.responders.local.local_model import LocalResponder
@@ -98,9 +96,8 @@ def refine(current: Round, prompts: Sequence[Prompt], adapter: Path) -> None:
     if validation.exists():
         write_records(current.path("dataset/validation.jsonl"), read_records(validation, Pair))
     capture.main(current)
-    gc.collect()
+    release_memory()
     train.main(current, start=adapter)
-    gc.collect()
 
 
 def training_prompts(run: Run) -> list[Prompt]:
@@ -128,8 +125,6 @@ def student_answers(current: Round, prompts: Sequence[Prompt], adapter: Path) ->
     with Ask(responder, config.store_folder() / "responses", current) as ask:
         responses = ask.responses(requests, f"student, round {current.number}")
     del responder, ask
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    release_memory()
     both = zip(prompts, responses, strict=True)
     return [Pair(prompt=p, response=r) for p, r in both if r.text.strip() and r.stop != "error"]

@@ -23,9 +23,8 @@ from distill.responders.endpoint.budget import account
 from distill.responders.store import ResponseStore
 from distill.storage.files import write_json, write_records
 from distill.storage.run_folder import Run
-from distill.training.soft_labels import capture, labels, prompt_logprobs
+from distill.training.soft_labels import capture, labels, server_logprobs
 from distill.training.soft_labels.cache import Signal, SignalCache
-from distill.training.soft_labels.prompt_logprobs import Listed
 from tests.planning.test_plan import ROOT, shown
 from tests.support.fake_teacher import KEY, PRICE, FakeTeacher, Reply, Script
 from tests.support.tiny import make_tiny, make_tokenizer
@@ -154,15 +153,15 @@ def test_the_signals_of_a_server_are_trained_on_as_any_others(tmp_path, scorer):
     with FakeTeacher(scorer) as server:
         run = make_remote(tmp_path, server)
         signals_stage(run)
-    _, examples = capture.student_view(run.config, run)
-    soft = labels.load_labels(run.config, run, examples, len(scorer.tokenizer))
+    examples = capture.student_view(run)
+    soft = labels.load_labels(run, examples, len(scorer.tokenizer))
     targets = soft.targets([e.response_id for e in examples], "cpu")
     assert targets.tail_mass_N.min() >= 0 and torch.isfinite(targets.logprobs_M).all()
     made = json.loads(run.path("signals.json").read_text())["teacher"]
     assert (made["endpoint"], made["served"]) == (server.url, SERVED) and "weights" not in made
     near = make_soft_run(tmp_path, "far")
     with pytest.raises(DistillError, match="another teacher or setting"):
-        labels.load_labels(near.config, near, examples, len(scorer.tokenizer))
+        labels.load_labels(near, examples, len(scorer.tokenizer))
 
 
 def test_a_server_that_lists_too_few_is_asked_once_and_its_flag_is_named(tmp_path, scorer):
@@ -336,7 +335,7 @@ def test_a_run_finds_before_it_pays_that_the_server_tells_nothing(tmp_path, scor
         assert not run.path("documents.jsonl").exists() and server.paths == ["/v1/completions"]
         server.script = scorer
         for _ in range(2):  # the short text is paid once
-            prompt_logprobs.probe(run.config, scorer.tokenizer)
+            server_logprobs.probe(run.config, scorer.tokenizer)
         assert len(server.payloads) == 2 and "404" in capsys.readouterr().err
         document = Document.make("text", "x", split="train")
         prompt = Prompt.make((Message(role="user", content="why?"),), document.id, "chat")
@@ -408,15 +407,17 @@ GOOD: list[Any] = [None, {"5": {"logprob": -0.1, "rank": 1, "decoded_token": "a"
 def test_a_reply_that_cannot_be_read_says_why(given, message):
     body = json.dumps({"choices": [{"prompt_logprobs": given}]}).encode()
     with pytest.raises(ValueError, match=message):
-        prompt_logprobs.prompt_logprobs(body, (3, 5))
+        server_logprobs.prompt_logprobs(body, (3, 5))
     whole = json.dumps({"choices": [{"prompt_logprobs": GOOD}]}).encode()
-    assert prompt_logprobs.prompt_logprobs(whole, (3, 5))[1] == {5: (-0.1, "a")}
+    assert server_logprobs.prompt_logprobs(whole, (3, 5))[1] == {
+        5: {"logprob": -0.1, "decoded_token": "a"}
+    }
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"choices": []}', b'{"choices": [1]}', b"{"])
 def test_a_body_of_another_shape_says_why(body):
     with pytest.raises(ValueError):
-        prompt_logprobs.prompt_logprobs(body, (3, 5))
+        server_logprobs.prompt_logprobs(body, (3, 5))
 
 
 def test_probabilities_of_more_than_one_are_refused_with_the_server_s_flag():
@@ -427,10 +428,12 @@ def test_probabilities_of_more_than_one_are_refused_with_the_server_s_flag():
 def test_tokens_are_held_against_the_tokenizer_but_for_parts_of_characters():
     tokenizer: Any = make_tokenizer()
     ids = tokenizer("plain text with an é", add_special_tokens=False)["input_ids"]
-    places = [{}, *({i: Listed(0.0, tokenizer.decode([i]))} for i in ids[1:])]
-    prompt_logprobs.require_tokens(tokenizer, places, ids)
-    prompt_logprobs.require_tokens(tokenizer, [{}, *({i: Listed(0.0, None)} for i in ids[1:])], ids)
+    places = [{}, *({i: {"logprob": 0.0, "decoded_token": tokenizer.decode([i])}} for i in ids[1:])]
+    server_logprobs.require_tokens(tokenizer, places, ids)
+    server_logprobs.require_tokens(tokenizer, [{}, *({i: {"logprob": 0.0}} for i in ids[1:])], ids)
     with pytest.raises(ValueError, match="its tokenizer is another"):
-        prompt_logprobs.require_tokens(
-            tokenizer, [{}, *({i: Listed(0.0, "other")} for i in ids[1:])], ids
+        server_logprobs.require_tokens(
+            tokenizer,
+            [{}, *({i: {"logprob": 0.0, "decoded_token": "other"}} for i in ids[1:])],
+            ids,
         )

@@ -1,0 +1,141 @@
+"""The processes of a training, and where tensors live: on the host, on a device, in shards (FSDP2).
+
+Precision, accumulation and compilation are this loop's, whatever accelerate's config says; what
+would make it another training is refused by name. With configs/accelerate/fsdp2.yaml each process
+holds its part of every weight and gathers a layer only while it computes. The weights are read into
+main memory, and each layer goes to the device when it is cut: no device ever holds the model. The
+layers are sharded here, by torch's `fully_shard`, not by accelerate, which would silently leave
+them unsharded on a CPU: so what two CPU processes are tested with is what GPUs run. What leaves the
+model (checkpoints, adapters, norms) is gathered, and every process takes part in that.
+"""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    parse_flag_from_env,
+)
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from distill.errors import DistillError, Exit
+from distill.models.loading import device
+from distill.storage.environment import check_world, die_with_parent
+
+TIMEOUT = timedelta(minutes=10)  # for a process that waits for another
+FSDP = ("OFFLOAD_PARAMS", "CPU_RAM_EFFICIENT_LOADING", "ACTIVATION_CHECKPOINTING")
+OTHERS = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config",
+    "ACCELERATE_USE_SAGEMAKER": "SageMaker",
+}
+
+
+def start(report_to: str, num_processes: int | None, folder: Path) -> Accelerator:
+    """Return the Accelerator of this process; trackers write into `folder`.
+
+    Raises DistillError (exit 7) for a tracker that is not installed, for what the launcher's config
+    wants and this loop does not do, and for another number of processes than the one stated.
+    """
+    if report_to != "none" and importlib.util.find_spec(report_to) is None:
+        what, fix = f"{report_to} is not installed", "pip install 'distill[tracking]'"
+        raise DistillError(Exit.TRAINING, "train.report_to", what, fix)
+    gpu = device().type == "cuda"  # raises where there are more processes than GPUs
+    refused = [name for variable, name in OTHERS.items() if parse_flag_from_env(variable)]
+    if gpu and parse_flag_from_env("ACCELERATE_USE_CPU"):
+        refused.append("use_cpu: true beside a GPU that torch sees")
+    if refused:
+        fix = "accelerate launch --config_file configs/accelerate/one-gpu.yaml (or ddp.yaml)"
+        what = f"{refused[0]} is not supported"
+        raise DistillError(Exit.TRAINING, "accelerate's config", what, fix)
+    sharded()  # raises for what it does not support, before accelerate ends over it
+    accelerator = Accelerator(
+        cpu=not gpu,
+        mixed_precision="no",
+        dynamo_backend="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        log_with=None if report_to == "none" else report_to,
+        project_dir=folder,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
+    )
+    stated = {"train.num_processes": num_processes}
+    check_world(stated, accelerator.num_processes, "scripts/train.py", Exit.TRAINING)
+    if accelerator.num_processes > 1:
+        die_with_parent()
+    return accelerator
+
+
+def sharded() -> bool:
+    """Tell whether the launcher requests shards; raises DistillError (exit 7) for others."""
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return False
+    refused = [f"fsdp_{name.lower()}" for name in FSDP if parse_flag_from_env(f"FSDP_{name}")]
+    if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
+        refused.append(f"fsdp_version: {version}")
+    if refused:
+        what, fix = f"{refused[0]} is not supported", "use configs/accelerate/fsdp2.yaml"
+        raise DistillError(Exit.TRAINING, "accelerate's fsdp_config", what, fix)
+    return True
+
+
+def wrap(accelerator: Accelerator, student: nn.Module) -> Any:
+    """Return the student ready for several processes: in shards, or as accelerate prepares it."""
+    if not sharded():
+        return accelerator.prepare(student)
+    if any(not p.is_floating_point() for p in student.parameters()):
+        fix = "load_in_4bit: false, or configs/accelerate/ddp.yaml"
+        raise DistillError(Exit.TRAINING, "student", "quantised weights cannot be sharded", fix)
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    kinds = [getattr(module, "_no_split_modules", None) or () for module in student.modules()]
+    layers = {name for names in kinds for name in names}
+    again = parse_flag_from_env("FSDP_RESHARD_AFTER_FORWARD", default=True)
+    for module in [m for m in student.modules() if type(m).__name__ in layers]:
+        fully_shard(module, mesh=mesh, reshard_after_forward=again)
+    return fully_shard(student, mesh=mesh)
+
+
+@contextmanager
+def no_sync(accelerator: Accelerator, student: Any) -> Iterator[None]:
+    """Keep gradients local inside the block: a later backward of the step brings them together."""
+    if not isinstance(student, FSDPModule):
+        with accelerator.no_sync(student):
+            yield
+        return
+    student.set_requires_gradient_sync(False)
+    yield
+    student.set_requires_gradient_sync(True)
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return a tensor, gathered where processes hold shards of it; each of them must call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def snapshot(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a full, contiguous copy on the CPU that no later step changes; each process must call.
+
+    `cpu`, `float` and `contiguous` return the tensor itself where it already is that: float32 on a
+    CPU.
+    """
+    layout = torch.contiguous_format
+    return full_tensor(tensor).detach().to("cpu", dtype, copy=True, memory_format=layout)
+
+
+def like(value: Tensor, parameter: Tensor) -> Tensor:
+    """Return a copy of a full tensor as `parameter` is: on its device, sharded where it is."""
+    value = value.to(parameter.device, copy=True)  # else an optimizer steps on the caller's tensor
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return value
