@@ -16,6 +16,7 @@ from distill.config.tree import Config, Evaluation
 from distill.config.yaml_file import parse_config, place_of
 from distill.errors import DistillError, Exit
 from distill.models import loading, registry
+from distill.models.devices import release_memory
 from distill.models.gpus import unused_gpu
 from distill.storage.files import as_json, sha256_file, write_atomic
 from distill.storage.progress import say
@@ -327,6 +328,7 @@ def perform(
 
                     programs = {**run.manifest().get("programs", {}), stage.name: allowed()}
                     run.note("programs", programs)
+                release_memory()  # of its models, for those of the next stage
                 say(f"{stage.name}: done")
             else:
                 say(f"{stage.name}: done before, reused")

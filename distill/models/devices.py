@@ -3,7 +3,9 @@
 The one place that asks what a GPU has and can do. Importing it loads no torch.
 """
 
+import gc
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,13 +90,10 @@ def free_memory(place: "torch.device | None" = None) -> int:
 
 def release_memory() -> None:
     """Give back what nothing refers to any more; call it outside of an error's handler."""
-    import gc
-
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if (torch := sys.modules.get("torch")) is not None:  # else there was no model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def raise_device_error(error: Exception) -> None:
