@@ -19,8 +19,10 @@ from transformers import PreTrainedTokenizerBase
 
 from distill.config.learning import Loss
 from distill.errors import DistillError, Exit
-from distill.models.devices import raise_device_error, send
+from distill.models.arithmetic import READ_TOKENS
+from distill.models.devices import raise_device_error, release_memory, send
 from distill.records import AnswerLoss, Example, Pair
+from distill.storage.progress import say
 from distill.training.adapters import ADAPTER, factors
 from distill.training.attention import NAME, why_apart
 from distill.training.batches import Segment, micro_batches, pack
@@ -30,7 +32,6 @@ from distill.training.fused_layers import fuse, unfuse
 from distill.training.losses import cross_entropy, evaluate_targets
 
 PROBE = (7, 12)  # lengths of the two samples that the probe packs
-EVALUATION_TOKENS = 2048  # in a batch of `answer_loss`
 
 
 class Labels(Protocol):
@@ -265,7 +266,10 @@ def answer_loss(
     date: str,
     max_length: int,
 ) -> list[AnswerLoss]:
-    """Return each answer's loss given its prompt; (0, 0, 0) for one above `max_length` tokens."""
+    """Return each answer's loss given its prompt; (0, 0, 0) for one above `max_length` tokens.
+
+    Where a GPU's memory does not suffice, the batches that are left are halved.
+    """
     examples = [encode_pair(tokenizer, pair, date) for pair in pairs]
     lengths = [len(e.input_ids) for e in examples]
     fitting = [i for i, length in enumerate(lengths) if length <= max_length]
@@ -273,15 +277,32 @@ def answer_loss(
     before = model.config._attn_implementation
     try:
         student, _ = make_student(model)
-        for samples in micro_batches(fitting, lengths, EVALUATION_TOKENS):
-            batch, (head_VE, bias_V) = student.batch([examples[i] for i in samples]), student.head()
-            states_SE = student.states(batch)
-            losses_S, hits_S = evaluate_targets(states_SE, head_VE, batch.targets_S, bias_V)
-            values_S3 = torch.stack([losses_S, torch.ones_like(losses_S), hits_S.float()], 1)
-            sums_B3 = torch.zeros(len(samples), 3, dtype=torch.float64)
-            sums_B3.index_add_(0, batch.owners_S.cpu(), values_S3.double().cpu())  # in order
-            for sample, (loss, tokens, hits) in zip(samples, sums_B3.tolist(), strict=True):
+        batches = micro_batches(fitting, lengths, READ_TOKENS)
+        while batches:
+            try:
+                sums = _sum_losses(student, [examples[i] for i in batches[0]])
+            except torch.OutOfMemoryError:
+                if len(batches[0]) == 1:
+                    raise
+                sums = None
+            if sums is None:  # outside of the handler, which holds what is in memory
+                halves = ((b[: len(b) // 2], b[len(b) // 2 :]) for b in batches)
+                batches = [half for both in halves for half in both if half]
+                say("losses: out of GPU memory, batches of half the answers from here on")
+                release_memory()
+                continue
+            for sample, (loss, tokens, hits) in zip(batches.pop(0), sums, strict=True):
                 results[sample] = AnswerLoss(loss=loss, tokens=int(tokens), hits=int(hits))
     finally:
         model.set_attn_implementation(before)
     return results
+
+
+def _sum_losses(student: StudentModel, examples: Sequence[Example]) -> list[list[float]]:
+    """Return each example's loss, supervised tokens, and how many of them are the top-1."""
+    batch, (head_VE, bias_V) = student.batch(examples), student.head()
+    losses_S, hits_S = evaluate_targets(student.states(batch), head_VE, batch.targets_S, bias_V)
+    values_S3 = torch.stack([losses_S, torch.ones_like(losses_S), hits_S.float()], 1)
+    sums_B3 = torch.zeros(len(examples), 3, dtype=torch.float64)
+    sums_B3.index_add_(0, batch.owners_S.cpu(), values_S3.double().cpu())  # in order
+    return sums_B3.tolist()

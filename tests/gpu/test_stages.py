@@ -7,10 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from distill.models.loading import load_model
 from distill.pipeline import perform
 from distill.storage.run_folder import Run, Stage
+from distill.training.student import StudentModel, answer_loss
 from tests.support.gpu import patch_gpu
 from tests.support.runs import make_run
+from tests.support.tiny import make_tiny, make_tokenizer
+from tests.support.training import pairs
 
 
 def test_a_stage_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,3 +32,26 @@ def test_a_stage_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Monke
     run = make_run(tmp_path)
     perform(run, [Stage("first", (), (), ("a.txt",), main)])
     assert alive == [False]
+
+
+def test_losses_that_run_out_of_memory_go_on_with_half_the_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model: Any = load_model(str(make_tiny(tmp_path)), "float32")
+    asked = (model, make_tokenizer(), pairs(12), "2026-01-01", 2048)
+    expected, hidden = answer_loss(*asked), StudentModel.hidden
+
+    def limited(student: StudentModel, batch: Any) -> Any:
+        if len(batch.segments) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return hidden(student, batch)
+
+    monkeypatch.setattr(StudentModel, "hidden", limited)
+    most = 4
+    for one, other in zip(answer_loss(*asked), expected, strict=True):
+        assert (one.tokens, one.hits) == (other.tokens, other.hits)
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+    assert 0 < capsys.readouterr().err.count("out of GPU memory") <= 3
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        answer_loss(*asked)
