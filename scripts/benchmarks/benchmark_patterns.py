@@ -17,7 +17,7 @@ import io
 import json
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -25,12 +25,13 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from distill import formatting
+from distill.config.tree import Filters
 from distill.config.yaml_file import check_values
 from distill.corpus import clean, contamination, privacy, prompts, readers, rows
 from distill.corpus.corpus import NearDuplicates, shingles, split
 from distill.corpus.ngrams import words
 from distill.errors import DistillError
-from distill.evaluation import judge, results
+from distill.evaluation import judge
 from distill.evaluation.scorers import agrees
 from distill.generation import filters
 from distill.models.chat_template import neutralise
@@ -162,10 +163,10 @@ def checked(kind: str, reference: str = "a", **settings: Any) -> Reader:
     return lambda text: check({"kind": kind, **settings}, prompt, text)
 
 
-def filtered(filter_: filters.Filter) -> Reader:
-    """Return a filter's look at an answer."""
+def filtered(several: Sequence[filters.Filter]) -> Reader:
+    """Return the look of several filters at an answer."""
     prompt = prompt_of("q")
-    return lambda text: filter_(prompt, response_of(text))
+    return lambda text: [filter_(prompt, response_of(text)) for filter_ in several]
 
 
 def file_of(text: str) -> io.BufferedReader:
@@ -260,9 +261,7 @@ READERS: dict[str, Reader] = {
     ),
     "corpus.corpus.split": splits,
     "corpus.prompts.ask": lambda text: prompts.ask(load_task("summary"), Document.make(text, "f")),
-    "generation.filters.empty": filtered(filters.empty),
-    "generation.filters.refusal": filtered(filters.refusal),
-    "generation.filters.repetition": filtered(filters.repetition),
+    "generation.filters.active_filters": filtered(filters.active_filters(Filters())),
     "responders.endpoint.wire.read_reply": lambda text: wire.read_reply(body(text)),
     "responders.endpoint.wire.read_reply, raw": lambda text: wire.read_reply(text.encode()),
     "responders.endpoint.wire.read_reply, thought": lambda text: wire.read_reply(
@@ -295,7 +294,7 @@ READERS: dict[str, Reader] = {
         Item.make(prompt_of("q")), response_of(text + "b"), text, "m"
     ),
     "evaluation.judge.read_choice": judge.read_choice,
-    "evaluation.results.cut": results.cut,
+    "formatting.clip": lambda text: formatting.clip(text, 400),
     "formatting.escape_markdown": formatting.escape_markdown,
     "formatting.verbatim": formatting.verbatim,
     "publishing.secret_scan": lambda text: list(secret_scan.findings(text, {}, generic=True)),
