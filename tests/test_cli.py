@@ -348,12 +348,6 @@ def test_a_task_that_runs_programs_stops_before_anything_is_spent(programs, caps
     assert not Path("runs").exists()
 
 
-def test_no_config_allows_programs(programs, capsys):
-    for override in ("allow_code=true", "filters.allow_code=true", "evaluation.allow_code=true"):
-        code, _, (line,) = say(capsys, "filter", programs, override)
-        assert code == Exit.CONFIG and "unknown key" in line
-
-
 @pytest.mark.skipif(bool(unavailable()), reason=f"no sandbox here: {unavailable()}")
 def test_programs_that_pass_their_tests_are_kept(programs, capsys):
     for stage in ("corpus", "prompts", "generate"):

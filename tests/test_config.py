@@ -102,12 +102,6 @@ def test_the_reference_s_sections_that_are_off_load_too(tmp_path):
     assert load_config(path).prompts.questions == Questions()
 
 
-def test_the_resolved_config_loads_again(tmp_path):
-    path = tmp_path / "config.json"
-    path.write_text(load("train.learning_rate=1e-7").model_dump_json())
-    assert load_config(path) == load("train.learning_rate=1e-7")
-
-
 @pytest.mark.parametrize(
     ("override", "key", "value"),
     [
@@ -263,11 +257,6 @@ def test_a_run_s_name_stays_in_its_folder(tmp_path, name):
 def test_a_model_s_name_cannot_leave_its_place(tmp_path, name):
     fault(tmp_path, QUICKSTART, f"student.model='{name}'")
     fault(tmp_path, QUICKSTART, f"publish.model_name='{name}'")
-
-
-def test_explicit_folders_are_fine():
-    assert load("student.model=./here").student.model == "./here"
-    assert load("student.model=/models/there").student.model == "/models/there"
 
 
 def test_a_mapping_override_changes_only_what_it_names():

@@ -335,17 +335,7 @@ def at_home(run: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         yield run
 
 
-ODD_NAMES = [
-    "my run (copy)",
-    "прогон 模型",
-    ".hidden",
-    "two\nlines",
-    "\x1b[31m[red]",
-    "100% {x} '\"\\",
-    "sk-learn-experiments-of-2024",
-    "x" * 120,
-    "C1 \x85 \u2028",
-]
+ODD_NAMES = [".прогон 模型 (copy)", "\x1b[31m[red]\n100% {x} '\"\\", "C1 \x85" + "x" * 120]
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
@@ -377,10 +367,10 @@ def test_a_folder_whose_name_is_not_utf_8_is_refused_untouched(
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
 
 
-@pytest.mark.parametrize("parent", ["sk-learn-experiments-of-2024", "two\nlines", "C1 \x85 \u2028"])
-def test_a_run_may_be_moved_into_any_folder(at_home: Path, parent: str, tmp_path: Path) -> None:
-    place = tmp_path / parent
-    at_home.parent.rename(place)
+def test_a_run_may_be_moved_into_any_folder(at_home: Path, tmp_path: Path) -> None:
+    place = at_home.parent.rename(
+        tmp_path / "sk-learn-experiments-of-2024 two\nlines C1 \x85 \u2028"
+    )
     for _ in range(2):
         assert main(["run", str(place / at_home.name)]) == 0
         assert main(["verify", str(place / at_home.name)]) == 0

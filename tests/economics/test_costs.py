@@ -104,16 +104,6 @@ def test_the_distillation_costs_what_all_its_attempts_took() -> None:
     assert cost.stages == {"train": 3600} and cost.output_tokens == 15 and cost.reused == 0
 
 
-def test_what_an_earlier_run_paid_for_is_said() -> None:
-    cost = distillation_cost([entry("generate", 1), entry("train", 1)], MACHINE, "", 20)
-    assert cost.reused == 0.75
-
-
-def test_without_a_machine_the_distillations_cost_is_unknown() -> None:
-    cost = distillation_cost([entry("train", 1)], None, "why")
-    assert cost.dollars is None and cost.reasons == {"dollars": "why"}
-
-
 def test_what_others_were_paid_is_unknown_rather_than_nothing() -> None:
     paid = LedgerEntry(stage="generate", started="t", seconds=1, attempts=3)
     assert distillation_cost([paid], MACHINE, "").dollars is None

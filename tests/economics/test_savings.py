@@ -140,16 +140,6 @@ def test_the_share_is_weighted_by_price_where_dear_requests_fail() -> None:
     assert row(found, "try_then_escalate").dollars_per_1k.value == D("0.4")  # 0.25 * 2 - 0.1
 
 
-def test_cached_input_costs_the_teacher_its_own_price() -> None:
-    price = HOSTED.model_copy(update={"dollars_per_million_cached_input": D("0.1")})
-    usage = {
-        "teacher": Usage(input_tokens=400, cached_input_tokens=300, output_tokens=60),
-        "student": Usage(seconds=0.5),
-    }
-    found = reckon(asked([True] * 5, usage=usage), ASSUMED._replace(teacher=Tariff(price)))
-    assert found.teacher.dollars_per_1k == D("0.73")  # 100 at 1, 300 at 0.1, 60 at 10
-
-
 def test_a_local_teacher_is_paid_by_its_machine() -> None:
     usage = {"teacher": Usage(seconds=2.0), "student": Usage(seconds=0.5)}
     local = ASSUMED._replace(teacher=STUDENT)

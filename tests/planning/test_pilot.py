@@ -17,9 +17,7 @@ from distill.errors import Exit
 from distill.planning.cost import TeacherCost, choose_requests, teacher_cost
 from distill.planning.work import count_work
 from distill.records import LedgerEntry, Message, digest
-from distill.responders.endpoint.budget import account, paid_models
 from distill.responders.responder import Request, Sampling
-from distill.responders.store import ResponseStore
 from distill.storage.files import read_records
 from distill.storage.run_folder import open_run
 from tests.support.buying import settings
@@ -278,23 +276,6 @@ def test_ctrl_c_in_a_pilot_keeps_what_was_asked(tmp_path: Path) -> None:
         assert main(["plan", "--pilot", "40", str(place)]) == 0
         assert len(teacher.payloads) == 40 and set(teacher.bills.values()) == {1}
         assert paid(tmp_path) == teacher.bill
-
-
-def test_what_a_killed_pilot_spent_is_entered_once(tmp_path: Path) -> None:
-    """A kill between the counting of what was spent and its entry in the ledger, at each point."""
-    with FakeTeacher(varied) as teacher:
-        place = write_config(tmp_path, teacher)
-        assert main(["plan", "--pilot", "10", str(place)]) == 0
-        run = open_run(place)
-        ledger, spent = run.path("ledger.jsonl"), run.path("stages/pilot.spent.jsonl")
-        *others, entry = ledger.read_text().splitlines(keepends=True)
-        spent.write_text(entry)  # killed before it was entered
-        ledger.write_text("".join(others))
-        assert main(["generate", str(place)]) == 0
-        assert paid(tmp_path) == teacher.bill and not spent.exists()
-    attempts = sum(entry.attempts for entry in ledger_of(tmp_path))
-    with ResponseStore(open_run(place).config.store_folder() / "responses", writable=False) as log:
-        assert attempts == account(log, paid_models(run.config)).attempts == COUNT
 
 
 def test_the_same_questions_are_chosen_each_time_and_more_of_them_are_those_and_more() -> None:

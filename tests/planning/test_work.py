@@ -71,9 +71,3 @@ def test_a_dataset_of_the_hub_is_counted_by_its_caps_alone():
     with pytest.raises(DistillError) as caught:
         count_work(shipped("gsm8k", "prompts.train=null"))
     assert caught.value.code == Exit.INPUT and "corpus.limit" in str(caught.value)
-
-
-def test_a_smaller_size_keeps_every_split():
-    work = count_work(shipped("quickstart"))
-    assert work.scaled(0.25).prompts == {"train": 15, "validation": 2, "heldout": 8}
-    assert work.scaled(0.001).prompts == {"train": 1, "validation": 1, "heldout": 1}
