@@ -175,16 +175,6 @@ class Pair(Record):
     response: Response
 
 
-class Example(Record):
-    """A tokenised pair: `weights[i]` is the loss weight of predicting `input_ids[i]`."""
-
-    id: str
-    response_id: str
-    input_ids: tuple[int, ...]
-    weights: tuple[float, ...]
-    signal: str | None = None
-
-
 class Item(Record):
     """One thing that is evaluated; items of one `cluster` (document) are not independent."""
 

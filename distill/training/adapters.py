@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -22,12 +22,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from distill.config.learning import Student
 from distill.errors import DistillError, Exit
-from distill.models import loading, registry
-from distill.storage.files import disk_errors, read_json, replacing, sha256_file, write_json
-from distill.storage.run_folder import Run
 from distill.training.processes import full_tensor, like, sharded, snapshot
+
+if TYPE_CHECKING:  # and what writes files imports the rest itself: a benchmark has torch and PEFT
+    from distill.config.learning import Student
+    from distill.storage.run_folder import Run
 
 ADAPTER = "default"
 WEIGHTS = "adapter_model.safetensors"
@@ -92,6 +92,23 @@ def use_working_copies(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.forward = _WorkingCopy(module)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def adapt(
+    model: Any,
+    r: int,
+    alpha: float,
+    dropout: float,
+    target_modules: str | tuple[str, ...],
+    seed: int,
+    checkpointing: bool = False,
+) -> PeftModel:
+    """Return `model` as it is trained: a fresh adapter whose products run in the model's type."""
+    wrapped = inject(model, r, alpha, dropout, target_modules, seed)
+    use_working_copies(wrapped)
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return wrapped.train()
 
 
 class _WorkingCopy:
@@ -227,6 +244,8 @@ def save_adapter(
     model: PeftModel, weights: Mapping[str, Tensor], folder: Path, base: str | None
 ) -> None:
     """Write `weights` as a plain PEFT adapter of `base`, replacing `folder` in one rename."""
+    from distill.storage.files import replacing
+
     settings = model.peft_config[ADAPTER]
     settings.inference_mode, settings.base_model_name_or_path = True, base
     with replacing(folder) as work:
@@ -241,8 +260,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
 
 
-def merged_student(student: Student, run: Run) -> Path:
+def merged_student(student: "Student", run: "Run") -> Path:
     """Return the folder of the run's merged student, made now for a run of an earlier distill."""
+    from distill.storage.files import read_json, sha256_file
+
     adapter, folder = run.trained("adapter"), run.trained("merged")
     source = read_json(folder / SOURCE) if (folder / SOURCE).is_file() else {}
     if source.get("adapter_sha256") != sha256_file(adapter / WEIGHTS):
@@ -250,12 +271,15 @@ def merged_student(student: Student, run: Run) -> Path:
     return folder
 
 
-def write_merged(student: Student, adapter: Path, folder: Path) -> None:
+def write_merged(student: "Student", adapter: Path, folder: Path) -> None:
     """Write the student with `adapter` as a model of its own, replacing `folder`.
 
     Raises DistillError (exit 7) where the adapter belongs to another base or does not fit, 5 where
     the disk is full.
     """
+    from distill.models import loading, registry
+    from distill.storage.files import disk_errors, read_json, replacing, sha256_file, write_json
+
     registry.check_base(adapter, student.model, student.revision)
     base = registry.fetch(student.model, student.revision, student.trust)
     config = read_json(base / "config.json")

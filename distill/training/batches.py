@@ -22,6 +22,15 @@ import numpy as np
 SHORTEST_PREFIX = 8  # tokens: a shorter prefix is not worth a segment of its own
 
 
+class Example(NamedTuple):
+    """A tokenised pair: `weights[i]` is the loss weight of predicting `input_ids[i]`."""
+
+    id: str
+    response_id: str
+    input_ids: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
 @dataclass(frozen=True)
 class OptimizerStep:
     """One optimizer step: its epoch, how many samples of the epoch came before, and its samples."""

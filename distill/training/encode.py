@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from distill.errors import DistillError, Exit
 from distill.models.chat_template import encode_prompt, encode_text, render, special_tokens
-from distill.records import Example, Pair, digest
+from distill.records import Pair, digest
 from distill.storage.progress import console, say
+from distill.training.batches import Example
 
 SHOWN_CHARS = 1200  # of a sample's text on the screen
 

@@ -14,12 +14,13 @@ from distill.config.tree import Config
 from distill.models import loading, registry
 from distill.models.arithmetic import MICRO_BATCH_TOKENS, LoraTraining, Towards, weight_bytes
 from distill.models.chat_template import template_hash
-from distill.records import Example, Pair, digest
+from distill.records import Pair, digest
 from distill.storage.environment import LIBRARIES, installed
 from distill.storage.files import read_records, sha256_file
 from distill.storage.run_folder import MEMORY, Run, flatten
 from distill.training import adapters, processes
 from distill.training.batches import (
+    Example,
     OptimizerStep,
     micro_batches,
     padded_batches,
@@ -131,12 +132,8 @@ def load_adapted(student: Student, train: Train, seed: int) -> PeftModel:
         *(student.model, dtype, student.revision, student.trust, four_bit),
         on_cpu=processes.sharded() and not four_bit,  # a device gets its shards alone
     )
-    lora = train.lora
-    wrapped = adapters.inject(model, lora.r, lora.alpha, lora.dropout, lora.target_modules, seed)
-    adapters.use_working_copies(wrapped)
-    if train.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    return wrapped.train()
+    lora = (train.lora.r, train.lora.alpha, train.lora.dropout, train.lora.target_modules)
+    return adapters.adapt(model, *lora, seed, train.gradient_checkpointing)
 
 
 def encode_split(

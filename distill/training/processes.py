@@ -30,7 +30,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from distill.errors import DistillError, Exit
-from distill.models.loading import device
+from distill.models.devices import device
 from distill.storage.environment import check_world, die_with_parent
 
 TIMEOUT = timedelta(minutes=10)  # for a process that waits for another

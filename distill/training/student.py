@@ -10,26 +10,27 @@ size, R rank of an adapted head, E = D + R, V vocabulary, P parts of a loss.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
-from distill.config.learning import Loss
 from distill.errors import DistillError, Exit
 from distill.models.arithmetic import READ_TOKENS
 from distill.models.devices import raise_device_error, release_memory, send
-from distill.records import AnswerLoss, Example, Pair
-from distill.storage.progress import say
 from distill.training.adapters import ADAPTER, factors
 from distill.training.attention import NAME, why_apart
-from distill.training.batches import Segment, micro_batches, pack
+from distill.training.batches import Example, Segment, micro_batches, pack
 from distill.training.divergences import Live, SoftTargets, soft_loss
-from distill.training.encode import encode_pair
 from distill.training.fused_layers import fuse, unfuse
 from distill.training.losses import cross_entropy, evaluate_targets
+
+if TYPE_CHECKING:  # what learns needs torch and PEFT alone
+    from transformers import PreTrainedTokenizerBase
+
+    from distill.config.learning import Loss
+    from distill.records import AnswerLoss, Pair
 
 PROBE = (7, 12)  # lengths of the two samples that the probe packs
 
@@ -41,7 +42,7 @@ class Labels(Protocol):
     def digest(self) -> str: ...
 
     @property
-    def settings(self) -> Loss: ...
+    def settings(self) -> "Loss": ...
 
     def targets(self, answers: Sequence[str], device: torch.device) -> SoftTargets | Live:
         """Return the targets of answers' supervised positions; for none, of an idle position."""
@@ -261,15 +262,19 @@ def _close(states: Tensor, expected: Tensor) -> bool:
 @torch.inference_mode()
 def answer_loss(
     model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[Pair],
+    tokenizer: "PreTrainedTokenizerBase",
+    pairs: "Sequence[Pair]",
     date: str,
     max_length: int,
-) -> list[AnswerLoss]:
+) -> "list[AnswerLoss]":
     """Return each answer's loss given its prompt; (0, 0, 0) for one above `max_length` tokens.
 
     Where a GPU's memory does not suffice, the batches that are left are halved.
     """
+    from distill.records import AnswerLoss
+    from distill.storage.progress import say
+    from distill.training.encode import encode_pair
+
     examples = [encode_pair(tokenizer, pair, date) for pair in pairs]
     lengths = [len(e.input_ids) for e in examples]
     fitting = [i for i, length in enumerate(lengths) if length <= max_length]

@@ -1,97 +1,255 @@
-"""Measure on a GPU how near the training is to its limit, and what a loss costs beside TRL's and
-Liger's.
+"""Measure on a GPU how near training is to the hardware's limit, beside plain PEFT, TRL and Liger.
 
-    python scripts/benchmarks/benchmark_gpu.py train --model Qwen/Qwen2.5-1.5B-Instruct \\
-        --json train.json
-    python scripts/benchmarks/benchmark_gpu.py losses --tokens 4096 --json losses.json
+    python scripts/benchmarks/benchmark_gpu.py --json gpu.json
+    python scripts/benchmarks/benchmark_gpu.py train --sizes 1.5B --repeats 20
+    python scripts/benchmarks/benchmark_gpu.py --device cpu      # tiny: shows that the script works
 
-Models have the shapes of configs/models.yaml and random weights, for speed does not depend on them,
-and nothing is downloaded. TRL (`pip install 'trl==1.16.*'`) and Liger (`pip install liger-kernel`)
-are measured where they are installed. A side is alone on the GPU, so its peak of memory is its own.
-`--tiny` does the same with a tiny model on any machine, a CPU too: it shows that the script works,
-and its figures mean nothing.
+It needs torch, transformers and PEFT, and none of distill's other libraries, so that it runs on a
+machine that has no more. TRL, Liger and bitsandbytes are measured where they are installed. Models
+have the shapes of real ones and random weights, for speed does not depend on them; nothing is
+downloaded.
 
-train: LoRA (r 32, alpha 64, all-linear) in bfloat16 on samples of random tokens, half of each
-supervised. A round is one step; the first of each side warms it up. MFU is what the real tokens
-need (4 operations a frozen weight, the head at supervised positions only, attention; padding counts
-for nothing) over the time and the GPU's dense bfloat16 rate in configs/devices.yaml. `compiled` has
-its MLPs and norms compiled. TRL's SFTTrainer has no gradient checkpointing. losses: forward and
-backward at both heads in bfloat16, the student's frozen; times by CUDA events, memory what a pass
-adds. `compiled` has what follows our logits compiled; Liger compiles itself. JSD has beta 0.5.
+train: LoRA (r 32, alpha 64, all-linear) in the GPU's own type on samples of random tokens, half of
+each supervised: the adapter, the student and the steps of `distill train`, with micro-batches as
+large as memory holds. A round is one step; the first of each side warms it up. MFU is what the real
+tokens need (4 operations a frozen weight, the head at supervised positions only, attention; padding
+counts for nothing) over the time and the GPU's dense rate in configs/devices.yaml. Beside the peak
+of memory stands what `distill plan` predicts, its share for CUDA itself left out. `plain` pads
+batches of similar length; TRL's SFTTrainer has no gradient checkpointing. A side is alone on the
+GPU. losses: forward and backward at both heads in bfloat16, the student's frozen; memory is what a
+pass adds. JSD has beta 0.5.
 """
 
 import argparse
 import gc
 import importlib.util
+import json
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import yaml
 from benchmark_losses import OURS, Pass, Problem, make
 from benchmark_losses import TRL as TRL_LOSSES
 from benchmark_losses import Shape as Heads
-from benchmark_soft_labels import spread
 from benchmark_train import RANK, Ours, Side, measure, plain, trl
-from rich.table import Table
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 from distill.errors import DistillError, Exit, exit_code
-from distill.formatting import table
-from distill.models.loading import quiet
-from distill.models.registry import Shape, shape_of
-from distill.planning.machine import adapter_parameters, devices, training_flops
-from distill.records import Example
+from distill.models.arithmetic import LoraTraining, adapter_parameters, training_flops
+from distill.models.devices import device, pick_dtype, release_memory
+from distill.models.gpus import Gpu, find_gpu
 from distill.storage.environment import environment, installed
-from distill.storage.files import write_json
-from distill.storage.progress import console, say
-from distill.training import divergences, losses
+from distill.training.batches import Example
 
-NAMES = {  # of a shape's fields in a Qwen2's config
-    "vocab": "vocab_size", "hidden": "hidden_size", "intermediate": "intermediate_size",
-    "layers": "num_hidden_layers", "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads", "context": "max_position_embeddings",
-    "tied": "tie_word_embeddings",
-}  # fmt: skip
-SIZES = {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "intermediate": 64}
-TINY = Shape(**SIZES, vocab=300, tied=True, context=1024, parameters=30_000)
+DEVICES = Path(__file__).resolve().parents[2] / "configs/devices.yaml"
+
+
+def _config(kind: type[PreTrainedConfig], sizes: Sequence[int], tied: bool) -> PreTrainedConfig:
+    """Return a model's config by layers, hidden, heads, key heads, intermediate, vocabulary."""
+    names = "num_hidden_layers hidden_size num_attention_heads num_key_value_heads"
+    keys = f"{names} intermediate_size vocab_size".split()
+    settings: dict[str, Any] = dict(zip(keys, sizes, strict=True))
+    settings |= {"max_position_embeddings": 8192, "tie_word_embeddings": tied}
+    return kind(**settings)
+
+
+SIZES = {  # shapes of SmolLM2-135M and of Qwen2.5
+    "135M": _config(LlamaConfig, (30, 576, 9, 3, 1536, 49_152), True),
+    "0.5B": _config(Qwen2Config, (24, 896, 14, 2, 4864, 151_936), True),
+    "1.5B": _config(Qwen2Config, (28, 1536, 12, 2, 8960, 151_936), True),
+    "7B, 4 bit": _config(Qwen2Config, (28, 3584, 28, 4, 18_944, 152_064), False),
+}
+TINY = _config(Qwen2Config, (2, 32, 4, 2, 64, 300), True)
 LENGTHS = (256, 1024)  # of samples, in tokens
 WARM = 3  # passes of a loss before the clock starts
-CUDA = torch.cuda.is_available()
 
 
-def gpu_name() -> str:
-    """Return what is measured."""
-    return torch.cuda.get_device_name() if CUDA else "CPU"
+def shape_of(config: Any) -> Any:
+    """Return a config's sizes under the names that `distill.models.arithmetic` reads."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    parameters, tied = sum(p.numel() for p in model.parameters()), config.tie_word_embeddings
+    head = config.vocab_size * config.hidden_size
+    return SimpleNamespace(
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.hidden_size // config.num_attention_heads,
+        intermediate=config.intermediate_size,
+        vocab=config.vocab_size,
+        parameters=parameters,
+        head=head,
+        body=parameters - head * (1 if tied else 2),
+    )
 
 
-def peak_rate() -> float | None:
-    """Return the GPU's operations a second in bfloat16, if configs/devices.yaml has it."""
-    row = next((row for row in devices() if CUDA and row["match"] in gpu_name()), None)
-    return row["tflops"] * 1e12 if row else None
+def make_model(config: Any, four_bit: bool) -> Any:
+    """Return a model with random weights on the device, in its own type or in 4 bits."""
+    torch.manual_seed(0)
+    with torch.device(device()):
+        # of a copy: a side writes its kind of attention into its model's config
+        model = AutoModelForCausalLM.from_config(deepcopy(config), dtype=pick_dtype())
+    if four_bit:
+        quantise(model)
+    return model.eval()
+
+
+def quantise(model: Any) -> None:
+    """Put NF4 modules, doubly quantised, in place of the layers' linear ones, as QLoRA has them."""
+    import bitsandbytes  # pyright: ignore[reportMissingImports]
+
+    layers: nn.Module = model.model.layers
+    for name, module in list(layers.named_modules()):
+        if isinstance(module, nn.Linear):
+            sizes, bias = (module.in_features, module.out_features), module.bias
+            packed = bitsandbytes.nn.Linear4bit(
+                *sizes, bias is not None, pick_dtype(), True, "nf4", device="meta"
+            )
+            weight = bitsandbytes.nn.Params4bit(
+                module.weight.data.cpu(), requires_grad=False, quant_type="nf4"
+            )
+            packed.weight, packed.bias = weight.to(module.weight.device), bias
+            layers.set_submodule(name, packed)
+    model.is_loaded_in_4bit = True
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer that TRL can work with; it is never asked for a text."""
+    words = Tokenizer(WordLevel({"end": 0, "pad": 1}, unk_token="end"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="end", pad_token="pad")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    return tokenizer
+
+
+def sample(vocabulary: int, tokens: int, lengths: tuple[int, int], seed: int) -> list[Example]:
+    """Draw samples of about `tokens` in all, the latter half of each supervised."""
+    random, examples = torch.Generator().manual_seed(seed), list[Example]()
+    while (left := tokens - sum(len(e.input_ids) for e in examples)) > 0:
+        length = min(int(torch.randint(*lengths, (1,), generator=random)), max(left, lengths[0]))
+        ids = torch.randint(2, vocabulary, (length,), generator=random).tolist()
+        half, name = length // 2, f"{seed}-{len(examples)}"
+        weights = (0.0,) * half + (1.0,) * (length - half)
+        examples.append(Example(name, name, tuple(ids), weights))
+    return examples
+
+
+def gpu() -> tuple[str, int | None, Gpu | None]:
+    """Return what is measured, its bytes of memory, and its row of configs/devices.yaml."""
+    if device().type == "cpu":
+        return "CPU", None, None
+    facts = torch.cuda.get_device_properties(device())
+    rows = [Gpu(**row) for row in yaml.safe_load(DEVICES.read_text())]
+    return facts.name, facts.total_memory, find_gpu(facts.name, facts.total_memory, rows)
 
 
 def start_memory() -> int:
-    """Begin to watch the GPU's memory; returns the bytes in use."""
-    gc.collect()
-    if not CUDA:
+    """Begin to watch the GPU's memory; return the bytes in use."""
+    release_memory()
+    if device().type == "cpu":
         return 0
-    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     return torch.cuda.memory_allocated()
 
 
 def peak_memory(before: int = 0) -> int | None:
     """Return the peak since `start_memory`, less what was in use; None on a CPU."""
-    return torch.cuda.max_memory_allocated() - before if CUDA else None
+    return None if device().type == "cpu" else torch.cuda.max_memory_allocated() - before
+
+
+def train(options: argparse.Namespace) -> dict[str, Any]:
+    """Train every size on every side, on the same rounds; return the raw figures."""
+    name, memory, row = gpu()
+    lengths = LENGTHS if memory else (8, 32)
+    results: dict[str, Any] = {}
+    for size in options.sizes:
+        config: Any = SIZES[size] if memory else TINY
+        four_bit, shape = "4 bit" in size and memory is not None, shape_of(config)
+        if four_bit and installed("bitsandbytes") is None:
+            print(f"{size}: needs bitsandbytes, and is left out", file=sys.stderr)
+            continue
+        rounds = [
+            sample(shape.vocab, options.step_tokens, lengths, seed)
+            for seed in range(options.repeats + 1)
+        ]
+        kind, width = device().type, pick_dtype().itemsize
+        plan = LoraTraining(shape, RANK, kind=kind, width=width, four_bit=four_bit)
+        limit = plan.micro_batch(memory or 0, options.step_tokens)
+        parts = plan.parts(min(limit, options.step_tokens))
+        predicted = sum(value for part, value in parts.items() if part != "CUDA")
+        adapter, needed = adapter_parameters(shape, RANK, "all-linear"), list[float]()
+        for samples in rounds[1:]:
+            halves = [(len(e.input_ids) - sum(e.weights), sum(e.weights)) for e in samples]
+            needed.append(sum(training_flops(shape, adapter, p, a, False) for p, a in halves))
+        model = partial(make_model, config, four_bit)
+        sides: dict[str, Callable[[], Side]] = {
+            "ours": lambda m=model, limit=limit: Ours(m(), options.step_tokens, limit),
+            "plain": lambda m=model: plain(m(), True, options.batch),
+        }
+        if importlib.util.find_spec("trl"):
+            batches = {"trl": options.batch, "trl packing": max(1, options.batch // 4)}
+            for side, batch in batches.items():
+                packing = side == "trl packing"
+                sides[side] = partial(trl, model, make_tokenizer(), packing, batch)
+        figures: dict[str, Any] = {}
+        for side, make_side in sides.items():
+            start_memory()
+            try:
+                measured = measure({side: make_side()}, rounds)[side]
+            except torch.OutOfMemoryError:
+                measured = []  # its frames hold memory until this block ends
+            for figure, flops in zip(measured, needed, strict=False):
+                figure["flops"] = flops / figure["seconds"]
+            figures[side] = {"rounds": measured, "bytes": peak_memory() if measured else None}
+            gc.collect()
+        facts = {"limit": limit, "predicted": predicted, "parts": parts, "sides": figures}
+        results[size] = {"parameters": shape.parameters, **facts}
+    rate = row.tflops * 1e12 if row else None
+    heads = "size side tokens/s (range) TFLOP/s MFU GiB GiB,planned ours,times".split()
+    print_table(f"LoRA training, {name}", heads, training_rows(results, rate))
+    return {"peak_rate": rate, "sizes": results}
+
+
+def training_rows(results: dict[str, Any], rate: float | None) -> Iterable[list[str]]:
+    """Yield what each side reached: rates, MFU, peaks, how many times as fast ours is."""
+    for size, result in results.items():
+        sides = result["sides"]
+        for side, figures in sides.items():
+            if not (rounds := figures["rounds"]):
+                yield [size, side, "out of memory", *[""] * 6]
+                continue
+            rates, flops = ([row[key] for row in rounds] for key in ("rate", "flops"))
+            middle = statistics.median(rates)
+            yield [
+                *(size, side, f"{middle:,.0f}", f"({min(rates):,.0f} to {max(rates):,.0f})"),
+                f"{statistics.median(flops) / 1e12:.3g}",
+                f"{statistics.median(flops) / rate:.1%}" if rate else "not known",
+                gibibytes(figures["bytes"]),
+                f"{result['predicted'] / 2**30:.2f}" if side == "ours" else "",
+                ratio([row["rate"] for row in sides["ours"]["rounds"]], middle),
+            ]
+
+
+def ratio(values: Sequence[float], other: float) -> str:
+    """Return how many times as large the median of some values is."""
+    return f"{statistics.median(values) / other:.2f}" if values else ""
 
 
 def gibibytes(value: int | None) -> str:
@@ -99,116 +257,8 @@ def gibibytes(value: int | None) -> str:
     return "not known" if value is None else f"{value / 2**30:.2f}"
 
 
-# Training
-
-
-def save_model(folder: Path, shape: Shape) -> str:
-    """Save a model of `shape` with random weights, and a tokenizer that TRL can load; returns its
-    reference."""
-    config = Qwen2Config(**{name: getattr(shape, own) for own, name in NAMES.items()})
-    torch.manual_seed(0)
-    with torch.device("cuda" if CUDA else "cpu"):
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    words = Tokenizer(WordLevel({"end": 0, "pad": 1}, unk_token="end"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="end", pad_token="pad")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-def draw(shape: Shape, tokens: int, lengths: tuple[int, int], seed: int) -> list[Example]:
-    """Draw samples of about `tokens` in all, the latter half of each supervised."""
-    random, made = torch.Generator().manual_seed(seed), []
-    while (left := tokens - sum(len(e.input_ids) for e in made)) > 0:
-        length = min(int(torch.randint(*lengths, (1,), generator=random)), max(left, lengths[0]))
-        ids = torch.randint(2, shape.vocab, (length,), generator=random).tolist()
-        half = length // 2
-        weights = (0.0,) * half + (1.0,) * (length - half)
-        name = f"{seed}-{len(made)}"
-        made.append(Example(id=name, response_id=name, input_ids=tuple(ids), weights=weights))
-    return made
-
-
-class Compiled(Ours):
-    """Our loop with the MLPs and norms compiled, for rows of any length."""
-
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
-        for layer in self.student.decoder().layers:
-            for part in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
-                part.compile(dynamic=True)
-
-
-def training_sides(reference: str, asked: argparse.Namespace) -> dict[str, Callable[[], Side]]:
-    """Return how each side is made."""
-    own = (reference, asked.step_tokens, asked.micro_batch_tokens)
-    sides: dict[str, Callable[[], Side]] = {"ours": partial(Ours, *own)}
-    if asked.compile:
-        sides["ours, compiled"] = partial(Compiled, *own)
-    sides["plain, sorted"] = partial(plain, reference, True, asked.batch)
-    if importlib.util.find_spec("trl"):
-        sides["trl"] = partial(trl, reference, False, asked.batch)
-        sides["trl packing"] = partial(trl, reference, True, max(1, asked.batch // 4))
-    return sides
-
-
-def train(asked: argparse.Namespace) -> dict[str, Any]:
-    """Train every side on the same rounds; returns the raw figures."""
-    shape = TINY if asked.tiny else shape_of(asked.model)
-    lengths = (8, 32) if asked.tiny else LENGTHS
-    rounds = [draw(shape, asked.step_tokens, lengths, seed) for seed in range(asked.repeats + 1)]
-    adapter, needed = adapter_parameters(shape, RANK, "all-linear"), []
-    for samples in rounds[1:]:
-        halves = [(len(e.input_ids) - sum(e.weights), sum(e.weights)) for e in samples]
-        needed.append(sum(training_flops(shape, adapter, p, a, False) for p, a in halves))
-    found: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, make_side in training_sides(save_model(Path(folder), shape), asked).items():
-            start_memory()
-            rows = measure({name: make_side()}, rounds)[name]
-            for row, flops in zip(rows, needed, strict=True):
-                row["flops"] = flops / row["seconds"]
-            found[name] = {"rounds": rows, "bytes": peak_memory()}
-    console.print(training_table(found, asked))
-    return {"shape": shape.model_dump(), "peak_rate": peak_rate(), "sides": found}
-
-
-def training_table(found: dict[str, dict[str, Any]], asked: argparse.Namespace) -> Table:
-    """Return rates, MFU, peaks and ratios."""
-    shown = table(
-        title("LoRA training", asked),
-        *("side", ">real tokens/s", ">TFLOP/s", ">MFU", ">GiB at most", ">ours is"),
-    )
-    middle = {
-        name: statistics.median(row["rate"] for row in side["rounds"])
-        for name, side in found.items()
-    }
-    peak = peak_rate()
-    for name, side in found.items():
-        flops = [row["flops"] for row in side["rounds"]]
-        used = f"{statistics.median(flops) / peak:.1%}" if peak else "not known"
-        shown.add_row(
-            name,
-            spread([row["rate"] for row in side["rounds"]], ",.0f"),
-            f"{statistics.median(flops) / 1e12:.3g}",
-            used,
-            gibibytes(side["bytes"]),
-            f"{middle['ours'] / middle[name]:.2f} times",
-        )
-    return shown
-
-
-def title(what: str, asked: argparse.Namespace) -> str:
-    """Return a table's title, which says where it was measured and when it means nothing."""
-    return f"{what}, {gpu_name()}" + (" (tiny: these figures mean nothing)" if asked.tiny else "")
-
-
-# Losses
-
-
 def liger(problem: Problem, beta: float) -> Pass:
-    """Return Liger's fused loss, which at beta 0 is the forward KL; its gradient of the head is
-    made in any case."""
+    """Return Liger's fused loss, at beta 0 the forward KL; it makes the head's gradient too."""
     from liger_kernel.chunked_loss import (  # pyright: ignore[reportMissingImports]
         LigerFusedLinearJSDLoss,
     )
@@ -222,21 +272,9 @@ def liger(problem: Problem, beta: float) -> Pass:
 LIGER = {"Liger, kl": partial(liger, beta=0), "Liger, jsd": partial(liger, beta=0.5)}
 
 
-@contextmanager
-def compiled() -> Iterator[None]:
-    """Compile what turns logits into values and slopes."""
-    before = divergences.Mixture.diverge, losses.score_tokens, divergences.score_tokens
-    divergences.Mixture.diverge = torch.compile(before[0], dynamic=True)
-    losses.score_tokens = divergences.score_tokens = torch.compile(before[1], dynamic=True)
-    try:
-        yield
-    finally:
-        divergences.Mixture.diverge, losses.score_tokens, divergences.score_tokens = before
-
-
 def timed(work: Callable[[], object]) -> float:
     """Return the seconds that work takes, on a GPU by its own events."""
-    if not CUDA:
+    if device().type == "cpu":
         start = time.perf_counter()
         work()
         return time.perf_counter() - start
@@ -251,7 +289,7 @@ def timed(work: Callable[[], object]) -> float:
 def time_loss(side: Callable[[Problem], Pass], heads: Heads, repeats: int) -> dict[str, Any] | None:
     """Return a side's loss, times and memory; None where the GPU's memory is not enough."""
     try:
-        with torch.device("cuda" if CUDA else "cpu"):
+        with torch.device(device()):
             problem = make(heads, half=False)
             run = side(problem)
 
@@ -265,100 +303,82 @@ def time_loss(side: Callable[[Problem], Pass], heads: Heads, repeats: int) -> di
             before = start_memory()
             both()
             extra = peak_memory(before)
-            seconds = [timed(both) for _ in range(repeats)]
+            return {"loss": value, "bytes": extra, "seconds": [timed(both) for _ in range(repeats)]}
     except torch.OutOfMemoryError:
         return None
-    return {"loss": value, "bytes": extra, "seconds": seconds}
 
 
-def loss_sides() -> dict[str, Callable[[Problem], Pass]]:
-    """Return the sides that are installed."""
+def losses(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure every loss that is installed; return the raw figures."""
+    name, memory, _ = gpu()
+    heads = Heads(options.tokens) if memory else Heads(16, 512, 32, 48)
     others = {"trl": TRL_LOSSES, "liger_kernel": LIGER}
-    found = [sides for name, sides in others.items() if importlib.util.find_spec(name)]
-    return {name: side for sides in (OURS, *found) for name, side in sides.items()}
-
-
-def at_heads(asked: argparse.Namespace) -> dict[str, Any]:
-    """Measure every loss, ours with its arithmetic compiled too; returns the raw figures."""
-    heads = Heads(16, 512, 32, 48) if asked.tiny else Heads(asked.tokens)
-    found: dict[str, dict[str, Any]] = {}
-    for name, side in loss_sides().items():
-        if row := time_loss(side, heads, asked.repeats):
-            found[name] = row
-        if row and asked.compile and name in OURS:
-            with compiled():
-                row["compiled"] = time_loss(side, heads, asked.repeats)
-        say(f"{name}: {row or 'out of memory'}")
-    console.print(loss_table(found, asked))
-    return {"heads": heads._asdict(), "sides": found}
-
-
-def loss_table(found: dict[str, dict[str, Any]], asked: argparse.Namespace) -> Table:
-    """Return losses, times, memory, and how many times as long as ours each takes."""
-    shown = table(
-        title("loss at both heads", asked),
-        *("side", ">nats", ">ms", ">ms compiled", ">GiB", ">live is", ">cached is"),
-    )
-    for name, row in found.items():
-        kind, other = name.rpartition(", ")[2], row.get("compiled")
+    there = [sides for library, sides in others.items() if importlib.util.find_spec(library)]
+    results, rows = dict[str, Any](), list[list[str]]()
+    for side, loss in [item for sides in (OURS, *there) for item in sides.items()]:
+        results[side] = row = time_loss(loss, heads, options.repeats)
+        if row is None:
+            rows.append([side, "out of memory", "", "", ""])
+            continue
+        live = results.get(f"live, {side.rpartition(', ')[2]}") or row
         middle = statistics.median(row["seconds"])
-        shown.add_row(
-            name,
-            f"{row['loss']:.4f}",
-            spread([1000 * s for s in row["seconds"]], ".2f"),
-            spread([1000 * s for s in other["seconds"]], ".2f") if other else "",
-            gibibytes(row["bytes"]),
-            *(
-                f"{middle / statistics.median(found[own]['seconds']):.2f} times"
-                if own in found
-                else ""
-                for own in (f"live, {kind}", "cached, kl")
-            ),
-        )
-    return shown
+        times = f"{middle / statistics.median(live['seconds']):.2f}"
+        cells = [f"{row['loss']:.4f}", f"{1000 * middle:.2f}", gibibytes(row["bytes"]), times]
+        rows.append([side, *cells])
+    print_table(f"loss at both heads, {name}", "side nats ms GiB ours,times".split(), rows)
+    return {"heads": heads._asdict(), "sides": results}
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of the arguments."""
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    modes = made.add_subparsers(required=True)
-    for name, mode in (("train", train), ("losses", at_heads)):
-        own = modes.add_parser(name, help=(mode.__doc__ or "").split(";")[0])
-        own.set_defaults(mode=mode)
-        own.add_argument("--repeats", type=int, default=20)
-        own.add_argument("--compile", action=argparse.BooleanOptionalAction, default=CUDA)
-        own.add_argument("--tiny", action="store_true", help="a tiny model, without a GPU too")
-        own.add_argument("--json", type=Path)
-    own = modes.choices["train"]
-    own.add_argument("--model", default="Qwen/Qwen2.5-1.5B-Instruct")
-    own.add_argument("--step-tokens", type=int, default=16384)
-    own.add_argument("--micro-batch-tokens", type=int, default=8192)
-    own.add_argument("--batch", type=int, default=8, help="samples of a batch of the other sides")
-    modes.choices["losses"].add_argument("--tokens", type=int, default=4096)
-    return made
+def print_table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print rows in columns."""
+    lines = [[head.replace(",", ", ") for head in heads], *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
+    tiny = " (tiny: these figures mean nothing)" if device().type == "cpu" else ""
+    print(f"\n{title}{tiny}", file=sys.stderr)
+    for line in lines:
+        cells = zip(line, widths, strict=True)
+        print("  ".join(cell.rjust(width) for cell, width in cells), file=sys.stderr)
 
 
-def work(asked: argparse.Namespace) -> None:
-    """Measure, and store the result; raises DistillError (exit 7) where there is no GPU."""
-    if not (CUDA or asked.tiny):
-        fix = "run it where there is one, or try it with --tiny"
-        raise DistillError(Exit.TRAINING, Path(__file__).name, "needs a GPU with CUDA", fix)
-    quiet()
-    torch.set_flush_denormal(True)
-    found = asked.mode(asked)
-    if asked.json:
-        others = {name: installed(name) for name in ("trl", "liger-kernel")}
-        settings = {name: value for name, value in vars(asked).items() if name != "mode"}
-        facts = {"environment": environment(), "gpu": gpu_name(), "others": others}
-        write_json(asked.json, {**facts, "settings": settings | {"json": str(asked.json)}, **found})
+MODES = {"train": train, "losses": losses}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Read the arguments and measure; returns the exit code."""
-    asked = parser().parse_args(arguments)
-    return exit_code(lambda: work(asked))
+    """Read the arguments and measure; return the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("modes", nargs="*", metavar="MODE", help="train, losses; both by default")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help="all by default")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--step-tokens", type=int, default=16_384)
+    parser.add_argument("--batch", type=int, default=8, help="samples of a batch of other sides")
+    parser.add_argument("--tokens", type=int, default=4096, help="positions of a loss")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+
+    def work() -> None:
+        cpu = device().type == "cpu"
+        if cpu and options.device == "cuda":
+            fix = "run it where there is one, or try it with --device cpu"
+            raise DistillError(Exit.TRAINING, Path(__file__).name, "needs a GPU", fix)
+        if not cpu and options.device == "cpu":
+            fix = "CUDA_VISIBLE_DEVICES= hides the GPU"
+            raise DistillError(Exit.CONFIG, "--device cpu", "a GPU is visible", fix)
+        options.sizes = options.sizes or (["135M"] if cpu else list(SIZES))
+        if cpu:
+            options.step_tokens = min(options.step_tokens, 100)
+        torch.set_flush_denormal(True)
+        results = {mode: MODES[mode](options) for mode in options.modes or MODES}
+        if options.json:
+            others = {name: installed(name) for name in ("trl", "liger-kernel", "bitsandbytes")}
+            facts = {"environment": environment(), "gpu": gpu()[0], "others": others}
+            settings = {key: value for key, value in vars(options).items() if key != "json"}
+            text = json.dumps({**facts, "settings": settings, **results}, indent=2)
+            options.json.write_text(text + "\n", encoding="utf-8")
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

@@ -27,12 +27,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
-from distill.storage.environment import environment
-from distill.storage.files import write_json
-from distill.storage.progress import console, say
 from distill.training.divergences import Live, SoftTargets, soft_loss
 from distill.training.losses import cross_entropy
 
@@ -215,25 +211,18 @@ def measure(asked: argparse.Namespace, shape: Shape) -> dict[str, list[dict[str,
             )
             label = f"{name}, half" if half else name
             found.setdefault(label, []).append(json.loads(done.stdout.splitlines()[-1]))
-            say(f"round {number}, {label}: {found[label][-1]}")
+            print(f"round {number}, {label}: {found[label][-1]}", file=sys.stderr)
     return found
-
-
-def table(found: dict[str, list[dict[str, float]]]) -> Table:
-    """Return the medians and ranges as a table."""
-    shown = Table("side", "nats", "MiB", "seconds")
-    for name, rows in found.items():
-        cells = []
-        for key, unit, form in (("bytes", 2**20, ".0f"), ("seconds", 1, ".2f")):
-            values = [row[key] / unit for row in rows]
-            spread = f"({min(values):{form}} to {max(values):{form}})"
-            cells.append(f"{statistics.median(values):{form}} {spread}")
-        shown.add_row(name, f"{rows[0]['loss']:.4f}", *cells)
-    return shown
 
 
 def main() -> None:
     """Read the arguments, measure, and show and store the result; or be a side's process."""
+    from rich.table import Table
+
+    from distill.storage.environment import environment
+    from distill.storage.files import write_json
+    from distill.storage.progress import console
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trl-python", type=Path, help="of an environment with TRL 1.16")
     parser.add_argument("--repeats", type=int, default=5)
@@ -248,7 +237,15 @@ def main() -> None:
         return child(name, Shape(*shape), half)
     shape = Shape(asked.tokens, asked.vocabulary)
     found = measure(asked, shape)
-    console.print(table(found))
+    table = Table("side", "nats", "MiB", "seconds")
+    for name, rows in found.items():
+        cells = []
+        for key, unit, form in (("bytes", 2**20, ".0f"), ("seconds", 1, ".2f")):
+            values = [row[key] / unit for row in rows]
+            spread = f"({min(values):{form}} to {max(values):{form}})"
+            cells.append(f"{statistics.median(values):{form}} {spread}")
+        table.add_row(name, f"{rows[0]['loss']:.4f}", *cells)
+    console.print(table)
     if asked.json:
         facts: dict[str, Any] = {"environment": environment(), "shape": shape._asdict()}
         write_json(asked.json, facts | {"sides": found})

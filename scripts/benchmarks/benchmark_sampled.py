@@ -31,12 +31,12 @@ from distill.config.teachers import LocalTeacher
 from distill.config.tree import Config
 from distill.formatting import table
 from distill.models import loading
-from distill.records import Example, Message, Pair, Prompt, Response
+from distill.records import Message, Pair, Prompt, Response
 from distill.storage.environment import environment
 from distill.storage.files import write_json
 from distill.storage.progress import tracking
 from distill.storage.run_folder import open_run
-from distill.training.batches import micro_batches
+from distill.training.batches import Example, micro_batches
 from distill.training.divergences import Live, SoftTargets, soft_loss
 from distill.training.encode import encode_pair
 from distill.training.soft_labels.cache import Signal, sample_offsets, supervised_ids

@@ -26,12 +26,12 @@ from rich.console import Console
 from distill.config.teachers import LocalTeacher
 from distill.formatting import table
 from distill.models import loading
-from distill.records import Example, Pair, Prompt, Response, digest
+from distill.records import Pair, Prompt, Response, digest
 from distill.storage.environment import environment
 from distill.storage.files import read_records, write_json
 from distill.storage.progress import tracking
 from distill.storage.run_folder import Run, open_run
-from distill.training.batches import micro_batches
+from distill.training.batches import Example, micro_batches
 from distill.training.encode import encode_pair
 from distill.training.soft_labels.cache import (
     CHUNK_TOKENS,

@@ -48,12 +48,12 @@ from torch.nn import functional
 from distill.config.teachers import LocalTeacher
 from distill.formatting import table
 from distill.models import loading
-from distill.records import Example, Pair
+from distill.records import Pair
 from distill.storage.environment import environment
 from distill.storage.files import folder_lock, read_json, read_records, write_json
 from distill.storage.progress import console, say
 from distill.storage.run_folder import Run, open_run
-from distill.training.batches import learning_rate, micro_batches, plan_steps
+from distill.training.batches import Example, learning_rate, micro_batches, plan_steps
 from distill.training.encode import encode_pairs
 from distill.training.soft_labels.cache import KeyedExample, SignalCache, chunked
 from distill.training.soft_labels.capture import capture, fill
@@ -139,7 +139,7 @@ class Task(NamedTuple):
 
 def cached(run: Run, examples: Sequence[Example]) -> Side:
     """Return our training from the cache; reading it is part of the time."""
-    signals, ours = Signals(run, examples), Ours(run.config.student.model)
+    signals, ours = Signals(run, examples), Ours(loading.load_model(run.config.student.model))
 
     def train(samples: Sequence[Example]) -> float:
         start = time.perf_counter()
@@ -152,7 +152,7 @@ def cached(run: Run, examples: Sequence[Example]) -> Side:
 
 def live(run: Run, examples: Sequence[Example]) -> Side:
     """Return our training with the teacher in memory."""
-    ours = Ours(run.config.student.model)
+    ours = Ours(loading.load_model(run.config.student.model))
     ours.student.labels = load_live(run, examples)
     return ours
 
@@ -362,7 +362,7 @@ def overhead(asked: argparse.Namespace) -> dict[str, Any]:
     """Train the same student on the same samples with soft labels and without, in turn; the first
     round warms up."""
     run, examples = load(asked, asked.samples)
-    ours = Ours(run.config.student.model)
+    ours = Ours(loading.load_model(run.config.student.model))
     kinds = {"cached": Signals(run, examples).labels(examples), "cross-entropy": None}
     rounds: list[dict[str, float]] = []
     for number in range(asked.repeats + 1):
@@ -427,7 +427,8 @@ def train_side(
 ) -> dict[str, Any]:
     """Train one student, on samples in the seed's order; returns its losses of all steps, and of
     the held-out samples."""
-    ours = (Plain if side == "live, plain loss" else Ours)(run.config.student.model)
+    student = loading.load_model(run.config.student.model)
+    ours = (Plain if side == "live, plain loss" else Ours)(student)
     learned, held = examples[: asked.samples], examples[asked.samples :]
     cached_too = side == "cached"
     ours.student.labels = Signals(run, learned).labels(learned) if cached_too else teacher

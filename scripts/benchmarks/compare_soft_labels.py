@@ -44,7 +44,7 @@ from distill.evaluation.statistics import (
 from distill.evaluation.suites import answer_limit, by_item, held_out_items
 from distill.formatting import figure
 from distill.models import loading
-from distill.records import Example, Item, Pair, Response
+from distill.records import Item, Pair, Response
 from distill.responders.ask import Ask
 from distill.responders.local.local_model import LocalResponder
 from distill.storage.environment import environment
@@ -53,6 +53,7 @@ from distill.storage.progress import console, say
 from distill.storage.run_folder import Run, open_run
 from distill.tasks.task import tasks_of_run
 from distill.training import train
+from distill.training.batches import Example
 from distill.training.encode import encode_pairs
 from distill.training.soft_labels import on_policy
 from distill.training.soft_labels.labels import CachedLabels

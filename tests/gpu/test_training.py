@@ -294,7 +294,7 @@ def test_a_step_on_a_gpu_waits_for_nothing_and_casts_its_adapters_once(
     lists, counts = examples(3), []
     supervised = sum(bool(w) for w in lists[0].weights)
     on_gpu.labels = cached_labels(supervised, Loss(ce=0.5, forward_kl=0.5), 3)
-    rows = [e.model_copy(update={"response_id": f"r{n}"}) for n, e in enumerate([lists[0]] * 3)]
+    rows = [e._replace(response_id=f"r{n}") for n, e in enumerate([lists[0]] * 3)]
 
     def step(passes: int) -> tuple[int, int]:
         with Alive() as alive:

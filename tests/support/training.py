@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from distill.config.tree import Config
 from distill.models.chat_template import encode_prompt
 from distill.models.loading import load_model, load_tokenizer
-from distill.records import Example, Message, Pair, Prompt, Response
+from distill.records import Message, Pair, Prompt, Response
 from distill.storage.files import read_records, write_records
 from distill.storage.run_folder import Run
 from distill.training import adapters
+from distill.training.batches import Example
 from distill.training.prepare import encode_split
 from distill.training.student import StudentModel
 from tests.support.tiny import make_tiny, make_tokenizer

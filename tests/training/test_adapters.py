@@ -16,6 +16,7 @@ from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.models import loading, registry
 from distill.publishing.fidelity import Conversation, answer_logits, compare_models
+from distill.storage import files
 from distill.storage.files import sha256_files
 from distill.storage.run_folder import Run
 from distill.training import adapters
@@ -247,7 +248,7 @@ def kill(*_: object, **__: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "name"), [(os, "fsync"), (adapters, "write_json"), (Path, "replace")]
+    ("module", "name"), [(os, "fsync"), (files, "write_json"), (Path, "replace")]
 )
 def test_a_kill_leaves_no_half_of_a_merged_model(
     run: Run, module: object, name: str, monkeypatch: pytest.MonkeyPatch

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from distill.errors import DistillError, Exit
-from distill.records import Example
+from distill.training.batches import Example
 from distill.training.encode import encode_pair, encode_pairs, marked
 from tests.support.tiny import make_tokenizer
 from tests.support.training import DATE, make_pair

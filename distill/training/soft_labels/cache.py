@@ -31,8 +31,9 @@ from numpy.typing import NDArray
 
 from distill.config.learning import Signals
 from distill.errors import DistillError, Exit
-from distill.records import Example, canonical
+from distill.records import canonical
 from distill.storage.files import disk_errors, write_atomic
+from distill.training.batches import Example
 
 FORMAT = 1
 MAGIC = b"distill-signals"

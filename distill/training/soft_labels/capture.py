@@ -24,11 +24,10 @@ from distill.errors import DistillError, Exit
 from distill.models import loading
 from distill.models.arithmetic import capture_rows
 from distill.models.devices import kind
-from distill.records import Example
 from distill.storage.files import disk_errors, folder_lock, read_json, write_json
 from distill.storage.progress import say, tracking
 from distill.storage.run_folder import MODEL_FILE, Run
-from distill.training.batches import micro_batches, padded_batches
+from distill.training.batches import Example, micro_batches, padded_batches
 from distill.training.encode import encode_pairs
 from distill.training.soft_labels import server_logprobs
 from distill.training.soft_labels.cache import (

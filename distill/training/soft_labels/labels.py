@@ -24,11 +24,12 @@ from distill.errors import DistillError, Exit
 from distill.models import loading, registry
 from distill.models.chat_template import template_hash, vocabulary_hash
 from distill.models.devices import pick_dtype, send
-from distill.records import Example, Pair, digest
+from distill.records import Pair, digest
 from distill.responders.terms import require_terms
 from distill.storage.files import read_json, read_records
 from distill.storage.progress import say
 from distill.storage.run_folder import MODEL_FILE, Run, differences, unnamed
+from distill.training.batches import Example
 from distill.training.divergences import Live, SoftTargets
 from distill.training.encode import encode_pair
 from distill.training.soft_labels.cache import (

@@ -30,7 +30,7 @@ from distill.config.teachers import EndpointTeacher
 from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.models.chat_template import encode_prompt, encode_text
-from distill.records import Candidate, Example, Message, Response, TokenLogprob
+from distill.records import Candidate, Message, Response, TokenLogprob
 from distill.responders.ask import Ask
 from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.endpoint.wire import Reply, load_json, unpack
@@ -40,6 +40,7 @@ from distill.responders.responder import Request, Responder, Sampling, Scoring
 from distill.responders.store import ResponseStore
 from distill.storage.progress import say
 from distill.storage.run_folder import Run
+from distill.training.batches import Example
 from distill.training.soft_labels.cache import (
     SLACK,
     TEXT_ONLY,

@@ -1,0 +1,134 @@
+"""The benchmarks measure the program, with the best flags of the others, on a bare machine too."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distill.models import arithmetic, devices, registry
+from distill.training import student
+from tests.support.tiny import make_tiny
+from tests.support.training import causal_model, examples
+
+SCRIPTS = Path(__file__).parents[2] / "scripts/benchmarks"
+sys.path.insert(0, str(SCRIPTS))
+
+import benchmark_gpu  # noqa: E402
+import benchmark_train  # noqa: E402
+
+BARE = """
+import runpy, sys
+import peft, transformers.trainer
+blocked = "datasets trl pydantic pydantic_core httpx2 typer rich jinja2 jsonschema lxml".split()
+for name in [*sys.modules]:
+    if name.partition(".")[0] in blocked:
+        del sys.modules[name]
+sys.modules.update(dict.fromkeys(blocked))  # importing one of them is an error now
+sys.path.insert(0, sys.argv[1])
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products inside its block by the type that they are computed in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types = Counter[torch.dtype]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__.split(".")[0] in ("mm", "addmm", "bmm", "baddbmm"):
+            self.types[args[-1].dtype] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_i25_ours_is_the_program_off_the_cpu_too(tmp_path, monkeypatch):
+    """In bfloat16 no product of ours is in float32, where PEFT's own forward has most in it."""
+    monkeypatch.setattr(student, "fuse", lambda decoder: False)  # as where there is a GPU
+    folder, counts = make_tiny(tmp_path / "model", layers=2), {}
+    for name, make in {
+        "ours": benchmark_train.Ours,
+        "plain": lambda model: benchmark_train.plain(model, by_length=True),
+    }.items():
+        side = make(causal_model(folder, torch.bfloat16))
+        with Products() as products:
+            side(examples())
+        counts[name] = products.types
+    assert set(counts["ours"]) == {torch.bfloat16}
+    assert counts["plain"][torch.float32] > counts["plain"].total() / 2
+
+
+@pytest.mark.parametrize("flags", ["avx512_bf16", "avx2"])
+def test_trl_computes_in_the_type_of_the_machine(monkeypatch, flags):
+    monkeypatch.setattr(devices, "cpu_facts", lambda: {"flags": flags})
+    expected = {"bf16": flags == "avx512_bf16", "fp16": False}
+    assert benchmark_train.precision() == expected
+
+
+def test_i24_the_gpu_benchmark_runs_with_torch_transformers_and_peft_alone(tmp_path):
+    path = tmp_path / "gpu.json"
+    script = SCRIPTS / "benchmark_gpu.py"
+    words = ["--device", "cpu", "--repeats", "2", "--json", path]
+    command = [sys.executable, "-c", BARE, SCRIPTS, script, *words]
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS.parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "these figures mean nothing" in done.stderr and "not known" in done.stderr
+    results = json.loads(path.read_text())
+    assert results["gpu"] == "CPU" and results["train"]["peak_rate"] is None
+    (size,) = results["train"]["sizes"].values()
+    sides = size["sides"]
+    assert {"ours", "plain"} <= sides.keys() and size["predicted"] > 0
+    for side in sides.values():
+        assert len(side["rounds"]) == 2
+        for row, own in zip(side["rounds"], sides["ours"]["rounds"], strict=True):
+            assert row["tokens"] == own["tokens"] >= 100
+            assert row["flops"] * row["seconds"] == pytest.approx(own["flops"] * own["seconds"])
+    losses = results["losses"]["sides"]
+    assert {"cross-entropy", "cached, kl", "live, kl", "live, jsd"} <= losses.keys()
+    assert all(len(row["seconds"]) == 2 for row in losses.values())
+    for kind in ("kl", "jsd"):
+        same = [row["loss"] for name, row in losses.items() if name.endswith(f", {kind}")]
+        assert all(loss == pytest.approx(same[-1], rel=5e-3) for loss in same[1:])
+
+
+@pytest.mark.parametrize("size", ["135M", "1.5B", "7B, 4 bit"])
+def test_sizes_are_those_of_real_models(size):
+    names = {"135M": "HuggingFaceTB/SmolLM2-135M-Instruct", "1.5B": "Qwen/Qwen2.5-1.5B-Instruct"}
+    real = registry.shape_of(names.get(size, "Qwen/Qwen2.5-7B-Instruct"))
+    shape = benchmark_gpu.shape_of(benchmark_gpu.SIZES[size])
+    assert (shape.parameters, shape.body, shape.head) == (real.parameters, real.body, real.head)
+    plans = [arithmetic.LoraTraining(one, 32).parts(4096) for one in (shape, real)]
+    assert plans[0] == plans[1]
+
+
+def test_samples_are_half_supervised_and_always_the_same():
+    one, two = (benchmark_gpu.sample(300, 100, (8, 32), 3) for _ in range(2))
+    assert one == two and 100 <= sum(len(e.input_ids) for e in one) < 132
+    assert all(sum(e.weights) == (len(e.input_ids) + 1) // 2 for e in one)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_in_one_line(capsys):
+    assert benchmark_gpu.main([]) == 7
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_side_that_does_not_fit_is_a_row_and_not_the_end(monkeypatch, tmp_path):
+    def full(*sizes: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(benchmark_gpu, "Ours", full)
+    path = tmp_path / "gpu.json"
+    words = ["train", "--device", "cpu", "--repeats", "1", "--json", str(path)]
+    assert benchmark_gpu.main(words) == 0
+    (size,) = json.loads(path.read_text())["train"]["sizes"].values()
+    assert not size["sides"]["ours"]["rounds"] and size["sides"]["plain"]["rounds"]
