@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from distill.errors import DistillError, Exit, exit_code
+from distill.models.devices import device
 from distill.pipeline import STAGES, perform
 from distill.responders.local.workers import Workers
 from distill.storage.progress import console
@@ -52,6 +53,7 @@ def generate(run: Run, stage: Stage, flags: set[str]) -> None:
     from distill.generation.generate import join
     from distill.generation.generate import main as work
 
+    device()  # raises where there are more processes than GPUs, before accelerate ends over it
     workers = Workers.meet()
     if len(workers.pids) == 1:
         _perform(run, stage, flags)

@@ -164,8 +164,9 @@ class Train(Section):
     tokens_per_step: Positive = 2048
     """Tokens of an optimizer step, prompts included, over all processes together."""
     micro_batch_tokens: Positive | None = None
-    """Tokens of one forward pass; null takes 2,560. Lower it where memory runs out: the result is
-    the same."""
+    """Tokens of one forward pass; null takes 2,560, and on a GPU up to a step's, as its memory
+    holds them. Lower it where memory runs out, in a run that was begun too: the result is the same
+    but for rounding."""
     max_length: Positive = 2048
     """Tokens of a sample at most; longer ones are left out, counted and named."""
     packing: bool = True
@@ -189,7 +190,7 @@ class Train(Section):
     """The loss and its weights."""
     bf16: bool | Literal["auto"] = "auto"
     """Whether the forward pass computes in bfloat16; `auto` goes by `student.dtype`. Adapter and
-    optimizer are float32."""
+    optimizer are float32, which a GPU computes without TF32."""
     gradient_checkpointing: bool = False
     """Computes activations again in the backward pass, which takes less memory and more time."""
     eval_steps: Positive | None = 50

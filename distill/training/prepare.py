@@ -15,7 +15,7 @@ from distill.models import loading, registry
 from distill.models.arithmetic import MICRO_BATCH_TOKENS, LoraTraining, Towards, weight_bytes
 from distill.models.chat_template import template_hash
 from distill.records import Pair, digest
-from distill.storage.environment import LIBRARIES, installed
+from distill.storage.environment import LIBRARIES, installed, processor
 from distill.storage.files import read_records, sha256_file
 from distill.storage.run_folder import MEMORY, Run, flatten
 from distill.training import adapters, processes
@@ -30,11 +30,12 @@ from distill.training.encode import encode_pairs
 from distill.training.soft_labels.labels import load_labels, load_live
 from distill.training.student import StudentModel, make_student
 
+HARDWARE = ("processor", "threads", "gpu", "cuda")
 UNPINNED = ("logging_steps", "save_steps", "save_total_limit", "report_to", "num_processes")
 
 
 @dataclass
-class Parts:
+class Preparation:
     """The parts of a run; `model` is the adapted model inside `student`.
 
     `facts` are what a resumed run must share with the one it continues, `memory` the settings that
@@ -64,7 +65,7 @@ class Parts:
         return padded_batches(chosen, lengths, self.limit)
 
 
-def prepare(run: Run, world: int = 1, start: Path | None = None) -> Parts:
+def prepare(run: Run, world: int = 1, start: Path | None = None) -> Preparation:
     """Load the student with the adapter in `start` or a fresh one, encode the data, plan the steps.
 
     Raises DistillError (exit 7) where that cannot be.
@@ -96,7 +97,7 @@ def prepare(run: Run, world: int = 1, start: Path | None = None) -> Parts:
     plan = plan_steps(lengths, config.train_seed, *amount)
     limit = settings.micro_batch_tokens or micro_batch_tokens(config, model)
     pinned = (facts, memory, limit, world, notes)
-    return Parts(tokenizer, model, student, examples, validation, plan, *pinned)
+    return Preparation(tokenizer, model, student, examples, validation, plan, *pinned)
 
 
 def micro_batch_tokens(config: Config, model: PeftModel) -> int:
@@ -126,8 +127,8 @@ def micro_batch_tokens(config: Config, model: PeftModel) -> int:
 
 def load_adapted(student: Student, train: Train, seed: int) -> PeftModel:
     """Load the student and wrap it with a fresh adapter drawn from `seed`."""
-    own = {"auto": student.dtype, True: "bfloat16", False: "float32"}
-    dtype, four_bit = own[train.bf16], student.load_in_4bit
+    types = {"auto": student.dtype, True: "bfloat16", False: "float32"}
+    dtype, four_bit = types[train.bf16], student.load_in_4bit
     model = loading.load_model(
         *(student.model, dtype, student.revision, student.trust, four_bit),
         on_cpu=processes.sharded() and not four_bit,  # a device gets its shards alone
@@ -156,9 +157,10 @@ def pinned_facts(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a run's `facts` and its settings of `memory`, as flat JSON."""
     resolved, device = config.resolved(), loading.device()
-    gpu: dict[str, Any] = {}
-    if device.type == "cuda":  # whose kernels, and order of additions, are its own
-        gpu = {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    # whose kernels, and order of additions, are its own
+    hardware: dict[str, Any] = {"processor": processor(), "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        hardware = {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     facts = flatten(
         {
             "student": resolved["student"],
@@ -172,7 +174,7 @@ def pinned_facts(
             "device": device.type,
             "dtype": dtype.removeprefix("torch."),
             "libraries": {name: installed(name) for name in LIBRARIES[:6]},
-            **gpu,
+            **hardware,
         }
     )
     return facts, {name: facts.pop(name) for name in MEMORY if name in facts}

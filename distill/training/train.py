@@ -30,7 +30,7 @@ from distill.storage.run_folder import MEMORY, Run, differences, flatten, unname
 from distill.training import adapters, checkpoint, processes
 from distill.training.batches import OptimizerStep, learning_rate, share
 from distill.training.encode import show
-from distill.training.prepare import prepare
+from distill.training.prepare import HARDWARE, prepare
 
 IDLE = 0.1  # of the passes of several processes may hold no sample, without a word about it
 SUMMARY = ("history", "validation", "best_step", "tokens", "seconds", "stopped_early", "notes")
@@ -120,8 +120,8 @@ class Loop:
                 self.parts.notes.append(f"{what}: raise train.tokens_per_step, or start fewer")
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if precision != "no":
-            own = f"train.bf16 and student.dtype decide, and here it is {self.facts['dtype']}"
-            self._say(f"accelerate's mixed_precision: {precision} is not used: {own}")
+            ours = f"train.bf16 and student.dtype decide, and here it is {self.facts['dtype']}"
+            self._say(f"accelerate's mixed_precision: {precision} is not used: {ours}")
         for note in self.parts.notes:
             self._say(note)
 
@@ -142,6 +142,8 @@ class Loop:
         if added := unnamed(facts, self.facts):
             what = "knows a model's folder by its weights, which are the same"
             self._say(f"train: {saved.folder} {what}")
+        # an earlier distill did not say what it ran on
+        added |= {key: self.facts[key] for key in HARDWARE if key in self.facts}
         changes = differences({**added, **facts}, self.facts)
         what = "not what the run was begun with: " + "; ".join(changes[:8])
         if changes and not allow_inexact:

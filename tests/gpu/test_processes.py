@@ -10,10 +10,12 @@ import torch
 import transformers
 from accelerate.state import AcceleratorState, GradientState
 
+from distill import launch
 from distill.config.yaml_file import load_config
 from distill.errors import DistillError, Exit
 from distill.models import loading
 from distill.models.arithmetic import MICRO_BATCH_TOKENS
+from distill.pipeline import STAGES
 from distill.storage import environment
 from distill.training import processes, train
 from distill.training.batches import micro_batches, plan_steps, share
@@ -94,6 +96,8 @@ def test_more_processes_than_gpus_are_refused_before_anything_is_loaded(
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(DistillError, match=r"8 were started here, for 2 GPUs.*num_processes 2"):
         processes.start("none", None, tmp_path)
+    with pytest.raises(DistillError, match="8 were started here"):
+        launch.generate(make_run(tmp_path), STAGES[2], set())
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert loading.device() == torch.device("cuda", 1)
 

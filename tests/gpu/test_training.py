@@ -23,7 +23,7 @@ from distill.errors import DistillError, Exit
 from distill.models.arithmetic import Towards, loss_bytes
 from distill.pipeline import STAGES
 from distill.storage.run_folder import differences
-from distill.training import adapters, attention, prepare, train
+from distill.training import adapters, attention, checkpoint, prepare, train
 from distill.training.divergences import Live, soft_loss
 from distill.training.losses import cross_entropy
 from distill.training.soft_labels import capture
@@ -195,7 +195,7 @@ def test_another_gpu_or_cuda_is_another_training(
         monkeypatch.setattr(torch.version, "cuda", cuda)
         return prepare.pinned_facts(run.config, tokenizer, "torch.bfloat16", [], [])[0]
 
-    assert "gpu" not in facts("A100", "12.8") and "cuda" not in facts("A100", "12.8")
+    assert not {"gpu", "cuda"} & facts("A100", "12.8").keys()
     monkeypatch.setattr(prepare.loading, "device", lambda: torch.device("cuda"))
     former = facts("NVIDIA A100-SXM4-80GB", "12.8")
     assert former["gpu"] == "NVIDIA A100-SXM4-80GB" and not differences(former, former)
@@ -203,6 +203,33 @@ def test_another_gpu_or_cuda_is_another_training(
         "gpu was NVIDIA A100-SXM4-80GB, is NVIDIA L4"
     ]
     assert differences(former, facts("NVIDIA A100-SXM4-80GB", "13.0")) == ["cuda was 12.8, is 13.0"]
+
+
+def test_another_cpu_or_count_of_threads_stops_a_run_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path, save_steps=1)
+    with killed_at(4):
+        train.main(run)
+    monkeypatch.setattr(prepare, "processor", lambda: "another CPU")
+    with pytest.raises(DistillError, match=r"processor was .*, is another CPU") as error:
+        train.main(run)
+    assert error.value.code == Exit.TRAINING
+    monkeypatch.setattr(
+        checkpoint, "read", lambda folder, real=checkpoint.read: earlier(real(folder))
+    )
+    train.main(run)
+    assert not training(run)["notes"], "a checkpoint of an earlier distill says nothing of it"
+
+
+def earlier(saved: Any) -> Any:
+    """Return a checkpoint that does not say what it ran on."""
+    facts = {
+        key: value
+        for key, value in saved.facts["run"].items()
+        if key not in ("processor", "threads")
+    }
+    return dataclasses.replace(saved, facts={**saved.facts, "run": facts})
 
 
 # What a GPU is given, on `meta`

@@ -59,14 +59,14 @@ BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # how a vocabulary of pieces writes 
 UNKNOWN = "\ufffd"  # what stands for part of a character
 
 
-class Entry(TypedDict):
+class ListedToken(TypedDict):
     """What a server says of a token that it lists."""
 
     logprob: Annotated[float, Field(le=SLACK, allow_inf_nan=False)]
     decoded_token: NotRequired[object]
 
 
-Listed = dict[Annotated[int, Field(ge=0, lt=1 << 24)], Entry]  # at one position, by ids
+Listed = dict[Annotated[int, Field(ge=0, lt=1 << 24)], ListedToken]  # at one position, by ids
 LISTS = TypeAdapter(list[Listed | None])
 
 
