@@ -301,7 +301,7 @@ def continuous_attention(model: PreTrainedModel) -> Iterator[bool]:
     linear layers are packed too. Raises DistillError (exit 7) where the model's type is too narrow
     for it: float16 ends at 65,504.
     """
-    usual = model.config._attn_implementation
+    usual = model.config._attn_implementation or "eager"
     prompts = [[(7 * n + shift) % 97 for n in range(9 + 3 * shift)] for shift in (1, 2)]
     with torch.inference_mode():  # logits [2, V] that end each prompt, and it with one id more
         longer = [torch.tensor([[*ids, ids[0]]], device=model.device) for ids in prompts]
@@ -318,7 +318,7 @@ def continuous_attention(model: PreTrainedModel) -> Iterator[bool]:
             _switch(model, usual)
 
 
-def _switch(model: PreTrainedModel, name: str | None) -> bool:
+def _switch(model: PreTrainedModel, name: str) -> bool:
     """Set the model's attention function, and return whether it took it."""
     try:
         model.set_attn_implementation(name)
