@@ -27,7 +27,9 @@ MICRO_BATCH_TOKENS = 2560  # of a pass of training at least: a step of the defau
 LEAST = 512  # tokens of a micro-batch that is chosen by memory
 USABLE = 0.9  # of a GPU's memory, for what is chosen by it
 NF4 = 0.52  # bytes of a weight in 4 bits, with its constants (QLoRA, arXiv 2305.14314)
-BLOCK, SAVED_KEYS = 128, 512  # of attention on a CPU, see `training.attention`
+# Of attention on a CPU: queries at a time, for what lies above the diagonal is skipped block by
+# block; blocks with up to so many keys save their probabilities, others recompute them
+BLOCK, SAVED_KEYS = 128, 512
 # Modules with one input, which are one product on a CPU, see `training.fused_layers`
 JOINED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 # Bytes of logits, in the model's type, that exist at a time: the head is read twice a block, which
@@ -171,7 +173,9 @@ def reading_bytes(model: "Shape", width: int, kind: str) -> Parts:
     """Return the parts of reading texts: the capture, and the losses of an evaluation."""
     parts = {"weights": weight_bytes(model, width)}
     parts["activations"] = READ_TOKENS * layer_bytes(model, width)
-    return _with_context(parts | {"loss": loss_bytes(model.vocab, width, kind)}, kind)
+    # a block of logits, its log-probabilities in float32, and what is sorted of them
+    rows = min(READ_TOKENS, capture_rows(model.vocab, kind))
+    return _with_context(parts | {"logits": float(rows * model.vocab * (width + 8))}, kind)
 
 
 def merging_bytes(model: "Shape", width: int, adapter: int) -> Parts:

@@ -22,13 +22,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from distill.errors import first_line
+from distill.models.arithmetic import BLOCK, SAVED_KEYS
 from distill.models.devices import raise_device_error, send
 from distill.training.batches import Segment
 
 NAME = "packed"
-BLOCK = 128  # queries at a time: what lies above the diagonal is skipped block by block
 OTHER_KINDS = ("sliding_window", "softcap", "s_aux", "position_bias")
-SAVED_KEYS = 512  # blocks with up to so many keys save their probabilities, others recompute them
 
 
 def blocks(segment: Segment) -> Iterator[tuple[int, int, int]]:

@@ -16,18 +16,26 @@ from distill.models.arithmetic import (
     LIMITS,
     LoraTraining,
     adapter_parameters,
+    answering_bytes,
     cache_bytes,
     fitting_rows,
+    reading_bytes,
 )
 from distill.models.gpus import Gpu, gpus
+from distill.models.loading import load_model
 from distill.models.registry import Shape, shape_from_config, table
 from distill.planning import plan as planning
 from distill.planning.estimate import RunEstimate, StageMemory
 from distill.planning.machine import Machine
 from distill.planning.plan import announce
 from distill.planning.work import Work, count_work
+from distill.records import Example, Message
+from distill.responders.local.local_model import LocalResponder
+from distill.responders.responder import Raw, Request, Sampling
 from distill.storage.files import write_records
 from distill.training import train
+from distill.training.soft_labels.capture import nucleus, read_head
+from distill.training.student import make_student
 from tests.planning.test_work import ROOT, shipped
 from tests.planning.test_work import texts as texts  # a fixture
 from tests.support.tiny import make_tiny
@@ -38,24 +46,34 @@ OVERRIDES = ("teacher.kind=recorded", "teacher.model=somebody", "prompts.tasks=[
 OVERRIDES += ("train.lora.r=16", "corpus.near_duplicate_threshold=null")
 
 
-def peak_of(work: Callable[[], object]) -> float:
-    """Return the bytes of tensors that are alive on the CPU at the peak of some work."""
+def alive() -> dict[int, int]:
+    """Return the bytes of the tensors that are alive on the CPU, by where they lie."""
     gc.collect()
-    alive = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for tensor in gc.get_objects()
-        if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu"
-    }
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        work()
-    events: Any = profile.profiler.kineto_results.events()  # pyright: ignore
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    now = most = float(sum(alive.values()))
-    for _, change in changes:
-        most = max(most, now := now + change)
-    return most
+    tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
+    storages = [t.untyped_storage() for t in tensors if t.device.type == "cpu"]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+PeakOf = Callable[[Callable[[], object]], float]
+
+
+@pytest.fixture
+def peak_of() -> PeakOf:
+    """Return what measures the bytes of this test's tensors at the peak of some work."""
+    others = alive().keys()
+
+    def measure(work: Callable[[], object]) -> float:
+        now = most = float(sum(size for place, size in alive().items() if place not in others))
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            work()
+        events: Any = profile.profiler.kineto_results.events()  # pyright: ignore
+        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+        for _, change in changes:
+            most = max(most, now := now + change)
+        return most
+
+    return measure
 
 
 @pytest.mark.parametrize(
@@ -63,7 +81,11 @@ def peak_of(work: Callable[[], object]) -> float:
     [("llama", {}), ("qwen2", {}), ("llama", {"gradient_checkpointing": True})],
 )
 def test_the_peak_of_a_training_here_is_the_predicted_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, changes: dict[str, Any]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    peak_of: PeakOf,
+    family: str,
+    changes: dict[str, Any],
 ) -> None:
     folder = make_tiny(tmp_path / "model", family, hidden=64, layers=4)
     settings = {"tokens_per_step": 4096, "micro_batch_tokens": 2048, "max_steps": 2, **changes}
@@ -257,3 +279,42 @@ def test_what_cannot_fit_stops_before_anything_is_bought(
     said = capsys.readouterr().err
     assert "run: memory: DOES NOT FIT: generate" in said and "held by python (pid 7)" in said
     assert not (tmp_path / "folder").exists(), "something was made"
+
+
+def test_the_peak_of_answering_here_is_the_predicted_one(tmp_path: Path, peak_of: PeakOf) -> None:
+    folder = make_tiny(tmp_path / "m", hidden=64, layers=4)
+    teacher = LocalResponder.load(str(folder), "float32", max_batch_size=32)
+    turns = [(Message(role="user", content=f"{n:03} " + "ab" * 100),) for n in range(48)]
+    sampling = Sampling(max_new_tokens=100)
+    requests = [Request.make(teacher.origin, f"p{n}", t, sampling) for n, t in enumerate(turns)]
+    assert teacher.network
+    answers: list[Raw] = []
+    peak = peak_of(lambda: answers.extend(teacher.ask(requests)))
+    shape = shape_from_config(json.loads((folder / "config.json").read_text()))
+    tokens = answers[0].usage.input_tokens + 100
+    predicted = answering_bytes(shape, 4, "cpu", 32, tokens)
+    assert sum(predicted.values()) == pytest.approx(peak, rel=0.15), predicted
+
+
+def test_the_peak_of_a_capture_here_is_the_predicted_one(tmp_path: Path, peak_of: PeakOf) -> None:
+    folder = make_tiny(tmp_path / "m", hidden=64, layers=4)
+    network = load_model(str(folder), "float32")
+    student, _ = make_student(network)
+    examples = [
+        Example(
+            id=str(n),
+            response_id="r",
+            input_ids=tuple((n + 3 * i) % 250 + 3 for i in range(256)),
+            weights=(0.0, *(1.0,) * 255),
+        )
+        for n in range(8)
+    ]
+
+    @torch.inference_mode()
+    def read() -> None:
+        for _, logs_SV in read_head(student, student.batch(examples), 260):
+            nucleus(logs_SV, 0.999, 64)
+
+    shape = shape_from_config(json.loads((folder / "config.json").read_text()))
+    predicted = reading_bytes(shape, 4, "cpu")
+    assert sum(predicted.values()) == pytest.approx(peak_of(read), rel=0.15), predicted

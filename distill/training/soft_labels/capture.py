@@ -22,6 +22,7 @@ from distill.config.learning import Signals
 from distill.config.teachers import EndpointTeacher
 from distill.errors import DistillError, Exit
 from distill.models import loading
+from distill.models.arithmetic import READ_TOKENS as PASS_TOKENS
 from distill.models.arithmetic import capture_rows
 from distill.models.devices import kind
 from distill.storage.files import disk_errors, folder_lock, read_json, write_json
@@ -47,8 +48,6 @@ from distill.training.soft_labels.labels import (
     teacher_view,
 )
 from distill.training.student import Batch, StudentModel
-
-PASS_TOKENS = 2048  # of one forward pass of the teacher, on a GPU where they fit
 
 
 def main(run: Run) -> None:
