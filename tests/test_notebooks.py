@@ -71,7 +71,7 @@ def test_the_cells_run_and_go_on_after_the_machine_was_taken_away(
     done = subprocess.run(notebook, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "generate: done before, reused" in done.stderr
-    assert "# quickstart: scorecard" in done.stdout and "<iframe srcdoc=" in done.stdout
+    assert "# quickstart: scorecard" in done.stdout and "<div><iframe srcdoc=" in done.stdout
     ledger = (tmp_path / "runs/quickstart/ledger.jsonl").read_text()
     assert '"note":"killed"' in ledger
 

@@ -85,3 +85,4 @@ def tracking(title: str, total: int, unit: str = "items") -> Iterator[Tracker]:
     )
     with _Bar(*columns, console=console) as bar:
         yield Tracker(title, total, unit, bar)
+        bar.refresh()  # in a notebook rich leaves the bar as it was last drawn
