@@ -289,21 +289,21 @@ def timed(work: Callable[[], object]) -> float:
 def time_loss(side: Callable[[Problem], Pass], heads: Heads, repeats: int) -> dict[str, Any] | None:
     """Return a side's loss, times and memory; None where the GPU's memory is not enough."""
     try:
-        with torch.device(device()):
+        with torch.device(device()):  # which the loss itself must not have as its default
             problem = make(heads, half=False)
             run = side(problem)
 
-            def both() -> torch.Tensor:
-                problem.hidden_SD.grad = None
-                loss = run()
-                loss.backward()
-                return loss.detach()
+        def both() -> torch.Tensor:
+            problem.hidden_SD.grad = None
+            loss = run()
+            loss.backward()
+            return loss.detach()
 
-            value = [both() for _ in range(WARM)][-1].item()
-            before = start_memory()
-            both()
-            extra = peak_memory(before)
-            return {"loss": value, "bytes": extra, "seconds": [timed(both) for _ in range(repeats)]}
+        value = [both() for _ in range(WARM)][-1].item()
+        before = start_memory()
+        both()
+        extra = peak_memory(before)
+        return {"loss": value, "bytes": extra, "seconds": [timed(both) for _ in range(repeats)]}
     except torch.OutOfMemoryError:
         return None
 

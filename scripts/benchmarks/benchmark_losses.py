@@ -78,7 +78,7 @@ def lists(problem: Problem) -> SoftTargets:
     count, stride = int(problem.counts_S.sum()), len(problem.head_VD) // LISTED
     ids = torch.arange(LISTED) * stride + torch.randint(stride, (count, LISTED))
     logs = torch.log_softmax(torch.randn(count, LISTED + 1) * SPREAD, -1)
-    offsets = torch.arange(count + 1) * LISTED
+    offsets = torch.arange(count + 1, device="cpu") * LISTED
     return SoftTargets(ids.flatten(), logs[:, 1:].flatten(), offsets, logs[:, 0].exp())
 
 
@@ -91,7 +91,9 @@ def plain(problem: Problem) -> Pass:
 
     def run() -> Tensor:
         states, targets = problem.hidden_SD[counts], problem.targets_S[counts]
-        total, count = cross_entropy(states, problem.head_VD, targets, torch.ones(len(targets)))
+        total, count = cross_entropy(
+            states, problem.head_VD, targets, torch.ones_like(targets, dtype=torch.float32)
+        )
         return total / count
 
     return run
@@ -105,7 +107,7 @@ def ours(problem: Problem, live: bool, mix: dict[str, float]) -> Pass:
     def run() -> Tensor:
         states, targets = problem.hidden_SD[counts], problem.targets_S[counts]
         against = soft or Live(problem.teacher_SE[counts], problem.teacher_VE, len(problem.head_VD))
-        ones = torch.ones(len(targets))
+        ones = torch.ones_like(targets, dtype=torch.float32)
         total, count, _ = soft_loss(states, problem.head_VD, targets, ones, against, mix)
         return total / count
 
