@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from distill.errors import DistillError, Exit
@@ -17,6 +17,7 @@ from distill.responders.local import local_model
 from distill.responders.local.local_model import LocalResponder
 from tests.support.gpu import Gpu, patch_gpu
 from tests.support.tiny import make_tiny
+from tests.support.training import adapted
 
 T4, V100, RTX_2080 = (
     Gpu("Tesla T4", (7, 5)),
@@ -57,19 +58,6 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return calls
 
 
-def make_adapter(folder: Path, base: Path, dtype: str) -> Path:
-    """Save an adapter of every linear layer whose product counts."""
-    model: Any = loading.load_model(str(base), dtype)
-    wrapped: Any = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
-    torch.manual_seed(3)
-    for name, parameter in wrapped.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    wrapped.save_pretrained(folder)
-    record_base(folder, str(base))
-    return folder
-
-
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
 def test_merging_takes_the_bytes_of_the_base_once_and_no_gpu(
     stored: torch.dtype, loads: list[dict[str, Any]], tmp_path: Path
@@ -78,7 +66,9 @@ def test_merging_takes_the_bytes_of_the_base_once_and_no_gpu(
     base = make_tiny(tmp_path / "base", "qwen2", tied=False)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=stored)
     model.save_pretrained(base)
-    adapter = make_adapter(tmp_path / "adapter", base, "float32")
+    adapter = tmp_path / "adapter"
+    adapted(base).save_pretrained(adapter)
+    record_base(adapter, str(base))
     loads.clear()
     merged = LocalResponder.load(str(base), "bfloat16", adapter=adapter).network
     (options,) = loads

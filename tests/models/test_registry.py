@@ -84,25 +84,21 @@ def test_hub_ids():
     assert registry.hub_id("a/b") == "a/b" and registry.hub_id("./a") is None
 
 
+HOSTILE = ("../x", "a/b/c", "x\0", "a" * 300, "", "./../x", "/a/../b", "~/x", "C:\\x")
+
+
 @pytest.mark.parametrize(
-    "name", ["../x", "a/b/c", "x\0", "a" * 300, "", "./../x", "/a/../b", "~/x", "C:\\x"]
+    ("reference", "revision", "words"),
+    [
+        *((reference, None, "is not a reference") for reference in HOSTILE),
+        ("smollm-135m-instruct", None, "did you mean smollm2-135m-instruct"),
+        ("smollm2-135m-instruct", "f" * 40, "HuggingFaceTB/"),  # a named model is one file
+        ("./nowhere", None, "config.json is missing"),
+    ],
 )
-def test_a_hostile_reference_is_refused(name):
-    assert refused(registry.fetch, name).code == Exit.CONFIG
-
-
-def test_a_near_miss_is_named():
-    error = refused(registry.fetch, "smollm-135m-instruct")
-    assert error.code == Exit.CONFIG and "did you mean smollm2-135m-instruct" in error.fix
-
-
-def test_a_named_model_has_one_revision():
-    error = refused(registry.fetch, "smollm2-135m-instruct", "f" * 40)
-    assert error.code == Exit.CONFIG and "HuggingFaceTB/" in error.fix
-
-
-def test_a_folder_that_is_no_model(tmp_path):
-    assert "config.json is missing" in refused(registry.fetch, str(tmp_path)).what
+def test_a_reference_that_names_no_model_is_refused(reference, revision, words):
+    error = refused(registry.fetch, reference, revision)
+    assert error.code == Exit.CONFIG and words in str(error)
 
 
 def test_loading(tiny):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig
 from distill.errors import DistillError, Exit
 from distill.models.chat_template import encode_prompt
 from distill.models.loading import load_model
+from distill.models.registry import record_base
 from distill.records import Message
 from distill.responders.local import local_model
 from distill.responders.local.continuous_batching import (
@@ -30,6 +31,7 @@ from distill.responders.local.local_model import (
 from distill.responders.local.packed_linear import PackedLinear, packed
 from distill.responders.responder import Request, Sampling
 from tests.support.tiny import make_tiny, make_tokenizer
+from tests.support.training import adapted
 
 DATE = "2026-01-01"
 BEGINNING = (
@@ -305,16 +307,7 @@ def test_top_p_reaches_beyond_the_first_look(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_merged_adapter_answers_as_the_adapter_does(folder: Path, tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    from distill.models.registry import record_base
-
-    model: Any = get_peft_model(
-        load_model(str(folder), "float32"), LoraConfig(r=4, target_modules="all-linear")
-    )
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
+    model = adapted(folder)
     model.save_pretrained(tmp_path)
     record_base(tmp_path, str(folder))
     merged = LocalResponder.load(str(folder), "float32", adapter=tmp_path)
