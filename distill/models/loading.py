@@ -165,6 +165,10 @@ def _read(reference: str, folder: Path, trust: Trust, **options: Any) -> Any:
 
     quiet()
     check_files(folder, trust)
+    if device().type == "cuda":
+        from distill.models.grouped_attention import use_grouped_attention
+
+        use_grouped_attention()
     try:
         both: Any = AutoModelForCausalLM.from_pretrained(
             folder,

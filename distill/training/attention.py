@@ -24,6 +24,7 @@ from transformers import AttentionInterface
 from distill.errors import first_line
 from distill.models.arithmetic import BLOCK, SAVED_KEYS
 from distill.models.devices import raise_device_error, send
+from distill.models.grouped_attention import ungrouped
 from distill.training.batches import Segment
 
 NAME = "packed"
@@ -157,20 +158,12 @@ def _apart(
     query_NHd: Tensor, key_NKd: Tensor, value_NKd: Tensor,
     segments: tuple[Segment, ...], scale: float,
 ) -> Tensor:  # fmt: skip
-    """Return the attention of segments without ancestors, one after the other.
-
-    Of grouped heads only the flash kernel knows. Without it (float32, an old GPU) their keys and
-    values are repeated for the memory-efficient one: the last kernel would hold the square of the
-    length, for each head of each layer.
-    """
-    lengths, groups = [s.end - s.start for s in segments], query_NHd.shape[1] // key_NKd.shape[1]
-    cuda, outputs = torch.backends.cuda, []
+    """Return the attention of segments without ancestors, one after the other."""
+    lengths, outputs = [segment.end - segment.start for segment in segments], []
     for rows in zip(*(t.split(lengths) for t in (query_NHd, key_NKd, value_NKd)), strict=True):
         query, key, value = (t.transpose(0, 1)[None] for t in rows)
-        params = cuda.SDPAParams(query, key, value, None, 0.0, True, True)
-        grouped = groups > 1 and cuda.can_use_flash_attention(params)
-        if groups > 1 and not grouped:
-            key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
+        key, value = ungrouped(query, key, value)
+        grouped = key.shape[1] < query.shape[1]
         out = nn.functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scale, enable_gqa=grouped
         )

@@ -7,7 +7,10 @@ import pytest
 import torch
 import torch.nn.attention.varlen
 from torch.nn import functional
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from distill.models.grouped_attention import use_grouped_attention
 from distill.training import attention
 from distill.training.batches import Segment
 from distill.training.student import attention_notes
@@ -41,6 +44,33 @@ def test_grouped_keys_are_repeated_where_flash_cannot_run(
     calls.clear()
     attended(4, 4, SEGMENTS)
     assert calls == [([4, 4], False)] * 2
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_transformers_attention_repeats_them_too(
+    masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of rows without padding it asks for grouped heads in every type, which is the math kernel."""
+    make = torch.Generator().manual_seed(0)
+    shapes = ((1, 4, 9, 8), (1, 2, 9, 8), (1, 2, 9, 8))
+    query, key, value = (torch.randn(shape, generator=make) for shape in shapes)
+    mask = torch.ones(9, 9).tril().bool()[None, None] if masked else None
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    inputs = (module, query, key, value, mask)
+    expected, usual = sdpa_attention_forward(*inputs)[0], AttentionInterface._global_mapping["sdpa"]
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", usual)
+    use_grouped_attention()
+    attend, heads = functional.scaled_dot_product_attention, list[int]()
+
+    def spied(query: Any, key: Any, *rest: Any, **settings: Any) -> Any:
+        heads.append(key.shape[1])
+        assert not settings.get("enable_gqa")
+        return attend(query, key, *rest, **settings)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", spied)
+    out = AttentionInterface()["sdpa"](*inputs)[0]
+    torch.testing.assert_close(out, expected)
+    assert heads == [4]
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from transformers import AttentionInterface
 
 
 class Gpu(NamedTuple):
@@ -36,3 +37,5 @@ def patch_gpu(monkeypatch: pytest.MonkeyPatch, gpu: Gpu | None = None) -> None:
     for name, value in values.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")  # which then is not set for the process
+    functions = AttentionInterface._global_mapping
+    monkeypatch.setitem(functions, "sdpa", functions["sdpa"])  # put back after the test
