@@ -39,7 +39,7 @@ BLOCK_BYTES = {"cpu": 64 * MIB, "cuda": 256 * MIB}
 STRIP_BYTES = {"cpu": 4 * MIB, "cuda": 64 * MIB}
 CAPTURE_BYTES = {"cpu": 32 * MIB, "cuda": 512 * MIB}  # of a capture's float32 logits
 # Tensors of a strip's size that a loss has at its peak
-STRIPS = {"tokens": 3, "cached": 5, "live": 9}
+STRIPS = {"tokens": 3, "cached": 3, "live": 10}
 
 
 class Limits(NamedTuple):

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 
-from distill.config.learning import Loss, Signals
+from distill.config.learning import SOFT, Loss, Signals
 from distill.errors import DistillError, Exit
 from distill.models.arithmetic import Towards, loss_bytes
 from distill.pipeline import STAGES
@@ -277,8 +277,10 @@ def cached_labels(tokens: int, settings: Loss, answers: int = 1) -> CachedLabels
 
 
 @pytest.mark.parametrize("towards", ["tokens", "cached", "live"])
-@pytest.mark.parametrize("part", ["forward_kl", "jsd", "skew_kl"])
-def test_a_loss_waits_for_no_gpu_and_takes_what_is_planned(towards: Towards, part: str) -> None:
+@pytest.mark.parametrize("parts", [("forward_kl",), SOFT], ids="+".join)
+def test_a_loss_waits_for_no_gpu_and_takes_what_is_planned(
+    towards: Towards, parts: tuple[str, ...]
+) -> None:
     """At the vocabulary of Qwen2.5, whose logits in one piece would take 1.2 GB in float32."""
     positions = 2048
     hidden, targets = on_meta(positions, HIDDEN).requires_grad_(), on_meta(positions).long()
@@ -287,13 +289,13 @@ def test_a_loss_waits_for_no_gpu_and_takes_what_is_planned(towards: Towards, par
     if towards == "live":
         soft = Live(on_meta(positions, WIDER), on_meta(VOCABULARY, WIDER), VOCABULARY)
     with Alive() as alive:
-        mix = {"ce": 0.5, part: 0.5}
+        mix = dict.fromkeys(("ce", *parts), 0.2)
         total = (
             cross_entropy(*inputs)[0] if towards == "tokens" else soft_loss(*inputs, soft, mix)[0]
         )
         total.backward()
     planned = loss_bytes(VOCABULARY, 2, "cuda", towards)
-    assert 0.5 * planned < alive.peak <= planned < 1.3e9
+    assert 0.7 * planned < alive.peak <= planned < 1.3e9
 
 
 @pytest.fixture

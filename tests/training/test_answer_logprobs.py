@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from distill.cli import main
-from distill.config.tree import Config
 from distill.config.yaml_file import load_config
 from distill.errors import DistillError, Exit
 from distill.models.chat_template import encode_prompt
@@ -22,7 +21,7 @@ from distill.pipeline import STAGES
 from distill.records import Candidate, Document, Message, Pair, Prompt, Response, TokenLogprob
 from distill.storage.files import read_records, write_json, write_records
 from distill.storage.run_folder import Run
-from distill.training.soft_labels import capture, labels, server_logprobs
+from distill.training.soft_labels import server_logprobs
 from distill.training.soft_labels.cache import Signal
 from tests.planning.test_plan import ROOT, shown
 from tests.support.fake_teacher import FakeTeacher, Reply
@@ -187,22 +186,6 @@ def test_where_the_end_is_not_listed_it_has_its_label_and_the_command_says_so(tm
     assert f"12 of {tokens} tokens have no list" in capsys.readouterr().err
 
 
-def test_they_are_trained_on_as_any_others_and_another_teacher_is_told(tmp_path):
-    make_soft_run(tmp_path)
-    with FakeTeacher(Writer(tmp_path / "teacher")) as server:
-        run = make_answered(tmp_path, server)
-        generated(run)
-        stage(run, "signals")
-        examples = capture.student_view(run)
-        soft = labels.load_labels(run, examples, len(make_tokenizer()))
-        assert torch.isfinite(
-            soft.targets([e.response_id for e in examples], "cpu").logprobs_M
-        ).all()
-        read = make_soft_run(tmp_path, "far", teacher=run.config.teacher.model_dump(mode="json"))
-        with pytest.raises(DistillError, match="another teacher or setting"):
-            labels.load_labels(read, examples, len(make_tokenizer()))
-
-
 def test_a_server_that_lists_nothing_is_found_for_the_price_of_a_short_question(tmp_path, capsys):
     make_soft_run(tmp_path)
     with FakeTeacher() as server:
@@ -290,31 +273,6 @@ def test_an_answer_cut_into_other_tokens_keeps_the_lists_of_those_it_shares():
     assert sorted(server_logprobs.align(spelling, [*thinking, *written], ids)) == list(
         range(len(ids))
     )
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"teacher": {"extra_body": {}}}, r"extra_body: \{logprobs: true"),
-        ({"teacher": {"kind": "local", "base_url": None, "extra_body": {}}}, "kind: endpoint"),
-        ({"signals": {"model": "some/model"}}, "or from_answers is true"),
-        ({"signals": {"temperatures": [2.0]}}, "temperature 1 only"),
-        ({"on_policy": {"rounds": 1}}, "needs a local teacher"),
-    ],
-)
-def test_what_answers_cannot_bring_is_said_with_the_config(changes, message):
-    far_ = {"kind": "endpoint", "model": "m", "base_url": "https://example.org/v1"}
-    tree = {
-        "name": "x",
-        "corpus": {"source": "python-docs"},
-        "student": {"model": "some/student"},
-        "train": {"loss": {"ce": 0.5, "forward_kl": 0.5}},
-        **changes,
-        "teacher": {**far_, "extra_body": LISTED, **changes.get("teacher", {})},
-        "signals": {"from_answers": True, **changes.get("signals", {})},
-    }
-    with pytest.raises(ValueError, match=message):
-        Config.model_validate(tree)
 
 
 def test_the_plan_asks_no_server_to_read(tmp_path):

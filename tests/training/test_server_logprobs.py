@@ -294,29 +294,41 @@ def test_the_teacher_that_answers_at_an_address_is_the_one_that_reads(tmp_path, 
     assert {payload["prompt_logprobs"] for payload in server.payloads} == {64}
 
 
+FAR = {"kind": "endpoint", "model": "m", "base_url": "https://example.org/v1"}
+LISTS = {**FAR, "extra_body": {"logprobs": True, "top_logprobs": 20}}
+READ_AGAIN = {"teacher": {"model": "some/teacher"}, "signals": {"endpoint": FAR}}
+FROM_ANSWERS = {"teacher": LISTS, "signals": {"from_answers": True}}
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("way", "changes", "message"),
     [
-        ({"signals": {"temperatures": [2.0]}}, "temperature 1 only"),
-        ({"train": {"loss": {**SOFT, "temperature": 2.0}}}, "temperature 1 only"),
-        ({"signals": {"method": "sampled"}}, "no endpoint gives"),
-        ({"train": {"loss": {**SOFT, "teacher": "live"}}}, "needs a local teacher"),
-        ({"on_policy": {"rounds": 1}}, "needs a local teacher"),
-        ({"signals": {"model": "some/model"}}, "either model"),
-        ({"signals": {"endpoint": {"kind": "local", "model": "m"}}}, r"signals\.endpoint\.kind"),
+        (READ_AGAIN, {"signals": {"temperatures": [2.0]}}, "temperature 1 only"),
+        (READ_AGAIN, {"train": {"loss": {**SOFT, "temperature": 2.0}}}, "temperature 1 only"),
+        (READ_AGAIN, {"signals": {"method": "sampled"}}, "no endpoint gives"),
+        (READ_AGAIN, {"train": {"loss": {**SOFT, "teacher": "live"}}}, "needs a local teacher"),
+        (READ_AGAIN, {"on_policy": {"rounds": 1}}, "needs a local teacher"),
+        (READ_AGAIN, {"signals": {"model": "some/model"}}, "either model"),
+        (READ_AGAIN, {"signals": {"endpoint": {"kind": "local", "model": "m"}}}, r"endpoint\.kind"),
+        (FROM_ANSWERS, {"teacher": {"extra_body": {}}}, r"extra_body: \{logprobs: true"),
+        (
+            *(FROM_ANSWERS, {"teacher": {"kind": "local", "base_url": None, "extra_body": {}}}),
+            "kind: endpoint",
+        ),
+        (FROM_ANSWERS, {"signals": {"model": "some/model"}}, "or from_answers is true"),
+        (FROM_ANSWERS, {"signals": {"temperatures": [2.0]}}, "temperature 1 only"),
+        (FROM_ANSWERS, {"on_policy": {"rounds": 1}}, "needs a local teacher"),
     ],
 )
-def test_what_no_server_can_do_is_said_with_the_config(changes, message):
-    far = {"kind": "endpoint", "model": "m", "base_url": "https://example.org/v1"}
+def test_what_no_server_can_do_is_said_with_the_config(way, changes, message):
     tree = {
         "name": "x",
         "corpus": {"source": "python-docs"},
-        "teacher": {"model": "some/teacher"},
         "student": {"model": "some/student"},
         "train": {"loss": SOFT},
         **changes,
+        **{part: {**way[part], **changes.get(part, {})} for part in way},
     }
-    tree["signals"] = {"endpoint": far, **changes.get("signals", {})}
     with pytest.raises(ValueError, match=message):
         Config.model_validate(tree)
 
