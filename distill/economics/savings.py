@@ -77,16 +77,13 @@ def economics(
     if tests and not when_served:
         rows["try_then_escalate"] = priced.row("try_then_escalate", unknown(NEEDS_ANSWER))
     dollars, student_dollars = (None, None) if priced.why else priced.means
-    discount = assumed.teacher.batch_discount
-    batch = None if dollars is None or discount is None else dollars * (1 - discount)
     facts = {"price": assumed.teacher.described(), "hosted": assumed.teacher.hosted}
-    amounts = {"dollars_per_1k": dollars, "batch_dollars_per_1k": batch}
     missing = {"distillation_dollars": assumed.why_no_distillation}
     return Economics(
         requests=len(covered),
         of=len(requests),
         documents=len({request.cluster for request in covered}),
-        teacher=compared_with.model_copy(update={**amounts, **facts}),
+        teacher=compared_with.model_copy(update={"dollars_per_1k": dollars, **facts}),
         student=StudentPrice(
             dollars_per_1k=student_dollars,
             price=assumed.student.described(),

@@ -163,7 +163,6 @@ class TeacherPrice(CardRecord):
     hypothetical: bool = False
     answers_dollars: Decimal | None = None
     dollars_per_1k: Decimal | None = None
-    batch_dollars_per_1k: Decimal | None = None
     price: str | None = None
     hosted: bool = False
 
