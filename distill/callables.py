@@ -33,12 +33,12 @@ def provided(
     responders: Mapping[str, Callable[..., Any]],
 ) -> Iterator[None]:
     """Make functions known under their names, for as long as a run takes."""
-    named = {getattr(f, "__name__", type(f).__name__): f for f in filters}
-    if "<lambda>" in named or len(named) < len(filters):
+    by_name = {getattr(f, "__name__", type(f).__name__): f for f in filters}
+    if "<lambda>" in by_name or len(by_name) < len(filters):
         what, fix = "two have the same name, or one has none", "define each with def, by a name"
         raise DistillError(Exit.CONFIG, "distill.run: filters", what, fix)
     before = dict(PROVIDED)
-    PROVIDED.update({"checker": dict(checkers), "filter": named, "responder": dict(responders)})
+    PROVIDED.update({"checker": dict(checkers), "filter": by_name, "responder": dict(responders)})
     try:
         yield
     finally:
@@ -48,8 +48,8 @@ def provided(
 def find(kind: FunctionKind, name: str) -> Callable[..., Any]:
     """Return a function; raises DistillError (exit 2) where this process was not given it."""
     if name not in PROVIDED[kind]:
-        given = f"[{name}]" if kind == "filter" else f'{{"{name}": ...}}'
-        fix = f"run it from Python: distill.run(..., {kind}s={given})"
+        example = f"[{name}]" if kind == "filter" else f'{{"{name}": ...}}'
+        fix = f"run it from Python: distill.run(..., {kind}s={example})"
         raise DistillError(Exit.CONFIG, f"{kind} {name}", "is not known to this process", fix)
     return PROVIDED[kind][name]
 

@@ -97,12 +97,14 @@ def require_models(config: Config, left: Collection[str]) -> None:
     if loads and (line := unused_gpu()):
         say(f"device: the CPU; {line}")
     loading.check_model(student.model, student.trust)
-    asked: list[Teacher] = [config.teacher] if {"generate", "evaluate"}.intersection(left) else []
+    responders: list[Teacher] = (
+        [config.teacher] if {"generate", "evaluate"}.intersection(left) else []
+    )
     if config.distributions and {"signals", "train", "refine"}.intersection(left):
-        asked.append(config.soft_teacher())
+        responders.append(config.soft_teacher())
     if judge and "evaluate" in left:
-        asked.append(judge)
-    for name in sorted({teacher.model for teacher in asked if teacher.runs_here}):
+        responders.append(judge)
+    for name in sorted({teacher.model for teacher in responders if teacher.runs_here}):
         loading.check_model(name)
 
 

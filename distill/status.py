@@ -46,8 +46,8 @@ def read_status(run: Run, stages: Sequence[Stage]) -> Status:
         state, remark = "not needed", ""
         if stage.applies(run.config):
             try:
-                found, changes = run.state(stage)
-                state, remark = STATES[found], "; ".join(changes)
+                code, changes = run.state(stage)
+                state, remark = STATES[code], "; ".join(changes)
             except DistillError as error:  # an input is not there, which leaves it unknown
                 state, remark = "unknown", str(error)
         finished = read_json(run.marker(stage)).get("at", "") if state == "done" else ""
@@ -100,8 +100,8 @@ def show(status: Status) -> Group:
     lines: list[str] = []
     if status.doubts:
         most = [doubt.most for doubt in status.doubts if doubt.most is not None]
-        known = len(most) == len(status.doubts)
-        total = f"at most ${sum(most, Decimal(0)):.4f}" if known else "cost unknown"
+        complete = len(most) == len(status.doubts)
+        total = f"at most ${sum(most, Decimal(0)):.4f}" if complete else "cost unknown"
         lines = [f"{len(status.doubts)} requests may have been billed, {total}:"]
         lines += [
             f"  {doubt.key}: {doubt.what}" + (f", at most ${doubt.most}" if doubt.most else "")

@@ -333,14 +333,14 @@ class Config(Section):
     def _distributions_can_be_had(self) -> "Config":
         if not self.distributions:
             return self
-        loss, own, rounds = self.train.loss, self.signals, self.on_policy.rounds
+        loss, signals, rounds = self.train.loss, self.signals, self.on_policy.rounds
         teacher, fix = self.soft_teacher(), "name a local model in signals.model"
         divergences = [*(loss.soft if self.captures else ())]
         divergences += [self.on_policy.divergence] if rounds else []
         biased = [name for name in divergences if name != "forward_kl"]
         if divergences and loss.temperature != 1:
             biased.append(f"temperature {loss.temperature:g}")
-        if own.method == "sampled" and biased:
+        if signals.method == "sampled" and biased:
             raise ValueError(
                 "signals.method sampled is right for ce and forward_kl at temperature 1 only, "
                 f"not for {biased[0]}"
@@ -349,12 +349,12 @@ class Config(Section):
             if not self.captures or rounds:
                 what = "on_policy has rounds" if rounds else "train.loss.teacher is live"
                 raise ValueError(f"{what}, which needs a local teacher: {fix}")
-            if own.temperatures or loss.temperature != 1:
+            if signals.temperatures or loss.temperature != 1:
                 raise ValueError(f"an endpoint tells distributions at temperature 1 only: {fix}")
-            if own.method == "sampled":
+            if signals.method == "sampled":
                 raise ValueError(f"no endpoint gives what signals.method sampled draws from: {fix}")
-        asked = self.teacher.extra_body if isinstance(self.teacher, EndpointTeacher) else {}
-        if own.from_answers and not asked.get("logprobs"):
+        fields = self.teacher.extra_body if isinstance(self.teacher, EndpointTeacher) else {}
+        if signals.from_answers and not fields.get("logprobs"):
             raise ValueError(
                 "signals.from_answers needs teacher.kind: endpoint and teacher.extra_body: "
                 "{logprobs: true, top_logprobs: 20}"
@@ -362,7 +362,7 @@ class Config(Section):
         if teacher.logprobs is None:
             what = "train.loss has soft parts" if loss.soft else "on_policy has rounds"
             raise ValueError(f"{what}, which a local teacher must read: name one in signals.model")
-        if divergences and loss.temperature not in (1.0, *own.temperatures):
+        if divergences and loss.temperature not in (1.0, *signals.temperatures):
             what = f"train.loss.temperature {loss.temperature:g} is not captured"
             raise ValueError(f"{what}: add it to signals.temperatures")
         return self
@@ -375,18 +375,18 @@ class Config(Section):
 
     def soft_teacher(self) -> Teacher:
         """Return whose distributions are captured: the teacher of `signals`, else `teacher`."""
-        own = self.signals
-        if own.model is None:
-            return own.endpoint or self.teacher
-        return LocalTeacher(model=own.model, revision=own.revision, dtype=own.dtype)
+        signals = self.signals
+        if signals.model is None:
+            return signals.endpoint or self.teacher
+        return LocalTeacher(model=signals.model, revision=signals.revision, dtype=signals.dtype)
 
     def reader(self) -> tuple[str, str | None]:
         """Return the model, of a server that of its tokenizer, and the revision loaded here."""
-        teacher, own, student = self.soft_teacher(), self.signals, self.student
+        teacher, signals, student = self.soft_teacher(), self.signals, self.student
         if teacher.runs_here:
             return teacher.model, teacher.revision
-        if own.tokenizer:
-            return own.tokenizer, own.revision
+        if signals.tokenizer:
+            return signals.tokenizer, signals.revision
         return student.model, student.revision
 
     def store_folder(self) -> Path:

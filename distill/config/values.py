@@ -81,13 +81,13 @@ def checked_url(value: str, allow_insecure: bool = False) -> str:
 def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     """Return a host as an IP address, also one written as a number or in octal; None for a name."""
     try:
-        found = ipaddress.ip_address(host)
+        address = ipaddress.ip_address(host)
     except ValueError:
         try:
             return ipaddress.IPv4Address(socket.inet_aton(host))
         except (OSError, UnicodeError):
             return None
-    return getattr(found, "ipv4_mapped", None) or found
+    return getattr(address, "ipv4_mapped", None) or address
 
 
 class Trust(NamedTuple):

@@ -261,8 +261,8 @@ def limits(field: FieldInfo) -> str:
 def secret_in(text: str, allowed: Collection[str] = ()) -> Secret | None:
     """Return the first secret in a text of the user's; the login of an address is one, whatever it
     is."""
-    if found := LOGIN.search(text):
-        return Secret("address-login", *found.span())
+    if login := LOGIN.search(text):
+        return Secret("address-login", *login.span())
     return next(find_secrets(text, allowed), None)
 
 
@@ -306,8 +306,8 @@ def apply_override(tree: dict[str, Any], override: str) -> Places:
     name, equals, text = override.partition("=")
     path = tuple(name.strip().split("."))
     if not equals or not all(path) or secret_in(name):
-        shown = "an override" if secret_in(override) else override
-        raise DistillError(Exit.CONFIG, shown, "is not KEY=VALUE", "write key.name=value")
+        place = "an override" if secret_in(override) else override
+        raise DistillError(Exit.CONFIG, place, "is not KEY=VALUE", "write key.name=value")
     value, _ = parse_with_places(text, f"override {name.strip()}")
     for part in reversed(path):
         value = {part: value}

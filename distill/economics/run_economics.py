@@ -29,12 +29,13 @@ NOT_MEASURED = "the student's difference to the teacher is not known: no task ha
 def ran_elsewhere(run: Run, machine: str | None) -> str:
     """Return why the price of a machine is not that of the run: another device was measured."""
     priced = next((row for row in gpus() if row.machine == machine), None)
-    made = run.made_with("evaluate").get("environment", {})
-    name, memory = made.get("gpu"), made.get("gpu_memory", 0)
+    facts = run.made_with("evaluate").get("environment", {})
+    name, memory = facts.get("gpu"), facts.get("gpu_memory", 0)
     of_cpu = bool(name) and (machine or "").startswith("cpu")
-    if not made or not (priced or of_cpu) or (priced and name and find_gpu(name, memory) == priced):
+    same = priced and name and find_gpu(name, memory) == priced
+    if not facts or not (priced or of_cpu) or same:
         return ""
-    ran, what = name or made.get("processor") or "a CPU", priced.match if priced else "a CPU"
+    ran, what = name or facts.get("processor") or "a CPU", priced.match if priced else "a CPU"
     return f"evaluation.machine is {machine} ({what}), and this was measured on {ran}"
 
 
@@ -44,7 +45,7 @@ def trained_elsewhere(run: Run) -> str:
     for stage in (*local, "signals", "train", "refine"):
         there, here = (run.made_with(s).get("environment") for s in (stage, "evaluate"))
         if there and here and there.get("gpu") != here.get("gpu"):
-            gpus = [made.get("gpu") or "a CPU" for made in (there, here)]
+            gpus = [facts.get("gpu") or "a CPU" for facts in (there, here)]
             return f"the stage {stage} ran on {gpus[0]}, and the price is of {gpus[1]}"
     return ""
 

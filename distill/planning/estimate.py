@@ -201,7 +201,6 @@ class RunEstimate:
         config, machine, settings = self.config, self.machine, self.config.train
         teacher, student, kind = config.teacher, self.student, machine.kind
         width, limit = machine.width(config.student.dtype), config.evaluation.max_new_tokens
-        own = machine.width(teacher.dtype) if isinstance(teacher, LocalTeacher) else 0
         room = machine.free or machine.memory
 
         def answering(model: Shape, width: int, tokens: float, rows: int | None) -> Parts:
@@ -211,10 +210,12 @@ class RunEstimate:
             most = min(fitting, max(1, int(self.work.all_prompts * teacher.n)))
             return answering_bytes(model, width, kind, rows or most, tokens)
 
+        sides = list[Parts]()  # of the evaluation: a teacher that is here is timed too
         if isinstance(teacher, LocalTeacher):
-            tokens = self.work.teacher.tokens + teacher.max_new_tokens
-            parts = answering(shape_of(teacher.model), own, tokens, teacher.max_batch_size)
-            yield StageMemory(stage="generate", parts=parts, room=room)
+            tokens, rows = self.work.teacher.tokens + teacher.max_new_tokens, teacher.max_batch_size
+            model = (shape_of(teacher.model), machine.width(teacher.dtype))
+            sides.append(answering(*model, tokens, rows))
+            yield StageMemory(stage="generate", parts=sides[0], room=room)
         reader = config.soft_teacher() if config.distributions else None
         read, live = Parts(), 0.0
         if isinstance(reader, LocalTeacher):
@@ -239,14 +240,12 @@ class RunEstimate:
         yield StageMemory(stage="merge", parts=merged, room=main, place="main memory")
         tokens = self.prompt + (limit or teacher.max_new_tokens)
         if config.on_policy.rounds:
-            written = self.prompt + config.on_policy.max_new_tokens
-            asked = answering(student, width, written, None)
-            most = max(asked, read, trained, key=lambda parts: sum(parts.values()))
+            length = self.prompt + config.on_policy.max_new_tokens
+            answers = answering(student, width, length, None)
+            most = max(answers, read, trained, key=lambda parts: sum(parts.values()))
             yield StageMemory(stage="refine", parts=most, room=room)
-        sides = [answering(student, width, tokens, config.evaluation.max_batch_size)]
+        sides.append(answering(student, width, tokens, config.evaluation.max_batch_size))
         sides.append(reading_bytes(student, width, kind))
-        if isinstance(teacher, LocalTeacher):
-            sides.append(answering(shape_of(teacher.model), own, tokens, teacher.max_batch_size))
         most = max(sides, key=lambda parts: sum(parts.values()))
         yield StageMemory(stage="evaluate", parts=most, room=room)
 

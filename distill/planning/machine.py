@@ -57,14 +57,16 @@ def find_machine(priced: str | None, *dtypes: str) -> Machine:
     row = next((row for row in gpus() if row.machine == priced), None)
     if here.kind == "cuda" or row is None:
         return here
-    half = "bfloat16" if row.bf16 else "float16"
+    half, notes = "bfloat16" if row.bf16 else "float16", here.notes
+    if "bfloat16" in dtypes and not row.bf16:
+        notes += (f"{row.match} does not compute in bfloat16: leave dtype auto, which is {half}",)
     return Machine(
         name=row.match,
         kind="cuda",
         rates={name: (half if name == "auto" else name, row.tflops * 1e12) for name in dtypes},
         memory=row.gigabytes * 1e9,
         source=f"evaluation.machine, {row.tflops:g} TFLOP/s by {row.source}",
-        notes=here.notes,
+        notes=notes,
     )
 
 

@@ -29,11 +29,12 @@ from distill.planning.estimate import RunEstimate, StageMemory
 from distill.planning.machine import Machine
 from distill.planning.plan import announce
 from distill.planning.work import Work, count_work
-from distill.records import Example, Message
+from distill.records import Message
 from distill.responders.local.local_model import LocalResponder
 from distill.responders.responder import Raw, Request, Sampling
 from distill.storage.files import write_records
 from distill.training import train
+from distill.training.batches import Example
 from distill.training.soft_labels.capture import nucleus, read_head
 from distill.training.student import make_student
 from tests.planning.test_work import ROOT, shipped

@@ -33,3 +33,6 @@ def test_a_gpu_that_is_not_here_has_the_rate_of_its_data_sheet():
     assert gpu.rates["bfloat16"] == ("bfloat16", 989e12) and gpu.memory == 80e9
     assert "data sheet" in gpu.source
     assert gpu.seconds(989e12, "bfloat16", "train") == 1 / machine.GPU_SHARE
+    old = find_machine("t4", "bfloat16", "auto")
+    assert old.rates["auto"][0] == "float16" and old.width("auto") == 2
+    assert "T4 does not compute in bfloat16" in old.notes[-1]
