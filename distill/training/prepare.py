@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
@@ -31,6 +32,10 @@ from distill.training.soft_labels.labels import load_labels, load_live
 from distill.training.student import StudentModel, make_student
 
 HARDWARE = ("processor", "threads", "gpu", "cuda")
+SAME = {  # what processes that share a step must have in common, with what makes it so
+    "dtype": "train.bf16=false, which is float32 on all of them",
+    "packing": "train.packing=false",
+}
 UNPINNED = ("logging_steps", "save_steps", "save_total_limit", "report_to", "num_processes")
 
 
@@ -80,6 +85,9 @@ def prepare(run: Run, world: int = 1, start: Path | None = None) -> Preparation:
     )
     student, notes = make_student(model, settings.packing, fused=not processes.sharded())
     facts, memory = pinned_facts(config, tokenizer, str(model.dtype), examples, validation)
+    own = {name: facts[name] for name in ("dtype", *HARDWARE) if name in facts}
+    shared = processes.agree({**own, "packing": student.packing}, world, SAME)
+    facts |= {name: shared[name] for name in own}
     if settings.loss.soft:
         both = [*examples, *validation]
         if settings.loss.teacher == "live":
@@ -95,16 +103,16 @@ def prepare(run: Run, world: int = 1, start: Path | None = None) -> Preparation:
     lengths = [len(e.input_ids) for e in examples]
     amount = (settings.tokens_per_step, settings.num_train_epochs, settings.max_steps)
     plan = plan_steps(lengths, config.train_seed, *amount)
-    limit = settings.micro_batch_tokens or micro_batch_tokens(config, model)
+    limit = settings.micro_batch_tokens or micro_batch_tokens(config, model, world)
     pinned = (facts, memory, limit, world, notes)
     return Preparation(tokenizer, model, student, examples, validation, plan, *pinned)
 
 
-def micro_batch_tokens(config: Config, model: PeftModel) -> int:
-    """Return the tokens of a micro-batch where the config says none.
+def micro_batch_tokens(config: Config, model: PeftModel, world: int = 1) -> int:
+    """Return the tokens of a micro-batch where the config says none; each of `world` must call.
 
     On a GPU they follow from shapes and its memory, not from what is free now, so that a resumed
-    run has the same.
+    run has the same. Of several the smallest decides: all processes deal the same micro-batches.
     """
     train, device = config.train, loading.device()
     if device.type == "cpu":
@@ -122,6 +130,8 @@ def micro_batch_tokens(config: Config, model: PeftModel) -> int:
         weight_bytes(teacher, width) if teacher else 0.0,
     )
     memory = torch.cuda.get_device_properties(device).total_memory
+    if world > 1:
+        memory = min(gather_object([memory]))
     return training.micro_batch(memory, train.tokens_per_step)
 
 

@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
+    gather_object,
     parse_flag_from_env,
 )
 from torch import Tensor, nn
@@ -104,6 +105,24 @@ def wrap(accelerator: Accelerator, student: nn.Module) -> Any:
     for module in [m for m in student.modules() if type(m).__name__ in layers]:
         fully_shard(module, mesh=mesh, reshard_after_forward=again)
     return fully_shard(student, mesh=mesh)
+
+
+def agree(own: dict[str, Any], world: int, fixes: dict[str, str]) -> dict[str, Any]:
+    """Return what all processes say by name: one value, or where they differ, all of them.
+
+    Each of the `world` must call. Raises DistillError (exit 7) where they differ in what has a fix.
+    """
+    if world == 1:
+        return own
+    ranks: list[dict[str, Any]] = gather_object([own])
+    shared = dict[str, Any]()
+    for name in own:
+        values = sorted({str(rank[name]) for rank in ranks})
+        shared[name] = own[name] if len(values) == 1 else ", ".join(values)
+        if name in fixes and len(values) > 1:
+            what = f"{name} differs between the processes: {shared[name]}"
+            raise DistillError(Exit.TRAINING, "processes", what, fixes[name])
+    return shared
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Training under accelerate as people use it: their own config, too many processes, shards."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from distill import launch
 from distill.config.yaml_file import load_config
 from distill.errors import DistillError, Exit
 from distill.models import loading
-from distill.models.arithmetic import MICRO_BATCH_TOKENS
+from distill.models.arithmetic import LEAST, MICRO_BATCH_TOKENS
 from distill.pipeline import STAGES
 from distill.storage import environment
 from distill.training import processes, train
 from distill.training.batches import micro_batches, plan_steps, share
 from distill.training.prepare import load_adapted
+from tests.support import launched
 from tests.support.training import Killed, assert_same, make_run, outcome, training
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -180,3 +182,23 @@ def test_passes_without_samples_are_said(
     train.main(run)
     note = "of the passes of 8 processes hold no sample: raise train.tokens_per_step"
     assert note in capsys.readouterr().err and note in training(run)["notes"][0]
+
+
+def test_processes_with_different_gpus_deal_the_micro_batches_of_the_smallest(
+    tmp_path: Path,
+) -> None:
+    """Else they would train on other samples than were dealt to them, without a word."""
+    make_run(tmp_path)  # else both would write it
+    words = ("--multi_gpu", "--num_processes", "2", "tests/support/two_gpus.py", str(tmp_path))
+    process = launched.launch(*words)
+    shown = launched.finished(process)
+    assert process.returncode == 0, shown
+    one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert one["alone"] > other["alone"] > LEAST
+    assert one["limit"] == other["limit"] == other["alone"]
+    assert one["facts"] == other["facts"], "one of them would refuse every resume"
+    assert one["facts"]["processor"] == "CPU 0, CPU 1"
+    assert one["errors"] == other["errors"]
+    types, packing = one["errors"]
+    assert "dtype differs between the processes: bfloat16, float32 (train.bf16=false" in types
+    assert "packing differs between the processes: False, True (train.packing=false" in packing
