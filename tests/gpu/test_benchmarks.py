@@ -13,9 +13,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.models import arithmetic, devices, registry
-from distill.training import student
-from tests.support.tiny import make_tiny
-from tests.support.training import causal_model, examples
+from distill.models.loading import load_model
+from distill.training import adapters, student, train
+from distill.training.prepare import encode_split
+from tests.support.tiny import make_tiny, make_tokenizer
+from tests.support.training import causal_model, equal, examples, make_run
 
 SCRIPTS = Path(__file__).parents[2] / "scripts/benchmarks"
 sys.path.insert(0, str(SCRIPTS))
@@ -64,6 +66,21 @@ def test_i25_ours_is_the_program_off_the_cpu_too(tmp_path, monkeypatch):
         counts[name] = products.types
     assert set(counts["ours"]) == {torch.bfloat16}
     assert counts["plain"][torch.float32] > counts["plain"].total() / 2
+
+
+def test_i25_ours_takes_the_step_that_the_stage_takes(tmp_path):
+    lora = {"r": benchmark_train.RANK, "alpha": benchmark_train.ALPHA}
+    rate = {"learning_rate": benchmark_train.RATE, "lr_scheduler_type": "constant"}
+    steps = {"max_steps": 1, "tokens_per_step": 10**6, "warmup_steps": 0, "weight_decay": 0.0}
+    run = make_run(tmp_path, count=12, lora=lora, **rate, **steps)
+    train.main(run)
+    ours = benchmark_train.Ours(load_model(run.config.student.model, "float32"))
+    samples = encode_split(make_tokenizer(), run, "train", run.config.template_date, 2048)
+    before = adapters.tensors(ours.student.model)
+    ours.step(samples)
+    after = adapters.tensors(ours.student.model)
+    assert not equal(before, after)
+    assert equal(after, adapters.read_tensors(run.path("adapter") / adapters.WEIGHTS))
 
 
 @pytest.mark.parametrize("flags", ["avx512_bf16", "avx2"])
