@@ -53,7 +53,8 @@ def quickstart_prompts(count: int) -> list[Prompt]:
 def generate(responder: LocalResponder, requests: list[Request], batch: int) -> Answers:
     """Answer with `generate`, in left-padded batches sorted by length, its neutral config spelled
     out."""
-    model, tokenizer = responder.network, responder.tokenizer
+    model: Any = responder.network
+    tokenizer = responder.tokenizer
     prompts = {r.prompt_id: encode_prompt(tokenizer, r.messages, DATE) for r in requests}
     names = sorted(prompts, key=lambda name: -len(prompts[name]))
     answers: Answers = {}

@@ -82,7 +82,8 @@ def difference(
     """Say where two answers part and how far apart, in nats, the two tokens are there."""
     ids = encode_text(exact.tokenizer, theirs.text)
     if theirs.stop == "end":
-        ids.append(int(exact.tokenizer.eos_token_id))
+        end: Any = exact.tokenizer.eos_token_id
+        ids.append(end)
     place = parting(ours, ids)
     if place is None:
         return {"place": min(len(ours), len(ids)), "nats": None}

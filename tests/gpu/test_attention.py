@@ -55,7 +55,7 @@ def test_transformers_attention_repeats_them_too(
     shapes = ((1, 4, 9, 8), (1, 2, 9, 8), (1, 2, 9, 8))
     query, key, value = (torch.randn(shape, generator=make) for shape in shapes)
     mask = torch.ones(9, 9).tril().bool()[None, None] if masked else None
-    module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    module: Any = SimpleNamespace(num_key_value_groups=2, is_causal=True)
     inputs = (module, query, key, value, mask)
     expected, usual = sdpa_attention_forward(*inputs)[0], AttentionInterface._global_mapping["sdpa"]
     monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", usual)
