@@ -11,12 +11,12 @@ from typing import Any
 
 from distill.callables import source_hash
 from distill.config.learning import Signals, Student
-from distill.config.teachers import TEACHERS, EndpointTeacher, Teacher
+from distill.config.teachers import TEACHERS, EndpointTeacher, LocalTeacher, Teacher
 from distill.config.tree import Config, Evaluation
 from distill.config.yaml_file import parse_config, place_of
 from distill.errors import DistillError, Exit
 from distill.models import loading, registry
-from distill.models.devices import release_memory
+from distill.models.devices import free_frames, pick_dtype, release_memory
 from distill.models.gpus import unused_gpu
 from distill.storage.files import as_json, sha256_file, write_atomic
 from distill.storage.progress import say
@@ -106,6 +106,16 @@ def require_models(config: Config, left: Collection[str]) -> None:
         responders.append(judge)
     for name in sorted({teacher.model for teacher in responders if teacher.runs_here}):
         loading.check_model(name)
+    if loads:  # can this machine compute in the types that are stated?
+        types = {"student.dtype": student.dtype}
+        types["train.bf16"] = "bfloat16" if config.train.bf16 is True else "auto"
+        for teacher in responders:
+            if isinstance(teacher, LocalTeacher):
+                key = "evaluation.judge" if teacher is judge else "teacher"
+                types[f"{key}.dtype"] = teacher.dtype
+        for key, dtype in types.items():
+            if dtype != "auto":  # which asks torch, and always can
+                pick_dtype(dtype, key)
 
 
 STUDENT = ("adapter/adapter_model.safetensors", "refined/adapter/adapter_model.safetensors")
@@ -324,7 +334,12 @@ def perform(
             require_inputs(run, stage)
             inexact = allow_inexact and stage.name == "train"
             work = partial(stage.main, allow_inexact=True) if inexact else stage.main
-            if run.perform(replace(stage, main=work)):
+            try:
+                did = run.perform(replace(stage, main=work))
+            except BaseException as error:
+                free_frames(error)
+                raise
+            if did:
                 if stage.name in CHECKING:  # whether it could run programs, and how
                     from distill.tasks.sandbox.programs import allowed
 

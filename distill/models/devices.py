@@ -6,6 +6,7 @@ The one place that asks what a GPU has and can do. Importing it loads no torch.
 import gc
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 FAST_FP16 = 7  # major compute capability of the first GPUs with tensor cores: V100, T4
+# Blocks of all sizes leave holes that only segments which can grow make use of. PyTorch reads this
+# once, at the first word with a GPU, so it is said where this module is imported.
+if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def device() -> "torch.device":
@@ -34,17 +39,14 @@ def device() -> "torch.device":
         raise DistillError(Exit.CONFIG, "processes", what, fix)
     # cuDNN's attention builds a graph for every new shape, which decoding has at each step
     torch.backends.cuda.enable_cudnn_sdp(False)
-    # blocks of all sizes leave holes that only segments which can grow make use of
-    if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def pick_dtype(name: str = "auto") -> "torch.dtype":
+def pick_dtype(name: str = "auto", key: str = "dtype") -> "torch.dtype":
     """Return the named dtype; `auto` is the fastest that the machine does not emulate.
 
     That is bfloat16, on older GPUs float16, else float32. Raises DistillError (exit 7) for bfloat16
-    on a GPU that only emulates it.
+    on a GPU that only emulates it; `key` is the config's that names the type.
     """
     import torch
 
@@ -53,8 +55,9 @@ def pick_dtype(name: str = "auto") -> "torch.dtype":
         old = torch.cuda.get_device_capability()[0] < FAST_FP16
         other = torch.float32 if old else torch.float16
         if name == "bfloat16" and not able:
-            where, fix = torch.cuda.get_device_name(), f"use auto, which is {other} there"
-            raise DistillError(Exit.TRAINING, where, "does not compute in bfloat16", fix)
+            auto = str(other).removeprefix("torch.")
+            what = f"{torch.cuda.get_device_name()} does not compute in bfloat16"
+            raise DistillError(Exit.TRAINING, key, what, f"set it to auto, here {auto}")
     else:
         facts = cpu_facts()
         flags = f"{facts.get('flags', '')} {facts.get('Features', '')}".split()  # x86, ARM
@@ -94,6 +97,21 @@ def release_memory() -> None:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def free_frames(error: BaseException) -> None:
+    """Let go of what the functions held that an error ended, on a GPU, where it is scarce.
+
+    A notebook keeps the last error, with its traceback, and so the model and its graph.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
+    release_memory()
 
 
 def raise_device_error(error: Exception) -> None:

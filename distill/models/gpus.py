@@ -116,8 +116,11 @@ def other_processes() -> list[str]:
         rows = subprocess.run(["nvidia-smi", *query], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return [
-        f"{name} (pid {pid}) {size(int(used) * 2**20)}"
-        for pid, name, used in csv.reader(rows.stdout.splitlines(), skipinitialspace=True)
-        if int(pid) != os.getpid() and used.isdigit()
-    ]
+    holders = []
+    for row in csv.reader(rows.stdout.splitlines(), skipinitialspace=True):
+        if len(row) < 3 or not (row[0].isdigit() and row[-1].isdigit()):
+            continue  # an error of the driver, or memory that it does not tell
+        if int(row[0]) != os.getpid():
+            name, memory = ",".join(row[1:-1]), size(int(row[-1]) * 2**20)
+            holders.append(f"{name} (pid {row[0]}) {memory}")
+    return holders

@@ -110,7 +110,9 @@ def measure(dtypes: Sequence[str], seconds: float = 1.0) -> Machine:
     if place.type != "cuda":
         return here
     properties, count = torch.cuda.get_device_properties(place), torch.cuda.device_count()
-    total, free, notes = properties.total_memory, torch.cuda.mem_get_info(place)[0], []
+    total, free, notes = properties.total_memory, 0, list[str]()
+    with suppress(RuntimeError):  # there is not even room for this process to begin
+        free = torch.cuda.mem_get_info(place)[0]
     if free < 0.9 * total:
         holders = ", ".join(other_processes()) or "processes that the driver does not list"
         notes.append(f"GPU: {size(free)} of {size(total)} are free; the rest is held by {holders}")

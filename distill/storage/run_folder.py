@@ -201,10 +201,11 @@ class Run:
         """Do a stage's work alone; raises DistillError (exit 7) where a GPU's memory runs out."""
         try:
             stage.main(self)
-        except Exception as error:
-            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+        except Exception as error:  # torch's own, which is not imported here
+            full = "CUDA error: out of memory" in str(error)
+            if not full and type(error).__name__ != "OutOfMemoryError":
                 raise
-            what = f"out of GPU memory: {str(error).splitlines()[0]}"
+            what = f"out of GPU memory: {' '.join(str(error).split('. ')[:2])}"
             fix = f"{stage.smaller}; the same command continues"
             raise DistillError(Exit.TRAINING, f"stage {stage.name}", what, fix) from None
 

@@ -210,14 +210,16 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
                 sides[side] = partial(trl, model, make_tokenizer(), packing, batch)
         figures: dict[str, Any] = {}
         for side, make_side in sides.items():
-            start_memory()
             try:
-                measured = measure({side: make_side()}, rounds)[side]
+                trained = make_side()
+                start_memory()  # the model may have been larger while it was made
+                measured = measure({side: trained}, rounds)[side]
             except torch.OutOfMemoryError:
                 measured = []  # its frames hold memory until this block ends
             for figure, flops in zip(measured, needed, strict=False):
                 figure["flops"] = flops / figure["seconds"]
             figures[side] = {"rounds": measured, "bytes": peak_memory() if measured else None}
+            trained = None
             gc.collect()
         facts = {"limit": limit, "predicted": predicted, "parts": parts, "sides": figures}
         results[size] = {"parameters": shape.parameters, **facts}

@@ -70,11 +70,15 @@ class Ours:
         count = sum(sum(example.weights) for example in examples)
         lengths = [len(example.input_ids) for example in examples]
         sums = torch.zeros((), dtype=torch.float64, device=self.student.device)
+        half = self.student.model.dtype == torch.float16  # see `Loop._accumulate`
         with adapters.cast_once(self.student.model):
             for samples in micro_batches(range(len(examples)), lengths, self.limit):
                 loss = self.loss([examples[i] for i in samples])
-                (loss * (1 / count)).backward()
+                (loss if half else loss * (1 / count)).backward()
                 sums += loss.detach()
+        for parameter in self.named.values() if half else ():
+            if parameter.grad is not None:
+                parameter.grad.mul_(1 / count)
         torch.nn.utils.clip_grad_norm_(self.named.values(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -10,7 +10,7 @@ import torch
 from distill import pipeline
 from distill.cli import main
 from distill.economics.costs import NO_TIME
-from distill.errors import Exit
+from distill.errors import DistillError, Exit
 from distill.evaluation.scorers import HeldOutRequest
 from distill.models import gpus as gpus_module
 from distill.models.gpus import find_gpu, gpus, other_processes, unused_gpu
@@ -22,6 +22,7 @@ from distill.storage.run_folder import open_run
 from tests.economics.test_run_economics import accounts, make_run
 from tests.planning.test_pilot import write_config
 from tests.support.fake_teacher import FakeTeacher
+from tests.support.gpu import Gpu, patch_gpu
 
 GIB = 2**30
 NAMES = {  # what the driver says, and the row that this is
@@ -141,7 +142,11 @@ def test_a_machine_without_a_gpu_says_nothing(here: Path) -> None:
     assert unused_gpu() is None
 
 
-LISTED = "123, /usr/bin/python3, 20480\n{pid}, python, 500\n77, [Insufficient Permissions], [N/A]\n"
+LISTED = """Failed to look up a process
+123, /usr/bin/python3, 20480
+{pid}, python, 500
+77, [Insufficient Permissions], [N/A]
+"""
 
 
 def test_a_gpu_that_others_fill_is_planned_with_what_is_free(
@@ -166,6 +171,12 @@ def test_a_gpu_that_others_fill_is_planned_with_what_is_free(
     assert (found.name, found.memory, found.free) == ("NVIDIA L4", 24 * GIB, 3 * GIB)
     assert "3.2 GB of 25.8 GB are free" in found.notes[0] and "pid 123" in found.notes[0]
     assert "2 GPUs" in found.notes[1] and "NVIDIA A100-SXM4-40GB with 42.9 GB" in found.notes[1]
+
+    def no_room(place: object) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", no_room)
+    assert machine.measure(()).free == 0 and "pid 123" in machine.measure(()).notes[0]
 
 
 def test_the_gpu_that_computes_stands_in_the_evidence(
@@ -227,6 +238,19 @@ def test_a_run_says_that_a_gpu_is_not_used(
     pipeline.require_models(config, ("train",))
     line = "device: the CPU; an NVIDIA GPU is here and is not used: x\n"
     assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("key", ["student.dtype", "train.bf16"])
+def test_a_type_that_a_gpu_emulates_is_refused_before_anything_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    with FakeTeacher() as teacher:
+        value = "bfloat16" if key == "student.dtype" else "true"
+        config = open_run(write_config(tmp_path, teacher), [f"{key}={value}"]).config
+    pipeline.require_models(config, ("generate", "train"))
+    patch_gpu(monkeypatch, Gpu("Tesla T4", (7, 5)))
+    with pytest.raises(DistillError, match=f"{key}: Tesla T4 does not compute in bfloat16"):
+        pipeline.require_models(config, ("generate", "train"))
 
 
 def test_seconds_of_another_device_are_no_part_of_a_gpu_s_cost(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Models on a GPU: their type, where they are loaded, how an adapter is merged."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from distill.errors import DistillError, Exit
-from distill.models import devices, loading
+from distill.models import loading
 from distill.models.devices import pick_dtype
 from distill.models.registry import record_base
 from distill.responders.local import local_model
@@ -19,6 +21,7 @@ from tests.support.gpu import Gpu, patch_gpu
 from tests.support.tiny import make_tiny
 from tests.support.training import adapted
 
+ALLOC = "PYTORCH_ALLOC_CONF"
 T4, V100, RTX_2080 = (
     Gpu("Tesla T4", (7, 5)),
     Gpu("Tesla V100-SXM2-16GB", (7, 0)),
@@ -30,7 +33,7 @@ T4, V100, RTX_2080 = (
 def test_what_is_emulated_is_not_used(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     patch_gpu(monkeypatch, gpu)
     assert pick_dtype() == torch.float16 and pick_dtype("float32") == torch.float32
-    with pytest.raises(DistillError, match=f"{gpu.name}: does not compute in bfloat16") as caught:
+    with pytest.raises(DistillError, match=f"{gpu.name} does not compute in bfloat16") as caught:
         pick_dtype("bfloat16")
     assert caught.value.code == Exit.TRAINING and "auto" in caught.value.fix
 
@@ -108,11 +111,17 @@ def test_attention_and_memory_are_set_up_before_the_first_model(
     loads: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """cuDNN builds a graph for each new shape, and each step of decoding has one."""
-    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
     torch.backends.cuda.enable_cudnn_sdp(True)
     loading.load_model(str(make_tiny(tmp_path)))
     assert not torch.backends.cuda.cudnn_sdp_enabled()
-    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
-    devices.device()
-    assert os.environ["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:64", "the user's own stays"
+    # PyTorch reads it once, at the first word with a GPU, which is before the first stage
+    program = "import os, distill.pipeline as p; print(os.environ['PYTORCH_ALLOC_CONF'])"
+    for own, expected in [({}, "expandable_segments:True"), ({ALLOC: "x:1"}, "x:1")]:
+        environment = {k: v for k, v in os.environ.items() if k != ALLOC}
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env={**environment, **own},
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout.split() == [expected], done.stderr

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from distill.errors import DistillError, Exit
 from distill.models.loading import load_model
 from distill.pipeline import perform
 from distill.storage.run_folder import Run, Stage
@@ -32,6 +33,34 @@ def test_a_stage_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Monke
     run = make_run(tmp_path)
     perform(run, [Stage("first", (), (), ("a.txt",), main)])
     assert alive == [False]
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, KeyboardInterrupt])
+def test_an_error_that_a_notebook_keeps_holds_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
+) -> None:
+    patch_gpu(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    models = list[Any]()
+
+    def main(_: Run) -> None:
+        model = torch.nn.Linear(2, 2)
+        models.append(weakref.ref(model))
+        raise kind("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    with pytest.raises((DistillError, KeyboardInterrupt)) as kept:
+        perform(make_run(tmp_path), [Stage("first", (), (), ("a.txt",), main)])
+    assert kept.value.__traceback__ and models[0]() is None
+
+
+@pytest.mark.parametrize("text", ["", "Full. Tried 2 GiB. GPU 0 has much more to say"])
+def test_a_full_gpu_is_one_line(tmp_path: Path, text: str) -> None:
+    def main(_: Run) -> None:
+        raise torch.OutOfMemoryError(text)
+
+    with pytest.raises(DistillError, match="stage first: out of GPU memory") as caught:
+        perform(make_run(tmp_path), [Stage("first", (), (), ("a.txt",), main)])
+    assert caught.value.code == Exit.TRAINING and "more to say" not in caught.value.what
 
 
 def test_losses_that_run_out_of_memory_go_on_with_half_the_answers(
