@@ -215,7 +215,7 @@ def test_a_broken_csv_row_costs_no_other(tmp_path: Path, place: int, bad: str, o
     rejects = [row for row in found if isinstance(row, Reject)]
     line = 1 + data[: data.index("\n" + bad.format(n=place) + "\n")].count("\n") + 1
     assert [row.where for row in rejects] == [f"a.csv:{line}"] and rejects[0].bad
-    kept = [int(row.value["id"]) for row in found if isinstance(row, SourceRow)]
+    kept = [int(str(row.value["id"])) for row in found if isinstance(row, SourceRow)]
     assert kept == [n for n in range(1, 1001) if n != place]
 
 

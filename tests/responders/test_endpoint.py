@@ -249,8 +249,8 @@ def test_c6_what_cannot_be_read_is_kept_and_failed(tmp_path: Path, name: str) ->
     assert account_of(tmp_path).unknown == 1
 
 
-@pytest.mark.parametrize("size", [200_000, 20_000_000])
-def test_c6_a_bomb_and_a_flood_are_cut(tmp_path: Path, size: int) -> None:
+def test_c6_a_bomb_and_a_flood_are_cut(tmp_path: Path) -> None:
+    size = 20_000_000
     for name, reply in {
         "bomb": {"body": bomb(size), "headers": {"content-encoding": "gzip"}},
         "flood": {"body": b'{"choices": "' + b" " * size},

@@ -163,9 +163,8 @@ def test_a_proxy_that_cannot_be_used_is_one_line(
 @pytest.mark.parametrize(
     "to", ["http://169.254.169.254/latest", "file:///etc/passwd", "//127.0.0.1:1/", "\x7f", ""]
 )
-@pytest.mark.parametrize("status", [302, 308])
-def test_c9_a_redirect_is_never_followed(tmp_path: Path, to: str, status: int) -> None:
-    script = Reply(status=status, headers={"location": to}, body=b"")
+def test_c9_a_redirect_is_never_followed(tmp_path: Path, to: str) -> None:
+    script = Reply(status=308, headers={"location": to}, body=b"")
     with FakeTeacher(lambda number, payload: script) as teacher:
         with stops(Exit.TEACHER, "a redirect"):
             ask(teacher.url, tmp_path, max_retries=3)

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -23,7 +23,7 @@ TYPES = (torch.bfloat16, torch.float32)
 def main(folder: Path) -> None:
     """Write the micro-batch, the facts, and the errors where they cannot compute alike."""
     rank, run = int(os.environ["RANK"]), make_run(folder, tokens_per_step=200_000)
-    accelerator, loading = processes.start("none", None, folder), prepare.loading
+    accelerator, loading = processes.start("none", None, folder), cast("Any", prepare.loading)
     prepare.processor = lambda: f"CPU {rank}"
     parts = prepare.prepare(run, 2)
     report: dict[str, Any] = {"facts": parts.facts, "errors": []}
