@@ -13,13 +13,14 @@ itself. Losses and gradients are those of the samples alone.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
 SHORTEST_PREFIX = 8  # tokens: a shorter prefix is not worth a segment of its own
+Lengths = Sequence[int] | Mapping[int, int]  # tokens of samples, by their numbers
 
 
 class Example(NamedTuple):
@@ -85,7 +86,7 @@ def learning_rate(step: int, total: int, peak: float, kind: str, warmup_steps: f
 
 
 def micro_batches(
-    samples: Sequence[int], lengths: Sequence[int], limit: int, world: int = 1
+    samples: Sequence[int], lengths: Lengths, limit: int, world: int = 1
 ) -> list[list[int]]:
     """Deal samples into the fewest micro-batches of about `limit` tokens, evenly, longest first.
 
@@ -106,7 +107,7 @@ def micro_batches(
         count += world
 
 
-def padded_batches(samples: Sequence[int], lengths: Sequence[int], limit: int) -> list[list[int]]:
+def padded_batches(samples: Sequence[int], lengths: Lengths, limit: int) -> list[list[int]]:
     """Deal samples into batches of similar lengths, of at most `limit` tokens with padding."""
     batches: list[list[int]] = []
     for sample in sorted(samples, key=lambda i: (-lengths[i], i)):

@@ -63,8 +63,8 @@ class Preparation:
         self, examples: Sequence[Example], samples: Sequence[int] | None = None
     ) -> list[list[int]]:
         """Deal samples (None: all) into micro-batches of the run's size."""
-        lengths = [len(e.input_ids) for e in examples]
-        chosen = range(len(lengths)) if samples is None else samples
+        chosen = range(len(examples)) if samples is None else samples
+        lengths = {i: len(examples[i].input_ids) for i in chosen}
         if self.student.packing:
             return micro_batches(chosen, lengths, self.limit, self.world)
         return padded_batches(chosen, lengths, self.limit)
