@@ -137,7 +137,7 @@ class Name(str):
     special = True
 
 
-LLAMA = SimpleNamespace(
+LLAMA: Any = SimpleNamespace(
     added_tokens_decoder=dict(
         enumerate(Name(f"<|reserved_special_token_{n}|>") for n in range(256))
     ),

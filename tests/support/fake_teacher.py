@@ -65,6 +65,7 @@ class FakeTeacher:
         self.tls, self.port = tls, port  # port 0 takes any that is free
         self.payloads: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.bodies: list[bytes] = []
         self.paths: list[str] = []
         self.bill = Decimal(0)
         self.bills: dict[str, int] = {}  # times that each question was charged
@@ -123,6 +124,7 @@ class FakeTeacher:
         data = await reader.readexactly(int(headers.get("content-length", 0)))
         number, payload = len(self.payloads), json.loads(data or b"{}")
         self.payloads.append(payload)
+        self.bodies.append(data)
         self.headers.append(headers)
         self.paths.append(head[0].split()[1])
         self.asked[question(payload)] = self.asked.get(question(payload), 0) + 1
