@@ -142,8 +142,12 @@ def launcher_command() -> str:
 def check_world(stated: Mapping[str, int | None], world: int, script: str, code: Exit) -> None:
     """Stop with `code` where `world` processes run, and a source of `stated` says another number.
 
-    The launcher's command line is such a source too.
+    The launcher's command line is such a source too, and Slurm's step where nothing else launched
+    its tasks: they would know nothing of each other.
     """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1 and "WORLD_SIZE" not in os.environ:
+        stated = {**stated, "srun": tasks}
     command = launcher_command()
     match = PROCESSES.search(command) if LAUNCHER.search(command) else None
     machines = MACHINES.search(command) if match and match[1].startswith("nproc") else None

@@ -141,6 +141,15 @@ def test_processes_on_several_machines_are_counted_together(
         environment.check_world({}, world, "scripts/train.py", Exit.TRAINING)
 
 
+def test_tasks_of_slurm_that_nothing_launched_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "launcher_command", lambda: "python\0scripts/train.py")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(DistillError, match="srun: 4 processes were asked for, 1 came"):
+        environment.check_world({}, 1, "scripts/train.py", Exit.TRAINING)
+    monkeypatch.setenv("WORLD_SIZE", "4")  # a launcher's, or the user's own
+    environment.check_world({}, 4, "scripts/train.py", Exit.TRAINING)
+
+
 def passes_with_samples(path: Path, world: int, overrides: tuple[str, ...] = ()) -> float:
     """Return the share of the passes of `world` processes that hold samples."""
     config = load_config(path, overrides).train
