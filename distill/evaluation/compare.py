@@ -7,14 +7,13 @@ runs can be compared wherever they share held-out items; the others are counted.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 
 import numpy as np
 
 from distill.errors import DistillError, Exit
 from distill.evaluation.claims import across_seeds, conclude, mcnemar, smallest_visible
 from distill.evaluation.scorers import SHARE
-from distill.evaluation.statistics import Floats, estimate_difference, pair
+from distill.evaluation.statistics import estimate_difference, pair
 from distill.evaluation.suites import held_out_items
 from distill.formatting import figure, markdown_table, p_value, signed
 from distill.records import Item, Score
@@ -58,22 +57,19 @@ def _row(
     cluster_of: Mapping[str, str],
 ) -> tuple[str, ...]:
     """Return the comparison on the items of a task, over the mean of each side's seeds."""
-
-    def averaged(side: Sequence[Values]) -> Values:
-        seeds = {i: [values.get(i) for values in side] for i in ids}
-        return {i: None if None in s else fmean(v or 0.0 for v in s) for i, s in seeds.items()}
-
-    def by_seed(side: Sequence[Values]) -> Floats:
-        return np.array([[values[i] for i in paired.items] for values in side], dtype=np.float64)
-
-    paired = pair(averaged(a_side), averaged(b_side), ids, f"task {task}")
+    a_SN, b_SN = (
+        np.array([[values.get(i) for i in ids] for values in side], dtype=np.float64)
+        for side in (a_side, b_side)
+    )
+    both_N = np.isfinite(a_SN).all(axis=0) & np.isfinite(b_SN).all(axis=0)
+    paired = pair(a_SN.mean(axis=0), b_SN.mean(axis=0), ids, f"task {task}")
     clusters = [cluster_of[i] for i in paired.items]
     sides = (paired.a_N, paired.b_N, clusters)
     if len(a_side) == len(b_side) == 1:
         checked = {*paired.a_N, *paired.b_N} <= {0.0, 1.0}  # agreement has no bounds in the file
         change = estimate_difference(*sides, bounds=SHARE if checked else None)
     else:
-        change = across_seeds(by_seed(a_side), by_seed(b_side), clusters)
+        change = across_seeds(a_SN[:, both_N], b_SN[:, both_N], clusters)
     p = mcnemar(*sides).p
     means = [figure(float(side.mean()) if len(side) else None, 3) for side in sides[:2]]
     interval = change.reason or "unknown"

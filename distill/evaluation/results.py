@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 
+import numpy as np
+
 from distill.evaluation.claims import mcnemar, non_inferiority, smallest_visible
 from distill.evaluation.measurements import (
     MODELS,
@@ -57,7 +59,7 @@ def compare(measured: Measured, a: str, b: str, certainty: Certainty) -> Differe
     Paired on the items that both have a score for; stops (exit 8) where those are under 95 %.
     """
     where = f"{measured.metric}, {a} against {b}"
-    paired = pair(measured.values(a), measured.values(b), measured.ids(), where)
+    paired = pair(measured.array(a), measured.array(b), measured.ids(), where)
     sides = (paired.a_N, paired.b_N, measured.clusters(paired.items))
     change = estimate_difference(*sides, certainty, measured.bounds)
     visible = smallest_visible(*sides, certainty)
@@ -123,15 +125,16 @@ def gap_recovered(measured: Measured, certainty: Certainty) -> Estimate:
     if "teacher" not in measured.scores:
         alike = measured.no_teacher == NO_TEACHER
         return Estimate(value=None, reason=NO_REFERENCE if alike else measured.no_teacher)
-    three = [measured.values(m) for m in ("student", "teacher", "base")]
-    ids = [i for i in measured.ids() if all(values.get(i) is not None for values in three)]
+    scores_3N = np.stack([measured.array(m) for m in ("student", "teacher", "base")])
+    all_N = np.isfinite(scores_3N.sum(axis=0))
+    ids = [i for i, scored in zip(measured.ids(), all_N, strict=True) if scored]
     clusters = measured.clusters(ids)
     gap = compare(measured, "teacher", "base", certainty)
     decided = gap.conclude(len(ids), len(set(clusters)))
     if decided.verdict == "undecided":  # the gap itself must stand, by the rule of every claim
         reason = f"whether teacher and base differ is undecided: {decided.reason}"
         return Estimate(value=None, reason=reason)
-    student, teacher, base = ([values[i] or 0.0 for i in ids] for values in three)
+    student, teacher, base = scores_3N[:, all_N]
     return estimate_gap_recovered(student, teacher, base, clusters, certainty, measured.bounds)
 
 
@@ -139,20 +142,14 @@ def count_against_student(
     measured: Measured, certainty: Certainty, unscored: dict[str, int]
 ) -> CountedAgainst:
     """Return the result in which everything missing counts against the student."""
-
-    def filled(model: str, missing: float) -> dict[str, float | None]:
-        values = measured.values(model)
-        return {i: missing if values.get(i) is None else values[i] for i in measured.ids()}
-
-    student, differences = filled("student", measured.bounds.low), {}
+    bounds, clusters = measured.bounds, measured.clusters(measured.ids())
+    student_N, differences = np.nan_to_num(measured.array("student"), nan=bounds.low), {}
     for rival in RIVALS:
         if rival in measured.scores:
-            full = filled(rival, measured.bounds.high)
-            paired = pair(student, full, measured.ids(), measured.metric)
-            sides = (paired.a_N, paired.b_N, measured.clusters(paired.items))
-            change = estimate_difference(*sides, certainty, measured.bounds)
+            rival_N = np.nan_to_num(measured.array(rival), nan=bounds.high)
+            change = estimate_difference(student_N, rival_N, clusters, certainty, bounds)
             differences[f"student_minus_{rival}"] = difference_of(change)
-    mean = fmean(value or 0.0 for value in student.values())
+    mean = fmean(student_N)
     return CountedAgainst(unscored_by_model=unscored, student=mean, **differences)
 
 

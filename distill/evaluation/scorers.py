@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import regex
 from sacrebleu import sentence_chrf
 
 from distill.callables import PROVIDED
-from distill.evaluation.statistics import Bounds
+from distill.evaluation.statistics import Bounds, Floats
 from distill.records import Item, Record, Response, Score, Usage
 from distill.storage.files import write_records
 from distill.tasks.checkers import GRADED, NEEDS_REFERENCE, check, needs_reference
@@ -95,6 +96,11 @@ class Measured:
     def values(self, model: str) -> dict[str, float | None]:
         """Return the values of a model's scores by item id."""
         return {score.item_id: score.value for score in self.of(model)}
+
+    def array(self, model: str) -> Floats:
+        """Return a model's scores, (N,), with NaN for what it has no score for."""
+        values = self.values(model)
+        return np.array([values.get(i) for i in self.ids()], dtype=np.float64)
 
     def ids(self) -> list[str]:
         """Return the ids of the items."""

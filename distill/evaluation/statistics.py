@@ -4,7 +4,7 @@ Items of one document are not independent, so complete clusters are resampled. T
 a reason and no number; no interval has width zero. N items, G clusters, B bootstrap samples.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -159,18 +159,11 @@ def estimate_gap_recovered(
     return gap.model_copy(update=update)
 
 
-def pair(
-    a: Mapping[str, float | None], b: Mapping[str, float | None], items: Sequence[str], where: str
-) -> Paired:
-    """Pair two models' scores on the `items` that both have a finite score for.
+def pair(a_N: Floats, b_N: Floats, items: Sequence[str], where: str) -> Paired:
+    """Pair two models' scores of `items` where both are finite; a missing one is NaN.
 
     Raises DistillError (exit 8) where these are fewer than 95 % of the items.
     """
-
-    def scores(values: Mapping[str, float | None]) -> Floats:
-        return np.array([values.get(i) for i in items], dtype=np.float64)  # None becomes NaN
-
-    a_N, b_N = scores(a), scores(b)
     both_N = np.isfinite(a_N) & np.isfinite(b_N)
     ids = [i for i, both in zip(items, both_N, strict=True) if both]
     if len(ids) < MIN_PAIRED * len(items):

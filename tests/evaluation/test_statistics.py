@@ -101,12 +101,11 @@ def test_a_student_equal_to_its_teacher_everywhere_has_no_bound() -> None:
 
 def test_pairing_uses_the_intersection_and_counts_the_rest() -> None:
     items = [f"i{k}" for k in range(100)]
-    student: dict[str, float | None] = dict.fromkeys(items[:96], 1.0)
-    teacher: dict[str, float | None] = dict.fromkeys(items, 1.0)
-    teacher["i0"] = float("nan")
+    student, teacher = np.ones(100), np.ones(100)
+    student[96:] = teacher[0] = np.nan
     paired = pair(student, teacher, items, "here")
     assert paired.items == items[1:96] and (paired.a_N == paired.b_N).all()
-    student["i1"] = None
+    student[1] = np.inf
     with pytest.raises(DistillError) as caught:
         pair(student, teacher, items, "here")
     assert caught.value.code == Exit.EVALUATION and "94 of 100" in str(caught.value)
