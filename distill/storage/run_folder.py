@@ -24,7 +24,7 @@ from pydantic_core import to_jsonable_python
 from distill.config.renamed_keys import fields_in, present_path
 from distill.config.tree import Config
 from distill.config.yaml_file import load_config, place_of
-from distill.errors import DistillError, Exit
+from distill.errors import DistillError, Exit, first_line
 from distill.storage.environment import environment
 from distill.storage.files import (
     as_json,
@@ -205,7 +205,7 @@ class Run:
             full = "CUDA error: out of memory" in str(error)
             if not full and type(error).__name__ != "OutOfMemoryError":
                 raise
-            what = f"out of GPU memory: {' '.join(str(error).split('. ')[:2])}"
+            what = f"out of GPU memory: {'. '.join(first_line(error).split('. ')[:2])}"
             fix = f"{stage.smaller}; the same command continues"
             raise DistillError(Exit.TRAINING, f"stage {stage.name}", what, fix) from None
 
