@@ -42,7 +42,7 @@ CAPTURE_BYTES = {"cpu": 32 * MIB, "cuda": 512 * MIB}  # of a capture's float32 l
 STRIPS = {"tokens": 3, "cached": 3, "live": 10}
 
 
-class Limits(NamedTuple):
+class BatchLimits(NamedTuple):
     """How much is computed together: rows of a batch, which keep the device busy, the share of the
     free memory that they may take, and batches of a plan, whose last rows leave the others idle.
     """
@@ -52,7 +52,7 @@ class Limits(NamedTuple):
     batches: int
 
 
-LIMITS = {"cpu": Limits(64, 0.4, 1), "cuda": Limits(512, 0.8, 8)}
+LIMITS = {"cpu": BatchLimits(64, 0.4, 1), "cuda": BatchLimits(512, 0.8, 8)}
 
 
 def linear_modules(model: "Shape") -> dict[str, tuple[int, int]]:

@@ -74,8 +74,10 @@ def unused_gpu() -> str | None:
 
     if torch.cuda.is_available():
         return None
-    torch_, hidden = f"torch {torch.__version__}", [n for n in HIDING if _hides(n)]
-    vendors = {(path / "vendor").read_text().strip() for path in _displays()}
+    torch_ = f"torch {torch.__version__}"
+    hidden = [name for name in HIDING if os.environ.get(name) in ("", "-1")]
+    cards = [p for p in PCI.glob("*") if (p / "class").read_text().startswith("0x03")]  # displays
+    vendors = {(card / "vendor").read_text().strip() for card in cards}
     driver = re.search(r"\d+\.\d+[.\d]*", NVIDIA.read_text()) if NVIDIA.exists() else None
     if "0x10de" in vendors or driver or shutil.which("nvidia-smi"):
         name, why = "an NVIDIA GPU", "no driver is loaded: install it, or docker run --gpus all"
@@ -95,16 +97,6 @@ def unused_gpu() -> str | None:
     else:
         return None
     return f"{name} is here and is not used: {why}"
-
-
-def _hides(variable: str) -> bool:
-    return os.environ.get(variable) in ("", "-1")
-
-
-def _displays() -> list[Path]:
-    """Return the PCI devices that are displays, or compute like them."""
-    devices = PCI.glob("*") if PCI.is_dir() else ()
-    return [path for path in devices if (path / "class").read_text().startswith("0x03")]
 
 
 def other_processes() -> list[str]:
