@@ -167,6 +167,9 @@ def evaluate(
     unsafe_code: UnsafeCode = False,
     lm_eval: Annotated[str | None, typer.Option(metavar="TASKS", help="Of lm-eval.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Items of each of its tasks.")] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Further tasks of it; they may hold code.")
+    ] = None,
 ) -> None:
     """Compare student, base and teacher on held-out items, or ask the student lm-eval's tasks."""
     if lm_eval is None:
@@ -178,7 +181,7 @@ def evaluate(
     run = open_run(config, overrides or ())
     tasks = tuple(task.strip() for task in lm_eval.split(",") if task.strip())
     with run.lock():
-        results = harness.main(run, tasks, limit)
+        results = harness.main(run, tasks, limit, include_path)
         print(markdown_table(*harness.table_of(results)))
     if run.path("scorecard.json").exists():
         perform(run, STAGES[-1:], STAGES[-1:])
@@ -330,6 +333,18 @@ def publish(
         paths = [path for path in sorted(release.rglob("*")) if path.is_file()]
         files = {path.relative_to(release).as_posix(): path.stat().st_size for path in paths}
         print(json.dumps({"release": str(release), "pushed_to": push, "files": files}, indent=2))
+
+
+@app.command(rich_help_panel=PUBLISH)
+def tables(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Holds README.md and docs/*.md.")
+    ] = Path(),
+) -> None:
+    """Write the scorecards anew that README.md and docs/*.md show between their comments."""
+    from distill.report.render import write_pages
+
+    write_pages(folder)
 
 
 @app.command(rich_help_panel=KEEP)

@@ -8,6 +8,7 @@ they are not paired with ours, and their standard errors are lm-eval's.
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from distill.errors import DistillError, Exit
@@ -20,11 +21,13 @@ FILE = "lm_eval.json"
 ERRORS = (KeyError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
 
-def main(run: Run, tasks: Sequence[str], limit: int | None = None) -> HarnessResult:
+def main(
+    run: Run, tasks: Sequence[str], limit: int | None = None, include: Path | None = None
+) -> HarnessResult:
     """Measure the run's student on at most `limit` items of each task, and write `lm_eval.json`.
 
-    Raises DistillError: exit 2 where lm-eval is not installed or no task is named, 5 where nothing
-    is trained, 8 where it fails.
+    `include` is a folder of further task files. Raises DistillError: exit 2 where lm-eval is not
+    installed or no task is named, 5 where nothing is trained, 8 where it fails.
     """
     try:
         harness = import_module("lm_eval")
@@ -37,6 +40,7 @@ def main(run: Run, tasks: Sequence[str], limit: int | None = None) -> HarnessRes
         fix = "make it: distill train CONFIG"
         raise DistillError(Exit.STATE, run.trained("adapter"), "is missing", fix)
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     from distill.evaluation.answering import student_responder
 
@@ -48,6 +52,7 @@ def main(run: Run, tasks: Sequence[str], limit: int | None = None) -> HarnessRes
             tasks=list(tasks),
             limit=limit,
             apply_chat_template=True,
+            task_manager=TaskManager(include_path=str(include.absolute()) if include else None),
             log_samples=False,
             bootstrap_iters=1000,
         )
