@@ -413,7 +413,8 @@ def test_c11_a_budget_without_a_price_is_refused() -> None:
 
 
 def test_a_dead_replica_is_left_out(tmp_path: Path) -> None:
-    with FakeTeacher() as teacher, FakeTeacher() as other:
+    slow = always(delay=0.02)  # else one that is never busy answers nearly all
+    with FakeTeacher(slow) as teacher, FakeTeacher(slow) as other:
         urls = (teacher.url, "http://127.0.0.1:9/v1", other.url)
         asked = settings(urls, concurrency=4)
         found = answer_all(EndpointResponder(asked, PRICE, "run"), asks(asked, 40), tmp_path)
