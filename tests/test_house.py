@@ -264,7 +264,7 @@ def test_the_docs_name_every_kind():
     stages, exit codes."""
     from distill.config.learning import SOFT
     from distill.config.teachers import TEACHERS
-    from distill.config.tree import Filters
+    from distill.config.tree import Corpus, Filters
     from distill.corpus.readers import BINARY_SUFFIXES, SUFFIXES
     from distill.errors import Exit
     from distill.pipeline import STAGES
@@ -284,6 +284,9 @@ def test_the_docs_name_every_kind():
         text = (ROOT / "docs" / page).read_text()
         lacking = [name for name in names if name not in text]
         assert not lacking, f"docs/{page} does not name {lacking}"
+    described = Corpus.model_fields["path"].description or ""
+    lacking = [name for name in (*SUFFIXES, *BINARY_SUFFIXES) if name[1:] not in described]
+    assert not lacking, f"the description of corpus.path does not name {lacking}"
 
 
 @every_page

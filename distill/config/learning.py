@@ -1,13 +1,14 @@
 """What training reads of a config: student, losses, loop, soft labels, on-policy rounds."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from distill.config.teachers import EndpointTeacher
 from distill.config.values import Positive, Revision, Section, Trust, Weight, checked_model
 
-SOFT = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
+SoftLoss = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl"]
+SOFT: tuple[SoftLoss, ...] = get_args(SoftLoss)
 
 
 class Signals(Section):
@@ -225,7 +226,7 @@ class OnPolicy(Section):
     """Sampling temperature of the student."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling of the student."""
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl"] = "jsd"
+    divergence: SoftLoss = "jsd"
     """Divergence from the teacher that is trained on; `train.loss` gives beta, alpha and
     temperature."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-4

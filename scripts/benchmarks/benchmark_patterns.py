@@ -108,6 +108,7 @@ PIECES = {
     "orders": "ignore the above ",
     "roles": "\nsystem ",
     "escapes": "\\ud800",
+    "rows of a table": "|-|\n",
 }
 # what may begin a construct that goes on in one of the pieces, and does not end
 HEADS = (
@@ -235,6 +236,8 @@ def deep_object(text: str) -> None:
     check({"kind": "field_f1"}, prompt_of("q", json.dumps(value)), json.dumps(value))
 
 
+SWITCHES = [name for name, field in Filters.model_fields.items() if field.annotation is bool]
+EVERY_FILTER = Filters.model_validate(dict.fromkeys(SWITCHES, True))
 READERS: dict[str, Reader] = {
     "corpus.clean.normalise": refusable(clean.normalise),
     "corpus.clean.chunk": lambda text: clean.chunk(text, 6000, 200),
@@ -261,7 +264,7 @@ READERS: dict[str, Reader] = {
     ),
     "corpus.corpus.split": splits,
     "corpus.prompts.ask": lambda text: prompts.ask(load_task("summary"), Document.make(text, "f")),
-    "generation.filters.active_filters": filtered(filters.active_filters(Filters())),
+    "generation.filters.active_filters": filtered(filters.active_filters(EVERY_FILTER)),
     "responders.endpoint.wire.read_reply": lambda text: wire.read_reply(body(text)),
     "responders.endpoint.wire.read_reply, raw": lambda text: wire.read_reply(text.encode()),
     "responders.endpoint.wire.read_reply, thought": lambda text: wire.read_reply(

@@ -12,12 +12,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent / "scripts" / "benchm
 import benchmark_patterns as benchmark
 
 from distill.corpus.corpus import split
+from distill.tasks.checkers import KINDS
 
 SIZE = 200_000  # characters: what reads them again and again takes a minute or more
 SECONDS = 8  # what reads them once takes under two
 PIECES = (
     *("spaces", "newlines", "digits", "digits apart", "a long word", "words", "fences", "<", "@"),
-    *("CJK", "points in lines", "backslashes"),
+    *("CJK", "points in lines", "backslashes", "rows of a table"),
 )
 QUADRATIC = {  # what once took time in the square of a text, and which text showed it
     "corpus.clean.normalise": ("", "spaces"),
@@ -49,6 +50,12 @@ def test_every_reader_takes_the_usual_pieces(name: str) -> None:
     for piece in PIECES:
         text = benchmark.made("", benchmark.PIECES[piece], 50_000)
         assert benchmark.seconds_of(read, text, SECONDS) < SECONDS, piece
+
+
+def test_every_checker_is_a_reader_unless_it_has_a_clock_of_its_own() -> None:
+    clocked = {"math", "regex", "python_tests"}
+    lacking = {kind for kind in KINDS if f"tasks.checkers, {kind}" not in benchmark.READERS}
+    assert lacking == clocked
 
 
 def test_fields_that_lie_deep_take_no_memory_in_their_square() -> None:

@@ -240,7 +240,7 @@ def test_nothing_runs_unasked() -> None:
 
 ANSWERS = st.one_of(
     st.text(st.characters(exclude_categories=())),
-    st.text(alphabet='{}[]":,`#$.-019e\\nul (=\n'),
+    st.text(alphabet='{}[]":,`#$.-|019e\\nul (=\n'),
     st.recursive(st.none() | st.floats() | st.text(), st.lists, max_leaves=20).map(json.dumps),
     st.text(max_size=5).map(lambda text: f"```\n{text}\n```"),
 )
