@@ -129,6 +129,22 @@ def capture_rows(vocabulary: int, kind: str) -> int:
     return max(16, CAPTURE_BYTES[kind] // (4 * vocabulary))
 
 
+def capture_bytes(
+    vocabulary: int, width: int, kind: str, method: str = "nucleus", tempered: bool = False
+) -> float:
+    """Return what a capture's part of a pass takes at its peak, beside the hidden states.
+
+    `tempered` tells whether the tail's mass is taken at other temperatures too.
+    """
+    beside = 4  # the log-probabilities of the part before
+    if method == "sampled":  # sums in float64, and on a GPU what is summed, cast to it
+        beside = 16 if kind == "cuda" else 8
+    elif tempered:  # the log-probabilities by a temperature, and their exponentials
+        beside = 8
+    rows = min(READ_TOKENS, capture_rows(vocabulary, kind))
+    return float(rows * vocabulary * (width + 4 + beside))
+
+
 def loss_bytes(
     vocabulary: int, width: int, kind: str, towards: Towards = "tokens", positions: float = 1e9
 ) -> float:
@@ -141,10 +157,10 @@ def loss_bytes(
 def row_bytes(cache: float, vocab: int, width: int, kind: str, tokens: float) -> float:
     """Return what an answer of `tokens`, its prompt included, takes while it is written.
 
-    `cache` are the bytes of keys and values, a token. On a GPU stand beside the logits, in float32,
-    they and their softmax.
+    `cache` are the bytes of keys and values, a token. On a GPU stand beside the logits their
+    softmax in float32, and it and its sums in float64.
     """
-    return tokens * cache + (vocab * (width + 8) if kind == "cuda" else 0)
+    return tokens * cache + (vocab * (width + 20) if kind == "cuda" else 0)
 
 
 def fitting_rows(room: float, row: float, kind: str) -> int:
@@ -169,13 +185,13 @@ def answering_bytes(model: "Shape", width: int, kind: str, rows: int, tokens: fl
     return _with_context(parts | {"activations": prompts * layer_bytes(model, width)}, kind)
 
 
-def reading_bytes(model: "Shape", width: int, kind: str) -> Parts:
-    """Return the parts of reading texts: the capture, and the losses of an evaluation."""
+def reading_bytes(model: "Shape", width: int, kind: str, logits: float | None = None) -> Parts:
+    """Return the parts of reading texts: the losses of an evaluation, or a capture's `logits`."""
     parts = {"weights": weight_bytes(model, width)}
     parts["activations"] = READ_TOKENS * layer_bytes(model, width)
-    # a block of logits, its log-probabilities in float32, and what is sorted of them
-    rows = min(READ_TOKENS, capture_rows(model.vocab, kind))
-    return _with_context(parts | {"logits": float(rows * model.vocab * (width + 8))}, kind)
+    if logits is None:
+        logits = loss_bytes(model.vocab, width, kind, "tokens", READ_TOKENS)
+    return _with_context(parts | {"logits": logits}, kind)
 
 
 def merging_bytes(model: "Shape", width: int, adapter: int) -> Parts:
@@ -194,7 +210,10 @@ def _with_context(parts: Parts, kind: str) -> Parts:
 
 
 class LoraTraining(NamedTuple):
-    """What a LoRA training computes; `length` is a sample's, `teacher` the bytes of a live one."""
+    """What a LoRA training computes; `length` is a sample's, `teacher` the bytes of a live one.
+
+    The weights are in so many `shards`, each on a GPU of its own, and layers gathered in turn.
+    """
 
     model: "Shape"
     r: int
@@ -206,6 +225,8 @@ class LoraTraining(NamedTuple):
     towards: Towards = "tokens"
     teacher: float = 0.0
     length: float = 512.0
+    dropout: float = 0.0
+    shards: int = 1
 
     def parts(self, tokens: float) -> Parts:
         """Return the parts of a micro-batch of `tokens` at its peak, which the backward begins."""
@@ -215,8 +236,8 @@ class LoraTraining(NamedTuple):
         adapter = adapter_parameters(model, self.r, self.targets)
         # Weights, gradients and Adam's two moments in float32, and on a CPU the best so far
         state = adapter * (4 + 4 + 8 + 4 * cpu)
-        ranks = self.r * len(names)
-        if cpu:
+        ranks, fused = self.r * len(names), cpu and not self.dropout
+        if fused:
             copies = 0  # of each product [W | sB] the columns beside W, and A below each other
             for group in JOINED:
                 sizes = [linear_modules(model)[name] for name in group]
@@ -224,8 +245,6 @@ class LoraTraining(NamedTuple):
                 copies += model.layers * columns * (sum(out for _, out in sizes) + sizes[0][0])
             # what `_Attend` and `_Feed` of `training.fused_layers` save for their backward
             layer = width * (4 * hidden + 3 * queries + 3 * keys + 3 * inner + ranks)
-            if self.length <= SAVED_KEYS:
-                layer += width * model.heads * (self.length + BLOCK) / 2
             backward = width * (4 * inner + 2 * hidden)
         else:
             copies = adapter
@@ -234,14 +253,26 @@ class LoraTraining(NamedTuple):
             layer = 8 * hidden
             layer += width * (2 * hidden + 2 * queries + 2 * keys + 4 * inner + ranks)
             backward = width * 3 * (inner + hidden)
+        if self.dropout:  # of each adapted module its own input and mask, not the shared one
+            sizes, mask = linear_modules(model), width if cpu else 1
+            layer += sum((width + mask) * sizes[name][0] for name in names)
+            groups = [group for group in JOINED if not set(names).isdisjoint(group)]
+            # attention keeps its sums, the input of `o_proj`, for itself
+            layer -= width * sum(sizes[g[0]][0] for g in groups if g != ("o_proj",))
+        if cpu and self.length <= SAVED_KEYS:
+            layer += width * model.heads * (self.length + BLOCK) / 2
         saved = model.layers * layer
         if self.checkpointing:  # of each layer its input, and one is made again at a time
             saved, backward = model.layers * width * hidden, layer + backward
         ends = (4 + 2 * width) * hidden  # the last norm's input, its output, and their gradient
         loss = loss_bytes(model.vocab, width, self.kind, self.towards, tokens)
+        weights = weight_bytes(model, width, self.four_bit)
+        if self.shards > 1:  # embedding and head are gathered for all of a pass, and two layers
+            gathered = model.parameters - model.body * (1 - 2 / model.layers)
+            weights = min(weights, weights / self.shards + width * gathered)
         parts = {
-            "weights": weight_bytes(model, width, self.four_bit),
-            "adapter and optimizer": float(state + width * copies),
+            "weights": weights,
+            "adapter and optimizer": float(state / self.shards + width * copies),
             "activations": tokens * (saved + ends),
             "loss and backward": max(loss, tokens * backward),
         }

@@ -23,6 +23,7 @@ from distill.models.arithmetic import (
     answer_flops,
     answering_bytes,
     cache_bytes,
+    capture_bytes,
     fitting_rows,
     merging_bytes,
     reading_bytes,
@@ -220,7 +221,9 @@ class RunEstimate:
         read, live = Parts(), 0.0
         if isinstance(reader, LocalTeacher):
             shape, reads = shape_of(reader.model), machine.width(reader.dtype)
-            read = reading_bytes(shape, reads, kind)
+            signals = config.signals
+            how = (signals.method, bool(signals.temperatures))
+            read = reading_bytes(shape, reads, kind, capture_bytes(shape.vocab, reads, kind, *how))
             if config.captures:
                 yield StageMemory(stage="signals", parts=read, room=room)
             elif settings.loss.soft:
@@ -230,11 +233,14 @@ class RunEstimate:
             *(student, settings.lora.r, settings.lora.target_modules, kind, width),
             *(config.student.load_in_4bit, settings.gradient_checkpointing, towards, live),
             length=self.prompt + self.answer,
+            dropout=settings.lora.dropout,
         )
         most = training.micro_batch(machine.memory or math.inf, settings.tokens_per_step)
         tokens = settings.micro_batch_tokens or most
         trained = training.parts(min(tokens, settings.tokens_per_step))
-        yield StageMemory(stage="train", parts=trained, room=room)
+        many = kind == "cuda" and (settings.num_processes or 1) > 1
+        place = "memory of each GPU, with all of the student (not FSDP2)" if many else "memory"
+        yield StageMemory(stage="train", parts=trained, room=room, place=place)
         merged = merging_bytes(student, self._stored_width(), self.adapter)
         main = machine.main_memory
         yield StageMemory(stage="merge", parts=merged, room=main, place="main memory")

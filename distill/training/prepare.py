@@ -29,7 +29,7 @@ from distill.training.batches import (
 )
 from distill.training.encode import encode_pairs
 from distill.training.soft_labels.labels import load_labels, load_live
-from distill.training.student import StudentModel, make_student
+from distill.training.student import StudentModel, attention_notes, make_student
 
 HARDWARE = ("processor", "threads", "gpu", "cuda")
 SAME = {  # what processes that share a step must have in common, with what makes it so
@@ -84,6 +84,8 @@ def prepare(run: Run, world: int = 1, start: Path | None = None) -> Preparation:
         for split in ("train", "validation")
     )
     student, notes = make_student(model, settings.packing, fused=not processes.sharded())
+    if processes.sharded() and student.packing:  # the student is in main memory until it is cut
+        notes += attention_notes(loading.device(), model)
     facts, memory = pinned_facts(config, tokenizer, str(model.dtype), examples, validation)
     own = {name: facts[name] for name in ("dtype", *HARDWARE) if name in facts}
     shared = processes.agree({**own, "packing": student.packing}, world, SAME)
@@ -123,11 +125,18 @@ def micro_batch_tokens(config: Config, model: PeftModel, world: int = 1) -> int:
         return MICRO_BATCH_TOKENS
     width, live = model.dtype.itemsize, train.loss.soft and train.loss.teacher == "live"
     towards: Towards = "live" if live else "cached" if train.loss.soft else "tokens"
-    teacher = registry.shape_of(config.soft_teacher().model) if live else None
+    teacher = 0.0
+    if live:  # in its own type
+        reader = config.soft_teacher()
+        teacher = weight_bytes(
+            registry.shape_of(reader.model), loading.pick_dtype(reader.dtype).itemsize
+        )
     training = LoraTraining(
         *(shape, train.lora.r, train.lora.target_modules, "cuda", width),
         *(config.student.load_in_4bit, train.gradient_checkpointing, towards),
-        weight_bytes(teacher, width) if teacher else 0.0,
+        teacher,
+        dropout=train.lora.dropout,
+        shards=world if processes.sharded() else 1,
     )
     memory = torch.cuda.get_device_properties(device).total_memory
     if world > 1:

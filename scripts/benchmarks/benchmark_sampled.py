@@ -31,6 +31,7 @@ from distill.config.teachers import LocalTeacher
 from distill.config.tree import Config
 from distill.formatting import table
 from distill.models import loading
+from distill.models.arithmetic import READ_TOKENS
 from distill.records import Message, Pair, Prompt, Response
 from distill.storage.environment import environment
 from distill.storage.files import write_json
@@ -40,7 +41,7 @@ from distill.training.batches import Example, micro_batches
 from distill.training.divergences import Live, SoftTargets, soft_loss
 from distill.training.encode import encode_pair
 from distill.training.soft_labels.cache import Signal, sample_offsets, supervised_ids
-from distill.training.soft_labels.capture import PASS_TOKENS, read_head, select, to_signal
+from distill.training.soft_labels.capture import read_head, select, to_signal
 from distill.training.soft_labels.labels import CachedLabels
 from distill.training.student import StudentModel, make_student
 
@@ -86,7 +87,7 @@ def read(
     """Return a model's states at the supervised positions, in the examples' order, the tokens that
     follow, and a signal for each setting."""
     lengths, found = [len(example.input_ids) for example in examples], dict[int, Any]()
-    for samples in micro_batches(range(len(examples)), lengths, PASS_TOKENS):
+    for samples in micro_batches(range(len(examples)), lengths, READ_TOKENS):
         batch = student.batch([examples[i] for i in samples])
         counts = [len(supervised_ids(examples[i])) for i in samples]
         pairs = zip(samples, counts, strict=True)

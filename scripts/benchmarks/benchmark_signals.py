@@ -26,6 +26,7 @@ from rich.console import Console
 from distill.config.teachers import LocalTeacher
 from distill.formatting import table
 from distill.models import loading
+from distill.models.arithmetic import READ_TOKENS
 from distill.records import Pair, Prompt, Response, digest
 from distill.storage.environment import environment
 from distill.storage.files import read_records, write_json
@@ -41,7 +42,7 @@ from distill.training.soft_labels.cache import (
     encode_chunk,
     supervised_ids,
 )
-from distill.training.soft_labels.capture import PASS_TOKENS, read_head
+from distill.training.soft_labels.capture import read_head
 from distill.training.student import StudentModel, make_student
 
 LISTED = 256  # ids of each token that are kept of the one reading
@@ -89,7 +90,7 @@ def read(
     lengths = [len(example.input_ids) for example in examples]
     found, done = list[Reading](), 0
     with tracking("reading", limit, "tokens") as tracker:
-        for samples in micro_batches(range(len(examples)), lengths, PASS_TOKENS):
+        for samples in micro_batches(range(len(examples)), lengths, READ_TOKENS):
             batch = student.batch([examples[i] for i in samples])
             for _, logs_SV in read_head(student, batch, vocabulary):
                 found.append(read_rows(logs_SV))
@@ -227,7 +228,7 @@ def main() -> None:
     student, _ = make_student(model)
     examples = answers(run, tokenizer)
     lengths = [len(example.input_ids) for example in examples]
-    order = [i for s in micro_batches(range(len(examples)), lengths, PASS_TOKENS) for i in s]
+    order = [i for s in micro_batches(range(len(examples)), lengths, READ_TOKENS) for i in s]
     examples = [examples[i] for i in order]
     reading = read(student, examples, len(tokenizer), chosen.tokens, chosen.seconds)
     seconds = time.perf_counter() - started

@@ -20,7 +20,13 @@ from transformers import LlamaConfig
 
 from distill.config.learning import SOFT, Loss, Signals
 from distill.errors import DistillError, Exit
-from distill.models.arithmetic import Towards, loss_bytes
+from distill.models.arithmetic import (
+    READ_TOKENS,
+    Towards,
+    capture_bytes,
+    capture_rows,
+    loss_bytes,
+)
 from distill.pipeline import STAGES
 from distill.storage.run_folder import differences
 from distill.training import adapters, attention, checkpoint, prepare, train
@@ -28,7 +34,7 @@ from distill.training.divergences import Live, soft_loss
 from distill.training.losses import cross_entropy
 from distill.training.soft_labels import capture
 from distill.training.soft_labels.cache import Signal
-from distill.training.soft_labels.capture import PASS_TOKENS, read_head, select
+from distill.training.soft_labels.capture import read_head, select
 from distill.training.soft_labels.labels import CachedLabels
 from distill.training.student import Batch, StudentModel
 from tests.support.tiny import make_tokenizer
@@ -152,11 +158,11 @@ def test_a_capture_that_runs_out_of_memory_goes_on_with_shorter_passes(
 
     def small(*given: Any) -> Signal:
         passes.append(given[-1])
-        return out_of_memory() or read(*given) if given[-1] == PASS_TOKENS else read(*given)
+        return out_of_memory() or read(*given) if given[-1] == READ_TOKENS else read(*given)
 
     monkeypatch.setattr(capture, "capture", small)
     capture.main(run)
-    assert passes == [PASS_TOKENS, PASS_TOKENS // 4]
+    assert passes == [READ_TOKENS, READ_TOKENS // 4]
     assert capsys.readouterr().err.count("out of GPU memory: 512 tokens a pass") == 1
 
 
@@ -359,6 +365,25 @@ def test_cast_once_gives_the_gradients_of_a_cast_a_pass(monkeypatch: pytest.Monk
     assert gradients[0].keys() == gradients[1].keys()
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "temperatures", "inside"),
+    [("nucleus", (), 0), ("nucleus", (2.0,), 4), ("sampled", (), 8)],
+)
+def test_a_capture_takes_what_is_planned(
+    method: Any, temperatures: tuple[float, ...], inside: int
+) -> None:
+    """Of a number `inside` kernels: a GPU's cast to float64, the exponentials of logsumexp."""
+    states, head = on_meta(2048, HIDDEN), on_meta(VOCABULARY, HIDDEN)
+    reader: Any = SimpleNamespace(states=lambda batch: states, head=lambda: (head, None))
+    settings = Signals(method=method, temperatures=temperatures)
+    with torch.inference_mode(), Alive() as alive:
+        for _, logs_SV in read_head(reader, Batch.make([]), VOCABULARY):
+            select(logs_SV, torch.zeros(logs_SV.shape[0], dtype=torch.float64), settings)
+    planned = capture_bytes(VOCABULARY, 2, "cuda", method, bool(temperatures))
+    inner = inside * capture_rows(VOCABULARY, "cuda") * VOCABULARY
+    assert alive.peak + inner == pytest.approx(planned, rel=0.02)
 
 
 @pytest.mark.parametrize("method", ["nucleus", "sampled"])

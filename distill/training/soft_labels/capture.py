@@ -22,8 +22,7 @@ from distill.config.learning import Signals
 from distill.config.teachers import EndpointTeacher
 from distill.errors import DistillError, Exit
 from distill.models import loading
-from distill.models.arithmetic import READ_TOKENS as PASS_TOKENS
-from distill.models.arithmetic import capture_rows
+from distill.models.arithmetic import READ_TOKENS, capture_rows
 from distill.models.devices import kind
 from distill.storage.files import disk_errors, folder_lock, read_json, write_json
 from distill.storage.progress import say, tracking
@@ -132,7 +131,7 @@ def fill(
     run: Run,
 ) -> None:
     """Read answers a chunk at a time and append each to the cache."""
-    tokens = PASS_TOKENS
+    tokens = READ_TOKENS
     with tracking("signals", sum(text.key.length for text in texts), "tokens") as tracker:
         for part in chunked(texts):
             examples, signal = [text.example for text in part], None
@@ -140,7 +139,7 @@ def fill(
                 try:
                     signal = capture(reader, vocabulary, examples, settings, tokens)
                 except torch.OutOfMemoryError:
-                    if tokens < PASS_TOKENS:
+                    if tokens < READ_TOKENS:
                         raise
                     tokens //= 4
                     say(f"signals: out of GPU memory: {tokens} tokens a pass from here on")
@@ -155,7 +154,7 @@ def capture(
     vocabulary: int,
     examples: Sequence[Example],
     settings: Signals,
-    pass_tokens: int = PASS_TOKENS,
+    pass_tokens: int = READ_TOKENS,
 ) -> Signal:
     """Return the distributions of examples' supervised tokens over the first `vocabulary` ids."""
     lengths = [len(example.input_ids) for example in examples]
