@@ -28,10 +28,11 @@ from distill.storage.files import sha256_file, write_json
 from distill.storage.progress import say, tracking
 from distill.storage.run_folder import MEMORY, Run, differences, flatten, unnamed
 from distill.training import adapters, checkpoint, processes
-from distill.training.batches import OptimizerStep, learning_rate, share
+from distill.training.batches import Example, OptimizerStep, learning_rate, share
 from distill.training.encode import show
 from distill.training.prepare import HARDWARE, prepare
 
+SKIPS = 10  # steps in a row whose gradients float16 cannot hold: then the training ends
 IDLE = 0.1  # of the passes of several processes may hold no sample, without a word about it
 SUMMARY = ("history", "validation", "best_step", "tokens", "seconds", "stopped_early", "notes")
 
@@ -50,6 +51,7 @@ class Progress:
     worse: int = 0  # validations in a row that were not the best
     stopped_early: bool = False
     notes: list[str] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)  # steps that float16 could not hold
 
 
 def main(run: Run, allow_inexact: bool = False, start: Path | None = None) -> None:
@@ -157,8 +159,9 @@ class Loop:
             what = f"the best weights, of step {step}, are lost to those of step {progress.step}"
             raise DistillError(Exit.TRAINING, saved.folder, what, "--redo train")
         adapters.restore(self.parts.model, adapter, saved.folder)
-        optimizer = saved.tensors("optimizer")
-        adapters.restore_optimizer(self.optimizer, self.named, optimizer, saved.folder)
+        if len(progress.skipped) < progress.step:  # else the optimizer has not begun
+            optimizer = saved.tensors("optimizer")
+            adapters.restore_optimizer(self.optimizer, self.named, optimizer, saved.folder)
         self.progress, self.best = progress, best
         if changes:
             progress.notes.append(f"resumed inexactly at step {progress.step}: {what}")
@@ -183,7 +186,8 @@ class Loop:
                 progress.tokens += row["tokens"]
                 progress.seconds += row["seconds"]
                 self.run.ledger.spend(input_tokens=row["tokens"])
-                if progress.step % settings.logging_steps == 0:
+                skipped = progress.step in progress.skipped[-1:]  # its loss may be no number
+                if progress.step % settings.logging_steps == 0 and not skipped:
                     progress.history.append({"step": progress.step, "epoch": step.epoch, **row})
                     self.accelerator.log(row, step=progress.step)
                 if self.accelerator.is_main_process:
@@ -201,10 +205,11 @@ class Loop:
                     raise DistillError(Exit.INTERRUPTED, self.run.folder, what, fix)
 
     def _step(self, step: OptimizerStep) -> tuple[dict[str, Any], bool]:
-        """Take one optimizer step.
+        """Take one optimizer step, or skip one that overflows in float16, as a GradScaler does.
 
         Returns its row of the history, and whether any process received a signal to stop. Raises
-        DistillError (exit 7) where the loss or the gradient's norm is not finite.
+        DistillError (exit 7) where the loss or the gradient's norm is not finite in another type,
+        or in too many steps in a row.
         """
         parts, settings, number = self.parts, self.settings, self.progress.step
         started = time.monotonic()
@@ -229,16 +234,30 @@ class Loop:
         norm = torch.nn.utils.clip_grad_norm_(self.named.values(), settings.max_grad_norm)
         row["grad_norm"] = float(processes.full_tensor(norm))
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-            names = ", ".join(example.response_id for example in samples)
-            what = f"loss {row['loss']}, gradient norm {row['grad_norm']} over samples {names}"
-            fix = "look at these samples, or lower train.learning_rate; the last checkpoint is kept"
-            raise DistillError(Exit.TRAINING, f"step {number + 1}", what, fix)
-        for group in self.optimizer.param_groups:
-            group["lr"] = row["learning_rate"]
-        self.optimizer.step()
+            self._skip(number + 1, row, samples)
+        else:
+            for group in self.optimizer.param_groups:
+                group["lr"] = row["learning_rate"]
+            self.optimizer.step()
         self.optimizer.zero_grad()
         row["tokens"] = sum(len(example.input_ids) for example in samples)
         return {**row, "seconds": time.monotonic() - started}, bool(reduced[-1])
+
+    def _skip(self, number: int, row: dict[str, Any], samples: Sequence[Example]) -> None:
+        """Count a step that overflowed in float16; raises DistillError where that does not help."""
+        names = ", ".join(example.response_id for example in samples)
+        what = f"loss {row['loss']}, gradient norm {row['grad_norm']} over samples {names}"
+        fix = "look at these samples, or lower train.learning_rate; the last checkpoint is kept"
+        if self.parts.model.dtype == torch.float16:
+            skipped = self.progress.skipped
+            skipped.append(number)
+            bound = skipped[-SKIPS:] == list(range(number - SKIPS + 1, number + 1))
+            if not bound and len(skipped) < len(self.parts.plan):
+                self._say(f"step {number} overflowed in float16 and was skipped")
+                return
+            what = f"float16 overflowed in {len(skipped)} steps, in this one with {what}"
+            fix = "train.bf16=false, which computes in float32, with --redo train"
+        raise DistillError(Exit.TRAINING, f"step {number}", what, fix)
 
     def _halve(self, step: OptimizerStep) -> None:
         """Halve the micro-batches, once in a run of this process, and make room for them."""
@@ -343,6 +362,8 @@ class Loop:
             "world_size": self.facts["world_size"],
             "base": {**base, "template_hash": self.facts["template"]},
         }
+        if self.parts.model.dtype == torch.float16:
+            summary["skipped"] = self.progress.skipped
         if self.mix:
             summary |= {"loss": self.mix, "labels": self.settings.loss.teacher}
         write_json(self.run.path("training.json"), summary)

@@ -21,15 +21,19 @@ from transformers import LlamaConfig
 from distill.config.learning import SOFT, Loss, Signals
 from distill.errors import DistillError, Exit
 from distill.models.arithmetic import (
+    MICRO_BATCH_TOKENS,
     READ_TOKENS,
+    LoraTraining,
     Towards,
     capture_bytes,
     capture_rows,
     loss_bytes,
+    row_bytes,
 )
 from distill.pipeline import STAGES
+from distill.responders.local.local_model import sample_ids, seeded
 from distill.storage.run_folder import differences
-from distill.training import adapters, attention, checkpoint, prepare, train
+from distill.training import adapters, attention, checkpoint, prepare, student, train
 from distill.training.divergences import Live, soft_loss
 from distill.training.losses import cross_entropy
 from distill.training.soft_labels import capture
@@ -236,6 +240,58 @@ def earlier(saved: Any) -> Any:
         if key not in ("processor", "threads")
     }
     return dataclasses.replace(saved, facts={**saved.facts, "run": facts})
+
+
+def test_a_live_teacher_is_counted_in_its_own_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = {"ce": 0.5, "forward_kl": 0.5, "teacher": "live"}
+    lora = {"r": 4, "dropout": 0.1}
+    run, seen = make_soft_run(tmp_path, train={"loss": loss, "lora": lora}), list[Any]()
+
+    def spied(*given: Any, **named: Any) -> LoraTraining:
+        seen.append(LoraTraining(*given, **named))
+        return seen[-1]
+
+    monkeypatch.setattr(prepare, "LoraTraining", spied)
+    monkeypatch.setattr(prepare.loading, "device", lambda: torch.device("cuda"))
+    properties = SimpleNamespace(total_memory=24e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    model: Any = causal_model(tmp_path / "model", torch.bfloat16)
+    tokens = prepare.micro_batch_tokens(run.config, model)
+    assert tokens == max(MICRO_BATCH_TOKENS, run.config.train.tokens_per_step * 5 // 4)
+    teacher = causal_model(tmp_path / "teacher")
+    assert seen[0].teacher == 4 * sum(p.numel() for p in teacher.parameters())
+    assert (seen[0].width, seen[0].dropout, seen[0].shards) == (2, 0.1, 1)
+
+
+def test_the_attention_of_a_student_in_shards_is_that_of_the_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The student is in main memory until it is cut."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    devices, run = list[torch.device](), make_run(tmp_path, micro_batch_tokens=300)
+    monkeypatch.setattr(prepare.loading, "device", lambda: torch.device("meta"))
+
+    def apart(device: torch.device, *_: Any) -> str:
+        devices.append(device)
+        return "no kernel"
+
+    monkeypatch.setattr(student, "why_apart", apart)
+    (note,) = prepare.prepare(run).notes
+    assert note.endswith("slower: no kernel") and devices == [torch.device("meta")]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_choosing_a_token_takes_what_a_row_is_planned_with(top_p: float) -> None:
+    logits = torch.zeros(4, 30_000, dtype=torch.bfloat16)
+    logits[:, :8] = 20  # the nucleus
+    with Alive() as alive:
+        sample_ids(logits, 1.0, top_p, [seeded("k", n) for n in range(4)])
+    planned = 4 * row_bytes(0, 30_000, 2, "cuda", 0)
+    assert alive.peak + logits.nbytes <= 1.01 * planned
+    assert top_p < 1 or alive.peak + logits.nbytes == pytest.approx(planned, rel=0.05)
 
 
 # What a GPU is given, on `meta`
