@@ -75,12 +75,12 @@ class StageMemory(Record):
     @property
     def fits(self) -> bool:
         """Tell whether the peak fits."""
-        return self.peak <= (self.room or math.inf)
+        return self.room is None or self.peak <= self.room
 
     def line(self) -> str:
         """Say what it is made of."""
         parts = ", ".join(f"{what} {size(amount)}" for what, amount in self.parts.items())
-        room = f" of {size(self.room)}" if self.room else ""
+        room = "" if self.room is None else f" of {size(self.room)}"
         word = "peak of" if self.fits else "DOES NOT FIT:"
         return f"{self.place}: {word} {self.stage} {size(self.peak)}{room} ({parts})"
 
@@ -202,10 +202,11 @@ class RunEstimate:
         config, machine, settings = self.config, self.machine, self.config.train
         teacher, student, kind = config.teacher, self.student, machine.kind
         width, limit = machine.width(config.student.dtype), config.evaluation.max_new_tokens
-        room = machine.free or machine.memory
+        room = machine.memory if machine.free is None else machine.free
 
         def answering(model: Shape, width: int, tokens: float, rows: int | None) -> Parts:
-            beside = (room or 1e15) - sum(answering_bytes(model, width, kind, 0, 0).values())
+            fixed = sum(answering_bytes(model, width, kind, 0, 0).values())
+            beside = 1e15 if room is None else room - fixed
             row = row_bytes(cache_bytes(model, width), model.vocab, width, kind, tokens)
             fitting = fitting_rows(beside, row, kind)
             most = min(fitting, max(1, int(self.work.all_prompts * teacher.n)))

@@ -4,7 +4,6 @@ Loads no model. Counts come from `work`, dollars from `cost`, all else from `est
 known is None, and named.
 """
 
-import math
 import shutil
 from collections.abc import Iterable
 from contextlib import suppress
@@ -154,7 +153,7 @@ def announce(run: Run, redo: Iterable[Stage] = ()) -> None:
         return
     for row in memory:
         if row.stage in remaining:
-            if row.parts["weights"] > (row.room or math.inf):
+            if row.room is not None and row.parts["weights"] > row.room:
                 fix = "take a smaller model or a larger machine; distill plan shows each stage"
                 raise DistillError(Exit.TRAINING, row.stage, row.line(), fix)
             say(f"run: {'; '.join([row.line(), *here.notes])}")

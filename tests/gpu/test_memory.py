@@ -291,6 +291,8 @@ def test_a_student_that_fits_for_training_and_not_for_evaluation_is_known_before
     words = (f"student.load_in_4bit={four_bit}", "train.gradient_checkpointing=true")
     rows = memory_of(work, STUDENTS[name], machine, *words)
     assert (rows["train"].fits, rows["evaluate"].fits) == fits, rows
+    taken = machine.model_copy(update={"free": 0.0})  # by others, to the last byte
+    assert not memory_of(work, STUDENTS[name], taken, *words)["train"].fits
 
 
 def test_rows_of_answers_fill_the_share_of_memory_that_they_may() -> None:
