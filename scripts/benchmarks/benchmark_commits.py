@@ -4,8 +4,9 @@
 
 Both commits perform two small experiments by their own `distill run`, in turns, each time in an
 empty folder: the quickstart's models and tasks; and soft labels of a 0.5B model for itself, which
-are captured and then learnt from the cache. The seconds of a stage are those of its ledger. A ratio
-above 1 says that this tree is faster; its range is that of the pairs. Run nothing else meanwhile.
+are captured and then learnt from the cache. The seconds of a stage are those of its ledger; `steps`
+are the optimizer steps of training alone, without loading and merging. A ratio above 1 says that
+this tree is faster; its range is that of the pairs. Run nothing else meanwhile.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distill.storage.environment import environment
-from distill.storage.files import write_json
+from distill.storage.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 QUICKSTART = {
@@ -51,8 +52,8 @@ SOFT_LABELS = {
     "train": {**QUICKSTART["train"], "loss": {"ce": 0.5, "forward_kl": 0.5}},
 }
 STAGES = {  # what is compared, and of which experiment
-    "quickstart": (QUICKSTART, ("generate", "train", "evaluate")),
-    "soft labels": (SOFT_LABELS, ("signals", "train")),
+    "quickstart": (QUICKSTART, ("generate", "steps", "train", "evaluate")),
+    "soft labels": (SOFT_LABELS, ("signals", "steps", "train", "evaluate")),
 }
 
 
@@ -69,9 +70,10 @@ def seconds_of_stages(tree: Path, config: dict[str, object]) -> dict[str, float]
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        ledger = Path(folder) / "runs" / "small" / "ledger.jsonl"
-        entries = map(json.loads, ledger.read_text(encoding="utf-8").splitlines())
-        return {entry["stage"]: entry["seconds"] for entry in entries}
+        run = Path(folder) / "runs" / "small"
+        entries = map(json.loads, (run / "ledger.jsonl").read_text(encoding="utf-8").splitlines())
+        steps = read_json(run / "training.json")["seconds"]
+        return {"steps": steps, **{entry["stage"]: entry["seconds"] for entry in entries}}
 
 
 def main() -> None:
