@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from distill.config.learning import Student, Train
+from distill.config.teachers import LocalTeacher
 from distill.config.tree import Config
 from distill.models import loading, registry
 from distill.models.arithmetic import MICRO_BATCH_TOKENS, LoraTraining, Towards, weight_bytes
@@ -126,11 +127,9 @@ def micro_batch_tokens(config: Config, model: PeftModel, world: int = 1) -> int:
     width, live = model.dtype.itemsize, train.loss.soft and train.loss.teacher == "live"
     towards: Towards = "live" if live else "cached" if train.loss.soft else "tokens"
     teacher = 0.0
-    if live:  # in its own type
-        reader = config.soft_teacher()
-        teacher = weight_bytes(
-            registry.shape_of(reader.model), loading.pick_dtype(reader.dtype).itemsize
-        )
+    if live and isinstance(reader := config.soft_teacher(), LocalTeacher):  # in its own type
+        own = loading.pick_dtype(reader.dtype).itemsize
+        teacher = weight_bytes(registry.shape_of(reader.model), own)
     training = LoraTraining(
         *(shape, train.lora.r, train.lora.target_modules, "cuda", width),
         *(config.student.load_in_4bit, train.gradient_checkpointing, towards),
