@@ -1,7 +1,7 @@
 """GPUs by name: what configs/devices.yaml has of them, why one here is not used, who fills it.
 
 ROCm's build of torch has the interface of CUDA's, so an AMD GPU is used like one of NVIDIA. Apple's
-and Intel's are named and not used. Importing this loads the standard library alone: a benchmark
+and Intel's are named and not used. Importing this needs the standard library alone: a benchmark
 reads it on a bare machine.
 """
 
@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from distill.storage.environment import DRIVERS, driver_version
+
 TABLE = Path("configs/devices.yaml")
 # Words of a name that make it another device than the one without them.
 VARIANTS = {"d", "laptop", "max", "mig", "nvl", "super", "ti"}
 NEAR = 0.1  # a driver states up to 8 % more or less than the data sheet
 HIDING = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
-PCI, NVIDIA, KFD = Path("/sys/bus/pci/devices"), Path("/proc/driver/nvidia/version"), "/dev/kfd"
+PCI, NVIDIA, KFD = Path("/sys/bus/pci/devices"), DRIVERS[0], "/dev/kfd"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,7 @@ def unused_gpu() -> str | None:
     hidden = [name for name in HIDING if os.environ.get(name) in ("", "-1")]
     cards = [p for p in PCI.glob("*") if (p / "class").read_text().startswith("0x03")]  # displays
     vendors = {(card / "vendor").read_text().strip() for card in cards}
-    driver = re.search(r"\d+\.\d+[.\d]*", NVIDIA.read_text()) if NVIDIA.exists() else None
+    driver = driver_version(NVIDIA)
     if "0x10de" in vendors or driver or shutil.which("nvidia-smi"):
         name, why = "an NVIDIA GPU", "no driver is loaded: install it, or docker run --gpus all"
         if hidden:
@@ -86,7 +88,7 @@ def unused_gpu() -> str | None:
         elif torch.version.cuda is None:
             why = f"{torch_} is a build without CUDA: install the one with it"
         elif driver:
-            why = f"driver {driver[0]} is too old for {torch_}: install a newer one"
+            why = f"driver {driver} is too old for {torch_}: install a newer one"
     elif "0x1002" in vendors and Path(KFD).exists():
         name, why = "an AMD GPU", f"{torch_} is a build without ROCm: install the one with it"
         why = f"{hidden[0]}={os.environ[hidden[0]]!r} hides it" if hidden else why

@@ -63,10 +63,15 @@ def gpu_facts() -> dict[str, object]:
         return {}
     place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     properties = torch.cuda.get_device_properties(place)
-    driver = re.search(r"\d+\.[.\d]+", DRIVERS[0].read_text()) if DRIVERS[0].exists() else None
     facts = {"gpu": properties.name, "gpu_memory": properties.total_memory}
     cuda = torch.version.cuda or f"ROCm {torch.version.hip}"
-    return {**facts, "driver": driver and driver[0], "cuda": cuda}
+    return {**facts, "driver": driver_version(DRIVERS[0]), "cuda": cuda}
+
+
+def driver_version(path: Path) -> str | None:
+    """Return the version of NVIDIA's driver by the file in which it says it, if it is loaded."""
+    found = re.search(r"\d+\.\d+[.\d]*", path.read_text()) if path.exists() else None
+    return found and found[0]
 
 
 def installed(name: str) -> str | None:

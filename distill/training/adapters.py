@@ -94,19 +94,11 @@ def use_working_copies(model: nn.Module) -> None:
             module.forward = _WorkingCopy(module)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def adapt(
-    model: Any,
-    r: int,
-    alpha: float,
-    dropout: float,
-    target_modules: str | tuple[str, ...],
-    seed: int,
-    checkpointing: bool = False,
-) -> PeftModel:
-    """Return `model` as it is trained: a fresh adapter whose products run in the model's type."""
-    wrapped = inject(model, r, alpha, dropout, target_modules, seed)
+def adapt(wrapped: PeftModel, checkpointing: bool = False) -> PeftModel:
+    """Make an injected model what is trained: its adapter's products run in the model's type."""
     use_working_copies(wrapped)
     if checkpointing:
+        model: Any = wrapped.get_base_model()
         model.activation_checkpointing_enable({"use_reentrant": False})
     return wrapped.train()
 

@@ -152,7 +152,7 @@ def load_adapted(student: Student, train: Train, seed: int) -> PeftModel:
         on_cpu=processes.sharded() and not four_bit,  # a device gets its shards alone
     )
     lora = (train.lora.r, train.lora.alpha, train.lora.dropout, train.lora.target_modules)
-    return adapters.adapt(model, *lora, seed, train.gradient_checkpointing)
+    return adapters.adapt(adapters.inject(model, *lora, seed), train.gradient_checkpointing)
 
 
 def encode_split(

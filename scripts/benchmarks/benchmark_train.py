@@ -50,7 +50,7 @@ class Ours:
         self, model: Any, step_tokens: int = STEP_TOKENS, limit: int = MICRO_BATCH_TOKENS
     ) -> None:
         self.step_tokens, self.limit = step_tokens, limit
-        adapted = adapters.adapt(model, RANK, ALPHA, 0.0, "all-linear", seed=0)
+        adapted = adapters.adapt(adapters.inject(model, RANK, ALPHA, 0.0, "all-linear", 0))
         self.student, _ = make_student(adapted, fused=True)
         self.named = adapters.parameters(adapted)
         weights = list(self.named.values())

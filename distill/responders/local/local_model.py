@@ -30,7 +30,14 @@ from distill.models.chat_template import (
     special_tokens,
     template_hash,
 )
-from distill.models.devices import device, device_name, free_memory, pick_dtype, release_memory
+from distill.models.devices import (
+    device,
+    device_name,
+    free_memory,
+    kind,
+    pick_dtype,
+    release_memory,
+)
 from distill.models.loading import context_length, load_merged, load_model, load_tokenizer
 from distill.models.registry import check_base, folder_facts, identity
 from distill.records import Message, Stop, Usage, digest
@@ -133,12 +140,13 @@ class LocalResponder:
         ordered = sorted(
             lengths, key=lambda r: (r.sampling.to_line(), -lengths[r], r.key, r.sample)
         )
-        plans, room = list[Plan](), free_memory(self.network.device)
+        plans, place = list[Plan](), self.network.device
+        room, limits = free_memory(place), LIMITS[kind(place)]
         while ordered:
             sampling = ordered[0].sampling
             longest = lengths[ordered[0]] + sampling.max_new_tokens
-            size = self.max_batch_size or fitting_rows(room, self._row_bytes(longest), self._kind)
-            most = max(PLAN_TOKENS // sampling.max_new_tokens, size * LIMITS[self._kind].batches)
+            size = self.max_batch_size or fitting_rows(room, self._row_bytes(longest), kind(place))
+            most = max(PLAN_TOKENS // sampling.max_new_tokens, size * limits.batches)
             alike = [request for request in ordered[:most] if request.sampling == sampling]
             plans.append(Plan(requests=tuple(alike), slots=min(size, len(alike))))
             ordered = ordered[len(alike) :]
@@ -150,7 +158,7 @@ class LocalResponder:
         Main memory is never asked: there an unfinished plan ends with the bytes that it began.
         """
         most = self.max_batch_size or plan.slots
-        if self._kind == "cuda":
+        if kind(self.network.device) == "cuda":
             longest = max(len(self._encode(r)) + r.sampling.max_new_tokens for r in plan.requests)
             most = min(most, free_memory(self.network.device) // self._row_bytes(longest))
         return plan.slots <= most
@@ -243,18 +251,13 @@ class LocalResponder:
             )
         return ids
 
-    @property
-    def _kind(self) -> str:
-        """Return the kind of device that the limits are by."""
-        return "cpu" if self.network.device.type == "cpu" else "cuda"
-
     def _row_bytes(self, capacity: int) -> float:
         """Return what a row of `capacity` tokens takes."""
         shape, width = self.network.config.get_text_config(), self.network.dtype.itemsize
         heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
         size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
         cache = 2 * shape.num_hidden_layers * heads * size * width
-        return row_bytes(cache, shape.vocab_size, width, self._kind, capacity)
+        return row_bytes(cache, shape.vocab_size, width, kind(self.network.device), capacity)
 
 
 def make(teacher: LocalTeacher, circumstances: Circumstances) -> LocalResponder:
