@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from distill.config.teachers import EndpointTeacher, Teacher
+from distill.reasoning import split_reasoning
 from distill.records import Document, Message, Record, Response, Stop, Usage, canonical, digest
-from distill.responders.endpoint.wire import Reply, read_stored, split_reasoning
+from distill.responders.endpoint.wire import Reply, read_stored
 
 if TYPE_CHECKING:
     from distill.responders.store import ResponseStore

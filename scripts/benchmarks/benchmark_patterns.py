@@ -36,6 +36,7 @@ from distill.evaluation.scorers import agrees
 from distill.generation import filters
 from distill.models.chat_template import neutralise
 from distill.publishing import secret_scan
+from distill.reasoning import marked, split_reasoning
 from distill.records import Document, Item, Message, Prompt, Response
 from distill.responders.endpoint import transport, wire
 from distill.storage.files import write_json
@@ -270,6 +271,11 @@ READERS: dict[str, Reader] = {
     "responders.endpoint.wire.read_reply, thought": lambda text: wire.read_reply(
         body(f"<think>{text}")
     ),
+    "reasoning.split_reasoning": lambda text: marked(split_reasoning(text + "</think>")[0] + text),
+    "reasoning.split_reasoning, many": lambda text: [
+        split_reasoning(mark * (len(text) // len(mark)))
+        for mark in ("<think></think>", "</think>", "`</think>`", "```</think>")
+    ],
     "responders.endpoint.transport.classify": lambda text: transport.classify(400, text.encode()),
     "responders.endpoint.transport.classify, error": lambda text: transport.classify(
         400, json.dumps({"error": {"message": text}}).encode()

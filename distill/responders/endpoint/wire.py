@@ -17,10 +17,10 @@ from typing import Any, NoReturn
 
 from pydantic import JsonValue
 
+from distill.reasoning import split_reasoning
 from distill.records import Candidate, Record, Stop, TokenLogprob, Usage
 
 STOPS: dict[str, Stop] = {"stop": "end", "length": "length", "content_filter": "filtered"}
-THINKING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 CHOICE = re.compile(rb'"choices"\s*:\s*\[\s*\{')  # there is one at least
 KEPT_ALIVE = re.compile(rb"(?:\xef\xbb\xbf)?(?:\s++|:[^\n]*+(?:\n|\Z))*+")
 HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # where a lone surrogate may stand
@@ -181,13 +181,6 @@ def read_reply(data: bytes, question: int = 0) -> Reply:
         dollars=_cost(usage),
         error=why,
     )
-
-
-def split_reasoning(text: str) -> tuple[str, str | None]:
-    """Return an answer, and the reasoning of the think block before it."""
-    if block := THINKING.match(text):
-        return text[block.end() :], block[1].strip()
-    return text, None
 
 
 def _stop(message: dict[str, JsonValue], choice: dict[str, JsonValue]) -> tuple[Stop, str | None]:

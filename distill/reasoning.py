@@ -1,0 +1,113 @@
+"""How models mark their reasoning in a text: one table, for answers of teachers and recorded rows.
+
+A chat template may write the opening mark into the prompt, so that only the closing one stands in
+the answer; a model that is cut off never closes. Marks in quotes, in backticks or in a code fence
+are what an answer speaks of, and mark nothing. Time is linear in the text.
+"""
+
+from collections.abc import Iterator
+
+# Sources: the reasoning parsers of vLLM (vllm/reasoning), SGLang and llama.cpp (common/chat.cpp),
+# and LLaMA-Factory's `thought_words`
+PAIRS = (
+    ("<think>", "</think>"),  # DeepSeek, Qwen, GLM, SmolLM, Phi, Nemotron, MiniMax, Olmo, Hunyuan
+    ("<thinking>", "</thinking>"),  # Apriel, Reflection
+    ("<thought>", "</thought>"),  # EXAONE Deep
+    ("<Thought>", "</Thought>"),  # Marco-o1
+    ("<seed:think>", "</seed:think>"),  # Seed-OSS
+    ("<longcat_think>", "</longcat_think>"),
+    ("[THINK]", "[/THINK]"),  # Magistral
+    ("◁think▷", "◁/think▷"),  # Kimi
+    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
+    ("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),  # OpenThinker
+    ("<|channel>thought", "<channel|>"),  # Gemma 4
+    ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),  # gpt-oss
+)
+# Plain words, which mark only where both are there
+SENTENCES = (
+    ("Here is my thought process:", "Here is my response:"),  # Granite 3.2
+    ("Here's my thought process:", "Here's my response:"),
+    ("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]"),  # Apriel
+)
+# What may stand around the answer behind a thought
+ANSWERS = (
+    ("<answer>", "</answer>"),  # Hunyuan, R1-Zero
+    ("<response>", "</response>"),  # Granite 3.3
+    ("<Output>", "</Output>"),
+    ("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
+    ("<|begin_of_solution|>", "<|end_of_solution|>"),
+    ("", "[END FINAL RESPONSE]"),
+    ("", "<|return|>"),
+)
+HARMONY_TAIL = "<|end|><|start|>assistant"  # between the channels of gpt-oss
+BLOCKS = 16  # of thought, one behind the other; more are a loop of the model's
+QUOTES = "`'\"“”‘’«»"
+
+
+def split_reasoning(text: str) -> tuple[str, str | None]:
+    """Return an answer, and the reasoning that stands before it, or None.
+
+    An answer that opens a thought and never closes it is all thought: its text is empty.
+    """
+    thoughts: list[str] = []
+    while len(thoughts) < BLOCKS and (block := _first_block(text, lone=not thoughts)) is not None:
+        thought, text = block
+        thoughts.append(thought.strip().removesuffix(HARMONY_TAIL).strip())
+    if not thoughts:
+        return text, None
+    for opening, closing in ANSWERS:
+        if closing in text and text.startswith(opening):
+            inside = text.removeprefix(opening).rstrip().removesuffix(closing)
+            text = inside.strip() if closing not in inside else text
+        elif opening and text.startswith(opening):  # cut off
+            text = text.removeprefix(opening).lstrip()
+    return text, "\n\n".join(thought for thought in thoughts if thought)
+
+
+def marked(text: str) -> bool:
+    """Tell whether a mark of reasoning stands in a text that has been split."""
+    return any(next(_places(text, mark), None) is not None for pair in PAIRS for mark in pair)
+
+
+def _first_block(text: str, lone: bool) -> tuple[str, str] | None:
+    """Return the thought with which a text begins and what follows it, or None.
+
+    With `lone`, a closing mark that nothing before it opens ends one too.
+    """
+    start = text.lstrip()
+    for opening, closing in PAIRS:
+        if start.startswith(opening):
+            body = start.removeprefix(opening)
+            place = next(_places(body, closing), None)
+            place = body.find(closing) if place is None else place
+            if place < 0:
+                return body, ""
+            return body[:place], body[place + len(closing) :].lstrip()
+    for opening, closing in SENTENCES:
+        if start.startswith(opening) and closing in start:
+            thought, _, answer = start.removeprefix(opening).partition(closing)
+            return thought, answer.lstrip()
+    ends = [
+        (place, closing)
+        for opening, closing in PAIRS
+        if lone
+        and (place := next(_places(text, closing), None)) is not None
+        and opening not in text[:place]
+    ]
+    if not ends:
+        return None
+    place, closing = min(ends)
+    return text[:place], text[place + len(closing) :].lstrip()
+
+
+def _places(text: str, mark: str) -> Iterator[int]:
+    """Yield where a mark stands outside of quotes and code."""
+    place, fences, before = text.find(mark), 0, 0
+    while place >= 0:
+        fences += text.count("```", before, place)
+        end = place + len(mark)
+        quoted = text[place - 1 : place] in QUOTES and text[end : end + 1] in QUOTES
+        if fences % 2 == 0 and not (quoted and place and end < len(text)):
+            yield place
+        before, place = place, text.find(mark, end)
