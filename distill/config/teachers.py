@@ -3,6 +3,7 @@
 import math
 from decimal import Decimal
 from typing import Annotated, Any, ClassVar, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import (
     ConfigDict,
@@ -151,6 +152,10 @@ class EndpointTeacher(Teacher):
     names the endpoint."""
     allow_insecure: bool = False
     """Allows http to another machine. Only for a network that you trust."""
+    wire: Literal["openai", "anthropic"] | None = None
+    """How the server is asked: `openai` as most are, `anthropic` by Anthropic's Messages API. null
+    takes `anthropic` where `base_url` is https://api.anthropic.com or ends in /anthropic, else
+    `openai`."""
     api: Literal["chat", "completions"] = "chat"
     """`chat` posts messages to /chat/completions, `completions` plain text to /completions."""
     api_key_env: str | None = None
@@ -200,6 +205,14 @@ class EndpointTeacher(Teacher):
         urls = (self.base_url,) if isinstance(self.base_url, str) else self.base_url
         return tuple(url.rstrip("/") for url in urls)
 
+    @property
+    def form(self) -> str:
+        """Return the name of the wire, as it is set or as the address says."""
+        path = urlsplit(self.base_urls[0]).path
+        # https://api.anthropic.com/v1 is an OpenAI-compatible address too
+        own = path.endswith("/anthropic") or self.base_urls[0] == "https://api.anthropic.com"
+        return self.wire or ("anthropic" if own else "openai")
+
     def least_seconds(self, requests: float, tokens: float) -> float:
         """Return how long limits of the rate make so many requests and tokens take."""
         by_count = requests / (self.requests_per_minute or math.inf)
@@ -231,6 +244,8 @@ class EndpointTeacher(Teacher):
             raise ValueError("needs model")
         for url in self.base_urls:
             checked_url(url, self.allow_insecure)
+        if self.form == "anthropic" and (self.api != "chat" or "max_tokens" in self.omit):
+            raise ValueError("wire anthropic has api chat, and needs max_tokens")
         if self.n > 1 and self.temperature == 0 and "temperature" not in self.omit:
             raise ValueError(GREEDY)
         return self

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 from distill.config.teachers import EndpointTeacher, Teacher
 from distill.reasoning import split_reasoning
 from distill.records import Document, Message, Record, Response, Stop, Usage, canonical, digest
-from distill.responders.endpoint.wire import Reply, read_stored
+from distill.responders.endpoint.wire import Reply
+from distill.responders.endpoint.wires import read_stored
 
 if TYPE_CHECKING:
     from distill.responders.store import ResponseStore
@@ -47,6 +48,8 @@ def origin_of(settings: EndpointTeacher) -> str:
             "omit": sorted(settings.omit),
             "max_tokens_field": settings.max_tokens_field,
             "wire": VERSION,
+            # what came later is left out where it is not set, so that what was stored is found
+            **({"form": settings.form} if settings.form != "openai" else {}),
         }
     )
 

@@ -21,7 +21,6 @@ from distill.records import Usage, digest
 from distill.responders.endpoint.budget import APART, NOTHING, Budget, account, charge, most_dollars
 from distill.responders.endpoint.rate_limits import Gate, Pace, Replicas, backoff, retry_after
 from distill.responders.endpoint.transport import (
-    PATHS,
     Failure,
     Received,
     encode,
@@ -31,6 +30,7 @@ from distill.responders.endpoint.transport import (
     post,
 )
 from distill.responders.endpoint.wire import Reply, pack
+from distill.responders.endpoint.wires import wire_of
 from distill.responders.prices import TokenPrice
 from distill.responders.responder import Raw, Request, Scoring, origin_of
 from distill.responders.store import ResponseStore, attempt_key
@@ -232,7 +232,7 @@ class EndpointClient:
         address, started = self.replicas.pick(), time.monotonic()
         self.replicas.busy[address] += 1
         try:
-            url = address + PATHS[self.settings.api]
+            url = address + wire_of(self.settings).path(self.settings)
             received = await post(self.http, url, sending.body, self.settings, self.key_pattern)
         finally:
             self.replicas.busy[address] -= 1

@@ -17,13 +17,12 @@ from distill.records import Record, canonical
 from distill.responders.endpoint.wire import (
     MESSAGE_CHARS,
     body_of,
-    is_answer,
     load_json,
     plain_message,
 )
-from distill.responders.responder import Request, Scoring
+from distill.responders.endpoint.wires import is_answer, wire_of
+from distill.responders.responder import Request
 
-PATHS = {"chat": "/chat/completions", "completions": "/completions"}
 UNSENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, httpx2.ProxyError)
 BREAKS = {
     "ConnectError": "cannot connect",
@@ -120,24 +119,8 @@ class Received(NamedTuple):
 
 
 def encode(request: Request, settings: EndpointTeacher) -> bytes:
-    """Return the bytes of a request: the fields that were set, and no other; `extra_body` wins.
-
-    A neutral top_p is not sent. Without a chat interface the contents are joined by blank lines: no
-    template is applied.
-    """
-    if isinstance(request, Scoring):
-        content = {"prompt": request.ids}
-    elif settings.api == "chat":
-        content = {"messages": [message.model_dump() for message in request.messages]}
-    else:
-        content = {"prompt": "\n\n".join(message.content for message in request.messages)}
-    sampling = request.sampling
-    fields = {} if sampling.top_p == 1 else {"top_p": sampling.top_p}
-    if "temperature" not in settings.omit:
-        fields["temperature"] = sampling.temperature
-    if "max_tokens" not in settings.omit:
-        fields[settings.max_tokens_field] = sampling.max_new_tokens
-    return canonical({"model": settings.model, **content, **fields, **settings.extra_body})
+    """Return the bytes of a request, in the words of its wire; `extra_body` wins."""
+    return canonical({**wire_of(settings).body(request, settings), **settings.extra_body})
 
 
 def key_pattern(key: str) -> re.Pattern[bytes]:
@@ -149,8 +132,7 @@ def key_pattern(key: str) -> re.Pattern[bytes]:
 def open_client(settings: EndpointTeacher, key: str | None, width: int) -> httpx2.AsyncClient:
     """Return a client of up to `width` connections; raises DistillError on an unusable proxy."""
     headers = {"content-type": "application/json", "accept-encoding": "identity"}
-    if key:
-        headers["authorization"] = f"Bearer {key}"
+    headers |= wire_of(settings).headers(settings, key)
     timeout = httpx2.Timeout(settings.read_timeout, connect=settings.connect_timeout, pool=None)
     try:
         return httpx2.AsyncClient(

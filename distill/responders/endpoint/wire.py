@@ -1,4 +1,4 @@
-"""What OpenAI-compatible servers answer, and how it is read. Pure functions, no network.
+"""How OpenAI-compatible servers are asked, and how their answers are read; no network.
 
 A reply is read from its stored bytes, so a better reader costs no request. Field names follow
 OpenAI, vLLM, SGLang, OpenRouter and `transformers serve`; tests/fixtures/wire holds a reply of
@@ -13,12 +13,16 @@ import re
 import zlib
 from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pydantic import JsonValue
 
+from distill.config.teachers import EndpointTeacher
 from distill.reasoning import split_reasoning
 from distill.records import Candidate, Record, Stop, TokenLogprob, Usage
+
+if TYPE_CHECKING:
+    from distill.responders.responder import Request
 
 STOPS: dict[str, Stop] = {"stop": "end", "length": "length", "content_filter": "filtered"}
 CHOICE = re.compile(rb'"choices"\s*:\s*\[\s*\{')  # there is one at least
@@ -26,6 +30,9 @@ KEPT_ALIVE = re.compile(rb"(?:\xef\xbb\xbf)?(?:\s++|:[^\n]*+(?:\n|\Z))*+")
 HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # where a lone surrogate may stand
 LARGE = 64 << 10  # bytes; no answer's text is, but distributions are
 MESSAGE_CHARS = 200  # of a server's message in ours
+
+
+PATHS = {"chat": "/chat/completions", "completions": "/completions"}
 
 
 class Reply(Record):
@@ -62,6 +69,37 @@ def unpack(body: Mapping[str, object]) -> bytes:
     if "raw_deflated" in body:
         return zlib.decompress(base64.b64decode(str(body["raw_deflated"])))
     return base64.b64decode(str(body["raw_base64"]))
+
+
+def path(settings: EndpointTeacher) -> str:
+    """Return what is posted to, behind an address."""
+    return PATHS[settings.api]
+
+
+def headers(settings: EndpointTeacher, key: str | None) -> dict[str, str]:
+    """Return the headers that carry the key."""
+    return {"authorization": f"Bearer {key}"} if key else {}
+
+
+def body(request: "Request", settings: EndpointTeacher) -> dict[str, Any]:
+    """Return the fields of a request that were set, and no other.
+
+    A neutral top_p is not sent. Without a chat interface the contents are joined by blank lines: no
+    template is applied.
+    """
+    if ids := getattr(request, "ids", None):  # a text to score
+        content = {"prompt": ids}
+    elif settings.api == "chat":
+        content = {"messages": [message.model_dump() for message in request.messages]}
+    else:
+        content = {"prompt": "\n\n".join(message.content for message in request.messages)}
+    sampling = request.sampling
+    fields = {} if sampling.top_p == 1 else {"top_p": sampling.top_p}
+    if "temperature" not in settings.omit:
+        fields["temperature"] = sampling.temperature
+    if "max_tokens" not in settings.omit:
+        fields[settings.max_tokens_field] = sampling.max_new_tokens
+    return {"model": settings.model, **content, **fields}
 
 
 def is_answer(data: bytes) -> bool:
@@ -124,16 +162,6 @@ def load_json(data: bytes) -> JsonValue:
         raise ValueError("nested too deeply") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"JSON breaks at byte {error.pos}") from None
-
-
-def read_stored(body: dict[str, Any]) -> Reply:
-    """Read the reply in a stored body; a refusal, or a body cut at the cap, is an error."""
-    if body.get("cut"):
-        return Reply(stop="error", error=f"unreadable answer: {body['cut']}")
-    status = int(body["status"])
-    if not 200 <= status < 300:  # as they were stored before refusals were outcomes
-        return Reply(stop="error", error=str(body.get("what", status)))
-    return read_reply(unpack(body), int(body.get("question", 0)))
 
 
 def read_reply(data: bytes, question: int = 0) -> Reply:
@@ -236,22 +264,30 @@ def _logprobs(field: Any) -> tuple[TokenLogprob, ...] | None:
 
 def _usage(fields: dict[str, JsonValue], question: int, answer: int) -> Usage:
     """Return the tokens that the server counted, or an estimate of 4 characters a token."""
-    read, output = _count(fields.get("prompt_tokens")), _count(fields.get("completion_tokens"))
+    read, output = (
+        token_count(fields.get("prompt_tokens")),
+        token_count(fields.get("completion_tokens")),
+    )
     if not read or output is None or (answer and not output):
-        return Usage(input_tokens=-(-question // 4), output_tokens=-(-answer // 4), estimated=True)
+        return estimated_usage(question, answer)
     inside, outside = (fields.get(f"{side}_tokens_details") for side in ("prompt", "completion"))
-    cached = _count(inside.get("cached_tokens")) if isinstance(inside, dict) else None
-    reasoning = _count(outside.get("reasoning_tokens")) if isinstance(outside, dict) else None
-    total = _count(fields.get("total_tokens")) or 0
+    cached = token_count(inside.get("cached_tokens")) if isinstance(inside, dict) else None
+    reasoning = token_count(outside.get("reasoning_tokens")) if isinstance(outside, dict) else None
+    total = token_count(fields.get("total_tokens")) or 0
     return Usage(
         input_tokens=read,
         cached_input_tokens=min(cached or 0, read),
         output_tokens=max(output, total - read),  # xAI counts reasoning in the total only
-        reasoning_tokens=reasoning or _count(fields.get("reasoning_tokens")) or 0,
+        reasoning_tokens=reasoning or token_count(fields.get("reasoning_tokens")) or 0,
     )
 
 
-def _count(value: object) -> int | None:
+def estimated_usage(question: int, answer: int) -> Usage:
+    """Return 4 characters a token, for a reply without usage."""
+    return Usage(input_tokens=-(-question // 4), output_tokens=-(-answer // 4), estimated=True)
+
+
+def token_count(value: object) -> int | None:
     """Return a number of tokens, or None for what is none (a text, a negative, a truth value)."""
     if not isinstance(value, int) or isinstance(value, bool):
         return None
