@@ -12,34 +12,37 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from distill.callables import find as find_callable
 from distill.callables import source_hash
 from distill.config.tree import Filters
 from distill.corpus.contamination import contaminated_pairs
+from distill.corpus.ngrams import UNSPACED, words
 from distill.errors import DistillError, Exit
+from distill.generation.refusals import is_refusal
 from distill.records import SPLITS, Document, Pair, Prompt, Record, Response, Split
 from distill.storage.files import read_records, write_json, write_records
 from distill.storage.progress import console
 from distill.storage.run_folder import Run
-from distill.tasks.checkers import check, needs_reference, normalise_answer, strip_fence
+from distill.tasks.checkers import check, needs_reference, strip_fence
 from distill.tasks.task import FindTask, Task, shipped, tasks_of_run
 
 Filter = Callable[[Prompt, Response], str | None]
 
 FORMATS = frozenset({"json_object", "python_code"})  # checkers that judge the form of an answer
-REFUSAL = re.compile(
-    r"\W*(?:i['\u2019]?m sorry|i am sorry|sorry|i apologi[sz]e|unfortunately)?\W*(?:but\W+)?"
-    r"(?:i (?:can(?:no|['\u2019])t|am not able to|am unable to|must decline|won['\u2019]t)"
-    r"|i['\u2019]m (?:not able to|unable to)|as an ai\b|as a language model\b)"
-    r".{0,40}?\b(?:help|assist|provide|answer|comply|fulfil|do that|generate|write|discuss|access"
-    r"|model|have|able)",
-    re.IGNORECASE | re.DOTALL,
-)
-MOST_REPEATED = 0.5  # of an answer's word triples may have occurred before
-TRIPLES = 30  # an answer with fewer is too short to judge by them
-UNIT = re.compile(r"(.{8,200}?)\1{3,}", re.DOTALL)  # a piece that stands four times in a row
+UNSPACED_WORD = re.compile(f"[{UNSPACED}]")
+CODE = re.compile(r"```.*?```", re.DOTALL)  # closed, so that nothing ran away in it
+ITEM = re.compile(r"^[ \t]*(?:[-*\u2022]|\d{1,4}[.)])[ \t]+", re.MULTILINE)
+TAIL, PERIOD = 2000, 200  # words within which a loop is looked for, and of one turn of it
+UNIT = re.compile(r"(.{1,200}?)\1{9}")
+# A loop: different words of a turn (a character of Chinese is half a word), and how often in a row.
+# Fewer turns are a refrain; fewer words a sum ("1 + 1"), a row of labels, of a matrix, of a song.
+LOOPS = ((1, 60), (2, 30), (3, 20), (4, 6), (8, 4))
+MOST_REPEATED = 0.5  # of the word triples of prose may have occurred before
+TRIPLES, VOCABULARY = 30, 8  # with fewer of either, an answer is too short to judge by them
+PROSE = 100  # characters of a line, on average: verses and tables have shorter ones
 CONTAMINATED = "holds a held-out item"
 
 
@@ -111,7 +114,7 @@ def active_filters(settings: Filters, find: FindTask = shipped) -> list[Filter]:
         # nothing but an empty code fence is empty too
         (settings.empty, lambda p, r: None if strip_fence(r.text) else "empty"),
         # a text that merely quotes a refusal stays
-        (settings.refusal, lambda p, r: "refusal" if REFUSAL.match(r.text[:300]) else None),
+        (settings.refusal, lambda p, r: "refusal" if is_refusal(r.text) else None),
         (settings.repetition, repetition),
         (settings.wrong_format, lambda p, r: rejected(find(p.task), p, r, "wrong format")),
         (settings.failed_checker, lambda p, r: rejected(find(p.task), p, r, "failed checker")),
@@ -152,14 +155,41 @@ def sift(
 
 
 def repetition(prompt: Prompt, response: Response) -> str | None:
-    """Drop an answer that repeats one piece, or half of whose word triples were seen before."""
-    words = response.text.split()
-    triples = list(zip(words, words[1:], words[2:], strict=False))
-    again = 1 - len(set(triples)) / max(len(triples), 1)
-    if len(triples) >= TRIPLES and again > MOST_REPEATED:
+    """Drop an answer that goes round in circles, or half of whose prose was there before.
+
+    What is complete JSON, or closed code, is no circle, however its rows repeat.
+    """
+    text = ITEM.sub("", CODE.sub("", response.text))
+    if text.startswith(("{", "[")) and text.rstrip().endswith(("}", "]")):
+        return None
+    tokens = words(text)
+    triples = list(zip(tokens, tokens[1:], tokens[2:], strict=False))
+    again = len(triples) - len(set(triples))
+    # the only circle inside a word: letters without a space, as "abab..."
+    long = (token[-TAIL:] for token in tokens if len(token) > 200 and not token.isdigit())
+    if any(map(UNIT.search, long)):
         return "repetition"
-    circles = UNIT.finditer(response.text[-2000:])
-    return "repetition" if any(normalise_answer(circle[1]) for circle in circles) else None
+    if again < LOOPS[-1][0]:
+        return None
+    known = len(set(tokens)) >= VOCABULARY and len(text) > PROSE * len(text.splitlines())
+    if known and len(triples) >= TRIPLES and again > MOST_REPEATED * len(triples):
+        return "repetition"
+    numbers: dict[str, int] = {}
+    tail = tokens[-TAIL:]
+    ids_N = np.array([numbers.setdefault(token, len(numbers)) for token in tail])
+    for period in range(1, min(PERIOD, len(tail) // 4) + 1):
+        # where the words differ from those one turn before: between two such places is a circle
+        breaks = np.flatnonzero(ids_N[period:] != ids_N[:-period])
+        gaps = np.diff(np.concatenate([[-1], breaks, [len(tail) - period]])) - 1
+        start = int(gaps.argmax())
+        turns = 1 + int(gaps[start]) // period
+        first = int(breaks[start - 1]) + 1 if start else 0
+        turn = tail[first : first + period]
+        size = sum(0.5 if UNSPACED_WORD.match(word) else 1 for word in set(turn))
+        least = next((count for length, count in reversed(LOOPS) if size >= length), LOOPS[0][1])
+        if turns >= least:
+            return "repetition"
+    return None
 
 
 def rejected(task: Task | None, prompt: Prompt, response: Response, reason: str) -> str | None:

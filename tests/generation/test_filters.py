@@ -64,12 +64,75 @@ CIRCLE = "The value is returned. " * 6
         ("a b c d e f " * 20, "repetition"),
         ("-" * 200 + "\ntitle", None),  # a ruler
         ("\n".join(f"print(table[{i}])  # row {i}" for i in range(20)), None),
+        ("I can't help but notice how short it is.", None),
+        ("Unfortunately, I can't access the file, but the fix is to close it first.", None),
     ],
 )
 def test_the_text_alone_may_be_the_reason(text: str, why: str | None) -> None:
     assert reason(text) == why
     settings: dict[str, Any] = {why: False} if why else {}
     assert reason(text, **settings) is None
+
+
+LABELS = ("neutral", "neutral", "positive", "neutral", "negative", "positive")
+BOTTLES = "\n".join(
+    f"{n} green bottles, hanging on the wall,\nand if one green bottle should accidentally fall,"
+    for n in range(10, 0, -1)
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ", ".join(["neutral"] * 5),
+        ", ".join(["neutral"] * 40),
+        ", ".join(LABELS[n * n % 6] for n in range(80)),
+        " + ".join(["1"] * 12) + " = 12",
+        "12 = " + " + ".join(["1"] * 12),
+        "\n".join(["0 0 0 0 0 0 1 0"] * 3 + ["0 0 0 1 0 0 0 0"] * 2),
+        "```python\n" + "x = layer(norm(x))\n" * 12 + "```",
+        json.dumps([{"label": "neutral", "score": 0.5, "source": "a"}] * 30),
+        "Row, row, row your boat\nGently down the stream\n" * 3,
+        "Baby shark, doo doo doo doo doo doo\n" * 3 + "Baby shark!",
+        BOTTLES,
+        "\n".join(f"| {n} | yes | no | yes |" for n in range(30)),
+        "Ha" + "ha" * 20 + "!",
+        "我是我\uff0c你是你。" * 3,
+    ],
+)
+def test_what_repeats_for_a_reason_stays(text: str) -> None:
+    """A12: sums, labels, matrices, code, JSON, songs and tables are no loops."""
+    assert reason(text) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "".join(f"{n}. Check the logs for errors.\n" for n in range(1, 13)),
+        "- Use a hash map here.\n" * 8,
+        "It works like this. " + "First the file is opened and then it is read. " * 5 + "Done.",
+        "the " * 80,
+        "这个函数返回一个值。" * 8,
+        "ฟังก์ชันคืนค่า " * 8,
+        "الدالة تعيد قيمة واحدة. " * 8,
+        "```python\n" + "print('again and again and again')\n" * 50,
+    ],
+)
+def test_a_loop_is_dropped(text: str) -> None:
+    """A12, A11: a turn of some words, again and again, in any script."""
+    assert reason(text) == "repetition"
+
+
+REFUSALS = json.loads(Path("tests/fixtures/refusals.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("language", REFUSALS)
+def test_refusals_are_known_in_ten_languages(language: str) -> None:
+    """A11: of ten refusals and ten helpful answers that look like one, each is told apart."""
+    for text in REFUSALS[language]["refusals"]:
+        assert reason(text) == "refusal", text
+    for text in REFUSALS[language]["helpful"]:
+        assert reason(text) is None, text
 
 
 def test_a_long_repetitive_text_is_judged_quickly() -> None:
