@@ -73,6 +73,12 @@ class Document(Record):
             id=digest({"text": text}), text=text, source=source, split=split, meta=meta or {}
         )
 
+    @property
+    def recorded_answers(self) -> list[dict[str, str]]:
+        """Return the answers that came with a prompt: `text`, and perhaps `reasoning`, `model`."""
+        answers = self.meta.get("recorded_answer", [])
+        return [{"text": answers}] if isinstance(answers, str) else answers
+
     @classmethod
     def from_line(cls, line: str | bytes) -> Self:
         """Read what `to_line` wrote, also before 0.1.0, when the split stood in `meta`."""

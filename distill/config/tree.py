@@ -64,12 +64,15 @@ class Columns(Section):
     `body`."""
     id: str | None = None
     """Column with an id of yours, which must be unique; else `id`, where there is one."""
-    prompt: str | None = None
-    """Column with the prompt or the conversation; else `messages`, `conversations`, `prompt`,
-    `question` or `instruction`."""
+    prompt: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Column with the prompt or the conversation, or several whose texts are joined by blank lines
+    in this order; else those of the usual sets, which docs/corpus.md lists."""
+    answer: str | None = None
+    """Column with the recorded answer; else that of the usual sets."""
+    system: str | None = None
+    """Column with the system turn; else `system`, `system_prompt` or `system_message`."""
     reference: str | None = None
-    """Column with the right answer; else `reference`, `answer`, `completion`, `response` or
-    `output`."""
+    """Column with the right answer; else `reference`, or the recorded answer of a column."""
 
 
 class Corpus(Section):

@@ -112,8 +112,9 @@ def _trained_on(documents: Iterable[Document]) -> Iterator[PlacedText]:
 
 
 def full_text(document: Document) -> str:
-    """Return a document with the answer that was recorded with it."""
-    return "\n".join(filter(None, (document.text, document.meta.get("recorded_answer"))))
+    """Return a document with the answers that were recorded with it."""
+    texts = (answer.get(k) for answer in document.recorded_answers for k in ("reasoning", "text"))
+    return "\n".join(filter(None, (document.text, *texts)))
 
 
 def contaminated_documents(documents: Sequence[Document]) -> dict[str, tuple[Document, str]]:
@@ -157,7 +158,8 @@ def compare_files(items: Path, corpus: Path) -> tuple[int, dict[str, list[Match]
     """
     texts: dict[str, EvaluatedText] = {}
     for document in read_texts(items):
-        answer = document.meta.get("reference") or document.meta.get("recorded_answer")
+        recorded = next((answer["text"] for answer in document.recorded_answers), None)
+        answer = document.meta.get("reference") or recorded
         item = EvaluatedText(document.source, document.source, (document.text,), answer)
         texts.setdefault(document.id, item)
     matches = flag([*texts.values()], ((d.source, full_text(d)) for d in read_texts(corpus)))

@@ -23,7 +23,7 @@ from distill.corpus.clean import chunk
 from distill.corpus.contamination import contaminated_documents
 from distill.corpus.privacy import mask_document
 from distill.corpus.readers import Reject, SourceRow
-from distill.corpus.rows import interpret
+from distill.corpus.rows import LeftOut, Reading, interpret
 from distill.errors import DistillError, Exit
 from distill.records import Document, Split
 from distill.storage.files import sha256_file, write_records
@@ -43,9 +43,8 @@ def main(run: Run) -> None:
     corpus, rejects, listed = config.corpus, list[Reject](), run.path("rejects.jsonl")
     documents = interpret_rows(corpus, rejects)
     write_records(listed, rejects)  # the next error refers to it
-    bad = len(rejects)
-    refuse_too_many(rejects, len(documents), corpus.max_bad_fraction, listed)
-    rows = len(documents) + bad
+    rows, bad = len(documents) + len(rejects), [reject for reject in rejects if reject.bad]
+    refuse_too_many(bad if documents else rejects, len(documents), corpus.max_bad_fraction, listed)
     private: dict[str, object] = {"policy": corpus.private_text}
     holding, kinds = 0, Counter[str]()  # documents with private text, and how much of each kind
     if corpus.private_text != "keep":
@@ -69,7 +68,7 @@ def main(run: Run) -> None:
         "kept": len(documents),
         "private_text": private,
         "contaminated": contaminated,
-        "bad": bad,
+        "bad": len(bad),
         "repeats": repeats,
         "documents": len(clean_chunks),
         "splits": dict(by_split),
@@ -80,7 +79,7 @@ def main(run: Run) -> None:
     run.note("corpus", facts)
     shares = ", ".join(f"{count} {name}" for name, count in sorted(by_split.items()))
     n = len(clean_chunks)
-    say(f"corpus: {rows} rows, {bad} bad, {repeats} repeats, {n} documents ({shares})")
+    say(f"corpus: {rows} rows, {len(bad)} bad, {repeats} repeats, {n} documents ({shares})")
     if contaminated:
         say(
             f"corpus: {contaminated} documents share text with held-out ones and are left out of "
@@ -137,21 +136,31 @@ def read(corpus: Corpus) -> Iterator[SourceRow | Reject]:
 
 
 def interpret_rows(corpus: Corpus, rejects: list[Reject]) -> list[Document]:
-    """Return the documents and prompts of the source; rows that are neither go to `rejects`."""
-    documents = []
+    """Return the documents and prompts of the source, and say what its rows were read as.
+
+    Rows that are neither go to `rejects`.
+    """
+    documents, reading = list[Document](), Reading()
     for row in read(corpus):
         if isinstance(row, Reject):
             rejects.append(row)
             continue
         try:
             document = interpret(
-                row.value, row.where, corpus.columns, corpus.format, corpus.reference_pattern
+                *(row.value, row.where, corpus.columns, corpus.format),
+                *(corpus.reference_pattern, reading),
             )
             if "messages" not in document.meta and len(document.text) < corpus.chunk.min_chars:
                 raise ValueError(f"shorter than {corpus.chunk.min_chars} characters")
             documents.append(document)
         except ValueError as error:
-            rejects.append(Reject(where=row.where, reason=str(error)[:300]))
+            bad = not isinstance(error, LeftOut)
+            rejects.append(Reject(where=row.where, reason=str(error)[:300], bad=bad))
+    for line in reading.lines():
+        say(f"corpus: {line}")
+    unusable = Counter(reject.reason for reject in rejects if not reject.bad)
+    for reason, count in unusable.items():
+        say(f"corpus: {count} rows are left out: {reason}")
     return documents
 
 
@@ -209,20 +218,27 @@ def deduplicate(
 ) -> list[Document]:
     """Return the documents without repeats, in their order; of equal ones, the first stays.
 
+    A prompt that comes again with another answer gets it as one more sample.
+
     With a limit, that many, chosen by content and seed. Raises DistillError (exit 3) where two
-    documents of different content bear the same id of the user's.
+    documents of one file have different content and the same id of the user's.
     """
     by_content: dict[str, Document] = {}
-    by_id: dict[str, Document] = {}
+    by_id: dict[tuple[str, str], Document] = {}
     for document in documents:
-        identity = document.meta.get("id")
-        other = by_id.setdefault(identity, document) if identity else document
+        identity, file = document.meta.get("id"), document.source.rpartition(":")[0]
+        other = by_id.setdefault((file, identity), document) if identity else document
         if other.id != document.id:
             what = f"id {identity!r:.60} stands with other content at {other.source}"
             fix = "make ids unique, or name another column with corpus.columns.id"
             raise DistillError(Exit.INPUT, document.source, what, fix)
         first = by_content.setdefault(document.id, document)
-        if first is not document:
+        if first is document:
+            continue
+        if answers := new_answers(first, document):
+            meta = first.meta | {"recorded_answer": answers}
+            by_content[document.id] = first.model_copy(update={"meta": meta})
+        else:
             rejects.append(_left_out(document, f"same content as {first.source}"))
     candidates = list(by_content.values())
     if limit is not None:
@@ -237,6 +253,18 @@ def deduplicate(
         else:
             rejects.append(_left_out(document, f"nearly the same as {near.source}"))
     return [document for document in by_content.values() if document.id in ids]
+
+
+def new_answers(first: Document, second: Document) -> list[dict[str, str]]:
+    """Return the answers to a prompt in both rows, or nothing where the second brings none."""
+    answers = [
+        ({"model": str(model)} if model else {}) | answer
+        for document in (first, second)
+        for model in [document.meta.get("recorded_model")]
+        for answer in document.recorded_answers
+    ]
+    distinct = list({(one["text"], one.get("reasoning")): one for one in answers[::-1]}.values())
+    return distinct[::-1] if len(distinct) > len(first.recorded_answers) else []
 
 
 class NearDuplicates:

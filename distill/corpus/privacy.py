@@ -140,8 +140,10 @@ def mask_document(document: Document) -> tuple[Document, Counter[str]]:
     """
     turns: list[dict[str, str]] = document.meta.get("messages", [])
     values = {k: v for k, v in document.meta.items() if isinstance(v, str) and k != "id"}
+    answers = [] if "recorded_answer" in values else document.recorded_answers
     # one search for signs in all texts of the document: what stands in one stands in this
-    joined = "\n".join((document.text, *values.values(), *(turn["content"] for turn in turns)))
+    texts = [*values.values(), *(text for answer in answers for text in answer.values())]
+    joined = "\n".join((document.text, *texts, *(turn["content"] for turn in turns)))
     forms = possible_forms(joined)
     if not forms:
         return document, Counter()
@@ -150,6 +152,12 @@ def mask_document(document: Document) -> tuple[Document, Counter[str]]:
     for name, value in values.items():
         meta[name], more = mask(value, forms)
         in_values += more
+    if answers:
+        meta["recorded_answer"] = [dict[str, str]() for _ in answers]
+    for place, answer in enumerate(answers):
+        for name, value in answer.items():
+            meta["recorded_answer"][place][name], more = mask(value, forms)
+            in_values += more
     if turns:
         masked = [mask(turn["content"], forms) for turn in turns]
         meta["messages"] = [

@@ -93,9 +93,13 @@ def requests_of(
 def requests_for(
     teacher: Teacher, origin: str, prompt: Prompt, document: Document
 ) -> Iterator[Request]:
-    """Yield the requests of a prompt: `teacher.n` samples for training, else one."""
+    """Yield the requests of a prompt: `teacher.n` samples for training, else one.
+
+    Of recorded answers, all are samples.
+    """
     sampling = Sampling.of(teacher)
-    for sample in range(teacher.n if document.split == "train" else 1):
+    samples = teacher.n if teacher.answers_anything else max(1, len(document.recorded_answers))
+    for sample in range(samples if document.split == "train" else 1):
         yield Request.make(origin, prompt.id, prompt.asked_of_teacher(), sampling, sample)
 
 

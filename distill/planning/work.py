@@ -123,7 +123,7 @@ def _count(run: Run) -> Work:
         return [(Message(role="user", content=text),) for text in texts]
 
     student = config.student.model
-    brought = [d.meta["recorded_answer"] for d in documents if "recorded_answer" in d.meta]
+    brought = [answer["text"] for d in documents for answer in d.recorded_answers]
     answers = PromptSize.of(student, turns(brought))
     passages = [] if prompts else turns([document.text for document in documents])
     return Work(

@@ -65,16 +65,27 @@ class RecordedResponder:
         self.origin = digest({"recorded": answers, "model": model})
 
     def ask(self, requests: Sequence[Request]) -> Iterator[Raw]:
-        """Yield each prompt's recorded answer; raises DistillError (exit 3) on a lack of one."""
+        """Yield the recorded answers, of a prompt without one an error.
+
+        Raises DistillError (exit 3) where no prompt has any.
+        """
+        if not self.recorded:
+            where = f"prompt {requests[0].prompt_id} ({requests[0].messages[-1].content[:40]!r})"
+            what = "no recorded answer in the corpus"
+            fix = "end each conversation with the assistant's turn, or choose another teacher"
+            raise DistillError(Exit.INPUT, where, what, fix)
         for request in requests:
             document = self.recorded.get(request.prompt_id)
             if document is None:
-                where = f"prompt {request.prompt_id} ({request.messages[-1].content[:40]!r})"
-                what = "no recorded answer in the corpus"
-                fix = "end each conversation with the assistant's turn, or choose another teacher"
-                raise DistillError(Exit.INPUT, where, what, fix)
-            model = str(document.meta.get("recorded_model") or self.model)
-            yield raw_text(request, document.meta["recorded_answer"], model)
+                raw = Raw.failed(request, "no recorded answer in the corpus", self.model)
+                yield raw
+                continue
+            answer = document.recorded_answers[request.sample]
+            model = answer.get("model") or document.meta.get("recorded_model") or self.model
+            raw = raw_text(request, answer["text"], str(model))
+            if thought := answer.get("reasoning"):
+                raw.body["reasoning"] = thought
+            yield raw
 
 
 class FunctionResponder:

@@ -151,7 +151,9 @@ class Raw(Record):
         """Return what the answer says, read from its body once; a think block is reasoning."""
         if "sha256" in self.body:
             return read_stored(self.body)
-        text, reasoning = split_reasoning(str(self.body["text"]))
+        text, reasoning = str(self.body["text"]), self.body.get("reasoning")
+        if reasoning is None:
+            text, reasoning = split_reasoning(text)
         return Reply(
             text=text,
             reasoning=reasoning,

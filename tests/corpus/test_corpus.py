@@ -17,7 +17,7 @@ from distill.corpus.corpus import NearDuplicates, deduplicate, split
 from distill.corpus.readers import Reject
 from distill.errors import DistillError, Exit
 from distill.pipeline import STAGES
-from distill.records import Document
+from distill.records import Document, Prompt, Response
 from distill.storage.files import read_records, sha256_file
 from distill.storage.run_folder import Run
 from tests.support.errors import stops
@@ -214,6 +214,43 @@ def test_an_id_with_other_content_stops() -> None:
     with stops(Exit.INPUT) as caught:
         deduplicate([*same, document("y", "a:3", id="7")], [])
     assert caught.value.where == "a:3" and "a:1" in caught.value.what
+
+
+def test_a7_ids_are_unique_within_a_file() -> None:
+    """Two files whose ids both begin at 1."""
+    rows = [document(f"{file} {n}", f"{file}:{n}", id=str(n)) for file in "ab" for n in (1, 2)]
+    assert deduplicate(rows, []) == rows
+
+
+def test_a5_two_answers_to_one_prompt_are_two_samples(tmp_path: Path) -> None:
+    """A5, to the responses; a row that repeats prompt and answer is a repeat."""
+    rows = [{"prompt": f"Name the number {text(n, 4)}.", "completion": f"{n}"} for n in range(20)]
+    more = [rows[3] | {"completion": " three\n", "model": "other/one"}, rows[3], rows[4]]
+    write_rows(tmp_path, [*rows, *more])
+    teacher = {"kind": "recorded", "model": "some/one", "license": "CC0-1.0"}
+    sections = {"path": tmp_path / "in", "split": {"validation": 0, "heldout": 0}}
+    run = make_run(tmp_path, corpus=sections, teacher=teacher)
+    for stage in STAGES[:3]:
+        assert run.perform(stage)
+    assert run.manifest()["corpus"]["repeats"] == 2
+    responses = read_records(run.path("responses.jsonl"), Response)
+    third = {p.id for p in read_records(run.path("prompts.jsonl"), Prompt) if p.reference == "3"}
+    found = [(r.text, r.model) for r in responses if r.prompt_id in third]
+    assert found == [("3", "some/one"), (" three\n", "other/one")] and len(responses) == 21
+
+
+def test_a10_rows_that_cannot_be_used_are_counted_and_do_not_end_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    rows: list[Any] = [{"messages": [{"role": "user", "content": text(n)}]} for n in range(20)]
+    write_rows(tmp_path, [*rows, *({"messages": [*row["messages"], call]} for row in rows[:9])])
+    run = make(tmp_path, max_bad_fraction=0.0)
+    assert run.perform(STAGE)
+    assert (run.manifest()["corpus"]["rows"], run.manifest()["corpus"]["bad"]) == (29, 0)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "corpus: 20 rows as OpenAI messages: messages → conversation" in said
+    assert "corpus: 9 rows are left out: the answer calls a tool, or rests on what a tool" in said
 
 
 def test_near_repeats_are_found_at_the_threshold_and_others_are_not() -> None:

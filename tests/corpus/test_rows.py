@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.config.tree import Columns
-from distill.corpus.rows import interpret
+from distill.corpus.rows import LeftOut, Reading, interpret
 
 ASKED = [{"role": "user", "content": "Hi?"}]
 
@@ -42,7 +42,8 @@ def test_the_usual_shapes_of_a_prompt(row: dict[str, Any]) -> None:
 
 def test_the_answer_is_the_reference_and_is_recorded() -> None:
     row = {"question": "2+3?", "answer": "2+3=5\n#### 5"}
-    assert meta(row)["reference"] == row["answer"]
+    assert meta(row)["reference"] == "5"  # as the checker `number` reads it
+    assert meta({"question": "2+3?", "answer": "5\n"})["reference"] == "5"
     found = meta(row, pattern=r"####\s*(.+)$")
     assert (found["reference"], found["recorded_answer"]) == ("5", row["answer"])
     assert meta({"prompt": "2+3?", "reference": 5})["reference"] == "5"
@@ -92,6 +93,13 @@ def test_named_columns_win() -> None:
         ({"messages": [{"role": ["user"], "content": "x"}]}, "unknown role"),
         ({"messages": [{"role": "user", "content": None}]}, "NoneType"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "no last user turn"),
+        ({"output": "an answer alone"}, "no column of text"),
+        ({"instruction": "", "output": "x"}, "no last user turn"),
+        ({"prompt": "q", "completion": "a\0b"}, "NUL"),
+        ({"prompt": "q", "completion": "\ud800"}, "surrogate"),
+        ({"messages": "[{'role': 'user' 'content'"}, "neither JSON nor a Python literal"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}, "int, not"),
+        ({"chosen": "No conversation.", "rejected": "x"}, "no last user turn"),
         ({"messages": [*ASKED, {"role": "system", "content": "x"}]}, "no last user turn"),
     ],
 )
@@ -115,6 +123,211 @@ def test_forms_that_are_asked_for_are_not_guessed() -> None:
         interpret({"text": "t"}, "a", form="prompts")
 
 
+def recorded(row: dict[str, Any]) -> list[dict[str, str]]:
+    return interpret(row, "a:1").recorded_answers
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"instruction": "Translate.", "input": "Good morning", "output": "o"}, "Good morning"),
+        ({"instruction": "Translate.", "input": "Good morning"}, "Good morning"),
+        ({"prompt": "Translate.", "input": "Good morning", "response": "o"}, "Good morning"),
+        ({"instruction": "", "input": "Translate. Good morning", "output": "o"}, "Good morning"),
+        ({"context": "Good morning", "question": "Translate.", "answer": "o"}, "Good morning"),
+        ({"problem": "Translate. Good morning", "solution": "o"}, "Good morning"),
+        ({"query": "Translate. Good morning", "response": "o"}, "Good morning"),
+        ({"prompt": float("nan"), "question": "Translate. Good morning"}, "Good morning"),
+    ],
+)
+def test_a2_what_belongs_to_the_prompt_reaches_it(row: dict[str, Any], text: str) -> None:
+    asked = interpret(row, "a:1").meta["messages"][-1]["content"]
+    assert text in asked and "Translate." in asked and "nan" not in asked
+
+
+def test_a2_a_system_column_is_the_system_turn_once() -> None:
+    for name in ("system", "system_prompt", "system_message"):
+        turns = meta({"instruction": "q", "output": "a", name: "Be kind."})["messages"]
+        assert turns == [
+            {"role": "system", "content": "Be kind."},
+            {"role": "user", "content": "q"},
+        ]
+    both = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "developer", "content": "Be brief."},
+    ]
+    turns = meta({"messages": [*both, *ASKED], "system": "Be kind."})["messages"]
+    assert turns[0] == {"role": "system", "content": "Be kind.\n\nBe brief."} and len(turns) == 2
+
+
+def test_a2_earlier_exchanges_and_named_columns_are_used() -> None:
+    row = {"instruction": "Three?", "output": "3", "history": [["One?", "1"], ["Two?", "2"]]}
+    assert [turn["content"] for turn in meta(row)["messages"]] == [
+        "One?",
+        "1",
+        "Two?",
+        "2",
+        "Three?",
+    ]
+    columns = Columns(prompt=("task", "given text"), answer="gold answer", system="persona")
+    row = {"task": "Sum up.", "given text": "Text.", "gold answer": " A ", "persona": "P", "n": 1}
+    reading = Reading()
+    found = interpret(row, "a:1", columns, reading=reading)
+    assert [turn["content"] for turn in found.meta["messages"]] == ["P", "Sum up.\n\nText."]
+    assert found.recorded_answers == [{"text": " A "}]
+    assert reading.lines() == [
+        "1 row as prompts: task + given text → prompt, persona → system turn, "
+        "gold answer → recorded answer; column `n` not used"
+    ]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": ASKED, "completion": [{"role": "assistant", "content": " a "}]},
+        {"prompt": ASKED, "chosen": {"role": "assistant", "content": " a "}, "rejected": ASKED},
+        {
+            "prompt": "Hi?",
+            "chosen": [*ASKED, {"role": "assistant", "content": " a "}],
+            "rejected": 1,
+        },
+        {"chosen": [*ASKED, {"role": "assistant", "content": " a "}], "rejected": [*ASKED]},
+        {"chosen": "\n\nHuman: Hi?\n\nAssistant:  a ", "rejected": "\n\nHuman: Hi?"},
+        {"prompt": "Hi?", "chosen": " a ", "rejected": "b"},
+        {"prompt": ASKED, "completion": " a "},
+    ],
+)
+def test_a3_the_answer_of_a_pair_is_read(row: dict[str, Any]) -> None:
+    assert meta(row)["messages"] == ASKED
+    assert recorded(row) == [{"text": " a "}] and meta(row)["reference"] == "a"
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"reasoning_content": "2+2", "content": "4"},
+        {"reasoning": "2+2", "content": "4"},
+        {"thinking": "2+2", "content": "4"},
+        {"content": [{"type": "thinking", "thinking": "2+2"}, {"type": "text", "text": "4"}]},
+        {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "2+2"}]}, "4"]},
+    ],
+)
+def test_a4_reasoning_stands_beside_its_answer(turn: dict[str, Any]) -> None:
+    row = {"messages": [*ASKED, {"role": "assistant", **turn}]}
+    assert recorded(row) == [{"text": "4", "reasoning": "2+2"}]
+    assert recorded({"prompt": "q", "completion": "4", "reasoning": "2+2"}) == recorded(row)
+    assert "2+2" not in json.dumps(meta(row)["messages"])
+
+
+CODE = "    return x\n\n\ndef g():\n    pass\t \r\n"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "completion": CODE},
+        {"instruction": "q", "output": CODE},
+        {"messages": [*ASKED, {"role": "assistant", "content": CODE}]},
+        {"messages": [*ASKED, {"role": "assistant", "content": [{"type": "text", "text": CODE}]}]},
+        {"prompt": "q", "chosen": CODE, "rejected": "x"},
+        {"data": ["q", CODE]},
+        {"prompt": "q", "completions": 1, "answers": [CODE, CODE]},
+    ],
+)
+def test_a6_an_answer_keeps_every_space(row: dict[str, Any]) -> None:
+    assert recorded(row) == [{"text": CODE}]
+    decomposed = "cafe\u0301 \ufeff"
+    assert recorded({"prompt": "q", "response": decomposed}) == [{"text": decomposed}]
+
+
+TURNS = [*ASKED, {"role": "assistant", "content": 'It\'s "here".', "weight": None}]
+
+
+@pytest.mark.parametrize("text", [json.dumps(TURNS), json.dumps(TURNS, indent=1), repr(TURNS)])
+def test_a9_turns_written_as_text_are_turns(text: str) -> None:
+    for name in ("messages", "conversations"):
+        assert meta({name: text})["messages"] == ASKED
+        assert recorded({name: text}) == [{"text": 'It\'s "here".'}]
+    row = {"prompt": repr(ASKED), "completion": json.dumps(TURNS[1:])}
+    assert meta(row)["messages"] == ASKED and recorded(row) == [{"text": 'It\'s "here".'}]
+    squad = {"question": "q", "context": "c", "answers": "{'text': ['a'], 'answer_start': [1]}"}
+    assert recorded(squad) == [{"text": "a"}]
+    # an answer that is JSON stays the text that it is
+    for answer in ('{"role": 1}', '[{"content": "x"}]', '{"text": "x"}', "[1, 2]"):
+        assert recorded({"prompt": "q", "completion": answer}) == [{"text": answer}]
+
+
+def test_a10_parts_are_joined_and_turns_of_tools_are_left_out_with_a_count() -> None:
+    parts = [{"type": "text", "text": "Hi"}, {"type": "input_text", "text": "there?"}]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    result = {"role": "tool", "content": "21 degrees", "tool_call_id": "1"}
+    answer = {"role": "assistant", "content": "It is 21 degrees."}
+    reading, row = Reading(), [{"role": "user", "content": parts}, call, result, answer, *ASKED]
+    document = interpret({"messages": row}, "a:1", reading=reading)
+    assert [turn["role"] for turn in document.meta["messages"]] == ["user", "assistant", "user"]
+    assert document.meta["messages"][0]["content"] == "Hi\nthere?"
+    assert reading.lines()[-1] == "tool turns left out: 2"
+    for turns in (row[:2], row[:4], [*ASKED, {"from": "function_call", "value": "{}"}, answer]):
+        with pytest.raises(LeftOut, match="tool"):
+            interpret({"messages": turns}, "a:1")
+    image = [{"type": "image_url", "image_url": {"url": "x"}}]
+    with pytest.raises(LeftOut, match="image_url"):
+        interpret({"messages": [{"role": "user", "content": image}]}, "a:1")
+
+
+@pytest.mark.parametrize(
+    ("turns", "roles"),
+    [
+        ([("human", "a"), ("model", "b")], "user"),
+        ([("HUMAN", "a"), ("Bot", "b")], "user"),
+        ([("gpt", "Welcome!"), ("human", "a"), ("gpt", "b")], "user"),
+        ([("developer", "s"), ("user", "a"), ("chatgpt", "b")], "system user"),
+        ([("user", "a"), ("assistant", "b"), ("user", "c")], "user assistant user"),
+        ([("user", "a"), ("assistant", "")], "user"),
+    ],
+)
+def test_conversations_of_any_shape(turns: list[tuple[str, str]], roles: str) -> None:
+    found = meta({"messages": [{"role": role, "content": text} for role, text in turns]})
+    assert " ".join(turn["role"] for turn in found["messages"]) == roles
+    table = {"from": [role for role, _ in turns], "value": [text for _, text in turns]}
+    assert meta({"conversations": table}) == found
+    assert "recorded_answer" in found or turns[-1][0] == "user" or not turns[-1][1]
+
+
+def test_a_turn_may_be_a_key() -> None:
+    row = {"conversation": [{"system": "s", "human": "a", "assistant": "b"}, {"human": "c"}]}
+    assert " ".join(t["role"] for t in meta(row)["messages"]) == "system user assistant user"
+
+
+@pytest.mark.parametrize(
+    ("value", "texts"),
+    [
+        (42, ["42"]),
+        (4.5, ["4.5"]),
+        (True, ["true"]),
+        (float("nan"), []),
+        ("", []),
+        (None, []),
+        ({"name": "Ü", "age": 3}, ['{"name": "Ü", "age": 3}']),
+        ([{"a": 1}], ['[{"a": 1}]']),
+        (["one", "two", "one"], ["one", "two"]),
+        ({"text": [], "answer_start": []}, []),
+    ],
+)
+def test_answers_that_are_no_text(value: object, texts: list[str]) -> None:
+    assert [one["text"] for one in recorded({"question": "q", "answer": value})] == texts
+
+
+def test_the_columns_of_documents_are_told_too() -> None:
+    reading = Reading()
+    for row in ({"text": "One.", "topic": "t"}, {"text": "Two.", "views": None, "id": 3}):
+        interpret(row, "a:1", reading=reading)
+    assert reading.lines() == ["2 rows as documents: text → text; column `topic` not used"]
+    many = {"prompt": "q", **{f"c{n}": n for n in range(12)}}
+    interpret(many, "a:1", reading=(reading := Reading()))
+    assert reading.lines()[0].endswith("`c7` and 4 more not used")
+
+
 JSON = st.recursive(
     st.none()
     | st.booleans()
@@ -127,9 +340,12 @@ JSON = st.recursive(
     max_leaves=8,
 )
 NAMES = st.sampled_from(
-    ["id", "text", "prompt", "messages", "answer", "conversations", "model", "x"]
+    [
+        *("id", "text", "prompt", "messages", "answer", "conversations", "model", "x", "chosen"),
+        *("rejected", "history", "data", "completion", "system", "reasoning", "question"),
+    ]
 )
-TURNS = st.lists(
+TURN_LISTS = st.lists(
     st.fixed_dictionaries(
         {"role": st.sampled_from(["user", "assistant", "system"]), "content": JSON}
     ),
@@ -138,7 +354,7 @@ TURNS = st.lists(
 
 
 @settings(deadline=None)
-@given(st.dictionaries(NAMES, JSON | TURNS, max_size=5))
+@given(st.dictionaries(NAMES, JSON | TURN_LISTS, max_size=5))
 def test_any_row_is_read_or_refused_and_what_is_read_can_be_stored(row: dict[str, Any]) -> None:
     try:
         document = interpret(row, "a:1")

@@ -79,5 +79,18 @@ def test_recorded_answers_keep_what_was_stated() -> None:
     responder = RecordedResponder({"p1": said, "p2": silent}, "unknown")
     found = list(responder.ask([ask("q", "p1"), ask("r", "p2")]))
     assert [(r.reply.text, r.model) for r in found] == [("a", "big-1"), ("b", "unknown")]
+    (missing,) = responder.ask([ask("s", "p3")])
+    assert missing.reply.stop == "error" and "no recorded answer" in str(missing.error)
     with stops(Exit.INPUT, "no recorded answer"):
-        list(responder.ask([ask("s", "p3")]))
+        list(RecordedResponder({}, "unknown").ask([ask("s", "p3")]))
+
+
+def test_a5_a4_several_answers_are_samples_with_their_own_model_and_reasoning() -> None:
+    answers = [
+        {"text": "    one\n", "reasoning": "1+0", "model": "big-1"},
+        {"text": "<think>\n1+1\n</think>\n\ntwo"},
+    ]
+    responder = RecordedResponder({"p": Document.make("q", "f", {"recorded_answer": answers})}, "m")
+    requests = [ask("q", "p").model_copy(update={"sample": n}) for n in range(2)]
+    found = [(r.reply.text, r.reply.reasoning, r.model) for r in responder.ask(requests)]
+    assert found == [("    one\n", "1+0", "big-1"), ("two", "1+1", "m")]
