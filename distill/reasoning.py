@@ -23,6 +23,7 @@ PAIRS = (
     ("<|begin_of_thought|>", "<|end_of_thought|>"),  # OpenThinker
     ("<|channel>thought", "<channel|>"),  # Gemma 4
     ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),  # gpt-oss
+    ("to=self<|message|>", "to=user<|message|>"),  # Muse Glimmer
 )
 # Plain words, which mark only where both are there
 SENTENCES = (
@@ -40,7 +41,10 @@ ANSWERS = (
     ("", "[END FINAL RESPONSE]"),
     ("", "<|return|>"),
 )
-HARMONY_TAIL = "<|end|><|start|>assistant"  # between the channels of gpt-oss
+TAILS = (
+    "<|end|><|start|>assistant",
+    "<|eom|><|start|>assistant",
+)  # of the channels of the last two
 BLOCKS = 16  # of thought, one behind the other; more are a loop of the model's
 QUOTES = "`'\"“”‘’«»"
 
@@ -53,7 +57,9 @@ def split_reasoning(text: str) -> tuple[str, str | None]:
     thoughts: list[str] = []
     while len(thoughts) < BLOCKS and (block := _first_block(text, lone=not thoughts)) is not None:
         thought, text = block
-        thoughts.append(thought.strip().removesuffix(HARMONY_TAIL).strip())
+        for tail in TAILS:
+            thought = thought.strip().removesuffix(tail)
+        thoughts.append(thought.strip())
     if not thoughts:
         return text, None
     for opening, closing in ANSWERS:
@@ -63,6 +69,18 @@ def split_reasoning(text: str) -> tuple[str, str | None]:
         elif opening and text.startswith(opening):  # cut off
             text = text.removeprefix(opening).lstrip()
     return text, "\n\n".join(thought for thought in thoughts if thought)
+
+
+def join_thought(text: str, thought: str) -> str:
+    """Return an answer as the dataset holds it where its thought is kept."""
+    return f"<think>\n{thought}\n</think>\n\n{text}"
+
+
+def split_thought(text: str, thought: str | None) -> tuple[str | None, str]:
+    """Return the thought and the answer of what `join_thought` wrote, or None and the text."""
+    if thought and text.startswith(block := join_thought("", thought)):
+        return thought, text.removeprefix(block)
+    return None, text
 
 
 def marked(text: str) -> bool:

@@ -22,6 +22,7 @@ from distill.corpus.contamination import contaminated_pairs
 from distill.corpus.ngrams import UNSPACED, words
 from distill.errors import DistillError, Exit
 from distill.generation.refusals import is_refusal
+from distill.reasoning import join_thought
 from distill.records import SPLITS, Document, Pair, Prompt, Record, Response, Split
 from distill.storage.files import read_records, write_json, write_records
 from distill.storage.progress import console
@@ -140,16 +141,16 @@ def sift(
     for pair in pairs:
         prompt, response = pair.prompt, pair.response
         reason = next((why for f in filters if (why := f(prompt, response))), None)
-        text = (prompt.id, response.text.strip())
-        reason = reason or ("same answer again" if text in seen else None)
+        answer = (prompt.id, response.text.strip())
+        reason = reason or ("same answer again" if answer in seen else None)
         if reason:
             names = {"prompt_id": prompt.id, "response_id": response.id, "task": prompt.task}
             dropped.append(Dropped(**names, split=split, reason=reason, text=response.text))
             continue
-        seen.add(text)
+        seen.add(answer)
         if reasoning and response.reasoning:
-            thought = f"<think>\n{response.reasoning}\n</think>\n\n{response.text}"
-            pair = Pair(prompt=prompt, response=response.model_copy(update={"text": thought}))
+            text = join_thought(response.text, response.reasoning)
+            pair = Pair(prompt=prompt, response=response.model_copy(update={"text": text}))
         results.append(pair)
     return results
 

@@ -1,39 +1,103 @@
 """Conversations become token ids here, for teacher and student, in training, evaluation, serving.
 
-Content is data: special-token text inside a message is broken up before rendering, and a rendered
-prompt that holds more control tokens than its template alone is an error. Needs no torch.
+Content is data. Where the text of a control token stands in a message or in an answer, a mark is
+put inside it before the template sees it; at the marks the rendered text is cut before it is
+tokenised, so that the token's text is encoded as text, unaltered. Where a template puts an answer
+is found by rendering a sentinel in its place. Needs no torch.
 """
 
 import hashlib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from distill.errors import DistillError, Exit
+from distill.errors import DistillError, Exit, first_line
+from distill.reasoning import PAIRS
 from distill.records import Message, digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
+DATE = "2026-01-01"  # for trying a template
 SEPARATOR = "\u200b"  # a zero-width space in a special token's text, which makes it plain text
+MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # noncharacters: no text has all of them
+WRITTEN_LIKE_CONTROL = re.compile(r"<[|｜]\S+>|<\S+[|｜]>")  # what templates build of pieces
+# Variables of templates that switch thinking, with the values for drop and for keep
+SWITCHES: dict[str, tuple[Any, Any]] = {
+    "enable_thinking": (False, True),  # Qwen, GLM, Gemma, Nemotron, SmolLM, EXAONE, Hunyuan
+    "thinking": (False, True),  # Granite, DeepSeek V3.1
+    "reasoning_effort": ("none", None),  # Mistral
+    "thinking_budget": (0, None),  # Seed-OSS
+}
+Reasoning = Literal["drop", "keep"]
+
+
+class Turn(NamedTuple):
+    """A prompt, and what the template writes around its answer.
+
+    `opening` stands before the thought, `closing` between thought and answer, or both before an
+    answer without one; `end` is the template's own end of the turn, or "" where it writes none.
+    """
+
+    prompt: str
+    opening: str
+    closing: str
+    end: str
+
+
+class _Form(NamedTuple):
+    """How a template takes conversations: content as a list of parts, no system turn."""
+
+    parts: bool
+    folds: bool
+
+
+class _Control(NamedTuple):
+    """A tokenizer's control tokens, where the text of one begins, and a run of them."""
+
+    ids: dict[str, int]
+    begins: re.Pattern[str]
+    run: re.Pattern[str]
+
+
+@lru_cache(maxsize=8)
+def _control(tokenizer: "Tokenizer", template: str, size: int) -> _Control:
+    """Return the control tokens under a template; `size` is the vocabulary's."""
+    ids = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    for i, token in tokenizer.added_tokens_decoder.items():
+        text = str(token)
+        written = WRITTEN_LIKE_CONTROL.fullmatch(text) or (text.strip() and text in template)
+        if token.special or written:
+            ids[text] = i
+    names = "|".join(map(re.escape, sorted(ids, key=len, reverse=True)))
+    return _Control(ids, beginnings(ids), re.compile(f"(?:{names})+" if names else "(?!)"))
+
+
+def _control_of(tokenizer: "Tokenizer") -> _Control:
+    return _control(tokenizer, _template(tokenizer), len(tokenizer))
 
 
 def special_tokens(tokenizer: "Tokenizer") -> dict[str, int]:
-    """Return the tokenizer's control tokens: text to id."""
-    added = tokenizer.added_tokens_decoder.items()
-    control = {str(token): index for index, token in added if token.special}
-    pairs = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-    return control or dict(pairs)
+    """Return the tokenizer's control tokens, text to id: the special ones and the template's."""
+    return _control_of(tokenizer).ids
 
 
-def neutralise(text: str, tokenizer: "Tokenizer") -> str:
-    """Break up every special-token text in `text`, so that it is read as plain characters."""
-    names = sorted(special_tokens(tokenizer), key=len, reverse=True)
-    if not names:
-        return text
-    pattern = "|".join(re.escape(name) for name in names)
-    return re.sub(pattern, lambda match: match[0][0] + SEPARATOR + match[0][1:], text)
+def beginnings(texts: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern of the first character of each place where one of `texts` begins."""
+    rests = dict[str, list[str]]()
+    for text in sorted(texts, key=len, reverse=True):
+        if len(text) > 1:
+            rests.setdefault(text[0], []).append(re.escape(text[1:]))
+    branches = (f"{re.escape(first)}(?={'|'.join(more)})" for first, more in rests.items())
+    return re.compile("|".join(branches) or "(?!)")
+
+
+def cut_marks(text: str, tokenizer: "Tokenizer", mark: str) -> str:
+    """Put `mark` into every control token's text, behind its first character."""
+    return _control_of(tokenizer).begins.sub(lambda match: match[0] + mark, text)
 
 
 def template_hash(tokenizer: "Tokenizer", date: str) -> str:
@@ -48,30 +112,251 @@ def vocabulary_hash(tokenizer: "Tokenizer") -> str:
     return hashlib.sha256(rows.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def render(
-    tokenizer: "Tokenizer", messages: Sequence[Message], date: str, answer: str | None = None
+# Rendering
+
+
+def _template(tokenizer: "Tokenizer") -> str:
+    """Return the text of the chat template; of several the one named default."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default") or next(iter(template.values()), "")
+    return template or ""
+
+
+def _run(template: str, names: Mapping[str, Any], date: str, turns: Any, asks: bool) -> str:
+    """Render `turns` with a template as transformers does, but for the date."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    moment = datetime.fromisoformat(date)  # what a template that asks for the time is told
+    clock = {"date_string": moment.strftime("%d %b %Y"), "strftime_now": moment.strftime}
+    given = {**names, **clock, "tools": None, "documents": None, "add_generation_prompt": asks}
+    return _compile_jinja_template(template).render(messages=turns, **given)
+
+
+def _content(text: str, parts: bool) -> Any:
+    return [{"type": "text", "text": text}] if parts else text
+
+
+@lru_cache(maxsize=32)
+def _form(template: str, names: tuple[tuple[str, str], ...], date: str) -> _Form | str:
+    """Find by trying how a template takes conversations, or return why it takes none."""
+    why = "it renders no question, or no answer"
+
+    def keeps(*turns: tuple[str, str], parts: bool) -> bool:
+        nonlocal why
+        texts = [f"{MARKS[n]}text{MARKS[n]}" for n in range(len(turns))]
+        messages = [
+            {"role": role, "content": _content(text, parts)}
+            for (role, _), text in zip(turns, texts, strict=True)
+        ]
+        try:
+            shown = _run(template, dict(names), date, messages, turns[-1][0] != "assistant")
+        except Exception as error:  # jinja2 raises whatever a template's author chose
+            why = first_line(error)
+            return False
+        return all(text in shown for text in texts)
+
+    user, answer, system = ("user", ""), ("assistant", ""), ("system", "")
+    for parts in (False, True):
+        if keeps(user, parts=parts) and keeps(user, answer, parts=parts):
+            return _Form(parts, not keeps(system, user, parts=parts))
+    return why
+
+
+def folds_system(tokenizer: "Tokenizer", date: str) -> bool:
+    """Tell whether a system turn goes into the first user turn, as the template has none."""
+    form = _form(_template(tokenizer), _names(tokenizer), date)
+    return isinstance(form, _Form) and form.folds
+
+
+def _names(tokenizer: "Tokenizer") -> tuple[tuple[str, str], ...]:
+    return tuple((k, v) for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str))
+
+
+def _refused(tokenizer: "Tokenizer", why: str) -> DistillError:
+    where = f"chat template of {tokenizer.name_or_path}"
+    fix = "check the roles and their order, or use another model"
+    return DistillError(Exit.TRAINING, where, f"refuses the conversation: {why}", fix)
+
+
+def _render(
+    tokenizer: "Tokenizer",
+    messages: Sequence[Message],
+    date: str,
+    mark: str,
+    answer: Mapping[str, str] | None = None,
 ) -> str:
-    """Render a conversation up to where the answer begins, or, with `answer`, to its end.
+    """Render a conversation, with `mark` in the control tokens' texts of its messages.
+
+    With `answer`, the fields of the assistant's last turn, to its end, else up to where the answer
+    begins. Raises DistillError (exit 7) where the template refuses.
+    """
+    template, names = _template(tokenizer), _names(tokenizer)
+    if not template:
+        what, fix = "has no chat template", "use an instruct model"
+        raise DistillError(Exit.TRAINING, tokenizer.name_or_path, what, fix)
+    if isinstance(form := _form(template, names, date), str):
+        raise _refused(tokenizer, form)
+    turns, held = list[dict[str, Any]](), list[str]()
+    for message in messages:
+        text = cut_marks(message.content, tokenizer, mark)
+        if message.role == "system" and form.folds:
+            held.append(text)
+            continue
+        if message.role == "user" and held:
+            text, held = "\n\n".join([*held, text]), []
+        turns.append({"role": message.role, "content": _content(text, form.parts)})
+    if held:
+        raise _refused(tokenizer, "it has no system turn, and no user turn follows to hold it")
+    if answer is not None:
+        content = _content(answer["content"], form.parts)
+        turns.append({"role": "assistant", **answer, "content": content})
+    try:
+        return _run(template, dict(names), date, turns, answer is None)
+    except Exception as error:  # jinja2 raises whatever a template's author chose
+        raise _refused(tokenizer, first_line(error)) from None
+
+
+def unused_mark(texts: Sequence[str]) -> str:
+    """Return a character that stands in none of `texts`."""
+    mark = next((mark for mark in MARKS if not any(mark in text for text in texts)), None)
+    if mark is None:
+        what = "has all of Unicode's noncharacters U+FDD0 to U+FDEF"
+        raise DistillError(Exit.INPUT, f"prompt {texts[-1][:40]!r}", what, "remove one of them")
+    return mark
+
+
+def render(tokenizer: "Tokenizer", messages: Sequence[Message], date: str) -> str:
+    """Render a conversation up to where the answer begins.
 
     Raises DistillError (exit 7) where the tokenizer has no chat template, or that refuses.
     """
-    if not tokenizer.chat_template:
-        what, fix = "has no chat template", "use an instruct model"
-        raise DistillError(Exit.TRAINING, tokenizer.name_or_path, what, fix)
-    turns = [{"role": m.role, "content": neutralise(m.content, tokenizer)} for m in messages]
-    if answer is not None:
-        turns.append({"role": "assistant", "content": neutralise(answer, tokenizer)})
-    moment = datetime.fromisoformat(date)  # what a template that asks for the time is told
-    clock = {"date_string": moment.strftime("%d %b %Y"), "strftime_now": moment.strftime}
-    try:
-        text = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=answer is None, **clock
+    mark = unused_mark([message.content for message in messages])
+    return _render(tokenizer, messages, date, mark).replace(mark, "")
+
+
+def find_turn(
+    tokenizer: "Tokenizer",
+    messages: Sequence[Message],
+    date: str,
+    thought: bool = False,
+    mark: str | None = None,
+) -> Turn:
+    """Find what a template writes around the answer to a conversation, with a `thought` or without.
+
+    Raises DistillError (exit 7) naming a template with which what is trained would not follow what
+    the model sees at inference.
+    """
+    mark = mark or unused_mark([message.content for message in messages])
+    answer, inner = f"{mark}answer{mark}", f"{mark}thought{mark}"
+    prompt = _render(tokenizer, messages, date, mark)
+    # A prompt may end in an open thought, or in one that was opened and closed
+    pair, begin = next(
+        (
+            (pair, place)
+            for pair in PAIRS
+            if (place := prompt.rfind(pair[0])) >= 0
+            and "".join(prompt[place:].split()) in ("".join(pair[0].split()), "".join(pair))
+        ),
+        (None, len(prompt)),
+    )
+    is_open = pair is not None and pair[1] not in prompt[begin:]
+    fields = {"content": answer}
+    if thought:
+        fields |= dict.fromkeys(("reasoning_content", "reasoning", "thinking"), inner)
+    shown = _render(tokenizer, messages, date, mark, fields)
+    if answer not in shown:
+        raise _refused(tokenizer, "it leaves out the last answer")
+    head, _, rest = shown.rpartition(answer)
+    stop = _control_of(tokenizer).run.search(rest)
+    end = rest[: stop.end()] if stop else ""
+    if not head.startswith(prompt[:begin]):
+        what = "writes the last turn otherwise than its prompt: an answer would follow other text"
+        fix = "use a template whose generation prompt is the beginning of the assistant's turn"
+        where = f"chat template of {tokenizer.name_or_path}"
+        raise DistillError(Exit.TRAINING, where, what, fix)
+    opener, closer = pair or next((p for p in PAIRS if p[0] in _template(tokenizer)), PAIRS[0])
+    closer = f"\n{closer}" if closer == "<channel|>" else f"\n{closer}\n\n"
+    if thought:
+        if inner in head and head.startswith(prompt):
+            opening, _, closing = head[len(prompt) :].partition(inner)
+            return Turn(prompt, opening, closing, end)
+        return Turn(prompt, "" if is_open else f"{opener}\n", closer, end)
+    lead = head[len(prompt) :] if head.startswith(prompt) else closer if is_open else ""
+    return Turn(prompt, "", lead if lead.strip() else "", end)
+
+
+def fix_template(
+    tokenizer: "Tokenizer", kwargs: Mapping[str, Any], reasoning: Reasoning | None = None
+) -> None:
+    """Give `tokenizer` the template with which a run asks and trains, and which it publishes.
+
+    It is the model's own with `kwargs` as defaults, so that who renders without them sees the same.
+    With `reasoning` its own switch for thinking is set as well; where it has none, or opens a
+    channel, what `drop` writes before an answer becomes the end of its generation prompt. Raises
+    DistillError (exit 7) where that cannot be.
+    """
+    template, values, question = (
+        _template(tokenizer),
+        dict(kwargs),
+        (Message(role="user", content="?"),),
+    )
+
+    def shown(values: Mapping[str, Any]) -> str:
+        turns = [{"role": "user", "content": "?"}]
+        return _run(_with_defaults(template, values), dict(_names(tokenizer)), DATE, turns, True)
+
+    variables = _variables(template) if reasoning else set[str]()
+    for name, (off, on) in SWITCHES.items():
+        value = off if reasoning == "drop" else on
+        known = name in variables and name not in values and value is not None
+        if known and (value != "none" or re.search("['\"]none['\"]", template)):
+            try:  # a switch that is so already is left alone
+                values |= {name: value} if shown({name: value}) != shown({}) else {}
+            except Exception:  # as of a template for content in parts, and of one that refuses
+                values[name] = value
+    fixed = _with_defaults(template, values)
+    if values:
+        tokenizer.chat_template = fixed
+    if reasoning != "drop" or not (turn := find_turn(tokenizer, question, DATE)).closing:
+        return
+    suffix = f"{{% if add_generation_prompt %}}{{{{ {_literal(turn.closing)} }}}}{{% endif %}}"
+    tokenizer.chat_template = fixed.removesuffix("\n") + suffix
+    if render(tokenizer, question, DATE) != turn.prompt + turn.closing:
+        what = "has no form without thinking that could be written into it"
+        where = f"chat template of {tokenizer.name_or_path}"
+        raise DistillError(Exit.TRAINING, where, what, "set reasoning: keep")
+
+
+def _variables(template: str) -> set[str]:
+    """Return the names that a template is given."""
+    from jinja2.meta import find_undeclared_variables
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    return find_undeclared_variables(_compile_jinja_template(template).environment.parse(template))
+
+
+def _with_defaults(template: str, values: Mapping[str, Any]) -> str:
+    """Return a template with values for the variables that it is not given."""
+    return (
+        "".join(
+            f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}"
+            for name, value in values.items()
         )
-    except Exception as error:  # jinja2 raises whatever a template's author chose
-        where, what = tokenizer.name_or_path, f"its template refuses the conversation: {error}"
-        raise DistillError(Exit.TRAINING, where, what, "check roles and order") from None
-    assert isinstance(text, str)
-    return text
+        + template
+    )
+
+
+def _literal(value: Any) -> str:
+    """Write a JSON value as a template's expression."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_literal(k)}: {_literal(v)}' for k, v in value.items())}}}"
+    return "none" if value is None else json.dumps(value)
+
+
+# Tokens
 
 
 def encode_text(tokenizer: "Tokenizer", text: str) -> list[int]:
@@ -79,9 +364,23 @@ def encode_text(tokenizer: "Tokenizer", text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def encode_marked(tokenizer: "Tokenizer", text: str, mark: str) -> list[int]:
+    """Tokenise rendered text, cut at each `mark`: no token reaches over one."""
+    first, *others = text.split(mark)
+    ids = encode_text(tokenizer, first)
+    newline = encode_text(tokenizer, "\n") if others else []
+    for piece in others:
+        # behind a newline, as a tokenizer of pieces puts a space before the first of a text
+        more = encode_text(tokenizer, f"\n{piece}")
+        cut = more[: len(newline)] == newline
+        ids += more[len(newline) :] if cut else encode_text(tokenizer, piece)
+    return ids
+
+
 def encode_prompt(tokenizer: "Tokenizer", messages: Sequence[Message], date: str) -> list[int]:
     """Return the ids of the rendered prompt; a forged control token is a DistillError (exit 3)."""
-    ids = encode_text(tokenizer, render(tokenizer, messages, date))
+    mark = unused_mark([message.content for message in messages])
+    ids = encode_marked(tokenizer, _render(tokenizer, messages, date, mark), mark)
     blank = [Message(role=m.role, content="x") for m in messages]
     control = set(special_tokens(tokenizer).values())
     expected = sum(i in control for i in encode_text(tokenizer, render(tokenizer, blank, date)))

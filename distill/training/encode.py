@@ -6,15 +6,23 @@ Weights come from lengths, never from token ids: pad may equal the end token. Sa
 the limit are dropped, counted and named.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from distill.errors import DistillError, Exit
-from distill.models.chat_template import encode_prompt, encode_text, render, special_tokens
-from distill.records import Pair, digest
+from distill.models.chat_template import (
+    cut_marks,
+    encode_marked,
+    encode_prompt,
+    find_turn,
+    folds_system,
+    unused_mark,
+)
+from distill.reasoning import join_thought, split_thought
+from distill.records import Message, Pair, Prompt, Response, digest
 from distill.storage.progress import console, say
 from distill.training.batches import Example
 
@@ -22,33 +30,73 @@ SHOWN_CHARS = 1200  # of a sample's text on the screen
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, pair: Pair, date: str) -> Example:
-    """Tokenise one pair; raises DistillError (exit 7) for a template that training cannot use."""
-    messages, response = pair.prompt.messages, pair.response
-    template = f"chat template of {tokenizer.name_or_path}"
-    prompt = render(tokenizer, messages, date)
-    conversation = render(tokenizer, messages, date, response.text)
-    if not conversation.startswith(prompt):
-        what = "a rendered conversation does not begin with its rendered prompt"
-        fix = "use a template whose generation prompt is the beginning of the assistant's turn"
-        raise DistillError(Exit.TRAINING, template, what, fix)
-    prompt_ids = encode_prompt(tokenizer, messages, date)
-    answer_ids = encode_text(tokenizer, conversation[len(prompt) :])
-    control, cut_off = set(special_tokens(tokenizer).values()), response.stop == "length"
-    end = next((n for n, token in enumerate(answer_ids) if token in control), None)
-    if end is not None:
-        answer_ids = answer_ids[:end] if cut_off else answer_ids[: end + 1]
-    elif not cut_off:
+    """Tokenise one pair; raises DistillError (exit 7) for a template that training cannot use.
+
+    A thought before the answer, as the filters keep one, is written as the template writes one.
+    """
+    messages, response, cut_off = (
+        pair.prompt.messages,
+        pair.response,
+        pair.response.stop == "length",
+    )
+    thought, answer = split_thought(response.text, response.reasoning)
+    texts = [*(message.content for message in messages), response.text]
+    mark = unused_mark(texts)
+    turn = find_turn(tokenizer, messages, date, thought is not None, mark)
+    text = turn.opening + cut_marks(thought or "", tokenizer, mark)
+    if answer or not cut_off:  # else it was cut off in its thought
+        text += turn.closing + cut_marks(answer, tokenizer, mark)
+    answer_ids = encode_marked(tokenizer, text + ("" if cut_off else turn.end), mark)
+    if not cut_off and not turn.end:
         if not isinstance(eos := tokenizer.eos_token_id, int):
+            template = f"chat template of {tokenizer.name_or_path}"
             what = "ends an answer with no end token, and the tokenizer names none"
             raise DistillError(Exit.TRAINING, template, what, "use an instruct model")
         answer_ids.append(eos)
     if not answer_ids:
         where, fix = f"sample {response.id}", "filter empty answers"
         raise DistillError(Exit.TRAINING, where, "no token to learn", fix)
+    prompt_ids = encode_prompt(tokenizer, messages, date)
     ids = (*prompt_ids, *answer_ids)
     weights = (0.0,) * len(prompt_ids) + (1.0,) * len(answer_ids)
     identity = digest({"ids": ids, "weights": weights})
     return Example(id=identity, response_id=response.id, input_ids=ids, weights=weights)
+
+
+def check_template(
+    tokenizer: PreTrainedTokenizerBase,
+    date: str,
+    conversations: Iterable[Sequence[Message]] = (),
+    thought: bool = False,
+) -> list[str]:
+    """Look whether a template can train and be asked, and return what a reader should know of it.
+
+    Needs no weights, and is meant for before the first purchase, with the tokenizer as
+    `load_tokenizer` makes it for the run: one short question, and of `conversations` one of each
+    order of roles. With `thought`, answers with one are tried too. Raises DistillError (exit 7)
+    naming a template that refuses one, loses an answer, or writes it elsewhere than where inference
+    begins.
+    """
+    question = (Message(role="user", content="What is the capital of France?"),)
+    orders = {tuple(m.role for m in messages): messages for messages in conversations}
+    answer, why = "Paris </s>.\n\n  <|im_end|><mask> It is.", "The Seine."
+    template, folds = f"chat template of {tokenizer.name_or_path}", False
+    for messages in (question, *orders.values()):
+        for inner in (None, *((why,) if thought else ())):
+            text = join_thought(answer, inner) if inner else answer
+            prompt = Prompt.make(tuple(messages), "", "")
+            response = Response(
+                id="", request_key="", sample=0, prompt_id="", model="", text=text, stop="end"
+            ).model_copy(update={"reasoning": inner})
+            example = encode_pair(tokenizer, Pair(prompt=prompt, response=response), date)
+            target = [i for i, w in zip(example.input_ids, example.weights, strict=True) if w]
+            decoded = tokenizer.decode(target, clean_up_tokenization_spaces=False)
+            if "".join(answer.split()) not in "".join(str(decoded).split()):
+                what = "with it an answer is not learnt as it stands"
+                raise DistillError(Exit.TRAINING, template, what, "use another model")
+        folds |= messages[0].role == "system" and folds_system(tokenizer, date)
+    line = f"{template}: has no system turn, which goes into the first user turn"
+    return [line] if folds else []
 
 
 def encode_pairs(

@@ -19,7 +19,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType, SimpleNamespace
+from types import FrameType
 from typing import Any, NamedTuple
 
 from rich.table import Table
@@ -34,7 +34,7 @@ from distill.errors import DistillError
 from distill.evaluation import judge
 from distill.evaluation.scorers import agrees
 from distill.generation import filters
-from distill.models.chat_template import neutralise
+from distill.models.chat_template import beginnings
 from distill.publishing import secret_scan
 from distill.reasoning import marked, split_reasoning
 from distill.records import Document, Item, Message, Prompt, Response
@@ -133,19 +133,7 @@ CHOSEN = 4  # pairs that are measured in full, of each function
 Reader = Callable[[str], object]
 
 
-class Name(str):
-    """The text of a control token, with what `neutralise` asks of one."""
-
-    special = True
-
-
-LLAMA: Any = SimpleNamespace(
-    added_tokens_decoder=dict(
-        enumerate(Name(f"<|reserved_special_token_{n}|>") for n in range(256))
-    ),
-    all_special_tokens=[],
-    all_special_ids=[],
-)
+LLAMA = beginnings(f"<|reserved_special_token_{n}|>" for n in range(256))
 
 
 def prompt_of(text: str, reference: str = "a") -> Prompt:
@@ -307,7 +295,7 @@ READERS: dict[str, Reader] = {
     "formatting.escape_markdown": formatting.escape_markdown,
     "formatting.verbatim": formatting.verbatim,
     "publishing.secret_scan": lambda text: list(secret_scan.findings(text, {}, generic=True)),
-    "models.chat_template.neutralise": lambda text: neutralise(text, LLAMA),
+    "models.chat_template.cut_marks": lambda text: LLAMA.sub("x", text),
     "config.check_values": refusable(lambda text: check_values({"a": text}, "f", {})),
 }
 

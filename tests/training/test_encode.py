@@ -55,15 +55,16 @@ def test_a_template_that_closes_no_turn_gets_the_tokenizers_end():
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
-    assert supervised(encode(tokenizer=tokenizer)) == "yes <|im_end|>"
+    assert supervised(encode(tokenizer=tokenizer)) == "yes<|im_end|>"
 
 
 def test_a_template_whose_conversation_does_not_begin_with_its_prompt_is_named():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = (
-        "{% if add_generation_prompt %}A{% endif %}{{ messages[-1]['content'] }}<|im_end|>"
+        "{% if add_generation_prompt %}A{% endif %}"
+        "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
     )
-    with pytest.raises(DistillError, match=r"chat template of .*does not begin") as error:
+    with pytest.raises(DistillError, match=r"chat template of .*otherwise than its") as error:
         encode(tokenizer=tokenizer)
     assert error.value.code == Exit.TRAINING
 

@@ -26,7 +26,7 @@ from distill.models.arithmetic import LIMITS, fitting_rows, row_bytes
 from distill.models.chat_template import (
     encode_prompt,
     encode_text,
-    render,
+    find_turn,
     special_tokens,
     template_hash,
 )
@@ -268,11 +268,9 @@ def make(teacher: LocalTeacher, circumstances: Circumstances) -> LocalResponder:
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, date: str) -> frozenset[int]:
     """Return the control token with which the chat template ends an answer, if there is one."""
-    question = (Message(role="user", content="?"),)
-    prompt, answered = render(tokenizer, question, date), render(tokenizer, question, date, "!")
+    turn = find_turn(tokenizer, (Message(role="user", content="?"),), date)
     control = set(special_tokens(tokenizer).values())
-    after = answered[len(prompt) :] if answered.startswith(prompt) else ""
-    return frozenset([token for token in encode_text(tokenizer, after) if token in control][:1])
+    return frozenset([i for i in encode_text(tokenizer, turn.end) if i in control][:1])
 
 
 def seeded(key: str, sample: int) -> torch.Generator:
