@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 from distill.callables import PROVIDED, provided
 from distill.evaluation.scorecard import Scorecard
-from distill.pipeline import STAGES, from_stage, perform, permit_code, require_soft_teacher
+from distill.pipeline import STAGES, from_stage, perform
 from distill.planning.plan import announce
+from distill.planning.preflight import require
 from distill.records import Prompt, Response
-from distill.responders.terms import require_terms
 from distill.storage.run_folder import open_run
+from distill.tasks.sandbox.programs import permit
 
 
 class FinishedRun(NamedTuple):
@@ -44,9 +45,8 @@ def run(
         added = [f"filters.python=[{', '.join(PROVIDED['filter'])}]"] if filters else []
         run = open_run(Path(config), [*overrides, *added])
         again = from_stage(redo) if redo else ()
-        permit_code(run, STAGES, again, allow_code, unsafe_code)
-        require_terms(run.config.teacher, run.config.terms.basis)
-        require_soft_teacher(run, again)
+        permit(allow_code, unsafe_code)
+        require(run, STAGES, again)
         announce(run, again)
         perform(run, STAGES, again, allow_inexact)
     text = run.path("scorecard.json").read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console, RenderableType
 
 from distill.errors import DistillError, Exit, exit_code
-from distill.pipeline import CHECKING, NAMES, STAGES, perform, permit_code
+from distill.pipeline import CHECKING, NAMES, STAGES, perform
 from distill.storage.run_folder import Stage, open_run
 
 app = typer.Typer(
@@ -117,9 +117,12 @@ def perform_alone(
     unsafe_code: bool = False,
 ) -> None:
     """Do one stage, where it is left or `redo` says so."""
+    from distill.planning.preflight import require
+    from distill.tasks.sandbox.programs import permit
+
     run, again = open_run(config, overrides or ()), (stage,) if redo else ()
-    if stage.name in CHECKING:
-        permit_code(run, (stage,), again, allow_code, unsafe_code)
+    permit(allow_code, unsafe_code)
+    require(run, (stage,), again)
     perform(run, (stage,), again, allow_inexact)
     if stage.name == "report":
         show_scorecard(run.folder)
@@ -197,15 +200,19 @@ def show_plan(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a run would take: tokens, dollars, seconds, bytes. Only --pilot sends anything."""
-    from distill.planning import cost, plan
+    """Say what a run would take, and what would stop it. Only --pilot sends anything."""
+    from distill.planning import cost, plan, preflight
 
     run = open_run(config, overrides or ())
     estimate = plan.make_plan(run, cost.pilot(run, pilot) if pilot else None)
+    found = preflight.foreseen(run, estimate.machine.here)
     if as_json:
-        print(estimate.model_dump_json(indent=2))
+        lines = [f"{error} (exit {error.code:d})" for error in found]
+        print(json.dumps({**estimate.model_dump(mode="json"), "problems": lines}, indent=2))
     else:
         show(plan.show(estimate))
+    if found:
+        raise preflight.together(found)
 
 
 @app.command(name="status", rich_help_panel=LOOK)
@@ -229,9 +236,9 @@ def show_verified(
 ) -> None:
     """Hold a finished run against its records, and make its scorecard again from its answers."""
     from distill import verify
-    from distill.tasks.sandbox.programs import allow
+    from distill.tasks.sandbox.programs import permit
 
-    allow("unsafe" if unsafe_code else "sandbox" if allow_code else "no")
+    permit(allow_code, unsafe_code)
     folder = run if run.is_dir() else open_run(run).folder
     checks = verify.verify(folder)
     if as_json:
@@ -277,9 +284,9 @@ def score(
     """Ask any responder the questions of a suite, and score its answers."""
     from distill.evaluation.score import score as score_suite
     from distill.evaluation.suites import load_suite
-    from distill.tasks.sandbox.programs import allow
+    from distill.tasks.sandbox.programs import permit
 
-    allow("sandbox" if allow_code else "no")
+    permit(allow_code)
     print(score_suite(load_suite(suite, data), responder, name, store, out))
 
 

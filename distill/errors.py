@@ -47,7 +47,9 @@ def exit_code(work: Callable[[], object], debug: bool = False) -> int:
     except DistillError as error:
         if debug:
             raise
-        return _complain(f"error: {error}", error.code)
+        for line in (error, *getattr(error, "__notes__", ())):  # all that was found at once
+            _complain(f"error: {line}", error.code)
+        return int(error.code)
     except Exception as error:  # the edge of the program: nothing above could handle it
         if debug:
             raise

@@ -15,6 +15,7 @@ from pathlib import Path
 from distill.errors import DistillError, Exit, exit_code
 from distill.models.devices import device
 from distill.pipeline import STAGES, perform
+from distill.planning.preflight import require
 from distill.responders.local.workers import Workers
 from distill.storage.progress import console
 from distill.storage.run_folder import Run, Stage, open_run
@@ -32,7 +33,9 @@ def main(name: str, words: Sequence[str]) -> int:
 
 
 def _perform(run: Run, stage: Stage, flags: set[str]) -> None:
-    perform(run, (stage,), (stage,) if "--redo" in flags else ())
+    again = (stage,) if "--redo" in flags else ()
+    require(run, (stage,), again)
+    perform(run, (stage,), again)
 
 
 def train(run: Run, stage: Stage, flags: set[str]) -> None:

@@ -3,7 +3,7 @@
 The work is imported when a stage runs, so `plan` and `status` never load torch.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -11,19 +11,17 @@ from typing import Any
 
 from distill.callables import source_hash
 from distill.config.learning import Signals, Student
-from distill.config.teachers import TEACHERS, EndpointTeacher, LocalTeacher, Teacher
-from distill.config.tree import Config, Evaluation
+from distill.config.teachers import TEACHERS, EndpointTeacher, Teacher
+from distill.config.tree import Evaluation
 from distill.config.yaml_file import parse_config, place_of
 from distill.errors import DistillError, Exit
-from distill.models import loading, registry
-from distill.models.devices import free_frames, pick_dtype, release_memory
-from distill.models.gpus import unused_gpu
+from distill.models import registry
+from distill.models.devices import free_frames, release_memory
 from distill.storage.files import as_json, sha256_file, write_atomic
 from distill.storage.progress import say
 from distill.storage.run_folder import Run, Stage
 
 CHECKING = ("filter", "evaluate")  # the stages that check answers
-LOADING = ("generate", "signals", "train", "refine", "evaluate")  # the stages that load models
 
 
 def _lazy(path: str) -> Callable[..., Any]:
@@ -82,40 +80,6 @@ def checker_identity(tasks: Sequence[str], suites: Sequence[str] = ()) -> dict[s
     there = [name for name in tasks if task_path(name).is_file()]
     used = {task.checker["kind"] for task in tasks_of(there, suites) if task.checker}
     return {f"checker {kind}": source_hash("checker", kind) for kind in sorted(used - KINDS.keys())}
-
-
-def require_models(config: Config, left: Collection[str]) -> None:
-    """Stop before anything is asked where the stages `left` could not load their models.
-
-    The student is looked at in any case: what is asked is asked for it. Raises DistillError (exit
-    7).
-    """
-    student, judge = config.student, config.evaluation.judge
-    if student.load_in_4bit and "train" in left:
-        loading.require_4bit()
-    loads = config.teacher.runs_here or {"train", "refine", "evaluate"}.intersection(left)
-    if loads and (line := unused_gpu()):
-        say(f"device: the CPU; {line}")
-    loading.check_model(student.model, student.trust)
-    responders: list[Teacher] = (
-        [config.teacher] if {"generate", "evaluate"}.intersection(left) else []
-    )
-    if config.distributions and {"signals", "train", "refine"}.intersection(left):
-        responders.append(config.soft_teacher())
-    if judge and "evaluate" in left:
-        responders.append(judge)
-    for name in sorted({teacher.model for teacher in responders if teacher.runs_here}):
-        loading.check_model(name)
-    if loads:  # can this machine compute in the types that are stated?
-        types = {"student.dtype": student.dtype}
-        types["train.bf16"] = "bfloat16" if config.train.bf16 is True else "auto"
-        for teacher in responders:
-            if isinstance(teacher, LocalTeacher):
-                key = "evaluation.judge" if teacher is judge else "teacher"
-                types[f"{key}.dtype"] = teacher.dtype
-        for key, dtype in types.items():
-            if dtype != "auto":  # which asks torch, and always can
-                pick_dtype(dtype, key)
 
 
 STUDENT = ("adapter/adapter_model.safetensors", "refined/adapter/adapter_model.safetensors")
@@ -261,49 +225,6 @@ def from_stage(name: str) -> tuple[Stage, ...]:
     return STAGES[NAMES.index(name) :]
 
 
-def permit_code(
-    run: Run, stages: Sequence[Stage], redo: Sequence[Stage], sandboxed: bool, unsafe: bool
-) -> None:
-    """Let generated programs run as asked; raises DistillError (exit 2) where stages need that
-    which are left."""
-    from distill.evaluation.suites import tasks_of
-    from distill.tasks.checkers import RUNS_CODE
-    from distill.tasks.sandbox.programs import allow
-
-    allow("unsafe" if unsafe else "sandbox" if sandboxed else "no")
-    checking = [stage for stage in stages if stage.name in CHECKING]
-    left = any(stage in redo or run.state(stage)[0] != "done" for stage in checking)
-    if not left or sandboxed or unsafe:
-        return
-    tasks = tasks_of(run.config.prompts.tasks, run.config.evaluation.suites)
-    needing = [t.name for t in tasks if t.checker and t.checker["kind"] in RUNS_CODE]
-    if needing:
-        what = "is checked by running the programs that models wrote"
-        fix = "allow that with --allow-code, which runs them in a sandbox"
-        raise DistillError(Exit.CONFIG, f"task {needing[0]}", what, fix)
-
-
-def require_soft_teacher(run: Run, redo: Sequence[Stage]) -> None:
-    """Stop before anything is asked where soft labels cannot be had: other tokens (exit 2), or
-    terms (exit 10).
-
-    A server that shall tell distributions is asked for those of one short text (exit 4 where it
-    does not).
-    """
-    from distill.responders.terms import require_terms
-    from distill.training.soft_labels import server_logprobs
-    from distill.training.soft_labels.labels import open_teacher
-
-    config = run.config
-    reading = ("signals" if config.captures else "train", "refine")
-    left = [s for s in STAGES if s.name in reading and s.applies(config)]
-    if config.distributions and any(s in redo or run.state(s)[0] != "done" for s in left):
-        require_terms(config.soft_teacher(), config.terms.basis)
-        tokenizer, _ = open_teacher(config)
-        if config.buys_signals or config.signals.from_answers:
-            server_logprobs.probe(config, tokenizer)
-
-
 def perform(
     run: Run, stages: Sequence[Stage], redo: Sequence[Stage] = (), allow_inexact: bool = False
 ) -> None:
@@ -317,10 +238,6 @@ def perform(
         for stage in stages:
             if stage not in redo and stage.applies(run.config):
                 run.checked_state(stage)
-        loading = [s for s in stages if s.name in LOADING and s.applies(run.config)]
-        left = {s.name for s in loading if s in redo or run.state(s)[0] != "done"}
-        if left:
-            require_models(run.config, left)
         path = run.path("config.json")
         text = as_json({**run.config.resolved(), **place_of(run.folder)})
         parse_config(text, path)  # what could not be read again is not written

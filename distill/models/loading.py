@@ -195,7 +195,7 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     quiet()
-    folder = fetch(reference, revision)
+    folder = fetch(reference, revision, weights=False)
     check_files(folder, trust._replace(pickle=True))
     config = read_object(folder / "config.json")
     try:

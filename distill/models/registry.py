@@ -137,8 +137,12 @@ def shape_from_config(config: dict[str, Any]) -> Shape:
     )
 
 
-def fetch(reference: str, revision: str | None = None, trust: Trust = SAFE) -> Path:
+def fetch(
+    reference: str, revision: str | None = None, trust: Trust = SAFE, weights: bool = True
+) -> Path:
     """Return the folder of a model's weights and tokenizer, downloaded where the cache lacks it.
+
+    Without `weights`, those of a model of the Hub may be missing there.
 
     Raises DistillError: exit 2 for a name or folder that is not there, 3 where no place could give
     the files.
@@ -164,6 +168,7 @@ def fetch(reference: str, revision: str | None = None, trust: Trust = SAFE) -> P
 
     revision = revision or (info.revision if info else None)
     patterns = [*FILES, "*.bin"] if trust.pickle else FILES
+    patterns = patterns if weights else FILES[1:]
     try:  # HF_HUB_OFFLINE and HF_ENDPOINT are honoured
         return Path(snapshot_download(reference, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -193,7 +198,7 @@ def identity(reference: str, revision: str | None = None) -> str:
     pinned = revision or (info.revision if info else None)
     if pinned and COMMIT.fullmatch(pinned) and not is_folder(reference):
         return pinned
-    folder = fetch(reference, revision)
+    folder = fetch(reference, revision, weights=False)
     if not is_folder(reference):
         return folder.name  # a snapshot's folder is named by its commit
     hashes = _hashes(folder, ("*.safetensors", "*.bin"))

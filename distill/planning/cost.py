@@ -21,7 +21,8 @@ from distill.corpus.prompts import question_shares, written_prompts
 from distill.errors import DistillError, Exit
 from distill.formatting import money
 from distill.generation.generate import question_requests, requests_of
-from distill.pipeline import NAMES, STAGES, perform, require_models
+from distill.pipeline import NAMES, STAGES, perform
+from distill.planning.preflight import require
 from distill.planning.work import Work, mean_bytes
 from distill.records import Document, Prompt, Record, Response, digest
 from distill.responders.ask import Ask
@@ -30,7 +31,6 @@ from distill.responders.kinds import make_responder
 from distill.responders.prices import MILLION, TokenPrice, load_prices
 from distill.responders.responder import Request, origin_of
 from distill.responders.store import ResponseStore
-from distill.responders.terms import require_terms
 from distill.storage.files import read_records
 from distill.storage.progress import say
 from distill.storage.run_folder import Run, Stage
@@ -227,8 +227,7 @@ def pilot(run: Run, count: int) -> str:
     if not config.teacher.makes_answers:
         what = f"a teacher of kind {config.teacher.kind} is not asked anything"
         raise DistillError(Exit.CONFIG, "--pilot", what, "leave it out")
-    require_terms(config.teacher, config.terms.basis)
-    require_models(config, ("generate",))
+    require(run, [stage for stage in STAGES if stage.name == "generate"])
     perform(run, STAGES[: NAMES.index("generate")])
 
     def main(run: Run) -> None:

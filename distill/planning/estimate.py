@@ -284,7 +284,7 @@ class RunEstimate:
         text = self.work.text_bytes + self.work.all_prompts * self.work.teacher.bytes
         # A checkpoint holds the adapter, its two moments and the best one.
         sizes["run"] = STORED * (text + 4 * tokens * answers) + 1e6
-        sizes["run"] += (4 * config.train.save_total_limit + 1) * adapter
+        sizes["checkpoints"] = (4 * config.train.save_total_limit + 1) * adapter
         sizes["merged"] = self._stored_width() * float(self.student.parameters)
         sizes["release"] = sizes["merged"] + adapter
         if config.captures:

@@ -39,6 +39,7 @@ class Machine(Record):
     main_memory: float | None = None
     source: str
     notes: tuple[str, ...] = ()
+    here: bool = True  # where the plan is made
 
     def seconds(self, flops: float, dtype: str, stage: str) -> float:
         """Return how long a stage computes; NaN, which sums keep, where the rate is not known."""
@@ -66,6 +67,7 @@ def find_machine(priced: str | None, *dtypes: str) -> Machine:
         rates={name: (half if name == "auto" else name, row.tflops * 1e12) for name in dtypes},
         memory=row.gigabytes * 1e9,
         source=f"evaluation.machine, {row.tflops:g} TFLOP/s by {row.source}",
+        here=False,
         notes=notes,
     )
 

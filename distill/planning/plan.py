@@ -69,7 +69,6 @@ def make_plan(run: Run, origin: str | None = None, machine: Machine | None = Non
     verdict = judge_teacher(config.teacher, config.terms.basis)
     stop = [] if verdict.allowed else ["a run stops here with exit 10 until terms.basis is stated"]
     notes += [f"terms: {line}" for line in [*verdict.lines(), *stop]]
-    folder = run.folder.absolute()
     return RunPlan(
         name=config.name,
         documents=round(work.documents),
@@ -81,9 +80,15 @@ def make_plan(run: Run, origin: str | None = None, machine: Machine | None = Non
         teacher=teacher,
         memory=tuple(estimate.memory()),
         disk=estimate.disk(),
-        disk_free=shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.is_dir())).free,
+        disk_free=disk_free(run),
         notes=tuple(notes),
     )
+
+
+def disk_free(run: Run) -> int:
+    """Return the bytes that are free where the run's folder is or will be."""
+    folder = run.folder.absolute()
+    return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.is_dir())).free
 
 
 def _types(config: Config) -> list[str]:
@@ -131,7 +136,8 @@ def announce(run: Run, redo: Iterable[Stage] = ()) -> None:
 
     It costs a few seconds, so a run that is short on any machine is not announced. Where nothing
     can be predicted, nothing is said: the run itself says better what is wrong. Raises DistillError
-    (exit 7) for a stage whose weights alone do not fit.
+    for a stage whose weights alone do not fit (exit 7), and where the disk cannot hold what is
+    trained (exit 5).
     """
     config, again = run.config, tuple(redo)
 
@@ -149,8 +155,19 @@ def announce(run: Run, redo: Iterable[Stage] = ()) -> None:
         work, types = count_work(run, QUICK).scaled(1), _types(config)
         here = measure(types, 0.0)
         memory = [row for row in estimate(work, here).memory() if not row.fits]
+        disk, free = estimate(work, here).disk(), disk_free(run)
     except UNPREDICTABLE:
         return
+    # What is read and answered is expected to take so much, what is trained is certain.
+    trained = disk["checkpoints"] + disk["merged"] if "train" in remaining else 0.0
+    for need in (trained, sum(disk.values()) if "generate" in remaining else 0.0):
+        if need > free:
+            each = ", ".join(f"{what} {size(amount)}" for what, amount in disk.items() if amount)
+            what = f"needs about {size(need)}, and {size(free)} are free ({each})"
+            if need == trained:
+                fix = "free space, or name another disk: runs=DIR"
+                raise DistillError(Exit.STATE, run.folder, what, fix)
+            say(f"run: {run.folder} {what}")
     for row in memory:
         if row.stage in remaining:
             if row.room is not None and row.parts["weights"] > row.room:

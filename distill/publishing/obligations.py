@@ -97,15 +97,24 @@ def license_of(model: str, stated: str | None, owed: Sequence[Owed]) -> ReleaseL
     return ReleaseLicense(name, bool(stated), False, text)
 
 
+def agreement_of(owed: Sequence[Owed], agreement: Path | None) -> Path | None:
+    """Return the file of the agreement that goes with the release, None where none is owed.
+
+    Raises DistillError (exit 10) where it is owed and missing.
+    """
+    asking = next((one for one in owed if one.duties.agreement), None)
+    if asking is None:
+        return None
+    if agreement is None or agreement.is_symlink() or not agreement.is_file():
+        what = f"a copy of the agreement goes with the model: {asking.text.line()}"
+        raise DistillError(Exit.TERMS, "terms.agreement", what, "save the text and name the file")
+    return agreement
+
+
 def write_notices(owed: Sequence[Owed], agreement: Path | None, folder: Path) -> None:
     """Write NOTICE, and AGREEMENT.txt from the file `agreement` (exit 10 where it is missing)."""
     notices = list(dict.fromkeys(one.duties.notice for one in owed if one.duties.notice))
     if notices:
         (folder / "NOTICE").write_text("\n".join(notices) + "\n", encoding="utf-8")
-    asking = next((one for one in owed if one.duties.agreement), None)
-    if asking is None:
-        return
-    if agreement is None or agreement.is_symlink() or not agreement.is_file():
-        what = f"a copy of the agreement goes with the model: {asking.text.line()}"
-        raise DistillError(Exit.TERMS, "terms.agreement", what, "save the text and name the file")
-    shutil.copyfile(agreement, folder / "AGREEMENT.txt")
+    if path := agreement_of(owed, agreement):
+        shutil.copyfile(path, folder / "AGREEMENT.txt")

@@ -9,6 +9,7 @@ what is measured is what is released. The folder appears complete or not at all;
 whose adapter it holds.
 """
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -60,7 +61,7 @@ def inject(
             warnings.simplefilter("ignore", FutureWarning)
             warnings.filterwarnings("ignore", "Model has `tie_word_embeddings")
             wrapped = get_peft_model(model, lora)
-    except ValueError as error:
+    except (ValueError, re.error) as error:  # a single name is a regular expression
         what = str(error).splitlines()[0][:200]
         fix = "name modules of this model, such as q_proj, or all-linear"
         raise DistillError(Exit.TRAINING, "train.lora.target_modules", what, fix) from None

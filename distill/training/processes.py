@@ -44,8 +44,8 @@ OTHERS = {
 }
 
 
-def start(report_to: str, num_processes: int | None, folder: Path) -> Accelerator:
-    """Return the Accelerator of this process; trackers write into `folder`.
+def check(report_to: str, num_processes: int | None) -> None:
+    """Stop over what would keep a training from starting in this process.
 
     Raises DistillError (exit 7) for a tracker that is not installed, for what the launcher's config
     wants and this loop does not do, and for another number of processes than the one stated.
@@ -62,8 +62,19 @@ def start(report_to: str, num_processes: int | None, folder: Path) -> Accelerato
         what = f"{refused[0]} is not supported"
         raise DistillError(Exit.TRAINING, "accelerate's config", what, fix)
     sharded()  # raises for what it does not support, before accelerate ends over it
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    stated = {"train.num_processes": num_processes}
+    check_world(stated, world, "scripts/train.py", Exit.TRAINING)
+
+
+def start(report_to: str, num_processes: int | None, folder: Path) -> Accelerator:
+    """Return the Accelerator of this process; trackers write into `folder`.
+
+    Raises DistillError as `check` does.
+    """
+    check(report_to, num_processes)
     accelerator = Accelerator(
-        cpu=not gpu,
+        cpu=device().type != "cuda",
         mixed_precision="no",
         dynamo_backend="no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
@@ -71,8 +82,7 @@ def start(report_to: str, num_processes: int | None, folder: Path) -> Accelerato
         project_dir=folder,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
     )
-    stated = {"train.num_processes": num_processes}
-    check_world(stated, accelerator.num_processes, "scripts/train.py", Exit.TRAINING)
+    check_world({}, accelerator.num_processes, "scripts/train.py", Exit.TRAINING)
     if accelerator.num_processes > 1:
         die_with_parent()
     return accelerator

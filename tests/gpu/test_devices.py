@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from distill import pipeline
 from distill.cli import main
 from distill.economics.costs import NO_TIME
 from distill.errors import DistillError, Exit
 from distill.evaluation.scorers import HeldOutRequest
 from distill.models import gpus as gpus_module
 from distill.models.gpus import find_gpu, gpus, other_processes, unused_gpu
-from distill.planning import machine
+from distill.pipeline import STAGES, from_stage
+from distill.planning import machine, preflight
 from distill.records import Usage
 from distill.storage import environment
 from distill.storage.files import write_records
@@ -231,11 +231,12 @@ def test_a_run_says_that_a_gpu_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with FakeTeacher() as teacher:
-        config = open_run(write_config(tmp_path, teacher)).config
-    monkeypatch.setattr(pipeline, "unused_gpu", lambda: "an NVIDIA GPU is here and is not used: x")
-    pipeline.require_models(config, ("generate",))  # which loads nothing
+        run = open_run(write_config(tmp_path, teacher))
+    there = "an NVIDIA GPU is here and is not used: x"
+    monkeypatch.setattr(preflight, "unused_gpu", lambda: there)
+    preflight.require(run, from_stage("generate")[:1])  # which loads nothing
     assert not capsys.readouterr().err
-    pipeline.require_models(config, ("train",))
+    preflight.require(run, from_stage("train")[:1])
     line = "device: the CPU; an NVIDIA GPU is here and is not used: x\n"
     assert capsys.readouterr().err == line
 
@@ -246,11 +247,11 @@ def test_a_type_that_a_gpu_emulates_is_refused_before_anything_is_asked(
 ) -> None:
     with FakeTeacher() as teacher:
         value = "bfloat16" if key == "student.dtype" else "true"
-        config = open_run(write_config(tmp_path, teacher), [f"{key}={value}"]).config
-    pipeline.require_models(config, ("generate", "train"))
+        run = open_run(write_config(tmp_path, teacher), [f"{key}={value}"])
+    preflight.require(run, STAGES)
     patch_gpu(monkeypatch, Gpu("Tesla T4", (7, 5)))
     with pytest.raises(DistillError, match=f"{key}: Tesla T4 does not compute in bfloat16"):
-        pipeline.require_models(config, ("generate", "train"))
+        preflight.require(run, STAGES)
 
 
 def test_seconds_of_another_device_are_no_part_of_a_gpu_s_cost(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_an_unknown_price_is_unknown_also_after_a_pilot(tmp_path: Path, capsys: 
         (tmp_path / "prices.yaml").write_text("{}")
         assert main(["plan", "--pilot", "8", str(place)]) == 0
         said = capsys.readouterr().out
-        assert main(["plan", str(place), "teacher.budget_dollars=1"]) == 0
+        assert main(["plan", str(place), "teacher.budget_dollars=1"]) == Exit.BUDGET
     assert "cost unknown: the price table has no model fake-1" in said
     assert "$" not in said and paid(tmp_path) == 0
     assert "with the limit of $1 a run stops (exit 6)" in capsys.readouterr().out

@@ -195,7 +195,8 @@ def test_a_run_stops_before_its_first_stage_and_plan_says_why(tmp_path, monkeypa
     said = capsys.readouterr().out
     assert "yes, with duties" in said and "its name begins with Llama" in said
     unknown = ["teacher={kind: recorded, model: x}", *corpus]
-    assert main(["plan", place, *unknown, "corpus.split={validation: 2, heldout: 2}"]) == 0
+    words = [*unknown, "corpus.split={validation: 2, heldout: 2}"]
+    assert main(["plan", place, *words]) == Exit.TERMS
     assert "exit 10 until terms.basis is stated" in capsys.readouterr().out
 
 

@@ -79,6 +79,11 @@ def allow(permission: Permission) -> None:
     _permission = permission
 
 
+def permit(sandboxed: bool, unsafe: bool = False) -> None:
+    """Allow what the flags of a command say; raises DistillError as `allow` does."""
+    allow("unsafe" if unsafe else "sandbox" if sandboxed else "no")
+
+
 def allowed() -> Permission:
     """Return the present permission."""
     return _permission

@@ -1,0 +1,338 @@
+"""The look before anything is bought: whether all that a run will need is there and fits together.
+
+`distill plan` shows what it finds, and `distill run` stops over it, as does a stage run alone that
+asks, reads or trains: before a request is sent and before the first step. All problems are listed,
+a line each. It takes seconds: of models that are not here yet it fetches tokenizers and configs
+only, and it builds the student without weights.
+
+A check looks at one thing: it yields what is to be tried, or raises its problem itself. What
+depends on the config and on files is held for every stage that is left from here on; what depends
+on this machine and session (keys, devices, packages) for the stages that are performed now.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from distill.config.learning import Lora, Student
+from distill.config.teachers import EndpointTeacher, LocalTeacher, Teacher
+from distill.config.tree import Config
+from distill.errors import DistillError, Exit, first_line
+from distill.models import loading, registry
+from distill.models.chat_template import encode_prompt
+from distill.models.devices import pick_dtype
+from distill.models.download import converted_folder
+from distill.models.gpus import unused_gpu
+from distill.pipeline import CHECKING, NAMES, STAGES
+from distill.publishing.obligations import agreement_of, license_of, obligations
+from distill.records import Message, Pair, Prompt, Response
+from distill.responders.kinds import identity, make_responder
+from distill.responders.prices import load_prices
+from distill.responders.terms import require_terms
+from distill.storage.progress import say
+from distill.storage.run_folder import Run, Stage
+
+COSTLY = frozenset({"generate", "signals", "train", "refine", "evaluate"})  # in money or in time
+ASKING = frozenset({"generate", "evaluate"})
+READING = frozenset({"signals", "train", "refine"})  # the teacher's distributions, if any
+TRAINING = frozenset({"train", "refine"})
+# The conversation that templates are tried with
+QUESTION = (Message(role="user", content="What is 2 + 2?"),)
+ANSWER = "It is 4 < 5:\n\n    2 + 2\n\nand *not* 6."
+UNBUILDABLE = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
+    *(RuntimeError, ImportError, AssertionError),
+)
+
+
+class Look(NamedTuple):
+    """What is looked at: a run, its stages that are done `now`, and all that are left from there
+    on, `ahead`."""
+
+    run: Run
+    now: frozenset[str]
+    ahead: frozenset[str]
+
+    @property
+    def config(self) -> Config:
+        """Return the run's config."""
+        return self.run.config
+
+    def responders(self, stages: frozenset[str]) -> dict[str, Teacher]:
+        """Return who is asked or read in some stages, by the config's key."""
+        config, roles = self.config, dict[str, Teacher]()
+        if config.distributions and stages & READING:
+            roles["signals"] = config.soft_teacher()
+        if stages & ASKING:
+            roles["teacher"] = config.teacher
+        if config.evaluation.judge and "evaluate" in stages:
+            roles["evaluation.judge"] = config.evaluation.judge
+        return roles
+
+
+Attempt = Callable[[], object]
+Check = Callable[[Look], Iterator[Attempt]]
+
+
+def require(run: Run, stages: Sequence[Stage] = STAGES, redo: Sequence[Stage] = ()) -> None:
+    """Stop over all that would keep `stages`, or what follows a costly one, from being done.
+
+    Raises the first problem, with its exit code and the others as its notes. Where there is none, a
+    server that shall tell distributions is asked for those of one short text (exit 4 where it does
+    not).
+    """
+    look = look_at(run, stages, redo)
+    if found := problems(look, CHECKS if look.ahead & COSTLY else CHECKS[:1]):
+        raise together(found)
+    config = run.config
+    if "signals" in look.now and (config.buys_signals or config.signals.from_answers):
+        from distill.training.soft_labels import server_logprobs
+        from distill.training.soft_labels.labels import open_teacher
+
+        server_logprobs.probe(config, open_teacher(config)[0])
+    loads = look.now & {*TRAINING, "evaluate"} or (look.now & COSTLY and config.teacher.runs_here)
+    if loads and (line := unused_gpu()):
+        say(f"device: the CPU; {line}")
+
+
+def foreseen(run: Run, here: bool) -> list[DistillError]:
+    """Return what would stop a run, of this machine only where it is planned for `here`."""
+    look = look_at(run)
+    checks = [check for check in CHECKS if check is not check_programs]  # which a flag allows
+    return problems(look if here else look._replace(now=frozenset()), checks)
+
+
+def together(found: Sequence[DistillError]) -> DistillError:
+    """Return several problems as one error: the first, with the others as its notes."""
+    for other in found[1:]:
+        found[0].add_note(str(other))
+    return found[0]
+
+
+def look_at(run: Run, stages: Sequence[Stage] = STAGES, redo: Sequence[Stage] = ()) -> Look:
+    """Return what is left of a run; a stale stage is none, as performing it says what differs."""
+    left = set[str]()
+    for stage in (stage for stage in STAGES if stage.applies(run.config)):
+        try:
+            state = "fresh" if stage in redo else run.state(stage)[0]
+        except DistillError:  # of a file that is not there: its own check says so
+            state = "fresh"
+        left |= set() if state in ("done", "stale") else {stage.name}
+    now = left.intersection(stage.name for stage in stages)
+    first = min((NAMES.index(name) for name in now & COSTLY), default=len(NAMES))
+    return Look(run, frozenset(now), frozenset(now | left.intersection(NAMES[first:])))
+
+
+def problems(look: Look, checks: Sequence[Check]) -> list[DistillError]:
+    """Return what the checks find, in their order, each once."""
+    found = dict[str, DistillError]()
+
+    def attempt(work: Callable[[], object]) -> None:
+        try:
+            work()
+        except DistillError as error:
+            found.setdefault(str(error), error)
+
+    def attempt_all(check: Check) -> None:
+        for work in check(look):
+            attempt(work)
+
+    for check in checks:
+        attempt(partial(attempt_all, check))
+    return list(found.values())
+
+
+def check_programs(look: Look) -> Iterator[Attempt]:
+    """Look whether programs that models wrote may run, where a task is checked by that."""
+    from distill.evaluation.suites import tasks_of
+    from distill.tasks.checkers import RUNS_CODE
+    from distill.tasks.sandbox.programs import allowed
+
+    if not look.now.intersection(CHECKING) or allowed() != "no":
+        return
+    for task in tasks_of(look.config.prompts.tasks, look.config.evaluation.suites):
+        if task.checker and task.checker["kind"] in RUNS_CODE:
+            what = "is checked by running the programs that models wrote"
+            fix = "allow that with --allow-code, which runs them in a sandbox"
+            raise DistillError(Exit.CONFIG, f"task {task.name}", what, fix)
+    yield from ()
+
+
+def check_places(look: Look) -> Iterator[Attempt]:
+    """Look whether the run's folder and the shared store can be written."""
+
+    def require_writable(place: Path) -> None:
+        path = place.absolute()
+        nearest = next(p for p in (path, *path.parents) if os.path.lexists(p))
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            what = "cannot be written" if nearest.is_dir() else "is no folder"
+            fix = "name another place: runs=DIR, store=DIR"
+            raise DistillError(Exit.STATE, nearest, what, fix)
+
+    yield partial(require_writable, look.run.folder)
+    yield partial(require_writable, look.config.store_folder())
+
+
+def check_terms(look: Look) -> Iterator[Attempt]:
+    """Look whether the terms let the answers train a student, and what its release then owes."""
+    config, basis = look.config, look.config.terms.basis
+    yield partial(require_terms, config.teacher, basis)
+    if config.distributions:
+        yield partial(require_terms, config.soft_teacher(), basis)
+    owed = obligations(config.teacher, config.student.model, basis)[1]
+    yield partial(agreement_of, owed, config.terms.agreement)
+    if not registry.is_folder(config.student.model):  # which cannot be published in any case
+        yield partial(license_of, config.student.model, config.publish.license, owed)
+
+
+def check_money(look: Look) -> Iterator[Attempt]:
+    """Look whether what shall be priced has a price, and whether a budget can be kept."""
+    settings = look.config.evaluation
+    book, name = load_prices(settings.prices), settings.teacher_price
+    if name and book.teacher(name) is None:
+        fix = "name a model of configs/prices.yaml, or add its row to evaluation.prices"
+        what = book.why_no_teacher(name)
+        raise DistillError(Exit.CONFIG, "evaluation.teacher_price", what, fix)
+    if settings.machine and book.machine(settings.machine) is None:
+        fix = "name a machine of configs/prices.yaml, or add its row to evaluation.prices"
+        what = book.why_no_machine(settings.machine)
+        raise DistillError(Exit.CONFIG, "evaluation.machine", what, fix)
+    yield from ()
+
+
+def check_servers(look: Look) -> Iterator[Attempt]:
+    """Look whether each server that is asked now has its key, and its budget a price."""
+    for teacher in look.responders(look.now).values():
+        if isinstance(teacher, EndpointTeacher):
+            yield partial(make_responder, teacher, look.config)
+
+
+def check_models(look: Look) -> Iterator[Attempt]:
+    """Look whether models are what their folders say, and their tokenizers and templates of use."""
+    config, date = look.config, look.config.template_date
+    student = config.student
+    yield partial(loading.check_model, student.model, student.trust)
+    yield partial(try_student_template, student, date)
+    for teacher in look.responders(look.ahead).values():
+        yield partial(identity, teacher)
+        if isinstance(teacher, LocalTeacher):
+            yield partial(loading.check_model, teacher.model)
+            yield partial(try_template, teacher, date)
+    if config.distributions and look.ahead & READING:
+        from distill.training.soft_labels.labels import open_teacher
+
+        yield partial(open_teacher, config)
+
+
+def is_fetched_whole(reference: str) -> bool:
+    """Tell whether a model is one file, tokenizer and all, that is not here yet."""
+    info = registry.lookup(reference)
+    if info is None or info.gguf is None:
+        return False
+    return not converted_folder(info.name, info.gguf).is_dir()
+
+
+def try_template(teacher: LocalTeacher, date: str) -> None:
+    """Render what a model here is asked; raises DistillError (exit 7)."""
+    if not is_fetched_whole(teacher.model):
+        tokenizer = loading.load_tokenizer(teacher.model, teacher.revision)
+        encode_prompt(tokenizer, QUESTION, date)
+
+
+def try_student_template(student: Student, date: str) -> None:
+    """Encode a conversation as training does; raises DistillError (exit 7) where the target is not
+    the whole answer and an end."""
+    from distill.training.encode import encode_pair
+
+    if is_fetched_whole(student.model):
+        return
+    tokenizer = loading.load_tokenizer(student.model, student.revision, student.trust)
+    prompt = Prompt.make(QUESTION, "preflight", "preflight")
+    response = Response(
+        id="x", request_key="x", sample=0, prompt_id=prompt.id, model="x", text=ANSWER, stop="end"
+    )
+    example = encode_pair(tokenizer, Pair(prompt=prompt, response=response), date)
+    target = [i for i, weight in zip(example.input_ids, example.weights, strict=True) if weight]
+    if ANSWER not in tokenizer.decode(target):
+        where, fix = f"chat template of {student.model}", "use a text model's template"
+        raise DistillError(Exit.TRAINING, where, "loses the answer that is to be learnt", fix)
+
+
+def check_training(look: Look) -> Iterator[Attempt]:
+    """Look whether the student takes the adapter and can be merged, and what trains it is here."""
+    config, train = look.config, look.config.train
+    if look.ahead & TRAINING:
+        yield partial(try_adapter, config.student, train.lora)
+    if look.now & TRAINING:
+        from distill.training import processes
+
+        yield partial(processes.check, train.report_to, train.num_processes)
+        if config.student.load_in_4bit:
+            yield loading.require_4bit
+    types = dict[str, str]()  # can this machine compute in the types that are stated?
+    if look.now & {*TRAINING, "evaluate"} or (look.now & COSTLY and config.teacher.runs_here):
+        types["student.dtype"] = config.student.dtype
+        types["train.bf16"] = "bfloat16" if train.bf16 is True else "auto"
+    for key, teacher in look.responders(look.now).items():
+        if isinstance(teacher, LocalTeacher):
+            types[f"{key}.dtype"] = teacher.dtype
+    for key, dtype in types.items():
+        if dtype != "auto":  # which asks torch, and always can
+            yield partial(pick_dtype, dtype, key)
+
+
+def try_adapter(student: Student, lora: Lora) -> None:
+    """Build the student without weights and put an adapter on it; raises DistillError (exit 7)."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+    from distill.training import adapters
+
+    trust, where, info = student.trust, f"model {student.model}", registry.lookup(student.model)
+    loading.quiet()
+    try:
+        if info and is_fetched_whole(student.model):  # a llama, or a qwen2 of the same modules
+            shape = info.shape
+            config = LlamaConfig(
+                vocab_size=shape.vocab,
+                hidden_size=shape.hidden,
+                intermediate_size=shape.intermediate,
+                num_hidden_layers=shape.layers,
+                num_attention_heads=shape.heads,
+                num_key_value_heads=shape.kv_heads,
+                tie_word_embeddings=shape.tied,
+            )
+        else:
+            folder = registry.fetch(student.model, student.revision, trust, weights=False)
+            config = AutoConfig.from_pretrained(
+                folder, trust_remote_code=trust.code, local_files_only=True
+            )
+        if getattr(config, "quantization_config", None):
+            what = "has quantised weights, into which an adapter cannot be merged"
+            fix = "name the model that it was made from; student.load_in_4bit trains that in 4 bits"
+            raise DistillError(Exit.TRAINING, where, what, fix)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust.code)
+    except UNBUILDABLE as error:
+        what = f"cannot be built from its config.json: {first_line(error)}"
+        raise DistillError(Exit.TRAINING, where, what, "check the model") from None
+    adapters.inject(model, lora.r, lora.alpha, lora.dropout, lora.target_modules, seed=0)
+
+
+def check_suites(look: Look) -> Iterator[Attempt]:
+    """Look whether the questions of the evaluation can be read, those of the Hub apart."""
+    if "evaluate" in look.ahead:
+        from distill.evaluation.suites import load_suites, read_suite
+
+        names = look.config.evaluation.suites
+        suites = [(name, read_suite(name)[0]) for name in names]
+        local = [name for name, suite in suites if all(e.data.path for e in suite.tasks)]
+        yield partial(load_suites, local)
+
+
+CHECKS: tuple[Check, ...] = (  # the first is for every stage, the others for costly ones
+    *(check_programs, check_terms, check_places, check_money, check_servers),
+    *(check_models, check_training, check_suites),
+)
