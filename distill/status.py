@@ -10,7 +10,7 @@ from distill.errors import DistillError
 from distill.formatting import table
 from distill.records import LedgerEntry, Record
 from distill.responders.endpoint.budget import Attempt, paid_models, unknown_outcomes
-from distill.responders.store import ResponseStore
+from distill.responders.store import Job, ResponseStore
 from distill.storage.files import read_json
 from distill.storage.run_folder import Run, Stage
 
@@ -31,12 +31,14 @@ class StageStatus(Record):
 
 
 class Status(Record):
-    """The stages of a run, the sums of its ledger, and the requests whose bill is not known."""
+    """The stages of a run, the sums of its ledger, the requests whose bill is not known, and the
+    batch jobs that it waits for."""
 
     run: str
     stages: tuple[StageStatus, ...]
     all: StageStatus
     doubts: tuple[Attempt, ...] = ()
+    jobs: tuple[str, ...] = ()
 
 
 def read_status(run: Run, stages: Sequence[Stage]) -> Status:
@@ -57,13 +59,20 @@ def read_status(run: Run, stages: Sequence[Stage]) -> Status:
     for name in dict.fromkeys(e.stage for e in ledger if e.stage not in names):  # a pilot
         entries = [entry for entry in ledger if entry.stage == name]
         rows.append(summed(name, entries, "", "", entries[-1].started))
-    doubts: list[Attempt] = []
+    doubts, jobs = list[Attempt](), list[Job]()
     folder = run.config.store_folder() / "responses"
     if run.config.teacher.paid and folder.exists():
         with ResponseStore(folder, writable=False) as store:
+            jobs = [job for job in store.jobs() if job.run == run.config.name]
+            waiting = {key for job in jobs for key in job.keys}
             doubts = unknown_outcomes(store, paid_models(run.config), run.config.name)
+            doubts = [doubt for doubt in doubts if doubt.key not in waiting]
     return Status(
-        run=str(run.folder), stages=tuple(rows), all=summed("all", ledger), doubts=tuple(doubts)
+        run=str(run.folder),
+        stages=tuple(rows),
+        all=summed("all", ledger),
+        doubts=tuple(doubts),
+        jobs=tuple(f"{job.line()} at {job.address}" for job in jobs),
     )
 
 
@@ -111,7 +120,7 @@ def show(status: Status) -> Group:
         if answered := [doubt for doubt in status.doubts if doubt.answered]:  # there may be many
             first = answered[0]
             lines.append(f"  {len(answered)} with an answer, the first {first.key}: {first.what}")
-    return Group(rows, *remarks, *lines)
+    return Group(rows, *remarks, *status.jobs, *lines)
 
 
 def _cells(row: StageStatus) -> Iterable[str]:

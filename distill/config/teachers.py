@@ -173,6 +173,9 @@ class EndpointTeacher(Teacher):
     budget_dollars: Annotated[Decimal, Field(gt=0, allow_inf_nan=False)] | None = None
     """Dollars that may be spent under the run's name; no request is sent that could exceed it.
     Needs a price in configs/prices.yaml or `evaluation.prices`."""
+    batch: bool = False
+    """Asks by the maker's batch interface: mostly half the price, and answers within a day. The
+    command waits; stopped, it goes on where it was."""
     concurrency: Annotated[int, Field(gt=0, le=4096)] = 16
     """Requests in flight at once, over all addresses."""
     requests_per_minute: Positive | None = None

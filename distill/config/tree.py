@@ -370,6 +370,20 @@ class Config(Section):
             raise ValueError(f"{what}: add it to signals.temperatures")
         return self
 
+    @model_validator(mode="after")
+    def _batches_can_wait(self) -> "Config":
+        """Refuse what no batch interface does: a judge's single answers, and prompt_logprobs."""
+        readers: dict[str, Teacher | None] = {"evaluation.judge": self.evaluation.judge}
+        if self.distributions and self.buys_signals:
+            readers["signals.endpoint" if self.signals.endpoint else "teacher"] = (
+                self.soft_teacher()
+            )
+        for name, reader in readers.items():
+            if isinstance(reader, EndpointTeacher) and reader.batch:
+                what = "a judge is" if name == "evaluation.judge" else "prompt_logprobs are"
+                raise ValueError(f"{what} not asked by batch: leave {name}.batch out")
+        return self
+
     @property
     def buys_signals(self) -> bool:
         """Tell whether a server is asked to read the answers again, for their distributions."""

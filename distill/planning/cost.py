@@ -80,12 +80,14 @@ def teacher_cost(config: Config, work: Work, origin: str | None = None) -> Teach
         return None
     book = load_prices(config.evaluation.prices)
     server = teacher if isinstance(teacher, EndpointTeacher) else None
-    price = book.teacher(teacher.model) if server else None
+    price = listed = book.teacher(teacher.model) if server else None
+    if server and server.batch and price:
+        price = price.in_batch()
     origin = origin or (origin_of(server) if server else None)
     if work.texts and origin:
         with ResponseStore(config.store_folder() / "responses", writable=False) as store:
             kinds = _by_request(teacher, questions, *work.texts, origin, store)
-            spent = account(store, {teacher.model: price}, config.name)
+            spent = account(store, {teacher.model: listed}, config.name)
     else:  # from the number and size of prompts alone
         count = work.all_prompts + work.prompts["train"] * (teacher.n - 1)
         kinds, spent = [Unanswered(count, work.teacher.bytes, teacher.max_new_tokens)], Account()
@@ -134,6 +136,11 @@ def teacher_cost(config: Config, work: Work, origin: str | None = None) -> Teach
     if server:
         why = book.why_no_teacher(teacher.model)
         notes += _money(cost, price, why, server.budget_dollars)
+    if server and server.batch and listed:
+        discount = (
+            f"{listed.batch_discount or 0:.0%} less" if price != listed else "no known discount"
+        )
+        notes.append(f"asked by batch, {discount}: answers within a day")
     return cost.model_copy(update={"notes": tuple(notes)})
 
 
@@ -235,8 +242,9 @@ def pilot(run: Run, count: int) -> str:
         documents = {d.id: d for d in read_records(run.path("documents.jsonl"), Document)}
         prompts = read_records(run.path("prompts.jsonl"), Prompt)
         sources = {prompt.id: documents[prompt.document_id] for prompt in prompts}
+        at_once = {"batch": False} if isinstance(config.teacher, EndpointTeacher) else {}
         teacher, settings = (
-            make_responder(config.teacher, config, sources),
+            make_responder(config.teacher.model_copy(update=at_once), config, sources),
             config.prompts.questions,
         )
         origin, answered = teacher.origin, 0

@@ -63,6 +63,17 @@ class TokenPrice(Record):
         paid = fresh * self.dollars_per_million_input + usage.cached_input_tokens * cached
         return (paid + usage.output_tokens * self.dollars_per_million_output) / MILLION
 
+    def in_batch(self) -> "TokenPrice":
+        """Return the price of answers that come by batch; where no discount is known it is this."""
+        share = 1 - (self.batch_discount or 0)
+        cached = self.dollars_per_million_cached_input
+        reduced = {
+            "dollars_per_million_input": self.dollars_per_million_input * share,
+            "dollars_per_million_output": self.dollars_per_million_output * share,
+            "dollars_per_million_cached_input": None if cached is None else cached * share,
+        }
+        return self.model_copy(update={**reduced, "batch_discount": None})
+
 
 Price = TypeVar("Price", MachinePrice, TokenPrice)
 

@@ -10,10 +10,12 @@ does not matter which process answers which plan.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from distill.records import Response
+from distill.records import Record, Response
 from distill.responders.endpoint.wire import Reply
 from distill.responders.responder import Plan, Planner, Raw, Request
 from distill.storage.log import Log
@@ -27,6 +29,45 @@ class Bill(NamedTuple):
 
     attempt: int | None
     reply: Reply
+
+
+class Job(Record):
+    """A job of a maker's batch interface, and how far it is.
+
+    `requests` are the key, the sample and the attempt of each, `sent` is when it was about to be
+    submitted, `name` what the server calls it.
+    """
+
+    id: str
+    model: str
+    run: str | None
+    address: str
+    requests: tuple[tuple[str, int, int], ...]
+    file: str = ""
+    sent: float | None = None
+    name: str | None = None
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """Return the ids of the responses that its requests become."""
+        return [Response.make_id(key, sample) for key, sample, _ in self.requests]
+
+    @property
+    def keys(self) -> list[str]:
+        """Return the keys of the attempts that it makes."""
+        rows = zip(self.ids, self.requests, strict=True)
+        return [attempt_key(identifier, number) for identifier, (_, _, number) in rows]
+
+    @property
+    def custom_ids(self) -> list[str]:
+        """Return what its requests are called in it."""
+        return [f"{self.id}-{number}" for number in range(len(self.requests))]
+
+    def line(self) -> str:
+        """Return in a few words what waits, and since when."""
+        since = datetime.fromtimestamp(self.sent).strftime("%Y-%m-%d %H:%M") if self.sent else "?"
+        name = f"job {self.name}" if self.name else "a job"
+        return f"{len(self.requests):,} questions wait in {name} since {since}"
 
 
 class ResponseStore(Log):
@@ -106,6 +147,15 @@ class ResponseStore(Log):
             if key is None or failed:
                 missing.setdefault(request.id, request)
         return list(missing.values())
+
+    def jobs(self) -> Iterator[Job]:
+        """Yield the batch jobs that have not ended, as far as is known."""
+        for key in self.keys("batch"):
+            if ("batch_end", key) not in self:
+                sent = self.get("batch_sent", key) or {}
+                name = (self.get("batch_name", key) or {}).get("name")
+                progress = {"file": sent.get("file", ""), "sent": sent.get("at"), "name": name}
+                yield Job.model_validate({**(self.get("batch", key) or {}), "id": key, **progress})
 
     def unfinished(self, missing: Sequence[Request]) -> list[Plan]:
         """Return the stored plans that hold a missing request, in the order they were stored."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import kill_buyer, server_errors
+from tests.faults import kill_batch, kill_buyer, server_errors
 
 
 def test_faulty_replies_end_stored_or_labelled(tmp_path: Path) -> None:
@@ -23,6 +23,16 @@ def test_kills_lose_nothing_and_every_doubt_is_listed() -> None:
     row = kill_buyer.random_kills(4, 120, 8, seed=3)
     assert row["kills"] == 4 and row["billed_again"] <= row["unknown"] <= 8 * 4 + row["runs"]
     assert not any(row[name] for name in row.keys() - kill_buyer.FIGURES), row
+
+
+@pytest.mark.parametrize("form", kill_batch.KILLS)
+def test_a_batch_of_200_killed_20_times_loses_and_pays_twice_nothing(
+    tmp_path: Path, form: str
+) -> None:
+    """Half price: issue 13, done when."""
+    row = kill_batch.killed(tmp_path, 200, form)
+    assert row.pop("kills") == 20
+    assert not any(row.values()), row
 
 
 @pytest.mark.slow

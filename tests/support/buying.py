@@ -39,7 +39,7 @@ def settings(teacher: FakeTeacher | str | tuple[str, ...], **changes: Any) -> En
     return EndpointTeacher.model_validate(given)
 
 
-def make_run(folder: Path, teacher: FakeTeacher, count: int = 12, **changes: Any) -> Path:
+def make_run(folder: Path, teacher: FakeTeacher | str, count: int = 12, **changes: Any) -> Path:
     """Write a run whose prompts are made, ready for its generate stage; return its config."""
     turns = [{"role": "user", "content": f"q{i} please"} for i in range(count)]
     documents = [Document.make(f"text {i}", "x", split="train") for i in range(count)]

@@ -270,7 +270,7 @@ def _attempt(
         reply = bill.reply if bill and bill.attempt == int(number) else None
     if reply is None:
         return Attempt(**base, billed="unknown", what="no word of how it ended")
-    cost = charge(price, reply, intent)
+    cost = charge(price.in_batch() if price and "batch" in intent else price, reply, intent)
     if cost.doubt:
         doubt = {"most": cost.perhaps, "what": cost.doubt}
         return Attempt(**base | doubt, billed="unknown", answered=True)

@@ -208,12 +208,7 @@ class EndpointClient:
             most *= self.dearest
             while not self.gate.closed.is_set() and not budget.reserve(most):
                 if not budget.reserved:
-                    what = (
-                        f"${budget.settled:.4f} paid and ${budget.unknown:.4f} perhaps; the next"
-                        f" request can cost ${most:.4f}, above the limit of ${budget.limit}"
-                    )
-                    where, fix = "teacher.budget_dollars", f"raise it: {AGAIN}"
-                    self._halt(DistillError(Exit.BUDGET, where, what, fix))
+                    self._halt(self.beyond(most))
                 self.freed.clear()
                 if budget.reserved:
                     await self.freed.wait()
@@ -221,6 +216,16 @@ class EndpointClient:
             return None
         reserved = NOTHING if most is None else most
         return await self._send(Sending(request, number, body, reserved))
+
+    def beyond(self, most: Decimal) -> DistillError:
+        """Return the error of a next request that the budget does not hold."""
+        budget = self.budget
+        what = (
+            f"${budget.settled:.4f} paid and ${budget.unknown:.4f} perhaps; the next"
+            f" request can cost ${most:.4f}, above the limit of ${budget.limit}"
+        )
+        where, fix = "teacher.budget_dollars", f"raise it: {AGAIN}"
+        return DistillError(Exit.BUDGET, where, what, fix)
 
     async def _send(self, sending: Sending) -> Failure | None:
         """Store the intent, send, and deal with what comes; return the failure if there is one."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from distill.config.teachers import EndpointTeacher
 from distill.errors import DistillError, Exit
+from distill.responders.endpoint.batch import BatchClient
 from distill.responders.endpoint.client import EndpointClient
 from distill.responders.prices import TokenPrice, load_prices
 from distill.responders.responder import Circumstances, Raw, Request, origin_of
@@ -45,15 +46,31 @@ class EndpointResponder:
     def ask(self, requests: Sequence[Request]) -> Iterator[Raw]:
         """Yield one raw answer for each request, and keep none; `buy` keeps what was paid."""
         with tempfile.TemporaryDirectory() as folder, ResponseStore(Path(folder)) as store:
-            yield from self.buy(requests, store)
+            yield from self._go(EndpointClient, requests, store)
 
     def buy(self, requests: Sequence[Request], store: ResponseStore) -> Generator[Raw, None, None]:
         """Yield a raw answer for each request as it is stored; one that failed is not stored.
 
+        Those that wait in a batch job are collected first, whatever `teacher.batch` says now.
+        """
+        ids = {request.id for request in requests}
+        if self.settings.batch or any(not ids.isdisjoint(job.ids) for job in store.jobs()):
+            for raw in self._go(BatchClient, requests, store):
+                ids.discard(raw.id)
+                yield raw
+        if not self.settings.batch and ids:
+            remaining = [request for request in requests if request.id in ids]
+            yield from self._go(EndpointClient, remaining, store)
+
+    def _go(
+        self, kind: type[EndpointClient], requests: Sequence[Request], store: ResponseStore
+    ) -> Generator[Raw, None, None]:
+        """Yield what one go at the requests brings.
+
         When the caller stops, or Ctrl-C comes, nothing more is sent, and what is in flight is
         waited for and stored; a second Ctrl-C leaves it. Raises the DistillError that ends the run.
         """
-        client = EndpointClient(self.settings, self.key, self.price, self.run, requests, store)
+        client = kind(self.settings, self.key, self.price, self.run, requests, store)
         self.client = client
         thread = threading.Thread(target=client.main, name="buy", daemon=True)
         thread.start()

@@ -100,7 +100,8 @@ def probe(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     """Ask for the lists of one short text, once, before other costs; DistillError as `fill`."""
     if config.signals.from_answers:
         limit = min(32, config.teacher.max_new_tokens)
-        buyer = make_responder(config.teacher, config)
+        at_once = config.teacher.model_copy(update={"batch": False})
+        buyer = make_responder(at_once, config)
         probe_answer(buyer, config.store_folder() / "responses", tokenizer, limit)
         return
     question = (Message(role="user", content="How much is 12 + 30?"),)
