@@ -1,6 +1,7 @@
 """The kinds of teacher: each a class with its own keys, which says of itself what others ask."""
 
 import math
+import re
 from decimal import Decimal
 from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
@@ -28,6 +29,14 @@ from distill.config.values import (
     checked_url,
 )
 
+FROM_ENVIRONMENT = re.compile(r"\$(?:\{(?=\w+\}))?([A-Za-z_][A-Za-z0-9_]{0,99})\}?")
+HEADER = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}")  # RFC 9110, 5.6.2
+OUR_HEADERS = {"host", "content-length", "content-type", "accept-encoding", "connection"}
+SECRET_HEADER = re.compile(r"auth|key|token|secret|cookie|password|credential", re.IGNORECASE)
+AZURE = re.compile(
+    r"\.(openai|cognitiveservices|services\.ai)\.azure\.(com|us|cn)$|\.azure-api\.net$",
+    re.IGNORECASE,
+)
 GREEDY = "n above 1 needs a temperature above 0: greedy answers are all the same"
 
 
@@ -160,6 +169,11 @@ class EndpointTeacher(Teacher):
     """`chat` posts messages to /chat/completions, `completions` plain text to /completions."""
     api_key_env: str | None = None
     """Name of the environment variable that holds the API key; the key itself stands in no file."""
+    headers: dict[str, str] = {}
+    """Further headers of each request, as {X-Org: $ORG}: $NAME is taken from the environment, and
+    is part of no request's key."""
+    api_version: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,39}$")] | None = None
+    """Azure's `api-version`, as 2024-10-21; needed unless base_url ends in /openai/v1."""
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """What the server calls the limit of an answer. Newer models of OpenAI take
     `max_completion_tokens`."""
@@ -209,6 +223,12 @@ class EndpointTeacher(Teacher):
         return tuple(url.rstrip("/") for url in urls)
 
     @property
+    def azure(self) -> bool:
+        """Tell whether it is Azure OpenAI, which takes the key in a header of its own."""
+        host = urlsplit(self.base_urls[0]).hostname or ""
+        return self.api_version is not None or AZURE.search(host) is not None
+
+    @property
     def form(self) -> str:
         """Return the name of the wire, as it is set or as the address says."""
         path = urlsplit(self.base_urls[0]).path
@@ -234,6 +254,16 @@ class EndpointTeacher(Teacher):
             raise ValueError(f"{min(ours)} is ours to set")
         return value
 
+    @field_validator("headers")
+    @classmethod
+    def _plain_headers(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, text in value.items():
+            if not HEADER.fullmatch(name) or name.lower() in {*OUR_HEADERS, "transfer-encoding"}:
+                raise ValueError(f"{name[:40]!r} is no header that can be set")
+            if SECRET_HEADER.search(name) and not FROM_ENVIRONMENT.search(text):
+                raise ValueError(f"{name} holds a secret: write it as $NAME of the environment")
+        return {name.lower(): text for name, text in value.items()}
+
     @field_validator("api_key_env")
     @classmethod
     def _a_variable(cls, value: str | None) -> str | None:
@@ -249,6 +279,10 @@ class EndpointTeacher(Teacher):
             checked_url(url, self.allow_insecure)
         if self.form == "anthropic" and (self.api != "chat" or "max_tokens" in self.omit):
             raise ValueError("wire anthropic has api chat, and needs max_tokens")
+        path = urlsplit(self.base_urls[0]).path
+        own = path.endswith("/openai/v1") or self.form != "openai"
+        if self.azure and not own and not self.api_version:
+            raise ValueError("Azure needs api_version, or a base_url that ends in /openai/v1")
         if self.n > 1 and self.temperature == 0 and "temperature" not in self.omit:
             raise ValueError(GREEDY)
         return self

@@ -3,8 +3,9 @@
 import ipaddress
 import re
 import socket
+import unicodedata
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, TypeAlias
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -13,7 +14,16 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 SERVED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@/-]{0,199}")  # what servers call their models
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
-METADATA = ("fd00:ec2::254", "100.100.100.200")  # of clouds' services that give out keys
+# Where clouds give out keys, beside all that is link-local: AWS, Alibaba, Azure, Google, Oracle
+METADATA_NAMES = re.compile(
+    r"(metadata|instance-data|metadata\.google\.internal|metadata\.goog|instance-data\.ec2\.internal)"
+)
+METADATA = ("fd00:ec2::254", "fd20:ce::254", "100.100.100.200", "168.63.129.16", "192.0.0.192")
+METADATA_4 = {ipaddress.ip_address(a).packed for a in (*METADATA[2:], "169.254.169.254")}
+# networks whose last four bytes are an IPv4 address: compatible, mapped, translated, NAT64
+WRAPPING = [ipaddress.ip_network(n) for n in ("::/96", "::ffff:0:0/96", "::ffff:0:0:0/96")]
+WRAPPING += [ipaddress.ip_network(n) for n in ("64:ff9b::/96", "64:ff9b:1::/48")]
+IPAddress: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0, le=10**9)]
 Count = Annotated[int, Field(ge=0, le=10**9)]
@@ -60,17 +70,17 @@ def checked_url(value: str, allow_insecure: bool = False) -> str:
     """Accept an endpoint's address: https, or http here (anywhere with `allow_insecure`)."""
     try:
         parts = urlsplit(value)
-        host, _ = (parts.hostname or "").lower(), parts.port
+        # as a name is looked up: full-width dots and digits are plain ones, a final dot is none
+        host, _ = unicodedata.normalize("NFKC", parts.hostname or "").lower(), parts.port
+        host = host.replace("\u3002", ".").rstrip(".")
     except ValueError:
         raise ValueError("the address cannot be read") from None
     if parts.scheme not in ("http", "https") or not host or not value.isprintable():
         raise ValueError("an address is https://HOST/v1, or http://localhost:PORT/v1")
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise ValueError("an address holds no name, key, query or fragment")
-    address = _ip(host)
-    # where clouds give out keys: link-local, and AWS's in IPv6
-    keys = address and (address.is_link_local or str(address) in METADATA)
-    if host == "metadata.google.internal" or keys:
+    address = ip_of(host)
+    if METADATA_NAMES.fullmatch(host) or (address and gives_out_keys(address)):
         raise ValueError("the address is that of a cloud's metadata service")
     local = host == "localhost" or bool(address and address.is_loopback)
     if parts.scheme == "http" and not local and not allow_insecure:
@@ -78,7 +88,7 @@ def checked_url(value: str, allow_insecure: bool = False) -> str:
     return value.rstrip("/")
 
 
-def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+def ip_of(host: str) -> IPAddress | None:
     """Return a host as an IP address, also one written as a number or in octal; None for a name."""
     try:
         address = ipaddress.ip_address(host)
@@ -88,6 +98,25 @@ def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         except (OSError, UnicodeError):
             return None
     return getattr(address, "ipv4_mapped", None) or address
+
+
+def gives_out_keys(address: IPAddress) -> bool:
+    """Tell the address of a cloud's metadata service, also one that is wrapped in IPv6.
+
+    Looked for are the IPv4 addresses that 6to4 (RFC 3056), Teredo (RFC 4380) and translators
+    (RFC 6052, 2.2) put into others; no network of one's own holds such a one by chance.
+    """
+    if address.is_link_local or any(address == ipaddress.ip_address(a) for a in METADATA):
+        return True
+    if isinstance(address, ipaddress.IPv4Address):
+        return False
+    data = address.packed
+    inside = [(data[n:8] + data[max(n, 9) :])[:4] for n in (2, 4, 5, 6, 7, 8, 12)]
+    inside.append(bytes(byte ^ 255 for byte in data[12:]))
+    wrapped = any(address in network for network in WRAPPING)
+    return (wrapped and ipaddress.IPv4Address(data[12:]).is_link_local) or any(
+        part in METADATA_4 for part in inside
+    )
 
 
 class Trust(NamedTuple):

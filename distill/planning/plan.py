@@ -11,7 +11,7 @@ from decimal import Decimal
 
 from rich.console import Group
 
-from distill.config.teachers import LocalTeacher
+from distill.config.teachers import EndpointTeacher, LocalTeacher
 from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.formatting import count, duration, money, size, table
@@ -21,6 +21,7 @@ from distill.planning.estimate import RunEstimate, StageMemory, StagePlan
 from distill.planning.machine import Machine, find_machine, measure
 from distill.planning.work import Work, count_work
 from distill.records import Record
+from distill.responders.endpoint.network import ways
 from distill.responders.prices import load_prices
 from distill.responders.terms import judge_teacher
 from distill.storage.progress import say
@@ -66,6 +67,8 @@ def make_plan(run: Run, origin: str | None = None, machine: Machine | None = Non
         notes.append("counts: by the corpus's bytes and the config's caps; it was not read")
     if teacher:
         notes += [f"teacher: {note}" for note in teacher.notes]
+    if isinstance(config.teacher, EndpointTeacher):
+        notes += [f"teacher: {note}" for note in ways(config.teacher)]
     verdict = judge_teacher(config.teacher, config.terms.basis)
     stop = [] if verdict.allowed else ["a run stops here with exit 10 until terms.basis is stated"]
     notes += [f"terms: {line}" for line in [*verdict.lines(), *stop]]

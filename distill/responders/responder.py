@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
-from distill.config.teachers import EndpointTeacher, Teacher
+from distill.config.teachers import FROM_ENVIRONMENT, EndpointTeacher, Teacher
 from distill.reasoning import split_reasoning
 from distill.records import Document, Message, Record, Response, Stop, Usage, canonical, digest
 from distill.responders.endpoint.wire import Reply
@@ -38,6 +38,12 @@ class Sampling(Record):
 
 def origin_of(settings: EndpointTeacher) -> str:
     """Return the hash of all that shapes an endpoint's answers beside a request, replicas aside."""
+    headers = {n: v for n, v in settings.headers.items() if not FROM_ENVIRONMENT.search(v)}
+    later = {
+        "form": settings.form if settings.form != "openai" else None,
+        "api_version": settings.api_version,
+        "headers": headers,
+    }
     return digest(
         {
             "endpoint": settings.base_urls[0],
@@ -49,7 +55,7 @@ def origin_of(settings: EndpointTeacher) -> str:
             "max_tokens_field": settings.max_tokens_field,
             "wire": VERSION,
             # what came later is left out where it is not set, so that what was stored is found
-            **({"form": settings.form} if settings.form != "openai" else {}),
+            **{name: value for name, value in later.items() if value},
         }
     )
 

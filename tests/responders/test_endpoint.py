@@ -25,7 +25,7 @@ from distill.records import Response
 from distill.responders.endpoint import client as client_module
 from distill.responders.endpoint.budget import attempts
 from distill.responders.endpoint.endpoint import EndpointResponder
-from distill.responders.endpoint.transport import key_pattern
+from distill.responders.endpoint.transport import secrets_pattern
 from distill.responders.store import ResponseStore
 from distill.storage.files import read_records
 from distill.storage.run_folder import Run
@@ -341,16 +341,27 @@ REFUSED = (
     "https://0xA9FEA9FE/ https://0251.0376.0251.0376/ https://[::ffff:169.254.169.254]/ "
     "https://metadata.google.internal/ https://host/v1?key=1 https://[broken/v1 https:///v1"
 ).split()
+H21 = (  # a cloud's metadata service, written otherwise
+    "169.254.169.254. metadata.google.internal. metadata.google.internal.. Metadata.goog "
+    "metadata.goog instance-data 168.63.129.16 100.100.100.200 192.0.0.192 0xa83f8110 "
+    "169.254.43518 025177524776 169.254.170.2 [fd00:ec2::254] [fd00:ec2:0:0::0254] [fd20:ce::254] "
+    "[::169.254.169.254] [::ffff:168.63.129.16] [::ffff:0:169.254.169.254] [64:ff9b::a9fe:a9fe] "
+    "[64:ff9b::a9fe:aa02] [64:ff9b:1::a9fe:a9fe] [64:ff9b:1:a9fe:a9:fe00::] [2002:a9fe:a9fe::1] "
+    "[2002:a83f:8110::] [2001:0:1:2:3:4:5601:5601] [fe80::a9fe:a9fe] [fe80::1%25eth0] "
+    "\uff11\uff16\uff19.254.169.254 169\u3002254\u3002169\u3002254 \u2460\u2465\u2468.254.169.254"
+).split()
 
 
-@pytest.mark.parametrize("url", [*REFUSED, ""])
+@pytest.mark.parametrize("url", [*REFUSED, "", *(f"https://{host}/v1" for host in H21)])
 def test_a6_addresses_that_are_refused(url: str) -> None:
     with pytest.raises(ValueError):
         settings(url)
 
 
 def test_a6_addresses_that_are_fine() -> None:
-    for url in ("https://api.example.com/v1", "http://localhost:8000/v1", "http://[::1]:8000/v1"):
+    addresses = "api.example.com 8.8.8.8 [2606:4700::6810:84e5] [64:ff9b::808:808] 100.64.0.1"
+    near = [f"https://{host}/v1" for host in (*addresses.split(), "169.253.169.254", "[::]")]
+    for url in (*near, "http://localhost:8000/v1", "http://[::1]:8000/v1"):
         assert settings(url).base_urls == (url,)
     assert settings("http://10.0.0.7:8000/v1", allow_insecure=True)
     with pytest.raises(ValueError):
@@ -614,6 +625,7 @@ def test_a_budget_may_change_between_goes_and_an_address_may_not(tmp_path: Path)
 
 def test_a_key_is_found_as_json_may_write_it() -> None:
     key = 'a/b"c+Z'
+    pattern = secrets_pattern(settings("http://localhost:1/v1"), key)
     forms = [
         key,
         r"a\/b\"c+Z",
@@ -621,8 +633,8 @@ def test_a_key_is_found_as_json_may_write_it() -> None:
         r"\u0061\u002f\u0062\u0022\u0063\u002B\u005a",
     ]
     for form in forms:
-        assert key_pattern(key).sub(b"-", f"<{form}>".encode()) == b"<->"
-    assert key_pattern(key).sub(b"-", b"a/b") == b"a/b"
+        assert pattern and pattern.sub(b"-", f"<{form}>".encode()) == b"<->"
+    assert pattern.sub(b"-", b"a/b") == b"a/b"
 
 
 def test_c13_a_clock_that_is_set_changes_no_wait(

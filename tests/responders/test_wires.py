@@ -2,11 +2,14 @@
 
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
 from distill.records import Message, canonical
 from distill.responders.endpoint.endpoint import EndpointResponder
+from distill.responders.endpoint.network import ways
+from distill.responders.endpoint.wires import wire_of
 from distill.responders.responder import Request, Sampling, origin_of
 from tests.support.asking import answer_all
 from tests.support.buying import settings
@@ -74,3 +77,76 @@ def test_anthropics_messages_are_asked_and_read(
     usage = response.usage
     assert (usage.input_tokens, usage.cached_input_tokens) == (37, 20)
     assert (usage.output_tokens, usage.reasoning_tokens, usage.estimated) == (30, 22, False)
+
+
+AZURE = "https://mine.openai.azure.com"
+
+
+@pytest.mark.parametrize(
+    ("url", "version", "path"),
+    [
+        (AZURE, "2024-10-21", "/openai/deployments/fake-1/chat/completions?api-version=2024-10-21"),
+        (f"{AZURE}/openai", "v", "/openai/deployments/fake-1/chat/completions?api-version=v"),
+        (
+            f"{AZURE}/openai/deployments/d",
+            "v",
+            "/openai/deployments/d/chat/completions?api-version=v",
+        ),
+        (f"{AZURE}/openai/v1", None, "/openai/v1/chat/completions"),
+        (f"{AZURE}/openai/v1/", "preview", "/openai/v1/chat/completions?api-version=preview"),
+        ("https://r.services.ai.azure.com/models", "v", "/models/chat/completions?api-version=v"),
+        ("https://gateway.example/azure", "v", "/azure/chat/completions?api-version=v"),
+    ],
+)
+def test_azures_addresses(url: str, version: str | None, path: str) -> None:
+    asked = settings(url, api_version=version)
+    wire = wire_of(asked)
+    assert urlsplit(asked.base_urls[0] + wire.path(asked))[2:4] == urlsplit(path)[2:4]
+    assert wire.headers(asked, "k") == {"api-key": "k"} and not wire.headers(asked, None)
+
+
+def test_azure_without_its_version_is_refused() -> None:
+    with pytest.raises(ValueError, match="Azure needs api_version"):
+        settings(AZURE)
+    assert origin_of(settings(AZURE, api_version="a")) != origin_of(
+        settings(AZURE, api_version="b")
+    )
+
+
+def test_azure_is_asked_with_its_header_and_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+    with FakeTeacher() as teacher:
+        url = teacher.url.replace("/v1", "/openai/deployments/d")
+        changes = {"wire": None, "api_version": "2024-10-21", "api_key_env": "TEACHER_KEY"}
+        responder, request = one(url, **changes)
+        assert answer_all(responder, [request], tmp_path)[0].text == "the answer to q0 please"
+    assert teacher.paths == ["/openai/deployments/d/chat/completions?api-version=2024-10-21"]
+    assert teacher.headers[0]["api-key"] == KEY and "authorization" not in teacher.headers[0]
+
+
+@pytest.mark.parametrize(
+    ("url", "form", "path"),
+    [
+        ("https://api.anthropic.com", "anthropic", "/v1/messages"),
+        ("https://api.anthropic.com/", "anthropic", "/v1/messages"),
+        ("https://api.anthropic.com/v1", "openai", "/chat/completions"),
+        ("https://api.deepseek.com/anthropic", "anthropic", "/v1/messages"),
+        ("https://r.services.ai.azure.com/anthropic", "anthropic", "/v1/messages"),
+        ("https://api.example.com/v1", "openai", "/chat/completions"),
+    ],
+)
+def test_an_address_that_can_mean_one_wire_only_says_so(url: str, form: str, path: str) -> None:
+    asked = settings(url)
+    assert (asked.form, wire_of(asked).path(asked)) == (form, path)
+    assert bool(ways(asked)) == (form == "anthropic")
+    if form == "openai":
+        assert wire_of(settings(url, wire="anthropic")).path(settings(url)) == "/messages"
+        assert origin_of(settings(url, wire="anthropic")) != origin_of(asked)
+
+
+@pytest.mark.parametrize("changes", [{"api": "completions"}, {"omit": ("max_tokens",)}])
+def test_what_anthropics_wire_cannot_do_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="wire anthropic"):
+        settings("https://api.anthropic.com", **changes)

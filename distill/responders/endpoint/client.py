@@ -24,10 +24,10 @@ from distill.responders.endpoint.transport import (
     Failure,
     Received,
     encode,
-    key_pattern,
     of_scoring,
     open_client,
     post,
+    secrets_pattern,
 )
 from distill.responders.endpoint.wire import Reply, pack
 from distill.responders.endpoint.wires import wire_of
@@ -70,7 +70,7 @@ class EndpointClient:
     ) -> None:
         self.settings, self.key, self.price, self.run = settings, key, price, run
         self.store, self.count = store, len(requests)
-        self.key_pattern = key_pattern(key) if key else None
+        self.secrets = secrets_pattern(settings, key)
         self.results: queue.SimpleQueue[Raw | None] = queue.SimpleQueue()
         self.error: BaseException | None = None
         self.budget = Budget(None)
@@ -238,7 +238,7 @@ class EndpointClient:
         self.replicas.busy[address] += 1
         try:
             url = address + wire_of(self.settings).path(self.settings)
-            received = await post(self.http, url, sending.body, self.settings, self.key_pattern)
+            received = await post(self.http, url, sending.body, self.settings, self.secrets)
         finally:
             self.replicas.busy[address] -= 1
         failure = received.failure

@@ -16,6 +16,7 @@ from distill.config.teachers import EndpointTeacher
 from distill.errors import DistillError, Exit
 from distill.responders.endpoint.batch import BatchClient
 from distill.responders.endpoint.client import EndpointClient
+from distill.responders.endpoint.transport import read_headers
 from distill.responders.prices import TokenPrice, load_prices
 from distill.responders.responder import Circumstances, Raw, Request, origin_of
 from distill.responders.store import ResponseStore
@@ -34,6 +35,7 @@ class EndpointResponder:
         self.settings, self.price, self.run = settings, price, run
         self.model, self.origin = settings.model, origin_of(settings)
         self.key = read_key(settings.api_key_env)
+        read_headers(settings)  # which fails here where a variable is missing
         self.client: EndpointClient | None = None  # of the last go
         if settings.budget_dollars is not None and "max_tokens" in settings.omit:
             what, fix = "without max_tokens an answer has no maximum", "do not omit max_tokens"

@@ -4,6 +4,7 @@ Nothing here quotes an HTTP exception: its text may hold headers, and with them 
 """
 
 import asyncio
+import os
 import re
 import zlib
 from collections.abc import Mapping
@@ -11,9 +12,10 @@ from typing import Literal, NamedTuple
 
 import httpx2
 
-from distill.config.teachers import EndpointTeacher
+from distill.config.teachers import FROM_ENVIRONMENT, EndpointTeacher
 from distill.errors import DistillError, Exit
 from distill.records import Record, canonical
+from distill.responders.endpoint.network import Forbidden, transports
 from distill.responders.endpoint.wire import (
     MESSAGE_CHARS,
     body_of,
@@ -23,7 +25,7 @@ from distill.responders.endpoint.wire import (
 from distill.responders.endpoint.wires import is_answer, wire_of
 from distill.responders.responder import Request
 
-UNSENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, httpx2.ProxyError)
+UNSENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
 BREAKS = {
     "ConnectError": "cannot connect",
     "ConnectTimeout": "no connection in time",
@@ -78,6 +80,7 @@ FIXES = {
     403: "check what the key may do, and teacher.model",
     404: "check teacher.base_url and teacher.model",
     405: "check teacher.base_url",
+    407: "check the user and password of the proxy in HTTPS_PROXY, HTTP_PROXY or ALL_PROXY",
     410: "check teacher.base_url and teacher.model: what was there is gone",
 }
 # What a server says that does not score, and what to do about it; the first that fits counts. Words
@@ -123,29 +126,52 @@ def encode(request: Request, settings: EndpointTeacher) -> bytes:
     return canonical({**wire_of(settings).body(request, settings), **settings.extra_body})
 
 
-def key_pattern(key: str) -> re.Pattern[bytes]:
-    """Return what matches a key as it is, and as JSON may escape it."""
-    forms = (rb"(?:\\?%s|\\u00(?i:%02x))" % (re.escape(c.encode()), ord(c)) for c in key)
-    return re.compile(b"".join(forms))
+def read_headers(settings: EndpointTeacher) -> dict[str, str]:
+    """Return `teacher.headers` with what the environment holds; raises DistillError (exit 2)."""
+    headers = dict[str, str]()
+    for name, value in settings.headers.items():
+        where = f"teacher.headers.{name}"
+        for variable in FROM_ENVIRONMENT.findall(value):
+            if not os.environ.get(variable):
+                fix = f"export {variable}=..., or remove the header"
+                raise DistillError(Exit.CONFIG, where, f"{variable} is not set", fix)
+        headers[name] = FROM_ENVIRONMENT.sub(lambda match: os.environ[match[1]].strip(), value)
+        if not (headers[name].isascii() and headers[name].isprintable()):
+            what, fix = "holds what no header can", "set its variables to plain text in one line"
+            raise DistillError(Exit.CONFIG, where, what, fix)
+    return headers
+
+
+def secrets_pattern(settings: EndpointTeacher, key: str | None) -> re.Pattern[bytes] | None:
+    """Return what matches a secret as it is, and as JSON may escape it; None without a secret.
+
+    The key, and what the environment gave for a header, unless it is short or a plain word: in the
+    text of an answer it would be missing.
+    """
+    variables = {v for value in settings.headers.values() for v in FROM_ENVIRONMENT.findall(value)}
+    values = {os.environ.get(variable, "").strip() for variable in variables}
+    values = {value for value in values if len(value) >= 8 and not value.isalpha()}
+    forms = [
+        b"".join(rb"(?:\\?%s|\\u00(?i:%02x))" % (re.escape(c.encode()), ord(c)) for c in secret)
+        for secret in sorted(values | ({key} if key else set()), key=len, reverse=True)
+    ]
+    return re.compile(b"|".join(forms)) if forms else None
 
 
 def open_client(settings: EndpointTeacher, key: str | None, width: int) -> httpx2.AsyncClient:
     """Return a client of up to `width` connections; raises DistillError on an unusable proxy."""
     headers = {"content-type": "application/json", "accept-encoding": "identity"}
-    headers |= wire_of(settings).headers(settings, key)
-    timeout = httpx2.Timeout(settings.read_timeout, connect=settings.connect_timeout, pool=None)
-    try:
-        return httpx2.AsyncClient(
-            headers=headers,
-            timeout=timeout,
-            limits=httpx2.Limits(max_connections=width, max_keepalive_connections=width),
-            follow_redirects=False,
-            # a proxy of the environment may carry TLS, and never sees a key in the clear
-            trust_env=all(url.startswith("https://") for url in settings.base_urls),
-        )
-    except (ImportError, ValueError):  # their words may hold the proxy's password
-        what, fix = "names a proxy that cannot be used", "write http://HOST:PORT, or unset it"
-        raise DistillError(Exit.CONFIG, "HTTPS_PROXY or ALL_PROXY", what, fix) from None
+    headers |= wire_of(settings).headers(settings, key) | read_headers(settings)
+    limits = httpx2.Limits(max_connections=width, max_keepalive_connections=width)
+    direct, mounts = transports(settings, limits)
+    return httpx2.AsyncClient(
+        headers=headers,
+        timeout=httpx2.Timeout(settings.read_timeout, connect=settings.connect_timeout, pool=None),
+        transport=direct,
+        mounts=mounts,
+        follow_redirects=False,
+        trust_env=False,  # what the environment says of the way was read
+    )
 
 
 async def post(
@@ -153,9 +179,9 @@ async def post(
     url: str,
     body: bytes,
     settings: EndpointTeacher,
-    key: re.Pattern[bytes] | None,
+    secrets: re.Pattern[bytes] | None,
 ) -> Received:
-    """Send `body` and return what came, within the limits of time and size, without our `key`."""
+    """Send `body` and return what came, within the limits of time and size, without `secrets`."""
     parts, size, cut = list[bytes](), 0, ""
     most, seconds = settings.max_body_bytes, settings.total_timeout
     try:
@@ -169,6 +195,15 @@ async def post(
     except TimeoutError:
         what = f"no complete answer in {seconds:g} s: outcome unknown"
         return Received(failure=Failure(what=what, scope="retry", billed="unknown"))
+    except Forbidden:
+        what = "the name of teacher.base_url leads to a cloud's metadata service"
+        fix = "correct teacher.base_url, or see to who answers for this name"
+        return Received(failure=Failure(what=what, scope="run", billed="no", fix=fix))
+    except httpx2.ProxyError as error:  # its text begins with the status that the proxy gave
+        status = "".join(re.findall(r"\A\d{3}", str(error)))
+        what, fix = f"the proxy refuses ({status or 'no reason'})", FIXES[407]
+        scope = "run" if status == "407" else "retry"
+        return Received(failure=Failure(what=what, scope=scope, billed="no", fix=fix))
     except httpx2.TransportError as error:
         name, unsent = type(error).__name__, isinstance(error, UNSENT)
         what = BREAKS.get(name, f"the connection failed ({name})")
@@ -180,7 +215,7 @@ async def post(
             data = decoded(data, encoding, most)
         except ValueError as error:
             cut = str(error)
-    data, status = key.sub(b"[key]", data) if key else data, response.status_code
+    data, status = secrets.sub(b"[key]", data) if secrets else data, response.status_code
     answered = 200 <= status < 300 and (bool(cut) or is_answer(data))
     failure = None if answered else classify(status, data, body)
     return Received(status, response.headers, data, cut, failure)

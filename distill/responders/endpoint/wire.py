@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any, NoReturn
+from urllib.parse import quote, urlsplit
 
 from pydantic import JsonValue
 
@@ -72,13 +73,23 @@ def unpack(body: Mapping[str, object]) -> bytes:
 
 
 def path(settings: EndpointTeacher) -> str:
-    """Return what is posted to, behind an address."""
-    return PATHS[settings.api]
+    """Return what is posted to, behind an address.
+
+    Azure's has a version, and a deployment, which is `model` where the address names none.
+    """
+    if not settings.azure:
+        return PATHS[settings.api]
+    deployment = f"/openai/deployments/{quote(settings.model, safe='')}"
+    above = {"": deployment, "/openai": deployment.removeprefix("/openai")}
+    version = f"?api-version={settings.api_version}" if settings.api_version else ""
+    path = urlsplit(settings.base_urls[0]).path
+    return f"{above.get(path, '')}{PATHS[settings.api]}{version}"
 
 
 def headers(settings: EndpointTeacher, key: str | None) -> dict[str, str]:
-    """Return the headers that carry the key."""
-    return {"authorization": f"Bearer {key}"} if key else {}
+    """Return the header that carries the key."""
+    name, value = ("api-key", key) if settings.azure else ("authorization", f"Bearer {key}")
+    return {name: value} if key else {}
 
 
 def body(request: "Request", settings: EndpointTeacher) -> dict[str, Any]:
