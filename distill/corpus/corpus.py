@@ -5,9 +5,7 @@ that is evaluated. Writes documents.jsonl, and rejects.jsonl with the place and 
 that was left out. Counts and hashes go into the run's manifest under `corpus`.
 
 The split of a document follows from its content and the seed alone: with shares, new documents
-never move old ones; with counts, the documents of the lowest hashes are taken. Near-duplicates
-share at least a threshold of their word 5-grams (Jaccard). Candidates come from MinHash with
-locality sensitive hashing (Broder 1997; datasketch), and each is confirmed by the exact overlap.
+never move old ones; with counts, the documents of the lowest hashes are taken.
 """
 
 import hashlib
@@ -21,6 +19,7 @@ from distill.config.tree import Chunk, Corpus
 from distill.corpus import python_docs, readers
 from distill.corpus.clean import chunk
 from distill.corpus.contamination import contaminated_documents
+from distill.corpus.near_duplicates import near_repeats
 from distill.corpus.privacy import mask_document
 from distill.corpus.readers import Reject, SourceRow
 from distill.corpus.rows import LeftOut, Reading, interpret
@@ -30,8 +29,7 @@ from distill.storage.files import sha256_file, write_records
 from distill.storage.progress import say, tracking
 from distill.storage.run_folder import Run
 
-WORDS = 5  # of a shingle
-PERMUTATIONS = 128
+MANY_NEAR = 0.2  # of the documents: if more are near-duplicates, the threshold may not fit them
 
 
 def main(run: Run) -> None:
@@ -243,15 +241,22 @@ def deduplicate(
     candidates = list(by_content.values())
     if limit is not None:
         candidates.sort(key=lambda document: rank(document.id, seed, "limit"))
-    ids, seen = set[str](), NearDuplicates(threshold) if threshold else None
-    for document in candidates:
+    ids, copies = set[str](), 0
+    near = near_repeats(candidates, threshold, limit) if threshold else {}
+    for place, document in enumerate(candidates):
         if len(ids) == limit:
             break
-        near = seen.find_or_add(document) if seen else None
-        if near is None:
+        if place not in near:
             ids.add(document.id)
         else:
-            rejects.append(_left_out(document, f"nearly the same as {near.source}"))
+            source, copies = candidates[near[place]].source, copies + 1
+            rejects.append(_left_out(document, f"nearly the same as {source}"))
+    if copies > MANY_NEAR * (looked_at := len(ids) + copies):
+        share = f"{copies} of {looked_at} documents ({copies / looked_at:.0%})"
+        say(
+            f"corpus: warning: {share} are left out as nearly the same as another; if they are "
+            "not, set corpus.near_duplicate_threshold higher, or to null"
+        )
     return [document for document in by_content.values() if document.id in ids]
 
 
@@ -265,37 +270,6 @@ def new_answers(first: Document, second: Document) -> list[dict[str, str]]:
     ]
     distinct = list({(one["text"], one.get("reasoning")): one for one in answers[::-1]}.values())
     return distinct[::-1] if len(distinct) > len(first.recorded_answers) else []
-
-
-class NearDuplicates:
-    """The documents so far, searchable for one that a new document nearly repeats."""
-
-    def __init__(self, threshold: float) -> None:
-        from datasketch import MinHash, MinHashLSH  # half a second, which plan need not wait for
-
-        self.threshold = threshold
-        self.empty = MinHash(num_perm=PERMUTATIONS, seed=1)  # making its permutations takes longest
-        self.index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
-        self.texts: dict[str, Document] = {}
-
-    def find_or_add(self, document: Document) -> Document | None:
-        """Return an earlier document that this one nearly repeats, or add this one."""
-        grams = shingles(document.text)
-        sketch = self.empty.copy()
-        sketch.update_batch([gram.encode("utf-8") for gram in grams])
-        for key in sorted(map(str, self.index.query(sketch))):
-            others = shingles(self.texts[key].text)
-            if len(grams & others) / len(grams | others) >= self.threshold:
-                return self.texts[key]
-        self.index.insert(document.id, sketch)
-        self.texts[document.id] = document
-        return None
-
-
-def shingles(text: str) -> set[str]:
-    """Return the word 5-grams of a text, case ignored; of a shorter text, the text itself."""
-    words = text.casefold().split()
-    return {" ".join(words[i : i + WORDS]) for i in range(max(1, len(words) - WORDS + 1))}
 
 
 def rank(identity: str, seed: int, salt: str = "") -> float:

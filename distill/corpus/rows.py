@@ -88,7 +88,7 @@ ROLES = {
     )
     for name in names.split()
 }
-TURNS_AS_TEXT = re.compile(r"""\s*\[?\s*\{\s*['"](?:role|from|content|value)['"]\s*:""")
+TURNS_AS_TEXT = re.compile(r"""\s*+\[?\s*+\{\s*+['"](?:role|from|content|value)['"]\s*:""")
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant): ?")  # of Anthropic's preference rows
 
 

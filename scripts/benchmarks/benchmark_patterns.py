@@ -28,7 +28,8 @@ from distill import formatting
 from distill.config.tree import Filters
 from distill.config.yaml_file import check_values
 from distill.corpus import clean, contamination, privacy, prompts, readers, rows
-from distill.corpus.corpus import NearDuplicates, shingles, split
+from distill.corpus.corpus import split
+from distill.corpus.near_duplicates import near_repeats, shingles
 from distill.corpus.ngrams import words
 from distill.errors import DistillError
 from distill.evaluation import judge
@@ -188,9 +189,9 @@ def refusable(read: Reader) -> Reader:
 
 def near(text: str) -> None:
     """Look for near-repeats of a text, which is there already."""
-    found = NearDuplicates(0.8)
-    for place in ("a", "b"):
-        found.find_or_add(Document.make(f"{text} {place}", place))
+    documents = [Document.make(f"{text} {place}", place) for place in "abc"]
+    turns = {"messages": [{"role": "user", "content": text}] * 2}
+    near_repeats([*documents, *(d.model_copy(update={"meta": turns}) for d in documents)], 0.8)
 
 
 def leaks(text: str) -> None:
@@ -242,8 +243,8 @@ READERS: dict[str, Reader] = {
     "corpus.privacy.mask": privacy.mask,
     "corpus.clean.break_up": clean.break_up,
     "corpus.clean.INSTRUCTIONS": clean.INSTRUCTIONS.search,
-    "corpus.corpus.shingles": shingles,
-    "corpus.corpus.NearDuplicates": near,
+    "corpus.near_duplicates.shingles": shingles,
+    "corpus.near_duplicates.near_repeats": near,
     "corpus.ngrams.words": words,
     "corpus.contamination.flag": leaks,
     "corpus.contamination.flag, many items": many_leaks,

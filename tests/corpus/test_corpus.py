@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from distill.config.yaml_file import load_config
 from distill.corpus import corpus
-from distill.corpus.corpus import NearDuplicates, deduplicate, split
+from distill.corpus.corpus import deduplicate, split
 from distill.corpus.readers import Reject
 from distill.errors import DistillError, Exit
 from distill.pipeline import STAGES
@@ -251,20 +251,6 @@ def test_a10_rows_that_cannot_be_used_are_counted_and_do_not_end_the_run(
     said = " ".join(capsys.readouterr().err.split())
     assert "corpus: 20 rows as OpenAI messages: messages → conversation" in said
     assert "corpus: 9 rows are left out: the answer calls a tool, or rests on what a tool" in said
-
-
-def test_near_repeats_are_found_at_the_threshold_and_others_are_not() -> None:
-    words = [f"word{n}" for n in range(100)]
-    seen, first = NearDuplicates(0.8), document(" ".join(words))
-    assert seen.find_or_add(first) is None
-    one_word = [*words[:50], "other", *words[51:]]  # 5 of 96 shingles differ: 91 / 101
-    assert seen.find_or_add(document(" ".join(one_word).upper())) == first
-    five_words = [word if n % 20 else "other" for n, word in enumerate(words)]
-    assert seen.find_or_add(document(" ".join(five_words))) is None
-    # short texts are compared in full
-    assert seen.find_or_add(document("two words")) is None
-    assert seen.find_or_add(document("two  Words")) is not None
-    assert seen.find_or_add(document("two others")) is None
 
 
 IDS = [f"{n:032x}" for n in range(2000)]

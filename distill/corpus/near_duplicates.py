@@ -1,0 +1,186 @@
+"""Near-duplicates: documents that share most of their 5-grams with an earlier one (Jaccard).
+
+Grams are of words, or of characters in a script without spaces. Candidates come from MinHash with
+locality sensitive hashing (Broder 1997; datasketch), and each is confirmed by the exact overlap. Of
+a prompt only its own part counts: what is left of the last turn without a beginning or an end that
+two others have too, such as an instruction; the turns before it must be nearly the same besides.
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distill.corpus.ngrams import UNSPACED
+from distill.records import Document
+
+WORDS = 5  # of a shingle
+PERMUTATIONS = 128
+SHARED = 60  # characters of a beginning or end that several prompts share; less changes no verdict
+DIFFERENT = 4  # words in which two prompts differ as prompts do, and not as copies
+CANDIDATES = 64  # that are compared with one document, at most
+SPACELESS = re.compile(f"[{UNSPACED}]")
+WORD = re.compile(f"[^\\s{UNSPACED}]+|[{UNSPACED}]")
+FACTORS = np.random.default_rng(1).integers(2**63, size=PERMUTATIONS, dtype=np.uint64) | np.uint64(
+    1
+)
+
+
+class Part(NamedTuple):
+    """What of a document is compared: its own part, what others share of its turn, and the turns
+    before."""
+
+    own: str
+    shared: tuple[str, str] = ("", "")
+    before: str = ""
+    prompt: bool = False
+
+
+def split_words(text: str) -> list[str]:
+    """Return the words of a text, case ignored; of a script without spaces, the characters."""
+    text = text.casefold()
+    return WORD.findall(text) if not text.isascii() and SPACELESS.search(text) else text.split()
+
+
+def shingles(text: str) -> set[str]:
+    """Return the word 5-grams of a text, case ignored; of a shorter text, the text itself."""
+    words = split_words(text)
+    if len(words) < WORDS:
+        return {" ".join(words)}
+    return set(map(" ".join, zip(*(words[n:] for n in range(WORDS)), strict=False)))
+
+
+def overlap(text: str, other: str) -> float:
+    """Return the Jaccard similarity of two texts' shingles."""
+    grams, others = shingles(text), shingles(other)
+    return len(grams & others) / len(grams | others)
+
+
+def common(text: str, other: str) -> int:
+    """Return how many characters two texts have in common at their beginning."""
+    low, high = 0, min(len(text), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if text[low:middle] == other[low:middle] else (low, middle - 1)
+    return low
+
+
+def shared_beginnings(texts: Sequence[str]) -> list[int]:
+    """Return how many characters of each text two others begin with too; 0 for a few."""
+    order = sorted(range(len(texts)), key=texts.__getitem__)
+    lengths = [0, 0]  # in common with the next in order, after two that have none
+    for place, following in pairwise(order):
+        text, other = texts[place], texts[following]
+        same = text[:SHARED] == other[:SHARED]
+        lengths.append(common(text, other) if same else 0)
+    lengths += [0, 0]
+    results = [0] * len(texts)
+    for rank, place in enumerate(order):
+        threes = (min(pair) for pair in pairwise(lengths[rank : rank + 4]))
+        size = max(threes)
+        text = texts[place]
+        if 0 < size < len(text) and text[size].isalnum() and not SPACELESS.match(text[size]):
+            size = max(text.rfind(space, 0, size) + 1 for space in " \n")  # at a word
+        results[place] = size if size >= SHARED else 0
+    return results
+
+
+def parts_of(documents: Sequence[Document]) -> list[Part]:
+    """Return what is compared of each document."""
+    places = [place for place, document in enumerate(documents) if "messages" in document.meta]
+    turns = [documents[place].meta["messages"][-1]["content"] for place in places]
+    starts = shared_beginnings(turns)
+    ends = shared_beginnings(
+        [turn[start:][::-1] for turn, start in zip(turns, starts, strict=True)]
+    )
+    parts = [Part(document.text) for document in documents]
+    for place, turn, start, size in zip(places, turns, starts, ends, strict=True):
+        end = len(turn) - size
+        earlier = (turn["content"] for turn in documents[place].meta["messages"][:-1])
+        own, before = turn[start:end].strip(), "\n".join(earlier)
+        if not own:  # "Go on.": what is the document's own stands before it
+            own, start, end = documents[place].text, 0, len(turn)
+        parts[place] = Part(own, (turn[:start], turn[end:]), before, True)
+    return parts
+
+
+def nearly_same(part: Part, other: Part, threshold: float) -> bool:
+    """Compare two parts in full."""
+    if part.shared != other.shared or overlap(part.own, other.own) < threshold:
+        return False
+    if not part.prompt:
+        return True
+    if part.before != other.before and overlap(part.before, other.before) < threshold:
+        return False
+    start = common(part.own, other.own)
+    texts = part.own[start:], other.own[start:]
+    end = common(texts[0][::-1], texts[1][::-1])
+    first, second = (split_words(text[: len(text) - end]) for text in texts)
+    if min(len(first), len(second)) < DIFFERENT:
+        return True
+    return len({*first} & {*second}) >= threshold * len({*first} | {*second})
+
+
+class Sketches:
+    """Hashes of the bands of documents' MinHash signatures, by datasketch's parameters."""
+
+    def __init__(self, threshold: float) -> None:
+        from datasketch import MinHash, MinHashLSH  # half a second, which plan need not wait for
+
+        index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
+        self.bands, self.rows = index.b, index.r
+        self.a, self.b = MinHash(num_perm=PERMUTATIONS, seed=1).permutations
+
+    def of(self, text: str) -> NDArray[np.uint64]:
+        """Return a text's hashes, one a band: the signature is that of datasketch's `affine32`."""
+        sha1 = hashlib.sha1
+        digests = b"".join([sha1(gram.encode()).digest() for gram in shingles(text)])
+        hashes_G = np.frombuffer(digests, "<u4")[::5].copy()
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):  # MurmurHash3's end
+            hashes_G ^= hashes_G >> np.uint32(shift)
+            hashes_G *= np.uint32(factor)
+        values_PG = np.multiply.outer(self.a, hashes_G)
+        values_PG += self.b[:, None]
+        signature = values_PG.min(axis=1)[: self.bands * self.rows].astype(np.uint64)
+        return (signature.reshape(self.bands, -1) * FACTORS[: self.rows]).sum(axis=1)
+
+
+def near_repeats(
+    documents: Sequence[Document], threshold: float, enough: int | None = None
+) -> dict[int, int]:
+    """Return, by the position of a document, that of an earlier one which it nearly repeats.
+
+    Where `enough` documents are no repeats, those behind them are not looked at.
+    """
+    parts, sketches = parts_of(documents), Sketches(threshold)
+    hashes_NB = np.empty((len(documents), sketches.bands), np.uint64)
+    repeats, size, done = dict[int, int](), 0, 0
+    while done < len(documents) and (enough is None or done - len(repeats) < enough):
+        size = len(documents) if enough is None else min(len(documents), 2 * size + enough)
+        for place in range(done, size):
+            hashes_NB[place] = sketches.of(parts[place].own)
+        # only what shares a band with another document is looked at again
+        alike = set[int]()
+        for band in range(sketches.bands):
+            order = np.argsort(hashes_NB[:size, band], kind="stable")
+            same = np.flatnonzero(np.diff(hashes_NB[order, band]) == 0)
+            alike.update(order[same].tolist(), order[same + 1].tolist())
+        repeats, buckets = dict[int, int](), dict[tuple[int, int], list[int]]()
+        for place in sorted(alike):
+            keys = list(enumerate(hashes_NB[place].tolist()))
+            others = {other for key in keys for other in buckets.get(key, ())}
+            by_id = sorted(others, key=lambda other: documents[other].id)
+            for other in by_id[:CANDIDATES]:
+                if nearly_same(parts[place], parts[other], threshold):
+                    repeats[place] = other
+                    break
+            else:
+                for key in keys:
+                    if len(bucket := buckets.setdefault(key, [])) < CANDIDATES:
+                        bucket.append(place)
+        done = size
+    return repeats
