@@ -37,6 +37,11 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def one_line(error: BaseException) -> str:
+    """Return the beginning of an error's message as one line, or its kind where it has none."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def exit_code(work: Callable[[], object], debug: bool = False) -> int:
     """Do `work` and return the command's exit code; an error becomes one line on stderr, or with
     `debug` is raised."""
@@ -53,8 +58,8 @@ def exit_code(work: Callable[[], object], debug: bool = False) -> int:
     except Exception as error:  # the edge of the program: nothing above could handle it
         if debug:
             raise
-        what = " ".join(str(error).split())[:300] or "no message"
-        return _complain(f"error: {type(error).__name__}: {what} (--debug shows where)", 1)
+        what = f"{type(error).__name__}: {one_line(error)}"
+        return _complain(f"error: {what} (--debug shows where)", 1)
     return 0
 
 

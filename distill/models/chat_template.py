@@ -14,7 +14,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from distill.errors import DistillError, Exit, first_line
+from distill.errors import DistillError, Exit, one_line
 from distill.reasoning import PAIRS
 from distill.records import Message, digest
 
@@ -152,7 +152,7 @@ def _form(template: str, names: tuple[tuple[str, str], ...], date: str) -> _Form
         try:
             shown = _run(template, dict(names), date, messages, turns[-1][0] != "assistant")
         except Exception as error:  # jinja2 raises whatever a template's author chose
-            why = first_line(error)
+            why = one_line(error)
             return False
         return all(text in shown for text in texts)
 
@@ -214,7 +214,7 @@ def _render(
     try:
         return _run(template, dict(names), date, turns, answer is None)
     except Exception as error:  # jinja2 raises whatever a template's author chose
-        raise _refused(tokenizer, first_line(error)) from None
+        raise _refused(tokenizer, one_line(error)) from None
 
 
 def unused_mark(texts: Sequence[str]) -> str:

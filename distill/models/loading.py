@@ -5,16 +5,25 @@ What is not in the files is an error and not a random number (`models.weights`).
 """
 
 import importlib.util
+import re
 import warnings
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.config.values import SAFE, Trust
-from distill.errors import DistillError, Exit, first_line
+from distill.errors import DistillError, Exit, one_line
 from distill.models.devices import device, pick_dtype, raise_device_error
-from distill.models.registry import fetch, is_folder, read_object
+from distill.models.registry import fetch, is_folder, read_object, text_config
 from distill.models.weights import add_adapter, require_intact, require_values, stored_values
+
+# Where the part for text lies in a model that has others, and what the others are called
+TEXT_PART = {
+    r"^language_model\.model\.": "model.",
+    r"^model\.language_model\.": "model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+}
+OTHER_PARTS = re.compile(r"(^|\.)(vision|visual|audio|multi_modal|embed_vision|embed_audio|mtp)")
 
 if TYPE_CHECKING:
     import torch
@@ -38,13 +47,17 @@ def check_files(folder: Path, trust: Trust = SAFE) -> None:
         raise DistillError(Exit.TRAINING, folder, what, fix)
     for name in ("config.json", "tokenizer_config.json", "model.safetensors.index.json"):
         content = read_object(folder / name) if (folder / name).is_file() else {}
-        if "auto_map" in content and not trust.code:
+        if "auto_map" in content and not trust.code and not _native(folder):
             what = "auto_map wants to run code of the model's author"
             fix = "read that code, then set student.trust_remote_code: true"
             raise DistillError(Exit.TRAINING, folder / name, what, fix)
         # transformers 5.23 would follow names that leave the folder (#47176, #46279)
         files = {key: value for key, value in content.items() if key.endswith("_file")}
-        for key, value in {**files, **content.get("weight_map", {})}.items():
+        shards = content.get("weight_map", {})
+        if not isinstance(shards, dict):
+            what, fix = "weight_map is no mapping of tensors to files", "fetch the model again"
+            raise DistillError(Exit.TRAINING, folder / name, what, fix)
+        for key, value in {**files, **shards}.items():
             if isinstance(value, str) and Path(value).name != value:
                 what = f"{key} names {value!r}, outside the folder"
                 raise DistillError(Exit.TRAINING, folder / name, what, "do not use it")
@@ -59,9 +72,27 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
+def _native(folder: Path) -> bool:
+    """Tell whether transformers has the causal language model of a folder's config.json itself.
+
+    Then `auto_map` names an older copy of it by the model's author, which nobody needs.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = text_config(read_object(folder / "config.json")).get("model_type")
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
 def context_length(model_config: Any) -> int:
-    """Return how many tokens a model sees; a converted tokenizer's own limit is absurd."""
-    return int(model_config.max_position_embeddings)
+    """Return how many tokens a model sees; a converted tokenizer's own limit is absurd.
+
+    Raises DistillError (exit 7) where the config states none.
+    """
+    length = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(length, int) or length < 1:
+        where, what = f"model {model_config.name_or_path}", "its config states no context length"
+        raise DistillError(Exit.TRAINING, where, what, "set max_position_embeddings there")
+    return length
 
 
 def load_model(
@@ -147,7 +178,17 @@ def check_model(reference: str, trust: Trust = SAFE) -> None:
     if not is_folder(reference):
         return
     folder = fetch(reference)
-    if "quantization_config" in read_object(folder / "config.json"):
+    tree = read_object(folder / "config.json")
+    if settings := tree.get("quantization_config") or text_config(tree).get("quantization_config"):
+        from transformers.quantizers import AutoHfQuantizer
+
+        try:
+            quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)
+            quantizer.validate_environment(device_map={"": device()}, weights_only=True)
+        except Exception as error:  # the package is missing, or the machine has no such kernels
+            what = f"its quantised weights cannot be used here: {one_line(error)}"
+            fix = "install what it names, or use the model's unquantised weights"
+            raise DistillError(Exit.TRAINING, f"model {reference}", what, fix) from None
         return  # which names such weights have is known once they are unpacked
     # on the meta device only the names and shapes are read
     model = _read(reference, folder, trust, device_map={"": "meta"})
@@ -158,9 +199,29 @@ def check_model(reference: str, trust: Trust = SAFE) -> None:
     require_values(f"model {reference}", stored_values(files, model.state_dict().keys()))
 
 
+def decoder_config(folder: Path, trust: Trust) -> tuple[Any, bool]:
+    """Return the config of a folder's causal language model, and whether it is a part of another.
+
+    Of a model for pictures or sound too it is the part for text, as a model of its own: this is
+    what is trained and evaluated, so it is what is published (`gemma3_text` and its like are loaded
+    by transformers, vLLM and llama.cpp as they are).
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    tree = read_object(folder / "config.json")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.code, local_files_only=True)
+    text = config.get_text_config()
+    if text is config or text.model_type not in CONFIG_MAPPING_NAMES:
+        return config, False
+    for key in ("tie_word_embeddings", "quantization_config"):  # said of the model at large
+        if key in tree and key not in text_config(tree):
+            setattr(text, key, tree[key])
+    return text, True
+
+
 def _read(reference: str, folder: Path, trust: Trust, **options: Any) -> Any:
     """Read a causal language model from its files, and nothing that is not in them."""
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     quiet()
@@ -170,9 +231,12 @@ def _read(reference: str, folder: Path, trust: Trust, **options: Any) -> Any:
 
         use_grouped_attention()
     try:
+        config, composite = decoder_config(folder, trust)
         both: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             use_safetensors=None if trust.pickle else True,
+            config=config,
+            key_mapping=TEXT_PART if composite else None,
             trust_remote_code=trust.code,
             local_files_only=True,
             ignore_mismatched_sizes=True,  # they are in the report, and are refused by it
@@ -180,10 +244,13 @@ def _read(reference: str, folder: Path, trust: Trust, **options: Any) -> Any:
             **options,
         )
         model, report = both
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # whatever files of other people make a library raise
         raise_device_error(error)
-        what = f"could not be loaded: {first_line(error)}"
+        what = f"could not be loaded: {one_line(error)}"
         raise DistillError(Exit.TRAINING, f"model {reference}", what, "check the model") from None
+    if composite:  # the towers for pictures and sound are left out
+        names = report["unexpected_keys"]
+        report["unexpected_keys"] = {name for name in names if not OTHER_PARTS.search(name)}
     require_intact(f"model {reference}", report)
     return model
 
@@ -192,39 +259,34 @@ def load_tokenizer(
     reference: str, revision: str | None = None, trust: Trust = SAFE
 ) -> "PreTrainedTokenizerBase":
     """Load and check a model's tokenizer; its `model_max_length` is the model's context length."""
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     quiet()
     folder = fetch(reference, revision, weights=False)
     check_files(folder, trust._replace(pickle=True))
-    config = read_object(folder / "config.json")
     try:
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust.code, local_files_only=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust.code, local_files_only=True
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        what = f"its tokenizer could not be loaded: {first_line(error)}"
+    except Exception as error:  # whatever files of other people make a library raise
+        what = f"its tokenizer could not be loaded: {one_line(error)}"
         raise DistillError(Exit.TRAINING, f"model {reference}", what, "check the model") from None
-    tokenizer.model_max_length = config["max_position_embeddings"]
+    tokenizer.model_max_length = context_length(config)
     tokenizer.name_or_path = reference
-    check_tokenizer(tokenizer, config.get("vocab_size"))
+    check_tokenizer(tokenizer)
+    # A few have more ids than the model has rows (Gemma 3); a text that holds one is refused
+    vars(tokenizer)["embeddings"] = config.get_text_config().vocab_size
     return tokenizer
 
 
-def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", vocab_size: int | None = None) -> None:
-    """Refuse a tokenizer that cannot train or serve a chat model; raises DistillError (exit 7).
-
-    `vocab_size` is the number of the model's embeddings: an id beyond it means another model's
-    tokenizer.
-    """
+def check_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuse a tokenizer that cannot train or serve a chat model; raises DistillError (exit 7)."""
     where = f"tokenizer of {tokenizer.name_or_path}"
     if not tokenizer.chat_template:
         raise DistillError(Exit.TRAINING, where, "has no chat template", "use an instruct model")
-    for name in ("eos", "pad"):
-        if getattr(tokenizer, f"{name}_token_id") is None:
-            fix = f"set {name}_token in its tokenizer_config.json"
-            raise DistillError(Exit.TRAINING, where, f"has no {name}_token", fix)
-    if vocab_size is not None and len(tokenizer) > vocab_size:
-        what = f"has {len(tokenizer)} tokens, the model {vocab_size} embeddings"
-        fix = "use the tokenizer that belongs to the model"
-        raise DistillError(Exit.TRAINING, where, what, fix)
+    if tokenizer.eos_token_id is None:
+        fix = "set eos_token in its tokenizer_config.json"
+        raise DistillError(Exit.TRAINING, where, "has no eos_token", fix)

@@ -33,6 +33,7 @@ PARTS = (
     *("*.model", "*.tiktoken", "tekken.json", "chat_template.json", "*.jinja"),
     *("additional_chat_templates/*.jinja", "*.index.json", "*.py"),
 )
+WEIGHTS = ("*.safetensors", "*.bin")
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]  # what is taken from the Hub
 
 
@@ -111,8 +112,15 @@ def shape_of(reference: str) -> Shape:
     raise DistillError(Exit.CONFIG, f"model {reference}", what, fix)
 
 
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a config.json that describes the decoder, or all of it."""
+    parts = (config.get(name) for name in ("text_config", "llm_config", "language_config"))
+    return next((part for part in parts if isinstance(part, dict)), config)
+
+
 def shape_from_config(config: dict[str, Any]) -> Shape:
     """Derive the shape of a Llama or Qwen2 decoder (gated MLP, grouped queries)."""
+    config = text_config(config)
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or hidden // heads
@@ -142,8 +150,7 @@ def fetch(
 ) -> Path:
     """Return the folder of a model's weights and tokenizer, downloaded where the cache lacks it.
 
-    Without `weights`, those of a model of the Hub may be missing there.
-
+    Without `weights` those of the Hub are left there, and only what stands beside them is fetched.
     Raises DistillError: exit 2 for a name or folder that is not there, 3 where no place could give
     the files.
     """
@@ -167,8 +174,8 @@ def fetch(
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     revision = revision or (info.revision if info else None)
-    patterns = [*FILES, "*.bin"] if trust.pickle else FILES
-    patterns = patterns if weights else FILES[1:]
+    patterns = [*FILES, *["*.bin"] * trust.pickle, *["*.py"] * trust.code]
+    patterns = [pattern for pattern in patterns if weights or pattern not in WEIGHTS]
     try:  # HF_HUB_OFFLINE and HF_ENDPOINT are honoured
         return Path(snapshot_download(reference, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -201,7 +208,7 @@ def identity(reference: str, revision: str | None = None) -> str:
     folder = fetch(reference, revision, weights=False)
     if not is_folder(reference):
         return folder.name  # a snapshot's folder is named by its commit
-    hashes = _hashes(folder, ("*.safetensors", "*.bin"))
+    hashes = _hashes(folder, WEIGHTS)
     if len(hashes) == 1:
         return next(iter(hashes.values()))
     return hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest()
@@ -225,9 +232,9 @@ def folder_facts(role: str, reference: str) -> dict[str, str]:
     return {role: identity(reference), **files} if files else {}
 
 
-def folder_digest(folder: Path) -> str:
+def folder_digest(folder: Path, weights: bool = True) -> str:
     """Return one hash of a folder's model: of its weights, and of each file beside them."""
-    return digest(_hashes(folder, ("*.safetensors", *PARTS)))
+    return digest(_hashes(folder, ("*.safetensors", *PARTS) if weights else PARTS))
 
 
 def _hashes(folder: Path, patterns: Iterable[str]) -> dict[str, str]:
@@ -250,7 +257,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON file of a model; raises DistillError (exit 7) where it holds no object."""
     try:
         content = json.loads(path.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise DistillError(Exit.TRAINING, path, "is not a JSON object", "fetch the model again")

@@ -4,17 +4,19 @@ transformers and PEFT fill in what a file lacks with random numbers and go on; h
 (exit 7) that names the tensors. Whoever loads a model or an adapter comes through this module.
 """
 
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.errors import DistillError, Exit
+from distill.errors import DistillError, Exit, one_line
 from distill.models.devices import raise_device_error
 
 if TYPE_CHECKING:
     import torch
 
+MAY_BE_ZERO = re.compile(r"bias$|lora_B")  # experts have a bias each, a matrix in all
 SHOWN = 4  # names in a message
 ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -70,7 +72,7 @@ def require_values(where: str, tensors: Iterable[tuple[str, "torch.Tensor"]]) ->
         low, high = (values.float() if values.element_size() == 1 else values).aminmax()
         if not (low.isfinite() and high.isfinite()):
             broken.append(name)
-        elif values.ndim > 1 and low == high == 0 and "lora_B" not in name:
+        elif values.ndim > 1 and low == high == 0 and not MAY_BE_ZERO.search(name):
             empty.append(name)
     defects = {"has NaN or infinite values in": broken, "has nothing but zeros in": empty}
     _refuse(where, defects, "use an undamaged copy of the weights")
@@ -103,7 +105,7 @@ def add_adapter(base: Any, folder: Path) -> Any:
             stored = set(file.keys())
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         raise_device_error(error)
-        what = f"could not be loaded: {' '.join(str(error).split())[:300]}"
+        what = f"could not be loaded: {one_line(error)}"
         raise DistillError(Exit.TRAINING, path, what, fix) from None
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     unknown = stored - tensors.keys()

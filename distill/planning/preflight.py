@@ -14,37 +14,28 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from distill.config.learning import Lora, Student
 from distill.config.teachers import EndpointTeacher, LocalTeacher, Teacher
 from distill.config.tree import Config
-from distill.errors import DistillError, Exit, first_line
+from distill.config.values import SAFE
+from distill.errors import DistillError, Exit
 from distill.models import loading, registry
-from distill.models.chat_template import encode_prompt
 from distill.models.devices import pick_dtype
-from distill.models.download import converted_folder
 from distill.models.gpus import unused_gpu
 from distill.pipeline import CHECKING, NAMES, STAGES
 from distill.publishing.obligations import agreement_of, license_of, obligations
-from distill.records import Message, Pair, Prompt, Response
 from distill.responders.kinds import identity, make_responder
 from distill.responders.prices import load_prices
 from distill.responders.terms import require_terms
 from distill.storage.progress import say
 from distill.storage.run_folder import Run, Stage
+from distill.training.trial import try_model
 
 COSTLY = frozenset({"generate", "signals", "train", "refine", "evaluate"})  # in money or in time
 ASKING = frozenset({"generate", "evaluate"})
 READING = frozenset({"signals", "train", "refine"})  # the teacher's distributions, if any
 TRAINING = frozenset({"train", "refine"})
-# The conversation that templates are tried with
-QUESTION = (Message(role="user", content="What is 2 + 2?"),)
-ANSWER = "It is 4 < 5:\n\n    2 + 2\n\nand *not* 6."
-UNBUILDABLE = (
-    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
-    *(RuntimeError, ImportError, AssertionError),
-)
 
 
 class Look(NamedTuple):
@@ -211,60 +202,41 @@ def check_servers(look: Look) -> Iterator[Attempt]:
 
 def check_models(look: Look) -> Iterator[Attempt]:
     """Look whether models are what their folders say, and their tokenizers and templates of use."""
-    config, date = look.config, look.config.template_date
-    student = config.student
+    config, student = look.config, look.config.student
+    own = (student.model, student.revision, student.trust, config.template_date, config.train.lora)
+    models: dict[str, tuple[Any, ...]] = {"student": own}
+    responders = look.responders(look.ahead)
+    for key, teacher in responders.items():
+        if isinstance(teacher, LocalTeacher):
+            models[key] = (teacher.model, teacher.revision, SAFE, config.template_date)
+    sound = True
+    for key, model in models.items():
+        try:
+            for note in try_model(*model):
+                say(f"{key}: {note}")
+        except DistillError as error:
+            sound = False
+            yield partial(_raise, error)
+    if not sound:  # then nothing of theirs is opened without limits
+        return
     yield partial(loading.check_model, student.model, student.trust)
-    yield partial(try_student_template, student, date)
-    for teacher in look.responders(look.ahead).values():
+    for teacher in responders.values():
         yield partial(identity, teacher)
         if isinstance(teacher, LocalTeacher):
             yield partial(loading.check_model, teacher.model)
-            yield partial(try_template, teacher, date)
     if config.distributions and look.ahead & READING:
         from distill.training.soft_labels.labels import open_teacher
 
         yield partial(open_teacher, config)
 
 
-def is_fetched_whole(reference: str) -> bool:
-    """Tell whether a model is one file, tokenizer and all, that is not here yet."""
-    info = registry.lookup(reference)
-    if info is None or info.gguf is None:
-        return False
-    return not converted_folder(info.name, info.gguf).is_dir()
-
-
-def try_template(teacher: LocalTeacher, date: str) -> None:
-    """Render what a model here is asked; raises DistillError (exit 7)."""
-    if not is_fetched_whole(teacher.model):
-        tokenizer = loading.load_tokenizer(teacher.model, teacher.revision)
-        encode_prompt(tokenizer, QUESTION, date)
-
-
-def try_student_template(student: Student, date: str) -> None:
-    """Encode a conversation as training does; raises DistillError (exit 7) where the target is not
-    the whole answer and an end."""
-    from distill.training.encode import encode_pair
-
-    if is_fetched_whole(student.model):
-        return
-    tokenizer = loading.load_tokenizer(student.model, student.revision, student.trust)
-    prompt = Prompt.make(QUESTION, "preflight", "preflight")
-    response = Response(
-        id="x", request_key="x", sample=0, prompt_id=prompt.id, model="x", text=ANSWER, stop="end"
-    )
-    example = encode_pair(tokenizer, Pair(prompt=prompt, response=response), date)
-    target = [i for i, weight in zip(example.input_ids, example.weights, strict=True) if weight]
-    if ANSWER not in tokenizer.decode(target):
-        where, fix = f"chat template of {student.model}", "use a text model's template"
-        raise DistillError(Exit.TRAINING, where, "loses the answer that is to be learnt", fix)
+def _raise(error: DistillError) -> None:
+    raise error
 
 
 def check_training(look: Look) -> Iterator[Attempt]:
-    """Look whether the student takes the adapter and can be merged, and what trains it is here."""
+    """Look whether what trains the student is here."""
     config, train = look.config, look.config.train
-    if look.ahead & TRAINING:
-        yield partial(try_adapter, config.student, train.lora)
     if look.now & TRAINING:
         from distill.training import processes
 
@@ -281,44 +253,6 @@ def check_training(look: Look) -> Iterator[Attempt]:
     for key, dtype in types.items():
         if dtype != "auto":  # which asks torch, and always can
             yield partial(pick_dtype, dtype, key)
-
-
-def try_adapter(student: Student, lora: Lora) -> None:
-    """Build the student without weights and put an adapter on it; raises DistillError (exit 7)."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
-
-    from distill.training import adapters
-
-    trust, where, info = student.trust, f"model {student.model}", registry.lookup(student.model)
-    loading.quiet()
-    try:
-        if info and is_fetched_whole(student.model):  # a llama, or a qwen2 of the same modules
-            shape = info.shape
-            config = LlamaConfig(
-                vocab_size=shape.vocab,
-                hidden_size=shape.hidden,
-                intermediate_size=shape.intermediate,
-                num_hidden_layers=shape.layers,
-                num_attention_heads=shape.heads,
-                num_key_value_heads=shape.kv_heads,
-                tie_word_embeddings=shape.tied,
-            )
-        else:
-            folder = registry.fetch(student.model, student.revision, trust, weights=False)
-            config = AutoConfig.from_pretrained(
-                folder, trust_remote_code=trust.code, local_files_only=True
-            )
-        if getattr(config, "quantization_config", None):
-            what = "has quantised weights, into which an adapter cannot be merged"
-            fix = "name the model that it was made from; student.load_in_4bit trains that in 4 bits"
-            raise DistillError(Exit.TRAINING, where, what, fix)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust.code)
-    except UNBUILDABLE as error:
-        what = f"cannot be built from its config.json: {first_line(error)}"
-        raise DistillError(Exit.TRAINING, where, what, "check the model") from None
-    adapters.inject(model, lora.r, lora.alpha, lora.dropout, lora.target_modules, seed=0)
 
 
 def check_suites(look: Look) -> Iterator[Attempt]:

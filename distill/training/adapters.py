@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # and what writes files imports the rest itself: a benchmark 
     from distill.storage.run_folder import Run
 
 ADAPTER = "default"
+DTYPE_KEYS = ("dtype", "torch_dtype")
 WEIGHTS = "adapter_model.safetensors"
 SOURCE = "source.json"  # the one file of merged/ that is no part of the model
 OPTIMIZER_PARTS = ("exp_avg", "exp_avg_sq", "step")
@@ -61,7 +62,11 @@ def inject(
             warnings.simplefilter("ignore", FutureWarning)
             warnings.filterwarnings("ignore", "Model has `tie_word_embeddings")
             wrapped = get_peft_model(model, lora)
-    except (ValueError, re.error) as error:  # a single name is a regular expression
+            modules = [name for name, _ in model.named_modules()]
+            for target in [] if isinstance(targets, str) else targets:
+                if not any(f".{name}".endswith(f".{target}") for name in modules):
+                    raise ValueError(f"no module is called {target}")
+    except (ValueError, re.error, OverflowError) as error:  # a name is an expression
         what = str(error).splitlines()[0][:200]
         fix = "name modules of this model, such as q_proj, or all-linear"
         raise DistillError(Exit.TRAINING, "train.lora.target_modules", what, fix) from None
@@ -75,6 +80,17 @@ def inject(
     for parameter in parameters(wrapped).values():
         parameter.data = parameter.data.float()
     return wrapped  # pyright: ignore[reportReturnType]
+
+
+def unadapted(model: PeftModel) -> list[str]:
+    """Return the matrices of the layers that have no adapter, by their names within a layer.
+
+    Such are the experts of a mixture, its router, and the convolutions of linear attention.
+    """
+    names = [n for n, p in model.named_parameters() if p.ndim > 1 and not p.requires_grad]
+    inside = [re.split(r"\.\d+\.", name, maxsplit=1)[1:] for name in names]
+    others = {n[0] for n in inside if n and ".base_layer." not in n[0] and "bias" not in n[0]}
+    return sorted(name.removesuffix(".weight") for name in others)
 
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -276,11 +292,16 @@ def write_merged(student: "Student", adapter: Path, folder: Path) -> None:
     registry.check_base(adapter, student.model, student.revision)
     base = registry.fetch(student.model, student.revision, student.trust)
     config = read_json(base / "config.json")
-    dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
+    types = [c.get(key) for c in (config, registry.text_config(config)) for key in DTYPE_KEYS]
+    dtype = getattr(torch, next(filter(None, types), "float32"))
     model = loading.load_merged(student.model, adapter, dtype, student.revision, student.trust)
     model.config.name_or_path = ""  # else the folder of this machine is written into the config
     vars(model.config).pop("_model_name_or_path", None)  # a GGUF's own title, not a model's id
+    if not student.trust_remote_code:  # what was ignored here is not asked of who loads it next
+        vars(model.config).pop("auto_map", None)
     tokenizer = loading.load_tokenizer(student.model, student.revision, student.trust)
+    if not student.trust_remote_code:
+        tokenizer.init_kwargs.pop("auto_map", None)
     try:
         with disk_errors(folder), replacing(folder) as work:
             model.save_pretrained(work, max_shard_size="100GB")

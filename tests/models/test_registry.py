@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from distill.config.values import Trust
 from distill.errors import DistillError, Exit
 from distill.models import devices, loading, registry
+from distill.training.trial import try_model
 from tests.support.fake_hub import fake_hub, use_hub
 from tests.support.tiny import make_tiny
 
@@ -127,16 +128,39 @@ def test_pickles_are_refused_unless_allowed(copy):
     assert loading.load_model(str(copy), trust=Trust(pickle=True)).num_parameters() > 0
 
 
+EVIL = {
+    "AutoConfig": "evil.Config",
+    "AutoModelForCausalLM": "evil.Model",
+    "AutoTokenizer": ["evil.T", None],
+}
+
+
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
 def test_code_of_the_author_is_refused(copy, name):
-    change(
-        copy / name,
-        auto_map={"AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.T", None]},
-    )
+    change(copy / name, auto_map=EVIL)
+    change(copy / "config.json", model_type="own")
     (copy / "evil.py").write_text("raise SystemExit('it ran')")
     for load in (loading.load_model, loading.load_tokenizer):
         error = refused(load, str(copy))
         assert error.code == Exit.TRAINING and "trust_remote_code" in error.fix
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "both"])
+def test_code_is_not_needed_where_transformers_has_the_class(copy, name, kind, monkeypatch):
+    """C3: the native class is used, `auto_map` is ignored, said, and not published."""
+    monkeypatch.setenv("DISTILL_CACHE", str(copy / "cache"))
+    for file in ("config.json", "tokenizer_config.json"):
+        if name in (file, "both"):
+            change(copy / file, auto_map=EVIL)
+    (copy / "evil.py").write_text("raise SystemExit('it ran')")
+    if kind != "llama":  # of a composite one the part for text decides
+        text = json.loads((copy / "config.json").read_text())
+        change(copy / "config.json", model_type="gemma3", text_config={**text, "model_type": kind})
+    else:
+        assert type(loading.load_model(str(copy))).__name__ == "LlamaForCausalLM"
+    assert loading.load_tokenizer(str(copy)).decode([60]) != ""
+    assert "auto_map" in try_model(str(copy))[0]
 
 
 @pytest.mark.parametrize(
@@ -174,18 +198,11 @@ def test_four_bits_need_a_gpu(tiny):
 
 
 def test_a_tokenizer_must_be_whole(tiny):
-    for name, what in (
-        ("chat_template", "chat template"),
-        ("eos_token", "eos"),
-        ("pad_token", "pad"),
-    ):
+    for name, what in (("chat_template", "chat template"), ("eos_token", "eos")):
         tokenizer = loading.load_tokenizer(str(tiny))
         setattr(tokenizer, name, None)
         error = refused(loading.check_tokenizer, tokenizer)
         assert error.code == Exit.TRAINING and what in error.what
-    assert (
-        "embeddings" in refused(loading.check_tokenizer, loading.load_tokenizer(str(tiny)), 10).what
-    )
 
 
 def test_an_adapter_belongs_to_its_base(tiny, copy, tmp_path):

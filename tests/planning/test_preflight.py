@@ -185,11 +185,11 @@ FOUND: dict[str, tuple[tuple[str, ...], Callable[[], object], Exit, str]] = {
     "template that refuses": (
         (),
         template("{{ raise_exception('no') }}"),
-        *(Exit.TRAINING, "its template refuses the conversation: no"),
+        *(Exit.TRAINING, "refuses the conversation: no"),
     ),
     "B3 template that loses the answer": (
         (),
-        template("{% for m in messages %}{{ m.content[0].text }}<|im_end|>{% endfor %}"),
+        template("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"),
         *(Exit.TRAINING, "chat template of ./student"),
     ),
     "soft labels over another vocabulary": (
@@ -236,7 +236,7 @@ def test_all_problems_are_listed_at_once_by_run_plan_and_a_stage_that_buys(
         wheres = [row.split(": ")[1] for row in errors]
         assert wheres == [
             *("terms.agreement", "evaluation.teacher_price"),
-            *("./nobody", "train.lora.target_modules"),
+            *("train.lora.target_modules", "./nobody"),
         ]
     assert main(["plan", str(place), *wrong, "--json"]) == Exit.TERMS
     problems = json.loads(capsys.readouterr().out)["problems"]
