@@ -37,6 +37,7 @@ AZURE = re.compile(
     r"\.(openai|cognitiveservices|services\.ai)\.azure\.(com|us|cn)$|\.azure-api\.net$",
     re.IGNORECASE,
 )
+FORMER_DEFAULTS = {"max_consecutive_failures": 100}  # in the resolved configs of older runs
 GREEDY = "n above 1 needs a temperature above 0: greedy answers are all the same"
 
 
@@ -110,7 +111,7 @@ class Teacher(Section):
                 raise PydanticCustomError("extra_forbidden", "unknown key", {"key": key})
             field = owners[0].model_fields[name]
             default = None if field.is_required() else to_jsonable_python(field.default)
-            if value is not None and value != default:
+            if value is not None and value not in (default, FORMER_DEFAULTS.get(name)):
                 foreign[key] = str(owners[0].model_fields["kind"].default)
         if foreign:
             (key, kind), *others = foreign.items()
@@ -211,8 +212,10 @@ class EndpointTeacher(Teacher):
     """Seconds before the first retry; each further one waits longer, with jitter."""
     max_retries: Annotated[int, Field(ge=0, le=100)] = 6
     """Retries of a request that failed for a reason that may pass."""
-    max_consecutive_failures: Positive = 100
-    """Failures in a row, over all requests, after which the run stops."""
+    max_consecutive_failures: Positive = 20
+    """Failures in a row, over all requests, after which the run stops: empty replies, refusals,
+    limits, a server that is down. What may pass counts once for all requests in flight. Before
+    anything was answered, five requests without an answer suffice."""
     max_body_bytes: Annotated[int, Field(ge=1000, le=10**9)] = 16_000_000
     """Bytes of a reply at most; a longer one counts as failed."""
 

@@ -4,6 +4,7 @@ The requests are pure functions of the config and the run's files, so that a pla
 stage mean the same ones.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 
@@ -11,6 +12,7 @@ from distill.config.teachers import StatedCost, Teacher
 from distill.config.tree import Questions
 from distill.corpus.prompts import prompts_for_questions, written_prompts
 from distill.errors import DistillError, Exit
+from distill.reasoning import marked
 from distill.records import Document, Prompt
 from distill.responders.ask import Ask
 from distill.responders.kinds import make_responder
@@ -21,6 +23,8 @@ from distill.responders.token_counts import recounted
 from distill.storage.files import read_records, write_records
 from distill.storage.progress import say
 from distill.storage.run_folder import Run
+
+MOST_MARKED = 0.01  # of the answers; one that speaks of such marks is none of a kind
 
 
 def main(run: Run, workers: Workers | None = None) -> None:
@@ -64,6 +68,13 @@ def main(run: Run, workers: Workers | None = None) -> None:
         line += f", {len(errors)} of them failed (--redo generate asks those again), the last: "
         line += str(errors[-1])
     say(line)
+    notes = Counter(r.error for r in responses if r.error and r.stop in ("end", "length"))
+    for note, count in notes.most_common():
+        say(f"generate: {count} answers with {note}: taken for complete, unless at max_new_tokens")
+    left = sum(marked(response.text) for response in responses)
+    if left > MOST_MARKED * len(responses):
+        what = "hold a mark of reasoning that is no thought's beginning or end"
+        say(f"warning: {left} of {len(responses)} answers {what}: look at responses.jsonl")
 
 
 def join(run: Run, workers: Workers) -> None:

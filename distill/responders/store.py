@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from distill.records import Record, Response
 from distill.responders.endpoint.wire import Reply
-from distill.responders.responder import Plan, Planner, Raw, Request
+from distill.responders.responder import Plan, Planner, Raw, Request, Scoring
 from distill.storage.log import Log
 from distill.storage.progress import say
 
@@ -25,10 +25,12 @@ Spend = Callable[[int, int], None]  # is given the input and output tokens of an
 
 
 class Bill(NamedTuple):
-    """What a stored reply took: a reply without its text, and the number of the attempt."""
+    """What a stored reply took: a reply without its text, the number of the attempt, and whether
+    it holds an answer."""
 
     attempt: int | None
     reply: Reply
+    answered: bool
 
 
 class Job(Record):
@@ -107,7 +109,7 @@ class ResponseStore(Log):
     def remember(self, key: str, raw: Raw) -> None:
         """Remember the bill of the reply under a key."""
         reply = Reply(stop=raw.reply.stop, usage=raw.reply.usage, dollars=raw.reply.dollars)
-        self._bills[key] = Bill(raw.body.get("attempt"), reply)
+        self._bills[key] = Bill(raw.body.get("attempt"), reply, holds_answer(raw.reply))
 
     def bill(self, key: str) -> Bill | None:
         """Return the bill of the reply under a key, or None where there is none."""
@@ -137,13 +139,15 @@ class ResponseStore(Log):
         """Return the requests without a reply, each once.
 
         `again` adds those to whose last reply a server gave no answer (refused, unreadable, broken
-        off); a model that declines has answered.
+        off, empty); a model that declines has answered.
         """
         missing: dict[str, Request] = {}
         for request in requests:
             key = next(self.reply_keys(request.id), None)
             bill = self.bill(key) if key and again else None
-            failed = bill and bill.attempt is not None and bill.reply.stop == "error"
+            failed = bill and bill.attempt is not None and not bill.answered
+            if isinstance(request, Scoring):  # its one token need be no text
+                failed = failed and bill and bill.reply.stop == "error"
             if key is None or failed:
                 missing.setdefault(request.id, request)
         return list(missing.values())
@@ -193,6 +197,12 @@ class ResponseStore(Log):
                     spend(raw.usage.input_tokens, raw.usage.output_tokens)
             self.append(("response", raw.id, raw.model_dump(mode="json")) for raw in fresh)
             yield from fresh
+
+
+def holds_answer(reply: Reply) -> bool:
+    """Tell whether a server's reply holds an answer: a text, or that the model declines."""
+    declined = reply.stop == "filtered" and (reply.error or "").startswith("refusal")
+    return declined or (reply.stop != "error" and bool(reply.text.strip()))
 
 
 def attempt_key(identifier: str, number: int) -> str:

@@ -45,8 +45,12 @@ SEAL = "sha256"  # the manifest's last key
 SHOWN = 6  # differences, or names of files, in a message
 HASH = re.compile(r"[0-9a-f]{32,64}")
 # Settings of memory: how much is computed at once changes results by rounding alone. The costs that
-# an evaluation measured hang on its own, so that one counts once it is finished.
-MEMORY = ("teacher.max_batch_size", "train.micro_batch_tokens", "train.gradient_checkpointing")
+# an evaluation measured hang on its own, so that one counts once it is finished. And when a judge's
+# server is given up.
+MEMORY = (
+    *("teacher.max_batch_size", "train.micro_batch_tokens", "train.gradient_checkpointing"),
+    "evaluation.judge.max_consecutive_failures",
+)
 UNFINISHED_MEMORY = (*MEMORY, "evaluation.max_batch_size")
 # A file beside the weights of a model in a folder, after what the model does there
 MODEL_FILE = re.compile(r"(base|judge|student|teacher|tokenizer|weights) file .+")

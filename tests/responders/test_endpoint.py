@@ -275,8 +275,9 @@ STOPS: dict[str, tuple[dict[str, Any], str, str | None]] = {
         "error",
         "tool_calls: it called a tool instead of answering",
     ),
-    "unknown": ({"finish": "moon"}, "error", "unknown finish_reason 'moon'"),
-    "none": ({"finish": None}, "error", "unknown finish_reason 'None'"),
+    "unknown": ({"finish": "moon"}, "end", "unknown finish_reason 'moon'"),
+    "none": ({"finish": None}, "end", "unknown finish_reason ''"),
+    "broken": ({"finish": "abort"}, "error", "abort"),
 }
 
 

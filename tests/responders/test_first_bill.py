@@ -14,6 +14,7 @@ import pytest
 from distill.cli import main
 from distill.errors import DistillError, Exit
 from distill.records import Message, Response
+from distill.responders import token_counts
 from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.endpoint.wire import pack
 from distill.responders.responder import Request, Sampling, origin_of
@@ -342,7 +343,7 @@ def test_h25_nothing_but_failures_is_exit_4(
     replies = {
         "dead": Reply(status=500, body=b"", billed=False),
         "refusing": Reply(**refused(400, says("no"))),
-        "paid for nothing": Reply(finish="moon"),
+        "paid for nothing": Reply(finish="abort"),
     }
     with FakeTeacher(lambda number, payload: replies[manner]) as teacher:
         config = make_run(tmp_path, teacher, 4, max_retries=1)
@@ -401,3 +402,117 @@ def test_d4_nothing_behind_it_is_nothing(tmp_path: Path, body: bytes) -> None:
     with FakeTeacher(lambda n, _: Reply() if n else Reply(body=body, billed=True)) as teacher:
         assert {r.stop for r in buy(teacher, tmp_path, 3)} == {"end"}
     assert len(teacher.payloads) == 4
+
+
+NOTHING = {  # H5: what holds no answer, and is charged nevertheless
+    "no text": {"message": {"content": ""}},
+    "blanks": {"message": {"content": " \n"}},
+    "only a thought": {"message": {"content": "<think>\nhm\n</think>"}},
+    "cut off before a word": {"message": {"content": ""}, "finish": "length"},
+    "filtered without a word": {"message": {"content": ""}, "finish": "content_filter"},
+    "a message": {"body": b'{"message": "hello"}', "billed": True},
+    "a detail": {"body": b'{"detail": "hello"}', "billed": True},
+    "a stream": {"body": b'data: {"choices": [{"delta": {"content": "a"}}]}\n\n', "billed": True},
+    "3,000 blanks": {"body": b" " * 3000, "billed": True},
+    "HTML": {"body": b"<html>", "billed": True},
+    "no choices": {"body": b'{"choices": []}', "billed": True},
+    "refused": refused(400, says("no")),
+}
+
+
+@pytest.mark.parametrize("answered", [0, 30], ids=["from the start", "later"])
+@pytest.mark.parametrize("name", NOTHING)
+def test_h5_h14_h25_a_server_with_nothing_to_say_is_given_up(
+    tmp_path: Path, name: str, answered: int
+) -> None:
+    """H5: 5 requests from the start, 20 in a row later; --redo asks them again, and only them."""
+    nothing = Reply(**NOTHING[name])
+    with FakeTeacher(lambda n, _: Reply() if n < answered else nothing) as teacher:
+        with stops(Exit.TEACHER, "in a row" if answered else "none of the first 5"):
+            buy(teacher, tmp_path, 200, concurrency=4)
+        sent = len(teacher.payloads)
+        assert sent == 5 if not answered else 50 <= sent <= 54
+        teacher.script = always()
+        asked = settings(teacher, concurrency=4)
+        responder = EndpointResponder(asked, PRICE, "run")
+        found = answer_all(responder, asks(asked, 200), tmp_path, again=True)
+        assert {r.stop for r in found} == {"end"} and all(r.text for r in found)
+        assert len(teacher.payloads) == sent + 200 - answered
+        hold_account(teacher, tmp_path)
+
+
+@pytest.mark.parametrize("answered", [0, 30])
+@pytest.mark.parametrize("wait", ["0", None])
+def test_h14_a_limit_without_end_is_given_up(
+    tmp_path: Path, wait: str | None, answered: int
+) -> None:
+    """H14, D7: 300 questions, each limited: all in flight a few times, then one at a time."""
+    headers = {"retry-after": wait} if wait else {}
+    limited = Reply(status=429, headers=headers, body=b"{}")
+    with FakeTeacher(lambda n, _: Reply() if n < answered else limited) as teacher:
+        with stops(Exit.TEACHER, "20 failures in a row"):
+            buy(teacher, tmp_path, 300, concurrency=8)
+        assert 20 <= len(teacher.payloads) - answered <= 20 + 5 * 8
+
+
+def test_h14_a_server_that_answers_one_at_a_time_is_asked_so(tmp_path: Path) -> None:
+    """H14: of 24 in flight 23 are limited, and none of them is given up."""
+    with FakeTeacher() as teacher:
+        limited = Reply(status=429, headers={"retry-after-ms": "1"})
+        teacher.script = lambda n, _: limited if teacher.busy > 1 else Reply(delay=0.02)
+        found = buy(teacher, tmp_path, 60, concurrency=24, max_retries=100)
+    assert {r.stop for r in found} == {"end"}
+
+
+def test_h5_a_few_empty_answers_among_others_are_kept(tmp_path: Path) -> None:
+    with FakeTeacher(lambda n, _: Reply(message={"content": ""} if n % 4 else {})) as teacher:
+        found = buy(teacher, tmp_path, 40)
+        assert sum(r.text == "" and r.stop == "end" for r in found) == 30
+        assert buy(teacher, tmp_path, 40) == found and len(teacher.payloads) == 40
+
+
+@pytest.mark.parametrize("tokenizer", [False, True])
+def test_d6_a_prompt_that_was_cut_stops_the_run(
+    tmp_path: Path, tokenizer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D6: 8,000 words and `prompt_tokens: 2050`; the answer is never taken for one."""
+    long = {role: f"{role} " * 4000 for role in ("system", "user")}
+    if tokenizer:
+        monkeypatch.setattr(token_counts, "token_counter", lambda name: lambda text: len(text) // 4)
+    cut = Reply(answer={"usage": {"prompt_tokens": 2050, "completion_tokens": 9}})
+    with FakeTeacher(lambda number, payload: cut) as teacher:
+        asked = settings(teacher)
+        turns = tuple(Message(role=role, content=text) for role, text in long.items())  # pyright: ignore
+        requests = [
+            Request.make(origin_of(asked), "p", turns, Sampling(max_new_tokens=20), sample)
+            for sample in range(9)
+        ]
+        responder = EndpointResponder(asked, PRICE, "run")
+        with stops(Exit.TEACHER, r"read 2,050 tokens of a prompt of at least (7,600|10,800)"):
+            answer_all(responder, requests, tmp_path)
+        assert len(teacher.payloads) == 1
+        with ResponseStore(tmp_path, writable=False) as log:
+            assert log.response(requests[0]).stop == "error"
+        whole = {"usage": {"prompt_tokens": 20_000, "completion_tokens": 9}}
+        teacher.script = always(answer=whole)
+        assert {r.stop for r in answer_all(responder, requests, tmp_path, again=True)} == {"end"}
+        hold_account(teacher, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "word " * 9,
+        "一二三四五六七八九十" * 90,
+        "=" * 4000,
+        " " * 4000,
+        "a" * 4000,
+        "\n|---|---|" * 99,
+    ],
+)
+def test_d6_what_a_tokenizer_merges_is_no_cut_prompt(text: str) -> None:
+    """D6: the bound by characters lies below what a usual tokenizer counts."""
+    asked = settings("http://127.0.0.1:9/v1")
+    turns = (Message(role="user", content=text), Message(role="assistant", content="w " * 999))
+    request = Request.make(origin_of(asked), "p", turns, Sampling())
+    assert token_counts.least_tokens(request, "nobody/knows") <= max(1, len(text) / 4)

@@ -19,7 +19,15 @@ from distill.config.teachers import EndpointTeacher
 from distill.errors import DistillError, Exit
 from distill.records import Usage, digest
 from distill.responders.endpoint.budget import APART, NOTHING, Budget, account, charge, most_dollars
-from distill.responders.endpoint.rate_limits import Gate, Pace, Replicas, backoff, retry_after
+from distill.responders.endpoint.rate_limits import (
+    SEVERAL,
+    Gate,
+    Pace,
+    Patience,
+    Replicas,
+    backoff,
+    stated_wait,
+)
 from distill.responders.endpoint.transport import (
     Failure,
     Received,
@@ -30,15 +38,15 @@ from distill.responders.endpoint.transport import (
     secrets_pattern,
 )
 from distill.responders.endpoint.wire import Reply, pack
-from distill.responders.endpoint.wires import wire_of
+from distill.responders.endpoint.wires import cut_prompt, wire_of
 from distill.responders.prices import TokenPrice
 from distill.responders.responder import Raw, Request, Scoring, origin_of
-from distill.responders.store import ResponseStore, attempt_key
+from distill.responders.store import ResponseStore, attempt_key, holds_answer
+from distill.responders.token_counts import least_tokens
 from distill.storage.log import LogWriter
 from distill.storage.progress import say
 
 QUARANTINED = 64 << 10  # bytes stored of a body that is no answer
-SEVERAL = 5  # requests that bring no answer, before any has: the run fails, and not they
 AGAIN = "the same command continues"
 
 
@@ -85,12 +93,13 @@ class EndpointClient:
         checked = store.get("checked", self.check)
         self.alone = checked is None  # until an answer's bill has been held against the price
         self.dearest = Decimal(checked["dearest"]) if checked else Decimal(1)
-        self.answered = checked is not None or ("model", self.origin) in store
+        answered = checked is not None or ("model", self.origin) in store
+        self.patience = Patience(settings.max_consecutive_failures, answered)
         # the first are spread over all: where they are refused, it is not for being alike
-        apart = 1 if self.answered else max(1, -(-self.count // SEVERAL))
+        apart = 1 if answered else max(1, -(-self.count // SEVERAL))
         others = (request for n, request in enumerate(requests) if n % apart)
         self.todo = chain(requests[::apart], others)
-        self.in_a_row = self.fruitless = 0  # failures
+        self.before = set[str]()  # ids of what was asked in an earlier go
         self.unsent: str | None = ""  # why no request has been sent; None once one was
         self.noted = set[tuple[str, str]]()  # what is said once
         self.last = time.monotonic()
@@ -177,6 +186,8 @@ class EndpointClient:
         """Ask until there is an answer, the item is refused, or the retries are used up."""
         body, number = encode(request, self.settings), self.store.attempts_at(request.id)
         failure = None
+        if number:
+            self.before.add(request.id)
         for retry in range(self.settings.max_retries + 1):
             if alone := self.alone:
                 async with self.turn:
@@ -256,7 +267,7 @@ class EndpointClient:
         self.replicas.note(address, well=not failure.replica)
         if failure.scope == "retry" and self._first("address", address):
             say(f"{address}: {failure.what}; asking again")
-        await self._fail(sending, received, failure)
+        await self._fail(sending, received, failure, started)
         return failure
 
     def _first(self, kind: str, what: str) -> bool:
@@ -286,6 +297,7 @@ class EndpointClient:
             "question": len(sending.body),
             "seconds": round(seconds, 4),
             **({"cut": received.cut} if received.cut else {}),
+            **self._expected(request),
             **pack(received.data[:QUARANTINED] if received.cut else received.data),
         }
         # since the answer before, so that their sum is the time that passed
@@ -302,12 +314,18 @@ class EndpointClient:
             bill = reply.model_dump(mode="json", include={"stop", "usage", "dollars"})
             await self.writer.write(("usage", sending.key, bill))
         plausible = self._settle(sending, reply)
-        self.in_a_row = 0
         self._hand_on(raw)
-        if reply.stop == "error":
-            self._count_fruitless(reply.error or "")
+        if cut := cut_prompt(reply.usage, body.get("least")):
+            fix = (
+                "give it a longer context (Ollama: OLLAMA_CONTEXT_LENGTH) or lower"
+                " corpus.chunk.max_chars, then run again with --redo generate"
+            )
+            raise DistillError(Exit.TEACHER, model, cut, fix)
+        scored = isinstance(request, Scoring) and reply.stop != "error"  # its token may be no text
+        if not scored and not holds_answer(reply):
+            self._count(request, reply.error or "an answer without text")
             return
-        self.answered = True
+        self.patience.answered, self.patience.in_a_row = True, 0
         if self.alone and plausible:
             self.alone = False
             await self.writer.write(("checked", self.check, {"dearest": str(self.dearest)}))
@@ -320,6 +338,14 @@ class EndpointClient:
             self._halt(DistillError(Exit.TEACHER, "teacher.strict_model", what, fix))
         elif reply.model != before:
             say(f"warning: the teacher's model is now {reply.model}, it was {before}")
+
+    def _expected(self, request: Request) -> dict[str, int]:
+        """Return the most tokens of an answer, and the least that the server must have read."""
+        if isinstance(request, Scoring):
+            return {}
+        capped = "max_tokens" not in self.settings.omit
+        cap = {"cap": request.sampling.max_new_tokens} if capped else {}
+        return {**cap, "least": least_tokens(request, self.settings.model)}
 
     def _settle(self, sending: Sending, reply: Reply) -> bool:
         """Turn what was set aside into what was paid, and what may have been.
@@ -356,13 +382,15 @@ class EndpointClient:
             self._halt(DistillError(Exit.BUDGET, "teacher.budget_dollars", what, fix))
         return not budget.exceeded
 
-    async def _fail(self, sending: Sending, received: Received, failure: Failure) -> None:
+    async def _fail(
+        self, sending: Sending, received: Received, failure: Failure, started: float
+    ) -> None:
         """Store how an attempt failed, and do what that means for item, workers and run.
 
         No refusal is an answer, so the next go asks again.
         """
         settings, heeded = self.settings, failure.limited or received.status == 503
-        wait = retry_after(received.headers) if heeded else None
+        wait = stated_wait(received.headers, received.data) if heeded else None
         if wait is not None or failure.limited:  # at once: the other workers are about to send
             retries = sending.number if wait is None else 0
             self.gate.pause(backoff(retries, settings.initial_backoff) + (wait or 0.0))
@@ -377,25 +405,24 @@ class EndpointClient:
             raise DistillError(Exit.TEACHER, settings.model, failure.what, failure.fix)
         if failure.scope == "item":
             self._hand_on(Raw.failed(sending.request, failure.what, settings.model))
-            self._count_fruitless(failure.what)
         if wait is not None and wait > settings.max_pause:
             what = f"asks to wait {wait:,.0f} s ({failure.what})"
             fix = f"run again then, or raise teacher.max_pause: {AGAIN}"
             raise DistillError(Exit.TEACHER, settings.model, what, fix)
-        self.in_a_row += not failure.limited
-        if self.in_a_row >= SEVERAL:  # a server that is down need not be asked one at a time
-            self.alone = False
-        if self.in_a_row >= settings.max_consecutive_failures:
-            what = f"{self.in_a_row} failures in a row, the last: {failure.what}"
-            fix = f"see to the server: {AGAIN}"
-            raise DistillError(Exit.TEACHER, settings.model, what, fix)
+        may_pass = failure.scope == "retry" and not failure.hollow
+        pause = None if not may_pass else 0.0 if failure.limited else 2 * settings.initial_backoff
+        self._count(sending.request, failure.what, sent=started, pause=pause)
+        if self.patience.in_a_row >= SEVERAL:
+            # one that is down need not be asked one at a time; one that limits all is, until it
+            # answers
+            self.alone = failure.limited
 
-    def _count_fruitless(self, what: str) -> None:
-        """Count requests without an answer before any had one; raise where they show none will."""
-        self.fruitless += not self.answered
-        if self.fruitless == SEVERAL:
-            what = f"none of the first {SEVERAL} requests brought an answer, the last: {what}"
+    def _count(self, request: Request, what: str, sent: float = 0, pause: float | None = None):
+        """Count a failure; raise where the server has failed too often."""
+        given_up = self.patience.failed(request.id in self.before, sent, pause)
+        if given_up:
             fix = f"see to the account, the server and the settings of the teacher: {AGAIN}"
+            what = f"{given_up}, the last: {what}"
             raise DistillError(Exit.TEACHER, self.settings.model, what, fix)
 
     def _hand_on(self, raw: Raw) -> None:

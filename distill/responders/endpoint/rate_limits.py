@@ -4,14 +4,32 @@ Waits are measured by a monotonic clock, so a clock that is set changes none of 
 """
 
 import asyncio
+import math
 import random
+import re
 import time
 from collections.abc import Mapping
-from datetime import UTC
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds of backoff, before jitter
 FOREVER = 1e9  # seconds; a longer wait is as good as this one
+UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+LOOKED_AT = 64 << 10  # bytes of a body
+SINCE_1970 = 1e9  # seconds; a wait is shorter
+UNIT = r"milliseconds?|minutes?|mins?|ms|m|seconds?|secs?|s|hours?|hrs?|h|days?|d"
+PART = re.compile(rf"(\d{{1,12}}(?:\.\d{{1,12}})?)\s?({UNIT})?", re.IGNORECASE)
+DURATION = rf"((?:\d{{1,12}}(?:\.\d{{1,12}})?\s?(?:{UNIT})?\s?){{1,5}})"
+DELAY = re.compile(
+    r"(?:retry_?(?:delay|after)(?:_?s(?:econds)?)?\\?\"\s*:\s*(?:\{\s*\"seconds\"\s*:\s*)?\\?\"?"
+    r"|\b(?:(?:try|retry|resets?|available)(?: your request)?(?: again)? (?:in|after)|wait"
+    rf"(?: for)?)(?: about)? ){DURATION}",
+    re.IGNORECASE,
+)
+# OpenAI, Groq, Together, OpenRouter, Anthropic, Azure; and the draft of the IETF
+RESET = re.compile(r"(?:x-|anthropic-)?rate-?limit-[a-z-]{0,40}?reset(?:-[a-z-]{1,40})?")
+RESET_INSIDE = re.compile(r'"x-ratelimit-reset"\s*:\s*"?([\d.]{1,20})', re.IGNORECASE)
+SEVERAL = 5  # requests that bring no answer, before any has: the run fails, and not they
 REST, LONGEST_REST = 2.0, 300.0  # seconds that a dead address is left out, doubling
 
 
@@ -39,6 +57,62 @@ def retry_after(headers: Mapping[str, str], now: float | None = None) -> float |
         return None
     sent = here if here is not None else time.time() if now is None else now
     return max(0.0, until - sent)
+
+
+def stated_wait(headers: Mapping[str, str], data: bytes) -> float | None:
+    """Return the seconds that a reply asks to wait in any way that makers have, or None.
+
+    Its Retry-After; what its text says (Google's `"retryDelay": "34s"`, OpenAI's and Groq's "try
+    again in 6m0s", Azure's "retry after 24 seconds", OpenRouter's headers within the body); its
+    headers of the limit that is used up.
+    """
+    if (seconds := retry_after(headers)) is not None:
+        return seconds
+    text = data[:LOOKED_AT].decode("utf-8", "replace")
+    if match := DELAY.search(text):
+        return _duration(match[1])
+    names = [name.lower() for name in headers if RESET.fullmatch(name.lower())]
+    empty = [n for n in names if headers.get(n.replace("reset", "remaining"), "").strip() == "0"]
+    waits = [wait for name in empty or names if (wait := _until(headers[name])) is not None]
+    if waits:
+        return max(waits) if empty else min(waits)
+    match = RESET_INSIDE.search(text)
+    return _until(match[1]) if match else None
+
+
+def _duration(text: str) -> float:
+    """Return the seconds of "34s", "6m0s", "1h2m3.5s", "344ms", "24 seconds", or of a number."""
+    seconds = 0.0
+    for number, unit in PART.findall(text):
+        short = unit.lower()
+        thousandth = short == "ms" or short.startswith("milli")
+        seconds += float(number) * (0.001 if thousandth else UNITS[short[:1]])
+    return min(seconds, FOREVER)
+
+
+def _until(text: str) -> float | None:
+    """Return the seconds until a limit is reset: a duration, a date, a time since 1970.
+
+    None for what is none of these; what has passed is 0.
+    """
+    text = text.strip()
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if number > SINCE_1970:
+        number = number / (1000 if number > 1000 * SINCE_1970 else 1) - time.time()
+    if math.isfinite(number):
+        return max(0.0, number)
+    if re.fullmatch(DURATION, text, re.IGNORECASE):
+        return _duration(text)
+    try:  # RFC 3339, as Anthropic writes it
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        date = _date(text)
+        return None if date is None else max(0.0, date - time.time())
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return max(0.0, moment.timestamp() - time.time())
 
 
 def _number(text: str) -> float | None:
@@ -99,6 +173,34 @@ class Pace:
         start = max(now, self._free)
         self._free = start + max(self.request, self.token * tokens)
         return start - now
+
+
+class Patience:
+    """Counts failures, to give up a server that has nothing to say before the rest is paid for."""
+
+    def __init__(self, most: int, answered: bool) -> None:
+        self.most, self.answered = most, answered  # in a row; whether there was any answer
+        self.in_a_row = self.fruitless = 0
+        self._counted = 0.0
+
+    def failed(self, before: bool, sent: float, pause: float | None) -> str | None:
+        """Count a failure; return why to give up, if it was one too many.
+
+        What may pass has a `pause`: all that were in flight tell of it, so that it counts once
+        until then, by when the attempt was `sent`: a limit once for all that have waited as they
+        were told, a server that is down once in a while. What failed for good `before`, in an
+        earlier go, may do so again and says nothing of the server.
+        """
+        if pause is None:
+            self.fruitless += not self.answered
+            if self.fruitless == SEVERAL:
+                return f"none of the first {SEVERAL} requests brought an answer"
+            if before:
+                return None
+        elif sent < self._counted + pause:
+            return None
+        self.in_a_row, self._counted = self.in_a_row + 1, time.monotonic()
+        return f"{self.in_a_row} failures in a row" if self.in_a_row >= self.most else None
 
 
 class Replicas:

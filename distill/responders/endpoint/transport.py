@@ -4,6 +4,7 @@ Nothing here quotes an HTTP exception: its text may hold headers, and with them 
 """
 
 import asyncio
+import json
 import os
 import re
 import zlib
@@ -94,7 +95,32 @@ SCORING_FIXES = (
     (r"", "signals need a server that gives prompt_logprobs, as vLLM does, or signals.model"),
 )
 MESSAGES = ("message", "detail", "msg", "error_msg", "error_message", "errmsg", "error_description")
-CODES = ("code", "type", "status", "error_code", "errcode", "error_type")
+CODES = ("code", "type", "status", "error_code", "errcode", "error_type", "status_code")
+# What a code says in words: the status that it would have been
+STATUSES = {
+    **dict.fromkeys(("rate_limit_exceeded", "rate_limit_error", "too_many_requests"), 429),
+    **dict.fromkeys(("resource_exhausted", "rate_limited", "throttling_error"), 429),
+    **dict.fromkeys(("overloaded_error", "overloaded", "unavailable", "service_unavailable"), 503),
+    **dict.fromkeys(("internal_server_error", "server_error", "api_error", "internal"), 500),
+    **dict.fromkeys(("timeout", "timeout_error", "deadline_exceeded"), 504),
+    **dict.fromkeys(("authentication_error", "invalid_api_key", "unauthenticated"), 401),
+    **dict.fromkeys(("permission_denied", "permission_error"), 403),
+    **dict.fromkeys(("model_not_found", "not_found_error"), 404),
+}
+# A refusal of a field that every request has: OpenAI, Azure, Groq, Mistral, Google, Anthropic, vLLM
+UNSUPPORTED = re.compile(
+    r"unsupported|not support|unrecogni[sz]ed|unknown (name|field|param|argument)|unexpected"
+    r"|extra.{0,12}(input|field|forbidden)|not permitted|not allowed|deprecated|only the default"
+    r"|cannot both|not available|supports? at most|less than or equal|is invalid for this model",
+    re.IGNORECASE,
+)
+FIELD_FIXES = {
+    "max_tokens": "set teacher.max_tokens_field=max_completion_tokens, or lower max_new_tokens",
+    "max_completion_tokens": "set teacher.max_tokens_field=max_tokens, or lower max_new_tokens",
+    "temperature": "set 'teacher.omit=[temperature]', or another teacher.temperature",
+    "top_p": "set teacher.top_p=1, which is not sent",
+}
+ALWAYS = {"model", "messages", "prompt"}  # in every request; what they hold differs
 
 
 class Failure(Record):
@@ -106,6 +132,7 @@ class Failure(Record):
     fix: str = "run the same command again"
     replica: bool = False  # this address failed, another may answer
     limited: bool = False  # the rate was too high: all workers wait
+    hollow: bool = False  # a reply as of success, which may be charged, without an answer
 
 
 class Received(NamedTuple):
@@ -258,12 +285,19 @@ def classify(status: int, data: bytes, request: bytes = b"") -> Failure:
         if text and not text.startswith("<"):
             what = f"{status}, no answer: {text}"
     if well:  # what its code says
-        status = next((int(c) for c in codes if re.fullmatch(r"[45]\d\d", c)), status)
-    if QUOTA & codes or status == 402:
+        words = (STATUSES.get(code.lower()) for code in sorted(codes))
+        coded = (int(code) for code in codes if re.fullmatch(r"[45]\d\d", code))
+        status = next(coded, next((word for word in words if word), status))
+    # of Google's quotas a day's is named so, beside a delay of seconds
+    daily = status == 429 and re.search(rb'"quotaId"\s*:\s*"[^"]{0,80}PerDay', data)
+    if QUOTA & codes or status == 402 or daily:
         what = f"the account's quota is used up ({what})"
         return Failure(what=what, scope="run", billed="no", fix=FIXES[402])
     if status == 429:
-        return Failure(what=what, scope="retry", billed="no", limited=True)
+        # one that exceeds a minute's tokens alone never passes: OpenAI, Groq
+        alone = re.search(r"request (is )?too large", message, re.IGNORECASE)
+        scope = "item" if alone else "retry"
+        return Failure(what=what, scope=scope, billed="no", limited=not alone)
     if 300 <= status < 400:
         fix = "redirects are never followed: write the final address in teacher.base_url"
         return Failure(what=f"{status}: a redirect", scope="run", billed="no", fix=fix)
@@ -273,6 +307,10 @@ def classify(status: int, data: bytes, request: bytes = b"") -> Failure:
         return Failure(what=what, scope="run", billed="no", fix=FIXES[status])
     if status in (400, 422) and FORM.match(message):
         fix = "check teacher.model, and the fields that teacher.extra_body sends"
+        return Failure(what=what, scope="run", billed="no", fix=fix)
+    if (status in (400, 422) or declared) and (field := _unsupported(message, body, request)):
+        fix = FIELD_FIXES.get(field, f"remove {field} from teacher.extra_body")
+        what = f"the server does not take {field} ({what})"
         return Failure(what=what, scope="run", billed="no", fix=fix)
     success = 200 <= status < 300
     refused = (400 <= status < 500 and status not in (408, 409, 425)) or (success and declared)
@@ -284,7 +322,25 @@ def classify(status: int, data: bytes, request: bytes = b"") -> Failure:
     if refused:
         return Failure(what=what, scope="item", billed="unknown" if well else "no")
     billed = "no" if status in UNPAID else "unknown"
-    return Failure(what=what, scope="retry", billed=billed, replica=status in (502, 503, 504))
+    replica = status in (502, 503, 504)
+    return Failure(what=what, scope="retry", billed=billed, replica=replica, hollow=success)
+
+
+def _unsupported(message: str, body: object, request: bytes) -> str | None:
+    """Return the field of a request that a server refuses by name, and not for what was asked."""
+    try:
+        asked = json.loads(request or b"{}")
+    except ValueError:
+        return None
+    error = body.get("error") if isinstance(body, dict) else None
+    param = error.get("param") if isinstance(error, dict) else None
+    refusal = UNSUPPORTED.search(message)
+    if refusal is None or "context" in message.lower():
+        return None
+    # the longest first, as `top_logprobs` holds another name
+    fields = sorted(asked.keys() - ALWAYS, key=len, reverse=True)
+    named = (field for field in fields if re.search(rf"(?<!\w){re.escape(field)}(?!\w)", message))
+    return param if param in fields else next(named, None)
 
 
 def of_scoring(failure: Failure) -> Failure:

@@ -25,11 +25,34 @@ from distill.records import Candidate, Record, Stop, TokenLogprob, Usage
 if TYPE_CHECKING:
     from distill.responders.responder import Request
 
-STOPS: dict[str, Stop] = {"stop": "end", "length": "length", "content_filter": "filtered"}
+# Why an answer stopped: the makers' words in small letters without what is between them. OpenAI,
+# vLLM, SGLang, llama.cpp, Ollama, LM Studio, TGI, Google, Anthropic, Mistral, DeepSeek, Together,
+# Cohere, Bedrock, watsonx, Zhipu, AI21
+STOPS: dict[str, Stop] = {
+    word: stop
+    for stop, words in {
+        "end": "stop eos eostoken eosfound endoftext endofturn endturn end stopsequence stopstring"
+        " stopstringfound stoptoken word complete completed done finished",
+        "length": "length maxtokens maxoutputtokens maxnewtokens maxlength maxtokensreached"
+        " maxpredictedtokensreached tokenlimit limit timelimit modellength contextlength"
+        " contextlengthreached contextlengthexceeded modelcontextwindowexceeded truncated"
+        " incomplete notfinished errorlimit",
+        "filtered": "contentfilter contentfiltered filtered refusal safety recitation blocklist"
+        " prohibitedcontent spii language imagesafety sensitive outputsensitive moderation"
+        " guardrailintervened errortoxic modelarmor",
+        "error": "error failed abort aborted cancelled canceled usercancel userstopped timeout"
+        " insufficientsystemresource networkerror modelerror modelunloaded load unload pauseturn"
+        " malformedresponse toolcalls toolcall functioncall tooluse malformedfunctioncall"
+        " unexpectedtoolcall",
+    }.items()
+    for word in words.split()
+}
+TOOLS = ("toolcalls", "toolcall", "functioncall", "tooluse")
 CHOICE = re.compile(rb'"choices"\s*:\s*\[\s*\{')  # there is one at least
 KEPT_ALIVE = re.compile(rb"(?:\xef\xbb\xbf)?(?:\s++|:[^\n]*+(?:\n|\Z))*+")
 HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # where a lone surrogate may stand
 LARGE = 64 << 10  # bytes; no answer's text is, but distributions are
+UNKNOWN_FINISH = "unknown finish_reason"
 MESSAGE_CHARS = 200  # of a server's message in ours
 
 
@@ -191,53 +214,85 @@ def read_reply(data: bytes, question: int = 0) -> Reply:
         message = choice.get("message", {"content": choice.get("text")})
         if not isinstance(message, dict):
             raise ValueError("the message is no object")
-        content = message.get("content")
-        if isinstance(content, list):  # parts, as some servers give them
-            content = "".join(str(p.get("text", "")) for p in content if isinstance(p, dict))
-        explained = message.get("tool_calls") or message.get("refusal") or choice.get("error")
-        for name in ("reasoning_content", "reasoning"):  # of which the second counts
+        content, thoughts = message.get("content"), list[str]()
+        if isinstance(content, list):  # parts, as Mistral and others give them
+            parts = [part for part in content if isinstance(part, dict)]
+            thoughts = [_text(part.get("thinking")) for part in parts]
+            content = "".join(_text(part.get("text")) for part in parts)
+        for name in ("thinking", "reasoning_content", "reasoning"):  # of which the last counts
             field = message.get(name)
             reasoning = field if isinstance(field, str) and field.strip() else reasoning
-        if content is None and (explained or reasoning or choice.get("finish_reason") != "stop"):
+        reasoning = reasoning or "".join(thoughts) or None
+        finish = _finish(choice)
+        explained = message.get("tool_calls") or message.get("refusal") or choice.get("error")
+        stopped_short = STOPS.get(_plain(finish)) in ("length", "filtered", "error")
+        if content is None and (explained or reasoning or stopped_short):
             content = ""
         if not isinstance(content, str):
             raise ValueError("the content is no text")
         text, block = split_reasoning(content) if reasoning is None else (content, None)
     except ValueError as error:
         return Reply(stop="error", error=f"unreadable answer: {error}"[:MESSAGE_CHARS])
-    stop, why = _stop(message, choice)
     model, usage = body.get("model"), body.get("usage")
-    usage = usage if isinstance(usage, dict) else {}
+    fields = usage if isinstance(usage, dict) else {}
     reasoning = reasoning or block
+    usage = _usage(fields, question, len((reasoning or "") + text))
+    stop, why = _stop(message, choice.get("error"), finish)
+    if stop is None:  # it does not say, or in a word that nobody knows
+        stop = "end" if text.strip() else "error"
     return Reply(
         text=text,
         reasoning=reasoning,
         stop=stop,
-        usage=_usage(usage, question, len((reasoning or "") + text)),
+        usage=usage,
         # without the revision that `transformers serve` adds to every name
         model=(isinstance(model, str) and model[:MESSAGE_CHARS].removesuffix("@main")) or None,
         logprobs=_logprobs(choice.get("logprobs")),
-        dollars=_cost(usage),
+        dollars=_cost(fields),
         error=why,
     )
 
 
-def _stop(message: dict[str, JsonValue], choice: dict[str, JsonValue]) -> tuple[Stop, str | None]:
-    """Return why an answer stopped, and what to say where it is not to be taken as an answer."""
-    finish, refusal = choice.get("finish_reason"), message.get("refusal")
-    finish = finish if isinstance(finish, str) else None
-    if choice.get("error") or finish == "error":
-        reason = plain_message(choice.get("error")) or "no reason given"
+def _text(value: JsonValue) -> str:
+    """Return the text of a part of the content, or of a list of parts in it."""
+    if isinstance(value, list):
+        return "".join(_text(p.get("text")) for p in value if isinstance(p, dict))
+    return value if isinstance(value, str) else ""
+
+
+def _plain(word: str) -> str:
+    """Return a maker's word for why an answer stopped as STOPS has it; what explains it goes."""
+    word = word.partition(":")[0].rpartition(".")[2].lower()
+    return "".join(c for c in word if c.isalpha()).removeprefix("finishreason")
+
+
+def _finish(choice: dict[str, JsonValue]) -> str:
+    """Return why a choice says that it stopped, in the first word that is known; "" for none."""
+    words = list[str]()
+    for name in ("finish_reason", "native_finish_reason", "stop_reason", "done_reason"):
+        word = choice.get(name)
+        if isinstance(word, dict):  # SGLang's own form
+            word = word.get("type")
+        words += [word] if isinstance(word, str) and word.strip() else []
+    return next((word for word in words if _plain(word) in STOPS), words[0] if words else "")
+
+
+def _stop(
+    message: dict[str, JsonValue], error: JsonValue, finish: str
+) -> tuple[Stop | None, str | None]:
+    """Return why an answer stopped, None where nobody knows, and what to say of it."""
+    refusal, word = message.get("refusal"), _plain(finish)
+    if error or word == "error":
+        reason = plain_message(error) or "no reason given"
         return "error", f"the server broke off: {reason}"
     if isinstance(refusal, str) and refusal:
         return "filtered", f"refusal: {plain_message(refusal)}"
-    if message.get("tool_calls") or finish in ("tool_calls", "function_call"):
+    if message.get("tool_calls") or word in TOOLS:
         return "error", "tool_calls: it called a tool instead of answering"
-    if finish in ("content_filter", "refusal"):
-        return "filtered", finish
-    if finish in STOPS:
-        return STOPS[finish], None
-    return "error", f"unknown finish_reason {str(finish)[:40]!r}"
+    stop = STOPS.get(word)
+    if stop in ("filtered", "error"):
+        return stop, finish[:MESSAGE_CHARS]
+    return stop, f"{UNKNOWN_FINISH} {finish[:40]!r}" if stop is None else None
 
 
 def _logprobs(field: Any) -> tuple[TokenLogprob, ...] | None:
@@ -275,20 +330,21 @@ def _logprobs(field: Any) -> tuple[TokenLogprob, ...] | None:
 
 def _usage(fields: dict[str, JsonValue], question: int, answer: int) -> Usage:
     """Return the tokens that the server counted, or an estimate of 4 characters a token."""
-    read, output = (
-        token_count(fields.get("prompt_tokens")),
-        token_count(fields.get("completion_tokens")),
-    )
+    read = token_count(fields.get("prompt_tokens", fields.get("input_tokens")))
+    output = token_count(fields.get("completion_tokens", fields.get("output_tokens")))
     if not read or output is None or (answer and not output):
         return estimated_usage(question, answer)
     inside, outside = (fields.get(f"{side}_tokens_details") for side in ("prompt", "completion"))
+    # OpenAI; Moonshot; DeepSeek; Anthropic's name, which proxies pass on
     cached = token_count(inside.get("cached_tokens")) if isinstance(inside, dict) else None
+    for name in ("cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens"):
+        cached = cached or token_count(fields.get(name))
     reasoning = token_count(outside.get("reasoning_tokens")) if isinstance(outside, dict) else None
     total = token_count(fields.get("total_tokens")) or 0
     return Usage(
         input_tokens=read,
         cached_input_tokens=min(cached or 0, read),
-        output_tokens=max(output, total - read),  # xAI counts reasoning in the total only
+        output_tokens=max(output, total - read),  # xAI and Google count reasoning in the total only
         reasoning_tokens=reasoning or token_count(fields.get("reasoning_tokens")) or 0,
     )
 
@@ -313,7 +369,9 @@ def _cost(fields: dict[str, JsonValue]) -> Decimal | None:
     """
     details = fields.get("cost_details")
     upstream = details.get("upstream_inference_cost") if isinstance(details, dict) else None
-    stated, passed_on = _dollars(fields.get("cost")), _dollars(upstream)
+    stated, passed_on = fields.get("cost", fields.get("estimated_cost")), _dollars(upstream)
+    # Perplexity divides it; DeepInfra calls it estimated
+    stated = _dollars(stated.get("total_cost") if isinstance(stated, dict) else stated)
     if stated is None or passed_on is None:
         return stated if passed_on is None else passed_on
     return stated + passed_on if fields.get("is_byok") is True else max(stated, passed_on)

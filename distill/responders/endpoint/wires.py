@@ -7,6 +7,7 @@ gives in another form than it was asked for is read too, also long after it was 
 from typing import TYPE_CHECKING, Any, Protocol
 
 from distill.config.teachers import EndpointTeacher
+from distill.records import Usage
 from distill.responders.endpoint import anthropic, wire
 from distill.responders.endpoint.wire import Reply, unpack
 
@@ -63,4 +64,18 @@ def read_stored(body: dict[str, Any]) -> Reply:
         return Reply(stop="error", error=str(body.get("what", status)))
     data = unpack(body)
     form = anthropic if anthropic.is_answer(data) else wire
-    return form.read_reply(data, int(body.get("question", 0)))
+    reply = form.read_reply(data, int(body.get("question", 0)))
+    if cut := cut_prompt(reply.usage, body.get("least")):
+        return reply.model_copy(update={"stop": "error", "error": cut})
+    counted = reply.usage.output_tokens if not reply.usage.estimated else 0
+    if reply.stop == "end" and reply.error and 0 < body.get("cap", 0) <= counted:
+        return reply.model_copy(update={"stop": "length"})  # it did not say why it stopped
+    return reply
+
+
+def cut_prompt(usage: Usage, least: int | None) -> str | None:
+    """Return what to say where a server counts fewer tokens read than a prompt has at least."""
+    if not least or usage.estimated or not 0 < usage.input_tokens < least:
+        return None
+    read = f"{usage.input_tokens:,} tokens of a prompt of at least {least:,}"
+    return f"the server read {read}: it cuts prompts without a word"
