@@ -82,8 +82,11 @@ class Corpus(Section):
     """`auto` reads `path` or `dataset`; `python-docs` takes the documentation of the Python that
     runs this."""
     path: File | None = None
-    """File or folder of documents or rows: txt, md, rst, html, jsonl, csv, tsv or parquet. Wins
-    over `dataset`."""
+    """File or folder of documents or rows: txt, md, rst, html, json, jsonl, ndjson, csv, tsv,
+    parquet, pdf or docx. Wins over `dataset`."""
+    encoding: str | None = None
+    """Encoding of text files that are neither UTF-8 nor UTF-16, as Python calls it (cp1252, cp932,
+    gb18030); null takes what is recognised, and refuses the rest."""
     dataset: str | None = None
     """Dataset of the Hub as OWNER/NAME, or a folder that `datasets` saved, as ./FOLDER."""
     dataset_config: str | None = None
@@ -119,6 +122,16 @@ class Corpus(Section):
     @classmethod
     def _dataset_name(cls, value: str | None) -> str | None:
         return value if value is None else checked_model(value)
+
+    @field_validator("encoding")
+    @classmethod
+    def _text_encoding(cls, value: str | None) -> str | None:
+        try:
+            if value is not None and b"a".decode(value) != "a":
+                raise LookupError
+        except (LookupError, ValueError):
+            raise ValueError("no encoding of text that Python knows") from None
+        return value
 
     @field_validator("reference_pattern")
     @classmethod

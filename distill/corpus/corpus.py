@@ -53,7 +53,15 @@ def main(run: Run) -> None:
         documents, rejects, corpus.near_duplicate_threshold, corpus.limit, config.seed
     )
     sizes = corpus.split
-    splits = split([d.id for d in documents], config.seed, sizes.validation, sizes.heldout)
+    # pages of one PDF are in one split
+    groups = {
+        d.id: d.source.rpartition(":")[0] if ".pdf:" in d.source.lower() else d.id
+        for d in documents
+    }
+    of_group = split(
+        [*dict.fromkeys(groups.values())], config.seed, sizes.validation, sizes.heldout
+    )
+    splits = {identity: of_group[group] for identity, group in groups.items()}
     chunks = cut_documents(documents, splits, corpus.chunk, rejects)
     repeats = len(rejects) - before
     clean_chunks = remove_contaminated(chunks, rejects)
@@ -115,6 +123,10 @@ def _relative(file: Path, root: Path) -> str:
     return file.relative_to(root).as_posix() if file != root else file.name
 
 
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
 def read(corpus: Corpus) -> Iterator[SourceRow | Reject]:
     """Yield every row of the configured source, or why it could not be read."""
     if corpus.source == "python-docs":
@@ -126,11 +138,16 @@ def read(corpus: Corpus) -> Iterator[SourceRow | Reject]:
     else:
         files, ignored = readers.list_files(corpus.path)
         if ignored:
-            say(f"corpus: {ignored} files of other kinds are not read")
+            names = _some([_relative(file, corpus.path) for file in ignored])
+            say(f"corpus: {len(ignored)} files of other kinds are not read: {names}")
+        others: dict[str, list[str]] = {}
         with tracking("reading", len(files), "files") as tracker:
             for file in files:
-                yield from readers.read_file(file, _relative(file, corpus.path))
+                source = _relative(file, corpus.path)
+                yield from readers.read_file(file, source, corpus.encoding, others)
                 tracker.advance()
+        for encoding, names in others.items():
+            say(f"corpus: {len(names)} files are read as {encoding}: {_some(names)}")
 
 
 def interpret_rows(corpus: Corpus, rejects: list[Reject]) -> list[Document]:

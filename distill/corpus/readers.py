@@ -1,21 +1,25 @@
-"""Reading what people have: text, HTML, JSON lines, CSV, Parquet, a folder of these, or a dataset.
+"""Reading what people have: text, HTML, PDF, JSON, CSV, Parquet, a folder of these, or a dataset.
 
 Each reader yields a row as a mapping with its place (`file:line`), or a reject with a reason. A
 file that cannot be opened or whose end is missing stops with exit 3; a bad row never does. Lines
 end at newlines and nowhere else.
 """
 
+import codecs
 import csv
 import gzip
 import io
 import json
 import re
+import tempfile
+import zipfile
 import zlib
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn
 
+from distill.corpus.encodings import SAMPLE, recognise
 from distill.errors import DistillError, Exit
 from distill.records import Record
 from distill.storage.progress import say
@@ -23,8 +27,13 @@ from distill.storage.progress import say
 MAX_ROW = 16 * 2**20  # bytes of one row, or of one text file
 TEXTS = (".txt", ".md", ".rst", ".html", ".htm")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-SUFFIXES = (*TEXTS, ".jsonl", *DELIMITERS)
-BINARY_SUFFIXES = (".parquet",)
+LINES = (".jsonl", ".ndjson")
+SUFFIXES = (*TEXTS, *LINES, ".json", *DELIMITERS)
+BINARY_SUFFIXES = (".parquet", ".pdf", ".docx")
+PACKED = (".gz", ".zst")
+MAX_JSON = 2**31  # bytes of a .json file, which is read as one
+MAX_UNPACKED = 2**28  # bytes that a .docx may hold
+SHORT_PAGE = 200  # characters below which a page of a PDF is read together with the next
 BLOCKS = frozenset(
     "address article aside blockquote br dd div dl dt figcaption footer h1 h2 h3 h4 h5 h6 header "
     "hr li listing main ol p plaintext pre section table td th tr ul xmp".split()
@@ -36,7 +45,7 @@ MARK = "<br end={}>"  # after each of these, which the parser tells only where i
 MARKS = re.compile(MARK.format(r"\w+"))  # left where markup is text, as in a textarea
 # libxml2 looks through all open elements for what an end tag closes: these take some five seconds
 MAX_LOOKS = 2_000_000_000
-Bytes = io.BufferedReader | gzip.GzipFile
+Bytes = IO[bytes]
 
 
 class SourceRow(NamedTuple):
@@ -55,15 +64,15 @@ class Reject(Record):
 
 
 def kind_of(path: Path) -> str | None:
-    """Return the suffix that says how to read a file (`.gz` of the text kinds apart), or None."""
+    """Return the suffix that says how to read a file, of the text kinds before `.gz`, or None."""
     name = path.name.lower()
-    plain = name.removesuffix(".gz")
+    plain = name.removesuffix(".gz").removesuffix(".zst")
     suffix = Path(plain).suffix
     return suffix if suffix in SUFFIXES or (suffix in BINARY_SUFFIXES and plain == name) else None
 
 
-def list_files(path: Path) -> tuple[list[Path], int]:
-    """Return the readable files at or below a path, sorted, and how many others there are.
+def list_files(path: Path) -> tuple[list[Path], list[Path]]:
+    """Return the readable files at or below a path, sorted, and the others.
 
     Raises DistillError (exit 3) where the path is missing or holds nothing that can be read.
     """
@@ -77,34 +86,83 @@ def list_files(path: Path) -> tuple[list[Path], int]:
     if not readable:
         names = " ".join((*SUFFIXES, *BINARY_SUFFIXES))
         raise DistillError(Exit.INPUT, path, "holds no file of a known kind", f"known are {names}")
-    return readable, len(files) - len(readable)
+    return readable, [file for file in files if not kind_of(file)]
 
 
-def read_file(path: Path, source: str) -> Iterator[SourceRow | Reject]:
+def read_file(
+    path: Path, source: str, encoding: str | None = None, others: dict[str, list[str]] | None = None
+) -> Iterator[SourceRow | Reject]:
     """Yield the rows of one file, called `source` in places.
 
-    Raises DistillError (exit 3) where it cannot be read.
+    What is not in UTF-8 is in `encoding`, or in one that is recognised and noted in `others`, else
+    said at once. Raises DistillError (exit 3) where the file cannot be read.
     """
     kind = kind_of(path)
     try:
-        if kind == ".parquet":
-            yield from _read_parquet(path, source)
+        if kind in BINARY_SUFFIXES:
+            yield from {".parquet": _read_parquet, ".pdf": _read_pdf, ".docx": _read_docx}[kind](
+                path, source
+            )
             return
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            if kind == ".jsonl":
+        with _open(path) as file:
+            sample = file.read(SAMPLE)
+        other = recognise(sample, complete=len(sample) < SAMPLE)
+        if encoding and not (other and other[1].startswith("UTF")) and not _is_utf8(sample):
+            other = encoding, encoding
+        with _open(path) as packed, tempfile.TemporaryFile() as plain:
+            file = packed
+            if other:
+                if others is None:
+                    say(f"{source} is read as {other[1]}")
+                else:
+                    others.setdefault(other[1], []).append(source)
+                file = _as_utf8(packed, plain, other[0])
+            if kind in LINES:
                 yield from read_lines(file, source)
+            elif kind == ".json":
+                yield from read_json(file, source)
             elif kind in DELIMITERS:
                 yield from read_csv(file, source, DELIMITERS[kind])
             elif kind in TEXTS:
                 yield from _read_text(file, source, html=kind in (".html", ".htm"))
             else:
                 raise LookupError(f"{kind} is in SUFFIXES and has no reader")
+    except UnicodeDecodeError as error:
+        what = f"is no valid {error.encoding}, as it begins: {error.reason} (or it is cut off)"
+        raise DistillError(Exit.INPUT, path, what, "fetch it again, or convert it") from None
     except (EOFError, zlib.error, gzip.BadGzipFile):
         what, fix = "is a damaged or cut-off .gz", "fetch or pack it again"
         raise DistillError(Exit.INPUT, path, what, fix) from None
     except OSError as error:
         what, fix = error.strerror or str(error), "check the file and its rights"
         raise DistillError(Exit.INPUT, path, what, fix) from None
+
+
+def _open(path: Path) -> Bytes:
+    """Open a file to read its bytes, unpacked."""
+    if path.suffix.lower() == ".zst":
+        import pyarrow  # costs a second to import, and few need it
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+def _as_utf8(file: Bytes, copy: Bytes, encoding: str) -> Bytes:
+    """Write the text of a file to `copy` in UTF-8, and return that from its beginning on."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    while block := file.read(2**20):
+        copy.write(decoder.decode(block).encode("utf-8"))
+    copy.write(decoder.decode(b"", final=True).encode("utf-8"))
+    copy.seek(0)
+    return copy
+
+
+def _is_utf8(sample: bytes) -> bool:
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(sample)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _read_text(file: Bytes, source: str, html: bool) -> Iterator[SourceRow | Reject]:
@@ -128,41 +186,81 @@ def decode(data: bytes) -> str:
         raise ValueError(f"not UTF-8 at byte {error.start}") from None
 
 
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON value")
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    value = dict(pairs)
+    if len(value) < len(pairs):  # JSON does not say which of equal keys counts
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"key {counts.most_common(1)[0][0][:60]!a} stands twice")
+    return value
+
+
+def read_json(file: Bytes, source: str) -> Iterator[SourceRow | Reject]:
+    """Yield the rows of a JSON file: of an array, of the one list in an object, or the object.
+
+    Of a file of JSON lines, as many are called .json, each line. Raises DistillError (exit 3) where
+    it is no JSON.
+    """
+    data = file.read(MAX_JSON + 1)
+    try:
+        if len(data) > MAX_JSON:
+            raise ValueError(f"is larger than {MAX_JSON:,} bytes: write it as .jsonl")
+        value = json.loads(decode(data), object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and error.doc.lstrip().startswith("{"):
+            yield from read_lines(io.BytesIO(data), source)
+            return
+        what = f"is no JSON, or is cut off: {error}"
+        raise DistillError(Exit.INPUT, source, what, "correct it, or fetch it again") from None
+    except (ValueError, RecursionError) as error:
+        what = str(error) if isinstance(error, ValueError) else "is nested too deeply"
+        raise DistillError(Exit.INPUT, source, what, "correct the file") from None
+    if isinstance(value, dict):
+        lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
+        lists = [rows for rows in lists if not rows[0].keys() & {"role", "from"}]
+        if len(lists) > 1:
+            what = f"holds {len(lists)} lists of rows"
+            fix = "write the one to be read to a file of its own"
+            raise DistillError(Exit.INPUT, source, what, fix)
+        value = lists[0] if lists else [value]
+    for number, row in enumerate(value if isinstance(value, list) else [value], 1):
+        where = f"{source}:{number}"
+        if isinstance(row, dict):
+            yield SourceRow(where, row)
+        else:
+            yield Reject(where=where, reason=f"not an object but {type(row).__name__}")
+
+
 def read_lines(file: Bytes, source: str) -> Iterator[SourceRow | Reject]:
     """Yield the rows of JSON lines; memory stays bounded by the longest allowed row."""
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is no JSON value")
-
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        value = dict(pairs)
-        if len(value) < len(pairs):  # JSON does not say which of equal keys counts
-            counts = Counter(key for key, _ in pairs)
-            raise ValueError(f"key {counts.most_common(1)[0][0][:60]!a} stands twice")
-        return value
-
     number = 0
     while line := file.readline(MAX_ROW + 1):
-        number += 1
-        where, reason, value = f"{source}:{number}", "", None
         if len(line) > MAX_ROW:
-            reason = f"longer than {MAX_ROW:,} bytes"
+            number += 1
+            yield Reject(where=f"{source}:{number}", reason=f"longer than {MAX_ROW:,} bytes")
             while not line.endswith(b"\n") and (line := file.readline(MAX_ROW)):
                 pass
-        elif not line.strip():
             continue
-        else:
+        # a bare carriage return, which no JSON text holds, ends a line of old Macs
+        for part in line.removesuffix(b"\n").removesuffix(b"\r").split(b"\r"):
+            number += 1
+            where, reason, value = f"{source}:{number}", "", None
+            if not part.strip():
+                continue
             try:
-                value = json.loads(decode(line), parse_constant=refuse, object_pairs_hook=unique)
+                value = json.loads(decode(part), parse_constant=_refuse, object_pairs_hook=_unique)
             except RecursionError:
                 reason = "nested too deeply"
             except ValueError as error:
                 reason = f"not JSON: {error}"[:200]
-        if isinstance(value, dict):
-            yield SourceRow(where, value)
-        else:
-            reason = reason or f"not an object but {type(value).__name__}"
-            yield Reject(where=where, reason=reason)
+            if isinstance(value, dict):
+                yield SourceRow(where, value)
+            else:
+                reason = reason or f"not an object but {type(value).__name__}"
+                yield Reject(where=where, reason=reason)
 
 
 def read_csv(file: Bytes, source: str, delimiter: str) -> Iterator[SourceRow | Reject]:
@@ -259,6 +357,56 @@ def _read_parquet(path: Path, source: str) -> Iterator[SourceRow | Reject]:
     except (pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
         what = f"is no readable Parquet file: {str(error).splitlines()[0][:120]}"
         raise DistillError(Exit.INPUT, path, what, "write it again") from None
+
+
+def _lacks_extra(path: Path) -> DistillError:
+    what, fix = f"{path.suffix} needs the extra `documents`", "pip install 'distill[documents]'"
+    return DistillError(Exit.INPUT, path, what, fix)
+
+
+def _read_pdf(path: Path, source: str) -> Iterator[SourceRow | Reject]:
+    """Yield the text of each page, with its number; a short page goes with its neighbour."""
+    try:
+        import pypdf
+    except ImportError:
+        raise _lacks_extra(path) from None
+    pages: list[tuple[int, str]] = []
+    try:
+        reader = pypdf.PdfReader(path)
+        if reader.is_encrypted and not reader.decrypt(""):
+            raise ValueError("it needs a password")
+        for number, page in enumerate(reader.pages, 1):
+            text = page.extract_text().strip()
+            if pages and min(len(text), len(pages[-1][1])) < SHORT_PAGE:
+                number, before = pages.pop()
+                text = f"{before}\n\n{text}".strip()
+            pages += [(number, text)] if text else []
+        if not pages:
+            raise ValueError("it holds no text, as of scanned pages")
+    except Exception as error:  # damaged ones make pypdf raise whatever there is
+        yield Reject(where=f"{source}:1", reason=f"cannot be read as PDF: {error}"[:200])
+        return
+    yield from (SourceRow(f"{source}:{n}", {"text": text, "page": n}) for n, text in pages)
+
+
+def _read_docx(path: Path, source: str) -> Iterator[SourceRow | Reject]:
+    """Yield the paragraphs and tables in their order, as one text."""
+    try:
+        import docx
+    except ImportError:
+        raise _lacks_extra(path) from None
+    try:
+        with zipfile.ZipFile(path) as packed:
+            if sum(member.file_size for member in packed.infolist()) > MAX_UNPACKED:
+                raise ValueError(f"larger than {MAX_UNPACKED:,} bytes when unpacked")
+        blocks: list[str] = []
+        for block in docx.Document(str(path)).iter_inner_content():
+            rows: Any = getattr(block, "rows", None)
+            lines = ["\t".join(cell.text for cell in row.cells) for row in rows or ()]
+            blocks.append("\n".join(lines) if rows is not None else block.text)
+        yield SourceRow(f"{source}:1", {"text": "\n\n".join(filter(None, blocks))})
+    except Exception as error:  # as above
+        yield Reject(where=f"{source}:1", reason=f"cannot be read as .docx: {error}"[:200])
 
 
 def is_saved_dataset(path: Path) -> bool:

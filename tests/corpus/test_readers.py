@@ -2,7 +2,10 @@
 
 import csv
 import gzip
+import importlib.util
+import io
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -26,11 +29,13 @@ def read(path: Path) -> list[SourceRow | Reject]:
 
 def write(folder: Path, name: str, data: bytes) -> Path:
     path = folder / name
+    if name.endswith(".zst"):
+        data = pyarrow.compress(data, codec="zstd", asbytes=True)
     path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     return path
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.rst", "a.txt.gz", "a.rst.gz", "A.MD"])
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.rst", "a.txt.gz", "a.rst.zst", "A.MD"])
 def test_a_text_file_is_one_row(tmp_path: Path, name: str) -> None:
     path = write(tmp_path, name, "\ufeffÜber\r\nline".encode())
     assert read(path) == [SourceRow(f"{name}:1", {"text": "Über\r\nline"})]
@@ -105,7 +110,7 @@ def test_end_tags_that_close_nothing_take_bounded_time(tmp_path: Path, end: str)
 
 
 def test_a_page_with_a_nul_character_is_rejected_as_any_text_with_one_is(tmp_path: Path) -> None:
-    (reject,) = read(write(tmp_path, "a.html", "<p>text</p>".encode("utf-16-le")))
+    (reject,) = read(write(tmp_path, "a.html", b"<p>some text</p>\0<p>and more</p>"))
     assert reject == Reject(where="a.html:1", reason="holds a NUL character")
 
 
@@ -115,7 +120,7 @@ def test_no_page_makes_the_html_reader_raise(page: str) -> None:
     assert isinstance(html_to_text(page), str)
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.ndjson.zst"])
 def test_lines_end_at_newlines_only(tmp_path: Path, name: str) -> None:
     rows = [{"text": "one\u2028two\x85three\x0cfour"}, {"text": "next"}]
     data = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
@@ -167,7 +172,7 @@ def test_a_row_that_is_too_long_is_rejected(
     | st.text(alphabet='{}[]":,\n\r\\u d8019a', max_size=60).map(str.encode)
 )
 def test_no_bytes_make_a_reader_raise(tmp_path: Path, data: bytes) -> None:
-    for name in (f"a{suffix}" for suffix in SUFFIXES):
+    for name in (f"a{suffix}" for suffix in SUFFIXES if suffix != ".json"):
         head = b"a,b\n" if name == "a.csv" else b"a\n" if name == "a.tsv" else b""
         found = read(write(tmp_path, name, head + data))
         assert all(isinstance(row, SourceRow | Reject) for row in found)
@@ -348,8 +353,19 @@ def test_a_saved_dataset_is_read_with_its_split(tmp_path: Path) -> None:
         ("none.txt.gz", b"plain text"),
         ("flipped.txt.gz", gzip.compress(b"text" * 99)[:-9] + b"\0" * 9),
         ("none.parquet", b"PAR1 not really"),
+        ("cut.md.zst", pyarrow.compress(b"text" * 999, codec="zstd", asbytes=True)[:-6]),
+        ("none.csv.zst", b"plain text"),
+        ("cut.json", b'[{"text": "a"}, {"te'),
+        ("twice.json", b'[{"text": "a", "text": "b"}]'),
+        ("deep.json", b"[" * 100_000),
+        ("two.json", b'{"train": [{"text": "a"}], "test": [{"text": "b"}]}'),
+        ("cut.txt", "Sprich über Öl.".encode("utf-16")[:-1]),
+        ("late.csv", "text\n".encode("utf-16") + b"a\0" * 200_000 + b"\x00\xd8"),
     ],
-    ids=("cut", "no gzip", "flipped", "no parquet"),  # packed bytes hold the time
+    ids=(
+        *("cut", "no gzip", "flipped", "no parquet", "cut zst", "no zst", "cut json"),
+        *("key twice", "deep", "two lists", "cut UTF-16", "bad UTF-16"),
+    ),  # packed bytes hold the time
 )
 def test_a_damaged_file_stops_and_is_named(tmp_path: Path, name: str, data: bytes) -> None:
     path = tmp_path / name
@@ -373,7 +389,7 @@ def test_files_are_listed_in_order_and_others_counted(tmp_path: Path) -> None:
     (tmp_path / "folder.txt").mkdir()
     known, others = list_files(tmp_path)
     assert [str(p.relative_to(tmp_path)) for p in known] == ["a/c.jsonl.gz", "b.txt", "z.CSV"]
-    assert others == 2
+    assert [str(p.relative_to(tmp_path)) for p in others] == ["a/x.parquet.gz", "image.png"]
 
 
 @pytest.mark.parametrize("name", ["missing", "empty", "image.png"])
@@ -383,3 +399,201 @@ def test_nothing_to_read_stops_and_names_the_path(tmp_path: Path, name: str) -> 
     with stops(Exit.INPUT) as caught:
         list_files(tmp_path / name)
     assert name in caught.value.where
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.json.zst"])
+@pytest.mark.parametrize(
+    "form", ["array", "data", "rows beside facts", "lines", "indented", "one row", "UTF-16"]
+)
+def test_a8_json_is_read_in_its_usual_forms(tmp_path: Path, name: str, form: str) -> None:
+    rows = [{"text": "one", "tags": ["x"]}, {"text": "two\u2028"}]
+    if form == "one row":
+        rows = [{"messages": [{"role": "user", "content": "Hi?"}]}]
+    written: dict[str, object] = {
+        "array": rows,
+        "data": {"data": rows},
+        "rows beside facts": {"version": "1.1", "rows": rows, "names": ["a"]},
+        "indented": rows,
+        "one row": rows[0],
+        "UTF-16": rows,
+    }
+    text = json.dumps(written.get(form), indent=2 if form == "indented" else None)
+    if form == "lines":
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+    found = read(write(tmp_path, name, text.encode("utf-16" if form == "UTF-16" else "utf-8-sig")))
+    assert found == [SourceRow(f"{name}:{n}", row) for n, row in enumerate(rows, 1)]
+
+
+def test_a8_what_is_no_row_in_an_array_is_rejected(tmp_path: Path) -> None:
+    found = read(write(tmp_path, "a.json", b'[{"text": "a"}, 3, {"text": "b"}]'))
+    assert [type(row) for row in found] == [SourceRow, Reject, SourceRow]
+    assert found[1] == Reject(where="a.json:2", reason="not an object but int")
+
+
+TEXTS = {
+    "utf-16": ("UTF-16", "Füße, naïve – 日本語, שלום and हिन्दी.\nSecond line."),
+    "utf-16-le": ("UTF-16", "The quick brown fox jumps.\nÜber den Hund."),
+    "utf-16-be": ("UTF-16", "他们在河边散步，谈论天气。\n明天会下雨。"),
+    "utf-32": ("UTF-32", "Plain text."),
+    "latin-1": ("Windows-1252", "Le café était fermé; la forêt, là-bas, brûlait. Größe über Öl."),
+    "cp1252": ("Windows-1252", "He said: “It’s done” – and left… The cost was 5 €."),
+    "cp932": ("Shift-JIS", "東京の天気は晴れです。カメラを持って出かけましょう。"),
+    "euc_jp": ("EUC-JP", "東京の天気は晴れです。カメラを持って出かけましょう。"),
+    "gb18030": ("GB18030", "他们在河边散步，谈论今天的天气和明天的工作。"),
+    "big5": ("Big5", "他們在河邊散步，談論今天的天氣和明天的工作。"),
+    "cp949": ("EUC-KR", "오늘은 날씨가 좋아서 강가를 걸었습니다."),
+    "cp1251": ("Windows-1251", "Они гуляли у реки и говорили о погоде."),
+    "koi8_r": ("KOI8-R", "Они гуляли у реки и говорили о погоде."),
+}
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "csv", "json.gz"])
+@pytest.mark.parametrize("codec", TEXTS)
+def test_encodings_are_recognised_and_said(
+    tmp_path: Path, codec: str, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, text = TEXTS[codec]
+    row = json.dumps({"text": text}, ensure_ascii=False)
+    quoted = text.replace('"', '""')
+    content = {"txt": text, "jsonl": row + "\n", "csv": f'text\n"{quoted}"\n'}.get(
+        suffix, f"[{row}]"
+    )
+    (found,) = read(write(tmp_path, f"a.{suffix}", content.encode(codec)))
+    assert isinstance(found, SourceRow) and found.value == {"text": text}
+    assert capsys.readouterr().err == f"a.{suffix} is read as {name}\n"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "Zażółć gęślą jaźń, powiedział.".encode("cp1250"),
+        "Þetta er íslenska, ðað er.".encode("latin-1"),
+        "สวัสดีครับ วันนี้อากาศดี".encode("tis-620"),
+        "مرحبا بكم في المدينة".encode("cp1256"),
+        b"plain \xff text",
+        "Größe ".encode() * 9 + b"\xe4\xff",  # damaged, and UTF-8 all the same
+        bytes(range(1, 256)),
+        b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\x01\0",
+    ],
+    ids=range(8),
+)
+def test_what_is_not_recognised_is_refused_with_its_name(tmp_path: Path, data: bytes) -> None:
+    """No text is read in a wrong encoding; a page of the wrong kind is refused too."""
+    for name in ("a.txt", "a.jsonl"):
+        content = (
+            data
+            if name == "a.txt"
+            else b'{"text": "' + bytes(b for b in data if b not in b"\r\n") + b'"}\n'
+        )
+        (found,) = read(write(tmp_path, name, content))
+        if isinstance(found, SourceRow):  # NUL characters and the like: cleaning says so
+            with pytest.raises(ValueError):
+                normalise(found.value["text"])
+        else:
+            assert found.where == f"{name}:1" and found.bad
+
+
+def test_a_stated_encoding_is_for_what_is_not_unicode(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "Zażółć gęślą jaźń."
+    for codec in ("cp1250", "utf-8", "utf-16"):
+        path = write(tmp_path, "a.txt", text.encode(codec))
+        (found,) = read_file(path, "a.txt", "cp1250", others := {})
+        assert isinstance(found, SourceRow) and found.value == {"text": text}
+        assert others == {"cp1250": {"cp1250": ["a.txt"]}, "utf-16": {"UTF-16": ["a.txt"]}}.get(
+            codec, {}
+        )
+    assert not capsys.readouterr().err
+
+
+def test_lines_may_end_as_on_an_old_mac(tmp_path: Path) -> None:
+    found = read(write(tmp_path, "a.jsonl", b'{"text": "a"}\r{"text": "b"}\r\n{"text": "c"}'))
+    assert [row.value["text"] for row in found if isinstance(row, SourceRow)] == ["a", "b", "c"]
+    found = read(write(tmp_path, "a.csv", b"id,text\r1,a\r2,b"))
+    assert [row.value["text"] for row in found if isinstance(row, SourceRow)] == ["a", "b"]
+
+
+def test_a_line_of_100_mb_costs_that_line(tmp_path: Path) -> None:
+    with (tmp_path / "a.jsonl").open("wb") as file:
+        file.write(b'{"text": "')
+        for _ in range(100):
+            file.write(b"x" * 1_000_000)
+        file.write(b'"}\n{"text": "good"}\n')
+    bad, good = read(tmp_path / "a.jsonl")
+    assert isinstance(bad, Reject) and "longer than" in bad.reason
+    assert good == SourceRow("a.jsonl:2", {"text": "good"})
+
+
+WITHOUT = {
+    name: pytest.mark.skipif(
+        importlib.util.find_spec(module) is None, reason="pip install 'distill[documents]'"
+    )
+    for name, module in (("pdf", "pypdf"), ("docx", "docx"))
+}
+
+
+def pdf(pages: list[str]) -> bytes:
+    """Return a PDF with a line of text on each page."""
+    kids = " ".join(f"{3 + 2 * n} 0 R" for n in range(len(pages)))
+    objects = ["<</Type/Catalog/Pages 2 0 R>>", f"<</Type/Pages/Kids[{kids}]/Count {len(pages)}>>"]
+    font = (
+        "/MediaBox[0 0 600 800]/Resources<</Font<</F<</Type/Font/Subtype/Type1/BaseFont/Arial>>>>>>"
+    )
+    for n, text in enumerate(pages):
+        stream = f"BT /F 12 Tf 50 700 Td ({text}) Tj ET" if text else ""
+        objects.append(f"<</Type/Page/Parent 2 0 R{font}/Contents {4 + 2 * n} 0 R>>")
+        objects.append(f"<</Length {len(stream)}>>stream\n{stream}\nendstream")
+    out, places = io.BytesIO(b"%PDF-1.4\n"), list[int]()
+    out.seek(0, io.SEEK_END)
+    for number, body in enumerate(objects, 1):
+        places.append(out.tell())
+        out.write(f"{number} 0 obj{body}endobj\n".encode())
+    start = out.tell()
+    out.write(f"xref\n0 {len(objects) + 1}\n0000000000 65535 f \n".encode())
+    out.write("".join(f"{place:010} 00000 n \n" for place in places).encode())
+    out.write(f"trailer<</Size {len(objects) + 1}/Root 1 0 R>>\nstartxref\n{start}\n%%EOF".encode())
+    return out.getvalue()
+
+
+@WITHOUT["pdf"]
+def test_a_pdf_is_read_page_by_page(tmp_path: Path) -> None:
+    long = [f"Page {word} has words enough. " * 9 for word in ("two", "four")]
+    found = read(write(tmp_path, "a.pdf", pdf(["Title", long[0], "", long[1], "The end."])))
+    assert [(row.where, row.value["page"]) for row in found if isinstance(row, SourceRow)] == [
+        ("a.pdf:1", 1),
+        ("a.pdf:4", 4),
+    ]
+    texts = [str(row.value["text"]) for row in found if isinstance(row, SourceRow)]
+    assert texts[0].startswith("Title\n\nPage two") and texts[1].endswith("The end.")
+    for data in (pdf(["", ""]), b"%PDF-1.4 not really", b"", pdf(long)[:300]):
+        (reject,) = read(write(tmp_path, "b.pdf", data))
+        assert isinstance(reject, Reject) and reject.where == "b.pdf:1" and "PDF" in reject.reason
+
+
+@WITHOUT["docx"]
+def test_a_docx_is_read_in_its_order(tmp_path: Path) -> None:
+    import docx
+
+    document = docx.Document()
+    document.add_heading("Title")
+    document.add_paragraph("Before the table.")
+    table = document.add_table(rows=2, cols=2)
+    for number, cell in enumerate(cell for row in table.rows for cell in row.cells):
+        cell.text = f"c{number}"
+    document.add_paragraph("After it.")
+    document.save(str(tmp_path / "a.docx"))
+    text = "Title\n\nBefore the table.\n\nc0\tc1\nc2\tc3\n\nAfter it."
+    assert read(tmp_path / "a.docx") == [SourceRow("a.docx:1", {"text": text})]
+    (reject,) = read(write(tmp_path, "b.docx", (tmp_path / "a.docx").read_bytes()[:-99]))
+    assert isinstance(reject, Reject) and ".docx" in reject.reason
+
+
+@pytest.mark.parametrize(("name", "module"), [("a.pdf", "pypdf"), ("a.docx", "docx")])
+def test_a_missing_extra_is_one_line_with_the_command(
+    tmp_path: Path, name: str, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with stops(Exit.INPUT, "needs the extra `documents`") as caught:
+        read(write(tmp_path, name, b"x"))
+    assert name in caught.value.where and "pip install 'distill[documents]'" in caught.value.fix
