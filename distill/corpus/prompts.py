@@ -15,6 +15,7 @@ from itertools import islice
 from distill.config.tree import Questions
 from distill.corpus.clean import INSTRUCTIONS, break_up
 from distill.errors import DistillError, Exit
+from distill.formatting import clip, one_line
 from distill.records import SPLITS, Document, Message, Prompt, Response
 from distill.storage.files import read_records, sha256_file, write_json, write_records
 from distill.storage.progress import say
@@ -49,6 +50,7 @@ POINTS_AT_PASSAGE = re.compile(
 QUOTES = ' \t\r*"\u201c\u201d'
 SHORTEST, LONGEST = 12, 400  # characters of a question
 MOST = 1000  # questions about one document; each is compared with each
+SHOWN = 3  # prompts that are shown
 NEARLY_SAME = 0.7  # Jaccard similarity of the words of two questions
 
 
@@ -74,6 +76,9 @@ def main(run: Run) -> None:
         prompts += new
         by_task = ", ".join(f"{count} {task}" for task, count in counts[split].items())
         say(f"prompts: {split}: {by_task or 'none'}")
+    for prompt in prompts[:SHOWN]:
+        turns_shown = " | ".join(f"{turn.role}: {turn.content}" for turn in prompt.messages)
+        say(f"prompts: for example: {one_line(clip(turns_shown, 300))}")
     write_records(run.path("prompts.jsonl"), prompts)
     write_json(run.path(TASKS_FILE), {task.name: task.model_dump(mode="json") for task in tasks})
     # documents that forge a role or give orders to a model are counted, not dropped

@@ -165,6 +165,7 @@ def test_from_the_files_of_all_sets_to_a_scorecard_without_columns(
     said, run = " ".join(capsys.readouterr().err.split()), tmp_path / "runs/sets"
     for name in ("Alpaca", "Dolly", "SQuAD", "ShareGPT", "OpenAI messages", "preference rows"):
         assert f" rows as {name}: " in said
+    assert said.count("prompts: for example: ") == 3
     prompts = {prompt.id: prompt for prompt in read_records(run / "prompts.jsonl", Prompt)}
     documents = {d.id: d for d in read_records(run / "documents.jsonl", Document)}
     files = Counter(documents[p.document_id].source.partition(":")[0] for p in prompts.values())
