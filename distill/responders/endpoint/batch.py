@@ -27,10 +27,9 @@ from distill.responders.endpoint.budget import NOTHING, most_dollars
 from distill.responders.endpoint.client import AGAIN, EndpointClient, Sending
 from distill.responders.endpoint.rate_limits import backoff, retry_after
 from distill.responders.endpoint.transport import (
-    BREAKS,
-    UNSENT,
     Failure,
     Received,
+    broken,
     classify,
     encode,
 )
@@ -402,7 +401,7 @@ class BatchClient(EndpointClient):
                         lines = []
             await self._take([*lines, bytes(rest)], sendings)
         except httpx2.TransportError as error:
-            return _broken(error)
+            return broken(error)
         except ValueError as error:
             what = f"unreadable results: {error}"
             return Received(failure=Failure(what=what, scope="retry", billed="no"))
@@ -410,7 +409,7 @@ class BatchClient(EndpointClient):
 
     async def _take(self, lines: Sequence[bytes], sendings: dict[str, Sending]) -> None:
         """Store some results; raises ValueError before any is stored where a line is none."""
-        key = self.key_pattern
+        key = self.secrets
         plain = (key.sub(b"[key]", line) if key else line for line in lines)
         results = [self.form.read(line) for line in plain if line.strip()]
         known = [(sendings[r.custom_id], r) for r in results if r.custom_id in sendings]
@@ -520,9 +519,9 @@ class BatchClient(EndpointClient):
             what = f"no complete reply in {settings.total_timeout:g} s"
             return Received(failure=Failure(what=what, scope="retry", billed="unknown"))
         except httpx2.TransportError as error:
-            return _broken(error)
+            return broken(error)
         data, status = reply.content, reply.status_code
-        data = self.key_pattern.sub(b"[key]", data) if self.key_pattern else data
+        data = self.secrets.sub(b"[key]", data) if self.secrets else data
         failure = None if reply.is_success else classify(status, data)
         if failure is None:
             try:
@@ -531,16 +530,6 @@ class BatchClient(EndpointClient):
                 what = f"unreadable reply: {error}"
                 failure = Failure(what=what, scope="retry", billed="unknown")
         return Received(status, reply.headers, data, "", failure)
-
-
-def _broken(error: httpx2.TransportError) -> Received:
-    """Return what a connection that broke means."""
-    name, unsent = type(error).__name__, isinstance(error, UNSENT)
-    what, billed = (
-        BREAKS.get(name, f"the connection failed ({name})"),
-        "no" if unsent else "unknown",
-    )
-    return Received(failure=Failure(what=what, scope="retry", billed=billed))
 
 
 def _object(data: bytes) -> dict[str, Any]:

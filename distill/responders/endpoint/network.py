@@ -27,7 +27,7 @@ CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_
 FIRST_ADDRESSES = 2.0  # seconds for each address of a name but the last
 
 
-class Forbidden(Exception):
+class Forbidden(httpx2.ConnectError):
     """A name led to the address of a cloud's metadata service."""
 
 
@@ -53,7 +53,7 @@ class CheckedNetwork(httpcore2.AnyIOBackend):
             raise httpcore2.ConnectError() from None
         addresses = list(dict.fromkeys(str(address[0]) for *_, address in found))
         if any(gives_out_keys(ipaddress.ip_address(address)) for address in addresses):
-            raise Forbidden
+            raise Forbidden("")
         for address in addresses:
             last = address == addresses[-1]
             seconds = timeout if last else min(FIRST_ADDRESSES, timeout or FIRST_ADDRESSES)

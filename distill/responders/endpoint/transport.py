@@ -222,20 +222,8 @@ async def post(
     except TimeoutError:
         what = f"no complete answer in {seconds:g} s: outcome unknown"
         return Received(failure=Failure(what=what, scope="retry", billed="unknown"))
-    except Forbidden:
-        what = "the name of teacher.base_url leads to a cloud's metadata service"
-        fix = "correct teacher.base_url, or see to who answers for this name"
-        return Received(failure=Failure(what=what, scope="run", billed="no", fix=fix))
-    except httpx2.ProxyError as error:  # its text begins with the status that the proxy gave
-        status = "".join(re.findall(r"\A\d{3}", str(error)))
-        what, fix = f"the proxy refuses ({status or 'no reason'})", FIXES[407]
-        scope = "run" if status == "407" else "retry"
-        return Received(failure=Failure(what=what, scope=scope, billed="no", fix=fix))
     except httpx2.TransportError as error:
-        name, unsent = type(error).__name__, isinstance(error, UNSENT)
-        what = BREAKS.get(name, f"the connection failed ({name})")
-        what, billed = (what, "no") if unsent else (f"{what}: outcome unknown", "unknown")
-        return Received(failure=Failure(what=what, scope="retry", billed=billed, replica=True))
+        return broken(error)
     data, encoding = b"".join(parts), response.headers.get("content-encoding", "").lower()
     if not cut and encoding not in ("", "identity"):
         try:
@@ -246,6 +234,22 @@ async def post(
     answered = 200 <= status < 300 and (bool(cut) or is_answer(data))
     failure = None if answered else classify(status, data, body)
     return Received(status, response.headers, data, cut, failure)
+
+
+def broken(error: httpx2.TransportError) -> Received:
+    """Return what it means that a connection was not made, or broke."""
+    name = type(error).__name__
+    what, billed = BREAKS.get(name, f"the connection failed ({name})"), "no"
+    scope, fix = "retry", Failure.model_fields["fix"].default
+    if isinstance(error, Forbidden):
+        what, scope = "the name of teacher.base_url leads to a cloud's metadata service", "run"
+        fix = "correct teacher.base_url, or see to who answers for this name"
+    elif isinstance(error, httpx2.ProxyError):  # its text begins with the status that came
+        what = f"the proxy refuses ({str(error)[:3]})" if str(error)[:3].isdigit() else what
+        scope, fix = ("run" if "(407)" in what else "retry"), FIXES[407]
+    elif not isinstance(error, UNSENT):
+        what, billed = f"{what}: outcome unknown", "unknown"
+    return Received(failure=Failure(what=what, scope=scope, billed=billed, fix=fix, replica=True))
 
 
 def decoded(data: bytes, encoding: str, limit: int) -> bytes:
