@@ -24,11 +24,13 @@ from distill.corpus.privacy import mask_document
 from distill.corpus.readers import Reject, SourceRow
 from distill.corpus.rows import LeftOut, Reading, interpret
 from distill.errors import DistillError, Exit
+from distill.languages import main_language
 from distill.records import Document, Split
 from distill.storage.files import sha256_file, write_records
 from distill.storage.progress import say, tracking
 from distill.storage.run_folder import Run
 
+LOOKED_AT = 500  # documents, of which the language is told
 MANY_NEAR = 0.2  # of the documents: if more are near-duplicates, the threshold may not fit them
 
 
@@ -83,6 +85,12 @@ def main(run: Run) -> None:
         "python": platform.python_version(),
     }
     run.note("corpus", facts)
+    sample = clean_chunks[:: max(1, len(clean_chunks) // LOOKED_AT)]
+    if (language := main_language(d.text for d in sample)) not in (None, "English"):
+        say(
+            f"corpus: most documents are in {language}; the shipped tasks ask in English: give "
+            "tasks of your own, and see that teacher and student know the language"
+        )
     shares = ", ".join(f"{count} {name}" for name, count in sorted(by_split.items()))
     n = len(clean_chunks)
     say(f"corpus: {rows} rows, {len(bad)} bad, {repeats} repeats, {n} documents ({shares})")

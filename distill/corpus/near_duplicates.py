@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.corpus.ngrams import UNSPACED
+from distill.languages import SPACELESS, UNSPACED
 from distill.records import Document
 
 WORDS = 5  # of a shingle
@@ -23,7 +23,6 @@ PERMUTATIONS = 128
 SHARED = 60  # characters of a beginning or end that several prompts share; less changes no verdict
 DIFFERENT = 4  # words in which two prompts differ as prompts do, and not as copies
 CANDIDATES = 64  # that are compared with one document, at most
-SPACELESS = re.compile(f"[{UNSPACED}]")
 WORD = re.compile(f"[^\\s{UNSPACED}]+|[{UNSPACED}]")
 FACTORS = np.random.default_rng(1).integers(2**63, size=PERMUTATIONS, dtype=np.uint64) | np.uint64(
     1

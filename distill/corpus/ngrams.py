@@ -20,6 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from distill.languages import UNSPACED
+
 WINDOW = 13  # consecutive words that count as the same text (Brown et al. 2020, appendix C)
 SHORTEST = 8  # words of a text that is looked for inside others; below, it must stand alone
 MIN_ANSWER_WORDS = 4  # of a reference answer that may be evidence
@@ -28,11 +30,6 @@ SHARED = 0.05  # of the clusters: a phrase that so many share is nobody's own
 FEW = 5  # clusters, at least
 BATCH = 1 << 18  # words that are hashed together: what the processor's caches hold
 
-# Scripts without spaces: kana, Han, Thai to Tibetan, Myanmar, Khmer.
-UNSPACED = (
-    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff"
-    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-)
 WORD = re.compile(f"[^\\W_{UNSPACED}]+|[{UNSPACED}]")
 # Apostrophes and what is invisible (soft hyphens, joiners, marks of direction) stand inside words.
 INVISIBLE = (

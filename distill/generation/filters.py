@@ -19,9 +19,10 @@ from distill.callables import find as find_callable
 from distill.callables import source_hash
 from distill.config.tree import Filters
 from distill.corpus.contamination import contaminated_pairs
-from distill.corpus.ngrams import UNSPACED, words
+from distill.corpus.ngrams import words
 from distill.errors import DistillError, Exit
 from distill.generation.refusals import is_refusal
+from distill.languages import SPACELESS
 from distill.reasoning import join_thought
 from distill.records import SPLITS, Document, Pair, Prompt, Record, Response, Split
 from distill.storage.files import read_records, write_json, write_records
@@ -33,7 +34,6 @@ from distill.tasks.task import FindTask, Task, shipped, tasks_of_run
 Filter = Callable[[Prompt, Response], str | None]
 
 FORMATS = frozenset({"json_object", "python_code"})  # checkers that judge the form of an answer
-UNSPACED_WORD = re.compile(f"[{UNSPACED}]")
 CODE = re.compile(r"```.*?```", re.DOTALL)  # closed, so that nothing ran away in it
 ITEM = re.compile(r"^[ \t]*(?:[-*\u2022]|\d{1,4}[.)])[ \t]+", re.MULTILINE)
 TAIL, PERIOD = 2000, 200  # words within which a loop is looked for, and of one turn of it
@@ -186,7 +186,7 @@ def repetition(prompt: Prompt, response: Response) -> str | None:
         turns = 1 + int(gaps[start]) // period
         first = int(breaks[start - 1]) + 1 if start else 0
         turn = tail[first : first + period]
-        size = sum(0.5 if UNSPACED_WORD.match(word) else 1 for word in set(turn))
+        size = sum(0.5 if SPACELESS.match(word) else 1 for word in set(turn))
         least = next((count for length, count in reversed(LOOPS) if size >= length), LOOPS[0][1])
         if turns >= least:
             return "repetition"

@@ -24,6 +24,7 @@ import regex
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from distill.callables import PROVIDED
+from distill.languages import SPACELESS
 from distill.records import Prompt
 from distill.tasks.json_schema import first_error, valid_schema
 from distill.tasks.sandbox.programs import DEFAULT, Limits, program, read_tests, run_tests
@@ -35,7 +36,17 @@ MAX_MATH = 1_000  # characters at the end of an answer in which an expression is
 FENCE = re.compile(r"\A```[^\n`]*\n(.*?)\n?```\Z", re.DOTALL)
 NUMBER = re.compile(r"(?:(?<![\w.)])[-\u2212])?\$?(\d[\d,]*(?:\.\d+)?|\.\d+)", re.ASCII)
 STATED = re.compile(r"####\s*([^\n]+)|\\boxed\{([^{}]*)\}")
-SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]*[A-Z])|\n+")
+# Letters that begin a sentence: capitals, and those of scripts without any, as Arabic to Burmese
+FIRST = (
+    "A-Z\u00c0-\u00de\u0391-\u03ab\u0400-\u042f\u0531-\u0556\u05d0-\u109f\u1780-\u17b3\uac00-\ud7a3"
+)
+SENTENCE_END = re.compile(
+    rf"(?<=[.!?\u061f\u06d4\u0964])[\"')\]]*\s+(?=[\"'(\[\u00bf\u00a1\u00ab\u201c]*[{FIRST}])"
+    r"|[\u3002\uff01\uff1f]+[\u300d\u300f\u201d\uff09]*\s*|\n+"
+)
+PUNCTUATION = dict.fromkeys(
+    map(ord, f"{string.punctuation}、。！？，：；（）「」『』\u061f\u060c\u061b\u0964")
+)
 CHOSEN = re.compile(r"(?:answer|choice|option)\W*+(?:is\W*+)?\b([A-Z])\b", re.IGNORECASE)
 FieldType = Literal["string", "[string]", "any"]
 FIELD_TYPES: dict[FieldType, Callable[[object], bool]] = {
@@ -244,8 +255,14 @@ def check_exact(prompt: Prompt, text: str) -> CheckResult:
 
 
 def normalise_answer(text: str) -> str:
-    """Return the words of a text: case, punctuation and space do not count."""
-    return " ".join(text.casefold().translate(str.maketrans("", "", string.punctuation)).split())
+    """Return the words of a text: case, punctuation and space do not count.
+
+    Where a script is written without spaces, each character is a word.
+    """
+    text = text.casefold().translate(PUNCTUATION)
+    if not text.isascii():
+        text = SPACELESS.sub(r" \g<0> ", text)
+    return " ".join(text.split())
 
 
 def check_normalised(prompt: Prompt, text: str) -> CheckResult:

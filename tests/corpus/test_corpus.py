@@ -1,6 +1,7 @@
 """The corpus stage: counts, repeats, bad rows, the split by document, changed inputs."""
 
 import json
+import random
 import re
 from collections import Counter
 from pathlib import Path
@@ -306,3 +307,15 @@ def test_the_problems_are_read_with_their_numbers() -> None:
     assert len(problems) == 160 and not rejects
     assert problems[0].meta["reference"] == "72"
     assert problems[0].meta["recorded_answer"].endswith("72")
+
+
+def test_a_corpus_in_another_language_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A11: once, and what it means for the tasks."""
+    letters = "のにはをたがでてとしれさいあるいるもこなまかよけどつわりみ日本人年大国会中上東学生"
+    rows = [{"text": "".join(random.Random(n).choices(letters, k=90))} for n in range(9)]
+    write_rows(tmp_path, rows)
+    make(tmp_path, near_duplicate_threshold=None).perform(STAGE)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "most documents are in Japanese; the shipped tasks ask in English" in said

@@ -320,3 +320,65 @@ def test_the_quickstart_has_the_sizes_that_it_is_compared_at() -> None:
     table = load_config(Path("configs/python-docs.yaml"))  # the README's
     assert (table.prompts.train, table.prompts.validation, table.prompts.heldout) == (240, 360, 66)
     assert table.student == config.student and table.train == config.train
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "1. What does os.path.join return on Windows?",
+        "1、谁是《红楼梦》的作者？",
+        "（2）长城有多长吗",
+        "・富士山の標高は何メートルですか。",
+        "3. 세종대왕은 언제 한글을 창제하였습니까?",
+        "- ใครเป็นผู้ก่อตั้งกรุงเทพมหานคร",
+        "١. متى بُنيت الكعبة المشرفة؟",
+        "1) מתי הוקמה מדינת ישראל?",
+        "प्रश्न 2: भारत की राजधानी क्या है।",
+        "Ποιος έγραψε την Οδύσσεια;",
+        "Ո՞վ է գրել այս բանաստեղծությունը։",
+        "«Кто написал роман „Идиот“?»",
+    ],
+)
+def test_questions_are_read_in_every_script(line: str) -> None:
+    """A11: with the marks of a script, and where it needs none, without."""
+    assert len(prompts.read_questions(line)) == 1, line
+    assert prompts.read_questions(f"Here they are:\n{line}\n") == prompts.read_questions(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "长城是中国古代的伟大建筑。",
+        "本文的作者是谁呢？",
+        "富士山は日本一高い山です。",
+        "この文章の主題は何ですか。",
+        "กรุงเทพมหานครเป็นเมืองหลวงของไทย",
+        "بُنيت الكعبة المشرفة في مكة.",
+        "ما الفكرة الرئيسية في النص؟",
+        "इस गद्यांश का शीर्षक क्या है?",
+        "¿Qué dice el texto sobre la guerra?",
+        "std::sort(begin, end);",
+    ],
+)
+def test_statements_and_questions_about_the_passage_are_left_out(line: str) -> None:
+    """A11: in every script alike."""
+    assert prompts.read_questions(line) == []
+
+
+def test_near_repeats_of_questions_are_found_without_spaces() -> None:
+    """A11."""
+    first, again, other = (
+        "紅楼夢の作者は誰ですか。",
+        "紅楼夢の作者は、誰ですか？",
+        "富士山の高さは？",
+    )
+    assert prompts.distinct([first, again, other]) == [first, other]
+
+
+def test_questions_are_asked_for_in_the_language_of_the_passage() -> None:
+    """A11: of an English passage, in the words that were paid for before."""
+    chinese = Document.make("长城是中国古代的伟大建筑，全长超过两万公里。" * 3, "a")
+    english = Document.make("The wall is one of the great buildings of the world. " * 3, "b")
+    asked = [prompts.prompts_for_questions(d, Questions())[0] for d in (chinese, english)]
+    assert "in Chinese, the language of the passage" in asked[0].messages[0].content
+    assert "language" not in asked[1].messages[0].content

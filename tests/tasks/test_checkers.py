@@ -154,6 +154,13 @@ def test_the_number_of_an_answer(text: str, number: str | None) -> None:
         ('He said "no." She left.', 2),
         ("no full stop", 1),
         ("", 0),
+        ("长城很长。它很古老！", 2),
+        ("「行きますか？」と彼は聞いた。はい。", 3),
+        ("هل هو طويل؟ نعم. إنه قديم.", 3),
+        ("यह लंबी है। यह पुरानी है।", 2),
+        ("Она длинная. Она древняя.", 2),
+        ("Elle est longue. Était-elle belle ?", 2),
+        ("그것은 길다. 그것은 오래되었다.", 2),
     ],
 )
 def test_sentences_are_counted(text: str, count: int) -> None:

@@ -1,0 +1,80 @@
+"""What is known of scripts and languages: where words and questions end, and which language a text
+is in.
+
+A language is told by its script, and in Latin letters by its commonest words; that decides nothing
+but what a run says of its corpus, and in which language questions are asked for.
+"""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+
+# Scripts without spaces: kana, Han, Thai to Tibetan, Myanmar, Khmer.
+UNSPACED = (
+    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+SPACELESS = re.compile(f"[{UNSPACED}]")
+# A line that asks: by its mark, Greek `;` and the Armenian one inside a word included; or without,
+# by its last syllable (Japanese, Chinese, Korean) or a word (Thai, Hindi).
+ASKS = re.compile(
+    "[?\uff1f\u061f\u2047\u2e2e\u1367]$|\u055e|\u037e$|[\u0370-\u03ff].*;$"
+    "|(?:か|かな|吗|嗎|呢|까)[。.．]?$"
+    "|อะไร|ไหม|มั้ย|หรือไม่|หรือเปล่า|ใคร|ที่ไหน|เมื่อไร|เมื่อไหร่|เมื่อใด|ทำไม|เหตุใด|อย่างไร|ยังไง|เท่าไร|เท่าใด|กี่|ใด$"
+    "|(?:क्या|क्यों|कैसे|कौन|कब|कहाँ|कहां|किस|कितन).*[।|]$"
+)
+SCRIPTS = {
+    **{"CJK": "Chinese", "HIRAGANA": "Japanese", "KATAKANA": "Japanese", "HANGUL": "Korean"},
+    **{"THAI": "Thai", "ARABIC": "Arabic", "HEBREW": "Hebrew", "DEVANAGARI": "Hindi"},
+    **{"CYRILLIC": "Russian", "GREEK": "Greek", "ARMENIAN": "Armenian", "GEORGIAN": "Georgian"},
+    **{"BENGALI": "Bengali", "TAMIL": "Tamil", "TELUGU": "Telugu", "GUJARATI": "Gujarati"},
+    **{"KHMER": "Khmer", "LAO": "Lao", "MYANMAR": "Burmese", "ETHIOPIC": "Amharic"},
+}
+COMMON = {
+    "English": "the of and to in is that for it with as was on be are this by not or from",
+    "Spanish": "de la que el en y los se del las por un una con no para es al lo como",
+    "French": "de la le et les des en un du une que est pour dans qui par sur au pas ce",
+    "German": "der die und in den von zu das mit sich des auf für ist im dem nicht ein eine als",
+    "Portuguese": "de a o que e do da em um para com não uma os no se na por mais as",
+    "Italian": "di e il la che in un per è del non una con le si da sono della dei gli",
+    "Dutch": "de van het een en in is dat op te zijn met voor niet aan er om ook als door",
+    "Polish": "i w na z do się nie to że jest o jak od po przez dla za oraz który co",
+    "Turkish": "ve bir bu da için ile de çok olarak daha olan gibi ne ya en sonra kadar ise",
+    "Vietnamese": "và của là có được trong cho một không các với người này đã những khi để",
+    "Indonesian": "yang dan di itu dengan untuk tidak ini dari dalam akan pada juga ke karena ada",
+}
+COMMON_WORDS = {language: frozenset(words.split()) for language, words in COMMON.items()}
+SAMPLE = 2000  # characters of a text that are looked at
+LEAST = 0.1  # of the words of a text in Latin letters must be common ones of its language
+
+
+def language_of(text: str) -> str | None:
+    """Return the English name of a text's language, or None where nothing tells it."""
+    sample = text[:SAMPLE]
+    letters = [c for c in sample if c.isalpha()]
+    if not letters:
+        return None
+    others = Counter(
+        SCRIPTS.get(unicodedata.name(c, "").partition(" ")[0]) for c in letters if c > "\u036f"
+    )
+    del others[None]
+    if others["Japanese"] * 10 > len(letters):  # with Han, and more of it
+        return "Japanese"
+    if others and others.total() * 2 > len(letters):
+        return others.most_common(1)[0][0]
+    words = re.findall(r"[^\W\d_]+", sample.lower())
+    shares = {
+        language: sum(word in common for word in words) / max(1, len(words))
+        for language, common in COMMON_WORDS.items()
+    }
+    best = max(shares, key=shares.__getitem__)
+    return best if len(words) >= 5 and shares[best] >= LEAST else None
+
+
+def main_language(texts: Iterable[str]) -> str | None:
+    """Return the language of more than half of the texts whose language can be told."""
+    counts = Counter(map(language_of, texts))
+    del counts[None]
+    (language, count), *_ = counts.most_common(1) or [(None, 0)]
+    return language if 2 * count > counts.total() else None
