@@ -85,14 +85,10 @@ def checker_identity(tasks: Sequence[str], suites: Sequence[str] = ()) -> dict[s
 STUDENT = ("adapter/adapter_model.safetensors", "refined/adapter/adapter_model.safetensors")
 DATASET = tuple(f"dataset/{split}.jsonl" for split in ("train", "validation", "heldout"))
 # What shapes answers; an endpoint's address is in its identity, and a budget or a timeout may
-# change at any time. The reasoning comes with an answer in any case; whether it is kept is in the
-# identity of `filter`.
+# change at any time.
 TEACHER_KEYS = tuple(
     dict.fromkeys(
-        f"teacher.{key}"
-        for kind in TEACHERS
-        for key in (*Teacher.model_fields, *kind.shaping)
-        if key != "reasoning"
+        f"teacher.{key}" for kind in TEACHERS for key in (*Teacher.model_fields, *kind.shaping)
     )
 )
 
@@ -105,6 +101,7 @@ MEASURED = tuple(f"evaluation.{key}" for key in Evaluation.model_fields if key n
 SIGNAL_KEYS = (
     *(f"signals.{key}" for key in Signals.model_fields if key != "endpoint"),
     *("teacher.kind", "teacher.model", "teacher.revision", "teacher.dtype"),
+    *("teacher.chat_template_kwargs", "student.chat_template_kwargs"),
     *("student.model", "student.revision", "train.max_length", "template_date"),
 )
 
@@ -144,7 +141,7 @@ STAGES: tuple[Stage, ...] = (
         (*DATASET, "dropped.jsonl", "funnel.json"),
         _lazy("distill.generation.filters.main"),
         lambda c: {
-            **_lazy("distill.generation.filters.identity")(c.filters, c.teacher.reasoning),
+            **_lazy("distill.generation.filters.identity")(c.filters, c.reasoning),
             **checker_identity(c.prompts.tasks),
         },
         purpose="choose the answers that are trained on, with reasons",
@@ -178,6 +175,7 @@ STAGES: tuple[Stage, ...] = (
         (
             *("on_policy", "student", "train", "seed", "template_date", "signals"),
             *("teacher.kind", "teacher.model", "teacher.revision", "teacher.dtype"),
+            "teacher.chat_template_kwargs",
         ),
         (*DATASET[:2], "dropped.jsonl", "adapter/adapter_model.safetensors"),
         ("refined",),

@@ -217,3 +217,24 @@ def test_a_section_that_was_off_is_no_section_of_defaults():
     judge = {"evaluation.judge.kind": "local", "evaluation.judge.model": "./j"}
     assert differences({"evaluation.judge": None}, judge)
     assert differences(judge, {**judge, "evaluation.judge.max_batch_size": None}) == []
+
+
+@pytest.mark.parametrize("told", ["file", "command line"])
+def test_the_teacher_s_reasoning_is_that_of_the_run(tmp_path, capsys, told):
+    """B7: one policy at the top, still read under its old name."""
+    plain = "name: r\ncorpus: {path: x}\nteacher:\n  model: ./t\nstudent: {model: ./s}\n"
+    text = plain.replace("./t\n", "./t\n  reasoning: keep\n") if told == "file" else plain
+    path = write(tmp_path / "old.yaml", text)
+    config = load_config(path, [] if told == "file" else ["teacher.reasoning=keep"])
+    assert config.reasoning == "keep" == load_config(path, ["reasoning=keep"]).reasoning
+    assert "teacher.reasoning is now called reasoning" in capsys.readouterr().err
+    old = {"evaluation.judge.reasoning": "drop", "evaluation.judge.model": "j"}
+    assert not differences(old, {"evaluation.judge.model": "j"})
+
+
+def test_both_names_of_the_policy_are_an_error(tmp_path):
+    text = "name: r\nreasoning: drop\ncorpus: {path: x}\nstudent: {model: ./s}\n"
+    path = write(tmp_path / "c.yaml", text + "teacher: {model: ./t, reasoning: keep}\n")
+    with pytest.raises(DistillError, match="unknown key") as error:
+        load_config(path)
+    assert error.value.code == Exit.CONFIG

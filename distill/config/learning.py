@@ -5,7 +5,15 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from distill.config.teachers import EndpointTeacher
-from distill.config.values import Positive, Revision, Section, Trust, Weight, checked_model
+from distill.config.values import (
+    Positive,
+    Revision,
+    Section,
+    TemplateVariables,
+    Trust,
+    Weight,
+    checked_model,
+)
 
 SoftLoss = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl"]
 SOFT: tuple[SoftLoss, ...] = get_args(SoftLoss)
@@ -84,6 +92,9 @@ class Student(Section):
     otherwise."""
     allow_pickle: bool = False
     """Allows weights in pickle files, which can run code. Convert them to safetensors instead."""
+    chat_template_kwargs: TemplateVariables = {}
+    """Variables of its chat template, in training, evaluation and release; they win over what
+    `reasoning` sets."""
     trust_remote_code: bool = False
     """Runs Python code that comes with the model. Read it first."""
 

@@ -21,6 +21,12 @@ RENAMED = {
     "samples": "bootstrap_samples",
 }
 KeyPath = tuple[str, ...]
+# What moved to the top of a config; a judge's and a reader's never did anything
+MOVED: dict[KeyPath, str] = {
+    ("teacher", "reasoning"): "reasoning",
+    ("evaluation", "judge", "reasoning"): "reasoning",
+    ("signals", "endpoint", "reasoning"): "reasoning",
+}
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -38,6 +44,8 @@ def fields_in(annotation: Any) -> dict[str, FieldInfo]:
 
 def present_path(path: Sequence[str], annotation: Any) -> KeyPath:
     """Return the path of a key under its present names; unknown parts stay as they are."""
+    if (moved := MOVED.get(tuple(path))) and moved in fields_in(annotation):
+        return (moved,)
     names: list[str] = []
     for name in path:
         fields = fields_in(annotation)
@@ -62,6 +70,13 @@ def rename_keys(tree: Any, annotation: Any, path: KeyPath = ()) -> list[tuple[Ke
             pair for name, child in children for pair in rename_keys(child, inner, (*path, name))
         ]
     fields, renamed = fields_in(annotation), list[tuple[KeyPath, str]]()
+    teacher = tree.get("teacher")
+    if not path and "reasoning" in fields and isinstance(teacher, dict) and "reasoning" in teacher:
+        if "reasoning" not in tree:
+            tree["reasoning"] = teacher.pop("reasoning")
+            renamed.append((("teacher", "reasoning"), "reasoning"))
+        if not teacher:  # of an override, whose only key it was
+            del tree["teacher"]
     for old in list(tree):
         new = _present_name(old, fields)
         if new != old and new not in tree:

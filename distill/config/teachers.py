@@ -25,6 +25,7 @@ from distill.config.values import (
     Revision,
     Seconds,
     Section,
+    TemplateVariables,
     checked_model,
     checked_url,
 )
@@ -82,9 +83,6 @@ class Teacher(Section):
     truncated."""
     n: Positive = 1
     """Samples of each prompt; above 1 it needs a temperature."""
-    reasoning: Literal["drop", "keep"] = "drop"
-    """Whether the teacher's reasoning stays before its answer, in a think block, and is trained
-    on."""
     license: str | None = None
     """License of the answers, for the model card; with it recorded answers need no
     `terms.basis`."""
@@ -104,6 +102,8 @@ class Teacher(Section):
         """Forget what a resolved config says of other kinds; what was set there would do
         nothing."""
         extra, foreign = self.__pydantic_extra__ or {}, dict[str, str]()
+        if extra.get("reasoning") == "drop":  # as an earlier distill resolved it, of each responder
+            del extra["reasoning"]
         for key, value in extra.items():
             name = RENAMED.get(key, key)
             owners = [kind for kind in TEACHERS if name in kind.model_fields]
@@ -127,7 +127,7 @@ class LocalTeacher(Teacher):
 
     runs_here = makes_answers = True
     logprobs = "full"
-    shaping = ("dtype", "max_batch_size")
+    shaping = ("dtype", "max_batch_size", "chat_template_kwargs")
 
     kind: Literal["local"] = "local"
     """`local` loads a model here, `endpoint` asks a server, `recorded` takes the answers in the
@@ -139,6 +139,9 @@ class LocalTeacher(Teacher):
     max_batch_size: Positive | None = None
     """Sequences generated at once; null takes what fits in memory. Lower it where memory runs
     out."""
+    chat_template_kwargs: TemplateVariables = {}
+    """Variables of its chat template, for instance {enable_thinking: false} for an answer without
+    thinking."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -183,6 +186,9 @@ class EndpointTeacher(Teacher):
     kept."""
     extra_body: dict[str, Any] = {}
     """Further fields of each request, for instance {logprobs: true, top_logprobs: 20}."""
+    chat_template_kwargs: TemplateVariables = {}
+    """Variables of the server's chat template, as vLLM, SGLang and llama.cpp take them, for
+    instance {enable_thinking: false}."""
     strict_model: bool = False
     """Stops where the server names another model than `model`, instead of warning."""
     budget_dollars: Annotated[Decimal, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -286,6 +292,10 @@ class EndpointTeacher(Teacher):
         own = path.endswith("/openai/v1") or self.form != "openai"
         if self.azure and not own and not self.api_version:
             raise ValueError("Azure needs api_version, or a base_url that ends in /openai/v1")
+        if self.chat_template_kwargs and (self.form, self.api) != ("openai", "chat"):
+            raise ValueError("chat_template_kwargs are for wire openai and api chat")
+        if self.chat_template_kwargs and "chat_template_kwargs" in self.extra_body:
+            raise ValueError("chat_template_kwargs stand in extra_body too: leave them out there")
         if self.n > 1 and self.temperature == 0 and "temperature" not in self.omit:
             raise ValueError(GREEDY)
         return self

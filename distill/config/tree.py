@@ -292,6 +292,10 @@ class Config(Section):
     """Folder of the answers and soft labels that all runs share; null takes .store below `runs`."""
     template_date: str = "2026-01-01"
     """Date that chat templates print, so that a run repeats on another day."""
+    reasoning: Literal["drop", "keep"] = "drop"
+    """What becomes of the thoughts before the teacher's answers: `drop` trains, evaluates and
+    publishes a student that answers at once, `keep` one that thinks first, as its chat template
+    writes a thought; its answers are scored without them."""
     corpus: Corpus
     """Where the documents or prompts come from."""
     prompts: Prompts = Prompts()

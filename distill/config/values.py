@@ -5,7 +5,7 @@ import re
 import socket
 import unicodedata
 from pathlib import Path
-from typing import Annotated, NamedTuple, TypeAlias
+from typing import Annotated, Any, NamedTuple, TypeAlias
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -55,6 +55,18 @@ def plain_revision(value: str) -> str:
 
 File = Annotated[Path, AfterValidator(plain_path)]
 Revision = Annotated[str, AfterValidator(plain_revision)]
+
+
+def template_variables(value: dict[str, Any]) -> dict[str, Any]:
+    """Accept names that a template can use, but for those that are set with each conversation."""
+    ours = {"messages", "tools", "documents", "add_generation_prompt", "chat_template", "tokenize"}
+    for name in value:
+        if not VARIABLE.fullmatch(name) or name in ours:
+            raise ValueError(f"{name[:40]!r} is no variable of a chat template that can be set")
+    return value
+
+
+TemplateVariables = Annotated[dict[str, Any], AfterValidator(template_variables)]
 
 
 def checked_model(value: str) -> str:

@@ -24,7 +24,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from yaml.events import AliasEvent
 
-from distill.config.renamed_keys import RENAMED, KeyPath, fields_in, rename_keys
+from distill.config.renamed_keys import MOVED, RENAMED, KeyPath, fields_in, rename_keys
 from distill.config.teachers import TEACHERS
 from distill.config.tree import Config
 from distill.config.values import NAME
@@ -190,7 +190,8 @@ def use_present_names(
 ) -> None:
     """Give the keys of a tree their present names; name the old ones to the user on stderr."""
     for old, new in rename_keys(tree, form):
-        place = places[(*old[:-1], new)] = places.pop(old, str(where))
+        place = places.pop(old, str(where))
+        places[(new,) if old in MOVED else (*old[:-1], new)] = place
         if tell:
             _tell_once(f"{place}: {'.'.join(old)} is now called {new}; the old name still works")
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill.config.teachers import Teacher
+from distill.config.teachers import LocalTeacher, Teacher
 from distill.evaluation.measurements import ModelFacts
 from distill.evaluation.suites import Suite, answer_limit, by_item, why_no_teacher, write_answers
 from distill.models import loading, registry
@@ -71,7 +71,10 @@ def student_responder(
         registry.check_base(adapter, student.model, student.revision)
         folder, revision = f"{merged_student(student, run).resolve()}", None
         trust = trust._replace(pickle=False)  # ours is none
-    tokenizer = loading.load_tokenizer(folder, revision, student.trust)
+    # the released one has the template of the training in its files
+    settings, policy = student.chat_template_kwargs, run.config.reasoning
+    template = (None, None) if trained else (settings, policy)
+    tokenizer = loading.load_tokenizer(folder, revision, student.trust, *template)
     identity = registry.identity(student.model, student.revision)
     facts = describe(student.model, student.revision, identity, template_hash(tokenizer, date))
     changes: dict[str, str | None] = {"adapter_sha256": None}
@@ -166,7 +169,8 @@ def describe_teacher(teacher: Teacher, date: str) -> ModelFacts:
         facts = describe(teacher.model or teacher.kind, teacher.revision, None, None)
         reasons = {"sha256": "the answers were recorded elsewhere"}
         return facts.model_copy(update={"reasons": reasons})
-    tokenizer = loading.load_tokenizer(teacher.model, teacher.revision)
+    settings = teacher.chat_template_kwargs if isinstance(teacher, LocalTeacher) else {}
+    tokenizer = loading.load_tokenizer(teacher.model, teacher.revision, template=settings)
     identity = registry.identity(teacher.model, teacher.revision)
     return describe(teacher.model, teacher.revision, identity, template_hash(tokenizer, date))
 

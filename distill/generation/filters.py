@@ -85,7 +85,7 @@ def main(run: Run) -> None:
     for split in SPLITS:
         mine = [pair for pair in pairs if splits[pair.prompt.document_id] == split]
         if split != "heldout":
-            mine = sift(mine, split, filters, dropped, run.config.teacher.reasoning == "keep")
+            mine = sift(mine, split, filters, dropped, run.config.reasoning == "keep")
         dataset[split] = mine
         write_records(run.path(f"dataset/{split}.jsonl"), mine)
     write_records(run.path("dropped.jsonl"), dropped)

@@ -7,12 +7,14 @@ What is not in the files is an error and not a random number (`models.weights`).
 import importlib.util
 import re
 import warnings
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.config.values import SAFE, Trust
 from distill.errors import DistillError, Exit, one_line
+from distill.models.chat_template import Reasoning, fix_template
 from distill.models.devices import device, pick_dtype, raise_device_error
 from distill.models.registry import fetch, is_folder, read_object, text_config
 from distill.models.weights import add_adapter, require_intact, require_values, stored_values
@@ -256,9 +258,17 @@ def _read(reference: str, folder: Path, trust: Trust, **options: Any) -> Any:
 
 
 def load_tokenizer(
-    reference: str, revision: str | None = None, trust: Trust = SAFE
+    reference: str,
+    revision: str | None = None,
+    trust: Trust = SAFE,
+    template: Mapping[str, Any] | None = None,
+    reasoning: Reasoning | None = None,
 ) -> "PreTrainedTokenizerBase":
-    """Load and check a model's tokenizer; its `model_max_length` is the model's context length."""
+    """Load and check a model's tokenizer; its `model_max_length` is the model's context length.
+
+    `template` are variables of its chat template and `reasoning` the policy of who is trained, as
+    `chat_template.fix_template` takes them.
+    """
     from transformers import AutoConfig, AutoTokenizer
 
     quiet()
@@ -279,6 +289,8 @@ def load_tokenizer(
     check_tokenizer(tokenizer)
     # A few have more ids than the model has rows (Gemma 3); a text that holds one is refused
     vars(tokenizer)["embeddings"] = config.get_text_config().vocab_size
+    if template or reasoning:
+        fix_template(tokenizer, template or {}, reasoning)
     return tokenizer
 
 

@@ -40,6 +40,7 @@ class Facts(Record):
     terms: tuple[str, ...] = ()  # what allows training on the teacher's answers, and the duties
     displays: tuple[str, ...] = ()  # lines that a license wants shown
     license_owed: bool = False  # to the terms of teacher or base
+    template: tuple[str, ...] = ()  # what its chat template does otherwise than the base's
     overridden: tuple[str, ...] = ()  # what the release gate found
     override: str | None = None  # why it was published all the same
 

@@ -70,7 +70,9 @@ def compare_with_adapter(run: Run, merged: Path, dtype: str | None) -> Fidelity:
     pairs = [pair for file in files for pair in read_records(file, Pair)][:COMPARED]
     if not pairs:
         raise DistillError(Exit.PUBLISH, folder, "holds no pairs", "make the dataset")
-    tokenizer = loading.load_tokenizer(student.model, student.revision, trust)
+    tokenizer = loading.load_tokenizer(
+        *(student.model, student.revision, trust), student.chat_template_kwargs, config.reasoning
+    )
     rows = [
         Conversation(ids=example.input_ids, answer=sum(w == 0 for w in example.weights))
         for example in encode_pairs(

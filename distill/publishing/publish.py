@@ -17,6 +17,8 @@ from distill.errors import DistillError, Exit
 from distill.evaluation.measurements import ModelFacts
 from distill.evaluation.scorecard import Scorecard
 from distill.models import registry
+from distill.models.chat_template import folds_system
+from distill.models.loading import load_tokenizer
 from distill.publishing.card import Facts, make_card
 from distill.publishing.fidelity import Fidelity, compare_with_adapter
 from distill.publishing.gate import evidence, pass_gate
@@ -86,6 +88,7 @@ def main(
     facts = facts_of(config, name, repository, license).model_copy(
         update={
             "terms": tuple(verdict.lines()),
+            "template": template_lines(config, work),
             "displays": tuple(dict.fromkeys(o.duties.display for o in owed if o.duties.display)),
             "overridden": tuple(overridden),
             "override": override if overridden else None,
@@ -104,6 +107,27 @@ def main(
     if repository:
         push(release, repository, public)
     return release
+
+
+def template_lines(config: Config, release: Path) -> tuple[str, ...]:
+    """Return what a reader of the card has to know of the release's chat template."""
+    student = config.student
+    base = load_tokenizer(student.model, student.revision, student.trust)
+    own, lines = load_tokenizer(f"{release.resolve()}", trust=student.trust), list[str]()
+    if own.chat_template != base.chat_template:
+        how = "at once" if config.reasoning == "drop" else "after a thought"
+        values = ", ".join(f"{k}: {json.dumps(v)}" for k, v in student.chat_template_kwargs.items())
+        more = f" (student.chat_template_kwargs: {values})" if values else ""
+        lines.append(
+            "Its chat template is the base's with the form of the training as the default: the"
+            f" model answers {how}{more}. Render with it as above, and set none of its switches."
+        )
+    if folds_system(own, config.template_date):
+        lines.append(
+            "Its chat template has no system turn: in training a system text stood at the beginning"
+            " of the first user turn, followed by a blank line."
+        )
+    return tuple(lines)
 
 
 def evaluated(run: Run) -> Scorecard:

@@ -54,6 +54,10 @@ def origin_of(settings: EndpointTeacher) -> str:
             "omit": sorted(settings.omit),
             "max_tokens_field": settings.max_tokens_field,
             "wire": VERSION,
+            # only where it is set: stored keys stay as they were
+            **(
+                {"template": settings.chat_template_kwargs} if settings.chat_template_kwargs else {}
+            ),
             # what came later is left out where it is not set, so that what was stored is found
             **{name: value for name, value in later.items() if value},
         }

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from distill.errors import DistillError, Exit
+from distill.models.chat_template import Reasoning
 from distill.training.processes import full_tensor, like, sharded, snapshot
 
 if TYPE_CHECKING:  # and what writes files imports the rest itself: a benchmark has torch and PEFT
@@ -276,13 +277,16 @@ def merged_student(student: "Student", run: "Run") -> Path:
     adapter, folder = run.trained("adapter"), run.trained("merged")
     source = read_json(folder / SOURCE) if (folder / SOURCE).is_file() else {}
     if source.get("adapter_sha256") != sha256_file(adapter / WEIGHTS):
-        write_merged(student, adapter, folder)
+        write_merged(student, adapter, folder, run.config.reasoning)
     return folder
 
 
-def write_merged(student: "Student", adapter: Path, folder: Path) -> None:
+def write_merged(
+    student: "Student", adapter: Path, folder: Path, reasoning: Reasoning = "drop"
+) -> None:
     """Write the student with `adapter` as a model of its own, replacing `folder`.
 
+    Its chat template is that of the training: `reasoning` and the student's settings are in it.
     Raises DistillError (exit 7) where the adapter belongs to another base or does not fit, 5 where
     the disk is full.
     """
@@ -299,7 +303,10 @@ def write_merged(student: "Student", adapter: Path, folder: Path) -> None:
     vars(model.config).pop("_model_name_or_path", None)  # a GGUF's own title, not a model's id
     if not student.trust_remote_code:  # what was ignored here is not asked of who loads it next
         vars(model.config).pop("auto_map", None)
-    tokenizer = loading.load_tokenizer(student.model, student.revision, student.trust)
+    tokenizer = loading.load_tokenizer(
+        *(student.model, student.revision, student.trust),
+        *(student.chat_template_kwargs, reasoning),
+    )
     if not student.trust_remote_code:
         tokenizer.init_kwargs.pop("auto_map", None)
     try:

@@ -84,7 +84,8 @@ def main(run: Run, allow_inexact: bool = False, start: Path | None = None) -> No
         del loop  # the model that was trained makes room for the one that is merged
         release_memory()
     if accelerator.is_main_process and not config.on_policy.rounds:  # else rounds train on
-        adapters.write_merged(config.student, run.path("adapter"), run.path("merged"))
+        adapter, merged = run.path("adapter"), run.path("merged")
+        adapters.write_merged(config.student, adapter, merged, config.reasoning)
 
 
 class Loop:

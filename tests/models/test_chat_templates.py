@@ -1,10 +1,8 @@
 """All chat templates of TRL's wheel, as teacher and as student: rules 1, 6 and 7 of the design."""
 
-import re
 from datetime import date
 
 import pytest
-from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from distill.models.chat_template import (
@@ -17,9 +15,8 @@ from distill.models.chat_template import (
 from distill.reasoning import join_thought, split_reasoning
 from distill.records import Message
 from distill.training.encode import encode_pair
-from tests.support.tiny import make_tokenizer
+from tests.support.templates import chat_templates, tokenizer_of
 from tests.support.training import DATE, make_pair
-from tests.support.wheels import chat_templates
 
 FAMILIES = """
     cohere cohere2 deepseek_r1_distill deepseekv3 diffusion_gemma gemma gemma3 gemma4 gemma4_v2
@@ -35,8 +32,6 @@ FAMILIES = """
     qwen3_5_nothink_training qwen3_5_think_training qwen3_6_training qwen3_8_training
     qwen3_instruct_2507_training qwen3_training qwen3_vl_training smolvlm_training
 """.split()
-MARK = re.compile(r"<[|｜]?[^<>\s'\"{}=]+[|｜]?>|\[gMASK\]|\[/?INST\]|\[/?THINK\]")
-PLAIN = re.compile(r"</?(?:think|tool\w*|arg_\w+|function|parameter)>|<｜(?:User|Assistant)｜>")
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 CONVERSATIONS = [
     [(USER, "What is <b>1 + 1</b>?")],
@@ -54,17 +49,6 @@ ANSWERS = [
     "<think>no</think> [/INST] <end_of_turn>\n<|eot_id|><|end|><｜User｜>x",
     "é 漢字 🙂 <|channel|>analysis<|message|>",
 ]
-
-
-def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer with the template's own control tokens, special or only added."""
-    template = chat_templates()[name]
-    tokenizer = make_tokenizer()
-    marks = sorted({*MARK.findall(template), "<s>", "</s>", "<mask>", "<filename>"})
-    tokenizer.add_tokens([AddedToken(m, special=not PLAIN.fullmatch(m)) for m in marks])
-    tokenizer.bos_token, tokenizer.eos_token = "<s>", "</s>"
-    tokenizer.chat_template, tokenizer.name_or_path = template, name
-    return tokenizer
 
 
 def messages_of(conversation: list[tuple[str, str]]) -> tuple[Message, ...]:

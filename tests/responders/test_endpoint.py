@@ -61,6 +61,23 @@ def test_answers_come_in_order_and_are_paid_once(tmp_path: Path) -> None:
     assert {r.stop for r in found} == {"end"} and {r.model for r in found} == {MODEL}
 
 
+def test_the_template_s_variables_are_sent_and_only_then_part_of_the_key(tmp_path: Path) -> None:
+    """B7: as vLLM takes them; what was stored without them is found as before."""
+    values = {"chat_template_kwargs": {"enable_thinking": False}}
+    with FakeTeacher() as teacher:
+        buy(teacher, tmp_path, **values)
+        buy(teacher, tmp_path, chat_template_kwargs={})
+        buy(teacher, tmp_path)
+    sent = [payload.get("chat_template_kwargs") for payload in teacher.payloads]
+    assert sent == [{"enable_thinking": False}, None]
+    for refused in ({"api": "completions"}, {"extra_body": values}, {"wire": "anthropic"}):
+        with pytest.raises(ValueError, match="chat_template_kwargs"):
+            settings("http://127.0.0.1:1/v1", **values, **refused)
+    for name in ("messages", "a b"):
+        with pytest.raises(ValueError, match="no variable of a chat template"):
+            settings("http://127.0.0.1:1/v1", chat_template_kwargs={name: 1})
+
+
 def test_only_what_was_set_is_sent(tmp_path: Path) -> None:
     with FakeTeacher() as teacher:
         buy(teacher, tmp_path)
@@ -91,6 +108,7 @@ def test_only_what_was_set_is_sent(tmp_path: Path) -> None:
         {"omit": ("temperature",)},
         {"api": "completions"},
         {"revision": "2"},
+        {"chat_template_kwargs": {"enable_thinking": False}},
     ],
 )
 def test_what_shapes_an_answer_is_in_its_key(change: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig
 
 from distill.errors import DistillError, Exit
-from distill.models.chat_template import encode_prompt
+from distill.models.chat_template import encode_prompt, fix_template, render
 from distill.models.loading import load_model
 from distill.models.registry import record_base
 from distill.records import Message
@@ -30,6 +30,7 @@ from distill.responders.local.local_model import (
 )
 from distill.responders.local.packed_linear import PackedLinear, packed
 from distill.responders.responder import Request, Sampling
+from tests.support.templates import tokenizer_of
 from tests.support.tiny import make_tiny, make_tokenizer
 from tests.support.training import adapted
 
@@ -280,6 +281,47 @@ def test_an_end_token_ends_and_is_not_shown(folder: Path) -> None:
     first = free.body["ids"].index(free.body["ids"][4])
     assert raw.stop == "end" and raw.body["ids"] == free.body["ids"][: first + 1]
     assert raw.body["text"] == responder.tokenizer.decode(free.body["ids"][:first])
+
+
+@pytest.mark.parametrize(
+    ("template", "said", "text", "thought"),
+    [
+        ("qwen3", "<think>\nhm\n</think>\n\nParis.", "Paris.", "hm"),
+        ("deepseek_r1_distill", "hm\n</think>\n\nParis.", "Paris.", "hm"),
+        ("deepseek_r1_distill", "hm, so", "", "hm, so"),  # cut off
+        (
+            "gptoss",
+            "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>P.",
+            "P.",
+            "hm",
+        ),
+        ("cohere2", "Paris.<|END_RESPONSE|>", "Paris.", None),
+    ],
+    ids=lambda value: str(value)[:12],
+)
+def test_a_thought_is_told_from_its_answer(
+    folder: Path, template: str, said: str, text: str, thought: str | None
+) -> None:
+    """B4, B7: also where its marks are special tokens, or the first stands in the prompt."""
+    responder = LocalResponder.load(str(folder), "float32")
+    responder.tokenizer = tokenizer_of(template)
+    request = make_requests(responder.origin, 1)[0]
+    row = BatchRow(0, [1, 2], 99)
+    row.ids += responder.tokenizer(said, add_special_tokens=False)["input_ids"]
+    response = responder._raw(request, row).response("p")
+    assert (response.text, response.reasoning) == (text, thought)
+
+
+def test_variables_of_the_template_shape_a_local_answer(folder: Path) -> None:
+    """B7: they are rendered, and part of the origin only where they are set."""
+    plain = LocalResponder.load(str(folder), "float32")
+    assert plain.origin == LocalResponder.load(str(folder), "float32", template={}).origin
+    loud = LocalResponder.load(str(folder), "float32", template={"add": 1})
+    assert loud.origin != plain.origin
+    tokenizer = tokenizer_of("qwen3")
+    fix_template(tokenizer, {"enable_thinking": False})
+    text = render(tokenizer, [Message(role="user", content="?")], DATE)
+    assert text.endswith("<think>\n\n</think>\n\n")
 
 
 def test_the_templates_own_end_is_found() -> None:

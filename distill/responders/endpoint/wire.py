@@ -124,7 +124,9 @@ def body(request: "Request", settings: EndpointTeacher) -> dict[str, Any]:
     if ids := getattr(request, "ids", None):  # a text to score
         content = {"prompt": ids}
     elif settings.api == "chat":
-        content = {"messages": [message.model_dump() for message in request.messages]}
+        content: dict[str, Any] = {"messages": [m.model_dump() for m in request.messages]}
+        if settings.chat_template_kwargs:
+            content["chat_template_kwargs"] = settings.chat_template_kwargs
     else:
         content = {"prompt": "\n\n".join(message.content for message in request.messages)}
     sampling = request.sampling

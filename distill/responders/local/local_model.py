@@ -10,7 +10,7 @@ depend on what shares the batch. Legend: B rows, K ids, V vocabulary.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -24,6 +24,7 @@ from distill.config.values import SAFE, Trust
 from distill.errors import DistillError, Exit, first_line
 from distill.models.arithmetic import LIMITS, fitting_rows, row_bytes
 from distill.models.chat_template import (
+    Reasoning,
     encode_prompt,
     encode_text,
     find_turn,
@@ -40,6 +41,7 @@ from distill.models.devices import (
 )
 from distill.models.loading import context_length, load_merged, load_model, load_tokenizer
 from distill.models.registry import check_base, folder_facts, identity
+from distill.reasoning import PAIRS, split_reasoning
 from distill.records import Message, Stop, Usage, digest
 from distill.responders.local.continuous_batching import (
     BatchRow,
@@ -52,6 +54,7 @@ from distill.storage.files import sha256_file
 from distill.storage.progress import say
 
 PLAN_TOKENS = 49_152  # of a plan's answers, where that is more than its batches: what a kill costs
+QUESTION = (Message(role="user", content="?"),)  # for looking at the chat template
 TOP_IDS = 256  # sorted first for top-p; the whole vocabulary only where these do not suffice
 
 
@@ -86,12 +89,14 @@ class LocalResponder:
         max_batch_size: int | None = None,
         adapter: Path | None = None,
         trust: Trust = SAFE,
+        template: Mapping[str, Any] | None = None,
+        reasoning: Reasoning | None = None,
     ) -> "LocalResponder":
         """Make the responder of a model by reference, with a PEFT adapter merged in if any.
 
         The weights are loaded at the first request; what names the origin is known without them.
         """
-        tokenizer = load_tokenizer(reference, revision, trust)
+        tokenizer = load_tokenizer(reference, revision, trust, template, reasoning)
         facts = {"weights": identity(reference, revision), "dtype": str(pick_dtype(dtype))}
         if adapter:
             check_base(adapter, reference, revision)
@@ -125,6 +130,12 @@ class LocalResponder:
         ]
         flat = [i for n in fields for i in (n if isinstance(n, list) else [n]) if i is not None]
         return frozenset(flat) | end_of_turn(self.tokenizer, self.date)
+
+    @cached_property
+    def _opened(self) -> str:
+        """Return the mark of the thought that the template's own prompt opens, or nothing."""
+        turn = find_turn(self.tokenizer, QUESTION, self.date, thought=True)
+        return "" if turn.opening else next((o for o, c in PAIRS if c in turn.closing), "")
 
     def ask(self, requests: Sequence[Request]) -> Iterator[Raw]:
         """Yield one raw answer for each request, plan by plan."""
@@ -218,11 +229,19 @@ class LocalResponder:
         """Return a finished row as the answer to its request."""
         ids = row.answer()
         stop: Stop = "end" if ids[-1] in self.stop_ids else "length"
-        text = self.tokenizer.decode(
-            ids[:-1] if stop == "end" else ids,
-            skip_special_tokens=True,
-            clean_up_tokenization_spaces=False,
+        own = ids[:-1] if stop == "end" else ids
+        plain, shown = (
+            str(self.tokenizer.decode(own, skip, clean_up_tokenization_spaces=False))
+            for skip in (True, False)
         )
+        body: dict[str, Any] = {"ids": ids, "text": plain}
+        # What marks a thought may be a special token, or stand in the prompt
+        if self._opened or shown != plain:
+            text, thought = split_reasoning(self._opened + shown)
+            if thought is not None:
+                for name in self.tokenizer.all_special_tokens:
+                    text = text.replace(name, "")
+                body |= {"text": text, "reasoning": thought}
         return Raw(
             key=request.key,
             sample=request.sample,
@@ -234,7 +253,7 @@ class LocalResponder:
                 seconds=row.seconds,
                 device=device_name(self.network.device),
             ),
-            body={"ids": ids, "text": text},
+            body=body,
         )
 
     def _encode(self, request: Request) -> list[int]:
@@ -263,12 +282,15 @@ class LocalResponder:
 def make(teacher: LocalTeacher, circumstances: Circumstances) -> LocalResponder:
     """Make the responder of a model that runs here."""
     size, date = teacher.max_batch_size, circumstances.date
-    return LocalResponder.load(teacher.model, teacher.dtype, teacher.revision, date, size)
+    return LocalResponder.load(
+        *(teacher.model, teacher.dtype, teacher.revision, date, size),
+        template=teacher.chat_template_kwargs,
+    )
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, date: str) -> frozenset[int]:
     """Return the control token with which the chat template ends an answer, if there is one."""
-    turn = find_turn(tokenizer, (Message(role="user", content="?"),), date)
+    turn = find_turn(tokenizer, QUESTION, date)
     control = set(special_tokens(tokenizer).values())
     return frozenset([i for i in encode_text(tokenizer, turn.end) if i in control][:1])
 

@@ -227,7 +227,12 @@ def open_teacher(config: Config) -> tuple[PreTrainedTokenizerBase, dict[str, Any
     """
     teacher, student, settings = config.soft_teacher(), config.student, config.signals
     trust = student.trust if config.reader()[0] == student.model else SAFE
-    tokenizer = loading.load_tokenizer(*config.reader(), trust)
+    own = (
+        teacher.chat_template_kwargs if isinstance(teacher, LocalTeacher | EndpointTeacher) else {}
+    )
+    if not own and config.reader()[0] == student.model:
+        own = student.chat_template_kwargs
+    tokenizer = loading.load_tokenizer(*config.reader(), trust, own, config.reasoning)
     other = loading.load_tokenizer(student.model, student.revision, student.trust)
     vocabulary = vocabulary_hash(tokenizer)
     if vocabulary != vocabulary_hash(other):

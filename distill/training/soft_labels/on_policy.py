@@ -15,6 +15,7 @@ from typing import Any
 from distill.config.learning import SOFT
 from distill.generation.filters import CONTAMINATED, Dropped
 from distill.models.devices import release_memory
+from distill.reasoning import join_thought
 from distill.records import Pair, Prompt
 from distill.responders.ask import Ask
 from distill.responders.local.local_model import LocalResponder
@@ -82,7 +83,7 @@ def main(run: Run) -> None:
     shutil.copytree(adapter, final)
     summary = {"rounds": summaries, "adapter_sha256": summaries[-1]["adapter_sha256"]}
     write_json(run.path("refined/training.json"), summary)
-    write_merged(config.student, final, run.path("refined/merged"))
+    write_merged(config.student, final, run.path("refined/merged"), config.reasoning)
 
 
 def refine(current: Round, prompts: Sequence[Prompt], adapter: Path) -> None:
@@ -118,7 +119,13 @@ def student_answers(current: Round, prompts: Sequence[Prompt], adapter: Path) ->
     """Let the student answer, at most as long as the config says, without the empty answers."""
     config, settings, student = current.config, current.config.on_policy, current.config.student
     model = (student.model, student.dtype, student.revision, config.template_date)
-    responder = LocalResponder.load(*model, adapter=adapter, trust=student.trust)
+    responder = LocalResponder.load(
+        *model,
+        adapter=adapter,
+        trust=student.trust,
+        template=student.chat_template_kwargs,
+        reasoning=config.reasoning,
+    )
     shape = settings.model_dump(include={"temperature", "top_p", "max_new_tokens"})
     sampling = Sampling(**shape)
     requests = [Request.make(responder.origin, p.id, p.messages, sampling) for p in prompts]
@@ -126,5 +133,10 @@ def student_answers(current: Round, prompts: Sequence[Prompt], adapter: Path) ->
         responses = ask.responses(requests, f"student, round {current.number}")
     del responder, ask
     release_memory()
+    if config.reasoning == "keep":
+        responses = [
+            r.model_copy(update={"text": join_thought(r.text, r.reasoning)}) if r.reasoning else r
+            for r in responses
+        ]
     both = zip(prompts, responses, strict=True)
     return [Pair(prompt=p, response=r) for p, r in both if r.text.strip() and r.stop != "error"]

@@ -129,6 +129,7 @@ def make_ask(config: Config, payer: Run | None = None) -> Ask:
         "extra_body": {**extra, "prompt_logprobs": settings.k},
         "max_tokens_field": "max_tokens",
         "omit": (),
+        "chat_template_kwargs": {},  # the ids are rendered here
     }
     price = load_prices(config.evaluation.prices).teacher(reader.model)
     responder = EndpointResponder(reader.model_copy(update=changes), price, config.name)
