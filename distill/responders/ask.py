@@ -20,13 +20,16 @@ from distill.responders.store import ResponseStore
 from distill.storage.progress import say, tracking
 from distill.storage.run_folder import Run
 
+PAUSE = 0.3  # seconds between two looks at what another run has stored
 ADOPTED = "adopted"  # record of the store: the origin that an older one's answers are taken for
 
 
 class Ask(ExitStack):
     """Asks one responder for what the store lacks, while its block is open.
 
-    The store is opened once, to be read; its writer's lock is held only while something is asked.
+    The store is opened once, to be read; a writer's lock is held only while something is asked.
+    Other runs may ask meanwhile: what one of them is getting is waited for, and asked for only
+    where that run ends without it.
     What is spent enters the ledger of the run `payer`: of a local model as answers come, of an
     endpoint at the end of the block, also after an error. `again` asks anew what a server has
     replied to without an answer; `workers` are the processes of the launch, where several answer.
@@ -83,7 +86,7 @@ class Ask(ExitStack):
             answered |= {request.id: self.store.response(request) for request in stored}
         if not adopted and not self.store.lacking(requests, self.again):
             return requests
-        with self.store.writing():
+        with self.store.writing(shared=True):
             if adopted:
                 former = self.responder.old_origin  # pyright: ignore
                 self.store.append([(ADOPTED, former, self.responder.origin)])
@@ -91,20 +94,39 @@ class Ask(ExitStack):
                 now = "count as answers of the model as it is now"
                 say(f"{title}: {adopted} answers are {what}, and {now}")
             take_over(self.store)  # what other processes of a killed launch have left
-            if missing := self.store.lacking(requests, self.again):
-                with (
-                    tracking(title, len(missing), "answers") as tracker,
-                    closing(self._stored(missing)) as raws,  # a buyer ends before the log closes
-                ):
-                    started, tokens = time.monotonic(), 0
-                    for raw in raws:
-                        tokens += raw.reply.usage.output_tokens
-                        speed = f"{tokens / (time.monotonic() - started):.0f} tokens/s"
-                        bought = isinstance(self.responder, Buyer) and self.responder.progress()
-                        tracker.advance(extra=bought or speed)
-                        if answered is not None and not raw.error:
-                            answered[raw.id] = raw.response("")
+            asked, waiting = set[str](), False
+            while missing := [
+                one for one in self.store.lacking(requests, self.again) if one.id not in asked
+            ]:
+                ours = self.store.claim([request.id for request in missing])
+                asked |= ours
+                claimed = [one for one in missing if one.id in ours]
+                if mine := self.store.lacking(claimed, self.again):  # others have stored since
+                    self._ask_for(mine, title, answered)
+                elif not ours:
+                    if not waiting:
+                        what = f"{len(missing)} answers that another run is getting"
+                        say(f"{title}: waiting for {what}")
+                    waiting = True
+                    time.sleep(PAUSE)
         return requests
+
+    def _ask_for(
+        self, requests: Sequence[Request], title: str, answered: dict[str, Response] | None
+    ) -> None:
+        """Ask, show the progress, and put what comes into `answered`."""
+        with (
+            tracking(title, len(requests), "answers") as tracker,
+            closing(self._stored(requests)) as raws,  # a buyer ends before the log closes
+        ):
+            started, tokens = time.monotonic(), 0
+            for raw in raws:
+                tokens += raw.reply.usage.output_tokens
+                speed = f"{tokens / (time.monotonic() - started):.0f} tokens/s"
+                bought = isinstance(self.responder, Buyer) and self.responder.progress()
+                tracker.advance(extra=bought or speed)
+                if answered is not None and not raw.error:
+                    answered[raw.id] = raw.response("")
 
     def _under_old_keys(self, requests: Sequence[Request]) -> tuple[list[Request], int]:
         """Return the requests, by old keys where only these have an answer, and how many are new.

@@ -36,6 +36,7 @@ WAYS_OUT = {
     errno.EISDIR: "check the path",
 }
 # What a mounted drive answers that knows no locks, or no fsync of a folder
+MOMENT = 2.0  # seconds in which others that share a lock hold it alone, to tidy up
 NOT_OFFERED = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
@@ -189,42 +190,71 @@ def remove_folder(folder: Path) -> None:
 
 
 @contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path, shared: bool = False, patience: float = 0.0) -> Iterator[None]:
     """Let one process at a time write in a folder; the lock of a dead process is free.
 
-    What `write_atomic` left there, and below, in processes that were killed is removed.
+    With `shared` several hold it together, and keep out who wants it alone. What `write_atomic`
+    left there, and below, in processes that were killed is removed by who holds it alone.
+    `patience` is how many seconds it is waited for.
     """
-    path, handle = folder / ".lock", -1
+    path, end = folder / ".lock", time.monotonic() + (patience or MOMENT * shared)
     with disk_errors(path):
         folder.mkdir(parents=True, exist_ok=True)
-        while handle < 0:
+        while True:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                alone = _lock(folder, handle, shared)
+                with suppress(FileNotFoundError):  # a repair has moved the folder since
+                    if os.path.samestat(os.fstat(handle), path.stat()):
+                        os.ftruncate(handle, 0)
+                        os.pwrite(handle, str(os.getpid()).encode(), 0)
+                        for stray in folder.rglob(".*.tmp") if alone else ():
+                            pid = stray.stem.rpartition(".")[2]
+                            if pid.isdigit() and stray.is_file() and not alive(int(pid)):
+                                stray.unlink(missing_ok=True)
+                        if alone and shared:
+                            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                        break
             except BlockingIOError:
-                what = f"lock held by pid {_holder(handle)}"
-                os.close(handle)
-                raise DistillError(Exit.STATE, folder, what, "wait for it, or end it") from None
-            except OSError as error:
-                if error.errno not in NOT_OFFERED:
-                    raise
-                say(f"{folder}: its drive has no locks; see that nothing else writes there")
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(handle), path.stat()):
-                    break
-            os.close(handle)  # a repair has moved the folder since
-            handle = -1
+                if time.monotonic() >= end:
+                    what, fix = f"lock held by pid {_holder(handle)}", "wait for it, or end it"
+                    os.close(handle)
+                    raise DistillError(Exit.STATE, folder, what, fix) from None
+                time.sleep(0.01)
+            os.close(handle)
     try:
-        with disk_errors(path):
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, str(os.getpid()).encode(), 0)
-            for stray in folder.rglob(".*.tmp"):
-                pid = stray.stem.rpartition(".")[2]
-                if pid.isdigit() and stray.is_file() and not alive(int(pid)):
-                    stray.unlink(missing_ok=True)
         yield
     finally:
         os.close(handle)
+
+
+def is_locked(folder: Path) -> bool:
+    """Tell whether a process holds the lock of a folder."""
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        _lock(folder, handle, shared=False)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+
+
+def _lock(folder: Path, handle: int, shared: bool) -> bool:
+    """Lock a file; return whether nobody shares it. Raises BlockingIOError where it is held."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not shared:
+            raise
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except OSError as error:
+        if error.errno not in NOT_OFFERED:
+            raise
+        say(f"{folder}: its drive has no locks; see that nothing else writes there")
+        return False
+    return True
 
 
 def _holder(handle: int) -> str:

@@ -2,9 +2,9 @@
 
 A log is a folder of segments; a line of a segment is `SHA256 KIND KEY JSON`, where the hash covers
 what follows it. A writer appends to segments of its own, from `00000001.jsonl` or
-`WRITER-00000001.jsonl` on, and readers take all segments: writers share no file, so nothing but the
-folder's lock keeps them from writing at once. Where two writers stored one key, the first segment
-by name counts.
+`WRITER-00000001.jsonl` on, and readers take all segments: writers share no file, so several may
+write at once. What one of them is about to store it claims, in a file that counts while it lives.
+Where two writers stored one key, the first segment by name counts.
 
 `append` returns after fsync, so what it returned for is there after a kill or a power cut. A torn
 tail (a write that was cut off) is moved to `torn/` when a writer opens the log. Damage anywhere
@@ -18,18 +18,28 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Self
 
 from distill.errors import DistillError, Exit
 from distill.records import canonical
-from distill.storage.files import disk_errors, folder_lock, fsync_folder, write_atomic, write_json
+from distill.storage.files import (
+    disk_errors,
+    folder_lock,
+    fsync_folder,
+    is_locked,
+    read_json,
+    write_atomic,
+    write_json,
+)
 from distill.storage.progress import say
 
 BLOCK = 1 << 20  # bytes read at once
 OFFSET = 40  # bits of a position that are the first byte; those above are the segment
 NEWLINE = ord("\n")
+WRITERS, CLAIMS = "writers", "claims.json"  # of each process that writes, in a folder of its own
+CLAIMING = 60.0  # seconds to wait for others that are claiming
 VERSION = 1  # of the lines that this code reads and writes
 SEGMENT = re.compile(r"(?:(\w+)-)?(\d{8})\.jsonl", re.ASCII)
 # What the folder of a copy is called until the copy is complete and takes the original's name
@@ -137,6 +147,7 @@ class Log:
 
     def __init__(self, folder: Path, writable: bool = True, writer: str = "") -> None:
         self.folder, self.writable, self.writer = folder, writable, writer
+        self._shared, self.place = False, folder  # place: of the locks and claims of this writer
         self.index: dict[str, dict[str, int]] = {}  # kind to key to the record's position
         self.torn = 0
         # of each segment its place in these lists, its file, and how much of it was checked
@@ -163,11 +174,17 @@ class Log:
         self._undo.close()
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Hold the writer's lock inside the block, and read first what was added since."""
+    def writing(self, shared: bool = False) -> Iterator[None]:
+        """Hold the writer's lock inside the block, and read first what was added since.
+
+        With `shared` other processes write at the same time, each as a writer of its own.
+        """
         refuse_half_copy(self.folder)
-        with folder_lock(self.folder):
-            self.writable = True
+        with ExitStack() as locks:
+            locks.enter_context(folder_lock(self.folder, shared))
+            if shared:
+                self._take_name(locks)
+            self.writable, self._shared = True, shared
             try:
                 self._load()
                 yield
@@ -175,6 +192,35 @@ class Log:
                 if self._handle >= 0:
                     os.close(self._handle)
                 self._handle, self._sound, self.writable = -1, False, False
+
+    def _take_name(self, locks: ExitStack) -> None:
+        """Write under the first name that no other process has; most often that is none."""
+        for number in count(1):
+            self.place = self.folder / WRITERS / str(number)
+            try:
+                locks.enter_context(folder_lock(self.place))
+            except DistillError as error:
+                if not error.what.startswith("lock held"):
+                    raise
+                continue
+            (self.place / CLAIMS).unlink(missing_ok=True)  # of a process that died
+            self.writer = f"w{number}" if number > 1 else ""
+            return
+
+    def claim(self, keys: Sequence[str]) -> set[str]:
+        """Return those of `keys` that no other process has claimed: they are ours till the next.
+
+        What others have written is read first. For who writes `shared`.
+        """
+        with folder_lock(self.folder / WRITERS, patience=CLAIMING):
+            with disk_errors(self.folder):
+                self._read_news(segments(self.folder))
+            ours = set(keys)
+            for place in (self.folder / WRITERS).glob("[0-9]*"):
+                if place != self.place and (place / CLAIMS).exists() and is_locked(place):
+                    ours -= set(read_json(place / CLAIMS))
+            write_json(self.place / CLAIMS, sorted(ours))
+        return ours
 
     def _close_files(self) -> None:
         for file in self._files:
@@ -189,20 +235,26 @@ class Log:
                 raise damaged(self.folder / "version.json", self.folder, "no store version")
             if not version and self.writable:
                 write_json(self.folder / "version.json", {"version": VERSION})
-            self.torn = 0
-            if not all(map(self._intact, self._segments)):
-                self._close_files()
-                self._segments, self._files, self._sizes = {}, [], []
-                self.index, self._seen = {}, {}
-            last = {writer_of(path): path for path in paths}
-            for path in paths:
-                self._index_segment(path, last[writer_of(path)] == path)
+            self._read_news(paths)
             if self.writable:
                 self._append_to(max(1, sum(writer_of(path) == self.writer for path in paths)))
                 self._sound = True
                 if self.torn:
                     what = f"{self.torn} record cut off while being written, moved to torn/"
                     say(f"{self.folder}: {what}")
+
+    def _read_news(self, paths: Sequence[Path]) -> None:
+        """Check every line of the segments that was not checked yet."""
+        self.torn = 0
+        if not all(map(self._intact, self._segments)):
+            self._close_files()
+            self._segments, self._files, self._sizes = {}, [], []
+            self.index, self._seen = {}, {}
+        last = {writer_of(path): path for path in paths}
+        for path in paths:
+            self._index_segment(path, last[writer_of(path)] == path)
+        if self._handle >= 0:
+            self._current = self._open(self.folder / _name(self.writer, self._number))
 
     def _open(self, path: Path) -> int:
         """Open a segment to be read: a reader goes on in these files while a copy replaces them."""
@@ -226,11 +278,12 @@ class Log:
         repeats the move. No line after it is read: a writer beside this reader may be adding some.
         """
         segment = self._open(path)
+        ours = self.writable and (not self._shared or writer_of(path) == self.writer)
         for offset, data, record in scan(path, offset=self._sizes[segment]):
             position, complete = segment << OFFSET | offset, data[-1] == NEWLINE
             if record is None and last and not complete:
-                self.torn += 1
-                if self.writable:
+                self.torn += ours or not self.writable
+                if ours:
                     name = f"{path.stem}-{offset}-{hashlib.sha256(data).hexdigest()[:8]}"
                     write_atomic(self.folder / "torn" / name, data)
                     os.truncate(path, offset)
@@ -247,7 +300,7 @@ class Log:
                 raise damaged(f"{path}:{number}", self.folder, what)
             if complete:
                 self._sizes[segment] = offset + len(data)
-            elif self.writable:
+            elif ours:
                 _extend(path, b"\n")
                 self._sizes[segment] = offset + len(data) + 1
                 return
@@ -339,10 +392,10 @@ def _extend(path: Path, data: bytes) -> None:
 
 def copy(records: Iterable[NewRecord], log: Log) -> int:
     """Append records to a log, a thousand an fsync; return how many were new."""
-    source, count = iter(records), 0
+    source, new = iter(records), 0
     while group := list(islice(source, 1000)):
-        count += log.append(group)
-    return count
+        new += log.append(group)
+    return new
 
 
 class LogWriter:

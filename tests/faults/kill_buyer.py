@@ -32,7 +32,6 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from distill.cli import main as distill_main  # noqa: E402
 from distill.config.teachers import EndpointTeacher  # noqa: E402
 from distill.generation.generate import requests_for  # noqa: E402
 from distill.pipeline import STAGES  # noqa: E402
@@ -42,6 +41,7 @@ from distill.responders.store import ResponseStore  # noqa: E402
 from distill.status import read_status, show  # noqa: E402
 from distill.storage.files import read_records  # noqa: E402
 from distill.storage.run_folder import open_run  # noqa: E402
+from tests.support import buying  # noqa: E402
 from tests.support.buying import account_of, make_run  # noqa: E402
 from tests.support.fake_teacher import KEY, FakeTeacher, Reply, text_of  # noqa: E402
 from tests.support.mortal import die_at  # noqa: E402
@@ -63,7 +63,7 @@ def generate(config: Path, count: int, half: bool, log: Path) -> None:
     os.environ["TEACHER_KEY"] = KEY
     if count >= 0:
         die_at(count, half)
-    sys.exit(distill_main(["generate", str(config)]))
+    sys.exit(buying.generate(str(config)))
 
 
 class Buying:

@@ -38,7 +38,7 @@ from distill.records import Response  # noqa: E402
 from distill.responders.store import ResponseStore  # noqa: E402
 from distill.storage.files import read_records  # noqa: E402
 from distill.storage.run_folder import Run, open_run  # noqa: E402
-from tests.support.buying import account_of, make_run  # noqa: E402
+from tests.support.buying import account_of, generate, make_run  # noqa: E402
 from tests.support.fake_teacher import ECHO, FAULTS, KEY, FakeTeacher, Reply, question  # noqa: E402
 
 FINAL = {"400", "422", "413"}  # never asked again
@@ -82,7 +82,7 @@ def command(folder: Path, *words: str) -> int:
     """Run `distill WORDS` with the canary as its key; what it prints goes to the file `shown`."""
     os.environ["TEACHER_KEY"] = KEY
     with (folder / "shown").open("a") as shown, redirect_stdout(shown), redirect_stderr(shown):
-        return distill_main(words)
+        return generate(*words[1:]) if words[0] == "generate" else distill_main(words)
 
 
 def trial(count: int, share: float, seed: int, concurrency: int, folder: Path) -> dict[str, Any]:

@@ -29,7 +29,9 @@ from distill.storage.run_folder import open_run
 from tests.support.asking import answer_all
 from tests.support.batch_server import HALF_PRICE, BatchServer
 from tests.support.buying import asks, make_run, settings
-from tests.support.fake_teacher import text_of
+from tests.support.fake_teacher import KEY, text_of
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture
@@ -229,9 +231,11 @@ def test_a_run_that_waits_says_so_and_can_be_left(server: BatchServer, tmp_path:
     """Half price: Ctrl-C leaves the job there, `status` says so, the same command goes on."""
     config = make_run(tmp_path, server.url, 5, batch=True, initial_backoff=0.05)
     server.looks = 10**9
-    environment = {**os.environ, "TEACHER_KEY": "k"}
-    command = [sys.executable, "-m", "distill", "generate", str(config)]
-    waiting = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "TEACHER_KEY": KEY}
+    command = [sys.executable, "-m", "tests.support.buying", str(config)]
+    waiting = subprocess.Popen(
+        command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
     end = time.monotonic() + 60
     while server.requests["GET /batches"] < 2 and time.monotonic() < end:
         time.sleep(0.02)
@@ -244,6 +248,6 @@ def test_a_run_that_waits_says_so_and_can_be_left(server: BatchServer, tmp_path:
     assert not status.doubts and len(status.jobs) == 1
     assert re.match(r"5 questions wait in job job-0000 since 20\d\d-", status.jobs[0])
     server.looks = 0
-    again = subprocess.run(command, env=environment, capture_output=True, text=True)
+    again = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0 and "generate: 5 answers to 5 prompts" in again.stderr
     assert len(server.jobs) == 1 and not read_status(open_run(config), STAGES).jobs

@@ -38,6 +38,7 @@ from tests.support.buying import (
     asks,
     buy,
     first,
+    generate,
     hold_account,
     in_doubt,
     make_run,
@@ -486,7 +487,7 @@ def test_d4_a_disk_that_fills_up_ends_a_run_and_loses_nothing(tmp_path: Path) ->
     with FakeTeacher() as teacher:
         config, shown = make_run(tmp_path, teacher, 30), tmp_path / "shown"
         full = (16_000, 16_000)  # bytes a file, about half of what the answers take
-        child = command(config, "generate", limits={resource.RLIMIT_FSIZE: full})
+        child = command(config, limits={resource.RLIMIT_FSIZE: full})
         assert child.wait(60) == Exit.STATE and "Traceback" not in shown.read_text()
         assert "error: " in shown.read_text() and 0 < len(teacher.payloads) < 30
         store = tmp_path / "runs/.store/responses"
@@ -494,7 +495,7 @@ def test_d4_a_disk_that_fills_up_ends_a_run_and_loses_nothing(tmp_path: Path) ->
         with ResponseStore(store, writable=False) as log:
             kept = len(list(log.keys("response")))
         assert kept >= len(teacher.payloads) - 4, "at most what was in flight could not be stored"
-        assert main(["generate", str(config)]) == 0
+        assert generate(str(config)) == 0
         assert sum(times - 1 for times in teacher.bills.values()) <= 4
         hold_account(teacher, store)
 
@@ -502,7 +503,7 @@ def test_d4_a_disk_that_fills_up_ends_a_run_and_loses_nothing(tmp_path: Path) ->
 def test_d5_d6_another_filter_and_another_run_ask_nothing(tmp_path: Path) -> None:
     with FakeTeacher() as teacher:
         config = make_run(tmp_path, teacher)
-        assert main(["generate", str(config)]) == 0
+        assert generate(str(config)) == 0
         copied = tmp_path / "runs/other"
         copied.mkdir()
         for name in ("documents.jsonl", "prompts.jsonl"):
@@ -513,7 +514,8 @@ def test_d5_d6_another_filter_and_another_run_ask_nothing(tmp_path: Path) -> Non
             ["generate", "--redo"],
             ["generate", "name=other"],
         ):
-            assert main([verb, str(config), *words]) == 0
+            more = [str(config), *words]
+            assert (generate(*more) if verb == "generate" else main([verb, *more])) == 0
         assert len(teacher.payloads) == 12 and set(teacher.bills.values()) == {1}
     answers = [tmp_path / f"runs/{name}/responses.jsonl" for name in ("mine", "other")]
     assert answers[0].read_bytes() == answers[1].read_bytes()
@@ -522,9 +524,9 @@ def test_d5_d6_another_filter_and_another_run_ask_nothing(tmp_path: Path) -> Non
 
 
 def command(
-    config: Path, verb: str, *words: str, limits: dict[int, tuple[int, int]] | None = None
+    config: Path, limits: dict[int, tuple[int, int]] | None = None
 ) -> subprocess.Popen[str]:
-    """Start the command; what it prints goes to the file `shown` beside its config."""
+    """Start `distill generate`; what it prints goes to the file `shown` beside its config."""
 
     def prepare() -> None:
         # A test runner in the background of a script ignores Ctrl-C, and its children inherit that.
@@ -534,7 +536,8 @@ def command(
 
     with config.with_name("shown").open("a") as shown:
         return subprocess.Popen(
-            [sys.executable, "-m", "distill", verb, str(config), *words],
+            [sys.executable, "-m", "tests.support.buying", str(config)],
+            cwd=Path(__file__).parent.parent.parent,
             # no git: one that the limit of a file stops leaves its lock in this checkout
             env={**os.environ, "GIT_DIR": os.devnull},
             stderr=shown,
@@ -562,14 +565,14 @@ def held_after(teacher: FakeTeacher, count: int) -> threading.Event:
 def test_c12_ctrl_c_drains_and_re_bills_nothing(tmp_path: Path, sent: signal.Signals) -> None:
     with FakeTeacher() as teacher:
         free, config = held_after(teacher, 4), make_run(tmp_path, teacher)
-        child, shown = command(config, "generate"), tmp_path / "shown"
+        child, shown = command(config), tmp_path / "shown"
         wait_until(lambda: len(teacher.payloads) == 8)
         child.send_signal(sent)
         wait_until(lambda: "waiting up to" in shown.read_text())
         free.set()
         assert child.wait(60) == 130 and "Traceback" not in shown.read_text()
         assert len(teacher.payloads) == 8
-        assert main(["generate", str(config)]) == 0
+        assert generate(str(config)) == 0
         assert len(teacher.payloads) == 12 and set(teacher.bills.values()) == {1}
         hold_account(teacher, tmp_path / "runs/.store/responses")
     entries = Run(Config.model_validate_json(config.read_text())).ledger.entries()
@@ -588,7 +591,7 @@ def test_c12_d1_a_second_ctrl_c_or_a_kill_re_bills_what_was_in_flight_and_status
     store, shown = tmp_path / "runs/.store/responses", tmp_path / "shown"
     with FakeTeacher() as teacher:
         free, config = held_after(teacher, 4), make_run(tmp_path, teacher, drain_timeout=3600)
-        child = command(config, "generate")
+        child = command(config)
         wait_until(lambda: len(teacher.payloads) == 8)
         if end == signal.SIGINT:
             child.send_signal(end)
@@ -602,7 +605,7 @@ def test_c12_d1_a_second_ctrl_c_or_a_kill_re_bills_what_was_in_flight_and_status
         printed, doubts = capsys.readouterr().out, in_doubt(store, "mine")
         assert len(doubts) == 4 and "4 requests may have been billed" in printed
         assert all(doubt.key in printed for doubt in doubts)
-        assert main(["generate", str(config)]) == 0
+        assert generate(str(config)) == 0
         assert sum(times - 1 for times in teacher.bills.values()) == 4
         hold_account(teacher, store)
     run = Run(Config.model_validate_json(config.read_text()))

@@ -1,9 +1,12 @@
 """Runs whose teacher is the fake one, as far as the generate stage, and buying from it."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+from distill.cli import main
 from distill.config.teachers import EndpointTeacher
 from distill.config.tree import Config
 from distill.records import Document, Message, Prompt, Response
@@ -68,6 +71,12 @@ def make_run(folder: Path, teacher: FakeTeacher | str, count: int = 12, **change
     return folder / "c.yaml"
 
 
+def generate(*words: str) -> int:
+    """Be `distill generate WORDS`, but for its look ahead: these runs have no real student."""
+    with patch("distill.planning.preflight.require"):
+        return main(["generate", *words])
+
+
 def asks(teacher: EndpointTeacher, count: int, **sampling: Any) -> list[Request]:
     drawn = Sampling(max_new_tokens=teacher.max_new_tokens, **sampling)
     return [
@@ -116,3 +125,7 @@ def always(**reply: Any) -> Script:
 
 def first(count: int, **reply: Any) -> Script:
     return lambda number, payload: Reply(**reply) if number < count else Reply()
+
+
+if __name__ == "__main__":
+    sys.exit(generate(*sys.argv[1:]))
