@@ -30,6 +30,7 @@ from distill.responders.local.local_model import (
 )
 from distill.responders.local.packed_linear import PackedLinear, packed
 from distill.responders.responder import Request, Sampling
+from tests.support.asking import answer_all
 from tests.support.templates import tokenizer_of
 from tests.support.tiny import make_tiny, make_tokenizer
 from tests.support.training import adapted
@@ -246,12 +247,30 @@ def test_samples_of_one_request_differ(folder: Path) -> None:
     assert len({r.reply.text for r in responder.ask(samples)}) == 3
 
 
-def test_a_prompt_too_long_is_named(folder: Path) -> None:
+def test_d8_a_prompt_too_long_is_its_own_failure(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """D8: the others are answered as without it, none is asked twice; above 1 % it is exit 3."""
     responder = LocalResponder.load(str(folder), "float32")
-    message = Message(role="user", content="far too long " * 200)
-    request = Request.make(responder.origin, "p7", (message,), Sampling(max_new_tokens=8))
-    with pytest.raises(DistillError, match=r"prompt p7 .*exceed the 2048") as caught:
-        list(responder.ask([request]))
+    sampling = Sampling(max_new_tokens=8)
+
+    def too_long(name: str) -> Request:
+        turns = (Message(role="user", content="far too long " * 200 + name),)
+        return Request.make(responder.origin, name, turns, sampling)
+
+    requests = make_requests(responder.origin, 6, sampling)
+    alone = {raw.id: raw.reply.text for raw in responder.ask(requests)}
+    both = [*requests[:3], too_long("p7"), *requests[3:]]
+    found = answer_all(responder, both, tmp_path)
+    assert [r.stop == "error" for r in found] == [n == 3 for n in range(7)]
+    assert "too long" in str(found[3].error) and "exceed the 2048" in str(found[3].error)
+    assert {r.id: r.text for r in found if r.stop != "error"} == alone
+    assert "1 of 7 prompts are too long: prompt p7" in capsys.readouterr().err
+    assert answer_all(responder, both, tmp_path, again=True) == found
+    plan = responder.plan(both)[0]
+    assert plan.requests == (both[3],) and responder.fits(plan)
+    with pytest.raises(DistillError, match=r"prompt p8 .*exceed the 2048") as caught:
+        responder.plan([*requests, too_long("p8"), too_long("p9")])
     assert caught.value.code == Exit.INPUT
 
 

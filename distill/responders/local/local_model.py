@@ -53,6 +53,7 @@ from distill.responders.responder import Circumstances, Plan, Raw, Request
 from distill.storage.files import sha256_file
 from distill.storage.progress import say
 
+MOST_TOO_LONG = 0.01  # of the prompts; more are a fault of the settings
 PLAN_TOKENS = 49_152  # of a plan's answers, where that is more than its batches: what a kill costs
 QUESTION = (Message(role="user", content="?"),)  # for looking at the chat template
 TOP_IDS = 256  # sorted first for top-p; the whole vocabulary only where these do not suffice
@@ -145,13 +146,25 @@ class LocalResponder:
     def plan(self, requests: Sequence[Request]) -> list[Plan]:
         """Divide requests into plans of one sampling, the longest prompts first.
 
-        Raises DistillError (exit 3) naming a prompt that leaves no room for its answer.
+        Prompts that leave no room for their answer are a plan of their own, which fails. Raises
+        DistillError (exit 3) naming one where they are several, and more than one in a hundred.
         """
         lengths = {request: len(self._encode(request)) for request in requests}
+        excess = [request for request in requests if self._too_long(request, lengths[request])]
+        if excess:
+            request, what = excess[0], self._too_long(excess[0], lengths[excess[0]])
+            where = f"prompt {request.prompt_id} ({request.messages[-1].content[:40]!r})"
+            if len(excess) > max(1, MOST_TOO_LONG * len(requests)):
+                fix = "make corpus.chunk.max_chars or max_new_tokens smaller"
+                what = f"{what}, and so do {len(excess) - 1} more of {len(requests)}"
+                raise DistillError(Exit.INPUT, where, what, fix)
+            say(f"{len(excess)} of {len(requests)} prompts are too long: {where}: {what}")
         ordered = sorted(
-            lengths, key=lambda r: (r.sampling.to_line(), -lengths[r], r.key, r.sample)
+            lengths.keys() - excess,
+            key=lambda r: (r.sampling.to_line(), -lengths[r], r.key, r.sample),
         )
-        plans, place = list[Plan](), self.network.device
+        place = self.network.device
+        plans = [Plan(requests=tuple(excess), slots=1)] if excess else []
         room, limits = free_memory(place), LIMITS[kind(place)]
         while ordered:
             sampling = ordered[0].sampling
@@ -170,7 +183,11 @@ class LocalResponder:
         """
         most = self.max_batch_size or plan.slots
         if kind(self.network.device) == "cuda":
-            longest = max(len(self._encode(r)) + r.sampling.max_new_tokens for r in plan.requests)
+            tokens = ((r, len(self._encode(r))) for r in plan.requests)
+            longest = max(
+                (n + r.sampling.max_new_tokens for r, n in tokens if not self._too_long(r, n)),
+                default=1,
+            )
             most = min(most, free_memory(self.network.device) // self._row_bytes(longest))
         return plan.slots <= most
 
@@ -181,7 +198,12 @@ class LocalResponder:
         in all later plans too. Raises DistillError (exit 7) where not even one row fits.
         """
         assert self.network  # loaded: where the weights alone do not fit, fewer rows do not help
-        missing = {request.id: request for request in plan.requests}
+        missing, failed = {request.id: request for request in plan.requests}, list[Raw]()
+        for request in plan.requests:
+            if what := self._too_long(request, len(self._encode(request))):
+                failed.append(Raw.failed(missing.pop(request.id), f"too long: {what}", self.model))
+        if failed:
+            yield failed
         while missing:
             size = min(plan.slots, self._most_rows or plan.slots)
             try:
@@ -257,18 +279,15 @@ class LocalResponder:
         )
 
     def _encode(self, request: Request) -> list[int]:
-        """Return the prompt's ids; raises DistillError (exit 3) on one too long for its answer."""
-        ids = encode_prompt(self.tokenizer, request.messages, self.date)
+        """Return the prompt's ids."""
+        return encode_prompt(self.tokenizer, request.messages, self.date)
+
+    def _too_long(self, request: Request, tokens: int) -> str | None:
+        """Return what to say of a prompt of so many tokens that leaves no room for its answer."""
         room, most = context_length(self.network.config), request.sampling.max_new_tokens
-        if len(ids) + most > room:
-            raise DistillError(
-                Exit.INPUT,
-                f"prompt {request.prompt_id} ({request.messages[-1].content[:40]!r})",
-                f"{len(ids)} tokens and {most} for the answer exceed the {room} that"
-                f" {self.model} sees",
-                "make corpus.chunk.max_chars or max_new_tokens smaller",
-            )
-        return ids
+        if tokens + most <= room:
+            return None
+        return f"{tokens} tokens and {most} for the answer exceed the {room} that {self.model} sees"
 
     def _row_bytes(self, capacity: int) -> float:
         """Return what a row of `capacity` tokens takes."""
