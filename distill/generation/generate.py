@@ -5,7 +5,7 @@ stage mean the same ones.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 from distill.config.teachers import StatedCost, Teacher
@@ -13,7 +13,7 @@ from distill.config.tree import Questions
 from distill.corpus.prompts import prompts_for_questions, written_prompts
 from distill.errors import DistillError, Exit
 from distill.reasoning import marked
-from distill.records import Document, Prompt
+from distill.records import Document, Prompt, Response
 from distill.responders.ask import Ask
 from distill.responders.kinds import make_responder
 from distill.responders.local.workers import Workers
@@ -24,7 +24,7 @@ from distill.storage.files import read_records, write_records
 from distill.storage.progress import say
 from distill.storage.run_folder import Run
 
-MOST_MARKED = 0.01  # of the answers; one that speaks of such marks is none of a kind
+MOST_MARKED = 0.01  # of the answers
 
 
 def main(run: Run, workers: Workers | None = None) -> None:
@@ -68,6 +68,14 @@ def main(run: Run, workers: Workers | None = None) -> None:
         line += f", {len(errors)} of them failed (--redo generate asks those again), the last: "
         line += str(errors[-1])
     say(line)
+    say_what_is_odd(responses)
+
+
+def say_what_is_odd(responses: Sequence[Response]) -> None:
+    """Say how many answers stopped for an unknown reason, and whether marks of reasoning are left.
+
+    One that speaks of such marks is none of a kind.
+    """
     notes = Counter(r.error for r in responses if r.error and r.stop in ("end", "length"))
     for note, count in notes.most_common():
         say(f"generate: {count} answers with {note}: taken for complete, unless at max_new_tokens")

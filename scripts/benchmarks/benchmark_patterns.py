@@ -39,7 +39,9 @@ from distill.models.chat_template import beginnings
 from distill.publishing import secret_scan
 from distill.reasoning import marked, split_reasoning
 from distill.records import Document, Item, Message, Prompt, Response
-from distill.responders.endpoint import transport, wire
+from distill.responders.endpoint import rate_limits, transport, wire
+from distill.responders.responder import Request, Sampling
+from distill.responders.token_counts import least_tokens
 from distill.storage.files import write_json
 from distill.storage.progress import console
 from distill.tasks.checkers import (
@@ -268,6 +270,12 @@ READERS: dict[str, Reader] = {
     "responders.endpoint.transport.classify": lambda text: transport.classify(400, text.encode()),
     "responders.endpoint.transport.classify, error": lambda text: transport.classify(
         400, json.dumps({"error": {"message": text}}).encode()
+    ),
+    "responders.endpoint.rate_limits.stated_wait": lambda t: rate_limits.stated_wait(
+        {}, t.encode()
+    ),
+    "responders.token_counts.least_tokens": lambda text: least_tokens(
+        Request.make("o", "p", (Message(role="user", content=text),), Sampling()), "no/model"
     ),
     "tasks.checkers.strip_fence": strip_fence,
     "tasks.checkers.normalise_answer": normalise_answer,

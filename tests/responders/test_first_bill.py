@@ -13,7 +13,8 @@ import pytest
 
 from distill.cli import main
 from distill.errors import DistillError, Exit
-from distill.records import Message, Response
+from distill.generation.generate import say_what_is_odd
+from distill.records import Message, Response, Usage
 from distill.responders import token_counts
 from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.endpoint.wire import pack
@@ -516,3 +517,69 @@ def test_d6_what_a_tokenizer_merges_is_no_cut_prompt(text: str) -> None:
     turns = (Message(role="user", content=text), Message(role="assistant", content="w " * 999))
     request = Request.make(origin_of(asked), "p", turns, Sampling())
     assert token_counts.least_tokens(request, "nobody/knows") <= max(1, len(text) / 4)
+
+
+FINISHES = {  # D2: name, what it counts as
+    **dict.fromkeys(("stop", "eos", "eos_token", "stop_sequence", "end_turn", "STOP"), "end"),
+    **dict.fromkeys(("EndTurn", "COMPLETE", "finish_reason_stop", "FinishReason.STOP"), "end"),
+    **dict.fromkeys(("length", "max_tokens", "MAX_TOKENS", "model_length", "maxTokens"), "length"),
+    **dict.fromkeys(("content_filter", "SAFETY", "RECITATION", "content_filter: x"), "filtered"),
+    **dict.fromkeys(("tool_calls", "abort", "error", "cancelled", "network_error"), "error"),
+    **dict.fromkeys((None, "", "moon", "weiter"), "end"),
+}
+
+
+@pytest.mark.parametrize("finish", FINISHES)
+def test_d2_why_an_answer_stopped(tmp_path: Path, finish: str | None) -> None:
+    """D2: the text of an unknown reason is kept, and is cut off where it fills what was allowed."""
+    with FakeTeacher(always(finish=finish)) as teacher:
+        (found,) = buy(teacher, tmp_path)
+        assert found.stop == FINISHES[finish]
+        noted = finish in (None, "", "moon", "weiter")
+        assert ("unknown finish_reason" in str(found.error)) == noted
+    full = {"usage": {"prompt_tokens": 9, "completion_tokens": 20}}
+    with FakeTeacher(always(finish=finish, answer=full)) as teacher:
+        (found,) = buy(teacher, tmp_path / "full")
+        assert found.stop == ("length" if noted else FINISHES[finish])
+
+
+def test_d2_unknown_reasons_and_d3_lone_marks_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    responses = [
+        Response(
+            id=str(n),
+            request_key="k",
+            sample=0,
+            prompt_id="p",
+            model="m",
+            text="Sure! <think>a" if n < 3 else "Paris.",
+            stop="end",
+            usage=Usage(),
+            raw_sha256="x",
+            error="unknown finish_reason 'moon'" if n < 5 else None,
+        )
+        for n in range(200)
+    ]
+    say_what_is_odd(responses)
+    shown = capsys.readouterr().err
+    assert "5 answers with unknown finish_reason 'moon'" in shown
+    assert "3 of 200 answers hold a mark of reasoning" in shown
+    say_what_is_odd([r.model_copy(update={"error": None}) for r in responses[2:]])
+    assert "mark" not in capsys.readouterr().err, "1 of 198 may speak of one"
+
+
+def test_d2_d3_what_was_bought_before_is_read_by_the_better_reader(tmp_path: Path) -> None:
+    """D2, D3: replies of an older store, without `cap` and `least`, make no request."""
+    texts = ("Paris.", "Okay, the user asks.\n</think>\n\nParis.")
+    with ResponseStore(tmp_path) as log:
+        asked = settings("http://127.0.0.1:9/v1")
+        requests = asks(asked, 2)
+        for request, text in zip(requests, texts, strict=True):
+            choice = {"message": {"content": text}, "finish_reason": None}
+            body = {"status": 200, "attempt": 0, **pack(json.dumps({"choices": [choice]}).encode())}
+            raw = {"key": request.key, "sample": 0, "model": "fake-1", "stop": None, "usage": {}}
+            log.append([("response", request.id, {**raw, "body": body})])
+    found = answer_all(EndpointResponder(asked, PRICE, "run"), requests, tmp_path)
+    assert [(r.text, r.stop) for r in found] == [("Paris.", "end")] * 2
+    assert found[1].reasoning == "Okay, the user asks."

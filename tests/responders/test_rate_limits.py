@@ -7,7 +7,14 @@ from email.utils import formatdate
 
 import pytest
 
-from distill.responders.endpoint.rate_limits import Gate, Pace, Replicas, backoff, retry_after
+from distill.responders.endpoint.rate_limits import (
+    Gate,
+    Pace,
+    Replicas,
+    backoff,
+    retry_after,
+    stated_wait,
+)
 
 NOW = 1_790_000_000.0
 HEADERS = {
@@ -54,6 +61,59 @@ def test_a_date_without_a_zone_is_no_local_time(monkeypatch: pytest.MonkeyPatch)
     finally:
         monkeypatch.undo()
         time.tzset()
+
+
+SAID = {  # in a body
+    '{"retryDelay": "34s"}': 34,
+    '{"retryDelay": "0.5s"}': 0.5,
+    '{"retryDelay": {"seconds": 12, "nanos": 5}}': 12,
+    '{"retry_after": 30}': 30,
+    '{"retry_after_seconds": 7.5}': 7.5,
+    '{"error": "{\\"retry_after\\": \\"9\\"}"}': 9,
+    "Please try again in 6m0s. Visit": 360,
+    "Please try again in 2h13m59.56s.": 8039.56,
+    "try again in 1 minute": 60,
+    "Try again in 344ms": 0.344,
+    "Please retry after 24 seconds.": 24,
+    "Please retry your request after about 20 s.": 20,
+    "Please wait 30 seconds before": 30,
+    "Your limit resets in 3 hours": 10800,
+    "try again in 999999999999 s": 1e9,
+    '{"X-RateLimit-Reset": "1"}': 1,
+    "try again later": None,
+    "retry": None,
+    "": None,
+}
+
+
+@pytest.mark.parametrize("text", SAID)
+def test_d7_a_delay_in_the_body_is_read(text: str) -> None:
+    seconds = SAID[text]
+    found = stated_wait({}, text.encode())
+    assert found is seconds is None or found == pytest.approx(seconds)
+    assert stated_wait({"retry-after": "3"}, text.encode()) == 3, "the header comes first"
+
+
+def test_d7_headers_of_the_limit_that_is_used_up_are_read() -> None:
+    now = time.time()
+    reset = {
+        "x-ratelimit-remaining-requests": "0",
+        "x-ratelimit-reset-requests": "2m59.56s",
+        "x-ratelimit-remaining-tokens": "17997",
+        "x-ratelimit-reset-tokens": "7.66s",
+    }
+    assert stated_wait(reset, b"") == pytest.approx(179.56)
+    assert stated_wait({**reset, "x-ratelimit-remaining-requests": "5"}, b"") == pytest.approx(7.66)
+    for name, value in (
+        ("x-ratelimit-reset", str(int(now + 50))),
+        ("x-ratelimit-reset", str(int((now + 50) * 1000))),
+        ("ratelimit-reset", "50"),
+        ("anthropic-ratelimit-input-tokens-reset", time.strftime("%FT%TZ", time.gmtime(now + 50))),
+        ("x-ratelimit-reset", formatdate(now + 50, usegmt=True)),
+    ):
+        assert stated_wait({name: value}, b"") == pytest.approx(50, abs=2)
+    for value in ("soon", "", "nan", "inf", "-5", "1990-01-01T00:00:00Z"):
+        assert stated_wait({"x-ratelimit-reset": value}, b"") in (None, 0.0)
 
 
 def test_backoff_doubles_with_jitter_and_ends() -> None:

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.responders.endpoint import wire
+from distill.responders.endpoint.rate_limits import stated_wait
 from distill.responders.endpoint.transport import classify
 from distill.responders.responder import Raw
 
-FIXTURES = Path(__file__).parent.parent / "fixtures" / "wire"
+FIXTURES = Path(__file__).parent.parent / "fixtures" / "servers"
 CASES = [
     pytest.param(case, id=f"{path.stem}: {case['name']}")
     for path in sorted(FIXTURES.glob("*.json"))
@@ -23,7 +24,11 @@ CASES = [
 
 def test_every_fixture_names_its_source() -> None:
     found = sorted(FIXTURES.glob("*.json"))
-    assert {"openai", "openrouter", "sglang", "transformers", "vllm"} <= {p.stem for p in found}
+    makers = (
+        "vllm sglang llamacpp ollama lmstudio tgi openai azure gemini anthropic_compatible mistral"
+        " deepseek groq together fireworks openrouter transformers xai"
+    )
+    assert set(makers.split()) == {path.stem for path in found}
     assert all(len(json.loads(path.read_text())["source"]) > 40 for path in found)
 
 
@@ -32,9 +37,12 @@ def test_what_servers_send_is_read(case: dict[str, Any]) -> None:
     data = json.dumps(case["body"]).encode()
     if "fault" in case:
         assert case["status"] != 200 or not wire.is_answer(data)
-        found = classify(case["status"], data).model_dump()
+        asked = {"temperature": 0.0, "max_tokens": 20, **case.get("asked", {})}
+        found = classify(case["status"], data, json.dumps(asked).encode()).model_dump()
         assert {name: found[name] for name in case["fault"]} == case["fault"]
         assert str(case["status"]) in found["what"] and "without a message" not in found["what"]
+        wait = stated_wait(case.get("headers", {}), data) if found["limited"] else None
+        assert wait == pytest.approx(case["wait"]) if case.get("wait", 1e8) < 1e8 else wait != 0
         return
     assert case["status"] == 200 and wire.is_answer(data)
     reply = wire.read_reply(data)

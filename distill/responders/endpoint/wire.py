@@ -392,7 +392,7 @@ def _dollars(value: object) -> Decimal | None:
 
 def plain_message(value: object) -> str:
     """Return a server's message on one line, cut, without what would steer a terminal."""
-    if isinstance(value, dict):
-        value = value.get("message", "")
+    if isinstance(value, dict) and "message" in value:
+        value = value["message"]
     text = value if isinstance(value, str) else json.dumps(value) if value else ""
     return "".join(c for c in " ".join(text.split()) if c.isprintable())[:MESSAGE_CHARS]
