@@ -17,7 +17,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn, cast
 
 from distill.corpus.encodings import SAMPLE, recognise
 from distill.errors import DistillError, Exit
@@ -30,7 +30,6 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 LINES = (".jsonl", ".ndjson")
 SUFFIXES = (*TEXTS, *LINES, ".json", *DELIMITERS)
 BINARY_SUFFIXES = (".parquet", ".pdf", ".docx")
-PACKED = (".gz", ".zst")
 MAX_JSON = 2**31  # bytes of a .json file, which is read as one
 MAX_UNPACKED = 2**28  # bytes that a .docx may hold
 SHORT_PAGE = 200  # characters below which a page of a PDF is read together with the next
@@ -100,23 +99,24 @@ def read_file(
     kind = kind_of(path)
     try:
         if kind in BINARY_SUFFIXES:
-            yield from {".parquet": _read_parquet, ".pdf": _read_pdf, ".docx": _read_docx}[kind](
-                path, source
-            )
+            yield from (_read_parquet if kind == ".parquet" else _read_document)(path, source)
             return
         with _open(path) as file:
             sample = file.read(SAMPLE)
-        other = recognise(sample, complete=len(sample) < SAMPLE)
-        if encoding and not (other and other[1].startswith("UTF")) and not _is_utf8(sample):
-            other = encoding, encoding
-        with _open(path) as packed, tempfile.TemporaryFile() as plain:
+        other = recognise(sample, len(sample) < SAMPLE, encoding)
+        if other and others is None:
+            say(f"{source} is read as {other[1]}")
+        elif other and others is not None:
+            others.setdefault(other[1], []).append(source)
+        with _open(path) as packed, tempfile.TemporaryFile() as copy:
             file = packed
-            if other:
-                if others is None:
-                    say(f"{source} is read as {other[1]}")
-                else:
-                    others.setdefault(other[1], []).append(source)
-                file = _as_utf8(packed, plain, other[0])
+            if other:  # read in UTF-8, from a copy
+                decoder = codecs.getincrementaldecoder(other[0])()
+                while block := packed.read(2**20):
+                    copy.write(decoder.decode(block).encode("utf-8"))
+                copy.write(decoder.decode(b"", final=True).encode("utf-8"))
+                copy.seek(0)
+                file = copy
             if kind in LINES:
                 yield from read_lines(file, source)
             elif kind == ".json":
@@ -144,25 +144,8 @@ def _open(path: Path) -> Bytes:
         import pyarrow  # costs a second to import, and few need it
 
         return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
-
-
-def _as_utf8(file: Bytes, copy: Bytes, encoding: str) -> Bytes:
-    """Write the text of a file to `copy` in UTF-8, and return that from its beginning on."""
-    decoder = codecs.getincrementaldecoder(encoding)()
-    while block := file.read(2**20):
-        copy.write(decoder.decode(block).encode("utf-8"))
-    copy.write(decoder.decode(b"", final=True).encode("utf-8"))
-    copy.seek(0)
-    return copy
-
-
-def _is_utf8(sample: bytes) -> bool:
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(sample)
-    except UnicodeDecodeError:
-        return False
-    return True
+    packed = path.suffix.lower() == ".gz"
+    return cast("Bytes", gzip.open(path) if packed else path.open("rb"))
 
 
 def _read_text(file: Bytes, source: str, html: bool) -> Iterator[SourceRow | Reject]:
@@ -359,54 +342,50 @@ def _read_parquet(path: Path, source: str) -> Iterator[SourceRow | Reject]:
         raise DistillError(Exit.INPUT, path, what, "write it again") from None
 
 
-def _lacks_extra(path: Path) -> DistillError:
-    what, fix = f"{path.suffix} needs the extra `documents`", "pip install 'distill[documents]'"
-    return DistillError(Exit.INPUT, path, what, fix)
-
-
-def _read_pdf(path: Path, source: str) -> Iterator[SourceRow | Reject]:
-    """Yield the text of each page, with its number; a short page goes with its neighbour."""
+def _read_document(path: Path, source: str) -> Iterator[SourceRow | Reject]:
+    """Yield each page of a PDF with its number, or a .docx file as one text."""
     try:
-        import pypdf
-    except ImportError:
-        raise _lacks_extra(path) from None
-    pages: list[tuple[int, str]] = []
-    try:
-        reader = pypdf.PdfReader(path)
-        if reader.is_encrypted and not reader.decrypt(""):
-            raise ValueError("it needs a password")
-        for number, page in enumerate(reader.pages, 1):
-            text = page.extract_text().strip()
-            if pages and min(len(text), len(pages[-1][1])) < SHORT_PAGE:
-                number, before = pages.pop()
-                text = f"{before}\n\n{text}".strip()
-            pages += [(number, text)] if text else []
-        if not pages:
+        rows = list((_pages if path.suffix.lower() == ".pdf" else _paragraphs)(path))
+        if not any(row["text"] for row in rows):
             raise ValueError("it holds no text, as of scanned pages")
-    except Exception as error:  # damaged ones make pypdf raise whatever there is
-        yield Reject(where=f"{source}:1", reason=f"cannot be read as PDF: {error}"[:200])
-        return
-    yield from (SourceRow(f"{source}:{n}", {"text": text, "page": n}) for n, text in pages)
-
-
-def _read_docx(path: Path, source: str) -> Iterator[SourceRow | Reject]:
-    """Yield the paragraphs and tables in their order, as one text."""
-    try:
-        import docx
+        for row in rows:
+            yield SourceRow(f"{source}:{row.get('page', 1)}", row)
     except ImportError:
-        raise _lacks_extra(path) from None
-    try:
-        with zipfile.ZipFile(path) as packed:
-            if sum(member.file_size for member in packed.infolist()) > MAX_UNPACKED:
-                raise ValueError(f"larger than {MAX_UNPACKED:,} bytes when unpacked")
-        blocks: list[str] = []
-        for block in docx.Document(str(path)).iter_inner_content():
-            rows: Any = getattr(block, "rows", None)
-            lines = ["\t".join(cell.text for cell in row.cells) for row in rows or ()]
-            blocks.append("\n".join(lines) if rows is not None else block.text)
-        yield SourceRow(f"{source}:1", {"text": "\n\n".join(filter(None, blocks))})
-    except Exception as error:  # as above
-        yield Reject(where=f"{source}:1", reason=f"cannot be read as .docx: {error}"[:200])
+        what, fix = f"{path.suffix} needs the extra `documents`", "pip install 'distill[documents]'"
+        raise DistillError(Exit.INPUT, path, what, fix) from None
+    except Exception as error:  # damaged files make these libraries raise whatever there is
+        yield Reject(where=f"{source}:1", reason=f"cannot be read as {path.suffix}: {error}"[:200])
+
+
+def _pages(path: Path) -> list[dict[str, object]]:
+    """Return the text of each page; a short one goes with its neighbour."""
+    import pypdf
+
+    reader, pages = pypdf.PdfReader(path), list[tuple[int, str]]()
+    if reader.is_encrypted and not reader.decrypt(""):
+        raise ValueError("it needs a password")
+    for number, page in enumerate(reader.pages, 1):
+        text = page.extract_text().strip()
+        if pages and min(len(text), len(pages[-1][1])) < SHORT_PAGE:
+            number, before = pages.pop()
+            text = f"{before}\n\n{text}".strip()
+        pages += [(number, text)] if text else []
+    return [{"text": text, "page": number} for number, text in pages]
+
+
+def _paragraphs(path: Path) -> list[dict[str, object]]:
+    """Return the paragraphs and tables in their order, as one text."""
+    import docx
+
+    with zipfile.ZipFile(path) as packed:
+        if sum(member.file_size for member in packed.infolist()) > MAX_UNPACKED:
+            raise ValueError(f"larger than {MAX_UNPACKED:,} bytes when unpacked")
+    blocks: list[str] = []
+    for block in docx.Document(str(path)).iter_inner_content():
+        rows: Any = getattr(block, "rows", None)
+        lines = ["\t".join(cell.text for cell in row.cells) for row in rows or ()]
+        blocks.append("\n".join(lines) if rows is not None else block.text)
+    return [{"text": "\n\n".join(filter(None, blocks))}]
 
 
 def is_saved_dataset(path: Path) -> bool:

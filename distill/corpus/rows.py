@@ -20,6 +20,7 @@ import regex
 
 from distill.config.tree import Columns
 from distill.corpus.clean import normalise
+from distill.reasoning import split_reasoning
 from distill.records import Document
 
 SECONDS = 2.0  # that finding a reference in one answer may take
@@ -76,6 +77,7 @@ USES = (  # of columns, as they are told
     *("text", "prompt", "conversation", "prompt and recorded answer", "earlier turns"),
     *("system turn", "recorded answer", "reference and recorded answer", "reasoning", "reference"),
 )
+UNUSED = "unused"
 TOOL = "tool"  # a call of a tool, or what one returned
 ROLES = {
     name: role
@@ -109,26 +111,25 @@ class Reading:
 
     def __init__(self) -> None:
         self.rows, self.omitted = Counter[str](), Counter[str]()
-        self.uses: dict[str, dict[str, str]] = {}
-        self.columns: dict[str, dict[str, None]] = {}
+        self.uses: dict[str, dict[str, str]] = {}  # by shape and column
 
     def add(self, shape: str, row: Mapping[str, object], uses: Mapping[str, str]) -> None:
         """Count a row whose columns became what `uses` says."""
         self.rows[shape] += 1
-        self.uses.setdefault(shape, {}).update(uses)
-        self.columns.setdefault(shape, {}).update((n, None) for n in row if _holds(row[n]))
+        unused = {name: UNUSED for name in row if name not in uses and _holds(row[name])}
+        self.uses[shape] = unused | self.uses.get(shape, {}) | dict(uses)
 
     def lines(self) -> list[str]:
         """Return a line for each shape, and one for each kind of turn that was left out."""
         lines = []
         for shape, count in self.rows.items():
-            uses, became = self.uses[shape], dict[str, list[str]]()
-            for column, use in uses.items():
+            became = dict[str, list[str]]()
+            for column, use in self.uses[shape].items():
                 became.setdefault(use, []).append(column)
+            unused = [f"`{name[:40]}`" for name in became.pop(UNUSED, ())]
             order = sorted(filter(None, became), key=lambda use: USES.index(use.partition(",")[0]))
             parts = [f"{' + '.join(became[use])} → {use}" for use in order]
             line = f"{count:,} row{'s' * (count > 1)} as {shape}: {', '.join(parts)}"
-            unused = [f"`{name[:40]}`" for name in self.columns[shape] if name not in uses]
             if unused:
                 more = f" and {len(unused) - 8} more" if len(unused) > 8 else ""
                 line += f"; column{'s' * (len(unused) > 1)} {', '.join(unused[:8])}{more} not used"
@@ -245,7 +246,8 @@ def _prompt(
         answers = [last]
     if answers and (thought := take("reasoning", *REASONING)):
         answers[0] = answers[0]._replace(reasoning=answers[0].reasoning or str(thought))
-    right = normalise(stated[0]) if stated else None
+    right = split_reasoning(str(stated[0]))[0] if stated else ""
+    right = normalise(right) if right.strip() else None
     if pattern is None and right and (final := right.rpartition("\n")[2]).startswith("####"):
         right = final[4:].strip() or right
         uses |= {n: f"{use}, after #### reference" for n, use in uses.items() if use == column}
@@ -257,10 +259,13 @@ def _prompt(
         meta["reference"] = right
     if answers:
         kept = [
-            {"text": _checked(turn.text)}
-            | ({"reasoning": _checked(turn.reasoning)} if turn.reasoning else {})
+            {"text": turn.text} | ({"reasoning": turn.reasoning} if turn.reasoning else {})
             for turn in answers
         ]
+        for text in (text for answer in kept for text in answer.values()):
+            normalise(
+                text
+            )  # raises where it cannot be stored; what is stored is the text as it came
         meta["recorded_answer"] = kept if len(kept) > 1 or len(kept[0]) > 1 else kept[0]["text"]
     return meta | {key: row[name] for name, key in STATED.items() if _is_plain(row.get(name))}
 
@@ -393,13 +398,6 @@ def extract(answer: str | None, pattern: str | None) -> str | None:
     if match is None or match[1] is None:
         raise ValueError("corpus.reference_pattern is not found in the answer")
     return match[1].strip()
-
-
-def _checked(text: object) -> str:
-    """Return an answer as it is; raises ValueError where it is no text that can be stored."""
-    normalise(text)
-    assert isinstance(text, str)
-    return text
 
 
 def _other(row: Mapping[str, object], columns: Columns, used: Iterable[str]) -> dict[str, Any]:

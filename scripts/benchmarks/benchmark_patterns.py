@@ -29,6 +29,7 @@ from distill.config.tree import Filters
 from distill.config.yaml_file import check_values
 from distill.corpus import clean, contamination, privacy, prompts, readers, rows
 from distill.corpus.corpus import split
+from distill.corpus.encodings import recognise
 from distill.corpus.near_duplicates import near_repeats, shingles
 from distill.corpus.ngrams import words
 from distill.errors import DistillError
@@ -241,6 +242,19 @@ READERS: dict[str, Reader] = {
     "corpus.rows.interpret": refusable(lambda t: rows.interpret({"text": t, "title": t}, "f")),
     "corpus.rows.interpret, prompt": refusable(
         lambda t: rows.interpret({"prompt": t, "answer": t}, "f", pattern=r"#### (.+)")
+    ),
+    "corpus.rows.interpret, turns": refusable(
+        lambda t: rows.interpret({"messages": "[{'role': 'user', 'content': '" + t + "'}]"}, "f")
+    ),
+    "corpus.rows.interpret, transcript": refusable(
+        lambda t: rows.interpret({"chosen": f"\n\nHuman:{t}", "rejected": ""}, "f")
+    ),
+    "corpus.readers.read_json": refusable(
+        whole(lambda t: readers.read_json(file_of(f'[{{"text": "{t}'), "f"))
+    ),
+    "corpus.encodings.recognise": lambda t: recognise(t.encode("utf-16-le") + b"\xff", False, None),
+    "corpus.encodings.recognise, old": lambda t: recognise(
+        t.encode("gb18030", "replace") + b"\xff", False, None
     ),
     "corpus.privacy.mask": privacy.mask,
     "corpus.clean.break_up": clean.break_up,

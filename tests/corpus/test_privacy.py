@@ -192,3 +192,14 @@ def test_a_corpus_of_private_text_alone_cannot_be_dropped(tmp_path: Path) -> Non
     write_rows(tmp_path, [{"text": f"{text(n)} me{n}@lovelace.org"} for n in range(5)])
     with stops(Exit.INPUT, "every document holds private text"):
         make(tmp_path, private_text="drop").perform(CORPUS)
+
+
+def test_every_recorded_answer_and_its_reasoning_are_masked() -> None:
+    answers = [{"text": "Write to ann@museum.fr.", "reasoning": "bob@museum.fr it is"}]
+    document = Document.make("q", "f", {"recorded_answer": [*answers, {"text": "None."}]})
+    masked, counts = mask_document(document)
+    assert masked.recorded_answers == [
+        {"text": "Write to [EMAIL].", "reasoning": "[EMAIL] it is"},
+        {"text": "None."},
+    ]
+    assert counts == {"email": 2}

@@ -217,6 +217,9 @@ def test_a4_reasoning_stands_beside_its_answer(turn: dict[str, Any]) -> None:
     assert recorded(row) == [{"text": "4", "reasoning": "2+2"}]
     assert recorded({"prompt": "q", "completion": "4", "reasoning": "2+2"}) == recorded(row)
     assert "2+2" not in json.dumps(meta(row)["messages"])
+    block = {"prompt": "q", "completion": "<think>\n2+2\n</think>\n\n4"}
+    assert recorded(block) == [{"text": block["completion"]}]  # which the store splits when read
+    assert meta(block)["reference"] == "4"
 
 
 CODE = "    return x\n\n\ndef g():\n    pass\t \r\n"
