@@ -9,6 +9,7 @@ import json
 import signal
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
@@ -389,7 +390,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; `--debug` may stand anywhere."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for kind in (signal.SIGTERM, signal.SIGHUP):  # a lost connection, or a closed laptop
+        if signal.getsignal(kind) is not signal.SIG_IGN:  # as nohup wants it
+            signal.signal(kind, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):  # what cannot be printed is escaped
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     return exit_code(lambda: _dispatch([word for word in words if word != "--debug"]), debug)
 
 

@@ -4,6 +4,8 @@ Every error that a user can cause or meet ends as one line, `error: where: what 
 one of these codes.
 """
 
+import errno
+import os
 import sys
 from collections.abc import Callable
 from enum import IntEnum
@@ -22,6 +24,17 @@ class Exit(IntEnum):
     PUBLISH = 9
     TERMS = 10
     INTERRUPTED = 130
+
+
+SIGPIPE = 141  # what a shell says of a program whose reader has gone
+FIXES = {
+    errno.ENOSPC: "free space; the same command continues",
+    errno.EDQUOT: "free space; the same command continues",
+    errno.EACCES: "change its rights, or name another place",
+    errno.EPERM: "change its rights, or name another place",
+    errno.EROFS: "name another place",
+    errno.EMFILE: "raise the limit, ulimit -n 4096, or lower teacher.concurrency",
+}
 
 
 class DistillError(Exception):
@@ -46,12 +59,31 @@ def exit_code(work: Callable[[], object], debug: bool = False) -> int:
     """Do `work` and return the command's exit code; an error becomes one line on stderr, or with
     `debug` is raised."""
     try:
+        code = _outcome(work, debug)
+        if sys.stdout is not None:  # it is None where a shell closed it
+            sys.stdout.flush()
+    except OSError as error:  # of what was printed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else it would fail again at the exit
+        if isinstance(error, BrokenPipeError):  # whoever read has gone: head, less
+            return SIGPIPE
+        return _complain(f"error: {_of_the_system(error, 'standard output')}", Exit.STATE)
+    return code
+
+
+def _outcome(work: Callable[[], object], debug: bool) -> int:
+    try:
         work()
     except KeyboardInterrupt:
         return _complain("interrupted (the same command continues)", Exit.INTERRUPTED)
-    except DistillError as error:
+    except BrokenPipeError:
+        raise
+    except (DistillError, OSError) as error:
         if debug:
             raise
+        if isinstance(error, OSError):
+            if error.filename is None and sys.stdout is not None:
+                sys.stdout.flush()  # raises again where that is what cannot be written
+            error = _of_the_system(error, "the system")
         for line in (error, *getattr(error, "__notes__", ())):  # all that was found at once
             _complain(f"error: {line}", error.code)
         return int(error.code)
@@ -61,6 +93,12 @@ def exit_code(work: Callable[[], object], debug: bool = False) -> int:
         what = f"{type(error).__name__}: {one_line(error)}"
         return _complain(f"error: {what} (--debug shows where)", 1)
     return 0
+
+
+def _of_the_system(error: OSError, where: str) -> DistillError:
+    """Return what the system refuses as an error of ours: a full disk, a right, a limit."""
+    fix = FIXES.get(error.errno or 0, "--debug shows where")
+    return DistillError(Exit.STATE, error.filename or where, error.strerror or str(error), fix)
 
 
 def _complain(line: str, code: int) -> int:

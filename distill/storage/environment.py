@@ -184,10 +184,13 @@ class Interrupt:
 
 @contextmanager
 def interruptible() -> Iterator[Interrupt]:
-    """Catch Ctrl-C and SIGTERM inside the block; outside the main thread signals are left alone."""
+    """Catch Ctrl-C, SIGTERM and SIGHUP in the block; outside the main thread signals are left
+    alone, as is a SIGHUP that nohup has."""
     interrupt = Interrupt()
     main = threading.current_thread() is threading.main_thread()
-    kinds = (signal.SIGINT, signal.SIGTERM) if main else ()
+    kinds = [signal.SIGINT, signal.SIGTERM] if main else []
+    if main and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        kinds.append(signal.SIGHUP)
     before = [signal.signal(kind, interrupt) for kind in kinds]
     try:
         yield interrupt
