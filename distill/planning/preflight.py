@@ -11,6 +11,7 @@ on this machine and session (keys, devices, packages) for the stages that are pe
 """
 
 import os
+import resource
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from distill.models.devices import pick_dtype
 from distill.models.gpus import unused_gpu
 from distill.pipeline import CHECKING, NAMES, STAGES
 from distill.publishing.obligations import agreement_of, license_of, obligations
+from distill.responders.endpoint.network import trusted
 from distill.responders.kinds import identity, make_responder
 from distill.responders.prices import load_prices
 from distill.responders.terms import require_terms
@@ -36,6 +38,7 @@ COSTLY = frozenset({"generate", "signals", "train", "refine", "evaluate"})  # in
 ASKING = frozenset({"generate", "evaluate"})
 READING = frozenset({"signals", "train", "refine"})  # the teacher's distributions, if any
 TRAINING = frozenset({"train", "refine"})
+FILES = 48  # beside connections: libraries, the store, the log
 
 
 class Look(NamedTuple):
@@ -194,10 +197,25 @@ def check_money(look: Look) -> Iterator[Attempt]:
 
 
 def check_servers(look: Look) -> Iterator[Attempt]:
-    """Look whether each server that is asked now has its key, and its budget a price."""
-    for teacher in look.responders(look.now).values():
+    """Look whether each server that is asked now has its key, and its budget a price, whether what
+    shall vouch for it can be read, and whether there are files enough for its connections."""
+    for key, teacher in look.responders(look.now).items():
         if isinstance(teacher, EndpointTeacher):
             yield partial(make_responder, teacher, look.config)
+            yield trusted
+            yield partial(require_files, key, teacher.concurrency)
+
+
+def require_files(key: str, connections: int) -> None:
+    """Raise this process's limit of open files where that is allowed; DistillError (exit 2)."""
+    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    need = connections + FILES
+    if soft != resource.RLIM_INFINITY and soft < need:
+        if most != resource.RLIM_INFINITY and most < need:
+            what = f"{connections} connections need {need} open files, and {most} are allowed"
+            fix = f"ulimit -n {need}, or {key}.concurrency={max(1, most - FILES)}"
+            raise DistillError(Exit.CONFIG, f"{key}.concurrency", what, fix)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (need, most))
 
 
 def check_models(look: Look) -> Iterator[Attempt]:

@@ -7,6 +7,7 @@ does not have.
 """
 
 import errno
+import json
 import os
 import signal
 import socket
@@ -34,6 +35,7 @@ from distill.tasks.sandbox.programs import (
     allow,
     allowed,
     execute,
+    read_tests,
     read_verdict,
     run_tests,
     unavailable,
@@ -203,10 +205,6 @@ RIGHT = {
         "try:\n    f(1)\n    assert False\nexcept ValueError as e:\n    assert str(e) == 'no'\n"
         "try:\n    f(0)\nexcept Exception as e:\n    assert str(e) == 'Own: own'",
     ),
-    "functions that use each other": (
-        "import math\ndef g(x):\n    return math.floor(x)\ndef f(x):\n    return g(x) + 1",
-        "assert all(f(x) == g(x) + 1 for x in (1.5, 2.5))",
-    ),
     "classes and threads": (
         "from dataclasses import dataclass\nimport asyncio\n"
         "from concurrent.futures import ThreadPoolExecutor\n"
@@ -235,6 +233,93 @@ RIGHT = {
 def test_a_right_program_passes(name: str) -> None:
     outcome = judged(*RIGHT[name])
     assert outcome.passed, outcome.reason
+
+
+@isolated
+def test_several_functions_of_the_program_s_are_named() -> None:
+    tests = "def check(f):\n    assert all(f(x) == g(x) + 1 for x in (1.5, 2.5))"
+    code = "import math\ndef g(x):\n    return math.floor(x)\ndef f(x):\n    return g(x) + 1"
+    for entry in (["f", "g"], "f"):
+        named = read_tests(json.dumps({"test": tests, "entry_point": entry}))
+        outcome = execute(code, named, DEFAULT, isolated=True)
+        assert outcome.passed is (True if entry != "f" else None), outcome.reason
+
+
+HOLLOW = {
+    "H10 empties what the tests go over": (
+        "def f(xs):\n    xs.clear()\n    return [1]",
+        "xs = [1, 2]\nout = f(xs)\nassert out\nfor x in xs:\n    assert x in out",
+        "the program emptied what the tests go over",
+    ),
+    "H10 empties it in the midst": (
+        "def f(xs, x):\n    xs.clear()\n    return x if x == 1 else None",
+        "xs = [1, 2]\nfor x in xs:\n    assert f(xs, x) == x",
+        "f([], 2) gave None",
+    ),
+    "H10 an empty iterator": (
+        "def f(n):\n    return iter(())",
+        "for a, b in zip(f(3), [1, 2, 3]):\n    assert a == b",
+        "no assertion was reached",
+    ),
+    "H10 all of nothing": (
+        "def f(n):\n    return []",
+        "assert all(x == 3 for x in f(3))",
+        "no assertion was reached",
+    ),
+    "H10 NaN is not too far": (
+        "def f(n):\n    return float('nan')",
+        "assert not abs(f(3) - 2) > 1e-6",
+        "compares NaN",
+    ),
+    "H10 NaN is neither more nor less": (
+        "def f(n):\n    return float('nan')",
+        "if f(3) > 2 or f(3) < 2:\n    assert False",
+        "compares NaN",
+    ),
+    "H22 limits the judge before it reads the tests": (
+        "import os, resource\n"
+        "resource.prlimit(os.getppid(), resource.RLIMIT_AS, (1, 1))\ndef f(x):\n    return 2",
+        "assert f(1) == 3\n" + "x = 1\n" * 20_000,
+        "PermissionError",
+    ),
+    "H22 fills the pipe": (
+        "import os\nos.write(4, b'x' * 60_000)\ndef f(x):\n    return 2",
+        "assert f(1) == 3",
+        "no data",
+    ),
+    "H22 writes a verdict": (
+        "import os, signal\nos.write(4, b'\\0' * 7 + b'\\x12' + b'{\"verdict\": \"pass\"}')\n"
+        "def f(x):\n    return 2",
+        "assert f(1) == 3",
+        "",
+    ),
+    "H22 signals the judge": (
+        "import os, signal\n"
+        "def f(x):\n"
+        "    for number in (signal.SIGTERM, signal.SIGSTOP, signal.SIGALRM, signal.SIGINT):\n"
+        "        os.kill(os.getppid(), number)\n"
+        "    return 2",
+        "assert f(1) == 3",
+        "f(1) gave 2",
+    ),
+}
+
+
+@isolated
+@pytest.mark.parametrize("name", HOLLOW)
+def test_what_proves_nothing_is_no_pass_and_no_gap(name: str) -> None:
+    code, tests, reason = HOLLOW[name]
+    outcome = judged(code, tests, seconds=3)
+    assert outcome.passed is False and reason in outcome.reason, outcome.reason
+
+
+@isolated
+@pytest.mark.parametrize("entry", ["", "f"])
+def test_h22_a_helper_that_nobody_defined_is_not_the_program_s(entry: str) -> None:
+    code = "def is_close(a, b):\n    return True\ndef f(x):\n    return 5"
+    for tests in ("assert is_close(f(1), 3)", "x = f(1)\nassert is_close(x, 3)"):
+        outcome = judged(code, tests, entry=entry)
+        assert outcome.passed is None and "nor their setup define" in outcome.reason
 
 
 WRONG = {

@@ -11,11 +11,13 @@ killed from inside. When the harness ends, the kernel ends all else in the sandb
 only.
 """
 
+import ast
 import builtins
 import json
 import os
 import signal
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from types import ModuleType
 from typing import Any, NoReturn
@@ -54,17 +56,65 @@ def main() -> NoReturn:
     harness.run(job)
 
 
-class TestBuiltins(dict[str, object]):
-    """The builtins of the tests: a name that nothing defines is a function of the program's."""
+class Guarded(ast.NodeTransformer):
+    """Tests that notice where they prove nothing: assertions are counted, a loop goes over what
+    there was when it began, and an order of NaN, which is always false, is an error."""
 
-    def __init__(self, harness: "Harness") -> None:
+    def visit_Assert(self, node: ast.Assert) -> Any:
+        """Count an assertion that is reached."""
+        self.generic_visit(node)
+        return [ast.Expr(_call("__asserted__")), node]
+
+    def visit_For(self, node: ast.For) -> Any:
+        """Let a loop go over a copy."""
+        self.generic_visit(node)
+        node.iter = _call("__items__", node.iter)
+        return node
+
+    def visit_Compare(self, node: ast.Compare) -> Any:
+        """Look at each side of a comparison by order."""
+        self.generic_visit(node)
+        if any(isinstance(op, ast.Lt | ast.LtE | ast.Gt | ast.GtE) for op in node.ops):
+            node.left = _call("__ordered__", node.left)
+            node.comparators = [_call("__ordered__", side) for side in node.comparators]
+        return node
+
+
+def _call(name: str, *args: ast.expr) -> ast.expr:
+    return ast.Call(ast.Name(name, ast.Load()), [*args], [])
+
+
+class TestBuiltins(dict[str, object]):
+    """The builtins of the tests: a name that nothing defines is a function of the program's, one
+    where the tests do not say which."""
+
+    def __init__(self, harness: "Harness", entries: list[str]) -> None:
         super().__init__(vars(builtins))
-        self.harness = harness
+        self.harness, self.entries, self.stated = harness, entries, bool(entries)
+        self |= {
+            "__asserted__": harness.count_assertion,
+            "__items__": harness.items,
+            "__ordered__": ordered,
+            "all": harness.all,
+        }
 
     def __missing__(self, name: str) -> object:
         if name.startswith("__"):
             raise KeyError(name)
+        if not self.stated and not self.entries:
+            self.entries.append(name)
+        if name not in self.entries:
+            names = f"{name}, which neither they nor their setup define"
+            more = "" if self.stated else f": is it {self.entries[0]} or {name} that is tested?"
+            self.harness.finish("broken", f"the tests name {names}{more}")
         return lambda *args, **kwargs: self.harness.call(name, args, kwargs)
+
+
+def ordered(value: object) -> object:
+    """Return a side of a comparison by order; raises AssertionError for NaN."""
+    if isinstance(value, float) and value != value:
+        raise AssertionError("compares NaN")
+    return value
 
 
 class Harness:
@@ -73,6 +123,8 @@ class Harness:
     def __init__(self, nonce: str, read: int, write: int) -> None:
         self.nonce, self.read, self.write = nonce, read, write
         self.answered, self.last = 0, ""
+        self.asserted = 0
+        self.emptied = list[object]()  # by the program, of the tests' own
 
     def finish(self, verdict: str, reason: str) -> NoReturn:
         """Write the verdict and end, with all in the sandbox; no test can catch it."""
@@ -80,16 +132,40 @@ class Harness:
         messages.send(VERDICT, {"nonce": self.nonce, "verdict": verdict, "reason": reason[:1000]})
         os._exit(0)
 
-    def run(self, job: dict[str, str]) -> NoReturn:
+    def count_assertion(self) -> None:
+        """Count an assertion that is reached."""
+        self.asserted += 1
+
+    def items(self, value: Any) -> Any:
+        """Return what a loop goes over: a copy, which the program cannot shorten in the midst."""
+        if any(value is one for one in self.emptied):
+            self.finish("fail", f"the program emptied what the tests go over (last: {self.last})")
+        return value.copy() if type(value) in (list, dict, set) else value
+
+    def all(self, values: Iterable[object]) -> bool:
+        """Do as the builtin does; over nothing it asserts nothing."""
+        number = 0
+        for number, value in enumerate(values, 1):  # noqa: B007
+            if not value:
+                return False
+        self.asserted -= not number
+        return True
+
+    def run(self, job: dict[str, Any]) -> NoReturn:
         """Run the setup and the tests; a function that both define is the program's."""
-        space: dict[str, object] = {"__name__": "tests", "__builtins__": TestBuiltins(self)}
+        known = TestBuiltins(self, job["entries"])
+        space: dict[str, object] = {"__name__": "tests", "__builtins__": known}
         try:
             setup = compile(job["setup"], "setup", "exec")
-            tests = compile(job["tests"], "tests", "exec")
+            tree = ast.parse(job["tests"], "tests")
+            asserts = any(isinstance(node, ast.Assert) for node in ast.walk(tree))
+            tests = compile(ast.fix_missing_locations(Guarded().visit(tree)), "tests", "exec")
             exec(setup, space)  # noqa: S102 - that is what a sandbox is for
-        except Exception as error:  # whatever is wrong with it, the program did not cause it
-            self.finish("broken", f"the tests: {describe_error(error)}")
-        space.pop(job["entry"], None)
+        except Exception as error:  # the program did not cause it, but for a lack of memory
+            verdict = "fail" if isinstance(error, MemoryError) else "broken"
+            self.finish(verdict, f"the tests: {describe_error(error)}")
+        for name in job["entries"]:
+            space.pop(name, None)
         try:
             self.receive_answer()
             exec(tests, space)  # noqa: S102
@@ -98,6 +174,8 @@ class Harness:
             self.finish("fail", describe_error(error) + last)
         if not self.answered:
             self.finish("broken", "the tests call nothing")
+        if asserts and self.asserted < 1:
+            self.finish("fail", f"no assertion was reached (last: {self.last})")
         self.finish("pass", f"passes: {self.answered} calls")
 
     def call(self, name: str, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
@@ -112,6 +190,8 @@ class Harness:
         value, after = self.receive_answer()
         self.answered += 1
         for old, new in zip(args, after, strict=False):
+            if old and isinstance(old, list | dict | set) and new is not None and not new:
+                self.emptied.append(old)
             copy_content(old, new)
         self.last += f" gave {shorten(value)}"
         return value

@@ -58,6 +58,7 @@ REFUSED = {
     for name, x86_64, aarch64 in map(str.split, re.split(r"[,\n]", _NUMBERS.strip()))
 }
 CLONE, CLONE3 = {"x86_64": 56, "aarch64": 220}, 435
+PRLIMIT = {"x86_64": 302, "aarch64": 261}
 AUDIT = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # BPF instructions
 ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050000, 0x80000000
@@ -215,6 +216,9 @@ def filter_program(machine: str) -> bytes:
         *[step for number in numbers for step in ((EQUAL, 0, 1, number), no)],
         # its flags lie in memory; without it libraries fall back on clone
         *[(EQUAL, 0, 1, CLONE3), (RETURN, 0, 0, REFUSE | errno.ENOSYS)],
+        # limits of a process of another number: those of the harness
+        *[(EQUAL, 0, 4, PRLIMIT[machine]), (LOAD, 0, 0, 16), (EQUAL, 1, 0, 0), no],
+        (RETURN, 0, 0, ALLOW),
         *[(EQUAL, 1, 0, CLONE[machine]), (RETURN, 0, 0, ALLOW)],
         *[(LOAD, 0, 0, 16), (ANY_BIT, 0, 1, namespaces), no, (RETURN, 0, 0, ALLOW)],
     ]

@@ -53,11 +53,15 @@ DEFAULT = Limits()
 
 
 class ProgramTests(NamedTuple):
-    """Code that asserts, code that runs before, and the function that is the program's."""
+    """Code that asserts, code that runs before, and the functions that are the program's.
+
+    `entry` is the one that is asked for; with `others` beside it, several are.
+    """
 
     code: str
     setup: str = ""
     entry: str = ""
+    others: tuple[str, ...] = ()
 
 
 class ProgramResult(NamedTuple):
@@ -102,15 +106,19 @@ def unavailable() -> str:
 def read_tests(reference: str) -> ProgramTests:
     """Read tests: lines of Python, or JSON with `test`, `entry_point` and perhaps `prompt`.
 
-    Lines (MBPP's `test_list`) assert what functions of the program's return; the test of
-    HumanEval's columns defines `check`.
+    Lines (MBPP's `test_list`) assert what the program's function returns: the one name that they
+    call and nothing defines. The test of HumanEval's columns defines `check`; `entry_point` may be
+    a list, whose first is checked.
     """
     try:
         row = json.loads(reference)
-        test, entry = str(row["test"]), str(row["entry_point"])
+        names = row["entry_point"] if isinstance(row["entry_point"], list) else [row["entry_point"]]
+        test, entry, *others = str(row["test"]), *map(str, names)
     except (ValueError, LookupError, TypeError, RecursionError):
         return ProgramTests(reference)
-    return ProgramTests(f"{test}\n\ncheck({entry})\n", str(row.get("prompt", "")), entry)
+    return ProgramTests(
+        f"{test}\n\ncheck({entry})\n", str(row.get("prompt", "")), entry, tuple(others)
+    )
 
 
 def program(text: str, tests: ProgramTests) -> str:
@@ -138,7 +146,8 @@ def run_tests(code: str, tests: ProgramTests, limits: Limits = DEFAULT) -> Progr
 def execute(code: str, tests: ProgramTests, limits: Limits, isolated: bool) -> ProgramResult:
     """Start a sandbox for one program; return its harness's result when all in it has ended."""
     nonce = secrets.token_hex(16)
-    job = {"nonce": nonce, "setup": tests.setup, "tests": tests.code, "entry": tests.entry}
+    job = {"nonce": nonce, "setup": tests.setup, "tests": tests.code}
+    job |= {"entries": [name for name in (tests.entry, *tests.others) if name]}
     request = messages.frame(code) + messages.frame(job)
     settings = json.dumps([limits.seconds, limits.megabytes, isolated])
     command = [sys.executable, "-I", "-S", "-X", "utf8", "-c", START, settings, str(ROOT)]
