@@ -49,8 +49,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for a script."
 
 
 def show(view: RenderableType) -> None:
-    """Print a table with its notes."""
-    Console(soft_wrap=True).print(view, markup=False)
+    """Print a table with its notes; where that cannot be printed, `exit_code` says so."""
+    console = Console(soft_wrap=True)
+    with console.capture() as captured:
+        console.print(view, markup=False)
+    print(captured.get(), end="")
 
 
 def show_scorecard(folder: Path) -> None:

@@ -207,7 +207,8 @@ def test_a_killed_holder_s_lock_is_taken_over(config, capsys):
     assert say(capsys, "corpus", config)[0] == 0
 
 
-def test_sigterm_ends_a_stage_like_ctrl_c(config):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["SIGTERM", "H23 SIGHUP"])
+def test_a_signal_ends_a_stage_like_ctrl_c(config, number):
     script = (
         "import sys, time; from distill import api, cli\n"
         "wait = lambda run: (print('working', flush=True), time.sleep(60))\n"
@@ -219,9 +220,51 @@ def test_sigterm_ends_a_stage_like_ctrl_c(config):
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert child.stdout and child.stdout.readline() == "working\n"
-    child.send_signal(signal.SIGTERM)
+    child.send_signal(number)
     _, told = child.communicate(timeout=20)
     assert (child.returncode, told.count("\n")) == (Exit.INTERRUPTED, 1)
+
+
+def test_h23_ctrl_c_while_the_command_is_imported_is_one_line():
+    script = (
+        "import os, signal, sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'rich': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "from distill.__main__ import main\n"
+        "sys.exit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (Exit.INTERRUPTED, 1), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("out", "encoding", "code", "told"),
+    [
+        pytest.param("/dev/full", "utf-8", Exit.STATE, "standard output: No space", id="H23 full"),
+        pytest.param("pipe", "utf-8", 141, "", id="H23 closed pipe"),
+        pytest.param("file", "latin-1", 0, "", id="H23 Latin-1"),
+        pytest.param("file", "ascii", 0, "", id="H23 ASCII"),
+    ],
+)
+def test_what_cannot_be_printed_is_escaped_or_said(config, tmp_path, out, encoding, code, told):
+    Path("模型 é.yaml").write_text(Path(config).read_text().replace("mine", "m"))
+    command = [sys.executable, "-m", "distill", "status", "模型 é.yaml", "runs=模型 é"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONUNBUFFERED", None)
+    if out == "pipe":
+        read, write = os.pipe()
+        os.close(read)
+    else:
+        place = tmp_path / "out" if out == "file" else out
+        write = os.open(place, os.O_WRONLY | os.O_CREAT)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=environment, text=True)
+    os.close(write)
+    assert done.returncode == code and told in done.stderr, done.stderr
+    assert done.stderr.count("\n") == bool(told)
+    if out == "file":
+        assert b"\\u6a21" in (tmp_path / "out").read_bytes()
 
 
 @pytest.mark.parametrize("verb", ["repair", "compact"])

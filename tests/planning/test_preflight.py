@@ -11,7 +11,7 @@ import pytest
 
 from distill.cli import main
 from distill.errors import Exit
-from distill.planning import plan
+from distill.planning import plan, preflight
 from distill.storage.files import read_json, write_json
 from tests.planning.test_pilot import write_config
 from tests.support.fake_teacher import FakeTeacher
@@ -187,7 +187,7 @@ FOUND: dict[str, tuple[tuple[str, ...], Callable[[], object], Exit, str]] = {
         template("{{ raise_exception('no') }}"),
         *(Exit.TRAINING, "refuses the conversation: no"),
     ),
-    "B3 template that loses the answer": (
+    "template that loses the answer": (
         (),
         template("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"),
         *(Exit.TRAINING, "chat template of ./student"),
@@ -273,3 +273,24 @@ def test_a_disk_that_cannot_hold_what_is_trained_stops_a_run(
     shutil.rmtree("runs", ignore_errors=True)
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12))
     assert main(["run", *words, "train.num_processes=2"]) == Exit.TRAINING
+
+
+def test_h24_limits_and_certificates_of_this_session_are_named(
+    place: Path,
+    teacher: FakeTeacher,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [str(place), "student.model=./student", "teacher.concurrency=300"]
+    monkeypatch.setenv("SSL_CERT_FILE", "/gone.pem")
+    monkeypatch.setattr(preflight.resource, "getrlimit", lambda kind: (64, 64))
+    for verb in ("run", "plan", "generate"):
+        assert main([verb, *words]) == Exit.CONFIG
+        errors = capsys.readouterr().err
+        assert "SSL_CERT_FILE: /gone.pem is not there" in errors
+        assert "teacher.concurrency: 300 connections need 348 open files, and 64 are" in errors
+    monkeypatch.setattr(preflight.resource, "getrlimit", lambda kind: (64, 4096))
+    limits = list[object]()
+    monkeypatch.setattr(preflight.resource, "setrlimit", lambda kind, pair: limits.append(pair))
+    assert main(["generate", *words]) == Exit.CONFIG and limits == [(348, 4096)]
+    assert not teacher.payloads
