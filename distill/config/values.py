@@ -18,11 +18,10 @@ VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
 METADATA_NAMES = re.compile(
     r"(metadata|instance-data|metadata\.google\.internal|metadata\.goog|instance-data\.ec2\.internal)"
 )
-METADATA = ("fd00:ec2::254", "fd20:ce::254", "100.100.100.200", "168.63.129.16", "192.0.0.192")
-METADATA_4 = {ipaddress.ip_address(a).packed for a in (*METADATA[2:], "169.254.169.254")}
-# networks whose last four bytes are an IPv4 address: compatible, mapped, translated, NAT64
-WRAPPING = [ipaddress.ip_network(n) for n in ("::/96", "::ffff:0:0/96", "::ffff:0:0:0/96")]
-WRAPPING += [ipaddress.ip_network(n) for n in ("64:ff9b::/96", "64:ff9b:1::/48")]
+METADATA = (
+    *("fd00:ec2::254", "fd20:ce::254", "100.100.100.200", "168.63.129.16", "192.0.0.192"),
+    *("169.254.169.254", "169.254.170.2", "169.254.170.23", "169.254.0.23", "169.254.10.10"),
+)
 IPAddress: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0, le=10**9)]
@@ -94,10 +93,15 @@ def checked_url(value: str, allow_insecure: bool = False) -> str:
     address = ip_of(host)
     if METADATA_NAMES.fullmatch(host) or (address and gives_out_keys(address)):
         raise ValueError("the address is that of a cloud's metadata service")
-    local = host == "localhost" or bool(address and address.is_loopback)
-    if parts.scheme == "http" and not local and not allow_insecure:
+    if parts.scheme == "http" and not is_here(host) and not allow_insecure:
         raise ValueError("http is for this machine; use https, or set allow_insecure: true")
     return value.rstrip("/")
+
+
+def is_here(host: str | None) -> bool:
+    """Tell whether a host is this machine."""
+    address = ip_of(host or "")
+    return host == "localhost" or bool(address and address.is_loopback)
 
 
 def ip_of(host: str) -> IPAddress | None:
@@ -115,19 +119,14 @@ def ip_of(host: str) -> IPAddress | None:
 def gives_out_keys(address: IPAddress) -> bool:
     """Tell the address of a cloud's metadata service, also one that is wrapped in IPv6.
 
-    Looked for are the IPv4 addresses that 6to4 (RFC 3056), Teredo (RFC 4380) and translators
-    (RFC 6052, 2.2) put into others; no network of one's own holds such a one by chance.
+    Looked for in any IPv6 address are the IPv4 ones that 6to4 (RFC 3056), Teredo (RFC 4380) and
+    translators (RFC 6052, 2.2) put there; no network of one's own holds such a one by chance.
     """
-    if address.is_link_local or any(address == ipaddress.ip_address(a) for a in METADATA):
-        return True
-    if isinstance(address, ipaddress.IPv4Address):
-        return False
     data = address.packed
     inside = [(data[n:8] + data[max(n, 9) :])[:4] for n in (2, 4, 5, 6, 7, 8, 12)]
-    inside.append(bytes(byte ^ 255 for byte in data[12:]))
-    wrapped = any(address in network for network in WRAPPING)
-    return (wrapped and ipaddress.IPv4Address(data[12:]).is_link_local) or any(
-        part in METADATA_4 for part in inside
+    inside += [data, bytes(byte ^ 255 for byte in data[12:])]
+    return address.is_link_local or any(
+        ipaddress.ip_address(place).packed in inside for place in METADATA
     )
 
 

@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 
-from distill.config.values import checked_url
 from distill.errors import DistillError, Exit
 from distill.responders.endpoint import network
-from distill.responders.endpoint.network import proxy_of, ways
+from distill.responders.endpoint.network import ways
 from distill.responders.endpoint.transport import read_headers
 from distill.responders.responder import origin_of
 from tests.responders.test_transport import PROXIES, ask
@@ -210,29 +209,29 @@ def test_a_proxy_with_a_password_carries_tls_and_is_told_nowhere(
 
 
 @pytest.mark.parametrize(
-    ("variables", "url", "proxy"),
+    ("variables", "url", "through"),
     [
-        ({"HTTPS_PROXY": "p:1"}, "https://api.example.com/v1", "http://p:1"),
-        ({"HTTPS_PROXY": "http://p:1"}, "http://10.0.0.7:8000/v1", None),
-        ({"HTTP_PROXY": "http://p:1"}, "http://10.0.0.7:8000/v1", "http://p:1"),
-        ({"HTTP_PROXY": "http://p:1"}, "http://127.0.0.1:8000/v1", None),
-        ({"ALL_PROXY": "http://p:1"}, "http://localhost:8000/v1", None),
-        ({"ALL_PROXY": "http://p:1", "HTTPS_PROXY": "http://q:1"}, "https://a.b/v1", "http://q:1"),
-        ({"ALL_PROXY": "http://p:1", "NO_PROXY": "*"}, "https://a.b/v1", None),
-        ({"ALL_PROXY": "http://p:1", "NO_PROXY": ".b, x"}, "https://a.b/v1", None),
-        ({"ALL_PROXY": "http://p:1", "NO_PROXY": "b"}, "https://a.bb/v1", "http://p:1"),
-        ({"ALL_PROXY": "http://p:1", "NO_PROXY": "a.b:444"}, "https://a.b:443/v1", "http://p:1"),
-        ({"ALL_PROXY": "http://p:1", "NO_PROXY": "10.0.0.0/8"}, "https://10.1.2.3/v1", None),
-        ({"ALL_PROXY": "http://p:1", "NO_PROXY": "[::2]"}, "https://[::2]:8443/v1", None),
-        ({"ALL_PROXY": "http://p:1", "NO_PROXY": "::2"}, "https://[::3]:8443/v1", "http://p:1"),
+        ({"HTTPS_PROXY": "p:1"}, "https://api.example.com/v1", True),
+        ({"HTTPS_PROXY": "http://p:1"}, "http://10.0.0.7:8000/v1", False),
+        ({"HTTP_PROXY": "http://p:1"}, "http://10.0.0.7:8000/v1", True),
+        ({"HTTP_PROXY": "http://p:1"}, "http://127.0.0.1:8000/v1", False),
+        ({"ALL_PROXY": "http://p:1"}, "http://localhost:8000/v1", False),
+        ({"ALL_PROXY": "http://p:1", "HTTPS_PROXY": "http://q:1"}, "https://a.b/v1", True),
+        ({"ALL_PROXY": "http://p:1", "NO_PROXY": "*"}, "https://a.b/v1", False),
+        ({"ALL_PROXY": "http://p:1", "NO_PROXY": ".b, x"}, "https://a.b/v1", False),
+        ({"ALL_PROXY": "http://p:1", "NO_PROXY": "b"}, "https://a.bb/v1", True),
+        ({"ALL_PROXY": "http://p:1", "NO_PROXY": "a.b:444"}, "https://a.b:443/v1", True),
+        ({"ALL_PROXY": "http://p:1", "NO_PROXY": "10.0.0.0/8"}, "https://10.1.2.3/v1", False),
+        ({"ALL_PROXY": "http://p:1", "NO_PROXY": "[::2]"}, "https://[::2]:8443/v1", False),
+        ({"ALL_PROXY": "http://p:1", "NO_PROXY": "::2"}, "https://[::3]:8443/v1", True),
     ],
 )
 def test_the_environment_names_the_proxy(
-    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], url: str, proxy: str | None
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], url: str, through: bool
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert proxy_of(checked_url(url, allow_insecure=True)) == proxy
+    assert bool(ways(settings(url, allow_insecure=True))) == through
 
 
 def test_headers_come_from_the_environment_and_go_nowhere_else(

@@ -10,17 +10,15 @@ import ipaddress
 import os
 import socket
 import ssl
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 import httpcore2
 import httpx2
 
 from distill.config.teachers import EndpointTeacher
-from distill.config.values import gives_out_keys, ip_of
+from distill.config.values import gives_out_keys, is_here
 from distill.errors import DistillError, Exit
 
 CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
@@ -40,7 +38,7 @@ class CheckedNetwork(httpcore2.AnyIOBackend):
         port: int,
         timeout: float | None = None,
         local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
+        socket_options: Any = None,
     ) -> httpcore2.AsyncNetworkStream:
         """Connect to an address of `host`; raises Forbidden where any of them is not to be."""
         loop = asyncio.get_running_loop()
@@ -67,31 +65,6 @@ class CheckedNetwork(httpcore2.AnyIOBackend):
         raise httpcore2.ConnectError
 
 
-def proxy_of(url: str) -> str | None:
-    """Return the proxy that the environment names for an address, or None.
-
-    HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY, whose entries may be networks too. What is
-    asked on this machine in the clear never leaves it.
-    """
-    parts, proxies = urlsplit(url), getproxies()
-    host, port = parts.hostname or "", parts.port
-    address = ip_of(host)
-    if parts.scheme == "http" and (host == "localhost" or (address and address.is_loopback)):
-        return None
-    for entry in proxies.get("no", "").split(","):
-        try:
-            if address and address in ipaddress.ip_network(entry.strip().strip("[]"), strict=False):
-                return None
-        except ValueError:  # a name
-            continue
-    if proxy_bypass(
-        f"{host}:{port}" if port and not isinstance(address, ipaddress.IPv6Address) else host
-    ):
-        return None
-    proxy = proxies.get(parts.scheme) or proxies.get("all") or None
-    return proxy if not proxy or "://" in proxy else f"http://{proxy}"
-
-
 def trusted() -> ssl.SSLContext | bool:
     """Return what vouches for servers: what the environment names, else what the system has.
 
@@ -112,42 +85,31 @@ def trusted() -> ssl.SSLContext | bool:
     return context if places else True
 
 
+def open_network(settings: EndpointTeacher, **options: Any) -> httpx2.AsyncClient:
+    """Return a client that goes the environment's way; raises DistillError (exit 2).
+
+    HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY count as httpx2 reads them, but what is asked on
+    this machine in the clear never leaves it.
+    """
+    parts = [urlsplit(url) for url in settings.base_urls]
+    here = {f"http://{p.netloc}": None for p in parts if p.scheme == "http" and is_here(p.hostname)}
+    try:
+        client = httpx2.AsyncClient(verify=trusted(), mounts=here, **options)
+    except (ImportError, ValueError, httpx2.InvalidURL):  # their words may hold a password
+        what, fix = "names a proxy that cannot be used", "write http://HOST:PORT, or unset it"
+        raise DistillError(Exit.CONFIG, "HTTPS_PROXY or ALL_PROXY", what, fix) from None
+    client._transport._pool._network_backend = CheckedNetwork()  # pyright: ignore
+    return client
+
+
 def ways(settings: EndpointTeacher) -> list[str]:
     """Return in words what a plan says of the way to a server: how it is asked, through what."""
     lines = [f"asked by the {settings.form} wire"] if settings.form != "openai" else []
-    through = [url for url in settings.base_urls if proxy_of(url)]
-    if through:
+    client = open_network(settings)
+    ways = {url: client._transport_for_url(httpx2.URL(url)) for url in settings.base_urls}
+    if through := [url for url, way in ways.items() if way is not client._transport]:
         lines.append(
             f"a proxy of the environment is asked for {', '.join(through)}: it looks up the name,"
             " and only names and literal addresses are checked here"
         )
     return lines
-
-
-def transports(
-    settings: EndpointTeacher, limits: httpx2.Limits
-) -> tuple[httpx2.AsyncBaseTransport, dict[str, httpx2.AsyncBaseTransport]]:
-    """Return the direct way to a server, and the ways through proxies by the address behind them.
-
-    Raises DistillError (exit 2) on a proxy or certificates that cannot be used.
-    """
-    context, mounts = trusted(), dict[str, httpx2.AsyncBaseTransport]()
-    direct = httpx2.AsyncHTTPTransport(verify=context, limits=limits)
-    direct._pool = httpcore2.AsyncConnectionPool(
-        ssl_context=context if isinstance(context, ssl.SSLContext) else None,
-        max_connections=limits.max_connections,
-        max_keepalive_connections=limits.max_keepalive_connections,
-        keepalive_expiry=limits.keepalive_expiry,
-        network_backend=CheckedNetwork(),
-    )
-    for url in settings.base_urls:
-        if proxy := proxy_of(url):
-            parts = urlsplit(url)
-            try:
-                through = httpx2.AsyncHTTPTransport(verify=context, limits=limits, proxy=proxy)
-            except (ImportError, ValueError, httpx2.InvalidURL):  # their words may hold a password
-                where, what = "HTTPS_PROXY or ALL_PROXY", "names a proxy that cannot be used"
-                fix = "write http://HOST:PORT, or unset it"
-                raise DistillError(Exit.CONFIG, where, what, fix) from None
-            mounts[f"{parts.scheme}://{parts.netloc}"] = through
-    return direct, mounts

@@ -16,7 +16,7 @@ import httpx2
 from distill.config.teachers import FROM_ENVIRONMENT, EndpointTeacher
 from distill.errors import DistillError, Exit
 from distill.records import Record, canonical
-from distill.responders.endpoint.network import Forbidden, transports
+from distill.responders.endpoint.network import Forbidden, open_network
 from distill.responders.endpoint.wire import (
     MESSAGE_CHARS,
     body_of,
@@ -189,15 +189,12 @@ def open_client(settings: EndpointTeacher, key: str | None, width: int) -> httpx
     """Return a client of up to `width` connections; raises DistillError on an unusable proxy."""
     headers = {"content-type": "application/json", "accept-encoding": "identity"}
     headers |= wire_of(settings).headers(settings, key) | read_headers(settings)
-    limits = httpx2.Limits(max_connections=width, max_keepalive_connections=width)
-    direct, mounts = transports(settings, limits)
-    return httpx2.AsyncClient(
+    return open_network(
+        settings,
         headers=headers,
         timeout=httpx2.Timeout(settings.read_timeout, connect=settings.connect_timeout, pool=None),
-        transport=direct,
-        mounts=mounts,
+        limits=httpx2.Limits(max_connections=width, max_keepalive_connections=width),
         follow_redirects=False,
-        trust_env=False,  # what the environment says of the way was read
     )
 
 
