@@ -189,6 +189,9 @@ class EndpointTeacher(Teacher):
     chat_template_kwargs: TemplateVariables = {}
     """Variables of the server's chat template, as vLLM, SGLang and llama.cpp take them, for
     instance {enable_thinking: false}."""
+    response_format: Literal["text", "json_schema"] = "text"
+    """`json_schema` sends the JSON Schema of a task's checker with its questions, for servers that
+    hold their answers to it."""
     strict_model: bool = False
     """Stops where the server names another model than `model`, instead of warning."""
     budget_dollars: Annotated[Decimal, Field(gt=0, allow_inf_nan=False)] | None = None

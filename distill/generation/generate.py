@@ -7,9 +7,10 @@ stage mean the same ones.
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from typing import Any
 
-from distill.config.teachers import StatedCost, Teacher
-from distill.config.tree import Questions
+from distill.config.teachers import EndpointTeacher, StatedCost, Teacher
+from distill.config.tree import Config, Questions
 from distill.corpus.prompts import prompts_for_questions, written_prompts
 from distill.errors import DistillError, Exit
 from distill.reasoning import marked
@@ -23,6 +24,7 @@ from distill.responders.token_counts import recounted
 from distill.storage.files import read_records, write_records
 from distill.storage.progress import say
 from distill.storage.run_folder import Run
+from distill.tasks.task import load_task
 
 MOST_MARKED = 0.01  # of the answers
 
@@ -53,7 +55,7 @@ def main(run: Run, workers: Workers | None = None) -> None:
                 questions += written_prompts(writing, document, islice(replies, len(group)))
         write_records(run.path("questions.jsonl"), questions)
         prompts += questions
-        requests = requests_of(settings, teacher.origin, prompts, documents)
+        requests = requests_of(settings, teacher.origin, prompts, documents, schemas_of(config))
         responses = ask.responses(requests, "teacher")
     if settings.paid:
         responses = recounted(responses, requests, settings.model)
@@ -99,27 +101,44 @@ def join(run: Run, workers: Workers) -> None:
 
 
 def requests_of(
-    teacher: Teacher, origin: str, prompts: Iterable[Prompt], documents: Mapping[str, Document]
+    teacher: Teacher,
+    origin: str,
+    prompts: Iterable[Prompt],
+    documents: Mapping[str, Document],
+    schemas: Mapping[str, Any] = {},
 ) -> list[Request]:
     """Return the requests of all prompts, in their order."""
     return [
         request
         for prompt in prompts
-        for request in requests_for(teacher, origin, prompt, documents[prompt.document_id])
+        for request in requests_for(teacher, origin, prompt, documents[prompt.document_id], schemas)
     ]
 
 
 def requests_for(
-    teacher: Teacher, origin: str, prompt: Prompt, document: Document
+    teacher: Teacher,
+    origin: str,
+    prompt: Prompt,
+    document: Document,
+    schemas: Mapping[str, Any] = {},
 ) -> Iterator[Request]:
     """Yield the requests of a prompt: `teacher.n` samples for training, else one.
 
-    Of recorded answers, all are samples.
+    Of recorded answers, all are samples. `schemas` are those that go with a question, by its task.
     """
-    sampling = Sampling.of(teacher)
+    sampling, schema = Sampling.of(teacher), schemas.get(prompt.task)
     samples = teacher.n if teacher.answers_anything else max(1, len(document.recorded_answers))
     for sample in range(samples if document.split == "train" else 1):
-        yield Request.make(origin, prompt.id, prompt.asked_of_teacher(), sampling, sample)
+        yield Request.make(origin, prompt.id, prompt.asked_of_teacher(), sampling, sample, schema)
+
+
+def schemas_of(config: Config) -> dict[str, Any]:
+    """Return the JSON Schemas that a teacher is sent with the questions of a task, by its name."""
+    teacher = config.teacher
+    if not isinstance(teacher, EndpointTeacher) or teacher.response_format == "text":
+        return {}
+    tasks = [load_task(name) for name in config.prompts.tasks]
+    return {t.name: t.checker["schema"] for t in tasks if t.checker and "schema" in t.checker}
 
 
 def question_requests(settings: Questions, origin: str, document: Document) -> list[Request]:

@@ -9,18 +9,18 @@ same ones each time. The generate stage finds their answers in the store. Nothin
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from itertools import islice
 from math import ceil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from distill.config.teachers import EndpointTeacher, Teacher
 from distill.config.tree import Config, Questions
 from distill.corpus.prompts import question_shares, written_prompts
 from distill.errors import DistillError, Exit
 from distill.formatting import money
-from distill.generation.generate import question_requests, requests_of
+from distill.generation.generate import question_requests, requests_of, schemas_of
 from distill.pipeline import NAMES, STAGES, perform
 from distill.planning.preflight import require
 from distill.planning.work import Work, mean_bytes
@@ -86,7 +86,7 @@ def teacher_cost(config: Config, work: Work, origin: str | None = None) -> Teach
     origin = origin or (origin_of(server) if server else None)
     if work.texts and origin:
         with ResponseStore(config.store_folder() / "responses", writable=False) as store:
-            kinds = _by_request(teacher, questions, *work.texts, origin, store)
+            kinds = _by_request(teacher, questions, *work.texts, origin, store, schemas_of(config))
             spent = account(store, {teacher.model: listed}, config.name)
     else:  # from the number and size of prompts alone
         count = work.all_prompts + work.prompts["train"] * (teacher.n - 1)
@@ -151,6 +151,7 @@ def _by_request(
     prompts: Sequence[Prompt],
     origin: str,
     store: ResponseStore,
+    schemas: Mapping[str, Any],
 ) -> list[Unanswered]:
     """Return the answers, and the writing of questions, from the requests that the store lacks."""
 
@@ -166,7 +167,7 @@ def _by_request(
 
     by_id, cap = {document.id: document for document in documents}, teacher.max_new_tokens
     if questions is None:
-        return [unanswered(requests_of(teacher, origin, prompts, by_id), cap)]
+        return [unanswered(requests_of(teacher, origin, prompts, by_id, schemas), cap)]
     all_prompts, asking, counts, waiting = list(prompts), list[Request](), list[int](), 0
     for document in documents:
         requests = question_requests(questions, origin, document)
@@ -179,7 +180,7 @@ def _by_request(
             waiting += teacher.n if document.split == "train" else 1
     # Of a document that is not asked yet as many questions are expected as came of the others.
     to_come = waiting * (sum(counts) / len(counts) if counts else questions.per_document)
-    answers = unanswered(requests_of(teacher, origin, all_prompts, by_id), cap, to_come)
+    answers = unanswered(requests_of(teacher, origin, all_prompts, by_id, schemas), cap, to_come)
     return [answers, unanswered(asking, questions.max_new_tokens)]
 
 
@@ -259,7 +260,7 @@ def pilot(run: Run, count: int) -> str:
                 for document, requests in pairs:
                     replied = islice(replies, len(requests))
                     prompts += written_prompts(settings, document, replied)
-            requests = requests_of(config.teacher, origin, prompts, documents)
+            requests = requests_of(config.teacher, origin, prompts, documents, schemas_of(config))
             answered += len(ask.responses(choose_requests(requests, count - answered), "pilot"))
         say(f"pilot: {answered} answers in the store, {ask.count} of them asked for now")
 

@@ -4,7 +4,9 @@ import hashlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol, runtime_checkable
+
+from pydantic import Field
 
 from distill.config.teachers import FROM_ENVIRONMENT, EndpointTeacher, Teacher
 from distill.reasoning import split_reasoning
@@ -72,6 +74,8 @@ class Request(Record):
     prompt_id: str
     messages: tuple[Message, ...]
     sampling: Sampling
+    output_schema: Annotated[dict[str, Any] | None, Field(exclude_if=lambda it: it is None)] = None
+    """JSON Schema that the server is told to answer by."""
 
     @property
     def id(self) -> str:
@@ -86,6 +90,7 @@ class Request(Record):
         messages: tuple[Message, ...],
         sampling: Sampling,
         sample: int = 0,
+        output_schema: dict[str, Any] | None = None,
     ) -> "Request":
         """Build a request; `origin`, a responder's, identifies model, weights and chat template."""
         # Field by field: a field that is added to these classes must not change stored keys
@@ -97,6 +102,7 @@ class Request(Record):
                 "top_p": sampling.top_p,
                 "max_new_tokens": sampling.max_new_tokens,
             },
+            **({"output_schema": output_schema} if output_schema else {}),
         }
         return cls(
             key=digest(shape),
@@ -104,6 +110,7 @@ class Request(Record):
             prompt_id=prompt_id,
             messages=messages,
             sampling=sampling,
+            output_schema=output_schema,
         )
 
 

@@ -1,18 +1,23 @@
 """The wires other than OpenAI's: what is sent, what is read, and what an error means."""
 
+import json
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
-from distill.records import Message, canonical
+from distill.config.tree import Config
+from distill.errors import Exit
+from distill.generation.generate import requests_for, schemas_of
+from distill.records import Document, Message, Prompt, canonical
 from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.endpoint.network import ways
 from distill.responders.endpoint.wires import wire_of
 from distill.responders.responder import Request, Sampling, origin_of
 from tests.support.asking import answer_all
 from tests.support.buying import settings
+from tests.support.errors import stops
 from tests.support.fake_teacher import KEY, PRICE, FakeTeacher, Reply
 
 MESSAGE: dict[str, Any] = {
@@ -150,3 +155,80 @@ def test_an_address_that_can_mean_one_wire_only_says_so(url: str, form: str, pat
 def test_what_anthropics_wire_cannot_do_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="wire anthropic"):
         settings("https://api.anthropic.com", **changes)
+
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "more": {"type": "array", "items": {}}},
+    "required": ["city", "more"],
+    "additionalProperties": False,
+}
+LOOSE = {**SCHEMA, "required": ["city"]}
+
+
+def with_schema(request: Request, responder: EndpointResponder, schema: Any = SCHEMA) -> Request:
+    """Return the request with a schema to answer by."""
+    turns, sampling = request.messages, request.sampling
+    return Request.make(responder.origin, "p", turns, sampling, 0, schema)
+
+
+@pytest.mark.parametrize(("schema", "strict"), [(SCHEMA, True), (LOOSE, False)])
+def test_a_schema_goes_with_the_question_and_into_its_key(
+    tmp_path: Path, schema: dict[str, Any], strict: bool
+) -> None:
+    with FakeTeacher() as teacher:
+        responder, request = one(teacher.url, wire=None)
+        asked = with_schema(request, responder, schema)
+        assert asked.key != request.key and "output_schema" not in request.model_dump()
+        answer_all(responder, [request, asked], tmp_path)
+        assert Request.model_validate(asked.model_dump()) == asked
+    assert "response_format" not in teacher.payloads[0]
+    named = {"name": "answer", "schema": schema, "strict": strict}
+    assert teacher.payloads[1]["response_format"] == {"type": "json_schema", "json_schema": named}
+    body = wire_of(settings(teacher, wire="anthropic")).body(asked, settings(teacher))
+    assert body["output_config"] == {"format": {"type": "json_schema", "schema": schema}}
+
+
+REFUSALS = [  # OpenAI, vLLM, DeepSeek, Anthropic
+    "Invalid schema for response_format 'answer': In context=(), 'required' is required",
+    "The provided JSON schema contains features not supported by xgrammar.",
+    "This response_format type is unavailable now",
+    "output_config.format.schema: For 'object' type, 'additionalProperties' must be set to false",
+]
+
+
+@pytest.mark.parametrize("message", REFUSALS)
+def test_a_server_that_takes_no_schema_is_one_line_after_one_question(
+    tmp_path: Path, message: str
+) -> None:
+    error = canonical({"error": {"message": message, "type": "invalid_request_error"}})
+    wire = "anthropic" if message.startswith("output") else "openai"
+    with FakeTeacher(lambda number, payload: Reply(status=400, body=error)) as teacher:
+        responder, request = one(teacher.url, wire=wire)
+        many = [Request.make(request.key, f"p{i}", request.messages, request.sampling, i, SCHEMA)
+                for i in range(9)]  # fmt: skip
+        with stops(Exit.TEACHER, "response_format=text"):
+            answer_all(responder, many, tmp_path)
+    assert len(teacher.payloads) == 1
+
+
+def test_a_tasks_schema_is_sent_where_it_is_to_be(tmp_path: Path) -> None:
+    task = {"student": {"user": "{{ text }}"}, "metric": "valid"}
+    checker = {"kind": "json_schema", "schema": SCHEMA}
+    (tmp_path / "cities.yaml").write_text(json.dumps({**task, "checker": checker}))
+    tree: dict[str, Any] = {
+        "name": "x",
+        "corpus": {"path": "c"},
+        "prompts": {"tasks": [str(tmp_path / "cities.yaml")]},
+        "student": {"model": "s"},
+    }
+    teacher = {"kind": "endpoint", "model": "m", "base_url": "http://localhost:1/v1"}
+    document = Document.make("a text", "x", split="train")
+    turns = (Message(role="user", content="q"),)
+    for form, schema in (("text", None), ("json_schema", SCHEMA)):
+        teacher["response_format"] = form
+        config = Config.model_validate({**tree, "teacher": teacher})
+        for name, expected in (("cities", schema), ("chat", None)):
+            prompt = Prompt.make(turns, document.id, name)
+            (request,) = requests_for(config.teacher, "o", prompt, document, schemas_of(config))
+            assert request.output_schema == expected

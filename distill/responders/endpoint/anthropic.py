@@ -52,6 +52,8 @@ def body(request: "Request", settings: EndpointTeacher) -> dict[str, Any]:
         fields["temperature"] = sampling.temperature
     if system:
         fields["system"] = "\n\n".join(system)
+    if schema := request.output_schema:
+        fields["output_config"] = {"format": {"type": "json_schema", "schema": schema}}
     limit = {"max_tokens": sampling.max_new_tokens}  # which the service requires
     return {"model": settings.model, "messages": turns, **limit, **fields}
 

@@ -114,11 +114,13 @@ UNSUPPORTED = re.compile(
     r"|cannot both|not available|supports? at most|less than or equal|is invalid for this model",
     re.IGNORECASE,
 )
+SCHEMA = re.compile(r"schema|response_format|output_(config|format)|structured", re.IGNORECASE)
 FIELD_FIXES = {
     "max_tokens": "set teacher.max_tokens_field=max_completion_tokens, or lower max_new_tokens",
     "max_completion_tokens": "set teacher.max_tokens_field=max_tokens, or lower max_new_tokens",
     "temperature": "set 'teacher.omit=[temperature]', or another teacher.temperature",
     "top_p": "set teacher.top_p=1, which is not sent",
+    **dict.fromkeys(("response_format", "output_config"), "set teacher.response_format=text"),
 }
 ALWAYS = {"model", "messages", "prompt"}  # in every request; what they hold differs
 
@@ -333,6 +335,8 @@ def _unsupported(message: str, body: object, request: bytes) -> str | None:
         asked = json.loads(request or b"{}")
     except ValueError:
         return None
+    if (schema := asked.keys() & {"response_format", "output_config"}) and SCHEMA.search(message):
+        return schema.pop()
     error = body.get("error") if isinstance(body, dict) else None
     param = error.get("param") if isinstance(error, dict) else None
     refusal = UNSUPPORTED.search(message)

@@ -56,6 +56,7 @@ UNKNOWN_FINISH = "unknown finish_reason"
 MESSAGE_CHARS = 200  # of a server's message in ours
 
 
+LOOSE = {"allOf", "not", "dependentRequired", "dependentSchemas", "if", "then", "else"}
 PATHS = {"chat": "/chat/completions", "completions": "/completions"}
 
 
@@ -135,7 +136,25 @@ def body(request: "Request", settings: EndpointTeacher) -> dict[str, Any]:
         fields["temperature"] = sampling.temperature
     if "max_tokens" not in settings.omit:
         fields[settings.max_tokens_field] = sampling.max_new_tokens
+    if schema := request.output_schema:
+        named = {"name": "answer", "schema": schema, "strict": takes_strictly(schema)}
+        fields["response_format"] = {"type": "json_schema", "json_schema": named}
     return {"model": settings.model, **content, **fields}
+
+
+def takes_strictly(schema: Any) -> bool:
+    """Tell whether OpenAI takes a schema as strict: each object closed, and all of it required."""
+    parts = schema.values() if isinstance(schema, dict) else schema
+    if not isinstance(schema, dict | list):
+        return True
+    if isinstance(schema, dict) and schema.get("type") == "object":
+        properties = schema.get("properties", {})
+        required = set(schema.get("required", ()))
+        if schema.get("additionalProperties") is not False or required != properties.keys():
+            return False
+    return not (isinstance(schema, dict) and LOOSE & schema.keys()) and all(
+        map(takes_strictly, parts)
+    )
 
 
 def is_answer(data: bytes) -> bool:
