@@ -39,6 +39,14 @@ KILLS: dict[str, tuple[str | int, ...]] = {
         *(0, 20, 24, 28, "half 8", "half 10", "POST /batches done", "GET /batches list half"),
         *("GET /files/content done", 22, 26, "POST /files half", "POST /batches half", 30),
     ),
+    "anthropic": (
+        *("POST /messages/batches comes", "GET /messages/batches list done"),
+        *("GET /messages/batches done", "GET /messages/batches/results half"),
+        *(0, 20, 24, 28, "half 8", "half 10", "POST /messages/batches done"),
+        *("GET /messages/batches list half", "GET /messages/batches half"),
+        *("GET /messages/batches/results done", 22, 26, 30, "POST /messages/batches half"),
+        *("GET /messages/batches list comes", 32),
+    ),
 }
 
 
@@ -53,7 +61,7 @@ def killed(place: Path, questions: int, form: str = "openai") -> Counter[str]:
     """Kill one run at every moment, let it end, and return what should not be, and the kills."""
     CONTEXT.set_forkserver_preload([*PRELOADED, "tests.faults.kill_batch"])
     with BatchServer(place / "books") as server:
-        config = make_run(place, server.url, questions, batch=True, initial_backoff=0.02)
+        config = make_run(place, server.url, questions, batch=True, wire=form, initial_backoff=0.02)
         table = json.dumps({"tokens": [HALF_PRICE.model_dump(mode="json")]})
         (place / "prices.yaml").write_text(table)
         run, log = open_run(config), place / "shown"

@@ -1,5 +1,6 @@
 """Answers by batch interfaces: the same answers, at the batch price, each paid once."""
 
+import json
 import os
 import re
 import signal
@@ -119,6 +120,24 @@ def test_a_result_that_holds_an_error_is_that_error(server: BatchServer, tmp_pat
     server.fate = lambda asked: "answer"
     assert [r.stop for r in buy(server, tmp_path, again=True)] == ["end"] * 10
     assert len(server.jobs) == 2 and set(server.paid.values()) == {1}
+
+
+def test_anthropic_s_form(server: BatchServer, tmp_path: Path) -> None:
+    """Half price: in part again, an error as an error, a job that is not there in one line."""
+    fates = {"q1": ["expired", "answer"], "q2": ["overloaded_error", "answer"]}
+    fates["q3"] = ["invalid_request_error"]
+    server.fate = lambda asked: (fates.get(asked.split()[0]) or ["answer"]).pop(0)
+    responses = buy(server, tmp_path, wire="anthropic")
+    assert [r.stop for r in responses] == ["end"] * 3 + ["error"] + ["end"] * 6
+    assert responses[3].error == "400: no" and responses[1].text == text_of("q1 please")
+    assert set(server.paid.values()) == {1} and [row["count"] for row in server.jobs] == [2, 10]
+    sent = json.loads(server.bodies[0])["requests"][0]
+    assert set(sent) == {"custom_id", "params"} and sent["params"]["max_tokens"] == 20
+    assert re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", sent["custom_id"])
+    assert server.headers[0]["anthropic-version"]
+    server.status = {"POST /messages/batches": 404}
+    with pytest.raises(DistillError, match="has no batch interface"):
+        buy(server, tmp_path, 12, wire="anthropic")
 
 
 @pytest.mark.parametrize("path", ["POST /files", "POST /batches"])

@@ -10,6 +10,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Callable
+from datetime import UTC, datetime
 from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 from distill.records import Usage
 from distill.responders.prices import TokenPrice
-from tests.support.fake_teacher import PRICE, answer, question, usage_of
+from tests.support.fake_teacher import PRICE, answer, question, text_of, usage_of
 
 HALF_PRICE = PRICE.model_copy(update={"batch_discount": Decimal("0.5")})
 LIST = 3  # jobs on a page of the list
@@ -96,7 +97,7 @@ class BatchServer:
         path = handler.path.removeprefix("/v1")
         parts = path.partition("?")[0].strip("/").split("/")
         name = f"{method} /" + "/".join(p for p in parts if not p.startswith(("job-", "file-")))
-        name = name.replace("GET /batches", "GET /batches list") if len(parts) == 1 else name
+        name = name + " list" if parts[-1] == "batches" and method == "GET" else name
         self.watch(f"{name} comes")
         with self.lock:
             self.requests[name] += 1
@@ -129,6 +130,8 @@ class BatchServer:
             wanted = json.loads(body)
             lines = (self.folder / "files" / wanted["input_file_id"]).read_bytes().splitlines()
             return json.dumps(self.submit(wanted, [json.loads(line) for line in lines])).encode()
+        if parts[:2] == ["messages", "batches"]:
+            return self.messages(method, path, parts[2:], body)
         if parts[0] == "files":
             return (self.folder / "files" / parts[1]).read_bytes()
         if parts == ["batches"]:
@@ -168,6 +171,53 @@ class BatchServer:
                 row[f"{kind}_file"] = file
         (self.folder / "jobs" / f"{name}.json").write_text(json.dumps(row))
         return {"id": name, "object": "batch", "status": "validating", **wanted}
+
+    def messages(self, method: str, path: str, parts: list[str], body: bytes) -> bytes:
+        """Return what comes of a request in Anthropic's form."""
+        if method == "POST":
+            name, results = f"job-{len(self.jobs):04}", list[dict[str, Any]]()
+            requests = json.loads(body)["requests"]
+            for line in requests:
+                asked, usage = question(line["params"]), usage_of(line["params"])
+                fate, result = self.fate(asked), dict[str, Any]()
+                if fate == "answer":
+                    self.charge(line["params"])
+                    counts = usage.model_dump(include={"input_tokens", "output_tokens"})
+                    block = {"type": "text", "text": text_of(asked)}
+                    message = {"type": "message", "role": "assistant", "content": [block]}
+                    message |= {"model": line["params"]["model"], "stop_reason": "end_turn"}
+                    result = {"type": "succeeded", "message": {**message, "usage": counts}}
+                elif fate == "expired":
+                    result = {"type": "expired"}
+                else:
+                    error = {"type": fate, "message": "no"}
+                    result = {"type": "errored", "error": {"type": "error", "error": error}}
+                results.append({"custom_id": line["custom_id"], "result": result})
+            text = "".join(json.dumps(row) + "\n" for row in reversed(results))
+            (self.folder / "files" / name).write_text(text)
+            row = {"id": name, "type": "message_batch", "looks": 0, "count": len(requests)}
+            row["created_at"] = datetime.now(UTC).isoformat()
+            (self.folder / "jobs" / f"{name}.json").write_text(json.dumps(row))
+            return json.dumps(self.message_row(row)).encode()
+        if not parts:
+            after = path.partition("after_id=")[2]
+            rows = self.jobs
+            rows = rows[1 + [row["id"] for row in rows].index(after) :] if after else rows
+            page = {"data": [self.message_row(row) for row in rows[:LIST]]}
+            return json.dumps({**page, "has_more": len(rows) > LIST}).encode()
+        if parts[1:] == ["results"]:
+            return (self.folder / "files" / parts[0]).read_bytes()
+        place = self.folder / "jobs" / f"{parts[0]}.json"
+        row = json.loads(place.read_text())
+        place.write_text(json.dumps(row | {"looks": row["looks"] + 1}))
+        return json.dumps(self.message_row(row)).encode()
+
+    def message_row(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return a job as Anthropic tells of it."""
+        ended = row["looks"] >= self.looks
+        counts = {"processing": 0 if ended else row["count"], "succeeded": row["count"] * ended}
+        status = "ended" if ended else "in_progress"
+        return {**row, "processing_status": status, "request_counts": counts}
 
     def refused(self, count: int) -> bool:
         """Tell whether a job of so many requests is refused; `token_limit_exceeded:8` takes 8."""

@@ -13,6 +13,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
+from datetime import datetime
 from decimal import Decimal
 from itertools import count
 from typing import Any, NamedTuple
@@ -45,7 +46,18 @@ MOST_BYTES = 64 << 20  # of a job: a third of what OpenAI allows, since it is he
 TOGETHER = 64  # results that are stored with one fsync
 PATIENCE = 100  # attempts to look at a job, which goes on meanwhile
 GRACE = 10.0  # seconds in which a submission whose reply was lost may still be under way
+HOUR = 3600.0  # seconds
 KEPT_DAYS = 30  # after which no maker keeps results
+STATUSES = {  # of a request that was sent alone, by the types of Anthropic's errors
+    "invalid_request_error": 400,
+    "authentication_error": 401,
+    "billing_error": 402,
+    "permission_error": 403,
+    "not_found_error": 404,
+    "request_too_large": 413,
+    "rate_limit_error": 429,
+    "overloaded_error": 529,
+}
 NO_INTERFACE = (404, 405, 501)
 
 
@@ -101,8 +113,7 @@ class Jobs:
 
     def progress(self, row: dict[str, Any]) -> str:
         """Return in a few words how far a job is."""
-        counts = row.get("request_counts")
-        counts = counts if isinstance(counts, dict) else {}
+        counts = _counts(row)
         return f"{self.status(row)}, {counts.get('completed', 0)} of {counts.get('total', 0)} done"
 
     def refusal(self, row: dict[str, Any]) -> tuple[str, str]:
@@ -119,9 +130,7 @@ class Jobs:
 
     def read(self, line: bytes) -> Result:
         """Read a line of the results; raises ValueError where it is none."""
-        row = load_json(line)
-        if not isinstance(row, dict):
-            raise ValueError("not an object")
+        row = _object(line)
         name, response, error = str(row.get("custom_id")), row.get("response"), row.get("error")
         if isinstance(response, dict):
             status = response.get("status_code")
@@ -132,11 +141,67 @@ class Jobs:
         untouched = code in ("batch_expired", "batch_cancelled", "batch_canceled")
         return Result(name, None if untouched else 500, canonical({"error": error}), what)
 
-    def is_ours(self, row: dict[str, Any], job: Job) -> bool:
-        """Tell whether a job in the server's list is this one, whose name we do not know."""
+    def is_ours(self, row: dict[str, Any], job: Job) -> bool | None:
+        """Tell whether a job in the server's list is this one; None: its results will say."""
         metadata = row.get("metadata")
         marked = isinstance(metadata, dict) and metadata.get("distill") == job.id
         return marked or (bool(job.file) and row.get("input_file_id") == job.file)
+
+
+class MessageJobs(Jobs):
+    """Anthropic's form (https://docs.anthropic.com/en/api/creating-message-batches).
+
+    Its jobs carry no mark: one whose name was lost is known by its results.
+    """
+
+    after, uploads, ended = "after_id", False, frozenset({"ended"})
+
+    def __init__(self, path: str) -> None:
+        self.path = f"{path}/batches"
+
+    def line(self, custom_id: str, body: bytes) -> bytes:
+        """Return a request as a job holds it."""
+        return canonical({"custom_id": custom_id, "params": json.loads(body)})
+
+    def submission(self, job: str, lines: Sequence[bytes], file: str) -> bytes:
+        """Return the body that makes a job."""
+        return b'{"requests":[%s]}' % b",".join(lines)
+
+    def status(self, row: dict[str, Any]) -> str:
+        """Return how far a job is."""
+        return str(row.get("processing_status", ""))
+
+    def progress(self, row: dict[str, Any]) -> str:
+        """Return in a few words how far a job is."""
+        left, total = _counts(row).get("processing", 0), sum(_counts(row).values())
+        return f"{self.status(row)}, {total - left} of {total} done"
+
+    def results(self, row: dict[str, Any]) -> list[str]:
+        """Return the path of an ended job's results, at the address that has our key."""
+        return [f"{self.path}/{quote(str(row.get('id')), safe='')}/results"]
+
+    def read(self, line: bytes) -> Result:
+        """Read a line of the results; raises ValueError where it is none."""
+        row = _object(line)
+        name, result = str(row.get("custom_id")), row.get("result")
+        result = result if isinstance(result, dict) else {}
+        kind, error = str(result.get("type")), result.get("error")
+        if kind == "succeeded":
+            return Result(name, 200, canonical(result.get("message")))
+        if kind in ("expired", "canceled"):
+            return Result(name, None, b"", kind)
+        inner = error.get("error") if isinstance(error, dict) else None
+        status = STATUSES.get(str(inner.get("type")), 500) if isinstance(inner, dict) else 500
+        return Result(name, status, canonical(error))
+
+    def is_ours(self, row: dict[str, Any], job: Job) -> bool | None:
+        """Return None where a job is of the size and the time of this one, which may be it."""
+        try:
+            made = datetime.fromisoformat(str(row.get("created_at"))).timestamp()
+        except ValueError:
+            made = job.sent or 0
+        near = -HOUR < made - (job.sent or 0) < HOUR
+        return None if near and sum(_counts(row).values()) == len(job.requests) else False
 
 
 class Following(NamedTuple):
@@ -164,7 +229,9 @@ class BatchClient(EndpointClient):
     ) -> None:
         super().__init__(settings, key, price, run, requests, store)
         self.price = price and price.in_batch()
-        self.form, self.address = Jobs(wire_of(settings).path(settings)), settings.base_urls[0]
+        form = MessageJobs if settings.form == "anthropic" else Jobs
+        self.form = form(wire_of(settings).path(settings).partition("?")[0])
+        self.address = settings.base_urls[0]
         self.requests = {request.id: request for request in requests}
         self.open = [job for job in store.jobs() if not self.requests.keys().isdisjoint(job.ids)]
         waiting = {  # what has failed in a job that is not collected to its end is asked again
@@ -275,7 +342,7 @@ class BatchClient(EndpointClient):
             if following.lines:
                 name = await self._submit(following)
             else:
-                name = await self._find(job) if job.sent is not None else None
+                name = await self._find(following) if job.sent is not None else None
             if name is None:
                 if not self.gate.closed.is_set():
                     await self._give_up(following, "the job was not submitted", "no")
@@ -283,27 +350,30 @@ class BatchClient(EndpointClient):
             await self.writer.write(("batch_name", job.id, {"name": name}))
             job = job.model_copy(update={"name": name, "sent": job.sent or time.time()})
         self._tell(job, "submitted", now=True)
+        row = await self._ended(job, str(job.name))
+        if row is None and not self.gate.closed.is_set():
+            if time.time() - (job.sent or 0) < KEPT_DAYS * 24 * HOUR:
+                what, fix = f"job {job.name} is not known there", f"use the key of then: {AGAIN}"
+                raise DistillError(Exit.TEACHER, self.address, what, fix)
+            await self._give_up(following, f"job {job.name} is gone", "unknown")
+        elif row is None:
+            say(f"{self.settings.model}: job {job.name} goes on at the server: {AGAIN}")
+        else:
+            await self._collect(following, row)
+
+    async def _ended(self, job: Job, name: str) -> dict[str, Any] | None:
+        """Return a job's row once it has ended; None where nothing is there, or the gate closes."""
+        path = f"{self.form.path}/{quote(name, safe='')}"
         for look in count():
-            path = f"{self.form.path}/{quote(str(job.name), safe='')}"
             received = await self._insist("GET", path, tries=PATIENCE, but=404)
-            if received.failure:
-                if time.time() - (job.sent or 0) < KEPT_DAYS * 86400:
-                    what, fix = (
-                        f"job {job.name} is not known there",
-                        f"use the key of then: {AGAIN}",
-                    )
-                    raise DistillError(Exit.TEACHER, self.address, what, fix)
-                await self._give_up(following, f"job {job.name} is gone", "unknown")
-                return
-            row = _object(received.data)
+            row = {} if received.failure else _object(received.data)
             if self.form.status(row) in self.form.ended:
-                await self._collect(following, row)
-                return
+                return row
+            if received.failure or self.gate.closed.is_set():
+                return None
             self._tell(job, self.form.progress(row))
             await self.gate.sleep(backoff(look, self.settings.initial_backoff))
-            if self.gate.closed.is_set():
-                say(f"{self.settings.model}: job {job.name} goes on at the server: {AGAIN}")
-                return
+        return None
 
     async def _submit(self, following: Following) -> str | None:
         """Upload a job's requests and submit it; return the server's name for it.
@@ -330,7 +400,8 @@ class BatchClient(EndpointClient):
                 return str(_object(received.data)["id"])
             if failure.billed == "unknown":
                 sent = job.model_copy(update={"sent": now["at"], "file": file})
-                if (name := await self._find(sent)) or self.gate.closed.is_set():
+                again = following._replace(job=sent)
+                if (name := await self._find(again)) or self.gate.closed.is_set():
                     return name
             if failure.scope != "retry" or retry == self.settings.max_retries:
                 await self._give_up(following, failure.what, "no", again=False)
@@ -338,37 +409,48 @@ class BatchClient(EndpointClient):
             await self._pause(received, retry)
         return None
 
-    async def _find(self, job: Job) -> str | None:
+    async def _find(self, following: Following) -> str | None:
         """Return the server's name for a job that may have been submitted, None where it was not.
 
         None too where the gate closes. What was sent may still be under way, so it is waited for.
         """
-        sent = job.sent or 0.0
-        await self.gate.sleep(min(GRACE, sent + GRACE - time.time()))
-        after = ""
+        job, after = following.job, ""
+        await self.gate.sleep(min(GRACE, (job.sent or 0) + GRACE - time.time()))
+        names = self.store.keys("batch_name")
+        known = {(self.store.get("batch_name", key) or {}).get("name") for key in names}
         while not self.gate.closed.is_set():
             path = f"{self.form.path}?limit=100{after}"
             page = _object((await self._insist("GET", path)).data)
             rows = [row for row in page.get("data") or [] if isinstance(row, dict)]
             for row in rows:
-                if self.form.is_ours(row, job):
-                    return str(row["id"])
+                name = str(row.get("id"))
+                ours = name not in known and self.form.is_ours(row, job)
+                if ours is None and (ended := await self._ended(job, name)):
+                    before = sum(map(self._lacks, following.sendings.values()))
+                    await self._fetch(ended, following)
+                    ours = sum(map(self._lacks, following.sendings.values())) < before
+                if ours:
+                    return name
             if not rows or not page.get("has_more"):
                 return None
             after = f"&{self.form.after}={quote(str(rows[-1].get('id')), safe='')}"
         return None
 
-    async def _collect(self, following: Following, row: dict[str, Any]) -> None:
-        """Store the results of a job that has ended; what is without one is asked again."""
-        status, sendings = self.form.status(row), following.sendings
+    async def _fetch(self, row: dict[str, Any], following: Following) -> None:
+        """Store all results of a job that has ended."""
         for path in self.form.results(row):
             for retry in count():
-                received = await self._download(path, sendings)
+                received = await self._download(path, following.sendings)
                 if received.failure is None:
                     break
                 if received.failure.scope != "retry" or retry == self.settings.max_retries:
                     raise self._error(received, received.failure)
                 await self._pause(received, retry)
+
+    async def _collect(self, following: Following, row: dict[str, Any]) -> None:
+        """Store the results of a job that has ended; what is without one is asked again."""
+        status, sendings = self.form.status(row), following.sendings
+        await self._fetch(row, following)
         code, why = self.form.refusal(row)
         if status == "failed" and code != "token_limit_exceeded":
             await self._give_up(following, why, "no", again=False)
@@ -431,10 +513,10 @@ class BatchClient(EndpointClient):
             if received.failure is None:
                 await self._keep(sending, received, 0.0)
             else:
-                await self._fail(sending, received, received.failure)
+                await self._fail(sending, received, received.failure, 0.0)
         except DistillError as error:  # the other results are stored first
             self._halt(error)
-        self.in_a_row = 0
+        self.patience.in_a_row = 0  # a file of errors is no row of failures
         if received.failure and received.failure.scope == "retry":
             self._ask_again(sending, received.failure.what)
 
@@ -538,3 +620,10 @@ def _object(data: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("not an object")
     return value
+
+
+def _counts(row: dict[str, Any]) -> dict[str, int]:
+    """Return how many requests of a job there are of each kind."""
+    counts = row.get("request_counts")
+    counts = counts if isinstance(counts, dict) else {}
+    return {name: number for name, number in counts.items() if isinstance(number, int)}
