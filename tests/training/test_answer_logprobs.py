@@ -91,11 +91,11 @@ class Writer:
         return Reply(answer={"choices": [choice]})
 
 
-def make_answered(folder: Path, server: FakeTeacher, name: str = "far", **signals: Any) -> Run:
+def make_answered(folder: Path, url: str, model: str = SERVED, **signals: Any) -> Run:
     """Return a run whose teacher is behind an endpoint, with its prompts."""
-    teacher = {"kind": "endpoint", "model": SERVED, "base_url": server.url, "extra_body": LISTED}
-    teacher |= {"initial_backoff": 0.01, "max_retries": 1, "concurrency": 2}
-    run = make_soft_run(folder, name, teacher=teacher, signals={"from_answers": True, **signals})
+    teacher = {"kind": "endpoint", "model": model, "base_url": url, "extra_body": LISTED}
+    teacher |= {"initial_backoff": 0.01, "max_retries": 1, "concurrency": 2, "max_new_tokens": 64}
+    run = make_soft_run(folder, "far", teacher=teacher, signals={"from_answers": True, **signals})
     documents = [Document.make(f"text {pair.prompt.id}", "x", split="train") for pair in KNOWN]
     write_records(run.path("documents.jsonl"), documents)
     prompts = [
@@ -143,7 +143,7 @@ def far(run: Run) -> dict[str, Signal]:
 def test_what_was_listed_is_what_the_teacher_says_when_it_reads(tmp_path, spell):
     make_soft_run(tmp_path)
     with FakeTeacher(Writer(tmp_path / "teacher", spell)) as server:
-        run = make_answered(tmp_path, server, p=0.9, k=20)
+        run = make_answered(tmp_path, server.url, p=0.9, k=20)
         generated(run)
         asked = len(server.payloads)
         found = far(run)
@@ -172,7 +172,7 @@ def listed(signal: Signal) -> list[dict[int, float]]:
 def test_where_the_end_is_not_listed_it_has_its_label_and_the_command_says_so(tmp_path, capsys):
     make_soft_run(tmp_path)
     with FakeTeacher(Writer(tmp_path / "teacher", by_id, ends=0)) as server:
-        run = make_answered(tmp_path, server)
+        run = make_answered(tmp_path, server.url)
         generated(run)
         found = far(run)
     for signal in found.values():
@@ -189,7 +189,7 @@ def test_where_the_end_is_not_listed_it_has_its_label_and_the_command_says_so(tm
 def test_a_server_that_lists_nothing_is_found_for_the_price_of_a_short_question(tmp_path, capsys):
     make_soft_run(tmp_path)
     with FakeTeacher() as server:
-        run = make_answered(tmp_path, server, "fresh")
+        run = make_answered(tmp_path, server.url)
         run.path("documents.jsonl").unlink()
         write_json(tmp_path / "c.json", run.config.resolved())
         assert main(("run", str(tmp_path / "c.json"))) == Exit.TEACHER
@@ -205,7 +205,7 @@ def test_a_server_of_another_tokenizer_is_found_by_the_short_question(tmp_path):
         return {"token": f"word{i}"}
 
     with FakeTeacher(Writer(tmp_path / "teacher", foreign)) as server:
-        run = make_answered(tmp_path, server)
+        run = make_answered(tmp_path, server.url)
         tokenizer = load_tokenizer(str(tmp_path / "teacher"))
         with pytest.raises(DistillError, match="its tokenizer is another"):
             server_logprobs.probe(run.config, tokenizer)
@@ -218,7 +218,7 @@ def test_a_server_of_another_tokenizer_is_found_by_the_short_question(tmp_path):
 def test_the_probe_is_paid_once(tmp_path):
     make_soft_run(tmp_path)
     with FakeTeacher(Writer(tmp_path / "teacher")) as server:
-        run = make_answered(tmp_path, server)
+        run = make_answered(tmp_path, server.url)
         for _ in range(2):
             server_logprobs.probe(run.config, load_tokenizer(str(tmp_path / "teacher")))
     assert len(server.payloads) == 1 and server.payloads[0]["max_tokens"] <= 32

@@ -1,0 +1,127 @@
+"""Inference engines as people run them: real servers on loopback ports, each in its environment.
+
+`bash scripts/engines.sh` makes the environments; `transformers serve` needs none.
+"""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import httpx2
+import pytest
+from safetensors.torch import load_file, save_file
+
+from distill.models.loading import load_tokenizer
+from tests.support.tiny import make_gguf, make_tiny
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill/engines"
+ENGINES = ("transformers", "llama.cpp", "vllm")
+
+# llama.cpp's own HTTP server, as the wheel carries it: a library without a program.
+LLAMA_CPP = """
+import sys, threading, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.port, params.n_ctx = sys.argv[1], int(sys.argv[2]), 4 * int(sys.argv[3])
+params.model_alias = {"tiny"}
+params.n_parallel, params.cpuparams.n_threads, params.warmup = 4, 1, False
+params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+server = xllamacpp.Server(params)
+threading.Event().wait()
+"""
+
+
+def python_of(engine: str) -> str:
+    """Return the engine's Python, or skip the test with the command that makes it."""
+    if engine == "transformers":
+        return sys.executable
+    folder = CACHE / engine
+    if not (folder / "package").exists():
+        pytest.skip(f"{engine} is not installed: bash scripts/engines.sh {engine}")
+    return str(folder / "bin/python")
+
+
+def make_served(folder: Path) -> Path:
+    """Save a tiny model that says varied things in printable ASCII, of sizes that vLLM takes."""
+    make_tiny(folder, "qwen2", seed=1, hidden=128, tied=False)
+    file, tokenizer = folder / "model.safetensors", load_tokenizer(str(folder))
+    tensors = {name: t * (1 if t.dim() == 1 else 4) for name, t in load_file(file).items()}
+    texts = [tokenizer.decode([i], skip_special_tokens=True) for i in range(len(tokenizer))]
+    head_VH = tensors["lm_head.weight"]
+    head_VH *= 4  # what is said has a logit far above the 0 of what is not
+    texts[tokenizer.eos_token_id] = "end"
+    said = [bool(text) and text.isascii() and text.isprintable() for text in texts]
+    head_VH[[i for i in range(len(head_VH)) if i >= len(said) or not said[i]]] = 0
+    save_file(tensors, file, {"format": "pt"})
+    return folder
+
+
+class Engine:
+    """A server of the tiny model `folder` under the name "tiny", killed at the end of `with`."""
+
+    def __init__(self, engine: str, folder: Path, context: int = 1024, *words: str) -> None:
+        self.engine, self.python = engine, python_of(engine)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.address = f"http://127.0.0.1:{self.port}"
+        self.url = f"{self.address}/v1"
+        self.log = folder.parent / f"{self.port}.log"
+        self.folder, self.context, self.words = folder, context, words
+
+    def command(self) -> Sequence[str]:
+        """Return what a user types, with sizes for a test."""
+        place = ("--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32")
+        if self.engine == "transformers":
+            module = ("-m", "transformers.cli.transformers", "serve", self.folder.name)
+            return (self.python, *module, *place, "--device", "cpu", *self.words)
+        if self.engine == "vllm":  # its `vllm serve` looks for a package of the name vllm
+            module = ("-m", "vllm.entrypoints.openai.api_server", "--model", self.folder.name)
+            sizes = ("--max-model-len", str(self.context), "--enforce-eager")
+            return (self.python, *module, *place, *sizes, *self.words)
+        file = self.folder.parent / "tiny.gguf"
+        make_gguf(self.folder, file)
+        return (self.python, "-c", LLAMA_CPP, str(file), str(self.port), str(self.context))
+
+    def start(self) -> None:
+        """Start it, and return once it answers."""
+        quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+        # Without its target vLLM loads AVX-512 kernels wherever it runs.
+        small = {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1"}
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                self.command(),
+                cwd=self.folder.parent,
+                env=os.environ | quiet | small,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # vLLM computes in a child
+            )
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                if httpx2.get(f"{self.address}/health").status_code == 200:
+                    return
+            except httpx2.TransportError:
+                pass
+            time.sleep(0.1)
+        self.kill()
+        raise AssertionError(self.log.read_text()[-2000:])
+
+    def kill(self) -> None:
+        """Kill it and its children, as a machine that goes away does."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, 9)
+        self.process.wait()
+
+    def __enter__(self) -> "Engine":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
