@@ -96,7 +96,7 @@ def test_a_prompt_that_is_too_long_is_that_item_s_failure(engine: Engine, tmp_pa
 def test_killed_and_started_again_it_is_asked_only_for_what_is_missing(
     engine: Engine, model: Path, tmp_path: Path
 ) -> None:
-    texts = [f"{i}: {text}" for i, text in enumerate(TEXTS * 4)]
+    texts = [f"{i}: {text}" for i, text in enumerate(TEXTS * 10)]
     with Engine(engine.engine, model, CONTEXT) as other:
         done = threading.Event()
 
@@ -109,14 +109,15 @@ def test_killed_and_started_again_it_is_asked_only_for_what_is_missing(
         killer = threading.Thread(target=kill)
         killer.start()
         with pytest.raises(DistillError) as error:
-            served(other, tmp_path / "b", texts, 120)
+            served(other, tmp_path / "b", texts, 40)
         done.set()
         killer.join()
         assert error.value.code == Exit.TEACHER
         before = answers_in(tmp_path / "b")
         assert 4 <= before < len(texts)
         other.start()
-        answers = served(other, tmp_path / "b", texts, 120)
+        other.wait()
+        answers = served(other, tmp_path / "b", texts, 40)
     with ResponseStore(tmp_path / "b", writable=False) as store:
         tried = [a.billed for a in attempts(store, {"tiny": None})]
     assert tried.count("yes") == len(texts), "none was paid twice"

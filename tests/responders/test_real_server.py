@@ -1,17 +1,12 @@
 """The endpoint responder against `transformers serve`: two replicas of tiny models."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 
 from distill.config.teachers import EndpointTeacher
@@ -26,47 +21,13 @@ from distill.responders.responder import Request, Sampling, origin_of
 from distill.responders.store import ResponseStore
 from distill.training.soft_labels.server_logprobs import probe
 from tests.support.asking import answer_all
+from tests.support.engines import Engine
 from tests.support.errors import stops
 from tests.support.tiny import TEMPLATE, make_tiny, make_tokenizer
 
 DATE = "2026-01-01"
 ANSWERED = 'completions HTTP/1.1" 200'  # in a server's log
 TEXTS = [f"{'words ' * (i * 5 % 7)}{chr(97 + i)}?" for i in range(12)]
-
-
-class Server:
-    """`transformers serve` on a free loopback port; its models are the folders of `folder`."""
-
-    def __init__(self, folder: Path, *words: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command = [sys.executable, "-m", "transformers.cli.transformers", "serve", *words]
-        command += ["--host", "127.0.0.1", "--port", str(port)]
-        command += ["--device", "cpu", "--dtype", "float32"]
-        self.log = folder / f"{port}.log"
-        with self.log.open("w") as log:
-            environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-            self.process = subprocess.Popen(
-                command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT
-            )
-        self.address = f"http://127.0.0.1:{port}"
-        self.url = f"{self.address}/v1"
-
-    def wait(self) -> None:
-        """Return once it listens."""
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                if httpx2.get(f"{self.address}/health").status_code == 200:
-                    return
-            except httpx2.TransportError:
-                time.sleep(0.1)
-        raise AssertionError(self.log.read_text()[-2000:])
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +45,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def servers(models: Path) -> Iterator[tuple[Server, Server]]:
+def servers(models: Path) -> Iterator[tuple[Engine, Engine]]:
     """Yield a server of any model of the folder, and one of the tiny model alone."""
-    both = Server(models), Server(models, "tiny")
+    both = Engine("transformers", models), Engine("transformers", models / "tiny")
     try:
+        for server in both:
+            server.start()
         for server in both:
             server.wait()
         yield both
@@ -96,8 +59,8 @@ def servers(models: Path) -> Iterator[tuple[Server, Server]]:
             server.kill()
 
 
-def settings(server: Server | Sequence[Server], **changes: Any) -> EndpointTeacher:
-    several = [server] if isinstance(server, Server) else server
+def settings(server: Engine | Sequence[Engine], **changes: Any) -> EndpointTeacher:
+    several = [server] if isinstance(server, Engine) else server
     given = {
         "kind": "endpoint",
         "model": "tiny",
@@ -127,7 +90,7 @@ def local(folder: Path, store: Path, texts: Sequence[str] = TEXTS) -> list[Respo
 
 
 def test_a_server_answers_as_the_local_teacher_does(
-    servers: tuple[Server, Server], models: Path, tmp_path: Path
+    servers: tuple[Engine, Engine], models: Path, tmp_path: Path
 ) -> None:
     asked = settings(servers[0])
     ours, theirs = local(models / "tiny", tmp_path / "a"), served(asked, tmp_path / "b")
@@ -139,7 +102,7 @@ def test_a_server_answers_as_the_local_teacher_does(
 
 
 def test_the_model_s_own_settings_are_held_off_by_the_fields_that_the_config_sends(
-    servers: tuple[Server, Server], models: Path, tmp_path: Path
+    servers: tuple[Engine, Engine], models: Path, tmp_path: Path
 ) -> None:
     neutral = [r.text for r in local(models / "penal", tmp_path / "a")]
     sent = settings(servers[0], model="penal")
@@ -149,7 +112,7 @@ def test_the_model_s_own_settings_are_held_off_by_the_fields_that_the_config_sen
 
 
 def test_sampling_needs_the_field_that_the_config_names(
-    servers: tuple[Server, Server], tmp_path: Path
+    servers: tuple[Engine, Engine], tmp_path: Path
 ) -> None:
     drawn = Sampling(temperature=1.0, max_new_tokens=8)
     turn = (Message(role="user", content="?"),)
@@ -162,14 +125,14 @@ def test_sampling_needs_the_field_that_the_config_names(
 
 
 def test_what_it_thinks_comes_apart_from_its_answer(
-    servers: tuple[Server, Server], tmp_path: Path
+    servers: tuple[Engine, Engine], tmp_path: Path
 ) -> None:
     found = served(settings(servers[0], model="thinker"), tmp_path, TEXTS[:2])
     assert {(r.text, r.stop, r.usage.output_tokens) for r in found} == {("", "length", 16)}
     assert all(r.reasoning for r in found)
 
 
-def test_text_completions_are_read_too(servers: tuple[Server, Server], tmp_path: Path) -> None:
+def test_text_completions_are_read_too(servers: tuple[Engine, Engine], tmp_path: Path) -> None:
     found = served(settings(servers[0], api="completions"), tmp_path, TEXTS[:2])
     assert {(r.stop, r.usage.output_tokens) for r in found} == {("length", 16)}
     assert all(r.text for r in found)
@@ -184,7 +147,7 @@ def test_text_completions_are_read_too(servers: tuple[Server, Server], tmp_path:
     ],
 )
 def test_what_no_request_could_pass_stops_the_run_at_once(
-    servers: tuple[Server, Server], tmp_path: Path, change: dict[str, Any], said: str
+    servers: tuple[Engine, Engine], tmp_path: Path, change: dict[str, Any], said: str
 ) -> None:
     if "base_url" in change:
         change = {"base_url": servers[1].address + change["base_url"]}
@@ -196,7 +159,7 @@ def test_what_no_request_could_pass_stops_the_run_at_once(
 
 
 def test_a_server_that_tells_no_distributions_is_found_by_one_short_text(
-    servers: tuple[Server, Server], models: Path, tmp_path: Path
+    servers: tuple[Engine, Engine], models: Path, tmp_path: Path
 ) -> None:
     config = Config.model_validate(
         {
@@ -214,7 +177,7 @@ def test_a_server_that_tells_no_distributions_is_found_by_one_short_text(
 
 
 def test_a_replica_that_dies_is_left_out_and_nothing_else_is_asked_twice(
-    servers: tuple[Server, Server], models: Path, tmp_path: Path
+    servers: tuple[Engine, Engine], models: Path, tmp_path: Path
 ) -> None:
     texts = [f"{i}: {text}" for i, text in enumerate(TEXTS * 4)]
     asked, log = settings(servers, concurrency=6), servers[1].log

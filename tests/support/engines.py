@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -49,7 +50,8 @@ def python_of(engine: str) -> str:
 def make_served(folder: Path) -> Path:
     """Save a tiny model that says varied things in printable ASCII, of sizes that vLLM takes."""
     make_tiny(folder, "qwen2", seed=1, hidden=128, tied=False)
-    file, tokenizer = folder / "model.safetensors", load_tokenizer(str(folder))
+    file = folder / "model.safetensors"
+    tokenizer: Any = load_tokenizer(str(folder))
     tensors = {name: t * (1 if t.dim() == 1 else 4) for name, t in load_file(file).items()}
     texts = [tokenizer.decode([i], skip_special_tokens=True) for i in range(len(tokenizer))]
     head_VH = tensors["lm_head.weight"]
@@ -62,46 +64,54 @@ def make_served(folder: Path) -> Path:
 
 
 class Engine:
-    """A server of the tiny model `folder` under the name "tiny", killed at the end of `with`."""
+    """A server of the model in `folder`, under its name; killed at the end of `with`.
 
-    def __init__(self, engine: str, folder: Path, context: int = 1024, *words: str) -> None:
+    Of `transformers`, `folder` may hold several models: it serves any of them.
+    """
+
+    def __init__(self, engine: str, folder: Path, context: int = 1024) -> None:
         self.engine, self.python = engine, python_of(engine)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.address = f"http://127.0.0.1:{self.port}"
         self.url = f"{self.address}/v1"
-        self.log = folder.parent / f"{self.port}.log"
-        self.folder, self.context, self.words = folder, context, words
+        self.home = folder.parent if (folder / "config.json").exists() else folder
+        self.log = self.home / f"{self.port}.log"
+        self.folder, self.context = folder, context
 
     def command(self) -> Sequence[str]:
         """Return what a user types, with sizes for a test."""
         place = ("--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32")
         if self.engine == "transformers":
-            module = ("-m", "transformers.cli.transformers", "serve", self.folder.name)
-            return (self.python, *module, *place, "--device", "cpu", *self.words)
+            one = (self.folder.name,) if self.home != self.folder else ()
+            module = ("-m", "transformers.cli.transformers", "serve", *one)
+            return (self.python, *module, *place, "--device", "cpu")
         if self.engine == "vllm":  # its `vllm serve` looks for a package of the name vllm
             module = ("-m", "vllm.entrypoints.openai.api_server", "--model", self.folder.name)
             sizes = ("--max-model-len", str(self.context), "--enforce-eager")
-            return (self.python, *module, *place, *sizes, *self.words)
-        file = self.folder.parent / "tiny.gguf"
+            return (self.python, *module, *place, *sizes)
+        file = self.home / "tiny.gguf"
         make_gguf(self.folder, file)
         return (self.python, "-c", LLAMA_CPP, str(file), str(self.port), str(self.context))
 
     def start(self) -> None:
-        """Start it, and return once it answers."""
+        """Start it; `wait` returns once it answers."""
         quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
         # Without its target vLLM loads AVX-512 kernels wherever it runs.
         small = {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1"}
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 self.command(),
-                cwd=self.folder.parent,
+                cwd=self.home,
                 env=os.environ | quiet | small,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # vLLM computes in a child
             )
+
+    def wait(self) -> None:
+        """Return once it answers."""
         deadline = time.monotonic() + 240
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
@@ -121,6 +131,7 @@ class Engine:
 
     def __enter__(self) -> "Engine":
         self.start()
+        self.wait()
         return self
 
     def __exit__(self, *_: object) -> None:
