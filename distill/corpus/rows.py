@@ -39,7 +39,7 @@ class Shape(NamedTuple):
     answer: tuple[str, ...]
 
 
-ANY_ANSWER = "answer completion response output chosen answers"
+ANY_ANSWER = "answer completion response output chosen answers completions responses outputs"
 SHAPES = tuple(
     Shape(name, *(tuple(columns.split()) for columns in table))
     for name, *table in (
@@ -61,6 +61,8 @@ SHAPES = tuple(
         ("instructions", "instruction", "instruction input context", ANY_ANSWER),
         ("queries", "query response", "query", "response"),
         ("problems", "problem solution", "problem", "solution"),
+        ("pairs", "input output", "input", "output"),
+        ("pairs", "inputs targets", "inputs", "targets"),
     )
 )
 SYSTEM = ("system", "system_prompt", "system_message")
@@ -216,7 +218,8 @@ def _prompt(
             uses[name] = "conversation" if isinstance(value, list | dict) else "prompt"
     turns += [Turn("user", "\n\n".join(texts))] if texts else []
     system = take("system turn", columns.system, *SYSTEM)
-    reference = take("reference", columns.reference, "reference")
+    right_columns = ("reference",) if "answer" in shape.answer else ("reference", "answer")
+    reference = take("reference", columns.reference, *right_columns)
     column = "recorded answer"
     answer = _parsed(take(column, columns.answer, *shape.answer))
     if answer is None and columns.reference:
@@ -291,7 +294,7 @@ def _arrange(
     rest = [turn for turn in rest if turn.role != TOOL]
     last = rest.pop() if rest[-1].role == "assistant" else None
     if rest[-1].role != "user":
-        raise ValueError("the conversation has no last user turn to answer")
+        raise LeftOut("the conversation has no last user turn to answer")
     orders = [system, *(turn.text for turn in opening if turn.role == "system")]
     texts = dict.fromkeys(normalise(text) for text in orders if _holds(text))
     head = [{"role": "system", "content": "\n\n".join(texts)}] if texts else []
@@ -363,7 +366,10 @@ def read_answers(value: object) -> list[str]:
         return []
     if isinstance(value, str):
         return [value]
-    if isinstance(value, list) and all(isinstance(one, str | int | float) for one in value):
+    if isinstance(value, list) and all(
+        isinstance(one, str | int | float) or (isinstance(one, dict) and "answer_start" in one)
+        for one in value
+    ):
         return list(dict.fromkeys(text for one in value for text in read_answers(one)))
     return [json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)]
 
@@ -438,4 +444,4 @@ def _are_turns(value: object) -> bool:
 
 
 def _names(row: Mapping[str, object]) -> str:
-    return ascii(", ".join(row)[:120])
+    return ascii(", ".join(row)[:120]) + " (see corpus.columns)"

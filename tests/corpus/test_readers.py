@@ -205,6 +205,8 @@ ROWS = [f"{number},text of row {number}" for number in range(1, 1001)]
 )
 @pytest.mark.parametrize("others", ["plain", "quoted", "over lines"])
 def test_a_broken_csv_row_costs_no_other(tmp_path: Path, place: int, bad: str, others: str) -> None:
+    """H16: a bad row is named by file and line."""
+
     def written(number: int) -> str:
         ending = {"plain": "", "quoted": ', "so" it is', "over lines": "\n\nand on"}[others]
         value = f"text of row {number}{ending}"
@@ -279,6 +281,7 @@ def test_a_csv_row_that_is_too_long_is_rejected_and_the_next_is_read(
 
 
 def test_two_columns_of_one_name_stop_and_are_named(tmp_path: Path) -> None:
+    """H16."""
     table = pyarrow.table([["a"], ["b"]], names=["text", "text"])
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     for path in (

@@ -297,6 +297,15 @@ def test_conversations_of_any_shape(turns: list[tuple[str, str]], roles: str) ->
     assert "recorded_answer" in found or turns[-1][0] == "user" or not turns[-1][1]
 
 
+def test_a2_the_right_answer_beside_a_solution_and_lists_of_answers() -> None:
+    row = {"problem": "2+2?", "solution": "It is 4.", "answer": 4}
+    assert meta(row)["reference"] == "4" and recorded(row) == [{"text": "It is 4."}]
+    for name in ("completions", "responses", "outputs", "answers"):
+        assert recorded({"prompt": "q", name: ["a", "b"]}) == [{"text": "a"}, {"text": "b"}]
+    for row in ({"input": "q", "output": "a"}, {"inputs": "q", "targets": "a"}):
+        assert meta(row)["messages"][0]["content"] == "q" and recorded(row) == [{"text": "a"}]
+
+
 def test_a_turn_may_be_a_key() -> None:
     row = {"conversation": [{"system": "s", "human": "a", "assistant": "b"}, {"human": "c"}]}
     assert " ".join(t["role"] for t in meta(row)["messages"]) == "system user assistant user"
@@ -315,6 +324,7 @@ def test_a_turn_may_be_a_key() -> None:
         ([{"a": 1}], ['[{"a": 1}]']),
         (["one", "two", "one"], ["one", "two"]),
         ({"text": [], "answer_start": []}, []),
+        ([{"text": "a", "answer_start": 1}, {"text": "b", "answer_start": 2}], ["a", "b"]),
     ],
 )
 def test_answers_that_are_no_text(value: object, texts: list[str]) -> None:
