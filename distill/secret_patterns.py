@@ -268,12 +268,38 @@ PUTTY_KEY = Form(
 )
 FORMS = (PRIVATE_KEY, *_forms(FIRST), ADDRESS_PASSWORD, *_forms(LATER), ADDRESS_TOKEN, PUTTY_KEY)
 NAMES = frozenset(form.name for form in FORMS)
-SIGNS = [(sign, place) for place, form in enumerate(FORMS) for sign in form.signs]
+AROUND = ".,;:!?()\"'"  # what stands around the words of prose
+SHORT = 500  # characters in which looking for each sign is quickest
+
+
+def is_plain(word: str) -> bool:
+    """Tell whether a word is letters, of which only the first may be a capital, as in prose."""
+    bare = word.strip(AROUND)
+    return bare.isalpha() and bare[1:] == bare[1:].lower()
+
+
+# With each sign, whether it can stand in a plain word, or with white space between words
+SIGNS = [
+    (sign, place, " " in sign or is_plain(sign) or not sign.strip(AROUND))
+    for place, form in enumerate(FORMS)
+    for sign in form.signs
+]
+
+
+def has_sign(form: Form, text: str) -> bool:
+    """Tell whether a sign of a form stands in a text."""
+    return any(sign in text for sign in form.signs)
 
 
 def forms_in(text: str) -> list[Form]:
-    """Return the forms of which a sign stands in a text, in the order of the list."""
-    return [FORMS[place] for place in sorted({place for sign, place in SIGNS if sign in text})]
+    """Return the forms that may match in a text, by their signs, in the order of the list."""
+    odd = text
+    if (
+        len(text) > SHORT
+    ):  # most words hold no sign, and nothing but a sign's word may go on with it
+        odd = " ".join(word for word in set(text.split()) if not is_plain(word))
+    places = {place for sign, place, plain in SIGNS if sign in (text if plain else odd)}
+    return [FORMS[place] for place in sorted(places)]
 
 
 def find_secrets(text: str, allowed: Collection[str] = ()) -> Iterator[Secret]:

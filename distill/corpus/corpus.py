@@ -20,7 +20,7 @@ from distill.corpus import python_docs, readers
 from distill.corpus.clean import chunk
 from distill.corpus.contamination import contaminated_documents
 from distill.corpus.near_duplicates import near_repeats
-from distill.corpus.privacy import mask_document
+from distill.corpus.privacy import mask_documents
 from distill.corpus.readers import Reject, SourceRow
 from distill.corpus.rows import LeftOut, Reading, interpret
 from distill.errors import DistillError, Exit
@@ -209,8 +209,7 @@ def protect(
     Raises DistillError (exit 3) where every document is dropped.
     """
     results, kinds, holding = list[Document](), Counter[str](), 0
-    for document in documents:
-        masked, counts = mask_document(document)
+    for document, (masked, counts) in zip(documents, mask_documents(documents), strict=True):
         holding += bool(counts)
         kinds += counts
         if counts and drop:

@@ -9,10 +9,10 @@ not looked for. Every pattern is bounded, so that hostile text is read in linear
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 from distill.records import Document
-from distill.secret_patterns import ADDRESS_PASSWORD, Form, forms_in
+from distill.secret_patterns import ADDRESS_PASSWORD, Form, forms_in, has_sign
 
 EXAMPLES = re.compile(
     r"(?:^|\.)(?:example(?:\.\w{2,3})?|test|invalid|localhost|local|domain\.com)$", re.I
@@ -106,11 +106,15 @@ PERSONAL = (
     (re.compile(r"\d{4}[ -]?\d{4}"), Form("card", (), CARD, is_card, "card")),
     (re.compile(r"\d{4}|\d{3}\D{1,2}\d{3}|\+\d|0\d"), Form("phone", (), PHONE, is_phone, "phone")),
 )
+GATES = {form.kind: gate for gate, form in PERSONAL}
+DIGIT = re.compile(r"\d")  # stands in each of them but the first
+BLOCK = 1 << 17  # characters of documents in which signs are looked for at once
 
 
 def possible_forms(text: str) -> list[Form]:
     """Return the forms that may stand in a text. Keys come first, since they hold digits."""
-    return [*forms_in(text), *(form for gate, form in PERSONAL if gate.search(text))]
+    personal = PERSONAL if DIGIT.search(text) else PERSONAL[:1]
+    return [*forms_in(text), *(form for gate, form in personal if gate.search(text))]
 
 
 def mask(text: str, forms: Iterable[Form] | None = None) -> tuple[str, Counter[str]]:
@@ -133,20 +137,52 @@ def mask(text: str, forms: Iterable[Form] | None = None) -> tuple[str, Counter[s
     return text, counts
 
 
-def mask_document(document: Document) -> tuple[Document, Counter[str]]:
+def mask_documents(documents: Iterable[Document]) -> Iterator[tuple[Document, Counter[str]]]:
+    """Yield each document as `mask_document` does, signs being looked for in several at once."""
+    block, size = list[tuple[Document, str]](), 0
+    for document in documents:
+        block.append((document, all_text(document)))
+        size += len(block[-1][1])
+        if size >= BLOCK:
+            yield from _mask_block(block)
+            block, size = [], 0
+    yield from _mask_block(block)
+
+
+def _mask_block(block: list[tuple[Document, str]]) -> Iterator[tuple[Document, Counter[str]]]:
+    forms = possible_forms("\n".join(text for _, text in block))
+    for document, text in block:
+        mine = [
+            form
+            for form in forms
+            if (gate.search(text) if (gate := GATES.get(form.kind)) else has_sign(form, text))
+        ]
+        yield mask_document(document, mine)
+
+
+def all_text(document: Document) -> str:
+    """Return all that is masked of a document: what stands in one text of it stands in this."""
+    values = [v for k, v in document.meta.items() if isinstance(v, str) and k != "id"]
+    answers = document.recorded_answers
+    texts = [*values, *(text for answer in answers for text in answer.values())]
+    turns = (turn["content"] for turn in document.meta.get("messages", []))
+    return "\n".join((document.text, *texts, *turns))
+
+
+def mask_document(
+    document: Document, forms: Sequence[Form] | None = None
+) -> tuple[Document, Counter[str]]:
     """Return the document with its text and values masked, and the counts by kind.
 
-    The user's own `id` stays as it is; the turns of a conversation count once, in the text.
+    The user's own `id` stays as it is; the turns of a conversation count once, in the text. Other
+    `forms` cannot stand in it.
     """
+    forms = possible_forms(all_text(document)) if forms is None else forms
+    if not forms:
+        return document, Counter()
     turns: list[dict[str, str]] = document.meta.get("messages", [])
     values = {k: v for k, v in document.meta.items() if isinstance(v, str) and k != "id"}
     answers = [] if "recorded_answer" in values else document.recorded_answers
-    # one search for signs in all texts of the document: what stands in one stands in this
-    texts = [*values.values(), *(text for answer in answers for text in answer.values())]
-    joined = "\n".join((document.text, *texts, *(turn["content"] for turn in turns)))
-    forms = possible_forms(joined)
-    if not forms:
-        return document, Counter()
     text, counts = mask(document.text, forms)
     in_turns, in_values, meta = Counter[str](), Counter[str](), dict(document.meta)
     for name, value in values.items():

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 from distill.config.tree import Questions
-from distill.corpus.clean import INSTRUCTIONS, break_up
+from distill.corpus.clean import break_up, has_instructions
 from distill.errors import DistillError, Exit
 from distill.formatting import clip, one_line
 from distill.languages import ASKS, SPACELESS, language_of
@@ -76,24 +76,31 @@ def main(run: Run) -> None:
         if count > 1:  # prompts could not tell them apart
             what = f"two tasks are called {name}"
             raise DistillError(Exit.CONFIG, "prompts.tasks", what, "rename one")
-    prompts: list[Prompt] = []
-    counts: dict[str, dict[str, int]] = {}
-    for split in SPLITS:
-        mine = sorted((d for d in documents if d.split == split), key=lambda d: d.id)
-        pairs = assign_tasks(mine, tasks, settings.per_document, settings.questions is not None)
-        new = [ask(task, doc) for doc, task in islice(pairs, getattr(settings, split))]
-        counts[split] = dict(Counter(prompt.task for prompt in new))
-        prompts += new
-        by_task = ", ".join(f"{count} {task}" for task, count in counts[split].items())
-        say(f"prompts: {split}: {by_task or 'none'}")
-    for prompt in prompts[:SHOWN]:
+    first: list[Prompt] = []
+    counts: dict[str, Counter[str]] = {}
+
+    def prompts() -> Iterator[Prompt]:
+        for split in SPLITS:
+            mine = sorted((d for d in documents if d.split == split), key=lambda d: d.id)
+            pairs = assign_tasks(mine, tasks, settings.per_document, settings.questions is not None)
+            counts[split] = Counter()
+            for document, task in islice(pairs, getattr(settings, split)):
+                prompt = ask(task, document)
+                counts[split][prompt.task] += 1
+                if len(first) < SHOWN:
+                    first.append(prompt)
+                yield prompt
+            by_task = ", ".join(f"{count} {task}" for task, count in counts[split].items())
+            say(f"prompts: {split}: {by_task or 'none'}")
+
+    write_records(run.path("prompts.jsonl"), prompts())
+    for prompt in first:
         turns_shown = " | ".join(f"{turn.role}: {turn.content}" for turn in prompt.messages)
         say(f"prompts: for example: {one_line(clip(turns_shown, 300))}")
-    write_records(run.path("prompts.jsonl"), prompts)
     write_json(run.path(TASKS_FILE), {task.name: task.model_dump(mode="json") for task in tasks})
     # documents that forge a role or give orders to a model are counted, not dropped
     forged = sum(break_up(document.text) != document.text for document in documents)
-    ordering = sum(INSTRUCTIONS.search(document.text) is not None for document in documents)
+    ordering = sum(has_instructions(document.text) for document in documents)
     note = {"counts": counts, "control_token_texts": forged, "instruction_like": ordering}
     run.note("prompts", note)
     if forged or ordering:

@@ -75,19 +75,20 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
+def write_atomic(path: Path, data: bytes | str | Iterable[bytes]) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new, never a part."""
     content = data.encode("utf-8") if isinstance(data, str) else data
+    pieces = (content,) if isinstance(content, bytes) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as file:
-                file.write(content)
+                file.writelines(pieces)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-        except OSError:
+        except BaseException:  # of the disk, or of what yields the pieces
             temporary.unlink(missing_ok=True)
             raise
         fsync_folder(path.parent)
@@ -120,10 +121,17 @@ def read_json(path: Path) -> Any:
 
 
 def write_records(path: Path, records: Iterable[Record]) -> int:
-    """Write records as JSON lines, atomically, and return how many."""
-    lines = [record.to_line() + "\n" for record in records]
-    write_atomic(path, "".join(lines))
-    return len(lines)
+    """Write records as JSON lines, one at a time, atomically, and return how many."""
+    count = 0
+
+    def lines() -> Iterator[bytes]:
+        nonlocal count
+        for record in records:
+            count += 1
+            yield record.to_line().encode() + b"\n"
+
+    write_atomic(path, lines())
+    return count
 
 
 def read_records(path: Path, kind: type[R], torn: bool = False) -> list[R]:
@@ -131,17 +139,22 @@ def read_records(path: Path, kind: type[R], torn: bool = False) -> list[R]:
 
     With `torn`, a last line without its newline is not counted: `append_record` was cut off there.
     """
+    records = list[R]()
     with disk_errors(path):
-        lines = _read(path).split(b"\n")
-    if torn:
-        lines.pop()
-    records = []
-    for number, line in enumerate(lines, 1):
-        if line:
-            try:
-                records.append(kind.from_line(line))
-            except ValidationError:
-                raise DistillError(Exit.STATE, f"{path}:{number}", "is damaged", REMAKE) from None
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:
+            what, fix = "is missing", "run the stage that makes it"
+            raise DistillError(Exit.STATE, path, what, fix) from None
+        with file:
+            for number, line in enumerate(file, 1):
+                if line == b"\n" or (torn and not line.endswith(b"\n")):
+                    continue
+                try:
+                    records.append(kind.from_line(line))
+                except ValidationError:
+                    where = f"{path}:{number}"
+                    raise DistillError(Exit.STATE, where, "is damaged", REMAKE) from None
     return records
 
 
