@@ -250,7 +250,8 @@ def _read(reference: str, folder: Path, trust: Trust, **options: Any) -> Any:
         raise_device_error(error)
         what = f"could not be loaded: {one_line(error)}"
         raise DistillError(Exit.TRAINING, f"model {reference}", what, "check the model") from None
-    if composite:  # the towers for pictures and sound are left out
+    if composite:  # the towers for pictures and sound are left out, and the names are a model's own
+        model._weight_conversions = None
         names = report["unexpected_keys"]
         report["unexpected_keys"] = {name for name in names if not OTHER_PARTS.search(name)}
     require_intact(f"model {reference}", report)

@@ -104,6 +104,8 @@ class StudentModel(nn.Module):
         self.labels: Labels | None = None
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._decoder, self._head = (base.get_decoder(),), (base.get_output_embeddings(),)
+        config = base.config.get_text_config()  # Granite divides its logits, Cohere multiplies
+        self.scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the loss summed over supervised tokens in nats; of labels (1 + P,), parts too.
@@ -146,8 +148,12 @@ class StudentModel(nn.Module):
         return self.widen(self.hidden(batch)[batch.indices_S])
 
     def widen(self, hidden_ND: Tensor) -> Tensor:
-        """Put an adapted head's A h (N, R) beside each hidden state h; else E = D."""
+        """Put an adapted head's A h (N, R) beside each hidden state h; else E = D.
+
+        The model's scale of its logits is in the states, as the head is linear.
+        """
         head = self._head[0]
+        hidden_ND = hidden_ND if self.scale == 1.0 else hidden_ND * self.scale
         if not isinstance(head, LoraLayer):
             return hidden_ND
         down, *_ = factors(head)
@@ -198,7 +204,7 @@ def make_student(
             expected_ND = plain.hidden(batch)
             states = plain.widen(expected_ND[: PROBE[0]])
             if not _close(nn.functional.linear(states, *plain.head()), logits):
-                what = "scales or caps its logits behind the head, which this loss does not know"
+                what = "caps its logits behind the head, which this loss does not know"
                 where, fix = model.config.model_type, "use another student"
                 raise DistillError(Exit.TRAINING, where, what, fix)
         if not packing:

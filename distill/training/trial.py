@@ -215,6 +215,9 @@ def _try(
             what = "has quantised weights, into which an adapter cannot be merged"
             fix = "name the model that it was made from; student.load_in_4bit trains that in 4 bits"
             raise DistillError(Exit.TRAINING, f"model {reference}", what, fix)
+        if lora and getattr(config, "final_logit_softcapping", None):
+            what = "caps its logits behind the head, which the loss does not know"
+            raise DistillError(Exit.TRAINING, f"model {reference}", what, "use another student")
     else:
         shape = registry.shape_of(reference)
         config = LlamaConfig(  # or a qwen2 of the same modules

@@ -87,7 +87,7 @@ def make_family(folder: Path, family: str) -> Path:
             if parameter.ndim == 1 or "sinks" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
             elif "embed_tokens" not in name:
-                parameter.mul_(4)
+                parameter.mul_(10)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"

@@ -139,6 +139,10 @@ def continuous_batch_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
+    if others := [n for n in ("softcap", "s_aux", "position_bias") if kwargs.get(n) is not None]:
+        raise ValueError(
+            f"{type(module).__name__}: {others}"
+        )  # where prompts are short it may agree
     keys_RHCD, values_RHCD = step.cache.write(int(module.layer_idx), step, key, value)  # pyright: ignore
     heads, rows = key.shape[1], step.rows
     grouped = query[0].transpose(0, 1).unflatten(1, (heads, -1))  # T, H, G, D
