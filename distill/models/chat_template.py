@@ -360,8 +360,17 @@ def _literal(value: Any) -> str:
 
 
 def encode_text(tokenizer: "Tokenizer", text: str) -> list[int]:
-    """Tokenise rendered text as it stands, adding nothing."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    """Tokenise rendered text as it stands, adding nothing.
+
+    Raises DistillError (exit 3) naming a token for which the model has no embedding.
+    """
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    rows = vars(tokenizer).get("embeddings")  # see `loading.load_tokenizer`
+    if rows is not None and ids and max(ids) >= rows:
+        token, where = tokenizer.convert_ids_to_tokens(max(ids)), f"text {text[-40:]!r}"
+        what = f"holds the token {token!r} ({max(ids)}), and the model has {rows} embeddings"
+        raise DistillError(Exit.INPUT, where, what, "take that token out of the text")
+    return ids
 
 
 def encode_marked(tokenizer: "Tokenizer", text: str, mark: str) -> list[int]:

@@ -65,8 +65,13 @@ class Unavailable(Exception):
 def cache_folder() -> Path:
     """Return the user's cache: $DISTILL_CACHE, $XDG_CACHE_HOME/distill, or ~/.cache/distill."""
     configured = os.environ.get("DISTILL_CACHE")
-    shared = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(configured) if configured else Path(shared) / "distill"
+    if configured:
+        return Path(configured)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill"
+    except RuntimeError:  # nor does /etc/passwd know the user
+        what, fix = "is not set, and it holds the cache", "set HOME, or DISTILL_CACHE"
+        raise DistillError(Exit.STATE, "HOME", what, fix) from None
 
 
 def converted_folder(name: str, gguf: Gguf) -> Path:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
+from safetensors import SafetensorError
 
 from distill.errors import DistillError, Exit
 from distill.records import Record
@@ -49,6 +50,9 @@ def disk_errors(where: Path) -> Iterator[None]:
         reason = error.strerror or type(error).__name__
         fix = WAYS_OUT.get(error.errno or 0, "check the disk, then run again")
         raise DistillError(Exit.STATE, error.filename or where, reason, fix) from None
+    except SafetensorError as error:  # of a full disk too
+        what, fix = f"could not be written: {error}", "free space, then run again"
+        raise DistillError(Exit.STATE, where, what, fix) from None
 
 
 def sha256_file(path: Path) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -254,11 +254,11 @@ def save_adapter(
     model: PeftModel, weights: Mapping[str, Tensor], folder: Path, base: str | None
 ) -> None:
     """Write `weights` as a plain PEFT adapter of `base`, replacing `folder` in one rename."""
-    from distill.storage.files import replacing
+    from distill.storage.files import disk_errors, replacing
 
     settings = model.peft_config[ADAPTER]
     settings.inference_mode, settings.base_model_name_or_path = True, base
-    with replacing(folder) as work:
+    with disk_errors(folder), replacing(folder) as work:
         settings.save_pretrained(str(work))
         save_file(dict(weights), work / WEIGHTS, metadata={"format": "pt"})
     settings.inference_mode = False
@@ -309,11 +309,7 @@ def write_merged(
     )
     if not student.trust_remote_code:
         tokenizer.init_kwargs.pop("auto_map", None)
-    try:
-        with disk_errors(folder), replacing(folder) as work:
-            model.save_pretrained(work, max_shard_size="100GB")
-            tokenizer.save_pretrained(work)
-            write_json(work / SOURCE, {"adapter_sha256": sha256_file(adapter / WEIGHTS)})
-    except SafetensorError as error:  # of a full disk too
-        what, fix = f"could not be written: {error}", "free space, then run again"
-        raise DistillError(Exit.STATE, folder, what, fix) from None
+    with disk_errors(folder), replacing(folder) as work:
+        model.save_pretrained(work, max_shard_size="100GB")
+        tokenizer.save_pretrained(work)
+        write_json(work / SOURCE, {"adapter_sha256": sha256_file(adapter / WEIGHTS)})

@@ -57,14 +57,14 @@ def try_model(
         return []
     if not absent:
         folder = registry.fetch(reference, revision, trust, weights=False).absolute()
-    request = {"reference": reference, "folder": folder and str(folder), "trust": trust}
-    request |= {"date": date, "lora": lora and lora.model_dump(mode="json"), "seconds": SECONDS}
+    settings = {"trust": trust, "date": date, "lora": lora and lora.model_dump(mode="json")}
+    settings["seconds"] = SECONDS
     versions = [code_hash(), *map(installed, ("transformers", "tokenizers", "peft", "torch"))]
-    files = registry.folder_digest(folder, weights=False) if folder else ""
-    key = digest([files, request, versions])
+    files = registry.folder_digest(folder, weights=False) if folder else reference
+    key = digest([files, settings, versions])
     with suppress(OSError, ValueError, KeyError, DistillError):
         return json.loads((cache_folder() / f"trials/{key}.json").read_bytes())["notes"]
-    reply = _ask(request)
+    reply = _ask({"reference": reference, "folder": folder and str(folder), **settings})
     if error := reply.get("error"):
         code, where, what, fix = (f"{part}".replace(str(folder), reference) for part in error)
         raise DistillError(Exit(int(code)), where, what, fix)

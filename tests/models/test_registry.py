@@ -1,6 +1,7 @@
 """Models by reference: the table without torch, shapes of real models, what is refused, loading."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from distill.config.values import Trust
 from distill.errors import DistillError, Exit
 from distill.models import devices, loading, registry
+from distill.models.chat_template import encode_text
+from distill.models.download import cache_folder
 from distill.training.trial import try_model
 from tests.support.fake_hub import fake_hub, use_hub
-from tests.support.tiny import make_tiny
+from tests.support.tiny import make_tiny, make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -242,3 +245,52 @@ def test_a_model_of_the_hub_then_offline(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert registry.fetch("acme/tiny", sha) == folder
     assert refused(registry.fetch, "acme/other").code == Exit.INPUT
+
+
+def test_a_tokenizer_may_be_larger_than_the_embedding(tiny, tmp_path):
+    """C4, and its neighbours: such a token is an error where a text holds one, and only there."""
+    folder = Path(shutil.copytree(tiny, tmp_path / "m"))
+    make_tokenizer(("<image>", *(f"<extra{n}>" for n in range(9)))).save_pretrained(folder)
+    tokenizer = loading.load_tokenizer(str(folder))
+    assert len(tokenizer) > 264 and encode_text(tokenizer, "2 and 2")
+    tokenizer.add_tokens(["<late>"])
+    error = refused(encode_text, tokenizer, "see <late>")
+    assert error.code == Exit.INPUT and "'<late>'" in error.what and "264" in error.what
+    try_model(str(folder))
+
+
+def test_no_pad_token_is_needed(tiny, tmp_path):
+    """C2: as Llama 3 and Mistral come; `test_families.py` trains and publishes such ones."""
+    folder = Path(shutil.copytree(tiny, tmp_path / "m"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert loading.load_tokenizer(str(folder)).pad_token_id is None
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "nope", 7])
+def test_quantised_weights_need_their_package(copy, method):
+    """H4: found before anything is asked, by what transformers says is missing."""
+    change(copy / "config.json", quantization_config={"quant_method": method, "bits": 4})
+    assert refused(loading.check_model, str(copy)).code == Exit.TRAINING
+
+
+@pytest.mark.parametrize("name", ["a\nb", "100%d", "caf\udce9", "–dash"])
+def test_a_folder_may_have_any_name(tiny, tmp_path, name, monkeypatch):
+    """H4: newlines, percent signs and bytes that are no UTF-8 end in one line, or work."""
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "cache"))
+    folder = Path(shutil.copytree(tiny, tmp_path / name))
+    if name.isprintable() or "\n" in name:
+        assert try_model(str(folder)) == []
+        (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(DistillError, match=r"added_tokens|surrogates") as caught:
+        try_model(str(folder))
+    assert caught.value.code == Exit.TRAINING
+
+
+def test_a_user_without_a_home(monkeypatch):
+    """H4: LANG=C without HOME, and a user whom /etc/passwd does not know."""
+    for name in ("HOME", "XDG_CACHE_HOME", "DISTILL_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 4_000_000)
+    assert refused(cache_folder).code == Exit.STATE
