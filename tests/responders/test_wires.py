@@ -1,25 +1,31 @@
 """The wires other than OpenAI's: what is sent, what is read, and what an error means."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import yaml
 
+from distill.config.teachers import EndpointTeacher
 from distill.config.tree import Config
 from distill.errors import Exit
 from distill.generation.generate import requests_for, schemas_of
 from distill.records import Document, Message, Prompt, canonical
 from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.endpoint.network import ways
+from distill.responders.endpoint.wire import pack
 from distill.responders.endpoint.wires import wire_of
-from distill.responders.responder import Request, Sampling, origin_of
+from distill.responders.responder import Raw, Request, Sampling, origin_of
+from distill.responders.store import ResponseStore
 from tests.support.asking import answer_all
 from tests.support.buying import settings
 from tests.support.errors import stops
 from tests.support.fake_teacher import KEY, PRICE, FakeTeacher, Reply
 
+ROOT = Path(__file__).parent.parent.parent
 MESSAGE: dict[str, Any] = {
     "id": "msg_01",
     "type": "message",
@@ -232,3 +238,31 @@ def test_a_tasks_schema_is_sent_where_it_is_to_be(tmp_path: Path) -> None:
             prompt = Prompt.make(turns, document.id, name)
             (request,) = requests_for(config.teacher, "o", prompt, document, schemas_of(config))
             assert request.output_schema == expected
+
+
+def test_a_stored_reply_of_another_form_is_read_without_a_request(tmp_path: Path) -> None:
+    """A gateway may answer in Anthropic's form what was asked in OpenAI's."""
+    with FakeTeacher() as teacher:
+        responder, request = one(teacher.url, wire=None)
+        body = {"status": 200, "attempt": 0, "question": 80, **pack(canonical(MESSAGE))}
+        raw = Raw(key=request.key, sample=0, model="fake-1", stop=None, body=body)
+        with ResponseStore(tmp_path) as store:
+            store.append([("response", request.id, raw.model_dump(mode="json"))])
+        response = answer_all(responder, [request], tmp_path)[0]
+    assert (response.text, response.stop) == ("Paris, France.", "end") and not teacher.payloads
+
+
+EXCERPTS = re.findall(
+    r"```yaml\n(teacher:.*?)```", (ROOT / "docs/teachers.md").read_text(), re.DOTALL
+)
+
+
+@pytest.mark.parametrize("excerpt", EXCERPTS)
+def test_the_excerpts_of_the_documents_can_be_loaded(excerpt: str) -> None:
+    EndpointTeacher.model_validate(yaml.safe_load(excerpt)["teacher"])
+
+
+def test_the_documents_show_each_way() -> None:
+    shown = "".join(EXCERPTS)
+    words = ("wire: anthropic", "api_version:", "response_format: json_schema", "headers:")
+    assert all(word in shown for word in words)

@@ -11,6 +11,7 @@ from distill.config.teachers import EndpointTeacher
 from distill.records import Stop, Usage
 from distill.responders.endpoint.wire import (
     MESSAGE_CHARS,
+    UNKNOWN_FINISH,
     Reply,
     estimated_usage,
     load_json,
@@ -95,8 +96,8 @@ def read_reply(data: bytes, question: int = 0) -> Reply:
         stop, why = "error", "tool_calls: it called a tool instead of answering"
     elif finish == "pause_turn":
         why = "pause_turn: it paused before its answer was complete"
-    elif stop == "error":
-        why = f"unknown stop_reason {str(finish)[:40]!r}"
+    elif stop == "error":  # an answer that came, with a name that is not known yet
+        stop, why = "end", f"{UNKNOWN_FINISH} {str(finish)[:40]!r}"
     elif stop == "filtered":
         explained = plain_message((details if isinstance(details, dict) else {}).get("explanation"))
         why = f"refusal: {explained}" if explained else "refusal"

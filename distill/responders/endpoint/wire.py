@@ -112,8 +112,9 @@ def path(settings: EndpointTeacher) -> str:
 
 def headers(settings: EndpointTeacher, key: str | None) -> dict[str, str]:
     """Return the header that carries the key."""
-    name, value = ("api-key", key) if settings.azure else ("authorization", f"Bearer {key}")
-    return {name: value} if key else {}
+    if not key:
+        return {}
+    return {"api-key": key} if settings.azure else {"authorization": f"Bearer {key}"}
 
 
 def body(request: "Request", settings: EndpointTeacher) -> dict[str, Any]:
@@ -131,7 +132,7 @@ def body(request: "Request", settings: EndpointTeacher) -> dict[str, Any]:
     else:
         content = {"prompt": "\n\n".join(message.content for message in request.messages)}
     sampling = request.sampling
-    fields = {} if sampling.top_p == 1 else {"top_p": sampling.top_p}
+    fields: dict[str, Any] = {} if sampling.top_p == 1 else {"top_p": sampling.top_p}
     if "temperature" not in settings.omit:
         fields["temperature"] = sampling.temperature
     if "max_tokens" not in settings.omit:

@@ -55,6 +55,12 @@ def is_answer(data: bytes) -> bool:
     return anthropic.is_answer(data) or wire.is_answer(data)
 
 
+def read_reply(data: bytes, question: int = 0) -> Reply:
+    """Read an answer, in whatever form."""
+    form = anthropic if anthropic.is_answer(data) else wire
+    return form.read_reply(data, question)
+
+
 def read_stored(body: dict[str, Any]) -> Reply:
     """Read the reply in a stored body; a refusal, or a body cut at the cap, is an error."""
     if body.get("cut"):
@@ -62,9 +68,7 @@ def read_stored(body: dict[str, Any]) -> Reply:
     status = int(body["status"])
     if not 200 <= status < 300:  # as they were stored before refusals were outcomes
         return Reply(stop="error", error=str(body.get("what", status)))
-    data = unpack(body)
-    form = anthropic if anthropic.is_answer(data) else wire
-    reply = form.read_reply(data, int(body.get("question", 0)))
+    reply = read_reply(unpack(body), int(body.get("question", 0)))
     if cut := cut_prompt(reply.usage, body.get("least")):
         return reply.model_copy(update={"stop": "error", "error": cut})
     counted = reply.usage.output_tokens if not reply.usage.estimated else 0
