@@ -377,7 +377,7 @@ def repair(store: Annotated[Path, typer.Argument(metavar="STORE")]) -> None:
     """Copy what is intact in a damaged store; the damaged one is kept beside it."""
     from distill.storage.repair import repair as repair_store
 
-    print(*repair_store(store), sep="\n")
+    print(*repair_store(store.absolute()), sep="\n")
 
 
 @app.command(rich_help_panel=KEEP)
@@ -386,7 +386,7 @@ def compact(store: Annotated[Path, typer.Argument(metavar="STORE")]) -> None:
     from distill.responders.store import worth_keeping
     from distill.storage.repair import compact as compact_store
 
-    print(*compact_store(store, worth_keeping), sep="\n")
+    print(*compact_store(store.absolute(), worth_keeping), sep="\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

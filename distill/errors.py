@@ -33,6 +33,7 @@ FIXES = {
     errno.EACCES: "change its rights, or name another place",
     errno.EPERM: "change its rights, or name another place",
     errno.EROFS: "name another place",
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST), "check the path"),
     errno.EMFILE: "raise the limit, ulimit -n 4096, or lower teacher.concurrency",
 }
 

@@ -225,6 +225,14 @@ def test_a_signal_ends_a_stage_like_ctrl_c(config, number):
     assert (child.returncode, told.count("\n")) == (Exit.INTERRUPTED, 1)
 
 
+@pytest.mark.parametrize(
+    "words", [["compact", "."], ["repair", "."], ["compare", ".", "."]], ids=" ".join
+)
+def test_h4_the_folder_itself_is_a_path_like_others(config, capsys, words):
+    code, _, lines = say(capsys, *words)
+    assert code in (Exit.INPUT, Exit.STATE) and len(lines) == 1
+
+
 def test_h23_ctrl_c_while_the_command_is_imported_is_one_line():
     script = (
         "import os, signal, sys\n"

@@ -90,7 +90,7 @@ def _row(
 
 def items_beside(path: Path) -> dict[str, Item]:
     """Return the items of a path: a suite's lie beside its scores, held-out ones in the run."""
-    beside = path.with_name("items.jsonl")
+    beside = path.absolute().with_name("items.jsonl")
     if path.is_file() and beside.is_file():
         return {item.id: item for item in read_records(beside, Item)}
     above = (path, *path.resolve().parents)
