@@ -63,7 +63,7 @@ def main(run: Run) -> None:
     of_group = split(
         [*dict.fromkeys(groups.values())], config.seed, sizes.validation, sizes.heldout
     )
-    splits = {identity: of_group[group] for identity, group in groups.items()}
+    splits: dict[str, Split] = {identity: of_group[group] for identity, group in groups.items()}
     chunks = cut_documents(documents, splits, corpus.chunk, rejects)
     repeats = len(rejects) - before
     clean_chunks = remove_contaminated(chunks, rejects)
