@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from distill.cli import main
 from distill.errors import DistillError, Exit
 from distill.generation.generate import say_what_is_odd
 from distill.records import Message, Response, Usage
@@ -29,6 +28,7 @@ from tests.support.buying import (
     always,
     asks,
     buy,
+    generate,
     hold_account,
     in_doubt,
     make_run,
@@ -254,10 +254,6 @@ def test_h13_five_refused_of_a_few_that_are_left_end_no_run(tmp_path: Path) -> N
         assert {r.stop for r in buy(teacher, tmp_path, 16)} == {"end"}
 
 
-def generate(config: Path, *words: str) -> int:
-    return main(["generate", str(config), *words])
-
-
 @pytest.fixture(autouse=True)
 def _a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEACHER_KEY", KEY)
@@ -284,23 +280,23 @@ def test_h13_redo_asks_what_failed_and_nothing_else(tmp_path: Path) -> None:
 
     with FakeTeacher(script) as teacher:
         config = make_run(tmp_path, teacher, 16, max_retries=0)
-        assert generate(config) == 0 and len(teacher.payloads) == 16
-        assert generate(config) == 0 and len(teacher.payloads) == 16, "it is done"
+        assert generate(str(config)) == 0 and len(teacher.payloads) == 16
+        assert generate(str(config)) == 0 and len(teacher.payloads) == 16, "it is done"
         run = open_run(config)
         before = read_records(run.path("responses.jsonl"), Response)
         assert sum(r.stop == "error" for r in before) == len(FAILING)
-        assert generate(config, "--redo") == 0 and len(teacher.payloads) == 21
+        assert generate(str(config), "--redo") == 0 and len(teacher.payloads) == 21
         assert {q for q, times in teacher.asked.items() if times == 2} == set(FAILING)
         after = read_records(run.path("responses.jsonl"), Response)
         assert [(r.text, r.stop, r.error) for r in after] == [
             (r.text, r.stop, r.error) for r in before
         ]
         teacher.script = lambda number, payload: Reply(**DECLINED.get(question(payload), {}))
-        assert generate(config, "--redo") == 0 and len(teacher.payloads) == 26
+        assert generate(str(config), "--redo") == 0 and len(teacher.payloads) == 26
         after = read_records(run.path("responses.jsonl"), Response)
         assert not any(r.stop == "error" for r in after)
         assert [r for r in before if r.stop != "error"] == [r for r in after if r in before]
-        assert generate(config, "--redo") == 0 and len(teacher.payloads) == 26
+        assert generate(str(config), "--redo") == 0 and len(teacher.payloads) == 26
         hold_account(teacher, tmp_path / "runs/.store/responses")
         paid = sum((e.dollars or Decimal(0) for e in run.ledger.entries()), Decimal(0))
         perhaps = sum((e.unknown_dollars or Decimal(0) for e in run.ledger.entries()), Decimal(0))
@@ -349,14 +345,14 @@ def test_h25_nothing_but_failures_is_exit_4(
     with FakeTeacher(lambda number, payload: replies[manner]) as teacher:
         config = make_run(tmp_path, teacher, 4, max_retries=1)
         elsewhere = ["teacher.base_url=http://127.0.0.1:9/v1"] if manner == "dead" else []
-        assert generate(config, *elsewhere) == Exit.TEACHER
+        assert generate(str(config), *elsewhere) == Exit.TEACHER
         shown = capsys.readouterr().err
         dead = "none of 4 requests could be sent: cannot connect"
         assert (dead if manner == "dead" else "all 4 requests failed, the last: ") in shown
         assert "Traceback" not in shown
         assert not (tmp_path / "runs/mine/responses.jsonl").exists()
         replies[manner] = Reply()
-        assert generate(config, "--redo") == 0
+        assert generate(str(config), "--redo") == 0
     found = read_records(tmp_path / "runs/mine/responses.jsonl", Response)
     assert {r.stop for r in found} == {"end"}
 
@@ -374,7 +370,7 @@ def test_h25_a_host_that_has_died_since_is_exit_4(tmp_path: Path) -> None:
 def test_h25_questions_that_all_fail_are_exit_4(tmp_path: Path) -> None:
     with FakeTeacher(always(status=500, body=b"", billed=False)) as teacher:
         config = make_run(tmp_path, teacher, 3, max_retries=0)
-        assert generate(config, "prompts.questions={kinds: [factual]}") == Exit.TEACHER
+        assert generate(str(config), "prompts.questions={kinds: [factual]}") == Exit.TEACHER
     assert len(teacher.payloads) == 3, "the prompts were not asked"
 
 
