@@ -13,6 +13,8 @@ from distill.config.teachers import EndpointTeacher, StatedCost, Teacher
 from distill.config.tree import Config, Questions
 from distill.corpus.prompts import prompts_for_questions, written_prompts
 from distill.errors import DistillError, Exit
+from distill.models.chat_template import find_turn
+from distill.models.loading import load_tokenizer
 from distill.reasoning import marked
 from distill.records import Document, Prompt, Response
 from distill.responders.ask import Ask
@@ -40,6 +42,7 @@ def main(run: Run, workers: Workers | None = None) -> None:
     run.note("terms", require_terms(settings, config.terms.basis).facts())
     documents = {d.id: d for d in read_records(run.path("documents.jsonl"), Document)}
     prompts = read_records(run.path("prompts.jsonl"), Prompt)
+    require_turns(config, prompts)
     sources = {prompt.id: documents[prompt.document_id] for prompt in prompts}
     teacher = make_responder(settings, config, sources)
     store, again = config.store_folder() / "responses", "generate" in run.remade
@@ -85,6 +88,19 @@ def say_what_is_odd(responses: Sequence[Response]) -> None:
     if left > MOST_MARKED * len(responses):
         what = "hold a mark of reasoning that is no thought's beginning or end"
         say(f"warning: {left} of {len(responses)} answers {what}: look at responses.jsonl")
+
+
+def require_turns(config: Config, prompts: Sequence[Prompt]) -> None:
+    """Stop where the student's template refuses an order of turns; DistillError (exit 7)."""
+    orders = {tuple(message.role for message in p.messages): p.messages for p in prompts}
+    student = config.student
+    if rare := [m for order, m in orders.items() if order not in {("user",), ("system", "user")}]:
+        tokenizer = load_tokenizer(
+            *(student.model, student.revision, student.trust),
+            *(student.chat_template_kwargs, config.reasoning),
+        )
+        for messages in rare:
+            find_turn(tokenizer, messages, config.template_date)
 
 
 def join(run: Run, workers: Workers) -> None:

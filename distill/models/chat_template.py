@@ -152,7 +152,7 @@ def _form(template: str, names: tuple[tuple[str, str], ...], date: str) -> _Form
         try:
             shown = _run(template, dict(names), date, messages, turns[-1][0] != "assistant")
         except Exception as error:  # jinja2 raises whatever a template's author chose
-            why = one_line(error)
+            why = why if parts else one_line(error)
             return False
         return all(text in shown for text in texts)
 

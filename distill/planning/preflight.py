@@ -222,11 +222,13 @@ def check_models(look: Look) -> Iterator[Attempt]:
     """Look whether models are what their folders say, and their tokenizers and templates of use."""
     config, student = look.config, look.config.student
     own = (student.model, student.revision, student.trust, config.template_date, config.train.lora)
+    own += (student.chat_template_kwargs, config.reasoning)
     models: dict[str, tuple[Any, ...]] = {"student": own}
     responders = look.responders(look.ahead)
     for key, teacher in responders.items():
         if isinstance(teacher, LocalTeacher):
             models[key] = (teacher.model, teacher.revision, SAFE, config.template_date)
+            models[key] += (None, teacher.chat_template_kwargs)
     sound = True
     for key, model in models.items():
         try:

@@ -18,6 +18,7 @@ import select
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,7 @@ from distill.config.learning import Lora
 from distill.config.values import SAFE, Trust
 from distill.errors import DistillError, Exit, one_line
 from distill.models import registry
+from distill.models.chat_template import Reasoning
 from distill.models.download import cache_folder, converted_folder
 from distill.records import Message, digest
 from distill.storage.environment import code_hash, installed
@@ -44,6 +46,8 @@ def try_model(
     trust: Trust = SAFE,
     date: str = "2026-01-01",
     lora: Lora | None = None,
+    template: Mapping[str, Any] | None = None,
+    reasoning: Reasoning | None = None,
 ) -> list[str]:
     """Try a model's config, tokenizer and template, and with `lora` what a student's must do too.
 
@@ -58,7 +62,7 @@ def try_model(
     if not absent:
         folder = registry.fetch(reference, revision, trust, weights=False).absolute()
     settings = {"trust": trust, "date": date, "lora": lora and lora.model_dump(mode="json")}
-    settings["seconds"] = SECONDS
+    settings |= {"seconds": SECONDS, "template": template or {}, "reasoning": reasoning}
     versions = [code_hash(), *map(installed, ("transformers", "tokenizers", "peft", "torch"))]
     files = registry.folder_digest(folder, weights=False) if folder else reference
     key = digest([files, settings, versions])
@@ -176,6 +180,7 @@ def _limit(seconds: int) -> None:
 def _try(
     reference: str, folder: str | None, trust: list[bool], date: str,
     lora: dict[str, Any] | None, seconds: int,
+    template: dict[str, Any], reasoning: Reasoning | None,
 ) -> list[str]:  # fmt: skip
     """Do what training and answering will do before they compute; return notes for the user."""
     import torch
@@ -189,7 +194,7 @@ def _try(
     _limit(seconds)
     notes = list[str]()
     if folder:
-        tokenizer = loading.load_tokenizer(folder, None, Trust(*trust))
+        tokenizer = loading.load_tokenizer(folder, None, Trust(*trust), template, reasoning)
         user = Message(role="user", content="What is 2 and 2?")
         system, answer = (Message(role=role, content="4.") for role in ("system", "assistant"))
         for messages in ([user], [system, user], [user, answer, user]):
@@ -209,7 +214,7 @@ def _try(
             if "auto_map" in registry.read_object(path):
                 notes.append(f"{path.name}: auto_map is ignored, transformers has the class")
         if lora:
-            check_template(tokenizer, date)
+            check_template(tokenizer, date, thought=reasoning == "keep")
         config = loading.decoder_config(Path(folder), Trust(*trust))[0]
         if lora and getattr(config, "quantization_config", None):
             what = "has quantised weights, into which an adapter cannot be merged"

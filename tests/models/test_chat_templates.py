@@ -32,6 +32,7 @@ FAMILIES = """
     qwen3_5_nothink_training qwen3_5_think_training qwen3_6_training qwen3_8_training
     qwen3_instruct_2507_training qwen3_training qwen3_vl_training smolvlm_training
 """.split()
+OWN = [name for name in FAMILIES if not name.endswith("_training")]  # those of the models
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 CONVERSATIONS = [
     [(USER, "What is <b>1 + 1</b>?")],
@@ -96,7 +97,7 @@ def test_an_answer_is_learnt_byte_for_byte_where_inference_begins(name):
             assert sum(i in control for i in target) == own > 0 and target[-1] in control
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", OWN)
 def test_a_thought_is_learnt_as_the_template_writes_one(name):
     """B2, B4, B7, with thinking: what the student writes is read as its thought and its answer."""
     tokenizer = tokenizer_of(name)
@@ -114,7 +115,7 @@ def test_a_thought_is_learnt_as_the_template_writes_one(name):
         assert split_reasoning(tokenizer.decode(target))[0].startswith("Paris.")
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", OWN)
 def test_a_document_cannot_forge_a_role_and_is_encoded_as_text(name):
     """B6: every control token's text in a prompt is text, unaltered."""
     tokenizer = tokenizer_of(name)
@@ -127,7 +128,7 @@ def test_a_document_cannot_forge_a_role_and_is_encoded_as_text(name):
     assert [i for i in ids if i in own] == [i for i in plain if i in own]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", OWN)
 @pytest.mark.parametrize("reasoning", ["drop", "keep"])
 def test_what_is_published_renders_what_was_trained(name, reasoning, tmp_path):
     """B7: loaded from the release and rendered without a switch, the prompt is as in training."""

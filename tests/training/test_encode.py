@@ -5,9 +5,14 @@ from typing import Any
 import pytest
 
 from distill.errors import DistillError, Exit
+from distill.generation.generate import require_turns
+from distill.models.chat_template import render
+from distill.records import Message
 from distill.training.batches import Example
-from distill.training.encode import encode_pair, encode_pairs, marked
-from tests.support.tiny import make_tokenizer
+from distill.training.encode import check_template, encode_pair, encode_pairs, marked
+from tests.support.runs import make_run
+from tests.support.templates import chat_templates, tokenizer_of
+from tests.support.tiny import TEMPLATE, make_tiny, make_tokenizer
 from tests.support.training import DATE, make_pair
 
 
@@ -67,6 +72,54 @@ def test_a_template_whose_conversation_does_not_begin_with_its_prompt_is_named()
     with pytest.raises(DistillError, match=r"chat template of .*otherwise than its") as error:
         encode(tokenizer=tokenizer)
     assert error.value.code == Exit.TRAINING
+
+
+def test_a_system_turn_that_a_template_lacks_is_folded_and_said():
+    """B5: into the first user turn; the note is for the reader of plan and card."""
+    tokenizer = tokenizer_of("gemma")
+    system = (Message(role="system", content="Be brief."), Message(role="user", content="Hm?"))
+    notes = check_template(tokenizer, DATE, [system])
+    assert len(notes) == 1 and "chat template of gemma: has no system turn" in notes[0]
+    assert "user\nBe brief.\n\nHm?<end_of_turn>" in render(tokenizer, system, DATE)
+    assert not check_template(tokenizer_of("qwen2_5"), DATE, [system])
+    with pytest.raises(DistillError, match="no user turn follows"):
+        render(tokenizer, system[:1], DATE)
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{% for m in messages %}{{ m.role }}<|im_end|>{% endfor %}", "no question, or no answer"),
+        ("{{ messages[5].content.x }}", "has no element 5"),
+        ("{{ raise_exception('never') }}", "never"),
+        (
+            "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
+            "no answer",
+        ),
+        (TEMPLATE.replace("m['content']", "m['content'].upper()"), "no question, or no answer"),
+    ],
+)
+def test_a_template_that_cannot_be_trained_on_is_named_by_the_look_before_you_buy(template, says):
+    """B2, B3: the one function that is called before the first purchase."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template, tokenizer.name_or_path = template, "some/model"
+    with pytest.raises(DistillError, match=f"chat template of some/model.*{says}") as error:
+        check_template(tokenizer, DATE)
+    assert error.value.code == Exit.TRAINING
+
+
+def test_an_order_of_turns_that_the_student_refuses_stops_before_anything_is_bought(tmp_path):
+    """B1: raise_exception on roles, found with the prompts and not at training."""
+    folder = make_tiny(tmp_path / "student")
+    template = chat_templates()["gemma"]
+    (folder / "chat_template.jinja").write_text(template)
+    run = make_run(tmp_path, student={"model": str(folder)})
+    pair = make_pair("q", "a")
+    twice = (*pair.prompt.messages, *pair.prompt.messages)
+    require_turns(run.config, [pair.prompt])
+    with pytest.raises(DistillError, match="roles must alternate") as error:
+        require_turns(run.config, [pair.prompt.model_copy(update={"messages": twice})])
+    assert error.value.code == Exit.TRAINING and str(folder) in error.value.where
 
 
 def test_long_samples_are_dropped_counted_and_named_and_none_left_stops(capfd):
