@@ -182,7 +182,7 @@ def check_model(reference: str, trust: Trust = SAFE) -> None:
     folder = fetch(reference)
     tree = read_object(folder / "config.json")
     if settings := tree.get("quantization_config") or text_config(tree).get("quantization_config"):
-        from transformers.quantizers import AutoHfQuantizer
+        from transformers.quantizers.auto import AutoHfQuantizer
 
         try:
             quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)
@@ -209,7 +209,7 @@ def decoder_config(folder: Path, trust: Trust) -> tuple[Any, bool]:
     by transformers, vLLM and llama.cpp as they are).
     """
     from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
 
     tree = read_object(folder / "config.json")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.code, local_files_only=True)

@@ -99,12 +99,12 @@ def _ask(request: dict[str, Any]) -> dict[str, Any]:
     for _ in range(2):  # one that was idle may end while it is asked
         if not running or running[0].poll() is not None:
             code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve()"
-            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
             hushed = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
             running[:] = [
                 subprocess.Popen(
                     [sys.executable, "-c", code],
-                    **pipes,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,
                     env={**os.environ, **hushed, "CUDA_VISIBLE_DEVICES": ""},
                     start_new_session=True,  # Ctrl-C is this process's to answer
@@ -119,6 +119,7 @@ def _ask(request: dict[str, Any]) -> dict[str, Any]:
         if line:
             return json.loads(line)
         running[0].kill()
+        running[0].wait()
     fix = "run `python -c 'import torch, transformers, peft'`: it should say why"
     raise DistillError(Exit.STATE, sys.executable, "a process that tries models ends at once", fix)
 
@@ -140,8 +141,9 @@ def serve() -> None:
                 return
             request += part
         if not (child := os.fork()):
+            reply = dict[str, Any]()
             try:
-                reply: dict[str, Any] = {"notes": _try(**json.loads(request))}
+                reply = {"notes": _try(**json.loads(request))}
             except DistillError as error:
                 reply = {"error": [int(error.code), error.where, error.what, error.fix]}
             except MemoryError:
@@ -225,12 +227,11 @@ def _try(
             raise DistillError(Exit.TRAINING, f"model {reference}", what, "use another student")
     else:
         shape = registry.shape_of(reference)
-        config = LlamaConfig(  # or a qwen2 of the same modules
-            **{"vocab_size": shape.vocab, "hidden_size": shape.hidden},
-            **{"intermediate_size": shape.intermediate, "num_hidden_layers": shape.layers},
-            **{"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads},
-            tie_word_embeddings=shape.tied,
-        )
+        sizes: dict[str, Any] = {"vocab_size": shape.vocab, "hidden_size": shape.hidden}
+        sizes |= {"intermediate_size": shape.intermediate, "num_hidden_layers": shape.layers}
+        sizes |= {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads}
+        # or a qwen2 of the same modules
+        config = LlamaConfig(**sizes, tie_word_embeddings=shape.tied)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust[1])
     if lora:

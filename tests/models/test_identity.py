@@ -1,4 +1,4 @@
-"""A model in a folder is its weights and the files beside them, in every fingerprint and key.
+"""H2: a model in a folder is its weights and the files beside them, in every fingerprint and key.
 
 What an earlier distill made knew the weights alone: it is accepted on them, under its old keys.
 """

@@ -1,4 +1,4 @@
-"""Weights that are missing, or are no numbers, are refused by name before anything is asked."""
+"""H1: weights that are missing, or are no numbers, are refused by name before anything is asked."""
 
 import json
 import shutil

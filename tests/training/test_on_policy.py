@@ -99,6 +99,7 @@ def test_the_first_step_starts_from_the_adapter_that_was_trained(tmp_path):
 
 
 def test_a_student_with_code_of_its_own_is_trained_refined_and_loaded(tmp_path):
+    """C5: whoever loads it passes on that its code is trusted."""
     (tmp_path / "student").mkdir()
     code = "from transformers import LlamaForCausalLM\n\n\nclass Own(LlamaForCausalLM):\n    pass\n"
     folder = make_tiny(tmp_path / "student")
