@@ -65,6 +65,8 @@ def main(run: Run) -> None:
     )
     splits: dict[str, Split] = {identity: of_group[group] for identity, group in groups.items()}
     chunks = cut_documents(documents, splits, corpus.chunk, rejects)
+    kept = len(documents)
+    del documents  # a chunk has its own copy of what is known of it
     repeats = len(rejects) - before
     clean_chunks = remove_contaminated(chunks, rejects)
     write_records(listed, rejects)
@@ -73,7 +75,7 @@ def main(run: Run) -> None:
     contaminated = len(chunks) - len(clean_chunks)
     facts = {
         "rows": rows,
-        "kept": len(documents),
+        "kept": kept,
         "private_text": private,
         "contaminated": contaminated,
         "bad": len(bad),

@@ -132,7 +132,8 @@ class Sketches:
 
         index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
         self.bands, self.rows = index.b, index.r
-        self.a, self.b = MinHash(num_perm=PERMUTATIONS, seed=1).permutations
+        pairs = np.array(MinHash(num_perm=PERMUTATIONS, seed=1).permutations, np.uint32)
+        self.a, self.b = pairs[0], pairs[1]
 
     def of(self, text: str) -> NDArray[np.uint64]:
         """Return a text's hashes, one a band: the signature is that of datasketch's `affine32`."""

@@ -36,6 +36,8 @@ from distill.errors import DistillError
 from distill.evaluation import judge
 from distill.evaluation.scorers import agrees
 from distill.generation import filters
+from distill.generation.refusals import is_refusal
+from distill.languages import language_of
 from distill.models.chat_template import beginnings
 from distill.publishing import secret_scan
 from distill.reasoning import marked, split_reasoning
@@ -75,6 +77,10 @@ PIECES = {
     "addresses": "a@",
     "CJK": "\u6f22\u5b57",
     "CJK in sentences": "\u6f22\u5b57\u3002",
+    "combining marks": "a\u0301",
+    "Devanagari": "\u0928\u0939\u0940\u0902 ",
+    "Thai": "\u0e01\u0e34",
+    "Arabic": "\u0644\u0627 ",
     "points": ".",
     "points in lines": ".\n",
     "commas": "1,",
@@ -262,6 +268,13 @@ READERS: dict[str, Reader] = {
     "corpus.near_duplicates.shingles": shingles,
     "corpus.near_duplicates.near_repeats": near,
     "corpus.ngrams.words": words,
+    "corpus.clean.has_instructions": clean.has_instructions,
+    "corpus.prompts.distinct, one": lambda text: prompts.distinct([text]),
+    "languages.language_of": language_of,
+    # a longer text is none, whatever it holds
+    "generation.refusals.is_refusal": lambda text: [
+        is_refusal(text[start : start + 1000]) for start in range(0, min(len(text), 50_000), 1000)
+    ],
     "corpus.contamination.flag": leaks,
     "corpus.contamination.flag, many items": many_leaks,
     "corpus.prompts.read_questions": prompts.read_questions,

@@ -18,7 +18,8 @@ SIZE = 200_000  # characters: what reads them again and again takes a minute or 
 SECONDS = 8  # what reads them once takes under two
 PIECES = (
     *("spaces", "newlines", "digits", "digits apart", "a long word", "words", "fences", "<", "@"),
-    *("CJK", "points in lines", "backslashes", "rows of a table"),
+    *("CJK", "combining marks", "Devanagari", "thoughts", "brackets", "backticks"),
+    *("points in lines", "backslashes", "rows of a table"),
 )
 QUADRATIC = {  # what once took time in the square of a text, and which text showed it
     "corpus.clean.normalise": ("", "spaces"),
