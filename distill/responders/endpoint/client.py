@@ -383,7 +383,7 @@ class EndpointClient:
         return not budget.exceeded
 
     async def _fail(
-        self, sending: Sending, received: Received, failure: Failure, started: float
+        self, sending: Sending, received: Received, failure: Failure, started: float = 0.0
     ) -> None:
         """Store how an attempt failed, and do what that means for item, workers and run.
 
@@ -417,7 +417,9 @@ class EndpointClient:
             # answers
             self.alone = failure.limited
 
-    def _count(self, request: Request, what: str, sent: float = 0, pause: float | None = None):
+    def _count(
+        self, request: Request, what: str, sent: float = 0, pause: float | None = None
+    ) -> None:
         """Count a failure; raise where the server has failed too often."""
         given_up = self.patience.failed(request.id in self.before, sent, pause)
         if given_up:

@@ -28,25 +28,22 @@ if TYPE_CHECKING:
 # Why an answer stopped: the makers' words in small letters without what is between them. OpenAI,
 # vLLM, SGLang, llama.cpp, Ollama, LM Studio, TGI, Google, Anthropic, Mistral, DeepSeek, Together,
 # Cohere, Bedrock, watsonx, Zhipu, AI21
-STOPS: dict[str, Stop] = {
-    word: stop
-    for stop, words in {
-        "end": "stop eos eostoken eosfound endoftext endofturn endturn end stopsequence stopstring"
-        " stopstringfound stoptoken word complete completed done finished",
-        "length": "length maxtokens maxoutputtokens maxnewtokens maxlength maxtokensreached"
-        " maxpredictedtokensreached tokenlimit limit timelimit modellength contextlength"
-        " contextlengthreached contextlengthexceeded modelcontextwindowexceeded truncated"
-        " incomplete notfinished errorlimit",
-        "filtered": "contentfilter contentfiltered filtered refusal safety recitation blocklist"
-        " prohibitedcontent spii language imagesafety sensitive outputsensitive moderation"
-        " guardrailintervened errortoxic modelarmor",
-        "error": "error failed abort aborted cancelled canceled usercancel userstopped timeout"
-        " insufficientsystemresource networkerror modelerror modelunloaded load unload pauseturn"
-        " malformedresponse toolcalls toolcall functioncall tooluse malformedfunctioncall"
-        " unexpectedtoolcall",
-    }.items()
-    for word in words.split()
+STOP_WORDS: dict[Stop, str] = {
+    "end": "stop eos eostoken eosfound endoftext endofturn endturn end stopsequence stopstring"
+    " stopstringfound stoptoken word complete completed done finished",
+    "length": "length maxtokens maxoutputtokens maxnewtokens maxlength maxtokensreached"
+    " maxpredictedtokensreached tokenlimit limit timelimit modellength contextlength"
+    " contextlengthreached contextlengthexceeded modelcontextwindowexceeded truncated"
+    " incomplete notfinished errorlimit",
+    "filtered": "contentfilter contentfiltered filtered refusal safety recitation blocklist"
+    " prohibitedcontent spii language imagesafety sensitive outputsensitive moderation"
+    " guardrailintervened errortoxic modelarmor",
+    "error": "error failed abort aborted cancelled canceled usercancel userstopped timeout"
+    " insufficientsystemresource networkerror modelerror modelunloaded load unload pauseturn"
+    " malformedresponse toolcalls toolcall functioncall tooluse malformedfunctioncall"
+    " unexpectedtoolcall",
 }
+STOPS = {word: stop for stop, words in STOP_WORDS.items() for word in words.split()}
 TOOLS = ("toolcalls", "toolcall", "functioncall", "tooluse")
 CHOICE = re.compile(rb'"choices"\s*:\s*\[\s*\{')  # there is one at least
 KEPT_ALIVE = re.compile(rb"(?:\xef\xbb\xbf)?(?:\s++|:[^\n]*+(?:\n|\Z))*+")
