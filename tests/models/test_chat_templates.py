@@ -53,7 +53,7 @@ ANSWERS = [
 
 
 def messages_of(conversation: list[tuple[str, str]]) -> tuple[Message, ...]:
-    return tuple(Message(role=role, content=text) for role, text in conversation)
+    return tuple(Message.model_validate({"role": r, "content": t}) for r, t in conversation)
 
 
 def asked(conversation: list[tuple[str, str]], answer: str):
