@@ -346,18 +346,6 @@ def publish(
         print(json.dumps({"release": str(release), "pushed_to": push, "files": files}, indent=2))
 
 
-@app.command(rich_help_panel=PUBLISH)
-def tables(
-    folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="Holds README.md and docs/*.md.")
-    ] = Path(),
-) -> None:
-    """Write the scorecards anew that README.md and docs/*.md show between their comments."""
-    from distill.report.render import write_pages
-
-    write_pages(folder)
-
-
 @app.command(rich_help_panel=KEEP)
 def fetch(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Download and verify the models of a config, so that it can run offline."""

@@ -298,7 +298,7 @@ def test_quick_commands_import_no_torch(config, words):
 
 def test_every_verb_has_help_and_stands_in_a_group():
     commands = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
-    verbs = "init run plan status verify compare score probe tables publish fetch repair compact"
+    verbs = "init run plan status verify compare score probe publish fetch repair compact"
     assert set(verbs.split()) | {stage.name for stage in STAGES} <= set(commands)
     assert all(command.help and command.rich_help_panel for command in commands.values())
 

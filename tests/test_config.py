@@ -15,11 +15,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.config.reference import reference
 from distill.config.tree import Config, Questions
 from distill.config.values import Section
 from distill.config.yaml_file import load_config
 from distill.errors import DistillError, Exit
+from scripts.reference import reference
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = (ROOT / "configs/quickstart.yaml").read_text()

@@ -45,7 +45,6 @@ WITHOUT_TORCH = (
         "records",
         "config.tree",
         "config.yaml_file",
-        "config.reference",
         "storage.files",
         "storage.log",
         "storage.progress",

@@ -1,11 +1,7 @@
-"""The templates, and what they make as Markdown: scorecard.md, and its parts in README and docs.
+"""The templates, and the parts of scorecard.md that they make.
 
 Python computes, the templates of `templates/` word. Whatever a template writes is escaped for its
-medium, so text of a model, a corpus or a config cannot forge structure. README.md and docs/*.md
-show parts of scorecards between comments that name file and parts; `distill tables` writes them:
-
-    <!-- scorecard: eval/results/quickstart-scorecard.json answer quality cost -->
-    <!-- end of scorecard -->
+medium, so text of a model, a corpus or a config cannot forge structure.
 """
 
 import json
@@ -18,24 +14,17 @@ from jinja2.runtime import Macro
 from markupsafe import Markup
 
 from distill import formatting
-from distill.errors import DistillError, Exit
 from distill.evaluation import lm_eval
 from distill.evaluation.claims import Conclusion, conclude
 from distill.evaluation.measurements import DuelRow
 from distill.evaluation.scorecard import Costs, Scorecard
 from distill.report import tables
-from distill.storage.files import read_json, write_atomic
 
 SAVINGS = (
     *("substitution", "saving_at_length", "no_cascade", "break_even_at_length"),
     *("hypothetical", "machine"),
 )
 PARAGRAPHS = re.compile(r"\n{3,}")
-BLOCK = re.compile(
-    r"(?P<head><!-- scorecard: (?P<path>\S+)(?P<names>(?: \w+)+) -->\n)"
-    r".*?(?P<end><!-- end of scorecard -->)",
-    re.S,
-)
 
 
 @cache
@@ -113,36 +102,3 @@ def parts(card: Scorecard) -> dict[str, str]:
     context = template.new_context({"card": card})
     texts = {name: "".join(block(context)) for name, block in template.blocks.items()}
     return {name: PARAGRAPHS.sub("\n\n", text).strip() for name, text in texts.items()}
-
-
-def fill(text: str, root: Path) -> str:
-    """Return a Markdown text with its scorecards written anew; paths start at `root`.
-
-    Raises DistillError (exit 3) for a scorecard that is missing or a part that does not exist.
-    """
-
-    def written(block: re.Match[str]) -> str:
-        card, names = root / block["path"], block["names"].split()
-        if not card.is_file():
-            raise DistillError(Exit.INPUT, card, "is missing", "name a scorecard.json of a run")
-        texts = parts(Scorecard.model_validate(read_json(card)))
-        if unknown := [name for name in names if name not in texts]:
-            where = f"the part {unknown[0]}"
-            raise DistillError(Exit.INPUT, where, "does not exist", f"use {', '.join(texts)}")
-        quoted = "\n\n".join(texts[name] for name in names if texts[name])
-        lines = "\n".join(f"> {line}".rstrip(" ") for line in quoted.split("\n"))
-        return f"{block['head']}{lines}\n{block['end']}"
-
-    return BLOCK.sub(written, text)
-
-
-def pages(root: Path) -> list[Path]:
-    """Return the Markdown files that may show scorecards: the README and the files of docs."""
-    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
-
-
-def write_pages(root: Path) -> None:
-    """Write the scorecards of all pages anew; none is touched if one of them cannot be written."""
-    texts = {page: page.read_text(encoding="utf-8") for page in pages(root)}
-    for page, text in {page: fill(text, root) for page, text in texts.items()}.items():
-        write_atomic(page, text)

@@ -36,10 +36,11 @@ from distill.records import (
     Score,
     Usage,
 )
-from distill.report import render, report
+from distill.report import report
 from distill.report.plots import Mark, quality_against_cost, running_mean, ticks, training_curve
 from distill.storage.files import read_json, write_json, write_records
 from distill.storage.run_folder import Run, open_run
+from scripts import tables
 
 HOSTILE = "<script>alert('x')</script> & \"quotes\" | pipes [a](b)\nand a new line"
 ROOT = Path(__file__).parent.parent.parent
@@ -433,10 +434,10 @@ def test_every_text_has_the_contrast_of_wcag_aa_in_both_schemes_and_on_paper() -
 
 def test_readme_and_docs_hold_what_the_scorecards_say() -> None:
     counts: dict[str, int] = {}
-    for page in render.pages(ROOT):
+    for page in tables.pages(ROOT):
         text = page.read_text(encoding="utf-8")
         assert text.count("<!-- scorecard: ") == text.count("<!-- end of scorecard -->")
-        assert render.fill(text, ROOT) == text, f"{page.name}: run distill tables"
+        assert tables.fill(text, ROOT) == text, f"{page.name}: run scripts/tables.py"
         counts[page.name] = text.count("<!-- scorecard: ")
     assert counts["README.md"] == counts["evidence.md"] == 1 and counts["measured.md"] == 2
 
@@ -446,13 +447,13 @@ def test_a_readme_is_filled_from_any_scorecard(tmp_path: Path) -> None:
     report.main(run)
     head = "<!-- scorecard: made-up/scorecard.json quality saves judge -->"
     text = f"before\n{head}\nold\n<!-- end of scorecard -->\nafter"
-    once = render.fill(text, tmp_path)
+    once = tables.fill(text, tmp_path)
     assert once.startswith(f"before\n{head}\n> |") and "\n> ## What it saves\n" in once
-    assert "old" not in once and render.fill(once, tmp_path) == once
+    assert "old" not in once and tables.fill(once, tmp_path) == once
     for other in ("nothing.json quality", "made-up/scorecard.json poem"):
         wrong = text.replace("made-up/scorecard.json quality saves judge", other)
         with pytest.raises(DistillError):
-            render.fill(wrong, tmp_path)
+            tables.fill(wrong, tmp_path)
 
 
 @pytest.mark.slow
