@@ -15,6 +15,7 @@ PAIRS = (
     ("<thought>", "</thought>"),  # EXAONE Deep
     ("<Thought>", "</Thought>"),  # Marco-o1
     ("<seed:think>", "</seed:think>"),  # Seed-OSS
+    ("<mm:think>", "</mm:think>"),  # MiniMax M3
     ("<longcat_think>", "</longcat_think>"),
     ("[THINK]", "[/THINK]"),  # Magistral
     ("◁think▷", "◁/think▷"),  # Kimi

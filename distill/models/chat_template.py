@@ -256,7 +256,7 @@ def find_turn(
             (pair, place)
             for pair in PAIRS
             if (place := prompt.rfind(pair[0])) >= 0
-            and "".join(prompt[place:].split()) in ("".join(pair[0].split()), "".join(pair))
+            and prompt[place:].rstrip().endswith((pair[0].rstrip(), pair[1]))
         ),
         (None, len(prompt)),
     )
@@ -270,6 +270,16 @@ def find_turn(
     head, _, rest = shown.rpartition(answer)
     stop = _control_of(tokenizer).run.search(rest)
     end = rest[: stop.end()] if stop else ""
+    if not head.startswith(prompt[:begin]):
+        # Training has the prompt's own ids, so what stands behind the question decides, spaces
+        # apart: Mistral's older templates move the system turn once there is an answer
+        question = cut_marks(messages[-1].content, tokenizer, mark).strip()
+        behind = [
+            text.rpartition(question)[2] if question else "" for text in (prompt[:begin], head)
+        ]
+        before, after = ("".join(text.split()) for text in behind)
+        if before and (after.startswith(before) if pair or thought else after == before):
+            head = prompt
     if not head.startswith(prompt[:begin]):
         what = "writes the last turn otherwise than its prompt: an answer would follow other text"
         fix = "use a template whose generation prompt is the beginning of the assistant's turn"
@@ -296,24 +306,24 @@ def fix_template(
     channel, what `drop` writes before an answer becomes the end of its generation prompt. Raises
     DistillError (exit 7) where that cannot be.
     """
-    template, values, question = (
-        _template(tokenizer),
-        dict(kwargs),
-        (Message(role="user", content="?"),),
-    )
+    template, values, turns = _template(tokenizer), dict(kwargs), [{"role": "user", "content": "?"}]
+    question = (Message(role="user", content="?"),)
 
-    def shown(values: Mapping[str, Any]) -> str:
-        turns = [{"role": "user", "content": "?"}]
-        return _run(_with_defaults(template, values), dict(_names(tokenizer)), DATE, turns, True)
+    def shown(switch: Mapping[str, Any]) -> str | None:
+        text = _with_defaults(template, switch)
+        try:
+            return _run(text, dict(_names(tokenizer)), DATE, turns, True)
+        except Exception:  # as of a template for content in parts, and of one that refuses
+            return None
 
     variables = _variables(template) if reasoning else set[str]()
     for name, (off, on) in SWITCHES.items():
         value = off if reasoning == "drop" else on
         known = name in variables and name not in values and value is not None
         if known and (value != "none" or re.search("['\"]none['\"]", template)):
-            try:  # a switch that is so already is left alone
-                values |= {name: value} if shown({name: value}) != shown({}) else {}
-            except Exception:  # as of a template for content in parts, and of one that refuses
+            plain, switched = shown({}), shown({name: value})
+            # one that is so already is left alone, and so is one that may not be switched
+            if plain is None or switched not in (plain, None):
                 values[name] = value
     fixed = _with_defaults(template, values)
     if values:

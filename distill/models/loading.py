@@ -41,7 +41,7 @@ def check_files(folder: Path, trust: Trust = SAFE) -> None:
         what, fix = "has no weights", "check it"
         if [*folder.glob("*.bin"), *folder.glob("*.pt")]:
             what = "has its weights only as pickle, which can run code"
-            fix = "convert them to safetensors, or set student.allow_pickle: true"
+            fix = "convert them to safetensors; of a student, or set student.allow_pickle: true"
         raise DistillError(Exit.TRAINING, folder, what, fix)
     if (folder / "adapter_config.json").is_file():
         what = "holds an adapter too, which transformers would add without a word"
@@ -51,7 +51,10 @@ def check_files(folder: Path, trust: Trust = SAFE) -> None:
         content = read_object(folder / name) if (folder / name).is_file() else {}
         if "auto_map" in content and not trust.code and not _native(folder):
             what = "auto_map wants to run code of the model's author"
-            fix = "read that code, then set student.trust_remote_code: true"
+            fix = (
+                "read that code; then a student may run it (student.trust_remote_code: true), and "
+            )
+            fix += "a teacher behind a server of its own (teacher.kind: endpoint)"
             raise DistillError(Exit.TRAINING, folder / name, what, fix)
         # transformers 5.23 would follow names that leave the folder (#47176, #46279)
         files = {key: value for key, value in content.items() if key.endswith("_file")}

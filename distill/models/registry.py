@@ -34,6 +34,10 @@ PARTS = (
     *("additional_chat_templates/*.jinja", "*.index.json", "*.py"),
 )
 WEIGHTS = ("*.safetensors", "*.bin")
+SIZES = (
+    *("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size"),
+    *("vocab_size", "max_position_embeddings"),
+)
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]  # what is taken from the Hub
 
 
@@ -119,18 +123,29 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def shape_from_config(config: dict[str, Any]) -> Shape:
-    """Derive the shape of a Llama or Qwen2 decoder (gated MLP, grouped queries)."""
-    config = text_config(config)
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or hidden // heads
-    layers, inner, vocab = (
-        config[key] for key in ("num_hidden_layers", "intermediate_size", "vocab_size")
-    )
+    """Derive the shape of a Llama or Qwen2 decoder (gated MLP, grouped queries).
+
+    What a config leaves to its class, as that of gemma-3-4b-it does, is the class's default. Raises
+    DistillError (exit 7) naming what is not there, or is no size.
+    """
+    text = text_config(config)
+    kind = text.get("model_type") or config.get("model_type")
+    if any(key not in text for key in SIZES):
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        if kind in CONFIG_MAPPING:  # of defaults alone: values of a file can be of any size
+            text = {**CONFIG_MAPPING[kind]().get_text_config().to_dict(), **text}
+    for key in SIZES:
+        if not isinstance(text.get(key), int | float):
+            what, fix = f"states no {key}", "check it, or use another model"
+            raise DistillError(Exit.TRAINING, f"config.json of a {kind}", what, fix)
+    hidden, heads, layers, inner, vocab, context = (int(text[key]) for key in SIZES)
+    kv_heads = text.get("num_key_value_heads") or heads
+    head_dim = text.get("head_dim") or hidden // (heads or 1)
     queries, keys = heads * head_dim, kv_heads * head_dim
-    biases = queries + 2 * keys if config["model_type"] == "qwen2" else 0
+    biases = queries + 2 * keys if kind == "qwen2" else 0
     block = 2 * hidden * queries + 2 * hidden * keys + biases + 3 * hidden * inner + 2 * hidden
-    tied = config.get("tie_word_embeddings", True)
+    tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings", True))
     return Shape(
         layers=layers,
         hidden=hidden,
@@ -140,7 +155,7 @@ def shape_from_config(config: dict[str, Any]) -> Shape:
         intermediate=inner,
         vocab=vocab,
         tied=tied,
-        context=config["max_position_embeddings"],
+        context=context,
         parameters=layers * block + hidden + vocab * hidden * (1 if tied else 2),
     )
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from distill.config.learning import Student, Train
 from distill.config.teachers import LocalTeacher
 from distill.config.tree import Config
+from distill.errors import DistillError
 from distill.models import loading, registry
 from distill.models.arithmetic import MICRO_BATCH_TOKENS, LoraTraining, Towards, weight_bytes
 from distill.models.chat_template import template_hash
@@ -124,7 +125,7 @@ def micro_batch_tokens(config: Config, model: PeftModel, world: int = 1) -> int:
         return MICRO_BATCH_TOKENS
     try:
         shape = registry.shape_from_config(model.config.to_dict())
-    except KeyError:  # another kind of decoder
+    except DistillError:  # another kind of decoder
         return MICRO_BATCH_TOKENS
     width, live = model.dtype.itemsize, train.loss.soft and train.loss.teacher == "live"
     towards: Towards = "live" if live else "cached" if train.loss.soft else "tokens"

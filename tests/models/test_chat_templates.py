@@ -16,6 +16,7 @@ from distill.reasoning import join_thought, split_reasoning
 from distill.records import Message
 from distill.training.encode import encode_pair
 from tests.support.templates import chat_templates, tokenizer_of
+from tests.support.tiny import make_tokenizer
 from tests.support.training import DATE, make_pair
 
 FAMILIES = """
@@ -142,3 +143,41 @@ def test_what_is_published_renders_what_was_trained(name, reasoning, tmp_path):
     turns, clock = [{"role": USER, "content": content}], {"date_string": today.strftime("%d %b %Y")}
     text = released.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **clock)
     assert text == render(tokenizer, messages_of([(USER, "What?")]), today.isoformat())
+
+
+ROLE = "<s>{% for m in messages %}{{ m.role + ': ' + m.content + '</s>' }}{% endfor %}"
+OTHERS = {  # forms of templates that the wheel has none of, shortened
+    "B2 Mistral 7B v0.3, whose system turn moves": (
+        "{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}"
+        "{{ '[INST] ' + (system + '\n\n' if system and loop.last else '') + m.content }}[/INST]"
+        "{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+    ),
+    "B2 Seed-OSS, which writes a closed thought for a budget of 0": (
+        ROLE + "{% if add_generation_prompt %}{{ 'assistant: ' }}{% if thinking_budget == 0 %}"
+        "{{ '<seed:think>The budget is 0.</seed:think>' }}{% endif %}{% endif %}"
+    ),
+    "B2 spaces that differ before the answer": (
+        ROLE + "{% if add_generation_prompt %}{{ '\n assistant:  ' }}{% endif %}"
+    ),
+    "B7 a switch that may not be turned off": (
+        "{% if enable_thinking is defined and not enable_thinking %}"
+        "{{ raise_exception('not supported') }}{% endif %}"
+        + ROLE
+        + "{% if add_generation_prompt %}{{ 'assistant: <think>\n' }}{% endif %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("form", OTHERS)
+def test_forms_of_other_templates_are_learnt_where_inference_begins(form):
+    """B2, B7: what stands between the question and the answer decides, not the earlier turns."""
+    tokenizer = make_tokenizer(("<s>", "</s>"))
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    tokenizer.chat_template = OTHERS[form]
+    fix_template(tokenizer, {}, "drop")
+    for conversation in CONVERSATIONS:
+        prompt = encode_prompt(tokenizer, messages_of(conversation), DATE)
+        assert all(text in tokenizer.decode(prompt) for _, text in conversation[-2:])
+        before, target = halves(tokenizer, asked(conversation, "Paris."))
+        assert before == prompt and tokenizer.decode(target) == "Paris.</s>"

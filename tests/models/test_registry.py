@@ -83,6 +83,33 @@ def test_the_shape_of_a_folder(tiny):
     assert "configs/models.yaml" in refused(registry.shape_of, "gpt2").fix
 
 
+def test_a_shape_of_class_defaults():
+    """C1: the config of gemma-3-4b-it names no heads and no vocabulary; its class does."""
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+    text |= {"model_type": "gemma3_text", "sliding_window": 1024}
+    shape = registry.shape_from_config({"model_type": "gemma3", "text_config": text})
+    assert (shape.heads, shape.kv_heads, shape.head_dim) == (8, 4, 256)
+    assert (shape.vocab, shape.context, shape.tied) == (262208, 131072, True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**text))
+    assert shape.parameters == pytest.approx(model.num_parameters(), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        ({}, "hidden_size"),
+        ({"model_type": "mamba"}, "num_attention_heads"),
+        ({"model_type": "llama", "hidden_size": "wide"}, "hidden_size"),
+        ({"model_type": "llama", "num_hidden_layers": [1]}, "num_hidden_layers"),
+    ],
+)
+def test_a_config_without_a_size_is_refused_by_its_name(config, key):
+    """C1, H4: one line that names the key, for `plan` too."""
+    error = refused(registry.shape_from_config, config)
+    assert error.code == Exit.TRAINING and key in error.what
+
+
 def test_hub_ids():
     assert registry.hub_id("smollm2-135m-instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert registry.hub_id("a/b") == "a/b" and registry.hub_id("./a") is None
@@ -146,6 +173,7 @@ def test_code_of_the_author_is_refused(copy, name):
     for load in (loading.load_model, loading.load_tokenizer):
         error = refused(load, str(copy))
         assert error.code == Exit.TRAINING and "trust_remote_code" in error.fix
+        assert "a teacher behind a server of its own" in error.fix  # C5: which has no such key
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])

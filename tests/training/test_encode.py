@@ -66,8 +66,8 @@ def test_a_template_that_closes_no_turn_gets_the_tokenizers_end():
 def test_a_template_whose_conversation_does_not_begin_with_its_prompt_is_named():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = (
-        "{% if add_generation_prompt %}A{% endif %}"
         "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<judge>{% endif %}"  # as KAT-V1's
     )
     with pytest.raises(DistillError, match=r"chat template of .*otherwise than its") as error:
         encode(tokenizer=tokenizer)

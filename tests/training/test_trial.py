@@ -16,48 +16,35 @@ from distill.training.trial import try_model
 from tests.support.tiny import make_tiny
 
 
-def template(text: str) -> Callable[[Path], object]:
-    return lambda folder: (folder / "chat_template.jinja").write_text(text)
-
-
-def config(**changes: Any) -> Callable[[Path], object]:
-    def change(folder: Path) -> None:
-        tree = json.loads((folder / "config.json").read_bytes())
-        (folder / "config.json").write_text(json.dumps({**tree, **changes}))
-
-    return change
-
-
-def without(key: str) -> Callable[[Path], object]:
-    def change(folder: Path) -> None:
-        tree = json.loads((folder / "config.json").read_bytes())
-        del tree[key]
-        (folder / "config.json").write_text(json.dumps(tree))
-
-    return change
-
-
-def tokens(count: int) -> Callable[[Path], object]:
-    def change(folder: Path) -> None:
-        tree = json.loads((folder / "tokenizer.json").read_bytes())
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-        tree["added_tokens"] += [
-            {"id": 300 + n, "content": f"<extra {n}>", "special": True, **flags}
-            for n in range(count)
-        ]
-        (folder / "tokenizer.json").write_text(json.dumps(tree))
-
-    return change
-
-
-def deep(name: str) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
-
-
 def text(name: str, content: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_text(content)
 
 
+def template(content: str) -> Callable[[Path], object]:
+    return text("chat_template.jinja", content)
+
+
+def config(**changes: Any) -> Callable[[Path], object]:
+    """Return a change of config.json's keys; None takes one out."""
+
+    def change(folder: Path) -> None:
+        tree = {**json.loads((folder / "config.json").read_bytes()), **changes}
+        kept = {key: value for key, value in tree.items() if value is not None}
+        (folder / "config.json").write_text(json.dumps(kept))
+
+    return change
+
+
+def tokens(folder: Path) -> None:
+    tree = json.loads((folder / "tokenizer.json").read_bytes())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tree["added_tokens"] += [
+        {"id": 300 + n, "content": f"<extra {n}>", "special": True, **flags} for n in range(200_000)
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+
+
+DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 HOSTILE: dict[str, Callable[[Path], object]] = {
     "H3 a template without end": template(LOOP),
@@ -70,7 +57,7 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
         "{% set n = namespace(a='a') %}{% for i in range(60) %}{% set n.a = n.a * 2 %}{% endfor %}"
     ),
     "H3 a power without end": template("{{ (9 ** (9 ** 9)) % 2 }}"),
-    "H3 300,000 more tokens": tokens(300_000),
+    "H3 200,000 more tokens": tokens,
     "H3 10^9 layers": config(num_hidden_layers=10**9, layer_types=None),
     "H3 10^12 wide": config(hidden_size=10**12),
     "H4 0 heads": config(num_attention_heads=0),
@@ -79,12 +66,15 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
     "H4 sizes as text": config(hidden_size="32"),
     "H4 a size as a list": config(intermediate_size=[64]),
     "H4 an unknown architecture": config(model_type="nowhere", architectures=["Nowhere"]),
-    "H4 no architecture": without("model_type"),
+    "H4 no architecture": config(model_type=None),
     "H4 an activation that nobody has": config(hidden_act="nope"),
     "H4 a context of 0": config(max_position_embeddings=0),
-    "H4 nested 10^5 deep": deep("config.json"),
-    "H4 a tokenizer nested 10^5 deep": deep("tokenizer.json"),
-    "H4 tokenizer settings nested 10^5 deep": deep("tokenizer_config.json"),
+    "H4 nested 10^5 deep": text("config.json", DEEP),
+    "H4 a tokenizer nested 10^5 deep": text("tokenizer.json", DEEP),
+    "H4 tokenizer settings nested 10^5 deep": text("tokenizer_config.json", DEEP),
+    "H4 heads that do not divide": config(num_attention_heads=5),
+    "H4 a type of rotation that nobody has": config(rope_parameters={"rope_type": "nowhere"}),
+    "H4 an empty config": text("config.json", "{}"),
     "H4 a list for a config": text("config.json", "[1]"),
     "H4 a list for tokenizer settings": text("tokenizer_config.json", "[]"),
     "H4 a tokenizer of nothing": text("tokenizer.json", "{}"),
@@ -95,14 +85,12 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_tiny(tmp_path_factory.mktemp("tiny") / "m")
-    try_model(str(folder))  # the process that forks has its libraries
-    return folder
+    return make_tiny(tmp_path_factory.mktemp("tiny") / "m")
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "SECONDS", 2)
+    monkeypatch.setattr(trial, "SECONDS", 1)
     monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "cache"))
 
 
@@ -129,8 +117,8 @@ def test_a_sound_model_is_tried_once(
 ) -> None:
     """H3: a success is kept by the files' hashes; a change, or other targets, are tried again."""
     folder = Path(shutil.copytree(tiny, tmp_path / "m"))
-    asked, ask = list[dict[str, Any]](), trial._ask
-    monkeypatch.setattr(trial, "_ask", lambda request: (asked.append(request), ask(request))[1])
+    asked, ask = list[tuple[Any, ...]](), trial._in_child
+    monkeypatch.setattr(trial, "_in_child", lambda *own: (asked.append(own), ask(*own))[1])
     for _ in range(2):
         assert try_model(str(folder), lora=Lora()) == []
     assert len(asked) == 1
