@@ -74,6 +74,7 @@ def driver_version(path: Path) -> str | None:
     return found and found[0]
 
 
+@cache
 def installed(name: str) -> str | None:
     """Return the version of an installed package without importing it, or None."""
     try:

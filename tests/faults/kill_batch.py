@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections import Counter
 from decimal import Decimal
 from pathlib import Path
@@ -24,9 +25,10 @@ from distill.records import Response  # noqa: E402
 from distill.responders.endpoint import batch  # noqa: E402
 from distill.responders.endpoint.budget import account  # noqa: E402
 from distill.responders.store import ResponseStore  # noqa: E402
+from distill.storage.environment import environment  # noqa: E402
 from distill.storage.files import read_records  # noqa: E402
 from distill.storage.run_folder import open_run  # noqa: E402
-from tests.faults.kill_buyer import CONTEXT, PRELOADED, generate  # noqa: E402
+from tests.faults.kill_buyer import CONTEXT, MEMORY, PRELOADED, generate  # noqa: E402
 from tests.support.batch_server import HALF_PRICE, BatchServer  # noqa: E402
 from tests.support.buying import make_run  # noqa: E402
 from tests.support.fake_teacher import text_of  # noqa: E402
@@ -49,11 +51,12 @@ KILLS: dict[str, tuple[str | int, ...]] = {
     ),
 }
 
+environment()  # found once, and not by every child of the process that has this loaded
+
 
 def go(config: Path, count: int, half: bool, log: Path) -> None:
     """Be `distill generate CONFIG` with less patience, and die at a call that changes the disk."""
-    batch.GRACE = 0.3
-    batch.TOGETHER = 16
+    batch.GRACE = 0.05  # the killed client's requests have been answered before
     generate(config, count, half, log)
 
 
@@ -82,6 +85,8 @@ def killed(place: Path, questions: int, form: str = "openai") -> Counter[str]:
             server.watch = lambda now: child.kill() if now == moment else None
             child.start()
             child.join(60)
+            while server.busy:
+                time.sleep(0.005)
             if child.exitcode not in (0, -9):
                 raise SystemExit(f"status {child.exitcode} at {moment or call}: {log.read_text()}")
             faults["kills"] += child.exitcode == -9
@@ -124,7 +129,7 @@ def main() -> None:
     """Kill, print the table, and exit with 1 for a broken promise."""
     bad = 0
     for form in KILLS:
-        with tempfile.TemporaryDirectory() as place:
+        with tempfile.TemporaryDirectory(dir=MEMORY) as place:
             row = killed(Path(place), 200, form)
         print(form, dict(row))
         bad += sum(count for name, count in row.items() if name != "kills")

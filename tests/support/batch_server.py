@@ -3,14 +3,15 @@
 Forms of replies follow https://platform.openai.com/docs/api-reference/batch and
 https://docs.anthropic.com/en/api/creating-message-batches. A job is executed when it is submitted,
 and each request of it is then entered as paid; `looks` is how often it must be asked for before it
-has ended. `fate` says of a question what becomes of it, `watch` hears of every moment of a request.
+has ended. `fate` says of a question what becomes of it, `watch` hears of every moment of a request,
+`change` has the results before they are sent, and `skew` is by how much the clock is wrong.
 """
 
 import json
 import threading
 from collections import Counter
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -34,6 +35,9 @@ class BatchServer:
         self.watch: Callable[[str], None] = lambda moment: None
         self.status: dict[str, int] = {}  # of replies, by "METHOD path"
         self.refusal = ""  # the code with which every job fails
+        self.change: Callable[[bytes], bytes] = lambda results: results
+        self.skew = timedelta()
+        self.busy = 0  # requests that are being answered
         self.requests = Counter[str]()
         self.bodies: list[bytes] = []
         self.headers: list[dict[str, str]] = []
@@ -93,6 +97,15 @@ class BatchServer:
 
     def serve(self, handler: BaseHTTPRequestHandler, method: str) -> None:
         """Answer one request."""
+        with self.lock:
+            self.busy += 1
+        try:
+            self._serve(handler, method)
+        finally:
+            with self.lock:
+                self.busy -= 1
+
+    def _serve(self, handler: BaseHTTPRequestHandler, method: str) -> None:
         body = handler.rfile.read(int(handler.headers.get("content-length", 0)))
         path = handler.path.removeprefix("/v1")
         parts = path.partition("?")[0].strip("/").split("/")
@@ -133,7 +146,7 @@ class BatchServer:
         if parts[:2] == ["messages", "batches"]:
             return self.messages(method, path, parts[2:], body)
         if parts[0] == "files":
-            return (self.folder / "files" / parts[1]).read_bytes()
+            return self.change((self.folder / "files" / parts[1]).read_bytes())
         if parts == ["batches"]:
             after = path.partition("after=")[2]
             rows = self.jobs
@@ -196,7 +209,7 @@ class BatchServer:
             text = "".join(json.dumps(row) + "\n" for row in reversed(results))
             (self.folder / "files" / name).write_text(text)
             row = {"id": name, "type": "message_batch", "looks": 0, "count": len(requests)}
-            row["created_at"] = datetime.now(UTC).isoformat()
+            row["created_at"] = (datetime.now(UTC) + self.skew).isoformat()
             (self.folder / "jobs" / f"{name}.json").write_text(json.dumps(row))
             return json.dumps(self.message_row(row)).encode()
         if not parts:
@@ -206,7 +219,7 @@ class BatchServer:
             page = {"data": [self.message_row(row) for row in rows[:LIST]]}
             return json.dumps({**page, "has_more": len(rows) > LIST}).encode()
         if parts[1:] == ["results"]:
-            return (self.folder / "files" / parts[0]).read_bytes()
+            return self.change((self.folder / "files" / parts[0]).read_bytes())
         place = self.folder / "jobs" / f"{parts[0]}.json"
         row = json.loads(place.read_text())
         place.write_text(json.dumps(row | {"looks": row["looks"] + 1}))

@@ -9,21 +9,21 @@ anything else is bought, also where `teacher.batch` has been unset since.
 """
 
 import asyncio
-import json
 import time
 from collections import Counter
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Awaitable, Callable, Sequence
 from decimal import Decimal
+from functools import partial
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
 import httpx2
 
 from distill.config.teachers import EndpointTeacher
 from distill.errors import DistillError, Exit
-from distill.records import canonical, digest
+from distill.records import digest
+from distill.responders.endpoint import batch_forms as forms
 from distill.responders.endpoint.budget import NOTHING, most_dollars
 from distill.responders.endpoint.client import AGAIN, EndpointClient, Sending
 from distill.responders.endpoint.rate_limits import backoff, retry_after
@@ -33,8 +33,9 @@ from distill.responders.endpoint.transport import (
     broken,
     classify,
     encode,
+    post,
 )
-from distill.responders.endpoint.wire import load_json, plain_message
+from distill.responders.endpoint.wire import plain_message
 from distill.responders.endpoint.wires import is_answer, wire_of
 from distill.responders.prices import TokenPrice
 from distill.responders.responder import Raw, Request, Sampling
@@ -43,173 +44,12 @@ from distill.storage.progress import PLAIN_SECONDS, say
 
 MOST_REQUESTS = 50_000  # of a job, as OpenAI allows
 MOST_BYTES = 64 << 20  # of a job: a third of what OpenAI allows, since it is held in memory
-TOGETHER = 64  # results that are stored with one fsync
 PATIENCE = 100  # attempts to look at a job, which goes on meanwhile
 GRACE = 10.0  # seconds in which a submission whose reply was lost may still be under way
-HOUR = 3600.0  # seconds
-KEPT_DAYS = 30  # after which no maker keeps results
-STATUSES = {  # of a request that was sent alone, by the types of Anthropic's errors
-    "invalid_request_error": 400,
-    "authentication_error": 401,
-    "billing_error": 402,
-    "permission_error": 403,
-    "not_found_error": 404,
-    "request_too_large": 413,
-    "rate_limit_error": 429,
-    "overloaded_error": 529,
-}
-NO_INTERFACE = (404, 405, 501)
+MONTH = 30 * 24 * 3600.0  # seconds, after which no maker keeps results
+GONE = (404, 410)
 
-
-class Result(NamedTuple):
-    """What became of one request of a job; without a status it was not executed."""
-
-    custom_id: str
-    status: int | None
-    data: bytes
-    what: str = ""
-
-
-class Jobs:
-    """OpenAI's form (https://platform.openai.com/docs/api-reference/batch).
-
-    Azure, Groq, Together, Novita and Cerebras have it too.
-    """
-
-    path, after = "/batches", "after"
-    uploads = True
-    ended = frozenset({"completed", "failed", "expired", "cancelled", "canceled"})
-
-    def __init__(self, path: str) -> None:
-        self.url = f"/v1{path}"  # what each request of a job goes to
-
-    def line(self, custom_id: str, body: bytes) -> bytes:
-        """Return a request as a job holds it."""
-        url = self.url
-        row = {"custom_id": custom_id, "method": "POST", "url": url, "body": json.loads(body)}
-        return canonical(row)
-
-    def upload(self, job: str, lines: Sequence[bytes]) -> tuple[str, bytes]:
-        """Return the content type and the bytes of a form that uploads requests."""
-        head = 'content-disposition: form-data; name="%s"%s\r\n\r\n'
-        file = f'; filename="distill-{job}.jsonl"\r\ncontent-type: application/jsonl'
-        parts = [
-            f"--{job}\r\n{head % ('purpose', '')}batch\r\n",
-            f"--{job}\r\n{head % ('file', file)}",
-        ]
-        end = f"\r\n--{job}--\r\n".encode()
-        return f"multipart/form-data; boundary={job}", "".join(parts).encode() + b"\n".join(
-            lines
-        ) + end
-
-    def submission(self, job: str, lines: Sequence[bytes], file: str) -> bytes:
-        """Return the body that makes a job of an uploaded file."""
-        row = {"input_file_id": file, "endpoint": self.url, "completion_window": "24h"}
-        return canonical(row | {"metadata": {"distill": job}})
-
-    def status(self, row: dict[str, Any]) -> str:
-        """Return how far a job is; some write it in capitals."""
-        return str(row.get("status", "")).lower()
-
-    def progress(self, row: dict[str, Any]) -> str:
-        """Return in a few words how far a job is."""
-        counts = _counts(row)
-        return f"{self.status(row)}, {counts.get('completed', 0)} of {counts.get('total', 0)} done"
-
-    def refusal(self, row: dict[str, Any]) -> tuple[str, str]:
-        """Return the code and the words with which a job was refused as a whole."""
-        errors = row.get("errors")
-        rows = errors.get("data") if isinstance(errors, dict) else errors
-        first = rows[0] if isinstance(rows, list) and rows and isinstance(rows[0], dict) else {}
-        return str(first.get("code", "")), plain_message(first) or "no reason given"
-
-    def results(self, row: dict[str, Any]) -> list[str]:
-        """Return the paths of an ended job's results."""
-        files = (row.get(name) for name in ("output_file_id", "error_file_id"))
-        return [f"/files/{quote(str(file), safe='')}/content" for file in files if file]
-
-    def read(self, line: bytes) -> Result:
-        """Read a line of the results; raises ValueError where it is none."""
-        row = _object(line)
-        name, response, error = str(row.get("custom_id")), row.get("response"), row.get("error")
-        if isinstance(response, dict):
-            status = response.get("status_code")
-            body = canonical(response.get("body"))
-            return Result(name, status if isinstance(status, int) else 500, body)
-        code = str(error.get("code") if isinstance(error, dict) else "")
-        what = plain_message(error) or code or "without a reason"
-        untouched = code in ("batch_expired", "batch_cancelled", "batch_canceled")
-        return Result(name, None if untouched else 500, canonical({"error": error}), what)
-
-    def is_ours(self, row: dict[str, Any], job: Job) -> bool | None:
-        """Tell whether a job in the server's list is this one; None: its results will say."""
-        metadata = row.get("metadata")
-        marked = isinstance(metadata, dict) and metadata.get("distill") == job.id
-        return marked or (bool(job.file) and row.get("input_file_id") == job.file)
-
-
-class MessageJobs(Jobs):
-    """Anthropic's form (https://docs.anthropic.com/en/api/creating-message-batches).
-
-    Its jobs carry no mark: one whose name was lost is known by its results.
-    """
-
-    after, uploads, ended = "after_id", False, frozenset({"ended"})
-
-    def __init__(self, path: str) -> None:
-        self.path = f"{path}/batches"
-
-    def line(self, custom_id: str, body: bytes) -> bytes:
-        """Return a request as a job holds it."""
-        return canonical({"custom_id": custom_id, "params": json.loads(body)})
-
-    def submission(self, job: str, lines: Sequence[bytes], file: str) -> bytes:
-        """Return the body that makes a job."""
-        return b'{"requests":[%s]}' % b",".join(lines)
-
-    def status(self, row: dict[str, Any]) -> str:
-        """Return how far a job is."""
-        return str(row.get("processing_status", ""))
-
-    def progress(self, row: dict[str, Any]) -> str:
-        """Return in a few words how far a job is."""
-        left, total = _counts(row).get("processing", 0), sum(_counts(row).values())
-        return f"{self.status(row)}, {total - left} of {total} done"
-
-    def results(self, row: dict[str, Any]) -> list[str]:
-        """Return the path of an ended job's results, at the address that has our key."""
-        return [f"{self.path}/{quote(str(row.get('id')), safe='')}/results"]
-
-    def read(self, line: bytes) -> Result:
-        """Read a line of the results; raises ValueError where it is none."""
-        row = _object(line)
-        name, result = str(row.get("custom_id")), row.get("result")
-        result = result if isinstance(result, dict) else {}
-        kind, error = str(result.get("type")), result.get("error")
-        if kind == "succeeded":
-            return Result(name, 200, canonical(result.get("message")))
-        if kind in ("expired", "canceled"):
-            return Result(name, None, b"", kind)
-        inner = error.get("error") if isinstance(error, dict) else None
-        status = STATUSES.get(str(inner.get("type")), 500) if isinstance(inner, dict) else 500
-        return Result(name, status, canonical(error))
-
-    def is_ours(self, row: dict[str, Any], job: Job) -> bool | None:
-        """Return None where a job is of the size and the time of this one, which may be it."""
-        try:
-            made = datetime.fromisoformat(str(row.get("created_at"))).timestamp()
-        except ValueError:
-            made = job.sent or 0
-        near = -HOUR < made - (job.sent or 0) < HOUR
-        return None if near and sum(_counts(row).values()) == len(job.requests) else False
-
-
-class Following(NamedTuple):
-    """A job, its requests by the names that they have in it, and, of a new one, its lines."""
-
-    job: Job
-    sendings: dict[str, Sending]
-    lines: Sequence[bytes] = ()
+Sendings = dict[str, Sending]  # the requests of a job by the names that they have in it
 
 
 class BatchClient(EndpointClient):
@@ -229,7 +69,7 @@ class BatchClient(EndpointClient):
     ) -> None:
         super().__init__(settings, key, price, run, requests, store)
         self.price = price and price.in_batch()
-        form = MessageJobs if settings.form == "anthropic" else Jobs
+        form = forms.MessageJobs if settings.form == "anthropic" else forms.Jobs
         self.form = form(wire_of(settings).path(settings).partition("?")[0])
         self.address = settings.base_urls[0]
         self.requests = {request.id: request for request in requests}
@@ -238,11 +78,11 @@ class BatchClient(EndpointClient):
             identifier
             for job in self.open
             for identifier, (_, _, number) in zip(job.ids, job.requests, strict=True)
-            if not self._has_ended(identifier, number)
+            if self._lacks(identifier, number)
         }
         self.queue = [r for r in requests if settings.batch and r.id not in waiting]
         self.rounds, self.most = Counter[str](), MOST_REQUESTS
-        self.running, self.idle, self.narrow, self.told = 0, asyncio.Event(), False, 0.0
+        self.running, self.idle, self.narrow = 0, asyncio.Event(), False
 
     def _close(self) -> None:
         super()._close()
@@ -253,7 +93,7 @@ class BatchClient(EndpointClient):
         while (following := await self._next()) is not None:
             self.running += 1
             try:
-                await self._follow(following)
+                await self._follow(*following)
             except Exception as error:
                 self._halt(error)
             self.running -= 1
@@ -261,10 +101,10 @@ class BatchClient(EndpointClient):
             if self.narrow and self.running:
                 return  # the account takes no more at once: another worker goes on
 
-    async def _next(self) -> Following | None:
-        """Return a job that waits, or a new one of what the limits and the budget allow, recorded.
+    async def _next(self) -> tuple[Job, Sendings, bool] | None:
+        """Return a job that waits, or a new one of what limits and budget allow, and which it is.
 
-        Where the budget does not hold all that is left, what is in flight is waited for first.
+        Where the budget holds no further request, what is in flight is waited for first.
         """
         async with self.turn:
             if self.open and not self.gate.closed.is_set():
@@ -282,19 +122,17 @@ class BatchClient(EndpointClient):
                         break
                     number = self.store.attempts_at(request.id)
                     sendings.append(Sending(request, number, body, most or NOTHING))
-                if over is None or (sendings and not self.running):
+                if sendings:
                     del self.queue[: len(sendings)]
                     return await self._recorded(sendings)
-                for sending in sendings:
-                    self.budget.settle(sending.reserved, NOTHING)
-                if not self.running:
+                if not self.running and over is not None:
                     self._halt(self.beyond(over))
                     return None
                 self.idle.clear()
                 await self.idle.wait()
         return None
 
-    async def _recorded(self, sendings: Sequence[Sending]) -> Following:
+    async def _recorded(self, sendings: Sequence[Sending]) -> tuple[Job, Sendings, bool]:
         """Record a new job with the intents of its requests."""
         rows = [(s.request.key, s.request.sample, s.number) for s in sendings]
         body = {"model": self.settings.model, "run": self.run, "address": self.address}
@@ -302,13 +140,11 @@ class BatchClient(EndpointClient):
         job = Job.model_validate({"id": digest(body), **body})
         intents = [("intent", s.key, self._intent(s) | {"batch": job.id}) for s in sendings]
         await self.writer.write(("batch", job.id, body), *intents)
-        named = dict(zip(job.custom_ids, sendings, strict=True))
-        lines = [self.form.line(name, s.body) for name, s in named.items()]
-        return Following(job, named, lines)
+        return job, dict(zip(job.custom_ids, sendings, strict=True)), True
 
-    def _reopened(self, job: Job) -> Following:
+    def _reopened(self, job: Job) -> tuple[Job, Sendings, bool]:
         """Return a job of an earlier process; what it may still cost is set aside again."""
-        named = dict[str, Sending]()
+        sendings: Sendings = {}
         for name, identifier, row in zip(job.custom_ids, job.ids, job.requests, strict=True):
             key, sample, number = row
             intent = self.store.get("intent", attempt_key(identifier, number)) or {}
@@ -316,119 +152,127 @@ class BatchClient(EndpointClient):
             request = Request(key=key, sample=sample, prompt_id="", messages=(), sampling=sampling)
             most = Decimal(intent.get("most") or 0) if intent.get("run") == self.run else NOTHING
             body = b" " * intent.get("question", 0)  # of which the length counts
-            sending = Sending(self.requests.get(identifier, request), number, body, most)
-            if self._lacks(sending):
+            if self._lacks(identifier, number):
                 self.budget.reserved += most
                 if self.budget.limit is not None:  # else what went before was not read
                     self.budget.unknown -= most
-            named[name] = sending
-        return Following(job, named)
+            sendings[name] = Sending(self.requests.get(identifier, request), number, body, most)
+        return job, sendings, False
 
-    def _has_ended(self, identifier: str, number: int) -> bool:
-        """Tell whether an attempt at a request has an answer or an outcome."""
-        key = attempt_key(identifier, number)
-        if ("outcome", key) in self.store or ("response", key) in self.store:
-            return True
-        bill = self.store.bill(identifier)
-        return bill is not None and bill.attempt == number
+    def _lacks(self, identifier: str, number: int) -> bool:
+        """Tell whether an attempt at a request has neither an answer nor an outcome."""
+        key, bill = attempt_key(identifier, number), self.store.bill(identifier)
+        ended = ("outcome", key) in self.store or ("response", key) in self.store
+        return not ended and (bill is None or bill.attempt != number)
 
-    def _lacks(self, sending: Sending) -> bool:
-        return not self._has_ended(sending.request.id, sending.number)
-
-    async def _follow(self, following: Following) -> None:
+    async def _follow(self, job: Job, sendings: Sendings, fresh: bool) -> None:
         """Submit a job or find it again, wait for its end, and store what came."""
-        job = following.job
-        if job.name is None:
-            if following.lines:
-                name = await self._submit(following)
-            else:
-                name = await self._find(following) if job.sent is not None else None
+        name, model = job.name, self.settings.model
+        if name is None:
+            if fresh:
+                name = await self._submit(job, sendings)
+            elif job.sent is not None:
+                name = await self._find(job, sendings)
             if name is None:
                 if not self.gate.closed.is_set():
-                    await self._give_up(following, "the job was not submitted", "no")
+                    await self._give_up(job, sendings, "the job was not submitted", "no")
                 return
             await self.writer.write(("batch_name", job.id, {"name": name}))
             job = job.model_copy(update={"name": name, "sent": job.sent or time.time()})
-        self._tell(job, "submitted", now=True)
-        row = await self._ended(job, str(job.name))
-        if row is None and not self.gate.closed.is_set():
-            if time.time() - (job.sent or 0) < KEPT_DAYS * 24 * HOUR:
-                what, fix = f"job {job.name} is not known there", f"use the key of then: {AGAIN}"
+        row = await self._ended(name, job)
+        if row is None:
+            say(f"{model}: job {name} goes on at the server: {AGAIN}")
+            return
+        if not row:
+            if time.time() - (job.sent or 0) < MONTH:
+                what, fix = f"job {name} is not known there", f"use the key of then: {AGAIN}"
                 raise DistillError(Exit.TEACHER, self.address, what, fix)
-            await self._give_up(following, f"job {job.name} is gone", "unknown")
-        elif row is None:
-            say(f"{self.settings.model}: job {job.name} goes on at the server: {AGAIN}")
-        else:
-            await self._collect(following, row)
+            await self._give_up(job, sendings, f"job {name} is gone", "unknown")
+            return
+        await self._fetch(row, sendings)
+        status, errors = forms.status_of(row), row.get("errors")
+        if status == "failed":  # as a whole
+            errors = errors.get("data") if isinstance(errors, dict) else errors
+            first = errors[0] if isinstance(errors, list) and errors else {}
+            limited = isinstance(first, dict) and first.get("code") == "token_limit_exceeded"
+            if not limited or len(sendings) == 1:
+                why = plain_message(first) or "no reason given"
+                await self._give_up(job, sendings, why, "no", again=False)
+                what, fix = f"the job failed: {why}", f"see to what it says: {AGAIN}"
+                raise DistillError(Exit.TEACHER, model, what, fix)
+            # more than the account takes at once: smaller ones, one at a time
+            self.narrow, self.most = True, max(1, len(sendings) // 2)
+            self.rounds.subtract(sending.request.id for sending in sendings.values())
+        billed = "unknown" if status in ("completed", "ended") else "no"
+        await self._give_up(job, sendings, f"the job is {status}, without a result", billed)
 
-    async def _ended(self, job: Job, name: str) -> dict[str, Any] | None:
-        """Return a job's row once it has ended; None where nothing is there, or the gate closes."""
-        path = f"{self.form.path}/{quote(name, safe='')}"
+    async def _ended(self, name: str, job: Job) -> dict[str, Any] | None:
+        """Return a job's row once it has ended, an empty one where the server knows none.
+
+        None where the gate closes.
+        """
+        said = 0.0
         for look in count():
-            received = await self._insist("GET", path, tries=PATIENCE, but=404)
-            row = {} if received.failure else _object(received.data)
-            if self.form.status(row) in self.form.ended:
+            path = f"{self.form.path}/{quote(name, safe='')}"
+            row = await self._call("GET", path, tries=PATIENCE, but=GONE)
+            if not row or forms.status_of(row) in forms.ENDED:
                 return row
-            if received.failure or self.gate.closed.is_set():
+            if self.gate.closed.is_set():
                 return None
-            self._tell(job, self.form.progress(row))
+            if not said or time.monotonic() - said > PLAIN_SECONDS:
+                said, counts = time.monotonic(), forms.counts_of(row)
+                numbers = [f"{number} {kind}" for kind, number in counts.items() if number]
+                how = ", ".join([forms.status_of(row), *numbers])
+                say(f"{self.settings.model}: {job.line()}: {how}; Ctrl-C leaves it there")
             await self.gate.sleep(backoff(look, self.settings.initial_backoff))
         return None
 
-    async def _submit(self, following: Following) -> str | None:
+    async def _submit(self, job: Job, sendings: Sendings) -> str | None:
         """Upload a job's requests and submit it; return the server's name for it.
 
         A submission whose outcome is not known is searched for before it is made again.
         """
-        job, form, file = following.job, self.form, ""
+        lines, file = [self.form.line(name, s.body) for name, s in sendings.items()], ""
         try:
-            if form.uploads:
-                kind, content = form.upload(job.id, following.lines)
-                file = str(
-                    _object((await self._insist("POST", "/files", content, kind)).data)["id"]
-                )
-        except (DistillError, KeyError):
-            await self._give_up(following, "not submitted", "no", again=False)
+            if self.form.uploads:
+                part = (f"distill-{job.id}.jsonl", b"\n".join(lines), "application/jsonl")
+                fields = {"data": {"purpose": "batch"}, "files": {"file": part}}
+                form = httpx2.Request("POST", self.address, **fields)
+                kind = form.headers["content-type"]
+                file = str((await self._call("POST", "/files", form.read(), kind)).get("id"))
+            await self.writer.write(("batch_sent", job.id, {"file": file, "at": time.time()}))
+            find = partial(self._find, job.model_copy(update={"file": file}), sendings)
+            body = self.form.submission(job.id, lines, file)
+            return (await self._call("POST", self.form.path, body, find=find)).get("id")
+        except DistillError as error:
+            if not self.gate.closed.is_set():  # else it may be there: the next go looks
+                await self._give_up(job, sendings, error.what, "no", again=False)
             raise
-        for retry in count():
-            now = {"file": file, "at": round(time.time(), 3)}
-            await self.writer.write(("batch_sent", job.id, now))
-            body = form.submission(job.id, following.lines, file)
-            received = await self._exchange("POST", form.path, body)
-            failure = received.failure
-            if failure is None:
-                return str(_object(received.data)["id"])
-            if failure.billed == "unknown":
-                sent = job.model_copy(update={"sent": now["at"], "file": file})
-                again = following._replace(job=sent)
-                if (name := await self._find(again)) or self.gate.closed.is_set():
-                    return name
-            if failure.scope != "retry" or retry == self.settings.max_retries:
-                await self._give_up(following, failure.what, "no", again=False)
-                raise self._error(received, failure)
-            await self._pause(received, retry)
-        return None
 
-    async def _find(self, following: Following) -> str | None:
+    async def _find(self, job: Job, sendings: Sendings) -> str | None:
         """Return the server's name for a job that may have been submitted, None where it was not.
 
-        None too where the gate closes. What was sent may still be under way, so it is waited for.
+        None too where the gate closes. What was sent may still be under way, so it is waited for. A
+        job that carries no mark, Anthropic's, is known by its results.
         """
-        job, after = following.job, ""
-        await self.gate.sleep(min(GRACE, (job.sent or 0) + GRACE - time.time()))
-        names = self.store.keys("batch_name")
-        known = {(self.store.get("batch_name", key) or {}).get("name") for key in names}
+        await self.gate.sleep(GRACE)
+        names, after = self.store.keys("batch_name"), ""
+        others = {(self.store.get("batch_name", key) or {}).get("name") for key in names}
         while not self.gate.closed.is_set():
-            path = f"{self.form.path}?limit=100{after}"
-            page = _object((await self._insist("GET", path)).data)
+            try:
+                page = await self._call("GET", f"{self.form.path}?limit=100{after}", tries=PATIENCE)
+            except DistillError as error:
+                self._halt(error)
+                return None
             rows = [row for row in page.get("data") or [] if isinstance(row, dict)]
             for row in rows:
-                name = str(row.get("id"))
-                ours = name not in known and self.form.is_ours(row, job)
-                if ours is None and (ended := await self._ended(job, name)):
-                    before = sum(map(self._lacks, following.sendings.values()))
-                    await self._fetch(ended, following)
-                    ours = sum(map(self._lacks, following.sendings.values())) < before
+                name, metadata = str(row.get("id")), row.get("metadata")
+                marked = isinstance(metadata, dict) and metadata.get("distill") == job.id
+                ours = marked or (bool(job.file) and row.get("input_file_id") == job.file)
+                if not self.form.uploads and name not in others:
+                    alike = sum(forms.counts_of(row).values()) == len(sendings)
+                    if alike and (ended := await self._ended(name, job)):
+                        ours = await self._fetch(ended, sendings)
                 if ours:
                     return name
             if not rows or not page.get("has_more"):
@@ -436,97 +280,96 @@ class BatchClient(EndpointClient):
             after = f"&{self.form.after}={quote(str(rows[-1].get('id')), safe='')}"
         return None
 
-    async def _fetch(self, row: dict[str, Any], following: Following) -> None:
-        """Store all results of a job that has ended."""
+    async def _fetch(self, row: dict[str, Any], sendings: Sendings) -> bool:
+        """Store all results of a job that has ended; return whether any is ours.
+
+        Results that are gone, and lines that are unreadable each time, count as not there.
+        """
+        ours = False
         for path in self.form.results(row):
             for retry in count():
-                received = await self._download(path, following.sendings)
-                if received.failure is None:
+                received, some = await self._download(path, sendings)
+                failure, ours = received.failure, ours or some
+                if failure is None:
                     break
-                if received.failure.scope != "retry" or retry == self.settings.max_retries:
-                    raise self._error(received, received.failure)
-                await self._pause(received, retry)
+                unreadable = received.status == 200 and retry == self.settings.max_retries
+                if received.status in GONE or unreadable:
+                    say(f"{self.address}{path}: {failure.what}")
+                    break
+                await self._try_again(received, failure, retry)
+        return ours
 
-    async def _collect(self, following: Following, row: dict[str, Any]) -> None:
-        """Store the results of a job that has ended; what is without one is asked again."""
-        status, sendings = self.form.status(row), following.sendings
-        await self._fetch(row, following)
-        code, why = self.form.refusal(row)
-        if status == "failed" and code != "token_limit_exceeded":
-            await self._give_up(following, why, "no", again=False)
-            what, fix = f"the job failed: {why}", f"see to what it says: {AGAIN}"
-            raise DistillError(Exit.TEACHER, self.settings.model, what, fix)
-        if status == "failed":  # more than the account takes at once: smaller ones, one at a time
-            self.narrow, self.most = True, max(1, len(sendings) // 2)
-        billed = "unknown" if status in ("completed", "ended") else "no"
-        await self._give_up(following, f"the job is {status}, without a result", billed)
-
-    async def _download(self, path: str, sendings: dict[str, Sending]) -> Received:
-        """Store the results at a path as they come, some with each fsync."""
-        lines, rest, most = list[bytes](), bytearray(), self.settings.max_body_bytes
+    async def _download(self, path: str, sendings: Sendings) -> tuple[Received, bool]:
+        """Store the results at a path as they come; tell whether any was ours."""
+        rest, ours, bad = b"", 0, 0
         try:
             async with self.http.stream("GET", self.address + path) as response:
+                status = response.status_code
                 if not response.is_success:
                     data = await response.aread()
-                    status = response.status_code
-                    return Received(status, response.headers, data, "", classify(status, data))
+                    return Received(
+                        status, response.headers, data, "", classify(status, data)
+                    ), False
                 async for part in response.aiter_bytes():
-                    first, *others = part.split(b"\n")
-                    rest += first
-                    for other in others:
-                        lines.append(bytes(rest))
-                        rest = bytearray(other)
-                    if len(rest) > most:
-                        raise ValueError(f"a line of more than {most:,} bytes")
-                    if len(lines) >= TOGETHER:
-                        await self._take(lines, sendings)
-                        lines = []
-            await self._take([*lines, bytes(rest)], sendings)
+                    *lines, rest = (rest + part).split(b"\n")
+                    some, none = await self._take(lines, sendings)
+                    ours, bad = ours + some, bad + none
+                    if len(rest) > self.settings.max_body_bytes:
+                        bad, rest = bad + 1, b""
+            some, none = await self._take([rest], sendings)
         except httpx2.TransportError as error:
-            return broken(error)
-        except ValueError as error:
-            what = f"unreadable results: {error}"
-            return Received(failure=Failure(what=what, scope="retry", billed="no"))
-        return Received(200)
+            return broken(error), ours > 0
+        failure = None
+        if bad + none:
+            what = f"{bad + none} lines of results cannot be read"
+            failure = Failure(what=what, scope="retry", billed="no")
+        return Received(200, failure=failure), ours + some > 0
 
-    async def _take(self, lines: Sequence[bytes], sendings: dict[str, Sending]) -> None:
-        """Store some results; raises ValueError before any is stored where a line is none."""
-        key = self.secrets
-        plain = (key.sub(b"[key]", line) if key else line for line in lines)
-        results = [self.form.read(line) for line in plain if line.strip()]
-        known = [(sendings[r.custom_id], r) for r in results if r.custom_id in sendings]
-        await asyncio.gather(
-            *(self._store(sending, r) for sending, r in known if self._lacks(sending))
-        )
+    async def _take(self, lines: Sequence[bytes], sendings: Sendings) -> tuple[int, int]:
+        """Store some results with one fsync; count those that are ours, and what is none.
 
-    async def _store(self, sending: Sending, result: Result) -> None:
+        Of two for one request an answer counts before an error.
+        """
+        results, bad = list[forms.Result](), 0
+        for line in filter(bytes.strip, lines):
+            try:
+                plain = self.secrets.sub(b"[key]", line) if self.secrets else line
+                results.append(self.form.read(forms.read_object(plain)))
+            except ValueError:
+                bad += 1
+        results.sort(key=lambda result: result.status != 200, reverse=True)
+        ours = {r.custom_id: r for r in results if r.custom_id in sendings}
+        pairs = [(sendings[name], result) for name, result in ours.items()]
+        lacking = [pair for pair in pairs if self._lacks(pair[0].request.id, pair[0].number)]
+        await asyncio.gather(*(self._store(*pair) for pair in lacking))
+        return len(ours), bad
+
+    async def _store(self, sending: Sending, result: forms.Result) -> None:
         """Deal with a result as with a reply to a request that was sent alone."""
-        status, data = result.status, result.data
+        _, status, data = result
         if status is None:
-            what = f"not executed: {result.what}"
-            received = Received(failure=Failure(what=what, scope="retry", billed="no"))
-        elif 200 <= status < 300 and is_answer(data):
-            received = Received(status, {}, data)
+            failure = Failure(what="the job ended before it", scope="retry", billed="no")
         else:
-            received = Received(status, {}, data, "", classify(status, data, sending.body))
+            answered = 200 <= status < 300 and is_answer(data)
+            failure = None if answered else classify(status, data, sending.body)
+        received = Received(status, {}, data, "", failure)
         try:
-            if received.failure is None:
+            if failure is None:
                 await self._keep(sending, received, 0.0)
             else:
-                await self._fail(sending, received, received.failure, 0.0)
+                await self._fail(sending, received, failure, 0.0)
         except DistillError as error:  # the other results are stored first
             self._halt(error)
         self.patience.in_a_row = 0  # a file of errors is no row of failures
-        if received.failure and received.failure.scope == "retry":
-            self._ask_again(sending, received.failure.what)
+        if failure and failure.scope == "retry":
+            self._ask_again(sending, failure.what)
 
     async def _give_up(
-        self, following: Following, what: str, billed: str, again: bool = True
+        self, job: Job, sendings: Sendings, what: str, billed: str, again: bool = True
     ) -> None:
         """Record what became of a job's requests that have no result, and that it has ended."""
-        lacking = [s for s in following.sendings.values() if self._lacks(s)]
-        outcome = {"what": what, "billed": billed}
-        end = ("batch_end", following.job.id, {"what": what})
+        lacking = [s for s in sendings.values() if self._lacks(s.request.id, s.number)]
+        outcome, end = {"what": what, "billed": billed}, ("batch_end", job.id, {"what": what})
         await self.writer.write(*(("outcome", s.key, outcome) for s in lacking), end)
         for sending in lacking:
             unknown = sending.reserved if billed == "unknown" else NOTHING
@@ -539,91 +382,55 @@ class BatchClient(EndpointClient):
         request = self.requests.get(sending.request.id)
         if request is None or not self.settings.batch:
             return
-        self.rounds[request.id] += not self.narrow
+        self.rounds[request.id] += 1
         if self.rounds[request.id] > self.settings.max_retries:
             self._hand_on(Raw.failed(request, what, self.settings.model))
         else:
             self.queue.append(request)
 
-    def _tell(self, job: Job, how: str, now: bool = False) -> None:
-        """Say what is waited for and since when, now and then."""
-        if now or time.monotonic() - self.told > PLAIN_SECONDS:
-            self.told = time.monotonic()
-            say(f"{self.settings.model}: {job.line()}: {how}; Ctrl-C leaves it there")
-
-    async def _insist(
+    async def _call(
         self,
         method: str,
         path: str,
         content: bytes = b"",
         kind: str = "application/json",
         tries: int | None = None,
-        but: int = 0,
-    ) -> Received:
-        """Return a reply, asked for again while what fails may pass; status `but` is one too.
+        but: Sequence[int] = (),
+        find: Callable[[], Awaitable[str | None]] | None = None,
+    ) -> dict[str, Any]:
+        """Return what a server replies, asked for again while what fails may pass.
 
-        Raises DistillError (exit 4).
+        It is empty for a status of `but`. `find` says what a request in doubt has made. Raises
+        DistillError (exit 4).
         """
         for retry in count():
-            received = await self._exchange(method, path, content, kind)
+            received = await post(
+                *(self.http, self.address + path, content, self.settings, self.secrets),
+                *(forms.is_reply, method, kind),
+            )
             failure = received.failure
-            if failure is None or received.status == but:
-                return received
-            last = retry == (tries or self.settings.max_retries)
-            if failure.scope != "retry" or last or self.gate.closed.is_set():
-                raise self._error(received, failure)
-            await self._pause(received, retry)
+            if received.cut:
+                failure = Failure(what=received.cut, scope="item", billed="unknown")
+            if failure is None:
+                return forms.read_object(received.data)
+            if received.status in but:
+                return {}
+            if find and failure.billed == "unknown" and (name := await find()):
+                return {"id": name}
+            await self._try_again(received, failure, retry, tries)
         raise AssertionError
 
-    async def _pause(self, received: Received, retry: int) -> None:
+    async def _try_again(
+        self, received: Received, failure: Failure, retry: int, tries: int | None = None
+    ) -> None:
+        """Wait before the next attempt; raises DistillError where another is of no use."""
+        last = retry == (tries or self.settings.max_retries) or self.gate.closed.is_set()
+        if failure.scope != "retry" or last:
+            what, fix = failure.what, f"see to the server: {AGAIN}"
+            if failure.scope == "run":
+                fix = failure.fix
+            if received.status in (404, 405, 501):
+                what, fix = f"has no batch interface ({what})", "unset teacher.batch"
+            raise DistillError(Exit.TEACHER, self.address, what, fix)
         wait = min(retry_after(received.headers) or 0.0, self.settings.max_pause)
         await self.gate.sleep(max(wait, backoff(retry, self.settings.initial_backoff)))
-
-    def _error(self, received: Received, failure: Failure) -> DistillError:
-        """Return the error of a run that cannot go on."""
-        what, fix = failure.what, f"see to the server: {AGAIN}"
-        if failure.scope == "run":
-            fix = failure.fix
-        if received.status in NO_INTERFACE:
-            what, fix = f"has no batch interface ({failure.what})", "unset teacher.batch"
-        return DistillError(Exit.TEACHER, self.address, what, fix)
-
-    async def _exchange(
-        self, method: str, path: str, content: bytes = b"", kind: str = "application/json"
-    ) -> Received:
-        """Send one request about jobs and return what came, without our key."""
-        settings, headers = self.settings, {"content-type": kind}
-        try:
-            async with asyncio.timeout(settings.total_timeout):
-                url = self.address + path
-                reply = await self.http.request(method, url, content=content, headers=headers)
-        except TimeoutError:
-            what = f"no complete reply in {settings.total_timeout:g} s"
-            return Received(failure=Failure(what=what, scope="retry", billed="unknown"))
-        except httpx2.TransportError as error:
-            return broken(error)
-        data, status = reply.content, reply.status_code
-        data = self.secrets.sub(b"[key]", data) if self.secrets else data
-        failure = None if reply.is_success else classify(status, data)
-        if failure is None:
-            try:
-                _object(data)
-            except ValueError as error:
-                what = f"unreadable reply: {error}"
-                failure = Failure(what=what, scope="retry", billed="unknown")
-        return Received(status, reply.headers, data, "", failure)
-
-
-def _object(data: bytes) -> dict[str, Any]:
-    """Return the JSON object of a reply; raises ValueError where it is none."""
-    value = load_json(data)
-    if not isinstance(value, dict):
-        raise ValueError("not an object")
-    return value
-
-
-def _counts(row: dict[str, Any]) -> dict[str, int]:
-    """Return how many requests of a job there are of each kind."""
-    counts = row.get("request_counts")
-    counts = counts if isinstance(counts, dict) else {}
-    return {name: number for name, number in counts.items() if isinstance(number, int)}

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 import httpx2
@@ -206,12 +206,16 @@ async def post(
     body: bytes,
     settings: EndpointTeacher,
     secrets: re.Pattern[bytes] | None,
+    is_answer: Callable[[bytes], bool] = is_answer,
+    method: str = "POST",
+    kind: str = "application/json",
 ) -> Received:
     """Send `body` and return what came, within the limits of time and size, without `secrets`."""
     parts, size, cut = list[bytes](), 0, ""
     most, seconds = settings.max_body_bytes, settings.total_timeout
+    sending = client.stream(method, url, content=body, headers={"content-type": kind})
     try:
-        async with asyncio.timeout(seconds), client.stream("POST", url, content=body) as response:
+        async with asyncio.timeout(seconds), sending as response:
             async for part in response.aiter_raw():
                 parts.append(part)
                 size += len(part)
