@@ -8,7 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,78 @@ def test_outages_are_waited_out(server: BatchServer, tmp_path: Path, name: str) 
     server.watch = watch
     assert [r.stop for r in buy(server, tmp_path)] == ["end"] * 10
     assert set(server.paid.values()) == {1} and done[name] >= 3
+
+
+def doubled(results: bytes) -> bytes:
+    """Return results with each line twice, an error before the answer."""
+    rows = [json.loads(line) for line in results.splitlines()]
+    wrong = {"status_code": 500, "body": {"error": {"message": "no"}}}
+    return b"".join(
+        json.dumps(r).encode() + b"\r\n" for r in [r | {"response": wrong} for r in rows] + rows
+    )
+
+
+def as_text(results: bytes) -> bytes:
+    """Return results whose bodies are JSON in a string, behind a line of somebody else."""
+    rows = [json.loads(line) for line in results.splitlines()]
+    for row in rows:
+        row["response"]["body"] = json.dumps(row["response"]["body"])
+    return b"\n".join(json.dumps(r).encode() for r in [rows[0] | {"custom_id": "other"}, *rows])
+
+
+@pytest.mark.parametrize("change", [doubled, as_text])
+def test_results_in_other_forms(
+    server: BatchServer, tmp_path: Path, change: Callable[[bytes], bytes]
+) -> None:
+    """Half price: custom_ids twice or of others, bodies as text, other ends of lines."""
+    server.change = change
+    assert [r.text for r in buy(server, tmp_path)] == [text_of(f"q{i} please") for i in range(10)]
+    assert len(server.jobs) == 1
+
+
+@pytest.mark.parametrize("way", ["gone", "torn"])
+def test_results_that_are_lost_are_said_and_asked_again(
+    server: BatchServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], way: str
+) -> None:
+    """Half price: an expired file or a line that cannot be read does not hold the run for ever."""
+
+    def watch(moment: str) -> None:
+        if moment == "POST /batches comes" and len(server.jobs) == 1:
+            server.status, server.change = {}, bytes
+
+    server.watch, wrong = watch, {"GET /files/content": 404}
+    server.status = wrong if way == "gone" else {}
+    server.change = lambda results: results[:-9] if way == "torn" else results
+    assert [r.stop for r in buy(server, tmp_path)] == ["end"] * 10
+    assert len(server.jobs) == 2 and sum(server.paid.values()) == (20 if way == "gone" else 11)
+    said = "404" if way == "gone" else "1 lines of results cannot be read"
+    assert said in capsys.readouterr().err
+
+
+def test_a_job_in_doubt_is_known_whatever_the_server_s_clock_says(
+    server: BatchServer, tmp_path: Path
+) -> None:
+    """Half price: Anthropic's jobs carry no mark, and a clock may be wrong by days."""
+    server.skew = timedelta(days=-3)
+    done, submit = server.requests, server.messages
+
+    def lost(method: str, path: str, parts: list[str], body: bytes) -> bytes:
+        reply = submit(method, path, parts, body)
+        return reply if method == "GET" or len(server.jobs) > 1 else b"<html>"
+
+    server.messages = lost  # executed, and the reply is lost
+    assert [r.stop for r in buy(server, tmp_path, wire="anthropic")] == ["end"] * 10
+    assert set(server.paid.values()) == {1} and done["POST /messages/batches"] == 1
+
+
+def test_an_account_that_takes_nothing_more_ends_the_run(
+    server: BatchServer, tmp_path: Path
+) -> None:
+    """Half price: where not even one question fits, no job after the other is refused for ever."""
+    server.refusal = "token_limit_exceeded:0"
+    with pytest.raises(DistillError, match="the job failed: token_limit_exceeded"):
+        buy(server, tmp_path)
+    assert len(server.jobs) < 10 and not server.paid
 
 
 @pytest.mark.parametrize(
