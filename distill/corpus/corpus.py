@@ -11,7 +11,7 @@ never move old ones; with counts, the documents of the lowest hashes are taken.
 import hashlib
 import platform
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from math import ceil
 from pathlib import Path
 
@@ -30,6 +30,8 @@ from distill.storage.files import sha256_file, write_records
 from distill.storage.progress import say, tracking
 from distill.storage.run_folder import Run
 
+MESSAGE = {"message_id", "parent_id", "role", "text"}  # columns of OASST's rows
+LONGEST_THREAD = 1000  # messages
 LOOKED_AT = 500  # documents, of which the language is told
 MANY_NEAR = 0.2  # of the documents: if more are near-duplicates, the threshold may not fit them
 
@@ -166,7 +168,7 @@ def interpret_rows(corpus: Corpus, rejects: list[Reject]) -> list[Document]:
     Rows that are neither go to `rejects`.
     """
     documents, reading = list[Document](), Reading()
-    for row in read(corpus):
+    for row in join_threads(read(corpus)):
         if isinstance(row, Reject):
             rejects.append(row)
             continue
@@ -187,6 +189,28 @@ def interpret_rows(corpus: Corpus, rejects: list[Reject]) -> list[Document]:
     for reason, count in unusable.items():
         say(f"corpus: {count} rows are left out: {reason}")
     return documents
+
+
+def join_threads(rows: Iterable[SourceRow | Reject]) -> Iterator[SourceRow | Reject]:
+    """Yield the rows, and for messages of trees (OASST) the thread that ends with each answer.
+
+    A question that nobody answered ends one too.
+    """
+    messages = dict[object, SourceRow]()
+    for row in rows:
+        if isinstance(row, SourceRow) and row.value.keys() >= MESSAGE:
+            messages[row.value["message_id"]] = row
+        else:
+            yield row
+    answered = {row.value["parent_id"] for row in messages.values()}
+    for identity, row in messages.items():
+        if row.value["role"] != "assistant" and identity in answered:
+            continue
+        thread, at = list[Mapping[str, object]](), messages.get(identity)
+        while at and len(thread) < LONGEST_THREAD:
+            thread.append({"role": at.value["role"], "content": at.value["text"]})
+            at = messages.get(at.value["parent_id"])
+        yield SourceRow(row.where, {"messages": thread[::-1], "lang": row.value.get("lang")})
 
 
 def refuse_too_many(bad: list[Reject], good: int, allowed: float, listed: Path) -> None:
@@ -249,6 +273,16 @@ def deduplicate(
     """
     by_content: dict[str, Document] = {}
     by_id: dict[tuple[str, str], Document] = {}
+    samples: dict[str, dict[tuple[str, str | None], dict[str, str]]] = {}
+
+    def answers_of(document: Document) -> dict[tuple[str, str | None], dict[str, str]]:
+        model = document.meta.get("recorded_model")
+        model = {"model": str(model)} if model else {}
+        return {
+            (answer["text"], answer.get("reasoning")): model | answer
+            for answer in document.recorded_answers
+        }
+
     for document in documents:
         identity, file = document.meta.get("id"), document.source.rpartition(":")[0]
         other = by_id.setdefault((file, identity), document) if identity else document
@@ -259,11 +293,16 @@ def deduplicate(
         first = by_content.setdefault(document.id, document)
         if first is document:
             continue
-        if answers := new_answers(first, document):
-            meta = first.meta | {"recorded_answer": answers}
-            by_content[document.id] = first.model_copy(update={"meta": meta})
+        if not (answers := samples.get(first.id)):
+            answers = samples[first.id] = answers_of(first)
+        if new := {k: v for k, v in answers_of(document).items() if k not in answers}:
+            answers.update(new)
         else:
             rejects.append(_left_out(document, f"same content as {first.source}"))
+    for identity, answers in samples.items():
+        if len(answers) > len((first := by_content[identity]).recorded_answers):
+            meta = first.meta | {"recorded_answer": [*answers.values()]}
+            by_content[identity] = first.model_copy(update={"meta": meta})
     candidates = list(by_content.values())
     if limit is not None:
         candidates.sort(key=lambda document: rank(document.id, seed, "limit"))
@@ -284,18 +323,6 @@ def deduplicate(
             "not, set corpus.near_duplicate_threshold higher, or to null"
         )
     return [document for document in by_content.values() if document.id in ids]
-
-
-def new_answers(first: Document, second: Document) -> list[dict[str, str]]:
-    """Return the answers to a prompt in both rows, or nothing where the second brings none."""
-    answers = [
-        ({"model": str(model)} if model else {}) | answer
-        for document in (first, second)
-        for model in [document.meta.get("recorded_model")]
-        for answer in document.recorded_answers
-    ]
-    distinct = list({(one["text"], one.get("reasoning")): one for one in answers[::-1]}.values())
-    return distinct[::-1] if len(distinct) > len(first.recorded_answers) else []
 
 
 def rank(identity: str, seed: int, salt: str = "") -> float:

@@ -21,6 +21,7 @@ from distill.records import Document
 WORDS = 5  # of a shingle
 PERMUTATIONS = 128
 SHARED = 60  # characters of a beginning or end that several prompts share; less changes no verdict
+LONG_WORD = 60  # characters of words, on average, that are none
 DIFFERENT = 4  # words in which two prompts differ as prompts do, and not as copies
 CANDIDATES = 64  # that are compared with one document, at most
 WORD = re.compile(f"[^\\s{UNSPACED}]+|[{UNSPACED}]")
@@ -42,7 +43,10 @@ class Part(NamedTuple):
 def split_words(text: str) -> list[str]:
     """Return the words of a text, case ignored; of a script without spaces, the characters."""
     text = text.casefold()
-    return WORD.findall(text) if not text.isascii() and SPACELESS.search(text) else text.split()
+    words = text.split()
+    if len(words) * LONG_WORD < len(text):  # of no words, or of a script that is not known
+        return list("".join(words))
+    return WORD.findall(text) if not text.isascii() and SPACELESS.search(text) else words
 
 
 def shingles(text: str) -> set[str]:

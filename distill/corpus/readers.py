@@ -10,16 +10,17 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 import tempfile
-import zipfile
 import zlib
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple, NoReturn, cast
+from typing import IO, NamedTuple, NoReturn, cast
 
 from distill.corpus.encodings import SAMPLE, recognise
+from distill.corpus.pages import docx_text, html_to_text, pdf_pages
 from distill.errors import DistillError, Exit
 from distill.records import Record
 from distill.storage.progress import say
@@ -30,20 +31,8 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 LINES = (".jsonl", ".ndjson")
 SUFFIXES = (*TEXTS, *LINES, ".json", *DELIMITERS)
 BINARY_SUFFIXES = (".parquet", ".pdf", ".docx")
+ARRAY = re.compile(rb"[\xef\xbb\xbf\xff\xfe\s\0]*\[[\s\0]*\{")  # of rows
 MAX_JSON = 2**31  # bytes of a .json file, which is read as one
-MAX_UNPACKED = 2**28  # bytes that a .docx may hold
-SHORT_PAGE = 200  # characters below which a page of a PDF is read together with the next
-BLOCKS = frozenset(
-    "address article aside blockquote br dd div dl dt figcaption footer h1 h2 h3 h4 h5 h6 header "
-    "hr li listing main ol p plaintext pre section table td th tr ul xmp".split()
-)
-HIDDEN = frozenset("script style template noscript title nav iframe noembed noframes".split())
-VERBATIM = frozenset("pre listing plaintext textarea xmp".split())
-BLOCK_END = re.compile(rf"</({'|'.join(sorted(BLOCKS))})\s*>", re.IGNORECASE)
-MARK = "<br end={}>"  # after each of these, which the parser tells only where it closes something
-MARKS = re.compile(MARK.format(r"\w+"))  # left where markup is text, as in a textarea
-# libxml2 looks through all open elements for what an end tag closes: these take some five seconds
-MAX_LOOKS = 2_000_000_000
 Bytes = IO[bytes]
 
 
@@ -77,10 +66,17 @@ def list_files(path: Path) -> tuple[list[Path], list[Path]]:
     """
     if not path.exists():
         raise DistillError(Exit.INPUT, path, "does not exist", "check corpus.path")
-    files = [path]
-    if not path.is_file():
-        parts = {p: p.relative_to(path).parts for p in path.rglob("*") if p.is_file()}
-        files = sorted(p for p in parts if not any(part.startswith(".") for part in parts[p]))
+    files, seen = [path] if path.is_file() else [], set[str]()
+    for folder, below, names in os.walk(path, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:  # a link to a folder that holds it
+            below.clear()
+            continue
+        seen.add(real)
+        below[:] = [name for name in below if not name.startswith(".") and name != "__MACOSX"]
+        below.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
+        paths = [Path(folder, name) for name in names if not name.startswith((".", "~$"))]
+        files += [path for path in paths if path.is_file() or path.is_symlink()]
+    files.sort()
     readable = [file for file in files if kind_of(file)]
     if not readable:
         names = " ".join((*SUFFIXES, *BINARY_SUFFIXES))
@@ -117,10 +113,10 @@ def read_file(
                 copy.write(decoder.decode(b"", final=True).encode("utf-8"))
                 copy.seek(0)
                 file = copy
-            if kind in LINES:
-                yield from read_lines(file, source)
-            elif kind == ".json":
+            if kind == ".json" or (kind in LINES and ARRAY.match(sample)):
                 yield from read_json(file, source)
+            elif kind in LINES:
+                yield from read_lines(file, source)
             elif kind in DELIMITERS:
                 yield from read_csv(file, source, DELIMITERS[kind])
             elif kind in TEXTS:
@@ -151,6 +147,9 @@ def _open(path: Path) -> Bytes:
 def _read_text(file: Bytes, source: str, html: bool) -> Iterator[SourceRow | Reject]:
     data = file.read(MAX_ROW + 1)
     try:
+        if not data.strip(b"\xef\xbb\xbf \t\r\n"):
+            yield Reject(where=f"{source}:1", reason="the file is empty", bad=False)
+            return
         if len(data) > MAX_ROW:
             raise ValueError(f"larger than {MAX_ROW:,} bytes")
         text = decode(data)
@@ -184,8 +183,8 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def read_json(file: Bytes, source: str) -> Iterator[SourceRow | Reject]:
     """Yield the rows of a JSON file: of an array, of the one list in an object, or the object.
 
-    Of a file of JSON lines, as many are called .json, each line. Raises DistillError (exit 3) where
-    it is no JSON.
+    An object of columns, as pandas writes it, is a table; of JSON lines, each is a row, whatever
+    the file is called. Raises DistillError (exit 3) where it is no JSON.
     """
     data = file.read(MAX_JSON + 1)
     try:
@@ -193,7 +192,7 @@ def read_json(file: Bytes, source: str) -> Iterator[SourceRow | Reject]:
             raise ValueError(f"is larger than {MAX_JSON:,} bytes: write it as .jsonl")
         value = json.loads(decode(data), object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and error.doc.lstrip().startswith("{"):
+        if error.msg == "Extra data" and error.doc.lstrip().startswith(("{", "[")):
             yield from read_lines(io.BytesIO(data), source)
             return
         what = f"is no JSON, or is cut off: {error}"
@@ -208,6 +207,11 @@ def read_json(file: Bytes, source: str) -> Iterator[SourceRow | Reject]:
             what = f"holds {len(lists)} lists of rows"
             fix = "write the one to be read to a file of its own"
             raise DistillError(Exit.INPUT, source, what, fix)
+        columns = [[*v.values()] if isinstance(v, dict) and "0" in v else v for v in value.values()]
+        if len(value) > 1 and all(
+            isinstance(column, list) and len(column) == len(columns[0]) for column in columns
+        ):
+            lists = [[dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]]
         value = lists[0] if lists else [value]
     for number, row in enumerate(value if isinstance(value, list) else [value], 1):
         where = f"{source}:{number}"
@@ -249,6 +253,7 @@ def read_lines(file: Bytes, source: str) -> Iterator[SourceRow | Reject]:
 def read_csv(file: Bytes, source: str, delimiter: str) -> Iterator[SourceRow | Reject]:
     """Yield the rows of CSV or TSV; a row whose quote does not close costs that row alone.
 
+    What stands between columns is the delimiter, or if the head has none, what it has in its place.
     Such a row is rejected at the line where it begins, and reading goes on at the line after it, so
     that it swallows none of the rows below. Raises DistillError (exit 3) where the head cannot be
     read or names a column twice.
@@ -256,8 +261,13 @@ def read_csv(file: Bytes, source: str, delimiter: str) -> Iterator[SourceRow | R
     # bytes that are not UTF-8 become lone surrogates, which cleaning rejects row by row
     text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
     csv.field_size_limit(MAX_ROW)
-    again, lines = deque[str](), list[str]()  # lines to be read again; lines of the present row
-    number = 0  # lines of the file before the present row
+    head, number = text.readline(MAX_ROW + 1), 0  # lines of the file before the present row
+    if re.fullmatch(r"sep=.\s*", head):  # of Excel
+        delimiter, head, number = head[4], text.readline(MAX_ROW + 1), 1
+    elif delimiter not in head and (other := max(";\t|,", key=head.count)) in head:
+        delimiter = other
+        say(f"{source} has {other!r} between its columns")
+    again, lines = deque([head]), list[str]()  # lines to be read again; lines of the present row
     # A row left open at the end of a line has the fate of every other that is open there: one
     # failure at a later line settles all that begin above that line. Without this, each of them
     # would be read to its end: quadratic.
@@ -345,7 +355,7 @@ def _read_parquet(path: Path, source: str) -> Iterator[SourceRow | Reject]:
 def _read_document(path: Path, source: str) -> Iterator[SourceRow | Reject]:
     """Yield each page of a PDF with its number, or a .docx file as one text."""
     try:
-        rows = list((_pages if path.suffix.lower() == ".pdf" else _paragraphs)(path))
+        rows = list((pdf_pages if path.suffix.lower() == ".pdf" else docx_text)(path))
         if not any(row["text"] for row in rows):
             raise ValueError("it holds no text, as of scanned pages")
         for row in rows:
@@ -355,37 +365,6 @@ def _read_document(path: Path, source: str) -> Iterator[SourceRow | Reject]:
         raise DistillError(Exit.INPUT, path, what, fix) from None
     except Exception as error:  # damaged files make these libraries raise whatever there is
         yield Reject(where=f"{source}:1", reason=f"cannot be read as {path.suffix}: {error}"[:200])
-
-
-def _pages(path: Path) -> list[dict[str, object]]:
-    """Return the text of each page; a short one goes with its neighbour."""
-    import pypdf
-
-    reader, pages = pypdf.PdfReader(path), list[tuple[int, str]]()
-    if reader.is_encrypted and not reader.decrypt(""):
-        raise ValueError("it needs a password")
-    for number, page in enumerate(reader.pages, 1):
-        text = page.extract_text().strip()
-        if pages and min(len(text), len(pages[-1][1])) < SHORT_PAGE:
-            number, before = pages.pop()
-            text = f"{before}\n\n{text}".strip()
-        pages += [(number, text)] if text else []
-    return [{"text": text, "page": number} for number, text in pages]
-
-
-def _paragraphs(path: Path) -> list[dict[str, object]]:
-    """Return the paragraphs and tables in their order, as one text."""
-    import docx
-
-    with zipfile.ZipFile(path) as packed:
-        if sum(member.file_size for member in packed.infolist()) > MAX_UNPACKED:
-            raise ValueError(f"larger than {MAX_UNPACKED:,} bytes when unpacked")
-    blocks: list[str] = []
-    for block in docx.Document(str(path)).iter_inner_content():
-        rows: Any = getattr(block, "rows", None)
-        lines = ["\t".join(cell.text for cell in row.cells) for row in rows or ()]
-        blocks.append("\n".join(lines) if rows is not None else block.text)
-    return [{"text": "\n\n".join(filter(None, blocks))}]
 
 
 def is_saved_dataset(path: Path) -> bool:
@@ -412,77 +391,3 @@ def read_dataset(reference: str, config: str | None, split: str) -> Iterator[Sou
         raise DistillError(Exit.INPUT, f"dataset {reference}", what, fix) from None
     for number, value in enumerate(rows, 1):
         yield SourceRow(f"{reference}/{split}:{number}", dict(value))
-
-
-class _PageText:
-    """Collects the visible text as the parser meets it; a block ends a line, `pre` keeps spaces.
-
-    No tree is built, so neither depth nor size is a matter of the stack or of memory.
-    """
-
-    def __init__(self, max_depth: int) -> None:
-        self.parts: list[str] = []
-        self.run: list[str] = []  # pieces of text without a tag between them
-        self.depth = self.hidden = self.verbatim = 0
-        self.max_depth = max_depth
-        self.ended = False  # whether a block has ended since the last line did
-
-    def start(self, tag: str, attributes: Mapping[str, str]) -> None:
-        self._end_run()
-        self.depth += 1
-        if self.depth > self.max_depth:
-            raise ValueError(f"more than {self.max_depth:,} HTML elements inside one another")
-        self.hidden += tag in HIDDEN
-        self.verbatim += tag in VERBATIM
-        if tag in BLOCKS:
-            block = attributes.get("end", tag)
-            self.parts.append("\n\n" if block[:1] in ("p", "h") else "\n")
-            self.ended = False
-
-    def end(self, tag: str) -> None:
-        self._end_run()
-        self.depth -= 1
-        self.hidden -= tag in HIDDEN
-        self.verbatim -= tag in VERBATIM
-        self.ended |= tag in BLOCKS and tag not in ("br", "hr")
-
-    def data(self, data: str) -> None:
-        if not self.hidden:
-            self.run.append(data)
-
-    def _end_run(self) -> None:
-        text, self.run = "".join(self.run), []
-        if not text:
-            return
-        if not self.verbatim:
-            # collapsed as a browser does, with one space at each end that had any
-            middle = " ".join(text.split())
-            text = f"{' ' * text[0].isspace()}{middle}{' ' * text[-1].isspace()}" if middle else " "
-        if self.ended and text != " ":  # a block ended without an end tag
-            self.parts.append("\n")
-            self.ended = False
-        self.parts.append(text)
-
-    def close(self) -> str:
-        self._end_run()
-        return "".join(self.parts)
-
-
-def html_to_text(html: str) -> str:
-    """Return the visible text of a page, one block a paragraph.
-
-    Whatever the page declares, nothing is fetched and no entity but HTML's own is expanded. Raises
-    ValueError where it is nested too deeply.
-    """
-    from lxml.html import HTMLParser  # few corpora are pages
-
-    if not html.strip():
-        return ""
-    collector = _PageText(MAX_LOOKS // (1 + html.count("</")))
-    parser = HTMLParser(target=collector, encoding="utf-8", no_network=True, huge_tree=True)
-    marked = BLOCK_END.sub(lambda end: end[0] + MARK.format(end[1].lower()), html)
-    data = marked.encode("utf-8", "replace")
-    # in pieces: an error of the collector stops the parser at the end of a piece
-    for start in range(0, len(data), 2**16):
-        parser.feed(data[start : start + 2**16])
-    return MARKS.sub("", parser.close())

@@ -8,18 +8,29 @@ A prompt becomes a document whose `meta["messages"]` holds the conversation to a
 turn is answered; what answers it is kept as it came, to the space, in `meta["recorded_answer"]`.
 """
 
-import ast
-import json
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import regex
 
 from distill.config.tree import Columns
 from distill.corpus.clean import normalise
+from distill.corpus.turns import (
+    REASONING,
+    TOOL,
+    LeftOut,
+    Turn,
+    are_texts,
+    are_turns,
+    holds,
+    parsed,
+    read_answers,
+    read_transcript,
+    read_turns,
+)
 from distill.reasoning import split_reasoning
 from distill.records import Document
 
@@ -40,10 +51,11 @@ class Shape(NamedTuple):
 
 
 ANY_ANSWER = "answer completion response output chosen answers completions responses outputs"
+ANY_PROMPT = "conversations prompt instruction question query input"
 SHAPES = tuple(
     Shape(name, *(tuple(columns.split()) for columns in table))
     for name, *table in (
-        ("preference rows", "chosen rejected", "prompt", "chosen"),
+        ("preference rows", "chosen rejected", ANY_PROMPT, "chosen"),
         ("UltraChat", "messages prompt_id", "messages", ANY_ANSWER),
         ("OpenAI messages", "messages", "messages", ANY_ANSWER),
         ("OpenHermes", "conversations system_prompt", "conversations", ANY_ANSWER),
@@ -51,23 +63,33 @@ SHAPES = tuple(
         ("conversations", "conversation", "conversation", ANY_ANSWER),
         ("UltraChat's list form", "data", "data", ANY_ANSWER),
         ("TRL prompt/completion", "prompt completion", "prompt", "completion"),
+        # before `prompt`, in which some Alpaca sets repeat the whole exchange, answer included
+        ("Alpaca", "instruction output", "instruction input", "output"),
+        ("Dolly", "instruction response", "instruction context", "response"),
         ("prompts", "prompt", "prompt input context", ANY_ANSWER),
         ("Open-Orca", "question system_prompt response", "question", "response"),
         ("SQuAD", "question context answers", "context question", "answers"),
-        ("GSM8K", "question answer", "context question", "answer"),
-        ("questions", "question", "context question", ANY_ANSWER),
-        ("Alpaca", "instruction output", "instruction input", "output"),
-        ("Dolly", "instruction response", "instruction context", "response"),
+        ("problems", "question solution", "context question", "solution"),
+        ("GSM8K", "question answer", "context passage question", "answer"),
+        ("questions", "question", "context passage question", ANY_ANSWER),
         ("instructions", "instruction", "instruction input context", ANY_ANSWER),
         ("queries", "query response", "query", "response"),
+        ("queries", "query answer", "query", "answer"),
         ("problems", "problem solution", "problem", "solution"),
+        ("problems", "problem generated_solution", "problem", "generated_solution"),
         ("pairs", "input output", "input", "output"),
         ("pairs", "inputs targets", "inputs", "targets"),
+        ("pairs", "human assistant", "human", "assistant"),
+        ("pairs", "user assistant", "user", "assistant"),
     )
 )
 SYSTEM = ("system", "system_prompt", "system_message")
+REFERENCE = ("reference", "expected_answer")
 HISTORY = "history"  # LLaMA-Factory's earlier exchanges, in pairs
-REASONING = ("reasoning_content", "reasoning", "thinking")
+KNOWN = {
+    *(name for shape in SHAPES for names in shape[1:] for name in names),
+    *(*TEXT_COLUMNS, *ANY_ANSWER.split(), *SYSTEM, *REASONING, *REFERENCE),
+}
 STATED = {
     "model": "recorded_model",
     "license": "recorded_license",
@@ -80,32 +102,6 @@ USES = (  # of columns, as they are told
     *("system turn", "recorded answer", "reference and recorded answer", "reasoning", "reference"),
 )
 UNUSED = "unused"
-TOOL = "tool"  # a call of a tool, or what one returned
-ROLES = {
-    name: role
-    for role, names in (
-        ("system", "system developer"),
-        ("user", "user human prompter"),
-        ("assistant", "assistant gpt model bot ai chatbot chatgpt"),
-        (TOOL, "tool function observation ipython tool_response function_response"),
-        (TOOL, "tool_call tool_calls function_call"),
-    )
-    for name in names.split()
-}
-TURNS_AS_TEXT = re.compile(r"""\s*+\[?\s*+\{\s*+['"](?:role|from|content|value)['"]\s*:""")
-TRANSCRIPT = re.compile(r"\n\n(Human|Assistant): ?")  # of Anthropic's preference rows
-
-
-class LeftOut(ValueError):
-    """Why a well-formed row cannot be used; it does not count as a bad one."""
-
-
-class Turn(NamedTuple):
-    """A turn as it came."""
-
-    role: str
-    text: object
-    reasoning: str | None = None
 
 
 class Reading:
@@ -118,7 +114,7 @@ class Reading:
     def add(self, shape: str, row: Mapping[str, object], uses: Mapping[str, str]) -> None:
         """Count a row whose columns became what `uses` says."""
         self.rows[shape] += 1
-        unused = {name: UNUSED for name in row if name not in uses and _holds(row[name])}
+        unused = {name: UNUSED for name in row if name not in uses and holds(row[name])}
         self.uses[shape] = unused | self.uses.get(shape, {}) | dict(uses)
 
     def lines(self) -> list[str]:
@@ -152,6 +148,8 @@ def interpret(
     Raises ValueError with the reason where it is neither, and LeftOut where it cannot be used.
     """
     columns, reading = columns or Columns(), reading or Reading()
+    if not any(name in row for name in TEXT_COLUMNS) and columns == Columns():
+        row = dict(zip(_usual_names(tuple(row)), row.values(), strict=True))
     text_column = columns.text or next((n for n in TEXT_COLUMNS if row.get(n) is not None), None)
     shape = _shape(row, columns)
     if form == "documents" or (form == "auto" and (columns.text or not shape)):
@@ -163,6 +161,8 @@ def interpret(
         return document
     if shape is None:
         raise ValueError(f"no column {columns.prompt or 'with a prompt'} among: {_names(row)}")
+    if shape.prompt == ("prompt",) and row.get("label") is False:  # TRL's unpaired preferences
+        raise LeftOut("its label says that the completion is not wanted")
     uses = {columns.id or "id": "", **dict.fromkeys(STATED, "")}
     meta = _prompt(row, columns, shape, pattern, uses, reading.omitted)
     messages = meta["messages"]
@@ -171,6 +171,16 @@ def interpret(
         text = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in messages)
     reading.add(shape.name, row, uses)
     return Document.make(text, where, meta)
+
+
+@lru_cache(100)
+def _usual_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names of columns, ` Question` as `question` where that is known and not there."""
+    result = list(names)
+    for place, name in enumerate(names):
+        if (usual := name.strip().lower().replace(" ", "_")) in KNOWN and usual not in result:
+            result[place] = usual
+    return tuple(result)
 
 
 def _shape(row: Mapping[str, object], columns: Columns) -> Shape | None:
@@ -184,9 +194,9 @@ def _shape(row: Mapping[str, object], columns: Columns) -> Shape | None:
         for shape in SHAPES
         if row.get(shape.known_by[0]) is not None
         and all(name in row for name in shape.known_by)
-        and (shape.known_by != ("data",) or _are_texts(row["data"]))
+        and (shape.known_by != ("data",) or are_texts(row["data"]))
     ]
-    filled = (shape for shape in fitting if _holds(row[shape.known_by[0]]))
+    filled = (shape for shape in fitting if holds(row[shape.known_by[0]]))
     return next(filled, fitting[0] if fitting else None)
 
 
@@ -201,7 +211,7 @@ def _prompt(
     """Return the meta of a row that holds a prompt, and note in `uses` what its columns became."""
 
     def take(use: str, *names: str | None) -> object:
-        name = next((name for name in names if name and _holds(row.get(name))), None)
+        name = next((name for name in names if name and holds(row.get(name))), None)
         uses.update({name: use} if name else {})
         return row[name] if name else None
 
@@ -209,36 +219,43 @@ def _prompt(
     if isinstance(exchanges := take("earlier turns", HISTORY), list):
         turns = [turn for pair in exchanges for turn in read_turns(pair)]
     for name in shape.prompt:
-        value = _parsed(row.get(name))
-        if isinstance(value, list | dict):
+        value = parsed(row.get(name))
+        if isinstance(value, dict) and isinstance(value.get("text"), str) and not are_turns(value):
+            value = value["text"]  # a question of Natural Questions, beside its tokens
+        if isinstance(value, list | dict) and name not in shape.known_by and not are_turns(value):
+            if not are_texts(value):
+                continue
+            value = "\n\n".join(value)  # passages
+        if isinstance(value, str) and value.startswith("\n\nHuman:"):
+            value = read_transcript(value)
+            turns += value
+        elif isinstance(value, list | dict):
             turns += read_turns(value)
-        elif _holds(value) or (len(shape.prompt) == 1 and name in shape.known_by):
+        elif holds(value) or (len(shape.prompt) == 1 and name in shape.known_by):
             texts.append(normalise(value))
         if name in row:
             uses[name] = "conversation" if isinstance(value, list | dict) else "prompt"
     turns += [Turn("user", "\n\n".join(texts))] if texts else []
     system = take("system turn", columns.system, *SYSTEM)
-    right_columns = ("reference",) if "answer" in shape.answer else ("reference", "answer")
+    right_columns = REFERENCE if "answer" in shape.answer else (*REFERENCE, "answer")
     reference = take("reference", columns.reference, *right_columns)
     column = "recorded answer"
-    answer = _parsed(take(column, columns.answer, *shape.answer))
+    answer = parsed(take(column, columns.answer, *shape.answer))
     if answer is None and columns.reference:
         column = "reference and recorded answer"
         answer = take(column, columns.reference)
 
     answers = list[Turn]()
-    if _are_turns(answer):
+    if are_turns(answer):
         more = read_turns(answer)
         # a chosen conversation repeats its prompt, or goes on from it
         turns = more if any(turn.role == "user" for turn in more) else turns + more
     elif isinstance(answer, str) and not turns:
-        parts = TRANSCRIPT.split(answer)
-        pairs = zip(parts[1::2], parts[2::2], strict=True)
-        turns = [Turn(ROLES[who.lower()], text) for who, text in pairs]
+        turns = read_transcript(answer)
     else:
-        answers = [Turn("assistant", text) for text in read_answers(answer)]
+        answers = read_answers(answer)
     messages, last = _arrange(turns, system, omitted)
-    stated = read_answers(reference) or [turn.text for turn in answers]
+    stated = [turn.text for turn in read_answers(reference) or answers]
     if last and (answers or answer is None):
         # the conversation ends with its answer: a text beside it is what is right
         ends = {"conversation": "prompt and recorded answer", column: "reference"}
@@ -262,13 +279,13 @@ def _prompt(
         meta["reference"] = right
     if answers:
         kept = [
-            {"text": turn.text} | ({"reasoning": turn.reasoning} if turn.reasoning else {})
+            {"text": turn.text}
+            | ({"reasoning": turn.reasoning} if turn.reasoning else {})
+            | ({"model": turn.model} if turn.model else {})
             for turn in answers
         ]
         for text in (text for answer in kept for text in answer.values()):
-            normalise(
-                text
-            )  # raises where it cannot be stored; what is stored is the text as it came
+            normalise(text)  # raises where it cannot be stored, and changes nothing
         meta["recorded_answer"] = kept if len(kept) > 1 or len(kept[0]) > 1 else kept[0]["text"]
     return meta | {key: row[name] for name, key in STATED.items() if _is_plain(row.get(name))}
 
@@ -291,106 +308,20 @@ def _arrange(
     omitted["assistant turns before the first user turn"] += sum(
         turn.role == "assistant" for turn in opening
     )
-    rest = [turn for turn in rest if turn.role != TOOL]
-    last = rest.pop() if rest[-1].role == "assistant" else None
+    rest, last = [turn for turn in rest if turn.role != TOOL], None
+    while rest[-1].role == "assistant":  # several in a row are one answer
+        before = rest.pop()
+        if last is None or not holds(last.text):
+            last = before
+        elif holds(before.text):
+            last = before._replace(text=f"{before.text}\n\n{last.text}")
     if rest[-1].role != "user":
         raise LeftOut("the conversation has no last user turn to answer")
     orders = [system, *(turn.text for turn in opening if turn.role == "system")]
-    texts = dict.fromkeys(normalise(text) for text in orders if _holds(text))
+    texts = dict.fromkeys(normalise(text) for text in orders if holds(text))
     head = [{"role": "system", "content": "\n\n".join(texts)}] if texts else []
     messages = [{"role": turn.role, "content": normalise(turn.text)} for turn in rest]
-    return head + messages, last if last and _holds(last.text) else None
-
-
-def read_turns(value: object) -> list[Turn]:
-    """Read a conversation in any of the usual forms; raises ValueError with the reason."""
-    if isinstance(value, dict):
-        lists = [one for one in value.values() if isinstance(one, list)]
-        if lists and len(lists) == len(value):  # a table of turns, as `datasets` writes them
-            value = [dict(zip(value, one, strict=False)) for one in zip(*lists, strict=False)]
-        else:
-            value = [value]
-    if not isinstance(value, list) or not value:
-        raise ValueError("a conversation must be a list of turns")
-    if _are_texts(value):
-        return [Turn(("user", "assistant")[n % 2], text) for n, text in enumerate(value)]
-    turns = list[Turn]()
-    for turn in value:
-        if not isinstance(turn, dict):
-            raise ValueError("a turn must have a role and a text")
-        role = turn.get("role", turn.get("from"))
-        if role is None and turn and ROLES.keys() >= turn.keys():  # a turn a key
-            turns += [Turn(ROLES[name], text) for name, text in turn.items() if _holds(text)]
-            continue
-        if not isinstance(role, str) or role.lower() not in ROLES:
-            raise ValueError(f"unknown role {str(role)[:40]!r}")
-        role, text = ROLES[role.lower()], turn.get("content", turn.get("value"))
-        thought = next((turn[name] for name in REASONING if _holds(turn.get(name))), None)
-        if turn.get("tool_calls") or turn.get("function_call"):
-            role = TOOL
-        elif isinstance(text, list):
-            role, text, thoughts = _join_parts(text, role)
-            thought = thought or thoughts
-        elif text is None and role == "assistant":
-            text = ""
-        turns.append(Turn(role, text, thought if isinstance(thought, str) else None))
-    return turns
-
-
-def _join_parts(parts: list[Any], role: str) -> tuple[str, str, str]:
-    """Return the role, the text and the reasoning of a turn whose content is a list of parts."""
-    texts, thoughts = list[str](), list[str]()
-    for part in parts:
-        part = {"type": "text", "text": part} if isinstance(part, str) else part
-        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
-        if kind in ("tool_use", "tool_call", "tool_result"):
-            role = TOOL
-        elif kind in ("thinking", "reasoning"):
-            value = next((part[key] for key in (kind, "text") if _holds(part.get(key))), "")
-            thoughts.append(_join_parts(value, role)[1] if isinstance(value, list) else str(value))
-        elif kind in ("text", "input_text", "output_text", "refusal"):
-            text = part.get("text", part.get(kind))
-            if not isinstance(text, str):
-                raise ValueError(f"the text is {type(text).__name__}, not text")
-            texts.append(text)
-        elif kind != "redacted_thinking":
-            raise LeftOut(f"a turn holds a part of type {str(kind)[:40]}, which is no text")
-    return role, "\n".join(texts), "\n".join(thoughts)
-
-
-def read_answers(value: object) -> list[str]:
-    """Return the answers in a column: a text as it is, a number or JSON as text, each of a list."""
-    if isinstance(value, dict) and "answer_start" in value:  # of SQuAD
-        value = value.get("text")
-    if not _holds(value):
-        return []
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, list) and all(
-        isinstance(one, str | int | float) or (isinstance(one, dict) and "answer_start" in one)
-        for one in value
-    ):
-        return list(dict.fromkeys(text for one in value for text in read_answers(one)))
-    return [json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)]
-
-
-def _parsed(value: object) -> object:
-    """Return the turns or answers that a column of CSV or Parquet holds as a text, else the value.
-
-    JSON, or what Python prints, as pandas writes it. Raises ValueError where turns cannot be read.
-    """
-    if not isinstance(value, str) or not ("answer_start" in value or TURNS_AS_TEXT.match(value)):
-        return value
-    for read in (json.loads, ast.literal_eval):
-        try:
-            result = read(value)
-        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            continue
-        listed = isinstance(result, dict) and "answer_start" in result
-        return result if listed or _are_turns(result) else value
-    if TURNS_AS_TEXT.match(value):
-        raise ValueError("looks like a list of turns and is neither JSON nor a Python literal")
-    return value
+    return head + messages, last if last and holds(last.text) else None
 
 
 def extract(answer: str | None, pattern: str | None) -> str | None:
@@ -423,24 +354,6 @@ def _is_plain(value: object) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
     return isinstance(value, str | int) and not (isinstance(value, int) and abs(value) > 2**63)
-
-
-def _holds(value: object) -> bool:
-    """Tell whether a value is neither missing (None, NaN) nor empty."""
-    if isinstance(value, str):
-        return bool(value.strip())
-    return value is not None and value != [] and value != {} and value == value
-
-
-def _are_texts(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
-
-
-def _are_turns(value: object) -> bool:
-    first = value[0] if isinstance(value, list) and value else value
-    if not isinstance(first, dict) or not {"content", "value", "tool_calls"} & first.keys():
-        return False
-    return isinstance(first.get("role", first.get("from")), str)
 
 
 def _names(row: Mapping[str, object]) -> str:

@@ -18,14 +18,15 @@ from rich.table import Table
 from distill.callables import find as find_callable
 from distill.callables import source_hash
 from distill.config.tree import Filters
+from distill.config.yaml_file import find_config
 from distill.corpus.contamination import contaminated_pairs
 from distill.corpus.ngrams import words
 from distill.errors import DistillError, Exit
-from distill.generation.refusals import is_refusal
+from distill.generation.refusals import FIRST_TABLE, TABLE, is_refusal
 from distill.languages import SPACELESS
 from distill.reasoning import join_thought
 from distill.records import SPLITS, Document, Pair, Prompt, Record, Response, Split
-from distill.storage.files import read_records, write_json, write_records
+from distill.storage.files import read_records, sha256_file, write_json, write_records
 from distill.storage.progress import console
 from distill.storage.run_folder import Run
 from distill.tasks.checkers import check, needs_reference, strip_fence
@@ -101,9 +102,14 @@ def main(run: Run) -> None:
 
 
 def identity(settings: Filters, reasoning: str) -> dict[str, str]:
-    """Return whether rows are trained on with reasoning, and what filters of the user's are."""
-    thoughts = {"reasoning": reasoning} if reasoning == "keep" else {}
-    return thoughts | {f"filter {name}": source_hash("filter", name) for name in settings.python}
+    """Return whether rows are trained on with reasoning, and what filters of the user's are.
+
+    So is the table of refusals, unless it is the first one, which earlier runs do not name.
+    """
+    facts = {"reasoning": reasoning} if reasoning == "keep" else {}
+    if settings.refusal and (digest := sha256_file(find_config(TABLE))) != FIRST_TABLE:
+        facts[TABLE.as_posix()] = digest
+    return facts | {f"filter {name}": source_hash("filter", name) for name in settings.python}
 
 
 def active_filters(settings: Filters, find: FindTask = shipped) -> list[Filter]:

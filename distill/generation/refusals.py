@@ -14,6 +14,8 @@ from typing import NamedTuple
 from distill.config.values import Section
 from distill.config.yaml_file import find_config, read_table
 
+TABLE = Path("configs/refusals.yaml")
+FIRST_TABLE = "a3df5cb6d9a9d7897de8617e0f3af96a1e7d13f2ccb64608d7a340439a21afb9"
 HEAD = 300  # letters within which a refusal is declared
 LONG = 1200  # characters of an answer, whatever it begins with
 SAID = 24  # letters that make an answer, after a "but", or where only something is lacking
@@ -66,7 +68,7 @@ class Patterns(NamedTuple):
 @cache
 def known_languages() -> dict[str, Patterns]:
     """Read the table; raises DistillError (exit 2) where it is wrong."""
-    path = find_config(Path("configs/refusals.yaml"))
+    path = find_config(TABLE)
     rows = read_table(path, tuple[Language, ...], "see the first lines of configs/refusals.yaml")
 
     def compiled(alternatives: tuple[str, ...]) -> re.Pattern[str]:

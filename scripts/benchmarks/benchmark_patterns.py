@@ -27,7 +27,7 @@ from rich.table import Table
 from distill import formatting
 from distill.config.tree import Filters
 from distill.config.yaml_file import check_values
-from distill.corpus import clean, contamination, privacy, prompts, readers, rows
+from distill.corpus import clean, contamination, pages, privacy, prompts, readers, rows
 from distill.corpus.corpus import split
 from distill.corpus.encodings import recognise
 from distill.corpus.near_duplicates import near_repeats, shingles
@@ -242,7 +242,7 @@ READERS: dict[str, Reader] = {
     "corpus.clean.chunk": lambda text: clean.chunk(text, 6000, 200),
     "corpus.clean.chunk, half over": lambda text: clean.chunk(text, 200, 100),
     "corpus.clean.chunk, most over": lambda text: clean.chunk(text, 200, 180),
-    "corpus.readers, HTML": readers.html_to_text,
+    "corpus.pages, HTML": pages.html_to_text,
     "corpus.readers, JSON lines": whole(lambda t: readers.read_lines(file_of(t), "f")),
     "corpus.readers, CSV": whole(lambda t: readers.read_csv(file_of(t), "f", ",")),
     "corpus.rows.interpret": refusable(lambda t: rows.interpret({"text": t, "title": t}, "f")),

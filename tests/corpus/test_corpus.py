@@ -240,6 +240,36 @@ def test_a5_two_answers_to_one_prompt_are_two_samples(tmp_path: Path) -> None:
     assert found == [("3", "some/one"), (" three\n", "other/one")] and len(responses) == 21
 
 
+def test_a5_thousands_of_answers_to_one_prompt_take_linear_time() -> None:
+    rows = [document("q", f"a:{n}", recorded_answer=f"{n % 20_000}") for n in range(20_100)]
+    rejects: list[Reject] = []
+    (one,) = deduplicate(rows, rejects)
+    assert [answer["text"] for answer in one.recorded_answers] == [str(n) for n in range(20_000)]
+    assert len(rejects) == 100
+
+
+def test_a2_messages_of_a_tree_are_its_conversations(tmp_path: Path) -> None:
+    """A2: the rows of OpenAssistant/oasst1, of which each names its parent."""
+    tree = [
+        ("q", None, "prompter", text(1)),
+        ("a", "q", "assistant", "One."),
+        ("b", "q", "assistant", "Another."),
+        ("r", "a", "prompter", text(2)),
+        ("s", None, "prompter", text(3)),
+        ("c", "s", "assistant", "Third."),
+    ]
+    names = ("message_id", "parent_id", "role", "text")
+    write_rows(tmp_path, [dict(zip(names, row, strict=True)) | {"lang": "en"} for row in tree])
+    run = make(tmp_path, split={"validation": 0, "heldout": 0})
+    run.perform(STAGE)
+    threads = {d.meta["messages"][-1]["content"]: d for d in documents(run)}
+    assert threads.keys() == {text(1), text(2), text(3)}
+    answers = [answer["text"] for answer in threads[text(1)].recorded_answers]
+    assert answers == ["One.", "Another."]
+    roles = [turn["role"] for turn in threads[text(2)].meta["messages"]]
+    assert roles == ["user", "assistant", "user"] and not threads[text(2)].recorded_answers
+
+
 def test_a10_rows_that_cannot_be_used_are_counted_and_do_not_end_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

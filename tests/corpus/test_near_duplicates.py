@@ -21,6 +21,15 @@ ALPHABETS = {  # letters of languages that are written without spaces, and of on
 }
 
 
+def test_h17_near_repeats_without_words() -> None:
+    """H17: Korean without spaces, and scripts of which nothing is known."""
+    for first in (0xAC00, 0xA984, 0xFF66):
+        letters = [chr(first + random.Random(n).randrange(41)) for n in range(400)]
+        texts = ["".join(letters), "".join(letters[:390]), "".join(letters[::-1])]
+        documents = [Document.make(text, f"a:{n}", {}) for n, text in enumerate(texts)]
+        assert near_repeats(documents, 0.8) == {1: 0}
+
+
 def made(language: str, seed: int, size: int = 400) -> str:
     draw, letters = random.Random(seed), ALPHABETS[language]
     if language == "en":

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from distill.corpus import readers
 from distill.corpus.clean import normalise
-from distill.corpus.readers import SUFFIXES, Reject, SourceRow, html_to_text, list_files, read_file
+from distill.corpus.pages import html_to_text
+from distill.corpus.readers import SUFFIXES, Reject, SourceRow, list_files, read_file
 from distill.errors import DistillError, Exit
 from tests.support.errors import stops
 
@@ -323,6 +324,24 @@ def test_tsv_is_read_by_its_tabs(tmp_path: Path) -> None:
     assert [row.where for row in found if isinstance(row, Reject)] == ["a.tsv.gz:4"]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "question;answer\r\nOne, two?;a\r\n",
+        "sep=;\r\nquestion;answer\r\nOne, two?;a\r\n",
+        "question\tanswer\nOne, two?\ta\n",
+        'question|answer\n"One, two?"|a\n',
+    ],
+)
+@pytest.mark.parametrize("codec", ["utf-8-sig", "utf-16"])
+def test_h16_what_excel_and_databases_call_csv(tmp_path: Path, text: str, codec: str) -> None:
+    """H16: the head says what stands between columns."""
+    (row,) = read(write(tmp_path, "a.csv", text.encode(codec)))
+    assert row == SourceRow(
+        f"a.csv:{3 if 'sep' in text else 2}", {"question": "One, two?", "answer": "a"}
+    )
+
+
 def test_a_key_that_stands_twice_makes_a_bad_row(tmp_path: Path) -> None:
     data = b'{"text": "a", "text": "b"}\n{"text": "c", "meta": {"k": 1, "k": 2}}\n{"text": "d"}\n'
     first, second, good = read(write(tmp_path, "a.jsonl", data))
@@ -395,6 +414,26 @@ def test_files_are_listed_in_order_and_others_counted(tmp_path: Path) -> None:
     assert [str(p.relative_to(tmp_path)) for p in others] == ["a/x.parquet.gz", "image.png"]
 
 
+def test_linked_folders_are_read_once_and_lock_files_are_not(tmp_path: Path) -> None:
+    (tmp_path / "in/sub").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("in/sub/a.txt", "elsewhere/b.txt", "in/~$c.docx", "in/.d.txt"):
+        (tmp_path / name).write_text("x")
+    for name, target in (("out", "../elsewhere"), ("loop", "."), ("again", "sub"), ("e.txt", "no")):
+        (tmp_path / "in" / name).symlink_to(target)
+    known, others = list_files(tmp_path / "in")
+    names = [str(p.relative_to(tmp_path / "in")) for p in known]
+    assert names == ["e.txt", "out/b.txt", "sub/a.txt"] and not others
+    with stops(Exit.INPUT, "e.txt"):  # a link to nothing is no file less, without a word
+        read(known[0])
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.html.gz", "a.md"])
+def test_an_empty_file_is_left_out_and_is_no_bad_row(tmp_path: Path, name: str) -> None:
+    (reject,) = read(write(tmp_path, name, b"\xef\xbb\xbf \n"))
+    assert reject == Reject(where=f"{name}:1", reason="the file is empty", bad=False)
+
+
 @pytest.mark.parametrize("name", ["missing", "empty", "image.png"])
 def test_nothing_to_read_stops_and_names_the_path(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
@@ -424,6 +463,20 @@ def test_a8_json_is_read_in_its_usual_forms(tmp_path: Path, name: str, form: str
     if form == "lines":
         text = "".join(json.dumps(row) + "\n" for row in rows)
     found = read(write(tmp_path, name, text.encode("utf-16" if form == "UTF-16" else "utf-8-sig")))
+    assert found == [SourceRow(f"{name}:{n}", row) for n, row in enumerate(rows, 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("a.jsonl", [{"question": "q", "answer": "a"}, {"question": "r", "answer": "b"}]),
+        ("a.json", {"question": ["q", "r"], "answer": ["a", "b"]}),
+        ("a.json", {"question": {"0": "q", "1": "r"}, "answer": {"0": "a", "1": "b"}}),
+    ],
+)
+def test_a8_arrays_in_jsonl_and_tables_of_pandas(tmp_path: Path, name: str, value: object) -> None:
+    found = read(write(tmp_path, name, json.dumps(value).encode()))
+    rows = [{"question": "q", "answer": "a"}, {"question": "r", "answer": "b"}]
     assert found == [SourceRow(f"{name}:{n}", row) for n, row in enumerate(rows, 1)]
 
 
@@ -586,9 +639,11 @@ def test_a_docx_is_read_in_its_order(tmp_path: Path) -> None:
     table = document.add_table(rows=2, cols=2)
     for number, cell in enumerate(cell for row in table.rows for cell in row.cells):
         cell.text = f"c{number}"
+    wide = table.add_row().cells
+    wide[0].merge(wide[1]).text = "over both"
     document.add_paragraph("After it.")
     document.save(str(tmp_path / "a.docx"))
-    text = "Title\n\nBefore the table.\n\nc0\tc1\nc2\tc3\n\nAfter it."
+    text = "Title\n\nBefore the table.\n\nc0\tc1\nc2\tc3\nover both\n\nAfter it."
     assert read(tmp_path / "a.docx") == [SourceRow("a.docx:1", {"text": text})]
     (reject,) = read(write(tmp_path, "b.docx", (tmp_path / "a.docx").read_bytes()[:-99]))
     assert isinstance(reject, Reject) and ".docx" in reject.reason

@@ -306,6 +306,56 @@ def test_a2_the_right_answer_beside_a_solution_and_lists_of_answers() -> None:
         assert meta(row)["messages"][0]["content"] == "q" and recorded(row) == [{"text": "a"}]
 
 
+PAIR = {"content": "q", "role": "user"}, {"content": "a", "role": "assistant"}
+
+
+@pytest.mark.parametrize(
+    ("row", "asked", "answer"),
+    [
+        ({"Question": "q", "Complex_CoT": "2+2", "Response": "a"}, "q", "a"),
+        ({"INSTRUCTION": "q", " input": "i", "Output ": "a"}, "q\n\ni", "a"),
+        ({"Text": "q"}, "", ""),
+        ({"conversations": ["q", "a"], "source": "lima"}, "q", "a"),
+        ({"conversation": [{"input": "q", "output": "a"}], "source": "capybara"}, "q", "a"),
+        ({"conversation": PAIR, "model": "gpt-4", "turn": 1, "toxic": False}, "q", "a"),
+        ({"system": "", "question": "q", "chosen": "a", "rejected": "b"}, "q", "a"),
+        ({"conversations": [PAIR[0]], "chosen": PAIR[1], "rejected": PAIR[1]}, "q", "a"),
+        ({"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": "a", "rejected": "b"}, "q", "a"),
+        ({"query": "q", "answer": "a"}, "q", "a"),
+        ({"problem": "q", "generated_solution": "a", "expected_answer": "4"}, "q", "a"),
+        ({"question": "q", "solution": "a", "answer": "4"}, "q", "a"),
+        ({"instruction": "q", "output": "a", "prompt": "### q ### a"}, "q", "a"),
+        ({"question": "q", "passage": "p", "answer": "a"}, "p\n\nq", "a"),
+        ({"question": "q", "context": ["p", "r"], "answer": "a"}, "p\n\nr\n\nq", "a"),
+        ({"question": {"text": "q", "tokens": ["q"]}, "document": {"html": "h"}}, "q", ""),
+        ({"human": "q", "assistant": "a"}, "q", "a"),
+        ({"messages": [{"speaker": "user", "text": "q"}, PAIR[1]]}, "q", "a"),
+        ({"messages": [*PAIR, {"role": "assistant", "content": " b"}]}, "q", "a\n\n b"),
+        ({"messages": [*PAIR, {"role": "assistant", "content": None}]}, "q", "a"),
+    ],
+)
+def test_a2_other_sets_of_the_hub(row: dict[str, Any], asked: str, answer: str) -> None:
+    """A2: LIMA, Capybara, WildChat, Orca DPO, HH-RLHF, Natural Questions, NuminaMath and such."""
+    row = {name: [*value] if value is PAIR else value for name, value in row.items()}
+    found = interpret(row, "a:1")
+    assert [turn["content"] for turn in found.meta.get("messages", [{"content": ""}])] == [asked]
+    assert [one["text"] for one in found.recorded_answers] == [answer] * bool(answer)
+
+
+def test_a2_answers_of_several_models_and_those_that_are_not_wanted() -> None:
+    """A2, A5: UltraFeedback's completions; TRL's unpaired preferences; a tree of OASST."""
+    completions = [{"model": m, "response": f"by {m}", "overall_score": 2.0} for m in "xy"]
+    found = recorded({"instruction": "q", "models": ["x", "y"], "completions": completions})
+    assert found == [{"text": "by x", "model": "x"}, {"text": "by y", "model": "y"}]
+    pair = {"prompt": "q", "completion": "a"}
+    assert recorded(pair | {"label": True}) == [{"text": "a"}]
+    with pytest.raises(LeftOut, match="not wanted"):
+        interpret(pair | {"label": False}, "a:1")
+    tree = {"text": "q", "role": "prompter", "replies": [{"text": "a", "role": "assistant"}]}
+    with pytest.raises(ValueError, match="tree of replies"):
+        interpret({"prompt": tree}, "a:1")
+
+
 def test_a_turn_may_be_a_key() -> None:
     row = {"conversation": [{"system": "s", "human": "a", "assistant": "b"}, {"human": "c"}]}
     assert " ".join(t["role"] for t in meta(row)["messages"]) == "system user assistant user"

@@ -135,6 +135,17 @@ def test_refusals_are_known_in_ten_languages(language: str) -> None:
         assert reason(text) is None, text
 
 
+def test_another_table_of_refusals_makes_the_stage_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert filters.identity(Filters(), "drop") == {}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/refusals.yaml").write_text("[]")
+    assert list(filters.identity(Filters(), "drop")) == ["configs/refusals.yaml"]
+    assert filters.identity(Filters(refusal=False), "drop") == {}
+
+
 def test_a_long_repetitive_text_is_judged_quickly() -> None:
     assert reason("ab" * 50_000) == "repetition"
     assert reason("".join(chr(97 + i * i % 23) for i in range(100_000))) in (None, "repetition")
