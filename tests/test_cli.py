@@ -15,7 +15,7 @@ import typer
 from distill.cli import app, main
 from distill.config.yaml_file import load_config
 from distill.errors import DistillError, Exit, exit_code
-from distill.pipeline import STAGES, from_stage, perform
+from distill.pipeline import STAGES, perform
 from distill.storage.run_folder import Stage, open_run
 from distill.tasks.sandbox.programs import unavailable
 
@@ -23,18 +23,15 @@ ROOT = Path(__file__).parent.parent
 KEY = "sk-ant-0123456789abcdefghij"
 
 
+def write_rows(*rows: dict[str, str]) -> None:
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 @pytest.fixture
 def config(tmp_path, monkeypatch) -> str:
     """Return a config of recorded answers, in a folder of its own that is the working one."""
     monkeypatch.chdir(tmp_path)
-    turns = [
-        [
-            {"role": "user", "content": f"What is {n} and {n}?"},
-            {"role": "assistant", "content": f"{2 * n} of it."},
-        ]
-        for n in range(20)
-    ]
-    Path("rows.jsonl").write_text("".join(json.dumps({"messages": t}) + "\n" for t in turns))
+    write_rows(*({"prompt": f"What is 1 and {n}?", "answer": f"{1 + n} of it."} for n in range(20)))
     Path("c.yaml").write_text(
         "name: mine\n"
         "corpus: {path: rows.jsonl, format: prompts, split: {validation: 2, heldout: 4}, "
@@ -122,6 +119,7 @@ def test_status_says_what_is_done_left_and_stale(config, capsys):
         (["bogus"], "No such command"),
         (["run"], "Missing argument"),
         (["run", "c.yaml", "--bogus"], "No such option"),
+        (["train", "c.yaml", "--allow-code"], "No such option"),
         (["run", "c.yaml", "trian.lr=1"], "did you mean train?"),
         (["run", "nowhere.yaml"], "No such file"),
         (["run", "."], "has no config.json"),
@@ -174,36 +172,10 @@ def test_ctrl_c_exits_130_and_the_same_command_continues(config, capsys):
     assert capsys.readouterr().err == "first: done before, reused\nsecond: done\n"
 
 
-def test_redo_sets_aside_what_follows_too(config):
-    run = open_run(Path(config))
-    stages = (stage("first", write("first")), stage("second", write("second"), ("first.txt",)))
-    perform(run, stages)
-    perform(run, stages, stages)
-    kept = {path.name for path in run.path(".old").rglob("*.txt")}
-    assert kept == {"first.txt", "second.txt"}
-
-
-def test_from_stage_gives_the_stage_and_what_follows():
-    assert [s.name for s in from_stage("evaluate")] == ["evaluate", "report"]
-
-
 def test_a_second_run_in_the_folder_is_told_who_holds_it(config, capsys):
     with open_run(Path(config)).lock():
         code, _, lines = say(capsys, "corpus", config)
     assert code == Exit.STATE and f"lock held by pid {os.getpid()}" in lines[0]
-    assert say(capsys, "corpus", config)[0] == 0
-
-
-def test_a_killed_holder_s_lock_is_taken_over(config, capsys):
-    script = (
-        "from distill.storage.run_folder import open_run; from pathlib import Path; import time\n"
-        + ("with open_run(Path('c.yaml')).lock(): print('held', flush=True); time.sleep(60)")
-    )
-    holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout and holder.stdout.readline() == "held\n"
-    assert say(capsys, "corpus", config)[0] == Exit.STATE
-    holder.kill()
-    holder.wait()
     assert say(capsys, "corpus", config)[0] == 0
 
 
@@ -275,13 +247,6 @@ def test_what_cannot_be_printed_is_escaped_or_said(config, tmp_path, out, encodi
         assert b"\\u6a21" in (tmp_path / "out").read_bytes()
 
 
-@pytest.mark.parametrize("verb", ["repair", "compact"])
-def test_what_is_no_store_is_refused(config, capsys, verb):
-    Path("empty").mkdir()
-    code, _, lines = say(capsys, verb, "empty")
-    assert code == Exit.STATE and "is no store" in lines[0]
-
-
 @pytest.mark.parametrize("words", [["status", "c.yaml"], ["--help"]])
 def test_quick_commands_import_no_torch(config, words):
     script = (
@@ -327,8 +292,7 @@ def test_init_writes_a_config_that_says_what_it_needs(tmp_path, monkeypatch, cap
     code, _, (line,) = say(capsys, "init", "notes")
     assert code == Exit.CONFIG and "is there already" in line
 
-    rows = [{"messages": [{"role": "user", "content": note}]} for note in notes]
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(*({"prompt": note} for note in notes))
     hosted = ("--base-url", "https://api.openai.com/v1", "--api-key-env", "OPENAI_API_KEY")
     code, out, _ = say(
         capsys, "init", "asks", "--corpus", "rows.jsonl", "--teacher", "gpt-5.6-terra", *hosted
@@ -370,17 +334,11 @@ PROGRAMS = ("```python\ndef f(x):\n    return x + {n}\n```", "def f(x):\n    ret
 def programs(config, tmp_path) -> str:
     """Return a config whose task is checked by running programs: of three answers, the first is
     right."""
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": f"Write f, which adds {n}."},
-                {"role": "assistant", "content": PROGRAMS[n % 3].replace("{n}", str(n))},
-            ],
-            "tests": f"assert f(1) == {1 + n}",
-        }
-        for n in range(1, 22)
-    ]
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = []
+    for n in range(1, 22):
+        row = {"prompt": f"Write f, which adds {n}.", "tests": f"assert f(1) == {1 + n}"}
+        rows.append({**row, "answer": PROGRAMS[n % 3].replace("{n}", str(n))})
+    write_rows(*rows)
     Path("configs/tasks").mkdir(parents=True)
     Path("configs/tasks/adds.yaml").write_text(
         "metric: passes\nstudent: {user: '{{ prompt }}'}\nreference: '{{ document.meta.tests }}'\n"
@@ -404,21 +362,14 @@ def test_programs_that_pass_their_tests_are_kept(programs, capsys):
     for stage in ("corpus", "prompts", "generate"):
         assert say(capsys, stage, programs)[0] == 0
     assert say(capsys, "filter", programs, "--allow-code")[0] == 0
-    kept = [
-        json.loads(line) for line in Path("runs/mine/dataset/train.jsonl").read_text().splitlines()
-    ]
-    dropped = [
-        json.loads(line) for line in Path("runs/mine/dropped.jsonl").read_text().splitlines()
-    ]
+    kept, dropped = (
+        list(map(json.loads, Path("runs/mine", name).read_text().splitlines()))
+        for name in ("dataset/train.jsonl", "dropped.jsonl")
+    )
     assert kept and all("return x +" in row["response"]["text"] for row in kept)
     assert dropped and {row["reason"] for row in dropped} == {"failed checker"}
     assert all("return x +" not in row["text"] for row in dropped)
     assert say(capsys, "filter", programs)[:1] == (0,)  # done: nothing is left to run
-
-
-def test_no_verb_but_those_that_check_takes_the_flag(config, capsys):
-    code, _, (line,) = say(capsys, "train", config, "--allow-code")
-    assert code == Exit.CONFIG and "No such option" in line
 
 
 def test_a_config_that_could_not_be_read_again_is_not_written(config, capsys):

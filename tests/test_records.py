@@ -15,7 +15,6 @@ from distill.records import (
     Prompt,
     Response,
     Score,
-    Usage,
     canonical,
     digest,
 )
@@ -73,14 +72,9 @@ def test_a_split_that_an_earlier_version_wrote_in_meta_is_read():
 
 def test_a_prompt_s_id_depends_on_everything_in_it():
     other = (Message(role="user", content="else"),)
-    changes = [
-        {"messages": other},
-        {"teacher_messages": other},
-        {"document_id": "e"},
-        {"task": "u"},
-        {"reference": "r"},
-    ]
-    assert len({prompt().id, *(prompt(**change).id for change in changes)}) == 6
+    changes = {"messages": other, "teacher_messages": other}
+    changes |= {"document_id": "e", "task": "u", "reference": "r"}
+    assert len({prompt().id, *(prompt(**{key: changes[key]}).id for key in changes)}) == 6
     assert prompt().id == prompt().id
 
 
@@ -119,6 +113,3 @@ def test_anything_else_is_a_validation_error(line):
 def test_records_do_not_change():
     with pytest.raises(ValidationError):
         response().text = "other"
-    with pytest.raises(ValidationError):
-        response().model_copy(update={}).__class__.model_validate({"id": 1})
-    assert Usage() == Usage(input_tokens=0, seconds=0.0)
