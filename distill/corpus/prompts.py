@@ -76,6 +76,12 @@ def main(run: Run) -> None:
         if count > 1:  # prompts could not tell them apart
             what = f"two tasks are called {name}"
             raise DistillError(Exit.CONFIG, "prompts.tasks", what, "rename one")
+    held = sum("messages" in document.meta for document in documents)
+    if held and (about := [task.name for task in tasks if "prompt" not in task.student.user]):
+        asks = (
+            f"{held:,} rows are prompts, and task {about[0]} asks about them as if they were texts"
+        )
+        say(f"warning: {asks}; prompts.tasks=[] asks what they ask")
     first: list[Prompt] = []
     counts: dict[str, Counter[str]] = {}
 

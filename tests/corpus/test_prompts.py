@@ -60,6 +60,13 @@ def made(run: Run) -> list[Prompt]:
     return read_records(run.path("prompts.jsonl"), Prompt)
 
 
+@pytest.mark.parametrize(("tasks", "warned"), [((), 0), (("math_word_problem",), 0), (THREE, 1)])
+def test_rows_that_are_prompts_are_no_texts_to_be_summarised(tmp_path, capsys, tasks, warned):
+    """A2: with the tasks of a config for prose, each prompt would be a passage, and be paid for."""
+    made(make(tmp_path, rows({"prompt": "why?", "name": "f", "signature": "f()"}), tasks=tasks))
+    assert capsys.readouterr().err.count("1 rows are prompts, and task summary asks") == warned
+
+
 def test_rotation_gives_each_document_one_task_and_each_split_equal_parts(tmp_path: Path) -> None:
     documents = [api(n, "train" if n < 20 else "heldout") for n in range(30)]
     run = make(tmp_path, documents, tasks=THREE, per_document="rotate", train=12, heldout=9)
