@@ -51,6 +51,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for a script."
 def show(view: RenderableType) -> None:
     """Print a table with its notes; where that cannot be printed, `exit_code` says so."""
     console = Console(soft_wrap=True)
+    console.width = max(console.width, 80)  # a narrower table would have no words
     with console.capture() as captured:
         console.print(view, markup=False)
     print(captured.get(), end="")
@@ -208,12 +209,18 @@ def show_plan(
     from distill.planning import cost, plan, preflight
 
     run = open_run(config, overrides or ())
-    estimate = plan.make_plan(run, cost.pilot(run, pilot) if pilot else None)
-    found = preflight.foreseen(run, estimate.machine.here)
+    origin = cost.pilot(run, pilot) if pilot else None
+    try:
+        estimate, found = plan.make_plan(run, origin), list[DistillError]()
+    except DistillError as error:  # what keeps a run from being planned is one problem among others
+        estimate, found = None, [error]
+    found += preflight.foreseen(run, estimate is None or estimate.machine.here)
+    found = list({str(error): error for error in found}.values())
     if as_json:
+        facts = estimate.model_dump(mode="json") if estimate else {}
         lines = [f"{error} (exit {error.code:d})" for error in found]
-        print(json.dumps({**estimate.model_dump(mode="json"), "problems": lines}, indent=2))
-    else:
+        print(json.dumps({**facts, "problems": lines}, indent=2))
+    elif estimate:
         show(plan.show(estimate))
     if found:
         raise preflight.together(found)

@@ -8,6 +8,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from enum import IntEnum
 
 
@@ -61,8 +62,7 @@ def exit_code(work: Callable[[], object], debug: bool = False) -> int:
     `debug` is raised."""
     try:
         code = _outcome(work, debug)
-        if sys.stdout is not None:  # it is None where a shell closed it
-            sys.stdout.flush()
+        sys.stdout.flush()
     except OSError as error:  # of what was printed
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else it would fail again at the exit
         if isinstance(error, BrokenPipeError):  # whoever read has gone: head, less
@@ -82,7 +82,7 @@ def _outcome(work: Callable[[], object], debug: bool) -> int:
         if debug:
             raise
         if isinstance(error, OSError):
-            if error.filename is None and sys.stdout is not None:
+            if error.filename is None:
                 sys.stdout.flush()  # raises again where that is what cannot be written
             error = _of_the_system(error, "the system")
         for line in (error, *getattr(error, "__notes__", ())):  # all that was found at once
@@ -105,5 +105,6 @@ def _of_the_system(error: OSError, where: str) -> DistillError:
 def _complain(line: str, code: int) -> int:
     """Print one line, whatever came in from a file: control characters are shown, not sent to the
     terminal."""
-    print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), file=sys.stderr)
+    with suppress(OSError):  # of a full disk; the code says it too
+        print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), file=sys.stderr)
     return int(code)

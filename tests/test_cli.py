@@ -247,6 +247,26 @@ def test_what_cannot_be_printed_is_escaped_or_said(config, tmp_path, out, encodi
         assert b"\\u6a21" in (tmp_path / "out").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        pytest.param("status {} 2>&- >&- <&-", 0, id="H23 no streams"),
+        pytest.param("status {} x=1 2>/dev/full", Exit.CONFIG, id="H23 full stderr"),
+        pytest.param("status {} x=1 2>&-", Exit.CONFIG, id="H23 no stderr"),
+    ],
+)
+def test_a_stream_that_is_closed_or_full_changes_no_outcome(config, words, code):
+    command = f"{sys.executable} -m distill {words.format(config)}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, shell=True, capture_output=True, env=environment)
+    assert (done.returncode, done.stdout) == (code, b"")
+
+
+def test_h23_a_table_has_its_words_on_a_terminal_of_20_columns(config, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    assert "generate" in say(capsys, "status", config)[1]
+
+
 @pytest.mark.parametrize("words", [["status", "c.yaml"], ["--help"]])
 def test_quick_commands_import_no_torch(config, words):
     script = (

@@ -54,6 +54,7 @@ def make_plan(run: Run, origin: str | None = None, machine: Machine | None = Non
     """Return the plan of a run here or on `machine`; `origin` is its responder's, after a pilot."""
     config = run.config
     work, book = count_work(run), load_prices(config.evaluation.prices)
+    require_length(config, work)
     teacher = teacher_cost(config, work, origin)
     estimate = RunEstimate(
         config, work, teacher, machine or find_machine(config.evaluation.machine, *_types(config))
@@ -86,6 +87,16 @@ def make_plan(run: Run, origin: str | None = None, machine: Machine | None = Non
         disk_free=disk_free(run),
         notes=tuple(notes),
     )
+
+
+def require_length(config: Config, work: Work) -> None:
+    """Stop (exit 7) where no prompt fits into a training sample, with room for one token."""
+    prompts, most = work.texts[1] if work.texts else (), config.train.max_length
+    sizes = [sum(len(turn.content.encode()) for turn in prompt.messages) for prompt in prompts]
+    if sizes and min(sizes) / work.student.bytes_a_token >= most:
+        what = f"none of {len(sizes):,} prompts fits into {most:,} tokens with its answer"
+        fix = "raise it, or lower corpus.chunk.max_chars"
+        raise DistillError(Exit.TRAINING, "train.max_length", what, fix)
 
 
 def disk_free(run: Run) -> int:
@@ -155,14 +166,18 @@ def announce(run: Run, redo: Iterable[Stage] = ()) -> None:
         if remaining <= {"filter", "report"}:
             return
         # Not what the store has: the account of a store of a million answers takes minutes.
-        work, types = count_work(run, QUICK).scaled(1), _types(config)
+        counted, types = count_work(run, QUICK), _types(config)
+        work = counted.scaled(1)
         here = measure(types, 0.0)
         memory = [row for row in estimate(work, here).memory() if not row.fits]
         disk, free = estimate(work, here).disk(), disk_free(run)
     except UNPREDICTABLE:
         return
-    # What is read and answered is expected to take so much, what is trained is certain.
+    if "train" in remaining:
+        require_length(config, counted)
+    # What is read and answered is expected to take so much; without the rest nothing is trained.
     trained = disk["checkpoints"] + disk["merged"] if "train" in remaining else 0.0
+    trained += disk.get("soft labels", 0.0) if "signals" in remaining else 0.0
     for need in (trained, sum(disk.values()) if "generate" in remaining else 0.0):
         if need > free:
             each = ", ".join(f"{what} {size(amount)}" for what, amount in disk.items() if amount)

@@ -286,7 +286,13 @@ def check_suites(look: Look) -> Iterator[Attempt]:
         yield partial(load_suites, local)
 
 
+def check_inputs(look: Look) -> Iterator[Attempt]:
+    """Look whether what pins each stage can be read: its corpus, its functions of the user's."""
+    for stage in (stage for stage in STAGES if stage.name in look.ahead):
+        yield partial(stage.identity, look.config)
+
+
 CHECKS: tuple[Check, ...] = (  # the first is for every stage, the others for costly ones
     *(check_programs, check_terms, check_places, check_money, check_servers),
-    *(check_models, check_training, check_suites),
+    *(check_models, check_training, check_suites, check_inputs),
 )

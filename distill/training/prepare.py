@@ -33,7 +33,7 @@ from distill.training.encode import encode_pairs
 from distill.training.soft_labels.labels import load_labels, load_live
 from distill.training.student import StudentModel, attention_notes, make_student
 
-HARDWARE = ("processor", "threads", "gpu", "cuda")
+HARDWARE = ("processor", "instructions", "threads", "gpu", "cuda")
 SAME = {  # what processes that share a step must have in common, with what makes it so
     "dtype": "train.bf16=false, which is float32 on all of them",
     "packing": "train.packing=false",
@@ -180,6 +180,7 @@ def pinned_facts(
     resolved, device = config.resolved(), loading.device()
     # whose kernels, and order of additions, are its own
     hardware: dict[str, Any] = {"processor": processor(), "threads": torch.get_num_threads()}
+    hardware["instructions"] = torch.backends.cpu.get_cpu_capability()
     if device.type == "cuda":
         hardware = {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     facts = flatten(

@@ -218,9 +218,16 @@ def test_another_gpu_or_cuda_is_another_training(
 def test_another_cpu_or_count_of_threads_stops_a_run_that_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """H20: on another processor, or by other instructions of the same one."""
     run = make_run(tmp_path, save_steps=1)
     with killed_at(4):
         train.main(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "OLDER")
+        patch.setattr(torch, "get_num_threads", lambda: 77)
+        with pytest.raises(DistillError, match=r"instructions was .*, is OLDER; threads was") as e:
+            train.main(run)
+        assert e.value.code == Exit.TRAINING
     monkeypatch.setattr(prepare, "processor", lambda: "another CPU")
     with pytest.raises(DistillError, match=r"processor was .*, is another CPU") as error:
         train.main(run)
@@ -237,7 +244,7 @@ def earlier(saved: Any) -> Any:
     facts = {
         key: value
         for key, value in saved.facts["run"].items()
-        if key not in ("processor", "threads")
+        if key not in ("processor", "instructions", "threads")
     }
     return dataclasses.replace(saved, facts={**saved.facts, "run": facts})
 

@@ -99,6 +99,18 @@ FOUND: dict[str, tuple[tuple[str, ...], Callable[[], object], Exit, str]] = {
         ("train.lora.target_modules=[nothing_proj]", "student.model=qwen2.5-coder-1.5b-instruct"),
         *(nothing, Exit.TRAINING, "train.lora.target_modules: Target modules"),
     ),
+    "H26 max_length that no prompt fits into": (
+        ("train.max_length=4",),
+        *(nothing, Exit.TRAINING, "train.max_length: none of 90 prompts fits into 4 tokens"),
+    ),
+    "H26 a filter that this process was not given": (
+        ("filters.python=[mine]",),
+        *(nothing, Exit.CONFIG, "filter mine: is not known to this process"),
+    ),
+    "H26 a corpus that is not there": (
+        ("corpus.path=gone.jsonl",),
+        *(nothing, Exit.INPUT, "gone.jsonl: does not exist"),
+    ),
     "H4 target_modules that are no expression": (
         ("train.lora.target_modules=(",),
         *(nothing, Exit.TRAINING, "train.lora.target_modules: "),
@@ -238,9 +250,9 @@ def test_all_problems_are_listed_at_once_by_run_plan_and_a_stage_that_buys(
             *("terms.agreement", "evaluation.teacher_price"),
             *("train.lora.target_modules", "./nobody"),
         ]
-    assert main(["plan", str(place), *wrong, "--json"]) == Exit.TERMS
+    assert main(["plan", str(place), *wrong, "corpus.path=gone", "--json"]) == Exit.INPUT
     problems = json.loads(capsys.readouterr().out)["problems"]
-    assert len(problems) == 4 and problems[1].endswith("(exit 2)")
+    assert len(problems) == 5 and problems[2].endswith("(exit 2)"), "planned or not, all are said"
     assert not teacher.payloads and not Path("runs").exists()
 
 
@@ -269,6 +281,9 @@ def test_a_disk_that_cannot_hold_what_is_trained_stops_a_run(
     assert main(["run", *words]) == Exit.STATE
     (line,) = capsys.readouterr().err.splitlines()
     assert "and 100 kB are free (" in line and "checkpoints" in line and "merged" in line
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: SimpleNamespace(free=750_000))
+    assert main(["run", *words, *SOFT]) == Exit.STATE
+    assert "soft labels" in capsys.readouterr().err.splitlines()[-1]
     assert not teacher.payloads
     shutil.rmtree("runs", ignore_errors=True)
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12))

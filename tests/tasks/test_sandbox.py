@@ -259,12 +259,17 @@ HOLLOW = {
     "H10 an empty iterator": (
         "def f(n):\n    return iter(())",
         "for a, b in zip(f(3), [1, 2, 3]):\n    assert a == b",
-        "no assertion was reached",
+        "no assertion held",
     ),
     "H10 all of nothing": (
         "def f(n):\n    return []",
         "assert all(x == 3 for x in f(3))",
-        "no assertion was reached",
+        "no assertion held",
+    ),
+    "H10 the tests catch their own failure": (
+        "def f(n):\n    return 0",
+        "try:\n    assert f(1) == 2\nexcept AssertionError:\n    pass",
+        "no assertion held",
     ),
     "H10 NaN is not too far": (
         "def f(n):\n    return float('nan')",
@@ -280,6 +285,11 @@ HOLLOW = {
         "import os, resource\n"
         "resource.prlimit(os.getppid(), resource.RLIMIT_AS, (1, 1))\ndef f(x):\n    return 2",
         "assert f(1) == 3\n" + "x = 1\n" * 20_000,
+        "PermissionError",
+    ),
+    "H22 takes the judge's processor": (
+        "import os\nos.sched_setaffinity(os.getppid(), {0})\ndef f(x):\n    return 3",
+        "assert f(1) == 3",
         "PermissionError",
     ),
     "H22 fills the pipe": (

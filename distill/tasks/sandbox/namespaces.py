@@ -51,6 +51,8 @@ io_uring_register 427 427, init_module 175 105, finit_module 313 273, delete_mod
 kexec_load 246 104, kexec_file_load 320 294, open_by_handle_at 304 265
 name_to_handle_at 303 264, fanotify_init 300 262, personality 135 92, swapon 167 224
 swapoff 168 225, reboot 169 142, syslog 103 116, acct 163 89, quotactl 179 60
+setpriority 141 140, ioprio_set 251 30, sched_setparam 142 118, sched_setscheduler 144 119
+sched_setaffinity 203 122, sched_setattr 314 274
 sethostname 170 161, setdomainname 171 162, iopl 172 -1, ioperm 173 -1, modify_ldt 154 -1
 """
 REFUSED = {
