@@ -242,6 +242,7 @@ def refused(text: str, *allowed: str) -> bool:
 
 
 def test_the_usual_formats_are_caught_by_all_three(tmp_path: Path) -> None:
+    """H7: one list for corpus, config and release."""
     missed = {
         (name, place.__name__)
         for name, shape in SHAPES.items()
@@ -288,6 +289,7 @@ def test_there_are_enough_of_both() -> None:
 
 
 def test_each_can_be_allowed_by_name_or_by_its_digest(tmp_path: Path) -> None:
+    """H7: a false alarm has a way on."""
     text = f"a {made(SHAPES['GitLab'], 3)} b"
     (secret,) = find_secrets(text)
     mark = fingerprint(text[secret.start : secret.end])

@@ -189,6 +189,7 @@ def seal(run: Path, manifest: dict[str, Any]) -> None:
 def test_a_forged_result_with_forged_hashes_is_not_made_again(
     run: Path, name: str, old: str, new: str, where: str
 ) -> None:
+    """H9: what can be made again is compared."""
     forge(run, name, old, new)
     found = {(c.kind, c.what): c.where for c in bad(verify.verify(run))}
     assert ("again", name) in found and found["again", name].startswith(where)
@@ -293,6 +294,7 @@ def test_programs_run_again_only_where_that_is_allowed(
 def test_a_file_that_is_gone_is_missing_and_the_exit_is_8(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """H24"""
     (run / "answers/base.jsonl").unlink()
     assert main(["verify", str(run)]) == Exit.EVALUATION
     shown = capsys.readouterr()
@@ -342,6 +344,7 @@ ODD_NAMES = [".прогон 模型 (copy)", "\x1b[31m[red]\n100% {x} '\"\\", "C1
 def test_a_copied_run_may_have_any_name(
     at_home: Path, name: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """H19"""
     copy = at_home.parent / name
     shutil.copytree(at_home, copy)
     for _ in range(2):  # the second finds what the first wrote
@@ -358,6 +361,7 @@ def test_a_copied_run_may_have_any_name(
 def test_a_folder_whose_name_is_not_utf_8_is_refused_untouched(
     at_home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """H19"""
     folder = at_home.rename(at_home.with_name(os.fsdecode(b"no \xff utf-8")))
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
     for verb in ("run", "status", "publish", "verify"):

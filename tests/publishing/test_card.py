@@ -136,6 +136,7 @@ def test_the_page_says_where_the_student_fails_and_what_it_saves():
 @given(HOSTILE, HOSTILE, HOSTILE, HOSTILE)
 @example("a\n---\nlicense: mit", "<b>\n## License\n\nMIT", "x\r---\ry", "\u2029\x1b[31m")
 def test_hostile_values_stay_values(tmp_path_factory, name, corpus, task, reason):
+    """H8"""
     changes = {"model_name": name, "corpus": corpus, "dataset": name, "teacher": corpus}
     facts = FACTS.model_copy(update={**changes, "language": task})
     row = {**SCORECARD["tasks"]["api_json"], "metric": reason}

@@ -298,6 +298,7 @@ class Tags(HTMLParser):
 def test_hostile_texts_forge_nothing_and_the_page_loads_nothing(
     tmp_path: Path, make: Callable[[Path], Run]
 ) -> None:
+    """H8"""
     _, text, page = reported(make(tmp_path))
     seen = Tags()
     seen.feed(page)

@@ -136,11 +136,13 @@ def assert_best_is_released(run: Run) -> None:
 
 
 def test_the_adapter_and_every_checkpoint_hold_the_weights_of_the_best_step(past_its_best):
+    """H12"""
     assert_best_is_released(past_its_best)
 
 
 @pytest.mark.parametrize("extra", [1, 2, 5])
 def test_a_run_killed_after_its_best_step_ends_with_the_same_best_weights(past_its_best, extra):
+    """H12"""
     best = training(past_its_best)["best_step"]
     run = make_worsening(past_its_best.folder.parent.parent, f"killed{extra}")
     take = train.Loop._step
