@@ -11,8 +11,7 @@ from pydantic import Field
 from distill.config.teachers import FROM_ENVIRONMENT, EndpointTeacher, Teacher
 from distill.reasoning import split_reasoning
 from distill.records import Document, Message, Record, Response, Stop, Usage, canonical, digest
-from distill.responders.endpoint.wire import Reply
-from distill.responders.endpoint.wires import read_stored
+from distill.responders.endpoint.wire import Reply, read_stored
 
 if TYPE_CHECKING:
     from distill.responders.store import ResponseStore

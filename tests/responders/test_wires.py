@@ -16,8 +16,7 @@ from distill.generation.generate import requests_for, schemas_of
 from distill.records import Document, Message, Prompt, canonical
 from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.endpoint.network import ways
-from distill.responders.endpoint.wire import pack
-from distill.responders.endpoint.wires import wire_of
+from distill.responders.endpoint.wire import pack, wire_of
 from distill.responders.responder import Raw, Request, Sampling, origin_of
 from distill.responders.store import ResponseStore
 from tests.support.asking import answer_all

@@ -35,8 +35,7 @@ from distill.responders.endpoint.transport import (
     encode,
     post,
 )
-from distill.responders.endpoint.wire import plain_message
-from distill.responders.endpoint.wires import is_answer, wire_of
+from distill.responders.endpoint.wire import is_answer, plain_message, wire_of
 from distill.responders.prices import TokenPrice
 from distill.responders.responder import Raw, Request, Sampling
 from distill.responders.store import Job, ResponseStore, attempt_key

@@ -37,8 +37,7 @@ from distill.responders.endpoint.transport import (
     post,
     secrets_pattern,
 )
-from distill.responders.endpoint.wire import Reply, pack
-from distill.responders.endpoint.wires import cut_prompt, wire_of
+from distill.responders.endpoint.wire import Reply, cut_prompt, pack, wire_of
 from distill.responders.prices import TokenPrice
 from distill.responders.responder import Raw, Request, Scoring, origin_of
 from distill.responders.store import ResponseStore, attempt_key, holds_answer
@@ -47,6 +46,7 @@ from distill.storage.log import LogWriter
 from distill.storage.progress import say
 
 QUARANTINED = 64 << 10  # bytes stored of a body that is no answer
+LIMITED = 3  # times teacher.max_pause, without an answer, until limits end the run
 AGAIN = "the same command continues"
 
 
@@ -94,7 +94,8 @@ class EndpointClient:
         self.alone = checked is None  # until an answer's bill has been held against the price
         self.dearest = Decimal(checked["dearest"]) if checked else Decimal(1)
         answered = checked is not None or ("model", self.origin) in store
-        self.patience = Patience(settings.max_consecutive_failures, answered)
+        longest = LIMITED * settings.max_pause
+        self.patience = Patience(settings.max_consecutive_failures, answered, longest)
         # the first are spread over all: where they are refused, it is not for being alike
         apart = 1 if answered else max(1, -(-self.count // SEVERAL))
         others = (request for n, request in enumerate(requests) if n % apart)

@@ -22,12 +22,13 @@ PART = re.compile(rf"(\d{{1,12}}(?:\.\d{{1,12}})?)\s?({UNIT})?", re.IGNORECASE)
 DURATION = rf"((?:\d{{1,12}}(?:\.\d{{1,12}})?\s?(?:{UNIT})?\s?){{1,5}})"
 DELAY = re.compile(
     r"(?:retry_?(?:delay|after)(?:_?s(?:econds)?)?\\?\"\s*:\s*(?:\{\s*\"seconds\"\s*:\s*)?\\?\"?"
-    r"|\b(?:(?:try|retry|resets?|available)(?: your request)?(?: again)? (?:in|after)|wait"
+    r"|\b(?:(?:try|retry|resets?|available)(?: your request)?(?: again)? (?:in|after):?|wait"
     rf"(?: for)?)(?: about)? ){DURATION}",
     re.IGNORECASE,
 )
 # OpenAI, Groq, Together, OpenRouter, Anthropic, Azure; and the draft of the IETF
 RESET = re.compile(r"(?:x-|anthropic-)?rate-?limit-[a-z-]{0,40}?reset(?:-[a-z-]{1,40})?")
+DRAFT = re.compile(r"\bt=(\d{1,12})")  # of the IETF's newest: "default";r=0;t=45
 RESET_INSIDE = re.compile(r'"x-ratelimit-reset"\s*:\s*"?([\d.]{1,20})', re.IGNORECASE)
 SEVERAL = 5  # requests that bring no answer, before any has: the run fails, and not they
 REST, LONGEST_REST = 2.0, 300.0  # seconds that a dead address is left out, doubling
@@ -42,21 +43,15 @@ def backoff(attempt: int, first: float = FIRST_WAIT, chance: random.Random | Non
 def retry_after(headers: Mapping[str, str], now: float | None = None) -> float | None:
     """Return the seconds that a server asks to wait (RFC 9110, 10.2.3), or None.
 
-    Read are `retry-after-ms`, a number of seconds, and a date, which is compared with the server's
-    own `date` where it sends one. A negative number and garbage count as absent; a date that has
-    passed is 0.
+    Read are milliseconds in headers of their own, and what `_until` reads; a date is compared with
+    the server's own `date` where it sends one. A negative number and garbage count as absent.
     """
-    milliseconds = _number(headers.get("retry-after-ms", ""))
-    if milliseconds is not None:
-        return milliseconds / 1000
-    header = headers.get("retry-after", "")
-    if (seconds := _number(header)) is not None:
-        return seconds
-    until, here = _date(header), _date(headers.get("date", ""))
-    if until is None:
-        return None
-    sent = here if here is not None else time.time() if now is None else now
-    return max(0.0, until - sent)
+    for name in ("retry-after-ms", "x-ms-retry-after-ms"):
+        if (milliseconds := _until(headers.get(name, ""), 0)) is not None:
+            return milliseconds / 1000
+    here = _date(headers.get("date", ""))
+    now = time.time() if now is None else now
+    return _until(headers.get("retry-after", ""), now if here is None else here)
 
 
 def stated_wait(headers: Mapping[str, str], data: bytes) -> float | None:
@@ -68,16 +63,16 @@ def stated_wait(headers: Mapping[str, str], data: bytes) -> float | None:
     """
     if (seconds := retry_after(headers)) is not None:
         return seconds
-    text = data[:LOOKED_AT].decode("utf-8", "replace")
+    now, text = time.time(), data[:LOOKED_AT].decode("utf-8", "replace")
     if match := DELAY.search(text):
         return _duration(match[1])
     names = [name.lower() for name in headers if RESET.fullmatch(name.lower())]
     empty = [n for n in names if headers.get(n.replace("reset", "remaining"), "").strip() == "0"]
-    waits = [wait for name in empty or names if (wait := _until(headers[name])) is not None]
-    if waits:
-        return max(waits) if empty else min(waits)
-    match = RESET_INSIDE.search(text)
-    return _until(match[1]) if match else None
+    waits = [_until(headers[name], now) for name in empty or names]
+    if known := [wait for wait in waits if wait is not None]:
+        return max(known) if empty else min(known)
+    match = RESET_INSIDE.search(text) or DRAFT.search(headers.get("ratelimit", ""))
+    return _until(match[1], now) if match else None
 
 
 def _duration(text: str) -> float:
@@ -90,47 +85,37 @@ def _duration(text: str) -> float:
     return min(seconds, FOREVER)
 
 
-def _until(text: str) -> float | None:
-    """Return the seconds until a limit is reset: a duration, a date, a time since 1970.
+def _until(text: str, now: float) -> float | None:
+    """Return the seconds until a limit is reset: a number, a duration, a date, a time since 1970.
 
     None for what is none of these; what has passed is 0.
     """
-    text = text.strip()
     try:
-        number = float(text)
+        seconds = float(text)
     except ValueError:
-        number = math.nan
-    if number > SINCE_1970:
-        number = number / (1000 if number > 1000 * SINCE_1970 else 1) - time.time()
-    if math.isfinite(number):
-        return max(0.0, number)
-    if re.fullmatch(DURATION, text, re.IGNORECASE):
-        return _duration(text)
-    try:  # RFC 3339, as Anthropic writes it
-        moment = datetime.fromisoformat(text)
-    except ValueError:
+        if re.fullmatch(DURATION, text.strip(), re.IGNORECASE):
+            return _duration(text)
         date = _date(text)
-        return None if date is None else max(0.0, date - time.time())
-    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-    return max(0.0, moment.timestamp() - time.time())
-
-
-def _number(text: str) -> float | None:
-    """Return a plain number that is not negative, and no more than FOREVER, or None."""
-    try:
-        value = float(text)
-    except ValueError:
+        return None if date is None else max(0.0, date - now)
+    if not 0 <= seconds < math.inf:
         return None
-    return min(value, FOREVER) if 0 <= value < float("inf") else None
+    if seconds > SINCE_1970:  # in seconds or in milliseconds
+        seconds = max(0.0, seconds / (1000 if seconds > 1000 * SINCE_1970 else 1) - now)
+    return min(seconds, FOREVER)
 
 
 def _date(text: str) -> float | None:
-    """Return an HTTP date in seconds since 1970, or None; without a zone it is UTC, as all are."""
-    try:
-        moment = parsedate_to_datetime(text)
-        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-    except (ValueError, TypeError, IndexError, OverflowError):
-        return None
+    """Return an HTTP date, or one of RFC 3339 (Anthropic), in seconds since 1970, or None.
+
+    Without a zone it is UTC, as all are.
+    """
+    for read in (datetime.fromisoformat, parsedate_to_datetime):
+        try:
+            moment = read(text.strip())
+            return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+        except (ValueError, TypeError, IndexError, OverflowError):
+            continue
+    return None
 
 
 class Gate:
@@ -178,10 +163,11 @@ class Pace:
 class Patience:
     """Counts failures, to give up a server that has nothing to say before the rest is paid for."""
 
-    def __init__(self, most: int, answered: bool) -> None:
+    def __init__(self, most: int, answered: bool, longest: float = FOREVER) -> None:
         self.most, self.answered = most, answered  # in a row; whether there was any answer
+        self.longest = longest  # seconds of nothing but limits
         self.in_a_row = self.fruitless = 0
-        self._counted = 0.0
+        self._began = self._counted = 0.0
 
     def failed(self, before: bool, sent: float, pause: float | None) -> str | None:
         """Count a failure; return why to give up, if it was one too many.
@@ -191,6 +177,7 @@ class Patience:
         were told, a server that is down once in a while. What failed for good `before`, in an
         earlier go, may do so again and says nothing of the server.
         """
+        now = time.monotonic()
         if pause is None:
             self.fruitless += not self.answered
             if self.fruitless == SEVERAL:
@@ -199,7 +186,10 @@ class Patience:
                 return None
         elif sent < self._counted + pause:
             return None
-        self.in_a_row, self._counted = self.in_a_row + 1, time.monotonic()
+        self._began = self._began if self.in_a_row else now
+        self.in_a_row, self._counted = self.in_a_row + 1, now
+        if pause == 0 and now - self._began > self.longest:
+            return f"{self.in_a_row} limits and no answer in {now - self._began:,.0f} s"
         return f"{self.in_a_row} failures in a row" if self.in_a_row >= self.most else None
 
 

@@ -20,10 +20,11 @@ from distill.responders.endpoint.network import Forbidden, open_network
 from distill.responders.endpoint.wire import (
     MESSAGE_CHARS,
     body_of,
+    is_answer,
     load_json,
     plain_message,
+    wire_of,
 )
-from distill.responders.endpoint.wires import is_answer, wire_of
 from distill.responders.responder import Request
 
 UNSENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)

@@ -1,60 +1,60 @@
-"""How OpenAI-compatible servers are asked, and how their answers are read; no network.
+"""How servers' answers are read: OpenAI's form, in which Anthropic's is put first; no network.
 
-A reply is read from its stored bytes, so a better reader costs no request. Field names follow
-OpenAI, vLLM, SGLang, OpenRouter and `transformers serve`; tests/fixtures/wire holds a reply of
-each, with its source. Nothing here raises on a hostile body: what cannot be read becomes a reply of
-stop "error".
+A reply is read from its stored bytes, and known by its form, so a better reader costs no request,
+also where a gateway answers in another form than it was asked in. Field names follow OpenAI, vLLM,
+SGLang, OpenRouter and `transformers serve`; tests/fixtures/servers holds replies of each, with
+their source. Nothing here raises on a hostile body: what cannot be read becomes a reply of stop
+"error".
 """
 
 import base64
 import hashlib
 import json
+import math
 import re
 import zlib
 from collections.abc import Mapping
-from decimal import Decimal, InvalidOperation
-from typing import TYPE_CHECKING, Any, NoReturn
-from urllib.parse import quote, urlsplit
+from decimal import Decimal
+from types import ModuleType
+from typing import Any, NoReturn
 
 from pydantic import JsonValue
 
 from distill.config.teachers import EndpointTeacher
 from distill.reasoning import split_reasoning
 from distill.records import Candidate, Record, Stop, TokenLogprob, Usage
+from distill.responders.endpoint import anthropic, openai
 
-if TYPE_CHECKING:
-    from distill.responders.responder import Request
-
-# Why an answer stopped: the makers' words in small letters without what is between them. OpenAI,
-# vLLM, SGLang, llama.cpp, Ollama, LM Studio, TGI, Google, Anthropic, Mistral, DeepSeek, Together,
-# Cohere, Bedrock, watsonx, Zhipu, AI21
-STOP_WORDS: dict[Stop, str] = {
-    "end": "stop eos eostoken eosfound endoftext endofturn endturn end stopsequence stopstring"
-    " stopstringfound stoptoken word complete completed done finished",
-    "length": "length maxtokens maxoutputtokens maxnewtokens maxlength maxtokensreached"
-    " maxpredictedtokensreached tokenlimit limit timelimit modellength contextlength"
-    " contextlengthreached contextlengthexceeded modelcontextwindowexceeded truncated"
-    " incomplete notfinished errorlimit",
-    "filtered": "contentfilter contentfiltered filtered refusal safety recitation blocklist"
-    " prohibitedcontent spii language imagesafety sensitive outputsensitive moderation"
-    " guardrailintervened errortoxic modelarmor",
-    "error": "error failed abort aborted cancelled canceled usercancel userstopped timeout"
-    " insufficientsystemresource networkerror modelerror modelunloaded load unload pauseturn"
-    " malformedresponse toolcalls toolcall functioncall tooluse malformedfunctioncall"
-    " unexpectedtoolcall",
-}
-STOPS = {word: stop for stop, words in STOP_WORDS.items() for word in words.split()}
-TOOLS = ("toolcalls", "toolcall", "functioncall", "tooluse")
+WIRES: dict[str, ModuleType] = {"openai": openai, "anthropic": anthropic}
+TOOLS = r"tool|function"
+# Why an answer stopped, by the makers' words in small letters without what is between them; the
+# first that fits counts
+STOPS: tuple[tuple[Stop, str], ...] = (
+    ("error", TOOLS),
+    (
+        "filtered",
+        r"filter|refus|safety|recitation|block|prohibited|spii|language|sensitive|moderat"
+        r"|guardrail|toxic|armor|policy",
+    ),
+    (
+        "error",
+        r"ratelimit|quota|fail|abort|cancel|user|timeout|resource|load|pause|malformed|preempt"
+        r"|interrupt|error(?!limit)",
+    ),
+    (
+        "length",
+        r"length|max.*token|limit|context|truncat|incomplete|notfinished|cutoff|repetit|loop",
+    ),
+    ("end", r"^(stop|eos|eot|end|word|complete|done|finish|imend|s$)"),
+)
 CHOICE = re.compile(rb'"choices"\s*:\s*\[\s*\{')  # there is one at least
-KEPT_ALIVE = re.compile(rb"(?:\xef\xbb\xbf)?(?:\s++|:[^\n]*+(?:\n|\Z))*+")
+MESSAGE = re.compile(rb'"type"\s*:\s*"message"')  # Anthropic's; within a text quotes are escaped
+# White space (DeepSeek) and lines of comment as in an event stream (OpenRouter), which a server
+# sends to keep the connection while it works
+KEPT_ALIVE = re.compile(rb"(?:[\s\0]++|\xef\xbb\xbf|:[^\r\n]*+|data: \[DONE\])*+")
 HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # where a lone surrogate may stand
 LARGE = 64 << 10  # bytes; no answer's text is, but distributions are
-UNKNOWN_FINISH = "unknown finish_reason"
 MESSAGE_CHARS = 200  # of a server's message in ours
-
-
-LOOSE = {"allOf", "not", "dependentRequired", "dependentSchemas", "if", "then", "else"}
-PATHS = {"chat": "/chat/completions", "completions": "/completions"}
 
 
 class Reply(Record):
@@ -93,99 +93,34 @@ def unpack(body: Mapping[str, object]) -> bytes:
     return base64.b64decode(str(body["raw_base64"]))
 
 
-def path(settings: EndpointTeacher) -> str:
-    """Return what is posted to, behind an address.
-
-    Azure's has a version, and a deployment, which is `model` where the address names none.
-    """
-    if not settings.azure:
-        return PATHS[settings.api]
-    deployment = f"/openai/deployments/{quote(settings.model, safe='')}"
-    above = {"": deployment, "/openai": deployment.removeprefix("/openai")}
-    version = f"?api-version={settings.api_version}" if settings.api_version else ""
-    path = urlsplit(settings.base_urls[0]).path
-    return f"{above.get(path, '')}{PATHS[settings.api]}{version}"
-
-
-def headers(settings: EndpointTeacher, key: str | None) -> dict[str, str]:
-    """Return the header that carries the key."""
-    if not key:
-        return {}
-    return {"api-key": key} if settings.azure else {"authorization": f"Bearer {key}"}
-
-
-def body(request: "Request", settings: EndpointTeacher) -> dict[str, Any]:
-    """Return the fields of a request that were set, and no other.
-
-    A neutral top_p is not sent. Without a chat interface the contents are joined by blank lines: no
-    template is applied.
-    """
-    if ids := getattr(request, "ids", None):  # a text to score
-        content = {"prompt": ids}
-    elif settings.api == "chat":
-        content: dict[str, Any] = {"messages": [m.model_dump() for m in request.messages]}
-        if settings.chat_template_kwargs:
-            content["chat_template_kwargs"] = settings.chat_template_kwargs
-    else:
-        content = {"prompt": "\n\n".join(message.content for message in request.messages)}
-    sampling = request.sampling
-    fields: dict[str, Any] = {} if sampling.top_p == 1 else {"top_p": sampling.top_p}
-    if "temperature" not in settings.omit:
-        fields["temperature"] = sampling.temperature
-    if "max_tokens" not in settings.omit:
-        fields[settings.max_tokens_field] = sampling.max_new_tokens
-    if schema := request.output_schema:
-        named = {"name": "answer", "schema": schema, "strict": takes_strictly(schema)}
-        fields["response_format"] = {"type": "json_schema", "json_schema": named}
-    return {"model": settings.model, **content, **fields}
-
-
-def takes_strictly(schema: Any) -> bool:
-    """Tell whether OpenAI takes a schema as strict: each object closed, and all of it required."""
-    parts = schema.values() if isinstance(schema, dict) else schema
-    if not isinstance(schema, dict | list):
-        return True
-    if isinstance(schema, dict) and schema.get("type") == "object":
-        properties = schema.get("properties", {})
-        required = set(schema.get("required", ()))
-        if schema.get("additionalProperties") is not False or required != properties.keys():
-            return False
-    return not (isinstance(schema, dict) and LOOSE & schema.keys()) and all(
-        map(takes_strictly, parts)
-    )
+def wire_of(settings: EndpointTeacher) -> ModuleType:
+    """Return the module that says how an endpoint is asked: `path`, `headers`, `body`."""
+    return WIRES[settings.form]
 
 
 def is_answer(data: bytes) -> bool:
-    """Tell an answer from an error: HTML, nothing, and an object without choices are none.
+    """Tell an answer from an error: HTML, nothing, and JSON without choices are none.
 
-    A body with choices, which may be long, is not parsed. One that cannot be parsed may be an
-    answer that broke.
+    An answer, which may be long, is not parsed. What cannot be parsed may be one that broke.
     """
     data = body_of(data)
     if not data or data.startswith(b"<"):
         return False
     if b'"choices"' in data:
         return CHOICE.search(data) is not None or b'"error"' not in data
+    if b'"stop_reason"' in data and MESSAGE.search(data):
+        return True
     try:
-        return not isinstance(load_json(data), dict)
+        load_json(data)
     except ValueError:
         return True
+    return False
 
 
 def body_of(data: bytes) -> bytes:
-    """Return a body without what a server sends to keep the connection while it works.
-
-    White space (DeepSeek), and lines of comment as in an event stream (OpenRouter), before the JSON
-    or after it.
-    """
+    """Return a body without what kept its connection alive before it."""
     alive = KEPT_ALIVE.match(data)
-    start, end = alive.end() if alive else 0, len(data)
-    while (line := data.rfind(b"\n", start, end)) >= 0:
-        last = data[line:end].strip()
-        if last and not last.startswith(b":"):
-            break
-        end = line
-    return data[start:end].rstrip()
+    return data[alive.end() :] if alive else data
 
 
 def load_json(data: bytes) -> JsonValue:
@@ -206,8 +141,14 @@ def load_json(data: bytes) -> JsonValue:
             return {str(mended(name)): mended(child) for name, child in value.items()}
         return value
 
+    body = body_of(data)
+    if body.startswith((b"data:", b"event:")):
+        raise ValueError("an event stream, which was not asked for")
     try:
-        value = json.loads(body_of(data).decode("utf-8"), parse_constant=refuse)
+        text = body.decode("utf-8")
+        value, end = json.JSONDecoder(parse_constant=refuse).raw_decode(text)
+        if not KEPT_ALIVE.fullmatch(text[end:].encode()):
+            raise ValueError(f"JSON breaks at byte {end}")
         return mended(value) if HALF.search(data) else value
     except UnicodeDecodeError:
         raise ValueError("not UTF-8") from None
@@ -217,45 +158,72 @@ def load_json(data: bytes) -> JsonValue:
         raise ValueError(f"JSON breaks at byte {error.pos}") from None
 
 
+def read_stored(body: dict[str, Any]) -> Reply:
+    """Read the reply in a stored body; a refusal, or a body cut at the cap, is an error."""
+    if body.get("cut"):
+        return Reply(stop="error", error=f"unreadable answer: {body['cut']}")
+    status = int(body["status"])
+    if not 200 <= status < 300:  # as they were stored before refusals were outcomes
+        return Reply(stop="error", error=str(body.get("what", status)))
+    reply = read_reply(unpack(body), int(body.get("question", 0)))
+    if cut := cut_prompt(reply.usage, body.get("least")):
+        return reply.model_copy(update={"stop": "error", "error": cut})
+    counted = reply.usage.output_tokens if not reply.usage.estimated else 0
+    if reply.stop == "end" and reply.error and 0 < body.get("cap", 0) <= counted:
+        return reply.model_copy(update={"stop": "length"})  # it did not say why it stopped
+    return reply
+
+
+def cut_prompt(usage: Usage, least: int | None) -> str | None:
+    """Return what to say where a server counts fewer tokens read than a prompt has at least."""
+    if not least or usage.estimated or not 0 < usage.input_tokens < least:
+        return None
+    read = f"{usage.input_tokens:,} tokens of a prompt of at least {least:,}"
+    return f"the server read {read}: it cuts prompts without a word"
+
+
 def read_reply(data: bytes, question: int = 0) -> Reply:
     """Read an answer from its bytes.
 
     `question` is the request's length in bytes, for an estimate of missing usage.
     """
-    reasoning: str | None = None
     try:
         body = load_json(data)
-        choices = body.get("choices") if isinstance(body, dict) else None
+        if not isinstance(body, dict):
+            raise ValueError("not an object")
+        if body.get("type") == "message" and "choices" not in body:
+            body = anthropic.as_chat(body)
+        choices = body.get("choices")
         choice = choices[0] if isinstance(choices, list) and choices else None
-        if not isinstance(body, dict) or not isinstance(choice, dict):
-            raise ValueError("no choices" if isinstance(body, dict) else "not an object")
+        if not isinstance(choice, dict):
+            raise ValueError("no choices")
         # a text completion has the text itself in the choice
         message = choice.get("message", {"content": choice.get("text")})
         if not isinstance(message, dict):
             raise ValueError("the message is no object")
         content, thoughts = message.get("content"), list[str]()
-        if isinstance(content, list):  # parts, as Mistral and others give them
+        if isinstance(content, list):  # parts, as Mistral, Anthropic and others give them
             parts = [part for part in content if isinstance(part, dict)]
-            thoughts = [_text(part.get("thinking")) for part in parts]
+            thoughts = [_text(part.get("thinking")) for part in parts if "thinking" in part]
             content = "".join(_text(part.get("text")) for part in parts)
+        reasoning = "\n".join(thoughts) or None
         for name in ("thinking", "reasoning_content", "reasoning"):  # of which the last counts
             field = message.get(name)
             reasoning = field if isinstance(field, str) and field.strip() else reasoning
-        reasoning = reasoning or "".join(thoughts) or None
         finish = _finish(choice)
         explained = message.get("tool_calls") or message.get("refusal") or choice.get("error")
-        stopped_short = STOPS.get(_plain(finish)) in ("length", "filtered", "error")
+        stopped_short = _stop_of(finish) in ("length", "filtered", "error")
         if content is None and (explained or reasoning or stopped_short):
             content = ""
         if not isinstance(content, str):
             raise ValueError("the content is no text")
-        text, block = split_reasoning(content) if reasoning is None else (content, None)
     except ValueError as error:
         return Reply(stop="error", error=f"unreadable answer: {error}"[:MESSAGE_CHARS])
+    text = content
+    if reasoning is None:
+        text, reasoning = split_reasoning(content)
     model, usage = body.get("model"), body.get("usage")
     fields = usage if isinstance(usage, dict) else {}
-    reasoning = reasoning or block
-    usage = _usage(fields, question, len((reasoning or "") + text))
     stop, why = _stop(message, choice.get("error"), finish)
     if stop is None:  # it does not say, or in a word that nobody knows
         stop = "end" if text.strip() else "error"
@@ -263,7 +231,7 @@ def read_reply(data: bytes, question: int = 0) -> Reply:
         text=text,
         reasoning=reasoning,
         stop=stop,
-        usage=usage,
+        usage=_usage(fields, question, len((reasoning or "") + text)),
         # without the revision that `transformers serve` adds to every name
         model=(isinstance(model, str) and model[:MESSAGE_CHARS].removesuffix("@main")) or None,
         logprobs=_logprobs(choice.get("logprobs")),
@@ -281,8 +249,14 @@ def _text(value: JsonValue) -> str:
 
 def _plain(word: str) -> str:
     """Return a maker's word for why an answer stopped as STOPS has it; what explains it goes."""
-    word = word.partition(":")[0].rpartition(".")[2].lower()
+    word = word[:MESSAGE_CHARS].partition(":")[0].rpartition(".")[2].lower()
     return "".join(c for c in word if c.isalpha()).removeprefix("finishreason")
+
+
+def _stop_of(word: str) -> Stop | None:
+    """Return why an answer stopped by a maker's word, or None where nobody knows."""
+    stops = (stop for stop, pattern in STOPS if re.search(pattern, _plain(word)))
+    return next(stops, None)
 
 
 def _finish(choice: dict[str, JsonValue]) -> str:
@@ -293,7 +267,7 @@ def _finish(choice: dict[str, JsonValue]) -> str:
         if isinstance(word, dict):  # SGLang's own form
             word = word.get("type")
         words += [word] if isinstance(word, str) and word.strip() else []
-    return next((word for word in words if _plain(word) in STOPS), words[0] if words else "")
+    return next((word for word in words if _stop_of(word)), words[0] if words else "")
 
 
 def _stop(
@@ -302,16 +276,15 @@ def _stop(
     """Return why an answer stopped, None where nobody knows, and what to say of it."""
     refusal, word = message.get("refusal"), _plain(finish)
     if error or word == "error":
-        reason = plain_message(error) or "no reason given"
-        return "error", f"the server broke off: {reason}"
+        return "error", f"the server broke off: {plain_message(error) or 'no reason given'}"
     if isinstance(refusal, str) and refusal:
         return "filtered", f"refusal: {plain_message(refusal)}"
-    if message.get("tool_calls") or word in TOOLS:
+    if message.get("tool_calls") or re.search(TOOLS, word):
         return "error", "tool_calls: it called a tool instead of answering"
-    stop = STOPS.get(word)
+    stop = _stop_of(finish)
     if stop in ("filtered", "error"):
         return stop, finish[:MESSAGE_CHARS]
-    return stop, f"{UNKNOWN_FINISH} {finish[:40]!r}" if stop is None else None
+    return stop, f"unknown finish_reason {finish[:40]!r}" if stop is None else None
 
 
 def _logprobs(field: Any) -> tuple[TokenLogprob, ...] | None:
@@ -349,32 +322,41 @@ def _logprobs(field: Any) -> tuple[TokenLogprob, ...] | None:
 
 def _usage(fields: dict[str, JsonValue], question: int, answer: int) -> Usage:
     """Return the tokens that the server counted, or an estimate of 4 characters a token."""
-    read = token_count(fields.get("prompt_tokens", fields.get("input_tokens")))
+
+    def first(*names: str) -> int | None:
+        """Return the first of some counts, each a name or SIDE/NAME, that is not 0."""
+        for side, _, name in (name.rpartition("/") for name in names):
+            inside = fields.get(f"{side}_tokens_details") if side else fields
+            if count := token_count(inside.get(name) if isinstance(inside, dict) else None):
+                return count
+        return None
+
+    read = first("prompt_tokens", "input_tokens")
     output = token_count(fields.get("completion_tokens", fields.get("output_tokens")))
     if not read or output is None or (answer and not output):
-        return estimated_usage(question, answer)
-    inside, outside = (fields.get(f"{side}_tokens_details") for side in ("prompt", "completion"))
+        return Usage(input_tokens=-(-question // 4), output_tokens=-(-answer // 4), estimated=True)
     # OpenAI; Moonshot; DeepSeek; Anthropic's name, which proxies pass on
-    cached = token_count(inside.get("cached_tokens")) if isinstance(inside, dict) else None
-    for name in ("cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens"):
-        cached = cached or token_count(fields.get(name))
-    reasoning = token_count(outside.get("reasoning_tokens")) if isinstance(outside, dict) else None
-    total = token_count(fields.get("total_tokens")) or 0
+    names = ("prompt/cached_tokens", "cached_tokens", "prompt_cache_hit_tokens")
+    cached = first(*names, "cache_read_input_tokens") or 0
+    read += cached if cached > read else 0  # some count what was fresh beside it
     return Usage(
         input_tokens=read,
-        cached_input_tokens=min(cached or 0, read),
-        output_tokens=max(output, total - read),  # xAI and Google count reasoning in the total only
-        reasoning_tokens=reasoning or token_count(fields.get("reasoning_tokens")) or 0,
+        cached_input_tokens=cached,
+        # xAI and Google count reasoning in the total only
+        output_tokens=max(output, (first("total_tokens") or 0) - read),
+        reasoning_tokens=first(
+            "completion/reasoning_tokens", "reasoning_tokens", "output/thinking_tokens"
+        )
+        or 0,
     )
 
 
-def estimated_usage(question: int, answer: int) -> Usage:
-    """Return 4 characters a token, for a reply without usage."""
-    return Usage(input_tokens=-(-question // 4), output_tokens=-(-answer // 4), estimated=True)
-
-
 def token_count(value: object) -> int | None:
-    """Return a number of tokens, or None for what is none (a text, a negative, a truth value)."""
+    """Return a number of tokens, also one written as a text or with a point, or None."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):
+        value = int(value)
     if not isinstance(value, int) or isinstance(value, bool):
         return None
     return value if 0 <= value < 10**9 else None
@@ -397,14 +379,13 @@ def _cost(fields: dict[str, JsonValue]) -> Decimal | None:
 
 
 def _dollars(value: object) -> Decimal | None:
-    """Return a cost in dollars, or None for what is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
+    """Return a cost in dollars, also one written as a text, or None for what is none."""
     try:
-        dollars = Decimal(repr(value))
-    except InvalidOperation:
+        if isinstance(value, bool) or not 0 <= float(str(value)) < math.inf:
+            return None
+        return Decimal(str(value))
+    except (ValueError, ArithmeticError):  # of a text, and of more than a number holds
         return None
-    return dollars if dollars.is_finite() and dollars >= 0 else None
 
 
 def plain_message(value: object) -> str:
