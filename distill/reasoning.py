@@ -1,10 +1,11 @@
 """How models mark their reasoning in a text: one table, for answers of teachers and recorded rows.
 
 A chat template may write the opening mark into the prompt, so that only the closing one stands in
-the answer; a model that is cut off never closes. Marks in quotes, in backticks or in a code fence
-are what an answer speaks of, and mark nothing. Time is linear in the text.
+the answer; a model that is cut off never closes. Marks in quotes, in backticks, in a code fence or
+within a sentence are what an answer speaks of, and mark nothing. Time is linear in the text.
 """
 
+import re
 from collections.abc import Iterator
 
 # Sources: the reasoning parsers of vLLM (vllm/reasoning), SGLang and llama.cpp (common/chat.cpp),
@@ -111,13 +112,20 @@ def _first_block(text: str, lone: bool) -> tuple[str, str] | None:
         (place, closing)
         for opening, closing in PAIRS
         if lone
-        and (place := next(_places(text, closing), None)) is not None
+        and (places := (p for p in _places(text, closing) if not _in_sentence(text, p, closing)))
+        and (place := next(places, None)) is not None
         and opening not in text[:place]
     ]
     if not ends:
         return None
     place, closing = min(ends)
     return text[:place], text[place + len(closing) :].lstrip()
+
+
+def _in_sentence(text: str, place: int, mark: str) -> bool:
+    """Tell a mark that a sentence speaks of: a word before it, a small letter or a stop behind."""
+    before, behind = text[max(0, place - 2) : place], text[place + len(mark) :][:2]
+    return bool(re.fullmatch(r"[\w,:(] ", before) and re.match(r"[.,;:)?]| [^\W\d_A-Z]", behind))
 
 
 def _places(text: str, mark: str) -> Iterator[int]:

@@ -52,6 +52,10 @@ def test_d3_gpt_oss_answers_in_channels() -> None:
         "say <think>",
         "The tag `</think>` ends a thought.",
         'It ends with "</think>", as ever.',
+        "DeepSeek closes its thought with </think> before it answers.",
+        "Each thought ends with [/THINK], as in Magistral.",
+        "It is closed by </think>.",
+        "用 </think> 来结束",
         "```xml\n<a>\n</think>\n```\nThat is all.",
         "<a><think>b</think></a>",
         "Here is my response: Paris.",
@@ -70,6 +74,9 @@ def test_d3_the_first_mark_that_is_none_in_quotes_ends_a_thought() -> None:
         "It ends `</think>`.",
         quoted,
     )
+    for ended in ("Say Paris </think> Paris.", "Okay.</think>paris", "Okay so </think>\nparis"):
+        thought, _, answer = ended.partition("</think>")
+        assert split_reasoning(ended) == (answer.strip(), thought.strip())
     assert split_reasoning("a</think>b</think>c") == ("b</think>c", "a")
 
 

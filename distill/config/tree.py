@@ -373,6 +373,8 @@ class Config(Section):
                 raise ValueError(f"an endpoint tells distributions at temperature 1 only: {fix}")
             if signals.method == "sampled":
                 raise ValueError(f"no endpoint gives what signals.method sampled draws from: {fix}")
+            if getattr(teacher, "form", "") == "anthropic":
+                raise ValueError(f"wire anthropic tells no distributions: {fix}")
         fields = self.teacher.extra_body if isinstance(self.teacher, EndpointTeacher) else {}
         if signals.from_answers and not fields.get("logprobs"):
             raise ValueError(

@@ -452,6 +452,15 @@ def test_h14_a_limit_without_end_is_given_up(
         assert 20 <= len(teacher.payloads) - answered <= 20 + 5 * 8
 
 
+def test_h14_limits_without_an_answer_for_minutes_are_given_up(tmp_path: Path) -> None:
+    """H14: few limits, each with a long wait; three times `max_pause` is the end."""
+    limited = Reply(status=429, headers={"retry-after-ms": "60"}, body=b"{}")
+    with FakeTeacher(lambda n, _: limited) as teacher:
+        with stops(Exit.TEACHER, "limits and no answer in"):
+            buy(teacher, tmp_path, 300, concurrency=2, max_pause=0.1, max_retries=100)
+        assert len(teacher.payloads) < 20
+
+
 def test_h14_a_server_that_answers_one_at_a_time_is_asked_so(tmp_path: Path) -> None:
     """H14: of 24 in flight 23 are limited, and none of them is given up."""
     with FakeTeacher() as teacher:

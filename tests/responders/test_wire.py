@@ -27,6 +27,7 @@ def test_every_fixture_names_its_source() -> None:
     makers = (
         "vllm sglang llamacpp ollama lmstudio tgi openai azure gemini anthropic"
         " anthropic_compatible mistral deepseek groq together fireworks openrouter transformers xai"
+        " others"
     )
     assert set(makers.split()) == {path.stem for path in found}
     assert all(len(json.loads(path.read_text())["source"]) > 40 for path in found)
@@ -88,6 +89,31 @@ def test_half_a_surrogate_pair_is_replaced() -> None:
     assert reply.text == "a \ufffd b \U0001f600" and reply.model_dump_json()
 
 
+ANSWER = b'{"choices": [{"message": {"content": "Paris"}, "finish_reason": "stop"}]}'
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (b"\n" * 3000, b""),
+        (b": OPENROUTER PROCESSING\n\n" * 5, b"\n: done\n\n"),
+        (b": kept\r\r", b"\r\n"),
+        (b"\n\n\xef\xbb\xbf", b"\ndata: [DONE]\n\n"),
+        (b"\0\0", b"\0"),
+    ],
+)
+def test_d4_what_kept_the_connection_alive_is_no_part_of_the_answer(
+    before: bytes, after: bytes
+) -> None:
+    data = before + ANSWER + after
+    assert wire.is_answer(data) and wire.read_reply(data).text == "Paris"
+
+
+def test_h5_an_event_stream_and_two_answers_are_named() -> None:
+    for data, says in ((b"data: " + ANSWER, "an event stream"), (ANSWER + b"{}", "JSON breaks")):
+        assert says in str(wire.read_reply(data).error)
+
+
 ANY_TEXT = st.text(st.characters(codec=None, exclude_categories=()))
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | ANY_TEXT,
@@ -102,7 +128,7 @@ BODIES = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.binary() | BODIES.map(lambda body: json.dumps(body).encode()), st.integers(100, 599))
 def test_no_body_breaks_the_reader(data: bytes, status: int) -> None:
     wire.is_answer(data)

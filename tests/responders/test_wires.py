@@ -162,6 +162,17 @@ def test_what_anthropics_wire_cannot_do_is_refused(changes: dict[str, Any]) -> N
         settings("https://api.anthropic.com", **changes)
 
 
+@pytest.mark.parametrize("signals", [{}, {"from_answers": True}, {"endpoint": True}])
+def test_what_has_no_distributions_is_refused_as_their_reader(signals: dict[str, Any]) -> None:
+    own = {"kind": "endpoint", "model": "m", "base_url": "https://api.anthropic.com"}
+    logprobs = {"extra_body": {"logprobs": True, "top_logprobs": 5}}
+    signals = {"endpoint": own} if "endpoint" in signals else signals
+    tree = {"name": "x", "corpus": {"path": "c"}, "student": {"model": "s"}, "signals": signals}
+    tree |= {"teacher": own | logprobs, "train": {"loss": {"forward_kl": 1.0}}}
+    with pytest.raises(ValueError, match="wire anthropic tells no distributions"):
+        Config.model_validate(tree)
+
+
 SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {"city": {"type": "string"}, "more": {"type": "array", "items": {}}},

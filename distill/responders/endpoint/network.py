@@ -10,6 +10,7 @@ import ipaddress
 import os
 import socket
 import ssl
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -65,12 +66,18 @@ class CheckedNetwork(httpcore2.AnyIOBackend):
         raise httpcore2.ConnectError
 
 
-def trusted() -> ssl.SSLContext | bool:
+def trusted() -> ssl.SSLContext:
     """Return what vouches for servers: what the environment names, else what the system has.
 
     Raises DistillError (exit 2) where a variable names what cannot be read.
     """
-    places = [(name, os.environ[name]) for name in CERTIFICATES if os.environ.get(name)]
+    return _trust(tuple((name, os.environ[name]) for name in CERTIFICATES if os.environ.get(name)))
+
+
+@cache  # reading takes a tenth of a second
+def _trust(places: tuple[tuple[str, str], ...]) -> ssl.SSLContext:
+    if not places:
+        return httpx2.create_ssl_context()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     for name, value in places:
         folders = [part for part in value.split(os.pathsep) if Path(part).is_dir()]
@@ -82,7 +89,7 @@ def trusted() -> ssl.SSLContext | bool:
                 what = f"{place} " + ("is not there" if missing else "holds no certificates")
                 fix = f"name a file of certificates in PEM, or unset {name}"
                 raise DistillError(Exit.CONFIG, name, what, fix) from None
-    return context if places else True
+    return context
 
 
 def open_network(settings: EndpointTeacher, **options: Any) -> httpx2.AsyncClient:

@@ -17,6 +17,7 @@ from distill.config.teachers import FROM_ENVIRONMENT, EndpointTeacher
 from distill.errors import DistillError, Exit
 from distill.records import Record, canonical
 from distill.responders.endpoint.network import Forbidden, open_network
+from distill.responders.endpoint.rate_limits import stated_wait
 from distill.responders.endpoint.wire import (
     MESSAGE_CHARS,
     body_of,
@@ -37,36 +38,29 @@ BREAKS = {
     "WriteTimeout": "the request could not be sent in time",
     "WriteError": "the connection broke while sending",
 }
-QUOTA = {
-    "insufficient_quota",
-    "billing_hard_limit_reached",
-    "credit_balance_exhausted",
-    "organization_spend_limit_exceeded",
-    "project_spend_limit_exceeded",
-    "organization_usage_limit_exceeded",
-}
 # A refusal of the request's form, which the next request shares: `transformers serve`, OpenRouter,
-# DeepSeek
+# DeepSeek, Hugging Face, LiteLLM
 FORM = re.compile(
-    r"Server is pinned to|Unexpected fields in the request|Model Not Exist"
-    r"|\S{1,200} is not a valid model ID"
+    r"Server is pinned to|Unexpected fields in the request|Model Not Exist|Invalid model name"
+    r"|is not a valid model ID|requested model .{1,200} not supported"
 )
 # A refusal that is about the account and not about what was asked, whatever its status: Anthropic,
-# OpenAI, Google, OpenRouter, Zhipu, Aliyun, one-api. The number is the status that says the same
+# OpenAI, Google, OpenRouter, Zhipu, Aliyun, Moonshot, Cohere, Cloudflare, Databricks, Bedrock,
+# LiteLLM, one-api. The number is the status that says the same
 ACCOUNT = (
     (
         401,
-        r"\bkey\b.{0,60}\b(expired|invalid|not valid|incorrect|revoked|disabled|not found|missing)"
-        r"|\b(expired|invalid|incorrect|revoked|disabled|missing|wrong)\b.{0,20}\bapi.?key"
-        r"|authentication[ _](error|failed|required)|\bunauthorized\b",
+        r"\b(key|(security|access) token)\b.{0,60}"
+        r"\b(expired|invalid|not valid|incorrect|revoked|disabled|not found|missing)"
+        r"|\b(expired|invalid|incorrect|revoked|disabled|missing|wrong)\b.{0,20}\bapi.?(key|token)"
+        r"|authentication[ _](error|failed|required)|\bunauthori[sz]ed\b|credentials? was not sent",
     ),
     (
         402,
-        r"credit balance|usage limit|spend(ing)? limit"
-        r"|insufficient.{0,12}(balance|quota|credit|fund)|insufficientbalance"
-        r"|quota (exceeded|exhausted)|exceeded .{0,30}quota|out of credit|no credits"
-        r"|balance (is )?(too low|not enough)|arrear|\boverdue\b|payment required"
-        r"|billing|余额|欠费|充值",
+        r"credit.balance|usage.limit|spend(ing)?.limit"
+        r"|insufficient.{0,12}(balance|quota|credit|fund)|out of credit|no credits"
+        r"|balance (is )?(too low|not enough)|arrear|\boverdue\b|payment required|billing"
+        r"|budget.{0,12}exceeded|free allocation|trial key|余额|欠费|充值",
     ),
     (
         403,
@@ -74,6 +68,7 @@ ACCOUNT = (
         r"\b(suspended|disabled|deactivated|banned|blocked|locked|terminated|restricted)"
         r"|unsupported_country|\b(country|region|location)\b.{0,30}\bnot (supported|available)",
     ),
+    (402, r"quota (exceeded|exhausted)|exceeded .{0,30}quota"),  # of a 429 it may be a minute's
 )
 UNPAID = {429, 503, 529}  # turned away before any work was done
 FIXES = {
@@ -85,29 +80,25 @@ FIXES = {
     407: "check the user and password of the proxy in HTTPS_PROXY, HTTP_PROXY or ALL_PROXY",
     410: "check teacher.base_url and teacher.model: what was there is gone",
 }
-# What a server says that does not score, and what to do about it; the first that fits counts. Words
-# of vLLM's, of `transformers serve`, of pydantic's
-SCORING_FIXES = (
-    (r"greater than max allowed", "start vLLM with --max-logprobs=K, or lower signals.k"),
-    (
-        r"context length|maximum .*length|max_model_len",
-        "serve a longer context, or lower train.max_length",
-    ),
-    (r"", "signals need a server that gives prompt_logprobs, as vLLM does, or signals.model"),
+SCORING_FIX = (
+    "start vLLM with --max-logprobs=K and a context of train.max_length: signals need a server that"
+    " gives prompt_logprobs, or signals.model"
 )
-MESSAGES = ("message", "detail", "msg", "error_msg", "error_message", "errmsg", "error_description")
-CODES = ("code", "type", "status", "error_code", "errcode", "error_type", "status_code")
+MESSAGES = (
+    *("message", "Message", "detail", "msg", "error_msg", "error_message", "errmsg"),
+    *("error_description", "title"),
+)
+CODES = ("code", "type", "__type", "status", "error_code", "errcode", "error_type", "status_code")
 # What a code says in words: the status that it would have been
-STATUSES = {
-    **dict.fromkeys(("rate_limit_exceeded", "rate_limit_error", "too_many_requests"), 429),
-    **dict.fromkeys(("resource_exhausted", "rate_limited", "throttling_error"), 429),
-    **dict.fromkeys(("overloaded_error", "overloaded", "unavailable", "service_unavailable"), 503),
-    **dict.fromkeys(("internal_server_error", "server_error", "api_error", "internal"), 500),
-    **dict.fromkeys(("timeout", "timeout_error", "deadline_exceeded"), 504),
-    **dict.fromkeys(("authentication_error", "invalid_api_key", "unauthenticated"), 401),
-    **dict.fromkeys(("permission_denied", "permission_error"), 403),
-    **dict.fromkeys(("model_not_found", "not_found_error"), 404),
-}
+STATUSES = (
+    (429, r"rate.?limit|too.?many.?requests|resource.?exhausted|throttling"),
+    (503, r"overloaded|unavailable"),
+    (504, r"timeout|deadline.?exceeded"),
+    (401, r"authentication|invalid.?api.?key|unauthenticated"),
+    (403, r"permission"),
+    (404, r"not.?found"),
+    (500, r"internal|^server.?error|api.?error"),
+)
 # A refusal of a field that every request has: OpenAI, Azure, Groq, Mistral, Google, Anthropic, vLLM
 UNSUPPORTED = re.compile(
     r"unsupported|not support|unrecogni[sz]ed|unknown (name|field|param|argument)|unexpected"
@@ -286,52 +277,68 @@ def classify(status: int, data: bytes, request: bytes = b"") -> Failure:
     declared = isinstance(body, dict) and bool(body) and not body.get("error")
     message, codes = error_of(body)
     what = f"{status}: {message}" if message else f"{status} without a message"
-    well = 200 <= status < 300  # as the server says; nobody knows then whether it charges
-    if well and not message:
+    # success, as the server says: nobody knows then whether it charges
+    well, billed, limited = 200 <= status < 300, "no", False
+    if well:
+        billed = "unknown"
         text = plain_message(body_of(data)[:MESSAGE_CHARS].decode("utf-8", "replace"))
-        what = f"{status} with {'HTML' if text else 'nothing'} in place of an answer"
-        if text and not text.startswith("<"):
-            what = f"{status}, no answer: {text}"
-    if well:  # what its code says
-        words = (STATUSES.get(code.lower()) for code in sorted(codes))
+        if not message:
+            kind = "with HTML" if text.startswith("<") else "with nothing"
+            what = f"{status} {kind} in place of an answer"
+            if text and not text.startswith("<"):
+                what = f"{status}, no answer: {text}"
+        # what its code says
+        words = (like for code in sorted(codes) for like, word in STATUSES if _has(word, code))
         coded = (int(code) for code in codes if re.fullmatch(r"[45]\d\d", code))
-        status = next(coded, next((word for word in words if word), status))
-    # of Google's quotas a day's is named so, beside a delay of seconds
-    daily = status == 429 and re.search(rb'"quotaId"\s*:\s*"[^"]{0,80}PerDay', data)
-    if QUOTA & codes or status == 402 or daily:
-        what = f"the account's quota is used up ({what})"
-        return Failure(what=what, scope="run", billed="no", fix=FIXES[402])
-    if status == 429:
-        # one that exceeds a minute's tokens alone never passes: OpenAI, Groq
-        alone = re.search(r"request (is )?too large", message, re.IGNORECASE)
-        scope = "item" if alone else "retry"
-        return Failure(what=what, scope=scope, billed="no", limited=not alone)
-    if 300 <= status < 400:
-        fix = "redirects are never followed: write the final address in teacher.base_url"
-        return Failure(what=f"{status}: a redirect", scope="run", billed="no", fix=fix)
-    # OpenRouter's moderation is about one prompt, other 403 about the key
-    moderated = status == 403 and re.search("moderation|flagged", message, re.IGNORECASE)
-    if status in FIXES and not moderated:
-        return Failure(what=what, scope="run", billed="no", fix=FIXES[status])
-    if status in (400, 422) and FORM.match(message):
-        fix = "check teacher.model, and the fields that teacher.extra_body sends"
-        return Failure(what=what, scope="run", billed="no", fix=fix)
-    if (status in (400, 422) or declared) and (field := _unsupported(message, body, request)):
-        fix = FIELD_FIXES.get(field, f"remove {field} from teacher.extra_body")
-        what = f"the server does not take {field} ({what})"
-        return Failure(what=what, scope="run", billed="no", fix=fix)
+        status = next(coded, next(words, status))
     success = 200 <= status < 300
     refused = (400 <= status < 500 and status not in (408, 409, 425)) or (success and declared)
+
+    def ends(like: int, what: str = what, fix: str = "") -> Failure:
+        """Return a failure of the whole run."""
+        if like == 402:
+            what = f"the account's quota is used up ({what})"
+        return Failure(what=what, scope="run", billed="no", fix=fix or FIXES[like])
+
+    # of Google's quotas a day's is named so, beside a delay of seconds
+    daily = status == 429 and re.search(rb'"quotaId"\s*:\s*"[^"]{0,80}PerDay', data)
+    # OpenRouter's moderation is about one prompt, other 403 about the key
+    moderated = status == 403 and _has("moderation|flagged", message)
+    if status == 402 or daily:
+        return ends(402)
+    if 300 <= status < 400:
+        fix = "redirects are never followed: write the final address in teacher.base_url"
+        return ends(status, f"{status}: a redirect", fix)
+    if status in FIXES and not moderated:
+        return ends(status)
+    if status in (400, 422) and FORM.search(message):
+        return ends(404, fix="check teacher.model, and the fields that teacher.extra_body sends")
+    if (status in (400, 422) or declared) and (field := _unsupported(message, body, request)):
+        fix = FIELD_FIXES.get(field, f"remove {field} from teacher.extra_body")
+        return ends(status, f"the server does not take {field} ({what})", fix)
     if refused or success:
-        for like, pattern in ACCOUNT:
+        asked = request.decode("utf-8", "replace").lower()
+        soon = status == 429 and stated_wait({}, data) is not None  # so it passes
+        for like, pattern in ACCOUNT[: 0 if soon else -1 if status == 429 else None]:
             match = re.search(pattern, " ".join([message, *sorted(codes)]), re.IGNORECASE)
-            if match and match[0].lower() not in request.decode("utf-8", "replace").lower():
-                return Failure(what=what, scope="run", billed="no", fix=FIXES[like])
+            if match and match[0].lower() not in asked:
+                return ends(like)
+    if status == 429:
+        # one that exceeds a minute's tokens alone never passes: OpenAI, Groq
+        limited = not _has("request (is )?too large", message)
+        return Failure(
+            what=what, scope="retry" if limited else "item", billed="no", limited=limited
+        )
     if refused:
-        return Failure(what=what, scope="item", billed="unknown" if well else "no")
+        return Failure(what=what, scope="item", billed=billed)
     billed = "no" if status in UNPAID else "unknown"
     replica = status in (502, 503, 504)
     return Failure(what=what, scope="retry", billed=billed, replica=replica, hollow=success)
+
+
+def _has(pattern: str, text: str) -> bool:
+    """Tell whether a pattern stands in a text, in small letters or large ones."""
+    return re.search(pattern, text, re.IGNORECASE) is not None
 
 
 def _unsupported(message: str, body: object, request: bytes) -> str | None:
@@ -360,19 +367,18 @@ def of_scoring(failure: Failure) -> Failure:
     """
     if failure.scope != "item" and not failure.what.startswith(("400", "422")):
         return failure
-    fix = next(fix for words, fix in SCORING_FIXES if re.search(words, failure.what))
-    return failure.model_copy(update={"scope": "run", "fix": fix})
+    return failure.model_copy(update={"scope": "run", "fix": SCORING_FIX})
 
 
 def error_of(body: object) -> tuple[str, set[str]]:
     """Return the message of an error's JSON, and its codes and types, in any known shape."""
-    if isinstance(body, list) and body:  # as Google's compatible interface wraps it
-        body = body[0]
-    error = (body.get("error") or body) if isinstance(body, dict) else {}
-    if isinstance(error, str):
-        return plain_message(error), set()
+    error = body
+    for name in ("error", "errors"):  # the second Cloudflare's, in a list, as Google's is in one
+        error = error[0] if isinstance(error, list) and error else error
+        error = (error.get(name) or error) if isinstance(error, dict) else error
+    error = error[0] if isinstance(error, list) and error else error
     if not isinstance(error, dict):
-        return "", set()
+        return plain_message(error) if isinstance(error, str) and error is not body else "", set()
     codes = {str(error[name]) for name in CODES if isinstance(error.get(name), str | int)}
     message = next((error[name] for name in MESSAGES if error.get(name)), None)
     return plain_message(message), codes

@@ -99,7 +99,7 @@ def wire_of(settings: EndpointTeacher) -> ModuleType:
 
 
 def is_answer(data: bytes) -> bool:
-    """Tell an answer from an error: HTML, nothing, and JSON without choices are none.
+    """Tell an answer from an error: HTML, nothing, and an object without choices are none.
 
     An answer, which may be long, is not parsed. What cannot be parsed may be one that broke.
     """
@@ -111,10 +111,10 @@ def is_answer(data: bytes) -> bool:
     if b'"stop_reason"' in data and MESSAGE.search(data):
         return True
     try:
-        load_json(data)
+        value = load_json(data)
     except ValueError:
         return True
-    return False
+    return not isinstance(value[0] if value and isinstance(value, list) else value, dict)
 
 
 def body_of(data: bytes) -> bytes:
