@@ -6,13 +6,11 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from distill.records import canonical
-from distill.responders.endpoint.transport import STATUSES, error_of
+from distill.responders.endpoint.transport import error_of, status_like
 from distill.responders.endpoint.wire import load_json
 
 ENDED = {"completed", "failed", "expired", "cancelled", "canceled", "ended"}
 UNTOUCHED = {"batch_expired", "batch_cancelled", "batch_canceled"}
-# What a request that was sent alone would have got, by the types of Anthropic's errors
-KINDS = STATUSES | {"invalid_request_error": 400, "billing_error": 402, "request_too_large": 413}
 
 
 class Result(NamedTuple):
@@ -89,7 +87,7 @@ class MessageJobs(Jobs):
             return Result(name, 200, canonical(result.get("message")))
         if kind in ("expired", "canceled"):
             return Result(name, None, b"")
-        status = next((KINDS[code] for code in error_of(error)[1] if code in KINDS), 500)
+        status = status_like(error_of(error)[1], 500)
         return Result(name, status, canonical(error))
 
 

@@ -89,7 +89,7 @@ MESSAGES = (
     *("error_description", "title"),
 )
 CODES = ("code", "type", "__type", "status", "error_code", "errcode", "error_type", "status_code")
-# What a code says in words: the status that it would have been
+# What a code says in words: the status that it would have been; the first that fits counts
 STATUSES = (
     (429, r"rate.?limit|too.?many.?requests|resource.?exhausted|throttling"),
     (503, r"overloaded|unavailable"),
@@ -97,6 +97,9 @@ STATUSES = (
     (401, r"authentication|invalid.?api.?key|unauthenticated"),
     (403, r"permission"),
     (404, r"not.?found"),
+    (402, r"billing"),
+    (413, r"too.?large"),
+    (400, r"invalid.?request"),
     (500, r"internal|^server.?error|api.?error"),
 )
 # A refusal of a field that every request has: OpenAI, Azure, Groq, Mistral, Google, Anthropic, vLLM
@@ -287,10 +290,7 @@ def classify(status: int, data: bytes, request: bytes = b"") -> Failure:
             what = f"{status} {kind} in place of an answer"
             if text and not text.startswith("<"):
                 what = f"{status}, no answer: {text}"
-        # what its code says
-        words = (like for code in sorted(codes) for like, word in STATUSES if _has(word, code))
-        coded = (int(code) for code in codes if re.fullmatch(r"[45]\d\d", code))
-        status = next(coded, next(words, status))
+        status = status_like(codes, status)  # what its code says
     success = 200 <= status < 300
     refused = (400 <= status < 500 and status not in (408, 409, 425)) or (success and declared)
 
@@ -334,6 +334,13 @@ def classify(status: int, data: bytes, request: bytes = b"") -> Failure:
     billed = "no" if status in UNPAID else "unknown"
     replica = status in (502, 503, 504)
     return Failure(what=what, scope="retry", billed=billed, replica=replica, hollow=success)
+
+
+def status_like(codes: set[str], otherwise: int) -> int:
+    """Return the status that an error's codes and types stand for."""
+    coded = (int(code) for code in codes if re.fullmatch(r"[45]\d\d", code))
+    words = (like for like, word in STATUSES for code in codes if _has(word, code))
+    return next(coded, next(words, otherwise))
 
 
 def _has(pattern: str, text: str) -> bool:
