@@ -14,7 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -177,8 +177,15 @@ Table = TypeVar("Table")
 
 def read_table(path: Path, form: type[Table], fix: str) -> Table:
     """Read a table of rows; raises DistillError (exit 2) with the first value that is wrong."""
+    return _rows(read_text(path), path, form, fix)
+
+
+@lru_cache(maxsize=16)  # several stages ask for the same table
+def _rows(text: str, path: Path, form: type[Table], fix: str) -> Table:
+    tree, places = parse_with_places(text, path)
+    use_present_names(tree, form, path, places)
     try:
-        return TypeAdapter(form).validate_python(read_yaml(path, form))
+        return TypeAdapter(form).validate_python(tree)
     except ValidationError as error:
         first = error.errors()[0]
         where = f"{path}: {'.'.join(map(str, first['loc']))}"

@@ -142,24 +142,20 @@ def _form(template: str, names: tuple[tuple[str, str], ...], date: str) -> _Form
     """Find by trying how a template takes conversations, or return why it takes none."""
     why = "it renders no question, or no answer"
 
-    def keeps(*turns: tuple[str, str], parts: bool) -> bool:
+    def keeps(parts: bool, *roles: str) -> bool:
         nonlocal why
-        texts = [f"{MARKS[n]}text{MARKS[n]}" for n in range(len(turns))]
-        messages = [
-            {"role": role, "content": _content(text, parts)}
-            for (role, _), text in zip(turns, texts, strict=True)
-        ]
+        texts = {role: f"{mark}text{mark}" for role, mark in zip(roles, MARKS, strict=False)}
+        turns = [{"role": role, "content": _content(text, parts)} for role, text in texts.items()]
         try:
-            shown = _run(template, dict(names), date, messages, turns[-1][0] != "assistant")
+            shown = _run(template, dict(names), date, turns, roles[-1] != "assistant")
         except Exception as error:  # jinja2 raises whatever a template's author chose
             why = why if parts else one_line(error)
             return False
-        return all(text in shown for text in texts)
+        return all(text in shown for text in texts.values())
 
-    user, answer, system = ("user", ""), ("assistant", ""), ("system", "")
     for parts in (False, True):
-        if keeps(user, parts=parts) and keeps(user, answer, parts=parts):
-            return _Form(parts, not keeps(system, user, parts=parts))
+        if keeps(parts, "user") and keeps(parts, "user", "assistant"):
+            return _Form(parts, not keeps(parts, "system", "user"))
     return why
 
 
@@ -192,9 +188,6 @@ def _render(
     begins. Raises DistillError (exit 7) where the template refuses.
     """
     template, names = _template(tokenizer), _names(tokenizer)
-    if not template:
-        what, fix = "has no chat template", "use an instruct model"
-        raise DistillError(Exit.TRAINING, tokenizer.name_or_path, what, fix)
     if isinstance(form := _form(template, names, date), str):
         raise _refused(tokenizer, form)
     turns, held = list[dict[str, Any]](), list[str]()
@@ -306,6 +299,9 @@ def fix_template(
     channel, what `drop` writes before an answer becomes the end of its generation prompt. Raises
     DistillError (exit 7) where that cannot be.
     """
+    from jinja2.meta import find_undeclared_variables
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
     template, values, turns = _template(tokenizer), dict(kwargs), [{"role": "user", "content": "?"}]
     question = (Message(role="user", content="?"),)
 
@@ -316,7 +312,8 @@ def fix_template(
         except Exception:  # as of a template for content in parts, and of one that refuses
             return None
 
-    variables = _variables(template) if reasoning else set[str]()
+    parsed = _compile_jinja_template(template).environment.parse(template)
+    variables = find_undeclared_variables(parsed) if reasoning else set[str]()
     for name, (off, on) in SWITCHES.items():
         value = off if reasoning == "drop" else on
         known = name in variables and name not in values and value is not None
@@ -338,23 +335,12 @@ def fix_template(
         raise DistillError(Exit.TRAINING, where, what, "set reasoning: keep")
 
 
-def _variables(template: str) -> set[str]:
-    """Return the names that a template is given."""
-    from jinja2.meta import find_undeclared_variables
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    return find_undeclared_variables(_compile_jinja_template(template).environment.parse(template))
-
-
 def _with_defaults(template: str, values: Mapping[str, Any]) -> str:
     """Return a template with values for the variables that it is not given."""
-    return (
-        "".join(
-            f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}"
-            for name, value in values.items()
-        )
-        + template
-    )
+    for name, value in reversed(list(values.items())):
+        default = f"{{% set {name} = {_literal(value)} %}}"
+        template = f"{{% if {name} is not defined %}}{default}{{% endif %}}{template}"
+    return template
 
 
 def _literal(value: Any) -> str:

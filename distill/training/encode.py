@@ -34,11 +34,8 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, pair: Pair, date: str) -> Ex
 
     A thought before the answer, as the filters keep one, is written as the template writes one.
     """
-    messages, response, cut_off = (
-        pair.prompt.messages,
-        pair.response,
-        pair.response.stop == "length",
-    )
+    messages, response = pair.prompt.messages, pair.response
+    cut_off = response.stop == "length"
     thought, answer = split_thought(response.text, response.reasoning)
     texts = [*(message.content for message in messages), response.text]
     mark = unused_mark(texts)
@@ -84,11 +81,13 @@ def check_template(
     for messages in (question, *orders.values()):
         for inner in (None, *((why,) if thought else ())):
             text = join_thought(answer, inner) if inner else answer
-            prompt = Prompt.make(tuple(messages), "", "")
-            response = Response(
-                id="", request_key="", sample=0, prompt_id="", model="", text=text, stop="end"
-            ).model_copy(update={"reasoning": inner})
-            example = encode_pair(tokenizer, Pair(prompt=prompt, response=response), date)
+            names = dict.fromkeys(("id", "request_key", "prompt_id", "model"), "")
+            fields = {**names, "sample": 0, "text": text, "stop": "end", "reasoning": inner}
+            pair = Pair(
+                prompt=Prompt.make(tuple(messages), "", ""),
+                response=Response.model_validate(fields),
+            )
+            example = encode_pair(tokenizer, pair, date)
             target = [i for i, w in zip(example.input_ids, example.weights, strict=True) if w]
             decoded = tokenizer.decode(target, clean_up_tokenization_spaces=False)
             if "".join(answer.split()) not in "".join(str(decoded).split()):

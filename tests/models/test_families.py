@@ -60,7 +60,7 @@ def hub(
 def write_config(folder: Path, family: str) -> str:
     rows = [
         {"prompt": f"What is {n} and {n * 7 % 10}?", "answer": "yes " * (n % 5 + 1)}
-        for n in range(16)
+        for n in range(9)
     ]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     tree = {
@@ -69,7 +69,7 @@ def write_config(folder: Path, family: str) -> str:
         "corpus": {
             "path": str(folder / "rows.jsonl"),
             "near_duplicate_threshold": None,
-            "split": {"validation": 3, "heldout": 3},
+            "split": {"validation": 1, "heldout": 2},
         },
         "teacher": {"kind": "recorded", "model": "acme/teacher", "license": "Apache-2.0"},
         "student": {"model": f"acme/tiny-{list(FAMILIES).index(family)}", "dtype": "float32"},
@@ -78,7 +78,7 @@ def write_config(folder: Path, family: str) -> str:
             **{"bf16": False, "max_steps": 3, "save_steps": 1, "tokens_per_step": 200},
             "lora": {"r": 2, "alpha": 4},
         },
-        "evaluation": {"max_new_tokens": 4, "bootstrap_samples": 100},
+        "evaluation": {"max_new_tokens": 2, "bootstrap_samples": 100},
         "terms": {"basis": "rows of our own"},
         "publish": {"license": "Apache-2.0"},
     }
