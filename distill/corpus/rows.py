@@ -148,8 +148,8 @@ def interpret(
     Raises ValueError with the reason where it is neither, and LeftOut where it cannot be used.
     """
     columns, reading = columns or Columns(), reading or Reading()
-    if not any(name in row for name in TEXT_COLUMNS) and columns == Columns():
-        row = dict(zip(_usual_names(tuple(row)), row.values(), strict=True))
+    if (names := _usual_names(tuple(row))) and columns == Columns():
+        row = dict(zip(names, row.values(), strict=True))
     text_column = columns.text or next((n for n in TEXT_COLUMNS if row.get(n) is not None), None)
     shape = _shape(row, columns)
     if form == "documents" or (form == "auto" and (columns.text or not shape)):
@@ -175,12 +175,17 @@ def interpret(
 
 @lru_cache(100)
 def _usual_names(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the names of columns, ` Question` as `question` where that is known and not there."""
-    result = list(names)
-    for place, name in enumerate(names):
+    """Return the names of columns, ` Question` as `question`; nothing where they are usual ones."""
+    result = [] if {*names} & {*TEXT_COLUMNS} else list(names)
+    for place, name in enumerate(result):
         if (usual := name.strip().lower().replace(" ", "_")) in KNOWN and usual not in result:
             result[place] = usual
-    return tuple(result)
+    return tuple(result) if tuple(result) != names else ()
+
+
+@lru_cache(100)
+def _shapes_of(names: tuple[str, ...]) -> list[Shape]:
+    return [shape for shape in SHAPES if {*shape.known_by} <= {*names}]
 
 
 def _shape(row: Mapping[str, object], columns: Columns) -> Shape | None:
@@ -191,9 +196,8 @@ def _shape(row: Mapping[str, object], columns: Columns) -> Shape | None:
         return shape if names[0] in row else None
     fitting = [
         shape
-        for shape in SHAPES
-        if row.get(shape.known_by[0]) is not None
-        and all(name in row for name in shape.known_by)
+        for shape in _shapes_of(tuple(row))
+        if row[shape.known_by[0]] is not None
         and (shape.known_by != ("data",) or are_texts(row["data"]))
     ]
     filled = (shape for shape in fitting if holds(row[shape.known_by[0]]))

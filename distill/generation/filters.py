@@ -22,7 +22,7 @@ from distill.config.yaml_file import find_config
 from distill.corpus.contamination import contaminated_pairs
 from distill.corpus.ngrams import words
 from distill.errors import DistillError, Exit
-from distill.generation.refusals import FIRST_TABLE, TABLE, is_refusal
+from distill.generation.refusals import TABLE, is_refusal
 from distill.languages import SPACELESS
 from distill.reasoning import join_thought
 from distill.records import SPLITS, Document, Pair, Prompt, Record, Response, Split
@@ -102,13 +102,10 @@ def main(run: Run) -> None:
 
 
 def identity(settings: Filters, reasoning: str) -> dict[str, str]:
-    """Return whether rows are trained on with reasoning, and what filters of the user's are.
-
-    So is the table of refusals, unless it is the first one, which earlier runs do not name.
-    """
+    """Return whether rows keep their reasoning, the table of refusals, and the user's filters."""
     facts = {"reasoning": reasoning} if reasoning == "keep" else {}
-    if settings.refusal and (digest := sha256_file(find_config(TABLE))) != FIRST_TABLE:
-        facts[TABLE.as_posix()] = digest
+    if settings.refusal:
+        facts[f"table {TABLE}"] = sha256_file(find_config(TABLE))
     return facts | {f"filter {name}": source_hash("filter", name) for name in settings.python}
 
 

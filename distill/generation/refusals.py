@@ -7,15 +7,17 @@ somebody else. A writer that cannot open the file, and then says what the error 
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated
+
+from pydantic import BeforeValidator
 
 from distill.config.values import Section
 from distill.config.yaml_file import find_config, read_table
 
 TABLE = Path("configs/refusals.yaml")
-FIRST_TABLE = "a3df5cb6d9a9d7897de8617e0f3af96a1e7d13f2ccb64608d7a340439a21afb9"
 HEAD = 300  # letters within which a refusal is declared
 LONG = 1200  # characters of an answer, whatever it begins with
 SAID = 24  # letters that make an answer, after a "but", or where only something is lacking
@@ -32,52 +34,32 @@ CLAUSE = re.compile(r"[,;:\uff0c\u3001\uff1a\u060c]")
 WIDE = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")  # as three letters
 # Accents of Latin and Cyrillic letters, vowel marks of Arabic and Hebrew, the dot of Devanagari
 MARKS = re.compile("[\u0300-\u036f\u0591-\u05c7\u064b-\u0652\u0640\u093c\u200b-\u200f]")
-LETTERS = str.maketrans(
-    {
-        "\u2019": "'",
-        "\u2018": "'",
-        "\u0901": "\u0902",
-        "\u0623": "\u0627",
-        "\u0625": "\u0627",
-        "\u0622": "\u0627",
-    }
-)
+LETTERS = str.maketrans("\u2019\u2018\u0901\u0623\u0625\u0622", "''\u0902\u0627\u0627\u0627")
+
+
+def _compile(alternatives: Sequence[str]) -> re.Pattern[str]:
+    return re.compile(without_marks("|".join(alternatives)).replace(" ", r"\s+"))
+
+
+Alternatives = Annotated[re.Pattern[str], BeforeValidator(_compile, tuple[str, ...])]
 
 
 class Language(Section):
     """What one language declines with, as alternatives of regular expressions."""
 
     language: str
-    declines: tuple[str, ...]
-    lacks: tuple[str, ...]
-    but: tuple[str, ...]
-    offers: tuple[str, ...]
-    letters: tuple[str, ...]
-
-
-class Patterns(NamedTuple):
-    """The same, compiled."""
-
-    declines: re.Pattern[str]
-    lacks: re.Pattern[str]
-    but: re.Pattern[str]
-    offers: re.Pattern[str]
-    letters: re.Pattern[str]
+    declines: Alternatives
+    lacks: Alternatives
+    but: Alternatives
+    offers: Alternatives
+    letters: Alternatives
 
 
 @cache
-def known_languages() -> dict[str, Patterns]:
+def known_languages() -> tuple[Language, ...]:
     """Read the table; raises DistillError (exit 2) where it is wrong."""
-    path = find_config(TABLE)
-    rows = read_table(path, tuple[Language, ...], "see the first lines of configs/refusals.yaml")
-
-    def compiled(alternatives: tuple[str, ...]) -> re.Pattern[str]:
-        return re.compile(without_marks("|".join(alternatives)).replace(" ", r"\s+"))
-
-    return {
-        row.language: Patterns(*(compiled(getattr(row, name)) for name in Patterns._fields))
-        for row in rows
-    }
+    fix = "see the first lines of configs/refusals.yaml"
+    return read_table(find_config(TABLE), tuple[Language, ...], fix)
 
 
 def without_marks(text: str) -> str:
@@ -92,12 +74,12 @@ def is_refusal(text: str) -> bool:
         return False
     text = without_marks(text).casefold().strip("*_# \n")
     plain = QUOTATIONS.sub(" ", text)
-    return any(_declines(plain, patterns) for patterns in known_languages().values())
+    return any(_declines(plain, language) for language in known_languages())
 
 
-def _declines(text: str, patterns: Patterns) -> bool:
-    refusal = patterns.declines.search(text, 0, HEAD)
-    if refusal is None or patterns.letters.match(text):
+def _declines(text: str, language: Language) -> bool:
+    refusal = language.declines.search(text, 0, HEAD)
+    if refusal is None or language.letters.match(text):
         return False
     if text[: refusal.start()].rstrip().endswith((":", "\uff1a")):  # it is told what somebody says
         return False
@@ -105,11 +87,11 @@ def _declines(text: str, patterns: Patterns) -> bool:
         return False
     rest = text[refusal.end() :]
     sentences = SENTENCE.split(rest)
-    lacking = patterns.lacks.search(refusal[0] + sentences[0][:60])
+    lacking = language.lacks.search(refusal[0] + sentences[0][:60])
     said = explained = 0
     for number, sentence in enumerate(sentences):
-        for turned, clause in enumerate(patterns.but.split(sentence, 1)):
-            if patterns.offers.search(clause) or patterns.declines.search(clause):
+        for turned, clause in enumerate(language.but.split(sentence, 1)):
+            if language.offers.search(clause) or language.declines.search(clause):
                 if number and not turned:  # "I can, however, look at a draft" is one offer
                     break
                 continue

@@ -10,8 +10,9 @@ import pytest
 from distill.config.tree import Filters
 from distill.errors import DistillError, Exit
 from distill.generation import filters
+from distill.pipeline import STAGES
 from distill.records import Document, Message, Pair, Prompt, Response, Split, Stop, Usage
-from distill.storage.files import read_json, read_records, write_records
+from distill.storage.files import read_json, read_records, write_json, write_records
 from distill.storage.run_folder import Run
 from tests.support.runs import make_run
 
@@ -138,11 +139,17 @@ def test_refusals_are_known_in_ten_languages(language: str) -> None:
 def test_another_table_of_refusals_makes_the_stage_stale(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert filters.identity(Filters(), "drop") == {}
+    run = with_answers(tmp_path, {"train": ["a"] * 3, "heldout": ["b", "c"]})
+    (stage,) = (stage for stage in STAGES if stage.name == "filter")
+    run.do(stage)
+    marker = read_json(run.marker(stage))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/refusals.yaml").write_text("[]")
-    assert list(filters.identity(Filters(), "drop")) == ["configs/refusals.yaml"]
+    assert run.state(stage) == ("stale", ["changed: table configs/refusals.yaml"])
+    del marker["fingerprint"]["table configs/refusals.yaml"]  # as an earlier distill left it
+    write_json(run.marker(stage), marker)
+    assert run.state(stage) == ("done", [])
     assert filters.identity(Filters(refusal=False), "drop") == {}
 
 
