@@ -295,6 +295,7 @@ def test_distributions_are_the_teacher_s_or_those_of_a_model_of_one_s_own_choice
 def test_an_override_is_named_where_it_is_wrong(tmp_path):
     assert fault(tmp_path, QUICKSTART, "train.learning_rate=x").startswith("command line: train.le")
     assert "override train.lora:1" in fault(tmp_path, QUICKSTART, "train.lora={")
+    assert fault(tmp_path, QUICKSTART, "teacher.kind=canned").startswith("command line: teacher.an")
     assert "KEY=VALUE" in fault(tmp_path, QUICKSTART, "train.lora")
 
 

@@ -321,7 +321,8 @@ def apply_override(tree: dict[str, Any], override: str) -> Places:
         value = {part: value}
     use_present_names(value, Config, "command line", {})
     _merge(tree, value)
-    return dict.fromkeys(_paths(value), "command line")
+    set_there = [path[: n + 1] for path in _paths(value) for n in range(len(path))]
+    return dict.fromkeys(set_there, "command line")
 
 
 def _merge(tree: dict[str, Any], changes: dict[str, Any]) -> None:
