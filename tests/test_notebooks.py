@@ -44,11 +44,7 @@ def notebook(tmp_path: Path) -> list[str]:
     make_tiny(tmp_path / "student")
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/quickstart.yaml").write_text(CONFIG)
-    turns = [("user", "What is {n}?"), ("assistant", "It is the number {n}.")]
-    rows = [
-        {"messages": [{"role": role, "content": text.format(n=n)} for role, text in turns]}
-        for n in range(16)
-    ]
+    rows = [{"prompt": f"What is {n}?", "answer": f"It is the number {n}."} for n in range(16)]
     (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     cells = re.findall(r"```python\n(.*?)```", DOC, re.S)
     assert len(cells) == 3 and cells[0].startswith("%pip install ")

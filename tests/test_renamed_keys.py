@@ -180,23 +180,23 @@ def made(run: Run) -> None:
 STAGE = Stage("first", ("teacher", "prompts", "evaluation"), (), ("out",), made)
 
 
-def test_a_finished_stage_stays_done_under_old_names(tmp_path):
-    names = {"teacher__max_batch_size": ..., "teacher__slots": 4}
-    names |= {"teacher__license": ..., "teacher__licence": "mit"}
-    names |= {"evaluation__max_batch_size": ..., "evaluation__slots": None}
-    assert finished(tmp_path, STAGE, **names).state(STAGE) == ("done", [])
+OLD_NAMES = {"teacher__max_batch_size": ..., "teacher__slots": 4, "teacher__license": ...}
+OLD_NAMES |= {"evaluation__max_batch_size": ..., "evaluation__slots": None}
+LATER = {f"teacher__{name}": ... for name in ("omit", "concurrency", "budget_dollars", "n")}
+LATER |= {"evaluation__confidence": ..., "prompts__per_document": ...}
 
 
-def test_another_value_under_an_old_name_is_told_under_the_new_one(tmp_path):
-    names = {"teacher__license": ..., "teacher__licence": "cc0"}
-    said = ["teacher.license was cc0, is mit"]
-    assert finished(tmp_path, STAGE, **names).state(STAGE) == ("stale", said)
-
-
-def test_a_key_that_came_later_counts_as_its_default(tmp_path):
-    later = {f"teacher__{name}": ... for name in ("omit", "concurrency", "budget_dollars", "n")}
-    later |= {"evaluation__confidence": ..., "prompts__per_document": ...}
-    assert finished(tmp_path, STAGE, **later).state(STAGE) == ("done", [])
+@pytest.mark.parametrize(
+    ("names", "state"),
+    [
+        ({**OLD_NAMES, "teacher__licence": "mit"}, ("done", [])),
+        ({**OLD_NAMES, "teacher__licence": "cc0"}, ("stale", ["teacher.license was cc0, is mit"])),
+        (LATER, ("done", [])),
+    ],
+    ids=["old names", "another value under an old name", "a key that came later"],
+)
+def test_a_finished_stage_stays_done_where_only_names_differ(tmp_path, names, state):
+    assert finished(tmp_path, STAGE, **names).state(STAGE) == state
 
 
 def test_what_another_kind_of_teacher_left_at_its_default_is_no_difference():

@@ -351,17 +351,7 @@ def test_every_form_has_its_sign_in_what_it_finds() -> None:
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
 def test_no_form_takes_time_in_the_square_of_a_text(form) -> None:
     for sign in form.signs:
-        for piece in (
-            sign,
-            f"{sign}a",
-            f"{sign}1",
-            f"{sign} ",
-            f"{sign}A1-",
-            f"{sign}=",
-            "a1",
-            "A",
-            "=",
-        ):
+        for piece in (*(f"{sign}{end}" for end in ("", "a", "1", " ", "A1-", "=")), "a1", "A", "="):
             text = sign + piece * (60_000 // len(piece))
             started = time.process_time()
             for found in form.pattern.finditer(text):

@@ -35,16 +35,8 @@ FREE = {".lock"}  # outside the evidence
 
 def write_config(folder: Path, suite: Path) -> Path:
     """Write a config of twenty sums whose answers were recorded, right and wrong ones."""
-    rows = [
-        [
-            {"role": "user", "content": f"What is {n} and {n}?"},
-            {"role": "assistant", "content": f"It is #### {2 * n}"},
-        ]
-        for n in range(20)
-    ]
-    (folder / "rows.jsonl").write_text(
-        "".join(json.dumps({"messages": turns}) + "\n" for turns in rows)
-    )
+    rows = [{"prompt": f"What is {n} and {n}?", "answer": f"It is #### {2 * n}"} for n in range(20)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "c.yaml").write_text(
         "name: tiny\n"
         "corpus: {path: rows.jsonl, format: prompts, reference_pattern: '#### (\\d+)',"
