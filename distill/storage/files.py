@@ -23,7 +23,7 @@ from distill.records import Record
 from distill.storage.progress import say
 
 R = TypeVar("R", bound=Record)
-REMAKE = "remake it with --redo STAGE"
+REMAKE, MISSING = "remake it with --redo STAGE", ("is missing", "run the stage that makes it")
 MAKE_WRITABLE, FREE_SPACE = "make it writable, then run again", "free space, then run again"
 WAYS_OUT = {
     errno.ENOSPC: FREE_SPACE,
@@ -36,8 +36,8 @@ WAYS_OUT = {
     errno.ENOTDIR: "check the path",
     errno.EISDIR: "check the path",
 }
-# What a mounted drive answers that knows no locks, or no fsync of a folder
 MOMENT = 2.0  # seconds in which others that share a lock hold it alone, to tidy up
+# What a mounted drive answers that knows no locks, or no fsync of a folder
 NOT_OFFERED = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
@@ -108,18 +108,13 @@ def write_json(path: Path, value: object) -> None:
     write_atomic(path, as_json(value))
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise DistillError(Exit.STATE, path, "is missing", "run the stage that makes it") from None
-
-
 def read_json(path: Path) -> Any:
     """Read a JSON file of ours; raises DistillError (exit 5) where it is missing or damaged."""
     with disk_errors(path):
         try:
-            return json.loads(_read(path))
+            return json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise DistillError(Exit.STATE, path, *MISSING) from None
         except ValueError:
             raise DistillError(Exit.STATE, path, "is damaged", REMAKE) from None
 
@@ -148,8 +143,7 @@ def read_records(path: Path, kind: type[R], torn: bool = False) -> list[R]:
         try:
             file = path.open("rb")
         except FileNotFoundError:
-            what, fix = "is missing", "run the stage that makes it"
-            raise DistillError(Exit.STATE, path, what, fix) from None
+            raise DistillError(Exit.STATE, path, *MISSING) from None
         with file:
             for number, line in enumerate(file, 1):
                 if line == b"\n" or (torn and not line.endswith(b"\n")):

@@ -11,7 +11,6 @@ tail (a write that was cut off) is moved to `torn/` when a writer opens the log.
 else stops with exit 5 and names `distill repair` (storage/repair.py).
 """
 
-import asyncio
 import hashlib
 import json
 import os
@@ -396,41 +395,3 @@ def copy(records: Iterable[NewRecord], log: Log) -> int:
     while group := list(islice(source, 1000)):
         new += log.append(group)
     return new
-
-
-class LogWriter:
-    """Durable writes from one event loop: what waits during an fsync is written by the next."""
-
-    def __init__(self, log: Log) -> None:
-        self.log = log
-        self._waiting: list[tuple[Sequence[NewRecord], asyncio.Future[None]]] = []
-        self._task: asyncio.Task[None] | None = None
-
-    async def write(self, *records: NewRecord) -> None:
-        """Return once the records are on the disk; they come there too if the caller is cancelled.
-
-        Raises DistillError (exit 5) where the disk refuses.
-        """
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((records, done))
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._flush())
-        await done
-
-    async def finished(self) -> None:
-        """Return once nothing waits to be written."""
-        if self._task is not None:
-            await self._task
-
-    async def _flush(self) -> None:
-        while self._waiting:
-            group, self._waiting = self._waiting, []
-            refusal = None
-            try:
-                records = [record for records, _ in group for record in records]
-                await asyncio.to_thread(self.log.append, records)
-            except DistillError as error:
-                refusal = error
-            for _, done in group:
-                if not done.done():
-                    done.set_exception(refusal) if refusal else done.set_result(None)

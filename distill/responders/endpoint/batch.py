@@ -11,42 +11,28 @@ anything else is bought, also where `teacher.batch` has been unset since.
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
-from functools import partial
-from itertools import count
+from functools import cached_property, partial
 from typing import Any
-from urllib.parse import quote
-
-import httpx2
 
 from distill.config.teachers import EndpointTeacher
 from distill.errors import DistillError, Exit
 from distill.records import digest
-from distill.responders.endpoint import batch_forms as forms
+from distill.responders.endpoint.batch_jobs import Jobs, MessageJobs, Result, counts_of, status_of
 from distill.responders.endpoint.budget import NOTHING, most_dollars
 from distill.responders.endpoint.client import AGAIN, EndpointClient, Sending
-from distill.responders.endpoint.rate_limits import backoff, retry_after
-from distill.responders.endpoint.transport import (
-    Failure,
-    Received,
-    broken,
-    classify,
-    encode,
-    post,
-)
-from distill.responders.endpoint.wire import is_answer, plain_message, wire_of
+from distill.responders.endpoint.transport import Failure, Received, classify, encode
+from distill.responders.endpoint.wire import is_answer, plain_message
 from distill.responders.prices import TokenPrice
 from distill.responders.responder import Raw, Request, Sampling
 from distill.responders.store import Job, ResponseStore, attempt_key
-from distill.storage.progress import PLAIN_SECONDS, say
+from distill.storage.progress import say
 
 MOST_REQUESTS = 50_000  # of a job, as OpenAI allows
 MOST_BYTES = 64 << 20  # of a job: a third of what OpenAI allows, since it is held in memory
-PATIENCE = 100  # attempts to look at a job, which goes on meanwhile
 GRACE = 10.0  # seconds in which a submission whose reply was lost may still be under way
 MONTH = 30 * 24 * 3600.0  # seconds, after which no maker keeps results
-GONE = (404, 410)
 
 Sendings = dict[str, Sending]  # the requests of a job by the names that they have in it
 
@@ -68,9 +54,6 @@ class BatchClient(EndpointClient):
     ) -> None:
         super().__init__(settings, key, price, run, requests, store)
         self.price = price and price.in_batch()
-        form = forms.MessageJobs if settings.form == "anthropic" else forms.Jobs
-        self.form = form(wire_of(settings).path(settings).partition("?")[0])
-        self.address = settings.base_urls[0]
         self.requests = {request.id: request for request in requests}
         self.open = [job for job in store.jobs() if not self.requests.keys().isdisjoint(job.ids)]
         waiting = {  # what has failed in a job that is not collected to its end is asked again
@@ -82,6 +65,11 @@ class BatchClient(EndpointClient):
         self.queue = [r for r in requests if settings.batch and r.id not in waiting]
         self.rounds, self.most = Counter[str](), MOST_REQUESTS
         self.running, self.idle, self.narrow = 0, asyncio.Event(), False
+
+    @cached_property
+    def jobs(self) -> Jobs:
+        """Return the server's batch interface, by the client that is open."""
+        return MessageJobs(self) if self.settings.form == "anthropic" else Jobs(self)
 
     def _close(self) -> None:
         super()._close()
@@ -134,7 +122,11 @@ class BatchClient(EndpointClient):
     async def _recorded(self, sendings: Sequence[Sending]) -> tuple[Job, Sendings, bool]:
         """Record a new job with the intents of its requests."""
         rows = [(s.request.key, s.request.sample, s.number) for s in sendings]
-        body = {"model": self.settings.model, "run": self.run, "address": self.address}
+        body = {
+            "model": self.settings.model,
+            "run": self.run,
+            "address": self.settings.base_urls[0],
+        }
         body["requests"] = rows
         job = Job.model_validate({"id": digest(body), **body})
         intents = [("intent", s.key, self._intent(s) | {"batch": job.id}) for s in sendings]
@@ -178,18 +170,18 @@ class BatchClient(EndpointClient):
                 return
             await self.writer.write(("batch_name", job.id, {"name": name}))
             job = job.model_copy(update={"name": name, "sent": job.sent or time.time()})
-        row = await self._ended(name, job)
+        row = await self.jobs.ended(name, job.line())
         if row is None:
             say(f"{model}: job {name} goes on at the server: {AGAIN}")
             return
         if not row:
             if time.time() - (job.sent or 0) < MONTH:
                 what, fix = f"job {name} is not known there", f"use the key of then: {AGAIN}"
-                raise DistillError(Exit.TEACHER, self.address, what, fix)
+                raise DistillError(Exit.TEACHER, model, what, fix)
             await self._give_up(job, sendings, f"job {name} is gone", "unknown")
             return
-        await self._fetch(row, sendings)
-        status, errors = forms.status_of(row), row.get("errors")
+        await self._collect(row, sendings)
+        status, errors = status_of(row), row.get("errors")
         if status == "failed":  # as a whole
             errors = errors.get("data") if isinstance(errors, dict) else errors
             first = errors[0] if isinstance(errors, list) and errors else {}
@@ -205,44 +197,18 @@ class BatchClient(EndpointClient):
         billed = "unknown" if status in ("completed", "ended") else "no"
         await self._give_up(job, sendings, f"the job is {status}, without a result", billed)
 
-    async def _ended(self, name: str, job: Job) -> dict[str, Any] | None:
-        """Return a job's row once it has ended, an empty one where the server knows none.
-
-        None where the gate closes.
-        """
-        said = 0.0
-        for look in count():
-            path = f"{self.form.path}/{quote(name, safe='')}"
-            row = await self._call("GET", path, tries=PATIENCE, but=GONE)
-            if not row or forms.status_of(row) in forms.ENDED:
-                return row
-            if self.gate.closed.is_set():
-                return None
-            if not said or time.monotonic() - said > PLAIN_SECONDS:
-                said, counts = time.monotonic(), forms.counts_of(row)
-                numbers = [f"{number} {kind}" for kind, number in counts.items() if number]
-                how = ", ".join([forms.status_of(row), *numbers])
-                say(f"{self.settings.model}: {job.line()}: {how}; Ctrl-C leaves it there")
-            await self.gate.sleep(backoff(look, self.settings.initial_backoff))
-        return None
-
     async def _submit(self, job: Job, sendings: Sendings) -> str | None:
         """Upload a job's requests and submit it; return the server's name for it.
 
         A submission whose outcome is not known is searched for before it is made again.
         """
-        lines, file = [self.form.line(name, s.body) for name, s in sendings.items()], ""
+        jobs, lines = self.jobs, [self.jobs.line(name, s.body) for name, s in sendings.items()]
         try:
-            if self.form.uploads:
-                part = (f"distill-{job.id}.jsonl", b"\n".join(lines), "application/jsonl")
-                fields = {"data": {"purpose": "batch"}, "files": {"file": part}}
-                form = httpx2.Request("POST", self.address, **fields)
-                kind = form.headers["content-type"]
-                file = str((await self._call("POST", "/files", form.read(), kind)).get("id"))
+            file = await jobs.upload(job.id, lines)
             await self.writer.write(("batch_sent", job.id, {"file": file, "at": time.time()}))
             find = partial(self._find, job.model_copy(update={"file": file}), sendings)
-            body = self.form.submission(job.id, lines, file)
-            return (await self._call("POST", self.form.path, body, find=find)).get("id")
+            body = jobs.submission(job.id, lines, file)
+            return (await jobs.call("POST", jobs.path, body, find=find)).get("id")
         except DistillError as error:
             if not self.gate.closed.is_set():  # else it may be there: the next go looks
                 await self._give_up(job, sendings, error.what, "no", again=False)
@@ -255,95 +221,39 @@ class BatchClient(EndpointClient):
         job that carries no mark, Anthropic's, is known by its results.
         """
         await self.gate.sleep(GRACE)
-        names, after = self.store.keys("batch_name"), ""
+        names = self.store.keys("batch_name")
         others = {(self.store.get("batch_name", key) or {}).get("name") for key in names}
-        while not self.gate.closed.is_set():
-            try:
-                page = await self._call("GET", f"{self.form.path}?limit=100{after}", tries=PATIENCE)
-            except DistillError as error:
-                self._halt(error)
-                return None
-            rows = [row for row in page.get("data") or [] if isinstance(row, dict)]
-            for row in rows:
+        try:
+            async for row in self.jobs.listed():
                 name, metadata = str(row.get("id")), row.get("metadata")
                 marked = isinstance(metadata, dict) and metadata.get("distill") == job.id
                 ours = marked or (bool(job.file) and row.get("input_file_id") == job.file)
-                if not self.form.uploads and name not in others:
-                    alike = sum(forms.counts_of(row).values()) == len(sendings)
-                    if alike and (ended := await self._ended(name, job)):
-                        ours = await self._fetch(ended, sendings)
+                if not self.jobs.uploads and name not in others:
+                    alike = sum(counts_of(row).values()) == len(sendings)
+                    if alike and (ended := await self.jobs.ended(name, job.line())):
+                        ours = await self._collect(ended, sendings)
                 if ours:
                     return name
-            if not rows or not page.get("has_more"):
-                return None
-            after = f"&{self.form.after}={quote(str(rows[-1].get('id')), safe='')}"
+        except DistillError as error:
+            self._halt(error)
         return None
 
-    async def _fetch(self, row: dict[str, Any], sendings: Sendings) -> bool:
-        """Store all results of a job that has ended; return whether any is ours.
-
-        Results that are gone, and lines that are unreadable each time, count as not there.
-        """
-        ours = False
-        for path in self.form.results(row):
-            for retry in count():
-                received, some = await self._download(path, sendings)
-                failure, ours = received.failure, ours or some
-                if failure is None:
-                    break
-                unreadable = received.status == 200 and retry == self.settings.max_retries
-                if received.status in GONE or unreadable:
-                    say(f"{self.address}{path}: {failure.what}")
-                    break
-                await self._try_again(received, failure, retry)
-        return ours
-
-    async def _download(self, path: str, sendings: Sendings) -> tuple[Received, bool]:
-        """Store the results at a path as they come; tell whether any was ours."""
-        rest, ours, bad = b"", 0, 0
-        try:
-            async with self.http.stream("GET", self.address + path) as response:
-                status = response.status_code
-                if not response.is_success:
-                    data = await response.aread()
-                    return Received(
-                        status, response.headers, data, "", classify(status, data)
-                    ), False
-                async for part in response.aiter_bytes():
-                    *lines, rest = (rest + part).split(b"\n")
-                    some, none = await self._take(lines, sendings)
-                    ours, bad = ours + some, bad + none
-                    if len(rest) > self.settings.max_body_bytes:
-                        bad, rest = bad + 1, b""
-            some, none = await self._take([rest], sendings)
-        except httpx2.TransportError as error:
-            return broken(error), ours > 0
-        failure = None
-        if bad + none:
-            what = f"{bad + none} lines of results cannot be read"
-            failure = Failure(what=what, scope="retry", billed="no")
-        return Received(200, failure=failure), ours + some > 0
-
-    async def _take(self, lines: Sequence[bytes], sendings: Sendings) -> tuple[int, int]:
-        """Store some results with one fsync; count those that are ours, and what is none.
+    async def _collect(self, row: dict[str, Any], sendings: Sendings) -> bool:
+        """Store the results of a job that has ended, some with each fsync; tell if any is ours.
 
         Of two for one request an answer counts before an error.
         """
-        results, bad = list[forms.Result](), 0
-        for line in filter(bytes.strip, lines):
-            try:
-                plain = self.secrets.sub(b"[key]", line) if self.secrets else line
-                results.append(self.form.read(forms.read_object(plain)))
-            except ValueError:
-                bad += 1
-        results.sort(key=lambda result: result.status != 200, reverse=True)
-        ours = {r.custom_id: r for r in results if r.custom_id in sendings}
-        pairs = [(sendings[name], result) for name, result in ours.items()]
-        lacking = [pair for pair in pairs if self._lacks(pair[0].request.id, pair[0].number)]
-        await asyncio.gather(*(self._store(*pair) for pair in lacking))
-        return len(ours), bad
+        any_ours = False
+        async for results in self.jobs.results(row):
+            results.sort(key=lambda result: result.status != 200, reverse=True)
+            ours = {r.custom_id: r for r in results if r.custom_id in sendings}
+            pairs = [(sendings[name], result) for name, result in ours.items()]
+            lacking = [pair for pair in pairs if self._lacks(pair[0].request.id, pair[0].number)]
+            await asyncio.gather(*(self._store(*pair) for pair in lacking))
+            any_ours = any_ours or bool(ours)
+        return any_ours
 
-    async def _store(self, sending: Sending, result: forms.Result) -> None:
+    async def _store(self, sending: Sending, result: Result) -> None:
         """Deal with a result as with a reply to a request that was sent alone."""
         _, status, data = result
         if status is None:
@@ -386,50 +296,3 @@ class BatchClient(EndpointClient):
             self._hand_on(Raw.failed(request, what, self.settings.model))
         else:
             self.queue.append(request)
-
-    async def _call(
-        self,
-        method: str,
-        path: str,
-        content: bytes = b"",
-        kind: str = "application/json",
-        tries: int | None = None,
-        but: Sequence[int] = (),
-        find: Callable[[], Awaitable[str | None]] | None = None,
-    ) -> dict[str, Any]:
-        """Return what a server replies, asked for again while what fails may pass.
-
-        It is empty for a status of `but`. `find` says what a request in doubt has made. Raises
-        DistillError (exit 4).
-        """
-        for retry in count():
-            received = await post(
-                *(self.http, self.address + path, content, self.settings, self.secrets),
-                *(forms.is_reply, method, kind),
-            )
-            failure = received.failure
-            if received.cut:
-                failure = Failure(what=received.cut, scope="item", billed="unknown")
-            if failure is None:
-                return forms.read_object(received.data)
-            if received.status in but:
-                return {}
-            if find and failure.billed == "unknown" and (name := await find()):
-                return {"id": name}
-            await self._try_again(received, failure, retry, tries)
-        raise AssertionError
-
-    async def _try_again(
-        self, received: Received, failure: Failure, retry: int, tries: int | None = None
-    ) -> None:
-        """Wait before the next attempt; raises DistillError where another is of no use."""
-        last = retry == (tries or self.settings.max_retries) or self.gate.closed.is_set()
-        if failure.scope != "retry" or last:
-            what, fix = failure.what, f"see to the server: {AGAIN}"
-            if failure.scope == "run":
-                fix = failure.fix
-            if received.status in (404, 405, 501):
-                what, fix = f"has no batch interface ({what})", "unset teacher.batch"
-            raise DistillError(Exit.TEACHER, self.address, what, fix)
-        wait = min(retry_after(received.headers) or 0.0, self.settings.max_pause)
-        await self.gate.sleep(max(wait, backoff(retry, self.settings.initial_backoff)))
