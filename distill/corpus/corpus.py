@@ -11,7 +11,7 @@ never move old ones; with counts, the documents of the lowest hashes are taken.
 import hashlib
 import platform
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
 
@@ -22,7 +22,8 @@ from distill.corpus.contamination import contaminated_documents
 from distill.corpus.near_duplicates import near_repeats
 from distill.corpus.privacy import mask_documents
 from distill.corpus.readers import Reject, SourceRow
-from distill.corpus.rows import LeftOut, Reading, interpret
+from distill.corpus.rows import Reading, interpret
+from distill.corpus.turns import LeftOut, join_threads
 from distill.errors import DistillError, Exit
 from distill.languages import main_language
 from distill.records import Document, Split
@@ -30,8 +31,6 @@ from distill.storage.files import sha256_file, write_records
 from distill.storage.progress import say, tracking
 from distill.storage.run_folder import Run
 
-MESSAGE = {"message_id", "parent_id", "role", "text"}  # columns of OASST's rows
-LONGEST_THREAD = 1000  # messages
 LOOKED_AT = 500  # documents, of which the language is told
 MANY_NEAR = 0.2  # of the documents: if more are near-duplicates, the threshold may not fit them
 
@@ -48,10 +47,13 @@ def main(run: Run) -> None:
     rows, bad = len(documents) + len(rejects), [reject for reject in rejects if reject.bad]
     refuse_too_many(bad if documents else rejects, len(documents), corpus.max_bad_fraction, listed)
     private: dict[str, object] = {"policy": corpus.private_text}
-    holding, kinds = 0, Counter[str]()  # documents with private text, and how much of each kind
     if corpus.private_text != "keep":
-        documents, holding, kinds = protect(documents, corpus.private_text == "drop", rejects)
+        drop = corpus.private_text == "drop"
+        documents, holding, kinds = protect(documents, drop, rejects)
         private |= {"documents": holding, "kinds": dict(sorted(kinds.items()))}
+        if holding:
+            action = "dropped" if drop else "masked"
+            say(f"corpus: private text {action} in {holding} rows: {counts_line(kinds)}")
     before = len(rejects)
     documents = deduplicate(
         documents, rejects, corpus.near_duplicate_threshold, corpus.limit, config.seed
@@ -62,9 +64,8 @@ def main(run: Run) -> None:
         d.id: d.source.rpartition(":")[0] if ".pdf:" in d.source.lower() else d.id
         for d in documents
     }
-    of_group = split(
-        [*dict.fromkeys(groups.values())], config.seed, sizes.validation, sizes.heldout
-    )
+    names = [*dict.fromkeys(groups.values())]
+    of_group = split(names, config.seed, sizes.validation, sizes.heldout)
     splits: dict[str, Split] = {identity: of_group[group] for identity, group in groups.items()}
     chunks = cut_documents(documents, splits, corpus.chunk, rejects)
     kept = len(documents)
@@ -103,9 +104,6 @@ def main(run: Run) -> None:
             f"corpus: {contaminated} documents share text with held-out ones and are left out of "
             f"training: {listed}"
         )
-    if holding:
-        action = "dropped" if corpus.private_text == "drop" else "masked"
-        say(f"corpus: private text {action} in {holding} rows: {counts_line(kinds)}")
 
 
 def identity(corpus: Corpus) -> dict[str, str]:
@@ -173,10 +171,8 @@ def interpret_rows(corpus: Corpus, rejects: list[Reject]) -> list[Document]:
             rejects.append(row)
             continue
         try:
-            document = interpret(
-                *(row.value, row.where, corpus.columns, corpus.format),
-                *(corpus.reference_pattern, reading),
-            )
+            settings = corpus.columns, corpus.format, corpus.reference_pattern
+            document = interpret(row.value, row.where, *settings, reading)
             if "messages" not in document.meta and len(document.text) < corpus.chunk.min_chars:
                 raise ValueError(f"shorter than {corpus.chunk.min_chars} characters")
             documents.append(document)
@@ -189,28 +185,6 @@ def interpret_rows(corpus: Corpus, rejects: list[Reject]) -> list[Document]:
     for reason, count in unusable.items():
         say(f"corpus: {count} rows are left out: {reason}")
     return documents
-
-
-def join_threads(rows: Iterable[SourceRow | Reject]) -> Iterator[SourceRow | Reject]:
-    """Yield the rows, and for messages of trees (OASST) the thread that ends with each answer.
-
-    A question that nobody answered ends one too.
-    """
-    messages = dict[object, SourceRow]()
-    for row in rows:
-        if isinstance(row, SourceRow) and row.value.keys() >= MESSAGE:
-            messages[row.value["message_id"]] = row
-        else:
-            yield row
-    answered = {row.value["parent_id"] for row in messages.values()}
-    for identity, row in messages.items():
-        if row.value["role"] != "assistant" and identity in answered:
-            continue
-        thread, at = list[Mapping[str, object]](), messages.get(identity)
-        while at and len(thread) < LONGEST_THREAD:
-            thread.append({"role": at.value["role"], "content": at.value["text"]})
-            at = messages.get(at.value["parent_id"])
-        yield SourceRow(row.where, {"messages": thread[::-1], "lang": row.value.get("lang")})
 
 
 def refuse_too_many(bad: list[Reject], good: int, allowed: float, listed: Path) -> None:
@@ -293,11 +267,10 @@ def deduplicate(
         first = by_content.setdefault(document.id, document)
         if first is document:
             continue
-        if not (answers := samples.get(first.id)):
-            answers = samples[first.id] = answers_of(first)
-        if new := {k: v for k, v in answers_of(document).items() if k not in answers}:
-            answers.update(new)
-        else:
+        answers = samples[first.id] = samples.get(first.id) or answers_of(first)
+        new = {key: one for key, one in answers_of(document).items() if key not in answers}
+        answers.update(new)
+        if not new:
             rejects.append(_left_out(document, f"same content as {first.source}"))
     for identity, answers in samples.items():
         if len(answers) > len((first := by_content[identity]).recorded_answers):

@@ -173,12 +173,8 @@ class Index:
 
     def find(self, texts: Iterable[tuple[str, str]]) -> Iterator[tuple[EvaluatedText, str, str]]:
         """Yield item, place and words of each match in texts, one a text and item."""
-        places, stream, starts, alone = (
-            list[str](),
-            list[str](),
-            list[int](),
-            set[tuple[int, str]](),
-        )
+        places, stream, starts = list[str](), list[str](), list[int]()
+        alone = set[tuple[int, str]]()
         for place, text in texts:
             tokens = words(text)
             if self.alone:  # items that are this text, or a line of it

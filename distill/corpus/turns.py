@@ -3,7 +3,10 @@
 import ast
 import json
 import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
+
+from distill.corpus.readers import Reject, SourceRow
 
 TOOL = "tool"  # a call of a tool, or what one returned
 ROLES = {
@@ -22,6 +25,10 @@ SPEAKER, SAID = ("role", "from", "speaker"), ("content", "value", "text")  # key
 RESPONSES = ("response", "completion", "generated_text")  # keys of an answer in a list of them
 TURNS_AS_TEXT = re.compile(r"""\s*+\[?\s*+\{\s*+['"](?:role|from|content|value)['"]\s*:""")
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant): ?")  # of Anthropic's preference rows
+
+
+MESSAGE = {"message_id", "parent_id", "role", "text"}  # columns of OASST's rows
+LONGEST_THREAD = 1000  # messages
 
 
 class LeftOut(ValueError):
@@ -97,6 +104,28 @@ def _join_parts(parts: list[Any], role: str) -> tuple[str, str, str]:
         elif kind != "redacted_thinking":
             raise LeftOut(f"a turn holds a part of type {str(kind)[:40]}, which is no text")
     return role, "\n".join(texts), "\n".join(thoughts)
+
+
+def join_threads(rows: Iterable[SourceRow | Reject]) -> Iterator[SourceRow | Reject]:
+    """Yield the rows, and for messages of trees (OASST) the thread that ends with each answer.
+
+    A question that nobody answered ends one too.
+    """
+    messages = dict[object, SourceRow]()
+    for row in rows:
+        if isinstance(row, SourceRow) and row.value.keys() >= MESSAGE:
+            messages[row.value["message_id"]] = row
+        else:
+            yield row
+    answered = {row.value["parent_id"] for row in messages.values()}
+    for identity, row in messages.items():
+        if row.value["role"] != "assistant" and identity in answered:
+            continue
+        thread, at = list[Mapping[str, object]](), messages.get(identity)
+        while at and len(thread) < LONGEST_THREAD:
+            thread.append({"role": at.value["role"], "content": at.value["text"]})
+            at = messages.get(at.value["parent_id"])
+        yield SourceRow(row.where, {"messages": thread[::-1], "lang": row.value.get("lang")})
 
 
 def read_transcript(text: str) -> list[Turn]:

@@ -216,20 +216,16 @@ def funnel(
     pairs: Sequence[Pair], dataset: dict[Split, list[Pair]], dropped: Sequence[Dropped]
 ) -> dict[str, Any]:
     """Count what came in, what stayed by split, and what was dropped, for all and by task."""
-
-    def counts(task: str | None) -> dict[str, Any]:
-        mine = [pair.prompt for pair in pairs if task in (None, pair.prompt.task)]
-        stayed = {
-            f"kept_{split}": sum(task in (None, pair.prompt.task) for pair in rows)
-            for split, rows in dataset.items()
-        }
+    tables = dict[str | None, dict[str, Any]]()
+    for task in (None, *sorted({pair.prompt.task for pair in pairs})):
+        mine = [pair.prompt.id for pair in pairs if task in (None, pair.prompt.task)]
         reasons = Counter(row.reason for row in dropped if task in (None, row.task))
-        prompts = len({prompt.id for prompt in mine})
-        inputs = {"prompts": prompts, "answers": len(mine)}
-        return {**inputs, **stayed, "dropped": dict(reasons.most_common())}
-
-    tasks = sorted({pair.prompt.task for pair in pairs})
-    return {**counts(None), "tasks": {task: counts(task) for task in tasks}}
+        tables[task] = {"prompts": len({*mine}), "answers": len(mine)}
+        for split, rows in dataset.items():
+            stayed = sum(task in (None, pair.prompt.task) for pair in rows)
+            tables[task][f"kept_{split}"] = stayed
+        tables[task]["dropped"] = dict(reasons.most_common())
+    return tables.pop(None) | {"tasks": tables}
 
 
 def funnel_table(counts: dict[str, Any]) -> Table:
