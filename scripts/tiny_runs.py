@@ -1,8 +1,8 @@
 """Tiny experiments as a user wrote them at commit 07339c8: configs, files, models, and the server
 that answers.
 
-`scripts/record.py` performs them with old and new code side by side; `scripts/make_old_runs.py`
-made tests/fixtures/old of them. Their keys and files have the names of that commit on purpose: what
+`scripts/record.py` performs them with old and new code side by side, and that commit made
+tests/fixtures/old of them. Their keys and files have the names of that commit on purpose: what
 was written then is read for ever. Whatever shapes a request's key (endpoint, interface, model,
 revision, extra_body, omit, max_tokens_field, temperature, top_p, sample) is set in one of them to
 other than its default.

@@ -1,9 +1,9 @@
 """Paid answers and finished runs stay: those that commit 07339c8 left are opened by the command
 line, which asks nothing.
 
-tests/fixtures/old was made by scripts/make_old_runs.py. Nothing there is ever made again for a new
-release of distill: where a test here fails, users lose what they paid for. Every command runs in a
-copy, in a process of its own.
+That commit made tests/fixtures/old of scripts/tiny_runs.py. Nothing there is ever made again for a
+new release of distill: where a test here fails, users lose what they paid for. Every command runs
+in a copy, in a process of its own.
 """
 
 import json
