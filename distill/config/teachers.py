@@ -245,8 +245,8 @@ class EndpointTeacher(Teacher):
         """Return the name of the wire, as it is set or as the address says."""
         path = urlsplit(self.base_urls[0]).path
         # https://api.anthropic.com/v1 is an OpenAI-compatible address too
-        own = path.endswith("/anthropic") or self.base_urls[0] == "https://api.anthropic.com"
-        return self.wire or ("anthropic" if own else "openai")
+        messages = path.endswith("/anthropic") or self.base_urls[0] == "https://api.anthropic.com"
+        return self.wire or ("anthropic" if messages else "openai")
 
     def least_seconds(self, requests: float, tokens: float) -> float:
         """Return how long limits of the rate make so many requests and tokens take."""
@@ -292,8 +292,8 @@ class EndpointTeacher(Teacher):
         if self.form == "anthropic" and (self.api != "chat" or "max_tokens" in self.omit):
             raise ValueError("wire anthropic has api chat, and needs max_tokens")
         path = urlsplit(self.base_urls[0]).path
-        own = path.endswith("/openai/v1") or self.form != "openai"
-        if self.azure and not own and not self.api_version:
+        versioned = not path.endswith("/openai/v1") and self.form == "openai"
+        if self.azure and versioned and not self.api_version:
             raise ValueError("Azure needs api_version, or a base_url that ends in /openai/v1")
         if self.chat_template_kwargs and (self.form, self.api) != ("openai", "chat"):
             raise ValueError("chat_template_kwargs are for wire openai and api chat")

@@ -113,8 +113,8 @@ def template_lines(config: Config, release: Path) -> tuple[str, ...]:
     """Return what a reader of the card has to know of the release's chat template."""
     student = config.student
     base = load_tokenizer(student.model, student.revision, student.trust)
-    own, lines = load_tokenizer(f"{release.resolve()}", trust=student.trust), list[str]()
-    if own.chat_template != base.chat_template:
+    released, lines = load_tokenizer(f"{release.resolve()}", trust=student.trust), list[str]()
+    if released.chat_template != base.chat_template:
         how = "at once" if config.reasoning == "drop" else "after a thought"
         values = ", ".join(f"{k}: {json.dumps(v)}" for k, v in student.chat_template_kwargs.items())
         more = f" (student.chat_template_kwargs: {values})" if values else ""
@@ -122,7 +122,7 @@ def template_lines(config: Config, release: Path) -> tuple[str, ...]:
             "Its chat template is the base's with the form of the training as the default: the"
             f" model answers {how}{more}. Render with it as above, and set none of its switches."
         )
-    if folds_system(own, config.template_date):
+    if folds_system(released, config.template_date):
         lines.append(
             "Its chat template has no system turn: in training a system text stood at the beginning"
             " of the first user turn, followed by a blank line."
