@@ -14,7 +14,7 @@ from distill.config.tree import Config, Questions
 from distill.corpus.prompts import prompts_for_questions, written_prompts
 from distill.errors import DistillError, Exit
 from distill.models.chat_template import find_turn
-from distill.models.loading import load_tokenizer
+from distill.models.loading import student_tokenizer
 from distill.reasoning import marked
 from distill.records import Document, Prompt, Response
 from distill.responders.ask import Ask
@@ -95,10 +95,7 @@ def require_turns(config: Config, prompts: Sequence[Prompt]) -> None:
     orders = {tuple(message.role for message in p.messages): p.messages for p in prompts}
     student = config.student
     if rare := [m for order, m in orders.items() if order not in {("user",), ("system", "user")}]:
-        tokenizer = load_tokenizer(
-            *(student.model, student.revision, student.trust),
-            *(student.chat_template_kwargs, config.reasoning),
-        )
+        tokenizer = student_tokenizer(student, config.reasoning)
         for messages in rare:
             find_turn(tokenizer, messages, config.template_date)
 

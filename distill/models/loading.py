@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from distill.config.learning import Student
+
 
 def check_files(folder: Path, trust: Trust = SAFE) -> None:
     """Refuse pickled weights, code of the model's author, and paths that lead out of the folder.
@@ -273,15 +275,13 @@ def load_tokenizer(
     `template` are variables of its chat template and `reasoning` the policy of who is trained, as
     `chat_template.fix_template` takes them.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     quiet()
     folder = fetch(reference, revision, weights=False)
     check_files(folder, trust._replace(pickle=True))
     try:
-        config = AutoConfig.from_pretrained(
-            folder, trust_remote_code=trust.code, local_files_only=True
-        )
+        config = decoder_config(folder, trust)[0]
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust.code, local_files_only=True
         )
@@ -296,6 +296,12 @@ def load_tokenizer(
     if template or reasoning:
         fix_template(tokenizer, template or {}, reasoning)
     return tokenizer
+
+
+def student_tokenizer(student: "Student", reasoning: Reasoning) -> "PreTrainedTokenizerBase":
+    """Load a student's tokenizer with the template of its run."""
+    own = (student.model, student.revision, student.trust)
+    return load_tokenizer(*own, student.chat_template_kwargs, reasoning)
 
 
 def check_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> None:

@@ -14,10 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from distill.config.values import SAFE, Trust, checked_model
-from distill.config.yaml_file import find_config, read_yaml
+from distill.config.yaml_file import find_config, read_table
 from distill.errors import DistillError, Exit, first_line
 from distill.models.download import Gguf, converted
 from distill.records import Record, digest
@@ -69,7 +67,7 @@ class Shape(Record):
 class ModelInfo(Record):
     """A row of models.yaml; `gguf` says where a named model's weights are, None for a Hub model."""
 
-    name: str
+    name: str = ""  # its key in the table
     hub_id: str
     revision: str
     license: str
@@ -80,14 +78,8 @@ class ModelInfo(Record):
 @cache
 def table() -> dict[str, ModelInfo]:
     """Read configs/models.yaml, the user's or the one that ships; raises DistillError (exit 2)."""
-    path = find_config(TABLE)
-    rows = read_yaml(path, dict[str, ModelInfo])
-    try:
-        return {name: ModelInfo.model_validate({"name": name, **row}) for name, row in rows.items()}
-    except ValidationError as error:
-        first = error.errors()[0]
-        what = f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
-        raise DistillError(Exit.CONFIG, path, what, "correct the row") from None
+    rows = read_table(find_config(TABLE), dict[str, ModelInfo], "correct the row")
+    return {name: row.model_copy(update={"name": name}) for name, row in rows.items()}
 
 
 def lookup(reference: str) -> ModelInfo | None:
@@ -133,7 +125,7 @@ def shape_from_config(config: dict[str, Any]) -> Shape:
     if any(key not in text for key in SIZES):
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-        if kind in CONFIG_MAPPING:  # of defaults alone: values of a file can be of any size
+        if kind and kind in CONFIG_MAPPING:  # defaults alone: a file's sizes can be any
             text = {**CONFIG_MAPPING[kind]().get_text_config().to_dict(), **text}
     for key in SIZES:
         if not isinstance(text.get(key), int | float):

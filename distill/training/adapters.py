@@ -303,10 +303,7 @@ def write_merged(
     vars(model.config).pop("_model_name_or_path", None)  # a GGUF's own title, not a model's id
     if not student.trust_remote_code:  # what was ignored here is not asked of who loads it next
         vars(model.config).pop("auto_map", None)
-    tokenizer = loading.load_tokenizer(
-        *(student.model, student.revision, student.trust),
-        *(student.chat_template_kwargs, reasoning),
-    )
+    tokenizer = loading.student_tokenizer(student, reasoning)
     if not student.trust_remote_code:
         tokenizer.init_kwargs.pop("auto_map", None)
     with disk_errors(folder), replacing(folder) as work:

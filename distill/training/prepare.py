@@ -78,9 +78,7 @@ def prepare(run: Run, world: int = 1, start: Path | None = None) -> Preparation:
     Raises DistillError (exit 7) where that cannot be.
     """
     config, base, settings = run.config, run.config.student, run.config.train
-    tokenizer = loading.load_tokenizer(
-        *(base.model, base.revision, base.trust), base.chat_template_kwargs, config.reasoning
-    )
+    tokenizer = loading.student_tokenizer(base, config.reasoning)
     model = load_adapted(base, settings, config.train_seed)
     max_length = min(settings.max_length, loading.context_length(model.config))
     examples, validation = (

@@ -10,7 +10,7 @@ size, R rank of an adapted head, E = D + R, V vocabulary, P parts of a loss.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -29,24 +29,10 @@ from distill.training.losses import cross_entropy, evaluate_targets
 if TYPE_CHECKING:  # what learns needs torch and PEFT alone
     from transformers import PreTrainedTokenizerBase
 
-    from distill.config.learning import Loss
     from distill.records import AnswerLoss, Pair
+    from distill.training.soft_labels.labels import CachedLabels, LiveLabels
 
 PROBE = (7, 12)  # lengths of the two samples that the probe packs
-
-
-class Labels(Protocol):
-    """What a batch's soft targets come from; `digest` pins it, `settings` are its losses."""
-
-    @property
-    def digest(self) -> str: ...
-
-    @property
-    def settings(self) -> "Loss": ...
-
-    def targets(self, answers: Sequence[str], device: torch.device) -> SoftTargets | Live:
-        """Return the targets of answers' supervised positions; for none, of an idle position."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -101,7 +87,7 @@ class StudentModel(nn.Module):
     def __init__(self, model: Any, packing: bool = True) -> None:
         super().__init__()
         self.model, self.packing = model, packing
-        self.labels: Labels | None = None
+        self.labels: CachedLabels | LiveLabels | None = None
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._decoder, self._head = (base.get_decoder(),), (base.get_output_embeddings(),)
         config = base.config.get_text_config()  # Granite divides its logits, Cohere multiplies

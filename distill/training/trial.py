@@ -81,7 +81,7 @@ def _in_child(reference: str, *settings: Any) -> dict[str, Any]:
 
     import distill.training.encode  # noqa: F401
 
-    where, fix = f"model {reference}", "use a sound copy of the model"
+    where, fix, reply = f"model {reference}", "use a sound copy of the model", ""
     reader, writer = os.pipe()
     if not (child := os.fork()):
         try:
@@ -106,7 +106,7 @@ def _in_child(reference: str, *settings: Any) -> dict[str, Any]:
     os.close(writer)
     try:
         with os.fdopen(reader, "rb") as pipe:
-            reply = pipe.read()
+            reply = pipe.read().decode()
     except BaseException:
         os.kill(child, signal.SIGKILL)
         raise

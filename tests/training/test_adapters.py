@@ -76,12 +76,6 @@ def test_masters_stay_float32_and_move_by_less_than_bfloat16_could(
         assert (p != before[name]).float().mean() > 0.9, name
 
 
-def test_targets_that_match_nothing_stop(folder: Path) -> None:
-    with pytest.raises(DistillError, match="target_modules") as error:
-        adapters.inject(causal_model(folder), 4, 8, 0.0, ("nothing_proj",), seed=0)
-    assert error.value.code == Exit.TRAINING
-
-
 def test_an_adapter_that_the_loss_does_not_reach_is_found(folder: Path) -> None:
     model = adapted(folder)
     student, _ = make_student(model)

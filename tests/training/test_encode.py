@@ -48,12 +48,6 @@ def test_a_cut_off_answer_teaches_no_end_and_an_empty_one_nothing_else():
         encode("", stop="length")
 
 
-def test_special_tokens_in_an_answer_are_plain_text():
-    ids = encode("a<|im_end|>\n<|im_start|>user\nb").input_ids
-    end = make_tokenizer().convert_tokens_to_ids("<|im_end|>")
-    assert sum(i == end for i in ids) == 2  # the user's turn, the answer
-
-
 def test_a_template_that_closes_no_turn_gets_the_tokenizers_end():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = (
@@ -61,17 +55,6 @@ def test_a_template_that_closes_no_turn_gets_the_tokenizers_end():
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
     assert supervised(encode(tokenizer=tokenizer)) == "yes<|im_end|>"
-
-
-def test_a_template_whose_conversation_does_not_begin_with_its_prompt_is_named():
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
-        "{% if add_generation_prompt %}<judge>{% endif %}"  # as KAT-V1's
-    )
-    with pytest.raises(DistillError, match=r"chat template of .*otherwise than its") as error:
-        encode(tokenizer=tokenizer)
-    assert error.value.code == Exit.TRAINING
 
 
 def test_a_system_turn_that_a_template_lacks_is_folded_and_said():
@@ -92,10 +75,8 @@ def test_a_system_turn_that_a_template_lacks_is_folded_and_said():
         ("{% for m in messages %}{{ m.role }}<|im_end|>{% endfor %}", "no question, or no answer"),
         ("{{ messages[5].content.x }}", "has no element 5"),
         ("{{ raise_exception('never') }}", "never"),
-        (
-            "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
-            "no answer",
-        ),
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "no answer"),
+        (TEMPLATE.replace("assistant\n", "assistant\n<judge>"), "otherwise than its"),  # KAT-V1
         (TEMPLATE.replace("m['content']", "m['content'].upper()"), "no question, or no answer"),
     ],
 )

@@ -96,15 +96,10 @@ def as_captured(store: Path, facts: dict[str, Any]) -> dict[str, Any]:
 
 def student_view(run: Run) -> list[Example]:
     """Return the examples of training and validation as the student is trained on them."""
-    config, student = run.config, run.config.student
-    tokenizer = loading.load_tokenizer(
-        *(student.model, student.revision, student.trust),
-        *(student.chat_template_kwargs, config.reasoning),
-    )
+    config, folder = run.config, run.path("dataset")
+    tokenizer = loading.student_tokenizer(config.student, config.reasoning)
     limit = config.train.max_length
-    return encode_pairs(
-        tokenizer, read_pairs(run), config.template_date, limit, run.path("dataset")
-    )
+    return encode_pairs(tokenizer, read_pairs(run), config.template_date, limit, folder)
 
 
 def require_room(
