@@ -22,8 +22,7 @@ from distill.storage.run_folder import Run, Stage, open_run
 
 
 def main(name: str, words: Sequence[str]) -> int:
-    """Do a stage for `CONFIG [key=value ...] [--redo] [--allow-inexact] [--debug]`; returns the
-    exit code."""
+    """Do a stage for `CONFIG [key=value ...] [--redo] [--allow-inexact] [--debug]`."""
     flags = {word for word in words if word.startswith("--")}
     config, *overrides = [word for word in words if word not in flags]
     stage = next(stage for stage in STAGES if stage.name == name)

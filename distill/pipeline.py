@@ -32,9 +32,7 @@ def _lazy(path: str) -> Callable[..., Any]:
 
 def reader_identity(teacher: Teacher) -> dict[str, str]:
     """Return what pins the teacher whose distributions are captured."""
-    from distill.responders.kinds import identity
-
-    facts = identity(teacher)
+    facts = _lazy("distill.responders.kinds.identity")(teacher)
     return {"teacher": facts["endpoint"]} if isinstance(teacher, EndpointTeacher) else facts
 
 
@@ -199,11 +197,8 @@ STAGES: tuple[Stage, ...] = (
         "report",
         tuple(f"evaluation.{key}" for key in MONEY),
         (
-            "evaluation.json",
-            "requests.jsonl",
-            "training.json",
-            "refined/training.json",
-            "funnel.json",
+            *("evaluation.json", "requests.jsonl", "training.json"),
+            *("refined/training.json", "funnel.json"),
         ),
         ("prices.json", "scorecard.json", "scorecard.md", "report.html"),
         _lazy("distill.report.report.main"),
@@ -214,23 +209,19 @@ NAMES = tuple(stage.name for stage in STAGES)
 
 
 def from_stage(name: str) -> tuple[Stage, ...]:
-    """Return the stage of that name and all that follow; raises DistillError (exit 2) for an
-    unknown name."""
+    """Return the stage of that name and all that follow; raises DistillError (exit 2)."""
     if name not in NAMES:
-        raise DistillError(
-            Exit.CONFIG, f"--redo {name}", "no such stage", "one of " + ", ".join(NAMES)
-        )
+        fix = f"one of {', '.join(NAMES)}"
+        raise DistillError(Exit.CONFIG, f"--redo {name}", "no such stage", fix)
     return STAGES[NAMES.index(name) :]
 
 
 def perform(
     run: Run, stages: Sequence[Stage], redo: Sequence[Stage] = (), allow_inexact: bool = False
 ) -> None:
-    """Do what is left of `stages` under the run's lock, after checking all of them for other
-    settings.
+    """Do what is left of `stages` under the run's lock, once none of them has other settings.
 
-    `allow_inexact` lets a training resume under other data, settings or libraries, which the card
-    says.
+    `allow_inexact` lets a training resume under other data or libraries, which the card says.
     """
     with run.lock():
         for stage in stages:
@@ -254,16 +245,12 @@ def perform(
             except BaseException as error:
                 free_frames(error)
                 raise
+            if did and stage.name in CHECKING:  # whether it could run programs, and how
+                allowed = _lazy("distill.tasks.sandbox.programs.allowed")()
+                run.note("programs", {**run.manifest().get("programs", {}), stage.name: allowed})
             if did:
-                if stage.name in CHECKING:  # whether it could run programs, and how
-                    from distill.tasks.sandbox.programs import allowed
-
-                    programs = {**run.manifest().get("programs", {}), stage.name: allowed()}
-                    run.note("programs", programs)
                 release_memory()  # of its models, for those of the next stage
-                say(f"{stage.name}: done")
-            else:
-                say(f"{stage.name}: done before, reused")
+            say(f"{stage.name}: {'done' if did else 'done before, reused'}")
 
 
 def require_inputs(run: Run, stage: Stage) -> None:

@@ -1,7 +1,7 @@
 """`distill status`: what a run has done, what is left, and what each stage has cost so far. Loads
 no model."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
 
 from rich.console import Group
@@ -101,10 +101,14 @@ def show(status: Status) -> Group:
     """Return a row a stage, a row of sums, why what is stale is stale, and what may have been
     billed."""
     rows = table(status.run, "stage", "state", "finished", ">seconds", ">in", ">out", ">dollars")
-    for stage in status.stages:
-        rows.add_row(*_cells(stage))
-    rows.add_section()
-    rows.add_row(*_cells(status.all))
+    for row in (*status.stages, status.all):
+        if row is status.all:
+            rows.add_section()
+        sums = ("",) * 3
+        if row.seconds is not None:
+            sums = (f"{row.seconds:,.1f}", f"{row.input_tokens:,}", f"{row.output_tokens:,}")
+        dollars = "" if row.dollars is None else f"{row.dollars:.4f}"
+        rows.add_row(row.stage, row.state, row.finished[:16].replace("T", " "), *sums, dollars)
     remarks = [f"{stage.stage}: {stage.remark}" for stage in status.stages if stage.remark]
     lines: list[str] = []
     if status.doubts:
@@ -121,12 +125,3 @@ def show(status: Status) -> Group:
             first = answered[0]
             lines.append(f"  {len(answered)} with an answer, the first {first.key}: {first.what}")
     return Group(rows, *remarks, *status.jobs, *lines)
-
-
-def _cells(row: StageStatus) -> Iterable[str]:
-    yield from (row.stage, row.state, row.finished[:16].replace("T", " "))
-    if row.seconds is None:
-        yield from ("", "", "", "")
-        return
-    yield from (f"{row.seconds:,.1f}", f"{row.input_tokens:,}", f"{row.output_tokens:,}")
-    yield "" if row.dollars is None else f"{row.dollars:.4f}"

@@ -1,11 +1,9 @@
-"""`distill verify RUN`: is a finished run what it says it is? Loads no model, asks nothing, writes
-nothing into the run.
+"""`distill verify RUN`: is a finished run what it says it is? Loads no model, asks nothing, and
+writes nothing into the run.
 
-Three things are looked at. The files have the hashes that were recorded when they were written. The
-stored answers give the same scores, scorecard and report again, byte for byte, on another day and
-in another folder too. And the parts belong together: the answers are what the store holds as it
-came, adapter and merged model are the evaluated ones, and a release has that adapter, that
-scorecard and that model.
+The files have the hashes that were recorded; the stored answers give the same scores, scorecard and
+report again, byte for byte; and the parts belong together: answers are what the store holds as it
+came, adapter and merged model are the evaluated ones, and a release has these and that scorecard.
 """
 
 import tempfile
@@ -47,11 +45,10 @@ from distill.tasks.task import TASKS_FILE, tasks_of_run
 
 MEASURED = ("scores/", "requests.jsonl", "evaluation.json")
 REPORTED = ("scorecard.json", "scorecard.md", "report.html")
-# From scorecard.json and samples, in words that may change
-WORDED = ("scorecard.md", "report.html")
+WORDED = REPORTED[1:]  # from scorecard.json and samples, in words that may change
 # what is made again depends on none of these
-NOT_READ = ("adapter/", "checkpoints/", "merged/", "release/", "refined/round-")
-NOT_READ += ("refined/adapter/", "refined/merged/")
+NOT_READ = ("adapter/", "checkpoints/", "merged/", "release/")
+NOT_READ += ("refined/round-", "refined/adapter/", "refined/merged/")
 PROGRAMS = "its task runs programs: --allow-code makes it again"
 WEIGHTS = "adapter/adapter_model.safetensors"
 
@@ -75,11 +72,16 @@ def verify(folder: Path) -> list[Check]:
 
 
 def _again(evidence: RunEvidence) -> Iterator[Check]:
-    """Make scores, scorecard and report again from the answers, elsewhere, and compare every
-    byte."""
-    other = list(_code(evidence))
-    yield from other
-    other_code = bool(other)
+    """Make scores, scorecard and report again from the answers, elsewhere, and compare every byte;
+    where another distill measured or reported, they may rightly differ."""
+    here, other_code = environment(), False
+    for stage in ("evaluate", "report"):
+        there = evidence.manifest.get("stages", {}).get(stage, {}).get("environment", {})
+        if there.get("code_sha256") != here["code_sha256"]:
+            before, now = (f"{e.get('distill')} {e.get('revision')}" for e in (there, here))
+            why = f"made by distill {before}, this is {now}: other code may give other bytes"
+            yield Check("again", f"the code of {stage}", "skipped", why)
+            other_code = True
     with tempfile.TemporaryDirectory() as place, _scratch(evidence, Path(place)) as run:
         try:
             skipped = _measure_again(run)
@@ -96,25 +98,11 @@ def _again(evidence: RunEvidence) -> Iterator[Check]:
         yield verdict("again", "sources of the scorecard", sources[0] == sources[1])
 
 
-def _code(evidence: RunEvidence) -> Iterator[Check]:
-    """Say where another distill than this one measured or reported: its results may rightly
-    differ."""
-    here = environment()
-    for stage in ("evaluate", "report"):
-        there = evidence.manifest.get("stages", {}).get(stage, {}).get("environment", {})
-        if there.get("code_sha256") != here["code_sha256"]:
-            before, now = (f"{e.get('distill')} {e.get('revision')}" for e in (there, here))
-            why = f"made by distill {before}, this is {now}: other code may give other bytes"
-            yield Check("again", f"the code of {stage}", "skipped", why)
-
-
 @contextmanager
 def _scratch(evidence: RunEvidence, place: Path) -> Iterator[Run]:
-    """Yield a run elsewhere, of links to what was recorded; what is written there takes a link's
-    place.
+    """Yield a run elsewhere, of links to what was recorded: what is written takes a link's place.
 
-    It has the ledger as the report found it. Its name is the scorecard's, whatever the folder is
-    called now.
+    It has the ledger as the report found it, and the scorecard's name.
     """
     config = open_run(evidence.folder).config
     name = _field(evidence.folder / "scorecard.json", "name") or config.name
@@ -162,37 +150,29 @@ def _measure_again(run: Run) -> str | None:
 
 
 def _sources(manifest: dict[str, Any], other_code: bool) -> Any:
-    """Return the files that a scorecard's parts come from; without those that other code measured
-    in other words."""
+    """Return the files that a scorecard's parts come from, but those that other code measured."""
     return {
-        part: {
-            stage: {
-                file: hashed
-                for file, hashed in files.items()
-                if not (other_code and file.startswith(MEASURED))
-            }
-            for stage, files in stages.items()
-        }
+        (part, stage, file): hashed
         for part, stages in (manifest.get("sources") or {}).items()
+        for stage, files in stages.items()
+        for file, hashed in files.items()
+        if not (other_code and file.startswith(MEASURED))
     }
 
 
 def _compared(old: Path, new: Path, name: str, other_code: bool) -> Check:
-    """Compare a file with the same one made again: every byte, or where other code made it, every
-    figure it shares."""
+    """Compare a file with the same one made again: every byte, or of other code every figure."""
     where = first_difference(old, new)
     if where and other_code and name in WORDED:
-        return Check(
-            "again", name, "skipped", "worded by another distill; scorecard.json is compared"
-        )
+        why = "worded by another distill; scorecard.json is compared"
+        return Check("again", name, "skipped", why)
     if where and other_code and name.endswith(".json"):
         where = ", ".join(list(different_figures(read_json(old), read_json(new)))[:3])
     return verdict("again", name, not where, where)
 
 
 def different_figures(old: Any, new: Any, path: str = "") -> Iterator[str]:
-    """Yield where two trees of JSON state different numbers; what only one of them states is no
-    difference."""
+    """Yield where two trees of JSON state different numbers, of those that both state."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in old.keys() & new.keys():
             yield from different_figures(old[key], new[key], f"{path}.{key}" if path else key)
@@ -257,15 +237,12 @@ def _stored(evidence: RunEvidence) -> Iterator[Check]:
 
 def _answers(log: ResponseStore, folder: Path, name: str) -> Check:
     """Read every answer of a file again from its raw bytes, and compare."""
-    responses = read_records(folder / name, Response)
-    lost = [
-        number
-        for number, response in enumerate(responses, 1)
-        if response.stop != "error"
-        and ("response", Response.make_id(response.request_key, response.sample)) not in log
-    ]
+    responses, lost = read_records(folder / name, Response), list[int]()
     for line, response in enumerate(responses, 1):
-        if line not in lost and not _as_it_came(log, response):
+        key = ("response", Response.make_id(response.request_key, response.sample))
+        if response.stop != "error" and key not in log:
+            lost.append(line)
+        elif not _as_it_came(log, response):
             return Check("store", name, "differs", f"line {line}")
     if not lost:
         return Check("store", name, "same")
@@ -275,22 +252,12 @@ def _answers(log: ResponseStore, folder: Path, name: str) -> Check:
 
 
 def _as_it_came(log: ResponseStore, response: Response) -> bool:
-    """Tell whether an answer is what a raw record says; tokens that were estimated may have been
-    counted since.
-
-    One that had failed may have been asked again, by another run too.
-    """
-    request = Request(
-        key=response.request_key,
-        sample=response.sample,
-        prompt_id=response.prompt_id,
-        messages=(),
-        sampling=Sampling(),
-    )
-    for came in log.responses(request):
-        if came.usage.estimated:
-            came = came.model_copy(update={"usage": response.usage})
-        if came == response:
+    """Tell whether an answer is what one of its raw records says; tokens that were estimated may
+    have been counted since, and what failed may have been asked again."""
+    facts = {"key": response.request_key, **response.model_dump(include={"sample", "prompt_id"})}
+    for came in log.responses(Request(**facts, messages=(), sampling=Sampling())):
+        counted = {"usage": response.usage} if came.usage.estimated else {}
+        if came.model_copy(update=counted) == response:
             return True
     return False
 
@@ -302,7 +269,7 @@ def _release(evidence: RunEvidence, student: dict[str, Any]) -> Iterator[Check]:
         yield evidence.compared("release", name)
     same = _hash(release / WEIGHTS) == student["adapter_sha256"]
     yield verdict("release", "its adapter", same, "not the evaluated one")
-    for name in ("scorecard.json", "report.html"):
+    for name in REPORTED[::2]:
         same = _hash(release / name) == _hash(folder / name)
         yield verdict("release", f"its {name}", same, "is not the run's: publish again")
     if evaluated := student.get("model_sha256"):
@@ -323,13 +290,11 @@ def _model(folder: Path) -> str | None:
 
 
 def show(folder: Path, checks: Sequence[Check]) -> Group:
-    """Return a row for each kind of check that found nothing, a row for each thing it found, and
-    what nobody watches."""
+    """Return a row for each kind of check, one for each thing it found, and what nobody watches."""
     rows = table(f"{folder}", "what", "state", "where")
     for kind in dict.fromkeys(check.kind for check in checks):
         mine = [check for check in checks if check.kind == kind]
-        same = sum(check.state == "same" for check in mine)
-        if same:
+        if same := sum(check.state == "same" for check in mine):
             rows.add_row(TITLES.get(kind, kind), "same", f"{same} of {len(mine)}")
         for check in mine:
             if check.state != "same":

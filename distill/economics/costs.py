@@ -145,9 +145,8 @@ def distillation_cost(
     answer_tokens: int = 0,
     why_unpaid: str = "",
 ) -> DistillationCost:
-    """Add up the stages that made and measured the student: payments, and the machine's time.
+    """Add up payments and the machine's time of all that made and measured the student.
 
-    Attempts that failed or were cut short count as well. The machine was busy all the while.
     `answer_tokens` are those of all the teacher's answers: what the ledger lacks of them, an
     earlier run paid for. `why_unpaid` is set where the ledger cannot know what others were paid.
     """

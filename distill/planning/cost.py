@@ -137,10 +137,8 @@ def teacher_cost(config: Config, work: Work, origin: str | None = None) -> Teach
         why = book.why_no_teacher(teacher.model)
         notes += _money(cost, price, why, server.budget_dollars)
     if server and server.batch and listed:
-        discount = (
-            f"{listed.batch_discount or 0:.0%} less" if price != listed else "no known discount"
-        )
-        notes.append(f"asked by batch, {discount}: answers within a day")
+        less = f"{listed.batch_discount or 0:.0%} less" if price != listed else "no known discount"
+        notes.append(f"asked by batch, {less}: answers within a day")
     return cost.model_copy(update={"notes": tuple(notes)})
 
 
@@ -244,11 +242,8 @@ def pilot(run: Run, count: int) -> str:
         prompts = read_records(run.path("prompts.jsonl"), Prompt)
         sources = {prompt.id: documents[prompt.document_id] for prompt in prompts}
         at_once = {"batch": False} if isinstance(config.teacher, EndpointTeacher) else {}
-        teacher, settings = (
-            make_responder(config.teacher.model_copy(update=at_once), config, sources),
-            config.prompts.questions,
-        )
-        origin, answered = teacher.origin, 0
+        teacher = make_responder(config.teacher.model_copy(update=at_once), config, sources)
+        settings, origin, answered = config.prompts.questions, teacher.origin, 0
         with Ask(teacher, config.store_folder() / "responses", run) as ask:
             if settings:  # half of what is asked goes to the writing of questions
                 ordered = sorted(documents.values(), key=lambda document: digest(document.text))
@@ -271,8 +266,5 @@ def pilot(run: Run, count: int) -> str:
 
 def choose_requests(requests: Iterable[Request], count: int) -> list[Request]:
     """Choose requests by the hash of what is asked alone: two teachers get the same questions."""
-
-    def rank(request: Request) -> str:
-        return digest([[message.model_dump() for message in request.messages], request.sample])
-
-    return sorted(requests, key=rank)[: max(0, count)]
+    asked = {digest([[m.model_dump() for m in r.messages], r.sample]): r for r in requests}
+    return [asked[key] for key in sorted(asked)][: max(0, count)]

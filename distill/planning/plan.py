@@ -137,10 +137,8 @@ def show(plan: RunPlan) -> Group:
         there = [row for row in plan.memory if row.place == place]
         highest = max(there, key=lambda row: row.peak)
         lines += [row.line() for row in there if row is highest or not row.fits]
-    needed, each = (
-        sum(plan.disk.values()),
-        ", ".join(f"{w} {size(b)}" for w, b in plan.disk.items()),
-    )
+    needed = sum(plan.disk.values())
+    each = ", ".join(f"{what} {size(amount)}" for what, amount in plan.disk.items())
     word = "DOES NOT FIT: there are" if needed > plan.disk_free else "of"
     return Group(rows, *lines, f"disk: {each}; {word} {size(plan.disk_free)}", *plan.notes)
 
@@ -148,18 +146,15 @@ def show(plan: RunPlan) -> Group:
 def announce(run: Run, redo: Iterable[Stage] = ()) -> None:
     """Say how long what is left of a run takes here, and name a smaller size above 15 minutes.
 
-    It costs a few seconds, so a run that is short on any machine is not announced. Where nothing
-    can be predicted, nothing is said: the run itself says better what is wrong. Raises DistillError
-    for a stage whose weights alone do not fit (exit 7), and where the disk cannot hold what is
-    trained (exit 5).
+    A run that is short on any machine is not announced, nor one of which nothing can be predicted.
+    Raises DistillError for a stage whose weights alone do not fit (exit 7), and where the disk
+    cannot hold what is trained (exit 5).
     """
     config, again = run.config, tuple(redo)
 
-    def estimate(work: Work, machine: Machine) -> RunEstimate:
-        return RunEstimate(config, work, teacher_cost(config, work), machine)
-
     def stages(work: Work, machine: Machine) -> list[StagePlan]:
-        return [row for row in estimate(work, machine).stages() if row.stage in remaining]
+        estimate = RunEstimate(config, work, teacher_cost(config, work), machine)
+        return [row for row in estimate.stages() if row.stage in remaining]
 
     try:
         remaining = {s.name for s in STAGES if s in again or run.state(s)[0] != "done"}
@@ -169,8 +164,9 @@ def announce(run: Run, redo: Iterable[Stage] = ()) -> None:
         counted, types = count_work(run, QUICK), _types(config)
         work = counted.scaled(1)
         here = measure(types, 0.0)
-        memory = [row for row in estimate(work, here).memory() if not row.fits]
-        disk, free = estimate(work, here).disk(), disk_free(run)
+        estimate = RunEstimate(config, work, teacher_cost(config, work), here)
+        memory = [row for row in estimate.memory() if not row.fits]
+        disk, free = estimate.disk(), disk_free(run)
     except UNPREDICTABLE:
         return
     if "train" in remaining:

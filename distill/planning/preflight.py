@@ -5,9 +5,9 @@ asks, reads or trains: before a request is sent and before the first step. All p
 a line each. It takes seconds: of models that are not here yet it fetches tokenizers and configs
 only, and it builds the student without weights.
 
-A check looks at one thing: it yields what is to be tried, or raises its problem itself. What
-depends on the config and on files is held for every stage that is left from here on; what depends
-on this machine and session (keys, devices, packages) for the stages that are performed now.
+A check yields what is to be tried, or raises its problem itself. What depends on config and files
+is held for every stage that is left; what depends on this machine and session (keys, devices,
+packages) for the stages that are performed now.
 """
 
 import os
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distill.config.teachers import EndpointTeacher, LocalTeacher, Teacher
-from distill.config.tree import Config
 from distill.config.values import SAFE
 from distill.errors import DistillError, Exit
 from distill.models import loading, registry
@@ -49,14 +48,9 @@ class Look(NamedTuple):
     now: frozenset[str]
     ahead: frozenset[str]
 
-    @property
-    def config(self) -> Config:
-        """Return the run's config."""
-        return self.run.config
-
     def responders(self, stages: frozenset[str]) -> dict[str, Teacher]:
         """Return who is asked or read in some stages, by the config's key."""
-        config, roles = self.config, dict[str, Teacher]()
+        config, roles = self.run.config, dict[str, Teacher]()
         if config.distributions and stages & READING:
             roles["signals"] = config.soft_teacher()
         if stages & ASKING:
@@ -122,19 +116,15 @@ def look_at(run: Run, stages: Sequence[Stage] = STAGES, redo: Sequence[Stage] = 
 def problems(look: Look, checks: Sequence[Check]) -> list[DistillError]:
     """Return what the checks find, in their order, each once."""
     found = dict[str, DistillError]()
-
-    def attempt(work: Callable[[], object]) -> None:
-        try:
-            work()
-        except DistillError as error:
-            found.setdefault(str(error), error)
-
-    def attempt_all(check: Check) -> None:
-        for work in check(look):
-            attempt(work)
-
     for check in checks:
-        attempt(partial(attempt_all, check))
+        attempts = check(look)
+        while True:
+            try:
+                if (attempt := next(attempts, None)) is None:
+                    break
+                attempt()
+            except DistillError as error:
+                found.setdefault(str(error), error)
     return list(found.values())
 
 
@@ -146,7 +136,7 @@ def check_programs(look: Look) -> Iterator[Attempt]:
 
     if not look.now.intersection(CHECKING) or allowed() != "no":
         return
-    for task in tasks_of(look.config.prompts.tasks, look.config.evaluation.suites):
+    for task in tasks_of(look.run.config.prompts.tasks, look.run.config.evaluation.suites):
         if task.checker and task.checker["kind"] in RUNS_CODE:
             what = "is checked by running the programs that models wrote"
             fix = "allow that with --allow-code, which runs them in a sandbox"
@@ -166,12 +156,12 @@ def check_places(look: Look) -> Iterator[Attempt]:
             raise DistillError(Exit.STATE, nearest, what, fix)
 
     yield partial(require_writable, look.run.folder)
-    yield partial(require_writable, look.config.store_folder())
+    yield partial(require_writable, look.run.config.store_folder())
 
 
 def check_terms(look: Look) -> Iterator[Attempt]:
     """Look whether the terms let the answers train a student, and what its release then owes."""
-    config, basis = look.config, look.config.terms.basis
+    config, basis = look.run.config, look.run.config.terms.basis
     yield partial(require_terms, config.teacher, basis)
     if config.distributions:
         yield partial(require_terms, config.soft_teacher(), basis)
@@ -183,17 +173,20 @@ def check_terms(look: Look) -> Iterator[Attempt]:
 
 def check_money(look: Look) -> Iterator[Attempt]:
     """Look whether what shall be priced has a price, and whether a budget can be kept."""
-    settings = look.config.evaluation
-    book, name = load_prices(settings.prices), settings.teacher_price
-    if name and book.teacher(name) is None:
-        fix = "name a model of configs/prices.yaml, or add its row to evaluation.prices"
-        what = book.why_no_teacher(name)
-        raise DistillError(Exit.CONFIG, "evaluation.teacher_price", what, fix)
-    if settings.machine and book.machine(settings.machine) is None:
-        fix = "name a machine of configs/prices.yaml, or add its row to evaluation.prices"
-        what = book.why_no_machine(settings.machine)
-        raise DistillError(Exit.CONFIG, "evaluation.machine", what, fix)
-    yield from ()
+    settings = look.run.config.evaluation
+    book, model, machine = load_prices(settings.prices), settings.teacher_price, settings.machine
+
+    def require_price(key: str, found: object, why: str) -> None:
+        if found is None:
+            fix = "name one of configs/prices.yaml, or add its row to evaluation.prices"
+            raise DistillError(Exit.CONFIG, f"evaluation.{key}", why, fix)
+
+    if model:
+        yield partial(
+            require_price, "teacher_price", book.teacher(model), book.why_no_teacher(model)
+        )
+    if machine:
+        yield partial(require_price, "machine", book.machine(machine), book.why_no_machine(machine))
 
 
 def check_servers(look: Look) -> Iterator[Attempt]:
@@ -201,7 +194,7 @@ def check_servers(look: Look) -> Iterator[Attempt]:
     shall vouch for it can be read, and whether there are files enough for its connections."""
     for key, teacher in look.responders(look.now).items():
         if isinstance(teacher, EndpointTeacher):
-            yield partial(make_responder, teacher, look.config)
+            yield partial(make_responder, teacher, look.run.config)
             yield trusted
             yield partial(require_files, key, teacher.concurrency)
 
@@ -220,7 +213,7 @@ def require_files(key: str, connections: int) -> None:
 
 def check_models(look: Look) -> Iterator[Attempt]:
     """Look whether models are what their folders say, and their tokenizers and templates of use."""
-    config, student = look.config, look.config.student
+    config, student = look.run.config, look.run.config.student
     own = (student.model, student.revision, student.trust, config.template_date, config.train.lora)
     own += (student.chat_template_kwargs, config.reasoning)
     models: dict[str, tuple[Any, ...]] = {"student": own}
@@ -229,15 +222,15 @@ def check_models(look: Look) -> Iterator[Attempt]:
         if isinstance(teacher, LocalTeacher):
             models[key] = (teacher.model, teacher.revision, SAFE, config.template_date)
             models[key] += (None, teacher.chat_template_kwargs)
-    sound = True
-    for key, model in models.items():
-        try:
-            for note in try_model(*model):
-                say(f"{key}: {note}")
-        except DistillError as error:
-            sound = False
-            yield partial(_raise, error)
-    if not sound:  # then nothing of theirs is opened without limits
+    untried = set(models)
+
+    def attempt(key: str) -> None:
+        for note in try_model(*models[key]):
+            say(f"{key}: {note}")
+        untried.remove(key)
+
+    yield from (partial(attempt, key) for key in models)
+    if untried:  # then nothing of theirs is opened without limits
         return
     yield partial(loading.check_model, student.model, student.trust)
     for teacher in responders.values():
@@ -250,13 +243,9 @@ def check_models(look: Look) -> Iterator[Attempt]:
         yield partial(open_teacher, config)
 
 
-def _raise(error: DistillError) -> None:
-    raise error
-
-
 def check_training(look: Look) -> Iterator[Attempt]:
     """Look whether what trains the student is here."""
-    config, train = look.config, look.config.train
+    config, train = look.run.config, look.run.config.train
     if look.now & TRAINING:
         from distill.training import processes
 
@@ -280,7 +269,7 @@ def check_suites(look: Look) -> Iterator[Attempt]:
     if "evaluate" in look.ahead:
         from distill.evaluation.suites import load_suites, read_suite
 
-        names = look.config.evaluation.suites
+        names = look.run.config.evaluation.suites
         suites = [(name, read_suite(name)[0]) for name in names]
         local = [name for name, suite in suites if all(e.data.path for e in suite.tasks)]
         yield partial(load_suites, local)
@@ -288,8 +277,7 @@ def check_suites(look: Look) -> Iterator[Attempt]:
 
 def check_inputs(look: Look) -> Iterator[Attempt]:
     """Look whether what pins each stage can be read: its corpus, its functions of the user's."""
-    for stage in (stage for stage in STAGES if stage.name in look.ahead):
-        yield partial(stage.identity, look.config)
+    yield from (partial(s.identity, look.run.config) for s in STAGES if s.name in look.ahead)
 
 
 CHECKS: tuple[Check, ...] = (  # the first is for every stage, the others for costly ones

@@ -100,18 +100,14 @@ def revision() -> str | None:
     root = PACKAGE.parent
     if not (root / ".git").exists():
         return None
-    # `describe --dirty` locks the index, which a commit in progress needs.
-    git = ("git", "--no-optional-locks", "-C", str(root))
+
+    def git(*words: str) -> str:  # `describe --dirty` would lock the index, which a commit needs
+        command = ["git", "--no-optional-locks", "-C", str(root), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+
     try:
-        commit, changes = (
-            subprocess.run(
-                [*git, *words], capture_output=True, text=True, timeout=10
-            ).stdout.strip()
-            for words in (
-                ("describe", "--always", "--abbrev=12"),
-                ("status", "--porcelain", "--untracked-files=no"),
-            )
-        )
+        commit = git("describe", "--always", "--abbrev=12")
+        changes = git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.TimeoutExpired):
         return None
     return f"{commit}+" if commit and changes else commit or None

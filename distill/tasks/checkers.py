@@ -1,9 +1,8 @@
 """Checks of an answer that need no judge: is it the JSON, the code, the number that was asked for?
 
-Used by the filters (before training) and by the scorers (in evaluation), so both mean the same. A
-check never raises, whatever the text: wrong, empty, hostile or endless answers fail with a reason.
-A check that runs the answer is refused unless the person at the machine has allowed it
-(`distill.tasks.sandbox.programs`).
+Filters and scorers use them, so both mean the same. A check never raises, whatever the text: wrong,
+empty, hostile or endless answers fail with a reason. One that runs the answer is refused unless the
+person at the machine has allowed it (`distill.tasks.sandbox.programs`).
 """
 
 import ast
@@ -51,9 +50,7 @@ CHOSEN = re.compile(r"(?:answer|choice|option)\W*+(?:is\W*+)?\b([A-Z])\b", re.IG
 FieldType = Literal["string", "[string]", "any"]
 FIELD_TYPES: dict[FieldType, Callable[[object], bool]] = {
     "string": lambda value: isinstance(value, str),
-    "[string]": lambda value: (
-        isinstance(value, list) and all(isinstance(item, str) for item in value)
-    ),
+    "[string]": lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value),
     "any": lambda value: True,
 }
 
@@ -94,8 +91,8 @@ def check_json_object(prompt: Prompt, text: str, keys: dict[str, FieldType]) -> 
         return CheckResult(False, None, "not JSON")
     if not isinstance(value, dict):
         return CheckResult(False, None, "not a JSON object")
-    if value.keys() != set(keys):
-        missing, extra = sorted(set(keys) - value.keys()), sorted(value.keys() - set(keys))
+    if missing_or_extra := value.keys() ^ keys.keys():
+        missing, extra = sorted(missing_or_extra - value.keys()), sorted(value.keys() - keys.keys())
         return CheckResult(False, None, f"wrong keys: missing {missing}, extra {extra[:5]}")
     wrong = [key for key, kind in keys.items() if not FIELD_TYPES[kind](value[key])]
     answer = json.dumps(value)
@@ -205,7 +202,7 @@ def check_python_tests(
 def read_number(text: str) -> Decimal | None:
     """Return the number stated after `####` or in a box, else the last number in the text."""
     stated = [first or second for first, second in STATED.findall(text)]
-    for part in [*reversed(stated[-1:]), text]:
+    for part in [*stated[-1:], text]:
         numbers = list(NUMBER.finditer(part))
         if numbers:
             sign = "-" if numbers[-1][0][0] in "-\u2212" else ""
@@ -255,10 +252,8 @@ def check_exact(prompt: Prompt, text: str) -> CheckResult:
 
 
 def normalise_answer(text: str) -> str:
-    """Return the words of a text: case, punctuation and space do not count.
-
-    Where a script is written without spaces, each character is a word.
-    """
+    """Return the words of a text, without case and punctuation; in a script without spaces each
+    character is one."""
     text = text.casefold().translate(PUNCTUATION)
     if not text.isascii():
         text = SPACELESS.sub(r" \g<0> ", text)
@@ -322,20 +317,13 @@ def check_max_sentences(prompt: Prompt, text: str, max: int = 1) -> CheckResult:
     return CheckResult(1 <= count <= max, text.strip(), f"{count} sentence{'s' * (count != 1)}")
 
 
+CHECKS = (
+    *(check_json_object, check_json_schema, check_field_f1, check_python_code, check_python_tests),
+    *(check_number, check_math, check_exact, check_normalised, check_includes, check_choice),
+    *(check_regex, check_max_sentences),
+)
 KINDS: dict[str, Callable[..., CheckResult]] = {
-    "json_object": check_json_object,
-    "json_schema": check_json_schema,
-    "field_f1": check_field_f1,
-    "python_code": check_python_code,
-    "python_tests": check_python_tests,
-    "number": check_number,
-    "math": check_math,
-    "exact": check_exact,
-    "normalised": check_normalised,
-    "includes": check_includes,
-    "choice": check_choice,
-    "regex": check_regex,
-    "max_sentences": check_max_sentences,
+    function.__name__.removeprefix("check_"): function for function in CHECKS
 }
 NEEDS_REFERENCE = frozenset(
     {"field_f1", "python_tests", "number", "math", "exact", "normalised", "includes", "choice"}
@@ -367,9 +355,8 @@ def validate(checker: Mapping[str, Any]) -> None:
 
 def needs_reference(kind: str) -> bool:
     """Tell whether a check is done only where there is a reference to compare with."""
-    return kind in NEEDS_REFERENCE or getattr(
-        PROVIDED["checker"].get(kind), "needs_reference", False
-    )
+    mine = PROVIDED["checker"].get(kind)
+    return kind in NEEDS_REFERENCE or getattr(mine, "needs_reference", False)
 
 
 def _check_by_function(kind: str, prompt: Prompt, text: str, **settings: Any) -> CheckResult:

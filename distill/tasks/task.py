@@ -1,8 +1,7 @@
 """Tasks: what is asked about a document or of a prompt, as YAML that a user can write without code.
 
-A task has a student's view (what is trained and served), where it differs a teacher's view (which
-may see a passage or a long system prompt that the student does not), and where one exists a
-checker. Templates are jinja2 in a sandbox.
+A task has a student's view (what is trained and served), where it differs a teacher's (which may
+see a passage that the student does not), and perhaps a checker. Templates are jinja2 in a sandbox.
 """
 
 from collections.abc import Callable, Mapping
@@ -105,13 +104,9 @@ def as_section(
         return kind.model_validate(tree)
     except ValidationError as error:
         nearest = max(error.errors(), key=lambda detail: len(detail["loc"]))  # among alternatives
-        key, message = (
-            ".".join(map(str, nearest["loc"])),
-            nearest["msg"].removeprefix("Value error, "),
-        )
-        raise DistillError(
-            Exit.CONFIG, path, f"{key}: {message}".removeprefix(": "), f"correct the {what}"
-        ) from None
+        key, message = ".".join(map(str, nearest["loc"])), nearest["msg"]
+        wrong = f"{key}: {message.removeprefix('Value error, ')}".removeprefix(": ")
+        raise DistillError(Exit.CONFIG, path, wrong, f"correct the {what}") from None
 
 
 @cache
@@ -133,7 +128,5 @@ def fill(template: str, task: str, values: Mapping[str, object]) -> str:
     try:
         return compile_template(template).render(values).strip()
     except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
-        have = ", ".join(sorted(values))
-        raise DistillError(
-            Exit.CONFIG, f"task {task}", f"template: {error}", f"templates may use: {have}"
-        ) from None
+        fix = f"templates may use: {', '.join(sorted(values))}"
+        raise DistillError(Exit.CONFIG, f"task {task}", f"template: {error}", fix) from None

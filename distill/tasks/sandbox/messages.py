@@ -13,16 +13,9 @@ from typing import Any
 
 MAX_BYTES = 16 << 20  # of one message
 MAX_ITEMS = 100_000  # of an iterator; what follows is cut off
-PACKED: dict[str, type[Iterable[object]]] = {
-    "list": list,
-    "tuple": tuple,
-    "frozenset": frozenset,
-    "set": Set,
-}  # views of keys too
-UNPACKED: dict[str, Callable[[list[Any]], Any]] = {
-    **{"list": list, "tuple": tuple, "frozenset": frozenset, "set": set},
-    "iterator": iter,
-}
+PLAIN = {"list": list, "tuple": tuple, "frozenset": frozenset}
+PACKED: dict[str, type[Iterable[object]]] = {**PLAIN, "set": Set}  # views of keys too
+UNPACKED: dict[str, Callable[[list[Any]], Any]] = {**PLAIN, "set": set, "iterator": iter}
 
 
 class NotData(Exception):

@@ -75,10 +75,7 @@ def allow(permission: Permission) -> None:
     """Allow programs to run, or forbid it; raises DistillError (exit 2) without a sandbox."""
     global _permission
     if permission == "sandbox" and (why := unavailable()):
-        fix = (
-            "see distill.tasks.sandbox.namespaces for what it needs; --unsafe-code runs code with "
-            "limits only, on a machine that may be lost"
-        )
+        fix = "it needs Linux with user namespaces; --unsafe-code sets limits only"
         raise DistillError(Exit.CONFIG, "--allow-code", f"no sandbox on this system: {why}", fix)
     _permission = permission
 
@@ -151,15 +148,8 @@ def execute(code: str, tests: ProgramTests, limits: Limits, isolated: bool) -> P
     request = messages.frame(code) + messages.frame(job)
     settings = json.dumps([limits.seconds, limits.megabytes, isolated])
     command = [sys.executable, "-I", "-S", "-X", "utf8", "-c", START, settings, str(ROOT)]
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env={},
-        cwd="/",
-        start_new_session=True,
-    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, **pipes, env={}, cwd="/", start_new_session=True)
     try:
         reply, _ = process.communicate(request, limits.seconds + GRACE * isolated)
     except subprocess.TimeoutExpired:
