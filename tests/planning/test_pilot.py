@@ -208,7 +208,7 @@ def test_failures_and_answers_without_a_count_are_told(tmp_path: Path, capsys: A
         assert main(["plan", "--pilot", "30", str(place)]) == 0
     told, cost = capsys.readouterr().out, cost_of(place)
     assert 0 < cost.stored < 30 and cost.requests == COUNT - cost.stored and cost.paid_perhaps > 0
-    assert "error" in told and "and perhaps $" in told
+    assert "which stopped so: " in told and "and perhaps $" in told
 
 
 def test_questions_that_the_teacher_writes_are_counted_and_tried(tmp_path: Path) -> None:

@@ -21,10 +21,10 @@ import os
 import re
 import secrets
 import signal
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
 from typing import Literal, NamedTuple
 
 from distill.errors import DistillError, Exit
@@ -148,11 +148,12 @@ def execute(code: str, tests: ProgramTests, limits: Limits, isolated: bool) -> P
     request = messages.frame(code) + messages.frame(job)
     settings = json.dumps([limits.seconds, limits.megabytes, isolated])
     command = [sys.executable, "-I", "-S", "-X", "utf8", "-c", START, settings, str(ROOT)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, **pipes, env={}, cwd="/", start_new_session=True)
+    process = Popen(
+        command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env={}, cwd="/", start_new_session=True
+    )
     try:
         reply, _ = process.communicate(request, limits.seconds + GRACE * isolated)
-    except subprocess.TimeoutExpired:
+    except TimeoutExpired:
         reply = b""
     finally:  # also where we are interrupted
         if process.poll() is None:
