@@ -10,6 +10,7 @@ not looked for. Every pattern is bounded, so that hostile text is read in linear
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from distill.records import Document
 from distill.secret_patterns import ADDRESS_PASSWORD, Form, forms_in, has_sign
@@ -163,10 +164,8 @@ def _mask_block(block: list[tuple[Document, str]]) -> Iterator[tuple[Document, C
 def all_text(document: Document) -> str:
     """Return all that is masked of a document: what stands in one text of it stands in this."""
     values = [v for k, v in document.meta.items() if isinstance(v, str) and k != "id"]
-    answers = document.recorded_answers
-    texts = [*values, *(text for answer in answers for text in answer.values())]
-    turns = (turn["content"] for turn in document.meta.get("messages", []))
-    return "\n".join((document.text, *texts, *turns))
+    dicts = (*document.recorded_answers, *document.meta.get("messages", []))
+    return "\n".join((document.text, *values, *(text for one in dicts for text in one.values())))
 
 
 def mask_document(
@@ -180,25 +179,22 @@ def mask_document(
     forms = possible_forms(all_text(document)) if forms is None else forms
     if not forms:
         return document, Counter()
-    turns: list[dict[str, str]] = document.meta.get("messages", [])
-    values = {k: v for k, v in document.meta.items() if isinstance(v, str) and k != "id"}
-    answers = [] if "recorded_answer" in values else document.recorded_answers
+    in_values, in_turns = Counter[str](), Counter[str]()
+
+    def masked(value: Any, counts: Counter[str]) -> Any:
+        if isinstance(value, list):
+            return [masked(one, counts) for one in value]
+        if isinstance(value, dict):
+            return {key: masked(one, counts) for key, one in value.items()}
+        if isinstance(value, str):
+            value, more = mask(value, forms)
+            counts.update(more)
+        return value
+
     text, counts = mask(document.text, forms)
-    in_turns, in_values, meta = Counter[str](), Counter[str](), dict(document.meta)
-    for name, value in values.items():
-        meta[name], more = mask(value, forms)
-        in_values += more
-    if answers:
-        meta["recorded_answer"] = [dict[str, str]() for _ in answers]
-    for place, answer in enumerate(answers):
-        for name, value in answer.items():
-            meta["recorded_answer"][place][name], more = mask(value, forms)
-            in_values += more
-    if turns:
-        masked = [mask(turn["content"], forms) for turn in turns]
-        meta["messages"] = [
-            turn | {"content": content} for turn, (content, _) in zip(turns, masked, strict=True)
-        ]
-        in_turns = sum((more for _, more in masked), in_turns)
+    meta = {
+        key: value if key == "id" else masked(value, in_turns if key == "messages" else in_values)
+        for key, value in document.meta.items()
+    }
     counts = (counts or in_turns) + in_values
     return (Document.make(text, document.source, meta) if counts else document), counts

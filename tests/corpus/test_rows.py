@@ -24,22 +24,6 @@ def test_a_document_keeps_the_other_plain_columns() -> None:
     assert document.meta == {"title": "T", "n": 3, "id": "7"}
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"prompt": "Hi?"},
-        {"question": "Hi?"},
-        {"instruction": "Hi?"},
-        {"messages": ASKED},
-        {"conversations": [{"from": "human", "value": "Hi?"}]},
-        {"prompt": ASKED},
-    ],
-)
-def test_the_usual_shapes_of_a_prompt(row: dict[str, Any]) -> None:
-    assert meta(row) == {"messages": ASKED}
-    assert interpret(row, "a:1").text == "Hi?"
-
-
 def test_the_answer_is_the_reference_and_is_recorded() -> None:
     row = {"question": "2+3?", "answer": "2+3=5\n#### 5"}
     assert meta(row)["reference"] == "5"  # as the checker `number` reads it
