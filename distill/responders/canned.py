@@ -7,15 +7,23 @@ to `distill.run(...)`: messages in, an answer out.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+from pydantic import BaseModel
 
 from distill.callables import find, source_hash
 from distill.config.teachers import CannedTeacher, PythonTeacher, RecordedTeacher
 from distill.errors import DistillError, Exit
 from distill.records import Document, Usage, digest
 from distill.responders.responder import Circumstances, Raw, Request
+
+
+class CannedAnswer(BaseModel):
+    """A line of a file of answers."""
+
+    prompt: str
+    answer: str
 
 
 class CannedResponder:
@@ -35,14 +43,12 @@ class CannedResponder:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-                prompt, answer = row["prompt"], row["answer"]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                prompt = answer = None
-            if not isinstance(prompt, str) or not isinstance(answer, str):
+                row = CannedAnswer.model_validate_json(line)
+            except ValueError:
                 fix = 'write {"prompt": "...", "answer": "..."}'
-                raise DistillError(Exit.INPUT, f"{path}:{number}", "is no canned answer", fix)
-            answers[prompt] = answer
+                what = "is no canned answer"
+                raise DistillError(Exit.INPUT, f"{path}:{number}", what, fix) from None
+            answers[row.prompt] = row.answer
         return cls(answers, model=model)
 
     def ask(self, requests: Sequence[Request]) -> Iterator[Raw]:
@@ -77,8 +83,7 @@ class RecordedResponder:
         for request in requests:
             document = self.recorded.get(request.prompt_id)
             if document is None:
-                raw = Raw.failed(request, "no recorded answer in the corpus", self.model)
-                yield raw
+                yield Raw.failed(request, "no recorded answer in the corpus", self.model)
                 continue
             answer = document.recorded_answers[request.sample]
             model = answer.get("model") or document.meta.get("recorded_model") or self.model
@@ -104,13 +109,12 @@ class FunctionResponder:
             messages = [{"role": m.role, "content": m.content} for m in request.messages]
             try:
                 text = self.function(messages)
+                if not isinstance(text, str):
+                    raise TypeError(f"returned {type(text).__name__}, and no str")
             except Exception as error:  # a function of the user's may raise anything
                 what = f"raised {type(error).__name__}: {error}"
                 fix = "correct it; the same call continues"
                 raise DistillError(Exit.TEACHER, f"responder {self.name}", what, fix) from error
-            if not isinstance(text, str):
-                what, fix = f"returned {type(text).__name__}, and no text", "return a str"
-                raise DistillError(Exit.TEACHER, f"responder {self.name}", what, fix)
             yield raw_text(request, text, self.model)
 
 

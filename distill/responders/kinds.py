@@ -7,7 +7,7 @@ answers, as part of a stage's fingerprint, and loads nothing heavy.
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
 from distill.callables import source_hash
 from distill.config.teachers import LocalTeacher, Teacher
@@ -18,26 +18,21 @@ from distill.responders.canned import answers_hash
 from distill.responders.responder import Circumstances, Responder, origin_of
 
 
-class ResponderKind(NamedTuple):
-    """Where a kind's responder is made, and which hashes say what its answers depend on."""
-
-    module: str
-    identity: Callable[[Any], dict[str, str]]
-
-
 def weights(teacher: LocalTeacher) -> dict[str, str]:
     """Return the hashes of a model's weights and of the files beside them."""
     pinned = registry.identity(teacher.model, teacher.revision)
     return {"teacher": pinned, **registry.folder_facts("teacher", teacher.model)}
 
 
-KINDS = {
-    "local": ResponderKind("local.local_model", weights),
-    "endpoint": ResponderKind("endpoint.endpoint", lambda t: {"endpoint": origin_of(t)}),
-    "canned": ResponderKind("canned", lambda t: {"answers": answers_hash(t.answers)}),
-    "recorded": ResponderKind("canned", lambda t: {}),
-    "python": ResponderKind(
-        "canned", lambda t: {f"responder {t.responder}": source_hash("responder", t.responder)}
+# The module that makes a kind's responder, and the hashes that say what its answers depend on
+KINDS: dict[str, tuple[str, Callable[[Any], dict[str, str]]]] = {
+    "local": ("local.local_model", weights),
+    "endpoint": ("endpoint.endpoint", lambda t: {"endpoint": origin_of(t)}),
+    "canned": ("canned", lambda t: {"answers": answers_hash(t.answers)}),
+    "recorded": ("canned", lambda t: {}),
+    "python": (
+        "canned",
+        lambda t: {f"responder {t.responder}": source_hash("responder", t.responder)},
     ),
 }
 
@@ -52,10 +47,10 @@ def make_responder(
     circumstances = Circumstances(
         config.name, config.template_date, config.evaluation.prices, sources or {}
     )
-    module = import_module(f"distill.responders.{KINDS[settings.kind].module}")
+    module = import_module(f"distill.responders.{KINDS[settings.kind][0]}")
     return module.make(settings, circumstances)
 
 
 def identity(settings: Teacher) -> dict[str, str]:
     """Return the hashes of what a responder's answers depend on."""
-    return KINDS[settings.kind].identity(settings)
+    return KINDS[settings.kind][1](settings)

@@ -39,11 +39,12 @@ class Sampling(Record):
 
 def origin_of(settings: EndpointTeacher) -> str:
     """Return the hash of all that shapes an endpoint's answers beside a request, replicas aside."""
-    headers = {n: v for n, v in settings.headers.items() if not FROM_ENVIRONMENT.search(v)}
+    # what came later is left out where it is not set, so that what was stored is found
     later = {
+        "template": settings.chat_template_kwargs,
         "form": settings.form if settings.form != "openai" else None,
         "api_version": settings.api_version,
-        "headers": headers,
+        "headers": {n: v for n, v in settings.headers.items() if not FROM_ENVIRONMENT.search(v)},
     }
     return digest(
         {
@@ -55,11 +56,6 @@ def origin_of(settings: EndpointTeacher) -> str:
             "omit": sorted(settings.omit),
             "max_tokens_field": settings.max_tokens_field,
             "wire": VERSION,
-            # only where it is set: stored keys stay as they were
-            **(
-                {"template": settings.chat_template_kwargs} if settings.chat_template_kwargs else {}
-            ),
-            # what came later is left out where it is not set, so that what was stored is found
             **{name: value for name, value in later.items() if value},
         }
     )
@@ -197,16 +193,12 @@ class Raw(Record):
 
 
 class Circumstances(NamedTuple):
-    """What a responder is made with beside its own settings.
+    """What a responder is made with beside its own settings."""
 
-    The run that pays, the date that templates show, a file of prices, and the documents of the
-    prompts by the prompts' ids.
-    """
-
-    run: str
-    date: str
+    run: str  # which pays
+    date: str  # that templates show
     prices: Path | None
-    sources: Mapping[str, Document]
+    sources: Mapping[str, Document]  # by the ids of the prompts
 
 
 class Responder(Protocol):

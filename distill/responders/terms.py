@@ -193,16 +193,12 @@ def require_terms(teacher: Teacher, basis: str | None = None) -> Verdict:
     verdict = judge_teacher(teacher, basis)
     if verdict.allowed:
         return verdict
-    forbidden = next((text for text in verdict.texts if text.may_train == "no"), None)
-    if forbidden:
+    what, fix = f"{TABLE} does not know {' and '.join(verdict.unknown)}", f"{STATE}, or add a row"
+    if verdict.word == "no":
+        forbidden = next(text for text in verdict.texts if text.may_train == "no")
         what, fix = f"forbidden by {forbidden.line()}", STATE
     elif is_folder(teacher.model):
         what, fix = "a folder does not say whether its answers may train another model", OWN
-    else:
-        what, fix = (
-            f"{TABLE} does not know {' and '.join(verdict.unknown)}",
-            f"{STATE}, or add a row",
-        )
-        if not teacher.answers_anything:
-            fix = "state the license of the answers: teacher.license=..., or terms.basis=..."
+    elif not teacher.answers_anything:
+        fix = "state the license of the answers: teacher.license=..., or terms.basis=..."
     raise DistillError(Exit.TERMS, f"teacher {teacher.model or teacher.kind}", what, fix)

@@ -5,6 +5,7 @@ Nothing is downloaded, no torch is loaded.
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -22,21 +23,19 @@ def token_counter(model: str) -> Callable[[str], int] | None:
 
     That lies in a folder, among the converted models, or in the Hub's cache.
     """
+    rows = [row for row in registry.table().values() if model in (row.name, row.hub_id)]
+    folders = [download.converted_folder(row.name, row.gguf) for row in rows if row.gguf]
     if registry.is_folder(model):
-        paths = [Path(model)]
-    else:
-        rows = [row for row in registry.table().values() if model in (row.name, row.hub_id)]
-        paths = [download.converted_folder(row.name, row.gguf) for row in rows if row.gguf]
-    path = next((p for p in (path / "tokenizer.json" for path in paths) if p.is_file()), None)
+        folders = [Path(model)]
+    paths = [folder / "tokenizer.json" for folder in folders]
+    path = next((path for path in paths if path.is_file()), None)
     if path is None and not registry.is_folder(model):
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
 
-        try:
+        with suppress(HFValidationError):  # what a server calls a model need be no name of the Hub
             cached = try_to_load_from_cache(registry.hub_id(model) or model, "tokenizer.json")
-        except HFValidationError:  # what a server calls a model need be no name of the Hub
-            cached = None
-        path = Path(cached) if isinstance(cached, str) else None
+            path = Path(cached) if isinstance(cached, str) else None
     if path is None:
         return None
     from tokenizers import Tokenizer
@@ -69,11 +68,11 @@ def recounted(
     counted = list[Response]()
     for response, request in zip(responses, requests, strict=True):
         if response.usage.estimated and (count := token_counter(model)):
-            tokens = {
-                "input_tokens": sum(count(message.content) for message in request.messages),
-                "output_tokens": count((response.reasoning or "") + response.text),
-            }
-            usage = response.usage.model_copy(update=tokens)
-            response = response.model_copy(update={"usage": usage})
+            read = sum(count(message.content) for message in request.messages)
+            written = count((response.reasoning or "") + response.text)
+            tokens = {"input_tokens": read, "output_tokens": written}
+            response = response.model_copy(
+                update={"usage": response.usage.model_copy(update=tokens)}
+            )
         counted.append(response)
     return counted

@@ -1,9 +1,9 @@
 """One go at buying answers: workers that share a gate, a pace, a budget, replicas and a store.
 
 The order for every attempt: reserve its maximum, store its intent, send it, store what came, read
-it, settle. An attempt that brings no answer gets an outcome record, which says whether it may be
-billed. The first answer of a run is awaited alone, and its bill held against the price, before
-others are asked for: a server that bills many times its maximum does so once.
+it, settle. One that brings no answer gets an outcome record, which says whether it may be billed.
+The first answer of a run is awaited alone, and its bill held against the price: a server that bills
+many times its maximum does so once.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from decimal import ROUND_UP, Decimal
 from itertools import chain
 from typing import Any, NamedTuple
@@ -134,11 +135,9 @@ class EndpointClient:
                 worker.cancel()
 
         self._ready.wait()
-        if self._loop is not None:
-            try:
+        with suppress(RuntimeError):  # the loop has ended
+            if self._loop is not None:
                 self._loop.call_soon_threadsafe(work)
-            except RuntimeError:  # the loop has ended
-                return
 
     def progress(self) -> str:
         """Return in a line what is spent, what may be, how fast, how much in all, and the limit."""
@@ -190,10 +189,9 @@ class EndpointClient:
         if number:
             self.before.add(request.id)
         for retry in range(self.settings.max_retries + 1):
-            if alone := self.alone:
-                async with self.turn:
-                    if alone := self.alone:  # no bill was checked while it waited
-                        failure = await self._attempt(request, number + retry, body)
+            async with self.turn if self.alone else nullcontext():
+                if alone := self.alone:  # no bill was checked while it waited
+                    failure = await self._attempt(request, number + retry, body)
             if not alone:
                 failure = await self._attempt(request, number + retry, body)
             if failure is None or failure.scope == "item":
@@ -231,13 +229,10 @@ class EndpointClient:
 
     def beyond(self, most: Decimal) -> DistillError:
         """Return the error of a next request that the budget does not hold."""
-        budget = self.budget
-        what = (
-            f"${budget.settled:.4f} paid and ${budget.unknown:.4f} perhaps; the next"
-            f" request can cost ${most:.4f}, above the limit of ${budget.limit}"
-        )
-        where, fix = "teacher.budget_dollars", f"raise it: {AGAIN}"
-        return DistillError(Exit.BUDGET, where, what, fix)
+        spent = f"${self.budget.settled:.4f} paid and ${self.budget.unknown:.4f} perhaps"
+        what = f"{spent}; the next request can cost ${most:.4f}, above the limit of"
+        what, fix = f"{what} ${self.budget.limit}", f"raise it: {AGAIN}"
+        return DistillError(Exit.BUDGET, "teacher.budget_dollars", what, fix)
 
     async def _send(self, sending: Sending) -> Failure | None:
         """Store the intent, send, and deal with what comes; return the failure if there is one."""
@@ -292,13 +287,18 @@ class EndpointClient:
     async def _keep(self, sending: Sending, received: Received, seconds: float) -> None:
         """Store an answer, then read it and settle its cost."""
         request, model, now = sending.request, self.settings.model, time.monotonic()
+        expected = dict[str, int]()  # tokens: of the answer at most, of what was read at least
+        if not isinstance(request, Scoring):
+            capped = "max_tokens" not in self.settings.omit
+            expected = {"cap": request.sampling.max_new_tokens} if capped else {}
+            expected["least"] = least_tokens(request, model)
         body = {
             "status": received.status,
             "attempt": sending.number,
             "question": len(sending.body),
             "seconds": round(seconds, 4),
             **({"cut": received.cut} if received.cut else {}),
-            **self._expected(request),
+            **expected,
             **pack(received.data[:QUARANTINED] if received.cut else received.data),
         }
         # since the answer before, so that their sum is the time that passed
@@ -336,17 +336,9 @@ class EndpointClient:
         before = (self.store.get("model", self.origin) or {}).get("reported")
         if self.settings.strict_model and reply.model != model:
             what, fix = f"{reply.model} answered for {model}", "name it, or unset strict_model"
-            self._halt(DistillError(Exit.TEACHER, "teacher.strict_model", what, fix))
-        elif reply.model != before:
+            raise DistillError(Exit.TEACHER, "teacher.strict_model", what, fix)
+        if reply.model != before:
             say(f"warning: the teacher's model is now {reply.model}, it was {before}")
-
-    def _expected(self, request: Request) -> dict[str, int]:
-        """Return the most tokens of an answer, and the least that the server must have read."""
-        if isinstance(request, Scoring):
-            return {}
-        capped = "max_tokens" not in self.settings.omit
-        cap = {"cap": request.sampling.max_new_tokens} if capped else {}
-        return {**cap, "least": least_tokens(request, self.settings.model)}
 
     def _settle(self, sending: Sending, reply: Reply) -> bool:
         """Turn what was set aside into what was paid, and what may have been.
@@ -362,26 +354,22 @@ class EndpointClient:
         kind = cost.doubt.partition(" ")[0]
         if kind not in ("", "answered") and self._first("doubt", kind):
             say(f"warning: {self.settings.model}: an answer {cost.doubt}")
-        claim, cap = cost.claim or NOTHING, intent["cap"]
-        if (most := most_dollars(self.price, len(sending.body), cap or 0)) is not None and cap:
-            if claim > most * APART:
-                what = f"an answer cost ${claim:.4g}, more than its maximum of ${most:.4g}"
-                what = f"{what}: it {cost.doubt}" if "maximum" not in cost.doubt else what
-                fix = (
-                    "see to the server, correct the price table (evaluation.prices), or raise"
-                    " teacher.max_new_tokens where it counts its reasoning beside the answer"
-                )
-                self._halt(DistillError(Exit.BUDGET, self.settings.model, what, fix))
-                return False
-            if most:
-                # rounded, so that what is reserved and released later comes out even
-                times = (claim / most).quantize(Decimal("0.001"), ROUND_UP)
-                self.dearest = max(self.dearest, times)
-        if budget.exceeded:
-            what = f"an answer cost ${claim:.4f}, more than its maximum of ${sending.reserved:.4f}"
-            fix = "correct the price table (evaluation.prices) or raise teacher.budget_dollars"
-            self._halt(DistillError(Exit.BUDGET, "teacher.budget_dollars", what, fix))
-        return not budget.exceeded
+        claim, most = cost.claim or NOTHING, None
+        if intent["cap"]:
+            most = most_dollars(self.price, len(sending.body), intent["cap"])
+        if budget.exceeded or (most is not None and claim > most * APART):
+            what = f"an answer cost ${claim:.4g}, more than its maximum of ${most or 0:.4g}"
+            what = f"{what}: it {cost.doubt}" if "maximum" not in cost.doubt else what
+            fix = (
+                "see to the server, correct the price table (evaluation.prices), or raise"
+                " teacher.max_new_tokens where it counts its reasoning beside the answer"
+            )
+            self._halt(DistillError(Exit.BUDGET, self.settings.model, what, fix))
+            return False
+        if most:  # rounded, so that what is reserved and released later comes out even
+            times = (claim / most).quantize(Decimal("0.001"), ROUND_UP)
+            self.dearest = max(self.dearest, times)
+        return True
 
     async def _fail(
         self, sending: Sending, received: Received, failure: Failure, started: float = 0.0
@@ -422,10 +410,9 @@ class EndpointClient:
         self, request: Request, what: str, sent: float = 0, pause: float | None = None
     ) -> None:
         """Count a failure; raise where the server has failed too often."""
-        given_up = self.patience.failed(request.id in self.before, sent, pause)
-        if given_up:
-            fix = f"see to the account, the server and the settings of the teacher: {AGAIN}"
+        if given_up := self.patience.failed(request.id in self.before, sent, pause):
             what = f"{given_up}, the last: {what}"
+            fix = f"see to the account, the server and the settings of the teacher: {AGAIN}"
             raise DistillError(Exit.TEACHER, self.settings.model, what, fix)
 
     def _hand_on(self, raw: Raw) -> None:

@@ -37,12 +37,12 @@ class EndpointResponder:
         self.key = read_key(settings.api_key_env)
         read_headers(settings)  # which fails here where a variable is missing
         self.client: EndpointClient | None = None  # of the last go
-        if settings.budget_dollars is not None and "max_tokens" in settings.omit:
+        capped = "max_tokens" not in settings.omit
+        if settings.budget_dollars is not None and not (capped and price):
             what, fix = "without max_tokens an answer has no maximum", "do not omit max_tokens"
-            raise DistillError(Exit.BUDGET, "teacher.budget_dollars", what, fix)
-        if settings.budget_dollars is not None and price is None:
-            what = f"the price of {self.model} is unknown, so no budget can be held"
-            fix = "add a row to a file of prices and name it in evaluation.prices"
+            if capped:
+                what = f"the price of {self.model} is unknown, so no budget can be held"
+                fix = "add a row to a file of prices and name it in evaluation.prices"
             raise DistillError(Exit.BUDGET, "teacher.budget_dollars", what, fix)
 
     def ask(self, requests: Sequence[Request]) -> Iterator[Raw]:
@@ -77,8 +77,7 @@ class EndpointResponder:
         thread = threading.Thread(target=client.main, name="buy", daemon=True)
         thread.start()
         try:
-            while (raw := client.results.get()) is not None:
-                yield raw
+            yield from iter(client.results.get, None)
         finally:
             client.stop()
             thread.join(0.2)

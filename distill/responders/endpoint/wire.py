@@ -71,10 +71,7 @@ class Reply(Record):
 
 
 def pack(data: bytes) -> dict[str, str]:
-    """Return a body as a record holds it: text where it is UTF-8, deflated where it is large.
-
-    Its sha256 stands beside it.
-    """
+    """Return a body as a record holds it, with its hash: as text, or deflated where it is large."""
     body = {"sha256": hashlib.sha256(data).hexdigest()}
     if len(data) > LARGE:
         return {**body, "raw_deflated": base64.b64encode(zlib.compress(data, 1)).decode("ascii")}
@@ -132,15 +129,6 @@ def load_json(data: bytes) -> JsonValue:
     def refuse(name: str) -> NoReturn:
         raise ValueError(f"{name} is no JSON")
 
-    def mended(value: JsonValue) -> JsonValue:
-        if isinstance(value, str):
-            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        if isinstance(value, list):
-            return [mended(child) for child in value]
-        if isinstance(value, dict):
-            return {str(mended(name)): mended(child) for name, child in value.items()}
-        return value
-
     body = body_of(data)
     if body.startswith((b"data:", b"event:")):
         raise ValueError("an event stream, which was not asked for")
@@ -149,7 +137,10 @@ def load_json(data: bytes) -> JsonValue:
         value, end = json.JSONDecoder(parse_constant=refuse).raw_decode(text)
         if not KEPT_ALIVE.fullmatch(text[end:].encode()):
             raise ValueError(f"JSON breaks at byte {end}")
-        return mended(value) if HALF.search(data) else value
+        if HALF.search(data):
+            text = json.dumps(value, ensure_ascii=False).encode("utf-16", "surrogatepass")
+            value = json.loads(text.decode("utf-16", "replace"))
+        return value
     except UnicodeDecodeError:
         raise ValueError("not UTF-8") from None
     except RecursionError:
