@@ -113,7 +113,7 @@ class BatchClient(EndpointClient):
                     del self.queue[: len(sendings)]
                     return await self._recorded(sendings)
                 if not self.running and over is not None:
-                    self._halt(self.beyond(over))
+                    self._halt(self.budget.beyond(over))
                     return None
                 self.idle.clear()
                 await self.idle.wait()

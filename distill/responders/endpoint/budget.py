@@ -12,6 +12,7 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 from distill.config.tree import Config
+from distill.errors import DistillError, Exit
 from distill.records import Record, Usage
 from distill.responders.endpoint.wire import Reply
 from distill.responders.prices import MILLION, TokenPrice, load_prices
@@ -44,6 +45,21 @@ class Charge(NamedTuple):
     perhaps: Decimal | None
     doubt: str = ""
     claim: Decimal | None = None
+
+    def overcharges(self, most: Decimal | None) -> bool:
+        """Tell a claim so far above the maximum that no more may be bought so."""
+        return most is not None and (self.claim or NOTHING) > most * APART
+
+    def error(self, model: str, most: Decimal | None) -> DistillError:
+        """Return the error that ends a run whose answer cost more than it may."""
+        claim = f"${self.claim or NOTHING:.4g}"
+        what = f"an answer cost {claim}, more than its maximum of ${most or NOTHING:.4g}"
+        what = f"{what}: it {self.doubt}" if "maximum" not in self.doubt else what
+        fix = (
+            "see to the server, correct the price table (evaluation.prices), or raise"
+            " teacher.max_new_tokens where it counts its reasoning beside the answer"
+        )
+        return DistillError(Exit.BUDGET, model, what, fix)
 
 
 def charge(price: TokenPrice | None, reply: Reply, intent: Mapping[str, Any]) -> Charge:
@@ -113,6 +129,14 @@ class Budget:
             return False
         self.reserved += dollars
         return True
+
+    def beyond(self, most: Decimal) -> DistillError:
+        """Return the error of a next request that does not fit in."""
+        spent = f"${self.settled:.4f} paid and ${self.unknown:.4f} perhaps"
+        limit = f"above the limit of ${self.limit}"
+        what = f"{spent}; the next request can cost ${most:.4f}, {limit}"
+        fix = "raise it: the same command continues"
+        return DistillError(Exit.BUDGET, "teacher.budget_dollars", what, fix)
 
     def settle(self, reserved: Decimal, paid: Decimal, perhaps: Decimal = NOTHING) -> None:
         """Turn a reservation into what was really paid, and what may have been beside it."""

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from distill.config.teachers import EndpointTeacher
 from distill.errors import DistillError, Exit
 from distill.records import Usage, digest
-from distill.responders.endpoint.budget import APART, NOTHING, Budget, account, charge, most_dollars
+from distill.responders.endpoint.budget import NOTHING, Budget, account, charge, most_dollars
 from distill.responders.endpoint.rate_limits import (
     SEVERAL,
     Gate,
@@ -106,22 +106,8 @@ class EndpointClient:
         self.noted = set[tuple[str, str]]()  # what is said once
         self.last = time.monotonic()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._ready = threading.Event()
+        self.ready = threading.Event()
         self._workers: list[asyncio.Task[None]] = []
-
-    def main(self) -> None:
-        """Run to the end in this thread; `results` ends with None, whatever happens."""
-        try:
-            asyncio.run(self._run())
-            if self.unsent and not self.error:
-                what = f"none of {self.count} requests could be sent: {self.unsent}"
-                fix = f"see to the server and to teacher.base_url: {AGAIN}"
-                self.error = DistillError(Exit.TEACHER, self.settings.base_urls[0], what, fix)
-        except BaseException as error:  # handed to the thread that asked, which raises it
-            self.error = self.error or error
-        finally:
-            self._ready.set()
-            self.results.put(None)
 
     def stop(self, abandon: bool = False) -> None:
         """Send nothing more; `abandon` leaves what is in flight, whose outcomes are then unknown.
@@ -134,7 +120,7 @@ class EndpointClient:
             for worker in self._workers if abandon else ():
                 worker.cancel()
 
-        self._ready.wait()
+        self.ready.wait()
         with suppress(RuntimeError):  # the loop has ended
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(work)
@@ -152,7 +138,7 @@ class EndpointClient:
         self.error = self.error or error
         self._close()
 
-    async def _run(self) -> None:
+    async def buy(self) -> None:
         """Work until all is asked; once the gate is closed, wait no longer than drain_timeout."""
         self.gate, self.writer, self.freed = Gate(), LogWriter(self.store), asyncio.Event()
         self.turn = asyncio.Lock()  # of those that are sent alone
@@ -160,7 +146,7 @@ class EndpointClient:
         width = min(self.settings.concurrency, self.count)
         async with open_client(self.settings, self.key, width) as self.http:
             self._workers = [asyncio.create_task(self._work()) for _ in range(width)]
-            self._ready.set()
+            self.ready.set()
             closing = asyncio.create_task(self.gate.closed.wait())
             everybody = asyncio.gather(*self._workers, return_exceptions=True)
             await asyncio.wait([everybody, closing], return_when=asyncio.FIRST_COMPLETED)
@@ -171,6 +157,10 @@ class EndpointClient:
             closing.cancel()
             await everybody
         await self.writer.finished()
+        if self.unsent and not self.error:
+            what = f"none of {self.count} requests could be sent: {self.unsent}"
+            fix = f"see to the server and to teacher.base_url: {AGAIN}"
+            raise DistillError(Exit.TEACHER, self.settings.base_urls[0], what, fix)
 
     async def _work(self) -> None:
         """Take one request after the other until none is left or the gate closes."""
@@ -218,7 +208,7 @@ class EndpointClient:
             most *= self.dearest
             while not self.gate.closed.is_set() and not budget.reserve(most):
                 if not budget.reserved:
-                    self._halt(self.beyond(most))
+                    self._halt(budget.beyond(most))
                 self.freed.clear()
                 if budget.reserved:
                     await self.freed.wait()
@@ -226,13 +216,6 @@ class EndpointClient:
             return None
         reserved = NOTHING if most is None else most
         return await self._send(Sending(request, number, body, reserved))
-
-    def beyond(self, most: Decimal) -> DistillError:
-        """Return the error of a next request that the budget does not hold."""
-        spent = f"${self.budget.settled:.4f} paid and ${self.budget.unknown:.4f} perhaps"
-        what = f"{spent}; the next request can cost ${most:.4f}, above the limit of"
-        what, fix = f"{what} ${self.budget.limit}", f"raise it: {AGAIN}"
-        return DistillError(Exit.BUDGET, "teacher.budget_dollars", what, fix)
 
     async def _send(self, sending: Sending) -> Failure | None:
         """Store the intent, send, and deal with what comes; return the failure if there is one."""
@@ -354,20 +337,12 @@ class EndpointClient:
         kind = cost.doubt.partition(" ")[0]
         if kind not in ("", "answered") and self._first("doubt", kind):
             say(f"warning: {self.settings.model}: an answer {cost.doubt}")
-        claim, most = cost.claim or NOTHING, None
-        if intent["cap"]:
-            most = most_dollars(self.price, len(sending.body), intent["cap"])
-        if budget.exceeded or (most is not None and claim > most * APART):
-            what = f"an answer cost ${claim:.4g}, more than its maximum of ${most or 0:.4g}"
-            what = f"{what}: it {cost.doubt}" if "maximum" not in cost.doubt else what
-            fix = (
-                "see to the server, correct the price table (evaluation.prices), or raise"
-                " teacher.max_new_tokens where it counts its reasoning beside the answer"
-            )
-            self._halt(DistillError(Exit.BUDGET, self.settings.model, what, fix))
+        most = most_dollars(self.price, len(sending.body), intent["cap"] or 0)
+        if budget.exceeded or (intent["cap"] and cost.overcharges(most)):
+            self._halt(cost.error(self.settings.model, most))
             return False
-        if most:  # rounded, so that what is reserved and released later comes out even
-            times = (claim / most).quantize(Decimal("0.001"), ROUND_UP)
+        if most and intent["cap"]:  # rounded: what is reserved and released comes out even
+            times = ((cost.claim or NOTHING) / most).quantize(Decimal("0.001"), ROUND_UP)
             self.dearest = max(self.dearest, times)
         return True
 

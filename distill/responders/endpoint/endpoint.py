@@ -6,6 +6,7 @@ whose outcome nobody knows. Async stays in here: the requests run in a thread of
 whoever asked gets a plain iterator.
 """
 
+import asyncio
 import os
 import tempfile
 import threading
@@ -74,7 +75,17 @@ class EndpointResponder:
         """
         client = kind(self.settings, self.key, self.price, self.run, requests, store)
         self.client = client
-        thread = threading.Thread(target=client.main, name="buy", daemon=True)
+
+        def work() -> None:
+            try:
+                asyncio.run(client.buy())
+            except BaseException as error:  # handed to the thread that asked, which raises it
+                client.error = client.error or error
+            finally:
+                client.ready.set()
+                client.results.put(None)
+
+        thread = threading.Thread(target=work, name="buy", daemon=True)
         thread.start()
         try:
             yield from iter(client.results.get, None)

@@ -57,8 +57,8 @@ class CheckedNetwork(httpcore2.AnyIOBackend):
             last = address == addresses[-1]
             seconds = timeout if last else min(FIRST_ADDRESSES, timeout or FIRST_ADDRESSES)
             try:
-                return await httpcore2.AnyIOBackend.connect_tcp(
-                    self, address, port, seconds, local_address, socket_options
+                return await super().connect_tcp(  # pyright: ignore
+                    address, port, seconds, local_address, socket_options
                 )
             except (httpcore2.ConnectError, httpcore2.ConnectTimeout):
                 if last:

@@ -49,10 +49,14 @@ STOPS: tuple[tuple[Stop, str], ...] = (
 )
 CHOICE = re.compile(rb'"choices"\s*:\s*\[\s*\{')  # there is one at least
 MESSAGE = re.compile(rb'"type"\s*:\s*"message"')  # Anthropic's; within a text quotes are escaped
-# White space (DeepSeek) and lines of comment as in an event stream (OpenRouter), which a server
-# sends to keep the connection while it works
+# What keeps a connection: white space (DeepSeek), comments of an event stream (OpenRouter)
 KEPT_ALIVE = re.compile(rb"(?:[\s\0]++|\xef\xbb\xbf|:[^\r\n]*+|data: \[DONE\])*+")
 HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # where a lone surrogate may stand
+CACHED = (  # OpenAI; Moonshot; DeepSeek; Anthropic's name, which proxies pass on
+    *("prompt/cached_tokens", "cached_tokens", "prompt_cache_hit_tokens"),
+    "cache_read_input_tokens",
+)
+REASONING = ("completion/reasoning_tokens", "reasoning_tokens", "output/thinking_tokens")
 LARGE = 64 << 10  # bytes; no answer's text is, but distributions are
 MESSAGE_CHARS = 200  # of a server's message in ours
 
@@ -246,8 +250,10 @@ def _plain(word: str) -> str:
 
 def _stop_of(word: str) -> Stop | None:
     """Return why an answer stopped by a maker's word, or None where nobody knows."""
-    stops = (stop for stop, pattern in STOPS if re.search(pattern, _plain(word)))
-    return next(stops, None)
+    for stop, pattern in STOPS:
+        if re.search(pattern, _plain(word)):
+            return stop
+    return None
 
 
 def _finish(choice: dict[str, JsonValue]) -> str:
@@ -281,8 +287,7 @@ def _stop(
 def _logprobs(field: Any) -> tuple[TokenLogprob, ...] | None:
     """Return each token's log-probability and the top-k beside it; None where they cannot be read.
 
-    Chat completions hold an object a token, text completions lists side by side; vLLM and SGLang
-    write -9999 for minus infinity. From their sources, as in the fixtures.
+    Chat completions hold an object a token, text completions lists side by side.
     """
 
     def candidate(row: dict[str, Any]) -> dict[str, Any]:
@@ -326,19 +331,14 @@ def _usage(fields: dict[str, JsonValue], question: int, answer: int) -> Usage:
     output = token_count(fields.get("completion_tokens", fields.get("output_tokens")))
     if not read or output is None or (answer and not output):
         return Usage(input_tokens=-(-question // 4), output_tokens=-(-answer // 4), estimated=True)
-    # OpenAI; Moonshot; DeepSeek; Anthropic's name, which proxies pass on
-    names = ("prompt/cached_tokens", "cached_tokens", "prompt_cache_hit_tokens")
-    cached = first(*names, "cache_read_input_tokens") or 0
+    cached = first(*CACHED) or 0
     read += cached if cached > read else 0  # some count what was fresh beside it
     return Usage(
         input_tokens=read,
         cached_input_tokens=cached,
         # xAI and Google count reasoning in the total only
         output_tokens=max(output, (first("total_tokens") or 0) - read),
-        reasoning_tokens=first(
-            "completion/reasoning_tokens", "reasoning_tokens", "output/thinking_tokens"
-        )
-        or 0,
+        reasoning_tokens=first(*REASONING) or 0,
     )
 
 
