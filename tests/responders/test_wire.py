@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distill.records import canonical
 from distill.responders.endpoint import wire
 from distill.responders.endpoint.rate_limits import stated_wait
 from distill.responders.endpoint.transport import classify
@@ -39,7 +40,8 @@ def test_what_servers_send_is_read(case: dict[str, Any]) -> None:
     if "fault" in case:
         assert case["status"] != 200 or not wire.is_answer(data)
         asked = {"temperature": 0.0, "max_tokens": 20, **case.get("asked", {})}
-        found = classify(case["status"], data, json.dumps(asked).encode()).model_dump()
+        found = classify(case["status"], data, canonical(asked), case.get("headers", {}))
+        found = found.model_dump()
         assert {name: found[name] for name in case["fault"]} == case["fault"]
         assert str(case["status"]) in found["what"] and "without a message" not in found["what"]
         wait = stated_wait(case.get("headers", {}), data) if found["limited"] else None

@@ -17,7 +17,7 @@ from distill.config.teachers import FROM_ENVIRONMENT, EndpointTeacher
 from distill.errors import DistillError, Exit
 from distill.records import Record, canonical
 from distill.responders.endpoint.network import Forbidden, open_network
-from distill.responders.endpoint.rate_limits import stated_wait
+from distill.responders.endpoint.rate_limits import retry_after, stated_wait
 from distill.responders.endpoint.wire import (
     MESSAGE_CHARS,
     body_of,
@@ -230,7 +230,7 @@ async def post(
             cut = str(error)
     data, status = secrets.sub(b"[key]", data) if secrets else data, response.status_code
     answered = 200 <= status < 300 and (bool(cut) or is_answer(data))
-    failure = None if answered else classify(status, data, body)
+    failure = None if answered else classify(status, data, body, response.headers)
     return Received(status, response.headers, data, cut, failure)
 
 
@@ -266,7 +266,9 @@ def decoded(data: bytes, encoding: str, limit: int) -> bytes:
     return plain
 
 
-def classify(status: int, data: bytes, request: bytes = b"") -> Failure:
+def classify(
+    status: int, data: bytes, request: bytes = b"", headers: Mapping[str, str] = {}
+) -> Failure:
     """Say what a reply that is no answer means (faults C2, C3, C4, C9, D5, H13).
 
     A text that is about the account ends the run, unless the words are those of the request,
@@ -318,9 +320,11 @@ def classify(status: int, data: bytes, request: bytes = b"") -> Failure:
         return ends(status, f"the server does not take {field} ({what})", fix)
     if refused or success:
         asked = request.decode("utf-8", "replace").lower()
-        soon = status == 429 and stated_wait({}, data) is not None  # so it passes
-        for like, pattern in ACCOUNT[: 0 if soon else -1 if status == 429 else None]:
-            match = re.search(pattern, " ".join([message, *sorted(codes)]), re.IGNORECASE)
+        # a limit that says when it passes may speak of billing too: then the codes alone count
+        passes = retry_after(headers) is not None or stated_wait({}, data) is not None
+        text = " ".join([*([] if status == 429 and passes else [message]), *sorted(codes)])
+        for like, pattern in ACCOUNT[: -1 if status == 429 else None]:
+            match = re.search(pattern, text, re.IGNORECASE)
             if match and match[0].lower() not in asked:
                 return ends(like)
     if status == 429:
