@@ -50,20 +50,16 @@ class Jobs:
     def __init__(self, client: EndpointClient) -> None:
         self.settings, self.secrets = client.settings, client.secrets
         self.http, self.gate, self.address = client.http, client.gate, client.settings.base_urls[0]
-        self.ask(wire_of(self.settings).path(self.settings).partition("?")[0])
-
-    def ask(self, path: str) -> None:
-        """Set what each request of a job goes to."""
-        self.url = f"/v1{path}"
+        self.url = wire_of(self.settings).path(self.settings).partition("?")[0]
 
     def line(self, custom_id: str, body: bytes) -> bytes:
         """Return a request as a job holds it."""
-        row = {"custom_id": custom_id, "method": "POST", "url": self.url, "body": json.loads(body)}
-        return canonical(row)
+        row = {"method": "POST", "url": f"/v1{self.url}", "body": json.loads(body)}
+        return canonical(row | {"custom_id": custom_id})
 
     def submission(self, job: str, lines: Sequence[bytes], file: str) -> bytes:
         """Return the body that makes a job, of its lines or of the file that holds them."""
-        row = {"input_file_id": file, "endpoint": self.url, "completion_window": "24h"}
+        row = {"input_file_id": file, "endpoint": f"/v1{self.url}", "completion_window": "24h"}
         return canonical(row | {"metadata": {"distill": job}})
 
     def files(self, row: dict[str, Any]) -> list[str]:
@@ -216,9 +212,9 @@ class MessageJobs(Jobs):
 
     after, uploads = "after_id", False
 
-    def ask(self, path: str) -> None:
-        """Set where the jobs are."""
-        self.path = f"{path}/batches"
+    def __init__(self, client: EndpointClient) -> None:
+        super().__init__(client)
+        self.path = f"{self.url}/batches"
 
     def line(self, custom_id: str, body: bytes) -> bytes:
         """Return a request as a job holds it."""
