@@ -250,22 +250,19 @@ def test_results_in_other_forms(
 
 
 @pytest.mark.parametrize("way", ["gone", "torn"])
-def test_results_that_are_lost_are_said_and_asked_again(
-    server: BatchServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], way: str
+def test_results_that_are_lost_end_the_run_and_are_asked_again_by_the_next(
+    server: BatchServer, tmp_path: Path, way: str
 ) -> None:
-    """Half price: an expired file or a line that cannot be read does not hold the run for ever."""
-
-    def watch(moment: str) -> None:
-        if moment == "POST /batches comes" and len(server.jobs) == 1:
-            server.status, server.change = {}, bytes
-
-    server.watch, wrong = watch, {"GET /files/content": 404}
-    server.status = wrong if way == "gone" else {}
+    """Half price: an expired file or a line that cannot be read does not hold a run for ever."""
+    server.status = {"GET /files/content": 404} if way == "gone" else {}
     server.change = lambda results: results[:-9] if way == "torn" else results
+    said = "404" if way == "gone" else "1 lines of results cannot be read"
+    with pytest.raises(DistillError, match=said) as error:
+        buy(server, tmp_path)
+    assert error.value.code == Exit.TEACHER and len(server.jobs) == 1
+    server.status, server.change = {}, bytes
     assert [r.stop for r in buy(server, tmp_path)] == ["end"] * 10
     assert len(server.jobs) == 2 and sum(server.paid.values()) == (20 if way == "gone" else 11)
-    said = "404" if way == "gone" else "1 lines of results cannot be read"
-    assert said in capsys.readouterr().err
 
 
 def test_a_job_in_doubt_is_known_whatever_the_server_s_clock_says(

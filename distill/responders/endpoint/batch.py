@@ -180,7 +180,12 @@ class BatchClient(EndpointClient):
                 raise DistillError(Exit.TEACHER, model, what, fix)
             await self._give_up(job, sendings, f"job {name} is gone", "unknown")
             return
-        await self._collect(row, sendings)
+        lost = list[str]()
+        await self._collect(row, sendings, lost)
+        if lost:  # nothing is paid again unasked: the next job's results may go the same way
+            await self._give_up(job, sendings, lost[0], "unknown", again=False)
+            fix = "see to the server: the same command asks again for what is missing"
+            raise DistillError(Exit.TEACHER, model, f"results are lost: {lost[0]}", fix)
         status, errors = status_of(row), row.get("errors")
         if status == "failed":  # as a whole
             errors = errors.get("data") if isinstance(errors, dict) else errors
@@ -231,20 +236,20 @@ class BatchClient(EndpointClient):
                 if not self.jobs.uploads and name not in others:
                     alike = sum(counts_of(row).values()) == len(sendings)
                     if alike and (ended := await self.jobs.ended(name, job.line())):
-                        ours = await self._collect(ended, sendings)
+                        ours = await self._collect(ended, sendings, [])
                 if ours:
                     return name
         except DistillError as error:
             self._halt(error)
         return None
 
-    async def _collect(self, row: dict[str, Any], sendings: Sendings) -> bool:
+    async def _collect(self, row: dict[str, Any], sendings: Sendings, lost: list[str]) -> bool:
         """Store the results of a job that has ended, some with each fsync; tell if any is ours.
 
         Of two for one request an answer counts before an error.
         """
         any_ours = False
-        async for results in self.jobs.results(row):
+        async for results in self.jobs.results(row, lost):
             results.sort(key=lambda result: result.status != 200, reverse=True)
             ours = {r.custom_id: r for r in results if r.custom_id in sendings}
             pairs = [(sendings[name], result) for name, result in ours.items()]

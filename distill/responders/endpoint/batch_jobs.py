@@ -119,10 +119,10 @@ class Jobs:
                 return
             after = f"&{self.after}={quote(str(rows[-1].get('id')), safe='')}"
 
-    async def results(self, row: dict[str, Any]) -> AsyncIterator[list[Result]]:
+    async def results(self, row: dict[str, Any], lost: list[str]) -> AsyncIterator[list[Result]]:
         """Yield an ended job's results as they come, from the first on where that broke off.
 
-        Results that are gone, and lines that are unreadable each time, are said and left out.
+        Of results that are gone, and lines that are unreadable each time, `lost` says so.
         """
         for path in self.files(row):
             for retry in count():
@@ -148,7 +148,7 @@ class Jobs:
                     break
                 last = received.status == 200 and retry == self.settings.max_retries
                 if last or received.status in GONE:
-                    say(f"{self.address}{path}: {failure.what}")
+                    lost.append(f"{path}: {failure.what}")
                     break
                 await self._try_again(received, failure, retry)
 
