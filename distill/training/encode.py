@@ -43,7 +43,12 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, pair: Pair, date: str) -> Ex
     text = turn.opening + cut_marks(thought or "", tokenizer, mark)
     if answer or not cut_off:  # else it was cut off in its thought
         text += turn.closing + cut_marks(answer, tokenizer, mark)
-    answer_ids = encode_marked(tokenizer, text + ("" if cut_off else turn.end), mark)
+    text += "" if cut_off else turn.end
+    answer_ids = encode_marked(tokenizer, text, mark)
+    if text.startswith(" "):  # of which a tokenizer of pieces takes the first for its own prefix
+        shown = f"{tokenizer.decode(answer_ids, clean_up_tokenization_spaces=False)}"
+        if len(shown) - len(shown.lstrip(" ")) < len(text) - len(text.lstrip(" ")):
+            answer_ids = encode_marked(tokenizer, f" {text}", mark)
     if not cut_off and not turn.end:
         if not isinstance(eos := tokenizer.eos_token_id, int):
             template = f"chat template of {tokenizer.name_or_path}"

@@ -1,8 +1,11 @@
 """Encoding: the ids, the mask and the end token are exactly those that the template makes."""
 
+from string import ascii_letters
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from distill.errors import DistillError, Exit
 from distill.generation.generate import require_turns
@@ -12,7 +15,7 @@ from distill.training.batches import Example
 from distill.training.encode import check_template, encode_pair, encode_pairs, marked
 from tests.support.runs import make_run
 from tests.support.templates import chat_templates, tokenizer_of
-from tests.support.tiny import TEMPLATE, make_tiny, make_tokenizer
+from tests.support.tiny import SPECIAL, TEMPLATE, make_tiny, make_tokenizer
 from tests.support.training import DATE, make_pair
 
 
@@ -46,6 +49,23 @@ def test_a_cut_off_answer_teaches_no_end_and_an_empty_one_nothing_else():
     assert supervised(encode("")) == "<|im_end|>"
     with pytest.raises(DistillError, match="no token to learn"):
         encode("", stop="length")
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+@pytest.mark.parametrize("answer", ["yes", "    return x\n", " two ", "\n\n  three"])
+def test_a_tokenizer_of_pieces_learns_every_space(scheme: Any, answer: str) -> None:
+    """B6, C2: what is learnt decodes to the answer, where a prefix is put before a text."""
+    tokens = ["<unk>", *SPECIAL, "\n", "\u2581", *"():?+", *ascii_letters]
+    letters = {token: n for n, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab=letters, merges=[], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    ends = {"eos_token": SPECIAL[2], "pad_token": SPECIAL[0], "bos_token": SPECIAL[1]}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", **ends)
+    tokenizer.chat_template = TEMPLATE
+    example = encode(answer, tokenizer=tokenizer)
+    target = [i for i, w in zip(example.input_ids, example.weights, strict=True) if w]
+    assert tokenizer.decode(target) == answer + "<|im_end|>"
 
 
 def test_a_template_that_closes_no_turn_gets_the_tokenizers_end():
