@@ -151,5 +151,5 @@ def test_bands_are_those_of_datasketch() -> None:
         sketch = MinHash(num_perm=128, seed=1)
         sketch.update_batch([gram.encode() for gram in shingles(text)])
         ours = [n for n in range(place) if (hashes[n] == hashes[place]).any()]
-        assert sorted(index.query(sketch)) == ours
+        assert {*index.query(sketch)} == {*ours}
         index.insert(place, sketch)
