@@ -101,15 +101,14 @@ def run_all(
     """Do every stage that is left, and show the scorecard."""
     from distill.api import run
 
-    folder, _ = run(
-        config,
-        overrides or (),
+    finished = run(
+        *(config, overrides or ()),
         redo=redo,
         allow_code=allow_code,
         unsafe_code=unsafe_code,
         allow_inexact=allow_inexact,
     )
-    show_scorecard(folder)
+    show_scorecard(finished.folder)
 
 
 def perform_alone(
@@ -161,9 +160,8 @@ def add_stage(stage: Stage) -> None:
     app.command(stage.name, help=purpose, rich_help_panel=STEP)(command)
 
 
-for _stage in STAGES:
-    if _stage.name != "evaluate":  # which can hand the student to lm-eval as well
-        add_stage(_stage)
+for _stage in (stage for stage in STAGES if stage.name != "evaluate"):  # which has more options
+    add_stage(_stage)
 
 
 @app.command(rich_help_panel=STEP)

@@ -88,13 +88,10 @@ def summed(
     if not entries:
         return status
     dollars = [entry.dollars for entry in entries if entry.dollars is not None]
-    sums = {
-        "seconds": sum(entry.seconds for entry in entries),
-        "input_tokens": sum(entry.input_tokens for entry in entries),
-        "output_tokens": sum(entry.output_tokens for entry in entries),
-        "dollars": sum(dollars, Decimal(0)) if dollars else None,
-    }
-    return status.model_copy(update=sums)
+    counted = ("seconds", "input_tokens", "output_tokens")
+    sums = {key: sum(getattr(entry, key) for entry in entries) for key in counted}
+    paid = sum(dollars, Decimal(0)) if dollars else None
+    return status.model_copy(update={**sums, "dollars": paid})
 
 
 def show(status: Status) -> Group:

@@ -8,10 +8,9 @@ the student, and p the part of T that falls on requests whose student answer is 
   teacher answers too, so the test must be one that needs no right answer
 - perfect_router: p (T - S); the requests that the student fails never reach it. An upper bound
 
-p is weighted by price, for long answers cost more and fail more; `share` is the plain share of
-requests. The interval is that of p, carried through; of replace_all, that of the requests'
-differences, clustered by document. T and S are taken as measured. Break-even is the cost of the
-distillation over the savings of a request, and null where these or their interval reach 0.
+p is weighted by price, for long answers cost more and fail more. The interval is that of p, carried
+through; of replace_all, that of the requests' differences, clustered by document. Break-even is the
+cost of the distillation over a request's savings, and null where these or their interval reach 0.
 """
 
 from collections.abc import Iterator, Sequence
@@ -61,11 +60,8 @@ def economics(
     compared_with: TeacherPrice,
     quality: Difference,
 ) -> Economics:
-    """Compute everything from the held-out requests.
-
-    `compared_with` names whose price it is, `quality` is the student's difference to this run's
-    teacher; both are shown beside the amounts.
-    """
+    """Compute everything from the held-out requests; whose price it is (`compared_with`) and the
+    student's difference to this run's teacher (`quality`) are shown beside the amounts."""
     covered = [request for request in requests if request.test] or list(requests)
     scored = [request for request in covered if request.accepted is not None]
     plain, part, if_unscored_fail = shares_of(covered, scored, assumed.teacher, certainty)

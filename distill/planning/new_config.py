@@ -4,7 +4,7 @@ import re
 from itertools import islice
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, StrictUndefined
 
 from distill.config.tree import Corpus
 from distill.config.yaml_file import load_config
@@ -27,32 +27,20 @@ def write_config(
 ) -> Path:
     """Write FOLDER/config.yaml and return its path; `corpus` is what lies in the folder by default.
 
-    Raises DistillError: exit 2 where the file is there already or a value is not allowed, 3 where
-    the corpus cannot be read.
+    Raises DistillError: exit 2 for a file that is there or a wrong value, 3 for the corpus.
     """
     path, source = folder / "config.yaml", corpus or folder
     if path.exists():
         what, fix = "is there already", f"change it, or remove it; distill plan {path}"
         raise DistillError(Exit.CONFIG, path, what, fix)
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._") or "mine"
-    values = {
-        "name": plain[:60],
-        "path": path,
-        "corpus": str(source),
-        "prompts": _holds_prompts(source),
-        "teacher": teacher,
-        "student": student,
-        "base_url": base_url,
-        "api_key_env": api_key_env,
-    }
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        autoescape=False,  # YAML; values are written as JSON, which YAML reads
-        keep_trailing_newline=True,
-    )
-    template = templates.get_template("config.yaml.j2")
+    values = {"name": plain[:60], "path": path, "corpus": str(source), "teacher": teacher}
+    values |= {"student": student, "base_url": base_url, "api_key_env": api_key_env}
+    values |= {"prompts": _holds_prompts(source)}
+    text = (Path(__file__).parent / "templates/config.yaml.j2").read_text(encoding="utf-8")
+    template = Environment(  # YAML; values are written as JSON, which YAML reads
+        undefined=StrictUndefined, trim_blocks=True, autoescape=False, keep_trailing_newline=True
+    ).from_string(text)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(path, template.render(values, open_terms=""))
     try:

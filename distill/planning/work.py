@@ -122,16 +122,14 @@ def _count(run: Run) -> Work:
     def turns(texts: Sequence[str]) -> list[tuple[Message, ...]]:
         return [(Message(role="user", content=text),) for text in texts]
 
-    student = config.student.model
+    student, teacher = config.student.model, config.teacher.model
     brought = [answer["text"] for d in documents for answer in d.recorded_answers]
     answers = PromptSize.of(student, turns(brought))
     passages = [] if prompts else turns([document.text for document in documents])
     return Work(
         documents=len(documents),
         prompts=counts,
-        teacher=PromptSize.of(
-            config.teacher.model, [p.asked_of_teacher() for p in prompts] or passages
-        ),
+        teacher=PromptSize.of(teacher, [p.asked_of_teacher() for p in prompts] or passages),
         student=PromptSize.of(student, [prompt.messages for prompt in prompts] or passages),
         text_bytes=sum(len(document.text.encode()) for document in documents),
         answer_tokens=answers.bytes / answers.bytes_a_token if brought else None,

@@ -1,9 +1,8 @@
 """JSON Schema (draft 2020-12) for answers, as pydantic's `model_json_schema` writes it.
 
 The jsonschema package validates. A schema is checked when its task is loaded: an unknown keyword is
-an error, since a typo would check nothing, and `$ref` stays inside the document. An answer is
-checked in bounded time, whatever it holds. `format` and `content...` describe and are not checked,
-which is the draft's default: state a `pattern` for what must hold.
+an error, and `$ref` stays inside the document. An answer is checked in bounded time. `format` and
+`content...` are not checked, which is the draft's default: state a `pattern` for what must hold.
 """
 
 import difflib
@@ -50,10 +49,8 @@ def valid_schema(schema: object) -> object:
     """Return a schema; raises ValueError, with the place, where it is none or not supported."""
     try:
         # YAML also has dates, keys that are numbers, and nodes that contain themselves
-        if (
-            not isinstance(schema, dict)
-            or json.loads(json.dumps(schema, allow_nan=False)) != schema
-        ):
+        plain = json.loads(json.dumps(schema, allow_nan=False))
+        if not isinstance(schema, dict) or plain != schema:
             raise ValueError("an object whose keys are strings is needed")
         Draft202012Validator.check_schema(schema)
         nodes = list(_subschemas(schema))
@@ -76,9 +73,8 @@ def valid_schema(schema: object) -> object:
         for keyword in node:
             if keyword not in KEYWORDS and (pointer or keyword not in AT_ROOT):
                 near = difflib.get_close_matches(keyword, KEYWORDS, n=1)
-                hint = (
-                    f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(KEYWORDS))}"
-                )
+                hint = f"did you mean {near[0]}?" if near else "known: "
+                hint += "" if near else ", ".join(sorted(KEYWORDS))
                 hint = "only at the root" if keyword in AT_ROOT else hint
                 raise ValueError(f"{where}: {keyword[:40]} is not supported ({hint})")
         for pattern in (*node.get("patternProperties", ()), node.get("pattern", "")):
@@ -117,10 +113,8 @@ def _subschemas(
         elif keyword in LISTED:
             children = {f"/{index}": child for index, child in enumerate(value)}
         elif keyword in NAMED:
-            children = {
-                f"/{name.replace('~', '~0').replace('/', '~1')}": child
-                for name, child in value.items()
-            }
+            escaped = {name: name.replace("~", "~0").replace("/", "~1") for name in value}
+            children = {f"/{escaped[name]}": child for name, child in value.items()}
         for end, child in children.items():
             owner = pointer if keyword in SAME_VALUE else None
             yield from _subschemas(child, f"{pointer}/{keyword}{end}", owner)

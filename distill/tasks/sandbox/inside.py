@@ -92,7 +92,7 @@ class TestBuiltins(dict[str, object]):
         super().__init__(vars(builtins))
         self.harness, self.entries, self.stated = harness, entries, bool(entries)
         self |= {
-            "__asserted__": harness.count_assertion,
+            "__asserted__": harness.count,
             "__items__": harness.items,
             "__ordered__": ordered,
             "all": harness.all,
@@ -122,8 +122,7 @@ class Harness:
 
     def __init__(self, nonce: str, read: int, write: int) -> None:
         self.nonce, self.read, self.write = nonce, read, write
-        self.answered, self.last = 0, ""
-        self.asserted = 0
+        self.answered, self.asserted, self.last = 0, 0, ""
         self.emptied = list[object]()  # by the program, of the tests' own
 
     def finish(self, verdict: str, reason: str) -> NoReturn:
@@ -132,7 +131,7 @@ class Harness:
         messages.send(VERDICT, {"nonce": self.nonce, "verdict": verdict, "reason": reason[:1000]})
         os._exit(0)
 
-    def count_assertion(self) -> None:
+    def count(self) -> None:
         """Count an assertion that holds."""
         self.asserted += 1
 
@@ -192,11 +191,15 @@ class Harness:
         for old, new in zip(args, after, strict=False):
             if old and isinstance(old, list | dict | set) and new is not None and not new:
                 self.emptied.append(old)
-            copy_content(old, new)
+            if type(old) is type(new) and isinstance(old, list):
+                old[:] = new
+            elif type(old) is type(new) and isinstance(old, dict | set):
+                old.clear()
+                old.update(new)
         self.last += f" gave {shorten(value)}"
         return value
 
-    def receive_answer(self) -> tuple[object, list[object]]:
+    def receive_answer(self) -> tuple[object, list[Any]]:
         """Return what the program answers; raise its errors, under the same name if builtin."""
         try:
             reply = messages.receive(self.read)
@@ -238,17 +241,6 @@ def memory_in_use(proc: int) -> int:
                 pages += int(os.read(file, 200).split()[1])
                 os.close(file)
     return pages * PAGE
-
-
-def copy_content(old: object, new: Any) -> None:
-    """Make a list, dict or set like another of the same type."""
-    if type(old) is not type(new):
-        return
-    if isinstance(old, list):
-        old[:] = new
-    elif isinstance(old, dict | set):
-        old.clear()
-        old.update(new)
 
 
 def shorten(value: object) -> str:

@@ -3,11 +3,9 @@
 What holds, on Linux with user namespaces: the program has no network (nor sockets of any kind), no
 files but its own empty folder and read-only system libraries, no environment, no /proc; it ends
 within its seconds, and all that it started with it; memory, processes, files and CPU time are
-limited for all of it together; its output goes nowhere. A pass cannot be faked: the verdict is
-written by a harness in a process of its own, which runs the tests, hands the program nothing but
-the arguments of each call, takes nothing but plain data back, and signs with a nonce that the
-program's memory never held (see `distill.tasks.sandbox.inside`). A pass means right answers, to at
-least one call.
+limited for all of it together; its output goes nowhere. A pass cannot be faked: a harness in a
+process of its own runs the tests, exchanges plain data alone with the program, and signs with a
+nonce that the program's memory never held (see `distill.tasks.sandbox.inside`).
 
 What does not hold: this is one kernel, so an error of the kernel is a way out; a program may use a
 core until its seconds are over; it may tell how long things take, and which libraries the system
