@@ -20,8 +20,8 @@ from distill.config.teachers import EndpointTeacher
 from distill.errors import DistillError, Exit
 from distill.records import digest
 from distill.responders.endpoint.batch_jobs import Jobs, MessageJobs, Result, counts_of, status_of
-from distill.responders.endpoint.budget import NOTHING, most_dollars
-from distill.responders.endpoint.client import AGAIN, EndpointClient, Sending
+from distill.responders.endpoint.budget import NOTHING, Sending, most_dollars
+from distill.responders.endpoint.client import AGAIN, EndpointClient
 from distill.responders.endpoint.transport import Failure, Received, classify, encode
 from distill.responders.endpoint.wire import is_answer, plain_message
 from distill.responders.prices import TokenPrice

@@ -16,7 +16,8 @@ from distill.errors import DistillError, Exit
 from distill.records import Record, Usage
 from distill.responders.endpoint.wire import Reply
 from distill.responders.prices import MILLION, TokenPrice, load_prices
-from distill.responders.store import ResponseStore
+from distill.responders.responder import Request
+from distill.responders.store import ResponseStore, attempt_key
 from distill.storage.run_folder import Run
 
 MARGIN = 256  # tokens of a chat template and a server's own system prompt that no request shows
@@ -33,6 +34,20 @@ def most_dollars(price: TokenPrice | None, question: int, output_tokens: int) ->
     dearest = max(price.dollars_per_million_input, cached)
     paid = (question + MARGIN) * dearest + output_tokens * price.dollars_per_million_output
     return paid / MILLION
+
+
+class Sending(NamedTuple):
+    """One attempt at a request: its number, its bytes, and the dollars set aside for it."""
+
+    request: Request
+    number: int
+    body: bytes
+    reserved: Decimal
+
+    @property
+    def key(self) -> str:
+        """Return the key of the attempt's records."""
+        return attempt_key(self.request.id, self.number)
 
 
 class Charge(NamedTuple):

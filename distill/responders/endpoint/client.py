@@ -14,12 +14,19 @@ from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from decimal import ROUND_UP, Decimal
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 from distill.config.teachers import EndpointTeacher
 from distill.errors import DistillError, Exit
 from distill.records import Usage, digest
-from distill.responders.endpoint.budget import NOTHING, Budget, account, charge, most_dollars
+from distill.responders.endpoint.budget import (
+    NOTHING,
+    Budget,
+    Sending,
+    account,
+    charge,
+    most_dollars,
+)
 from distill.responders.endpoint.rate_limits import (
     SEVERAL,
     Gate,
@@ -41,7 +48,7 @@ from distill.responders.endpoint.transport import (
 from distill.responders.endpoint.wire import Reply, cut_prompt, pack, wire_of
 from distill.responders.prices import TokenPrice
 from distill.responders.responder import Raw, Request, Scoring, origin_of
-from distill.responders.store import ResponseStore, attempt_key, holds_answer
+from distill.responders.store import ResponseStore, holds_answer
 from distill.responders.token_counts import least_tokens
 from distill.storage.log_writer import LogWriter
 from distill.storage.progress import say
@@ -49,20 +56,6 @@ from distill.storage.progress import say
 QUARANTINED = 64 << 10  # bytes stored of a body that is no answer
 LIMITED = 3  # times teacher.max_pause, without an answer, until limits end the run
 AGAIN = "the same command continues"
-
-
-class Sending(NamedTuple):
-    """One attempt at a request: its number, its bytes, and the dollars set aside for it."""
-
-    request: Request
-    number: int
-    body: bytes
-    reserved: Decimal
-
-    @property
-    def key(self) -> str:
-        """Return the key of the attempt's records."""
-        return attempt_key(self.request.id, self.number)
 
 
 class EndpointClient:
