@@ -191,11 +191,12 @@ class Harness:
         for old, new in zip(args, after, strict=False):
             if old and isinstance(old, list | dict | set) and new is not None and not new:
                 self.emptied.append(old)
+            changed: Any = new
             if type(old) is type(new) and isinstance(old, list):
-                old[:] = new
+                old[:] = changed
             elif type(old) is type(new) and isinstance(old, dict | set):
                 old.clear()
-                old.update(new)
+                old.update(changed)
         self.last += f" gave {shorten(value)}"
         return value
 
