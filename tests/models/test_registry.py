@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,7 +86,11 @@ def test_the_shape_of_a_folder(tiny):
 
 def test_a_shape_of_class_defaults():
     """C1: the config of gemma-3-4b-it names no heads and no vocabulary; its class does."""
-    text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+    text: dict[str, Any] = {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+    }
     text |= {"model_type": "gemma3_text", "sliding_window": 1024}
     shape = registry.shape_from_config({"model_type": "gemma3", "text_config": text})
     assert (shape.heads, shape.kv_heads, shape.head_dim) == (8, 4, 256)
