@@ -226,6 +226,16 @@ def test_paths_in_the_docs_exist(page):
         assert list(ROOT.glob(name.rstrip("/"))), f"{page.name} names {name}"
 
 
+def test_the_tests_that_the_docs_name_exist():
+    files = list((ROOT / "tests").rglob("*.py"))
+    names = {path.stem for path in files} | {
+        name for path in files for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    named = {name for page in PAGES for name in re.findall(r"\btest_\w+", page.read_text())}
+    gone = [name for name in named if not any(one.startswith(name) for one in names)]
+    assert len(named) > 50 and not gone
+
+
 def test_the_map_is_the_tree():
     block = (ROOT / "CONTRIBUTING.md").read_text().split("```text\n")[1].split("```")[0]
     names = [name.removesuffix("/") for name in re.findall(r"^  (\S+)", block, re.M)]

@@ -48,6 +48,12 @@ class Look(NamedTuple):
     now: frozenset[str]
     ahead: frozenset[str]
 
+    @property
+    def present(self) -> frozenset[str]:
+        """Return the stages whose files are to be here: one that trains alone, on another machine
+        perhaps, has no need of what answers before and after it."""
+        return self.ahead if self.now - TRAINING else self.now
+
     def responders(self, stages: frozenset[str]) -> dict[str, Teacher]:
         """Return who is asked or read in some stages, by the config's key."""
         config, roles = self.run.config, dict[str, Teacher]()
@@ -217,7 +223,7 @@ def check_models(look: Look) -> Iterator[Attempt]:
     own = (student.model, student.revision, student.trust, config.template_date, config.train.lora)
     own += (student.chat_template_kwargs, config.reasoning)
     models: dict[str, tuple[Any, ...]] = {"student": own}
-    responders = look.responders(look.ahead)
+    responders = look.responders(look.present | look.ahead & READING)
     for key, teacher in responders.items():
         if isinstance(teacher, LocalTeacher):
             models[key] = (teacher.model, teacher.revision, SAFE, config.template_date)
@@ -277,7 +283,7 @@ def check_suites(look: Look) -> Iterator[Attempt]:
 
 def check_inputs(look: Look) -> Iterator[Attempt]:
     """Look whether what pins each stage can be read: its corpus, its functions of the user's."""
-    yield from (partial(s.identity, look.run.config) for s in STAGES if s.name in look.ahead)
+    yield from (partial(s.identity, look.run.config) for s in STAGES if s.name in look.present)
 
 
 CHECKS: tuple[Check, ...] = (  # the first is for every stage, the others for costly ones

@@ -24,11 +24,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from distill.errors import DistillError, Exit
-from distill.models.chat_template import Reasoning
 from distill.training.processes import full_tensor, like, sharded, snapshot
 
 if TYPE_CHECKING:  # and what writes files imports the rest itself: a benchmark has torch and PEFT
     from distill.config.learning import Student
+    from distill.models.chat_template import Reasoning
     from distill.storage.run_folder import Run
 
 ADAPTER = "default"
@@ -282,7 +282,7 @@ def merged_student(student: "Student", run: "Run") -> Path:
 
 
 def write_merged(
-    student: "Student", adapter: Path, folder: Path, reasoning: Reasoning = "drop"
+    student: "Student", adapter: Path, folder: Path, reasoning: "Reasoning" = "drop"
 ) -> None:
     """Write the student with `adapter` as a model of its own, replacing `folder`.
 

@@ -246,10 +246,9 @@ def test_all_problems_are_listed_at_once_by_run_plan_and_a_stage_that_buys(
         assert main([verb, str(place), *wrong, *more]) == Exit.TERMS
         errors = capsys.readouterr().err.splitlines()
         wheres = [row.split(": ")[1] for row in errors]
-        assert wheres == [
-            *("terms.agreement", "evaluation.teacher_price"),
-            *("train.lora.target_modules", "./nobody"),
-        ]
+        later = () if verb == "train" else ("./nobody",)  # which may be on another machine
+        first = ("terms.agreement", "evaluation.teacher_price", "train.lora.target_modules")
+        assert tuple(wheres) == (*first, *later)
     assert main(["plan", str(place), *wrong, "corpus.path=gone", "--json"]) == Exit.INPUT
     problems = json.loads(capsys.readouterr().out)["problems"]
     assert len(problems) == 5 and problems[2].endswith("(exit 2)"), "planned or not, all are said"

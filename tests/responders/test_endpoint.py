@@ -64,7 +64,7 @@ def test_answers_come_in_order_and_are_paid_once(tmp_path: Path) -> None:
 
 def test_the_template_s_variables_are_sent_and_only_then_part_of_the_key(tmp_path: Path) -> None:
     """B7: as vLLM takes them; what was stored without them is found as before."""
-    values = {"chat_template_kwargs": {"enable_thinking": False}}
+    values: dict[str, Any] = {"chat_template_kwargs": {"enable_thinking": False}}
     with FakeTeacher() as teacher:
         buy(teacher, tmp_path, **values)
         buy(teacher, tmp_path, chat_template_kwargs={})
@@ -654,8 +654,9 @@ def test_a_key_is_found_as_json_may_write_it() -> None:
         r"\u0061/b\"c+\u005A",
         r"\u0061\u002f\u0062\u0022\u0063\u002B\u005a",
     ]
+    assert pattern
     for form in forms:
-        assert pattern and pattern.sub(b"-", f"<{form}>".encode()) == b"<->"
+        assert pattern.sub(b"-", f"<{form}>".encode()) == b"<->"
     assert pattern.sub(b"-", b"a/b") == b"a/b"
 
 

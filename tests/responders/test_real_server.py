@@ -171,7 +171,7 @@ def test_a_server_that_tells_no_distributions_is_found_by_one_short_text(
             "train": {"loss": {"forward_kl": 1}},
         }
     )
-    needs = r"prompt_logprobs.*\(signals need a server that gives"
+    needs = r"prompt_logprobs.*signals need a server that gives"
     with stops(Exit.TEACHER, needs):
         probe(config, load_tokenizer(config.student.model))
 

@@ -209,7 +209,9 @@ def question(payload: dict[str, Any]) -> str:
 def usage_of(payload: dict[str, Any]) -> Usage:
     """Return the tokens that a whole answer takes: one a word, as this teacher counts."""
     asked = question(payload)
-    return Usage(input_tokens=len(asked.split()) + 5, output_tokens=len(text_of(asked).split()))
+    texts = [str(turn["content"]) for turn in payload.get("messages") or [{"content": asked}]]
+    read = sum(len(text.split()) for text in texts) + 5
+    return Usage(input_tokens=read, output_tokens=len(text_of(asked).split()))
 
 
 def text_of(asked: str) -> str:
