@@ -30,7 +30,7 @@ FACTORS = np.random.default_rng(1).integers(2**63, size=PERMUTATIONS, dtype=np.u
 )
 
 
-class Part(NamedTuple):
+class Compared(NamedTuple):
     """What of a document is compared: its own part, what others share of its turn, and the turns
     before."""
 
@@ -92,7 +92,7 @@ def shared_beginnings(texts: Sequence[str]) -> list[int]:
     return results
 
 
-def parts_of(documents: Sequence[Document]) -> list[Part]:
+def parts_of(documents: Sequence[Document]) -> list[Compared]:
     """Return what is compared of each document."""
     places = [place for place, document in enumerate(documents) if "messages" in document.meta]
     turns = [documents[place].meta["messages"][-1]["content"] for place in places]
@@ -100,18 +100,18 @@ def parts_of(documents: Sequence[Document]) -> list[Part]:
     ends = shared_beginnings(
         [turn[start:][::-1] for turn, start in zip(turns, starts, strict=True)]
     )
-    parts = [Part(document.text) for document in documents]
+    parts = [Compared(document.text) for document in documents]
     for place, turn, start, size in zip(places, turns, starts, ends, strict=True):
         end = len(turn) - size
         earlier = (turn["content"] for turn in documents[place].meta["messages"][:-1])
         own, before = turn[start:end].strip(), "\n".join(earlier)
         if not own:  # "Go on.": what is the document's own stands before it
             own, start, end = documents[place].text, 0, len(turn)
-        parts[place] = Part(own, (turn[:start], turn[end:]), before, True)
+        parts[place] = Compared(own, (turn[:start], turn[end:]), before, True)
     return parts
 
 
-def nearly_same(part: Part, other: Part, threshold: float) -> bool:
+def nearly_same(part: Compared, other: Compared, threshold: float) -> bool:
     """Compare two parts in full."""
     if part.shared != other.shared or overlap(part.own, other.own) < threshold:
         return False

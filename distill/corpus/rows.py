@@ -22,7 +22,7 @@ from distill.corpus.turns import (
     REASONING,
     TOOL,
     LeftOut,
-    Turn,
+    RowTurn,
     are_texts,
     are_turns,
     holds,
@@ -38,7 +38,7 @@ SECONDS = 2.0  # that finding a reference in one answer may take
 TEXT_COLUMNS = ("text", "content", "document", "passage", "body")
 
 
-class Shape(NamedTuple):
+class RowShape(NamedTuple):
     """A kind of row: the columns by which it is known, those of its prompt, those of its answer.
 
     The first of `known_by` holds something. Of `answer`, the first counts that holds something.
@@ -53,7 +53,7 @@ class Shape(NamedTuple):
 ANY_ANSWER = "answer completion response output chosen answers completions responses outputs"
 ANY_PROMPT = "conversations prompt instruction question query input"
 SHAPES = tuple(
-    Shape(name, *(tuple(columns.split()) for columns in table))
+    RowShape(name, *(tuple(columns.split()) for columns in table))
     for name, *table in (
         ("preference rows", "chosen rejected", ANY_PROMPT, "chosen"),
         ("UltraChat", "messages prompt_id", "messages", ANY_ANSWER),
@@ -184,15 +184,15 @@ def _usual_names(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 @lru_cache(100)
-def _shapes_of(names: tuple[str, ...]) -> list[Shape]:
+def _shapes_of(names: tuple[str, ...]) -> list[RowShape]:
     return [shape for shape in SHAPES if {*shape.known_by} <= {*names}]
 
 
-def _shape(row: Mapping[str, object], columns: Columns) -> Shape | None:
+def _shape(row: Mapping[str, object], columns: Columns) -> RowShape | None:
     """Return the first shape whose columns the row has; `corpus.columns.prompt` makes its own."""
     if columns.prompt:
         names = (columns.prompt,) if isinstance(columns.prompt, str) else columns.prompt
-        shape = Shape("prompts", names[:1], names, tuple(ANY_ANSWER.split()))
+        shape = RowShape("prompts", names[:1], names, tuple(ANY_ANSWER.split()))
         return shape if names[0] in row else None
     fitting = [
         shape
@@ -207,7 +207,7 @@ def _shape(row: Mapping[str, object], columns: Columns) -> Shape | None:
 def _prompt(
     row: Mapping[str, object],
     columns: Columns,
-    shape: Shape,
+    shape: RowShape,
     pattern: str | None,
     uses: dict[str, str],
     omitted: Counter[str],
@@ -219,7 +219,7 @@ def _prompt(
         uses.update({name: use} if name else {})
         return row[name] if name else None
 
-    turns, texts = list[Turn](), list[str]()
+    turns, texts = list[RowTurn](), list[str]()
     if isinstance(exchanges := take("earlier turns", HISTORY), list):
         turns = [turn for pair in exchanges for turn in read_turns(pair)]
     for name in shape.prompt:
@@ -239,7 +239,7 @@ def _prompt(
             texts.append(normalise(value))
         if name in row:
             uses[name] = "conversation" if isinstance(value, list | dict) else "prompt"
-    turns += [Turn("user", "\n\n".join(texts))] if texts else []
+    turns += [RowTurn("user", "\n\n".join(texts))] if texts else []
     system = take("system turn", columns.system, *SYSTEM)
     right_columns = REFERENCE if "answer" in shape.answer else (*REFERENCE, "answer")
     reference = take("reference", columns.reference, *right_columns)
@@ -249,7 +249,7 @@ def _prompt(
         column = "reference and recorded answer"
         answer = take(column, columns.reference)
 
-    answers = list[Turn]()
+    answers = list[RowTurn]()
     if are_turns(answer):
         more = read_turns(answer)
         # a chosen conversation repeats its prompt, or goes on from it
@@ -295,8 +295,8 @@ def _prompt(
 
 
 def _arrange(
-    turns: list[Turn], system: object, omitted: Counter[str]
-) -> tuple[list[dict[str, str]], Turn | None]:
+    turns: list[RowTurn], system: object, omitted: Counter[str]
+) -> tuple[list[dict[str, str]], RowTurn | None]:
     """Return the turns to answer, one system turn before them, and the answer after them, if any.
 
     Turns of tools are left out, and an assistant's before the first user turn. Raises ValueError

@@ -35,7 +35,7 @@ class LeftOut(ValueError):
     """Why a well-formed row cannot be used; it does not count as a bad one."""
 
 
-class Turn(NamedTuple):
+class RowTurn(NamedTuple):
     """A turn as it came; `model` where an answer names its own."""
 
     role: str
@@ -44,7 +44,7 @@ class Turn(NamedTuple):
     model: str | None = None
 
 
-def read_turns(value: object) -> list[Turn]:
+def read_turns(value: object) -> list[RowTurn]:
     """Read a conversation in any of the usual forms; raises ValueError with the reason."""
     if isinstance(value, dict):
         lists = [one for one in value.values() if isinstance(one, list)]
@@ -55,8 +55,8 @@ def read_turns(value: object) -> list[Turn]:
     if not isinstance(value, list) or not value:
         raise ValueError("a conversation must be a list of turns")
     if are_texts(value):
-        return [Turn(("user", "assistant")[n % 2], text) for n, text in enumerate(value)]
-    turns = list[Turn]()
+        return [RowTurn(("user", "assistant")[n % 2], text) for n, text in enumerate(value)]
+    turns = list[RowTurn]()
     for turn in value:
         if not isinstance(turn, dict):
             raise ValueError("a turn must have a role and a text")
@@ -64,7 +64,7 @@ def read_turns(value: object) -> list[Turn]:
             raise ValueError("a tree of replies: give the rows of messages, with parent_id")
         role = _first(turn, SPEAKER)
         if role is None and turn and ROLES.keys() >= turn.keys():  # a turn a key
-            turns += [Turn(ROLES[name], text) for name, text in turn.items() if holds(text)]
+            turns += [RowTurn(ROLES[name], text) for name, text in turn.items() if holds(text)]
             continue
         if not isinstance(role, str) or role.lower() not in ROLES:
             raise ValueError(f"unknown role {str(role)[:40]!r}")
@@ -77,7 +77,7 @@ def read_turns(value: object) -> list[Turn]:
             thought = thought or thoughts
         elif text is None and role == "assistant":
             text = ""
-        turns.append(Turn(role, text, thought if isinstance(thought, str) else None))
+        turns.append(RowTurn(role, text, thought if isinstance(thought, str) else None))
     return turns
 
 
@@ -128,24 +128,24 @@ def join_threads(rows: Iterable[SourceRow | Reject]) -> Iterator[SourceRow | Rej
         yield SourceRow(row.where, {"messages": thread[::-1], "lang": row.value.get("lang")})
 
 
-def read_transcript(text: str) -> list[Turn]:
+def read_transcript(text: str) -> list[RowTurn]:
     """Return the turns of a text that begins `\\n\\nHuman: `; of another, nothing."""
     parts = TRANSCRIPT.split(text)
     pairs = zip(parts[1::2], parts[2::2], strict=True)
-    return [Turn(ROLES[who.lower()], said) for who, said in pairs if said.strip()]
+    return [RowTurn(ROLES[who.lower()], said) for who, said in pairs if said.strip()]
 
 
-def read_answers(value: object) -> list[Turn]:
+def read_answers(value: object) -> list[RowTurn]:
     """Return the answers in a column: a text as it is, a number or JSON as text, each of a list."""
     if isinstance(value, dict) and "answer_start" in value:  # of SQuAD
         value = value.get("text")
     if not holds(value):
         return []
     if isinstance(value, str):
-        return [Turn("assistant", value)]
+        return [RowTurn("assistant", value)]
     if isinstance(value, list) and all(isinstance(one, dict) for one in value):  # UltraFeedback
         said = [
-            Turn("assistant", one[key], model=str(one.get("model") or "") or None)
+            RowTurn("assistant", one[key], model=str(one.get("model") or "") or None)
             for one in value
             for key in RESPONSES
             if isinstance(one.get(key), str)
@@ -158,7 +158,7 @@ def read_answers(value: object) -> list[Turn]:
     ):
         return list(dict.fromkeys(answer for one in value for answer in read_answers(one)))
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
-    return [Turn("assistant", text)]
+    return [RowTurn("assistant", text)]
 
 
 def parsed(value: object) -> object:

@@ -66,8 +66,8 @@ class Look(NamedTuple):
         return roles
 
 
-Attempt = Callable[[], object]
-Check = Callable[[Look], Iterator[Attempt]]
+Try = Callable[[], object]
+LookCheck = Callable[[Look], Iterator[Try]]
 
 
 def require(run: Run, stages: Sequence[Stage] = STAGES, redo: Sequence[Stage] = ()) -> None:
@@ -119,7 +119,7 @@ def look_at(run: Run, stages: Sequence[Stage] = STAGES, redo: Sequence[Stage] = 
     return Look(run, frozenset(now), frozenset(now | left.intersection(NAMES[first:])))
 
 
-def problems(look: Look, checks: Sequence[Check]) -> list[DistillError]:
+def problems(look: Look, checks: Sequence[LookCheck]) -> list[DistillError]:
     """Return what the checks find, in their order, each once."""
     found = dict[str, DistillError]()
     for check in checks:
@@ -134,7 +134,7 @@ def problems(look: Look, checks: Sequence[Check]) -> list[DistillError]:
     return list(found.values())
 
 
-def check_programs(look: Look) -> Iterator[Attempt]:
+def check_programs(look: Look) -> Iterator[Try]:
     """Look whether programs that models wrote may run, where a task is checked by that."""
     from distill.evaluation.suites import tasks_of
     from distill.tasks.checkers import RUNS_CODE
@@ -150,7 +150,7 @@ def check_programs(look: Look) -> Iterator[Attempt]:
     yield from ()
 
 
-def check_places(look: Look) -> Iterator[Attempt]:
+def check_places(look: Look) -> Iterator[Try]:
     """Look whether the run's folder and the shared store can be written."""
 
     def require_writable(place: Path) -> None:
@@ -165,7 +165,7 @@ def check_places(look: Look) -> Iterator[Attempt]:
     yield partial(require_writable, look.run.config.store_folder())
 
 
-def check_terms(look: Look) -> Iterator[Attempt]:
+def check_terms(look: Look) -> Iterator[Try]:
     """Look whether the terms let the answers train a student, and what its release then owes."""
     config, basis = look.run.config, look.run.config.terms.basis
     yield partial(require_terms, config.teacher, basis)
@@ -177,7 +177,7 @@ def check_terms(look: Look) -> Iterator[Attempt]:
         yield partial(license_of, config.student.model, config.publish.license, owed)
 
 
-def check_money(look: Look) -> Iterator[Attempt]:
+def check_money(look: Look) -> Iterator[Try]:
     """Look whether what shall be priced has a price, and whether a budget can be kept."""
     settings = look.run.config.evaluation
     book, model, machine = load_prices(settings.prices), settings.teacher_price, settings.machine
@@ -195,7 +195,7 @@ def check_money(look: Look) -> Iterator[Attempt]:
         yield partial(require_price, "machine", book.machine(machine), book.why_no_machine(machine))
 
 
-def check_servers(look: Look) -> Iterator[Attempt]:
+def check_servers(look: Look) -> Iterator[Try]:
     """Look whether each server that is asked now has its key, and its budget a price, whether what
     shall vouch for it can be read, and whether there are files enough for its connections."""
     for key, teacher in look.responders(look.now).items():
@@ -217,7 +217,7 @@ def require_files(key: str, connections: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (need, most))
 
 
-def check_models(look: Look) -> Iterator[Attempt]:
+def check_models(look: Look) -> Iterator[Try]:
     """Look whether models are what their folders say, and their tokenizers and templates of use."""
     config, student = look.run.config, look.run.config.student
     own = (student.model, student.revision, student.trust, config.template_date, config.train.lora)
@@ -249,7 +249,7 @@ def check_models(look: Look) -> Iterator[Attempt]:
         yield partial(open_teacher, config)
 
 
-def check_training(look: Look) -> Iterator[Attempt]:
+def check_training(look: Look) -> Iterator[Try]:
     """Look whether what trains the student is here."""
     config, train = look.run.config, look.run.config.train
     if look.now & TRAINING:
@@ -270,7 +270,7 @@ def check_training(look: Look) -> Iterator[Attempt]:
             yield partial(pick_dtype, dtype, key)
 
 
-def check_suites(look: Look) -> Iterator[Attempt]:
+def check_suites(look: Look) -> Iterator[Try]:
     """Look whether the questions of the evaluation can be read, those of the Hub apart."""
     if "evaluate" in look.ahead:
         from distill.evaluation.suites import load_suites, read_suite
@@ -281,12 +281,12 @@ def check_suites(look: Look) -> Iterator[Attempt]:
         yield partial(load_suites, local)
 
 
-def check_inputs(look: Look) -> Iterator[Attempt]:
+def check_inputs(look: Look) -> Iterator[Try]:
     """Look whether what pins each stage can be read: its corpus, its functions of the user's."""
     yield from (partial(s.identity, look.run.config) for s in STAGES if s.name in look.present)
 
 
-CHECKS: tuple[Check, ...] = (  # the first is for every stage, the others for costly ones
+CHECKS: tuple[LookCheck, ...] = (  # the first is for every stage, the others for costly ones
     *(check_programs, check_terms, check_places, check_money, check_servers),
     *(check_models, check_training, check_suites, check_inputs),
 )
