@@ -114,7 +114,7 @@ def read_file(
                 copy.seek(0)
                 file = copy
             if kind == ".json" or (kind in LINES and ARRAY.match(sample)):
-                yield from read_json(file, source)
+                yield from read_json(file, source, lines=kind in LINES)
             elif kind in LINES:
                 yield from read_lines(file, source)
             elif kind in DELIMITERS:
@@ -180,11 +180,12 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return value
 
 
-def read_json(file: Bytes, source: str) -> Iterator[SourceRow | Reject]:
+def read_json(file: Bytes, source: str, lines: bool = False) -> Iterator[SourceRow | Reject]:
     """Yield the rows of a JSON file: of an array, of the one list in an object, or the object.
 
     An object of columns, as pandas writes it, is a table; of JSON lines, each is a row, whatever
-    the file is called. Raises DistillError (exit 3) where it is no JSON.
+    the file is called. Raises DistillError (exit 3) where it is no JSON; with `lines` it is read as
+    lines then.
     """
     data = file.read(MAX_JSON + 1)
     try:
@@ -192,12 +193,15 @@ def read_json(file: Bytes, source: str) -> Iterator[SourceRow | Reject]:
             raise ValueError(f"is larger than {MAX_JSON:,} bytes: write it as .jsonl")
         value = json.loads(decode(data), object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and error.doc.lstrip().startswith(("{", "[")):
+        if lines or (error.msg == "Extra data" and error.doc.lstrip().startswith(("{", "["))):
             yield from read_lines(io.BytesIO(data), source)
             return
         what = f"is no JSON, or is cut off: {error}"
         raise DistillError(Exit.INPUT, source, what, "correct it, or fetch it again") from None
     except (ValueError, RecursionError) as error:
+        if lines:
+            yield from read_lines(io.BytesIO(data), source)
+            return
         what = str(error) if isinstance(error, ValueError) else "is nested too deeply"
         raise DistillError(Exit.INPUT, source, what, "correct the file") from None
     if isinstance(value, dict):

@@ -13,7 +13,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from distill.corpus import readers
@@ -168,6 +168,8 @@ def test_a_row_that_is_too_long_is_rejected(
 @settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200, deadline=None
 )
+@example(b"[{")
+@example(b'[{"a": 1, "a": 2}]')
 @given(
     data=st.binary(max_size=60)
     | st.text(alphabet='{}[]":,\n\r\\u d8019a', max_size=60).map(str.encode)
