@@ -192,18 +192,17 @@ def read_json(file: Bytes, source: str, lines: bool = False) -> Iterator[SourceR
         if len(data) > MAX_JSON:
             raise ValueError(f"is larger than {MAX_JSON:,} bytes: write it as .jsonl")
         value = json.loads(decode(data), object_pairs_hook=_unique)
-    except json.JSONDecodeError as error:
-        if lines or (error.msg == "Extra data" and error.doc.lstrip().startswith(("{", "["))):
-            yield from read_lines(io.BytesIO(data), source)
-            return
-        what = f"is no JSON, or is cut off: {error}"
-        raise DistillError(Exit.INPUT, source, what, "correct it, or fetch it again") from None
     except (ValueError, RecursionError) as error:
-        if lines:
+        bad = isinstance(error, json.JSONDecodeError)
+        if lines or (bad and error.msg == "Extra data" and error.doc.lstrip()[:1] in ("{", "[")):
             yield from read_lines(io.BytesIO(data), source)
             return
-        what = str(error) if isinstance(error, ValueError) else "is nested too deeply"
-        raise DistillError(Exit.INPUT, source, what, "correct the file") from None
+        if bad:
+            what, fix = f"is no JSON, or is cut off: {error}", "correct it, or fetch it again"
+        else:
+            what = str(error) if isinstance(error, ValueError) else "is nested too deeply"
+            fix = "correct the file"
+        raise DistillError(Exit.INPUT, source, what, fix) from None
     if isinstance(value, dict):
         lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
         lists = [rows for rows in lists if not rows[0].keys() & {"role", "from"}]
