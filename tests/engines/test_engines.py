@@ -4,25 +4,18 @@ soft labels. What a server is known to do stands in docs/field.md; here it does 
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from distill.config.teachers import EndpointTeacher
 from distill.errors import DistillError, Exit
-from distill.records import Message, Response
 from distill.responders.endpoint.budget import attempts
-from distill.responders.endpoint.endpoint import EndpointResponder
-from distill.responders.local.local_model import LocalResponder
-from distill.responders.responder import Request, Sampling, origin_of
 from distill.responders.store import ResponseStore
 from distill.training.soft_labels.cache import Signal
-from tests.support.asking import answer_all
-from tests.support.engines import ENGINES, Engine, make_served
+from tests.support.engines import ENGINES, TEXTS, Engine, local, make_served, served, settings
 from tests.support.training import make_soft_run
 from tests.training.test_answer_logprobs import far, generated, listed, make_answered, near
 
-TEXTS = [f"{'words ' * (i * 5 % 7)}{chr(97 + i)}?" for i in range(12)]
 CONTEXT = 512
 
 
@@ -37,44 +30,13 @@ def engine(request: pytest.FixtureRequest, model: Path) -> Iterator[Engine]:
         yield started
 
 
-def settings(engine: Engine, **changes: Any) -> EndpointTeacher:
-    return EndpointTeacher.model_validate(
-        {
-            "kind": "endpoint",
-            "model": "tiny",
-            "base_url": engine.url,
-            "concurrency": 4,
-            "max_retries": 1,
-            "initial_backoff": 0.05,
-            **changes,
-        }
-    )
-
-
-def requests_to(origin: str, texts: list[str], tokens: int = 16) -> list[Request]:
-    greedy = Sampling(max_new_tokens=tokens)
-    return [
-        Request.make(origin, f"p{i}", (Message(role="user", content=text),), greedy)
-        for i, text in enumerate(texts)
-    ]
-
-
-def served(
-    engine: Engine, store: Path, texts: list[str] = TEXTS, tokens: int = 16
-) -> list[Response]:
-    teacher = settings(engine)
-    return answer_all(
-        EndpointResponder(teacher), requests_to(origin_of(teacher), texts, tokens), store
-    )
-
-
-def local(folder: Path, store: Path, texts: list[str] = TEXTS, tokens: int = 16) -> list[Response]:
-    responder = LocalResponder.load(str(folder), "float32", date="2026-01-01")
-    return answer_all(responder, requests_to(responder.origin, texts, tokens), store)
+def patient(engine: Engine) -> EndpointTeacher:
+    """Return how an engine is asked that may die: once more, soon."""
+    return settings(engine, max_retries=1, initial_backoff=0.05)
 
 
 def test_it_answers_as_the_local_teacher_does(engine: Engine, model: Path, tmp_path: Path) -> None:
-    ours, theirs = local(model, tmp_path / "a"), served(engine, tmp_path / "b")
+    ours, theirs = local(model, tmp_path / "a"), served(patient(engine), tmp_path / "b")
     same = [a for a, b in zip(ours, theirs, strict=True) if (a.text, a.stop) == (b.text, b.stop)]
     assert len(same) >= 10, "more than near-ties differ"
     assert len({r.text for r in theirs}) > 6
@@ -85,7 +47,7 @@ def test_it_answers_as_the_local_teacher_does(engine: Engine, model: Path, tmp_p
 
 def test_a_prompt_that_is_too_long_is_that_item_s_failure(engine: Engine, tmp_path: Path) -> None:
     texts = [*TEXTS, "long " * CONTEXT]
-    *answers, last = served(engine, tmp_path, texts)
+    *answers, last = served(patient(engine), tmp_path, texts)
     assert {r.stop for r in answers} <= {"end", "length"} and all(r.text for r in answers)
     if engine.engine == "transformers":  # it has no limit, and says how much it read
         assert last.stop == "length" and last.usage.input_tokens > 5 * CONTEXT
@@ -109,7 +71,7 @@ def test_killed_and_started_again_it_is_asked_only_for_what_is_missing(
         killer = threading.Thread(target=kill)
         killer.start()
         with pytest.raises(DistillError) as error:
-            served(other, tmp_path / "b", texts, 40)
+            served(patient(other), tmp_path / "b", texts, 40)
         done.set()
         killer.join()
         assert error.value.code == Exit.TEACHER
@@ -117,7 +79,7 @@ def test_killed_and_started_again_it_is_asked_only_for_what_is_missing(
         assert 4 <= before < len(texts)
         other.start()
         other.wait()
-        answers = served(other, tmp_path / "b", texts, 40)
+        answers = served(patient(other), tmp_path / "b", texts, 40)
     with ResponseStore(tmp_path / "b", writable=False) as store:
         tried = [a.billed for a in attempts(store, {"tiny": None})]
     assert tried.count("yes") == len(texts), "none was paid twice"

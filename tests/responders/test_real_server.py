@@ -3,31 +3,27 @@
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from distill.config.teachers import EndpointTeacher
 from distill.config.tree import Config
 from distill.errors import Exit
 from distill.models.loading import load_tokenizer
-from distill.records import Message, Response
+from distill.records import Message
 from distill.responders.endpoint.budget import attempts
 from distill.responders.endpoint.endpoint import EndpointResponder
-from distill.responders.local.local_model import LocalResponder
 from distill.responders.responder import Request, Sampling, origin_of
 from distill.responders.store import ResponseStore
 from distill.training.soft_labels.server_logprobs import probe
 from tests.support.asking import answer_all
-from tests.support.engines import Engine
+from tests.support.engines import TEXTS, Engine, local, served, settings
 from tests.support.errors import stops
 from tests.support.tiny import TEMPLATE, make_tiny, make_tokenizer
 
-DATE = "2026-01-01"
 ANSWERED = 'completions HTTP/1.1" 200'  # in a server's log
-TEXTS = [f"{'words ' * (i * 5 % 7)}{chr(97 + i)}?" for i in range(12)]
 
 
 @pytest.fixture(scope="module")
@@ -57,36 +53,6 @@ def servers(models: Path) -> Iterator[tuple[Engine, Engine]]:
     finally:
         for server in both:
             server.kill()
-
-
-def settings(server: Engine | Sequence[Engine], **changes: Any) -> EndpointTeacher:
-    several = [server] if isinstance(server, Engine) else server
-    given = {
-        "kind": "endpoint",
-        "model": "tiny",
-        "base_url": tuple(one.url for one in several),
-        "extra_body": {"frequency_penalty": 0},
-        "concurrency": 4,
-        **changes,
-    }
-    return EndpointTeacher.model_validate(given)
-
-
-def requests_to(origin: str, texts: Sequence[str] = TEXTS, tokens: int = 16) -> list[Request]:
-    drawn = Sampling(max_new_tokens=tokens)
-    return [
-        Request.make(origin, f"p{i}", (Message(role="user", content=text),), drawn)
-        for i, text in enumerate(texts)
-    ]
-
-
-def served(asked: EndpointTeacher, store: Path, texts: Sequence[str] = TEXTS) -> list[Response]:
-    return answer_all(EndpointResponder(asked), requests_to(origin_of(asked), texts), store)
-
-
-def local(folder: Path, store: Path, texts: Sequence[str] = TEXTS) -> list[Response]:
-    responder = LocalResponder.load(str(folder), "float32", date=DATE)
-    return answer_all(responder, requests_to(responder.origin, texts), store)
 
 
 def test_a_server_answers_as_the_local_teacher_does(

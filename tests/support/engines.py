@@ -17,10 +17,18 @@ import httpx2
 import pytest
 from safetensors.torch import load_file, save_file
 
+from distill.config.teachers import EndpointTeacher
 from distill.models.loading import load_tokenizer
+from distill.records import Message, Response
+from distill.responders.endpoint.endpoint import EndpointResponder
+from distill.responders.local.local_model import LocalResponder
+from distill.responders.responder import Request, Sampling, origin_of
+from tests.support.asking import answer_all
 from tests.support.tiny import make_gguf, make_tiny
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill/engines"
+DATE = "2026-01-01"
+TEXTS = [f"{'words ' * (i * 5 % 7)}{chr(97 + i)}?" for i in range(12)]
 ENGINES = ("transformers", "llama.cpp", "vllm")
 
 # llama.cpp's own HTTP server, as the wheel carries it: a library without a program.
@@ -136,3 +144,41 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.kill()
+
+
+def settings(server: Engine | Sequence[Engine], **changes: Any) -> EndpointTeacher:
+    """Return how a server, or its replicas, are asked."""
+    several = [server] if isinstance(server, Engine) else server
+    given = {
+        "kind": "endpoint",
+        "model": "tiny",
+        "base_url": tuple(one.url for one in several),
+        "extra_body": {"frequency_penalty": 0},
+        "concurrency": 4,
+        **changes,
+    }
+    return EndpointTeacher.model_validate(given)
+
+
+def requests_to(origin: str, texts: Sequence[str], tokens: int) -> list[Request]:
+    """Return greedy questions."""
+    greedy = Sampling(max_new_tokens=tokens)
+    return [
+        Request.make(origin, f"p{i}", (Message(role="user", content=text),), greedy)
+        for i, text in enumerate(texts)
+    ]
+
+
+def served(
+    asked: EndpointTeacher, store: Path, texts: Sequence[str] = TEXTS, tokens: int = 16
+) -> list[Response]:
+    """Return what servers answer."""
+    return answer_all(EndpointResponder(asked), requests_to(origin_of(asked), texts, tokens), store)
+
+
+def local(
+    folder: Path, store: Path, texts: Sequence[str] = TEXTS, tokens: int = 16
+) -> list[Response]:
+    """Return what the local teacher answers."""
+    responder = LocalResponder.load(str(folder), "float32", date=DATE)
+    return answer_all(responder, requests_to(responder.origin, texts, tokens), store)
