@@ -20,7 +20,7 @@ from distill.config.learning import Lora
 from distill.config.values import SAFE, Trust
 from distill.errors import DistillError, Exit, one_line
 from distill.models import registry
-from distill.models.chat_template import Reasoning
+from distill.models.chat_template import DATE, Reasoning
 from distill.models.download import cache_folder, converted_folder
 from distill.records import Message, digest
 from distill.storage.environment import code_hash, die_with_parent, installed
@@ -35,7 +35,7 @@ def try_model(
     reference: str,
     revision: str | None = None,
     trust: Trust = SAFE,
-    date: str = "2026-01-01",
+    date: str = DATE,
     lora: Lora | None = None,
     template: Mapping[str, Any] | None = None,
     reasoning: Reasoning | None = None,
