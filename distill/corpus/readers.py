@@ -188,9 +188,10 @@ def read_json(file: Bytes, source: str, lines: bool = False) -> Iterator[SourceR
     lines then.
     """
     data = file.read(MAX_JSON + 1)
+    if len(data) > MAX_JSON:
+        what = f"is larger than {MAX_JSON:,} bytes: write it as .jsonl"
+        raise DistillError(Exit.INPUT, source, what, "correct the file")
     try:
-        if len(data) > MAX_JSON:
-            raise ValueError(f"is larger than {MAX_JSON:,} bytes: write it as .jsonl")
         value = json.loads(decode(data), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         bad = isinstance(error, json.JSONDecodeError)

@@ -181,6 +181,16 @@ def test_no_bytes_make_a_reader_raise(tmp_path: Path, data: bytes) -> None:
         assert all(isinstance(row, SourceRow | Reject) for row in found)
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_an_array_that_is_too_large_is_refused_and_never_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(readers, "MAX_JSON", 60)
+    rows = json.dumps([{"text": f"row {n}"} for n in range(9)], indent=0).encode()
+    with pytest.raises(DistillError, match="is larger than 60 bytes"):
+        read(write(tmp_path, name, rows))
+
+
 def test_csv_rows_have_the_names_of_the_header(tmp_path: Path) -> None:
     rows = '\ufeffid,text\n1,"a ""quoted""\nline, b"\n\n2,ü\n3\n'
     assert read(write(tmp_path, "a.csv", rows.encode())) == [
