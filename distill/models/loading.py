@@ -7,10 +7,11 @@ What is not in the files is an error and not a random number (`models.weights`).
 import importlib.util
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from distill.config.values import SAFE, Trust
 from distill.errors import DistillError, Exit, one_line
@@ -39,35 +40,37 @@ def check_files(folder: Path, trust: Trust = SAFE) -> None:
 
     Raises DistillError (exit 7) naming the flag that would allow it, where one does.
     """
-    if not list(folder.glob("*.safetensors")) and not trust.pickle:
-        what, fix = "has no weights", "check it"
+
+    def refuse(where: Path, what: str, fix: str) -> NoReturn:
+        raise DistillError(Exit.TRAINING, where, what, fix)
+
+    if not trust.pickle and not list(folder.glob("*.safetensors")):
         if [*folder.glob("*.bin"), *folder.glob("*.pt")]:
-            what = "has its weights only as pickle, which can run code"
             fix = "convert them to safetensors; of a student, or set student.allow_pickle: true"
-        raise DistillError(Exit.TRAINING, folder, what, fix)
+            refuse(folder, "has its weights only as pickle, which can run code", fix)
+        refuse(folder, "has no weights", "check it")
     if (folder / "adapter_config.json").is_file():
         what = "holds an adapter too, which transformers would add without a word"
-        fix = "merge it, or move adapter_config.json and its weights elsewhere"
-        raise DistillError(Exit.TRAINING, folder, what, fix)
-    for name in ("config.json", "tokenizer_config.json", "model.safetensors.index.json"):
-        content = read_object(folder / name) if (folder / name).is_file() else {}
-        if "auto_map" in content and not trust.code and not _native(folder):
-            what = "auto_map wants to run code of the model's author"
-            fix = (
-                "read that code; then a student may run it (student.trust_remote_code: true), and "
-            )
-            fix += "a teacher behind a server of its own (teacher.kind: endpoint)"
-            raise DistillError(Exit.TRAINING, folder / name, what, fix)
+        refuse(folder, what, "merge it, or move adapter_config.json and its weights elsewhere")
+    names = ("config.json", "tokenizer_config.json", "model.safetensors.index.json")
+    for path in filter(Path.is_file, map(folder.joinpath, names)):
+        content = read_object(path)
+        if "auto_map" in content and not trust.code:
+            from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+            kind = text_config(read_object(folder / "config.json")).get("model_type")
+            if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:  # else it names an older copy
+                fix = "read that code; then a student may run it (student.trust_remote_code: true),"
+                fix += " and a teacher behind a server of its own (teacher.kind: endpoint)"
+                refuse(path, "auto_map wants to run code of the model's author", fix)
         # transformers 5.23 would follow names that leave the folder (#47176, #46279)
-        files = {key: value for key, value in content.items() if key.endswith("_file")}
         shards = content.get("weight_map", {})
         if not isinstance(shards, dict):
-            what, fix = "weight_map is no mapping of tensors to files", "fetch the model again"
-            raise DistillError(Exit.TRAINING, folder / name, what, fix)
+            refuse(path, "weight_map is no mapping of tensors to files", "fetch the model again")
+        files = {key: value for key, value in content.items() if key.endswith("_file")}
         for key, value in {**files, **shards}.items():
             if isinstance(value, str) and Path(value).name != value:
-                what = f"{key} names {value!r}, outside the folder"
-                raise DistillError(Exit.TRAINING, folder / name, what, "do not use it")
+                refuse(path, f"{key} names {value!r}, outside the folder", "do not use it")
 
 
 def quiet() -> None:
@@ -77,17 +80,6 @@ def quiet() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-
-
-def _native(folder: Path) -> bool:
-    """Tell whether transformers has the causal language model of a folder's config.json itself.
-
-    Then `auto_map` names an older copy of it by the model's author, which nobody needs.
-    """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    kind = text_config(read_object(folder / "config.json")).get("model_type")
-    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def context_length(model_config: Any) -> int:
@@ -189,21 +181,15 @@ def check_model(reference: str, trust: Trust = SAFE) -> None:
     if settings := tree.get("quantization_config") or text_config(tree).get("quantization_config"):
         from transformers.quantizers.auto import AutoHfQuantizer
 
-        try:
+        with read_by_library(reference, "its quantised weights cannot be used here"):
+            # its package is missing, or the machine has no such kernels
             quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)
             quantizer.validate_environment(device_map={"": device()}, weights_only=True)
-        except Exception as error:  # the package is missing, or the machine has no such kernels
-            what = f"its quantised weights cannot be used here: {one_line(error)}"
-            fix = "install what it names, or use the model's unquantised weights"
-            raise DistillError(Exit.TRAINING, f"model {reference}", what, fix) from None
         return  # which names such weights have is known once they are unpacked
     # on the meta device only the names and shapes are read
-    model = _read(reference, folder, trust, device_map={"": "meta"})
-    files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
-    if not files[0].is_file():  # the files that the index names, else pickles
-        names = set(read_object(index)["weight_map"].values()) if index.is_file() else set[str]()
-        files = [folder / name for name in sorted(names)]
-    require_values(f"model {reference}", stored_values(files, model.state_dict().keys()))
+    names = _read(reference, folder, trust, device_map={"": "meta"}).state_dict().keys()
+    files = sorted(folder.glob("*.safetensors"))
+    require_values(f"model {reference}", stored_values(files, names))
 
 
 def decoder_config(folder: Path, trust: Trust) -> tuple[Any, bool]:
@@ -227,6 +213,17 @@ def decoder_config(folder: Path, trust: Trust) -> tuple[Any, bool]:
     return text, True
 
 
+@contextmanager
+def read_by_library(reference: str, problem: str = "could not be loaded") -> Iterator[None]:
+    """Turn whatever other people's files make a library raise into DistillError (exit 7)."""
+    try:
+        yield
+    except Exception as error:
+        raise_device_error(error)
+        what = f"{problem}: {one_line(error)}"
+        raise DistillError(Exit.TRAINING, f"model {reference}", what, "check the model") from None
+
+
 def _read(reference: str, folder: Path, trust: Trust, **options: Any) -> Any:
     """Read a causal language model from its files, and nothing that is not in them."""
     from transformers import AutoModelForCausalLM
@@ -237,7 +234,7 @@ def _read(reference: str, folder: Path, trust: Trust, **options: Any) -> Any:
         from distill.models.grouped_attention import use_grouped_attention
 
         use_grouped_attention()
-    try:
+    with read_by_library(reference):
         config, composite = decoder_config(folder, trust)
         both: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -250,11 +247,7 @@ def _read(reference: str, folder: Path, trust: Trust, **options: Any) -> Any:
             output_loading_info=True,
             **options,
         )
-        model, report = both
-    except Exception as error:  # whatever files of other people make a library raise
-        raise_device_error(error)
-        what = f"could not be loaded: {one_line(error)}"
-        raise DistillError(Exit.TRAINING, f"model {reference}", what, "check the model") from None
+    model, report = both
     if composite:  # the towers for pictures and sound are left out, and the names are a model's own
         model._weight_conversions = None
         names = report["unexpected_keys"]
@@ -280,17 +273,19 @@ def load_tokenizer(
     quiet()
     folder = fetch(reference, revision, weights=False)
     check_files(folder, trust._replace(pickle=True))
-    try:
+    with read_by_library(reference, "its tokenizer could not be loaded"):
         config = decoder_config(folder, trust)[0]
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust.code, local_files_only=True
         )
-    except Exception as error:  # whatever files of other people make a library raise
-        what = f"its tokenizer could not be loaded: {one_line(error)}"
-        raise DistillError(Exit.TRAINING, f"model {reference}", what, "check the model") from None
+    where = f"tokenizer of {reference}"
+    if not tokenizer.chat_template:
+        raise DistillError(Exit.TRAINING, where, "has no chat template", "use an instruct model")
+    if tokenizer.eos_token_id is None:
+        fix = "set eos_token in its tokenizer_config.json"
+        raise DistillError(Exit.TRAINING, where, "has no eos_token", fix)
     tokenizer.model_max_length = context_length(config)
     tokenizer.name_or_path = reference
-    check_tokenizer(tokenizer)
     # A few have more ids than the model has rows (Gemma 3); a text that holds one is refused
     vars(tokenizer)["embeddings"] = config.get_text_config().vocab_size
     if template or reasoning:
@@ -302,13 +297,3 @@ def student_tokenizer(student: "Student", reasoning: Reasoning) -> "PreTrainedTo
     """Load a student's tokenizer with the template of its run."""
     own = (student.model, student.revision, student.trust)
     return load_tokenizer(*own, student.chat_template_kwargs, reasoning)
-
-
-def check_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Refuse a tokenizer that cannot train or serve a chat model; raises DistillError (exit 7)."""
-    where = f"tokenizer of {tokenizer.name_or_path}"
-    if not tokenizer.chat_template:
-        raise DistillError(Exit.TRAINING, where, "has no chat template", "use an instruct model")
-    if tokenizer.eos_token_id is None:
-        fix = "set eos_token in its tokenizer_config.json"
-        raise DistillError(Exit.TRAINING, where, "has no eos_token", fix)

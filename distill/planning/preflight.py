@@ -1,21 +1,14 @@
 """The look before anything is bought: whether all that a run will need is there and fits together.
 
 `distill plan` shows what it finds, and `distill run` stops over it, as does a stage run alone that
-asks, reads or trains: before a request is sent and before the first step. All problems are listed,
-a line each. It takes seconds: of models that are not here yet it fetches tokenizers and configs
-only, and it builds the student without weights.
-
-A check yields what is to be tried, or raises its problem itself. What depends on config and files
-is held for every stage that is left; what depends on this machine and session (keys, devices,
-packages) for the stages that are performed now.
+asks, reads or trains: before a request is sent and before the first step. It takes seconds: of
+models that are not here yet it fetches tokenizers and configs only.
 """
 
 import os
 import resource
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from distill.config.teachers import EndpointTeacher, LocalTeacher, Teacher
 from distill.config.values import SAFE
@@ -31,43 +24,13 @@ from distill.responders.prices import load_prices
 from distill.responders.terms import require_terms
 from distill.storage.progress import say
 from distill.storage.run_folder import Run, Stage
-from distill.training.trial import try_model
+from distill.training.trial import Candidate, try_model
 
 COSTLY = frozenset({"generate", "signals", "train", "refine", "evaluate"})  # in money or in time
 ASKING = frozenset({"generate", "evaluate"})
 READING = frozenset({"signals", "train", "refine"})  # the teacher's distributions, if any
 TRAINING = frozenset({"train", "refine"})
 FILES = 48  # beside connections: libraries, the store, the log
-
-
-class Look(NamedTuple):
-    """What is looked at: a run, its stages that are done `now`, and all that are left from there
-    on, `ahead`."""
-
-    run: Run
-    now: frozenset[str]
-    ahead: frozenset[str]
-
-    @property
-    def present(self) -> frozenset[str]:
-        """Return the stages whose files are to be here: one that trains alone, on another machine
-        perhaps, has no need of what answers before and after it."""
-        return self.ahead if self.now - TRAINING else self.now
-
-    def responders(self, stages: frozenset[str]) -> dict[str, Teacher]:
-        """Return who is asked or read in some stages, by the config's key."""
-        config, roles = self.run.config, dict[str, Teacher]()
-        if config.distributions and stages & READING:
-            roles["signals"] = config.soft_teacher()
-        if stages & ASKING:
-            roles["teacher"] = config.teacher
-        if config.evaluation.judge and "evaluate" in stages:
-            roles["evaluation.judge"] = config.evaluation.judge
-        return roles
-
-
-Try = Callable[[], object]
-LookCheck = Callable[[Look], Iterator[Try]]
 
 
 def require(run: Run, stages: Sequence[Stage] = STAGES, redo: Sequence[Stage] = ()) -> None:
@@ -77,216 +40,224 @@ def require(run: Run, stages: Sequence[Stage] = STAGES, redo: Sequence[Stage] = 
     server that shall tell distributions is asked for those of one short text (exit 4 where it does
     not).
     """
-    look = look_at(run, stages, redo)
-    if found := problems(look, CHECKS if look.ahead & COSTLY else CHECKS[:1]):
-        raise together(found)
+    look = Look(run, stages, redo)
+    look.attempt(look.at_programs)
+    if look.ahead & COSTLY:
+        look.at_all()
+    if look.problems:
+        raise together(list(look.problems.values()))
     config = run.config
     if "signals" in look.now and (config.buys_signals or config.signals.from_answers):
         from distill.training.soft_labels import server_logprobs
         from distill.training.soft_labels.labels import open_teacher
 
         server_logprobs.probe(config, open_teacher(config)[0])
-    loads = look.now & {*TRAINING, "evaluate"} or (look.now & COSTLY and config.teacher.runs_here)
-    if loads and (line := unused_gpu()):
+    if look.loads and (line := unused_gpu()):
         say(f"device: the CPU; {line}")
 
 
 def foreseen(run: Run, here: bool) -> list[DistillError]:
     """Return what would stop a run, of this machine only where it is planned for `here`."""
-    look = look_at(run)
-    checks = [check for check in CHECKS if check is not check_programs]  # which a flag allows
-    return problems(look if here else look._replace(now=frozenset()), checks)
+    look = Look(run)
+    if not here:
+        look.now = frozenset()
+    look.at_all()  # but for programs, which a flag allows
+    return list(look.problems.values())
 
 
-def together(found: Sequence[DistillError]) -> DistillError:
+def together(problems: Sequence[DistillError]) -> DistillError:
     """Return several problems as one error: the first, with the others as its notes."""
-    for other in found[1:]:
-        found[0].add_note(str(other))
-    return found[0]
+    for other in problems[1:]:
+        problems[0].add_note(str(other))
+    return problems[0]
 
 
-def look_at(run: Run, stages: Sequence[Stage] = STAGES, redo: Sequence[Stage] = ()) -> Look:
-    """Return what is left of a run; a stale stage is none, as performing it says what differs."""
-    left = set[str]()
-    for stage in (stage for stage in STAGES if stage.applies(run.config)):
-        try:
-            state = "fresh" if stage in redo else run.state(stage)[0]
-        except DistillError:  # of a file that is not there: its own check says so
-            state = "fresh"
-        left |= set() if state in ("done", "stale") else {stage.name}
-    now = left.intersection(stage.name for stage in stages)
-    first = min((NAMES.index(name) for name in now & COSTLY), default=len(NAMES))
-    return Look(run, frozenset(now), frozenset(now | left.intersection(NAMES[first:])))
+class Look:
+    """What would keep stages of a run from being done: `problems`, each once, by its line.
 
+    What depends on this machine and session (keys, devices, packages) is looked at for the stages
+    that are done `now`, what depends on config and files for all that are left from there on,
+    `ahead`. A stale stage is in neither, as performing it says what differs.
+    """
 
-def problems(look: Look, checks: Sequence[LookCheck]) -> list[DistillError]:
-    """Return what the checks find, in their order, each once."""
-    found = dict[str, DistillError]()
-    for check in checks:
-        attempts = check(look)
-        while True:
+    def __init__(
+        self, run: Run, stages: Sequence[Stage] = STAGES, redo: Sequence[Stage] = ()
+    ) -> None:
+        self.run, self.config = run, run.config
+        self.problems: dict[str, DistillError] = {}
+        left = set[str]()
+        for stage in (stage for stage in STAGES if stage.applies(run.config)):
             try:
-                if (attempt := next(attempts, None)) is None:
-                    break
-                attempt()
-            except DistillError as error:
-                found.setdefault(str(error), error)
-    return list(found.values())
+                state = "fresh" if stage in redo else run.state(stage)[0]
+            except DistillError:  # of a file that is not there: its own check says so
+                state = "fresh"
+            left |= set() if state in ("done", "stale") else {stage.name}
+        self.now = frozenset(left.intersection(stage.name for stage in stages))
+        first = min((NAMES.index(name) for name in self.now & COSTLY), default=len(NAMES))
+        self.ahead = self.now | left.intersection(NAMES[first:])
 
+    @property
+    def present(self) -> frozenset[str]:
+        """Return the stages whose files are to be here: one that trains alone, on another machine
+        perhaps, has no need of what answers before and after it."""
+        return self.ahead if self.now - TRAINING else self.now
 
-def check_programs(look: Look) -> Iterator[Try]:
-    """Look whether programs that models wrote may run, where a task is checked by that."""
-    from distill.evaluation.suites import tasks_of
-    from distill.tasks.checkers import RUNS_CODE
-    from distill.tasks.sandbox.programs import allowed
+    @property
+    def loads(self) -> bool:
+        """Tell whether a model is loaded here now."""
+        answers = bool(self.now & COSTLY) and self.config.teacher.runs_here
+        return answers or bool(self.now & {*TRAINING, "evaluate"})
 
-    if not look.now.intersection(CHECKING) or allowed() != "no":
-        return
-    for task in tasks_of(look.run.config.prompts.tasks, look.run.config.evaluation.suites):
-        if task.checker and task.checker["kind"] in RUNS_CODE:
-            what = "is checked by running the programs that models wrote"
-            fix = "allow that with --allow-code, which runs them in a sandbox"
-            raise DistillError(Exit.CONFIG, f"task {task.name}", what, fix)
-    yield from ()
+    def attempt(self, check: Callable[..., object], *values: object) -> bool:
+        """Tell whether a check passes, and record the problem where it does not."""
+        try:
+            check(*values)
+        except DistillError as error:
+            self.add(error)
+            return False
+        return True
 
+    def add(self, error: DistillError) -> None:
+        """Record a problem."""
+        self.problems.setdefault(str(error), error)
 
-def check_places(look: Look) -> Iterator[Try]:
-    """Look whether the run's folder and the shared store can be written."""
+    def at_all(self) -> None:
+        """Look at all that costly stages need."""
+        self.attempt(self.at_terms)
+        for place in (self.run.folder, self.config.store_folder()):
+            self.attempt(require_writable, place)
+        self.attempt(self.at_prices)
+        for key, teacher in self.responders(self.now).items():
+            if isinstance(teacher, EndpointTeacher):  # its key, and the price of its budget
+                self.attempt(make_responder, teacher, self.config)
+                self.attempt(trusted)
+                self.attempt(require_files, key, teacher.concurrency)
+        self.at_models()
+        self.at_devices()
+        if "evaluate" in self.ahead:
+            self.attempt(self.at_suites)
+        for stage in STAGES:  # what pins it: its corpus, functions of the user's
+            if stage.name in self.present:
+                self.attempt(stage.identity, self.config)
 
-    def require_writable(place: Path) -> None:
-        path = place.absolute()
-        nearest = next(p for p in (path, *path.parents) if os.path.lexists(p))
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-            what = "cannot be written" if nearest.is_dir() else "is no folder"
-            fix = "name another place: runs=DIR, store=DIR"
-            raise DistillError(Exit.STATE, nearest, what, fix)
+    def responders(self, stages: frozenset[str]) -> dict[str, Teacher]:
+        """Return who is asked or read in some stages, by the config's key."""
+        config, roles = self.config, dict[str, Teacher]()
+        if config.distributions and stages & READING:
+            roles["signals"] = config.soft_teacher()
+        if stages & ASKING:
+            roles["teacher"] = config.teacher
+        if config.evaluation.judge and "evaluate" in stages:
+            roles["evaluation.judge"] = config.evaluation.judge
+        return roles
 
-    yield partial(require_writable, look.run.folder)
-    yield partial(require_writable, look.run.config.store_folder())
+    def at_programs(self) -> None:
+        """Look whether programs that models wrote may run, where a task is checked by that."""
+        from distill.evaluation.suites import tasks_of
+        from distill.tasks.checkers import RUNS_CODE
+        from distill.tasks.sandbox.programs import allowed
 
+        if not self.now.intersection(CHECKING) or allowed() != "no":
+            return
+        for task in tasks_of(self.config.prompts.tasks, self.config.evaluation.suites):
+            if task.checker and task.checker["kind"] in RUNS_CODE:
+                what = "is checked by running the programs that models wrote"
+                fix = "allow that with --allow-code, which runs them in a sandbox"
+                raise DistillError(Exit.CONFIG, f"task {task.name}", what, fix)
 
-def check_terms(look: Look) -> Iterator[Try]:
-    """Look whether the terms let the answers train a student, and what its release then owes."""
-    config, basis = look.run.config, look.run.config.terms.basis
-    yield partial(require_terms, config.teacher, basis)
-    if config.distributions:
-        yield partial(require_terms, config.soft_teacher(), basis)
-    owed = obligations(config.teacher, config.student.model, basis)[1]
-    yield partial(agreement_of, owed, config.terms.agreement)
-    if not registry.is_folder(config.student.model):  # which cannot be published in any case
-        yield partial(license_of, config.student.model, config.publish.license, owed)
+    def at_terms(self) -> None:
+        """Look whether the answers may train a student, and what its release then owes."""
+        config, basis = self.config, self.config.terms.basis
+        if config.distributions:
+            self.attempt(require_terms, config.soft_teacher(), basis)
+        owed = obligations(config.teacher, config.student.model, basis)[1]
+        self.attempt(agreement_of, owed, config.terms.agreement)
+        if not registry.is_folder(config.student.model):  # which cannot be published in any case
+            self.attempt(license_of, config.student.model, config.publish.license, owed)
 
+    def at_prices(self) -> None:
+        """Look whether what shall be priced has a price."""
+        settings = self.config.evaluation
+        book = load_prices(settings.prices)
+        for key, price, why_none in (
+            ("teacher_price", book.teacher, book.why_no_teacher),
+            ("machine", book.machine, book.why_no_machine),
+        ):
+            if (name := getattr(settings, key)) and price(name) is None:
+                fix = "name one of configs/prices.yaml, or add its row to evaluation.prices"
+                self.add(DistillError(Exit.CONFIG, f"evaluation.{key}", why_none(name), fix))
 
-def check_money(look: Look) -> Iterator[Try]:
-    """Look whether what shall be priced has a price, and whether a budget can be kept."""
-    settings = look.run.config.evaluation
-    book, model, machine = load_prices(settings.prices), settings.teacher_price, settings.machine
+    def at_models(self) -> None:
+        """Look whether models are what their folders say, and their tokenizers and templates of
+        use; none is opened without limits before it was tried with them."""
+        config, student = self.config, self.config.student
 
-    def require_price(key: str, found: object, why: str) -> None:
-        if found is None:
-            fix = "name one of configs/prices.yaml, or add its row to evaluation.prices"
-            raise DistillError(Exit.CONFIG, f"evaluation.{key}", why, fix)
+        def look(key: str, candidate: Candidate) -> None:
+            for note in try_model(candidate):
+                say(f"{key}: {note}")
+            loading.check_model(candidate.reference, candidate.trust)
 
-    if model:
-        yield partial(
-            require_price, "teacher_price", book.teacher(model), book.why_no_teacher(model)
+        own = Candidate(student.model, student.revision, student.trust, config.template_date)
+        own = own._replace(template=student.chat_template_kwargs, reasoning=config.reasoning)
+        sound = self.attempt(
+            look, "student", own._replace(targets=config.train.lora.target_modules)
         )
-    if machine:
-        yield partial(require_price, "machine", book.machine(machine), book.why_no_machine(machine))
+        for key, teacher in self.responders(self.present | self.ahead & READING).items():
+            self.attempt(identity, teacher)
+            if isinstance(teacher, LocalTeacher):
+                other = Candidate(teacher.model, teacher.revision, SAFE, config.template_date)
+                other = other._replace(template=teacher.chat_template_kwargs)
+                sound &= self.attempt(look, key, other)
+        if sound and config.distributions and self.ahead & READING:
+            from distill.training.soft_labels.labels import open_teacher
+
+            self.attempt(open_teacher, config)
+
+    def at_devices(self) -> None:
+        """Look whether this machine has what trains the student, and computes in its types."""
+        config, train = self.config, self.config.train
+        if self.now & TRAINING:
+            from distill.training import processes
+
+            self.attempt(processes.check, train.report_to, train.num_processes)
+            if config.student.load_in_4bit:
+                self.attempt(loading.require_4bit)
+        types = dict[str, str]()
+        if self.loads:
+            types["student.dtype"] = config.student.dtype
+            types["train.bf16"] = "bfloat16" if train.bf16 is True else "auto"
+        for key, teacher in self.responders(self.now).items():
+            if isinstance(teacher, LocalTeacher):
+                types[f"{key}.dtype"] = teacher.dtype
+        for key, dtype in types.items():
+            if dtype != "auto":  # which asks torch, and always can
+                self.attempt(pick_dtype, dtype, key)
+
+    def at_suites(self) -> None:
+        """Look whether the questions of the evaluation can be read, those of the Hub apart."""
+        from distill.evaluation.suites import load_suites, read_suite
+
+        names = self.config.evaluation.suites
+        load_suites([n for n in names if all(e.data.path for e in read_suite(n)[0].tasks)])
 
 
-def check_servers(look: Look) -> Iterator[Try]:
-    """Look whether each server that is asked now has its key, and its budget a price, whether what
-    shall vouch for it can be read, and whether there are files enough for its connections."""
-    for key, teacher in look.responders(look.now).items():
-        if isinstance(teacher, EndpointTeacher):
-            yield partial(make_responder, teacher, look.run.config)
-            yield trusted
-            yield partial(require_files, key, teacher.concurrency)
+def require_writable(place: Path) -> None:
+    """Stop (exit 5) where a folder cannot be written, or made."""
+    path = place.absolute()
+    nearest = next(p for p in (path, *path.parents) if os.path.lexists(p))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        what = "cannot be written" if nearest.is_dir() else "is no folder"
+        raise DistillError(Exit.STATE, nearest, what, "name another place: runs=DIR, store=DIR")
 
 
 def require_files(key: str, connections: int) -> None:
     """Raise this process's limit of open files where that is allowed; DistillError (exit 2)."""
     soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     need = connections + FILES
-    if soft != resource.RLIM_INFINITY and soft < need:
-        if most != resource.RLIM_INFINITY and most < need:
-            what = f"{connections} connections need {need} open files, and {most} are allowed"
-            fix = f"ulimit -n {need}, or {key}.concurrency={max(1, most - FILES)}"
-            raise DistillError(Exit.CONFIG, f"{key}.concurrency", what, fix)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (need, most))
-
-
-def check_models(look: Look) -> Iterator[Try]:
-    """Look whether models are what their folders say, and their tokenizers and templates of use."""
-    config, student = look.run.config, look.run.config.student
-    own = (student.model, student.revision, student.trust, config.template_date, config.train.lora)
-    own += (student.chat_template_kwargs, config.reasoning)
-    models: dict[str, tuple[Any, ...]] = {"student": own}
-    responders = look.responders(look.present | look.ahead & READING)
-    for key, teacher in responders.items():
-        if isinstance(teacher, LocalTeacher):
-            models[key] = (teacher.model, teacher.revision, SAFE, config.template_date)
-            models[key] += (None, teacher.chat_template_kwargs)
-    untried = set(models)
-
-    def attempt(key: str) -> None:
-        for note in try_model(*models[key]):
-            say(f"{key}: {note}")
-        untried.remove(key)
-
-    yield from (partial(attempt, key) for key in models)
-    if untried:  # then nothing of theirs is opened without limits
+    if soft == resource.RLIM_INFINITY or soft >= need:
         return
-    yield partial(loading.check_model, student.model, student.trust)
-    for teacher in responders.values():
-        yield partial(identity, teacher)
-        if isinstance(teacher, LocalTeacher):
-            yield partial(loading.check_model, teacher.model)
-    if config.distributions and look.ahead & READING:
-        from distill.training.soft_labels.labels import open_teacher
-
-        yield partial(open_teacher, config)
-
-
-def check_training(look: Look) -> Iterator[Try]:
-    """Look whether what trains the student is here."""
-    config, train = look.run.config, look.run.config.train
-    if look.now & TRAINING:
-        from distill.training import processes
-
-        yield partial(processes.check, train.report_to, train.num_processes)
-        if config.student.load_in_4bit:
-            yield loading.require_4bit
-    types = dict[str, str]()  # can this machine compute in the types that are stated?
-    if look.now & {*TRAINING, "evaluate"} or (look.now & COSTLY and config.teacher.runs_here):
-        types["student.dtype"] = config.student.dtype
-        types["train.bf16"] = "bfloat16" if train.bf16 is True else "auto"
-    for key, teacher in look.responders(look.now).items():
-        if isinstance(teacher, LocalTeacher):
-            types[f"{key}.dtype"] = teacher.dtype
-    for key, dtype in types.items():
-        if dtype != "auto":  # which asks torch, and always can
-            yield partial(pick_dtype, dtype, key)
-
-
-def check_suites(look: Look) -> Iterator[Try]:
-    """Look whether the questions of the evaluation can be read, those of the Hub apart."""
-    if "evaluate" in look.ahead:
-        from distill.evaluation.suites import load_suites, read_suite
-
-        names = look.run.config.evaluation.suites
-        suites = [(name, read_suite(name)[0]) for name in names]
-        local = [name for name, suite in suites if all(e.data.path for e in suite.tasks)]
-        yield partial(load_suites, local)
-
-
-def check_inputs(look: Look) -> Iterator[Try]:
-    """Look whether what pins each stage can be read: its corpus, its functions of the user's."""
-    yield from (partial(s.identity, look.run.config) for s in STAGES if s.name in look.present)
-
-
-CHECKS: tuple[LookCheck, ...] = (  # the first is for every stage, the others for costly ones
-    *(check_programs, check_terms, check_places, check_money, check_servers),
-    *(check_models, check_training, check_suites, check_inputs),
-)
+    if most != resource.RLIM_INFINITY and most < need:
+        what = f"{connections} connections need {need} open files, and {most} are allowed"
+        fix = f"ulimit -n {need}, or {key}.concurrency={max(1, most - FILES)}"
+        raise DistillError(Exit.CONFIG, f"{key}.concurrency", what, fix)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (need, most))

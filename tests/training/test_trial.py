@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from distill.config.learning import Lora
 from distill.errors import DistillError, Exit
 from distill.training import trial
-from distill.training.trial import try_model
+from distill.training.trial import Candidate, try_model
 from tests.support.tiny import make_tiny
 
 
@@ -94,9 +93,13 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "cache"))
 
 
-def refused(folder: Path, lora: Lora | None = None) -> str:
+def student(folder: Path, targets: str | tuple[str, ...] = "all-linear") -> list[str]:
+    return try_model(Candidate(str(folder), targets=targets))
+
+
+def refused(folder: Path, targets: str | tuple[str, ...] = "all-linear") -> str:
     with pytest.raises(DistillError) as caught:
-        try_model(str(folder), lora=lora)
+        student(folder, targets)
     assert caught.value.code == Exit.TRAINING and "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -108,7 +111,7 @@ def test_a_hostile_file_is_refused_in_one_line_within_seconds(
     folder = Path(shutil.copytree(tiny, tmp_path / "m"))
     HOSTILE[what](folder)
     started = time.monotonic()
-    refused(folder, Lora())
+    refused(folder)
     assert time.monotonic() - started < 40  # of a busy machine; 5 s of the processor are the limit
 
 
@@ -120,14 +123,14 @@ def test_a_sound_model_is_tried_once(
     asked, ask = list[tuple[Any, ...]](), trial._in_child
     monkeypatch.setattr(trial, "_in_child", lambda *own: (asked.append(own), ask(*own))[1])
     for _ in range(2):
-        assert try_model(str(folder), lora=Lora()) == []
+        assert student(folder) == []
     assert len(asked) == 1
-    try_model(str(folder), lora=Lora(target_modules=("q_proj",)))
+    student(folder, ("q_proj",))
     config(rope_theta=5000.0)(folder)
-    try_model(str(folder), lora=Lora())
+    student(folder)
     assert len(asked) == 3
     monkeypatch.setenv("DISTILL_CACHE", str(folder / "config.json" / "x"))  # cannot be written
-    try_model(str(folder), lora=Lora())
+    student(folder)
     assert len(asked) == 4
 
 
@@ -136,5 +139,4 @@ def test_a_sound_model_is_tried_once(
 )
 def test_targets_that_match_nothing(targets: str | tuple[str, ...], tiny: Path) -> None:
     """H4, H26: `target_modules` are tried on the model before anything is asked."""
-    said = refused(tiny, Lora(target_modules=targets))
-    assert "target_modules" in said
+    assert "target_modules" in refused(tiny, targets)
