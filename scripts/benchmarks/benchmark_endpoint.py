@@ -29,7 +29,7 @@ from distill.config.teachers import EndpointTeacher
 from distill.records import Message
 from distill.responders.ask import Ask
 from distill.responders.endpoint.endpoint import EndpointResponder
-from distill.responders.endpoint.transport import encode
+from distill.responders.endpoint.request_form import encode
 from distill.responders.responder import Request, Sampling, origin_of
 from distill.storage.progress import console
 

@@ -42,7 +42,7 @@ from distill.models.chat_template import beginnings
 from distill.publishing import secret_scan
 from distill.reasoning import marked, split_reasoning
 from distill.records import Document, Item, Message, Prompt, Response
-from distill.responders.endpoint import rate_limits, transport, wire
+from distill.responders.endpoint import failures, rate_limits, wire
 from distill.responders.responder import Request, Sampling
 from distill.responders.token_counts import least_tokens
 from distill.storage.files import write_json
@@ -294,8 +294,8 @@ READERS: dict[str, Reader] = {
         split_reasoning(mark * (len(text) // len(mark)))
         for mark in ("<think></think>", "</think>", "`</think>`", "```</think>")
     ],
-    "responders.endpoint.transport.classify": lambda text: transport.classify(400, text.encode()),
-    "responders.endpoint.transport.classify, error": lambda text: transport.classify(
+    "responders.endpoint.failures.classify": lambda text: failures.classify(400, text.encode()),
+    "responders.endpoint.failures.classify, error": lambda text: failures.classify(
         400, json.dumps({"error": {"message": text}}).encode()
     ),
     "responders.endpoint.rate_limits.stated_wait": lambda t: rate_limits.stated_wait(

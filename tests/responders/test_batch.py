@@ -24,7 +24,7 @@ from distill.records import Response
 from distill.responders.endpoint import batch
 from distill.responders.endpoint.budget import account, most_dollars
 from distill.responders.endpoint.endpoint import EndpointResponder
-from distill.responders.endpoint.transport import encode
+from distill.responders.endpoint.request_form import encode
 from distill.responders.store import ResponseStore
 from distill.status import read_status
 from distill.storage.run_folder import open_run

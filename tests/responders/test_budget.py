@@ -99,7 +99,7 @@ def test_a_budget_never_holds_more_than_its_limit() -> None:
             else:
                 budget.settle(most, Decimal(0), most)
         assert budget.settled + budget.unknown + sum(flying) == budget.committed <= 1
-        assert budget.reserved == sum(flying) and not budget.exceeded
+        assert budget.reserved == sum(flying) and not budget.exceeded()
     assert budget.committed > Decimal("0.9")
 
 

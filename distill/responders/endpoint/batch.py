@@ -3,9 +3,8 @@
 A job is recorded with the intents of its requests before anything is sent, then that it is about to
 be submitted, then the server's name for it. So a kill leaves one of three: nothing was submitted,
 and the requests are planned anew; it is not known, and the server's list of jobs is searched for
-ours; or the job waits. What comes is stored as answers that were asked for one by one are, under
-the same keys, and what a job leaves unanswered is asked again. A job that waits is collected before
-anything else is bought, also where `teacher.batch` has been unset since.
+ours; or the job waits, and is collected first. What comes is stored as answers that were asked for
+one by one are, under the same keys, and what a job leaves unanswered is asked again.
 """
 
 import asyncio
@@ -14,19 +13,25 @@ from collections import Counter
 from collections.abc import Sequence
 from decimal import Decimal
 from functools import cached_property, partial
-from typing import Any
 
-from distill.config.teachers import EndpointTeacher
 from distill.errors import DistillError, Exit
 from distill.records import digest
-from distill.responders.endpoint.batch_jobs import Jobs, MessageJobs, Result, counts_of, status_of
+from distill.responders.endpoint.batch_jobs import (
+    Jobs,
+    MessageJobs,
+    Result,
+    Row,
+    counts_of,
+    status_of,
+)
 from distill.responders.endpoint.budget import NOTHING, Sending, most_dollars
 from distill.responders.endpoint.client import AGAIN, EndpointClient
-from distill.responders.endpoint.transport import Failure, Received, classify, encode
+from distill.responders.endpoint.failures import Failure, classify
+from distill.responders.endpoint.network import Received
+from distill.responders.endpoint.request_form import encode
 from distill.responders.endpoint.wire import is_answer, plain_message
-from distill.responders.prices import TokenPrice
 from distill.responders.responder import Raw, Request, Sampling
-from distill.responders.store import Job, ResponseStore, attempt_key
+from distill.responders.store import Job, attempt_key
 from distill.storage.progress import say
 
 MOST_REQUESTS = 50_000  # of a job, as OpenAI allows
@@ -43,28 +48,23 @@ class BatchClient(EndpointClient):
     Where `teacher.batch` is not set it only collects the jobs that wait.
     """
 
-    def __init__(
-        self,
-        settings: EndpointTeacher,
-        key: str | None,
-        price: TokenPrice | None,
-        run: str | None,
-        requests: Sequence[Request],
-        store: ResponseStore,
-    ) -> None:
-        super().__init__(settings, key, price, run, requests, store)
-        self.price = price and price.in_batch()
-        self.requests = {request.id: request for request in requests}
-        self.open = [job for job in store.jobs() if not self.requests.keys().isdisjoint(job.ids)]
+    async def buy(self) -> None:
+        """Work until all is asked and collected, as far as the server has it."""
+        self.price = self.price and self.price.in_batch()
+        self.wanted = {request.id: request for request in self.requests}
+        jobs = self.store.jobs()
+        self.open = [job for job in jobs if not self.wanted.keys().isdisjoint(job.ids)]
         waiting = {  # what has failed in a job that is not collected to its end is asked again
             identifier
             for job in self.open
             for identifier, (_, _, number) in zip(job.ids, job.requests, strict=True)
             if self._lacks(identifier, number)
         }
-        self.queue = [r for r in requests if settings.batch and r.id not in waiting]
+        fresh = self.requests if self.settings.batch else ()
+        self.queue = [request for request in fresh if request.id not in waiting]
         self.rounds, self.most = Counter[str](), MOST_REQUESTS
         self.running, self.idle, self.narrow = 0, asyncio.Event(), False
+        await super().buy()
 
     @cached_property
     def jobs(self) -> Jobs:
@@ -104,11 +104,12 @@ class BatchClient(EndpointClient):
                     if sendings and size > MOST_BYTES:
                         break
                     most = most_dollars(self.price, len(body), request.sampling.max_new_tokens)
-                    if most is not None and not self.budget.reserve(most):
+                    most = most or NOTHING
+                    if not self.budget.reserve(most):
                         over = most
                         break
                     number = self.store.attempts_at(request.id)
-                    sendings.append(Sending(request, number, body, most or NOTHING))
+                    sendings.append(Sending(request, number, body, most))
                 if sendings:
                     del self.queue[: len(sendings)]
                     return await self._recorded(sendings)
@@ -121,13 +122,12 @@ class BatchClient(EndpointClient):
 
     async def _recorded(self, sendings: Sequence[Sending]) -> tuple[Job, Sendings, bool]:
         """Record a new job with the intents of its requests."""
-        rows = [(s.request.key, s.request.sample, s.number) for s in sendings]
         body = {
             "model": self.settings.model,
             "run": self.run,
             "address": self.settings.base_urls[0],
+            "requests": [(s.request.key, s.request.sample, s.number) for s in sendings],
         }
-        body["requests"] = rows
         job = Job.model_validate({"id": digest(body), **body})
         intents = [("intent", s.key, self._intent(s) | {"batch": job.id}) for s in sendings]
         await self.writer.write(("batch", job.id, body), *intents)
@@ -147,7 +147,7 @@ class BatchClient(EndpointClient):
                 self.budget.reserved += most
                 if self.budget.limit is not None:  # else what went before was not read
                     self.budget.unknown -= most
-            sendings[name] = Sending(self.requests.get(identifier, request), number, body, most)
+            sendings[name] = Sending(self.wanted.get(identifier, request), number, body, most)
         return job, sendings, False
 
     def _lacks(self, identifier: str, number: int) -> bool:
@@ -173,29 +173,32 @@ class BatchClient(EndpointClient):
         row = await self.jobs.ended(name, job.line())
         if row is None:
             say(f"{model}: job {name} goes on at the server: {AGAIN}")
-            return
-        if not row:
-            if time.time() - (job.sent or 0) < MONTH:
-                what, fix = f"job {name} is not known there", f"use the key of then: {AGAIN}"
-                raise DistillError(Exit.TEACHER, model, what, fix)
+        elif row:
+            await self._finish(job, sendings, row)
+        elif time.time() - (job.sent or 0) < MONTH:
+            what, fix = f"job {name} is not known there", f"use the key of then: {AGAIN}"
+            raise DistillError(Exit.TEACHER, model, what, fix)
+        else:
             await self._give_up(job, sendings, f"job {name} is gone", "unknown")
-            return
+
+    async def _finish(self, job: Job, sendings: Sendings, row: Row) -> None:
+        """Store the results of a job that has ended, and say what became of those without one."""
         lost = list[str]()
         await self._collect(row, sendings, lost)
         if lost:  # nothing is paid again unasked: the next job's results may go the same way
             await self._give_up(job, sendings, lost[0], "unknown", again=False)
-            fix = "see to the server: the same command asks again for what is missing"
-            raise DistillError(Exit.TEACHER, model, f"results are lost: {lost[0]}", fix)
+            what, fix = f"results are lost: {lost[0]}", f"see to the server: {AGAIN}"
+            raise DistillError(Exit.TEACHER, self.settings.model, what, fix)
         status, errors = status_of(row), row.get("errors")
         if status == "failed":  # as a whole
             errors = errors.get("data") if isinstance(errors, dict) else errors
             first = errors[0] if isinstance(errors, list) and errors else {}
             limited = isinstance(first, dict) and first.get("code") == "token_limit_exceeded"
             if not limited or len(sendings) == 1:
-                why = plain_message(first) or "no reason given"
-                await self._give_up(job, sendings, why, "no", again=False)
-                what, fix = f"the job failed: {why}", f"see to what it says: {AGAIN}"
-                raise DistillError(Exit.TEACHER, model, what, fix)
+                what = f"the job failed: {plain_message(first) or 'no reason given'}"
+                await self._give_up(job, sendings, what, "no", again=False)
+                fix = f"see to what it says: {AGAIN}"
+                raise DistillError(Exit.TEACHER, self.settings.model, what, fix)
             # more than the account takes at once: smaller ones, one at a time
             self.narrow, self.most = True, max(1, len(sendings) // 2)
             self.rounds.subtract(sending.request.id for sending in sendings.values())
@@ -213,7 +216,7 @@ class BatchClient(EndpointClient):
             await self.writer.write(("batch_sent", job.id, {"file": file, "at": time.time()}))
             find = partial(self._find, job.model_copy(update={"file": file}), sendings)
             body = jobs.submission(job.id, lines, file)
-            return (await jobs.call("POST", jobs.path, body, find=find)).get("id")
+            return str((await jobs.call("POST", jobs.path, body, find=find)).get("id"))
         except DistillError as error:
             if not self.gate.closed.is_set():  # else it may be there: the next go looks
                 await self._give_up(job, sendings, error.what, "no", again=False)
@@ -243,13 +246,11 @@ class BatchClient(EndpointClient):
             self._halt(error)
         return None
 
-    async def _collect(self, row: dict[str, Any], sendings: Sendings, lost: list[str]) -> bool:
-        """Store the results of a job that has ended, some with each fsync; tell if any is ours.
-
-        Of two for one request an answer counts before an error.
-        """
+    async def _collect(self, row: Row, sendings: Sendings, lost: list[str]) -> bool:
+        """Store the results of a job that has ended, some with each fsync; tell if any is ours."""
         any_ours = False
         async for results in self.jobs.results(row, lost):
+            # of two for one request an answer counts before an error
             results.sort(key=lambda result: result.status != 200, reverse=True)
             ours = {r.custom_id: r for r in results if r.custom_id in sendings}
             pairs = [(sendings[name], result) for name, result in ours.items()]
@@ -261,17 +262,17 @@ class BatchClient(EndpointClient):
     async def _store(self, sending: Sending, result: Result) -> None:
         """Deal with a result as with a reply to a request that was sent alone."""
         _, status, data = result
+        failure = None
         if status is None:
-            failure = Failure(what="the job ended before it", scope="retry", billed="no")
-        else:
-            answered = 200 <= status < 300 and is_answer(data)
-            failure = None if answered else classify(status, data, sending.body)
+            failure = Failure("the job ended before it", "retry")
+        elif not (200 <= status < 300 and is_answer(data)):
+            failure = classify(status, data, sending.body)
         received = Received(status, {}, data, "", failure)
         try:
             if failure is None:
                 await self._keep(sending, received, 0.0)
             else:
-                await self._fail(sending, received, failure, 0.0)
+                await self._fail(sending, received, failure)
         except DistillError as error:  # the other results are stored first
             self._halt(error)
         self.patience.in_a_row = 0  # a file of errors is no row of failures
@@ -293,7 +294,7 @@ class BatchClient(EndpointClient):
 
     def _ask_again(self, sending: Sending, what: str) -> None:
         """Put a request into the next job, until the retries are used up."""
-        request = self.requests.get(sending.request.id)
+        request = self.wanted.get(sending.request.id)
         if request is None or not self.settings.batch:
             return
         self.rounds[request.id] += 1

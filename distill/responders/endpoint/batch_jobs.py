@@ -4,31 +4,28 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from itertools import count
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import quote
 
 import httpx2
+from pydantic import JsonValue
 
 from distill.errors import DistillError, Exit
 from distill.records import canonical
 from distill.responders.endpoint.client import AGAIN, EndpointClient
+from distill.responders.endpoint.failures import Failure, classify, error_of, status_like
+from distill.responders.endpoint.network import Received, broken
 from distill.responders.endpoint.rate_limits import backoff, retry_after
-from distill.responders.endpoint.transport import (
-    Failure,
-    Received,
-    broken,
-    classify,
-    error_of,
-    post,
-    status_like,
-)
-from distill.responders.endpoint.wire import load_json, wire_of
+from distill.responders.endpoint.request_form import path
+from distill.responders.endpoint.wire import load_json
 from distill.storage.progress import PLAIN_SECONDS, say
 
 PATIENCE = 100  # attempts to look at a job, which goes on meanwhile
 GONE = (404, 410)
 ENDED = {"completed", "failed", "expired", "cancelled", "canceled", "ended"}
 UNTOUCHED = {"batch_expired", "batch_cancelled", "batch_canceled"}
+
+Row = dict[str, JsonValue]
 
 
 class Result(NamedTuple):
@@ -48,90 +45,88 @@ class Jobs:
     path, after, uploads = "/batches", "after", True
 
     def __init__(self, client: EndpointClient) -> None:
-        self.settings, self.secrets = client.settings, client.secrets
-        self.http, self.gate, self.address = client.http, client.gate, client.settings.base_urls[0]
-        self.url = wire_of(self.settings).path(self.settings).partition("?")[0]
+        self.settings, self.sender, self.gate = client.settings, client.sender, client.gate
+        self.address = self.settings.base_urls[0]
+        self.url = path(self.settings).partition("?")[0]
 
     def line(self, custom_id: str, body: bytes) -> bytes:
         """Return a request as a job holds it."""
         row = {"method": "POST", "url": f"/v1{self.url}", "body": json.loads(body)}
         return canonical(row | {"custom_id": custom_id})
 
-    def submission(self, job: str, lines: Sequence[bytes], file: str) -> bytes:
-        """Return the body that makes a job, of its lines or of the file that holds them."""
-        row = {"input_file_id": file, "endpoint": f"/v1{self.url}", "completion_window": "24h"}
-        return canonical(row | {"metadata": {"distill": job}})
-
-    def files(self, row: dict[str, Any]) -> list[str]:
-        """Return the paths of an ended job's results."""
-        files = (row.get(name) for name in ("output_file_id", "error_file_id"))
-        return [f"/files/{quote(str(file), safe='')}/content" for file in files if file]
-
-    def read(self, row: dict[str, Any]) -> Result:
-        """Read a line of the results."""
-        name, response, error = str(row.get("custom_id")), row.get("response"), row.get("error")
-        if isinstance(response, dict):
-            status, body = response.get("status_code"), response.get("body")
-            data = body.encode() if isinstance(body, str) else canonical(body)
-            return Result(name, status if isinstance(status, int) else 500, data)
-        data = {"error": error}
-        return Result(name, None if UNTOUCHED & error_of(data)[1] else 500, canonical(data))
-
     async def upload(self, job: str, lines: Sequence[bytes]) -> str:
         """Upload a job's requests, where its form wants that; return the file's name."""
-        if not self.uploads:
-            return ""
         part = (f"distill-{job}.jsonl", b"\n".join(lines), "application/jsonl")
         fields = {"data": {"purpose": "batch"}, "files": {"file": part}}
         form = httpx2.Request("POST", self.address, **fields)
         kind = form.headers["content-type"]
         return str((await self.call("POST", "/files", form.read(), kind)).get("id"))
 
-    async def ended(self, name: str, what: str) -> dict[str, Any] | None:
+    def submission(self, job: str, lines: Sequence[bytes], file: str) -> bytes:
+        """Return the body that makes a job, of its lines or of the file that holds them."""
+        row = {"input_file_id": file, "endpoint": f"/v1{self.url}", "completion_window": "24h"}
+        return canonical(row | {"metadata": {"distill": job}})
+
+    def files(self, row: Row) -> list[str]:
+        """Return the paths of an ended job's results."""
+        files = (row.get(name) for name in ("output_file_id", "error_file_id"))
+        return [f"/files/{quote(str(file), safe='')}/content" for file in files if file]
+
+    def read(self, row: Row) -> Result:
+        """Read a line of the results."""
+        name, response = str(row.get("custom_id")), row.get("response")
+        if isinstance(response, dict):
+            status, body = response.get("status_code"), response.get("body")
+            data = body.encode() if isinstance(body, str) else canonical(body)
+            return Result(name, status if isinstance(status, int) else 500, data)
+        error: Row = {"error": row.get("error")}
+        return Result(name, None if UNTOUCHED & error_of(error)[1] else 500, canonical(error))
+
+    async def ended(self, name: str, what: str) -> Row | None:
         """Return a job's row once it has ended, an empty one where the server knows none.
 
         None where the gate closes. Meanwhile `what` is said to wait.
         """
-        said, path = 0.0, f"{self.path}/{quote(name, safe='')}"
+        last, place = 0.0, f"{self.path}/{quote(name, safe='')}"
         for look in count():
-            row = await self.call("GET", path, tries=PATIENCE, but=GONE)
+            row = await self.call("GET", place, tries=PATIENCE, but=GONE)
             if not row or status_of(row) in ENDED:
                 return row
             if self.gate.closed.is_set():
                 return None
-            if not said or time.monotonic() - said > PLAIN_SECONDS:
-                said, counts = time.monotonic(), counts_of(row)
+            if not last or time.monotonic() - last > PLAIN_SECONDS:
+                last, counts = time.monotonic(), counts_of(row)
                 numbers = [f"{number} {kind}" for kind, number in counts.items() if number]
                 how = ", ".join([status_of(row), *numbers])
                 say(f"{self.settings.model}: {what}: {how}; Ctrl-C leaves it there")
             await self.gate.sleep(backoff(look, self.settings.initial_backoff))
-        return None
 
-    async def listed(self) -> AsyncIterator[dict[str, Any]]:
+    async def listed(self) -> AsyncIterator[Row]:
         """Yield the rows of the account's jobs, the newest first."""
         after = ""
         while not self.gate.closed.is_set():
             page = await self.call("GET", f"{self.path}?limit=100{after}", tries=PATIENCE)
-            rows = [row for row in page.get("data") or [] if isinstance(row, dict)]
+            data = page.get("data")
+            rows = [row for row in data if isinstance(row, dict)] if isinstance(data, list) else []
             for row in rows:
                 yield row
             if not rows or not page.get("has_more"):
                 return
             after = f"&{self.after}={quote(str(rows[-1].get('id')), safe='')}"
 
-    async def results(self, row: dict[str, Any], lost: list[str]) -> AsyncIterator[list[Result]]:
+    async def results(self, row: Row, lost: list[str]) -> AsyncIterator[list[Result]]:
         """Yield an ended job's results as they come, from the first on where that broke off.
 
         Of results that are gone, and lines that are unreadable each time, `lost` says so.
         """
-        for path in self.files(row):
+        for place in self.files(row):
             for retry in count():
                 bad, received = 0, Received(200)
                 try:
-                    async with self.http.stream("GET", self.address + path) as response:
-                        status = response.status_code
+                    async with self.sender.http.stream("GET", self.address + place) as response:
                         if not response.is_success:
-                            failure = classify(status, await response.aread())
+                            status, data = response.status_code, await response.aread()
+                            failure = classify(status, data)
                             received = Received(status, response.headers, failure=failure)
                         else:
                             async for lines in _lines(response, self.settings.max_body_bytes):
@@ -139,57 +134,53 @@ class Jobs:
                                 bad += results.count(None)
                                 yield [result for result in results if result]
                 except httpx2.TransportError as error:
-                    received = broken(error)
+                    received = Received(failure=broken(error))
                 failure = received.failure
                 if bad and not failure:
-                    what = f"{bad} lines of results cannot be read"
-                    failure = Failure(what=what, scope="retry", billed="no")
+                    failure = Failure(f"{bad} lines of results cannot be read", "retry")
                 if failure is None:
                     break
                 last = received.status == 200 and retry == self.settings.max_retries
                 if last or received.status in GONE:
-                    lost.append(f"{path}: {failure.what}")
+                    lost.append(f"{place}: {failure.what}")
                     break
                 await self._try_again(received, failure, retry)
 
     def _result(self, line: bytes) -> Result | None:
         try:
-            plain = self.secrets.sub(b"[key]", line) if self.secrets else line
-            return self.read(read_object(plain))
+            return self.read(read_object(self.sender.masked(line)))
         except ValueError:
             return None
 
     async def call(
         self,
         method: str,
-        path: str,
+        place: str,
         content: bytes = b"",
         kind: str = "application/json",
         tries: int | None = None,
         but: Sequence[int] = (),
         find: Callable[[], Awaitable[str | None]] | None = None,
-    ) -> dict[str, Any]:
+    ) -> Row:
         """Return what a server replies, asked for again while what fails may pass.
 
         It is empty for a status of `but`. `find` says what a request in doubt has made. Raises
         DistillError (exit 4).
         """
         for retry in count():
-            received = await post(
-                *(self.http, self.address + path, content, self.settings, self.secrets),
-                *(is_reply, method, kind),
-            )
+            url = self.address + place
+            received = await self.sender.send(url, content, is_reply, method, kind)
             failure = received.failure
             if received.cut:
-                failure = Failure(what=received.cut, scope="item", billed="unknown")
+                failure = Failure(received.cut, "item", "unknown")
             if failure is None:
                 return read_object(received.data)
             if received.status in but:
-                return {}
+                break
             if find and failure.billed == "unknown" and (name := await find()):
                 return {"id": name}
             await self._try_again(received, failure, retry, tries)
-        raise AssertionError
+        return {}
 
     async def _try_again(
         self, received: Received, failure: Failure, retry: int, tries: int | None = None
@@ -197,9 +188,8 @@ class Jobs:
         """Wait before the next attempt; raises DistillError where another is of no use."""
         last = retry == (tries or self.settings.max_retries) or self.gate.closed.is_set()
         if failure.scope != "retry" or last:
-            what, fix = failure.what, f"see to the server: {AGAIN}"
-            if failure.scope == "run":
-                fix = failure.fix
+            what = failure.what
+            fix = failure.fix if failure.scope == "run" else f"see to the server: {AGAIN}"
             if received.status in (404, 405, 501):
                 what, fix = f"has no batch interface ({what})", "unset teacher.batch"
             raise DistillError(Exit.TEACHER, self.address, what, fix)
@@ -220,15 +210,19 @@ class MessageJobs(Jobs):
         """Return a request as a job holds it."""
         return canonical({"custom_id": custom_id, "params": json.loads(body)})
 
+    async def upload(self, job: str, lines: Sequence[bytes]) -> str:
+        """Return nothing: the lines are sent with the submission."""
+        return ""
+
     def submission(self, job: str, lines: Sequence[bytes], file: str) -> bytes:
         """Return the body that makes a job."""
         return b'{"requests":[%s]}' % b",".join(lines)
 
-    def files(self, row: dict[str, Any]) -> list[str]:
+    def files(self, row: Row) -> list[str]:
         """Return the path of an ended job's results, at the address that has our key."""
         return [f"{self.path}/{quote(str(row.get('id')), safe='')}/results"]
 
-    def read(self, row: dict[str, Any]) -> Result:
+    def read(self, row: Row) -> Result:
         """Read a line of the results."""
         name, result = str(row.get("custom_id")), row.get("result")
         result = result if isinstance(result, dict) else {}
@@ -237,8 +231,7 @@ class MessageJobs(Jobs):
             return Result(name, 200, canonical(result.get("message")))
         if kind in ("expired", "canceled"):
             return Result(name, None, b"")
-        status = status_like(error_of(error)[1], 500)
-        return Result(name, status, canonical(error))
+        return Result(name, status_like(error_of(error)[1], 500), canonical(error))
 
 
 async def _lines(response: httpx2.Response, most: int) -> AsyncIterator[list[bytes]]:
@@ -251,6 +244,14 @@ async def _lines(response: httpx2.Response, most: int) -> AsyncIterator[list[byt
     yield [rest]
 
 
+def read_object(data: bytes) -> Row:
+    """Return a JSON object; raises ValueError where it is none."""
+    value = load_json(data)
+    if not isinstance(value, dict):
+        raise ValueError("not an object")
+    return value
+
+
 def is_reply(data: bytes) -> bool:
     """Tell a file, a job or a list of jobs from what is none."""
     try:
@@ -259,20 +260,12 @@ def is_reply(data: bytes) -> bool:
         return False
 
 
-def read_object(data: bytes) -> dict[str, Any]:
-    """Return a JSON object; raises ValueError where it is none."""
-    value = load_json(data)
-    if not isinstance(value, dict):
-        raise ValueError("not an object")
-    return value
-
-
-def status_of(row: dict[str, Any]) -> str:
+def status_of(row: Row) -> str:
     """Return how far a job is; some write it in capitals."""
     return str(row.get("processing_status") or row.get("status")).lower()
 
 
-def counts_of(row: dict[str, Any]) -> dict[str, int]:
+def counts_of(row: Row) -> dict[str, int]:
     """Return how many requests of a job there are of each kind."""
     counts = row.get("request_counts")
     counts = counts if isinstance(counts, dict) else {}

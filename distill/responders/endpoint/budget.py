@@ -1,13 +1,13 @@
 """What was paid and what may have been: a run's budget, and the account that the store gives.
 
-An attempt is an intent record, written before its request is sent. It is settled where the answer
-or a refusal of the server says what it cost; else its outcome is unknown, and counts with its
-maximum: as many input tokens as the request has bytes, and as many output tokens as it may write.
-Money is Decimal.
+An attempt is settled where the answer or a refusal says what it cost; else its outcome is unknown,
+and counts with its maximum: as many input tokens as the request has bytes, and as many output
+tokens as it may write. Money is Decimal.
 """
 
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, NamedTuple
 
@@ -61,14 +61,10 @@ class Charge(NamedTuple):
     doubt: str = ""
     claim: Decimal | None = None
 
-    def overcharges(self, most: Decimal | None) -> bool:
-        """Tell a claim so far above the maximum that no more may be bought so."""
-        return most is not None and (self.claim or NOTHING) > most * APART
-
     def error(self, model: str, most: Decimal | None) -> DistillError:
         """Return the error that ends a run whose answer cost more than it may."""
-        claim = f"${self.claim or NOTHING:.4g}"
-        what = f"an answer cost {claim}, more than its maximum of ${most or NOTHING:.4g}"
+        what = f"an answer cost ${self.claim or NOTHING:.4g}, more than its maximum of"
+        what = f"{what} ${most or NOTHING:.4g}"
         what = f"{what}: it {self.doubt}" if "maximum" not in self.doubt else what
         fix = (
             "see to the server, correct the price table (evaluation.prices), or raise"
@@ -133,23 +129,22 @@ class Budget:
         """Return the dollars that may have been spent when all that is in flight has ended."""
         return self.settled + self.unknown + self.reserved
 
-    @property
-    def exceeded(self) -> bool:
-        """Tell whether a bill was higher than what was reserved, so that the limit is passed."""
-        return self.limit is not None and self.committed > self.limit
+    def exceeded(self, dollars: Decimal = NOTHING) -> bool:
+        """Tell whether the limit is passed, or would be by these dollars too."""
+        return self.limit is not None and self.committed + dollars > self.limit
 
     def reserve(self, dollars: Decimal) -> bool:
         """Set dollars aside; False, and nothing is set aside, where they could exceed the limit."""
-        if self.limit is not None and self.committed + dollars > self.limit:
-            return False
-        self.reserved += dollars
-        return True
+        fits = not self.exceeded(dollars)
+        self.reserved += dollars if fits else NOTHING
+        return fits
 
     def beyond(self, most: Decimal) -> DistillError:
         """Return the error of a next request that does not fit in."""
-        spent = f"${self.settled:.4f} paid and ${self.unknown:.4f} perhaps"
-        limit = f"above the limit of ${self.limit}"
-        what = f"{spent}; the next request can cost ${most:.4f}, {limit}"
+        what = (
+            f"${self.settled:.4f} paid and ${self.unknown:.4f} perhaps; the next request can cost"
+            f" ${most:.4f}, above the limit of ${self.limit}"
+        )
         fix = "raise it: the same command continues"
         return DistillError(Exit.BUDGET, "teacher.budget_dollars", what, fix)
 
@@ -167,8 +162,7 @@ class Budget:
     def line(self, count: int, priced: bool) -> str:
         """Return what is spent, perhaps spent, in all of `count` requests at this rate, an hour.
 
-        With a limit it is of the run. Without one the store is not read for what went before, so
-        the sums are of this go.
+        With a limit the sums are of the run; without one, of this go.
         """
         hours = max(time.monotonic() - self.started, 1e-9) / 3600
         speed = f"{self.tokens / hours / 3600:,.0f} tokens/s"
@@ -198,13 +192,13 @@ class Attempt(Record):
     dollars: Decimal | None = None
     perhaps: Decimal = NOTHING
     most: Decimal | None = None
-    input_tokens: int = 0
-    output_tokens: int = 0
+    usage: Usage = Usage()
     what: str = ""
     answered: bool = False
 
 
-class Account(Record):
+@dataclass
+class Account:
     """Sums over attempts: dollars settled, how many are unknown, and what these cost at most."""
 
     attempts: int = 0
@@ -221,20 +215,20 @@ Prices = Mapping[str, TokenPrice | None]  # by model
 
 def account(store: ResponseStore, prices: Prices, run: str | None = None) -> Account:
     """Sum up every attempt at these models in a store, or those of one run."""
-    sums = dict.fromkeys(Account.model_fields, NOTHING)
+    sums = Account()
     for attempt in attempts(store, prices, run):
-        sums["attempts"] += 1
+        sums.attempts += 1
         if attempt.billed == "yes":
-            sums["settled"] += attempt.dollars or NOTHING
-            sums["unknown_most"] += attempt.perhaps
-            sums["input_tokens"] += attempt.input_tokens
-            sums["output_tokens"] += attempt.output_tokens
-            sums["unpriced"] += attempt.dollars is None
+            sums.settled += attempt.dollars or NOTHING
+            sums.unknown_most += attempt.perhaps
+            sums.input_tokens += attempt.usage.input_tokens
+            sums.output_tokens += attempt.usage.output_tokens
+            sums.unpriced += attempt.dollars is None
         elif attempt.billed == "unknown":
-            sums["unknown"] += 1
-            sums["unknown_most"] += attempt.most or NOTHING
-            sums["unpriced"] += attempt.most is None
-    return Account.model_validate(sums)
+            sums.unknown += 1
+            sums.unknown_most += attempt.most or NOTHING
+            sums.unpriced += attempt.most is None
+    return sums
 
 
 def enter_account(run: Run, store: ResponseStore) -> None:
@@ -251,17 +245,18 @@ def enter_account(run: Run, store: ResponseStore) -> None:
     def sum_of(name: str) -> Decimal:
         return sum((Decimal(getattr(entry, name) or 0) for entry in entries), NOTHING)
 
-    priced, tokens = not now.unpriced, dict[str, int]()
-    for name in ("input_tokens", "output_tokens"):
-        count = getattr(now, name) - int(sum_of(f"paid_{name}"))
-        tokens |= {name: count, f"paid_{name}": count}
+    read = now.input_tokens - int(sum_of("paid_input_tokens"))
+    written = now.output_tokens - int(sum_of("paid_output_tokens"))
     run.ledger.spend(
-        **tokens,
-        dollars=now.settled - sum_of("dollars") if priced else None,
+        input_tokens=read,
+        paid_input_tokens=read,
+        output_tokens=written,
+        paid_output_tokens=written,
+        dollars=None if now.unpriced else now.settled - sum_of("dollars"),
         price="; ".join(f"{p.model} of {p.date}, {p.source}" for p in prices.values() if p) or None,
         attempts=now.attempts - int(sum_of("attempts")),
         unknown=now.unknown - int(sum_of("unknown")),
-        unknown_dollars=now.unknown_most - sum_of("unknown_dollars") if priced else None,
+        unknown_dollars=None if now.unpriced else now.unknown_most - sum_of("unknown_dollars"),
     )
 
 
@@ -286,10 +281,7 @@ def attempts(store: ResponseStore, prices: Prices, run: str | None = None) -> It
 
 
 def unknown_outcomes(store: ResponseStore, prices: Prices, run: str | None = None) -> list[Attempt]:
-    """Return the attempts that may have been billed.
-
-    These have no answer, or one for other dollars than their model's price.
-    """
+    """Return the attempts that may have been billed: without an answer, or with one in doubt."""
     return [one for one in attempts(store, prices, run) if one.billed == "unknown"]
 
 
@@ -306,19 +298,13 @@ def _attempt(
     else:
         identifier, number = key.rsplit(".", 1)
         bill = store.bill(key) or store.bill(identifier)
-        reply = bill.reply if bill and bill.attempt == int(number) else None
-    if reply is None:
-        return Attempt(**base, billed="unknown", what="no word of how it ended")
+        if not bill or bill.attempt != int(number):
+            return Attempt(**base, billed="unknown", what="no word of how it ended")
+        reply = bill.reply
     cost = charge(price.in_batch() if price and "batch" in intent else price, reply, intent)
     if cost.doubt:
-        doubt = {"most": cost.perhaps, "what": cost.doubt}
-        return Attempt(**base | doubt, billed="unknown", answered=True)
-    return Attempt(
-        **base,
-        answered=True,
-        billed="yes",
-        dollars=cost.paid,
-        perhaps=cost.perhaps or NOTHING,
-        input_tokens=reply.usage.input_tokens,
-        output_tokens=reply.usage.output_tokens,
-    )
+        base["most"] = cost.perhaps
+        return Attempt(**base, billed="unknown", what=cost.doubt, answered=True)
+    perhaps, paid = cost.perhaps or NOTHING, cost.paid
+    base |= {"dollars": paid, "perhaps": perhaps, "usage": reply.usage}
+    return Attempt(**base, billed="yes", answered=True)

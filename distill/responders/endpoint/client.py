@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from decimal import ROUND_UP, Decimal
 from itertools import chain
 from typing import Any
@@ -20,6 +20,7 @@ from distill.config.teachers import EndpointTeacher
 from distill.errors import DistillError, Exit
 from distill.records import Usage, digest
 from distill.responders.endpoint.budget import (
+    APART,
     NOTHING,
     Budget,
     Sending,
@@ -27,6 +28,8 @@ from distill.responders.endpoint.budget import (
     charge,
     most_dollars,
 )
+from distill.responders.endpoint.failures import Failure, of_scoring
+from distill.responders.endpoint.network import Received, Sender
 from distill.responders.endpoint.rate_limits import (
     SEVERAL,
     Gate,
@@ -36,16 +39,8 @@ from distill.responders.endpoint.rate_limits import (
     backoff,
     stated_wait,
 )
-from distill.responders.endpoint.transport import (
-    Failure,
-    Received,
-    encode,
-    of_scoring,
-    open_client,
-    post,
-    secrets_pattern,
-)
-from distill.responders.endpoint.wire import Reply, cut_prompt, pack, wire_of
+from distill.responders.endpoint.request_form import encode, path
+from distill.responders.endpoint.wire import Reply, cut_prompt, pack
 from distill.responders.prices import TokenPrice
 from distill.responders.responder import Raw, Request, Scoring, origin_of
 from distill.responders.store import ResponseStore, holds_answer
@@ -71,8 +66,8 @@ class EndpointClient:
         store: ResponseStore,
     ) -> None:
         self.settings, self.key, self.price, self.run = settings, key, price, run
-        self.store, self.count = store, len(requests)
-        self.secrets = secrets_pattern(settings, key)
+        self.requests, self.store = requests, store
+        self.capped = "max_tokens" not in settings.omit
         self.results: queue.SimpleQueue[Raw | None] = queue.SimpleQueue()
         self.error: BaseException | None = None
         self.budget = Budget(None)
@@ -87,19 +82,15 @@ class EndpointClient:
         checked = store.get("checked", self.check)
         self.alone = checked is None  # until an answer's bill has been held against the price
         self.dearest = Decimal(checked["dearest"]) if checked else Decimal(1)
-        answered = checked is not None or ("model", self.origin) in store
+        self.answered = checked is not None or ("model", self.origin) in store
         longest = LIMITED * settings.max_pause
-        self.patience = Patience(settings.max_consecutive_failures, answered, longest)
-        # the first are spread over all: where they are refused, it is not for being alike
-        apart = 1 if answered else max(1, -(-self.count // SEVERAL))
-        others = (request for n, request in enumerate(requests) if n % apart)
-        self.todo = chain(requests[::apart], others)
+        self.patience = Patience(settings.max_consecutive_failures, self.answered, longest)
         self.before = set[str]()  # ids of what was asked in an earlier go
         self.unsent: str | None = ""  # why no request has been sent; None once one was
         self.noted = set[tuple[str, str]]()  # what is said once
         self.last = time.monotonic()
-        self._loop: asyncio.AbstractEventLoop | None = None
         self.ready = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._workers: list[asyncio.Task[None]] = []
 
     def stop(self, abandon: bool = False) -> None:
@@ -118,10 +109,6 @@ class EndpointClient:
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(work)
 
-    def progress(self) -> str:
-        """Return in a line what is spent, what may be, how fast, how much in all, and the limit."""
-        return self.budget.line(self.count, self.price is not None)
-
     def _close(self) -> None:
         self.gate.closed.set()
         self.freed.set()
@@ -133,11 +120,17 @@ class EndpointClient:
 
     async def buy(self) -> None:
         """Work until all is asked; once the gate is closed, wait no longer than drain_timeout."""
-        self.gate, self.writer, self.freed = Gate(), LogWriter(self.store), asyncio.Event()
+        self.gate, self.writer = Gate(), LogWriter(self.store)
+        self.freed = asyncio.Event()  # set where dollars that were set aside are settled
         self.turn = asyncio.Lock()  # of those that are sent alone
         self._loop = asyncio.get_running_loop()
-        width = min(self.settings.concurrency, self.count)
-        async with open_client(self.settings, self.key, width) as self.http:
+        width = min(self.settings.concurrency, len(self.requests))
+        self.sender = Sender(self.settings, self.key, width)
+        # the first are spread over all: where they are refused, it is not for being alike
+        apart = 1 if self.answered else max(1, -(-len(self.requests) // SEVERAL))
+        others = (request for n, request in enumerate(self.requests) if n % apart)
+        self.todo = chain(self.requests[::apart], others)
+        async with self.sender.http:
             self._workers = [asyncio.create_task(self._work()) for _ in range(width)]
             self.ready.set()
             closing = asyncio.create_task(self.gate.closed.wait())
@@ -151,7 +144,7 @@ class EndpointClient:
             await everybody
         await self.writer.finished()
         if self.unsent and not self.error:
-            what = f"none of {self.count} requests could be sent: {self.unsent}"
+            what = f"none of {len(self.requests)} requests could be sent: {self.unsent}"
             fix = f"see to the server and to teacher.base_url: {AGAIN}"
             raise DistillError(Exit.TEACHER, self.settings.base_urls[0], what, fix)
 
@@ -171,16 +164,16 @@ class EndpointClient:
         failure = None
         if number:
             self.before.add(request.id)
-        for retry in range(self.settings.max_retries + 1):
-            async with self.turn if self.alone else nullcontext():
+        for attempt in range(number, number + self.settings.max_retries + 1):
+            async with self.turn:
                 if alone := self.alone:  # no bill was checked while it waited
-                    failure = await self._attempt(request, number + retry, body)
+                    failure = await self._attempt(request, attempt, body)
             if not alone:
-                failure = await self._attempt(request, number + retry, body)
+                failure = await self._attempt(request, attempt, body)
             if failure is None or failure.scope == "item":
                 return
             if not failure.limited:  # a pause for all was set where the rate was too high
-                await self.gate.sleep(backoff(retry, self.settings.initial_backoff))
+                await self.gate.sleep(backoff(attempt - number, self.settings.initial_backoff))
         if failure:  # it is not stored, so the next go asks again
             self._hand_on(Raw.failed(request, failure.what, self.settings.model))
 
@@ -196,18 +189,15 @@ class EndpointClient:
         await self.gate.sleep(self.pace.take(len(body) // 4 + cap))
         if not await self.gate.wait():
             return None
-        most = most_dollars(self.price, len(body), cap)
-        if most is not None:
-            most *= self.dearest
-            while not self.gate.closed.is_set() and not budget.reserve(most):
-                if not budget.reserved:
-                    self._halt(budget.beyond(most))
-                self.freed.clear()
-                if budget.reserved:
-                    await self.freed.wait()
+        reserved = (most_dollars(self.price, len(body), cap) or NOTHING) * self.dearest
+        while not self.gate.closed.is_set() and not budget.reserve(reserved):
+            if not budget.reserved:
+                self._halt(budget.beyond(reserved))
+                return None
+            self.freed.clear()
+            await self.freed.wait()
         if self.gate.closed.is_set():
             return None
-        reserved = NOTHING if most is None else most
         return await self._send(Sending(request, number, body, reserved))
 
     async def _send(self, sending: Sending) -> Failure | None:
@@ -220,14 +210,13 @@ class EndpointClient:
         address, started = self.replicas.pick(), time.monotonic()
         self.replicas.busy[address] += 1
         try:
-            url = address + wire_of(self.settings).path(self.settings)
-            received = await post(self.http, url, sending.body, self.settings, self.secrets)
+            received = await self.sender.send(address + path(self.settings), sending.body)
         finally:
             self.replicas.busy[address] -= 1
         failure = received.failure
+        self.replicas.note(address, well=not (failure and failure.replica))
         if failure is None:
             self.unsent = None
-            self.replicas.note(address, well=True)
             await self._keep(sending, received, time.monotonic() - started)
             return None
         if received.status is not None or failure.billed != "no":
@@ -236,7 +225,6 @@ class EndpointClient:
             self.unsent = failure.what
         if isinstance(sending.request, Scoring):
             failure = of_scoring(failure)
-        self.replicas.note(address, well=not failure.replica)
         if failure.scope == "retry" and self._first("address", address):
             say(f"{address}: {failure.what}; asking again")
         await self._fail(sending, received, failure, started)
@@ -250,33 +238,30 @@ class EndpointClient:
 
     def _intent(self, sending: Sending) -> dict[str, Any]:
         """Return what is stored before a request is sent: who pays, the maximum, the tokens."""
-        capped = "max_tokens" not in self.settings.omit
         return {
             "model": self.settings.model,
             "run": self.run,
             "most": str(sending.reserved) if self.price else None,
             "question": len(sending.body),
-            "cap": sending.request.sampling.max_new_tokens if capped else None,
+            "cap": sending.request.sampling.max_new_tokens if self.capped else None,
             "at": round(time.time(), 3),
         }
 
     async def _keep(self, sending: Sending, received: Received, seconds: float) -> None:
         """Store an answer, then read it and settle its cost."""
         request, model, now = sending.request, self.settings.model, time.monotonic()
-        expected = dict[str, int]()  # tokens: of the answer at most, of what was read at least
-        if not isinstance(request, Scoring):
-            capped = "max_tokens" not in self.settings.omit
-            expected = {"cap": request.sampling.max_new_tokens} if capped else {}
-            expected["least"] = least_tokens(request, model)
         body = {
             "status": received.status,
             "attempt": sending.number,
             "question": len(sending.body),
             "seconds": round(seconds, 4),
-            **({"cut": received.cut} if received.cut else {}),
-            **expected,
             **pack(received.data[:QUARANTINED] if received.cut else received.data),
         }
+        if received.cut:
+            body["cut"] = received.cut
+        if not isinstance(request, Scoring):  # tokens: of the answer at most, read at least
+            body |= {"cap": request.sampling.max_new_tokens} if self.capped else {}
+            body["least"] = least_tokens(request, model)
         # since the answer before, so that their sum is the time that passed
         usage, self.last = Usage(seconds=round(now - self.last, 4)), now
         raw = Raw(
@@ -306,15 +291,19 @@ class EndpointClient:
         if self.alone and plausible:
             self.alone = False
             await self.writer.write(("checked", self.check, {"dearest": str(self.dearest)}))
-        if reply.model is None or not self._first("model", reply.model):
-            return
-        await self.writer.write(("model", self.origin, {"reported": reply.model}))
+        if reply.model is not None and self._first("model", reply.model):
+            await self._note_model(reply.model)
+
+    async def _note_model(self, reported: str) -> None:
+        """Record the model that answers, as the server calls it, and say where it is another."""
+        await self.writer.write(("model", self.origin, {"reported": reported}))
         before = (self.store.get("model", self.origin) or {}).get("reported")
-        if self.settings.strict_model and reply.model != model:
-            what, fix = f"{reply.model} answered for {model}", "name it, or unset strict_model"
+        if self.settings.strict_model and reported != self.settings.model:
+            what = f"{reported} answered for {self.settings.model}"
+            fix = "name it, or unset strict_model"
             raise DistillError(Exit.TEACHER, "teacher.strict_model", what, fix)
-        if reply.model != before:
-            say(f"warning: the teacher's model is now {reply.model}, it was {before}")
+        if reported != before:
+            say(f"warning: the teacher's model is now {reported}, it was {before}")
 
     def _settle(self, sending: Sending, reply: Reply) -> bool:
         """Turn what was set aside into what was paid, and what may have been.
@@ -322,20 +311,21 @@ class EndpointClient:
         Returns whether more may be bought so: an answer far above its maximum, by the server's own
         word, ends the run.
         """
-        intent, budget = self._intent(sending), self.budget
+        intent, model = self._intent(sending), self.settings.model
         cost = charge(self.price, reply, intent)
         perhaps = sending.reserved if cost.perhaps is None else cost.perhaps
-        budget.settle(sending.reserved, cost.paid or NOTHING, perhaps)
+        self.budget.settle(sending.reserved, cost.paid or NOTHING, perhaps)
         self.freed.set()
         kind = cost.doubt.partition(" ")[0]
         if kind not in ("", "answered") and self._first("doubt", kind):
-            say(f"warning: {self.settings.model}: an answer {cost.doubt}")
+            say(f"warning: {model}: an answer {cost.doubt}")
         most = most_dollars(self.price, len(sending.body), intent["cap"] or 0)
-        if budget.exceeded or (intent["cap"] and cost.overcharges(most)):
-            self._halt(cost.error(self.settings.model, most))
+        claim, bounded = cost.claim or NOTHING, most if intent["cap"] else None
+        if self.budget.exceeded() or (bounded is not None and claim > bounded * APART):
+            self._halt(cost.error(model, most))
             return False
-        if most and intent["cap"]:  # rounded: what is reserved and released comes out even
-            times = ((cost.claim or NOTHING) / most).quantize(Decimal("0.001"), ROUND_UP)
+        if bounded:  # rounded: what is reserved and released comes out even
+            times = (claim / bounded).quantize(Decimal("0.001"), ROUND_UP)
             self.dearest = max(self.dearest, times)
         return True
 

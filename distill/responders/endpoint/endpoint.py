@@ -7,7 +7,6 @@ whoever asked gets a plain iterator.
 """
 
 import asyncio
-import os
 import tempfile
 import threading
 from collections.abc import Generator, Iterator, Sequence
@@ -17,7 +16,7 @@ from distill.config.teachers import EndpointTeacher
 from distill.errors import DistillError, Exit
 from distill.responders.endpoint.batch import BatchClient
 from distill.responders.endpoint.client import EndpointClient
-from distill.responders.endpoint.transport import read_headers
+from distill.responders.endpoint.request_form import headers, read_key
 from distill.responders.prices import TokenPrice, load_prices
 from distill.responders.responder import Circumstances, Raw, Request, origin_of
 from distill.responders.store import ResponseStore
@@ -36,7 +35,7 @@ class EndpointResponder:
         self.settings, self.price, self.run = settings, price, run
         self.model, self.origin = settings.model, origin_of(settings)
         self.key = read_key(settings.api_key_env)
-        read_headers(settings)  # which fails here where a variable is missing
+        headers(settings, self.key)  # which fails here where a variable is missing
         self.client: EndpointClient | None = None  # of the last go
         capped = "max_tokens" not in settings.omit
         if settings.budget_dollars is not None and not (capped and price):
@@ -105,24 +104,12 @@ class EndpointResponder:
 
     def progress(self) -> str:
         """Return what has been spent of what, while `buy` runs."""
-        return self.client.progress() if self.client else ""
+        if (client := self.client) is None:
+            return ""
+        return client.budget.line(len(client.requests), client.price is not None)
 
 
 def make(teacher: EndpointTeacher, circumstances: Circumstances) -> EndpointResponder:
     """Make the responder of a server, at the price in the price table."""
     price = load_prices(circumstances.prices).teacher(teacher.model)
     return EndpointResponder(teacher, price, circumstances.run)
-
-
-def read_key(variable: str | None) -> str | None:
-    """Return the key in a variable; raises DistillError (exit 2) on an unusable one."""
-    if variable is None:
-        return None
-    key = os.environ.get(variable, "").strip(" ")
-    if not key:
-        fix = f"export {variable}=..., or remove teacher.api_key_env"
-        raise DistillError(Exit.CONFIG, "teacher.api_key_env", f"{variable} is not set", fix)
-    if not (key.isascii() and key.isprintable()) or " " in key:
-        what, fix = f"{variable} holds a space or a newline", "set it to the key alone"
-        raise DistillError(Exit.CONFIG, "teacher.api_key_env", what, fix)
-    return key

@@ -9,10 +9,11 @@ import random
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
-FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds of backoff, before jitter
+LONGEST_WAIT = 60.0  # seconds of backoff
 FOREVER = 1e9  # seconds; a longer wait is as good as this one
 UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 LOOKED_AT = 64 << 10  # bytes of a body
@@ -31,26 +32,24 @@ RESET = re.compile(r"(?:x-|anthropic-)?rate-?limit-[a-z-]{0,40}?reset(?:-[a-z-]{
 DRAFT = re.compile(r"\bt=(\d{1,12})")  # of the IETF's newest: "default";r=0;t=45
 RESET_INSIDE = re.compile(r'"x-ratelimit-reset"\s*:\s*"?([\d.]{1,20})', re.IGNORECASE)
 SEVERAL = 5  # requests that bring no answer, before any has: the run fails, and not they
-REST, LONGEST_REST = 2.0, 300.0  # seconds that a dead address is left out, doubling
+REST = 15.0  # seconds that a dead address is left out
 
 
-def backoff(attempt: int, first: float = FIRST_WAIT, chance: random.Random | None = None) -> float:
+def backoff(attempt: int, first: float) -> float:
     """Return the seconds before attempt `attempt` + 1: doubling from `first`, half of it random."""
-    most = min(LONGEST_WAIT, first * 2 ** min(attempt, 20))
-    return most * (0.5 + (chance or random).random() / 2)
+    return min(LONGEST_WAIT, first * 2 ** min(attempt, 20)) * random.uniform(0.5, 1)
 
 
 def retry_after(headers: Mapping[str, str], now: float | None = None) -> float | None:
     """Return the seconds that a server asks to wait (RFC 9110, 10.2.3), or None.
 
-    Read are milliseconds in headers of their own, and what `_until` reads; a date is compared with
-    the server's own `date` where it sends one. A negative number and garbage count as absent.
+    Milliseconds have headers of their own; a date is compared with the server's own `date` where it
+    sends one. A negative number and garbage count as absent.
     """
     for name in ("retry-after-ms", "x-ms-retry-after-ms"):
         if (milliseconds := _until(headers.get(name, ""), 0)) is not None:
             return milliseconds / 1000
-    here = _date(headers.get("date", ""))
-    now = time.time() if now is None else now
+    here, now = _date(headers.get("date", "")), time.time() if now is None else now
     return _until(headers.get("retry-after", ""), now if here is None else here)
 
 
@@ -77,18 +76,15 @@ def stated_wait(headers: Mapping[str, str], data: bytes) -> float | None:
 
 def _duration(text: str) -> float:
     """Return the seconds of "34s", "6m0s", "1h2m3.5s", "344ms", "24 seconds", or of a number."""
-    seconds = 0.0
-    for number, unit in PART.findall(text):
-        short = unit.lower()
-        thousandth = short == "ms" or short.startswith("milli")
-        seconds += float(number) * (0.001 if thousandth else UNITS[short[:1]])
-    return min(seconds, FOREVER)
+    parts = [(float(number), unit.lower()) for number, unit in PART.findall(text)]
+    seconds = (n * (0.001 if u.startswith(("ms", "mil")) else UNITS[u[:1]]) for n, u in parts)
+    return min(sum(seconds), FOREVER)
 
 
 def _until(text: str, now: float) -> float | None:
-    """Return the seconds until a limit is reset: a number, a duration, a date, a time since 1970.
+    """Return the seconds until a number of seconds, a duration, a date, a time since 1970; or None.
 
-    None for what is none of these; what has passed is 0.
+    What has passed is 0.
     """
     try:
         seconds = float(text)
@@ -105,16 +101,11 @@ def _until(text: str, now: float) -> float | None:
 
 
 def _date(text: str) -> float | None:
-    """Return an HTTP date, or one of RFC 3339 (Anthropic), in seconds since 1970, or None.
-
-    Without a zone it is UTC, as all are.
-    """
+    """Return an HTTP date, or one of RFC 3339, in seconds since 1970; without a zone it is UTC."""
     for read in (datetime.fromisoformat, parsedate_to_datetime):
-        try:
+        with suppress(ValueError, TypeError, IndexError, OverflowError):
             moment = read(text.strip())
             return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-        except (ValueError, TypeError, IndexError, OverflowError):
-            continue
     return None
 
 
@@ -163,7 +154,7 @@ class Pace:
 class Patience:
     """Counts failures, to give up a server that has nothing to say before the rest is paid for."""
 
-    def __init__(self, most: int, answered: bool, longest: float = FOREVER) -> None:
+    def __init__(self, most: int, answered: bool, longest: float) -> None:
         self.most, self.answered = most, answered  # in a row; whether there was any answer
         self.longest = longest  # seconds of nothing but limits
         self.in_a_row = self.fruitless = 0
@@ -198,22 +189,13 @@ class Replicas:
 
     def __init__(self, addresses: tuple[str, ...]) -> None:
         self.busy = dict.fromkeys(addresses, 0)
-        self._out = dict.fromkeys(addresses, 0.0)  # until when
-        self._failures = dict.fromkeys(addresses, 0)
+        self.out = dict.fromkeys(addresses, 0.0)  # until when each is left out
 
     def pick(self) -> str:
         """Return the address to ask; where all are left out, the one that comes back first."""
         now = time.monotonic()
-        alive = [address for address, until in self._out.items() if until <= now]
-        times = self.busy if alive else self._out
-        return min(alive or self._out, key=lambda address: times[address])
+        return min(self.busy, key=lambda one: (max(0.0, self.out[one] - now), self.busy[one]))
 
     def note(self, address: str, well: bool) -> None:
-        """Note how an address did: one that failed is left out for a while, longer each time."""
-        now = time.monotonic()
-        if well:
-            self._failures[address], self._out[address] = 0, 0.0
-        elif self._out[address] <= now:  # else it is one death, which all in flight tell of
-            rest = min(LONGEST_REST, REST * 2 ** min(self._failures[address], 10))
-            self._failures[address] += 1
-            self._out[address] = now + rest
+        """Note how an address did: one that failed is left out for a while."""
+        self.out[address] = 0.0 if well else time.monotonic() + REST

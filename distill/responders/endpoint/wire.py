@@ -1,10 +1,8 @@
 """How servers' answers are read: OpenAI's form, in which Anthropic's is put first; no network.
 
-A reply is read from its stored bytes, and known by its form, so a better reader costs no request,
-also where a gateway answers in another form than it was asked in. Field names follow OpenAI, vLLM,
-SGLang, OpenRouter and `transformers serve`; tests/fixtures/servers holds replies of each, with
-their source. Nothing here raises on a hostile body: what cannot be read becomes a reply of stop
-"error".
+A reply is read from its stored bytes, and known by its form, so a better reader costs no request.
+Field names follow the servers' own; tests/fixtures/servers holds replies of each, with their
+source. Nothing here raises on a hostile body: what cannot be read is a reply of stop "error".
 """
 
 import base64
@@ -15,17 +13,13 @@ import re
 import zlib
 from collections.abc import Mapping
 from decimal import Decimal
-from types import ModuleType
 from typing import Any, NoReturn
 
 from pydantic import JsonValue
 
-from distill.config.teachers import EndpointTeacher
 from distill.reasoning import split_reasoning
-from distill.records import Candidate, Record, Stop, TokenLogprob, Usage
-from distill.responders.endpoint import anthropic, openai
+from distill.records import Record, Stop, TokenLogprob, Usage
 
-WIRES: dict[str, ModuleType] = {"openai": openai, "anthropic": anthropic}
 TOOLS = r"tool|function"
 # Why an answer stopped, by the makers' words in small letters without what is between them; the
 # first that fits counts
@@ -52,11 +46,18 @@ MESSAGE = re.compile(rb'"type"\s*:\s*"message"')  # Anthropic's; within a text q
 # What keeps a connection: white space (DeepSeek), comments of an event stream (OpenRouter)
 KEPT_ALIVE = re.compile(rb"(?:[\s\0]++|\xef\xbb\xbf|:[^\r\n]*+|data: \[DONE\])*+")
 HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # where a lone surrogate may stand
-CACHED = (  # OpenAI; Moonshot; DeepSeek; Anthropic's name, which proxies pass on
-    *("prompt/cached_tokens", "cached_tokens", "prompt_cache_hit_tokens"),
-    "cache_read_input_tokens",
-)
-REASONING = ("completion/reasoning_tokens", "reasoning_tokens", "output/thinking_tokens")
+COUNTS = {  # the names of a count, each NAME or SIDE/NAME; the first that is not 0 counts
+    "read": ("prompt_tokens", "input_tokens"),
+    # OpenAI; Moonshot; DeepSeek; Anthropic's name, which proxies pass on
+    "cached": (
+        *("prompt/cached_tokens", "cached_tokens", "prompt_cache_hit_tokens"),
+        "cache_read_input_tokens",
+    ),
+    "reasoning": ("completion/reasoning_tokens", "reasoning_tokens", "output/thinking_tokens"),
+    "total": ("total_tokens",),  # xAI and Google count reasoning there only
+}
+FINISHES = ("finish_reason", "native_finish_reason", "stop_reason", "done_reason")
+THOUGHTS = ("reasoning", "reasoning_content", "thinking")  # of which the first counts
 LARGE = 64 << 10  # bytes; no answer's text is, but distributions are
 MESSAGE_CHARS = 200  # of a server's message in ours
 
@@ -94,11 +95,6 @@ def unpack(body: Mapping[str, object]) -> bytes:
     return base64.b64decode(str(body["raw_base64"]))
 
 
-def wire_of(settings: EndpointTeacher) -> ModuleType:
-    """Return the module that says how an endpoint is asked: `path`, `headers`, `body`."""
-    return WIRES[settings.form]
-
-
 def is_answer(data: bytes) -> bool:
     """Tell an answer from an error: HTML, nothing, and an object without choices are none.
 
@@ -107,15 +103,14 @@ def is_answer(data: bytes) -> bool:
     data = body_of(data)
     if not data or data.startswith(b"<"):
         return False
-    if b'"choices"' in data:
-        return CHOICE.search(data) is not None or b'"error"' not in data
-    if b'"stop_reason"' in data and MESSAGE.search(data):
+    if CHOICE.search(data) or (b'"stop_reason"' in data and MESSAGE.search(data)):
         return True
     try:
         value = load_json(data)
     except ValueError:
         return True
-    return not isinstance(value[0] if value and isinstance(value, list) else value, dict)
+    value = value[0] if value and isinstance(value, list) else value
+    return not isinstance(value, dict) or ("choices" in value and not value.get("error"))
 
 
 def body_of(data: bytes) -> bytes:
@@ -178,50 +173,47 @@ def cut_prompt(usage: Usage, least: int | None) -> str | None:
 
 
 def read_reply(data: bytes, question: int = 0) -> Reply:
-    """Read an answer from its bytes.
-
-    `question` is the request's length in bytes, for an estimate of missing usage.
-    """
+    """Read an answer; `question`, its request's length in bytes, estimates usage where it lacks."""
     try:
-        body = load_json(data)
-        if not isinstance(body, dict):
-            raise ValueError("not an object")
-        if body.get("type") == "message" and "choices" not in body:
-            body = anthropic.as_chat(body)
-        choices = body.get("choices")
-        choice = choices[0] if isinstance(choices, list) and choices else None
-        if not isinstance(choice, dict):
-            raise ValueError("no choices")
-        # a text completion has the text itself in the choice
-        message = choice.get("message", {"content": choice.get("text")})
-        if not isinstance(message, dict):
-            raise ValueError("the message is no object")
-        content, thoughts = message.get("content"), list[str]()
-        if isinstance(content, list):  # parts, as Mistral, Anthropic and others give them
-            parts = [part for part in content if isinstance(part, dict)]
-            thoughts = [_text(part.get("thinking")) for part in parts if "thinking" in part]
-            content = "".join(_text(part.get("text")) for part in parts)
-        reasoning = "\n".join(thoughts) or None
-        for name in ("thinking", "reasoning_content", "reasoning"):  # of which the last counts
-            field = message.get(name)
-            reasoning = field if isinstance(field, str) and field.strip() else reasoning
-        finish = _finish(choice)
-        explained = message.get("tool_calls") or message.get("refusal") or choice.get("error")
-        stopped_short = _stop_of(finish) in ("length", "filtered", "error")
-        if content is None and (explained or reasoning or stopped_short):
-            content = ""
-        if not isinstance(content, str):
-            raise ValueError("the content is no text")
+        return _read(load_json(data), question)
     except ValueError as error:
         return Reply(stop="error", error=f"unreadable answer: {error}"[:MESSAGE_CHARS])
-    text = content
+
+
+def _read(body: JsonValue, question: int) -> Reply:
+    """Read an answer; raises ValueError in words."""
+    if not isinstance(body, dict):
+        raise ValueError("not an object")
+    if body.get("type") == "message" and "choices" not in body:
+        body = _as_chat(body)
+    choices = body.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    if not isinstance(choice, dict):
+        raise ValueError("no choices")
+    # a text completion has the text itself in the choice
+    message = choice.get("message", {"content": choice.get("text")})
+    if not isinstance(message, dict):
+        raise ValueError("the message is no object")
+    text, thoughts = message.get("content"), list[str]()
+    if isinstance(text, list):  # parts, as Mistral, Anthropic and others give them
+        parts = [part for part in text if isinstance(part, dict)]
+        thoughts = [_text(part["thinking"]) for part in parts if "thinking" in part]
+        text = "".join(_text(part.get("text")) for part in parts)
+    thoughts = [message.get(name) for name in THOUGHTS] + ["\n".join(thoughts)]
+    reasoning = next((it for it in thoughts if isinstance(it, str) and it.strip()), None)
+    stop, why = _stop(choice, message)
+    if text is None and (reasoning or stop not in ("end", None)):
+        text = ""
+    if not isinstance(text, str):
+        raise ValueError("the content is no text")
+    content = text
     if reasoning is None:
         text, reasoning = split_reasoning(content)
-    model, usage = body.get("model"), body.get("usage")
-    fields = usage if isinstance(usage, dict) else {}
-    stop, why = _stop(message, choice.get("error"), finish)
     if stop is None:  # it does not say, or in a word that nobody knows
         stop = "end" if text.strip() else "error"
+    model = body.get("model")
+    fields = body.get("usage")
+    fields = fields if isinstance(fields, dict) else {}
     return Reply(
         text=text,
         reasoning=reasoning,
@@ -235,6 +227,26 @@ def read_reply(data: bytes, question: int = 0) -> Reply:
     )
 
 
+def _as_chat(message: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    """Return an Anthropic message as OpenAI's form has it: its blocks are parts of the content.
+
+    A block that is neither text nor thinking is a call, of a server's own tools as well.
+    """
+    blocks, reason, details = (message.get(n) for n in ("content", "stop_reason", "stop_details"))
+    rows = [b for b in blocks if isinstance(b, dict)] if isinstance(blocks, list) else []
+    calls = [b for b in rows if b.get("type") not in ("text", "thinking", "redacted_thinking")]
+    turn: dict[str, JsonValue] = {"content": blocks, "tool_calls": [*calls]}
+    if reason == "refusal" and isinstance(details, dict):
+        turn["refusal"] = details.get("explanation")
+    usage = message.get("usage")
+    usage = dict(usage) if isinstance(usage, dict) else {}
+    # what was fresh is counted beside the cache
+    parts = [usage.get(f"{name}input_tokens") for name in ("", "cache_creation_", "cache_read_")]
+    if isinstance(parts[0], int):
+        usage["prompt_tokens"] = sum(part for part in parts if isinstance(part, int) and part > 0)
+    return {**message, "choices": [{"message": turn, "finish_reason": reason}], "usage": usage}
+
+
 def _text(value: JsonValue) -> str:
     """Return the text of a part of the content, or of a list of parts in it."""
     if isinstance(value, list):
@@ -242,41 +254,28 @@ def _text(value: JsonValue) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _plain(word: str) -> str:
-    """Return a maker's word for why an answer stopped as STOPS has it; what explains it goes."""
-    word = word[:MESSAGE_CHARS].partition(":")[0].rpartition(".")[2].lower()
-    return "".join(c for c in word if c.isalpha()).removeprefix("finishreason")
-
-
 def _stop_of(word: str) -> Stop | None:
     """Return why an answer stopped by a maker's word, or None where nobody knows."""
-    for stop, pattern in STOPS:
-        if re.search(pattern, _plain(word)):
-            return stop
-    return None
-
-
-def _finish(choice: dict[str, JsonValue]) -> str:
-    """Return why a choice says that it stopped, in the first word that is known; "" for none."""
-    words = list[str]()
-    for name in ("finish_reason", "native_finish_reason", "stop_reason", "done_reason"):
-        word = choice.get(name)
-        if isinstance(word, dict):  # SGLang's own form
-            word = word.get("type")
-        words += [word] if isinstance(word, str) and word.strip() else []
-    return next((word for word in words if _stop_of(word)), words[0] if words else "")
+    word = (
+        word[:MESSAGE_CHARS].partition(":")[0].rpartition(".")[2].lower()
+    )  # what explains it goes
+    plain = "".join(c for c in word if c.isalpha()).removeprefix("finishreason")
+    return next((stop for stop, pattern in STOPS if re.search(pattern, plain)), None)
 
 
 def _stop(
-    message: dict[str, JsonValue], error: JsonValue, finish: str
+    choice: dict[str, JsonValue], message: dict[str, JsonValue]
 ) -> tuple[Stop | None, str | None]:
     """Return why an answer stopped, None where nobody knows, and what to say of it."""
-    refusal, word = message.get("refusal"), _plain(finish)
-    if error or word == "error":
-        return "error", f"the server broke off: {plain_message(error) or 'no reason given'}"
-    if isinstance(refusal, str) and refusal:
+    fields = [choice.get(name) for name in FINISHES]
+    fields = [field.get("type") if isinstance(field, dict) else field for field in fields]  # SGLang
+    words = [word for word in fields if isinstance(word, str) and word.strip()]
+    finish = next((word for word in words if _stop_of(word)), words[0] if words else "")
+    if error := choice.get("error"):
+        return "error", f"the server broke off: {plain_message(error)}"
+    if isinstance(refusal := message.get("refusal"), str) and refusal:
         return "filtered", f"refusal: {plain_message(refusal)}"
-    if message.get("tool_calls") or re.search(TOOLS, word):
+    if message.get("tool_calls") or re.search(TOOLS, finish.lower()):
         return "error", "tool_calls: it called a tool instead of answering"
     stop = _stop_of(finish)
     if stop in ("filtered", "error"):
@@ -303,15 +302,17 @@ def _logprobs(field: Any) -> tuple[TokenLogprob, ...] | None:
                 {
                     "token": token,
                     "logprob": logprob,
-                    "top_logprobs": [{"token": t, "logprob": p} for t, p in (top or {}).items()],
+                    "top_logprobs": [
+                        {"token": other, "logprob": value} for other, value in (top or {}).items()
+                    ],
                 }
                 for token, logprob, top in lists
             ]
-        places = []
-        for row in rows:
-            top = tuple(Candidate(**candidate(other)) for other in row.get("top_logprobs") or [])
-            places.append(TokenLogprob(**candidate(row), top=top))
-        return tuple(places) or None
+        positions = [
+            candidate(row) | {"top": [candidate(other) for other in row.get("top_logprobs") or []]}
+            for row in rows
+        ]
+        return tuple(TokenLogprob.model_validate(position) for position in positions) or None
     except (ValueError, TypeError, AttributeError):  # pydantic's own error is a ValueError
         return None
 
@@ -319,38 +320,31 @@ def _logprobs(field: Any) -> tuple[TokenLogprob, ...] | None:
 def _usage(fields: dict[str, JsonValue], question: int, answer: int) -> Usage:
     """Return the tokens that the server counted, or an estimate of 4 characters a token."""
 
-    def first(*names: str) -> int | None:
-        """Return the first of some counts, each a name or SIDE/NAME, that is not 0."""
-        for side, _, name in (name.rpartition("/") for name in names):
+    def first(count: str) -> int:
+        """Return what the first of a count's names says that is not 0, else 0."""
+        for side, _, name in (name.rpartition("/") for name in COUNTS[count]):
             inside = fields.get(f"{side}_tokens_details") if side else fields
-            if count := token_count(inside.get(name) if isinstance(inside, dict) else None):
-                return count
-        return None
+            if number := _count(inside.get(name) if isinstance(inside, dict) else None):
+                return number
+        return 0
 
-    read = first("prompt_tokens", "input_tokens")
-    output = token_count(fields.get("completion_tokens", fields.get("output_tokens")))
+    read, cached = first("read"), first("cached")
+    output = _count(fields.get("completion_tokens", fields.get("output_tokens")))
     if not read or output is None or (answer and not output):
         return Usage(input_tokens=-(-question // 4), output_tokens=-(-answer // 4), estimated=True)
-    cached = first(*CACHED) or 0
     read += cached if cached > read else 0  # some count what was fresh beside it
     return Usage(
         input_tokens=read,
         cached_input_tokens=cached,
-        # xAI and Google count reasoning in the total only
-        output_tokens=max(output, (first("total_tokens") or 0) - read),
-        reasoning_tokens=first(*REASONING) or 0,
+        output_tokens=max(output, first("total") - read),
+        reasoning_tokens=first("reasoning"),
     )
 
 
-def token_count(value: object) -> int | None:
+def _count(value: object) -> int | None:
     """Return a number of tokens, also one written as a text or with a point, or None."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):
-        value = int(value)
-    if not isinstance(value, int) or isinstance(value, bool):
-        return None
-    return value if 0 <= value < 10**9 else None
+    number = _number(value)
+    return int(number) if number is not None and number < 10**9 and number % 1 == 0 else None
 
 
 def _cost(fields: dict[str, JsonValue]) -> Decimal | None:
@@ -361,20 +355,18 @@ def _cost(fields: dict[str, JsonValue]) -> Decimal | None:
     """
     details = fields.get("cost_details")
     upstream = details.get("upstream_inference_cost") if isinstance(details, dict) else None
-    stated, passed_on = fields.get("cost", fields.get("estimated_cost")), _dollars(upstream)
+    stated, passed_on = fields.get("cost", fields.get("estimated_cost")), _number(upstream)
     # Perplexity divides it; DeepInfra calls it estimated
-    stated = _dollars(stated.get("total_cost") if isinstance(stated, dict) else stated)
+    stated = _number(stated.get("total_cost") if isinstance(stated, dict) else stated)
     if stated is None or passed_on is None:
         return stated if passed_on is None else passed_on
     return stated + passed_on if fields.get("is_byok") is True else max(stated, passed_on)
 
 
-def _dollars(value: object) -> Decimal | None:
-    """Return a cost in dollars, also one written as a text, or None for what is none."""
+def _number(value: object) -> Decimal | None:
+    """Return a number that is not below 0, also one written as a text, or None for what is none."""
     try:
-        if isinstance(value, bool) or not 0 <= float(str(value)) < math.inf:
-            return None
-        return Decimal(str(value))
+        return Decimal(str(value)) if 0 <= float(str(value)) < math.inf else None
     except (ValueError, ArithmeticError):  # of a text, and of more than a number holds
         return None
 
