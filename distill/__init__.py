@@ -1,12 +1,16 @@
 """Turn a teacher model and a corpus into a small open student, and say honestly what came out."""
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from distill.api import run as run
 
 __version__ = "0.1.0"
+
+# Where configs/, eval/ and data/ lie: inside an installed package, or at the root of a checkout
+SHIPPED = (Path(__file__).parent / "_data", Path(__file__).parents[1])
 
 # No telemetry, whichever command imports what.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -62,7 +62,7 @@ def _described(
             yield ""
         if heading != before:
             yield f"{indent}# {heading}"
-        lines = textwrap.wrap(field.description or "", 98 - len(indent), break_on_hyphens=False)
+        lines = textwrap.wrap(description(field), 98 - len(indent), break_on_hyphens=False)
         yield from (f"{indent}# {line}" for line in lines)
         inner = models_in(field.annotation)
         if inner and field.default is not None:
@@ -80,6 +80,12 @@ def _described(
         if inner and not described.issuperset(inner):  # a section that is off unless it is written
             lines = _described(inner, (*path, name), described)
             yield from (f"{indent}# {line.removeprefix(indent)}" for line in lines)
+
+
+def description(field: FieldInfo) -> str:
+    """Return what a key is for; a section without words of its own says it itself."""
+    section = (models_in(field.annotation) or [BaseModel])[0]
+    return field.description or (section.__doc__ or "").split("\n\n")[0]
 
 
 def _yaml(value: Any) -> str:

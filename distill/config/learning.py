@@ -2,17 +2,17 @@
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from distill.config.teachers import EndpointTeacher
 from distill.config.values import (
+    ModelName,
     Positive,
     Revision,
     Section,
     TemplateVariables,
     Trust,
     Weight,
-    checked_model,
 )
 
 SoftLoss = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl"]
@@ -35,7 +35,7 @@ class Signals(Section):
     temperatures: tuple[Annotated[float, Field(gt=0, le=100)], ...] = ()
     """Further temperatures at which distributions are stored; `train.loss.temperature` is 1 or one
     of these."""
-    model: str | None = None
+    model: ModelName | None = None
     """Local model that reads the answers in the teacher's place: NAME, Hub id or ./FOLDER."""
     revision: Revision | None = None
     """Branch, tag or commit of `model`, or of `tokenizer`."""
@@ -47,23 +47,14 @@ class Signals(Section):
     from_answers: bool = False
     """Takes the top log-probabilities that came with the endpoint's answers: no second request.
     Needs them in `teacher.extra_body`."""
-    tokenizer: str | None = None
+    tokenizer: ModelName | None = None
     """Model whose tokenizer and chat template are the server's, where they are not the
     student's."""
-
-    @field_validator("model", "tokenizer")
-    @classmethod
-    def _model_name(cls, value: str | None) -> str | None:
-        return value and checked_model(value)
 
     @model_validator(mode="after")
     def _one_reader(self) -> "Signals":
         if sum((bool(self.endpoint), bool(self.model), self.from_answers)) > 1:
             raise ValueError("either model reads the answers, or endpoint, or from_answers is true")
-        return self
-
-    @model_validator(mode="after")
-    def _no_tails(self) -> "Signals":
         if self.method == "sampled" and self.temperatures:
             raise ValueError("method sampled is for temperature 1 only: leave temperatures out")
         return self
@@ -79,7 +70,7 @@ class Signals(Section):
 class Student(Section):
     """The small model that learns."""
 
-    model: str
+    model: ModelName
     """Model as NAME of configs/models.yaml, Hub id or ./FOLDER."""
     revision: Revision | None = None
     """Branch, tag or commit on the Hub; null takes the one in configs/models.yaml, else the
@@ -102,8 +93,6 @@ class Student(Section):
     def trust(self) -> Trust:
         """Return what the files of the model are allowed to be."""
         return Trust(self.allow_pickle, self.trust_remote_code)
-
-    _model_name = field_validator("model")(classmethod(lambda cls, value: checked_model(value)))
 
 
 class Lora(Section):
@@ -197,9 +186,7 @@ class Train(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are clipped to this norm."""
     lora: Lora = Lora()
-    """The adapter that is trained."""
     loss: Loss = Loss()
-    """The loss and its weights."""
     bf16: bool | Literal["auto"] = "auto"
     """Whether the forward pass computes in bfloat16; `auto` goes by `student.dtype`. Adapter and
     optimizer are float32, which a GPU computes without TF32."""

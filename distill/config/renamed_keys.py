@@ -10,6 +10,9 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
+
+from distill.config.teachers import TEACHERS
 
 # The last part of a key; it is an old name only where the section has the new one and not the old.
 RENAMED = {
@@ -20,13 +23,11 @@ RENAMED = {
     "max_straight_failures": "max_consecutive_failures",
     "samples": "bootstrap_samples",
 }
+FORMER_DEFAULTS = {"max_consecutive_failures": 100}  # in the resolved configs of older runs
 KeyPath = tuple[str, ...]
+RESPONDERS: tuple[KeyPath, ...] = (("teacher",), ("evaluation", "judge"), ("signals", "endpoint"))
 # What moved to the top of a config; a judge's and a reader's never did anything
-MOVED: dict[KeyPath, str] = {
-    ("teacher", "reasoning"): "reasoning",
-    ("evaluation", "judge", "reasoning"): "reasoning",
-    ("signals", "endpoint", "reasoning"): "reasoning",
-}
+MOVED: dict[KeyPath, str] = {(*section, "reasoning"): "reasoning" for section in RESPONDERS}
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -55,6 +56,11 @@ def present_path(path: Sequence[str], annotation: Any) -> KeyPath:
     return tuple(names)
 
 
+def _present_name(name: str, fields: dict[str, FieldInfo]) -> str:
+    new = RENAMED.get(name, name)
+    return new if new in fields and name not in fields else name
+
+
 def rename_keys(tree: Any, annotation: Any, path: KeyPath = ()) -> list[tuple[KeyPath, str]]:
     """Give the keys of a tree their present names, in place; return each old path and its new name.
 
@@ -70,13 +76,10 @@ def rename_keys(tree: Any, annotation: Any, path: KeyPath = ()) -> list[tuple[Ke
             pair for name, child in children for pair in rename_keys(child, inner, (*path, name))
         ]
     fields, renamed = fields_in(annotation), list[tuple[KeyPath, str]]()
-    teacher = tree.get("teacher")
-    if not path and "reasoning" in fields and isinstance(teacher, dict) and "reasoning" in teacher:
-        if "reasoning" not in tree:
-            tree["reasoning"] = teacher.pop("reasoning")
-            renamed.append((("teacher", "reasoning"), "reasoning"))
-        if not teacher:  # of an override, whose only key it was
-            del tree["teacher"]
+    teacher = tree.get("teacher") if "reasoning" in fields and not path else None
+    if isinstance(teacher, dict) and "reasoning" in teacher and "reasoning" not in tree:
+        tree["reasoning"] = teacher.pop("reasoning")
+        renamed.append((("teacher", "reasoning"), "reasoning"))
     for old in list(tree):
         new = _present_name(old, fields)
         if new != old and new not in tree:
@@ -88,9 +91,24 @@ def rename_keys(tree: Any, annotation: Any, path: KeyPath = ()) -> list[tuple[Ke
     return renamed
 
 
-def _present_name(name: str, fields: dict[str, FieldInfo]) -> str:
-    new = RENAMED.get(name, name)
-    return new if new in fields and name not in fields else name
+def forget_other_kinds(tree: dict[str, Any]) -> None:
+    """Drop from a config what resolved ones once said of each responder: the keys of other kinds,
+    at their defaults, and `reasoning: drop`."""
+    for section in RESPONDERS:
+        responder: Any = tree
+        for name in section:
+            responder = responder.get(name) if isinstance(responder, dict) else None
+        kind = responder.get("kind", "local") if isinstance(responder, dict) else None
+        own = next((k.model_fields for k in TEACHERS if k.model_fields["kind"].default == kind), {})
+        for key, value in list(responder.items()) if own else ():
+            name = RENAMED.get(str(key), str(key))
+            field = next((k.model_fields[name] for k in TEACHERS if name in k.model_fields), None)
+            idle = [None, FORMER_DEFAULTS.get(name)]
+            if field and not field.is_required():
+                idle.append(to_jsonable_python(field.default))
+            foreign = field and name not in own
+            if (foreign and value in idle) or (key, value) == ("reasoning", "drop"):
+                del responder[key]
 
 
 def first_names(text: bytes) -> bytes:

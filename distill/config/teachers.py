@@ -6,17 +6,8 @@ from decimal import Decimal
 from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import (
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError, to_jsonable_python
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from distill.config.renamed_keys import RENAMED
 from distill.config.values import (
     SERVED,
     VARIABLE,
@@ -38,8 +29,6 @@ AZURE = re.compile(
     r"\.(openai|cognitiveservices|services\.ai)\.azure\.(com|us|cn)$|\.azure-api\.net$",
     re.IGNORECASE,
 )
-FORMER_DEFAULTS = {"max_consecutive_failures": 100}  # in the resolved configs of older runs
-GREEDY = "n above 1 needs a temperature above 0: greedy answers are all the same"
 
 
 class Teacher(Section):
@@ -47,8 +36,6 @@ class Teacher(Section):
 
     The rest of the package asks these attributes, and never for the name of a kind.
     """
-
-    model_config = ConfigDict(extra="allow")  # looked at below: keys of other kinds, unknown keys
 
     paid: ClassVar[bool] = False
     """Whether an answer costs money."""
@@ -98,27 +85,13 @@ class Teacher(Section):
         return value and checked_model(value)
 
     @model_validator(mode="after")
-    def _keys_of_its_kind(self) -> Self:
-        """Forget what a resolved config says of other kinds; what was set there would do
-        nothing."""
-        extra, foreign = self.__pydantic_extra__ or {}, dict[str, str]()
-        if extra.get("reasoning") == "drop":  # as an earlier distill resolved it, of each responder
-            del extra["reasoning"]
-        for key, value in extra.items():
-            name = RENAMED.get(key, key)
-            owners = [kind for kind in TEACHERS if name in kind.model_fields]
-            if not owners or name in type(self).model_fields:  # there under both names
-                raise PydanticCustomError("extra_forbidden", "unknown key", {"key": key})
-            field = owners[0].model_fields[name]
-            default = None if field.is_required() else to_jsonable_python(field.default)
-            if value is not None and value not in (default, FORMER_DEFAULTS.get(name)):
-                foreign[key] = str(owners[0].model_fields["kind"].default)
-        if foreign:
-            (key, kind), *others = foreign.items()
-            more = f"; so is {', '.join(name for name, _ in others)}" if others else ""
-            message = f"is a key of kind {kind}, and this teacher is of kind {self.kind}{more}"
-            raise PydanticCustomError("other_kind", "{message}", {"key": key, "message": message})
-        extra.clear()
+    def _complete(self) -> Self:
+        if not (self.runs_here or self.paid):
+            return self
+        if not self.model:
+            raise ValueError("needs model")
+        if self.n > 1 and self.temperature == 0 and "temperature" not in getattr(self, "omit", ()):
+            raise ValueError("n above 1 needs a temperature above 0: greedy answers are all alike")
         return self
 
 
@@ -143,14 +116,6 @@ class LocalTeacher(Teacher):
     """Variables of its chat template, for instance {enable_thinking: false} for an answer without
     thinking."""
 
-    @model_validator(mode="after")
-    def _complete(self) -> Self:
-        if not self.model:
-            raise ValueError("needs model")
-        if self.n > 1 and self.temperature == 0:
-            raise ValueError(GREEDY)
-        return self
-
 
 class EndpointTeacher(Teacher):
     """A server that is asked, and paid."""
@@ -171,7 +136,7 @@ class EndpointTeacher(Teacher):
     `openai`."""
     api: Literal["chat", "completions"] = "chat"
     """`chat` posts messages to /chat/completions, `completions` plain text to /completions."""
-    api_key_env: str | None = None
+    api_key_env: Annotated[str, Field(pattern=rf"^{VARIABLE.pattern}$")] | None = None
     """Name of the environment variable that holds the API key; the key itself stands in no file."""
     headers: dict[str, str] = {}
     """Further headers of each request, as {X-Org: $ORG}: $NAME is taken from the environment, and
@@ -243,9 +208,8 @@ class EndpointTeacher(Teacher):
     @property
     def form(self) -> str:
         """Return the name of the wire, as it is set or as the address says."""
-        path = urlsplit(self.base_urls[0]).path
-        # https://api.anthropic.com/v1 is an OpenAI-compatible address too
-        messages = path.endswith("/anthropic") or self.base_urls[0] == "https://api.anthropic.com"
+        url = self.base_urls[0]  # https://api.anthropic.com/v1 is an OpenAI-compatible address
+        messages = url.endswith("/anthropic") or url == "https://api.anthropic.com"
         return self.wire or ("anthropic" if messages else "openai")
 
     def least_seconds(self, requests: float, tokens: float) -> float:
@@ -276,17 +240,8 @@ class EndpointTeacher(Teacher):
                 raise ValueError(f"{name} holds a secret: write it as $NAME of the environment")
         return {name.lower(): text for name, text in value.items()}
 
-    @field_validator("api_key_env")
-    @classmethod
-    def _a_variable(cls, value: str | None) -> str | None:
-        if value is not None and not VARIABLE.fullmatch(value):
-            raise ValueError("names an environment variable, and never holds a key")
-        return value
-
     @model_validator(mode="after")
-    def _complete(self) -> Self:
-        if not self.model:
-            raise ValueError("needs model")
+    def _can_be_asked(self) -> Self:
         for url in self.base_urls:
             checked_url(url, self.allow_insecure)
         if self.form == "anthropic" and (self.api != "chat" or "max_tokens" in self.omit):
@@ -299,8 +254,6 @@ class EndpointTeacher(Teacher):
             raise ValueError("chat_template_kwargs are for wire openai and api chat")
         if self.chat_template_kwargs and "chat_template_kwargs" in self.extra_body:
             raise ValueError("chat_template_kwargs stand in extra_body too: leave them out there")
-        if self.n > 1 and self.temperature == 0 and "temperature" not in self.omit:
-            raise ValueError(GREEDY)
         return self
 
 
@@ -354,18 +307,10 @@ TEACHERS: tuple[type[Teacher], ...] = (
 )
 
 
-def _kind_of(value: Any) -> str:
+def _kind_of(value: object) -> str:
     """Return the kind of a teacher, read or still to be read; without one it is local."""
     kind = value.get("kind", "local") if isinstance(value, dict) else getattr(value, "kind", "")
     return kind if isinstance(kind, str) else ""
-
-
-def _by_kind(*kinds: str) -> Discriminator:
-    return Discriminator(
-        _kind_of,
-        custom_error_type="unknown_kind",
-        custom_error_message=f"is one of {', '.join(kinds)}",
-    )
 
 
 Local = Annotated[LocalTeacher, Tag("local")]
@@ -373,10 +318,5 @@ Endpoint = Annotated[EndpointTeacher, Tag("endpoint")]
 Canned = Annotated[CannedTeacher, Tag("canned")]
 Recorded = Annotated[RecordedTeacher, Tag("recorded")]
 Python = Annotated[PythonTeacher, Tag("python")]
-AnyTeacher = Annotated[
-    Local | Endpoint | Canned | Recorded | Python,
-    _by_kind("local", "endpoint", "canned", "recorded", "python"),
-]
-AnyJudge = Annotated[
-    Local | Endpoint | Canned | Python, _by_kind("local", "endpoint", "canned", "python")
-]
+AnyTeacher = Annotated[Local | Endpoint | Canned | Recorded | Python, Discriminator(_kind_of)]
+AnyJudge = Annotated[Local | Endpoint | Canned | Python, Discriminator(_kind_of)]

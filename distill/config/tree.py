@@ -4,26 +4,26 @@ The text below a key says what it does. `distill.config.yaml_file` reads a tree 
 reaches a stage's `main` and stops there.
 """
 
-import difflib
 import re
-from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import regex
 from pydantic import Field, field_validator, model_validator
 
 from distill.config.learning import OnPolicy, Signals, Student, Train
 from distill.config.teachers import AnyJudge, AnyTeacher, EndpointTeacher, LocalTeacher, Teacher
 from distill.config.values import (
-    MODEL,
-    NAME,
     Count,
+    Date,
+    Encoding,
     File,
     Fraction,
+    ModelName,
+    Name,
+    Pattern,
     Positive,
+    ReleaseName,
     Section,
-    checked_model,
 )
 from distill.secret_patterns import NAMES
 
@@ -84,10 +84,10 @@ class Corpus(Section):
     path: File | None = None
     """File or folder of documents or rows: txt, md, rst, html, json, jsonl, ndjson, csv, tsv,
     parquet, pdf or docx. Wins over `dataset`."""
-    encoding: str | None = None
+    encoding: Encoding | None = None
     """Encoding of text files that are neither UTF-8 nor UTF-16, as Python calls it (cp1252, cp932,
     gb18030); null takes what is recognised, and refuses the rest."""
-    dataset: str | None = None
+    dataset: ModelName | None = None
     """Dataset of the Hub as OWNER/NAME, or a folder that `datasets` saved, as ./FOLDER."""
     dataset_config: str | None = None
     """Configuration of the dataset, for datasets that have several (GSM8K: `main`)."""
@@ -96,8 +96,7 @@ class Corpus(Section):
     format: Literal["auto", "documents", "prompts"] = "auto"
     """Whether rows are documents, or prompts that exist already; `auto` tells by their columns."""
     columns: Columns = Columns()
-    """Names of the columns, where they are not the usual ones."""
-    reference_pattern: str | None = None
+    reference_pattern: Pattern | None = None
     r"""Regular expression whose one group takes the reference from an answer (GSM8K:
     `####\s*(.+)$`)."""
     limit: Positive | None = None
@@ -107,41 +106,14 @@ class Corpus(Section):
     """Share of unreadable rows above which the stage stops. Raise it for a corpus known to be
     dirty."""
     chunk: Chunk = Chunk()
-    """How long documents are cut into pieces."""
     near_duplicate_threshold: Annotated[float, Field(gt=0, le=1)] | None = 0.85
     """Documents that share at least this part of their word 5-grams (Jaccard) with an earlier one
     are left out; null keeps all but exact repeats."""
     split: SplitSizes = SplitSizes()
-    """How many documents are for validation and held out."""
     private_text: Literal["mask", "drop", "keep"] = "mask"
     """What happens to e-mail addresses, phone and card numbers and keys: `mask` replaces them,
     `drop` leaves their documents out, `keep` keeps them, and then no samples of answers are
     published."""
-
-    @field_validator("dataset")
-    @classmethod
-    def _dataset_name(cls, value: str | None) -> str | None:
-        return value if value is None else checked_model(value)
-
-    @field_validator("encoding")
-    @classmethod
-    def _text_encoding(cls, value: str | None) -> str | None:
-        try:
-            if value is not None and b"a".decode(value) != "a":
-                raise LookupError
-        except (LookupError, ValueError):
-            raise ValueError("no encoding of text that Python knows") from None
-        return value
-
-    @field_validator("reference_pattern")
-    @classmethod
-    def _pattern(cls, value: str | None) -> str | None:
-        try:
-            if value is not None and regex.compile(value).groups != 1:
-                raise ValueError("the pattern needs exactly one group")
-        except regex.error as error:
-            raise ValueError(f"not a regular expression: {error}") from error
-        return value
 
     @model_validator(mode="after")
     def _one_source(self) -> "Corpus":
@@ -237,6 +209,12 @@ class Evaluation(Section):
     """Model that compares answers in pairs, keys as in `teacher`; used only if it passes its
     probes. null uses none."""
 
+    @model_validator(mode="after")
+    def _judge_is_asked_at_once(self) -> "Evaluation":
+        if getattr(self.judge, "batch", False):
+            raise ValueError("a judge is not asked by batch: leave judge.batch out")
+        return self
+
 
 class Terms(Section):
     """What allows training on the teacher's answers, where configs/terms.yaml does not."""
@@ -250,7 +228,7 @@ class Terms(Section):
 class Publish(Section):
     """What the release is called, and its license."""
 
-    model_name: str | None = None
+    model_name: ReleaseName | None = None
     """Name of the release as NAME or OWNER/NAME; null takes the repository's, else the run's."""
     license: str | None = None
     """SPDX id of the release's license; null takes that of the base model."""
@@ -261,28 +239,19 @@ class Publish(Section):
     (sk-key), or a single text by the first 8 to 64 digits of its SHA-256, as the message
     names it (sha256:0123456789ab)."""
 
-    @field_validator("model_name")
-    @classmethod
-    def _plain_name(cls, value: str | None) -> str | None:
-        if value is not None and not MODEL.fullmatch(value):
-            raise ValueError("a model's name is NAME or OWNER/NAME")
-        return value
-
     @field_validator("allow_secrets")
     @classmethod
     def _known_secrets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
             if name not in NAMES and not re.fullmatch("(?:sha256:)?[0-9a-f]{8,64}", name):
-                near = difflib.get_close_matches(name, NAMES, 1)
-                hint = f"did you mean {near[0]}?" if near else "a message shows which"
-                raise ValueError(f"neither the name of a secret's form nor a SHA-256: {hint}")
+                raise ValueError(f"{name[:40]} is no name of a secret's form and no SHA-256")
         return value
 
 
 class Config(Section):
     """One experiment."""
 
-    name: str
+    name: Name
     """Name of the run, and of its folder below `runs`."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the split, of samples and of training."""
@@ -290,49 +259,24 @@ class Config(Section):
     """Folder of all runs."""
     store: File | None = None
     """Folder of the answers and soft labels that all runs share; null takes .store below `runs`."""
-    template_date: str = "2026-01-01"
+    template_date: Date = "2026-01-01"
     """Date that chat templates print, so that a run repeats on another day."""
     reasoning: Literal["drop", "keep"] = "drop"
     """What becomes of the thoughts before the teacher's answers: `drop` trains, evaluates and
     publishes a student that answers at once, `keep` one that thinks first, as its chat template
     writes a thought; its answers are scored without them."""
     corpus: Corpus
-    """Where the documents or prompts come from."""
     prompts: Prompts = Prompts()
-    """Which tasks are asked of which documents."""
     teacher: AnyTeacher
     """Who answers, and how."""
     terms: Terms = Terms()
-    """What allows training on the answers."""
     filters: Filters = Filters()
-    """Which answers are dropped before training."""
     signals: Signals = Signals()
-    """What is stored of the teacher's token distributions."""
     student: Student
-    """The small model that learns."""
     train: Train = Train()
-    """The training loop."""
     on_policy: OnPolicy = OnPolicy()
-    """Rounds after training in which the student learns on its own answers."""
     evaluation: Evaluation = Evaluation()
-    """How models are compared, and at what prices."""
     publish: Publish = Publish()
-    """What the release is called, and its license."""
-
-    @field_validator("name")
-    @classmethod
-    def _plain_name(cls, value: str) -> str:
-        if not NAME.fullmatch(value):
-            raise ValueError("a name has letters, digits and ._-, and begins with letter or digit")
-        return value
-
-    @field_validator("template_date")
-    @classmethod
-    def _a_date(cls, value: str) -> str:
-        try:
-            return date.fromisoformat(value).isoformat()
-        except ValueError:
-            raise ValueError("a date is written YYYY-MM-DD") from None
 
     @property
     def captures(self) -> bool:
@@ -353,54 +297,33 @@ class Config(Section):
     def _distributions_can_be_had(self) -> "Config":
         if not self.distributions:
             return self
-        loss, signals, rounds = self.train.loss, self.signals, self.on_policy.rounds
-        teacher, fix = self.soft_teacher(), "name a local model in signals.model"
+        loss, signals, teacher = self.train.loss, self.signals, self.soft_teacher()
+        rounds, sampled = self.on_policy.rounds > 0, signals.method == "sampled"
         divergences = [*(loss.soft if self.captures else ())]
         divergences += [self.on_policy.divergence] if rounds else []
-        biased = [name for name in divergences if name != "forward_kl"]
-        if divergences and loss.temperature != 1:
-            biased.append(f"temperature {loss.temperature:g}")
-        if signals.method == "sampled" and biased:
-            raise ValueError(
-                "signals.method sampled is right for ce and forward_kl at temperature 1 only, "
-                f"not for {biased[0]}"
+        biased = any(name != "forward_kl" for name in divergences) or loss.temperature != 1
+        bodies = self.teacher.extra_body if isinstance(self.teacher, EndpointTeacher) else {}
+        listed, local = teacher.logprobs == "listed", "name a local model in signals.model"
+        why = ""
+        if divergences and sampled and biased:
+            why = "signals.method sampled is right for ce and forward_kl at temperature 1 only"
+        elif teacher.logprobs is None or (listed and (rounds or not self.captures)):
+            what = "on_policy has rounds" if rounds else "train.loss has soft parts"
+            why = f"{what}, which a local teacher must read: {local}"
+        elif listed and (sampled or signals.temperatures or loss.temperature != 1):
+            why = f"an endpoint tells top tokens at temperature 1 only; for more, {local}"
+        elif listed and getattr(teacher, "form", "") == "anthropic":
+            why = f"wire anthropic tells no distributions: {local}"
+        elif self.buys_signals and getattr(teacher, "batch", False):
+            why = "prompt_logprobs are not asked by batch: set batch: false where they are read"
+        elif signals.from_answers and not bodies.get("logprobs"):
+            why = (
+                "signals.from_answers needs teacher.extra_body: {logprobs: true, top_logprobs: 20}"
             )
-        if teacher.logprobs == "listed":
-            if not self.captures or rounds:
-                what = "on_policy has rounds" if rounds else "train.loss.teacher is live"
-                raise ValueError(f"{what}, which needs a local teacher: {fix}")
-            if signals.temperatures or loss.temperature != 1:
-                raise ValueError(f"an endpoint tells distributions at temperature 1 only: {fix}")
-            if signals.method == "sampled":
-                raise ValueError(f"no endpoint gives what signals.method sampled draws from: {fix}")
-            if getattr(teacher, "form", "") == "anthropic":
-                raise ValueError(f"wire anthropic tells no distributions: {fix}")
-        fields = self.teacher.extra_body if isinstance(self.teacher, EndpointTeacher) else {}
-        if signals.from_answers and not fields.get("logprobs"):
-            raise ValueError(
-                "signals.from_answers needs teacher.kind: endpoint and teacher.extra_body: "
-                "{logprobs: true, top_logprobs: 20}"
-            )
-        if teacher.logprobs is None:
-            what = "train.loss has soft parts" if loss.soft else "on_policy has rounds"
-            raise ValueError(f"{what}, which a local teacher must read: name one in signals.model")
-        if divergences and loss.temperature not in (1.0, *signals.temperatures):
-            what = f"train.loss.temperature {loss.temperature:g} is not captured"
-            raise ValueError(f"{what}: add it to signals.temperatures")
-        return self
-
-    @model_validator(mode="after")
-    def _batches_can_wait(self) -> "Config":
-        """Refuse what no batch interface does: a judge's single answers, and prompt_logprobs."""
-        readers: dict[str, Teacher | None] = {"evaluation.judge": self.evaluation.judge}
-        if self.distributions and self.buys_signals:
-            readers["signals.endpoint" if self.signals.endpoint else "teacher"] = (
-                self.soft_teacher()
-            )
-        for name, reader in readers.items():
-            if isinstance(reader, EndpointTeacher) and reader.batch:
-                what = "a judge is" if name == "evaluation.judge" else "prompt_logprobs are"
-                raise ValueError(f"{what} not asked by batch: leave {name}.batch out")
+        elif divergences and loss.temperature not in (1.0, *signals.temperatures):
+            why = "train.loss.temperature is not captured: add it to signals.temperatures"
+        if why:
+            raise ValueError(why)
         return self
 
     @property

@@ -4,10 +4,12 @@ import ipaddress
 import re
 import socket
 import unicodedata
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeAlias
 from urllib.parse import urlsplit
 
+import regex
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -52,8 +54,41 @@ def plain_revision(value: str) -> str:
     return value
 
 
+def plain_date(value: str) -> str:
+    """Accept a date as YYYY-MM-DD."""
+    try:
+        return date.fromisoformat(value).isoformat()
+    except ValueError:
+        raise ValueError("a date is written YYYY-MM-DD") from None
+
+
+def text_encoding(value: str) -> str:
+    """Accept an encoding of text that Python knows."""
+    try:
+        if b"a".decode(value) == "a":
+            return value
+    except (LookupError, ValueError):
+        pass
+    raise ValueError("no encoding of text that Python knows")
+
+
+def one_group(value: str) -> str:
+    """Accept a regular expression with one group."""
+    try:
+        if regex.compile(value).groups == 1:
+            return value
+    except regex.error as error:
+        raise ValueError(f"not a regular expression: {error}") from error
+    raise ValueError("the pattern needs exactly one group")
+
+
 File = Annotated[Path, AfterValidator(plain_path)]
 Revision = Annotated[str, AfterValidator(plain_revision)]
+Date = Annotated[str, AfterValidator(plain_date)]
+Encoding = Annotated[str, AfterValidator(text_encoding)]
+Pattern = Annotated[str, AfterValidator(one_group)]
+Name = Annotated[str, Field(pattern=rf"^{NAME.pattern}$")]
+ReleaseName = Annotated[str, Field(pattern=rf"^{MODEL.pattern}$")]
 
 
 def template_variables(value: dict[str, Any]) -> dict[str, Any]:
@@ -75,6 +110,9 @@ def checked_model(value: str) -> str:
     if not MODEL.fullmatch(value):
         raise ValueError("a model is NAME, OWNER/NAME, or a folder written as ./FOLDER or /FOLDER")
     return value
+
+
+ModelName = Annotated[str, AfterValidator(checked_model)]
 
 
 def checked_url(value: str, allow_insecure: bool = False) -> str:

@@ -1,7 +1,7 @@
 """Private text in documents: addresses, numbers and keys, masked before any prompt is made.
 
 What has the form of a private thing and passes its check (Luhn for cards, ISO 7064 for IBANs) is
-masked as `[EMAIL]`, `[PHONE]` and so on; the forms of keys are those of `distill.secret_patterns`.
+masked as `[EMAIL]`, `[PHONE]` and so on; the forms of keys stand in configs/secret_patterns.yaml.
 What standards set aside for examples (example.org, 555-0100, `password`) stays, so that
 documentation stays readable. Patterns cannot find all private text: names and postal addresses are
 not looked for. Every pattern is bounded, so that hostile text is read in linear time.
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from distill.records import Document
-from distill.secret_patterns import ADDRESS_PASSWORD, Form, forms_in, has_sign
+from distill.secret_patterns import Form, forms_in
 
 EXAMPLES = re.compile(
     r"(?:^|\.)(?:example(?:\.\w{2,3})?|test|invalid|localhost|local|domain\.com)$", re.I
@@ -125,10 +125,10 @@ def mask(text: str, forms: Iterable[Form] | None = None) -> tuple[str, Counter[s
 
         def replace(match: re.Match[str], form: Form = form) -> str:
             text = match[0]
-            if not form.check(match) or (form is ADDRESS_PASSWORD and is_example_host(match)):
+            if not form.check(match) or (form.kind == "password" and is_example_host(match)):
                 return text
             counts[form.kind] += 1
-            if form is ADDRESS_PASSWORD:  # with the user before it
+            if form.kind == "password":  # with the user before it
                 return "[PASSWORD]@"
             group = form.pattern.groups if form.kind == "key" else 0
             start, end = (place - match.start() for place in match.span(group))
@@ -156,7 +156,8 @@ def _mask_block(block: list[tuple[Document, str]]) -> Iterator[tuple[Document, C
         mine = [
             form
             for form in forms
-            if (gate.search(text) if (gate := GATES.get(form.kind)) else has_sign(form, text))
+            if ((gate := GATES.get(form.kind)) and gate.search(text))
+            or any(sign in text for sign in form.signs)
         ]
         yield mask_document(document, mine)
 

@@ -86,7 +86,7 @@ class Probe(NamedTuple):
 
 def load_probes(path: Path = PROBES) -> list[Probe]:
     """Return the probes that ship: each question with a null and an injected rival, some a copy."""
-    tree = parse_yaml(read_text(find_config(path)), path)
+    tree, _ = parse_yaml(read_text(find_config(path)), path)
     probes: list[Probe] = []
     for number, row in enumerate(tree["questions"]):
         rivals: dict[Kind, str] = {

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from distill.errors import DistillError, Exit
-from distill.secret_patterns import find_secrets, fingerprint
+from distill.secret_patterns import find_secrets
 
 HOMES = re.compile(r"(?:/home/|/Users/|[A-Z]:\\+Users\\+)[A-Za-z0-9._-]+[/\\]")
 SECRET_NAMES = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.I)
@@ -47,9 +47,7 @@ def findings(
         if (place := text.find(value)) >= 0:
             yield what, place, ""
     for secret in find_secrets(text, allowed):
-        mark = f"sha256:{fingerprint(text[secret.start : secret.end])[:12]}"
         what = "an address with credentials" if secret.name.startswith("address") else "a secret"
-        way_on = f"; if it is none, publish.allow_secrets=[{mark}] lets it pass"
-        yield f"{what} ({secret.name}, {mark})", secret.start, way_on
+        yield f"{what} ({secret.name}, {secret.mark})", secret.start, secret.way_on
     if generic and (match := HOMES.search(text)):
         yield "somebody's home folder", match.start(), ""

@@ -305,19 +305,15 @@ FROM_ANSWERS = {"teacher": LISTS, "signals": {"from_answers": True}}
     [
         (READ_AGAIN, {"signals": {"temperatures": [2.0]}}, "temperature 1 only"),
         (READ_AGAIN, {"train": {"loss": {**SOFT, "temperature": 2.0}}}, "temperature 1 only"),
-        (READ_AGAIN, {"signals": {"method": "sampled"}}, "no endpoint gives"),
-        (READ_AGAIN, {"train": {"loss": {**SOFT, "teacher": "live"}}}, "needs a local teacher"),
-        (READ_AGAIN, {"on_policy": {"rounds": 1}}, "needs a local teacher"),
+        (READ_AGAIN, {"signals": {"method": "sampled"}}, "temperature 1 only"),
+        (READ_AGAIN, {"train": {"loss": {**SOFT, "teacher": "live"}}}, "a local teacher must read"),
+        (READ_AGAIN, {"on_policy": {"rounds": 1}}, "a local teacher must read"),
         (READ_AGAIN, {"signals": {"model": "some/model"}}, "either model"),
         (READ_AGAIN, {"signals": {"endpoint": {"kind": "local", "model": "m"}}}, r"endpoint\.kind"),
         (FROM_ANSWERS, {"teacher": {"extra_body": {}}}, r"extra_body: \{logprobs: true"),
-        (
-            *(FROM_ANSWERS, {"teacher": {"kind": "local", "base_url": None, "extra_body": {}}}),
-            "kind: endpoint",
-        ),
         (FROM_ANSWERS, {"signals": {"model": "some/model"}}, "or from_answers is true"),
         (FROM_ANSWERS, {"signals": {"temperatures": [2.0]}}, "temperature 1 only"),
-        (FROM_ANSWERS, {"on_policy": {"rounds": 1}}, "needs a local teacher"),
+        (FROM_ANSWERS, {"on_policy": {"rounds": 1}}, "a local teacher must read"),
     ],
 )
 def test_what_no_server_can_do_is_said_with_the_config(way, changes, message):
