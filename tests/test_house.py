@@ -18,7 +18,8 @@ PACKAGE = ROOT / "distill"
 
 # From the ground up: a module imports from lower layers, and a folder's modules from each other.
 LAYERS = (
-    ("__init__", "errors", "formatting", "languages", "reasoning", "secret_patterns"),
+    ("__init__",),
+    ("errors", "formatting", "languages", "reasoning", "secret_patterns"),
     ("records", "callables"),
     ("config",),
     ("storage",),
