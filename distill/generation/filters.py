@@ -1,19 +1,15 @@
 """The filter stage: which answers are trained on. Every answer that is dropped keeps its reason.
 
 A filter takes a prompt and its response and returns a reason to drop it, or None; the first reason
-counts. Validation pairs are filtered like training pairs, so that the loss is measured on what is
-learned, and both where they hold text of a held-out prompt. Held-out pairs are never filtered: a
-teacher that fails there must score 0. Of several samples of a prompt, all that pass and differ in
-text are kept, which is rejection sampling where the task has a reference.
+counts. Held-out pairs are never filtered: a teacher that fails there must score 0. Of several
+samples of a prompt, all that pass and differ in text are kept: rejection sampling.
 """
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
-from rich.table import Table
 
 from distill.callables import find as find_callable
 from distill.callables import source_hash
@@ -27,7 +23,7 @@ from distill.languages import SPACELESS
 from distill.reasoning import join_thought
 from distill.records import SPLITS, Document, Pair, Prompt, Record, Response, Split
 from distill.storage.files import read_records, sha256_file, write_json, write_records
-from distill.storage.progress import console
+from distill.storage.progress import say
 from distill.storage.run_folder import Run
 from distill.tasks.checkers import check, needs_reference, strip_fence
 from distill.tasks.task import FindTask, Task, shipped, tasks_of_run
@@ -45,7 +41,6 @@ LOOPS = ((1, 60), (2, 30), (3, 20), (4, 6), (8, 4))
 MOST_REPEATED = 0.5  # of the word triples of prose may have occurred before
 TRIPLES, VOCABULARY = 30, 8  # with fewer of either, an answer is too short to judge by them
 PROSE = 100  # characters of a line, on average: verses and tables have shorter ones
-CONTAMINATED = "holds a held-out item"
 
 
 class Dropped(Record):
@@ -65,8 +60,7 @@ def main(run: Run) -> None:
     Raises DistillError (exit 3) where no row is left to train on.
     """
     sources = [run.path("prompts.jsonl"), run.path("questions.jsonl")]
-    rows = [row for path in sources if path.exists() for row in read_records(path, Prompt)]
-    prompts = {prompt.id: prompt for prompt in rows}
+    prompts = {p.id: p for path in sources if path.exists() for p in read_records(path, Prompt)}
     splits = {d.id: d.split for d in read_records(run.path("documents.jsonl"), Document)}
     pairs = [
         Pair(prompt=prompts[response.prompt_id], response=response)
@@ -76,13 +70,9 @@ def main(run: Run) -> None:
         (p for p in pairs if splits[p.prompt.document_id] != "heldout"),
         (p for p in prompts.values() if splits[p.document_id] == "heldout"),
     )
-
-    def holds_held_out(prompt: Prompt, response: Response) -> str | None:
-        return CONTAMINATED if response.id in contaminated else None
-
-    filters = [*active_filters(run.config.filters, tasks_of_run(run.folder)), holds_held_out]
-    dropped: list[Dropped] = []
-    dataset: dict[Split, list[Pair]] = {}
+    filters = active_filters(run.config.filters, tasks_of_run(run.folder))
+    filters.append(lambda p, r: "holds a held-out item" if r.id in contaminated else None)
+    dropped, dataset = list[Dropped](), dict[Split, list[Pair]]()
     for split in SPLITS:
         mine = [pair for pair in pairs if splits[pair.prompt.document_id] == split]
         if split != "heldout":
@@ -90,11 +80,12 @@ def main(run: Run) -> None:
         dataset[split] = mine
         write_records(run.path(f"dataset/{split}.jsonl"), mine)
     write_records(run.path("dropped.jsonl"), dropped)
-    counts = funnel(pairs, dataset, dropped)
-    write_json(run.path("funnel.json"), counts)
-    console.print(funnel_table(counts))
+    write_json(run.path("funnel.json"), funnel(pairs, dataset, dropped))
+    rows = [f"{len(mine)} kept for {split}" for split, mine in dataset.items()]
+    reasons = Counter(row.reason for row in dropped).most_common()
+    rows += [f"{count} dropped: {reason}" for reason, count in reasons]
+    say(f"filter: {len(pairs)} answers; {'; '.join(rows)}")
     if not dataset["train"]:
-        reasons = Counter(row.reason for row in dropped).most_common(1)
         most = f"{reasons[0][1]} of {len(pairs)} were {reasons[0][0]}" if reasons else "no answers"
         what, where = f"no row is left: {most}", run.path("dataset/train.jsonl")
         fix = "change filters or teacher.max_new_tokens; dropped.jsonl has the texts"
@@ -139,14 +130,12 @@ def sift(
 
     With `reasoning`, the teacher's stands before its answer, in a think block.
     """
-    results: list[Pair] = []
-    seen: set[tuple[str, str]] = set()
+    results, seen = list[Pair](), set[tuple[str, str]]()
     for pair in pairs:
         prompt, response = pair.prompt, pair.response
         reason = next((why for f in filters if (why := f(prompt, response))), None)
         answer = (prompt.id, response.text.strip())
-        reason = reason or ("same answer again" if answer in seen else None)
-        if reason:
+        if reason := reason or ("same answer again" if answer in seen else None):
             names = {"prompt_id": prompt.id, "response_id": response.id, "task": prompt.task}
             dropped.append(Dropped(**names, split=split, reason=reason, text=response.text))
             continue
@@ -175,8 +164,8 @@ def repetition(prompt: Prompt, response: Response) -> str | None:
         return "repetition"
     if again < LOOPS[-1][0]:
         return None
-    known = len(set(tokens)) >= VOCABULARY and len(text) > PROSE * len(text.splitlines())
-    if known and len(triples) >= TRIPLES and again > MOST_REPEATED * len(triples):
+    prose = len(set(tokens)) >= VOCABULARY and len(text) > PROSE * len(text.splitlines())
+    if prose and len(triples) >= TRIPLES and again > MOST_REPEATED * len(triples):
         return "repetition"
     numbers: dict[str, int] = {}
     tail = tokens[-TAIL:]
@@ -213,30 +202,19 @@ def rejected(task: Task | None, prompt: Prompt, response: Response, reason: str)
 
 
 def funnel(
-    pairs: Sequence[Pair], dataset: dict[Split, list[Pair]], dropped: Sequence[Dropped]
-) -> dict[str, Any]:
+    pairs: Sequence[Pair], dataset: Mapping[Split, Sequence[Pair]], dropped: Sequence[Dropped]
+) -> dict[str, object]:
     """Count what came in, what stayed by split, and what was dropped, for all and by task."""
-    tables = dict[str | None, dict[str, Any]]()
-    for task in (None, *sorted({pair.prompt.task for pair in pairs})):
-        mine = [pair.prompt.id for pair in pairs if task in (None, pair.prompt.task)]
-        reasons = Counter(row.reason for row in dropped if task in (None, row.task))
-        tables[task] = {"prompts": len({*mine}), "answers": len(mine)}
-        for split, rows in dataset.items():
-            stayed = sum(task in (None, pair.prompt.task) for pair in rows)
-            tables[task][f"kept_{split}"] = stayed
-        tables[task]["dropped"] = dict(reasons.most_common())
-    return tables.pop(None) | {"tasks": tables}
 
+    def counts(*tasks: str) -> dict[str, object]:
+        mine = [pair.prompt.id for pair in pairs if pair.prompt.task in tasks]
+        rows_of = {
+            f"kept_{split}": sum(pair.prompt.task in tasks for pair in rows)
+            for split, rows in dataset.items()
+        }
+        reasons = Counter(row.reason for row in dropped if row.task in tasks)
+        total = {"prompts": len({*mine}), "answers": len(mine)}
+        return {**total, **rows_of, "dropped": dict(reasons.most_common())}
 
-def funnel_table(counts: dict[str, Any]) -> Table:
-    """Lay the funnel out as a table: a column a task, a row a reason."""
-    names = list(counts["tasks"])
-    columns = [counts, *(counts["tasks"][name] for name in names)]
-    table = Table("", "all", *names, title="funnel")
-    for name in ("prompts", "answers"):
-        table.add_row(name, *(str(column[name]) for column in columns))
-    for reason in counts["dropped"]:
-        table.add_row(f"- {reason}", *(str(c["dropped"].get(reason, 0)) for c in columns))
-    for split in SPLITS:
-        table.add_row(f"kept, {split}", *(str(column[f"kept_{split}"]) for column in columns))
-    return table
+    tasks = sorted({pair.prompt.task for pair in pairs})
+    return {**counts(*tasks), "tasks": {task: counts(task) for task in tasks}}

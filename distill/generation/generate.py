@@ -1,11 +1,10 @@
 """The generate stage: the teacher's answers to the prompts, and its questions about documents.
 
-The requests are pure functions of the config and the run's files, so that a plan, a pilot and this
-stage mean the same ones.
+The requests are pure functions of the config and the run's files: a plan and a pilot mean the same.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -52,8 +51,7 @@ def main(run: Run, workers: Workers | None = None) -> None:
                 what, fix = "recorded answers write no questions", "use a local teacher"
                 raise DistillError(Exit.CONFIG, "prompts.questions", what, fix)
             groups = [question_requests(writing, teacher.origin, d) for d in documents.values()]
-            requests = [request for group in groups for request in group]
-            replies = iter(ask.responses(requests, "questions"))
+            replies = iter(ask.responses([one for group in groups for one in group], "questions"))
             for document, group in zip(documents.values(), groups, strict=True):
                 questions += written_prompts(writing, document, islice(replies, len(group)))
         write_records(run.path("questions.jsonl"), questions)
@@ -65,9 +63,8 @@ def main(run: Run, workers: Workers | None = None) -> None:
     write_records(run.path("responses.jsonl"), responses)
     if ask.count and isinstance(settings, StatedCost) and settings.dollars is not None:
         run.ledger.spend(dollars=settings.dollars, price="as stated in teacher.dollars")
-    run.note(
-        "teacher", {"model": teacher.model, "origin": teacher.origin, "answers": len(responses)}
-    )
+    facts = {"model": teacher.model, "origin": teacher.origin, "answers": len(responses)}
+    run.note("teacher", facts)
     line = f"generate: {len(responses)} answers to {len(prompts)} prompts"
     if errors := [response.error for response in responses if response.stop == "error"]:
         line += f", {len(errors)} of them failed (--redo generate asks those again), the last: "
@@ -84,18 +81,17 @@ def say_what_is_odd(responses: Sequence[Response]) -> None:
     notes = Counter(r.error for r in responses if r.error and r.stop in ("end", "length"))
     for note, count in notes.most_common():
         say(f"generate: {count} answers with {note}: taken for complete, unless at max_new_tokens")
-    left = sum(marked(response.text) for response in responses)
-    if left > MOST_MARKED * len(responses):
+    marks = sum(marked(response.text) for response in responses)
+    if marks > MOST_MARKED * len(responses):
         what = "hold a mark of reasoning that is no thought's beginning or end"
-        say(f"warning: {left} of {len(responses)} answers {what}: look at responses.jsonl")
+        say(f"warning: {marks} of {len(responses)} answers {what}: look at responses.jsonl")
 
 
 def require_turns(config: Config, prompts: Sequence[Prompt]) -> None:
     """Stop where the student's template refuses an order of turns; DistillError (exit 7)."""
     orders = {tuple(message.role for message in p.messages): p.messages for p in prompts}
-    student = config.student
     if rare := [m for order, m in orders.items() if order not in {("user",), ("system", "user")}]:
-        tokenizer = student_tokenizer(student, config.reasoning)
+        tokenizer = student_tokenizer(config.student, config.reasoning)
         for messages in rare:
             find_turn(tokenizer, messages, config.template_date)
 
@@ -118,34 +114,23 @@ def requests_of(
     origin: str,
     prompts: Iterable[Prompt],
     documents: Mapping[str, Document],
-    schemas: Mapping[str, Any] = {},
+    schemas: Mapping[str, dict[str, Any]] = {},
 ) -> list[Request]:
-    """Return the requests of all prompts, in their order."""
-    return [
-        request
-        for prompt in prompts
-        for request in requests_for(teacher, origin, prompt, documents[prompt.document_id], schemas)
-    ]
-
-
-def requests_for(
-    teacher: Teacher,
-    origin: str,
-    prompt: Prompt,
-    document: Document,
-    schemas: Mapping[str, Any] = {},
-) -> Iterator[Request]:
-    """Yield the requests of a prompt: `teacher.n` samples for training, else one.
+    """Return the requests of all prompts: `teacher.n` samples for training, else one each.
 
     Of recorded answers, all are samples. `schemas` are those that go with a question, by its task.
     """
-    sampling, schema = Sampling.of(teacher), schemas.get(prompt.task)
-    samples = teacher.n if teacher.answers_anything else max(1, len(document.recorded_answers))
-    for sample in range(samples if document.split == "train" else 1):
-        yield Request.make(origin, prompt.id, prompt.asked_of_teacher(), sampling, sample, schema)
+    requests, sampling = list[Request](), Sampling.of(teacher)
+    for prompt in prompts:
+        document = documents[prompt.document_id]
+        samples = teacher.n if teacher.answers_anything else max(1, len(document.recorded_answers))
+        messages, schema = prompt.asked_of_teacher(), schemas.get(prompt.task)
+        for sample in range(samples if document.split == "train" else 1):
+            requests.append(Request.make(origin, prompt.id, messages, sampling, sample, schema))
+    return requests
 
 
-def schemas_of(config: Config) -> dict[str, Any]:
+def schemas_of(config: Config) -> dict[str, dict[str, Any]]:
     """Return the JSON Schemas that a teacher is sent with the questions of a task, by its name."""
     teacher = config.teacher
     if not isinstance(teacher, EndpointTeacher) or teacher.response_format == "text":

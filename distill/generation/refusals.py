@@ -7,7 +7,6 @@ somebody else. A writer that cannot open the file, and then says what the error 
 
 import re
 import unicodedata
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +19,7 @@ from distill.config.yaml_file import find_config, read_table
 TABLE = Path("configs/refusals.yaml")
 HEAD = 300  # letters within which a refusal is declared
 LONG = 1200  # characters of an answer, whatever it begins with
-SAID = 24  # letters that make an answer, after a "but", or where only something is lacking
+ANSWERED = 24  # letters that make an answer, after a "but", or where only something is lacking
 EXPLAINED, REASON = 160, 40  # and elsewhere; shorter, it is why the writer declines
 QUOTED = tuple("\"'\u201c\u2018\u00ab\u201e\u300c\u300e`<{[|\u2014\u2013-")
 QUOTATIONS = re.compile(
@@ -37,11 +36,13 @@ MARKS = re.compile("[\u0300-\u036f\u0591-\u05c7\u064b-\u0652\u0640\u093c\u200b-\
 LETTERS = str.maketrans("\u2019\u2018\u0901\u0623\u0625\u0622", "''\u0902\u0627\u0627\u0627")
 
 
-def _compile(alternatives: Sequence[str]) -> re.Pattern[str]:
-    return re.compile(without_marks("|".join(alternatives)).replace(" ", r"\s+"))
-
-
-Alternatives = Annotated[re.Pattern[str], BeforeValidator(_compile, tuple[str, ...])]
+Alternatives = Annotated[
+    re.Pattern[str],
+    BeforeValidator(
+        lambda words: re.compile(without_marks("|".join(words)).replace(" ", r"\s+")),
+        tuple[str, ...],
+    ),
+]
 
 
 class Language(Section):
@@ -72,8 +73,7 @@ def is_refusal(text: str) -> bool:
     """Tell whether an answer declines and gives nothing."""
     if len(text) > LONG or text.lstrip("*_# \n").startswith(QUOTED):
         return False
-    text = without_marks(text).casefold().strip("*_# \n")
-    plain = QUOTATIONS.sub(" ", text)
+    plain = QUOTATIONS.sub(" ", without_marks(text).casefold().strip("*_# \n"))
     return any(_declines(plain, language) for language in known_languages())
 
 
@@ -81,14 +81,13 @@ def _declines(text: str, language: Language) -> bool:
     refusal = language.declines.search(text, 0, HEAD)
     if refusal is None or language.letters.match(text):
         return False
-    if text[: refusal.start()].rstrip().endswith((":", "\uff1a")):  # it is told what somebody says
+    if text[: refusal.start()].rstrip().endswith((":", "\uff1a")):  # what somebody else says
         return False
     if sum(1 for _ in SENTENCE.finditer(text, 0, refusal.start())) > 2:
         return False
-    rest = text[refusal.end() :]
-    sentences = SENTENCE.split(rest)
+    sentences = SENTENCE.split(text[refusal.end() :])
     lacking = language.lacks.search(refusal[0] + sentences[0][:60])
-    said = explained = 0
+    answer = explanation = 0  # letters
     for number, sentence in enumerate(sentences):
         for turned, clause in enumerate(language.but.split(sentence, 1)):
             if language.offers.search(clause) or language.declines.search(clause):
@@ -96,11 +95,11 @@ def _declines(text: str, language: Language) -> bool:
                     break
                 continue
             if not number and not turned:  # what is left of the sentence that declines
-                kept = lacking or GIVES.search(clause)
-                clause = CLAUSE.split(clause, 1)[-1] if kept else ""
+                content = lacking or GIVES.search(clause)
+                clause = CLAUSE.split(clause, 1)[-1] if content else ""
             size = len(clause) + 2 * len(WIDE.findall(clause))
             if turned or GIVES.search(clause):
-                said += size
+                answer += size
             else:
-                explained += size if number else max(0, size - REASON)
-    return said < SAID and explained < (SAID if lacking else EXPLAINED)
+                explanation += size if number else max(0, size - REASON)
+    return answer < ANSWERED and explanation < (ANSWERED if lacking else EXPLAINED)

@@ -27,12 +27,10 @@ ADOPTED = "adopted"  # record of the store: the origin that an older one's answe
 class Ask(ExitStack):
     """Asks one responder for what the store lacks, while its block is open.
 
-    The store is opened once, to be read; a writer's lock is held only while something is asked.
     Other runs may ask meanwhile: what one of them is getting is waited for, and asked for only
-    where that run ends without it.
-    What is spent enters the ledger of the run `payer`: of a local model as answers come, of an
-    endpoint at the end of the block, also after an error. `again` asks anew what a server has
-    replied to without an answer; `workers` are the processes of the launch, where several answer.
+    where that run ends without it. What is spent enters the ledger of the run `payer`: of a local
+    model as answers come, of an endpoint at the end of the block, also after an error. `again` asks
+    anew what a server has replied to without an answer; `workers` are the processes of the launch.
     `count` is the number of answers that came now.
     """
 
@@ -60,13 +58,12 @@ class Ask(ExitStack):
         Raises DistillError (exit 4) where every request failed, which is the fault of none of them.
         """
         answered: dict[str, Response] = {}
-        responses, failed = list[Response](), 0
+        responses = list[Response]()
         for request in self.fetch(requests, title, answered):
             # where none came: how the request failed, or what another process has stored since
             response = answered.get(request.id) or self.store.response(request)
             responses.append(response.model_copy(update={"prompt_id": request.prompt_id}))
-            failed += response.stop == "error"
-        if responses and failed == len(responses):
+        if responses and all(response.stop == "error" for response in responses):
             what = f"all {len(responses)} requests failed, the last: {responses[-1].error}"
             fix = "see to the server, then ask again with --redo"
             raise DistillError(Exit.TEACHER, self.responder.model, what, fix)
@@ -80,28 +77,25 @@ class Ask(ExitStack):
         Returns the requests by the store's keys. Into `answered` goes the response to each that has
         one, by its id: each reply is read once, as it comes or before others are asked for.
         """
-        requests, adopted = self._under_old_keys(requests)
+        requests, former = self._under_old_keys(requests)
+        store, responder = self.store, self.responder
         if answered is not None:
-            stored = (one for one in requests if ("response", one.id) in self.store)
-            answered |= {request.id: self.store.response(request) for request in stored}
-        if not adopted and not self.store.lacking(requests, self.again):
+            stored = (one for one in requests if ("response", one.id) in store)
+            answered |= {request.id: store.response(request) for request in stored}
+        if not former and not store.lacking(requests, self.again):
             return requests
-        with self.store.writing(shared=True):
-            if adopted:
-                former = self.responder.old_origin  # pyright: ignore
-                self.store.append([(ADOPTED, former, self.responder.origin)])
-                what = f"stored under the hash of {self.responder.model}'s weights alone"
-                now = "count as answers of the model as it is now"
-                say(f"{title}: {adopted} answers are {what}, and {now}")
-            take_over(self.store)  # what other processes of a killed launch have left
-            asked, waiting = set[str](), False
-            while missing := [
-                one for one in self.store.lacking(requests, self.again) if one.id not in asked
-            ]:
-                ours = self.store.claim([request.id for request in missing])
-                asked |= ours
+        with store.writing(shared=True):
+            if former:
+                store.append([(ADOPTED, former, responder.origin)])
+                what = f"answers under the hash of {responder.model}'s weights alone"
+                say(f"{title}: {what} count as those of the model as it is now")
+            take_over(store)  # what other processes of a killed launch have left
+            tried, waiting = set[str](), False
+            while missing := [r for r in store.lacking(requests, self.again) if r.id not in tried]:
+                ours = store.claim([request.id for request in missing])
+                tried |= ours
                 claimed = [one for one in missing if one.id in ours]
-                if mine := self.store.lacking(claimed, self.again):  # others have stored since
+                if mine := store.lacking(claimed, self.again):  # others have stored since
                     self._ask_for(mine, title, answered)
                 elif not ours:
                     if not waiting:
@@ -128,24 +122,24 @@ class Ask(ExitStack):
                 if answered is not None and not raw.error:
                     answered[raw.id] = raw.response("")
 
-    def _under_old_keys(self, requests: Sequence[Request]) -> tuple[list[Request], int]:
-        """Return the requests, by old keys where only these have an answer, and how many are new.
+    def _under_old_keys(self, requests: Sequence[Request]) -> tuple[list[Request], str | None]:
+        """Return the requests, by old keys where only these have an answer, and the old origin
+        where its answers are taken for the first time.
 
         An earlier distill knew a model in a folder by its weights alone (`old_origin`). Its answers
-        are those of the first model that asks for them: they are not found any more once a file of
-        that folder has changed.
+        are those of the first model that asks for them.
         """
         store, origin = self.store, self.responder.origin
         former: str | None = getattr(self.responder, "old_origin", None)
         if former is None or (store.get(ADOPTED, former) or origin) != origin:
-            return list(requests), 0
-        renamed, count = [], 0
+            return list(requests), None
+        renamed = list[Request]()
         for one in requests:
             old = Request.make(former, one.prompt_id, one.messages, one.sampling, one.sample)
             only_old = ("response", one.id) not in store and ("response", old.id) in store
             renamed.append(old if only_old else one)
-            count += only_old and old.key != one.key
-        return renamed, 0 if (ADOPTED, former) in store else count
+        fresh = renamed != list(requests) and (ADOPTED, former) not in store
+        return renamed, former if fresh else None
 
     def _stored(self, missing: Sequence[Request]) -> Generator[Raw, None, None]:
         """Yield the raw answers, each once it is stored, by this process or another worker."""

@@ -1,9 +1,7 @@
 """Answers without a model here: from a file, the corpus, or a function of the user's program.
 
 With canned ones whoever builds on this can test a pipeline offline. A file holds JSON lines, each
-with the text of the last user turn and its answer: {"prompt": "...", "answer": "..."}. Recorded
-ones came with the corpus; model, license and cost are as the user stated them. A function is given
-to `distill.run(...)`: messages in, an answer out.
+with the text of the last user turn and its answer: {"prompt": "...", "answer": "..."}.
 """
 
 import hashlib
@@ -39,14 +37,13 @@ class CannedResponder:
     def load(cls, path: Path, model: str = "canned") -> "CannedResponder":
         """Read answers from JSON lines; raises DistillError (exit 3) with the line of any error."""
         answers: dict[str, str] = {}
-        for number, line in enumerate(_lines(path), 1):
+        for number, line in enumerate(_text(path).split("\n"), 1):
             if not line.strip():
                 continue
             try:
                 row = CannedAnswer.model_validate_json(line)
             except ValueError:
-                fix = 'write {"prompt": "...", "answer": "..."}'
-                what = "is no canned answer"
+                what, fix = "is no canned answer", 'write {"prompt": "...", "answer": "..."}'
                 raise DistillError(Exit.INPUT, f"{path}:{number}", what, fix) from None
             answers[row.prompt] = row.answer
         return cls(answers, model=model)
@@ -63,11 +60,12 @@ class CannedResponder:
 
 
 class RecordedResponder:
-    """Answers with what the corpus recorded, by prompt."""
+    """Answers with what the corpus recorded, by prompt; model and cost are as the user stated."""
 
-    def __init__(self, recorded: Mapping[str, Document], model: str) -> None:
-        self.recorded, self.model = recorded, model
-        answers = {key: d.meta["recorded_answer"] for key, d in recorded.items()}
+    def __init__(self, sources: Mapping[str, Document], model: str) -> None:
+        self.sources = {key: d for key, d in sources.items() if "recorded_answer" in d.meta}
+        self.model = model
+        answers = {key: d.meta["recorded_answer"] for key, d in self.sources.items()}
         self.origin = digest({"recorded": answers, "model": model})
 
     def ask(self, requests: Sequence[Request]) -> Iterator[Raw]:
@@ -75,15 +73,15 @@ class RecordedResponder:
 
         Raises DistillError (exit 3) where no prompt has any.
         """
-        if not self.recorded:
+        lack = "no recorded answer in the corpus"
+        if not self.sources:
             where = f"prompt {requests[0].prompt_id} ({requests[0].messages[-1].content[:40]!r})"
-            what = "no recorded answer in the corpus"
             fix = "end each conversation with the assistant's turn, or choose another teacher"
-            raise DistillError(Exit.INPUT, where, what, fix)
+            raise DistillError(Exit.INPUT, where, lack, fix)
         for request in requests:
-            document = self.recorded.get(request.prompt_id)
+            document = self.sources.get(request.prompt_id)
             if document is None:
-                yield Raw.failed(request, "no recorded answer in the corpus", self.model)
+                yield Raw.failed(request, lack, self.model)
                 continue
             answer = document.recorded_answers[request.sample]
             model = answer.get("model") or document.meta.get("recorded_model") or self.model
@@ -126,33 +124,25 @@ def make(
         return FunctionResponder(teacher.responder, teacher.model)
     if isinstance(teacher, CannedTeacher):
         return CannedResponder.load(teacher.answers, teacher.model or "canned")
-    sources = circumstances.sources.items()
-    recorded = {key: d for key, d in sources if "recorded_answer" in d.meta}
-    return RecordedResponder(recorded, teacher.model or "unknown")
+    return RecordedResponder(circumstances.sources, teacher.model or "unknown")
 
 
 def raw_text(request: Request, text: str, model: str) -> Raw:
     """Wrap a text as a raw answer; its length is estimated in words, for want of a tokenizer."""
-    words = len(" ".join(m.content for m in request.messages).split())
+    words = sum(len(m.content.split()) for m in request.messages)
     usage = Usage(input_tokens=words, output_tokens=len(text.split()), estimated=True)
-    return Raw(
-        key=request.key,
-        sample=request.sample,
-        model=model,
-        stop="end",
-        usage=usage,
-        body={"text": text},
-    )
+    facts = {"key": request.key, "sample": request.sample, "model": model, "usage": usage}
+    return Raw(**facts, stop="end", body={"text": text})
 
 
 def answers_hash(path: Path) -> str:
     """Hash a file of canned answers; raises DistillError (exit 3) where it cannot be read."""
-    return hashlib.sha256("\n".join(_lines(path)).encode()).hexdigest()[:32]
+    return hashlib.sha256(_text(path).encode()).hexdigest()[:32]
 
 
-def _lines(path: Path) -> list[str]:
+def _text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig").split("\n")
+        return path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         what = getattr(error, "strerror", None) or "is not UTF-8"
         raise DistillError(Exit.INPUT, path, what, "check teacher.answers") from None

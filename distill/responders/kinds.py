@@ -1,8 +1,7 @@
 """The kinds of responder: one line each.
 
-A new kind is a class of settings in config/teachers.py, a module, and a line here. The module has
-`make(settings, circumstances)`, and is imported when something is asked; `identity` pins its
-answers, as part of a stage's fingerprint, and loads nothing heavy.
+A kind's module has `make(settings, circumstances)`, and is imported when something is asked;
+`identity` pins its answers, as part of a stage's fingerprint, and loads nothing heavy.
 """
 
 from collections.abc import Callable, Mapping
@@ -44,9 +43,8 @@ def make_responder(
 
     A local one loads its weights only when something is asked.
     """
-    circumstances = Circumstances(
-        config.name, config.template_date, config.evaluation.prices, sources or {}
-    )
+    prices, date = config.evaluation.prices, config.template_date
+    circumstances = Circumstances(config.name, date, prices, sources or {})
     module = import_module(f"distill.responders.{KINDS[settings.kind][0]}")
     return module.make(settings, circumstances)
 

@@ -66,31 +66,21 @@ class TokenPrice(Record):
     def in_batch(self) -> "TokenPrice":
         """Return the price of answers that come by batch; where no discount is known it is this."""
         share = 1 - (self.batch_discount or 0)
-        cached = self.dollars_per_million_cached_input
-        reduced = {
-            "dollars_per_million_input": self.dollars_per_million_input * share,
-            "dollars_per_million_output": self.dollars_per_million_output * share,
-            "dollars_per_million_cached_input": None if cached is None else cached * share,
-        }
+        names = [f"dollars_per_million_{kind}" for kind in ("input", "output", "cached_input")]
+        full = {name: getattr(self, name) for name in names}
+        reduced = {name: price and price * share for name, price in full.items()}
         return self.model_copy(update={**reduced, "batch_discount": None})
 
 
 Price = TypeVar("Price", MachinePrice, TokenPrice)
 
 
-class PriceTable(Record):
-    """A file of prices."""
-
-    machines: tuple[MachinePrice, ...] = ()
-    tokens: tuple[TokenPrice, ...] = ()
-
-
 class PriceBook(Record):
     """Rows in order of precedence, read on one day; older than MAX_AGE_DAYS none is used."""
 
-    today: date
-    machines: tuple[MachinePrice, ...]
-    tokens: tuple[TokenPrice, ...]
+    machines: tuple[MachinePrice, ...] = ()
+    tokens: tuple[TokenPrice, ...] = ()
+    today: date = Field(default_factory=date.today)
 
     def machine(self, name: str | None) -> MachinePrice | None:
         """Return the hourly price of the machine called `name`, or None."""
@@ -107,17 +97,18 @@ class PriceBook(Record):
         """Return why `machine(name)` is None."""
         if name is None:
             return "evaluation.machine is not set, so time has no price"
-        if any(row.name == name for row in self.machines):
-            return f"the price of {name} is older than {MAX_AGE_DAYS} days"
-        names = ", ".join(dict.fromkeys(row.name for row in self.machines))
-        return f"the price table has no machine {name} (it has {names})"
+        return _why_none("machine", name, [row.name for row in self.machines])
 
     def why_no_teacher(self, model: str) -> str:
         """Return why `teacher(model)` is None."""
-        if any(fnmatchcase(model, row.model) for row in self.tokens):
-            return f"the list price of {model} is older than {MAX_AGE_DAYS} days"
-        names = ", ".join(dict.fromkeys(row.model.strip("*") for row in self.tokens))
-        return f"the price table has no model {model} (it has {names})"
+        return _why_none("model", model, [row.model for row in self.tokens])
+
+
+def _why_none(kind: str, name: str, patterns: list[str]) -> str:
+    if any(fnmatchcase(name, pattern) for pattern in patterns):
+        return f"the list price of {name} is older than {MAX_AGE_DAYS} days"
+    names = ", ".join(dict.fromkeys(pattern.strip("*") for pattern in patterns))
+    return f"the price table has no {kind} {name} (it has {names})"
 
 
 def load_prices(path: Path | None = None, today: date | None = None) -> PriceBook:
@@ -126,10 +117,10 @@ def load_prices(path: Path | None = None, today: date | None = None) -> PriceBoo
     Raises DistillError (exit 2) where a file is missing or a row is wrong.
     """
     fix = "see configs/prices.yaml for the form"
-    paths = [find_config(path)] if path else []
-    tables = [read_table(place, PriceTable, fix) for place in (*paths, find_config(SHIPPED))]
+    places = [find_config(place) for place in (path, SHIPPED) if place]
+    books = [read_table(place, PriceBook, fix) for place in places]
     return PriceBook(
+        machines=tuple(row for book in books for row in book.machines),
+        tokens=tuple(row for book in books for row in book.tokens),
         today=today or date.today(),
-        machines=tuple(row for table in tables for row in table.machines),
-        tokens=tuple(row for table in tables for row in table.tokens),
     )

@@ -30,15 +30,21 @@ class Sampling(Record):
     @classmethod
     def of(cls, settings: Teacher) -> "Sampling":
         """Return how a teacher or a judge samples."""
-        return cls(
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            max_new_tokens=settings.max_new_tokens,
-        )
+        return cls(**{name: getattr(settings, name) for name in cls.model_fields})
 
 
 def origin_of(settings: EndpointTeacher) -> str:
     """Return the hash of all that shapes an endpoint's answers beside a request, replicas aside."""
+    shaping = {
+        "endpoint": settings.base_urls[0],
+        "api": settings.api,
+        "model": settings.model,
+        "revision": settings.revision,
+        "extra": settings.extra_body,
+        "omit": sorted(settings.omit),
+        "max_tokens_field": settings.max_tokens_field,
+        "wire": VERSION,
+    }
     # what came later is left out where it is not set, so that what was stored is found
     later = {
         "template": settings.chat_template_kwargs,
@@ -46,19 +52,7 @@ def origin_of(settings: EndpointTeacher) -> str:
         "api_version": settings.api_version,
         "headers": {n: v for n, v in settings.headers.items() if not FROM_ENVIRONMENT.search(v)},
     }
-    return digest(
-        {
-            "endpoint": settings.base_urls[0],
-            "api": settings.api,
-            "model": settings.model,
-            "revision": settings.revision,
-            "extra": settings.extra_body,
-            "omit": sorted(settings.omit),
-            "max_tokens_field": settings.max_tokens_field,
-            "wire": VERSION,
-            **{name: value for name, value in later.items() if value},
-        }
-    )
+    return digest(shaping | {name: value for name, value in later.items() if value})
 
 
 class Request(Record):
@@ -89,31 +83,21 @@ class Request(Record):
     ) -> "Request":
         """Build a request; `origin`, a responder's, identifies model, weights and chat template."""
         # Field by field: a field that is added to these classes must not change stored keys
-        shape = {
+        fields = ("temperature", "top_p", "max_new_tokens")
+        shape: dict[str, object] = {
             "origin": origin,
             "messages": [{"role": m.role, "content": m.content} for m in messages],
-            "sampling": {
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "max_new_tokens": sampling.max_new_tokens,
-            },
-            **({"output_schema": output_schema} if output_schema else {}),
+            "sampling": {name: getattr(sampling, name) for name in fields},
         }
-        return cls(
-            key=digest(shape),
-            sample=sample,
-            prompt_id=prompt_id,
-            messages=messages,
-            sampling=sampling,
-            output_schema=output_schema,
-        )
+        if output_schema:
+            shape["output_schema"] = output_schema
+        facts = {"sample": sample, "prompt_id": prompt_id, "messages": messages}
+        return cls(key=digest(shape), **facts, sampling=sampling, output_schema=output_schema)
 
 
 class Scoring(Request):
-    """A text as token ids, at each of which a server lists its distribution.
-
-    Only the one token that no server goes without is sampled. Another `sample` asks again.
-    """
+    """A text as token ids, at each of which a server lists its distribution; one token, which no
+    server goes without, is sampled."""
 
     ids: tuple[int, ...]
 
@@ -128,9 +112,8 @@ class Scoring(Request):
 class Raw(Record):
     """One answer exactly as it came, before anything is read from it: this is what the store keeps.
 
-    `body` holds at least `text`; a local model adds the ids that it sampled, its end token
-    included. An endpoint's body holds the bytes of the reply (see wire.pack), and its `stop` is
-    None.
+    `body` holds at least `text`, and of a local model the ids that it sampled. An endpoint's body
+    holds the bytes of the reply (see wire.pack), and its `stop` is None.
     """
 
     key: str
@@ -144,14 +127,8 @@ class Raw(Record):
     @classmethod
     def failed(cls, request: Request, error: str, model: str = "") -> "Raw":
         """Return what stands for an answer that did not come; it is never stored."""
-        return cls(
-            key=request.key,
-            sample=request.sample,
-            model=model,
-            stop="error",
-            body={"text": ""},
-            error=error,
-        )
+        facts = {"key": request.key, "sample": request.sample, "model": model}
+        return cls(**facts, stop="error", body={"text": ""}, error=error)
 
     @property
     def id(self) -> str:
@@ -166,13 +143,8 @@ class Raw(Record):
         text, reasoning = str(self.body["text"]), self.body.get("reasoning")
         if reasoning is None:
             text, reasoning = split_reasoning(text)
-        return Reply(
-            text=text,
-            reasoning=reasoning,
-            stop=self.stop or "error",
-            usage=self.usage,
-            error=self.error,
-        )
+        stop = self.stop or "error"
+        return Reply(text=text, reasoning=reasoning, stop=stop, usage=self.usage, error=self.error)
 
     def response(self, prompt_id: str) -> Response:
         """Return the response to a prompt. Log-probabilities, fifty times its size, stay behind."""
@@ -183,12 +155,9 @@ class Raw(Record):
             sample=self.sample,
             prompt_id=prompt_id,
             model=reply.model or self.model,
-            text=reply.text,
-            reasoning=reply.reasoning,
-            stop=reply.stop,
+            **{name: getattr(reply, name) for name in ("text", "reasoning", "stop", "error")},
             usage=reply.usage.model_copy(update={"seconds": self.usage.seconds}),
             raw_sha256=sha256 or hashlib.sha256(canonical(self.body)).hexdigest(),
-            error=reply.error,
         )
 
 
@@ -227,11 +196,8 @@ class Plan(Record):
 
 @runtime_checkable
 class Planner(Protocol):
-    """A responder whose answers depend, in the last bits, on what shares the batch.
-
-    Its plans are recorded before they are asked and rerun in full when unfinished: same plan, same
-    answers.
-    """
+    """A responder whose answers depend, in the last bits, on what shares the batch: same plan, same
+    answers."""
 
     def plan(self, requests: Sequence[Request]) -> list[Plan]:
         """Divide requests into plans; the result depends on the requests, not on their order."""
@@ -250,9 +216,7 @@ class Planner(Protocol):
 class Buyer(Protocol):
     """A responder that is paid: it stores each attempt before it is sent, and what comes."""
 
-    def buy(
-        self, requests: Sequence[Request], store: "ResponseStore"
-    ) -> Generator[Raw, None, None]:
+    def buy(self, requests: Sequence[Request], store: "ResponseStore") -> Generator[Raw]:
         """Yield one raw answer a request, stored already unless it failed."""
         ...
 

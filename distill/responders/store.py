@@ -1,12 +1,7 @@
 """The store of answers that all runs share: what was planned, what was asked, and what came.
 
-A store is opened once a stage, when each of its lines is checked. A reply is read once too: what it
-took is remembered, so that the account of money need not read it again. Money itself is counted in
-endpoint/budget.py.
-
-Plans of answers that depend on what shares the batch are recorded before they are asked, and rerun
-in full when unfinished. So an interrupted run ends with the same bytes as one that was not, and it
-does not matter which process answers which plan.
+A store is opened once a stage, when each of its lines is checked, and a reply is read once. What
+the replies cost is counted in endpoint/budget.py.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -76,11 +71,13 @@ class ResponseStore(Log):
     """The log of requests and answers, by the id of the response that a request becomes.
 
     The first reply to a request stands under that id; what came when it had failed, and was asked
-    again, under its attempt.
+    again, under its attempt. Plans of answers that depend on what shares the batch are recorded
+    before they are asked and rerun in full when unfinished, so an interrupted run ends with the
+    same bytes as one that was not.
     """
 
-    def __init__(self, folder: Path, writable: bool = True, writer: str = "") -> None:
-        super().__init__(folder, writable, writer)
+    def __init__(self, folder: Path, writable: bool = True) -> None:
+        super().__init__(folder, writable)
         self._bills: dict[str, Bill] = {}  # of the replies that were read, by their keys
 
     def attempts_at(self, identifier: str) -> int:
@@ -93,12 +90,15 @@ class ResponseStore(Log):
             number += 1
         return number
 
+    def _attempt_keys(self, identifier: str) -> Iterator[str]:
+        """Yield the keys of the attempts at a request, the newest first."""
+        for number in reversed(range(self.attempts_at(identifier))):
+            yield attempt_key(identifier, number)
+
     def reply_keys(self, identifier: str) -> Iterator[str]:
         """Yield the keys of the stored replies to a request, the newest first."""
-        numbers = reversed(range(self.attempts_at(identifier)))
-        for key in (*(attempt_key(identifier, number) for number in numbers), identifier):
-            if ("response", key) in self:
-                yield key
+        keys = (*self._attempt_keys(identifier), identifier)
+        return (key for key in keys if ("response", key) in self)
 
     def raw(self, key: str) -> Raw:
         """Return the reply under a key, read, and remember its bill."""
@@ -119,10 +119,8 @@ class ResponseStore(Log):
 
     def errors(self, identifier: str) -> Iterator[str]:
         """Yield how the attempts at a request failed, the last first."""
-        for number in reversed(range(self.attempts_at(identifier))):
-            outcome = self.get("outcome", attempt_key(identifier, number))
-            if outcome is not None:
-                yield str(outcome["what"])
+        outcomes = (self.get("outcome", key) for key in self._attempt_keys(identifier))
+        return (str(outcome["what"]) for outcome in outcomes if outcome is not None)
 
     def responses(self, request: Request) -> Iterator[Response]:
         """Yield the replies to a request, the newest first, then its errors, the last first."""
@@ -161,18 +159,14 @@ class ResponseStore(Log):
                 progress = {"file": sent.get("file", ""), "sent": sent.get("at"), "name": name}
                 yield Job.model_validate({**(self.get("batch", key) or {}), "id": key, **progress})
 
-    def unfinished(self, missing: Sequence[Request]) -> list[Plan]:
-        """Return the stored plans that hold a missing request, in the order they were stored."""
-        ids = {request.id for request in missing}
-        plans = [Plan.model_validate(self.get("plan", key)) for key in self.keys("plan")]
-        return [plan for plan in plans if any(request.id in ids for request in plan.requests)]
-
     def planned(self, planner: Planner, missing: Sequence[Request]) -> list[Plan]:
         """Return the stored plans that bring what is missing: unfinished ones, then new ones.
 
         What does not fit any more, on a smaller GPU or by a lowered setting, is planned again.
         """
-        unfinished = self.unfinished(missing)
+        lacking = {request.id for request in missing}
+        stored = (Plan.model_validate(self.get("plan", key)) for key in self.keys("plan"))
+        unfinished = [p for p in stored if any(request.id in lacking for request in p.requests)]
         begun = [plan for plan in unfinished if planner.fits(plan)]
         if large := len(unfinished) - len(begun):
             what = f"{large} unfinished plans have more rows at once than fit now"

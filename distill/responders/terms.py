@@ -1,17 +1,15 @@
 """The terms book: may a teacher's answers train another model, and what does a student then owe?
 
-Read strictly: what configs/terms.yaml does not know is not allowed, until the config states what
-allows it. It holds facts about texts that were read, each with its link and day, and is no legal
-advice.
+What configs/terms.yaml does not know is not allowed, until the config states what allows it. It
+holds facts about texts that were read, each with its link and day, and is no legal advice.
 """
 
-import hashlib
 import ipaddress
 from collections.abc import Sequence
 from datetime import date
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from pydantic import model_validator
@@ -21,9 +19,10 @@ from distill.config.yaml_file import find_config, read_table
 from distill.errors import DistillError, Exit
 from distill.models.registry import hub_id, is_folder, lookup
 from distill.records import Record
+from distill.storage.files import sha256_file
 
 TABLE = Path("configs/terms.yaml")
-SAID = {"yes": "yes", "duties": "yes, with duties", "no": "no", "unknown": "not known"}
+WORDS = {"yes": "yes", "duties": "yes, with duties", "no": "no", "unknown": "not known"}
 STATE = 'state what allows it: terms.basis="license agreement YYYY-MM with ..."'
 OWN = 'say what allows it: terms.basis="our own model", or the license and where it came from'
 
@@ -104,11 +103,11 @@ class Verdict(Record):
 
     def lines(self) -> list[str]:
         """Return the verdict, the texts, the obligations and the basis."""
-        head = f"may the answers of {self.teacher} train another model? {SAID[self.word]}"
+        head = f"may the answers of {self.teacher} train another model? {WORDS[self.word]}"
         basis = [f"stated basis: {self.basis}"] if self.basis else []
         return [head, *(text.line() for text in self.texts), *self.obligations(), *basis]
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """Return the verdict for the manifest."""
         return {
             "teacher": self.teacher,
@@ -117,7 +116,7 @@ class Verdict(Record):
             "texts": [text.line() for text in self.texts],
             "duties": self.obligations(),
             "unknown": list(self.unknown),
-            "table_sha256": hashlib.sha256(find_config(TABLE).read_bytes()).hexdigest(),
+            "table_sha256": sha256_file(find_config(TABLE)),
         }
 
 
@@ -126,10 +125,15 @@ class TermsBook(NamedTuple):
 
     rows: tuple[TermsText, ...]
 
+    def _first(self, field: str, name: str) -> TermsText | None:
+        for row in self.rows if name else ():
+            if any(fnmatchcase(name.lower(), p.lower()) for p in getattr(row, field)):
+                return row
+        return None
+
     def of_model(self, name: str, license: str | None = None) -> TermsText | None:
         """Return the text of a model by its Hub id or served name, else by its license; or None."""
-        by_name = self._first("teachers", name)
-        return by_name or (self._first("licenses", license) if license else None)
+        return self._first("teachers", name) or self._first("licenses", license or "")
 
     def verdict(
         self,
@@ -142,18 +146,10 @@ class TermsBook(NamedTuple):
         by_host = {host: self._first("hosts", host) for host in hosts if is_public(host)}
         by_model = self.of_model(model, license)
         decided = bool(by_host) and all(row and row.own_models for row in by_host.values())
-        unknown = [f"host {host}" for host, row in by_host.items() if row is None]
-        if by_model is None and not decided:
-            unknown.insert(0, f"model {model}")
+        unknown = [] if by_model or decided else [f"model {model}"]
+        unknown += [f"host {host}" for host, row in by_host.items() if row is None]
         texts = dict.fromkeys(row for row in (by_model, *by_host.values()) if row)
         return Verdict(teacher=model, texts=tuple(texts), unknown=tuple(unknown), basis=basis)
-
-    def _first(self, field: str, name: str) -> TermsText | None:
-        """Return the first row with a pattern that fits."""
-        for row in self.rows:
-            if any(fnmatchcase(name.lower(), p.lower()) for p in getattr(row, field)):
-                return row
-        return None
 
 
 def is_public(host: str) -> bool:
@@ -191,9 +187,9 @@ def judge_teacher(teacher: Teacher, basis: str | None = None) -> Verdict:
 def require_terms(teacher: Teacher, basis: str | None = None) -> Verdict:
     """Return the verdict on a teacher; raises DistillError (exit 10) where it is no."""
     verdict = judge_teacher(teacher, basis)
+    what, fix = f"{TABLE} does not know {' and '.join(verdict.unknown)}", f"{STATE}, or add a row"
     if verdict.allowed:
         return verdict
-    what, fix = f"{TABLE} does not know {' and '.join(verdict.unknown)}", f"{STATE}, or add a row"
     if verdict.word == "no":
         forbidden = next(text for text in verdict.texts if text.may_train == "no")
         what, fix = f"forbidden by {forbidden.line()}", STATE

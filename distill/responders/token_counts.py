@@ -28,14 +28,14 @@ def token_counter(model: str) -> Callable[[str], int] | None:
     if registry.is_folder(model):
         folders = [Path(model)]
     paths = [folder / "tokenizer.json" for folder in folders]
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None and not registry.is_folder(model):
+    if not registry.is_folder(model):
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
 
         with suppress(HFValidationError):  # what a server calls a model need be no name of the Hub
             cached = try_to_load_from_cache(registry.hub_id(model) or model, "tokenizer.json")
-            path = Path(cached) if isinstance(cached, str) else None
+            paths += [Path(cached)] if isinstance(cached, str) else []
+    path = next((path for path in paths if path.is_file()), None)
     if path is None:
         return None
     from tokenizers import Tokenizer
@@ -59,20 +59,19 @@ def least_tokens(request: Request, model: str) -> int:
 def recounted(
     responses: Sequence[Response], requests: Sequence[Request], model: str
 ) -> list[Response]:
-    """Return the responses to `requests` with estimated usage counted by the tokenizer of `model`.
+    """Return the responses with estimated usage counted by the tokenizer of `model`, if it is here.
 
-    It stays marked as estimated. The template's own tokens are not counted. Without a tokenizer the
-    estimate by bytes stays. The account of what was paid does not use it: there such an answer is
-    in doubt.
+    It stays marked as estimated: the account of what was paid does not use it. The template's own
+    tokens are not counted.
     """
     counted = list[Response]()
     for response, request in zip(responses, requests, strict=True):
         if response.usage.estimated and (count := token_counter(model)):
-            read = sum(count(message.content) for message in request.messages)
-            written = count((response.reasoning or "") + response.text)
-            tokens = {"input_tokens": read, "output_tokens": written}
-            response = response.model_copy(
-                update={"usage": response.usage.model_copy(update=tokens)}
-            )
+            tokens = {
+                "input_tokens": sum(count(message.content) for message in request.messages),
+                "output_tokens": count((response.reasoning or "") + response.text),
+            }
+            usage = response.usage.model_copy(update=tokens)
+            response = response.model_copy(update={"usage": usage})
         counted.append(response)
     return counted

@@ -1,8 +1,4 @@
-"""What a run is made with and by: code, versions, processor, GPU, threads, processes.
-
-`accelerate launch --cpu --num_processes 2` starts one process and says nothing; so how many were
-asked for is read from the config and from the launcher's command line, and held against the count.
-"""
+"""What a run is made with and by: code, versions, processor, GPU, threads, processes."""
 
 import ctypes
 import hashlib
@@ -51,11 +47,8 @@ def environment() -> dict[str, object]:
 
 
 def gpu_facts() -> dict[str, object]:
-    """Return the GPU that this process computes on, its driver and CUDA; empty where it has none.
-
-    Torch, which knows, is imported only where a driver says that there may be one.
-    """
-    if not any(path.exists() for path in DRIVERS):
+    """Return the GPU that this process computes on, its driver and CUDA; {} where it has none."""
+    if not any(path.exists() for path in DRIVERS):  # so that torch need not be imported
         return {}
     import torch
 
@@ -63,15 +56,18 @@ def gpu_facts() -> dict[str, object]:
         return {}
     place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     properties = torch.cuda.get_device_properties(place)
-    facts = {"gpu": properties.name, "gpu_memory": properties.total_memory}
-    cuda = torch.version.cuda or f"ROCm {torch.version.hip}"
-    return {**facts, "driver": driver_version(DRIVERS[0]), "cuda": cuda}
+    return {
+        "gpu": properties.name,
+        "gpu_memory": properties.total_memory,
+        "driver": driver_version(DRIVERS[0]),
+        "cuda": torch.version.cuda or f"ROCm {torch.version.hip}",
+    }
 
 
 def driver_version(path: Path) -> str | None:
     """Return the version of NVIDIA's driver by the file in which it says it, if it is loaded."""
-    found = re.search(r"\d+\.\d+[.\d]*", path.read_text()) if path.exists() else None
-    return found and found[0]
+    match = re.search(r"\d+\.\d+[.\d]*", path.read_text()) if path.exists() else None
+    return match and match[0]
 
 
 @cache
@@ -101,24 +97,22 @@ def revision() -> str | None:
     if not (root / ".git").exists():
         return None
 
-    def git(*words: str) -> str:  # `describe --dirty` would lock the index, which a commit needs
-        command = ["git", "--no-optional-locks", "-C", str(root), *words]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
-
-    try:
-        commit = git("describe", "--always", "--abbrev=12")
-        changes = git("status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return f"{commit}+" if commit and changes else commit or None
+    lines = list[str]()
+    # `describe --dirty` would lock the index, which a commit needs
+    for words in ("describe --always --abbrev=12", "status --porcelain --untracked-files=no"):
+        command = ["git", "--no-optional-locks", "-C", str(root), *words.split()]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        lines.append(done.stdout.strip())
+    return lines[0] + "+" * bool(lines[0] and lines[1]) or None
 
 
 def cpu_facts() -> dict[str, str]:
     """Return the first processor's fields of /proc/cpuinfo; empty where there is none."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return {}
+    path = Path("/proc/cpuinfo")
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
     return {key.strip(): value.strip() for key, _, value in pairs}
 
@@ -144,8 +138,8 @@ def launcher_command() -> str:
 def check_world(stated: Mapping[str, int | None], world: int, script: str, code: Exit) -> None:
     """Stop with `code` where `world` processes run, and a source of `stated` says another number.
 
-    The launcher's command line is such a source too, and Slurm's step where nothing else launched
-    its tasks: they would know nothing of each other.
+    `accelerate launch --cpu --num_processes 2` starts one and says nothing: so the launcher's
+    command line is such a source too, and Slurm's step where nothing else launched its tasks.
     """
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if tasks > 1 and "WORLD_SIZE" not in os.environ:

@@ -1,9 +1,8 @@
 """What a run recorded about its own files, and whether they still are what was recorded.
 
-The manifest's seal covers the hash of every stage's marker, and a marker holds the hash of every
-file that its stage wrote. So one number, the seal, stands for the complete run. It shows damage and
-edits; whoever rewrites files, markers and seal together is found only by somebody who wrote the
-seal down.
+The manifest's seal covers the hash of every stage's marker, and a marker that of every file of its
+stage: one number stands for the run. Whoever rewrites files, markers and seal together is found
+only by somebody who wrote the seal down.
 """
 
 import hashlib
@@ -17,7 +16,6 @@ from distill.records import LedgerEntry
 from distill.storage.files import read_json, sha256_file
 from distill.storage.run_folder import SEAL, Stage, sealed
 
-CheckState = Literal["same", "differs", "missing", "skipped"]
 MANIFEST, CONFIG, LEDGER = "manifest.json", "config.json", "ledger.jsonl"
 # A lock, what --redo set aside, a release that was not finished
 APART = (".lock", ".old", ".release")
@@ -28,8 +26,13 @@ class Check(NamedTuple):
 
     kind: str
     what: str
-    state: CheckState
+    state: Literal["same", "differs", "missing", "skipped"]
     where: str = ""
+
+
+def verdict(kind: str, what: str, same: bool, where: str = "not as recorded") -> Check:
+    """Return the check of something that is the same, or differs for the reason given."""
+    return Check(kind, what, "same") if same else Check(kind, what, "differs", where)
 
 
 class RunEvidence:
@@ -39,21 +42,17 @@ class RunEvidence:
     """
 
     def __init__(self, folder: Path, stages: Sequence[Stage]) -> None:
-        self.folder, self.manifest = folder, self._json(folder / MANIFEST)
-        done, markers = self.manifest.get("stages", {}), {s: _marker(s.name) for s in stages}
-        self.markers = {
-            stage: self._json(folder / marker)
-            for stage, marker in markers.items()
-            if stage.name in done or (folder / marker).exists()
-        }
+        def tree(name: str) -> dict[str, Any]:
+            try:
+                facts = read_json(folder / name)
+            except DistillError:
+                return {}
+            return facts if isinstance(facts, dict) else {}
 
-    @staticmethod
-    def _json(path: Path) -> dict[str, Any]:
-        try:
-            tree = read_json(path)
-        except DistillError:
-            return {}
-        return tree if isinstance(tree, dict) else {}
+        self.folder, self.manifest = folder, tree(MANIFEST)
+        done = self.manifest.get("stages", {})
+        performed = [s for s in stages if s.name in done or (folder / s.marker).exists()]
+        self.markers = {stage: tree(stage.marker) for stage in performed}
 
     @cached_property
     def hashes(self) -> dict[str, str | None]:
@@ -61,7 +60,7 @@ class RunEvidence:
         hashes: dict[str, str | None] = {CONFIG: self.manifest.get("config_sha256")}
         for stage, marker in self.markers.items():
             facts = self.manifest.get("stages", {}).get(stage.name, {})
-            hashes |= {_marker(stage.name): facts.get("marker"), **marker.get("outputs", {})}
+            hashes |= {stage.marker: facts.get("marker"), **marker.get("outputs", {})}
         for files in self.manifest.get("sources", {}).get("external", {}).values():
             hashes |= files
         return hashes | self.manifest.get("release", {})
@@ -85,24 +84,15 @@ class RunEvidence:
                 entry = LedgerEntry.from_line(line)
             except ValueError:
                 return None
-            before, size = size, size + len(line)
             if (entry.stage, entry.started) == (stage, begun):
-                end = size if after else before
+                end = size + len(line) * after
+            size += len(line)
         return None if end is None else content[:end]
 
     def outside(self) -> list[str]:
         """Return the run's files of which nothing was recorded: a change in them is not seen."""
         files = [p.relative_to(self.folder) for p in self.folder.rglob("*") if p.is_file()]
         return sorted({f.as_posix() for f in files} - {MANIFEST, LEDGER, *self.hashes})
-
-
-def _marker(stage: str) -> str:
-    return f"stages/{stage}.json"
-
-
-def verdict(kind: str, what: str, same: bool, where: str = "not as recorded") -> Check:
-    """Return the check of something that is the same, or differs for the reason given."""
-    return Check(kind, what, "same") if same else Check(kind, what, "differs", where)
 
 
 def check_files(evidence: RunEvidence) -> Iterator[Check]:
@@ -113,22 +103,20 @@ def check_files(evidence: RunEvidence) -> Iterator[Check]:
     path = evidence.folder / MANIFEST
     if path.is_file():
         facts = {key: value for key, value in evidence.manifest.items() if key != SEAL}
-        intact = path.read_bytes() == sealed(facts).encode()
-        yield verdict("run", MANIFEST, intact, "not as sealed")
+        yield verdict("run", MANIFEST, path.read_bytes() == sealed(facts).encode(), "not as sealed")
     else:
         yield Check("run", MANIFEST, "missing", "the file is not there")
     yield evidence.compared("run", CONFIG)
     for stage, marker in evidence.markers.items():
         kind = stage.name
-        yield evidence.compared(kind, _marker(kind))
+        yield evidence.compared(kind, stage.marker)
         if not marker.get("outputs"):
             yield Check(kind, kind, "missing", "no finished stage says what it wrote")
             continue
         for name in marker["outputs"]:
             yield evidence.compared(kind, name)
         for name in stage.inputs:
-            read = marker.get("fingerprint", {}).get(f"file {name}")
-            if read != evidence.hashes.get(name):
+            if marker.get("fingerprint", {}).get(f"file {name}") != evidence.hashes.get(name):
                 yield Check(kind, name, "differs", f"{kind} read another file of that name")
         ledger = hashlib.sha256(evidence.ledger_at(kind, after=True) or b"").hexdigest()
         yield verdict(kind, f"{LEDGER} up to {kind}", ledger == marker.get("ledger"))

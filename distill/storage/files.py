@@ -24,17 +24,11 @@ from distill.storage.progress import say
 
 R = TypeVar("R", bound=Record)
 REMAKE, MISSING = "remake it with --redo STAGE", ("is missing", "run the stage that makes it")
-MAKE_WRITABLE, FREE_SPACE = "make it writable, then run again", "free space, then run again"
 WAYS_OUT = {
-    errno.ENOSPC: FREE_SPACE,
-    errno.EDQUOT: FREE_SPACE,
-    errno.EROFS: MAKE_WRITABLE,
-    errno.EACCES: MAKE_WRITABLE,
-    errno.EPERM: MAKE_WRITABLE,
-    errno.EMFILE: "raise the limit of open files (ulimit -n), then run again",
-    errno.ENOENT: "check the path",
-    errno.ENOTDIR: "check the path",
-    errno.EISDIR: "check the path",
+    "free space": (errno.ENOSPC, errno.EDQUOT),
+    "make it writable": (errno.EROFS, errno.EACCES, errno.EPERM),
+    "raise the limit of open files (ulimit -n)": (errno.EMFILE,),
+    "check the path": (errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
 }
 MOMENT = 2.0  # seconds in which others that share a lock hold it alone, to tidy up
 # What a mounted drive answers that knows no locks, or no fsync of a folder
@@ -48,7 +42,8 @@ def disk_errors(where: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        fix = WAYS_OUT.get(error.errno or 0, "check the disk, then run again")
+        ways = (way for way, codes in WAYS_OUT.items() if error.errno in codes)
+        fix = f"{next(ways, 'check the disk')}, then run again"
         raise DistillError(Exit.STATE, error.filename or where, reason, fix) from None
     except SafetensorError as error:  # of a full disk too
         what, fix = f"could not be written: {error}", "free space, then run again"
@@ -119,18 +114,9 @@ def read_json(path: Path) -> Any:
             raise DistillError(Exit.STATE, path, "is damaged", REMAKE) from None
 
 
-def write_records(path: Path, records: Iterable[Record]) -> int:
-    """Write records as JSON lines, one at a time, atomically, and return how many."""
-    count = 0
-
-    def lines() -> Iterator[bytes]:
-        nonlocal count
-        for record in records:
-            count += 1
-            yield record.to_line().encode() + b"\n"
-
-    write_atomic(path, lines())
-    return count
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Write records as JSON lines, one at a time, atomically."""
+    write_atomic(path, (record.to_line().encode() + b"\n" for record in records))
 
 
 def read_records(path: Path, kind: type[R], torn: bool = False) -> list[R]:
@@ -227,9 +213,12 @@ def folder_lock(folder: Path, shared: bool = False, patience: float = 0.0) -> It
                             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
                         break
             except BlockingIOError:
-                if time.monotonic() >= end:
-                    what, fix = f"lock held by pid {_holder(handle)}", "wait for it, or end it"
+                holder = os.pread(handle, 32, 0).decode("ascii", "replace")
+                # a new holder writes its pid over a dead one's just after it locked
+                late = time.monotonic() >= end + (not holder.isdigit() or not alive(int(holder)))
+                if late:
                     os.close(handle)
+                    what, fix = f"lock held by pid {holder or 'unknown'}", "wait for it, or end it"
                     raise DistillError(Exit.STATE, folder, what, fix) from None
                 time.sleep(0.01)
             os.close(handle)
@@ -239,44 +228,29 @@ def folder_lock(folder: Path, shared: bool = False, patience: float = 0.0) -> It
         os.close(handle)
 
 
-def is_locked(folder: Path) -> bool:
-    """Tell whether a process holds the lock of a folder."""
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        _lock(folder, handle, shared=False)
-        return False
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-
-
 def _lock(folder: Path, handle: int, shared: bool) -> bool:
     """Lock a file; return whether nobody shares it. Raises BlockingIOError where it is held."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if not shared:
-            raise
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
+        return True
     except OSError as error:
-        if error.errno not in NOT_OFFERED:
+        if shared and isinstance(error, BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        elif error.errno in NOT_OFFERED:
+            say(f"{folder}: its drive has no locks; see that nothing else writes there")
+        else:
             raise
-        say(f"{folder}: its drive has no locks; see that nothing else writes there")
-        return False
-    return True
+    return False
 
 
-def _holder(handle: int) -> str:
-    """Return the holder's pid, which it writes over a dead one's just after it locked."""
-    pid = ""
-    for _ in range(20):
-        pid = os.pread(handle, 32, 0).decode("ascii", "replace")
-        if pid.isdigit() and alive(int(pid)):
-            break
-        time.sleep(0.01)
-    return pid or "unknown"
+def is_locked(folder: Path) -> bool:
+    """Tell whether a process holds the lock of a folder."""
+    try:
+        with (folder / ".lock").open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # where there is no such file, nobody has been there
+        return isinstance(error, BlockingIOError)
+    return False
 
 
 def alive(pid: int) -> bool:

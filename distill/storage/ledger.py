@@ -42,10 +42,9 @@ class Ledger:
             return
         tokens = {"input_tokens": input_tokens, "output_tokens": output_tokens}
         facts = {"stage": self._stage, "started": now(), "seconds": 0.0, **tokens, **more}
-        entry = LedgerEntry.model_validate(facts)
         path = self.stages / (self._stage + SPENT)
         with disk_errors(path), path.open("a", encoding="utf-8") as file:
-            file.write(entry.to_line() + "\n")
+            file.write(LedgerEntry.model_validate(facts).to_line() + "\n")
 
     @contextmanager
     def joining(self, stage: str) -> Iterator[None]:
@@ -89,33 +88,23 @@ class Ledger:
         for name in sorted({stage, *spending}):
             marker = self.stages / f"{name}.json"
             begun = read_json(marker).get("begun") if marker.exists() else None
-            if any(entry.stage == name and entry.started == begun for entry in self.entries()):
+            if any((entry.stage, entry.started) == (name, begun) for entry in self.entries()):
                 (self.stages / (name + SPENT)).unlink(missing_ok=True)  # killed after its entry
             elif begun:
                 alive = marker.stat().st_mtime - datetime.fromisoformat(begun).timestamp()
                 self._enter(name, begun, max(alive, 0.0), "killed")
 
     def _enter(self, stage: str, started: str, seconds: float, note: str) -> None:
-        """Write a stage's entry, with the sum of what it has spent."""
+        """Write a stage's entry, with the sum of what it has spent; None where nothing is known."""
         path = self.stages / (stage + SPENT)
         parts = read_records(path, LedgerEntry, torn=True) if path.exists() else []
-
-        def total(name: str) -> Decimal | None:
-            """Return the sum of the known amounts, or None where there is none."""
-            amounts = [amount for part in parts if (amount := getattr(part, name)) is not None]
-            return sum(amounts, Decimal(0)) if amounts else None
-
-        entry = LedgerEntry(
-            stage=stage,
-            started=started,
-            seconds=seconds,
-            dollars=total("dollars"),
-            price=next((part.price for part in reversed(parts) if part.price), None),
-            unknown_dollars=total("unknown_dollars"),
-            note=note,
-            **{name: sum(getattr(part, name) for part in parts) for name in COUNTS},
-        )
-        append_record(self.path, entry)
+        sums: dict[str, object] = {n: sum(getattr(part, n) for part in parts) for n in COUNTS}
+        for name in ("dollars", "unknown_dollars"):
+            amounts = [getattr(part, name) for part in parts if getattr(part, name) is not None]
+            sums[name] = sum(amounts, Decimal(0)) if amounts else None
+        price = next((part.price for part in reversed(parts) if part.price), None)
+        facts = {"stage": stage, "started": started, "seconds": seconds, "note": note, **sums}
+        append_record(self.path, LedgerEntry.model_validate({**facts, "price": price}))
         path.unlink(missing_ok=True)
 
 

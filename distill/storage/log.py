@@ -1,25 +1,21 @@
 """Append-only logs of checksummed records: what is paid for is on the disk before anything goes on.
 
 A log is a folder of segments; a line of a segment is `SHA256 KIND KEY JSON`, where the hash covers
-what follows it. A writer appends to segments of its own, from `00000001.jsonl` or
-`WRITER-00000001.jsonl` on, and readers take all segments: writers share no file, so several may
-write at once. What one of them is about to store it claims, in a file that counts while it lives.
-Where two writers stored one key, the first segment by name counts.
-
-`append` returns after fsync, so what it returned for is there after a kill or a power cut. A torn
-tail (a write that was cut off) is moved to `torn/` when a writer opens the log. Damage anywhere
-else stops with exit 5 and names `distill repair` (storage/repair.py).
+what follows it. Each writer appends to segments of its own (`00000001.jsonl`, `w2-00000001.jsonl`)
+and readers take all, so several may write at once; of two records of one key the first counts.
 """
 
+import asyncio
 import hashlib
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Self
+from typing import Any, BinaryIO, Self
 
 from distill.errors import DistillError, Exit
 from distill.records import canonical
@@ -36,7 +32,6 @@ from distill.storage.progress import say
 
 BLOCK = 1 << 20  # bytes read at once
 OFFSET = 40  # bits of a position that are the first byte; those above are the segment
-NEWLINE = ord("\n")
 WRITERS, CLAIMS = "writers", "claims.json"  # of each process that writes, in a folder of its own
 CLAIMING = 60.0  # seconds to wait for others that are claiming
 VERSION = 1  # of the lines that this code reads and writes
@@ -45,14 +40,7 @@ SEGMENT = re.compile(r"(?:(\w+)-)?(\d{8})\.jsonl", re.ASCII)
 UNFINISHED = {"repair": ".repaired", "compact": ".compacted"}
 
 NewRecord = tuple[str, str, object]  # kind, key, body
-
-
-class StoredRecord(NamedTuple):
-    """A record as a line holds it: its kind, its key, and its body as JSON."""
-
-    kind: str
-    key: str
-    body: bytes
+StoredRecord = tuple[str, str, bytes]  # kind, key, body as JSON
 
 
 def encode_line(kind: str, key: str, body: object) -> bytes:
@@ -69,7 +57,7 @@ def decode_line(line: bytes) -> StoredRecord | None:
     if line[:65] != hashlib.sha256(text).hexdigest().encode() + b" ":
         return None
     kind, key, body = text.split(b" ", 2)
-    return StoredRecord(kind.decode(), key.decode(), body)
+    return kind.decode(), key.decode(), body
 
 
 def scan(segment: Path, offset: int = 0) -> Iterator[tuple[int, bytes, StoredRecord | None]]:
@@ -77,12 +65,12 @@ def scan(segment: Path, offset: int = 0) -> Iterator[tuple[int, bytes, StoredRec
     with segment.open("rb", buffering=BLOCK) as file:
         file.seek(offset)
         for data in file:
-            yield offset, data, decode_line(data[:-1] if data[-1] == NEWLINE else data)
+            yield offset, data, decode_line(data.removesuffix(b"\n"))
             offset += len(data)
 
 
 def writer_of(segment: Path) -> str:
-    """Return the writer of a segment; most have no name."""
+    """Return the writer of a segment; the first has no name."""
     return segment.name.rpartition("-")[0]
 
 
@@ -95,8 +83,8 @@ def segments(folder: Path, check: bool = True) -> list[Path]:
     number, writer = 0, ""
     for path in paths if check else ():
         number, writer = (number + 1 if writer_of(path) == writer else 1), writer_of(path)
-        if int(path.stem[-8:]) != number:
-            raise damaged(folder, folder, f"segment {_name(writer, number)[:-6]} is missing")
+        if path.name != (name := _name(writer, number)):
+            raise damaged(folder, folder, f"segment {name[:-6]} is missing")
     return paths
 
 
@@ -134,77 +122,84 @@ def refuse_half_copy(folder: Path, but: str = "") -> None:
             raise DistillError(Exit.STATE, folder, what, f"distill {verb} {folder}")
 
 
-class Log:
+@dataclass
+class Segment:
+    """A segment that is open to be read, and how many of its bytes were checked.
+
+    A reader goes on in the open file while a copy takes its place.
+    """
+
+    path: Path
+    file: BinaryIO
+    size: int = 0
+
+    def is_current(self) -> bool:
+        """Tell whether its path still leads to it: no copy, and nothing was taken back."""
+        opened = os.fstat(self.file.fileno())
+        same = self.path.exists() and os.path.samestat(self.path.stat(), opened)
+        return same and opened.st_size >= self.size
+
+
+class Log(ExitStack):
     """An append-only folder of checksummed records, by kind and key; any number of readers.
 
-    Opening checks every line, and keeps in memory where each record lies, not what it holds.
-    `writer` names whose segments are appended to. A log that was opened to be read can become the
-    writer's for a while (`writing`): it then reads no more than what others have added.
+    Opening checks every line, and keeps in memory where each record lies, not what it holds. A log
+    that was opened to be read can become the writer's for a while (`writing`): it then reads no
+    more than what others have added.
     """
 
     SEGMENT_BYTES = 256 << 20  # a segment that has reached this is followed by a new one
 
-    def __init__(self, folder: Path, writable: bool = True, writer: str = "") -> None:
-        self.folder, self.writable, self.writer = folder, writable, writer
+    def __init__(self, folder: Path, writable: bool = True) -> None:
+        super().__init__()
+        self.folder, self.writable, self.writer = folder, writable, ""
         self._shared, self.place = False, folder  # place: of the locks and claims of this writer
         self.index: dict[str, dict[str, int]] = {}  # kind to key to the record's position
         self.torn = 0
-        # of each segment its place in these lists, its file, and how much of it was checked
-        self._segments: dict[str, int] = {}
-        self._files: list[BinaryIO] = []
-        self._sizes: list[int] = []
+        self._segments: list[Segment] = []
         self._handle, self._number, self._current = -1, 0, 0  # of the segment that is written
         self._sound = False  # False from the start of a write until it is known to be on the disk
         self._seen: dict[str, int] = {}  # records of a kind that `news` has given
-        self._undo = ExitStack()
 
     def __enter__(self) -> Self:
-        with ExitStack() as undo:
-            undo.callback(self._close_files)
+        self.callback(self._close_files)
+        try:
             if self.writable:
-                undo.enter_context(self.writing())
+                self.enter_context(self.writing())
             else:
                 refuse_half_copy(self.folder)
                 self._load()
-            self._undo = undo.pop_all()
+        except BaseException:
+            self.close()
+            raise
         return self
-
-    def __exit__(self, *error: object) -> None:
-        self._undo.close()
 
     @contextmanager
     def writing(self, shared: bool = False) -> Iterator[None]:
         """Hold the writer's lock inside the block, and read first what was added since.
 
-        With `shared` other processes write at the same time, each as a writer of its own.
+        With `shared` other processes write at the same time, each under the first name that no
+        other has; most often that is none.
         """
         refuse_half_copy(self.folder)
         with ExitStack() as locks:
             locks.enter_context(folder_lock(self.folder, shared))
             if shared:
-                self._take_name(locks)
+                with folder_lock(self.folder / WRITERS, patience=CLAIMING):
+                    places = ((n, self.folder / WRITERS / str(n)) for n in count(1))
+                    number, self.place = next(one for one in places if not is_locked(one[1]))
+                    locks.enter_context(folder_lock(self.place))
+                    (self.place / CLAIMS).unlink(missing_ok=True)  # of a process that died
+                self.writer = f"w{number}" if number > 1 else ""
             self.writable, self._shared = True, shared
             try:
                 self._load()
+                self._sound = True
                 yield
             finally:
                 if self._handle >= 0:
                     os.close(self._handle)
                 self._handle, self._sound, self.writable = -1, False, False
-
-    def _take_name(self, locks: ExitStack) -> None:
-        """Write under the first name that no other process has; most often that is none."""
-        for number in count(1):
-            self.place = self.folder / WRITERS / str(number)
-            try:
-                locks.enter_context(folder_lock(self.place))
-            except DistillError as error:
-                if not error.what.startswith("lock held"):
-                    raise
-                continue
-            (self.place / CLAIMS).unlink(missing_ok=True)  # of a process that died
-            self.writer = f"w{number}" if number > 1 else ""
-            return
 
     def claim(self, keys: Sequence[str]) -> set[str]:
         """Return those of `keys` that no other process has claimed: they are ours till the next.
@@ -212,8 +207,7 @@ class Log:
         What others have written is read first. For who writes `shared`.
         """
         with folder_lock(self.folder / WRITERS, patience=CLAIMING):
-            with disk_errors(self.folder):
-                self._read_news(segments(self.folder))
+            self._load()
             ours = set(keys)
             for place in (self.folder / WRITERS).glob("[0-9]*"):
                 if place != self.place and (place / CLAIMS).exists() and is_locked(place):
@@ -222,8 +216,8 @@ class Log:
         return ours
 
     def _close_files(self) -> None:
-        for file in self._files:
-            file.close()
+        for segment in self._segments:
+            segment.file.close()
 
     def _load(self) -> None:
         """Check the version and every line not checked yet, and open the writer's last segment."""
@@ -234,40 +228,25 @@ class Log:
                 raise damaged(self.folder / "version.json", self.folder, "no store version")
             if not version and self.writable:
                 write_json(self.folder / "version.json", {"version": VERSION})
-            self._read_news(paths)
+            if not all(segment.is_current() for segment in self._segments):
+                self._close_files()
+                self._segments, self.index, self._seen = [], {}, {}
+            self.torn, last = 0, {writer_of(path): path for path in paths}
+            for path in paths:
+                self._index_segment(path, last[writer_of(path)] == path)
             if self.writable:
                 self._append_to(max(1, sum(writer_of(path) == self.writer for path in paths)))
-                self._sound = True
                 if self.torn:
                     what = f"{self.torn} record cut off while being written, moved to torn/"
                     say(f"{self.folder}: {what}")
 
-    def _read_news(self, paths: Sequence[Path]) -> None:
-        """Check every line of the segments that was not checked yet."""
-        self.torn = 0
-        if not all(map(self._intact, self._segments)):
-            self._close_files()
-            self._segments, self._files, self._sizes = {}, [], []
-            self.index, self._seen = {}, {}
-        last = {writer_of(path): path for path in paths}
-        for path in paths:
-            self._index_segment(path, last[writer_of(path)] == path)
-        if self._handle >= 0:
-            self._current = self._open(self.folder / _name(self.writer, self._number))
-
     def _open(self, path: Path) -> int:
-        """Open a segment to be read: a reader goes on in these files while a copy replaces them."""
-        if path.name not in self._segments:
-            self._files.append(path.open("rb"))
-            self._sizes.append(0)
-        return self._segments.setdefault(path.name, len(self._files) - 1)
-
-    def _intact(self, name: str) -> bool:
-        """Tell whether a segment is the one that was read: no copy, and nothing was taken back."""
-        segment, path = self._segments[name], self.folder / name
-        opened = os.fstat(self._files[segment].fileno())
-        same = path.exists() and os.path.samestat(path.stat(), opened)
-        return same and opened.st_size >= self._sizes[segment]
+        """Return the number of a segment, which is opened to be read the first time."""
+        for number, segment in enumerate(self._segments):
+            if segment.path == path:
+                return number
+        self._segments.append(Segment(path, path.open("rb")))
+        return len(self._segments) - 1
 
     def _index_segment(self, path: Path, last: bool) -> None:
         """Note where each record lies in what is new of a segment.
@@ -276,10 +255,11 @@ class Log:
         it is torn, and moved to `torn/`, named by its position and content: a crash here only
         repeats the move. No line after it is read: a writer beside this reader may be adding some.
         """
-        segment = self._open(path)
-        ours = self.writable and (not self._shared or writer_of(path) == self.writer)
-        for offset, data, record in scan(path, offset=self._sizes[segment]):
-            position, complete = segment << OFFSET | offset, data[-1] == NEWLINE
+        number = self._open(path)
+        segment, writer = self._segments[number], writer_of(path)
+        ours = self.writable and (not self._shared or writer == self.writer)
+        for offset, data, record in scan(path, segment.size):
+            complete, what = data.endswith(b"\n"), "damaged record"
             if record is None and last and not complete:
                 self.torn += ours or not self.writable
                 if ours:
@@ -288,21 +268,21 @@ class Log:
                     os.truncate(path, offset)
                     _extend(path, b"")
                 return
-            what = "damaged record"
-            if record is not None and (complete or last):
-                first = self.index.setdefault(record.kind, {}).setdefault(record.key, position)
-                other = Path(self._files[first >> OFFSET].name) if first != position else None
-                same_writer = other and writer_of(other) == writer_of(path)
-                what = f"{record.kind} {record.key} stands a second time" if same_writer else ""
+            if record is not None and (last or complete):
+                position = number << OFFSET | offset
+                kind, key, _ = record
+                first = self.index.setdefault(kind, {}).setdefault(key, position)
+                other = first != position and writer_of(self._segments[first >> OFFSET].path)
+                what = f"{kind} {key} stands a second time" if other == writer else ""
             if what:
-                number = path.read_bytes()[:offset].count(b"\n") + 1
-                raise damaged(f"{path}:{number}", self.folder, what)
-            if complete:
-                self._sizes[segment] = offset + len(data)
-            elif ours:
-                _extend(path, b"\n")
-                self._sizes[segment] = offset + len(data) + 1
+                line = path.read_bytes()[:offset].count(b"\n") + 1
+                raise damaged(f"{path}:{line}", self.folder, what)
+            if not complete:
+                if ours:
+                    _extend(path, b"\n")
+                    segment.size = offset + len(data) + 1
                 return
+            segment.size = offset + len(data)
 
     def _append_to(self, number: int) -> None:
         """Make the writer's segment `number` the one that is written; a new one is made durably."""
@@ -332,23 +312,29 @@ class Log:
             return 0
         self._sound = False
         with disk_errors(self.folder):
-            if self._sizes[self._current] >= self.SEGMENT_BYTES:
+            if self._segments[self._current].size >= self.SEGMENT_BYTES:
                 self._append_to(self._number + 1)
-            data = memoryview(b"".join(fresh.values()))
+            segment, data = self._segments[self._current], memoryview(b"".join(fresh.values()))
             try:
                 while data:
                     data = data[os.write(self._handle, data) :]
                 os.fsync(self._handle)
             except OSError:
                 with suppress(OSError):  # what stays is a torn tail, which the next opening moves
-                    os.ftruncate(self._handle, self._sizes[self._current])
+                    os.ftruncate(self._handle, segment.size)
                 raise
         for (kind, key), line in fresh.items():
-            position = self._current << OFFSET | self._sizes[self._current]
-            self.index.setdefault(kind, {})[key] = position
-            self._sizes[self._current] += len(line)
+            self.index.setdefault(kind, {})[key] = self._current << OFFSET | segment.size
+            segment.size += len(line)
         self._sound = True
         return len(fresh)
+
+    def copy(self, records: Iterable[NewRecord]) -> int:
+        """Append many records, a thousand an fsync; return how many were new."""
+        source, new = iter(records), 0
+        while group := list(islice(source, 1000)):
+            new += self.append(group)
+        return new
 
     def __contains__(self, record: tuple[str, str]) -> bool:
         kind, key = record
@@ -359,13 +345,13 @@ class Log:
         position = self.index.get(kind, {}).get(key)
         if position is None:
             return None
-        file, offset = self._files[position >> OFFSET], position & (1 << OFFSET) - 1
+        file, offset = self._segments[position >> OFFSET].file, position & (1 << OFFSET) - 1
         with disk_errors(self.folder):
             file.seek(offset)
             record = decode_line(file.readline().removesuffix(b"\n"))
-        if record is None or (record.kind, record.key) != (kind, key):
+        if record is None or record[:2] != (kind, key):
             raise damaged(f"{file.name} at byte {offset}", self.folder)
-        return json.loads(record.body)
+        return json.loads(record[2])
 
     def keys(self, kind: str) -> Iterator[str]:
         """Yield the keys of one kind in the order they were stored."""
@@ -381,17 +367,39 @@ class Log:
                 yield kind, key, self.get(kind, key)
 
 
+class LogWriter:
+    """Durable writes from one event loop: what waits during an fsync shares the next one."""
+
+    def __init__(self, log: Log) -> None:
+        self.log, self._lock, self._waiting = log, asyncio.Lock(), list[NewRecord]()
+        self._last: asyncio.Task[None] | None = None
+
+    async def write(self, *records: NewRecord) -> None:
+        """Return once the records are on the disk; they come there too if the caller is cancelled.
+
+        Raises DistillError (exit 5) where the disk refuses.
+        """
+        self._waiting += records
+        self._last = asyncio.create_task(self._store())
+        await asyncio.shield(self._last)
+
+    async def _store(self) -> None:
+        async with self._lock:
+            group, self._waiting = self._waiting, []
+            if group:
+                await asyncio.to_thread(self.log.append, group)
+            else:  # another has stored it, or could not, which raises here too
+                self.log.append(())
+
+    async def finished(self) -> None:
+        """Return once nothing waits to be written."""
+        if self._last is not None:
+            await asyncio.wait([self._last])
+
+
 def _extend(path: Path, data: bytes) -> None:
     """Add bytes at the end of a file and make them, and its length, durable."""
     with path.open("ab") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def copy(records: Iterable[NewRecord], log: Log) -> int:
-    """Append records to a log, a thousand an fsync; return how many were new."""
-    source, new = iter(records), 0
-    while group := list(islice(source, 1000)):
-        new += log.append(group)
-    return new

@@ -8,16 +8,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
 
-from rich.console import Console, RenderableType
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 console = Console(stderr=True, highlight=False)
 PLAIN_SECONDS = 10.0  # at most one plain line in this time
@@ -30,21 +22,10 @@ def say(text: str) -> None:
     console.print(text.translate(CONTROLS), markup=False, soft_wrap=True)
 
 
-class _Bar(Progress):
-    """A bar with a line of text below it, so that a narrow terminal shows all of both."""
-
-    below = ""
-
-    def get_renderables(self) -> Iterator[RenderableType]:
-        yield from super().get_renderables()
-        if self.below:
-            yield Text(f"  {self.below}")
-
-
 class Tracker:
     """Counts finished work of one kind; `unit` names what is counted in the rate."""
 
-    def __init__(self, title: str, total: int, unit: str, bar: _Bar | None = None) -> None:
+    def __init__(self, title: str, total: int, unit: str, bar: Progress | None = None) -> None:
         self.title, self.total, self.unit, self.bar = title, total, unit, bar
         self.done, self.extra = 0, ""
         self.started = self.printed = time.monotonic()
@@ -57,14 +38,12 @@ class Tracker:
         """
         self.done, self.extra, now = self.done + count, extra or self.extra, time.monotonic()
         elapsed = max(now - self.started, 1e-9)
-        rate = f"{self.done / elapsed:.1f} {self.unit}/s"
+        rate = f"{self.done / elapsed:.1f} {self.unit}/s {self.extra}".rstrip()
         if self.bar and self.task is not None:
-            self.bar.below = self.extra
             self.bar.update(self.task, completed=self.done, rate=rate)
         elif now - self.printed >= PLAIN_SECONDS or self.done == self.total:
             self.printed = now
             seconds = round(elapsed / max(self.done, 1) * (self.total - self.done))
-            rate = f"{rate} {self.extra}".rstrip()
             clock = timedelta(seconds=seconds)
             say(f"{self.title}: {self.done}/{self.total}, {rate}, {clock} left")
 
@@ -79,10 +58,8 @@ def tracking(title: str, total: int, unit: str = "items") -> Iterator[Tracker]:
     if not bars:
         yield Tracker(title, total, unit)
         return
-    columns = (
-        *(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24)),
-        *(MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[rate]}")),
-    )
-    with _Bar(*columns, console=console) as bar:
+    texts = [TextColumn(text) for text in ("{task.description}", "{task.fields[rate]}")]
+    columns = (texts[0], BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(), texts[1])
+    with Progress(*columns, console=console) as bar:
         yield Tracker(title, total, unit, bar)
         bar.refresh()  # in a notebook rich leaves the bar as it was last drawn

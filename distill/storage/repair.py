@@ -7,7 +7,6 @@ leaves the log complete under one name or the other, and the same command goes o
 import hashlib
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -21,12 +20,10 @@ from distill.storage.files import (
     write_json,
 )
 from distill.storage.log import (
-    NEWLINE,
     UNFINISHED,
     Log,
     NewRecord,
     StoredRecord,
-    copy,
     damaged,
     read_version,
     refuse_half_copy,
@@ -35,15 +32,12 @@ from distill.storage.log import (
     writer_of,
 )
 
-LostLine = tuple[str, int, str]  # left out by a copy: segment and number, length in bytes, why
-
 
 def repair(folder: Path) -> list[str]:
     """Put what is intact into a fresh log, in the original's place; return lines to print.
 
-    The original becomes `FOLDER.damaged-N`. The lines that were left out are also listed in
-    `repair.json` in the fresh log. Raises DistillError (exit 5) where the folder is no log, or is
-    being written.
+    The original becomes `FOLDER.damaged-N`; `repair.json` in the fresh log lists what was left out.
+    Raises DistillError (exit 5) where the folder is no log, or is being written.
     """
     fresh = folder.with_name(folder.name + UNFINISHED["repair"])
     with disk_errors(folder):
@@ -52,9 +46,9 @@ def repair(folder: Path) -> list[str]:
             _refuse_no_store(folder)
             with folder_lock(folder):
                 number = 1 + len(list(folder.parent.glob(f"{folder.name}.damaged-*")))
-                original, lost = f"{folder.name}.damaged-{number}", list[LostLine]()
-                count = _copy(_intact(folder, lost), fresh)
-                report = {"kept": count, "losses": lost, "original": original}
+                original, losses = f"{folder.name}.damaged-{number}", list[str]()
+                count = _copy(_intact(folder, losses), fresh)
+                report = {"kept": count, "losses": losses, "original": original}
                 write_json(fresh / "repair.json", report)
                 folder.rename(folder.with_name(original))
         fresh.rename(folder)
@@ -62,43 +56,31 @@ def repair(folder: Path) -> list[str]:
     report = read_json(folder / "repair.json")
     original = folder.with_name(report["original"])
     head = f"{report['kept']} records are intact; the original is kept in {original}"
-    return [head, *(f"{place}: {why}, {size} bytes" for place, size, why in report["losses"])]
+    return [head, *map(str, report["losses"])]
 
 
 def compact(folder: Path, worth_keeping: Callable[[Log, str, bytes], bool]) -> list[str]:
     """Put what is worth keeping into a fresh log in the original's place; return lines to print.
 
     `worth_keeping` takes a log, a record's kind and its JSON. Torn tails and the report of a repair
-    are kept, and segments are filled up. Raises DistillError (exit 5) where the folder is no log,
-    is damaged, or is being written.
+    are kept. Raises DistillError (exit 5) where the folder is no log, is damaged, or is written.
     """
     fresh = folder.with_name(folder.name + UNFINISHED["compact"])
     original = folder.with_name(f"{folder.name}.original")
-
-    def size() -> int:
-        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
     with disk_errors(folder):
         refuse_half_copy(folder, "compact")
         if not original.exists():  # else a compaction was cut off when the copy was complete
             _refuse_no_store(folder)
             with Log(folder) as log:
-                lost, left_out = list[LostLine](), Counter[str]()
-
-                def valuable() -> Iterator[StoredRecord]:
-                    for record in _intact(folder, lost):
-                        if worth_keeping(log, record.kind, record.body):
-                            yield record
-                        else:
-                            left_out[record.kind] += 1
-
-                count = _copy(valuable(), fresh)
-                if lost:  # damaged since the log was opened
-                    raise damaged(folder / lost[0][0], folder)
+                losses = list[str]()
+                records = _intact(folder, losses)
+                count = _copy((r for r in records if worth_keeping(log, r[0], r[2])), fresh)
+                if losses:  # damaged since the log was opened
+                    raise damaged(folder / losses[0], folder)
                 for path in [*folder.glob("torn/*"), *folder.glob("repair.json")]:
                     write_atomic(fresh / path.relative_to(folder), path.read_bytes())
-                report = {"kept": count, "left_out": left_out, "before": size()}
-                write_json(fresh / "compact.json", report)
+                left_out = sum(map(len, log.index.values())) - count
+                write_json(fresh / "compact.json", {"kept": count, "left_out": left_out})
                 folder.rename(original)
         if not folder.exists():
             fresh.rename(folder)
@@ -106,9 +88,7 @@ def compact(folder: Path, worth_keeping: Callable[[Log, str, bytes], bool]) -> l
         report = read_json(folder / "compact.json")  # not there: this is not what was copied
         shutil.rmtree(original)
         fsync_folder(folder.parent)
-    counts = [f"{report['kept']} records kept"]
-    counts += [f"{count} of kind {kind} left out" for kind, count in report["left_out"].items()]
-    return ["; ".join(counts), f"{report['before']:,} bytes before, {size():,} after"]
+    return [f"{report['kept']} records kept, {report['left_out']} left out"]
 
 
 def _refuse_no_store(folder: Path) -> None:
@@ -127,10 +107,10 @@ def _copy(records: Iterable[StoredRecord], fresh: Path) -> int:
     def hashed() -> Iterator[NewRecord]:
         for record in records:
             source.update(repr(record).encode())
-            yield record.kind, record.key, json.loads(record.body)
+            yield record[0], record[1], json.loads(record[2])
 
     with Log(fresh) as log:
-        count = copy(hashed(), log)
+        count = log.copy(hashed())
     for segment in segments(fresh):
         for *_, record in scan(segment):
             target.update(repr(record).encode())
@@ -140,23 +120,23 @@ def _copy(records: Iterable[StoredRecord], fresh: Path) -> int:
     return count
 
 
-def _intact(folder: Path, lost: list[LostLine]) -> Iterator[StoredRecord]:
-    """Yield the first intact record of every key, and add to `lost` every other line.
+def _intact(folder: Path, losses: list[str]) -> Iterator[StoredRecord]:
+    """Yield the first intact record of every key, and add to `losses` a line on each lost one.
 
     A record that another writer stored too is no loss.
     """
     read_version(folder)  # which refuses a newer one
-    seen = dict[tuple[str, str], str]()
+    writers = dict[tuple[str, str], str]()
     for segment in segments(folder, check=False):
-        writer = writer_of(segment)
         for number, (_, data, record) in enumerate(scan(segment), 1):
-            reason = "damaged" if data[-1] == NEWLINE else "cut off while being written"
+            reason = "damaged" if data.endswith(b"\n") else "cut off while being written"
             if record is not None:
-                key = (record.kind, record.key)
-                if key not in seen:
-                    seen[key] = writer
+                kind, key, _ = record
+                if (kind, key) not in writers:
+                    writers[kind, key] = writer_of(segment)
                     yield record
                     continue
-                reason = f"{record.kind} {record.key} a second time, the first is kept"
-            if record is None or seen[record.kind, record.key] == writer:
-                lost.append((f"{segment.name}:{number}", len(data), reason))
+                if writers[kind, key] != writer_of(segment):
+                    continue
+                reason = f"{kind} {key} a second time, the first is kept"
+            losses.append(f"{segment.name}:{number}: {reason}, {len(data)} bytes")

@@ -1,13 +1,8 @@
 """A run's folder: its stages, their markers with fingerprints, and its manifest.
 
-A stage is fresh, unfinished, done or stale. A stale one (its config keys or inputs changed) stops
-with the keys that differ, until `--redo` sets its old outputs aside under `.old/`; nothing is ever
-overwritten silently. A stage that was killed is unfinished: the same settings continue it, and its
-seconds until then are in the ledger.
-
-What a later reader can check (`distill verify`): a finished stage's marker holds the SHA-256 of
-every file that it wrote, the manifest that of every marker and what the stage was made with, and
-the manifest ends with its own.
+A stale stage (its config keys or inputs changed) stops with what differs, until `--redo` sets its
+old outputs aside under `.old/`; one that was killed is continued by the same settings. A marker
+holds the SHA-256 of each file of its stage, the manifest that of each marker, and its own.
 """
 
 import hashlib
@@ -45,8 +40,7 @@ SEAL = "sha256"  # the manifest's last key
 SHOWN = 6  # differences, or names of files, in a message
 HASH = re.compile(r"[0-9a-f]{32,64}")
 # Settings of memory: how much is computed at once changes results by rounding alone. The costs that
-# an evaluation measured hang on its own, so that one counts once it is finished. And when a judge's
-# server is given up.
+# an evaluation measured hang on its own, so that one counts once it is finished.
 MEMORY = (
     *("teacher.max_batch_size", "train.micro_batch_tokens", "train.gradient_checkpointing"),
     "evaluation.judge.max_consecutive_failures",
@@ -73,6 +67,11 @@ class Stage:
     compares: tuple[str, ...] = ()
     # what to do where the GPU's memory does not suffice
     smaller: str = "end what else uses the GPU"
+
+    @property
+    def marker(self) -> str:
+        """Return the file in a run's folder that holds its fingerprint and what it wrote."""
+        return f"stages/{self.name}.json"
 
 
 class Run:
@@ -109,10 +108,9 @@ class Run:
 
     def marker(self, stage: Stage) -> Path:
         """Return the file that holds the stage's fingerprint and whether it finished."""
-        return self.path(f"stages/{stage.name}.json")
+        return self.folder / stage.marker
 
     def _read_marker(self, stage: Stage) -> dict[str, Any]:
-        """Return a stage's marker; raises DistillError (exit 5) where it is damaged."""
         mark = read_json(self.marker(stage))
         if not isinstance(mark, dict) or not isinstance(mark.get("fingerprint"), dict):
             fix = f"--redo {stage.name} remakes it"
@@ -128,8 +126,9 @@ class Run:
         if not self.marker(stage).exists():
             return "fresh", []
         mark, new = self._read_marker(stage), self.fingerprint(stage)
-        missing = {f"file {name}" for name in stage.inputs if not self.path(name).exists()}
-        old = {key: value for key, value in mark["fingerprint"].items() if key not in missing}
+        finished = mark.get("finished") is True
+        absent = {f"file {name}" for name in stage.inputs if not self.path(name).exists()}
+        old = {key: value for key, value in mark["fingerprint"].items() if key not in absent}
         # What an earlier distill does not say of models in folders is what was recorded when the
         # stage was accepted. Before that it is as the folder is now, but for the student's weights,
         # which the adapter knows.
@@ -140,7 +139,6 @@ class Run:
             old = {**added, **self.manifest().get("accepted", {}).get(stage.name, {}), **old}
         # nor does it name the tables that it read
         old = {key: value for key, value in new.items() if key.startswith("table ")} | old
-        finished = mark.get("finished") is True
         if not finished:
             old, new = (
                 {k: v for k, v in facts.items() if k.split(" file ")[0] not in stage.compares}
@@ -152,17 +150,15 @@ class Run:
             return ("stale", changes) if begun else ("fresh", [])
         # What its marker lists no file of, it did not write: an earlier training made no merged/.
         lists = tuple(f"{file}/" for file in mark.get("outputs", stage.outputs))
-        absent = [n for n in stage.outputs if not self.path(n).exists()]
-        complete = finished and not any(file.startswith(f"{n}/") for n in absent for file in lists)
+        gone = tuple(f"{name}/" for name in stage.outputs if not self.path(name).exists())
+        complete = finished and not any(file.startswith(gone) for file in lists)
         return ("done" if complete else "unfinished"), []
 
     def checked_state(self, stage: Stage) -> StageState:
         """Return the stage's state; a stale one raises DistillError (exit 5) with the changes."""
         state, changes = self.state(stage)
         if state == "stale":
-            first = "; ".join(changes[:SHOWN])
-            more = f"; and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
-            what = f"stage {stage.name} was made with other settings: {first}{more}"
+            what = f"stage {stage.name} was made with other settings: {_first(changes, '; ')}"
             fix = f"--redo {stage.name} remakes it and what follows, or choose a new name="
             raise DistillError(Exit.STATE, self.folder, what, fix)
         return state
@@ -170,8 +166,8 @@ class Run:
     def perform(self, stage: Stage) -> bool:
         """Run the stage unless it is done; return whether it ran.
 
-        Raises DistillError (exit 5) where it is stale. Of a finished stage of an earlier distill
-        that knows models in folders by their weights alone, the other files are recorded now.
+        Raises DistillError (exit 5) where it is stale. Where an earlier distill knew models in
+        folders by their weights alone, the other files are recorded now.
         """
         if self.checked_state(stage) != "done":
             self.do(stage)
@@ -215,7 +211,7 @@ class Run:
             fix = f"{stage.smaller}; the same command continues"
             raise DistillError(Exit.TRAINING, f"stage {stage.name}", what, fix) from None
 
-    def _note_stage(self, stage: Stage, facts: dict[str, object]) -> None:
+    def _note_stage(self, stage: Stage, facts: Mapping[str, object]) -> None:
         self.note("stages", {**self.manifest().get("stages", {}), stage.name: facts})
 
     def made_with(self, stage: str) -> dict[str, Any]:
@@ -229,16 +225,14 @@ class Run:
         """
         for stage in reversed(list(stages)):
             self.remade.add(stage.name)
-            if not self.marker(stage).exists():
-                continue
-            count = len(list((self.folder / ".old").glob(f"{stage.name}-*")))
-            target = self.folder / ".old" / f"{stage.name}-{count + 1}"
-            with disk_errors(target):
-                for path in [*(self.path(name) for name in stage.outputs), self.marker(stage)]:
-                    if path.exists():
-                        moved = target / path.relative_to(self.folder)
-                        moved.parent.mkdir(parents=True, exist_ok=True)
-                        path.rename(moved)
+            if self.marker(stage).exists():
+                count = len(list((self.folder / ".old").glob(f"{stage.name}-*")))
+                target = self.folder / ".old" / f"{stage.name}-{count + 1}"
+                with disk_errors(target):
+                    for name in (*stage.outputs, stage.marker):
+                        if self.path(name).exists():
+                            (target / name).parent.mkdir(parents=True, exist_ok=True)
+                            self.path(name).rename(target / name)
 
     def note(self, key: str, value: object) -> None:
         """Record a fact (a hash, a version, a count) in the manifest, which is sealed anew."""
@@ -286,11 +280,13 @@ def flatten(tree: object, prefix: str = "") -> dict[str, object]:
     """Flatten nested mappings to dotted keys."""
     if not isinstance(tree, dict):
         return {prefix: tree}
-    return {
-        k: v
-        for key, child in tree.items()
-        for k, v in flatten(child, f"{prefix}.{key}" if prefix else key).items()
-    }
+    parts = [flatten(child, f"{prefix}.{key}".removeprefix(".")) for key, child in tree.items()]
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def _first(parts: Sequence[str], separator: str) -> str:
+    more = f"{separator}and {len(parts) - SHOWN} more" if len(parts) > SHOWN else ""
+    return separator.join(parts[:SHOWN]) + more
 
 
 def differences(
@@ -301,11 +297,6 @@ def differences(
     Old names of keys are read as the present ones. A setting that one side lacks, because it came
     later or belongs to another kind of teacher, counts as its default there.
     """
-
-    def short(value: object) -> str:
-        text = "unset" if value is None else " ".join(str(value).split())
-        return text if len(text) <= 40 else text[:39] + "…"
-
     old = {".".join(present_path(key.split("."), Config)): value for key, value in old.items()}
     settings, files = [], dict[str, list[str]]()
     for key in sorted(old.keys() | new.keys()):
@@ -316,12 +307,11 @@ def differences(
         if HASH.fullmatch(str(after if before is None else before)):
             how = "added" if before is None else "removed" if after is None else "changed"
             files.setdefault(how, []).append(key.removeprefix("file ").removeprefix("input "))
-        else:
-            settings.append(f"{key} was {short(before)}, is {short(after)}")
-    for how, names in files.items():
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        settings.append(f"{how}: {', '.join(names[:SHOWN])}{more}")
-    return settings
+            continue
+        texts = ["unset" if v is None else " ".join(str(v).split()) for v in (before, after)]
+        was, now_is = (text if len(text) <= 40 else text[:39] + "…" for text in texts)
+        settings.append(f"{key} was {was}, is {now_is}")
+    return settings + [f"{how}: {_first(names, ', ')}" for how, names in files.items()]
 
 
 def _setting(fingerprint: Mapping[str, object], key: str) -> object:
@@ -345,11 +335,8 @@ def _setting(fingerprint: Mapping[str, object], key: str) -> object:
 
 
 def unnamed(old: Fingerprint, new: Fingerprint) -> Fingerprint:
-    """Return what `new` says of models in folders of which `old` names no file.
-
-    An earlier distill knew such a model by its weights alone, or, the student and the judge, by its
-    name.
-    """
+    """Return what `new` says of models in folders of which `old`, of an earlier distill, names no
+    file."""
     ours, theirs = (
         {match[1] for key in facts if (match := MODEL_FILE.fullmatch(key))} for facts in (new, old)
     )

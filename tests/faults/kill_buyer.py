@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from distill.config.teachers import EndpointTeacher  # noqa: E402
-from distill.generation.generate import requests_for  # noqa: E402
+from distill.generation.generate import requests_of  # noqa: E402
 from distill.pipeline import STAGES  # noqa: E402
 from distill.records import Document, Prompt, Response  # noqa: E402
 from distill.responders.responder import origin_of  # noqa: E402
@@ -88,12 +88,10 @@ class Buying:
         teacher = run.config.teacher
         assert isinstance(teacher, EndpointTeacher)
         documents = {d.id: d for d in read_records(run.path("documents.jsonl"), Document)}
+        prompts = read_records(run.path("prompts.jsonl"), Prompt)
+        requests = requests_of(teacher, origin_of(teacher), prompts, documents)
         self.questions = {  # and the ids of their answers
-            prompt.messages[-1].content: Response.make_id(request.key, request.sample)
-            for prompt in read_records(run.path("prompts.jsonl"), Prompt)
-            for request in requests_for(
-                teacher, origin_of(teacher), prompt, documents[prompt.document_id]
-            )
+            request.messages[-1].content: request.id for request in requests
         }
         return self
 

@@ -230,7 +230,8 @@ def test_the_stage_keeps_reasons_and_counts(tmp_path: Path, capsys: Any) -> None
     funnel = read_json(run.path("funnel.json"))
     assert funnel["answers"] == sum(sizes.values()) + sum(funnel["dropped"].values())
     assert funnel["tasks"]["chat"]["kept_train"] == 2
-    assert "kept, train" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "filter: 7 answers; 2 kept for train; 1 kept for validation; 2 kept" in said
 
 
 def test_no_row_left_names_the_biggest_reason(tmp_path: Path) -> None:

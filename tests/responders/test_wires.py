@@ -12,7 +12,7 @@ import yaml
 from distill.config.teachers import EndpointTeacher
 from distill.config.tree import Config
 from distill.errors import Exit
-from distill.generation.generate import requests_for, schemas_of
+from distill.generation.generate import requests_of, schemas_of
 from distill.records import Document, Message, Prompt, canonical
 from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.endpoint.network import ways
@@ -246,7 +246,8 @@ def test_a_tasks_schema_is_sent_where_it_is_to_be(tmp_path: Path) -> None:
         config = Config.model_validate({**tree, "teacher": teacher})
         for name, expected in (("cities", schema), ("chat", None)):
             prompt = Prompt.make(turns, document.id, name)
-            (request,) = requests_for(config.teacher, "o", prompt, document, schemas_of(config))
+            sources, schemas = {document.id: document}, schemas_of(config)
+            (request,) = requests_of(config.teacher, "o", [prompt], sources, schemas)
             assert request.output_schema == expected
 
 

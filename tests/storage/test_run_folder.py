@@ -154,7 +154,7 @@ def test_changed_input_files_are_listed(tmp_path):
     changed = Stage("first", (), (), ("a.txt",), write("a.txt"), lambda _: later)
     message = refused(make(tmp_path), changed)
     assert "added: new.md" in message and "changed: 03.md" in message
-    assert "removed: 10.md, 11.md, 12.md, 13.md, 14.md, 15.md and 2 more" in message
+    assert "removed: 10.md, 11.md, 12.md, 13.md, 14.md, 15.md, and 2 more" in message
 
 
 def test_differences_are_short_and_on_one_line():

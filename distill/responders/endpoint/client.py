@@ -45,7 +45,7 @@ from distill.responders.prices import TokenPrice
 from distill.responders.responder import Raw, Request, Scoring, origin_of
 from distill.responders.store import ResponseStore, holds_answer
 from distill.responders.token_counts import least_tokens
-from distill.storage.log_writer import LogWriter
+from distill.storage.log import LogWriter
 from distill.storage.progress import say
 
 QUARANTINED = 64 << 10  # bytes stored of a body that is no answer

@@ -20,7 +20,7 @@ from distill.responders.responder import Plan, Planner, Raw, Request
 from distill.responders.store import ResponseStore, Spend
 from distill.storage.environment import check_world, die_with_parent
 from distill.storage.files import alive, remove_folder
-from distill.storage.log import Log, copy
+from distill.storage.log import Log
 from distill.storage.progress import say
 
 PATIENCE = timedelta(days=30)  # for a process that waits: the launcher ends it where another died
@@ -214,7 +214,7 @@ def take_over(store: Log) -> None:
     count = 0
     for part in sorted(folder / name for name in names if name.isdigit()):
         with Log(part) as log:  # a torn tail goes, and nobody writes
-            count += copy(log.news(), store)
+            count += store.copy(log.news())
         remove_folder(part)
     with suppress(OSError):  # not there, or it holds what a repair has kept
         folder.rmdir()
