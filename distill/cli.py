@@ -373,15 +373,6 @@ def repair(store: Annotated[Path, typer.Argument(metavar="STORE")]) -> None:
     print(*repair_store(store.absolute()), sep="\n")
 
 
-@app.command(rich_help_panel=KEEP)
-def compact(store: Annotated[Path, typer.Argument(metavar="STORE")]) -> None:
-    """Copy a store without what nothing reads any more, and let the copy take its place."""
-    from distill.responders.store import worth_keeping
-    from distill.storage.repair import compact as compact_store
-
-    print(*compact_store(store.absolute(), worth_keeping), sep="\n")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; `--debug` may stand anywhere."""
     words = list(sys.argv[1:] if arguments is None else arguments)

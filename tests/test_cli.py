@@ -197,9 +197,7 @@ def test_a_signal_ends_a_stage_like_ctrl_c(config, number):
     assert (child.returncode, told.count("\n")) == (Exit.INTERRUPTED, 1)
 
 
-@pytest.mark.parametrize(
-    "words", [["compact", "."], ["repair", "."], ["compare", ".", "."]], ids=" ".join
-)
+@pytest.mark.parametrize("words", [["repair", "."], ["compare", ".", "."]], ids=" ".join)
 def test_h4_the_folder_itself_is_a_path_like_others(config, capsys, words):
     code, _, lines = say(capsys, *words)
     assert code in (Exit.INPUT, Exit.STATE) and len(lines) == 1
@@ -283,7 +281,7 @@ def test_quick_commands_import_no_torch(config, words):
 
 def test_every_verb_has_help_and_stands_in_a_group():
     commands = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
-    verbs = "init run plan status verify compare score probe publish fetch repair compact"
+    verbs = "init run plan status verify compare score probe publish fetch repair"
     assert set(verbs.split()) | {stage.name for stage in STAGES} <= set(commands)
     assert all(command.help and command.rich_help_panel for command in commands.values())
 
@@ -292,7 +290,7 @@ def test_verbs_are_completed_by_the_shell():
     words = {"_DISTILL_COMPLETE": "complete_bash", "COMP_WORDS": "distill co", "COMP_CWORD": "1"}
     command = [Path(sys.executable).with_name("distill")]
     done = subprocess.run(command, env={**os.environ, **words}, capture_output=True, text=True)
-    assert {"corpus", "compare", "compact"} <= set(done.stdout.split())
+    assert {"corpus", "compare"} <= set(done.stdout.split())
 
 
 def test_init_writes_a_config_that_says_what_it_needs(tmp_path, monkeypatch, capsys):

@@ -188,10 +188,10 @@ def test_commands_on_finished_runs_ask_nothing_and_leave_the_store_alone(
 
 @pytest.fixture(scope="module")
 def again(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    """Compact the old store, then ask everything of the finished runs again under new names."""
+    """Repair the old store, then ask everything of the finished runs again under new names."""
     folder = copied(tmp_path_factory.mktemp("again"))
     stages = [[s, f"{name}.yaml", f"name={name}-again"] for name in NAMES for s in STAGES]
-    ends, calls = distill(folder, [["compact", "runs/.store/responses"], *stages])
+    ends, calls = distill(folder, [["repair", "runs/.store/responses"], *stages])
     assert [one for one in ends if one.code] == []
     return folder, calls
 

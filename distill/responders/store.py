@@ -202,12 +202,3 @@ def holds_answer(reply: Reply) -> bool:
 def attempt_key(identifier: str, number: int) -> str:
     """Return the key under which an attempt's intent and outcome are stored."""
     return f"{identifier}.{number}"
-
-
-def worth_keeping(log: Log, kind: str, body: bytes) -> bool:
-    """Tell whether anything reads a stored record again: all but a plan that is answered in full.
-
-    The account of money is made anew from every intent and outcome, so these stay.
-    """
-    requests = Plan.from_line(body).requests if kind == "plan" else ()
-    return kind != "plan" or any(("response", request.id) not in log for request in requests)

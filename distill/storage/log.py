@@ -36,8 +36,7 @@ WRITERS, CLAIMS = "writers", "claims.json"  # of each process that writes, in a 
 CLAIMING = 60.0  # seconds to wait for others that are claiming
 VERSION = 1  # of the lines that this code reads and writes
 SEGMENT = re.compile(r"(?:(\w+)-)?(\d{8})\.jsonl", re.ASCII)
-# What the folder of a copy is called until the copy is complete and takes the original's name
-UNFINISHED = {"repair": ".repaired", "compact": ".compacted"}
+REPAIRED = ".repaired"  # ends the name of a repaired copy until it takes the original's place
 
 NewRecord = tuple[str, str, object]  # kind, key, body
 StoredRecord = tuple[str, str, bytes]  # kind, key, body as JSON
@@ -110,16 +109,15 @@ def damaged(where: object, folder: Path, what: str = "damaged record") -> Distil
     return DistillError(Exit.STATE, where, what, f"distill repair {folder}")
 
 
-def refuse_half_copy(folder: Path, but: str = "") -> None:
+def refuse_half_copy(folder: Path) -> None:
     """Stop where a copy was killed between its renames: no empty log may take the old one's place.
 
-    The verb `but` goes on, for it finishes its own.
+    An earlier distill made one with `distill compact` too.
     """
-    for verb, suffix in UNFINISHED.items():
-        unfinished = folder.with_name(folder.name + suffix)
-        if verb != but and not folder.exists() and unfinished.exists():
-            what = f"`distill {verb}` was cut off"
-            raise DistillError(Exit.STATE, folder, what, f"distill {verb} {folder}")
+    for copy in (folder.with_name(folder.name + end) for end in (REPAIRED, ".compacted")):
+        if copy.exists() and not folder.exists():
+            what = "a copy was cut off before it took this name"
+            raise DistillError(Exit.STATE, folder, what, f"mv {copy} {folder}")
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Asking through the store: opened once, locked only to ask; payments, plans, compaction."""
+"""Asking through the store: opened once, locked only to ask; payments, plans."""
 
 import stat
 from collections.abc import Iterator, Sequence
@@ -18,11 +18,11 @@ from distill.responders.canned import CannedResponder
 from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.endpoint.wire import Reply
 from distill.responders.responder import Raw, Request
-from distill.responders.store import ResponseStore, worth_keeping
+from distill.responders.store import ResponseStore
 from distill.storage import log
 from distill.storage.files import folder_lock
 from distill.storage.log import Log
-from distill.storage.repair import compact, repair
+from distill.storage.repair import repair
 from distill.storage.run_folder import Run
 from tests.generation.test_generate import Counting, Fussy
 from tests.generation.test_generate import asks as plain
@@ -154,20 +154,6 @@ def test_what_was_paid_is_in_the_ledger_after_an_error_too(tmp_path, monkeypatch
             run.do(replace(STAGES[0], main=main))
         assert sum(entry.dollars or 0 for entry in run.ledger.entries()) == teacher.bill > 0
     assert sum(entry.attempts for entry in run.ledger.entries()) == 4
-
-
-def test_a_compaction_between_a_kill_and_its_continuation_changes_no_answer(tmp_path: Path) -> None:
-    whole = answer_all(Fussy(), plain(10), tmp_path / "whole")
-    store = tmp_path / "cut"
-    with pytest.raises(KeyboardInterrupt):
-        answer_all(Fussy(6), plain(10), store)
-    with ResponseStore(store) as log:
-        log.append((kind, "k", 1) for kind in ("intent", "outcome", "model", "new"))
-    assert compact(store, worth_keeping) == ["12 records kept, 1 left out"]
-    with ResponseStore(store, writable=False) as log:
-        assert len(list(log.keys("plan"))) == 2
-    assert answer_all(Fussy(), plain(10), store) == whole
-    assert compact(store, worth_keeping)[0].endswith("kept, 2 left out")
 
 
 def test_new_plans_leave_out_what_unfinished_ones_bring(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from distill.storage import files
 from distill.storage import log as logs
 from distill.storage.files import folder_lock
 from distill.storage.log import Log
-from distill.storage.repair import compact, repair
+from distill.storage.repair import repair
 from tests.support.mortal import in_child, killed_at_every_call, open_file
 
 BODIES = {f"k{n}": {"text": f"answer {n} é — " + "x" * (n * 7 % 20), "n": n} for n in range(12)}
@@ -110,7 +110,6 @@ def test_each_writer_appends_to_segments_of_its_own_and_readers_take_all(tmp_pat
         assert list(reader.news()) == [("response", "later", 2)]
     new["later"] = 2
     assert len(repair(folder)) == 1 and contents(folder) == new
-    assert compact(folder, worth) == ["14 records kept, 0 left out"] and contents(folder) == new
 
 
 def test_d8_memory_holds_the_index_and_not_the_bodies(tmp_path):
@@ -236,78 +235,20 @@ def test_repair_refuses_what_is_no_store_and_what_is_in_use(tmp_path):
         assert f"pid {os.getpid()}" in str(fault(lambda: repair(tmp_path / "s")))
 
 
-# --- compaction
-
-
-def worth(log: Log, kind: str, body: bytes) -> bool:
-    """Leave out what is done with."""
-    return kind != "done"
-
-
-def spread(folder: Path) -> None:
-    """Write BODIES into many segments, each beside one that is done with, and a torn tail."""
-    with pytest.MonkeyPatch.context() as patch, Log(folder) as log:
-        patch.setattr(Log, "SEGMENT_BYTES", 300)
-        for key, body in BODIES.items():
-            log.append([("response", key, body), ("done", key, body), ("intent", key, {"most": 1})])
-    with logs.segments(folder)[-1].open("ab") as segment:
-        segment.write(b"torn")
-    with Log(folder) as log:
-        assert log.torn == 1
-
-
-def compacted(folder: Path) -> bool:
-    """Tell whether a folder holds what a compaction leaves, and nothing stands beside it."""
-    with Log(folder) as log:
-        kinds = {kind: list(log.keys(kind)) for kind in log.index}
-    torn = [path.read_bytes() for path in (folder / "torn").iterdir()]
-    return (
-        contents(folder) == BODIES
-        and kinds == {"response": list(BODIES), "intent": list(BODIES)}
-        and torn == [b"torn"]
-        and len(logs.segments(folder)) == 1
-        and [path.name for path in folder.parent.iterdir()] == [folder.name]
-    )
-
-
-def test_compaction_keeps_what_is_worth_it_in_full_segments(tmp_path):
-    folder = tmp_path / "s"
-    spread(folder)
-    with Log(folder, writable=False) as reader:
-        assert compact(folder, worth) == ["24 records kept, 12 left out"]
-        assert reader.get("response", "k3") == BODIES["k3"]  # in the files that it has opened
-    assert compacted(folder)
-    assert compact(folder, worth) == ["24 records kept, 0 left out"] and compacted(folder)
-
-
-def test_compaction_refuses_what_is_in_use_damaged_or_no_store(tmp_path):
-    assert "is no store" in str(fault(lambda: compact(tmp_path, worth)))
-    folder = tmp_path / "s"
-    segment = fill(folder)
-    with Log(folder):
-        assert f"pid {os.getpid()}" in str(fault(lambda: compact(folder, worth)))
-    segment.write_bytes(segment.read_bytes().replace(b"answer 4", b"answer 5"))
-    assert ":5: damaged record (distill repair" in str(fault(lambda: compact(folder, worth)))
-    assert [path.name for path in tmp_path.iterdir()] == ["s"]
-
-
 def test_a_copy_that_differs_takes_nobody_s_place(tmp_path, monkeypatch):
     folder = tmp_path / "s"
     segment = fill(folder)
     data = segment.read_bytes()
     monkeypatch.setattr(Log, "copy", lambda log, records: len(list(records)))
-    assert "the copy differs" in str(fault(lambda: compact(folder, worth)))
     assert "the copy differs" in str(fault(lambda: repair(folder)))
     assert segment.read_bytes() == data
 
 
-def test_a_store_that_came_between_is_not_taken_for_the_copy(tmp_path):
-    folder = tmp_path / "s"
-    fill(folder)
-    folder.rename(tmp_path / "s.original")
-    fill(folder, ["k0"])
-    assert "compact.json: is missing" in str(fault(lambda: compact(folder, worth)))
-    assert contents(tmp_path / "s.original") == BODIES
+@pytest.mark.parametrize("end", ["repaired", "compacted"])  # the second of an earlier distill
+def test_no_empty_log_takes_the_place_of_one_whose_copy_was_cut_off(tmp_path, end):
+    fill(tmp_path / f"s.{end}")
+    assert "a copy was cut off" in str(fault(lambda: contents(tmp_path / "s")))
+    assert not (tmp_path / "s").exists()
 
 
 # --- versions (D7)
@@ -458,26 +399,6 @@ def test_kill_at_every_call_of_a_repair(tmp_path):
 
     begin()
     assert killed_at_every_call(lambda: repair(folder), check) > 20
-
-
-def test_kill_at_every_call_of_a_compaction(tmp_path):
-    rounds = (tmp_path / str(n) / "s" for n in itertools.count())
-    folder = next(rounds)
-
-    def check() -> None:
-        nonlocal folder
-        if folder.exists():
-            assert contents(folder, writable=False) == BODIES
-        else:
-            assert "distill compact" in str(fault(lambda: contents(folder)))
-            assert "distill compact" in str(fault(lambda: repair(folder)))
-        compact(folder, worth)
-        assert compacted(folder)
-        folder = next(rounds)
-        spread(folder)
-
-    spread(folder)
-    assert killed_at_every_call(lambda: compact(folder, worth), check) > 40
 
 
 # --- locks and atomic files
