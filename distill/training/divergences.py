@@ -15,13 +15,9 @@ head. All are in nats.
 
 A cached list covers the teacher's top-k tokens only. All others are one more outcome on both sides,
 the tail, of P's exact tail mass and Q's mass of everything unlisted. Merging outcomes never adds to
-one of these four (they are f-divergences), so the cached value is a lower bound of the live one:
-exact where the tails are alike or everything is listed, else without what P and Q differ in within
-the tail. There Q keeps its own proportions: all unlisted tokens move together.
-
-A list of samples leaves nothing to the tail. Forward KL's gradient by the logits, Q - P, is linear
-in P, so at temperature 1 it is unbiased; its value is too high by P's entropy less that of the
-samples, whatever Q is.
+an f-divergence, as these four are, so the cached value is a lower bound of the live one. Within the
+tail Q keeps its own proportions: all unlisted tokens move together. A list of samples leaves
+nothing to the tail, and at temperature 1 forward KL's gradient, Q - P, is unbiased.
 
 Shape suffixes: those of losses.py, N supervised positions, M entries of their lists, D the
 teacher's hidden size, O outcomes: a vocabulary, or the tail and a list.
@@ -35,16 +31,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from distill.models.devices import send
-from distill.training.losses import (
-    Criterion,
-    Head,
-    Measure,
-    apply_at_head,
-    normalise,
-    score_tokens,
-)
+from distill.training.losses import Head, Measure, apply_at_head, normalise, score_tokens
 
 FLOOR = -80.0  # log-probability of what cannot happen: finite, its exp negligible but no denormal
 LEAST_TAIL = 2.0**-24  # a tail mass of 0 is one below float32's resolution
@@ -80,25 +70,17 @@ class Live(NamedTuple):
     vocabulary: int
     bias_V: Tensor | None = None
 
+    def logits(self, block: slice) -> Tensor:
+        """Return the logits (R, V) of some positions."""
+        bias_V = None if self.bias_V is None else self.bias_V[: self.vocabulary]
+        return linear(self.hidden_ND[block], self.head_VD[: self.vocabulary], bias_V)
+
 
 class Distribution(NamedTuple):
     """Probabilities (R, O) and their logarithms, in float32."""
 
     probs: Tensor
     logs: Tensor
-
-    @classmethod
-    def over_vocabulary(cls, logits_RV: Tensor, temperature: float) -> "Distribution":
-        """Return softmax(z / T)."""
-        probs_RV, sums_R1 = normalise(logits_RV, temperature)
-        z_RV = logits_RV if temperature == 1 else logits_RV.float() / temperature
-        return cls(probs_RV, z_RV - sums_R1)
-
-    @classmethod
-    def over_table(cls, table_RO: Tensor) -> "Distribution":
-        """Return the softmax of a table of outcomes, some of which cannot happen."""
-        logs_RO = torch.log_softmax(table_RO, -1).clamp_min(FLOOR)
-        return cls(logs_RO.exp(), logs_RO)
 
 
 # Of P and Q, the values (R,) and their gradients by the logits of Q (R, O).
@@ -193,54 +175,47 @@ def soft_loss(
     positions = len(soft.hidden_ND if isinstance(soft, Live) else soft.tail_mass_N)
     if not len(hidden_SE) == len(targets_S) == positions:
         raise ValueError(f"{len(hidden_SE)} positions, but soft targets of {positions}")
-    make = _live_criterion if isinstance(soft, Live) else _cached_criterion
-    criterion = make(mixture, soft, targets_S)  # pyright: ignore[reportArgumentType]
-    total, count, parts_P = apply_at_head(
-        criterion, tuple(parts.values()), hidden_SE, head, weights_S, bias_V, chunk
-    )
+
+    if isinstance(soft, Live):
+        measure, teacher = partial(_measure_live, mixture, targets_S), soft.logits
+    else:
+        measure, teacher = _cached_measure(mixture, soft, targets_S), None
+    shares = tuple(parts.values())
+    inputs = (hidden_SE, head, weights_S, bias_V, chunk, teacher)
+    total, count, parts_P = apply_at_head(measure, shares, *inputs)
     return total, count, dict(zip(parts, parts_P.unbind(), strict=True))
 
 
-def _live_criterion(mixture: Mixture, live: Live, targets_S: Tensor) -> Criterion:
+def _measure_live(
+    mixture: Mixture, targets_S: Tensor, positions: slice, logits_RV: Tensor, teacher_RV: Tensor
+) -> Tensor:
     """Measure logits against a teacher's, over the ids that the tokenizer makes."""
-    V = live.vocabulary
-    head_VD, bias_V = live.head_VD[:V], None if live.bias_V is None else live.bias_V[:V]
-
-    def criterion(block: slice) -> Measure:
-        teacher_RV = torch.nn.functional.linear(live.hidden_ND[block], head_VD, bias_V)
-        targets_R = targets_S[block]
-
-        def measure(strip: slice, logits_RV: Tensor) -> Tensor:
-            both = (teacher_RV[strip], logits_RV[:, :V])
-            values, grad_RV = mixture.diverge(
-                *(Distribution.over_vocabulary(z, mixture.temperature) for z in both)
-            )
-            if mixture.hard:
-                value, gradient = score_tokens(logits_RV, targets_R[strip])
-                values.insert(0, value)
-                gradient.mul_(mixture.hard)[:, :V] += grad_RV
-                logits_RV.copy_(gradient)
-            else:
-                logits_RV[:, :V] = grad_RV
-                logits_RV[:, V:] = 0
-            return torch.stack(values)
-
-        return measure
-
-    return criterion
+    both, V, T = list[Distribution](), teacher_RV.shape[1], mixture.temperature
+    for z_RV in (teacher_RV, logits_RV[:, :V]):
+        probs_RV, sums_R1 = normalise(z_RV, T)
+        both.append(Distribution(probs_RV, (z_RV if T == 1 else z_RV.float() / T) - sums_R1))
+    values, grad_RV = mixture.diverge(*both)
+    if mixture.hard:
+        value, gradient = score_tokens(logits_RV, targets_S[positions])
+        values.insert(0, value)
+        gradient.mul_(mixture.hard)[:, :V] += grad_RV
+        logits_RV.copy_(gradient)
+    else:
+        logits_RV[:, :V] = grad_RV
+        logits_RV[:, V:] = 0
+    return torch.stack(values)
 
 
-def _cached_criterion(mixture: Mixture, soft: SoftTargets, targets_S: Tensor) -> Criterion:
-    """Measure logits against lists; at temperature 1 the cross-entropy comes from the same table.
+def _cached_measure(mixture: Mixture, soft: SoftTargets, targets_S: Tensor) -> Measure:
+    """Return what measures logits against lists.
 
     A strip's table of outcomes (R, O) has the tail in column 0, then the list, and -inf where a
-    list is shorter than the longest.
+    list is shorter than the longest. At temperature 1 the cross-entropy comes from it too.
     """
     hard, temperature = mixture.hard, mixture.temperature
-    if temperature != 1 and soft.tail_N is None:
-        raise ValueError(f"the tails were not captured at temperature {temperature}")
     tails_N = soft.tail_mass_N.clamp_min(LEAST_TAIL).log() if temperature == 1 else soft.tail_N
-    assert tails_N is not None
+    if tails_N is None:
+        raise ValueError(f"the tails were not captured at temperature {temperature}")
     tails_N, teacher_logits_M = tails_N.float(), soft.logprobs_M.float() / temperature
     # on the host, for asking a GPU for them would wait for all that it has yet to do
     offsets_N1 = soft.offsets_N1.cpu()
@@ -248,42 +223,39 @@ def _cached_criterion(mixture: Mixture, soft: SoftTargets, targets_S: Tensor) ->
     columns_all = torch.arange(len(rows_all)) - offsets_N1[rows_all] + 1
     rows_all, columns_all = (send(t, soft.ids_M.device) for t in (rows_all, columns_all))
 
-    def criterion(block: slice) -> Measure:
-        def measure(strip: slice, logits_RV: Tensor) -> Tensor:
-            part = slice(start := block.start + strip.start, start + len(logits_RV))
-            bounds = offsets[part.start : part.stop + 1]
-            listed, longest = slice(bounds[0], bounds[-1]), max(b - a for a, b in pairwise(bounds))
-            rows_M, columns_M = rows_all[listed] - part.start, columns_all[listed]
-            ids_M, targets_R = soft.ids_M[listed], targets_S[part]
+    def measure(positions: slice, logits_RV: Tensor, _: Tensor) -> Tensor:
+        bounds, targets_R = offsets[positions.start : positions.stop + 1], targets_S[positions]
+        listed, longest = slice(bounds[0], bounds[-1]), max(b - a for a, b in pairwise(bounds))
+        rows_M, columns_M = rows_all[listed] - positions.start, columns_all[listed]
+        ids_M = soft.ids_M[listed]
 
-            def table(logs_M: Tensor, tails_R: Tensor) -> Distribution:
-                table_RO = logs_M.new_full((len(tails_R), longest + 1), -inf)
-                table_RO[:, 0] = tails_R
-                table_RO[rows_M, columns_M] = logs_M
-                return Distribution.over_table(table_RO)
+        def table(logs_M: Tensor, tails_R: Tensor) -> Distribution:
+            table_RO = logs_M.new_full((len(tails_R), longest + 1), -inf)
+            table_RO[:, 0] = tails_R
+            table_RO[rows_M, columns_M] = logs_M
+            logs_RO = torch.log_softmax(table_RO, -1).clamp_min(FLOOR)
+            return Distribution(logs_RO.exp(), logs_RO)
 
-            apart = score_tokens(logits_RV, targets_R) if temperature != 1 and hard else None
-            probs_RV, sums_R1 = normalise(logits_RV, temperature)
-            logs_M = logits_RV[rows_M, ids_M].float() / temperature - sums_R1[rows_M, 0]
-            probs_RV[rows_M, ids_M] = 0  # from here on those of the unlisted tokens
-            tails_R = probs_RV.sum(1)
-            student = table(logs_M, tails_R.log())
-            teacher = table(teacher_logits_M[listed], tails_N[part])
-            values, grad_RO = mixture.diverge(teacher, student)
-            if hard and not apart:
-                values.insert(0, (sums_R1 - logits_RV.gather(1, targets_R[:, None])).squeeze(1))
-                grad_RO.add_(student.probs, alpha=hard)
-            # The tail's gradient is shared out among the unlisted tokens in proportion.
-            grad_RV = probs_RV.mul_((grad_RO[:, 0] / tails_R.clamp_min(TINY))[:, None])
-            grad_RV[rows_M, ids_M] = grad_RO[rows_M, columns_M]
-            if hard and not apart:
-                grad_RV[torch.arange(len(targets_R), device=grad_RV.device), targets_R] -= hard
-            elif apart:
-                values.insert(0, apart[0])
-                grad_RV.add_(apart[1], alpha=hard)
-            logits_RV.copy_(grad_RV)
-            return torch.stack(values)
+        apart = score_tokens(logits_RV, targets_R) if temperature != 1 and hard else None
+        probs_RV, sums_R1 = normalise(logits_RV, temperature)
+        logs_M = logits_RV[rows_M, ids_M].float() / temperature - sums_R1[rows_M, 0]
+        probs_RV[rows_M, ids_M] = 0  # from here on those of the unlisted tokens
+        tails_R = probs_RV.sum(1)
+        student = table(logs_M, tails_R.log())
+        teacher = table(teacher_logits_M[listed], tails_N[positions])
+        values, grad_RO = mixture.diverge(teacher, student)
+        if hard and not apart:
+            values.insert(0, (sums_R1 - logits_RV.gather(1, targets_R[:, None])).squeeze(1))
+            grad_RO.add_(student.probs, alpha=hard)
+        # The tail's gradient is shared out among the unlisted tokens in proportion.
+        grad_RV = probs_RV.mul_((grad_RO[:, 0] / tails_R.clamp_min(TINY))[:, None])
+        grad_RV[rows_M, ids_M] = grad_RO[rows_M, columns_M]
+        if hard and not apart:
+            grad_RV[torch.arange(len(targets_R), device=grad_RV.device), targets_R] -= hard
+        elif apart:
+            values.insert(0, apart[0])
+            grad_RV.add_(apart[1], alpha=hard)
+        logits_RV.copy_(grad_RV)
+        return torch.stack(values)
 
-        return measure
-
-    return criterion
+    return measure

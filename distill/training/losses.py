@@ -1,49 +1,63 @@
 """Losses as pure functions that return (sum, count); the division happens once, over the full step.
 
 The head is applied at supervised positions only, a block of them at a time, so the logits of a
-batch never exist; logits are in the model's type, what follows is float32, a strip of a block at a
-time. Gradients are made in the forward pass: of the hidden states, and of the head where it is
-trained or adapted; a frozen head costs nothing. An adapted head is two matrices side by side, W and
-the scaled B, for hidden states with their images under A beside them.
+batch never exist; what follows is float32, a strip of a block at a time, and makes the gradients in
+the forward pass. An adapted head is W and the scaled B side by side, for (h, A h) side by side.
 
 Shape suffixes: S supervised positions, R those of a block or strip, D hidden size, E the columns of
 all matrices of a head, V vocabulary, P parts of a loss.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from distill.models.arithmetic import block_rows, strip_rows
 from distill.models.devices import kind, send
 
-# Of positions of the block (a slice of its rows) and their logits (R, V), returns the values (P, R)
-# of a loss's parts, and overwrites the logits with the loss's gradient by them.
-Measure = Callable[[slice, Tensor], Tensor]
-Criterion = Callable[[slice], Measure]  # of a block of positions
+# Of the positions of a strip, the student's logits there (R, V) and a live teacher's (else the same
+# again), returns the values (P, R) of a loss's parts, and overwrites the student's with the loss's
+# gradient by them.
+Measure = Callable[[slice, Tensor, Tensor], Tensor]
+Teacher = Callable[[slice], Tensor]  # the logits of a block of positions
 Head = Tensor | tuple[Tensor, ...]  # (V, D), or several side by side for hidden states (S, E)
 
 
 class _AtHead(torch.autograd.Function):
-    """A criterion's weighted sums over all positions, block by block, and their gradients."""
+    """A measure's weighted sums over all positions, block by block, and their gradients."""
 
     @staticmethod
     def forward(
-        ctx: Any, weights_S: Tensor, criterion: Criterion, mix_P: Tensor, rows: int,
-        hidden_SE: Tensor, bias_V: Tensor | None, *heads: Tensor,
+        ctx: Any, weights_S: Tensor, measure: Measure, teacher: Teacher | None,
+        mix_P: Tensor, rows: int, hidden_SE: Tensor, bias_V: Tensor | None, *heads: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        parts_P = torch.zeros_like(mix_P)
-        inputs = (hidden_SE, bias_V, *heads)
-        gradients = [
-            torch.zeros_like(tensor) if needed and tensor is not None else None
-            for tensor, needed in zip(inputs, ctx.needs_input_grad[4:], strict=True)
-        ]
+        inputs = zip((hidden_SE, bias_V, *heads), ctx.needs_input_grad[5:], strict=True)
+        gradients = [torch.zeros_like(t) if need and t is not None else None for t, need in inputs]
+        grad_SE, grad_V, *grads_VD = gradients
+        parts_P, widths = torch.zeros_like(mix_P), [head_VD.shape[1] for head_VD in heads]
         for start in range(0, len(hidden_SE), rows):
-            block = slice(start, start + rows)
-            parts_P += _measure_block(criterion, block, inputs, weights_S[block], gradients)
+            block, sums = slice(start, start + rows), list[Tensor]()
+            logits_RV, weights_R = apply_head(hidden_SE[block], heads, bias_V), weights_S[block]
+            teacher_RV = teacher(block) if teacher else logits_RV
+            for strip in _strips(logits_RV):
+                positions = slice(start + strip.start, start + strip.stop)
+                values_PR = measure(positions, logits_RV[strip], teacher_RV[strip])
+                sums.append(values_PR @ weights_R[strip])
+            parts_P += torch.stack(sums).sum(0)
+            grad_RV, heavy_R = logits_RV, weights_R.to(logits_RV.dtype)
+            states = hidden_SE[block].split(widths, 1)
+            for n, (head_VD, grad_VD) in enumerate(zip(heads, grads_VD, strict=True)):
+                if grad_SE is not None:
+                    grad_RD = grad_SE[block].split(widths, 1)[n]
+                    torch.mm(grad_RV, head_VD, out=grad_RD).mul_(weights_R[:, None])
+                if grad_VD is not None:
+                    grad_VD.addmm_(grad_RV.t(), states[n] * heavy_R[:, None])
+            if grad_V is not None:
+                grad_V += heavy_R @ grad_RV
+            del logits_RV, grad_RV, teacher_RV  # the next block's take their place
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(parts_P)
         return mix_P @ parts_P, parts_P
@@ -51,78 +65,44 @@ class _AtHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [None if grad is None else grad * upstream[0] for grad in ctx.saved_tensors]
-        return None, None, None, None, *scaled
-
-
-def _measure_block(
-    criterion: Criterion,
-    block: slice,
-    inputs: Sequence[Any],
-    weights_R: Tensor,
-    gradients: Sequence[Tensor | None],
-) -> Tensor:
-    """Return the sums (P,) of a block, and add its gradients to those of states, bias and matrices.
-
-    The logits end with this function: the next block's take their place in memory.
-    """
-    (hidden_SE, bias_V, *heads), (grad_SE, grad_V, *grads_VD) = inputs, gradients
-    logits_RV = apply_head(hidden_SE[block], tuple(heads), bias_V)
-    measure = criterion(block)
-    sums = [measure(strip, logits_RV[strip]) @ weights_R[strip] for strip in _strips(logits_RV)]
-    grad_RV, heavy_R = logits_RV, weights_R.to(logits_RV.dtype)
-    for columns, head_VD, grad_VD in zip(_columns(heads), heads, grads_VD, strict=True):
-        if grad_SE is not None:
-            torch.mm(grad_RV, head_VD, out=grad_SE[block, columns]).mul_(weights_R[:, None])
-        if grad_VD is not None:
-            grad_VD.addmm_(grad_RV.t(), hidden_SE[block, columns] * heavy_R[:, None])
-    if grad_V is not None:
-        grad_V += heavy_R @ grad_RV
-    return torch.stack(sums).sum(0)
-
-
-def _columns(heads: Sequence[Tensor]) -> list[slice]:
-    """Return the columns of the hidden states that each matrix is for."""
-    ends = list(accumulate(head_VD.shape[1] for head_VD in heads))
-    return [slice(end - h.shape[1], end) for end, h in zip(ends, heads, strict=True)]
+        return None, None, None, None, None, *scaled
 
 
 def apply_head(hidden_SE: Tensor, head: Head, bias_V: Tensor | None = None) -> Tensor:
     """Return the logits (S, V)."""
     heads = (head,) if isinstance(head, Tensor) else head
-    first, *others = _columns(heads)
-    logits_SV = torch.nn.functional.linear(hidden_SE[:, first], heads[0], bias_V)
-    for columns, head_VD in zip(others, heads[1:], strict=True):
-        logits_SV.addmm_(hidden_SE[:, columns], head_VD.t())
+    states_SD, *others = hidden_SE.split([head_VD.shape[1] for head_VD in heads], 1)
+    logits_SV = linear(states_SD, heads[0], bias_V)
+    for low_SD, head_VD in zip(others, heads[1:], strict=True):
+        logits_SV.addmm_(low_SD, head_VD.t())
     return logits_SV
 
 
 def _strips(logits_RV: Tensor) -> Iterator[slice]:
-    """Cut a block into strips, which become a loss one after the other."""
     count, width = logits_RV.shape
     size = strip_rows(width, kind(logits_RV.device))
-    return (slice(start, start + size) for start in range(0, count, size))
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
 def apply_at_head(
-    criterion: Criterion,
+    measure: Measure,
     mix: Sequence[float],
     hidden_SE: Tensor,
     head: Head,
     weights_S: Tensor,
     bias_V: Tensor | None = None,
     chunk: int | None = None,
+    teacher: Teacher | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a criterion's weighted sum, the sum of weights, and its parts' unmixed sums (P,).
+    """Return a measure's weighted sum, the sum of weights, and its parts' unmixed sums (P,).
 
-    The gradients that the criterion makes are those of the mixed loss. `chunk` is the number of
+    The gradients that the measure makes are those of the mixed loss. `chunk` is the number of
     positions in a block.
     """
-    weights_S = weights_S.float()
-    heads = (head,) if isinstance(head, Tensor) else head
-    total, parts_P = _AtHead.apply(  # pyright: ignore[reportGeneralTypeIssues]
-        *(weights_S, criterion, send(torch.tensor(mix, dtype=torch.float32), weights_S.device)),
-        *(chunk or _block_rows(heads[0]), hidden_SE, bias_V, *heads),
-    )
+    weights_S, heads = weights_S.float(), (head,) if isinstance(head, Tensor) else head
+    mix_P = send(torch.tensor(mix, dtype=torch.float32), weights_S.device)
+    settings = (weights_S, measure, teacher, mix_P, chunk or _block_rows(heads[0]))
+    total, parts_P = _AtHead.apply(*settings, hidden_SE, bias_V, *heads)  # pyright: ignore[reportGeneralTypeIssues]
     return total, weights_S.sum(), parts_P
 
 
@@ -161,17 +141,12 @@ def cross_entropy(
     `chunk` is the number of positions at a time; no position at all gives (0, 0).
     """
 
-    def criterion(block: slice) -> Measure:
-        targets_R = targets_S[block]
+    def measure(positions: slice, logits_RV: Tensor, _: Tensor) -> Tensor:
+        values_R, grad_RV = score_tokens(logits_RV, targets_S[positions])
+        logits_RV.copy_(grad_RV)
+        return values_R[None]
 
-        def measure(strip: slice, logits_RV: Tensor) -> Tensor:
-            values_R, grad_RV = score_tokens(logits_RV, targets_R[strip])
-            logits_RV.copy_(grad_RV)
-            return values_R[None]
-
-        return measure
-
-    return apply_at_head(criterion, [1.0], hidden_SE, head, weights_S, bias_V, chunk)[:2]
+    return apply_at_head(measure, [1.0], hidden_SE, head, weights_S, bias_V, chunk)[:2]
 
 
 @torch.no_grad()
