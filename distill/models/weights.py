@@ -6,7 +6,7 @@ transformers and PEFT fill in what a file lacks with random numbers and go on; h
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,15 +79,14 @@ def require_values(where: str, tensors: Iterable[tuple[str, "torch.Tensor"]]) ->
 
 
 def stored_values(
-    files: Sequence[Path], names: Iterable[str]
+    files: Sequence[Path], names: Collection[str]
 ) -> Iterator[tuple[str, "torch.Tensor"]]:
     """Yield those tensors of safetensors files that have one of these names."""
     from safetensors import safe_open
 
-    requested = set(names)
     for path in files:
         with safe_open(path, framework="pt") as file:  # pyright: ignore[reportGeneralTypeIssues]
-            for name in requested.intersection(file.keys()):
+            for name in set(names).intersection(file.keys()):
                 yield name, file.get_tensor(name)
 
 

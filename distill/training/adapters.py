@@ -1,17 +1,14 @@
 """LoRA adapters by PEFT: float32 masters that are trained, plain PEFT files, and the merged model.
 
-A bf16 adapter loses its updates at small learning rates, so the weights that are trained stay
-float32; only the products run in the model's type, and gradients come back to float32.
-
-The last stage that trains writes `merged/`: the adapter is added to the base once, in float32, and
-cast once to the type of the base's files. Evaluation loads that folder and publishing copies it, so
-what is measured is what is released. The folder appears complete or not at all; `source.json` says
-whose adapter it holds.
+A bf16 adapter loses its updates at small learning rates: so only the products run in the model's
+type. The last stage that trains writes `merged/`: the adapter is added once, in float32, and cast
+once to the type of the base's files. Evaluation loads that folder and publishing copies it;
+`source.json` says whose adapter it holds.
 """
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from distill.errors import DistillError, Exit
+from distill.models.weights import ADAPTER_FILE as WEIGHTS
 from distill.training.processes import full_tensor, like, sharded, snapshot
 
 if TYPE_CHECKING:  # and what writes files imports the rest itself: a benchmark has torch and PEFT
@@ -33,7 +30,6 @@ if TYPE_CHECKING:  # and what writes files imports the rest itself: a benchmark 
 
 ADAPTER = "default"
 DTYPE_KEYS = ("dtype", "torch_dtype")
-WEIGHTS = "adapter_model.safetensors"
 SOURCE = "source.json"  # the one file of merged/ that is no part of the model
 OPTIMIZER_PARTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -62,25 +58,23 @@ def inject(
             # PEFT asks for an attribute by its old name, and warns of what is refused below
             warnings.simplefilter("ignore", FutureWarning)
             warnings.filterwarnings("ignore", "Model has `tie_word_embeddings")
-            wrapped = get_peft_model(model, lora)
-            modules = [name for name, _ in model.named_modules()]
-            for target in [] if isinstance(targets, str) else targets:
-                if not any(f".{name}".endswith(f".{target}") for name in modules):
-                    raise ValueError(f"no module is called {target}")
+            wrapped: Any = get_peft_model(model, lora)
+        modules = [name for name, _ in model.named_modules()]
+        for target in [] if isinstance(targets, str) else targets:
+            if not any(f".{name}".endswith(f".{target}") for name in modules):
+                raise ValueError(f"no module is called {target}")
+        table, head = model.get_input_embeddings(), model.get_output_embeddings()
+        tied = isinstance(head, LoraLayer) and head.weight is table.weight
+        if tied or isinstance(table, LoraLayer):
+            part = "output head, which is this model's embedding too," if tied else "embedding"
+            raise ValueError(f"an adapter of the {part} cannot be merged")
     except (ValueError, re.error, OverflowError) as error:  # a name is an expression
         what = str(error).splitlines()[0][:200]
         fix = "name modules of this model, such as q_proj, or all-linear"
         raise DistillError(Exit.TRAINING, "train.lora.target_modules", what, fix) from None
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = isinstance(head, LoraLayer) and head.weight is table.weight
-    if tied or isinstance(table, LoraLayer):
-        what = "the output head, which is this model's embedding too" if tied else "the embedding"
-        fix = "leave it out: an adapter of it cannot be merged"
-        where = "train.lora.target_modules"
-        raise DistillError(Exit.TRAINING, where, f"{targets} includes {what}", fix)
     for parameter in parameters(wrapped).values():
         parameter.data = parameter.data.float()
-    return wrapped  # pyright: ignore[reportReturnType]
+    return wrapped
 
 
 def unadapted(model: PeftModel) -> list[str]:
@@ -105,16 +99,14 @@ def factors(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter, float]:
     return a, b, float(layer.scaling[ADAPTER])  # pyright: ignore[reportReturnType]
 
 
-def use_working_copies(model: nn.Module) -> None:
-    """Let every adapted linear module compute in its input's type, from the float32 masters."""
-    for module in model.modules():
+def adapt(wrapped: PeftModel, checkpointing: bool = False) -> PeftModel:
+    """Make an injected model what is trained.
+
+    Every adapted linear module computes in its input's type, from the float32 masters.
+    """
+    for module in wrapped.modules():
         if isinstance(module, LoraLayer):
             module.forward = _WorkingCopy(module)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def adapt(wrapped: PeftModel, checkpointing: bool = False) -> PeftModel:
-    """Make an injected model what is trained: its adapter's products run in the model's type."""
-    use_working_copies(wrapped)
     if checkpointing:
         model: Any = wrapped.get_base_model()
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -171,11 +163,6 @@ class _LowRank(torch.autograd.Function):
         return upstream[0], grad_x, grad_a, grad_b, None, None, None
 
 
-def launches(model: PeftModel) -> bool:
-    """Tell whether each operation is a launch on a GPU, on which the model's weights are."""
-    return model.device.type != "cpu" and not sharded()
-
-
 @contextmanager
 def cast_once(model: PeftModel) -> Iterator[None]:
     """Cast the masters once for all passes in the block, in which no step is taken.
@@ -185,7 +172,7 @@ def cast_once(model: PeftModel) -> Iterator[None]:
     """
     forwards = [vars(module).get("forward") for module in model.modules()]
     copies = [copy for copy in forwards if isinstance(copy, _WorkingCopy)]
-    if launches(model):
+    if model.device.type != "cpu" and not sharded():
         for copy in copies:
             copy.cast(model.dtype)
     yield
@@ -214,23 +201,26 @@ def tensors(model: PeftModel) -> dict[str, Tensor]:
 def restore(model: PeftModel, saved: Mapping[str, Tensor], where: object) -> None:
     """Put saved weights into the adapter; raises DistillError (exit 7) for other names."""
     by_name = {name.replace(f".{ADAPTER}.", "."): p for name, p in parameters(model).items()}
-    if by_name.keys() != saved.keys():
-        what = f"holds another adapter: {min(by_name.keys() ^ saved.keys())} differs"
-        raise DistillError(Exit.TRAINING, where, what, "--redo train")
+    _require_names(by_name.keys(), saved, where)
     for name, parameter in by_name.items():
         parameter.data.copy_(like(saved[name], parameter))
+
+
+def _require_names(names: Set[str], saved: Mapping[str, Tensor], where: object) -> None:
+    if others := names ^ saved.keys():
+        what = f"holds another adapter: {min(others)} differs"
+        raise DistillError(Exit.TRAINING, where, what, "--redo train")
 
 
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
     """Return a snapshot of AdamW's state as tensors named `PARAMETER.PART`, on the CPU."""
-    return {
-        f"{name}.{part}": snapshot(optimizer.state[p][part])
-        for name, p in named.items()
-        if p in optimizer.state
-        for part in OPTIMIZER_PARTS
-    }
+    pairs = [(name, p) for name, p in named.items() if p in optimizer.state]
+    states = (
+        (f"{n}.{part}", optimizer.state[p][part]) for n, p in pairs for part in OPTIMIZER_PARTS
+    )
+    return {name: snapshot(value) for name, value in states}
 
 
 def restore_optimizer(
@@ -240,10 +230,7 @@ def restore_optimizer(
     where: object,
 ) -> None:
     """Put saved state into AdamW; raises DistillError (exit 7) where it has other parameters."""
-    expected = {f"{name}.{part}" for name in named for part in OPTIMIZER_PARTS}
-    if expected != saved.keys():
-        what = f"optimizer state differs: {min(expected ^ saved.keys())}"
-        raise DistillError(Exit.TRAINING, where, what, "--redo train")
+    _require_names({f"{name}.{part}" for name in named for part in OPTIMIZER_PARTS}, saved, where)
     for name, p in named.items():
         state = {part: like(saved[f"{name}.{part}"], p) for part in OPTIMIZER_PARTS[:-1]}
         step = saved[f"{name}.step"].to(p.device, copy=True)  # one number, never in shards
@@ -264,12 +251,6 @@ def save_adapter(
     settings.inference_mode = False
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file into memory of its own."""
-    with safe_open(path, framework="pt") as file:  # pyright: ignore[reportGeneralTypeIssues]
-        return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-
-
 def merged_student(student: "Student", run: "Run") -> Path:
     """Return the folder of the run's merged student, made now for a run of an earlier distill."""
     from distill.storage.files import read_json, sha256_file
@@ -284,7 +265,7 @@ def merged_student(student: "Student", run: "Run") -> Path:
 def write_merged(
     student: "Student", adapter: Path, folder: Path, reasoning: "Reasoning" = "drop"
 ) -> None:
-    """Write the student with `adapter` as a model of its own, replacing `folder`.
+    """Write the student with `adapter` as a model of its own, replacing `folder` in one rename.
 
     Its chat template is that of the training: `reasoning` and the student's settings are in it.
     Raises DistillError (exit 7) where the adapter belongs to another base or does not fit, 5 where
@@ -299,13 +280,12 @@ def write_merged(
     types = [c.get(key) for c in (config, registry.text_config(config)) for key in DTYPE_KEYS]
     dtype = getattr(torch, next(filter(None, types), "float32"))
     model = loading.load_merged(student.model, adapter, dtype, student.revision, student.trust)
+    tokenizer = loading.student_tokenizer(student, reasoning)
     model.config.name_or_path = ""  # else the folder of this machine is written into the config
     vars(model.config).pop("_model_name_or_path", None)  # a GGUF's own title, not a model's id
     if not student.trust_remote_code:  # what was ignored here is not asked of who loads it next
-        vars(model.config).pop("auto_map", None)
-    tokenizer = loading.student_tokenizer(student, reasoning)
-    if not student.trust_remote_code:
-        tokenizer.init_kwargs.pop("auto_map", None)
+        for settings in (vars(model.config), tokenizer.init_kwargs):
+            settings.pop("auto_map", None)
     with disk_errors(folder), replacing(folder) as work:
         model.save_pretrained(work, max_shard_size="100GB")
         tokenizer.save_pretrained(work)

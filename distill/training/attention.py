@@ -1,12 +1,9 @@
 """Causal attention in a packed row: each segment attends to its ancestors and itself, unpadded.
 
-Registered with transformers under the name `packed`, so any model that takes its attention from the
-library can use it; the segments travel as a keyword through the model's forward. On a CPU, queries
-of the heads that share a key are stacked, so keys and values are never repeated, and the products
-are plain batched matrix products, a block of queries at a time (PyTorch's own kernel is several
-times slower at these lengths). Elsewhere one call of PyTorch's variable-length kernel does all
-segments, where a trial on the device itself shows that it can; else (float32, an old GPU) its
-common kernel does one segment after the other, and a note says why.
+Registered with transformers as `packed`: the segments travel as a keyword through the model. On a
+CPU, queries of the heads that share a key are stacked, a block at a time, for batched products
+(several times faster than PyTorch's kernel at these lengths). Elsewhere one call of PyTorch's
+variable-length kernel does all segments, or its common one (for float32, an old GPU) each in turn.
 
 Shape suffixes: N tokens of the row, T of a block, S keys that it attends to, H query heads, K key
 heads, G = H / K, d the head's size.
@@ -123,7 +120,7 @@ def backward(
     return grad_q, grad_k.to(key_NKd.dtype), grad_v.to(key_NKd.dtype)
 
 
-class _Attention(torch.autograd.Function):
+class _Blockwise(torch.autograd.Function):
     """`forward` and `backward` for the models that autograd runs through."""
 
     @staticmethod
@@ -139,22 +136,7 @@ class _Attention(torch.autograd.Function):
         return *backward(upstream[0], query, key, value, saved, ctx.segments, ctx.scale), None, None
 
 
-def attend(
-    query_NHd: Tensor, key_NKd: Tensor, value_NKd: Tensor, segments: Sequence[Segment], scale: float
-) -> Tensor:
-    """Return softmax(QK'·scale)V of every segment over its ancestors and itself, causal, (N, H, d).
-
-    Only a CPU's rows may share prefixes.
-    """
-    if query_NHd.device.type == "cpu":
-        inputs = (query_NHd, key_NKd, value_NKd, segments, scale)
-        return _Attention.apply(*inputs)  # pyright: ignore[reportReturnType]
-    H, d = query_NHd.shape[1:]
-    apart = why_apart(query_NHd.device, query_NHd.dtype, H, key_NKd.shape[1], d)
-    return (_apart if apart else _joined)(query_NHd, key_NKd, value_NKd, tuple(segments), scale)
-
-
-def _apart(
+def apart(
     query_NHd: Tensor, key_NKd: Tensor, value_NKd: Tensor,
     segments: tuple[Segment, ...], scale: float,
 ) -> Tensor:  # fmt: skip
@@ -171,14 +153,14 @@ def _apart(
     return torch.cat(outputs)
 
 
-def _joined(
+def joined(
     query_NHd: Tensor, key_NKd: Tensor, value_NKd: Tensor,
     segments: tuple[Segment, ...], scale: float,
 ) -> Tensor:  # fmt: skip
     """Return the attention of segments without ancestors by one call of PyTorch's kernel."""
     from torch.nn.attention.varlen import varlen_attn  # slow to import, and not wanted on a CPU
 
-    bounds, longest = _bounds(segments, query_NHd.device)
+    bounds, longest = segment_bounds(segments, query_NHd.device)
     causal, limits = (-1, 0), (bounds, bounds, longest, longest)
     return varlen_attn(
         query_NHd, key_NKd, value_NKd, *limits, scale=scale, window_size=causal, enable_gqa=True
@@ -186,7 +168,7 @@ def _joined(
 
 
 @lru_cache(maxsize=8)
-def _bounds(segments: tuple[Segment, ...], device: torch.device) -> tuple[Tensor, int]:
+def segment_bounds(segments: tuple[Segment, ...], device: torch.device) -> tuple[Tensor, int]:
     """Return the segments' bounds on the device, copied once for all layers, and the longest."""
     lengths = [segment.end - segment.start for segment in segments]
     with torch.inference_mode(False):  # a training step may meet what an evaluation made
@@ -198,7 +180,7 @@ def _bounds(segments: tuple[Segment, ...], device: torch.device) -> tuple[Tensor
 def why_apart(device: torch.device, dtype: torch.dtype, heads: int, keys: int, size: int) -> str:
     """Return why segments are not attended to in one call; empty where they can be.
 
-    A trial on the device decides: `_joined` must have the values and gradients of `_apart`.
+    A trial on the device decides: `joined` must have the values and gradients of `apart`.
     """
     segments = (Segment(0, 7), Segment(7, 19))
     shapes = [(19, heads, size), (19, keys, size), (19, keys, size), (19, heads, size)]
@@ -210,15 +192,15 @@ def why_apart(device: torch.device, dtype: torch.dtype, heads: int, keys: int, s
                 torch.randn(shape, generator=make, device=device).to(dtype).requires_grad_()
                 for shape in shapes
             )
-            for way in (_joined, _apart):
+            for way in (joined, apart):
                 out = way(query, key, value, segments, size**-0.5)
                 parts = (out, *torch.autograd.grad(out, (query, key, value), upstream))
                 results.append(torch.cat([part.float().flatten() for part in parts]))
         except (RuntimeError, TypeError, ImportError) as error:  # of this type, GPU or torch
             raise_device_error(error)
             return first_line(error)
-    joined, apart = results
-    return "" if (joined - apart).norm() <= 0.02 * apart.norm() else "it has other values"
+    difference = (results[0] - results[1]).norm()
+    return "" if difference <= 0.02 * results[1].norm() else "it has other values"
 
 
 def packed_attention(
@@ -234,15 +216,22 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Be transformers' attention function of one packed row: (1, H, N, d) in, (1, N, H, d) out.
 
-    Raises ValueError for kinds of attention that this is not; the student's probe then pads
-    instead.
+    Only a CPU's rows may share prefixes. Raises ValueError for kinds of attention that this is not;
+    the student's probe then pads instead.
     """
     unknown = [name for name in OTHER_KINDS if others.get(name) is not None]
     if unknown or dropout or query.shape[0] != 1 or attention_mask is not None:
         raise ValueError(f"{type(module).__name__}: {unknown}, dropout {dropout}")
-    rows = (t[0].transpose(0, 1) for t in (query, key, value))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(*rows, segments=segments or [Segment(0, query.shape[2])], scale=scale)[None], None
+    _, H, N, d = query.shape
+    query_NHd, key_NKd, value_NKd = (t[0].transpose(0, 1) for t in (query, key, value))
+    scale = d**-0.5 if scaling is None else scaling
+    inputs = (query_NHd, key_NKd, value_NKd, tuple(segments) or (Segment(0, N),), scale)
+    if query.device.type == "cpu":
+        out: Any = _Blockwise.apply(*inputs)
+    else:
+        slow = why_apart(query.device, query.dtype, H, key.shape[1], d)
+        out = (apart if slow else joined)(*inputs)
+    return out[None], None
 
 
 AttentionInterface.register(NAME, packed_attention)

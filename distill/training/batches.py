@@ -1,20 +1,14 @@
 """The order of training: which samples make which step, micro-batch and row; learning rates.
 
-All is decided before the first step. An epoch's order is a permutation drawn from (seed, epoch)
-alone. A step is about `tokens_per_step` tokens of complete samples, whatever the number of
-processes; its samples are dealt into micro-batches, as many for each process where there are so
-many samples. So where a run stopped is one number, its step, and two processes take the same steps
-as one.
-
-A row lays samples end to end without padding. Causal states depend on what came before and nothing
-else, so a prefix that samples share (the system prompt, a task's instructions) has the same states
-in each and is computed once. The row is then a forest: a segment attends to its ancestors and
-itself. Losses and gradients are those of the samples alone.
+All follows from the seed before the first step, which is complete samples of `tokens_per_step`,
+whatever the number of processes: so where a run stopped is one number, its step. A row lays samples
+end to end without padding. A prefix that samples share has the same states in each and is computed
+once: the row is a forest, and a segment attends to its ancestors and itself.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -140,38 +134,35 @@ class Segment(NamedTuple):
         return (*self.before, (self.start, self.end))
 
 
-@dataclass
-class PackedRow:
+class PackedRow(NamedTuple):
     """Token ids, the segments that they form, and each sample's indices in the row."""
 
-    ids: list[int] = field(default_factory=list)
-    segments: list[Segment] = field(default_factory=list)
-    indices: dict[int, list[int]] = field(default_factory=dict)
-
-    def add(self, ids: Sequence[int], before: tuple[tuple[int, int], ...]) -> Segment:
-        """Append a segment."""
-        self.segments.append(Segment(len(self.ids), len(self.ids) + len(ids), before))
-        self.ids += ids
-        return self.segments[-1]
+    ids: list[int]
+    segments: list[Segment]
+    indices: dict[int, list[int]]
 
 
 def pack(samples: Sequence[Sequence[int]], prompts: Sequence[int], sharing: bool) -> PackedRow:
     """Lay samples out in a row; `sharing` merges prefixes within the `prompts[i]` first tokens."""
-    row = PackedRow()
+    row = PackedRow([], [], {})
 
     def grow(group: list[int], before: tuple[tuple[int, int], ...]) -> None:
         """Add what is left of the samples of a group, which share the ranges `before`."""
-        depth, first = sum(end - start for start, end in before), group[0]
-        if len(group) == 1:
-            ranges = row.add(samples[first][depth:], before).ranges()
-            row.indices[first] = [i for start, end in ranges for i in range(start, end)]
+        depth, first = sum(end - start for start, end in before), samples[group[0]]
+        common, alone = len(first), len(group) == 1
+        if not alone:
+            prefixes = [tuple(samples[i][: prompts[i]]) for i in group]
+            one, other = min(prefixes), max(prefixes)  # in lexical order: the two that differ most
+            pairs = enumerate(zip(one, other, strict=False))
+            common = next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
+        if alone or common - depth >= SHORTEST_PREFIX:
+            start = len(row.ids)
+            row.ids.extend(first[depth:common])
+            row.segments.append(Segment(start, len(row.ids), before))
+            before = row.segments[-1].ranges()
+        if alone:
+            row.indices[group[0]] = [i for start, end in before for i in range(start, end)]
             return
-        prefixes = [tuple(samples[i][: prompts[i]]) for i in group]
-        one, other = min(prefixes), max(prefixes)  # in lexical order: the two that differ most
-        pairs = enumerate(zip(one, other, strict=False))
-        common = next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
-        if common - depth >= SHORTEST_PREFIX:
-            before = row.add(samples[first][depth:common], before).ranges()
         # By the token after the prefix; a sample whose prompt ends there is a part of its own.
         parts: dict[tuple[int, int], list[int]] = {}
         for i in group:

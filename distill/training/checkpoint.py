@@ -1,10 +1,8 @@
 """Checkpoints that survive a kill, a full disk and damage, and say so when one does not.
 
-A checkpoint is a folder: safetensors (no pickle anywhere), `state.json`, and last `manifest.json`
-with the SHA-256 of each file. It is written under a temporary name, synced, renamed, read back and
-compared; only then are old ones removed, and never fewer than two kept. Loading checks every byte
-before it is used: a damaged checkpoint is passed over loudly for the one before, and where none is
-intact the run stops rather than begin anew.
+A checkpoint is a folder of safetensors, `state.json`, and last `manifest.json` with the SHA-256 of
+each file. It is renamed into its place and read back before old ones are removed, never fewer than
+two kept. A damaged one is passed over loudly; where none is intact the run stops.
 """
 
 import json
@@ -14,15 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from distill.errors import DistillError, Exit
 from distill.records import digest
-from distill.storage.files import replacing, sha256_file
+from distill.storage.files import disk_errors, replacing, sha256_file
 from distill.storage.progress import say
-from distill.training.adapters import read_tensors
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -39,7 +35,7 @@ class Checkpoint:
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Read the tensors saved under `name`; empty where there are none."""
         path = self.folder / f"{name}.safetensors"
-        return read_tensors(path) if path.exists() else {}
+        return load(path.read_bytes()) if path.exists() else {}
 
     def state(self) -> dict[str, Any]:
         """Read the state that was saved as JSON."""
@@ -54,45 +50,43 @@ def save(
     facts: Mapping[str, Any],
     keep: int,
 ) -> Checkpoint:
-    """Write and verify a checkpoint, and keep the newest `keep`; raises DistillError (exit 7)."""
+    """Write and verify a checkpoint, and keep the newest `keep`.
+
+    Raises DistillError: exit 5 where the disk is full, 7 where other bytes are read back.
+    """
     target = parent / f"step-{step:08d}"
-    try:
-        with replacing(target) as work:
-            for name, group in tensors.items():
-                save_file(dict(group), work / f"{name}.safetensors")
-            (work / "state.json").write_text(json.dumps(dict(state), allow_nan=False))
-            files = {path.name: sha256_file(path) for path in sorted(work.iterdir())}
-            body = {"format": FORMAT, "files": files, **facts, "step": step}
-            manifest = json.dumps({**body, "checksum": digest(body)}, allow_nan=False)
-            (work / MANIFEST).write_text(manifest)
-    except (OSError, SafetensorError) as error:
-        what = f"could not be written: {getattr(error, 'strerror', None) or error}"
-        fix = "free space and run again; the checkpoint before it is kept"
-        raise DistillError(Exit.TRAINING, target, what, fix) from None
+    with disk_errors(target), replacing(target) as work:
+        for name, group in tensors.items():
+            save_file(dict(group), work / f"{name}.safetensors")
+        (work / "state.json").write_text(json.dumps(dict(state), allow_nan=False))
+        files = {path.name: sha256_file(path) for path in sorted(work.iterdir())}
+        body = {"format": FORMAT, "files": files, **facts, "step": step}
+        manifest = json.dumps({**body, "checksum": digest(body)}, allow_nan=False)
+        (work / MANIFEST).write_text(manifest)
     saved = read(target)
-    if isinstance(saved, str):
-        raise DistillError(Exit.TRAINING, target, saved, "check the disk; older ones are kept")
     for old in sorted(parent.glob(FOLDERS))[: -max(2, keep)]:
         shutil.rmtree(old)
     return saved
 
 
-def read(folder: Path) -> Checkpoint | str:
-    """Return the checkpoint in `folder` with every file verified, or what is wrong with it."""
+def read(folder: Path) -> Checkpoint:
+    """Return an intact checkpoint; raises DistillError (exit 7) for one that is not."""
+    body: dict[str, Any] = {}
     try:
         body = json.loads((folder / MANIFEST).read_bytes())
-        checksum = body.pop("checksum")
-        if digest(body) != checksum:
-            return f"{MANIFEST} is damaged"
-        for name, sha256 in body["files"].items():
-            if sha256_file(folder / name) != sha256:
-                return f"{name} is damaged"
+        if body.pop("checksum") != digest(body):
+            raise ValueError
+        files = body["files"].items()
+        damage = [name for name, sha256 in files if sha256_file(folder / name) != sha256]
+        if body["format"] != FORMAT:
+            damage = [f"a manifest of format {FORMAT}"]
     except OSError as error:
-        return f"{Path(error.filename or MANIFEST).name} is missing or unreadable"
+        damage = [Path(error.filename or MANIFEST).name]
     except (ValueError, KeyError, AttributeError, TypeError):
-        return f"{MANIFEST} is damaged"
-    if body["format"] != FORMAT:
-        return f"format {body['format']}, this is {FORMAT}"
+        damage = [MANIFEST]
+    if damage:
+        what, fix = f"{damage[0]} is missing or damaged", "check the disk; other ones are kept"
+        raise DistillError(Exit.TRAINING, folder, what, fix)
     return Checkpoint(folder, body)
 
 
@@ -103,10 +97,10 @@ def latest(parent: Path) -> Checkpoint | None:
     """
     folders = sorted(parent.glob(FOLDERS))
     for folder in reversed(folders):
-        checkpoint = read(folder)
-        if isinstance(checkpoint, Checkpoint):
-            return checkpoint
-        say(f"WARNING: {folder}: {checkpoint}; falling back to the checkpoint before it")
+        try:
+            return read(folder)
+        except DistillError as error:
+            say(f"WARNING: {folder}: {error.what}; falling back to the checkpoint before it")
     if folders:
         what = f"none of {len(folders)} checkpoints is intact"
         raise DistillError(Exit.TRAINING, parent, what, "--redo train starts again from step 0")

@@ -1,9 +1,8 @@
 """From an answer to token ids and loss weights, and the first batch shown as the model will see it.
 
-An example's ids are those of the rendered prompt, then of the answer, then the template's own end
-token, which is supervised (an answer cut off by its length limit has no end, and none is taught).
-Weights come from lengths, never from token ids: pad may equal the end token. Samples longer than
-the limit are dropped, counted and named.
+The ids are those of the rendered prompt, of the answer, and of the template's own end token, which
+is supervised too (not of an answer that its length limit cut off). Weights come from lengths, never
+from token ids: pad may equal the end token.
 """
 
 from collections.abc import Iterable, Sequence
@@ -46,8 +45,8 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, pair: Pair, date: str) -> Ex
     text += "" if cut_off else turn.end
     answer_ids = encode_marked(tokenizer, text, mark)
     if text.startswith(" "):  # of which a tokenizer of pieces takes the first for its own prefix
-        shown = f"{tokenizer.decode(answer_ids, clean_up_tokenization_spaces=False)}"
-        if len(shown) - len(shown.lstrip(" ")) < len(text) - len(text.lstrip(" ")):
+        decoded = f"{tokenizer.decode(answer_ids, clean_up_tokenization_spaces=False)}"
+        if len(decoded) - len(decoded.lstrip(" ")) < len(text) - len(text.lstrip(" ")):
             answer_ids = encode_marked(tokenizer, f" {text}", mark)
     if not cut_off and not turn.end:
         if not isinstance(eos := tokenizer.eos_token_id, int):
@@ -73,11 +72,10 @@ def check_template(
 ) -> list[str]:
     """Look whether a template can train and be asked, and return what a reader should know of it.
 
-    Needs no weights, and is meant for before the first purchase, with the tokenizer as
-    `load_tokenizer` makes it for the run: one short question, and of `conversations` one of each
-    order of roles. With `thought`, answers with one are tried too. Raises DistillError (exit 7)
-    naming a template that refuses one, loses an answer, or writes it elsewhere than where inference
-    begins.
+    For before the first purchase, with the run's tokenizer: one short question, and of
+    `conversations` one of each order of roles; with `thought`, answers with one too. Raises
+    DistillError (exit 7) naming a template that refuses one, loses an answer, or writes it
+    elsewhere than where inference begins.
     """
     question = (Message(role="user", content="What is the capital of France?"),)
     orders = {tuple(m.role for m in messages): messages for messages in conversations}
@@ -87,12 +85,9 @@ def check_template(
         for inner in (None, *((why,) if thought else ())):
             text = join_thought(answer, inner) if inner else answer
             names = dict.fromkeys(("id", "request_key", "prompt_id", "model"), "")
-            fields = {**names, "sample": 0, "text": text, "stop": "end", "reasoning": inner}
-            pair = Pair(
-                prompt=Prompt.make(tuple(messages), "", ""),
-                response=Response.model_validate(fields),
-            )
-            example = encode_pair(tokenizer, pair, date)
+            response = Response(**names, sample=0, text=text, stop="end", reasoning=inner)
+            prompt = Prompt.make(tuple(messages), "", "")
+            example = encode_pair(tokenizer, Pair(prompt=prompt, response=response), date)
             target = [i for i, w in zip(example.input_ids, example.weights, strict=True) if w]
             decoded = tokenizer.decode(target, clean_up_tokenization_spaces=False)
             if "".join(answer.split()) not in "".join(str(decoded).split()):
@@ -132,17 +127,12 @@ def show(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], count:
     """Print the first `count` examples of a batch, supervised tokens in «marks» and in colour."""
     console.print(f"first batch: {len(examples)} samples; «supervised» tokens are marked")
     for example in examples[:count]:
-        console.print(marked(tokenizer, example), soft_wrap=True)
-
-
-def marked(tokenizer: PreTrainedTokenizerBase, example: Example) -> Text:
-    """Return the example's text with its supervised part marked."""
-    text, tokens = Text(), zip(example.input_ids, example.weights, strict=True)
-    for supervised, run in groupby(tokens, key=lambda token: bool(token[1])):
-        part = f"{tokenizer.decode([i for i, _ in run])}"
-        if supervised:
-            text.append(f"«{part}»", style="bold green")
-        else:
-            excerpt = part if len(part) <= SHOWN_CHARS else f"{part[:SHOWN_CHARS]} …"
-            text.append(excerpt, style="dim")
-    return text
+        text, tokens = Text(), zip(example.input_ids, example.weights, strict=True)
+        for supervised, run in groupby(tokens, key=lambda token: bool(token[1])):
+            part = f"{tokenizer.decode([i for i, _ in run])}"
+            if supervised:
+                text.append(f"«{part}»", style="bold green")
+            else:
+                cut = f"{part[:SHOWN_CHARS]} …" if len(part) > SHOWN_CHARS else part
+                text.append(cut, style="dim")
+        console.print(text, soft_wrap=True)

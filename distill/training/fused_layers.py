@@ -1,10 +1,8 @@
 """Decoder layers of the Llama kind for LoRA training on a CPU, with their backward by hand.
 
-The same mathematics as transformers' layers with PEFT's adapters, arranged for a machine on which
-only a few kinds of operation are fast. Adapted modules that share an input become one product,
-[x | xA'] [W | sB]', and so does their backward; norms and residuals stay inside; nothing is saved
-that need not be. `fuse` puts them in place of a model's own layers; the student's probe then
-compares the two, and tests compare gradients with plain PEFT in float32.
+The same mathematics as transformers' layers with PEFT's adapters. Adapted modules that share an
+input become one product, [x | xA'] [W | sB]', and so does their backward; norms and residuals stay
+inside; nothing is saved that need not be. The student's probe compares the two.
 
 Shape suffixes: N tokens of a packed row, D hidden size, I inputs, O outputs, R ranks side by side.
 """
@@ -132,11 +130,12 @@ class FusedLayer:
     ) -> Tensor:
         half = self.head_dim // 2
         cos, sin = (t[0, :, None, :half].to(hidden_states.dtype) for t in position_embeddings)
-        module = self.module()
-        again = module is not None and module.training and module.gradient_checkpointing
-        inputs = (hidden_states[0], cos, sin, segments)
-        x = checkpoint(self._compute, *inputs, use_reentrant=False) if again else None
-        return (self._compute(*inputs) if x is None else x)[None]
+        module, inputs = self.module(), (hidden_states[0], cos, sin, segments)
+        if module is not None and module.training and module.gradient_checkpointing:
+            x: Any = checkpoint(self._compute, *inputs, use_reentrant=False)
+        else:
+            x = self._compute(*inputs)
+        return x[None]
 
     def _compute(
         self, x_ND: Tensor, cos: Tensor, sin: Tensor, segments: Sequence[Segment]
@@ -156,14 +155,14 @@ class _Attend(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         wide = layer.qkv.buffer(x_ND)
         wide[:, : x_ND.shape[1]] = layer.norms[0].forward(x_ND)
-        projected = layer.qkv.forward(wide)
-        queries, keys, _ = layer.qkv.widths
-        turned = rotate(_heads(projected[:, : queries + keys], layer.head_dim), cos, sin)
-        value = _heads(projected[:, queries + keys :], layer.head_dim)
-        query, key = turned.split([queries // layer.head_dim, keys // layer.head_dim], dim=1)
+        heads_NHd = layer.qkv.forward(wide).unflatten(1, (-1, layer.head_dim))
+        queries, keys, values = (width // layer.head_dim for width in layer.qkv.widths)
+        turned = rotate(heads_NHd[:, : queries + keys], cos, sin)
+        query, key = turned.split([queries, keys], dim=1)
+        value = heads_NHd[:, -values:]
         mixed, saved = attention.forward(query, key, value, segments, layer.scale)
         inner = layer.out.buffer(x_ND)
-        inner[:, :queries] = mixed.flatten(1)
+        inner[:, : layer.out.inputs] = mixed.flatten(1)
         ctx.layer, ctx.segments = layer, segments
         ctx.save_for_backward(x_ND, wide, query, key, value, inner, cos, sin, *saved)
         return layer.out.forward(inner, x_ND)
@@ -174,17 +173,13 @@ class _Attend(torch.autograd.Function):
         x_ND, wide, query, key, value, inner, cos, sin, *saved = ctx.saved_tensors
         grad_mixed, out_gradients = layer.out.backward(inner, grad_ND)
         gradients = attention.backward(
-            _heads(grad_mixed, layer.head_dim), query, key, value, saved, ctx.segments, layer.scale
+            grad_mixed.view_as(query), query, key, value, saved, ctx.segments, layer.scale
         )
         turned_back = rotate(torch.cat(gradients[:2], dim=1), cos, -sin)
         grad_made = torch.cat([turned_back.flatten(1), gradients[2].flatten(1)], dim=1)
         grad_normed, qkv_gradients = layer.qkv.backward(wide, grad_made)
         grad_x = layer.norms[0].backward(x_ND, grad_normed, grad_ND)
         return grad_x, None, None, None, None, *qkv_gradients, *out_gradients
-
-
-def _heads(flat_ND: Tensor, size: int) -> Tensor:
-    return flat_ND.unflatten(1, (-1, size))
 
 
 class _Feed(torch.autograd.Function):
@@ -238,16 +233,10 @@ def fusible(layer: Any) -> bool:
 
 def fuse(decoder: Any) -> bool:
     """Replace every layer's forward where all are fusible and on a CPU; returns whether it did."""
-    layers = list(decoder.layers) if hasattr(decoder, "layers") else []
+    layers = list(getattr(decoder, "layers", ()))
     on_cpu = all(p.device.type == "cpu" for p in decoder.parameters())
-    if not layers or not on_cpu or not all(fusible(layer) for layer in layers):
+    if not layers or not on_cpu or not all(map(fusible, layers)):
         return False
     for layer in layers:
         layer.forward = FusedLayer(layer)
     return True
-
-
-def unfuse(decoder: Any) -> None:
-    """Give every layer its own forward back."""
-    for layer in decoder.layers:
-        del layer.forward

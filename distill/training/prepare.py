@@ -1,5 +1,6 @@
 """What a training run is made of, before any process meets another: model, examples and steps."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from distill.config.learning import Student, Train
@@ -39,6 +41,7 @@ SAME = {  # what processes that share a step must have in common, with what make
     "packing": "train.packing=false",
 }
 UNPINNED = ("logging_steps", "save_steps", "save_total_limit", "report_to", "num_processes")
+IDLE = 0.1  # of the passes of several processes may hold no sample, without a word about it
 
 
 @dataclass
@@ -65,11 +68,11 @@ class Preparation:
         self, examples: Sequence[Example], samples: Sequence[int] | None = None
     ) -> list[list[int]]:
         """Deal samples (None: all) into micro-batches of the run's size."""
-        chosen = range(len(examples)) if samples is None else samples
-        lengths = {i: len(examples[i].input_ids) for i in chosen}
+        samples = range(len(examples)) if samples is None else samples
+        lengths = {i: len(examples[i].input_ids) for i in samples}
         if self.student.packing:
-            return micro_batches(chosen, lengths, self.limit, self.world)
-        return padded_batches(chosen, lengths, self.limit)
+            return micro_batches(samples, lengths, self.limit, self.world)
+        return padded_batches(samples, lengths, self.limit)
 
 
 def prepare(run: Run, world: int = 1, start: Path | None = None) -> Preparation:
@@ -85,13 +88,15 @@ def prepare(run: Run, world: int = 1, start: Path | None = None) -> Preparation:
         encode_split(tokenizer, run, split, config.template_date, max_length)
         for split in ("train", "validation")
     )
-    student, notes = make_student(model, settings.packing, fused=not processes.sharded())
-    if processes.sharded() and student.packing:  # the student is in main memory until it is cut
+    shards = processes.sharded()
+    student, notes = make_student(model, settings.packing, fused=not shards)
+    if shards and student.packing:  # the student is in main memory until it is cut
         notes += attention_notes(loading.device(), model)
-    facts, memory = pinned_facts(config, tokenizer, str(model.dtype), examples, validation)
+    facts = pinned_facts(config, tokenizer, str(model.dtype), examples, validation)
+    memory = {name: facts.pop(name) for name in MEMORY if name in facts}
     own = {name: facts[name] for name in ("dtype", *HARDWARE) if name in facts}
     shared = processes.agree({**own, "packing": student.packing}, world, SAME)
-    facts |= {name: shared[name] for name in own}
+    facts |= {**{name: shared[name] for name in own}, "world_size": world}
     if settings.loss.soft:
         both = [*examples, *validation]
         if settings.loss.teacher == "live":
@@ -102,14 +107,23 @@ def prepare(run: Run, world: int = 1, start: Path | None = None) -> Preparation:
         facts["signals"] = student.labels.digest
     if start:
         path = start / adapters.WEIGHTS
-        adapters.restore(model, adapters.read_tensors(path), path)
+        adapters.restore(model, load_file(path), path)
         facts["start"] = sha256_file(path)
-    lengths = [len(e.input_ids) for e in examples]
+    if shards:
+        facts["sharded"] = True
+        notes.append(f"sharded over {world} processes (FSDP2)")
     amount = (settings.tokens_per_step, settings.num_train_epochs, settings.max_steps)
-    plan = plan_steps(lengths, config.train_seed, *amount)
+    plan = plan_steps([len(e.input_ids) for e in examples], config.train_seed, *amount)
     limit = settings.micro_batch_tokens or micro_batch_tokens(config, model, world)
     pinned = (facts, memory, limit, world, notes)
-    return Preparation(tokenizer, model, student, examples, validation, plan, *pinned)
+    parts = Preparation(tokenizer, model, student, examples, validation, plan, *pinned)
+    if world > 1:
+        dealt = [len(parts.batches(examples, step.samples)) for step in plan]
+        idle = 1 - sum(dealt) / sum(math.ceil(n / world) * world for n in dealt)
+        if idle > IDLE:
+            what = f"{idle:.0%} of the passes of {world} processes hold no sample"
+            notes.append(f"{what}: raise train.tokens_per_step, or start fewer")
+    return parts
 
 
 def micro_batch_tokens(config: Config, model: PeftModel, world: int = 1) -> int:
@@ -125,16 +139,16 @@ def micro_batch_tokens(config: Config, model: PeftModel, world: int = 1) -> int:
         shape = registry.shape_from_config(model.config.to_dict())
     except DistillError:  # another kind of decoder
         return MICRO_BATCH_TOKENS
-    width, live = model.dtype.itemsize, train.loss.soft and train.loss.teacher == "live"
-    towards: Towards = "live" if live else "cached" if train.loss.soft else "tokens"
+    towards: Towards = "cached" if train.loss.soft else "tokens"
     teacher = 0.0
-    if live and isinstance(reader := config.soft_teacher(), LocalTeacher):  # in its own type
-        own = loading.pick_dtype(reader.dtype).itemsize
-        teacher = weight_bytes(registry.shape_of(reader.model), own)
+    if train.loss.soft and train.loss.teacher == "live":
+        towards, reader = "live", config.soft_teacher()
+        if isinstance(reader, LocalTeacher):  # in its own type
+            width = loading.pick_dtype(reader.dtype).itemsize
+            teacher = weight_bytes(registry.shape_of(reader.model), width)
     training = LoraTraining(
-        *(shape, train.lora.r, train.lora.target_modules, "cuda", width),
-        *(config.student.load_in_4bit, train.gradient_checkpointing, towards),
-        teacher,
+        *(shape, train.lora.r, train.lora.target_modules, "cuda", model.dtype.itemsize),
+        *(config.student.load_in_4bit, train.gradient_checkpointing, towards, teacher),
         dropout=train.lora.dropout,
         shards=world if processes.sharded() else 1,
     )
@@ -173,15 +187,15 @@ def pinned_facts(
     dtype: str,
     examples: Sequence[Example],
     validation: Sequence[Example],
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a run's `facts` and its settings of `memory`, as flat JSON."""
+) -> dict[str, Any]:
+    """Return a run's facts, and its settings of memory among them, as flat JSON."""
     resolved, device = config.resolved(), loading.device()
     # whose kernels, and order of additions, are its own
     hardware: dict[str, Any] = {"processor": processor(), "threads": torch.get_num_threads()}
     hardware["instructions"] = torch.backends.cpu.get_cpu_capability()
     if device.type == "cuda":
         hardware = {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
-    facts = flatten(
+    return flatten(
         {
             "student": resolved["student"],
             "train": {k: v for k, v in resolved["train"].items() if k not in UNPINNED},
@@ -197,4 +211,3 @@ def pinned_facts(
             **hardware,
         }
     )
-    return facts, {name: facts.pop(name) for name in MEMORY if name in facts}

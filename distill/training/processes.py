@@ -1,12 +1,9 @@
 """The processes of a training, and where tensors live: on the host, on a device, in shards (FSDP2).
 
-Precision, accumulation and compilation are this loop's, whatever accelerate's config says; what
-would make it another training is refused by name. With configs/accelerate/fsdp2.yaml each process
-holds its part of every weight and gathers a layer only while it computes. The weights are read into
-main memory, and each layer goes to the device when it is cut: no device ever holds the model. The
-layers are sharded here, by torch's `fully_shard`, not by accelerate, which would silently leave
-them unsharded on a CPU: so what two CPU processes are tested with is what GPUs run. What leaves the
-model (checkpoints, adapters, norms) is gathered, and every process takes part in that.
+Precision, accumulation and compilation are this loop's; what else accelerate's config can want is
+refused by name. The layers are sharded here, by torch's `fully_shard`: accelerate would silently
+leave them whole on a CPU, on which two processes are tested. Weights are read into main memory, and
+each layer goes to the device when it is cut. What leaves the model is gathered by every process.
 """
 
 import importlib.util
@@ -35,13 +32,13 @@ from distill.models.devices import device
 from distill.storage.environment import check_world, die_with_parent
 
 TIMEOUT = timedelta(minutes=10)  # for a process that waits for another
-FSDP = ("OFFLOAD_PARAMS", "CPU_RAM_EFFICIENT_LOADING", "ACTIVATION_CHECKPOINTING")
-OTHERS = {
+REFUSED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config",
     "ACCELERATE_USE_SAGEMAKER": "SageMaker",
 }
+REFUSED_SHARDS = ("OFFLOAD_PARAMS", "CPU_RAM_EFFICIENT_LOADING", "ACTIVATION_CHECKPOINTING")
 
 
 def check(report_to: str, num_processes: int | None) -> None:
@@ -54,14 +51,20 @@ def check(report_to: str, num_processes: int | None) -> None:
         what, fix = f"{report_to} is not installed", "pip install 'distill[tracking]'"
         raise DistillError(Exit.TRAINING, "train.report_to", what, fix)
     gpu = device().type == "cuda"  # raises where there are more processes than GPUs
-    refused = [name for variable, name in OTHERS.items() if parse_flag_from_env(variable)]
+    refused = [name for variable, name in REFUSED.items() if parse_flag_from_env(variable)]
     if gpu and parse_flag_from_env("ACCELERATE_USE_CPU"):
         refused.append("use_cpu: true beside a GPU that torch sees")
+    if sharded():
+        names = [name for name in REFUSED_SHARDS if parse_flag_from_env(f"FSDP_{name}")]
+        refused += [f"fsdp_{name.lower()}" for name in names]
+        if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
+            refused.append(f"fsdp_version: {version}")
     if refused:
-        fix = "accelerate launch --config_file configs/accelerate/one-gpu.yaml (or ddp.yaml)"
+        fix = (
+            "accelerate launch --config_file configs/accelerate/one-gpu.yaml (ddp.yaml, fsdp2.yaml)"
+        )
         what = f"{refused[0]} is not supported"
         raise DistillError(Exit.TRAINING, "accelerate's config", what, fix)
-    sharded()  # raises for what it does not support, before accelerate ends over it
     world = int(os.environ.get("WORLD_SIZE", "1"))
     stated = {"train.num_processes": num_processes}
     check_world(stated, world, "scripts/train.py", Exit.TRAINING)
@@ -89,16 +92,8 @@ def start(report_to: str, num_processes: int | None, folder: Path) -> Accelerato
 
 
 def sharded() -> bool:
-    """Tell whether the launcher requests shards; raises DistillError (exit 7) for others."""
-    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        return False
-    refused = [f"fsdp_{name.lower()}" for name in FSDP if parse_flag_from_env(f"FSDP_{name}")]
-    if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
-        refused.append(f"fsdp_version: {version}")
-    if refused:
-        what, fix = f"{refused[0]} is not supported", "use configs/accelerate/fsdp2.yaml"
-        raise DistillError(Exit.TRAINING, "accelerate's fsdp_config", what, fix)
-    return True
+    """Tell whether the launcher requests shards."""
+    return parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 def wrap(accelerator: Accelerator, student: nn.Module) -> Any:
@@ -122,21 +117,20 @@ def agree(own: dict[str, Any], world: int, fixes: dict[str, str]) -> dict[str, A
 
     Each of the `world` must call. Raises DistillError (exit 7) where they differ in what has a fix.
     """
-    if world == 1:
-        return own
-    ranks: list[dict[str, Any]] = gather_object([own])
-    shared = dict[str, Any]()
+    ranks: list[dict[str, Any]] = gather_object([own]) if world > 1 else [own]
+    shared = dict(own)
     for name in own:
         values = sorted({str(rank[name]) for rank in ranks})
-        shared[name] = own[name] if len(values) == 1 else ", ".join(values)
-        if name in fixes and len(values) > 1:
-            what = f"{name} differs between the processes: {shared[name]}"
-            raise DistillError(Exit.TRAINING, "processes", what, fixes[name])
+        if len(values) > 1:
+            shared[name] = ", ".join(values)
+            if name in fixes:
+                what = f"{name} differs between the processes: {shared[name]}"
+                raise DistillError(Exit.TRAINING, "processes", what, fixes[name])
     return shared
 
 
 @contextmanager
-def no_sync(accelerator: Accelerator, student: Any) -> Iterator[None]:
+def no_sync(accelerator: Accelerator, student: nn.Module) -> Iterator[None]:
     """Keep gradients local inside the block: a later backward of the step brings them together."""
     if not isinstance(student, FSDPModule):
         with accelerator.no_sync(student):
@@ -155,8 +149,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 def snapshot(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return a full, contiguous copy on the CPU that no later step changes; each process must call.
 
-    `cpu`, `float` and `contiguous` return the tensor itself where it already is that: float32 on a
-    CPU.
+    `cpu`, `float` and `contiguous` copy nothing of what already is so.
     """
     layout = torch.contiguous_format
     return full_tensor(tensor).detach().to("cpu", dtype, copy=True, memory_format=layout)

@@ -1,8 +1,7 @@
 """The model as the loss sees it: a packed batch goes in, the sum of its loss comes out.
 
-The head is applied inside this module's forward, at supervised positions only, so that wrapping it
-(DDP, FSDP) covers all of it. Where an architecture cannot take packed rows, batches are padded
-instead; a probe on the model itself decides, never a list of names.
+The head is applied inside this module's forward, so that wrapping it (DDP, FSDP) covers all of it.
+Where an architecture cannot take packed rows, batches are padded; a probe on the model decides.
 
 Shape suffixes: N tokens of a row, S supervised positions, B samples, T longest sample, D hidden
 size, R rank of an adapted head, E = D + R, V vocabulary, P parts of a loss.
@@ -23,7 +22,7 @@ from distill.training.adapters import ADAPTER, factors
 from distill.training.attention import NAME, why_apart
 from distill.training.batches import Example, Segment, micro_batches, pack
 from distill.training.divergences import Live, SoftTargets, soft_loss
-from distill.training.fused_layers import fuse, unfuse
+from distill.training.fused_layers import fuse
 from distill.training.losses import cross_entropy, evaluate_targets
 
 if TYPE_CHECKING:  # what learns needs torch and PEFT alone
@@ -32,7 +31,7 @@ if TYPE_CHECKING:  # what learns needs torch and PEFT alone
     from distill.records import AnswerLoss, Pair
     from distill.training.soft_labels.labels import CachedLabels, LiveLabels
 
-PROBE = (7, 12)  # lengths of the two samples that the probe packs
+PROBE = (range(7), range(3, 10)), range(7, 19)  # ids of the probe's samples; the first in two ways
 
 
 @dataclass(frozen=True)
@@ -68,17 +67,12 @@ class Batch:
         # Token i of a sample is predicted at its token i - 1.
         columns = [(row.indices[n][i - 1], examples[n].input_ids[i], n) for n, i in tokens]
         columns_S3 = send(torch.tensor(columns, dtype=torch.long).view(-1, 3), device)
+        weights_S = torch.tensor([examples[n].weights[i] for n, i in tokens], dtype=torch.float32)
+        ids_N, positions_N = torch.tensor(row.ids), torch.cat(positions)
+        ids_N, positions_N, weights_S = (send(t, device) for t in (ids_N, positions_N, weights_S))
         indices_S, targets_S, owners_S = columns_S3.unbind(1)
-        weights = [examples[n].weights[i] for n, i in tokens]
-        return cls(
-            send(torch.tensor(row.ids), device),
-            send(torch.cat(positions), device),
-            tuple(row.segments),
-            indices_S,
-            targets_S,
-            send(torch.tensor(weights, dtype=torch.float32), device),
-            owners_S,
-        )
+        segments = tuple(row.segments)
+        return cls(ids_N, positions_N, segments, indices_S, targets_S, weights_S, owners_S)
 
 
 class StudentModel(nn.Module):
@@ -172,6 +166,7 @@ class StudentModel(nn.Module):
         return replace(batch, soft=soft)
 
 
+@torch.no_grad()
 def make_student(
     model: Any, packing: bool = True, fused: bool = False
 ) -> tuple[StudentModel, list[str]]:
@@ -181,32 +176,54 @@ def make_student(
     logits are not its head's output (a cap or a scale behind it).
     """
     plain, before = StudentModel(model, packing=False), model.config._attn_implementation
-    training = model.training
+    decoder, training, size = plain.decoder(), model.training, len(PROBE[1])
+    batch, other = (
+        Batch.make(
+            [Example("", "", tuple(ids), (0.0,) * len(ids)) for ids in (first, PROBE[1])],
+            device=plain.device,
+        )
+        for first in PROBE[0]
+    )
+
+    def agrees(student: StudentModel) -> bool:
+        """Tell whether packed rows have the states of padded ones, of each sample its own."""
+        try:
+            states_ND, other_ND = student.hidden(batch), student.hidden(other)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise_device_error(error)
+            return False  # the model does not pass segments down, or has other attention
+        return torch.equal(states_ND[-size:], other_ND[-size:]) and _close(states_ND, expected_ND)
+
     model.eval()
     try:
-        with torch.no_grad():
-            batch = _probe_batch(plain)
-            logits = plain.model(input_ids=batch.ids_N[None, : PROBE[0]], use_cache=False).logits[0]
-            expected_ND = plain.hidden(batch)
-            states = plain.widen(expected_ND[: PROBE[0]])
-            if not _close(nn.functional.linear(states, *plain.head()), logits):
-                what = "caps its logits behind the head, which this loss does not know"
-                where, fix = model.config.model_type, "use another student"
-                raise DistillError(Exit.TRAINING, where, what, fix)
+        expected_ND = plain.hidden(batch)
+        logits = model(input_ids=batch.ids_N[None, :-size], use_cache=False).logits[0]
+        states = plain.widen(expected_ND[:-size])
+        if not _close(nn.functional.linear(states, *plain.head()), logits):
+            what = "caps its logits behind the head, which this loss does not know"
+            where, fix = model.config.model_type, "use another student"
+            raise DistillError(Exit.TRAINING, where, what, fix)
         if not packing:
             return plain, []
         model.set_attn_implementation(NAME)
-        student, decoder = StudentModel(model), plain.decoder()
+        student = StudentModel(model)
         if fused and fuse(decoder):
-            if _agrees(student, expected_ND):
+            if agrees(student):
                 return student, []
-            unfuse(decoder)
-        if _agrees(student, expected_ND):
+            for layer in decoder.layers:
+                del layer.forward
+        if agrees(student):
             return student, attention_notes(student.device, model)
         model.set_attn_implementation(before)
         return plain, [f"{model.config.model_type} cannot take packed rows: batches are padded"]
     finally:
         model.train(training)
+
+
+def _close(states: Tensor, expected: Tensor) -> bool:
+    """Tell whether results agree up to rounding: 30 layers in bfloat16 differ by some percent."""
+    allowed = 1e-3 if expected.dtype == torch.float32 else 0.2
+    return bool((states - expected).float().norm() <= allowed * expected.float().norm())
 
 
 def attention_notes(device: torch.device, model: Any) -> list[str]:
@@ -218,37 +235,6 @@ def attention_notes(device: torch.device, model: Any) -> list[str]:
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     why = why_apart(device, model.dtype, heads, keys or heads, size)
     return [f"attention takes a row's samples one by one, which is slower: {why}"] if why else []
-
-
-def _probe_batch(student: StudentModel, shift: int = 0) -> Batch:
-    """Return two samples without supervision; `shift` changes the ids of the first."""
-    first, second = PROBE
-    parts = (range(shift, first + shift), range(first, first + second))
-    examples = [
-        Example(id="", response_id="", input_ids=tuple(part), weights=(0.0,) * len(part))
-        for part in parts
-    ]
-    return Batch.make(examples, device=student.device)
-
-
-@torch.no_grad()
-def _agrees(student: StudentModel, expected_ND: Tensor) -> bool:
-    """Tell whether packed rows have the states of padded ones, and one sample none of another's."""
-    try:
-        states_ND = student.hidden(_probe_batch(student))
-        shifted_ND = student.hidden(_probe_batch(student, shift=3))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise_device_error(error)
-        return False  # the model does not pass segments down, or has another kind of attention
-    second = slice(PROBE[0], None)
-    apart = torch.equal(states_ND[second], shifted_ND[second])
-    return apart and _close(states_ND, expected_ND)
-
-
-def _close(states: Tensor, expected: Tensor) -> bool:
-    """Tell whether results agree up to rounding: 30 layers in bfloat16 differ by some percent."""
-    allowed = 1e-3 if expected.dtype == torch.float32 else 0.2
-    return bool((states - expected).float().norm() <= allowed * expected.float().norm())
 
 
 @torch.inference_mode()

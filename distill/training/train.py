@@ -1,10 +1,8 @@
 """Train the student's adapter: our own loop on Accelerate, on a CPU exact to the bit when resumed.
 
-`distill run CONFIG`, `python scripts/train.py CONFIG` and `accelerate launch scripts/train.py
-CONFIG` all come here. A step's loss is the sum over its supervised tokens, divided once by their
-number over all micro-batches and processes, so any number of processes takes the same steps. Where
-the run stands is one number, its step: the order of samples and the random numbers of a step follow
-from the seed and that number. Only the main process writes.
+A step's loss is the sum over its supervised tokens, divided once by their number over all
+micro-batches and processes, so any number of processes takes the same steps. Where the run stands
+is one number, its step: the order and the random numbers follow from it and the seed.
 """
 
 import math
@@ -33,7 +31,6 @@ from distill.training.encode import show
 from distill.training.prepare import HARDWARE, prepare
 
 SKIPS = 10  # steps in a row whose gradients float16 cannot hold: then the training ends
-IDLE = 0.1  # of the passes of several processes may hold no sample, without a word about it
 SUMMARY = ("history", "validation", "best_step", "tokens", "seconds", "stopped_early", "notes")
 
 
@@ -78,52 +75,45 @@ def main(run: Run, allow_inexact: bool = False, start: Path | None = None) -> No
             loop.resume(allow_inexact)
             loop.train()
             loop.finish()
-            loop.close()
+            # The wrapped model goes before the group of processes, which else would end inside this
+            # thread, and can wait for ever for one of its own; and it makes room for the merged one
+            accelerator.wait_for_everyone()
+            del loop
+            accelerator.free_memory()
+            release_memory()
+            accelerator.end_training()
         finally:
             torch.set_flush_denormal(False)
-        del loop  # the model that was trained makes room for the one that is merged
-        release_memory()
     if accelerator.is_main_process and not config.on_policy.rounds:  # else rounds train on
         adapter, merged = run.path("adapter"), run.path("merged")
         adapters.write_merged(config.student, adapter, merged, config.reasoning)
 
 
 class Loop:
-    """A run of training on this process."""
+    """A run of training on this process; only the main process writes."""
 
     def __init__(
         self, run: Run, accelerator: Accelerator, interrupt: Interrupt, start: Path | None = None
     ) -> None:
         self.run, self.accelerator, self.interrupt = run, accelerator, interrupt
-        self.settings = settings = run.config.train
-        self.world, self.halved = accelerator.num_processes, False
+        self.settings, self.world = run.config.train, accelerator.num_processes
         self.parts = prepare(run, self.world, start)
-        self.facts = {**self.parts.facts, "world_size": self.world}
-        if processes.sharded():
-            self.facts["sharded"] = True
-            self.parts.notes.append(f"sharded over {self.world} processes (FSDP2)")
         self.progress = Progress(notes=self.parts.notes)
         self.student: Any = processes.wrap(accelerator, self.parts.student)
         self.named = adapters.parameters(self.parts.model)
         # Decoupled weight decay (arXiv 1711.05101); the learning rate is set step by step.
-        betas, decay = (settings.adam_beta1, settings.adam_beta2), settings.weight_decay
-        weights = list(self.named.values())
+        betas = (self.settings.adam_beta1, self.settings.adam_beta2)
+        weights, decay = list(self.named.values()), self.settings.weight_decay
         self.optimizer = torch.optim.AdamW(weights, 0.0, betas, weight_decay=decay, fused=True)
         self.best: dict[str, torch.Tensor] = {}
-        self.folder = run.path("checkpoints")
-        self.mix = settings.loss.parts if self.parts.student.labels else {}
+        self.halved = False
+        self.mix = self.settings.loss.parts if self.parts.student.labels else {}
         self.losses = ("loss", *self.mix)  # what the student's forward returns
-        if self.world > 1:
-            dealt = [
-                len(self.parts.batches(self.parts.examples, s.samples)) for s in self.parts.plan
-            ]
-            idle = 1 - sum(dealt) / sum(math.ceil(n / self.world) * self.world for n in dealt)
-            if idle > IDLE:
-                what = f"{idle:.0%} of the passes of {self.world} processes hold no sample"
-                self.parts.notes.append(f"{what}: raise train.tokens_per_step, or start fewer")
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if precision != "no":
-            ours = f"train.bf16 and student.dtype decide, and here it is {self.facts['dtype']}"
+            ours = (
+                f"train.bf16 and student.dtype decide, and here it is {self.parts.facts['dtype']}"
+            )
             self._say(f"accelerate's mixed_precision: {precision} is not used: {ours}")
         for note in self.parts.notes:
             self._say(note)
@@ -137,17 +127,17 @@ class Loop:
 
         Raises DistillError (exit 7) where it was saved under other facts, unless that is allowed.
         """
-        saved = checkpoint.latest(self.folder)
+        parts, saved = self.parts, checkpoint.latest(self.run.path("checkpoints"))
         if saved is None:
             return
         # what only concerns memory was once among the facts
         facts = {key: value for key, value in saved.facts["run"].items() if key not in MEMORY}
-        if added := unnamed(facts, self.facts):
+        if added := unnamed(facts, parts.facts):
             what = "knows a model's folder by its weights, which are the same"
             self._say(f"train: {saved.folder} {what}")
         # an earlier distill did not say what it ran on
-        added |= {key: self.facts[key] for key in HARDWARE if key in self.facts}
-        changes = differences({**added, **facts}, self.facts)
+        added |= {key: parts.facts[key] for key in HARDWARE if key in parts.facts}
+        changes = differences({**added, **facts}, parts.facts)
         what = "not what the run was begun with: " + "; ".join(changes[:8])
         if changes and not allow_inexact:
             fix = "restore them, --redo train, or --allow-inexact, which the card will say"
@@ -157,30 +147,31 @@ class Loop:
         # Once a CPU's snapshot of the best step shared the weights' memory, and moved with them.
         moved = bool(best) and step != progress.step
         if moved and all(torch.equal(best[name], value) for name, value in adapter.items()):
-            what = f"the best weights, of step {step}, are lost to those of step {progress.step}"
-            raise DistillError(Exit.TRAINING, saved.folder, what, "--redo train")
-        adapters.restore(self.parts.model, adapter, saved.folder)
+            lost = f"the best weights, of step {step}, are lost to those of step {progress.step}"
+            raise DistillError(Exit.TRAINING, saved.folder, lost, "--redo train")
+        adapters.restore(parts.model, adapter, saved.folder)
         if len(progress.skipped) < progress.step:  # else the optimizer has not begun
             optimizer = saved.tensors("optimizer")
             adapters.restore_optimizer(self.optimizer, self.named, optimizer, saved.folder)
         self.progress, self.best = progress, best
         if changes:
             progress.notes.append(f"resumed inexactly at step {progress.step}: {what}")
-        memory, former = self.parts.memory, saved.facts.get("memory", saved.facts["run"])
-        if others := differences({key: former.get(key) for key in memory}, memory):
+        former = saved.facts.get("memory", saved.facts["run"])
+        if others := differences({key: former.get(key) for key in parts.memory}, parts.memory):
             what = f"from step {progress.step} on {'; '.join(others)}"
             progress.notes.append(f"{what}: equal but for rounding, and for dropout")
-        self._say(f"train: continuing after step {progress.step} of {len(self.parts.plan)}")
+        self._say(f"train: continuing after step {progress.step} of {len(parts.plan)}")
 
     def train(self) -> None:
         """Do the steps that are left, and after each what is due, after showing the next batch."""
         parts, progress, settings = self.parts, self.progress, self.settings
-        if self.accelerator.is_main_process and progress.step < len(parts.plan):
+        total, main = len(parts.plan), self.accelerator.is_main_process
+        if main and progress.step < total:
             first = parts.batches(parts.examples, parts.plan[progress.step].samples)[0]
             show(parts.tokenizer, [parts.examples[i] for i in first])
-        with tracking("train", len(parts.plan), "steps") as tracker:
+        with tracking("train", total, "steps") as tracker:
             tracker.done = progress.step
-            while progress.step < len(parts.plan) and not progress.stopped_early:
+            while progress.step < total and not progress.stopped_early:
                 step = parts.plan[progress.step]
                 row, interrupted = self._step(step)
                 progress.step += 1
@@ -191,19 +182,22 @@ class Loop:
                 if progress.step % settings.logging_steps == 0 and not skipped:
                     progress.history.append({"step": progress.step, "epoch": step.epoch, **row})
                     self.accelerator.log(row, step=progress.step)
-                if self.accelerator.is_main_process:
+                if main:
                     speed = row["tokens"] / row["seconds"]
                     tracker.advance(1, f"{speed:.0f} tokens/s, loss {row['loss']:.3f}")
-                last = progress.step == len(parts.plan)
-                if parts.validation and (last or _due(progress.step, settings.eval_steps)):
+                last = progress.step == total
+                if parts.validation and (last or self._due(settings.eval_steps)):
                     self._validate()
                     last = last or progress.stopped_early
-                if last or interrupted or _due(progress.step, settings.save_steps):
+                if last or interrupted or self._due(settings.save_steps):
                     self._save(step)
                 if interrupted and not last:
                     what = f"stopped after step {progress.step}, checkpoint saved"
                     fix = "the same command continues"
                     raise DistillError(Exit.INTERRUPTED, self.run.folder, what, fix)
+
+    def _due(self, every: int | None) -> bool:
+        return bool(every) and self.progress.step % every == 0
 
     def _step(self, step: OptimizerStep) -> tuple[dict[str, Any], bool]:
         """Take one optimizer step, or skip one that overflows in float16, as a GradScaler does.
@@ -234,12 +228,12 @@ class Loop:
             adapters.check_gradients(parts.model)
         norm = torch.nn.utils.clip_grad_norm_(self.named.values(), settings.max_grad_norm)
         row["grad_norm"] = float(processes.full_tensor(norm))
-        if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-            self._skip(number + 1, row, samples)
-        else:
+        if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
             for group in self.optimizer.param_groups:
                 group["lr"] = row["learning_rate"]
             self.optimizer.step()
+        else:
+            self._skip(number + 1, row, samples)
         self.optimizer.zero_grad()
         row["tokens"] = sum(len(example.input_ids) for example in samples)
         return {**row, "seconds": time.monotonic() - started}, bool(reduced[-1])
@@ -277,9 +271,10 @@ class Loop:
 
         Returns the sums of this process's losses.
         """
-        parts, rank, sums = self.parts, self.accelerator.process_index, self._zeros()
+        parts, rank = self.parts, self.accelerator.process_index
         seed = digest([self.run.config.train_seed, self.progress.step, rank])
         torch.manual_seed(int(seed[:15], 16))
+        sums = self._zeros()
         mine = share(parts.batches(parts.examples, samples), rank, self.world)
         # In float16 the gradients of a mean would be zeros: those of the sum are made, then scaled.
         scale, half = self.world / count, parts.model.dtype == torch.float16
@@ -304,18 +299,15 @@ class Loop:
     def _validate(self) -> None:
         """Measure the mean loss of a validation token, keep the best adapter, maybe stop early."""
         progress, examples, student = self.progress, self.parts.validation, self.parts.student
-        sums = self._zeros()
+        rank, sums = self.accelerator.process_index, self._zeros()
         student.eval()
-        for indices in share(
-            self.parts.batches(examples), self.accelerator.process_index, self.world
-        ):
+        for indices in share(self.parts.batches(examples), rank, self.world):
             sums += student(student.batch([examples[i] for i in indices])).reshape(-1)
         student.train()
         reduced: Any = self.accelerator.reduce(sums)
         means = (reduced / sum(sum(e.weights) for e in examples)).tolist()
-        progress.validation.append(
-            {"step": progress.step, **dict(zip(self.losses, means, strict=True))}
-        )
+        row = dict(zip(self.losses, means, strict=True))
+        progress.validation.append({"step": progress.step, **row})
         self.accelerator.log({"validation_loss": means[0]}, step=progress.step)
         if progress.best_loss is None or means[0] < progress.best_loss:
             progress.best_loss, progress.best_step, progress.worse = means[0], progress.step, 0
@@ -331,56 +323,39 @@ class Loop:
         groups = {
             "adapter": adapters.tensors(self.parts.model),
             "optimizer": adapters.optimizer_tensors(self.optimizer, self.named),
+            **({"best": self.best} if self.best else {}),
         }
-        if self.best:
-            groups["best"] = self.best
         if self.accelerator.is_main_process:
-            cursor = step.cursor + len(step.samples)
-            facts = {"run": self.facts, "epoch": step.epoch, "cursor": cursor}
+            cursor, folder = step.cursor + len(step.samples), self.run.path("checkpoints")
+            facts = {"run": self.parts.facts, "epoch": step.epoch, "cursor": cursor}
             facts["memory"] = self.parts.memory
             state, keep = asdict(self.progress), self.settings.save_total_limit
-            checkpoint.save(self.folder, self.progress.step, groups, state, facts, keep)
+            checkpoint.save(folder, self.progress.step, groups, state, facts, keep)
 
     def finish(self) -> None:
         """Write the adapter (by the settings the best or the last) and training.json."""
-        weights = adapters.tensors(self.parts.model)
-        step, student = self.progress.step, self.run.config.student
+        parts, progress, student = self.parts, self.progress, self.run.config.student
+        weights, step = adapters.tensors(parts.model), progress.step
         if self.settings.load_best_model_at_end and self.best:
-            weights, step = self.best, self.progress.best_step
+            weights, step = self.best, progress.best_step
         if not self.accelerator.is_main_process:
             return
         folder = self.run.path("adapter")
-        adapters.save_adapter(self.parts.model, weights, folder, registry.hub_id(student.model))
+        adapters.save_adapter(parts.model, weights, folder, registry.hub_id(student.model))
         base = registry.record_base(folder, student.model, student.revision)
         summary = {
-            **{name: getattr(self.progress, name) for name in SUMMARY},
-            "steps": self.progress.step,
+            **{name: getattr(progress, name) for name in SUMMARY},
+            "steps": progress.step,
             "adapter_step": step,
             "adapter_sha256": sha256_file(folder / adapters.WEIGHTS),
-            "examples": len(self.parts.examples),
-            "tokens_per_second": self.progress.tokens / max(self.progress.seconds, 1e-9),
-            "dtype": self.facts["dtype"],
-            "world_size": self.facts["world_size"],
-            "base": {**base, "template_hash": self.facts["template"]},
+            "examples": len(parts.examples),
+            "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
+            "dtype": parts.facts["dtype"],
+            "world_size": self.world,
+            "base": {**base, "template_hash": parts.facts["template"]},
         }
-        if self.parts.model.dtype == torch.float16:
-            summary["skipped"] = self.progress.skipped
+        if parts.model.dtype == torch.float16:
+            summary["skipped"] = progress.skipped
         if self.mix:
             summary |= {"loss": self.mix, "labels": self.settings.loss.teacher}
         write_json(self.run.path("training.json"), summary)
-
-    def close(self) -> None:
-        """Wait for the others, then let go of the wrapped model before the group of processes.
-
-        The other way round the group ends inside this thread, and can wait for ever for one of its
-        own.
-        """
-        self.accelerator.wait_for_everyone()
-        del self.student
-        self.accelerator.free_memory()
-        release_memory()
-        self.accelerator.end_training()
-
-
-def _due(step: int, every: int | None) -> bool:
-    return bool(every) and step % every == 0

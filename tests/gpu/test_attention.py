@@ -22,7 +22,7 @@ def attended(heads: int, keys: int, segments: tuple[Segment, ...]) -> torch.Tens
     """Return the attention of 17 tokens."""
     make = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(17, count, 8, generator=make) for count in (heads, keys, keys))
-    return attention._apart(query, key, value, segments, 0.3)
+    return attention.apart(query, key, value, segments, 0.3)
 
 
 @pytest.mark.parametrize(("flash", "heads"), [(False, [4, 4]), (True, [4, 2])])

@@ -135,7 +135,7 @@ def test_what_a_layer_keeps_on_a_gpu_is_what_it_saves(
     for parameter in wrapped.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
-    train.adapters.use_working_copies(wrapped)
+    train.adapters.adapt(wrapped)
     own = {p.untyped_storage().data_ptr() for p in wrapped.parameters()}
     saved: dict[int, torch.UntypedStorage] = {}
 

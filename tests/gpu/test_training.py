@@ -203,7 +203,7 @@ def test_another_gpu_or_cuda_is_another_training(
     def facts(gpu: str, cuda: str) -> dict[str, Any]:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpu)
         monkeypatch.setattr(torch.version, "cuda", cuda)
-        return prepare.pinned_facts(run.config, tokenizer, "torch.bfloat16", [], [])[0]
+        return prepare.pinned_facts(run.config, tokenizer, "torch.bfloat16", [], [])
 
     assert not {"gpu", "cuda"} & facts("A100", "12.8").keys()
     monkeypatch.setattr(prepare.loading, "device", lambda: torch.device("cuda"))
@@ -286,7 +286,7 @@ def test_the_attention_of_a_student_in_shards_is_that_of_the_gpus(
         return "no kernel"
 
     monkeypatch.setattr(student, "why_apart", apart)
-    (note,) = prepare.prepare(run).notes
+    note, _ = prepare.prepare(run).notes
     assert note.endswith("slower: no kernel") and devices == [torch.device("meta")]
 
 
@@ -380,7 +380,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> StudentModel:
     with torch.device("meta"):
         model = causal_model(LlamaConfig(**shape, **heads), torch.bfloat16)
         wrapped = adapters.inject(model, 4, 8, 0.0, "all-linear", seed=1)
-    adapters.use_working_copies(wrapped)
+    adapters.adapt(wrapped)
     wrapped.set_attn_implementation(attention.NAME)
     monkeypatch.setattr(attention, "why_apart", lambda *_: "")  # a trial on the device
     return StudentModel(wrapped)
@@ -410,18 +410,19 @@ def test_a_step_on_a_gpu_waits_for_nothing_and_casts_its_adapters_once(
     assert all(p.grad is not None for p in adapters.parameters(on_gpu.model).values())
 
 
-def test_cast_once_gives_the_gradients_of_a_cast_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cast_once_gives_the_gradients_of_a_cast_a_pass() -> None:
     gradients = list[dict[str, torch.Tensor]]()
-    monkeypatch.setattr(adapters, "launches", lambda model: True)
     for once in (False, True):
         model = causal_model(LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=64))
         wrapped = adapters.inject(model, 4, 8, 0.0, "all-linear", seed=1)
         for name, parameter in adapters.parameters(wrapped).items():
             torch.manual_seed(len(name))
             torch.nn.init.normal_(parameter, std=0.1)
-        adapters.use_working_copies(wrapped)
+        adapters.adapt(wrapped)
         student = StudentModel(wrapped, packing=False)
-        with adapters.cast_once(wrapped) if once else torch.enable_grad():
+        facts = {"device": torch.device("meta"), "dtype": torch.float32}
+        on_gpu: Any = SimpleNamespace(**facts, modules=wrapped.modules)
+        with adapters.cast_once(on_gpu) if once else torch.enable_grad():
             student(Batch.make(examples())).backward()
         named = adapters.parameters(wrapped)
         gradients.append({n: p.grad for n, p in named.items() if p.grad is not None})

@@ -163,7 +163,7 @@ def test_a_step_is_that_of_plain_transformers(family: str, folders: dict[str, Pa
         total += float(loss.detach())
     expected = gradients(wrapped)
     wrapped.zero_grad()
-    adapters.use_working_copies(wrapped)
+    adapters.adapt(wrapped)
     student, _ = make_student(wrapped, fused=True)
     assert student.packing == (family not in PADDED)
     loss = student(student.batch(examples()))

@@ -63,7 +63,7 @@ def test_masters_stay_float32_and_move_by_less_than_bfloat16_could(
 ) -> None:
     model = causal_model(folder, torch.bfloat16)
     wrapped = adapters.inject(model, 4, 8, 0.0, "all-linear", seed=1)
-    adapters.use_working_copies(wrapped)
+    adapters.adapt(wrapped)
     student, _ = make_student(wrapped, fused=fused)
     named = adapters.parameters(wrapped)
     before = {name: p.detach().clone() for name, p in named.items()}
@@ -185,7 +185,7 @@ def test_the_merged_model_is_the_adapted_one_with_its_base_s_tokenizer(
     adapted = answer_logits(PeftModel.from_pretrained(plain, str(adapter)), ROWS)
     after = answer_logits(loading.load_model(str(merged), "float32"), ROWS)
     fidelity = compare_models(adapted, after)
-    assert fidelity.same and fidelity.mean_kl < 1e-8 and fidelity.greedy_agreement == 1.0
+    assert fidelity.same and fidelity.mean_kl < 1e-7 and fidelity.greedy_agreement == 1.0
     assert fidelity.largest_logit_difference < 1e-4 and fidelity.prompts == 8
     assert fidelity.tokens == sum(len(row.ids) - row.answer for row in ROWS)
     assert compare_models(before, after).mean_kl > 1e-4, "the adapter does nothing"

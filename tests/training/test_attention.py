@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.training import attention
-from distill.training.attention import attend
 from distill.training.batches import Segment
 from tests.support.training import gradient
 
@@ -41,6 +40,12 @@ def reference(query, key, value, lengths, scale):
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         done.append(out[0].transpose(0, 1))
     return torch.cat(done)
+
+
+def attend(query, key, value, segments, scale):
+    query, key, value = (t.transpose(0, 1)[None] for t in (query, key, value))
+    inputs = (torch.nn.Identity(), query, key, value, None, scale, segments)
+    return attention.packed_attention(*inputs)[0][0]
 
 
 def compare(way, lengths, groups):
@@ -122,7 +127,7 @@ def fresh():
     attention.why_apart.cache_clear()
 
 
-@pytest.mark.parametrize("way", [attention._apart, attention._joined])
+@pytest.mark.parametrize("way", [attention.apart, attention.joined])
 def test_on_a_gpu_each_segment_sees_itself_alone(way, monkeypatch):
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", stand_in)
     compare(way, LENGTHS, (4, 2))
@@ -130,7 +135,7 @@ def test_on_a_gpu_each_segment_sees_itself_alone(way, monkeypatch):
 
 def test_pytorch_s_kernel_takes_what_it_is_given():
     rows = [t.detach().to("meta", torch.bfloat16).requires_grad_() for t in tensors(20, 4, 2)]
-    out = attention._joined(rows[0], rows[1], rows[2], tuple(segments_of(LENGTHS)), 0.3)
+    out = attention.joined(rows[0], rows[1], rows[2], tuple(segments_of(LENGTHS)), 0.3)
     out.backward(torch.empty_like(out))
     assert out.shape == rows[0].shape
     assert all(gradient(row).shape == row.shape for row in rows)
@@ -166,6 +171,6 @@ def test_a_trial_decides_whether_one_call_does_all(kernel, good, mode, fresh, mo
 def test_bounds_made_by_a_measurement_serve_a_training_step():
     segments = tuple(segments_of([3, 4, 9]))
     with torch.inference_mode():
-        attention._bounds(segments, torch.device("cpu"))
-    bounds, longest = attention._bounds(segments, torch.device("cpu"))
+        attention.segment_bounds(segments, torch.device("cpu"))
+    bounds, longest = attention.segment_bounds(segments, torch.device("cpu"))
     assert bounds.tolist() == [0, 3, 7, 16] and longest == 9 and not bounds.is_inference()

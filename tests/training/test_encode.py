@@ -12,7 +12,7 @@ from distill.generation.generate import require_turns
 from distill.models.chat_template import render
 from distill.records import Message
 from distill.training.batches import Example
-from distill.training.encode import check_template, encode_pair, encode_pairs, marked
+from distill.training.encode import check_template, encode_pair, encode_pairs, show
 from tests.support.runs import make_run
 from tests.support.templates import chat_templates, tokenizer_of
 from tests.support.tiny import SPECIAL, TEMPLATE, make_tiny, make_tokenizer
@@ -137,6 +137,8 @@ def test_long_samples_are_dropped_counted_and_named_and_none_left_stops(capfd):
     assert error.value.code == Exit.TRAINING
 
 
-def test_a_shown_sample_marks_what_is_supervised():
-    text = marked(make_tokenizer(), encode()).plain
-    assert text.endswith("assistant\n«yes<|im_end|>»") and text.count("«") == 1
+def test_a_shown_sample_marks_what_is_supervised(capfd):
+    show(make_tokenizer(), [encode(), encode()], count=1)
+    shown = capfd.readouterr().err
+    assert shown.startswith("first batch: 2 samples; «supervised»")
+    assert shown.endswith("assistant\n«yes<|im_end|>»\n") and shown.count("«") == 2

@@ -129,7 +129,7 @@ def test_another_way_to_shard_is_refused(key, value, monkeypatch):
     for name, other in {**environment_of("fsdp2.yaml"), key: value}.items():
         monkeypatch.setenv(name, other)
     with pytest.raises(DistillError, match=f"{key.lower()}.* is not supported") as error:
-        processes.sharded()
+        processes.check("none", None)
     assert error.value.code == Exit.TRAINING
 
 

@@ -76,7 +76,7 @@ def test_an_adapted_head_resumes_to_the_same_bits_and_merges(tmp_path):
     train.main(other)
     assert_same(outcome(other), outcome(run))
     base, adapter = str(tmp_path / "model"), run.path("adapter")
-    weights = adapters.read_tensors(adapter / WEIGHTS)
+    weights = load_file(adapter / WEIGHTS)
     assert all(t.any() for name, t in weights.items() if "lm_head" in name)
     loaded = adapters.PeftModel.from_pretrained(load_model(base, "float32"), str(adapter))
     merged = load_model(f"{run.path('merged')}", "float32")
@@ -169,7 +169,6 @@ def test_a_checkpoint_that_lost_its_best_weights_is_not_continued(past_its_best)
     run = make_worsening(past_its_best.folder.parent.parent, "lost")
     for step in (best, best + 1):
         saved = checkpoint.read(past_its_best.path(f"checkpoints/step-{step:08d}"))
-        assert isinstance(saved, checkpoint.Checkpoint)
         groups = {name: saved.tensors(name) for name in ("adapter", "optimizer")}
         groups["best"] = groups["adapter"]
         facts = {name: saved.facts[name] for name in ("run", "epoch", "cursor")}
