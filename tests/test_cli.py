@@ -318,7 +318,7 @@ def test_init_writes_a_config_that_says_what_it_needs(tmp_path, monkeypatch, cap
     written = load_config(Path("asks/config.yaml"))
     assert code == 0 and not written.prompts.tasks, "rows that are prompts get no task"
     assert written.teacher.base_urls == ("https://api.openai.com/v1",)
-    assert "forbidden by OpenAI" in Path("asks/config.yaml").read_text()
+    assert "exit 10 until terms.basis is stated" in out
 
     assert say(capsys, "init", "empty", "--corpus", "nothing")[0] == Exit.INPUT
 

@@ -83,11 +83,7 @@ def free_memory(place: "torch.device | None" = None) -> int:
 
         cached = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
         return torch.cuda.mem_get_info(place)[0] + cached
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    rows = dict(line.split(":", 1) for line in lines)
+    rows = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     return int(rows["MemAvailable"].split()[0]) * 1024
 
 

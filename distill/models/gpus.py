@@ -42,11 +42,6 @@ class Gpu:
     gigabytes_per_second: float
     source: str
 
-    @property
-    def words(self) -> set[str]:
-        """Return the words that its name must have."""
-        return _words(self.match)
-
 
 @cache
 def gpus() -> tuple[Gpu, ...]:
@@ -58,16 +53,13 @@ def gpus() -> tuple[Gpu, ...]:
 
 def find_gpu(name: str, memory: float, rows: Sequence[Gpu] | None = None) -> Gpu | None:
     """Return the row of a GPU by the name that its driver gives it and its bytes of memory."""
-    words, fitting = _words(name), list[Gpu]()
+    words, fitting = set(re.findall(r"[a-z0-9]+", name.lower())), dict[Gpu, int]()
     for row in gpus() if rows is None else rows:
         near = abs(memory / (row.gigabytes * 1e9) - 1) <= NEAR
-        if near and row.words <= words and not (words - row.words) & VARIANTS:
-            fitting.append(row)
-    return max(fitting, key=lambda row: len(row.words), default=None)
-
-
-def _words(name: str) -> set[str]:
-    return set(re.findall(r"[a-z0-9]+", name.lower()))
+        required = set(re.findall(r"[a-z0-9]+", row.match.lower()))
+        if near and required <= words and not (words - required) & VARIANTS:
+            fitting[row] = len(required)
+    return max(fitting, key=fitting.__getitem__, default=None)
 
 
 def unused_gpu() -> str | None:
@@ -83,21 +75,20 @@ def unused_gpu() -> str | None:
     driver = driver_version(NVIDIA)
     if "0x10de" in vendors or driver or shutil.which("nvidia-smi"):
         name, why = "an NVIDIA GPU", "no driver is loaded: install it, or docker run --gpus all"
-        if hidden:
-            why = f"{hidden[0]}={os.environ[hidden[0]]!r} hides it"
-        elif torch.version.cuda is None:
+        if torch.version.cuda is None:
             why = f"{torch_} is a build without CUDA: install the one with it"
         elif driver:
             why = f"driver {driver} is too old for {torch_}: install a newer one"
     elif "0x1002" in vendors and Path(KFD).exists():
         name, why = "an AMD GPU", f"{torch_} is a build without ROCm: install the one with it"
-        why = f"{hidden[0]}={os.environ[hidden[0]]!r} hides it" if hidden else why
-    elif torch.backends.mps.is_available():
-        name, why = "an Apple GPU (MPS)", "distill computes on CPUs and by CUDA or ROCm"
-    elif torch.xpu.is_available():
-        name, why = "an Intel GPU (XPU)", "distill computes on CPUs and by CUDA or ROCm"
     else:
+        others = {"an Apple GPU (MPS)": torch.backends.mps, "an Intel GPU (XPU)": torch.xpu}
+        name = next((gpu for gpu, backend in others.items() if backend.is_available()), None)
+        why, hidden = "distill computes on CPUs and by CUDA or ROCm", []
+    if name is None:
         return None
+    if hidden:
+        why = f"{hidden[0]}={os.environ[hidden[0]]!r} hides it"
     return f"{name} is here and is not used: {why}"
 
 

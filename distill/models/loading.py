@@ -73,15 +73,6 @@ def check_files(folder: Path, trust: Trust = SAFE) -> None:
                 refuse(path, f"{key} names {value!r}, outside the folder", "do not use it")
 
 
-def quiet() -> None:
-    """Silence the loading bars and advice of transformers; its errors stay."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-
-
 def context_length(model_config: Any) -> int:
     """Return how many tokens a model sees; a converted tokenizer's own limit is absurd.
 
@@ -196,8 +187,7 @@ def decoder_config(folder: Path, trust: Trust) -> tuple[Any, bool]:
     """Return the config of a folder's causal language model, and whether it is a part of another.
 
     Of a model for pictures or sound too it is the part for text, as a model of its own: this is
-    what is trained and evaluated, so it is what is published (`gemma3_text` and its like are loaded
-    by transformers, vLLM and llama.cpp as they are).
+    trained, evaluated and published (transformers, vLLM and llama.cpp load `gemma3_text` as it is).
     """
     from transformers import AutoConfig
     from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
@@ -215,7 +205,15 @@ def decoder_config(folder: Path, trust: Trust) -> tuple[Any, bool]:
 
 @contextmanager
 def read_by_library(reference: str, problem: str = "could not be loaded") -> Iterator[None]:
-    """Turn whatever other people's files make a library raise into DistillError (exit 7)."""
+    """Turn whatever other people's files make a library raise into DistillError (exit 7).
+
+    Its loading bars and advice are silenced.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         yield
     except Exception as error:
@@ -228,7 +226,6 @@ def _read(reference: str, folder: Path, trust: Trust, **options: Any) -> Any:
     """Read a causal language model from its files, and nothing that is not in them."""
     from transformers import AutoModelForCausalLM
 
-    quiet()
     check_files(folder, trust)
     if device().type == "cuda":
         from distill.models.grouped_attention import use_grouped_attention
@@ -270,7 +267,6 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    quiet()
     folder = fetch(reference, revision, weights=False)
     check_files(folder, trust._replace(pickle=True))
     with read_by_library(reference, "its tokenizer could not be loaded"):

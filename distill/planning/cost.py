@@ -2,33 +2,30 @@
 
 Where the prompts are known, the requests are those that the generate stage will make, so the store
 says which are answered: these cost nothing, and the others are expected to be like them. Where
-nothing is answered, ANSWER of `max_new_tokens` is expected. Money is Decimal.
-
-`distill plan --pilot N` asks N of these requests first, chosen by the hashes of their texts: the
-same ones each time. The generate stage finds their answers in the store. Nothing else here sends.
+nothing is answered, ANSWER of `max_new_tokens` is expected. Nothing here sends but a pilot.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from decimal import Decimal
 from itertools import islice
 from math import ceil
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from distill.config.teachers import EndpointTeacher, Teacher
-from distill.config.tree import Config, Questions
+from distill.config.teachers import EndpointTeacher
+from distill.config.tree import Config
 from distill.corpus.prompts import question_shares, written_prompts
 from distill.errors import DistillError, Exit
 from distill.formatting import money
 from distill.generation.generate import question_requests, requests_of, schemas_of
 from distill.pipeline import NAMES, STAGES, perform
 from distill.planning.preflight import require
-from distill.planning.work import Work, mean_bytes
-from distill.records import Document, Prompt, Record, Response, digest
+from distill.planning.work import TextSize, Work, text_of
+from distill.records import Document, Prompt, Record, Response, Usage, digest
 from distill.responders.ask import Ask
 from distill.responders.endpoint.budget import Account, account, most_dollars
 from distill.responders.kinds import make_responder
-from distill.responders.prices import MILLION, TokenPrice, load_prices
+from distill.responders.prices import PriceBook, load_prices
 from distill.responders.responder import Request, origin_of
 from distill.responders.store import ResponseStore
 from distill.storage.files import read_records
@@ -60,14 +57,20 @@ class TeacherCost(Record):
     notes: tuple[str, ...] = ()
 
 
-class Unanswered(NamedTuple):
-    """How many requests of a kind are left, a question's bytes, the cap, and stored answers."""
+class Asking(NamedTuple):
+    """Requests of a kind: how many are left, the bytes and the cap of each, and what is stored."""
 
     requests: float
-    size: float
+    bytes: float
     cap: int
     stored: int = 0
-    sampled: Sequence[Response] = ()  # of the stored ones
+    sampled: Sequence[Response] = ()  # of the stored answers
+
+    @property
+    def answer(self) -> float:
+        """Return the tokens of an answer, as is expected."""
+        lengths = [response.usage.output_tokens for response in self.sampled]
+        return sum(lengths) / len(lengths) if lengths else ANSWER * self.cap
 
 
 def teacher_cost(config: Config, work: Work, origin: str | None = None) -> TeacherCost | None:
@@ -75,46 +78,43 @@ def teacher_cost(config: Config, work: Work, origin: str | None = None) -> Teach
 
     `origin` is a local responder's, which only a pilot knows; without it the store is not read.
     """
-    teacher, questions = config.teacher, config.prompts.questions
+    teacher, questions, spent = config.teacher, config.prompts.questions, Account()
     if not teacher.makes_answers:
         return None
-    book = load_prices(config.evaluation.prices)
     server = teacher if isinstance(teacher, EndpointTeacher) else None
+    book = load_prices(config.evaluation.prices)
     price = listed = book.teacher(teacher.model) if server else None
-    if server and server.batch and price:
-        price = price.in_batch()
+    if server and server.batch and listed:
+        price = listed.in_batch()
     origin = origin or (origin_of(server) if server else None)
+    size = work.teacher.bytes
     if work.texts and origin:
         with ResponseStore(config.store_folder() / "responses", writable=False) as store:
-            kinds = _by_request(teacher, questions, *work.texts, origin, store, schemas_of(config))
+            kinds = _by_request(config, *work.texts, origin, store)
             spent = account(store, {teacher.model: listed}, config.name)
     else:  # from the number and size of prompts alone
         count = work.all_prompts + work.prompts["train"] * (teacher.n - 1)
-        kinds, spent = [Unanswered(count, work.teacher.bytes, teacher.max_new_tokens)], Account()
+        kinds = [Asking(count, size, teacher.max_new_tokens)]
         if questions:
             asking = work.documents * len(question_shares(questions.kinds, questions.per_document))
-            kinds.append(Unanswered(asking, work.teacher.bytes, questions.max_new_tokens))
-    count = sent = output = capped = answer = 0.0
-    most = Decimal(0) if server and price and "max_tokens" not in server.omit else None
-    for kind in kinds:
-        lengths = [response.usage.output_tokens for response in kind.sampled]
-        mean = sum(lengths) / len(lengths) if lengths else ANSWER * kind.cap
-        answer = answer or mean  # the answers come first, then the writing of questions
-        count += kind.requests
-        size = kind.size or work.teacher.bytes
-        sent += kind.requests * work.teacher._replace(bytes=size).tokens
-        output += kind.requests * mean
-        capped += kind.requests * kind.cap
-        if most is not None:
-            each = most_dollars(price, ceil(ESCAPED * size) + ENVELOPE, kind.cap)
-            most += (each or 0) * ceil(kind.requests)
-    dollars, settled = None, spent.attempts - spent.unknown
+            kinds.append(Asking(asking, size, questions.max_new_tokens))
+    sampled = [response for kind in kinds for response in kind.sampled]
+    count = sum(kind.requests for kind in kinds)
+    sizes = [(kind.requests, work.teacher._replace(bytes=kind.bytes or size)) for kind in kinds]
+    sent = ceil(sum(requests * prompt.tokens for requests, prompt in sizes))
+    written = ceil(sum(kind.requests * kind.answer for kind in kinds))
+    capped = ceil(sum(kind.requests * kind.cap for kind in kinds))
+    most = dollars = None
+    if server and price and "max_tokens" not in server.omit:
+        most = Decimal(0)
+        for kind, (requests, prompt) in zip(kinds, sizes, strict=True):
+            each = most_dollars(price, ceil(ESCAPED * prompt.bytes) + ENVELOPE, kind.cap)
+            most += (each or 0) * ceil(requests)
+    settled = spent.attempts - spent.unknown
     if price:
-        dollars = ceil(sent) * price.dollars_per_million_input
-        dollars = (dollars + ceil(output) * price.dollars_per_million_output) / MILLION
+        dollars = price.of(Usage(input_tokens=sent, output_tokens=written))
     elif settled and not spent.unpriced:  # the server states what answers cost
         dollars = spent.settled * ceil(count) / settled
-    sampled = [response for kind in kinds for response in kind.sampled]
     seconds = None if count else 0.0
     if server and sampled:  # as fast as those before came, and as the limits of the rate allow
         pace = sum(response.usage.seconds for response in sampled) / len(sampled)
@@ -122,51 +122,44 @@ def teacher_cost(config: Config, work: Work, origin: str | None = None) -> Teach
     cost = TeacherCost(
         requests=ceil(count),
         stored=sum(kind.stored for kind in kinds),
-        input_tokens=ceil(sent),
-        output_tokens=ceil(output),
-        output_tokens_most=ceil(capped),
-        answer_tokens=answer,
+        input_tokens=sent,
+        output_tokens=written,
+        output_tokens_most=capped,
+        answer_tokens=kinds[0].answer,
         dollars=dollars,
         dollars_most=most,
         paid=spent.settled,
         paid_perhaps=spent.unknown_most,
         seconds=seconds,
     )
-    notes = [*_grounds(cost, sampled)]
-    if server:
-        why = book.why_no_teacher(teacher.model)
-        notes += _money(cost, price, why, server.budget_dollars)
-    if server and server.batch and listed:
-        less = f"{listed.batch_discount or 0:.0%} less" if price != listed else "no known discount"
-        notes.append(f"asked by batch, {less}: answers within a day")
-    return cost.model_copy(update={"notes": tuple(notes)})
+    return cost.model_copy(update={"notes": tuple(_notes(cost, sampled, server, book))})
 
 
 def _by_request(
-    teacher: Teacher,
-    questions: Questions | None,
+    config: Config,
     documents: Sequence[Document],
     prompts: Sequence[Prompt],
     origin: str,
     store: ResponseStore,
-    schemas: Mapping[str, Any],
-) -> list[Unanswered]:
+) -> list[Asking]:
     """Return the answers, and the writing of questions, from the requests that the store lacks."""
+    teacher, questions, schemas = config.teacher, config.prompts.questions, schemas_of(config)
+    by_id, all_prompts = {document.id: document for document in documents}, list(prompts)
 
     def stored(request: Request) -> bool:
         return ("response", request.id) in store
 
-    def unanswered(requests: Sequence[Request], cap: int, to_come: float = 0.0) -> Unanswered:
+    def left(requests: Sequence[Request], cap: int, to_come: float = 0.0) -> Asking:
         missing = [request for request in requests if not stored(request)]
         answered = [request for request in requests if stored(request)]
-        sampled = [store.response(r) for r in answered[:: -(-len(answered) // READ) or 1]]
-        size = mean_bytes([request.messages for request in missing])
-        return Unanswered(len(missing) + to_come, size, cap, len(answered), sampled)
+        sampled = [store.response(r) for r in answered[:: len(answered) // READ + 1]]
+        size = TextSize.of([text_of(request.messages) for request in missing]).bytes
+        return Asking(len(missing) + to_come, size, cap, len(answered), sampled)
 
-    by_id, cap = {document.id: document for document in documents}, teacher.max_new_tokens
     if questions is None:
-        return [unanswered(requests_of(teacher, origin, prompts, by_id, schemas), cap)]
-    all_prompts, asking, counts, waiting = list(prompts), list[Request](), list[int](), 0
+        requests = requests_of(teacher, origin, all_prompts, by_id, schemas)
+        return [left(requests, teacher.max_new_tokens)]
+    asking, counts, waiting = list[Request](), list[int](), 0
     for document in documents:
         requests = question_requests(questions, origin, document)
         asking += requests
@@ -178,12 +171,15 @@ def _by_request(
             waiting += teacher.n if document.split == "train" else 1
     # Of a document that is not asked yet as many questions are expected as came of the others.
     to_come = waiting * (sum(counts) / len(counts) if counts else questions.per_document)
-    answers = unanswered(requests_of(teacher, origin, all_prompts, by_id, schemas), cap, to_come)
-    return [answers, unanswered(asking, questions.max_new_tokens)]
+    requests = requests_of(teacher, origin, all_prompts, by_id, schemas)
+    answers = left(requests, teacher.max_new_tokens, to_come)
+    return [answers, left(asking, questions.max_new_tokens)]
 
 
-def _grounds(cost: TeacherCost, sampled: Sequence[Response]) -> Iterator[str]:
-    """Say how much is asked, and what that is expected from."""
+def _notes(
+    cost: TeacherCost, sampled: Sequence[Response], server: EndpointTeacher | None, book: PriceBook
+) -> Iterator[str]:
+    """Say what is asked, what that is expected from, and whether a budget suffices."""
     if cost.requests:
         tokens = f"{cost.input_tokens:,} tokens in, {cost.output_tokens:,} out"
         yield f"{cost.requests:,} requests, {tokens} (at most {cost.output_tokens_most:,})"
@@ -197,18 +193,18 @@ def _grounds(cost: TeacherCost, sampled: Sequence[Response]) -> Iterator[str]:
     else:
         measured = "distill plan --pilot N asks N of them and measures"
         yield f"answers are expected to take {ANSWER:.0%} of their cap; {measured}"
-
-
-def _money(
-    cost: TeacherCost, price: TokenPrice | None, why_none: str, limit: Decimal | None
-) -> Iterator[str]:
-    """Say the price of a paid teacher, what was paid, and whether the budget suffices."""
+    if not server:
+        return
+    limit, price = server.budget_dollars, book.teacher(server.model)
     if price:
         rates = (price.dollars_per_million_input, price.dollars_per_million_output)
         yield f"${rates[0]} in, ${rates[1]} out a million tokens ({price.date}, {price.source})"
+        if server.batch:
+            discount = f"{price.batch_discount or 0:.0%} less"
+            yield f"asked by batch, {discount}: answers within a day"
     if cost.dollars is None:
         stop = f"; with the limit of ${limit} a run stops (exit 6)" if limit is not None else ""
-        yield f"cost unknown: {why_none}{stop}"
+        yield f"cost unknown: {book.why_no_teacher(server.model)}{stop}"
         return
     perhaps = f" and perhaps {money(cost.paid_perhaps, up=True)}" if cost.paid_perhaps else ""
     total = money(cost.paid + cost.dollars, up=True)
@@ -216,18 +212,20 @@ def _money(
     if limit is None:
         yield "no limit: teacher.budget_dollars is not set"
         return
-    remaining, most = limit - cost.paid - cost.paid_perhaps, cost.dollars_most
+    remaining = limit - cost.paid - cost.paid_perhaps
     word = "is expected to suffice" if cost.dollars <= remaining else "does not suffice"
-    word = "suffices" if most is not None and most <= remaining else word
+    if cost.dollars_most is not None and cost.dollars_most <= remaining:
+        word = "suffices"
     yield f"limit ${limit}, beyond which nothing is asked: {word}"
 
 
 def pilot(run: Run, count: int) -> str:
     """Ask `count` questions of a run and return the teacher's origin.
 
-    The run's documents and prompts are made first where they are missing. What the pilot cost is
-    in the ledger as `pilot`, also when it was stopped. Raises DistillError (exit 2) where no
-    teacher is asked, and as the generate stage does.
+    The run's documents and prompts are made first where they are missing. The same questions are
+    chosen each time, by the hashes of their texts, and the generate stage finds their answers in
+    the store. What the pilot cost is in the ledger as `pilot`, also when it was stopped. Raises
+    DistillError (exit 2) where no teacher is asked, and as the generate stage does.
     """
     config, origin = run.config, ""
     if not config.teacher.makes_answers:
@@ -246,15 +244,15 @@ def pilot(run: Run, count: int) -> str:
         settings, origin, answered = config.prompts.questions, teacher.origin, 0
         with Ask(teacher, config.store_folder() / "responses", run) as ask:
             if settings:  # half of what is asked goes to the writing of questions
-                ordered = sorted(documents.values(), key=lambda document: digest(document.text))
-                pairs = [(d, question_requests(settings, origin, d)) for d in ordered]
-                pairs = pairs[: max(1, count // 2 // max(1, len(pairs[0][1])))] if pairs else []
-                pairs = [(d, requests) for d, requests in pairs if len(requests) <= count]
-                first = [request for _, requests in pairs for request in requests]
-                replies, answered = iter(ask.responses(first, "pilot")), len(first)
-                for document, requests in pairs:
-                    replied = islice(replies, len(requests))
-                    prompts += written_prompts(settings, document, replied)
+                each = len(question_shares(settings.kinds, settings.per_document))
+                many = max(1, count // 2 // each) if each <= count else 0
+                first = sorted(documents.values(), key=lambda document: digest(document.text))[
+                    :many
+                ]
+                requests = [r for d in first for r in question_requests(settings, origin, d)]
+                replies, answered = iter(ask.responses(requests, "pilot")), len(requests)
+                for document in first:
+                    prompts += written_prompts(settings, document, islice(replies, each))
             requests = requests_of(config.teacher, origin, prompts, documents, schemas_of(config))
             answered += len(ask.responses(choose_requests(requests, count - answered), "pilot"))
         say(f"pilot: {answered} answers in the store, {ask.count} of them asked for now")
@@ -266,5 +264,5 @@ def pilot(run: Run, count: int) -> str:
 
 def choose_requests(requests: Iterable[Request], count: int) -> list[Request]:
     """Choose requests by the hash of what is asked alone: two teachers get the same questions."""
-    asked = {digest([[m.model_dump() for m in r.messages], r.sample]): r for r in requests}
-    return [asked[key] for key in sorted(asked)][: max(0, count)]
+    by_text = {digest([[m.model_dump() for m in r.messages], r.sample]): r for r in requests}
+    return [by_text[key] for key in sorted(by_text)][: max(0, count)]

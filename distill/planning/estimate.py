@@ -14,23 +14,8 @@ from distill.config.teachers import LocalTeacher
 from distill.config.tree import Config
 from distill.evaluation.suites import amounts
 from distill.formatting import count, money, size
-from distill.models import download, registry
-from distill.models.arithmetic import (
-    LoraTraining,
-    Parts,
-    Towards,
-    adapter_parameters,
-    answer_flops,
-    answering_bytes,
-    cache_bytes,
-    capture_bytes,
-    fitting_rows,
-    merging_bytes,
-    reading_bytes,
-    row_bytes,
-    training_flops,
-    weight_bytes,
-)
+from distill.models import arithmetic, download, registry
+from distill.models.arithmetic import LoraTraining, Parts
 from distill.models.registry import Shape, shape_of
 from distill.planning.cost import ANSWER, TeacherCost
 from distill.planning.machine import Machine
@@ -46,6 +31,8 @@ TIMED = 11.0  # seconds of a model's timings: two runs of five, and what is unde
 UNREAD_ROWS = 1000  # of a suite's dataset that is not read for a plan
 ITEM = 60  # tokens of a suite's question, those of the template included
 STORED = 7  # bytes in files for each byte of text: ids, JSON, responses twice
+
+Amount = tuple[str, float | None, float | None]  # a stage's work in words, its tokens and seconds
 
 
 class StagePlan(Record):
@@ -93,64 +80,73 @@ class RunEstimate:
     ) -> None:
         self.config, self.work, self.cost, self.machine = config, work, cost, machine
         self.student, lora = shape_of(config.student.model), config.train.lora
-        self.adapter = adapter_parameters(self.student, lora.r, lora.target_modules)
+        self.adapter = arithmetic.adapter_parameters(self.student, lora.r, lora.target_modules)
         expected = work.answer_tokens or ANSWER * config.teacher.max_new_tokens
         self.prompt, self.answer = work.student.tokens, cost.answer_tokens if cost else expected
         self.trained = RETAINED * config.teacher.n * work.prompts["train"]
         self.validated = RETAINED * work.prompts["validation"]
+        reader = config.soft_teacher() if config.distributions else None
+        self.reader = reader if isinstance(reader, LocalTeacher) else None
         self.read = 0.0  # operations of a teacher here that reads an answer for its distributions
-        if config.distributions and (reader := config.soft_teacher()).runs_here:
-            self.read = answer_flops(shape_of(reader.model), self.prompt, self.answer)
+        if self.reader:
+            self.read = arithmetic.answer_flops(
+                shape_of(self.reader.model), self.prompt, self.answer
+            )
+        saving = config.train.gradient_checkpointing
+        sizes = (self.student, self.adapter, self.prompt, self.answer)
+        self.step = arithmetic.training_flops(
+            *sizes, saving
+        )  # operations of training on one sample
 
-    def stages(self) -> Iterator[StagePlan]:
-        """Yield what each stage does, and how long that takes."""
-        config, work, reading = self.config, self.work, self.work.text_bytes / READING
-        yield _row("corpus", f"{count(work.documents)} documents", None, reading / 2)
-        yield _row("prompts", f"{count(work.all_prompts)} prompts", None, reading / 2)
-        yield self.generate()
-        yield _row("filter", f"keeps about {RETAINED:.0%}", None, 1)
-        if config.captures:
-            yield self.signals()
-        yield self.train()
-        if config.on_policy.rounds:
-            yield self.refine()
-        yield self.evaluate()
-        yield _row("report", "scorecard and report", None, 1)
+    def stages(self) -> list[StagePlan]:
+        """Return what each stage does, and how long that takes."""
+        config, reading = self.config, self.work.text_bytes / READING / 2
+        rows: dict[str, Amount | None] = {
+            "corpus": (f"{count(self.work.documents)} documents", None, reading),
+            "prompts": (f"{count(self.work.all_prompts)} prompts", None, reading),
+            "generate": self.generate(),
+            "filter": (f"keeps about {RETAINED:.0%}", None, 1),
+            "signals": self.signals() if config.captures else None,
+            "train": self.train(),
+            "refine": self.refine() if config.on_policy.rounds else None,
+            "evaluate": self.evaluate(),
+            "report": ("scorecard and report", None, 1),
+        }
+        plans = []
+        for stage, (text, tokens, seconds) in ((stage, row) for stage, row in rows.items() if row):
+            seconds = None if seconds is None or math.isnan(seconds) else round(seconds, 1)
+            tokens = None if tokens is None else round(tokens)
+            plans.append(StagePlan(stage=stage, work=text, tokens=tokens, seconds=seconds))
+        return plans
 
-    def generate(self) -> StagePlan:
+    def generate(self) -> Amount:
         """Count the teacher's answers that the store lacks."""
         teacher, cost = self.config.teacher, self.cost
         if cost is None:
-            return _row("generate", f"answers of kind {teacher.kind}, none made", None, 0)
+            return f"answers of kind {teacher.kind}, none made", None, 0
         seconds = cost.seconds
         if isinstance(teacher, LocalTeacher) and (many := cost.requests):
             sizes = (cost.input_tokens / many, cost.output_tokens / many)
-            flops = many * answer_flops(shape_of(teacher.model), *sizes)
+            flops = many * arithmetic.answer_flops(shape_of(teacher.model), *sizes)
             seconds = START + self.machine.seconds(flops, teacher.dtype, "generate")
         text = f"{cost.requests:,} answers" + f", {cost.stored:,} stored" * bool(cost.stored)
-        return _row("generate", text, cost.input_tokens + cost.output_tokens, seconds)
+        return text, cost.input_tokens + cost.output_tokens, seconds
 
-    def signals(self) -> StagePlan:
+    def signals(self) -> Amount:
         """Count the answers whose distributions are read, by a teacher here or a server."""
-        reader, signals = self.config.soft_teacher(), self.config.signals
-        texts = self.trained + self.validated
+        texts, signals = self.trained + self.validated, self.config.signals
+        tokens = texts * (self.prompt + self.answer)
         if signals.from_answers:
-            return _row("signals", f"{count(texts)} answers, with their lists", None, 1)
-        tokens, text = texts * (self.prompt + self.answer), f"{count(texts)} answers, read once"
-        if isinstance(reader, LocalTeacher):
-            seconds = START + self.machine.seconds(texts * self.read, reader.dtype, "train")
-            return _row("signals", text, tokens, seconds)
-        price = load_prices(self.config.evaluation.prices).teacher(reader.model)
+            return f"{count(texts)} answers, with their lists", None, 1
+        if self.reader:
+            seconds = START + self.machine.seconds(texts * self.read, self.reader.dtype, "train")
+            return f"{count(texts)} answers, read once", tokens, seconds
+        price = load_prices(self.config.evaluation.prices).teacher(self.config.soft_teacher().model)
         paid = money(price and price.of(Usage(input_tokens=round(tokens))), up=True)
-        text += f" by a server, {signals.k} ids a token, {paid}"
-        return _row("signals", text, tokens, None)
+        text = f"{count(texts)} answers, read once by a server, {signals.k} ids a token, {paid}"
+        return text, tokens, None
 
-    def _step(self) -> float:
-        """Return the operations of training on one sample."""
-        saving = self.config.train.gradient_checkpointing
-        return training_flops(self.student, self.adapter, self.prompt, self.answer, saving)
-
-    def train(self) -> StagePlan:
+    def train(self) -> Amount:
         """Count the steps, and validation: as often as the settings say and at the end."""
         settings, tokens = self.config.train, self.prompt + self.answer
         live = self.read if settings.loss.soft and not self.config.captures else 0.0
@@ -159,24 +155,23 @@ class RunEstimate:
             samples = settings.max_steps * settings.tokens_per_step / tokens
         steps = max(1, samples * tokens / settings.tokens_per_step)
         passes = self.validated * (1 + steps // (settings.eval_steps or math.inf))
-        flops = passes * (answer_flops(self.student, self.prompt, self.answer) + live)
-        flops += samples * (self._step() + live)
+        flops = passes * (arithmetic.answer_flops(self.student, self.prompt, self.answer) + live)
+        flops += samples * (self.step + live)
         seconds = START + self.machine.seconds(flops, self.config.student.dtype, "train")
-        return _row("train", f"{count(steps)} steps", samples * tokens, seconds)
+        return f"{count(steps)} steps", samples * tokens, seconds
 
-    def refine(self) -> StagePlan:
+    def refine(self) -> Amount:
         """Count the student's answers, which the teacher reads and the student learns from."""
         settings, dtype = self.config.on_policy, self.config.student.dtype
         requests = settings.rounds * min(settings.prompts, self.work.prompts["train"])
         length = ANSWER * settings.max_new_tokens
-        answers = requests * answer_flops(self.student, self.prompt, length)
+        answers = requests * arithmetic.answer_flops(self.student, self.prompt, length)
         seconds = self.machine.seconds(answers, dtype, "evaluate")
-        seconds += self.machine.seconds(requests * (self._step() + self.read), dtype, "train")
+        seconds += self.machine.seconds(requests * (self.step + self.read), dtype, "train")
         text = f"{settings.rounds} rounds, {count(requests)} answers of the student"
-        tokens = requests * (self.prompt + length)
-        return _row("refine", text, tokens, seconds + 3 * settings.rounds * START)
+        return text, requests * (self.prompt + length), seconds + 3 * settings.rounds * START
 
-    def evaluate(self) -> StagePlan:
+    def evaluate(self) -> Amount:
         """Base and student answer prompts and suites, read the teacher's answers, are timed.
 
         A base that was not taught to be short writes more than the teacher.
@@ -187,87 +182,94 @@ class RunEstimate:
         for many, most in amounts(self.config.evaluation.suites):
             requests.append((UNREAD_ROWS if many is None else many, ITEM, ANSWER * most))
         dtype, tokens = self.config.student.dtype, 0.0
-        read = 2 * items * answer_flops(self.student, self.prompt, self.answer)
+        read = 2 * items * arithmetic.answer_flops(self.student, self.prompt, self.answer)
         seconds = self.machine.seconds(read, dtype, "train")
         seconds += (2 + teacher.runs_here) * (START + TIMED)
         for many, prompt, answer in requests:
-            flops = 2 * many * answer_flops(self.student, prompt, answer)
+            flops = 2 * many * arithmetic.answer_flops(self.student, prompt, answer)
             seconds += self.machine.seconds(flops, dtype, "evaluate")
             tokens += 2 * many * (prompt + answer)
-        text = f"{' + '.join(count(many) for many, *_ in requests)} items, two models"
-        return _row("evaluate", text, tokens, seconds)
+        return (
+            f"{' + '.join(count(many) for many, *_ in requests)} items, two models",
+            tokens,
+            seconds,
+        )
 
     def memory(self) -> Iterator[StageMemory]:
         """Yield what each stage that computes here holds; merging takes main memory everywhere."""
         config, machine, settings = self.config, self.machine, self.config.train
-        teacher, student, kind = config.teacher, self.student, machine.kind
-        width, limit = machine.width(config.student.dtype), config.evaluation.max_new_tokens
+        teacher, student, reader, kind = config.teacher, self.student, self.reader, machine.kind
+        width = machine.width(config.student.dtype)
         room = machine.memory if machine.free is None else machine.free
+        peaks = dict[str, Parts]()
 
         def answering(model: Shape, width: int, tokens: float, rows: int | None) -> Parts:
-            fixed = sum(answering_bytes(model, width, kind, 0, 0).values())
-            beside = 1e15 if room is None else room - fixed
-            row = row_bytes(cache_bytes(model, width), model.vocab, width, kind, tokens)
-            fitting = fitting_rows(beside, row, kind)
+            weights = sum(arithmetic.answering_bytes(model, width, kind, 0, 0).values())
+            row = arithmetic.row_bytes(
+                arithmetic.cache_bytes(model, width), model.vocab, width, kind, tokens
+            )
+            fitting = arithmetic.fitting_rows(1e15 if room is None else room - weights, row, kind)
             most = min(fitting, max(1, int(self.work.all_prompts * teacher.n)))
-            return answering_bytes(model, width, kind, rows or most, tokens)
+            return arithmetic.answering_bytes(model, width, kind, rows or most, tokens)
 
-        sides = list[Parts]()  # of the evaluation: a teacher that is here is timed too
+        def highest(*sides: Parts) -> Parts:
+            return max(sides, key=lambda parts: sum(parts.values()))
+
         if isinstance(teacher, LocalTeacher):
             tokens, rows = self.work.teacher.tokens + teacher.max_new_tokens, teacher.max_batch_size
             model = (shape_of(teacher.model), machine.width(teacher.dtype))
-            sides.append(answering(*model, tokens, rows))
-            yield StageMemory(stage="generate", parts=sides[0], room=room)
-        reader = config.soft_teacher() if config.distributions else None
-        read, live = Parts(), 0.0
-        if isinstance(reader, LocalTeacher):
-            shape, reads = shape_of(reader.model), machine.width(reader.dtype)
-            signals = config.signals
-            how = (signals.method, bool(signals.temperatures))
-            read = reading_bytes(shape, reads, kind, capture_bytes(shape.vocab, reads, kind, *how))
-            if config.captures:
-                yield StageMemory(stage="signals", parts=read, room=room)
-            elif settings.loss.soft:
-                live = weight_bytes(shape, reads)
-        towards: Towards = "live" if live else "cached" if settings.loss.soft else "tokens"
+            peaks["generate"] = answering(*model, tokens, rows)
+        live, soft = 0.0, settings.loss.soft
+        if reader:
+            shape, wide = shape_of(reader.model), machine.width(reader.dtype)
+            how = (config.signals.method, bool(config.signals.temperatures))
+            logits = arithmetic.capture_bytes(shape.vocab, wide, kind, *how)
+            peaks["signals"] = arithmetic.reading_bytes(shape, wide, kind, logits)
+            live = arithmetic.weight_bytes(shape, wide) if soft and not config.captures else 0.0
         training = LoraTraining(
             *(student, settings.lora.r, settings.lora.target_modules, kind, width),
-            *(config.student.load_in_4bit, settings.gradient_checkpointing, towards, live),
+            *(config.student.load_in_4bit, settings.gradient_checkpointing),
+            towards="live" if live else "cached" if soft else "tokens",
+            teacher=live,
             length=self.prompt + self.answer,
             dropout=settings.lora.dropout,
         )
         most = training.micro_batch(machine.memory or math.inf, settings.tokens_per_step)
-        tokens = settings.micro_batch_tokens or most
-        trained = training.parts(min(tokens, settings.tokens_per_step))
-        many = kind == "cuda" and (settings.num_processes or 1) > 1
-        place = "memory of each GPU, with all of the student (not FSDP2)" if many else "memory"
-        yield StageMemory(stage="train", parts=trained, room=room, place=place)
-        merged = merging_bytes(student, self._stored_width(), self.adapter)
-        main = machine.main_memory
-        yield StageMemory(stage="merge", parts=merged, room=main, place="main memory")
-        tokens = self.prompt + (limit or teacher.max_new_tokens)
+        tokens = min(settings.micro_batch_tokens or most, settings.tokens_per_step)
+        peaks["train"] = training.parts(tokens)
+        peaks["merge"] = arithmetic.merging_bytes(student, self.stored_width(), self.adapter)
         if config.on_policy.rounds:
-            length = self.prompt + config.on_policy.max_new_tokens
-            answers = answering(student, width, length, None)
-            most = max(answers, read, trained, key=lambda parts: sum(parts.values()))
-            yield StageMemory(stage="refine", parts=most, room=room)
-        sides.append(answering(student, width, tokens, config.evaluation.max_batch_size))
-        sides.append(reading_bytes(student, width, kind))
-        most = max(sides, key=lambda parts: sum(parts.values()))
-        yield StageMemory(stage="evaluate", parts=most, room=room)
+            answers = answering(student, width, self.prompt + config.on_policy.max_new_tokens, None)
+            peaks["refine"] = highest(answers, peaks.get("signals", {}), peaks["train"])
+        tokens = self.prompt + (config.evaluation.max_new_tokens or teacher.max_new_tokens)
+        answers = answering(student, width, tokens, config.evaluation.max_batch_size)
+        read = arithmetic.reading_bytes(
+            student, width, kind
+        )  # and a teacher that is here is timed too
+        peaks["evaluate"] = highest(peaks.get("generate", {}), answers, read)
+        if not config.captures:
+            peaks.pop("signals", None)
+        places = {"merge": "main memory"}
+        if kind == "cuda" and (settings.num_processes or 1) > 1:
+            places["train"] = "memory of each GPU, with all of the student (not FSDP2)"
+        for stage, parts in peaks.items():
+            own, place = (
+                machine.main_memory if stage == "merge" else room,
+                places.get(stage, "memory"),
+            )
+            yield StageMemory(stage=stage, parts=parts, room=own, place=place)
 
-    def _stored_width(self) -> int:
+    def stored_width(self) -> int:
         """Return the bytes of a weight in the student's files: two, but in folders that say so."""
         path = Path(self.config.student.model) / "config.json"
         facts = registry.read_object(path) if path.is_file() else {"dtype": "bfloat16"}
-        dtype = facts.get("dtype") or facts.get("torch_dtype") or "float32"
-        return 2 if "16" in dtype else 4
+        return 2 if "16" in (facts.get("dtype") or facts.get("torch_dtype") or "float32") else 4
 
     def disk(self) -> dict[str, float]:
         """Return the bytes of what will be written, and of models that are not here yet."""
         from huggingface_hub import try_to_load_from_cache  # a third of a second to import
 
-        config, teacher, sizes = self.config, self.config.teacher, {"models to fetch": 0.0}
+        config, teacher, fetched = self.config, self.config.teacher, 0.0
         references = [teacher.model] if teacher.runs_here else []
         references += [config.reader()[0]] if config.distributions else []
         for reference in dict.fromkeys([*references, config.student.model]):
@@ -278,25 +280,19 @@ class RunEstimate:
                 revision = info.revision if info else None
                 cached = try_to_load_from_cache(reference, "config.json", revision=revision)
                 there = isinstance(cached, str)
-            sizes["models to fetch"] += 0 if there else 2 * shape_of(reference).parameters
-        adapter, tokens = 4 * self.adapter, ANSWER * teacher.max_new_tokens
-        answers = self.work.all_prompts * teacher.n
+            fetched += 0 if there else 2 * shape_of(reference).parameters
+        adapter, answers = 4.0 * self.adapter, self.work.all_prompts * teacher.n
+        tokens = ANSWER * teacher.max_new_tokens * answers
         text = self.work.text_bytes + self.work.all_prompts * self.work.teacher.bytes
-        # A checkpoint holds the adapter, its two moments and the best one.
-        sizes["run"] = STORED * (text + 4 * tokens * answers) + 1e6
-        sizes["checkpoints"] = (4 * config.train.save_total_limit + 1) * adapter
-        sizes["merged"] = self._stored_width() * float(self.student.parameters)
-        sizes["release"] = sizes["merged"] + adapter
+        merged = self.stored_width() * float(self.student.parameters)
+        sizes = {
+            "models to fetch": fetched,
+            "run": STORED * (text + 4 * tokens) + 1e6,
+            # a checkpoint holds the adapter, its two moments and the best one
+            "checkpoints": (4 * config.train.save_total_limit + 1) * adapter,
+            "merged": merged,
+            "release": merged + adapter,
+        }
         if config.captures:
-            texts = RETAINED * answers * tokens
-            sizes["soft labels"] = texts * expected_bytes(1, config.signals)
+            sizes["soft labels"] = RETAINED * tokens * expected_bytes(1, config.signals)
         return sizes
-
-
-def _row(stage: str, what: str, tokens: float | None, seconds: float | None) -> StagePlan:
-    return StagePlan(
-        stage=stage,
-        work=what,
-        tokens=None if tokens is None else round(tokens),
-        seconds=None if seconds is None or math.isnan(seconds) else round(seconds, 1),
-    )

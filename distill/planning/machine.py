@@ -26,6 +26,7 @@ SHARES = {
     "float32": {"generate": 0.85, "train": 0.8, "evaluate": 0.55},
 }
 GPU_SHARE = 0.25  # of the same on a GPU: what others reach there, not measured with this code
+ROWS, INNER, OUTER = 1024, 1024, 4096  # of the product that is measured
 
 
 class Machine(Record):
@@ -73,7 +74,7 @@ def find_machine(priced: str | None, *dtypes: str) -> Machine:
 
 
 def measure(dtypes: Sequence[str], seconds: float = 1.0) -> Machine:
-    """Measure the rate of products of 1024 x 1024 x 4096 here, in each of `dtypes`.
+    """Measure the rate of a product here in each of `dtypes`, and what memory there is.
 
     It is that of all products in `seconds`, not of the best: a busy machine is slow for a run.
     """
@@ -85,8 +86,8 @@ def measure(dtypes: Sequence[str], seconds: float = 1.0) -> Machine:
     for name in dict.fromkeys(dtypes):
         dtype = pick_dtype(name)
         with suppress(RuntimeError):  # a GPU that is full: no seconds then
-            inputs = torch.randn(1024, 1024, device=place).to(dtype)
-            weight = torch.randn(4096, 1024, device=place).to(dtype)
+            inputs = torch.randn(ROWS, INNER, device=place).to(dtype)
+            weight = torch.randn(OUTER, INNER, device=place).to(dtype)
             done, started = -1, 0.0  # the first product, which sets up the kernel, is not counted
             while done < 1 or time.perf_counter() - started < seconds:
                 torch.nn.functional.linear(inputs, weight)
@@ -94,33 +95,32 @@ def measure(dtypes: Sequence[str], seconds: float = 1.0) -> Machine:
                     torch.cuda.synchronize()
                 done += 1
                 started = started if done else time.perf_counter()
-            flops = done * 2 * 1024 * 1024 * 4096 / (time.perf_counter() - started)
+            flops = done * 2 * ROWS * INNER * OUTER / (time.perf_counter() - started)
             rates[name] = (str(dtype).removeprefix("torch."), flops)
-    speeds = dict.fromkeys(
-        f"{rate / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, rate in rates.values()
-    )
+    speeds = dict.fromkeys(f"{r / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, r in rates.values())
     main = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    here = Machine(
-        name=f"{processor()}, {cores()} cores",
+    name, memory, free = f"{processor()}, {cores()} cores", main, None
+    notes = [note for note in [unused_gpu()] if note]
+    if place.type == "cuda":
+        own = torch.cuda.get_device_properties(place)
+        numbers = (n for n in range(torch.cuda.device_count()) if n != place.index)
+        others = [torch.cuda.get_device_properties(n) for n in numbers]
+        name, memory, free = own.name, own.total_memory, 0
+        with suppress(RuntimeError):  # there is not even room for this process to begin
+            free = torch.cuda.mem_get_info(place)[0]
+        if free < 0.9 * memory:
+            held = ", ".join(other_processes()) or "processes that the driver does not list"
+            notes += [f"GPU: {size(free)} of {size(memory)} are free; the rest is held by {held}"]
+        if others:
+            listed = ", ".join(f"{gpu.name} with {size(gpu.total_memory)}" for gpu in others)
+            notes += [f"{len(others) + 1} GPUs: one process computes on {name} alone, not {listed}"]
+    return Machine(
+        name=name,
         kind=place.type,
         rates=rates,
-        memory=main,
+        memory=memory,
+        free=free,
         main_memory=main,
         source=f"{', '.join(speeds)}, measured now" if speeds else "its rate could not be measured",
-        notes=tuple(filter(None, [unused_gpu()])),
+        notes=tuple(notes),
     )
-    if place.type != "cuda":
-        return here
-    properties, count = torch.cuda.get_device_properties(place), torch.cuda.device_count()
-    total, free, notes = properties.total_memory, 0, list[str]()
-    with suppress(RuntimeError):  # there is not even room for this process to begin
-        free = torch.cuda.mem_get_info(place)[0]
-    if free < 0.9 * total:
-        holders = ", ".join(other_processes()) or "processes that the driver does not list"
-        notes.append(f"GPU: {size(free)} of {size(total)} are free; the rest is held by {holders}")
-    if count > 1:
-        others = [torch.cuda.get_device_properties(n) for n in range(count) if n != place.index]
-        listed = ", ".join(f"{other.name} with {size(other.total_memory)}" for other in others)
-        notes.append(f"{count} GPUs: one process computes on this one alone; others: {listed}")
-    facts = {"name": properties.name, "memory": total, "free": free, "notes": tuple(notes)}
-    return here.model_copy(update=facts)

@@ -11,7 +11,6 @@ from distill.config.yaml_file import load_config
 from distill.corpus.readers import SourceRow, list_files, read_file
 from distill.corpus.rows import interpret
 from distill.errors import DistillError, Exit
-from distill.responders.terms import judge_teacher
 from distill.storage.files import write_atomic
 
 LOOKED_AT = 100  # rows of a file in which a first readable one is looked for
@@ -37,22 +36,17 @@ def write_config(
     values = {"name": plain[:60], "path": path, "corpus": str(source), "teacher": teacher}
     values |= {"student": student, "base_url": base_url, "api_key_env": api_key_env}
     values |= {"prompts": _holds_prompts(source)}
-    text = (Path(__file__).parent / "templates/config.yaml.j2").read_text(encoding="utf-8")
-    template = Environment(  # YAML; values are written as JSON, which YAML reads
+    template = Path(__file__).parent / "templates/config.yaml.j2"
+    text = Environment(  # YAML; values are written as JSON, which YAML reads
         undefined=StrictUndefined, trim_blocks=True, autoescape=False, keep_trailing_newline=True
-    ).from_string(text)
+    ).from_string(template.read_text(encoding="utf-8"))
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, template.render(values, open_terms=""))
+    write_atomic(path, text.render(values))
     try:
-        config = load_config(path)
-        verdict = judge_teacher(config.teacher, config.terms.basis)
+        load_config(path)
     except DistillError:
         path.unlink()  # what cannot be read again is not left behind
         raise
-    if not verdict.allowed:
-        reasons = [f"forbidden by {text.title}" for text in verdict.texts if text.may_train == "no"]
-        reasons.append("no terms are known of " + ", ".join(verdict.unknown))
-        write_atomic(path, template.render(values, open_terms=reasons[0]))
     return path
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from distill.config.values import SAFE, Trust
 from distill.errors import DistillError, Exit, one_line
@@ -25,17 +25,12 @@ from distill.records import Message, digest
 from distill.storage.environment import code_hash, die_with_parent, installed
 from distill.storage.files import write_json
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 SECONDS = 5  # of the processor; a tokenizer of 262,144 tokens takes one
 MEGABYTES = 2048  # beside what the libraries take
-CHARACTERS = 1_000_000  # that a template may make of one short question
 UNFIT = {  # for a student
     "quantization_config": "has quantised weights, into which an adapter cannot be merged",
     "final_logit_softcapping": "caps its logits behind the head, which the loss does not know",
 }
-SOUND = "use a sound copy of the model"
 
 
 class Candidate(NamedTuple):
@@ -101,7 +96,7 @@ def _in_child(model: Candidate, folder: Path | None) -> dict[str, list[Any]]:
         slow = child.exitcode in (-signal.SIGXCPU, -signal.SIGALRM)
         limit = f"{SECONDS} seconds" if slow else f"{MEGABYTES:,} MB of memory"
         what = f"config, tokenizer or template need more than {limit}"
-        return {"error": [Exit.TRAINING, f"model {model.reference}", what, SOUND]}
+        return {"error": [Exit.TRAINING, f"model {model.reference}", what, "use a sound copy"]}
     finally:
         child.kill()
         child.join()
@@ -151,6 +146,7 @@ def _try(model: Candidate, folder: Path | None) -> list[str]:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from distill.models import loading
+    from distill.models.chat_template import encode_prompt
     from distill.training import adapters
     from distill.training.encode import check_template
 
@@ -158,7 +154,12 @@ def _try(model: Candidate, folder: Path | None) -> list[str]:
     if folder:
         own = (f"{folder}", None, trust, model.template, model.reasoning)
         tokenizer = loading.load_tokenizer(*own)
-        _render(tokenizer, model.date)
+        user = Message(role="user", content="What is 2 and 2?")
+        system, answer = (Message(role=role, content="4.") for role in ("system", "assistant"))
+        encode_prompt(tokenizer, [user], model.date)
+        for messages in ([system, user], [user, answer, user]):
+            with suppress(DistillError):  # it may refuse a role; whether prompts have it they show
+                encode_prompt(tokenizer, messages, model.date)
         for path in (folder / "config.json", folder / "tokenizer_config.json"):
             if not trust.code and path.is_file() and "auto_map" in registry.read_object(path):
                 notes.append(f"{path.name}: auto_map is ignored, transformers has the class")
@@ -177,23 +178,3 @@ def _try(model: Candidate, folder: Path | None) -> list[str]:
         if targets == "all-linear" and (others := adapters.unadapted(wrapped)):
             notes.append(f"no adapter on {', '.join(others)}: they are no linear modules")
     return notes
-
-
-def _render(tokenizer: "PreTrainedTokenizerBase", date: str) -> None:
-    """Render and encode conversations; raises DistillError (exit 7) for a text without measure."""
-    from distill.models.chat_template import encode_prompt, render
-
-    user = Message(role="user", content="What is 2 and 2?")
-    system, answer = (Message(role=role, content="4.") for role in ("system", "assistant"))
-    for messages in ([user], [system, user], [user, answer, user]):
-        try:
-            text = render(tokenizer, messages, date)
-        except DistillError:
-            if messages == [user]:
-                raise
-            continue  # a template may refuse a role; whether prompts have it is seen by them
-        if len(text) > CHARACTERS:
-            what = f"makes {len(text):,} characters of a short question"
-            where = f"chat template of {tokenizer.name_or_path}"
-            raise DistillError(Exit.TRAINING, where, what, SOUND)
-        encode_prompt(tokenizer, messages, date)
