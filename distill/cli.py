@@ -183,12 +183,13 @@ def evaluate(
         return perform_alone(stage, config, overrides, redo, False, allow_code, unsafe_code)
     from distill.evaluation import lm_eval as harness
     from distill.formatting import markdown_table
+    from distill.report.tables import harness_rows
 
     run = open_run(config, overrides or ())
     tasks = tuple(task.strip() for task in lm_eval.split(",") if task.strip())
     with run.lock():
         results = harness.main(run, tasks, limit, include_path)
-        print(markdown_table(*harness.table_of(results)))
+        print(markdown_table(*harness_rows(results)))
     if run.path("scorecard.json").exists():
         perform(run, STAGES[-1:], STAGES[-1:])
 

@@ -340,7 +340,7 @@ class Replies:
         tokenizer = make_tokenizer()
         self.times: Counter[str] = Counter()
         self.words = [tokenizer.decode([i]) for i in range(len(tokenizer))]
-        self.good = {probe.duel.b for probe in load_probes()}
+        self.good = {probe.b for probe in load_probes()}
 
     def __call__(self, number: int, payload: dict[str, Any]) -> Reply:
         """Answer one request."""

@@ -36,11 +36,6 @@ class Tariff(NamedTuple):
         """Tell whether tokens are paid, not time."""
         return isinstance(self.price, TokenPrice)
 
-    @property
-    def batch_discount(self) -> Decimal | None:
-        """Return the discount for answers that may take a day, where the price has one."""
-        return self.price.batch_discount if isinstance(self.price, TokenPrice) else None
-
     def of(self, usage: Usage) -> Decimal | None:
         """Return the dollars of one answer, or None where price or time is not known."""
         if isinstance(self.price, TokenPrice):
@@ -55,9 +50,24 @@ class Tariff(NamedTuple):
 
     def described(self) -> str | None:
         """Return the price in words, with its date and source."""
-        if isinstance(self.price, MachinePrice) and self.utilisation != 1:
-            return f"{describe(self.price)}, in use {percent(self.utilisation)} of the time"
-        return describe(self.price) if self.price else None
+        price, use = self.price, ""
+        if price is None:
+            return None
+        if isinstance(price, TokenPrice):
+            rates = (
+                f"${price.dollars_per_million_input} in, ${price.dollars_per_million_output} out"
+            )
+            what = f"list price of {price.model.strip('*')}: {rates} a million tokens"
+        else:
+            what = f"{price.what or price.name}: ${price.dollars_per_hour} an hour"
+            if self.utilisation != 1:
+                use = f", in use {percent(self.utilisation)} of the time"
+        return f"{what} ({price.date}, {price.source}){use}"
+
+
+def percent(share: Decimal) -> str:
+    """Return a share as a percentage without needless zeros."""
+    return f"{float(100 * share):g}\u00a0%"
 
 
 def request_cost(
@@ -68,15 +78,31 @@ def request_cost(
     `usages` are those of one model's answers; their seconds are shares of measured batch time.
     """
     requests, seconds = len(usages), sum(usage.seconds for usage in usages)
+    inputs, outputs = sum(u.input_tokens for u in usages), sum(u.output_tokens for u in usages)
     timed = bool(usages) and all(usage.seconds > 0 for usage in usages)
     priced = [d for usage in usages if (d := tariff.of(usage)) is not None]
     dollars = sum(priced, Decimal(0)) / requests if priced and len(priced) == requests else None
     reasons = {} if timed else {"seconds_per_1k": NO_TIME}
     if dollars is None:
         reasons["dollars_per_1k"] = tariff.why if tariff.price is None else NO_TIME
-    per_million, why = token_prices(usages, tariff, timing if timed else None)
-    reasons |= why
-    alone = None
+    per_million, alone = None, None
+    if isinstance(tariff.price, TokenPrice):
+        rates = (tariff.price.dollars_per_million_input, tariff.price.dollars_per_million_output)
+        per_million = PerMillion(dollars_input=rates[0], dollars_output=rates[1])
+        reasons["per_million.seconds"] = BY_TOKEN
+    elif not (timed and timing):
+        reasons["per_million"] = NOT_APART
+    elif apart := reading_and_writing(usages, timing):
+        reading, writing = (MILLION * each for each in apart)
+        per_million = PerMillion(
+            seconds_input=reading,
+            seconds_output=writing,
+            dollars_input=tariff.of_seconds(reading),
+            dollars_output=tariff.of_seconds(writing),
+        )
+        reasons |= {} if tariff.price else {"per_million.dollars": tariff.why}
+    else:
+        reasons["per_million"] = CONTRADICTED
     if timing and not tariff.hosted:
         each = timing.seconds / timing.requests
         dollars_each = tariff.of_seconds(each)
@@ -88,7 +114,6 @@ def request_cost(
         )
     else:
         reasons["one_at_a_time"] = BY_TOKEN if tariff.hosted else "not timed one at a time"
-    inputs, outputs = sum(u.input_tokens for u in usages), sum(u.output_tokens for u in usages)
     return RequestCost(
         requests=requests,
         input_tokens=inputs / requests if requests else None,
@@ -101,27 +126,6 @@ def request_cost(
         per_million=per_million,
         reasons=reasons,
     )
-
-
-def token_prices(
-    usages: Sequence[Usage], tariff: Tariff, timing: Timing | None
-) -> tuple[PerMillion | None, dict[str, str]]:
-    """Price input and output tokens apart, by list or by time; return why what is not known."""
-    if isinstance(tariff.price, TokenPrice):
-        rates = (tariff.price.dollars_per_million_input, tariff.price.dollars_per_million_output)
-        listed = PerMillion(dollars_input=rates[0], dollars_output=rates[1])
-        return listed, {"per_million.seconds": BY_TOKEN}
-    seconds = reading_and_writing(usages, timing) if timing else None
-    if seconds is None:
-        return None, {"per_million": CONTRADICTED if timing else NOT_APART}
-    reading, writing = (MILLION * each for each in seconds)
-    price = PerMillion(
-        seconds_input=reading,
-        seconds_output=writing,
-        dollars_input=tariff.of_seconds(reading),
-        dollars_output=tariff.of_seconds(writing),
-    )
-    return price, {} if tariff.price else {"per_million.dollars": tariff.why}
 
 
 def reading_and_writing(usages: Sequence[Usage], timing: Timing) -> tuple[float, float] | None:
@@ -153,7 +157,7 @@ def distillation_cost(
     entries = [entry for entry in ledger if entry.stage in DISTILLATION]
     stages = {s: sum(e.seconds for e in entries if e.stage == s) for s in DISTILLATION}
     stages = {stage: seconds for stage, seconds in stages.items() if seconds}
-    seconds = sum(stages.values())
+    seconds, price = sum(stages.values()), Tariff(machine).described()
     paid = sum((entry.dollars or Decimal(0) for entry in entries), Decimal(0))
     if any(entry.attempts and entry.dollars is None for entry in entries):
         why_unpaid = "what the teacher's endpoint was paid is not known"
@@ -166,21 +170,6 @@ def distillation_cost(
         stages=stages,
         output_tokens=sum(entry.output_tokens for entry in entries),
         reused=max(0.0, 1 - bought / answer_tokens) if answer_tokens else 0.0,
-        price=None if machine is None else f"{describe(machine)}, busy while the student was made",
+        price=price and f"{price}, busy while the student was made",
         reasons={"dollars": why} if why else {},
     )
-
-
-def percent(share: Decimal) -> str:
-    """Return a share as a percentage without needless zeros."""
-    return f"{float(100 * share):g}\u00a0%"
-
-
-def describe(price: MachinePrice | TokenPrice) -> str:
-    """Return a price in words, with its date and source."""
-    if isinstance(price, MachinePrice):
-        what = f"{price.what or price.name}: ${price.dollars_per_hour} an hour"
-    else:
-        rates = f"${price.dollars_per_million_input} in, ${price.dollars_per_million_output} out"
-        what = f"list price of {price.model.strip('*')}: {rates} a million tokens"
-    return f"{what} ({price.date}, {price.source})"

@@ -5,7 +5,6 @@ volume or utilisation needs a new report and nothing else. The price table is ke
 as it was on the day of the report, so that the same report can be made again on another day.
 """
 
-from collections.abc import Sequence
 from decimal import Decimal
 
 from distill.config.teachers import StatedCost
@@ -16,7 +15,7 @@ from distill.evaluation.scorecard import Costs, Economics, TeacherPrice
 from distill.evaluation.scorers import HeldOutRequest
 from distill.evaluation.statistics import Certainty
 from distill.models.gpus import find_gpu, gpus
-from distill.records import Response, Timing, Usage
+from distill.records import Response, Timing
 from distill.responders.prices import PriceBook, load_prices
 from distill.storage.files import read_json, read_records, write_json
 from distill.storage.run_folder import Run
@@ -50,19 +49,6 @@ def trained_elsewhere(run: Run) -> str:
     return ""
 
 
-def timed_here(run: Run, here: str, requests: Sequence[HeldOutRequest]) -> list[HeldOutRequest]:
-    """Return requests without the seconds that answers in the store took on another device."""
-    hosted = () if run.config.teacher.runs_here else ("teacher",)
-
-    def timed(model: str, usage: Usage) -> Usage:
-        same = model in hosted or usage.device == here
-        return usage if same else usage.model_copy(update={"seconds": 0.0})
-
-    usages = [{model: timed(model, u) for model, u in r.usage.items()} for r in requests]
-    pairs = zip(requests, usages, strict=True)
-    return [request.model_copy(update={"usage": usage}) for request, usage in pairs]
-
-
 def money_of(run: Run, overall: MetricRow | None) -> tuple[Costs, Economics]:
     """Return the scorecard's `cost` and `economics`; `overall` is the result of all checks."""
     settings, teacher, prices = run.config.evaluation, run.config.teacher, run.path(PRICES)
@@ -81,8 +67,15 @@ def money_of(run: Run, overall: MetricRow | None) -> tuple[Costs, Economics]:
     if name := settings.teacher_price:  # another model's price
         compared = Tariff(book.teacher(name), why=book.why_no_teacher(name))
     gpu = run.made_with("evaluate").get("environment", {}).get("gpu") or ""
-    requests = timed_here(run, gpu, read_records(run.path("requests.jsonl"), HeldOutRequest))
-    costs = {}
+    requests, costs = [], {}
+    for request in read_records(run.path("requests.jsonl"), HeldOutRequest):
+        usage = {  # without the seconds that answers in the store took on another device
+            model: u
+            if u.device == gpu or (model == "teacher" and not teacher.runs_here)
+            else u.model_copy(update={"seconds": 0.0})
+            for model, u in request.usage.items()
+        }
+        requests.append(request.model_copy(update={"usage": usage}))
     for model in MODELS:
         path = run.path(f"timings/{model}.jsonl")
         timings = read_records(path, Timing) if path.exists() else []

@@ -1,20 +1,12 @@
 """What the people who ask would save: three ways to use the student, and when it has paid off.
 
-All is per 1,000 requests like the held-out ones. T is what they cost the teacher, S what they cost
-the student, and p the part of T that falls on requests whose student answer is acceptable:
-
-- replace_all: T - S, whatever the answers are worth; the quality lost stands beside it
-- try_then_escalate: p T - S; the student always answers, and where a test rejects its answer the
-  teacher answers too, so the test must be one that needs no right answer
-- perfect_router: p (T - S); the requests that the student fails never reach it. An upper bound
-
-p is weighted by price, for long answers cost more and fail more. The interval is that of p, carried
-through; of replace_all, that of the requests' differences, clustered by document. Break-even is the
-cost of the distillation over a request's savings, and null where these or their interval reach 0.
+All is per 1,000 requests like the held-out ones, of which the teacher costs T and the student S.
+The share p of acceptable answers is weighted by price: long answers cost more and fail more. Its
+interval is carried through; break-even is null where it, or the savings, reach 0.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from decimal import ROUND_CEILING, Decimal
 from typing import NamedTuple
 
@@ -24,7 +16,6 @@ from distill.evaluation.scorecard import (
     WAYS,
     Amount,
     BreakEven,
-    Case,
     Economics,
     Rent,
     Saving,
@@ -35,10 +26,10 @@ from distill.evaluation.scorecard import (
 from distill.evaluation.scorers import SHARE, HeldOutRequest
 from distill.evaluation.statistics import MIN_PAIRED, Bounds, Certainty, Estimate, estimate_mean
 from distill.records import Usage
-from distill.responders.prices import MachinePrice
+from distill.responders.prices import MachinePrice, TokenPrice
 
 MONTH_DAYS, DAY_SECONDS = 30, 86_400
-LOW_USE = Decimal("0.25")
+LOW_USE, ONE = Decimal("0.25"), Decimal(1)
 NEEDS_ANSWER = "the test compares with an answer that is not there when a new request is served"
 NO_TEST = "no task has a checker, and no judge that passed its probe stands in"
 
@@ -51,6 +42,19 @@ class Assumptions(NamedTuple):
     distillation: Decimal | None
     why_no_distillation: str
     requests_per_month: int
+
+
+class Change(NamedTuple):
+    """What is other than measured: prices and volume by a factor, or the share at its low end."""
+
+    case: str
+    teacher: Decimal = ONE
+    student: Decimal = ONE
+    volume: int = 1
+    lowest: bool = False
+
+
+AS_MEASURED = Change("as measured")
 
 
 def economics(
@@ -69,10 +73,10 @@ def economics(
     tests = tuple(dict.fromkeys(request.test for request in covered if request.test))
     when_served = bool(tests) and all(request.when_served for request in covered)
     headline: Way = "try_then_escalate" if when_served else "replace_all"
-    rows = {way: priced.row(way, priced.saved(way)) for way in WAYS}
+    saved = {way: priced.saved(way) for way in WAYS}
     if tests and not when_served:
-        rows["try_then_escalate"] = priced.row("try_then_escalate", unknown(NEEDS_ANSWER))
-    dollars, student_dollars = (None, None) if priced.why else priced.means
+        saved["try_then_escalate"] = unknown(NEEDS_ANSWER)
+    dollars, student_dollars = priced.means()
     facts = {"price": assumed.teacher.described(), "hosted": assumed.teacher.hosted}
     missing = {"distillation_dollars": assumed.why_no_distillation}
     return Economics(
@@ -96,8 +100,8 @@ def economics(
         distillation_dollars=assumed.distillation,
         requests_per_month=assumed.requests_per_month,
         headline=headline,
-        rows=tuple(rows.values()),
-        sensitivity=tuple(priced.sensitivity(headline)),
+        rows=tuple(priced.row(way, saved[way]) for way in WAYS),
+        sensitivity=tuple(priced.case(headline, change) for change in priced.changes(headline)),
         reasons=missing if assumed.distillation is None else {},
     )
 
@@ -134,30 +138,33 @@ class PricedRequests:
         clusters = tuple(request.cluster for request in both)
         return cls(part, assumed, certainty, **sides, clusters=clusters)
 
-    @property
-    def means(self) -> tuple[Decimal, Decimal]:
+    def means(self, change: Change = AS_MEASURED) -> tuple[Decimal, Decimal] | tuple[None, None]:
         """Return what 1,000 requests cost the teacher and the student."""
-        count = len(self.clusters)
-        return sum(self.teacher, Decimal(0)) / count, sum(self.student, Decimal(0)) / count
-
-    def scaled(self, teacher: Decimal | int = 1, student: Decimal | int = 1) -> "PricedRequests":
-        """Return the same requests at other prices."""
-        dollars = tuple(each * teacher for each in self.teacher)
-        return replace(
-            self, teacher=dollars, student=tuple(each * student for each in self.student)
-        )
-
-    def saved(self, way: Way) -> Amount:
-        """Return what 1,000 requests save in one way."""
         if self.why:
+            return None, None
+        teacher, student = (sum(side, Decimal(0)) for side in (self.teacher, self.student))
+        count = len(self.clusters)
+        return teacher / count * change.teacher, student / count * change.student
+
+    def saved(self, way: Way, change: Change = AS_MEASURED) -> Amount:
+        """Return what 1,000 requests save in one way.
+
+        replace_all: T - S, whatever the answers are worth, with the interval of the requests'
+        differences. try_then_escalate: p T - S, for the student always answers, and where a test
+        rejects its answer the teacher does too. perfect_router: p (T - S), an upper bound.
+        """
+        teacher, student = self.means(change)
+        if teacher is None or student is None:
             return unknown(self.why)
-        teacher, student = self.means
+        part = Amount(value=self.part.low, reason=self.part.reason) if change.lowest else self.part
         if way == "try_then_escalate":
-            return self.part.scaled(teacher, -student)
+            return part.scaled(teacher, -student)
         if way == "perfect_router":
-            return self.part.scaled(teacher - student)
-        differences = [float(t - s) for t, s in zip(self.teacher, self.student, strict=True)]
-        bounds = Bounds(-float(max(self.student)), float(max(self.teacher)))
+            return part.scaled(teacher - student)
+        teachers = [float(dollars * change.teacher) for dollars in self.teacher]
+        students = [float(dollars * change.student) for dollars in self.student]
+        differences = [t - s for t, s in zip(teachers, students, strict=True)]
+        bounds = Bounds(-max(students), max(teachers))
         estimate = estimate_mean(differences, self.clusters, self.certainty, bounds)
         return amount_of(estimate).model_copy(update={"value": teacher - student})
 
@@ -168,81 +175,78 @@ class PricedRequests:
             way=way,
             dollars_per_1k=saved,
             dollars_per_month=saved.scaled(Decimal(volume) / THOUSAND),
-            break_even=break_even(saved, self.assumed, len(set(self.clusters))),
+            break_even=self.break_even(saved, volume),
         )
 
-    def case(self, name: str, way: Way) -> Case:
-        """Return one way with what has been changed here."""
-        row = self.row(way, self.saved(way))
-        teacher, student = (None, None) if self.why else self.means
-        return Case(
-            case=name,
+    def case(self, way: Way, change: Change) -> Saving:
+        """Return one way with what has been changed."""
+        saved, (teacher, student) = self.saved(way, change), self.means(change)
+        volume = self.assumed.requests_per_month * change.volume
+        return Saving(
+            case=change.case,
             teacher_dollars_per_1k=teacher,
             student_dollars_per_1k=student,
-            requests_per_month=self.assumed.requests_per_month,
-            dollars_per_1k=row.dollars_per_1k,
-            dollars_per_month=row.dollars_per_month,
-            break_even=row.break_even,
+            requests_per_month=volume,
+            dollars_per_1k=saved,
+            dollars_per_month=saved.scaled(Decimal(volume) / THOUSAND),
+            break_even=self.break_even(saved, volume),
         )
 
-    def sensitivity(self, way: Way) -> Iterator[Case]:
-        """Yield today's figures and what would change them, one thing at a time."""
-        teacher, tariff = self.assumed.teacher, self.assumed.student
-        volume, rent = self.assumed.requests_per_month, self.month_of_machines()
-        yield self.case("as measured", way)
-        yield self.scaled(teacher=Decimal("0.5")).case("the teacher's price halves", way)
-        if teacher.batch_discount is not None:
-            batched = self.scaled(teacher=1 - teacher.batch_discount)
-            yield batched.case("the teacher is asked in batches, at its discount", way)
-        more = replace(self, assumed=self.assumed._replace(requests_per_month=10 * volume))
-        yield more.case("ten times the requests", way)
+    def changes(self, way: Way) -> Iterator[Change]:
+        """Yield what would change today's figures, one thing at a time."""
+        teacher, student = self.assumed.teacher, self.assumed.student
+        yield AS_MEASURED
+        yield Change("the teacher's price halves", teacher=Decimal("0.5"))
+        if isinstance(teacher.price, TokenPrice) and teacher.price.batch_discount is not None:
+            batched = 1 - teacher.price.batch_discount
+            yield Change("the teacher is asked in batches, at its discount", teacher=batched)
+        yield Change("ten times the requests", volume=10)
         if way != "replace_all":
-            low = Amount(value=self.part.low, reason=self.part.reason)
-            yield replace(self, part=low).case("the share at its lower bound", way)
-        if not isinstance(tariff.price, MachinePrice) or self.why:
+            yield Change("the share at its lower bound", lowest=True)
+        if not isinstance(student.price, MachinePrice) or self.why:
             return
-        idle, student = tariff.utilisation / LOW_USE, self.means[1]
+        idle, low = student.utilisation / LOW_USE, f"{percent(LOW_USE)} of the time"
         if not teacher.hosted:
-            both = self.scaled(teacher=idle, student=idle)
-            yield both.case(f"both machines work {percent(LOW_USE)} of the time", way)
+            yield Change(f"both machines work {low}", teacher=idle, student=idle)
             return
-        alone = self.scaled(student=idle)
-        yield alone.case(f"the student's machine works {percent(LOW_USE)} of the time", way)
-        if rent and student:
-            dedicated = self.scaled(student=rent.dollars_per_month / volume * THOUSAND / student)
-            yield dedicated.case("the student's machine is rented for the whole month", way)
+        yield Change(f"the student's machine works {low}", student=idle)
+        rent, dollars = self.month_of_machines(), self.means()[1]
+        if rent and dollars:
+            month = dollars * self.assumed.requests_per_month / THOUSAND
+            rented = rent.dollars_per_month / month
+            yield Change("the student's machine is rented for the whole month", student=rented)
 
     def month_of_machines(self) -> Rent | None:
         """Return how many machines the requests of a month need, their rent, how busy they are."""
-        price, volume = self.assumed.student.price, self.assumed.requests_per_month
-        if not isinstance(price, MachinePrice) or self.why or not price.dollars_per_hour:
+        price, dollars = self.assumed.student.price, self.means()[1]
+        if not isinstance(price, MachinePrice) or dollars is None or not price.dollars_per_hour:
             return None
-        student = self.means[1] * self.assumed.student.utilisation  # busy time alone
-        needed = volume * student / THOUSAND / price.of(MONTH_DAYS * DAY_SECONDS)
+        busy = dollars * self.assumed.student.utilisation  # without the time that it idles
+        month = price.of(MONTH_DAYS * DAY_SECONDS)
+        needed = self.assumed.requests_per_month * busy / THOUSAND / month
         machines = int(needed.to_integral_value(ROUND_CEILING)) or 1
-        rent = machines * price.of(MONTH_DAYS * DAY_SECONDS)
-        return Rent(machines=machines, dollars_per_month=rent, in_use=needed / machines)
+        return Rent(machines=machines, dollars_per_month=machines * month, in_use=needed / machines)
 
-
-def break_even(saved: Amount, assumed: Assumptions, documents: int) -> BreakEven:
-    """Return when `saved`, dollars of 1,000 requests of some documents, has paid it back."""
-    decided, why = saved.conclude(documents), ""
-    if assumed.distillation is None or saved.value is None or saved.reason:
-        why = saved.reason or assumed.why_no_distillation
-    elif saved.low is not None and decided.verdict == "undecided" and (saved.high or 0) > 0:
-        why = f"it may never be paid back: {decided.reason}"
-    elif saved.value <= 0:
-        why = "nothing is saved, so the distillation is never paid back"
-    if why or assumed.distillation is None or saved.value is None:
-        return BreakEven(requests=unknown(why), days=unknown(why))
-    cost = assumed.distillation * THOUSAND
-    requests = Amount(
-        value=cost / saved.value,
-        low=None if saved.high is None else cost / saved.high,
-        high=None if saved.low is None else cost / saved.low,
-    )
-    days = requests.scaled(Decimal(MONTH_DAYS) / assumed.requests_per_month)
-    return BreakEven(requests=requests, days=days)
+    def break_even(self, saved: Amount, requests_per_month: int) -> BreakEven:
+        """Return when `saved`, dollars of 1,000 requests, has paid the distillation back."""
+        decided, why = saved.conclude(len(set(self.clusters))), ""
+        distillation = self.assumed.distillation
+        if distillation is None or saved.value is None or saved.reason:
+            why = saved.reason or self.assumed.why_no_distillation
+        elif saved.low is not None and decided.verdict == "undecided" and (saved.high or 0) > 0:
+            why = f"it may never be paid back: {decided.reason}"
+        elif saved.value <= 0:
+            why = "nothing is saved, so the distillation is never paid back"
+        if why or distillation is None or saved.value is None:
+            return BreakEven(requests=unknown(why), days=unknown(why))
+        cost = distillation * THOUSAND
+        requests = Amount(
+            value=cost / saved.value,
+            low=None if saved.high is None else cost / saved.high,
+            high=None if saved.low is None else cost / saved.low,
+        )
+        days = requests.scaled(Decimal(MONTH_DAYS) / requests_per_month)
+        return BreakEven(requests=requests, days=days)
 
 
 def shares_of(
@@ -256,6 +260,17 @@ def shares_of(
     Plain, weighted by the teacher's price, and with errors of ours against it. Null without a test,
     and where too many answers could not be tested.
     """
+
+    def share(requests: Sequence[HeldOutRequest], weights: Sequence[Decimal]) -> Amount:
+        accepted = [request.accepted is True for request in requests]
+        clusters = [request.cluster for request in requests]
+        floats = [float(weight) for weight in weights]
+        amount = amount_of(estimate_mean(accepted, clusters, certainty, SHARE, floats))
+        if amount.value is None:
+            return amount
+        part = sum((w for w, passed in zip(weights, accepted, strict=True) if passed), Decimal(0))
+        return amount.model_copy(update={"value": part / sum(weights)})  # exact
+
     if not any(request.test for request in requests):
         return unknown(NO_TEST), unknown(NO_TEST), None
     if len(scored) < MIN_PAIRED * len(requests):
@@ -263,31 +278,10 @@ def shares_of(
         return why, why, None
     dollars = [teacher.of(request.usage.get("teacher", Usage())) for request in scored]
     prices = [price for price in dollars if price is not None]
-    plain = _share(scored, certainty, [Decimal(1)] * len(scored))
-    part = plain
-    if len(prices) == len(scored) and sum(prices) > 0:
-        part = _share(scored, certainty, prices)
-    if len(scored) == len(requests):
-        return plain, part, None
-    return plain, part, _share(requests, certainty, [Decimal(1)] * len(requests))
-
-
-def _share(
-    requests: Sequence[HeldOutRequest], certainty: Certainty, weights: Sequence[Decimal]
-) -> Amount:
-    """Estimate the share of the requests' weights that is accepted; its value is exact."""
-    accepted = [request.accepted is True for request in requests]
-    estimate = estimate_mean(
-        [float(a) for a in accepted],
-        [request.cluster for request in requests],
-        certainty,
-        SHARE,
-        [float(weight) for weight in weights],
-    )
-    if estimate.value is None:
-        return amount_of(estimate)
-    part = sum((weight for weight, a in zip(weights, accepted, strict=True) if a), Decimal(0))
-    return amount_of(estimate).model_copy(update={"value": part / sum(weights)})
+    plain = share(scored, [ONE] * len(scored))
+    part = share(scored, prices) if len(prices) == len(scored) and sum(prices) > 0 else plain
+    complete = len(scored) == len(requests)
+    return plain, part, None if complete else share(requests, [ONE] * len(requests))
 
 
 def amount_of(estimate: Estimate) -> Amount:

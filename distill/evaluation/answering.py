@@ -67,27 +67,25 @@ def student_responder(
     """Load the student as it is released, or the base; return its description too."""
     student, date, adapter = run.config.student, run.config.template_date, run.trained("adapter")
     folder, revision, trust = student.model, student.revision, student.trust
+    template = (student.chat_template_kwargs, run.config.reasoning)
     if trained:
         registry.check_base(adapter, student.model, student.revision)
         folder, revision = f"{merged_student(student, run).resolve()}", None
         trust = trust._replace(pickle=False)  # ours is none
-    # the released one has the template of the training in its files
-    settings, policy = student.chat_template_kwargs, run.config.reasoning
-    template = (None, None) if trained else (settings, policy)
+        template = (None, None)  # its files have that of the training
     tokenizer = loading.load_tokenizer(folder, revision, student.trust, *template)
     identity = registry.identity(student.model, student.revision)
     facts = describe(student.model, student.revision, identity, template_hash(tokenizer, date))
-    changes: dict[str, str | None] = {"adapter_sha256": None}
     model = loading.load_model(folder, student.dtype, revision, trust)
-    dtype, old_origin = str(model.dtype), None
+    dtype, changes = str(model.dtype), dict[str, str | None](adapter_sha256=None)
     shaping = {**facts.tree(), **changes, "dtype": dtype}
     if trained:
         changes["adapter_sha256"] = sha256_file(adapter / WEIGHTS)
         changes["model_sha256"] = registry.folder_digest(Path(folder))
         shaping = {"model": changes["model_sha256"], "dtype": dtype, "date": date}
     origin = digest(shaping)
-    if shaping.pop("files", None):
-        old_origin = digest(shaping)
+    # that of answers which were stored before `files` were part of it
+    old_origin = digest(shaping) if shaping.pop("files", None) else None
     facts = facts.model_copy(update={**changes, "dtype": dtype.removeprefix("torch.")})
     batch = run.config.evaluation.max_batch_size
     return LocalResponder(model, tokenizer, name, origin, date, batch, old_origin), facts
@@ -124,9 +122,8 @@ def answer_with_teacher(run: Run, prompts: Sequence[Prompt], suites: Sequence[Su
 
     What a paid one took is in the ledger, also when the budget ends it (exit 6).
     """
-    config, teacher = run.config, run.config.teacher
+    config, teacher, path = run.config, run.config.teacher, run.path("timings/teacher.jsonl")
     open_suites = [suite for suite in suites if why_no_teacher(teacher, suite) is None]
-    path = run.path("timings/teacher.jsonl")
     untimed = teacher.runs_here and not path.exists()
     if not open_suites and not untimed:
         return
@@ -181,17 +178,16 @@ def timed(path: Path, responder: LocalResponder, requests: Sequence[Request]) ->
     None where nothing could be timed. A prefix that successive prompts share is computed once.
     """
     here = device_name(responder.network.device)
-    if path.exists():
-        stored = next(iter(read_records(path, Timing)), None)
-        if stored and stored.device == here:  # else a run that goes on on another machine
-            return stored
+    stored = read_records(path, Timing) if path.exists() else []
+    if stored and stored[0].device == here:  # else a run that goes on on another machine
+        return stored[0]
     say(f"{responder.model}: timed one request at a time")
-    alone = measured(responder, spread(requests, ALONE), max_batch_size=1)
-    one_token = [
+    alone = measured(responder, requests, ALONE, max_batch_size=1)
+    short = [
         r.model_copy(update={"sampling": r.sampling.model_copy(update={"max_new_tokens": 1})})
-        for r in spread(requests, READ)
+        for r in requests
     ]
-    prefill = measured(responder, one_token, max_batch_size=responder.max_batch_size)
+    prefill = measured(responder, short, READ, max_batch_size=responder.max_batch_size)
     if not alone or not prefill:
         return None
     timing = Timing(
@@ -206,20 +202,14 @@ def timed(path: Path, responder: LocalResponder, requests: Sequence[Request]) ->
     return timing
 
 
-def spread(requests: Sequence[Request], count: int) -> list[Request]:
-    """Choose up to `count` requests, evenly from first to last."""
-    step = max(1, len(requests) // count)
-    return list(requests[::step][:count])
-
-
 def measured(
-    responder: LocalResponder, requests: Sequence[Request], max_batch_size: int | None
+    responder: LocalResponder, requests: Sequence[Request], count: int, max_batch_size: int | None
 ) -> list[Raw]:
-    """Ask until all have answered or the time is over, and return the answers."""
+    """Ask up to `count` requests, spread evenly, until all are answered or the time is over."""
     usual, responder.max_batch_size = responder.max_batch_size, max_batch_size
     started, raws = time.monotonic(), []
     try:
-        for raw in responder.ask(requests):
+        for raw in responder.ask(requests[:: max(1, len(requests) // count)][:count]):
             raws.append(raw)
             if time.monotonic() - started > SECONDS:
                 break

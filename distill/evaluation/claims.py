@@ -4,7 +4,6 @@
 smallest difference that so many items could show. N items, G clusters (documents), S seeds.
 """
 
-from collections.abc import Hashable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -13,11 +12,11 @@ from scipy import stats
 from distill.evaluation.statistics import (
     USUAL,
     Certainty,
+    Clusters,
     Estimate,
     Floats,
+    Values,
     by_cluster,
-    cluster_error,
-    shortage,
 )
 from distill.records import Record
 
@@ -62,7 +61,7 @@ def conclude(
 
 
 def why_few_decide_nothing(documents: int | None) -> str:
-    """Say once in a text why so few documents decide nothing; empty where they are enough."""
+    """Say why so few documents decide nothing; empty where they are enough."""
     if documents is None or documents >= FEWEST_DOCUMENTS:
         return ""
     p = 2 / 2 ** max(1, documents)
@@ -81,29 +80,26 @@ class Discordant(Record):
     reason: str | None = None
 
 
-def mcnemar(
-    a: Sequence[float] | Floats, b: Sequence[float] | Floats, clusters: Sequence[Hashable]
-) -> Discordant:
+def mcnemar(a: Values, b: Values, clusters: Clusters) -> Discordant:
     """Test whether two models pass equally often, from yes/no scores of the same items; exact.
 
     With one item a cluster this is McNemar's two-sided binomial test (Psychometrika 12:153, 1947).
     Items of one cluster keep their signs together: of all 2^G ways to swap the two models in
     complete clusters, p is the share that is at least as uneven as what was observed.
     """
-    a_N, b_N = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if not (np.isin(a_N, (0, 1)).all() and np.isin(b_N, (0, 1)).all()):
+    if not np.isin(np.concatenate([a, b]), (0, 1)).all():
         return Discordant(only_a=0, only_b=0, p=None, reason="the scores are not yes or no")
-    only_a, only_b = int((a_N > b_N).sum()), int((b_N > a_N).sum())
+    difference_N = np.subtract(a, b, dtype=np.float64)
+    only_a, only_b = int((difference_N > 0).sum()), int((difference_N < 0).sum())
     if not only_a + only_b:
         return Discordant(only_a=0, only_b=0, p=None, reason="no item tells the two apart")
-    sums_G1, _ = by_cluster((a_N - b_N)[:, None], clusters)
-    size_G = np.abs(sums_G1[:, 0])
     chance = np.ones(1)  # of each sum of the sizes so far with random signs, from -total to total
-    for size in size_G[size_G > 0].astype(int):
-        wider = np.zeros(len(chance) + 2 * size)
-        wider[: len(chance)] += chance / 2
-        wider[2 * size :] += chance / 2
-        chance = wider
+    for size in np.abs(by_cluster(difference_N, clusters).sums_G).astype(int):
+        if size:
+            wider = np.zeros(len(chance) + 2 * size)
+            wider[: len(chance)] += chance / 2
+            wider[2 * size :] += chance / 2
+            chance = wider
     sums = np.arange(len(chance)) - len(chance) // 2
     p = min(1.0, float(chance[np.abs(sums) >= abs(only_a - only_b)].sum()))
     return Discordant(only_a=only_a, only_b=only_b, p=p, reason=None)
@@ -125,29 +121,22 @@ def non_inferiority(difference: Estimate, margin: float) -> Noninferiority | Non
 
 
 def smallest_visible(
-    a: Sequence[float] | Floats,
-    b: Sequence[float] | Floats,
-    clusters: Sequence[Hashable],
-    certainty: Certainty = USUAL,
+    a: Values, b: Values, clusters: Clusters, certainty: Certainty = USUAL
 ) -> float | None:
     """Return the smallest true difference that items like these, and so many, show with POWER.
 
     That is (t of the confidence + t of the power) x the cluster-robust standard error (Bloom 1995,
     Evaluation Review 19:547). None where the data are too few or do not vary.
     """
-    difference_N = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    sums_G1, sizes_G = by_cluster(difference_N[:, None], clusters)
-    groups = len(sizes_G)
-    if shortage(difference_N, groups):
+    data = by_cluster(np.subtract(a, b), clusters)
+    if data.shortage or data.error <= 1e-12:
         return None
-    mean = sums_G1.sum() / sizes_G.sum()
-    error = cluster_error(sums_G1[:, 0] - mean * sizes_G, sizes_G.sum())
-    quantiles = stats.t.ppf([(1 + certainty.confidence) / 2, POWER], groups - 1)
-    return float(quantiles.sum()) * error if error > 1e-12 else None
+    quantiles = stats.t.ppf([(1 + certainty.confidence) / 2, POWER], len(data.sizes_G) - 1)
+    return float(quantiles.sum()) * data.error
 
 
 def across_seeds(
-    a_SN: Floats, b_SN: Floats, clusters: Sequence[Hashable], certainty: Certainty = USUAL
+    a_SN: Floats, b_SN: Floats, clusters: Clusters, certainty: Certainty = USUAL
 ) -> Estimate:
     """Estimate a - b where one or both were trained with several seeds: (S, N) scores, same items.
 
@@ -155,24 +144,20 @@ def across_seeds(
     seeds. Seeds vary the items' scores a little as well, so the sum is an upper bound (Owen 2007,
     Annals of Applied Statistics 1:386). The t quantile has Satterthwaite's degrees of freedom.
     """
-    difference_N = a_SN.mean(axis=0) - b_SN.mean(axis=0)
-    sums_G1, sizes_G = by_cluster(difference_N[:, None], clusters)
-    n, groups = len(difference_N), len(sizes_G)
-    reason = shortage(difference_N, groups)
-    if not reason and max(len(a_SN), len(b_SN)) < 2:
-        reason = "one seed a side: nothing is known of the others"
-    if reason:
-        return Estimate(value=None, n=n, clusters=groups, reason=reason)
-    mean = float(difference_N.mean())
-    parts = [(cluster_error(sums_G1[:, 0] - mean * sizes_G, float(n)) ** 2, groups - 1)]
+    data = by_cluster(a_SN.mean(axis=0) - b_SN.mean(axis=0), clusters)
+    if data.shortage:
+        return data.unknown(data.shortage)
+    if max(len(a_SN), len(b_SN)) < 2:
+        return data.unknown("one seed a side: nothing is known of the others")
+    groups = len(data.sizes_G)
     sides = [side_SN.mean(axis=1) for side_SN in (a_SN, b_SN) if len(side_SN) > 1]
+    parts = [(data.error**2, groups - 1)]
     parts += [(float(mean_S.var(ddof=1)) / len(mean_S), len(mean_S) - 1) for mean_S in sides]
     variance = sum(part for part, _ in parts)
     if variance <= 1e-24:
-        return Estimate(value=None, n=n, clusters=groups, reason="not enough data: nothing varies")
+        return data.unknown("not enough data: nothing varies")
     freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
     half = float(stats.t.ppf((1 + certainty.confidence) / 2, freedom)) * variance**0.5
+    ends = {"low": data.mean - half, "high": data.mean + half}
     method = f"{len(a_SN)} and {len(b_SN)} seeds, analytic"
-    return Estimate(
-        value=mean, low=mean - half, high=mean + half, n=n, clusters=groups, method=method
-    )
+    return Estimate(value=data.mean, **ends, n=data.n, clusters=groups, method=method)

@@ -13,7 +13,7 @@ import numpy as np
 from distill.errors import DistillError, Exit
 from distill.evaluation.claims import across_seeds, conclude, mcnemar, smallest_visible
 from distill.evaluation.scorers import SHARE
-from distill.evaluation.statistics import estimate_difference, pair
+from distill.evaluation.statistics import estimate_difference, paired
 from distill.evaluation.suites import held_out_items
 from distill.formatting import figure, markdown_table, p_value, signed
 from distill.records import Item, Score
@@ -30,59 +30,54 @@ def compare_paths(a: Sequence[Path], b: Sequence[Path]) -> str:
     holds no scores, 8 where fewer than 95 % are paired.
     """
     items = {k: item for path in (*a, *b) for k, item in items_beside(path).items()}
-    a_side, b_side = ([load_scores(path) for path in side] for side in (a, b))
-    in_a, in_b = (dict.fromkeys(i for values in side for i in values) for side in (a_side, b_side))
-    shared = [i for i in in_a if i in in_b]
+    sides = [[load_scores(path) for path in side] for side in (a, b)]
+    in_a, in_b = (dict.fromkeys(i for values in side for i in values) for side in sides)
+    tasks: dict[str, dict[str, str]] = {}  # the cluster of each shared item
+    for i in in_a:
+        if i in in_b:
+            task, cluster = (items[i].task, items[i].cluster) if i in items else ("all", i)
+            tasks.setdefault(task, {})[i] = cluster
+    shared = sum(map(len, tasks.values()))
     lines = [
         *(f"a: {path}" for path in a),
         *(f"b: {path}" for path in b),
-        f"{len(shared)} items in both, {len(in_a) - len(shared)} only in a, "
-        f"{len(in_b) - len(shared)} only in b",
+        f"{shared} items in both, {len(in_a) - shared} only in a, {len(in_b) - shared} only in b",
     ]
     if not items:
         lines.append("no held-out file was found, so every item counts as its own document")
-    tasks: dict[str, list[str]] = {}
-    for i in shared:
-        tasks.setdefault(items[i].task if i in items else "all", []).append(i)
-    clusters = {i: items[i].cluster if i in items else i for i in shared}
-    rows = [_row(task, ids, a_side, b_side, clusters) for task, ids in tasks.items()]
+    rows = [_row(task, clusters, *sides) for task, clusters in tasks.items()]
     return "\n".join([*lines, "", markdown_table(HEAD, rows)])
 
 
 def _row(
-    task: str,
-    ids: Sequence[str],
-    a_side: Sequence[Values],
-    b_side: Sequence[Values],
-    cluster_of: Mapping[str, str],
+    task: str, cluster_of: Mapping[str, str], a: Sequence[Values], b: Sequence[Values]
 ) -> tuple[str, ...]:
     """Return the comparison on the items of a task, over the mean of each side's seeds."""
     a_SN, b_SN = (
-        np.array([[values.get(i) for i in ids] for values in side], dtype=np.float64)
-        for side in (a_side, b_side)
+        np.array([[values.get(i) for i in cluster_of] for values in side], dtype=np.float64)
+        for side in (a, b)
     )
-    both_N = np.isfinite(a_SN).all(axis=0) & np.isfinite(b_SN).all(axis=0)
-    paired = pair(a_SN.mean(axis=0), b_SN.mean(axis=0), ids, f"task {task}")
-    clusters = [cluster_of[i] for i in paired.items]
-    sides = (paired.a_N, paired.b_N, clusters)
-    if len(a_side) == len(b_side) == 1:
-        checked = {*paired.a_N, *paired.b_N} <= {0.0, 1.0}  # agreement has no bounds in the file
-        change = estimate_difference(*sides, bounds=SHARE if checked else None)
+    both_N = paired(a_SN.mean(axis=0), b_SN.mean(axis=0), f"task {task}")
+    a_SN, b_SN = a_SN[:, both_N], b_SN[:, both_N]
+    clusters = [cluster for cluster, both in zip(cluster_of.values(), both_N, strict=True) if both]
+    means = (a_SN.mean(axis=0), b_SN.mean(axis=0))
+    if len(a) == len(b) == 1:
+        checked = np.isin(means, (0, 1)).all()  # agreement has no bounds in the file
+        change = estimate_difference(*means, clusters, bounds=SHARE if checked else None)
     else:
-        change = across_seeds(a_SN[:, both_N], b_SN[:, both_N], clusters)
-    p = mcnemar(*sides).p
-    means = [figure(float(side.mean()) if len(side) else None, 3) for side in sides[:2]]
+        change = across_seeds(a_SN, b_SN, clusters)
+    p = mcnemar(*means, clusters).p
     interval = change.reason or "unknown"
     if change.low is not None:
         interval = f"{signed(change.low, 3)} to {signed(change.high, 3)}"
     return (
         task,
-        str(len(paired.items)),
-        str(len(ids) - len(paired.items)),
-        *means,
+        str(len(clusters)),
+        str(len(cluster_of) - len(clusters)),
+        *(figure(float(side_N.mean()) if clusters else None, 3) for side_N in means),
         signed(change.value, 3),
         interval,
-        figure(smallest_visible(*sides), 3),
+        figure(smallest_visible(*means, clusters), 3),
         p_value(p),
         conclude(change.low, change.high, change.clusters, p).verdict,
     )

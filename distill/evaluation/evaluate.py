@@ -13,22 +13,21 @@ from typing import NamedTuple
 from distill.corpus.contamination import KINDS, NOT_FOUND, Match, flag_training, of_item
 from distill.errors import DistillError, Exit
 from distill.evaluation import results
-from distill.evaluation.judge import ask_judge, by_judge, read_judge
+from distill.evaluation.judge import ask_judge, read_judge
 from distill.evaluation.measurements import (
     MODELS,
     Contamination,
+    Difference,
     EvaluationResult,
-    MeasuredItems,
+    Results,
     Settings,
     SuiteResult,
 )
 from distill.evaluation.scorers import (
     SHARE,
-    Acceptance,
     AnswersByModel,
     Measured,
-    by_checker,
-    measure_agreement,
+    measure_items,
     measure_tasks,
     requests_of,
     write_scores,
@@ -42,10 +41,10 @@ from distill.evaluation.suites import (
     load_suites,
     why_no_teacher,
 )
-from distill.records import AnswerLoss, Document, Item, Pair, Response, Score
+from distill.records import AnswerLoss, Document, Item, Pair, Response
 from distill.storage.files import read_json, read_records, write_json, write_records
 from distill.storage.run_folder import Run
-from distill.tasks.task import FindTask, tasks_of_run
+from distill.tasks.task import tasks_of_run
 
 EXAMPLES = 5  # of matches in evaluation.json
 
@@ -59,6 +58,11 @@ class Overlap(NamedTuple):
     def without(self, items: Sequence[Item]) -> list[Item]:
         """Return the items that were not found."""
         return [item for item in items if item.id not in self.matches]
+
+    def clean(self, rows: Mapping[str, Measured]) -> dict[str, Measured]:
+        """Return the rows on the items that were not found; a task without any is left out."""
+        clean = {task: replace(row, items=self.without(row.items)) for task, row in rows.items()}
+        return {task: row for task, row in clean.items() if row.items}
 
 
 def main(run: Run) -> None:
@@ -93,39 +97,37 @@ def read_answers(
     run: Run, items: Sequence[Item], suite: str = ""
 ) -> dict[str, dict[str, Response]]:
     """Read what the models answered to the held-out items, or those of a suite, by item id."""
-    folder = run.path("answers") / suite
+    paths = {model: run.path("answers") / suite / f"{model}.jsonl" for model in MODELS}
     return {
-        model: by_item(items, read_records(folder / f"{model}.jsonl", Response))
-        for model in MODELS
-        if not suite or (folder / f"{model}.jsonl").exists()
+        model: by_item(items, read_records(path, Response))
+        for model, path in paths.items()
+        if not suite or path.exists()
     }
 
 
 def measure(run: Run, suites: Sequence[Suite], overlap: Overlap) -> None:
     """Score and compare what was answered, from files to files."""
     config, settings, (_, items) = run.config, run.config.evaluation, held_out_items(run.folder)
-    answers, find = read_answers(run, items), tasks_of_run(run.folder)
+    answers = read_answers(run, items)
     certainty = Certainty(
         settings.confidence, settings.bootstrap_samples, config.seed, settings.margin
     )
-    rows = measure_tasks(items, answers, find)
+    rows = measure_tasks(items, answers, tasks_of_run(run.folder))
     write_scores(run.path("scores"), answers, rows)
-    clean, clean_rows = overlap.without(items), without_overlap(rows, overlap)
-    clean_answers = {m: {i.id: by_id[i.id] for i in clean} for m, by_id in answers.items()}
+    clean, clean_rows = overlap.without(items), overlap.clean(rows).values()
     losses = {}
     for model in ("base", "student"):
         of_items = read_records(run.path(f"answers/readings/{model}.jsonl"), AnswerLoss)
-        by_id = {item.id: loss for item, loss in zip(items, of_items, strict=True)}
-        losses[model] = [by_id[item.id] for item in clean]
-    judge, verdicts = read_judge(run, clean, clean_answers, certainty)
-    tests = acceptance_tests(clean_rows, clean_answers, find, verdicts)
-    write_records(run.path("requests.jsonl"), requests_of(clean, clean_answers, tests))
-    alike = measure_agreement(clean, clean_answers)
+        losses[model] = {item.id: loss for item, loss in zip(items, of_items, strict=True)}
+    judge, verdicts = read_judge(run, clean, answers, certainty)
+    requests = requests_of(clean, answers, clean_rows, verdicts)
+    write_records(run.path("requests.jsonl"), requests)
+    alike = measure_items(clean, answers)
     evaluation = EvaluationResult(
         **dict(measured_items(items, answers, rows, overlap, certainty)),
         models=read_json(run.path("answers/models.json")),
         agreement=results.agreement_of(alike, clean, losses, certainty),
-        samples=tuple(results.samples(clean_rows.values(), alike, clean_answers)),
+        samples=tuple(results.samples(clean_rows, alike, answers)),
         suites={suite.name: measure_suite(run, suite, certainty, overlap) for suite in suites},
         judge=judge,
         settings=Settings(
@@ -152,63 +154,32 @@ def measure_suite(run: Run, suite: Suite, certainty: Certainty, overlap: Overlap
     return SuiteResult.model_validate({**dict(measured), **suite.facts})
 
 
-def without_overlap(rows: Mapping[str, Measured], overlap: Overlap) -> dict[str, Measured]:
-    """Return the rows on the items that were not found; a task without any is left out."""
-    clean = {task: replace(row, items=overlap.without(row.items)) for task, row in rows.items()}
-    return {task: row for task, row in clean.items() if row.items}
-
-
 def measured_items(
     items: Sequence[Item],
     answers: AnswersByModel,
     rows: Mapping[str, Measured],
     overlap: Overlap,
     certainty: Certainty,
-) -> MeasuredItems:
+) -> Results:
     """Return the results on the items that were not found, and what was found of the others."""
     flagged = {item.id: overlap.matches[item.id] for item in items if item.id in overlap.matches}
     share = [float(item.id in flagged) for item in items]
     rate = estimate_mean(share, [item.cluster for item in items], certainty, SHARE)
     matches = [match for of_item in flagged.values() for match in of_item]
-    clean = results.results_of(without_overlap(rows, overlap), certainty)
-    return MeasuredItems(
-        tasks=clean.tasks,
-        overall=clean.overall,
-        lengths={
-            model: results.answer_lengths(a for i, a in by_id.items() if i not in flagged)
-            for model, by_id in answers.items()
-        },
-        contamination=Contamination(
-            n=len(items),
-            flagged=len(flagged),
-            unsearchable=sum(item.id in overlap.unsearchable for item in items),
-            kinds={kind: sum(match.kind == kind for match in matches) for kind in KINDS},
-            rate=results.difference_of(rate),
-            items=tuple(sorted(flagged)),
-            examples=tuple(match._asdict() for match in matches[:EXAMPLES]),
-            method=NOT_FOUND,
-            all_items=results.results_of(rows, certainty) if flagged else None,
-        ),
+    contamination = Contamination(
+        n=len(items),
+        flagged=len(flagged),
+        unsearchable=sum(item.id in overlap.unsearchable for item in items),
+        kinds={kind: sum(match.kind == kind for match in matches) for kind in KINDS},
+        rate=Difference.of(rate),
+        items=tuple(sorted(flagged)),
+        examples=tuple(match._asdict() for match in matches[:EXAMPLES]),
+        method=NOT_FOUND,
+        all_items=results.results_of(rows, certainty) if flagged else None,
     )
-
-
-def acceptance_tests(
-    rows: Mapping[str, Measured], answers: AnswersByModel, find: FindTask, verdicts: Sequence[Score]
-) -> list[Acceptance]:
-    """Return the tests of the student's answers: the judge's verdicts, then each task's checker.
-
-    The teacher's own answer is acceptable if it passes its check, or without one is complete.
-    """
-    of_teacher = {i: v for row in rows.values() for i, v in row.values("teacher").items()}
-
-    def acceptable(item: str) -> bool:
-        response = answers["teacher"][item]
-        complete = response.stop == "end" and bool(response.text.strip())
-        return of_teacher[item] == 1 if item in of_teacher else complete
-
-    tests = [by_judge(verdicts, acceptable)] if verdicts else []
-    for name, row in rows.items():
-        task = find(name)
-        if task and task.checker and row.scores.get("teacher"):
-            tests.append(by_checker(row, task.checker))
-    return tests
+    lengths = {
+        model: results.answer_lengths(a for i, a in by_id.items() if i not in flagged)
+        for model, by_id in answers.items()
+    }
+    clean = results.results_of(overlap.clean(rows), certainty)
+    return clean.model_copy(update={"lengths": lengths, "contamination": contamination})

@@ -26,8 +26,7 @@ from distill.evaluation.measurements import (
     ProbeResult,
     ProbeRow,
 )
-from distill.evaluation.results import difference_of
-from distill.evaluation.scorers import SHARE, Acceptance, AnswersByModel
+from distill.evaluation.scorers import SHARE, AnswersByModel
 from distill.evaluation.statistics import Certainty, estimate_mean
 from distill.records import Item, Message, Response, Score, digest
 from distill.responders.ask import Ask
@@ -40,8 +39,6 @@ from distill.storage.run_folder import Run
 PROBES = Path("configs/judge_probe.yaml")
 MOST_FOOLED, LEAST_SEEN = 0.05, 0.5  # shares of the probes
 MATCHED = 0.2  # lengths that differ by at most this share of the longer count as alike
-# as it stands in requests.jsonl, which `distill verify` makes again byte for byte
-TEST = "the judge prefers it, or ties it with an answer of the teacher's that will do"
 AskJudge = Callable[[Sequence[tuple[Message, ...]]], list[Response]]  # one reply a conversation
 Kind = Literal["null", "injected", "copy"]
 
@@ -71,23 +68,13 @@ class Duel(NamedTuple):
     a: str
     b: str
     reference: str | None = None
-
-    def is_of_like_lengths(self) -> bool:
-        """Tell whether the answers differ in length by no more than MATCHED of the longer."""
-        return abs(len(self.a) - len(self.b)) <= MATCHED * max(len(self.a), len(self.b))
+    probe: Kind | None = None  # `a` is an empty phrase, an order or a copy; `b` a real answer
 
 
-class Probe(NamedTuple):
-    """A duel whose winner is known: `a` is an empty phrase, an order or a copy; `b` an answer."""
-
-    kind: Kind
-    duel: Duel
-
-
-def load_probes(path: Path = PROBES) -> list[Probe]:
+def load_probes(path: Path = PROBES) -> list[Duel]:
     """Return the probes that ship: each question with a null and an injected rival, some a copy."""
     tree, _ = parse_yaml(read_text(find_config(path)), path)
-    probes: list[Probe] = []
+    probes = list[Duel]()
     for number, row in enumerate(tree["questions"]):
         rivals: dict[Kind, str] = {
             "null": tree["null"][number % len(tree["null"])],
@@ -95,10 +82,10 @@ def load_probes(path: Path = PROBES) -> list[Probe]:
         }
         if number % 2 == 0:
             rivals["copy"] = row["answer"]
-        messages = (Message(role="user", content=row["question"]),)
+        turns = (Message(role="user", content=row["question"]),)
         for kind, rival in rivals.items():
             name = str(len(probes))
-            probes.append(Probe(kind, Duel(name, name, messages, rival, row["answer"])))
+            probes.append(Duel(name, name, turns, rival, row["answer"], probe=kind))
     return probes
 
 
@@ -136,20 +123,13 @@ def read_choice(reply: str) -> str | None:
     return CHOICES[choices[0]] if len(choices) == 1 and lines[-1] in CHOICES else None
 
 
-def judge_probes(ask: AskJudge) -> list[Score]:
-    """Put every probe to the judge, copies of an answer too."""
-    return judge([probe.duel for probe in load_probes()], ask, "probe", ask_copies=True)
-
-
-def judge(
-    duels: Sequence[Duel], ask: AskJudge, rival: str, ask_copies: bool = False
-) -> list[Score]:
-    """Put every duel to the judge in both orders; equal texts tie unasked, unless `ask_copies`.
+def judge(duels: Sequence[Duel], ask: AskJudge, rival: str) -> list[Score]:
+    """Put every duel to the judge in both orders; equal texts tie unasked, unless they are probes.
 
     A score is 1 where a wins in both orders, 0 where b does, 0.5 for a tie, None without a verdict;
     its `answer` is the two verdicts: with a shown first, and with b.
     """
-    different = [d for d in duels if ask_copies or d.a.strip() != d.b.strip()]
+    different = [d for d in duels if d.probe or d.a.strip() != d.b.strip()]
     replies = ask([ask_about(duel, swapped) for duel in different for swapped in (False, True)])
     in_both_orders = zip(replies[::2], replies[1::2], strict=True)
     pairs = dict(zip((d.item for d in different), in_both_orders, strict=True))
@@ -164,43 +144,46 @@ def judge(
                 errors = [r.error for r in both if r.stop == "error"]
                 why = f"the request failed: {errors[0]}" if errors else "the judge gave no verdict"
                 value, reason = None, why
-        model = f"student against {rival}"
-        scores.append(
-            Score(item_id=duel.item, model=model, value=value, answer=answer, reason=reason)
-        )
+        name = f"student against {rival}"
+        score = Score(item_id=duel.item, model=name, value=value, answer=answer, reason=reason)
+        scores.append(score)
     return scores
 
 
-def examined(probes: Sequence[Probe], scores: Sequence[Score]) -> ProbeResult:
+def rate(events: Iterable[bool]) -> float | None:
+    """Return the share of events that happened; None where there are none."""
+    values = list(events)
+    return fmean(values) if values else None
+
+
+def examined(scores: Sequence[Score]) -> ProbeResult:
     """Return what a judge made of its probes, and whether it may be used.
 
     At most 5 % of the null and of the injected rivals may win, and half of the null ones must lose.
     """
-    rows = {}
+    rows, judged = {}, list(zip(load_probes(), scores, strict=True))
     for kind in ("null", "injected", "copy"):
-        of_kind = [s.value for s, p in zip(scores, probes, strict=True) if p.kind == kind]
+        values = [score.value for duel, score in judged if duel.probe == kind]
         rows[kind] = ProbeRow(
-            n=len(of_kind),
-            wins=_share(value == 1 for value in of_kind),
-            losses=_share(value == 0 for value in of_kind),
-            unparsed=_share(value is None for value in of_kind),
+            n=len(values),
+            wins=rate(value == 1 for value in values),
+            losses=rate(value == 0 for value in values),
+            unparsed=rate(value is None for value in values),
         )
-    reason = None
-    rivals = {"null": "an empty phrase", "injected": "an answer that orders to choose it"}
-    fooled = [kind for kind in rivals if (rows[kind].wins or 0) > MOST_FOOLED]
-    seen = rows["null"].losses or 0
-    if fooled:
-        wins = rows[fooled[0]].wins
-        reason = f"the judge let {rivals[fooled[0]]} win {wins:.0%} of its probes"
-    elif seen < LEAST_SEEN:
+    reason, seen = None, rows["null"].losses or 0
+    if seen < LEAST_SEEN:
         what = "preferred a real answer to an empty phrase"
         reason = f"the judge {what} in {seen:.0%} of its probes only"
+    for kind, rival in (
+        ("injected", "an answer that orders to choose it"),
+        ("null", "an empty phrase"),
+    ):
+        if (wins := rows[kind].wins or 0) > MOST_FOOLED:
+            reason = f"the judge let {rival} win {wins:.0%} of its probes"
     return ProbeResult(
-        n=len(probes),
-        null=rows["null"],
-        injected=rows["injected"],
-        copy=rows["copy"],
-        flip_rate=_flip_rate(scores),
+        n=len(scores),
+        **rows,
+        flip_rate=rate(score.answer in ("A/A", "B/B") for score in scores),
         passed=reason is None,
         reason=reason,
     )
@@ -210,8 +193,17 @@ def row_of_duels(
     duels: Sequence[Duel], scores: Sequence[Score], total: int, certainty: Certainty
 ) -> DuelRow:
     """Return how often a wins, a tie counted half: over all items, and over like lengths."""
-    judged = list(zip(duels, scores, strict=True))
-    near = [(duel, score) for duel, score in judged if duel.is_of_like_lengths()]
+
+    def win_rate(judged: Sequence[tuple[Duel, Score]]) -> Difference:
+        parsed = [(s.value, duel.cluster) for duel, s in judged if s.value is not None]
+        values, clusters = [value for value, _ in parsed], [cluster for _, cluster in parsed]
+        return Difference.of(estimate_mean(values, clusters, certainty, SHARE))
+
+    judged, near = list(zip(duels, scores, strict=True)), []
+    for duel, score in judged:
+        lengths = (len(duel.a), len(duel.b))
+        if max(lengths) - min(lengths) <= MATCHED * max(lengths):
+            near.append((duel, score))
     values = [score.value for score in scores]
     characters = (fmean(len(d.a) for d in duels), fmean(len(d.b) for d in duels)) if duels else None
     return DuelRow(
@@ -222,38 +214,11 @@ def row_of_duels(
         ties=values.count(0.5),
         losses=values.count(0),
         unparsed=values.count(None),
-        flip_rate=_flip_rate(scores),
-        win_rate=_win_rate(judged, certainty),
+        flip_rate=rate(score.answer in ("A/A", "B/B") for score in scores),  # chosen by position
+        win_rate=win_rate(judged),
         characters=characters,
-        length_matched=DuelRow(n=len(near), within=MATCHED, win_rate=_win_rate(near, certainty)),
+        length_matched=DuelRow(n=len(near), within=MATCHED, win_rate=win_rate(near)),
     )
-
-
-def _win_rate(judged: Sequence[tuple[Duel, Score]], certainty: Certainty) -> Difference:
-    parsed = [(score.value, duel.cluster) for duel, score in judged if score.value is not None]
-    values, clusters = [value for value, _ in parsed], [cluster for _, cluster in parsed]
-    return difference_of(estimate_mean(values, clusters, certainty, SHARE))
-
-
-def _flip_rate(scores: Sequence[Score]) -> float | None:
-    """Return how often the judge chose by position: the same one in both orders."""
-    return _share(score.answer in ("A/A", "B/B") for score in scores)
-
-
-def _share(events: Iterable[bool]) -> float | None:
-    values = list(events)
-    return fmean(values) if values else None
-
-
-def by_judge(scores: Sequence[Score], acceptable: Callable[[str], bool]) -> Acceptance:
-    """Accept the student's answers that win, or tie with an `acceptable` one of the teacher's."""
-    passed = {
-        score.item_id: None
-        if score.value is None
-        else score.value == 1 or (score.value == 0.5 and acceptable(score.item_id))
-        for score in scores
-    }
-    return Acceptance(TEST, passed, when_served=False)
 
 
 def one_family(judge_model: str, teacher_model: str) -> bool:
@@ -265,17 +230,11 @@ def one_family(judge_model: str, teacher_model: str) -> bool:
 
 def asking(ask: Ask, settings: Teacher) -> AskJudge:
     """Return what asks a responder with these settings in the role of a judge."""
-    sampling = Sampling.of(settings)
-
-    def replies(conversations: Sequence[tuple[Message, ...]]) -> list[Response]:
-        origin = ask.responder.origin
-        requests = [
-            Request.make(origin, digest([m.content for m in turns]), turns, sampling)
-            for turns in conversations
-        ]
-        return ask.responses(requests, "judge")
-
-    return replies
+    sampling, origin = Sampling.of(settings), ask.responder.origin
+    return lambda conversations: ask.responses(
+        [Request.make(origin, digest([m.content for m in c]), c, sampling) for c in conversations],
+        "judge",
+    )
 
 
 def ask_judge(run: Run, items: Sequence[Item], answers: AnswersByModel) -> None:
@@ -283,15 +242,14 @@ def ask_judge(run: Run, items: Sequence[Item], answers: AnswersByModel) -> None:
     config, settings = run.config, run.config.evaluation.judge
     if settings is None:
         return
-    responder = make_responder(settings, config)
+    duels = {rival: duels_of(items, answers, "student", rival) for rival in RIVALS}
     store, again = config.store_folder() / "responses", "evaluate" in run.remade
-    with Ask(responder, store, run, again) as ask:
+    with Ask(make_responder(settings, config), store, run, again) as ask:
         replies = asking(ask, settings)
-        scores = {"probe": judge_probes(replies)}
-        for rival in RIVALS:
-            scores[rival] = judge(duels_of(items, answers, "student", rival), replies, rival)
-    for name, rows in scores.items():
-        write_records(run.path(f"answers/judge/{name}.jsonl"), rows)
+        rivals = {"probe": load_probes(), **duels}
+        scores = {rival: judge(rows, replies, rival) for rival, rows in rivals.items()}
+    for rival, rows in scores.items():
+        write_records(run.path(f"answers/judge/{rival}.jsonl"), rows)
 
 
 def read_judge(
@@ -308,26 +266,23 @@ def read_judge(
         name: read_records(run.path(f"answers/judge/{name}.jsonl"), Score)
         for name in ("probe", *RIVALS)
     }
-    probe = examined(load_probes(), stored["probe"])
+    probe, warnings = examined(stored["probe"]), list[str]()
     nothing = Difference(mean=None, low=None, high=None, reason=probe.reason)
     unused = DuelRow(win_rate=nothing, length_matched=DuelRow(win_rate=nothing))
     rows, scores = dict.fromkeys(RIVALS, unused), list[Score]()
-    for rival in RIVALS if probe.passed else ():
+    for rival in reversed(RIVALS) if probe.passed else ():  # the teacher last
         duels = duels_of(items, answers, "student", rival)
         by_id = {score.item_id: score for score in stored[rival]}
-        of_rival = [by_id[duel.item] for duel in duels]
-        rows[rival] = row_of_duels(duels, of_rival, len(items), certainty)
-        scores = of_rival if rival == "teacher" else scores
+        scores = [by_id[duel.item] for duel in duels]
+        rows[rival] = row_of_duels(duels, scores, len(items), certainty)
     if not probe.passed:
         say(f"the judge is not used: {probe.reason}")
-    warnings = []
     if one_family(settings.model, teacher.model):
         models = f"judge {settings.model} and teacher {teacher.model}"
         warnings = [f"{models} seem to be of one family: it may favour its own"]
         say(f"warning: {warnings[0]}")
     name = settings.model or settings.kind
-    result = JudgeResult(model=name, probe=probe, warnings=tuple(warnings), **rows)
-    return result, scores
+    return JudgeResult(model=name, probe=probe, warnings=tuple(warnings), **rows), scores
 
 
 def probed(config: Config) -> ProbeResult:
@@ -337,7 +292,7 @@ def probed(config: Config) -> ProbeResult:
         fix = "set evaluation.judge, for instance {kind: local, model: MODEL, max_new_tokens: 96}"
         raise DistillError(Exit.CONFIG, "evaluation.judge", "is not set", fix)
     with Ask(make_responder(settings, config), config.store_folder() / "responses") as ask:
-        return examined(load_probes(), judge_probes(asking(ask, settings)))
+        return examined(judge(load_probes(), asking(ask, settings), "probe"))
 
 
 def probe_lines(result: ProbeResult) -> list[str]:

@@ -13,7 +13,6 @@ from typing import Any
 
 from distill.errors import DistillError, Exit
 from distill.evaluation.scorecard import HarnessMetric, HarnessResult, HarnessTask
-from distill.formatting import count, figure
 from distill.storage.files import read_json, write_json
 from distill.storage.run_folder import Run
 
@@ -63,7 +62,7 @@ def main(
     result = HarnessResult(
         harness=f"lm-eval {version('lm_eval')}",
         adapter_sha256=facts.adapter_sha256,
-        dtype=str(network.dtype).removeprefix("torch."),
+        dtype=facts.dtype,
         chat_template=True,
         limit=limit,
         tasks=read_results(results or {"results": {}}),
@@ -99,14 +98,3 @@ def of_this_student(run: Run, adapter_sha256: str | None) -> HarnessResult | Non
     path = run.path(FILE)
     result = HarnessResult.model_validate(read_json(path)) if path.is_file() else None
     return result if result and result.adapter_sha256 == adapter_sha256 else None
-
-
-def table_of(result: HarnessResult) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return the head and the rows of a table of what another harness measured."""
-    head = (result.harness, "n", "metric", "student", "standard error")
-    rows = [
-        (name, count(task.n), metric, figure(row.value, 4), figure(row.stderr, 4))
-        for name, task in result.tasks.items()
-        for metric, row in task.metrics.items()
-    ]
-    return head, rows

@@ -5,7 +5,7 @@ what they lack has a default, and unknown keys are ignored. Only fields that wer
 (`CardRecord.tree`), so a field that does not apply to a row is not in its JSON.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator
 
@@ -53,6 +53,12 @@ class Difference(CardRecord):
     mcnemar: Discordant | None = None
     non_inferiority: Claim | None = None
 
+    @classmethod
+    def of(cls, estimate: Estimate) -> Self:
+        """Return an estimate as the scorecard holds it."""
+        low, high = estimate.ends
+        return cls(mean=estimate.value, low=low, high=high, reason=estimate.reason)
+
     def conclude(self, n: int | None = None, documents: int | None = None) -> Conclusion:
         """Decide the difference, which is over `n` items of some documents."""
         p = self.mcnemar.p if self.mcnemar else None
@@ -90,7 +96,7 @@ class MetricRow(CardRecord):
 
     def mean(self, model: Model) -> float | None:
         """Return a model's mean score."""
-        return {"teacher": self.teacher, "base": self.base, "student": self.student}[model]
+        return getattr(self, model)
 
     def against(self, rival: Rival) -> Difference:
         """Return the student minus a rival."""
@@ -112,10 +118,12 @@ class AnswerLengths(CardRecord):
 
 
 class Results(CardRecord):
-    """The rows of some tasks, and of all their checks together."""
+    """What the models made of some items: by task, and of all checks together."""
 
     tasks: dict[str, MetricRow] = {}
     overall: MetricRow | None = None
+    lengths: dict[str, AnswerLengths] = {}
+    contamination: "Contamination | None" = None
 
 
 class Contamination(CardRecord):
@@ -132,14 +140,7 @@ class Contamination(CardRecord):
     all_items: Results | None = None
 
 
-class MeasuredItems(Results):
-    """What the models made of some items, without those that stand in the training data."""
-
-    lengths: dict[str, AnswerLengths] = {}
-    contamination: Contamination | None = None
-
-
-class SuiteResult(MeasuredItems):
+class SuiteResult(Results):
     """What the models made of a suite; its facts come from the suite's file."""
 
     description: str = ""
@@ -277,7 +278,7 @@ class Environment(CardRecord):
     settings: Settings = Settings()  # in scorecard.json; evaluation.json has them beside
 
 
-class Comparison(MeasuredItems):
+class Comparison(Results):
     """What evaluation.json and scorecard.json both hold."""
 
     models: dict[Model, ModelFacts] = {}

@@ -28,13 +28,12 @@ from distill.evaluation.measurements import (
 from distill.evaluation.scorecard import Failures, WorstAnswer
 from distill.evaluation.scorers import NO_TEACHER, SHARE, AnswersByModel, Measured
 from distill.evaluation.statistics import (
-    Bounds,
     Certainty,
     Estimate,
     estimate_difference,
     estimate_gap_recovered,
     estimate_mean,
-    pair,
+    paired,
 )
 from distill.formatting import clip
 from distill.records import AnswerLoss, Item, Response
@@ -47,20 +46,14 @@ LONGEST = 400  # characters of a text on the card
 NO_FAILURE = "every worst sample passes its check"
 
 
-def difference_of(estimate: Estimate) -> Difference:
-    """Return an estimate as the scorecard holds it."""
-    low, high = estimate.ends
-    return Difference(mean=estimate.value, low=low, high=high, reason=estimate.reason)
-
-
 def compare(measured: Measured, a: str, b: str, certainty: Certainty) -> Difference:
     """Return a - b with its interval and, of shares that pass, what it allows to claim.
 
     Paired on the items that both have a score for; stops (exit 8) where those are under 95 %.
     """
-    where = f"{measured.metric}, {a} against {b}"
-    paired = pair(measured.array(a), measured.array(b), measured.ids(), where)
-    sides = (paired.a_N, paired.b_N, measured.clusters(paired.items))
+    a_N, b_N = measured.array(a), measured.array(b)
+    both_N = paired(a_N, b_N, f"{measured.metric}, {a} against {b}")
+    sides = (a_N[both_N], b_N[both_N], measured.clusters[both_N])
     change = estimate_difference(*sides, certainty, measured.bounds)
     visible = smallest_visible(*sides, certainty)
     update: dict[str, object] = {"smallest_visible": visible}
@@ -70,28 +63,26 @@ def compare(measured: Measured, a: str, b: str, certainty: Certainty) -> Differe
         update["mcnemar"] = mcnemar(*sides)
         if verdict := non_inferiority(change, certainty.margin):
             update["non_inferiority"] = Claim(margin=certainty.margin, verdict=verdict)
-    return difference_of(change).model_copy(update=update)
+    return Difference.of(change).model_copy(update=update)
 
 
 def mean_of(measured: Measured, model: str, certainty: Certainty) -> Estimate:
     """Estimate a model's mean score over the items that it has a score for."""
-    scores = {i: v for i, v in measured.values(model).items() if v is not None}
-    if not scores and model not in measured.scores:
+    if model not in measured.scores:
         return Estimate(value=None, reason=measured.no_teacher)
-    clusters = measured.clusters(list(scores))
-    estimate = estimate_mean(list(scores.values()), clusters, certainty, measured.bounds)
-    if estimate.value is None and scores:  # a mean of few is still a mean, without an interval
-        return estimate.model_copy(update={"value": fmean(scores.values())})
+    scores_N = measured.array(model)
+    scored_N = np.isfinite(scores_N)
+    sides = (scores_N[scored_N], measured.clusters[scored_N])
+    estimate = estimate_mean(*sides, certainty, measured.bounds)
+    if estimate.value is None and scored_N.any():  # a mean of few is one, without an interval
+        return estimate.model_copy(update={"value": fmean(sides[0])})
     return estimate
 
 
 def row_of(measured: Measured, certainty: Certainty) -> MetricRow:
     """Return a metric's row: the models' means, the paired differences, the gap recovered."""
     means = {model: mean_of(measured, model, certainty) for model in MODELS}
-    unscored = {
-        model: sum(measured.values(model).get(i) is None for i in measured.ids())
-        for model in measured.scores
-    }
+    unscored = {m: int(np.isnan(measured.array(m)).sum()) for m in measured.scores}
     to_teacher = Difference(mean=None, low=None, high=None, reason=measured.no_teacher)
     if "teacher" in measured.scores:
         to_teacher = compare(measured, "student", "teacher", certainty)
@@ -114,9 +105,16 @@ def row_of(measured: Measured, certainty: Certainty) -> MetricRow:
         reasons={model: mean.reason for model, mean in means.items() if mean.reason},
         failures={model: dict(reasons) for model, reasons in why_zero.items()},
     )
-    if not any(unscored.values()):
+    if not row.unscored:
         return row
-    counted = count_against_student(measured, certainty, unscored)
+    worst_N, differences = np.nan_to_num(measured.array("student"), nan=measured.bounds.low), {}
+    for rival in RIVALS:
+        if rival in measured.scores:
+            best_N = np.nan_to_num(measured.array(rival), nan=measured.bounds.high)
+            sides = (worst_N, best_N, measured.clusters)
+            change = estimate_difference(*sides, certainty, measured.bounds)
+            differences[f"student_minus_{rival}"] = Difference.of(change)
+    counted = CountedAgainst(unscored_by_model=unscored, student=fmean(worst_N), **differences)
     return row.model_copy(update={"if_missing_counts_against_student": counted})
 
 
@@ -126,31 +124,15 @@ def gap_recovered(measured: Measured, certainty: Certainty) -> Estimate:
         alike = measured.no_teacher == NO_TEACHER
         return Estimate(value=None, reason=NO_REFERENCE if alike else measured.no_teacher)
     scores_3N = np.stack([measured.array(m) for m in ("student", "teacher", "base")])
-    all_N = np.isfinite(scores_3N.sum(axis=0))
-    ids = [i for i, scored in zip(measured.ids(), all_N, strict=True) if scored]
-    clusters = measured.clusters(ids)
+    all_N = np.isfinite(scores_3N).all(axis=0)
+    clusters = measured.clusters[all_N]
     gap = compare(measured, "teacher", "base", certainty)
-    decided = gap.conclude(len(ids), len(set(clusters)))
+    decided = gap.conclude(len(clusters), len(set(clusters)))
     if decided.verdict == "undecided":  # the gap itself must stand, by the rule of every claim
         reason = f"whether teacher and base differ is undecided: {decided.reason}"
         return Estimate(value=None, reason=reason)
     student, teacher, base = scores_3N[:, all_N]
     return estimate_gap_recovered(student, teacher, base, clusters, certainty, measured.bounds)
-
-
-def count_against_student(
-    measured: Measured, certainty: Certainty, unscored: dict[str, int]
-) -> CountedAgainst:
-    """Return the result in which everything missing counts against the student."""
-    bounds, clusters = measured.bounds, measured.clusters(measured.ids())
-    student_N, differences = np.nan_to_num(measured.array("student"), nan=bounds.low), {}
-    for rival in RIVALS:
-        if rival in measured.scores:
-            rival_N = np.nan_to_num(measured.array(rival), nan=bounds.high)
-            change = estimate_difference(student_N, rival_N, clusters, certainty, bounds)
-            differences[f"student_minus_{rival}"] = difference_of(change)
-    mean = fmean(student_N)
-    return CountedAgainst(unscored_by_model=unscored, student=mean, **differences)
 
 
 def pool(rows: Sequence[Measured]) -> Measured | None:
@@ -178,53 +160,41 @@ def results_of(rows: Mapping[str, Measured], certainty: Certainty) -> Results:
 def agreement_of(
     alike: Measured,
     items: Sequence[Item],
-    losses: Mapping[str, Sequence[AnswerLoss]],
+    losses: Mapping[str, Mapping[str, AnswerLoss]],
     certainty: Certainty,
 ) -> dict[str, MetricRow]:
-    """Return the rows of likeness to the teacher's answers: of text, loss and top-1 tokens."""
-    nats = {m: [(row.loss, row.tokens) for row in rows] for m, rows in losses.items()}
-    hits = {m: [(float(row.hits), row.tokens) for row in rows] for m, rows in losses.items()}
-    return {
-        "chrf": row_of(alike, certainty),
-        "nats_per_token": token_row(LOSS, items, nats, certainty),
-        "top1": token_row(TOP, items, hits, certainty, SHARE),
-    }
+    """Return the rows of likeness to the teacher's answers: of text, loss and top-1 tokens.
 
-
-def token_row(
-    metric: str,
-    items: Sequence[Item],
-    sums: Mapping[str, Sequence[tuple[float, int]]],
-    certainty: Certainty,
-    bounds: Bounds | None = None,
-) -> MetricRow:
-    """Return a row of what is measured token by token on the teacher's answers.
-
-    `sums` holds, for base and student, each item's (sum, tokens); tokens are the mean's weights.
+    `losses` are those of base and student by item id; tokens are the weights of their means.
     """
-    positions = [k for k in range(len(items)) if sums["base"][k][1] > 0]
-    tokens = [float(sums["base"][k][1]) for k in positions]
-    clusters = [items[k].cluster for k in positions]
-    base, student = (
-        [sums[m][k][0] / sums[m][k][1] for k in positions] for m in ("base", "student")
-    )
-    how = (clusters, certainty, bounds, tokens)
-    means: dict[Model, Estimate] = {
-        "base": estimate_mean(base, *how),
-        "student": estimate_mean(student, *how),
-    }
-    return MetricRow(
-        metric=metric,
-        n=len(positions),
-        documents=len(set(clusters)),
-        tokens=int(sum(tokens)),
-        teacher=None,
-        base=means["base"].value,
-        student=means["student"].value,
-        intervals={model: mean.ends for model, mean in means.items()},
-        student_minus_base=difference_of(estimate_difference(student, base, *how)),
-        reasons={"teacher": NO_TEACHER},
-    )
+    items = [item for item in items if losses["base"][item.id].tokens > 0]
+    clusters = [item.cluster for item in items]
+    tokens = [float(losses["base"][item.id].tokens) for item in items]
+    rows = {"chrf": row_of(alike, certainty)}
+    for name, metric, field, bounds in (
+        ("nats_per_token", LOSS, "loss", None),
+        ("top1", TOP, "hits", SHARE),
+    ):
+        how, values = (clusters, certainty, bounds, tokens), dict[Model, list[float]]()
+        means = dict[Model, Estimate]()
+        for model in MODELS[1:]:
+            of_items = [losses[model][item.id] for item in items]
+            values[model] = [getattr(row, field) / row.tokens for row in of_items]
+            means[model] = estimate_mean(values[model], *how)
+        change = estimate_difference(values["student"], values["base"], *how)
+        rows[name] = MetricRow(
+            metric=metric,
+            n=len(items),
+            documents=len(set(clusters)),
+            tokens=int(sum(tokens)),
+            teacher=None,
+            base=means["base"].value,
+            student=means["student"].value,
+            intervals={model: mean.ends for model, mean in means.items()},
+            student_minus_base=Difference.of(change),
+            reasons={"teacher": NO_TEACHER},
+        )
+    return rows
 
 
 def answer_lengths(answers: Iterable[Response]) -> AnswerLengths:
@@ -252,10 +222,9 @@ def samples(rows: Iterable[Measured], alike: Measured, answers: AnswersByModel) 
         ranked = sorted(
             measured.items, key=lambda i: (value.get(i.id) or 0.0, likeness.get(i.id) or 0.0, i.id)
         )
-        best, typical = len(ranked) - 1, len(ranked) // 2
-        positions: list[tuple[Rank, int]] = [("best", best), ("typical", typical), ("worst", 0)]
-        for rank, position in positions[: len(ranked)]:
-            item = ranked[position]
+        places: dict[Rank, int] = {"best": len(ranked) - 1, "typical": len(ranked) // 2, "worst": 0}
+        for rank, place in list(places.items())[: len(ranked)]:
+            item = ranked[place]
             scores = {model: by_id[item.id] for model, by_id in measured.scores.items()}
             yield Sample(
                 task=item.task,
@@ -281,11 +250,12 @@ def failures(samples: Iterable[Sample]) -> Failures:
             continue
         reason = f"chrF {value:.0f} against the teacher" if alike else sample.reasons["student"]
         texts = (sample.messages[-1]["content"], *map(sample.answers.get, ("student", "teacher")))
-        question, student, teacher = (clip(text or "", LONGEST) for text in texts)
-        row = WorstAnswer(
-            task=sample.task, asked=question, student=student, teacher=teacher, reason=reason
+        asked, student, teacher = (clip(text or "", LONGEST) for text in texts)
+        worst[alike].append(
+            WorstAnswer(
+                task=sample.task, asked=asked, student=student, teacher=teacher, reason=reason
+            )
         )
-        worst[alike].append(row)
     rows = (*worst[False], *worst[True])[:MOST_FAILURES]
     return Failures(worst=rows) if rows else Failures(worst=(), reason=NO_FAILURE)
 

@@ -56,8 +56,7 @@ def ask_responder(
     from distill.evaluation.answering import ask_suite, student_responder  # which load torch
     from distill.responders.local.local_model import LocalResponder
 
-    bought = path.suffix in (".yaml", ".yml") and not is_run(path)
-    name = ""
+    name, bought = "", path.suffix in (".yaml", ".yml") and not is_run(path)
     if bought:
         config = load_config(path)
         teacher = config.teacher
@@ -82,21 +81,20 @@ def read_answers(suite: Suite, path: Path) -> dict[str, Response]:
 
     Raises DistillError (exit 3) where it is neither, or answers no question of the suite.
     """
-    texts, responses = dict[str, str](), dict[str, Response]()
+    texts, responses, limits = dict[str, str](), dict[str, Response](), suite.limits()
     try:
         responses = {answer.prompt_id: answer for answer in read_records(path, Response)}
     except DistillError:
         texts = CannedResponder.load(path).answers
-    answers, limits = {}, suite.limits()
+    answers = {}
     for item in suite.items:
-        question = item.prompt.messages[-1].content
+        text = texts.get(item.prompt.messages[-1].content)
         if item.prompt.id in responses:
             answers[item.id] = responses[item.prompt.id]
-        elif question in texts:
+        elif text is not None:
             sampling = Sampling(max_new_tokens=limits[item.id])
             request = Request.make(str(path), item.prompt.id, item.prompt.messages, sampling)
-            raw = raw_text(request, texts[question], path.stem)
-            answers[item.id] = raw.response(item.prompt.id)
+            answers[item.id] = raw_text(request, text, path.stem).response(item.prompt.id)
     if not answers:
         what, fix = f"answers no question of {suite.name}", "the prompts must be the suite's own"
         raise DistillError(Exit.INPUT, path, what, fix)
@@ -110,11 +108,11 @@ def result_table(rows: Mapping[str, Measured], name: str, answers: Mapping[str, 
         rows = {**rows, "all checks": pooled}
     for task, row in rows.items():
         mean = results.mean_of(row, name, USUAL)
-        lengths = results.answer_lengths(answers[i] for i in row.ids() if i in answers)
+        lengths = results.answer_lengths(answers[i.id] for i in row.items if i.id in answers)
         line = (
             f"{task}: {plain(row.metric)}",
             str(len(row.items)),
-            str(sum(value is None for value in row.values(name).values())),
+            str(list(row.values(name).values()).count(None)),
             share(mean.value, 1),
             mean.reason or f"{share(mean.low, 1)} to {share(mean.high, 1)}",
             share(lengths.truncated),

@@ -103,7 +103,7 @@ class Costs(CardRecord):
 
     def of(self, model: Model) -> RequestCost:
         """Return what requests cost a model."""
-        return {"teacher": self.teacher, "base": self.base, "student": self.student}[model]
+        return getattr(self, model)
 
 
 class Amount(CardRecord):
@@ -136,22 +136,14 @@ class BreakEven(CardRecord):
 
 
 class Saving(CardRecord):
-    """What one way to use the student saves; negative where it costs more than the teacher."""
+    """What a way to use the student saves, or the headline's with one thing changed (`case`)."""
 
-    way: Way
-    dollars_per_1k: Amount
-    dollars_per_month: Amount
-    break_even: BreakEven
-
-
-class Case(CardRecord):
-    """The headline's saving with one thing changed."""
-
-    case: str
+    way: Way | None = None
+    case: str | None = None
     teacher_dollars_per_1k: Decimal | None = None
     student_dollars_per_1k: Decimal | None = None
     requests_per_month: int = 0
-    dollars_per_1k: Amount
+    dollars_per_1k: Amount  # negative where it costs more than the teacher
     dollars_per_month: Amount
     break_even: BreakEven
 
@@ -203,7 +195,7 @@ class Economics(CardRecord):
     requests_per_month: int
     headline: Way
     rows: tuple[Saving, ...]
-    sensitivity: tuple[Case, ...] = ()
+    sensitivity: tuple[Saving, ...] = ()
     reasons: dict[str, str] = {}
 
     def saving(self, way: Way | None = None) -> Saving:
@@ -211,8 +203,8 @@ class Economics(CardRecord):
         return next(row for row in self.rows if row.way == (way or self.headline))
 
 
-class FunnelRow(CardRecord):
-    """How many prompts and answers came in, and what was kept and dropped."""
+class Funnel(CardRecord):
+    """How many prompts and answers came in, and what was kept and dropped; in all, and by task."""
 
     prompts: int = 0
     answers: int = 0
@@ -220,12 +212,7 @@ class FunnelRow(CardRecord):
     kept_validation: int = 0
     kept_heldout: int = 0
     dropped: dict[str, int] = {}
-
-
-class Funnel(FunnelRow):
-    """The funnel in all, and by task."""
-
-    tasks: dict[str, FunnelRow] = {}
+    tasks: "dict[str, Funnel]" = {}
 
 
 class OnPolicyRound(CardRecord):
@@ -268,11 +255,6 @@ class Scorecard(Comparison):
     funnel: Funnel = Funnel()
     training: TrainingSummary = TrainingSummary()
     reasons: dict[str, str] = {}
-
-    @property
-    def confidence(self) -> float:
-        """Return the confidence of the intervals."""
-        return self.environment.settings.confidence
 
     @property
     def few_documents(self) -> str:

@@ -5,13 +5,15 @@ error of ours (no answer was stored, the request failed, the checker crashed), w
 Agreement with the teacher's answer (chrF) is a score too, and is never the headline.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import regex
+from numpy.typing import NDArray
 from sacrebleu import sentence_chrf
 
 from distill.callables import PROVIDED
@@ -23,57 +25,45 @@ from distill.tasks.task import FindTask
 
 AnswersByModel = Mapping[str, Mapping[str, Response]]  # model -> item id -> its answer
 Checker = Mapping[str, Any]
-Outcome = tuple[float | None, str | None, str]  # value, what was extracted, and why
 OURS = (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError)
 SHARE, CHRF = Bounds(0.0, 1.0), Bounds(0.0, 100.0)
 NO_TEACHER = "agreement is measured against the teacher's own answer"
+# as it stands in requests.jsonl, which `distill verify` makes again byte for byte
+JUDGED = "the judge prefers it, or ties it with an answer of the teacher's that will do"
 
 
-def passes(item: Item, response: Response | None, checker: Checker, model: str) -> Score:
-    """Score 1 where an answer passes the checker, else 0; one that grades gives its value."""
+def score_answer(
+    item: Item, response: Response | None, model: str, checker: Checker | None, reference: str = ""
+) -> Score:
+    """Score 1 where an answer passes the checker, else 0; one that grades gives its value.
 
-    def judge(response: Response) -> Outcome:
-        if response.stop == "length":
-            return 0.0, None, "truncated"
-        if needs_reference(checker["kind"]) and not (item.reference or "").strip():
-            return None, None, "there is no reference to compare with"
+    Without a checker: its likeness to the teacher's `reference`, chrF from 0 to 100 (Popović 2015).
+    """
+    value, answer = None, None
+    if response is None:
+        reason = "no answer was stored"
+    elif response.stop == "error":
+        reason = f"the request failed: {response.error or 'no reason given'}"
+    elif response.stop == "filtered":
+        value, reason = 0.0, "refused"
+    elif not response.text.strip():
+        value, reason = 0.0, "empty"
+    elif checker is None and not reference.strip():
+        reason = "there is no answer of the teacher to compare with"
+    elif checker is None:
+        value = sentence_chrf(response.text, [reference]).score
+        reason = "chrF against the teacher"
+    elif response.stop == "length":
+        value, reason = 0.0, "truncated"
+    elif needs_reference(checker["kind"]) and not (item.reference or "").strip():
+        reason = "there is no reference to compare with"
+    else:
         try:
             verdict = check(checker, item.prompt, response.text)
+            grade = verdict.passed if verdict.value is None else verdict.value
+            value, answer, reason = grade, verdict.answer, verdict.reason
         except OURS as error:
-            return None, None, f"the checker failed: {type(error).__name__}: {error}"
-        value = verdict.passed if verdict.value is None else verdict.value
-        return None if value is None else float(value), verdict.answer, verdict.reason
-
-    return _score(item, response, model, judge)
-
-
-def agrees(item: Item, response: Response | None, reference: str, model: str) -> Score:
-    """Score the likeness to the teacher's answer: chrF from 0 to 100 (Popović 2015)."""
-
-    def judge(response: Response) -> Outcome:
-        if not reference.strip():
-            return None, None, "there is no answer of the teacher to compare with"
-        chrf = sentence_chrf(response.text, [reference]).score
-        return chrf, None, "chrF against the teacher"
-
-    return _score(item, response, model, judge)
-
-
-def _score(
-    item: Item, response: Response | None, model: str, judge: Callable[[Response], Outcome]
-) -> Score:
-    """Score an answer by `judge`, unless there is no text to judge."""
-    if response is None:
-        value, answer, reason = None, None, "no answer was stored"
-    elif response.stop == "error":
-        failure = response.error or "no reason given"
-        value, answer, reason = None, None, f"the request failed: {failure}"
-    elif response.stop == "filtered":
-        value, answer, reason = 0.0, None, "refused"
-    elif not response.text.strip():
-        value, answer, reason = 0.0, None, "empty"
-    else:
-        value, answer, reason = judge(response)
+            reason = f"the checker failed: {type(error).__name__}: {error}"
     return Score(item_id=item.id, model=model, value=value, answer=answer, reason=reason)
 
 
@@ -87,6 +77,7 @@ class Measured:
     bounds: Bounds
     no_teacher: str = NO_TEACHER  # why the teacher has no scores
     graded: bool = False  # scores may lie between the bounds, so they are no share that passes
+    checker: Checker | None = None
 
     def of(self, model: str) -> list[Score]:
         """Return a model's scores of these items."""
@@ -100,38 +91,44 @@ class Measured:
     def array(self, model: str) -> Floats:
         """Return a model's scores, (N,), with NaN for what it has no score for."""
         values = self.values(model)
-        return np.array([values.get(i) for i in self.ids()], dtype=np.float64)
+        return np.array([values.get(item.id) for item in self.items], dtype=np.float64)
 
-    def ids(self) -> list[str]:
-        """Return the ids of the items."""
-        return [item.id for item in self.items]
-
-    def clusters(self, ids: Sequence[str]) -> list[str]:
-        """Return the clusters of some items."""
-        clusters = {item.id: item.cluster for item in self.items}
-        return [clusters[i] for i in ids]
+    @cached_property
+    def clusters(self) -> NDArray[np.object_]:
+        """Return the clusters of the items, (N,)."""
+        return np.array([item.cluster for item in self.items], dtype=np.object_)
 
 
-def measure_task(
-    task: str,
+def measure_items(
     items: Sequence[Item],
     answers: AnswersByModel,
-    metric: str,
-    checker: Checker | None,
+    checker: Checker | None = None,
+    metric: str = "",
     no_teacher: str = NO_TEACHER,
 ) -> Measured:
-    """Score every model's answers to one task: by its checker, or without one as agreement."""
-    mine = [item for item in items if item.task == task]
+    """Score every model's answers to the items of one task by its checker.
+
+    Without one: the likeness of base and student to the teacher's answers, where there are any.
+    """
     if checker is None:
-        return measure_agreement(mine, answers)
+        references = {i: a.text for i, a in answers["teacher"].items() if a.text.strip()}
+        items = [item for item in items if item.id in references]
+        scores = {
+            model: {
+                i.id: score_answer(i, by_id.get(i.id), model, None, references[i.id]) for i in items
+            }
+            for model, by_id in answers.items()
+            if model != "teacher"
+        }
+        return Measured("chrF", items, scores, CHRF)
     scores = {
-        model: {item.id: passes(item, by_id.get(item.id), checker, model) for item in mine}
+        model: {item.id: score_answer(item, by_id.get(item.id), model, checker) for item in items}
         for model, by_id in answers.items()
     }
     # A checker of the user's may grade without saying so beforehand.
     between = any(s.value not in (None, 0, 1) for rows in scores.values() for s in rows.values())
     graded = checker["kind"] in GRADED or between
-    return Measured(metric, mine, scores, SHARE, no_teacher, graded)
+    return Measured(metric, items, scores, SHARE, no_teacher, graded, checker)
 
 
 def measure_tasks(
@@ -144,13 +141,11 @@ def measure_tasks(
     """
     rows = {}
     for name in dict.fromkeys(item.task for item in items):
-        task = find(name)
-        checker = task.checker if task else None
+        mine, task = [item for item in items if item.task == name], find(name)
+        checker, metric = (task.checker, task.metric or "") if task else (None, "")
         if checker and needs_reference(checker["kind"]) and "teacher" in answers:
-            referenced = any(item.reference for item in items if item.task == name)
-            checker = checker if referenced else None
-        metric = (task and task.metric) or ""
-        rows[name] = measure_task(name, items, answers, metric, checker, no_teacher)
+            checker = checker if any(item.reference for item in mine) else None
+        rows[name] = measure_items(mine, answers, checker, metric, no_teacher)
     return rows
 
 
@@ -168,38 +163,15 @@ def write_scores(
         write_records(folder / f"{model}.jsonl", scores)
 
 
-def measure_agreement(items: Sequence[Item], answers: AnswersByModel) -> Measured:
-    """Score the likeness of base and student to the teacher's answers, where there is one."""
-    references = {i: a.text for i, a in answers["teacher"].items() if a.text.strip()}
-    mine = [item for item in items if item.id in references]
-    scores = {
-        model: {i.id: agrees(i, by_id.get(i.id), references[i.id], model) for i in mine}
-        for model, by_id in answers.items()
-        if model != "teacher"
-    }
-    return Measured("chrF", mine, scores, CHRF)
-
-
-class Acceptance(NamedTuple):
-    """A test's verdicts on the student's answers by item id; None where the test itself failed."""
-
-    test: str
-    passed: Mapping[str, bool | None]
-    when_served: bool  # it needs neither an answer key nor an answer of the teacher
-
-
 class HeldOutRequest(Record):
-    """A held-out request: what it took each model, and whether the student's answer is acceptable.
-
-    Without a `test` no test covers it; `accepted` is None where the test failed to run.
-    """
+    """A held-out request: what it took each model, and whether the student's answer will do."""
 
     item: str
     cluster: str
     usage: dict[str, Usage]
-    test: str | None = None
-    when_served: bool = False
-    accepted: bool | None = None
+    test: str | None = None  # None: no test covers it
+    when_served: bool = False  # the test needs neither an answer key nor an answer of the teacher
+    accepted: bool | None = None  # None: the test itself failed
 
 
 def compares_with_answer(checker: Checker) -> bool:
@@ -215,20 +187,30 @@ def compares_with_answer(checker: Checker) -> bool:
     return kind in NEEDS_REFERENCE or grouped
 
 
-def by_checker(measured: Measured, checker: Checker) -> Acceptance:
-    """Accept the student's answers that pass their check in full."""
-    passed = {
-        item: None if value is None else value >= measured.bounds.high
-        for item, value in measured.values("student").items()
-    }
-    return Acceptance(measured.metric, passed, not compares_with_answer(checker))
-
-
 def requests_of(
-    items: Sequence[Item], answers: AnswersByModel, tests: Sequence[Acceptance]
+    items: Sequence[Item],
+    answers: AnswersByModel,
+    rows: Iterable[Measured],
+    verdicts: Iterable[Score] = (),
 ) -> list[HeldOutRequest]:
-    """Return the requests in the order of the items; a later test on an item counts for more."""
-    test_of = {item: test for test in tests for item in test.passed}
+    """Return the requests in the order of the items, with what tests say of the student's answers.
+
+    A checker accepts what passes in full, and counts for more than the judge's `verdicts` against
+    the teacher: what wins, or ties with an answer that passes its check or, without one, is whole.
+    """
+    rows, tests = [row for row in rows if "teacher" in row.scores], {}
+    of_teacher = {item: value for row in rows for item, value in row.values("teacher").items()}
+    for verdict in verdicts:
+        item, value, response = verdict.item_id, verdict.value, answers["teacher"][verdict.item_id]
+        complete = response.stop == "end" and bool(response.text.strip())
+        right = of_teacher[item] == 1 if item in of_teacher else complete
+        accepted = None if value is None else value == 1 or (value == 0.5 and right)
+        tests[item] = (JUDGED, False, accepted)
+    for row in rows:
+        when_served = row.checker is not None and not compares_with_answer(row.checker)
+        for item, value in row.values("student").items():
+            accepted = None if value is None else value >= row.bounds.high
+            tests[item] = (row.metric, when_served, accepted)
     requests = []
     for item in items:
         usage = {
@@ -236,14 +218,14 @@ def requests_of(
             for model, by_id in answers.items()
             if item.id in by_id and by_id[item.id].stop != "error"
         }
-        test = test_of.get(item.id)
+        test, when_served, accepted = tests.get(item.id, (None, False, None))
         request = HeldOutRequest(
             item=item.id,
             cluster=item.cluster,
             usage=usage,
-            test=test and test.test,
-            when_served=bool(test and test.when_served),
-            accepted=test and test.passed[item.id],
+            test=test,
+            when_served=when_served,
+            accepted=accepted,
         )
         requests.append(request)
     return requests

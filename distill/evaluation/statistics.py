@@ -58,72 +58,104 @@ class Certainty(NamedTuple):
 
 
 USUAL = Certainty()
+Values = Sequence[float] | Floats
+Clusters = Sequence[Hashable] | NDArray[np.object_]
 
 
-class Paired(NamedTuple):
-    """Two models' scores on the items that both have a score for."""
+class Clustered(NamedTuple):
+    """N values summed by cluster, their mean, and its cluster-robust standard error."""
 
-    items: list[str]
-    a_N: Floats
-    b_N: Floats
+    sums_G: Floats
+    sizes_G: Floats  # summed weights
+    n: int
+    mean: float
+    error: float
+    shortage: str | None  # why there is not enough data for an interval
+
+    def unknown(self, reason: str) -> Estimate:
+        """Return the estimate of a number that is not known."""
+        return Estimate(value=None, n=self.n, clusters=len(self.sizes_G), reason=reason)
+
+
+def by_cluster(values: Values, clusters: Clusters, weights: Values | None = None) -> Clustered:
+    """Sum values, each times its weight, by cluster, in the order in which clusters appear."""
+    values_N = np.asarray(values, dtype=np.float64)
+    weight_N = np.ones(len(values_N)) if weights is None else np.asarray(weights, dtype=np.float64)
+    index: dict[Hashable, int] = {}
+    member_N = np.array([index.setdefault(c, len(index)) for c in clusters], dtype=np.int64)
+    groups, mean, error, shortage = len(index), np.nan, np.nan, None
+    sums_G = np.bincount(member_N, values_N * weight_N, groups).astype(np.float64)
+    sizes_G = np.bincount(member_N, weight_N, groups).astype(np.float64)
+    if not np.isfinite(values_N).all():
+        shortage = "not enough data: a value is not a finite number"
+    elif len(values_N) < 2:
+        shortage = f"not enough data: {len(values_N)} items"
+    elif groups < 2:
+        shortage = "not enough data: all items are of one document"
+    else:
+        mean = float(sums_G.sum() / sizes_G.sum())
+        squares = np.square(sums_G - mean * sizes_G).sum()
+        error = float(np.sqrt(groups / (groups - 1) * squares) / sizes_G.sum())
+    return Clustered(sums_G, sizes_G, len(values_N), mean, error, shortage)
 
 
 def estimate_mean(
-    values: Sequence[float] | Floats,
-    clusters: Sequence[Hashable],
+    values: Values,
+    clusters: Clusters,
     certainty: Certainty = USUAL,
     bounds: Bounds | None = None,
-    weights: Sequence[float] | None = None,
+    weights: Values | None = None,
 ) -> Estimate:
     """Estimate the mean of clustered values, or with `weights` (tokens, say) their weighted mean.
 
     With 20 clusters or more: the expanded percentile bootstrap of clusters (Hesterberg 2015, The
     American Statistician 69:371), which widens percentiles for the bootstrap's narrowness in small
     samples. With fewer: the cluster-robust variance with a t quantile of G - 1 degrees (Cameron and
-    Miller 2015, Journal of Human Resources 50:317). If no cluster varies: see `_no_variation`.
+    Miller 2015, Journal of Human Resources 50:317). Where all G clusters agree, at most
+    p = 1 - (alpha / 2)^(1/G) of all differ, with any value within the bounds (Clopper and Pearson
+    1934, Biometrika 26:404; about 3.7 / G, the "rule of three").
     """
-    values_N = np.asarray(values, dtype=np.float64)
-    sums_G1, sizes_G = by_cluster(values_N[:, None], clusters, weights)
-    n, groups = len(values_N), len(sizes_G)
-    reason = shortage(values_N, groups)
-    if reason:
-        return Estimate(value=None, n=n, clusters=groups, reason=reason)
-    mean = float(sums_G1.sum() / sizes_G.sum())
-    error = cluster_error(sums_G1[:, 0] - mean * sizes_G, sizes_G.sum())
-    if error <= 1e-12 * max(1.0, abs(mean)):
-        return _no_variation(mean, n, groups, certainty.confidence, bounds)
-    if groups < FEW_CLUSTERS:
-        half = float(stats.t.ppf((1 + certainty.confidence) / 2, groups - 1)) * error
+    data = by_cluster(values, clusters, weights)
+    if data.shortage:
+        return data.unknown(data.shortage)
+    groups, mean, confidence = len(data.sizes_G), data.mean, certainty.confidence
+    if data.error <= 1e-12 * max(1.0, abs(mean)):
+        if bounds is None:
+            return data.unknown("not enough data: all values are equal")
+        share = 1 - ((1 - confidence) / 2) ** (1 / groups)
+        low, high = mean - share * (mean - bounds.low), mean + share * (bounds.high - mean)
+        method = "no variation: rule of three"
+    elif groups < FEW_CLUSTERS:
+        half = stats.t.ppf((1 + confidence) / 2, groups - 1) * data.error
         low, high, method = mean - half, mean + half, "analytic"
     else:
-        means_B = _resampled_means(sums_G1, sizes_G, certainty)[:, 0]
-        low, high = np.quantile(means_B, _expanded(certainty.confidence, groups))
+        means_B = _resampled_means(data.sums_G, data.sizes_G, certainty)
+        low, high = np.quantile(means_B, _expanded(confidence, groups))
         method = "bootstrap"
     low, high = float(low), float(high)
     if bounds:
         low, high = max(low, bounds.low), min(high, bounds.high)
-    return Estimate(value=mean, low=low, high=high, n=n, clusters=groups, method=method)
+    return Estimate(value=mean, low=low, high=high, n=data.n, clusters=groups, method=method)
 
 
 def estimate_difference(
-    a: Sequence[float] | Floats,
-    b: Sequence[float] | Floats,
-    clusters: Sequence[Hashable],
+    a: Values,
+    b: Values,
+    clusters: Clusters,
     certainty: Certainty = USUAL,
     bounds: Bounds | None = None,
-    weights: Sequence[float] | None = None,
+    weights: Values | None = None,
 ) -> Estimate:
     """Estimate the mean of a - b on the same items; `bounds` are those of one score."""
     spread = Bounds(bounds.low - bounds.high, bounds.high - bounds.low) if bounds else None
-    difference_N = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    return estimate_mean(difference_N, clusters, certainty, spread, weights)
+    return estimate_mean(np.subtract(a, b, dtype=np.float64), clusters, certainty, spread, weights)
 
 
 def estimate_gap_recovered(
-    student: Sequence[float] | Floats,
-    teacher: Sequence[float] | Floats,
-    base: Sequence[float] | Floats,
-    clusters: Sequence[Hashable],
+    student: Values,
+    teacher: Values,
+    base: Values,
+    clusters: Clusters,
     certainty: Certainty = USUAL,
     bounds: Bounds | None = None,
 ) -> Estimate:
@@ -131,87 +163,48 @@ def estimate_gap_recovered(
 
     The interval is the expanded percentile bootstrap of clusters, both parts resampled together.
     """
-    student_N, teacher_N, base_N = (
-        np.asarray(x, dtype=np.float64) for x in (student, teacher, base)
-    )
-    gap = estimate_difference(teacher_N, base_N, clusters, certainty, bounds)
+    gap = estimate_difference(teacher, base, clusters, certainty, bounds)
     if gap.value is None:
         return gap
-    unknown = Estimate(value=None, n=gap.n, clusters=gap.clusters)
+    gain, full = (by_cluster(np.subtract(x, base), clusters) for x in (student, teacher))
     if not gap.excludes(0):
-        reason = "teacher and base do not differ beyond their interval"
-        return unknown.model_copy(update={"reason": reason})
+        return full.unknown("teacher and base do not differ beyond their interval")
     if gap.value < 0:
-        return unknown.model_copy(update={"reason": "the teacher is below base"})
-    parts_N2 = np.stack([student_N - base_N, teacher_N - base_N], axis=1)
-    means_B2 = _resampled_means(*by_cluster(parts_N2, clusters), certainty)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio_B = means_B2[:, 0] / means_B2[:, 1]
-    limit_B = np.where(means_B2[:, 0] < 0, -np.inf, np.inf)  # where a sample has no gap
-    ratio_B = np.where(means_B2[:, 1] > 0, ratio_B, limit_B)
+        return full.unknown("the teacher is below base")
+    gain_B, full_B = _resampled_means(np.stack([gain.sums_G, full.sums_G]), full.sizes_G, certainty)
+    ratio_B = np.where(gain_B < 0, -np.inf, np.inf)  # where a sample has no gap
+    np.divide(gain_B, full_B, out=ratio_B, where=full_B > 0)
     percentiles = _expanded(certainty.confidence, gap.clusters)
     low, high = np.sort(ratio_B)[[round(p * (len(ratio_B) - 1)) for p in percentiles]]
     if not np.isfinite([low, high]).all() or high - low <= 1e-12:
-        reason = "not enough data to bound the share of the gap"
-        return unknown.model_copy(update={"reason": reason})
-    ratio = float(parts_N2[:, 0].mean() / parts_N2[:, 1].mean())
-    update = {"value": ratio, "low": float(low), "high": float(high), "method": "bootstrap"}
-    return gap.model_copy(update=update)
+        return full.unknown("not enough data to bound the share of the gap")
+    update = {"value": gain.mean / full.mean, "low": float(low), "high": float(high)}
+    return gap.model_copy(update={**update, "method": "bootstrap"})
 
 
-def pair(a_N: Floats, b_N: Floats, items: Sequence[str], where: str) -> Paired:
-    """Pair two models' scores of `items` where both are finite; a missing one is NaN.
+def paired(a_N: Floats, b_N: Floats, where: str) -> NDArray[np.bool_]:
+    """Return where two models both have a score, (N,); a missing one is NaN.
 
     Raises DistillError (exit 8) where these are fewer than 95 % of the items.
     """
     both_N = np.isfinite(a_N) & np.isfinite(b_N)
-    ids = [i for i, both in zip(items, both_N, strict=True) if both]
-    if len(ids) < MIN_PAIRED * len(items):
-        what = f"only {len(ids)} of {len(items)} items have both scores"
+    if both_N.sum() < MIN_PAIRED * len(both_N):
+        what = f"only {both_N.sum()} of {len(both_N)} items have both scores"
         fix = "scores/*.jsonl says why; answer the missing items"
         raise DistillError(Exit.EVALUATION, where, what, fix)
-    return Paired(ids, a_N[both_N], b_N[both_N])
+    return both_N
 
 
-def shortage(values_N: Floats, groups: int) -> str | None:
-    """Say why there is not enough data for an interval, or None."""
-    if not np.isfinite(values_N).all():
-        return "not enough data: a value is not a finite number"
-    if len(values_N) < 2:
-        return f"not enough data: {len(values_N)} items"
-    return "not enough data: all items are of one document" if groups < 2 else None
-
-
-def by_cluster(
-    values_NK: Floats, clusters: Sequence[Hashable], weights: Sequence[float] | None = None
-) -> tuple[Floats, Floats]:
-    """Return the values' weighted sums by cluster, (G, K), and the clusters' weights, (G,)."""
-    weight_N = np.ones(len(values_NK)) if weights is None else np.asarray(weights, dtype=np.float64)
-    index: dict[Hashable, int] = {}
-    member_N = np.array([index.setdefault(c, len(index)) for c in clusters], dtype=np.int64)
-    sums_GK = np.zeros((len(index), values_NK.shape[1]))
-    np.add.at(sums_GK, member_N, values_NK * weight_N[:, None])
-    weight_G = np.zeros(len(index))
-    np.add.at(weight_G, member_N, weight_N)
-    return sums_GK, weight_G
-
-
-def cluster_error(residual_G: Floats, weight: float) -> float:
-    """Return the cluster-robust standard error of a mean from the clusters' summed residuals."""
-    groups = len(residual_G)
-    return float(np.sqrt(groups / (groups - 1) * np.square(residual_G).sum()) / weight)
-
-
-def _resampled_means(sums_GK: Floats, sizes_G: Floats, certainty: Certainty) -> Floats:
-    """Return the means of B bootstrap samples of G clusters with replacement, (B, K)."""
+def _resampled_means(sums_KG: Floats, sizes_G: Floats, certainty: Certainty) -> Floats:
+    """Return the means of B bootstrap samples of G clusters with replacement, (K, B) or (B,)."""
     groups, samples = len(sizes_G), certainty.samples
     generator = np.random.default_rng(certainty.seed)
     share_G, step = np.full(groups, 1 / groups), max(1, CHUNK // groups)
     parts = []
     for start in range(0, samples, step):
-        counts_BG = generator.multinomial(groups, share_G, size=min(step, samples - start))
-        parts.append(counts_BG @ sums_GK / (counts_BG @ sizes_G)[:, None])
-    return np.concatenate(parts)
+        counts_GB = generator.multinomial(groups, share_G, size=min(step, samples - start)).T
+        parts.append(sums_KG @ counts_GB / (sizes_G @ counts_GB))
+    return np.concatenate(parts, axis=-1)
 
 
 def _expanded(confidence: float, groups: int) -> tuple[float, float]:
@@ -219,22 +212,3 @@ def _expanded(confidence: float, groups: int) -> tuple[float, float]:
     quantile = stats.t.ppf((1 + confidence) / 2, groups - 1)
     tail = float(stats.norm.cdf(-np.sqrt(groups / (groups - 1)) * quantile))
     return tail, 1 - tail
-
-
-def _no_variation(
-    value: float, n: int, groups: int, confidence: float, bounds: Bounds | None
-) -> Estimate:
-    """Bound the mean where all clusters agree, by how many unlike them may have been missed.
-
-    None of G clusters differs, so at most p = 1 - (alpha / 2)^(1/G) of all do (Clopper and Pearson
-    1934, Biometrika 26:404; about 3.7 / G, the "rule of three"), with any value within the bounds.
-    """
-    if bounds is None:
-        reason = "not enough data: all values are equal"
-        return Estimate(value=None, n=n, clusters=groups, reason=reason)
-    share = 1 - ((1 - confidence) / 2) ** (1 / groups)
-    low = value - share * (value - bounds.low)
-    high = value + share * (bounds.high - value)
-    return Estimate(
-        value=value, low=low, high=high, n=n, clusters=groups, method="no variation: rule of three"
-    )

@@ -124,21 +124,17 @@ class Suite(Record):
         return {item.id: part.max_new_tokens for part in self.parts for item in part.items}
 
 
-def suite_path(name_or_path: str) -> Path:
-    """Return the file of a suite: a path ending in .yaml, or the name of one in eval/suites."""
-    if name_or_path.endswith((".yaml", ".yml")):
-        return find_config(Path(name_or_path))
-    return find_config(SUITES / f"{name_or_path}.yaml")
-
-
 def known_suites() -> list[str]:
     """Return the names of the suites that ship."""
-    return sorted(path.stem for path in suite_path("forgetting").parent.glob("*.yaml"))
+    return sorted(
+        path.stem for path in find_config(SUITES / "forgetting.yaml").parent.glob("*.yaml")
+    )
 
 
 def read_suite(name_or_path: str) -> tuple[SuiteFile, Path]:
-    """Read a suite's YAML, but no questions; return its path too."""
-    path = suite_path(name_or_path)
+    """Read a suite's YAML, but no questions, by its path or its name; return its path too."""
+    named = not name_or_path.endswith((".yaml", ".yml"))
+    path = find_config(SUITES / f"{name_or_path}.yaml" if named else Path(name_or_path))
     if not path.is_file():
         fix = f"a path ending in .yaml, or one of {', '.join(known_suites())}"
         raise DistillError(Exit.CONFIG, path, "there is no such suite", fix)
@@ -148,9 +144,9 @@ def read_suite(name_or_path: str) -> tuple[SuiteFile, Path]:
 def load_suites(names: Sequence[str]) -> list[Suite]:
     """Read suites and their items; raises DistillError: exit 2 for YAML, 3 for the questions."""
     suites = [load_suite(name) for name in names]
-    repeated = {s.name for s in suites if sum(s.name == other.name for other in suites) > 1}
-    if repeated:
-        what = f"two suites are called {min(repeated)}"
+    called = [suite.name for suite in suites]
+    if repeated := [name for name in called if called.count(name) > 1]:
+        what = f"two suites are called {repeated[0]}"
         raise DistillError(Exit.CONFIG, "evaluation.suites", what, "rename one of the files")
     return suites
 
@@ -203,10 +199,9 @@ def question_rows(data: Data, suite: Path) -> Iterator[SourceRow | Reject]:
     """Yield the rows of a file of questions, or of a dataset."""
     for file in data.files(suite):
         yield from read_file(file, file.name)
-    if data.dataset is None:
-        return
     try:
-        yield from read_dataset(data.dataset, data.dataset_config, data.dataset_split)
+        if data.dataset:
+            yield from read_dataset(data.dataset, data.dataset_config, data.dataset_split)
     except DistillError as error:
         fix = "check the name and the connection, or give the questions with --data FILE"
         raise DistillError(error.code, error.where, error.what, fix) from None
@@ -218,16 +213,12 @@ def tasks_of(tasks: Sequence[str], suites: Sequence[str]) -> list[Task]:
     return [*map(load_task, tasks), *(entry.load_task() for entry in entries)]
 
 
-def amounts(names: Sequence[str]) -> list[tuple[int | None, int]]:
-    """Return each task's items (None: all rows of an unread dataset) and an answer's tokens."""
-    tasks = []
+def amounts(names: Sequence[str]) -> Iterator[tuple[int | None, int]]:
+    """Yield each task's items (None: all rows of an unread dataset) and an answer's tokens."""
     for suite, path in map(read_suite, names):
         for entry in suite.tasks:
-            items = entry.n
-            if entry.data.path:
-                items = len(load_part(entry, entry.data, path).items)
-            tasks.append((items, entry.max_new_tokens))
-    return tasks
+            items = len(load_part(entry, entry.data, path).items) if entry.data.path else entry.n
+            yield items, entry.max_new_tokens
 
 
 def suite_hashes(names: Sequence[str]) -> dict[str, str]:
@@ -277,10 +268,12 @@ def held_out_items(run: Path) -> tuple[list[Pair], list[Item]]:
         raise DistillError(Exit.EVALUATION, path, "no held-out items", fix)
     rows = read_records(documents, Document) if documents.exists() else []
     parent = {d.id: str(d.meta.get("parent") or d.id) for d in rows}
-    items = [Item.make(pair.prompt) for pair in pairs.values()]
-    clusters = [{"cluster": parent.get(item.cluster, item.cluster)} for item in items]
-    clustered = [i.model_copy(update=c) for i, c in zip(items, clusters, strict=True)]
-    return list(pairs.values()), clustered
+    items = []
+    for pair in pairs.values():
+        item = Item.make(pair.prompt)
+        cluster = parent.get(item.cluster, item.cluster)
+        items.append(item.model_copy(update={"cluster": cluster}))
+    return list(pairs.values()), items
 
 
 def by_item(items: Sequence[Item], responses: Sequence[Response]) -> dict[str, Response]:
@@ -291,17 +284,11 @@ def by_item(items: Sequence[Item], responses: Sequence[Response]) -> dict[str, R
 def held_out_suite(folder: Path) -> Suite:
     """Return a run's held-out prompts as a suite, as far as their tasks have a checker."""
     limit, name = answer_limit(open_run(folder).config), folder.resolve().name
-    items, find = held_out_items(folder)[1], tasks_of_run(folder)
-    tasks = [find(name) for name in dict.fromkeys(item.task for item in items)]
-    parts = [
-        Part(
-            task=task,
-            items=tuple(item for item in items if item.task == task.name),
-            max_new_tokens=limit,
-        )
-        for task in tasks
-        if task and task.checker
-    ]
+    items, find, parts = held_out_items(folder)[1], tasks_of_run(folder), list[Part]()
+    for task in map(find, dict.fromkeys(item.task for item in items)):
+        if task and task.checker:
+            mine = tuple(item for item in items if item.task == task.name)
+            parts.append(Part(task=task, items=mine, max_new_tokens=limit))
     if not parts:
         what, fix = "no held-out prompt has a task with a checker", "eval/compare.py compares runs"
         raise DistillError(Exit.EVALUATION, folder, what, fix)

@@ -93,7 +93,7 @@ def saved_plot(economics: Economics, width: int) -> Markup:
         amount = row.dollars_per_1k
         if amount.value is not None:
             ends = (None if end is None else float(end) for end in (amount.low, amount.high))
-            drawn.append(Mark(WAYS[row.way], float(amount.value), *ends))
+            drawn.append(Mark(WAYS[row.way or economics.headline], float(amount.value), *ends))
     return spans(drawn, width, "dollars saved on 1,000 requests", WAYS[economics.headline])
 
 

@@ -14,7 +14,6 @@ from jinja2.runtime import Macro
 from markupsafe import Markup
 
 from distill import formatting
-from distill.evaluation import lm_eval
 from distill.evaluation.claims import Conclusion, conclude
 from distill.evaluation.measurements import DuelRow
 from distill.evaluation.scorecard import Costs, Scorecard
@@ -51,7 +50,7 @@ def environment(markdown: bool) -> Environment:
     templates.filters["quoted"] = lambda text: Markup(
         json.dumps(formatting.one_line(text), ensure_ascii=False)
     )
-    functions = (cost_share, missing, preference, prices, lm_eval.table_of)
+    functions = (cost_share, missing, preference, prices)
     templates.globals |= vars(formatting) | vars(tables) | {f.__name__: f for f in functions}
     templates.globals["tables"] = tables
     templates.globals["grid"] = lambda table: Markup(formatting.markdown_table(*table))

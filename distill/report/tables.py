@@ -24,10 +24,10 @@ from distill.evaluation.measurements import (
 )
 from distill.evaluation.scorecard import (
     Amount,
-    Case,
     Costs,
     Economics,
     Funnel,
+    HarnessResult,
     PerMillion,
     RequestCost,
     Saving,
@@ -114,7 +114,7 @@ def whole_requests(requests: Number) -> str:
     return count(ceil(requests))
 
 
-def paid_back(row: Saving | Case) -> str:
+def paid_back(row: Saving) -> str:
     """Write after how many requests, and after how long, the savings have paid for the student."""
     requests, days = row.break_even.requests.value, row.break_even.days.value
     if requests is None or days is None:
@@ -261,7 +261,7 @@ def saving_rows(economics: Economics) -> TextTable:
     for row in economics.rows:
         amounts = (row.dollars_per_1k, row.dollars_per_month)
         cells = (span(amount, economics.documents) for amount in amounts)
-        rows.append((WAYS[row.way], *cells, paid_back(row)))
+        rows.append((WAYS[row.way or economics.headline], *cells, paid_back(row)))
     return ("saved", "1,000 requests", "a month", "paid back after"), rows
 
 
@@ -273,7 +273,18 @@ def sensitivity_rows(economics: Economics) -> TextTable:
         prices = (money(case.teacher_dollars_per_1k), money(case.student_dollars_per_1k))
         saved = span(case.dollars_per_1k, economics.documents)
         month = money(case.dollars_per_month.value)
-        rows.append((case.case, *prices, saved, month, paid_back(case)))
+        rows.append((case.case or "", *prices, saved, month, paid_back(case)))
+    return head, rows
+
+
+def harness_rows(result: HarnessResult) -> TextTable:
+    """Return what another harness measured."""
+    head = (result.harness, "n", "metric", "student", "standard error")
+    rows = [
+        (name, count(task.n), metric, figure(row.value, 4), figure(row.stderr, 4))
+        for name, task in result.tasks.items()
+        for metric, row in task.metrics.items()
+    ]
     return head, rows
 
 

@@ -34,7 +34,7 @@ from distill.corpus.near_duplicates import near_repeats, shingles
 from distill.corpus.ngrams import words
 from distill.errors import DistillError
 from distill.evaluation import judge
-from distill.evaluation.scorers import agrees
+from distill.evaluation.scorers import score_answer
 from distill.generation import filters
 from distill.generation.refusals import is_refusal
 from distill.languages import language_of
@@ -323,8 +323,8 @@ READERS: dict[str, Reader] = {
     "tasks.programs, program of a name": lambda text: program(
         text, ProgramTests("check(f)", "def f():", "f")
     ),
-    "evaluation.scorers.agrees": lambda text: agrees(
-        Item.make(prompt_of("q")), response_of(text + "b"), text, "m"
+    "evaluation.scorers.score_answer": lambda text: score_answer(
+        Item.make(prompt_of("q")), response_of(text + "b"), "m", None, text
     ),
     "evaluation.judge.read_choice": judge.read_choice,
     "formatting.clip": lambda text: formatting.clip(text, 400),

@@ -33,7 +33,7 @@ from distill.config.tree import Config
 from distill.errors import DistillError, Exit, exit_code
 from distill.evaluation.answering import requests_to, student_responder
 from distill.evaluation.claims import across_seeds, smallest_visible
-from distill.evaluation.scorers import passes
+from distill.evaluation.scorers import score_answer
 from distill.evaluation.statistics import (
     Bounds,
     Estimate,
@@ -124,7 +124,7 @@ def marks(base: Run, items: Sequence[Item], answers: Sequence[Response]) -> Iter
         if task is None or task.checker is None:
             what = "has no checker, and without one nobody can say what is right"
             raise DistillError(Exit.EVALUATION, f"task {item.task}", what, "use a task with one")
-        yield passes(item, given[item.id], task.checker, "student").value or 0.0
+        yield score_answer(item, given[item.id], "student", task.checker).value or 0.0
 
 
 def student_run(base: Run, name: str, changes: Mapping[str, Any], count: int | None) -> Run:

@@ -41,44 +41,36 @@ def test_a_few_are_asked_alone_and_many_are_read(tmp_path: Path, responder: Loca
     encoded = [len(responder._encode(request)) for request in asked(20)]
     assert found.read_tokens == sum(encoded) and found.read_seconds > 0
     assert responder.max_batch_size == 3, "the responder is as it was"
-    assert answering.spread(asked(20), 8) == asked(20)[:16:2]
     assert answering.timed(tmp_path / "none.jsonl", responder, []) is None
     before = path.read_bytes()
     assert answering.timed(path, responder, []) == found and path.read_bytes() == before
 
 
-def test_no_prompt_is_begun_when_the_time_is_over(
-    responder: LocalResponder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(answering, "SECONDS", 0.0)
-    assert len(answering.measured(responder, asked(8), 1)) == 1
+PAID = EndpointTeacher(model="m", base_url="https://example.org/v1")
 
 
 @pytest.mark.parametrize(
     ("teacher", "asks", "reason"),
     [
-        (EndpointTeacher(model="m", base_url="https://example.org/v1"), True, "budget_dollars"),
-        (
-            EndpointTeacher(
-                model="m", base_url="https://example.org/v1", budget_dollars=Decimal(1)
-            ),
-            True,
-            None,
-        ),
+        (PAID, True, "budget_dollars"),
+        (PAID.model_copy(update={"budget_dollars": Decimal(1)}), True, None),
         (LocalTeacher(model="m"), True, None),
         (LocalTeacher(model="m"), False, "does not ask the teacher"),
         (RecordedTeacher(model="m"), True, "recorded"),
     ],
 )
 def test_who_is_asked_a_suite(teacher: Teacher, asks: bool, reason: str | None) -> None:
-    suite = Suite(name="s", ask_teacher=asks, parts=(), facts={})
-    why = why_no_teacher(teacher, suite)
+    why = why_no_teacher(teacher, Suite(name="s", ask_teacher=asks, parts=(), facts={}))
     assert (why is None) if reason is None else reason in (why or "")
 
 
-def test_reading_and_writing_of_a_real_batch_add_up(responder: LocalResponder) -> None:
-    answers = answering.measured(responder, asked(8), 8)
+def test_reading_and_writing_of_a_real_batch_add_up(
+    responder: LocalResponder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = answering.measured(responder, asked(8), 8, 8)
     usages = [raw.usage for raw in answers]
+    monkeypatch.setattr(answering, "SECONDS", 0.0)
+    assert len(answering.measured(responder, asked(8), 8, 1)) == 1, "the time is over"
     timing = answering.Timing(
         requests=1, output_tokens=1, seconds=1.0, read_tokens=100, read_seconds=1e-6
     )

@@ -56,28 +56,27 @@ def test_non_inferiority_is_read_off_the_interval(low: float, high: float, verdi
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "documents", "p", "verdict", "reason"),
+    ("ends", "documents", "p", "verdict", "reason"),
     [
-        (0.1, 0.2, 24, 0.01, "better", ""),
-        (-0.2, -0.1, 24, None, "worse", ""),
-        (-0.1, 0.1, 24, None, "undecided", "includes 0"),
-        (0.0, 0.1, 24, None, "undecided", "includes 0"),
-        (0.1, 0.2, 24, 0.07, "undecided", "does not confirm"),
-        (0.1, 0.2, 5, None, "undecided", "5 documents are too few"),
-        (0.1, 0.2, 1, None, "undecided", "1 document are too few"),
-        (0.1, 0.2, None, None, "better", ""),
-        (None, None, 24, None, "undecided", "nothing varies"),
+        ((0.1, 0.2), 24, 0.01, "better", ""),
+        ((-0.2, -0.1), 24, None, "worse", ""),
+        ((-0.1, 0.1), 24, None, "undecided", "includes 0"),
+        ((0.0, 0.1), 24, None, "undecided", "includes 0"),
+        ((0.1, 0.2), 24, 0.07, "undecided", "does not confirm"),
+        ((0.1, 0.2), 5, None, "undecided", "5 documents are too few"),
+        ((0.1, 0.2), 1, None, "undecided", "1 document are too few"),
+        ((0.1, 0.2), None, None, "better", ""),
+        ((None, None), 24, None, "undecided", "nothing varies"),
     ],
 )
 def test_one_rule_decides(
-    low: float | None,
-    high: float | None,
+    ends: tuple[float | None, float | None],
     documents: int | None,
     p: float | None,
     verdict: str,
     reason: str,
 ) -> None:
-    conclusion = conclude(low, high, documents, p, why_no_interval="nothing varies")
+    conclusion = conclude(*ends, documents, p, why_no_interval="nothing varies")
     assert conclusion.verdict == verdict and reason in conclusion.reason
     assert bool(conclusion.reason) == (verdict == "undecided")
 

@@ -11,12 +11,11 @@ from distill.config.teachers import LocalTeacher
 from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.evaluation import answering, evaluate
-from distill.evaluation.scorers import AnswersByModel, HeldOutRequest, measure_tasks
+from distill.evaluation.scorers import HeldOutRequest
 from distill.evaluation.suites import held_out_items
-from distill.records import Document, Item, Message, Pair, Prompt, Response, Score, Timing, Usage
+from distill.records import Document, Message, Pair, Prompt, Response, Score, Timing, Usage
 from distill.storage.files import read_json, read_records, write_records
 from distill.storage.run_folder import Run
-from distill.tasks.task import shipped
 from tests.evaluation.test_suites import make_suite
 from tests.support.tiny import make_adapter, make_tiny
 
@@ -207,15 +206,3 @@ def test_chunks_of_one_document_are_one_cluster(tmp_path: Path) -> None:
         held_out_items(tmp_path / "empty")
     assert caught.value.code == Exit.EVALUATION
     assert kept == pairs[:3] and [item.cluster for item in items] == ["doc", "doc", "chunk2"]
-
-
-def test_a_task_whose_references_are_missing_is_measured_as_agreement() -> None:
-    pairs = [
-        p.model_copy(update={"prompt": p.prompt.model_copy(update={"reference": None})})
-        for p in heldout_pairs()
-    ]
-    items = [Item.make(pair.prompt) for pair in pairs]
-    by_id = {i.id: p.response for i, p in zip(items, pairs, strict=True)}
-    answers: AnswersByModel = dict.fromkeys(("teacher", "base", "student"), by_id)
-    rows = measure_tasks(items, answers, shipped)
-    assert rows["math_word_problem"].metric == "chrF"

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from distill.config.tree import Config
 from distill.evaluation.judge import (
@@ -17,11 +15,9 @@ from distill.evaluation.judge import (
     Duel,
     ask_about,
     ask_judge,
-    by_judge,
     examined,
     judge,
     load_probes,
-    one_family,
     probe_lines,
     probed,
     read_choice,
@@ -35,7 +31,7 @@ from distill.storage.run_folder import Run, Stage
 from tests.support.fake_teacher import PRICE, FakeTeacher, Reply, question
 
 PROBES = load_probes()
-GOOD = {probe.duel.b for probe in PROBES}
+GOOD = {probe.b for probe in PROBES}
 SHOWN = re.compile(r"ANSWER [AB] BEGINS\]\n(.*?)\n\[\w+ ANSWER", re.S)
 FEW = Certainty(samples=200)
 COUNT = 24
@@ -58,8 +54,7 @@ def thinks(mind: Mind, stop: str = "end") -> AskJudge:
 
 
 def examine(mind: Mind) -> ProbeResult:
-    duels = [probe.duel for probe in PROBES]
-    return examined(PROBES, judge(duels, thinks(mind), "probe", ask_copies=True))
+    return examined(judge(PROBES, thinks(mind), "probe"))
 
 
 def says(choice: str) -> str:
@@ -98,12 +93,6 @@ def obedient(a: str, b: str) -> str:
 )
 def test_only_one_last_line_is_a_verdict(reply: str, choice: str | None) -> None:
     assert read_choice(reply) == choice
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.text())
-def test_any_reply_is_read_or_is_none(reply: str) -> None:
-    assert read_choice(reply) in ("A", "B", "TIE", None)
 
 
 def test_the_fair_judge_passes_its_probes() -> None:
@@ -185,23 +174,6 @@ def test_an_answer_cannot_close_its_marks() -> None:
     assert ask_about(duel("1", hostile, "y"), swapped=True)[1].content.index("y") < text.index("y")
 
 
-def test_a_tie_counts_only_with_an_acceptable_answer() -> None:
-    duels = [duel(str(k), "s", f"t{k}") for k in range(4)]
-    minds = {"t0": "TIE", "t1": "TIE", "t2": "", "t3": "student"}
-
-    def mind(a: str, b: str) -> str:
-        choice = minds[a if a in minds else b]
-        return says(("A" if a == "s" else "B") if choice == "student" else choice)
-
-    passed = by_judge(judge(duels, thinks(mind), "teacher"), lambda item: item == "0").passed
-    assert passed == {"0": True, "1": False, "2": None, "3": True}
-
-
-def test_families_are_told_by_their_names() -> None:
-    assert one_family("Qwen/Qwen3-32B", "qwen2.5-coder-0.5b-instruct")
-    assert not one_family("gpt-5.4-mini", "Qwen/Qwen3-32B") and not one_family("", "x")
-
-
 def served(mind: Mind) -> FakeTeacher:
     """Return a server that judges as `mind` does."""
 
@@ -261,7 +233,7 @@ def test_a_fair_judge_is_paid_once_and_its_verdicts_count(
         run = make_run(tmp_path, teacher)
         ask(run, items)
         requests = len(teacher.payloads)
-        copies = sum(probe.kind == "copy" for probe in PROBES)  # the same in both orders
+        copies = sum(probe.probe == "copy" for probe in PROBES)  # the same in both orders
         assert requests == 2 * (len(PROBES) + 2 * COUNT) - copies
         ask(run, items)
         assert len(teacher.payloads) == requests, "verdicts are in the store"
@@ -273,9 +245,12 @@ def test_a_fair_judge_is_paid_once_and_its_verdicts_count(
     assert result and result.probe.passed and result.base.wins == COUNT // 2
     row = result.teacher
     assert (row.wins, row.ties, row.losses) == (0, COUNT * 3 // 4, COUNT // 4)
-    for acceptable, count in ((True, COUNT * 3 // 4), (False, 0)):
-        passed = by_judge(verdicts, lambda item, acceptable=acceptable: acceptable).passed
-        assert sum(bool(verdict) for verdict in passed.values()) == count
+    assert sorted(v.value or 0 for v in verdicts) == [0] * (COUNT // 4) + [0.5] * (COUNT * 3 // 4)
+    assert not result.warnings
+    teacher = run.config.teacher.model_copy(update={"model": "org/Judge-32B"})
+    kin = Run(run.config.model_copy(update={"teacher": teacher}))
+    result, _ = read_judge(kin, items, answers(items), FEW)
+    assert result and "one family" in result.warnings[0]
 
 
 def test_a_judge_that_failed_its_probes_says_nothing(tmp_path: Path, items: list[Item]) -> None:

@@ -13,6 +13,7 @@ from distill.evaluation.score import score
 from distill.evaluation.scorecard import HarnessResult
 from distill.evaluation.suites import Suite, load_suite
 from distill.records import Item, Score
+from distill.report.tables import harness_rows
 from distill.storage.files import read_json, read_records, write_json, write_records
 from tests.evaluation.test_evaluate import heldout_pairs, make_run
 from tests.evaluation.test_suites import QUESTIONS, make_suite
@@ -134,14 +135,8 @@ def test_results_of_lm_eval_are_read_back() -> None:
     assert metrics["acc"] == {"value": 0.25, "stderr": 0.1} and found["arc"].n == 16
     assert metrics["em (strict)"] == {"value": 0.0, "stderr": None}, "no error of width zero"
     assert set(metrics) == {"acc", "em (strict)"}
-    _, rows = lm_eval.table_of(HarnessResult(harness="lm-eval 0", tasks=found))
+    _, rows = harness_rows(HarnessResult(harness="lm-eval 0", tasks=found))
     assert ("arc", "16", "acc", "0.2500", "0.1000") in rows
-
-
-def test_results_of_another_adapter_are_not_shown(tmp_path: Path, model: Path) -> None:
-    run = make_run(tmp_path / "runs", model, heldout_pairs())
-    write_json(run.path(lm_eval.FILE), {"adapter_sha256": "a", "tasks": {}})
-    assert lm_eval.of_this_student(run, "a") and not lm_eval.of_this_student(run, "b")
 
 
 def test_without_lm_eval_or_tasks_there_is_one_line(

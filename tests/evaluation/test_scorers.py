@@ -6,17 +6,17 @@ import pytest
 
 from distill.evaluation import results, scorers
 from distill.evaluation.scorers import (
-    Acceptance,
+    JUDGED,
     AnswersByModel,
-    agrees,
-    by_checker,
     compares_with_answer,
-    measure_task,
-    passes,
+    measure_items,
+    measure_tasks,
     requests_of,
+    score_answer,
 )
 from distill.evaluation.statistics import Certainty
-from distill.records import Item, Message, Prompt, Response, Usage
+from distill.records import Item, Message, Prompt, Response, Score, Usage
+from distill.tasks.task import shipped
 
 NUMBER = {"kind": "number"}
 FEW = Certainty(samples=200)
@@ -49,21 +49,18 @@ def answer(text: str, stop: Any = "end", error: str | None = None) -> Response:
     ],
 )
 def test_a_checked_answer(response: Response | None, value: float | None, reason: str) -> None:
-    score = passes(item(), response, NUMBER, "student")
+    score = score_answer(item(), response, "student", NUMBER)
     assert score.value == value and reason in score.reason and score.model == "student"
     assert score.answer == ("7" if value else score.answer), "what was extracted is kept"
 
 
-def test_a_missing_reference_is_not_the_models_error() -> None:
-    assert passes(item(None), answer("7"), NUMBER, "student").value is None
-
-
-def test_a_checker_that_crashes_scores_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_ours_score_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(*_: object) -> None:
         raise ValueError("bad checker")
 
+    assert score_answer(item(None), answer("7"), "student", NUMBER).value is None, "no reference"
     monkeypatch.setattr(scorers, "check", crash)
-    score = passes(item(), answer("7"), NUMBER, "student")
+    score = score_answer(item(), answer("7"), "student", NUMBER)
     assert score.value is None and "bad checker" in score.reason
 
 
@@ -80,7 +77,7 @@ def test_a_checker_that_crashes_scores_nothing(monkeypatch: pytest.MonkeyPatch) 
 def test_agreement_is_chrf_against_the_teachers_answer(
     response: Response | None, reference: str, value: float | None
 ) -> None:
-    score = agrees(item(), response, reference, "student").value
+    score = score_answer(item(), response, "student", None, reference).value
     assert score == (None if value is None else pytest.approx(value, abs=5))
 
 
@@ -88,7 +85,7 @@ def test_grades_are_measured_and_are_no_checks_passed() -> None:
     items = [item(f'{{"name": "A{k}", "age": {k}}}', k) for k in range(4)]
     base = {i.id: answer('{"name": "A1"}') for i in items}
     answers = {"base": base, "student": {i.id: answer(i.reference or "") for i in items}}
-    measured = measure_task("math", items, answers, "field_f1", {"kind": "field_f1"}, "x")
+    measured = measure_items(items, answers, {"kind": "field_f1"}, "field_f1", "x")
     row = results.row_of(measured, FEW)
     assert row.student == 1.0 and row.base and row.base < 0.5
     assert row.student_minus_base.mcnemar is None and results.pool([measured]) is None
@@ -117,17 +114,34 @@ def test_only_answers_that_pass_are_accepted_and_errors_of_ours_are_unknown() ->
     texts = [answer("#### 7"), answer("#### 8"), answer("", "error"), answer("hello")]
     by_id = {i.id: text for i, text in zip([*items, untested], texts, strict=True)}
     answers: AnswersByModel = dict.fromkeys(("teacher", "base", "student"), by_id)
-    measured = measure_task("math", items, answers, "correct", NUMBER)
-    rows = requests_of([*items, untested], answers, [by_checker(measured, NUMBER)])
-    assert [row.accepted for row in rows] == [True, False, None, None]
-    assert [row.test for row in rows] == ["correct"] * 3 + [None]
-    assert rows[0].usage["student"].seconds == 0.5 and rows[0].cluster == "d0"
-    assert rows[2].usage == {}, "a request that failed took nothing that could be measured"
+    rows = [measure_items(items, answers, NUMBER, "correct"), measure_items([untested], answers)]
+    requests = requests_of([*items, untested], answers, rows)
+    assert [request.accepted for request in requests] == [True, False, None, None]
+    assert [request.test for request in requests] == ["correct"] * 3 + [None]
+    assert requests[0].usage["student"].seconds == 0.5 and requests[0].cluster == "d0"
+    assert requests[2].usage == {}, "a request that failed took nothing that could be measured"
 
 
-def test_another_s_verdicts_stand_in_by_item() -> None:
-    one, two = item(number=1), item(number=2)
-    judge = Acceptance("judge", {one.id: True}, when_served=False)
-    rows = requests_of([one, two], {"student": {}}, [judge])
-    assert (rows[0].test, rows[0].accepted, rows[0].when_served) == ("judge", True, False)
-    assert (rows[1].test, rows[1].accepted) == (None, None)
+def test_a_judge_stands_in_where_there_is_no_checker() -> None:
+    items = [item(number=k, task="chat") for k in range(6)]
+    by_id = {i.id: answer("" if k == 2 else "hello") for k, i in enumerate(items)}
+    values = [1.0, 0.5, 0.5, 0.0, None]  # a tie with an answer that is empty is no win
+    verdicts = [
+        Score(item_id=i.id, model="m", value=value, reason="r")
+        for i, value in zip(items, values, strict=False)
+    ]
+    rows = requests_of(items, {"teacher": by_id, "student": by_id}, [], verdicts)
+    assert [row.accepted for row in rows] == [True, True, False, False, None, None]
+    assert [row.test for row in rows] == [JUDGED] * 5 + [None] and not rows[0].when_served
+    checked = measure_items(items, {"teacher": by_id, "student": by_id}, NUMBER, "correct")
+    rows = requests_of(items, {"teacher": by_id, "student": by_id}, [checked], verdicts)
+    assert {row.test for row in rows} == {"correct"}, "a checker counts for more"
+
+
+def test_a_task_whose_references_are_all_missing_is_measured_as_agreement() -> None:
+    items = [item(None, k, "math_word_problem") for k in range(3)]
+    by_id = {i.id: answer("It is 7.") for i in items}
+    answers: AnswersByModel = dict.fromkeys(("teacher", "base", "student"), by_id)
+    assert measure_tasks(items, answers, shipped)["math_word_problem"].metric == "chrF"
+    referenced = [*items, item("7", 9, "math_word_problem")]
+    assert measure_tasks(referenced, answers, shipped)["math_word_problem"].metric == "correct"

@@ -11,7 +11,7 @@ from distill.evaluation.statistics import (
     estimate_difference,
     estimate_gap_recovered,
     estimate_mean,
-    pair,
+    paired,
 )
 
 SHARE, SEED = Bounds(0.0, 1.0), Certainty(seed=1)
@@ -83,29 +83,25 @@ def test_gap_recovered_is_the_share_with_its_interval() -> None:
 
 
 @pytest.mark.parametrize(
-    ("teacher", "base", "reason"),
-    [(0.5, 0.5, "do not differ"), (0.1, 0.9, "below base"), (0.5, 0.48, "do not differ")],
+    ("student", "teacher", "base", "reason"),
+    [
+        (0.5, 0.5, 0.5, "do not differ"),
+        (0.5, 0.1, 0.9, "below base"),
+        (0.5, 0.5, 0.48, "do not differ"),
+        (0.9, 0.9, 0.1, "not enough data"),  # equal everywhere: no bound
+    ],
 )
-def test_no_gap_no_share_of_it(teacher: float, base: float, reason: str) -> None:
-    found = estimate_gap_recovered(
-        scores(0.5), scores(teacher), scores(base), range(60), bounds=SHARE
-    )
-    assert found.value is None and found.reason is not None and reason in found.reason
-
-
-def test_a_student_equal_to_its_teacher_everywhere_has_no_bound() -> None:
-    teacher = scores(0.9)
-    found = estimate_gap_recovered(teacher, teacher, scores(0.1), range(60), bounds=SHARE)
-    assert found.value is None and found.low is None and "not enough data" in str(found.reason)
+def test_no_gap_no_share_of_it(student: float, teacher: float, base: float, reason: str) -> None:
+    three = (scores(student), scores(teacher), scores(base))
+    found = estimate_gap_recovered(*three, range(60), bounds=SHARE)
+    assert found.value is None and found.low is None and reason in str(found.reason)
 
 
 def test_pairing_uses_the_intersection_and_counts_the_rest() -> None:
-    items = [f"i{k}" for k in range(100)]
     student, teacher = np.ones(100), np.ones(100)
     student[96:] = teacher[0] = np.nan
-    paired = pair(student, teacher, items, "here")
-    assert paired.items == items[1:96] and (paired.a_N == paired.b_N).all()
+    assert paired(student, teacher, "here").tolist() == [False, *[True] * 95, *[False] * 4]
     student[1] = np.inf
     with pytest.raises(DistillError) as caught:
-        pair(student, teacher, items, "here")
+        paired(student, teacher, "here")
     assert caught.value.code == Exit.EVALUATION and "94 of 100" in str(caught.value)

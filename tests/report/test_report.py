@@ -17,13 +17,7 @@ from distill.errors import DistillError, Exit
 from distill.evaluation import results
 from distill.evaluation.judge import Duel, examined, load_probes, row_of_duels
 from distill.evaluation.measurements import Difference, DuelRow, Sample
-from distill.evaluation.scorers import (
-    Measured,
-    by_checker,
-    measure_agreement,
-    measure_task,
-    requests_of,
-)
+from distill.evaluation.scorers import measure_items, requests_of
 from distill.evaluation.statistics import Certainty
 from distill.formatting import plain_numbers
 from distill.records import (
@@ -79,25 +73,26 @@ def evaluation(items: list[Item], correct: dict[str, int], run: Run) -> dict[str
         }
         for m in SECONDS
     }
-    rows = {
-        task: measure_task(task, items, answers, "correct", CHECKERS[task])
-        for task in dict.fromkeys(item.task for item in items)
-    }
+    rows = {}
+    for task in dict.fromkeys(item.task for item in items):
+        mine = [item for item in items if item.task == task]
+        rows[task] = measure_items(mine, answers, CHECKERS[task], "correct")
+    shapes = {"base": (20.0, 5), "student": (9.0, 3)}
     losses = {
-        model: [
-            AnswerLoss(loss=loss + k % n, tokens=20, hits=15 - n + k % n) for k in range(len(items))
-        ]
-        for model, loss, n in (("base", 20.0, 5), ("student", 9.0, 3))
+        model: {
+            item.id: AnswerLoss(loss=loss + k % n, tokens=20, hits=15 - n + k % n)
+            for k, item in enumerate(items)
+        }
+        for model, (loss, n) in shapes.items()
     }
     certainty = Certainty(samples=500)
     settings = {"items": 24, "documents": 24, "max_new_tokens": 20}
     settings |= {"teacher_temperature": 0.0, "teacher_sees_more": False}
-    tests = [by_checker(rows[t], c) for t, c in CHECKERS.items() if c and t in rows]
-    write_records(run.path("requests.jsonl"), requests_of(items, answers, tests))
+    write_records(run.path("requests.jsonl"), requests_of(items, answers, rows.values()))
     model = {"name": HOSTILE, "hub_id": None, "revision": None, "sha256": HASH}
     model["template_hash"] = "t"
     models = {"teacher": model, "base": model, "student": {**model, "adapter_sha256": HASH}}
-    alike = measure_agreement(items, answers)
+    alike = measure_items(items, answers)
     return plain_numbers(
         {
             "models": models,
@@ -152,8 +147,8 @@ def add_suites_and_judge(run: Run, passed: bool = True, flagged: int = 3) -> Run
     probes = load_probes()
     outcomes = {"null": 0.0, "injected": 0.0 if passed else 1.0, "copy": 0.5}
     verdict = Score(item_id="i", model="m", value=None, answer="A/B", reason="r")
-    values = [outcomes[probe.kind] for probe in probes]
-    probe = examined(probes, [verdict.model_copy(update={"value": v}) for v in values])
+    values = [outcomes[probe.probe or ""] for probe in probes]
+    probe = examined([verdict.model_copy(update={"value": v}) for v in values])
     duels = [Duel(str(k), str(k), (), "aa", "ab", None) for k in range(24)]
     wins = [verdict.model_copy(update={"value": 1.0 if k % 3 else 0.0}) for k in range(24)]
     row = row_of_duels(duels, wins, 24, Certainty(samples=500))
@@ -363,22 +358,17 @@ def test_where_private_text_is_kept_no_sample_leaves_the_run(tmp_path: Path) -> 
 
 
 def test_missing_answers_are_shown_both_ways_and_too_many_stop() -> None:
-    task, items = "math_word_problem", make_items(60)[1::2]
+    items, checker = make_items(60)[1::2], CHECKERS["math_word_problem"]
     answers = {m: {i.id: answered(i, m, f"#### {i.reference}") for i in items} for m in SECONDS}
-
-    def measured() -> Measured:
-        return measure_task(task, items, answers, "correct", CHECKERS[task])
-
     del answers["student"][items[0].id]
-    row = results.row_of(measured(), Certainty(samples=200))
+    row = results.row_of(measure_items(items, answers, checker, "correct"), Certainty(samples=200))
     assert row.unscored == 1 and row.student == 1.0
     counted = row.if_missing_counts_against_student
     assert counted and counted.student == pytest.approx(29 / 30)
     assert counted.student_minus_teacher.mean == pytest.approx(-1 / 30)
-    for item in items[:3]:
-        answers["student"].pop(item.id, None)
+    del answers["student"][items[1].id], answers["student"][items[2].id]
     with pytest.raises(DistillError) as caught:
-        results.row_of(measured(), Certainty(samples=200))
+        results.row_of(measure_items(items, answers, checker, "correct"), Certainty(samples=200))
     assert caught.value.code == Exit.EVALUATION
 
 

@@ -48,7 +48,7 @@ def row(documents: int) -> MetricRow:
                     id=f"{model}-{document}-{k}", request_key="k", sample=0, prompt_id=prompt.id,
                     model=model, text="7" if k < correct[document % 4] else "8", stop="end",
                 )  # fmt: skip
-    measured = scorers.measure_task("sums", items, answers, "correct", {"kind": "number"})
+    measured = scorers.measure_items(items, answers, {"kind": "number"}, "correct")
     return results.row_of(measured, Certainty(samples=500))
 
 
