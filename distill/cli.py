@@ -308,20 +308,6 @@ def probe(config: ConfigArgument, overrides: Overrides = None) -> None:
     print(*probe_lines(probed(open_run(config, overrides or ()).config)), sep="\n")
 
 
-@app.command(rich_help_panel=LOOK)
-def contamination(
-    items: Annotated[Path, typer.Argument(metavar="ITEMS", help="Items of an evaluation.")],
-    corpus: Annotated[Path, typer.Argument(metavar="CORPUS", help="A file or folder of text.")],
-) -> None:
-    """Look for the items of an evaluation in a corpus."""
-    from distill.corpus.contamination import NOT_FOUND, compare_files
-
-    count, matches = compare_files(items, corpus)
-    for item, (match, *_) in matches.items():
-        print(f"{item}  in {match.place}: {match.phrase[:120]}")
-    print(f"{len(matches)} of {count} items are in the corpus. {NOT_FOUND}")
-
-
 @app.command(rich_help_panel=PUBLISH)
 def publish(
     run: ConfigArgument,

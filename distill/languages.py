@@ -1,8 +1,7 @@
-"""What is known of scripts and languages: where words and questions end, and which language a text
-is in.
+"""Scripts and languages: where words and questions end, and which language a text is in.
 
-A language is told by its script, and in Latin letters by its commonest words; that decides nothing
-but what a run says of its corpus, and in which language questions are asked for.
+That is told by its script, in Latin letters by its commonest words, and decides nothing but what a
+run says of its corpus, and in which language questions are asked for.
 """
 
 import re

@@ -1,8 +1,7 @@
 """How models mark their reasoning in a text: one table, for answers of teachers and recorded rows.
 
-A chat template may write the opening mark into the prompt, so that only the closing one stands in
-the answer; a model that is cut off never closes. Marks in quotes, in backticks, in a code fence or
-within a sentence are what an answer speaks of, and mark nothing. Time is linear in the text.
+A template may write the opening mark into the prompt; a model that is cut off never closes. Marks
+in quotes, code or a sentence are what an answer speaks of. Time is linear in the text.
 """
 
 import re
@@ -43,19 +42,15 @@ ANSWERS = (
     ("", "[END FINAL RESPONSE]"),
     ("", "<|return|>"),
 )
-TAILS = (
-    "<|end|><|start|>assistant",
-    "<|eom|><|start|>assistant",
-)  # of the channels of the last two
+TAILS = ("<|end|><|start|>assistant", "<|eom|><|start|>assistant")  # of the last two's channels
 BLOCKS = 16  # of thought, one behind the other; more are a loop of the model's
 QUOTES = "`'\"“”‘’«»"
+OPENING_OF = {closing: opening for opening, closing in PAIRS}
+MARK = re.compile("|".join(re.escape(mark) for pair in PAIRS for mark in pair))
 
 
 def split_reasoning(text: str) -> tuple[str, str | None]:
-    """Return an answer, and the reasoning that stands before it, or None.
-
-    An answer that opens a thought and never closes it is all thought: its text is empty.
-    """
+    """Return an answer, empty if its thought never ends, and the reasoning before it, or None."""
     thoughts: list[str] = []
     while len(thoughts) < BLOCKS and (block := _first_block(text, lone=not thoughts)) is not None:
         thought, text = block
@@ -87,54 +82,42 @@ def split_thought(text: str, thought: str | None) -> tuple[str | None, str]:
 
 def marked(text: str) -> bool:
     """Tell whether a mark of reasoning stands in a text that has been split."""
-    return any(next(_places(text, mark), None) is not None for pair in PAIRS for mark in pair)
+    return next(_marks(text), None) is not None
 
 
 def _first_block(text: str, lone: bool) -> tuple[str, str] | None:
-    """Return the thought with which a text begins and what follows it, or None.
-
-    With `lone`, a closing mark that nothing before it opens ends one too.
-    """
+    """Return the thought with which a text begins and what follows it, or None; with `lone`, a
+    closing mark that nothing before it opens ends one too."""
     start = text.lstrip()
     for opening, closing in PAIRS:
         if start.startswith(opening):
             body = start.removeprefix(opening)
-            place = next(_places(body, closing), None)
-            place = body.find(closing) if place is None else place
-            if place < 0:
+            places = (mark.start() for mark in _marks(body) if mark[0] == closing)
+            if (place := next(places, body.find(closing))) < 0:
                 return body, ""
             return body[:place], body[place + len(closing) :].lstrip()
     for opening, closing in SENTENCES:
         if start.startswith(opening) and closing in start:
             thought, _, answer = start.removeprefix(opening).partition(closing)
             return thought, answer.lstrip()
-    ends = [
-        (place, closing)
-        for opening, closing in PAIRS
-        if lone
-        and (places := (p for p in _places(text, closing) if not _in_sentence(text, p, closing)))
-        and (place := next(places, None)) is not None
-        and opening not in text[:place]
-    ]
-    if not ends:
-        return None
-    place, closing = min(ends)
-    return text[:place], text[place + len(closing) :].lstrip()
+    first = {opening: text.find(opening) for opening, _ in PAIRS} if lone else {}
+    for mark in _marks(text) if lone else ():
+        place, end = mark.span()
+        # a sentence that speaks of a mark: a word before it, a small letter or a stop behind
+        spoken = re.fullmatch(r"[\w,:(] ", text[max(0, place - 2) : place])
+        spoken = spoken and re.match(r"[.,;:)?]| [^\W\d_A-Z]", text[end : end + 2])
+        opening = OPENING_OF.get(mark[0])
+        if opening and not spoken and not 0 <= first[opening] < place:
+            return text[:place], text[end:].lstrip()
+    return None
 
 
-def _in_sentence(text: str, place: int, mark: str) -> bool:
-    """Tell a mark that a sentence speaks of: a word before it, a small letter or a stop behind."""
-    before, behind = text[max(0, place - 2) : place], text[place + len(mark) :][:2]
-    return bool(re.fullmatch(r"[\w,:(] ", before) and re.match(r"[.,;:)?]| [^\W\d_A-Z]", behind))
-
-
-def _places(text: str, mark: str) -> Iterator[int]:
-    """Yield where a mark stands outside of quotes and code."""
-    place, fences, before = text.find(mark), 0, 0
-    while place >= 0:
-        fences += text.count("```", before, place)
-        end = place + len(mark)
-        quoted = text[place - 1 : place] in QUOTES and text[end : end + 1] in QUOTES
-        if fences % 2 == 0 and not (quoted and place and end < len(text)):
-            yield place
-        before, place = place, text.find(mark, end)
+def _marks(text: str) -> Iterator[re.Match[str]]:
+    """Yield the marks that stand outside of quotes and code."""
+    fences, before = 0, 0
+    for mark in MARK.finditer(text):
+        fences += text.count("```", before, mark.start())
+        before = mark.start()
+        left, right = text[before - 1 : before], text[mark.end() : mark.end() + 1]
+        if fences % 2 == 0 and not (left and right and left in QUOTES and right in QUOTES):
+            yield mark

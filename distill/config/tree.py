@@ -125,7 +125,10 @@ class Corpus(Section):
 class Questions(Section):
     """Questions that the teacher writes about each document."""
 
-    kinds: tuple[str, ...] = ("factual", "explain", "apply")
+    kinds: Annotated[
+        tuple[Literal["factual", "explain", "apply", "compare", "consequence"], ...],
+        Field(min_length=1),
+    ] = ("factual", "explain", "apply")
     """Kinds of questions: factual, explain, apply, compare, consequence."""
     per_document: Positive = 3
     """Questions asked for each document, spread over the kinds."""

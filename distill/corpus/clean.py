@@ -1,10 +1,7 @@
 """Text of the corpus: cleaned, cut into pieces, and without anything that acts as a control token.
 
-A text is cut at the last end of a paragraph that fits, else of a sentence, else at white space,
-else hard; each piece after the first begins `overlap` characters earlier, at a word. Nothing but
-white space is lost. Texts that chat templates use as control tokens are broken up before any prompt
-is made. This is the first of two guards and knows the families by their shape, since the models are
-not known here; `distill.models.chat_template` is the second, and knows the tokenizer.
+Control tokens are known by the shapes of the families, since the models are not known here;
+`distill.models.chat_template` is the second guard, and knows the tokenizer.
 """
 
 import re
@@ -38,8 +35,7 @@ ORDERING = ("system", "assistant", "human", "instruction", "response")
 def normalise(text: object) -> str:
     """Return clean text: NFC, `\\n` line ends, no control characters, one blank line at most.
 
-    Raises ValueError with the reason where the value is no text, is empty, or holds NUL or a lone
-    surrogate.
+    Raises ValueError where the value is no text, is empty, or holds NUL or a lone surrogate.
     """
     if not isinstance(text, str):
         raise ValueError(f"the text is {type(text).__name__}, not text")
@@ -60,7 +56,7 @@ def normalise(text: object) -> str:
 
 
 def chunk(text: str, max_chars: int, overlap_chars: int) -> list[str]:
-    """Cut a text into pieces of at most `max_chars` characters, by the rule above."""
+    """Cut a text into pieces of at most `max_chars`: at paragraphs, else sentences, else words."""
     pieces, start = [], 0
     while len(text) - start > max_chars:
         end = high = start + max_chars
@@ -79,11 +75,8 @@ def chunk(text: str, max_chars: int, overlap_chars: int) -> list[str]:
 
 def has_instructions(text: str) -> bool:
     """Tell whether a text gives orders to a model, or names a role as a transcript does."""
-    if text.isascii():  # a look for the words is ten times as quick as the pattern
-        low = text.lower()
-        if not any(word in low for word in ORDERING):
-            return False
-    return INSTRUCTIONS.search(text) is not None
+    low = text.lower()  # a look for the words is ten times as quick as the pattern
+    return any(word in low for word in ORDERING) and bool(INSTRUCTIONS.search(text))
 
 
 def break_up(text: str) -> str:

@@ -1,11 +1,8 @@
 """The corpus stage: reads the sources, cleans, leaves out repeats, splits by document, then cuts.
 
-What shares text with a held-out document is left out too, so that nothing is bought or trained on
-that is evaluated. Writes documents.jsonl, and rejects.jsonl with the place and reason of everything
-that was left out. Counts and hashes go into the run's manifest under `corpus`.
-
-The split of a document follows from its content and the seed alone: with shares, new documents
-never move old ones; with counts, the documents of the lowest hashes are taken.
+Writes documents.jsonl, and rejects.jsonl with the place and reason of all that was left out. The
+split of a document follows from its content and the seed alone: with shares, new documents never
+move old ones; with counts, the documents of the lowest hashes are taken.
 """
 
 import hashlib
@@ -18,12 +15,13 @@ from pathlib import Path
 from distill.config.tree import Chunk, Corpus
 from distill.corpus import python_docs, readers
 from distill.corpus.clean import chunk
-from distill.corpus.contamination import contaminated_documents
+from distill.corpus.contamination import trained_on
 from distill.corpus.near_duplicates import near_repeats
+from distill.corpus.ngrams import EvaluatedText, Index
 from distill.corpus.privacy import mask_documents
 from distill.corpus.readers import Reject, SourceRow
 from distill.corpus.rows import Reading, interpret
-from distill.corpus.turns import LeftOut, join_threads
+from distill.corpus.turns import LeftOut
 from distill.errors import DistillError, Exit
 from distill.languages import main_language
 from distill.records import Document, Split
@@ -36,52 +34,38 @@ MANY_NEAR = 0.2  # of the documents: if more are near-duplicates, the threshold 
 
 
 def main(run: Run) -> None:
-    """Make documents.jsonl and rejects.jsonl, and note the counts.
-
-    Raises DistillError (exit 3) where the corpus is not usable.
-    """
+    """Make documents.jsonl and rejects.jsonl, and note the counts; exit 3 if nothing is usable."""
     config = run.config
-    corpus, rejects, listed = config.corpus, list[Reject](), run.path("rejects.jsonl")
-    documents = interpret_rows(corpus, rejects)
-    write_records(listed, rejects)  # the next error refers to it
-    rows, bad = len(documents) + len(rejects), [reject for reject in rejects if reject.bad]
-    refuse_too_many(bad if documents else rejects, len(documents), corpus.max_bad_fraction, listed)
-    private: dict[str, object] = {"policy": corpus.private_text}
-    if corpus.private_text != "keep":
-        drop = corpus.private_text == "drop"
-        documents, holding, kinds = protect(documents, drop, rejects)
-        private |= {"documents": holding, "kinds": dict(sorted(kinds.items()))}
-        if holding:
-            action = "dropped" if drop else "masked"
-            say(f"corpus: private text {action} in {holding} rows: {counts_line(kinds)}")
+    corpus, listed = config.corpus, run.path("rejects.jsonl")
+    documents, rejects = read_documents(corpus, listed)
+    rows, bad = len(documents) + len(rejects), sum(reject.bad for reject in rejects)
+    documents, private = protect(documents, corpus.private_text, rejects)
     before = len(rejects)
     documents = deduplicate(
         documents, rejects, corpus.near_duplicate_threshold, corpus.limit, config.seed
     )
-    sizes = corpus.split
     # pages of one PDF are in one split
     groups = {
         d.id: d.source.rpartition(":")[0] if ".pdf:" in d.source.lower() else d.id
         for d in documents
     }
-    names = [*dict.fromkeys(groups.values())]
+    names, sizes = [*dict.fromkeys(groups.values())], corpus.split
     of_group = split(names, config.seed, sizes.validation, sizes.heldout)
     splits: dict[str, Split] = {identity: of_group[group] for identity, group in groups.items()}
     chunks = cut_documents(documents, splits, corpus.chunk, rejects)
-    kept = len(documents)
     del documents  # a chunk has its own copy of what is known of it
     repeats = len(rejects) - before
     clean_chunks = remove_contaminated(chunks, rejects)
+    contaminated = len(chunks) - len(clean_chunks)
     write_records(listed, rejects)
     write_records(run.path("documents.jsonl"), clean_chunks)
     by_split = Counter(document.split for document in clean_chunks)
-    contaminated = len(chunks) - len(clean_chunks)
     facts = {
         "rows": rows,
-        "kept": kept,
+        "kept": len(groups),
         "private_text": private,
         "contaminated": contaminated,
-        "bad": len(bad),
+        "bad": bad,
         "repeats": repeats,
         "documents": len(clean_chunks),
         "splits": dict(by_split),
@@ -98,7 +82,7 @@ def main(run: Run) -> None:
         )
     shares = ", ".join(f"{count} {name}" for name, count in sorted(by_split.items()))
     n = len(clean_chunks)
-    say(f"corpus: {rows} rows, {len(bad)} bad, {repeats} repeats, {n} documents ({shares})")
+    say(f"corpus: {rows} rows, {bad} bad, {repeats} repeats, {n} documents ({shares})")
     if contaminated:
         say(
             f"corpus: {contaminated} documents share text with held-out ones and are left out of "
@@ -111,16 +95,14 @@ def identity(corpus: Corpus) -> dict[str, str]:
     if corpus.source == "python-docs":
         return {"python": platform.python_version()}
     folder, dataset = corpus.path, corpus.dataset or ""
-    if folder is None and dataset.startswith(("/", "./")):
-        folder = Path(dataset)
-    if folder is None:
+    if folder is None and not dataset.startswith(("/", "./")):
         return {}
-    if not folder.exists():
-        raise DistillError(Exit.INPUT, folder, "does not exist", "check corpus.path")
-    saved = readers.is_saved_dataset(folder)
-    files = sorted(p for p in folder.rglob("*") if p.is_file()) if saved else []
-    hashes = {}
-    for file in files or readers.list_files(folder)[0]:
+    folder, hashes = folder or Path(dataset), dict[str, str]()
+    if readers.is_saved_dataset(folder):
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+    else:
+        files = readers.list_files(folder)[0]
+    for file in files:
         try:
             hashes[f"input {_relative(file, folder)}"] = sha256_file(file)
         except OSError as error:
@@ -133,45 +115,42 @@ def _relative(file: Path, root: Path) -> str:
     return file.relative_to(root).as_posix() if file != root else file.name
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-
-
 def read(corpus: Corpus) -> Iterator[SourceRow | Reject]:
     """Yield every row of the configured source, or why it could not be read."""
     if corpus.source == "python-docs":
         rows = python_docs.read_python_docs()
         yield from (SourceRow(f"python-docs:{row['name']}", row) for row in rows)
-    elif corpus.path is None or readers.is_saved_dataset(corpus.path):
+        return
+    if corpus.path is None or readers.is_saved_dataset(corpus.path):
         reference = str(corpus.path.absolute()) if corpus.path else corpus.dataset or ""
         yield from readers.read_dataset(reference, corpus.dataset_config, corpus.dataset_split)
-    else:
-        files, ignored = readers.list_files(corpus.path)
-        if ignored:
-            names = _some([_relative(file, corpus.path) for file in ignored])
-            say(f"corpus: {len(ignored)} files of other kinds are not read: {names}")
-        others: dict[str, list[str]] = {}
-        with tracking("reading", len(files), "files") as tracker:
-            for file in files:
-                source = _relative(file, corpus.path)
-                yield from readers.read_file(file, source, corpus.encoding, others)
-                tracker.advance()
-        for encoding, names in others.items():
-            say(f"corpus: {len(names)} files are read as {encoding}: {_some(names)}")
+        return
+    files, ignored = readers.list_files(corpus.path)
+    others: dict[str, list[str]] = {}
+    if ignored:
+        others["of other kinds and not read"] = [_relative(file, corpus.path) for file in ignored]
+    with tracking("reading", len(files), "files") as tracker:
+        for file in files:
+            source = _relative(file, corpus.path)
+            yield from readers.read_file(file, source, corpus.encoding, others)
+            tracker.advance()
+    for what, names in others.items():
+        some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        say(f"corpus: {len(names)} files are {what}: {some}")
 
 
-def interpret_rows(corpus: Corpus, rejects: list[Reject]) -> list[Document]:
-    """Return the documents and prompts of the source, and say what its rows were read as.
+def read_documents(corpus: Corpus, listed: Path) -> tuple[list[Document], list[Reject]]:
+    """Return the documents and prompts of the source, and the other rows, which are listed too.
 
-    Rows that are neither go to `rejects`.
+    Raises DistillError (exit 3) where nothing is left, or more rows are bad than allowed.
     """
-    documents, reading = list[Document](), Reading()
-    for row in join_threads(read(corpus)):
+    documents, rejects, reading = list[Document](), list[Reject](), Reading()
+    settings = corpus.columns, corpus.format, corpus.reference_pattern
+    for row in read(corpus):
         if isinstance(row, Reject):
             rejects.append(row)
             continue
         try:
-            settings = corpus.columns, corpus.format, corpus.reference_pattern
             document = interpret(row.value, row.where, *settings, reading)
             if "messages" not in document.meta and len(document.text) < corpus.chunk.min_chars:
                 raise ValueError(f"shorter than {corpus.chunk.min_chars} characters")
@@ -181,48 +160,45 @@ def interpret_rows(corpus: Corpus, rejects: list[Reject]) -> list[Document]:
             rejects.append(Reject(where=row.where, reason=str(error)[:300], bad=bad))
     for line in reading.lines():
         say(f"corpus: {line}")
-    unusable = Counter(reject.reason for reject in rejects if not reject.bad)
-    for reason, count in unusable.items():
+    for reason, count in Counter(reject.reason for reject in rejects if not reject.bad).items():
         say(f"corpus: {count} rows are left out: {reason}")
-    return documents
-
-
-def refuse_too_many(bad: list[Reject], good: int, allowed: float, listed: Path) -> None:
-    """Raise DistillError (exit 3) where nothing is left, or more rows are bad than allowed."""
+    write_records(listed, rejects)
+    good, bad = len(documents), [reject for reject in rejects if reject.bad or not documents]
     share = len(bad) / max(1, len(bad) + good)
-    if good and share <= allowed:
-        return
-    example = f", first {bad[0].where}: {bad[0].reason}" if bad else ""
-    what = f"{len(bad)} of {len(bad) + good} rows are bad{example}"
-    fix = f"all are in {listed}"
-    if good:
-        limit = ceil(share * 100) / 100
-        fix += f"; correct them, or raise corpus.max_bad_fraction to {limit:g}"
-    raise DistillError(Exit.INPUT, "corpus", what, fix)
+    if not good or share > corpus.max_bad_fraction:
+        example = f", first {bad[0].where}: {bad[0].reason}" if bad else ""
+        what, fix = f"{len(bad)} of {len(bad) + good} rows are bad{example}", f"all are in {listed}"
+        if good:
+            limit = ceil(share * 100) / 100
+            fix += f"; correct them, or raise corpus.max_bad_fraction to {limit:g}"
+        raise DistillError(Exit.INPUT, "corpus", what, fix)
+    return documents, rejects
 
 
 def protect(
-    documents: list[Document], drop: bool, rejects: list[Reject]
-) -> tuple[list[Document], int, Counter[str]]:
-    """Mask private text, or drop its documents; return these, how many held some, and the kinds.
-
-    Raises DistillError (exit 3) where every document is dropped.
-    """
+    documents: list[Document], policy: str, rejects: list[Reject]
+) -> tuple[list[Document], dict[str, object]]:
+    """Mask private text, or drop its documents; return these, and how much of it there was."""
+    if policy == "keep":
+        return documents, {"policy": policy}
     results, kinds, holding = list[Document](), Counter[str](), 0
     for document, (masked, counts) in zip(documents, mask_documents(documents), strict=True):
         holding += bool(counts)
         kinds += counts
-        if counts and drop:
+        if counts and policy == "drop":
             rejects.append(_left_out(document, f"holds private text: {counts_line(counts)}"))
         else:
             results.append(masked)
     if not results:
         what = f"every document holds private text: {counts_line(kinds)}"
         raise DistillError(Exit.INPUT, "corpus", what, "set corpus.private_text to mask")
-    return results, holding, kinds
+    if holding:
+        action = "dropped" if policy == "drop" else "masked"
+        say(f"corpus: private text {action} in {holding} rows: {counts_line(kinds)}")
+    return results, {"policy": policy, "documents": holding, "kinds": dict(sorted(kinds.items()))}
 
 
-def counts_line(kinds: dict[str, int]) -> str:
+def counts_line(kinds: Counter[str]) -> str:
     """Return counts by kind as text."""
     return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
 
@@ -240,43 +216,10 @@ def deduplicate(
 ) -> list[Document]:
     """Return the documents without repeats, in their order; of equal ones, the first stays.
 
-    A prompt that comes again with another answer gets it as one more sample.
-
-    With a limit, that many, chosen by content and seed. Raises DistillError (exit 3) where two
-    documents of one file have different content and the same id of the user's.
+    With a limit, that many, chosen by content and seed.
     """
-    by_content: dict[str, Document] = {}
-    by_id: dict[tuple[str, str], Document] = {}
-    samples: dict[str, dict[tuple[str, str | None], dict[str, str]]] = {}
-
-    def answers_of(document: Document) -> dict[tuple[str, str | None], dict[str, str]]:
-        model = document.meta.get("recorded_model")
-        model = {"model": str(model)} if model else {}
-        return {
-            (answer["text"], answer.get("reasoning")): model | answer
-            for answer in document.recorded_answers
-        }
-
-    for document in documents:
-        identity, file = document.meta.get("id"), document.source.rpartition(":")[0]
-        other = by_id.setdefault((file, identity), document) if identity else document
-        if other.id != document.id:
-            what = f"id {identity!r:.60} stands with other content at {other.source}"
-            fix = "make ids unique, or name another column with corpus.columns.id"
-            raise DistillError(Exit.INPUT, document.source, what, fix)
-        first = by_content.setdefault(document.id, document)
-        if first is document:
-            continue
-        answers = samples[first.id] = samples.get(first.id) or answers_of(first)
-        new = {key: one for key, one in answers_of(document).items() if key not in answers}
-        answers.update(new)
-        if not new:
-            rejects.append(_left_out(document, f"same content as {first.source}"))
-    for identity, answers in samples.items():
-        if len(answers) > len((first := by_content[identity]).recorded_answers):
-            meta = first.meta | {"recorded_answer": [*answers.values()]}
-            by_content[identity] = first.model_copy(update={"meta": meta})
-    candidates = list(by_content.values())
+    unique = join_samples(documents, rejects)
+    candidates = [*unique.values()]
     if limit is not None:
         candidates.sort(key=lambda document: rank(document.id, seed, "limit"))
     ids, copies = set[str](), 0
@@ -284,18 +227,54 @@ def deduplicate(
     for place, document in enumerate(candidates):
         if len(ids) == limit:
             break
-        if place not in near:
-            ids.add(document.id)
-        else:
+        if place in near:
             source, copies = candidates[near[place]].source, copies + 1
             rejects.append(_left_out(document, f"nearly the same as {source}"))
+        else:
+            ids.add(document.id)
     if copies > MANY_NEAR * (looked_at := len(ids) + copies):
         share = f"{copies} of {looked_at} documents ({copies / looked_at:.0%})"
         say(
             f"corpus: warning: {share} are left out as nearly the same as another; if they are "
             "not, set corpus.near_duplicate_threshold higher, or to null"
         )
-    return [document for document in by_content.values() if document.id in ids]
+    return [document for document in unique.values() if document.id in ids]
+
+
+def join_samples(documents: list[Document], rejects: list[Reject]) -> dict[str, Document]:
+    """Return the documents by their ids; a prompt gets its other answers as more samples.
+
+    Raises DistillError (exit 3) where an id of the user's stands with two contents in one file.
+    """
+    by_content: dict[str, Document] = {}
+    by_name: dict[tuple[str, str], Document] = {}
+    samples: dict[str, dict[tuple[str, str | None], dict[str, str]]] = {}
+
+    def answers_of(document: Document) -> dict[tuple[str, str | None], dict[str, str]]:
+        model = document.meta.get("recorded_model")
+        model = {"model": str(model)} if model else {}
+        answers = document.recorded_answers
+        return {(answer["text"], answer.get("reasoning")): model | answer for answer in answers}
+
+    for document in documents:
+        name, file = document.meta.get("id"), document.source.rpartition(":")[0]
+        other = by_name.setdefault((file, name), document) if name else document
+        if other.id != document.id:
+            what = f"id {name!r:.60} stands with other content at {other.source}"
+            fix = "make ids unique, or name another column with corpus.columns.id"
+            raise DistillError(Exit.INPUT, document.source, what, fix)
+        first = by_content.setdefault(document.id, document)
+        if first is not document:
+            answers, more = samples.setdefault(first.id, answers_of(first)), answers_of(document)
+            if more.keys() <= answers.keys():
+                rejects.append(_left_out(document, f"same content as {first.source}"))
+            for key, answer in more.items():
+                answers.setdefault(key, answer)
+    for identity, answers in samples.items():
+        if len(answers) > len((first := by_content[identity]).recorded_answers):
+            meta = first.meta | {"recorded_answer": [*answers.values()]}
+            by_content[identity] = first.model_copy(update={"meta": meta})
+    return by_content
 
 
 def rank(identity: str, seed: int, salt: str = "") -> float:
@@ -305,10 +284,9 @@ def rank(identity: str, seed: int, salt: str = "") -> float:
 
 
 def split(ids: list[str], seed: int, validation: float, heldout: float) -> dict[str, Split]:
-    """Assign each id; sizes of 1 and more are counts, below 1 shares of all.
+    """Assign each id; sizes of 1 and more are counts, below 1 shares, of a document at least.
 
-    A share above 0 gets a document at least, and so does training. Raises DistillError (exit 3)
-    where there are too few documents.
+    Raises DistillError (exit 3) where none would be left to train on.
     """
     splits: dict[str, Split] = dict.fromkeys(ids, "train")
     sizes: list[tuple[Split, float, float]] = [
@@ -317,12 +295,11 @@ def split(ids: list[str], seed: int, validation: float, heldout: float) -> dict[
         ("validation", validation, validation / (1 - heldout) if heldout < 1 else validation),
     ]
     for name, size, share in sizes:
-        train = [identity for identity, current in splits.items() if current == "train"]
-        ranks = {identity: rank(identity, seed, name) for identity in train}
-        ranked = sorted(train, key=lambda identity: (ranks[identity], identity))
+        ranks = {one: rank(one, seed, name) for one, now in splits.items() if now == "train"}
+        ranked = sorted(ranks, key=lambda identity: (ranks[identity], identity))
         below = sum(number < share for number in ranks.values())
         picked = ranked[: int(size) if size >= 1 else max(below, int(share > 0))]
-        if len(picked) < size or len(picked) >= len(train):
+        if len(picked) < size or len(picked) >= len(ranks):
             what = f"{len(ids)} documents cannot give {size:g} for {name} and leave some to train"
             fix = "give more documents, or smaller corpus.split sizes"
             raise DistillError(Exit.INPUT, "corpus.split", what, fix)
@@ -333,11 +310,7 @@ def split(ids: list[str], seed: int, validation: float, heldout: float) -> dict[
 def cut_documents(
     documents: list[Document], splits: dict[str, Split], rule: Chunk, rejects: list[Reject]
 ) -> list[Document]:
-    """Cut the documents into chunks, each in the split of its document.
-
-    A prompt, and a text that fits, stays complete. A chunk that repeats another (a license header)
-    is left out.
-    """
+    """Cut the documents into chunks, each in the split of its document; a prompt stays complete."""
     chunks: dict[str, Document] = {}
     for document in documents:
         pieces = [document]
@@ -363,17 +336,24 @@ def cut_documents(
 def remove_contaminated(documents: list[Document], rejects: list[Reject]) -> list[Document]:
     """Leave out the documents that share text with a held-out one, which itself stays.
 
-    Raises DistillError (exit 3) where none is left to train on.
+    To leave out the held-out ones that are found would change what is measured. Raises DistillError
+    (exit 3) where none is left to train on.
     """
-    contaminated = contaminated_documents(documents)
-    for document in documents:
-        if document.id in contaminated:
-            held_out, phrase = contaminated[document.id]
-            what = f"holds text of {held_out.source}, which is held out: {phrase[:120]}"
-            rejects.append(_left_out(document, what))
-    results = [document for document in documents if document.id not in contaminated]
-    if contaminated and not any(document.split == "train" for document in results):
+    held_out = {document.id: document for document in documents if document.split == "heldout"}
+    items = [
+        EvaluatedText(d.id, str(d.meta.get("parent")), (d.text,), d.meta.get("reference"))
+        for d in held_out.values()
+    ]
+    matches: dict[str, str] = {}
+    for item, place, phrase in Index(items).find(trained_on(documents)):
+        source = held_out[item.id].source
+        what = f"holds text of {source}, which is held out: {phrase[:120]}"
+        matches.setdefault(place, what)
+    left_out = [_left_out(d, matches[d.id]) for d in documents if d.id in matches]
+    results = [document for document in documents if document.id not in matches]
+    if left_out and not any(document.split == "train" for document in results):
         what = "all documents to train on share text with held-out ones, such as "
         fix = "give documents that differ, or a smaller corpus.split.heldout"
-        raise DistillError(Exit.INPUT, rejects[-1].where, f"{what}{rejects[-1].reason}", fix)
+        raise DistillError(Exit.INPUT, left_out[-1].where, f"{what}{left_out[-1].reason}", fix)
+    rejects += left_out
     return results

@@ -1,9 +1,7 @@
 """Near-duplicates: documents that share most of their 5-grams with an earlier one (Jaccard).
 
 Grams are of words, or of characters in a script without spaces. Candidates come from MinHash with
-locality sensitive hashing (Broder 1997; datasketch), and each is confirmed by the exact overlap. Of
-a prompt only its own part counts: what is left of the last turn without a beginning or an end that
-two others have too, such as an instruction; the turns before it must be nearly the same besides.
+locality sensitive hashing (Broder 1997; datasketch), and each is confirmed by the exact overlap.
 """
 
 import hashlib
@@ -31,8 +29,7 @@ FACTORS = np.random.default_rng(1).integers(2**63, size=PERMUTATIONS, dtype=np.u
 
 
 class Compared(NamedTuple):
-    """What of a document is compared: its own part, what others share of its turn, and the turns
-    before."""
+    """What is compared of a document: its own part, what other prompts share, earlier turns."""
 
     own: str
     shared: tuple[str, str] = ("", "")
@@ -156,7 +153,7 @@ class Sketches:
 def near_repeats(
     documents: Sequence[Document], threshold: float, enough: int | None = None
 ) -> dict[int, int]:
-    """Return, by the position of a document, that of an earlier one which it nearly repeats.
+    """Return, by the place of a document, that of an earlier one which it nearly repeats.
 
     Where `enough` documents are no repeats, those behind them are not looked at.
     """

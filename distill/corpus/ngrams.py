@@ -1,11 +1,8 @@
 """Find phrases: which of many texts hold, word for word, a piece of one of the evaluated texts.
 
-The evaluated texts are the small side. Their windows of words are indexed by exact 64-bit hashes,
-the other texts stream past in batches, and every match of a hash is verified on the words
-themselves, so a collision costs time and never a false match. Text is compared as words: NFKC,
-case-folded, punctuation and invisible characters taken out; where a script is written without
-spaces each character is a word. Memory is that of the evaluated texts, however many others there
-are.
+Windows of the evaluated texts are indexed by 64-bit hashes, the other texts stream past, and every
+match is verified on the words, so a collision costs time and never a false match. Memory is that of
+the evaluated texts. Words are NFKC, case-folded, without punctuation and invisible characters.
 """
 
 import hashlib
@@ -98,7 +95,6 @@ class Index:
         queries = list[tuple[int, int, list[tuple[int, int]]]]()
         vocabulary: dict[str, str] = {}
         names = {name: k for k, name in enumerate(sorted({item.cluster for item in items}))}
-        clusters = array("l")  # of each word
         for owner, item in enumerate(items):
             answer = [(MIN_ANSWER_WORDS, (item.reference,))] if item.reference else []
             for min_words, parts in ((1, item.question), *answer):
@@ -109,14 +105,17 @@ class Index:
                     queries[-1][2].append((start, end))
                     self.stream += [*tokens, ""]
                     self.owner.extend(repeat(owner, len(tokens) + 1))
-                    clusters.extend([*repeat(names[item.cluster], len(tokens)), 0])
         self.values = {"": 0} | {word: value(word) for word in vocabulary}
-        values_N = self._values_of(self.stream)
+        values_N, owner_N = self._values_of(self.stream), np.array(self.owner, np.int64)
         # so many clusters must share a phrase for it to be nobody's own; of few clusters, all
         many = max(2, min(FEW, len(names)), int(SHARED * len(names)))
+        cluster_N = np.array([names[item.cluster] for item in items], np.int64)[owner_N]
         own_N = np.ones(len(values_N), np.bool_)  # words outside what many share, as a template's
         for _, hashes_N in partial_hashes(values_N, {PHRASE}):
-            for start in starts_of_shared(hashes_N, np.array(clusters, np.int64), many):
+            hashes, counts = np.unique(
+                hashes_N[first_places(hashes_N, cluster_N)], return_counts=True
+            )
+            for start in np.flatnonzero(np.isin(hashes_N, hashes[counts >= many])).tolist():
                 if "" not in self.stream[start : start + PHRASE]:
                     own_N[start : start + PHRASE] = False
         begins: dict[int, list[int]] = {}
@@ -125,15 +124,12 @@ class Index:
         for key, owners in list(self.alone.items()):
             if len({items[owner].cluster for owner in owners}) >= many:  # such as a class's name
                 del self.alone[key]
-        self.windows, owner_N = dict[int, Windows](), np.array(self.owner)
+        self.windows: dict[int, Windows] = {}
         for length, hashes_N in partial_hashes(values_N, set(begins)):
             starts = np.array(begins[length], np.int64)
             # of a window that a text repeats, the first: of "ha ha ha" in both, every pair would be
             # compared word by word
-            order = np.lexsort((owner_N[starts], hashes_N[starts]))
-            pairs = np.stack([hashes_N[starts[order]], owner_N[starts[order]].astype(np.uint64)])
-            new = np.concatenate([[True], (pairs[:, 1:] != pairs[:, :-1]).any(axis=0)])
-            starts = starts[np.sort(order[new])]
+            starts = starts[first_places(hashes_N[starts], owner_N[starts])]
             self.windows[length] = Windows(hashes_N[starts] >> self.shift, starts)
         owners = {k for w in self.windows.values() for k in np.unique(owner_N[w.starts]).tolist()}
         owners |= {owner for of_text in self.alone.values() for owner in of_text}
@@ -196,17 +192,9 @@ class Index:
         self, places: list[str], stream: list[str], starts: list[int], alone: set[tuple[int, str]]
     ) -> Iterator[tuple[EvaluatedText, str, str]]:
         """Yield the matches in texts whose words are one stream; `starts` are their positions."""
-        seen: set[tuple[int, int]] = set()
-
-        def new(number: int, owner: int) -> bool:
-            before = len(seen)
-            seen.add((number, owner))
-            return len(seen) > before
-
+        matches: dict[tuple[int, int], str] = {}  # by the numbers of text and item
         for number, phrase in sorted(alone):
-            for owner in self.alone[phrase]:
-                if new(number, owner):
-                    yield self.items[owner], places[number], phrase
+            matches |= {(number, owner): phrase for owner in self.alone[phrase]}
         compared: set[tuple[int, str]] = set()
         for length, hashes_N in partial_hashes(self._values_of(stream), set(self.windows)):
             for position, candidates in self.windows[length].hits(hashes_N >> self.shift):
@@ -217,17 +205,16 @@ class Index:
                     continue
                 compared.add((number, phrase))
                 for start in candidates.tolist():
-                    same = self.stream[start : start + length] == window
-                    if same and new(number, owner := self.owner[start]):
-                        yield self.items[owner], places[number], phrase
+                    if self.stream[start : start + length] == window:
+                        matches.setdefault((number, self.owner[start]), phrase)
+        for (number, owner), phrase in matches.items():
+            yield self.items[owner], places[number], phrase
 
 
 def partial_hashes(values_N: Hashes, lengths: set[int]) -> Iterator[tuple[int, Hashes]]:
     """Yield, for each of the lengths up to 13, the hashes of the windows that begin at each word.
 
-    The hash of a window is the sum of its words' values, each times an odd factor of its place,
-    modulo 2^64: that of a longer window goes on from that of a shorter one. Windows at the end are
-    padded with zeros.
+    The hash is the sum of the words' values times an odd factor of their place, modulo 2^64.
     """
     longest = max(lengths, default=0)
     padded = np.concatenate([values_N, np.zeros(longest, np.uint64)])
@@ -238,14 +225,9 @@ def partial_hashes(values_N: Hashes, lengths: set[int]) -> Iterator[tuple[int, H
             yield place + 1, total_N
 
 
-def starts_of_shared(hashes_N: Hashes, cluster_N: NDArray[np.int64], least: int) -> Iterable[int]:
-    """Return where the windows begin whose hash stands in at least so many clusters."""
-    order = np.lexsort((cluster_N, hashes_N))
-    hashes, clusters = hashes_N[order], cluster_N[order]
-    new_hash = np.ones(len(order), np.bool_)
-    new_hash[1:] = hashes[1:] != hashes[:-1]
-    new_pair = new_hash.copy()
-    new_pair[1:] |= clusters[1:] != clusters[:-1]
-    group = np.cumsum(new_hash) - 1
-    counts = np.bincount(group, weights=new_pair)
-    return np.sort(order[counts[group] >= least]).tolist()
+def first_places(hashes_N: Hashes, group_N: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the place of the first of each hash in each group."""
+    order = np.lexsort((group_N, hashes_N))
+    hashes, groups, new = hashes_N[order], group_N[order], np.ones(len(order), np.bool_)
+    new[1:] = (hashes[1:] != hashes[:-1]) | (groups[1:] != groups[:-1])
+    return np.sort(order[new])

@@ -1,8 +1,6 @@
 """The text of pages: HTML as a browser shows it, PDF page by page, Word with its tables."""
 
-import re
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 
 MAX_UNPACKED = 2**28  # bytes that a .docx may hold
@@ -13,11 +11,6 @@ BLOCKS = frozenset(
 )
 HIDDEN = frozenset("script style template noscript title nav iframe noembed noframes".split())
 VERBATIM = frozenset("pre listing plaintext textarea xmp".split())
-BLOCK_END = re.compile(rf"</({'|'.join(sorted(BLOCKS))})\s*>", re.IGNORECASE)
-MARK = "<br end={}>"  # after each of these, which the parser tells only where it closes something
-MARKS = re.compile(MARK.format(r"\w+"))  # left where markup is text, as in a textarea
-# libxml2 looks through all open elements for what an end tag closes: these take some five seconds
-MAX_LOOKS = 2_000_000_000
 
 
 def pdf_pages(path: Path) -> list[dict[str, object]]:
@@ -54,75 +47,33 @@ def docx_text(path: Path) -> list[dict[str, object]]:
     return [{"text": "\n\n".join(filter(None, blocks))}]
 
 
-class _PageText:
-    """Collects the visible text as the parser meets it; a block ends a line, `pre` keeps spaces.
+def html_to_text(html: str) -> str:
+    """Return the visible text of a page: a block ends a line, `pre` keeps its spaces.
 
-    No tree is built, so neither depth nor size is a matter of the stack or of memory.
+    Nothing is fetched, and no entity but HTML's own is expanded. Raises ValueError where it is
+    nested too deeply, or holds a NUL character, which the parser would replace.
     """
+    from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]
 
-    def __init__(self, max_depth: int) -> None:
-        self.parts: list[str] = []
-        self.run: list[str] = []  # pieces of text without a tag between them
-        self.depth = self.hidden = self.verbatim = 0
-        self.max_depth = max_depth
-        self.ended = False  # whether a block has ended since the last line did
-
-    def start(self, tag: str, attributes: Mapping[str, str]) -> None:
-        self._end_run()
-        self.depth += 1
-        if self.depth > self.max_depth:
-            raise ValueError(f"more than {self.max_depth:,} HTML elements inside one another")
-        self.hidden += tag in HIDDEN
-        self.verbatim += tag in VERBATIM
-        if tag in BLOCKS:
-            block = attributes.get("end", tag)
-            self.parts.append("\n\n" if block[:1] in ("p", "h") else "\n")
-            self.ended = False
-
-    def end(self, tag: str) -> None:
-        self._end_run()
-        self.depth -= 1
-        self.hidden -= tag in HIDDEN
-        self.verbatim -= tag in VERBATIM
-        self.ended |= tag in BLOCKS and tag not in ("br", "hr")
-
-    def data(self, data: str) -> None:
-        if not self.hidden:
-            self.run.append(data)
-
-    def _end_run(self) -> None:
-        text, self.run = "".join(self.run), []
-        if not text:
-            return
-        if not self.verbatim:
+    if "\0" in html:
+        raise ValueError("holds a NUL character")
+    parser = etree.HTMLParser(
+        encoding="utf-8", no_network=True, huge_tree=True, remove_comments=True, remove_pis=True
+    )
+    tree = etree.HTML(html.encode("utf-8", "replace"), parser) if html.strip() else None
+    if any("Excessive depth" in error.message for error in parser.error_log):
+        raise ValueError("too many HTML elements inside one another")
+    parts, hidden, verbatim = list[str](), 0, 0
+    for event, element in etree.iterwalk(tree, ("start", "end")) if tree is not None else ():
+        tag, step = element.tag, 1 if event == "start" else -1
+        if tag in BLOCKS and not (step < 0 and tag in ("br", "hr")):
+            parts.append("\n\n" if tag[0] in "ph" else "\n")
+        hidden += step * (tag in HIDDEN)
+        verbatim += step * (tag in VERBATIM)
+        text = (element.text if step > 0 else element.tail) or ""
+        if text and not verbatim:
             # collapsed as a browser does, with one space at each end that had any
             middle = " ".join(text.split())
             text = f"{' ' * text[0].isspace()}{middle}{' ' * text[-1].isspace()}" if middle else " "
-        if self.ended and text != " ":  # a block ended without an end tag
-            self.parts.append("\n")
-            self.ended = False
-        self.parts.append(text)
-
-    def close(self) -> str:
-        self._end_run()
-        return "".join(self.parts)
-
-
-def html_to_text(html: str) -> str:
-    """Return the visible text of a page, one block a paragraph.
-
-    Whatever the page declares, nothing is fetched and no entity but HTML's own is expanded. Raises
-    ValueError where it is nested too deeply.
-    """
-    from lxml.html import HTMLParser  # few corpora are pages
-
-    if not html.strip():
-        return ""
-    collector = _PageText(MAX_LOOKS // (1 + html.count("</")))
-    parser = HTMLParser(target=collector, encoding="utf-8", no_network=True, huge_tree=True)
-    marked = BLOCK_END.sub(lambda end: end[0] + MARK.format(end[1].lower()), html)
-    data = marked.encode("utf-8", "replace")
-    # in pieces: an error of the collector stops the parser at the end of a piece
-    for start in range(0, len(data), 2**16):
-        parser.feed(data[start : start + 2**16])
-    return MARKS.sub("", parser.close())
+        parts.append("" if hidden else text)
+    return "".join(parts)

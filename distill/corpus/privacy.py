@@ -1,16 +1,14 @@
 """Private text in documents: addresses, numbers and keys, masked before any prompt is made.
 
-What has the form of a private thing and passes its check (Luhn for cards, ISO 7064 for IBANs) is
-masked as `[EMAIL]`, `[PHONE]` and so on; the forms of keys stand in configs/secret_patterns.yaml.
-What standards set aside for examples (example.org, 555-0100, `password`) stays, so that
-documentation stays readable. Patterns cannot find all private text: names and postal addresses are
-not looked for. Every pattern is bounded, so that hostile text is read in linear time.
+What has the form of a private thing and passes its check becomes `[EMAIL]`, `[PHONE]` and so on;
+keys are those of configs/secret_patterns.yaml. What standards set aside for examples stays. Names and
+postal addresses are not looked for. Every pattern is bounded: hostile text takes linear time.
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from itertools import islice
 
 from distill.records import Document
 from distill.secret_patterns import Form, forms_in
@@ -101,27 +99,27 @@ def is_phone(match: re.Match[str]) -> bool:
 
 
 # What must stand in a text before it is searched for a form, and the form.
-PERSONAL = (
-    (re.compile("@"), Form("email", (), EMAIL, is_email, "email")),
-    (re.compile(r"[A-Z]{2}\d\d ?[A-Z0-9]{4}"), Form("iban", (), IBAN, is_iban, "iban")),
-    (re.compile(r"\d{4}[ -]?\d{4}"), Form("card", (), CARD, is_card, "card")),
-    (re.compile(r"\d{4}|\d{3}\D{1,2}\d{3}|\+\d|0\d"), Form("phone", (), PHONE, is_phone, "phone")),
-)
-GATES = {form.kind: gate for gate, form in PERSONAL}
-DIGIT = re.compile(r"\d")  # stands in each of them but the first
-BLOCK = 1 << 17  # characters of documents in which signs are looked for at once
+PERSONAL = {
+    "email": (re.compile("@"), EMAIL, is_email),
+    "iban": (re.compile(r"[A-Z]{2}\d\d ?[A-Z0-9]{4}"), IBAN, is_iban),
+    "card": (re.compile(r"\d{4}[ -]?\d{4}"), CARD, is_card),
+    "phone": (re.compile(r"\d{4}|\d{3}\D{1,2}\d{3}|\+\d|0\d"), PHONE, is_phone),
+}
+FORMS = [Form(kind, (), pattern, check, kind) for kind, (_, pattern, check) in PERSONAL.items()]
+TOGETHER = 64  # documents in which signs are looked for at once
 
 
-def possible_forms(text: str) -> list[Form]:
-    """Return the forms that may stand in a text. Keys come first, since they hold digits."""
-    personal = PERSONAL if DIGIT.search(text) else PERSONAL[:1]
-    return [*forms_in(text), *(form for gate, form in personal if gate.search(text))]
+def may_hold(text: str, form: Form) -> bool:
+    """Tell whether what must stand in a text for a form to match does."""
+    if form.name in PERSONAL:
+        return PERSONAL[form.name][0].search(text) is not None
+    return any(sign in text for sign in form.signs)
 
 
 def mask(text: str, forms: Iterable[Form] | None = None) -> tuple[str, Counter[str]]:
     """Put `[KIND]` for each private thing, of some forms or all; return the text and the counts."""
     counts: Counter[str] = Counter()
-    for form in possible_forms(text) if forms is None else forms:
+    for form in [*forms_in(text), *FORMS] if forms is None else forms:  # keys hold digits
 
         def replace(match: re.Match[str], form: Form = form) -> str:
             text = match[0]
@@ -139,27 +137,14 @@ def mask(text: str, forms: Iterable[Form] | None = None) -> tuple[str, Counter[s
 
 
 def mask_documents(documents: Iterable[Document]) -> Iterator[tuple[Document, Counter[str]]]:
-    """Yield each document as `mask_document` does, signs being looked for in several at once."""
-    block, size = list[tuple[Document, str]](), 0
-    for document in documents:
-        block.append((document, all_text(document)))
-        size += len(block[-1][1])
-        if size >= BLOCK:
-            yield from _mask_block(block)
-            block, size = [], 0
-    yield from _mask_block(block)
-
-
-def _mask_block(block: list[tuple[Document, str]]) -> Iterator[tuple[Document, Counter[str]]]:
-    forms = possible_forms("\n".join(text for _, text in block))
-    for document, text in block:
-        mine = [
-            form
-            for form in forms
-            if ((gate := GATES.get(form.kind)) and gate.search(text))
-            or any(sign in text for sign in form.signs)
-        ]
-        yield mask_document(document, mine)
+    """Yield each document with all but the user's `id` masked, and the counts by kind."""
+    documents = iter(documents)
+    while batch := [*islice(documents, TOGETHER)]:
+        texts = [all_text(document) for document in batch]
+        forms = [*forms_in("\n".join(texts)), *FORMS]
+        for document, text in zip(batch, texts, strict=True):
+            present = [form for form in forms if may_hold(text, form)]
+            yield mask_document(document, present) if present else (document, Counter())
 
 
 def all_text(document: Document) -> str:
@@ -169,20 +154,11 @@ def all_text(document: Document) -> str:
     return "\n".join((document.text, *values, *(text for one in dicts for text in one.values())))
 
 
-def mask_document(
-    document: Document, forms: Sequence[Form] | None = None
-) -> tuple[Document, Counter[str]]:
-    """Return the document with its text and values masked, and the counts by kind.
-
-    The user's own `id` stays as it is; the turns of a conversation count once, in the text. Other
-    `forms` cannot stand in it.
-    """
-    forms = possible_forms(all_text(document)) if forms is None else forms
-    if not forms:
-        return document, Counter()
+def mask_document(document: Document, forms: Sequence[Form]) -> tuple[Document, Counter[str]]:
+    """Return the document with what fits the forms masked, and the counts by kind."""
     in_values, in_turns = Counter[str](), Counter[str]()
 
-    def masked(value: Any, counts: Counter[str]) -> Any:
+    def masked(value: object, counts: Counter[str]) -> object:
         if isinstance(value, list):
             return [masked(one, counts) for one in value]
         if isinstance(value, dict):

@@ -1,10 +1,8 @@
 """The prompts stage: applies the tasks to the documents, in the student's view and the teacher's.
 
-A prompt is in the split of its document. Which documents are asked, and what, follows from content
-hashes, so a run repeats; with `per_document: rotate` each document gets one task, and each split
-the same number of each. The questions that the teacher writes about a passage become prompts here
-too; the generate stage asks for them. A question must stand by itself, since the student may not
-see the passage: one that points at "the text", or nearly repeats another, is left out.
+A prompt is in the split of its document; who is asked what follows from content hashes, so a run
+repeats. The questions that the teacher writes about a passage become prompts here too: each must
+stand by itself, since the student may not see the passage.
 """
 
 import re
@@ -65,30 +63,27 @@ NEARLY_SAME = 0.7  # Jaccard similarity of the words of two questions
 
 
 def main(run: Run) -> None:
-    """Make prompts.jsonl from documents.jsonl, and note the counts.
-
-    Raises DistillError (exit 2) where a task does not fit the documents, or two have one name.
-    """
+    """Make prompts.jsonl from documents.jsonl; exit 2 where a task does not fit them."""
     settings = run.config.prompts
     documents = read_records(run.path("documents.jsonl"), Document)
-    tasks = [load_task(name) for name in settings.tasks]
-    for name, count in Counter(task.name for task in tasks).items():
-        if count > 1:  # prompts could not tell them apart
-            what = f"two tasks are called {name}"
-            raise DistillError(Exit.CONFIG, "prompts.tasks", what, "rename one")
+    tasks = {task.name: task for task in map(load_task, settings.tasks)}
+    if len(tasks) < len(settings.tasks):  # prompts could not tell them apart
+        what = f"two tasks have one name among {', '.join(settings.tasks)}"
+        raise DistillError(Exit.CONFIG, "prompts.tasks", what, "rename one")
     held = sum("messages" in document.meta for document in documents)
-    if held and (about := [task.name for task in tasks if "prompt" not in task.student.user]):
-        asks = (
-            f"{held:,} rows are prompts, and task {about[0]} asks about them as if they were texts"
-        )
-        say(f"warning: {asks}; prompts.tasks=[] asks what they ask")
+    about = [name for name, task in tasks.items() if "prompt" not in task.student.user]
+    if held and about:
+        asks = f"{held:,} rows are prompts, and task {about[0]} asks about them as if they were"
+        say(f"warning: {asks} texts; prompts.tasks=[] asks what they ask")
     first: list[Prompt] = []
     counts: dict[str, Counter[str]] = {}
 
     def prompts() -> Iterator[Prompt]:
         for split in SPLITS:
             mine = sorted((d for d in documents if d.split == split), key=lambda d: d.id)
-            pairs = assign_tasks(mine, tasks, settings.per_document, settings.questions is not None)
+            pairs = assign_tasks(
+                mine, [*tasks.values()], settings.per_document, settings.questions is not None
+            )
             counts[split] = Counter()
             for document, task in islice(pairs, getattr(settings, split)):
                 prompt = ask(task, document)
@@ -103,7 +98,8 @@ def main(run: Run) -> None:
     for prompt in first:
         turns_shown = " | ".join(f"{turn.role}: {turn.content}" for turn in prompt.messages)
         say(f"prompts: for example: {one_line(clip(turns_shown, 300))}")
-    write_json(run.path(TASKS_FILE), {task.name: task.model_dump(mode="json") for task in tasks})
+    bodies = {name: task.model_dump(mode="json") for name, task in tasks.items()}
+    write_json(run.path(TASKS_FILE), bodies)
     # documents that forge a role or give orders to a model are counted, not dropped
     forged = sum(break_up(document.text) != document.text for document in documents)
     ordering = sum(has_instructions(document.text) for document in documents)
@@ -125,10 +121,7 @@ def identity(tasks: Sequence[str]) -> dict[str, str]:
 def assign_tasks(
     documents: list[Document], tasks: list[Task], per_document: str, questions: bool
 ) -> Iterator[tuple[Document, Task]]:
-    """Yield each document with each of its tasks; a row that holds a prompt needs no task.
-
-    Raises DistillError (exit 2) for a document without a task, unless `questions` are written.
-    """
+    """Yield each document with each of its tasks; a row that holds a prompt needs no task."""
     plain = load_task(PLAIN)
     for place, document in enumerate(documents):
         if not tasks and "messages" in document.meta:
@@ -170,10 +163,7 @@ def template_values(document: Document) -> dict[str, object]:
 def turns(
     view: PromptView, task: str, document: Document, values: dict[str, object]
 ) -> tuple[Message, ...]:
-    """Return one side's conversation: the document's own earlier turns, and the task's user turn.
-
-    A system turn of the task replaces the conversation's own.
-    """
+    """Return one side's conversation; a system turn of the task replaces the document's own."""
     earlier = [
         Message(role=turn["role"], content=break_up(turn["content"]))
         for turn in document.meta.get("messages", [])[:-1]
@@ -186,11 +176,6 @@ def turns(
 
 def question_shares(kinds: Sequence[str], per_document: int) -> list[tuple[str, int]]:
     """Spread the questions of a document over the kinds, the first ones with the remainder."""
-    unknown = [kind for kind in kinds if kind not in QUESTION_KINDS]
-    if unknown or not kinds:
-        what = f"unknown kind {unknown[0]}" if unknown else "names no kind"
-        fix = f"use some of: {', '.join(QUESTION_KINDS)}"
-        raise DistillError(Exit.CONFIG, "prompts.questions.kinds", what, fix)
     share, extra = divmod(per_document, len(kinds))
     counts = [(kind, share + (number < extra)) for number, kind in enumerate(kinds)]
     return [(kind, count) for kind, count in counts if count]
@@ -237,22 +222,17 @@ def distinct(questions: Iterable[str]) -> list[str]:
 def written_prompts(
     settings: Questions, document: Document, replies: Iterable[Response]
 ) -> list[Prompt]:
-    """Build one prompt for each question of the teacher's replies about a document.
-
-    The passage stands before the question in the views that see it.
-    """
+    """Build a prompt of each written question, with the passage in the views that see it."""
     task = load_task(QUESTION)
-    plain, with_passage = task.student.user, (task.teacher_view() or task.student).user
+    templates = task.student.user, (task.teacher_view() or task.student).user
+    sees = settings.student_sees_passage, settings.answer_with_passage
     prompts = []
     for question in distinct(one for reply in replies for one in read_questions(reply.text)):
         values = template_values(document) | {"question": break_up(question)}
         student, teacher = (
-            (Message(role="user", content=fill(template, task.name, values)),)
-            for template in (
-                with_passage if settings.student_sees_passage else plain,
-                with_passage if settings.answer_with_passage else plain,
-            )
+            (Message(role="user", content=fill(templates[passage], task.name, values)),)
+            for passage in sees
         )
-        differs = settings.answer_with_passage != settings.student_sees_passage
-        prompts.append(Prompt.make(student, document.id, task.name, teacher if differs else None))
+        teacher = teacher if sees[0] != sees[1] else None
+        prompts.append(Prompt.make(student, document.id, task.name, teacher))
     return prompts

@@ -1,8 +1,7 @@
 """The documentation of Python's standard library, of the interpreter that runs this.
 
-Signatures and docstrings are read in a fresh isolated interpreter (`python -I -S python_docs.py`,
-one JSON row a line), so that neither what this process has imported nor what a module does on
-import can change the documents. Imports the standard library only.
+It is read in a fresh isolated interpreter (`python -I -S python_docs.py`, one JSON row a line), so
+that neither this process nor what a module does on import can change it. No other imports.
 """
 
 import contextlib
@@ -13,7 +12,6 @@ import json
 import re
 import subprocess
 import sys
-from types import ModuleType
 
 # modules that open windows, print, or run something on import, and those that document no API
 EXCLUDED = frozenset(
@@ -45,42 +43,33 @@ def read_python_docs() -> list[dict[str, str]]:
 
 def collect() -> list[dict[str, str]]:
     """Read every public function and class of the standard library in this interpreter."""
-    names = sorted(
-        n for n in sys.stdlib_module_names if not n.startswith("_") and n not in EXCLUDED
-    )
+    names = sorted(n for n in sys.stdlib_module_names if n[0] != "_" and n not in EXCLUDED)
     rows: dict[int, dict[str, str]] = {}
     for path in [*names, *SUBMODULES]:
         with contextlib.suppress(ImportError):  # modules of other systems
             module = importlib.import_module(path)
             for name in sorted(getattr(module, "__all__", None) or dir(module)):
                 value = getattr(module, name, None)
-                if name.startswith("_") or not _belongs_to(value, module):
+                if name[0] == "_" or not (inspect.isclass(value) or inspect.isroutine(value)):
                     continue
+                home = (getattr(value, "__module__", None) or path).split(".")[0]
+                package = module.__name__.split(".")[0]
+                if HOMES.get(home, home).lstrip("_") != HOMES.get(package, package).lstrip("_"):
+                    continue  # imported from another package
                 qualified = name if path == "builtins" else f"{path}.{name}"
                 try:
-                    signature = str(inspect.signature(value))  # pyright: ignore[reportArgumentType]
+                    signature = str(inspect.signature(value))
                 except (TypeError, ValueError, AttributeError):  # of some built-ins, not readable
                     signature = ""
-                doc = value.__doc__ if isinstance(value.__doc__, str) else ""
-                doc = inspect.cleandoc(doc)
+                doc = inspect.cleandoc(value.__doc__ if isinstance(value.__doc__, str) else "")
                 text = ADDRESS.sub("", f"{qualified}{signature}\n\n{doc}")
                 if len(doc) >= MIN_DOC and len(text) <= MAX_TEXT:
                     rows.setdefault(id(value), {"name": qualified, "text": text})
     return sorted(rows.values(), key=lambda row: row["name"])
 
 
-def _belongs_to(value: object, module: ModuleType) -> bool:
-    """Tell whether a function or class is of the module's own package, with its private modules."""
-    if not (inspect.isclass(value) or inspect.isroutine(value)):
-        return False
-    home = (getattr(value, "__module__", None) or module.__name__).split(".")[0]
-    package = module.__name__.split(".")[0]
-    return HOMES.get(home, home).lstrip("_") == HOMES.get(package, package).lstrip("_")
-
-
 if __name__ == "__main__":
     with contextlib.redirect_stdout(io.StringIO()):
         rows = collect()
     sys.stdout.reconfigure(encoding="utf-8")  # pyright: ignore[reportAttributeAccessIssue]
-    for row in rows:
-        print(json.dumps(row))
+    print(*map(json.dumps, rows), sep="\n")

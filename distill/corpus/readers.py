@@ -1,25 +1,21 @@
 """Reading what people have: text, HTML, PDF, JSON, CSV, Parquet, a folder of these, or a dataset.
 
 Each reader yields a row as a mapping with its place (`file:line`), or a reject with a reason. A
-file that cannot be opened or whose end is missing stops with exit 3; a bad row never does. Lines
-end at newlines and nowhere else.
+file that cannot be opened or whose end is missing stops with exit 3; a bad row never does.
 """
 
 import codecs
 import csv
-import gzip
 import io
 import json
 import os
 import re
 import tempfile
-import zlib
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, NamedTuple, NoReturn, cast
+from typing import IO, NamedTuple
 
-from distill.corpus.encodings import SAMPLE, recognise
 from distill.corpus.pages import docx_text, html_to_text, pdf_pages
 from distill.errors import DistillError, Exit
 from distill.records import Record
@@ -31,8 +27,16 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 LINES = (".jsonl", ".ndjson")
 SUFFIXES = (*TEXTS, *LINES, ".json", *DELIMITERS)
 BINARY_SUFFIXES = (".parquet", ".pdf", ".docx")
+PACKED = {".gz": "gzip", ".zst": "zstd"}
 ARRAY = re.compile(rb"[\xef\xbb\xbf\xff\xfe\s\0]*\[[\s\0]*\{")  # of rows
 MAX_JSON = 2**31  # bytes of a .json file, which is read as one
+SAMPLE = 2**18  # bytes from which an encoding is recognised
+# Letters of Western Europe beside plain ones or alone, and its marks; no ð, ý, þ: of few languages
+ACCENTED = "àáâãäåæçèéêëìíîïñòóôõöøùúûüßœšžÀÁÂÄÅÆÇÈÉÊËÍÎÑÓÔÖØÙÚÛÜŒŠŽ"
+WESTERN = re.compile(
+    rf"(?<=[a-zA-Z])[{ACCENTED}]{{1,2}}|[{ACCENTED}]{{1,2}}(?=[a-zA-Z])"
+    r"|(?<![^\W\d_])[àèéòùÀÉ](?![^\W\d_])|[“”‘’„–—…•«»¡¿°§£€©®™\u00a0]"
+)
 Bytes = IO[bytes]
 
 
@@ -60,10 +64,7 @@ def kind_of(path: Path) -> str | None:
 
 
 def list_files(path: Path) -> tuple[list[Path], list[Path]]:
-    """Return the readable files at or below a path, sorted, and the others.
-
-    Raises DistillError (exit 3) where the path is missing or holds nothing that can be read.
-    """
+    """Return the readable files at or below a path, sorted, and the others; exit 3 without any."""
     if not path.exists():
         raise DistillError(Exit.INPUT, path, "does not exist", "check corpus.path")
     files, seen = [path] if path.is_file() else [], set[str]()
@@ -87,10 +88,9 @@ def list_files(path: Path) -> tuple[list[Path], list[Path]]:
 def read_file(
     path: Path, source: str, encoding: str | None = None, others: dict[str, list[str]] | None = None
 ) -> Iterator[SourceRow | Reject]:
-    """Yield the rows of one file, called `source` in places.
+    """Yield the rows of one file, called `source` in places; exit 3 where it cannot be read.
 
-    What is not in UTF-8 is in `encoding`, or in one that is recognised and noted in `others`, else
-    said at once. Raises DistillError (exit 3) where the file cannot be read.
+    What is not in UTF-8 is in `encoding`, or in one that is recognised: noted in `others`, or said.
     """
     kind = kind_of(path)
     try:
@@ -99,65 +99,80 @@ def read_file(
             return
         with _open(path) as file:
             sample = file.read(SAMPLE)
-        other = recognise(sample, len(sample) < SAMPLE, encoding)
-        if other and others is None:
-            say(f"{source} is read as {other[1]}")
-        elif other and others is not None:
-            others.setdefault(other[1], []).append(source)
+        codec = recognise(sample, encoding)
+        if codec and others is None:
+            say(f"{source} is read as {codec}")
+        elif codec and others is not None:
+            others.setdefault(f"read as {codec}", []).append(source)
         with _open(path) as packed, tempfile.TemporaryFile() as copy:
-            file = packed
-            if other:  # read in UTF-8, from a copy
-                decoder = codecs.getincrementaldecoder(other[0])()
-                while block := packed.read(2**20):
-                    copy.write(decoder.decode(block).encode("utf-8"))
-                copy.write(decoder.decode(b"", final=True).encode("utf-8"))
+            if codec:  # read in UTF-8, from a copy
+                text = io.TextIOWrapper(packed, codec, newline="")
+                while block := text.read(2**20):
+                    copy.write(block.encode())
                 copy.seek(0)
-                file = copy
+            file = copy if codec else packed
             if kind == ".json" or (kind in LINES and ARRAY.match(sample)):
                 yield from read_json(file, source, lines=kind in LINES)
             elif kind in LINES:
                 yield from read_lines(file, source)
             elif kind in DELIMITERS:
                 yield from read_csv(file, source, DELIMITERS[kind])
-            elif kind in TEXTS:
-                yield from _read_text(file, source, html=kind in (".html", ".htm"))
             else:
-                raise LookupError(f"{kind} is in SUFFIXES and has no reader")
+                yield _read_text(file, f"{source}:1", html=kind in (".html", ".htm"))
     except UnicodeDecodeError as error:
         what = f"is no valid {error.encoding}, as it begins: {error.reason} (or it is cut off)"
         raise DistillError(Exit.INPUT, path, what, "fetch it again, or convert it") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        what, fix = "is a damaged or cut-off .gz", "fetch or pack it again"
-        raise DistillError(Exit.INPUT, path, what, fix) from None
     except OSError as error:
-        what, fix = error.strerror or str(error), "check the file and its rights"
+        what = error.strerror or f"is damaged or cut off: {error}"
+        fix = "check the file and its rights, or fetch it again"
         raise DistillError(Exit.INPUT, path, what, fix) from None
 
 
 def _open(path: Path) -> Bytes:
     """Open a file to read its bytes, unpacked."""
-    if path.suffix.lower() == ".zst":
-        import pyarrow  # costs a second to import, and few need it
+    if (packed := path.suffix.lower()) not in PACKED:
+        return path.open("rb")
+    import pyarrow  # costs a second to import, and few need it
 
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-    packed = path.suffix.lower() == ".gz"
-    return cast("Bytes", gzip.open(path) if packed else path.open("rb"))
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression=PACKED[packed]))
 
 
-def _read_text(file: Bytes, source: str, html: bool) -> Iterator[SourceRow | Reject]:
+def recognise(sample: bytes, stated: str | None) -> str | None:
+    """Return the codec of a text that is not UTF-8, or None where it is, or is not recognised.
+
+    `stated` is for what is not UTF-16 either. Windows-1252, which holds Latin-1, is recognised if
+    nearly all characters are those that Western Europe writes.
+    """
+
+    def decode(codec: str) -> str:
+        try:
+            return codecs.getincrementaldecoder(codec)().decode(sample, len(sample) < SAMPLE)
+        except UnicodeDecodeError:
+            return ""
+
+    if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    if sample.count(0) > len(sample) / 5:
+        wide = ("utf-16-le", "utf-16-be")
+        return next((codec for codec in wide if (text := decode(codec)) and "\0" not in text), None)
+    if not sample or decode("utf-8"):
+        return None
+    foreign = sum(byte > 127 for byte in sample)
+    western = len("".join(WESTERN.findall(decode("cp1252"))))
+    return stated or ("cp1252" if 0 not in sample and western >= 0.95 * foreign else None)
+
+
+def _read_text(file: Bytes, where: str, html: bool) -> SourceRow | Reject:
     data = file.read(MAX_ROW + 1)
+    if not data.strip(b"\xef\xbb\xbf \t\r\n"):
+        return Reject(where=where, reason="the file is empty", bad=False)
     try:
-        if not data.strip(b"\xef\xbb\xbf \t\r\n"):
-            yield Reject(where=f"{source}:1", reason="the file is empty", bad=False)
-            return
         if len(data) > MAX_ROW:
             raise ValueError(f"larger than {MAX_ROW:,} bytes")
         text = decode(data)
-        if html and "\0" in text:  # which the parser would replace
-            raise ValueError("holds a NUL character")
-        yield SourceRow(f"{source}:1", {"text": html_to_text(text) if html else text})
+        return SourceRow(where, {"text": html_to_text(text) if html else text})
     except ValueError as error:
-        yield Reject(where=f"{source}:1", reason=str(error))
+        return Reject(where=where, reason=str(error))
 
 
 def decode(data: bytes) -> str:
@@ -168,41 +183,38 @@ def decode(data: bytes) -> str:
         raise ValueError(f"not UTF-8 at byte {error.start}") from None
 
 
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON value")
+def parse_json(data: bytes) -> object:
+    """Read a JSON value; raises ValueError with the reason, also where a key stands twice."""
 
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        value = dict(pairs)
+        if len(value) < len(pairs):  # JSON does not say which of equal keys counts
+            raise ValueError(f"a key stands twice among {ascii([key for key, _ in pairs])[:120]}")
+        return value
 
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    value = dict(pairs)
-    if len(value) < len(pairs):  # JSON does not say which of equal keys counts
-        counts = Counter(key for key, _ in pairs)
-        raise ValueError(f"key {counts.most_common(1)[0][0][:60]!a} stands twice")
-    return value
+    try:
+        return json.loads(decode(data), object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def read_json(file: Bytes, source: str, lines: bool = False) -> Iterator[SourceRow | Reject]:
     """Yield the rows of a JSON file: of an array, of the one list in an object, or the object.
 
-    An object of columns, as pandas writes it, is a table; of JSON lines, each is a row, whatever
-    the file is called. Raises DistillError (exit 3) where it is no JSON; with `lines` it is read as
-    lines then.
+    An object of columns, as pandas writes it, is a table; JSON lines are read as such. Raises
+    DistillError (exit 3) where it is neither.
     """
     data = file.read(MAX_JSON + 1)
     if len(data) > MAX_JSON:
-        what = f"is larger than {MAX_JSON:,} bytes: write it as .jsonl"
-        raise DistillError(Exit.INPUT, source, what, "correct the file")
+        what = f"is larger than {MAX_JSON:,} bytes"
+        raise DistillError(Exit.INPUT, source, what, "write it as .jsonl")
     try:
-        value = json.loads(decode(data), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        bad = isinstance(error, json.JSONDecodeError)
-        if lines or (bad and error.msg == "Extra data" and error.doc.lstrip()[:1] in ("{", "[")):
+        value = parse_json(data)
+    except ValueError as error:
+        if lines or (isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"):
             yield from read_lines(io.BytesIO(data), source)
             return
-        if bad:
-            what, fix = f"is no JSON, or is cut off: {error}", "correct it, or fetch it again"
-        else:
-            what = str(error) if isinstance(error, ValueError) else "is nested too deeply"
-            fix = "correct the file"
+        what, fix = f"is no JSON, or is cut off: {error}", "correct it, or fetch it again"
         raise DistillError(Exit.INPUT, source, what, fix) from None
     if isinstance(value, dict):
         lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
@@ -218,49 +230,38 @@ def read_json(file: Bytes, source: str, lines: bool = False) -> Iterator[SourceR
             lists = [[dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]]
         value = lists[0] if lists else [value]
     for number, row in enumerate(value if isinstance(value, list) else [value], 1):
-        where = f"{source}:{number}"
-        if isinstance(row, dict):
-            yield SourceRow(where, row)
-        else:
-            yield Reject(where=where, reason=f"not an object but {type(row).__name__}")
+        yield _object_row(row, f"{source}:{number}")
+
+
+def _object_row(value: object, where: str) -> SourceRow | Reject:
+    if isinstance(value, dict):
+        return SourceRow(where, value)
+    return Reject(where=where, reason=f"not an object but {type(value).__name__}")
 
 
 def read_lines(file: Bytes, source: str) -> Iterator[SourceRow | Reject]:
     """Yield the rows of JSON lines; memory stays bounded by the longest allowed row."""
     number = 0
     while line := file.readline(MAX_ROW + 1):
+        number += 1
+        where = f"{source}:{number}"
         if len(line) > MAX_ROW:
-            number += 1
-            yield Reject(where=f"{source}:{number}", reason=f"longer than {MAX_ROW:,} bytes")
+            yield Reject(where=where, reason=f"longer than {MAX_ROW:,} bytes")
             while not line.endswith(b"\n") and (line := file.readline(MAX_ROW)):
                 pass
-            continue
-        # a bare carriage return, which no JSON text holds, ends a line of old Macs
-        for part in line.removesuffix(b"\n").removesuffix(b"\r").split(b"\r"):
-            number += 1
-            where, reason, value = f"{source}:{number}", "", None
-            if not part.strip():
-                continue
+        elif line.strip():
             try:
-                value = json.loads(decode(part), parse_constant=_refuse, object_pairs_hook=_unique)
-            except RecursionError:
-                reason = "nested too deeply"
+                yield _object_row(parse_json(line), where)
             except ValueError as error:
-                reason = f"not JSON: {error}"[:200]
-            if isinstance(value, dict):
-                yield SourceRow(where, value)
-            else:
-                reason = reason or f"not an object but {type(value).__name__}"
-                yield Reject(where=where, reason=reason)
+                yield Reject(where=where, reason=f"not JSON: {error}"[:200])
 
 
 def read_csv(file: Bytes, source: str, delimiter: str) -> Iterator[SourceRow | Reject]:
     """Yield the rows of CSV or TSV; a row whose quote does not close costs that row alone.
 
-    What stands between columns is the delimiter, or if the head has none, what it has in its place.
-    Such a row is rejected at the line where it begins, and reading goes on at the line after it, so
-    that it swallows none of the rows below. Raises DistillError (exit 3) where the head cannot be
-    read or names a column twice.
+    After a bad row, reading goes on at the line behind the one where it begins. If the head lacks
+    the delimiter, what it has in its place counts. Columns without a name are left out. Exit 3
+    where the head cannot be read or names a column twice.
     """
     # bytes that are not UTF-8 become lone surrogates, which cleaning rejects row by row
     text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
@@ -275,12 +276,12 @@ def read_csv(file: Bytes, source: str, delimiter: str) -> Iterator[SourceRow | R
     # A row left open at the end of a line has the fate of every other that is open there: one
     # failure at a later line settles all that begin above that line. Without this, each of them
     # would be read to its end: quadratic.
-    hopeless, unclosed, size = 0, "a quote is not closed", 0
+    hopeless, size = 0, 0
 
     def next_line() -> str:
         nonlocal size
         if lines and number + len(lines) < hopeless:
-            raise csv.Error(unclosed)
+            raise csv.Error("a quote is not closed")
         line = again.popleft() if again else text.readline(MAX_ROW + 1)
         size = size + len(line) if lines else len(line)
         if line:
@@ -299,17 +300,13 @@ def read_csv(file: Bytes, source: str, delimiter: str) -> Iterator[SourceRow | R
         except StopIteration:
             return
         except csv.Error as error:
-            reason = unclosed if "unexpected end" in str(error) else str(error)
-            if len(lines) > 1 and reason != unclosed:
-                reason = f"{unclosed}, or {reason}"
+            reason = f"not CSV: {error}"
         if names is not None and fields and len(fields) != len(names):
             reason = f"{len(fields)} fields under {len(names)} names"
-            if len(lines) > 1:
-                reason += f", on {len(lines)} lines: perhaps {unclosed}"
-        elif reason:
-            reason = f"not CSV: {reason}"
         if reason:
             where = f"{source}:{number + 1}"
+            if len(lines) > 1:
+                reason += f", on {len(lines)} lines: perhaps a quote is not closed"
             if names is None:
                 raise DistillError(Exit.INPUT, where, f"the head is {reason}", "correct the line")
             yield Reject(where=where, reason=reason)
@@ -325,8 +322,6 @@ def read_csv(file: Bytes, source: str, delimiter: str) -> Iterator[SourceRow | R
         if names is None and any(field.strip() for field in fields):
             names = [name if name.strip() else "" for name in fields]
             _refuse_same_columns(names, where)
-            if nameless := [str(n) for n, name in enumerate(names, 1) if not name]:
-                say(f"{where}: columns without a name are left out: {', '.join(nameless[:20])}")
         elif names is not None and fields:
             pairs = zip(names, fields, strict=True)
             yield SourceRow(where, {name: value for name, value in pairs if name})
@@ -341,7 +336,7 @@ def _refuse_same_columns(names: list[str], where: object) -> None:
 
 
 def _read_parquet(path: Path, source: str) -> Iterator[SourceRow | Reject]:
-    import pyarrow  # costs a second to import, and few need it
+    import pyarrow
     import pyarrow.parquet
 
     try:

@@ -1,18 +1,15 @@
 """What a row means: a document, or a prompt with, perhaps, its reference and recorded answers.
 
-`SHAPES` says which columns of the sets that people use hold what; one more set is one more line.
-The columns of a prompt are joined by blank lines, in the order of the training code or harness that
-the set is known by: Alpaca and Dolly the instruction first, SQuAD the passage first.
-
-A prompt becomes a document whose `meta["messages"]` holds the conversation to answer. The last user
-turn is answered; what answers it is kept as it came, to the space, in `meta["recorded_answer"]`.
+`SHAPES` says which columns of the sets that people use hold what. Of a prompt the last user turn is
+answered: `meta["messages"]` is the conversation to answer, `meta["recorded_answer"]` what answers
+it, as it came, to the space.
 """
 
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import regex
 
@@ -28,7 +25,6 @@ from distill.corpus.turns import (
     holds,
     parsed,
     read_answers,
-    read_transcript,
     read_turns,
 )
 from distill.reasoning import split_reasoning
@@ -36,12 +32,14 @@ from distill.records import Document
 
 SECONDS = 2.0  # that finding a reference in one answer may take
 TEXT_COLUMNS = ("text", "content", "document", "passage", "body")
+TREE = {"message_id", "parent_id", "role"}  # columns of the messages of OASST's trees
 
 
 class RowShape(NamedTuple):
     """A kind of row: the columns by which it is known, those of its prompt, those of its answer.
 
-    The first of `known_by` holds something. Of `answer`, the first counts that holds something.
+    A prompt's columns are joined by blank lines in the order of the code that the set is known by.
+    The first of `known_by`, and the one of `answer` that counts, hold something.
     """
 
     name: str
@@ -76,16 +74,12 @@ SHAPES = tuple(
         ("queries", "query response", "query", "response"),
         ("queries", "query answer", "query", "answer"),
         ("problems", "problem solution", "problem", "solution"),
-        ("problems", "problem generated_solution", "problem", "generated_solution"),
         ("pairs", "input output", "input", "output"),
         ("pairs", "inputs targets", "inputs", "targets"),
-        ("pairs", "human assistant", "human", "assistant"),
-        ("pairs", "user assistant", "user", "assistant"),
     )
 )
 SYSTEM = ("system", "system_prompt", "system_message")
 REFERENCE = ("reference", "expected_answer")
-HISTORY = "history"  # LLaMA-Factory's earlier exchanges, in pairs
 KNOWN = {
     *(name for shape in SHAPES for names in shape[1:] for name in names),
     *(*TEXT_COLUMNS, *ANY_ANSWER.split(), *SYSTEM, *REASONING, *REFERENCE),
@@ -97,11 +91,7 @@ STATED = {
     "dollars": "recorded_dollars",
     "cost": "recorded_dollars",
 }
-USES = (  # of columns, as they are told
-    *("text", "prompt", "conversation", "prompt and recorded answer", "earlier turns"),
-    *("system turn", "recorded answer", "reference and recorded answer", "reasoning", "reference"),
-)
-UNUSED = "unused"
+UNUSED, ANSWER = "unused", "recorded answer"  # uses of columns
 
 
 class Reading:
@@ -125,8 +115,7 @@ class Reading:
             for column, use in self.uses[shape].items():
                 became.setdefault(use, []).append(column)
             unused = [f"`{name[:40]}`" for name in became.pop(UNUSED, ())]
-            order = sorted(filter(None, became), key=lambda use: USES.index(use.partition(",")[0]))
-            parts = [f"{' + '.join(became[use])} → {use}" for use in order]
+            parts = [f"{' + '.join(names)} → {use}" for use, names in became.items() if use]
             line = f"{count:,} row{'s' * (count > 1)} as {shape}: {', '.join(parts)}"
             if unused:
                 more = f" and {len(unused) - 8} more" if len(unused) > 8 else ""
@@ -148,24 +137,36 @@ def interpret(
     Raises ValueError with the reason where it is neither, and LeftOut where it cannot be used.
     """
     columns, reading = columns or Columns(), reading or Reading()
-    if (names := _usual_names(tuple(row))) and columns == Columns():
+    names, shapes = _plan(tuple(row))
+    if columns == Columns():
         row = dict(zip(names, row.values(), strict=True))
     text_column = columns.text or next((n for n in TEXT_COLUMNS if row.get(n) is not None), None)
-    shape = _shape(row, columns)
+    if columns.prompt:
+        names = (columns.prompt,) if isinstance(columns.prompt, str) else columns.prompt
+        shapes = [RowShape("prompts", names[:1], names, tuple(ANY_ANSWER.split()))]
+    shapes = [
+        shape
+        for shape in shapes
+        if row.get(first := shape.known_by[0]) is not None
+        and (first != "data" or are_texts(row["data"]))
+    ]
+    filled = (shape for shape in shapes if holds(row[shape.known_by[0]]))
+    shape = next(filled, shapes[0] if shapes else None)
     if form == "documents" or (form == "auto" and (columns.text or not shape)):
         if text_column is None or text_column not in row:
-            raise ValueError(f"no column {columns.text or 'of text'} among: {_names(row)}")
+            raise ValueError(f"no column {columns.text or 'of text'} among: {_listed(row)}")
+        if row.keys() >= TREE and not columns.text:
+            raise ValueError("a message of a tree: join each thread to `messages`")
         meta = _other(row, columns, {text_column})
         document = Document.make(normalise(row[text_column]), where, meta)
         reading.add("documents", row, {text_column: "text", columns.id or "id": ""})
         return document
     if shape is None:
-        raise ValueError(f"no column {columns.prompt or 'with a prompt'} among: {_names(row)}")
+        raise ValueError(f"no column {columns.prompt or 'with a prompt'} among: {_listed(row)}")
     if shape.prompt == ("prompt",) and row.get("label") is False:  # TRL's unpaired preferences
         raise LeftOut("its label says that the completion is not wanted")
     uses = {columns.id or "id": "", **dict.fromkeys(STATED, "")}
-    meta = _prompt(row, columns, shape, pattern, uses, reading.omitted)
-    messages = meta["messages"]
+    messages, meta = _prompt(row, columns, shape, pattern, uses, reading.omitted)
     text = messages[0]["content"]
     if len(messages) > 1:
         text = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in messages)
@@ -174,34 +175,14 @@ def interpret(
 
 
 @lru_cache(100)
-def _usual_names(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the names of columns, ` Question` as `question`; nothing where they are usual ones."""
-    result = [] if {*names} & {*TEXT_COLUMNS} else list(names)
-    for place, name in enumerate(result):
-        if (usual := name.strip().lower().replace(" ", "_")) in KNOWN and usual not in result:
+def _plan(names: tuple[str, ...]) -> tuple[tuple[str, ...], list[RowShape]]:
+    """Return columns by their usual names, ` Question` as `question`, and the shapes they fit."""
+    result = list(names)
+    for place, name in enumerate(names):
+        usual = name.strip().lower().replace(" ", "_")
+        if usual in KNOWN and usual not in result and not {*names} & {*TEXT_COLUMNS}:
             result[place] = usual
-    return tuple(result) if tuple(result) != names else ()
-
-
-@lru_cache(100)
-def _shapes_of(names: tuple[str, ...]) -> list[RowShape]:
-    return [shape for shape in SHAPES if {*shape.known_by} <= {*names}]
-
-
-def _shape(row: Mapping[str, object], columns: Columns) -> RowShape | None:
-    """Return the first shape whose columns the row has; `corpus.columns.prompt` makes its own."""
-    if columns.prompt:
-        names = (columns.prompt,) if isinstance(columns.prompt, str) else columns.prompt
-        shape = RowShape("prompts", names[:1], names, tuple(ANY_ANSWER.split()))
-        return shape if names[0] in row else None
-    fitting = [
-        shape
-        for shape in _shapes_of(tuple(row))
-        if row[shape.known_by[0]] is not None
-        and (shape.known_by != ("data",) or are_texts(row["data"]))
-    ]
-    filled = (shape for shape in fitting if holds(row[shape.known_by[0]]))
-    return next(filled, fitting[0] if fitting else None)
+    return tuple(result), [shape for shape in SHAPES if {*shape.known_by} <= {*result}]
 
 
 def _prompt(
@@ -211,8 +192,8 @@ def _prompt(
     pattern: str | None,
     uses: dict[str, str],
     omitted: Counter[str],
-) -> dict[str, Any]:
-    """Return the meta of a row that holds a prompt, and note in `uses` what its columns became."""
+) -> tuple[list[dict[str, str]], dict[str, object]]:
+    """Return the turns and the meta of a row that holds a prompt; `uses` gets its columns' uses."""
 
     def take(use: str, *names: str | None) -> object:
         name = next((name for name in names if name and holds(row.get(name))), None)
@@ -220,22 +201,17 @@ def _prompt(
         return row[name] if name else None
 
     turns, texts = list[RowTurn](), list[str]()
-    if isinstance(exchanges := take("earlier turns", HISTORY), list):
-        turns = [turn for pair in exchanges for turn in read_turns(pair)]
+    if isinstance(pairs := take("earlier turns", "history"), list):  # of LLaMA-Factory
+        turns = [turn for pair in pairs for turn in read_turns(pair)]
     for name in shape.prompt:
-        value = parsed(row.get(name))
-        if isinstance(value, dict) and isinstance(value.get("text"), str) and not are_turns(value):
-            value = value["text"]  # a question of Natural Questions, beside its tokens
-        if isinstance(value, list | dict) and name not in shape.known_by and not are_turns(value):
-            if not are_texts(value):
-                continue
+        value, known = parsed(row.get(name)), name in shape.known_by
+        if are_texts(value) and not known:
             value = "\n\n".join(value)  # passages
-        if isinstance(value, str) and value.startswith("\n\nHuman:"):
-            value = read_transcript(value)
-            turns += value
-        elif isinstance(value, list | dict):
+        if isinstance(value, list | dict):
+            if not known and not are_turns(value):
+                continue
             turns += read_turns(value)
-        elif holds(value) or (len(shape.prompt) == 1 and name in shape.known_by):
+        elif holds(value) or (known and len(shape.prompt) == 1):
             texts.append(normalise(value))
         if name in row:
             uses[name] = "conversation" if isinstance(value, list | dict) else "prompt"
@@ -243,26 +219,20 @@ def _prompt(
     system = take("system turn", columns.system, *SYSTEM)
     right_columns = REFERENCE if "answer" in shape.answer else (*REFERENCE, "answer")
     reference = take("reference", columns.reference, *right_columns)
-    column = "recorded answer"
-    answer = parsed(take(column, columns.answer, *shape.answer))
-    if answer is None and columns.reference:
-        column = "reference and recorded answer"
-        answer = take(column, columns.reference)
+    answer = parsed(take(ANSWER, columns.answer, *shape.answer))
 
     answers = list[RowTurn]()
     if are_turns(answer):
         more = read_turns(answer)
         # a chosen conversation repeats its prompt, or goes on from it
         turns = more if any(turn.role == "user" for turn in more) else turns + more
-    elif isinstance(answer, str) and not turns:
-        turns = read_transcript(answer)
     else:
         answers = read_answers(answer)
     messages, last = _arrange(turns, system, omitted)
     stated = [turn.text for turn in read_answers(reference) or answers]
     if last and (answers or answer is None):
         # the conversation ends with its answer: a text beside it is what is right
-        ends = {"conversation": "prompt and recorded answer", column: "reference"}
+        ends = {"conversation": "prompt and recorded answer", ANSWER: "reference"}
         uses |= {name: ends.get(use, use) for name, use in uses.items()}
     if last:
         if not stated and (pattern or answer is not None):
@@ -274,24 +244,25 @@ def _prompt(
     right = normalise(right) if right.strip() else None
     if pattern is None and right and (final := right.rpartition("\n")[2]).startswith("####"):
         right = final[4:].strip() or right
-        uses |= {n: f"{use}, after #### reference" for n, use in uses.items() if use == column}
-    right = extract(right, pattern)
+        uses |= {n: f"{use}, after #### reference" for n, use in uses.items() if use == ANSWER}
+    elif pattern and right:
+        right = extract(right, pattern)
 
     hidden = {name for name, use in uses.items() if use not in ("prompt", "system turn")}
     meta = _other(row, columns, {*hidden, *shape.known_by[:1]}) | {"messages": messages}
     if right is not None:
         meta["reference"] = right
     if answers:
-        kept = [
-            {"text": turn.text}
-            | ({"reasoning": turn.reasoning} if turn.reasoning else {})
-            | ({"model": turn.model} if turn.model else {})
+        records = [
+            {key: text for key in ("text", "reasoning", "model") if (text := getattr(turn, key))}
             for turn in answers
         ]
-        for text in (text for answer in kept for text in answer.values()):
+        for text in (text for record in records for text in record.values()):
             normalise(text)  # raises where it cannot be stored, and changes nothing
-        meta["recorded_answer"] = kept if len(kept) > 1 or len(kept[0]) > 1 else kept[0]["text"]
-    return meta | {key: row[name] for name, key in STATED.items() if _is_plain(row.get(name))}
+        alone = len(records) == len(records[0]) == 1
+        meta["recorded_answer"] = records[0]["text"] if alone else records
+    plain = {key: row[name] for name, key in STATED.items() if _is_plain(row.get(name))}
+    return messages, meta | plain
 
 
 def _arrange(
@@ -299,19 +270,17 @@ def _arrange(
 ) -> tuple[list[dict[str, str]], RowTurn | None]:
     """Return the turns to answer, one system turn before them, and the answer after them, if any.
 
-    Turns of tools are left out, and an assistant's before the first user turn. Raises ValueError
-    where nothing is asked, and LeftOut where the answer cannot be had without tools.
+    Turns of tools are left out, and an assistant's before the first user turn.
     """
-    asked = [number for number, turn in enumerate(turns) if turn.role == "user"]
-    if not asked:
+    questions = [number for number, turn in enumerate(turns) if turn.role == "user"]
+    if not questions:
         raise ValueError("the conversation has no last user turn to answer")
-    if any(turn.role == TOOL for turn in turns[asked[-1] :]):
+    if any(turn.role == TOOL for turn in turns[questions[-1] :]):
         raise LeftOut("the answer calls a tool, or rests on what a tool returned")
-    opening, rest = turns[: asked[0]], turns[asked[0] :]
+    opening, rest = turns[: questions[0]], turns[questions[0] :]
     omitted["tool turns"] += sum(turn.role == TOOL for turn in turns)
-    omitted["assistant turns before the first user turn"] += sum(
-        turn.role == "assistant" for turn in opening
-    )
+    early = sum(turn.role == "assistant" for turn in opening)
+    omitted["assistant turns before the first user turn"] += early
     rest, last = [turn for turn in rest if turn.role != TOOL], None
     while rest[-1].role == "assistant":  # several in a row are one answer
         before = rest.pop()
@@ -328,10 +297,8 @@ def _arrange(
     return head + messages, last if last and holds(last.text) else None
 
 
-def extract(answer: str | None, pattern: str | None) -> str | None:
+def extract(answer: str, pattern: str) -> str:
     """Return what the pattern's group matches in an answer; raises ValueError for no match."""
-    if answer is None or pattern is None:
-        return answer
     try:
         match = regex.search(pattern, answer, timeout=SECONDS)
     except TimeoutError:
@@ -341,7 +308,7 @@ def extract(answer: str | None, pattern: str | None) -> str | None:
     return match[1].strip()
 
 
-def _other(row: Mapping[str, object], columns: Columns, used: Iterable[str]) -> dict[str, Any]:
+def _other(row: Mapping[str, object], columns: Columns, used: Iterable[str]) -> dict[str, object]:
     """Return the plain values of the other columns, for templates; `id` is the user's own id."""
     skipped = {*used, *STATED, columns.id or "id"}
     meta = {key: value for key, value in row.items() if key not in skipped and _is_plain(value)}
@@ -360,5 +327,5 @@ def _is_plain(value: object) -> bool:
     return isinstance(value, str | int) and not (isinstance(value, int) and abs(value) > 2**63)
 
 
-def _names(row: Mapping[str, object]) -> str:
+def _listed(row: Mapping[str, object]) -> str:
     return ascii(", ".join(row)[:120]) + " (see corpus.columns)"

@@ -1,20 +1,18 @@
-"""Conversations in any of the forms that rows bring, and the answers in a column."""
+"""Conversations in the forms that rows bring, and the answers in a column."""
 
 import ast
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
-
-from distill.corpus.readers import Reject, SourceRow
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeGuard
 
 TOOL = "tool"  # a call of a tool, or what one returned
 ROLES = {
     name: role
     for role, names in (
         ("system", "system developer"),
-        ("user", "user human prompter input instruction question prompt query"),
-        ("assistant", "assistant gpt model bot ai chatbot chatgpt output response answer"),
+        ("user", "user human prompter"),
+        ("assistant", "assistant gpt model bot ai chatbot chatgpt"),
         (TOOL, "tool function observation ipython tool_response function_response"),
         (TOOL, "tool_call tool_calls function_call"),
     )
@@ -22,13 +20,7 @@ ROLES = {
 }
 REASONING = ("reasoning_content", "reasoning", "thinking", "complex_cot")
 SPEAKER, SAID = ("role", "from", "speaker"), ("content", "value", "text")  # keys of a turn
-RESPONSES = ("response", "completion", "generated_text")  # keys of an answer in a list of them
 TURNS_AS_TEXT = re.compile(r"""\s*+\[?\s*+\{\s*+['"](?:role|from|content|value)['"]\s*:""")
-TRANSCRIPT = re.compile(r"\n\n(Human|Assistant): ?")  # of Anthropic's preference rows
-
-
-MESSAGE = {"message_id", "parent_id", "role", "text"}  # columns of OASST's rows
-LONGEST_THREAD = 1000  # messages
 
 
 class LeftOut(ValueError):
@@ -44,14 +36,14 @@ class RowTurn(NamedTuple):
     model: str | None = None
 
 
+def first_of(value: Mapping[str, object], keys: Sequence[str]) -> object:
+    """Return the first of the values under some keys that holds something, or None."""
+    return next((value[key] for key in keys if holds(value.get(key))), None)
+
+
 def read_turns(value: object) -> list[RowTurn]:
     """Read a conversation in any of the usual forms; raises ValueError with the reason."""
-    if isinstance(value, dict):
-        lists = [one for one in value.values() if isinstance(one, list)]
-        if lists and len(lists) == len(value):  # a table of turns, as `datasets` writes them
-            value = [dict(zip(value, one, strict=False)) for one in zip(*lists, strict=False)]
-        else:
-            value = [value]
+    value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list) or not value:
         raise ValueError("a conversation must be a list of turns")
     if are_texts(value):
@@ -60,16 +52,12 @@ def read_turns(value: object) -> list[RowTurn]:
     for turn in value:
         if not isinstance(turn, dict):
             raise ValueError("a turn must have a role and a text")
-        if turn.get("replies"):
-            raise ValueError("a tree of replies: give the rows of messages, with parent_id")
-        role = _first(turn, SPEAKER)
-        if role is None and turn and ROLES.keys() >= turn.keys():  # a turn a key
-            turns += [RowTurn(ROLES[name], text) for name, text in turn.items() if holds(text)]
-            continue
-        if not isinstance(role, str) or role.lower() not in ROLES:
-            raise ValueError(f"unknown role {str(role)[:40]!r}")
-        role, text = ROLES[role.lower()], _first(turn, SAID)
-        thought = next((turn[name] for name in REASONING if holds(turn.get(name))), None)
+        name = first_of(turn, SPEAKER)
+        role = ROLES.get(name.lower()) if isinstance(name, str) else None
+        if role is None:
+            raise ValueError(f"unknown role {str(name)[:40]!r}")
+        text = next((turn[key] for key in SAID if key in turn), None)
+        thought = first_of(turn, REASONING)
         if turn.get("tool_calls") or turn.get("function_call"):
             role = TOOL
         elif isinstance(text, list):
@@ -81,20 +69,16 @@ def read_turns(value: object) -> list[RowTurn]:
     return turns
 
 
-def _first(turn: dict[str, Any], keys: tuple[str, ...]) -> object:
-    return next((turn[key] for key in keys if key in turn), None)
-
-
-def _join_parts(parts: list[Any], role: str) -> tuple[str, str, str]:
+def _join_parts(parts: Sequence[object], role: str) -> tuple[str, str, str]:
     """Return the role, the text and the reasoning of a turn whose content is a list of parts."""
     texts, thoughts = list[str](), list[str]()
     for part in parts:
-        part = {"type": "text", "text": part} if isinstance(part, str) else part
-        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+        part = part if isinstance(part, dict) else {"text": part}
+        kind = part.get("type", "text")
         if kind in ("tool_use", "tool_call", "tool_result"):
             role = TOOL
         elif kind in ("thinking", "reasoning"):
-            value = next((part[key] for key in (kind, "text") if holds(part.get(key))), "")
+            value = first_of(part, (kind, "text"))
             thoughts.append(_join_parts(value, role)[1] if isinstance(value, list) else str(value))
         elif kind in ("text", "input_text", "output_text", "refusal"):
             text = part.get("text", part.get(kind))
@@ -106,35 +90,6 @@ def _join_parts(parts: list[Any], role: str) -> tuple[str, str, str]:
     return role, "\n".join(texts), "\n".join(thoughts)
 
 
-def join_threads(rows: Iterable[SourceRow | Reject]) -> Iterator[SourceRow | Reject]:
-    """Yield the rows, and for messages of trees (OASST) the thread that ends with each answer.
-
-    A question that nobody answered ends one too.
-    """
-    messages = dict[object, SourceRow]()
-    for row in rows:
-        if isinstance(row, SourceRow) and row.value.keys() >= MESSAGE:
-            messages[row.value["message_id"]] = row
-        else:
-            yield row
-    answered = {row.value["parent_id"] for row in messages.values()}
-    for identity, row in messages.items():
-        if row.value["role"] != "assistant" and identity in answered:
-            continue
-        thread, at = list[Mapping[str, object]](), messages.get(identity)
-        while at and len(thread) < LONGEST_THREAD:
-            thread.append({"role": at.value["role"], "content": at.value["text"]})
-            at = messages.get(at.value["parent_id"])
-        yield SourceRow(row.where, {"messages": thread[::-1], "lang": row.value.get("lang")})
-
-
-def read_transcript(text: str) -> list[RowTurn]:
-    """Return the turns of a text that begins `\\n\\nHuman: `; of another, nothing."""
-    parts = TRANSCRIPT.split(text)
-    pairs = zip(parts[1::2], parts[2::2], strict=True)
-    return [RowTurn(ROLES[who.lower()], said) for who, said in pairs if said.strip()]
-
-
 def read_answers(value: object) -> list[RowTurn]:
     """Return the answers in a column: a text as it is, a number or JSON as text, each of a list."""
     if isinstance(value, dict) and "answer_start" in value:  # of SQuAD
@@ -143,17 +98,12 @@ def read_answers(value: object) -> list[RowTurn]:
         return []
     if isinstance(value, str):
         return [RowTurn("assistant", value)]
-    if isinstance(value, list) and all(isinstance(one, dict) for one in value):  # UltraFeedback
-        said = [
-            RowTurn("assistant", one[key], model=str(one.get("model") or "") or None)
-            for one in value
-            for key in RESPONSES
-            if isinstance(one.get(key), str)
-        ]
-        if len(said) == len(value):
-            return [turn for turn in said if holds(turn.text)]
+    if isinstance(value, dict) and value.keys() >= {"model", "response"}:  # of UltraFeedback
+        model = str(value["model"]) if holds(value["model"]) else None
+        return [turn._replace(model=model) for turn in read_answers(value["response"])]
     if isinstance(value, list) and all(
-        isinstance(one, str | int | float) or (isinstance(one, dict) and "answer_start" in one)
+        isinstance(one, str | int | float)
+        or (isinstance(one, dict) and one.keys() & {"answer_start", "response"})
         for one in value
     ):
         return list(dict.fromkeys(answer for one in value for answer in read_answers(one)))
@@ -162,10 +112,7 @@ def read_answers(value: object) -> list[RowTurn]:
 
 
 def parsed(value: object) -> object:
-    """Return the turns or answers that a column of CSV or Parquet holds as a text, else the value.
-
-    JSON, or what Python prints, as pandas writes it. Raises ValueError where turns cannot be read.
-    """
+    """Return the turns or answers that a text holds as JSON or Python print them, or the value."""
     if not isinstance(value, str) or not ("answer_start" in value or TURNS_AS_TEXT.match(value)):
         return value
     for read in (json.loads, ast.literal_eval):
@@ -187,7 +134,7 @@ def holds(value: object) -> bool:
     return value is not None and value != [] and value != {} and value == value
 
 
-def are_texts(value: object) -> bool:
+def are_texts(value: object) -> TypeGuard[list[str]]:
     """Tell whether a value is a list of texts, and not empty."""
     return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
 
@@ -197,4 +144,4 @@ def are_turns(value: object) -> bool:
     first = value[0] if isinstance(value, list) and value else value
     if not isinstance(first, dict) or not {*SAID, "tool_calls"} & first.keys():
         return False
-    return isinstance(_first(first, SPEAKER), str)
+    return isinstance(first_of(first, SPEAKER), str)

@@ -29,9 +29,8 @@ from distill.config.tree import Filters
 from distill.config.yaml_file import check_values
 from distill.corpus import clean, contamination, pages, privacy, prompts, readers, rows
 from distill.corpus.corpus import split
-from distill.corpus.encodings import recognise
 from distill.corpus.near_duplicates import near_repeats, shingles
-from distill.corpus.ngrams import words
+from distill.corpus.ngrams import Index, words
 from distill.errors import DistillError
 from distill.evaluation import judge
 from distill.evaluation.scorers import score_answer
@@ -206,14 +205,14 @@ def near(text: str) -> None:
 def leaks(text: str) -> None:
     """Look for a text that is held out, and for its pieces as items, in the same text."""
     item = Item.make(prompt_of(text, text))
-    contamination.flag([contamination.of_item(item)], [("d", text)], [("p", text)])
+    contamination.flag(Index([contamination.of_item(item)]), [("d", text)], [("p", text)])
 
 
 def many_leaks(text: str) -> None:
     """Look for many items that share their words, in the same text."""
     pieces = [text[start : start + 2000] for start in range(0, len(text), 2000)]
     items = [Item.make(prompt_of(piece, "a b c d")) for piece in pieces]
-    contamination.flag([contamination.of_item(item) for item in items], [("d", text)])
+    contamination.flag(Index([contamination.of_item(item) for item in items]), [("d", text)])
 
 
 def splits(text: str) -> None:
@@ -252,15 +251,11 @@ READERS: dict[str, Reader] = {
     "corpus.rows.interpret, turns": refusable(
         lambda t: rows.interpret({"messages": "[{'role': 'user', 'content': '" + t + "'}]"}, "f")
     ),
-    "corpus.rows.interpret, transcript": refusable(
-        lambda t: rows.interpret({"chosen": f"\n\nHuman:{t}", "rejected": ""}, "f")
-    ),
     "corpus.readers.read_json": refusable(
         whole(lambda t: readers.read_json(file_of(f'[{{"text": "{t}'), "f"))
     ),
-    "corpus.encodings.recognise": lambda t: recognise(t.encode("utf-16-le") + b"\xff", False, None),
-    "corpus.encodings.recognise, old": lambda t: recognise(
-        t.encode("gb18030", "replace") + b"\xff", False, None
+    "corpus.readers.recognise": lambda t: readers.recognise(
+        t.encode("latin-1", "replace") + b"\xff", None
     ),
     "corpus.privacy.mask": privacy.mask,
     "corpus.clean.break_up": clean.break_up,

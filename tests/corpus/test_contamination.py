@@ -1,13 +1,8 @@
 """Contamination: planted leaks are found in every disguise, and clean sets stay clean."""
 
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from distill.corpus import contamination
 from distill.corpus.contamination import flag, flag_training, own_parts, sentences, template_of
@@ -16,8 +11,6 @@ from distill.corpus.prompts import ask
 from distill.records import Document, Item, Message, Prompt
 from distill.tasks.task import load_task
 from scripts.benchmarks.benchmark_contamination import measure
-
-ROOT = Path(__file__).parent.parent.parent
 
 VOCABULARY = [f"word{n}" for n in range(400)]
 
@@ -32,7 +25,7 @@ def found(item: str, document: str, **more: str) -> bool:
         EvaluatedText("1", "1", (item,), **more),
         *(EvaluatedText(f"o{k}", f"o{k}", (text(900 + k),)) for k in range(9)),
     ]
-    return "1" in flag(items, [("d", document)])
+    return "1" in flag(Index(items), [("d", document)])
 
 
 def test_planted_leaks_are_found_in_every_disguise_and_nothing_else() -> None:
@@ -65,9 +58,9 @@ def test_the_length_decides_how_an_item_is_looked_for(size: int) -> None:
 def test_windows_do_not_reach_over_the_ends_of_texts_and_parts() -> None:
     item = text(1, 20)
     first, second = " ".join(item.split()[:10]), " ".join(item.split()[10:])
-    assert not flag([EvaluatedText("1", "1", (item,))], [("a", first), ("b", second)])
+    assert not flag(Index([EvaluatedText("1", "1", (item,))]), [("a", first), ("b", second)])
     long = EvaluatedText("1", "1", (f"{first} {text(4, 3)}", f"{text(5, 3)} {second}"))
-    assert not flag([long], [("a", item)]), "a window over the gap between two parts"
+    assert not flag(Index([long]), [("a", item)]), "a window over the gap between two parts"
 
 
 def test_items_that_hold_nothing_are_not_found_and_not_checked() -> None:
@@ -77,15 +70,18 @@ def test_items_that_hold_nothing_are_not_found_and_not_checked() -> None:
         EvaluatedText("3", "3", ("?!",)),
         EvaluatedText("4", "4", ("so",)),
     ]
-    assert flag(items, [("a", ""), ("b", "\n\n"), ("c", "...")]) == {}
+    assert flag(Index(items), [("a", ""), ("b", "\n\n"), ("c", "...")]) == {}
     assert flag_training(items, [], []) == ({}, {"1", "2", "3"})
-    assert flag([], [("a", "text")]) == {}
+    assert flag(Index([]), [("a", "text")]) == {}
 
 
 def test_each_kind_is_told_with_its_first_place() -> None:
     items = [EvaluatedText("1", "1", (text(1),)), EvaluatedText("2", "2", (text(2),), text(3))]
     matches = flag(
-        items, [("d", "x"), ("e", text(1)), ("f", text(1))], [("p", text(1))], [("a", text(3))]
+        Index(items),
+        [("d", "x"), ("e", text(1)), ("f", text(1))],
+        [("p", text(1))],
+        [("a", text(3))],
     )
     assert [(m.kind, m.place) for m in matches["1"]] == [("corpus", "e"), ("prompt", "p")]
     assert [(m.kind, m.place) for m in matches["2"]] == [("answer", "a")]
@@ -115,23 +111,10 @@ def test_forms_of_one_text_are_the_same_words(left: str, right: str) -> None:
     assert words(left) == words(right) and len(words(left)) > 1
 
 
-@given(st.text(st.characters(codec="utf-8"), max_size=60))
-def test_words_are_stable(raw: str) -> None:
-    first = words(raw)
-    assert words(" ".join(first)) == first and words(raw + " é")[:-1] == first
-
-
 def test_a_text_without_spaces_is_found_by_its_characters() -> None:
     item = "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。"
     assert found(item, f"序文：{item.replace('。', '、')}以下略")
     assert not found(item, "吾輩は犬である。名前はもうある。")
-
-
-def test_a_paraphrase_is_not_found_and_this_is_said() -> None:
-    item = "How many litres does the tank of the old house hold when it is three quarters full?"
-    other = "If three quarters of the old house's tank are filled, what amount in litres is in it?"
-    assert not found(item, other)
-    assert "paraphrase" in contamination.NOT_FOUND
 
 
 def documents(count: int, first: int = 0) -> list[Document]:
@@ -149,30 +132,30 @@ def test_a_task_s_template_is_nobody_s_own(task: str, count: int) -> None:
     trained = [ask(known, document) for document in documents(200, first=5000)]
     items = [contamination.of_item(Item.make(prompt)) for prompt in held_out]
     texts = [(p.id, "\n".join(m.content for m in p.messages)) for p in trained]
-    assert flag(items, prompts=texts) == {}
+    assert flag(Index(items), prompts=texts) == {}
     assert Index(items).searchable == items
     again = [(p.id, "\n".join(m.content for m in p.messages)) for p in held_out]
-    assert len(flag(items, prompts=again)) == count
+    assert len(flag(Index(items), prompts=again)) == count
 
 
 def test_what_a_user_writes_before_every_question_is_nobody_s_own() -> None:
     order = f"You are an examiner. {text(77, 30)} Answer briefly: "
     items = [EvaluatedText(str(k), str(k), (order + text(k, 25),)) for k in range(40)]
     clean = [(str(k), order + text(3000 + k, 25)) for k in range(300)]
-    assert flag(items, prompts=clean) == {}
-    assert set(flag(items, prompts=[("p", order + text(7, 25))])) == {"7"}
+    assert flag(Index(items), prompts=clean) == {}
+    assert set(flag(Index(items), prompts=[("p", order + text(7, 25))])) == {"7"}
 
 
 def test_a_passage_with_several_questions_is_still_an_item_s_own() -> None:
     passage = text(50, 60)
     items = [EvaluatedText(f"q{k}", "passage", (passage, text(k, 10))) for k in range(6)]
     items += [EvaluatedText(f"o{k}", f"o{k}", (text(100 + k),)) for k in range(20)]
-    assert set(flag(items, [("d", passage)])) == {f"q{k}" for k in range(6)}
+    assert set(flag(Index(items), [("d", passage)])) == {f"q{k}" for k in range(6)}
 
 
 def test_names_of_classes_are_nobody_s_own() -> None:
     items = [EvaluatedText(str(k), str(k), (text(k),), "the text says nothing") for k in range(10)]
-    assert flag(items, answers=[("a", "The text says nothing.")]) == {}
+    assert flag(Index(items), answers=[("a", "The text says nothing.")]) == {}
 
 
 def test_a_template_is_cut_out_of_a_prompt() -> None:
@@ -186,29 +169,3 @@ def test_a_template_is_cut_out_of_a_prompt() -> None:
     assert own_parts(plain) == ("y z",)
     assert own_parts(plain, "y {{ prompt }}") == ("y z",), "a word or two may be anybody's"
     assert own_parts(plain, "{{ x }} {{ y }}") == ("y z",)
-
-
-def test_the_index_is_the_same_in_every_process() -> None:
-    script = "from distill.corpus.ngrams import value; print(value('word'))"
-    other = subprocess.check_output([sys.executable, "-c", script], text=True, cwd=ROOT)
-    from distill.corpus.ngrams import value
-
-    assert int(other) == value("word")
-
-
-def test_files_are_compared_from_the_command_line(tmp_path: Path) -> None:
-    (tmp_path / "items.jsonl").write_text(
-        f'{{"question": "{text(1)}", "answer": "4"}}\n{{"question": "{text(2)}"}}\n'
-    )
-    (tmp_path / "corpus").mkdir()
-    (tmp_path / "corpus/a.txt").write_text(f"{text(5)} {text(2).upper()}")
-    command = [
-        sys.executable,
-        ROOT / "eval/contamination.py",
-        tmp_path / "items.jsonl",
-        tmp_path / "corpus",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert "1 of 2 items" in done.stdout and "items.jsonl:2" in done.stdout
-    assert subprocess.run(command[:2], capture_output=True, cwd=ROOT).returncode == 2

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.config.yaml_file import load_config
 from distill.corpus import corpus
 from distill.corpus.corpus import deduplicate, split
 from distill.corpus.readers import Reject
@@ -79,17 +78,6 @@ def test_chunks_of_one_document_are_in_one_split(tmp_path: Path) -> None:
     assert Counter(found.pop() for found in splits.values())["heldout"] == 10
 
 
-def test_a_repeated_chunk_stands_once_and_is_accounted_for(tmp_path: Path) -> None:
-    header = text(999, 20)
-    write_rows(tmp_path, [{"text": f"{header}\n\n{text(n, 20)}"} for n in range(9)])
-    run = make(tmp_path, chunk={"max_chars": 210, "overlap_chars": 0})
-    run.perform(STAGE)
-    found = documents(run)
-    assert len({d.id for d in found}) == len(found) == 10
-    rejects = read_records(run.path("rejects.jsonl"), Reject)
-    assert len(rejects) == 8 and not any(reject.bad for reject in rejects)
-
-
 def test_a_limit_takes_the_same_documents_whatever_their_order(tmp_path: Path) -> None:
     rows = [{"text": text(n)} for n in range(50)]
     write_rows(tmp_path, rows)
@@ -127,13 +115,6 @@ def test_nothing_usable_stops(tmp_path: Path, content: bytes | None) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_one_file_is_named_in_places_by_its_name(tmp_path: Path) -> None:
-    write_rows(tmp_path, [{"text": text(n)} for n in range(9)])
-    run = make(tmp_path, path=tmp_path / "in" / "rows.jsonl")
-    run.perform(STAGE)
-    assert documents(run)[0].source == "rows.jsonl:1"
-
-
 def test_a_changed_input_is_named(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.jsonl"):
         write_rows(tmp_path, [{"text": text(n + 100 * ord(name[0]))} for n in range(9)], name)
@@ -151,12 +132,6 @@ def test_a_changed_input_is_named(tmp_path: Path) -> None:
     assert "c.jsonl" in str(caught.value)
 
 
-def test_a_missing_path_is_named(tmp_path: Path) -> None:
-    with stops(Exit.INPUT) as caught:
-        corpus.identity(make(tmp_path).config.corpus)
-    assert str(tmp_path / "in") in caught.value.where
-
-
 @pytest.mark.parametrize("key", ["path", "dataset"])
 def test_a_saved_dataset_is_a_corpus(tmp_path: Path, key: str) -> None:
     rows = [{"text": text(n)} for n in range(9)]
@@ -165,16 +140,6 @@ def test_a_saved_dataset_is_a_corpus(tmp_path: Path, key: str) -> None:
     run.perform(STAGE)
     assert [d.text for d in documents(run)] == [row["text"] for row in rows]
     assert any("arrow" in name for name in corpus.identity(run.config.corpus))
-
-
-def test_the_standard_library_is_a_corpus(tmp_path: Path) -> None:
-    sizes = {"validation": 5, "heldout": 10}
-    run = make(tmp_path, path=None, source="python-docs", limit=60, split=sizes)
-    run.perform(STAGE)
-    found = documents(run)
-    assert Counter(d.split for d in found) == {"train": 45, **sizes}
-    assert all(d.text.startswith(d.meta["name"]) for d in found)
-    assert list(corpus.identity(run.config.corpus)) == ["python"]
 
 
 def test_documents_that_share_text_with_held_out_ones_are_left_out_and_those_stay(
@@ -248,28 +213,6 @@ def test_a5_thousands_of_answers_to_one_prompt_take_linear_time() -> None:
     assert len(rejects) == 100
 
 
-def test_a2_messages_of_a_tree_are_its_conversations(tmp_path: Path) -> None:
-    """A2: the rows of OpenAssistant/oasst1, of which each names its parent."""
-    tree = [
-        ("q", None, "prompter", text(1)),
-        ("a", "q", "assistant", "One."),
-        ("b", "q", "assistant", "Another."),
-        ("r", "a", "prompter", text(2)),
-        ("s", None, "prompter", text(3)),
-        ("c", "s", "assistant", "Third."),
-    ]
-    names = ("message_id", "parent_id", "role", "text")
-    write_rows(tmp_path, [dict(zip(names, row, strict=True)) | {"lang": "en"} for row in tree])
-    run = make(tmp_path, split={"validation": 0, "heldout": 0})
-    run.perform(STAGE)
-    threads = {d.meta["messages"][-1]["content"]: d for d in documents(run)}
-    assert threads.keys() == {text(1), text(2), text(3)}
-    answers = [answer["text"] for answer in threads[text(1)].recorded_answers]
-    assert answers == ["One.", "Another."]
-    roles = [turn["role"] for turn in threads[text(2)].meta["messages"]]
-    assert roles == ["user", "assistant", "user"] and not threads[text(2)].recorded_answers
-
-
 def test_a10_rows_that_cannot_be_used_are_counted_and_do_not_end_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -308,11 +251,6 @@ def test_new_documents_move_no_old_one(seed: int, order: list[int], count: int) 
         assert len(moved) <= 2  # only documents that stood in for an empty share may go back
 
 
-def test_the_split_depends_on_the_seed_and_not_on_the_order() -> None:
-    assert split(IDS, 1, 0.1, 0.1) == split(IDS[::-1], 1, 0.1, 0.1)
-    assert split(IDS, 1, 0.1, 0.1) != split(IDS, 2, 0.1, 0.1)
-
-
 @pytest.mark.parametrize(
     ("count", "validation", "heldout"),
     [(3, 1, 2), (10, 0, 11), (1, 0.1, 0.1), (2, 0.1, 0.1), (0, 0, 0), (100, 0.6, 0.5)],
@@ -328,15 +266,6 @@ def test_the_committed_files_and_their_hashes() -> None:
     stated = dict(re.findall(r"^\| (\S+) \|.* ([0-9a-f]{64}) \|$", table, re.MULTILINE))
     files = [path for path in data.rglob("*") if path.is_file() and path.name != "README.md"]
     assert {path.relative_to(data).as_posix(): sha256_file(path) for path in files} == stated
-
-
-def test_the_problems_are_read_with_their_numbers() -> None:
-    config = load_config(Path("configs/gsm8k.yaml"), ["corpus.path=data/gsm8k/sample.jsonl"])
-    rejects: list[Reject] = []
-    problems = corpus.interpret_rows(config.corpus, rejects)
-    assert len(problems) == 160 and not rejects
-    assert problems[0].meta["reference"] == "72"
-    assert problems[0].meta["recorded_answer"].endswith("72")
 
 
 def test_a_corpus_in_another_language_says_so(

@@ -1,6 +1,5 @@
 """Private text: what is masked, what stays, that documentation keeps its words, hostile text."""
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.corpus.privacy import PERSONAL, mask, mask_document
+from distill.corpus.privacy import mask, mask_documents
 from distill.corpus.python_docs import read_python_docs
 from distill.errors import Exit
 from distill.pipeline import STAGES
@@ -101,57 +100,26 @@ def test_any_text_is_read(value: str) -> None:
     assert counts or masked == value
 
 
-PARTS = st.sampled_from(
-    [*KEYS, PEM, *"a@b.cc @ +49 DE89 - . :// x:y@ eyJ 0 tel [".split(), "4111 1111", " "]
-)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(PARTS, max_size=12).map("".join))
-def test_pieces_of_private_text_end_masked(value: str) -> None:
-    once, _ = mask(value)
-    assert not any(key in once.split() for key in KEYS)
-
-
-BEGIN = "-----BEGIN PRIVATE KEY-----"
-HOSTILE = [
-    *"a@ a@a. eyJ eyJ- eyJa. sk- -sk-1 +49 0 1- DE11 4111 ://a:b :// hf_ a.b+c%".split(),
-    *("pypi-AgE", "xoxb-", "\\n"),
-    *("@" * 9, "+49 1", "+1 ", "1 ", "tel 0", "DE11 ", "4111 ", BEGIN, "(212) ", "+49" + "1" * 40),
-    *(BEGIN + "\n" + "A" * 64 + "\n", "A" * 64 + "\n"),
-]
-
-
-@pytest.mark.parametrize("part", HOSTILE)
-@pytest.mark.parametrize("start", ["", BEGIN, "@ sk- :// "])
-def test_hostile_text_takes_linear_time(part: str, start: str) -> None:
-    def seconds(size: int) -> float:
-        value = start + part * (size // len(part))
-        begun = time.process_time()
-        mask(value)
-        return time.process_time() - begun
-
-    assert seconds(100_000) < 1.5  # a quadratic pattern takes minutes
-
-
-def test_every_rule_is_tried_where_its_form_fits() -> None:
-    for private, _ in PRIVATE:
-        for gate, form in PERSONAL:
-            match = form.pattern.search(private)
-            assert not (match and form.check(match)) or gate.search(private)
-
-
-def test_values_and_turns_are_masked_and_the_user_s_id_stays() -> None:
+def test_values_answers_and_turns_are_masked_and_the_user_s_id_stays() -> None:
     turns = [{"role": "user", "content": "I am ada@lovelace.org"}]
     meta: dict[str, Any] = {"id": "ada@lovelace.org", "who": "bob@lovelace.org", "n": 3}
-    given_text = Document.make("I am ada@lovelace.org", "x", {**meta, "messages": turns})
-    masked, counts = mask_document(given_text)
-    assert masked.text == "I am [EMAIL]" and masked.id != given_text.id
+    meta["recorded_answer"] = [{"text": "Write to ann@museum.fr.", "reasoning": KEYS[3]}]
+    document = Document.make("I am ada@lovelace.org", "x", {**meta, "messages": turns})
+    plain = Document.make("nothing here", "x", {"id": "1"})
+    (masked, counts), (same, none) = mask_documents([document, plain])
+    assert masked.text == "I am [EMAIL]" and masked.id != document.id
     assert masked.meta["messages"][0] == {"role": "user", "content": "I am [EMAIL]"}
     assert (masked.meta["id"], masked.meta["who"]) == ("ada@lovelace.org", "[EMAIL]")
-    assert dict(counts) == {"email": 2} and list(masked.meta) == list(given_text.meta)
-    plain = Document.make("nothing here", "x", {"id": "1"})
-    assert mask_document(plain) == (plain, {})
+    assert masked.recorded_answers == [{"text": "Write to [EMAIL].", "reasoning": "[KEY]"}]
+    assert dict(counts) == {"email": 3, "key": 1} and list(masked.meta) == list(document.meta)
+    assert same is plain and not none
+
+
+@pytest.mark.parametrize(("private", "kind"), PRIVATE, ids=lambda v: str(v)[:20])
+def test_documents_lose_what_a_text_does(private: str, kind: str) -> None:
+    """The signs that are looked for first miss nothing."""
+    ((masked, counts),) = mask_documents([Document.make(f"a {private} b", "x")])
+    assert dict(counts) == {kind: 1} and private not in masked.text
 
 
 def private_rows(folder: Path) -> None:
@@ -192,14 +160,3 @@ def test_a_corpus_of_private_text_alone_cannot_be_dropped(tmp_path: Path) -> Non
     write_rows(tmp_path, [{"text": f"{text(n)} me{n}@lovelace.org"} for n in range(5)])
     with stops(Exit.INPUT, "every document holds private text"):
         make(tmp_path, private_text="drop").perform(CORPUS)
-
-
-def test_every_recorded_answer_and_its_reasoning_are_masked() -> None:
-    answers = [{"text": "Write to ann@museum.fr.", "reasoning": "bob@museum.fr it is"}]
-    document = Document.make("q", "f", {"recorded_answer": [*answers, {"text": "None."}]})
-    masked, counts = mask_document(document)
-    assert masked.recorded_answers == [
-        {"text": "Write to [EMAIL].", "reasoning": "[EMAIL] it is"},
-        {"text": "None."},
-    ]
-    assert counts == {"email": 2}

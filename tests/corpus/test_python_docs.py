@@ -19,10 +19,6 @@ def test_the_rows_are_apis_of_a_readable_length() -> None:
         assert not any(part.startswith("_") for part in row["name"].split("."))
 
 
-def test_reading_again_gives_the_same() -> None:
-    assert read_python_docs() == read_python_docs()
-
-
 def test_modules_with_side_effects_are_not_imported() -> None:
     code = (
         f"import runpy, sys; runpy.run_path({python_docs.__file__!r}, run_name='__main__'); "
