@@ -41,6 +41,7 @@ LOOPS = ((1, 60), (2, 30), (3, 20), (4, 6), (8, 4))
 MOST_REPEATED = 0.5  # of the word triples of prose may have occurred before
 TRIPLES, VOCABULARY = 30, 8  # with fewer of either, an answer is too short to judge by them
 PROSE = 100  # characters of a line, on average: verses and tables have shorter ones
+CONTAMINATED = "holds a held-out item"
 
 
 class Dropped(Record):
@@ -71,7 +72,7 @@ def main(run: Run) -> None:
         (p for p in prompts.values() if splits[p.document_id] == "heldout"),
     )
     filters = active_filters(run.config.filters, tasks_of_run(run.folder))
-    filters.append(lambda p, r: "holds a held-out item" if r.id in contaminated else None)
+    filters.append(lambda p, r: CONTAMINATED if r.id in contaminated else None)
     dropped, dataset = list[Dropped](), dict[Split, list[Pair]]()
     for split in SPLITS:
         mine = [pair for pair in pairs if splits[pair.prompt.document_id] == split]
