@@ -1,15 +1,11 @@
 """What a decoder takes by its shape: operations, and bytes of memory stage by stage.
 
-The one place of these figures. `distill plan` prints them before anything is bought, and stages
-choose batch rows and micro-batches by them. It imports the standard library alone.
-
-Operations count a multiplication and an addition as two, after Kaplan et al. 2020 (arXiv
-2001.08361, section 2.1). With LoRA the frozen weights get no gradient: forward and backward to the
-inputs, 4 a weight, not 6. Bytes are those of tensors that are alive at a stage's peak, part by
-part; `width` is the bytes of a number of the type that is computed in.
+Operations count a multiplication and an addition as two (Kaplan et al., arXiv 2001.08361). With
+LoRA the frozen weights get no gradient: 4 a weight, not 6. Bytes are those of tensors alive at a
+stage's peak; `width` is the bytes of a number of the type that is computed in.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -43,13 +39,11 @@ STRIPS = {"tokens": 3, "cached": 3, "live": 10}
 
 
 class BatchLimits(NamedTuple):
-    """How much is computed together: rows of a batch, which keep the device busy, the share of the
-    free memory that they may take, and batches of a plan, whose last rows leave the others idle.
-    """
+    """How much is computed together."""
 
-    rows: int
-    share: float
-    batches: int
+    rows: int  # of a batch, which keep the device busy
+    share: float  # of the free memory that they may take
+    batches: int  # of a plan, whose last rows leave the others idle
 
 
 LIMITS = {"cpu": BatchLimits(64, 0.4, 1), "cuda": BatchLimits(512, 0.8, 8)}
@@ -114,19 +108,9 @@ def cache_bytes(model: "Shape", width: int = 2) -> int:
     return 2 * width * model.layers * model.kv_heads * model.head_dim
 
 
-def block_rows(vocabulary: int, width: int, kind: str) -> int:
-    """Return the rows of a block of logits in numbers of `width` bytes on a `kind` of device."""
-    return max(16, BLOCK_BYTES[kind] // (width * vocabulary))
-
-
-def strip_rows(vocabulary: int, kind: str) -> int:
-    """Return the rows of float32 logits that become a loss at a time."""
-    return max(1, STRIP_BYTES[kind] // (4 * vocabulary))
-
-
-def capture_rows(vocabulary: int, kind: str) -> int:
-    """Return the rows of float32 log-probabilities that a capture has at a time."""
-    return max(16, CAPTURE_BYTES[kind] // (4 * vocabulary))
+def logit_rows(budget: Mapping[str, int], width: int, vocabulary: int, kind: str) -> int:
+    """Return the rows of logits, in numbers of `width` bytes, within a budget of bytes."""
+    return max(1, budget[kind] // (width * vocabulary))
 
 
 def capture_bytes(
@@ -136,12 +120,10 @@ def capture_bytes(
 
     `tempered` tells whether the tail's mass is taken at other temperatures too.
     """
-    beside = 4  # the log-probabilities of the part before
+    beside = 8 if tempered else 4  # the part before's, by a temperature with their exponentials
     if method == "sampled":  # sums in float64, and on a GPU what is summed, cast to it
         beside = 16 if kind == "cuda" else 8
-    elif tempered:  # the log-probabilities by a temperature, and their exponentials
-        beside = 8
-    rows = min(READ_TOKENS, capture_rows(vocabulary, kind))
+    rows = min(READ_TOKENS, logit_rows(CAPTURE_BYTES, 4, vocabulary, kind))
     return float(rows * vocabulary * (width + 4 + beside))
 
 
@@ -149,8 +131,8 @@ def loss_bytes(
     vocabulary: int, width: int, kind: str, towards: Towards = "tokens", positions: float = 1e9
 ) -> float:
     """Return what a loss takes at its peak beside the hidden states: a block, and its strips."""
-    rows = min(positions, block_rows(vocabulary, width, kind))
-    strips = STRIPS[towards] * 4 * min(rows, strip_rows(vocabulary, kind))
+    rows = min(positions, logit_rows(BLOCK_BYTES, width, vocabulary, kind))
+    strips = STRIPS[towards] * 4 * min(rows, logit_rows(STRIP_BYTES, 4, vocabulary, kind))
     return vocabulary * (width * rows * (2 if towards == "live" else 1) + strips)
 
 
@@ -178,20 +160,19 @@ def answering_bytes(model: "Shape", width: int, kind: str, rows: int, tokens: fl
     """Return the parts of `rows` answers at once, each of at most `tokens` with its prompt."""
     # On a CPU bfloat16 weights stand in memory a second time, in the order of oneDNN.
     copies = 2 if kind == "cpu" and width == 2 else 1
-    parts = {"weights": copies * weight_bytes(model, width)}
     row = row_bytes(cache_bytes(model, width), model.vocab, width, kind, tokens)
-    parts["KV cache"] = rows * row
     prompts = min(PREFILL_TOKENS[kind], rows * tokens)
+    parts = {"weights": copies * weight_bytes(model, width), "KV cache": rows * row}
     return _with_context(parts | {"activations": prompts * layer_bytes(model, width)}, kind)
 
 
 def reading_bytes(model: "Shape", width: int, kind: str, logits: float | None = None) -> Parts:
     """Return the parts of reading texts: the losses of an evaluation, or a capture's `logits`."""
-    parts = {"weights": weight_bytes(model, width)}
-    parts["activations"] = READ_TOKENS * layer_bytes(model, width)
     if logits is None:
         logits = loss_bytes(model.vocab, width, kind, "tokens", READ_TOKENS)
-    return _with_context(parts | {"logits": logits}, kind)
+    activations = READ_TOKENS * layer_bytes(model, width)
+    parts = {"weights": weight_bytes(model, width), "activations": activations, "logits": logits}
+    return _with_context(parts, kind)
 
 
 def merging_bytes(model: "Shape", width: int, adapter: int) -> Parts:
@@ -200,8 +181,8 @@ def merging_bytes(model: "Shape", width: int, adapter: int) -> Parts:
     Weight by weight: one in float32, its product with the adapter, and their sum.
     """
     largest = max(i * o for i, o in linear_modules(model).values())
-    parts = {"weights": weight_bytes(model, width), "adapter": 4.0 * adapter}
-    return parts | {"one weight": 12.0 * largest}
+    weights = weight_bytes(model, width)
+    return {"weights": weights, "adapter": 4.0 * adapter, "one weight": 12.0 * largest}
 
 
 def _with_context(parts: Parts, kind: str) -> Parts:
@@ -284,12 +265,7 @@ class LoraTraining(NamedTuple):
         """Return the tokens of a micro-batch: on a GPU what a step has, as far as they fit."""
         if self.kind == "cpu":
             return MICRO_BATCH_TOKENS
-        most = max(MICRO_BATCH_TOKENS, tokens_per_step * 5 // 4)  # steps are of complete samples
-        return max(LEAST, self.fitting_tokens(USABLE * memory, most))
-
-    def fitting_tokens(self, room: float, most: int) -> int:
-        """Return the tokens of a micro-batch that fit in `room` bytes, at most `most`."""
-        tokens = most
-        while tokens > 1 and sum(self.parts(tokens).values()) > room:
+        tokens = max(MICRO_BATCH_TOKENS, tokens_per_step * 5 // 4)  # steps are of complete samples
+        while tokens > LEAST and sum(self.parts(tokens).values()) > USABLE * memory:
             tokens //= 2
-        return tokens
+        return max(LEAST, tokens)

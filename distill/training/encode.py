@@ -49,11 +49,8 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, pair: Pair, date: str) -> Ex
         if len(decoded) - len(decoded.lstrip(" ")) < len(text) - len(text.lstrip(" ")):
             answer_ids = encode_marked(tokenizer, f" {text}", mark)
     if not cut_off and not turn.end:
-        if not isinstance(eos := tokenizer.eos_token_id, int):
-            template = f"chat template of {tokenizer.name_or_path}"
-            what = "ends an answer with no end token, and the tokenizer names none"
-            raise DistillError(Exit.TRAINING, template, what, "use an instruct model")
-        answer_ids.append(eos)
+        assert isinstance(tokenizer.eos_token_id, int), "`load_tokenizer` requires one"
+        answer_ids.append(tokenizer.eos_token_id)
     if not answer_ids:
         where, fix = f"sample {response.id}", "filter empty answers"
         raise DistillError(Exit.TRAINING, where, "no token to learn", fix)
@@ -111,11 +108,9 @@ def encode_pairs(
     """
     examples = [encode_pair(tokenizer, pair, date) for pair in pairs]
     fitting = [example for example in examples if len(example.input_ids) <= max_length]
-    long = [example for example in examples if len(example.input_ids) > max_length]
-    if long:
-        names = ", ".join(example.response_id for example in long[:5])
-        more = f" and {len(long) - 5} more" if len(long) > 5 else ""
-        say(f"dropped {len(long)} samples longer than {max_length} tokens: {names}{more}")
+    if long := [e.response_id for e in examples if len(e.input_ids) > max_length]:
+        names = ", ".join(long[:5]) + (f" and {len(long) - 5} more" if len(long) > 5 else "")
+        say(f"dropped {len(long)} samples longer than {max_length} tokens: {names}")
     if not fitting:
         what = f"none of {len(examples)} samples is left within {max_length} tokens"
         fix = "raise train.max_length, or loosen the filters"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from distill.models.arithmetic import block_rows, strip_rows
+from distill.models.arithmetic import BLOCK_BYTES, STRIP_BYTES, logit_rows
 from distill.models.devices import kind, send
 
 # Of the positions of a strip, the student's logits there (R, V) and a live teacher's (else the same
@@ -80,7 +80,7 @@ def apply_head(hidden_SE: Tensor, head: Head, bias_V: Tensor | None = None) -> T
 
 def _strips(logits_RV: Tensor) -> Iterator[slice]:
     count, width = logits_RV.shape
-    size = strip_rows(width, kind(logits_RV.device))
+    size = logit_rows(STRIP_BYTES, 4, width, kind(logits_RV.device))
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
@@ -107,7 +107,8 @@ def apply_at_head(
 
 
 def _block_rows(head_VD: Tensor) -> int:
-    return block_rows(len(head_VD), head_VD.element_size(), kind(head_VD.device))
+    width, device = head_VD.element_size(), kind(head_VD.device)
+    return logit_rows(BLOCK_BYTES, width, len(head_VD), device)
 
 
 def normalise(logits_RV: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -160,7 +161,5 @@ def evaluate_targets(
         targets_R = targets_S[start : start + rows]
         logits_RV = apply_head(hidden_SE[start : start + rows], head_VE, bias_V)
         hits.append(logits_RV.argmax(-1) == targets_R)
-        for strip in _strips(logits_RV):
-            _, sums_R1 = normalise(logits_RV[strip])
-            losses.append((sums_R1 - logits_RV[strip].gather(1, targets_R[strip, None])).squeeze(1))
+        losses += [score_tokens(logits_RV[part], targets_R[part])[0] for part in _strips(logits_RV)]
     return torch.cat(losses), torch.cat(hits)

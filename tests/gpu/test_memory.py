@@ -14,7 +14,9 @@ from distill.config.learning import Signals
 from distill.config.yaml_file import load_config
 from distill.errors import DistillError, Exit
 from distill.models.arithmetic import (
+    LEAST,
     LIMITS,
+    USABLE,
     LoraTraining,
     adapter_parameters,
     answering_bytes,
@@ -306,11 +308,11 @@ def test_rows_of_answers_fill_the_share_of_memory_that_they_may() -> None:
 
 def test_a_micro_batch_is_halved_until_it_fits() -> None:
     training = LoraTraining(STUDENTS["7B"], 16)
-    whole = sum(training.parts(8192).values())
-    assert training.fitting_tokens(whole, 8192) == 8192
-    tokens = training.fitting_tokens(20 * GB, 8192)
-    assert tokens < 8192 and sum(training.parts(tokens).values()) <= 20 * GB
-    assert training.fitting_tokens(1 * GB, 8192) == 1
+    whole = sum(training.parts(8192).values()) / USABLE
+    assert training.micro_batch(1.01 * whole, 8192 * 4 // 5 + 1) == 8192
+    tokens = training.micro_batch(24 * GB, 6554)
+    assert LEAST <= tokens < 8192 and sum(training.parts(tokens).values()) <= USABLE * 24 * GB
+    assert training.micro_batch(1 * GB, 6554) == LEAST
 
 
 def test_what_cannot_fit_stops_before_anything_is_bought(

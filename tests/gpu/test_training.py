@@ -21,12 +21,13 @@ from transformers import LlamaConfig
 from distill.config.learning import SOFT, Loss, Signals
 from distill.errors import DistillError, Exit
 from distill.models.arithmetic import (
+    CAPTURE_BYTES,
     MICRO_BATCH_TOKENS,
     READ_TOKENS,
     LoraTraining,
     Towards,
     capture_bytes,
-    capture_rows,
+    logit_rows,
     loss_bytes,
     row_bytes,
 )
@@ -446,7 +447,7 @@ def test_a_capture_takes_what_is_planned(
         for _, logs_SV in read_head(reader, Batch.make([]), VOCABULARY):
             select(logs_SV, torch.zeros(logs_SV.shape[0], dtype=torch.float64), settings)
     planned = capture_bytes(VOCABULARY, 2, "cuda", method, bool(temperatures))
-    inner = inside * capture_rows(VOCABULARY, "cuda") * VOCABULARY
+    inner = inside * logit_rows(CAPTURE_BYTES, 4, VOCABULARY, "cuda") * VOCABULARY
     assert alive.peak + inner == pytest.approx(planned, rel=0.02)
 
 

@@ -22,7 +22,7 @@ from distill.config.learning import Signals
 from distill.config.teachers import EndpointTeacher
 from distill.errors import DistillError, Exit
 from distill.models import loading
-from distill.models.arithmetic import READ_TOKENS, capture_rows
+from distill.models.arithmetic import CAPTURE_BYTES, READ_TOKENS, logit_rows
 from distill.models.devices import kind
 from distill.storage.files import disk_errors, folder_lock, read_json, write_json
 from distill.storage.progress import say, tracking
@@ -178,7 +178,7 @@ def read_head(
     """Yield slices of a batch's supervised positions, and their log-probabilities (S, V)."""
     hidden_SE, (head_VE, bias_V) = reader.states(batch), reader.head()
     head_VE, bias_V = head_VE[:vocabulary], None if bias_V is None else bias_V[:vocabulary]
-    rows = capture_rows(vocabulary, kind(head_VE.device))
+    rows = logit_rows(CAPTURE_BYTES, 4, vocabulary, kind(head_VE.device))
     for start in range(0, len(hidden_SE), rows):
         part = slice(start, start + rows)
         logits_SV = torch.nn.functional.linear(hidden_SE[part], head_VE, bias_V)
