@@ -6,43 +6,42 @@ an error, and `$ref` stays inside the document. An answer is checked in bounded 
 """
 
 import difflib
-import graphlib
 import json
 import time
 from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any, TypeAlias
-from urllib.parse import unquote
 
 import regex
-from jsonschema import Draft202012Validator, SchemaError, ValidationError
+from jsonschema import Draft202012Validator, FormatChecker, ValidationError
 from jsonschema.exceptions import best_match
 from jsonschema.validators import extend
+from jsonschema_specifications import REGISTRY
 from referencing import Registry
+from referencing.exceptions import Unresolvable
+from referencing.jsonschema import DRAFT202012
 
 Validator: TypeAlias = Any  # jsonschema's, which has no types
+Errors: TypeAlias = Iterator[ValidationError]
+Schema: TypeAlias = Mapping[str, Any]
+VALIDATOR: Validator = Draft202012Validator
 SECONDS = 1.0  # processor time that all patterns may take on one answer
-MAX_REFERENCES = 64  # one inside another; each takes about ten of Python's thousand frames
 MAX_TEXT = 120  # characters of a message; jsonschema quotes the value, which may be the answer
-TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
-# keywords that hold a schema, a list of schemas, or schemas by name
-ONE = {"items", "contains", "additionalProperties", "propertyNames", "not", "if", "then", "else"}
-LISTED = {"allOf", "anyOf", "oneOf", "prefixItems"}
-NAMED = {"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"}
-SAME_VALUE = {"not", "if", "then", "else", "allOf", "anyOf", "oneOf", "dependentSchemas"}
 AT_ROOT = {"$schema", "$id"}  # further down they would change what keywords and `$ref` mean
-DESCRIBING = {
-    *("$comment", "title", "description", "default", "examples", "deprecated", "readOnly"),
-    *("writeOnly", "contentEncoding", "contentMediaType", "contentSchema"),
-    "discriminator",  # OpenAPI's; pydantic writes it beside the `oneOf` that it describes
+# The draft's keywords, but for those that may leave the document, or take unlimited time
+DRAFT = "https://json-schema.org/draft/2020-12"
+VOCABULARIES = ("core", "applicator", "validation", "meta-data", "format-annotation", "content")
+_contents: list[Any] = [REGISTRY.contents(f"{DRAFT}/meta/{name}") for name in VOCABULARIES]
+KEYWORDS = {keyword for vocabulary in _contents for keyword in vocabulary["properties"]}
+KEYWORDS -= {*AT_ROOT, "$anchor", "$dynamicAnchor", "$dynamicRef", "$vocabulary"}
+KEYWORDS |= {"definitions", "discriminator"}  # OpenAPI's; pydantic writes it beside its `oneOf`
+STRICT = {  # the draft's own schema of schemas, at each level without unknown keywords
+    "$id": "urn:distill:schema",
+    "$schema": f"{DRAFT}/schema",
+    "$dynamicAnchor": "meta",
+    "$ref": f"{DRAFT}/schema",
+    "propertyNames": {"enum": sorted(KEYWORDS)},
 }
-# $dynamicRef may leave the document; jsonschema gives the other two no limit of time
-UNSUPPORTED = {"$dynamicRef", "unevaluatedItems", "unevaluatedProperties"}
-KEYWORDS = {
-    *Draft202012Validator.VALIDATORS.keys() - UNSUPPORTED,
-    *(ONE | LISTED | NAMED | DESCRIBING | {"minContains", "maxContains"}),
-}
+SAMPLES = (None, True, 0, "", [], {})  # one value of each type
 
 
 def valid_schema(schema: object) -> object:
@@ -52,197 +51,147 @@ def valid_schema(schema: object) -> object:
         plain = json.loads(json.dumps(schema, allow_nan=False))
         if not isinstance(schema, dict) or plain != schema:
             raise ValueError("an object whose keys are strings is needed")
-        Draft202012Validator.check_schema(schema)
-        nodes = list(_subschemas(schema))
-    except SchemaError as error:
-        what = f"{error.instance!r:.60} is not among {', '.join(TYPES)}"  # jsonschema says less
-        what = what if list(error.path)[-1:] == ["type"] else error.message[:MAX_TEXT]
-        raise ValueError(f"{error.json_path.replace('$', 'schema', 1)}: {what}") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"schema is not valid: {error}") from None
     except RecursionError:
         raise ValueError("schema is nested too deeply") from None
-    # which schemas apply to the same value as a schema: a cycle of these would never end
-    applied: dict[str, set[str]] = {pointer: set() for pointer, _, _ in nodes}
-    for pointer, node, parent in nodes:
-        if parent is not None:
-            applied[parent].add(pointer)
-        if not isinstance(node, dict):
-            continue  # true or false
-        where = _place(pointer)
-        for keyword in node:
-            if keyword not in KEYWORDS and (pointer or keyword not in AT_ROOT):
-                near = difflib.get_close_matches(keyword, KEYWORDS, n=1)
-                hint = f"did you mean {near[0]}?" if near else "known: "
-                hint += "" if near else ", ".join(sorted(KEYWORDS))
-                hint = "only at the root" if keyword in AT_ROOT else hint
-                raise ValueError(f"{where}: {keyword[:40]} is not supported ({hint})")
-        for pattern in (*node.get("patternProperties", ()), node.get("pattern", "")):
-            try:
-                regex.compile(pattern)
-            except regex.error as error:
-                what = f"{pattern!r:.60} is not a regular expression: {error}"
-                raise ValueError(f"{where}: {what}") from None
-        if "$ref" in node:
-            target = unquote(node["$ref"])
-            if not target.startswith("#") or target[1:] not in applied:
-                what = f"$ref {node['$ref'][:60]} does not point to a schema in this document"
-                raise ValueError(f"{where}: {what} (write #/$defs/NAME)")
-            applied[pointer].add(target[1:])
-    try:
-        graphlib.TopologicalSorter(applied).prepare()
-    except graphlib.CycleError as error:
-        cycle = " and ".join(sorted(map(_place, set(error.args[1]))))
-        raise ValueError(f"{cycle}: refers to itself for the same value, without end") from None
+    root = {keyword: rule for keyword, rule in schema.items() if keyword not in AT_ROOT}
+    pending = ["#"]  # references whose targets are to be checked, in the order of the document
+    formats = FormatChecker(())
+    formats.checks("regex", regex.error)(lambda text: bool(regex.compile(text)))
+    formats.checks("uri-reference")(lambda text: pending.append(text) is None)
+    strict = VALIDATOR(STRICT, registry=REGISTRY, format_checker=formats)
+    resolver = Registry().resolver_with_root(DRAFT202012.create_resource(root))
+    checked = set[str]()
+    for reference in pending:  # which grows
+        if reference in checked:
+            continue
+        checked.add(reference)
+        place = "schema" if reference == "#" else f"schema, $ref {reference[:60]}"
+        try:
+            error = next(strict.iter_errors(resolver.lookup(reference).contents), None)
+            if error is None:  # whatever the value, does checking it end?
+                for sample in SAMPLES:
+                    next(_Check(root).validator.descend(sample, {"$ref": reference}), None)
+                continue
+        except Unresolvable:
+            what = "does not point to a schema in this document (write #/$defs/NAME)"
+            raise ValueError(f"{place} {what}") from None
+        except RecursionError:
+            what = "is nested too deeply, or refers to itself for the same value, without end"
+            raise ValueError(f"{place} {what}") from None
+        where, what = f"{place}{error.json_path[1:]}"[:MAX_TEXT], f"{error.message:.{MAX_TEXT}}"
+        error = best_match([error]) or error
+        if error.validator == "enum" and isinstance(error.instance, str):  # a keyword, or a type
+            names = list[str](error.validator_value)
+            near = difflib.get_close_matches(error.instance, names, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
+            what = f"{error.instance[:40]} is not supported ({hint})"
+        elif error.validator == "format":
+            what = f"{error.instance!r:.60} is not a regular expression: {error.cause}"
+        raise ValueError(f"{where}: {what}")
     return schema
 
 
-def _place(pointer: str) -> str:
-    return f"schema{pointer.replace('/', '.')}"[:MAX_TEXT]
+class _Check:
+    """The check of one answer: jsonschema's, in bounded time.
 
+    `results` holds, by `$ref` and value, the first error's fields, or None. Without it,
+    alternatives (`anyOf`) that refer to the same schema would double the work at every level of the
+    answer.
+    """
 
-def _subschemas(
-    schema: Any, pointer: str = "", parent: str | None = None
-) -> Iterator[tuple[str, Any, str | None]]:
-    """Yield each schema, its JSON pointer, and its parent's where both apply to one value."""
-    yield pointer, schema, parent
-    for keyword, value in schema.items() if isinstance(schema, dict) else ():
-        children: dict[str, Any] = {}
-        if keyword in ONE:
-            children[""] = value
-        elif keyword in LISTED:
-            children = {f"/{index}": child for index, child in enumerate(value)}
-        elif keyword in NAMED:
-            escaped = {name: name.replace("~", "~0").replace("/", "~1") for name in value}
-            children = {f"/{escaped[name]}": child for name, child in value.items()}
-        for end, child in children.items():
-            owner = pointer if keyword in SAME_VALUE else None
-            yield from _subschemas(child, f"{pointer}/{keyword}{end}", owner)
+    def __init__(self, root: Schema) -> None:
+        self.seconds = 0.0  # that patterns have taken
+        self.results: dict[tuple[str, int], dict[str, Any] | None] = {}
+        keywords = {
+            "$ref": self.ref,
+            "pattern": self.pattern,
+            "patternProperties": self.pattern_properties,
+            "additionalProperties": self.additional_properties,
+            "uniqueItems": self.unique_items,
+        }
+        # a registry that fetches nothing; jsonschema's own would
+        self.validator: Validator = extend(VALIDATOR, keywords)(root, registry=Registry())
 
+    def ref(self, validator: Validator, ref: str, value: object, schema: Schema) -> Errors:
+        """Check each value once by each schema."""
+        key = (ref, id(value))
+        if key in self.results:
+            if (fields := self.results[key]) is not None:
+                yield ValidationError(**fields)
+            return
+        error = next(VALIDATOR.VALIDATORS["$ref"](validator, ref, value, schema), None)
+        self.results[key] = error and {
+            **{"message": error.message, "path": list(error.relative_path)},
+            **{"validator": error.validator, "validator_value": error.validator_value},
+        }
+        if error:
+            yield error
 
-@dataclass
-class _Effort:
-    """The time and the results of checking one answer, so far."""
+    def matches(self, pattern: str, text: str) -> bool:
+        """Search for a pattern; raises TimeoutError when all together have taken too long."""
+        started = time.thread_time()
+        try:
+            timeout = max(0.001, SECONDS - self.seconds)
+            return regex.search(pattern, text, timeout=timeout) is not None
+        finally:
+            self.seconds += time.thread_time() - started
 
-    seconds: float = 0.0
-    references: int = 0  # that are open now
-    # by `$ref` and value: the first error's fields, or None. Without it, alternatives (`anyOf`)
-    # that refer to the same schema would double the work at every level of the answer
-    results: dict[tuple[str, int], dict[str, Any] | None] = field(default_factory=dict)
+    def pattern(self, validator: Validator, pattern: str, value: object, schema: Schema) -> Errors:
+        """Search in bounded time."""
+        if isinstance(value, str) and not self.matches(pattern, value):
+            yield ValidationError(f"{value[:40]!r} does not match {pattern!r}")
 
+    def pattern_properties(
+        self, validator: Validator, rules: Schema, value: object, schema: Schema
+    ) -> Errors:
+        """Search in bounded time."""
+        for name, child in value.items() if isinstance(value, dict) else ():
+            for pattern, rule in rules.items():
+                if self.matches(pattern, name):
+                    yield from validator.descend(child, rule, path=name)
 
-_effort: ContextVar[_Effort] = ContextVar("_effort")
-
-
-def check_ref(
-    validator: Validator, ref: str, value: object, schema: object
-) -> Iterator[ValidationError]:
-    """`$ref`: each schema checks each value once."""
-    effort, key = _effort.get(), (ref, id(value))
-    if key in effort.results:
-        if (fields := effort.results[key]) is not None:
-            yield ValidationError(**fields)
-        return
-    if effort.references == MAX_REFERENCES:
-        raise RecursionError
-    effort.references += 1
-    error = next(Draft202012Validator.VALIDATORS["$ref"](validator, ref, value, schema), None)
-    effort.references -= 1
-    if error is None:
-        effort.results[key] = None
-        return
-    effort.results[key] = {
-        **{"message": error.message, "path": list(error.relative_path)},
-        **{"validator": error.validator, "validator_value": error.validator_value},
-    }
-    yield error
-
-
-def _matches(pattern: str, text: str) -> bool:
-    effort, started = _effort.get(), time.thread_time()
-    try:
-        timeout = max(0.001, SECONDS - effort.seconds)
-        return regex.search(pattern, text, timeout=timeout) is not None
-    finally:
-        effort.seconds += time.thread_time() - started
-
-
-def check_pattern(
-    validator: Validator, pattern: str, value: object, schema: object
-) -> Iterator[ValidationError]:
-    """`pattern`, in bounded time."""
-    if isinstance(value, str) and not _matches(pattern, value):
-        yield ValidationError(f"{value[:40]!r} does not match {pattern!r}")
-
-
-def check_pattern_properties(
-    validator: Validator, rules: Mapping[str, object], value: object, schema: object
-) -> Iterator[ValidationError]:
-    """`patternProperties`, in bounded time."""
-    for name, child in value.items() if isinstance(value, dict) else ():
-        for pattern, rule in rules.items():
-            if _matches(pattern, name):
+    def additional_properties(
+        self, validator: Validator, rule: object, value: object, schema: Schema
+    ) -> Errors:
+        """Go in the answer's order; jsonschema's differs between processes."""
+        patterns = schema.get("patternProperties", {})
+        for name, child in value.items() if isinstance(value, dict) else ():
+            if name in schema.get("properties", {}) or any(self.matches(p, name) for p in patterns):
+                continue
+            if rule is False:
+                yield ValidationError(f"has an extra field {name[:40]!r}")
+            else:
                 yield from validator.descend(child, rule, path=name)
 
+    def unique_items(
+        self, validator: Validator, unique: bool, value: object, schema: Schema
+    ) -> Errors:
+        """Compare by hash; jsonschema compares each object with each."""
 
-def check_additional_properties(
-    validator: Validator, rule: object, value: object, schema: Mapping[str, Any]
-) -> Iterator[ValidationError]:
-    """`additionalProperties` in the answer's order; jsonschema's differs between processes."""
-    patterns = schema.get("patternProperties", {})
-    for name, child in value.items() if isinstance(value, dict) else ():
-        if name in schema.get("properties", {}) or any(_matches(p, name) for p in patterns):
-            continue
-        if rule is False:
-            yield ValidationError(f"has an extra field {name[:40]!r}")
-        else:
-            yield from validator.descend(child, rule, path=name)
+        def hashable(value: object) -> object:  # 1 and 1.0 are equal, 1 and true are not
+            if isinstance(value, dict):
+                return frozenset((name, hashable(child)) for name, child in value.items())
+            if isinstance(value, list):
+                return tuple(map(hashable, value))
+            return value, isinstance(value, bool)
 
-
-def check_unique_items(
-    validator: Validator, unique: bool, value: object, schema: object
-) -> Iterator[ValidationError]:
-    """`uniqueItems` by hash; jsonschema compares each object with each."""
-    if unique and isinstance(value, list) and len(set(map(_hashable, value))) < len(value):
-        yield ValidationError("has equal items")
+        if unique and isinstance(value, list) and len(set(map(hashable, value))) < len(value):
+            yield ValidationError("has equal items")
 
 
-def _hashable(value: object) -> object:
-    """Return a key that equal JSON values share: 1 and 1.0 do, 1 and true do not."""
-    if isinstance(value, dict):
-        return frozenset((name, _hashable(child)) for name, child in value.items())
-    if isinstance(value, list):
-        return tuple(map(_hashable, value))
-    return value, isinstance(value, bool)
-
-
-_Validator = extend(
-    Draft202012Validator,
-    {
-        "$ref": check_ref,
-        "pattern": check_pattern,
-        "patternProperties": check_pattern_properties,
-        "additionalProperties": check_additional_properties,
-        "uniqueItems": check_unique_items,
-    },
-)
-
-
-def first_error(schema: Mapping[str, object], value: object) -> str | None:
+def first_error(schema: Schema, value: object) -> str | None:
     """Return a message with the place where `value` first differs from a valid `schema`, or None.
 
     Raises RecursionError where the value is nested too deeply, TimeoutError where a pattern takes
     too long.
     """
     root = {keyword: rule for keyword, rule in schema.items() if keyword not in AT_ROOT}
-    token = _effort.set(_Effort())
     try:
-        # a registry that fetches nothing; jsonschema's own would
-        error = next(_Validator(root, registry=Registry()).iter_errors(value), None)
+        error = next(_Check(root).validator.iter_errors(value), None)
     except OverflowError:
         return "holds a number that is too large for multipleOf"
-    finally:
-        _effort.reset(token)
     if error is None:
         return None
     # of alternatives, the error of the one that comes nearest, where one does: it fails furthest
