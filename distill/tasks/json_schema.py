@@ -81,7 +81,7 @@ def valid_schema(schema: object) -> object:
             what = "is nested too deeply, or refers to itself for the same value, without end"
             raise ValueError(f"{place} {what}") from None
         where, what = f"{place}{error.json_path[1:]}"[:MAX_TEXT], f"{error.message:.{MAX_TEXT}}"
-        error = best_match([error]) or error
+        error = error.context[0] if error.context else error
         if error.validator == "enum" and isinstance(error.instance, str):  # a keyword, or a type
             names = list[str](error.validator_value)
             near = difflib.get_close_matches(error.instance, names, n=1)
