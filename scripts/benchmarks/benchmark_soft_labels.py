@@ -55,7 +55,7 @@ from distill.storage.progress import console, say
 from distill.storage.run_folder import Run, open_run
 from distill.training.batches import Example, learning_rate, micro_batches, plan_steps
 from distill.training.encode import encode_pairs
-from distill.training.soft_labels.cache import KeyedExample, SignalCache, chunked
+from distill.training.soft_labels.cache import SignalCache, SignalKey
 from distill.training.soft_labels.capture import capture, fill
 from distill.training.soft_labels.labels import (
     CachedLabels,
@@ -63,8 +63,7 @@ from distill.training.soft_labels.labels import (
     cache_name,
     load_live,
     load_reader,
-    open_teacher,
-    read_as_teacher,
+    teacher_view,
 )
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -96,16 +95,13 @@ class Signals:
     def __init__(
         self, run: Run, examples: Sequence[Example], given: Iterable[Pair] | None = None
     ) -> None:
-        self.config, (tokenizer, facts) = run.config, open_teacher(run.config)
-        self.vocabulary = len(tokenizer)
         rows = read_records(run.path("dataset/train.jsonl"), Pair) if given is None else given
-        pairs = {pair.response.id: pair for pair in rows}
-        date = run.config.template_date
-        found = [read_as_teacher(tokenizer, pairs[e.response_id], e, date) for e in examples]
-        self.reads: dict[str, KeyedExample] = {read.example.response_id: read for read in found}
+        tokenizer, facts, texts = teacher_view(run, examples, rows)
+        self.config, self.vocabulary = run.config, len(tokenizer)
+        self.reads: dict[str, Example] = {text.response_id: text for text in texts}
         self.cache = SignalCache.open(run.config.store_folder(), cache_name(facts))
         with folder_lock(self.cache.folder):
-            left = [read for read in found if read.key.example not in self.cache.index]
+            left = [text for text in texts if text.id not in self.cache.index]
             if left:
                 reader = load_reader(run.config.soft_teacher(), left)
                 fill(self.cache, reader, self.vocabulary, left, run.config.signals, run)
@@ -113,8 +109,8 @@ class Signals:
     def labels(self, examples: Sequence[Example]) -> CachedLabels:
         """Read the signals of examples from the disk."""
         reads = [self.reads[example.response_id] for example in examples]
-        found = self.cache.read([read.key for read in reads])
-        named = {read.example.response_id: found[read.key.example] for read in reads}
+        found = self.cache.read([SignalKey.of(read) for read in reads])
+        named = {read.response_id: found[read.id] for read in reads}
         return CachedLabels(named, self.cache.teacher, self.config.train.loss, None)
 
 
@@ -166,10 +162,8 @@ def reading(run: Run, examples: Sequence[Example]) -> Side:
         start = time.perf_counter()
         with tempfile.TemporaryDirectory(dir=signals.cache.folder.parent) as folder:
             made = SignalCache(Path(folder), signals.cache.teacher)
-            for part in chunked([signals.reads[e.response_id] for e in samples]):
-                seen = [read.example for read in part]
-                found = capture(reader, signals.vocabulary, seen, run.config.signals)
-                made.append([read.key for read in part], found)
+            texts, settings = [signals.reads[e.response_id] for e in samples], run.config.signals
+            made.fill(texts, lambda part: capture(reader, signals.vocabulary, part, settings))
         return time.perf_counter() - start
 
     return read

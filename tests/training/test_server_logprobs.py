@@ -396,20 +396,18 @@ GOOD: list[Any] = [None, {"5": {"logprob": -0.1, "rank": 1, "decoded_token": "a"
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (None, "holds no prompt_logprobs"),
-        ("x", "holds no prompt_logprobs"),
-        (GOOD[:1], "of 1 tokens, the text has 2"),
-        ([*GOOD, None], "of 3 tokens, the text has 2"),
-        ([None, {"6": GOOD[1]["5"]}], "does not list token 1"),
-        ([None, None], "does not list token 1"),
-        ([None, ["5"]], "cannot be read"),
-        ([None, {"5": -0.1}], "cannot be read"),
-        ([None, {"x": GOOD[1]["5"]}], "cannot be read"),
-        ([None, {"5": {"logprob": None}}], "cannot be read"),
-        ([None, {"5": {"logprob": "low"}}], "cannot be read"),
-        ([None, {"5": {"logprob": 3.5}}], "cannot be read"),
-        ([None, {"5": GOOD[1]["5"], "-1": GOOD[1]["5"]}], "cannot be read"),
-        ([None, {"5": GOOD[1]["5"], "99999999": GOOD[1]["5"]}], "cannot be read"),
+        *((given, "holds no prompt_logprobs") for given in (None, "x", [None, ["5"]])),
+        (GOOD[:1], "of 1 tokens, and not of the 2"),
+        ([*GOOD, None], "of 3 tokens, and not of the 2"),
+        *(([None, row], "of 2 tokens, and not of the 2") for row in (None, {"6": GOOD[1]["5"]})),
+        *(
+            ([None, row], "prompt_logprobs that can be read")
+            for row in (
+                *({"5": -0.1}, {"x": GOOD[1]["5"]}, {"5": {"logprob": None}}),
+                *({"5": {"logprob": "low"}}, {"5": {"logprob": 3.5}}),
+                *({**GOOD[1], "-1": GOOD[1]["5"]}, {**GOOD[1], "99999999": GOOD[1]["5"]}),
+            )
+        ),
     ],
 )
 def test_a_reply_that_cannot_be_read_says_why(given, message):

@@ -17,6 +17,7 @@ from distill.training.divergences import Live
 from distill.training.encode import encode_pair
 from distill.training.fused_layers import fusible
 from distill.training.losses import cross_entropy
+from distill.training.soft_labels.cache import Signal
 from distill.training.soft_labels.capture import capture
 from distill.training.student import Batch, StudentModel, answer_loss, make_student
 from tests.support.tiny import make_tiny, make_tokenizer
@@ -253,7 +254,7 @@ def test_answer_losses_and_signals_of_an_adapted_head_are_the_merged_model_s(unt
     assert [a.hits for a in one] == [a.hits for a in other]
     encoded = [encode_pair(tokenizer, pair, DATE) for pair in rows]
     students = [make_student(model)[0] for model in models]
-    signals = [capture(s, len(tokenizer), encoded, Signals(k=4)) for s in students]
+    signals = [Signal.join(capture(s, len(tokenizer), encoded, Signals(k=4))) for s in students]
     masses = (torch.tensor(signal.tail_mass_N) for signal in signals)
     torch.testing.assert_close(*masses, rtol=1e-4, atol=1e-6)
     assert signals[0].ids_E.tolist() == signals[1].ids_E.tolist()

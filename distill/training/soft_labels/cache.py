@@ -1,20 +1,8 @@
 """The teacher's distributions on disk: for each supervised token its top ids and the tail mass.
 
-A token's row is its nucleus, by falling probability: ids of three bytes, log-probabilities as steps
-of 1/16 nat below the first (never more than 255), and the exact mass of all that is not listed, a
-float32; for each further temperature T the log of the sum of p^(1/T) over what is not listed.
-Listed probabilities are scaled to one minus that mass when they are read, so one listed id is
-exact, and a row costs its relative error only (Δ²/24 nat at most, 0.0002).
-
-A sampled row holds the ids of some samples, and their counts in place of the steps: the first of a
-nucleus is always 0, a count never. Its tail mass is 0, and its probabilities are the frequencies:
-unbiased to the last bit, where rounded steps would be off by up to 3 % of a rare id's, always the
-same way.
-
-A cache is a folder, one for each teacher and setting, of chunks: a line with the format and the
-header's length and hash, the header (JSON: the rows' keys and lengths, the body's hash), and the
-body, each column cut into its bytes' planes and deflated. A chunk appears complete or not at all,
-and is never changed. Headers are read without the bodies. Needs no torch.
+A cache is a folder, one for each teacher and setting, of chunks that appear complete or not at all:
+a line with the format and the header's length and hash, the header (JSON: the rows' keys and
+lengths, the body's hash), and the body, each column cut into its bytes' planes and deflated.
 """
 
 import hashlib
@@ -31,7 +19,7 @@ from numpy.typing import NDArray
 
 from distill.config.learning import Signals
 from distill.errors import DistillError, Exit
-from distill.records import canonical
+from distill.records import canonical, digest
 from distill.storage.files import disk_errors, write_atomic
 from distill.training.batches import Example
 
@@ -55,7 +43,15 @@ BYTES_A_TOKEN, BYTES_AN_ID = 5.0, 2.45  # of files, deflated, with index and che
 class Signal:
     """The distributions of N tokens: how many ids each lists, their ids and codes, and the tails.
 
-    `tails_TN` holds a row for each further temperature.
+    A token's ids are its nucleus, by falling probability. A code is steps of 1/16 nat below the
+    first (never more than 255), `tail_mass_N` the exact mass of what is not listed, and `tails_TN`
+    for each further temperature T the log of the sum of p^(1/T) over that. Probabilities are scaled
+    to one minus the tail mass, so one id is exact, and others have a relative error only (Δ²/24
+    nat at most, 0.0002).
+
+    Of a sampled token the codes count samples: the first code of a nucleus is always 0, a count
+    never. The tail mass is 0. Frequencies are unbiased, where steps would be off by up to 3 % of a
+    rare id's, always the same way.
     """
 
     counts_N: NDArray[np.uint16]
@@ -88,24 +84,24 @@ class Signal:
         Ids from `vocabulary` on, which no text has, are left out. Raises ValueError where
         probabilities sum to more than 1.
         """
-        ids, logs, tails = list[NDArray[Any]](), list[NDArray[Any]](), list[float]()
+        counts, ids, logs, tails = list[int](), list[int](), list[float](), list[float]()
         for listed in lists:
             rows = sorted((-log, i) for i, log in listed.items() if i < vocabulary)
-            logs_K = -np.array([negative for negative, _ in rows])
-            mass_K = np.exp(logs_K)
+            mass_K = np.exp([-log for log, _ in rows])
             if not len(rows) or mass_K.sum() > 1 + SLACK or not mass_K[0]:
                 what = "its log-probabilities are none: start vLLM with"
                 raise ValueError(f"{what} --logprobs-mode raw_logprobs")
-            nucleus_K = (np.cumsum(mass_K) - mass_K < settings.p) & (mass_K > 0)
-            nucleus_K[settings.k :] = False
-            nucleus_K[0] = True
-            ids.append(np.array([i for _, i in rows])[nucleus_K])
-            logs.append(logs_K[nucleus_K])
-            tails.append(max(0.0, 1 - float(mass_K[nucleus_K].sum())))
-        counts_N = np.array([len(ids_K) for ids_K in ids], np.uint16)
-        codes_E = codes(np.concatenate(logs).astype(np.float32), counts_N)
-        tail_mass_N, none_TN = np.array(tails, np.float32), np.zeros((0, len(ids)), np.float32)
-        return cls(counts_N, np.concatenate(ids).astype(np.uint32), codes_E, tail_mass_N, none_TN)
+            # the first, and others while those before them hold less than p
+            before_K = np.cumsum(mass_K) - mass_K
+            count = max(1, int(((before_K < settings.p) & (mass_K > 0))[: settings.k].sum()))
+            counts.append(count)
+            ids += [i for _, i in rows[:count]]
+            logs += [-log for log, _ in rows[:count]]
+            tails.append(max(0.0, 1 - float(mass_K[:count].sum())))
+        counts_N = np.array(counts, np.uint16)
+        columns = (np.array(ids, np.uint32), codes(np.array(logs, np.float32), counts_N))
+        none_TN = np.zeros((0, len(counts)), np.float32)
+        return cls(counts_N, *columns, np.array(tails, np.float32), none_TN)
 
     @classmethod
     def join(cls, parts: Sequence["Signal"]) -> Self:
@@ -133,6 +129,11 @@ def codes(logs_E: NDArray[np.float32], counts_N: NDArray[np.uint16]) -> NDArray[
     return np.clip(np.rint(below_E * STEPS), 0, 255).astype(np.uint8)
 
 
+def supervised_ids(example: Example) -> list[int]:
+    """Return the ids that an example's distributions stand for, in order."""
+    return [i for i, weight in zip(example.input_ids, example.weights, strict=True) if weight]
+
+
 class SignalKey(NamedTuple):
     """What names and checks an example's signal: its id, its supervised ids' hash, how many."""
 
@@ -140,17 +141,11 @@ class SignalKey(NamedTuple):
     tokens: str
     length: int
 
-
-class KeyedExample(NamedTuple):
-    """An answer as the teacher reads it, and the key that its signal is kept under."""
-
-    example: Example
-    key: SignalKey
-
-
-def supervised_ids(example: Example) -> list[int]:
-    """Return the ids that an example's distributions stand for, in order."""
-    return [i for i, weight in zip(example.input_ids, example.weights, strict=True) if weight]
+    @classmethod
+    def of(cls, example: Example) -> "SignalKey":
+        """Return the key of an example's signal."""
+        ids = supervised_ids(example)
+        return cls(example.id, digest(ids), len(ids))
 
 
 def _deflate(array: NDArray[Any], width: int) -> bytes:
@@ -168,23 +163,20 @@ def _inflate(data: bytes, count: int, dtype: type[np.generic], width: int) -> ND
     return wide.view(np.dtype(dtype).newbyteorder("<")).reshape(count).astype(dtype)
 
 
-COLUMNS = (("counts_N", np.uint16, 2), ("ids_E", np.uint32, 3), ("codes_E", np.uint8, 1))
-
-
 def encode_chunk(teacher: str, rows: Sequence[SignalKey], signal: Signal) -> bytes:
     """Return the bytes of a chunk: `signal` holds the rows' tokens, end to end."""
-    packed = [_deflate(getattr(signal, name), width) for name, _, width in COLUMNS]
-    packed += [_deflate(column, 4) for column in (signal.tail_mass_N, *signal.tails_TN)]
+    columns = [(signal.counts_N, 2), (signal.ids_E, 3), (signal.codes_E, 1)]
+    columns += [(column, 4) for column in (signal.tail_mass_N, *signal.tails_TN)]
+    packed = [_deflate(column, width) for column, width in columns]
     body = b"".join(packed)
-    header = canonical(
-        {
-            "teacher": teacher,
-            "rows": rows,
-            "listed": len(signal.ids_E),
-            "columns": [len(column) for column in packed],
-            "body": hashlib.sha256(body).hexdigest(),
-        }
-    )
+    facts = {
+        "teacher": teacher,
+        "rows": rows,
+        "listed": len(signal.ids_E),
+        "columns": [len(column) for column in packed],
+        "body": hashlib.sha256(body).hexdigest(),
+    }
+    header = canonical(facts)
     checksum = hashlib.sha256(header).hexdigest().encode()
     return b"%s %d %d %s\n" % (MAGIC, FORMAT, len(header), checksum) + header + body
 
@@ -228,16 +220,15 @@ class SignalChunk:
         if hashlib.sha256(body).hexdigest() != self.header["body"]:
             raise DistillError(Exit.STATE, self.path, "is damaged", WAY_OUT)
         ends = np.cumsum((0, *self.header["columns"]))
-        packed = [body[a:b] for a, b in itertools.pairwise(ends)]
         tokens, listed = sum(row.length for row in self.rows), self.header["listed"]
-        lengths = {"counts_N": tokens, "ids_E": listed, "codes_E": listed}
-        columns = {
-            name: _inflate(data, lengths[name], dtype, width)
-            for data, (name, dtype, width) in zip(packed, COLUMNS, strict=False)
-        }
-        floats = [_inflate(data, tokens, np.float32, 4) for data in packed[len(COLUMNS) :]]
-        tails_TN = np.stack(floats[1:]) if floats[1:] else np.zeros((0, tokens), np.float32)
-        signal = Signal(**columns, tail_mass_N=floats[0], tails_TN=tails_TN)
+        kinds = [(tokens, np.uint16, 2), (listed, np.uint32, 3), (listed, np.uint8, 1)]
+        kinds += [(tokens, np.float32, 4)] * (len(ends) - 4)
+        counts_N, ids_E, codes_E, tail_mass_N, *tails = (
+            _inflate(body[start:end], *kind)
+            for (start, end), kind in zip(itertools.pairwise(ends), kinds, strict=True)
+        )
+        tails_TN = np.stack(tails) if tails else np.zeros((0, tokens), np.float32)
+        signal = Signal(counts_N, ids_E, codes_E, tail_mass_N, tails_TN)
         parts = signal.split([row.length for row in self.rows])
         return {row.example: part for row, part in zip(self.rows, parts, strict=True)}
 
@@ -297,42 +288,27 @@ class SignalCache:
 
     def fill(
         self,
-        texts: Sequence[KeyedExample],
+        texts: Sequence[Example],
         read: Callable[[Sequence[Example]], Iterable[Signal | str]],
-    ) -> list[tuple[KeyedExample, str]]:
-        """Append what `read` yields, chunk by chunk; return the texts without a signal, and why."""
-        failures: list[tuple[KeyedExample, str]] = []
-        results = iter(read([text.example for text in texts]))
-        for part in chunked(texts):
-            entries: list[tuple[SignalKey, Signal]] = []
-            for text, signal in zip(part, itertools.islice(results, len(part)), strict=True):
-                if isinstance(signal, str):
-                    failures.append((text, signal))
-                else:
-                    entries.append((text.key, signal))
-            if entries:
-                self.append([key for key, _ in entries], Signal.join([s for _, s in entries]))
+    ) -> list[tuple[Example, str]]:
+        """Append what `read` yields for each text: its signal, or why it has none.
+
+        A chunk has about CHUNK_TOKENS, in the order of the texts, so it is the same after a kill.
+        Returns the texts without a signal, and why.
+        """
+        failures, part, tokens = list[tuple[Example, str]](), list[Example](), 0
+        for number, text in enumerate(texts, 1):
+            part.append(text)
+            tokens += len(supervised_ids(text))
+            if tokens < CHUNK_TOKENS and number < len(texts):
+                continue
+            pairs = list(zip(part, read(part), strict=True))
+            failures += [(one, why) for one, why in pairs if isinstance(why, str)]
+            signals = {SignalKey.of(one): s for one, s in pairs if isinstance(s, Signal)}
+            if signals:
+                self.append(list(signals), Signal.join(list(signals.values())))
+            part, tokens = [], 0
         return failures
-
-
-def chunked(texts: Sequence[KeyedExample]) -> list[list[KeyedExample]]:
-    """Cut texts, in their order, into chunks of about CHUNK_TOKENS, the same after a kill."""
-    parts: list[list[KeyedExample]] = []
-    tokens = CHUNK_TOKENS
-    for text in texts:
-        if tokens >= CHUNK_TOKENS:
-            parts.append([])
-            tokens = 0
-        parts[-1].append(text)
-        tokens += text.key.length
-    return parts
-
-
-def name_failures(failures: Sequence[tuple[KeyedExample, str]]) -> str:
-    """Name the first text without a signal, and say how many others there are."""
-    (text, why), others = failures[0], len(failures) - 1
-    more = f" (and {others} others have none)" if others else ""
-    return f"answer {text.example.response_id} {why}{more}"
 
 
 def sample_offsets(example: str, count: int) -> NDArray[np.float64]:

@@ -1,9 +1,7 @@
 """The signals stage: the teacher reads the dataset's answers once, and its distributions are kept.
 
 One forward pass over the answers as they stand, whoever wrote them, with the prompt as the teacher
-is asked it. What the store holds is not read again; a chunk is written when its last token was
-read, so a kill costs one chunk's work. The vocabulary must be the student's to the last token, and
-the answers' ids the same under both templates.
+is asked it. What the store holds is not read again; a kill costs one chunk's work.
 
 Shape suffixes: S supervised positions, K entries of the longest list, E the columns of the head (or
 the entries of all lists), V the vocabulary, N samples, T temperatures.
@@ -12,7 +10,6 @@ the entries of all lists), V the vocabulary, N samples, T temperatures.
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,16 +28,16 @@ from distill.training.batches import Example, micro_batches, padded_batches
 from distill.training.encode import encode_pairs
 from distill.training.soft_labels import server_logprobs
 from distill.training.soft_labels.cache import (
-    KeyedExample,
     Signal,
     SignalCache,
-    chunked,
+    SignalKey,
     codes,
     expected_bytes,
     sample_offsets,
     supervised_ids,
 )
 from distill.training.soft_labels.labels import (
+    Facts,
     cache_name,
     load_reader,
     read_pairs,
@@ -61,22 +58,23 @@ def main(run: Run) -> None:
     facts = as_captured(config.store_folder(), facts)
     cache = SignalCache.open(config.store_folder(), cache_name(facts))
     with folder_lock(cache.folder):
-        missing = [text for text in texts if text.key.example not in cache.index]
+        missing = [text for text in texts if text.id not in cache.index]
         require_room(cache.folder, missing, config.signals, config.buys_signals)
         if missing and isinstance(teacher, EndpointTeacher):
             server_logprobs.fill(cache, tokenizer, missing, config, run)
         elif missing:
             reader = load_reader(teacher, missing)
             fill(cache, reader, len(tokenizer), missing, config.signals, run)
-    cache.check([text.key for text in texts])
-    rows = {e.response_id: text.key for e, text in zip(examples, texts, strict=True)}
+    keys = [SignalKey.of(text) for text in texts]
+    cache.check(keys)
+    rows = {example.response_id: key for example, key in zip(examples, keys, strict=True)}
     write_json(run.path("signals.json"), {"teacher": facts, "cache": cache.teacher, "rows": rows})
-    tokens, fresh = (sum(text.key.length for text in some) for some in (texts, missing))
+    tokens, fresh = (sum(len(supervised_ids(t)) for t in some) for some in (texts, missing))
     run.note("signals", {"model": teacher.model, "tokens": tokens, **facts})
     say(f"signals: {tokens:,} tokens of {len(rows):,} answers, {fresh:,} of them read now")
 
 
-def as_captured(store: Path, facts: dict[str, Any]) -> dict[str, Any]:
+def as_captured(store: Path, facts: Facts) -> Facts:
     """Return the facts under which the store keeps the signals that these facts name.
 
     An earlier distill knew a model in a folder by its weights alone. Its cache goes on as that of
@@ -102,17 +100,15 @@ def student_view(run: Run) -> list[Example]:
     return encode_pairs(tokenizer, read_pairs(run), config.template_date, limit, folder)
 
 
-def require_room(
-    folder: Path, texts: Sequence[KeyedExample], settings: Signals, replies: bool
-) -> None:
+def require_room(folder: Path, texts: Sequence[Example], settings: Signals, replies: bool) -> None:
     """Raise DistillError (exit 5) where signals, and a server's replies, do not fit on the disk."""
     with disk_errors(folder):
         free = shutil.disk_usage(folder).free
-    tokens = sum(text.key.length for text in texts)
+    tokens = sum(len(supervised_ids(text)) for text in texts)
     needed = expected_bytes(tokens, settings)
     if replies:
-        lengths = [len(text.example.input_ids) for text in texts]
-        needed += server_logprobs.expected_bytes(sum(lengths), settings.k)
+        read = sum(len(text.input_ids) for text in texts)
+        needed += read * (settings.k + 1) * server_logprobs.REPLY_BYTES_AN_ID
     if needed > free:
         sizes = f"{needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free"
         what = f"signals of {tokens:,} tokens take about {sizes}"
@@ -124,26 +120,31 @@ def fill(
     cache: SignalCache,
     reader: StudentModel,
     vocabulary: int,
-    texts: Sequence[KeyedExample],
+    texts: Sequence[Example],
     settings: Signals,
     run: Run,
 ) -> None:
-    """Read answers a chunk at a time and append each to the cache."""
-    tokens = READ_TOKENS
-    with tracking("signals", sum(text.key.length for text in texts), "tokens") as tracker:
-        for part in chunked(texts):
-            examples, signal = [text.example for text in part], None
-            while signal is None:
-                try:
-                    signal = capture(reader, vocabulary, examples, settings, tokens)
-                except torch.OutOfMemoryError:
-                    if tokens < READ_TOKENS:
-                        raise
-                    tokens //= 4
-                    say(f"signals: out of GPU memory: {tokens} tokens a pass from here on")
-            cache.append([text.key for text in part], signal)
-            run.ledger.spend(input_tokens=sum(len(text.example.input_ids) for text in part))
-            tracker.advance(sum(text.key.length for text in part))
+    """Read answers here and append their signals to the cache; on a GPU in passes that fit."""
+    pass_tokens = READ_TOKENS
+
+    def read(examples: Sequence[Example]) -> list[Signal]:
+        nonlocal pass_tokens
+        while True:
+            try:
+                signals = capture(reader, vocabulary, examples, settings, pass_tokens)
+                break
+            except torch.OutOfMemoryError:
+                if pass_tokens < READ_TOKENS:
+                    raise
+                pass_tokens //= 4
+                say(f"signals: out of GPU memory: {pass_tokens} tokens a pass from here on")
+        run.ledger.spend(input_tokens=sum(len(example.input_ids) for example in examples))
+        tracker.advance(sum(map(len, signals)))
+        return signals
+
+    tokens = sum(len(supervised_ids(text)) for text in texts)
+    with tracking("signals", tokens, "tokens") as tracker:
+        cache.fill(texts, read)
 
 
 @torch.inference_mode()
@@ -153,8 +154,8 @@ def capture(
     examples: Sequence[Example],
     settings: Signals,
     pass_tokens: int = READ_TOKENS,
-) -> Signal:
-    """Return the distributions of examples' supervised tokens over the first `vocabulary` ids."""
+) -> list[Signal]:
+    """Return each example's distributions over the first `vocabulary` ids."""
     lengths = [len(example.input_ids) for example in examples]
     deal = micro_batches if reader.packing else padded_batches
     signals: dict[int, Signal] = {}
@@ -169,7 +170,7 @@ def capture(
         ]
         signal = to_signal(torch.cat(parts), settings)
         signals |= dict(zip(samples, signal.split(counts), strict=True))
-    return Signal.join([signals[i] for i in range(len(examples))])
+    return [signals[i] for i in range(len(examples))]
 
 
 def read_head(
@@ -186,40 +187,29 @@ def read_head(
 
 
 def select(logs_SV: Tensor, offsets_S: Tensor, settings: Signals) -> Tensor:
-    """Return what the settings keep of each row, for `to_signal`; `logs_SV` is used up."""
-    if settings.method == "sampled":
-        return systematic_samples(logs_SV, offsets_S, settings.samples)
-    return nucleus(logs_SV, settings.p, settings.k, settings.temperatures)
+    """Return what the settings keep of each row, for `to_signal`; `logs_SV` is used up.
 
+    Of a nucleus that is the log-probabilities of its top ids, the ids (-1 for what is not listed,
+    and exact, for ids have three bytes), the tail mass, and the tail at each temperature.
 
-def nucleus(logs_SV: Tensor, p: float, k: int, temperatures: Sequence[float] = ()) -> Tensor:
-    """Return each row's top ids that hold `p` of its mass, at most `k`; `logs_SV` is used up.
-
-    The row is their log-probabilities, their ids (-1 for what is not listed, and exact, for ids
-    have three bytes), the tail mass, and the tail at each of `temperatures`.
+    Of samples it is their ids (S, N), in order. An id of probability p comes up p · samples times
+    in expectation, as in arXiv 2503.16870 with proposals at temperature 1. The samples lie at equal
+    distances along the cumulative probability, from an offset within the first distance on: so the
+    count is p · samples rounded up or down, nearer than independent samples come.
     """
-    top_SK, ids_SK = logs_SV.topk(min(k, logs_SV.shape[1]))
+    if settings.method == "sampled":
+        sums_SV = logs_SV.exp_().cumsum(1, dtype=torch.float64)
+        points_SN = offsets_S[:, None] + torch.arange(settings.samples, dtype=torch.float64)
+        points_SN = (points_SN / settings.samples).to(sums_SV.device) * sums_SV[:, -1:]
+        return torch.searchsorted(sums_SV, points_SN, right=True)
+    top_SK, ids_SK = logs_SV.topk(min(settings.k, logs_SV.shape[1]))
     mass_SK = top_SK.exp()
-    listed_SK = mass_SK.cumsum(1) - mass_SK < p
+    listed_SK = mass_SK.cumsum(1) - mass_SK < settings.p
     listed_SK[:, 0] = True
     unlisted_SV = logs_SV.scatter_(1, ids_SK, top_SK.masked_fill(listed_SK, float("-inf")))
-    tails = [torch.logsumexp(unlisted_SV / t, 1)[:, None] for t in temperatures]
+    tails = [torch.logsumexp(unlisted_SV / t, 1)[:, None] for t in settings.temperatures]
     tail_mass_S1 = unlisted_SV.exp_().sum(1)[:, None]
     return torch.cat([top_SK, ids_SK.masked_fill(~listed_SK, -1), tail_mass_S1, *tails], 1)
-
-
-def systematic_samples(logs_SV: Tensor, offsets_S: Tensor, samples: int) -> Tensor:
-    """Return the ids of each row's samples (S, N), in order; `logs_SV` is used up.
-
-    An id of probability p comes up p · samples times in expectation, as in arXiv 2503.16870 with
-    proposals at temperature 1. The samples lie at equal distances along the cumulative probability,
-    from an offset within the first distance on: so the count is p · samples rounded up or down,
-    which is nearer than independent samples come.
-    """
-    sums_SV = logs_SV.exp_().cumsum(1, dtype=torch.float64)
-    steps_N = torch.arange(samples, dtype=torch.float64)
-    points_SN = ((offsets_S[:, None] + steps_N) / samples).to(sums_SV.device) * sums_SV[:, -1:]
-    return torch.searchsorted(sums_SV, points_SN, right=True)
 
 
 def to_signal(selected: Tensor, settings: Signals) -> Signal:

@@ -1,23 +1,13 @@
 """Signals from a server, which lists top log-probabilities at each token of a text.
 
-It reads the answers again, or listed them when it wrote them. Read again, a text is a completion of
-its token ids with vLLM's `prompt_logprobs`, bought as answers are: attempts, retries, limits,
-budget and ledger are theirs, and a reply is in the store before it is parsed, so a kill costs none
-that was paid for. What came with answers (`teacher.extra_body: {logprobs: true, top_logprobs: 20}`)
-is in the store already: nothing more is paid. There a server writes a token as text, as bytes, or
-as its id (vLLM with `return_tokens_as_token_ids`), and what it wrote is aligned with the answer's
-ids. Listed tokens that stand for no single id (some servers print parts of characters) count in the
-tail mass. A token without a list has its label alone: the template's end where a server leaves it
-out, and where the answer is cut into other tokens than it was written in.
-
-A server lists k ids at most (vLLM 20, unless started with --max-logprobs; hosted interfaces 20), at
-temperature 1. The tail mass is one minus what it lists.
+It reads the answers again (vLLM's `prompt_logprobs`, bought and stored as answers are), or listed
+them when it wrote them (`top_logprobs`), at temperature 1 and 20 ids at most unless vLLM is told
+otherwise. Listed tokens that stand for no single id count in the tail mass.
 """
 
 import re
 from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher
-from pathlib import Path
 from typing import Annotated, NotRequired
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -36,7 +26,7 @@ from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.endpoint.wire import Reply, load_json, unpack
 from distill.responders.kinds import make_responder
 from distill.responders.prices import load_prices
-from distill.responders.responder import Request, Responder, Sampling, Scoring
+from distill.responders.responder import Request, Sampling, Scoring
 from distill.responders.store import ResponseStore
 from distill.storage.progress import say
 from distill.storage.run_folder import Run
@@ -44,10 +34,8 @@ from distill.training.batches import Example
 from distill.training.soft_labels.cache import (
     SLACK,
     TEXT_ONLY,
-    KeyedExample,
     Signal,
     SignalCache,
-    name_failures,
     supervised_ids,
 )
 
@@ -57,6 +45,8 @@ REPLY_BYTES_AN_ID = 31.0  # of a stored reply, deflated; the prompt's tokens hav
 NUMBERED = re.compile(r"token_id:(\d{1,8})")  # how vLLM writes an id
 BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # how a vocabulary of pieces writes a byte
 UNKNOWN = "\ufffd"  # what stands for part of a character
+ASK_AGAIN = "see to the server: the same command asks again for what is missing"
+LIST_THEM = f"ask for them: teacher.extra_body={{logprobs: true, top_logprobs: 20}}; or {TEXT_ONLY}"
 
 
 class ListedToken(TypedDict):
@@ -67,13 +57,27 @@ class ListedToken(TypedDict):
 
 
 Listed = dict[Annotated[int, Field(ge=0, lt=1 << 24)], ListedToken]  # at one position, by ids
-LISTS = TypeAdapter(list[Listed | None])
+
+
+class Choice(TypedDict):
+    """Where vLLM writes the lists: one a token, None at the first."""
+
+    prompt_logprobs: list[Listed | None]
+
+
+class Completion(TypedDict):
+    """The part of a reply that is read here."""
+
+    choices: Annotated[list[Choice], Field(min_length=1)]
+
+
+COMPLETION = TypeAdapter(Completion)
 
 
 def fill(
     cache: SignalCache,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[KeyedExample],
+    texts: Sequence[Example],
     config: Config,
     run: Run,
 ) -> None:
@@ -83,37 +87,83 @@ def fill(
     one. Raises DistillError (exit 4) where a text has no distributions that can be read; the same
     command asks again.
     """
-    if config.signals.from_answers:
+    settings = config.signals
+    if settings.from_answers:
         with ResponseStore(config.store_folder() / "responses", writable=False) as store:
-            fill_from_answers(cache, tokenizer, texts, config.signals, store, config.teacher.model)
+            pilot, answers = (Answers(tokenizer, settings, store) for _ in range(2))
+            pilot.require(texts[:: -(-len(texts) // PILOT)], config.teacher.model)
+            if failures := cache.fill(texts, answers.read):
+                raise _error(config.teacher.model, _named(failures), LIST_THEM)
+        if answers.alone:
+            share = f"{answers.alone:,} of {answers.tokens:,}"
+            say(f"signals: {share} tokens have no list, but their label")
         return
     with make_ask(config, run) as ask:
-        server = Server(tokenizer, config.signals, ask)
+        server = Server(tokenizer, settings, ask)
         missing = [text for text, _ in cache.fill(texts, server.read)]  # the store has the others
         for part in (missing[:1], missing[1:]):
-            server.ask_for([text.example for text in part])
+            server.ask_for(part)
             if failures := cache.fill(part, server.read):
-                raise server.error(name_failures(failures))
+                raise _error(ask.responder.model, _named(failures), ASK_AGAIN)
 
 
 def probe(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     """Ask for the lists of one short text, once, before other costs; DistillError as `fill`."""
     if config.signals.from_answers:
-        limit = min(32, config.teacher.max_new_tokens)
         at_once = config.teacher.model_copy(update={"batch": False})
-        buyer = make_responder(at_once, config)
-        probe_answer(buyer, config.store_folder() / "responses", tokenizer, limit)
+        buyer, limit = make_responder(at_once, config), min(32, config.teacher.max_new_tokens)
+        question = (Message(role="user", content="Count from one to ten, in words."),)
+        request = Request.make(buyer.origin, "probe", question, Sampling(max_new_tokens=limit))
+        with Ask(buyer, config.store_folder() / "responses", again=True) as ask:
+            ask.fetch([request], "signals")
+            answers = Answers(tokenizer, config.signals, ask.store)
+            try:
+                ids = tuple(encode_text(tokenizer, answers.reply(request.id).text))
+            except ValueError as error:
+                what = f"its answer to a first short question {error}"
+                raise _error(buyer.model, what, LIST_THEM) from None
+            answers.require([Example("probe", request.id, ids, (1.0,) * len(ids))], buyer.model)
         return
     question = (Message(role="user", content="How much is 12 + 30?"),)
     ids = (*encode_prompt(tokenizer, question, config.template_date), *encode_text(tokenizer, "42"))
-    weights = (0.0,) + (1.0,) * (len(ids) - 1)
-    text = Example(id="probe", response_id="probe", input_ids=ids, weights=weights)
+    text = Example("probe", "probe", ids, (0.0,) + (1.0,) * (len(ids) - 1))
     with make_ask(config) as ask:
         server = Server(tokenizer, config.signals, ask)
         if isinstance(next(server.read([text])), str):
             server.ask_for([text])
         if isinstance(signal := next(server.read([text])), str):
-            raise server.error(f"a first short text {signal}")
+            raise _error(ask.responder.model, f"a first short text {signal}", ASK_AGAIN)
+
+
+def _error(model: str | None, what: str, fix: str) -> DistillError:
+    return DistillError(Exit.TEACHER, model, what, fix)
+
+
+def _named(failures: Sequence[tuple[Example, str]]) -> str:
+    """Name the first text without a signal, and say how many others there are."""
+    (text, why), others = failures[0], len(failures) - 1
+    return f"answer {text.response_id} {why}" + f" (and {others} others have none)" * bool(others)
+
+
+class Source:
+    """What a server listed at the tokens of texts, in a store."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, settings: Signals, store: ResponseStore
+    ) -> None:
+        self.tokenizer, self.settings, self.store = tokenizer, settings, store
+
+    def lists(self, text: Example) -> list[dict[int, float]]:
+        """Return ids and log-probabilities at each supervised token; ValueError says why not."""
+        raise NotImplementedError
+
+    def read(self, texts: Sequence[Example]) -> Iterator[Signal | str]:
+        """Yield each text's signal, or why it has none."""
+        for text in texts:
+            try:
+                yield Signal.from_lists(self.lists(text), self.settings, len(self.tokenizer))
+            except ValueError as error:
+                yield str(error)
 
 
 # A server that reads the answers again
@@ -136,11 +186,12 @@ def make_ask(config: Config, payer: Run | None = None) -> Ask:
     return Ask(responder, config.store_folder() / "responses", payer)
 
 
-class Server:
+class Server(Source):
     """The endpoint that reads, and the store of its replies."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Signals, ask: Ask) -> None:
-        self.tokenizer, self.settings, self.ask = tokenizer, settings, ask
+        super().__init__(tokenizer, settings, ask.store)
+        self.ask = ask
 
     def ask_for(self, texts: Sequence[Example]) -> None:
         """Buy a reply for each text, a further one where the last could not be read."""
@@ -149,67 +200,41 @@ class Server:
     def _next(self, text: Example) -> Scoring:
         """Return the first request for a text that has no reply yet."""
         request = Scoring.of(self.ask.responder.origin, text.input_ids)
-        while ("response", request.id) in self.ask.store:
+        while ("response", request.id) in self.store:
             request = request.model_copy(update={"sample": request.sample + 1})
         return request
 
-    def read(self, texts: Sequence[Example]) -> Iterator[Signal | str]:
-        """Yield each text's signal from its last reply, or why it has none."""
-        store, vocabulary = self.ask.store, len(self.tokenizer)
-        for text in texts:
-            request = self._next(text)
-            failure = next(store.errors(request.id), None)
-            if failure or not request.sample:
-                yield f"has no reply: {failure or 'it was not asked'}"
-                continue
-            last = Response.make_id(request.key, request.sample - 1)
-            body = (store.get("response", last) or {})["body"]
-            try:
-                if body.get("cut"):
-                    raise ValueError(f"{body['cut']} (raise max_body_bytes of the endpoint)")
-                lists = prompt_logprobs(unpack(body), text.input_ids)
-                require_tokens(self.tokenizer, lists, text.input_ids)
-                rows = [
-                    {i: one["logprob"] for i, one in listed.items()}
-                    for listed, weight in zip(lists, text.weights, strict=True)
-                    if weight
-                ]
-                yield Signal.from_lists(rows, self.settings, vocabulary)
-            except ValueError as error:
-                yield f"has a reply that cannot be used: {error}"
-
-    def error(self, what: str) -> DistillError:
-        """Return the error of a text without distributions."""
-        fix = "see to the server: the same command asks again for what is missing"
-        return DistillError(Exit.TEACHER, self.ask.responder.model, what, fix)
-
-
-def expected_bytes(tokens: int, k: int) -> float:
-    """Return about how many bytes the stored replies of texts of so many tokens take, at most."""
-    return tokens * (k + 1) * REPLY_BYTES_AN_ID
+    def lists(self, text: Example) -> list[dict[int, float]]:
+        """Return what the last reply lists."""
+        request = self._next(text)
+        failure = next(self.store.errors(request.id), None)
+        if failure or not request.sample:
+            raise ValueError(f"has no reply: {failure or 'it was not asked'}")
+        last = Response.make_id(request.key, request.sample - 1)
+        body = (self.store.get("response", last) or {})["body"]
+        try:
+            if body.get("cut"):
+                raise ValueError(f"{body['cut']} (raise max_body_bytes of the endpoint)")
+            rows = prompt_logprobs(unpack(body), text.input_ids)
+            require_tokens(self.tokenizer, rows, text.input_ids)
+        except ValueError as error:
+            raise ValueError(f"has a reply that cannot be used: {error}") from None
+        pairs = zip(rows, text.weights, strict=True)
+        return [{i: one["logprob"] for i, one in row.items()} for row, weight in pairs if weight]
 
 
 def prompt_logprobs(data: bytes, ids: Sequence[int]) -> list[Listed]:
-    """Return what a reply lists at each token of a text, nothing at the first; raises ValueError.
-
-    vLLM writes the lists into the choice.
-    """
-    body = load_json(data)
-    choices = body.get("choices") if isinstance(body, dict) else None
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    rows = choice.get("prompt_logprobs") if isinstance(choice, dict) else None
-    if not isinstance(rows, list):
-        what = "it holds no prompt_logprobs, which signals need"
-        raise ValueError(f"{what}: does the server give them, as vLLM does?")
-    if len(rows) != len(ids):
-        raise ValueError(f"its prompt_logprobs are of {len(rows)} tokens, the text has {len(ids)}")
+    """Return what a reply lists at each token of a text, nothing at the first; or ValueError."""
     try:
-        lists = [row or {} for row in LISTS.validate_python(rows)]
+        rows = COMPLETION.validate_python(load_json(data))["choices"][0]["prompt_logprobs"]
     except ValidationError:
-        raise ValueError("its prompt_logprobs cannot be read") from None
-    for n, (listed, token) in enumerate(zip(lists, ids, strict=True)):
-        if n and token not in listed:
-            raise ValueError(f"it does not list token {n} of the text among those at its position")
+        what = "it holds no prompt_logprobs that can be read, which signals need"
+        raise ValueError(f"{what}: does the server give them, as vLLM does?") from None
+    lists = [row or {} for row in rows]
+    listed = [i in row for row, i in zip(lists, ids, strict=False)][1:]
+    if len(lists) != len(ids) or not all(listed):
+        what = f"its prompt_logprobs are of {len(lists)} tokens"
+        raise ValueError(f"{what}, and not of the {len(ids)} of the text")
     return lists
 
 
@@ -234,65 +259,7 @@ def require_tokens(
 # Lists that came with the answers
 
 
-def fill_from_answers(
-    cache: SignalCache,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[KeyedExample],
-    settings: Signals,
-    store: ResponseStore,
-    model: str | None,
-) -> None:
-    """Put the distributions that came with the answers `texts` into the cache.
-
-    Raises DistillError (exit 4) where too few of their tokens have any.
-    """
-    pilot, lists = (Lists(tokenizer, settings, store) for _ in range(2))
-    for signal in pilot.read([text.example for text in texts[:: -(-len(texts) // PILOT)]]):
-        if isinstance(signal, str):
-            raise _error(model, f"an answer {signal}")
-    if pilot.gaps > (1 - ALIKE) * pilot.tokens:
-        what = f"lists candidates at {pilot.tokens - pilot.alone} of {pilot.tokens} tokens"
-        raise _error(model, f"{what}: its tokenizer is another, or it seldom does")
-    if failures := cache.fill(texts, lists.read):
-        raise _error(model, name_failures(failures))
-    if lists.alone:
-        say(f"signals: {lists.alone:,} of {lists.tokens:,} tokens have no list, but their label")
-
-
-def probe_answer(
-    buyer: Responder, store: Path, tokenizer: PreTrainedTokenizerBase, limit: int
-) -> None:
-    """Ask one short question, and look for the lists of its answer of at most `limit` tokens."""
-    question = (Message(role="user", content="Count from one to ten, in words."),)
-    request = Request.make(buyer.origin, "probe", question, Sampling(max_new_tokens=limit))
-    with Ask(buyer, store, again=True) as ask:
-        ask.fetch([request], "signals")
-        reply = _reply(ask.store, request.id)
-    if isinstance(reply, str) or not reply.logprobs:
-        why = reply if isinstance(reply, str) else "has no log-probabilities"
-        raise _error(buyer.model, f"its answer to a first short question {why}")
-    ids = encode_text(tokenizer, reply.text)
-    if len(ids) - len(align(Spelling(tokenizer), reply.logprobs, ids)) > (1 - ALIKE) * len(ids):
-        what = f"writes {reply.logprobs[0].token!r} first, and the text has other tokens"
-        what = f"its tokenizer is another than that of signals.tokenizer: it {what}"
-        raise _error(buyer.model, what)
-
-
-def _error(model: str | None, what: str) -> DistillError:
-    fix = "ask for them: teacher.extra_body={logprobs: true, top_logprobs: 20}"
-    return DistillError(Exit.TEACHER, model, what, f"{fix}; or {TEXT_ONLY}")
-
-
-def _reply(store: ResponseStore, identifier: str) -> Reply | str:
-    """Return a stored answer, or why there is none to read."""
-    key = next(store.reply_keys(identifier), None)
-    if key is None:
-        return "is not in the store"
-    reply = store.raw(key).reply
-    return f"cannot be read: {reply.error}" if reply.stop == "error" else reply
-
-
-class Lists:
+class Answers(Source):
     """The lists of stored answers.
 
     It counts the tokens that it read, those that have their label alone, and of these the gaps: not
@@ -302,27 +269,38 @@ class Lists:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, settings: Signals, store: ResponseStore
     ) -> None:
-        self.spelling, self.vocabulary = Spelling(tokenizer), len(tokenizer)
-        self.settings, self.store = settings, store
-        self.tokens = self.alone = self.gaps = 0
+        super().__init__(tokenizer, settings, store)
+        self.spelling, self.tokens, self.alone, self.gaps = Spelling(tokenizer), 0, 0, 0
 
-    def read(self, texts: Sequence[Example]) -> Iterator[Signal | str]:
-        """Yield each answer's signal, or why it has none."""
-        for text in texts:
-            reply = _reply(self.store, text.response_id)
-            if isinstance(reply, str):
-                yield reply
-                continue
-            ids = supervised_ids(text)
-            aligned = align(self.spelling, reply.logprobs or (), ids)
-            self.tokens += len(ids)
-            self.alone += len(ids) - len(aligned)
-            self.gaps += max(aligned, default=len(ids) - 1) + 1 - len(aligned)
-            lists = [aligned.get(n, {i: 0.0}) for n, i in enumerate(ids)]
-            try:
-                yield Signal.from_lists(lists, self.settings, self.vocabulary)
-            except ValueError as error:  # impossible probabilities
-                yield f"cannot be used: {error}"
+    def reply(self, identifier: str) -> Reply:
+        """Return a stored answer; ValueError says why there is none to read."""
+        if (key := next(self.store.reply_keys(identifier), None)) is None:
+            raise ValueError("is not in the store")
+        reply = self.store.raw(key).reply
+        if reply.stop == "error":
+            raise ValueError(f"cannot be read: {reply.error}")
+        return reply
+
+    def lists(self, text: Example) -> list[dict[int, float]]:
+        """Return what came with an answer, and the label alone where a token has no list."""
+        ids = supervised_ids(text)
+        aligned = align(self.spelling, self.reply(text.response_id).logprobs or (), ids)
+        self.tokens += len(ids)
+        self.alone += len(ids) - len(aligned)
+        self.gaps += max(aligned, default=len(ids) - 1) + 1 - len(aligned)
+        return [aligned.get(n, {i: 0.0}) for n, i in enumerate(ids)]
+
+    def require(self, texts: Sequence[Example], model: str | None) -> None:
+        """Raise DistillError (exit 4) where these answers lack lists at too many tokens."""
+        try:
+            for text in texts:
+                self.lists(text)
+        except ValueError as error:
+            raise _error(model, f"an answer {error}", LIST_THEM) from None
+        if self.gaps > (1 - ALIKE) * self.tokens:
+            what = f"lists candidates at {self.tokens - self.alone} of {self.tokens} tokens"
+            what = f"{what}: it has no log-probabilities, or its tokenizer is another"
+            raise _error(model, f"{what} than signals.tokenizer's", LIST_THEM)
 
 
 def align(
