@@ -1,9 +1,8 @@
 """Conversations become token ids here, for teacher and student, in training, evaluation, serving.
 
-Content is data. Where the text of a control token stands in a message or in an answer, a mark is
-put inside it before the template sees it; at the marks the rendered text is cut before it is
-tokenised, so that the token's text is encoded as text, unaltered. Where a template puts an answer
-is found by rendering a sentinel in its place. Needs no torch.
+Content is data: at each control token's text in it a mark is put before the template sees it, and
+there the rendered text is cut before it is tokenised, so that it is encoded as text, unaltered.
+Where a template puts an answer is found by rendering a sentinel in its place. Needs no torch.
 """
 
 import hashlib
@@ -12,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from distill.errors import DistillError, Exit, one_line
 from distill.reasoning import PAIRS
@@ -33,6 +32,7 @@ SWITCHES: dict[str, tuple[Any, Any]] = {
     "thinking_budget": (0, None),  # Seed-OSS
 }
 Reasoning = Literal["drop", "keep"]
+Names: TypeAlias = tuple[tuple[str, str], ...]  # a tokenizer's special tokens, as templates do
 
 
 class Turn(NamedTuple):
@@ -48,24 +48,21 @@ class Turn(NamedTuple):
     end: str
 
 
-class _Form(NamedTuple):
-    """How a template takes conversations: content as a list of parts, no system turn."""
-
-    parts: bool
-    folds: bool
-
-
-class _Control(NamedTuple):
-    """A tokenizer's control tokens, where the text of one begins, and a run of them."""
+class ControlTokens(NamedTuple):
+    """A tokenizer's control tokens, text to id; where the text of one begins, and a run of them."""
 
     ids: dict[str, int]
     begins: re.Pattern[str]
     run: re.Pattern[str]
 
 
+def control_tokens(tokenizer: "Tokenizer") -> ControlTokens:
+    """Return the tokenizer's control tokens: the special ones and the template's."""
+    return _control_tokens(tokenizer, _template(tokenizer), len(tokenizer))
+
+
 @lru_cache(maxsize=8)
-def _control(tokenizer: "Tokenizer", template: str, size: int) -> _Control:
-    """Return the control tokens under a template; `size` is the vocabulary's."""
+def _control_tokens(tokenizer: "Tokenizer", template: str, size: int) -> ControlTokens:
     ids = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     for i, token in tokenizer.added_tokens_decoder.items():
         text = str(token)
@@ -73,16 +70,7 @@ def _control(tokenizer: "Tokenizer", template: str, size: int) -> _Control:
         if token.special or written:
             ids[text] = i
     names = "|".join(map(re.escape, sorted(ids, key=len, reverse=True)))
-    return _Control(ids, beginnings(ids), re.compile(f"(?:{names})+" if names else "(?!)"))
-
-
-def _control_of(tokenizer: "Tokenizer") -> _Control:
-    return _control(tokenizer, _template(tokenizer), len(tokenizer))
-
-
-def special_tokens(tokenizer: "Tokenizer") -> dict[str, int]:
-    """Return the tokenizer's control tokens, text to id: the special ones and the template's."""
-    return _control_of(tokenizer).ids
+    return ControlTokens(ids, beginnings(ids), re.compile(f"(?:{names})+" if names else "(?!)"))
 
 
 def beginnings(texts: Iterable[str]) -> re.Pattern[str]:
@@ -97,7 +85,7 @@ def beginnings(texts: Iterable[str]) -> re.Pattern[str]:
 
 def cut_marks(text: str, tokenizer: "Tokenizer", mark: str) -> str:
     """Put `mark` into every control token's text, behind its first character."""
-    return _control_of(tokenizer).begins.sub(lambda match: match[0] + mark, text)
+    return control_tokens(tokenizer).begins.sub(lambda match: match[0] + mark, text)
 
 
 def template_hash(tokenizer: "Tokenizer", date: str) -> str:
@@ -123,14 +111,15 @@ def _template(tokenizer: "Tokenizer") -> str:
     return template or ""
 
 
-def _run(template: str, names: Mapping[str, Any], date: str, turns: Any, asks: bool) -> str:
+def _run(template: str, names: Names, date: str, turns: object, asks: bool) -> str:
     """Render `turns` with a template as transformers does, but for the date."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     moment = datetime.fromisoformat(date)  # what a template that asks for the time is told
     clock = {"date_string": moment.strftime("%d %b %Y"), "strftime_now": moment.strftime}
-    given = {**names, **clock, "tools": None, "documents": None, "add_generation_prompt": asks}
-    return _compile_jinja_template(template).render(messages=turns, **given)
+    values = {**dict(names), **clock, "tools": None, "documents": None}
+    values |= {"messages": turns, "add_generation_prompt": asks}
+    return _compile_jinja_template(template).render(values)
 
 
 def _content(text: str, parts: bool) -> Any:
@@ -138,8 +127,11 @@ def _content(text: str, parts: bool) -> Any:
 
 
 @lru_cache(maxsize=32)
-def _form(template: str, names: tuple[tuple[str, str], ...], date: str) -> _Form | str:
-    """Find by trying how a template takes conversations, or return why it takes none."""
+def _form(template: str, names: Names, date: str) -> tuple[bool, bool]:
+    """Find by trying whether a template takes content as a list of parts, and no system turn.
+
+    Raises ValueError, with the reason, where it takes no conversation.
+    """
     why = "it renders no question, or no answer"
 
     def keeps(parts: bool, *roles: str) -> bool:
@@ -147,7 +139,7 @@ def _form(template: str, names: tuple[tuple[str, str], ...], date: str) -> _Form
         texts = {role: f"{mark}text{mark}" for role, mark in zip(roles, MARKS, strict=False)}
         turns = [{"role": role, "content": _content(text, parts)} for role, text in texts.items()]
         try:
-            shown = _run(template, dict(names), date, turns, roles[-1] != "assistant")
+            shown = _run(template, names, date, turns, roles[-1] != "assistant")
         except Exception as error:  # jinja2 raises whatever a template's author chose
             why = why if parts else one_line(error)
             return False
@@ -155,24 +147,27 @@ def _form(template: str, names: tuple[tuple[str, str], ...], date: str) -> _Form
 
     for parts in (False, True):
         if keeps(parts, "user") and keeps(parts, "user", "assistant"):
-            return _Form(parts, not keeps(parts, "system", "user"))
-    return why
+            return parts, not keeps(parts, "system", "user")
+    raise ValueError(why)
 
 
 def folds_system(tokenizer: "Tokenizer", date: str) -> bool:
     """Tell whether a system turn goes into the first user turn, as the template has none."""
-    form = _form(_template(tokenizer), _names(tokenizer), date)
-    return isinstance(form, _Form) and form.folds
+    try:
+        return _form(_template(tokenizer), _names(tokenizer), date)[1]
+    except ValueError:
+        return False
 
 
-def _names(tokenizer: "Tokenizer") -> tuple[tuple[str, str], ...]:
+def _names(tokenizer: "Tokenizer") -> Names:
     return tuple((k, v) for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str))
 
 
-def _refused(tokenizer: "Tokenizer", why: str) -> DistillError:
+def _unusable(
+    tokenizer: "Tokenizer", what: str, fix: str = "check the roles and their order"
+) -> DistillError:
     where = f"chat template of {tokenizer.name_or_path}"
-    fix = "check the roles and their order, or use another model"
-    return DistillError(Exit.TRAINING, where, f"refuses the conversation: {why}", fix)
+    return DistillError(Exit.TRAINING, where, what, f"{fix}, or use another model")
 
 
 def _render(
@@ -188,26 +183,25 @@ def _render(
     begins. Raises DistillError (exit 7) where the template refuses.
     """
     template, names = _template(tokenizer), _names(tokenizer)
-    if isinstance(form := _form(template, names, date), str):
-        raise _refused(tokenizer, form)
-    turns, held = list[dict[str, Any]](), list[str]()
-    for message in messages:
-        text = cut_marks(message.content, tokenizer, mark)
-        if message.role == "system" and form.folds:
-            held.append(text)
-            continue
-        if message.role == "user" and held:
-            text, held = "\n\n".join([*held, text]), []
-        turns.append({"role": message.role, "content": _content(text, form.parts)})
-    if held:
-        raise _refused(tokenizer, "it has no system turn, and no user turn follows to hold it")
-    if answer is not None:
-        content = _content(answer["content"], form.parts)
-        turns.append({"role": "assistant", **answer, "content": content})
+    turns, system = list[dict[str, Any]](), list[str]()
     try:
-        return _run(template, dict(names), date, turns, answer is None)
+        parts, folds = _form(template, names, date)
+        for message in messages:
+            text = cut_marks(message.content, tokenizer, mark)
+            if message.role == "system" and folds:
+                system.append(text)
+                continue
+            if message.role == "user" and system:
+                text, system = "\n\n".join([*system, text]), []
+            turns.append({"role": message.role, "content": _content(text, parts)})
+        if system:
+            raise ValueError("it has no system turn, and no user turn follows to hold it")
+        if answer is not None:
+            content = _content(answer["content"], parts)
+            turns.append({"role": "assistant", **answer, "content": content})
+        return _run(template, names, date, turns, answer is None)
     except Exception as error:  # jinja2 raises whatever a template's author chose
-        raise _refused(tokenizer, one_line(error)) from None
+        raise _unusable(tokenizer, f"refuses the conversation: {one_line(error)}") from None
 
 
 def unused_mark(texts: Sequence[str]) -> str:
@@ -244,49 +238,46 @@ def find_turn(
     answer, inner = f"{mark}answer{mark}", f"{mark}thought{mark}"
     prompt = _render(tokenizer, messages, date, mark)
     # A prompt may end in an open thought, or in one that was opened and closed
-    pair, begin = next(
-        (
-            (pair, place)
-            for pair in PAIRS
-            if (place := prompt.rfind(pair[0])) >= 0
-            and prompt[place:].rstrip().endswith((pair[0].rstrip(), pair[1]))
-        ),
-        (None, len(prompt)),
-    )
+    pair, begin = None, len(prompt)
+    for opener, closer in PAIRS:
+        place = prompt.rfind(opener)
+        if place >= 0 and prompt[place:].rstrip().endswith((opener.rstrip(), closer)):
+            pair, begin = (opener, closer), place
+            break
     is_open = pair is not None and pair[1] not in prompt[begin:]
     fields = {"content": answer}
     if thought:
         fields |= dict.fromkeys(("reasoning_content", "reasoning", "thinking"), inner)
     shown = _render(tokenizer, messages, date, mark, fields)
     if answer not in shown:
-        raise _refused(tokenizer, "it leaves out the last answer")
+        raise _unusable(tokenizer, "leaves out the last answer")
     head, _, rest = shown.rpartition(answer)
-    stop = _control_of(tokenizer).run.search(rest)
+    stop = control_tokens(tokenizer).run.search(rest)
     end = rest[: stop.end()] if stop else ""
     if not head.startswith(prompt[:begin]):
         # Training has the prompt's own ids, so what stands behind the question decides, spaces
         # apart: Mistral's older templates move the system turn once there is an answer
         question = cut_marks(messages[-1].content, tokenizer, mark).strip()
-        behind = [
-            text.rpartition(question)[2] if question else "" for text in (prompt[:begin], head)
-        ]
-        before, after = ("".join(text.split()) for text in behind)
-        if before and (after.startswith(before) if pair or thought else after == before):
-            head = prompt
-    if not head.startswith(prompt[:begin]):
-        what = "writes the last turn otherwise than its prompt: an answer would follow other text"
-        fix = "use a template whose generation prompt is the beginning of the assistant's turn"
-        where = f"chat template of {tokenizer.name_or_path}"
-        raise DistillError(Exit.TRAINING, where, what, fix)
+        before, after = (
+            "".join(text.rpartition(question)[2].split()) if question else ""
+            for text in (prompt[:begin], head)
+        )
+        if not before or not (after.startswith(before) if pair or thought else after == before):
+            what = "writes the last turn otherwise than its prompt: an answer would follow other"
+            fix = "use one whose generation prompt is the beginning of the assistant's turn"
+            raise _unusable(tokenizer, f"{what} text", fix)
+        head = prompt
     opener, closer = pair or next((p for p in PAIRS if p[0] in _template(tokenizer)), PAIRS[0])
     closer = f"\n{closer}" if closer == "<channel|>" else f"\n{closer}\n\n"
-    if thought:
-        if inner in head and head.startswith(prompt):
-            opening, _, closing = head[len(prompt) :].partition(inner)
-            return Turn(prompt, opening, closing, end)
-        return Turn(prompt, "" if is_open else f"{opener}\n", closer, end)
-    lead = head[len(prompt) :] if head.startswith(prompt) else closer if is_open else ""
-    return Turn(prompt, "", lead if lead.strip() else "", end)
+    lead = head[len(prompt) :] if head.startswith(prompt) else ""
+    if thought and inner in lead:
+        opening, _, closing = lead.partition(inner)
+    elif thought:
+        opening, closing = "" if is_open else f"{opener}\n", closer
+    else:
+        opening, closing = "", lead if head.startswith(prompt) else closer if is_open else ""
+        closing = closing if closing.strip() else ""
+    return Turn(prompt, opening, closing, end)
 
 
 def fix_template(
@@ -308,7 +299,7 @@ def fix_template(
     def shown(switch: Mapping[str, Any]) -> str | None:
         text = _with_defaults(template, switch)
         try:
-            return _run(text, dict(_names(tokenizer)), DATE, turns, True)
+            return _run(text, _names(tokenizer), DATE, turns, True)
         except Exception:  # as of a template for content in parts, and of one that refuses
             return None
 
@@ -316,8 +307,8 @@ def fix_template(
     variables = find_undeclared_variables(parsed) if reasoning else set[str]()
     for name, (off, on) in SWITCHES.items():
         value = off if reasoning == "drop" else on
-        known = name in variables and name not in values and value is not None
-        if known and (value != "none" or re.search("['\"]none['\"]", template)):
+        mine = name in variables and name not in values and value is not None
+        if mine and (value != "none" or re.search("['\"]none['\"]", template)):
             plain, switched = shown({}), shown({name: value})
             # one that is so already is left alone, and so is one that may not be switched
             if plain is None or switched not in (plain, None):
@@ -327,29 +318,21 @@ def fix_template(
         tokenizer.chat_template = fixed
     if reasoning != "drop" or not (turn := find_turn(tokenizer, question, DATE)).closing:
         return
-    suffix = f"{{% if add_generation_prompt %}}{{{{ {_literal(turn.closing)} }}}}{{% endif %}}"
+    suffix = f"{{% if add_generation_prompt %}}{{{{ {json.dumps(turn.closing)} }}}}{{% endif %}}"
     tokenizer.chat_template = fixed.removesuffix("\n") + suffix
     if render(tokenizer, question, DATE) != turn.prompt + turn.closing:
         what = "has no form without thinking that could be written into it"
-        where = f"chat template of {tokenizer.name_or_path}"
-        raise DistillError(Exit.TRAINING, where, what, "set reasoning: keep")
+        raise _unusable(tokenizer, what, "set reasoning: keep")
 
 
 def _with_defaults(template: str, values: Mapping[str, Any]) -> str:
     """Return a template with values for the variables that it is not given."""
     for name, value in reversed(list(values.items())):
-        default = f"{{% set {name} = {_literal(value)} %}}"
+        literal = "none" if value is None else json.dumps(value)
+        null = "{% set null = none %}" if "null" in literal else ""  # JSON's word inside a list
+        default = f"{null}{{% set {name} = {literal} %}}"
         template = f"{{% if {name} is not defined %}}{default}{{% endif %}}{template}"
     return template
-
-
-def _literal(value: Any) -> str:
-    """Write a JSON value as a template's expression."""
-    if isinstance(value, list):
-        return f"[{', '.join(map(_literal, value))}]"
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{_literal(k)}: {_literal(v)}' for k, v in value.items())}}}"
-    return "none" if value is None else json.dumps(value)
 
 
 # Tokens
@@ -387,9 +370,9 @@ def encode_prompt(tokenizer: "Tokenizer", messages: Sequence[Message], date: str
     mark = unused_mark([message.content for message in messages])
     ids = encode_marked(tokenizer, _render(tokenizer, messages, date, mark), mark)
     blank = [Message(role=m.role, content="x") for m in messages]
-    control = set(special_tokens(tokenizer).values())
-    expected = sum(i in control for i in encode_text(tokenizer, render(tokenizer, blank, date)))
-    count = sum(i in control for i in ids)
+    plain = encode_text(tokenizer, render(tokenizer, blank, date))
+    control = set(control_tokens(tokenizer).ids.values())
+    count, expected = (sum(i in control for i in some) for some in (ids, plain))
     if count != expected:
         where = f"prompt {messages[-1].content[:40]!r}"
         what = f"{count} control tokens where the template alone has {expected}"

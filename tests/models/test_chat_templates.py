@@ -6,11 +6,11 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from distill.models.chat_template import (
+    control_tokens,
     encode_prompt,
     find_turn,
     fix_template,
     render,
-    special_tokens,
 )
 from distill.reasoning import join_thought, split_reasoning
 from distill.records import Message
@@ -80,7 +80,7 @@ def test_an_answer_is_learnt_byte_for_byte_where_inference_begins(name):
     """B1 to B6, without thinking: the target is the answer and the template's end of turn."""
     tokenizer = tokenizer_of(name)
     fix_template(tokenizer, {}, "drop")
-    control = set(special_tokens(tokenizer).values())
+    control = set(control_tokens(tokenizer).ids.values())
     for conversation in CONVERSATIONS:
         messages = messages_of(conversation)
         prompt, turn = (
@@ -120,7 +120,7 @@ def test_a_thought_is_learnt_as_the_template_writes_one(name):
 def test_a_document_cannot_forge_a_role_and_is_encoded_as_text(name):
     """B6: every control token's text in a prompt is text, unaltered."""
     tokenizer = tokenizer_of(name)
-    control = special_tokens(tokenizer)
+    control = control_tokens(tokenizer).ids
     text = f"a{''.join(control)}b"
     ids = encode_prompt(tokenizer, messages_of([(USER, text)]), DATE)
     assert text in tokenizer.decode(ids)

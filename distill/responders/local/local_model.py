@@ -25,10 +25,10 @@ from distill.errors import DistillError, Exit, first_line
 from distill.models.arithmetic import LIMITS, fitting_rows, row_bytes
 from distill.models.chat_template import (
     Reasoning,
+    control_tokens,
     encode_prompt,
     encode_text,
     find_turn,
-    special_tokens,
     template_hash,
 )
 from distill.models.devices import (
@@ -310,7 +310,7 @@ def make(teacher: LocalTeacher, circumstances: Circumstances) -> LocalResponder:
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, date: str) -> frozenset[int]:
     """Return the control token with which the chat template ends an answer, if there is one."""
     turn = find_turn(tokenizer, QUESTION, date)
-    control = set(special_tokens(tokenizer).values())
+    control = set(control_tokens(tokenizer).ids.values())
     return frozenset([i for i in encode_text(tokenizer, turn.end) if i in control][:1])
 
 
