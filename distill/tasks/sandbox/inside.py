@@ -7,8 +7,7 @@
 
 The program never sees the tests, the nonce, the verdict's pipe or the harness's memory: it is
 forked before the harness reads them, and the harness can be neither traced nor, being process 1,
-killed from inside. When the harness ends, the kernel ends all else in the sandbox. Standard library
-only.
+killed from inside. When the harness ends, the kernel ends all else. Standard library only.
 """
 
 import ast
@@ -91,12 +90,6 @@ class TestBuiltins(dict[str, object]):
     def __init__(self, harness: "Harness", entries: list[str]) -> None:
         super().__init__(vars(builtins))
         self.harness, self.entries, self.stated = harness, entries, bool(entries)
-        self |= {
-            "__asserted__": harness.count,
-            "__items__": harness.items,
-            "__ordered__": ordered,
-            "all": harness.all,
-        }
 
     def __missing__(self, name: str) -> object:
         if name.startswith("__"):
@@ -108,13 +101,6 @@ class TestBuiltins(dict[str, object]):
             more = "" if self.stated else f": is it {self.entries[0]} or {name} that is tested?"
             self.harness.finish("broken", f"the tests name {names}{more}")
         return lambda *args, **kwargs: self.harness.call(name, args, kwargs)
-
-
-def ordered(value: object) -> object:
-    """Return a side of a comparison by order; raises AssertionError for NaN."""
-    if isinstance(value, float) and value != value:
-        raise AssertionError("compares NaN")
-    return value
 
 
 class Harness:
@@ -131,29 +117,38 @@ class Harness:
         messages.send(VERDICT, {"nonce": self.nonce, "verdict": verdict, "reason": reason[:1000]})
         os._exit(0)
 
-    def count(self) -> None:
-        """Count an assertion that holds."""
-        self.asserted += 1
+    def guards(self) -> dict[str, object]:
+        """Return what `Guarded` tests call, and `all`."""
 
-    def items(self, value: Any) -> Any:
-        """Return what a loop goes over: a copy, which the program cannot shorten in the midst."""
-        if any(value is one for one in self.emptied):
-            self.finish("fail", f"the program emptied what the tests go over (last: {self.last})")
-        return value.copy() if type(value) in (list, dict, set) else value
+        def count() -> None:
+            self.asserted += 1
 
-    def all(self, values: Iterable[object]) -> bool:
-        """Do as the builtin does; over nothing it asserts nothing."""
-        number = 0
-        for number, value in enumerate(values, 1):  # noqa: B007
-            if not value:
-                return False
-        self.asserted -= not number
-        return True
+        def items(value: Any) -> Any:
+            if any(value is one for one in self.emptied):
+                what = "the program emptied what the tests go over"
+                self.finish("fail", f"{what} (last: {self.last})")
+            return value.copy() if type(value) in (list, dict, set) else value
+
+        def ordered(value: object) -> object:
+            if isinstance(value, float) and value != value:
+                raise AssertionError("compares NaN")
+            return value
+
+        def every(values: Iterable[object]) -> bool:  # over nothing it asserts nothing
+            number = 0
+            for number, value in enumerate(values, 1):  # noqa: B007
+                if not value:
+                    return False
+            self.asserted -= not number
+            return True
+
+        return {"__asserted__": count, "__items__": items, "__ordered__": ordered, "all": every}
 
     def run(self, job: dict[str, Any]) -> NoReturn:
         """Run the setup and the tests; a function that both define is the program's."""
-        known = TestBuiltins(self, job["entries"])
-        space: dict[str, object] = {"__name__": "tests", "__builtins__": known}
+        names = TestBuiltins(self, job["entries"])
+        names |= self.guards()
+        space: dict[str, object] = {"__name__": "tests", "__builtins__": names}
         try:
             setup = compile(job["setup"], "setup", "exec")
             tree = ast.parse(job["tests"], "tests")
@@ -259,7 +254,14 @@ def run_program(code: str, read: int, write: int) -> NoReturn:
     """Be the program: run the code, then answer calls until there are no more."""
     namespaces.die_with_parent()
     os.setsid()
-    read, write = close_other_descriptors(read, write)
+    # all descriptors but the pipes, which become 3 and 4, are closed; the standard ones go nowhere
+    nowhere = os.open("/dev/null", os.O_RDWR)
+    for number in range(3):
+        os.dup2(nowhere, number)
+    high = [os.dup2(end, 50 + place) for place, end in enumerate((read, write))]
+    os.closerange(3, 50)
+    read, write = (os.dup2(end, 3 + place) for place, end in enumerate(high))
+    os.closerange(5, namespaces.FILES)
     module = ModuleType("answer")
     sys.modules["answer"] = module
     try:
@@ -271,19 +273,6 @@ def run_program(code: str, read: int, write: int) -> NoReturn:
         with suppress(BaseException):
             messages.send(write, error_reply(error))
     os._exit(0)
-
-
-def close_other_descriptors(read: int, write: int) -> tuple[int, int]:
-    """Close all descriptors but the pipes, which become 3 and 4; the standard ones go nowhere."""
-    nowhere = os.open("/dev/null", os.O_RDWR)
-    for number in range(3):
-        os.dup2(nowhere, number)
-    high = [os.dup2(end, 50 + place) for place, end in enumerate((read, write))]
-    os.closerange(3, 50)
-    os.dup2(high[0], 3)
-    os.dup2(high[1], 4)
-    os.closerange(5, namespaces.FILES)
-    return 3, 4
 
 
 def perform(space: dict[str, Any], call: dict[str, Any], write: int) -> None:
