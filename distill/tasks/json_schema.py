@@ -115,7 +115,6 @@ class _Check:
         self.validator: Validator = extend(VALIDATOR, keywords)(root, registry=Registry())
 
     def ref(self, validator: Validator, ref: str, value: object, schema: Schema) -> Errors:
-        """Check each value once by each schema."""
         key = (ref, id(value))
         if key in self.results:
             if (fields := self.results[key]) is not None:
@@ -130,7 +129,6 @@ class _Check:
             yield error
 
     def matches(self, pattern: str, text: str) -> bool:
-        """Search for a pattern; raises TimeoutError when all together have taken too long."""
         started = time.thread_time()
         try:
             timeout = max(0.001, SECONDS - self.seconds)
@@ -139,14 +137,12 @@ class _Check:
             self.seconds += time.thread_time() - started
 
     def pattern(self, validator: Validator, pattern: str, value: object, schema: Schema) -> Errors:
-        """Search in bounded time."""
         if isinstance(value, str) and not self.matches(pattern, value):
             yield ValidationError(f"{value[:40]!r} does not match {pattern!r}")
 
     def pattern_properties(
         self, validator: Validator, rules: Schema, value: object, schema: Schema
     ) -> Errors:
-        """Search in bounded time."""
         for name, child in value.items() if isinstance(value, dict) else ():
             for pattern, rule in rules.items():
                 if self.matches(pattern, name):
@@ -155,7 +151,7 @@ class _Check:
     def additional_properties(
         self, validator: Validator, rule: object, value: object, schema: Schema
     ) -> Errors:
-        """Go in the answer's order; jsonschema's differs between processes."""
+        # in the answer's order; jsonschema's differs between processes
         patterns = schema.get("patternProperties", {})
         for name, child in value.items() if isinstance(value, dict) else ():
             if name in schema.get("properties", {}) or any(self.matches(p, name) for p in patterns):
@@ -168,8 +164,7 @@ class _Check:
     def unique_items(
         self, validator: Validator, unique: bool, value: object, schema: Schema
     ) -> Errors:
-        """Compare by hash; jsonschema compares each object with each."""
-
+        # by hash; jsonschema compares each object with each
         def hashable(value: object) -> object:  # 1 and 1.0 are equal, 1 and true are not
             if isinstance(value, dict):
                 return frozenset((name, hashable(child)) for name, child in value.items())

@@ -1,16 +1,10 @@
 """Answers rows in a continuous batch: no padding, rows leave when finished, others join.
 
 Every step is one forward pass over a packed line of tokens: first the last token of each live row,
-then the prompt tokens of rows that have just joined. The linear layers see real tokens only;
-attention runs for each row on its place in one preallocated cache, keys unexpanded under grouped
-queries; the head is applied to the first B positions. A prompt that begins like one that is still
-in the cache copies that part instead of computing it. What does not fit this is answered in padded
-batches.
-
-What is computed together depends on the order of the rows and on their answers alone, so that the
-same rows in the same order give the same bytes. Legend: L layers, R places of rows in the cache, H
-key heads, G queries a key head, C capacity, D head dimension, T tokens of a step, B live rows, N
-keys seen, V vocabulary.
+then the prompt tokens of rows that have just joined. What is computed together depends on the order
+of the rows and on their answers alone, so that the same rows in the same order give the same bytes.
+Legend: R places of rows in the cache, H key heads, G queries a key head, C capacity, D head
+dimension, T tokens of a step, B live rows, N keys seen, V vocabulary.
 """
 
 import time

@@ -1,12 +1,9 @@
 """The local responder: a transformers model on this machine answers planned batches.
 
-Requests are sorted by length and divided into plans before anything is generated; a plan runs
-through continuous batching, or in padded batches where the architecture needs that. The same plan
-on the same machine gives the same bytes.
-
-Of the model's own generation config only the end tokens are used: no penalty, no top-k. A sampled
-row has a generator of its own, seeded by request key and sample index, so that a sample does not
-depend on what shares the batch. Legend: B rows, K ids, V vocabulary.
+Requests are divided into plans before anything is generated; the same plan on the same machine
+gives the same bytes. Of the model's own generation config only the end tokens are used: no penalty,
+no top-k. A sampled row has a generator of its own, so that it does not depend on what shares the
+batch. Legend: B rows, K ids, V vocabulary.
 """
 
 import hashlib

@@ -1,10 +1,8 @@
 """The namespaces and limits around a generated program, made by the process that runs in them.
 
-Namespaces of its own for processes, network, mounts, IPC and names; a root of read-only system
-libraries and one small folder; a user without rights on the host; limits on everything that can be
-limited; and a filter that refuses the system calls which lead out (sockets, mounts, tracing,
-namespaces, memory that nobody counts). Raises OSError where the system does not let us. Standard
-library only; Linux 5.14, from which on processes are counted for each user namespace apart.
+A root of read-only system libraries and one small folder, a user without rights on the host,
+limits, and a filter that refuses the system calls which lead out. Raises OSError where the system
+does not let us. Standard library only; Linux 5.14 counts processes for each user namespace apart.
 """
 
 import ctypes

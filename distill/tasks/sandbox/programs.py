@@ -1,17 +1,9 @@
 """Run the tests of a generated program in a sandbox, where the program can do no harm.
 
-What holds, on Linux with user namespaces: the program has no network (nor sockets of any kind), no
-files but its own empty folder and read-only system libraries, no environment, no /proc; it ends
-within its seconds, and all that it started with it; memory, processes, files and CPU time are
-limited for all of it together; its output goes nowhere. A pass cannot be faked: a harness in a
-process of its own runs the tests, exchanges plain data alone with the program, and signs with a
-nonce that the program's memory never held (see `distill.tasks.sandbox.inside`).
-
-What does not hold: this is one kernel, so an error of the kernel is a way out; a program may use a
-core until its seconds are over; it may tell how long things take, and which libraries the system
-has. With `--unsafe-code` there are limits, the harness and where possible the filter of system
-calls, but the program reads what its user reads, and writes. Tests see plain data only: a class of
-the program's own, or a function as an argument, cannot be tested this way.
+The program has no network, no files but its own empty folder and read-only system libraries, and
+limits on time and memory (`namespaces`). A pass cannot be faked: a harness runs the tests and signs
+with a nonce that the program's memory never held (`inside`). An error of the kernel is a way out.
+With `--unsafe-code` there are limits and the harness, but the program reads what its user reads.
 """
 
 import json

@@ -1,10 +1,8 @@
 """The refine stage: on-policy distillation by the seams that are there (GKD, arXiv 2306.13649).
 
-Round after round the student answers some training prompts, each answer is cut off where the config
-says, the teacher reads them once, and the student trains towards its distributions there. A round
-is a run inside the run, in refined/round-N: its dataset is the student's answers, its signals and
-answers are in the shared store, its training begins with the adapter before it. A round that was
-killed goes on where it was, to the same bits.
+Round after round the student answers some training prompts, the teacher reads the answers once, and
+the student trains towards its distributions there. A round is a run inside the run, in
+refined/round-N. One that was killed goes on where it was, to the same bits.
 """
 
 import shutil
