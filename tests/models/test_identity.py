@@ -86,13 +86,6 @@ def test_each_file_of_a_folder_counts_by_its_name(name: str, tiny: Path) -> None
     assert registry.folder_facts("judge", str(tiny))[f"judge file {name}"] == after[name]
 
 
-def test_what_nobody_reads_does_not_count(tiny: Path) -> None:
-    before = registry.parts(str(tiny))
-    for name in ("README.md", "LICENSE.txt", "trainer_state.json", "training_args.bin"):
-        (tiny / name).write_text("x")
-    assert registry.parts(str(tiny)) == before
-
-
 def test_a_pinned_model_keeps_its_identity_and_its_key(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

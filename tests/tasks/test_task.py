@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from distill.errors import Exit
-from distill.tasks.task import compile_template, fill, load_task, shipped
+from distill.tasks.task import fill, load_task, shipped
 from tests.support.errors import stops
 
 SHIPPED = sorted(Path("configs/tasks").glob("*.yaml"))
@@ -36,13 +36,6 @@ def test_shipped_tasks_fence_the_document(path: Path) -> None:
     for view in (task.student, task.teacher):
         if view and "document.text" in view.user:
             assert "<document>\n{{ document.text }}\n</document>" in view.user
-
-
-def test_the_tasks_of_the_quickstart() -> None:
-    keys = {"name": "string", "purpose": "string", "parameters": "[string]", "returns": "any"}
-    assert load_task("api_json").checker == {"kind": "json_object", "keys": keys}
-    assert load_task("example").reference == "{{ document.meta.name }}"
-    assert load_task("example").checker == {"kind": "python_code"}
 
 
 def test_the_teacher_may_have_only_a_longer_system_turn(tmp_path: Path) -> None:
@@ -95,13 +88,6 @@ def test_a_template_that_fails_or_breaks_out_is_one_line(template: str) -> None:
     with stops(Exit.CONFIG) as caught:
         fill(template, "mine", values)
     assert "\n" not in str(caught.value)
-
-
-def test_a_template_is_compiled_once() -> None:
-    before = compile_template.cache_info().misses
-    for number in range(9):
-        assert fill("only here: {{ n }}", "mine", {"n": number}) == f"only here: {number}"
-    assert compile_template.cache_info().misses == before + 1
 
 
 def test_a_document_is_not_a_template() -> None:

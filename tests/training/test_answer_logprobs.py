@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from distill.cli import main
-from distill.config.yaml_file import load_config
 from distill.errors import DistillError, Exit
 from distill.models.chat_template import encode_prompt
 from distill.models.loading import load_model, load_tokenizer
@@ -23,7 +22,6 @@ from distill.storage.files import read_records, write_json, write_records
 from distill.storage.run_folder import Run
 from distill.training.soft_labels import server_logprobs
 from distill.training.soft_labels.cache import Signal
-from tests.planning.test_plan import ROOT, shown
 from tests.support.fake_teacher import FakeTeacher, Reply
 from tests.support.tiny import make_tokenizer
 from tests.support.training import make_soft_run, pairs
@@ -273,14 +271,3 @@ def test_an_answer_cut_into_other_tokens_keeps_the_lists_of_those_it_shares():
     assert sorted(server_logprobs.align(spelling, [*thinking, *written], ids)) == list(
         range(len(ids))
     )
-
-
-def test_the_plan_asks_no_server_to_read(tmp_path):
-    words = [f"corpus.path={ROOT / 'data/gsm8k/sample.jsonl'}", "signals.from_answers=true"]
-    words += [
-        f"teacher={{kind: endpoint, model: {SERVED}, base_url: 'http://127.0.0.1:9/v1', "
-        "extra_body: {logprobs: true, top_logprobs: 20}}"
-    ]
-    words += ["train.loss={ce: 0.5, forward_kl: 0.5}"]
-    told = shown(load_config(ROOT / "configs/gsm8k.yaml", words))
-    assert "with their lists" in told and "by a server" not in told

@@ -236,14 +236,6 @@ def test_a_row_with_one_likely_id_and_a_student_that_rules_out_the_rest_stay_fin
     assert abs(float(found)) < 1e-4
 
 
-def test_samples_hang_on_the_example_alone():
-    offsets = sample_offsets("a", 999)
-    assert (
-        sample_offsets("a", 3).tolist() == offsets[:3].tolist() != sample_offsets("b", 3).tolist()
-    )
-    assert 0 <= offsets.min() < offsets.max() < 1
-
-
 def test_a_capture_holds_samples_of_the_teacher_and_another_the_same_bytes(tmp_path):
     signals = {**SAMPLED, "samples": 40}
     runs = [make_soft_run(tmp_path / n, signals=signals) for n in "ab"]

@@ -300,14 +300,6 @@ def captured_once(tmp_path_factory) -> Run:
     return make_run(tmp_path_factory.mktemp("captured"))
 
 
-def test_another_tokenizer_than_a_live_teacher_s_is_found_before_the_first_step(tmp_path):
-    run = make_run(tmp_path, loss=LIVE)
-    other_tokenizer(run)
-    with pytest.raises(DistillError, match="have different tokenizers") as error:
-        train.main(run)
-    assert error.value.code == Exit.CONFIG and not run.path("checkpoints").exists()
-
-
 @by_kind
 def test_a_resume_towards_another_teacher_stops(tmp_path, loss):
     run = make_run(tmp_path, loss=loss)
@@ -329,11 +321,3 @@ def test_a_live_teacher_needs_no_capture_and_any_temperature(tmp_path):
         tree = run.config.model_dump(mode="json")
         recorded = {"kind": "recorded", "model": "someone"}
         Config.model_validate({**tree, "teacher": recorded})
-
-
-def test_another_training_seed_keeps_the_split(tmp_path):
-    runs = [make_run(tmp_path, f"r{seed}", seed=seed, max_steps=1) for seed in (0, 1)]
-    for run in runs:
-        train.main(run)
-    one, other = (outcome(run)["history"] for run in runs)
-    assert runs[0].config.seed == runs[1].config.seed and one != other

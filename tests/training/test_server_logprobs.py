@@ -414,16 +414,13 @@ def test_a_reply_that_cannot_be_read_says_why(given, message):
     body = json.dumps({"choices": [{"prompt_logprobs": given}]}).encode()
     with pytest.raises(ValueError, match=message):
         server_logprobs.prompt_logprobs(body, (3, 5))
+    for other in (b"", b"{", b"[]", b"{}", b'{"choices": []}', b'{"choices": [1]}'):
+        with pytest.raises(ValueError):
+            server_logprobs.prompt_logprobs(other, (3, 5))
     whole = json.dumps({"choices": [{"prompt_logprobs": GOOD}]}).encode()
     assert server_logprobs.prompt_logprobs(whole, (3, 5))[1] == {
         5: {"logprob": -0.1, "decoded_token": "a"}
     }
-
-
-@pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"choices": []}', b'{"choices": [1]}', b"{"])
-def test_a_body_of_another_shape_says_why(body):
-    with pytest.raises(ValueError):
-        server_logprobs.prompt_logprobs(body, (3, 5))
 
 
 def test_probabilities_of_more_than_one_are_refused_with_the_server_s_flag():

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -30,19 +30,12 @@ QUERY_CHUNK = 256  # prompt queries attended at once, so that a mask stays small
 Chooser = Callable[[torch.Tensor, "Sequence[BatchRow]"], list[int]]
 
 
-@dataclass
 class BatchRow:
     """One answer being written: its ids, where the prompt ends, how far the cache has read."""
 
-    index: int
-    ids: list[int]
-    limit: int
-    prompt: int = 0
-    cached: int = 0
-    seconds: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.prompt = len(self.ids)
+    def __init__(self, index: int, ids: list[int], limit: int) -> None:
+        self.index, self.ids, self.limit, self.prompt = index, ids, limit, len(ids)
+        self.cached, self.seconds = 0, 0.0
 
     def answer(self) -> list[int]:
         """Return the answer's ids so far."""
@@ -53,8 +46,7 @@ class BatchRow:
         return self.ids[-1] in stop_ids or len(self.ids) - self.prompt == self.limit
 
 
-@dataclass
-class PromptSpan:
+class PromptSpan(NamedTuple):
     """The prompt tokens of a joining row in the packed line, its last token left out."""
 
     start: int
@@ -99,13 +91,10 @@ class Cache:
         self, layer: int, step: Step, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store keys and values [1, H, T, D]; return the layer's cache, twice [R, H, C, D]."""
-
-        def room(like: torch.Tensor) -> torch.Tensor:
-            shape = (self.rows, like.shape[1], self.capacity, like.shape[3])
-            return like.new_zeros(shape)  # zeros, since a masked key must still be finite
-
         if layer not in self.layers:
-            self.layers[layer] = (room(keys), room(values))
+            # their widths may differ; zeros, since a masked key must still be finite
+            shapes = [(self.rows, n.shape[1], self.capacity, n.shape[3]) for n in (keys, values)]
+            self.layers[layer] = (keys.new_zeros(shapes[0]), values.new_zeros(shapes[1]))
         for room_RHCD, new in zip(self.layers[layer], (keys, values), strict=True):
             room_RHCD[step.rows_T, :, step.positions_T] = new[0].transpose(0, 1)
         return self.layers[layer]
@@ -130,13 +119,10 @@ def continuous_batch_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attend in a step of a batch; called without one, attend as transformers' SDPA does."""
     if step is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
+        plain = (module, query, key, value, attention_mask)
+        return sdpa_attention_forward(*plain, scaling=scaling, **kwargs)
     if others := [n for n in ("softcap", "s_aux", "position_bias") if kwargs.get(n) is not None]:
-        raise ValueError(
-            f"{type(module).__name__}: {others}"
-        )  # where prompts are short it may agree
+        raise ValueError(f"{others}")  # where prompts are short it may agree without them
     keys_RHCD, values_RHCD = step.cache.write(int(module.layer_idx), step, key, value)  # pyright: ignore
     heads, rows = key.shape[1], step.rows
     grouped = query[0].transpose(0, 1).unflatten(1, (heads, -1))  # T, H, G, D
@@ -200,7 +186,14 @@ class ContinuousBatch:
         """Choose one token for every live row, and return the rows that this finishes."""
         started = time.perf_counter()
         self._join()
-        rows = self._close_gaps()
+        while None in self.live:  # rows from the end fill the gaps: the live ones are the first B
+            row = self.live.pop()
+            self.resident.pop()
+            if row is not None:
+                gap = self.live.index(None)
+                self.cache.copy(len(self.live), gap, row.cached)
+                self.live[gap], self.resident[gap] = row, row.ids[: row.cached]
+        rows = [row for row in self.live if row is not None]
         tokens = self.choose(self._forward(rows), rows)
         work = [len(row.ids) - row.cached for row in rows]
         seconds = time.perf_counter() - started
@@ -244,17 +237,6 @@ class ContinuousBatch:
             self.live[place], self.resident[place] = row, []  # a donor only after its first step
             joined.append(self.waiting.pop())
 
-    def _close_gaps(self) -> list[BatchRow]:
-        """Move rows from the end into empty places, so that the live ones are the first B."""
-        while None in self.live:
-            row = self.live.pop()
-            self.resident.pop()
-            if row is not None:
-                gap = self.live.index(None)
-                self.cache.copy(len(self.live), gap, row.cached)
-                self.live[gap], self.resident[gap] = row, row.ids[: row.cached]
-        return [row for row in self.live if row is not None]
-
     def _forward(self, rows: list[BatchRow]) -> torch.Tensor:
         """Run one step and return the logits [B, V] of each row's last token."""
         ids, places = [row.ids[-1] for row in rows], list(range(len(rows)))
@@ -267,10 +249,9 @@ class ContinuousBatch:
                 ids += new
                 places += [place] * len(new)
                 positions += range(row.cached, row.cached + len(new))
-        table = torch.tensor([ids, places, positions], device=self.model.device)
-        ids_T, places_T, positions_T = table
-        longest = 1 + max(positions)
-        step = Step(self.cache, places_T, positions_T, len(rows), longest, spans)
+        columns = [ids, places, positions]
+        ids_T, places_T, positions_T = torch.tensor(columns, device=self.model.device)
+        step = Step(self.cache, places_T, positions_T, len(rows), 1 + max(positions), spans)
         output = self.model(
             input_ids=ids_T[None],
             position_ids=positions_T[None],
@@ -294,10 +275,8 @@ def _common(left: list[int], right: list[int]) -> int:
 def continuous_attention(model: PreTrainedModel) -> Iterator[bool]:
     """Let the model attend so inside the block; yield whether that computes what it does itself.
 
-    Where it does not (the architecture does not go through transformers' attention interface, or
-    adds something such as soft-capping), the model keeps its attention. On a CPU in bfloat16 the
-    linear layers are packed too. Raises DistillError (exit 7) where the model's type is too narrow
-    for it: float16 ends at 65,504.
+    Where it does not, as with soft-capping, the model keeps its attention. On a CPU in bfloat16 the
+    linear layers are packed too. Raises DistillError (exit 7) where the model's type is too narrow.
     """
     usual = model.config._attn_implementation or "eager"
     prompts = [[(7 * n + shift) % 97 for n in range(9 + 3 * shift)] for shift in (1, 2)]
@@ -356,9 +335,8 @@ def answer_padded(
 ) -> Iterator[list[BatchRow]]:
     """Yield the rows that finish together, `size` neighbours at a time, left-padded to the end.
 
-    It asks nothing of a model but transformers' own forward pass with a cache (sliding windows of a
-    special kind, attention sinks, state-space layers, remote code). Slower, since a long answer
-    holds its batch and padding is computed.
+    It asks nothing of a model but transformers' own forward pass with a cache. Slower, since a long
+    answer holds its batch and padding is computed.
     """
     for start in range(0, len(rows), size):
         batch = rows[start : start + size]

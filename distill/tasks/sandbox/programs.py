@@ -43,15 +43,11 @@ DEFAULT = Limits()
 
 
 class ProgramTests(NamedTuple):
-    """Code that asserts, code that runs before, and the functions that are the program's.
-
-    `entry` is the one that is asked for; with `others` beside it, several are.
-    """
+    """Code that asserts, code that runs before, and the program's functions, as asked for."""
 
     code: str
     setup: str = ""
-    entry: str = ""
-    others: tuple[str, ...] = ()
+    entries: tuple[str, ...] = ()
 
 
 class ProgramResult(NamedTuple):
@@ -61,18 +57,13 @@ class ProgramResult(NamedTuple):
     reason: str
 
 
-def allow(permission: Permission) -> None:
-    """Allow programs to run, or forbid it; raises DistillError (exit 2) without a sandbox."""
+def permit(sandboxed: bool, unsafe: bool = False) -> None:
+    """Allow what the flags of a command say; DistillError (exit 2) where there is no sandbox."""
     global _permission
-    if permission == "sandbox" and (why := unavailable()):
+    if sandboxed and not unsafe and (why := unavailable()):
         fix = "it needs Linux with user namespaces; --unsafe-code sets limits only"
         raise DistillError(Exit.CONFIG, "--allow-code", f"no sandbox on this system: {why}", fix)
-    _permission = permission
-
-
-def permit(sandboxed: bool, unsafe: bool = False) -> None:
-    """Allow what the flags of a command say; raises DistillError as `allow` does."""
-    allow("unsafe" if unsafe else "sandbox" if sandboxed else "no")
+    _permission = "unsafe" if unsafe else "sandbox" if sandboxed else "no"
 
 
 def allowed() -> Permission:
@@ -100,12 +91,10 @@ def read_tests(reference: str) -> ProgramTests:
     try:
         row = json.loads(reference)
         names = row["entry_point"] if isinstance(row["entry_point"], list) else [row["entry_point"]]
-        test, entry, *others = str(row["test"]), *map(str, names)
+        test, entries = f"{row['test']}\n\ncheck({names[0]})\n", tuple(map(str, names))
     except (ValueError, LookupError, TypeError, RecursionError):
         return ProgramTests(reference)
-    return ProgramTests(
-        f"{test}\n\ncheck({entry})\n", str(row.get("prompt", "")), entry, tuple(others)
-    )
+    return ProgramTests(test, str(row.get("prompt", "")), entries)
 
 
 def program(text: str, tests: ProgramTests) -> str:
@@ -115,7 +104,7 @@ def program(text: str, tests: ProgramTests) -> str:
     """
     block = BLOCK.search(text)
     code = block[1] if block else text
-    name = re.escape(tests.entry)
+    name = re.escape(tests.entries[0]) if tests.entries else ""
     defined = rf"^(?:(?:async )?def|class) {name}\b|^{name}\s*[:=]"
     if name and not re.search(defined, code, re.MULTILINE):
         return f"{tests.setup.rstrip()}\n{code}"
@@ -133,8 +122,7 @@ def run_tests(code: str, tests: ProgramTests, limits: Limits = DEFAULT) -> Progr
 def execute(code: str, tests: ProgramTests, limits: Limits, isolated: bool) -> ProgramResult:
     """Start a sandbox for one program; return its harness's result when all in it has ended."""
     nonce = secrets.token_hex(16)
-    job = {"nonce": nonce, "setup": tests.setup, "tests": tests.code}
-    job |= {"entries": [name for name in (tests.entry, *tests.others) if name]}
+    job = {"nonce": nonce, "setup": tests.setup, "tests": tests.code, "entries": tests.entries}
     request = messages.frame(code) + messages.frame(job)
     settings = json.dumps([limits.seconds, limits.megabytes, isolated])
     command = [sys.executable, "-I", "-S", "-X", "utf8", "-c", START, settings, str(ROOT)]

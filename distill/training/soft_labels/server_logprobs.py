@@ -6,8 +6,9 @@ otherwise. Listed tokens that stand for no single id count in the tail mass.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from difflib import SequenceMatcher
+from functools import partial
 from typing import Annotated, NotRequired
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -72,6 +73,8 @@ class Completion(TypedDict):
 
 
 COMPLETION = TypeAdapter(Completion)
+Lists = Callable[[Example], list[dict[int, float]]]  # ids and log-probabilities at each token
+Reader = Callable[[Sequence[Example]], Iterator[Signal | str]]
 
 
 def fill(
@@ -87,24 +90,23 @@ def fill(
     one. Raises DistillError (exit 4) where a text has no distributions that can be read; the same
     command asks again.
     """
-    settings = config.signals
-    if settings.from_answers:
+    reader = partial(make_reader, settings=config.signals, vocabulary=len(tokenizer))
+    if config.signals.from_answers:
         with ResponseStore(config.store_folder() / "responses", writable=False) as store:
-            pilot, answers = (Answers(tokenizer, settings, store) for _ in range(2))
+            pilot, answers = (Answers(tokenizer, store) for _ in range(2))
             pilot.require(texts[:: -(-len(texts) // PILOT)], config.teacher.model)
-            if failures := cache.fill(texts, answers.read):
-                raise _error(config.teacher.model, _named(failures), LIST_THEM)
+            _require(cache.fill(texts, reader(answers.lists)), config.teacher.model, LIST_THEM)
         if answers.alone:
             share = f"{answers.alone:,} of {answers.tokens:,}"
             say(f"signals: {share} tokens have no list, but their label")
         return
     with make_ask(config, run) as ask:
-        server = Server(tokenizer, settings, ask)
-        missing = [text for text, _ in cache.fill(texts, server.read)]  # the store has the others
+        server = Server(tokenizer, ask)
+        read = reader(server.lists)
+        missing = [text for text, _ in cache.fill(texts, read)]  # the store has the others
         for part in (missing[:1], missing[1:]):
             server.ask_for(part)
-            if failures := cache.fill(part, server.read):
-                raise _error(ask.responder.model, _named(failures), ASK_AGAIN)
+            _require(cache.fill(part, read), ask.responder.model, ASK_AGAIN)
 
 
 def probe(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -116,54 +118,46 @@ def probe(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         request = Request.make(buyer.origin, "probe", question, Sampling(max_new_tokens=limit))
         with Ask(buyer, config.store_folder() / "responses", again=True) as ask:
             ask.fetch([request], "signals")
-            answers = Answers(tokenizer, config.signals, ask.store)
+            answers = Answers(tokenizer, ask.store)
             try:
                 ids = tuple(encode_text(tokenizer, answers.reply(request.id).text))
             except ValueError as error:
                 what = f"its answer to a first short question {error}"
-                raise _error(buyer.model, what, LIST_THEM) from None
+                raise DistillError(Exit.TEACHER, buyer.model, what, LIST_THEM) from None
             answers.require([Example("probe", request.id, ids, (1.0,) * len(ids))], buyer.model)
         return
     question = (Message(role="user", content="How much is 12 + 30?"),)
     ids = (*encode_prompt(tokenizer, question, config.template_date), *encode_text(tokenizer, "42"))
     text = Example("probe", "probe", ids, (0.0,) + (1.0,) * (len(ids) - 1))
     with make_ask(config) as ask:
-        server = Server(tokenizer, config.signals, ask)
-        if isinstance(next(server.read([text])), str):
+        server = Server(tokenizer, ask)
+        read = make_reader(server.lists, config.signals, len(tokenizer))
+        if isinstance(next(read([text])), str):
             server.ask_for([text])
-        if isinstance(signal := next(server.read([text])), str):
-            raise _error(ask.responder.model, f"a first short text {signal}", ASK_AGAIN)
+        if isinstance(signal := next(read([text])), str):
+            what = f"a first short text {signal}"
+            raise DistillError(Exit.TEACHER, ask.responder.model, what, ASK_AGAIN)
 
 
-def _error(model: str | None, what: str, fix: str) -> DistillError:
-    return DistillError(Exit.TEACHER, model, what, fix)
+def _require(failures: Sequence[tuple[Example, str]], model: str | None, fix: str) -> None:
+    """Raise DistillError (exit 4) naming the first text without a signal, if there is one."""
+    if failures:
+        (text, why), *others = failures
+        more = f" (and {len(others)} others have none)" if others else ""
+        raise DistillError(Exit.TEACHER, model, f"answer {text.response_id} {why}{more}", fix)
 
 
-def _named(failures: Sequence[tuple[Example, str]]) -> str:
-    """Name the first text without a signal, and say how many others there are."""
-    (text, why), others = failures[0], len(failures) - 1
-    return f"answer {text.response_id} {why}" + f" (and {others} others have none)" * bool(others)
+def make_reader(lists: Lists, settings: Signals, vocabulary: int) -> Reader:
+    """Return what yields each text's signal, or why it has none."""
 
-
-class Source:
-    """What a server listed at the tokens of texts, in a store."""
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, settings: Signals, store: ResponseStore
-    ) -> None:
-        self.tokenizer, self.settings, self.store = tokenizer, settings, store
-
-    def lists(self, text: Example) -> list[dict[int, float]]:
-        """Return ids and log-probabilities at each supervised token; ValueError says why not."""
-        raise NotImplementedError
-
-    def read(self, texts: Sequence[Example]) -> Iterator[Signal | str]:
-        """Yield each text's signal, or why it has none."""
+    def read(texts: Sequence[Example]) -> Iterator[Signal | str]:
         for text in texts:
             try:
-                yield Signal.from_lists(self.lists(text), self.settings, len(self.tokenizer))
+                yield Signal.from_lists(lists(text), settings, vocabulary)
             except ValueError as error:
                 yield str(error)
+
+    return read
 
 
 # A server that reads the answers again
@@ -186,12 +180,11 @@ def make_ask(config: Config, payer: Run | None = None) -> Ask:
     return Ask(responder, config.store_folder() / "responses", payer)
 
 
-class Server(Source):
+class Server:
     """The endpoint that reads, and the store of its replies."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Signals, ask: Ask) -> None:
-        super().__init__(tokenizer, settings, ask.store)
-        self.ask = ask
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, ask: Ask) -> None:
+        self.tokenizer, self.ask, self.store = tokenizer, ask, ask.store
 
     def ask_for(self, texts: Sequence[Example]) -> None:
         """Buy a reply for each text, a further one where the last could not be read."""
@@ -205,7 +198,7 @@ class Server(Source):
         return request
 
     def lists(self, text: Example) -> list[dict[int, float]]:
-        """Return what the last reply lists."""
+        """Return what the last reply lists at supervised tokens; ValueError says why not."""
         request = self._next(text)
         failure = next(self.store.errors(request.id), None)
         if failure or not request.sample:
@@ -259,18 +252,16 @@ def require_tokens(
 # Lists that came with the answers
 
 
-class Answers(Source):
+class Answers:
     """The lists of stored answers.
 
     It counts the tokens that it read, those that have their label alone, and of these the gaps: not
     an answer's last.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, settings: Signals, store: ResponseStore
-    ) -> None:
-        super().__init__(tokenizer, settings, store)
-        self.spelling, self.tokens, self.alone, self.gaps = Spelling(tokenizer), 0, 0, 0
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, store: ResponseStore) -> None:
+        self.spelling, self.store = Spelling(tokenizer), store
+        self.tokens = self.alone = self.gaps = 0
 
     def reply(self, identifier: str) -> Reply:
         """Return a stored answer; ValueError says why there is none to read."""
@@ -296,11 +287,11 @@ class Answers(Source):
             for text in texts:
                 self.lists(text)
         except ValueError as error:
-            raise _error(model, f"an answer {error}", LIST_THEM) from None
+            raise DistillError(Exit.TEACHER, model, f"an answer {error}", LIST_THEM) from None
         if self.gaps > (1 - ALIKE) * self.tokens:
             what = f"lists candidates at {self.tokens - self.alone} of {self.tokens} tokens"
             what = f"{what}: it has no log-probabilities, or its tokenizer is another"
-            raise _error(model, f"{what} than signals.tokenizer's", LIST_THEM)
+            raise DistillError(Exit.TEACHER, model, f"{what} than signals.tokenizer's", LIST_THEM)
 
 
 def align(
