@@ -35,11 +35,10 @@ def run(
 ) -> FinishedRun:
     """Do every stage that is left of a config's run, or of that in a folder.
 
-    `overrides` are `key=value`, as on the command line; `redo` names the stage from which on all is
-    made again. `checkers`, `filters` and `responders` are functions of yours (see
-    `distill.callables`): a task names a checker as its `kind`, a teacher of kind `python` names its
-    responder, and filters apply after those of the config. Raises DistillError, with the exit code
-    and the one line of the command.
+    `overrides` are `key=value`; `redo` names the stage from which on all is made again. `checkers`,
+    `filters` and `responders` are functions of yours (see `distill.callables`): a task names a
+    checker as its `kind`, a teacher of kind `python` its responder, and filters apply after the
+    config's. Raises DistillError, with the exit code and the one line of the command.
     """
     with provided(checkers or {}, filters, responders or {}):
         added = [f"filters.python=[{', '.join(PROVIDED['filter'])}]"] if filters else []

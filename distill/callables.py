@@ -1,7 +1,4 @@
-"""Functions that a program brings to `distill.run`: checkers, filters and responders, by name.
-
-A config runs no code. It names what the calling program brought, and a run records the hash of its
-source, so that the same name with another body makes the stages stale that used it.
+"""Functions that a program brings to `distill.run`; a run records the hashes of their sources.
 
 A checker is `f(prompt, text, **settings)` and returns True or False, a grade from 0 to 1 (1 passes)
 or a `CheckResult`. A filter is `g(prompt, response)` and returns a reason to drop the answer, or
@@ -19,18 +16,13 @@ from typing import Any, Literal
 from distill.errors import DistillError, Exit
 
 FunctionKind = Literal["checker", "filter", "responder"]
-PROVIDED: dict[FunctionKind, dict[str, Callable[..., Any]]] = {
-    "checker": {},
-    "filter": {},
-    "responder": {},
-}
+Functions = Mapping[str, Callable[..., Any]]
+PROVIDED: dict[FunctionKind, Functions] = {"checker": {}, "filter": {}, "responder": {}}
 
 
 @contextmanager
 def provided(
-    checkers: Mapping[str, Callable[..., Any]],
-    filters: Sequence[Callable[..., Any]],
-    responders: Mapping[str, Callable[..., Any]],
+    checkers: Functions, filters: Sequence[Callable[..., Any]], responders: Functions
 ) -> Iterator[None]:
     """Make functions known under their names, for as long as a run takes."""
     by_name = {getattr(f, "__name__", type(f).__name__): f for f in filters}
@@ -38,7 +30,7 @@ def provided(
         what, fix = "two have the same name, or one has none", "define each with def, by a name"
         raise DistillError(Exit.CONFIG, "distill.run: filters", what, fix)
     before = dict(PROVIDED)
-    PROVIDED.update({"checker": dict(checkers), "filter": by_name, "responder": dict(responders)})
+    PROVIDED.update({"checker": checkers, "filter": by_name, "responder": responders})
     try:
         yield
     finally:
@@ -55,9 +47,8 @@ def find(kind: FunctionKind, name: str) -> Callable[..., Any]:
 
 
 def source_hash(kind: FunctionKind, name: str) -> str:
-    """Return the hash of a function's `version`, where it has one, else of its source text.
+    """Return the hash of a function's `version`, where it has one, else of its own source text.
 
-    What the source calls is not part of it: give a function that depends on more a `version`.
     Raises DistillError (exit 2) where it has neither.
     """
     function = find(kind, name)

@@ -1,10 +1,10 @@
 """The `distill` command: `distill run CONFIG` does all stages; each stage is a verb too.
 
 A CONFIG is a YAML file or a run's folder; `key.name=value` after it changes a key. An error is one
-line on stderr and its exit code (see `distill.errors`); `--debug` shows the traceback. Work that is
-done is never done twice.
+line on stderr and its exit code (see `distill.errors`); `--debug` shows the traceback.
 """
 
+import inspect
 import json
 import signal
 import sys
@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console, RenderableType
+from typer.models import ArgumentInfo, OptionInfo
 
 from distill.errors import DistillError, Exit, exit_code
 from distill.pipeline import CHECKING, NAMES, STAGES, perform
@@ -27,15 +28,25 @@ app = typer.Typer(
 )
 RUN, STEP, LOOK, PUBLISH = "Run", "Run one stage", "Look", "Publish"
 KEEP = "Keep models and answers"
-ConfigArgument = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="A YAML file, or the folder of a run.")
-]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes of the config.")
-]
+STUDENT = "smollm2-135m-instruct"
+STORE, SUITES = Path("runs/.store/responses"), Path("runs/.suites")
+
+
+def argument(metavar: str, text: str) -> ArgumentInfo:
+    """Return the description of an argument."""
+    return typer.Argument(metavar=metavar, help=text)
+
+
+def option(metavar: str, text: str) -> OptionInfo:
+    """Return the description of an option that takes a value."""
+    return typer.Option(metavar=metavar, help=text)
+
+
+ConfigArgument = Annotated[Path, argument("CONFIG", "A YAML file, or the folder of a run.")]
+Overrides = Annotated[list[str] | None, argument("[KEY=VALUE]...", "Changes of the config.")]
 RedoThis = Annotated[bool, typer.Option("--redo", help="Make it again, though it is done.")]
 AllowCode = Annotated[
-    bool, typer.Option("--allow-code", help="Run generated programs, in a sandbox.")
+    bool, typer.Option("--allow-code", help="Run generated programs in a sandbox.")
 ]
 UnsafeCode = Annotated[
     bool, typer.Option("--unsafe-code", help="Run them with limits only; they can read and write.")
@@ -43,8 +54,6 @@ UnsafeCode = Annotated[
 AllowInexact = Annotated[
     bool, typer.Option("--allow-inexact", help="Resume a training though something changed.")
 ]
-STUDENT = "smollm2-135m-instruct"
-STORE, SUITES = Path("runs/.store/responses"), Path("runs/.suites")
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for a script.")]
 
 
@@ -65,20 +74,20 @@ def show_scorecard(folder: Path) -> None:
 
 @app.command(rich_help_panel=RUN)
 def init(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the config is written.")],
+    folder: Annotated[Path, argument("FOLDER", "Where the config is written.")],
     corpus: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Documents or rows; else those in FOLDER.")
+        Path | None, option("PATH", "Documents or rows; else those in FOLDER.")
     ] = None,
     teacher: Annotated[
-        str, typer.Option(metavar="MODEL", help="A model here, or a server's name for one.")
+        str, option("MODEL", "A model here, or a server's name for one.")
     ] = "qwen2.5-coder-0.5b-instruct",
     base_url: Annotated[
-        str | None, typer.Option(metavar="URL", help="The server that answers, https://HOST/v1.")
+        str | None, option("URL", "The server that answers, https://HOST/v1.")
     ] = None,
     api_key_env: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The variable that holds the server's key.")
+        str | None, option("NAME", "The variable that holds the server's key.")
     ] = None,
-    student: Annotated[str, typer.Option(metavar="MODEL", help="What learns.")] = STUDENT,
+    student: Annotated[str, option("MODEL", "What learns.")] = STUDENT,
 ) -> None:
     """Write a commented config from a corpus and a teacher, and show its plan."""
     from distill.planning import plan
@@ -93,7 +102,7 @@ def init(
 def run_all(
     config: ConfigArgument,
     overrides: Overrides = None,
-    redo: Annotated[str | None, typer.Option(metavar="STAGE", help="Remake from it on.")] = None,
+    redo: Annotated[str | None, option("STAGE", "Remake from it on.")] = None,
     allow_code: AllowCode = False,
     unsafe_code: UnsafeCode = False,
     allow_inexact: AllowInexact = False,
@@ -116,9 +125,9 @@ def perform_alone(
     config: Path,
     overrides: list[str] | None,
     redo: bool,
-    allow_inexact: bool = False,
     allow_code: bool = False,
     unsafe_code: bool = False,
+    allow_inexact: bool = False,
 ) -> None:
     """Do one stage, where it is left or `redo` says so."""
     from distill.planning.preflight import require
@@ -135,27 +144,21 @@ def perform_alone(
 def add_stage(stage: Stage) -> None:
     """Give a stage a verb of its own, with the options that it knows."""
 
-    def checking(
+    def command(
         config: ConfigArgument,
         overrides: Overrides = None,
         redo: RedoThis = False,
         allow_code: AllowCode = False,
         unsafe_code: UnsafeCode = False,
-    ) -> None:
-        perform_alone(stage, config, overrides, redo, False, allow_code, unsafe_code)
-
-    def training(
-        config: ConfigArgument,
-        overrides: Overrides = None,
-        redo: RedoThis = False,
         allow_inexact: AllowInexact = False,
     ) -> None:
-        perform_alone(stage, config, overrides, redo, allow_inexact)
+        perform_alone(stage, config, overrides, redo, allow_code, unsafe_code, allow_inexact)
 
-    def plain(config: ConfigArgument, overrides: Overrides = None, redo: RedoThis = False) -> None:
-        perform_alone(stage, config, overrides, redo)
-
-    command = checking if stage.name in CHECKING else training if stage.name == "train" else plain
+    foreign = {"allow_inexact"} if stage.name != "train" else set[str]()
+    foreign |= {"allow_code", "unsafe_code"} if stage.name not in CHECKING else set()
+    signature = inspect.signature(command)
+    parameters = [p for name, p in signature.parameters.items() if name not in foreign]
+    vars(command)["__signature__"] = signature.replace(parameters=parameters)
     purpose = f"{stage.purpose[:1].upper()}{stage.purpose[1:]}."
     app.command(stage.name, help=purpose, rich_help_panel=STEP)(command)
 
@@ -171,16 +174,16 @@ def evaluate(
     redo: RedoThis = False,
     allow_code: AllowCode = False,
     unsafe_code: UnsafeCode = False,
-    lm_eval: Annotated[str | None, typer.Option(metavar="TASKS", help="Of lm-eval.")] = None,
+    lm_eval: Annotated[str | None, option("TASKS", "Of lm-eval.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Items of each of its tasks.")] = None,
     include_path: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Further tasks of it; they may hold code.")
+        Path | None, option("DIR", "Its further tasks, perhaps with code.")
     ] = None,
 ) -> None:
     """Compare student, base and teacher on held-out items, or ask the student lm-eval's tasks."""
     if lm_eval is None:
         stage = STAGES[NAMES.index("evaluate")]
-        return perform_alone(stage, config, overrides, redo, False, allow_code, unsafe_code)
+        return perform_alone(stage, config, overrides, redo, allow_code, unsafe_code)
     from distill.evaluation import lm_eval as harness
     from distill.formatting import markdown_table
     from distill.report.tables import harness_rows
@@ -209,20 +212,21 @@ def show_plan(
 
     run = open_run(config, overrides or ())
     origin = cost.pilot(run, pilot) if pilot else None
+    estimate, problems = None, list[DistillError]()
     try:
-        estimate, found = plan.make_plan(run, origin), list[DistillError]()
+        estimate = plan.make_plan(run, origin)
     except DistillError as error:  # what keeps a run from being planned is one problem among others
-        estimate, found = None, [error]
-    found += preflight.foreseen(run, estimate is None or estimate.machine.here)
-    found = list({str(error): error for error in found}.values())
+        problems.append(error)
+    problems += preflight.foreseen(run, estimate is None or estimate.machine.here)
+    problems = list({str(error): error for error in problems}.values())
     if as_json:
         facts = estimate.model_dump(mode="json") if estimate else {}
-        lines = [f"{error} (exit {error.code:d})" for error in found]
+        lines = [f"{error} (exit {error.code:d})" for error in problems]
         print(json.dumps({**facts, "problems": lines}, indent=2))
     elif estimate:
         show(plan.show(estimate))
-    if found:
-        raise preflight.together(found)
+    if problems:
+        raise preflight.together(problems)
 
 
 @app.command(name="status", rich_help_panel=LOOK)
@@ -260,35 +264,28 @@ def show_verified(
 
 @app.command(rich_help_panel=LOOK)
 def compare(
-    sides: Annotated[
-        list[Path] | None, typer.Argument(metavar="[A B]", help="Runs, or .jsonl files.")
-    ] = None,
+    sides: Annotated[list[Path] | None, argument("[A B]", "Runs, or .jsonl files.")] = None,
     a: Annotated[list[Path] | None, typer.Option("--a", help="Runs of A, by seed.")] = None,
     b: Annotated[list[Path] | None, typer.Option("--b", help="Runs of B, by seed.")] = None,
 ) -> None:
     """Compare two runs or files on the items that they share; runs of a side are its seeds."""
     from distill.evaluation.compare import compare_paths
 
-    paired = sides or []
-    left, right = (paired[:1], paired[1:]) if len(paired) == 2 else (a or [], b or [])
-    if not (left and right) or (paired and len(paired) != 2):
+    both = [[side] for side in sides or ()] + [runs for runs in (a, b) if runs]
+    if len(both) != 2:
         fix = "distill compare A B, or --a A1 --a A2 --b B1 --b B2"
         raise DistillError(Exit.CONFIG, "compare", "needs two sides", fix)
-    print(compare_paths(left, right))
+    print(compare_paths(*both))
 
 
 @app.command(rich_help_panel=LOOK)
 def score(
-    suite: Annotated[
-        str, typer.Argument(metavar="SUITE", help="A name of eval/suites, a .yaml, or a run.")
-    ],
-    responder: Annotated[
-        str, typer.Option(metavar="WHO", help="A run, a model, a config, or a file of answers.")
-    ],
-    data: Annotated[Path | None, typer.Option(metavar="FILE", help="Its questions.")] = None,
+    suite: Annotated[str, argument("SUITE", "A name of eval/suites, a .yaml, or a run.")],
+    responder: Annotated[str, option("WHO", "A run, a model, a config, or a file of answers.")],
+    data: Annotated[Path | None, option("FILE", "Its questions.")] = None,
     name: Annotated[str | None, typer.Option(help="What the responder is called.")] = None,
-    store: Annotated[Path, typer.Option(metavar="DIR", help="Shared answers.")] = STORE,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="For scores and answers.")] = SUITES,
+    store: Annotated[Path, option("DIR", "Shared answers.")] = STORE,
+    out: Annotated[Path, option("DIR", "For scores and answers.")] = SUITES,
     allow_code: AllowCode = False,
 ) -> None:
     """Ask any responder the questions of a suite, and score its answers."""
@@ -312,30 +309,21 @@ def probe(config: ConfigArgument, overrides: Overrides = None) -> None:
 def publish(
     run: ConfigArgument,
     overrides: Overrides = None,
-    push: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="Upload to the Hub, privately.")
-    ] = None,
+    push: Annotated[str | None, option("OWNER/NAME", "Upload to the Hub, privately.")] = None,
     public: Annotated[bool, typer.Option("--public", help="Upload for everybody.")] = False,
     override: Annotated[
-        str | None,
-        typer.Option(metavar="REASON", help="Publish against the evidence; the card says why."),
+        str | None, option("REASON", "Publish against evidence; the card has it.")
     ] = None,
-    as_json: AsJson = False,
 ) -> None:
     """Make the release of a run: adapter, merged model, card; and upload it where that is asked."""
-    for word in overrides or ():
-        if not word.strip().startswith("publish."):
-            what, fix = "is no key of publish", "what was made is published as it was made"
-            raise DistillError(Exit.CONFIG, "override", what, fix)
+    if any(not word.strip().startswith("publish.") for word in overrides or ()):
+        what, fix = "is no key of publish", "what was made is published as it was made"
+        raise DistillError(Exit.CONFIG, "override", what, fix)
     from distill.publishing.publish import main as make_release
 
     opened = open_run(run, overrides or ())
     with opened.lock():
-        release = make_release(opened, push, public, override)
-    if as_json:
-        paths = [path for path in sorted(release.rglob("*")) if path.is_file()]
-        files = {path.relative_to(release).as_posix(): path.stat().st_size for path in paths}
-        print(json.dumps({"release": str(release), "pushed_to": push, "files": files}, indent=2))
+        make_release(opened, push, public, override)
 
 
 @app.command(rich_help_panel=KEEP)
@@ -370,17 +358,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # what cannot be printed is escaped
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    return exit_code(lambda: _dispatch([word for word in words if word != "--debug"]), debug)
+    words = [word for word in words if word != "--debug"]
 
+    def dispatch() -> None:
+        try:
+            code = app(words, prog_name="distill", standalone_mode=False)
+        except typer.exceptions.TyperException as error:
+            if not words:  # the help has been shown
+                raise SystemExit(Exit.CONFIG) from None
+            where, what = " ".join(["distill", *words[:1]]), error.format_message()
+            raise DistillError(Exit.CONFIG, where, what, "see distill --help") from None
+        if code == Exit.INTERRUPTED:
+            raise KeyboardInterrupt
 
-def _dispatch(words: list[str]) -> None:
-    """Let typer run the command; its own complaints become ours."""
-    try:
-        code = app(words, prog_name="distill", standalone_mode=False)
-    except typer.exceptions.TyperException as error:
-        if not words:  # the help has been shown
-            raise SystemExit(Exit.CONFIG) from None
-        where, what = " ".join(["distill", *words[:1]]), error.format_message()
-        raise DistillError(Exit.CONFIG, where, what, "see distill --help") from None
-    if code == Exit.INTERRUPTED:
-        raise KeyboardInterrupt
+    return exit_code(dispatch, debug)

@@ -1,7 +1,5 @@
-"""The one exception of the project, and the exit codes of its commands.
-
-Every error that a user can cause or meet ends as one line, `error: where: what (what to do)`, and
-one of these codes.
+"""The one exception of the project, and the exit codes of its commands: every error ends as one
+line, `error: where: what (what to do)`, and one of these codes.
 """
 
 import errno
@@ -29,10 +27,8 @@ class Exit(IntEnum):
 
 SIGPIPE = 141  # what a shell says of a program whose reader has gone
 FIXES = {
-    errno.ENOSPC: "free space; the same command continues",
-    errno.EDQUOT: "free space; the same command continues",
-    errno.EACCES: "change its rights, or name another place",
-    errno.EPERM: "change its rights, or name another place",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space; the same command continues"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "change its rights, or name another place"),
     errno.EROFS: "name another place",
     **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST), "check the path"),
     errno.EMFILE: "raise the limit, ulimit -n 4096, or lower teacher.concurrency",
@@ -58,8 +54,7 @@ def one_line(error: BaseException) -> str:
 
 
 def exit_code(work: Callable[[], object], debug: bool = False) -> int:
-    """Do `work` and return the command's exit code; an error becomes one line on stderr, or with
-    `debug` is raised."""
+    """Do `work`, return its exit code; an error is one line on stderr (`debug` raises it)."""
     try:
         code = _outcome(work, debug)
         sys.stdout.flush()
@@ -78,21 +73,19 @@ def _outcome(work: Callable[[], object], debug: bool) -> int:
         return _complain("interrupted (the same command continues)", Exit.INTERRUPTED)
     except BrokenPipeError:
         raise
-    except (DistillError, OSError) as error:
+    except Exception as error:  # the edge of the program: nothing above could handle it
         if debug:
             raise
         if isinstance(error, OSError):
             if error.filename is None:
                 sys.stdout.flush()  # raises again where that is what cannot be written
             error = _of_the_system(error, "the system")
+        if not isinstance(error, DistillError):
+            what = f"{type(error).__name__}: {one_line(error)}"
+            return _complain(f"error: {what} (--debug shows where)", 1)
         for line in (error, *getattr(error, "__notes__", ())):  # all that was found at once
             _complain(f"error: {line}", error.code)
         return int(error.code)
-    except Exception as error:  # the edge of the program: nothing above could handle it
-        if debug:
-            raise
-        what = f"{type(error).__name__}: {one_line(error)}"
-        return _complain(f"error: {what} (--debug shows where)", 1)
     return 0
 
 
@@ -103,8 +96,7 @@ def _of_the_system(error: OSError, where: str) -> DistillError:
 
 
 def _complain(line: str, code: int) -> int:
-    """Print one line, whatever came in from a file: control characters are shown, not sent to the
-    terminal."""
+    """Print one line, whatever it holds: control characters are shown as escapes."""
     with suppress(OSError):  # of a full disk; the code says it too
         print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), file=sys.stderr)
     return int(code)

@@ -1,7 +1,5 @@
-"""How figures and tables are written for people, on a terminal, in Markdown and in HTML.
-
-One way for each: a true minus, a unit, an interval in brackets, and a dash for what is unknown.
-What a difference allows to claim is decided elsewhere (`distill.evaluation.claims`).
+"""How figures and tables are written for people: a true minus, a unit, an interval in brackets,
+and a dash for what is unknown. What they allow to claim is decided in `evaluation.claims`.
 """
 
 import html
@@ -124,10 +122,7 @@ def estimate(
     unit: str = "",
     undecided: bool = False,
 ) -> str:
-    """Write a figure with its interval, or with `(undecided)` where the interval would claim more.
-
-    That is where a difference is `undecided` although its interval excludes 0.
-    """
+    """Write a figure with its interval, or `(undecided)` where that would claim more than is so."""
     if value is None:
         return UNKNOWN
     text = form(value) + unit

@@ -1,13 +1,11 @@
-"""A stage started as a program of its own, by plain python or once a process by `accelerate
-launch`: generate or train.
+"""Generation or training as a program of its own, or one a process by `accelerate launch`.
 
-The first process holds the run's lock and does the stage, with all it records. The others join its
-work: in training they look at the same state and take the same decision, and in generation they
-answer what the first hands out.
+The first process holds the run's lock and does the stage. The others join its work: in training
+they take the same decisions, and in generation they answer what the first hands out.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,8 +24,9 @@ def main(name: str, words: Sequence[str]) -> int:
     flags = {word for word in words if word.startswith("--")}
     config, *overrides = [word for word in words if word not in flags]
     stage = next(stage for stage in STAGES if stage.name == name)
+    start = {"train": train, "generate": generate}[name]
     return exit_code(
-        lambda: STARTS[name](open_run(Path(config), overrides), stage, flags), "--debug" in flags
+        lambda: start(open_run(Path(config), overrides), stage, flags), "--debug" in flags
     )
 
 
@@ -77,6 +76,3 @@ def generate(run: Run, stage: Stage, flags: set[str]) -> None:
     console.quiet = True
     with run.ledger.joining(stage.name):
         join(run, workers)
-
-
-STARTS: dict[str, Callable[[Run, Stage, set[str]], None]] = {"train": train, "generate": generate}

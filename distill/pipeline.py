@@ -1,7 +1,4 @@
-"""The stages in their order: what each reads and writes, and how what is left of them is performed.
-
-The work is imported when a stage runs, so `plan` and `status` never load torch.
-"""
+"""The stages in their order, and how what is left is performed; their work is imported late."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,9 +7,9 @@ from importlib import import_module
 from typing import Any
 
 from distill.callables import source_hash
-from distill.config.learning import Signals, Student
+from distill.config.learning import Signals
 from distill.config.teachers import TEACHERS, EndpointTeacher, Teacher
-from distill.config.tree import Evaluation
+from distill.config.tree import Config, Evaluation
 from distill.config.yaml_file import parse_config, place_of
 from distill.errors import DistillError, Exit
 from distill.models import registry
@@ -30,46 +27,39 @@ def _lazy(path: str) -> Callable[..., Any]:
     return lambda *values, **options: getattr(import_module(module), name)(*values, **options)
 
 
-def reader_identity(teacher: Teacher) -> dict[str, str]:
-    """Return what pins the teacher whose distributions are captured."""
+def capture_identity(config: Config) -> dict[str, str]:
+    """Return what pins the distributions of a teacher, and the tokens that they are over."""
+    teacher, student, served = config.soft_teacher(), config.student, config.signals.tokenizer
     facts = _lazy("distill.responders.kinds.identity")(teacher)
-    return {"teacher": facts["endpoint"]} if isinstance(teacher, EndpointTeacher) else facts
+    if isinstance(teacher, EndpointTeacher):
+        facts = {"teacher": facts["endpoint"]}
+    if served and not teacher.runs_here:
+        facts |= registry.folder_facts("tokenizer", served)
+    return {**facts, **registry.folder_facts("student", student.model)}
 
 
-def capture_identity(teacher: Teacher, student: Student, tokenizer: str | None) -> dict[str, str]:
-    """Return what pins a teacher's distributions, and the tokens that they are over."""
-    served = tokenizer if not teacher.runs_here else None
-    facts = registry.folder_facts("tokenizer", served) if served else {}
-    return {**reader_identity(teacher), **student_facts(student), **facts}
+def train_identity(config: Config) -> dict[str, str]:
+    """Return what a student in a folder is, and the teacher that training reads itself."""
+    if config.train.loss.soft and not config.captures:
+        return capture_identity(config)
+    return registry.folder_facts("student", config.student.model)
 
 
-def student_facts(student: Student) -> dict[str, str]:
-    """Return what a student in a folder is; a pinned one is known by its name and revision."""
-    return registry.folder_facts("student", student.model)
-
-
-def evaluation_identity(
-    settings: Evaluation, tasks: Sequence[str], student: Student, teacher: Teacher
-) -> dict[str, str]:
+def evaluation_identity(config: Config) -> dict[str, str]:
     """Return the hashes of the suites, and of the models in folders that answer them or judge."""
     from distill.evaluation.suites import suite_hashes
 
-    facts = {
-        **suite_hashes(settings.suites),
-        **student_facts(student),
-        **checker_identity(tasks, settings.suites),
-    }
-    for role, responder in (("teacher", teacher), ("judge", settings.judge)):
+    suites = config.evaluation.suites
+    facts = {**suite_hashes(suites), **checker_identity(config.prompts.tasks, suites)}
+    facts |= registry.folder_facts("student", config.student.model)
+    for role, responder in (("teacher", config.teacher), ("judge", config.evaluation.judge)):
         if responder and responder.runs_here:
             facts |= registry.folder_facts(role, responder.model)
     return facts
 
 
 def checker_identity(tasks: Sequence[str], suites: Sequence[str] = ()) -> dict[str, str]:
-    """Return the hashes of the checkers that are functions of the user's.
-
-    Raises DistillError (exit 2) where this process was not given one that a task names.
-    """
+    """Return the hashes of checkers that are the user's functions; raises DistillError (exit 2)."""
     from distill.evaluation.suites import tasks_of
     from distill.tasks.checkers import KINDS
     from distill.tasks.task import task_path
@@ -94,14 +84,16 @@ TEACHER_KEYS = tuple(
 MONEY = ("machine", "prices", "utilisation", "requests_per_month", "teacher_price")
 MEASURED = tuple(f"evaluation.{key}" for key in Evaluation.model_fields if key not in MONEY)
 
-# What shapes distributions; of the training only how long its samples may be. A server is in the
-# identity.
+# What shapes distributions; of the training only how long its samples may be
+READER_KEYS = tuple(
+    f"teacher.{key}" for key in ("kind", "model", "revision", "dtype", "chat_template_kwargs")
+)
 SIGNAL_KEYS = (
     *(f"signals.{key}" for key in Signals.model_fields if key != "endpoint"),
-    *("teacher.kind", "teacher.model", "teacher.revision", "teacher.dtype"),
-    *("teacher.chat_template_kwargs", "student.chat_template_kwargs"),
-    *("student.model", "student.revision", "train.max_length", "template_date"),
+    *(*READER_KEYS, "student.model", "student.revision", "student.chat_template_kwargs"),
+    *("train.max_length", "template_date"),
 )
+MORE_MEMORY = "lower train.micro_batch_tokens, or set train.gradient_checkpointing: true"
 
 STAGES: tuple[Stage, ...] = (
     Stage(
@@ -150,7 +142,7 @@ STAGES: tuple[Stage, ...] = (
         DATASET[:2],
         ("signals.json",),
         _lazy("distill.training.soft_labels.capture.main"),
-        lambda c: capture_identity(c.soft_teacher(), c.student, c.signals.tokenizer),
+        capture_identity,
         purpose="keep the teacher's distributions over the answers, for losses that need them",
         applies=lambda config: config.captures,
     ),
@@ -160,27 +152,20 @@ STAGES: tuple[Stage, ...] = (
         (*DATASET[:2], "signals.json"),
         ("checkpoints", "adapter", "training.json", "merged"),
         _lazy("distill.training.train.main"),
-        lambda c: {  # and the teacher that training reads itself
-            **student_facts(c.student),
-            **(reader_identity(c.soft_teacher()) if c.train.loss.soft and not c.captures else {}),
-        },
+        train_identity,
         purpose="train the student's adapter",
-        smaller="lower train.micro_batch_tokens, or set train.gradient_checkpointing: true",
+        smaller=MORE_MEMORY,
         compares=("student", "teacher"),
     ),
     Stage(
         "refine",
-        (
-            *("on_policy", "student", "train", "seed", "template_date", "signals"),
-            *("teacher.kind", "teacher.model", "teacher.revision", "teacher.dtype"),
-            "teacher.chat_template_kwargs",
-        ),
+        ("on_policy", "student", "train", "seed", "template_date", "signals", *READER_KEYS),
         (*DATASET[:2], "dropped.jsonl", "adapter/adapter_model.safetensors"),
         ("refined",),
         _lazy("distill.training.soft_labels.on_policy.main"),
-        lambda c: capture_identity(c.soft_teacher(), c.student, c.signals.tokenizer),
+        capture_identity,
         purpose="let the student answer, and train it towards the teacher's distributions there",
-        smaller="lower train.micro_batch_tokens, or set train.gradient_checkpointing: true",
+        smaller=MORE_MEMORY,
         applies=lambda config: config.on_policy.rounds > 0,
     ),
     Stage(
@@ -189,7 +174,7 @@ STAGES: tuple[Stage, ...] = (
         ("dataset/heldout.jsonl", *STUDENT),
         ("answers", "scores", "timings", "requests.jsonl", "evaluation.json"),
         _lazy("distill.evaluation.evaluate.main"),
-        lambda c: evaluation_identity(c.evaluation, c.prompts.tasks, c.student, c.teacher),
+        evaluation_identity,
         purpose="compare student, base and teacher on held-out items",
         smaller="lower evaluation.max_batch_size",
     ),
@@ -197,8 +182,11 @@ STAGES: tuple[Stage, ...] = (
         "report",
         tuple(f"evaluation.{key}" for key in MONEY),
         (
-            *("evaluation.json", "requests.jsonl", "training.json"),
-            *("refined/training.json", "funnel.json"),
+            "evaluation.json",
+            "requests.jsonl",
+            "training.json",
+            "refined/training.json",
+            "funnel.json",
         ),
         ("prices.json", "scorecard.json", "scorecard.md", "report.html"),
         _lazy("distill.report.report.main"),
@@ -219,10 +207,7 @@ def from_stage(name: str) -> tuple[Stage, ...]:
 def perform(
     run: Run, stages: Sequence[Stage], redo: Sequence[Stage] = (), allow_inexact: bool = False
 ) -> None:
-    """Do what is left of `stages` under the run's lock, once none of them has other settings.
-
-    `allow_inexact` lets a training resume under other data or libraries, which the card says.
-    """
+    """Do what is left of `stages` under the run's lock, once none of them has other settings."""
     with run.lock():
         for stage in stages:
             if stage not in redo and stage.applies(run.config):
@@ -238,10 +223,10 @@ def perform(
                 say(f"{stage.name}: not needed by this config")
                 continue
             require_inputs(run, stage)
-            inexact = allow_inexact and stage.name == "train"
-            work = partial(stage.main, allow_inexact=True) if inexact else stage.main
+            if allow_inexact and stage.name == "train":
+                stage = replace(stage, main=partial(stage.main, allow_inexact=True))
             try:
-                did = run.perform(replace(stage, main=work))
+                did = run.perform(stage)
             except BaseException as error:
                 free_frames(error)
                 raise

@@ -1,8 +1,4 @@
-"""The nouns of the pipeline: frozen records, their ids and their JSON form.
-
-Ids are hashes of content, never row numbers, so joining, resuming and sharing between runs come
-free. This module imports no torch; every stage may import it.
-"""
+"""The nouns of the pipeline: frozen records, their ids (hashes of content) and their JSON form."""
 
 import hashlib
 import json
@@ -55,8 +51,7 @@ class Message(Record):
 
 
 class Document(Record):
-    """A piece of the corpus after cleaning and chunking; `split` is None until all documents are
-    split."""
+    """A piece of the corpus after cleaning; `split` is None until all documents are split."""
 
     id: str
     text: str
@@ -109,16 +104,15 @@ class Prompt(Record):
         reference: str | None = None,
     ) -> Self:
         """Build a prompt whose id is the hash of everything in it."""
-        body = {
-            "messages": [m.model_dump() for m in messages],
-            "teacher_messages": [m.model_dump() for m in teacher_messages]
-            if teacher_messages
-            else None,
-            "document_id": document_id,
-            "task": task,
-            "reference": reference,
-        }
-        return cls(id=digest(body), **body)
+        prompt = cls(
+            id="",
+            messages=messages,
+            teacher_messages=teacher_messages or None,
+            document_id=document_id,
+            task=task,
+            reference=reference,
+        )
+        return prompt.model_copy(update={"id": digest(prompt.model_dump(exclude={"id"}))})
 
     def asked_of_teacher(self) -> tuple[Message, ...]:
         """Return the messages that the teacher is asked."""
@@ -138,8 +132,7 @@ class Usage(Record):
 
 
 class Candidate(Record):
-    """A token with its log-probability; `bytes` are stated where its text does not determine
-    them."""
+    """A token and its log-probability; `bytes` where its text does not determine them."""
 
     token: str
     logprob: Annotated[float, Field(allow_inf_nan=False)]
@@ -193,9 +186,8 @@ class Item(Record):
     @classmethod
     def make(cls, prompt: Prompt) -> Self:
         """Build the item that evaluates a held-out prompt."""
-        identity = digest({"task": prompt.task, "prompt": prompt.id})
         return cls(
-            id=identity,
+            id=digest({"task": prompt.task, "prompt": prompt.id}),
             task=prompt.task,
             prompt=prompt,
             reference=prompt.reference,
@@ -204,8 +196,7 @@ class Item(Record):
 
 
 class AnswerLoss(Record):
-    """The loss of an answer under a model in nats, the answer's tokens, and how many of them are
-    the model's top-1."""
+    """The loss of an answer under a model in nats, its tokens, and those that are top-1."""
 
     loss: float
     tokens: int
@@ -213,8 +204,7 @@ class AnswerLoss(Record):
 
 
 class Score(Record):
-    """A scorer's verdict with its evidence; `value` is None only where we failed, never where the
-    model did."""
+    """A scorer's verdict with its evidence; `value` is None only where we failed."""
 
     item_id: str
     model: str
@@ -224,8 +214,7 @@ class Score(Record):
 
 
 class Timing(Record):
-    """Timings of their own: requests asked one at a time, and prompts that are only prefilled, in a
-    batch."""
+    """Timings apart: requests asked one at a time, and prompts only prefilled, in a batch."""
 
     requests: int
     output_tokens: int
@@ -236,11 +225,8 @@ class Timing(Record):
 
 
 class LedgerEntry(Record):
-    """What one stage took in one go; of paid attempts also those that may have been billed, and
-    their maximum.
-
-    `paid_input_tokens` and `paid_output_tokens` are the part of the tokens that paid attempts took.
-    """
+    """What a stage took in one go: all tokens, those of `paid` attempts, and those of these whose
+    outcome is unknown, with their maximum."""
 
     stage: str
     started: str

@@ -1,8 +1,7 @@
-"""Keys, tokens and passwords that are known by their form: for documents, configs and releases.
+"""Keys, tokens and passwords that are known by their form (configs/secret_patterns.yaml).
 
-The forms stand in configs/secret_patterns.yaml. The list is ours, and not a library's: what it
-finds is masked in documents before prompts are made, so a library's next version would change texts
-that are paid for already.
+The list is ours, and not a library's: what it finds is masked in documents before prompts are made,
+so a library's next version would change texts that are paid for already.
 """
 
 import hashlib
@@ -29,8 +28,7 @@ SHORTHANDS = {  # of the table
 
 
 class Secret(NamedTuple):
-    """A secret in a text: the name of its form, where it begins, and its SHA-256, by which it is
-    named and allowed without being repeated."""
+    """A secret in a text: the name of its form, where it begins, and its SHA-256."""
 
     name: str
     start: int
@@ -118,8 +116,7 @@ def forms_in(text: str) -> list[Form]:
 def find_secrets(text: str, allowed: Collection[str] = ()) -> Iterator[Secret]:
     """Yield every secret in a text, by form, except those allowed; two forms may find the same.
 
-    Allowed are forms by their name, and single secrets by the beginning of their SHA-256, at least
-    8 digits of it, with or without `sha256:` before it.
+    Allowed are forms by their name, and secrets by 8 or more digits of their `sha256:`.
     """
     beginnings = tuple(one.removeprefix("sha256:") for one in allowed if len(one) >= 8)
     for form in forms_in(text):

@@ -1,5 +1,4 @@
-"""`distill status`: what a run has done, what is left, and what each stage has cost so far. Loads
-no model."""
+"""`distill status`: what a run has done, what is left and what it cost; loads no model."""
 
 from collections.abc import Sequence
 from decimal import Decimal
@@ -21,7 +20,7 @@ class StageStatus(Record):
     """Where a stage stands, why, and what it has taken; sums are None where nothing was entered."""
 
     stage: str
-    state: str
+    state: str = ""
     remark: str = ""
     finished: str = ""
     seconds: float | None = None
@@ -31,8 +30,7 @@ class StageStatus(Record):
 
 
 class Status(Record):
-    """The stages of a run, the sums of its ledger, the requests whose bill is not known, and the
-    batch jobs that it waits for."""
+    """The stages of a run, their sums, requests of unknown outcome, and open batch jobs."""
 
     run: str
     stages: tuple[StageStatus, ...]
@@ -43,7 +41,7 @@ class Status(Record):
 
 def read_status(run: Run, stages: Sequence[Stage]) -> Status:
     """Return where a run stands, from its markers, its ledger and the store."""
-    ledger, rows = run.ledger.entries(), []
+    ledger, rows = run.ledger.entries(), list[StageStatus]()
     for stage in stages:
         state, remark = "not needed", ""
         if stage.applies(run.config):
@@ -52,13 +50,12 @@ def read_status(run: Run, stages: Sequence[Stage]) -> Status:
                 state, remark = STATES[code], "; ".join(changes)
             except DistillError as error:  # an input is not there, which leaves it unknown
                 state, remark = "unknown", str(error)
-        finished = read_json(run.marker(stage)).get("at", "") if state == "done" else ""
-        entries = [entry for entry in ledger if entry.stage == stage.name]
-        rows.append(summed(stage.name, entries, state, remark, finished))
-    names = {stage.name for stage in stages}
-    for name in dict.fromkeys(e.stage for e in ledger if e.stage not in names):  # a pilot
-        entries = [entry for entry in ledger if entry.stage == name]
-        rows.append(summed(name, entries, "", "", entries[-1].started))
+        at = read_json(run.marker(stage)).get("at", "") if state == "done" else ""
+        rows.append(StageStatus(stage=stage.name, state=state, remark=remark, finished=at))
+    pilots = {entry.stage: entry.started for entry in ledger}
+    for name in sorted(pilots.keys() - {stage.name for stage in stages}):
+        rows.append(StageStatus(stage=name, finished=pilots[name]))
+    rows = [with_sums(row, [e for e in ledger if e.stage == row.stage]) for row in rows]
     doubts, jobs = list[Attempt](), list[Job]()
     folder = run.config.store_folder() / "responses"
     if run.config.teacher.paid and folder.exists():
@@ -70,33 +67,27 @@ def read_status(run: Run, stages: Sequence[Stage]) -> Status:
     return Status(
         run=str(run.folder),
         stages=tuple(rows),
-        all=summed("all", ledger),
+        all=with_sums(StageStatus(stage="all"), ledger),
         doubts=tuple(doubts),
         jobs=tuple(f"{job.line()} at {job.address}" for job in jobs),
     )
 
 
-def summed(
-    stage: str,
-    entries: Sequence[LedgerEntry],
-    state: str = "",
-    remark: str = "",
-    finished: str = "",
-) -> StageStatus:
+def with_sums(status: StageStatus, entries: Sequence[LedgerEntry]) -> StageStatus:
     """Return a stage's status with the sums of its entries in the ledger."""
-    status = StageStatus(stage=stage, state=state, remark=remark, finished=finished)
     if not entries:
         return status
     dollars = [entry.dollars for entry in entries if entry.dollars is not None]
-    counted = ("seconds", "input_tokens", "output_tokens")
-    sums = {key: sum(getattr(entry, key) for entry in entries) for key in counted}
+    sums = {
+        key: sum(getattr(entry, key) for entry in entries)
+        for key in ("seconds", "input_tokens", "output_tokens")
+    }
     paid = sum(dollars, Decimal(0)) if dollars else None
     return status.model_copy(update={**sums, "dollars": paid})
 
 
 def show(status: Status) -> Group:
-    """Return a row a stage, a row of sums, why what is stale is stale, and what may have been
-    billed."""
+    """Return a row a stage, their sums, why some are stale, and what may have been billed."""
     rows = table(status.run, "stage", "state", "finished", ">seconds", ">in", ">out", ">dollars")
     for row in (*status.stages, status.all):
         if row is status.all:
@@ -106,19 +97,17 @@ def show(status: Status) -> Group:
             sums = (f"{row.seconds:,.1f}", f"{row.input_tokens:,}", f"{row.output_tokens:,}")
         dollars = "" if row.dollars is None else f"{row.dollars:.4f}"
         rows.add_row(row.stage, row.state, row.finished[:16].replace("T", " "), *sums, dollars)
-    remarks = [f"{stage.stage}: {stage.remark}" for stage in status.stages if stage.remark]
-    lines: list[str] = []
+    lines = [f"{stage.stage}: {stage.remark}" for stage in status.stages if stage.remark]
+    lines += status.jobs
     if status.doubts:
         most = [doubt.most for doubt in status.doubts if doubt.most is not None]
         complete = len(most) == len(status.doubts)
         total = f"at most ${sum(most, Decimal(0)):.4f}" if complete else "cost unknown"
-        lines = [f"{len(status.doubts)} requests may have been billed, {total}:"]
-        lines += [
-            f"  {doubt.key}: {doubt.what}" + (f", at most ${doubt.most}" if doubt.most else "")
-            for doubt in status.doubts
-            if not doubt.answered
-        ]
-        if answered := [doubt for doubt in status.doubts if doubt.answered]:  # there may be many
-            first = answered[0]
-            lines.append(f"  {len(answered)} with an answer, the first {first.key}: {first.what}")
-    return Group(rows, *remarks, *status.jobs, *lines)
+        lines.append(f"{len(status.doubts)} requests may have been billed, {total}:")
+    for doubt in (doubt for doubt in status.doubts if not doubt.answered):
+        limit = f", at most ${doubt.most}" if doubt.most else ""
+        lines.append(f"  {doubt.key}: {doubt.what}{limit}")
+    if answered := [doubt for doubt in status.doubts if doubt.answered]:  # there may be many
+        first = answered[0]
+        lines.append(f"  {len(answered)} with an answer, the first {first.key}: {first.what}")
+    return Group(rows, *lines)

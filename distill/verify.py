@@ -1,14 +1,11 @@
-"""`distill verify RUN`: is a finished run what it says it is? Loads no model, asks nothing, and
-writes nothing into the run.
+"""`distill verify RUN`: is a finished run what it says it is? Loads no model and writes nothing.
 
 The files have the hashes that were recorded; the stored answers give the same scores, scorecard and
-report again, byte for byte; and the parts belong together: answers are what the store holds as it
-came, adapter and merged model are the evaluated ones, and a release has these and that scorecard.
+report again, byte for byte; and answers, adapter, model and release belong together.
 """
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -49,8 +46,14 @@ WORDED = REPORTED[1:]  # from scorecard.json and samples, in words that may chan
 # what is made again depends on none of these
 NOT_READ = ("adapter/", "checkpoints/", "merged/", "release/")
 NOT_READ += ("refined/round-", "refined/adapter/", "refined/merged/")
-PROGRAMS = "its task runs programs: --allow-code makes it again"
 WEIGHTS = "adapter/adapter_model.safetensors"
+TITLES = {
+    "run": "manifest and config",
+    "again": "made again from the answers",
+    "store": "answers as they came",
+    "together": "the adapter that was evaluated",
+    "release": "the release",
+}
 
 
 def verify(folder: Path) -> list[Check]:
@@ -61,19 +64,23 @@ def verify(folder: Path) -> list[Check]:
     evidence = RunEvidence(folder, STAGES)
     checks = list(check_files(evidence))
     unread = (*NOT_READ, *MEASURED, *REPORTED)  # which nothing that is made again depends on
-    bad = [c.what for c in checks if c.state != "same" and not c.what.startswith(unread)]
-    if bad:
-        why = f"{bad[0]} is not what was recorded"
-        skipped = Check("again", "scores, scorecard and report", "skipped", why)
-        # the comparison with the store names the line of a damaged answer
-        stored = () if CONFIG in bad else _stored(evidence)
-        return [*checks, skipped, *stored]
-    return [*checks, *_again(evidence), *_together(evidence)]
+    bad = [check.what for check in failures(checks) if not check.what.startswith(unread)]
+    if not bad:
+        return [*checks, *_again(evidence), *_stored(evidence), *_together(evidence)]
+    why = f"{bad[0]} is not what was recorded"
+    checks.append(Check("again", "scores, scorecard and report", "skipped", why))
+    if CONFIG not in bad:  # which says where the store is; that names the line of a damaged answer
+        checks += _stored(evidence)
+    return checks
+
+
+def failures(checks: Sequence[Check]) -> list[Check]:
+    """Return what differs or is missing."""
+    return [check for check in checks if check.state not in ("same", "skipped")]
 
 
 def _again(evidence: RunEvidence) -> Iterator[Check]:
-    """Make scores, scorecard and report again from the answers, elsewhere, and compare every byte;
-    where another distill measured or reported, they may rightly differ."""
+    """Make scores and report again elsewhere, and compare every byte, or other code's figures."""
     here, other_code = environment(), False
     for stage in ("evaluate", "report"):
         there = evidence.manifest.get("stages", {}).get(stage, {}).get("environment", {})
@@ -82,7 +89,8 @@ def _again(evidence: RunEvidence) -> Iterator[Check]:
             why = f"made by distill {before}, this is {now}: other code may give other bytes"
             yield Check("again", f"the code of {stage}", "skipped", why)
             other_code = True
-    with tempfile.TemporaryDirectory() as place, _scratch(evidence, Path(place)) as run:
+    with tempfile.TemporaryDirectory() as place:
+        run = _linked(evidence, Path(place))
         try:
             skipped = _measure_again(run)
             report.main(run)
@@ -94,16 +102,22 @@ def _again(evidence: RunEvidence) -> Iterator[Check]:
                 yield Check("again", name, "skipped", skipped)
             elif name.startswith((*MEASURED, *REPORTED)):
                 yield _compared(evidence.folder / name, run.path(name), name, other_code)
-        sources = [_sources(m, other_code) for m in (run.manifest(), evidence.manifest)]
+        sources = [
+            {  # the files that the scorecard's parts come from, but those that other code measured
+                (part, stage, file): sha256
+                for part, stages in (manifest.get("sources") or {}).items()
+                for stage, files in stages.items()
+                for file, sha256 in files.items()
+                if not (other_code and file.startswith(MEASURED))
+            }
+            for manifest in (run.manifest(), evidence.manifest)
+        ]
         yield verdict("again", "sources of the scorecard", sources[0] == sources[1])
 
 
-@contextmanager
-def _scratch(evidence: RunEvidence, place: Path) -> Iterator[Run]:
-    """Yield a run elsewhere, of links to what was recorded: what is written takes a link's place.
-
-    It has the ledger as the report found it, and the scorecard's name.
-    """
+def _linked(evidence: RunEvidence, place: Path) -> Run:
+    """Return a run elsewhere of links to what was recorded, with the report's ledger and name; what
+    is written takes a link's place."""
     config = open_run(evidence.folder).config
     name = _field(evidence.folder / "scorecard.json", "name") or config.name
     run = Run(config.model_copy(update={"name": name, "runs": place}), place / "run")
@@ -112,7 +126,7 @@ def _scratch(evidence: RunEvidence, place: Path) -> Iterator[Run]:
             run.path(file).parent.mkdir(parents=True, exist_ok=True)
             run.path(file).symlink_to((evidence.folder / file).resolve())
     run.path(LEDGER).write_bytes(evidence.ledger_at("report") or b"")
-    yield run
+    return run
 
 
 def _field(path: Path, *keys: str) -> Any:
@@ -127,14 +141,11 @@ def _field(path: Path, *keys: str) -> Any:
 
 
 def _measure_again(run: Run) -> str | None:
-    """Measure the stored answers; return why not where that needs what is not allowed or not here.
-
-    These are programs that models wrote, and checkers that are functions of the user's.
-    """
+    """Measure the stored answers; return why not, where that needs programs of models that may not
+    run, or a function of the user's."""
     recorded = read_json(run.path(TASKS_FILE)) if run.path(TASKS_FILE).is_file() else {}
     stored = read_json(run.path("answers/suites.json"))
-    tables = [part for suite in stored for part in suite["parts"]]
-    rows = [*recorded.values(), *(part["task"] for part in tables)]
+    rows = [*recorded.values(), *(part["task"] for suite in stored for part in suite["parts"])]
     kinds = {row["checker"]["kind"] for row in rows if row.get("checker")}
     if unknown := sorted(kinds - KINDS.keys() - PROVIDED["checker"].keys()):
         return f"checker {unknown[0]} is a function that this process was not given"
@@ -144,25 +155,18 @@ def _measure_again(run: Run) -> str | None:
     tasks += [part.task for suite in suites for part in suite.parts]
     programs = any(t and t.checker and t.checker["kind"] in RUNS_CODE for t in tasks)
     if programs and allowed() == "no":
-        return PROGRAMS
+        return "its task runs programs: --allow-code makes it again"
     measure(run, suites, find_overlap(run, items, suites))
     return None
 
 
-def _sources(manifest: dict[str, Any], other_code: bool) -> Any:
-    """Return the files that a scorecard's parts come from, but those that other code measured."""
-    return {
-        (part, stage, file): hashed
-        for part, stages in (manifest.get("sources") or {}).items()
-        for stage, files in stages.items()
-        for file, hashed in files.items()
-        if not (other_code and file.startswith(MEASURED))
-    }
-
-
 def _compared(old: Path, new: Path, name: str, other_code: bool) -> Check:
     """Compare a file with the same one made again: every byte, or of other code every figure."""
-    where = first_difference(old, new)
+    if not (old.is_file() and new.is_file()):
+        return Check("again", name, "differs", "only one of the two is there")
+    with old.open("rb") as one, new.open("rb") as other:
+        lines = enumerate(zip_longest(one, other), 1)
+        where = next((f"line {n}" for n, (a, b) in lines if a != b), "")
     if where and other_code and name in WORDED:
         why = "worded by another distill; scorecard.json is compared"
         return Check("again", name, "skipped", why)
@@ -171,7 +175,7 @@ def _compared(old: Path, new: Path, name: str, other_code: bool) -> Check:
     return verdict("again", name, not where, where)
 
 
-def different_figures(old: Any, new: Any, path: str = "") -> Iterator[str]:
+def different_figures(old: object, new: object, path: str = "") -> Iterator[str]:
     """Yield where two trees of JSON state different numbers, of those that both state."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in old.keys() & new.keys():
@@ -185,35 +189,6 @@ def different_figures(old: Any, new: Any, path: str = "") -> Iterator[str]:
         return
     elif f"{old:.6g}" != f"{new:.6g}":  # more digits were written once
         yield path
-
-
-def first_difference(old: Path, new: Path) -> str:
-    """Return the first line in which two files differ, or nothing where they are the same."""
-    if not new.is_file() or not old.is_file():
-        return "only one of the two is there"
-    with old.open("rb") as one, new.open("rb") as other:
-        lines = enumerate(zip_longest(one, other), 1)
-        return next((f"line {n}" for n, (a, b) in lines if a != b), "")
-
-
-def _together(evidence: RunEvidence) -> Iterator[Check]:
-    """Look whether the store, the adapter and the release belong to what was evaluated."""
-    yield from _stored(evidence)
-    student = _field(evidence.folder / "answers/models.json", "student") or {}
-    last = "refined/" if f"refined/{WEIGHTS}" in evidence.hashes else ""
-    for name, keys in {
-        f"{last}training.json": ("adapter_sha256",),
-        "scorecard.json": ("models", "student", "adapter_sha256"),
-    }.items():
-        same = _field(evidence.folder / name, *keys) == student.get("adapter_sha256")
-        yield verdict("together", f"adapter of {name}", same, "is not the evaluated one")
-    same = evidence.hashes.get(f"{last}{WEIGHTS}") == student.get("adapter_sha256")
-    yield verdict("together", f"{last}{WEIGHTS}", same, "is not the evaluated one")
-    if evaluated := student.get("model_sha256"):
-        same = _model(evidence.folder / f"{last}merged") == evaluated
-        yield verdict("together", f"{last}merged", same, "is not the evaluated model")
-    if (evidence.folder / "release").is_dir():
-        yield from _release(evidence, student)
 
 
 def _stored(evidence: RunEvidence) -> Iterator[Check]:
@@ -262,31 +237,47 @@ def _as_it_came(log: ResponseStore, response: Response) -> bool:
     return False
 
 
-def _release(evidence: RunEvidence, student: dict[str, Any]) -> Iterator[Check]:
-    """Hold the release against what was recorded of it, and against what was evaluated."""
+def _together(evidence: RunEvidence) -> Iterator[Check]:
+    """Look whether adapter, merged model and release are the evaluated ones and as recorded."""
     folder, release = evidence.folder, evidence.folder / "release"
+    student = _field(folder / "answers/models.json", "student") or {}
+    adapter, model = student.get("adapter_sha256"), student.get("model_sha256")
+    last = "refined/" if f"refined/{WEIGHTS}" in evidence.hashes else ""
+    for what, sha256 in {
+        f"adapter of {last}training.json": _field(
+            folder / f"{last}training.json", "adapter_sha256"
+        ),
+        "adapter of scorecard.json": _field(
+            folder / "scorecard.json", "models", "student", "adapter_sha256"
+        ),
+        f"{last}{WEIGHTS}": evidence.hashes.get(f"{last}{WEIGHTS}"),
+    }.items():
+        yield verdict("together", what, sha256 == adapter, "is not the evaluated one")
+    if model:
+        same = _hash(folder / f"{last}merged") == model
+        yield verdict("together", f"{last}merged", same, "is not the evaluated model")
+    if not release.is_dir():
+        return
     for name in evidence.manifest.get("release", {"release/README.md": None}):
         yield evidence.compared("release", name)
-    same = _hash(release / WEIGHTS) == student["adapter_sha256"]
+    same = _hash(release / WEIGHTS) == adapter
     yield verdict("release", "its adapter", same, "not the evaluated one")
     for name in REPORTED[::2]:
         same = _hash(release / name) == _hash(folder / name)
         yield verdict("release", f"its {name}", same, "is not the run's: publish again")
-    if evaluated := student.get("model_sha256"):
-        same = _model(release) == evaluated
-        yield verdict("release", "its model", same, "evaluated and released model differ")
+    if model:
+        where = "evaluated and released model differ"
+        yield verdict("release", "its model", _hash(release) == model, where)
     else:
         why = "evaluated was the adapter, with which it was compared when it was published"
         yield Check("release", "its model", "skipped", why)
 
 
 def _hash(path: Path) -> str | None:
+    """Return the hash of a file, or of the model in a folder; None where there is none."""
+    if (path / "config.json").is_file():
+        return folder_digest(path)
     return sha256_file(path) if path.is_file() else None
-
-
-def _model(folder: Path) -> str | None:
-    """Return the hash of a folder's model, or None where it holds none."""
-    return folder_digest(folder) if (folder / "config.json").is_file() else None
 
 
 def show(folder: Path, checks: Sequence[Check]) -> Group:
@@ -305,22 +296,13 @@ def show(folder: Path, checks: Sequence[Check]) -> Group:
     return Group(rows, *outside, f"seal: {evidence.manifest.get(SEAL)}")
 
 
-TITLES = {
-    "run": "manifest and config",
-    "again": "made again from the answers",
-    "store": "answers as they came",
-    "together": "the adapter that was evaluated",
-    "release": "the release",
-}
-
-
 def as_facts(folder: Path, checks: Sequence[Check]) -> dict[str, Any]:
     """Return the outcome for a script."""
     evidence = RunEvidence(folder, STAGES)
     return {
         "run": folder.name,
         "seal": evidence.manifest.get(SEAL),
-        "whole": all(check.state in ("same", "skipped") for check in checks),
+        "whole": not failures(checks),
         "checks": [check._asdict() for check in checks],
         "outside": evidence.outside(),
     }
@@ -328,8 +310,7 @@ def as_facts(folder: Path, checks: Sequence[Check]) -> dict[str, Any]:
 
 def require_intact(folder: Path, checks: Sequence[Check]) -> None:
     """Raise DistillError (exit 8) with the first thing that differs or is missing."""
-    bad = [check for check in checks if check.state not in ("same", "skipped")]
-    if bad:
+    if bad := failures(checks):
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         what = f"{bad[0].what}: {bad[0].state}, {bad[0].where}{more}"
         fix = "restore the files, or make them again with --redo STAGE"

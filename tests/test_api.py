@@ -141,12 +141,6 @@ def test_a_function_is_known_by_its_source_or_its_version() -> None:
         pass
 
 
-def test_a_missing_config_is_the_commands_error(tmp_path: Path) -> None:
-    with pytest.raises(DistillError) as caught:
-        distill.run(tmp_path / "no.yaml")
-    assert caught.value.code == Exit.CONFIG
-
-
 def test_a_filter_may_be_an_object_that_is_called(tmp_path: Path) -> None:
     class Brief:
         def __call__(self, prompt: Prompt, response: object) -> str | None:

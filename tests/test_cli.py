@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -265,32 +264,11 @@ def test_h23_a_table_has_its_words_on_a_terminal_of_20_columns(config, capsys, m
     assert "generate" in say(capsys, "status", config)[1]
 
 
-@pytest.mark.parametrize("words", [["status", "c.yaml"], ["--help"]])
-def test_quick_commands_import_no_torch(config, words):
-    script = (
-        "import sys; from distill.cli import main\n"
-        f"code = main({words!r})\n"
-        "loaded = {'torch', 'transformers', 'accelerate', 'peft', 'datasets'} & set(sys.modules)\n"
-        "sys.exit(f'{code} {loaded}' if code or loaded else 0)"
-    )
-    started = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert time.monotonic() - started < 10
-
-
 def test_every_verb_has_help_and_stands_in_a_group():
     commands = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
     verbs = "init run plan status verify compare score probe publish fetch repair"
     assert set(verbs.split()) | {stage.name for stage in STAGES} <= set(commands)
     assert all(command.help and command.rich_help_panel for command in commands.values())
-
-
-def test_verbs_are_completed_by_the_shell():
-    words = {"_DISTILL_COMPLETE": "complete_bash", "COMP_WORDS": "distill co", "COMP_CWORD": "1"}
-    command = [Path(sys.executable).with_name("distill")]
-    done = subprocess.run(command, env={**os.environ, **words}, capture_output=True, text=True)
-    assert {"corpus", "compare"} <= set(done.stdout.split())
 
 
 def test_init_writes_a_config_that_says_what_it_needs(tmp_path, monkeypatch, capsys):

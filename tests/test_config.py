@@ -130,7 +130,7 @@ def test_unknown_keys_name_the_line_and_the_nearest(tmp_path):
         ("train.learning_rate=.nan", "train.learning_rate is not a finite number"),
         ("train.learning_rate=.inf", "train.learning_rate is not a finite number"),
         ("train.learning_rate=true", "train.learning_rate"),
-        ("template_date=yesterday", "YYYY-MM-DD"),
+        ("template_date=yesterday", "template_date: invalid isoformat"),
         ("prompts.tasks=summary", "prompts.tasks: input should be a list"),
         ("corpus=null", "corpus"),
         (f"seed={'9' * 5000}", "too long"),

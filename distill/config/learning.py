@@ -23,9 +23,8 @@ class Signals(Section):
     """What is stored of the teacher's token distributions, for the losses that need them."""
 
     method: Literal["nucleus", "sampled"] = "nucleus"
-    """`nucleus` stores the most probable ids; `sampled` draws from the distribution, which is
-    unbiased on text that is not the teacher's own, but for `ce` and `forward_kl` at temperature 1
-    alone."""
+    """`nucleus` stores the most probable ids; `sampled` draws, which is unbiased on any text, but
+    for `ce` and `forward_kl` at temperature 1 alone."""
     samples: Annotated[int, Field(ge=1, le=255)] = 50
     """Samples a token, of method `sampled`."""
     p: Annotated[float, Field(gt=0, lt=1)] = 0.999
@@ -33,8 +32,7 @@ class Signals(Section):
     k: Annotated[int, Field(ge=1, le=1024)] = 64
     """Ids stored for a token at most, of method `nucleus`. Servers often list 20 at most."""
     temperatures: tuple[Annotated[float, Field(gt=0, le=100)], ...] = ()
-    """Further temperatures at which distributions are stored; `train.loss.temperature` is 1 or one
-    of these."""
+    """Further temperatures to store, beside 1, for `train.loss.temperature`."""
     model: ModelName | None = None
     """Local model that reads the answers in the teacher's place: NAME, Hub id or ./FOLDER."""
     revision: Revision | None = None
@@ -42,14 +40,11 @@ class Signals(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the weights of `model` in memory."""
     endpoint: EndpointTeacher | None = None
-    """Server that reads the answers in the teacher's place and returns prompt_logprobs, as vLLM
-    does: keys as in `teacher`, with kind: endpoint."""
+    """Server, kind: endpoint, that reads the answers and returns prompt_logprobs, as vLLM."""
     from_answers: bool = False
-    """Takes the top log-probabilities that came with the endpoint's answers: no second request.
-    Needs them in `teacher.extra_body`."""
+    """Takes the log-probabilities that came with answers, see `teacher.extra_body`."""
     tokenizer: ModelName | None = None
-    """Model whose tokenizer and chat template are the server's, where they are not the
-    student's."""
+    """Model whose tokenizer and chat template are the server's; null: the student's."""
 
     @model_validator(mode="after")
     def _one_reader(self) -> "Signals":
@@ -73,19 +68,15 @@ class Student(Section):
     model: ModelName
     """Model as NAME of configs/models.yaml, Hub id or ./FOLDER."""
     revision: Revision | None = None
-    """Branch, tag or commit on the Hub; null takes the one in configs/models.yaml, else the
-    newest."""
+    """Branch, tag or commit on the Hub; null takes that of configs/models.yaml, or the newest."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the weights in memory; `auto` takes bfloat16, float16 on GPUs without it, float32 on
-    CPUs without it."""
+    """Type of the weights; `auto`: bfloat16, where it is missing float16 (GPU), float32 (CPU)."""
     load_in_4bit: bool = False
-    """Loads the frozen weights in 4 bits (QLoRA, needs a CUDA GPU). For a model that does not fit
-    otherwise."""
+    """Loads the frozen weights in 4 bits (QLoRA, on a CUDA GPU), for larger models."""
     allow_pickle: bool = False
     """Allows weights in pickle files, which can run code. Convert them to safetensors instead."""
     chat_template_kwargs: TemplateVariables = {}
-    """Variables of its chat template, in training, evaluation and release; they win over what
-    `reasoning` sets."""
+    """Variables of its chat template, wherever it is used; they win over `reasoning`."""
     trust_remote_code: bool = False
     """Runs Python code that comes with the model. Read it first."""
 
@@ -112,8 +103,7 @@ class Loss(Section):
     """Weights of the parts of the loss; all but `ce` need the teacher's token distributions."""
 
     ce: Weight = 1.0
-    """Weight of the cross-entropy with the answer's tokens; weights are used as given, and need not
-    add up to 1."""
+    """Weight of the cross-entropy with the answer's tokens; weights need not add up to 1."""
     forward_kl: Weight = 0.0
     """Weight of KL(teacher || student), which covers all that the teacher would say."""
     reverse_kl: Weight = 0.0
@@ -129,8 +119,7 @@ class Loss(Section):
     temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Temperature of teacher and student in all parts but `ce`."""
     teacher: Literal["cached", "live"] = "cached"
-    """`cached` reads distributions that were stored once; `live` keeps the teacher in memory and
-    needs no disk."""
+    """`cached` reads stored distributions; `live` keeps the teacher in memory, not on disk."""
 
     @property
     def soft(self) -> dict[str, float]:
@@ -154,8 +143,7 @@ class Train(Section):
     """The training loop."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
-    """Seed of the adapter's initial weights and of the order of samples; null takes the run's
-    seed."""
+    """Seed of the adapter's first weights and the order of samples; null: the run's seed."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
     """Peak learning rate, after the warm-up."""
     num_train_epochs: Annotated[float, Field(gt=0, le=1000)] = 2
@@ -165,14 +153,12 @@ class Train(Section):
     tokens_per_step: Positive = 2048
     """Tokens of an optimizer step, prompts included, over all processes together."""
     micro_batch_tokens: Positive | None = None
-    """Tokens of one forward pass; null takes 2,560, and on a GPU up to a step's, as its memory
-    holds them. Lower it where memory runs out, in a run that was begun too: the result is the same
-    but for rounding."""
+    """Tokens of one forward pass; null takes 2,560, and on a GPU what its memory holds. Lower it
+    where memory runs out, in a begun run too: the result is the same but for rounding."""
     max_length: Positive = 2048
     """Tokens of a sample at most; longer ones are left out, counted and named."""
     packing: bool = True
-    """Puts several samples into one row, each attending to itself alone. Faster, and the same
-    result."""
+    """Puts several samples into one row, each attending to itself: faster, the same result."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warm-up."""
     warmup_steps: Annotated[float, Field(ge=0)] = 0.05
@@ -201,8 +187,7 @@ class Train(Section):
     load_best_model_at_end: bool = True
     """Takes the adapter of the best validation loss, not of the last step."""
     early_stopping_patience: Positive | None = None
-    """Validations in a row without a better loss after which training stops; null never stops
-    early."""
+    """Validations in a row without a better loss that end the training; null: none do."""
     logging_steps: Positive = 1
     """Steps from one logged loss to the next."""
     num_processes: Positive | None = None
@@ -225,7 +210,6 @@ class OnPolicy(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling of the student."""
     divergence: SoftLoss = "jsd"
-    """Divergence from the teacher that is trained on; `train.loss` gives beta, alpha and
-    temperature."""
+    """Divergence that is trained on; `train.loss` gives beta, alpha and temperature."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-4
     """Peak learning rate of a round, which is one epoch; the rest is as in `train`."""

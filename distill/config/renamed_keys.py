@@ -62,9 +62,9 @@ def _present_name(name: str, fields: dict[str, FieldInfo]) -> str:
 
 
 def rename_keys(tree: Any, annotation: Any, path: KeyPath = ()) -> list[tuple[KeyPath, str]]:
-    """Give the keys of a tree their present names, in place; return each old path and its new name.
+    """Give the keys of a tree their present names; return each old path and its new name.
 
-    A key that stands there under both names is left alone: whoever validates the tree refuses it.
+    A key under both names is left alone: whoever validates the tree refuses it.
     """
     if isinstance(tree, list):
         return [pair for child in tree for pair in rename_keys(child, annotation, path)]
@@ -92,8 +92,7 @@ def rename_keys(tree: Any, annotation: Any, path: KeyPath = ()) -> list[tuple[Ke
 
 
 def forget_other_kinds(tree: dict[str, Any]) -> None:
-    """Drop from a config what resolved ones once said of each responder: the keys of other kinds,
-    at their defaults, and `reasoning: drop`."""
+    """Drop what resolved configs once said of other kinds' keys: that they have their defaults."""
     for section in RESPONDERS:
         responder: Any = tree
         for name in section:
@@ -112,11 +111,8 @@ def forget_other_kinds(tree: dict[str, Any]) -> None:
 
 
 def first_names(text: bytes) -> bytes:
-    """Return a YAML text with the first names of its outermost keys.
-
-    A hash over it is what it was before the keys were renamed, in our files and in users': to take
-    the new name over changes nothing that was measured.
-    """
+    """Return a YAML text under the first names of its outermost keys: a hash over it is what it was
+    before they were renamed."""
     for old, new in RENAMED.items():
         text = re.sub(rf"(?m)^{new}(?=\s*:)".encode(), old.encode(), text)
     return text

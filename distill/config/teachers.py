@@ -32,10 +32,7 @@ AZURE = re.compile(
 
 
 class Teacher(Section):
-    """Who answers, and how: the keys of every kind, and what a kind says of itself.
-
-    The rest of the package asks these attributes, and never for the name of a kind.
-    """
+    """Who answers, and how: the keys of every kind, and what a kind says of itself."""
 
     paid: ClassVar[bool] = False
     """Whether an answer costs money."""
@@ -46,8 +43,7 @@ class Teacher(Section):
     answers_anything: ClassVar[bool] = True
     """Whether it has answers to more than the prompts that came with the corpus."""
     logprobs: ClassVar[Literal["full", "listed"] | None] = None
-    """What it tells of the next token: each token's probability, a list of the top ones,
-    nothing."""
+    """What it tells of the next token: all probabilities, a list of the top ones, nothing."""
     under_terms: ClassVar[bool] = True
     """Whether its answers are a model's, whose terms apply."""
     shaping: ClassVar[tuple[str, ...]] = ()
@@ -58,21 +54,17 @@ class Teacher(Section):
     """Model as NAME of configs/models.yaml, Hub id or ./FOLDER; of an endpoint, the server's name
     for it. Needed for `local` and `endpoint`; else the model whose terms apply to the answers."""
     revision: Revision | None = None
-    """Branch, tag or commit on the Hub; null takes the one in configs/models.yaml, else the
-    newest."""
+    """Branch, tag or commit on the Hub; null takes that of configs/models.yaml, or the newest."""
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
     """Sampling temperature; 0 is greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus sampling: only the most probable tokens that hold this share of the mass are sampled
-    from."""
+    """Nucleus sampling: only the most probable tokens that hold this mass are sampled from."""
     max_new_tokens: Positive = 512
-    """Tokens of an answer at most. Raise it where `dropped.jsonl` lists many answers as
-    truncated."""
+    """Tokens of an answer at most; raise it where `dropped.jsonl` lists many as truncated."""
     n: Positive = 1
     """Samples of each prompt; above 1 it needs a temperature."""
     license: str | None = None
-    """License of the answers, for the model card; with it recorded answers need no
-    `terms.basis`."""
+    """License of the answers; with it recorded answers need no `terms.basis`."""
 
     @property
     def base_urls(self) -> tuple[str, ...]:
@@ -104,17 +96,13 @@ class LocalTeacher(Teacher):
 
     kind: Literal["local"] = "local"
     """`local` loads a model here, `endpoint` asks a server, `recorded` takes the answers in the
-    corpus, `canned` those in a file, `python` calls a function. Below, the keys of one kind stand
-    behind those of all."""
+    corpus, `canned` those in a file, `python` calls a function."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the weights in memory; `auto` takes bfloat16, float16 on GPUs without it, float32 on
-    CPUs without it."""
+    """Type of the weights; `auto`: bfloat16, where it is missing float16 (GPU), float32 (CPU)."""
     max_batch_size: Positive | None = None
-    """Sequences generated at once; null takes what fits in memory. Lower it where memory runs
-    out."""
+    """Sequences generated at once; null takes what fits. Lower it where memory runs out."""
     chat_template_kwargs: TemplateVariables = {}
-    """Variables of its chat template, for instance {enable_thinking: false} for an answer without
-    thinking."""
+    """Variables of its chat template, for instance {enable_thinking: false}."""
 
 
 class EndpointTeacher(Teacher):
@@ -126,37 +114,30 @@ class EndpointTeacher(Teacher):
     kind: Literal["endpoint"] = "endpoint"
     """`endpoint`: a server is asked."""
     base_url: str | Annotated[tuple[str, ...], Field(min_length=1, max_length=100)]
-    """Address of the API as https://HOST/v1, or a list of replicas that share the work; the first
-    names the endpoint."""
+    """Address of the API as https://HOST/v1; of replicas a list, whose first names it."""
     allow_insecure: bool = False
     """Allows http to another machine. Only for a network that you trust."""
     wire: Literal["openai", "anthropic"] | None = None
-    """How the server is asked: `openai` as most are, `anthropic` by Anthropic's Messages API. null
-    takes `anthropic` where `base_url` is https://api.anthropic.com or ends in /anthropic, else
-    `openai`."""
+    """How the server is asked: `openai`, or `anthropic` by Anthropic's Messages API; null takes
+    that where `base_url` is https://api.anthropic.com or ends in /anthropic."""
     api: Literal["chat", "completions"] = "chat"
     """`chat` posts messages to /chat/completions, `completions` plain text to /completions."""
     api_key_env: Annotated[str, Field(pattern=rf"^{VARIABLE.pattern}$")] | None = None
     """Name of the environment variable that holds the API key; the key itself stands in no file."""
     headers: dict[str, str] = {}
-    """Further headers of each request, as {X-Org: $ORG}: $NAME is taken from the environment, and
-    is part of no request's key."""
+    """Further headers as {X-Org: $ORG}: $NAME is of the environment, and in no request's key."""
     api_version: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,39}$")] | None = None
     """Azure's `api-version`, as 2024-10-21; needed unless base_url ends in /openai/v1."""
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    """What the server calls the limit of an answer. Newer models of OpenAI take
-    `max_completion_tokens`."""
+    """The server's name for the limit of an answer; newer ones take `max_completion_tokens`."""
     omit: tuple[Literal["temperature", "max_tokens"], ...] = ()
-    """Fields that are not sent, for servers that refuse them. Without max_tokens no budget can be
-    kept."""
+    """Fields that the server refuses, not sent. Without max_tokens no budget can be kept."""
     extra_body: dict[str, Any] = {}
     """Further fields of each request, for instance {logprobs: true, top_logprobs: 20}."""
     chat_template_kwargs: TemplateVariables = {}
-    """Variables of the server's chat template, as vLLM, SGLang and llama.cpp take them, for
-    instance {enable_thinking: false}."""
+    """Variables of the server's chat template, as vLLM, SGLang and llama.cpp take them."""
     response_format: Literal["text", "json_schema"] = "text"
-    """`json_schema` sends the JSON Schema of a task's checker with its questions, for servers that
-    hold their answers to it."""
+    """`json_schema` sends the JSON Schema of a task's checker, for servers that hold to it."""
     strict_model: bool = False
     """Stops where the server names another model than `model`, instead of warning."""
     budget_dollars: Annotated[Decimal, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -180,16 +161,14 @@ class EndpointTeacher(Teacher):
     drain_timeout: Seconds = 60
     """Seconds to wait for answers in flight when the run is stopped."""
     max_pause: Seconds = 300
-    """Longest wait in seconds that a server may ask for (Retry-After); a longer one stops the
-    run."""
+    """Longest wait in seconds (Retry-After); where a server asks for more, the run stops."""
     initial_backoff: Seconds = 0.5
     """Seconds before the first retry; each further one waits longer, with jitter."""
     max_retries: Annotated[int, Field(ge=0, le=100)] = 6
     """Retries of a request that failed for a reason that may pass."""
     max_consecutive_failures: Positive = 20
-    """Failures in a row, over all requests, after which the run stops: empty replies, refusals,
-    limits, a server that is down. What may pass counts once for all requests in flight. Before
-    anything was answered, five requests without an answer suffice."""
+    """Failures in a row, over all requests, that stop the run; what may pass counts once for all
+    in flight. Before anything was answered, five requests without an answer suffice."""
     max_body_bytes: Annotated[int, Field(ge=1000, le=10**9)] = 16_000_000
     """Bytes of a reply at most; a longer one counts as failed."""
 
@@ -264,7 +243,6 @@ class CannedTeacher(Teacher):
     shaping = ("answers",)
 
     kind: Literal["canned"] = "canned"
-    """`canned`: the answers stand in a file."""
     answers: File
     """File of JSON lines, {"prompt": last user turn, "answer": text}."""
 
@@ -283,7 +261,6 @@ class RecordedTeacher(StatedCost):
     shaping = ("dollars",)
 
     kind: Literal["recorded"] = "recorded"
-    """`recorded`: the answers came with the corpus."""
 
 
 class PythonTeacher(StatedCost):
@@ -293,7 +270,6 @@ class PythonTeacher(StatedCost):
     shaping = ("responder",)
 
     kind: Literal["python"] = "python"
-    """`python`: a function answers that was given to `distill.run`."""
     responder: str
     """Name of the function in `distill.run(..., responders={name: function})`."""
 

@@ -1,7 +1,6 @@
 """The experiment's configuration: a strict tree of keys, each with meaning, default and range.
 
-The text below a key says what it does. `distill.config.yaml_file` reads a tree from YAML. Config
-reaches a stage's `main` and stops there.
+Config reaches a stage's `main` and stops there. `distill.config.yaml_file` reads it.
 """
 
 import re
@@ -32,8 +31,7 @@ class Chunk(Section):
     """How long documents are cut into pieces, at the ends of paragraphs."""
 
     max_chars: Positive = 6000
-    """Characters of a piece at most. Lower it where passage and answer do not fit the student's
-    context."""
+    """Characters of a piece at most; lower it where passage and answer exceed the context."""
     overlap_chars: Count = 200
     """Characters of the end of a piece that the next one begins with again."""
     min_chars: Count = 40
@@ -50,8 +48,7 @@ class SplitSizes(Section):
     """How many documents are not trained on; documents are split before any prompt is made."""
 
     validation: Annotated[float, Field(ge=0)] = 0.05
-    """Documents that choose the best checkpoint: 1 and more is a count, below 1 a share of all
-    documents."""
+    """Documents that choose the best checkpoint: a count, or below 1 a share of all."""
     heldout: Annotated[float, Field(ge=0)] = 0.1
     """Documents for the evaluation alone, written like `validation`."""
 
@@ -60,8 +57,7 @@ class Columns(Section):
     """Names of the columns of rows, where they are not the usual ones."""
 
     text: str | None = None
-    """Column with the text of a document; else `text`, `content`, `document`, `passage` or
-    `body`."""
+    """Column with a document's text; else text, content, document, passage or body."""
     id: str | None = None
     """Column with an id of yours, which must be unique; else `id`, where there is one."""
     prompt: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
@@ -79,14 +75,12 @@ class Corpus(Section):
     """Where the documents or the prompts come from, and how they are cleaned."""
 
     source: Literal["auto", "python-docs"] = "auto"
-    """`auto` reads `path` or `dataset`; `python-docs` takes the documentation of the Python that
-    runs this."""
+    """`auto` reads `path` or `dataset`; `python-docs` the documentation of this Python."""
     path: File | None = None
     """File or folder of documents or rows: txt, md, rst, html, json, jsonl, ndjson, csv, tsv,
     parquet, pdf or docx. Wins over `dataset`."""
     encoding: Encoding | None = None
-    """Encoding of text files that are neither UTF-8 nor UTF-16, as Python calls it (cp1252, cp932,
-    gb18030); null takes what is recognised, and refuses the rest."""
+    """Encoding of text files as Python calls it (cp1252, cp932, gb18030); null: if recognised."""
     dataset: ModelName | None = None
     """Dataset of the Hub as OWNER/NAME, or a folder that `datasets` saved, as ./FOLDER."""
     dataset_config: str | None = None
@@ -97,14 +91,11 @@ class Corpus(Section):
     """Whether rows are documents, or prompts that exist already; `auto` tells by their columns."""
     columns: Columns = Columns()
     reference_pattern: Pattern | None = None
-    r"""Regular expression whose one group takes the reference from an answer (GSM8K:
-    `####\s*(.+)$`)."""
+    r"""Regular expression whose group takes the reference from an answer (`####\s*(.+)$`)."""
     limit: Positive | None = None
-    """Documents kept at most, without repeats, chosen by content and seed. Set it for a first
-    try."""
+    """Documents at most, without repeats, by content and seed. Set it for a first try."""
     max_bad_fraction: Fraction = 0.01
-    """Share of unreadable rows above which the stage stops. Raise it for a corpus known to be
-    dirty."""
+    """Share of unreadable rows above which the stage stops. Raise it for a dirty corpus."""
     chunk: Chunk = Chunk()
     near_duplicate_threshold: Annotated[float, Field(gt=0, le=1)] | None = 0.85
     """Documents that share at least this part of their word 5-grams (Jaccard) with an earlier one
@@ -112,8 +103,7 @@ class Corpus(Section):
     split: SplitSizes = SplitSizes()
     private_text: Literal["mask", "drop", "keep"] = "mask"
     """What happens to e-mail addresses, phone and card numbers and keys: `mask` replaces them,
-    `drop` leaves their documents out, `keep` keeps them, and then no samples of answers are
-    published."""
+    `drop` drops their documents, `keep` keeps them, and no samples of answers are published."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "Corpus":
@@ -144,8 +134,7 @@ class Prompts(Section):
     """Which tasks are asked of which documents."""
 
     tasks: tuple[str, ...] = ()
-    """Names of tasks in configs/tasks, or paths of your own. May be empty where the corpus holds
-    prompts already."""
+    """Names of tasks in configs/tasks, or paths; none where the corpus holds prompts."""
     per_document: Literal["each", "rotate"] = "each"
     """`each` asks every task of every document; `rotate` one task a document, the tasks in turn."""
     train: Positive | None = None
@@ -176,8 +165,7 @@ class Filters(Section):
     max_answer_tokens: Positive | None = None
     """Drops answers of more tokens, as counted by the teacher; null keeps long ones."""
     python: tuple[str, ...] = ()
-    """Names of filters of yours that apply after these; `distill.run(..., filters=[...])` fills it
-    in."""
+    """Names of your filters, after these; `distill.run(..., filters=[...])` fills it in."""
 
 
 class Evaluation(Section):
@@ -194,11 +182,9 @@ class Evaluation(Section):
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     """Confidence level of the intervals."""
     margin: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Margin of non-inferiority, as a share of the items: how much worse than the teacher still
-    counts as equal."""
+    """Margin of non-inferiority: how many of all items fewer still count as equal, a share."""
     machine: str | None = None
-    """Row of the price table that prices the time of local models; null leaves it without a
-    price."""
+    """Row of the price table for the time of local models; null leaves it without price."""
     prices: File | None = None
     """Price table of your own in the form of configs/prices.yaml; its rows win."""
     utilisation: Annotated[float, Field(gt=0, le=1)] = 0.5
@@ -206,11 +192,9 @@ class Evaluation(Section):
     requests_per_month: Positive = 100_000
     """Requests a month for which savings are stated."""
     teacher_price: Annotated[str, Field(min_length=1, max_length=200)] | None = None
-    """Model of the price table whose price stands in for the teacher's: what the student would save
-    there."""
+    """Model of the price table whose price stands in for the teacher's."""
     judge: AnyJudge | None = None
-    """Model that compares answers in pairs, keys as in `teacher`; used only if it passes its
-    probes. null uses none."""
+    """Compares answers in pairs, if it passes its probes; keys as in `teacher`. null: none."""
 
     @model_validator(mode="after")
     def _judge_is_asked_at_once(self) -> "Evaluation":
@@ -238,9 +222,8 @@ class Publish(Section):
     language: str = "en"
     """Language of the answers, as a BCP 47 code, for the model card."""
     allow_secrets: tuple[str, ...] = ()
-    """What looks like a secret and is none, in the release or in this config: names of forms
-    (sk-key), or a single text by the first 8 to 64 digits of its SHA-256, as the message
-    names it (sha256:0123456789ab)."""
+    """What looks like a secret and is none, in the release or in this config: forms (sk-key), or
+    the first 8 to 64 digits of a text's SHA-256, as messages show it (sha256:0123456789ab)."""
 
     @field_validator("allow_secrets")
     @classmethod
@@ -265,9 +248,8 @@ class Config(Section):
     template_date: Date = "2026-01-01"
     """Date that chat templates print, so that a run repeats on another day."""
     reasoning: Literal["drop", "keep"] = "drop"
-    """What becomes of the thoughts before the teacher's answers: `drop` trains, evaluates and
-    publishes a student that answers at once, `keep` one that thinks first, as its chat template
-    writes a thought; its answers are scored without them."""
+    """What becomes of thoughts before the teacher's answers: `drop` makes a student that answers
+    at once, `keep` one that thinks first; answers are scored without them."""
     corpus: Corpus
     prompts: Prompts = Prompts()
     teacher: AnyTeacher

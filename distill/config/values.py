@@ -4,6 +4,7 @@ import ipaddress
 import re
 import socket
 import unicodedata
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeAlias
@@ -54,37 +55,25 @@ def plain_revision(value: str) -> str:
     return value
 
 
-def plain_date(value: str) -> str:
-    """Accept a date as YYYY-MM-DD."""
-    try:
-        return date.fromisoformat(value).isoformat()
-    except ValueError:
-        raise ValueError("a date is written YYYY-MM-DD") from None
-
-
 def text_encoding(value: str) -> str:
     """Accept an encoding of text that Python knows."""
-    try:
+    with suppress(LookupError, ValueError):
         if b"a".decode(value) == "a":
             return value
-    except (LookupError, ValueError):
-        pass
     raise ValueError("no encoding of text that Python knows")
 
 
 def one_group(value: str) -> str:
     """Accept a regular expression with one group."""
-    try:
+    with suppress(regex.error):
         if regex.compile(value).groups == 1:
             return value
-    except regex.error as error:
-        raise ValueError(f"not a regular expression: {error}") from error
-    raise ValueError("the pattern needs exactly one group")
+    raise ValueError("not a regular expression with exactly one group")
 
 
 File = Annotated[Path, AfterValidator(plain_path)]
 Revision = Annotated[str, AfterValidator(plain_revision)]
-Date = Annotated[str, AfterValidator(plain_date)]
+Date = Annotated[str, AfterValidator(lambda day: date.fromisoformat(day).isoformat())]
 Encoding = Annotated[str, AfterValidator(text_encoding)]
 Pattern = Annotated[str, AfterValidator(one_group)]
 Name = Annotated[str, Field(pattern=rf"^{NAME.pattern}$")]
@@ -155,11 +144,8 @@ def ip_of(host: str) -> IPAddress | None:
 
 
 def gives_out_keys(address: IPAddress) -> bool:
-    """Tell the address of a cloud's metadata service, also one that is wrapped in IPv6.
-
-    Looked for in any IPv6 address are the IPv4 ones that 6to4 (RFC 3056), Teredo (RFC 4380) and
-    translators (RFC 6052, 2.2) put there; no network of one's own holds such a one by chance.
-    """
+    """Tell the address of a cloud's metadata service, also one that is wrapped in IPv6 by 6to4 (RFC
+    3056), Teredo (RFC 4380) or a translator (RFC 6052, 2.2)."""
     data = address.packed
     inside = [(data[n:8] + data[max(n, 9) :])[:4] for n in (2, 4, 5, 6, 7, 8, 12)]
     inside += [data, bytes(byte ^ 255 for byte in data[12:])]

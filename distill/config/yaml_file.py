@@ -1,8 +1,7 @@
 """Read the YAML that users write, strictly, and overrides like `train.learning_rate=2e-4`.
 
 `1e-4` is a number; `on`, `no` and `010` are texts; a key stands once; aliases, tags and merges are
-refused, so that no file can build an object or grow when it is read. Every error is a DistillError
-(exit 2) of one line with file, line and key, before anything is loaded or asked.
+refused, so that no file builds an object or grows. Errors are one line with file, line and key.
 """
 
 import difflib
@@ -45,13 +44,9 @@ LOGIN = re.compile(r"://(?!@)[^/\s:@]*+(?::[^/\s:@]++)?@")
 SECRET_KEY = re.compile(r"(?:api_?key|token|secret|password|authorization)$", re.I)
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 OTHER_NAMES = RENAMED | {  # the names of some of our keys in other tools
-    "lr": "learning_rate",
-    "epochs": "num_train_epochs",
-    "rank": "r",
-    "batch_size": "tokens_per_step",
-    "per_device_train_batch_size": "tokens_per_step",
-    "max_seq_length": "max_length",
-    "max_tokens": "max_new_tokens",
+    **{"lr": "learning_rate", "epochs": "num_train_epochs", "rank": "r"},
+    **{"max_seq_length": "max_length", "max_tokens": "max_new_tokens"},
+    **dict.fromkeys(("batch_size", "per_device_train_batch_size"), "tokens_per_step"),
 }
 SCALARS = {  # what a plain value is, by its pattern and first letters; all else is a text
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -109,10 +104,7 @@ for _kind, (_pattern, _first) in SCALARS.items():
 
 
 def parse_yaml(text: str, where: object) -> tuple[Any, Places]:
-    """Parse one YAML document; return it and the place of each of its keys.
-
-    Raises DistillError (exit 2) with the line of the error.
-    """
+    """Parse one YAML document, or raise DistillError (exit 2); return it and its keys' places."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -251,8 +243,7 @@ def limits(field: FieldInfo) -> str:
 
 
 def secret_in(text: str, allowed: Collection[str] = ()) -> Secret | None:
-    """Return the first secret in a text of the user's; the login of an address is one, whatever it
-    is."""
+    """Return the first secret in a text of the user's; an address's login is always one."""
     if login := LOGIN.search(text):
         return Secret("address-login", login.start(), "")
     return next(find_secrets(text, allowed), None)
@@ -261,10 +252,7 @@ def secret_in(text: str, allowed: Collection[str] = ()) -> Secret | None:
 def check_values(
     value: object, places: Places, path: KeyPath = (), allowed: Collection[str] = ()
 ) -> None:
-    """Refuse a secret (never echoed), a control character, and a number that is not finite.
-
-    `allowed` are secrets that are none, as `publish.allow_secrets` names them.
-    """
+    """Refuse a secret that is not `allowed`, a control character, a number that is not finite."""
     what, fix = "", "correct the value"
     if isinstance(value, dict):
         for name, child in value.items():
@@ -290,10 +278,7 @@ def check_values(
 
 
 def apply_override(tree: dict[str, Any], override: str) -> Places:
-    """Set `a.b=value` (value in YAML) in `tree`, and return the keys that it set.
-
-    A mapping changes only what it names.
-    """
+    """Set `a.b=value` in `tree`, return the keys set; a mapping changes only what it names."""
     name, equals, text = override.partition("=")
     path = tuple(name.strip().split("."))
     if not equals or not all(path) or secret_in(name):
@@ -364,8 +349,7 @@ def parse_config(
 def place_of(folder: Path) -> dict[str, str]:
     """Return the `name` and `runs` of a run's folder as a config may state them.
 
-    A folder's name that no run could have (`my run (copy)`) gives one by its plain parts and its
-    hash. A path that no file may hold is left out: an opened folder says itself where it lies.
+    A name that no run could have (`my run (copy)`) becomes its plain parts and its hash.
     """
     name, runs = folder.name, str(folder.parent)
     if not NAME.fullmatch(name) or secret_in(name):
