@@ -15,7 +15,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "heldout")
 DeviceName = Annotated[str, Field(exclude_if=lambda name: not name)]
 
 
-def canonical(value: Any) -> bytes:
+def canonical(value: object) -> bytes:
     """Encode `value` as canonical JSON: sorted keys, no spaces, UTF-8, no NaN."""
     text = json.dumps(
         value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False
@@ -23,7 +23,7 @@ def canonical(value: Any) -> bytes:
     return text.encode("utf-8")
 
 
-def digest(value: Any) -> str:
+def digest(value: object) -> str:
     """Hash `value` (anything that JSON can hold) to 32 hexadecimal digits."""
     return hashlib.sha256(canonical(value)).hexdigest()[:32]
 

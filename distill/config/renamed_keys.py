@@ -30,20 +30,20 @@ RESPONDERS: tuple[KeyPath, ...] = (("teacher",), ("evaluation", "judge"), ("sign
 MOVED: dict[KeyPath, str] = {(*section, "reasoning"): "reasoning" for section in RESPONDERS}
 
 
-def models_in(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: object) -> list[type[BaseModel]]:
     """Return the classes whose keys a value may have: of a union all, of a list its elements'."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for inner in get_args(annotation) for model in models_in(inner)]
 
 
-def fields_in(annotation: Any) -> dict[str, FieldInfo]:
+def fields_in(annotation: object) -> dict[str, FieldInfo]:
     """Return the keys that a value of this annotation may have; the first of several kinds wins."""
     models = reversed(models_in(annotation))
     return {name: field for model in models for name, field in model.model_fields.items()}
 
 
-def present_path(path: Sequence[str], annotation: Any) -> KeyPath:
+def present_path(path: Sequence[str], annotation: object) -> KeyPath:
     """Return the path of a key under its present names; unknown parts stay as they are."""
     if (moved := MOVED.get(tuple(path))) and moved in fields_in(annotation):
         return (moved,)
@@ -61,7 +61,7 @@ def _present_name(name: str, fields: dict[str, FieldInfo]) -> str:
     return new if new in fields and name not in fields else name
 
 
-def rename_keys(tree: Any, annotation: Any, path: KeyPath = ()) -> list[tuple[KeyPath, str]]:
+def rename_keys(tree: object, annotation: object, path: KeyPath = ()) -> list[tuple[KeyPath, str]]:
     """Give the keys of a tree their present names; return each old path and its new name.
 
     A key under both names is left alone: whoever validates the tree refuses it.
@@ -98,14 +98,16 @@ def forget_other_kinds(tree: dict[str, Any]) -> None:
         for name in section:
             responder = responder.get(name) if isinstance(responder, dict) else None
         kind = responder.get("kind", "local") if isinstance(responder, dict) else None
-        own = next((k.model_fields for k in TEACHERS if k.model_fields["kind"].default == kind), {})
-        for key, value in list(responder.items()) if own else ():
+        fields = next(
+            (k.model_fields for k in TEACHERS if k.model_fields["kind"].default == kind), {}
+        )
+        for key, value in list(responder.items()) if fields else ():
             name = RENAMED.get(str(key), str(key))
             field = next((k.model_fields[name] for k in TEACHERS if name in k.model_fields), None)
             idle = [None, FORMER_DEFAULTS.get(name)]
             if field and not field.is_required():
                 idle.append(to_jsonable_python(field.default))
-            foreign = field and name not in own
+            foreign = field and name not in fields
             if (foreign and value in idle) or (key, value) == ("reasoning", "drop"):
                 del responder[key]
 

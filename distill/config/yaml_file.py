@@ -153,7 +153,7 @@ def read_text(path: Path) -> str:
     return text
 
 
-def read_yaml(path: Path, form: Any) -> Any:
+def read_yaml(path: Path, form: object) -> Any:
     """Read a YAML file whose keys, under old names too, are those of `form`, an annotation."""
     tree, places = parse_yaml(read_text(path), path)
     use_present_names(tree, form, places)
@@ -180,7 +180,7 @@ def _rows(text: str, path: Path, form: type[Table], fix: str) -> Table:
         raise DistillError(Exit.CONFIG, where, first["msg"], fix) from None
 
 
-def use_present_names(tree: Any, form: Any, places: Places, tell: bool = True) -> None:
+def use_present_names(tree: object, form: object, places: Places, tell: bool = True) -> None:
     """Give the keys of a tree their present names; name the old ones to the user on stderr."""
     for old, new in rename_keys(tree, form):
         place = places[(new,) if old in MOVED else (*old[:-1], new)] = place_in(places, old)
