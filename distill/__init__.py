@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distill.api import run as run
@@ -14,6 +14,15 @@ SHIPPED = (Path(__file__).parent / "_data", Path(__file__).parents[1])
 
 # No telemetry, whichever command imports what.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def shipped_table(name: str) -> Any:
+    """Read a table of configs/ that is part of the code, and which no other replaces."""
+    import yaml
+
+    path = next(path for root in SHIPPED if (path := root / "configs" / name).is_file())
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it is built
+    return loader(path.read_text(encoding="utf-8")).get_single_data()
 
 
 def __getattr__(name: str) -> object:

@@ -9,6 +9,8 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 
+from distill import shipped_table
+
 # Scripts without spaces: kana, Han, Thai to Tibetan, Myanmar, Khmer.
 UNSPACED = (
     "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff"
@@ -23,27 +25,9 @@ ASKS = re.compile(
     "|อะไร|ไหม|มั้ย|หรือไม่|หรือเปล่า|ใคร|ที่ไหน|เมื่อไร|เมื่อไหร่|เมื่อใด|ทำไม|เหตุใด|อย่างไร|ยังไง|เท่าไร|เท่าใด|กี่|ใด$"
     "|(?:क्या|क्यों|कैसे|कौन|कब|कहाँ|कहां|किस|कितन).*[।|]$"
 )
-SCRIPTS = {
-    **{"CJK": "Chinese", "HIRAGANA": "Japanese", "KATAKANA": "Japanese", "HANGUL": "Korean"},
-    **{"THAI": "Thai", "ARABIC": "Arabic", "HEBREW": "Hebrew", "DEVANAGARI": "Hindi"},
-    **{"CYRILLIC": "Russian", "GREEK": "Greek", "ARMENIAN": "Armenian", "GEORGIAN": "Georgian"},
-    **{"BENGALI": "Bengali", "TAMIL": "Tamil", "TELUGU": "Telugu", "GUJARATI": "Gujarati"},
-    **{"KHMER": "Khmer", "LAO": "Lao", "MYANMAR": "Burmese", "ETHIOPIC": "Amharic"},
-}
-COMMON = {
-    "English": "the of and to in is that for it with as was on be are this by not or from",
-    "Spanish": "de la que el en y los se del las por un una con no para es al lo como",
-    "French": "de la le et les des en un du une que est pour dans qui par sur au pas ce",
-    "German": "der die und in den von zu das mit sich des auf für ist im dem nicht ein eine als",
-    "Portuguese": "de a o que e do da em um para com não uma os no se na por mais as",
-    "Italian": "di e il la che in un per è del non una con le si da sono della dei gli",
-    "Dutch": "de van het een en in is dat op te zijn met voor niet aan er om ook als door",
-    "Polish": "i w na z do się nie to że jest o jak od po przez dla za oraz który co",
-    "Turkish": "ve bir bu da için ile de çok olarak daha olan gibi ne ya en sonra kadar ise",
-    "Vietnamese": "và của là có được trong cho một không các với người này đã những khi để",
-    "Indonesian": "yang dan di itu dengan untuk tidak ini dari dalam akan pada juga ke karena ada",
-}
-COMMON_WORDS = {language: frozenset(words.split()) for language, words in COMMON.items()}
+TABLE = shipped_table("languages.yaml")
+SCRIPTS: dict[str, str] = TABLE["scripts"]
+COMMON_WORDS = {name: frozenset(words.split()) for name, words in TABLE["common_words"].items()}
 SAMPLE = 2000  # characters of a text that are looked at
 LEAST = 0.1  # of the words of a text in Latin letters must be common ones of its language
 

@@ -1,4 +1,4 @@
-"""How models mark their reasoning in a text: one table, for answers of teachers and recorded rows.
+"""How models mark their reasoning in a text: configs/reasoning.yaml has the marks.
 
 A template may write the opening mark into the prompt; a model that is cut off never closes. Marks
 in quotes, code or a sentence are what an answer speaks of. Time is linear in the text.
@@ -7,42 +7,12 @@ in quotes, code or a sentence are what an answer speaks of. Time is linear in th
 import re
 from collections.abc import Iterator
 
-# Sources: the reasoning parsers of vLLM (vllm/reasoning), SGLang and llama.cpp (common/chat.cpp),
-# and LLaMA-Factory's `thought_words`
-PAIRS = (
-    ("<think>", "</think>"),  # DeepSeek, Qwen, GLM, SmolLM, Phi, Nemotron, MiniMax, Olmo, Hunyuan
-    ("<thinking>", "</thinking>"),  # Apriel, Reflection
-    ("<thought>", "</thought>"),  # EXAONE Deep
-    ("<Thought>", "</Thought>"),  # Marco-o1
-    ("<seed:think>", "</seed:think>"),  # Seed-OSS
-    ("<mm:think>", "</mm:think>"),  # MiniMax M3
-    ("<longcat_think>", "</longcat_think>"),
-    ("[THINK]", "[/THINK]"),  # Magistral
-    ("◁think▷", "◁/think▷"),  # Kimi
-    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
-    ("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
-    ("<|begin_of_thought|>", "<|end_of_thought|>"),  # OpenThinker
-    ("<|channel>thought", "<channel|>"),  # Gemma 4
-    ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),  # gpt-oss
-    ("to=self<|message|>", "to=user<|message|>"),  # Muse Glimmer
-)
-# Plain words, which mark only where both are there
-SENTENCES = (
-    ("Here is my thought process:", "Here is my response:"),  # Granite 3.2
-    ("Here's my thought process:", "Here's my response:"),
-    ("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]"),  # Apriel
-)
-# What may stand around the answer behind a thought
-ANSWERS = (
-    ("<answer>", "</answer>"),  # Hunyuan, R1-Zero
-    ("<response>", "</response>"),  # Granite 3.3
-    ("<Output>", "</Output>"),
-    ("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
-    ("<|begin_of_solution|>", "<|end_of_solution|>"),
-    ("", "[END FINAL RESPONSE]"),
-    ("", "<|return|>"),
-)
-TAILS = ("<|end|><|start|>assistant", "<|eom|><|start|>assistant")  # of the last two's channels
+from distill import shipped_table
+
+TABLE = shipped_table("reasoning.yaml")
+PAIRS: list[tuple[str, str]] = [*map(tuple, TABLE["pairs"])]
+SENTENCES: list[tuple[str, str]] = [*map(tuple, TABLE["sentences"])]
+ANSWERS: list[tuple[str, str]] = [*map(tuple, TABLE["answers"])]
 BLOCKS = 16  # of thought, one behind the other; more are a loop of the model's
 QUOTES = "`'\"“”‘’«»"
 OPENING_OF = {closing: opening for opening, closing in PAIRS}
@@ -54,7 +24,7 @@ def split_reasoning(text: str) -> tuple[str, str | None]:
     thoughts: list[str] = []
     while len(thoughts) < BLOCKS and (block := _first_block(text, lone=not thoughts)) is not None:
         thought, text = block
-        for tail in TAILS:
+        for tail in TABLE["tails"]:
             thought = thought.strip().removesuffix(tail)
         thoughts.append(thought.strip())
     if not thoughts:

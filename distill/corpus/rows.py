@@ -1,8 +1,8 @@
 """What a row means: a document, or a prompt with, perhaps, its reference and recorded answers.
 
-`SHAPES` says which columns of the sets that people use hold what. Of a prompt the last user turn is
-answered: `meta["messages"]` is the conversation to answer, `meta["recorded_answer"]` what answers
-it, as it came, to the space.
+configs/row_shapes.yaml says which columns of the usual sets hold what. Of a prompt the last user
+turn is answered: `meta["messages"]` is the conversation to answer, `meta["recorded_answer"]` what
+answers it, as it came, to the space.
 """
 
 import math
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import regex
 
+from distill import shipped_table
 from distill.config.tree import Columns
 from distill.corpus.clean import normalise
 from distill.corpus.turns import (
@@ -36,11 +37,7 @@ TREE = {"message_id", "parent_id", "role"}  # columns of the messages of OASST's
 
 
 class RowShape(NamedTuple):
-    """A kind of row: the columns by which it is known, those of its prompt, those of its answer.
-
-    A prompt's columns are joined by blank lines in the order of the code that the set is known by.
-    The first of `known_by`, and the one of `answer` that counts, hold something.
-    """
+    """A kind of row: the columns by which it is known, those of its prompt, those of its answer."""
 
     name: str
     known_by: tuple[str, ...]
@@ -49,35 +46,11 @@ class RowShape(NamedTuple):
 
 
 ANY_ANSWER = "answer completion response output chosen answers completions responses outputs"
-ANY_PROMPT = "conversations prompt instruction question query input"
-SHAPES = tuple(
-    RowShape(name, *(tuple(columns.split()) for columns in table))
-    for name, *table in (
-        ("preference rows", "chosen rejected", ANY_PROMPT, "chosen"),
-        ("UltraChat", "messages prompt_id", "messages", ANY_ANSWER),
-        ("OpenAI messages", "messages", "messages", ANY_ANSWER),
-        ("OpenHermes", "conversations system_prompt", "conversations", ANY_ANSWER),
-        ("ShareGPT", "conversations", "conversations", ANY_ANSWER),
-        ("conversations", "conversation", "conversation", ANY_ANSWER),
-        ("UltraChat's list form", "data", "data", ANY_ANSWER),
-        ("TRL prompt/completion", "prompt completion", "prompt", "completion"),
-        # before `prompt`, in which some Alpaca sets repeat the whole exchange, answer included
-        ("Alpaca", "instruction output", "instruction input", "output"),
-        ("Dolly", "instruction response", "instruction context", "response"),
-        ("prompts", "prompt", "prompt input context", ANY_ANSWER),
-        ("Open-Orca", "question system_prompt response", "question", "response"),
-        ("SQuAD", "question context answers", "context question", "answers"),
-        ("problems", "question solution", "context question", "solution"),
-        ("GSM8K", "question answer", "context passage question", "answer"),
-        ("questions", "question", "context passage question", ANY_ANSWER),
-        ("instructions", "instruction", "instruction input context", ANY_ANSWER),
-        ("queries", "query response", "query", "response"),
-        ("queries", "query answer", "query", "answer"),
-        ("problems", "problem solution", "problem", "solution"),
-        ("pairs", "input output", "input", "output"),
-        ("pairs", "inputs targets", "inputs", "targets"),
-    )
-)
+SHAPES = [
+    RowShape(row["name"], *(tuple(columns.split()) for columns in texts))
+    for row in shipped_table("row_shapes.yaml")
+    for texts in [(row["known_by"], row["prompt"], row.get("answer", ANY_ANSWER))]
+]
 SYSTEM = ("system", "system_prompt", "system_message")
 REFERENCE = ("reference", "expected_answer")
 KNOWN = {
