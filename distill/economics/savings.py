@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from decimal import ROUND_CEILING, Decimal
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from distill.economics.costs import NO_TIME, THOUSAND, Tariff, percent
 from distill.evaluation.measurements import Difference
 from distill.evaluation.scorecard import (
@@ -100,7 +103,7 @@ def economics(
         distillation_dollars=assumed.distillation,
         requests_per_month=assumed.requests_per_month,
         headline=headline,
-        rows=tuple(priced.row(way, saved[way]) for way in WAYS),
+        rows=tuple(priced.saving(saved[way], way=way) for way in WAYS),
         sensitivity=tuple(priced.case(headline, change) for change in priced.changes(headline)),
         reasons=missing if assumed.distillation is None else {},
     )
@@ -108,15 +111,15 @@ def economics(
 
 @dataclass(frozen=True)
 class PricedRequests:
-    """Requests with the dollars of 1,000 of each, or `why` they are unknown, and assumptions."""
+    """N requests with the dollars of 1,000 of each, or `why` they are unknown, and assumptions."""
 
     part: Amount  # of the teacher's cost, on requests that the student can take
     assumed: Assumptions
     certainty: Certainty
-    teacher: tuple[Decimal, ...] = ()
-    student: tuple[Decimal, ...] = ()
-    clusters: tuple[str, ...] = ()
-    why: str = ""
+    teacher_N: NDArray[np.object_]
+    student_N: NDArray[np.object_]
+    clusters: tuple[str, ...]
+    why: str
 
     @classmethod
     def of(
@@ -128,23 +131,21 @@ class PricedRequests:
     ) -> "PricedRequests":
         """Price the requests that both models answered."""
         both = [r for r in requests if {"teacher", "student"} <= r.usage.keys()]
-        sides = {}
+        sides, reasons = [], []
         for model, tariff in (("teacher", assumed.teacher), ("student", assumed.student)):
             dollars = [tariff.of(request.usage[model]) for request in both]
-            sides[model] = tuple(each * THOUSAND for each in dollars if each is not None)
-            if not both or len(sides[model]) < len(both):
-                why = tariff.why if tariff.price is None else f"{model}: {NO_TIME}"
-                return cls(part, assumed, certainty, why=why)
+            sides.append(np.array([each and each * THOUSAND for each in dollars], dtype=object))
+            if not both or None in dollars:
+                reasons.append(tariff.why if tariff.price is None else f"{model}: {NO_TIME}")
         clusters = tuple(request.cluster for request in both)
-        return cls(part, assumed, certainty, **sides, clusters=clusters)
+        (teacher_N, student_N), why = sides, "".join(reasons[:1])
+        return cls(part, assumed, certainty, teacher_N, student_N, clusters, why)
 
     def means(self, change: Change = AS_MEASURED) -> tuple[Decimal, Decimal] | tuple[None, None]:
         """Return what 1,000 requests cost the teacher and the student."""
         if self.why:
             return None, None
-        teacher, student = (sum(side, Decimal(0)) for side in (self.teacher, self.student))
-        count = len(self.clusters)
-        return teacher / count * change.teacher, student / count * change.student
+        return self.teacher_N.mean() * change.teacher, self.student_N.mean() * change.student
 
     def saved(self, way: Way, change: Change = AS_MEASURED) -> Amount:
         """Return what 1,000 requests save in one way.
@@ -161,35 +162,32 @@ class PricedRequests:
             return part.scaled(teacher, -student)
         if way == "perfect_router":
             return part.scaled(teacher - student)
-        teachers = [float(dollars * change.teacher) for dollars in self.teacher]
-        students = [float(dollars * change.student) for dollars in self.student]
-        differences = [t - s for t, s in zip(teachers, students, strict=True)]
-        bounds = Bounds(-max(students), max(teachers))
-        estimate = estimate_mean(differences, self.clusters, self.certainty, bounds)
+        teacher_N = (self.teacher_N * change.teacher).astype(np.float64)
+        student_N = (self.student_N * change.student).astype(np.float64)
+        bounds = Bounds(-student_N.max(), teacher_N.max())
+        estimate = estimate_mean(teacher_N - student_N, self.clusters, self.certainty, bounds)
         return amount_of(estimate).model_copy(update={"value": teacher - student})
 
-    def row(self, way: Way, saved: Amount) -> Saving:
-        """Return one way to use the student, which saves so much on 1,000 requests."""
-        volume = self.assumed.requests_per_month
-        return Saving(
-            way=way,
-            dollars_per_1k=saved,
-            dollars_per_month=saved.scaled(Decimal(volume) / THOUSAND),
-            break_even=self.break_even(saved, volume),
-        )
+    def saving(self, saved: Amount, volume: int = 1, **facts: object) -> Saving:
+        """Return what is saved on 1,000 requests and by the month, and when it has paid off."""
+        months = self.assumed.requests_per_month * volume
+        amounts = {
+            "dollars_per_1k": saved,
+            "dollars_per_month": saved.scaled(Decimal(months) / THOUSAND),
+            "break_even": self.break_even(saved, months),
+        }
+        return Saving.model_validate({**facts, **amounts})
 
     def case(self, way: Way, change: Change) -> Saving:
         """Return one way with what has been changed."""
-        saved, (teacher, student) = self.saved(way, change), self.means(change)
-        volume = self.assumed.requests_per_month * change.volume
-        return Saving(
+        teacher, student = self.means(change)
+        return self.saving(
+            self.saved(way, change),
+            change.volume,
             case=change.case,
             teacher_dollars_per_1k=teacher,
             student_dollars_per_1k=student,
-            requests_per_month=volume,
-            dollars_per_1k=saved,
-            dollars_per_month=saved.scaled(Decimal(volume) / THOUSAND),
-            break_even=self.break_even(saved, volume),
+            requests_per_month=self.assumed.requests_per_month * change.volume,
         )
 
     def changes(self, way: Way) -> Iterator[Change]:

@@ -60,17 +60,6 @@ def conclude(
     return Conclusion("better" if low > 0 else "worse")
 
 
-def why_few_decide_nothing(documents: int | None) -> str:
-    """Say why so few documents decide nothing; empty where they are enough."""
-    if documents is None or documents >= FEWEST_DOCUMENTS:
-        return ""
-    p = 2 / 2 ** max(1, documents)
-    return (
-        f"It takes {FEWEST_DOCUMENTS} documents to decide a difference: "
-        f"if all of {documents} pointed one way, p would be {p:.3g}."
-    )
-
-
 class Discordant(Record):
     """McNemar's test: items that only a or only b passes, and the p of so uneven a split."""
 

@@ -1,9 +1,8 @@
 """The stage `evaluate`: teacher, base (the student before training) and student on the same items.
 
 All that needs a model is done first and written below `answers/` and `timings/`; from these files
-alone `measure` makes `scores/<model>.jsonl`, `requests.jsonl` and `evaluation.json`, so that
-`distill verify` can make them again and compare every byte. Results are those of the items that are
-not in the training data; those of all items stand beside them.
+alone `measure` makes scores and results, so that `distill verify` can make them again and compare
+every byte. Results are of the items that are not in the training data, and beside them of all.
 """
 
 from collections.abc import Collection, Mapping, Sequence

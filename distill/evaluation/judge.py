@@ -1,11 +1,9 @@
 """A judge: any responder that is shown two answers, in both orders, and says which is better.
 
 What the answers say is data to the judge: it stands between marks that an answer cannot know. A
-verdict is read strictly; a reply that gives none is counted apart, as neither win nor loss. Orders
-that disagree are a tie. Before its verdicts count, a judge goes through the probes of
-`configs/judge_probe.yaml`: one that lets an empty phrase or an order to choose it win, or that does
-not prefer a real answer to an empty phrase, is not used. (An empty phrase won 86.5 % of AlpacaEval
-2.0: Zheng et al. 2024, arXiv 2410.07137.) Verdicts are stored and paid once, as all answers are.
+verdict is read strictly; what gives none is neither win nor loss, and orders that disagree are a
+tie. A judge that its probes fool (`configs/judge_probe.yaml`) is not used: an empty phrase won
+86.5 % of AlpacaEval 2.0 (Zheng et al. 2024, arXiv 2410.07137).
 """
 
 import re
@@ -221,13 +219,6 @@ def row_of_duels(
     )
 
 
-def one_family(judge_model: str, teacher_model: str) -> bool:
-    """Tell whether two models seem to be of one family, by the first word of their names."""
-    names = [name.rpartition("/")[2].lower() for name in (judge_model, teacher_model)]
-    first, second = (re.match(r"[a-z]+", name) for name in names)
-    return bool(first and second and first[0] == second[0])
-
-
 def asking(ask: Ask, settings: Teacher) -> AskJudge:
     """Return what asks a responder with these settings in the role of a judge."""
     sampling, origin = Sampling.of(settings), ask.responder.origin
@@ -277,7 +268,9 @@ def read_judge(
         rows[rival] = row_of_duels(duels, scores, len(items), certainty)
     if not probe.passed:
         say(f"the judge is not used: {probe.reason}")
-    if one_family(settings.model, teacher.model):
+    names = (model.rpartition("/")[2].lower() for model in (settings.model, teacher.model))
+    families = [re.split(r"[^a-z]", name)[0] for name in names]  # by the first word
+    if families[0] and families[0] == families[1]:
         models = f"judge {settings.model} and teacher {teacher.model}"
         warnings = [f"{models} seem to be of one family: it may favour its own"]
         say(f"warning: {warnings[0]}")

@@ -6,7 +6,7 @@ Money is Decimal until it is written. What is unknown is None, with its reason b
 from decimal import Decimal
 from typing import Any, Literal
 
-from distill.evaluation.claims import Conclusion, conclude, why_few_decide_nothing
+from distill.evaluation.claims import FEWEST_DOCUMENTS, Conclusion, conclude
 from distill.evaluation.measurements import CardRecord, Comparison, Difference, Model
 
 Way = Literal["replace_all", "try_then_escalate", "perfect_router"]
@@ -258,8 +258,11 @@ class Scorecard(Comparison):
 
     @property
     def few_documents(self) -> str:
-        """Say once why so few documents decide nothing; empty where they are enough."""
-        settings = self.environment.settings
-        return why_few_decide_nothing(
-            self.overall.documents if self.overall else settings.documents
+        """Say why so few documents decide nothing; empty where they are enough."""
+        documents = (self.overall or self.environment.settings).documents
+        if documents is None or documents >= FEWEST_DOCUMENTS:
+            return ""
+        return (
+            f"It takes {FEWEST_DOCUMENTS} documents to decide a difference: if all of {documents} "
+            f"pointed one way, p would be {2 / 2 ** max(1, documents):.3g}."
         )

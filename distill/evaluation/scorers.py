@@ -76,8 +76,15 @@ class Measured:
     scores: Mapping[str, Mapping[str, Score]]
     bounds: Bounds
     no_teacher: str = NO_TEACHER  # why the teacher has no scores
-    graded: bool = False  # scores may lie between the bounds, so they are no share that passes
     checker: Checker | None = None
+
+    @property
+    def graded(self) -> bool:
+        """Tell whether scores may lie between the bounds, so that they are no share that passes."""
+        kind = self.checker["kind"] if self.checker else None
+        # a checker of the user's may grade without saying so beforehand
+        values = (score.value for of_model in self.scores.values() for score in of_model.values())
+        return kind in GRADED or any(value not in (None, *self.bounds) for value in values)
 
     def of(self, model: str) -> list[Score]:
         """Return a model's scores of these items."""
@@ -125,10 +132,7 @@ def measure_items(
         model: {item.id: score_answer(item, by_id.get(item.id), model, checker) for item in items}
         for model, by_id in answers.items()
     }
-    # A checker of the user's may grade without saying so beforehand.
-    between = any(s.value not in (None, 0, 1) for rows in scores.values() for s in rows.values())
-    graded = checker["kind"] in GRADED or between
-    return Measured(metric, items, scores, SHARE, no_teacher, graded, checker)
+    return Measured(metric, items, scores, SHARE, no_teacher, checker)
 
 
 def measure_tasks(
@@ -198,34 +202,25 @@ def requests_of(
     A checker accepts what passes in full, and counts for more than the judge's `verdicts` against
     the teacher: what wins, or ties with an answer that passes its check or, without one, is whole.
     """
-    rows, tests = [row for row in rows if "teacher" in row.scores], {}
-    of_teacher = {item: value for row in rows for item, value in row.values("teacher").items()}
-    for verdict in verdicts:
-        item, value, response = verdict.item_id, verdict.value, answers["teacher"][verdict.item_id]
-        complete = response.stop == "end" and bool(response.text.strip())
-        right = of_teacher[item] == 1 if item in of_teacher else complete
-        accepted = None if value is None else value == 1 or (value == 0.5 and right)
-        tests[item] = (JUDGED, False, accepted)
-    for row in rows:
-        when_served = row.checker is not None and not compares_with_answer(row.checker)
-        for item, value in row.values("student").items():
-            accepted = None if value is None else value >= row.bounds.high
-            tests[item] = (row.metric, when_served, accepted)
-    requests = []
+    requests = {}
     for item in items:
         usage = {
             model: by_id[item.id].usage
             for model, by_id in answers.items()
             if item.id in by_id and by_id[item.id].stop != "error"
         }
-        test, when_served, accepted = tests.get(item.id, (None, False, None))
-        request = HeldOutRequest(
-            item=item.id,
-            cluster=item.cluster,
-            usage=usage,
-            test=test,
-            when_served=when_served,
-            accepted=accepted,
-        )
-        requests.append(request)
-    return requests
+        requests[item.id] = HeldOutRequest(item=item.id, cluster=item.cluster, usage=usage)
+    tests, rows = dict[str, dict[str, object]](), [r for r in rows if "teacher" in r.scores]
+    of_teacher = {item: value for row in rows for item, value in row.values("teacher").items()}
+    for verdict in verdicts:
+        item, value, response = verdict.item_id, verdict.value, answers["teacher"][verdict.item_id]
+        complete = response.stop == "end" and bool(response.text.strip())
+        right = of_teacher[item] == 1 if item in of_teacher else complete
+        accepted = None if value is None else value == 1 or (value == 0.5 and right)
+        tests[item] = {"test": JUDGED, "accepted": accepted}
+    for row in rows:
+        served = row.checker is not None and not compares_with_answer(row.checker)
+        for item, value in row.values("student").items():
+            accepted = None if value is None else value >= row.bounds.high
+            tests[item] = {"test": row.metric, "when_served": served, "accepted": accepted}
+    return [request.model_copy(update=tests.get(i, {})) for i, request in requests.items()]

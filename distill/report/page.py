@@ -10,8 +10,8 @@ from typing import Any
 from markupsafe import Markup
 
 from distill import formatting
-from distill.evaluation.measurements import MODELS, MetricRow, Model, Sample
-from distill.evaluation.scorecard import Economics, RequestCost, Scorecard
+from distill.evaluation.measurements import MODELS, MetricRow, Sample
+from distill.evaluation.scorecard import Economics, Scorecard
 from distill.report.plots import Mark, quality_against_cost, spans, training_curve
 from distill.report.render import environment
 from distill.report.tables import WAYS
@@ -31,23 +31,19 @@ def page(card: Scorecard, samples: Sequence[Sample] | None, training: Mapping[st
         [(row["step"], row["loss"]) for row in training.get(key, [])]
         for key in ("history", "validation")
     )
-    curve = partial(training_curve, train, validation, training.get("best_step"))
-    plots = {"cost_plot": partial(cost_plot, card), "saved_plot": partial(saved_plot, economics)}
-    return (
-        environment(markdown=False)
-        .get_template("report.html.j2")
-        .render(
-            card=card,
-            models=MODELS,
-            ways=WAYS,
-            economics=economics,
-            training=training,
-            marks=marks,
-            samples=samples,
-            clip=partial(formatting.clip, most=MAX_SAMPLE),
-            verdict=verdict,
-            **{name: _both(draw) for name, draw in {**plots, "curve": curve}.items()},
-        )
+    template = environment(markdown=False).get_template("report.html.j2")
+    return template.render(
+        card=card,
+        models=MODELS,
+        ways=WAYS,
+        economics=economics,
+        training=training,
+        marks=marks,
+        samples=samples,
+        clip=partial(formatting.clip, most=MAX_SAMPLE),
+        cost_plot=_both(partial(cost_plot, card)),
+        saved_plot=_both(partial(saved_plot, economics)),
+        curve=_both(partial(training_curve, train, validation, training.get("best_step"))),
     )
 
 
@@ -74,13 +70,12 @@ def cost_plot(card: Scorecard, width: int) -> Markup:
     """Draw quality against what 1,000 requests cost, else against their time."""
     row = card.overall or card.agreement["chrf"]
     priced = card.cost.student.dollars_per_1k is not None
-    costs: dict[str, RequestCost] = {model: card.cost.of(model) for model in MODELS}
-    points = []
-    for mark in marks(row):
-        cost = costs[mark.name]
+    points, placed = [], {mark.name: mark for mark in marks(row)}
+    for model in MODELS:
+        cost = card.cost.of(model)
         x = cost.dollars_per_1k if priced else cost.seconds_per_1k
-        if x is not None:
-            points.append((float(x), mark))
+        if x is not None and model in placed:
+            points.append((float(x), placed[model]))
     unit, form = ("dollars", "${:g}") if priced else ("seconds", "{:,.0f}")
     label = "checks passed, %" if card.overall else "chrF against the teacher"
     return quality_against_cost(points, width, f"{unit} for 1,000 requests", label, form)
@@ -95,15 +90,3 @@ def saved_plot(economics: Economics, width: int) -> Markup:
             ends = (None if end is None else float(end) for end in (amount.low, amount.high))
             drawn.append(Mark(WAYS[row.way or economics.headline], float(amount.value), *ends))
     return spans(drawn, width, "dollars saved on 1,000 requests", WAYS[economics.headline])
-
-
-def verdict(sample: Sample, model: Model) -> str:
-    """Say what a sampled answer scored; nothing where agreement has no score of the teacher."""
-    if model not in sample.scores:
-        return ""
-    value, reason = sample.scores[model], sample.reasons[model]
-    if value is None:
-        return f"not scored: {reason}"
-    if sample.metric == "chrF":
-        return f"chrF {formatting.count(value)}"
-    return f"{'✓' if value else '✗'} {reason}"

@@ -6,6 +6,7 @@ so that its text stays as large as the page's; the page shows the one that fits.
 
 import math
 from collections.abc import Iterable, Sequence
+from statistics import fmean
 from typing import NamedTuple
 
 from markupsafe import Markup
@@ -25,10 +26,8 @@ class Mark(NamedTuple):
 
     def line(self) -> str:
         """Return the value and its interval for those who do not see the plot."""
-        text = f"{self.value:.3g}"
-        if self.low is None or self.high is None:
-            return text
-        return f"{text} ({self.low:.3g} to {self.high:.3g})"
+        known = self.low is not None and self.high is not None
+        return f"{self.value:.3g}" + (f" ({self.low:.3g} to {self.high:.3g})" if known else "")
 
 
 class Frame(NamedTuple):
@@ -123,7 +122,7 @@ def spans(marks: Sequence[Mark], width: int, x_label: str, main: str) -> Markup:
         parts.append(_text(frame.margin, y - 22, mark.name, "name" if is_main else "label"))
         if mark.low is not None and mark.high is not None:
             parts += _whisker(frame.x(mark.low), y, frame.x(mark.high), y, "student")
-        parts.append(_disc(x, y, 7, "" if is_main else " hollow"))
+        parts.append(_dot("student" if is_main else "student hollow", x, y))
     values = "; ".join(f"{mark.name} {mark.line()}" for mark in marks)
     return frame.svg(parts, f"{x_label}: {values}")
 
@@ -132,7 +131,11 @@ def training_curve(train: Series, validation: Series, best: float | None, width:
     """Draw the training loss, its running mean, and the validation loss, its best step filled."""
     if len(train) < 2:
         return EMPTY
-    smooth = running_mean(train)
+    reach = max(1, len(train) // 40)  # a twentieth of the steps, around each
+    smooth = [
+        (x, fmean(y for _, y in train[max(0, k - reach) : k + reach + 1]))
+        for k, (x, _) in enumerate(train)
+    ]
     values = [y for _, y in (*train, *validation)]
     spread = max(values) - min(values) or 1.0
     low, high = max(0.0, min(values) - 0.08 * spread), max(values) + 0.05 * spread
@@ -143,39 +146,23 @@ def training_curve(train: Series, validation: Series, best: float | None, width:
             path = " ".join(f"{frame.x(x)},{frame.y(y)}" for x, y in series)
             parts.append(Markup('<polyline class="{}" points="{}"/>').format(kind, path))
     for x, y in validation:
-        parts.append(_disc(frame.x(x), frame.y(y), 4.5, "" if x == best else " hollow"))
+        kind = "student" if x == best else "student hollow"
+        parts.append(_dot(kind, frame.x(x), frame.y(y), 4.5))
     label = f"Training loss from {train[0][1]:.3g} to {smooth[-1][1]:.3g}"
-    if validation:
-        losses = [y for _, y in validation]
+    if losses := [y for _, y in validation]:
         label += f", validation loss from {losses[0]:.3g} to {losses[-1]:.3g}"
         label += f", least {min(losses):.3g}"
     return frame.svg(parts, f"{label}, in nats a token, by step")
 
 
-def running_mean(points: Series) -> list[tuple[float, float]]:
-    """Smooth a series by the mean of the twentieth of it that surrounds each point."""
-    reach = max(1, len(points) // 40)
-    smooth = []
-    for k, (x, _) in enumerate(points):
-        near = [y for _, y in points[max(0, k - reach) : k + reach + 1]]
-        smooth.append((x, sum(near) / len(near)))
-    return smooth
-
-
-def _dot(model: str, x: float, y: float) -> Markup:
+def _dot(model: str, x: float, y: float, radius: float = 7) -> Markup:
     """Draw a model's mark: the student a disc, the teacher a square, the base a diamond."""
-    if model == "student":
-        return _disc(x, y, 7)
+    if model.startswith("student"):
+        disc = Markup('<circle class="dot {}" cx="{}" cy="{}" r="{}"/>')
+        return disc.format(model, x, y, radius)
     turn = Markup(' transform="rotate(45 {} {})"').format(x, y) if model == "base" else ""
-    return Markup('<rect class="dot {}" x="{}" y="{}" width="12" height="12"{}/>').format(
-        model, round(x - 6, 1), round(y - 6, 1), turn
-    )
-
-
-def _disc(x: float, y: float, radius: float, hollow: str = "") -> Markup:
-    return Markup('<circle class="dot student{}" cx="{}" cy="{}" r="{}"/>').format(
-        hollow, x, y, radius
-    )
+    square = Markup('<rect class="dot {}" x="{}" y="{}" width="12" height="12"{}/>')
+    return square.format(model, round(x - 6, 1), round(y - 6, 1), turn)
 
 
 def _whisker(x1: float, y1: float, x2: float, y2: float, kind: str) -> list[Markup]:

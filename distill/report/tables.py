@@ -8,32 +8,10 @@ from collections.abc import Mapping
 from math import ceil
 from typing import Any
 
+from distill.evaluation import measurements, scorecard
 from distill.evaluation.claims import Conclusion
-from distill.evaluation.measurements import (
-    MODELS,
-    RIVALS,
-    AnswerLengths,
-    Difference,
-    DuelRow,
-    JudgeResult,
-    MetricRow,
-    Model,
-    ProbeResult,
-    Results,
-    Rival,
-)
-from distill.evaluation.scorecard import (
-    Amount,
-    Costs,
-    Economics,
-    Funnel,
-    HarnessResult,
-    PerMillion,
-    RequestCost,
-    Saving,
-    Scorecard,
-    Way,
-)
+from distill.evaluation.measurements import MODELS, RIVALS, Difference, MetricRow, Model, Rival
+from distill.evaluation.scorecard import Amount, Economics, Saving, Scorecard, Way
 from distill.formatting import (
     UNKNOWN,
     Number,
@@ -56,10 +34,6 @@ PROBES = {
     "injected": "an answer that orders the judge to choose it",
     "copy": "an answer against itself",
 }
-QUALITY = (
-    *("", "n", "teacher", "base", "student"),
-    *("student − teacher", "student − base", "gap recovered"),
-)
 WAYS: dict[Way, str] = {
     "replace_all": "replace all",
     "try_then_escalate": "cascade",
@@ -72,9 +46,7 @@ def difference_cell(
     difference: Difference, metric: str, conclusion: Conclusion, unit: str = ""
 ) -> str:
     """Write a difference in points, chrF or nats, with its interval."""
-    scale, digits = (100, 1)
-    if metric == "chrF" or metric.startswith("loss"):
-        scale, digits = 1, (1 if metric == "chrF" else 3)
+    scale, digits = (1, 3) if metric.startswith("loss") else (1 if metric == "chrF" else 100, 1)
     ends = (difference.mean, difference.low, difference.high)
     undecided = conclusion.verdict == "undecided"
     return estimate(*ends, lambda x: signed(scale * x, digits), unit, undecided)
@@ -89,13 +61,6 @@ def within(row: MetricRow, model: Model) -> str:
     """Write a model's score with its interval."""
     ends = row.intervals.get(model, (None, None))
     return estimate(row.mean(model), *ends, lambda value: score(value, row.metric))
-
-
-def gap(row: MetricRow) -> str:
-    """Write the share of the gap recovered with its interval."""
-    ratio, base = row.gap_recovered, row.student_minus_base
-    undecided = base.mean is not None and row.conclude("base").verdict == "undecided"
-    return estimate(ratio.value, ratio.low, ratio.high, share, undecided=undecided)
 
 
 def rate(difference: Difference) -> str:
@@ -122,40 +87,48 @@ def paid_back(row: Saving) -> str:
     return f"{whole_requests(requests)} ({duration(DAY * float(days))})"
 
 
-def quality_row(label: str, row: MetricRow) -> tuple[str, ...]:
-    """Return one metric: the models' scores, the paired differences, the gap recovered."""
-    scores = (score(row.mean(model), row.metric) for model in MODELS)
-    return (label, str(row.n), *scores, change(row, "teacher"), change(row, "base"), gap(row))
+def metric_rows(rows: Mapping[str, MetricRow | None]) -> TextTable:
+    """Return metrics: the models' scores, the paired differences, the gap recovered."""
+    head = ("", "n", *MODELS, "student − teacher", "student − base", "gap recovered")
+    lines = []
+    for label, row in rows.items():
+        if row:
+            ratio, base = row.gap_recovered, row.student_minus_base
+            open_gap = base.mean is not None and row.conclude("base").verdict == "undecided"
+            gap = estimate(ratio.value, ratio.low, ratio.high, share, undecided=open_gap)
+            scores = (score(row.mean(model), row.metric) for model in MODELS)
+            changes = (change(row, "teacher"), change(row, "base"))
+            lines.append((label, str(row.n), *scores, *changes, gap))
+    return head, lines
+
+
+def with_all_checks(results: measurements.Results) -> dict[str, MetricRow]:
+    """Return the rows of some tasks, and of all their checks together where there are several."""
+    overall = results.overall if len(results.tasks) > 1 else None
+    return {**results.tasks, "all checks": overall} if overall else results.tasks
 
 
 def quality_rows(card: Scorecard) -> TextTable:
     """Return all tasks, all checks together, agreement and suites, with paired differences."""
-    rows = [*task_rows(card)[1], *agreement_rows(card)[1]]
+    suites = {}
     for name, suite in card.suites.items():
         of_suite = {"": suite.overall} if suite.overall else suite.tasks
-        rows += [quality_row(f"{name} {task}".strip(), row) for task, row in of_suite.items()]
-    return QUALITY, rows
+        suites |= {f"{name} {task}".strip(): row for task, row in of_suite.items()}
+    head, rows = task_rows(card)
+    return head, [*rows, *agreement_rows(card)[1], *metric_rows(suites)[1]]
 
 
-def task_rows(results: Scorecard | Results) -> TextTable:
-    """Return some tasks, and all their checks together where there are several."""
-    rows = [quality_row(f"{task}: {plain(row.metric)}", row) for task, row in results.tasks.items()]
-    if results.overall and len(rows) > 1:
-        rows.append(quality_row("all checks", results.overall))
-    return QUALITY, rows
+def task_rows(results: measurements.Results) -> TextTable:
+    """Return some tasks with what their checks are called, and all their checks together."""
+    rows = with_all_checks(results)
+    names = {task: f"{task}: {plain(row.metric)}" for task, row in results.tasks.items()}
+    return metric_rows({names.get(label, label): row for label, row in rows.items()})
 
 
 def agreement_rows(card: Scorecard) -> TextTable:
     """Return the likeness to the teacher's answers."""
-    rows = {label: card.agreement[k] for k, label in AGREEMENT.items() if k in card.agreement}
-    return QUALITY, [quality_row(f"agreement: {label}", row) for label, row in rows.items()]
-
-
-def contamination_rows(card: Scorecard) -> TextTable:
-    """Return the checks passed without and with the items that stand in the training data."""
-    full = card.contamination.all_items if card.contamination else None
-    rows = {"not found in the training data": card.overall, "all items": full and full.overall}
-    return QUALITY, [quality_row(label, row) for label, row in rows.items() if row]
+    labels = {f"agreement: {label}": name for name, label in AGREEMENT.items()}
+    return metric_rows({label: card.agreement.get(name) for label, name in labels.items()})
 
 
 def with_figures(table: TextTable) -> TextTable:
@@ -172,30 +145,25 @@ def claim_rows(card: Scorecard) -> TextTable:
         *("only student / only rival passes", "McNemar p", "no worse by the margin"),
         "the student is",
     )
-    rows = dict(card.tasks)
-    if card.overall and len(rows) > 1:
-        rows["all checks"] = card.overall
     lines = []
     for rival in RIVALS:
-        for task, row in rows.items():
+        for task, row in with_all_checks(card).items():
             difference = row.against(rival)
-            if difference.mean is None:
-                continue
-            scale, visible = (1 if row.metric == "chrF" else 100), difference.smallest_visible
-            test, claim = difference.mcnemar, difference.non_inferiority
-            lines.append(
-                (
-                    f"{rival}, {task}",
-                    str(row.n),
-                    count(row.documents),
-                    change(row, rival),
-                    figure(None if visible is None else scale * visible, 1),
-                    f"{test.only_a} / {test.only_b}" if test else UNKNOWN,
-                    p_value(test.p) if test else UNKNOWN,
-                    f"{claim.verdict} ({share(claim.margin)})" if claim else UNKNOWN,
-                    row.conclude(rival).verdict,
-                )
+            visible, test = difference.smallest_visible, difference.mcnemar
+            scale, claim = (1 if row.metric == "chrF" else 100), difference.non_inferiority
+            cells = (
+                f"{rival}, {task}",
+                str(row.n),
+                count(row.documents),
+                change(row, rival),
+                figure(None if visible is None else scale * visible, 1),
+                f"{test.only_a} / {test.only_b}" if test else UNKNOWN,
+                p_value(test.p) if test else UNKNOWN,
+                f"{claim.verdict} ({share(claim.margin)})" if claim else UNKNOWN,
+                row.conclude(rival).verdict,
             )
+            if difference.mean is not None:
+                lines.append(cells)
     return head, lines
 
 
@@ -204,14 +172,14 @@ def cost_rows(card: Scorecard) -> TextTable:
     head = ("1,000 requests", "time", "dollars", "tokens/s", "tokens an answer", "cut off")
     rows = []
     for model in MODELS:
-        cost, lengths = card.cost.of(model), card.lengths.get(model, AnswerLengths())
+        cost, lengths = card.cost.of(model), card.lengths.get(model, measurements.AnswerLengths())
         per_second, tokens = count(cost.output_tokens_per_second), count(lengths.tokens)
         spent = (duration(cost.seconds_per_1k), money(cost.dollars_per_1k), per_second)
         rows.append((model, *spent, tokens, share(lengths.truncated)))
     return head, rows
 
 
-def token_rows(cost: Costs) -> TextTable:
+def token_rows(cost: scorecard.Costs) -> TextTable:
     """Return the cost of requests one at a time, and of a million tokens read and written."""
     head = (
         *("one request at a time", "1,000 take", "and cost", "tokens/s"),
@@ -220,7 +188,8 @@ def token_rows(cost: Costs) -> TextTable:
     rows = []
     for model in MODELS:
         row = cost.of(model)
-        alone, million = row.one_at_a_time or RequestCost(), row.per_million or PerMillion()
+        alone = row.one_at_a_time or scorecard.RequestCost()
+        million = row.per_million or scorecard.PerMillion()
         per_second, prompt = count(alone.output_tokens_per_second), count(row.input_tokens)
         spent = (duration(alone.seconds_per_1k), money(alone.dollars_per_1k), per_second)
         apart = (money(million.dollars_input), money(million.dollars_output))
@@ -228,7 +197,7 @@ def token_rows(cost: Costs) -> TextTable:
     return head, rows
 
 
-def judge_rows(result: JudgeResult) -> TextTable:
+def judge_rows(result: measurements.JudgeResult) -> TextTable:
     """Return the judge's win rates of the student."""
     head = (
         *("the student against", "n", "win rate", "wins", "ties", "losses", "not parsed"),
@@ -238,15 +207,13 @@ def judge_rows(result: JudgeResult) -> TextTable:
     for rival in RIVALS:
         row = result.against(rival)
         counts = (count(number) for number in (row.wins, row.ties, row.losses, row.unparsed))
-        near = row.length_matched or DuelRow()
-        matched = (rate(near.win_rate), count(near.n))
-        rows.append(
-            (rival, count(row.n), rate(row.win_rate), *counts, share(row.flip_rate), *matched)
-        )
+        near = row.length_matched or measurements.DuelRow()
+        matched = (share(row.flip_rate), rate(near.win_rate), count(near.n))
+        rows.append((rival, count(row.n), rate(row.win_rate), *counts, *matched))
     return head, rows
 
 
-def probe_rows(probe: ProbeResult) -> TextTable:
+def probe_rows(probe: measurements.ProbeResult) -> TextTable:
     """Return what a judge was tried with, and what it made of it."""
     rows = [
         (PROBES[kind], count(row.n), share(row.wins), share(row.losses), share(row.unparsed))
@@ -271,13 +238,15 @@ def sensitivity_rows(economics: Economics) -> TextTable:
     rows = []
     for case in economics.sensitivity:
         prices = (money(case.teacher_dollars_per_1k), money(case.student_dollars_per_1k))
-        saved = span(case.dollars_per_1k, economics.documents)
-        month = money(case.dollars_per_month.value)
-        rows.append((case.case or "", *prices, saved, month, paid_back(case)))
+        saved = (
+            span(case.dollars_per_1k, economics.documents),
+            money(case.dollars_per_month.value),
+        )
+        rows.append((case.case or "", *prices, *saved, paid_back(case)))
     return head, rows
 
 
-def harness_rows(result: HarnessResult) -> TextTable:
+def harness_rows(result: scorecard.HarnessResult) -> TextTable:
     """Return what another harness measured."""
     head = (result.harness, "n", "metric", "student", "standard error")
     rows = [
@@ -294,14 +263,18 @@ def stage_rows(card: Scorecard) -> TextTable:
     return ("stage", "time"), [(stage, duration(seconds)) for stage, seconds in rows]
 
 
-def funnel_steps(funnel: Funnel, documents: int | None = None) -> list[tuple[str, int, str]]:
+def funnel_steps(
+    funnel: scorecard.Funnel, documents: int | None = None
+) -> list[tuple[str, int, str]]:
     """Return name, count and kind of what came in, what was dropped by reason, what was kept."""
-    steps = [("documents", documents, "in")] if documents is not None else []
-    steps += [("prompts", funnel.prompts, "in"), ("answers", funnel.answers, "in")]
-    steps += [(f"dropped: {reason}", n, "dropped") for reason, n in funnel.dropped.items()]
-    steps += [("kept: train", funnel.kept_train, "kept")]
-    steps += [("kept: validation", funnel.kept_validation, "kept")]
-    return [*steps, ("kept: heldout", funnel.kept_heldout, "kept")]
+    return [
+        *([("documents", documents, "in")] if documents is not None else []),
+        *(("prompts", funnel.prompts, "in"), ("answers", funnel.answers, "in")),
+        *((f"dropped: {reason}", n, "dropped") for reason, n in funnel.dropped.items()),
+        ("kept: train", funnel.kept_train, "kept"),
+        ("kept: validation", funnel.kept_validation, "kept"),
+        ("kept: heldout", funnel.kept_heldout, "kept"),
+    ]
 
 
 def loss_rows(training: Mapping[str, Any]) -> TextTable:

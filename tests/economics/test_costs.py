@@ -32,29 +32,20 @@ def entry(stage: str, seconds: float, dollars: Decimal | None = None) -> LedgerE
 
 
 def test_a_request_on_a_machine_costs_its_share_of_the_batch() -> None:
-    cost = request_cost(USAGES, Tariff(MACHINE))
+    cost = request_cost(USAGES, Tariff(MACHINE), TIMING)
     assert cost.seconds_per_1k == 2000 and cost.dollars_per_1k == Decimal("0.2")
     assert cost.output_tokens_per_second == 25 and cost.price and "2026-01-01" in cost.price
     assert (cost.requests, cost.input_tokens, cost.output_tokens) == (2, 100, 50)
-
-
-def test_a_machine_is_paid_while_it_idles() -> None:
-    cost = request_cost(USAGES, Tariff(MACHINE, Decimal("0.25")), TIMING)
-    assert cost.seconds_per_1k == 2000 and cost.dollars_per_1k == Decimal("0.8")
-    assert cost.price and "in use 25\u00a0% of the time" in cost.price
-    assert cost.one_at_a_time and cost.one_at_a_time.dollars_per_1k == Decimal("2.0")
-
-
-def test_reading_and_writing_add_up_to_the_time_measured() -> None:
-    cost = request_cost(USAGES, Tariff(MACHINE), TIMING)
     # read: 5 s of 1,000 tokens; the 200 read here took 1 s of 4, so 100 written took 3 s
-    rates = cost.per_million
+    rates, alone = cost.per_million, cost.one_at_a_time
     assert rates and rates.seconds_input == pytest.approx(5_000)
     assert rates.seconds_output == pytest.approx(30_000)
     assert (rates.dollars_input, rates.dollars_output) == (Decimal("0.5"), 3)
-    alone = cost.one_at_a_time
     assert alone and alone.requests == 4 and alone.seconds_per_1k == 5000
     assert alone.output_tokens_per_second == 10 and alone.dollars_per_1k == Decimal("0.5")
+    idle = request_cost(USAGES, Tariff(MACHINE, Decimal("0.25")), TIMING)  # is paid all the same
+    assert idle.seconds_per_1k == 2000 and idle.dollars_per_1k == Decimal("0.8")
+    assert idle.price and "in use 25\u00a0% of the time" in idle.price
 
 
 def test_rates_that_were_not_timed_or_contradict_the_total_are_unknown() -> None:
@@ -70,15 +61,9 @@ def test_a_hosted_model_costs_its_list_price() -> None:
     rates = cost.per_million
     assert rates and (rates.dollars_input, rates.dollars_output) == (1, 10)
     assert cost.one_at_a_time is None and "by the token" in cost.reasons["one_at_a_time"]
-
-
-def test_cached_input_has_its_own_price() -> None:
-    usage = Usage(input_tokens=100, cached_input_tokens=60, output_tokens=50)
-    cost = request_cost([usage], Tariff(HOSTED))
+    cached = Usage(input_tokens=100, cached_input_tokens=60, output_tokens=50)
     # 40 at $1, 60 at $0.10 and 50 at $10 a million, a thousand times
-    assert cost.dollars_per_1k == Decimal("0.546")
-    dear = HOSTED.model_copy(update={"dollars_per_million_cached_input": None})
-    assert request_cost([usage], Tariff(dear)).dollars_per_1k == Decimal("0.6")
+    assert request_cost([cached], Tariff(HOSTED)).dollars_per_1k == Decimal("0.546")
 
 
 def test_no_machine_no_dollars_but_a_reason() -> None:

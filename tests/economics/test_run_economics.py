@@ -8,7 +8,6 @@ import pytest
 
 from distill.config.tree import Config
 from distill.economics.run_economics import UNSTATED, money_of
-from distill.errors import DistillError, Exit
 from distill.evaluation.measurements import MetricRow
 from distill.evaluation.scorers import HeldOutRequest
 from distill.records import LedgerEntry, Response, Timing, Usage
@@ -105,14 +104,6 @@ def test_a_local_teacher_is_paid_by_the_machine_that_idles_too(tmp_path: Path) -
     assert "one_at_a_time" in cost["teacher"]["reasons"]
 
 
-def test_a_hosted_teacher_costs_its_own_list_price(tmp_path: Path) -> None:
-    run = make_run(tmp_path, {"model": "own/teacher"})
-    said = accounts(run, None)["economics"]
-    assert said["teacher"]["dollars_per_1k"] == 1.0 and not said["teacher"]["hypothetical"]
-    assert said["rows"][1]["dollars_per_1k"]["value"] == 0.7
-    assert said["quality"]["mean"] is None and said["quality"]["reason"]
-
-
 def test_another_s_list_price_is_hypothetical_and_so_is_the_distillation(tmp_path: Path) -> None:
     run = make_run(tmp_path, {"model": "a/teacher"}, teacher_price="giant")
     found = accounts(run, OVERALL)
@@ -122,7 +113,13 @@ def test_another_s_list_price_is_hypothetical_and_so_is_the_distillation(tmp_pat
     # ten answers of 400 in and 60 out at $2 and $20 are $0.02, beside the hour of training
     assert said["teacher"]["answers_dollars"] == 0.02 and said["distillation_dollars"] == 0.38
     own = make_run(tmp_path, {"model": "own/teacher"}, teacher_price="own/teacher")
-    assert not accounts(own, None)["economics"]["teacher"]["hypothetical"]
+    write_records(own.path("ledger.jsonl"), own.ledger.entries()[1:])
+    found = accounts(own, None)
+    said = found["economics"]
+    assert not said["teacher"]["hypothetical"] and said["teacher"]["dollars_per_1k"] == 1.0
+    assert said["rows"][1]["dollars_per_1k"]["value"] == 0.7
+    assert said["quality"]["mean"] is None and said["quality"]["reason"]
+    assert found["cost"]["distillation"]["reused"] == 1.0, "the store had all answers already"
 
 
 @pytest.mark.parametrize(
@@ -150,17 +147,3 @@ def test_recorded_answers_have_the_cost_that_is_stated(tmp_path: Path) -> None:
     assert found["economics"]["rows"][0]["break_even"]["days"]["reason"] == UNSTATED
     free = make_run(tmp_path, {"kind": "recorded", "model": "a/teacher", "dollars": Decimal(0)})
     assert accounts(free, OVERALL)["economics"]["distillation_dollars"] == 0.36
-
-
-def test_what_the_store_had_already_is_said(tmp_path: Path) -> None:
-    run = make_run(tmp_path, {"model": "a/teacher"})
-    write_records(run.path("ledger.jsonl"), [run.ledger.entries()[1]])
-    assert accounts(run, OVERALL)["cost"]["distillation"]["reused"] == 1.0
-
-
-def test_a_run_of_before_says_what_to_do(tmp_path: Path) -> None:
-    run = make_run(tmp_path, {"model": "a/teacher"})
-    run.path("requests.jsonl").unlink()
-    with pytest.raises(DistillError) as caught:
-        accounts(run, OVERALL)
-    assert caught.value.code == Exit.STATE

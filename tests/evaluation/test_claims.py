@@ -24,6 +24,11 @@ def test_mcnemar_is_the_binomial_test_of_the_items_that_differ() -> None:
     found = mcnemar(a, b, range(31))
     assert (found.only_a, found.only_b) == (9, 2)
     assert found.p == pytest.approx(stats.binomtest(9, 11).pvalue)
+    assert mcnemar([1.0, 0.0], [1.0, 0.0], "ab").reason == "no item tells the two apart"
+    assert mcnemar([0.5, 0.0], [1.0, 0.0], "ab").p is None
+    for documents in range(1, 12):  # fewer than the rule asks for could never pass
+        p = mcnemar([1.0] * documents, [0.0] * documents, range(documents)).p
+        assert p is not None and (p < 0.05) == (documents >= FEWEST_DOCUMENTS)
 
 
 def test_items_of_one_document_keep_their_signs_together() -> None:
@@ -34,11 +39,6 @@ def test_items_of_one_document_keep_their_signs_together() -> None:
     seen = abs(sum(sums))
     flips = [abs(np.dot(sums, signs)) >= seen for signs in product((-1, 1), repeat=6)]
     assert mcnemar(a, b, clusters).p == pytest.approx(sum(flips) / len(flips))
-
-
-def test_mcnemar_says_when_it_has_nothing_to_say() -> None:
-    assert mcnemar([1.0, 0.0], [1.0, 0.0], "ab").reason == "no item tells the two apart"
-    assert mcnemar([0.5, 0.0], [1.0, 0.0], "ab").p is None
 
 
 @pytest.mark.parametrize(
@@ -79,13 +79,6 @@ def test_one_rule_decides(
     conclusion = conclude(*ends, documents, p, why_no_interval="nothing varies")
     assert conclusion.verdict == verdict and reason in conclusion.reason
     assert bool(conclusion.reason) == (verdict == "undecided")
-
-
-def test_fewer_documents_than_the_rule_asks_for_could_never_pass_an_exact_test() -> None:
-    for documents in range(1, 12):
-        ones = [1.0] * documents
-        p = mcnemar(ones, [0.0] * documents, range(documents)).p
-        assert p is not None and (p < 0.05) == (documents >= FEWEST_DOCUMENTS)
 
 
 def test_the_smallest_visible_difference_is_seen_four_times_in_five() -> None:

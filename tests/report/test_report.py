@@ -16,7 +16,7 @@ from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.evaluation import results
 from distill.evaluation.judge import Duel, examined, load_probes, row_of_duels
-from distill.evaluation.measurements import Difference, DuelRow, Sample
+from distill.evaluation.measurements import Difference, DuelRow
 from distill.evaluation.scorers import measure_items, requests_of
 from distill.evaluation.statistics import Certainty
 from distill.formatting import plain_numbers
@@ -31,7 +31,7 @@ from distill.records import (
     Usage,
 )
 from distill.report import report
-from distill.report.plots import Mark, quality_against_cost, running_mean, ticks, training_curve
+from distill.report.plots import Mark, quality_against_cost, ticks, training_curve
 from distill.storage.files import read_json, write_json, write_records
 from distill.storage.run_folder import Run, open_run
 from scripts import tables
@@ -322,25 +322,19 @@ def test_suites_judge_contamination_and_other_harnesses_are_shown(tmp_path: Path
         *("3 of 24 items", "not found in the training data", "all items", "is not found"),
     ):
         assert words in page, words
-    for words in ("passed its", "67 % [46 %, 83 %]"):
-        assert words in page and words in text
-    assert card["judge"]["probe"]["passed"] and card["suites"]
-    assert card["contamination"]["flagged"] == 3
+    assert "passed its" in page and "67 % [46 %, 83 %]" in text
+    (worst,) = card["failures"]["worst"][:1]
+    assert worst["task"] == "math_word_problem" and worst["asked"].endswith("and a new line")
 
 
-def test_a_judge_that_was_fooled_gives_no_win_rate(tmp_path: Path) -> None:
-    run = add_suites_and_judge(make_run(tmp_path), passed=False, flagged=0)
-    card, text, page = reported(run)
+def test_what_is_not_known_or_was_fooled_is_said(tmp_path: Path) -> None:
+    card, text, page = reported(poor_run(tmp_path / "poor"))
+    assert card["overall"] is None and "how good the student is, is not known" in text
+    assert "is not known: no task has a checker" in page
     assert "is not used, so no win rate is given: the judge let" in page and "is not used" in text
     assert "How often the student" not in page and "the student against | " not in text
     assert card["reasons"]["judge.teacher.win_rate"].startswith("the judge let")
     assert "None of the 24 items was found" in page and "0.0 % to 20.0 % would be" in page
-
-
-def test_quality_that_is_not_known_or_not_there_is_said(tmp_path: Path) -> None:
-    card, text, page = reported(make_run(tmp_path / "unchecked", checked=False))
-    assert card["overall"] is None and "how good the student is, is not known" in text
-    assert "is not known: no task has a checker" in page
     page = reported(make_run(tmp_path / "none", {"teacher": 0, "base": 0, "student": 3}))[2]
     assert "None of the teacher’s answers pass" in page
 
@@ -372,23 +366,6 @@ def test_missing_answers_are_shown_both_ways_and_too_many_stop() -> None:
     assert caught.value.code == Exit.EVALUATION
 
 
-def test_failures_are_the_worst_samples_cut_short() -> None:
-    def sample(task: str, rank: str, value: float, metric: str = "correct") -> Sample:
-        tree = {
-            "task": task, "rank": rank, "metric": metric, "messages": [{"content": "q" * 900}],
-            "answers": {"student": "s", "teacher": "t"}, "scores": {"student": value},
-            "reasons": {"student": "wrong"},
-        }  # fmt: skip
-        return Sample.model_validate(tree)
-
-    rows = [sample("a", "worst", 31.0, "chrF"), sample("b", "worst", 0.0), sample("b", "best", 1.0)]
-    worst = results.failures(rows).worst
-    reasons = [(row.task, row.reason) for row in worst]
-    assert reasons == [("b", "wrong"), ("a", "chrF 31 against the teacher")]
-    assert len(worst[0].asked) < 420 and worst[0].asked.endswith("[…]")
-    assert results.failures([sample("a", "worst", 1.0)]).worst == ()
-
-
 def test_plots_stay_in_their_frame_and_have_round_ticks() -> None:
     assert ticks(0, 100, 4) == [0, 25, 50, 75, 100]
     assert ticks(0.0, 0.05, 5) == [0, 0.01, 0.02, 0.03, 0.04, 0.05]
@@ -399,7 +376,6 @@ def test_plots_stay_in_their_frame_and_have_round_ticks() -> None:
     assert training_curve([(1, 1.0)], [], None, 350) == ""
     flat = training_curve([(1, 1.0), (2, 1.0)], [], None, 350)
     assert "polyline" in flat, "a flat loss still draws"
-    assert len(running_mean([(k, 1.0) for k in range(50)])) == 50
 
 
 def test_every_text_has_the_contrast_of_wcag_aa_in_both_schemes_and_on_paper() -> None:

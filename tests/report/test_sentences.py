@@ -14,7 +14,7 @@ from distill.economics.costs import Tariff
 from distill.economics.savings import NEEDS_ANSWER, Assumptions, economics
 from distill.evaluation import results, scorers
 from distill.evaluation.measurements import MODELS, Difference, MetricRow, Model, ModelFacts
-from distill.evaluation.scorecard import Costs, Economics, Scorecard, TeacherPrice
+from distill.evaluation.scorecard import Economics, Scorecard, TeacherPrice
 from distill.evaluation.scorers import HeldOutRequest
 from distill.evaluation.statistics import Certainty
 from distill.publishing.gate import evidence
@@ -74,13 +74,13 @@ def test_few_documents_leave_sentence_table_gap_and_gate_undecided() -> None:
     ends = [round(100 * (end or 0), 1) for end in (change.mean, change.low, change.high)]
     assert ends == [68.8, 48.9, 88.6] and change.mcnemar
     assert change.mcnemar.p == pytest.approx(0.125)
-    sentence, cells = SAY["quality"](Scorecard(overall=few)), tables.quality_row("sums", few)
+    sentence, cells = SAY["quality"](Scorecard(overall=few)), tables.metric_rows({"": few})[1][0]
     assert "whether training helped is undecided: 16 items of 4 documents are too few" in sentence
     assert "[+" not in sentence, "no interval that claims more than the sentence"
     assert cells[-2] == "+68.8 (undecided)" and cells[-3].endswith("(undecided)")
     assert change.non_inferiority and change.non_inferiority.verdict == "undecided"
     assert few.gap_recovered.value is None and "4 documents" in (few.gap_recovered.reason or "")
-    sentence, cells = SAY["quality"](Scorecard(overall=many)), tables.quality_row("sums", many)
+    sentence, cells = SAY["quality"](Scorecard(overall=many)), tables.metric_rows({"": many})[1][0]
     assert "; training helped." in sentence and "points [+" in sentence and "[+" in cells[-2]
     assert many.gap_recovered.value == pytest.approx(11 / 16)
 
@@ -169,17 +169,3 @@ def test_replacing_all_says_what_it_does_to_quality() -> None:
     ):
         found = economics(UNTESTED, ASSUMED, CERTAINTY, TeacherPrice(name="x"), quality)
         assert "good or not" in worded(found) and words in worded(found)
-
-
-def test_tables_have_a_row_for_each_way_and_case_and_dashes_for_what_is_unknown() -> None:
-    found = reckon(SIXTEEN)
-    head, rows = tables.saving_rows(found)
-    assert [len(row) for row in rows] == [len(head)] * 3 and "upper bound" in rows[2][0]
-    head, rows = tables.sensitivity_rows(found)
-    assert [len(row) for row in rows] == [len(head)] * len(found.sensitivity)
-    assert rows[-1][3].startswith("−$25.12 [−$25.")
-    head, rows = tables.token_rows(Costs())
-    assert [len(row) for row in rows] == [len(head)] * 3 and set(rows[0][1:]) == {"–"}
-    unknown = reckon(SIXTEEN, ASSUMED._replace(teacher=Tariff(None, why="no row of x")))
-    assert all(cell == "–" for row in tables.saving_rows(unknown)[1] for cell in row[1:])
-    assert [tables.whole_requests(n) for n in (4571.43, 12.0)] == ["4,572", "12"]
