@@ -53,16 +53,14 @@ def pick_dtype(name: str = "auto", key: str = "dtype") -> "torch.dtype":
     if torch.cuda.is_available():
         able = torch.cuda.is_bf16_supported(including_emulation=False)
         old = torch.cuda.get_device_capability()[0] < FAST_FP16
-        other = torch.float32 if old else torch.float16
+        best = torch.bfloat16 if able else torch.float32 if old else torch.float16
         if name == "bfloat16" and not able:
-            auto = str(other).removeprefix("torch.")
             what = f"{torch.cuda.get_device_name()} does not compute in bfloat16"
-            raise DistillError(Exit.TRAINING, key, what, f"set it to auto, here {auto}")
+            raise DistillError(Exit.TRAINING, key, what, f"set it to auto, here {best}")
     else:
         facts = cpu_facts()
         flags = f"{facts.get('flags', '')} {facts.get('Features', '')}".split()  # x86, ARM
-        able, other = not BF16_FLAGS.isdisjoint(flags), torch.float32
-    best = torch.bfloat16 if able else other
+        best = torch.float32 if BF16_FLAGS.isdisjoint(flags) else torch.bfloat16
     return best if name == "auto" else getattr(torch, name)
 
 
@@ -74,10 +72,7 @@ def device_name(place: "torch.device") -> str:
 
 
 def free_memory(place: "torch.device | None" = None) -> int:
-    """Return the bytes that can be had on a GPU, what the allocator keeps for later included.
-
-    Elsewhere those of main memory, the system's file cache included.
-    """
+    """Return the bytes that can be had on a GPU or in main memory, caches included."""
     if place is not None and place.type == "cuda":
         import torch
 
@@ -96,15 +91,12 @@ def release_memory() -> None:
 
 
 def free_frames(error: BaseException) -> None:
-    """Let go of what the functions held that an error ended, on a GPU, where it is scarce.
-
-    A notebook keeps the last error, with its traceback, and so the model and its graph.
-    """
+    """Let go of what an error's traceback holds on a GPU: a notebook keeps the last error."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return
     link: BaseException | None = error
-    while link is not None:
+    while link:
         traceback.clear_frames(link.__traceback__)
         link = link.__cause__ or link.__context__
     release_memory()
@@ -127,8 +119,7 @@ def kind(place: "torch.device") -> str:
 def send(tensor: "torch.Tensor", device: "torch.device | str") -> "torch.Tensor":
     """Copy a tensor to the device, without waiting for what a GPU computes meanwhile.
 
-    A plain copy to a GPU first waits for its queue. From pinned memory the copy takes its place in
-    the queue, and PyTorch keeps that memory until it is done.
+    A plain copy waits for its queue; one from pinned memory takes its place in the queue.
     """
     if str(device).startswith("cuda"):
         return tensor.pin_memory().to(device, non_blocking=True)

@@ -291,5 +291,5 @@ def load_tokenizer(
 
 def student_tokenizer(student: "Student", reasoning: Reasoning) -> "PreTrainedTokenizerBase":
     """Load a student's tokenizer with the template of its run."""
-    own = (student.model, student.revision, student.trust)
-    return load_tokenizer(*own, student.chat_template_kwargs, reasoning)
+    facts = (student.model, student.revision, student.trust)
+    return load_tokenizer(*facts, student.chat_template_kwargs, reasoning)

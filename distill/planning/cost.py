@@ -199,9 +199,6 @@ def _notes(
     if price:
         rates = (price.dollars_per_million_input, price.dollars_per_million_output)
         yield f"${rates[0]} in, ${rates[1]} out a million tokens ({price.date}, {price.source})"
-        if server.batch:
-            discount = f"{price.batch_discount or 0:.0%} less"
-            yield f"asked by batch, {discount}: answers within a day"
     if cost.dollars is None:
         stop = f"; with the limit of ${limit} a run stops (exit 6)" if limit is not None else ""
         yield f"cost unknown: {book.why_no_teacher(server.model)}{stop}"
@@ -209,14 +206,12 @@ def _notes(
     perhaps = f" and perhaps {money(cost.paid_perhaps, up=True)}" if cost.paid_perhaps else ""
     total = money(cost.paid + cost.dollars, up=True)
     yield f"paid so far {money(cost.paid, up=True)}{perhaps}; the whole run {total}, retries apart"
-    if limit is None:
-        yield "no limit: teacher.budget_dollars is not set"
-        return
-    remaining = limit - cost.paid - cost.paid_perhaps
-    word = "is expected to suffice" if cost.dollars <= remaining else "does not suffice"
-    if cost.dollars_most is not None and cost.dollars_most <= remaining:
-        word = "suffices"
-    yield f"limit ${limit}, beyond which nothing is asked: {word}"
+    if limit is not None:
+        remaining = limit - cost.paid - cost.paid_perhaps
+        word = "is expected to suffice" if cost.dollars <= remaining else "does not suffice"
+        if cost.dollars_most is not None and cost.dollars_most <= remaining:
+            word = "suffices"
+        yield f"limit ${limit}, beyond which nothing is asked: {word}"
 
 
 def pilot(run: Run, count: int) -> str:

@@ -32,7 +32,7 @@ UNREAD_ROWS = 1000  # of a suite's dataset that is not read for a plan
 ITEM = 60  # tokens of a suite's question, those of the template included
 STORED = 7  # bytes in files for each byte of text: ids, JSON, responses twice
 
-Amount = tuple[str, float | None, float | None]  # a stage's work in words, its tokens and seconds
+Effort = tuple[str, float | None, float | None]  # a stage's work in words, its tokens and seconds
 
 
 class StagePlan(Record):
@@ -101,7 +101,7 @@ class RunEstimate:
     def stages(self) -> list[StagePlan]:
         """Return what each stage does, and how long that takes."""
         config, reading = self.config, self.work.text_bytes / READING / 2
-        rows: dict[str, Amount | None] = {
+        rows: dict[str, Effort | None] = {
             "corpus": (f"{count(self.work.documents)} documents", None, reading),
             "prompts": (f"{count(self.work.all_prompts)} prompts", None, reading),
             "generate": self.generate(),
@@ -119,7 +119,7 @@ class RunEstimate:
             plans.append(StagePlan(stage=stage, work=text, tokens=tokens, seconds=seconds))
         return plans
 
-    def generate(self) -> Amount:
+    def generate(self) -> Effort:
         """Count the teacher's answers that the store lacks."""
         teacher, cost = self.config.teacher, self.cost
         if cost is None:
@@ -132,7 +132,7 @@ class RunEstimate:
         text = f"{cost.requests:,} answers" + f", {cost.stored:,} stored" * bool(cost.stored)
         return text, cost.input_tokens + cost.output_tokens, seconds
 
-    def signals(self) -> Amount:
+    def signals(self) -> Effort:
         """Count the answers whose distributions are read, by a teacher here or a server."""
         texts, signals = self.trained + self.validated, self.config.signals
         tokens = texts * (self.prompt + self.answer)
@@ -146,7 +146,7 @@ class RunEstimate:
         text = f"{count(texts)} answers, read once by a server, {signals.k} ids a token, {paid}"
         return text, tokens, None
 
-    def train(self) -> Amount:
+    def train(self) -> Effort:
         """Count the steps, and validation: as often as the settings say and at the end."""
         settings, tokens = self.config.train, self.prompt + self.answer
         live = self.read if settings.loss.soft and not self.config.captures else 0.0
@@ -160,7 +160,7 @@ class RunEstimate:
         seconds = START + self.machine.seconds(flops, self.config.student.dtype, "train")
         return f"{count(steps)} steps", samples * tokens, seconds
 
-    def refine(self) -> Amount:
+    def refine(self) -> Effort:
         """Count the student's answers, which the teacher reads and the student learns from."""
         settings, dtype = self.config.on_policy, self.config.student.dtype
         requests = settings.rounds * min(settings.prompts, self.work.prompts["train"])
@@ -171,7 +171,7 @@ class RunEstimate:
         text = f"{settings.rounds} rounds, {count(requests)} answers of the student"
         return text, requests * (self.prompt + length), seconds + 3 * settings.rounds * START
 
-    def evaluate(self) -> Amount:
+    def evaluate(self) -> Effort:
         """Base and student answer prompts and suites, read the teacher's answers, are timed.
 
         A base that was not taught to be short writes more than the teacher.
@@ -243,21 +243,18 @@ class RunEstimate:
             peaks["refine"] = highest(answers, peaks.get("signals", {}), peaks["train"])
         tokens = self.prompt + (config.evaluation.max_new_tokens or teacher.max_new_tokens)
         answers = answering(student, width, tokens, config.evaluation.max_batch_size)
-        read = arithmetic.reading_bytes(
-            student, width, kind
-        )  # and a teacher that is here is timed too
+        read = arithmetic.reading_bytes(student, width, kind)
+        # a teacher that is here is timed too
         peaks["evaluate"] = highest(peaks.get("generate", {}), answers, read)
         if not config.captures:
             peaks.pop("signals", None)
-        places = {"merge": "main memory"}
+        places = {"merge": ("main memory", machine.main_memory)}
         if kind == "cuda" and (settings.num_processes or 1) > 1:
-            places["train"] = "memory of each GPU, with all of the student (not FSDP2)"
+            place = "memory of each GPU, with all of the student (not FSDP2)"
+            places["train"] = (place, room)
         for stage, parts in peaks.items():
-            own, place = (
-                machine.main_memory if stage == "merge" else room,
-                places.get(stage, "memory"),
-            )
-            yield StageMemory(stage=stage, parts=parts, room=own, place=place)
+            place, limit = places.get(stage, ("memory", room))
+            yield StageMemory(stage=stage, parts=parts, room=limit, place=place)
 
     def stored_width(self) -> int:
         """Return the bytes of a weight in the student's files: two, but in folders that say so."""

@@ -102,17 +102,17 @@ def measure(dtypes: Sequence[str], seconds: float = 1.0) -> Machine:
     name, memory, free = f"{processor()}, {cores()} cores", main, None
     notes = [note for note in [unused_gpu()] if note]
     if place.type == "cuda":
-        own = torch.cuda.get_device_properties(place)
+        gpu = torch.cuda.get_device_properties(place)
         numbers = (n for n in range(torch.cuda.device_count()) if n != place.index)
         others = [torch.cuda.get_device_properties(n) for n in numbers]
-        name, memory, free = own.name, own.total_memory, 0
+        name, memory, free = gpu.name, gpu.total_memory, 0
         with suppress(RuntimeError):  # there is not even room for this process to begin
             free = torch.cuda.mem_get_info(place)[0]
         if free < 0.9 * memory:
             held = ", ".join(other_processes()) or "processes that the driver does not list"
             notes += [f"GPU: {size(free)} of {size(memory)} are free; the rest is held by {held}"]
         if others:
-            listed = ", ".join(f"{gpu.name} with {size(gpu.total_memory)}" for gpu in others)
+            listed = ", ".join(f"{one.name} with {size(one.total_memory)}" for one in others)
             notes += [f"{len(others) + 1} GPUs: one process computes on {name} alone, not {listed}"]
     return Machine(
         name=name,

@@ -8,6 +8,7 @@ models that are not here yet it fetches tokenizers and configs only.
 import os
 import resource
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from distill.config.teachers import EndpointTeacher, LocalTeacher, Teacher
@@ -24,7 +25,7 @@ from distill.responders.prices import load_prices
 from distill.responders.terms import require_terms
 from distill.storage.progress import say
 from distill.storage.run_folder import Run, Stage
-from distill.training.trial import Candidate, try_model
+from distill.training.trial import Trial, try_model
 
 COSTLY = frozenset({"generate", "signals", "train", "refine", "evaluate"})  # in money or in time
 ASKING = frozenset({"generate", "evaluate"})
@@ -36,9 +37,8 @@ FILES = 48  # beside connections: libraries, the store, the log
 def require(run: Run, stages: Sequence[Stage] = STAGES, redo: Sequence[Stage] = ()) -> None:
     """Stop over all that would keep `stages`, or what follows a costly one, from being done.
 
-    Raises the first problem, with its exit code and the others as its notes. Where there is none, a
-    server that shall tell distributions is asked for those of one short text (exit 4 where it does
-    not).
+    Raises the first problem, with the others as its notes. Where there is none, a server that shall
+    tell distributions is asked for those of one short text (exit 4 where it does not).
     """
     look = Look(run, stages, redo)
     look.attempt(look.at_programs)
@@ -87,10 +87,9 @@ class Look:
         self.problems: dict[str, DistillError] = {}
         left = set[str]()
         for stage in (stage for stage in STAGES if stage.applies(run.config)):
-            try:
+            state = "fresh"
+            with suppress(DistillError):  # of a file that is not there: its own check says so
                 state = "fresh" if stage in redo else run.state(stage)[0]
-            except DistillError:  # of a file that is not there: its own check says so
-                state = "fresh"
             left |= set() if state in ("done", "stale") else {stage.name}
         self.now = frozenset(left.intersection(stage.name for stage in stages))
         first = min((NAMES.index(name) for name in self.now & COSTLY), default=len(NAMES))
@@ -192,22 +191,24 @@ class Look:
         use; none is opened without limits before it was tried with them."""
         config, student = self.config, self.config.student
 
-        def look(key: str, candidate: Candidate) -> None:
-            for note in try_model(candidate):
+        def look(key: str, trial: Trial) -> None:
+            for note in try_model(trial):
                 say(f"{key}: {note}")
-            loading.check_model(candidate.reference, candidate.trust)
+            loading.check_model(trial.reference, trial.trust)
 
-        own = Candidate(student.model, student.revision, student.trust, config.template_date)
-        own = own._replace(template=student.chat_template_kwargs, reasoning=config.reasoning)
-        sound = self.attempt(
-            look, "student", own._replace(targets=config.train.lora.target_modules)
+        facts = (student.model, student.revision, student.trust, config.template_date)
+        settings = (
+            config.train.lora.target_modules,
+            student.chat_template_kwargs,
+            config.reasoning,
         )
+        sound = self.attempt(look, "student", Trial(*facts, *settings))
         for key, teacher in self.responders(self.present | self.ahead & READING).items():
             self.attempt(identity, teacher)
             if isinstance(teacher, LocalTeacher):
-                other = Candidate(teacher.model, teacher.revision, SAFE, config.template_date)
-                other = other._replace(template=teacher.chat_template_kwargs)
-                sound &= self.attempt(look, key, other)
+                facts = (teacher.model, teacher.revision, SAFE, config.template_date)
+                trial = Trial(*facts, template=teacher.chat_template_kwargs)
+                sound &= self.attempt(look, key, trial)
         if sound and config.distributions and self.ahead & READING:
             from distill.training.soft_labels.labels import open_teacher
 

@@ -57,10 +57,7 @@ class TextSize(NamedTuple):
 
 
 class Work(NamedTuple):
-    """The amount of work; a prompt as teacher and student see it.
-
-    `texts` are the documents and prompts, where they were read.
-    """
+    """The amount of work; `texts` are the documents and prompts, where they were read."""
 
     documents: float
     prompts: dict[str, float]  # of each split

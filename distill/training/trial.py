@@ -33,7 +33,7 @@ UNFIT = {  # for a student
 }
 
 
-class Candidate(NamedTuple):
+class Trial(NamedTuple):
     """A model and how it will be used; `targets` of an adapter, where it is to be trained."""
 
     reference: str
@@ -45,7 +45,7 @@ class Candidate(NamedTuple):
     reasoning: Reasoning | None = None
 
 
-def try_model(model: Candidate) -> list[str]:
+def try_model(model: Trial) -> list[str]:
     """Try a model's config, tokenizer and template, and of a student the adapter too.
 
     Returns notes for the user. Fetches these files where they are not here, and no weights; of a
@@ -74,7 +74,7 @@ def try_model(model: Candidate) -> list[str]:
     return reply["notes"]
 
 
-def _in_child(model: Candidate, folder: Path | None) -> dict[str, list[Any]]:
+def _in_child(model: Trial, folder: Path | None) -> dict[str, list[Any]]:
     """Return the notes of `_try`, or its error, from a child whose end this process awaits.
 
     The child is a fork, as the libraries are imported here once for all that follows.
@@ -102,7 +102,7 @@ def _in_child(model: Candidate, folder: Path | None) -> dict[str, list[Any]]:
         child.join()
 
 
-def _answer(writer: Connection, model: Candidate, folder: Path | None) -> None:
+def _answer(writer: Connection, model: Trial, folder: Path | None) -> None:
     """Send what `_try` returns or raises, within seconds and a share of memory, or be ended.
 
     It computes in one thread, since those of OpenMP are not in a fork, and touches no GPU.
@@ -140,7 +140,7 @@ def _answer(writer: Connection, model: Candidate, folder: Path | None) -> None:
     writer.send_bytes(json.dumps(reply).encode())
 
 
-def _try(model: Candidate, folder: Path | None) -> list[str]:
+def _try(model: Trial, folder: Path | None) -> list[str]:
     """Do what training and answering will do before they compute; return notes for the user."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -152,8 +152,8 @@ def _try(model: Candidate, folder: Path | None) -> list[str]:
 
     notes, trust, targets = list[str](), model.trust, model.targets
     if folder:
-        own = (f"{folder}", None, trust, model.template, model.reasoning)
-        tokenizer = loading.load_tokenizer(*own)
+        settings = (None, trust, model.template, model.reasoning)
+        tokenizer = loading.load_tokenizer(f"{folder}", *settings)
         user = Message(role="user", content="What is 2 and 2?")
         system, answer = (Message(role=role, content="4.") for role in ("system", "assistant"))
         encode_prompt(tokenizer, [user], model.date)

@@ -11,7 +11,7 @@ import pytest
 
 from distill.errors import DistillError, Exit
 from distill.training import trial
-from distill.training.trial import Candidate, try_model
+from distill.training.trial import Trial, try_model
 from tests.support.tiny import make_tiny
 
 
@@ -94,7 +94,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def student(folder: Path, targets: str | tuple[str, ...] = "all-linear") -> list[str]:
-    return try_model(Candidate(str(folder), targets=targets))
+    return try_model(Trial(str(folder), targets=targets))
 
 
 def refused(folder: Path, targets: str | tuple[str, ...] = "all-linear") -> str:
