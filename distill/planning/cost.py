@@ -58,10 +58,10 @@ class TeacherCost(Record):
 
 
 class Asking(NamedTuple):
-    """Requests of a kind: how many are left, the bytes and the cap of each, and what is stored."""
+    """Requests of a kind: how many are left, the size and the cap of each, and what is stored."""
 
     requests: float
-    bytes: float
+    prompt: TextSize
     cap: int
     stored: int = 0
     sampled: Sequence[Response] = ()  # of the stored answers
@@ -87,32 +87,30 @@ def teacher_cost(config: Config, work: Work, origin: str | None = None) -> Teach
     if server and server.batch and listed:
         price = listed.in_batch()
     origin = origin or (origin_of(server) if server else None)
-    size = work.teacher.bytes
     if work.texts and origin:
         with ResponseStore(config.store_folder() / "responses", writable=False) as store:
-            kinds = _by_request(config, *work.texts, origin, store)
+            kinds = _by_request(config, work.teacher, *work.texts, origin, store)
             spent = account(store, {teacher.model: listed}, config.name)
     else:  # from the number and size of prompts alone
         count = work.all_prompts + work.prompts["train"] * (teacher.n - 1)
-        kinds = [Asking(count, size, teacher.max_new_tokens)]
+        kinds = [Asking(count, work.teacher, teacher.max_new_tokens)]
         if questions:
             asking = work.documents * len(question_shares(questions.kinds, questions.per_document))
-            kinds.append(Asking(asking, size, questions.max_new_tokens))
+            kinds.append(Asking(asking, work.teacher, questions.max_new_tokens))
     sampled = [response for kind in kinds for response in kind.sampled]
     count = sum(kind.requests for kind in kinds)
-    sizes = [(kind.requests, work.teacher._replace(bytes=kind.bytes or size)) for kind in kinds]
-    sent = ceil(sum(requests * prompt.tokens for requests, prompt in sizes))
-    written = ceil(sum(kind.requests * kind.answer for kind in kinds))
+    sent = ceil(sum(kind.requests * kind.prompt.tokens for kind in kinds))
+    output = ceil(sum(kind.requests * kind.answer for kind in kinds))
     capped = ceil(sum(kind.requests * kind.cap for kind in kinds))
     most = dollars = None
     if server and price and "max_tokens" not in server.omit:
         most = Decimal(0)
-        for kind, (requests, prompt) in zip(kinds, sizes, strict=True):
-            each = most_dollars(price, ceil(ESCAPED * prompt.bytes) + ENVELOPE, kind.cap)
-            most += (each or 0) * ceil(requests)
+        for kind in kinds:
+            each = most_dollars(price, ceil(ESCAPED * kind.prompt.bytes) + ENVELOPE, kind.cap)
+            most += (each or 0) * ceil(kind.requests)
     settled = spent.attempts - spent.unknown
     if price:
-        dollars = price.of(Usage(input_tokens=sent, output_tokens=written))
+        dollars = price.of(Usage(input_tokens=sent, output_tokens=output))
     elif settled and not spent.unpriced:  # the server states what answers cost
         dollars = spent.settled * ceil(count) / settled
     seconds = None if count else 0.0
@@ -123,7 +121,7 @@ def teacher_cost(config: Config, work: Work, origin: str | None = None) -> Teach
         requests=ceil(count),
         stored=sum(kind.stored for kind in kinds),
         input_tokens=sent,
-        output_tokens=written,
+        output_tokens=output,
         output_tokens_most=capped,
         answer_tokens=kinds[0].answer,
         dollars=dollars,
@@ -137,6 +135,7 @@ def teacher_cost(config: Config, work: Work, origin: str | None = None) -> Teach
 
 def _by_request(
     config: Config,
+    prompt: TextSize,
     documents: Sequence[Document],
     prompts: Sequence[Prompt],
     origin: str,
@@ -154,7 +153,8 @@ def _by_request(
         answered = [request for request in requests if stored(request)]
         sampled = [store.response(r) for r in answered[:: len(answered) // READ + 1]]
         size = TextSize.of([text_of(request.messages) for request in missing]).bytes
-        return Asking(len(missing) + to_come, size, cap, len(answered), sampled)
+        each = prompt._replace(bytes=size or prompt.bytes)
+        return Asking(len(missing) + to_come, each, cap, len(answered), sampled)
 
     if questions is None:
         requests = requests_of(teacher, origin, all_prompts, by_id, schemas)

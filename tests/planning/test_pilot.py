@@ -14,10 +14,9 @@ from typing import Any
 from distill.cli import main
 from distill.config.teachers import EndpointTeacher, RecordedTeacher
 from distill.errors import Exit
-from distill.planning.cost import TeacherCost, choose_requests, teacher_cost
+from distill.planning.cost import TeacherCost, teacher_cost
 from distill.planning.work import count_work
-from distill.records import LedgerEntry, Message, digest
-from distill.responders.responder import Request, Sampling
+from distill.records import LedgerEntry, digest
 from distill.storage.files import read_records
 from distill.storage.run_folder import open_run
 from tests.support.buying import settings
@@ -81,21 +80,15 @@ def test_a_plan_sends_nothing_and_makes_nothing(tmp_path: Path, capsys: Any) -> 
         place = write_config(tmp_path, teacher, budget_dollars="0.08")
         assert main(["plan", str(place)]) == 0
         assert not teacher.payloads and not (tmp_path / "runs").exists()
-        told = capsys.readouterr().out
+        text = capsys.readouterr().out
         cost = cost_of(place)
         assert main(["generate", str(place)]) == Exit.STATE  # its prompts are not made
         assert main(["corpus", str(place)]) == main(["prompts", str(place)]) == 0
         assert main(["generate", str(place), "teacher.budget_dollars=5"]) == 0
     assert cost.dollars and cost.dollars_most and cost.seconds is None
     assert cost.dollars / 2 < teacher.bill < 2 * cost.dollars and teacher.bill < cost.dollars_most
-    for words in (
-        f"{COUNT} answers",
-        "$3 in, $15 out a million tokens (2026-11-01, tests)",
-        "limit $0.08, beyond which nothing is asked: is expected to suffice",
-        "plan --pilot N",
-        "retries apart",
-    ):
-        assert words in told, words
+    assert f"{COUNT} answers" in text and "plan --pilot N" in text and "retries apart" in text
+    assert "$3 in, $15 out a million tokens (2026-11-01, tests)" in text
 
 
 def test_whether_the_limit_suffices_is_held_against_the_most_that_can_be_billed(
@@ -103,13 +96,9 @@ def test_whether_the_limit_suffices_is_held_against_the_most_that_can_be_billed(
 ) -> None:
     with FakeTeacher(varied) as teacher:
         place = write_config(tmp_path, teacher)
-    for limit, word in (
-        ("9", "suffices"),
-        ("0.08", "is expected to suffice"),
-        ("0.01", "does not"),
-    ):
+    words = {"9": "suffices", "0.08": "is expected to suffice", "0.01": "does not"}
+    for limit, word in words.items():
         cost = cost_of(place, f"teacher.budget_dollars={limit}")
-        assert cost.dollars and cost.dollars_most
         assert f"limit ${limit}, beyond which nothing is asked: {word}" in cost.notes[-1]
     assert cost_of(place, "teacher.omit=[max_tokens]").dollars_most is None
 
@@ -276,16 +265,3 @@ def test_ctrl_c_in_a_pilot_keeps_what_was_asked(tmp_path: Path) -> None:
         assert main(["plan", "--pilot", "40", str(place)]) == 0
         assert len(teacher.payloads) == 40 and set(teacher.bills.values()) == {1}
         assert paid(tmp_path) == teacher.bill
-
-
-def test_the_same_questions_are_chosen_each_time_and_more_of_them_are_those_and_more() -> None:
-    turns = [(Message(role="user", content=f"q{i}"),) for i in range(50)]
-    requests = [Request.make("o", f"p{i}", turn, Sampling()) for i, turn in enumerate(turns)]
-    others = [Request.make("other", f"p{i}", turn, Sampling()) for i, turn in enumerate(turns)]
-    few, more = choose_requests(requests, 5), choose_requests(list(reversed(requests)), 20)
-    assert (
-        few == more[:5]
-        and len(choose_requests(requests, 500)) == 50
-        and choose_requests(requests, -1) == []
-    )
-    assert [r.prompt_id for r in choose_requests(others, 5)] == [r.prompt_id for r in few]

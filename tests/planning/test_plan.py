@@ -99,12 +99,12 @@ def test_the_merged_student_takes_the_disk_of_the_type_of_its_base(tmp_path, tex
 
 
 def test_soft_labels_have_a_line_and_a_size():
-    path, loss = ROOT / "configs/gsm8k.yaml", "train.loss={ce: 0.5, forward_kl: 0.5}"
-    sample = f"corpus.path={ROOT / 'data/gsm8k/sample.jsonl'}"
-    told = shown(load_config(path, [sample]))
-    assert "signals" not in told and "soft labels" not in told
-    told = shown(load_config(path, [sample, loss]))
-    assert "read once" in told and "soft labels" in told
+    place = [f"corpus.path={ROOT / 'data/gsm8k/sample.jsonl'}"]
+    loss = "train.loss={ce: 0.5, forward_kl: 0.5}"
+    text = shown(load_config(ROOT / "configs/gsm8k.yaml", place))
+    assert "signals" not in text and "soft labels" not in text
+    text = shown(load_config(ROOT / "configs/gsm8k.yaml", [*place, loss]))
+    assert "read once" in text and "soft labels" in text
 
 
 def test_rounds_on_policy_and_a_live_teacher_are_in_the_plan():
@@ -134,15 +134,6 @@ def test_answers_that_exist_take_no_teacher():
     assert plan.teacher is None and "none made" in line.work and not line.seconds
 
 
-def test_answers_that_the_corpus_brings_have_their_own_length(tmp_path):
-    turns = [(("user", f"Why {n}?"), ("assistant", "because " * 100)) for n in range(20)]
-    rows = [{"messages": [{"role": role, "content": text} for role, text in row]} for row in turns]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    words = ["corpus.near_duplicate_threshold=null", "prompts.tasks=[]", "teacher.kind=recorded"]
-    work = count_work(of_folder(tmp_path / "rows.jsonl", *words))
-    assert work.answer_tokens == pytest.approx(100, rel=0.1)
-
-
 def test_the_plan_is_json_too(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert main(["plan", str(ROOT / "configs/quickstart.yaml"), "--json"]) == 0
@@ -154,11 +145,8 @@ def test_the_plan_is_json_too(capsys, tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_planned_says_so(capsys):
-    place = str(ROOT / "configs/quickstart.yaml")
-    assert main(["plan", place, "student.model=some/model"]) == Exit.CONFIG
+    assert main(["plan", str(ROOT / "configs/quickstart.yaml"), "student.model=a/b"]) == Exit.CONFIG
     assert "configs/models.yaml" in capsys.readouterr().err
-    assert main(["plan", str(ROOT / "configs/folder.yaml"), "corpus.path=./none"]) == Exit.INPUT
-    assert capsys.readouterr().err.startswith("error: none: does not exist")
 
 
 def test_a_run_that_is_long_here_names_a_smaller_size(capsys, monkeypatch, tmp_path, texts):

@@ -19,6 +19,10 @@ from tests.support.tiny import make_tiny
 
 GEMMA = "teacher.model=gemma-3-27b-it"
 JUDGE = "evaluation.judge={kind: endpoint, model: j, base_url: 'http://127.0.0.1:1/v1'"
+NO_PROJ = "train.lora.target_modules=[nothing_proj]"
+NO_KEY = "NOBODY_SET_THIS"
+SOFT = ("train.loss.forward_kl=1", "signals.model=./other")
+QUESTIONS = Path("questions.jsonl")
 SUITE = """
 description: one small question
 source: written for this test
@@ -42,18 +46,21 @@ def place(tmp_path: Path, teacher: FakeTeacher, monkeypatch: pytest.MonkeyPatch)
     teacher.payloads.clear()
     make_tiny(tmp_path / "student")
     make_tiny(tmp_path / "other", "qwen2")
+    Path("mine.yaml").write_text(SUITE)
     return write_config(tmp_path, teacher)
 
 
-def edit(name: str, **facts: object) -> Callable[[], object]:
-    """Change keys of a JSON file of the student; None takes one out."""
+Change = Callable[[], object]
 
-    def change() -> None:
-        path = Path("student") / name
-        tree = {**read_json(path), **facts}
-        write_json(path, {key: value for key, value in tree.items() if value is not None})
 
-    return change
+def edit(**facts: object) -> Change:
+    """Change keys of the student's config.json."""
+    path = Path("student/config.json")
+    return lambda: write_json(path, {**read_json(path), **facts})
+
+
+def template(text: str) -> Change:
+    return lambda: Path("student/chat_template.jinja").write_text(text)
 
 
 def another_vocabulary() -> None:
@@ -64,168 +71,61 @@ def another_vocabulary() -> None:
     path.write_text(json.dumps(tree))
 
 
-def template(text: str) -> Callable[[], object]:
-    return lambda: Path("student/chat_template.jinja").write_text(text)
-
-
-def suite(questions: str | None) -> Callable[[], object]:
-    def write() -> None:
-        Path("mine.yaml").write_text(SUITE)
-        if questions is not None:
-            Path("questions.jsonl").write_text(questions)
-
-    return write
-
-
-def nothing() -> None:
-    """Leave the folder as it is."""
-
-
-SOFT = ("train.loss.forward_kl=1", "signals.model=./other")
-FOUND: dict[str, tuple[tuple[str, ...], Callable[[], object], Exit, str]] = {
-    "H26 report_to that is not installed": (
-        ("train.report_to=wandb",),
-        *(nothing, Exit.TRAINING, "train.report_to: wandb is not installed"),
-    ),
-    "H26 load_in_4bit without a GPU": (
-        ("student.load_in_4bit=true",),
-        *(nothing, Exit.TRAINING, "student.load_in_4bit: needs an NVIDIA GPU and bitsandbytes"),
-    ),
-    "H26 target_modules that match nothing": (
-        ("train.lora.target_modules=[nothing_proj]",),
-        *(nothing, Exit.TRAINING, "train.lora.target_modules: Target modules"),
-    ),
-    "H26 target_modules of a model that is not here": (
-        ("train.lora.target_modules=[nothing_proj]", "student.model=qwen2.5-coder-1.5b-instruct"),
-        *(nothing, Exit.TRAINING, "train.lora.target_modules: Target modules"),
-    ),
-    "H26 max_length that no prompt fits into": (
-        ("train.max_length=4",),
-        *(nothing, Exit.TRAINING, "train.max_length: none of 90 prompts fits into 4 tokens"),
-    ),
-    "H26 a filter that this process was not given": (
-        ("filters.python=[mine]",),
-        *(nothing, Exit.CONFIG, "filter mine: is not known to this process"),
-    ),
-    "H26 a corpus that is not there": (
-        ("corpus.path=gone.jsonl",),
-        *(nothing, Exit.INPUT, "gone.jsonl: does not exist"),
-    ),
-    "H4 target_modules that are no expression": (
-        ("train.lora.target_modules=(",),
-        *(nothing, Exit.TRAINING, "train.lora.target_modules: "),
-    ),
-    "target_modules that cannot be merged": (
+FOUND: tuple[tuple[tuple[str, ...], Exit, str], ...] = (  # H26: settings, and what is said of them
+    (("train.report_to=wandb",), Exit.TRAINING, "train.report_to: wandb is not installed"),
+    (("student.load_in_4bit=true",), Exit.TRAINING, "load_in_4bit: needs an NVIDIA GPU and bits"),
+    ((NO_PROJ,), Exit.TRAINING, "train.lora.target_modules: Target modules"),
+    ((NO_PROJ, "student.model=qwen2.5-coder-1.5b-instruct"), Exit.TRAINING, "Target modules"),
+    (("train.lora.target_modules=(",), Exit.TRAINING, "train.lora.target_modules: "),
+    (
         ("train.lora.target_modules=[embed_tokens]",),
-        *(nothing, Exit.TRAINING, "includes the embedding"),
+        Exit.TRAINING,
+        "adapter of the embedding cannot be merged",
     ),
-    "H26 terms.agreement missing": (
-        (GEMMA,),
-        *(nothing, Exit.TERMS, "terms.agreement: a copy of the agreement goes with the model"),
-    ),
-    "terms.agreement that is not there": (
-        (GEMMA, "terms.agreement=gone.txt"),
-        *(nothing, Exit.TERMS, "terms.agreement: a copy of the agreement goes with the model"),
-    ),
-    "terms that forbid it": (
-        ("teacher.model=gpt-5.6-terra", "terms.basis=null"),
-        *(nothing, Exit.TERMS, "teacher gpt-5.6-terra: "),
-    ),
-    "H26 unknown name in teacher_price": (
-        ("evaluation.teacher_price=nobody",),
-        *(nothing, Exit.CONFIG, "evaluation.teacher_price: the price table has no model nobody"),
-    ),
-    "unknown machine": (
-        ("evaluation.machine=abacus",),
-        *(nothing, Exit.CONFIG, "evaluation.machine: the price table has no machine abacus"),
-    ),
-    "budget without a price": (
-        ("evaluation.prices=null", "teacher.budget_dollars=3"),
-        *(nothing, Exit.BUDGET, "teacher.budget_dollars: the price of fake-1 is unknown"),
-    ),
-    "teacher without its key": (
-        ("teacher.api_key_env=NOBODY_SET_THIS",),
-        *(nothing, Exit.CONFIG, "NOBODY_SET_THIS is not set"),
-    ),
-    "judge without its key": (
-        (JUDGE + ", api_key_env: NOBODY_SET_THIS}",),
-        *(nothing, Exit.CONFIG, "NOBODY_SET_THIS is not set"),
-    ),
-    "judge that is not there": (
-        ("evaluation.judge={model: ./nobody}",),
-        *(nothing, Exit.CONFIG, "./nobody: is no model folder"),
-    ),
-    "suite that is not there": (
-        ("evaluation.suites=[gone.yaml]",),
-        *(nothing, Exit.CONFIG, "gone.yaml: there is no such suite"),
-    ),
-    "suite whose questions are not there": (
-        ("evaluation.suites=[mine.yaml]",),
-        *(suite(None), Exit.INPUT, "questions.jsonl"),
-    ),
-    "suite with a row that is no question": (
-        ("evaluation.suites=[mine.yaml]",),
-        *(suite('{"nothing": 1}\n'), Exit.INPUT, "questions.jsonl:1 is no question"),
-    ),
-    "two suites of one name": (
-        ("evaluation.suites=[mine.yaml, ./mine.yaml]",),
-        *(suite('{"prompt": "1 + 1", "reference": "2"}\n'), Exit.CONFIG, "two suites are called"),
-    ),
-    "processes that do not come": (
-        ("train.num_processes=2",),
-        *(nothing, Exit.TRAINING, "train.num_processes: 2 processes were asked for, 1 came"),
-    ),
-    "student that is not there": (
-        ("student.model=./nobody",),
-        *(nothing, Exit.CONFIG, "./nobody: is no model folder"),
-    ),
-    "student of an unknown architecture": (
-        (),
-        edit("config.json", model_type="abacus", architectures=["Abacus"]),
-        *(Exit.TRAINING, "model ./student: "),
-    ),
-    "student of quantised weights": (
-        (),
-        edit("config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
-        *(Exit.TRAINING, "model ./student: has quantised weights"),
-    ),
-    "student without a template": (
-        (),
-        lambda: Path("student/chat_template.jinja").unlink(),
-        *(Exit.TRAINING, "has no chat template"),
-    ),
-    "template that refuses": (
-        (),
-        template("{{ raise_exception('no') }}"),
-        *(Exit.TRAINING, "refuses the conversation: no"),
-    ),
-    "template that loses the answer": (
-        (),
-        template("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"),
-        *(Exit.TRAINING, "chat template of ./student"),
-    ),
-    "soft labels over another vocabulary": (
-        SOFT,
-        *(another_vocabulary, Exit.CONFIG, "have different tokenizers"),
-    ),
-    "runs that is a file": (
-        ("runs=rows.jsonl",),
-        *(nothing, Exit.STATE, "rows.jsonl: is no folder"),
-    ),
-    "store that is a file": (
-        ("store=rows.jsonl",),
-        *(nothing, Exit.STATE, "rows.jsonl: is no folder"),
+    (("train.max_length=4",), Exit.TRAINING, "max_length: none of 90 prompts fits into 4 tokens"),
+    (("train.num_processes=2",), Exit.TRAINING, "2 processes were asked for, 1 came"),
+    (("filters.python=[mine]",), Exit.CONFIG, "filter mine: is not known to this process"),
+    (("corpus.path=gone.jsonl",), Exit.INPUT, "gone.jsonl: does not exist"),
+    ((GEMMA,), Exit.TERMS, "terms.agreement: a copy of the agreement goes with the model"),
+    ((GEMMA, "terms.agreement=gone.txt"), Exit.TERMS, "terms.agreement: a copy of the agreement"),
+    (("teacher.model=gpt-5.6-terra", "terms.basis=null"), Exit.TERMS, "teacher gpt-5.6-terra: "),
+    (("evaluation.teacher_price=nobody",), Exit.CONFIG, "the price table has no model nobody"),
+    (("evaluation.machine=abacus",), Exit.CONFIG, "the price table has no machine abacus"),
+    (("evaluation.prices=null", "teacher.budget_dollars=3"), Exit.BUDGET, "price of fake-1 is unk"),
+    ((f"teacher.api_key_env={NO_KEY}",), Exit.CONFIG, f"{NO_KEY} is not set"),
+    ((f"{JUDGE}, api_key_env: {NO_KEY}}}",), Exit.CONFIG, f"{NO_KEY} is not set"),
+    (("evaluation.judge={model: ./nobody}",), Exit.CONFIG, "./nobody: is no model folder"),
+    (("student.model=./nobody",), Exit.CONFIG, "./nobody: is no model folder"),
+    (("evaluation.suites=[gone.yaml]",), Exit.CONFIG, "gone.yaml: there is no such suite"),
+    (("evaluation.suites=[mine.yaml]",), Exit.INPUT, "questions.jsonl"),
+    (("runs=rows.jsonl",), Exit.STATE, "rows.jsonl: is no folder"),
+    (("store=rows.jsonl",), Exit.STATE, "rows.jsonl: is no folder"),
+)
+GPTQ = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+LOSING = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+MINE, TWICE = "evaluation.suites=[mine.yaml]", "evaluation.suites=[mine.yaml, ./mine.yaml]"
+FILES: dict[Change, tuple[tuple[str, ...], Exit, str]] = {
+    edit(model_type="abacus", architectures=["Abacus"]): ((), Exit.TRAINING, "model ./student: "),
+    edit(**GPTQ): ((), Exit.TRAINING, "model ./student: has quantised weights"),
+    Path("student/chat_template.jinja").unlink: ((), Exit.TRAINING, "has no chat template"),
+    template("{{ raise_exception('no') }}"): ((), Exit.TRAINING, "refuses the conversation: no"),
+    template(LOSING): ((), Exit.TRAINING, "chat template of ./student"),
+    another_vocabulary: (SOFT, Exit.CONFIG, "have different tokenizers"),
+    lambda: QUESTIONS.write_text('{"nothing": 1}\n'): ((MINE,), Exit.INPUT, ":1 is no question"),
+    lambda: QUESTIONS.write_text('{"prompt": "1 + 1", "reference": "2"}\n'): (
+        *((TWICE,), Exit.CONFIG, "two suites are called"),
     ),
 }
+CASES = [*((lambda: None, *case) for case in FOUND), *((change, *c) for change, c in FILES.items())]
 
 
-@pytest.mark.parametrize(("overrides", "change", "code", "line"), FOUND.values(), ids=FOUND.keys())
+@pytest.mark.parametrize(("change", "overrides", "code", "line"), CASES, ids=lambda x: str(x)[:60])
 def test_a_run_finds_it_before_the_first_request(
     place: Path,
     teacher: FakeTeacher,
     capsys: pytest.CaptureFixture[str],
+    change: Change,
     overrides: tuple[str, ...],
-    change: Callable[[], object],
     code: Exit,
     line: str,
 ) -> None:
@@ -275,18 +175,18 @@ def test_a_disk_that_cannot_hold_what_is_trained_stops_a_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = [str(place), "student.model=./student"]
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
-    assert main(["run", *words]) == Exit.STATE
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "and 100 kB are free (" in line and "checkpoints" in line and "merged" in line
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: SimpleNamespace(free=750_000))
-    assert main(["run", *words, *SOFT]) == Exit.STATE
-    assert "soft labels" in capsys.readouterr().err.splitlines()[-1]
-    assert not teacher.payloads
-    shutil.rmtree("runs", ignore_errors=True)
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12))
-    assert main(["run", *words, "train.num_processes=2"]) == Exit.TRAINING
+    def run(free: int, *more: str) -> tuple[int, str]:
+        monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+        code = main(["run", str(place), "student.model=./student", *more])
+        shutil.rmtree("runs", ignore_errors=True)
+        return code, capsys.readouterr().err.splitlines()[-1]
+
+    code, line = run(100_000)
+    assert code == Exit.STATE and "and 100 kB are free (" in line
+    assert "checkpoints" in line and "merged" in line
+    code, line = run(750_000, *SOFT)
+    assert code == Exit.STATE and "soft labels" in line and not teacher.payloads
+    assert run(10**12, "train.num_processes=2")[0] == Exit.TRAINING
 
 
 def test_h24_limits_and_certificates_of_this_session_are_named(
@@ -301,7 +201,7 @@ def test_h24_limits_and_certificates_of_this_session_are_named(
     for verb in ("run", "plan", "generate"):
         assert main([verb, *words]) == Exit.CONFIG
         errors = capsys.readouterr().err
-        assert "SSL_CERT_FILE: /gone.pem is not there" in errors
+        assert "SSL_CERT_FILE: /gone.pem " in errors
         assert "teacher.concurrency: 300 connections need 348 open files, and 64 are" in errors
     monkeypatch.setattr(preflight.resource, "getrlimit", lambda kind: (64, 4096))
     limits = list[object]()

@@ -1,5 +1,6 @@
 """The amount of work: counted where the corpus can be read, by bytes and caps where not."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -58,11 +59,19 @@ def test_a_large_corpus_is_counted_by_its_bytes(texts):
 
 
 def test_questions_that_the_teacher_writes_are_no_part_of_the_caps(texts):
-    run = of_folder(texts, "prompts.train=2", "prompts.questions={per_document: 3}")
-    read = count_work(run)
+    read = count_work(of_folder(texts, "prompts.train=2", "prompts.questions={per_document: 3}"))
     assert read.texts
     train = sum(document.split == "train" for document in read.texts[0])
     assert read.prompts["train"] == 2 + 3 * train
+
+
+def test_answers_that_the_corpus_brings_have_their_own_length(tmp_path):
+    turns = [(("user", f"Why {n}?"), ("assistant", "because " * 100)) for n in range(20)]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in row]} for row in turns]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["corpus.near_duplicate_threshold=null", "prompts.tasks=[]", "teacher.kind=recorded"]
+    work = count_work(of_folder(tmp_path / "rows.jsonl", *words))
+    assert work.answer_tokens == pytest.approx(100, rel=0.1)
 
 
 def test_a_dataset_of_the_hub_is_counted_by_its_caps_alone():

@@ -24,12 +24,11 @@ def template(content: str) -> Callable[[Path], object]:
 
 
 def config(**changes: Any) -> Callable[[Path], object]:
-    """Return a change of config.json's keys; None takes one out."""
+    """Return a change of config.json's keys."""
 
     def change(folder: Path) -> None:
-        tree = {**json.loads((folder / "config.json").read_bytes()), **changes}
-        kept = {key: value for key, value in tree.items() if value is not None}
-        (folder / "config.json").write_text(json.dumps(kept))
+        tree = json.loads((folder / "config.json").read_bytes())
+        (folder / "config.json").write_text(json.dumps({**tree, **changes}))
 
     return change
 
