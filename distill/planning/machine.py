@@ -11,11 +11,15 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
+from typing import TYPE_CHECKING
 
 from distill.formatting import size
 from distill.models.gpus import gpus, other_processes, unused_gpu
 from distill.records import Record
 from distill.storage.environment import cores, processor
+
+if TYPE_CHECKING:
+    import torch
 
 # The share of a matrix product's rate that a stage reaches as a whole. On a CPU from recorded runs
 # (docs/measured.md: 858 GFLOP/s in bfloat16; an AVX2 machine, 150 in float32): what is not a
@@ -73,11 +77,27 @@ def find_machine(priced: str | None, *dtypes: str) -> Machine:
     )
 
 
-def measure(dtypes: Sequence[str], seconds: float = 1.0) -> Machine:
-    """Measure the rate of a product here in each of `dtypes`, and what memory there is.
+def product_rate(dtype: "torch.dtype", place: "torch.device", seconds: float) -> float:
+    """Return the operations a second of a matrix product.
 
     It is that of all products in `seconds`, not of the best: a busy machine is slow for a run.
     """
+    import torch
+
+    inputs = torch.randn(ROWS, INNER, device=place).to(dtype)
+    weight = torch.randn(OUTER, INNER, device=place).to(dtype)
+    done, started = -1, 0.0  # the first product, which sets up the kernel, is not counted
+    while done < 1 or time.perf_counter() - started < seconds:
+        torch.nn.functional.linear(inputs, weight)
+        if place.type == "cuda":
+            torch.cuda.synchronize()
+        done += 1
+        started = started if done else time.perf_counter()
+    return done * 2 * ROWS * INNER * OUTER / (time.perf_counter() - started)
+
+
+def measure(dtypes: Sequence[str], seconds: float = 1.0) -> Machine:
+    """Measure the rate of a product here in each of `dtypes`, and what memory there is."""
     import torch
 
     from distill.models.devices import device, pick_dtype
@@ -86,17 +106,7 @@ def measure(dtypes: Sequence[str], seconds: float = 1.0) -> Machine:
     for name in dict.fromkeys(dtypes):
         dtype = pick_dtype(name)
         with suppress(RuntimeError):  # a GPU that is full: no seconds then
-            inputs = torch.randn(ROWS, INNER, device=place).to(dtype)
-            weight = torch.randn(OUTER, INNER, device=place).to(dtype)
-            done, started = -1, 0.0  # the first product, which sets up the kernel, is not counted
-            while done < 1 or time.perf_counter() - started < seconds:
-                torch.nn.functional.linear(inputs, weight)
-                if place.type == "cuda":
-                    torch.cuda.synchronize()
-                done += 1
-                started = started if done else time.perf_counter()
-            flops = done * 2 * ROWS * INNER * OUTER / (time.perf_counter() - started)
-            rates[name] = (str(dtype).removeprefix("torch."), flops)
+            rates[name] = (str(dtype).removeprefix("torch."), product_rate(dtype, place, seconds))
     speeds = dict.fromkeys(f"{r / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, r in rates.values())
     main = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     name, memory, free = f"{processor()}, {cores()} cores", main, None

@@ -139,6 +139,10 @@ def announce(run: Run, redo: Iterable[Stage] = ()) -> None:
     (exit 5).
     """
     config, again = run.config, tuple(redo)
+
+    def rows_of(estimate: RunEstimate) -> list[StagePlan]:
+        return [row for row in estimate.stages() if row.stage in left]
+
     try:
         left = {stage.name for stage in STAGES if stage in again or run.state(stage)[0] != "done"}
         if left <= {"filter", "report"}:
@@ -147,7 +151,9 @@ def announce(run: Run, redo: Iterable[Stage] = ()) -> None:
         # Not what the store has: the account of a store of a million answers takes minutes.
         work = counted._replace(texts=None)
         estimate = RunEstimate(config, work, teacher_cost(config, work), here)
-        stages = [row for row in estimate.stages() if row.stage in left]
+        stages = rows_of(estimate)
+        nothing = work._replace(documents=0.0, prompts=dict.fromkeys(work.prompts, 0.0))
+        fixed = rows_of(RunEstimate(config, nothing, teacher_cost(config, nothing), here))
         memory = [row for row in estimate.memory() if row.stage in left and not row.fits]
         disk, free = estimate.disk(), disk_free(run)
     except UNPREDICTABLE:
@@ -170,14 +176,14 @@ def announce(run: Run, redo: Iterable[Stage] = ()) -> None:
             fix = "take a smaller model or a larger machine; distill plan shows each stage"
             raise DistillError(Exit.TRAINING, row.stage, row.line(), fix)
         say(f"run: {'; '.join([row.line(), *here.notes])}")
-    seconds = sum(row.seconds or 0.0 for row in stages)
+    seconds, least = (sum(row.seconds or 0.0 for row in rows) for rows in (stages, fixed))
     if seconds < SHORT:
         return
     long = [row for row in stages if row.seconds is None or row.seconds >= 5]
     each = ", ".join(f"{row.stage} {duration(row.seconds)}" for row in long)
     say(f"run: about {duration(seconds)} on this machine ({here.source}): {each}")
-    if seconds > LONG:
-        share = LONG / seconds
+    if seconds > LONG > least:
+        share = (LONG - least) / (seconds - least)
         caps = [f"prompts.{s}={max(1, round(share * n))}" for s, n in work.prompts.items() if n]
         if config.prompts.questions:  # which those do not cap
             caps.append(f"corpus.limit={max(1, round(share * work.documents))}")
