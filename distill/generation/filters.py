@@ -56,10 +56,7 @@ class Dropped(Record):
 
 
 def main(run: Run) -> None:
-    """Make dataset/*.jsonl, dropped.jsonl and funnel.json.
-
-    Raises DistillError (exit 3) where no row is left to train on.
-    """
+    """Make dataset/*.jsonl, dropped.jsonl and funnel.json; exit 3 where no row is left."""
     sources = [run.path("prompts.jsonl"), run.path("questions.jsonl")]
     prompts = {p.id: p for path in sources if path.exists() for p in read_records(path, Prompt)}
     splits = {d.id: d.split for d in read_records(run.path("documents.jsonl"), Document)}
@@ -127,10 +124,7 @@ def sift(
     dropped: list[Dropped],
     reasoning: bool = False,
 ) -> list[Pair]:
-    """Return the pairs that pass; the others, and repeats of an answer, are added to `dropped`.
-
-    With `reasoning`, the teacher's stands before its answer, in a think block.
-    """
+    """Return the pairs that pass; the others, and repeats of an answer, are added to `dropped`."""
     results, seen = list[Pair](), set[tuple[str, str]]()
     for pair in pairs:
         prompt, response = pair.prompt, pair.response
@@ -149,11 +143,9 @@ def sift(
 
 
 def repetition(prompt: Prompt, response: Response) -> str | None:
-    """Drop an answer that goes round in circles, or half of whose prose was there before.
-
-    What is complete JSON, or closed code, is no circle, however its rows repeat.
-    """
+    """Drop an answer that goes round in circles, or half of whose prose was there before."""
     text = ITEM.sub("", CODE.sub("", response.text))
+    # what is complete JSON, or closed code, is no circle, however its rows repeat
     if text.startswith(("{", "[")) and text.rstrip().endswith(("}", "]")):
         return None
     tokens = words(text)
@@ -187,10 +179,7 @@ def repetition(prompt: Prompt, response: Response) -> str | None:
 
 
 def rejected(task: Task | None, prompt: Prompt, response: Response, reason: str) -> str | None:
-    """Return the reason to drop what a task's checker rejects, by its form or by what it says.
-
-    A checker that needs a reference is asked where there is one.
-    """
+    """Return the reason to drop what a task's checker rejects, by its form or by what it says."""
     checker = task and task.checker
     if not checker or (checker["kind"] in FORMATS) != (reason == "wrong format"):
         return None

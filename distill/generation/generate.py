@@ -1,7 +1,4 @@
-"""The generate stage: the teacher's answers to the prompts, and its questions about documents.
-
-The requests are pure functions of the config and the run's files: a plan and a pilot mean the same.
-"""
+"""The generate stage: the teacher's answers to the prompts, and its questions about documents."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,14 +24,13 @@ from distill.storage.progress import say
 from distill.storage.run_folder import Run
 from distill.tasks.task import load_task
 
-MOST_MARKED = 0.01  # of the answers
+MOST_MARKED = 0.01  # of the answers; one that speaks of such marks is none of a kind
 
 
 def main(run: Run, workers: Workers | None = None) -> None:
     """Make responses.jsonl from prompts.jsonl, and questions.jsonl, which may be empty.
 
-    Raises DistillError (exit 10) before anything is asked, where the teacher's terms do not allow
-    it. This is the main process of `workers`, where others answer too.
+    Raises DistillError (exit 10) before anything is asked, where the terms do not allow it.
     """
     config = run.config
     settings, questions = config.teacher, list[Prompt]()
@@ -74,10 +70,7 @@ def main(run: Run, workers: Workers | None = None) -> None:
 
 
 def say_what_is_odd(responses: Sequence[Response]) -> None:
-    """Say how many answers stopped for an unknown reason, and whether marks of reasoning are left.
-
-    One that speaks of such marks is none of a kind.
-    """
+    """Say how many answers stopped for unknown reasons, and whether many hold marks of thought."""
     notes = Counter(r.error for r in responses if r.error and r.stop in ("end", "length"))
     for note, count in notes.most_common():
         say(f"generate: {count} answers with {note}: taken for complete, unless at max_new_tokens")

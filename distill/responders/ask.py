@@ -1,9 +1,4 @@
-"""How a responder is asked: through the store that all runs share, so that nothing is paid twice.
-
-What comes is stored before anything is read from it, keyed by content: the model's weights and
-template, the messages, the sampling, the sample index. So a filter, a parser or a run may change
-without a request.
-"""
+"""How a responder is asked: through the store that runs share, so that nothing is paid twice."""
 
 import time
 from collections.abc import Generator, Sequence
@@ -53,10 +48,7 @@ class Ask(ExitStack):
         return self
 
     def responses(self, requests: Sequence[Request], title: str) -> list[Response]:
-        """Return one response a request, in their order; `title` stands beside the progress.
-
-        Raises DistillError (exit 4) where every request failed, which is the fault of none of them.
-        """
+        """Return one response a request, in their order; DistillError (exit 4) where all failed."""
         answered: dict[str, Response] = {}
         responses = list[Response]()
         for request in self.fetch(requests, title, answered):
@@ -126,8 +118,7 @@ class Ask(ExitStack):
         """Return the requests, by old keys where only these have an answer, and the old origin
         where its answers are taken for the first time.
 
-        An earlier distill knew a model in a folder by its weights alone (`old_origin`). Its answers
-        are those of the first model that asks for them.
+        An earlier distill knew a model in a folder by its weights alone (`old_origin`).
         """
         store, origin = self.store, self.responder.origin
         former: str | None = getattr(self.responder, "old_origin", None)

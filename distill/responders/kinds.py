@@ -1,8 +1,4 @@
-"""The kinds of responder: one line each.
-
-A kind's module has `make(settings, circumstances)`, and is imported when something is asked;
-`identity` pins its answers, as part of a stage's fingerprint, and loads nothing heavy.
-"""
+"""The kinds of responder, one line each: a module with `make`, and what pins its answers."""
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -39,10 +35,7 @@ KINDS: dict[str, tuple[str, Callable[[Any], dict[str, str]]]] = {
 def make_responder(
     settings: Teacher, config: Config, sources: Mapping[str, Document] | None = None
 ) -> Responder:
-    """Make a teacher or a judge of a run; `sources` are its prompts' documents, by prompt id.
-
-    A local one loads its weights only when something is asked.
-    """
+    """Make a teacher or a judge of a run; `sources` are its prompts' documents, by prompt id."""
     prices, date = config.evaluation.prices, config.template_date
     circumstances = Circumstances(config.name, date, prices, sources or {})
     module = import_module(f"distill.responders.{KINDS[settings.kind][0]}")

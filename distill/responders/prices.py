@@ -1,8 +1,6 @@
 """The price book: what an hour of a machine and a million tokens of a hosted model cost.
 
-Each row has its date and source. A price that is not in the book, or that is older than a year, is
-unknown: the caller gets None with the reason to show, and unknown never becomes 0. Money is
-Decimal.
+A price that is not in the book, or older than a year, is unknown: None, with the reason to show.
 """
 
 from collections.abc import Iterable
@@ -39,11 +37,7 @@ class MachinePrice(Record):
 
 
 class TokenPrice(Record):
-    """What a hosted model costs a million tokens; `model` is a pattern over its name.
-
-    `batch_discount` is what answers within a day, rather than at once, are cheaper by: 0.5 for half
-    the price.
-    """
+    """What a hosted model costs a million tokens; `model` is a pattern over its name."""
 
     model: str
     dollars_per_million_input: Money
@@ -112,10 +106,7 @@ def _why_none(kind: str, name: str, patterns: list[str]) -> str:
 
 
 def load_prices(path: Path | None = None, today: date | None = None) -> PriceBook:
-    """Read the shipped price table, with the rows of the user's file `path` before its own.
-
-    Raises DistillError (exit 2) where a file is missing or a row is wrong.
-    """
+    """Read the shipped prices, after the rows of the user's file `path`; exit 2 on a wrong one."""
     fix = "see configs/prices.yaml for the form"
     places = [find_config(place) for place in (path, SHIPPED) if place]
     books = [read_table(place, PriceBook, fix) for place in places]

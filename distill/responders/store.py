@@ -1,8 +1,4 @@
-"""The store of answers that all runs share: what was planned, what was asked, and what came.
-
-A store is opened once a stage, when each of its lines is checked, and a reply is read once. What
-the replies cost is counted in endpoint/budget.py.
-"""
+"""The store of answers that all runs share: what was planned, what was asked, and what came."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
@@ -81,10 +77,7 @@ class ResponseStore(Log):
         self._bills: dict[str, Bill] = {}  # of the replies that were read, by their keys
 
     def attempts_at(self, identifier: str) -> int:
-        """Return the number of attempts at a request, which is that of the next one.
-
-        Those of a killed run count: their numbers are never used again.
-        """
+        """Return how many attempts there were at a request, also of killed runs."""
         number = 0
         while ("intent", attempt_key(identifier, number)) in self:
             number += 1
@@ -160,10 +153,8 @@ class ResponseStore(Log):
                 yield Job.model_validate({**(self.get("batch", key) or {}), "id": key, **progress})
 
     def planned(self, planner: Planner, missing: Sequence[Request]) -> list[Plan]:
-        """Return the stored plans that bring what is missing: unfinished ones, then new ones.
-
-        What does not fit any more, on a smaller GPU or by a lowered setting, is planned again.
-        """
+        """Return the stored plans that bring what is missing: unfinished ones that still fit, then
+        new ones."""
         lacking = {request.id for request in missing}
         stored = (Plan.model_validate(self.get("plan", key)) for key in self.keys("plan"))
         unfinished = [p for p in stored if any(request.id in lacking for request in p.requests)]

@@ -23,8 +23,7 @@ from distill.storage.files import sha256_file
 
 TABLE = Path("configs/terms.yaml")
 WORDS = {"yes": "yes", "duties": "yes, with duties", "no": "no", "unknown": "not known"}
-STATE = 'state what allows it: terms.basis="license agreement YYYY-MM with ..."'
-OWN = 'say what allows it: terms.basis="our own model", or the license and where it came from'
+STATE = 'state what allows it: terms.basis="our own model", or "agreement YYYY-MM with ..."'
 
 
 class Obligation(Record):
@@ -167,10 +166,7 @@ def load_terms(path: Path | None = None) -> TermsBook:
 
 
 def judge_teacher(teacher: Teacher, basis: str | None = None) -> Verdict:
-    """Judge a teacher, with the `basis` that the user states.
-
-    Canned answers have none, and recorded ones come under their stated license.
-    """
+    """Judge a teacher, with the `basis` that the user states; canned answers have no terms."""
     if not teacher.under_terms:
         return Verdict(teacher="canned answers")
     if not teacher.answers_anything and basis is None and teacher.license:
@@ -194,7 +190,7 @@ def require_terms(teacher: Teacher, basis: str | None = None) -> Verdict:
         forbidden = next(text for text in verdict.texts if text.may_train == "no")
         what, fix = f"forbidden by {forbidden.line()}", STATE
     elif is_folder(teacher.model):
-        what, fix = "a folder does not say whether its answers may train another model", OWN
+        what, fix = "a folder does not say whether its answers may train another model", STATE
     elif not teacher.answers_anything:
         fix = "state the license of the answers: teacher.license=..., or terms.basis=..."
     raise DistillError(Exit.TERMS, f"teacher {teacher.model or teacher.kind}", what, fix)

@@ -1,7 +1,4 @@
-"""Counts tokens with the teacher's own tokenizer, where the cache has it.
-
-Nothing is downloaded, no torch is loaded.
-"""
+"""Counts tokens with the teacher's own tokenizer, where the cache has it; nothing is downloaded."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -19,10 +16,7 @@ REPEATED = re.compile(r"(\S)\1{3,}")  # one token may be a long line
 
 @cache
 def token_counter(model: str) -> Callable[[str], int] | None:
-    """Return what counts a text's tokens as `model` does; None without its tokenizer in the cache.
-
-    That lies in a folder, among the converted models, or in the Hub's cache.
-    """
+    """Return what counts a text's tokens as `model` does; None without its tokenizer here."""
     rows = [row for row in registry.table().values() if model in (row.name, row.hub_id)]
     folders = [download.converted_folder(row.name, row.gguf) for row in rows if row.gguf]
     if registry.is_folder(model):
@@ -61,8 +55,7 @@ def recounted(
 ) -> list[Response]:
     """Return the responses with estimated usage counted by the tokenizer of `model`, if it is here.
 
-    It stays marked as estimated: the account of what was paid does not use it. The template's own
-    tokens are not counted.
+    It stays marked as estimated: the account of what was paid does not use it.
     """
     counted = list[Response]()
     for response, request in zip(responses, requests, strict=True):

@@ -27,6 +27,7 @@ LIBRARIES = (
 DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/dev/kfd"), Path("/dev/dxg"))
 LAUNCHER = re.compile(r"accelerate|torchrun|torch\.distributed")
 PROCESSES = re.compile(r"--(num_processes|num-processes|nproc_per_node|nproc-per-node)[\0=](\d+)")
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MACHINES = re.compile(r"--nnodes[\0=](\d+)")  # of torchrun, whose processes are by machine
 
 
@@ -93,20 +94,17 @@ def code_hash() -> str:
 @cache
 def revision() -> str | None:
     """Return the source tree's commit, with `+` where it has changes; None outside a checkout."""
-    root = PACKAGE.parent
-    if not (root / ".git").exists():
+    if not (PACKAGE.parent / ".git").exists():
         return None
-
-    lines = list[str]()
-    # `describe --dirty` would lock the index, which a commit needs
-    for words in ("describe --always --abbrev=12", "status --porcelain --untracked-files=no"):
-        command = ["git", "--no-optional-locks", "-C", str(root), *words.split()]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        lines.append(done.stdout.strip())
-    return lines[0] + "+" * bool(lines[0] and lines[1]) or None
+    words = "status --porcelain=v2 --branch --untracked-files=no"
+    command = ["git", "--no-optional-locks", "-C", str(PACKAGE.parent), *words.split()]
+    try:
+        status = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    commit = re.search(r"^# branch.oid (\w{12})", status, re.MULTILINE)
+    changed = re.search(r"^[^#]", status, re.MULTILINE)
+    return commit and commit[1] + "+" * bool(changed)
 
 
 def cpu_facts() -> dict[str, str]:
@@ -179,12 +177,13 @@ def interruptible() -> Iterator[Interrupt]:
     alone, as is a SIGHUP that nohup has."""
     interrupt = Interrupt()
     main = threading.current_thread() is threading.main_thread()
-    kinds = [signal.SIGINT, signal.SIGTERM] if main else []
-    if main and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        kinds.append(signal.SIGHUP)
-    before = [signal.signal(kind, interrupt) for kind in kinds]
+    before = {kind: signal.getsignal(kind) for kind in STOPS if main}
+    if before.get(signal.SIGHUP) is signal.SIG_IGN:
+        del before[signal.SIGHUP]
     try:
+        for kind in before:
+            signal.signal(kind, interrupt)
         yield interrupt
     finally:
-        for kind, handler in zip(kinds, before, strict=True):
+        for kind, handler in before.items():
             signal.signal(kind, handler)

@@ -96,10 +96,7 @@ class RunEvidence:
 
 
 def check_files(evidence: RunEvidence) -> Iterator[Check]:
-    """Hold manifest, config, markers, outputs and ledger against what was recorded of them.
-
-    And of each stage what it read against what the stage before it wrote.
-    """
+    """Hold all files against what was recorded, and what stages read against what others wrote."""
     path = evidence.folder / MANIFEST
     if path.is_file():
         facts = {key: value for key, value in evidence.manifest.items() if key != SEAL}

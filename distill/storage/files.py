@@ -1,7 +1,4 @@
-"""Files that survive a crash: written atomically or not at all, read with the line of any damage.
-
-One process at a time writes in a folder: it holds the folder's lock.
-"""
+"""Files that survive a crash: written atomically or not at all, read with the line of damage."""
 
 import errno
 import fcntl
@@ -23,14 +20,13 @@ from distill.records import Record
 from distill.storage.progress import say
 
 R = TypeVar("R", bound=Record)
-REMAKE, MISSING = "remake it with --redo STAGE", ("is missing", "run the stage that makes it")
+REMAKE = "remake it with --redo STAGE"
 WAYS_OUT = {
     "free space": (errno.ENOSPC, errno.EDQUOT),
     "make it writable": (errno.EROFS, errno.EACCES, errno.EPERM),
     "raise the limit of open files (ulimit -n)": (errno.EMFILE,),
     "check the path": (errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
 }
-MOMENT = 2.0  # seconds in which others that share a lock hold it alone, to tidy up
 # What a mounted drive answers that knows no locks, or no fsync of a folder
 NOT_OFFERED = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
@@ -42,6 +38,9 @@ def disk_errors(where: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or type(error).__name__
+        if isinstance(error, FileNotFoundError) and error.filename == str(where):
+            what, fix = "is missing", "run the stage that makes it, or check the path"
+            raise DistillError(Exit.STATE, where, what, fix) from None
         ways = (way for way, codes in WAYS_OUT.items() if error.errno in codes)
         fix = f"{next(ways, 'check the disk')}, then run again"
         raise DistillError(Exit.STATE, error.filename or where, reason, fix) from None
@@ -108,8 +107,6 @@ def read_json(path: Path) -> Any:
     with disk_errors(path):
         try:
             return json.loads(path.read_bytes())
-        except FileNotFoundError:
-            raise DistillError(Exit.STATE, path, *MISSING) from None
         except ValueError:
             raise DistillError(Exit.STATE, path, "is damaged", REMAKE) from None
 
@@ -125,20 +122,15 @@ def read_records(path: Path, kind: type[R], torn: bool = False) -> list[R]:
     With `torn`, a last line without its newline is not counted: `append_record` was cut off there.
     """
     records = list[R]()
-    with disk_errors(path):
-        try:
-            file = path.open("rb")
-        except FileNotFoundError:
-            raise DistillError(Exit.STATE, path, *MISSING) from None
-        with file:
-            for number, line in enumerate(file, 1):
-                if line == b"\n" or (torn and not line.endswith(b"\n")):
-                    continue
-                try:
-                    records.append(kind.from_line(line))
-                except ValidationError:
-                    where = f"{path}:{number}"
-                    raise DistillError(Exit.STATE, where, "is damaged", REMAKE) from None
+    with disk_errors(path), path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line == b"\n" or (torn and not line.endswith(b"\n")):
+                continue
+            try:
+                records.append(kind.from_line(line))
+            except ValidationError:
+                where = f"{path}:{number}"
+                raise DistillError(Exit.STATE, where, "is damaged", REMAKE) from None
     return records
 
 
@@ -154,11 +146,7 @@ def append_record(path: Path, record: Record) -> None:
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of `folder` when the block ends, complete or not
-    at all.
-
-    What a killed process left of one is removed.
-    """
+    """Yield an empty folder that takes the place of `folder`, complete or not at all."""
     work = folder.with_name(f".{folder.name}.{os.getpid()}")
     for old in folder.parent.glob(f".{folder.name}.*"):
         if old == work or not alive(int(old.suffix[1:])):
@@ -190,27 +178,24 @@ def remove_folder(folder: Path) -> None:
 def folder_lock(folder: Path, shared: bool = False, patience: float = 0.0) -> Iterator[None]:
     """Let one process at a time write in a folder; the lock of a dead process is free.
 
-    With `shared` several hold it together, and keep out who wants it alone. What `write_atomic`
-    left there, and below, in processes that were killed is removed by who holds it alone.
-    `patience` is how many seconds it is waited for.
+    With `shared` several hold it together, and keep out who wants it alone, who removes what
+    `write_atomic` left there, and below, in processes that were killed. `patience` is in seconds.
     """
-    path, end = folder / ".lock", time.monotonic() + (patience or MOMENT * shared)
+    path, end = folder / ".lock", time.monotonic() + patience
     with disk_errors(path):
         folder.mkdir(parents=True, exist_ok=True)
         while True:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
-                alone = _lock(folder, handle, shared)
+                held = _lock(folder, handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
                 with suppress(FileNotFoundError):  # a repair has moved the folder since
                     if os.path.samestat(os.fstat(handle), path.stat()):
                         os.ftruncate(handle, 0)
                         os.pwrite(handle, str(os.getpid()).encode(), 0)
-                        for stray in folder.rglob(".*.tmp") if alone else ():
+                        for stray in folder.rglob(".*.tmp") if held and not shared else ():
                             pid = stray.stem.rpartition(".")[2]
                             if pid.isdigit() and stray.is_file() and not alive(int(pid)):
                                 stray.unlink(missing_ok=True)
-                        if alone and shared:
-                            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
                         break
             except BlockingIOError:
                 holder = os.pread(handle, 32, 0).decode("ascii", "replace")
@@ -228,19 +213,16 @@ def folder_lock(folder: Path, shared: bool = False, patience: float = 0.0) -> It
         os.close(handle)
 
 
-def _lock(folder: Path, handle: int, shared: bool) -> bool:
-    """Lock a file; return whether nobody shares it. Raises BlockingIOError where it is held."""
+def _lock(folder: Path, handle: int, kind: int) -> bool:
+    """Lock a file, if its drive can; BlockingIOError where another process has it."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except OSError as error:
-        if shared and isinstance(error, BlockingIOError):
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        elif error.errno in NOT_OFFERED:
-            say(f"{folder}: its drive has no locks; see that nothing else writes there")
-        else:
+        if error.errno not in NOT_OFFERED:
             raise
-    return False
+        say(f"{folder}: its drive has no locks; see that nothing else writes there")
+        return False
+    return True
 
 
 def is_locked(folder: Path) -> bool:
@@ -260,5 +242,5 @@ def alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:  # another user's
-        return True
+        pass
     return True

@@ -1,8 +1,7 @@
 """A run's ledger: what each go of a stage took, in seconds, tokens and dollars, also when killed.
 
-What a stage spends stands at once in a file of its own, `stages/STAGE.spent.jsonl`, so that a kill
-loses none of it; when the stage ends, or the next go finds that it was killed, the sum is entered
-in `ledger.jsonl`.
+What a stage spends stands at once in `stages/STAGE.spent.jsonl`; when the stage ends, or the next
+go finds that it was killed, the sum is entered in `ledger.jsonl`.
 """
 
 import os
@@ -57,10 +56,7 @@ class Ledger:
 
     @contextmanager
     def counting(self, stage: str, marker: Path, started: str) -> Iterator[None]:
-        """Enter the seconds and the spending of the block, also when it fails.
-
-        While it runs, the time of the marker's file is set to now, as a sign of life.
-        """
+        """Enter the seconds and the spending of the block, also when it fails."""
         clock, note, over = time.monotonic(), "failed", threading.Event()
 
         def beat() -> None:
@@ -80,10 +76,7 @@ class Ledger:
             self._enter(stage, started, time.monotonic() - clock, note)
 
     def enter_killed(self, stage: str) -> None:
-        """Enter the seconds until the last sign of life of each stage that was killed.
-
-        Looked at are `stage`, and those that have spent before the ledger said so.
-        """
+        """Enter the seconds of `stage` and others that were killed, until the last sign of life."""
         spending = {p.name.removesuffix(SPENT) for p in self.stages.glob(f"*{SPENT}")}
         for name in sorted({stage, *spending}):
             marker = self.stages / f"{name}.json"

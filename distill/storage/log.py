@@ -19,15 +19,7 @@ from typing import Any, BinaryIO, Self
 
 from distill.errors import DistillError, Exit
 from distill.records import canonical
-from distill.storage.files import (
-    disk_errors,
-    folder_lock,
-    fsync_folder,
-    is_locked,
-    read_json,
-    write_atomic,
-    write_json,
-)
+from distill.storage import files
 from distill.storage.progress import say
 
 BLOCK = 1 << 20  # bytes read at once
@@ -74,10 +66,7 @@ def writer_of(segment: Path) -> str:
 
 
 def segments(folder: Path, check: bool = True) -> list[Path]:
-    """Return a log's segments in order of their names, a writer's one after the other.
-
-    With `check`, raises DistillError (exit 5) where one is missing between them.
-    """
+    """Return a log's segments by name; with `check`, exit 5 where one is missing between them."""
     paths = sorted(path for path in folder.glob("*.jsonl") if SEGMENT.fullmatch(path.name))
     number, writer = 0, ""
     for path in paths if check else ():
@@ -91,17 +80,15 @@ def _name(writer: str, number: int) -> str:
     return f"{writer}-{number:08}.jsonl".removeprefix("-")
 
 
-def read_version(folder: Path) -> int:
-    """Return a log's version, 0 for none that is known; DistillError (exit 5) on a newer one."""
-    path = folder / "version.json"
-    try:
+def has_version(folder: Path) -> bool:
+    """Tell whether a log has the version that is read here; DistillError (exit 5) on a newer."""
+    path, version = folder / "version.json", None
+    with suppress(FileNotFoundError, ValueError, TypeError, KeyError):
         version = json.loads(path.read_bytes())["version"]
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
-        return 0
     if isinstance(version, int) and version > VERSION:
         what = f"store version {version}, newer than {VERSION}"
         raise DistillError(Exit.STATE, path, what, "use a newer distill")
-    return version if version == VERSION else 0
+    return version == VERSION
 
 
 def damaged(where: object, folder: Path, what: str = "damaged record") -> DistillError:
@@ -110,10 +97,7 @@ def damaged(where: object, folder: Path, what: str = "damaged record") -> Distil
 
 
 def refuse_half_copy(folder: Path) -> None:
-    """Stop where a copy was killed between its renames: no empty log may take the old one's place.
-
-    An earlier distill made one with `distill compact` too.
-    """
+    """Stop where a copy was killed between its renames: no empty log may take its place."""
     for copy in (folder.with_name(folder.name + end) for end in (REPAIRED, ".compacted")):
         if copy.exists() and not folder.exists():
             what = "a copy was cut off before it took this name"
@@ -122,10 +106,7 @@ def refuse_half_copy(folder: Path) -> None:
 
 @dataclass
 class Segment:
-    """A segment that is open to be read, and how many of its bytes were checked.
-
-    A reader goes on in the open file while a copy takes its place.
-    """
+    """A segment that is open to be read, and how many of its bytes were checked."""
 
     path: Path
     file: BinaryIO
@@ -160,16 +141,15 @@ class Log(ExitStack):
         self._seen: dict[str, int] = {}  # records of a kind that `news` has given
 
     def __enter__(self) -> Self:
-        self.callback(self._close_files)
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            self.callback(self._close_files)
             if self.writable:
                 self.enter_context(self.writing())
             else:
                 refuse_half_copy(self.folder)
                 self._load()
-        except BaseException:
-            self.close()
-            raise
+            undo.pop_all()
         return self
 
     @contextmanager
@@ -181,12 +161,12 @@ class Log(ExitStack):
         """
         refuse_half_copy(self.folder)
         with ExitStack() as locks:
-            locks.enter_context(folder_lock(self.folder, shared))
+            locks.enter_context(files.folder_lock(self.folder, shared))
             if shared:
-                with folder_lock(self.folder / WRITERS, patience=CLAIMING):
+                with files.folder_lock(self.folder / WRITERS, patience=CLAIMING):
                     places = ((n, self.folder / WRITERS / str(n)) for n in count(1))
-                    number, self.place = next(one for one in places if not is_locked(one[1]))
-                    locks.enter_context(folder_lock(self.place))
+                    number, self.place = next(one for one in places if not files.is_locked(one[1]))
+                    locks.enter_context(files.folder_lock(self.place))
                     (self.place / CLAIMS).unlink(missing_ok=True)  # of a process that died
                 self.writer = f"w{number}" if number > 1 else ""
             self.writable, self._shared = True, shared
@@ -200,17 +180,14 @@ class Log(ExitStack):
                 self._handle, self._sound, self.writable = -1, False, False
 
     def claim(self, keys: Sequence[str]) -> set[str]:
-        """Return those of `keys` that no other process has claimed: they are ours till the next.
-
-        What others have written is read first. For who writes `shared`.
-        """
-        with folder_lock(self.folder / WRITERS, patience=CLAIMING):
+        """Return those of `keys` that no other process has claimed: they are ours till the next."""
+        with files.folder_lock(self.folder / WRITERS, patience=CLAIMING):
             self._load()
             ours = set(keys)
             for place in (self.folder / WRITERS).glob("[0-9]*"):
-                if place != self.place and (place / CLAIMS).exists() and is_locked(place):
-                    ours -= set(read_json(place / CLAIMS))
-            write_json(self.place / CLAIMS, sorted(ours))
+                if place != self.place and (place / CLAIMS).exists() and files.is_locked(place):
+                    ours -= set(files.read_json(place / CLAIMS))
+            files.write_json(self.place / CLAIMS, sorted(ours))
         return ours
 
     def _close_files(self) -> None:
@@ -219,13 +196,13 @@ class Log(ExitStack):
 
     def _load(self) -> None:
         """Check the version and every line not checked yet, and open the writer's last segment."""
-        with disk_errors(self.folder):
+        with files.disk_errors(self.folder):
             paths = segments(self.folder)  # before the version, which a writer makes first
-            version = read_version(self.folder)
+            version = has_version(self.folder)
             if paths and not version:
                 raise damaged(self.folder / "version.json", self.folder, "no store version")
             if not version and self.writable:
-                write_json(self.folder / "version.json", {"version": VERSION})
+                files.write_json(self.folder / "version.json", {"version": VERSION})
             if not all(segment.is_current() for segment in self._segments):
                 self._close_files()
                 self._segments, self.index, self._seen = [], {}, {}
@@ -262,7 +239,7 @@ class Log(ExitStack):
                 self.torn += ours or not self.writable
                 if ours:
                     name = f"{path.stem}-{offset}-{hashlib.sha256(data).hexdigest()[:8]}"
-                    write_atomic(self.folder / "torn" / name, data)
+                    files.write_atomic(self.folder / "torn" / name, data)
                     os.truncate(path, offset)
                     _extend(path, b"")
                 return
@@ -290,7 +267,7 @@ class Log(ExitStack):
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         self._handle, self._number = os.open(path, flags, 0o644), number
         self._current = self._open(path)
-        fsync_folder(self.folder)
+        files.fsync_folder(self.folder)
 
     def append(self, records: Iterable[NewRecord]) -> int:
         """Store records durably with one fsync but for keys that are there; return how many.
@@ -309,7 +286,7 @@ class Log(ExitStack):
         if not fresh:
             return 0
         self._sound = False
-        with disk_errors(self.folder):
+        with files.disk_errors(self.folder):
             if self._segments[self._current].size >= self.SEGMENT_BYTES:
                 self._append_to(self._number + 1)
             segment, data = self._segments[self._current], memoryview(b"".join(fresh.values()))
@@ -344,7 +321,7 @@ class Log(ExitStack):
         if position is None:
             return None
         file, offset = self._segments[position >> OFFSET].file, position & (1 << OFFSET) - 1
-        with disk_errors(self.folder):
+        with files.disk_errors(self.folder):
             file.seek(offset)
             record = decode_line(file.readline().removesuffix(b"\n"))
         if record is None or record[:2] != (kind, key):
@@ -373,10 +350,7 @@ class LogWriter:
         self._last: asyncio.Task[None] | None = None
 
     async def write(self, *records: NewRecord) -> None:
-        """Return once the records are on the disk; they come there too if the caller is cancelled.
-
-        Raises DistillError (exit 5) where the disk refuses.
-        """
+        """Return once the records are on the disk, also if cancelled; exit 5 where it refuses."""
         self._waiting += records
         self._last = asyncio.create_task(self._store())
         await asyncio.shield(self._last)

@@ -32,10 +32,7 @@ class Tracker:
         self.task = bar.add_task(title, total=total, rate="") if bar else None
 
     def advance(self, count: int = 1, extra: str = "") -> None:
-        """Count `count` more as finished; `extra` is shown behind the rate.
-
-        A plain line is printed when the last is old enough or the work is finished.
-        """
+        """Count `count` more as finished; `extra` is shown behind the rate."""
         self.done, self.extra, now = self.done + count, extra or self.extra, time.monotonic()
         elapsed = max(now - self.started, 1e-9)
         rate = f"{self.done / elapsed:.1f} {self.unit}/s {self.extra}".rstrip()

@@ -1,8 +1,4 @@
-"""Repairs a log: copies what is intact into a fresh one, which takes the original's place.
-
-A kill at any moment leaves the log complete under one name or the other, and the same command goes
-on.
-"""
+"""Repairs a log: copies what is intact into a fresh one, which takes the original's place."""
 
 import hashlib
 import json
@@ -11,29 +7,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distill.errors import DistillError, Exit
+from distill.storage import log as logs
 from distill.storage.files import disk_errors, folder_lock, fsync_folder, read_json, write_json
-from distill.storage.log import (
-    REPAIRED,
-    Log,
-    NewRecord,
-    StoredRecord,
-    read_version,
-    scan,
-    segments,
-    writer_of,
-)
+from distill.storage.log import Log, NewRecord, StoredRecord
 
 
 def repair(folder: Path) -> list[str]:
     """Put what is intact into a fresh log, in the original's place; return lines to print.
 
-    The original becomes `FOLDER.damaged-N`; `repair.json` in the fresh log lists what was left out.
-    Raises DistillError (exit 5) where the folder is no log, is being written, or the copy differs.
+    The original becomes `FOLDER.damaged-N`. A kill leaves the log complete under one name or the
+    other. Raises DistillError (exit 5) where the folder is no log, or is being written.
     """
-    fresh = folder.with_name(folder.name + REPAIRED)
+    fresh = folder.with_name(folder.name + logs.REPAIRED)
     with disk_errors(folder):
         if folder.exists():
-            if not segments(folder, check=False) and not (folder / "version.json").exists():
+            if not logs.segments(folder, check=False) and not (folder / "version.json").exists():
                 raise DistillError(Exit.STATE, folder, "is no store", "check the path")
             with folder_lock(folder):
                 shutil.rmtree(fresh, ignore_errors=True)  # of a repair that was killed
@@ -48,8 +36,8 @@ def repair(folder: Path) -> list[str]:
 
                 with Log(fresh) as log:
                     count = log.copy(hashed())
-                for segment in segments(fresh):
-                    for *_, record in scan(segment):
+                for segment in logs.segments(fresh):
+                    for *_, record in logs.scan(segment):
                         target.update(repr(record).encode())
                 if target.digest() != source.digest():
                     what = "the copy differs from the original, which is kept"
@@ -70,18 +58,18 @@ def _intact(folder: Path, losses: list[str]) -> Iterator[StoredRecord]:
 
     A record that another writer stored too is no loss.
     """
-    read_version(folder)  # which refuses a newer one
+    logs.has_version(folder)  # which refuses a newer one
     writers = dict[tuple[str, str], str]()
-    for segment in segments(folder, check=False):
-        for number, (_, data, record) in enumerate(scan(segment), 1):
+    for segment in logs.segments(folder, check=False):
+        for number, (_, data, record) in enumerate(logs.scan(segment), 1):
             reason = "damaged" if data.endswith(b"\n") else "cut off while being written"
             if record is not None:
                 kind, key, _ = record
                 if (kind, key) not in writers:
-                    writers[kind, key] = writer_of(segment)
+                    writers[kind, key] = logs.writer_of(segment)
                     yield record
                     continue
-                if writers[kind, key] != writer_of(segment):
+                if writers[kind, key] != logs.writer_of(segment):
                     continue
                 reason = f"{kind} {key} a second time, the first is kept"
             losses.append(f"{segment.name}:{number}: {reason}, {len(data)} bytes")

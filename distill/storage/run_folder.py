@@ -7,7 +7,7 @@ holds the SHA-256 of each file of its stage, the manifest that of each marker, a
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import reduce
@@ -20,17 +20,8 @@ from distill.config.renamed_keys import fields_in, present_path
 from distill.config.tree import Config
 from distill.config.yaml_file import load_config, place_of
 from distill.errors import DistillError, Exit, first_line
+from distill.storage import files
 from distill.storage.environment import environment
-from distill.storage.files import (
-    as_json,
-    disk_errors,
-    folder_lock,
-    read_json,
-    sha256_file,
-    sha256_files,
-    write_atomic,
-    write_json,
-)
 from distill.storage.ledger import Ledger, now
 from distill.storage.progress import say
 
@@ -45,7 +36,6 @@ MEMORY = (
     *("teacher.max_batch_size", "train.micro_batch_tokens", "train.gradient_checkpointing"),
     "evaluation.judge.max_consecutive_failures",
 )
-UNFINISHED_MEMORY = (*MEMORY, "evaluation.max_batch_size")
 # A file beside the weights of a model in a folder, after what the model does there
 MODEL_FILE = re.compile(r"(base|judge|student|teacher|tokenizer|weights) file .+")
 
@@ -93,7 +83,7 @@ class Run:
 
     def lock(self) -> AbstractContextManager[None]:
         """Return the lock that writing in the folder needs."""
-        return folder_lock(self.folder)
+        return files.folder_lock(self.folder)
 
     def fingerprint(self, stage: Stage) -> Fingerprint:
         """Return what the stage's result depends on: config keys, hashes of inputs, identities."""
@@ -101,9 +91,9 @@ class Run:
         for key in stage.keys:
             with suppress(KeyError):  # a key of another kind of teacher
                 values[key] = reduce(lambda tree, name: tree[name], key.split("."), resolved)
-        with disk_errors(self.folder):
-            files = [name for name in stage.inputs if self.path(name).is_file()]
-            hashes = {f"file {name}": sha256_file(self.path(name)) for name in files}
+        with files.disk_errors(self.folder):
+            inputs = [name for name in stage.inputs if self.path(name).is_file()]
+            hashes = {f"file {name}": files.sha256_file(self.path(name)) for name in inputs}
         return {**flatten(values), **hashes, **stage.identity(self.config)}
 
     def marker(self, stage: Stage) -> Path:
@@ -111,7 +101,7 @@ class Run:
         return self.folder / stage.marker
 
     def _read_marker(self, stage: Stage) -> dict[str, Any]:
-        mark = read_json(self.marker(stage))
+        mark = files.read_json(self.marker(stage))
         if not isinstance(mark, dict) or not isinstance(mark.get("fingerprint"), dict):
             fix = f"--redo {stage.name} remakes it"
             raise DistillError(Exit.STATE, self.marker(stage), "is damaged", fix)
@@ -135,16 +125,15 @@ class Run:
         if added := unnamed(old, new):
             base = self.path("adapter/base.json")
             if "student" in added and base.is_file():
-                added["student"] = read_json(base).get("identity")
+                added["student"] = files.read_json(base).get("identity")
             old = {**added, **self.manifest().get("accepted", {}).get(stage.name, {}), **old}
         # nor does it name the tables that it read
         old = {key: value for key, value in new.items() if key.startswith("table ")} | old
+        ignored = set(MEMORY)
         if not finished:
-            old, new = (
-                {k: v for k, v in facts.items() if k.split(" file ")[0] not in stage.compares}
-                for facts in (old, new)
-            )
-        if changes := differences(old, new, MEMORY if finished else UNFINISHED_MEMORY):
+            models = {key for key in old.keys() | new if key.split(" file ")[0] in stage.compares}
+            ignored |= {"evaluation.max_batch_size", *models}
+        if changes := differences(old, new, ignored):
             outputs = [p for n in stage.outputs for p in (self.path(n), *self.path(n).rglob("*"))]
             begun = finished or any(path.is_file() for path in outputs)
             return ("stale", changes) if begun else ("fresh", [])
@@ -164,11 +153,7 @@ class Run:
         return state
 
     def perform(self, stage: Stage) -> bool:
-        """Run the stage unless it is done; return whether it ran.
-
-        Raises DistillError (exit 5) where it is stale. Where an earlier distill knew models in
-        folders by their weights alone, the other files are recorded now.
-        """
+        """Run the stage unless it is done; return whether it ran. Exit 5 where it is stale."""
         if self.checked_state(stage) != "done":
             self.do(stage)
             return True
@@ -186,18 +171,18 @@ class Run:
         self.ledger.enter_killed(stage.name)
         marker = self.marker(stage)
         mark = {"fingerprint": self.fingerprint(stage), "finished": False, "begun": now()}
-        write_json(marker, mark)
+        files.write_json(marker, mark)
         self._note_stage(stage, {"environment": environment()})
         with self.ledger.counting(stage.name, marker, mark["begun"]):
             self.work(stage)
         mark |= {"finished": True, "at": now()}
-        with disk_errors(self.folder):
-            mark["outputs"] = sha256_files(self.folder, stage.outputs)
-            mark["ledger"] = sha256_file(self.ledger.path)
-        text = as_json(mark)
+        with files.disk_errors(self.folder):
+            mark["outputs"] = files.sha256_files(self.folder, stage.outputs)
+            mark["ledger"] = files.sha256_file(self.ledger.path)
+        text = files.as_json(mark)
         sha256 = hashlib.sha256(text.encode()).hexdigest()
         self._note_stage(stage, {**self.made_with(stage.name), "marker": sha256})
-        write_atomic(marker, text)
+        files.write_atomic(marker, text)
 
     def work(self, stage: Stage) -> None:
         """Do a stage's work alone; raises DistillError (exit 7) where a GPU's memory runs out."""
@@ -228,7 +213,7 @@ class Run:
             if self.marker(stage).exists():
                 count = len(list((self.folder / ".old").glob(f"{stage.name}-*")))
                 target = self.folder / ".old" / f"{stage.name}-{count + 1}"
-                with disk_errors(target):
+                with files.disk_errors(target):
                     for name in (*stage.outputs, stage.marker):
                         if self.path(name).exists():
                             (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -236,19 +221,19 @@ class Run:
 
     def note(self, key: str, value: object) -> None:
         """Record a fact (a hash, a version, a count) in the manifest, which is sealed anew."""
-        write_atomic(self.path("manifest.json"), sealed({**self.manifest(), key: value}))
+        files.write_atomic(self.path("manifest.json"), sealed({**self.manifest(), key: value}))
 
     def manifest(self) -> dict[str, Any]:
         """Return the manifest so far, without its seal."""
         path = self.path("manifest.json")
-        facts = read_json(path) if path.exists() else {}
+        facts = files.read_json(path) if path.exists() else {}
         return {key: value for key, value in facts.items() if key != SEAL}
 
 
 def sealed(manifest: Mapping[str, object]) -> str:
     """Return the text of a manifest with its own SHA-256 at its end."""
-    sha256 = hashlib.sha256(as_json(manifest).encode()).hexdigest()
-    return as_json({**manifest, SEAL: sha256})
+    sha256 = hashlib.sha256(files.as_json(manifest).encode()).hexdigest()
+    return files.as_json({**manifest, SEAL: sha256})
 
 
 def open_run(place: Path, overrides: Sequence[str] = ()) -> Run:
@@ -264,11 +249,9 @@ def open_run(place: Path, overrides: Sequence[str] = ()) -> Run:
         raise DistillError(Exit.CONFIG, place, what, fix)
     real = place.resolve()  # a link is the run that it leads to, with the store beside that
     folder = place if place.name == real.name and not place.is_symlink() else real
-    try:
-        str(folder).encode()
-    except UnicodeEncodeError:
+    if str(folder).encode(errors="ignore").decode() != str(folder):
         what, fix = "is no UTF-8 path, and what writes models takes no other", "rename it"
-        raise DistillError(Exit.CONFIG, folder, what, fix) from None
+        raise DistillError(Exit.CONFIG, folder, what, fix)
     config = load_config(folder / "config.json", overrides, place_of(folder))
     changed = {override.partition("=")[0].strip() for override in overrides} & {"name", "runs"}
     if "runs" not in changed:
@@ -290,7 +273,7 @@ def _first(parts: Sequence[str], separator: str) -> str:
 
 
 def differences(
-    old: Mapping[str, object], new: Mapping[str, object], ignored: Sequence[str] = ()
+    old: Mapping[str, object], new: Mapping[str, object], ignored: Collection[str] = ()
 ) -> list[str]:
     """Name every key that differs: settings with both values, hashed inputs as lists of names.
 
@@ -298,7 +281,7 @@ def differences(
     later or belongs to another kind of teacher, counts as its default there.
     """
     old = {".".join(present_path(key.split("."), Config)): value for key, value in old.items()}
-    settings, files = [], dict[str, list[str]]()
+    settings, hashed = [], dict[str, list[str]]()
     for key in sorted(old.keys() | new.keys()):
         before, after = _setting(old, key), _setting(new, key)
         unset = before in (None, "") and after in (None, "")
@@ -306,12 +289,12 @@ def differences(
             continue
         if HASH.fullmatch(str(after if before is None else before)):
             how = "added" if before is None else "removed" if after is None else "changed"
-            files.setdefault(how, []).append(key.removeprefix("file ").removeprefix("input "))
+            hashed.setdefault(how, []).append(key.removeprefix("file ").removeprefix("input "))
             continue
         texts = ["unset" if v is None else " ".join(str(v).split()) for v in (before, after)]
         was, now_is = (text if len(text) <= 40 else text[:39] + "…" for text in texts)
         settings.append(f"{key} was {was}, is {now_is}")
-    return settings + [f"{how}: {_first(names, ', ')}" for how, names in files.items()]
+    return settings + [f"{how}: {_first(names, ', ')}" for how, names in hashed.items()]
 
 
 def _setting(fingerprint: Mapping[str, object], key: str) -> object:
@@ -335,8 +318,7 @@ def _setting(fingerprint: Mapping[str, object], key: str) -> object:
 
 
 def unnamed(old: Fingerprint, new: Fingerprint) -> Fingerprint:
-    """Return what `new` says of models in folders of which `old`, of an earlier distill, names no
-    file."""
+    """Return what `new` says of models in folders of which `old`, an earlier one, names no file."""
     ours, theirs = (
         {match[1] for key in facts if (match := MODEL_FILE.fullmatch(key))} for facts in (new, old)
     )

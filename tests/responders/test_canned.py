@@ -1,5 +1,6 @@
 """Canned and recorded answers: from a dictionary, a file or the corpus; errors are one line."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,37 +17,23 @@ def ask(text: str, prompt_id: str = "p") -> Request:
     return Request.make("o", prompt_id, (message,), Sampling())
 
 
-def test_answers_come_in_order() -> None:
-    responder = CannedResponder({"a": "one", "b": "two"}, default="?")
-    found = list(responder.ask([ask(text) for text in "bac"]))
-    assert [(r.reply.text, r.reply.stop) for r in found] == [
-        (t, "end") for t in ("two", "one", "?")
-    ]
-    assert all(r.reply.usage.estimated for r in found)
-
-
-def test_a_leading_think_block_is_reasoning() -> None:
-    responder = CannedResponder({"a": "<think>\nfirst this\n</think>\n\n42", "b": "say <think>"})
-    first, second = (raw.response("p") for raw in responder.ask([ask("a"), ask("b")]))
-    assert (first.text, first.reasoning) == ("42", "first this")
-    assert (second.text, second.reasoning) == ("say <think>", None)
-
-
-def test_the_origin_is_the_answers() -> None:
-    same = CannedResponder({"a": "1"}).origin
-    assert same == CannedResponder({"a": "1"}).origin != CannedResponder({"a": "2"}).origin
-
-
 def test_a_file_of_answers(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
-    path.write_text(
-        '{"prompt": "a", "answer": "one\\u2028line"}\n\n{"prompt": "b", "answer": ""}\n'
-    )
+    lines = [{"prompt": "a", "answer": "<think>\nhm\n</think>\n\none\u2028line"}]
+    lines += [{"prompt": "b", "answer": "say <think>"}]
+    path.write_text("\n\n".join(map(json.dumps, lines)) + "\n")
     responder = CannedResponder.load(path)
-    assert [r.reply.text for r in responder.ask([ask("a"), ask("b")])] == ["one\u2028line", ""]
+    found = [raw.response("p") for raw in responder.ask([ask("b"), ask("a")])]
+    assert [(r.text, r.reasoning) for r in found] == [
+        ("say <think>", None),
+        ("one\u2028line", "hm"),
+    ]
+    assert all(r.usage.estimated and r.stop == "end" for r in found)
+    with stops(Exit.TEACHER, "has no canned answer"):
+        list(responder.ask([ask("c")]))
     before = answers_hash(path)
     path.write_text('{"prompt": "a", "answer": "two"}\n')
-    assert answers_hash(path) != before
+    assert answers_hash(path) != before and CannedResponder.load(path).origin != responder.origin
 
 
 @pytest.mark.parametrize(
@@ -66,11 +53,6 @@ def test_an_unreadable_file_is_named(tmp_path: Path, content: bytes | None) -> N
         path.write_bytes(content)
     with stops(Exit.INPUT, r"answers.jsonl.*check teacher.answers"):
         CannedResponder.load(path)
-
-
-def test_a_question_without_answer_stops() -> None:
-    with stops(Exit.TEACHER, "has no canned answer"):
-        list(CannedResponder({}).ask([ask("a")]))
 
 
 def test_recorded_answers_keep_what_was_stated() -> None:

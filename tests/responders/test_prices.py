@@ -41,15 +41,11 @@ def test_time_and_tokens_are_priced_in_decimals() -> None:
     )
 
 
-def test_what_is_not_there_is_unknown_and_says_why() -> None:
-    book = load_prices(today=TODAY)
+def test_what_is_not_there_or_old_is_unknown_and_says_why() -> None:
+    book, later = load_prices(today=TODAY), load_prices(today=date(2028, 1, 1))
     assert book.machine("toaster") is None and book.teacher("unheard/of") is None
     assert "no machine toaster" in book.why_no_machine("toaster")
     assert "not set" in book.why_no_machine(None)
-
-
-def test_a_stale_price_is_unknown() -> None:
-    later = load_prices(today=date(2028, 1, 1))
     assert later.machine("cpu-2-core") is None and later.teacher("gpt-5.6-terra") is None
     assert "older than" in later.why_no_machine("cpu-2-core")
 

@@ -16,7 +16,6 @@ from distill.responders.terms import (
     TermsBook,
     TermsText,
     Verdict,
-    is_public,
     judge_teacher,
     load_terms,
     require_terms,
@@ -92,11 +91,6 @@ def test_a_provider_s_terms_add_to_the_model_s() -> None:
     assert book.verdict("gpt-4o", hosts=["10.0.0.3"]).word == "no"
 
 
-@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]", "10.1.2.3", "gpu7", "a.local"])
-def test_a_host_of_one_s_own_is_no_provider(host: str) -> None:
-    assert not is_public(host) and is_public("api.openai.com") and is_public("8.8.8.8")
-
-
 def test_a_license_of_models_yaml_stands_in_for_the_name() -> None:
     book = load_terms()
     assert book.verdict("acme/own", "Apache-2.0").word == "yes"
@@ -169,14 +163,10 @@ def test_a_folder_s_name_proves_nothing(name: str) -> None:
     assert bool(verdict.obligations()) == ("llama" in name)  # though it may bind
 
 
-def test_recorded_and_canned_answers() -> None:
-    canned = "teacher={kind: canned, answers: a.jsonl}"
-    assert stated(judge_teacher, canned).word == "yes"
+def test_an_endpoint_is_judged_by_its_host_and_stated_answers_by_their_license() -> None:
+    assert stated(judge_teacher, "teacher={kind: canned, answers: a.jsonl}").word == "yes"
     verdict = stated(judge_teacher, "teacher={kind: recorded, model: somebody, license: CC0-1.0}")
     assert verdict.allowed and verdict.basis and "CC0-1.0" in verdict.basis
-
-
-def test_an_endpoint_is_judged_by_its_host_too() -> None:
     asked = "teacher={kind: endpoint, model: Qwen/Qwen3-8B, base_url: 'https://api.openai.com/v1'}"
     assert "forbidden by OpenAI" in refused(asked)
     local = asked.replace("https://api.openai.com", "http://127.0.0.1:8000")

@@ -6,8 +6,8 @@ import pytest
 
 from distill.models import download
 from distill.models.registry import lookup
-from distill.records import Message, Response, Usage
-from distill.responders.responder import Request, Sampling
+from distill.records import Message, Usage
+from distill.responders.responder import Raw, Request, Sampling
 from distill.responders.token_counts import recounted, token_counter
 from tests.support.tiny import make_tokenizer
 
@@ -32,31 +32,23 @@ def test_a_served_model_is_counted_by_its_converted_twin(cache: Path) -> None:
         assert count and count("hällo") == 6  # bytes
 
 
-@pytest.mark.parametrize("name", ["fake-1", "models/gpt:latest", "a/b/c", "./nowhere"])
-def test_what_no_cache_holds_is_not_counted(name: str) -> None:
-    assert token_counter(name) is None
-
-
-def response(request: Request, usage: Usage) -> Response:
-    return Response(
-        id=Response.make_id(request.key, 0),
-        request_key=request.key,
-        sample=0,
-        prompt_id="p",
-        model="m",
-        text="four",
-        reasoning="why",
-        stop="end",
-        usage=usage,
-    )
-
-
 def test_only_estimates_are_counted_again_and_stay_estimates(tmp_path: Path) -> None:
     make_tokenizer().save_pretrained(tmp_path / "m")
     turns = (Message(role="system", content="abc"), Message(role="user", content="de"))
     request = Request.make("o", "p", turns, Sampling())
-    told = response(request, Usage(input_tokens=9, output_tokens=9))
-    guessed = response(request, Usage(input_tokens=9, output_tokens=9, seconds=2, estimated=True))
+    told = (
+        Raw.failed(request, "e")
+        .response("p")
+        .model_copy(
+            update={
+                "text": "four",
+                "reasoning": "why",
+                "usage": Usage(input_tokens=9, output_tokens=9),
+            }
+        )
+    )
+    estimate = Usage(input_tokens=9, output_tokens=9, seconds=2, estimated=True)
+    guessed = told.model_copy(update={"usage": estimate})
     found = recounted([told, guessed], [request, request], str(tmp_path / "m"))
     assert found[0] == told
     assert found[1].usage == Usage(input_tokens=5, output_tokens=7, seconds=2, estimated=True)

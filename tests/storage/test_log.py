@@ -125,12 +125,6 @@ def test_d8_memory_holds_the_index_and_not_the_bodies(tmp_path):
     assert held < 250 * count and most < held + 8 * size + (4 << 20), "bodies stay on the disk"
 
 
-def test_keys_are_words():
-    for kind, key in (("a b", "c"), ("a", ""), ("a", "b\n")):
-        with pytest.raises(ValueError):
-            logs.encode_line(kind, key, 1)
-
-
 # --- torn tails (D2) and damage (D3)
 
 
@@ -149,17 +143,6 @@ def test_truncation_at_every_byte_of_the_last_records(tmp_path, capsys):
             fill(tmp_path)  # the next append begins on a new line
             assert contents(tmp_path) == BODIES
     assert (tmp_path / "torn").is_dir()
-
-
-@pytest.mark.parametrize("tail", [b"\0" * 4096, b'{"a": 1', "é".encode()[:1], b"0" * 64 + b" r k "])
-def test_torn_tails_are_kept_aside_byte_for_byte(tmp_path, tail):
-    segment = fill(tmp_path)
-    before = segment.read_bytes()
-    segment.write_bytes(before + tail)
-    with Log(tmp_path) as log:
-        assert log.torn == 1
-    assert segment.read_bytes() == before
-    assert [path.read_bytes() for path in (tmp_path / "torn").iterdir()] == [tail]
 
 
 def test_a_reader_opens_beside_a_writer_and_leaves_its_tail_alone(tmp_path):
@@ -261,7 +244,7 @@ def test_a_newer_version_is_refused(tmp_path):
         assert "newer than 1 (use a newer distill)" in str(fault(lambda work=work: work(tmp_path)))
 
 
-@pytest.mark.parametrize("text", [None, "", "[]", '{"version": "x"}', '{"version": 0}'])
+@pytest.mark.parametrize("text", [None, "[]", '{"version": "x"}'])
 def test_a_lost_or_damaged_version_is_repaired(tmp_path, text):
     folder = tmp_path / "s"
     fill(folder)

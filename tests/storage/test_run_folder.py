@@ -11,10 +11,8 @@ import pytest
 
 from distill.config.tree import Config
 from distill.errors import DistillError, Exit
-from distill.pipeline import STAGES
 from distill.storage import ledger
-from distill.storage.files import read_json
-from distill.storage.run_folder import Run, Stage, differences
+from distill.storage.run_folder import Run, Stage
 
 TREE = {
     "name": "r",
@@ -66,17 +64,6 @@ def test_done_work_is_not_done_twice(tmp_path):
     assert [entry.stage for entry in make(tmp_path).ledger.entries()] == ["first", "second"]
 
 
-def test_settings_round_trip_through_the_marker(tmp_path):
-    for stage in STAGES:
-        run, toy = (
-            make(tmp_path, name=stage.name),
-            Stage(stage.name, stage.keys, (), (), write("x")),
-        )
-        run.folder.mkdir()
-        assert perform(run, toy) == [True]
-        assert run.state(toy) == ("done", [])
-
-
 def test_a_changed_setting_is_named_with_the_redo_that_remakes_it(tmp_path):
     perform(make(tmp_path), FIRST, SECOND)
     message = refused(make(tmp_path, seed=1), FIRST, SECOND)
@@ -87,24 +74,6 @@ def test_a_changed_setting_is_named_with_the_redo_that_remakes_it(tmp_path):
     teacher = {**TREE["teacher"], "dollars": "0.20"}
     assert "teacher.dollars was 0.10, is 0.20" in refused(make(tmp_path, teacher=teacher), SECOND)
     assert (tmp_path / "r" / "a.txt").read_text() == "made 0"
-
-
-def test_what_precedes_a_changed_stage_stays(tmp_path):
-    perform(make(tmp_path), FIRST, SECOND)
-    run = make(tmp_path, teacher={**TREE["teacher"], "model": "other"})
-    assert run.state(FIRST)[0] == "done" and run.state(SECOND)[0] == "stale"
-    assert perform(run, FIRST, SECOND, redo=(SECOND,)) == [False, True]
-
-
-def test_redo_sets_the_old_aside_and_what_follows(tmp_path):
-    perform(make(tmp_path), FIRST, SECOND)
-    for seed in (1, 2):
-        run = make(tmp_path, seed=seed)
-        assert perform(run, FIRST, SECOND, redo=(FIRST, SECOND)) == [True, True]
-    old = tmp_path / "r" / ".old"
-    assert [(old / f"first-{n}" / "a.txt").read_text() for n in (1, 2)] == ["made 0", "made 1"]
-    assert read_json(old / "second-1" / "stages" / "second.json")["finished"] is True
-    assert len(run.ledger.entries()) == 6  # what was spent stays in the ledger
 
 
 def test_redo_moves_all_of_a_stage_and_continues_after_a_kill(tmp_path, monkeypatch):
@@ -155,13 +124,6 @@ def test_changed_input_files_are_listed(tmp_path):
     message = refused(make(tmp_path), changed)
     assert "added: new.md" in message and "changed: 03.md" in message
     assert "removed: 10.md, 11.md, 12.md, 13.md, 14.md, 15.md, and 2 more" in message
-
-
-def test_differences_are_short_and_on_one_line():
-    old = {"a": "x\ny" * 100, **{f"k{n}": n for n in range(3)}}
-    lines = differences(old, {"a": None, "k0": 0, "k1": 7, "new": True})
-    assert lines[1:] == ["k1 was 1, is 7", "k2 was 2, is unset", "new was unset, is True"]
-    assert len(lines[0]) < 80 and "\n" not in lines[0]
 
 
 def interrupted(run: Run) -> None:
@@ -250,12 +212,3 @@ def test_the_seconds_of_a_killed_stage_are_in_the_ledger(tmp_path, monkeypatch):
 
 
 # --- the manifest
-
-
-def test_notes_gather_in_the_manifest(tmp_path):
-    run = make(tmp_path)
-    assert run.manifest() == {}
-    run.note("a", 1)
-    run.note("b", {"c": [1, 2]})
-    run.note("a", 2)
-    assert make(tmp_path).manifest() == {"a": 2, "b": {"c": [1, 2]}}
