@@ -64,10 +64,9 @@ class Ask(ExitStack):
     def fetch(
         self, requests: Sequence[Request], title: str, answered: dict[str, Response] | None = None
     ) -> list[Request]:
-        """Ask for what the store lacks, and store each reply as it comes.
+        """Ask for what the store lacks; return the requests by the store's keys.
 
-        Returns the requests by the store's keys. Into `answered` goes the response to each that has
-        one, by its id: each reply is read once, as it comes or before others are asked for.
+        Into `answered` goes the response to each that has one, by its id: each reply is read once.
         """
         requests, former = self._under_old_keys(requests)
         store, responder = self.store, self.responder

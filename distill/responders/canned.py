@@ -1,7 +1,7 @@
 """Answers without a model here: from a file, the corpus, or a function of the user's program.
 
-With canned ones whoever builds on this can test a pipeline offline. A file holds JSON lines, each
-with the text of the last user turn and its answer: {"prompt": "...", "answer": "..."}.
+A file holds JSON lines, each with the text of the last user turn and its answer:
+{"prompt": "...", "answer": "..."}.
 """
 
 import hashlib
@@ -69,10 +69,7 @@ class RecordedResponder:
         self.origin = digest({"recorded": answers, "model": model})
 
     def ask(self, requests: Sequence[Request]) -> Iterator[Raw]:
-        """Yield the recorded answers, of a prompt without one an error.
-
-        Raises DistillError (exit 3) where no prompt has any.
-        """
+        """Yield the recorded answers, of a prompt without one an error; exit 3 where none has."""
         lack = "no recorded answer in the corpus"
         if not self.sources:
             where = f"prompt {requests[0].prompt_id} ({requests[0].messages[-1].content[:40]!r})"
@@ -99,10 +96,7 @@ class FunctionResponder:
         self.origin = digest({"python": source_hash("responder", name), "model": self.model})
 
     def ask(self, requests: Sequence[Request]) -> Iterator[Raw]:
-        """Yield one raw answer for each request; raises DistillError (exit 4) where it gives none.
-
-        The answers before that are in the store already.
-        """
+        """Yield one raw answer for each request; DistillError (exit 4) where it gives none."""
         for request in requests:
             messages = [{"role": m.role, "content": m.content} for m in request.messages]
             try:

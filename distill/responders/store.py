@@ -16,8 +16,7 @@ Spend = Callable[[int, int], None]  # is given the input and output tokens of an
 
 
 class Bill(NamedTuple):
-    """What a stored reply took: a reply without its text, the number of the attempt, and whether
-    it holds an answer."""
+    """What a stored reply took: a reply without its text, and whether it holds an answer."""
 
     attempt: int | None
     reply: Reply
@@ -25,20 +24,16 @@ class Bill(NamedTuple):
 
 
 class Job(Record):
-    """A job of a maker's batch interface, and how far it is.
-
-    `requests` are the key, the sample and the attempt of each, `sent` is when it was about to be
-    submitted, `name` what the server calls it.
-    """
+    """A job of a maker's batch interface, and how far it is."""
 
     id: str
     model: str
     run: str | None
     address: str
-    requests: tuple[tuple[str, int, int], ...]
+    requests: tuple[tuple[str, int, int], ...]  # key, sample and attempt of each
     file: str = ""
-    sent: float | None = None
-    name: str | None = None
+    sent: float | None = None  # when it was about to be submitted
+    name: str | None = None  # the server's
 
     @cached_property
     def ids(self) -> list[str]:
@@ -66,10 +61,8 @@ class Job(Record):
 class ResponseStore(Log):
     """The log of requests and answers, by the id of the response that a request becomes.
 
-    The first reply to a request stands under that id; what came when it had failed, and was asked
-    again, under its attempt. Plans of answers that depend on what shares the batch are recorded
-    before they are asked and rerun in full when unfinished, so an interrupted run ends with the
-    same bytes as one that was not.
+    What came when it was asked again stands under its attempt. Plans of answers that depend on what
+    shares the batch are recorded before they are asked, and rerun in full when unfinished.
     """
 
     def __init__(self, folder: Path, writable: bool = True) -> None:
@@ -127,11 +120,8 @@ class ResponseStore(Log):
         return next(self.responses(request))
 
     def lacking(self, requests: Iterable[Request], again: bool = False) -> list[Request]:
-        """Return the requests without a reply, each once.
-
-        `again` adds those to whose last reply a server gave no answer (refused, unreadable, broken
-        off, empty); a model that declines has answered.
-        """
+        """Return the requests without a reply, each once; `again` adds those whose last reply of a
+        server holds no answer."""
         missing: dict[str, Request] = {}
         for request in requests:
             key = next(self.reply_keys(request.id), None)
@@ -170,11 +160,9 @@ class ResponseStore(Log):
     def keep(
         self, groups: Iterable[Sequence[Raw]], spend: Spend | None, other: Log | None = None
     ) -> Iterator[Raw]:
-        """Store the answers that neither this nor the `other` log has, durably, and yield each.
-
-        Those that come together are stored with one fsync, for which a GPU waits.
-        """
+        """Store the answers that neither this nor the `other` log has, and yield each."""
         logs = [self, other] if other else [self]
+        # those that come together are stored with one fsync, for which a GPU waits
         for group in groups:  # a plan that is rerun gives again what was stored before the kill
             fresh = [raw for raw in group if not any(("response", raw.id) in log for log in logs)]
             if spend:  # first, so that a kill while the answers are being stored hides no spending

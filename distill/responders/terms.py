@@ -1,7 +1,6 @@
 """The terms book: may a teacher's answers train another model, and what does a student then owe?
 
-What configs/terms.yaml does not know is not allowed, until the config states what allows it. It
-holds facts about texts that were read, each with its link and day, and is no legal advice.
+What configs/terms.yaml does not know is not allowed, until the config states what allows it.
 """
 
 import ipaddress

@@ -41,8 +41,7 @@ def token_counter(model: str) -> Callable[[str], int] | None:
 def least_tokens(request: Request, model: str) -> int:
     """Return how many tokens a server reads of a request at least, to notice one that cuts it.
 
-    A tenth less than the tokenizer of `model` counts; without it, one for each word, or for 16
-    characters of a longer one. Of an assistant's turns a template may leave much out.
+    A tenth less than the tokenizer of `model` counts; without it, one a word, or 16 characters.
     """
     texts = [message.content for message in request.messages if message.role != "assistant"]
     if count := token_counter(model):

@@ -1,8 +1,7 @@
 """What a run recorded about its own files, and whether they still are what was recorded.
 
 The manifest's seal covers the hash of every stage's marker, and a marker that of every file of its
-stage: one number stands for the run. Whoever rewrites files, markers and seal together is found
-only by somebody who wrote the seal down.
+stage: one number stands for the run.
 """
 
 import hashlib
@@ -36,10 +35,7 @@ def verdict(kind: str, what: str, same: bool, where: str = "not as recorded") ->
 
 
 class RunEvidence:
-    """Manifest, markers and ledger of a run's folder; what is damaged counts as nothing.
-
-    Its stages are those that were done. One that is left out is noticed by what the next one read.
-    """
+    """Manifest, markers and ledger of a run's folder; what is damaged counts as nothing."""
 
     def __init__(self, folder: Path, stages: Sequence[Stage]) -> None:
         def tree(name: str) -> dict[str, Any]:

@@ -18,10 +18,7 @@ from distill.storage.files import append_record, disk_errors, read_json, read_re
 
 HEARTBEAT = 5.0  # seconds between the signs of life of a running stage
 SPENT = ".spent.jsonl"
-COUNTS = (
-    *("input_tokens", "output_tokens", "paid_input_tokens", "paid_output_tokens"),
-    *("attempts", "unknown"),
-)
+COUNTS = [name for name, field in LedgerEntry.model_fields.items() if field.annotation is int]
 
 
 class Ledger:

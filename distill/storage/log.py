@@ -122,9 +122,8 @@ class Segment:
 class Log(ExitStack):
     """An append-only folder of checksummed records, by kind and key; any number of readers.
 
-    Opening checks every line, and keeps in memory where each record lies, not what it holds. A log
-    that was opened to be read can become the writer's for a while (`writing`): it then reads no
-    more than what others have added.
+    Opening checks every line, and keeps in memory where each record lies. A log that was opened to
+    be read can become the writer's for a while, and reads then only what others have added.
     """
 
     SEGMENT_BYTES = 256 << 20  # a segment that has reached this is followed by a new one
@@ -156,8 +155,7 @@ class Log(ExitStack):
     def writing(self, shared: bool = False) -> Iterator[None]:
         """Hold the writer's lock inside the block, and read first what was added since.
 
-        With `shared` other processes write at the same time, each under the first name that no
-        other has; most often that is none.
+        With `shared` other processes write too, each under the first name that no other has.
         """
         refuse_half_copy(self.folder)
         with ExitStack() as locks:
@@ -227,8 +225,7 @@ class Log(ExitStack):
         """Note where each record lies in what is new of a segment.
 
         Only the last line of a writer's last segment may lack its newline. Where its checksum fails
-        it is torn, and moved to `torn/`, named by its position and content: a crash here only
-        repeats the move. No line after it is read: a writer beside this reader may be adding some.
+        it is torn, and moved to `torn/`; another's may be about to be written.
         """
         number = self._open(path)
         segment, writer = self._segments[number], writer_of(path)
@@ -272,9 +269,8 @@ class Log(ExitStack):
     def append(self, records: Iterable[NewRecord]) -> int:
         """Store records durably with one fsync but for keys that are there; return how many.
 
-        Raises DistillError (exit 5) where the disk refuses. The log is then closed to writing:
-        after a failed fsync nobody knows what the disk holds, so the next opening checks every line
-        again.
+        Raises DistillError (exit 5) where the disk refuses. The log is then closed to writing, for
+        nobody knows what the disk holds: the next opening checks every line again.
         """
         if not self._sound:
             what, fix = "not open for writing, or an earlier write failed", "run again"

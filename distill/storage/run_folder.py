@@ -204,10 +204,8 @@ class Run:
         return self.manifest().get("stages", {}).get(stage, {})
 
     def remake(self, stages: Iterable[Stage]) -> None:
-        """Set the outputs of `stages` aside, the last first, so that they are made again.
-
-        They go to `.old/`, numbered, and the marker last: a crash between leaves it to do again.
-        """
+        """Set the outputs of `stages` aside in `.old/`, the last stage first and its marker last: a
+        crash between leaves it to do again."""
         for stage in reversed(list(stages)):
             self.remade.add(stage.name)
             if self.marker(stage).exists():
@@ -277,8 +275,7 @@ def differences(
 ) -> list[str]:
     """Name every key that differs: settings with both values, hashed inputs as lists of names.
 
-    Old names of keys are read as the present ones. A setting that one side lacks, because it came
-    later or belongs to another kind of teacher, counts as its default there.
+    Old names of keys are read as the present ones; a setting that one side lacks has its default.
     """
     old = {".".join(present_path(key.split("."), Config)): value for key, value in old.items()}
     settings, hashed = [], dict[str, list[str]]()

@@ -4,6 +4,9 @@ import os
 import pty
 import subprocess
 import sys
+import types
+
+import pytest
 
 from distill.storage import progress
 
@@ -54,6 +57,38 @@ def test_a_command_in_a_cell_of_a_notebook_gets_plain_lines_on_its_terminal():
     os.close(parent)
     assert process.returncode == 0 and "\x1b[1A" not in shown
     assert shown.count("answers: 40/40, ") == shown.count("40/40") == 1
+
+
+@pytest.mark.parametrize("widgets", [True, False])
+def test_a_cell_of_a_notebook_gets_a_bar_where_it_has_widgets(monkeypatch, capsys, widgets):
+    drawn = []
+
+    class Output:  # of ipywidgets: what is displayed inside its block replaces what it held
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *error):
+            pass
+
+        def clear_output(self, wait):
+            assert wait
+
+    display = types.ModuleType("IPython.display")
+    widget = types.ModuleType("ipywidgets")
+    vars(display)["display"], vars(widget)["Output"] = drawn.append, Output
+    for name, module in (("IPython", types.ModuleType("IPython")), ("IPython.display", display)):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, "ipywidgets", widget)
+    monkeypatch.setattr(progress, "find_spec", lambda name: widgets or None)
+    monkeypatch.setattr(progress.console, "is_jupyter", True)
+    with progress.tracking("letters", 3, "letters") as tracker:
+        for _ in range(3):
+            tracker.advance()
+    shown = [str(getattr(part, "text", part)) for part in drawn]
+    bars = [text for text in shown if "/3" in text and "letters: 3/3" not in text]
+    assert not widgets or "3/3" in bars[-1], "the last bar is the finished one"
+    assert bool(bars) == widgets == any(isinstance(part, Output) for part in drawn)
+    assert any("letters: 3/3, " in text for text in shown) != widgets
 
 
 def test_lines_are_rare_and_the_last_is_shown(capsys, monkeypatch):
