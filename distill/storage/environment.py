@@ -21,8 +21,7 @@ from distill.errors import DistillError, Exit
 
 PACKAGE = Path(__file__).resolve().parent.parent
 LIBRARIES = (
-    *("torch", "transformers", "accelerate", "peft", "datasets", "safetensors"),
-    *("gguf", "numpy", "scipy", "sacrebleu"),
+    "torch transformers accelerate peft datasets safetensors gguf numpy scipy sacrebleu".split()
 )
 DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/dev/kfd"), Path("/dev/dxg"))
 LAUNCHER = re.compile(r"accelerate|torchrun|torch\.distributed")

@@ -64,10 +64,9 @@ class RunEvidence:
     def compared(self, kind: str, name: str) -> Check:
         """Hold one file against the hash that was recorded of it."""
         path, recorded = self.folder / name, self.hashes.get(name)
-        if not path.is_file():
-            return Check(kind, name, "missing", "the file is not there")
-        if not recorded:
-            return Check(kind, name, "missing", "no hash of it was recorded")
+        if not path.is_file() or not recorded:
+            what = "no hash of it was recorded" if path.is_file() else "the file is not there"
+            return Check(kind, name, "missing", what)
         return verdict(kind, name, sha256_file(path) == recorded)
 
     def ledger_at(self, stage: str, after: bool = False) -> bytes | None:

@@ -8,9 +8,8 @@ holds the SHA-256 of each file of its stage, the manifest that of each marker, a
 import hashlib
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,14 +48,11 @@ class Stage:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     main: Callable[..., None]  # of the run; training also knows allow_inexact
-    # further inputs by hash: corpus files, models
-    identity: Callable[[Config], dict[str, str]] = lambda config: {}
+    identity: Callable[[Config], dict[str, str]] = lambda config: {}  # hashes of corpus and models
     purpose: str = ""
     applies: Callable[[Config], bool] = lambda config: True  # whether a config needs it at all
-    # models whose change it finds itself, more exactly, when it continues after a kill
-    compares: tuple[str, ...] = ()
-    # what to do where the GPU's memory does not suffice
-    smaller: str = "end what else uses the GPU"
+    compares: tuple[str, ...] = ()  # models whose change it finds itself when it continues
+    smaller: str = "end what else uses the GPU"  # what to do where its memory does not suffice
 
     @property
     def marker(self) -> str:
@@ -87,14 +83,13 @@ class Run:
 
     def fingerprint(self, stage: Stage) -> Fingerprint:
         """Return what the stage's result depends on: config keys, hashes of inputs, identities."""
-        resolved, values = self.config.resolved(), dict[str, object]()
-        for key in stage.keys:
-            with suppress(KeyError):  # a key of another kind of teacher
-                values[key] = reduce(lambda tree, name: tree[name], key.split("."), resolved)
+        sections = tuple(f"{key}." for key in stage.keys)
+        settings = flatten(self.config.resolved()).items()
+        values = {key: value for key, value in settings if f"{key}.".startswith(sections)}
         with files.disk_errors(self.folder):
             inputs = [name for name in stage.inputs if self.path(name).is_file()]
             hashes = {f"file {name}": files.sha256_file(self.path(name)) for name in inputs}
-        return {**flatten(values), **hashes, **stage.identity(self.config)}
+        return {**values, **hashes, **stage.identity(self.config)}
 
     def marker(self, stage: Stage) -> Path:
         """Return the file that holds the stage's fingerprint and whether it finished."""
