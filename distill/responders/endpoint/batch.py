@@ -18,7 +18,6 @@ from distill.errors import DistillError, Exit
 from distill.records import digest
 from distill.responders.endpoint.batch_jobs import (
     Jobs,
-    MessageJobs,
     Result,
     Row,
     counts_of,
@@ -69,10 +68,10 @@ class BatchClient(EndpointClient):
     @cached_property
     def jobs(self) -> Jobs:
         """Return the server's batch interface, by the client that is open."""
-        return MessageJobs(self) if self.settings.form == "anthropic" else Jobs(self)
+        return Jobs(self)
 
-    def _close(self) -> None:
-        super()._close()
+    def _close(self, abandon: bool = False) -> None:
+        super()._close(abandon)
         self.idle.set()
 
     async def _work(self) -> None:
@@ -89,10 +88,7 @@ class BatchClient(EndpointClient):
                 return  # the account takes no more at once: another worker goes on
 
     async def _next(self) -> tuple[Job, Sendings, bool] | None:
-        """Return a job that waits, or a new one of what limits and budget allow, and which it is.
-
-        Where the budget holds no further request, what is in flight is waited for first.
-        """
+        """Return a job that waits, or a new one of what limits and budget allow, and which it is."""
         async with self.turn:
             if self.open and not self.gate.closed.is_set():
                 return self._reopened(self.open.pop())
@@ -206,10 +202,7 @@ class BatchClient(EndpointClient):
         await self._give_up(job, sendings, f"the job is {status}, without a result", billed)
 
     async def _submit(self, job: Job, sendings: Sendings) -> str | None:
-        """Upload a job's requests and submit it; return the server's name for it.
-
-        A submission whose outcome is not known is searched for before it is made again.
-        """
+        """Upload a job's requests and submit it; return the server's name for it."""
         jobs, lines = self.jobs, [self.jobs.line(name, s.body) for name, s in sendings.items()]
         try:
             file = await jobs.upload(job.id, lines)
@@ -223,11 +216,7 @@ class BatchClient(EndpointClient):
             raise
 
     async def _find(self, job: Job, sendings: Sendings) -> str | None:
-        """Return the server's name for a job that may have been submitted, None where it was not.
-
-        None too where the gate closes. What was sent may still be under way, so it is waited for. A
-        job that carries no mark, Anthropic's, is known by its results.
-        """
+        """Return the server's name for a job that may have been submitted, None where it was not."""
         await self.gate.sleep(GRACE)
         names = self.store.keys("batch_name")
         others = {(self.store.get("batch_name", key) or {}).get("name") for key in names}
@@ -236,7 +225,7 @@ class BatchClient(EndpointClient):
                 name, metadata = str(row.get("id")), row.get("metadata")
                 marked = isinstance(metadata, dict) and metadata.get("distill") == job.id
                 ours = marked or (bool(job.file) and row.get("input_file_id") == job.file)
-                if not self.jobs.uploads and name not in others:
+                if self.jobs.anthropic and name not in others:
                     alike = sum(counts_of(row).values()) == len(sendings)
                     if alike and (ended := await self.jobs.ended(name, job.line())):
                         ours = await self._collect(ended, sendings, [])
@@ -299,6 +288,6 @@ class BatchClient(EndpointClient):
             return
         self.rounds[request.id] += 1
         if self.rounds[request.id] > self.settings.max_retries:
-            self._hand_on(Raw.failed(request, what, self.settings.model))
+            self.results.put(Raw.failed(request, what, self.settings.model))
         else:
             self.queue.append(request)

@@ -37,25 +37,30 @@ class Result(NamedTuple):
 
 
 class Jobs:
-    """OpenAI's form (https://platform.openai.com/docs/api-reference/batch).
+    """Asks for jobs, in OpenAI's form or Anthropic's.
 
-    Azure, Groq, Together, Novita and Cerebras have it too.
+    https://platform.openai.com/docs/api-reference/batch, which Azure, Groq, Together, Novita and
+    Cerebras have too; https://docs.anthropic.com/en/api/creating-message-batches
     """
-
-    path, after, uploads = "/batches", "after", True
 
     def __init__(self, client: EndpointClient) -> None:
         self.settings, self.sender, self.gate = client.settings, client.sender, client.gate
-        self.address = self.settings.base_urls[0]
-        self.url = path(self.settings).partition("?")[0]
+        self.address, self.url = self.settings.base_urls[0], path(self.settings).partition("?")[0]
+        self.anthropic = self.settings.form == "anthropic"  # whose jobs carry no mark, and no file
+        self.path = f"{self.url}/batches" if self.anthropic else "/batches"
 
     def line(self, custom_id: str, body: bytes) -> bytes:
         """Return a request as a job holds it."""
-        row = {"method": "POST", "url": f"/v1{self.url}", "body": json.loads(body)}
-        return canonical(row | {"custom_id": custom_id})
+        row = {"custom_id": custom_id}
+        if self.anthropic:
+            return canonical(row | {"params": json.loads(body)})
+        row |= {"method": "POST", "url": f"/v1{self.url}", "body": json.loads(body)}
+        return canonical(row)
 
     async def upload(self, job: str, lines: Sequence[bytes]) -> str:
         """Upload a job's requests, where its form wants that; return the file's name."""
+        if self.anthropic:
+            return ""
         part = (f"distill-{job}.jsonl", b"\n".join(lines), "application/jsonl")
         fields = {"data": {"purpose": "batch"}, "files": {"file": part}}
         form = httpx2.Request("POST", self.address, **fields)
@@ -64,23 +69,40 @@ class Jobs:
 
     def submission(self, job: str, lines: Sequence[bytes], file: str) -> bytes:
         """Return the body that makes a job, of its lines or of the file that holds them."""
+        if self.anthropic:
+            return b'{"requests":[%s]}' % b",".join(lines)
         row = {"input_file_id": file, "endpoint": f"/v1{self.url}", "completion_window": "24h"}
         return canonical(row | {"metadata": {"distill": job}})
 
     def files(self, row: Row) -> list[str]:
-        """Return the paths of an ended job's results."""
+        """Return the paths of an ended job's results, at the address that has our key."""
+        if self.anthropic:
+            return [f"{self.path}/{quote(str(row.get('id')), safe='')}/results"]
         files = (row.get(name) for name in ("output_file_id", "error_file_id"))
         return [f"/files/{quote(str(file), safe='')}/content" for file in files if file]
 
-    def read(self, row: Row) -> Result:
-        """Read a line of the results."""
-        name, response = str(row.get("custom_id")), row.get("response")
-        if isinstance(response, dict):
-            status, body = response.get("status_code"), response.get("body")
+    def read(self, line: bytes) -> Result | None:
+        """Read a line of the results; None where it is unreadable."""
+        try:
+            row = read_object(self.sender.masked(line))
+        except ValueError:
+            return None
+        name = str(row.get("custom_id"))
+        answer = row.get("result" if self.anthropic else "response")
+        answer = answer if isinstance(answer, dict) else {}
+        if self.anthropic:
+            kind, error = answer.get("type"), answer.get("error")
+            if kind == "succeeded":
+                return Result(name, 200, canonical(answer.get("message")))
+            if kind in ("expired", "canceled"):
+                return Result(name, None, b"")
+            return Result(name, status_like(error_of(error)[1], 500), canonical(error))
+        if answer:
+            status, body = answer.get("status_code"), answer.get("body")
             data = body.encode() if isinstance(body, str) else canonical(body)
             return Result(name, status if isinstance(status, int) else 500, data)
-        error: Row = {"error": row.get("error")}
-        return Result(name, None if UNTOUCHED & error_of(error)[1] else 500, canonical(error))
+        failed = {"error": row.get("error")}
+        return Result(name, None if UNTOUCHED & error_of(failed)[1] else 500, canonical(failed))
 
     async def ended(self, name: str, what: str) -> Row | None:
         """Return a job's row once it has ended, an empty one where the server knows none.
@@ -112,7 +134,8 @@ class Jobs:
                 yield row
             if not rows or not page.get("has_more"):
                 return
-            after = f"&{self.after}={quote(str(rows[-1].get('id')), safe='')}"
+            name = "after_id" if self.anthropic else "after"
+            after = f"&{name}={quote(str(rows[-1].get('id')), safe='')}"
 
     async def results(self, row: Row, lost: list[str]) -> AsyncIterator[list[Result]]:
         """Yield an ended job's results as they come, from the first on where that broke off.
@@ -130,7 +153,7 @@ class Jobs:
                             received = Received(status, response.headers, failure=failure)
                         else:
                             async for lines in _lines(response, self.settings.max_body_bytes):
-                                results = [self._result(line) for line in lines if line.strip()]
+                                results = [self.read(line) for line in lines if line.strip()]
                                 bad += results.count(None)
                                 yield [result for result in results if result]
                 except httpx2.TransportError as error:
@@ -145,12 +168,6 @@ class Jobs:
                     lost.append(f"{place}: {failure.what}")
                     break
                 await self._try_again(received, failure, retry)
-
-    def _result(self, line: bytes) -> Result | None:
-        try:
-            return self.read(read_object(self.sender.masked(line)))
-        except ValueError:
-            return None
 
     async def call(
         self,
@@ -195,43 +212,6 @@ class Jobs:
             raise DistillError(Exit.TEACHER, self.address, what, fix)
         wait = min(retry_after(received.headers) or 0.0, self.settings.max_pause)
         await self.gate.sleep(max(wait, backoff(retry, self.settings.initial_backoff)))
-
-
-class MessageJobs(Jobs):
-    """Anthropic's form (https://docs.anthropic.com/en/api/creating-message-batches)."""
-
-    after, uploads = "after_id", False
-
-    def __init__(self, client: EndpointClient) -> None:
-        super().__init__(client)
-        self.path = f"{self.url}/batches"
-
-    def line(self, custom_id: str, body: bytes) -> bytes:
-        """Return a request as a job holds it."""
-        return canonical({"custom_id": custom_id, "params": json.loads(body)})
-
-    async def upload(self, job: str, lines: Sequence[bytes]) -> str:
-        """Return nothing: the lines are sent with the submission."""
-        return ""
-
-    def submission(self, job: str, lines: Sequence[bytes], file: str) -> bytes:
-        """Return the body that makes a job."""
-        return b'{"requests":[%s]}' % b",".join(lines)
-
-    def files(self, row: Row) -> list[str]:
-        """Return the path of an ended job's results, at the address that has our key."""
-        return [f"{self.path}/{quote(str(row.get('id')), safe='')}/results"]
-
-    def read(self, row: Row) -> Result:
-        """Read a line of the results."""
-        name, result = str(row.get("custom_id")), row.get("result")
-        result = result if isinstance(result, dict) else {}
-        kind, error = result.get("type"), result.get("error")
-        if kind == "succeeded":
-            return Result(name, 200, canonical(result.get("message")))
-        if kind in ("expired", "canceled"):
-            return Result(name, None, b"")
-        return Result(name, status_like(error_of(error)[1], 500), canonical(error))
 
 
 async def _lines(response: httpx2.Response, most: int) -> AsyncIterator[list[bytes]]:

@@ -5,7 +5,6 @@ and counts with its maximum: as many input tokens as the request has bytes, and 
 tokens as it may write. Money is Decimal.
 """
 
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
@@ -61,17 +60,6 @@ class Charge(NamedTuple):
     doubt: str = ""
     claim: Decimal | None = None
 
-    def error(self, model: str, most: Decimal | None) -> DistillError:
-        """Return the error that ends a run whose answer cost more than it may."""
-        what = f"an answer cost ${self.claim or NOTHING:.4g}, more than its maximum of"
-        what = f"{what} ${most or NOTHING:.4g}"
-        what = f"{what}: it {self.doubt}" if "maximum" not in self.doubt else what
-        fix = (
-            "see to the server, correct the price table (evaluation.prices), or raise"
-            " teacher.max_new_tokens where it counts its reasoning beside the answer"
-        )
-        return DistillError(Exit.BUDGET, model, what, fix)
-
 
 def charge(price: TokenPrice | None, reply: Reply, intent: Mapping[str, Any]) -> Charge:
     """Hold what a server states against the price, and both against what the request allowed.
@@ -110,9 +98,9 @@ def charge(price: TokenPrice | None, reply: Reply, intent: Mapping[str, Any]) ->
 
 
 class Budget:
-    """Keeps settled + unknown + reserved within a limit, and counts what one go at requests buys.
+    """Keeps settled + unknown + reserved within a limit; without a limit it only counts.
 
-    Without a limit it only counts. `settled` and `unknown` begin with what the run spent before.
+    `settled` and `unknown` begin with what the run spent before.
     """
 
     def __init__(
@@ -120,9 +108,6 @@ class Budget:
     ) -> None:
         self.limit, self.settled, self.unknown = limit, settled, unknown
         self.reserved = NOTHING
-        self.before = (settled, unknown)
-        self.done = self.tokens = 0
-        self.started = time.monotonic()
 
     @property
     def committed(self) -> Decimal:
@@ -154,29 +139,13 @@ class Budget:
         self.settled += paid
         self.unknown += perhaps
 
-    def count(self, usage: Usage) -> None:
-        """Count a request that has ended, with an answer or for good without one."""
-        self.done += 1
-        self.tokens += usage.output_tokens
-
-    def line(self, count: int, priced: bool) -> str:
-        """Return what is spent, perhaps spent, in all of `count` requests at this rate, an hour.
-
-        With a limit the sums are of the run; without one, of this go.
-        """
-        hours = max(time.monotonic() - self.started, 1e-9) / 3600
-        speed = f"{self.tokens / hours / 3600:,.0f} tokens/s"
+    def line(self, priced: bool) -> str:
+        """Return what is spent and perhaps spent: by the run with a limit, else by this go."""
         if not priced and not self.settled:
-            return f"cost unknown, {speed}"
-        now = self.settled - self.before[0], self.unknown - self.before[1]
-        ahead = Decimal(count - self.done) / max(1, self.done)
-        ends = self.settled + now[0] * ahead, self.unknown + now[1] * ahead
-        spent, total = (
-            f"${settled:.4f}" + (f" + ${perhaps:.4f} perhaps" if perhaps else "")
-            for settled, perhaps in ((self.settled, self.unknown), ends)
-        )
+            return "cost unknown"
+        perhaps = f" + ${self.unknown:.4f} perhaps" if self.unknown else ""
         limit = f", limit ${self.limit}" if self.limit is not None else ""
-        return f"{spent}, in all about {total}{limit}, ${float(now[0]) / hours:.2f}/h, {speed}"
+        return f"${self.settled:.4f}{perhaps}{limit}"
 
 
 class Attempt(Record):

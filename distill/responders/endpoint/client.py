@@ -10,7 +10,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 from decimal import ROUND_UP, Decimal
 from itertools import chain
@@ -82,36 +82,65 @@ class EndpointClient:
         checked = store.get("checked", self.check)
         self.alone = checked is None  # until an answer's bill has been held against the price
         self.dearest = Decimal(checked["dearest"]) if checked else Decimal(1)
-        self.answered = checked is not None or ("model", self.origin) in store
+        answered = checked is not None or ("model", self.origin) in store
         longest = LIMITED * settings.max_pause
-        self.patience = Patience(settings.max_consecutive_failures, self.answered, longest)
+        self.patience = Patience(settings.max_consecutive_failures, answered, longest)
         self.before = set[str]()  # ids of what was asked in an earlier go
         self.unsent: str | None = ""  # why no request has been sent; None once one was
         self.noted = set[tuple[str, str]]()  # what is said once
         self.last = time.monotonic()
         self.ready = threading.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._workers: list[asyncio.Task[None]] = []
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.workers: list[asyncio.Task[None]] = []
 
-    def stop(self, abandon: bool = False) -> None:
-        """Send nothing more; `abandon` leaves what is in flight, whose outcomes are then unknown.
+    def run_in_thread(self) -> Generator[Raw, None, None]:
+        """Yield what became of the requests; raises the DistillError that ends the run.
 
-        For the thread that asked.
+        When the caller stops, or Ctrl-C comes, nothing more is sent, and what is in flight is
+        waited for and stored; a second Ctrl-C leaves it.
         """
 
         def work() -> None:
-            self._close()
-            for worker in self._workers if abandon else ():
-                worker.cancel()
+            try:
+                asyncio.run(self.buy())
+            except BaseException as error:  # handed to the thread that asked, which raises it
+                self.error = self.error or error
+            finally:
+                self.ready.set()
+                self.results.put(None)
 
+        thread = threading.Thread(target=work, name="buy", daemon=True)
+        thread.start()
+        try:
+            yield from iter(self.results.get, None)
+        finally:
+            self.stop()
+            thread.join(0.2)
+            if thread.is_alive():
+                say(f"waiting up to {self.settings.drain_timeout:.0f} s for answers in flight")
+            try:
+                thread.join()
+            except KeyboardInterrupt:
+                self.stop(abandon=True)
+                thread.join(5)
+                raise
+        if self.error:
+            raise self.error
+
+    def stop(self, abandon: bool = False) -> None:
+        """Send nothing more; `abandon` leaves what is in flight, with its outcomes unknown."""
         self.ready.wait()
         with suppress(RuntimeError):  # the loop has ended
-            if self._loop is not None:
-                self._loop.call_soon_threadsafe(work)
+            if self.loop is not None:
+                self.loop.call_soon_threadsafe(self._close, abandon)
 
-    def _close(self) -> None:
+    def _close(self, abandon: bool = False) -> None:
+        """Let the workers end, and cancel those that have not within drain_timeout."""
         self.gate.closed.set()
         self.freed.set()
+        for worker in self.workers:
+            seconds = 0 if abandon else self.settings.drain_timeout
+            asyncio.get_running_loop().call_later(seconds, worker.cancel)
 
     def _halt(self, error: BaseException) -> None:
         """End the run because of the first error; what is in flight is still waited for."""
@@ -123,25 +152,17 @@ class EndpointClient:
         self.gate, self.writer = Gate(), LogWriter(self.store)
         self.freed = asyncio.Event()  # set where dollars that were set aside are settled
         self.turn = asyncio.Lock()  # of those that are sent alone
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         width = min(self.settings.concurrency, len(self.requests))
         self.sender = Sender(self.settings, self.key, width)
         # the first are spread over all: where they are refused, it is not for being alike
-        apart = 1 if self.answered else max(1, -(-len(self.requests) // SEVERAL))
+        apart = 1 if self.patience.answered else max(1, -(-len(self.requests) // SEVERAL))
         others = (request for n, request in enumerate(self.requests) if n % apart)
         self.todo = chain(self.requests[::apart], others)
         async with self.sender.http:
-            self._workers = [asyncio.create_task(self._work()) for _ in range(width)]
+            self.workers = [asyncio.create_task(self._work()) for _ in range(width)]
             self.ready.set()
-            closing = asyncio.create_task(self.gate.closed.wait())
-            everybody = asyncio.gather(*self._workers, return_exceptions=True)
-            await asyncio.wait([everybody, closing], return_when=asyncio.FIRST_COMPLETED)
-            if not everybody.done():
-                await asyncio.wait(self._workers, timeout=self.settings.drain_timeout)
-            for worker in self._workers:
-                worker.cancel()
-            closing.cancel()
-            await everybody
+            await asyncio.gather(*self.workers, return_exceptions=True)
         await self.writer.finished()
         if self.unsent and not self.error:
             what = f"none of {len(self.requests)} requests could be sent: {self.unsent}"
@@ -175,21 +196,18 @@ class EndpointClient:
             if not failure.limited:  # a pause for all was set where the rate was too high
                 await self.gate.sleep(backoff(attempt - number, self.settings.initial_backoff))
         if failure:  # it is not stored, so the next go asks again
-            self._hand_on(Raw.failed(request, failure.what, self.settings.model))
+            self.results.put(Raw.failed(request, failure.what, self.settings.model))
 
     async def _attempt(self, request: Request, number: int, body: bytes) -> Failure | None:
-        """Wait for pauses, for the pace and for the budget, and send unless the gate closes.
-
-        Set aside is what the request can cost at most, or more where an answer has cost more than
-        its maximum: others may as well. What does not fit into the budget yet waits for what is in
-        flight.
-        """
+        """Wait for pauses, for the pace and for the budget, and send unless the gate closes."""
         cap, budget = request.sampling.max_new_tokens, self.budget
         await self.gate.wait()
         await self.gate.sleep(self.pace.take(len(body) // 4 + cap))
         if not await self.gate.wait():
             return None
+        # more than the maximum where an answer has cost more: others may as well
         reserved = (most_dollars(self.price, len(body), cap) or NOTHING) * self.dearest
+        # what does not fit yet waits for what is in flight
         while not self.gate.closed.is_set() and not budget.reserve(reserved):
             if not budget.reserved:
                 self._halt(budget.beyond(reserved))
@@ -276,7 +294,7 @@ class EndpointClient:
             bill = reply.model_dump(mode="json", include={"stop", "usage", "dollars"})
             await self.writer.write(("usage", sending.key, bill))
         plausible = self._settle(sending, reply)
-        self._hand_on(raw)
+        self.results.put(raw)
         if cut := cut_prompt(reply.usage, body.get("least")):
             fix = (
                 "give it a longer context (Ollama: OLLAMA_CONTEXT_LENGTH) or lower"
@@ -291,26 +309,18 @@ class EndpointClient:
         if self.alone and plausible:
             self.alone = False
             await self.writer.write(("checked", self.check, {"dearest": str(self.dearest)}))
-        if reply.model is not None and self._first("model", reply.model):
-            await self._note_model(reply.model)
-
-    async def _note_model(self, reported: str) -> None:
-        """Record the model that answers, as the server calls it, and say where it is another."""
-        await self.writer.write(("model", self.origin, {"reported": reported}))
+        if reply.model is None or not self._first("model", reply.model):
+            return
+        await self.writer.write(("model", self.origin, {"reported": reply.model}))
         before = (self.store.get("model", self.origin) or {}).get("reported")
-        if self.settings.strict_model and reported != self.settings.model:
-            what = f"{reported} answered for {self.settings.model}"
-            fix = "name it, or unset strict_model"
+        if self.settings.strict_model and reply.model != model:
+            what, fix = f"{reply.model} answered for {model}", "name it, or unset strict_model"
             raise DistillError(Exit.TEACHER, "teacher.strict_model", what, fix)
-        if reported != before:
-            say(f"warning: the teacher's model is now {reported}, it was {before}")
+        if reply.model != before:
+            say(f"warning: the teacher's model is now {reply.model}, it was {before}")
 
     def _settle(self, sending: Sending, reply: Reply) -> bool:
-        """Turn what was set aside into what was paid, and what may have been.
-
-        Returns whether more may be bought so: an answer far above its maximum, by the server's own
-        word, ends the run.
-        """
+        """Settle what was set aside; return whether the bill is plausible, and the run goes on."""
         intent, model = self._intent(sending), self.settings.model
         cost = charge(self.price, reply, intent)
         perhaps = sending.reserved if cost.perhaps is None else cost.perhaps
@@ -322,7 +332,13 @@ class EndpointClient:
         most = most_dollars(self.price, len(sending.body), intent["cap"] or 0)
         claim, bounded = cost.claim or NOTHING, most if intent["cap"] else None
         if self.budget.exceeded() or (bounded is not None and claim > bounded * APART):
-            self._halt(cost.error(model, most))
+            what = f"an answer cost ${claim:.4g}, more than its maximum of ${most or NOTHING:.4g}"
+            what = f"{what}: it {cost.doubt}" if "maximum" not in cost.doubt else what
+            fix = (
+                "see to the server, correct the price table (evaluation.prices), or raise"
+                " teacher.max_new_tokens where it counts its reasoning beside the answer"
+            )
+            self._halt(DistillError(Exit.BUDGET, model, what, fix))
             return False
         if bounded:  # rounded: what is reserved and released comes out even
             times = (claim / bounded).quantize(Decimal("0.001"), ROUND_UP)
@@ -332,10 +348,7 @@ class EndpointClient:
     async def _fail(
         self, sending: Sending, received: Received, failure: Failure, started: float = 0.0
     ) -> None:
-        """Store how an attempt failed, and do what that means for item, workers and run.
-
-        No refusal is an answer, so the next go asks again.
-        """
+        """Store how an attempt failed, and do what that means for item, workers and run."""
         settings, heeded = self.settings, failure.limited or received.status == 503
         wait = stated_wait(received.headers, received.data) if heeded else None
         if wait is not None or failure.limited:  # at once: the other workers are about to send
@@ -351,7 +364,7 @@ class EndpointClient:
         if failure.scope == "run":
             raise DistillError(Exit.TEACHER, settings.model, failure.what, failure.fix)
         if failure.scope == "item":
-            self._hand_on(Raw.failed(sending.request, failure.what, settings.model))
+            self.results.put(Raw.failed(sending.request, failure.what, settings.model))
         if wait is not None and wait > settings.max_pause:
             what = f"asks to wait {wait:,.0f} s ({failure.what})"
             fix = f"run again then, or raise teacher.max_pause: {AGAIN}"
@@ -372,8 +385,3 @@ class EndpointClient:
             what = f"{given_up}, the last: {what}"
             fix = f"see to the account, the server and the settings of the teacher: {AGAIN}"
             raise DistillError(Exit.TEACHER, self.settings.model, what, fix)
-
-    def _hand_on(self, raw: Raw) -> None:
-        """Give whoever asked what became of a request."""
-        self.budget.count(raw.reply.usage)
-        self.results.put(raw)

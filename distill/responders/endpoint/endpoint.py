@@ -6,9 +6,7 @@ whose outcome nobody knows. Async stays in here: the requests run in a thread of
 whoever asked gets a plain iterator.
 """
 
-import asyncio
 import tempfile
-import threading
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
@@ -16,11 +14,11 @@ from distill.config.teachers import EndpointTeacher
 from distill.errors import DistillError, Exit
 from distill.responders.endpoint.batch import BatchClient
 from distill.responders.endpoint.client import EndpointClient
+from distill.responders.endpoint.failures import words
 from distill.responders.endpoint.request_form import headers, read_key
 from distill.responders.prices import TokenPrice, load_prices
 from distill.responders.responder import Circumstances, Raw, Request, origin_of
 from distill.responders.store import ResponseStore
-from distill.storage.progress import say
 
 
 class EndpointResponder:
@@ -35,7 +33,8 @@ class EndpointResponder:
         self.settings, self.price, self.run = settings, price, run
         self.model, self.origin = settings.model, origin_of(settings)
         self.key = read_key(settings.api_key_env)
-        headers(settings, self.key)  # which fails here where a variable is missing
+        words()  # which fails here where the table is wrong, as does what follows for a variable
+        headers(settings, self.key)
         self.client: EndpointClient | None = None  # of the last go
         capped = "max_tokens" not in settings.omit
         if settings.budget_dollars is not None and not (capped and price):
@@ -67,46 +66,13 @@ class EndpointResponder:
     def _go(
         self, kind: type[EndpointClient], requests: Sequence[Request], store: ResponseStore
     ) -> Generator[Raw, None, None]:
-        """Yield what one go at the requests brings.
-
-        When the caller stops, or Ctrl-C comes, nothing more is sent, and what is in flight is
-        waited for and stored; a second Ctrl-C leaves it. Raises the DistillError that ends the run.
-        """
         client = kind(self.settings, self.key, self.price, self.run, requests, store)
         self.client = client
-
-        def work() -> None:
-            try:
-                asyncio.run(client.buy())
-            except BaseException as error:  # handed to the thread that asked, which raises it
-                client.error = client.error or error
-            finally:
-                client.ready.set()
-                client.results.put(None)
-
-        thread = threading.Thread(target=work, name="buy", daemon=True)
-        thread.start()
-        try:
-            yield from iter(client.results.get, None)
-        finally:
-            client.stop()
-            thread.join(0.2)
-            if thread.is_alive():
-                say(f"waiting up to {self.settings.drain_timeout:.0f} s for answers in flight")
-            try:
-                thread.join()
-            except KeyboardInterrupt:
-                client.stop(abandon=True)
-                thread.join(5)
-                raise
-        if client.error:
-            raise client.error
+        return client.run_in_thread()
 
     def progress(self) -> str:
         """Return what has been spent of what, while `buy` runs."""
-        if (client := self.client) is None:
-            return ""
-        return client.budget.line(len(client.requests), client.price is not None)
+        return self.client.budget.line(self.price is not None) if self.client else ""
 
 
 def make(teacher: EndpointTeacher, circumstances: Circumstances) -> EndpointResponder:

@@ -24,7 +24,7 @@ import httpx2
 from distill.config.teachers import EndpointTeacher
 from distill.config.values import gives_out_keys, is_here
 from distill.errors import DistillError, Exit
-from distill.responders.endpoint.failures import FIXES, Failure, classify
+from distill.responders.endpoint.failures import Failure, classify, words
 from distill.responders.endpoint.request_form import headers, secrets_pattern
 from distill.responders.endpoint.wire import is_answer
 
@@ -121,7 +121,9 @@ def broken(error: httpx2.TransportError) -> Failure:
     if isinstance(error, httpx2.ProxyError):  # its text begins with the status that came
         status = str(error)[:3]
         what = f"the proxy refuses ({status})" if status.isdigit() else what
-        return Failure(what, "run" if status == "407" else "retry", fix=FIXES[407], replica=True)
+        return Failure(
+            what, "run" if status == "407" else "retry", fix=words().fixes[407], replica=True
+        )
     if isinstance(error, UNSENT):
         return Failure(what, "retry", replica=True)
     return Failure(f"{what}: outcome unknown", "retry", "unknown", replica=True)

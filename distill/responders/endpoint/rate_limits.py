@@ -82,10 +82,7 @@ def _duration(text: str) -> float:
 
 
 def _until(text: str, now: float) -> float | None:
-    """Return the seconds until a number of seconds, a duration, a date, a time since 1970; or None.
-
-    What has passed is 0.
-    """
+    """Return the seconds until a number of seconds, a duration, a date, a time since 1970; or None."""
     try:
         seconds = float(text)
     except ValueError:

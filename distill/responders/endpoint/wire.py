@@ -228,10 +228,7 @@ def _read(body: JsonValue, question: int) -> Reply:
 
 
 def _as_chat(message: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    """Return an Anthropic message as OpenAI's form has it: its blocks are parts of the content.
-
-    A block that is neither text nor thinking is a call, of a server's own tools as well.
-    """
+    """Return an Anthropic message as OpenAI's form has it: its blocks are parts of the content."""
     blocks, reason, details = (message.get(n) for n in ("content", "stop_reason", "stop_details"))
     rows = [b for b in blocks if isinstance(b, dict)] if isinstance(blocks, list) else []
     calls = [b for b in rows if b.get("type") not in ("text", "thinking", "redacted_thinking")]
@@ -284,10 +281,7 @@ def _stop(
 
 
 def _logprobs(field: Any) -> tuple[TokenLogprob, ...] | None:
-    """Return each token's log-probability and the top-k beside it; None where they cannot be read.
-
-    Chat completions hold an object a token, text completions lists side by side.
-    """
+    """Return each token's log-probability and the top-k beside it; None where they cannot be read."""
 
     def candidate(row: dict[str, Any]) -> dict[str, Any]:
         return {name: row.get(name) for name in ("token", "logprob", "bytes")}
@@ -348,11 +342,7 @@ def _count(value: object) -> int | None:
 
 
 def _cost(fields: dict[str, JsonValue]) -> Decimal | None:
-    """Return the dollars that a server states, with those of the provider that it passed it on to.
-
-    OpenRouter with one's own key of a provider ("bring your own key") states its fee, often 0, and
-    beside it what the provider charges; where the key is its own, the same sum stands there again.
-    """
+    """Return the dollars that a server states, with those of the provider that it passed it on to."""
     details = fields.get("cost_details")
     upstream = details.get("upstream_inference_cost") if isinstance(details, dict) else None
     stated, passed_on = fields.get("cost", fields.get("estimated_cost")), _number(upstream)
