@@ -8,7 +8,6 @@ import pytest
 
 from distill.responders.endpoint.rate_limits import (
     Gate,
-    Pace,
     Replicas,
     backoff,
     retry_after,
@@ -146,11 +145,14 @@ def test_a_pause_holds_everybody_and_ends_when_closed() -> None:
 
 def test_the_pace_is_even(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.monotonic", lambda: 100.0)
-    pace = Pace(60, None)
-    assert [pace.take(5) for _ in range(4)] == [0, 1, 2, 3]
-    pace = Pace(None, 600)
-    assert [pace.take(10) for _ in range(3)] == [0, 1, 2]
-    assert [Pace(None, None).take(9) for _ in range(3)] == [0, 0, 0]
+
+    async def taken(*limits: int | None, tokens: int = 10) -> list[float]:
+        gate = Gate(*limits)
+        return [gate.take(tokens) for _ in range(3)]
+
+    assert asyncio.run(taken(60, None)) == [0, 1, 2]
+    assert asyncio.run(taken(None, 600)) == [0, 1, 2]
+    assert asyncio.run(taken()) == [0, 0, 0]
 
 
 @pytest.fixture

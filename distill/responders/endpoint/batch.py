@@ -19,16 +19,15 @@ from distill.records import digest
 from distill.responders.endpoint.batch_jobs import (
     Jobs,
     Result,
-    Row,
     counts_of,
     status_of,
 )
 from distill.responders.endpoint.budget import NOTHING, Sending, most_dollars
 from distill.responders.endpoint.client import AGAIN, EndpointClient
-from distill.responders.endpoint.failures import Failure, classify
+from distill.responders.endpoint.failures import Failure
 from distill.responders.endpoint.network import Received
 from distill.responders.endpoint.request_form import encode
-from distill.responders.endpoint.wire import is_answer, plain_message
+from distill.responders.endpoint.wire import Row, object_of, objects_of, plain_message
 from distill.responders.responder import Raw, Request, Sampling
 from distill.responders.store import Job, attempt_key
 from distill.storage.progress import say
@@ -88,7 +87,7 @@ class BatchClient(EndpointClient):
                 return  # the account takes no more at once: another worker goes on
 
     async def _next(self) -> tuple[Job, Sendings, bool] | None:
-        """Return a job that waits, or a new one of what limits and budget allow, and which it is."""
+        """Return a job that waits, or one of what limits and budget allow, and whether it is new."""
         async with self.turn:
             if self.open and not self.gate.closed.is_set():
                 return self._reopened(self.open.pop())
@@ -109,6 +108,7 @@ class BatchClient(EndpointClient):
                 if sendings:
                     del self.queue[: len(sendings)]
                     return await self._recorded(sendings)
+                # where the budget holds no further request, what is in flight is waited for first
                 if not self.running and over is not None:
                     self._halt(self.budget.beyond(over))
                     return None
@@ -187,10 +187,9 @@ class BatchClient(EndpointClient):
             raise DistillError(Exit.TEACHER, self.settings.model, what, fix)
         status, errors = status_of(row), row.get("errors")
         if status == "failed":  # as a whole
-            errors = errors.get("data") if isinstance(errors, dict) else errors
-            first = errors[0] if isinstance(errors, list) and errors else {}
-            limited = isinstance(first, dict) and first.get("code") == "token_limit_exceeded"
-            if not limited or len(sendings) == 1:
+            errors = objects_of(errors.get("data") if isinstance(errors, dict) else errors)
+            first = errors[0] if errors else {}
+            if first.get("code") != "token_limit_exceeded" or len(sendings) == 1:
                 what = f"the job failed: {plain_message(first) or 'no reason given'}"
                 await self._give_up(job, sendings, what, "no", again=False)
                 fix = f"see to what it says: {AGAIN}"
@@ -216,15 +215,15 @@ class BatchClient(EndpointClient):
             raise
 
     async def _find(self, job: Job, sendings: Sendings) -> str | None:
-        """Return the server's name for a job that may have been submitted, None where it was not."""
-        await self.gate.sleep(GRACE)
+        """Return the server's name for a job that may have been submitted, None if it was not."""
+        await self.gate.sleep(GRACE)  # what was sent may still be under way
         names = self.store.keys("batch_name")
         others = {(self.store.get("batch_name", key) or {}).get("name") for key in names}
         try:
             async for row in self.jobs.listed():
-                name, metadata = str(row.get("id")), row.get("metadata")
-                marked = isinstance(metadata, dict) and metadata.get("distill") == job.id
-                ours = marked or (bool(job.file) and row.get("input_file_id") == job.file)
+                name = str(row.get("id"))
+                ours = object_of(row.get("metadata")).get("distill") == job.id
+                ours = ours or (bool(job.file) and row.get("input_file_id") == job.file)
                 if self.jobs.anthropic and name not in others:
                     alike = sum(counts_of(row).values()) == len(sendings)
                     if alike and (ended := await self.jobs.ended(name, job.line())):
@@ -250,13 +249,10 @@ class BatchClient(EndpointClient):
 
     async def _store(self, sending: Sending, result: Result) -> None:
         """Deal with a result as with a reply to a request that was sent alone."""
-        _, status, data = result
-        failure = None
-        if status is None:
-            failure = Failure("the job ended before it", "retry")
-        elif not (200 <= status < 300 and is_answer(data)):
-            failure = classify(status, data, sending.body)
-        received = Received(status, {}, data, "", failure)
+        received = Received(failure=Failure("the job ended before it", "retry"))
+        if result.status is not None:
+            received = Received.of(result.status, result.data, sending.body)
+        failure = received.failure
         try:
             if failure is None:
                 await self._keep(sending, received, 0.0)

@@ -8,24 +8,21 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 import httpx2
-from pydantic import JsonValue
 
 from distill.errors import DistillError, Exit
 from distill.records import canonical
 from distill.responders.endpoint.client import AGAIN, EndpointClient
-from distill.responders.endpoint.failures import Failure, classify, error_of, status_like
+from distill.responders.endpoint.failures import Failure, error_of, status_like
 from distill.responders.endpoint.network import Received, broken
 from distill.responders.endpoint.rate_limits import backoff, retry_after
 from distill.responders.endpoint.request_form import path
-from distill.responders.endpoint.wire import load_json
+from distill.responders.endpoint.wire import Row, load_json, object_of, objects_of
 from distill.storage.progress import PLAIN_SECONDS, say
 
 PATIENCE = 100  # attempts to look at a job, which goes on meanwhile
 GONE = (404, 410)
 ENDED = {"completed", "failed", "expired", "cancelled", "canceled", "ended"}
 UNTOUCHED = {"batch_expired", "batch_cancelled", "batch_canceled"}
-
-Row = dict[str, JsonValue]
 
 
 class Result(NamedTuple):
@@ -88,8 +85,7 @@ class Jobs:
         except ValueError:
             return None
         name = str(row.get("custom_id"))
-        answer = row.get("result" if self.anthropic else "response")
-        answer = answer if isinstance(answer, dict) else {}
+        answer = object_of(row.get("result" if self.anthropic else "response"))
         if self.anthropic:
             kind, error = answer.get("type"), answer.get("error")
             if kind == "succeeded":
@@ -128,8 +124,7 @@ class Jobs:
         after = ""
         while not self.gate.closed.is_set():
             page = await self.call("GET", f"{self.path}?limit=100{after}", tries=PATIENCE)
-            data = page.get("data")
-            rows = [row for row in data if isinstance(row, dict)] if isinstance(data, list) else []
+            rows = objects_of(page.get("data"))
             for row in rows:
                 yield row
             if not rows or not page.get("has_more"):
@@ -149,8 +144,7 @@ class Jobs:
                     async with self.sender.http.stream("GET", self.address + place) as response:
                         if not response.is_success:
                             status, data = response.status_code, await response.aread()
-                            failure = classify(status, data)
-                            received = Received(status, response.headers, failure=failure)
+                            received = Received.of(status, data, headers=response.headers)
                         else:
                             async for lines in _lines(response, self.settings.max_body_bytes):
                                 results = [self.read(line) for line in lines if line.strip()]
@@ -247,6 +241,5 @@ def status_of(row: Row) -> str:
 
 def counts_of(row: Row) -> dict[str, int]:
     """Return how many requests of a job there are of each kind."""
-    counts = row.get("request_counts")
-    counts = counts if isinstance(counts, dict) else {}
-    return {name: number for name, number in counts.items() if isinstance(number, int)}
+    counts = object_of(row.get("request_counts")).items()
+    return {name: number for name, number in counts if isinstance(number, int)}

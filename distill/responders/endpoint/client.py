@@ -33,7 +33,6 @@ from distill.responders.endpoint.network import Received, Sender
 from distill.responders.endpoint.rate_limits import (
     SEVERAL,
     Gate,
-    Pace,
     Patience,
     Replicas,
     backoff,
@@ -74,7 +73,6 @@ class EndpointClient:
         if settings.budget_dollars is not None:  # else the store need not be read through
             before = account(store, {settings.model: price}, run)
             self.budget = Budget(settings.budget_dollars, before.settled, before.unknown_most)
-        self.pace = Pace(settings.requests_per_minute, settings.tokens_per_minute)
         self.replicas = Replicas(settings.base_urls)
         self.origin = origin_of(settings)
         facts = price and price.model_dump(mode="json")
@@ -149,7 +147,8 @@ class EndpointClient:
 
     async def buy(self) -> None:
         """Work until all is asked; once the gate is closed, wait no longer than drain_timeout."""
-        self.gate, self.writer = Gate(), LogWriter(self.store)
+        self.gate = Gate(self.settings.requests_per_minute, self.settings.tokens_per_minute)
+        self.writer = LogWriter(self.store)
         self.freed = asyncio.Event()  # set where dollars that were set aside are settled
         self.turn = asyncio.Lock()  # of those that are sent alone
         self.loop = asyncio.get_running_loop()
@@ -202,7 +201,7 @@ class EndpointClient:
         """Wait for pauses, for the pace and for the budget, and send unless the gate closes."""
         cap, budget = request.sampling.max_new_tokens, self.budget
         await self.gate.wait()
-        await self.gate.sleep(self.pace.take(len(body) // 4 + cap))
+        await self.gate.sleep(self.gate.take(len(body) // 4 + cap))
         if not await self.gate.wait():
             return None
         # more than the maximum where an answer has cost more: others may as well

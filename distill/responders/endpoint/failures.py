@@ -12,7 +12,13 @@ from pydantic import BeforeValidator
 from distill.config.values import Section
 from distill.config.yaml_file import find_config, read_table
 from distill.responders.endpoint.rate_limits import retry_after, stated_wait
-from distill.responders.endpoint.wire import MESSAGE_CHARS, body_of, load_json, plain_message
+from distill.responders.endpoint.wire import (
+    MESSAGE_CHARS,
+    body_of,
+    load_json,
+    object_of,
+    plain_message,
+)
 
 TABLE = Path("configs/server_errors.yaml")
 UNPAID = {429, 503, 529}  # turned away before any work was done
@@ -136,12 +142,11 @@ def _unsupported(message: str, body: object, request: bytes) -> str | None:
         return schemas.pop()
     if not words().unsupported.search(message) or "context" in message.lower():
         return None
-    error = body.get("error") if isinstance(body, dict) else None
-    param = error.get("param") if isinstance(error, dict) else None
+    param = object_of(object_of(body).get("error")).get("param")
     # the longest first, as `top_logprobs` holds another name
     fields = sorted(asked - ALWAYS, key=len, reverse=True)
     named = (field for field in fields if re.search(rf"(?<!\w){re.escape(field)}(?!\w)", message))
-    return param if param in fields else next(named, None)
+    return str(param) if param in fields else next(named, None)
 
 
 def of_scoring(failure: Failure) -> Failure:

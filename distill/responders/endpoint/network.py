@@ -54,6 +54,21 @@ class Received(NamedTuple):
     cut: str = ""
     failure: Failure | None = None
 
+    @classmethod
+    def of(
+        cls,
+        status: int,
+        data: bytes,
+        request: bytes = b"",
+        headers: Mapping[str, str] = {},
+        cut: str = "",
+        is_answer: Callable[[bytes], bool] = is_answer,
+    ) -> "Received":
+        """Return what a reply is: an answer, be it cut, or a failure."""
+        answered = 200 <= status < 300 and (bool(cut) or is_answer(data))
+        failure = None if answered else classify(status, data, request, headers)
+        return cls(status, headers, data, cut, failure)
+
 
 class Sender:
     """Sends over up to `width` connections; what comes is held to the limits, without secrets."""
@@ -94,10 +109,8 @@ class Sender:
         data, encoding = b"".join(parts), response.headers.get("content-encoding", "").lower()
         if not cut and encoding not in ("", "identity"):
             data, cut = decoded(data, encoding, most)
-        data, status = self.masked(data), response.status_code
-        answered = 200 <= status < 300 and (bool(cut) or is_answer(data))
-        failure = None if answered else classify(status, data, body, response.headers)
-        return Received(status, response.headers, data, cut, failure)
+        status, data = response.status_code, self.masked(data)
+        return Received.of(status, data, body, response.headers, cut, is_answer)
 
 
 def decoded(data: bytes, encoding: str, limit: int) -> tuple[bytes, str]:

@@ -82,7 +82,7 @@ def _duration(text: str) -> float:
 
 
 def _until(text: str, now: float) -> float | None:
-    """Return the seconds until a number of seconds, a duration, a date, a time since 1970; or None."""
+    """Return the seconds until what a text names, in any form; 0 for what has passed, or None."""
     try:
         seconds = float(text)
     except ValueError:
@@ -107,10 +107,14 @@ def _date(text: str) -> float | None:
 
 
 class Gate:
-    """Holds all workers while a pause lasts; made and used in one event loop."""
+    """Holds all workers while a pause lasts, and spaces requests by the limits of a minute."""
 
-    def __init__(self) -> None:
-        self.until = 0.0
+    def __init__(
+        self, requests_per_minute: int | None = None, tokens_per_minute: int | None = None
+    ) -> None:
+        self.request = 60 / requests_per_minute if requests_per_minute else 0.0  # seconds
+        self.token = 60 / tokens_per_minute if tokens_per_minute else 0.0
+        self.until = self.free = 0.0
         self.closed = asyncio.Event()  # set once: nothing more is sent
 
     def pause(self, seconds: float) -> None:
@@ -131,20 +135,11 @@ class Gate:
             await self.sleep(seconds + random.uniform(0, min(1.0, seconds / 4)))
         return not self.closed.is_set()
 
-
-class Pace:
-    """Spaces requests evenly, so that no minute holds more requests or tokens than allowed."""
-
-    def __init__(self, requests_per_minute: int | None, tokens_per_minute: int | None) -> None:
-        self.request = 60 / requests_per_minute if requests_per_minute else 0.0
-        self.token = 60 / tokens_per_minute if tokens_per_minute else 0.0
-        self._free = 0.0
-
     def take(self, tokens: int) -> float:
         """Queue a request of so many tokens; return the seconds until its turn."""
         now = time.monotonic()
-        start = max(now, self._free)
-        self._free = start + max(self.request, self.token * tokens)
+        start = max(now, self.free)
+        self.free = start + max(self.request, self.token * tokens)
         return start - now
 
 

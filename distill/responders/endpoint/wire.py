@@ -62,6 +62,9 @@ LARGE = 64 << 10  # bytes; no answer's text is, but distributions are
 MESSAGE_CHARS = 200  # of a server's message in ours
 
 
+Row = dict[str, JsonValue]
+
+
 class Reply(Record):
     """One answer as read from a body; `dollars` is what the server says that it cost in all."""
 
@@ -182,38 +185,30 @@ def read_reply(data: bytes, question: int = 0) -> Reply:
 
 def _read(body: JsonValue, question: int) -> Reply:
     """Read an answer; raises ValueError in words."""
-    if not isinstance(body, dict):
-        raise ValueError("not an object")
+    body = object_of(body)
     if body.get("type") == "message" and "choices" not in body:
         body = _as_chat(body)
-    choices = body.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    if not isinstance(choice, dict):
+    choice = next(iter(objects_of(body.get("choices"))), None)
+    if choice is None:
         raise ValueError("no choices")
     # a text completion has the text itself in the choice
-    message = choice.get("message", {"content": choice.get("text")})
-    if not isinstance(message, dict):
-        raise ValueError("the message is no object")
-    text, thoughts = message.get("content"), list[str]()
+    message = object_of(choice.get("message", {"content": choice.get("text")}))
+    text, thoughts = message.get("content"), [message.get(name) for name in THOUGHTS]
     if isinstance(text, list):  # parts, as Mistral, Anthropic and others give them
-        parts = [part for part in text if isinstance(part, dict)]
-        thoughts = [_text(part["thinking"]) for part in parts if "thinking" in part]
+        parts = objects_of(text)
+        thoughts.append("\n".join(_text(p["thinking"]) for p in parts if "thinking" in p))
         text = "".join(_text(part.get("text")) for part in parts)
-    thoughts = [message.get(name) for name in THOUGHTS] + ["\n".join(thoughts)]
     reasoning = next((it for it in thoughts if isinstance(it, str) and it.strip()), None)
     stop, why = _stop(choice, message)
     if text is None and (reasoning or stop not in ("end", None)):
         text = ""
     if not isinstance(text, str):
         raise ValueError("the content is no text")
-    content = text
     if reasoning is None:
-        text, reasoning = split_reasoning(content)
+        text, reasoning = split_reasoning(text)
     if stop is None:  # it does not say, or in a word that nobody knows
         stop = "end" if text.strip() else "error"
-    model = body.get("model")
-    fields = body.get("usage")
-    fields = fields if isinstance(fields, dict) else {}
+    model, fields = body.get("model"), object_of(body.get("usage"))
     return Reply(
         text=text,
         reasoning=reasoning,
@@ -227,27 +222,37 @@ def _read(body: JsonValue, question: int) -> Reply:
     )
 
 
-def _as_chat(message: dict[str, JsonValue]) -> dict[str, JsonValue]:
+def _as_chat(message: Row) -> Row:
     """Return an Anthropic message as OpenAI's form has it: its blocks are parts of the content."""
-    blocks, reason, details = (message.get(n) for n in ("content", "stop_reason", "stop_details"))
-    rows = [b for b in blocks if isinstance(b, dict)] if isinstance(blocks, list) else []
-    calls = [b for b in rows if b.get("type") not in ("text", "thinking", "redacted_thinking")]
-    turn: dict[str, JsonValue] = {"content": blocks, "tool_calls": [*calls]}
-    if reason == "refusal" and isinstance(details, dict):
-        turn["refusal"] = details.get("explanation")
-    usage = message.get("usage")
-    usage = dict(usage) if isinstance(usage, dict) else {}
+    blocks, reason = message.get("content"), message.get("stop_reason")
+    kinds = ("text", "thinking", "redacted_thinking")  # others are calls, of a server's tools too
+    calls = [block for block in objects_of(blocks) if block.get("type") not in kinds]
+    turn: Row = {"content": blocks, "tool_calls": [*calls]}
+    if reason == "refusal":
+        turn["refusal"] = object_of(message.get("stop_details")).get("explanation")
+    usage = object_of(message.get("usage"))
     # what was fresh is counted beside the cache
     parts = [usage.get(f"{name}input_tokens") for name in ("", "cache_creation_", "cache_read_")]
     if isinstance(parts[0], int):
-        usage["prompt_tokens"] = sum(part for part in parts if isinstance(part, int) and part > 0)
+        read = sum(part for part in parts if isinstance(part, int) and part > 0)
+        usage = {**usage, "prompt_tokens": read}
     return {**message, "choices": [{"message": turn, "finish_reason": reason}], "usage": usage}
+
+
+def object_of(value: object) -> Row:
+    """Return a JSON object, an empty one in place of anything else."""
+    return value if isinstance(value, dict) else {}
+
+
+def objects_of(value: object) -> list[Row]:
+    """Return the objects in a JSON list, none in anything else."""
+    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
 
 
 def _text(value: JsonValue) -> str:
     """Return the text of a part of the content, or of a list of parts in it."""
     if isinstance(value, list):
-        return "".join(_text(p.get("text")) for p in value if isinstance(p, dict))
+        return "".join(_text(part.get("text")) for part in objects_of(value))
     return value if isinstance(value, str) else ""
 
 
@@ -260,9 +265,7 @@ def _stop_of(word: str) -> Stop | None:
     return next((stop for stop, pattern in STOPS if re.search(pattern, plain)), None)
 
 
-def _stop(
-    choice: dict[str, JsonValue], message: dict[str, JsonValue]
-) -> tuple[Stop | None, str | None]:
+def _stop(choice: Row, message: Row) -> tuple[Stop | None, str | None]:
     """Return why an answer stopped, None where nobody knows, and what to say of it."""
     fields = [choice.get(name) for name in FINISHES]
     fields = [field.get("type") if isinstance(field, dict) else field for field in fields]  # SGLang
@@ -275,13 +278,13 @@ def _stop(
     if message.get("tool_calls") or re.search(TOOLS, finish.lower()):
         return "error", "tool_calls: it called a tool instead of answering"
     stop = _stop_of(finish)
-    if stop in ("filtered", "error"):
-        return stop, finish[:MESSAGE_CHARS]
-    return stop, f"unknown finish_reason {finish[:40]!r}" if stop is None else None
+    if stop is None:
+        return None, f"unknown finish_reason {finish[:40]!r}"
+    return stop, finish[:MESSAGE_CHARS] if stop in ("filtered", "error") else None
 
 
 def _logprobs(field: Any) -> tuple[TokenLogprob, ...] | None:
-    """Return each token's log-probability and the top-k beside it; None where they cannot be read."""
+    """Return each token's log-probability and the top-k beside it; None where it is unreadable."""
 
     def candidate(row: dict[str, Any]) -> dict[str, Any]:
         return {name: row.get(name) for name in ("token", "logprob", "bytes")}
@@ -311,14 +314,14 @@ def _logprobs(field: Any) -> tuple[TokenLogprob, ...] | None:
         return None
 
 
-def _usage(fields: dict[str, JsonValue], question: int, answer: int) -> Usage:
+def _usage(fields: Row, question: int, answer: int) -> Usage:
     """Return the tokens that the server counted, or an estimate of 4 characters a token."""
 
     def first(count: str) -> int:
         """Return what the first of a count's names says that is not 0, else 0."""
         for side, _, name in (name.rpartition("/") for name in COUNTS[count]):
-            inside = fields.get(f"{side}_tokens_details") if side else fields
-            if number := _count(inside.get(name) if isinstance(inside, dict) else None):
+            inside = object_of(fields.get(f"{side}_tokens_details")) if side else fields
+            if number := _count(inside.get(name)):
                 return number
         return 0
 
@@ -327,10 +330,11 @@ def _usage(fields: dict[str, JsonValue], question: int, answer: int) -> Usage:
     if not read or output is None or (answer and not output):
         return Usage(input_tokens=-(-question // 4), output_tokens=-(-answer // 4), estimated=True)
     read += cached if cached > read else 0  # some count what was fresh beside it
+    output = max(output, first("total") - read)
     return Usage(
         input_tokens=read,
         cached_input_tokens=cached,
-        output_tokens=max(output, first("total") - read),
+        output_tokens=output,
         reasoning_tokens=first("reasoning"),
     )
 
@@ -341,15 +345,16 @@ def _count(value: object) -> int | None:
     return int(number) if number is not None and number < 10**9 and number % 1 == 0 else None
 
 
-def _cost(fields: dict[str, JsonValue]) -> Decimal | None:
-    """Return the dollars that a server states, with those of the provider that it passed it on to."""
-    details = fields.get("cost_details")
-    upstream = details.get("upstream_inference_cost") if isinstance(details, dict) else None
-    stated, passed_on = fields.get("cost", fields.get("estimated_cost")), _number(upstream)
-    # Perplexity divides it; DeepInfra calls it estimated
+def _cost(fields: Row) -> Decimal | None:
+    """Return the dollars that a server states, with those of a provider behind it."""
+    stated = fields.get("cost", fields.get("estimated_cost"))  # DeepInfra calls it estimated
+    # Perplexity divides it
     stated = _number(stated.get("total_cost") if isinstance(stated, dict) else stated)
+    passed_on = _number(object_of(fields.get("cost_details")).get("upstream_inference_cost"))
     if stated is None or passed_on is None:
         return stated if passed_on is None else passed_on
+    # OpenRouter with one's own key of a provider ("bring your own key") states its fee, often 0,
+    # beside what the provider charges; where the key is its own, the same sum stands there again
     return stated + passed_on if fields.get("is_byok") is True else max(stated, passed_on)
 
 
