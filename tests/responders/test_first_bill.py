@@ -380,6 +380,8 @@ KEPT_ALIVE = {
     "comments": b": OPENROUTER PROCESSING\n\n" * 200 + ANSWER,
     "comments, CRLF": b": keep-alive\r\n\r\n" * 100 + ANSWER + b"\r\n: done\r\n",
     "after it": ANSWER + b"\n: keep-alive\n\n: keep-alive",
+    "between": b": kept\r\r" + ANSWER + b"\ndata: [DONE]\n\n",
+    "zeros": b"\0\0" + ANSWER + b"\0",
     "a mark of order": b"\xef\xbb\xbf\n" + ANSWER,
     "indented": b" \t\n" * 1000 + json.dumps(json.loads(ANSWER), indent=1).encode(),
 }

@@ -212,18 +212,11 @@ def test_a_proxy_with_a_password_carries_tls_and_is_told_nowhere(
     ("variables", "url", "through"),
     [
         ({"HTTPS_PROXY": "p:1"}, "https://api.example.com/v1", True),
-        ({"HTTPS_PROXY": "http://p:1"}, "http://10.0.0.7:8000/v1", False),
         ({"HTTP_PROXY": "http://p:1"}, "http://10.0.0.7:8000/v1", True),
         ({"HTTP_PROXY": "http://p:1"}, "http://127.0.0.1:8000/v1", False),
         ({"ALL_PROXY": "http://p:1"}, "http://localhost:8000/v1", False),
-        ({"ALL_PROXY": "http://p:1", "HTTPS_PROXY": "http://q:1"}, "https://a.b/v1", True),
-        ({"ALL_PROXY": "http://p:1", "NO_PROXY": "*"}, "https://a.b/v1", False),
         ({"ALL_PROXY": "http://p:1", "NO_PROXY": ".b, x"}, "https://a.b/v1", False),
-        ({"ALL_PROXY": "http://p:1", "NO_PROXY": "b"}, "https://a.bb/v1", True),
-        ({"ALL_PROXY": "http://p:1", "NO_PROXY": "a.b:444"}, "https://a.b:443/v1", True),
         ({"ALL_PROXY": "http://p:1", "NO_PROXY": "10.0.0.0/8"}, "https://10.1.2.3/v1", False),
-        ({"ALL_PROXY": "http://p:1", "NO_PROXY": "[::2]"}, "https://[::2]:8443/v1", False),
-        ({"ALL_PROXY": "http://p:1", "NO_PROXY": "::2"}, "https://[::3]:8443/v1", True),
     ],
 )
 def test_the_environment_names_the_proxy(
@@ -287,17 +280,7 @@ def test_a_header_that_cannot_be_sent_stops_before(
 
 
 @pytest.mark.parametrize(
-    "headers",
-    [
-        {"Authorization": "Bearer abc"},
-        {"Ocp-Apim-Subscription-Key": "abc"},
-        {"Cookie": "a=b"},
-        {"Host": "a"},
-        {"Content-Length": "1"},
-        {"a b": "c"},
-        {"": "c"},
-        {"a\r\nb": "c"},
-    ],
+    "headers", [{"Authorization": "Bearer abc"}, {"Cookie": "a=b"}, {"Host": "a"}, {"a\r\nb": "c"}]
 )
 def test_a_header_that_the_config_may_not_hold(headers: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=r"header|secret"):

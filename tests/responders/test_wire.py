@@ -94,23 +94,6 @@ def test_half_a_surrogate_pair_is_replaced() -> None:
 ANSWER = b'{"choices": [{"message": {"content": "Paris"}, "finish_reason": "stop"}]}'
 
 
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        (b"\n" * 3000, b""),
-        (b": OPENROUTER PROCESSING\n\n" * 5, b"\n: done\n\n"),
-        (b": kept\r\r", b"\r\n"),
-        (b"\n\n\xef\xbb\xbf", b"\ndata: [DONE]\n\n"),
-        (b"\0\0", b"\0"),
-    ],
-)
-def test_d4_what_kept_the_connection_alive_is_no_part_of_the_answer(
-    before: bytes, after: bytes
-) -> None:
-    data = before + ANSWER + after
-    assert wire.is_answer(data) and wire.read_reply(data).text == "Paris"
-
-
 def test_h5_an_event_stream_and_two_answers_are_named() -> None:
     for data, says in ((b"data: " + ANSWER, "an event stream"), (ANSWER + b"{}", "JSON breaks")):
         assert says in str(wire.read_reply(data).error)

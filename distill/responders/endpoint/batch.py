@@ -87,7 +87,7 @@ class BatchClient(EndpointClient):
                 return  # the account takes no more at once: another worker goes on
 
     async def _next(self) -> tuple[Job, Sendings, bool] | None:
-        """Return a job that waits, or one of what limits and budget allow, and whether it is new."""
+        """Return a job that waits, or one of what limits and budget allow, and if it is new."""
         async with self.turn:
             if self.open and not self.gate.closed.is_set():
                 return self._reopened(self.open.pop())
@@ -208,7 +208,8 @@ class BatchClient(EndpointClient):
             await self.writer.write(("batch_sent", job.id, {"file": file, "at": time.time()}))
             find = partial(self._find, job.model_copy(update={"file": file}), sendings)
             body = jobs.submission(job.id, lines, file)
-            return str((await jobs.call("POST", jobs.path, body, find=find)).get("id"))
+            name = (await jobs.call("POST", jobs.path, body, find=find)).get("id")
+            return str(name) if name else None
         except DistillError as error:
             if not self.gate.closed.is_set():  # else it may be there: the next go looks
                 await self._give_up(job, sendings, error.what, "no", again=False)

@@ -134,9 +134,8 @@ def broken(error: httpx2.TransportError) -> Failure:
     if isinstance(error, httpx2.ProxyError):  # its text begins with the status that came
         status = str(error)[:3]
         what = f"the proxy refuses ({status})" if status.isdigit() else what
-        return Failure(
-            what, "run" if status == "407" else "retry", fix=words().fixes[407], replica=True
-        )
+        scope = "run" if status == "407" else "retry"
+        return Failure(what, scope, fix=words().fixes[407], replica=True)
     if isinstance(error, UNSENT):
         return Failure(what, "retry", replica=True)
     return Failure(f"{what}: outcome unknown", "retry", "unknown", replica=True)
