@@ -76,17 +76,6 @@ def test_other_settings_stop_with_a_diff_and_redo_remakes(config, capsys):
     assert list(Path("runs/mine/.old").glob("corpus-1/**/documents.jsonl"))
 
 
-def test_a_moved_run_is_found_by_its_folder(config, capsys):
-    assert say(capsys, "corpus", config)[0] == 0
-    Path("elsewhere").mkdir()
-    Path("runs/mine").rename("elsewhere/yours")
-    run = open_run(Path("elsewhere/yours"))
-    assert run.folder.resolve() == Path("elsewhere/yours").resolve()
-    assert run.config.name == "yours"
-    os.chdir("elsewhere/yours")
-    assert open_run(Path(".")).folder.resolve() == Path.cwd()
-
-
 def test_a_plan_counts_what_a_run_in_a_folder_of_any_name_has(config, capsys, monkeypatch):
     for stage in ("corpus", "prompts"):
         assert say(capsys, stage, config)[0] == 0

@@ -108,8 +108,3 @@ def test_every_text_comes_back_on_one_line(text):
 def test_anything_else_is_a_validation_error(line):
     with pytest.raises(ValidationError):
         Score.from_line(line)
-
-
-def test_records_do_not_change():
-    with pytest.raises(ValidationError):
-        response().text = "other"

@@ -230,11 +230,3 @@ def test_the_teacher_s_reasoning_is_that_of_the_run(tmp_path, capsys, told):
     assert "teacher.reasoning is now called reasoning" in capsys.readouterr().err
     old = {"evaluation.judge.reasoning": "drop", "evaluation.judge.model": "j"}
     assert not differences(old, {"evaluation.judge.model": "j"})
-
-
-def test_both_names_of_the_policy_are_an_error(tmp_path):
-    text = "name: r\nreasoning: drop\ncorpus: {path: x}\nstudent: {model: ./s}\n"
-    path = write(tmp_path / "c.yaml", text + "teacher: {model: ./t, reasoning: keep}\n")
-    with pytest.raises(DistillError, match="unknown key") as error:
-        load_config(path)
-    assert error.value.code == Exit.CONFIG

@@ -34,20 +34,14 @@ AZURE = re.compile(
 class Teacher(Section):
     """Who answers, and how: the keys of every kind, and what a kind says of itself."""
 
-    paid: ClassVar[bool] = False
-    """Whether an answer costs money."""
-    runs_here: ClassVar[bool] = False
-    """Whether its weights are loaded on this machine."""
-    makes_answers: ClassVar[bool] = False
-    """Whether it can be asked anew; else it has what answers it has."""
-    answers_anything: ClassVar[bool] = True
-    """Whether it has answers to more than the prompts that came with the corpus."""
+    paid: ClassVar[bool] = False  # whether an answer costs money
+    runs_here: ClassVar[bool] = False  # whether its weights are loaded on this machine
+    makes_answers: ClassVar[bool] = False  # else it has what answers it has, and none anew
+    answers_anything: ClassVar[bool] = True  # more than the prompts that came with the corpus
+    # What it tells of the next token: all probabilities, a list of the top ones, nothing
     logprobs: ClassVar[Literal["full", "listed"] | None] = None
-    """What it tells of the next token: all probabilities, a list of the top ones, nothing."""
-    under_terms: ClassVar[bool] = True
-    """Whether its answers are a model's, whose terms apply."""
-    shaping: ClassVar[tuple[str, ...]] = ()
-    """Its own keys that shape its answers."""
+    under_terms: ClassVar[bool] = True  # whether its answers are a model's, whose terms apply
+    shaping: ClassVar[tuple[str, ...]] = ()  # its own keys that shape its answers
 
     kind: str
     model: str = ""
