@@ -125,11 +125,6 @@ class _WorkingCopy:
         self.base, self.drop = layer.base_layer, layer.lora_dropout[ADAPTER]
         self.casts: tuple[Tensor, Tensor] | None = None  # of A and of scale · B, for some passes
 
-    def cast(self, dtype: torch.dtype) -> None:
-        """Cast the masters, for the passes up to the next step."""
-        a, b, scale = factors(self.layer)
-        self.casts = a.detach().to(dtype), (b.detach() * scale).to(dtype)
-
     def __call__(self, x: Tensor) -> Tensor:
         a, b, scale = factors(self.layer)
         if self.casts and self.casts[0].dtype == x.dtype:
@@ -174,7 +169,8 @@ def cast_once(model: PeftModel) -> Iterator[None]:
     copies = [copy for copy in forwards if isinstance(copy, _WorkingCopy)]
     if model.device.type != "cpu" and not sharded():
         for copy in copies:
-            copy.cast(model.dtype)
+            a, b, scale = factors(copy.layer)
+            copy.casts = a.detach().to(model.dtype), (b.detach() * scale).to(model.dtype)
     yield
     for copy in copies:
         copy.casts = None

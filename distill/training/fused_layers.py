@@ -130,19 +130,17 @@ class FusedLayer:
     ) -> Tensor:
         half = self.head_dim // 2
         cos, sin = (t[0, :, None, :half].to(hidden_states.dtype) for t in position_embeddings)
-        module, inputs = self.module(), (hidden_states[0], cos, sin, segments)
-        if module is not None and module.training and module.gradient_checkpointing:
-            x: Any = checkpoint(self._compute, *inputs, use_reentrant=False)
-        else:
-            x = self._compute(*inputs)
-        return x[None]
+        module = self.module()
 
-    def _compute(
-        self, x_ND: Tensor, cos: Tensor, sin: Tensor, segments: Sequence[Segment]
-    ) -> Tensor:
-        masters = (*self.qkv.masters, *self.out.masters)
-        x: Any = _Attend.apply(x_ND, self, cos, sin, segments, *masters)
-        return _Feed.apply(x, self, *self.gate_up.masters, *self.down.masters)  # pyright: ignore
+        def compute(x_ND: Tensor) -> Any:
+            masters = (*self.qkv.masters, *self.out.masters)
+            x: Any = _Attend.apply(x_ND, self, cos, sin, segments, *masters)
+            return _Feed.apply(x, self, *self.gate_up.masters, *self.down.masters)
+
+        again = module is not None and module.training and module.gradient_checkpointing
+        x_ND = hidden_states[0]
+        x: Any = checkpoint(compute, x_ND, use_reentrant=False) if again else compute(x_ND)
+        return x[None]
 
 
 class _Attend(torch.autograd.Function):

@@ -60,14 +60,11 @@ def check(report_to: str, num_processes: int | None) -> None:
         if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
             refused.append(f"fsdp_version: {version}")
     if refused:
-        fix = (
-            "accelerate launch --config_file configs/accelerate/one-gpu.yaml (ddp.yaml, fsdp2.yaml)"
-        )
+        fix = "accelerate launch --config_file configs/accelerate/one-gpu.yaml (or ddp, fsdp2)"
         what = f"{refused[0]} is not supported"
         raise DistillError(Exit.TRAINING, "accelerate's config", what, fix)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    stated = {"train.num_processes": num_processes}
-    check_world(stated, world, "scripts/train.py", Exit.TRAINING)
+    stated, world = {"train.num_processes": num_processes}, os.environ.get("WORLD_SIZE", "1")
+    check_world(stated, int(world), "scripts/train.py", Exit.TRAINING)
 
 
 def start(report_to: str, num_processes: int | None, folder: Path) -> Accelerator:

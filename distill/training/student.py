@@ -267,10 +267,10 @@ def answer_loss(
             except torch.OutOfMemoryError:
                 if len(batches[0]) == 1:
                     raise
-                sums = None
-            if sums is None:  # outside of the handler, which holds what is in memory
-                halves = ((b[: len(b) // 2], b[len(b) // 2 :]) for b in batches)
-                batches = [half for both in halves for half in both if half]
+                cuts = [(batch, len(batch) // 2) for batch in batches]
+                batches = [half for b, n in cuts for half in (b[:n], b[n:]) if half]
+                sums = []
+            if not sums:  # outside of the handler, which holds what is in memory
                 say("losses: out of GPU memory, batches of half the answers from here on")
                 release_memory()
                 continue

@@ -132,12 +132,10 @@ class Loop:
             return
         # what only concerns memory was once among the facts
         facts = {key: value for key, value in saved.facts["run"].items() if key not in MEMORY}
-        if added := unnamed(facts, parts.facts):
-            what = "knows a model's folder by its weights, which are the same"
-            self._say(f"train: {saved.folder} {what}")
-        # an earlier distill did not say what it ran on
-        added |= {key: parts.facts[key] for key in HARDWARE if key in parts.facts}
-        changes = differences({**added, **facts}, parts.facts)
+        # an earlier distill knew a folder's model by its weights, and did not say what it ran on
+        hardware = {key: parts.facts[key] for key in HARDWARE if key in parts.facts}
+        former = {**unnamed(facts, parts.facts), **hardware, **facts}
+        changes = differences(former, parts.facts)
         what = "not what the run was begun with: " + "; ".join(changes[:8])
         if changes and not allow_inexact:
             fix = "restore them, --redo train, or --allow-inexact, which the card will say"
@@ -156,8 +154,8 @@ class Loop:
         self.progress, self.best = progress, best
         if changes:
             progress.notes.append(f"resumed inexactly at step {progress.step}: {what}")
-        former = saved.facts.get("memory", saved.facts["run"])
-        if others := differences({key: former.get(key) for key in parts.memory}, parts.memory):
+        memory = saved.facts.get("memory", saved.facts["run"])
+        if others := differences({key: memory.get(key) for key in parts.memory}, parts.memory):
             what = f"from step {progress.step} on {'; '.join(others)}"
             progress.notes.append(f"{what}: equal but for rounding, and for dropout")
         self._say(f"train: continuing after step {progress.step} of {len(parts.plan)}")

@@ -13,23 +13,6 @@ from distill.training.student import Batch, StudentModel
 from tests.support.training import killed_at, make_run, training
 
 
-def history(folder: Path, name: str, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Return the steps of a training whose frozen base is in `dtype`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "pick_dtype", lambda name="auto": dtype)
-        run = make_run(folder, name, bf16="auto", lora={"r": 4, "alpha": 8, "dropout": 0.0})
-        train.main(run)
-    return training(run)["history"]
-
-
-def test_a_frozen_base_in_float16_trains_as_in_float32(tmp_path: Path) -> None:
-    full, half = (history(tmp_path, str(t), t) for t in (torch.float32, torch.float16))
-    assert len(full) == len(half) > 1
-    for one, other in zip(full, half, strict=True):
-        assert other["loss"] == pytest.approx(one["loss"], rel=1e-2)
-        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=3e-2)
-
-
 def overflowing(patch: pytest.MonkeyPatch, passes: set[int], dtype: torch.dtype) -> None:
     """Let some passes of a training, counted from 0, overflow."""
     forward, number = StudentModel.forward, iter(range(10**6))

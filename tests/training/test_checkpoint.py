@@ -41,7 +41,7 @@ def test_old_ones_go_but_two_stay(tmp_path):
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", ["missing", "half", "empty", "flip"])
+@pytest.mark.parametrize("damage", ["missing", "half"])
 def test_damage_is_found_and_the_one_before_is_used(tmp_path, capfd, name, damage):
     save(tmp_path, 1)
     harm(save(tmp_path, 2).folder / name, damage)
@@ -49,15 +49,11 @@ def test_damage_is_found_and_the_one_before_is_used(tmp_path, capfd, name, damag
     assert f"WARNING: {tmp_path / 'step-00000002'}" in capfd.readouterr().err
 
 
-def harm(path: Path, damage: str, index: int = 0) -> None:
+def harm(path: Path, damage: str) -> None:
     data = path.read_bytes()
-    if damage == "missing":
-        path.unlink()
-    elif damage == "flip":
-        index = index % len(data)
-        path.write_bytes(data[:index] + bytes([data[index] ^ 1]) + data[index + 1 :])
-    else:
-        path.write_bytes(data[: len(data) // 2] if damage == "half" else b"")
+    path.unlink()
+    if damage == "half":
+        path.write_bytes(data[: len(data) // 2])
 
 
 def test_every_flipped_byte_is_found(tmp_path):
@@ -65,7 +61,8 @@ def test_every_flipped_byte_is_found(tmp_path):
     for name in FILES:
         whole = (folder / name).read_bytes()
         for index in range(0, len(whole), max(1, len(whole) // 60)):
-            harm(folder / name, "flip", index)
+            flipped = bytes([whole[index] ^ 1])
+            (folder / name).write_bytes(whole[:index] + flipped + whole[index + 1 :])
             with pytest.raises(DistillError, match=name):
                 checkpoint.read(folder)
             (folder / name).write_bytes(whole)

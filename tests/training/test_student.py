@@ -16,7 +16,6 @@ from distill.training import adapters
 from distill.training.divergences import Live
 from distill.training.encode import encode_pair
 from distill.training.fused_layers import fusible
-from distill.training.losses import cross_entropy
 from distill.training.soft_labels.cache import Signal
 from distill.training.soft_labels.capture import capture
 from distill.training.student import Batch, StudentModel, answer_loss, make_student
@@ -225,18 +224,6 @@ def test_gradients_of_soft_labels_with_an_adapted_head_are_plain_peft_s(untied):
     assert float(total.detach()) == pytest.approx(float(loss.detach()), rel=1e-5)
     assert float(divergence.detach()) == pytest.approx(float(kl.detach()), rel=1e-5)
     assert_close(gradients(again), expected)
-
-
-def test_an_adapted_head_is_the_same_in_chunks(untied):
-    model, outcomes = adapted(untied, HEAD), []
-    student, _ = make_student(model)
-    batch = Batch.make(examples())
-    for chunk in (7, 1000):
-        model.zero_grad()
-        inputs = (student.states(batch), student.matrices(), batch.targets_S, batch.weights_S)
-        cross_entropy(*inputs, chunk=chunk)[0].backward()
-        outcomes.append(gradients(model))
-    assert_close(*outcomes)
 
 
 def test_a_head_without_its_adapter_is_found_by_the_probe(untied, monkeypatch):
