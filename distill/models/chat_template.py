@@ -66,8 +66,8 @@ def _control_tokens(tokenizer: "Tokenizer", template: str, size: int) -> Control
     ids = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     for i, token in tokenizer.added_tokens_decoder.items():
         text = str(token)
-        written = WRITTEN_LIKE_CONTROL.fullmatch(text) or (text.strip() and text in template)
-        if token.special or written:
+        in_template = text.strip() and text in template
+        if token.special or in_template or WRITTEN_LIKE_CONTROL.fullmatch(text):
             ids[text] = i
     names = "|".join(map(re.escape, sorted(ids, key=len, reverse=True)))
     return ControlTokens(ids, beginnings(ids), re.compile(f"(?:{names})+" if names else "(?!)"))
@@ -104,7 +104,7 @@ def vocabulary_hash(tokenizer: "Tokenizer") -> str:
 
 
 def _template(tokenizer: "Tokenizer") -> str:
-    """Return the text of the chat template; of several the one named default."""
+    """Return the chat template; of several the one named default."""
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default") or next(iter(template.values()), "")
@@ -139,11 +139,11 @@ def _form(template: str, names: Names, date: str) -> tuple[bool, bool]:
         texts = {role: f"{mark}text{mark}" for role, mark in zip(roles, MARKS, strict=False)}
         turns = [{"role": role, "content": _content(text, parts)} for role, text in texts.items()]
         try:
-            shown = _run(template, names, date, turns, roles[-1] != "assistant")
+            rendering = _run(template, names, date, turns, roles[-1] != "assistant")
         except Exception as error:  # jinja2 raises whatever a template's author chose
             why = why if parts else one_line(error)
             return False
-        return all(text in shown for text in texts.values())
+        return all(text in rendering for text in texts.values())
 
     for parts in (False, True):
         if keeps(parts, "user") and keeps(parts, "user", "assistant"):
@@ -248,10 +248,9 @@ def find_turn(
     fields = {"content": answer}
     if thought:
         fields |= dict.fromkeys(("reasoning_content", "reasoning", "thinking"), inner)
-    shown = _render(tokenizer, messages, date, mark, fields)
-    if answer not in shown:
+    head, middle, rest = _render(tokenizer, messages, date, mark, fields).rpartition(answer)
+    if not middle:
         raise _unusable(tokenizer, "leaves out the last answer")
-    head, _, rest = shown.rpartition(answer)
     stop = control_tokens(tokenizer).run.search(rest)
     end = rest[: stop.end()] if stop else ""
     if not head.startswith(prompt[:begin]):
@@ -296,20 +295,20 @@ def fix_template(
     template, values, turns = _template(tokenizer), dict(kwargs), [{"role": "user", "content": "?"}]
     question = (Message(role="user", content="?"),)
 
-    def shown(switch: Mapping[str, Any]) -> str | None:
+    def prompt(switch: Mapping[str, Any]) -> str | None:
         text = _with_defaults(template, switch)
         try:
             return _run(text, _names(tokenizer), DATE, turns, True)
         except Exception:  # as of a template for content in parts, and of one that refuses
             return None
 
-    parsed = _compile_jinja_template(template).environment.parse(template)
-    variables = find_undeclared_variables(parsed) if reasoning else set[str]()
+    tree = _compile_jinja_template(template).environment.parse(template)
+    variables = find_undeclared_variables(tree) if reasoning else set[str]()
     for name, (off, on) in SWITCHES.items():
         value = off if reasoning == "drop" else on
         mine = name in variables and name not in values and value is not None
         if mine and (value != "none" or re.search("['\"]none['\"]", template)):
-            plain, switched = shown({}), shown({name: value})
+            plain, switched = prompt({}), prompt({name: value})
             # one that is so already is left alone, and so is one that may not be switched
             if plain is None or switched not in (plain, None):
                 values[name] = value

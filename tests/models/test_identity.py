@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from distill.cli import main, open_run
+from distill.cli import main
 from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.models import registry
@@ -272,22 +272,6 @@ def test_answers_under_an_old_key_are_found_until_a_file_changes(
     assert stored(old) == count + 40, "stale answers were taken"
 
 
-def test_a_student_that_changed_between_two_runs_is_named(
-    old: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with_new = ["run", str(old / "c.yaml"), "name=new"]
-    assert main(with_new) == 0
-    for name in ("generation_config.json", "chat_template.jinja"):
-        before = (old / "student" / name).read_bytes()
-        touch(old / "student" / name)
-        capsys.readouterr()
-        for words in (with_new, ["evaluate", *with_new[1:]]):
-            assert main(words) == Exit.STATE
-            assert f"changed: student file {name}" in capsys.readouterr().err
-        (old / "student" / name).write_bytes(before)
-    assert open_run(old / "c.yaml", ["name=new"]).path("scorecard.json").exists()
-
-
 def begun(folder: Path, **settings: Any) -> Run:
     """Return a training that was killed after its second checkpoint."""
     run = make_training(folder, save_steps=1, **settings)
@@ -317,23 +301,6 @@ def test_a_student_that_changed_within_a_training_is_named(tmp_path: Path) -> No
             (tmp_path / "model" / name).write_bytes(before)
     train.main(run, allow_inexact=True)
     assert "base file generation_config.json" in str(read_json(run.path("training.json"))["notes"])
-
-
-def test_a_live_teacher_that_changed_within_a_training_is_named(tmp_path: Path) -> None:
-    make_tiny(tmp_path / "teacher", "qwen2", seed=1)
-    loss = {"ce": 0.5, "forward_kl": 0.5, "teacher": "live"}
-    run = make_training(tmp_path, save_steps=1)
-    teacher = {"model": str(tmp_path / "teacher"), "dtype": "float32"}
-    tree = {**run.config.resolved(), "teacher": teacher, "terms": {"basis": "our own"}}
-    tree["train"] = {**tree["train"], "loss": loss}
-    run = Run(Config.model_validate(tree))
-    with killed_at(8):
-        train.main(run)
-    touch(tmp_path / "teacher/config.json")
-    with pytest.raises(DistillError) as caught:
-        train.main(run)
-    assert caught.value.code == Exit.TRAINING
-    assert "teacher file config.json" in caught.value.what
 
 
 def test_a_training_that_an_earlier_distill_began_goes_on(

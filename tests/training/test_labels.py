@@ -269,7 +269,7 @@ def rewrite(count: int) -> Callable[[Run], object]:
             *(chunk(lambda data: data[:-3] + bytes([data[-3] ^ 1]) + data[-2:]), Exit.STATE),
             "00000001.signals: is damaged",
         ),
-        (chunk(lambda data: data[:-1]), Exit.STATE, "00000001.signals: is cut off"),
+        (chunk(lambda data: data[:-1]), Exit.STATE, "00000001.signals: is damaged"),
         (
             *(lambda run: shutil.rmtree(run.config.store_folder() / "signals"), Exit.STATE),
             "holds no signal of example",

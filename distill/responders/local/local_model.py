@@ -243,15 +243,15 @@ class LocalResponder:
         """Return a finished row as the answer to its request."""
         ids = row.answer()
         stop: Stop = "end" if ids[-1] in self.stop_ids else "length"
-        own = ids[:-1] if stop == "end" else ids
-        plain, shown = (
-            str(self.tokenizer.decode(own, skip, clean_up_tokenization_spaces=False))
+        text_ids = ids[:-1] if stop == "end" else ids
+        plain, full = (
+            str(self.tokenizer.decode(text_ids, skip, clean_up_tokenization_spaces=False))
             for skip in (True, False)
         )
-        body: dict[str, Any] = {"ids": ids, "text": plain}
+        body: dict[str, object] = {"ids": ids, "text": plain}
         # What marks a thought may be a special token, or stand in the prompt
-        if self._opened or shown != plain:
-            text, thought = split_reasoning(self._opened + shown)
+        if self._opened or full != plain:
+            text, thought = split_reasoning(self._opened + full)
             if thought is not None:
                 for name in self.tokenizer.all_special_tokens:
                     text = text.replace(name, "")

@@ -204,12 +204,11 @@ class SignalChunk:
                 readable = magic == MAGIC and int(version) == FORMAT
                 if not readable or hashlib.sha256(text).hexdigest() != checksum.decode():
                     raise ValueError
-                header = json.loads(text)
+                header, begin = json.loads(text), len(line) + len(text)
+                if path.stat().st_size != begin + sum(header["columns"]):
+                    raise ValueError
             except ValueError:
-                raise DistillError(Exit.STATE, path, "its header is damaged", WAY_OUT) from None
-        begin = len(line) + len(text)
-        if path.stat().st_size != begin + sum(header["columns"]):
-            raise DistillError(Exit.STATE, path, "is cut off, or longer than it was", WAY_OUT)
+                raise DistillError(Exit.STATE, path, "is damaged", WAY_OUT) from None
         return cls(path, begin, tuple(SignalKey(*row) for row in header["rows"]), header)
 
     def read(self) -> dict[str, Signal]:
