@@ -174,8 +174,8 @@ def teacher_view(
     for example in examples:
         pair = by_answer[example.response_id]
         prompt = pair.prompt.model_copy(update={"messages": pair.prompt.asked_of_teacher()})
-        asked = pair.model_copy(update={"prompt": prompt})
-        texts.append(encode_pair(tokenizer, asked, config.template_date))
+        pair = pair.model_copy(update={"prompt": prompt})
+        texts.append(encode_pair(tokenizer, pair, config.template_date))
         if supervised_ids(texts[-1]) != supervised_ids(example):
             what = "has other tokens under the teacher's chat template than under the student's"
             raise DistillError(Exit.TRAINING, f"answer {pair.response.id}", what, TEXT_ONLY)
@@ -206,11 +206,10 @@ def open_teacher(config: Config) -> tuple[PreTrainedTokenizerBase, Facts]:
     """
     teacher, student, settings = config.soft_teacher(), config.student, config.signals
     same = config.reader()[0] == student.model
-    own = getattr(teacher, "chat_template_kwargs", {}) or (
-        student.chat_template_kwargs if same else {}
-    )
-    trust = student.trust if same else SAFE
-    tokenizer = loading.load_tokenizer(*config.reader(), trust, own, config.reasoning)
+    trust, variables = student.trust if same else SAFE, getattr(teacher, "chat_template_kwargs", {})
+    if same and not variables:
+        variables = student.chat_template_kwargs
+    tokenizer = loading.load_tokenizer(*config.reader(), trust, variables, config.reasoning)
     other = loading.load_tokenizer(student.model, student.revision, student.trust)
     vocabulary = vocabulary_hash(tokenizer)
     if vocabulary != vocabulary_hash(other):
