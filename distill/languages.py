@@ -1,4 +1,4 @@
-"""Scripts and languages: where words and questions end, and which language a text is in.
+"""Scripts and languages: where words end without spaces, and which language a text is in.
 
 That is told by its script, in Latin letters by its commonest words, and decides nothing but what a
 run says of its corpus, and in which language questions are asked for.
@@ -17,14 +17,6 @@ UNSPACED = (
     "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 )
 SPACELESS = re.compile(f"[{UNSPACED}]")
-# A line that asks: by its mark, Greek `;` and the Armenian one inside a word included; or without,
-# by its last syllable (Japanese, Chinese, Korean) or a word (Thai, Hindi).
-ASKS = re.compile(
-    "[?\uff1f\u061f\u2047\u2e2e\u1367]$|\u055e|\u037e$|[\u0370-\u03ff].*;$"
-    "|(?:か|かな|吗|嗎|呢|까)[。.．]?$"
-    "|อะไร|ไหม|มั้ย|หรือไม่|หรือเปล่า|ใคร|ที่ไหน|เมื่อไร|เมื่อไหร่|เมื่อใด|ทำไม|เหตุใด|อย่างไร|ยังไง|เท่าไร|เท่าใด|กี่|ใด$"
-    "|(?:क्या|क्यों|कैसे|कौन|कब|कहाँ|कहां|किस|कितन).*[।|]$"
-)
 TABLE = shipped_table("languages.yaml")
 SCRIPTS: dict[str, str] = TABLE["scripts"]
 COMMON_WORDS = {name: frozenset(words.split()) for name, words in TABLE["common_words"].items()}

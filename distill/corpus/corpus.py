@@ -76,18 +76,14 @@ def main(run: Run) -> None:
     run.note("corpus", facts)
     sample = clean_chunks[:: max(1, len(clean_chunks) // LOOKED_AT)]
     if (language := main_language(d.text for d in sample)) not in (None, "English"):
-        say(
-            f"corpus: most documents are in {language}; the shipped tasks ask in English: give "
-            "tasks of your own, and see that teacher and student know the language"
-        )
+        fix = "give tasks of your own, and see that teacher and student know the language"
+        say(f"corpus: most documents are in {language}; the shipped tasks ask in English: {fix}")
     shares = ", ".join(f"{count} {name}" for name, count in sorted(by_split.items()))
     n = len(clean_chunks)
     say(f"corpus: {rows} rows, {bad} bad, {repeats} repeats, {n} documents ({shares})")
     if contaminated:
-        say(
-            f"corpus: {contaminated} documents share text with held-out ones and are left out of "
-            f"training: {listed}"
-        )
+        what = "documents share text with held-out ones and are left out of training"
+        say(f"corpus: {contaminated} {what}: {listed}")
 
 
 def identity(corpus: Corpus) -> dict[str, str]:

@@ -72,17 +72,13 @@ def common(text: str, other: str) -> int:
 def shared_beginnings(texts: Sequence[str]) -> list[int]:
     """Return how many characters of each text two others begin with too; 0 for a few."""
     order = sorted(range(len(texts)), key=texts.__getitem__)
-    lengths = [0, 0]  # in common with the next in order, after two that have none
-    for place, following in pairwise(order):
-        text, other = texts[place], texts[following]
-        same = text[:SHARED] == other[:SHARED]
-        lengths.append(common(text, other) if same else 0)
-    lengths += [0, 0]
+    pairs = ((texts[place], texts[following]) for place, following in pairwise(order))
+    # in common with the next in order, between two that have none
+    lengths = [common(*pair) if pair[0][:SHARED] == pair[1][:SHARED] else 0 for pair in pairs]
+    lengths = [0, 0, *lengths, 0, 0]
     results = [0] * len(texts)
     for rank, place in enumerate(order):
-        threes = (min(pair) for pair in pairwise(lengths[rank : rank + 4]))
-        size = max(threes)
-        text = texts[place]
+        size, text = max(map(min, pairwise(lengths[rank : rank + 4]))), texts[place]
         if 0 < size < len(text) and text[size].isalnum() and not SPACELESS.match(text[size]):
             size = max(text.rfind(space, 0, size) + 1 for space in " \n")  # at a word
         results[place] = size if size >= SHARED else 0

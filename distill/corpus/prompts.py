@@ -10,11 +10,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
+from distill import shipped_table
 from distill.config.tree import Questions
 from distill.corpus.clean import break_up, has_instructions
 from distill.errors import DistillError, Exit
 from distill.formatting import clip, one_line
-from distill.languages import ASKS, SPACELESS, language_of
+from distill.languages import SPACELESS, language_of
 from distill.records import SPLITS, Document, Message, Prompt, Response
 from distill.storage.files import read_records, sha256_file, write_json, write_records
 from distill.storage.progress import say
@@ -23,38 +24,10 @@ from distill.tasks.checkers import normalise_answer
 from distill.tasks.task import TASKS_FILE, PromptView, Task, fill, load_task, task_path
 
 PLAIN, QUESTION = "chat", "question"  # tasks: of prompts asked unchanged, and of written questions
-QUESTION_KINDS = {
-    "factual": "asks for one fact that the passage states",
-    "explain": "asks why or how something in the passage is so",
-    "apply": "describes a small concrete situation and asks what the passage means for it",
-    "compare": "asks how two things in the passage differ or agree",
-    "consequence": "asks what follows, or what would happen if something in the passage were "
-    "different",
-}
-ASK = """<document>
-{passage}
-</document>
-
-Write {count} about the passage above, one on each line. Each {does}. Each must be understood by \
-somebody who cannot see the passage: name the things you ask about, and never say "the passage" or \
-"the text". Write nothing but the questions."""
-IN_ITS_LANGUAGE = " Write them in {language}, the language of the passage."
-MARK = re.compile(
-    r"^\s*(?:[-*\u2022\u30fb]|[(\uff08]?\d{1,3}[.):\u3001\uff0e\uff09\uff1a]"
-    r"|(?:Q(?:uestion)?|Pregunta|Frage|Pergunta|Вопрос|问题|問題|質問|سؤال|السؤال|प्रश्न|คำถาม|질문)\s*(?:\d+\s*)?[.:)\uff1a])\s*",
-    re.IGNORECASE,
-)
-POINTS_AT_PASSAGE = re.compile(
-    r"\b(?:the|this|that)\s+(?:given\s+|above\s+)?"
-    r"(?:passage|text|document|article|excerpt|paragraph|author)\b"
-    # the same in other languages
-    r"|\b(?:el|este|del|en el) (?:texto|pasaje|documento|fragmento)\b"
-    r"|\b(?:le|ce|du) (?:texte|passage|document)\b|\b(?:de[mrsn]|diese[mrns]?) (?:Text|Abschnitt)"
-    r"|\b(?:[on]o|d?este|neste) (?:texto|trecho|documento)\b|\b(?:тексте?|отрывк[еа]|документе)\b"
-    r"|(?:本文|这段|這段|该段|上文|这篇文章|この文|上の文|문서|본문|지문|النص\b|الفقرة)"
-    r"|(?:इस (?:गद्यांश|पाठ|अनुच्छेद)|ข้อความ(?:นี้|ข้างต้น)|บทความนี้)",
-    re.IGNORECASE,
-)
+TABLE = shipped_table("questions.yaml")
+MARK = re.compile(TABLE["mark"], re.IGNORECASE)
+ASKS = re.compile("|".join(TABLE["asks"]))
+POINTS_AT_PASSAGE = re.compile("|".join(TABLE["points_at_passage"]), re.IGNORECASE)
 QUOTES = ' \t\r*"\u201c\u201d\u00ab\u00bb\u300c\u300d'
 SHORTEST, LONGEST = 12, 400  # characters of a question
 MOST = 1000  # questions about one document; each is compared with each
@@ -186,10 +159,10 @@ def prompts_for_questions(document: Document, settings: Questions) -> list[Promp
     prompts, language = [], language_of(document.text)
     for kind, count in question_shares(settings.kinds, settings.per_document):
         number = "one question" if count == 1 else f"{count} different questions"
-        passage, does = break_up(document.text), QUESTION_KINDS[kind]
-        text = ASK.format(passage=passage, count=number, does=does)
+        passage, does = break_up(document.text), TABLE["kinds"][kind]
+        text = TABLE["ask"].format(passage=passage, count=number, does=does)
         if language not in (None, "English"):
-            text += IN_ITS_LANGUAGE.format(language=language)
+            text += TABLE["in_its_language"].format(language=language)
         message = Message(role="user", content=text)
         prompts.append(Prompt.make((message,), document.id, f"{QUESTION}:{kind}"))
     return prompts

@@ -37,6 +37,7 @@ WESTERN = re.compile(
     rf"(?<=[a-zA-Z])[{ACCENTED}]{{1,2}}|[{ACCENTED}]{{1,2}}(?=[a-zA-Z])"
     r"|(?<![^\W\d_])[àèéòùÀÉ](?![^\W\d_])|[“”‘’„–—…•«»¡¿°§£€©®™\u00a0]"
 )
+UNDEFINED = re.compile(rb"[\0\x81\x8d\x8f\x90\x9d]")  # in Windows-1252, or in any text
 Bytes = IO[bytes]
 
 
@@ -143,23 +144,16 @@ def recognise(sample: bytes, stated: str | None) -> str | None:
     `stated` is for what is not UTF-16 either. Windows-1252, which holds Latin-1, is recognised if
     nearly all characters are those that Western Europe writes.
     """
-
-    def decode(codec: str) -> str:
-        try:
-            return codecs.getincrementaldecoder(codec)().decode(sample, len(sample) < SAMPLE)
-        except UnicodeDecodeError:
-            return ""
-
     if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
-    if sample.count(0) > len(sample) / 5:
-        wide = ("utf-16-le", "utf-16-be")
-        return next((codec for codec in wide if (text := decode(codec)) and "\0" not in text), None)
-    if not sample or decode("utf-8"):
-        return None
-    foreign = sum(byte > 127 for byte in sample)
-    western = len("".join(WESTERN.findall(decode("cp1252"))))
-    return stated or ("cp1252" if 0 not in sample and western >= 0.95 * foreign else None)
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(sample, len(sample) < SAMPLE)
+    except UnicodeDecodeError:
+        foreign = sum(byte > 127 for byte in sample)
+        western = "".join(WESTERN.findall(sample.decode("cp1252", "replace")))
+        likely = not UNDEFINED.search(sample) and len(western) >= 0.95 * foreign
+        return stated or ("cp1252" if likely else None)
+    return None
 
 
 def _read_text(file: Bytes, where: str, html: bool) -> SourceRow | Reject:
@@ -219,16 +213,12 @@ def read_json(file: Bytes, source: str, lines: bool = False) -> Iterator[SourceR
     if isinstance(value, dict):
         lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
         lists = [rows for rows in lists if not rows[0].keys() & {"role", "from"}]
-        if len(lists) > 1:
-            what = f"holds {len(lists)} lists of rows"
-            fix = "write the one to be read to a file of its own"
-            raise DistillError(Exit.INPUT, source, what, fix)
         columns = [[*v.values()] if isinstance(v, dict) and "0" in v else v for v in value.values()]
         if len(value) > 1 and all(
             isinstance(column, list) and len(column) == len(columns[0]) for column in columns
         ):
             lists = [[dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]]
-        value = lists[0] if lists else [value]
+        value = lists[0] if len(lists) == 1 else [value]
     for number, row in enumerate(value if isinstance(value, list) else [value], 1):
         yield _object_row(row, f"{source}:{number}")
 

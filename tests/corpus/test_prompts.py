@@ -13,7 +13,7 @@ from distill.config.yaml_file import load_config, parse_yaml, read_text
 from distill.corpus import prompts
 from distill.corpus.clean import break_up
 from distill.corpus.prompts import (
-    QUESTION_KINDS,
+    TABLE,
     distinct,
     prompts_for_questions,
     question_shares,
@@ -228,10 +228,10 @@ def test_questions_are_spread_over_the_kinds() -> None:
 
 
 def test_the_teacher_is_asked_once_a_kind_with_the_passage_fenced() -> None:
-    settings = Questions(kinds=tuple(QUESTION_KINDS), per_document=7)
+    settings = Questions(kinds=tuple(TABLE["kinds"]), per_document=7)
     prompts = prompts_for_questions(PASSAGE, settings)
-    assert [prompt.task for prompt in prompts] == [f"question:{kind}" for kind in QUESTION_KINDS]
-    assert len({prompt.id for prompt in prompts}) == len(QUESTION_KINDS)
+    assert [prompt.task for prompt in prompts] == [f"question:{kind}" for kind in TABLE["kinds"]]
+    assert len({prompt.id for prompt in prompts}) == len(TABLE["kinds"])
     for prompt in prompts:
         text = prompt.messages[0].content
         assert "Tin melts" in text and "<|im_end|>" not in text
