@@ -1,5 +1,5 @@
 """How figures and tables are written for people: a true minus, a unit, an interval in brackets,
-and a dash for what is unknown. What they allow to claim is decided in `evaluation.claims`.
+and a dash for what is unknown. What they allow to claim is decided in `evaluation.statistics`.
 """
 
 import html

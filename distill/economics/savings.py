@@ -29,7 +29,7 @@ from distill.evaluation.scorecard import (
 from distill.evaluation.scorers import SHARE, HeldOutRequest
 from distill.evaluation.statistics import MIN_PAIRED, Bounds, Certainty, Estimate, estimate_mean
 from distill.records import Usage
-from distill.responders.prices import MachinePrice, TokenPrice
+from distill.responders.prices import MachinePrice
 
 MONTH_DAYS, DAY_SECONDS = 30, 86_400
 LOW_USE, ONE = Decimal("0.25"), Decimal(1)
@@ -195,9 +195,6 @@ class PricedRequests:
         teacher, student = self.assumed.teacher, self.assumed.student
         yield AS_MEASURED
         yield Change("the teacher's price halves", teacher=Decimal("0.5"))
-        if isinstance(teacher.price, TokenPrice) and teacher.price.batch_discount is not None:
-            batched = 1 - teacher.price.batch_discount
-            yield Change("the teacher is asked in batches, at its discount", teacher=batched)
         yield Change("ten times the requests", volume=10)
         if way != "replace_all":
             yield Change("the share at its lower bound", lowest=True)

@@ -11,9 +11,15 @@ from pathlib import Path
 import numpy as np
 
 from distill.errors import DistillError, Exit
-from distill.evaluation.claims import across_seeds, conclude, mcnemar, smallest_visible
 from distill.evaluation.scorers import SHARE
-from distill.evaluation.statistics import estimate_difference, paired
+from distill.evaluation.statistics import (
+    across_seeds,
+    conclude,
+    estimate_difference,
+    mcnemar,
+    paired,
+    smallest_visible,
+)
 from distill.evaluation.suites import held_out_items
 from distill.formatting import figure, markdown_table, p_value, signed
 from distill.records import Item, Score

@@ -7,7 +7,7 @@ tie. A judge that its probes fool (`configs/judge_probe.yaml`) is not used: an e
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Literal, NamedTuple
@@ -25,7 +25,7 @@ from distill.evaluation.measurements import (
     ProbeRow,
 )
 from distill.evaluation.scorers import SHARE, AnswersByModel
-from distill.evaluation.statistics import Certainty, estimate_mean
+from distill.evaluation.statistics import Certainty, estimate_mean, mean_or_none
 from distill.records import Item, Message, Response, Score, digest
 from distill.responders.ask import Ask
 from distill.responders.kinds import make_responder
@@ -148,12 +148,6 @@ def judge(duels: Sequence[Duel], ask: AskJudge, rival: str) -> list[Score]:
     return scores
 
 
-def rate(events: Iterable[bool]) -> float | None:
-    """Return the share of events that happened; None where there are none."""
-    values = list(events)
-    return fmean(values) if values else None
-
-
 def examined(scores: Sequence[Score]) -> ProbeResult:
     """Return what a judge made of its probes, and whether it may be used.
 
@@ -164,9 +158,9 @@ def examined(scores: Sequence[Score]) -> ProbeResult:
         values = [score.value for duel, score in judged if duel.probe == kind]
         rows[kind] = ProbeRow(
             n=len(values),
-            wins=rate(value == 1 for value in values),
-            losses=rate(value == 0 for value in values),
-            unparsed=rate(value is None for value in values),
+            wins=mean_or_none(value == 1 for value in values),
+            losses=mean_or_none(value == 0 for value in values),
+            unparsed=mean_or_none(value is None for value in values),
         )
     reason, seen = None, rows["null"].losses or 0
     if seen < LEAST_SEEN:
@@ -181,7 +175,7 @@ def examined(scores: Sequence[Score]) -> ProbeResult:
     return ProbeResult(
         n=len(scores),
         **rows,
-        flip_rate=rate(score.answer in ("A/A", "B/B") for score in scores),
+        flip_rate=mean_or_none(score.answer in ("A/A", "B/B") for score in scores),
         passed=reason is None,
         reason=reason,
     )
@@ -212,7 +206,7 @@ def row_of_duels(
         ties=values.count(0.5),
         losses=values.count(0),
         unparsed=values.count(None),
-        flip_rate=rate(score.answer in ("A/A", "B/B") for score in scores),  # chosen by position
+        flip_rate=mean_or_none(score.answer in ("A/A", "B/B") for score in scores),
         win_rate=win_rate(judged),
         characters=characters,
         length_matched=DuelRow(n=len(near), within=MATCHED, win_rate=win_rate(near)),

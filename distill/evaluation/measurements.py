@@ -9,8 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator
 
-from distill.evaluation.claims import Conclusion, Discordant, Noninferiority, conclude
-from distill.evaluation.statistics import Estimate
+from distill.evaluation.statistics import Conclusion, Discordant, Estimate, Noninferiority, conclude
 from distill.formatting import plain_numbers
 from distill.records import Record
 
@@ -179,7 +178,7 @@ class ProbeResult(CardRecord):
     null: ProbeRow = ProbeRow()
     injected: ProbeRow = ProbeRow()
     duplicate: ProbeRow = Field(default=ProbeRow(), alias="copy")
-    flip_rate: float | None = None
+    flip_rate: float | None = None  # how often the judge chose by position
     passed: bool = False
     reason: str | None = None
 

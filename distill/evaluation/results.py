@@ -10,7 +10,6 @@ from statistics import fmean
 
 import numpy as np
 
-from distill.evaluation.claims import mcnemar, non_inferiority, smallest_visible
 from distill.evaluation.measurements import (
     MODELS,
     RIVALS,
@@ -33,7 +32,11 @@ from distill.evaluation.statistics import (
     estimate_difference,
     estimate_gap_recovered,
     estimate_mean,
+    mcnemar,
+    mean_or_none,
+    non_inferiority,
     paired,
+    smallest_visible,
 )
 from distill.formatting import clip
 from distill.records import AnswerLoss, Item, Response
@@ -200,14 +203,12 @@ def agreement_of(
 def answer_lengths(answers: Iterable[Response]) -> AnswerLengths:
     """Return how long a model's answers are, and the shares that were cut off or empty."""
     complete = [a for a in answers if a.stop != "error"]
-    if not complete:
-        return AnswerLengths(n=0, tokens=None, characters=None, truncated=None, empty=None)
     return AnswerLengths(
         n=len(complete),
-        tokens=fmean(a.usage.output_tokens for a in complete),
-        characters=fmean(len(a.text) for a in complete),
-        truncated=fmean(a.stop == "length" for a in complete),
-        empty=fmean(not a.text.strip() for a in complete),
+        tokens=mean_or_none(a.usage.output_tokens for a in complete),
+        characters=mean_or_none(len(a.text) for a in complete),
+        truncated=mean_or_none(a.stop == "length" for a in complete),
+        empty=mean_or_none(not a.text.strip() for a in complete),
     )
 
 

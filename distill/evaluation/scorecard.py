@@ -6,8 +6,8 @@ Money is Decimal until it is written. What is unknown is None, with its reason b
 from decimal import Decimal
 from typing import Any, Literal
 
-from distill.evaluation.claims import FEWEST_DOCUMENTS, Conclusion, conclude
 from distill.evaluation.measurements import CardRecord, Comparison, Difference, Model
+from distill.evaluation.statistics import FEWEST_DOCUMENTS, Conclusion, conclude
 
 Way = Literal["replace_all", "try_then_escalate", "perfect_router"]
 WAYS: tuple[Way, ...] = ("replace_all", "try_then_escalate", "perfect_router")

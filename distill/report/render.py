@@ -14,9 +14,9 @@ from jinja2.runtime import Macro
 from markupsafe import Markup
 
 from distill import formatting
-from distill.evaluation.claims import Conclusion, conclude
 from distill.evaluation.measurements import DuelRow
 from distill.evaluation.scorecard import Costs, Scorecard
+from distill.evaluation.statistics import Conclusion, conclude
 from distill.report import tables
 
 SAVINGS = (

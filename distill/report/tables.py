@@ -9,9 +9,9 @@ from math import ceil
 from typing import Any
 
 from distill.evaluation import measurements, scorecard
-from distill.evaluation.claims import Conclusion
 from distill.evaluation.measurements import MODELS, RIVALS, Difference, MetricRow, Model, Rival
 from distill.evaluation.scorecard import Amount, Economics, Saving, Scorecard, Way
+from distill.evaluation.statistics import Conclusion
 from distill.formatting import (
     UNKNOWN,
     Number,

@@ -32,14 +32,15 @@ from distill.config.learning import OnPolicy
 from distill.config.tree import Config
 from distill.errors import DistillError, Exit, exit_code
 from distill.evaluation.answering import requests_to, student_responder
-from distill.evaluation.claims import across_seeds, smallest_visible
 from distill.evaluation.scorers import score_answer
 from distill.evaluation.statistics import (
     Bounds,
     Estimate,
     Floats,
+    across_seeds,
     estimate_gap_recovered,
     estimate_mean,
+    smallest_visible,
 )
 from distill.evaluation.suites import answer_limit, by_item, held_out_items
 from distill.formatting import figure

@@ -20,8 +20,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from distill.evaluation.claims import across_seeds, mcnemar
-from distill.evaluation.statistics import Bounds, Certainty, Floats, estimate_difference
+from distill.evaluation.statistics import (
+    Bounds,
+    Certainty,
+    Floats,
+    across_seeds,
+    estimate_difference,
+    mcnemar,
+)
 
 SHARE = Bounds(0.0, 1.0)
 ALARMS, COVERAGE = (0.03, 0.07), (0.93, 0.97)

@@ -114,13 +114,6 @@ def test_a_machine_rented_for_the_month_costs_its_whole_rent() -> None:
     )  # 5,500,000 s need 2.12
 
 
-def test_the_price_s_batch_discount_is_a_case() -> None:
-    price = HOSTED.model_copy(update={"batch_discount": D("0.4")})
-    found = reckon(SIXTEEN, ASSUMED._replace(teacher=Tariff(price)))
-    assert case(found, "in batches").dollars_per_1k.value == D("0.38")  # 0.8 * 0.6 - 0.1
-    assert not any("in batches" in (case.case or "") for case in reckon(SIXTEEN).sensitivity)
-
-
 def test_the_share_is_weighted_by_price_where_dear_requests_fail() -> None:
     dear = {"teacher": Usage(output_tokens=300), "student": Usage(seconds=0.5)}
     requests = asked([True] * 10) + [
@@ -172,16 +165,6 @@ def test_a_test_that_needs_the_answer_cannot_be_run_when_served() -> None:
     assert row(found, "try_then_escalate").dollars_per_1k == Amount(reason=NEEDS_ANSWER)
     assert row(found, "try_then_escalate").break_even.requests.reason == NEEDS_ANSWER
     assert row(found, "perfect_router").dollars_per_1k.value == D("0.72")
-
-
-def test_figures_are_over_the_requests_that_a_test_covers() -> None:
-    other = {"teacher": Usage(output_tokens=90_000), "student": Usage(seconds=99.0)}
-    untested = [
-        r.model_copy(update={"item": f"u{r.item}", "usage": other})
-        for r in asked([None] * 9, test=None, when_served=False)
-    ]
-    found = reckon([*SIXTEEN, *untested])
-    assert (found.requests, found.of) == (20, 29) and found.teacher.dollars_per_1k == D("1")
 
 
 @pytest.mark.parametrize(

@@ -92,14 +92,10 @@ def test_what_is_wrong_with_a_suite_is_one_line(tmp_path: Path) -> None:
     refused(make_suite(tmp_path, data={"path": "gone.jsonl"}), Exit.INPUT, "gone.jsonl")
     refused(make_suite(tmp_path, colour="red"), Exit.CONFIG, "colour")
     path = make_suite(tmp_path)
+    with pytest.raises(DistillError, match="two suites are called sums"):
+        load_suites([str(path), str(make_suite(tmp_path / "other"))])
     path.write_text(path.read_text().replace("license: none", ""))
     refused(path, Exit.CONFIG, "license")
-
-
-def test_two_suites_of_one_name_are_refused(tmp_path: Path) -> None:
-    paths = [str(make_suite(tmp_path / name)) for name in "ab"]
-    with pytest.raises(DistillError, match="two suites are called sums"):
-        load_suites(paths)
 
 
 def test_a_changed_question_changes_the_stage_s_identity(tmp_path: Path) -> None:

@@ -214,23 +214,6 @@ def test_the_scorecard_has_what_is_promised(tmp_path: Path) -> None:
     assert re.search(r"(undecided|not inferior|inferior) \(5 %\)", page)
 
 
-@pytest.mark.parametrize(
-    ("steps", "words"),
-    [
-        ({"adapter_step": 20}, "step 20, the best on validation documents, was kept."),
-        ({"adapter_step": 30}, "step 30, the last, was kept; that of step 20 had the lowest"),
-        ({}, "The checkpoint of step 20, the best"),  # an earlier version wrote no adapter_step
-    ],
-)
-def test_the_page_names_the_checkpoint_that_is_evaluated(
-    tmp_path: Path, steps: dict[str, int], words: str
-) -> None:
-    run = make_run(tmp_path)
-    training = read_json(run.path("training.json"))
-    write_json(run.path("training.json"), {**training, **steps})
-    assert words in reported(run)[2]
-
-
 def test_every_null_of_tasks_and_costs_has_its_reason(tmp_path: Path) -> None:
     card, text, page = reported(
         make_run(tmp_path, {"teacher": 5, "base": 5, "student": 5}, machine=None)
@@ -376,27 +359,6 @@ def test_plots_stay_in_their_frame_and_have_round_ticks() -> None:
     assert training_curve([(1, 1.0)], [], None, 350) == ""
     flat = training_curve([(1, 1.0), (2, 1.0)], [], None, 350)
     assert "polyline" in flat, "a flat loss still draws"
-
-
-def test_every_text_has_the_contrast_of_wcag_aa_in_both_schemes_and_on_paper() -> None:
-    def luminance(colour: str) -> float:
-        digits = colour[1:] if len(colour) == 7 else "".join(2 * x for x in colour[1:])
-        parts = [int(digits[k : k + 2], 16) / 255 for k in (0, 2, 4)]
-        red, green, blue = (
-            p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts
-        )
-        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-    style = (ROOT / "distill/report/templates/report.css").read_text()
-    schemes = [
-        dict(re.findall(r"--([a-z]+): (#[0-9a-f]{3,6})", block))
-        for block in re.findall(r":root \{(.*?)\}", style, re.S)
-    ]
-    assert len(schemes) == 3
-    inks = ("ink", "soft", "faint", "student", "teacher", "base")
-    for colours, ground, ink in itertools.product(schemes, ("paper", "card", "wash"), inks):
-        dark, light = sorted((luminance(colours[ink]), luminance(colours[ground])))
-        assert (light + 0.05) / (dark + 0.05) >= 4.5, (ink, ground, colours)
 
 
 def test_readme_and_docs_hold_what_the_scorecards_say() -> None:
