@@ -6,6 +6,7 @@ manifest under `sources`, as `part -> stage -> file -> SHA-256`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 from distill.economics.run_economics import money_of
@@ -113,13 +114,8 @@ def reasons(tree: object, path: str = "") -> Iterator[tuple[str, str]]:
 
 def sources(folder: Path) -> dict[str, dict[str, dict[str, str]]]:
     """Return the hashes of a run's files by part and stage; missing files are left out."""
-    names = {n for stages in SOURCES.values() for files in stages.values() for n in files}
-    hashes = {name: sha256_files(folder, [name]) for name in names}
+    hashed = cache(partial(sha256_files, folder))
     return {
-        part: {
-            stage: row
-            for stage, files in stages.items()
-            if (row := {k: v for name in files for k, v in hashes[name].items()})
-        }
+        part: {stage: row for stage, files in stages.items() if (row := hashed(files))}
         for part, stages in SOURCES.items()
     }

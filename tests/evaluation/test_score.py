@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from distill.evaluation.scorecard import HarnessResult
 from distill.evaluation.suites import Suite, load_suite
 from distill.records import Item, Score
 from distill.report.tables import harness_rows
-from distill.storage.files import read_json, read_records, write_json, write_records
+from distill.storage.files import read_records, write_json, write_records
 from tests.evaluation.test_evaluate import heldout_pairs, make_run
 from tests.evaluation.test_suites import QUESTIONS, make_suite
 from tests.support.tiny import make_tiny
@@ -139,17 +140,16 @@ def test_results_of_lm_eval_are_read_back() -> None:
     assert ("arc", "16", "acc", "0.2500", "0.1000") in rows
 
 
-def test_without_lm_eval_or_tasks_there_is_one_line(
+def test_without_lm_eval_tasks_or_a_student_there_is_one_line(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(tmp_path / "runs", model, heldout_pairs())
-    monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
-    with pytest.raises(DistillError, match="is not installed"):
-        lm_eval.main(run, ["arc"])
-    monkeypatch.setitem(__import__("sys").modules, "lm_eval", lm_eval)
-    with pytest.raises(DistillError, match="names no task"):
-        lm_eval.main(run, [])
     shutil.rmtree(run.path("adapter"))
-    with pytest.raises(DistillError, match="is missing"):
-        lm_eval.main(run, ["arc"])
-    assert not run.path(lm_eval.FILE).exists() and read_json(run.path("manifest.json"))
+    for module, tasks, words in (
+        (None, ["arc"], "is not installed"),
+        (lm_eval, [], "names no task"),
+        (lm_eval, ["arc"], "is missing"),
+    ):
+        monkeypatch.setitem(sys.modules, "lm_eval", module)
+        with pytest.raises(DistillError, match=words):
+            lm_eval.main(run, tasks)

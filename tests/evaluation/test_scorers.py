@@ -65,19 +65,13 @@ def test_errors_of_ours_score_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("response", "reference", "value"),
-    [
-        (answer("The answer is seven."), "The answer is seven.", 100.0),
-        (answer("xyz"), "The answer is seven.", 0.0),
-        (answer(""), "The answer is seven.", 0.0),
-        (None, "The answer is seven.", None),
-        (answer("7"), " ", None),
-    ],
+    ("text", "reference", "value"),
+    [("It is seven.", "It is seven.", 100.0), ("xyz", "It is seven.", 0.0), ("7", " ", None)],
 )
 def test_agreement_is_chrf_against_the_teachers_answer(
-    response: Response | None, reference: str, value: float | None
+    text: str, reference: str, value: float | None
 ) -> None:
-    score = score_answer(item(), response, "student", None, reference).value
+    score = score_answer(item(), answer(text), "student", None, reference).value
     assert score == (None if value is None else pytest.approx(value, abs=5))
 
 

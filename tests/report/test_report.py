@@ -33,7 +33,7 @@ from distill.records import (
 from distill.report import report
 from distill.report.plots import Mark, quality_against_cost, ticks, training_curve
 from distill.storage.files import read_json, write_json, write_records
-from distill.storage.run_folder import Run, open_run
+from distill.storage.run_folder import Run
 from scripts import tables
 
 HOSTILE = "<script>alert('x')</script> & \"quotes\" | pipes [a](b)\nand a new line"
@@ -231,22 +231,6 @@ def test_every_null_of_tasks_and_costs_has_its_reason(tmp_path: Path) -> None:
     assert "undecided" in card["reasons"]["tasks.math_word_problem.gap_recovered"]
     assert "what it saves is not known" in page and "what it saves is not known" in text
     assert "Not drawn" in page and ">$0" not in page
-
-
-def test_the_same_inputs_give_the_same_bytes_and_a_moved_run_too(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
-    report.main(run)
-    names = ("scorecard.json", "scorecard.md", "report.html")
-    first = {name: run.path(name).read_bytes() for name in names}
-    with run.path("ledger.jsonl").open("a") as ledger:  # an earlier report costs nothing
-        ledger.write(LedgerEntry(stage="report", started="t", seconds=9).to_line() + "\n")
-    moved = tmp_path / "elsewhere" / "made-up"
-    shutil.copytree(run.folder, moved)
-    for name in names:
-        (moved / name).unlink()
-    again = open_run(moved)
-    report.main(again)
-    assert {name: (moved / name).read_bytes() for name in names} == first
 
 
 class Tags(HTMLParser):
