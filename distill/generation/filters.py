@@ -1,8 +1,7 @@
 """The filter stage: which answers are trained on. Every answer that is dropped keeps its reason.
 
-A filter takes a prompt and its response and returns a reason to drop it, or None; the first reason
-counts. Held-out pairs are never filtered: a teacher that fails there must score 0. Of several
-samples of a prompt, all that pass and differ in text are kept: rejection sampling.
+Held-out pairs are never filtered: a teacher that fails there must score 0. Of several samples of a
+prompt, all that pass and differ in text are kept: rejection sampling.
 """
 
 import re

@@ -109,10 +109,8 @@ def requests_of(
     documents: Mapping[str, Document],
     schemas: Mapping[str, dict[str, Any]] = {},
 ) -> list[Request]:
-    """Return the requests of all prompts: `teacher.n` samples for training, else one each.
-
-    Of recorded answers, all are samples. `schemas` are those that go with a question, by its task.
-    """
+    """Return the requests of all prompts: `teacher.n` samples for training, else one each; of
+    recorded answers all. `schemas` are those that go with a question, by its task."""
     requests, sampling = list[Request](), Sampling.of(teacher)
     for prompt in prompts:
         document = documents[prompt.document_id]

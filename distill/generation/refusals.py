@@ -1,8 +1,7 @@
 """Refusals: answers that decline and give nothing, in the languages of configs/refusals.yaml.
 
-An answer is one if its first sentences say, in the first person and outside quotations, that the
-writer cannot or will not, and if what follows is no answer: an offer, a reason, advice to ask
-somebody else. A writer that cannot open the file, and then says what the error means, has answered.
+The first sentences say, in the first person and outside quotations, that the writer cannot or will
+not, and what follows is no answer: an offer, a reason, advice to ask somebody else.
 """
 
 import re

@@ -22,11 +22,9 @@ ADOPTED = "adopted"  # record of the store: the origin that an older one's answe
 class Ask(ExitStack):
     """Asks one responder for what the store lacks, while its block is open.
 
-    Other runs may ask meanwhile: what one of them is getting is waited for, and asked for only
-    where that run ends without it. What is spent enters the ledger of the run `payer`: of a local
-    model as answers come, of an endpoint at the end of the block, also after an error. `again` asks
-    anew what a server has replied to without an answer; `workers` are the processes of the launch.
-    `count` is the number of answers that came now.
+    What another run is getting is waited for, and asked for where that run ends without it. What is
+    spent enters the ledger of the run `payer`, also after an error. `again` asks anew what a server
+    has replied to without an answer; `count` is the number of answers that came now.
     """
 
     def __init__(
@@ -115,10 +113,7 @@ class Ask(ExitStack):
 
     def _under_old_keys(self, requests: Sequence[Request]) -> tuple[list[Request], str | None]:
         """Return the requests, by old keys where only these have an answer, and the old origin
-        where its answers are taken for the first time.
-
-        An earlier distill knew a model in a folder by its weights alone (`old_origin`).
-        """
+        (a model in a folder was known by its weights alone) where its answers are adopted."""
         store, origin = self.store, self.responder.origin
         former: str | None = getattr(self.responder, "old_origin", None)
         if former is None or (store.get(ADOPTED, former) or origin) != origin:

@@ -96,8 +96,7 @@ class Request(Record):
 
 
 class Scoring(Request):
-    """A text as token ids, at each of which a server lists its distribution; one token, which no
-    server goes without, is sampled."""
+    """A text as token ids, at each of which a server lists its distribution; one is sampled."""
 
     ids: tuple[int, ...]
 
@@ -196,8 +195,7 @@ class Plan(Record):
 
 @runtime_checkable
 class Planner(Protocol):
-    """A responder whose answers depend, in the last bits, on what shares the batch: same plan, same
-    answers."""
+    """A responder whose answers depend, in the last bits, on what shares the batch."""
 
     def plan(self, requests: Sequence[Request]) -> list[Plan]:
         """Divide requests into plans; the result depends on the requests, not on their order."""

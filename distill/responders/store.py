@@ -120,8 +120,7 @@ class ResponseStore(Log):
         return next(self.responses(request))
 
     def lacking(self, requests: Iterable[Request], again: bool = False) -> list[Request]:
-        """Return the requests without a reply, each once; `again` adds those whose last reply of a
-        server holds no answer."""
+        """Return the requests without a reply, or, with `again`, whose last one holds no answer."""
         missing: dict[str, Request] = {}
         for request in requests:
             key = next(self.reply_keys(request.id), None)
@@ -143,8 +142,7 @@ class ResponseStore(Log):
                 yield Job.model_validate({**(self.get("batch", key) or {}), "id": key, **progress})
 
     def planned(self, planner: Planner, missing: Sequence[Request]) -> list[Plan]:
-        """Return the stored plans that bring what is missing: unfinished ones that still fit, then
-        new ones."""
+        """Return stored plans of what is missing: unfinished ones that still fit, then new ones."""
         lacking = {request.id for request in missing}
         stored = (Plan.model_validate(self.get("plan", key)) for key in self.keys("plan"))
         unfinished = [p for p in stored if any(request.id in lacking for request in p.requests)]

@@ -172,8 +172,7 @@ class Interrupt:
 
 @contextmanager
 def interruptible() -> Iterator[Interrupt]:
-    """Catch Ctrl-C, SIGTERM and SIGHUP in the block; outside the main thread signals are left
-    alone, as is a SIGHUP that nohup has."""
+    """Catch Ctrl-C, SIGTERM and SIGHUP in the block, in the main thread; nohup keeps its SIGHUP."""
     interrupt = Interrupt()
     main = threading.current_thread() is threading.main_thread()
     before = {kind: signal.getsignal(kind) for kind in STOPS if main}

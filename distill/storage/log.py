@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import count, groupby, islice
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -68,11 +68,10 @@ def writer_of(segment: Path) -> str:
 def segments(folder: Path, check: bool = True) -> list[Path]:
     """Return a log's segments by name; with `check`, exit 5 where one is missing between them."""
     paths = sorted(path for path in folder.glob("*.jsonl") if SEGMENT.fullmatch(path.name))
-    number, writer = 0, ""
-    for path in paths if check else ():
-        number, writer = (number + 1 if writer_of(path) == writer else 1), writer_of(path)
-        if path.name != (name := _name(writer, number)):
-            raise damaged(folder, folder, f"segment {name[:-6]} is missing")
+    for writer, own in groupby(paths if check else (), writer_of):
+        for number, path in enumerate(own, 1):
+            if path.name != (name := _name(writer, number)):
+                raise damaged(folder, folder, f"segment {name[:-6]} is missing")
     return paths
 
 

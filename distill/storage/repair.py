@@ -54,10 +54,7 @@ def repair(folder: Path) -> list[str]:
 
 
 def _intact(folder: Path, losses: list[str]) -> Iterator[StoredRecord]:
-    """Yield the first intact record of every key, and add to `losses` a line on each lost one.
-
-    A record that another writer stored too is no loss.
-    """
+    """Yield the first intact record of every key; `losses` gets a line on each that is lost."""
     logs.has_version(folder)  # which refuses a newer one
     writers = dict[tuple[str, str], str]()
     for segment in logs.segments(folder, check=False):

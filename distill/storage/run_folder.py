@@ -105,8 +105,8 @@ class Run:
     def state(self, stage: Stage) -> tuple[StageState, list[str]]:
         """Return the stage's state, and for a stale one the differences in words.
 
-        An input that is missing now is no difference: the stage that makes it has yet to run. A
-        stage that was begun with other settings and has produced nothing is fresh.
+        An input that is missing now is no difference. A stage that was begun with other settings
+        and has produced nothing is fresh.
         """
         if not self.marker(stage).exists():
             return "fresh", []
@@ -114,9 +114,8 @@ class Run:
         finished = mark.get("finished") is True
         absent = {f"file {name}" for name in stage.inputs if not self.path(name).exists()}
         old = {key: value for key, value in mark["fingerprint"].items() if key not in absent}
-        # What an earlier distill does not say of models in folders is what was recorded when the
-        # stage was accepted. Before that it is as the folder is now, but for the student's weights,
-        # which the adapter knows.
+        # What an earlier distill does not say of models in folders is what was recorded when it was
+        # accepted, else as the folder is now, but for the student's weights: the adapter knows them
         if added := unnamed(old, new):
             base = self.path("adapter/base.json")
             if "student" in added and base.is_file():

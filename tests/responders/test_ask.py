@@ -5,18 +5,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.pipeline import STAGES
-from distill.responders import responder
 from distill.responders.ask import Ask
 from distill.responders.canned import CannedResponder
 from distill.responders.endpoint.endpoint import EndpointResponder
-from distill.responders.endpoint.wire import Reply
 from distill.responders.responder import Raw, Request
 from distill.responders.store import ResponseStore
 from distill.storage import log
@@ -56,33 +53,6 @@ def test_each_line_of_the_store_is_checked_once(tmp_path, monkeypatch):
         assert len(checked) == 12  # what the other has added, and not what was read or written here
         assert ask.responses(plain(12, "other"), "x")[0].text == "another process"
     assert stored(tmp_path) == 24
-
-
-def test_each_reply_is_read_once(tmp_path, monkeypatch):
-    """As it comes or from the store; neither `again`, the budget nor the ledger reads it again."""
-    monkeypatch.setenv("TEACHER_KEY", KEY)
-    count, read = [0], responder.read_stored
-
-    def counting(body: dict[str, Any]) -> Reply:
-        count[0] += 1
-        return read(body)
-
-    monkeypatch.setattr(responder, "read_stored", counting)
-    with FakeTeacher() as teacher:
-        path = make_run(tmp_path, teacher, 4, budget_dollars="1", api_key_env=None)
-        config = Config.model_validate_json(path.read_text())
-        stage, requests = STAGES[0], asks(settings(teacher), 7)
-        for known, total in ((0, 4), (4, 7)):
-
-            def main(run: Run, total: int = total) -> None:
-                buyer = EndpointResponder(settings(teacher, budget_dollars=1), PRICE, "mine")
-                with Ask(buyer, tmp_path / "store", run, again=True) as ask:
-                    assert len(ask.responses(requests[:total], "x")) == total
-
-            Run(config).do(replace(stage, main=main))
-            assert count[0] == total, f"{known} replies were stored"
-            count[0] = 0
-        assert len(teacher.payloads) == 7
 
 
 def test_the_lock_is_held_only_while_something_is_asked(tmp_path):
