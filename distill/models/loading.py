@@ -30,7 +30,7 @@ OTHER_PARTS = re.compile(r"(^|\.)(vision|visual|audio|multi_modal|embed_vision|e
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from distill.config.learning import Student
 
@@ -73,7 +73,7 @@ def check_files(folder: Path, trust: Trust = SAFE) -> None:
                 refuse(path, f"{key} names {value!r}, outside the folder", "do not use it")
 
 
-def context_length(model_config: Any) -> int:
+def context_length(model_config: "PreTrainedConfig") -> int:
     """Return how many tokens a model sees; a converted tokenizer's own limit is absurd.
 
     Raises DistillError (exit 7) where the config states none.
@@ -183,7 +183,7 @@ def check_model(reference: str, trust: Trust = SAFE) -> None:
     require_values(f"model {reference}", stored_values(files, names))
 
 
-def decoder_config(folder: Path, trust: Trust) -> tuple[Any, bool]:
+def decoder_config(folder: Path, trust: Trust) -> tuple["PreTrainedConfig", bool]:
     """Return the config of a folder's causal language model, and whether it is a part of another.
 
     Of a model for pictures or sound too it is the part for text, as a model of its own: this is
@@ -222,7 +222,7 @@ def read_by_library(reference: str, problem: str = "could not be loaded") -> Ite
         raise DistillError(Exit.TRAINING, f"model {reference}", what, "check the model") from None
 
 
-def _read(reference: str, folder: Path, trust: Trust, **options: Any) -> Any:
+def _read(reference: str, folder: Path, trust: Trust, **options: Any) -> "PreTrainedModel":
     """Read a causal language model from its files, and nothing that is not in them."""
     from transformers import AutoModelForCausalLM
 

@@ -209,13 +209,6 @@ def test_a_damaged_file_is_one_line(copy, name, damage):
     assert refused(loading.load_model, str(copy)).code == Exit.TRAINING
 
 
-def test_four_bits_need_a_gpu(tiny):
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    error = refused(loading.load_model, str(tiny), load_in_4bit=True)
-    assert error.code == Exit.TRAINING and "GPU" in error.what
-
-
 @pytest.mark.parametrize("what", ["chat template", "eos"])
 def test_a_tokenizer_must_be_whole(copy, what):
     if what == "eos":

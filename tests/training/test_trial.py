@@ -119,18 +119,18 @@ def test_a_sound_model_is_tried_once(
 ) -> None:
     """H3: a success is kept by the files' hashes; a change, or other targets, are tried again."""
     folder = Path(shutil.copytree(tiny, tmp_path / "m"))
-    asked, ask = list[tuple[Any, ...]](), trial._in_child
-    monkeypatch.setattr(trial, "_in_child", lambda *own: (asked.append(own), ask(*own))[1])
+    trials, try_it = list[Trial](), trial._in_child
+    monkeypatch.setattr(trial, "_in_child", lambda *own: (trials.append(own[0]), try_it(*own))[1])
     for _ in range(2):
         assert student(folder) == []
-    assert len(asked) == 1
+    assert len(trials) == 1
     student(folder, ("q_proj",))
     config(rope_theta=5000.0)(folder)
     student(folder)
-    assert len(asked) == 3
+    assert len(trials) == 3
     monkeypatch.setenv("DISTILL_CACHE", str(folder / "config.json" / "x"))  # cannot be written
     student(folder)
-    assert len(asked) == 4
+    assert len(trials) == 4
 
 
 @pytest.mark.parametrize(
