@@ -252,9 +252,9 @@ def test_a_capture_holds_samples_of_the_teacher_and_another_the_same_bytes(tmp_p
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"train": {"loss": {"jsd": 1}}}, "not for jsd"),
-        ({"train": {"loss": {"forward_kl": 1, "temperature": 2}}}, "not for temperature 2"),
-        ({"train": {}, "on_policy": {"rounds": 1}}, "not for jsd"),
+        ({"train": {"loss": {"jsd": 1}}}, "at temperature 1 only"),
+        ({"train": {"loss": {"forward_kl": 1, "temperature": 2}}}, "at temperature 1 only"),
+        ({"train": {}, "on_policy": {"rounds": 1}}, "at temperature 1 only"),
         ({"signals": {"method": "sampled", "temperatures": [2]}}, "leave temperatures out"),
         ({"signals": {"method": "sampled", "samples": 256}}, "less than or equal to 255"),
     ],
