@@ -19,7 +19,7 @@ from typer.models import ArgumentInfo, OptionInfo
 
 from distill.errors import DistillError, Exit, exit_code
 from distill.pipeline import CHECKING, NAMES, STAGES, perform
-from distill.storage.run_folder import Stage, open_run
+from distill.storage.run_folder import Run, Stage, open_run
 
 app = typer.Typer(
     help="Turn a teacher model and a corpus into a small open one, and say what it kept and cost.",
@@ -121,9 +121,8 @@ def run_all(
 
 
 def perform_alone(
+    run: Run,
     stage: Stage,
-    config: Path,
-    overrides: list[str] | None,
     redo: bool,
     allow_code: bool = False,
     unsafe_code: bool = False,
@@ -133,7 +132,7 @@ def perform_alone(
     from distill.planning.preflight import require
     from distill.tasks.sandbox.programs import permit
 
-    run, again = open_run(config, overrides or ()), (stage,) if redo else ()
+    again = (stage,) if redo else ()
     permit(allow_code, unsafe_code)
     require(run, (stage,), again)
     perform(run, (stage,), again, allow_inexact)
@@ -152,7 +151,8 @@ def add_stage(stage: Stage) -> None:
         unsafe_code: UnsafeCode = False,
         allow_inexact: AllowInexact = False,
     ) -> None:
-        perform_alone(stage, config, overrides, redo, allow_code, unsafe_code, allow_inexact)
+        run = open_run(config, overrides or ())
+        perform_alone(run, stage, redo, allow_code, unsafe_code, allow_inexact)
 
     foreign = {"allow_inexact"} if stage.name != "train" else set[str]()
     foreign |= {"allow_code", "unsafe_code"} if stage.name not in CHECKING else set()
@@ -181,14 +181,14 @@ def evaluate(
     ] = None,
 ) -> None:
     """Compare student, base and teacher on held-out items, or ask the student lm-eval's tasks."""
+    run = open_run(config, overrides or ())
     if lm_eval is None:
         stage = STAGES[NAMES.index("evaluate")]
-        return perform_alone(stage, config, overrides, redo, allow_code, unsafe_code)
+        return perform_alone(run, stage, redo, allow_code, unsafe_code)
     from distill.evaluation import lm_eval as harness
     from distill.formatting import markdown_table
     from distill.report.tables import harness_rows
 
-    run = open_run(config, overrides or ())
     tasks = tuple(task.strip() for task in lm_eval.split(",") if task.strip())
     with run.lock():
         results = harness.main(run, tasks, limit, include_path)

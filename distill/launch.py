@@ -10,10 +10,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from distill.cli import perform_alone
 from distill.errors import DistillError, Exit, exit_code
 from distill.models.devices import device
-from distill.pipeline import STAGES, perform
-from distill.planning.preflight import require
+from distill.pipeline import STAGES
 from distill.responders.local.workers import Workers
 from distill.storage.progress import console
 from distill.storage.run_folder import Run, Stage, open_run
@@ -30,19 +30,13 @@ def main(name: str, words: Sequence[str]) -> int:
     )
 
 
-def _perform(run: Run, stage: Stage, flags: set[str]) -> None:
-    again = (stage,) if "--redo" in flags else ()
-    require(run, (stage,), again)
-    perform(run, (stage,), again)
-
-
 def train(run: Run, stage: Stage, flags: set[str]) -> None:
     """Train on the first process, or join it on another."""
     from distill.training.train import main as work
 
     stage = replace(stage, main=partial(work, allow_inexact="--allow-inexact" in flags))
     if int(os.environ.get("RANK", "0")) == 0:
-        _perform(run, stage, flags)
+        perform_alone(run, stage, "--redo" in flags)
         return
     console.quiet = True
     if "--redo" in flags or run.checked_state(stage) != "done":
@@ -57,7 +51,7 @@ def generate(run: Run, stage: Stage, flags: set[str]) -> None:
     device()  # raises where there are more processes than GPUs, before accelerate ends over it
     workers = Workers.meet()
     if len(workers.pids) == 1:
-        _perform(run, stage, flags)
+        perform_alone(run, stage, "--redo" in flags)
         return
     if not run.config.teacher.runs_here:
         what, fix = f"one process asks a {run.config.teacher.kind} teacher", "distill generate"
@@ -70,7 +64,7 @@ def generate(run: Run, stage: Stage, flags: set[str]) -> None:
                 work(run, workers)
 
         with workers.leading():
-            _perform(run, replace(stage, main=lead), flags)
+            perform_alone(run, replace(stage, main=lead), "--redo" in flags)
             workers.dismiss()
         return
     console.quiet = True

@@ -39,9 +39,10 @@ COUNT = 60
 SMALL = """
 import sys
 from distill import launch
+from distill.planning import preflight
 from distill.responders.local import local_model as local
 local.PLAN_TOKENS = 160  # so that there are ten plans
-launch.require = lambda *_: None  # no look ahead: these runs have no student
+preflight.require = lambda *_: None  # no look ahead: these runs have no student
 sys.exit(launch.main("generate", sys.argv[1:]))
 """
 
@@ -53,7 +54,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_run(folder: Path, model: Path, **teacher: Any) -> tuple[Run, list[str]]:
     """Return a run with prompts of many lengths, and the words that start its generation."""
-    teacher = {"model": str(model), "max_new_tokens": 32, "max_batch_size": 5, "n": 2, **teacher}
+    teacher = {"model": str(model), "max_new_tokens": 32, "n": 2, **teacher}
+    if "kind" not in teacher:
+        teacher["max_batch_size"] = 5
     config = Config.model_validate(
         {
             "name": "r",
@@ -245,7 +248,7 @@ def test_fewer_processes_than_asked_are_refused(monkeypatch: pytest.MonkeyPatch)
 def test_other_teachers_are_asked_by_one_process(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, _ = make_run(tmp_path, model, kind="canned", answers="a", max_batch_size=None)
+    run, _ = make_run(tmp_path, model, kind="canned", answers="a")
     monkeypatch.setattr(Workers, "meet", lambda: Workers(1, [1, 2]))
     with pytest.raises(DistillError, match="one process asks a canned teacher"):
         launching.generate(run, STAGE, set())
