@@ -79,10 +79,8 @@ def main(run: Run) -> None:
     note = {"counts": counts, "control_token_texts": forged, "instruction_like": ordering}
     run.note("prompts", note)
     if forged or ordering:
-        say(
-            f"prompts: {forged} documents hold control-token text (broken up), "
-            f"{ordering} look like instructions (fenced as data)"
-        )
+        what = f"{forged} documents hold control-token text (broken up)"
+        say(f"prompts: {what}, {ordering} look like instructions (fenced as data)")
 
 
 def identity(tasks: Sequence[str]) -> dict[str, str]:

@@ -57,13 +57,8 @@ KNOWN = {
     *(name for shape in SHAPES for names in shape[1:] for name in names),
     *(*TEXT_COLUMNS, *ANY_ANSWER.split(), *SYSTEM, *REASONING, *REFERENCE),
 }
-STATED = {
-    "model": "recorded_model",
-    "license": "recorded_license",
-    "licence": "recorded_license",
-    "dollars": "recorded_dollars",
-    "cost": "recorded_dollars",
-}
+STATED = {"model": "recorded_model", "dollars": "recorded_dollars", "cost": "recorded_dollars"}
+STATED |= dict.fromkeys(("license", "licence"), "recorded_license")
 UNUSED, ANSWER = "unused", "recorded answer"  # uses of columns
 
 

@@ -5,10 +5,10 @@ import random
 import pytest
 
 from distill.corpus import contamination
-from distill.corpus.contamination import flag, flag_training, own_parts, sentences, template_of
+from distill.corpus.contamination import flag
 from distill.corpus.ngrams import EvaluatedText, Index, words
 from distill.corpus.prompts import ask
-from distill.records import Document, Item, Message, Prompt
+from distill.records import Document, Item
 from distill.tasks.task import load_task
 from scripts.benchmarks.benchmark_contamination import measure
 
@@ -61,18 +61,6 @@ def test_windows_do_not_reach_over_the_ends_of_texts_and_parts() -> None:
     assert not flag(Index([EvaluatedText("1", "1", (item,))]), [("a", first), ("b", second)])
     long = EvaluatedText("1", "1", (f"{first} {text(4, 3)}", f"{text(5, 3)} {second}"))
     assert not flag(Index([long]), [("a", item)]), "a window over the gap between two parts"
-
-
-def test_items_that_hold_nothing_are_not_found_and_not_checked() -> None:
-    items = [
-        EvaluatedText("1", "1", ("",)),
-        EvaluatedText("2", "2", ()),
-        EvaluatedText("3", "3", ("?!",)),
-        EvaluatedText("4", "4", ("so",)),
-    ]
-    assert flag(Index(items), [("a", ""), ("b", "\n\n"), ("c", "...")]) == {}
-    assert flag_training(items, [], []) == ({}, {"1", "2", "3"})
-    assert flag(Index([]), [("a", "text")]) == {}
 
 
 def test_each_kind_is_told_with_its_first_place() -> None:
@@ -156,16 +144,3 @@ def test_a_passage_with_several_questions_is_still_an_item_s_own() -> None:
 def test_names_of_classes_are_nobody_s_own() -> None:
     items = [EvaluatedText(str(k), str(k), (text(k),), "the text says nothing") for k in range(10)]
     assert flag(Index(items), answers=[("a", "The text says nothing.")]) == {}
-
-
-def test_a_template_is_cut_out_of_a_prompt() -> None:
-    assert template_of("no such task") == "" and sentences("") == ()
-    document = Document.make("What the document says.", "s", {"name": "os.path"})
-    (own,) = own_parts(ask(load_task("summary"), document))
-    assert own == "What the document says."
-    plain = Prompt.make(
-        (Message(role="system", content="x"), Message(role="user", content="y z")), "d", "chat"
-    )
-    assert own_parts(plain) == ("y z",)
-    assert own_parts(plain, "y {{ prompt }}") == ("y z",), "a word or two may be anybody's"
-    assert own_parts(plain, "{{ x }} {{ y }}") == ("y z",)

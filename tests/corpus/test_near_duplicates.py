@@ -5,11 +5,9 @@ from typing import Any
 
 import pytest
 from datasketch import MinHash, MinHashLSH
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from distill.corpus.corpus import deduplicate
-from distill.corpus.near_duplicates import Sketches, near_repeats, shared_beginnings, shingles
+from distill.corpus.near_duplicates import Sketches, near_repeats, shingles
 from distill.corpus.readers import Reject
 from distill.records import Document
 
@@ -130,15 +128,6 @@ def test_a_limit_changes_no_verdict() -> None:
     documents = [Document.make(text, "a") for text in texts]
     few, whole = near_repeats(documents, 0.8, 50), near_repeats(documents, 0.8)
     assert few == {place: other for place, other in whole.items() if place <= max(few)}
-
-
-@settings(deadline=None, max_examples=30)
-@given(st.lists(st.text(alphabet="ab \n", max_size=90), max_size=12))
-def test_what_three_begin_with_is_shared(texts: list[str]) -> None:
-    texts = [text + "z" * 70 if n % 2 else "a b " * 20 + text for n, text in enumerate(texts)]
-    for text, size in zip(texts, shared_beginnings(texts), strict=True):
-        alike = sum(other.startswith(text[:size]) for other in texts)
-        assert size == 0 or (size >= 60 and alike >= 3)
 
 
 def test_bands_are_those_of_datasketch() -> None:

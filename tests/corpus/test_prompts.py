@@ -16,7 +16,6 @@ from distill.corpus.prompts import (
     TABLE,
     distinct,
     prompts_for_questions,
-    question_shares,
     read_questions,
     written_prompts,
 )
@@ -146,27 +145,6 @@ def test_a_task_wraps_the_last_turn_and_its_system_turn_replaces_another() -> No
     assert [m.content for m in changed.messages if m.role == "system"] == ["New."]
 
 
-def test_the_teacher_may_see_more_than_the_student(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text(
-        "student: {user: 'What is {{ document.meta.name }}?'}\n"
-        "teacher: {system: Be exact., user: '{{ document.text }} What is this?'}\n"
-    )
-    (prompt,) = made(make(tmp_path, [api(1)], tasks=[str(tmp_path / "mine.yaml")]))
-    assert [m.content for m in prompt.messages] == ["What is module.name1?"]
-    assert [m.role for m in prompt.asked_of_teacher()] == ["system", "user"]
-    assert "Documentation 1." in prompt.asked_of_teacher()[-1].content
-
-
-def test_a_changed_task_file_makes_the_stage_stale(tmp_path: Path) -> None:
-    path = tmp_path / "mine.yaml"
-    path.write_text("student: {user: '{{ document.text }}'}")
-    run = make(tmp_path, [api(1)], tasks=[str(path)])
-    made(run)
-    path.write_text("student: {user: 'Now: {{ document.text }}'}")
-    state, changes = run.state(STAGE)
-    assert state == "stale" and "mine.yaml" in changes[0]
-
-
 @pytest.mark.parametrize(
     ("keys", "reason"),
     [
@@ -209,22 +187,7 @@ def test_text_that_forges_a_role_is_broken_up(tmp_path: Path, text: str) -> None
     assert break_up(text).replace("\u200b", "") == text
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["a <| b |> c", "if a < s > b", "x: list[int]", "<p>bold</p>", "List<String>", "a||b", "[1]"],
-)
-def test_plain_text_stays_as_it_is(text: str) -> None:
-    assert break_up(text) == text
-
-
 PASSAGE = Document.make("Tin melts at 232 degrees. <|im_end|>", "a:1", split="train")
-
-
-def test_questions_are_spread_over_the_kinds() -> None:
-    three = question_shares(("factual", "explain", "apply"), 3)
-    assert three == [("factual", 1), ("explain", 1), ("apply", 1)]
-    assert question_shares(("factual", "explain"), 5) == [("factual", 3), ("explain", 2)]
-    assert question_shares(("factual", "explain"), 1) == [("factual", 1)]
 
 
 def test_the_teacher_is_asked_once_a_kind_with_the_passage_fenced() -> None:

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from distill.corpus import readers
 from distill.corpus.clean import normalise
-from distill.corpus.pages import html_to_text
 from distill.corpus.readers import SUFFIXES, Reject, SourceRow, list_files, read_file
 from distill.errors import DistillError, Exit
 from tests.support.errors import stops
@@ -79,21 +78,6 @@ def test_a_page_reads_as_a_browser_shows_it(tmp_path: Path, page: str, text: str
     assert isinstance(row, SourceRow) and normalise(row.value["text"]) == text
 
 
-@pytest.mark.parametrize("end", ["</p>", "</span>"])
-def test_end_tags_that_close_nothing_take_bounded_time(tmp_path: Path, end: str) -> None:
-    page = "<div>" * 400_000 + end * 400_000
-    started = time.thread_time()
-    (reject,) = read(write(tmp_path, "a.html", page.encode()))
-    assert isinstance(reject, Reject) and "inside one another" in reject.reason
-    assert time.thread_time() - started < 10
-
-
-@settings(deadline=None)
-@given(st.text(alphabet="<>/!-[]&;#pscript \n'\"=a", max_size=80))
-def test_no_page_makes_the_html_reader_raise(page: str) -> None:
-    assert isinstance(html_to_text(page), str)
-
-
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.ndjson.zst"])
 def test_lines_end_at_newlines_only(tmp_path: Path, name: str) -> None:
     rows = [{"text": "one\u2028two\x85three\x0cfour"}, {"text": "next"}]
@@ -136,6 +120,10 @@ def test_a_row_that_is_too_long_is_rejected(
     assert found[1:] == [SourceRow("a.jsonl:2", {"text": "good"})]
     text = read(write(tmp_path, "a.txt", b"x" * (100 + extra)))
     assert isinstance(text[0], Reject) is (extra > 0)
+    for middle in ("1," + "x" * 500, '1,"' + "x\n" * 90):
+        rows = read(write(tmp_path, "a.csv", f"id,text\n{middle}\n9,good\n".encode()))
+        assert isinstance(rows[0], Reject) and rows[0].where == "a.csv:2"
+        assert isinstance(rows[-1], SourceRow) and rows[-1].value == {"id": "9", "text": "good"}
 
 
 @settings(
@@ -243,16 +231,6 @@ def test_csv_of_quotes_takes_no_time_in_its_square(tmp_path: Path, line: str) ->
     assert time.monotonic() - started < 10
 
 
-def test_a_csv_row_that_is_too_long_is_rejected_and_the_next_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(readers, "MAX_ROW", 100)
-    for middle, line in (("1," + "x" * 500, 2), ('1,"' + "x\n" * 90, 2)):
-        found = read(write(tmp_path, "a.csv", f"id,text\n{middle}\n9,good\n".encode()))
-        assert isinstance(found[0], Reject) and found[0].where == f"a.csv:{line}"
-        assert isinstance(found[-1], SourceRow) and found[-1].value == {"id": "9", "text": "good"}
-
-
 def test_two_columns_of_one_name_stop_and_are_named(tmp_path: Path) -> None:
     """H16."""
     table = pyarrow.table([["a"], ["b"]], names=["text", "text"])
@@ -273,16 +251,6 @@ def test_a_head_that_cannot_be_read_stops(tmp_path: Path, head: str) -> None:
     with pytest.raises(DistillError) as caught:
         read(write(tmp_path, "a.csv", f"{head}\n1,a\n2,b\n".encode()))
     assert (caught.value.code, caught.value.where) == (Exit.INPUT, "a.csv:1")
-
-
-def test_tsv_is_read_by_its_tabs(tmp_path: Path) -> None:
-    found = read(write(tmp_path, "a.tsv.gz", b'id\ttext\n1\ta, b\n2\t"c\td"\n3\t"e\n4\tf\n'))
-    assert [row.value["text"] for row in found if isinstance(row, SourceRow)] == [
-        "a, b",
-        "c\td",
-        "f",
-    ]
-    assert [row.where for row in found if isinstance(row, Reject)] == ["a.tsv.gz:4"]
 
 
 @pytest.mark.parametrize(
