@@ -241,7 +241,7 @@ READERS: dict[str, Reader] = {
     "corpus.clean.chunk": lambda text: clean.chunk(text, 6000, 200),
     "corpus.clean.chunk, half over": lambda text: clean.chunk(text, 200, 100),
     "corpus.clean.chunk, most over": lambda text: clean.chunk(text, 200, 180),
-    "corpus.pages, HTML": pages.html_to_text,
+    "corpus.pages, HTML": refusable(pages.html_to_text),
     "corpus.readers, JSON lines": whole(lambda t: readers.read_lines(file_of(t), "f")),
     "corpus.readers, CSV": whole(lambda t: readers.read_csv(file_of(t), "f", ",")),
     "corpus.rows.interpret": refusable(lambda t: rows.interpret({"text": t, "title": t}, "f")),
