@@ -327,7 +327,7 @@ READERS: dict[str, Reader] = {
     "formatting.verbatim": formatting.verbatim,
     "publishing.secret_scan": lambda text: list(secret_scan.findings(text, {}, generic=True)),
     "models.chat_template.cut_marks": lambda text: LLAMA.sub("x", text),
-    "config.check_values": refusable(lambda text: check_values({"a": text}, "f", {})),
+    "config.check_values": refusable(lambda text: check_values({"a": text}, {(): "f"})),
 }
 
 
