@@ -33,10 +33,9 @@ def _refuse(where: object, defects: Mapping[str, Iterable[str]], fix: str) -> No
 
 
 def require_intact(where: str, report: Mapping[str, Any]) -> None:
-    """Refuse what transformers loaded beside its file: `report` is its `output_loading_info`.
+    """Refuse (exit 7) weights that do not fit by transformers' `output_loading_info`.
 
-    Tied weights and buffers that are computed again do not count as missing there. Raises
-    DistillError (exit 7).
+    Tied weights and buffers that are computed again do not count as missing there.
     """
     mismatched = [
         f"{n} {tuple(have)} for {tuple(want)}" for n, have, want in report["mismatched_keys"]

@@ -29,7 +29,6 @@ if TYPE_CHECKING:  # and what writes files imports the rest itself: a benchmark 
     from distill.storage.run_folder import Run
 
 ADAPTER = "default"
-DTYPE_KEYS = ("dtype", "torch_dtype")
 SOURCE = "source.json"  # the one file of merged/ that is no part of the model
 OPTIMIZER_PARTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -78,10 +77,7 @@ def inject(
 
 
 def unadapted(model: PeftModel) -> list[str]:
-    """Return the matrices of the layers that have no adapter, by their names within a layer.
-
-    Such are the experts of a mixture, its router, and the convolutions of linear attention.
-    """
+    """Return a layer's matrices without an adapter: experts, their router, convolutions."""
     names = [n for n, p in model.named_parameters() if p.ndim > 1 and not p.requires_grad]
     inside = [re.split(r"\.\d+\.", name, maxsplit=1)[1:] for name in names]
     others = {n[0] for n in inside if n and ".base_layer." not in n[0] and "bias" not in n[0]}
@@ -100,10 +96,7 @@ def factors(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter, float]:
 
 
 def adapt(wrapped: PeftModel, checkpointing: bool = False) -> PeftModel:
-    """Make an injected model what is trained.
-
-    Every adapted linear module computes in its input's type, from the float32 masters.
-    """
+    """Let every adapted linear module compute in its input's type, from the float32 masters."""
     for module in wrapped.modules():
         if isinstance(module, LoraLayer):
             module.forward = _WorkingCopy(module)  # pyright: ignore[reportAttributeAccessIssue]
@@ -177,10 +170,7 @@ def cast_once(model: PeftModel) -> Iterator[None]:
 
 
 def check_gradients(model: nn.Module) -> None:
-    """Stop (exit 7) where the loss's gradient does not reach an adapter: after step 1, B has one.
-
-    A's gradient is zero then, since B starts at zero.
-    """
+    """Stop (exit 7) where no gradient reached an adapter's B in step 1; A's is zero, as B is."""
     for name, parameter in parameters(model).items():
         gradient = parameter.grad
         if gradient is None or ("lora_B" in name and not full_tensor(gradient).any()):
@@ -273,8 +263,9 @@ def write_merged(
     registry.check_base(adapter, student.model, student.revision)
     base = registry.fetch(student.model, student.revision, student.trust)
     config = read_json(base / "config.json")
-    types = [c.get(key) for c in (config, registry.text_config(config)) for key in DTYPE_KEYS]
-    dtype = getattr(torch, next(filter(None, types), "float32"))
+    both, keys = (config, registry.text_config(config)), ("dtype", "torch_dtype")
+    dtypes = (tree[key] for tree in both for key in keys if tree.get(key))
+    dtype = getattr(torch, next(dtypes, "float32"))
     model = loading.load_merged(student.model, adapter, dtype, student.revision, student.trust)
     tokenizer = loading.student_tokenizer(student, reasoning)
     model.config.name_or_path = ""  # else the folder of this machine is written into the config

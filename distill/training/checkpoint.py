@@ -91,10 +91,7 @@ def read(folder: Path) -> Checkpoint:
 
 
 def latest(parent: Path) -> Checkpoint | None:
-    """Return the newest intact checkpoint, or None where none was ever saved.
-
-    Raises DistillError (exit 7) where there are checkpoints and all are damaged.
-    """
+    """Return the newest intact checkpoint, None where none was saved; exit 7 if none is intact."""
     folders = sorted(parent.glob(FOLDERS))
     for folder in reversed(folders):
         try:

@@ -155,9 +155,8 @@ def soft_loss(
     """Return the weighted sum of a mixed loss, the sum of weights, and each part's weighted sum.
 
     `mix` gives each part's weight, such as {"ce": 0.5, "forward_kl": 0.5}; the parts' sums are
-    before it. One pass over the logits serves all parts. Raises ValueError for a part that is
-    unknown, a number out of its range, targets of other positions, or lists without a tail for a
-    temperature other than 1.
+    before it. Raises ValueError for an unknown part, a number out of its range, targets of other
+    positions, or lists without a tail for a temperature other than 1.
     """
     if not (0 < beta < 1 and 0 <= alpha < 1 and temperature > 0):
         raise ValueError(f"{beta=} (0 < beta < 1), {alpha=} (0 <= alpha < 1), {temperature=}")

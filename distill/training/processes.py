@@ -68,10 +68,7 @@ def check(report_to: str, num_processes: int | None) -> None:
 
 
 def start(report_to: str, num_processes: int | None, folder: Path) -> Accelerator:
-    """Return the Accelerator of this process; trackers write into `folder`.
-
-    Raises DistillError as `check` does.
-    """
+    """Return the Accelerator of this process after `check`; trackers write into `folder`."""
     check(report_to, num_processes)
     accelerator = Accelerator(
         cpu=device().type != "cuda",
