@@ -30,7 +30,8 @@ def _lazy(path: str) -> Callable[..., Any]:
 def capture_identity(config: Config) -> dict[str, str]:
     """Return what pins the distributions of a teacher, and the tokens that they are over."""
     teacher, student, served = config.soft_teacher(), config.student, config.signals.tokenizer
-    facts = _lazy("distill.responders.kinds.identity")(teacher)
+    facts = _lazy("distill.responders.kinds.identity")(teacher, config.engines)
+    facts.pop("engine", None)  # its distributions are read here, whatever answers
     if isinstance(teacher, EndpointTeacher):
         facts = {"teacher": facts["endpoint"]}
     if served and not teacher.runs_here:
@@ -120,7 +121,7 @@ STAGES: tuple[Stage, ...] = (
         ("documents.jsonl", "prompts.jsonl"),
         ("responses.jsonl", "questions.jsonl"),
         _lazy("distill.generation.generate.main"),
-        lambda c: _lazy("distill.responders.kinds.identity")(c.teacher),
+        lambda c: _lazy("distill.responders.kinds.identity")(c.teacher, c.engines),
         purpose="ask the teacher what the store lacks",
         smaller="lower teacher.max_batch_size",
     ),

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
+from distill.config.engines import Engine
 from distill.config.values import (
     SERVED,
     VARIABLE,
@@ -86,15 +87,19 @@ class LocalTeacher(Teacher):
 
     runs_here = makes_answers = True
     logprobs = "full"
-    shaping = ("dtype", "max_batch_size", "chat_template_kwargs")
+    shaping = ("dtype", "max_batch_size", "chat_template_kwargs", "engine")
 
     kind: Literal["local"] = "local"
     """`local` loads a model here, `endpoint` asks a server, `recorded` takes the answers in the
     corpus, `canned` those in a file, `python` calls a function."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the weights; `auto`: bfloat16, where it is missing float16 (GPU), float32 (CPU)."""
+    engine: Literal["auto", Engine] = "distill"
+    """What computes its answers: `distill`, or `vllm` or `llama.cpp`, which is started for it;
+    `auto` takes vllm where a GPU and vLLM are here."""
     max_batch_size: Positive | None = None
-    """Sequences generated at once; null takes what fits. Lower it where memory runs out."""
+    """Sequences generated at once; null takes what fits, of another engine 16. Lower it where
+    memory runs out."""
     chat_template_kwargs: TemplateVariables = {}
     """Variables of its chat template, for instance {enable_thinking: false}."""
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from distill.config.engines import Engines
 from distill.config.learning import OnPolicy, Signals, Student, Train
 from distill.config.teachers import AnyJudge, AnyTeacher, EndpointTeacher, LocalTeacher, Teacher
 from distill.config.values import (
@@ -254,6 +255,7 @@ class Config(Section):
     prompts: Prompts = Prompts()
     teacher: AnyTeacher
     """Who answers, and how."""
+    engines: Engines = Engines()
     terms: Terms = Terms()
     filters: Filters = Filters()
     signals: Signals = Signals()

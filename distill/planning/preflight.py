@@ -204,7 +204,7 @@ class Look:
         )
         sound = self.attempt(look, "student", Trial(*facts, *settings))
         for key, teacher in self.responders(self.present | self.ahead & READING).items():
-            self.attempt(identity, teacher)
+            self.attempt(identity, teacher, self.config.engines)
             if isinstance(teacher, LocalTeacher):
                 facts = (teacher.model, teacher.revision, SAFE, config.template_date)
                 trial = Trial(*facts, template=teacher.chat_template_kwargs)

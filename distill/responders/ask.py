@@ -41,6 +41,8 @@ class Ask(ExitStack):
 
     def __enter__(self) -> Self:
         self.enter_context(self.store)
+        if close := getattr(self.responder, "close", None):  # an engine ends with whoever asks
+            self.callback(close)
         if self.payer and isinstance(self.responder, Buyer):
             self.callback(enter_account, self.payer, self.store)
         return self

@@ -5,6 +5,7 @@ from importlib import import_module
 from typing import Any
 
 from distill.callables import source_hash
+from distill.config.engines import Engines
 from distill.config.teachers import LocalTeacher, Teacher
 from distill.config.tree import Config
 from distill.models import registry
@@ -13,21 +14,29 @@ from distill.responders.canned import answers_hash
 from distill.responders.responder import Circumstances, Responder, origin_of
 
 
-def weights(teacher: LocalTeacher) -> dict[str, str]:
-    """Return the hashes of a model's weights and of the files beside them."""
+def weights(teacher: LocalTeacher, engines: Engines) -> dict[str, str]:
+    """Return the hashes of a model's weights and of the files beside them, and its engine."""
     pinned = registry.identity(teacher.model, teacher.revision)
-    return {"teacher": pinned, **registry.folder_facts("teacher", teacher.model)}
+    facts = {"teacher": pinned, **registry.folder_facts("teacher", teacher.model)}
+    if teacher.engine == "distill":
+        return facts
+    from distill.responders.engines import engine_of, engine_version, require_engine
+
+    engine = engine_of(teacher, engines)
+    if engine != "distill":
+        facts["engine"] = f"{engine} {engine_version(tuple(require_engine(engine, engines)))}"
+    return facts
 
 
 # The module that makes a kind's responder, and the hashes that say what its answers depend on
-KINDS: dict[str, tuple[str, Callable[[Any], dict[str, str]]]] = {
+KINDS: dict[str, tuple[str, Callable[[Any, Engines], dict[str, str]]]] = {
     "local": ("local.local_model", weights),
-    "endpoint": ("endpoint.endpoint", lambda t: {"endpoint": origin_of(t)}),
-    "canned": ("canned", lambda t: {"answers": answers_hash(t.answers)}),
-    "recorded": ("canned", lambda t: {}),
+    "endpoint": ("endpoint.endpoint", lambda t, _: {"endpoint": origin_of(t)}),
+    "canned": ("canned", lambda t, _: {"answers": answers_hash(t.answers)}),
+    "recorded": ("canned", lambda t, _: {}),
     "python": (
         "canned",
-        lambda t: {f"responder {t.responder}": source_hash("responder", t.responder)},
+        lambda t, _: {f"responder {t.responder}": source_hash("responder", t.responder)},
     ),
 }
 
@@ -37,11 +46,11 @@ def make_responder(
 ) -> Responder:
     """Make a teacher or a judge of a run; `sources` are its prompts' documents, by prompt id."""
     prices, date = config.evaluation.prices, config.template_date
-    circumstances = Circumstances(config.name, date, prices, sources or {})
+    circumstances = Circumstances(config.name, date, prices, sources or {}, config.engines)
     module = import_module(f"distill.responders.{KINDS[settings.kind][0]}")
     return module.make(settings, circumstances)
 
 
-def identity(settings: Teacher) -> dict[str, str]:
+def identity(settings: Teacher, engines: Engines) -> dict[str, str]:
     """Return the hashes of what a responder's answers depend on."""
-    return KINDS[settings.kind][1](settings)
+    return KINDS[settings.kind][1](settings, engines)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol, runtime_
 
 from pydantic import Field
 
+from distill.config.engines import Engines
 from distill.config.teachers import FROM_ENVIRONMENT, EndpointTeacher, Teacher
 from distill.reasoning import split_reasoning
 from distill.records import Document, Message, Record, Response, Stop, Usage, canonical, digest
@@ -95,10 +96,15 @@ class Request(Record):
         return cls(key=digest(shape), **facts, sampling=sampling, output_schema=output_schema)
 
 
-class Scoring(Request):
-    """A text as token ids, at each of which a server lists its distribution; one is sampled."""
+class Encoded(Request):
+    """A request whose prompt is token ids already."""
 
     ids: tuple[int, ...]
+
+
+class Scoring(Encoded):
+    """A text as token ids, at each of which a server lists its distribution; one token, which no
+    server goes without, is sampled."""
 
     @classmethod
     def of(cls, origin: str, ids: tuple[int, ...]) -> "Scoring":
@@ -167,6 +173,7 @@ class Circumstances(NamedTuple):
     date: str  # that templates show
     prices: Path | None
     sources: Mapping[str, Document]  # by the ids of the prompts
+    engines: Engines
 
 
 class Responder(Protocol):

@@ -18,31 +18,20 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from distill.config.teachers import EndpointTeacher
+from distill.models.gguf_file import write_gguf
 from distill.models.loading import load_tokenizer
 from distill.records import Message, Response
 from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.local.local_model import LocalResponder
 from distill.responders.responder import Request, Sampling, origin_of
 from tests.support.asking import answer_all
-from tests.support.tiny import make_gguf, make_tiny
+from tests.support.tiny import make_tiny
 
+LLAMA_SERVER = Path("distill/responders/llama_server.py").resolve()
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill/engines"
 DATE = "2026-01-01"
 TEXTS = [f"{'words ' * (i * 5 % 7)}{chr(97 + i)}?" for i in range(12)]
 ENGINES = ("transformers", "llama.cpp", "vllm")
-
-# llama.cpp's own HTTP server, as the wheel carries it: a library without a program.
-LLAMA_CPP = """
-import sys, threading, xllamacpp
-params = xllamacpp.CommonParams()
-params.model.path, params.port, params.n_ctx = sys.argv[1], int(sys.argv[2]), 4 * int(sys.argv[3])
-params.model_alias = {"tiny"}
-params.n_parallel, params.cpuparams.n_threads, params.warmup = 4, 1, False
-params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-server = xllamacpp.Server(params)
-threading.Event().wait()
-"""
 
 
 def python_of(engine: str) -> str:
@@ -100,8 +89,10 @@ class Engine:
             sizes = ("--max-model-len", str(self.context), "--enforce-eager")
             return (self.python, *module, *place, *sizes)
         file = self.home / "tiny.gguf"
-        make_gguf(self.folder, file)
-        return (self.python, "-c", LLAMA_CPP, str(file), str(self.port), str(self.context))
+        write_gguf(self.folder, file, "F16", "tiny")
+        sizes = ("--ctx-size", f"{4 * self.context}", "--parallel", "4", "--threads", "1")
+        model = ("--model", str(file), "--alias", "tiny", "--cache-type", "f32")
+        return (self.python, str(LLAMA_SERVER), *model, *place[:4], *sizes)
 
     def start(self) -> None:
         """Start it; `wait` returns once it answers."""

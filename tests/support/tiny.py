@@ -7,15 +7,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import gguf
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -98,41 +94,3 @@ def make_adapter(folder: Path, base: str, scale: float) -> None:
             torch.nn.init.normal_(parameter, std=scale)
     wrapped.save_pretrained(str(folder))
     registry.record_base(folder, base)
-
-
-def make_gguf(folder: Path, file: Path) -> None:
-    """Write the tiny Qwen2 of a folder as a GGUF in float32, with its tokenizer and template."""
-    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    names = {i: name for name, i in tokenizer.get_vocab().items()}
-    vocabulary = [names.get(i, f"[PAD{i}]") for i in range(config.vocab_size)]
-    control = gguf.TokenType.CONTROL
-    writer = gguf.GGUFWriter(file, "qwen2")
-    facts = {
-        "block_count": config.num_hidden_layers,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
-        "head_count": config.num_attention_heads,
-        "head_count_kv": config.num_key_value_heads,
-        "layer_norm_rms_eps": config.rms_norm_eps,
-        "rope_freq_base": config.rope_parameters["rope_theta"],
-        "vocab_size": config.vocab_size,
-        "tokenizer_model": "gpt2",
-        "tokenizer_pre": "gpt-2",
-        "token_list": vocabulary,
-        "token_types": [control if t in SPECIAL or "PAD" in t else 1 for t in vocabulary],
-        "token_merges": ["a b"],  # llama.cpp wants some; "ab" is no token
-        "eos_token_id": tokenizer.eos_token_id,
-        "add_bos_token": False,
-        "chat_template": tokenizer.chat_template,
-    }
-    for name, value in facts.items():
-        getattr(writer, f"add_{name}")(value)
-    theirs = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        stem, _, kind = name.rpartition(".")
-        writer.add_tensor(f"{theirs.get_name(stem)}.{kind}", tensor.float().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()

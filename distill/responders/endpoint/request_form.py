@@ -13,7 +13,7 @@ from pydantic import JsonValue
 from distill.config.teachers import FROM_ENVIRONMENT, EndpointTeacher
 from distill.errors import DistillError, Exit
 from distill.records import canonical
-from distill.responders.responder import Request, Scoring
+from distill.responders.responder import Encoded, Request
 
 PATHS = {"chat": "/chat/completions", "completions": "/completions"}
 ANTHROPIC_VERSION = "2023-06-01"  # the newest that the service names
@@ -42,7 +42,7 @@ def encode(request: Request, settings: EndpointTeacher) -> bytes:
     """
     anthropic, messages = settings.form == "anthropic", request.messages
     fields: dict[str, object] = {"model": settings.model}
-    if isinstance(request, Scoring):
+    if isinstance(request, Encoded):
         fields["prompt"] = request.ids
     elif settings.api == "completions":
         fields["prompt"] = "\n\n".join(message.content for message in messages)

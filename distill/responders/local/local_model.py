@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,6 +50,9 @@ from distill.responders.local.continuous_batching import (
 from distill.responders.responder import Circumstances, Plan, Raw, Request
 from distill.storage.files import sha256_file
 from distill.storage.progress import say
+
+if TYPE_CHECKING:
+    from distill.responders.engines import EngineResponder
 
 MOST_TOO_LONG = 0.01  # of the prompts; more are a fault of the settings
 PLAN_TOKENS = 49_152  # of a plan's answers, where that is more than its batches: what a kill costs
@@ -283,9 +286,14 @@ class LocalResponder:
         return row_bytes(cache, shape.vocab_size, width, kind(self.network.device), capacity)
 
 
-def make(teacher: LocalTeacher, circumstances: Circumstances) -> LocalResponder:
-    """Make the responder of a model that runs here."""
+def make(teacher: LocalTeacher, circumstances: Circumstances) -> "LocalResponder | EngineResponder":
+    """Make the responder of a model that runs here, in our own engine or another."""
     size, date = teacher.max_batch_size, circumstances.date
+    if teacher.engine != "distill":
+        from distill.responders.engines import EngineResponder, engine_of
+
+        if (engine := engine_of(teacher, circumstances.engines)) != "distill":
+            return EngineResponder(engine, teacher, circumstances.engines, date, size or 16)
     return LocalResponder.load(
         *(teacher.model, teacher.dtype, teacher.revision, date, size),
         template=teacher.chat_template_kwargs,

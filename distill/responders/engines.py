@@ -1,0 +1,310 @@
+"""Inference engines that are started for a model: vLLM, or llama.cpp, as a child of this process.
+
+An engine serves on a loopback port of its own, with a key of its own, and is asked through the
+endpoint responder, without a price. A prompt goes to it as token ids, rendered and encoded as our
+own engine does it: so template, dates and control tokens in a corpus are the same whoever answers.
+The engine ends with whoever asks, also where that is killed, and then holds no memory of a GPU.
+"""
+
+import os
+import secrets
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import httpx2
+
+from distill.config.engines import Engine, Engines
+from distill.config.teachers import EndpointTeacher, LocalTeacher
+from distill.errors import DistillError, Exit
+from distill.models.chat_template import encode_prompt, template_hash
+from distill.models.devices import pick_dtype
+from distill.models.download import cache_folder
+from distill.models.gguf_file import write_gguf
+from distill.models.loading import load_tokenizer
+from distill.models.registry import fetch, folder_facts, identity, read_object, text_config
+from distill.records import digest
+from distill.responders.endpoint.endpoint import EndpointResponder
+from distill.responders.local.local_model import end_of_turn
+from distill.responders.responder import Encoded, Raw, Request
+from distill.storage.progress import say
+
+STARTING = 900.0  # seconds until an engine must answer: a large model is read from a disk
+LINES = 12  # of its log, where it does not
+ROOM = 256  # the context is a multiple of this many tokens
+BY_SCRIPT = "bash scripts/engines.sh"
+# Ends the engine, and what it has started, when this process ends in whatever way: the pipe closes.
+GUARD = """
+import os, signal, subprocess, sys, threading
+engine = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+def end():
+    sys.stdin.buffer.read()
+    os.killpg(0, signal.SIGKILL)
+threading.Thread(target=end, daemon=True).start()
+code = engine.wait()
+os._exit(code if code >= 0 else 128 - code)
+"""
+
+
+def engine_folder(engine: Engine) -> Path:
+    """Return the environment that scripts/engines.sh makes for an engine."""
+    return cache_folder() / "engines" / engine
+
+
+def find_engine(engine: Engine, settings: Engines) -> list[str] | None:
+    """Return the command that starts an engine, up to the model; None where there is none.
+
+    What the config names, else the program on the PATH, else what scripts/engines.sh has made.
+    """
+    python = engine_folder(engine) / "bin/python"
+    made = (engine_folder(engine) / "package").is_file()
+    if engine == "vllm":
+        if settings.vllm.command:
+            return shlex.split(settings.vllm.command)
+        if program := shutil.which("vllm"):
+            return [program, "serve"]
+        # its `vllm serve` looks for a package of the name vllm, which the build for a CPU is not
+        module = ["-m", "vllm.entrypoints.openai.api_server", "--model"]
+        return [f"{python}", *module] if made else None
+    if settings.llama_cpp.command:
+        return [*shlex.split(settings.llama_cpp.command), "--model"]
+    if program := shutil.which("llama-server"):
+        return [program, "--model"]
+    script = Path(__file__).with_name("llama_server.py")
+    return [f"{python}", f"{script}", "--model"] if made else None
+
+
+def require_engine(engine: Engine, settings: Engines) -> list[str]:
+    """Return the command that starts an engine; raises DistillError (exit 2) where none does."""
+    command = find_engine(engine, settings)
+    if command is None or not shutil.which(command[0]):
+        where = command[0] if command else engine
+        key = f"engines.{engine.replace('.', '_')}.command"
+        fix = f"install it, name it in {key}, or {BY_SCRIPT} {engine}"
+        raise DistillError(Exit.CONFIG, where, "is not installed", fix)
+    return command
+
+
+def engine_of(settings: LocalTeacher, engines: Engines) -> Engine:
+    """Return what computes a model's answers: `auto` is vLLM where it and a GPU are here."""
+    if settings.engine != "auto":
+        return settings.engine
+    import torch
+
+    served = torch.cuda.is_available() and find_engine("vllm", engines) is not None
+    return "vllm" if served else "distill"
+
+
+@cache
+def engine_version(command: tuple[str, ...]) -> str:
+    """Return what an engine's environment says of its version, or "unknown"; nothing is started."""
+    program = shutil.which(command[0])
+    package = Path(program).parent.parent / "package" if program else None
+    if package and package.is_file():
+        return package.read_text().partition("==")[2]
+    line = [*command[:1], "--version"]
+    try:
+        shown = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    words = (shown.stdout + shown.stderr).strip().splitlines()
+    return words[-1][:80] if words else "unknown"
+
+
+class EngineServer:
+    """A running engine; `url` and `key` are how it is asked. `close` ends it."""
+
+    def __init__(self, command: Sequence[str], environment: dict[str, str], name: str) -> None:
+        with socket.socket() as free:  # until the engine takes it, another could: it would fail
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.name, self.key = name, secrets.token_urlsafe(24)
+        self.address = f"http://127.0.0.1:{port}"
+        self.url = f"{self.address}/v1"
+        self.log = cache_folder() / f"engines/{name}-{os.getpid()}.log"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        line = [sys.executable, "-c", GUARD, *command, "--host", "127.0.0.1", "--port", f"{port}"]
+        keys = {"VLLM_API_KEY": self.key, "LLAMA_API_KEY": self.key}
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                line,
+                stdin=subprocess.PIPE,  # which the guard watches
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environment, **keys},
+                start_new_session=True,
+            )
+
+    def wait(self) -> None:
+        """Return once it answers; raises DistillError (exit 4) with the last lines of its log."""
+        deadline = time.monotonic() + STARTING
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise self.failure("ended before it answered")
+            with suppress(httpx2.TransportError):
+                if httpx2.get(f"{self.address}/health", trust_env=False).status_code == 200:
+                    return
+            time.sleep(0.2)
+        raise self.failure(f"did not answer within {STARTING:.0f} s")
+
+    def failure(self, what: str) -> DistillError:
+        """Return the error of an engine that failed, with what it said last as a note."""
+        self.close(keep_log=True)
+        said = self.log.read_text(errors="replace").strip().splitlines()[-LINES:]
+        fix = f"see {self.log}; the same command continues"
+        error = DistillError(Exit.TEACHER, self.name, what, fix)
+        for line in said:
+            error.add_note(f"  {line[:300]}")
+        return error
+
+    def close(self, keep_log: bool = False) -> None:
+        """End the engine, its children too."""
+        if self.process.stdin:
+            self.process.stdin.close()
+        self.process.wait()
+        if not keep_log:
+            self.log.unlink(missing_ok=True)
+
+
+class EngineResponder:
+    """Answers with a model that an engine serves; it is started at the first request.
+
+    `settings` say which model and how it is sampled, `engine` who computes. `concurrency` requests
+    run at once.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        settings: LocalTeacher,
+        engines: Engines,
+        date: str,
+        concurrency: int,
+    ) -> None:
+        self.engine, self.settings, self.date, self.concurrency = (
+            engine,
+            settings,
+            date,
+            concurrency,
+        )
+        self.command = require_engine(engine, engines)
+        self.version = engine_version(tuple(self.command))
+        self.model = Path(settings.model).name
+        reference, revision = settings.model, settings.revision
+        template = settings.chat_template_kwargs
+        self.tokenizer = load_tokenizer(reference, revision, template=template)
+        self.dtype = str(pick_dtype(settings.dtype)).removeprefix("torch.")
+        self.origin = digest(
+            {
+                "engine": engine,
+                "weights": identity(reference, revision),
+                "dtype": self.dtype if engine == "vllm" else "f16",
+                "template": template_hash(self.tokenizer, date),
+                **folder_facts("weights", reference),
+            }
+        )
+        self.folder = fetch(reference, revision)
+        shape = text_config(read_object(self.folder / "config.json"))
+        self.most = int(shape["max_position_embeddings"])  # tokens of prompt and answer
+        self.server: EngineServer | None = None
+        self.context = 0  # of the server
+
+    def ask(self, requests: Sequence[Request]) -> Iterator[Raw]:
+        """Yield one raw answer for each request as it comes; one that is too long fails.
+
+        Raises DistillError (exit 4) with the end of its log where the engine fails: what it had
+        answered before is kept by whoever asks.
+        """
+        encoded = list[Encoded]()
+        for request in requests:
+            ids = tuple(encode_prompt(self.tokenizer, request.messages, self.date))
+            length = len(ids) + request.sampling.max_new_tokens
+            if length > self.most:
+                what = f"too long: {length:,} tokens of prompt and answer, of {self.most:,}"
+                yield Raw.failed(request, what, self.model)
+            else:
+                encoded.append(Encoded(**request.model_dump(), ids=ids))
+        if not encoded:
+            return
+        longest = max(len(one.ids) + one.sampling.max_new_tokens for one in encoded)
+        server = self.serve(min(self.most, -(-longest // ROOM) * ROOM))
+        asked = EndpointTeacher(
+            kind="endpoint",
+            model=self.model,
+            base_url=server.url,
+            api="completions",
+            concurrency=self.concurrency,
+            max_retries=2,
+            read_timeout=3600,
+            total_timeout=3600,
+            extra_body=self.sampled_from_all(),
+        )
+        responder = EndpointResponder(asked)
+        responder.key = server.key
+        try:
+            for raw in responder.ask(encoded):
+                if raw.error and "sha256" not in raw.body:
+                    raise server.failure(f"does not answer: {raw.error}")
+                model = f"{self.model} ({self.engine} {self.version})"
+                yield raw.model_copy(update={"model": model})
+        except DistillError as error:
+            if server.process.poll() is None:
+                raise
+            raise server.failure(f"ended while it answered: {error.what}") from None
+
+    def sampled_from_all(self) -> dict[str, object]:
+        """Return the fields that turn off what an engine cuts from a distribution by itself."""
+        if self.engine == "llama.cpp":
+            return {"top_k": 0, "min_p": 0.0}
+        return {"stop_token_ids": sorted(end_of_turn(self.tokenizer, self.date))}
+
+    def serve(self, context: int) -> EngineServer:
+        """Return the engine, started or started anew where its context is too short."""
+        if self.server and self.server.process.poll() is None and self.context >= context:
+            return self.server
+        self.close()
+        started, rows = time.monotonic(), self.concurrency
+        if self.engine == "vllm":
+            line = [*self.command, f"{self.folder}", "--served-model-name", self.model]
+            line += ["--dtype", self.dtype, "--max-model-len", f"{context}"]
+            line += ["--generation-config", "vllm", "--max-num-seqs", f"{rows}"]
+        else:
+            line = [*self.command, f"{self.gguf()}", "--alias", self.model]
+            line += ["--ctx-size", f"{context * rows}", "--parallel", f"{rows}"]
+        say(f"{self.engine} {self.version}: starting with {self.model}")
+        quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+        self.server, self.context = EngineServer(line, quiet, self.engine), context
+        try:
+            self.server.wait()
+        except BaseException:
+            self.server.close(keep_log=True)
+            raise
+        say(f"{self.engine}: answers after {time.monotonic() - started:.0f} s")
+        return self.server
+
+    def gguf(self) -> Path:
+        """Return the model as a GGUF in float16, made once and kept in the cache."""
+        file = cache_folder() / "gguf" / f"{self.origin[:24]}-F16.gguf"
+        if not file.is_file():
+            say(f"{self.model}: converting to GGUF (once)")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            work = file.with_name(f".{file.name}.{os.getpid()}")
+            try:
+                write_gguf(self.folder, work, "F16", self.model)
+                work.rename(file)
+            finally:
+                work.unlink(missing_ok=True)
+        return file
+
+    def close(self) -> None:
+        """End the engine, if it was started."""
+        if self.server:
+            self.server.close()
+        self.server = None

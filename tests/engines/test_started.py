@@ -1,0 +1,141 @@
+"""A local teacher whose answers another engine computes, which is started, asked and ended."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.cli import main
+from distill.config.engines import Engines
+from distill.records import Message, Response
+from distill.responders import engines
+from distill.responders.local.local_model import LocalResponder
+from distill.responders.responder import Request, Sampling
+from distill.storage.files import read_records
+from tests.engines.test_gguf import TOKENIZERS, make
+from tests.support.engines import python_of
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    python_of("llama.cpp")
+    return make(tmp_path_factory.mktemp("models") / "tiny", TOKENIZERS["gpt-2"]())
+
+
+@pytest.fixture
+def config(model: Path, tmp_path: Path) -> Path:
+    rows = [{"prompt": f"What is {n} and {n * 7 % 10}?"} for n in range(12)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tree: dict[str, Any] = {
+        "name": "r",
+        "runs": str(tmp_path / "runs"),
+        "corpus": {"path": str(tmp_path / "rows.jsonl"), "near_duplicate_threshold": None,
+                   "split": {"validation": 1, "heldout": 2}},
+        "teacher": {"model": str(model), "engine": "llama.cpp", "max_batch_size": 2,
+                    "max_new_tokens": 24, "license": "Apache-2.0"},
+        "student": {"model": str(model)},
+        "terms": {"basis": "a model of our own"},
+    }  # fmt: skip
+    (tmp_path / "c.yaml").write_text(json.dumps(tree))
+    return tmp_path / "c.yaml"
+
+
+def running(text: str) -> list[int]:
+    """Return the processes whose command holds a text."""
+    pids = list[int]()
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (place / "cmdline").read_bytes()
+        except OSError:  # it has ended
+            continue
+        if text.encode() in line and b"llama_server" in line:
+            pids.append(int(place.name))
+    return pids
+
+
+def answers(config: Path) -> list[Response]:
+    return read_records(config.parent / "runs/r/responses.jsonl", Response)
+
+
+def prepared(config: Path) -> None:
+    assert main(["corpus", str(config)]) == 0 and main(["prompts", str(config)]) == 0
+
+
+def test_its_answers_are_stored_and_name_the_engine(
+    config: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepared(config)
+    assert main(["generate", str(config)]) == 0, capsys.readouterr().err
+    responses, ours = answers(config), LocalResponder.load(str(model), "float32")
+    assert len(responses) == 12 and {r.stop for r in responses} <= {"end", "length"}
+    prompts = {p["id"]: p for p in map(json.loads, (config.parent / "runs/r/prompts.jsonl").open())}
+    same = 0
+    for response in responses:
+        turns = tuple(Message(**m) for m in prompts[response.prompt_id]["messages"])
+        request = Request.make(ours.origin, "p", turns, Sampling(max_new_tokens=24))
+        (raw,) = ours.ask([request])
+        same += raw.response("p").text == response.text
+        assert raw.usage.input_tokens == response.usage.input_tokens
+    assert same >= 10, "more than near-ties differ"
+    stage = json.loads((config.parent / "runs/r/stages/generate.json").read_bytes())
+    assert stage["fingerprint"]["engine"].startswith("llama.cpp 20")
+    assert (
+        "(llama.cpp 20"
+        in next((config.parent / "runs/.store/responses").glob("*.jsonl")).read_text()
+    )
+    assert not running(str(config.parent)) and "starting with" in capsys.readouterr().err
+    for stage in ("corpus", "prompts", "generate"):
+        assert main([stage, str(config), "name=again"]) == 0
+    assert "starting with" not in capsys.readouterr().err, "the store had all"
+    assert main(["generate", str(config), "teacher.engine=distill"]) == 5
+
+
+def test_killed_it_leaves_no_engine_and_goes_on(config: Path, model: Path) -> None:
+    prepared(config)
+    command = [sys.executable, "-m", "distill", "generate", str(config)]
+    slow = ["teacher.max_new_tokens=400", "teacher.max_batch_size=1"]
+    process = subprocess.Popen([*command, *slow], stderr=subprocess.DEVNULL)
+    log = config.parent / "runs/.store/responses"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not any(
+        f.stat().st_size > 2000 for f in log.glob("*.jsonl")
+    ):
+        time.sleep(0.05)
+    gguf = engines.cache_folder() / "gguf"
+    assert running(str(gguf)), "it serves while it is killed"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(1)
+    assert not running(str(gguf))
+    stored = sum(f.read_text().count('"stop_reason"') for f in log.glob("*.jsonl"))
+    assert subprocess.run([*command, *slow], check=False).returncode == 0
+    assert len(answers(config)) == 12 and stored < 12
+
+
+def test_an_engine_that_dies_or_is_missing_is_said_in_a_line(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepared(config)
+    assert main(["generate", str(config), "engines.llama_cpp.command=no-such-program"]) == 2
+    assert "bash scripts/engines.sh llama.cpp" in capsys.readouterr().err
+    program, version = tmp_path / "server.sh", '#!/bin/sh\n[ "$1" = --version ] && exit\n'
+    command = f"engines.llama_cpp.command={program}"
+    program.write_text(f"{version}echo no memory for that model\nexit 3\n")
+    program.chmod(0o755)
+    assert main(["generate", str(config), command]) == 4
+    shown = capsys.readouterr().err
+    assert "ended before it answered" in shown and "no memory for that model" in shown
+    program.write_text(f"{version}sleep 60\n")
+    engines.STARTING, usual = 1.0, engines.STARTING
+    try:
+        assert main(["generate", str(config), command]) == 4
+    finally:
+        engines.STARTING = usual
+    assert "did not answer within 1 s" in capsys.readouterr().err
+    assert Engines().vllm.command is None
