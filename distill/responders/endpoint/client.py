@@ -2,8 +2,7 @@
 
 The order for every attempt: reserve its maximum, store its intent, send it, store what came, read
 it, settle. One that brings no answer gets an outcome record, which says whether it may be billed.
-The first answer of a run is awaited alone, and its bill held against the price: a server that bills
-many times its maximum does so once.
+The first answer of a run is awaited alone, and its bill held against the price.
 """
 
 import asyncio

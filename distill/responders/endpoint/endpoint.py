@@ -1,9 +1,7 @@
 """The endpoint responder: a teacher behind an OpenAI-compatible server, paid once and never lost.
 
 Before a request is sent its intent is stored; what comes is stored, durably, before it is read.
-There is one layer of retries. Every reply counts against the budget, and so does every attempt
-whose outcome nobody knows. Async stays in here: the requests run in a thread of their own, and
-whoever asked gets a plain iterator.
+Every reply counts against the budget, and so does every attempt whose outcome nobody knows.
 """
 
 import tempfile

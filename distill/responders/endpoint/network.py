@@ -31,15 +31,6 @@ from distill.responders.endpoint.wire import is_answer
 CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 FIRST_ADDRESSES = 2.0  # seconds for each address of a name but the last
 UNSENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
-BREAKS = {
-    "ConnectError": "cannot connect",
-    "ConnectTimeout": "no connection in time",
-    "ReadTimeout": "no bytes in time",
-    "ReadError": "the connection broke",
-    "RemoteProtocolError": "the connection broke off",
-    "WriteTimeout": "the request could not be sent in time",
-    "WriteError": "the connection broke while sending",
-}
 
 
 class Received(NamedTuple):
@@ -126,19 +117,18 @@ def decoded(data: bytes, encoding: str, limit: int) -> tuple[bytes, str]:
 
 def broken(error: httpx2.TransportError) -> Failure:
     """Say what it means that a connection was not made, or broke."""
-    name = type(error).__name__
-    what = BREAKS.get(name, f"the connection failed ({name})")
     if isinstance(error, Forbidden):
         what = "the name of teacher.base_url leads to a cloud's metadata service"
         return Failure(what, "run", fix="correct teacher.base_url, or see to who answers for it")
     if isinstance(error, httpx2.ProxyError):  # its text begins with the status that came
         status = str(error)[:3]
-        what = f"the proxy refuses ({status})" if status.isdigit() else what
+        what = f"the proxy refuses ({status if status.isdigit() else 'no status'})"
         scope = "run" if status == "407" else "retry"
         return Failure(what, scope, fix=words().fixes[407], replica=True)
     if isinstance(error, UNSENT):
-        return Failure(what, "retry", replica=True)
-    return Failure(f"{what}: outcome unknown", "retry", "unknown", replica=True)
+        return Failure("cannot connect", "retry", replica=True)
+    what = f"the connection broke ({type(error).__name__}): outcome unknown"
+    return Failure(what, "retry", "unknown", replica=True)
 
 
 class Forbidden(httpx2.ConnectError):
