@@ -26,7 +26,7 @@ from distill.records import Item, Score
 from distill.storage.files import read_records
 
 HEAD = ("task", "n", "missing", "a", "b", "a − b", "interval", "could see", "McNemar p", "a is")
-Values = Mapping[str, float | None]  # scores by item id
+ItemScores = Mapping[str, float | None]  # scores by item id
 
 
 def compare_paths(a: Sequence[Path], b: Sequence[Path]) -> str:
@@ -56,7 +56,7 @@ def compare_paths(a: Sequence[Path], b: Sequence[Path]) -> str:
 
 
 def _row(
-    task: str, cluster_of: Mapping[str, str], a: Sequence[Values], b: Sequence[Values]
+    task: str, cluster_of: Mapping[str, str], a: Sequence[ItemScores], b: Sequence[ItemScores]
 ) -> tuple[str, ...]:
     """Return the comparison on the items of a task, over the mean of each side's seeds."""
     a_SN, b_SN = (
@@ -99,7 +99,7 @@ def items_beside(path: Path) -> dict[str, Item]:
     return {item.id: item for item in held_out_items(run)[1]} if run else {}
 
 
-def load_scores(path: Path) -> Values:
+def load_scores(path: Path) -> ItemScores:
     """Read one side's scores; raises DistillError (exit 3) where it holds none."""
     file = path / "scores/student.jsonl" if path.is_dir() else path
     if not file.is_file():
