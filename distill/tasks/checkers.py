@@ -330,7 +330,7 @@ RUNS_CODE = frozenset({"python_tests"})
 def validate(checker: Mapping[str, Any]) -> None:
     """Raise ValueError, with a message for the author of a task, where a check is not valid."""
     settings = {key: value for key, value in checker.items() if key != "kind"}
-    kind = checker.get("kind")
+    kind = str(checker.get("kind"))
     mine = PROVIDED["checker"]
     if kind not in KINDS and kind not in mine:
         more = "a checker of your own is given to distill.run(..., checkers={name: function})"
