@@ -294,13 +294,13 @@ def test_an_account_that_takes_nothing_more_ends_the_run(
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
-        ({"evaluation": {"judge": "asked"}}, "evaluation.judge.batch"),
-        ({"train": {"loss": {"forward_kl": 1}}}, "teacher.batch"),
+        ({"evaluation": {"judge": "asked"}}, "a judge is not asked by batch"),
+        ({"train": {"loss": {"forward_kl": 1}}}, "prompt_logprobs are not asked by batch"),
         (
             {"train": {"loss": {"forward_kl": 1}}, "signals": {"endpoint": "asked"}},
-            "signals.endpoint",
+            "prompt_logprobs are not asked by batch",
         ),
-        ({"teacher": {"kind": "local", "model": "m", "batch": True}}, "of kind endpoint"),
+        ({"teacher": {"kind": "local", "model": "m", "batch": True}}, "teacher.local.batch"),
     ],
 )
 def test_what_cannot_go_by_batch_is_refused_by_the_config(
