@@ -119,7 +119,9 @@ FILES: dict[Change, tuple[tuple[str, ...], Exit, str]] = {
 CASES = [*((lambda: None, *case) for case in FOUND), *((change, *c) for change, c in FILES.items())]
 
 
-@pytest.mark.parametrize(("change", "overrides", "code", "line"), CASES, ids=lambda x: str(x)[:60])
+@pytest.mark.parametrize(
+    ("change", "overrides", "code", "line"), CASES, ids=lambda x: "" if callable(x) else str(x)[:60]
+)
 def test_a_run_finds_it_before_the_first_request(
     place: Path,
     teacher: FakeTeacher,
