@@ -150,6 +150,9 @@ def recognise(sample: bytes, stated: str | None) -> str | None:
         codecs.getincrementaldecoder("utf-8")().decode(sample, len(sample) < SAMPLE)
     except UnicodeDecodeError:
         foreign = sum(byte > 127 for byte in sample)
+        damaged = len(sample) - len(sample.decode("utf-8", "ignore").encode())
+        if not stated and 2 * damaged < foreign:  # some damaged bytes in UTF-8 are no other one
+            return None
         western = "".join(WESTERN.findall(sample.decode("cp1252", "replace")))
         likely = not UNDEFINED.search(sample) and len(western) >= 0.95 * foreign
         return stated or ("cp1252" if likely else None)

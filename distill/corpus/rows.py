@@ -24,6 +24,7 @@ from distill.corpus.turns import (
     are_texts,
     are_turns,
     holds,
+    is_transcript,
     parsed,
     read_answers,
     read_turns,
@@ -188,6 +189,9 @@ def _prompt(
     right_columns = REFERENCE if "answer" in shape.answer else (*REFERENCE, "answer")
     reference = take("reference", columns.reference, *right_columns)
     answer = parsed(take(ANSWER, columns.answer, *shape.answer))
+    alone = [answer] if isinstance(answer, str) and not turns else texts
+    if len(alone) == 1 and is_transcript(alone[0]):  # a passage beside a question may be one
+        raise ValueError("a transcript in one text: write its turns to `messages`")
 
     answers = list[RowTurn]()
     if are_turns(answer):

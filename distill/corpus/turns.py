@@ -20,7 +20,12 @@ ROLES = {
 }
 REASONING = ("reasoning_content", "reasoning", "thinking", "complex_cot")
 SPEAKER, SAID = ("role", "from", "speaker"), ("content", "value", "text")  # keys of a turn
+RESPONSES = ("response", "completion", "generated_text")  # keys of an answer in a list of them
 TURNS_AS_TEXT = re.compile(r"""\s*+\[?\s*+\{\s*+['"](?:role|from|content|value)['"]\s*:""")
+
+
+# How HH-RLHF and Guanaco write turns into one text: each is looked for once, in linear time
+TRANSCRIPT = re.compile(r"\s{0,9}+(?:### ?)?Human:"), re.compile(r"(?:\n|### ?)Assistant:")
 
 
 class LeftOut(ValueError):
@@ -52,6 +57,8 @@ def read_turns(value: object) -> list[RowTurn]:
     for turn in value:
         if not isinstance(turn, dict):
             raise ValueError("a turn must have a role and a text")
+        if holds(turn.get("replies")):
+            raise ValueError("a tree of replies: join each thread to `messages`")
         name = first_of(turn, SPEAKER)
         role = ROLES.get(name.lower()) if isinstance(name, str) else None
         if role is None:
@@ -98,15 +105,16 @@ def read_answers(value: object) -> list[RowTurn]:
         return []
     if isinstance(value, str):
         return [RowTurn("assistant", value)]
-    if isinstance(value, dict) and value.keys() >= {"model", "response"}:  # of UltraFeedback
+    if isinstance(value, dict) and "model" in value and {*RESPONSES} & value.keys():
         model = str(value["model"]) if holds(value["model"]) else None
-        return [turn._replace(model=model) for turn in read_answers(value["response"])]
+        return [turn._replace(model=model) for turn in read_answers(first_of(value, RESPONSES))]
     if isinstance(value, list) and all(
         isinstance(one, str | int | float)
-        or (isinstance(one, dict) and one.keys() & {"answer_start", "response"})
+        or (isinstance(one, dict) and one.keys() & {"answer_start", *RESPONSES})
         for one in value
     ):
-        return list(dict.fromkeys(answer for one in value for answer in read_answers(one)))
+        rows = [{"model": None} | one if isinstance(one, dict) else one for one in value]
+        return list(dict.fromkeys(answer for row in rows for answer in read_answers(row)))
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
     return [RowTurn("assistant", text)]
 
@@ -125,6 +133,11 @@ def parsed(value: object) -> object:
     if TURNS_AS_TEXT.match(value):
         raise ValueError("looks like a list of turns and is neither JSON nor a Python literal")
     return value
+
+
+def is_transcript(text: str) -> bool:
+    """Tell a text that holds the turns of a conversation from what one turn says."""
+    return all(part.search(text) if n else part.match(text) for n, part in enumerate(TRANSCRIPT))
 
 
 def holds(value: object) -> bool:

@@ -274,13 +274,14 @@ class Log(ExitStack):
         if not self._sound:
             what, fix = "not open for writing, or an earlier write failed", "run again"
             raise DistillError(Exit.STATE, self.folder, what, fix)
+        self._sound = False
         fresh: dict[tuple[str, str], bytes] = {}
         for kind, key, body in records:
             if (kind, key) not in self and (kind, key) not in fresh:
                 fresh[kind, key] = encode_line(kind, key, body)
         if not fresh:
+            self._sound = True
             return 0
-        self._sound = False
         with files.disk_errors(self.folder):
             if self._segments[self._current].size >= self.SEGMENT_BYTES:
                 self._append_to(self._number + 1)

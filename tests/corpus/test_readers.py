@@ -435,10 +435,11 @@ def test_encodings_are_recognised_and_said(
         "مرحبا بكم في المدينة".encode("cp1256"),
         b"plain \xff text",
         "Größe ".encode() * 9 + b"\xe4\xff",  # damaged, and UTF-8 all the same
+        "It isn’t, and it won’t. ".encode() * 9 + b"\xff",
         bytes(range(1, 256)),
         b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\x01\0",
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_what_is_not_recognised_is_refused_with_its_name(tmp_path: Path, data: bytes) -> None:
     """No text is read in a wrong encoding; a page of the wrong kind is refused too."""

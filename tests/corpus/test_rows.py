@@ -11,6 +11,7 @@ from distill.config.tree import Columns
 from distill.corpus.rows import LeftOut, Reading, interpret
 
 ASKED = [{"role": "user", "content": "Hi?"}]
+TRANSCRIPT = "\n\nHuman: What is 2 and 2?\n\nAssistant:"
 
 
 def meta(row: dict[str, Any], **options: Any) -> dict[str, Any]:
@@ -72,6 +73,10 @@ def test_the_last_turn_of_the_assistant_is_recorded_and_not_asked() -> None:
         ({"messages": "[{'role': 'user' 'content'"}, "neither JSON nor a Python literal"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}, "int, not"),
         ({"chosen": "No conversation.", "rejected": "x"}, "no last user turn"),
+        ({"prompt": TRANSCRIPT, "chosen": "4", "rejected": "5"}, "a transcript in one text"),
+        ({"prompt": "### Human: hi### Assistant:"}, "a transcript in one text"),
+        ({"chosen": f"{TRANSCRIPT} 4", "rejected": f"{TRANSCRIPT} 5"}, "a transcript in one text"),
+        ({"prompt": {"role": "prompter", "text": "q", "replies": [{}]}}, "a tree of replies"),
         ({"messages": [*ASKED, {"role": "system", "content": "x"}]}, "no last user turn"),
         ({"prompt": "q", "completion": "a", "label": False}, "not wanted"),
         ({"message_id": 1, "parent_id": None, "role": "x", "text": "q"}, "message of a tree"),
@@ -203,6 +208,8 @@ CODE = "    return x\n\n\ndef g():\n    pass\t \r\n"
         {"prompt": "q", "chosen": CODE, "rejected": "x"},
         {"data": ["q", CODE]},
         {"prompt": "q", "completions": 1, "answers": [CODE, CODE]},
+        {"prompt": "q", "completions": [{"completion": CODE, "score": 1}, {"response": CODE}]},
+        {"question": "q", "context": TRANSCRIPT, "answer": CODE},
     ],
 )
 def test_a6_an_answer_keeps_every_space(row: dict[str, Any]) -> None:

@@ -143,8 +143,9 @@ class Jobs:
                 try:
                     async with self.sender.http.stream("GET", self.address + place) as response:
                         if not response.is_success:
-                            status, data = response.status_code, await response.aread()
-                            received = Received.of(status, data, headers=response.headers)
+                            data = self.sender.masked(await response.aread())
+                            status, fields = response.status_code, response.headers
+                            received = Received.of(status, data, headers=fields)
                         else:
                             async for lines in _lines(response, self.settings.max_body_bytes):
                                 results = [self.read(line) for line in lines if line.strip()]

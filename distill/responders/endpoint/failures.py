@@ -158,11 +158,8 @@ def of_scoring(failure: Failure) -> Failure:
 def error_of(body: object) -> tuple[str, set[str]]:
     """Return the message of an error's JSON, and its codes and types, in any known shape."""
     error = body
-    for name in (
-        "error",
-        "errors",
-        "",
-    ):  # the second Cloudflare's, in a list, as Google's is in one
+    # the second is Cloudflare's, in a list, as Google's is in one
+    for name in ("error", "errors", ""):
         error = error[0] if isinstance(error, list) and error else error
         error = (error.get(name) or error) if isinstance(error, dict) else error
     if not isinstance(error, dict):

@@ -254,9 +254,8 @@ def _text(value: JsonValue) -> str:
 
 def _stop_of(word: str) -> Stop | None:
     """Return why an answer stopped by a maker's word, or None where nobody knows."""
-    word = (
-        word[:MESSAGE_CHARS].partition(":")[0].rpartition(".")[2].lower()
-    )  # what explains it goes
+    # what explains it goes
+    word = word[:MESSAGE_CHARS].partition(":")[0].rpartition(".")[2].lower()
     plain = "".join(c for c in word if c.isalpha()).removeprefix("finishreason")
     return next((stop for stop, pattern in STOPS if re.search(pattern, plain)), None)
 
