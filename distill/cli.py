@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
 from pathlib import Path
+from pydoc import pager
 from typing import Annotated
 
 import typer
@@ -263,6 +264,31 @@ def show_verified(
 
 
 @app.command(rich_help_panel=LOOK)
+def samples(
+    run: ConfigArgument,
+    task: Annotated[str | None, option("NAME", "Those of one task.")] = None,
+    failed: Annotated[bool, typer.Option("--failed", help="Where the student failed.")] = False,
+    disagree: Annotated[bool, typer.Option("--disagree", help="Unlike the teacher.")] = False,
+    n: Annotated[int | None, typer.Option("--n", min=1, help="So many at most.")] = None,
+) -> None:
+    """Page through held-out answers and their scores."""
+    from distill.report import look
+
+    pager(f"{look.samples(open_run(run), task, failed, disagree, n)}\n")
+
+
+@app.command(rich_help_panel=LOOK)
+def chat(
+    run: ConfigArgument,
+    models: Annotated[str | None, option("NAMES", "Of student,teacher,base.")] = None,
+) -> None:
+    """Talk with student, teacher and base side by side."""
+    from distill.report import look
+
+    look.chat(open_run(run), models)
+
+
+@app.command(rich_help_panel=LOOK)
 def compare(
     sides: Annotated[list[Path] | None, argument("[A B]", "Runs, or .jsonl files.")] = None,
     a: Annotated[list[Path] | None, typer.Option("--a", help="Runs of A, by seed.")] = None,
@@ -355,7 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for kind in (signal.SIGTERM, signal.SIGHUP):  # a lost connection, or a closed laptop
         if signal.getsignal(kind) is not signal.SIG_IGN:  # as nohup wants it
             signal.signal(kind, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):  # what cannot be printed is escaped
+    for stream in (sys.stdin, sys.stdout, sys.stderr):  # what has no characters is escaped
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     words = [word for word in words if word != "--debug"]

@@ -4,6 +4,7 @@ and a dash for what is unknown. What they allow to claim is decided in `evaluati
 
 import html
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Decimal
 from typing import Any
@@ -48,6 +49,16 @@ def one_line(value: object) -> str:
     """Return text as one line without control, invisible or repeated space characters."""
     text = "".join(c if c.isprintable() or c == HARD else " " for c in str(value))
     return re.sub(" +", " ", text).strip()
+
+
+def visible(text: str) -> str:
+    """Return text that cannot steer a terminal: control and invisible characters are escaped, but
+    ends of lines, tabs, and the joiners that some scripts are written with."""
+    safe = "\n\t\u200c\u200d"
+    return "".join(
+        c if c.isprintable() or c in safe or unicodedata.category(c) == "Zs" else ascii(c)[1:-1]
+        for c in text
+    )
 
 
 def escape_markdown(value: object) -> str:

@@ -54,10 +54,7 @@ class Tariff(NamedTuple):
         if price is None:
             return None
         if isinstance(price, TokenPrice):
-            rates = (
-                f"${price.dollars_per_million_input} in, ${price.dollars_per_million_output} out"
-            )
-            what = f"list price of {price.model.strip('*')}: {rates} a million tokens"
+            what = f"list price of {price.model.strip('*')}: {price.rates}"
         else:
             what = f"{price.what or price.name}: ${price.dollars_per_hour} an hour"
             if self.utilisation != 1:

@@ -197,8 +197,7 @@ def _notes(
         return
     limit, price = server.budget_dollars, book.teacher(server.model)
     if price:
-        rates = (price.dollars_per_million_input, price.dollars_per_million_output)
-        yield f"${rates[0]} in, ${rates[1]} out a million tokens ({price.date}, {price.source})"
+        yield f"{price.rates} ({price.date}, {price.source})"
     if cost.dollars is None:
         stop = f"; with the limit of ${limit} a run stops (exit 6)" if limit is not None else ""
         yield f"cost unknown: {book.why_no_teacher(server.model)}{stop}"

@@ -63,6 +63,15 @@ def within(row: MetricRow, model: Model) -> str:
     return estimate(row.mean(model), *ends, lambda value: score(value, row.metric))
 
 
+def verdict(value: float | None, reason: str, metric: str) -> str:
+    """Write the score of one answer with its reason."""
+    if value is None:
+        return f"not scored: {reason}"
+    if metric == "chrF":
+        return f"chrF {count(value)}"
+    return f"{share(value) if 0 < value < 1 else '✓' if value else '✗'} {reason}"
+
+
 def rate(difference: Difference) -> str:
     """Write a share with its interval."""
     return estimate(difference.mean, difference.low, difference.high, share)

@@ -48,6 +48,12 @@ class TokenPrice(Record):
     source: str
     note: str = ""
 
+    @property
+    def rates(self) -> str:
+        """Return the price of input and output in words."""
+        dollars_in, dollars_out = self.dollars_per_million_input, self.dollars_per_million_output
+        return f"${dollars_in} in, ${dollars_out} out a million tokens"
+
     def of(self, usage: Usage) -> Decimal:
         """Return the dollars of one answer; cached input without a price of its own is input."""
         cached = self.dollars_per_million_cached_input

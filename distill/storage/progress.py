@@ -11,15 +11,15 @@ from importlib.util import find_spec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from distill.formatting import visible
+
 console = Console(stderr=True, highlight=False)
 PLAIN_SECONDS = 10.0  # at most one plain line in this time
-# what a server or a file brought in may not steer the terminal
-CONTROLS = {c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
 
 
 def say(text: str) -> None:
-    """Print information for the user, on stderr, with control characters as text."""
-    console.print(text.translate(CONTROLS), markup=False, soft_wrap=True)
+    """Print information for the user, on stderr, whatever a server or a file brought in."""
+    console.print(visible(text), markup=False, soft_wrap=True)
 
 
 class Tracker:
