@@ -257,7 +257,7 @@ def write_merged(
     Raises DistillError (exit 7) where the adapter belongs to another base or does not fit, 5 where
     the disk is full.
     """
-    from distill.models import loading, registry
+    from distill.models import loading, portable, registry
     from distill.storage.files import disk_errors, read_json, replacing, sha256_file, write_json
 
     registry.check_base(adapter, student.model, student.revision)
@@ -271,9 +271,9 @@ def write_merged(
     model.config.name_or_path = ""  # else the folder of this machine is written into the config
     vars(model.config).pop("_model_name_or_path", None)  # a GGUF's own title, not a model's id
     if not student.trust_remote_code:  # what was ignored here is not asked of who loads it next
-        for settings in (vars(model.config), tokenizer.init_kwargs):
-            settings.pop("auto_map", None)
+        vars(model.config).pop("auto_map", None)
     with disk_errors(folder), replacing(folder) as work:
         model.save_pretrained(work, max_shard_size="100GB")
-        tokenizer.save_pretrained(work)
+        portable.respell_config(work, student.trust)
+        portable.write_tokenizer(tokenizer, base, work, student.trust)
         write_json(work / SOURCE, {"adapter_sha256": sha256_file(adapter / WEIGHTS)})

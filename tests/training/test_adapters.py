@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from distill.config.learning import Student
 from distill.config.tree import Config
@@ -27,6 +28,7 @@ from distill.training.adapters import (
     write_merged,
 )
 from distill.training.student import Batch, make_student
+from tests.support.families import FAMILIES, make_family
 from tests.support.tiny import make_tiny
 from tests.support.training import Killed, adapted, causal_model, equal, examples, gradient
 
@@ -210,6 +212,114 @@ def test_a_merged_model_is_cast_once_to_the_type_of_the_base(
     for name, tensor in load_file(tmp_path / "merged/model.safetensors").items():
         assert tensor.dtype == torch.bfloat16
         assert torch.equal(tensor, expected[name].bfloat16()), name
+
+
+def test_the_tokenizer_of_the_base_is_released_byte_for_byte(tmp_path: Path) -> None:
+    """E2: all of its files, in the form of transformers 4; of another template, that alone."""
+    base = make_tiny(tmp_path / "base")
+    template, settings = base / "chat_template.jinja", base / "tokenizer_config.json"
+    text = template.read_text()
+    written = json.loads(settings.read_bytes())
+    written |= {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": text}
+    settings.write_text(json.dumps(written, indent=1))  # not as transformers would lay it out
+    template.unlink()
+    for name in ("tokenizer.model", "added_tokens.json", "special_tokens_map.json"):
+        (base / name).write_text("{ }" if name.endswith("json") else "pieces")
+    own = make_adapter(base, tmp_path / "adapter")
+    write_merged(Student(model=str(base)), own, tmp_path / "merged")
+    copied = [p for p in base.iterdir() if p.name[:5] in ("token", "added", "speci")]
+    assert len(copied) == 5
+    for path in copied:
+        assert (tmp_path / "merged" / path.name).read_bytes() == path.read_bytes(), path.name
+    assert (tmp_path / "merged/chat_template.jinja").read_text() == text
+
+    switch = "{{ 'think' if thinking else '' }}" + text
+    settings.write_text(json.dumps(written | {"chat_template": switch}, indent=1))
+    registry.record_base(own, str(base))
+    student = Student.model_validate({"model": str(base), "chat_template_kwargs": {"thinking": 1}})
+    write_merged(student, own, tmp_path / "other")
+    ours = (tmp_path / "other/chat_template.jinja").read_text()
+    made = json.loads((tmp_path / "other/tokenizer_config.json").read_bytes())
+    assert "think" in ours and ours not in (text, switch)
+    assert made == written | {"chat_template": ours}
+    for path in copied:
+        if path != settings:
+            assert (tmp_path / "other" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_tokenizer_of_transformers_5_is_released_in_words_that_4_knows(tmp_path: Path) -> None:
+    base = make_tiny(tmp_path / "base")
+    path = base / "tokenizer_config.json"
+    settings = json.loads(path.read_bytes()) | {"extra_special_tokens": ["<|im_start|>"]}
+    assert settings["tokenizer_class"] == "TokenizersBackend"
+    path.write_text(json.dumps(settings))
+    own = make_adapter(base, tmp_path / "adapter")
+    write_merged(Student(model=str(base)), own, tmp_path / "merged")
+    made = json.loads((tmp_path / "merged/tokenizer_config.json").read_bytes())
+    settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    assert made == settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "merged" / name).read_bytes() == (base / name).read_bytes()
+    old, new = (loading.load_tokenizer(str(folder)) for folder in (base, tmp_path / "merged"))
+    assert old.backend_tokenizer.to_str() == new.backend_tokenizer.to_str()
+    assert old.special_tokens_map == new.special_tokens_map
+
+
+def test_a_tokenizer_beside_a_part_of_its_base_is_read_as_it_was(tmp_path: Path) -> None:
+    """By its files alone Qwen 3.5's has another class beside the part for text."""
+    base = make_family(tmp_path / "base", "qwen3.5")
+    own = make_adapter(base, tmp_path / "adapter")
+    write_merged(Student(model=str(base)), own, tmp_path / "merged")
+    old, new = (loading.load_tokenizer(str(folder)) for folder in (base, tmp_path / "merged"))
+    assert old.backend_tokenizer.to_str() == new.backend_tokenizer.to_str()
+    made = json.loads((tmp_path / "merged/tokenizer_config.json").read_bytes())
+    assert made["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONG = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+OLDER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # a family's own fields; what 4 reads
+    "qwen2.5": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 7e5}},
+        {"rope_theta": 7e5, "rope_scaling": None},
+    ),
+    "llama3": (
+        {"rope_parameters": LLAMA3 | {"rope_theta": 5e5, "original_max_position_embeddings": 64}},
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3 | {"original_max_position_embeddings": 64}},
+    ),
+    "phi3": (
+        {"rope_parameters": LONG | {"rope_type": "longrope", "rope_theta": 1e4}},
+        {"rope_theta": 1e4, "partial_rotary_factor": 1.0,
+         "rope_scaling": LONG | {"type": "longrope"}},
+    ),
+    "gemma3-text": (
+        {"rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 9e3},
+                             "full_attention": {"rope_type": "linear", "factor": 8.0,
+                                                "rope_theta": 2e6}}},
+        {"rope_theta": 2e6, "rope_local_base_freq": 9e3, "sliding_window_pattern": 2,
+         "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", OLDER)
+def test_the_config_says_positions_and_type_in_both_spellings(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E1: one that knows only the older computes with the same."""
+    own, older = OLDER[family]
+    kind, fields, vision = FAMILIES[family]
+    monkeypatch.setitem(FAMILIES, family, (kind, fields | own, vision))
+    base = make_family(tmp_path / "base", family)
+    adapter = make_adapter(base, tmp_path / "adapter")
+    write_merged(Student(model=str(base)), adapter, tmp_path / "merged")
+    tree = json.loads((tmp_path / "merged/config.json").read_bytes())
+    assert {key: tree.get(key, "missing") for key in older} == older
+    assert tree["torch_dtype"] == tree["dtype"] == "float32"
+    before, after = (AutoConfig.from_pretrained(tmp_path / n) for n in ("base", "merged"))
+    for theirs in (before, after):
+        theirs.rope_parameters.pop("type", None)
+    assert before.rope_parameters == after.rope_parameters and before.dtype == after.dtype
 
 
 def test_an_adapter_of_another_base_is_not_merged(adapter: Path, tmp_path: Path) -> None:
