@@ -340,16 +340,32 @@ def publish(
     override: Annotated[
         str | None, option("REASON", "Publish against evidence; the card has it.")
     ] = None,
+    dataset: Annotated[
+        bool, typer.Option("--dataset", help="The teacher's answers instead, as a data set.")
+    ] = False,
+    heldout: Annotated[
+        bool, typer.Option("--heldout", help="With the held-out rows, as its split test.")
+    ] = False,
+    soft_labels: Annotated[
+        bool, typer.Option("--soft-labels", help="With the teacher's distributions.")
+    ] = False,
 ) -> None:
     """Make the release of a run: adapter, merged model, card; and upload it where that is asked."""
+    if (override and dataset) or ((heldout or soft_labels) and not dataset):
+        what, fix = "do not go together", "--heldout and --soft-labels need --dataset"
+        raise DistillError(Exit.CONFIG, "options", what, f"{fix}; --override is for a student")
     if any(not word.strip().startswith("publish.") for word in overrides or ()):
         what, fix = "is no key of publish", "what was made is published as it was made"
         raise DistillError(Exit.CONFIG, "override", what, fix)
+    from distill.publishing.dataset import main as make_dataset
     from distill.publishing.publish import main as make_release
 
     opened = open_run(run, overrides or ())
     with opened.lock():
-        make_release(opened, push, public, override)
+        if dataset:
+            make_dataset(opened, push, public, heldout, soft_labels)
+        else:
+            make_release(opened, push, public, override)
 
 
 @app.command(rich_help_panel=KEEP)

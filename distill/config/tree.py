@@ -220,8 +220,11 @@ class Publish(Section):
     """Name of the release as NAME or OWNER/NAME; null takes the repository's, else the run's."""
     license: str | None = None
     """SPDX id of the release's license; null takes that of the base model."""
+    corpus_license: str | None = None
+    """License of the corpus, which a published data set needs, as an SPDX id; null takes what its
+    rows state, and of recorded answers `teacher.license`."""
     language: str = "en"
-    """Language of the answers, as a BCP 47 code, for the model card."""
+    """Language of the answers, as a BCP 47 code, for the card."""
     allow_secrets: tuple[str, ...] = ()
     """What looks like a secret and is none, in the release or in this config: forms (sk-key), or
     the first 8 to 64 digits of a text's SHA-256, as messages show it (sha256:0123456789ab)."""

@@ -196,8 +196,14 @@ def _prompt(
     answers = list[RowTurn]()
     if are_turns(answer):
         more = read_turns(answer)
+        if turns[-len(more) :] == more:  # TRL's completion beside the conversation that it ends
+            answer = None
+            uses.update((name, "") for name, use in [*uses.items()] if use == ANSWER)
         # a chosen conversation repeats its prompt, or goes on from it
-        turns = more if any(turn.role == "user" for turn in more) else turns + more
+        elif any(turn.role == "user" for turn in more):
+            turns = more
+        else:
+            turns += more
     else:
         answers = read_answers(answer)
     messages, last = _arrange(turns, system, omitted)
@@ -224,6 +230,8 @@ def _prompt(
     meta = _other(row, columns, {*hidden, *shape.known_by[:1]}) | {"messages": messages}
     if right is not None:
         meta["reference"] = right
+    elif not holds(meta.get("reference")):  # an empty column is no reference
+        meta.pop("reference", None)
     if answers:
         records = [
             {key: text for key in ("text", "reasoning", "model") if (text := getattr(turn, key))}

@@ -5,12 +5,16 @@ the metadata: it goes through the YAML writer as one line without control charac
 """
 
 import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from distill.config.tree import Config
 from distill.evaluation.scorecard import Scorecard
 from distill.formatting import one_line
+from distill.models.registry import hub_id, is_folder
 from distill.publishing.fidelity import Fidelity
 from distill.records import Record
 from distill.report.render import PARAGRAPHS, environment
@@ -59,11 +63,6 @@ def metadata(facts: Facts, scorecard: Scorecard) -> ModelCardData:
     def value(text: str) -> str:
         return one_line(text) or UNKNOWN_WORD
 
-    def identifier(text: str, separator: str, also: str = "") -> str:
-        name = re.sub(rf"[^a-z0-9{also}]+", separator, text.lower()).strip(separator)
-        return name or UNKNOWN_WORD
-
-    listed = LICENSES.fullmatch(facts.license.lower()) is not None
     results = [
         EvalResult(
             task_type="text-generation",
@@ -80,9 +79,7 @@ def metadata(facts: Facts, scorecard: Scorecard) -> ModelCardData:
     ]
     return ModelCardData(
         language=value(facts.language),
-        license=facts.license.lower() if listed else "other",
-        license_name=None if listed else identifier(facts.license, "-", "."),
-        license_link=None if listed else "LICENSE",
+        **license_fields([facts.license], "LICENSE"),
         library_name="transformers",
         pipeline_tag="text-generation",
         base_model=value(facts.base),
@@ -92,3 +89,38 @@ def metadata(facts: Facts, scorecard: Scorecard) -> ModelCardData:
         model_name=value(facts.model_name),
         eval_results=results or None,
     )
+
+
+def identifier(text: str, separator: str, also: str = "") -> str:
+    """Return a text as a name of small letters, digits and the characters in `also`."""
+    name = re.sub(rf"[^a-z0-9{also}]+", separator, text.lower()).strip(separator)
+    return name or UNKNOWN_WORD
+
+
+def license_fields(names: Sequence[str], link: str) -> dict[str, Any]:
+    """Return licenses in the Hub's fields; `link` is where one that it does not list stands."""
+    known = [name.lower() for name in names if LICENSES.fullmatch(name.lower())]
+    listed = known + ["other"] * (len(known) < len(names))
+    others = [identifier(name, "-", ".") for name in names if name.lower() not in known]
+    return {
+        "license": listed if len(listed) > 1 else listed[0],
+        "license_name": ", ".join(others) or None,
+        "license_link": link if others else None,
+    }
+
+
+def teacher_name(config: Config) -> str:
+    """Return what readers know the teacher by."""
+    return hub_id(config.teacher.model) or Path(config.teacher.model).name
+
+
+def corpus_name(config: Config) -> str:
+    """Return what readers know the corpus by."""
+    corpus = config.corpus
+    return (corpus.path.name if corpus.path else corpus.dataset) or corpus.source
+
+
+def hub_dataset(config: Config) -> str | None:
+    """Return the Hub id of the corpus, where it has one."""
+    dataset = None if config.corpus.path else config.corpus.dataset
+    return None if dataset is None or is_folder(dataset) else dataset

@@ -19,7 +19,13 @@ from distill.evaluation.scorecard import Scorecard
 from distill.models import registry
 from distill.models.chat_template import folds_system
 from distill.models.loading import load_tokenizer
-from distill.publishing.card import Facts, make_card
+from distill.publishing.card import (
+    Facts,
+    corpus_name,
+    hub_dataset,
+    make_card,
+    teacher_name,
+)
 from distill.publishing.fidelity import Fidelity, compare_with_adapter
 from distill.publishing.gate import evidence, pass_gate
 from distill.publishing.obligations import (
@@ -184,9 +190,6 @@ def copy_plain(source: Path, target: Path) -> None:
 def facts_of(config: Config, name: str, repository: str | None, license: ReleaseLicense) -> Facts:
     """Collect what the card says beside the figures."""
     info, teacher = registry.lookup(config.student.model), registry.lookup(config.teacher.model)
-    corpus = config.corpus
-    place = corpus.path.name if corpus.path else corpus.dataset
-    hub = corpus.dataset if corpus.dataset and not corpus.path else None
     return Facts(
         model_name=name,
         repository=repository or f"OWNER/{name}",
@@ -196,10 +199,10 @@ def facts_of(config: Config, name: str, repository: str | None, license: Release
         license_stated=license.stated,
         license_owed=license.owed,
         language=config.publish.language,
-        teacher=registry.hub_id(config.teacher.model) or Path(config.teacher.model).name,
+        teacher=teacher_name(config),
         teacher_license=config.teacher.license or (teacher.license if teacher else None),
-        corpus=place or corpus.source,
-        dataset=None if hub is None or registry.is_folder(hub) else hub,
+        corpus=corpus_name(config),
+        dataset=hub_dataset(config),
         converted_from=info.gguf.quantisation if info and info.gguf else None,
         lora=config.train.lora.model_dump(mode="json"),
     )

@@ -10,8 +10,9 @@ from distill.secret_patterns import find_secrets
 
 HOMES = re.compile(r"(?:/home/|/Users/|[A-Z]:\\+Users\\+)[A-Za-z0-9._-]+[/\\]")
 SECRET_NAMES = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.I)
-TEXT = {".json", ".md", ".html", ".jinja", ".txt", ".yaml", ""}
+TEXT = {".json", ".jsonl", ".md", ".html", ".jinja", ".txt", ".yaml", ""}
 SAMPLES = {"report.html"}  # shows texts of the corpus, which may speak of any home
+ROWS = ".jsonl"  # such texts and nothing of the run's, which may name any folder
 
 
 def scan(folder: Path, private: tuple[str, ...] = (), allowed: Collection[str] = ()) -> None:
@@ -22,10 +23,10 @@ def scan(folder: Path, private: tuple[str, ...] = (), allowed: Collection[str] =
     (`publish.allow_secrets`).
     """
     places = [text for text in (f"{Path.home()}/", *private) if len(text) > 4]
-    exact = dict.fromkeys(places, "a path of this machine")
+    paths, values = dict.fromkeys(places, "a path of this machine"), dict[str, str]()
     for name, value in os.environ.items():
         if SECRET_NAMES.search(name) and len(value) >= 8:
-            exact[value] = f"the value of ${name}"
+            values[value] = f"the value of ${name}"
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         if path.suffix in TEXT:
             text = path.read_text(encoding="utf-8", errors="replace")
@@ -33,7 +34,9 @@ def scan(folder: Path, private: tuple[str, ...] = (), allowed: Collection[str] =
             with path.open("rb") as file:
                 size = min(int.from_bytes(file.read(8), "little"), 1 << 26)
                 text = file.read(size).decode("utf-8", "replace")
-        for what, place, way_on in findings(text, exact, path.name not in SAMPLES, allowed):
+        rows = path.suffix == ROWS
+        exact, generic = values if rows else paths | values, not rows and path.name not in SAMPLES
+        for what, place, way_on in findings(text, exact, generic, allowed):
             where = f"{path.relative_to(folder)}:{1 + text[:place].count(chr(10))}"
             fix = f"remove it at its source{way_on}"
             raise DistillError(Exit.PUBLISH, where, f"holds {what}", fix)

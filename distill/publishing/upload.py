@@ -1,9 +1,18 @@
-"""Upload a release to the Hub: validated, in one commit, private until it is complete."""
+"""Upload a release or a data set to the Hub: validated, in one commit with a tag, private until it
+is complete."""
 
+from itertools import count
 from pathlib import Path
+from typing import Literal
 
 from httpx2 import HTTPError
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    RepoCard,
+    get_token,
+)
 from huggingface_hub.errors import HfHubHTTPError
 
 from distill.config.values import MODEL
@@ -11,8 +20,15 @@ from distill.errors import DistillError, Exit
 from distill.storage.progress import say
 
 
-def push(release: Path, repository: str, public: bool = False) -> str:
+def push(
+    release: Path,
+    repository: str,
+    public: bool = False,
+    kind: Literal["model", "dataset"] = "model",
+) -> str:
     """Upload the folder in one commit and return its address; a second call uploads changes only.
+
+    Each commit gets the next tag of v1, v2, ...; it deletes rows that a data set no longer has.
 
     Raises DistillError (exit 9) with the Hub's reason; the repository then holds what it held.
     """
@@ -21,20 +37,30 @@ def push(release: Path, repository: str, public: bool = False) -> str:
         raise DistillError(Exit.PUBLISH, repository, "no token for the Hub", "set HF_TOKEN")
     api = HfApi(library_name="distill")
     try:
-        ModelCard.load(release / "README.md").validate()
-        api.create_repo(repository, private=True, exist_ok=True)
-        if not api.repo_info(repository).private and not public:
+        RepoCard.load(release / "README.md", repo_type=kind).validate(repo_type=kind)
+        api.create_repo(repository, private=True, exist_ok=True, repo_type=kind)
+        if not api.repo_info(repository, repo_type=kind).private and not public:
             raise DistillError(
                 Exit.PUBLISH, repository, "is public", "say --public, or take another name"
             )
-        files = sorted(path for path in release.rglob("*") if path.is_file())
+        paths = sorted(path for path in release.rglob("*") if path.is_file())
+        files = {path.relative_to(release).as_posix(): path for path in paths}
+        there = api.list_repo_files(repository, repo_type=kind) if kind == "dataset" else ()
+        rows = (name for name in there if name.endswith(".jsonl"))
+        gone = [CommitOperationDelete(name) for name in rows if name not in files]
         commit = api.create_commit(
             repository,
-            [CommitOperationAdd(path.relative_to(release).as_posix(), path) for path in files],
+            [*(CommitOperationAdd(*file) for file in files.items()), *gone],
             commit_message="Publish",
+            repo_type=kind,
         )
+        tags = api.list_repo_refs(repository, repo_type=kind).tags
+        if commit.oid not in {tag.target_commit for tag in tags}:
+            names = {tag.name for tag in tags}
+            tag = next(name for n in count(1) if (name := f"v{n}") not in names)
+            api.create_tag(repository, tag=tag, revision=commit.oid, repo_type=kind)
         if public:
-            api.update_repo_settings(repository, private=False)
+            api.update_repo_settings(repository, private=False, repo_type=kind)
     except (HfHubHTTPError, HTTPError, OSError, ValueError, RuntimeError) as error:
         cause = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
         fix = "check the connection, then run the same command again"

@@ -25,6 +25,15 @@ def test_a_document_keeps_the_other_plain_columns() -> None:
     assert document.meta == {"title": "T", "n": 3, "id": "7"}
 
 
+def test_a_completion_beside_the_conversation_that_it_ends_is_that_answer() -> None:
+    last = [{"role": "assistant", "content": "Hello!"}]
+    read = meta({"messages": ASKED + last, "prompt": ASKED, "completion": last, "reference": None})
+    assert (read["messages"], read["recorded_answer"]) == (ASKED, "Hello!")
+    assert "reference" not in read and "reference" not in meta({"prompt": "Hi?", "reference": ""})
+    other = meta({"messages": ASKED + last, "completion": [{**last[0], "content": "Bye!"}]})
+    assert other["recorded_answer"] == "Hello!\n\nBye!"
+
+
 def test_the_answer_is_the_reference_and_is_recorded() -> None:
     row = {"question": "2+3?", "answer": "2+3=5\n#### 5"}
     assert meta(row)["reference"] == "5"  # as the checker `number` reads it

@@ -23,10 +23,11 @@ SHA_EMPTY = "0" * 40
 
 @dataclass
 class Repository:
-    """A model repository: its visibility and its commits, each a whole tree of files."""
+    """A repository: its visibility and its commits, each a whole tree of files."""
 
     private: bool = True
     commits: list[tuple[str, dict[str, bytes]]] = field(default_factory=lambda: [(SHA_EMPTY, {})])
+    tags: dict[str, str] = field(default_factory=dict)
 
     @property
     def sha(self) -> str:
@@ -40,8 +41,8 @@ class Repository:
         """Return commit and tree of a revision: a commit's id, else the newest."""
         return next((c for c in self.commits if c[0] == revision), self.commits[-1])
 
-    def commit(self, changes: dict[str, bytes]) -> str:
-        tree = {**self.files, **changes}
+    def commit(self, changes: dict[str, bytes], gone: frozenset[str] = frozenset()) -> str:
+        tree = {name: d for name, d in {**self.files, **changes}.items() if name not in gone}
         listing = sorted((name, hashlib.sha1(data).hexdigest()) for name, data in tree.items())
         sha = hashlib.sha1(json.dumps([len(self.commits), listing]).encode()).hexdigest()
         self.commits.append((sha, tree))
@@ -157,7 +158,7 @@ class Handler(BaseHTTPRequestHandler):
     def route(self, path: str, body: bytes) -> None:
         parts = path.strip("/").split("/")
         if path == "/api/validate-yaml":
-            self.validate(json.loads(body)["content"])
+            self.validate(**json.loads(body))
         elif path == "/api/repos/create":
             self.create(json.loads(body))
         elif parts[0] == "lfs":
@@ -166,17 +167,19 @@ class Handler(BaseHTTPRequestHandler):
             self.batch(json.loads(body))
         elif parts[:2] == ["api", "models"] and len(parts) >= 4:
             self.repository("/".join(parts[2:4]), parts[4:], body)
+        elif parts[:2] == ["api", "datasets"] and len(parts) >= 4:
+            self.repository("/".join(parts[1:4]), parts[4:], body)
         elif len(parts) >= 5 and parts[2] == "resolve":
             self.download("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
         else:
             self.reply(404, {"error": f"no route for {self.command} {path}"})
 
-    def validate(self, content: str) -> None:
+    def validate(self, content: str, repoType: str) -> None:
         errors = []
         try:
             data: dict[str, Any] = yaml.safe_load(content.split("---\n")[1]) or {}
             base = data.get("base_model", "")
-            if len(base.split("/")) != 2 or base.startswith("/"):
+            if repoType == "model" and (len(base.split("/")) != 2 or base.startswith("/")):
                 errors.append({"message": '"base_model" must be a model id'})
         except (yaml.YAMLError, IndexError, AttributeError) as error:
             errors.append({"message": str(error)})
@@ -189,6 +192,7 @@ class Handler(BaseHTTPRequestHandler):
                 403, {"error": "You don't have the rights to create a model under this namespace"}
             )
             return
+        name = f"datasets/{name}" if wanted.get("type") == "dataset" else name
         status = 409 if name in self.hub.repositories else 200
         private = wanted.get("visibility", "public") == "private" or bool(wanted.get("private"))
         self.hub.repositories.setdefault(name, Repository(private=private))
@@ -202,6 +206,15 @@ class Handler(BaseHTTPRequestHandler):
             self.preupload(repository, json.loads(body)["files"])
         elif rest[:1] == ["commit"]:
             self.commit(name, repository, [json.loads(line) for line in body.splitlines()])
+        elif rest[:1] == ["refs"]:
+            tags = [
+                {"name": tag, "ref": f"refs/tags/{tag}", "targetCommit": sha}
+                for tag, sha in repository.tags.items()
+            ]
+            self.reply(200, {"branches": [], "converts": [], "tags": tags})
+        elif rest[:1] == ["tag"]:
+            repository.tags[json.loads(body)["tag"]] = rest[1]
+            self.reply(200)
         elif rest[:1] == ["settings"]:
             repository.private = json.loads(body)["visibility"] == "private"
             self.reply(200)
@@ -251,17 +264,19 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200)
 
     def commit(self, name: str, repository: Repository, rows: list[dict[str, Any]]) -> None:
-        changes = {}
+        changes, gone = {}, set()
         for row in rows[1:]:
             value = row["value"]
-            if row["key"] == "lfsFile":
+            if row["key"] == "deletedFile":
+                gone.add(value["path"])
+            elif row["key"] == "lfsFile":
                 if value["oid"] not in self.hub.lfs:
                     self.reply(400, {"error": "LFS object missing"})
                     return
                 changes[value["path"]] = self.hub.lfs[value["oid"]]
             else:
                 changes[value["path"]] = base64.b64decode(value["content"])
-        sha = repository.commit(changes)
+        sha = repository.commit(changes, frozenset(gone))
         url = f"{self.hub.url}/{name}/commit/{sha}"
         self.reply(200, {"commitUrl": url, "commitOid": sha, "pullRequestUrl": None})
 

@@ -1,0 +1,312 @@
+"""The published data set: its rows and card, who reads it back, what must stop it, its upload."""
+
+import json
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import load_dataset
+from huggingface_hub import DatasetCard
+
+from distill.cli import main as distill
+from distill.config.tree import Config
+from distill.corpus import corpus, prompts
+from distill.errors import DistillError, Exit
+from distill.generation import filters, generate
+from distill.publishing.dataset import main
+from distill.records import Document, Pair, Prompt
+from distill.storage.files import read_json, read_records, write_json, write_records
+from distill.storage.run_folder import Run
+from distill.training.soft_labels import capture
+from distill.training.soft_labels.cache import SignalCache, SignalKey
+from tests.support.fake_hub import fake_hub, use_hub
+from tests.support.tiny import make_tiny
+from tests.support.training import dataset, make_soft_run
+
+PRIVATE = "Write to ann.smith@acme-mail.org, please."
+LATER = "Two spaces at the end,  \n\nand a tab:\t1 < 2 & 'ü' \u2028 {} \U0001f600\n"
+TURNS = [
+    *({"role": "system", "content": "Be brief."}, {"role": "user", "content": "And 2 + 2?"}),
+    *({"role": "assistant", "content": "4"}, {"role": "user", "content": "Half of it?"}),
+]
+
+
+def question_rows(**columns: Any) -> list[dict[str, Any]]:
+    """Rows that are prompts with answers: long and short, with thoughts, of several turns."""
+    numbers = ("seven", "ochre", "a glacier", "the mill", "tar", "an atlas", "salt", "Boston")
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"What do you know of {what}, case {n}?", "answer": f"{what}: {LATER}{n}"}
+        for n in range(5)
+        for what in numbers
+    ]
+    rows[3]["reasoning"], rows[4]["model"] = "Well,\nwhat do I know?", "acme/other-teacher"
+    rows[5]["answer"], rows[6]["reference"] = "I'm sorry, but I cannot help with that.", "ref"
+    last = {"role": "assistant", "content": "Half of it is 2."}
+    rows.append({"messages": [*TURNS, last]})
+    rows[8]["model"] = "acme/first"  # and a second answer to the same
+    rows.append({**rows[8], "answer": "seven is a number", "model": "acme/second"})
+    return [{**row, **columns} for row in rows]
+
+
+def stages(run: Run) -> Run:
+    """Do all that makes a dataset."""
+    write_json(run.path("config.json"), run.config.resolved())
+    for stage in (corpus, prompts, generate, filters):
+        stage.main(run)
+    return run
+
+
+def recorded(folder: Path, name: str, corpus: Path, **changes: Any) -> Run:
+    tree: dict[str, Any] = {
+        "name": name, "runs": folder / "runs", "store": folder / name,
+        "corpus": {"path": corpus, "split": {"validation": 0.2, "heldout": 0.2}},
+        "teacher": {"kind": "recorded", "model": "acme/teacher", "license": "CC-BY-4.0"},
+        "student": {"model": str(make_tiny(folder / "student"))},
+    }  # fmt: skip
+    return Run(Config.model_validate({**tree, **changes}))
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    return stages(recorded(tmp_path, "first", write_rows(tmp_path / "rows.jsonl", question_rows())))
+
+
+def rows_of(folder: Path, part: str = "kept", split: str = "train") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / part / f"{split}.jsonl").open(encoding="utf-8")]
+
+
+def splits_of(run: Run) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in run.path("dataset").iterdir()}
+
+
+def refused(run: Run, code: Exit, repository: str | None = None) -> DistillError:
+    with pytest.raises(DistillError) as caught:
+        main(run, repository)
+    assert caught.value.code == code and "\n" not in str(caught.value)
+    assert not run.path("release-dataset").exists()
+    return caught.value
+
+
+def test_recorded_answers_are_read_back_to_the_same_bytes(run, tmp_path):
+    folder = main(run, heldout=True)
+    again = stages(recorded(tmp_path, "again", folder / "raw"))
+    assert len(splits_of(run)) == 3 and splits_of(again) == splits_of(run)
+    assert any(row["dropped"] == "refusal" for row in rows_of(folder, "raw")), "of the first split"
+
+
+def test_answers_about_documents_are_read_back_but_for_what_names_them(tmp_path):
+    """What the reader cannot know: the documents, the tasks, and what the teacher saw of both."""
+    (tmp_path / "notes").mkdir()
+    for n, town in enumerate("Arvika Belmora Cascina Dunfell Eskilde Farsund Gavorrano".split()):
+        text = f"# {town}\n\n{town} ships salt and {n} other goods, in boats of {n + 3} masts.\n"
+        (tmp_path / f"notes/{town}.md").write_text(text)
+    task = {
+        "student": {"user": "What do you know of this? {{ document.text[:9] }}"},
+        "teacher": {"system": "Be brief.", "user": "What does it say?\n\n{{ document.text }}"},
+    }
+    (tmp_path / "gist.yaml").write_text(json.dumps({"name": "gist", **task}))
+    answers = write_rows(tmp_path / "answers.jsonl", [])
+    about = {"prompts": {"tasks": [str(tmp_path / "gist.yaml")]}}
+    teacher = {"kind": "canned", "answers": str(answers), "model": "acme/teacher"}
+    publish = {"corpus_license": "CC0-1.0"}
+    run = recorded(
+        tmp_path, "first", tmp_path / "notes", teacher=teacher, publish=publish, **about
+    )  # fmt: skip
+    for stage in (corpus, prompts):
+        stage.main(run)
+    asked = [
+        p.asked_of_teacher()[-1].content for p in read_records(run.path("prompts.jsonl"), Prompt)
+    ]
+    write_rows(answers, [{"prompt": q, "answer": f"It says {n}.\n"} for n, q in enumerate(asked)])
+    folder = main(stages(run), heldout=True)
+    assert rows_of(folder)[0]["teacher_prompt"][0] == {"role": "system", "content": "Be brief."}
+    teacher = {"kind": "recorded", "model": "acme/teacher", "license": "CC0-1.0"}
+    again = stages(recorded(tmp_path, "again", folder / "raw", teacher=teacher))
+
+    def pairs(run: Run) -> dict[str, Pair]:
+        files = run.path("dataset").iterdir()
+        return {p.response.text: p for path in files for p in read_records(path, Pair)}
+
+    before, after = pairs(run), pairs(again)
+    assert len(before) == 7 and before.keys() == after.keys()
+    differ = {"prompt": set[str](), "response": set[str]()}
+    for text, pair in before.items():
+        for part, names in differ.items():
+            one, other = getattr(pair, part), getattr(after[text], part)
+            names |= {n for n in type(one).model_fields if getattr(one, n) != getattr(other, n)}
+    assert differ == {
+        "prompt": {"id", "document_id", "task", "teacher_messages"},
+        "response": {"id", "request_key", "prompt_id", "usage"},
+    }
+
+
+def test_datasets_loads_it_and_a_trainer_finds_its_columns(run, tmp_path):
+    folder = main(run, heldout=True)
+    loaded: Any = load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
+    raw: Any = load_dataset(str(folder), "raw", cache_dir=str(tmp_path / "cache"))
+    assert list(loaded) == list(raw) == ["train", "validation", "test"]  # `kept` is the default
+    assert sum(raw.num_rows.values()) == 42 and raw["test"].num_rows == loaded["test"].num_rows
+    assert sum(loaded.num_rows.values()) == 42 - sum(map(bool, raw["train"]["dropped"]))
+    assert loaded["train"].to_list() == rows_of(folder)
+    for split in loaded.values():
+        assert split.features == loaded["train"].features == raw["train"].features
+        for row in split:
+            turns = [*row["prompt"], *row["completion"]]
+            assert turns == row["messages"] and {*turns[0]} == {"role", "content"}
+            assert [turn["role"] for turn in turns[-2:]] == ["user", "assistant"]
+    rows = {row["prompt"][-1]["content"]: row for split in raw.values() for row in split}
+    assert len(rows["Half of it?"]["messages"]) == 5
+    assert rows["What do you know of the mill, case 0?"]["reasoning"] == "Well,\nwhat do I know?"
+    assert rows["What do you know of tar, case 0?"]["model"] == "acme/other-teacher"
+    assert rows["What do you know of salt, case 0?"]["reference"] == "ref"
+    one = rows["What do you know of Boston, case 0?"]
+    assert one["completion"][0]["content"] == f"Boston: {LATER}0" and one["task"] == "chat"
+    assert one["license"] == "CC-BY-4.0" and one["usage"]["estimated"] and one["stop"] == "end"
+
+
+def test_the_card_says_what_it_is(run):
+    card = DatasetCard.load(main(run) / "README.md")
+    data = card.data.to_dict()
+    assert data["license"] == "cc-by-4.0" and data["size_categories"] == ["n<1K"]
+    assert [config["config_name"] for config in data["configs"]] == ["kept", "raw"]
+    assert [file["split"] for file in data["configs"][0]["data_files"]] == ["train", "validation"]
+    assert "acme/teacher" in card.text and "the answers' license as stated: CC-BY-4.0" in card.text
+    assert "| dropped: refusal" in card.text and "Held-out rows are not in it" in card.text
+    assert "masked here: none" in card.text and "task chat: 36" in card.text
+
+
+def test_private_text_is_masked_and_counted(tmp_path):
+    rows = question_rows()
+    for row in rows[:20]:
+        row["answer"] += PRIVATE
+    run = stages(recorded(tmp_path, "first", write_rows(tmp_path / "rows.jsonl", rows)))
+    # answers are the teacher's own: what the corpus masked, it may know from elsewhere
+    responses = run.path("responses.jsonl")
+    text = responses.read_text(encoding="utf-8")
+    assert "[EMAIL]" in text
+    responses.write_text(text.replace("[EMAIL]", "ann.smith@acme-mail.org"), "utf-8")
+    folder = main(run, heldout=True)
+    texts = [path.read_text(encoding="utf-8") for path in folder.rglob("*.jsonl")]
+    assert not any("ann.smith" in text for text in texts)
+    assert sum(text.count("[EMAIL]") for text in texts) > 20
+    assert "masked here: 20 email" in (folder / "README.md").read_text()
+
+
+def with_config(run: Run, **sections: Any) -> Run:
+    return Run(Config.model_validate({**run.config.resolved(), **sections}))
+
+
+def test_what_may_not_be_published_stops_it(run, tmp_path):
+    tree = run.config.resolved()
+    unknown = {"kind": "recorded", "model": "acme/teacher"}
+    error = refused(with_config(run, teacher=unknown), Exit.TERMS)
+    assert "configs/terms.yaml does not know" in error.what
+    error = refused(with_config(run, teacher=unknown, terms={"basis": "our own model"}), Exit.TERMS)
+    assert error.what == "states no license" and "publish.corpus_license" in error.fix
+    forbidden = {"kind": "recorded", "model": "openai/gpt-4o"}
+    assert "3.3(e)" in refused(with_config(run, teacher=forbidden), Exit.TERMS).what
+    keep = {**tree["corpus"], "private_text": "keep"}
+    assert "no answers are published" in refused(with_config(run, corpus=keep), Exit.PUBLISH).what
+    reserved = question_rows(license="All rights reserved")
+    other = stages(recorded(tmp_path, "other", write_rows(tmp_path / "other.jsonl", reserved)))
+    assert "All rights reserved" in refused(other, Exit.TERMS).what
+    run.path("funnel.json").unlink()
+    assert "is missing" in refused(run, Exit.PUBLISH).what
+
+
+def test_each_row_has_the_license_that_it_states(tmp_path):
+    rows = [
+        {**row, "license": ("MIT", "ODC-By 1.0", "unknown")[n % 3]}
+        for n, row in enumerate(question_rows())
+    ]
+    run = recorded(
+        tmp_path, "first", write_rows(tmp_path / "rows.jsonl", rows),
+        publish={"corpus_license": "CC0-1.0"},
+    )  # fmt: skip
+    folder = main(stages(run))
+    assert {row["license"] for row in rows_of(folder)} == {"MIT", "ODC-By 1.0", "CC0-1.0"}
+    data = DatasetCard.load(folder / "README.md").data.to_dict()
+    assert data["license"] == ["cc0-1.0", "mit", "other"] and data["license_name"] == "odc-by-1.0"
+
+
+def test_a_secret_of_this_machine_stops_it_and_a_home_in_an_answer_does_not(tmp_path, monkeypatch):
+    rows = question_rows()
+    rows[0]["answer"] = f"Look into {Path.home()}/notes and /home/somebody/notes, word-of-honour."
+    run = stages(recorded(tmp_path, "first", write_rows(tmp_path / "rows.jsonl", rows)))
+    folder = main(run, heldout=True)
+    assert any("/home/somebody" in path.read_text() for path in folder.rglob("*.jsonl"))
+    monkeypatch.setenv("OUR_API_KEY", "word-of-honour")
+    with pytest.raises(DistillError, match=r"holds the value of \$OUR_API_KEY"):
+        main(run, heldout=True)
+    assert (folder / "README.md").is_file(), "the last one stays"
+
+
+def test_a_second_upload_is_a_new_commit_and_held_out_rows_go_with_it(run, tmp_path, monkeypatch):
+    with fake_hub() as hub:
+        use_hub(monkeypatch, hub, tmp_path / "hub-cache")
+        words = ["publish", str(run.folder), "--dataset", "--push", "me/answers"]
+        assert distill([*words, "--heldout"]) == 0
+        repository = hub.repositories["datasets/me/answers"]
+        assert repository.private and "me/answers" not in hub.repositories
+        assert {"kept/test.jsonl", "raw/test.jsonl"} <= repository.files.keys()
+        assert distill(words) == 0 and distill(words) == 0
+        assert len(repository.commits) == 3  # the empty one, and two: the last changed nothing
+        assert list(repository.tags.values()) == [sha for sha, _ in repository.commits[1:]]
+        assert [*repository.tags] == ["v1", "v2"]
+        files = {p.relative_to(run.folder).as_posix(): p for p in run.folder.rglob("*.jsonl")}
+        sent = {f"release-dataset/{name}": data for name, data in repository.files.items()}
+        mine = {name for name in files if name.startswith("release-dataset/")}
+        assert sent.keys() == {*mine, "release-dataset/README.md"}
+        assert all(sent[name] == files[name].read_bytes() for name in mine)
+        assert '"me/answers", "kept"' in repository.files["README.md"].decode()
+
+
+@pytest.mark.parametrize("words", [["--heldout"], ["--dataset", "--override", "x"]])
+def test_options_that_do_not_go_together(run, words, capsys):
+    assert distill(["publish", str(run.folder), *words]) == Exit.CONFIG
+    assert "--heldout and --soft-labels need --dataset" in capsys.readouterr().err
+
+
+def test_soft_labels_are_the_teacher_s_distributions_but_of_no_masked_row(tmp_path):
+    run = make_soft_run(tmp_path, signals={"p": 0.9, "k": 8})
+    run = with_config(run, publish={"corpus_license": "MIT"})
+    capture.main(run)
+    pairs, touched = dataset(run), dataset(run)[0]
+    masked = touched.response.model_copy(update={"reasoning": PRIVATE})
+    responses = [masked, *(pair.response for pair in pairs[1:])]
+    documents = [
+        Document(id=p.prompt.document_id, text="x", source="x:1", split="train") for p in pairs
+    ]
+    for name, records in {
+        "documents": documents,
+        "prompts": [pair.prompt for pair in pairs],
+        "responses": responses,
+        "dropped": [],
+    }.items():
+        write_records(run.path(f"{name}.jsonl"), records)
+    write_json(run.path("funnel.json"), {})
+    folder = main(run, soft_labels=True)
+    loaded: Any = load_dataset(str(folder), "soft_labels", cache_dir=str(tmp_path / "cache"))
+    made = read_json(run.path("signals.json"))
+    cache = SignalCache.open(run.config.store_folder(), made["cache"])
+    labels = {row["id"]: row for row in loaded["train"]}
+    names = {f"{p.prompt.id}-{p.response.sample}": made["rows"][p.response.id] for p in pairs}
+    assert labels.keys() == names.keys() - {f"{touched.prompt.id}-{touched.response.sample}"}
+    for name, row in labels.items():
+        key = SignalKey(*names[name])
+        signal = cache.read([key])[key.example]
+        assert [len(ids) for ids in row["top_ids"]] == signal.counts_N.tolist()
+        assert [*chain(*row["top_ids"])] == signal.ids_E.tolist()
+        assert np.allclose([*chain(*row["top_logprobs"])], signal.logs(), atol=1e-4)
+        assert np.allclose(row["tail_mass"], signal.tail_mass_N)
+        assert len(row["token_ids"]) == key.length
+    run.path("signals.json").unlink()
+    with pytest.raises(DistillError, match=r"signals\.json: is missing"):
+        main(run, soft_labels=True)
