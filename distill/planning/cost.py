@@ -198,6 +198,10 @@ def _notes(
     limit, price = server.budget_dollars, book.teacher(server.model)
     if price:
         yield f"{price.rates} ({price.date}, {price.source})"
+    if server.batch:
+        less = price and price.batch_discount
+        discount = f"{less:.0%} less" if less else "no known discount"
+        yield f"asked by batch, {discount}: answers within a day"
     if cost.dollars is None:
         stop = f"; with the limit of ${limit} a run stops (exit 6)" if limit is not None else ""
         yield f"cost unknown: {book.why_no_teacher(server.model)}{stop}"
@@ -205,7 +209,9 @@ def _notes(
     perhaps = f" and perhaps {money(cost.paid_perhaps, up=True)}" if cost.paid_perhaps else ""
     total = money(cost.paid + cost.dollars, up=True)
     yield f"paid so far {money(cost.paid, up=True)}{perhaps}; the whole run {total}, retries apart"
-    if limit is not None:
+    if limit is None:
+        yield "no limit: teacher.budget_dollars is not set"
+    else:
         remaining = limit - cost.paid - cost.paid_perhaps
         word = "is expected to suffice" if cost.dollars <= remaining else "does not suffice"
         if cost.dollars_most is not None and cost.dollars_most <= remaining:

@@ -103,6 +103,20 @@ def test_whether_the_limit_suffices_is_held_against_the_most_that_can_be_billed(
     assert cost_of(place, "teacher.omit=[max_tokens]").dollars_most is None
 
 
+def test_a_plan_says_where_there_is_no_limit_and_why_a_batch_costs_less(tmp_path: Path) -> None:
+    with FakeTeacher(varied) as teacher:
+        place = write_config(tmp_path, teacher)
+    full, unlisted = cost_of(place), cost_of(place, "teacher.batch=true")
+    assert full.notes[-1] == "no limit: teacher.budget_dollars is not set"
+    assert "asked by batch, no known discount: answers within a day" in unlisted.notes
+    row = PRICE.model_dump(mode="json") | {"batch_discount": "0.5"}
+    (tmp_path / "prices.yaml").write_text(json.dumps({"tokens": [row]}))
+    half = cost_of(place, "teacher.batch=true")
+    assert full.dollars and half.dollars == full.dollars / 2
+    assert "asked by batch, 50% less: answers within a day" in half.notes
+    assert not any("by batch" in note for note in full.notes)
+
+
 def test_prompts_that_are_not_read_are_priced_by_their_number_and_size(tmp_path: Path) -> None:
     with FakeTeacher(varied) as teacher:
         place = write_config(tmp_path, teacher, n=2, temperature=1.0)
