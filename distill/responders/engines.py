@@ -7,6 +7,7 @@ The engine ends with whoever asks, also where that is killed, and then holds no 
 """
 
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -25,7 +26,7 @@ from distill.config.engines import Engine, Engines
 from distill.config.teachers import EndpointTeacher, LocalTeacher
 from distill.errors import DistillError, Exit
 from distill.models.chat_template import encode_prompt, template_hash
-from distill.models.devices import pick_dtype
+from distill.models.devices import device, pick_dtype
 from distill.models.download import cache_folder
 from distill.models.gguf_file import write_gguf
 from distill.models.loading import load_tokenizer
@@ -38,6 +39,7 @@ from distill.storage.progress import say
 
 STARTING = 900.0  # seconds until an engine must answer: a large model is read from a disk
 LINES = 12  # of its log, where it does not
+CACHE_GIB = "2"  # of vLLM's keys and values on a CPU
 ROOM = 256  # the context is a multiple of this many tokens
 BY_SCRIPT = "bash scripts/engines.sh"
 # Ends the engine, and what it has started, when this process ends in whatever way: the pipe closes.
@@ -125,7 +127,7 @@ class EngineServer:
         with socket.socket() as free:  # until the engine takes it, another could: it would fail
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.name, self.key = name, secrets.token_urlsafe(24)
+        self.name, self.key, self.failed = name, secrets.token_urlsafe(24), False
         self.address = f"http://127.0.0.1:{port}"
         self.url = f"{self.address}/v1"
         self.log = cache_folder() / f"engines/{name}-{os.getpid()}.log"
@@ -156,20 +158,22 @@ class EngineServer:
 
     def failure(self, what: str) -> DistillError:
         """Return the error of an engine that failed, with what it said last as a note."""
-        self.close(keep_log=True)
-        said = self.log.read_text(errors="replace").strip().splitlines()[-LINES:]
+        self.failed = True
+        self.close()
+        said = self.log.read_text(errors="replace").strip().splitlines()
         fix = f"see {self.log}; the same command continues"
         error = DistillError(Exit.TEACHER, self.name, what, fix)
-        for line in said:
+        causes = [line for line in said[:-LINES] if re.search(r"(?<!`)\b\w+Error: ", line)]
+        for line in [*causes[:1], *said[-LINES:]]:  # the first is often why the others came
             error.add_note(f"  {line[:300]}")
         return error
 
-    def close(self, keep_log: bool = False) -> None:
-        """End the engine, its children too."""
+    def close(self) -> None:
+        """End the engine, its children too; the log of one that failed stays."""
         if self.process.stdin:
             self.process.stdin.close()
         self.process.wait()
-        if not keep_log:
+        if not self.failed:
             self.log.unlink(missing_ok=True)
 
 
@@ -279,13 +283,11 @@ class EngineResponder:
             line = [*self.command, f"{self.gguf()}", "--alias", self.model]
             line += ["--ctx-size", f"{context * rows}", "--parallel", f"{rows}"]
         say(f"{self.engine} {self.version}: starting with {self.model}")
-        quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-        self.server, self.context = EngineServer(line, quiet, self.engine), context
-        try:
-            self.server.wait()
-        except BaseException:
-            self.server.close(keep_log=True)
-            raise
+        settings = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+        if device().type == "cpu":  # else vLLM asks for nine tenths of the memory
+            settings |= {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": CACHE_GIB}
+        self.server, self.context = EngineServer(line, settings, self.engine), context
+        self.server.wait()
         say(f"{self.engine}: answers after {time.monotonic() - started:.0f} s")
         return self.server
 

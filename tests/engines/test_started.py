@@ -25,7 +25,8 @@ from tests.support.engines import python_of
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     python_of("llama.cpp")
-    return make(tmp_path_factory.mktemp("models") / "tiny", TOKENIZERS["gpt-2"]())
+    sizes = {"hidden_size": 128, "intermediate_size": 192}  # heads that vLLM takes
+    return make(tmp_path_factory.mktemp("models") / "tiny", TOKENIZERS["gpt-2"](), **sizes)
 
 
 @pytest.fixture
@@ -67,11 +68,14 @@ def prepared(config: Path) -> None:
     assert main(["corpus", str(config)]) == 0 and main(["prompts", str(config)]) == 0
 
 
+@pytest.mark.parametrize("engine", ["llama.cpp", "vllm"])
 def test_its_answers_are_stored_and_name_the_engine(
-    config: Path, model: Path, capsys: pytest.CaptureFixture[str]
+    engine: str, config: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    python_of(engine)
     prepared(config)
-    assert main(["generate", str(config)]) == 0, capsys.readouterr().err
+    named = f"teacher.engine={engine}"
+    assert main(["generate", str(config), named]) == 0, capsys.readouterr().err
     responses, ours = answers(config), LocalResponder.load(str(model), "float32")
     assert len(responses) == 12 and {r.stop for r in responses} <= {"end", "length"}
     prompts = {p["id"]: p for p in map(json.loads, (config.parent / "runs/r/prompts.jsonl").open())}
@@ -84,14 +88,14 @@ def test_its_answers_are_stored_and_name_the_engine(
         assert raw.usage.input_tokens == response.usage.input_tokens
     assert same >= 10, "more than near-ties differ"
     stage = json.loads((config.parent / "runs/r/stages/generate.json").read_bytes())
-    assert stage["fingerprint"]["engine"].startswith("llama.cpp 20")
+    assert stage["fingerprint"]["engine"].startswith(f"{engine} ")
     assert (
         "(llama.cpp 20"
         in next((config.parent / "runs/.store/responses").glob("*.jsonl")).read_text()
     )
     assert not running(str(config.parent)) and "starting with" in capsys.readouterr().err
     for stage in ("corpus", "prompts", "generate"):
-        assert main([stage, str(config), "name=again"]) == 0
+        assert main([stage, str(config), named, "name=again"]) == 0
     assert "starting with" not in capsys.readouterr().err, "the store had all"
     assert main(["generate", str(config), "teacher.engine=distill"]) == 5
 
