@@ -47,7 +47,7 @@ tasks.task tasks.checkers models.registry models.loading pipeline formatting pla
 planning.work planning.cost planning.plan status cli launch corpus.corpus corpus.prompts
 corpus.privacy corpus.contamination responders.terms responders.token_counts
 responders.endpoint.endpoint responders.prices responders.responder generation.generate
-generation.filters responders.local.workers responders.store
+generation.filters responders.store
 """.split()
 HEAVY = {"torch", "transformers", "accelerate", "peft", "datasets", "sacrebleu"}
 

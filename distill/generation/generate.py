@@ -15,8 +15,7 @@ from distill.reasoning import marked
 from distill.records import Document, Prompt, Response
 from distill.responders.ask import Ask
 from distill.responders.kinds import make_responder
-from distill.responders.local.workers import Workers
-from distill.responders.responder import Planner, Request, Sampling
+from distill.responders.responder import Request, Sampling
 from distill.responders.terms import require_terms
 from distill.responders.token_counts import recounted
 from distill.storage.files import read_records, write_records
@@ -27,7 +26,7 @@ from distill.tasks.task import load_task
 MOST_MARKED = 0.01  # of the answers; one that speaks of such marks is none of a kind
 
 
-def main(run: Run, workers: Workers | None = None) -> None:
+def main(run: Run) -> None:
     """Make responses.jsonl from prompts.jsonl, and questions.jsonl, which may be empty.
 
     Raises DistillError (exit 10) before anything is asked, where the terms do not allow it.
@@ -41,7 +40,7 @@ def main(run: Run, workers: Workers | None = None) -> None:
     sources = {prompt.id: documents[prompt.document_id] for prompt in prompts}
     teacher = make_responder(settings, config, sources)
     store, again = config.store_folder() / "responses", "generate" in run.remade
-    with Ask(teacher, store, run, again, workers) as ask:
+    with Ask(teacher, store, run, again) as ask:
         if writing := config.prompts.questions:
             if not settings.answers_anything:
                 what, fix = "recorded answers write no questions", "use a local teacher"
@@ -87,19 +86,6 @@ def require_turns(config: Config, prompts: Sequence[Prompt]) -> None:
         tokenizer = student_tokenizer(config.student, config.reasoning)
         for messages in rare:
             find_turn(tokenizer, messages, config.template_date)
-
-
-def join(run: Run, workers: Workers) -> None:
-    """Do a share of the work, as another process than the main one."""
-    from distill.responders.local.local_model import LocalResponder
-
-    def ready() -> Planner:
-        teacher = make_responder(run.config.teacher, run.config)
-        assert isinstance(teacher, LocalResponder)
-        assert teacher.network  # loaded while the main process loads its own and plans
-        return teacher
-
-    workers.join(ready, run.config.store_folder() / "responses", run.ledger.spend)
 
 
 def requests_of(

@@ -9,7 +9,6 @@ from typing import Self
 from distill.errors import DistillError, Exit
 from distill.records import Response
 from distill.responders.endpoint.budget import enter_account
-from distill.responders.local.workers import Workers, take_over
 from distill.responders.responder import Buyer, Planner, Raw, Request, Responder
 from distill.responders.store import ResponseStore
 from distill.storage.progress import say, tracking
@@ -33,11 +32,10 @@ class Ask(ExitStack):
         store: Path,
         payer: Run | None = None,
         again: bool = False,
-        workers: Workers | None = None,
     ) -> None:
         super().__init__()
         self.responder, self.store = responder, ResponseStore(store, writable=False)
-        self.payer, self.again, self.workers, self.count = payer, again, workers, 0
+        self.payer, self.again, self.count = payer, again, 0
 
     def __enter__(self) -> Self:
         self.enter_context(self.store)
@@ -80,7 +78,6 @@ class Ask(ExitStack):
                 store.append([(ADOPTED, former, responder.origin)])
                 what = f"answers under the hash of {responder.model}'s weights alone"
                 say(f"{title}: {what} count as those of the model as it is now")
-            take_over(store)  # what other processes of a killed launch have left
             tried, waiting = set[str](), False
             while missing := [r for r in store.lacking(requests, self.again) if r.id not in tried]:
                 ours = store.claim([request.id for request in missing])
@@ -129,7 +126,7 @@ class Ask(ExitStack):
         return renamed, former if fresh else None
 
     def _stored(self, missing: Sequence[Request]) -> Generator[Raw, None, None]:
-        """Yield the raw answers, each once it is stored, by this process or another worker."""
+        """Yield the raw answers, each once it is stored."""
         store, responder = self.store, self.responder
         if isinstance(responder, Buyer):
             with closing(responder.buy(missing, store)) as raws:
@@ -138,8 +135,6 @@ class Ask(ExitStack):
                     yield raw
         elif not isinstance(responder, Planner):
             yield from store.keep(([raw] for raw in responder.ask(missing)), self._spend)
-        elif self.workers:
-            yield from self.workers.lead(responder, missing, store, self._spend)
         else:
             plans = store.planned(responder, missing)
             groups = (group for plan in plans for group in responder.ask_plan(plan))

@@ -21,6 +21,7 @@ from functools import cache
 from pathlib import Path
 
 import httpx2
+import torch
 
 from distill.config.engines import Engine, Engines
 from distill.config.teachers import EndpointTeacher, LocalTeacher
@@ -98,8 +99,6 @@ def engine_of(settings: LocalTeacher, engines: Engines) -> Engine:
     """Return what computes a model's answers: `auto` is vLLM where it and a GPU are here."""
     if settings.engine != "auto":
         return settings.engine
-    import torch
-
     served = torch.cuda.is_available() and find_engine("vllm", engines) is not None
     return "vllm" if served else "distill"
 
@@ -279,6 +278,8 @@ class EngineResponder:
             line = [*self.command, f"{self.folder}", "--served-model-name", self.model]
             line += ["--dtype", self.dtype, "--max-model-len", f"{context}"]
             line += ["--generation-config", "vllm", "--max-num-seqs", f"{rows}"]
+            if (gpus := torch.cuda.device_count()) > 1:  # a copy of the model on each
+                line += ["--data-parallel-size", f"{gpus}"]
         else:
             line = [*self.command, f"{self.gguf()}", "--alias", self.model]
             line += ["--ctx-size", f"{context * rows}", "--parallel", f"{rows}"]

@@ -132,8 +132,8 @@ def launcher_command() -> str:
         return ""
 
 
-def check_world(stated: Mapping[str, int | None], world: int, script: str, code: Exit) -> None:
-    """Stop with `code` where `world` processes run, and a source of `stated` says another number.
+def check_world(stated: Mapping[str, int | None], world: int) -> None:
+    """Stop (exit 7) where `world` processes run, and a source of `stated` says another number.
 
     `accelerate launch --cpu --num_processes 2` starts one and says nothing: so the launcher's
     command line is such a source too, and Slurm's step where nothing else launched its tasks.
@@ -148,8 +148,8 @@ def check_world(stated: Mapping[str, int | None], world: int, script: str, code:
     for source, number in {**stated, "launcher": count}.items():
         if number and number != world:
             what = f"{number} processes were asked for, {world} came"
-            fix = f"accelerate launch --multi_gpu --num_processes {number} {script} CONFIG"
-            raise DistillError(code, source, what, fix)
+            fix = f"accelerate launch --multi_gpu --num_processes {number} scripts/train.py CONFIG"
+            raise DistillError(Exit.TRAINING, source, what, fix)
 
 
 def die_with_parent() -> None:

@@ -43,15 +43,6 @@ class Ledger:
             file.write(LedgerEntry.model_validate(facts).to_line() + "\n")
 
     @contextmanager
-    def joining(self, stage: str) -> Iterator[None]:
-        """Count what this process spends as part of a stage that another process performs."""
-        self._stage = stage
-        try:
-            yield
-        finally:
-            self._stage = ""
-
-    @contextmanager
     def counting(self, stage: str, marker: Path, started: str) -> Iterator[None]:
         """Enter the seconds and the spending of the block, also when it fails."""
         clock, note, over = time.monotonic(), "failed", threading.Event()
@@ -63,11 +54,12 @@ class Ledger:
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
+        self._stage = stage
         try:
-            with self.joining(stage):
-                yield
+            yield
             note = ""
         finally:
+            self._stage = ""
             over.set()
             thread.join()
             self._enter(stage, started, time.monotonic() - clock, note)

@@ -64,7 +64,7 @@ def check(report_to: str, num_processes: int | None) -> None:
         what = f"{refused[0]} is not supported"
         raise DistillError(Exit.TRAINING, "accelerate's config", what, fix)
     stated, world = {"train.num_processes": num_processes}, os.environ.get("WORLD_SIZE", "1")
-    check_world(stated, int(world), "scripts/train.py", Exit.TRAINING)
+    check_world(stated, int(world))
 
 
 def start(report_to: str, num_processes: int | None, folder: Path) -> Accelerator:
@@ -79,7 +79,7 @@ def start(report_to: str, num_processes: int | None, folder: Path) -> Accelerato
         project_dir=folder,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
     )
-    check_world({}, accelerator.num_processes, "scripts/train.py", Exit.TRAINING)
+    check_world({}, accelerator.num_processes)
     if accelerator.num_processes > 1:
         die_with_parent()
     return accelerator

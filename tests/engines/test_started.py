@@ -25,7 +25,7 @@ from tests.support.engines import python_of
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     python_of("llama.cpp")
-    sizes = {"hidden_size": 128, "intermediate_size": 192}  # heads that vLLM takes
+    sizes: Any = {"hidden_size": 128, "intermediate_size": 192}  # heads that vLLM takes
     return make(tmp_path_factory.mktemp("models") / "tiny", TOKENIZERS["gpt-2"](), **sizes)
 
 

@@ -11,12 +11,10 @@ import torch
 import transformers
 from accelerate.state import AcceleratorState, GradientState
 
-from distill import launch
 from distill.config.yaml_file import load_config
 from distill.errors import DistillError, Exit
 from distill.models import loading
 from distill.models.arithmetic import LEAST, MICRO_BATCH_TOKENS
-from distill.pipeline import STAGES
 from distill.storage import environment
 from distill.training import processes, train
 from distill.training.batches import micro_batches, plan_steps, share
@@ -98,8 +96,6 @@ def test_more_processes_than_gpus_are_refused_before_anything_is_loaded(
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(DistillError, match=r"8 were started here, for 2 GPUs.*num_processes 2"):
         processes.start("none", None, tmp_path)
-    with pytest.raises(DistillError, match="8 were started here"):
-        launch.generate(make_run(tmp_path), STAGES[2], set())
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert loading.device() == torch.device("cuda", 1)
 
@@ -135,19 +131,19 @@ def test_processes_on_several_machines_are_counted_together(
 ) -> None:
     monkeypatch.setattr(environment, "launcher_command", lambda: command.replace(" ", "\0"))
     if world == 8:
-        environment.check_world({}, world, "scripts/train.py", Exit.TRAINING)
+        environment.check_world({}, world)
         return
     with pytest.raises(DistillError, match="8 processes were asked for, 2 came"):
-        environment.check_world({}, world, "scripts/train.py", Exit.TRAINING)
+        environment.check_world({}, world)
 
 
 def test_tasks_of_slurm_that_nothing_launched_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "launcher_command", lambda: "python\0scripts/train.py")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     with pytest.raises(DistillError, match="srun: 4 processes were asked for, 1 came"):
-        environment.check_world({}, 1, "scripts/train.py", Exit.TRAINING)
+        environment.check_world({}, 1)
     monkeypatch.setenv("WORLD_SIZE", "4")  # a launcher's, or the user's own
-    environment.check_world({}, 4, "scripts/train.py", Exit.TRAINING)
+    environment.check_world({}, 4)
 
 
 def passes_with_samples(path: Path, world: int, overrides: tuple[str, ...] = ()) -> float:

@@ -30,7 +30,7 @@ def test_another_number_than_asked_stops(stated, command, world, fits, monkeypat
 
     def check() -> None:
         sources = {"train.num_processes": stated}
-        check_world(sources, world, "scripts/train.py", Exit.TRAINING)
+        check_world(sources, world)
 
     if fits:
         check()
