@@ -129,7 +129,7 @@ REFUSALS = json.loads(Path("tests/fixtures/refusals.json").read_text(encoding="u
 
 @pytest.mark.parametrize("language", REFUSALS)
 def test_refusals_are_known_in_ten_languages(language: str) -> None:
-    """A11: of ten refusals and ten helpful answers that look like one, each is told apart."""
+    """A11: of ten or more refusals and helpful answers that look like one, each is told apart."""
     for text in REFUSALS[language]["refusals"]:
         assert reason(text) == "refusal", text
     for text in REFUSALS[language]["helpful"]:
