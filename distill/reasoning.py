@@ -88,6 +88,6 @@ def _marks(text: str) -> Iterator[re.Match[str]]:
     for mark in MARK.finditer(text):
         fences += text.count("```", before, mark.start())
         before = mark.start()
-        left, right = text[before - 1 : before], text[mark.end() : mark.end() + 1]
-        if fences % 2 == 0 and not (left and right and left in QUOTES and right in QUOTES):
+        around = (text[before - 1 : before], text[mark.end() : mark.end() + 1])
+        if fences % 2 == 0 and not all(c and c in QUOTES for c in around):
             yield mark

@@ -29,9 +29,9 @@ FACTORS = np.random.default_rng(1).integers(2**63, size=PERMUTATIONS, dtype=np.u
 
 
 class Compared(NamedTuple):
-    """What is compared of a document: its own part, what other prompts share, earlier turns."""
+    """What is compared of a document: its core, what other prompts share, earlier turns."""
 
-    own: str
+    core: str
     shared: tuple[str, str] = ("", "")
     before: str = ""
     prompt: bool = False
@@ -97,23 +97,23 @@ def parts_of(documents: Sequence[Document]) -> list[Compared]:
     for place, turn, start, size in zip(places, turns, starts, ends, strict=True):
         end = len(turn) - size
         earlier = (turn["content"] for turn in documents[place].meta["messages"][:-1])
-        own, before = turn[start:end].strip(), "\n".join(earlier)
-        if not own:  # "Go on.": what is the document's own stands before it
-            own, start, end = documents[place].text, 0, len(turn)
-        parts[place] = Compared(own, (turn[:start], turn[end:]), before, True)
+        core, before = turn[start:end].strip(), "\n".join(earlier)
+        if not core:  # "Go on.": what is the document's own stands before it
+            core, start, end = documents[place].text, 0, len(turn)
+        parts[place] = Compared(core, (turn[:start], turn[end:]), before, True)
     return parts
 
 
 def nearly_same(part: Compared, other: Compared, threshold: float) -> bool:
     """Compare two parts in full."""
-    if part.shared != other.shared or overlap(part.own, other.own) < threshold:
+    if part.shared != other.shared or overlap(part.core, other.core) < threshold:
         return False
     if not part.prompt:
         return True
     if part.before != other.before and overlap(part.before, other.before) < threshold:
         return False
-    start = common(part.own, other.own)
-    texts = part.own[start:], other.own[start:]
+    start = common(part.core, other.core)
+    texts = part.core[start:], other.core[start:]
     end = common(texts[0][::-1], texts[1][::-1])
     first, second = (split_words(text[: len(text) - end]) for text in texts)
     if min(len(first), len(second)) < DIFFERENT:
@@ -159,7 +159,7 @@ def near_repeats(
     while done < len(documents) and (enough is None or done - len(repeats) < enough):
         size = len(documents) if enough is None else min(len(documents), 2 * size + enough)
         for place in range(done, size):
-            hashes_NB[place] = sketches.of(parts[place].own)
+            hashes_NB[place] = sketches.of(parts[place].core)
         # only what shares a band with another document is looked at again
         alike = set[int]()
         for band in range(sketches.bands):

@@ -173,14 +173,14 @@ def _prompt(
     if isinstance(pairs := take("earlier turns", "history"), list):  # of LLaMA-Factory
         turns = [turn for pair in pairs for turn in read_turns(pair)]
     for name in shape.prompt:
-        value, known = parsed(row.get(name)), name in shape.known_by
-        if are_texts(value) and not known:
+        value, defining = parsed(row.get(name)), name in shape.known_by
+        if are_texts(value) and not defining:
             value = "\n\n".join(value)  # passages
         if isinstance(value, list | dict):
-            if not known and not are_turns(value):
+            if not defining and not are_turns(value):
                 continue
             turns += read_turns(value)
-        elif holds(value) or (known and len(shape.prompt) == 1):
+        elif holds(value) or (defining and len(shape.prompt) == 1):
             texts.append(normalise(value))
         if name in row:
             uses[name] = "conversation" if isinstance(value, list | dict) else "prompt"

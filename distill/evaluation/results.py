@@ -251,10 +251,10 @@ def failures(samples: Iterable[Sample]) -> Failures:
             continue
         reason = f"chrF {value:.0f} against the teacher" if alike else sample.reasons["student"]
         texts = (sample.messages[-1]["content"], *map(sample.answers.get, ("student", "teacher")))
-        asked, student, teacher = (clip(text or "", LONGEST) for text in texts)
+        question, student, teacher = (clip(text or "", LONGEST) for text in texts)
         worst[alike].append(
             WorstAnswer(
-                task=sample.task, asked=asked, student=student, teacher=teacher, reason=reason
+                task=sample.task, asked=question, student=student, teacher=teacher, reason=reason
             )
         )
     rows = (*worst[False], *worst[True])[:MOST_FAILURES]

@@ -133,8 +133,8 @@ def known_suites() -> list[str]:
 
 def read_suite(name_or_path: str) -> tuple[SuiteFile, Path]:
     """Read a suite's YAML, but no questions, by its path or its name; return its path too."""
-    named = not name_or_path.endswith((".yaml", ".yml"))
-    path = find_config(SUITES / f"{name_or_path}.yaml" if named else Path(name_or_path))
+    shipped = not name_or_path.endswith((".yaml", ".yml"))
+    path = find_config(SUITES / f"{name_or_path}.yaml" if shipped else Path(name_or_path))
     if not path.is_file():
         fix = f"a path ending in .yaml, or one of {', '.join(known_suites())}"
         raise DistillError(Exit.CONFIG, path, "there is no such suite", fix)

@@ -260,8 +260,8 @@ def _add_vocabulary(writer: gguf.GGUFWriter, config: PretrainedConfig, folder: P
     if pieces:
         # llama.cpp joins the pair whose result has the best score: here, the first merge to make it
         ranks = dict[str, int]()
-        for rank, (left, right) in enumerate(merges):
-            ranks.setdefault(left + right, rank)
+        for rank, pair in enumerate(merges):
+            ranks.setdefault("".join(pair), rank)
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_scores([-float(ranks[t]) if t in ranks else NO_WORD for t in tokens])
@@ -272,7 +272,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter, config: PretrainedConfig, folder: P
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_cut(described, folder))
         merges = merges or [(tokens[-1], tokens[-1])]  # llama.cpp wants some; this makes no token
-        writer.add_token_merges([f"{left} {right}" for left, right in merges])
+        writer.add_token_merges([" ".join(pair) for pair in merges])
     first = tokenizer("a").input_ids[0]
     writer.add_add_bos_token(tokenizer.bos_token_id is not None and first == tokenizer.bos_token_id)
     ends = GenerationConfig.from_pretrained(folder).eos_token_id

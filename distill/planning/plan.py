@@ -141,11 +141,13 @@ def announce(run: Run, redo: Iterable[Stage] = ()) -> None:
     config, again = run.config, tuple(redo)
 
     def rows_of(estimate: RunEstimate) -> list[StagePlan]:
-        return [row for row in estimate.stages() if row.stage in left]
+        return [row for row in estimate.stages() if row.stage in remaining]
 
     try:
-        left = {stage.name for stage in STAGES if stage in again or run.state(stage)[0] != "done"}
-        if left <= {"filter", "report"}:
+        remaining = {
+            stage.name for stage in STAGES if stage in again or run.state(stage)[0] != "done"
+        }
+        if remaining <= {"filter", "report"}:
             return
         counted, here = count_work(run, QUICK), measure(types_of(config), MOMENT)
         # Not what the store has: the account of a store of a million answers takes minutes.
@@ -154,16 +156,16 @@ def announce(run: Run, redo: Iterable[Stage] = ()) -> None:
         stages = rows_of(estimate)
         nothing = work._replace(documents=0.0, prompts=dict.fromkeys(work.prompts, 0.0))
         fixed = rows_of(RunEstimate(config, nothing, teacher_cost(config, nothing), here))
-        memory = [row for row in estimate.memory() if row.stage in left and not row.fits]
+        memory = [row for row in estimate.memory() if row.stage in remaining and not row.fits]
         disk, free = estimate.disk(), disk_free(run)
     except UNPREDICTABLE:
         return
-    if "train" in left:
+    if "train" in remaining:
         require_length(config, counted)
     # What is read and answered is expected to take so much; without the rest nothing is trained.
-    trained = disk["checkpoints"] + disk["merged"] if "train" in left else 0.0
-    trained += disk.get("soft labels", 0.0) if "signals" in left else 0.0
-    needed = max(trained, sum(disk.values()) if "generate" in left else 0.0)
+    trained = disk["checkpoints"] + disk["merged"] if "train" in remaining else 0.0
+    trained += disk.get("soft labels", 0.0) if "signals" in remaining else 0.0
+    needed = max(trained, sum(disk.values()) if "generate" in remaining else 0.0)
     if needed > free:
         each = ", ".join(f"{what} {size(amount)}" for what, amount in disk.items() if amount)
         what = f"needs about {size(needed)}, and {size(free)} are free ({each})"

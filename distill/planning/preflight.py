@@ -85,15 +85,15 @@ class Look:
     ) -> None:
         self.run, self.config = run, run.config
         self.problems: dict[str, DistillError] = {}
-        left = set[str]()
+        remaining = set[str]()
         for stage in (stage for stage in STAGES if stage.applies(run.config)):
             state = "fresh"
             with suppress(DistillError):  # of a file that is not there: its own check says so
                 state = "fresh" if stage in redo else run.state(stage)[0]
-            left |= set() if state in ("done", "stale") else {stage.name}
-        self.now = frozenset(left.intersection(stage.name for stage in stages))
+            remaining |= set() if state in ("done", "stale") else {stage.name}
+        self.now = frozenset(remaining.intersection(stage.name for stage in stages))
         first = min((NAMES.index(name) for name in self.now & COSTLY), default=len(NAMES))
-        self.ahead = self.now | left.intersection(NAMES[first:])
+        self.ahead = self.now | remaining.intersection(NAMES[first:])
 
     @property
     def present(self) -> frozenset[str]:

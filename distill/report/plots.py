@@ -26,8 +26,9 @@ class Mark(NamedTuple):
 
     def line(self) -> str:
         """Return the value and its interval for those who do not see the plot."""
-        known = self.low is not None and self.high is not None
-        return f"{self.value:.3g}" + (f" ({self.low:.3g} to {self.high:.3g})" if known else "")
+        if self.low is None or self.high is None:
+            return f"{self.value:.3g}"
+        return f"{self.value:.3g} ({self.low:.3g} to {self.high:.3g})"
 
 
 class Frame(NamedTuple):

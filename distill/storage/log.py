@@ -68,8 +68,8 @@ def writer_of(segment: Path) -> str:
 def segments(folder: Path, check: bool = True) -> list[Path]:
     """Return a log's segments by name; with `check`, exit 5 where one is missing between them."""
     paths = sorted(path for path in folder.glob("*.jsonl") if SEGMENT.fullmatch(path.name))
-    for writer, own in groupby(paths if check else (), writer_of):
-        for number, path in enumerate(own, 1):
+    for writer, group in groupby(paths if check else (), writer_of):
+        for number, path in enumerate(group, 1):
             if path.name != (name := _name(writer, number)):
                 raise damaged(folder, folder, f"segment {name[:-6]} is missing")
     return paths
@@ -104,8 +104,8 @@ def refuse_half_copy(folder: Path) -> None:
 
 
 @dataclass
-class Segment:
-    """A segment that is open to be read, and how many of its bytes were checked."""
+class OpenSegment:
+    """A segment's file, open to be read, and how many of its bytes were checked."""
 
     path: Path
     file: BinaryIO
@@ -133,7 +133,7 @@ class Log(ExitStack):
         self._shared, self.place = False, folder  # place: of the locks and claims of this writer
         self.index: dict[str, dict[str, int]] = {}  # kind to key to the record's position
         self.torn = 0
-        self._segments: list[Segment] = []
+        self._segments: list[OpenSegment] = []
         self._handle, self._number, self._current = -1, 0, 0  # of the segment that is written
         self._sound = False  # False from the start of a write until it is known to be on the disk
         self._seen: dict[str, int] = {}  # records of a kind that `news` has given
@@ -217,7 +217,7 @@ class Log(ExitStack):
         for number, segment in enumerate(self._segments):
             if segment.path == path:
                 return number
-        self._segments.append(Segment(path, path.open("rb")))
+        self._segments.append(OpenSegment(path, path.open("rb")))
         return len(self._segments) - 1
 
     def _index_segment(self, path: Path, last: bool) -> None:

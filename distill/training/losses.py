@@ -22,7 +22,7 @@ from distill.models.devices import kind, send
 # again), returns the values (P, R) of a loss's parts, and overwrites the student's with the loss's
 # gradient by them.
 Measure = Callable[[slice, Tensor, Tensor], Tensor]
-Teacher = Callable[[slice], Tensor]  # the logits of a block of positions
+TeacherLogits = Callable[[slice], Tensor]  # the logits of a block of positions
 Head = Tensor | tuple[Tensor, ...]  # (V, D), or several side by side for hidden states (S, E)
 
 
@@ -31,7 +31,7 @@ class _AtHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weights_S: Tensor, measure: Measure, teacher: Teacher | None,
+        ctx: Any, weights_S: Tensor, measure: Measure, teacher: TeacherLogits | None,
         mix_P: Tensor, rows: int, hidden_SE: Tensor, bias_V: Tensor | None, *heads: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         inputs = zip((hidden_SE, bias_V, *heads), ctx.needs_input_grad[5:], strict=True)
@@ -92,7 +92,7 @@ def apply_at_head(
     weights_S: Tensor,
     bias_V: Tensor | None = None,
     chunk: int | None = None,
-    teacher: Teacher | None = None,
+    teacher: TeacherLogits | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return a measure's weighted sum, the sum of weights, and its parts' unmixed sums (P,).
 

@@ -94,9 +94,9 @@ def prepare(run: Run, world: int = 1, start: Path | None = None) -> Preparation:
         notes += attention_notes(loading.device(), model)
     facts = pinned_facts(config, tokenizer, str(model.dtype), examples, validation)
     memory = {name: facts.pop(name) for name in MEMORY if name in facts}
-    own = {name: facts[name] for name in ("dtype", *HARDWARE) if name in facts}
-    shared = processes.agree({**own, "packing": student.packing}, world, SAME)
-    facts |= {**{name: shared[name] for name in own}, "world_size": world}
+    mine = {name: facts[name] for name in ("dtype", *HARDWARE) if name in facts}
+    shared = processes.agree({**mine, "packing": student.packing}, world, SAME)
+    facts |= {**{name: shared[name] for name in mine}, "world_size": world}
     if settings.loss.soft:
         both = [*examples, *validation]
         if settings.loss.teacher == "live":

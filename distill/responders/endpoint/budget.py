@@ -214,13 +214,13 @@ def enter_account(run: Run, store: ResponseStore) -> None:
     def sum_of(name: str) -> Decimal:
         return sum((Decimal(getattr(entry, name) or 0) for entry in entries), NOTHING)
 
-    read = now.input_tokens - int(sum_of("paid_input_tokens"))
-    written = now.output_tokens - int(sum_of("paid_output_tokens"))
+    tokens_in = now.input_tokens - int(sum_of("paid_input_tokens"))
+    tokens_out = now.output_tokens - int(sum_of("paid_output_tokens"))
     run.ledger.spend(
-        input_tokens=read,
-        paid_input_tokens=read,
-        output_tokens=written,
-        paid_output_tokens=written,
+        input_tokens=tokens_in,
+        paid_input_tokens=tokens_in,
+        output_tokens=tokens_out,
+        paid_output_tokens=tokens_out,
         dollars=None if now.unpriced else now.settled - sum_of("dollars"),
         price="; ".join(f"{p.model} of {p.date}, {p.source}" for p in prices.values() if p) or None,
         attempts=now.attempts - int(sum_of("attempts")),

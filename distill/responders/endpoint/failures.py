@@ -29,7 +29,9 @@ SCORING_FIX = (
 DAILY = re.compile(rb'"quotaId"\s*:\s*"[^"]{0,80}PerDay')  # Google's, beside a delay of seconds
 ALWAYS = {"model", "messages", "prompt"}  # in every request; what they hold differs
 
-Pattern = Annotated[re.Pattern[str], BeforeValidator(lambda text: re.compile(text, re.IGNORECASE))]
+WordPattern = Annotated[
+    re.Pattern[str], BeforeValidator(lambda text: re.compile(text, re.IGNORECASE))
+]
 
 
 class Words(Section):
@@ -37,10 +39,10 @@ class Words(Section):
 
     messages: tuple[str, ...]
     codes: tuple[str, ...]
-    statuses: tuple[tuple[int, Pattern], ...]
-    account: tuple[tuple[int, Pattern], ...]
-    unsupported: Pattern
-    schemas: Pattern
+    statuses: tuple[tuple[int, WordPattern], ...]
+    account: tuple[tuple[int, WordPattern], ...]
+    unsupported: WordPattern
+    schemas: WordPattern
     fixes: dict[int, str]
     field_fixes: dict[str, str]
 
@@ -116,10 +118,10 @@ def classify(
 
 def _account_fix(text: str, request: bytes, limited: bool) -> str | None:
     """Return what to do about an account that a refusal speaks of, in words of its own."""
-    asked = request.decode("utf-8", "replace").lower()
+    question = request.decode("utf-8", "replace").lower()
     for like, pattern in words().account[: -1 if limited else None]:
         match = pattern.search(text)
-        if match and match[0].lower() not in asked:
+        if match and match[0].lower() not in question:
             return words().fixes[like]
     return None
 
@@ -134,19 +136,19 @@ def status_like(codes: set[str], otherwise: int) -> int:
 def _unsupported(message: str, body: object, request: bytes) -> str | None:
     """Return the field of a request that a server refuses by name, and not for what was asked."""
     try:
-        asked = json.loads(request or b"{}").keys()
+        names = json.loads(request or b"{}").keys()
     except ValueError:
         return None
-    schemas = asked & {"response_format", "output_config"}
+    schemas = names & {"response_format", "output_config"}
     if schemas and words().schemas.search(message):
         return schemas.pop()
     if not words().unsupported.search(message) or "context" in message.lower():
         return None
     param = object_of(object_of(body).get("error")).get("param")
     # the longest first, as `top_logprobs` holds another name
-    fields = sorted(asked - ALWAYS, key=len, reverse=True)
-    named = (field for field in fields if re.search(rf"(?<!\w){re.escape(field)}(?!\w)", message))
-    return str(param) if param in fields else next(named, None)
+    fields = sorted(names - ALWAYS, key=len, reverse=True)
+    stated = (field for field in fields if re.search(rf"(?<!\w){re.escape(field)}(?!\w)", message))
+    return str(param) if param in fields else next(stated, None)
 
 
 def of_scoring(failure: Failure) -> Failure:

@@ -68,8 +68,8 @@ def stated_wait(headers: Mapping[str, str], data: bytes) -> float | None:
     names = [name.lower() for name in headers if RESET.fullmatch(name.lower())]
     empty = [n for n in names if headers.get(n.replace("reset", "remaining"), "").strip() == "0"]
     waits = [_until(headers[name], now) for name in empty or names]
-    if known := [wait for wait in waits if wait is not None]:
-        return max(known) if empty else min(known)
+    if seconds := [wait for wait in waits if wait is not None]:
+        return max(seconds) if empty else min(seconds)
     match = RESET_INSIDE.search(text) or DRAFT.search(headers.get("ratelimit", ""))
     return _until(match[1], now) if match else None
 

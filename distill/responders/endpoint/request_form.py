@@ -64,8 +64,8 @@ def encode(request: Request, settings: EndpointTeacher) -> bytes:
     if (schema := request.output_schema) and anthropic:
         fields["output_config"] = {"format": {"type": "json_schema", "schema": schema}}
     elif schema:
-        named = {"name": "answer", "schema": schema, "strict": takes_strictly(schema)}
-        fields["response_format"] = {"type": "json_schema", "json_schema": named}
+        answer = {"name": "answer", "schema": schema, "strict": takes_strictly(schema)}
+        fields["response_format"] = {"type": "json_schema", "json_schema": answer}
     return canonical(fields | settings.extra_body)
 
 
