@@ -134,6 +134,12 @@ def commands_on(name: str) -> dict[str, list[str]]:
         "verify": ["verify", f"runs/{name}"],
         "publish": ["publish", f"runs/{name}"],
         "verify with its release": ["verify", f"runs/{name}"],
+        "publish its answers": [
+            "publish",
+            f"runs/{name}",
+            "--dataset",
+            "publish.corpus_license=MIT",
+        ],
     }
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from distill.config.tree import Config
+from distill.config.teachers import Teacher
+from distill.config.tree import Corpus
 from distill.evaluation.scorecard import Scorecard
 from distill.formatting import one_line
 from distill.models.registry import hub_id, is_folder
@@ -109,18 +110,17 @@ def license_fields(names: Sequence[str], link: str) -> dict[str, Any]:
     }
 
 
-def teacher_name(config: Config) -> str:
-    """Return what readers know the teacher by."""
-    return hub_id(config.teacher.model) or Path(config.teacher.model).name
+def teacher_name(teacher: Teacher) -> str:
+    """Return what readers know a teacher by."""
+    return hub_id(teacher.model) or Path(teacher.model).name
 
 
-def corpus_name(config: Config) -> str:
-    """Return what readers know the corpus by."""
-    corpus = config.corpus
+def corpus_name(corpus: Corpus) -> str:
+    """Return what readers know a corpus by."""
     return (corpus.path.name if corpus.path else corpus.dataset) or corpus.source
 
 
-def hub_dataset(config: Config) -> str | None:
-    """Return the Hub id of the corpus, where it has one."""
-    dataset = None if config.corpus.path else config.corpus.dataset
+def hub_dataset(corpus: Corpus) -> str | None:
+    """Return the Hub id of a corpus, where it has one."""
+    dataset = None if corpus.path else corpus.dataset
     return None if dataset is None or is_folder(dataset) else dataset

@@ -19,7 +19,7 @@ from distill.errors import DistillError, Exit
 from distill.evaluation.scorecard import Funnel
 from distill.formatting import one_line
 from distill.generation.filters import Dropped
-from distill.models.registry import is_folder
+from distill.models.registry import hub_id, is_folder
 from distill.publishing.card import corpus_name, hub_dataset, license_fields, teacher_name
 from distill.publishing.secret_scan import scan
 from distill.publishing.upload import check_name, push
@@ -225,7 +225,7 @@ def make_card(
 ) -> DatasetCard:
     """Write the card; `counts` are the rows by config and split."""
     config, licenses = run.config, sorted({one.row.license for one in raw})
-    name, hub = repository or f"OWNER/{config.name}", hub_dataset(config)
+    name, hub = repository or f"OWNER/{config.name}", hub_dataset(config.corpus)
     data = DatasetCardData(
         language=one_line(config.publish.language) or None,
         **license_fields(licenses, "README.md"),
@@ -247,9 +247,11 @@ def make_card(
     page = template.render(
         repository=name,
         config=config,
-        corpus=corpus_name(config),
+        corpus=corpus_name(config.corpus),
         hub=hub,
-        teacher=teacher_name(config),
+        teacher=teacher_name(config.teacher),
+        student=hub_id(config.student.model) or Path(config.student.model).name,
+        reader=teacher_name(config.soft_teacher()),
         licenses=licenses,
         counts=counts,
         tasks=sorted(Counter(one.row.task for one in raw).items()),

@@ -199,10 +199,10 @@ def facts_of(config: Config, name: str, repository: str | None, license: Release
         license_stated=license.stated,
         license_owed=license.owed,
         language=config.publish.language,
-        teacher=teacher_name(config),
+        teacher=teacher_name(config.teacher),
         teacher_license=config.teacher.license or (teacher.license if teacher else None),
-        corpus=corpus_name(config),
-        dataset=hub_dataset(config),
+        corpus=corpus_name(config.corpus),
+        dataset=hub_dataset(config.corpus),
         converted_from=info.gguf.quantisation if info and info.gguf else None,
         lora=config.train.lora.model_dump(mode="json"),
     )

@@ -307,6 +307,7 @@ def test_soft_labels_are_the_teacher_s_distributions_but_of_no_masked_row(tmp_pa
         assert np.allclose([*chain(*row["top_logprobs"])], signal.logs(), atol=1e-4)
         assert np.allclose(row["tail_mass"], signal.tail_mass_N)
         assert len(row["token_ids"]) == key.length
+    assert "found most probable" in (folder / "README.md").read_text()
     run.path("signals.json").unlink()
     with pytest.raises(DistillError, match=r"signals\.json: is missing"):
         main(run, soft_labels=True)

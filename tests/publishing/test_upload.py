@@ -47,7 +47,12 @@ def test_one_private_commit_and_again_nothing(hub, release):
         "POST /api/repos/create"
     )
     push(release, "me/student")
-    assert len(repository.commits) == 2
+    assert len(repository.commits) == 2 and repository.tags == {"v1": repository.sha}
+    (release / "README.md").write_text(CARD + "It is better now.\n")
+    hub.fail = {"POST /api/models/me/student/tag": [403]}
+    refused(release)
+    push(release, "me/student")  # which has only the tag left to do
+    assert len(repository.commits) == 3 and repository.tags["v2"] == repository.sha
 
 
 def test_public_only_when_asked_and_only_when_complete(hub, release):
