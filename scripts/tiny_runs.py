@@ -224,11 +224,7 @@ GIST = {
     },
     "teacher": {"system": "Answer in one sentence, in plain words."},
 }
-SUM = {
-    "metric": "correct",
-    "student": {"user": "{{ prompt }}"},
-    "checker": {"kind": "number"},
-}
+SUM = {"metric": "correct", "student": {"user": "{{ prompt }}"}, "checker": {"kind": "number"}}
 SUITE = {
     "name": "products",
     "description": "small products",

@@ -92,10 +92,7 @@ def student_responder(
 
 
 def requests_to(
-    responder: Responder,
-    prompts: Sequence[Prompt],
-    limits: Sequence[int],
-    as_teacher: bool = False,
+    responder: Responder, prompts: Sequence[Prompt], limits: Sequence[int], as_teacher: bool = False
 ) -> list[Request]:
     """Make the greedy requests of prompts, with at most `limits` tokens each."""
     return [

@@ -19,13 +19,7 @@ from distill.evaluation.scorecard import Scorecard
 from distill.models import registry
 from distill.models.chat_template import folds_system
 from distill.models.loading import load_tokenizer
-from distill.publishing.card import (
-    Facts,
-    corpus_name,
-    hub_dataset,
-    make_card,
-    teacher_name,
-)
+from distill.publishing.card import Facts, corpus_name, hub_dataset, make_card, teacher_name
 from distill.publishing.fidelity import Fidelity, compare_with_adapter
 from distill.publishing.gate import evidence, pass_gate
 from distill.publishing.obligations import (
@@ -38,13 +32,7 @@ from distill.publishing.obligations import (
 )
 from distill.publishing.secret_scan import scan
 from distill.publishing.upload import check_name, push
-from distill.storage.files import (
-    fsync_folder,
-    read_json,
-    sha256_file,
-    sha256_files,
-    write_json,
-)
+from distill.storage.files import fsync_folder, read_json, sha256_file, sha256_files, write_json
 from distill.storage.progress import say
 from distill.storage.run_folder import Run
 from distill.training.adapters import WEIGHTS, merged_student

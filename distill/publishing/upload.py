@@ -6,13 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from httpx2 import HTTPError
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    RepoCard,
-    get_token,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
 from distill.config.values import MODEL

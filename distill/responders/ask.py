@@ -27,11 +27,7 @@ class Ask(ExitStack):
     """
 
     def __init__(
-        self,
-        responder: Responder,
-        store: Path,
-        payer: Run | None = None,
-        again: bool = False,
+        self, responder: Responder, store: Path, payer: Run | None = None, again: bool = False
     ) -> None:
         super().__init__()
         self.responder, self.store = responder, ResponseStore(store, writable=False)

@@ -114,11 +114,7 @@ def plant(
 
 
 def corpus(
-    language: Language,
-    documents: int,
-    length: int,
-    planted: dict[int, Leak],
-    draw: random.Random,
+    language: Language, documents: int, length: int, planted: dict[int, Leak], draw: random.Random
 ) -> Iterator[tuple[str, str]]:
     """Yield the documents, with what leaks into them somewhere among their words; a very short leak
     has its line."""

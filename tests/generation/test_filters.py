@@ -237,10 +237,7 @@ def test_reasoning_is_trained_on_where_that_is_asked() -> None:
     plain = Pair(prompt=prompt(), response=response("a"))
     thought = plain.response.model_copy(update={"reasoning": "hm", "text": "b"})
     pairs = [plain, Pair(prompt=prompt(), response=thought)]
-    for keep, texts in (
-        (False, ["a", "b"]),
-        (True, ["a", "<think>\nhm\n</think>\n\nb"]),
-    ):
+    for keep, texts in ((False, ["a", "b"]), (True, ["a", "<think>\nhm\n</think>\n\nb"])):
         assert [p.response.text for p in filters.sift(pairs, "train", [], [], keep)] == texts
 
 

@@ -6,13 +6,7 @@ import pytest
 
 from distill.config.teachers import LocalTeacher
 from distill.errors import DistillError, Exit
-from distill.publishing.obligations import (
-    Owed,
-    check_names,
-    license_of,
-    obligations,
-    write_notices,
-)
+from distill.publishing.obligations import Owed, check_names, license_of, obligations, write_notices
 
 
 def owed_by(teacher: str, student: str = "smollm2-135m-instruct") -> tuple[Owed, ...]:

@@ -20,16 +20,7 @@ from distill.evaluation.measurements import Difference, DuelRow
 from distill.evaluation.scorers import measure_items, requests_of
 from distill.evaluation.statistics import Certainty
 from distill.formatting import plain_numbers
-from distill.records import (
-    AnswerLoss,
-    Item,
-    LedgerEntry,
-    Message,
-    Prompt,
-    Response,
-    Score,
-    Usage,
-)
+from distill.records import AnswerLoss, Item, LedgerEntry, Message, Prompt, Response, Score, Usage
 from distill.report import report
 from distill.report.plots import Mark, quality_against_cost, ticks, training_curve
 from distill.storage.files import read_json, write_json, write_records

@@ -21,12 +21,7 @@ from distill.responders.local.continuous_batching import (
     answer_padded,
     continuous_attention,
 )
-from distill.responders.local.local_model import (
-    LocalResponder,
-    end_of_turn,
-    sample_ids,
-    seeded,
-)
+from distill.responders.local.local_model import LocalResponder, end_of_turn, sample_ids, seeded
 from distill.responders.local.packed_linear import PackedLinear, packed
 from distill.responders.responder import Request, Sampling
 from tests.support.asking import answer_all

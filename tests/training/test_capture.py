@@ -18,12 +18,7 @@ from distill.training.soft_labels import capture
 from distill.training.soft_labels.cache import Signal, SignalCache, SignalKey, sample_offsets
 from distill.training.soft_labels.capture import select, to_signal
 from tests.support.tiny import SPECIAL, TEMPLATE, make_tokenizer
-from tests.support.training import (
-    dataset,
-    exact_logs,
-    make_soft_run,
-    other_weights,
-)
+from tests.support.training import dataset, exact_logs, make_soft_run, other_weights
 
 SAMPLED = {"method": "sampled"}
 WORDS, WIDTH, TIMES, SAMPLES = 501, 6, 4000, 20

@@ -21,13 +21,7 @@ from distill.models.devices import send
 from distill.training import processes, train
 from distill.training.prepare import prepare
 from tests.support.launched import ROOT, alive, finished, launch, wait_for_workers, write_config
-from tests.support.training import (
-    TRAIN,
-    assert_close,
-    make_run,
-    make_soft_run,
-    outcome,
-)
+from tests.support.training import TRAIN, assert_close, make_run, make_soft_run, outcome
 
 FILES = ROOT / "configs/accelerate"
 COPIES, SHARDS = ("--multi_gpu",), ("--config_file", str(FILES / "fsdp2.yaml"))

@@ -20,15 +20,7 @@ from distill.training.soft_labels.cache import Signal
 from distill.training.soft_labels.capture import capture
 from distill.training.student import Batch, StudentModel, answer_loss, make_student
 from tests.support.tiny import make_tiny, make_tokenizer
-from tests.support.training import (
-    DATE,
-    LENGTHS,
-    adapted,
-    causal_model,
-    examples,
-    gradients,
-    pairs,
-)
+from tests.support.training import DATE, LENGTHS, adapted, causal_model, examples, gradients, pairs
 
 HEAD = ("q_proj", "down_proj", "lm_head")
 SIZES: dict[str, Any] = {

@@ -16,12 +16,7 @@ from functools import cached_property, partial
 
 from distill.errors import DistillError, Exit
 from distill.records import digest
-from distill.responders.endpoint.batch_jobs import (
-    Jobs,
-    Result,
-    counts_of,
-    status_of,
-)
+from distill.responders.endpoint.batch_jobs import Jobs, Result, counts_of, status_of
 from distill.responders.endpoint.budget import NOTHING, Sending, most_dollars
 from distill.responders.endpoint.client import AGAIN, EndpointClient
 from distill.responders.endpoint.failures import Failure

@@ -286,9 +286,7 @@ class SignalCache:
         return signals
 
     def fill(
-        self,
-        texts: Sequence[Example],
-        read: Callable[[Sequence[Example]], Iterable[Signal | str]],
+        self, texts: Sequence[Example], read: Callable[[Sequence[Example]], Iterable[Signal | str]]
     ) -> list[tuple[Example, str]]:
         """Append what `read` yields for each text: its signal, or why it has none.
 

@@ -32,13 +32,7 @@ from distill.responders.store import ResponseStore
 from distill.storage.progress import say
 from distill.storage.run_folder import Run
 from distill.training.batches import Example
-from distill.training.soft_labels.cache import (
-    SLACK,
-    TEXT_ONLY,
-    Signal,
-    SignalCache,
-    supervised_ids,
-)
+from distill.training.soft_labels.cache import SLACK, TEXT_ONLY, Signal, SignalCache, supervised_ids
 
 ALIKE = 0.9  # of the tokens must agree and have a list, else the tokenizer differs or few have any
 PILOT = 64  # answers that are checked before any is stored
