@@ -213,15 +213,35 @@ class Score(Record):
     reason: str
 
 
-class Timing(Record):
-    """Timings apart: requests asked one at a time, and prompts only prefilled, in a batch."""
+HEADLINE = 8  # requests at once, whose costs are those of a scorecard
 
+
+class Load(Record):
+    """A run of requests, so many at once: of repeated ones the middle of the last three."""
+
+    concurrency: int
     requests: int
-    output_tokens: int
-    seconds: float
+    usage: Usage  # of all together
+    repeats: int = 1
+    range: tuple[float, float] = (1.0, 1.0)  # the fastest and the slowest of the three beside it
+
+    @property
+    def pace(self) -> float:
+        """Return the seconds of an output token."""
+        return self.usage.seconds / self.usage.output_tokens
+
+
+class Timing(Record):
+    """A model timed apart from its answers: at each load, and prompts that are only prefilled."""
+
+    requests: int = 0  # one at a time, in older runs
+    output_tokens: int = 0
+    seconds: float = 0.0
     read_tokens: int
     read_seconds: float
     device: DeviceName = ""
+    engine: str = "distill"
+    loads: tuple[Load, ...] = ()
 
 
 class LedgerEntry(Record):

@@ -178,6 +178,9 @@ class Evaluation(Section):
     """Tokens of an answer to a held-out prompt, at most; null takes `teacher.max_new_tokens`."""
     max_batch_size: Positive | None = None
     """Sequences generated at once; null takes what fits in memory."""
+    timing: Literal["quick", "full"] = "quick"
+    """How models that run here are timed: with 8 requests at once, once; `full` with 1, 8 and 32,
+    each until three runs agree, which takes minutes."""
     bootstrap_samples: Annotated[int, Field(ge=100, le=1_000_000)] = 10_000
     """Bootstrap samples from which an interval is read."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95

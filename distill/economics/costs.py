@@ -10,7 +10,7 @@ from decimal import Decimal
 from typing import NamedTuple
 
 from distill.evaluation.scorecard import DistillationCost, PerMillion, RequestCost
-from distill.records import LedgerEntry, Timing, Usage
+from distill.records import LedgerEntry, Load, Timing, Usage
 from distill.responders.prices import MachinePrice, TokenPrice
 
 THOUSAND, MILLION = 1000, 1_000_000
@@ -72,7 +72,8 @@ def request_cost(
 ) -> RequestCost:
     """Price 1,000 requests like these: by the token where the model is hosted, else by time.
 
-    `usages` are those of one model's answers; their seconds are shares of measured batch time.
+    `usages` are those of one model's answers; their seconds are those of `usage_at`, or in older
+    runs shares of measured batch time.
     """
     requests, seconds = len(usages), sum(usage.seconds for usage in usages)
     inputs, outputs = sum(u.input_tokens for u in usages), sum(u.output_tokens for u in usages)
@@ -100,7 +101,11 @@ def request_cost(
         reasons |= {} if tariff.price else {"per_million.dollars": tariff.why}
     else:
         reasons["per_million"] = CONTRADICTED
-    if timing and not tariff.hosted:
+    loads = timing.loads if timing and not tariff.hosted else ()
+    costs = tuple(load_cost(usages, tariff, timing, load) for load in loads if timing and usages)
+    if costs and costs[0].concurrency == 1:
+        alone = costs[0]
+    elif timing and timing.requests and not tariff.hosted:
         each = timing.seconds / timing.requests
         dollars_each = tariff.of_seconds(each)
         alone = RequestCost(
@@ -122,6 +127,28 @@ def request_cost(
         price=tariff.described() if dollars is not None else None,
         per_million=per_million,
         reasons=reasons,
+    ).model_copy(update={"loads": costs} if costs else {})
+
+
+def usage_at(load: Load, timing: Timing, usage: Usage) -> Usage:
+    """Return a usage with the seconds that so many tokens take at a load."""
+    reading, writing = reading_and_writing([load.usage], timing) or (0.0, load.pace)
+    seconds = usage.input_tokens * reading + usage.output_tokens * writing
+    return usage.model_copy(update={"seconds": seconds})
+
+
+def load_cost(usages: Sequence[Usage], tariff: Tariff, timing: Timing, load: Load) -> RequestCost:
+    """Price 1,000 requests like these, which are not none, at a load."""
+    seconds = sum(usage_at(load, timing, usage).seconds for usage in usages)
+    each = seconds / len(usages) * THOUSAND
+    return RequestCost(
+        requests=load.requests,
+        concurrency=load.concurrency,
+        repeats=load.repeats,
+        seconds_per_1k=each,
+        range_per_1k=(each * load.range[0], each * load.range[1]),
+        dollars_per_1k=tariff.of_seconds(each),
+        output_tokens_per_second=sum(usage.output_tokens for usage in usages) / seconds,
     )
 
 

@@ -8,14 +8,14 @@ as it was on the day of the report, so that the same report can be made again on
 from decimal import Decimal
 
 from distill.config.teachers import StatedCost
-from distill.economics.costs import Tariff, distillation_cost, request_cost
+from distill.economics.costs import Tariff, distillation_cost, request_cost, usage_at
 from distill.economics.savings import Assumptions, economics
 from distill.evaluation.measurements import MODELS, Difference, MetricRow
 from distill.evaluation.scorecard import Costs, Economics, TeacherPrice
 from distill.evaluation.scorers import HeldOutRequest
 from distill.evaluation.statistics import Certainty
 from distill.models.gpus import find_gpu, gpus
-from distill.records import Response, Timing
+from distill.records import HEADLINE, Load, Response, Timing, Usage
 from distill.responders.prices import PriceBook, load_prices
 from distill.storage.files import read_json, read_records, write_json
 from distill.storage.run_folder import Run
@@ -66,22 +66,38 @@ def money_of(run: Run, overall: MetricRow | None) -> tuple[Costs, Economics]:
         actual = compared = Tariff(None, why=book.why_no_teacher(teacher.model))
     if name := settings.teacher_price:  # another model's price
         compared = Tariff(book.teacher(name), why=book.why_no_teacher(name))
-    gpu = run.made_with("evaluate").get("environment", {}).get("gpu") or ""
-    requests, costs = [], {}
-    for request in read_records(run.path("requests.jsonl"), HeldOutRequest):
-        usage = {  # without the seconds that answers in the store took on another device
-            model: u
-            if u.device == gpu or (model == "teacher" and not teacher.runs_here)
-            else u.model_copy(update={"seconds": 0.0})
-            for model, u in request.usage.items()
-        }
-        requests.append(request.model_copy(update={"usage": usage}))
+    facts = run.made_with("evaluate").get("environment", {})
+    gpu, timings, loads = facts.get("gpu") or "", dict[str, Timing](), dict[str, Load]()
     for model in MODELS:
         path = run.path(f"timings/{model}.jsonl")
-        timings = read_records(path, Timing) if path.exists() else []
-        timing = next((timing for timing in timings if timing.device == gpu), None)
+        for timing in read_records(path, Timing) if path.exists() else ():
+            timings |= {model: timing} if timing.device == gpu else {}
+        for load in timings[model].loads if model in timings else ():
+            loads |= {model: load} if load.concurrency <= HEADLINE else {}
+    if len(loads) < len(timings) or len({load.concurrency for load in loads.values()}) > 1:
+        loads = {}  # some were timed by an older distill
+
+    def usage_of(model: str, usage: Usage) -> Usage:
+        """Give an answer the seconds of its tokens at the load of all; in older runs it has its
+        own, where the store does not hold it from another device."""
+        if model in loads:
+            return usage_at(loads[model], timings[model], usage)
+        elsewhere = model == "teacher" and not teacher.runs_here
+        known = elsewhere or (usage.device == gpu and not loads)
+        return usage if known else usage.model_copy(update={"seconds": 0.0})
+
+    requests, costs = [], {}
+    for request in read_records(run.path("requests.jsonl"), HeldOutRequest):
+        usage = {model: usage_of(model, u) for model, u in request.usage.items()}
+        requests.append(request.model_copy(update={"usage": usage}))
+    for model in MODELS:
         usages = [request.usage[model] for request in requests if model in request.usage]
-        costs[model] = request_cost(usages, actual if model == "teacher" else student, timing)
+        tariff = actual if model == "teacher" else student
+        costs[model] = request_cost(usages, tariff, timings.get(model))
+        if model in loads and not tariff.hosted:
+            where: dict[str, object] = {"machine": gpu or facts.get("processor") or "a CPU"}
+            where |= {"engine": timings[model].engine, "concurrency": loads[model].concurrency}
+            costs[model] = costs[model].model_copy(update=where)
     path = run.path("responses.jsonl")  # every answer of the teacher, those of earlier runs too
     answers = [r.usage for r in read_records(path, Response)] if path.exists() else []
     other = trained_elsewhere(run)

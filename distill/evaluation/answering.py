@@ -2,11 +2,13 @@
 
 Answers go through the shared store: an evaluation that was killed continues where it was, and what
 was asked once is never asked or paid for again. Speed is timed apart from the answers, past the
-store, in two short runs: a handful of prompts in a batch of one, as a single user meets it, and a
-batch of answers of one token, which is the prefill. The time is that of the model's steps.
+store, of every model that runs here on the same prompts and after a warm-up: with a stated number
+of requests at once, and by answers of one token, which is the prefill. The time is that of our
+engine's steps, and another engine's from the first request to the last answer.
 """
 
 import gc
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,12 +18,13 @@ from distill.evaluation.measurements import ModelFacts
 from distill.evaluation.suites import Suite, answer_limit, by_item, why_no_teacher, write_answers
 from distill.models import loading, registry
 from distill.models.chat_template import template_hash
-from distill.models.devices import device_name
-from distill.records import Pair, Prompt, Response, Timing, digest
+from distill.models.devices import device, device_name
+from distill.records import HEADLINE, Load, Pair, Prompt, Response, Timing, Usage, digest
 from distill.responders.ask import Ask
+from distill.responders.engines import EngineResponder
 from distill.responders.kinds import make_responder
 from distill.responders.local.local_model import LocalResponder
-from distill.responders.responder import Raw, Request, Responder, Sampling
+from distill.responders.responder import Request, Responder, Sampling
 from distill.responders.terms import require_terms
 from distill.storage.files import read_records, sha256_file, write_json, write_records
 from distill.storage.progress import say
@@ -29,9 +32,13 @@ from distill.storage.run_folder import Run
 from distill.training.adapters import WEIGHTS, merged_student
 from distill.training.student import answer_loss
 
-ALONE = 8  # prompts asked one at a time
-READ = 32  # prompts read in a batch
-SECONDS = 5.0  # of each of the two runs, beyond which no further prompt is begun
+Here = LocalResponder | EngineResponder
+# By `evaluation.timing`: how many requests run at once, and how long our own engine is waited for
+LOADS = {"quick": (HEADLINE,), "full": (1, HEADLINE, 32)}
+SECONDS = {"quick": 5.0, "full": 120.0}
+LEAST = 16  # prompts of a run, or two for each request that runs at once
+TOKENS = 48  # of a timed answer, at most
+REPEATS, MOST_REPEATS, STEADY = 3, 5, 0.05  # a full timing ends where three paces lie so close
 
 
 def answer(run: Run, pairs: Sequence[Pair], suites: Sequence[Suite]) -> None:
@@ -46,7 +53,7 @@ def answer(run: Run, pairs: Sequence[Pair], suites: Sequence[Suite]) -> None:
             write_records(run.path(f"answers/{name}.jsonl"), responses)
             for suite in suites:
                 write_answers(run.folder, suite, {name: ask_suite(ask, suite)})
-        timed(run.path(f"timings/{name}.jsonl"), responder, requests)
+        timed(run.path(f"timings/{name}.jsonl"), responder, prompts, config.evaluation.timing)
         say(f"{name}: loss on the teacher's answers")
         date, length = responder.date, config.train.max_length
         losses = answer_loss(responder.network, responder.tokenizer, pairs, date, length)
@@ -127,14 +134,12 @@ def answer_with_teacher(run: Run, prompts: Sequence[Prompt], suites: Sequence[Su
     if open_suites:
         require_terms(teacher, config.terms.basis)
     responder, store = make_responder(teacher, config), config.store_folder() / "responses"
-    if open_suites:
-        with Ask(responder, store, run, "evaluate" in run.remade) as ask:
-            for suite in open_suites:
-                answers = ask_suite(ask, suite, as_teacher=True)
-                write_answers(run.folder, suite, {"teacher": answers})
-    if untimed and isinstance(responder, LocalResponder):
-        limits = [teacher.max_new_tokens] * len(prompts)
-        timed(path, responder, requests_to(responder, prompts, limits, as_teacher=True))
+    with Ask(responder, store, run, "evaluate" in run.remade) as ask:
+        for suite in open_suites:
+            answers = ask_suite(ask, suite, as_teacher=True)
+            write_answers(run.folder, suite, {"teacher": answers})
+        if untimed and isinstance(responder, Here):
+            timed(path, responder, prompts, config.evaluation.timing, teacher=True)
 
 
 def describe(
@@ -169,47 +174,81 @@ def describe_teacher(teacher: Teacher, date: str) -> ModelFacts:
     return describe(teacher.model, teacher.revision, identity, template_hash(tokenizer, date))
 
 
-def timed(path: Path, responder: LocalResponder, requests: Sequence[Request]) -> Timing | None:
-    """Time a model on some of the requests, or return what `path` holds, so that a rerun agrees.
+def timed(
+    path: Path, model: Here, prompts: Sequence[Prompt], timing: str = "quick", teacher: bool = False
+) -> Timing | None:
+    """Time a model on some of the prompts, or return what `path` holds, so that a rerun agrees.
 
     None where nothing could be timed. A prefix that successive prompts share is computed once.
     """
-    here = device_name(responder.network.device)
+    levels = sorted({min(level, len(prompts)) for level in LOADS[timing] if prompts})
+    place, seconds = device(), math.inf  # another engine ends each run that it has begun
+    if isinstance(model, LocalResponder):
+        place, seconds = model.network.device, SECONDS[timing]
+    else:
+        model.fresh = True
     stored = read_records(path, Timing) if path.exists() else []
-    if stored and stored[0].device == here:  # else a run that goes on on another machine
-        return stored[0]
-    say(f"{responder.model}: timed one request at a time")
-    alone = measured(responder, requests, ALONE, max_batch_size=1)
-    short = [
-        r.model_copy(update={"sampling": r.sampling.model_copy(update={"max_new_tokens": 1})})
-        for r in requests
-    ]
-    prefill = measured(responder, short, READ, max_batch_size=responder.max_batch_size)
-    if not alone or not prefill:
+    for found in stored:  # but not where a run goes on on another machine, or after an older one
+        at = {load.concurrency for load in found.loads}
+        if found.device == device_name(place) and at and at >= set(levels):
+            return found
+    if not levels:
         return None
-    timing = Timing(
-        requests=len(alone),
-        output_tokens=sum(raw.usage.output_tokens for raw in alone),
-        seconds=sum(raw.usage.seconds for raw in alone),
-        read_tokens=sum(raw.usage.input_tokens for raw in prefill),
-        read_seconds=sum(raw.usage.seconds for raw in prefill),
-        device=here,
+    say(f"{model.model}: timed with {' and '.join(map(str, levels))} at once")
+    short, limited = (
+        evenly(requests_to(model, prompts, [n] * len(prompts), teacher), levels[-1])
+        for n in (1, TOKENS)
     )
-    write_records(path, [timing])
-    return timing
+    # The warm-up, at which an engine starts with as many rows as it will need
+    measured(model, limited if math.isinf(seconds) else short, levels[-1], 0.0)
+    read = measured(model, short, min(HEADLINE, levels[-1]), seconds)
+    runs = [steady(model, limited, at, seconds, timing == "quick") for at in levels]
+    loads = tuple(run for run in runs if run)
+    if not read or len(loads) < len(runs):
+        return None
+    reading = {"read_tokens": read.usage.input_tokens, "read_seconds": read.usage.seconds}
+    found = Timing(**reading, device=device_name(place), engine=model.engine, loads=loads)
+    write_records(path, [found])
+    return found
 
 
-def measured(
-    responder: LocalResponder, requests: Sequence[Request], count: int, max_batch_size: int | None
-) -> list[Raw]:
-    """Ask up to `count` requests, spread evenly, until all are answered or the time is over."""
-    usual, responder.max_batch_size = responder.max_batch_size, max_batch_size
-    started, raws = time.monotonic(), []
-    try:
-        for raw in responder.ask(requests[:: max(1, len(requests) // count)][:count]):
-            raws.append(raw)
-            if time.monotonic() - started > SECONDS:
-                break
-    finally:
-        responder.max_batch_size = usual
-    return raws
+def steady(
+    model: Here, requests: Sequence[Request], at: int, seconds: float, once: bool
+) -> Load | None:
+    """Measure a load once, or until three runs in a row agree, and five times at most."""
+    runs = list[Load]()
+    while run := measured(model, requests, at, seconds):
+        runs.append(run)
+        last = sorted(runs[-REPEATS:], key=lambda run: run.pace)
+        agree = len(last) == REPEATS and last[-1].pace <= (1 + STEADY) * last[0].pace
+        if once or agree or len(runs) == MOST_REPEATS:
+            middle = last[len(last) // 2]
+            ends = (last[0].pace / middle.pace, last[-1].pace / middle.pace)
+            return middle.model_copy(update={"repeats": len(runs), "range": ends})
+    return None
+
+
+def measured(model: Here, requests: Sequence[Request], at: int, seconds: float) -> Load | None:
+    """Ask some requests, `at` at once, until all are answered or the time is over.
+
+    None where no answer came, or where memory did not hold so many at once.
+    """
+    model.concurrency = at
+    started, inputs, outputs, spent, count = time.monotonic(), 0, 0, 0.0, 0
+    for raw in model.ask(evenly(requests, at)):
+        usage = raw.reply.usage
+        inputs, outputs = inputs + usage.input_tokens, outputs + usage.output_tokens
+        spent, count = spent + raw.usage.seconds, count + (not raw.error)
+        if time.monotonic() - started > seconds:
+            break
+    held = getattr(model, "most_rows", None) or at
+    if held < at or not outputs or not spent:
+        return None
+    usage = Usage(input_tokens=inputs, output_tokens=outputs, seconds=spent)
+    return Load(concurrency=at, requests=count, usage=usage)
+
+
+def evenly(requests: Sequence[Request], at: int) -> Sequence[Request]:
+    """Return the requests, spread evenly, that are asked `at` at once."""
+    count = max(LEAST, 2 * at)
+    return requests[:: max(1, len(requests) // count)][:count]

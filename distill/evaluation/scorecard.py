@@ -66,7 +66,11 @@ class PerMillion(CardRecord):
 
 
 class RequestCost(CardRecord):
-    """What 1,000 requests take and cost; None with a reason where it is not known."""
+    """What 1,000 requests take and cost; None with a reason where it is not known.
+
+    Timed here, it is with `concurrency` requests at once in `engine` on `machine`; `loads` holds it
+    at each such number, with the range of the last three of `repeats` runs.
+    """
 
     requests: int = 0
     input_tokens: float | None = None  # a request, on average
@@ -77,6 +81,12 @@ class RequestCost(CardRecord):
     per_million: PerMillion | None = None
     one_at_a_time: "RequestCost | None" = None
     price: str | None = None
+    engine: str | None = None
+    machine: str | None = None
+    concurrency: int | None = None
+    repeats: int = 1
+    range_per_1k: tuple[float, float] | None = None  # of its seconds
+    loads: "tuple[RequestCost, ...]" = ()
     reasons: dict[str, str] = {}
 
 

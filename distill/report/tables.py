@@ -188,6 +188,20 @@ def cost_rows(card: Scorecard) -> TextTable:
     return head, rows
 
 
+def load_rows(costs: scorecard.Costs) -> TextTable:
+    """Return what models that run here take by how many requests run at once."""
+    head = ("timed", "engine", "at once", "1,000 requests take", "dollars", "tokens/s", "runs")
+    rows = []
+    timed = [(model, costs.of(model)) for model in MODELS]
+    for model, cost, load in ((*both, load) for both in timed for load in both[1].loads):
+        ends = load.range_per_1k if load.repeats > 1 and load.range_per_1k else (None, None)
+        took = estimate(load.seconds_per_1k, *ends, duration)
+        spent = (money(load.dollars_per_1k), count(load.output_tokens_per_second))
+        runs = f"{load.repeats} of {load.requests} requests"
+        rows.append((model, cost.engine or UNKNOWN, count(load.concurrency), took, *spent, runs))
+    return head, rows
+
+
 def token_rows(cost: scorecard.Costs) -> TextTable:
     """Return the cost of requests one at a time, and of a million tokens read and written."""
     head = (

@@ -197,6 +197,7 @@ class EngineResponder:
             date,
             concurrency,
         )
+        self.fresh = False  # whether llama.cpp reads a prompt anew that it has just read
         self.command = require_engine(engine, engines)
         self.version = engine_version(tuple(self.command))
         self.model = Path(settings.model).name
@@ -217,7 +218,7 @@ class EngineResponder:
         shape = text_config(read_object(self.folder / "config.json"))
         self.most = int(shape["max_position_embeddings"])  # tokens of prompt and answer
         self.server: EngineServer | None = None
-        self.context = 0  # of the server
+        self.context = self.rows = 0  # of the server
 
     def ask(self, requests: Sequence[Request]) -> Iterator[Raw]:
         """Yield one raw answer for each request as it comes; one that is too long fails.
@@ -263,14 +264,17 @@ class EngineResponder:
             raise server.failure(f"ended while it answered: {error.what}") from None
 
     def sampled_from_all(self) -> dict[str, object]:
-        """Return the fields that turn off what an engine cuts from a distribution by itself."""
+        """Return the fields that turn off what an engine cuts from a distribution by itself, and
+        the use of prompts that it has read at another time."""
         if self.engine == "llama.cpp":
-            return {"top_k": 0, "min_p": 0.0}
-        return {"stop_token_ids": sorted(end_of_turn(self.tokenizer, self.date))}
+            return {"top_k": 0, "min_p": 0.0, "cache_prompt": not self.fresh}
+        ends = sorted(end_of_turn(self.tokenizer, self.date))
+        return {"stop_token_ids": ends, "cache_salt": secrets.token_hex(8)}
 
     def serve(self, context: int) -> EngineServer:
         """Return the engine, started or started anew where its context is too short."""
-        if self.server and self.server.process.poll() is None and self.context >= context:
+        enough = self.context >= context and self.rows >= self.concurrency
+        if self.server and self.server.process.poll() is None and enough:
             return self.server
         self.close()
         started, rows = time.monotonic(), self.concurrency
@@ -287,7 +291,8 @@ class EngineResponder:
         settings = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
         if device().type == "cpu":  # else vLLM asks for nine tenths of the memory
             settings |= {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": CACHE_GIB}
-        self.server, self.context = EngineServer(line, settings, self.engine), context
+        self.server = EngineServer(line, settings, self.engine)
+        self.context, self.rows = context, rows
         self.server.wait()
         say(f"{self.engine}: answers after {time.monotonic() - started:.0f} s")
         return self.server

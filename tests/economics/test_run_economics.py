@@ -10,8 +10,8 @@ from distill.config.tree import Config
 from distill.economics.run_economics import UNSTATED, money_of
 from distill.evaluation.measurements import MetricRow
 from distill.evaluation.scorers import HeldOutRequest
-from distill.records import LedgerEntry, Response, Timing, Usage
-from distill.storage.files import write_records
+from distill.records import HEADLINE, LedgerEntry, Load, Response, Timing, Usage
+from distill.storage.files import read_records, write_records
 from distill.storage.run_folder import Run
 
 PRICES = """
@@ -102,6 +102,49 @@ def test_a_local_teacher_is_paid_by_the_machine_that_idles_too(tmp_path: Path) -
     assert cost["student"]["one_at_a_time"]["dollars_per_1k"] == 0.4
     assert cost["student"]["per_million"]["seconds_input"] == 250
     assert "one_at_a_time" in cost["teacher"]["reasons"]
+
+
+def at_load(run: Run, teacher: int | None = HEADLINE, seconds: float = 4.0) -> None:
+    """Time all three on 16 requests of 400 + 50 tokens; reading takes 0.5 ms a token."""
+    usage = Usage(input_tokens=6400, output_tokens=800, seconds=3.2 + seconds)
+    for model, level in (("teacher", teacher), ("base", HEADLINE), ("student", HEADLINE)):
+        facts: dict[str, Any] = {"requests": 16, "repeats": 3, "range": (0.5, 2.0)}
+        slow = usage.model_copy(update={"seconds": 2 * usage.seconds})
+        loads = [Load(concurrency=c, usage=u, **facts) for c, u in ((1, slow), (level, usage)) if c]
+        timing = Timing(read_tokens=1000, read_seconds=0.5, engine="e" * 3, loads=tuple(loads))
+        write_records(run.path(f"timings/{model}.jsonl"), [timing])
+
+
+def test_a_model_costs_what_its_tokens_take_at_the_load_of_all(tmp_path: Path) -> None:
+    run = make_run(tmp_path, {"model": "a/teacher"})
+    at_load(run)
+    cost = accounts(run, OVERALL)["cost"]
+    # 400 tokens read in 0.2 s, and 60 written at 5 ms each, whatever the answers took in the run
+    for model in ("teacher", "base", "student"):
+        found = cost[model]
+        assert found["seconds_per_1k"] == 500 and found["output_tokens_per_second"] == 120
+        assert (found["engine"], found["concurrency"]) == ("eee", 8) and found["machine"]
+        assert [load["concurrency"] for load in found["loads"]] == [1, 8]
+        assert found["loads"][1]["range_per_1k"] == [250, 1000]
+        alone = found["one_at_a_time"]  # 0.2 s, and 60 tokens of (14.4 - 3.2) / 800 s
+        assert alone["seconds_per_1k"] == 1040 and alone["requests"] == 16
+    rows = read_records(run.path("requests.jsonl"), HeldOutRequest)
+    write_records(run.path("requests.jsonl"), [rows[3].model_copy(update={"usage": {
+        m: u.model_copy(update={"seconds": 0.0}) for m, u in rows[3].usage.items()
+    }})])  # fmt: skip
+    fewer = accounts(run, OVERALL)["cost"]
+    for model in ("teacher", "base", "student"):
+        assert fewer[model]["dollars_per_1k"] == cost[model]["dollars_per_1k"] > 0
+    assert fewer["student"]["requests"] == 1 and "from the store, or of few items"
+
+
+@pytest.mark.parametrize("teacher", [None, 5])
+def test_without_one_load_for_all_there_is_none(tmp_path: Path, teacher: int | None) -> None:
+    run = make_run(tmp_path, {"model": "a/teacher"})
+    at_load(run, teacher)
+    cost = accounts(run, OVERALL)["cost"]
+    assert (cost["teacher"]["seconds_per_1k"], cost["student"]["seconds_per_1k"]) == (2000, 500)
+    assert "concurrency" not in cost["student"], "each answer's own share of its batch"
 
 
 def test_another_s_list_price_is_hypothetical_and_so_is_the_distillation(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ import pytest
 
 from distill.cli import main
 from distill.config.engines import Engines
-from distill.records import Message, Response
+from distill.config.teachers import LocalTeacher
+from distill.evaluation import answering
+from distill.records import Message, Prompt, Response
 from distill.responders import engines
 from distill.responders.local.local_model import LocalResponder
 from distill.responders.responder import Request, Sampling
@@ -98,6 +100,33 @@ def test_its_answers_are_stored_and_name_the_engine(
         assert main([stage, str(config), named, "name=again"]) == 0
     assert "starting with" not in capsys.readouterr().err, "the store had all"
     assert main(["generate", str(config), "teacher.engine=distill"]) == 5
+
+
+def test_it_is_timed_as_our_own_engine_is(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = LocalTeacher(model=str(model), engine="llama.cpp")
+    responder = engines.EngineResponder("llama.cpp", settings, Engines(), "2026-01-01", 2)
+    starts, serve = set[int](), responder.serve
+
+    def served(context: int) -> engines.EngineServer:
+        server = serve(context)
+        starts.add(server.process.pid)
+        return server
+
+    monkeypatch.setattr(responder, "serve", served)
+    turns = [(Message(role="user", content=f"say {'so ' * n}"),) for n in range(20)]
+    prompts = [Prompt.make(turn, "d", "t") for turn in turns]
+    try:
+        found = answering.timed(tmp_path / "t.jsonl", responder, prompts, teacher=True)
+        assert found and found.engine == "llama.cpp" and len(starts) == 1
+        (load,) = found.loads
+        assert (load.concurrency, load.requests) == (8, 16) and load.usage.seconds > 0
+        ours = LocalResponder.load(str(model), "float32")
+        same = answering.timed(tmp_path / "ours.jsonl", ours, prompts, teacher=True)
+        assert same and same.read_tokens == found.read_tokens, "the same prompts, as ids"
+    finally:
+        responder.close()
 
 
 def test_killed_it_leaves_no_engine_and_goes_on(config: Path, model: Path) -> None:

@@ -1,5 +1,6 @@
 """Timing a tiny real model, once; and which suites the teacher is asked."""
 
+from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
 
@@ -10,9 +11,9 @@ from distill.config.teachers import EndpointTeacher, LocalTeacher, RecordedTeach
 from distill.economics.costs import reading_and_writing
 from distill.evaluation import answering
 from distill.evaluation.suites import Suite, why_no_teacher
-from distill.records import Message
+from distill.records import Load, Message, Prompt, Usage
 from distill.responders.local.local_model import LocalResponder
-from distill.responders.responder import Request, Sampling
+from distill.responders.responder import Plan, Raw, Request, Sampling
 from tests.support.tiny import make_tiny
 
 
@@ -33,17 +34,65 @@ def asked(count: int) -> list[Request]:
     ]
 
 
-def test_a_few_are_asked_alone_and_many_are_read(tmp_path: Path, responder: LocalResponder) -> None:
+def prompts(count: int) -> list[Prompt]:
+    turns = [(Message(role="user", content=f"say {k} {k}"),) for k in range(count)]
+    return [Prompt.make(turn, "d", "t") for turn in turns]
+
+
+def test_a_model_is_timed_at_a_stated_load(
+    tmp_path: Path, responder: LocalResponder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = list[tuple[int, int]]()
+    answers = responder.ask_plan
+
+    def seen(plan: Plan) -> Iterator[list[Raw]]:
+        sizes.append((plan.slots, len(plan.requests)))
+        return answers(plan)
+
+    monkeypatch.setattr(responder, "ask_plan", seen)
     path = tmp_path / "timings/tiny.jsonl"
-    found = answering.timed(path, responder, asked(20))
-    assert found and found.requests == answering.ALONE and found.seconds > 0
-    assert answering.ALONE <= found.output_tokens <= 6 * answering.ALONE
-    encoded = [len(responder._encode(request)) for request in asked(20)]
-    assert found.read_tokens == sum(encoded) and found.read_seconds > 0
-    assert responder.max_batch_size == 3, "the responder is as it was"
+    found = answering.timed(path, responder, prompts(20))
+    assert found and sizes == [(8, 16)] * 3, "the warm-up, reading, and the load"
+    (load,) = found.loads
+    assert (load.concurrency, load.requests, load.repeats) == (8, 16, 1)
+    assert 16 <= load.usage.output_tokens <= 16 * answering.TOKENS and load.usage.seconds > 0
+    assert found.read_tokens == load.usage.input_tokens and found.read_seconds > 0
+    assert (found.engine, found.requests) == ("distill", 0)
     assert answering.timed(tmp_path / "none.jsonl", responder, []) is None
     before = path.read_bytes()
     assert answering.timed(path, responder, []) == found and path.read_bytes() == before
+    few = answering.timed(tmp_path / "few.jsonl", responder, prompts(5))
+    assert few and few.loads[0].concurrency == 5, "more requests at once than there are is no load"
+
+
+def test_a_full_timing_is_repeated_until_it_is_steady(
+    tmp_path: Path, responder: LocalResponder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "full.jsonl"
+    assert answering.timed(path, responder, prompts(70), "quick")
+    found = answering.timed(path, responder, prompts(70), "full")
+    assert found, "what was timed at fewer loads does not stand"
+    of_loads = {load.concurrency: load.requests for load in found.loads}
+    assert of_loads == {1: 16, 8: 16, 32: 64}
+    assert all(load.range[0] <= 1 <= load.range[1] for load in found.loads)
+    paces = iter([9.0, 2.0, 1.0, 1.02, 1.04, 7.0])
+
+    def run(*_: object) -> Load:
+        usage = Usage(output_tokens=10, seconds=10 * next(paces))
+        return Load(concurrency=1, requests=16, usage=usage)
+
+    monkeypatch.setattr(answering, "measured", run)
+    load = answering.steady(responder, [], 1, 1.0, once=False)
+    assert load and load.repeats == 5 and load.pace == pytest.approx(1.02)
+    assert load.range == (pytest.approx(1 / 1.02), pytest.approx(1.04 / 1.02))
+
+
+def test_what_memory_does_not_hold_at_once_is_no_load(
+    responder: LocalResponder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(responder, "most_rows", 4)
+    assert answering.measured(responder, asked(8), 8, 9.0) is None
+    assert answering.measured(responder, asked(8), 4, 9.0)
 
 
 PAID = EndpointTeacher(model="m", base_url="https://example.org/v1")
@@ -65,15 +114,12 @@ def test_who_is_asked_a_suite(teacher: Teacher, asks: bool, reason: str | None) 
 
 
 def test_reading_and_writing_of_a_real_batch_add_up(
-    responder: LocalResponder, monkeypatch: pytest.MonkeyPatch
+    responder: LocalResponder,
 ) -> None:
-    answers = answering.measured(responder, asked(8), 8, 8)
-    usages = [raw.usage for raw in answers]
-    monkeypatch.setattr(answering, "SECONDS", 0.0)
-    assert len(answering.measured(responder, asked(8), 8, 1)) == 1, "the time is over"
-    timing = answering.Timing(
-        requests=1, output_tokens=1, seconds=1.0, read_tokens=100, read_seconds=1e-6
-    )
+    usages = [raw.usage for raw in responder.ask(asked(8))]
+    cut = answering.measured(responder, asked(8), 1, 0.0)
+    assert cut and cut.requests == 1, "the time is over"
+    timing = answering.Timing(read_tokens=100, read_seconds=1e-6)
     rates = reading_and_writing(usages, timing)
     assert rates
     whole = sum(u.input_tokens * rates[0] + u.output_tokens * rates[1] for u in usages)

@@ -101,7 +101,9 @@ def test_evaluation_measures_three_models_on_the_same_items(evaluated: Run) -> N
     assert {(r.test, r.when_served) for r in requests} == {("correct", False), (None, False)}
     for model in ("base", "student"):
         (timing,) = read_records(evaluated.path(f"timings/{model}.jsonl"), Timing)
-        assert timing.requests == ITEMS and timing.seconds > 0 and timing.read_seconds > 0
+        (load,) = timing.loads
+        assert (load.requests, load.concurrency) == (ITEMS, min(8, ITEMS))
+        assert load.usage.seconds > 0 and timing.read_seconds > 0
     assert evaluation["corpus"]["python"] == "3.11.9"
     scores = read_records(evaluated.path("scores/student.jsonl"), Score)
     assert len(scores) == ITEMS and all(score.reason for score in scores)

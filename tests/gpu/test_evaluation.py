@@ -9,10 +9,9 @@ import pytest
 from distill.evaluation import answering
 from distill.evaluation.scorers import HeldOutRequest
 from distill.models import loading
-from distill.records import Message
+from distill.records import Message, Prompt
 from distill.responders.local import local_model
 from distill.responders.local.local_model import LocalResponder
-from distill.responders.responder import Request, Sampling
 from distill.storage.files import read_records, write_records
 from distill.training import train
 from tests.economics.test_run_economics import accounts, make_run
@@ -35,7 +34,7 @@ def test_an_evaluation_has_one_model_at_a_time(
 
     monkeypatch.setattr(loading, "load_model", counted)
     monkeypatch.setattr(local_model, "load_model", counted)
-    monkeypatch.setattr(answering, "SECONDS", 0.0)
+    monkeypatch.setitem(answering.SECONDS, "quick", 0.0)
     answering.answer(run, dataset(run)[:3], [])
     assert alive == [0, 0, 0], "of base, student and teacher"
 
@@ -44,15 +43,15 @@ def test_a_run_that_goes_on_on_another_gpu_times_its_models_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     responder = LocalResponder.load(str(make_tiny(tmp_path / "tiny")), "float32")
-    turn = (Message(role="user", content="say it"),)
-    requests = [Request.make("o", "p", turn, Sampling(max_new_tokens=2))]
+    prompts = [Prompt.make((Message(role="user", content="say it"),), "d", "t")]
+    monkeypatch.setattr(answering, "TOKENS", 2)
     path, bytes_of = tmp_path / "timing.jsonl", list[bytes]()
     for gpu in ("", "", "Tesla T4", "Tesla T4", "NVIDIA L4"):
         monkeypatch.setattr(answering, "device_name", lambda place, gpu=gpu: gpu)
-        timing = answering.timed(path, responder, requests)
+        timing = answering.timed(path, responder, prompts)
         assert timing and timing.device == gpu
         bytes_of.append(path.read_bytes())
-    assert bytes_of[0] == bytes_of[1] and b"device" not in bytes_of[0]
+    assert bytes_of[0] == bytes_of[1] and b"Tesla" not in bytes_of[0]
     assert bytes_of[2] == bytes_of[3] and len(set(bytes_of)) == 3
 
 

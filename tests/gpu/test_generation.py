@@ -68,7 +68,7 @@ def test_plans_are_eight_batches_of_what_memory_holds(monkeypatch: pytest.Monkey
     for plans in (small, large):
         assert all(count >= min(8 * rows, PLAN_TOKENS // 256) for rows, count in plans[:-1])
         assert plans[0][1] == max(8 * plans[0][0], PLAN_TOKENS // 256)
-    chosen = sizes(on_a_gpu(monkeypatch, Gpu(free=20 * GB), max_batch_size=64))
+    chosen = sizes(on_a_gpu(monkeypatch, Gpu(free=20 * GB), concurrency=64))
     assert chosen[0] == (64, 512)
 
 
@@ -87,7 +87,7 @@ def test_unfinished_plans_that_do_not_fit_are_planned_again(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The setting is lowered after an out-of-memory: what was recorded before does not bind it."""
-    responder = LocalResponder.load(str(folder), "float32", max_batch_size=8)
+    responder = LocalResponder.load(str(folder), "float32", concurrency=8)
     requests = requests_to(responder, 12)
     expected = texts(answer_all(responder, requests, tmp_path / "whole"))
 
@@ -98,7 +98,7 @@ def test_unfinished_plans_that_do_not_fit_are_planned_again(
     responder.ask_plan = cut
     with pytest.raises(KeyboardInterrupt):
         answer_all(responder, requests, tmp_path / "cut")
-    lowered = LocalResponder.load(str(folder), "float32", max_batch_size=2)
+    lowered = LocalResponder.load(str(folder), "float32", concurrency=2)
     capsys.readouterr()
     assert texts(answer_all(lowered, requests, tmp_path / "cut")) == expected
     assert capsys.readouterr().err.count("planned again") == 1
@@ -123,7 +123,7 @@ def limit_rows(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
 def test_out_of_memory_halves_the_rows_and_goes_on(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    responder = LocalResponder.load(str(folder), "float32", max_batch_size=8)
+    responder = LocalResponder.load(str(folder), "float32", concurrency=8)
     requests = requests_to(responder, 20)
     expected = texts(answer_all(responder, requests, tmp_path / "a"))
     capsys.readouterr()
@@ -140,7 +140,7 @@ def test_out_of_memory_halves_the_rows_and_goes_on(
 def test_where_one_row_does_not_fit_one_line_says_so(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    responder = LocalResponder.load(str(folder), "float32", max_batch_size=1)
+    responder = LocalResponder.load(str(folder), "float32", concurrency=1)
     monkeypatch.setattr(continuous_batching, "_agrees", lambda *_: True)
     limit_rows(monkeypatch, 0)
     with pytest.raises(DistillError, match="out of GPU memory with one answer") as caught:

@@ -327,7 +327,7 @@ def test_what_cannot_fit_stops_before_anything_is_bought(
 
 def test_the_peak_of_answering_here_is_the_predicted_one(tmp_path: Path, peak_of: PeakOf) -> None:
     folder = make_tiny(tmp_path / "m", hidden=64, layers=4)
-    teacher = LocalResponder.load(str(folder), "float32", max_batch_size=32)
+    teacher = LocalResponder.load(str(folder), "float32", concurrency=32)
     turns = [(Message(role="user", content=f"{n:03} " + "ab" * 100),) for n in range(48)]
     sampling = Sampling(max_new_tokens=100)
     requests = [Request.make(teacher.origin, f"p{n}", t, sampling) for n, t in enumerate(turns)]

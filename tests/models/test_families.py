@@ -176,7 +176,7 @@ def test_a_step_is_that_of_plain_transformers(family: str, folders: dict[str, Pa
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_are_those_of_generate(family: str, folders: dict[str, Path]) -> None:
     """A batch's answers, continuous or padded, are what each prompt alone gets from `generate`."""
-    responder = LocalResponder.load(str(folders[family]), "float32", max_batch_size=2)
+    responder = LocalResponder.load(str(folders[family]), "float32", concurrency=2)
     sampling = Sampling(max_new_tokens=24)
     requests = [
         Request(

@@ -7,6 +7,7 @@ four documents cannot go below p = 0.125.
 
 from collections.abc import Sequence
 from decimal import Decimal
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from distill.economics.costs import Tariff
 from distill.economics.savings import NEEDS_ANSWER, Assumptions, economics
 from distill.evaluation import results, scorers
 from distill.evaluation.measurements import MODELS, Difference, MetricRow, Model, ModelFacts
-from distill.evaluation.scorecard import Economics, Scorecard, TeacherPrice
+from distill.evaluation.scorecard import Costs, Economics, RequestCost, Scorecard, TeacherPrice
 from distill.evaluation.scorers import HeldOutRequest
 from distill.evaluation.statistics import Certainty
 from distill.publishing.gate import evidence
@@ -50,6 +51,31 @@ def row(documents: int) -> MetricRow:
                 )  # fmt: skip
     measured = scorers.measure_items(items, answers, {"kind": "number"}, "correct")
     return results.row_of(measured, Certainty(samples=500))
+
+
+def test_the_cost_names_load_machine_and_engines() -> None:
+    load: dict[str, Any] = {
+        "requests": 16,
+        "concurrency": 8,
+        "repeats": 3,
+        "range_per_1k": (590.0, 612.0),
+    }
+    timed: dict[str, Any] = {"seconds_per_1k": 600.0, "output_tokens_per_second": 80.0}
+    loads = (RequestCost(**load, **timed),)
+    here: dict[str, Any] = {"concurrency": 8, "machine": "a laptop", "loads": loads, **timed}
+    costs = Costs(
+        teacher=RequestCost(engine="llama.cpp", **here),
+        student=RequestCost(engine="distill", **here),
+    )
+    text = str(SAY["cost"](costs)).replace("\u00a0", " ")
+    assert "100 % of the teacher's time. They were timed with 8 at once on a laptop, in" in text
+    assert text.endswith("in the engine distill (the teacher in llama.cpp).")
+    head, rows = tables.load_rows(costs)
+    cells = [cell.replace("\u00a0", " ") for cell in rows[0]]
+    assert [row[0] for row in rows] == ["teacher", "student"] and len(head) == len(cells)
+    assert cells[1:4] == ["llama.cpp", "8", "10 min [9.8 min, 10 min]"]
+    assert cells[-1] == "3 of 16 requests"
+    assert "timed" not in SAY["cost"](Costs(student=RequestCost(**timed)))
 
 
 def savings(documents: int) -> Economics:

@@ -212,7 +212,7 @@ def near_tie(model: Any, prompt: list[int], ours: list[int], theirs: list[int]) 
 
 
 def test_a_plan_repeats_byte_for_byte(folder: Path) -> None:
-    responder = LocalResponder.load(str(folder), "float32", max_batch_size=3)
+    responder = LocalResponder.load(str(folder), "float32", concurrency=3)
     sampling = Sampling(temperature=1.0, top_p=0.9, max_new_tokens=12)
     requests = make_requests(responder.origin, 9, sampling)
     (plan,) = responder.plan(requests)
@@ -225,7 +225,7 @@ def test_a_plan_repeats_byte_for_byte(folder: Path) -> None:
 
 
 def test_a_sampled_row_does_not_depend_on_its_batch(folder: Path) -> None:
-    responder = LocalResponder.load(str(folder), "float32", max_batch_size=4)
+    responder = LocalResponder.load(str(folder), "float32", concurrency=4)
     sampling = Sampling(temperature=0.8, max_new_tokens=10)
     requests = make_requests(responder.origin, 6, sampling)
     together = {r.id: r.reply.text for r in responder.ask(requests)}

@@ -63,6 +63,8 @@ TOP_IDS = 256  # sorted first for top-p; the whole vocabulary only where these d
 class LocalResponder:
     """Answers with a causal language model; `model` may be a function that loads it when needed."""
 
+    engine = "distill"
+
     def __init__(
         self,
         model: PreTrainedModel | Callable[[], PreTrainedModel],
@@ -70,13 +72,13 @@ class LocalResponder:
         name: str,
         origin: str,
         date: str,
-        max_batch_size: int | None = None,
+        concurrency: int | None = None,
         old_origin: str | None = None,
     ) -> None:
         self.tokenizer, self.model, self.origin, self.date = tokenizer, name, origin, date
-        self.max_batch_size, self._model = max_batch_size, model
+        self.concurrency, self._model = concurrency, model
         self.old_origin = old_origin  # by which an earlier distill stored the answers of a folder
-        self._most_rows: int | None = None  # at once, after an out-of-memory
+        self.most_rows: int | None = None  # at once, after an out-of-memory
         self._padded = False  # whether it was said
 
     @classmethod
@@ -86,7 +88,7 @@ class LocalResponder:
         dtype: str = "auto",
         revision: str | None = None,
         date: str = DATE,
-        max_batch_size: int | None = None,
+        concurrency: int | None = None,
         adapter: Path | None = None,
         trust: Trust = SAFE,
         template: Mapping[str, Any] | None = None,
@@ -112,7 +114,7 @@ class LocalResponder:
             return merged.to(device())
 
         name = Path(reference).name
-        return cls(load_weights, tokenizer, name, origin, date, max_batch_size, old_origin)
+        return cls(load_weights, tokenizer, name, origin, date, concurrency, old_origin)
 
     @cached_property
     def network(self) -> PreTrainedModel:
@@ -167,7 +169,7 @@ class LocalResponder:
         while ordered:
             sampling = ordered[0].sampling
             longest = lengths[ordered[0]] + sampling.max_new_tokens
-            size = self.max_batch_size or fitting_rows(room, self._row_bytes(longest), kind(place))
+            size = self.concurrency or fitting_rows(room, self._row_bytes(longest), kind(place))
             most = max(PLAN_TOKENS // sampling.max_new_tokens, size * limits.batches)
             alike = [request for request in ordered[:most] if request.sampling == sampling]
             plans.append(Plan(requests=tuple(alike), slots=min(size, len(alike))))
@@ -179,7 +181,7 @@ class LocalResponder:
 
         Main memory is never asked: there an unfinished plan ends with the bytes that it began.
         """
-        most, longest = self.max_batch_size or plan.slots, 1
+        most, longest = self.concurrency or plan.slots, 1
         if kind(self.network.device) == "cuda":
             for request in plan.requests:
                 tokens = len(self._encode(request))
@@ -202,7 +204,7 @@ class LocalResponder:
         if failed:
             yield failed
         while missing:
-            size = min(plan.slots, self._most_rows or plan.slots)
+            size = min(plan.slots, self.most_rows or plan.slots)
             try:
                 for raws in self._answers(list(missing.values()), size):
                     for raw in raws:
@@ -213,11 +215,11 @@ class LocalResponder:
                     what = f"out of GPU memory with one answer at a time: {first_line(error)}"
                     fix = "lower max_new_tokens, free the GPU, or take a smaller model"
                     raise DistillError(Exit.TRAINING, f"model {self.model}", what, fix) from None
-                self._most_rows = size // 2
+                self.most_rows = size // 2
             else:
                 return
             release_memory()  # outside of the handler, whose traceback holds the batch
-            say(f"{self.model}: out of GPU memory with {size} rows at once, now {self._most_rows}")
+            say(f"{self.model}: out of GPU memory with {size} rows at once, now {self.most_rows}")
 
     def _answers(self, requests: Sequence[Request], size: int) -> Iterator[list[Raw]]:
         """Yield the raw answers to requests of one sampling, with `size` rows at once."""
