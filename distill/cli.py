@@ -350,7 +350,7 @@ def publish(
         bool, typer.Option("--soft-labels", help="With the teacher's distributions.")
     ] = False,
 ) -> None:
-    """Make the release of a run: adapter, merged model, card; and upload it where that is asked."""
+    """Make the release of a run: model, card, publish.formats; and upload it where asked."""
     if (override and dataset) or ((heldout or soft_labels) and not dataset):
         what, fix = "do not go together", "--heldout and --soft-labels need --dataset"
         raise DistillError(Exit.CONFIG, "options", what, f"{fix}; --override is for a student")

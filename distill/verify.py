@@ -260,12 +260,15 @@ def _together(evidence: RunEvidence) -> Iterator[Check]:
         return
     for name in evidence.manifest.get("release", {"release/README.md": None}):
         yield evidence.compared("release", name)
-    same = _hash(release / WEIGHTS) == adapter
-    yield verdict("release", "its adapter", same, "not the evaluated one")
+    if (release / "adapter").is_dir() or not (release / "parity.json").is_file():
+        same = _hash(release / WEIGHTS) == adapter
+        yield verdict("release", "its adapter", same, "not the evaluated one")
     for name in REPORTED[::2]:
         same = _hash(release / name) == _hash(folder / name)
         yield verdict("release", f"its {name}", same, "is not the run's: publish again")
-    if model:
+    if model and (release / "parity.json").is_file() and not any(release.glob("*.safetensors")):
+        yield Check("release", "its model", "skipped", "it has other formats only")
+    elif model:
         where = "evaluated and released model differ"
         yield verdict("release", "its model", _hash(release) == model, where)
     else:

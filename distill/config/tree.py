@@ -216,8 +216,15 @@ class Terms(Section):
     """Copy of the license agreement that a release must carry, where the terms ask for one."""
 
 
+Format = Literal["adapter", "safetensors", "gguf-f16", "gguf-q8_0", "gguf-q4_k_m", "ollama"]
+
+
 class Publish(Section):
-    """What the release is called, and its license."""
+    """What the release holds, what it is called, and its license."""
+
+    formats: Annotated[tuple[Format, ...], Field(min_length=1)] = ("adapter", "safetensors")
+    """What the release holds: adapter, safetensors (the merged model), gguf-f16, gguf-q8_0,
+    gguf-q4_k_m (for llama.cpp), ollama (a Modelfile, and the gguf-q8_0 that it names)."""
 
     model_name: ReleaseName | None = None
     """Name of the release as NAME or OWNER/NAME; null takes the repository's, else the run's."""

@@ -17,6 +17,7 @@ from distill.evaluation.scorecard import Scorecard
 from distill.formatting import one_line
 from distill.models.registry import hub_id, is_folder
 from distill.publishing.fidelity import Fidelity
+from distill.publishing.parity import Parity
 from distill.records import Record
 from distill.report.render import PARAGRAPHS, environment
 
@@ -46,6 +47,8 @@ class Facts(Record):
     displays: tuple[str, ...] = ()  # lines that a license wants shown
     license_owed: bool = False  # to the terms of teacher or base
     template: tuple[str, ...] = ()  # what its chat template does otherwise than the base's
+    formats: tuple[str, ...] = ("adapter", "safetensors")
+    parity: Parity | None = None  # of the GGUF files
     overridden: tuple[str, ...] = ()  # what the release gate found
     override: str | None = None  # why it was published all the same
 

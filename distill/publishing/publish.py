@@ -16,11 +16,13 @@ from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.evaluation.measurements import ModelFacts
 from distill.evaluation.scorecard import Scorecard
+from distill.evaluation.suites import held_out_items
 from distill.models import registry
 from distill.models.chat_template import folds_system
 from distill.models.loading import load_tokenizer
 from distill.publishing.card import Facts, corpus_name, hub_dataset, make_card, teacher_name
 from distill.publishing.fidelity import Fidelity, compare_with_adapter
+from distill.publishing.formats import MODELFILE, kinds_of, modelfile, write_files
 from distill.publishing.gate import evidence, pass_gate
 from distill.publishing.obligations import (
     ReleaseLicense,
@@ -30,6 +32,7 @@ from distill.publishing.obligations import (
     obligations,
     write_notices,
 )
+from distill.publishing.parity import Parity, measure
 from distill.publishing.secret_scan import scan
 from distill.publishing.upload import check_name, push
 from distill.storage.files import fsync_folder, read_json, sha256_file, sha256_files, write_json
@@ -47,6 +50,7 @@ MODEL = (  # at least
     "chat_template.jinja",
 )
 REPORT = ("scorecard.json", "report.html")
+PARITY = "parity.json"
 
 
 def main(
@@ -76,6 +80,9 @@ def main(
         differs = DistillError(Exit.PUBLISH, "the merged model", what, "--redo evaluate")
         overridden += pass_gate([] if fidelity.same else [differs], override)
         write_json(work / "fidelity.json", fidelity.model_dump())
+    parity = add_formats(run, work, release, name, scorecard)
+    if parity:
+        overridden += pass_gate(parity.findings(), override)
     for file in REPORT:
         copy_plain(run.path(file), work / file)
     (work / "LICENSE").write_text(license.text, encoding="utf-8")
@@ -84,11 +91,18 @@ def main(
             "terms": tuple(verdict.lines()),
             "template": template_lines(config, work),
             "displays": tuple(dict.fromkeys(o.duties.display for o in owed if o.duties.display)),
+            "formats": config.publish.formats,
+            "parity": parity,
             "overridden": tuple(overridden),
             "override": override if overridden else None,
         }
     )
     make_card(facts, scorecard, fidelity).save(work / "README.md")
+    if "safetensors" not in config.publish.formats:
+        for weights in work.glob("*.safetensors*"):
+            weights.unlink()
+    if "adapter" not in config.publish.formats:
+        shutil.rmtree(work / "adapter")
     scan(work, (str(run.folder.resolve()), str(Path.cwd())), config.publish.allow_secrets)
     if release.is_symlink():
         raise DistillError(Exit.PUBLISH, release, "is a link", "remove it")
@@ -101,6 +115,32 @@ def main(
     if repository:
         push(release, repository, public)
     return release
+
+
+def add_formats(
+    run: Run, work: Path, release: Path, name: str, scorecard: Scorecard
+) -> Parity | None:
+    """Add the files for other runners, compared with the student; None where none is asked for."""
+    config, kinds = run.config, kinds_of(run.config.publish.formats)
+    if not kinds:
+        return None
+    model, path = merged_student(config.student, run), release / PARITY
+    parity = Parity(model_sha256=registry.folder_digest(model), margin=config.evaluation.margin)
+    old = Parity.model_validate(read_json(path)) if path.is_file() else parity
+    rows = {row.file: row for row in old.files} if old.model_sha256 == parity.model_sha256 else {}
+    if "ollama" in config.publish.formats:  # before the files, as it may be impossible
+        tokenizer = load_tokenizer(f"{model.resolve()}")
+        prompts = [pair.prompt for pair in held_out_items(run.folder)[0]]
+        text = modelfile(model, tokenizer, config.template_date, name, prompts)
+        (work / MODELFILE).write_text(text, encoding="utf-8")
+    hashes = {file: row.sha256 for file, row in rows.items()}
+    files = write_files(model, work, release, name, kinds, hashes)
+    flagged = scorecard.contamination.items if scorecard.contamination else ()
+    parity = parity.model_copy(update={"files": measure(run, model, files, rows, flagged)})
+    for row in parity.files:
+        say(row.line())
+    write_json(work / PARITY, parity.model_dump(mode="json"))
+    return parity
 
 
 def template_lines(config: Config, release: Path) -> tuple[str, ...]:

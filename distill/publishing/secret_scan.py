@@ -28,6 +28,8 @@ def scan(folder: Path, private: tuple[str, ...] = (), allowed: Collection[str] =
         if SECRET_NAMES.search(name) and len(value) >= 8:
             values[value] = f"the value of ${name}"
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        if path.suffix == ".gguf":
+            continue  # its texts are the name, the tokenizer and the template, which stand beside
         if path.suffix in TEXT:
             text = path.read_text(encoding="utf-8", errors="replace")
         else:  # the header of a safetensors file

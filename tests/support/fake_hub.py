@@ -236,7 +236,7 @@ class Handler(BaseHTTPRequestHandler):
         rows = []
         for file in files:
             large, content = (
-                file["path"].endswith(".safetensors"),
+                file["path"].endswith((".safetensors", ".gguf")),
                 repository.files.get(file["path"]),
             )
             rows.append(
