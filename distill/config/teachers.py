@@ -8,7 +8,6 @@ from urllib.parse import urlsplit
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from distill.config.engines import Engine
 from distill.config.values import (
     SERVED,
     VARIABLE,
@@ -30,6 +29,26 @@ AZURE = re.compile(
     r"\.(openai|cognitiveservices|services\.ai)\.azure\.(com|us|cn)$|\.azure-api\.net$",
     re.IGNORECASE,
 )
+
+
+Engine = Literal["distill", "vllm", "llama.cpp"]
+
+
+class EngineCommand(Section):
+    """How an engine is started."""
+
+    command: str | None = None
+    """Command that starts it, up to the model; null takes the program on the PATH, else the
+    environment that scripts/engines.sh makes."""
+
+
+class Engines(Section):
+    """How inference engines are started, which live in environments of their own."""
+
+    vllm: EngineCommand = EngineCommand()
+    """vLLM's server, such as `/opt/vllm/bin/vllm serve`."""
+    llama_cpp: EngineCommand = EngineCommand()
+    """llama.cpp's server, such as `/opt/llama.cpp/llama-server`."""
 
 
 class Teacher(Section):

@@ -9,9 +9,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from distill.config.engines import Engines
 from distill.config.learning import OnPolicy, Signals, Student, Train
-from distill.config.teachers import AnyJudge, AnyTeacher, EndpointTeacher, LocalTeacher, Teacher
+from distill.config.teachers import (
+    AnyJudge,
+    AnyTeacher,
+    EndpointTeacher,
+    Engines,
+    LocalTeacher,
+    Teacher,
+)
 from distill.config.values import (
     Count,
     Date,

@@ -23,8 +23,7 @@ from pathlib import Path
 import httpx2
 import torch
 
-from distill.config.engines import Engine, Engines
-from distill.config.teachers import EndpointTeacher, LocalTeacher
+from distill.config.teachers import EndpointTeacher, Engine, Engines, LocalTeacher
 from distill.errors import DistillError, Exit
 from distill.models.chat_template import encode_prompt, template_hash
 from distill.models.devices import device, pick_dtype
@@ -99,8 +98,8 @@ def engine_of(settings: LocalTeacher, engines: Engines) -> Engine:
     """Return what computes a model's answers: `auto` is vLLM where it and a GPU are here."""
     if settings.engine != "auto":
         return settings.engine
-    served = torch.cuda.is_available() and find_engine("vllm", engines) is not None
-    return "vllm" if served else "distill"
+    vllm_here = torch.cuda.is_available() and find_engine("vllm", engines) is not None
+    return "vllm" if vllm_here else "distill"
 
 
 @cache
@@ -112,10 +111,10 @@ def engine_version(command: tuple[str, ...]) -> str:
         return package.read_text().partition("==")[2]
     line = [*command[:1], "--version"]
     try:
-        shown = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
+        output = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
-    words = (shown.stdout + shown.stderr).strip().splitlines()
+    words = (output.stdout + output.stderr).strip().splitlines()
     return words[-1][:80] if words else "unknown"
 
 
@@ -159,11 +158,11 @@ class EngineServer:
         """Return the error of an engine that failed, with what it said last as a note."""
         self.failed = True
         self.close()
-        said = self.log.read_text(errors="replace").strip().splitlines()
+        log_lines = self.log.read_text(errors="replace").strip().splitlines()
         fix = f"see {self.log}; the same command continues"
         error = DistillError(Exit.TEACHER, self.name, what, fix)
-        causes = [line for line in said[:-LINES] if re.search(r"(?<!`)\b\w+Error: ", line)]
-        for line in [*causes[:1], *said[-LINES:]]:  # the first is often why the others came
+        causes = [line for line in log_lines[:-LINES] if re.search(r"(?<!`)\b\w+Error: ", line)]
+        for line in [*causes[:1], *log_lines[-LINES:]]:  # the first is often why the others came
             error.add_note(f"  {line[:300]}")
         return error
 
@@ -226,7 +225,7 @@ class EngineResponder:
         Raises DistillError (exit 4) with the end of its log where the engine fails: what it had
         answered before is kept by whoever asks.
         """
-        encoded = list[Encoded]()
+        prompts = list[Encoded]()
         for request in requests:
             ids = tuple(encode_prompt(self.tokenizer, request.messages, self.date))
             length = len(ids) + request.sampling.max_new_tokens
@@ -234,12 +233,12 @@ class EngineResponder:
                 what = f"too long: {length:,} tokens of prompt and answer, of {self.most:,}"
                 yield Raw.failed(request, what, self.model)
             else:
-                encoded.append(Encoded(**request.model_dump(), ids=ids))
-        if not encoded:
+                prompts.append(Encoded(**request.model_dump(), ids=ids))
+        if not prompts:
             return
-        longest = max(len(one.ids) + one.sampling.max_new_tokens for one in encoded)
+        longest = max(len(one.ids) + one.sampling.max_new_tokens for one in prompts)
         server = self.serve(min(self.most, -(-longest // ROOM) * ROOM))
-        asked = EndpointTeacher(
+        endpoint = EndpointTeacher(
             kind="endpoint",
             model=self.model,
             base_url=server.url,
@@ -250,10 +249,10 @@ class EngineResponder:
             total_timeout=3600,
             extra_body=self.sampled_from_all(),
         )
-        responder = EndpointResponder(asked)
+        responder = EndpointResponder(endpoint)
         responder.key = server.key
         try:
-            for raw in responder.ask(encoded):
+            for raw in responder.ask(prompts):
                 if raw.error and "sha256" not in raw.body:
                     raise server.failure(f"does not answer: {raw.error}")
                 model = f"{self.model} ({self.engine} {self.version})"

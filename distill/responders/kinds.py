@@ -5,8 +5,7 @@ from importlib import import_module
 from typing import Any
 
 from distill.callables import source_hash
-from distill.config.engines import Engines
-from distill.config.teachers import LocalTeacher, Teacher
+from distill.config.teachers import Engines, LocalTeacher, Teacher
 from distill.config.tree import Config
 from distill.models import registry
 from distill.records import Document

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol, runtime_
 
 from pydantic import Field
 
-from distill.config.engines import Engines
-from distill.config.teachers import FROM_ENVIRONMENT, EndpointTeacher, Teacher
+from distill.config.teachers import FROM_ENVIRONMENT, EndpointTeacher, Engines, Teacher
 from distill.reasoning import split_reasoning
 from distill.records import Document, Message, Record, Response, Stop, Usage, canonical, digest
 from distill.responders.endpoint.wire import Reply, read_stored

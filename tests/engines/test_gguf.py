@@ -12,7 +12,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from distill.config.engines import Engines
+from distill.config.teachers import Engines
 from distill.errors import DistillError
 from distill.models.gguf_file import CL100K, FAMILIES, write_gguf
 from distill.responders.engines import EngineServer, require_engine
@@ -160,9 +160,10 @@ def test_the_next_tokens_are_those_of_transformers(family: str, tmp_path: Path) 
                 ours = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
             reply = asked(server, "/v1/completions", prompt=ids, max_tokens=1, logprobs=10,
                           temperature=0)  # fmt: skip
-            if not len(SPECIAL) <= ours.argmax() < len(tokenizer):  # a token without a text
+            listed = reply["choices"][0]["logprobs"]
+            if listed is None:  # the likeliest token has no text
                 continue
-            top = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+            top = listed["content"][0]["top_logprobs"]
             theirs = {one["id"]: one["logprob"] for one in top}
             assert max(abs(p - ours[i].item()) for i, p in theirs.items()) < 0.02
             assert ours.max() - ours.min() > 3  # the distribution says something

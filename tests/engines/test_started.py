@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from distill.cli import main
-from distill.config.engines import Engines
-from distill.config.teachers import LocalTeacher
+from distill.config.teachers import Engines, LocalTeacher
 from distill.evaluation import answering
 from distill.records import Message, Prompt, Response
 from distill.responders import engines
