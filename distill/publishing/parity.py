@@ -74,7 +74,7 @@ class FileParity(Record):
     nmse_reason: str | None = None
     largest_difference: float | None = None  # of the runner's top log-probabilities, in nats
     metric: str = ""
-    same_answers: int | None = None  # to the letter
+    same_answers: int | None = None  # of `prompts`, to the letter
     student: float | None = None  # mean score, a share of the largest
     score: float | None = None
     difference: Difference = Difference()  # file - student
@@ -104,7 +104,7 @@ class FileParity(Record):
             "ids equal": f"{count(self.ids_equal)} of {self.prompts}",
             "NMSE": nmse,
             "largest difference": f"{figure(self.largest_difference, 3)} nats",
-            "same answers": f"{count(self.same_answers)} of {self.difference.n}",
+            "same answers": f"{count(self.same_answers)} of {self.prompts}",
             self.metric or "score": f"{share(self.score, 1)} (student {share(self.student, 1)})",
             "difference": estimate(*ends, lambda x: signed(100 * x, 1)),
             "which is": self.conclusion,
@@ -322,7 +322,7 @@ class Comparison:
             evaluation.confidence, evaluation.bootstrap_samples, config.seed, evaluation.margin
         )
         change = estimate_difference(a, b, clusters, certainty, Bounds(0.0, 1.0))
-        same = sum(answers[i.id].text == self.student[i.id].text for i in row.items)
+        same = sum(answers[i].text == answer.text for i, answer in self.student.items())
         return {
             "metric": row.metric,
             "same_answers": same,
