@@ -64,9 +64,14 @@ def main() -> None:
                 close()
         table.add_row(engine, *(str(speeds.get(load, "")) for load in LOADS))
     console.print(table)
-    say(f"{cpu_facts()}")
+    facts = cpu_facts()
+    kinds = [
+        flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in facts["flags"]
+    ]
+    cpu = f"{facts['model name']}: {' '.join(kinds)}"
+    say(cpu)
     if arguments.json:
-        write_json(arguments.json, {"cpu": cpu_facts(), "tokens_per_second": results})
+        write_json(arguments.json, {"cpu": cpu, "tokens_per_second": results})
 
 
 if __name__ == "__main__":
