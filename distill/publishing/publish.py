@@ -10,7 +10,10 @@ and compared with it.
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from distill.config.tree import Config
 from distill.errors import DistillError, Exit
@@ -126,7 +129,9 @@ def add_formats(
         return None
     model, path = merged_student(config.student, run), release / PARITY
     parity = Parity(model_sha256=registry.folder_digest(model), margin=config.evaluation.margin)
-    old = Parity.model_validate(read_json(path)) if path.is_file() else parity
+    old = parity
+    with suppress(DistillError, ValidationError):  # where it is damaged, all is made again
+        old = Parity.model_validate(read_json(path)) if path.is_file() else parity
     rows = {row.file: row for row in old.files} if old.model_sha256 == parity.model_sha256 else {}
     if "ollama" in config.publish.formats:  # before the files, as it may be impossible
         tokenizer = load_tokenizer(f"{model.resolve()}")

@@ -65,6 +65,10 @@ def test_a_format_is_added_later_and_the_rest_is_neither_made_nor_sent_again(
     full.write_bytes(b"GGUF of somebody else")
     release = published(run, *names, push="me/student")
     assert sha256_file(full) == before[full][0], "made anew, as its hash was another"
+    (release / "parity.json").write_text('{"files": 3}')
+    capsys.readouterr()
+    published(run, *names, push="me/student")
+    assert "as it was" not in capsys.readouterr().err, "nothing is taken over on a damaged word"
 
 
 def test_a_release_may_hold_the_file_of_one_runner_alone(run: Run) -> None:
