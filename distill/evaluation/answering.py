@@ -37,7 +37,7 @@ Here = LocalResponder | EngineResponder
 LOADS = {"quick": (HEADLINE,), "full": (1, HEADLINE, 32)}
 SECONDS = {"quick": 5.0, "full": 120.0}
 LEAST = 16  # prompts of a run, or two for each request that runs at once
-TOKENS = 48  # of a timed answer, at most
+TOKENS = 32  # of a timed answer, at most
 REPEATS, MOST_REPEATS, STEADY = 3, 5, 0.05  # a full timing ends where three paces lie so close
 
 
@@ -229,17 +229,18 @@ def steady(
 
 
 def measured(model: Here, requests: Sequence[Request], at: int, seconds: float) -> Load | None:
-    """Ask some requests, `at` at once, until all are answered or the time is over.
+    """Ask some requests, `at` at once, until all are answered, or so many and the time is over.
 
     None where no answer came, or where memory did not hold so many at once.
     """
     model.concurrency = at
+    least = at if seconds else 1  # a warm-up ends with the first answer
     started, inputs, outputs, spent, count = time.monotonic(), 0, 0, 0.0, 0
     for raw in model.ask(evenly(requests, at)):
         usage = raw.reply.usage
         inputs, outputs = inputs + usage.input_tokens, outputs + usage.output_tokens
         spent, count = spent + raw.usage.seconds, count + (not raw.error)
-        if time.monotonic() - started > seconds:
+        if count >= least and time.monotonic() - started > seconds:
             break
     held = getattr(model, "most_rows", None) or at
     if held < at or not outputs or not spent:
