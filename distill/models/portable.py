@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 OTHERS = ("config.json", "generation_config.json")  # the model's own, as are code and index
 CODE = (".py", ".index.json")
+VARIED = "I've 12345 of 3.14, you'LL see\n\n  x = y**2\t été 你好 नमस्ते 🚀   {\"a\": [1, 22]}  end "
 BESIDE_SCALING = ("rope_theta", "partial_rotary_factor")  # fields of their own before version 5
 
 
@@ -27,8 +28,9 @@ def write_tokenizer(tokenizer: "Tokenizer", base: Path, folder: Path, trust: Tru
     """Write a tokenizer of `base` into a model's folder, by the base's files byte for byte.
 
     tokenizer_config.json differs from the base's where the chat template does, or where only
-    transformers 5 reads it. Beside a part of the base, as its part for text is, its files may be
-    read as another tokenizer: then it is written as it is, without a class of its own if possible.
+    transformers 5 reads it. Its files may be read as another tokenizer than was trained with:
+    beside the part for text of a base, or without the class that transformers 5 has for a family.
+    Then it is written as it is, without a class of its own if possible.
     """
     plain = load_tokenizer(f"{base.resolve()}", trust=trust)
     same, copied = plain.chat_template == tokenizer.chat_template, list[Path]()
@@ -45,6 +47,8 @@ def write_tokenizer(tokenizer: "Tokenizer", base: Path, folder: Path, trust: Tru
         settings = dict(before)
         if settings.get("tokenizer_class") == "TokenizersBackend" or form == "of no class":
             settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # as it was called before
+            # which gives models `token_type_ids` too, unless it is told
+            settings.setdefault("model_input_names", list(tokenizer.model_input_names))
         if isinstance(settings.get("extra_special_tokens"), list):
             settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
         if "chat_template" in settings and not same:
@@ -53,7 +57,8 @@ def write_tokenizer(tokenizer: "Tokenizer", base: Path, folder: Path, trust: Tru
             settings.pop("auto_map", None)
         if settings != before:
             write_json(path, settings)
-        if _reading(load_tokenizer(f"{folder.resolve()}", trust=trust)) == _reading(tokenizer):
+        read = load_tokenizer(f"{folder.resolve()}", trust=trust)
+        if _reading(read) == _reading(tokenizer) and _cuts_alike(tokenizer, folder):
             return
         for file in copied:
             file.unlink(missing_ok=True)
@@ -64,6 +69,21 @@ def _reading(tokenizer: "Tokenizer") -> tuple[object, ...]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     how = backend.to_str() if backend else (type(tokenizer), tokenizer.get_vocab())
     return how, tokenizer.chat_template, tokenizer.special_tokens_map
+
+
+def _cuts_alike(tokenizer: "Tokenizer", folder: Path) -> bool:
+    """Tell whether tokenizer.json alone cuts a text as the tokenizer does.
+
+    transformers 5 has a class for some families that passes over what the file says (Qwen 2).
+    """
+    from tokenizers import Tokenizer as Plain
+
+    backend, file = getattr(tokenizer, "backend_tokenizer", None), folder / "tokenizer.json"
+    if backend is None or not file.is_file():
+        return True
+    ids = [one.encode(VARIED, add_special_tokens=False).ids for one in (
+        backend, Plain.from_file(str(file)))]  # fmt: skip
+    return ids[0] == ids[1]
 
 
 def respell_config(folder: Path, trust: Trust) -> None:

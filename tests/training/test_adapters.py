@@ -257,10 +257,12 @@ def test_a_tokenizer_of_transformers_5_is_released_in_words_that_4_knows(tmp_pat
     write_merged(Student(model=str(base)), own, tmp_path / "merged")
     made = json.loads((tmp_path / "merged/tokenizer_config.json").read_bytes())
     settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    settings |= {"model_input_names": ["input_ids", "attention_mask"]}
     assert made == settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
     for name in ("tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / "merged" / name).read_bytes() == (base / name).read_bytes()
-    old, new = (loading.load_tokenizer(str(folder)) for folder in (base, tmp_path / "merged"))
+    read: Any = loading.load_tokenizer
+    old, new = (read(str(folder)) for folder in (base, tmp_path / "merged"))
     assert old.backend_tokenizer.to_str() == new.backend_tokenizer.to_str()
     assert old.special_tokens_map == new.special_tokens_map
 
@@ -270,7 +272,8 @@ def test_a_tokenizer_beside_a_part_of_its_base_is_read_as_it_was(tmp_path: Path)
     base = make_family(tmp_path / "base", "qwen3.5")
     own = make_adapter(base, tmp_path / "adapter")
     write_merged(Student(model=str(base)), own, tmp_path / "merged")
-    old, new = (loading.load_tokenizer(str(folder)) for folder in (base, tmp_path / "merged"))
+    read: Any = loading.load_tokenizer
+    old, new = (read(str(folder)) for folder in (base, tmp_path / "merged"))
     assert old.backend_tokenizer.to_str() == new.backend_tokenizer.to_str()
     made = json.loads((tmp_path / "merged/tokenizer_config.json").read_bytes())
     assert made["tokenizer_class"] == "PreTrainedTokenizerFast"
