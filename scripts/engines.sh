@@ -38,7 +38,7 @@ make_quantize() {
     command -v cmake >/dev/null || "$folder/bin/python" -m pip install --quiet cmake==4.1.2
     echo "llama.cpp: building llama-quantize from $SOURCE with $compiler, about five minutes ..."
     work=$(mktemp -d)
-    trap 'rm -rf "$work"' EXIT
+    trap "rm -rf '$work'" EXIT # now, as the name is not known at the end
     printf '%s --hash=sha256:%s\n' "$SOURCE" "$SOURCE_SHA256" >"$work/source.txt"
     "$folder/bin/python" -m pip download --quiet --no-deps --no-binary :all: --require-hashes \
         --dest "$work" --requirement "$work/source.txt"
