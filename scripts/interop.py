@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import httpx2
 import torch
 
-from distill.config.engines import Engine
+from distill.config.teachers import Engine
 from distill.errors import DistillError
 from distill.evaluation.suites import answer_limit, held_out_items
 from distill.formatting import markdown_table

@@ -104,6 +104,7 @@ class _Check:
     def __init__(self, root: Schema) -> None:
         self.seconds = 0.0  # that patterns have taken
         self.results: dict[tuple[str, int], dict[str, Any] | None] = {}
+        self.open = set[tuple[str, int]]()  # references that are followed now, each for its value
         keywords = {
             "$ref": self.ref,
             "pattern": self.pattern,
@@ -120,7 +121,11 @@ class _Check:
             if (fields := self.results[key]) is not None:
                 yield ValidationError(**fields)
             return
+        if key in self.open:
+            raise RecursionError
+        self.open.add(key)
         error = next(VALIDATOR.VALIDATORS["$ref"](validator, ref, value, schema), None)
+        self.open.remove(key)
         self.results[key] = error and {
             **{"message": error.message, "path": list(error.relative_path)},
             **{"validator": error.validator, "validator_value": error.validator_value},

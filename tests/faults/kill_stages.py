@@ -36,7 +36,7 @@ from distill.storage.log import Log  # noqa: E402
 
 STAGES = ("corpus", "prompts", "generate", "filter", "train", "evaluate", "report")
 # keys that hold time, or its price
-TIMES = re.compile(r"second|dollars|per_hour|^stages$|per_million|one_at_a_time|^economics")
+TIMES = re.compile(r"loads|second|dollars|per_hour|^stages$|per_million|one_at_a_time|^economics")
 WORDS = "the store keeps every answer that was paid for and a kill at any moment loses none".split()
 DOCUMENTS = 20
 TASKS = {

