@@ -56,7 +56,8 @@ def make_served(folder: Path) -> Path:
     texts[tokenizer.eos_token_id] = "end"
     said = [bool(text) and text.isascii() and text.isprintable() for text in texts]
     head_VH[[i for i in range(len(head_VH)) if i >= len(said) or not said[i]]] = 0
-    save_file(tensors, file, {"format": "pt"})
+    rounded = {name: t.half().float() for name, t in tensors.items()}  # as a GGUF holds them
+    save_file(rounded, file, {"format": "pt"})
     return folder
 
 
