@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.config.teachers import EndpointTeacher
 from distill.errors import DistillError, Exit, one_line
 from distill.evaluation.measurements import Difference
 from distill.evaluation.results import pool
@@ -37,7 +36,6 @@ from distill.models.loading import context_length, load_model, load_tokenizer
 from distill.publishing.fidelity import Conversation, answer_logits
 from distill.records import Item, Record, Response, digest
 from distill.responders.ask import Ask
-from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.engines import (
     BY_SCRIPT,
     ROOM,
@@ -151,18 +149,7 @@ class FileResponder:
 
     def ask(self, requests: Sequence[Request]) -> Iterator[Raw]:
         """Yield the answers as they come."""
-        responder = EndpointResponder(
-            EndpointTeacher(
-                model=self.model,
-                base_url=self.server.url,
-                concurrency=PARALLEL,
-                read_timeout=3600,
-                total_timeout=3600,
-                extra_body=GREEDY,
-            )
-        )
-        responder.key = self.server.key
-        yield from responder.ask(requests)
+        yield from self.server.responder(self.model, PARALLEL, GREEDY).ask(requests)
 
 
 def measure(
@@ -191,7 +178,7 @@ def measure(
     }
     rows = {f: old[f.name] for f in files if f.name in old and old[f.name].basis == bases[f]}
     missing = [file for file in files if file not in rows]
-    compare = Comparison(run, model, command, runner, left_out) if missing else None
+    compare = ParityCheck(run, model, command, runner, left_out) if missing else None
     for file in missing:
         say(f"{file.name}: compared with the student in {runner}")
         facts: dict[str, Any] = {"file": file.name, "sha256": hashes[file], "runner": runner}
@@ -204,7 +191,7 @@ def measure(
     return tuple(rows[file] for file in files)
 
 
-class Comparison:
+class ParityCheck:
     """What files are compared with: the student's weights and its scored answers."""
 
     def __init__(

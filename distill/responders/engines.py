@@ -15,10 +15,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import torch
@@ -166,6 +167,24 @@ class EngineServer:
             error.add_note(f"  {line[:300]}")
         return error
 
+    def responder(
+        self, model: str, concurrency: int, extra_body: Mapping[str, object], **settings: Any
+    ) -> EndpointResponder:
+        """Return what asks it for `model`, without a price; `settings` are those of an endpoint."""
+        endpoint = EndpointTeacher(
+            kind="endpoint",
+            model=model,
+            base_url=self.url,
+            concurrency=concurrency,
+            read_timeout=3600,
+            total_timeout=3600,
+            extra_body=dict(extra_body),
+            **settings,
+        )
+        responder = EndpointResponder(endpoint)
+        responder.key = self.key
+        return responder
+
     def close(self) -> None:
         """End the engine, its children too; the log of one that failed stays."""
         if self.process.stdin:
@@ -190,12 +209,8 @@ class EngineResponder:
         date: str,
         concurrency: int,
     ) -> None:
-        self.engine, self.settings, self.date, self.concurrency = (
-            engine,
-            settings,
-            date,
-            concurrency,
-        )
+        self.engine, self.settings, self.date = engine, settings, date
+        self.concurrency = concurrency
         self.fresh = False  # whether llama.cpp reads a prompt anew that it has just read
         self.command = require_engine(engine, engines)
         self.version = engine_version(tuple(self.command))
@@ -238,19 +253,10 @@ class EngineResponder:
             return
         longest = max(len(one.ids) + one.sampling.max_new_tokens for one in prompts)
         server = self.serve(min(self.most, -(-longest // ROOM) * ROOM))
-        endpoint = EndpointTeacher(
-            kind="endpoint",
-            model=self.model,
-            base_url=server.url,
-            api="completions",
-            concurrency=self.concurrency,
-            max_retries=2,
-            read_timeout=3600,
-            total_timeout=3600,
-            extra_body=self.sampled_from_all(),
+        fields = self.sampled_from_all()
+        responder = server.responder(
+            self.model, self.concurrency, fields, api="completions", max_retries=2
         )
-        responder = EndpointResponder(endpoint)
-        responder.key = server.key
         try:
             for raw in responder.ask(prompts):
                 if raw.error and "sha256" not in raw.body:
