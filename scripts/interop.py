@@ -121,14 +121,10 @@ def by_server(engine: Engine, job: Job, adapter: Path | None) -> tuple[str, list
         rank = json.loads((adapter / "adapter_config.json").read_bytes())["r"]
         line += ["--enable-lora", "--max-lora-rank", f"{max(8, rank)}"]
         line += ["--lora-modules", f"student={adapter}"]
-    quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    quiet["VLLM_TARGET_DEVICE"] = "cuda" if torch.cuda.is_available() else "cpu"
-    server, rows = EngineServer(line, quiet, engine), list[Row]()
+    server, rows = EngineServer(line, engine), list[Row]()
 
     def post(path: str, **body: Any) -> Any:
-        keys, url = {"authorization": f"Bearer {server.key}"}, f"{server.address}{path}"
-        reply = httpx2.post(url, json=body, headers=keys, timeout=900, trust_env=False)
-        return reply.raise_for_status().json()
+        return server.post(path, **body).raise_for_status().json()
 
     try:
         server.wait()

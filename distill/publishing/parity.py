@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import numpy as np
 import torch
 from torch import Tensor
@@ -227,7 +226,7 @@ class ParityCheck:
         longest = max(map(len, self.ids.values())) + limit
         context = min(self.most, -(-longest // ROOM) * ROOM)
         line = [*self.command, f"{file}", "--alias", file.stem, "--parallel", f"{PARALLEL}"]
-        server = EngineServer([*line, "--ctx-size", f"{context * PARALLEL}"], {}, "llama.cpp")
+        server = EngineServer([*line, "--ctx-size", f"{context * PARALLEL}"], "llama.cpp")
         try:
             server.wait()
             facts["prompts"], facts["answers"] = len(self.items), len(self.texts)
@@ -324,11 +323,5 @@ class ParityCheck:
 
 def post(server: EngineServer, path: str, **body: object) -> dict[str, Any]:
     """Return what a running engine replies; {} where it refuses."""
-    keys = {"authorization": f"Bearer {server.key}"}
-    try:
-        reply = httpx2.post(
-            f"{server.address}{path}", json=body, headers=keys, timeout=600, trust_env=False
-        )
-    except httpx2.TransportError as error:
-        raise server.failure(f"does not answer: {one_line(error)}") from None
+    reply = server.post(path, **body)
     return reply.json() if reply.status_code == 200 else {}

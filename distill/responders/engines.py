@@ -25,7 +25,7 @@ import httpx2
 import torch
 
 from distill.config.teachers import EndpointTeacher, Engine, Engines, LocalTeacher
-from distill.errors import DistillError, Exit
+from distill.errors import DistillError, Exit, one_line
 from distill.models.chat_template import encode_prompt, template_hash
 from distill.models.devices import device, pick_dtype
 from distill.models.download import cache_folder
@@ -40,6 +40,7 @@ from distill.storage.progress import say
 
 STARTING = 900.0  # seconds until an engine must answer: a large model is read from a disk
 LINES = 12  # of its log, where it does not
+QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 CACHE_GIB = "2"  # of vLLM's keys and values on a CPU
 ROOM = 256  # the context is a multiple of this many tokens
 BY_SCRIPT = "bash scripts/engines.sh"
@@ -122,7 +123,7 @@ def engine_version(command: tuple[str, ...]) -> str:
 class EngineServer:
     """A running engine; `url` and `key` are how it is asked. `close` ends it."""
 
-    def __init__(self, command: Sequence[str], environment: dict[str, str], name: str) -> None:
+    def __init__(self, command: Sequence[str], name: str) -> None:
         with socket.socket() as free:  # until the engine takes it, another could: it would fail
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -132,14 +133,16 @@ class EngineServer:
         self.log = cache_folder() / f"engines/{name}-{os.getpid()}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         line = [sys.executable, "-c", GUARD, *command, "--host", "127.0.0.1", "--port", f"{port}"]
-        keys = {"VLLM_API_KEY": self.key, "LLAMA_API_KEY": self.key}
+        settings = {"VLLM_API_KEY": self.key, "LLAMA_API_KEY": self.key, **QUIET}
+        if device().type == "cpu":  # else vLLM asks for nine tenths of the memory
+            settings |= {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": CACHE_GIB}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 line,
                 stdin=subprocess.PIPE,  # which the guard watches
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **environment, **keys},
+                env={**os.environ, **settings},
                 start_new_session=True,
             )
 
@@ -166,6 +169,15 @@ class EngineServer:
         for line in [*causes[:1], *log_lines[-LINES:]]:  # the first is often why the others came
             error.add_note(f"  {line[:300]}")
         return error
+
+    def post(self, path: str, **body: object) -> httpx2.Response:
+        """Return its reply to one request; raises DistillError (exit 4) where there is none."""
+        keys = {"authorization": f"Bearer {self.key}"}
+        url = f"{self.address}{path}"
+        try:
+            return httpx2.post(url, json=body, headers=keys, timeout=900, trust_env=False)
+        except httpx2.TransportError as error:
+            raise self.failure(f"does not answer: {one_line(error)}") from None
 
     def responder(
         self, model: str, concurrency: int, extra_body: Mapping[str, object], **settings: Any
@@ -293,10 +305,7 @@ class EngineResponder:
             line = [*self.command, f"{self.gguf()}", "--alias", self.model]
             line += ["--ctx-size", f"{context * rows}", "--parallel", f"{rows}"]
         say(f"{self.engine} {self.version}: starting with {self.model}")
-        settings = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-        if device().type == "cpu":  # else vLLM asks for nine tenths of the memory
-            settings |= {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": CACHE_GIB}
-        self.server = EngineServer(line, settings, self.engine)
+        self.server = EngineServer(line, self.engine)
         self.context, self.rows = context, rows
         self.server.wait()
         say(f"{self.engine}: answers after {time.monotonic() - started:.0f} s")

@@ -112,7 +112,7 @@ def opened(file: Path) -> EngineServer:
     python_of("llama.cpp")  # else the test is skipped
     line = [*require_engine("llama.cpp", Engines()), f"{file}", "--alias", "m"]
     line += ["--ctx-size", "512", "--threads", "1", "--cache-type", "f32"]
-    server = EngineServer(line, {}, "llama.cpp")
+    server = EngineServer(line, "llama.cpp")
     server.wait()
     return server
 

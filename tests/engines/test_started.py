@@ -40,6 +40,7 @@ def config(model: Path, tmp_path: Path) -> Path:
         "corpus": {"path": str(tmp_path / "rows.jsonl"), "near_duplicate_threshold": None,
                    "split": {"validation": 1, "heldout": 2}},
         "teacher": {"model": str(model), "engine": "llama.cpp", "max_batch_size": 2,
+                    "dtype": "float32",
                     "max_new_tokens": 24, "license": "Apache-2.0"},
         "student": {"model": str(model)},
         "terms": {"basis": "a model of our own"},
