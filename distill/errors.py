@@ -53,6 +53,13 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
+def system_error(error: OSError, where: object) -> DistillError:
+    """Return what the system refuses as an error of ours: a full disk, a right, a limit."""
+    fix = FIXES.get(error.errno or 0, "check the disk, or see --debug")
+    what = error.strerror or str(error) or type(error).__name__
+    return DistillError(Exit.STATE, error.filename or where, what, fix)
+
+
 def exit_code(work: Callable[[], object], debug: bool = False) -> int:
     """Do `work`, return its exit code; an error is one line on stderr (`debug` raises it)."""
     try:
@@ -62,7 +69,7 @@ def exit_code(work: Callable[[], object], debug: bool = False) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else it would fail again at the exit
         if isinstance(error, BrokenPipeError):  # whoever read has gone: head, less
             return SIGPIPE
-        return _complain(f"error: {_of_the_system(error, 'standard output')}", Exit.STATE)
+        return _complain(f"error: {system_error(error, 'standard output')}", Exit.STATE)
     return code
 
 
@@ -79,7 +86,7 @@ def _outcome(work: Callable[[], object], debug: bool) -> int:
         if isinstance(error, OSError):
             if error.filename is None:
                 sys.stdout.flush()  # raises again where that is what cannot be written
-            error = _of_the_system(error, "the system")
+            error = system_error(error, "the system")
         if not isinstance(error, DistillError):
             what = f"{type(error).__name__}: {one_line(error)}"
             return _complain(f"error: {what} (--debug shows where)", 1)
@@ -87,12 +94,6 @@ def _outcome(work: Callable[[], object], debug: bool) -> int:
             _complain(f"error: {line}", error.code)
         return int(error.code)
     return 0
-
-
-def _of_the_system(error: OSError, where: str) -> DistillError:
-    """Return what the system refuses as an error of ours: a full disk, a right, a limit."""
-    fix = FIXES.get(error.errno or 0, "--debug shows where")
-    return DistillError(Exit.STATE, error.filename or where, error.strerror or str(error), fix)
 
 
 def _complain(line: str, code: int) -> int:

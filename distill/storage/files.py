@@ -15,18 +15,12 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from safetensors import SafetensorError
 
-from distill.errors import DistillError, Exit
+from distill.errors import DistillError, Exit, system_error
 from distill.records import Record
 from distill.storage.progress import say
 
 R = TypeVar("R", bound=Record)
 REMAKE = "remake it with --redo STAGE"
-WAYS_OUT = {
-    "free space": (errno.ENOSPC, errno.EDQUOT),
-    "make it writable": (errno.EROFS, errno.EACCES, errno.EPERM),
-    "raise the limit of open files (ulimit -n)": (errno.EMFILE,),
-    "check the path": (errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
-}
 # What a mounted drive answers that knows no locks, or no fsync of a folder
 NOT_OFFERED = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
@@ -37,13 +31,10 @@ def disk_errors(where: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or type(error).__name__
         if isinstance(error, FileNotFoundError) and error.filename == str(where):
             what, fix = "is missing", "run the stage that makes it, or check the path"
             raise DistillError(Exit.STATE, where, what, fix) from None
-        ways = (way for way, codes in WAYS_OUT.items() if error.errno in codes)
-        fix = f"{next(ways, 'check the disk')}, then run again"
-        raise DistillError(Exit.STATE, error.filename or where, reason, fix) from None
+        raise system_error(error, where) from None
     except SafetensorError as error:  # of a full disk too
         what, fix = f"could not be written: {error}", "free space, then run again"
         raise DistillError(Exit.STATE, where, what, fix) from None
@@ -164,14 +155,6 @@ def replacing(folder: Path) -> Iterator[Path]:
         fsync_folder(folder.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove a folder so that no crash leaves a part of it under its name."""
-    gone = folder.with_name(f".{folder.name}.gone")
-    shutil.rmtree(gone, ignore_errors=True)
-    folder.rename(gone)
-    shutil.rmtree(gone)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from itertools import count, groupby, islice
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -70,12 +70,13 @@ def segments(folder: Path, check: bool = True) -> list[Path]:
     paths = sorted(path for path in folder.glob("*.jsonl") if SEGMENT.fullmatch(path.name))
     for writer, group in groupby(paths if check else (), writer_of):
         for number, path in enumerate(group, 1):
-            if path.name != (name := _name(writer, number)):
+            if path.name != (name := segment_name(writer, number)):
                 raise damaged(folder, folder, f"segment {name[:-6]} is missing")
     return paths
 
 
-def _name(writer: str, number: int) -> str:
+def segment_name(writer: str, number: int) -> str:
+    """Return what a writer's segment of that number is called."""
     return f"{writer}-{number:08}.jsonl".removeprefix("-")
 
 
@@ -136,7 +137,6 @@ class Log(ExitStack):
         self._segments: list[OpenSegment] = []
         self._handle, self._number, self._current = -1, 0, 0  # of the segment that is written
         self._sound = False  # False from the start of a write until it is known to be on the disk
-        self._seen: dict[str, int] = {}  # records of a kind that `news` has given
 
     def __enter__(self) -> Self:
         with ExitStack() as undo:
@@ -202,7 +202,7 @@ class Log(ExitStack):
                 files.write_json(self.folder / "version.json", {"version": VERSION})
             if not all(segment.is_current() for segment in self._segments):
                 self._close_files()
-                self._segments, self.index, self._seen = [], {}, {}
+                self._segments, self.index = [], {}
             self.torn, last = 0, {writer_of(path): path for path in paths}
             for path in paths:
                 self._index_segment(path, last[writer_of(path)] == path)
@@ -259,7 +259,7 @@ class Log(ExitStack):
         """Make the writer's segment `number` the one that is written; a new one is made durably."""
         if self._handle >= 0:
             os.close(self._handle)
-        path = self.folder / _name(self.writer, number)
+        path = self.folder / segment_name(self.writer, number)
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         self._handle, self._number = os.open(path, flags, 0o644), number
         self._current = self._open(path)
@@ -300,13 +300,6 @@ class Log(ExitStack):
         self._sound = True
         return len(fresh)
 
-    def copy(self, records: Iterable[NewRecord]) -> int:
-        """Append many records, a thousand an fsync; return how many were new."""
-        source, new = iter(records), 0
-        while group := list(islice(source, 1000)):
-            new += self.append(group)
-        return new
-
     def __contains__(self, record: tuple[str, str]) -> bool:
         kind, key = record
         return key in self.index.get(kind, ())
@@ -327,15 +320,6 @@ class Log(ExitStack):
     def keys(self, kind: str) -> Iterator[str]:
         """Yield the keys of one kind in the order they were stored."""
         return iter(self.index.get(kind, ()))
-
-    def news(self) -> Iterator[NewRecord]:
-        """Yield every record once: all, and at later calls those that writers have added."""
-        if not self.writable:
-            self._load()
-        for kind, keys in self.index.items():
-            for key in list(islice(keys, self._seen.get(kind, 0), None)):
-                self._seen[kind] = self._seen.get(kind, 0) + 1
-                yield kind, key, self.get(kind, key)
 
 
 class LogWriter:
