@@ -123,7 +123,7 @@ STAGES: tuple[Stage, ...] = (
         _lazy("distill.generation.generate.main"),
         lambda c: _lazy("distill.responders.kinds.identity")(c.teacher, c.engines),
         purpose="ask the teacher what the store lacks",
-        smaller="lower teacher.max_batch_size",
+        smaller="lower teacher.concurrency",
     ),
     Stage(
         "filter",
@@ -177,7 +177,7 @@ STAGES: tuple[Stage, ...] = (
         _lazy("distill.evaluation.evaluate.main"),
         evaluation_identity,
         purpose="compare student, base and teacher on held-out items",
-        smaller="lower evaluation.max_batch_size",
+        smaller="lower evaluation.concurrency",
     ),
     Stage(
         "report",

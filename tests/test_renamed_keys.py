@@ -36,9 +36,13 @@ evaluation:
   judge: {model: ./j, licence: mit}
 publish: {licence: Apache-2.0}
 """
-NEW = OLD.replace("slots: ", "max_batch_size: ").replace("licence", "license")
+NEW = (
+    OLD.replace("slots: null,", "")
+    .replace("slots: ", "concurrency: ")
+    .replace("licence", "license")
+)
 NEW = NEW.replace("first_wait", "initial_backoff")
-NEW = NEW.replace("{max_batch_size: 3, license: theirs}", "{slots: 3, licence: theirs}")
+NEW = NEW.replace("{concurrency: 3, license: theirs}", "{slots: 3, licence: theirs}")
 
 
 @pytest.fixture(autouse=True)
@@ -59,32 +63,32 @@ def test_a_config_is_read_under_old_names_and_each_is_told_once(tmp_path, capsys
     assert config.signals.endpoint.extra_body == {"slots": 3, "licence": "theirs"}
     told = capsys.readouterr().err.splitlines()
     assert told[0] == (
-        f"{path}:5: teacher.slots is now called max_batch_size; the old name still works"
+        f"{path}:5: teacher.slots is now called concurrency; the old name still works"
     )
-    assert len(told) == 6 and f"{path}:15: publish.licence is now called license" in told[-1]
+    assert len(told) == 7 and f"{path}:15: publish.licence is now called license" in told[-1]
 
 
 def test_an_error_in_a_value_under_an_old_name_has_its_line(tmp_path):
     path = write(tmp_path / "old.yaml", OLD.replace("slots: 4", "slots: 0"))
-    with pytest.raises(DistillError, match=r"old\.yaml:5: teacher\.max_batch_size"):
+    with pytest.raises(DistillError, match=r"old\.yaml:5: teacher\.concurrency"):
         load_config(path)
 
 
 @pytest.mark.parametrize("text", [OLD, NEW], ids=["old", "new"])
-@pytest.mark.parametrize("name", ["slots", "max_batch_size"])
+@pytest.mark.parametrize("name", ["slots", "max_batch_size", "concurrency"])
 def test_an_override_wins_under_either_name(tmp_path, capsys, text, name):
     path = write(tmp_path / "c.yaml", text)
     config = load_config(path, [f"teacher.{name}=8", f"evaluation={{{name}: 9}}"])
     assert isinstance(config.teacher, LocalTeacher)
-    assert (config.teacher.max_batch_size, config.evaluation.max_batch_size) == (8, 9)
-    told = "command line: teacher.slots is now called max_batch_size" in capsys.readouterr().err
-    assert told == (name == "slots")
+    assert (config.teacher.concurrency, config.evaluation.concurrency) == (8, 9)
+    told = f"command line: teacher.{name} is now called concurrency" in capsys.readouterr().err
+    assert told == (name != "concurrency")
 
 
 def test_a_run_s_own_config_is_read_in_silence(tmp_path, capsys):
     new = load_config(write(tmp_path / "new.yaml", NEW))
     tree = json.loads(json.dumps(new.resolved()))
-    tree["teacher"]["slots"] = tree["teacher"].pop("max_batch_size")
+    tree["teacher"]["slots"] = tree["teacher"].pop("concurrency")
     tree["publish"]["licence"] = tree["publish"].pop("license")
     write_json(tmp_path / "config.json", tree)
     assert load_config(tmp_path / "config.json") == new
@@ -96,7 +100,7 @@ def test_a_key_under_both_names_is_refused_with_the_new_one(tmp_path):
     with pytest.raises(DistillError) as caught:
         load_config(write(tmp_path / "both.yaml", both))
     assert caught.value.code == Exit.CONFIG
-    assert "unknown key teacher.slots (did you mean max_batch_size?)" in str(caught.value)
+    assert "unknown key teacher.max_batch_size (did you mean concurrency?)" in str(caught.value)
 
 
 def test_the_table_holds_names_that_are_gone_and_their_new_ones():
@@ -156,7 +160,7 @@ def finished(folder: Path, stage: Stage, **changes: Any) -> Run:
             "name": "r",
             "runs": folder,
             "corpus": {"path": "texts"},
-            "teacher": {"model": "./t", "max_batch_size": 4, "license": "mit"},
+            "teacher": {"model": "./t", "concurrency": 4, "license": "mit"},
             "student": {"model": "./s"},
         }
     )
@@ -180,9 +184,9 @@ def made(run: Run) -> None:
 STAGE = Stage("first", ("teacher", "prompts", "evaluation"), (), ("out",), made)
 
 
-OLD_NAMES = {"teacher__max_batch_size": ..., "teacher__slots": 4, "teacher__license": ...}
-OLD_NAMES |= {"evaluation__max_batch_size": ..., "evaluation__slots": None}
-LATER = {f"teacher__{name}": ... for name in ("omit", "concurrency", "budget_dollars", "n")}
+OLD_NAMES = {"teacher__concurrency": ..., "teacher__slots": 4, "teacher__license": ...}
+OLD_NAMES |= {"evaluation__concurrency": ..., "evaluation__slots": None}
+LATER = {f"teacher__{name}": ... for name in ("omit", "engine", "budget_dollars", "n")}
 LATER |= {"evaluation__confidence": ..., "prompts__per_document": ...}
 
 
@@ -200,10 +204,10 @@ def test_a_finished_stage_stays_done_where_only_names_differ(tmp_path, names, st
 
 
 def test_what_another_kind_of_teacher_left_at_its_default_is_no_difference():
-    old = {"teacher.kind": "local", "teacher.answers": None, "teacher.concurrency": 16}
+    old = {"teacher.kind": "local", "teacher.answers": None, "teacher.max_retries": 6}
     assert differences({**old, "teacher.model": ""}, {"teacher.kind": "local"}) == []
-    assert differences({**old, "teacher.concurrency": 8}, {"teacher.kind": "local"}) == [
-        "teacher.concurrency was 8, is 16"
+    assert differences({**old, "teacher.max_retries": 8}, {"teacher.kind": "local"}) == [
+        "teacher.max_retries was 8, is 6"
     ]
 
 
@@ -216,7 +220,7 @@ def test_a_section_that_was_off_is_no_section_of_defaults():
     assert differences(known, {**known, **questions}) == [], "one key of it came later"
     judge = {"evaluation.judge.kind": "local", "evaluation.judge.model": "./j"}
     assert differences({"evaluation.judge": None}, judge)
-    assert differences(judge, {**judge, "evaluation.judge.max_batch_size": None}) == []
+    assert differences(judge, {**judge, "evaluation.judge.concurrency": None}) == []
 
 
 @pytest.mark.parametrize("told", ["file", "command line"])

@@ -17,7 +17,7 @@ from distill.responders.kinds import KINDS, make_responder
 from distill.responders.responder import Request, Sampling, Scoring, origin_of
 
 OLD_KEYS: dict[str, Any] = {  # of every kind, as finished runs hold them
-    **{"revision": None, "dtype": "auto", "max_batch_size": None, "license": None},
+    **{"revision": None, "dtype": "auto", "max_batch_size": None, "slots": None, "license": None},
     **{"dollars": None, "answers": None, "base_url": None, "allow_insecure": False, "api": "chat"},
     **{"api_key_env": None, "max_tokens_field": "max_tokens", "omit": [], "extra_body": {}},
     **{"strict_model": False, "budget_dollars": None, "concurrency": 16, "total_timeout": 600.0},
@@ -56,7 +56,7 @@ def test_a_teacher_without_a_kind_is_local(tmp_path):
 @pytest.mark.parametrize(
     ("teacher", "words"),
     [
-        ({"model": "m", "concurrency": 8}, "teacher.concurrency: is a key of kind endpoint"),
+        ({"model": "m", "max_retries": 8}, "teacher.max_retries: is a key of kind endpoint"),
         ({"model": "m", "base_url": "https://a.example"}, "base_url: is a key of kind endpoint"),
         ({"kind": "recorded", "dtype": "float32"}, "teacher.dtype: is a key of kind local"),
         ({"kind": "canned"}, "teacher.answers is missing"),

@@ -16,14 +16,15 @@ from distill.config.teachers import TEACHERS
 
 # The last part of a key; it is an old name only where the section has the new one and not the old.
 RENAMED = {
-    "slots": "max_batch_size",
+    **dict.fromkeys(("slots", "max_batch_size"), "concurrency"),
     "licence": "license",
     "licences": "licenses",
     "first_wait": "initial_backoff",
     "max_straight_failures": "max_consecutive_failures",
     "samples": "bootstrap_samples",
 }
-FORMER_DEFAULTS = {"max_consecutive_failures": 100}  # in the resolved configs of older runs
+# In the resolved configs of older runs, where these were not as they are now
+FORMER_DEFAULTS = {"max_consecutive_failures": 100, "concurrency": 16}
 KeyPath = tuple[str, ...]
 RESPONDERS: tuple[KeyPath, ...] = (("teacher",), ("evaluation", "judge"), ("signals", "endpoint"))
 # What moved to the top of a config; a judge's and a reader's never did anything
@@ -97,7 +98,17 @@ def forget_other_kinds(tree: dict[str, Any]) -> None:
         responder: Any = tree
         for name in section:
             responder = responder.get(name) if isinstance(responder, dict) else None
-        kind = responder.get("kind", "local") if isinstance(responder, dict) else None
+        if not isinstance(responder, dict):
+            continue
+        kind = responder.get("kind", "local")
+        # how many at once stood there under two names, of which one did nothing
+        for old in {"slots", "max_batch_size"} & responder.keys():
+            if kind == "local" and responder.get("concurrency") in (None, 16):
+                responder["concurrency"] = responder.pop(old)
+            elif kind != "local" and responder[old] is None:
+                del responder[old]
+        if kind != "local" and responder.get("concurrency", 0) is None:
+            del responder["concurrency"]
         fields = next(
             (k.model_fields for k in TEACHERS if k.model_fields["kind"].default == kind), {}
         )

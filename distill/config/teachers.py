@@ -106,7 +106,7 @@ class LocalTeacher(Teacher):
 
     runs_here = makes_answers = True
     logprobs = "full"
-    shaping = ("dtype", "max_batch_size", "chat_template_kwargs", "engine")
+    shaping = ("dtype", "chat_template_kwargs", "engine")
 
     kind: Literal["local"] = "local"
     """`local` loads a model here, `endpoint` asks a server, `recorded` takes the answers in the
@@ -116,9 +116,9 @@ class LocalTeacher(Teacher):
     engine: Literal["auto", Engine] = "distill"
     """What computes its answers: `distill`, or `vllm` or `llama.cpp`, which is started for it;
     `auto` takes vllm where a GPU and vLLM are here."""
-    max_batch_size: Positive | None = None
-    """Sequences generated at once; null takes what fits, of another engine 16. Lower it where
-    memory runs out."""
+    concurrency: Positive | None = None
+    """Requests that run at once; null takes what fits in memory, of another engine 16. Lower it
+    where memory runs out."""
     chat_template_kwargs: TemplateVariables = {}
     """Variables of its chat template, for instance {enable_thinking: false}."""
 

@@ -182,8 +182,8 @@ class Evaluation(Section):
     """Further questions: names in eval/suites, or paths of your own."""
     max_new_tokens: Positive | None = None
     """Tokens of an answer to a held-out prompt, at most; null takes `teacher.max_new_tokens`."""
-    max_batch_size: Positive | None = None
-    """Sequences generated at once; null takes what fits in memory."""
+    concurrency: Positive | None = None
+    """Requests to student and base that run at once; null takes what fits in memory."""
     timing: Literal["quick", "full"] = "quick"
     """How models that run here are timed: with 8 requests at once, once; `full` with 1, 8 and 32,
     each until three runs agree, which takes minutes."""

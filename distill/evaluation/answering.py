@@ -94,7 +94,7 @@ def student_responder(
     # that of answers which were stored before `files` were part of it
     old_origin = digest(shaping) if shaping.pop("files", None) else None
     facts = facts.model_copy(update={**changes, "dtype": dtype.removeprefix("torch.")})
-    batch = run.config.evaluation.max_batch_size
+    batch = run.config.evaluation.concurrency
     return LocalResponder(model, tokenizer, name, origin, date, batch, old_origin), facts
 
 

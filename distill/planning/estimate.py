@@ -216,7 +216,7 @@ class RunEstimate:
             return max(sides, key=lambda parts: sum(parts.values()))
 
         if isinstance(teacher, LocalTeacher):
-            tokens, rows = self.work.teacher.tokens + teacher.max_new_tokens, teacher.max_batch_size
+            tokens, rows = self.work.teacher.tokens + teacher.max_new_tokens, teacher.concurrency
             model = (shape_of(teacher.model), machine.width(teacher.dtype))
             peaks["generate"] = answering(*model, tokens, rows)
         live, soft = 0.0, settings.loss.soft
@@ -242,7 +242,7 @@ class RunEstimate:
             answers = answering(student, width, self.prompt + config.on_policy.max_new_tokens, None)
             peaks["refine"] = highest(answers, peaks.get("signals", {}), peaks["train"])
         tokens = self.prompt + (config.evaluation.max_new_tokens or teacher.max_new_tokens)
-        answers = answering(student, width, tokens, config.evaluation.max_batch_size)
+        answers = answering(student, width, tokens, config.evaluation.concurrency)
         read = arithmetic.reading_bytes(student, width, kind)
         # a teacher that is here is timed too
         peaks["evaluate"] = highest(peaks.get("generate", {}), answers, read)

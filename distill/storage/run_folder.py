@@ -29,10 +29,10 @@ StageState = Literal["fresh", "unfinished", "done", "stale"]
 SEAL = "sha256"  # the manifest's last key
 SHOWN = 6  # differences, or names of files, in a message
 HASH = re.compile(r"[0-9a-f]{32,64}")
-# Settings of memory: how much is computed at once changes results by rounding alone. The costs that
-# an evaluation measured hang on its own, so that one counts once it is finished.
+# Settings of memory: how much is computed at once changes results by rounding alone.
 MEMORY = (
-    *("teacher.max_batch_size", "train.micro_batch_tokens", "train.gradient_checkpointing"),
+    *("teacher.concurrency", "evaluation.concurrency", "evaluation.judge.concurrency"),
+    *("train.micro_batch_tokens", "train.gradient_checkpointing"),
     "evaluation.judge.max_consecutive_failures",
 )
 # A file beside the weights of a model in a folder, after what the model does there
@@ -126,7 +126,7 @@ class Run:
         ignored = set(MEMORY)
         if not finished:
             models = {key for key in old.keys() | new if key.split(" file ")[0] in stage.compares}
-            ignored |= {"evaluation.max_batch_size", *models}
+            ignored |= models
         if changes := differences(old, new, ignored):
             outputs = [p for n in stage.outputs for p in (self.path(n), *self.path(n).rglob("*"))]
             begun = finished or any(path.is_file() for path in outputs)

@@ -43,7 +43,7 @@ def main() -> None:
     for engine in arguments.engines:
         speeds = results[engine] = {}
         for load, count in LOADS.items():
-            changes = {"engine": engine, "max_batch_size": load}
+            changes = {"engine": engine, "concurrency": load}
             try:
                 responder = make_responder(settings.model_copy(update=changes), config)
             except DistillError as error:

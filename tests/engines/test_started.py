@@ -39,7 +39,7 @@ def config(model: Path, tmp_path: Path) -> Path:
         "runs": str(tmp_path / "runs"),
         "corpus": {"path": str(tmp_path / "rows.jsonl"), "near_duplicate_threshold": None,
                    "split": {"validation": 1, "heldout": 2}},
-        "teacher": {"model": str(model), "engine": "llama.cpp", "max_batch_size": 2,
+        "teacher": {"model": str(model), "engine": "llama.cpp", "concurrency": 2,
                     "dtype": "float32",
                     "max_new_tokens": 24, "license": "Apache-2.0"},
         "student": {"model": str(model)},
@@ -132,7 +132,7 @@ def test_it_is_timed_as_our_own_engine_is(
 def test_killed_it_leaves_no_engine_and_goes_on(config: Path, model: Path) -> None:
     prepared(config)
     command = [sys.executable, "-m", "distill", "generate", str(config)]
-    slow = ["teacher.max_new_tokens=400", "teacher.max_batch_size=1"]
+    slow = ["teacher.max_new_tokens=400", "teacher.concurrency=1"]
     process = subprocess.Popen([*command, *slow], stderr=subprocess.DEVNULL)
     log = config.parent / "runs/.store/responses"
     deadline = time.monotonic() + 120

@@ -23,17 +23,16 @@ def stage_of(section: str) -> Stage:
 @pytest.mark.parametrize(
     ("section", "old", "new"),
     [
-        ("teacher", {"model": "t", "max_batch_size": 64}, {"model": "t", "max_batch_size": 8}),
-        ("teacher", {"model": "t"}, {"model": "t", "max_batch_size": 8}),
+        ("teacher", {"model": "t", "concurrency": 64}, {"model": "t", "concurrency": 8}),
+        ("teacher", {"model": "t"}, {"model": "t", "concurrency": 8}),
         ("train", {"micro_batch_tokens": 4096}, {"micro_batch_tokens": 512}),
         ("train", {}, {"gradient_checkpointing": True}),
-        ("evaluation", {}, {"max_batch_size": 4}),
+        ("evaluation", {}, {"concurrency": 4}),
     ],
 )
 def test_a_setting_of_memory_makes_no_stage_stale(
     section: str, old: Any, new: Any, finished: bool, tmp_path: Path
 ) -> None:
-    """Of a finished evaluation it does: the costs that it measured hang on its batches."""
     before, after = (run_with(tmp_path, **{section: value}) for value in (old, new))
     stage = stage_of(section)
     before.path("parts").mkdir(parents=True)
@@ -41,8 +40,7 @@ def test_a_setting_of_memory_makes_no_stage_stale(
     write_json(
         before.marker(stage), {"fingerprint": before.fingerprint(stage), "finished": finished}
     )
-    stale = finished and section == "evaluation"
-    assert after.state(stage)[0] == ("stale" if stale else "done" if finished else "unfinished")
+    assert after.state(stage)[0] == ("done" if finished else "unfinished")
 
 
 def test_a_setting_that_shapes_results_still_does(tmp_path: Path) -> None:

@@ -290,7 +290,7 @@ class LocalResponder:
 
 def make(teacher: LocalTeacher, circumstances: Circumstances) -> "LocalResponder | EngineResponder":
     """Make the responder of a model that runs here, in our own engine or another."""
-    size, date = teacher.max_batch_size, circumstances.date
+    size, date = teacher.concurrency, circumstances.date
     if teacher.engine != "distill":
         from distill.responders.engines import EngineResponder, engine_of
 
