@@ -50,7 +50,7 @@ def read_status(run: Run, stages: Sequence[Stage]) -> Status:
                 state, remark = STATES[code], "; ".join(changes)
             except DistillError as error:  # an input is not there, which leaves it unknown
                 state, remark = "unknown", str(error)
-        at = read_json(run.marker(stage)).get("at", "") if state == "done" else ""
+        at = read_json(run.path(stage.marker)).get("at", "") if state == "done" else ""
         rows.append(StageStatus(stage=stage.name, state=state, remark=remark, finished=at))
     pilots = {entry.stage: entry.started for entry in ledger}
     for name in sorted(pilots.keys() - {stage.name for stage in stages}):

@@ -167,13 +167,13 @@ def finished(folder: Path, stage: Stage, **changes: Any) -> Run:
     run = Run(config)
     with run.lock():
         run.perform(stage)
-    marker = read_json(run.marker(stage))
+    marker = read_json(run.path(stage.marker))
     for key, value in changes.items():
         name = key.replace("__", ".")
         marker["fingerprint"].pop(name, None) if value is ... else marker["fingerprint"].update(
             {name: value}
         )
-    write_json(run.marker(stage), marker)
+    write_json(run.path(stage.marker), marker)
     return run
 
 

@@ -91,15 +91,11 @@ class Run:
             hashes = {f"file {name}": files.sha256_file(self.path(name)) for name in inputs}
         return {**values, **hashes, **stage.identity(self.config)}
 
-    def marker(self, stage: Stage) -> Path:
-        """Return the file that holds the stage's fingerprint and whether it finished."""
-        return self.folder / stage.marker
-
     def _read_marker(self, stage: Stage) -> dict[str, Any]:
-        mark = files.read_json(self.marker(stage))
+        mark = files.read_json(self.path(stage.marker))
         if not isinstance(mark, dict) or not isinstance(mark.get("fingerprint"), dict):
             fix = f"--redo {stage.name} remakes it"
-            raise DistillError(Exit.STATE, self.marker(stage), "is damaged", fix)
+            raise DistillError(Exit.STATE, self.path(stage.marker), "is damaged", fix)
         return mark
 
     def state(self, stage: Stage) -> tuple[StageState, list[str]]:
@@ -108,7 +104,7 @@ class Run:
         An input that is missing now is no difference. A stage that was begun with other settings
         and has produced nothing is fresh.
         """
-        if not self.marker(stage).exists():
+        if not self.path(stage.marker).exists():
             return "fresh", []
         mark, new = self._read_marker(stage), self.fingerprint(stage)
         finished = mark.get("finished") is True
@@ -163,7 +159,7 @@ class Run:
     def do(self, stage: Stage) -> None:
         """Run the stage whatever its state, with its marker, signs of life and ledger entry."""
         self.ledger.enter_killed(stage.name)
-        marker = self.marker(stage)
+        marker = self.path(stage.marker)
         mark = {"fingerprint": self.fingerprint(stage), "finished": False, "begun": now()}
         files.write_json(marker, mark)
         self._note_stage(stage, {"environment": environment()})
@@ -202,7 +198,7 @@ class Run:
         crash between leaves it to do again."""
         for stage in reversed(list(stages)):
             self.remade.add(stage.name)
-            if self.marker(stage).exists():
+            if self.path(stage.marker).exists():
                 count = len(list((self.folder / ".old").glob(f"{stage.name}-*")))
                 target = self.folder / ".old" / f"{stage.name}-{count + 1}"
                 with files.disk_errors(target):
@@ -269,9 +265,11 @@ def differences(
 ) -> list[str]:
     """Name every key that differs: settings with both values, hashed inputs as lists of names.
 
-    Old names of keys are read as the present ones; a setting that one side lacks has its default.
+    Old names of keys are read as the present ones; a setting that one side lacks has its default,
+    and files of a model in a folder that an earlier distill did not name are those of now.
     """
     old = {".".join(present_path(key.split("."), Config)): value for key, value in old.items()}
+    old |= unnamed(old, new)
     settings, hashed = [], dict[str, list[str]]()
     for key in sorted(old.keys() | new.keys()):
         before, after = _setting(old, key), _setting(new, key)
@@ -308,7 +306,7 @@ def _setting(fingerprint: Mapping[str, object], key: str) -> object:
     return None
 
 
-def unnamed(old: Fingerprint, new: Fingerprint) -> Fingerprint:
+def unnamed(old: Mapping[str, object], new: Mapping[str, object]) -> Fingerprint:
     """Return what `new` says of models in folders of which `old`, an earlier one, names no file."""
     ours, theirs = (
         {match[1] for key in facts if (match := MODEL_FILE.fullmatch(key))} for facts in (new, old)

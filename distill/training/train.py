@@ -24,7 +24,7 @@ from distill.records import digest
 from distill.storage.environment import Interrupt, interruptible
 from distill.storage.files import sha256_file, write_json
 from distill.storage.progress import say, tracking
-from distill.storage.run_folder import MEMORY, Run, differences, flatten, unnamed
+from distill.storage.run_folder import MEMORY, Run, differences, flatten
 from distill.training import adapters, checkpoint, processes
 from distill.training.batches import Example, OptimizerStep, learning_rate, share
 from distill.training.encode import show
@@ -132,9 +132,9 @@ class Loop:
             return
         # what only concerns memory was once among the facts
         facts = {key: value for key, value in saved.facts["run"].items() if key not in MEMORY}
-        # an earlier distill knew a folder's model by its weights, and did not say what it ran on
+        # an earlier distill did not say what it ran on
         hardware = {key: parts.facts[key] for key in HARDWARE if key in parts.facts}
-        former = {**unnamed(facts, parts.facts), **hardware, **facts}
+        former = {**hardware, **facts}
         changes = differences(former, parts.facts)
         what = "not what the run was begun with: " + "; ".join(changes[:8])
         if changes and not allow_inexact:

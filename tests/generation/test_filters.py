@@ -142,13 +142,13 @@ def test_another_table_of_refusals_makes_the_stage_stale(
     run = with_answers(tmp_path, {"train": ["a"] * 3, "heldout": ["b", "c"]})
     (stage,) = (stage for stage in STAGES if stage.name == "filter")
     run.do(stage)
-    marker = read_json(run.marker(stage))
+    marker = read_json(run.path(stage.marker))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/refusals.yaml").write_text("[]")
     assert run.state(stage) == ("stale", ["changed: table configs/refusals.yaml"])
     del marker["fingerprint"]["table configs/refusals.yaml"]  # as an earlier distill left it
-    write_json(run.marker(stage), marker)
+    write_json(run.path(stage.marker), marker)
     assert run.state(stage) == ("done", [])
     assert filters.identity(Filters(refusal=False), "drop") == {}
 

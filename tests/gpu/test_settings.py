@@ -38,7 +38,7 @@ def test_a_setting_of_memory_makes_no_stage_stale(
     before.path("parts").mkdir(parents=True)
     (before.path("parts") / "1").write_text("")
     write_json(
-        before.marker(stage), {"fingerprint": before.fingerprint(stage), "finished": finished}
+        before.path(stage.marker), {"fingerprint": before.fingerprint(stage), "finished": finished}
     )
     assert after.state(stage)[0] == ("done" if finished else "unfinished")
 
@@ -48,5 +48,7 @@ def test_a_setting_that_shapes_results_still_does(tmp_path: Path) -> None:
     stage = stage_of("train")
     before.path("parts").mkdir(parents=True)
     (before.path("parts") / "1").write_text("")
-    write_json(before.marker(stage), {"fingerprint": before.fingerprint(stage), "finished": False})
+    write_json(
+        before.path(stage.marker), {"fingerprint": before.fingerprint(stage), "finished": False}
+    )
     assert after.state(stage)[0] == "stale"

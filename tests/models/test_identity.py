@@ -276,7 +276,7 @@ def begun(folder: Path, **settings: Any) -> Run:
     """Return a training that was killed after its second checkpoint."""
     run = make_training(folder, save_steps=1, **settings)
     (stage,) = (s for s in STAGES if s.name == "train")
-    write_json(run.marker(stage), {"fingerprint": run.fingerprint(stage), "finished": False})
+    write_json(run.path(stage.marker), {"fingerprint": run.fingerprint(stage), "finished": False})
     with killed_at(4):
         train.main(run)
     return run

@@ -97,7 +97,7 @@ def test_redo_moves_all_of_a_stage_and_continues_after_a_kill(tmp_path, monkeypa
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Path, "rename", rename)
         run.remake([stage])
-    assert run.marker(stage).exists()  # so the old adapter is not taken for the new run's
+    assert run.path(stage.marker).exists()  # so the old adapter is not taken for the new run's
     assert perform(make(tmp_path, seed=1), stage, redo=(stage,)) == [True]
     old = {str(p.relative_to(run.path(".old"))) for p in run.path(".old").rglob("*") if p.is_file()}
     assert {"train-1/checkpoints/x", "train-2/adapter/x", "train-2/training.json"} < old
@@ -145,7 +145,7 @@ def test_an_unfinished_stage_continues_and_asks_only_if_it_has_made_something(tm
 def test_a_damaged_marker_is_one_line_and_redo_remakes_it(tmp_path, text):
     run = make(tmp_path)
     perform(run, FIRST)
-    run.marker(FIRST).write_text(text)
+    run.path(FIRST.marker).write_text(text)
     assert "first.json: is damaged" in refused(run, FIRST)
     assert perform(run, FIRST, redo=(FIRST,)) == [True]
 
@@ -196,8 +196,8 @@ def test_the_seconds_of_a_killed_stage_are_in_the_ledger(tmp_path, monkeypatch):
     os.read(reader, 1)
     run = make(tmp_path)
     stage = Stage("first", (), (), ("a.txt",), write("a.txt"))
-    begun = run.marker(stage).stat().st_mtime
-    while run.marker(stage).stat().st_mtime < begun + 0.3:
+    begun = run.path(stage.marker).stat().st_mtime
+    while run.path(stage.marker).stat().st_mtime < begun + 0.3:
         pass
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)

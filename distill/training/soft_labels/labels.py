@@ -26,7 +26,7 @@ from distill.records import Pair, digest
 from distill.responders.terms import require_terms
 from distill.storage.files import read_json, read_records
 from distill.storage.progress import say
-from distill.storage.run_folder import MODEL_FILE, Run, differences, unnamed
+from distill.storage.run_folder import MODEL_FILE, Run, differences
 from distill.training.batches import Example
 from distill.training.divergences import Live, SoftTargets
 from distill.training.encode import encode_pair
@@ -112,7 +112,6 @@ def load_labels(run: Run, examples: Sequence[Example], vocabulary: int) -> Cache
     except (ValueError, TypeError, KeyError, AttributeError):
         raise DistillError(Exit.STATE, path, "is damaged", AGAIN) from None
     _, current = open_teacher(run.config)
-    facts = {**unnamed(facts, current), **facts}
     # but for the dtype, which `auto` chooses by the machine
     if changes := differences({**facts, "dtype": ""}, {**current, "dtype": ""}):
         changed = "; ".join(changes)
