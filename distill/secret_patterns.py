@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 from distill import shipped_table
 
-AROUND = ".,;:!?()\"'"  # what stands around the words of prose
-SHORT = 500  # characters in which looking for each sign is quickest
 PLACEHOLDER = re.compile(r"(?:pass(?:word|wd)?|pwd|secret|token|key|x+|\*+|\W.*)$", re.I)
 SHORTHANDS = {  # of the table
     "<start>": r"(?:(?<![\w-])|(?<=\\[nrt]))",  # not inside a word; an escaped line end is no word
@@ -85,27 +83,12 @@ FORMS = tuple(read_forms())
 NAMES = frozenset(form.name for form in FORMS)
 
 
-def is_plain(word: str) -> bool:
-    """Tell whether a word is letters, of which only the first may be a capital, as in prose."""
-    bare = word.strip(AROUND)
-    return bare.isalpha() and bare[1:] == bare[1:].lower()
-
-
-# With each sign, whether it can stand in a plain word, or with white space between words
-SIGNS = [
-    (sign, place, " " in sign or is_plain(sign) or not sign.strip(AROUND))
-    for place, form in enumerate(FORMS)
-    for sign in form.signs
-]
+SIGNS = [(sign, form) for form in FORMS for sign in form.signs]
 
 
 def forms_in(text: str) -> list[Form]:
     """Return the forms that may match in a text, by their signs, in the order of the list."""
-    odd = text
-    if len(text) > SHORT:  # most words hold no sign; nothing but a sign's word may go on with it
-        odd = " ".join(word for word in set(text.split()) if not is_plain(word))
-    places = {place for sign, place, plain in SIGNS if sign in (text if plain else odd)}
-    return [FORMS[place] for place in sorted(places)]
+    return list(dict.fromkeys(form for sign, form in SIGNS if sign in text))
 
 
 def find_secrets(text: str, allowed: Collection[str] = ()) -> Iterator[Secret]:

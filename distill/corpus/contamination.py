@@ -7,7 +7,7 @@ no evidence). Other words for the same thing are not found: `NOT_FOUND` stands b
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from jinja2 import nodes
 
@@ -15,8 +15,7 @@ from distill.corpus.ngrams import EvaluatedText, Index
 from distill.records import Document, Item, Pair, Prompt
 from distill.tasks.task import ENVIRONMENT, load_task, task_path
 
-TextKind = Literal["corpus", "prompt", "answer"]
-KINDS: tuple[TextKind, ...] = ("corpus", "prompt", "answer")
+KINDS = ("corpus", "prompt", "answer")  # of texts
 PlacedText = tuple[str, str]  # a place, and the text that stands there
 
 NOT_FOUND = (
@@ -30,7 +29,7 @@ class Match(NamedTuple):
     """A match of an item: in what kind of text, where, and the words."""
 
     item: str
-    kind: TextKind
+    kind: str
     place: str
     phrase: str
 
@@ -62,16 +61,11 @@ def sentences(template: str) -> tuple[str, ...]:
     return tuple(sorted((t for t in texts if len(t) >= MIN_SENTENCE), key=len, reverse=True))
 
 
-def flag(
-    items: Index,
-    documents: Iterable[PlacedText] = (),
-    prompts: Iterable[PlacedText] = (),
-    answers: Iterable[PlacedText] = (),
-) -> dict[str, list[Match]]:
-    """Return, by item id, the first match of each kind; an item without a match is left out."""
+def flag(items: Index, *texts: Iterable[PlacedText]) -> dict[str, list[Match]]:
+    """Return, by item id, the first match in each kind of text: documents, prompts, answers."""
     matches: dict[str, dict[str, Match]] = {}
-    for kind, texts in zip(KINDS, (documents, prompts, answers), strict=True):
-        for item, place, phrase in items.find(texts):
+    for kind, placed in zip(KINDS, texts, strict=False):
+        for item, place, phrase in items.find(placed):
             match = Match(item.id, kind, place, phrase)
             matches.setdefault(item.id, {}).setdefault(kind, match)
     return {item: [*by_kind.values()] for item, by_kind in matches.items()}
@@ -91,13 +85,12 @@ def flag_training(
 
 def trained_on(documents: Iterable[Document]) -> Iterator[PlacedText]:
     """Yield the texts of documents that are not held out, with the answers recorded with them."""
-    return ((d.id, full_text(d)) for d in documents if d.split != "heldout")
-
-
-def full_text(document: Document) -> str:
-    """Return a document with the answers that were recorded with it."""
-    texts = (answer.get(k) for answer in document.recorded_answers for k in ("reasoning", "text"))
-    return "\n".join(filter(None, (document.text, *texts)))
+    for document in documents:
+        if document.split != "heldout":
+            parts = [document.text]
+            for answer in document.recorded_answers:
+                parts += [answer.get("reasoning", ""), answer["text"]]
+            yield document.id, "\n".join(filter(None, parts))
 
 
 def contaminated_pairs(pairs: Iterable[Pair], held_out: Iterable[Prompt]) -> set[str]:

@@ -18,7 +18,7 @@ from distill.corpus.clean import chunk
 from distill.corpus.contamination import trained_on
 from distill.corpus.near_duplicates import near_repeats
 from distill.corpus.ngrams import EvaluatedText, Index
-from distill.corpus.privacy import mask_documents
+from distill.corpus.privacy import mask_document
 from distill.corpus.readers import Reject, SourceRow
 from distill.corpus.rows import Reading, interpret
 from distill.corpus.turns import LeftOut
@@ -178,7 +178,8 @@ def protect(
     if policy == "keep":
         return documents, {"policy": policy}
     results, kinds, holding = list[Document](), Counter[str](), 0
-    for document, (masked, counts) in zip(documents, mask_documents(documents), strict=True):
+    for document in documents:
+        masked, counts = mask_document(document)
         holding += bool(counts)
         kinds += counts
         if counts and policy == "drop":

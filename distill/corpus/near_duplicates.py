@@ -4,7 +4,6 @@ Grams are of words, or of characters in a script without spaces. Candidates come
 locality sensitive hashing (Broder 1997; datasketch), and each is confirmed by the exact overlap.
 """
 
-import hashlib
 import re
 from collections.abc import Sequence
 from itertools import pairwise
@@ -129,20 +128,13 @@ class Sketches:
 
         index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
         self.bands, self.rows = index.b, index.r
-        pairs = np.array(MinHash(num_perm=PERMUTATIONS, seed=1).permutations, np.uint32)
-        self.a, self.b = pairs[0], pairs[1]
+        self.empty = MinHash(num_perm=PERMUTATIONS, seed=1)
 
     def of(self, text: str) -> NDArray[np.uint64]:
-        """Return a text's hashes, one a band: the signature is that of datasketch's `affine32`."""
-        sha1 = hashlib.sha1
-        digests = b"".join([sha1(gram.encode()).digest() for gram in shingles(text)])
-        hashes_G = np.frombuffer(digests, "<u4")[::5].copy()
-        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):  # MurmurHash3's end
-            hashes_G ^= hashes_G >> np.uint32(shift)
-            hashes_G *= np.uint32(factor)
-        values_PG = np.multiply.outer(self.a, hashes_G)
-        values_PG += self.b[:, None]
-        signature = values_PG.min(axis=1)[: self.bands * self.rows].astype(np.uint64)
+        """Return a text's hashes, one a band."""
+        sketch = self.empty.copy()
+        sketch.update_batch([gram.encode() for gram in shingles(text)])
+        signature = sketch.hashvalues[: self.bands * self.rows].astype(np.uint64)
         return (signature.reshape(self.bands, -1) * FACTORS[: self.rows]).sum(axis=1)
 
 

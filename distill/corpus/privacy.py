@@ -7,12 +7,12 @@ and postal addresses are not looked for. Every pattern is bounded: hostile text 
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 
+from distill import shipped_table
 from distill.records import Document
 from distill.secret_patterns import Form, forms_in
 
+TABLE = shipped_table("private_text.yaml")
 EXAMPLES = re.compile(
     r"(?:^|\.)(?:example(?:\.\w{2,3})?|test|invalid|localhost|local|domain\.com)$", re.I
 )
@@ -28,30 +28,17 @@ CARD = re.compile(
     DIGITS
     + r"(?:\d{4}([ -]?)\d{4}\1\d{4}\1\d{4}|3[47]\d{2}([ -]?)\d{6}\2\d{5}|\d{13,19})(?![\w-]|[.,]\d)"
 )
-ISSUERS = re.compile(
-    r"4\d{12}(?:\d{3}){0,2}|5[1-5]\d{14}|2[2-7]\d{14}|3[47]\d{13}"
-    r"|3(?:0[0-5]|[68]\d)\d{11}|6(?:011|4[4-9]\d|5\d\d|2\d\d)\d{12}"
-)
-LENGTHS = {  # of the IBANs of each country, by the SWIFT registry
-    15: "NO", 16: "BE", 18: "DK FI FO GL NL", 19: "MK SI", 20: "AT BA EE KZ LT LU XK",
-    21: "CH HR LI LV", 22: "BG BH CR DE GB GE IE ME RS", 23: "AE GI IL", 26: "IS TR",
-    24: "AD CZ ES MD PK RO SA SE SK TN", 27: "FR GR IT MC SM", 28: "AL AZ CY DO GT HU LB PL",
-    29: "BR PS QA UA", 31: "MT",
-}  # fmt: skip
 IBAN = re.compile(
     r"(?<![\w-])(?=[A-Z]{2}\d\d)(?:"
     + "|".join(
-        rf"(?:{countries.replace(' ', '|')})\d\d(?: ?[A-Z0-9]){{{length - 4}}}"
-        for length, countries in LENGTHS.items()
+        rf"(?:{countries.replace(' ', '|')})\d\d(?: ?[A-Z0-9]){{{int(length) - 4}}}"
+        for length, countries in TABLE["iban_lengths"].items()
     )
     + r")(?![\w-])"
 )
-COUNTRY = (  # calling codes of ITU-T E.164
-    r"(?:1|7|2[07]|3[0-469]|4[013-9]|5[1-8]|6[0-6]|8[1246]|9[0-58]"
-    r"|2[1-69]\d|35\d|37\d|38\d|42[013]|50\d|59\d|6[79]\d|800|85\d|88\d|96\d|97\d|99\d)"
-)
 PHONE = re.compile(
-    r"(?<![\w.,/=~-])\+" + COUNTRY + r"(?:[ .-]?\(0?\d{1,4}\))?(?:[ .-]?\d){5,13}+(?!\w|[.,]\d)"
+    rf"(?<![\w.,/=~-])\+(?:{TABLE['calling_codes']})"
+    + r"(?:[ .-]?\(0?\d{1,4}\))?(?:[ .-]?\d){5,13}+(?!\w|[.,]\d)"
     r"|"
     + DIGITS
     + r"(?:1[ .-])?(?:\([2-9]\d\d\) ?[2-9]\d\d[.-]|[2-9]\d\d([.-])[2-9]\d\d\1)\d{4}(?![\w-]|[.,]\d)"
@@ -77,7 +64,7 @@ def is_card(match: re.Match[str]) -> bool:
     """Check issuer and Luhn's sum (ISO/IEC 7812)."""
     digits = [int(c) for c in match[0] if c.isdigit()]
     doubled = [sum(divmod(2 * d, 10)) for d in digits[-2::-2]]
-    issuer = ISSUERS.fullmatch("".join(map(str, digits)))
+    issuer = re.fullmatch(TABLE["card_issuers"], "".join(map(str, digits)))
     return bool(issuer) and (sum(digits[::-2]) + sum(doubled)) % 10 == 0
 
 
@@ -99,27 +86,22 @@ def is_phone(match: re.Match[str]) -> bool:
 
 
 # What must stand in a text before it is searched for a form, and the form.
-PERSONAL = {
-    "email": (re.compile("@"), EMAIL, is_email),
-    "iban": (re.compile(r"[A-Z]{2}\d\d ?[A-Z0-9]{4}"), IBAN, is_iban),
-    "card": (re.compile(r"\d{4}[ -]?\d{4}"), CARD, is_card),
-    "phone": (re.compile(r"\d{4}|\d{3}\D{1,2}\d{3}|\+\d|0\d"), PHONE, is_phone),
-}
-FORMS = [Form(kind, (), pattern, check, kind) for kind, (_, pattern, check) in PERSONAL.items()]
-TOGETHER = 64  # documents in which signs are looked for at once
+PERSONAL = [
+    (re.compile("@"), Form("email", (), EMAIL, is_email, "email")),
+    (re.compile(r"[A-Z]{2}\d\d ?[A-Z0-9]{4}"), Form("iban", (), IBAN, is_iban, "iban")),
+    (re.compile(r"\d{4}[ -]?\d{4}"), Form("card", (), CARD, is_card, "card")),
+    (
+        re.compile(r"\d{4}|\d{3}\D{1,2}\d{3}|\+\d|0\d"),
+        Form("phone", (), PHONE, is_phone, "phone"),
+    ),
+]
 
 
-def may_hold(text: str, form: Form) -> bool:
-    """Tell whether what must stand in a text for a form to match does."""
-    if form.name in PERSONAL:
-        return PERSONAL[form.name][0].search(text) is not None
-    return any(sign in text for sign in form.signs)
-
-
-def mask(text: str, forms: Iterable[Form] | None = None) -> tuple[str, Counter[str]]:
-    """Put `[KIND]` for each private thing, of some forms or all; return the text and the counts."""
+def mask(text: str) -> tuple[str, Counter[str]]:
+    """Put `[KIND]` for each private thing; return the text and the counts."""
     counts: Counter[str] = Counter()
-    for form in [*forms_in(text), *FORMS] if forms is None else forms:  # keys hold digits
+    personal = [form for sign, form in PERSONAL if sign.search(text)]
+    for form in [*forms_in(text), *personal]:  # keys hold digits
 
         def replace(match: re.Match[str], form: Form = form) -> str:
             text = match[0]
@@ -136,26 +118,8 @@ def mask(text: str, forms: Iterable[Form] | None = None) -> tuple[str, Counter[s
     return text, counts
 
 
-def mask_documents(documents: Iterable[Document]) -> Iterator[tuple[Document, Counter[str]]]:
-    """Yield each document with all but the user's `id` masked, and the counts by kind."""
-    documents = iter(documents)
-    while batch := [*islice(documents, TOGETHER)]:
-        texts = [all_text(document) for document in batch]
-        forms = [*forms_in("\n".join(texts)), *FORMS]
-        for document, text in zip(batch, texts, strict=True):
-            present = [form for form in forms if may_hold(text, form)]
-            yield mask_document(document, present) if present else (document, Counter())
-
-
-def all_text(document: Document) -> str:
-    """Return all that is masked of a document: what stands in one text of it stands in this."""
-    values = [v for k, v in document.meta.items() if isinstance(v, str) and k != "id"]
-    dicts = (*document.recorded_answers, *document.meta.get("messages", []))
-    return "\n".join((document.text, *values, *(text for one in dicts for text in one.values())))
-
-
-def mask_document(document: Document, forms: Sequence[Form]) -> tuple[Document, Counter[str]]:
-    """Return the document with what fits the forms masked, and the counts by kind."""
+def mask_document(document: Document) -> tuple[Document, Counter[str]]:
+    """Return a document with all but the user's `id` masked, and the counts by kind."""
     in_values, in_turns = Counter[str](), Counter[str]()
 
     def masked(value: object, counts: Counter[str]) -> object:
@@ -164,11 +128,11 @@ def mask_document(document: Document, forms: Sequence[Form]) -> tuple[Document, 
         if isinstance(value, dict):
             return {key: masked(one, counts) for key, one in value.items()}
         if isinstance(value, str):
-            value, more = mask(value, forms)
+            value, more = mask(value)
             counts.update(more)
         return value
 
-    text, counts = mask(document.text, forms)
+    text, counts = mask(document.text)
     meta = {
         key: value if key == "id" else masked(value, in_turns if key == "messages" else in_values)
         for key, value in document.meta.items()

@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import regex
 
-from distill import shipped_table
 from distill.config.tree import Columns
 from distill.corpus.clean import normalise
 from distill.corpus.turns import (
     REASONING,
+    TABLE,
     TOOL,
     LeftOut,
     RowTurn,
@@ -33,7 +33,6 @@ from distill.reasoning import split_reasoning
 from distill.records import Document
 
 SECONDS = 2.0  # that finding a reference in one answer may take
-TEXT_COLUMNS = ("text", "content", "document", "passage", "body")
 TREE = {"message_id", "parent_id", "role"}  # columns of the messages of OASST's trees
 
 
@@ -46,17 +45,17 @@ class RowShape(NamedTuple):
     answer: tuple[str, ...]
 
 
-ANY_ANSWER = "answer completion response output chosen answers completions responses outputs"
+TEXT_COLUMNS, ANY_ANSWER, SYSTEM, REFERENCE = (
+    tuple[str, ...](TABLE[name].split()) for name in ("text", "answer", "system", "reference")
+)
 SHAPES = [
     RowShape(row["name"], *(tuple(columns.split()) for columns in texts))
-    for row in shipped_table("row_shapes.yaml")
-    for texts in [(row["known_by"], row["prompt"], row.get("answer", ANY_ANSWER))]
+    for row in TABLE["shapes"]
+    for texts in [(row["known_by"], row["prompt"], row.get("answer", TABLE["answer"]))]
 ]
-SYSTEM = ("system", "system_prompt", "system_message")
-REFERENCE = ("reference", "expected_answer")
 KNOWN = {
     *(name for shape in SHAPES for names in shape[1:] for name in names),
-    *(*TEXT_COLUMNS, *ANY_ANSWER.split(), *SYSTEM, *REASONING, *REFERENCE),
+    *(*TEXT_COLUMNS, *ANY_ANSWER, *SYSTEM, *REASONING, *REFERENCE),
 }
 STATED = {"model": "recorded_model", "dollars": "recorded_dollars", "cost": "recorded_dollars"}
 STATED |= dict.fromkeys(("license", "licence"), "recorded_license")
@@ -112,7 +111,7 @@ def interpret(
     text_column = columns.text or next((n for n in TEXT_COLUMNS if row.get(n) is not None), None)
     if columns.prompt:
         names = (columns.prompt,) if isinstance(columns.prompt, str) else columns.prompt
-        shapes = [RowShape("prompts", names[:1], names, tuple(ANY_ANSWER.split()))]
+        shapes = [RowShape("prompts", names[:1], names, ANY_ANSWER)]
     shapes = [
         shape
         for shape in shapes

@@ -6,21 +6,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeGuard
 
+from distill import shipped_table
+
+TABLE = shipped_table("row_shapes.yaml")
 TOOL = "tool"  # a call of a tool, or what one returned
-ROLES = {
-    name: role
-    for role, names in (
-        ("system", "system developer"),
-        ("user", "user human prompter"),
-        ("assistant", "assistant gpt model bot ai chatbot chatgpt"),
-        (TOOL, "tool function observation ipython tool_response function_response"),
-        (TOOL, "tool_call tool_calls function_call"),
-    )
-    for name in names.split()
-}
-REASONING = ("reasoning_content", "reasoning", "thinking", "complex_cot")
-SPEAKER, SAID = ("role", "from", "speaker"), ("content", "value", "text")  # keys of a turn
-RESPONSES = ("response", "completion", "generated_text")  # keys of an answer in a list of them
+ROLES = {name: role for role, names in TABLE["roles"].items() for name in names.split()}
+REASONING, SPEAKER, SAID, RESPONSES = (
+    tuple[str, ...](TABLE[name].split()) for name in ("reasoning", "speaker", "said", "responses")
+)
 TURNS_AS_TEXT = re.compile(r"""\s*+\[?\s*+\{\s*+['"](?:role|from|content|value)['"]\s*:""")
 
 

@@ -120,18 +120,18 @@ def test_a_task_s_template_is_nobody_s_own(task: str, count: int) -> None:
     trained = [ask(known, document) for document in documents(200, first=5000)]
     items = [contamination.of_item(Item.make(prompt)) for prompt in held_out]
     texts = [(p.id, "\n".join(m.content for m in p.messages)) for p in trained]
-    assert flag(Index(items), prompts=texts) == {}
+    assert flag(Index(items), texts) == {}
     assert Index(items).searchable == items
     again = [(p.id, "\n".join(m.content for m in p.messages)) for p in held_out]
-    assert len(flag(Index(items), prompts=again)) == count
+    assert len(flag(Index(items), again)) == count
 
 
 def test_what_a_user_writes_before_every_question_is_nobody_s_own() -> None:
     order = f"You are an examiner. {text(77, 30)} Answer briefly: "
     items = [EvaluatedText(str(k), str(k), (order + text(k, 25),)) for k in range(40)]
     clean = [(str(k), order + text(3000 + k, 25)) for k in range(300)]
-    assert flag(Index(items), prompts=clean) == {}
-    assert set(flag(Index(items), prompts=[("p", order + text(7, 25))])) == {"7"}
+    assert flag(Index(items), clean) == {}
+    assert set(flag(Index(items), [("p", order + text(7, 25))])) == {"7"}
 
 
 def test_a_passage_with_several_questions_is_still_an_item_s_own() -> None:
@@ -143,4 +143,4 @@ def test_a_passage_with_several_questions_is_still_an_item_s_own() -> None:
 
 def test_names_of_classes_are_nobody_s_own() -> None:
     items = [EvaluatedText(str(k), str(k), (text(k),), "the text says nothing") for k in range(10)]
-    assert flag(Index(items), answers=[("a", "The text says nothing.")]) == {}
+    assert flag(Index(items), [("a", "The text says nothing.")]) == {}

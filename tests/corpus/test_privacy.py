@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from distill.corpus.privacy import mask, mask_documents
+from distill.corpus.privacy import mask, mask_document
 from distill.corpus.python_docs import read_python_docs
 from distill.errors import Exit
 from distill.pipeline import STAGES
@@ -97,20 +97,13 @@ def test_values_answers_and_turns_are_masked_and_the_user_s_id_stays() -> None:
     meta["recorded_answer"] = [{"text": "Write to ann@museum.fr.", "reasoning": KEYS[3]}]
     document = Document.make("I am ada@lovelace.org", "x", {**meta, "messages": turns})
     plain = Document.make("nothing here", "x", {"id": "1"})
-    (masked, counts), (same, none) = mask_documents([document, plain])
+    (masked, counts), (same, none) = mask_document(document), mask_document(plain)
     assert masked.text == "I am [EMAIL]" and masked.id != document.id
     assert masked.meta["messages"][0] == {"role": "user", "content": "I am [EMAIL]"}
     assert (masked.meta["id"], masked.meta["who"]) == ("ada@lovelace.org", "[EMAIL]")
     assert masked.recorded_answers == [{"text": "Write to [EMAIL].", "reasoning": "[KEY]"}]
     assert dict(counts) == {"email": 3, "key": 1} and list(masked.meta) == list(document.meta)
     assert same is plain and not none
-
-
-@pytest.mark.parametrize(("private", "kind"), PRIVATE, ids=lambda v: str(v)[:20])
-def test_documents_lose_what_a_text_does(private: str, kind: str) -> None:
-    """The signs that are looked for first miss nothing."""
-    ((masked, counts),) = mask_documents([Document.make(f"a {private} b", "x")])
-    assert dict(counts) == {kind: 1} and private not in masked.text
 
 
 def private_rows(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Waiting: what Retry-After may hold, backoff, the pace, and replicas that are left out."""
+"""Waiting: what Retry-After may hold, backoff, and the pace."""
 
 import asyncio
 import time
@@ -6,13 +6,7 @@ from email.utils import formatdate
 
 import pytest
 
-from distill.responders.endpoint.rate_limits import (
-    Gate,
-    Replicas,
-    backoff,
-    retry_after,
-    stated_wait,
-)
+from distill.responders.endpoint.rate_limits import Gate, backoff, retry_after, stated_wait
 
 NOW = 1_790_000_000.0
 HEADERS = {
@@ -153,25 +147,3 @@ def test_the_pace_is_even(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asyncio.run(taken(60, None)) == [0, 1, 2]
     assert asyncio.run(taken(None, 600)) == [0, 1, 2]
     assert asyncio.run(taken()) == [0, 0, 0]
-
-
-@pytest.fixture
-def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Return a clock that stands still, to be set."""
-    clock = [100.0]
-    monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    return clock
-
-
-def test_replicas_share_the_load_and_rest(now: list[float]) -> None:
-    replicas = Replicas(("a", "b"))
-    replicas.busy["a"] = 1
-    assert replicas.pick() == "b"
-    replicas.note("b", well=False)
-    assert replicas.pick() == "a"
-    now[0] += 16
-    assert replicas.pick() == "b"
-    replicas.note("b", well=False)
-    now[0] += 1
-    replicas.note("a", well=False)
-    assert replicas.pick() == "b", "all are out: the one that is back first"

@@ -13,9 +13,8 @@ from collections.abc import Generator, Sequence
 from contextlib import suppress
 from decimal import ROUND_UP, Decimal
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING
 
-from distill.config.teachers import EndpointTeacher
 from distill.errors import DistillError, Exit
 from distill.records import Usage, digest
 from distill.responders.endpoint.budget import (
@@ -29,25 +28,21 @@ from distill.responders.endpoint.budget import (
 )
 from distill.responders.endpoint.failures import Failure, of_scoring
 from distill.responders.endpoint.network import Received, Sender
-from distill.responders.endpoint.rate_limits import (
-    SEVERAL,
-    Gate,
-    Patience,
-    Replicas,
-    backoff,
-    stated_wait,
-)
+from distill.responders.endpoint.rate_limits import SEVERAL, Gate, Patience, backoff, stated_wait
 from distill.responders.endpoint.request_form import encode, path
 from distill.responders.endpoint.wire import Reply, cut_prompt, pack
-from distill.responders.prices import TokenPrice
-from distill.responders.responder import Raw, Request, Scoring, origin_of
+from distill.responders.responder import Raw, Request, Scoring
 from distill.responders.store import ResponseStore, holds_answer
 from distill.responders.token_counts import least_tokens
 from distill.storage.log import LogWriter
 from distill.storage.progress import say
 
+if TYPE_CHECKING:
+    from distill.responders.endpoint.endpoint import EndpointResponder
+
 QUARANTINED = 64 << 10  # bytes stored of a body that is no answer
 LIMITED = 3  # times teacher.max_pause, without an answer, until limits end the run
+REST = 15.0  # seconds that a dead address is left out
 AGAIN = "the same command continues"
 
 
@@ -55,27 +50,22 @@ class EndpointClient:
     """Buys the answers to `requests`; `results` gives them once stored, and ends with None."""
 
     def __init__(
-        self,
-        settings: EndpointTeacher,
-        key: str | None,
-        price: TokenPrice | None,
-        run: str | None,
-        requests: Sequence[Request],
-        store: ResponseStore,
+        self, responder: "EndpointResponder", requests: Sequence[Request], store: ResponseStore
     ) -> None:
-        self.settings, self.key, self.price, self.run = settings, key, price, run
-        self.requests, self.store = requests, store
+        self.settings = settings = responder.settings
+        self.key, self.price, self.run = responder.key, responder.price, responder.run
+        self.origin, self.requests, self.store = responder.origin, requests, store
         self.capped = "max_tokens" not in settings.omit
         self.results: queue.SimpleQueue[Raw | None] = queue.SimpleQueue()
         self.error: BaseException | None = None
         self.budget = Budget(None)
         if settings.budget_dollars is not None:  # else the store need not be read through
-            before = account(store, {settings.model: price}, run)
+            before = account(store, {settings.model: self.price}, self.run)
             self.budget = Budget(settings.budget_dollars, before.settled, before.unknown_most)
-        self.replicas = Replicas(settings.base_urls)
-        self.origin = origin_of(settings)
-        facts = price and price.model_dump(mode="json")
-        self.check = digest({"origin": self.origin, "run": run, "price": facts})
+        # of each address: the requests in flight, and until when it is left out
+        self.busy, self.out = (dict.fromkeys(settings.base_urls, start) for start in (0, 0.0))
+        facts = self.price and self.price.model_dump(mode="json")
+        self.check = digest({"origin": self.origin, "run": self.run, "price": facts})
         checked = store.get("checked", self.check)
         self.alone = checked is None  # until an answer's bill has been held against the price
         self.dearest = Decimal(checked["dearest"]) if checked else Decimal(1)
@@ -223,14 +213,16 @@ class EndpointClient:
             outcome = {"what": "not sent", "billed": "no"}
             await self.writer.write(("outcome", sending.key, outcome))
             return None
-        address, started = self.replicas.pick(), time.monotonic()
-        self.replicas.busy[address] += 1
+        started, busy = time.monotonic(), self.busy
+        # the least busy that is not left out, else the one that comes back first
+        address = min(busy, key=lambda one: (max(0.0, self.out[one] - started), busy[one]))
+        busy[address] += 1
         try:
             received = await self.sender.send(address + path(self.settings), sending.body)
         finally:
-            self.replicas.busy[address] -= 1
+            busy[address] -= 1
         failure = received.failure
-        self.replicas.note(address, well=not (failure and failure.replica))
+        self.out[address] = time.monotonic() + REST if failure and failure.replica else 0.0
         if failure is None:
             self.unsent = None
             await self._keep(sending, received, time.monotonic() - started)
@@ -252,7 +244,7 @@ class EndpointClient:
         self.noted.add((kind, what))
         return first
 
-    def _intent(self, sending: Sending) -> dict[str, Any]:
+    def _intent(self, sending: Sending) -> dict[str, object]:
         """Return what is stored before a request is sent: who pays, the maximum, the tokens."""
         return {
             "model": self.settings.model,
@@ -319,16 +311,16 @@ class EndpointClient:
 
     def _settle(self, sending: Sending, reply: Reply) -> bool:
         """Settle what was set aside; return whether the bill is plausible, and the run goes on."""
-        intent, model = self._intent(sending), self.settings.model
-        cost = charge(self.price, reply, intent)
+        model = self.settings.model
+        cost = charge(self.price, reply, self._intent(sending))
         perhaps = sending.reserved if cost.perhaps is None else cost.perhaps
         self.budget.settle(sending.reserved, cost.paid or NOTHING, perhaps)
         self.freed.set()
         kind = cost.doubt.partition(" ")[0]
         if kind not in ("", "answered") and self._first("doubt", kind):
             say(f"warning: {model}: an answer {cost.doubt}")
-        most = most_dollars(self.price, len(sending.body), intent["cap"] or 0)
-        claim, bounded = cost.claim or NOTHING, most if intent["cap"] else None
+        most = most_dollars(self.price, len(sending.body), sending.request.sampling.max_new_tokens)
+        claim, bounded = cost.claim or NOTHING, most if self.capped else None
         if self.budget.exceeded() or (bounded is not None and claim > bounded * APART):
             what = f"an answer cost ${claim:.4g}, more than its maximum of ${most or NOTHING:.4g}"
             what = f"{what}: it {cost.doubt}" if "maximum" not in cost.doubt else what
@@ -352,7 +344,7 @@ class EndpointClient:
         if wait is not None or failure.limited:  # at once: the other workers are about to send
             retries = sending.number if wait is None else 0
             self.gate.pause(backoff(retries, settings.initial_backoff) + (wait or 0.0))
-        outcome: dict[str, Any] = {"what": failure.what, "billed": failure.billed}
+        outcome: dict[str, object] = {"what": failure.what, "billed": failure.billed}
         if received.status is not None:
             outcome |= {"status": received.status, **pack(received.data[:QUARANTINED])}
         await self.writer.write(("outcome", sending.key, outcome))

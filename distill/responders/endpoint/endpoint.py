@@ -34,12 +34,13 @@ class EndpointResponder:
         words()  # which fails here where the table is wrong, as does what follows for a variable
         headers(settings, self.key)
         self.client: EndpointClient | None = None  # of the last go
-        capped = "max_tokens" not in settings.omit
-        if settings.budget_dollars is not None and not (capped and price):
+        what = fix = ""
+        if "max_tokens" in settings.omit:
             what, fix = "without max_tokens an answer has no maximum", "do not omit max_tokens"
-            if capped:
-                what = f"the price of {self.model} is unknown, so no budget can be held"
-                fix = "add a row to a file of prices and name it in evaluation.prices"
+        elif not price:
+            what = f"the price of {self.model} is unknown, so no budget can be held"
+            fix = "add a row to a file of prices and name it in evaluation.prices"
+        if what and settings.budget_dollars is not None:
             raise DistillError(Exit.BUDGET, "teacher.budget_dollars", what, fix)
 
     def ask(self, requests: Sequence[Request]) -> Iterator[Raw]:
@@ -64,9 +65,8 @@ class EndpointResponder:
     def _go(
         self, kind: type[EndpointClient], requests: Sequence[Request], store: ResponseStore
     ) -> Generator[Raw, None, None]:
-        client = kind(self.settings, self.key, self.price, self.run, requests, store)
-        self.client = client
-        return client.run_in_thread()
+        self.client = kind(self, requests, store)
+        return self.client.run_in_thread()
 
     def progress(self) -> str:
         """Return what has been spent of what, while `buy` runs."""

@@ -32,7 +32,6 @@ RESET = re.compile(r"(?:x-|anthropic-)?rate-?limit-[a-z-]{0,40}?reset(?:-[a-z-]{
 DRAFT = re.compile(r"\bt=(\d{1,12})")  # of the IETF's newest: "default";r=0;t=45
 RESET_INSIDE = re.compile(r'"x-ratelimit-reset"\s*:\s*"?([\d.]{1,20})', re.IGNORECASE)
 SEVERAL = 5  # requests that bring no answer, before any has: the run fails, and not they
-REST = 15.0  # seconds that a dead address is left out
 
 
 def backoff(attempt: int, first: float) -> float:
@@ -174,20 +173,3 @@ class Patience:
         if pause == 0 and now - self._began > self.longest:
             return f"{self.in_a_row} limits and no answer in {now - self._began:,.0f} s"
         return f"{self.in_a_row} failures in a row" if self.in_a_row >= self.most else None
-
-
-class Replicas:
-    """The addresses of one model; the least busy that is not left out is asked."""
-
-    def __init__(self, addresses: tuple[str, ...]) -> None:
-        self.busy = dict.fromkeys(addresses, 0)
-        self.out = dict.fromkeys(addresses, 0.0)  # until when each is left out
-
-    def pick(self) -> str:
-        """Return the address to ask; where all are left out, the one that comes back first."""
-        now = time.monotonic()
-        return min(self.busy, key=lambda one: (max(0.0, self.out[one] - now), self.busy[one]))
-
-    def note(self, address: str, well: bool) -> None:
-        """Note how an address did: one that failed is left out for a while."""
-        self.out[address] = 0.0 if well else time.monotonic() + REST

@@ -17,47 +17,17 @@ from typing import Any, NoReturn
 
 from pydantic import JsonValue
 
+from distill import shipped_table
 from distill.reasoning import split_reasoning
 from distill.records import Record, Stop, TokenLogprob, Usage
 
-TOOLS = r"tool|function"
-# Why an answer stopped, by the makers' words in small letters without what is between them; the
-# first that fits counts
-STOPS: tuple[tuple[Stop, str], ...] = (
-    ("error", TOOLS),
-    (
-        "filtered",
-        r"filter|refus|safety|recitation|block|prohibited|spii|language|sensitive|moderat"
-        r"|guardrail|toxic|armor|policy",
-    ),
-    (
-        "error",
-        r"ratelimit|quota|fail|abort|cancel|user|timeout|resource|load|pause|malformed|preempt"
-        r"|interrupt|error(?!limit)",
-    ),
-    (
-        "length",
-        r"length|max.*token|limit|context|truncat|incomplete|notfinished|cutoff|repetit|loop",
-    ),
-    ("end", r"^(stop|eos|eot|end|word|complete|done|finish|imend|s$)"),
-)
+TABLE = shipped_table("server_answers.yaml")
+STOPS: list[tuple[Stop, str]] = [("error", TABLE["tools"]), *TABLE["stops"].items()]
 CHOICE = re.compile(rb'"choices"\s*:\s*\[\s*\{')  # there is one at least
 MESSAGE = re.compile(rb'"type"\s*:\s*"message"')  # Anthropic's; within a text quotes are escaped
 # What keeps a connection: white space (DeepSeek), comments of an event stream (OpenRouter)
 KEPT_ALIVE = re.compile(rb"(?:[\s\0]++|\xef\xbb\xbf|:[^\r\n]*+|data: \[DONE\])*+")
 HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # where a lone surrogate may stand
-COUNTS = {  # the names of a count, each NAME or SIDE/NAME; the first that is not 0 counts
-    "read": ("prompt_tokens", "input_tokens"),
-    # OpenAI; Moonshot; DeepSeek; Anthropic's name, which proxies pass on
-    "cached": (
-        *("prompt/cached_tokens", "cached_tokens", "prompt_cache_hit_tokens"),
-        "cache_read_input_tokens",
-    ),
-    "reasoning": ("completion/reasoning_tokens", "reasoning_tokens", "output/thinking_tokens"),
-    "total": ("total_tokens",),  # xAI and Google count reasoning there only
-}
-FINISHES = ("finish_reason", "native_finish_reason", "stop_reason", "done_reason")
-THOUGHTS = ("reasoning", "reasoning_content", "thinking")  # of which the first counts
 LARGE = 64 << 10  # bytes; no answer's text is, but distributions are
 MESSAGE_CHARS = 200  # of a server's message in ours
 
@@ -189,7 +159,7 @@ def _read(body: JsonValue, question: int) -> Reply:
         raise ValueError("no choices")
     # a text completion has the text itself in the choice
     message = object_of(choice.get("message", {"content": choice.get("text")}))
-    text, thoughts = message.get("content"), [message.get(name) for name in THOUGHTS]
+    text, thoughts = message.get("content"), [message.get(name) for name in TABLE["thoughts"]]
     if isinstance(text, list):  # parts, as Mistral, Anthropic and others give them
         parts = objects_of(text)
         thoughts.append("\n".join(_text(p["thinking"]) for p in parts if "thinking" in p))
@@ -262,7 +232,7 @@ def _stop_of(word: str) -> Stop | None:
 
 def _stop(choice: Row, message: Row) -> tuple[Stop | None, str | None]:
     """Return why an answer stopped, None where nobody knows, and what to say of it."""
-    fields = [choice.get(name) for name in FINISHES]
+    fields = [choice.get(name) for name in TABLE["finishes"]]
     fields = [field.get("type") if isinstance(field, dict) else field for field in fields]  # SGLang
     words = [word for word in fields if isinstance(word, str) and word.strip()]
     finish = next((word for word in words if _stop_of(word)), words[0] if words else "")
@@ -270,7 +240,7 @@ def _stop(choice: Row, message: Row) -> tuple[Stop | None, str | None]:
         return "error", f"the server broke off: {plain_message(error)}"
     if isinstance(refusal := message.get("refusal"), str) and refusal:
         return "filtered", f"refusal: {plain_message(refusal)}"
-    if message.get("tool_calls") or re.search(TOOLS, finish.lower()):
+    if message.get("tool_calls") or re.search(TABLE["tools"], finish.lower()):
         return "error", "tool_calls: it called a tool instead of answering"
     stop = _stop_of(finish)
     if stop is None:
@@ -314,7 +284,7 @@ def _usage(fields: Row, question: int, answer: int) -> Usage:
 
     def first(count: str) -> int:
         """Return what the first of a count's names says that is not 0, else 0."""
-        for side, _, name in (name.rpartition("/") for name in COUNTS[count]):
+        for side, _, name in (name.rpartition("/") for name in TABLE["counts"][count]):
             inside = object_of(fields.get(f"{side}_tokens_details")) if side else fields
             if number := _count(inside.get(name)):
                 return number
