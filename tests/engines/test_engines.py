@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from distill.config.teachers import EndpointTeacher
@@ -95,17 +96,20 @@ def answers_in(folder: Path) -> int:
 
 
 def close_to(found: dict[str, Signal], wanted: dict[str, Signal]) -> None:
-    """Assert that a server's distributions are those of the same model read here."""
+    """Assert that a server's distributions are those of the same model read here.
+
+    How near they come depends on the kernels for a processor: a few entries lie further off, none
+    as far as those of another token or place.
+    """
     assert found.keys() == wanted.keys()
-    shared = lists = 0
+    off, lists = list[float](), 0
     for name, signal in wanted.items():
         assert len(found[name]) == len(signal)
         for one, other in zip(listed(found[name]), listed(signal), strict=True):
             lists += len(other)
-            for i in one.keys() & other.keys():
-                shared += 1
-                assert one[i] == pytest.approx(other[i], abs=0.07)
-    assert shared > 0.97 * lists
+            off += [abs(one[i] - other[i]) for i in one.keys() & other.keys()]
+    assert len(off) > 0.97 * lists
+    assert np.quantile(off, 0.99) < 0.07 and max(off) < 0.25
 
 
 def test_the_lists_that_come_with_its_answers_become_soft_labels(
