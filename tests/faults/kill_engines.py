@@ -3,9 +3,9 @@
     python tests/faults/kill_engines.py --engine llama.cpp --kills 6 --json kills.json
 
 The models are those of the quickstart, real, and so is the command, `distill run`. In turns the
-run and the engine are killed with SIGKILL at a random moment after an answer came. No engine may
-be left after it, a dead engine is one line and exit 4, what was stored stays as it was, and at the
-end each prompt was answered once and the run has its scorecard.
+run and the engine are killed with SIGKILL at a random moment after one to six answers came. No
+engine may be left after it, a dead engine is one line and exit 4, what was stored stays as it was,
+and at the end each prompt was answered once and the run has its scorecard.
 """
 
 import argparse
@@ -71,8 +71,8 @@ def kill(command: list[str], folder: Path, engine_itself: bool, draw: random.Ran
     store, before = folder / "store/responses", stored(folder / "store/responses")
     with (folder / "log").open("ab") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
-    deadline = time.monotonic() + WAIT
-    while len(stored(store)) <= len(before) and process.poll() is None:
+    deadline, more = time.monotonic() + WAIT, draw.randint(1, 6)
+    while len(stored(store)) < len(before) + more and process.poll() is None:
         if time.monotonic() > deadline:
             raise SystemExit(f"no answer within {WAIT:.0f} s, see {folder / 'log'}")
         time.sleep(0.2)
