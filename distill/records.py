@@ -5,7 +5,7 @@ import json
 from decimal import Decimal
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Role = Literal["system", "user", "assistant"]
 Stop = Literal["end", "length", "filtered", "error"]
@@ -29,18 +29,9 @@ def digest(value: object) -> str:
 
 
 class Record(BaseModel):
-    """A frozen row with a strict JSON form."""
+    """A frozen row with a strict form, which pydantic writes as one line of JSON and reads."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-    def to_line(self) -> str:
-        """Return the record as one line of JSON, without the newline."""
-        return self.model_dump_json()
-
-    @classmethod
-    def from_line(cls, line: str | bytes) -> Self:
-        """Read what `to_line` wrote; raises pydantic's ValidationError on anything else."""
-        return cls.model_validate_json(line)
 
 
 class Message(Record):
@@ -64,9 +55,8 @@ class Document(Record):
         cls, text: str, source: str, meta: dict[str, Any] | None = None, split: Split | None = None
     ) -> Self:
         """Build a document whose id is the hash of its text."""
-        return cls(
-            id=digest({"text": text}), text=text, source=source, split=split, meta=meta or {}
-        )
+        identity = digest({"text": text})
+        return cls(id=identity, text=text, source=source, split=split, meta=meta or {})
 
     @property
     def recorded_answers(self) -> list[dict[str, str]]:
@@ -74,14 +64,14 @@ class Document(Record):
         answers = self.meta.get("recorded_answer", [])
         return [{"text": answers}] if isinstance(answers, str) else answers
 
+    @model_validator(mode="before")
     @classmethod
-    def from_line(cls, line: str | bytes) -> Self:
-        """Read what `to_line` wrote, also before 0.1.0, when the split stood in `meta`."""
-        document = super().from_line(line)
-        if "split" in document.model_fields_set or "split" not in document.meta:
-            return document
-        meta = dict(document.meta)
-        return document.model_copy(update={"split": meta.pop("split"), "meta": meta})
+    def _split_in_meta(cls, row: Any) -> Any:
+        """Read the split also where it stood before 0.1.0, in `meta`."""
+        meta = row.get("meta") if isinstance(row, dict) else None
+        if not isinstance(meta, dict) or "split" in row or "split" not in meta:
+            return row
+        return {**row, "split": meta["split"], "meta": {k: meta[k] for k in meta if k != "split"}}
 
 
 class Prompt(Record):

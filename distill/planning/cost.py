@@ -6,7 +6,7 @@ nothing is answered, ANSWER of `max_new_tokens` is expected. Nothing here sends 
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from itertools import islice
 from math import ceil
@@ -223,9 +223,9 @@ def pilot(run: Run, count: int) -> str:
     """Ask `count` questions of a run and return the teacher's origin.
 
     The run's documents and prompts are made first where they are missing. The same questions are
-    chosen each time, by the hashes of their texts, and the generate stage finds their answers in
-    the store. What the pilot cost is in the ledger as `pilot`, also when it was stopped. Raises
-    DistillError (exit 2) where no teacher is asked, and as the generate stage does.
+    chosen each time, and the generate stage finds their answers in the store. What the pilot cost
+    is in the ledger as `pilot`, also when it was stopped. Raises DistillError (exit 2) where no
+    teacher is asked, and as the generate stage does.
     """
     config, origin = run.config, ""
     if not config.teacher.makes_answers:
@@ -246,23 +246,19 @@ def pilot(run: Run, count: int) -> str:
             if settings:  # half of what is asked goes to the writing of questions
                 each = len(question_shares(settings.kinds, settings.per_document))
                 many = max(1, count // 2 // each) if each <= count else 0
-                first = sorted(documents.values(), key=lambda document: digest(document.text))[
-                    :many
-                ]
+                by_text = {digest(document.text): document for document in documents.values()}
+                first = [by_text[key] for key in sorted(by_text)][:many]
                 requests = [r for d in first for r in question_requests(settings, origin, d)]
                 replies, answered = iter(ask.responses(requests, "pilot")), len(requests)
                 for document in first:
                     prompts += written_prompts(settings, document, islice(replies, each))
             requests = requests_of(config.teacher, origin, prompts, documents, schemas_of(config))
-            answered += len(ask.responses(choose_requests(requests, count - answered), "pilot"))
+            # by the hash of what is asked alone: two teachers get the same questions
+            chosen = {digest([[m.model_dump() for m in r.messages], r.sample]): r for r in requests}
+            rest = [chosen[key] for key in sorted(chosen)][: max(0, count - answered)]
+            answered += len(ask.responses(rest, "pilot"))
         say(f"pilot: {answered} answers in the store, {ask.count} of them asked for now")
 
     with run.lock():
         run.do(Stage("pilot", (), (), (), main))
     return origin
-
-
-def choose_requests(requests: Iterable[Request], count: int) -> list[Request]:
-    """Choose requests by the hash of what is asked alone: two teachers get the same questions."""
-    by_text = {digest([[m.model_dump() for m in r.messages], r.sample]): r for r in requests}
-    return [by_text[key] for key in sorted(by_text)][: max(0, count)]

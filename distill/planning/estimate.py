@@ -87,16 +87,14 @@ class RunEstimate:
         self.validated = RETAINED * work.prompts["validation"]
         reader = config.soft_teacher() if config.distributions else None
         self.reader = reader if isinstance(reader, LocalTeacher) else None
-        self.read = 0.0  # operations of a teacher here that reads an answer for its distributions
-        if self.reader:
-            self.read = arithmetic.answer_flops(
-                shape_of(self.reader.model), self.prompt, self.answer
-            )
+        # operations of reading an answer, by a teacher here for its distributions and by the
+        # student, and of training on one
+        lengths = (self.prompt, self.answer)
+        taught = shape_of(self.reader.model) if self.reader else None
+        self.taught = arithmetic.answer_flops(taught, *lengths) if taught else 0.0
+        self.read = arithmetic.answer_flops(self.student, *lengths)
         saving = config.train.gradient_checkpointing
-        sizes = (self.student, self.adapter, self.prompt, self.answer)
-        self.step = arithmetic.training_flops(
-            *sizes, saving
-        )  # operations of training on one sample
+        self.step = arithmetic.training_flops(self.student, self.adapter, *lengths, saving)
 
     def stages(self) -> list[StagePlan]:
         """Return what each stage does, and how long that takes."""
@@ -139,7 +137,7 @@ class RunEstimate:
         if signals.from_answers:
             return f"{count(texts)} answers, with their lists", None, 1
         if self.reader:
-            seconds = START + self.machine.seconds(texts * self.read, self.reader.dtype, "train")
+            seconds = START + self.machine.seconds(texts * self.taught, self.reader.dtype, "train")
             return f"{count(texts)} answers, read once", tokens, seconds
         price = load_prices(self.config.evaluation.prices).teacher(self.config.soft_teacher().model)
         paid = money(price and price.of(Usage(input_tokens=round(tokens))), up=True)
@@ -149,14 +147,13 @@ class RunEstimate:
     def train(self) -> Effort:
         """Count the steps, and validation: as often as the settings say and at the end."""
         settings, tokens = self.config.train, self.prompt + self.answer
-        live = self.read if settings.loss.soft and not self.config.captures else 0.0
+        live = self.taught if settings.loss.soft and not self.config.captures else 0.0
         samples = self.trained * settings.num_train_epochs
         if settings.max_steps:
             samples = settings.max_steps * settings.tokens_per_step / tokens
         steps = max(1, samples * tokens / settings.tokens_per_step)
         passes = self.validated * (1 + steps // (settings.eval_steps or math.inf))
-        flops = passes * (arithmetic.answer_flops(self.student, self.prompt, self.answer) + live)
-        flops += samples * (self.step + live)
+        flops = passes * (self.read + live) + samples * (self.step + live)
         seconds = START + self.machine.seconds(flops, self.config.student.dtype, "train")
         return f"{count(steps)} steps", samples * tokens, seconds
 
@@ -167,7 +164,7 @@ class RunEstimate:
         length = ANSWER * settings.max_new_tokens
         answers = requests * arithmetic.answer_flops(self.student, self.prompt, length)
         seconds = self.machine.seconds(answers, dtype, "evaluate")
-        seconds += self.machine.seconds(requests * (self.step + self.read), dtype, "train")
+        seconds += self.machine.seconds(requests * (self.step + self.taught), dtype, "train")
         text = f"{settings.rounds} rounds, {count(requests)} answers of the student"
         return text, requests * (self.prompt + length), seconds + 3 * settings.rounds * START
 
@@ -176,24 +173,17 @@ class RunEstimate:
 
         A base that was not taught to be short writes more than the teacher.
         """
-        teacher, items = self.config.teacher, self.work.prompts["heldout"]
-        limit = self.config.evaluation.max_new_tokens or teacher.max_new_tokens
+        config, items = self.config, self.work.prompts["heldout"]
+        limit = config.evaluation.max_new_tokens or config.teacher.max_new_tokens
         requests = [(items, self.prompt, (self.answer + ANSWER * limit) / 2)]
-        for many, most in amounts(self.config.evaluation.suites):
+        for many, most in amounts(config.evaluation.suites):
             requests.append((UNREAD_ROWS if many is None else many, ITEM, ANSWER * most))
-        dtype, tokens = self.config.student.dtype, 0.0
-        read = 2 * items * arithmetic.answer_flops(self.student, self.prompt, self.answer)
-        seconds = self.machine.seconds(read, dtype, "train")
-        seconds += (2 + teacher.runs_here) * (START + TIMED[self.config.evaluation.timing])
-        for many, prompt, answer in requests:
-            flops = 2 * many * arithmetic.answer_flops(self.student, prompt, answer)
-            seconds += self.machine.seconds(flops, dtype, "evaluate")
-            tokens += 2 * many * (prompt + answer)
-        return (
-            f"{' + '.join(count(many) for many, *_ in requests)} items, two models",
-            tokens,
-            seconds,
-        )
+        flops = sum(many * arithmetic.answer_flops(self.student, p, a) for many, p, a in requests)
+        seconds = self.machine.seconds(2 * items * self.read, config.student.dtype, "train")
+        seconds += self.machine.seconds(2 * flops, config.student.dtype, "evaluate")
+        seconds += (2 + config.teacher.runs_here) * (START + TIMED[config.evaluation.timing])
+        text = f"{' + '.join(count(many) for many, *_ in requests)} items, two models"
+        return text, 2 * sum(many * (p + a) for many, p, a in requests), seconds
 
     def memory(self) -> Iterator[StageMemory]:
         """Yield what each stage that computes here holds; merging takes main memory everywhere."""
@@ -205,9 +195,8 @@ class RunEstimate:
 
         def answering(model: Shape, width: int, tokens: float, rows: int | None) -> Parts:
             weights = sum(arithmetic.answering_bytes(model, width, kind, 0, 0).values())
-            row = arithmetic.row_bytes(
-                arithmetic.cache_bytes(model, width), model.vocab, width, kind, tokens
-            )
+            cache = arithmetic.cache_bytes(model, width)
+            row = arithmetic.row_bytes(cache, model.vocab, width, kind, tokens)
             fitting = arithmetic.fitting_rows(1e15 if room is None else room - weights, row, kind)
             most = min(fitting, max(1, int(self.work.all_prompts * teacher.n)))
             return arithmetic.answering_bytes(model, width, kind, rows or most, tokens)

@@ -28,7 +28,7 @@ from distill.storage.run_folder import Run, Stage
 
 QUICK = 5_000_000  # bytes of corpus that are read when a run starts
 MOMENT = 0.2  # seconds in which this machine is measured then
-SHORT, LONG = 90, 15 * 60  # seconds of a run that is not announced, or for which a size is named
+SHORT = 90  # seconds of a run that is not announced
 UNPREDICTABLE = (DistillError, LookupError, TypeError, ValueError, OSError)
 
 
@@ -49,9 +49,14 @@ class RunPlan(Record):
     notes: tuple[str, ...]
 
 
-def make_plan(run: Run, origin: str | None = None, machine: Machine | None = None) -> RunPlan:
+def make_plan(
+    run: Run,
+    origin: str | None = None,
+    machine: Machine | None = None,
+    work: Work | None = None,
+) -> RunPlan:
     """Return the plan of a run here or on `machine`; `origin` is its responder's, after a pilot."""
-    config, work = run.config, count_work(run)
+    config, work = run.config, work or count_work(run)
     require_length(config, work)
     teacher = teacher_cost(config, work, origin)
     machine = machine or find_machine(config.evaluation.machine, *types_of(config))
@@ -68,6 +73,8 @@ def make_plan(run: Run, origin: str | None = None, machine: Machine | None = Non
     notes += [f"terms: {line}" for line in [*verdict.lines(), *stop]]
     seconds = sum(row.seconds or 0.0 for row in stages)
     price = load_prices(config.evaluation.prices).machine(config.evaluation.machine)
+    place = run.folder.absolute()  # where the run is, or will be
+    place = next(folder for folder in (place, *place.parents) if folder.is_dir())
     return RunPlan(
         name=config.name,
         documents=round(work.documents),
@@ -79,7 +86,7 @@ def make_plan(run: Run, origin: str | None = None, machine: Machine | None = Non
         teacher=teacher,
         memory=tuple(estimate.memory()),
         disk=estimate.disk(),
-        disk_free=disk_free(run),
+        disk_free=shutil.disk_usage(place).free,
         notes=tuple(notes),
     )
 
@@ -92,12 +99,6 @@ def require_length(config: Config, work: Work) -> None:
         what = f"none of {len(sizes):,} prompts fits into {most:,} tokens with its answer"
         fix = "raise it, or lower corpus.chunk.max_chars"
         raise DistillError(Exit.TRAINING, "train.max_length", what, fix)
-
-
-def disk_free(run: Run) -> int:
-    """Return the bytes that are free where the run's folder is or will be."""
-    folder = run.folder.absolute()
-    return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.is_dir())).free
 
 
 def types_of(config: Config) -> list[str]:
@@ -132,40 +133,29 @@ def show(plan: RunPlan) -> Group:
 
 
 def announce(run: Run, redo: Iterable[Stage] = ()) -> None:
-    """Say how long what is left of a run takes here, and name a smaller size above 15 minutes.
+    """Say how long what is left of a run takes here.
 
     A short run is not announced, nor one of which nothing can be predicted. Raises DistillError for
     a stage whose weights alone do not fit (exit 7), and where the disk cannot hold what is trained
     (exit 5).
     """
     config, again = run.config, tuple(redo)
-
-    def rows_of(estimate: RunEstimate) -> list[StagePlan]:
-        return [row for row in estimate.stages() if row.stage in remaining]
-
     try:
-        remaining = {
-            stage.name for stage in STAGES if stage in again or run.state(stage)[0] != "done"
-        }
-        if remaining <= {"filter", "report"}:
+        left = {stage.name for stage in STAGES if stage in again or run.state(stage)[0] != "done"}
+        if left <= {"filter", "report"}:
             return
-        counted, here = count_work(run, QUICK), measure(types_of(config), MOMENT)
+        work, here = count_work(run, QUICK), measure(types_of(config), MOMENT)
         # Not what the store has: the account of a store of a million answers takes minutes.
-        work = counted._replace(texts=None)
-        estimate = RunEstimate(config, work, teacher_cost(config, work), here)
-        stages = rows_of(estimate)
-        nothing = work._replace(documents=0.0, prompts=dict.fromkeys(work.prompts, 0.0))
-        fixed = rows_of(RunEstimate(config, nothing, teacher_cost(config, nothing), here))
-        memory = [row for row in estimate.memory() if row.stage in remaining and not row.fits]
-        disk, free = estimate.disk(), disk_free(run)
+        plan = make_plan(run, machine=here, work=work._replace(texts=None))
     except UNPREDICTABLE:
         return
-    if "train" in remaining:
-        require_length(config, counted)
+    if "train" in left:
+        require_length(config, work)
     # What is read and answered is expected to take so much; without the rest nothing is trained.
-    trained = disk["checkpoints"] + disk["merged"] if "train" in remaining else 0.0
-    trained += disk.get("soft labels", 0.0) if "signals" in remaining else 0.0
-    needed = max(trained, sum(disk.values()) if "generate" in remaining else 0.0)
+    disk, free = plan.disk, plan.disk_free
+    trained = disk["checkpoints"] + disk["merged"] if "train" in left else 0.0
+    trained += disk.get("soft labels", 0.0) if "signals" in left else 0.0
+    needed = max(trained, sum(disk.values()) if "generate" in left else 0.0)
     if needed > free:
         each = ", ".join(f"{what} {size(amount)}" for what, amount in disk.items() if amount)
         what = f"needs about {size(needed)}, and {size(free)} are free ({each})"
@@ -173,20 +163,14 @@ def announce(run: Run, redo: Iterable[Stage] = ()) -> None:
             fix = "free space, or name another disk: runs=DIR"
             raise DistillError(Exit.STATE, run.folder, what, fix)
         say(f"run: {run.folder} {what}")
-    for row in memory:
+    for row in (row for row in plan.memory if row.stage in left and not row.fits):
         if row.room is not None and row.parts["weights"] > row.room:
             fix = "take a smaller model or a larger machine; distill plan shows each stage"
             raise DistillError(Exit.TRAINING, row.stage, row.line(), fix)
         say(f"run: {'; '.join([row.line(), *here.notes])}")
-    seconds, least = (sum(row.seconds or 0.0 for row in rows) for rows in (stages, fixed))
-    if seconds < SHORT:
-        return
-    long = [row for row in stages if row.seconds is None or row.seconds >= 5]
-    each = ", ".join(f"{row.stage} {duration(row.seconds)}" for row in long)
-    say(f"run: about {duration(seconds)} on this machine ({here.source}): {each}")
-    if seconds > LONG > least:
-        share = (LONG - least) / (seconds - least)
-        caps = [f"prompts.{s}={max(1, round(share * n))}" for s, n in work.prompts.items() if n]
-        if config.prompts.questions:  # which those do not cap
-            caps.append(f"corpus.limit={max(1, round(share * work.documents))}")
-        say(f"run: for a smaller size: {' '.join([f'name={config.name}-small', *caps])}")
+    stages = [row for row in plan.stages if row.stage in left]
+    seconds = sum(row.seconds or 0.0 for row in stages)
+    if seconds >= SHORT:
+        long = [row for row in stages if row.seconds is None or row.seconds >= 5]
+        each = ", ".join(f"{row.stage} {duration(row.seconds)}" for row in long)
+        say(f"run: about {duration(seconds)} on this machine ({here.source}): {each}")

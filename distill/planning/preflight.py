@@ -7,7 +7,7 @@ models that are not here yet it fetches tokenizers and configs only.
 
 import os
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,7 +28,6 @@ from distill.storage.run_folder import Run, Stage
 from distill.training.trial import Trial, try_model
 
 COSTLY = frozenset({"generate", "signals", "train", "refine", "evaluate"})  # in money or in time
-ASKING = frozenset({"generate", "evaluate"})
 READING = frozenset({"signals", "train", "refine"})  # the teacher's distributions, if any
 TRAINING = frozenset({"train", "refine"})
 FILES = 48  # beside connections: libraries, the store, the log
@@ -40,13 +39,12 @@ def require(run: Run, stages: Sequence[Stage] = STAGES, redo: Sequence[Stage] = 
     Raises the first problem, with the others as its notes. Where there is none, a server that shall
     tell distributions is asked for those of one short text (exit 4 where it does not).
     """
-    look = Look(run, stages, redo)
+    look, config = Look(run, stages, redo), run.config
     look.attempt(look.at_programs)
     if look.ahead & COSTLY:
         look.at_all()
     if look.problems:
         raise together(list(look.problems.values()))
-    config = run.config
     if "signals" in look.now and (config.buys_signals or config.signals.from_answers):
         from distill.training.soft_labels import server_logprobs
         from distill.training.soft_labels.labels import open_teacher
@@ -58,9 +56,7 @@ def require(run: Run, stages: Sequence[Stage] = STAGES, redo: Sequence[Stage] = 
 
 def foreseen(run: Run, here: bool) -> list[DistillError]:
     """Return what would stop a run, of this machine only where it is planned for `here`."""
-    look = Look(run)
-    if not here:
-        look.now = frozenset()
+    look = Look(run, here=here)
     look.at_all()  # but for programs, which a flag allows
     return list(look.problems.values())
 
@@ -77,11 +73,17 @@ class Look:
 
     What depends on this machine and session (keys, devices, packages) is looked at for the stages
     that are done `now`, what depends on config and files for all that are left from there on,
-    `ahead`. A stale stage is in neither, as performing it says what differs.
+    `ahead`, and files of models for those that are to be `present`: a stage that trains alone, on
+    another machine perhaps, has no need of what answers before and after it. A stale stage is in
+    none, as performing it says what differs.
     """
 
     def __init__(
-        self, run: Run, stages: Sequence[Stage] = STAGES, redo: Sequence[Stage] = ()
+        self,
+        run: Run,
+        stages: Sequence[Stage] = STAGES,
+        redo: Sequence[Stage] = (),
+        here: bool = True,
     ) -> None:
         self.run, self.config = run, run.config
         self.problems: dict[str, DistillError] = {}
@@ -91,34 +93,22 @@ class Look:
             with suppress(DistillError):  # of a file that is not there: its own check says so
                 state = "fresh" if stage in redo else run.state(stage)[0]
             remaining |= set() if state in ("done", "stale") else {stage.name}
-        self.now = frozenset(remaining.intersection(stage.name for stage in stages))
-        first = min((NAMES.index(name) for name in self.now & COSTLY), default=len(NAMES))
-        self.ahead = self.now | remaining.intersection(NAMES[first:])
-
-    @property
-    def present(self) -> frozenset[str]:
-        """Return the stages whose files are to be here: one that trains alone, on another machine
-        perhaps, has no need of what answers before and after it."""
-        return self.ahead if self.now - TRAINING else self.now
-
-    @property
-    def loads(self) -> bool:
-        """Tell whether a model is loaded here now."""
-        answers = bool(self.now & COSTLY) and self.config.teacher.runs_here
-        return answers or bool(self.now & {*TRAINING, "evaluate"})
+        now = remaining.intersection(stage.name for stage in stages)
+        first = min((NAMES.index(name) for name in now & COSTLY), default=len(NAMES))
+        self.ahead = now | remaining.intersection(NAMES[first:])
+        self.now = now if here else set[str]()
+        self.present = self.ahead if self.now - TRAINING else self.now
+        answers = bool(self.now & COSTLY) and run.config.teacher.runs_here
+        self.loads = answers or bool(self.now & {*TRAINING, "evaluate"})  # a model, here and now
 
     def attempt(self, check: Callable[..., object], *values: object) -> bool:
         """Tell whether a check passes, and record the problem where it does not."""
         try:
             check(*values)
         except DistillError as error:
-            self.add(error)
+            self.problems.setdefault(str(error), error)
             return False
         return True
-
-    def add(self, error: DistillError) -> None:
-        """Record a problem."""
-        self.problems.setdefault(str(error), error)
 
     def at_all(self) -> None:
         """Look at all that costly stages need."""
@@ -139,12 +129,12 @@ class Look:
             if stage.name in self.present:
                 self.attempt(stage.identity, self.config)
 
-    def responders(self, stages: frozenset[str]) -> dict[str, Teacher]:
+    def responders(self, stages: Set[str]) -> dict[str, Teacher]:
         """Return who is asked or read in some stages, by the config's key."""
         config, roles = self.config, dict[str, Teacher]()
         if config.distributions and stages & READING:
             roles["signals"] = config.soft_teacher()
-        if stages & ASKING:
+        if stages & {"generate", "evaluate"}:
             roles["teacher"] = config.teacher
         if config.evaluation.judge and "evaluate" in stages:
             roles["evaluation.judge"] = config.evaluation.judge
@@ -184,7 +174,8 @@ class Look:
         ):
             if (name := getattr(settings, key)) and price(name) is None:
                 fix = "name one of configs/prices.yaml, or add its row to evaluation.prices"
-                self.add(DistillError(Exit.CONFIG, f"evaluation.{key}", why_none(name), fix))
+                error = DistillError(Exit.CONFIG, f"evaluation.{key}", why_none(name), fix)
+                self.problems.setdefault(str(error), error)
 
     def at_models(self) -> None:
         """Look whether models are what their folders say, and their tokenizers and templates of
@@ -197,12 +188,8 @@ class Look:
             loading.check_model(trial.reference, trial.trust)
 
         facts = (student.model, student.revision, student.trust, config.template_date)
-        settings = (
-            config.train.lora.target_modules,
-            student.chat_template_kwargs,
-            config.reasoning,
-        )
-        sound = self.attempt(look, "student", Trial(*facts, *settings))
+        how = (config.train.lora.target_modules, student.chat_template_kwargs, config.reasoning)
+        sound = self.attempt(look, "student", Trial(*facts, *how))
         for key, teacher in self.responders(self.present | self.ahead & READING).items():
             self.attempt(identity, teacher, self.config.engines)
             if isinstance(teacher, LocalTeacher):

@@ -42,10 +42,8 @@ class TextSize(NamedTuple):
     def of(cls, texts: Sequence[str], model: str = "") -> "TextSize":
         """Measure texts, with the model's tokenizer where the cache has it."""
         size = sum(len(text.encode()) for text in texts) / max(1, len(texts))
-        counter, sample = (
-            token_counter(model) if model else None,
-            texts[:: len(texts) // COUNTED + 1],
-        )
+        counter = token_counter(model) if model else None
+        sample = texts[:: len(texts) // COUNTED + 1]
         tokens = sum(map(counter, sample)) if counter else 0
         read = sum(len(text.encode()) for text in sample)
         return cls(size, read / tokens if tokens else BYTES_A_TOKEN)

@@ -159,7 +159,7 @@ class Speaker:
         self.turns, self.ask = list[Message](), None
         prompts = read_records(path, Prompt) if path.is_file() else []
         views = (p.asked_of_teacher() if name == "teacher" else p.messages for p in prompts)
-        first = {view[0].to_line(): view[0] for view in views}
+        first = {view[0].model_dump_json(): view[0] for view in views}
         shared = len(first) == 1 and "system" in {turn.role for turn in first.values()}
         self.opening = tuple(first.values()) if shared else ()  # as the student was trained
         for turn in self.opening:

@@ -76,7 +76,7 @@ class RunEvidence:
         content = path.read_bytes() if path.is_file() else b""
         for line in content.splitlines(keepends=True):
             try:
-                entry = LedgerEntry.from_line(line)
+                entry = LedgerEntry.model_validate_json(line)
             except ValueError:
                 return None
             if (entry.stage, entry.started) == (stage, begun):

@@ -104,7 +104,7 @@ def read_json(path: Path) -> Any:
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
     """Write records as JSON lines, one at a time, atomically."""
-    write_atomic(path, (record.to_line().encode() + b"\n" for record in records))
+    write_atomic(path, (record.model_dump_json().encode() + b"\n" for record in records))
 
 
 def read_records(path: Path, kind: type[R], torn: bool = False) -> list[R]:
@@ -118,7 +118,7 @@ def read_records(path: Path, kind: type[R], torn: bool = False) -> list[R]:
             if line == b"\n" or (torn and not line.endswith(b"\n")):
                 continue
             try:
-                records.append(kind.from_line(line))
+                records.append(kind.model_validate_json(line))
             except ValidationError:
                 where = f"{path}:{number}"
                 raise DistillError(Exit.STATE, where, "is damaged", REMAKE) from None
@@ -130,7 +130,7 @@ def append_record(path: Path, record: Record) -> None:
     with disk_errors(path), path.open("a+b") as file:
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(record.to_line().encode() + b"\n")
+        file.write(record.model_dump_json().encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 

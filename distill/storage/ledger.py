@@ -40,7 +40,7 @@ class Ledger:
         facts = {"stage": self._stage, "started": now(), "seconds": 0.0, **tokens, **more}
         path = self.stages / (self._stage + SPENT)
         with disk_errors(path), path.open("a", encoding="utf-8") as file:
-            file.write(LedgerEntry.model_validate(facts).to_line() + "\n")
+            file.write(LedgerEntry.model_validate(facts).model_dump_json() + "\n")
 
     @contextmanager
     def counting(self, stage: str, marker: Path, started: str) -> Iterator[None]:

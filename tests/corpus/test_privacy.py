@@ -117,7 +117,7 @@ def test_the_corpus_is_masked_before_prompts_and_says_so(tmp_path: Path, capsys)
     private_rows(tmp_path)
     run = make(tmp_path)
     run.perform(CORPUS)
-    kept = "".join(document.to_line() for document in documents(run))
+    kept = "".join(document.model_dump_json() for document in documents(run))
     assert len(documents(run)) == 20 and "lovelace" not in kept and KEYS[0] not in kept
     assert run.manifest()["corpus"]["private_text"] == {
         "policy": "mask", "documents": 2, "kinds": {"email": 2, "key": 1, "phone": 1},

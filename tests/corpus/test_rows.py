@@ -366,5 +366,5 @@ def test_any_row_is_read_or_refused_and_what_is_read_can_be_stored(row: dict[str
         document = interpret(row, "a:1")
     except ValueError:
         return
-    again = type(document).from_line(document.to_line())
+    again = type(document).model_validate_json(document.model_dump_json())
     assert again == document and json.dumps(again.meta, allow_nan=False)

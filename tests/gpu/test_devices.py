@@ -246,4 +246,7 @@ def test_seconds_of_another_device_are_no_part_of_a_gpu_s_cost(tmp_path: Path) -
     cost = accounts(run, None)["cost"]["student"]  # which the CPU of an earlier run answered
     assert cost["dollars_per_1k"] is None and cost["reasons"]["dollars_per_1k"] == NO_TIME
     usage = Usage(seconds=1.5, device="NVIDIA L4")
-    assert Usage.from_line(usage.to_line()) == usage and "device" not in Usage().to_line()
+    assert (
+        Usage.model_validate_json(usage.model_dump_json()) == usage
+        and "device" not in Usage().model_dump_json()
+    )

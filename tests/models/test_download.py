@@ -172,7 +172,7 @@ def test_two_processes_convert_once(wheelhouse, data, tmp_path):
     (tmp_path / "gguf.json").write_text(tiny_gguf(data).model_dump_json())
     code = (
         "import sys; from distill.models import download as d; from pathlib import Path;"
-        "print(d.converted('tiny', d.Gguf.from_line(Path(sys.argv[1]).read_text())))"
+        "print(d.converted('tiny', d.Gguf.model_validate_json(Path(sys.argv[1]).read_text())))"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "gguf.json")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

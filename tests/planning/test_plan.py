@@ -150,29 +150,14 @@ def test_what_cannot_be_planned_says_so(capsys):
     assert "configs/models.yaml" in capsys.readouterr().err
 
 
-def test_a_run_that_is_long_here_names_a_smaller_size(capsys, monkeypatch, tmp_path, texts):
+def test_a_run_says_how_long_it_takes_here(capsys, monkeypatch, tmp_path):
     """The machine is a given one, so that the figures are."""
-
-    def announced(run: Run, rate: float) -> str:
-        machine = HERE.model_copy(update={"rates": {"auto": ("float32", rate)}})
-        monkeypatch.setattr(planning, "measure", lambda *_: machine)
-        announce(run)
-        return capsys.readouterr().err
-
-    run = quickstart(f"runs={tmp_path}")
-    said = announced(run, 400e9)
+    machine = HERE.model_copy(update={"rates": {"auto": ("float32", 400e9)}})
+    monkeypatch.setattr(planning, "measure", lambda *_: machine)
+    announce(quickstart(f"runs={tmp_path}"))
     # of a model that is not here yet, the tokens of the prompts are counted less exactly
-    assert re.search(
-        r"run: about (7.9|8) min on this machine \(recorded\): generate 3(.1)? min", said
-    )
-    assert "smaller" not in said
-    small = re.search(r"name=quickstart-small (prompts.*)\n", announced(run, 30e9))
-    assert small and "prompts.heldout" in small[1]
-    smaller = announced(quickstart(f"runs={tmp_path}", *small[1].split()), 30e9)
-    minutes = re.search(r"run: about (\d+) min", smaller)
-    assert minutes and int(minutes[1]) <= 16
-    asked = of_folder(texts, f"runs={tmp_path}", "prompts.questions={per_document: 3}")
-    assert re.search(r"prompts.heldout=\d+ corpus.limit=\d+\n", announced(asked, 30e9))
+    said = r"run: about (7.9|8) min on this machine \(recorded\): generate 3(.1)? min"
+    assert re.search(said, capsys.readouterr().err)
 
 
 def test_a_run_is_never_stopped_by_what_cannot_be_predicted(capsys, tmp_path, texts):

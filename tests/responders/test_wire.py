@@ -122,4 +122,4 @@ def test_no_body_breaks_the_reader(data: bytes, status: int) -> None:
     raw = Raw(key="k", sample=0, model="m", stop=None, body=stored)
     response = raw.response("p")
     assert response.stop != "error" or response.error
-    assert response.to_line()
+    assert response.model_dump_json()

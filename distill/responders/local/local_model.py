@@ -161,7 +161,7 @@ class LocalResponder:
             say(f"{len(excess)} of {len(requests)} prompts are too long: {where}: {what}")
         ordered = sorted(
             lengths.keys() - excess,
-            key=lambda r: (r.sampling.to_line(), -lengths[r], r.key, r.sample),
+            key=lambda r: (r.sampling.model_dump_json(), -lengths[r], r.key, r.sample),
         )
         place = self.network.device
         plans = [Plan(requests=tuple(excess), slots=1)] if excess else []
