@@ -1,8 +1,8 @@
 """What a request and the distillation cost, from times measured in this run and dated prices.
 
-Money is Decimal until it is written. An unknown price or an untimed answer makes the result None
-with a reason, never 0. A machine is paid while it idles too: its price is divided by the share of
-the time that it works (`utilisation`): a request at 50 % costs twice its share of a busy machine.
+What is paid is added up as Decimal; what is estimated from times is a float. An unknown price or an
+untimed answer makes the result None with a reason, never 0. A machine is paid while it idles too:
+its price is divided by the share of the time that it works (`utilisation`).
 """
 
 from collections.abc import Sequence
@@ -21,14 +21,13 @@ CONTRADICTED = (
     "timed apart, reading the prompts took longer than reading and answering: "
     "the machine was busier then"
 )
-BY_TOKEN = "a hosted model is paid by the token"
 
 
 class Tariff(NamedTuple):
     """What a model's work is paid by: a list price, a machine's hour, or unknown (see `why`)."""
 
     price: MachinePrice | TokenPrice | None
-    utilisation: Decimal = Decimal(1)
+    utilisation: float = 1.0
     why: str = ""
 
     @property
@@ -36,17 +35,17 @@ class Tariff(NamedTuple):
         """Tell whether tokens are paid, not time."""
         return isinstance(self.price, TokenPrice)
 
-    def of(self, usage: Usage) -> Decimal | None:
+    def of(self, usage: Usage) -> float | None:
         """Return the dollars of one answer, or None where price or time is not known."""
         if isinstance(self.price, TokenPrice):
-            return self.price.of(usage)
+            return float(self.price.of(usage))
         return self.of_seconds(usage.seconds) if usage.seconds > 0 else None
 
-    def of_seconds(self, seconds: float) -> Decimal | None:
+    def of_seconds(self, seconds: float) -> float | None:
         """Return the dollars of a machine's seconds, what it idles beside them included."""
         if not isinstance(self.price, MachinePrice):
             return None
-        return self.price.of(seconds) / self.utilisation
+        return float(self.price.of(seconds)) / self.utilisation
 
     def described(self) -> str | None:
         """Return the price in words, with its date and source."""
@@ -58,13 +57,8 @@ class Tariff(NamedTuple):
         else:
             what = f"{price.what or price.name}: ${price.dollars_per_hour} an hour"
             if self.utilisation != 1:
-                use = f", in use {percent(self.utilisation)} of the time"
+                use = f", in use {100 * self.utilisation:g}\u00a0% of the time"
         return f"{what} ({price.date}, {price.source}){use}"
-
-
-def percent(share: Decimal) -> str:
-    """Return a share as a percentage without needless zeros."""
-    return f"{float(100 * share):g}\u00a0%"
 
 
 def request_cost(
@@ -79,43 +73,24 @@ def request_cost(
     inputs, outputs = sum(u.input_tokens for u in usages), sum(u.output_tokens for u in usages)
     timed = bool(usages) and all(usage.seconds > 0 for usage in usages)
     priced = [d for usage in usages if (d := tariff.of(usage)) is not None]
-    dollars = sum(priced, Decimal(0)) / requests if priced and len(priced) == requests else None
+    dollars = sum(priced) / requests if priced and len(priced) == requests else None
     reasons = {} if timed else {"seconds_per_1k": NO_TIME}
     if dollars is None:
         reasons["dollars_per_1k"] = tariff.why if tariff.price is None else NO_TIME
-    per_million, alone = None, None
+    per_million, loads = None, tuple[RequestCost, ...]()
     if isinstance(tariff.price, TokenPrice):
         rates = (tariff.price.dollars_per_million_input, tariff.price.dollars_per_million_output)
-        per_million = PerMillion(dollars_input=rates[0], dollars_output=rates[1])
-        reasons["per_million.seconds"] = BY_TOKEN
+        per_million = PerMillion(dollars_input=float(rates[0]), dollars_output=float(rates[1]))
     elif not (timed and timing):
         reasons["per_million"] = NOT_APART
     elif apart := reading_and_writing(usages, timing):
-        reading, writing = (MILLION * each for each in apart)
-        per_million = PerMillion(
-            seconds_input=reading,
-            seconds_output=writing,
-            dollars_input=tariff.of_seconds(reading),
-            dollars_output=tariff.of_seconds(writing),
-        )
-        reasons |= {} if tariff.price else {"per_million.dollars": tariff.why}
+        each = [tariff.of_seconds(MILLION * seconds_each) for seconds_each in apart]
+        per_million = PerMillion(dollars_input=each[0], dollars_output=each[1])
+        reasons |= {} if tariff.price else {"per_million": tariff.why}
     else:
         reasons["per_million"] = CONTRADICTED
-    loads = timing.loads if timing and not tariff.hosted else ()
-    costs = tuple(load_cost(usages, tariff, timing, load) for load in loads if timing and usages)
-    if costs and costs[0].concurrency == 1:
-        alone = costs[0]
-    elif timing and timing.requests and not tariff.hosted:
-        each = timing.seconds / timing.requests
-        dollars_each = tariff.of_seconds(each)
-        alone = RequestCost(
-            requests=timing.requests,
-            seconds_per_1k=each * THOUSAND,
-            output_tokens_per_second=timing.output_tokens / timing.seconds,
-            dollars_per_1k=None if dollars_each is None else dollars_each * THOUSAND,
-        )
-    else:
-        reasons["one_at_a_time"] = BY_TOKEN if tariff.hosted else "not timed one at a time"
+    if timing and usages and not tariff.hosted:
+        loads = tuple(load_cost(usages, tariff, timing, load) for load in timing.loads)
     return RequestCost(
         requests=requests,
         input_tokens=inputs / requests if requests else None,
@@ -123,11 +98,11 @@ def request_cost(
         seconds_per_1k=seconds / requests * THOUSAND if timed else None,
         dollars_per_1k=None if dollars is None else dollars * THOUSAND,
         output_tokens_per_second=outputs / seconds if timed else None,
-        one_at_a_time=alone,
         price=tariff.described() if dollars is not None else None,
         per_million=per_million,
+        loads=loads,
         reasons=reasons,
-    ).model_copy(update={"loads": costs} if costs else {})
+    )
 
 
 def usage_at(load: Load, timing: Timing, usage: Usage) -> Usage:

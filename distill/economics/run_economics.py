@@ -5,8 +5,6 @@ volume or utilisation needs a new report and nothing else. The price table is ke
 as it was on the day of the report, so that the same report can be made again on another day.
 """
 
-from decimal import Decimal
-
 from distill.config.teachers import StatedCost
 from distill.economics.costs import Tariff, distillation_cost, request_cost, usage_at
 from distill.economics.savings import Assumptions, economics
@@ -49,33 +47,43 @@ def trained_elsewhere(run: Run) -> str:
     return ""
 
 
+def timings_of(run: Run, gpu: str) -> tuple[dict[str, Timing], dict[str, Load]]:
+    """Return how models were timed on the device that measured, and the one load of them all.
+
+    No load where some were timed by an older distill, or with other numbers at once.
+    """
+    timings, loads = dict[str, Timing](), dict[str, Load]()
+    for model in MODELS:
+        path = run.path(f"timings/{model}.jsonl")
+        for timing in read_records(path, Timing) if path.exists() else ():
+            if timing.device == gpu:
+                timings[model] = timing
+                below = [load for load in timing.loads if load.concurrency <= HEADLINE]
+                loads |= {model: below[-1]} if below else {}
+    alike = len({load.concurrency for load in loads.values()}) == 1
+    return timings, loads if alike and len(loads) == len(timings) else {}
+
+
 def money_of(run: Run, overall: MetricRow | None) -> tuple[Costs, Economics]:
     """Return the scorecard's `cost` and `economics`; `overall` is the result of all checks."""
     settings, teacher, prices = run.config.evaluation, run.config.teacher, run.path(PRICES)
     if not prices.exists():
         write_json(prices, load_prices(settings.prices).model_dump(mode="json"))
     book = PriceBook.model_validate(read_json(prices))
-    utilisation, why = Decimal(repr(settings.utilisation)), book.why_no_machine(settings.machine)
-    machine = book.machine(settings.machine)
+    machine, why = book.machine(settings.machine), book.why_no_machine(settings.machine)
     if other := ran_elsewhere(run, settings.machine):
         machine, why = None, other
-    student = actual = compared = Tariff(machine, utilisation, why)
+    student = actual = Tariff(machine, settings.utilisation, why)
     if listed := book.teacher(teacher.model):
-        actual = compared = Tariff(listed)
+        actual = Tariff(listed)
     elif teacher.paid:
-        actual = compared = Tariff(None, why=book.why_no_teacher(teacher.model))
+        actual = Tariff(None, why=book.why_no_teacher(teacher.model))
+    compared = actual
     if name := settings.teacher_price:  # another model's price
         compared = Tariff(book.teacher(name), why=book.why_no_teacher(name))
     facts = run.made_with("evaluate").get("environment", {})
-    gpu, timings, loads = facts.get("gpu") or "", dict[str, Timing](), dict[str, Load]()
-    for model in MODELS:
-        path = run.path(f"timings/{model}.jsonl")
-        for timing in read_records(path, Timing) if path.exists() else ():
-            timings |= {model: timing} if timing.device == gpu else {}
-        for load in timings[model].loads if model in timings else ():
-            loads |= {model: load} if load.concurrency <= HEADLINE else {}
-    if len(loads) < len(timings) or len({load.concurrency for load in loads.values()}) > 1:
-        loads = {}  # some were timed by an older distill
+    gpu = facts.get("gpu") or ""
+    timings, loads = timings_of(run, gpu)
 
     def usage_of(model: str, usage: Usage) -> Usage:
         """Give an answer the seconds of its tokens at the load of all; in older runs it has its
@@ -109,13 +117,13 @@ def money_of(run: Run, overall: MetricRow | None) -> tuple[Costs, Economics]:
         UNSTATED if isinstance(teacher, StatedCost) and teacher.dollars is None else "",
     )
     # Against another model's price the distillation is hypothetical too: its answers cost that.
-    hypothetical = compared.price != actual.price
-    dollars = [compared.of(usage) or Decimal(0) for usage in answers] if compared.price else []
-    bought = sum(dollars, Decimal(0)) if hypothetical and dollars else None
+    hypothetical, bought = compared.price != actual.price, None
+    if hypothetical and compared.price and answers:
+        bought = sum(compared.of(usage) or 0.0 for usage in answers)
     assumed = Assumptions(
         teacher=compared,
         student=student,
-        distillation=None if spent.dollars is None else spent.dollars + (bought or 0),
+        distillation=None if spent.dollars is None else float(spent.dollars) + (bought or 0),
         why_no_distillation=spent.reasons.get("dollars", ""),
         requests_per_month=settings.requests_per_month,
     )

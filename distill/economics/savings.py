@@ -5,19 +5,16 @@ The share p of acceptable answers is weighted by price: long answers cost more a
 interval is carried through; break-even is null where it, or the savings, reach 0.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from decimal import ROUND_CEILING, Decimal
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from distill.economics.costs import NO_TIME, THOUSAND, Tariff, percent
+from distill.economics.costs import NO_TIME, THOUSAND, Tariff
 from distill.evaluation.measurements import Difference
 from distill.evaluation.scorecard import (
     WAYS,
-    Amount,
     BreakEven,
     Economics,
     Rent,
@@ -32,7 +29,7 @@ from distill.records import Usage
 from distill.responders.prices import MachinePrice
 
 MONTH_DAYS, DAY_SECONDS = 30, 86_400
-LOW_USE, ONE = Decimal("0.25"), Decimal(1)
+LOW_USE = 0.25
 NEEDS_ANSWER = "the test compares with an answer that is not there when a new request is served"
 NO_TEST = "no task has a checker, and no judge that passed its probe stands in"
 
@@ -42,7 +39,7 @@ class Assumptions(NamedTuple):
 
     teacher: Tariff
     student: Tariff
-    distillation: Decimal | None
+    distillation: float | None
     why_no_distillation: str
     requests_per_month: int
 
@@ -51,8 +48,8 @@ class Change(NamedTuple):
     """What is other than measured: prices and volume by a factor, or the share at its low end."""
 
     case: str
-    teacher: Decimal = ONE
-    student: Decimal = ONE
+    teacher: float = 1.0
+    student: float = 1.0
     volume: int = 1
     lowest: bool = False
 
@@ -71,14 +68,14 @@ def economics(
     student's difference to this run's teacher (`quality`) are shown beside the amounts."""
     covered = [request for request in requests if request.test] or list(requests)
     scored = [request for request in covered if request.accepted is not None]
-    plain, part, if_unscored_fail = shares_of(covered, scored, assumed.teacher, certainty)
-    priced = PricedRequests.of(covered, part, assumed, certainty)
+    plain, part = shares_of(covered, scored, assumed.teacher, certainty)
+    priced = PricedRequests(covered, part, assumed, certainty)
     tests = tuple(dict.fromkeys(request.test for request in covered if request.test))
     when_served = bool(tests) and all(request.when_served for request in covered)
     headline: Way = "try_then_escalate" if when_served else "replace_all"
     saved = {way: priced.saved(way) for way in WAYS}
     if tests and not when_served:
-        saved["try_then_escalate"] = unknown(NEEDS_ANSWER)
+        saved["try_then_escalate"] = Estimate.unknown(NEEDS_ANSWER)
     dollars, student_dollars = priced.means()
     facts = {"price": assumed.teacher.described(), "hosted": assumed.teacher.hosted}
     missing = {"distillation_dollars": assumed.why_no_distillation}
@@ -98,7 +95,6 @@ def economics(
         unscored=len(covered) - len(scored) if tests else 0,
         share=plain,
         share_of_price=part,
-        share_if_unscored_fail=if_unscored_fail,
         quality=quality,
         distillation_dollars=assumed.distillation,
         requests_per_month=assumed.requests_per_month,
@@ -109,45 +105,37 @@ def economics(
     )
 
 
-@dataclass(frozen=True)
 class PricedRequests:
-    """N requests with the dollars of 1,000 of each, or `why` they are unknown, and assumptions."""
+    """N requests that both models answered, with the dollars of 1,000 of each; `why` if unknown.
 
-    part: Amount  # of the teacher's cost, on requests that the student can take
-    assumed: Assumptions
-    certainty: Certainty
-    teacher_N: NDArray[np.object_]
-    student_N: NDArray[np.object_]
-    clusters: tuple[str, ...]
-    why: str
+    `part` is the share of the teacher's cost that is of requests which the student can take.
+    """
 
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         requests: Sequence[HeldOutRequest],
-        part: Amount,
+        part: Estimate,
         assumed: Assumptions,
         certainty: Certainty,
-    ) -> "PricedRequests":
-        """Price the requests that both models answered."""
+    ) -> None:
         both = [r for r in requests if {"teacher", "student"} <= r.usage.keys()]
-        sides, reasons = [], []
+        self.part, self.assumed, self.certainty, self.why = part, assumed, certainty, ""
+        self.clusters, prices = [request.cluster for request in both], []
         for model, tariff in (("teacher", assumed.teacher), ("student", assumed.student)):
             dollars = [tariff.of(request.usage[model]) for request in both]
-            sides.append(np.array([each and each * THOUSAND for each in dollars], dtype=object))
-            if not both or None in dollars:
-                reasons.append(tariff.why if tariff.price is None else f"{model}: {NO_TIME}")
-        clusters = tuple(request.cluster for request in both)
-        (teacher_N, student_N), why = sides, "".join(reasons[:1])
-        return cls(part, assumed, certainty, teacher_N, student_N, clusters, why)
+            if not self.why and (not both or None in dollars):
+                self.why = tariff.why if tariff.price is None else f"{model}: {NO_TIME}"
+            prices.append(np.array(dollars, dtype=np.float64) * THOUSAND)
+        self.teacher_N, self.student_N = prices
 
-    def means(self, change: Change = AS_MEASURED) -> tuple[Decimal, Decimal] | tuple[None, None]:
+    def means(self, change: Change = AS_MEASURED) -> tuple[float, float] | tuple[None, None]:
         """Return what 1,000 requests cost the teacher and the student."""
         if self.why:
             return None, None
-        return self.teacher_N.mean() * change.teacher, self.student_N.mean() * change.student
+        teacher, student = float(self.teacher_N.mean()), float(self.student_N.mean())
+        return teacher * change.teacher, student * change.student
 
-    def saved(self, way: Way, change: Change = AS_MEASURED) -> Amount:
+    def saved(self, way: Way, change: Change = AS_MEASURED) -> Estimate:
         """Return what 1,000 requests save in one way.
 
         replace_all: T - S, whatever the answers are worth, with the interval of the requests'
@@ -156,24 +144,25 @@ class PricedRequests:
         """
         teacher, student = self.means(change)
         if teacher is None or student is None:
-            return unknown(self.why)
-        part = Amount(value=self.part.low, reason=self.part.reason) if change.lowest else self.part
+            return Estimate.unknown(self.why)
+        part = self.part
+        if change.lowest:
+            part = Estimate(value=part.low, reason=part.reason)
         if way == "try_then_escalate":
             return part.scaled(teacher, -student)
         if way == "perfect_router":
             return part.scaled(teacher - student)
-        teacher_N = (self.teacher_N * change.teacher).astype(np.float64)
-        student_N = (self.student_N * change.student).astype(np.float64)
+        teacher_N, student_N = self.teacher_N * change.teacher, self.student_N * change.student
         bounds = Bounds(-student_N.max(), teacher_N.max())
         estimate = estimate_mean(teacher_N - student_N, self.clusters, self.certainty, bounds)
-        return amount_of(estimate).model_copy(update={"value": teacher - student})
+        return estimate.model_copy(update={"value": teacher - student})
 
-    def saving(self, saved: Amount, volume: int = 1, **facts: object) -> Saving:
+    def saving(self, saved: Estimate, volume: int = 1, **facts: object) -> Saving:
         """Return what is saved on 1,000 requests and by the month, and when it has paid off."""
         months = self.assumed.requests_per_month * volume
         amounts = {
             "dollars_per_1k": saved,
-            "dollars_per_month": saved.scaled(Decimal(months) / THOUSAND),
+            "dollars_per_month": saved.scaled(months / THOUSAND),
             "break_even": self.break_even(saved, months),
         }
         return Saving.model_validate({**facts, **amounts})
@@ -181,32 +170,25 @@ class PricedRequests:
     def case(self, way: Way, change: Change) -> Saving:
         """Return one way with what has been changed."""
         teacher, student = self.means(change)
-        return self.saving(
-            self.saved(way, change),
-            change.volume,
-            case=change.case,
-            teacher_dollars_per_1k=teacher,
-            student_dollars_per_1k=student,
-            requests_per_month=self.assumed.requests_per_month * change.volume,
-        )
+        prices = {"teacher_dollars_per_1k": teacher, "student_dollars_per_1k": student}
+        return self.saving(self.saved(way, change), change.volume, case=change.case, **prices)
 
     def changes(self, way: Way) -> Iterator[Change]:
         """Yield what would change today's figures, one thing at a time."""
-        teacher, student = self.assumed.teacher, self.assumed.student
+        student, dollars = self.assumed.student, self.means()[1]
         yield AS_MEASURED
-        yield Change("the teacher's price halves", teacher=Decimal("0.5"))
+        yield Change("the teacher's price halves", teacher=0.5)
         yield Change("ten times the requests", volume=10)
         if way != "replace_all":
             yield Change("the share at its lower bound", lowest=True)
-        if not isinstance(student.price, MachinePrice) or self.why:
+        if dollars is None or not isinstance(student.price, MachinePrice):
             return
-        idle, low = student.utilisation / LOW_USE, f"{percent(LOW_USE)} of the time"
-        if not teacher.hosted:
+        idle, low = student.utilisation / LOW_USE, f"{100 * LOW_USE:g}\u00a0% of the time"
+        if not self.assumed.teacher.hosted:
             yield Change(f"both machines work {low}", teacher=idle, student=idle)
             return
         yield Change(f"the student's machine works {low}", student=idle)
-        rent, dollars = self.month_of_machines(), self.means()[1]
-        if rent and dollars:
+        if rent := self.month_of_machines():
             month = dollars * self.assumed.requests_per_month / THOUSAND
             rented = rent.dollars_per_month / month
             yield Change("the student's machine is rented for the whole month", student=rented)
@@ -214,15 +196,15 @@ class PricedRequests:
     def month_of_machines(self) -> Rent | None:
         """Return how many machines the requests of a month need, their rent, how busy they are."""
         price, dollars = self.assumed.student.price, self.means()[1]
-        if not isinstance(price, MachinePrice) or dollars is None or not price.dollars_per_hour:
+        if not isinstance(price, MachinePrice) or not dollars:
             return None
         busy = dollars * self.assumed.student.utilisation  # without the time that it idles
-        month = price.of(MONTH_DAYS * DAY_SECONDS)
+        month = float(price.of(MONTH_DAYS * DAY_SECONDS))
         needed = self.assumed.requests_per_month * busy / THOUSAND / month
-        machines = int(needed.to_integral_value(ROUND_CEILING)) or 1
+        machines = math.ceil(needed)
         return Rent(machines=machines, dollars_per_month=machines * month, in_use=needed / machines)
 
-    def break_even(self, saved: Amount, requests_per_month: int) -> BreakEven:
+    def break_even(self, saved: Estimate, requests_per_month: int) -> BreakEven:
         """Return when `saved`, dollars of 1,000 requests, has paid the distillation back."""
         decided, why = saved.conclude(len(set(self.clusters))), ""
         distillation = self.assumed.distillation
@@ -233,15 +215,14 @@ class PricedRequests:
         elif saved.value <= 0:
             why = "nothing is saved, so the distillation is never paid back"
         if why or distillation is None or saved.value is None:
-            return BreakEven(requests=unknown(why), days=unknown(why))
+            return BreakEven(requests=Estimate.unknown(why), days=Estimate.unknown(why))
         cost = distillation * THOUSAND
-        requests = Amount(
+        requests = Estimate(
             value=cost / saved.value,
             low=None if saved.high is None else cost / saved.high,
             high=None if saved.low is None else cost / saved.low,
         )
-        days = requests.scaled(Decimal(MONTH_DAYS) / requests_per_month)
-        return BreakEven(requests=requests, days=days)
+        return BreakEven(requests=requests, days=requests.scaled(MONTH_DAYS / requests_per_month))
 
 
 def shares_of(
@@ -249,43 +230,22 @@ def shares_of(
     scored: Sequence[HeldOutRequest],
     teacher: Tariff,
     certainty: Certainty,
-) -> tuple[Amount, Amount, Amount | None]:
+) -> tuple[Estimate, Estimate]:
     """Estimate the share of requests that the student can take, because its answer is acceptable.
 
-    Plain, weighted by the teacher's price, and with errors of ours against it. Null without a test,
-    and where too many answers could not be tested.
+    Plain, and weighted by the teacher's price. Null without a test, and where too many answers
+    could not be tested.
     """
-
-    def share(requests: Sequence[HeldOutRequest], weights: Sequence[Decimal]) -> Amount:
-        accepted = [request.accepted is True for request in requests]
-        clusters = [request.cluster for request in requests]
-        floats = [float(weight) for weight in weights]
-        amount = amount_of(estimate_mean(accepted, clusters, certainty, SHARE, floats))
-        if amount.value is None:
-            return amount
-        part = sum((w for w, passed in zip(weights, accepted, strict=True) if passed), Decimal(0))
-        return amount.model_copy(update={"value": part / sum(weights)})  # exact
-
     if not any(request.test for request in requests):
-        return unknown(NO_TEST), unknown(NO_TEST), None
+        return Estimate.unknown(NO_TEST), Estimate.unknown(NO_TEST)
     if len(scored) < MIN_PAIRED * len(requests):
-        why = unknown(f"only {len(scored)} of {len(requests)} answers could be tested")
-        return why, why, None
+        why = Estimate.unknown(f"only {len(scored)} of {len(requests)} answers could be tested")
+        return why, why
+    accepted = [request.accepted is True for request in scored]
+    clusters = [request.cluster for request in scored]
+    plain = estimate_mean(accepted, clusters, certainty, SHARE)
     dollars = [teacher.of(request.usage.get("teacher", Usage())) for request in scored]
     prices = [price for price in dollars if price is not None]
-    plain = share(scored, [ONE] * len(scored))
-    part = share(scored, prices) if len(prices) == len(scored) and sum(prices) > 0 else plain
-    complete = len(scored) == len(requests)
-    return plain, part, None if complete else share(requests, [ONE] * len(requests))
-
-
-def amount_of(estimate: Estimate) -> Amount:
-    """Return an estimate as an amount."""
-    ends = (estimate.value, *estimate.ends)
-    value, low, high = (None if end is None else Decimal(repr(end)) for end in ends)
-    return Amount(value=value, low=low, high=high, reason=estimate.reason)
-
-
-def unknown(reason: str) -> Amount:
-    """Return an amount that is unknown for a reason."""
-    return Amount(value=None, low=None, high=None, reason=reason)
+    if len(prices) < len(scored) or not sum(prices):
+        return plain, plain
+    return plain, estimate_mean(accepted, clusters, certainty, SHARE, prices)

@@ -1,13 +1,13 @@
 """What scorecard.json holds: the comparison of evaluation.json, costs, savings, the training.
 
-Money is Decimal until it is written. What is unknown is None, with its reason beside it.
+What is unknown is None, with its reason beside it.
 """
 
 from decimal import Decimal
 from typing import Any, Literal
 
 from distill.evaluation.measurements import CardRecord, Comparison, Difference, Model
-from distill.evaluation.statistics import FEWEST_DOCUMENTS, Conclusion, conclude
+from distill.evaluation.statistics import FEWEST_DOCUMENTS, Estimate
 
 Way = Literal["replace_all", "try_then_escalate", "perfect_router"]
 WAYS: tuple[Way, ...] = ("replace_all", "try_then_escalate", "perfect_router")
@@ -57,12 +57,10 @@ class Failures(CardRecord):
 
 
 class PerMillion(CardRecord):
-    """What a million input and a million output tokens cost; a hosted model's time is unknown."""
+    """What a million input and a million output tokens cost."""
 
-    dollars_input: Decimal | None = None
-    dollars_output: Decimal | None = None
-    seconds_input: float | None = None
-    seconds_output: float | None = None
+    dollars_input: float | None = None
+    dollars_output: float | None = None
 
 
 class RequestCost(CardRecord):
@@ -76,10 +74,9 @@ class RequestCost(CardRecord):
     input_tokens: float | None = None  # a request, on average
     output_tokens: float | None = None
     seconds_per_1k: float | None = None
-    dollars_per_1k: Decimal | None = None
+    dollars_per_1k: float | None = None
     output_tokens_per_second: float | None = None
     per_million: PerMillion | None = None
-    one_at_a_time: "RequestCost | None" = None
     price: str | None = None
     engine: str | None = None
     machine: str | None = None
@@ -116,33 +113,11 @@ class Costs(CardRecord):
         return getattr(self, model)
 
 
-class Amount(CardRecord):
-    """An amount with its interval, or None with the reason; a bound has no interval."""
-
-    value: Decimal | None = None
-    low: Decimal | None = None
-    high: Decimal | None = None
-    reason: str | None = None
-
-    def scaled(self, factor: Decimal | int, plus: Decimal | int = 0) -> "Amount":
-        """Return factor x amount + plus; a negative factor turns the interval round."""
-        low, high = (self.high, self.low) if factor < 0 else (self.low, self.high)
-        value, low, high = (
-            None if amount is None else amount * factor + plus for amount in (self.value, low, high)
-        )
-        return self.model_copy(update={"value": value, "low": low, "high": high})
-
-    def conclude(self, documents: int | None) -> Conclusion:
-        """Decide whether the amount is above 0 ("better"), by the rule of all claims."""
-        ends = (None if end is None else float(end) for end in (self.low, self.high))
-        return conclude(*ends, documents=documents, why_no_interval=self.reason)
-
-
 class BreakEven(CardRecord):
     """After how many requests, and days, the savings have paid for the distillation."""
 
-    requests: Amount = Amount()
-    days: Amount = Amount()
+    requests: Estimate = Estimate()
+    days: Estimate = Estimate()
 
 
 class Saving(CardRecord):
@@ -150,11 +125,10 @@ class Saving(CardRecord):
 
     way: Way | None = None
     case: str | None = None
-    teacher_dollars_per_1k: Decimal | None = None
-    student_dollars_per_1k: Decimal | None = None
-    requests_per_month: int = 0
-    dollars_per_1k: Amount  # negative where it costs more than the teacher
-    dollars_per_month: Amount
+    teacher_dollars_per_1k: float | None = None
+    student_dollars_per_1k: float | None = None
+    dollars_per_1k: Estimate  # negative where it costs more than the teacher
+    dollars_per_month: Estimate
     break_even: BreakEven
 
 
@@ -163,8 +137,8 @@ class TeacherPrice(CardRecord):
 
     name: str = ""
     hypothetical: bool = False
-    answers_dollars: Decimal | None = None
-    dollars_per_1k: Decimal | None = None
+    answers_dollars: float | None = None
+    dollars_per_1k: float | None = None
     price: str | None = None
     hosted: bool = False
 
@@ -173,16 +147,16 @@ class Rent(CardRecord):
     """How many machines the requests of a month need, their rent, and how busy they are."""
 
     machines: int
-    dollars_per_month: Decimal
-    in_use: Decimal
+    dollars_per_month: float
+    in_use: float
 
 
 class StudentPrice(CardRecord):
     """What the student's requests cost on its machine."""
 
-    dollars_per_1k: Decimal | None = None
+    dollars_per_1k: float | None = None
     price: str | None = None
-    utilisation: Decimal = Decimal(1)
+    utilisation: float = 1.0
     month_of_machines: Rent | None = None
 
 
@@ -197,11 +171,10 @@ class Economics(CardRecord):
     tests: tuple[str, ...] = ()  # that decide whether an answer is acceptable
     when_served: bool = False  # they can be run on a new request
     unscored: int = 0
-    share: Amount
-    share_of_price: Amount
-    share_if_unscored_fail: Amount | None = None
+    share: Estimate
+    share_of_price: Estimate
     quality: Difference  # student minus teacher, beside replace_all
-    distillation_dollars: Decimal | None = None
+    distillation_dollars: float | None = None
     requests_per_month: int
     headline: Way
     rows: tuple[Saving, ...]

@@ -26,10 +26,44 @@ FEWEST_DOCUMENTS = 6  # if all of G pointed one way, p = 2 / 2^G: below ALPHA fr
 Noninferiority = Literal["not inferior", "inferior", "undecided"]
 
 
-class Estimate(Record):
-    """A number with its interval, or None with the reason."""
+class Conclusion(NamedTuple):
+    """What a difference allows to claim, and why where it is undecided."""
 
-    value: float | None
+    verdict: Literal["better", "worse", "undecided"]
+    reason: str = ""
+
+
+def conclude(
+    low: float | None,
+    high: float | None,
+    documents: int | None = None,
+    p: float | None = None,
+    items: int | None = None,
+    why_no_interval: str | None = None,
+) -> Conclusion:
+    """Decide a difference: no 0 in the interval, enough documents, an exact test (`p`) that agrees.
+
+    An interval of few documents rests on a handful of numbers, whatever the scores. `documents` and
+    `p` are None where they are unknown (old scorecards) or do not apply (scores that are graded).
+    """
+    if low is None or high is None:
+        return Conclusion("undecided", why_no_interval or "there is no interval")
+    if documents is not None and documents < FEWEST_DOCUMENTS:
+        of = f"{items} items of " if items else ""
+        plural = "s" * (documents != 1)
+        return Conclusion("undecided", f"{of}{documents} document{plural} are too few")
+    if low <= 0 <= high:
+        return Conclusion("undecided", "the interval includes 0")
+    if p is not None and p >= ALPHA:
+        why = f"the exact test does not confirm the interval (p = {p:.2g})"
+        return Conclusion("undecided", why)
+    return Conclusion("better" if low > 0 else "worse")
+
+
+class Estimate(Record):
+    """A number with its interval, or None with the reason; a bound has no interval."""
+
+    value: float | None = None
     low: float | None = None
     high: float | None = None
     n: int = 0
@@ -42,9 +76,20 @@ class Estimate(Record):
         """Return the interval."""
         return self.low, self.high
 
-    def excludes(self, point: float) -> bool:
-        """Say whether the interval is there and does not hold `point`."""
-        return self.low is not None and self.high is not None and not self.low <= point <= self.high
+    @classmethod
+    def unknown(cls, reason: str | None) -> "Estimate":
+        """Return a number that is unknown for a reason; its JSON has the null."""
+        return cls(value=None, low=None, high=None, reason=reason)
+
+    def scaled(self, factor: float, plus: float = 0.0) -> "Estimate":
+        """Return factor x this + plus; a negative factor turns the interval round."""
+        ends = self.ends[::-1] if factor < 0 else self.ends
+        value, low, high = (None if x is None else x * factor + plus for x in (self.value, *ends))
+        return self.model_copy(update={"value": value, "low": low, "high": high})
+
+    def conclude(self, documents: int | None) -> Conclusion:
+        """Decide whether it is above 0 ("better"), by the rule of all claims."""
+        return conclude(*self.ends, documents=documents, why_no_interval=self.reason)
 
 
 class Bounds(NamedTuple):
@@ -170,10 +215,10 @@ def estimate_gap_recovered(
     The interval is the expanded percentile bootstrap of clusters, both parts resampled together.
     """
     gap = estimate_difference(teacher, base, clusters, certainty, bounds)
-    if gap.value is None:
+    if gap.value is None or gap.low is None or gap.high is None:
         return gap
     gain, full = (by_cluster(np.subtract(x, base), clusters) for x in (student, teacher))
-    if not gap.excludes(0):
+    if gap.low <= 0 <= gap.high:
         return full.unknown("teacher and base do not differ beyond their interval")
     if gap.value < 0:
         return full.unknown("the teacher is below base")
@@ -224,40 +269,6 @@ def _expanded(confidence: float, groups: int) -> tuple[float, float]:
     quantile = stats.t.ppf((1 + confidence) / 2, groups - 1)
     tail = float(stats.norm.cdf(-np.sqrt(groups / (groups - 1)) * quantile))
     return tail, 1 - tail
-
-
-class Conclusion(NamedTuple):
-    """What a difference allows to claim, and why where it is undecided."""
-
-    verdict: Literal["better", "worse", "undecided"]
-    reason: str = ""
-
-
-def conclude(
-    low: float | None,
-    high: float | None,
-    documents: int | None = None,
-    p: float | None = None,
-    items: int | None = None,
-    why_no_interval: str | None = None,
-) -> Conclusion:
-    """Decide a difference: no 0 in the interval, enough documents, an exact test (`p`) that agrees.
-
-    An interval of few documents rests on a handful of numbers, whatever the scores. `documents` and
-    `p` are None where they are unknown (old scorecards) or do not apply (scores that are graded).
-    """
-    if low is None or high is None:
-        return Conclusion("undecided", why_no_interval or "there is no interval")
-    if documents is not None and documents < FEWEST_DOCUMENTS:
-        of = f"{items} items of " if items else ""
-        plural = "s" * (documents != 1)
-        return Conclusion("undecided", f"{of}{documents} document{plural} are too few")
-    if low <= 0 <= high:
-        return Conclusion("undecided", "the interval includes 0")
-    if p is not None and p >= ALPHA:
-        why = f"the exact test does not confirm the interval (p = {p:.2g})"
-        return Conclusion("undecided", why)
-    return Conclusion("better" if low > 0 else "worse")
 
 
 class Discordant(Record):

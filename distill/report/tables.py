@@ -10,8 +10,8 @@ from typing import Any
 
 from distill.evaluation import measurements, scorecard
 from distill.evaluation.measurements import MODELS, RIVALS, Difference, MetricRow, Model, Rival
-from distill.evaluation.scorecard import Amount, Economics, Saving, Scorecard, Way
-from distill.evaluation.statistics import Conclusion
+from distill.evaluation.scorecard import Economics, Saving, Scorecard, Way
+from distill.evaluation.statistics import Conclusion, Estimate
 from distill.formatting import (
     UNKNOWN,
     Number,
@@ -77,7 +77,7 @@ def rate(difference: Difference) -> str:
     return estimate(difference.mean, difference.low, difference.high, share)
 
 
-def span(amount: Amount, documents: int | None, unit: str = "") -> str:
+def span(amount: Estimate, documents: int | None, unit: str = "") -> str:
     """Write dollars saved with their interval; a bound has none."""
     undecided = amount.low is not None and amount.conclude(documents).verdict == "undecided"
     return estimate(amount.value, amount.low, amount.high, money, unit, undecided)
@@ -203,21 +203,14 @@ def load_rows(costs: scorecard.Costs) -> TextTable:
 
 
 def token_rows(cost: scorecard.Costs) -> TextTable:
-    """Return the cost of requests one at a time, and of a million tokens read and written."""
-    head = (
-        *("one request at a time", "1,000 take", "and cost", "tokens/s"),
-        *("tokens of a prompt", "a million read", "a million written"),
-    )
+    """Return how long prompts are, and the cost of a million tokens read and written."""
     rows = []
     for model in MODELS:
         row = cost.of(model)
-        alone = row.one_at_a_time or scorecard.RequestCost()
         million = row.per_million or scorecard.PerMillion()
-        per_second, prompt = count(alone.output_tokens_per_second), count(row.input_tokens)
-        spent = (duration(alone.seconds_per_1k), money(alone.dollars_per_1k), per_second)
         apart = (money(million.dollars_input), money(million.dollars_output))
-        rows.append((model, *spent, prompt, *apart))
-    return head, rows
+        rows.append((model, count(row.input_tokens), *apart))
+    return ("dollars of tokens", "tokens of a prompt", "a million read", "a million written"), rows
 
 
 def judge_rows(result: measurements.JudgeResult) -> TextTable:

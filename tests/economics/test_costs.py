@@ -33,49 +33,41 @@ def entry(stage: str, seconds: float, dollars: Decimal | None = None) -> LedgerE
 
 def test_a_request_on_a_machine_costs_its_share_of_the_batch() -> None:
     cost = request_cost(USAGES, Tariff(MACHINE), TIMING)
-    assert cost.seconds_per_1k == 2000 and cost.dollars_per_1k == Decimal("0.2")
+    assert (cost.seconds_per_1k, cost.dollars_per_1k) == pytest.approx((2000, 0.2))
     assert cost.output_tokens_per_second == 25 and cost.price and "2026-01-01" in cost.price
     assert (cost.requests, cost.input_tokens, cost.output_tokens) == (2, 100, 50)
     # read: 5 s of 1,000 tokens; the 200 read here took 1 s of 4, so 100 written took 3 s
-    rates, alone = cost.per_million, cost.one_at_a_time
-    assert rates and rates.seconds_input == pytest.approx(5_000)
-    assert rates.seconds_output == pytest.approx(30_000)
-    assert (rates.dollars_input, rates.dollars_output) == (Decimal("0.5"), 3)
-    assert alone and alone.requests == 4 and alone.seconds_per_1k == 5000
-    assert alone.output_tokens_per_second == 10 and alone.dollars_per_1k == Decimal("0.5")
-    idle = request_cost(USAGES, Tariff(MACHINE, Decimal("0.25")), TIMING)  # is paid all the same
-    assert idle.seconds_per_1k == 2000 and idle.dollars_per_1k == Decimal("0.8")
+    rates = cost.per_million
+    assert rates and (rates.dollars_input, rates.dollars_output) == pytest.approx((0.5, 3))
+    idle = request_cost(USAGES, Tariff(MACHINE, 0.25), TIMING)  # is paid all the same
+    assert (idle.seconds_per_1k, idle.dollars_per_1k) == pytest.approx((2000, 0.8))
     assert idle.price and "in use 25\u00a0% of the time" in idle.price
 
 
-def test_rates_that_were_not_timed_or_contradict_the_total_are_unknown() -> None:
-    slow = TIMING.model_copy(update={"read_seconds": 100.0})
-    for timing, reason in ((None, NOT_APART), (slow, CONTRADICTED)):
-        cost = request_cost(USAGES, Tariff(MACHINE), timing)
-        assert cost.per_million is None and cost.reasons["per_million"] == reason
+@pytest.mark.parametrize(
+    ("timing", "reason"),
+    [(None, NOT_APART), (TIMING.model_copy(update={"read_seconds": 100.0}), CONTRADICTED)],
+)
+def test_rates_that_were_not_timed_or_contradict_the_total_are_unknown(timing, reason) -> None:
+    cost = request_cost(USAGES, Tariff(MACHINE), timing)
+    assert cost.per_million is None and cost.reasons["per_million"] == reason
 
 
 def test_a_hosted_model_costs_its_list_price() -> None:
     cost = request_cost(USAGES, Tariff(HOSTED), TIMING)
-    assert cost.dollars_per_1k == Decimal("0.6") and cost.seconds_per_1k == 2000
+    assert (cost.dollars_per_1k, cost.seconds_per_1k) == pytest.approx((0.6, 2000))
     rates = cost.per_million
     assert rates and (rates.dollars_input, rates.dollars_output) == (1, 10)
-    assert cost.one_at_a_time is None and "by the token" in cost.reasons["one_at_a_time"]
     cached = Usage(input_tokens=100, cached_input_tokens=60, output_tokens=50)
     # 40 at $1, 60 at $0.10 and 50 at $10 a million, a thousand times
-    assert request_cost([cached], Tariff(HOSTED)).dollars_per_1k == Decimal("0.546")
+    assert request_cost([cached], Tariff(HOSTED)).dollars_per_1k == pytest.approx(0.546)
 
 
-def test_no_machine_no_dollars_but_a_reason() -> None:
-    cost = request_cost(USAGES, Tariff(None, why="evaluation.machine is not set"), TIMING)
-    assert cost.dollars_per_1k is None and cost.price is None
-    for key in ("dollars_per_1k", "per_million.dollars"):
-        assert cost.reasons[key] == "evaluation.machine is not set"
-    assert cost.seconds_per_1k == 2000
-    assert cost.one_at_a_time and cost.one_at_a_time.dollars_per_1k is None
-
-
-def test_untimed_answers_have_no_time_and_no_dollars() -> None:
+def test_what_is_not_priced_or_not_timed_is_unknown_with_its_reason() -> None:
+    why = "evaluation.machine is not set"
+    cost = request_cost(USAGES, Tariff(None, why=why), TIMING)
+    assert cost.dollars_per_1k is None and cost.price is None and cost.seconds_per_1k == 2000
+    assert cost.reasons["dollars_per_1k"] == cost.reasons["per_million"] == why
     for usages in ([Usage(output_tokens=9)], []):
         cost = request_cost(usages, Tariff(MACHINE), TIMING)
         assert cost.seconds_per_1k is None and cost.dollars_per_1k is None and cost.price is None

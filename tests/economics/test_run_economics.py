@@ -1,5 +1,7 @@
 """A run in money, from its files: whose price counts, what an earlier run had paid for."""
 
+import json
+from datetime import date
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -14,26 +16,12 @@ from distill.records import HEADLINE, LedgerEntry, Load, Response, Timing, Usage
 from distill.storage.files import read_records, write_records
 from distill.storage.run_folder import Run
 
-PRICES = """
-machines:
-  - {name: box, dollars_per_hour: "0.36", date: "%s", source: s}
-tokens:
-  - model: "own/*"
-    dollars_per_million_input: 1
-    dollars_per_million_output: 10
-    date: "%s"
-    source: s
-  - model: giant
-    dollars_per_million_input: 2
-    dollars_per_million_output: 20
-    date: "%s"
-    source: s
-  - model: old
-    dollars_per_million_input: 2
-    dollars_per_million_output: 20
-    date: "2020-01-01"
-    source: s
-"""
+
+def token_price(model: str, dollars: int, day: str) -> dict[str, Any]:
+    rates = {"dollars_per_million_input": dollars, "dollars_per_million_output": 10 * dollars}
+    return {"model": model, "date": day, "source": "s", **rates}
+
+
 OVERALL = {"student_minus_teacher": {"mean": -0.1, "low": -0.2, "high": 0.0}}
 
 
@@ -44,10 +32,11 @@ def accounts(run: Run, overall: dict[str, Any] | None) -> dict[str, Any]:
 
 def make_run(folder: Path, teacher: dict[str, Any], **settings: Any) -> Run:
     """Make a run of twenty requests: 400 tokens in, 60 out; teacher 2 s, student 0.5 s."""
-    from datetime import date
-
-    prices = folder / "prices.yaml"
-    prices.write_text(PRICES % ((date.today(),) * 3))
+    prices, today = folder / "prices.yaml", f"{date.today()}"
+    box = {"name": "box", "dollars_per_hour": "0.36", "date": today, "source": "s"}
+    rows = (("own/*", 1, today), ("giant", 2, today), ("old", 2, "2020-01-01"))
+    table = {"machines": [box], "tokens": [token_price(*row) for row in rows]}
+    prices.write_text(json.dumps(table))
     config = Config.model_validate(
         {
             "name": "money",
@@ -99,9 +88,7 @@ def test_a_local_teacher_is_paid_by_the_machine_that_idles_too(tmp_path: Path) -
     assert said["rows"][1]["dollars_per_1k"]["value"] == 0.22 and not said["teacher"]["hosted"]
     assert cost["distillation"]["dollars"] == 0.36 == said["distillation_dollars"]
     assert cost["distillation"]["reused"] == 0 and said["quality"]["mean"] == -0.1
-    assert cost["student"]["one_at_a_time"]["dollars_per_1k"] == 0.4
-    assert cost["student"]["per_million"]["seconds_input"] == 250
-    assert "one_at_a_time" in cost["teacher"]["reasons"]
+    assert cost["student"]["per_million"]["dollars_input"] == 0.05  # 0.25 ms a token
 
 
 def at_load(run: Run, teacher: int | None = HEADLINE, seconds: float = 4.0) -> None:
@@ -126,7 +113,7 @@ def test_a_model_costs_what_its_tokens_take_at_the_load_of_all(tmp_path: Path) -
         assert (found["engine"], found["concurrency"]) == ("eee", 8) and found["machine"]
         assert [load["concurrency"] for load in found["loads"]] == [1, 8]
         assert found["loads"][1]["range_per_1k"] == [250, 1000]
-        alone = found["one_at_a_time"]  # 0.2 s, and 60 tokens of (14.4 - 3.2) / 800 s
+        alone = found["loads"][0]  # 0.2 s, and 60 tokens of (14.4 - 3.2) / 800 s
         assert alone["seconds_per_1k"] == 1040 and alone["requests"] == 16
     rows = read_records(run.path("requests.jsonl"), HeldOutRequest)
     write_records(run.path("requests.jsonl"), [rows[3].model_copy(update={"usage": {

@@ -81,4 +81,4 @@ def test_a_gpu_is_paid_at_no_other_device_s_price_and_pays_for_none(
         key = "dollars" if name == "distillation" else "dollars_per_1k"
         assert (cost[name][key] is None) == bool(why)
         assert (why or "") in cost[name]["reasons"].get(key, "")
-    assert "one_at_a_time" in cost["student"]["reasons"], "the timing is of a CPU"
+    assert "per_million" in cost["student"]["reasons"], "the timing is of a CPU"

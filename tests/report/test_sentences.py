@@ -6,7 +6,6 @@ four documents cannot go below p = 0.125.
 """
 
 from collections.abc import Sequence
-from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -150,7 +149,7 @@ def test_the_savings_say_share_surplus_break_even_and_assumptions() -> None:
 
 
 def test_a_price_of_another_model_is_called_hypothetical() -> None:
-    teacher = TeacherPrice(name="giant", hypothetical=True, answers_dollars=Decimal(2))
+    teacher = TeacherPrice(name="giant", hypothetical=True, answers_dollars=2.0)
     found = economics(SIXTEEN, ASSUMED, CERTAINTY, teacher, Difference())
     text = worded(found)
     assert "This is hypothetical" in text and "a model that is not giant" in text
@@ -158,7 +157,7 @@ def test_a_price_of_another_model_is_called_hypothetical() -> None:
     assert "another model's list price" in SAY["in_short"](found)
 
 
-DEAR, EVEN = ({"student": Tariff(MACHINE, Decimal(cost))} for cost in ("0.01", "0.0714285714"))
+DEAR, EVEN = ({"student": Tariff(MACHINE, cost)} for cost in (0.01, 0.0714285714))
 UNPRICED = {"teacher": Tariff(None, why="no row of x")}
 COMPARING = asked([True] * 20, test="correct", when_served=False)  # the test needs the reference
 UNTESTED = asked([None] * 20, test=None, when_served=False)
