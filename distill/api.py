@@ -2,23 +2,25 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distill.callables import PROVIDED, provided
-from distill.evaluation.scorecard import Scorecard
 from distill.pipeline import STAGES, from_stage, perform
 from distill.planning.plan import announce
 from distill.planning.preflight import require
 from distill.records import Prompt, Response
-from distill.storage.run_folder import open_run
+from distill.storage.run_folder import Run, Stage, open_run
 from distill.tasks.sandbox.programs import permit
+
+if TYPE_CHECKING:
+    from distill.evaluation.scorecard import Scorecard
 
 
 class FinishedRun(NamedTuple):
     """A run's folder, and what came out of it."""
 
     folder: Path
-    scorecard: Scorecard
+    scorecard: "Scorecard"
 
 
 def run(
@@ -48,5 +50,22 @@ def run(
         require(run, STAGES, again)
         announce(run, again)
         perform(run, STAGES, again, allow_inexact)
+    from distill.evaluation.scorecard import Scorecard  # which loads scipy
+
     text = run.path("scorecard.json").read_text(encoding="utf-8")
     return FinishedRun(run.folder, Scorecard.model_validate_json(text))
+
+
+def perform_alone(
+    run: Run,
+    stage: Stage,
+    redo: bool = False,
+    allow_code: bool = False,
+    unsafe_code: bool = False,
+    allow_inexact: bool = False,
+) -> None:
+    """Do one stage, where it is left or `redo` says so."""
+    again = (stage,) if redo else ()
+    permit(allow_code, unsafe_code)
+    require(run, (stage,), again)
+    perform(run, (stage,), again, allow_inexact)

@@ -19,8 +19,9 @@ from rich.console import Console, RenderableType
 from typer.models import ArgumentInfo, OptionInfo
 
 from distill.errors import DistillError, Exit, exit_code
-from distill.pipeline import CHECKING, NAMES, STAGES, perform
-from distill.storage.run_folder import Run, Stage, open_run
+from distill.formatting import markdown_table
+from distill.pipeline import CHECKING, STAGES, from_stage, perform
+from distill.storage.run_folder import Stage, open_run
 
 app = typer.Typer(
     help="Turn a teacher model and a corpus into a small open one, and say what it kept and cost.",
@@ -121,26 +122,6 @@ def run_all(
     show_scorecard(finished.folder)
 
 
-def perform_alone(
-    run: Run,
-    stage: Stage,
-    redo: bool,
-    allow_code: bool = False,
-    unsafe_code: bool = False,
-    allow_inexact: bool = False,
-) -> None:
-    """Do one stage, where it is left or `redo` says so."""
-    from distill.planning.preflight import require
-    from distill.tasks.sandbox.programs import permit
-
-    again = (stage,) if redo else ()
-    permit(allow_code, unsafe_code)
-    require(run, (stage,), again)
-    perform(run, (stage,), again, allow_inexact)
-    if stage.name == "report":
-        show_scorecard(run.folder)
-
-
 def add_stage(stage: Stage) -> None:
     """Give a stage a verb of its own, with the options that it knows."""
 
@@ -152,8 +133,12 @@ def add_stage(stage: Stage) -> None:
         unsafe_code: UnsafeCode = False,
         allow_inexact: AllowInexact = False,
     ) -> None:
+        from distill.api import perform_alone
+
         run = open_run(config, overrides or ())
         perform_alone(run, stage, redo, allow_code, unsafe_code, allow_inexact)
+        if stage.name == "report":
+            show_scorecard(run.folder)
 
     foreign = {"allow_inexact"} if stage.name != "train" else set[str]()
     foreign |= {"allow_code", "unsafe_code"} if stage.name not in CHECKING else set()
@@ -182,18 +167,14 @@ def evaluate(
     ] = None,
 ) -> None:
     """Compare student, base and teacher on held-out items, or ask the student lm-eval's tasks."""
-    run = open_run(config, overrides or ())
-    if lm_eval is None:
-        stage = STAGES[NAMES.index("evaluate")]
-        return perform_alone(run, stage, redo, allow_code, unsafe_code)
+    from distill.api import perform_alone
     from distill.evaluation import lm_eval as harness
-    from distill.formatting import markdown_table
     from distill.report.tables import harness_rows
 
-    tasks = tuple(task.strip() for task in lm_eval.split(",") if task.strip())
-    with run.lock():
-        results = harness.main(run, tasks, limit, include_path)
-        print(markdown_table(*harness_rows(results)))
+    run = open_run(config, overrides or ())
+    if lm_eval is None:
+        return perform_alone(run, from_stage("evaluate")[0], redo, allow_code, unsafe_code)
+    print(markdown_table(*harness_rows(harness.main(run, lm_eval, limit, include_path))))
     if run.path("scorecard.json").exists():
         perform(run, STAGES[-1:], STAGES[-1:])
 
@@ -326,9 +307,12 @@ def score(
 @app.command(rich_help_panel=LOOK)
 def probe(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Put the probes to the judge of a config: may its verdicts be used?"""
-    from distill.evaluation.judge import probe_lines, probed
+    from distill.evaluation.judge import probed
+    from distill.report.tables import probe_rows
 
-    print(*probe_lines(probed(open_run(config, overrides or ()).config)), sep="\n")
+    result = probed(open_run(config, overrides or ()).config)
+    verdict = "may be used" if result.passed else f"is not used: {result.reason}"
+    print(f"{markdown_table(*probe_rows(result))}\nthe judge {verdict}")
 
 
 @app.command(rich_help_panel=PUBLISH)

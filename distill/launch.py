@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from distill.cli import perform_alone
+from distill.api import perform_alone
 from distill.errors import exit_code
 from distill.pipeline import STAGES
 from distill.storage.progress import console

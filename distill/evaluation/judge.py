@@ -280,15 +280,3 @@ def probed(config: Config) -> ProbeResult:
         raise DistillError(Exit.CONFIG, "evaluation.judge", "is not set", fix)
     with Ask(make_responder(settings, config), config.store_folder() / "responses") as ask:
         return examined(judge(load_probes(), asking(ask, settings), "probe"))
-
-
-def probe_lines(result: ProbeResult) -> list[str]:
-    """Say what a judge let win of its probes, and whether it may be used."""
-    rows = [
-        f"{kind:10}{row.n:4}  wins {row.wins:6.1%}  losses {row.losses:6.1%}  "
-        f"no verdict {row.unparsed:6.1%}"
-        for kind, row in result.kinds().items()
-    ]
-    verdict = "may be used" if result.passed else f"is not used: {result.reason}"
-    flips = f"chose by position in {result.flip_rate:.1%} of the probes"
-    return [*rows, flips, f"the judge {verdict}"]

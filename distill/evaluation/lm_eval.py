@@ -5,7 +5,7 @@ chat template. Its results are in `lm_eval.json` and on the scorecard as those o
 they are not paired with ours, and their standard errors are lm-eval's.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -20,20 +20,20 @@ FILE = "lm_eval.json"
 ERRORS = (KeyError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
 
-def main(
-    run: Run, tasks: Sequence[str], limit: int | None = None, include: Path | None = None
-) -> HarnessResult:
+def main(run: Run, tasks: str, limit: int | None, include: Path | None) -> HarnessResult:
     """Measure the run's student on at most `limit` items of each task, and write `lm_eval.json`.
 
-    `include` is a folder of further task files. Raises DistillError: exit 2 where lm-eval is not
-    installed or no task is named, 5 where nothing is trained, 8 where it fails.
+    `tasks` are names with commas between; `include` is a folder of further task files. Raises
+    DistillError: exit 2 where lm-eval is not installed or no task is named, 5 where nothing is
+    trained, 8 where it fails.
     """
     try:
         harness = import_module("lm_eval")
     except ImportError:
         fix = "pip install 'lm-eval[hf]>=0.4.13', or this package with its extra eval"
         raise DistillError(Exit.CONFIG, "--lm-eval", "lm-eval is not installed", fix) from None
-    if not tasks:
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
         raise DistillError(Exit.CONFIG, "--lm-eval", "names no task", "such as --lm-eval arc_easy")
     if not run.trained("adapter").is_dir():
         fix = "make it: distill train CONFIG"
@@ -43,31 +43,33 @@ def main(
 
     from distill.evaluation.answering import student_responder
 
-    responder, facts = student_responder(run, "student")
-    network, tokenizer = responder.network, responder.tokenizer
-    try:
-        results = harness.simple_evaluate(
-            model=HFLM(pretrained=network, tokenizer=tokenizer, batch_size=8),
-            tasks=list(tasks),
+    with run.lock():
+        responder, facts = student_responder(run, "student")
+        try:
+            results = harness.simple_evaluate(
+                model=HFLM(
+                    pretrained=responder.network, tokenizer=responder.tokenizer, batch_size=8
+                ),
+                tasks=names,
+                limit=limit,
+                apply_chat_template=True,
+                task_manager=TaskManager(include_path=str(include.absolute()) if include else None),
+                log_samples=False,
+                bootstrap_iters=1000,
+            )
+        except ERRORS as error:
+            what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            fix = "lm-eval ls tasks names its tasks; most fetch their data from the Hub"
+            raise DistillError(Exit.EVALUATION, "lm-eval", what, fix) from None
+        result = HarnessResult(
+            harness=f"lm-eval {version('lm_eval')}",
+            adapter_sha256=facts.adapter_sha256,
+            dtype=facts.dtype,
+            chat_template=True,
             limit=limit,
-            apply_chat_template=True,
-            task_manager=TaskManager(include_path=str(include.absolute()) if include else None),
-            log_samples=False,
-            bootstrap_iters=1000,
+            tasks=read_results(results or {"results": {}}),
         )
-    except ERRORS as error:
-        what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        fix = "lm-eval ls tasks names its tasks; most fetch their data from the Hub"
-        raise DistillError(Exit.EVALUATION, "lm-eval", what, fix) from None
-    result = HarnessResult(
-        harness=f"lm-eval {version('lm_eval')}",
-        adapter_sha256=facts.adapter_sha256,
-        dtype=facts.dtype,
-        chat_template=True,
-        limit=limit,
-        tasks=read_results(results or {"results": {}}),
-    )
-    write_json(run.path(FILE), result.tree())
+        write_json(run.path(FILE), result.tree())
     return result
 
 

@@ -3,7 +3,7 @@
 The template escapes whatever comes from a model, a corpus or a config. No script, nothing loaded.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,12 +11,11 @@ from markupsafe import Markup
 
 from distill import formatting
 from distill.evaluation.measurements import MODELS, MetricRow, Sample
-from distill.evaluation.scorecard import Economics, Scorecard
-from distill.report.plots import Mark, quality_against_cost, spans, training_curve
+from distill.evaluation.scorecard import Scorecard
+from distill.report.plots import Mark, quality_against_cost, training_curve
 from distill.report.render import environment
 from distill.report.tables import WAYS
 
-WIDTHS = {"wide": 660, "narrow": 340}  # pixels of a plot on a screen, and on a phone
 MAX_SAMPLE = 6000  # characters shown of one text
 
 
@@ -41,17 +40,9 @@ def page(card: Scorecard, samples: Sequence[Sample] | None, training: Mapping[st
         marks=marks,
         samples=samples,
         clip=partial(formatting.clip, most=MAX_SAMPLE),
-        cost_plot=_both(partial(cost_plot, card)),
-        saved_plot=_both(partial(saved_plot, economics)),
-        curve=_both(partial(training_curve, train, validation, training.get("best_step"))),
+        cost_plot=cost_plot(card),
+        curve=training_curve(train, validation, training.get("best_step")),
     )
-
-
-def _both(draw: Callable[[int], Markup]) -> Markup:
-    """Draw a plot at both widths; the page's style shows the one that fits."""
-    plots = {name: draw(width) for name, width in WIDTHS.items()}
-    divs = [Markup('<div class="{}">{}</div>').format(*plot) for plot in plots.items()]
-    return Markup("").join(divs if all(plots.values()) else [])
 
 
 def marks(row: MetricRow) -> list[Mark]:
@@ -66,7 +57,7 @@ def marks(row: MetricRow) -> list[Mark]:
     return result
 
 
-def cost_plot(card: Scorecard, width: int) -> Markup:
+def cost_plot(card: Scorecard) -> Markup:
     """Draw quality against what 1,000 requests cost, else against their time."""
     row = card.overall or card.agreement["chrf"]
     priced = card.cost.student.dollars_per_1k is not None
@@ -78,15 +69,4 @@ def cost_plot(card: Scorecard, width: int) -> Markup:
             points.append((float(x), placed[model]))
     unit, form = ("dollars", "${:g}") if priced else ("seconds", "{:,.0f}")
     label = "checks passed, %" if card.overall else "chrF against the teacher"
-    return quality_against_cost(points, width, f"{unit} for 1,000 requests", label, form)
-
-
-def saved_plot(economics: Economics, width: int) -> Markup:
-    """Draw what 1,000 requests save in each way, with its interval and the line of 0."""
-    drawn = []
-    for row in economics.rows:
-        amount = row.dollars_per_1k
-        if amount.value is not None:
-            ends = (None if end is None else float(end) for end in (amount.low, amount.high))
-            drawn.append(Mark(WAYS[row.way or economics.headline], float(amount.value), *ends))
-    return spans(drawn, width, "dollars saved on 1,000 requests", WAYS[economics.headline])
+    return quality_against_cost(points, f"{unit} for 1,000 requests", label, form)

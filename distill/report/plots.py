@@ -1,16 +1,17 @@
 """The plots of the report as inline SVG: no script, font or file; colours are the page's variables.
 
-Every text that goes in is escaped. A plot is drawn for a given width in pixels and is not scaled,
-so that its text stays as large as the page's; the page shows the one that fits.
+Every text that goes in is escaped. A plot is so narrow that its text stays readable where a phone
+scales it to its screen.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 from typing import NamedTuple
 
 from markupsafe import Markup
 
+WIDTH, HEIGHT = 480, 320  # in pixels, as are the margins
 LEFT, RIGHT, TOP, BOTTOM = 48, 18, 30, 44
 EMPTY = Markup("")
 Series = Sequence[tuple[float, float]]
@@ -32,51 +33,32 @@ class Mark(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """The plane of a plot: its size in pixels and the values at its edges."""
+    """The plane of a plot, by the values at its edges."""
 
-    width: int
-    height: int
-    x_low: float
-    x_high: float
+    x_high: float  # from 0
     y_low: float
     y_high: float
-    margin: int = LEFT
 
     def x(self, value: float) -> float:
         """Return the pixel of an x value."""
-        part = (value - self.x_low) / (self.x_high - self.x_low)
-        return round(self.margin + part * (self.width - self.margin - RIGHT), 1)
+        return round(LEFT + value / self.x_high * (WIDTH - LEFT - RIGHT), 1)
 
     def y(self, value: float) -> float:
         """Return the pixel of a y value."""
         part = (value - self.y_low) / (self.y_high - self.y_low)
-        return round(self.height - BOTTOM - part * (self.height - TOP - BOTTOM), 1)
+        return round(HEIGHT - BOTTOM - part * (HEIGHT - TOP - BOTTOM), 1)
 
-    def svg(self, parts: Iterable[Markup], label: str) -> Markup:
-        """Return the drawing; `label` says what it shows to those who do not see it."""
-        return Markup(
-            '<svg class="plot" width="{0}" height="{1}" viewBox="0 0 {0} {1}" role="img"'
-            ' aria-label="{2}">{3}</svg>'
-        ).format(self.width, self.height, label, EMPTY.join(parts))
-
-    def x_axis(self, label: str, form: str) -> list[Markup]:
-        """Draw the floor with its ticks and their values, and the label below."""
-        floor = self.height - BOTTOM
-        parts = [_line(self.margin, floor, self.width - RIGHT, floor, "axis")]
-        for value in ticks(self.x_low, self.x_high, max(2, self.width // 110)):
-            text = form.format(abs(value))
-            text = f"−{text}" if value < 0 else text
-            parts.append(_text(self.x(value), floor + 18, text, "tick mid"))
-        middle = (self.margin + self.width - RIGHT) / 2
-        return [*parts, _text(middle, self.height - 6, label, "label mid")]
-
-    def grid(self, label: str, form: str = "{:g}") -> list[Markup]:
-        """Draw the lines of the y values, and the label above."""
-        parts = [_text(4, 12, label, "label")]
+    def axes(self, x_label: str, x_form: str, y_label: str, y_form: str = "{:g}") -> list[Markup]:
+        """Draw the floor with its ticks, the lines of the y values, and both labels."""
+        floor, middle = HEIGHT - BOTTOM, (LEFT + WIDTH - RIGHT) / 2
+        parts = [_text(4, 12, y_label, "label"), _text(middle, HEIGHT - 6, x_label, "label mid")]
         for value in ticks(self.y_low, self.y_high, 4):
             y = self.y(value)
-            parts.append(_line(LEFT, y, self.width - RIGHT, y, "grid"))
-            parts.append(_text(LEFT - 8, y + 4, form.format(value), "tick end"))
+            parts.append(_line(LEFT, y, WIDTH - RIGHT, y, "grid"))
+            parts.append(_text(LEFT - 8, y + 4, y_form.format(value), "tick end"))
+        parts.append(_line(LEFT, floor, WIDTH - RIGHT, floor, "axis"))
+        for value in ticks(0.0, self.x_high, 4):
+            parts.append(_text(self.x(value), floor + 18, x_form.format(value), "tick mid"))
         return parts
 
 
@@ -90,45 +72,27 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def quality_against_cost(
-    points: Sequence[tuple[float, Mark]], width: int, x_label: str, y_label: str, x_form: str
+    points: Sequence[tuple[float, Mark]], x_label: str, y_label: str, x_form: str
 ) -> Markup:
     """Draw each model at its cost and quality, with the interval of its quality."""
     if not points:
         return EMPTY
     highest = max(mark.high or mark.value for _, mark in points)
     top = 100.0 if highest > 50 else min(100.0, highest * 1.3 + 1)
-    frame = Frame(width, 320, 0.0, max(x for x, _ in points) * 1.15 or 1.0, 0.0, top)
-    parts = [*frame.grid(y_label), *frame.x_axis(x_label, x_form)]
+    frame = Frame(max(x for x, _ in points) * 1.15 or 1.0, 0.0, top)
+    parts = frame.axes(x_label, x_form, y_label)
     for cost, mark in points:
         x, y = frame.x(cost), frame.y(mark.value)
         if mark.low is not None and mark.high is not None:
-            parts += _whisker(x, frame.y(mark.low), x, frame.y(mark.high), mark.name)
+            low, high, kind = frame.y(mark.low), frame.y(mark.high), f"whisker {mark.name}"
+            parts += [_line(x, low, x, high, kind)]
+            parts += [_line(x - 5, end, x + 5, end, kind) for end in (low, high)]
         parts.append(_dot(mark.name, x, y))
     values = "; ".join(f"{m.name} at {x_form.format(x)}: {m.line()}" for x, m in points)
-    return frame.svg(parts, f"Quality against cost. {y_label} by {x_label}: {values}")
+    return _svg(parts, f"Quality against cost. {y_label} by {x_label}: {values}")
 
 
-def spans(marks: Sequence[Mark], width: int, x_label: str, main: str) -> Markup:
-    """Draw amounts with intervals one below the other, and the line of 0; `main` is filled."""
-    if not marks:
-        return EMPTY
-    ends = [0.0, *(end for mark in marks for end in mark[1:] if end is not None)]
-    room = 0.06 * (max(ends) - min(ends)) or 1.0
-    height = 56 * len(marks) + BOTTOM + 12
-    frame = Frame(width, height, min(ends) - room, max(ends) + room, 0.0, 1.0, 20)
-    zero = frame.x(0.0)
-    parts = [_line(zero, 4, zero, height - BOTTOM, "axis zero"), *frame.x_axis(x_label, "${:g}")]
-    for k, mark in enumerate(marks):
-        x, y, is_main = frame.x(mark.value), 56.0 * k + 44, mark.name == main
-        parts.append(_text(frame.margin, y - 22, mark.name, "name" if is_main else "label"))
-        if mark.low is not None and mark.high is not None:
-            parts += _whisker(frame.x(mark.low), y, frame.x(mark.high), y, "student")
-        parts.append(_dot("student" if is_main else "student hollow", x, y))
-    values = "; ".join(f"{mark.name} {mark.line()}" for mark in marks)
-    return frame.svg(parts, f"{x_label}: {values}")
-
-
-def training_curve(train: Series, validation: Series, best: float | None, width: int) -> Markup:
+def training_curve(train: Series, validation: Series, best: float | None) -> Markup:
     """Draw the training loss, its running mean, and the validation loss, its best step filled."""
     if len(train) < 2:
         return EMPTY
@@ -140,8 +104,8 @@ def training_curve(train: Series, validation: Series, best: float | None, width:
     values = [y for _, y in (*train, *validation)]
     spread = max(values) - min(values) or 1.0
     low, high = max(0.0, min(values) - 0.08 * spread), max(values) + 0.05 * spread
-    frame = Frame(width, 300, 0.0, max(x for x, _ in (*train, *validation)), low, high)
-    parts = [*frame.grid("loss, nats a token", "{:.2g}"), *frame.x_axis("step", "{:,.0f}")]
+    frame = Frame(max(x for x, _ in (*train, *validation)), low, high)
+    parts = frame.axes("step", "{:,.0f}", "loss, nats a token", "{:.2g}")
     for series, kind in ((train, "raw"), (smooth, "line base"), (validation, "line student")):
         if len(series) > 1:
             path = " ".join(f"{frame.x(x)},{frame.y(y)}" for x, y in series)
@@ -153,7 +117,15 @@ def training_curve(train: Series, validation: Series, best: float | None, width:
     if losses := [y for _, y in validation]:
         label += f", validation loss from {losses[0]:.3g} to {losses[-1]:.3g}"
         label += f", least {min(losses):.3g}"
-    return frame.svg(parts, f"{label}, in nats a token, by step")
+    return _svg(parts, f"{label}, in nats a token, by step")
+
+
+def _svg(parts: Sequence[Markup], label: str) -> Markup:
+    """Return a drawing; `label` says what it shows to those who do not see it."""
+    return Markup(
+        '<svg class="plot" width="{0}" height="{1}" viewBox="0 0 {0} {1}" role="img"'
+        ' aria-label="{2}">{3}</svg>'
+    ).format(WIDTH, HEIGHT, label, EMPTY.join(parts))
 
 
 def _dot(model: str, x: float, y: float, radius: float = 7) -> Markup:
@@ -164,13 +136,6 @@ def _dot(model: str, x: float, y: float, radius: float = 7) -> Markup:
     turn = Markup(' transform="rotate(45 {} {})"').format(x, y) if model == "base" else ""
     square = Markup('<rect class="dot {}" x="{}" y="{}" width="12" height="12"{}/>')
     return square.format(model, round(x - 6, 1), round(y - 6, 1), turn)
-
-
-def _whisker(x1: float, y1: float, x2: float, y2: float, kind: str) -> list[Markup]:
-    """Draw an interval with a bar at each end, upright or lying."""
-    across, along = (5, 0) if x1 == x2 else (0, 5)
-    bars = [(x - across, y - along, x + across, y + along) for x, y in ((x1, y1), (x2, y2))]
-    return [_line(*line, f"whisker {kind}") for line in ((x1, y1, x2, y2), *bars)]
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
