@@ -6,6 +6,7 @@ report again, byte for byte; and answers, adapter, model and release belong toge
 
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from distill.storage.files import read_json, read_records, sha256_file
 from distill.storage.run_folder import SEAL, Run, open_run
 from distill.tasks.checkers import KINDS, RUNS_CODE
 from distill.tasks.sandbox.programs import allowed
-from distill.tasks.task import TASKS_FILE, tasks_of_run
+from distill.tasks.task import TASKS_FILE
 
 MEASURED = ("scores/", "requests.jsonl", "evaluation.json")
 REPORTED = ("scorecard.json", "scorecard.md", "report.html")
@@ -92,7 +93,10 @@ def _again(evidence: RunEvidence) -> Iterator[Check]:
     with tempfile.TemporaryDirectory() as place:
         run = _linked(evidence, Path(place))
         try:
-            skipped = _measure_again(run)
+            stored = read_json(run.path("answers/suites.json"))
+            if not (skipped := _why_not_measured(run, stored)):
+                suites, items = [*map(Suite.model_validate, stored)], held_out_items(run.folder)[1]
+                measure(run, suites, find_overlap(run, items, suites))
             report.main(run)
         except DistillError as error:
             yield Check("again", "evaluation.json", "differs", str(error))
@@ -119,7 +123,7 @@ def _linked(evidence: RunEvidence, place: Path) -> Run:
     """Return a run elsewhere of links to what was recorded, with the report's ledger and name; what
     is written takes a link's place."""
     config = open_run(evidence.folder).config
-    name = _field(evidence.folder / "scorecard.json", "name") or config.name
+    name = _scorecard(evidence).get("name") or config.name
     run = Run(config.model_copy(update={"name": name, "runs": place}), place / "run")
     for file in (MANIFEST, *evidence.hashes):
         if not file.startswith(("release/", *REPORTED)) and (evidence.folder / file).is_file():
@@ -129,35 +133,24 @@ def _linked(evidence: RunEvidence, place: Path) -> Run:
     return run
 
 
-def _field(path: Path, *keys: str) -> Any:
-    """Return a value of a JSON file; None where the file or the value is not there."""
-    try:
-        value = read_json(path)
-    except DistillError:
-        return None
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
+def _scorecard(evidence: RunEvidence) -> dict[str, Any]:
+    """Return the run's scorecard; nothing where it is damaged, which its hash has shown."""
+    with suppress(DistillError):
+        card = read_json(evidence.folder / "scorecard.json")
+        return card if isinstance(card, dict) else {}
+    return {}
 
 
-def _measure_again(run: Run) -> str | None:
-    """Measure the stored answers; return why not, where that needs programs of models that may not
-    run, or a function of the user's."""
-    recorded = read_json(run.path(TASKS_FILE)) if run.path(TASKS_FILE).is_file() else {}
-    stored = read_json(run.path("answers/suites.json"))
-    rows = [*recorded.values(), *(part["task"] for suite in stored for part in suite["parts"])]
+def _why_not_measured(run: Run, suites: Sequence[dict[str, Any]]) -> str | None:
+    """Return why stored answers cannot be scored: that needs programs of models, which may not run,
+    or a function of the user's."""
+    rows = [*read_json(run.path(TASKS_FILE)).values()]
+    rows += [part["task"] for suite in suites for part in suite["parts"]]
     kinds = {row["checker"]["kind"] for row in rows if row.get("checker")}
     if unknown := sorted(kinds - KINDS.keys() - PROVIDED["checker"].keys()):
         return f"checker {unknown[0]} is a function that this process was not given"
-    suites, (_, items) = [Suite.model_validate(row) for row in stored], held_out_items(run.folder)
-    find = tasks_of_run(run.folder)
-    tasks = [find(name) for name in {item.task for item in items}]
-    tasks += [part.task for suite in suites for part in suite.parts]
-    programs = any(t and t.checker and t.checker["kind"] in RUNS_CODE for t in tasks)
-    if programs and allowed() == "no":
-        return "its task runs programs: --allow-code makes it again"
-    measure(run, suites, find_overlap(run, items, suites))
-    return None
+    programs = bool(kinds & RUNS_CODE) and allowed() == "no"
+    return "its task runs programs: --allow-code makes it again" if programs else None
 
 
 def _compared(old: Path, new: Path, name: str, other_code: bool) -> Check:
@@ -171,30 +164,28 @@ def _compared(old: Path, new: Path, name: str, other_code: bool) -> Check:
         why = "worded by another distill; scorecard.json is compared"
         return Check("again", name, "skipped", why)
     if where and other_code and name.endswith(".json"):
-        where = ", ".join(list(different_figures(read_json(old), read_json(new)))[:3])
+        before, now = (figures(read_json(path)) for path in (old, new))
+        # six digits of those that both state: more were written once
+        differ = [k for k in before if k in now and f"{before[k]:.6g}" != f"{now[k]:.6g}"]
+        where = ", ".join(differ[:3])
     return verdict("again", name, not where, where)
 
 
-def different_figures(old: object, new: object, path: str = "") -> Iterator[str]:
-    """Yield where two trees of JSON state different numbers, of those that both state."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in old.keys() & new.keys():
-            yield from different_figures(old[key], new[key], f"{path}.{key}" if path else key)
-    elif isinstance(old, list) and isinstance(new, list):
-        if len(old) != len(new):
-            yield path
-        for number, pair in enumerate(zip(old, new, strict=False)):
-            yield from different_figures(*pair, f"{path}.{number}")
-    elif not (isinstance(old, int | float) and isinstance(new, int | float)):
-        return
-    elif f"{old:.6g}" != f"{new:.6g}":  # more digits were written once
-        yield path
+def figures(tree: object, path: str = "") -> dict[str, float]:
+    """Return the numbers in a tree of JSON by their paths, and how long its lists are."""
+    if isinstance(tree, int | float):
+        return {path: tree}
+    if not isinstance(tree, dict | list):
+        return {}
+    numbers: dict[str, float] = {path: len(tree)} if isinstance(tree, list) else {}
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        numbers |= figures(value, f"{path}.{key}" if path else f"{key}")
+    return numbers
 
 
 def _stored(evidence: RunEvidence) -> Iterator[Check]:
     """Hold every answer against the raw one in the store that runs share, where that is at hand."""
-    folder = evidence.folder
-    store = open_run(folder).config.store_folder() / "responses"
+    store = open_run(evidence.folder).config.store_folder() / "responses"
     if not store.is_dir():
         yield Check("store", str(store), "skipped", "the store is not at hand")
         return
@@ -205,19 +196,33 @@ def _stored(evidence: RunEvidence) -> Iterator[Check]:
                 parts = set(name.split("/"))
                 asking = name.startswith("answers/") and name.endswith(".jsonl")
                 if name == "responses.jsonl" or (asking and not {"readings", "judge"} & parts):
-                    yield _answers(log, folder, name)
+                    yield _answers(log, evidence.folder, name)
     except DistillError as error:
         yield Check("store", error.where, "differs", error.what)
 
 
 def _answers(log: ResponseStore, folder: Path, name: str) -> Check:
-    """Read every answer of a file again from its raw bytes, and compare."""
+    """Read every answer of a file again from its raw bytes, and compare.
+
+    Tokens that were estimated may have been counted since, and what failed may have been asked
+    again.
+    """
     responses, lost = read_records(folder / name, Response), list[int]()
     for line, response in enumerate(responses, 1):
         key = ("response", Response.make_id(response.request_key, response.sample))
         if response.stop != "error" and key not in log:
             lost.append(line)
-        elif not _as_it_came(log, response):
+            continue
+        facts = {
+            "key": response.request_key,
+            **response.model_dump(include={"sample", "prompt_id"}),
+        }
+        request = Request(**facts, messages=(), sampling=Sampling())
+        if not any(
+            came.model_copy(update={"usage": response.usage} if came.usage.estimated else {})
+            == response
+            for came in log.responses(request)
+        ):
             return Check("store", name, "differs", f"line {line}")
     if not lost:
         return Check("store", name, "same")
@@ -226,32 +231,19 @@ def _answers(log: ResponseStore, folder: Path, name: str) -> Check:
     return Check("store", name, "missing", f"line {lost[0]}: the store does not hold it")
 
 
-def _as_it_came(log: ResponseStore, response: Response) -> bool:
-    """Tell whether an answer is what one of its raw records says; tokens that were estimated may
-    have been counted since, and what failed may have been asked again."""
-    facts = {"key": response.request_key, **response.model_dump(include={"sample", "prompt_id"})}
-    for came in log.responses(Request(**facts, messages=(), sampling=Sampling())):
-        counted = {"usage": response.usage} if came.usage.estimated else {}
-        if came.model_copy(update=counted) == response:
-            return True
-    return False
-
-
 def _together(evidence: RunEvidence) -> Iterator[Check]:
     """Look whether adapter, merged model and release are the evaluated ones and as recorded."""
     folder, release = evidence.folder, evidence.folder / "release"
-    student = _field(folder / "answers/models.json", "student") or {}
+    student = read_json(folder / "answers/models.json")["student"]
     adapter, model = student.get("adapter_sha256"), student.get("model_sha256")
     last = "refined/" if f"refined/{WEIGHTS}" in evidence.hashes else ""
-    for what, sha256 in {
-        f"adapter of {last}training.json": _field(
-            folder / f"{last}training.json", "adapter_sha256"
-        ),
-        "adapter of scorecard.json": _field(
-            folder / "scorecard.json", "models", "student", "adapter_sha256"
-        ),
-        f"{last}{WEIGHTS}": evidence.hashes.get(f"{last}{WEIGHTS}"),
-    }.items():
+    in_card = _scorecard(evidence).get("models", {}).get("student", {})
+    trained = read_json(folder / f"{last}training.json")
+    for what, sha256 in (
+        (f"adapter of {last}training.json", trained.get("adapter_sha256")),
+        ("adapter of scorecard.json", in_card.get("adapter_sha256")),
+        (f"{last}{WEIGHTS}", evidence.hashes.get(f"{last}{WEIGHTS}")),
+    ):
         yield verdict("together", what, sha256 == adapter, "is not the evaluated one")
     if model:
         same = _hash(folder / f"{last}merged") == model
