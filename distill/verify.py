@@ -264,7 +264,7 @@ def _together(evidence: RunEvidence) -> Iterator[Check]:
         where = "evaluated and released model differ"
         yield verdict("release", "its model", _hash(release) == model, where)
     else:
-        why = "evaluated was the adapter, with which it was compared when it was published"
+        why = "an earlier distill evaluated the adapter, of which it was made"
         yield Check("release", "its model", "skipped", why)
 
 

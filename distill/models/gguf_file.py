@@ -7,13 +7,14 @@ written: llama.cpp's own converter reads the same folder.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import gguf
 import numpy as np
 import torch
+from gguf.lazy import LazyNumpyTensor
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
@@ -76,48 +77,48 @@ def write_gguf(folder: Path, file: Path, quantisation: Quantisation, name: str) 
     writer.add_name(name)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{quantisation}"])
-    factors = _add_shape(writer, config, family, folder)
+    _add_shape(writer, config, family, folder)
     _add_vocabulary(writer, config, folder)
-    tensors = list(_tensors(folder, config, family, gguf.GGMLQuantizationType[quantisation]))
-    if factors is not None:
-        tensors.insert(0, _Tensor("rope_freqs.weight", factors.shape, None, lambda: factors))
-    for tensor in tensors:
-        size = 4 if tensor.quantisation is None else 2
-        count = int(np.prod(tensor.shape))
-        if tensor.quantisation == gguf.GGMLQuantizationType.Q8_0:
-            values, stored = gguf.GGML_QUANT_SIZES[tensor.quantisation]
-            writer.add_tensor_info(
-                *(tensor.name, tensor.shape, np.dtype(np.float32)),
-                *(count // values * stored, tensor.quantisation),
-            )
-        else:
-            kind = np.dtype(np.float16 if size == 2 else np.float32)
-            writer.add_tensor_info(tensor.name, tensor.shape, kind, count * size)
+    theirs = gguf.get_tensor_name_map(family.arch, config.num_hidden_layers)
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as weights:
+            names = list[str](weights.keys())
+            shapes = {name: tuple[int, ...](weights.get_slice(name).get_shape()) for name in names}
+        for name, shape in shapes.items():
+            if name == "lm_head.weight" and config.tie_word_embeddings:
+                continue
+            their_name = theirs.get_name(name, (".weight", ".bias"))
+            if their_name is None:
+                raise _unlike(folder, f"tensor {name}")
+            kind = gguf.GGMLQuantizationType[quantisation]
+            if len(shape) == 1:
+                kind = gguf.GGMLQuantizationType.F32
+            elif quantisation == "Q8_0" and shape[-1] % BLOCK:
+                kind = gguf.GGMLQuantizationType.F16
+            heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+            pairs = heads.get(name.split(".")[-2], 0) if family.rotates_pairs else 0
+            offset = family.norm_offset if name.endswith("norm.weight") else 0.0
+            meta = LazyNumpyTensor.meta_with_dtype_and_shape(np.float32, shape)
+            read: Any = partial(_read, path, name, pairs, offset)
+            values: Any = LazyNumpyTensor(meta=meta, func=read)  # read when it is written
+            writer.add_tensor(their_name, gguf.quantize(values, kind), raw_dtype=kind)
     with disk_errors(file):
         writer.write_header_to_file(file)
         writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for tensor in tensors:
-            writer.write_tensor_data(tensor.stored())
+        writer.write_tensors_to_file()
         writer.close()
 
 
-class _Tensor(NamedTuple):
-    """A tensor of the file: in float32 where `quantisation` is None."""
-
-    name: str
-    shape: tuple[int, ...]
-    quantisation: gguf.GGMLQuantizationType | None
-    read: Callable[[], Tensor]
-
-    def stored(self) -> np.ndarray:
-        """Return its bytes as they stand in the file."""
-        values = self.read().float().numpy()
-        if self.quantisation is None:
-            return values
-        if np.abs(values).max(initial=0) > np.finfo(np.float16).max:
-            raise DistillError(Exit.INPUT, self.name, "has a weight beyond float16", BY_HAND)
-        return gguf.quantize(values, self.quantisation)
+def _read(path: Path, name: str, pairs: int, offset: float) -> np.ndarray:
+    """Return a tensor of the folder as llama.cpp has it, in float32; of `pairs` heads, if any."""
+    with safe_open(path, framework="pt") as weights:
+        tensor: Tensor = weights.get_tensor(name).float() + offset
+    if pairs:  # of each head: halves (2, D / 2) become pairs (D / 2, 2)
+        halves = tensor.reshape(pairs, 2, -1, *tensor.shape[1:])
+        tensor = halves.transpose(1, 2).reshape(tensor.shape)
+    if tensor.ndim > 1 and tensor.abs().max() > torch.finfo(torch.float16).max:
+        raise DistillError(Exit.INPUT, name, "has a weight beyond float16", BY_HAND)
+    return tensor.contiguous().numpy()
 
 
 def _unlike(folder: Path, what: str) -> DistillError:
@@ -125,52 +126,17 @@ def _unlike(folder: Path, what: str) -> DistillError:
     return DistillError(Exit.INPUT, folder, f"{what}: not known to our GGUF converter", BY_HAND)
 
 
-def _tensors(
-    folder: Path, config: PretrainedConfig, family: Family, kind: gguf.GGMLQuantizationType
-) -> Iterator[_Tensor]:
-    """Yield the model's tensors under llama.cpp's names, read when their bytes are asked for."""
-    theirs = gguf.get_tensor_name_map(family.arch, config.num_hidden_layers)
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as weights:
-            names = list[str](weights.keys())
-            slices = {name: weights.get_slice(name) for name in names}
-            shapes = {name: tuple[int, ...](part.get_shape()) for name, part in slices.items()}
-        for name, shape in shapes.items():
-            if name == "lm_head.weight" and config.tie_word_embeddings:
-                continue
-            their_name = theirs.get_name(name, (".weight", ".bias"))
-            if their_name is None:
-                raise _unlike(folder, f"tensor {name}")
-            matrix = kind if len(shape) > 1 else None
-            if matrix == gguf.GGMLQuantizationType.Q8_0 and list(shape)[-1] % BLOCK:
-                matrix = gguf.GGMLQuantizationType.F16
-            heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-            pairs = heads.get(name.split(".")[-2], 0) if family.rotates_pairs else 0
-            offset = family.norm_offset if name.endswith("norm.weight") else 0.0
-
-            def read(path: Path = path, name: str = name, pairs: int = pairs,
-                     offset: float = offset) -> Tensor:  # fmt: skip
-                with safe_open(path, framework="pt") as weights:
-                    tensor = weights.get_tensor(name).float() + offset
-                if pairs:  # of each head: halves (2, D / 2) become pairs (D / 2, 2)
-                    halves = tensor.reshape(pairs, 2, -1, *tensor.shape[1:])
-                    tensor = halves.transpose(1, 2).reshape(tensor.shape)
-                return tensor.contiguous()
-
-            yield _Tensor(their_name, shape, matrix, read)
-
-
 def _add_shape(
     writer: gguf.GGUFWriter, config: PretrainedConfig, family: Family, folder: Path
-) -> Tensor | None:
-    """Write the sizes, positions and windows; return what Llama 3 divides its frequencies by."""
-    heads, hidden = config.num_attention_heads, config.hidden_size
+) -> None:
+    """Write the sizes, positions and windows."""
+    heads, hidden, layers = config.num_attention_heads, config.hidden_size, config.num_hidden_layers
     head = getattr(config, "head_dim", None) or hidden // heads
     rope = getattr(config, "rope_parameters", None) or {}
     local = rope.get("sliding_attention", {})
     rope = rope.get("full_attention", rope)
     writer.add_embedding_length(hidden)
-    writer.add_block_count(config.num_hidden_layers)
+    writer.add_block_count(layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(heads)
     writer.add_head_count_kv(config.num_key_value_heads)
@@ -182,50 +148,43 @@ def _add_shape(
     writer.add_rope_freq_base(rope["rope_theta"])
     if local:
         writer.add_rope_freq_base_swa(local["rope_theta"])
-    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if getattr(config, key, None):
-            raise _unlike(folder, key)
-    if config.model_type == "smollm3" and config.no_rope_layers != [
-        int((layer + 1) % 4 != 0) for layer in range(config.num_hidden_layers)
-    ]:
+    everywhere = [int((layer + 1) % 4 != 0) for layer in range(layers)]
+    if config.model_type == "smollm3" and config.no_rope_layers != everywhere:
         raise _unlike(folder, "no_rope_layers")
-    layers = list(getattr(config, "layer_types", None) or ())
+    kinds = list(getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None)
     context = config.max_position_embeddings
     if family.windowed:
-        if [kind == "sliding_attention" for kind in layers] != [
-            (layer + 1) % 6 != 0 for layer in range(config.num_hidden_layers)
-        ]:
+        sliding = [(layer + 1) % 6 != 0 for layer in range(layers)]
+        if [kind == "sliding_attention" for kind in kinds] != sliding:
             raise _unlike(folder, "layer_types")
         writer.add_sliding_window(config.sliding_window)
-    elif window and (not layers or "sliding_attention" in layers):
+    elif window and (not kinds or "sliding_attention" in kinds):
         context = min(context, window)  # llama.cpp sees all keys: up to here both are the same
     writer.add_context_length(context)
     if family.arch == gguf.MODEL_ARCH.PHI3:  # which asks for it, and does without it
         writer.add_sliding_window(0)
     kind = rope.get("rope_type", "default")
-    if kind == "default":
-        return None
     if kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
-        return None
-    if kind == "llama3":
-        return _llama3_factors(rope, head)
-    raise _unlike(folder, f"rope_type {kind}")
+    elif kind == "llama3":
+        writer.add_tensor("rope_freqs.weight", _llama3_factors(rope, head))
+    elif kind != "default":
+        raise _unlike(folder, f"rope_type {kind}")
 
 
-def _llama3_factors(rope: dict[str, float], head: int) -> Tensor:
+def _llama3_factors(rope: dict[str, float], head: int) -> np.ndarray:
     """Return by what each frequency is divided (head / 2), by the rule of Llama 3.1's release.
 
     Waves shorter than the first limit stay, those longer than the second are divided by `factor`,
     and between them the divisor goes from one to the other linearly in the wave's frequency.
     """
-    waves = 2 * np.pi * rope["rope_theta"] ** (torch.arange(0, head, 2, dtype=torch.float64) / head)
+    waves = 2 * np.pi * rope["rope_theta"] ** (np.arange(0, head, 2) / head)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     turns = rope["original_max_position_embeddings"] / waves  # within the original context
-    mix = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - mix) / rope["factor"] + mix)).float()
+    mix = ((turns - low) / (high - low)).clip(0, 1)
+    return (1 / ((1 - mix) / rope["factor"] + mix)).astype(np.float32)
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, config: PretrainedConfig, folder: Path) -> None:
@@ -239,7 +198,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter, config: PretrainedConfig, folder: P
         raise _unlike(folder, f"a tokenizer of type {model['type']}")
     pieces = bool(model["byte_fallback"])  # SentencePiece's form, else that of GPT-2
     added = {token["id"]: token for token in described["added_tokens"]}
-    merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    merges: list[list[str]] = model["merges"]
     tokens, kinds = list[str](), list[int]()
     for i in range(config.vocab_size):
         text, kind = texts.get(i, f"[PAD{i}]"), gguf.TokenType.NORMAL
@@ -259,9 +218,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter, config: PretrainedConfig, folder: P
     writer.add_token_types(kinds)
     if pieces:
         # llama.cpp joins the pair whose result has the best score: here, the first merge to make it
-        ranks = dict[str, int]()
-        for rank, pair in enumerate(merges):
-            ranks.setdefault("".join(pair), rank)
+        ranks = {"".join(pair): rank for rank, pair in reversed([*enumerate(merges)])}
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_scores([-float(ranks[t]) if t in ranks else NO_WORD for t in tokens])
@@ -271,7 +228,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter, config: PretrainedConfig, folder: P
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_cut(described, folder))
-        merges = merges or [(tokens[-1], tokens[-1])]  # llama.cpp wants some; this makes no token
+        merges = merges or [[tokens[-1], tokens[-1]]]  # llama.cpp wants some; this makes no token
         writer.add_token_merges([" ".join(pair) for pair in merges])
     first = tokenizer("a").input_ids[0]
     writer.add_add_bos_token(tokenizer.bos_token_id is not None and first == tokenizer.bos_token_id)

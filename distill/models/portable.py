@@ -43,8 +43,7 @@ def write_tokenizer(tokenizer: "Tokenizer", base: Path, folder: Path, trust: Tru
                 copied[-1].parent.mkdir(exist_ok=True)
                 shutil.copyfile(base / name, copied[-1])
         path = folder / "tokenizer_config.json"
-        before = read_object(path)
-        settings = dict(before)
+        settings = read_object(path)
         if settings.get("tokenizer_class") == "TokenizersBackend" or form == "of no class":
             settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # as it was called before
             # which gives models `token_type_ids` too, unless it is told
@@ -55,35 +54,34 @@ def write_tokenizer(tokenizer: "Tokenizer", base: Path, folder: Path, trust: Tru
             settings["chat_template"] = tokenizer.chat_template
         if not trust.code:  # what was ignored here is not asked of who loads it next
             settings.pop("auto_map", None)
-        if settings != before:
+        if settings != read_object(path):
             write_json(path, settings)
-        read = load_tokenizer(f"{folder.resolve()}", trust=trust)
-        if _reading(read) == _reading(tokenizer) and _cuts_alike(tokenizer, folder):
+        if _is_written(tokenizer, folder, trust):
             return
         for file in copied:
             file.unlink(missing_ok=True)
 
 
-def _reading(tokenizer: "Tokenizer") -> tuple[object, ...]:
-    """Return what a tokenizer does."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    how = backend.to_str() if backend else (type(tokenizer), tokenizer.get_vocab())
-    return how, tokenizer.chat_template, tokenizer.special_tokens_map
-
-
-def _cuts_alike(tokenizer: "Tokenizer", folder: Path) -> bool:
-    """Tell whether tokenizer.json alone cuts a text as the tokenizer does.
+def _is_written(tokenizer: "Tokenizer", folder: Path, trust: Trust) -> bool:
+    """Tell whether a folder has the tokenizer, and its tokenizer.json alone cuts texts as it does.
 
     transformers 5 has a class for some families that passes over what the file says (Qwen 2).
     """
     from tokenizers import Tokenizer as Plain
 
+    def does(one: "Tokenizer") -> tuple[object, ...]:
+        backend = getattr(one, "backend_tokenizer", None)
+        how = backend.to_str() if backend else (type(one), one.get_vocab())
+        return how, one.chat_template, one.special_tokens_map
+
+    if does(load_tokenizer(f"{folder.resolve()}", trust=trust)) != does(tokenizer):
+        return False
     backend, file = getattr(tokenizer, "backend_tokenizer", None), folder / "tokenizer.json"
     if backend is None or not file.is_file():
         return True
-    ids = [one.encode(VARIED, add_special_tokens=False).ids for one in (
-        backend, Plain.from_file(str(file)))]  # fmt: skip
-    return ids[0] == ids[1]
+    both = (backend, Plain.from_file(f"{file}"))
+    ours, alone = (one.encode(VARIED, add_special_tokens=False).ids for one in both)
+    return ours == alone
 
 
 def respell_config(folder: Path, trust: Trust) -> None:
@@ -99,14 +97,6 @@ def respell_config(folder: Path, trust: Trust) -> None:
 
     path = folder / "config.json"
     tree, before = read_object(path), reading()
-    write_json(path, {**tree, **older_spelling(tree)})
-    after = reading()
-    if any(after.get(key) != value for key, value in before.items()):
-        write_json(path, tree)
-
-
-def older_spelling(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields in which transformers 4 says a config's type and rotary positions."""
     older: dict[str, Any] = {"torch_dtype": tree["dtype"]} if tree.get("dtype") else {}
     rope = tree.get("rope_parameters") or {}
     if local := rope.get("sliding_attention"):  # Gemma 3: one base a kind of layer
@@ -121,5 +111,9 @@ def older_spelling(tree: dict[str, Any]) -> dict[str, Any]:
     scaling = {key: value for key, value in rope.items() if key not in BESIDE_SCALING}
     if kind == "longrope" and tree.get("model_type") == "phi3":  # which wants just these
         scaling = {"type": kind, **{k: rope[k] for k in ("short_factor", "long_factor")}}
-    # said of the default as well: gpt-oss of version 4 has another where nothing is said
-    return {**older, "rope_scaling": None if kind == "default" else scaling} if rope else older
+    if rope:  # said of the default as well: gpt-oss of version 4 has another where nothing is said
+        older["rope_scaling"] = None if kind == "default" else scaling
+    write_json(path, {**tree, **older})
+    after = reading()
+    if any(after.get(key) != value for key, value in before.items()):
+        write_json(path, tree)

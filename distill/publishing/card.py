@@ -7,18 +7,17 @@ the metadata: it goes through the YAML writer as one line without control charac
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 
 from distill.config.teachers import Teacher
-from distill.config.tree import Corpus
+from distill.config.tree import Config, Corpus
 from distill.evaluation.scorecard import Scorecard
 from distill.formatting import one_line
-from distill.models.registry import hub_id, is_folder
-from distill.publishing.fidelity import Fidelity
+from distill.models.registry import hub_id, is_folder, lookup
+from distill.publishing.obligations import ReleaseLicense, base_of
 from distill.publishing.parity import Parity
-from distill.records import Record
 from distill.report.render import PARAGRAPHS, environment
 
 LICENSES = re.compile(
@@ -27,38 +26,48 @@ LICENSES = re.compile(
 UNKNOWN_WORD = "unknown"
 
 
-class Facts(Record):
+class Facts(NamedTuple):
     """What the card says beside the scorecard's figures."""
 
-    model_name: str
-    repository: str
-    base: str  # Hub id
-    base_revision: str | None
-    license: str
-    license_stated: bool  # by the publisher, because the table of models does not know the base
-    language: str
-    teacher: str
-    teacher_license: str | None
-    corpus: str
-    dataset: str | None  # Hub id, where the corpus is one
-    converted_from: str | None  # quantisation of the GGUF that was dequantised
-    lora: dict[str, Any]
-    terms: tuple[str, ...] = ()  # what allows training on the teacher's answers, and the duties
-    displays: tuple[str, ...] = ()  # lines that a license wants shown
-    license_owed: bool = False  # to the terms of teacher or base
-    template: tuple[str, ...] = ()  # what its chat template does otherwise than the base's
-    formats: tuple[str, ...] = ("adapter", "safetensors")
+    config: Config
+    name: str
+    repository: str | None  # OWNER/NAME
+    license: ReleaseLicense
+    terms: Sequence[str] = ()  # what allows training on the teacher's answers, and the duties
+    displays: Sequence[str] = ()  # lines that a license wants shown
+    own_template: bool = False  # its chat template is another than the base's
+    folds_system: bool = False  # and has no system turn
     parity: Parity | None = None  # of the GGUF files
-    overridden: tuple[str, ...] = ()  # what the release gate found
+    overridden: Sequence[str] = ()  # what the release gate found
     override: str | None = None  # why it was published all the same
 
 
-def make_card(facts: Facts, scorecard: Scorecard, fidelity: Fidelity | None) -> ModelCard:
+def make_card(facts: Facts, scorecard: Scorecard) -> ModelCard:
     """Write the card; `scorecard` is the content of scorecard.json."""
-    template = environment(markdown=True).get_template("card.md.j2")
-    page = template.render(facts=facts, card=scorecard, fidelity=fidelity)
+    config = facts.config
+    student, teacher = lookup(config.student.model), lookup(config.teacher.model)
+    text = card_text(
+        "card.md.j2",
+        metadata(facts, scorecard),
+        facts=facts,
+        card=scorecard,
+        config=config,
+        repository=facts.repository or f"OWNER/{facts.name}",
+        base=base_of(config.student.model),
+        base_revision=config.student.revision or (student.revision if student else None),
+        converted_from=student.gguf.quantisation if student and student.gguf else None,
+        teacher=teacher_name(config.teacher),
+        teacher_license=config.teacher.license or (teacher.license if teacher else None),
+        corpus=corpus_name(config.corpus),
+    )
+    return ModelCard(text)
+
+
+def card_text(template: str, data: CardData, **context: object) -> str:
+    """Return a card's text: its metadata, then the page that the template makes."""
+    page = environment(markdown=True).get_template(template).render(context)
     page = PARAGRAPHS.sub("\n\n", page).strip()
-    return ModelCard(f"---\n{metadata(facts, scorecard).to_yaml()}\n---\n\n{page}\n")
+    return f"---\n{data.to_yaml()}\n---\n\n{page}\n"
 
 
 def metadata(facts: Facts, scorecard: Scorecard) -> ModelCardData:
@@ -67,13 +76,14 @@ def metadata(facts: Facts, scorecard: Scorecard) -> ModelCardData:
     def value(text: str) -> str:
         return one_line(text) or UNKNOWN_WORD
 
+    config, dataset = facts.config, hub_dataset(facts.config.corpus)
     results = [
         EvalResult(
             task_type="text-generation",
             task_name=value(task),
-            dataset_type=value(facts.dataset or "custom"),
+            dataset_type=value(dataset or "custom"),
             dataset_config=value(task),  # else the index joins all tasks into one
-            dataset_name=value(f"held-out documents of {facts.corpus}"),
+            dataset_name=value(f"held-out documents of {corpus_name(config.corpus)}"),
             metric_type=identifier(row.metric, "_"),
             metric_name=value(f"{row.metric} ({row.n} items)"),
             metric_value=row.student,
@@ -82,15 +92,15 @@ def metadata(facts: Facts, scorecard: Scorecard) -> ModelCardData:
         if row.student is not None
     ]
     return ModelCardData(
-        language=value(facts.language),
-        **license_fields([facts.license], "LICENSE"),
+        language=value(config.publish.language),
+        **license_fields([facts.license.name], "LICENSE"),
         library_name="transformers",
         pipeline_tag="text-generation",
-        base_model=value(facts.base),
+        base_model=base_of(config.student.model),
         base_model_relation="finetune",
-        datasets=[value(facts.dataset)] if facts.dataset else None,
+        datasets=[value(dataset)] if dataset else None,
         tags=["distillation", "knowledge-distillation", "lora", "peft"],
-        model_name=value(facts.model_name),
+        model_name=value(facts.name),
         eval_results=results or None,
     )
 

@@ -20,22 +20,25 @@ from distill.evaluation.scorecard import Funnel
 from distill.formatting import one_line
 from distill.generation.filters import Dropped
 from distill.models.registry import hub_id, is_folder
-from distill.publishing.card import corpus_name, hub_dataset, license_fields, teacher_name
+from distill.publishing.card import (
+    card_text,
+    corpus_name,
+    hub_dataset,
+    license_fields,
+    teacher_name,
+)
 from distill.publishing.secret_scan import scan
 from distill.publishing.upload import check_name, push
 from distill.records import Document, Message, Prompt, Record, Response, Stop
-from distill.report.render import PARAGRAPHS, environment
 from distill.responders.terms import require_terms
 from distill.storage.files import read_json, read_records, replacing, write_records
 from distill.storage.progress import say
 from distill.storage.run_folder import Run
 
-SOURCES = ("documents.jsonl", "prompts.jsonl", "responses.jsonl", "dropped.jsonl", "funnel.json")
 SPLIT_NAMES = {"train": "train", "validation": "validation", "heldout": "test"}  # run's: Hub's
 PYTHON_DOCS = "PSF-2.0"
 UNSTATED = ("", "unknown", "none", "null", "other")
 RESERVED = re.compile(r"all rights reserved|proprietary", re.IGNORECASE)
-SIZES = {1e3: "n<1K", 1e4: "1K<n<10K", 1e5: "10K<n<100K", 1e6: "100K<n<1M", 1e7: "1M<n<10M"}
 
 
 class Answer(Record):
@@ -95,13 +98,13 @@ def main(
         raise DistillError(Exit.PUBLISH, "corpus.private_text", what, fix)
     terms = require_terms(config.teacher, config.terms.basis).lines()
     raw = [*answers(run, heldout)]
-    retained = [one for one in raw if not one.row.dropped]
+    kept = [one for one in raw if not one.row.dropped]
     parts: dict[str, list[tuple[str, Record]]] = {
-        "kept": [(one.split, one.row) for one in retained],
+        "kept": [(one.split, one.row) for one in kept],
         "raw": [(one.split, one.row) for one in raw],
     }
     if soft_labels:
-        parts["soft_labels"] = [*labels(run, retained)]
+        parts["soft_labels"] = [*labels(run, kept)]
     counts = {part: Counter(split for split, _ in rows) for part, rows in parts.items()}
     with replacing(folder) as work:
         for part, splits in counts.items():
@@ -110,10 +113,7 @@ def main(
                 write_records(work / part / f"{split}.jsonl", rows)
         make_card(run, repository, raw, counts, terms).save(work / "README.md")
         scan(work, (), config.publish.allow_secrets)
-    sizes = (
-        f"{part}/{split} {n}" for part, splits in counts.items() for split, n in splits.items()
-    )
-    say(f"data set: {folder} ({', '.join(sizes)} rows)")
+    say(f"data set: {folder} ({', '.join(f'{part} {n.total()}' for part, n in counts.items())})")
     if repository:
         push(folder, repository, public, "dataset")
     return folder
@@ -122,18 +122,15 @@ def main(
 def answers(run: Run, heldout: bool) -> Iterator[Placed]:
     """Yield each answer that came, masked.
 
-    Raises DistillError: exit 9 where a file of the run is missing, 10 where a document has no
+    Raises DistillError: exit 5 where a file of the run is missing, 10 where a document has no
     license, or one that reserves all rights.
     """
-    for path in map(run.path, SOURCES):
-        if not path.is_file():
-            raise DistillError(Exit.PUBLISH, path, "is missing", "distill filter CONFIG first")
     config = run.config
-    stated = config.publish.corpus_license
+    stated = config.publish.corpus_license or ""
     if not stated and config.corpus.source == "python-docs":
         stated = PYTHON_DOCS
     elif not stated and not config.teacher.answers_anything:  # they came with the prompts
-        stated = config.teacher.license
+        stated = config.teacher.license or ""
     documents = {d.id: d for d in read_records(run.path("documents.jsonl"), Document)}
     sources = [run.path("prompts.jsonl"), run.path("questions.jsonl")]
     prompts = {p.id: p for path in sources if path.exists() for p in read_records(path, Prompt)}
@@ -145,7 +142,7 @@ def answers(run: Run, heldout: bool) -> Iterator[Placed]:
         if response.stop == "error" or (document.split == "heldout" and not heldout):
             continue
         license = str(document.meta.get("recorded_license") or "").strip()
-        license = stated or "" if license.lower() in UNSTATED else license
+        license = stated if license.lower() in UNSTATED else license
         if not license or RESERVED.search(license):
             what = f"is under {one_line(license)[:60]!r}" if license else "states no license"
             fix = "read what its owner says, then state publish.corpus_license=SPDX-ID"
@@ -181,25 +178,20 @@ def answers(run: Run, heldout: bool) -> Iterator[Placed]:
         yield Placed(SPLIT_NAMES[document.split or "train"], row, masked)
 
 
-def labels(run: Run, rows: Sequence[Placed]) -> Iterator[tuple[str, Record]]:
+def labels(run: Run, rows: Sequence[Placed]) -> Iterator[tuple[str, SoftLabel]]:
     """Yield the soft labels of rows, with their splits; those of a masked row would tell its text.
 
-    Raises DistillError: exit 9 where none were captured, 10 where their teacher's terms forbid it.
+    Raises DistillError: exit 5 where none were captured, 10 where their teacher's terms forbid it.
     """
     from distill.training.soft_labels.cache import SignalCache, SignalKey, supervised_ids
     from distill.training.soft_labels.capture import student_view
     from distill.training.soft_labels.labels import read_pairs, teacher_view
 
-    path, splits = (
-        run.path("signals.json"),
-        {one.row.id: one.split for one in rows if not one.masked},
-    )
-    if not path.is_file():
-        fix = "distill signals CONFIG captures them, where train.loss has soft parts"
-        raise DistillError(Exit.PUBLISH, path, "is missing", fix)
+    folder = read_json(run.path("signals.json"))["cache"]
+    splits = {one.row.id: one.split for one in rows if not one.masked}
     names = {p.response.id: f"{p.prompt.id}-{p.response.sample}" for p in read_pairs(run)}
     texts = teacher_view(run, student_view(run))[2]
-    cache = SignalCache.open(run.config.store_folder(), read_json(path)["cache"])
+    cache = SignalCache.open(run.config.store_folder(), folder)
     signals = cache.read([SignalKey.of(text) for text in texts])
     for text in texts:
         name, signal = names[text.response_id], signals[text.id]
@@ -229,7 +221,6 @@ def make_card(
     data = DatasetCardData(
         language=one_line(config.publish.language) or None,
         **license_fields(licenses, "README.md"),
-        size_categories=[next((size for n, size in SIZES.items() if len(raw) < n), "n>10M")],
         task_categories=["text-generation"],
         source_datasets=[hub] if hub else None,
         pretty_name=name.split("/")[1],
@@ -243,8 +234,9 @@ def make_card(
             for part, splits in counts.items()
         ],
     )
-    template = environment(markdown=True).get_template("dataset.md.j2")
-    page = template.render(
+    text = card_text(
+        "dataset.md.j2",
+        data,
         repository=name,
         config=config,
         corpus=corpus_name(config.corpus),
@@ -260,5 +252,4 @@ def make_card(
         terms=terms,
         private=sorted(sum((one.masked for one in raw), Counter[str]()).items()),
     )
-    page = PARAGRAPHS.sub("\n\n", page).strip()
-    return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{page}\n")
+    return DatasetCard(text)

@@ -1,14 +1,14 @@
 """The files of a release for other runners: GGUF of several sizes, and Ollama's Modelfile.
 
-A file that the last release holds of the same model is taken over. The Modelfile's template is
-Go's: the texts that stand between two turns, found by rendering the chat template with sentinels.
+The Modelfile's template is Go's: the texts that stand between two turns, found by rendering the
+chat template with sentinels.
 """
 
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 
@@ -25,7 +25,6 @@ from distill.models.loading import context_length
 from distill.records import Message, Prompt, Role
 from distill.responders.engines import BY_SCRIPT, engine_folder
 from distill.responders.local.local_model import end_of_turn
-from distill.storage.files import sha256_file
 from distill.storage.progress import say
 
 KINDS: dict[Format, str] = {"gguf-f16": "F16", "gguf-q8_0": "Q8_0", "gguf-q4_k_m": "Q4_K_M"}
@@ -33,6 +32,12 @@ BYTES = {"F16": 2.0, "Q8_0": 34 / 32, "Q4_K_M": 0.7}  # of a weight, about
 OLLAMA = "Q8_0"  # what the Modelfile names
 MODELFILE = "Modelfile"
 MOST_CONTEXT = 8192  # tokens that Ollama reserves memory for, unless the user wants more
+# Go's text/template: what stands between two turns by their roles, the turns, what begins an answer
+BETWEEN = '{{ if and (eq $before "%s") (eq .Role "%s") }}{{ %s }}{{ end }}'
+TEMPLATE = (
+    '{{ $before := "" }}{{ range .Messages }}%s{{ .Content }}{{ $before = .Role }}{{ end }}'
+    '{{ if ne $before "assistant" }}{{ %s }}{{ end }}'
+)
 Turns = Mapping[tuple[str, str], str]  # the text between the turns of two roles; "" is either end
 
 
@@ -51,42 +56,17 @@ def find_quantize() -> str:
     return f"{program}"
 
 
-def write_files(
-    model: Path, work: Path, release: Path, name: str, kinds: Sequence[str], old: Mapping[str, str]
-) -> list[Path]:
+def write_files(model: Path, work: Path, name: str, kinds: Sequence[str]) -> list[Path]:
     """Write `model` into `work` as NAME-KIND.gguf for each kind; return the files.
 
-    `old` are hashes of files in `release` that hold this very model: they are not made again.
     Raises DistillError: exit 2 without what makes K-quants, 3 for a model that cannot be converted,
     5 where the disk has no room.
     """
     quantize = find_quantize() if "Q4_K_M" in kinds else ""
-    files, missing = [work / f"{name}-{kind}.gguf" for kind in kinds], list[str]()
-    for kind, file in zip(kinds, files, strict=True):
-        last = release / file.name
-        same = file.name in old and last.is_file() and sha256_file(last) == old[file.name]
-        if same and not last.is_symlink():
-            os.link(last, file)
-            say(f"{file.name}: as it was")
-        else:
-            missing.append(kind)
-    weights = 0
-    for path in model.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as tensors:
-            weights += sum(prod(tensors.get_slice(k).get_shape()) for k in tensors.keys())  # noqa: SIM118
-    full = work / f"{name}-F16.gguf"  # which the K-quants are made of
-    needed = {kind: BYTES[kind] * weights for kind in missing}
-    if "Q4_K_M" in missing and not full.is_file():
-        needed["F16"] = BYTES["F16"] * weights
-    free = shutil.disk_usage(work).free
-    each = ", ".join(f"{kind} {size(amount)}" for kind, amount in needed.items())
-    if sum(needed.values()) > free:
-        what = f"{each} are needed, and {size(free)} are free"
-        raise DistillError(Exit.STATE, release, what, "free space, or name fewer publish.formats")
-    if missing:
-        say(f"formats: {each}; {size(free)} are free")
-    for kind in missing:
-        file = work / f"{name}-{kind}.gguf"
+    files = {kind: work / f"{name}-{kind}.gguf" for kind in kinds}
+    full = work / f"{name}-F16.gguf"  # which K-quants are made of
+    require_room(model, work, [*kinds, "F16"] if quantize and "F16" not in kinds else kinds)
+    for kind, file in files.items():
         if kind == "F16" or kind == "Q8_0":
             write_gguf(model, file, kind, name)
             continue
@@ -98,9 +78,24 @@ def write_files(
             last = " ".join((done.stderr or done.stdout).split())[-200:]
             fix = "see what llama.cpp says of the file, or leave gguf-q4_k_m out"
             raise DistillError(Exit.PUBLISH, "llama-quantize", f"failed: {last}", fix)
-    if full not in files:
+    if "F16" not in kinds:
         full.unlink(missing_ok=True)
-    return files
+    return [*files.values()]
+
+
+def require_room(model: Path, work: Path, kinds: Sequence[str]) -> None:
+    """Say what files take; raises DistillError (exit 5) where the disk has less."""
+    weights = 0
+    for path in model.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as tensors:
+            weights += sum(prod(tensors.get_slice(k).get_shape()) for k in tensors.keys())  # noqa: SIM118
+    needed = {kind: BYTES[kind] * weights for kind in kinds}
+    each = ", ".join(f"{kind} {size(amount)}" for kind, amount in needed.items())
+    free = shutil.disk_usage(work).free
+    if sum(needed.values()) > free:
+        what = f"{each} are needed, and {size(free)} are free"
+        raise DistillError(Exit.STATE, work, what, "free space, or name fewer publish.formats")
+    say(f"formats: {each}; {size(free)} are free")
 
 
 def turns_of(tokenizer: Tokenizer, date: str) -> Turns:
@@ -123,12 +118,6 @@ def turns_of(tokenizer: Tokenizer, date: str) -> Turns:
     return turns
 
 
-def _unlike(what: str, tokenizer: Tokenizer) -> DistillError:
-    where = f"chat template of {Path(tokenizer.name_or_path).name}"
-    fix = "leave ollama out of publish.formats; the GGUF files hold the template itself"
-    return DistillError(Exit.PUBLISH, where, f"has no form for Ollama: {what}", fix)
-
-
 def modelfile(
     model: Path, tokenizer: Tokenizer, date: str, name: str, prompts: Sequence[Prompt]
 ) -> str:
@@ -139,36 +128,31 @@ def modelfile(
     """
     turns = turns_of(tokenizer, date)
     for prompt in prompts:
-        before, text = "", ""
-        for message in prompt.messages:
-            text += turns.get((before, message.role), "") + message.content
-            before = message.role
-        if text + turns[before, ""] != render(tokenizer, prompt.messages, date):
+        roles = pairwise(["", *(m.role for m in prompt.messages), ""])
+        contents = [*(m.content for m in prompt.messages), ""]
+        parts = (turns.get(pair, "") + text for pair, text in zip(roles, contents, strict=True))
+        if "".join(parts) != render(tokenizer, prompt.messages, date):
             raise _unlike(f"it changes the prompt {prompt.messages[-1].content[:40]!r}", tokenizer)
-    bos = str(tokenizer.bos_token)
-    adds = tokenizer("a").input_ids[0] == tokenizer.bos_token_id  # then the runner does it
-
-    def literal(before: str, after: str) -> str:
-        text = turns[before, after]
-        text = text.removeprefix(bos) if adds and not before else text
-        return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}"
-
-    answer, first = literal("user", "assistant"), literal("", "user")
-    template = (
-        '{{ $before := "" }}{{ range .Messages }}{{ if eq .Role "system" }}'
-        f'{literal("", "system")}{{{{ .Content }}}}{{{{ else if eq .Role "assistant" }}}}'
-        f'{answer}{{{{ .Content }}}}{{{{ else if eq .Role "user" }}}}'
-        f'{{{{ if eq $before "system" }}}}{literal("system", "user")}'
-        f'{{{{ else if eq $before "assistant" }}}}{literal("assistant", "user")}'
-        f"{{{{ else }}}}{first}{{{{ end }}}}{{{{ .Content }}}}{{{{ end }}}}"
-        '{{ $before = .Role }}{{ end }}{{ if ne $before "assistant" }}'
-        f"{literal('user', '')}{{{{ end }}}}"
-    )
+    if tokenizer("a").input_ids[0] == tokenizer.bos_token_id:  # then the runner writes it
+        bos = str(tokenizer.bos_token)
+        turns = {p: t if p[0] else t.removeprefix(bos) for p, t in turns.items()}
+    quoted = {pair: json.dumps(text, ensure_ascii=False) for pair, text in turns.items()}
+    between = "".join(BETWEEN % (*pair, text) for pair, text in quoted.items() if pair[1])
     ends = GenerationConfig.from_pretrained(model).eos_token_id
     ids = {*([ends] if isinstance(ends, int) else ends or ()), *end_of_turn(tokenizer, date)}
     stops = [str(tokenizer.convert_ids_to_tokens(i)) for i in sorted(ids)]
-    context = min(context_length(AutoConfig.from_pretrained(model)), MOST_CONTEXT)
-    lines = [f"FROM ./{name}-{OLLAMA}.gguf", f'TEMPLATE """{template}"""']
-    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
-    lines += [f"PARAMETER num_ctx {context}", "PARAMETER temperature 0"]
-    return "\n".join([*lines, "PARAMETER repeat_penalty 1", ""])
+    lines = [
+        f"FROM ./{name}-{OLLAMA}.gguf",
+        f'TEMPLATE """{TEMPLATE % (between, quoted["user", ""])}"""',
+        *(f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops),
+        f"PARAMETER num_ctx {min(context_length(AutoConfig.from_pretrained(model)), MOST_CONTEXT)}",
+        "PARAMETER temperature 0",
+        "PARAMETER repeat_penalty 1",
+    ]
+    return "\n".join([*lines, ""])
+
+
+def _unlike(what: str, tokenizer: Tokenizer) -> DistillError:
+    where = f"chat template of {Path(tokenizer.name_or_path).name}"
+    fix = "leave ollama out of publish.formats; the GGUF files hold the template itself"
+    return DistillError(Exit.PUBLISH, where, f"has no form for Ollama: {what}", fix)

@@ -7,43 +7,36 @@ student's. Answers go through the store, so a measurement that was stopped conti
 """
 
 import gc
+import io
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import partial
+from contextlib import redirect_stderr
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from distill.errors import DistillError, Exit, one_line
+from distill.errors import DistillError, Exit
+from distill.evaluation.answering import requests_to
 from distill.evaluation.measurements import Difference
 from distill.evaluation.results import pool
-from distill.evaluation.scorers import AnswersByModel, measure_items, measure_tasks
+from distill.evaluation.scorers import SHARE, AnswersByModel, measure_items, measure_tasks
 from distill.evaluation.statistics import (
-    Bounds,
     Certainty,
     Noninferiority,
     estimate_difference,
+    mean_or_none,
     non_inferiority,
     paired,
 )
 from distill.evaluation.suites import answer_limit, by_item, held_out_items
-from distill.formatting import count, estimate, figure, share, signed
+from distill.formatting import estimate, share, signed
 from distill.models.chat_template import encode_prompt, encode_text
-from distill.models.loading import context_length, load_model, load_tokenizer
-from distill.publishing.fidelity import Conversation, answer_logits
+from distill.models.loading import context_length, load_model, load_tokenizer, read_by_library
 from distill.records import Item, Record, Response, digest
 from distill.responders.ask import Ask
-from distill.responders.engines import (
-    BY_SCRIPT,
-    ROOM,
-    EngineServer,
-    engine_version,
-    find_engine,
-    require_engine,
-)
-from distill.responders.responder import Raw, Request, Sampling
+from distill.responders.engines import BY_SCRIPT, ROOM, EngineServer, engine_version, find_engine
+from distill.responders.responder import Raw, Request
 from distill.storage.files import read_records, sha256_file
 from distill.storage.progress import say
 from distill.storage.run_folder import Run
@@ -55,6 +48,7 @@ TOP = 10  # of the runner's log-probabilities
 PARALLEL = 4  # requests that the runner answers at once
 GREEDY = {"top_k": 0, "min_p": 0.0}  # what llama.cpp cuts from a distribution by itself
 NO_RUNNER = f"llama.cpp is not installed ({BY_SCRIPT} llama.cpp)"
+CLAIMS = {"inferior": "worse", "not inferior": "as good, within the margin"}
 
 
 class FileParity(Record):
@@ -68,7 +62,6 @@ class FileParity(Record):
     ids_equal: int | None = None  # of `prompts`
     answers: int = 0
     nmse: float | None = None  # of the logits, by transformers' reader of GGUF
-    nmse_reason: str | None = None
     largest_difference: float | None = None  # of the runner's top log-probabilities, in nats
     metric: str = ""
     same_answers: int | None = None  # of `prompts`, to the letter
@@ -80,56 +73,29 @@ class FileParity(Record):
 
     @property
     def conclusion(self) -> str:
-        """Say what the difference allows to claim."""
-        if self.verdict in ("inferior", "not inferior"):
-            return "worse" if self.verdict == "inferior" else "as good, within the margin"
-        return f"cannot tell (n = {self.difference.n or 0})"
-
-    def line(self) -> str:
-        """Return the row as one line for the terminal."""
+        """Say what was found, for the card and the terminal."""
         if self.reason:
-            return f"{self.file}: parity: not measured: {self.reason}"
-        return f"{self.file}: {'; '.join(f'{k} {v}' for k, v in self.cells().items())}"
+            return f"parity: not measured: {self.reason}"
+        return CLAIMS.get(self.verdict or "", f"cannot tell (n = {self.difference.n or 0})")
 
-    def cells(self) -> dict[str, str]:
-        """Return the columns of the card's table."""
-        if self.reason:
-            return {"ids equal": "not measured"}
+    def points(self) -> str:
+        """Return the difference in points, with its interval."""
         ends = (self.difference.mean, self.difference.low, self.difference.high)
-        nmse = f"not measured: {self.nmse_reason}" if self.nmse is None else f"{self.nmse:.1e}"
-        return {
-            "ids equal": f"{count(self.ids_equal)} of {self.prompts}",
-            "NMSE": nmse,
-            "largest difference": f"{figure(self.largest_difference, 3)} nats",
-            "same answers": f"{count(self.same_answers)} of {self.prompts}",
-            self.metric or "score": f"{share(self.score, 1)} (student {share(self.student, 1)})",
-            "difference": estimate(*ends, lambda x: signed(100 * x, 1)),
-            "which is": self.conclusion,
-        }
+        return estimate(*ends, lambda x: signed(100 * x, 1))
 
 
 class Parity(Record):
     """The content of release/parity.json."""
 
-    model_sha256: str
     margin: float
     files: tuple[FileParity, ...] = ()
-
-    def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """Return the card's table."""
-        rows = [(row.file, row.cells()) for row in self.files]
-        head = list(dict.fromkeys(key for _, cells in rows for key in cells))
-        body = [(file, *(cells.get(key, "–") for key in head)) for file, cells in rows]
-        return ("file", *head), body
 
     def findings(self) -> list[DistillError]:
         """Return what speaks against a file: that it is worse, or does not work."""
         findings = list[DistillError]()
         for row in self.files:
             if row.verdict == "inferior":
-                ends = (row.difference.mean, row.difference.low, row.difference.high)
-                points = estimate(*ends, lambda x: signed(100 * x, 1))
-                what = f"is worse than the evaluated student: {points} points of {row.metric}"
+                what = f"is worse than the evaluated student: {row.points()} points of {row.metric}"
                 what += f", n = {row.difference.n}, beyond the margin of {share(self.margin, 1)}"
             elif row.reason and row.runner:
                 what = f"does not work in {row.runner}: {row.reason}"
@@ -143,12 +109,19 @@ class Parity(Record):
 class FileResponder:
     """Answers as a GGUF file does in a running server, with the file's own template."""
 
-    def __init__(self, server: EngineServer, file: Path, origin: str) -> None:
-        self.server, self.model, self.origin = server, file.stem, origin
+    def __init__(self, server: EngineServer, model: str, origin: str) -> None:
+        self.server, self.model, self.origin = server, model, origin
 
     def ask(self, requests: Sequence[Request]) -> Iterator[Raw]:
         """Yield the answers as they come."""
-        yield from self.server.responder(self.model, PARALLEL, GREEDY).ask(requests)
+        return self.server.responder(self.model, PARALLEL, GREEDY).ask(requests)
+
+
+class ScoredText(NamedTuple):
+    """Token ids of a rendered prompt with its answer, which begins at `answer`."""
+
+    ids: list[int]
+    answer: int
 
 
 def measure(
@@ -163,63 +136,62 @@ def measure(
     What depends on nothing that has changed is not measured again. Without llama.cpp nothing is.
     The items `left_out`, which stand in the training data, are not scored.
     """
-    hashes = {file: sha256_file(file) for file in files}
-    if find_engine("llama.cpp", run.config.engines) is None:
-        rows = [FileParity(file=f.name, sha256=hashes[f], reason=NO_RUNNER) for f in files]
-        return tuple(rows)
-    command = require_engine("llama.cpp", run.config.engines)
+    bare = [FileParity(file=f.name, sha256=sha256_file(f), reason=NO_RUNNER) for f in files]
+    command = find_engine("llama.cpp", run.config.engines)
+    if command is None:
+        return tuple(bare)
     runner = f"llama.cpp {engine_version(tuple(command))}"
-    evaluation, answers = run.config.evaluation, sha256_file(run.path("answers/student.jsonl"))
-    scored = {"evaluation": evaluation.model_dump(mode="json"), "left out": sorted(left_out)}
-    bases = {
-        file: digest({"file": sha, "runner": runner, "answers": answers, **scored})
-        for file, sha in hashes.items()
+    facts = {
+        "runner": runner,
+        "answers": sha256_file(run.path("answers/student.jsonl")),
+        "evaluation": run.config.evaluation.model_dump(mode="json"),
+        "left out": sorted(left_out),
     }
-    rows = {f: old[f.name] for f in files if f.name in old and old[f.name].basis == bases[f]}
-    missing = [file for file in files if file not in rows]
-    compare = ParityCheck(run, model, command, runner, left_out) if missing else None
-    for file in missing:
+    rows, check = list[FileParity](), None
+    for file, row in zip(files, bare, strict=True):
+        basis, last = digest({"file": row.sha256, **facts}), old.get(file.name)
+        if last and last.basis == basis:
+            rows.append(last)
+            continue
         say(f"{file.name}: compared with the student in {runner}")
-        facts: dict[str, Any] = {"file": file.name, "sha256": hashes[file], "runner": runner}
+        check = check or ParityCheck(run, model, command, left_out)
+        changes: dict[str, Any] = {"runner": runner}
         try:
-            assert compare
-            facts |= {"basis": bases[file], **compare.file(file, hashes[file])}
+            changes |= {**check.file(file, digest({"gguf": row.sha256, "runner": runner}))}
+            changes |= {"basis": basis, "reason": None}
         except DistillError as error:  # the engine's, and its answers'
-            facts["reason"] = f"{error.where} {error.what}"
-        rows[file] = FileParity.model_validate(facts)
-    return tuple(rows[file] for file in files)
+            changes["reason"] = f"{error.where} {error.what}"
+        rows.append(row.model_copy(update=changes))
+    return tuple(rows)
 
 
 class ParityCheck:
     """What files are compared with: the student's weights and its scored answers."""
 
     def __init__(
-        self, run: Run, model: Path, command: Sequence[str], runner: str, left_out: Collection[str]
+        self, run: Run, model: Path, command: Sequence[str], left_out: Collection[str]
     ) -> None:
-        self.run, self.command, self.runner, self.left_out = run, command, runner, left_out
-        date = run.config.template_date
+        self.run, self.command, self.left_out = run, command, left_out
         pairs, self.items = held_out_items(run.folder)
-        self.student = by_item(
-            self.items, read_records(run.path("answers/student.jsonl"), Response)
-        )
+        answers = read_records(run.path("answers/student.jsonl"), Response)
+        self.student = by_item(self.items, answers)
         self.teacher = by_item(self.items, [pair.response for pair in pairs])
         tokenizer: Any = load_tokenizer(f"{model.resolve()}")
-        encode = partial(encode_prompt, tokenizer, date=date)
-        self.ids = {item.id: encode(messages=item.prompt.messages) for item in self.items}
-        self.texts = list[Conversation]()
+        self.ids, texts = dict[str, list[int]](), list[ScoredText]()
         for item in self.items:
+            ids = [*encode_prompt(tokenizer, item.prompt.messages, run.config.template_date)]
             answer = encode_text(tokenizer, self.student[item.id].text)[:TOKENS]
+            self.ids[item.id] = ids
             if answer:
-                ids = self.ids[item.id]
-                self.texts.append(Conversation(ids=(*ids, *answer), answer=len(ids)))
-        self.texts = self.texts[:: -(-len(self.texts) // ANSWERS) or 1]
+                texts.append(ScoredText([*ids, *answer], len(ids)))
+        self.texts = texts[:: -(-len(texts) // ANSWERS) or 1]
         network: Any = load_model(f"{model.resolve()}", "float32")
         self.most = context_length(network.config)
         self.logits = answer_logits(network, self.texts)
         del network
         gc.collect()
 
-    def file(self, file: Path, sha256: str) -> dict[str, Any]:
+    def file(self, file: Path, origin: str) -> dict[str, Any]:
         """Return what is measured of a file; raises DistillError where the engine fails."""
         facts = self.read_back(file)
         limit = answer_limit(self.run.config)
@@ -229,24 +201,17 @@ class ParityCheck:
         server = EngineServer([*line, "--ctx-size", f"{context * PARALLEL}"], "llama.cpp")
         try:
             server.wait()
-            facts["prompts"], facts["answers"] = len(self.items), len(self.texts)
+            facts |= {"prompts": len(self.items), "answers": len(self.texts)}
             facts["ids_equal"] = sum(self.same_ids(server, item) for item in self.items)
             facts["largest_difference"] = max(self.next_tokens(server), default=None)
-            responder = FileResponder(server, file, digest({"gguf": sha256, "runner": self.runner}))
-            requests = [
-                Request.make(
-                    responder.origin,
-                    item.prompt.id,
-                    item.prompt.messages,
-                    Sampling(max_new_tokens=limit),
-                )
-                for item in self.items
-            ]
+            responder = FileResponder(server, file.stem, origin)
+            prompts = [item.prompt for item in self.items]
+            requests = requests_to(responder, prompts, [limit] * len(prompts))
             with Ask(responder, self.run.config.store_folder() / "responses") as ask:
                 responses = ask.responses(requests, f"{file.name} answers")
         finally:
             server.close()
-        return {**facts, **self.scored(by_item(self.items, responses))}
+        return facts | self.scored(by_item(self.items, responses))
 
     def read_back(self, file: Path) -> dict[str, Any]:
         """Return the error of the logits of a file's weights, against the student's.
@@ -255,13 +220,15 @@ class ParityCheck:
         """
         from transformers import AutoModelForCausalLM
 
-        try:
-            network: Any = AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True
-            )
-            logits = answer_logits(network, self.texts)
-        except (ImportError, KeyError, RuntimeError, ValueError) as error:
-            return {"nmse_reason": f"transformers: {one_line(error)[:120]}"}
+        try:  # its bars cannot be turned off
+            with read_by_library(file.name), redirect_stderr(io.StringIO()):
+                network: Any = AutoModelForCausalLM.from_pretrained(
+                    file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True
+                )
+                logits = answer_logits(network, self.texts)
+        except DistillError as error:
+            say(f"{file.name}: NMSE: not measured: transformers: {error.what}")
+            return {}
         both = list(zip(logits, self.logits, strict=True))
         error = sum(float((theirs - ours).square().sum()) for theirs, ours in both)
         return {"nmse": error / sum(float(ours.square().sum()) for _, ours in both)}
@@ -279,12 +246,11 @@ class ParityCheck:
 
         Of each text at one position, halfway through what was compared of its answer.
         """
-        for text, logits_TV in zip(self.texts, self.logits, strict=True):
+        for (ids, answer), logits_TV in zip(self.texts, self.logits, strict=True):
             half = len(logits_TV) // 2
             ours_V: Tensor = logits_TV[half].log_softmax(-1)
-            prompt = list(text.ids[: text.answer + half])
-            asked = {"prompt": prompt, "max_tokens": 1, "logprobs": TOP, "temperature": 0}
-            reply = post(server, "/v1/completions", **asked)
+            asked = {"prompt": ids[: answer + half], "max_tokens": 1, "logprobs": TOP}
+            reply = post(server, "/v1/completions", temperature=0, **asked)
             for choice in reply.get("choices", ()):
                 for place in ((choice.get("logprobs") or {}).get("content") or ())[:1]:
                     for top in place["top_logprobs"]:
@@ -295,30 +261,36 @@ class ParityCheck:
 
         Over all checks; of a run without checks, the likeness to the teacher's answers.
         """
-        config = self.run.config
+        config, settings = self.run.config, self.run.config.evaluation
         both: AnswersByModel = {"teacher": self.teacher, "student": self.student, "file": answers}
         items = [item for item in self.items if item.id not in self.left_out]
         rows = measure_tasks(items, both, tasks_of_run(self.run.folder))
         row = pool(list(rows.values())) or measure_items(items, both)
-        (file, student), most = (row.array(name) for name in ("file", "student")), row.bounds.high
-        mask = paired(file, student, "the file's answers")
-        a, b, clusters = file[mask] / most, student[mask] / most, row.clusters[mask]
-        evaluation = config.evaluation
-        certainty = Certainty(
-            evaluation.confidence, evaluation.bootstrap_samples, config.seed, evaluation.margin
-        )
-        change = estimate_difference(a, b, clusters, certainty, Bounds(0.0, 1.0))
-        same = sum(answers[i].text == answer.text for i, answer in self.student.items())
+        file_N, student_N = (row.array(name) / row.bounds.high for name in ("file", "student"))
+        both_N = paired(file_N, student_N, "the file's answers")
+        a, b, clusters = file_N[both_N], student_N[both_N], row.clusters[both_N]
+        certainty = Certainty(settings.confidence, settings.bootstrap_samples, config.seed)
+        change = estimate_difference(a, b, clusters, certainty, SHARE)
+        about = {"n": len(row.items), "documents": change.clusters}
         return {
             "metric": row.metric,
-            "same_answers": same,
-            "student": float(np.mean(b)) if len(b) else None,
-            "score": float(np.mean(a)) if len(a) else None,
-            "difference": Difference.of(change).model_copy(
-                update={"n": len(row.items), "documents": change.clusters}
-            ),
-            "verdict": non_inferiority(change, evaluation.margin),
+            "same_answers": sum(answers[i].text == a.text for i, a in self.student.items()),
+            "student": mean_or_none(b),
+            "score": mean_or_none(a),
+            "difference": Difference.of(change).model_copy(update=about),
+            "verdict": non_inferiority(change, settings.margin),
         }
+
+
+@torch.inference_mode()
+def answer_logits(model: Any, texts: Sequence[ScoredText]) -> list[Tensor]:
+    """Return the float32 logits (T, V) that predict each answer's tokens."""
+    model.eval()
+    rows = []
+    for ids, answer in texts:
+        logits_TV = model(input_ids=torch.tensor([ids], device=model.device)).logits[0]
+        rows.append(logits_TV[answer - 1 : -1].float().cpu())
+    return rows
 
 
 def post(server: EngineServer, path: str, **body: object) -> dict[str, Any]:

@@ -325,7 +325,7 @@ READERS: dict[str, Reader] = {
     "formatting.clip": lambda text: formatting.clip(text, 400),
     "formatting.escape_markdown": formatting.escape_markdown,
     "formatting.verbatim": formatting.verbatim,
-    "publishing.secret_scan": lambda text: list(secret_scan.findings(text, {}, generic=True)),
+    "publishing.secret_scan": secret_scan.HOMES.search,
     "models.chat_template.cut_marks": lambda text: LLAMA.sub("x", text),
     "config.check_values": refusable(lambda text: check_values({"a": text}, {(): "f"})),
 }

@@ -8,9 +8,12 @@ from safetensors.torch import load_file, save_file
 
 from distill.config.tree import Config
 from distill.evaluation.answering import requests_to
+from distill.evaluation.scorecard import Scorecard
 from distill.models.gguf_file import write_gguf
+from distill.publishing.card import Facts, make_card
 from distill.publishing.formats import find_quantize, write_files
-from distill.publishing.parity import FileParity, Parity, measure
+from distill.publishing.obligations import ReleaseLicense
+from distill.publishing.parity import Parity, measure
 from distill.records import Message, Pair, Prompt
 from distill.responders.engines import engine_folder
 from distill.responders.local.local_model import LocalResponder
@@ -59,7 +62,7 @@ def test_each_file_is_measured_against_the_student_once(
     kinds = ["F16", "Q8_0", "Q4_K_M"]
     if not (engine_folder("llama.cpp") / "bin/llama-quantize").is_file():
         kinds.remove("Q4_K_M")
-    files = write_files(model, tmp_path, tmp_path / "none", "m", kinds, {})
+    files = write_files(model, tmp_path, "m", kinds)
     assert sorted(tmp_path.glob("*.gguf")) == sorted(files)
     full, *others = rows = measure(run, model, files, {})
     for row in rows:
@@ -72,10 +75,12 @@ def test_each_file_is_measured_against_the_student_once(
     assert full.same_answers is not None and full.same_answers >= ITEMS - 2
     errors = [row.nmse or 0 for row in rows]
     assert errors == sorted(errors) and others[0].nmse and 1e-7 < others[0].nmse < 1e-2
-    parity = Parity(model_sha256="0", margin=0.05, files=rows)
-    head, body = parity.table()
-    assert head[1:3] == ("ids equal", "NMSE") and f"{ITEMS} of {ITEMS}" in body[0]
-    capsys.readouterr()
+    tree = run.config.resolved() | {"student": {"model": "smollm2-135m-instruct"}}
+    facts = Facts(Config.model_validate(tree), "m", None, ReleaseLicense("MIT", True, False, ""))
+    facts = facts._replace(parity=Parity(margin=0.05, files=rows))
+    card = make_card(facts, Scorecard(name="r")).text
+    assert f"| m-F16.gguf | {ITEMS} of {ITEMS} | " in card and "Runner: llama.cpp 20" in card
+    assert "%|" not in capsys.readouterr().err, "no bar of a library"
     assert measure(run, model, files, {row.file: row for row in rows}) == rows
     assert "compared" not in capsys.readouterr().err, "nothing has changed"
 
@@ -95,10 +100,10 @@ def test_a_file_of_other_weights_is_worse_and_one_that_is_none_does_not_work(
     assert worse.ids_equal == ITEMS and worse.nmse and worse.nmse > 0.01
     assert worse.largest_difference and worse.largest_difference > 0.5
     assert worse.verdict == "inferior" and broken.reason and not broken.basis
-    first, second = Parity(model_sha256="0", margin=0.05, files=rows).findings()
+    first, second = Parity(margin=0.05, files=rows).findings()
     assert "is worse than the evaluated student" in first.what and f"n = {ITEMS}" in first.what
     assert "does not work in llama.cpp" in second.what
-    assert isinstance(broken, FileParity) and "not measured" in broken.line()
+    assert "not measured" in broken.conclusion
 
 
 def test_what_makes_k_quants_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

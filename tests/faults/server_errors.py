@@ -30,10 +30,8 @@ sys.path.insert(0, str(ROOT))
 from distill.cli import main as distill_main  # noqa: E402
 from distill.errors import Exit  # noqa: E402
 from distill.evaluation.scorecard import Scorecard  # noqa: E402
-from distill.publishing.card import make_card  # noqa: E402
-from distill.publishing.fidelity import Fidelity  # noqa: E402
+from distill.publishing.card import Facts, make_card  # noqa: E402
 from distill.publishing.obligations import ReleaseLicense  # noqa: E402
-from distill.publishing.publish import facts_of  # noqa: E402
 from distill.records import Response  # noqa: E402
 from distill.responders.store import ResponseStore  # noqa: E402
 from distill.storage.files import read_records  # noqa: E402
@@ -67,7 +65,6 @@ class Faulty:
 
 
 STOPPING = (401, 402, 403, 404, 405, 301, 307)
-SAME = Fidelity(prompts=8, tokens=400, largest_logit_difference=0, mean_kl=0, greedy_agreement=1)
 PATIENCE = {
     "max_new_tokens": 40,
     "max_retries": 6,
@@ -150,8 +147,8 @@ def canary(folder: Path, run: Run) -> int:
     for verb in ("status", "plan"):
         command(folder, verb, str(folder / "c.yaml"))
     license = ReleaseLicense("apache-2.0", stated=True, owed=False, text="")
-    facts = facts_of(run.config, run.config.name, None, license)
-    (folder / "card.md").write_text(str(make_card(facts, Scorecard(name=run.config.name), SAME)))
+    facts = Facts(run.config, run.config.name, None, license)
+    (folder / "card.md").write_text(str(make_card(facts, Scorecard(name=run.config.name))))
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert {"shown", "config.json", "manifest.json", "ledger.jsonl"} <= {f.name for f in files}
     return sum(KEY.encode() in path.read_bytes() for path in files)

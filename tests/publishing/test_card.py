@@ -8,20 +8,20 @@ from huggingface_hub import ModelCard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from distill.config.tree import Config
 from distill.evaluation.scorecard import Scorecard
 from distill.formatting import one_line
 from distill.publishing import card as cards
 from distill.publishing.card import Facts
-from distill.publishing.fidelity import Fidelity
+from distill.publishing.obligations import ReleaseLicense
 from tests.economics.test_savings import SIXTEEN, reckon
 
-FIDELITY = Fidelity(
-    prompts=8, tokens=400, largest_logit_difference=0.2, mean_kl=0.0004, greedy_agreement=0.995
-)
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+MERGED = {"models": {"student": {"model_sha256": "1" * 64}}}
 
 
-def make_card(facts: Facts, scorecard: dict[str, Any], fidelity: Fidelity) -> ModelCard:
-    return cards.make_card(facts, Scorecard.model_validate(scorecard), fidelity)
+def make_card(facts: Facts, scorecard: dict[str, Any]) -> ModelCard:
+    return cards.make_card(facts, Scorecard.model_validate({**MERGED, **scorecard}))
 
 
 def plain_spaces(card: ModelCard) -> str:
@@ -55,20 +55,15 @@ CONTAMINATION = {
     "n": 66, "flagged": 0, "rate": {"mean": 0.0, "low": 0.0, "high": 0.054},
     "method": "A paraphrase is not found.",
 }  # fmt: skip
+CONFIG = Config.model_validate(
+    {
+        "name": "r", "corpus": {"source": "python-docs"},
+        "teacher": {"model": "qwen2.5-coder-0.5b-instruct"},
+        "student": {"model": "smollm2-135m-instruct", "chat_template_kwargs": {"short_form": True}},
+    }
+)  # fmt: skip
 FACTS = Facts(
-    model_name="api-writer",
-    repository="ann/api-writer",
-    base="HuggingFaceTB/SmolLM2-135M-Instruct",
-    base_revision="12fd25f77366fa6b3b4b768ec3050bf629380bac",
-    license="Apache-2.0",
-    license_stated=False,
-    language="en",
-    teacher="Qwen/Qwen2.5-Coder-0.5B-Instruct",
-    teacher_license="Apache-2.0",
-    corpus="python-docs",
-    dataset=None,
-    converted_from="Q4_1",
-    lora={"r": 32, "alpha": 64},
+    CONFIG, "api-writer", "ann/api-writer", ReleaseLicense("Apache-2.0", False, False, "")
 )
 HOSTILE = st.one_of(
     st.text(max_size=80),
@@ -80,46 +75,39 @@ HOSTILE = st.one_of(
 )  # fmt: skip
 
 
-def test_the_metadata_follows_the_hubs_fields():
-    data = make_card(FACTS, SCORECARD, FIDELITY).data.to_dict()
-    assert data["base_model"] == FACTS.base and data["base_model_relation"] == "finetune"
-    assert data["license"] == "apache-2.0" and data["library_name"] == "transformers"
-    assert data["pipeline_tag"] == "text-generation" and data["language"] == "en"
+def test_the_page_tells_figures_and_limits_and_the_metadata_follows_the_hubs_fields():
+    card = make_card(FACTS._replace(own_template=True, folds_system=True), SCORECARD)
+    data, text = card.data.to_dict(), plain_spaces(card)
+    assert data["base_model"] == BASE
+    assert data["base_model_relation"] == "finetune" and data["library_name"] == "transformers"
+    assert data["license"] == "apache-2.0" and data["language"] == "en"
     assert "distillation" in data["tags"] and "datasets" not in data
     results = data["model-index"][0]["results"]
     assert [row["metrics"][0]["value"] for row in results] == [0.864, 55.2]
-
-
-def test_the_page_tells_figures_and_limits():
-    text = plain_spaces(make_card(FACTS, SCORECARD, FIDELITY))
     for words in (
         "| api_json: valid json | 22 | 91 % | 0 % | 86 % | −4.5 [−20.0, +10.0] | – | 95 % [70 %,",
         "| summary: chrF | 22 | – | 30.1 | 55.2 | – | – | – |",
-        "dequantised 4-bit weights (Q4_1)",
-        "the primary artefact",
-        "mean KL 0.0004 nats a token",
-        'from_pretrained("ann/api-writer"',
-        'subfolder="adapter"',
-        "| kept: train | 231 |",
-        "took 6.7 min and cost $0.0090",
-        "95 % intervals, paired",
+        *("dequantised 4-bit weights (Q4_1)", "the primary artefact", 'subfolder="adapter"'),
+        *('from_pretrained("ann/api-writer"', "evaluation loaded these files"),
+        *("| kept: train | 231 |", "took 6.7 min and cost $0.0090", "95 % intervals, paired"),
+        "the model answers at once (student.chat_template_kwargs: short_form: true).",
+        "Its chat template has no system turn",
     ):
         assert words in text, words
 
 
-def test_a_bare_card_names_a_license_without_an_id_and_an_unmeasured_merged_model():
-    facts = FACTS.model_copy(update={"license": "My Terms 2"})
-    far = make_card(facts, {}, FIDELITY.model_copy(update={"mean_kl": 0.02}))
-    data = far.data.to_dict()
+def test_a_bare_card_names_a_license_without_an_id():
+    license = FACTS.license._replace(name="My Terms 2")
+    bare = make_card(FACTS._replace(license=license), {"models": {}})
+    data = bare.data.to_dict()
     assert data["license"] == "other" and data["license_name"] == "my-terms-2"
-    assert "has not been evaluated" in far.text and "unknown" not in str(far)
-    assert "has not been evaluated" not in make_card(FACTS, {}, FIDELITY).text
+    assert "has not been evaluated" in bare.text and "unknown" not in str(bare)
 
 
 def test_the_page_says_where_the_student_fails_and_what_it_saves():
     more = {"failures": {"worst": [WORST]}, "contamination": CONTAMINATION}
     card = {**SCORECARD, **more, "economics": reckon(SIXTEEN).tree()}
-    text = plain_spaces(make_card(FACTS, card, FIDELITY))
+    text = plain_spaces(make_card(FACTS, card))
     for words in (
         *("## Where it fails", "**api json**: not JSON", " Describe &lt;b&gt;it&lt;/b&gt;"),
         *("### What it saves", "saves $0.70 per 1,000 requests [$0."),
@@ -128,7 +116,7 @@ def test_the_page_says_where_the_student_fails_and_what_it_saves():
         assert words in text, words
     assert text.count("<pre>") == text.count("</pre>") == 3
     assert not re.search(r"(?m)^(---|```json|## not)", text)
-    text = make_card(FACTS, {"failures": {"worst": [], "reason": "left out"}}, FIDELITY).text
+    text = make_card(FACTS, {"failures": {"worst": [], "reason": "left out"}}).text
     assert "## Where it fails\n\nNo sample is shown: left out." in text
 
 
@@ -137,22 +125,28 @@ def test_the_page_says_where_the_student_fails_and_what_it_saves():
 @example("a\n---\nlicense: mit", "<b>\n## License\n\nMIT", "x\r---\ry", "\u2029\x1b[31m")
 def test_hostile_values_stay_values(tmp_path_factory, name, corpus, task, reason):
     """H8"""
-    changes = {"model_name": name, "corpus": corpus, "dataset": name, "teacher": corpus}
-    facts = FACTS.model_copy(update={**changes, "language": task})
+    config = CONFIG.model_copy(
+        update={
+            "corpus": CONFIG.corpus.model_copy(update={"source": corpus, "dataset": name or None}),
+            "teacher": CONFIG.teacher.model_copy(update={"license": corpus}),
+            "publish": CONFIG.publish.model_copy(update={"language": task}),
+        }
+    )
+    facts = FACTS._replace(config=config, name=name)
     row = {**SCORECARD["tasks"]["api_json"], "metric": reason}
     sample = {"task": task, "asked": name, "student": corpus, "teacher": reason, "reason": reason}
     more = {"failures": {"worst": [sample]}, "funnel": {"answers": 9, "dropped": {reason: 7}}}
-    card = make_card(facts, {**SCORECARD, **more, "tasks": {task: row}}, FIDELITY)
+    card = make_card(facts, {**SCORECARD, **more, "tasks": {task: row}})
     path = tmp_path_factory.getbasetemp() / "card.md"
     card.save(path)
     loaded = ModelCard.load(path)
     data = loaded.data.to_dict()
     assert data == card.data.to_dict() and loaded.text == card.text
-    assert data["license"] == "apache-2.0" and data["base_model"] == FACTS.base
+    assert data["license"] == "apache-2.0" and data["base_model"] == BASE
     assert data.get("datasets") == ([one_line(name) or "unknown"] if name else None)
     header = str(card).split("\n---\n")[0].removeprefix("---\n")
     assert yaml.safe_load(header)["license"] == "apache-2.0"
-    plain = make_card(FACTS, {**SCORECARD, "failures": {"worst": [WORST]}}, FIDELITY).text
+    plain = make_card(FACTS, {**SCORECARD, "failures": {"worst": [WORST]}}).text
     for mark in (r"(?m)^## ", "```", r"<", r"(?m)^---"):
         assert len(re.findall(mark, loaded.text)) == len(re.findall(mark, plain))
     lines = [line for line in loaded.text.splitlines() if line.startswith("| ")]

@@ -15,10 +15,12 @@ from huggingface_hub import ModelCard
 from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.models import loading
+from distill.models.registry import folder_digest
 from distill.publishing.publish import main
 from distill.records import Message, Pair, Prompt, Response
 from distill.storage.files import sha256_file, write_json, write_records
 from distill.storage.run_folder import Run
+from distill.training.adapters import write_merged
 from tests.support.fake_hub import fake_hub, use_hub
 from tests.support.tiny import make_adapter, make_tiny
 
@@ -33,8 +35,8 @@ def base_files(tmp_path_factory) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """The folder that the adapter is made in once."""
-    return tmp_path_factory.mktemp("trained") / "adapter"
+    """The folder that adapter and merged model are made in once."""
+    return tmp_path_factory.mktemp("trained") / "student"
 
 
 @pytest.fixture
@@ -61,10 +63,13 @@ def make_scorecard(run: Run, **changes) -> None:
         "student_minus_teacher": {"mean": -0.2, "low": -0.3, "high": -0.1},
         "gap_recovered": {"value": 0.75, "low": 0.6, "high": 0.9},
     }  # fmt: skip
-    sha = sha256_file(run.path("adapter/adapter_model.safetensors"))
+    hashes = {
+        "adapter_sha256": sha256_file(run.path("adapter/adapter_model.safetensors")),
+        "model_sha256": folder_digest(run.path("merged")),
+    }
     card = {
         "name": "tiny",
-        "models": {"student": {"name": BASE, "adapter_sha256": sha}},
+        "models": {"student": {"name": BASE, **hashes}},
         "tasks": {"chat": row},
         "cost": {"student": {"seconds_per_1k": 12.5, "dollars_per_1k": None}},
         "funnel": {"kept": 8, "dropped": {"empty": 1}},
@@ -83,8 +88,9 @@ def run(hub, trained, tmp_path) -> Run:
     }  # fmt: skip
     run = Run(Config.model_validate(tree))
     if not trained.exists():
-        make_adapter(trained, BASE, 0.02)
-    shutil.copytree(trained, run.path("adapter"))
+        make_adapter(trained / "adapter", BASE, 0.02)
+        write_merged(run.config.student, trained / "adapter", trained / "merged")
+    shutil.copytree(trained, run.folder)
     for split, numbers in (("train", range(8)), ("validation", range(8, 12))):
         write_records(run.path(f"dataset/{split}.jsonl"), [make_pair(n) for n in numbers])
     run.path("report.html").write_text("<html>a report of /home/anybody/docs</html>")
@@ -95,13 +101,14 @@ def run(hub, trained, tmp_path) -> Run:
 
 def test_a_release_holds_the_allow_list_and_loads_and_is_the_same_twice(run, tmp_path):
     (run.path("adapter") / "optimizer.pt").write_bytes(b"not for the public")
-    release = main(run)
+    make_scorecard(run, overall={"student_minus_base": {"mean": 0.2}})
+    release = main(run, override="just in case")
     files = [path for path in release.rglob("*") if path.is_file()]
     hashes = {path.relative_to(release).as_posix(): sha256_file(path) for path in files}
     assert set(hashes) == {
         *("README.md", "LICENSE", "model.safetensors", "config.json", "generation_config.json"),
         *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "scorecard.json"),
-        *("report.html", "fidelity.json", "adapter/adapter_config.json", "adapter/base.json"),
+        *("report.html", "adapter/adapter_config.json", "adapter/base.json"),
         "adapter/adapter_model.safetensors",
     }
     assert "Apache License" in (release / "LICENSE").read_text()
@@ -110,6 +117,7 @@ def test_a_release_holds_the_allow_list_and_loads_and_is_the_same_twice(run, tmp
     assert data["base_model"] == BASE and data["license"] == "apache-2.0"
     assert data["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.7
     assert "| 75 % [60 %, 90 %] |" in card.text and "Qwen/Qwen2.5-Coder-0.5B" in card.text
+    assert "Published although" not in card.text and "evaluation loaded these files" in card.text
     assert str(card) == (release / "README.md").read_text()
     moved = shutil.copytree(release, tmp_path / "elsewhere")
     assert loading.load_model(str(moved)).num_parameters() > 0
@@ -120,19 +128,31 @@ def test_a_release_holds_the_allow_list_and_loads_and_is_the_same_twice(run, tmp
     assert all(sha256_file(again / name) == digest for name, digest in hashes.items())
 
 
-def refused(run: Run, repository: str | None = None) -> DistillError:
+def refused(run: Run, repository: str | None = None, override: str | None = None) -> DistillError:
     with pytest.raises(DistillError) as caught:
-        main(run, repository)
+        main(run, repository, override=override)
     assert "\n" not in str(caught.value)
     return caught.value
 
 
-def test_scores_of_another_adapter_are_published_by_no_override(run):
-    make_scorecard(run, models={"student": {"adapter_sha256": "0" * 64}})
-    error = refused(run)
-    assert error.code == Exit.PUBLISH and "evaluated was adapter" in error.what
-    with pytest.raises(DistillError, match="evaluated was adapter"):
-        main(run, override="we know better")
+@pytest.mark.parametrize("part", ["adapter", "model"])
+def test_scores_of_another_student_are_published_by_no_override(run, part):
+    student = json.loads(run.path("scorecard.json").read_bytes())["models"]["student"]
+    make_scorecard(run, models={"student": {**student, f"{part}_sha256": "0" * 64}})
+    error = refused(run, override="we know better")
+    assert error.code == Exit.PUBLISH and f"evaluated was {part} 000" in error.what
+
+
+def test_a_run_whose_adapter_was_evaluated_gets_a_merged_model_and_a_card_that_says_so(run):
+    student = json.loads(run.path("scorecard.json").read_bytes())["models"]["student"]
+    make_scorecard(run, models={"student": {**student, "model_sha256": None}})
+    shutil.rmtree(run.path("merged"))
+    release = main(run)
+    assert (release / "model.safetensors").is_file()
+    assert (
+        "the merged model, made of it, has not been evaluated"
+        in (release / "README.md").read_text()
+    )
 
 
 WORSE = {"mean": -0.1, "low": -0.2, "high": 0.0}
@@ -160,25 +180,6 @@ def test_what_speaks_against_publishing_stops_it_or_stands_on_the_card(run, chan
     assert said.partition(":")[0] in card and "a study of &lt;b&gt;failures" in card
 
 
-def test_a_student_that_is_better_needs_no_override_and_shows_none(run):
-    make_scorecard(run, overall={"student_minus_base": {"mean": 0.2}})
-    release = main(run, override="just in case")
-    assert "Published although" not in (release / "README.md").read_text()
-
-
-def test_merged_weights_that_differ_are_not_released(run, monkeypatch):
-    monkeypatch.setattr("distill.publishing.fidelity.MAX_KL", -1.0)
-    error = refused(run)
-    assert error.code == Exit.PUBLISH and "is not the adapter that was evaluated" in error.what
-    release = main(run, override="for the record")
-    assert "the merged model is not the adapter" in (release / "README.md").read_text()
-
-
-def test_an_adapter_of_another_base(run):
-    write_json(run.path("adapter/base.json"), {"identity": "f" * 40})
-    assert refused(run).code == Exit.TRAINING
-
-
 @pytest.mark.parametrize("name", ["adapter/adapter_model.safetensors", "adapter", "report.html"])
 def test_links_are_refused(run, tmp_path, name):
     real = run.path(name).rename(tmp_path / "real")
@@ -188,59 +189,49 @@ def test_links_are_refused(run, tmp_path, name):
     assert not run.path("release").exists()
 
 
-def test_a_license_that_is_not_known(run):
-    publish = run.config.publish.model_copy(update={"license": None})
-    run.config = run.config.model_copy(update={"publish": publish})
-    error = refused(run)
+def changed(run: Run, **sections: Any) -> Run:
+    """Return the run with other parts of its config."""
+    return Run(Config.model_validate(run.config.resolved() | sections))
+
+
+def test_what_names_no_license_or_base_is_refused(run, tmp_path):
+    error = refused(changed(run, publish={}))
     assert error.code == Exit.TERMS and "publish.license" in error.fix
-
-
-def with_teacher(run: Run, model: str, **changes: Any) -> None:
-    """Let the run's teacher be another, and change other parts of its config."""
-    tree = run.config.resolved() | {"teacher": {"model": model}} | changes
-    run.config = Config.model_validate(tree)
+    error = refused(changed(run, student={"model": str(tmp_path)}))
+    assert error.code == Exit.PUBLISH and "is a folder" in error.what
 
 
 def test_a_student_of_llama_is_named_so(run):
-    with_teacher(run, "meta-llama/Llama-3.3-70B-Instruct")
-    error = refused(run)
+    teacher = {"model": "meta-llama/Llama-3.3-70B-Instruct"}
+    error = refused(changed(run, teacher=teacher))
     assert error.code == Exit.TERMS and "must begin with Llama" in error.what
     assert "1.b.i" in error.what and "publish.model_name=Llama-tiny" in error.fix
     publish = {"model_name": "Llama-tiny", "license": "Apache-2.0"}
-    with_teacher(run, "meta-llama/Llama-3.3-70B-Instruct", publish=publish)
+    run = changed(run, teacher=teacher, publish=publish)
     assert "--push" in refused(run, "me/student").fix
     card = ModelCard.load(main(run) / "README.md")
     assert "# Llama-tiny" in card.text and "its name begins with Llama" in card.text
 
 
 def test_a_student_of_gemma_passes_the_terms_on(run, tmp_path):
-    with_teacher(run, "google/gemma-3-27b-it")
-    error = refused(run)
+    teacher, publish = {"model": "google/gemma-3-27b-it"}, {"license": "gemma"}
+    error = refused(changed(run, teacher=teacher))
     assert error.code == Exit.TERMS and "gemma is required by" in error.what
-    with_teacher(run, "google/gemma-3-27b-it", publish={"license": "gemma"})
-    assert "terms.agreement" in refused(run).where
+    assert "terms.agreement" in refused(changed(run, teacher=teacher, publish=publish)).where
     (tmp_path / "terms.txt").write_text("the agreement")
     terms = {"agreement": str(tmp_path / "terms.txt")}
-    with_teacher(run, "google/gemma-3-27b-it", publish={"license": "gemma"}, terms=terms)
-    release = main(run)
+    release = main(changed(run, teacher=teacher, publish=publish, terms=terms))
     assert (release / "AGREEMENT.txt").read_text() == "the agreement"
     assert "Gemma is provided under" in (release / "NOTICE").read_text()
     assert ModelCard.load(release / "README.md").data.to_dict()["license"] == "gemma"
 
 
 def test_terms_that_forbid_block_the_release_unless_a_basis_is_stated(run):
-    with_teacher(run, "openai/gpt-4o")
-    error = refused(run)
+    teacher, terms = {"model": "openai/gpt-4o"}, {"basis": "license agreement 2026-03 with OpenAI"}
+    error = refused(changed(run, teacher=teacher))
     assert error.code == Exit.TERMS and "3.3(e)" in error.what and "terms.basis" in error.fix
-    with_teacher(run, "openai/gpt-4o", terms={"basis": "license agreement 2026-03 with OpenAI"})
-    card = ModelCard.load(main(run) / "README.md").text
+    card = ModelCard.load(main(changed(run, teacher=teacher, terms=terms)) / "README.md").text
     assert "stated basis: license agreement 2026-03 with OpenAI" in card
-
-
-def test_a_base_that_is_a_folder(run, tmp_path):
-    student = run.config.student.model_copy(update={"model": str(tmp_path)})
-    run.config = run.config.model_copy(update={"student": student})
-    assert "is a folder" in refused(run).what
 
 
 def test_a_secret_stops_the_release_and_the_last_one_stays_until_it_is_allowed(run):
@@ -250,13 +241,18 @@ def test_a_secret_stops_the_release_and_the_last_one_stays_until_it_is_allowed(r
     error = refused(run)
     assert error.code == Exit.PUBLISH and "publish.allow_secrets" in error.fix
     assert sha256_file(release / "README.md") == before
-    allowed = run.config.publish.model_copy(update={"allow_secrets": ("sk-key",)})
-    main(Run(run.config.model_copy(update={"publish": allowed})))
+    main(changed(run, publish={"license": "Apache-2.0", "allow_secrets": ["sk-key"]}))
     assert "sk-" in run.path("release/report.html").read_text()
 
 
-def test_a_release_is_pushed_and_the_snippets_of_its_card_run(run, hub):
-    release = main(run, "me/student")
+def test_a_release_is_pushed_and_the_snippets_of_its_card_run(run, hub, monkeypatch, capsys):
+    script, release = Path("scripts/publish.py").absolute(), run.path("release")
+    words = [str(script), str(run.folder), "--push", "me/student"]
+    monkeypatch.setattr(sys, "argv", words)  # HF_TOKEN and HF_ENDPOINT are in the environment
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(script), run_name="__main__")
+    assert hub.repositories["me/student"].private
+    assert "published privately" in capsys.readouterr().err
     files = [path for path in release.rglob("*") if path.is_file()]
     sent = hub.repositories["me/student"].files
     assert sorted(sent) == sorted(path.relative_to(release).as_posix() for path in files)
@@ -272,13 +268,3 @@ def test_a_release_is_pushed_and_the_snippets_of_its_card_run(run, hub):
         apart = one["model"](ids).logits - other["model"](ids).logits
     assert apart.abs().max() < 1e-4
     assert any("/me/student/resolve/" in line for line in hub.requests)
-
-
-def test_the_script_pushes_from_the_environment(run, hub, monkeypatch, capsys):
-    script = Path(__file__).parent.parent.parent / "scripts" / "publish.py"
-    words = [str(script), str(run.folder), "--push", "me/scripted"]
-    monkeypatch.setattr(sys, "argv", words)  # HF_TOKEN and HF_ENDPOINT are in the environment
-    with pytest.raises(SystemExit, match="0"):
-        runpy.run_path(str(script), run_name="__main__")
-    assert hub.repositories["me/scripted"].private
-    assert "published privately" in capsys.readouterr().err
