@@ -8,7 +8,7 @@ from rich.console import Group
 from distill.errors import DistillError
 from distill.formatting import table
 from distill.records import LedgerEntry, Record
-from distill.responders.endpoint.budget import Attempt, paid_models, unknown_outcomes
+from distill.responders.endpoint.budget import Attempt, attempts, paid_models
 from distill.responders.store import Job, ResponseStore
 from distill.storage.files import read_json
 from distill.storage.run_folder import Run, Stage
@@ -62,8 +62,8 @@ def read_status(run: Run, stages: Sequence[Stage]) -> Status:
         with ResponseStore(folder, writable=False) as store:
             jobs = [job for job in store.jobs() if job.run == run.config.name]
             waiting = {key for job in jobs for key in job.keys}
-            doubts = unknown_outcomes(store, paid_models(run.config), run.config.name)
-            doubts = [doubt for doubt in doubts if doubt.key not in waiting]
+            doubts = attempts(store, paid_models(run.config), run.config.name)
+            doubts = [d for d in doubts if d.billed == "unknown" and d.key not in waiting]
     return Status(
         run=str(run.folder),
         stages=tuple(rows),

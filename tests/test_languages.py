@@ -22,17 +22,17 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("language", TEXTS)
-def test_a_language_is_told_by_script_and_common_words(language: str) -> None:
+def test_a_language_is_told_by_script_and_common_words(language):
     """A11."""
     assert language_of(TEXTS[language]) == language
 
 
 @pytest.mark.parametrize("text", ["", "12 + 15 = 27", "def f(x):\n    return x[0]", "{}[]"])
-def test_what_is_in_no_language_is_none(text: str) -> None:
+def test_what_is_in_no_language_is_none(text):
     assert language_of(text) is None
 
 
-def test_a_corpus_is_in_the_language_of_most_texts() -> None:
+def test_a_corpus_is_in_the_language_of_most_texts():
     assert main_language([TEXTS["Thai"], TEXTS["Thai"], TEXTS["English"], "1 + 1"]) == "Thai"
     assert main_language([TEXTS["Thai"], TEXTS["English"]]) is None
     assert main_language([]) is None

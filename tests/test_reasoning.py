@@ -8,7 +8,7 @@ THOUGHT = "Okay, the user asks for a city.\nIs it Paris?"
 
 
 @pytest.mark.parametrize(("opening", "closing"), [*PAIRS, *SENTENCES])
-def test_d3_a_thought_is_split_off(opening: str, closing: str) -> None:
+def test_d3_a_thought_is_split_off(opening, closing):
     for text in (
         f"{opening}{THOUGHT}{closing}Paris. ",
         f"\n{opening}\n{THOUGHT}\n{closing}\n\nParis. ",
@@ -18,7 +18,7 @@ def test_d3_a_thought_is_split_off(opening: str, closing: str) -> None:
 
 
 @pytest.mark.parametrize(("opening", "closing"), PAIRS)
-def test_d3_the_opening_mark_may_stand_in_the_prompt(opening: str, closing: str) -> None:
+def test_d3_the_opening_mark_may_stand_in_the_prompt(opening, closing):
     """D3: the template opened the thought; also where it never ends, being cut off."""
     assert split_reasoning(f"{THOUGHT}\n{closing}\n\nParis.") == ("Paris.", THOUGHT)
     assert split_reasoning(f"\n{closing}\n\nParis.") == ("Paris.", "")
@@ -27,7 +27,7 @@ def test_d3_the_opening_mark_may_stand_in_the_prompt(opening: str, closing: str)
 
 
 @pytest.mark.parametrize(("opening", "closing"), ANSWERS)
-def test_d3_marks_around_the_answer_go_too(opening: str, closing: str) -> None:
+def test_d3_marks_around_the_answer_go_too(opening, closing):
     assert split_reasoning(f"<think>a</think>\n{opening}\nParis.\n{closing}\n") == ("Paris.", "a")
     assert split_reasoning(f"<think>a</think>{opening}\nPar") == (
         "Par" if opening else "\nPar".lstrip(),
@@ -37,7 +37,7 @@ def test_d3_marks_around_the_answer_go_too(opening: str, closing: str) -> None:
     assert split_reasoning(text) == (text, None), "there was no thought"
 
 
-def test_d3_gpt_oss_answers_in_channels() -> None:
+def test_d3_gpt_oss_answers_in_channels():
     text = (
         f"<|channel|>analysis<|message|>{THOUGHT}<|end|><|start|>assistant"
         "<|channel|>final<|message|>Paris.<|return|>"
@@ -64,11 +64,11 @@ def test_d3_gpt_oss_answers_in_channels() -> None:
         "",
     ],
 )
-def test_d3_what_only_speaks_of_marks_is_left_alone(text: str) -> None:
+def test_d3_what_only_speaks_of_marks_is_left_alone(text):
     assert split_reasoning(text) == (text, None)
 
 
-def test_d3_the_first_mark_that_is_none_in_quotes_ends_a_thought() -> None:
+def test_d3_the_first_mark_that_is_none_in_quotes_ends_a_thought():
     quoted = 'They ask what "</think>" does.'
     assert split_reasoning(f"{quoted}\n</think>\n\nIt ends `</think>`.") == (
         "It ends `</think>`.",
@@ -80,6 +80,6 @@ def test_d3_the_first_mark_that_is_none_in_quotes_ends_a_thought() -> None:
     assert split_reasoning("a</think>b</think>c") == ("b</think>c", "a")
 
 
-def test_d3_a_lone_mark_that_is_left_is_seen() -> None:
+def test_d3_a_lone_mark_that_is_left_is_seen():
     assert marked("Sure!\n<think>a") and marked("b</think>c")
     assert not marked("It ends `</think>`.") and not marked("Paris.")

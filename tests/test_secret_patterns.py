@@ -68,7 +68,7 @@ def refused(text: str, *allowed: str) -> bool:
     return False
 
 
-def test_the_usual_formats_are_caught_by_all_three(tmp_path: Path) -> None:
+def test_the_usual_formats_are_caught_by_all_three(tmp_path):
     """H7: one list for corpus, config and release."""
     missed = {
         (name, place.__name__)
@@ -86,7 +86,7 @@ def test_the_usual_formats_are_caught_by_all_three(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_secret_is_found_wherever_it_stands(name: str) -> None:
+def test_a_secret_is_found_wherever_it_stands(name):
     for around in AROUND:
         text = around.format(made(SHAPES[name], 7))
         assert {secret.name for secret in find_secrets(text)} & NAMES, around
@@ -95,13 +95,13 @@ def test_a_secret_is_found_wherever_it_stands(name: str) -> None:
 
 
 @pytest.mark.parametrize("text", HARMLESS)
-def test_what_only_looks_like_a_secret_passes(text: str, tmp_path: Path) -> None:
+def test_what_only_looks_like_a_secret_passes(text, tmp_path):
     assert [*find_secrets(text)] == []
     assert not scanned(text, tmp_path) and not masked(text)
     assert not refused(text) or "://" in text  # a config's addresses have no login at all
 
 
-def test_forms_known_from_the_beginning_are_masked_as_ever() -> None:
+def test_forms_known_from_the_beginning_are_masked_as_ever():
     """A key before the password that it may be; other keys, which were passwords only, as
     passwords."""
     old, new = made(SHAPES["GitHub"], 1), made(SHAPES["Shopify"], 1)
@@ -110,7 +110,7 @@ def test_forms_known_from_the_beginning_are_masked_as_ever() -> None:
     assert mask(f"{old} {new}") == ("[KEY] [KEY]", {"key": 2})
 
 
-def test_each_can_be_allowed_by_name_or_by_its_digest(tmp_path: Path) -> None:
+def test_each_can_be_allowed_by_name_or_by_its_digest(tmp_path):
     """H7: a false alarm has a way on."""
     text = f"a {made(SHAPES['GitLab'], 3)} b"
     (secret,) = find_secrets(text)
@@ -133,9 +133,7 @@ student: {model: smollm2-135m-instruct}
 """
 
 
-def test_a_config_allows_what_it_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_config_allows_what_it_names(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "c.yaml"
     key = made(SHAPES["Hugging Face"], 1)
@@ -152,15 +150,13 @@ def test_a_config_allows_what_it_names(
     assert "is no name of a secret's form" in capsys.readouterr().err
 
 
-def test_other_keys_than_those_of_publish_are_no_overrides_of_publish(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_keys_than_those_of_publish_are_no_overrides_of_publish(tmp_path, capsys):
     assert main(["publish", str(tmp_path), "train.learning_rate=1"]) == Exit.CONFIG
     assert "is no key of publish" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
-def test_no_form_takes_time_in_the_square_of_a_text(form) -> None:
+def test_no_form_takes_time_in_the_square_of_a_text(form):
     for sign in form.signs:
         for piece in (*(f"{sign}{end}" for end in ("", "a", "1", " ", "A1-", "=")), "a1", "A", "="):
             text = sign + piece * (60_000 // len(piece))

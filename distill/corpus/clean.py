@@ -23,13 +23,6 @@ CONTROL_TOKENS = re.compile(
     r"|</?(?:s|bos|eos|pad|unk|sop|mask|start_of_turn|end_of_turn|start_of_image|document)>",
     re.IGNORECASE,
 )
-INSTRUCTIONS = re.compile(
-    r"^[^\w\n]*(?:system|assistant|human)\s*:|^#+ *(?:instruction|response)s? *:"
-    r"|\b(?:ignore|disregard|forget)\b.{0,30}\b(?:previous|prior|above|earlier)\b"
-    r".{0,30}\binstructions?\b",
-    re.IGNORECASE | re.MULTILINE,
-)
-ORDERING = ("system", "assistant", "human", "instruction", "response")
 
 
 def normalise(text: object) -> str:
@@ -71,12 +64,6 @@ def chunk(text: str, max_chars: int, overlap_chars: int) -> list[str]:
         word = WORD_START.search(text, max(start + 1, end - overlap_chars), end)
         start = word.start() if word else end
     return [piece for piece in [*pieces, text[start:].strip()] if piece]
-
-
-def has_instructions(text: str) -> bool:
-    """Tell whether a text gives orders to a model, or names a role as a transcript does."""
-    low = text.lower()  # a look for the words is ten times as quick as the pattern
-    return any(word in low for word in ORDERING) and bool(INSTRUCTIONS.search(text))
 
 
 def break_up(text: str) -> str:

@@ -13,7 +13,7 @@ from jinja2 import nodes
 
 from distill.corpus.ngrams import EvaluatedText, Index
 from distill.records import Document, Item, Pair, Prompt
-from distill.tasks.task import ENVIRONMENT, load_task, task_path
+from distill.tasks.task import ENVIRONMENT, shipped
 
 KINDS = ("corpus", "prompt", "answer")  # of texts
 PlacedText = tuple[str, str]  # a place, and the text that stands there
@@ -42,15 +42,12 @@ def of_item(item: Item, template: str | None = None) -> EvaluatedText:
 def own_parts(prompt: Prompt, template: str | None = None) -> tuple[str, ...]:
     """Return what a prompt asks the student, in pieces, without the sentences of its template."""
     pieces = [turn.content for turn in prompt.messages if turn.role != "system"]
-    for sentence in sentences(template_of(prompt.task) if template is None else template):
+    if template is None:
+        task = shipped(prompt.task)
+        template = task.student.user if task else ""
+    for sentence in sentences(template):
         pieces = [part for piece in pieces for part in piece.split(sentence)]
     return tuple(piece for piece in map(str.strip, pieces) if piece)
-
-
-@cache
-def template_of(task: str) -> str:
-    """Return the template of a task's user turn; nothing where the task has no file."""
-    return load_task(task).student.user if task_path(task).is_file() else ""
 
 
 @cache

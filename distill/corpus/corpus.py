@@ -178,26 +178,25 @@ def protect(
     if policy == "keep":
         return documents, {"policy": policy}
     results, kinds, holding = list[Document](), Counter[str](), 0
+
+    def listed(counts: Counter[str]) -> str:
+        return ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+
     for document in documents:
         masked, counts = mask_document(document)
         holding += bool(counts)
         kinds += counts
         if counts and policy == "drop":
-            rejects.append(_left_out(document, f"holds private text: {counts_line(counts)}"))
+            rejects.append(_left_out(document, f"holds private text: {listed(counts)}"))
         else:
             results.append(masked)
     if not results:
-        what = f"every document holds private text: {counts_line(kinds)}"
+        what = f"every document holds private text: {listed(kinds)}"
         raise DistillError(Exit.INPUT, "corpus", what, "set corpus.private_text to mask")
     if holding:
         action = "dropped" if policy == "drop" else "masked"
-        say(f"corpus: private text {action} in {holding} rows: {counts_line(kinds)}")
+        say(f"corpus: private text {action} in {holding} rows: {listed(kinds)}")
     return results, {"policy": policy, "documents": holding, "kinds": dict(sorted(kinds.items()))}
-
-
-def counts_line(kinds: Counter[str]) -> str:
-    """Return counts by kind as text."""
-    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
 
 
 def _left_out(document: Document, reason: str) -> Reject:

@@ -12,7 +12,7 @@ from itertools import islice
 
 from distill import shipped_table
 from distill.config.tree import Questions
-from distill.corpus.clean import break_up, has_instructions
+from distill.corpus.clean import break_up
 from distill.errors import DistillError, Exit
 from distill.formatting import clip, one_line
 from distill.languages import SPACELESS, language_of
@@ -73,14 +73,11 @@ def main(run: Run) -> None:
         say(f"prompts: for example: {one_line(clip(turns_shown, 300))}")
     bodies = {name: task.model_dump(mode="json") for name, task in tasks.items()}
     write_json(run.path(TASKS_FILE), bodies)
-    # documents that forge a role or give orders to a model are counted, not dropped
+    # documents that forge a role are counted, not dropped
     forged = sum(break_up(document.text) != document.text for document in documents)
-    ordering = sum(has_instructions(document.text) for document in documents)
-    note = {"counts": counts, "control_token_texts": forged, "instruction_like": ordering}
-    run.note("prompts", note)
-    if forged or ordering:
-        what = f"{forged} documents hold control-token text (broken up)"
-        say(f"prompts: {what}, {ordering} look like instructions (fenced as data)")
+    run.note("prompts", {"counts": counts, "control_token_texts": forged})
+    if forged:
+        say(f"prompts: {forged} documents hold control-token text, which is broken up")
 
 
 def identity(tasks: Sequence[str]) -> dict[str, str]:

@@ -16,6 +16,8 @@ import regex
 from distill.config.tree import Columns
 from distill.corpus.clean import normalise
 from distill.corpus.turns import (
+    FIRST_TURN,
+    NEXT_TURN,
     REASONING,
     TABLE,
     TOOL,
@@ -24,7 +26,6 @@ from distill.corpus.turns import (
     are_texts,
     are_turns,
     holds,
-    is_transcript,
     parsed,
     read_answers,
     read_turns,
@@ -120,9 +121,10 @@ def interpret(
     ]
     filled = (shape for shape in shapes if holds(row[shape.known_by[0]]))
     shape = next(filled, shapes[0] if shapes else None)
+    listed = f"among: {', '.join(row)[:120]!a} (see corpus.columns)"
     if form == "documents" or (form == "auto" and (columns.text or not shape)):
         if text_column is None or text_column not in row:
-            raise ValueError(f"no column {columns.text or 'of text'} among: {_listed(row)}")
+            raise ValueError(f"no column {columns.text or 'of text'} {listed}")
         if row.keys() >= TREE and not columns.text:
             raise ValueError("a message of a tree: join each thread to `messages`")
         meta = _other(row, columns, {text_column})
@@ -130,7 +132,7 @@ def interpret(
         reading.add("documents", row, {text_column: "text", columns.id or "id": ""})
         return document
     if shape is None:
-        raise ValueError(f"no column {columns.prompt or 'with a prompt'} among: {_listed(row)}")
+        raise ValueError(f"no column {columns.prompt or 'with a prompt'} {listed}")
     if shape.prompt == ("prompt",) and row.get("label") is False:  # TRL's unpaired preferences
         raise LeftOut("its label says that the completion is not wanted")
     uses = {columns.id or "id": "", **dict.fromkeys(STATED, "")}
@@ -189,7 +191,8 @@ def _prompt(
     reference = take("reference", columns.reference, *right_columns)
     answer = parsed(take(ANSWER, columns.answer, *shape.answer))
     alone = [answer] if isinstance(answer, str) and not turns else texts
-    if len(alone) == 1 and is_transcript(alone[0]):  # a passage beside a question may be one
+    # a passage beside a question may be one
+    if len(alone) == 1 and FIRST_TURN.match(alone[0]) and NEXT_TURN.search(alone[0]):
         raise ValueError("a transcript in one text: write its turns to `messages`")
 
     answers = list[RowTurn]()
@@ -223,7 +226,13 @@ def _prompt(
         right = final[4:].strip() or right
         uses |= {n: f"{use}, after #### reference" for n, use in uses.items() if use == ANSWER}
     elif pattern and right:
-        right = extract(right, pattern)
+        try:
+            match = regex.search(pattern, right, timeout=SECONDS)
+        except TimeoutError:
+            raise ValueError("corpus.reference_pattern takes too long on the answer") from None
+        if match is None or match[1] is None:
+            raise ValueError("corpus.reference_pattern is not found in the answer")
+        right = match[1].strip()
 
     hidden = {name for name, use in uses.items() if use not in ("prompt", "system turn")}
     meta = _other(row, columns, {*hidden, *shape.known_by[:1]}) | {"messages": messages}
@@ -276,17 +285,6 @@ def _arrange(
     return head + messages, last if last and holds(last.text) else None
 
 
-def extract(answer: str, pattern: str) -> str:
-    """Return what the pattern's group matches in an answer; raises ValueError for no match."""
-    try:
-        match = regex.search(pattern, answer, timeout=SECONDS)
-    except TimeoutError:
-        raise ValueError("corpus.reference_pattern takes too long on the answer") from None
-    if match is None or match[1] is None:
-        raise ValueError("corpus.reference_pattern is not found in the answer")
-    return match[1].strip()
-
-
 def _other(row: Mapping[str, object], columns: Columns, used: Iterable[str]) -> dict[str, object]:
     """Return the plain values of the other columns, for templates; `id` is the user's own id."""
     skipped = {*used, *STATED, columns.id or "id"}
@@ -304,7 +302,3 @@ def _is_plain(value: object) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
     return isinstance(value, str | int) and not (isinstance(value, int) and abs(value) > 2**63)
-
-
-def _listed(row: Mapping[str, object]) -> str:
-    return ascii(", ".join(row)[:120]) + " (see corpus.columns)"

@@ -18,7 +18,8 @@ TURNS_AS_TEXT = re.compile(r"""\s*+\[?\s*+\{\s*+['"](?:role|from|content|value)[
 
 
 # How HH-RLHF and Guanaco write turns into one text: each is looked for once, in linear time
-TRANSCRIPT = re.compile(r"\s{0,9}+(?:### ?)?Human:"), re.compile(r"(?:\n|### ?)Assistant:")
+FIRST_TURN = re.compile(r"\s{0,9}+(?:### ?)?Human:")
+NEXT_TURN = re.compile(r"(?:\n|### ?)Assistant:")
 
 
 class LeftOut(ValueError):
@@ -126,11 +127,6 @@ def parsed(value: object) -> object:
     if TURNS_AS_TEXT.match(value):
         raise ValueError("looks like a list of turns and is neither JSON nor a Python literal")
     return value
-
-
-def is_transcript(text: str) -> bool:
-    """Tell a text that holds the turns of a conversation from what one turn says."""
-    return all(part.search(text) if n else part.match(text) for n, part in enumerate(TRANSCRIPT))
 
 
 def holds(value: object) -> bool:

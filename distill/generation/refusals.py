@@ -35,11 +35,10 @@ MARKS = re.compile("[\u0300-\u036f\u0591-\u05c7\u064b-\u0652\u0640\u093c\u200b-\
 LETTERS = str.maketrans("\u2019\u2018\u0901\u0623\u0625\u0622", "''\u0902\u0627\u0627\u0627")
 
 
-def _compile(words: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile(without_marks("|".join(words)).replace(" ", r"\s+"))
-
-
-Alternatives = Annotated[re.Pattern[str], BeforeValidator(_compile, tuple[str, ...])]
+Alternatives = Annotated[
+    re.Pattern[str],
+    BeforeValidator(lambda words: re.compile(without_marks("|".join(words)).replace(" ", r"\s+"))),
+]
 
 
 class Language(Section):

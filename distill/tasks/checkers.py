@@ -277,17 +277,7 @@ def check_choice(prompt: Prompt, text: str) -> CheckResult:
     return _compare(letter, letter == (prompt.reference or "").strip().upper()[:1], prompt)
 
 
-def _valid_pattern(pattern: str) -> str:
-    try:
-        regex.compile(pattern)
-    except regex.error as error:
-        raise ValueError(f"not a regular expression: {error}") from None
-    return pattern
-
-
-def check_regex(
-    prompt: Prompt, text: str, pattern: Annotated[str, AfterValidator(_valid_pattern)]
-) -> CheckResult:
+def check_regex(prompt: Prompt, text: str, pattern: str) -> CheckResult:
     """Pass a text with a match of the pattern, whose group, if any, equals the reference."""
     try:
         match = regex.search(pattern, text, timeout=SECONDS)
@@ -312,13 +302,10 @@ def check_max_sentences(prompt: Prompt, text: str, max: int = 1) -> CheckResult:
     return CheckResult(1 <= count <= max, text.strip(), f"{count} sentence{'s' * (count != 1)}")
 
 
-CHECKS = (
-    *(check_json_object, check_json_schema, check_field_f1, check_python_code, check_python_tests),
-    *(check_number, check_math, check_exact, check_normalised, check_includes, check_choice),
-    *(check_regex, check_max_sentences),
-)
 KINDS: dict[str, Callable[..., CheckResult]] = {
-    function.__name__.removeprefix("check_"): function for function in CHECKS
+    name.removeprefix("check_"): function
+    for name, function in globals().items()
+    if name.startswith("check_")
 }
 NEEDS_REFERENCE = frozenset(
     {"field_f1", "python_tests", "number", "math", "exact", "normalised", "includes", "choice"}
@@ -343,9 +330,14 @@ def validate(checker: Mapping[str, Any]) -> None:
     for name, value in settings.items() if kind in KINDS else ():
         try:
             TypeAdapter(signature.parameters[name].annotation).validate_python(value, strict=True)
+            if name == "pattern":
+                regex.compile(value)
         except ValidationError as error:
             message = error.errors()[0]["msg"].removeprefix("Value error, ")
             raise ValueError(f"checker {kind}: {name}: {message}") from None
+        except regex.error as error:
+            what = f"checker {kind}: {name}: not a regular expression: {error}"
+            raise ValueError(what) from None
 
 
 def needs_reference(kind: str) -> bool:

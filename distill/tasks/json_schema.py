@@ -41,6 +41,7 @@ STRICT = {  # the draft's own schema of schemas, at each level without unknown k
     "$ref": f"{DRAFT}/schema",
     "propertyNames": {"enum": sorted(KEYWORDS)},
 }
+ENDLESS = ValidationError("refers to itself for the same value")
 SAMPLES = (None, True, 0, "", [], {})  # one value of each type
 
 
@@ -96,15 +97,13 @@ def valid_schema(schema: object) -> object:
 class _Check:
     """The check of one answer: jsonschema's, in bounded time.
 
-    `results` holds, by `$ref` and value, the first error's fields, or None. Without it,
-    alternatives (`anyOf`) that refer to the same schema would double the work at every level of the
-    answer.
+    `results` holds, by `$ref` and value, the first error, or None. Without it, alternatives
+    (`anyOf`) that refer to the same schema would double the work at every level of the answer.
     """
 
     def __init__(self, root: Schema) -> None:
         self.seconds = 0.0  # that patterns have taken
-        self.results: dict[tuple[str, int], dict[str, Any] | None] = {}
-        self.open = set[tuple[str, int]]()  # references that are followed now, each for its value
+        self.results: dict[tuple[str, int], ValidationError | None] = {}
         keywords = {
             "$ref": self.ref,
             "pattern": self.pattern,
@@ -117,21 +116,14 @@ class _Check:
 
     def ref(self, validator: Validator, ref: str, value: object, schema: Schema) -> Errors:
         key = (ref, id(value))
-        if key in self.results:
-            if (fields := self.results[key]) is not None:
-                yield ValidationError(**fields)
-            return
-        if key in self.open:
+        if key not in self.results:
+            self.results[key] = ENDLESS  # until it is checked
+            errors = VALIDATOR.VALIDATORS["$ref"](validator, ref, value, schema)
+            self.results[key] = next(errors, None)
+        if (error := self.results[key]) is ENDLESS:
             raise RecursionError
-        self.open.add(key)
-        error = next(VALIDATOR.VALIDATORS["$ref"](validator, ref, value, schema), None)
-        self.open.remove(key)
-        self.results[key] = error and {
-            **{"message": error.message, "path": list(error.relative_path)},
-            **{"validator": error.validator, "validator_value": error.validator_value},
-        }
-        if error:
-            yield error
+        if error:  # a copy: what holds it adds to its path
+            yield ValidationError.create_from(error)
 
     def matches(self, pattern: str, text: str) -> bool:
         started = time.thread_time()

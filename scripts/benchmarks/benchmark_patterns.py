@@ -259,11 +259,9 @@ READERS: dict[str, Reader] = {
     ),
     "corpus.privacy.mask": privacy.mask,
     "corpus.clean.break_up": clean.break_up,
-    "corpus.clean.INSTRUCTIONS": clean.INSTRUCTIONS.search,
     "corpus.near_duplicates.shingles": shingles,
     "corpus.near_duplicates.near_repeats": near,
     "corpus.ngrams.words": words,
-    "corpus.clean.has_instructions": clean.has_instructions,
     "corpus.prompts.distinct, one": lambda text: prompts.distinct([text]),
     "languages.language_of": language_of,
     # a longer text is none, whatever it holds

@@ -25,7 +25,6 @@ QUADRATIC = {  # what once took time in the square of a text, and which text sho
     "corpus.clean.normalise": ("", "spaces"),
     "corpus.rows.interpret": ("", "spaces"),
     "corpus.rows.interpret, prompt": ("", "spaces"),
-    "corpus.clean.INSTRUCTIONS": ("", "fences"),
     "corpus.contamination.flag": ("", "digits apart"),
     "corpus.contamination.flag, many items": ("", "digits apart"),
     "corpus.prompts.read_questions": ("Q", "spaces"),

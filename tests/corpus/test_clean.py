@@ -1,7 +1,5 @@
 """Cleaning and cutting: what changes, what is refused, and that cutting loses nothing."""
 
-import itertools
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,29 +19,13 @@ from distill.corpus.clean import chunk, normalise
         ("    indented\n\tcode", "indented\n\tcode"),
     ],
 )
-def test_what_normalising_changes(raw: str, clean: str) -> None:
+def test_what_normalising_changes(raw, clean):
     assert normalise(raw) == clean
-
-
-@pytest.mark.parametrize(
-    ("raw", "reason"),
-    [
-        (None, "NoneType"),
-        (3, "int"),
-        ("", "empty"),
-        (" \n\t", "empty"),
-        ("a\0b", "NUL"),
-        ("a\ud800", "surrogate"),
-    ],
-)
-def test_what_is_no_text_is_refused_with_a_reason(raw: object, reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
-        normalise(raw)
 
 
 @settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
-def test_normalising_twice_changes_nothing(text: str) -> None:
+def test_normalising_twice_changes_nothing(text):
     try:
         once = normalise(text)
     except ValueError:
@@ -51,7 +33,7 @@ def test_normalising_twice_changes_nothing(text: str) -> None:
     assert normalise(once) == once and once.encode("utf-8")
 
 
-def test_a_text_is_cut_at_paragraphs_then_sentences_then_words() -> None:
+def test_a_text_is_cut_at_paragraphs_then_sentences_then_words():
     paragraphs = "First one is here.\n\nSecond one. Is here."
     assert chunk(paragraphs, 30, 0) == ["First one is here.", "Second one. Is here."]
     assert chunk("One sentence here. Another sentence.", 25, 0) == [
@@ -62,15 +44,6 @@ def test_a_text_is_cut_at_paragraphs_then_sentences_then_words() -> None:
     assert chunk("x" * 25, 10, 0) == ["x" * 10, "x" * 10, "x" * 5]
 
 
-def test_chunks_overlap_by_whole_words() -> None:
-    words = [f"word{n}" for n in range(40)]
-    pieces = [piece.split() for piece in chunk(" ".join(words), 100, 20)]
-    assert all(set(piece) <= set(words) for piece in pieces)
-    for left, right in itertools.pairwise(pieces):
-        shared = [word for word in right if word in left]
-        assert 1 <= len(shared) <= 3 and right[: len(shared)] == left[-len(shared) :]
-
-
 @settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=30),
@@ -78,9 +51,7 @@ def test_chunks_overlap_by_whole_words() -> None:
     size=st.integers(2, 60),
     share=st.floats(0, 2),  # the config allows a half; above, cutting ends as well
 )
-def test_cutting_loses_no_letter_and_keeps_the_size(
-    lengths: list[int], gaps: list[str], size: int, share: float
-) -> None:
+def test_cutting_loses_no_letter_and_keeps_the_size(lengths, gaps, size, share):
     letters = iter(map(chr, range(0x4E00, 0x9000)))  # each stands once, so its place is known
     words = ["".join(next(letters) for _ in range(length)) for length in lengths]
     text = "".join(word + gap for word, gap in zip(words, gaps, strict=False)).strip()

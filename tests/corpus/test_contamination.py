@@ -28,14 +28,14 @@ def found(item: str, document: str, **more: str) -> bool:
     return "1" in flag(Index(items), [("d", document)])
 
 
-def test_planted_leaks_are_found_in_every_disguise_and_nothing_else() -> None:
+def test_planted_leaks_are_found_in_every_disguise_and_nothing_else():
     figures = measure(items=1500, documents=3000, length=120, leaks=500, seed=3)
     assert figures["found"] == 500, figures["missed"]
     assert figures["false_alarms"] == 0 and figures["documents_wrongly_flagged"] == 0
 
 
 @pytest.mark.parametrize("bits", [64, 8, 1])
-def test_a_collision_of_hashes_is_no_match(bits: int) -> None:
+def test_a_collision_of_hashes_is_no_match(bits):
     items = [EvaluatedText(str(k), str(k), (text(k),)) for k in range(30)]
     texts = [(str(k), text(k if k < 5 else 1000 + k)) for k in range(30)]
     hits = {(item.id, place) for item, place, _ in Index(items, bits).find(texts)}
@@ -43,7 +43,7 @@ def test_a_collision_of_hashes_is_no_match(bits: int) -> None:
 
 
 @pytest.mark.parametrize("size", range(3, 30))
-def test_the_length_decides_how_an_item_is_looked_for(size: int) -> None:
+def test_the_length_decides_how_an_item_is_looked_for(size):
     item, before, after = text(1, size), text(2), text(3)
     alone = f"{before}\n{item}?\n{after}"
     assert found(item, item.upper()) and found(item, alone)
@@ -55,7 +55,7 @@ def test_the_length_decides_how_an_item_is_looked_for(size: int) -> None:
     )
 
 
-def test_windows_do_not_reach_over_the_ends_of_texts_and_parts() -> None:
+def test_windows_do_not_reach_over_the_ends_of_texts_and_parts():
     item = text(1, 20)
     first, second = " ".join(item.split()[:10]), " ".join(item.split()[10:])
     assert not flag(Index([EvaluatedText("1", "1", (item,))]), [("a", first), ("b", second)])
@@ -63,7 +63,7 @@ def test_windows_do_not_reach_over_the_ends_of_texts_and_parts() -> None:
     assert not flag(Index([long]), [("a", item)]), "a window over the gap between two parts"
 
 
-def test_each_kind_is_told_with_its_first_place() -> None:
+def test_each_kind_is_told_with_its_first_place():
     items = [EvaluatedText("1", "1", (text(1),)), EvaluatedText("2", "2", (text(2),), text(3))]
     matches = flag(
         Index(items),
@@ -76,7 +76,7 @@ def test_each_kind_is_told_with_its_first_place() -> None:
     assert matches["1"][0].phrase in text(1)
 
 
-def test_an_answer_of_a_few_words_is_no_evidence() -> None:
+def test_an_answer_of_a_few_words_is_no_evidence():
     question = text(1)
     assert not found(question, "72", reference="72")
     assert not found(question, "not enough evidence", reference="Not enough evidence.")
@@ -95,11 +95,11 @@ SAME = [
 
 
 @pytest.mark.parametrize(("left", "right"), SAME)
-def test_forms_of_one_text_are_the_same_words(left: str, right: str) -> None:
+def test_forms_of_one_text_are_the_same_words(left, right):
     assert words(left) == words(right) and len(words(left)) > 1
 
 
-def test_a_text_without_spaces_is_found_by_its_characters() -> None:
+def test_a_text_without_spaces_is_found_by_its_characters():
     item = "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。"
     assert found(item, f"序文：{item.replace('。', '、')}以下略")
     assert not found(item, "吾輩は犬である。名前はもうある。")
@@ -114,7 +114,7 @@ def documents(count: int, first: int = 0) -> list[Document]:
 
 @pytest.mark.parametrize("task", ["summary", "api_json", "example", "prose_questions"])
 @pytest.mark.parametrize("count", [1, 2, 30])
-def test_a_task_s_template_is_nobody_s_own(task: str, count: int) -> None:
+def test_a_task_s_template_is_nobody_s_own(task, count):
     known = load_task(task)
     held_out = [ask(known, document) for document in documents(count)]
     trained = [ask(known, document) for document in documents(200, first=5000)]
@@ -126,7 +126,7 @@ def test_a_task_s_template_is_nobody_s_own(task: str, count: int) -> None:
     assert len(flag(Index(items), again)) == count
 
 
-def test_what_a_user_writes_before_every_question_is_nobody_s_own() -> None:
+def test_what_a_user_writes_before_every_question_is_nobody_s_own():
     order = f"You are an examiner. {text(77, 30)} Answer briefly: "
     items = [EvaluatedText(str(k), str(k), (order + text(k, 25),)) for k in range(40)]
     clean = [(str(k), order + text(3000 + k, 25)) for k in range(300)]
@@ -134,13 +134,13 @@ def test_what_a_user_writes_before_every_question_is_nobody_s_own() -> None:
     assert set(flag(Index(items), [("p", order + text(7, 25))])) == {"7"}
 
 
-def test_a_passage_with_several_questions_is_still_an_item_s_own() -> None:
+def test_a_passage_with_several_questions_is_still_an_item_s_own():
     passage = text(50, 60)
     items = [EvaluatedText(f"q{k}", "passage", (passage, text(k, 10))) for k in range(6)]
     items += [EvaluatedText(f"o{k}", f"o{k}", (text(100 + k),)) for k in range(20)]
     assert set(flag(Index(items), [("d", passage)])) == {f"q{k}" for k in range(6)}
 
 
-def test_names_of_classes_are_nobody_s_own() -> None:
+def test_names_of_classes_are_nobody_s_own():
     items = [EvaluatedText(str(k), str(k), (text(k),), "the text says nothing") for k in range(10)]
     assert flag(Index(items), [("a", "The text says nothing.")]) == {}

@@ -44,7 +44,7 @@ def text(n: int, words: int = 40) -> str:
     return " ".join(f"word{n * 1000 + k}" for k in range(words))
 
 
-def test_everything_that_is_read_is_kept_or_accounted_for(tmp_path: Path) -> None:
+def test_everything_that_is_read_is_kept_or_accounted_for(tmp_path):
     good: list[Any] = [{"text": text(n)} for n in range(30)]
     near = text(3, 38) + " more words"
     write_rows(
@@ -66,7 +66,7 @@ def test_everything_that_is_read_is_kept_or_accounted_for(tmp_path: Path) -> Non
     assert len(note["corpus_sha256"]) == 64 and note["python"]
 
 
-def test_chunks_of_one_document_are_in_one_split(tmp_path: Path) -> None:
+def test_chunks_of_one_document_are_in_one_split(tmp_path):
     write_rows(tmp_path, [{"text": text(n, 60)} for n in range(40)])
     run = make(tmp_path, chunk={"max_chars": 200, "overlap_chars": 20}, split={"heldout": 10})
     run.perform(STAGE)
@@ -78,7 +78,7 @@ def test_chunks_of_one_document_are_in_one_split(tmp_path: Path) -> None:
     assert Counter(found.pop() for found in splits.values())["heldout"] == 10
 
 
-def test_a_limit_takes_the_same_documents_whatever_their_order(tmp_path: Path) -> None:
+def test_a_limit_takes_the_same_documents_whatever_their_order(tmp_path):
     rows = [{"text": text(n)} for n in range(50)]
     write_rows(tmp_path, rows)
     first = make(tmp_path, limit=20)
@@ -91,7 +91,7 @@ def test_a_limit_takes_the_same_documents_whatever_their_order(tmp_path: Path) -
     assert {d.id for d in documents(first)} == {d.id for d in documents(second)}
 
 
-def test_too_many_bad_rows_stop_and_show_the_first(tmp_path: Path) -> None:
+def test_too_many_bad_rows_stop_and_show_the_first(tmp_path):
     write_rows(tmp_path, [{"text": text(n)} for n in range(98)] + ["{", "{"])
     run = make(tmp_path, max_bad_fraction=0.01)
     with pytest.raises(DistillError) as caught:
@@ -106,7 +106,7 @@ def test_too_many_bad_rows_stop_and_show_the_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\n\n", b"\xff\xfe", b"{}\n"])
-def test_nothing_usable_stops(tmp_path: Path, content: bytes | None) -> None:
+def test_nothing_usable_stops(tmp_path, content):
     (tmp_path / "in").mkdir()
     if content is not None:
         (tmp_path / "in" / "a.jsonl").write_bytes(content)
@@ -115,7 +115,7 @@ def test_nothing_usable_stops(tmp_path: Path, content: bytes | None) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_changed_input_is_named(tmp_path: Path) -> None:
+def test_a_changed_input_is_named(tmp_path):
     for name in ("a.jsonl", "b.jsonl"):
         write_rows(tmp_path, [{"text": text(n + 100 * ord(name[0]))} for n in range(9)], name)
     run = make(tmp_path)
@@ -133,7 +133,7 @@ def test_a_changed_input_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["path", "dataset"])
-def test_a_saved_dataset_is_a_corpus(tmp_path: Path, key: str) -> None:
+def test_a_saved_dataset_is_a_corpus(tmp_path, key):
     rows = [{"text": text(n)} for n in range(9)]
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
     run = make(tmp_path, **({"path": None} | {key: str(tmp_path / "saved")}))
@@ -142,9 +142,7 @@ def test_a_saved_dataset_is_a_corpus(tmp_path: Path, key: str) -> None:
     assert any("arrow" in name for name in corpus.identity(run.config.corpus))
 
 
-def test_documents_that_share_text_with_held_out_ones_are_left_out_and_those_stay(
-    tmp_path: Path,
-) -> None:
+def test_documents_that_share_text_with_held_out_ones_are_left_out_and_those_stay(tmp_path):
     rows = [{"text": text(n)} for n in range(30)]
     write_rows(tmp_path, rows)
     run = make(tmp_path, split={"heldout": 0.2})
@@ -163,7 +161,7 @@ def test_documents_that_share_text_with_held_out_ones_are_left_out_and_those_sta
     assert run.manifest()["corpus"]["repeats"] == 0
 
 
-def test_a_corpus_of_one_text_in_many_dresses_says_so(tmp_path: Path) -> None:
+def test_a_corpus_of_one_text_in_many_dresses_says_so(tmp_path):
     write_rows(tmp_path, [{"text": f"{text(n, 30)} {text(99, 20)}"} for n in range(3)])
     run = make(tmp_path, split={"heldout": 1, "validation": 0})
     with stops(Exit.INPUT, "share text with held-out ones"):
@@ -174,21 +172,16 @@ def document(text: str, source: str = "a", **meta: str) -> Document:
     return Document.make(text, source, meta)
 
 
-def test_an_id_with_other_content_stops() -> None:
-    same = [document("x", "a:1", id="7"), document("x", "a:2", id="7")]
-    assert deduplicate(same, []) == same[:1]
-    with stops(Exit.INPUT) as caught:
-        deduplicate([*same, document("y", "a:3", id="7")], [])
-    assert caught.value.where == "a:3" and "a:1" in caught.value.what
-
-
-def test_a7_ids_are_unique_within_a_file() -> None:
-    """Two files whose ids both begin at 1."""
+def test_a7_ids_are_unique_within_a_file():
+    """Two files whose ids both begin at 1; one id with two contents stops."""
     rows = [document(f"{file} {n}", f"{file}:{n}", id=str(n)) for file in "ab" for n in (1, 2)]
-    assert deduplicate(rows, []) == rows
+    assert deduplicate([*rows, rows[0]], []) == rows
+    with stops(Exit.INPUT, "a:1") as caught:
+        deduplicate([*rows, document("y", "a:3", id="1")], [])
+    assert caught.value.where == "a:3"
 
 
-def test_a5_two_answers_to_one_prompt_are_two_samples(tmp_path: Path) -> None:
+def test_a5_two_answers_to_one_prompt_are_two_samples(tmp_path):
     """A5, to the responses; a row that repeats prompt and answer is a repeat."""
     rows = [{"prompt": f"Name the number {text(n, 4)}.", "completion": f"{n}"} for n in range(20)]
     more = [rows[3] | {"completion": " three\n", "model": "other/one"}, rows[3], rows[4]]
@@ -205,7 +198,7 @@ def test_a5_two_answers_to_one_prompt_are_two_samples(tmp_path: Path) -> None:
     assert found == [("3", "some/one"), (" three\n", "other/one")] and len(responses) == 21
 
 
-def test_a5_thousands_of_answers_to_one_prompt_take_linear_time() -> None:
+def test_a5_thousands_of_answers_to_one_prompt_take_linear_time():
     rows = [document("q", f"a:{n}", recorded_answer=f"{n % 20_000}") for n in range(20_100)]
     rejects: list[Reject] = []
     (one,) = deduplicate(rows, rejects)
@@ -213,9 +206,7 @@ def test_a5_thousands_of_answers_to_one_prompt_take_linear_time() -> None:
     assert len(rejects) == 100
 
 
-def test_a10_rows_that_cannot_be_used_are_counted_and_do_not_end_the_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a10_rows_that_cannot_be_used_are_counted_and_do_not_end_the_run(tmp_path, capsys):
     call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
     rows: list[Any] = [{"messages": [{"role": "user", "content": text(n)}]} for n in range(20)]
     write_rows(tmp_path, [*rows, *({"messages": [*row["messages"], call]} for row in rows[:9])])
@@ -230,7 +221,7 @@ def test_a10_rows_that_cannot_be_used_are_counted_and_do_not_end_the_run(
 IDS = [f"{n:032x}" for n in range(2000)]
 
 
-def test_sizes_of_the_split_are_counts_or_shares_of_all() -> None:
+def test_sizes_of_the_split_are_counts_or_shares_of_all():
     counts = Counter(split(IDS, 0, 24, 66).values())
     assert counts == {"train": 1910, "validation": 24, "heldout": 66}
     shares = Counter(split(IDS, 0, 0.1, 0.3).values())
@@ -243,7 +234,7 @@ def test_sizes_of_the_split_are_counts_or_shares_of_all() -> None:
 
 @settings(deadline=None)
 @given(st.integers(0, 9), st.permutations(range(40)), st.integers(20, 39))
-def test_new_documents_move_no_old_one(seed: int, order: list[int], count: int) -> None:
+def test_new_documents_move_no_old_one(seed, order, count):
     ids = [IDS[n] for n in order]
     before, after = split(ids[:count], seed, 0.2, 0.3), split(ids, seed, 0.2, 0.3)
     if {"validation", "heldout"} <= set(before.values()):
@@ -255,12 +246,12 @@ def test_new_documents_move_no_old_one(seed: int, order: list[int], count: int) 
     ("count", "validation", "heldout"),
     [(3, 1, 2), (10, 0, 11), (1, 0.1, 0.1), (2, 0.1, 0.1), (0, 0, 0), (100, 0.6, 0.5)],
 )
-def test_too_few_documents_to_split_stop(count: int, validation: float, heldout: float) -> None:
+def test_too_few_documents_to_split_stop(count, validation, heldout):
     with stops(Exit.INPUT, "to train"):
         split(IDS[:count], 0, validation, heldout)
 
 
-def test_the_committed_files_and_their_hashes() -> None:
+def test_the_committed_files_and_their_hashes():
     data = Path("data")
     table = (data / "README.md").read_text(encoding="utf-8")
     stated = dict(re.findall(r"^\| (\S+) \|.* ([0-9a-f]{64}) \|$", table, re.MULTILINE))
@@ -268,9 +259,7 @@ def test_the_committed_files_and_their_hashes() -> None:
     assert {path.relative_to(data).as_posix(): sha256_file(path) for path in files} == stated
 
 
-def test_a_corpus_in_another_language_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_corpus_in_another_language_says_so(tmp_path, capsys):
     """A11: once, and what it means for the tasks."""
     letters = "のにはをたがでてとしれさいあるいるもこなまかよけどつわりみ日本人年大国会中上東学生"
     rows = [{"text": "".join(random.Random(n).choices(letters, k=90))} for n in range(9)]

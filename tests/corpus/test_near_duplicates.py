@@ -1,7 +1,6 @@
 """Near-duplicates: the threshold, any script, and what of a prompt is compared."""
 
 import random
-from typing import Any
 
 import pytest
 from datasketch import MinHash, MinHashLSH
@@ -19,7 +18,7 @@ ALPHABETS = {  # letters of languages that are written without spaces, and of on
 }
 
 
-def test_h17_near_repeats_without_words() -> None:
+def test_h17_near_repeats_without_words():
     """H17: Korean without spaces, and scripts of which nothing is known."""
     for first in (0xAC00, 0xA984, 0xFF66):
         letters = [chr(first + random.Random(n).randrange(41)) for n in range(400)]
@@ -45,7 +44,7 @@ def repeats(documents: list[Document], threshold: float = 0.85) -> dict[int, int
     return near_repeats(documents, threshold)
 
 
-def test_near_repeats_are_found_at_the_threshold_and_others_are_not() -> None:
+def test_near_repeats_are_found_at_the_threshold_and_others_are_not():
     words = [f"word{n}" for n in range(100)]
     one_word = [*words[:50], "other", *words[51:]]  # 5 of 96 shingles differ: 91 / 101
     five_words = [word if n % 20 else "other" for n, word in enumerate(words)]
@@ -57,7 +56,7 @@ def test_near_repeats_are_found_at_the_threshold_and_others_are_not() -> None:
 
 
 @pytest.mark.parametrize("language", ALPHABETS)
-def test_near_repeats_are_found_in_every_script(language: str) -> None:
+def test_near_repeats_are_found_in_every_script(language):
     """H17, A11: without spaces, characters are what words are."""
     texts = [made(language, seed, 900) for seed in range(20)]
     near = [text[:200] + ALPHABETS[language][:1] + text[201:] for text in texts]
@@ -67,7 +66,7 @@ def test_near_repeats_are_found_in_every_script(language: str) -> None:
 
 @pytest.mark.parametrize("language", ALPHABETS)
 @pytest.mark.parametrize("shape", ["system", "beginning", "end", "both", "turns"])
-def test_only_what_differs_of_prompts_is_compared(language: str, shape: str) -> None:
+def test_only_what_differs_of_prompts_is_compared(language, shape):
     """A1: 200 prompts of twenty words under 250 that they share all stay."""
     shared, end = made(language, 0, 1200), made(language, 1, 300)
     own = [made(language, seed, 80) for seed in range(2, 202)]
@@ -83,7 +82,7 @@ def test_only_what_differs_of_prompts_is_compared(language: str, shape: str) -> 
     assert len(deduplicate(documents, [], 0.85)) == 200
 
 
-def test_copies_of_a_prompt_go_whatever_they_share() -> None:
+def test_copies_of_a_prompt_go_whatever_they_share():
     """A1: in letter case and spacing alone, or in a few words of a long own part."""
     shared = made("en", 0, 1200)
     own = [made("en", seed, 600) for seed in range(1, 31)]
@@ -105,12 +104,12 @@ def test_copies_of_a_prompt_go_whatever_they_share() -> None:
          (f"{made('en', 1)} Which king was the last to fall in it?",)),
     ],
 )  # fmt: skip
-def test_prompts_that_share_most_of_their_text_stay(first: Any, second: Any) -> None:
+def test_prompts_that_share_most_of_their_text_stay(first, second):
     """A1: two prompts differ if what is asked does."""
     assert repeats([prompt(*first), prompt(*second)]) == {}
 
 
-def test_a_warning_says_where_many_go(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_warning_says_where_many_go(capsys):
     """A1: more than a fifth of the documents."""
     texts = [made("en", seed) for seed in range(8)]
     rejects: list[Reject] = []
@@ -123,14 +122,14 @@ def test_a_warning_says_where_many_go(capsys: pytest.CaptureFixture[str]) -> Non
     assert "corpus.near_duplicate_threshold" in said
 
 
-def test_a_limit_changes_no_verdict() -> None:
+def test_a_limit_changes_no_verdict():
     texts = [made("en", seed % 40) + " and so on" * (seed >= 40) for seed in range(80)]
     documents = [Document.make(text, "a") for text in texts]
     few, whole = near_repeats(documents, 0.8, 50), near_repeats(documents, 0.8)
     assert few == {place: other for place, other in whole.items() if place <= max(few)}
 
 
-def test_bands_are_those_of_datasketch() -> None:
+def test_bands_are_those_of_datasketch():
     """What two texts share decides as it did when datasketch held the index."""
     index = MinHashLSH(threshold=0.85, num_perm=128)
     sketches, texts = Sketches(0.85), [made("en", seed % 8, 300) for seed in range(16)]

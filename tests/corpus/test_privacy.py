@@ -73,7 +73,7 @@ PLAIN = [
 
 @pytest.mark.parametrize(("private", "kind"), PRIVATE, ids=lambda v: str(v)[:20])
 @pytest.mark.parametrize("around", ["{}", "before {} after", "({})", '"{}",', "line\n{}\nline"])
-def test_private_text_is_masked_and_counted(private: str, kind: str, around: str) -> None:
+def test_private_text_is_masked_and_counted(private, kind, around):
     masked, counts = mask(around.format(private))
     assert dict(counts) == {kind: 1} and f"[{kind.upper()}]" in masked
     assert private not in masked and masked.startswith(around[: around.index("{")])
@@ -81,17 +81,17 @@ def test_private_text_is_masked_and_counted(private: str, kind: str, around: str
 
 
 @pytest.mark.parametrize("plain", PLAIN)
-def test_examples_numbers_and_code_stay(plain: str) -> None:
+def test_examples_numbers_and_code_stay(plain):
     assert mask(plain) == (plain, {})
 
 
-def test_the_documentation_of_python_keeps_every_word() -> None:
+def test_the_documentation_of_python_keeps_every_word():
     rows = read_python_docs()
     assert len(rows) > 500
     assert [row["name"] for row in rows if mask(row["text"])[1]] == []
 
 
-def test_values_answers_and_turns_are_masked_and_the_user_s_id_stays() -> None:
+def test_values_answers_and_turns_are_masked_and_the_user_s_id_stays():
     turns = [{"role": "user", "content": "I am ada@lovelace.org"}]
     meta: dict[str, Any] = {"id": "ada@lovelace.org", "who": "bob@lovelace.org", "n": 3}
     meta["recorded_answer"] = [{"text": "Write to ann@museum.fr.", "reasoning": KEYS[3]}]
@@ -113,7 +113,7 @@ def private_rows(folder: Path) -> None:
     write_rows(folder, rows)
 
 
-def test_the_corpus_is_masked_before_prompts_and_says_so(tmp_path: Path, capsys) -> None:
+def test_the_corpus_is_masked_before_prompts_and_says_so(tmp_path, capsys):
     private_rows(tmp_path)
     run = make(tmp_path)
     run.perform(CORPUS)
@@ -125,7 +125,7 @@ def test_the_corpus_is_masked_before_prompts_and_says_so(tmp_path: Path, capsys)
     assert "private text masked in 2 rows: 2 email, 1 key, 1 phone" in capsys.readouterr().err
 
 
-def test_the_policy_may_drop_or_keep(tmp_path: Path) -> None:
+def test_the_policy_may_drop_or_keep(tmp_path):
     private_rows(tmp_path)
     run = make(tmp_path, private_text="drop")
     run.perform(CORPUS)
@@ -140,7 +140,7 @@ def test_the_policy_may_drop_or_keep(tmp_path: Path) -> None:
     assert kept.manifest()["corpus"]["private_text"] == {"policy": "keep"}
 
 
-def test_a_corpus_of_private_text_alone_cannot_be_dropped(tmp_path: Path) -> None:
+def test_a_corpus_of_private_text_alone_cannot_be_dropped(tmp_path):
     write_rows(tmp_path, [{"text": f"{text(n)} me{n}@lovelace.org"} for n in range(5)])
     with stops(Exit.INPUT, "every document holds private text"):
         make(tmp_path, private_text="drop").perform(CORPUS)

@@ -20,7 +20,7 @@ from distill.corpus.prompts import (
     written_prompts,
 )
 from distill.corpus.rows import interpret
-from distill.errors import DistillError, Exit
+from distill.errors import Exit
 from distill.generation import filters
 from distill.models.chat_template import encode_prompt
 from distill.pipeline import STAGES
@@ -66,7 +66,7 @@ def test_rows_that_are_prompts_are_no_texts_to_be_summarised(tmp_path, capsys, t
     assert capsys.readouterr().err.count("1 rows are prompts, and task summary asks") == warned
 
 
-def test_rotation_gives_each_document_one_task_and_each_split_equal_parts(tmp_path: Path) -> None:
+def test_rotation_gives_each_document_one_task_and_each_split_equal_parts(tmp_path):
     documents = [api(n, "train" if n < 20 else "heldout") for n in range(30)]
     run = make(tmp_path, documents, tasks=THREE, per_document="rotate", train=12, heldout=9)
     found = made(run)
@@ -85,7 +85,7 @@ metric: says yes
 """
 
 
-def test_a_task_of_ones_own_stays_with_the_run_and_keeps_its_checker(tmp_path: Path) -> None:
+def test_a_task_of_ones_own_stays_with_the_run_and_keeps_its_checker(tmp_path):
     (tmp_path / "mine.yaml").write_text(OWN)
     run = make(tmp_path, [api(1)], tasks=(str(tmp_path / "mine.yaml"), "summary"))
     found = made(run)
@@ -100,35 +100,7 @@ def test_a_task_of_ones_own_stays_with_the_run_and_keeps_its_checker(tmp_path: P
         assert filters.rejected(task, found[0], answer, "failed checker") == why
 
 
-def test_two_tasks_of_one_name_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "summary.yaml").write_text(OWN)
-    with pytest.raises(DistillError, match="two tasks have one name"):
-        made(make(tmp_path, [api(1)], tasks=(str(tmp_path / "summary.yaml"), "summary")))
-
-
-def test_each_asks_every_task_of_every_document(tmp_path: Path) -> None:
-    found = made(make(tmp_path, [api(1), api(2)], tasks=THREE))
-    assert Counter(p.task for p in found) == dict.fromkeys(THREE, 2)
-    example = next(p for p in found if p.task == "example")
-    assert example.reference in {"module.name1", "module.name2"}
-    assert example.reference in example.messages[-1].content
-
-
-def test_prompts_pass_as_they_are_without_a_task(tmp_path: Path) -> None:
-    turns = [
-        {"role": "system", "content": "Short."},
-        {"role": "user", "content": "One?"},
-        {"role": "assistant", "content": "1"},
-        {"role": "user", "content": "Two?"},
-        {"role": "assistant", "content": "2"},
-    ]
-    found = made(make(tmp_path, rows({"messages": turns}, {"question": "q?", "answer": "a"})))
-    by_reference = {prompt.reference: prompt for prompt in found}
-    assert [m.model_dump() for m in by_reference[None].messages] == turns[:-1]
-    assert by_reference["a"].task == "chat" and by_reference["a"].teacher_messages is None
-
-
-def test_a_task_wraps_the_last_turn_and_its_system_turn_replaces_another() -> None:
+def test_a_task_wraps_the_last_turn_and_without_one_it_passes_as_it_is(tmp_path):
     turns = [
         {"role": "system", "content": "Old."},
         {"role": "user", "content": "One?"},
@@ -136,6 +108,9 @@ def test_a_task_wraps_the_last_turn_and_its_system_turn_replaces_another() -> No
         {"role": "user", "content": "Two?"},
     ]
     (document,) = rows({"messages": turns, "reference": "2"})
+    (plain,) = made(make(tmp_path, [document]))
+    assert [m.model_dump() for m in plain.messages] == turns
+    assert (plain.task, plain.reference, plain.teacher_messages) == ("chat", "2", None)
     task = load_task("math_word_problem")
     prompt = prompts.ask(task, document)
     assert [m.role for m in prompt.messages] == ["system", "user", "assistant", "user"]
@@ -151,11 +126,10 @@ def test_a_task_wraps_the_last_turn_and_its_system_turn_replaces_another() -> No
         ({}, "prompts.tasks"),
         ({"tasks": ["math_word_problem"]}, "'prompt' is undefined"),
         ({"tasks": ["nothing"]}, "nothing.yaml"),
+        ({"tasks": ["summary", "configs/tasks/summary.yaml"]}, "two tasks have one name"),
     ],
 )
-def test_documents_and_tasks_that_do_not_fit_stop(
-    tmp_path: Path, keys: dict[str, Any], reason: str
-) -> None:
+def test_documents_and_tasks_that_do_not_fit_stop(tmp_path, keys, reason):
     with stops(Exit.CONFIG, reason) as caught:
         made(make(tmp_path, [api(1)], **keys))
     assert "\n" not in str(caught.value)
@@ -174,7 +148,7 @@ FORGERIES = [
 
 
 @pytest.mark.parametrize("text", FORGERIES)
-def test_text_that_forges_a_role_is_broken_up(tmp_path: Path, text: str) -> None:
+def test_text_that_forges_a_role_is_broken_up(tmp_path, text):
     marks = {"parent": "p", "name": f"a.{text}"}
     document = Document.make(f"A document. {text}", "a:1", marks, "train")
     run = make(tmp_path, [document], tasks=THREE)
@@ -190,7 +164,7 @@ def test_text_that_forges_a_role_is_broken_up(tmp_path: Path, text: str) -> None
 PASSAGE = Document.make("Tin melts at 232 degrees. <|im_end|>", "a:1", split="train")
 
 
-def test_the_teacher_is_asked_once_a_kind_with_the_passage_fenced() -> None:
+def test_the_teacher_is_asked_once_a_kind_with_the_passage_fenced():
     settings = Questions(kinds=tuple(TABLE["kinds"]), per_document=7)
     prompts = prompts_for_questions(PASSAGE, settings)
     assert [prompt.task for prompt in prompts] == [f"question:{kind}" for kind in TABLE["kinds"]]
@@ -202,28 +176,9 @@ def test_the_teacher_is_asked_once_a_kind_with_the_passage_fenced() -> None:
     assert "one question" in prompts[-1].messages[0].content
 
 
-def test_a_reply_is_read_line_by_line() -> None:
-    reply = (
-        "Here are the questions:\n1. At what temperature does tin melt?\n"
-        '- "Why does tin melt so early?"\n**Q2: How does tin differ from lead?**\n'
-        "3) What does the passage say about tin?\nWhy?\n4. Tin melts at 232 degrees.\n"
-    )
-    assert read_questions(reply) == [
-        "At what temperature does tin melt?",
-        "Why does tin melt so early?",
-        "How does tin differ from lead?",
-    ]
-
-
-def test_questions_that_nearly_repeat_are_left_out() -> None:
-    first = "At what temperature does tin melt?"
-    near = "At what temperature does the tin melt?"
-    assert distinct([first, near, first.upper(), "Why?"]) == [first, "Why?"]
-
-
 @pytest.mark.parametrize("teacher", [True, False])
 @pytest.mark.parametrize("student", [True, False])
-def test_each_side_sees_the_passage_or_not(teacher: bool, student: bool) -> None:
+def test_each_side_sees_the_passage_or_not(teacher, student):
     said = {"request_key": "k", "sample": 0, "prompt_id": "p", "model": "m", "stop": "end"}
     reply = Response(id="r", text="When does tin melt?", **said)
     views = Questions(answer_with_passage=teacher, student_sees_passage=student)
@@ -237,13 +192,13 @@ def test_each_side_sees_the_passage_or_not(teacher: bool, student: bool) -> None
 
 @settings(deadline=None)
 @given(st.text())
-def test_no_reply_makes_reading_raise(reply: str) -> None:
+def test_no_reply_makes_reading_raise(reply):
     for question in distinct(read_questions(reply)):
         assert question.endswith("?") and "\n" not in question
 
 
 @pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda p: p.stem)
-def test_the_tasks_of_a_shipped_experiment_are_there(path: Path) -> None:
+def test_the_tasks_of_a_shipped_experiment_are_there(path):
     if "corpus" not in parse_yaml(read_text(path), path):
         return  # prices, terms and the like
     config = load_config(path)
@@ -252,50 +207,55 @@ def test_the_tasks_of_a_shipped_experiment_are_there(path: Path) -> None:
     assert len(prompts.identity(config.prompts.tasks)) == max(1, len(config.prompts.tasks))
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "1. What does os.path.join return on Windows?",
-        "1、谁是《红楼梦》的作者？",
-        "（2）长城有多长吗",
-        "・富士山の標高は何メートルですか。",
-        "3. 세종대왕은 언제 한글을 창제하였습니까?",
-        "- ใครเป็นผู้ก่อตั้งกรุงเทพมหานคร",
-        "١. متى بُنيت الكعبة المشرفة؟",
-        "1) מתי הוקמה מדינת ישראל?",
-        "प्रश्न 2: भारत की राजधानी क्या है।",
-        "Ποιος έγραψε την Οδύσσεια;",
-        "Ո՞վ է գրել այս բանաստեղծությունը։",
-        "«Кто написал роман „Идиот“?»",
-    ],
-)
-def test_questions_are_read_in_every_script(line: str) -> None:
-    """A11: with the marks of a script, and where it needs none, without."""
-    assert len(prompts.read_questions(line)) == 1, line
-    assert prompts.read_questions(f"Here they are:\n{line}\n") == prompts.read_questions(line)
+QUESTIONS = """
+1. What does os.path.join return on Windows?
+**Q2: How does tin differ from lead?**
+- "Why does tin melt so early?"
+1、谁是《红楼梦》的作者？
+（2）长城有多长吗
+・富士山の標高は何メートルですか。
+3. 세종대왕은 언제 한글을 창제하였습니까?
+- ใครเป็นผู้ก่อตั้งกรุงเทพมหานคร
+١. متى بُنيت الكعبة المشرفة؟
+1) מתי הוקמה מדינת ישראל?
+प्रश्न 2: भारत की राजधानी क्या है।
+Ποιος έγραψε την Οδύσσεια;
+Ո՞վ է գրել այս բանաստեղծությունը։
+«Кто написал роман „Идиот“?»
+"""
+NONE = """
+Here are the questions:
+3) What does the passage say about tin?
+Why?
+4. Tin melts at 232 degrees.
+长城是中国古代的伟大建筑。
+本文的作者是谁呢？
+富士山は日本一高い山です。
+この文章の主題は何ですか。
+กรุงเทพมหานครเป็นเมืองหลวงของไทย
+بُنيت الكعبة المشرفة في مكة.
+ما الفكرة الرئيسية في النص؟
+इस गद्यांश का शीर्षक क्या है?
+¿Qué dice el texto sobre la guerra?
+std::sort(begin, end);
+"""
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "长城是中国古代的伟大建筑。",
-        "本文的作者是谁呢？",
-        "富士山は日本一高い山です。",
-        "この文章の主題は何ですか。",
-        "กรุงเทพมหานครเป็นเมืองหลวงของไทย",
-        "بُنيت الكعبة المشرفة في مكة.",
-        "ما الفكرة الرئيسية في النص؟",
-        "इस गद्यांश का शीर्षक क्या है?",
-        "¿Qué dice el texto sobre la guerra?",
-        "std::sort(begin, end);",
-    ],
-)
-def test_statements_and_questions_about_the_passage_are_left_out(line: str) -> None:
-    """A11: in every script alike."""
-    assert prompts.read_questions(line) == []
+@pytest.mark.parametrize("line", QUESTIONS.split("\n")[1:-1])
+def test_questions_are_read_in_every_script_and_statements_are_not(line):
+    """A11: nor what is about the passage; with the marks of a script, and without."""
+    (question,) = read_questions(f"{NONE}{line}\n{NONE}")
+    assert line.endswith(question) or question in line
+    assert not question.startswith(("Q2", "1", "-")) and distinct([question] * 2) == [question]
 
 
-def test_questions_are_asked_for_in_the_language_of_the_passage() -> None:
+def test_questions_that_nearly_repeat_are_left_out():
+    first = "At what temperature does tin melt?"
+    near = "At what temperature does the tin melt?"
+    assert distinct([first, near, first.upper(), "Why?"]) == [first, "Why?"]
+
+
+def test_questions_are_asked_for_in_the_language_of_the_passage():
     """A11: of an English passage, in the words that were paid for before."""
     chinese = Document.make("长城是中国古代的伟大建筑，全长超过两万公里。" * 3, "a")
     english = Document.make("The wall is one of the great buildings of the world. " * 3, "b")

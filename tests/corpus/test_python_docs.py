@@ -7,7 +7,7 @@ from distill.corpus import python_docs
 from distill.corpus.python_docs import EXCLUDED, MAX_TEXT, MIN_DOC, read_python_docs
 
 
-def test_the_rows_are_apis_of_a_readable_length() -> None:
+def test_the_rows_are_apis_of_a_readable_length():
     rows = read_python_docs()
     names = [row["name"] for row in rows]
     assert len(rows) > 500 and names == sorted(names) and len(set(names)) == len(names)
@@ -19,7 +19,7 @@ def test_the_rows_are_apis_of_a_readable_length() -> None:
         assert not any(part.startswith("_") for part in row["name"].split("."))
 
 
-def test_modules_with_side_effects_are_not_imported() -> None:
+def test_modules_with_side_effects_are_not_imported():
     code = (
         f"import runpy, sys; runpy.run_path({python_docs.__file__!r}, run_name='__main__'); "
         "print({'antigravity', 'this', 'turtle', 'idlelib', 'test'} & set(sys.modules) or None)"

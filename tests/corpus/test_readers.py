@@ -1,6 +1,5 @@
 """Readers: every kind of file, every kind of damage; a bad row is a reject with its place."""
 
-import csv
 import gzip
 import importlib.util
 import io
@@ -9,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -36,7 +34,7 @@ def write(folder: Path, name: str, data: bytes) -> Path:
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "a.rst", "a.txt.gz", "a.rst.zst", "A.MD"])
-def test_a_text_file_is_one_row(tmp_path: Path, name: str) -> None:
+def test_a_text_file_is_one_row(tmp_path, name):
     path = write(tmp_path, name, "\ufeffÜber\r\nline".encode())
     assert read(path) == [SourceRow(f"{name}:1", {"text": "Über\r\nline"})]
 
@@ -73,13 +71,13 @@ def test_a_text_file_is_one_row(tmp_path: Path, name: str) -> None:
     ],
     ids=range(10),
 )
-def test_a_page_reads_as_a_browser_shows_it(tmp_path: Path, page: str, text: str) -> None:
+def test_a_page_reads_as_a_browser_shows_it(tmp_path, page, text):
     (row,) = read(write(tmp_path, "a.html.gz", page.encode()))
     assert isinstance(row, SourceRow) and normalise(row.value["text"]) == text
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.ndjson.zst"])
-def test_lines_end_at_newlines_only(tmp_path: Path, name: str) -> None:
+def test_lines_end_at_newlines_only(tmp_path, name):
     rows = [{"text": "one\u2028two\x85three\x0cfour"}, {"text": "next"}]
     data = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
     found = read(write(tmp_path, name, b"\xef\xbb\xbf" + data.encode() + b"\n"))
@@ -101,18 +99,14 @@ def test_lines_end_at_newlines_only(tmp_path: Path, name: str) -> None:
     ],
     ids=range(9),
 )
-def test_a_bad_line_is_rejected_and_the_next_is_read(
-    tmp_path: Path, line: bytes, reason: str
-) -> None:
+def test_a_bad_line_is_rejected_and_the_next_is_read(tmp_path, line, reason):
     bad, good = read(write(tmp_path, "a.jsonl", line + b'\n{"text": "good"}'))
     assert isinstance(bad, Reject) and bad.where == "a.jsonl:1" and reason in bad.reason
     assert good == SourceRow("a.jsonl:2", {"text": "good"})
 
 
 @pytest.mark.parametrize("extra", [-1, 0, 1, 100])
-def test_a_row_that_is_too_long_is_rejected(
-    tmp_path: Path, extra: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_that_is_too_long_is_rejected(tmp_path, extra, monkeypatch):
     monkeypatch.setattr(readers, "MAX_ROW", 100)
     line = json.dumps({"text": "x" * (100 + extra - len('{"text": ""}') - 1)})
     found = read(write(tmp_path, "a.jsonl", f'{line}\n{{"text": "good"}}\n'.encode()))
@@ -135,7 +129,7 @@ def test_a_row_that_is_too_long_is_rejected(
     data=st.binary(max_size=60)
     | st.text(alphabet='{}[]":,\n\r\\u d8019a', max_size=60).map(str.encode)
 )
-def test_no_bytes_make_a_reader_raise(tmp_path: Path, data: bytes) -> None:
+def test_no_bytes_make_a_reader_raise(tmp_path, data):
     for name in (f"a{suffix}" for suffix in SUFFIXES if suffix != ".json"):
         head = b"a,b\n" if name == "a.csv" else b"a\n" if name == "a.tsv" else b""
         found = read(write(tmp_path, name, head + data))
@@ -143,20 +137,18 @@ def test_no_bytes_make_a_reader_raise(tmp_path: Path, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
-def test_an_array_that_is_too_large_is_refused_and_never_cut(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_an_array_that_is_too_large_is_refused_and_never_cut(tmp_path, monkeypatch, name):
     monkeypatch.setattr(readers, "MAX_JSON", 60)
     rows = json.dumps([{"text": f"row {n}"} for n in range(9)], indent=0).encode()
     with pytest.raises(DistillError, match="is larger than 60 bytes"):
         read(write(tmp_path, name, rows))
 
 
-def test_csv_rows_have_the_names_of_the_header(tmp_path: Path) -> None:
-    rows = '\ufeffid,text\n1,"a ""quoted""\nline, b"\n\n2,ü\n3\n'
+def test_csv_rows_have_the_names_of_the_header(tmp_path):
+    rows = '\ufeffid,text\n1,"a ""quoted""\nline, b"\n\n2,a 19" disk\n3\n'
     assert read(write(tmp_path, "a.csv", rows.encode())) == [
         SourceRow("a.csv:3", {"id": "1", "text": 'a "quoted"\nline, b'}),
-        SourceRow("a.csv:5", {"id": "2", "text": "ü"}),
+        SourceRow("a.csv:5", {"id": "2", "text": 'a 19" disk'}),
         Reject(where="a.csv:6", reason="1 fields under 2 names"),
     ]
 
@@ -175,7 +167,7 @@ def test_csv_rows_have_the_names_of_the_header(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("others", ["plain", "quoted", "over lines"])
-def test_a_broken_csv_row_costs_no_other(tmp_path: Path, place: int, bad: str, others: str) -> None:
+def test_a_broken_csv_row_costs_no_other(tmp_path, place, bad, others):
     """H16: a bad row is named by file and line."""
 
     def written(number: int) -> str:
@@ -197,33 +189,8 @@ def test_a_broken_csv_row_costs_no_other(tmp_path: Path, place: int, bad: str, o
     assert kept == [n for n in range(1, 1001) if n != place]
 
 
-def test_what_stands_in_quotes_may_go_over_lines(tmp_path: Path) -> None:
-    long = "\n".join(f'line {number}, "quoted"' for number in range(20_000))
-    rows = [
-        ["1", long],
-        ["2", 'a 19" disk'],
-        ["3", ""],
-        ["4", "\r\n\r\n"],
-        ["5", '"'],
-        ["6", ",\n,"],
-    ]
-    with (tmp_path / "a.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["id", "the\ntext"], *rows])
-    found = read(tmp_path / "a.csv")
-    assert [row.value for row in found if isinstance(row, SourceRow)] == [
-        {"id": number, "the\ntext": text} for number, text in rows
-    ]
-    assert len(found) == len(rows)
-    inside = read(write(tmp_path, "b.csv", b'id,text\n1,a 19" disk\n2,b"\n3,c""d\n'))
-    assert [row.value["text"] for row in inside if isinstance(row, SourceRow)] == [
-        'a 19" disk',
-        'b"',
-        'c""d',
-    ]
-
-
 @pytest.mark.parametrize("line", ['a","b', '"', '"a', '"a\n'])
-def test_csv_of_quotes_takes_no_time_in_its_square(tmp_path: Path, line: str) -> None:
+def test_csv_of_quotes_takes_no_time_in_its_square(tmp_path, line):
     data = b'id,text\n"open\n' + f"{line}\n".encode() * 30_000
     started = time.monotonic()
     found = read(write(tmp_path, "a.csv", data))
@@ -231,7 +198,7 @@ def test_csv_of_quotes_takes_no_time_in_its_square(tmp_path: Path, line: str) ->
     assert time.monotonic() - started < 10
 
 
-def test_two_columns_of_one_name_stop_and_are_named(tmp_path: Path) -> None:
+def test_two_columns_of_one_name_stop_and_are_named(tmp_path):
     """H16."""
     table = pyarrow.table([["a"], ["b"]], names=["text", "text"])
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
@@ -247,7 +214,7 @@ def test_two_columns_of_one_name_stop_and_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("head", ['id,"text', 'id,"te"xt', '"id,text'])
-def test_a_head_that_cannot_be_read_stops(tmp_path: Path, head: str) -> None:
+def test_a_head_that_cannot_be_read_stops(tmp_path, head):
     with pytest.raises(DistillError) as caught:
         read(write(tmp_path, "a.csv", f"{head}\n1,a\n2,b\n".encode()))
     assert (caught.value.code, caught.value.where) == (Exit.INPUT, "a.csv:1")
@@ -263,7 +230,7 @@ def test_a_head_that_cannot_be_read_stops(tmp_path: Path, head: str) -> None:
     ],
 )
 @pytest.mark.parametrize("codec", ["utf-8-sig", "utf-16"])
-def test_h16_what_excel_and_databases_call_csv(tmp_path: Path, text: str, codec: str) -> None:
+def test_h16_what_excel_and_databases_call_csv(tmp_path, text, codec):
     """H16: the head says what stands between columns."""
     (row,) = read(write(tmp_path, "a.csv", text.encode(codec)))
     assert row == SourceRow(
@@ -271,22 +238,10 @@ def test_h16_what_excel_and_databases_call_csv(tmp_path: Path, text: str, codec:
     )
 
 
-def test_parquet_rows(tmp_path: Path) -> None:
+def test_parquet_rows(tmp_path):
     path, rows = tmp_path / "a.parquet", [{"text": "a", "n": 1}, {"text": None, "n": 2}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     assert read(path) == [SourceRow("a.parquet:1", rows[0]), SourceRow("a.parquet:2", rows[1])]
-
-
-def test_a_saved_dataset_is_read_with_its_split(tmp_path: Path) -> None:
-    rows = datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}])
-    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "many")
-    rows.save_to_disk(tmp_path / "one")
-    for name in ("many", "one"):
-        assert readers.is_saved_dataset(tmp_path / name)
-        found = [row.value for row in readers.read_dataset(str(tmp_path / name), None, "train")]
-        assert found == [{"text": "a"}, {"text": "b"}]
-    with pytest.raises(DistillError, match="has no split test"):
-        list(readers.read_dataset(str(tmp_path / "many"), None, "test"))
 
 
 @pytest.mark.parametrize(
@@ -304,12 +259,9 @@ def test_a_saved_dataset_is_read_with_its_split(tmp_path: Path) -> None:
         ("cut.txt", "Sprich über Öl.".encode("utf-16")[:-1]),
         ("late.csv", "text\n".encode("utf-16") + b"a\0" * 200_000 + b"\x00\xd8"),
     ],
-    ids=(
-        *("cut", "no gzip", "flipped", "no parquet", "cut zst", "no zst", "cut json"),
-        *("key twice", "deep", "cut UTF-16", "bad UTF-16"),
-    ),  # packed bytes hold the time
+    ids=range(11),  # packed bytes hold the time
 )
-def test_a_damaged_file_stops_and_is_named(tmp_path: Path, name: str, data: bytes) -> None:
+def test_a_damaged_file_stops_and_is_named(tmp_path, name, data):
     path = tmp_path / name
     path.write_bytes(data)
     with stops(Exit.INPUT) as caught:
@@ -317,15 +269,8 @@ def test_a_damaged_file_stops_and_is_named(tmp_path: Path, name: str, data: byte
     assert name in caught.value.where
 
 
-def test_files_are_listed_in_order_and_others_counted(tmp_path: Path) -> None:
-    for name in (
-        "b.txt",
-        "a/c.jsonl.gz",
-        "a/x.parquet.gz",
-        "image.png",
-        ".git/config.txt",
-        "z.CSV",
-    ):
+def test_files_are_listed_in_order_and_others_counted(tmp_path):
+    for name in "b.txt a/c.jsonl.gz a/x.parquet.gz image.png .git/config.txt z.CSV".split():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     (tmp_path / "folder.txt").mkdir()
@@ -334,7 +279,7 @@ def test_files_are_listed_in_order_and_others_counted(tmp_path: Path) -> None:
     assert [str(p.relative_to(tmp_path)) for p in others] == ["a/x.parquet.gz", "image.png"]
 
 
-def test_linked_folders_are_read_once_and_lock_files_are_not(tmp_path: Path) -> None:
+def test_linked_folders_are_read_once_and_lock_files_are_not(tmp_path):
     (tmp_path / "in/sub").mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()
     for name in ("in/sub/a.txt", "elsewhere/b.txt", "in/~$c.docx", "in/.d.txt"):
@@ -349,13 +294,13 @@ def test_linked_folders_are_read_once_and_lock_files_are_not(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.html.gz", "a.md"])
-def test_an_empty_file_is_left_out_and_is_no_bad_row(tmp_path: Path, name: str) -> None:
+def test_an_empty_file_is_left_out_and_is_no_bad_row(tmp_path, name):
     (reject,) = read(write(tmp_path, name, b"\xef\xbb\xbf \n"))
     assert reject == Reject(where=f"{name}:1", reason="the file is empty", bad=False)
 
 
 @pytest.mark.parametrize("name", ["missing", "empty", "image.png"])
-def test_nothing_to_read_stops_and_names_the_path(tmp_path: Path, name: str) -> None:
+def test_nothing_to_read_stops_and_names_the_path(tmp_path, name):
     (tmp_path / "empty").mkdir()
     (tmp_path / "image.png").write_bytes(b"x")
     with stops(Exit.INPUT) as caught:
@@ -367,7 +312,7 @@ def test_nothing_to_read_stops_and_names_the_path(tmp_path: Path, name: str) -> 
 @pytest.mark.parametrize(
     "form", ["array", "data", "rows beside facts", "lines", "indented", "one row", "UTF-16"]
 )
-def test_a8_json_is_read_in_its_usual_forms(tmp_path: Path, name: str, form: str) -> None:
+def test_a8_json_is_read_in_its_usual_forms(tmp_path, name, form):
     rows = [{"text": "one", "tags": ["x"]}, {"text": "two\u2028"}]
     if form == "one row":
         rows = [{"messages": [{"role": "user", "content": "Hi?"}]}]
@@ -394,7 +339,7 @@ def test_a8_json_is_read_in_its_usual_forms(tmp_path: Path, name: str, form: str
         ("a.json", {"question": {"0": "q", "1": "r"}, "answer": {"0": "a", "1": "b"}}),
     ],
 )
-def test_a8_arrays_in_jsonl_and_tables_of_pandas(tmp_path: Path, name: str, value: object) -> None:
+def test_a8_arrays_in_jsonl_and_tables_of_pandas(tmp_path, name, value):
     found = read(write(tmp_path, name, json.dumps(value).encode()))
     rows = [{"question": "q", "answer": "a"}, {"question": "r", "answer": "b"}]
     assert found == [SourceRow(f"{name}:{n}", row) for n, row in enumerate(rows, 1)]
@@ -409,9 +354,7 @@ TEXTS = {
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl", "csv", "json.gz"])
 @pytest.mark.parametrize("codec", TEXTS)
-def test_encodings_are_recognised_and_said(
-    tmp_path: Path, codec: str, suffix: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_encodings_are_recognised_and_said(tmp_path, codec, suffix, capsys):
     text, name = TEXTS[codec], codec.replace("latin-1", "cp1252")
     row = json.dumps({"text": text}, ensure_ascii=False)
     quoted = text.replace('"', '""')
@@ -441,7 +384,7 @@ def test_encodings_are_recognised_and_said(
     ],
     ids=range(12),
 )
-def test_what_is_not_recognised_is_refused_with_its_name(tmp_path: Path, data: bytes) -> None:
+def test_what_is_not_recognised_is_refused_with_its_name(tmp_path, data):
     """No text is read in a wrong encoding; a page of the wrong kind is refused too."""
     for name in ("a.txt", "a.jsonl"):
         content = (
@@ -457,9 +400,7 @@ def test_what_is_not_recognised_is_refused_with_its_name(tmp_path: Path, data: b
             assert found.where == f"{name}:1" and found.bad
 
 
-def test_a_stated_encoding_is_for_what_is_not_unicode(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_stated_encoding_is_for_what_is_not_unicode(tmp_path, capsys):
     text = "Zażółć gęślą jaźń."
     for codec in ("cp1250", "utf-8", "utf-16"):
         path = write(tmp_path, "a.txt", text.encode(codec))
@@ -504,7 +445,7 @@ def pdf(pages: list[str]) -> bytes:
 
 
 @WITHOUT["pdf"]
-def test_a_pdf_is_read_page_by_page(tmp_path: Path) -> None:
+def test_a_pdf_is_read_page_by_page(tmp_path):
     long = [f"Page {word} has words enough. " * 9 for word in ("two", "four")]
     found = read(write(tmp_path, "a.pdf", pdf(["Title", long[0], "", long[1], "The end."])))
     assert [(row.where, row.value["page"]) for row in found if isinstance(row, SourceRow)] == [
@@ -521,7 +462,7 @@ def test_a_pdf_is_read_page_by_page(tmp_path: Path) -> None:
 
 
 @WITHOUT["docx"]
-def test_a_docx_is_read_in_its_order(tmp_path: Path) -> None:
+def test_a_docx_is_read_in_its_order(tmp_path):
     import docx
 
     document = docx.Document()
@@ -541,9 +482,7 @@ def test_a_docx_is_read_in_its_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "module"), [("a.pdf", "pypdf"), ("a.docx", "docx")])
-def test_a_missing_extra_is_one_line_with_the_command(
-    tmp_path: Path, name: str, module: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_extra_is_one_line_with_the_command(tmp_path, name, module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     with stops(Exit.INPUT, "needs the extra `documents`") as caught:
         read(write(tmp_path, name, b"x"))

@@ -71,7 +71,7 @@ SECOND = {  # of each: the roles, the last user turn's beginning and end, the re
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in SETS.iterdir()))
-def test_a2_a3_every_set_is_read_as_it_is(name: str) -> None:
+def test_a2_a3_every_set_is_read_as_it_is(name):
     """A2, A3: each column finds its place, and one line says so."""
     reading, documents = Reading(), list[Document]()
     for row in read_file(SETS / f"{name}.jsonl", name):
@@ -90,9 +90,7 @@ def test_a2_a3_every_set_is_read_as_it_is(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_from_the_files_of_all_sets_to_a_scorecard_without_columns(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_from_the_files_of_all_sets_to_a_scorecard_without_columns(tmp_path, capsys):
     """A2, A3, A7: all sets in one folder, their ids side by side."""
     make_tiny(tmp_path / "student", hidden=16)
     (tmp_path / "c.yaml").write_text(

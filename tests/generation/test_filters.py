@@ -69,7 +69,7 @@ CIRCLE = "The value is returned. " * 6
         ("Unfortunately, I can't access the file, but the fix is to close it first.", None),
     ],
 )
-def test_the_text_alone_may_be_the_reason(text: str, why: str | None) -> None:
+def test_the_text_alone_may_be_the_reason(text, why):
     assert reason(text) == why
     settings: dict[str, Any] = {why: False} if why else {}
     assert reason(text, **settings) is None
@@ -101,7 +101,7 @@ BOTTLES = "\n".join(
         "我是我\uff0c你是你。" * 3,
     ],
 )
-def test_what_repeats_for_a_reason_stays(text: str) -> None:
+def test_what_repeats_for_a_reason_stays(text):
     """A12: sums, labels, matrices, code, JSON, songs and tables are no loops."""
     assert reason(text) is None
 
@@ -119,7 +119,7 @@ def test_what_repeats_for_a_reason_stays(text: str) -> None:
         "```python\n" + "print('again and again and again')\n" * 50,
     ],
 )
-def test_a_loop_is_dropped(text: str) -> None:
+def test_a_loop_is_dropped(text):
     """A12, A11: a turn of some words, again and again, in any script."""
     assert reason(text) == "repetition"
 
@@ -128,7 +128,7 @@ REFUSALS = json.loads(Path("tests/fixtures/refusals.json").read_text(encoding="u
 
 
 @pytest.mark.parametrize("language", REFUSALS)
-def test_refusals_are_known_in_ten_languages(language: str) -> None:
+def test_refusals_are_known_in_ten_languages(language):
     """A11: of ten or more refusals and helpful answers that look like one, each is told apart."""
     for text in REFUSALS[language]["refusals"]:
         assert reason(text) == "refusal", text
@@ -136,9 +136,7 @@ def test_refusals_are_known_in_ten_languages(language: str) -> None:
         assert reason(text) is None, text
 
 
-def test_another_table_of_refusals_makes_the_stage_stale(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_table_of_refusals_makes_the_stage_stale(tmp_path, monkeypatch):
     run = with_answers(tmp_path, {"train": ["a"] * 3, "heldout": ["b", "c"]})
     (stage,) = (stage for stage in STAGES if stage.name == "filter")
     run.do(stage)
@@ -153,14 +151,14 @@ def test_another_table_of_refusals_makes_the_stage_stale(
     assert filters.identity(Filters(refusal=False), "drop") == {}
 
 
-def test_the_order_of_reasons_and_the_length() -> None:
+def test_the_order_of_reasons_and_the_length():
     assert reason("", stop="length") == "truncated" and reason("", stop="error") == "failed"
     assert reason("x", stop="length", truncated=False) is None
     assert reason("five tokens, they say", max_answer_tokens=4) == "too long"
     assert reason("five tokens, they say", max_answer_tokens=5) is None
 
 
-def test_formats_and_checkers() -> None:
+def test_formats_and_checkers():
     assert reason(JSON, prompt("api_json")) is None
     assert reason("```json\n" + JSON + "\n```", prompt("api_json")) is None
     assert reason("Here: " + JSON, prompt("api_json")) == "wrong format"
@@ -173,7 +171,7 @@ def test_formats_and_checkers() -> None:
     assert reason("anything", prompt("a-task-without-a-file")) is None
 
 
-def test_of_several_samples_all_that_pass_and_differ_stay() -> None:
+def test_of_several_samples_all_that_pass_and_differ_stay():
     number = prompt("math_word_problem", reference="42")
     texts = ["it is 42", "it is 41", " it is 42", "6 * 7 = 42"]
     pairs = [Pair(prompt=number, response=response(t, sample=i)) for i, t in enumerate(texts)]
@@ -201,7 +199,7 @@ def with_answers(folder: Path, answers: dict[Split, list[str]]) -> Run:
     return run
 
 
-def test_the_stage_keeps_reasons_and_counts(tmp_path: Path, capsys: Any) -> None:
+def test_the_stage_keeps_reasons_and_counts(tmp_path, capsys):
     answers: dict[Split, list[str]] = {
         "train": ["a", "", "b"],
         "validation": ["", "c"],
@@ -225,7 +223,7 @@ def test_the_stage_keeps_reasons_and_counts(tmp_path: Path, capsys: Any) -> None
     assert "filter: 7 answers; 2 kept for train; 1 kept for validation; 2 kept" in said
 
 
-def test_no_row_left_names_the_biggest_reason(tmp_path: Path) -> None:
+def test_no_row_left_names_the_biggest_reason(tmp_path):
     run = with_answers(tmp_path, {"train": ["", "", "I cannot help."], "heldout": ["x"]})
     with pytest.raises(DistillError, match="no row is left: 2 of 4 were empty") as caught:
         filters.main(run)
@@ -233,7 +231,7 @@ def test_no_row_left_names_the_biggest_reason(tmp_path: Path) -> None:
     assert run.path("dropped.jsonl").exists() and run.path("funnel.json").exists()
 
 
-def test_reasoning_is_trained_on_where_that_is_asked() -> None:
+def test_reasoning_is_trained_on_where_that_is_asked():
     plain = Pair(prompt=prompt(), response=response("a"))
     thought = plain.response.model_copy(update={"reasoning": "hm", "text": "b"})
     pairs = [plain, Pair(prompt=prompt(), response=thought)]
@@ -241,7 +239,7 @@ def test_reasoning_is_trained_on_where_that_is_asked() -> None:
         assert [p.response.text for p in filters.sift(pairs, "train", [], [], keep)] == texts
 
 
-def test_what_holds_a_held_out_prompt_is_not_trained_on(tmp_path: Path) -> None:
+def test_what_holds_a_held_out_prompt_is_not_trained_on(tmp_path):
     question = "In which year did the town on the river get its second bridge, and who paid for it?"
     answers: dict[Split, list[str]] = {
         "train": ["fine", f"You ask: {question.upper()} In 1907."],

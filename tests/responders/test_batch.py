@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -66,7 +66,7 @@ def hold(server: BatchServer, folder: Path) -> None:
         assert sums.settled <= server.bill <= sums.settled + sums.unknown_most
 
 
-def test_answers_come_at_the_batch_price(server: BatchServer, tmp_path: Path) -> None:
+def test_answers_come_at_the_batch_price(server, tmp_path):
     """Half price: the same texts as asked one by one, and half of what these cost."""
     responses = buy(server, tmp_path)
     assert [r.text for r in responses] == [text_of(f"q{i} please") for i in range(10)]
@@ -78,9 +78,7 @@ def test_answers_come_at_the_batch_price(server: BatchServer, tmp_path: Path) ->
     assert half * 2 == sum(HALF_PRICE.of(r.usage) for r in responses)
 
 
-def test_a_part_that_expires_or_fails_is_asked_again_in_part(
-    server: BatchServer, tmp_path: Path
-) -> None:
+def test_a_part_that_expires_or_fails_is_asked_again_in_part(server, tmp_path):
     """Half price: what a job leaves unanswered goes into the next, and nothing else."""
     fates = {"q1": ["expired", "answer"], "q2": ["500", "answer"], "q3": ["429", "answer"]}
     server.fate = lambda asked: (fates.get(asked.split()[0]) or ["answer"]).pop(0)
@@ -95,9 +93,7 @@ def read_requests(server: BatchServer, row: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("end", ["expired", "cancelled", "completed"])
-def test_a_job_that_ends_early_is_asked_again_in_part(
-    server: BatchServer, tmp_path: Path, end: str
-) -> None:
+def test_a_job_that_ends_early_is_asked_again_in_part(server, tmp_path, end):
     """Half price: of a job that ends without some lines these are asked again."""
     seen = set[str]()
 
@@ -114,16 +110,7 @@ def test_a_job_that_ends_early_is_asked_again_in_part(
     assert unknown == (4 if end == "completed" else 0)  # these may have been charged
 
 
-def test_a_result_that_holds_an_error_is_that_error(server: BatchServer, tmp_path: Path) -> None:
-    """Half price: a refusal of one question fails it alone; --redo asks it again."""
-    server.fate = lambda asked: "400" if asked.startswith("q3") else "answer"
-    assert [r.stop for r in buy(server, tmp_path)].count("error") == 1
-    server.fate = lambda asked: "answer"
-    assert [r.stop for r in buy(server, tmp_path, again=True)] == ["end"] * 10
-    assert len(server.jobs) == 2 and set(server.paid.values()) == {1}
-
-
-def test_anthropic_s_form(server: BatchServer, tmp_path: Path) -> None:
+def test_anthropic_s_form(server, tmp_path):
     """Half price: in part again, an error as an error, a job that is not there in one line."""
     fates = {"q1": ["expired", "answer"], "q2": ["overloaded_error", "answer"]}
     fates["q3"] = ["invalid_request_error"]
@@ -142,9 +129,7 @@ def test_anthropic_s_form(server: BatchServer, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["POST /files", "POST /batches"])
-def test_a_server_without_the_interface_is_named_before_anything_is_paid(
-    server: BatchServer, tmp_path: Path, path: str
-) -> None:
+def test_a_server_without_the_interface_is_named_before_anything_is_paid(server, tmp_path, path):
     """Half price: 404, in one line, and nothing is left to be waited for."""
     server.status = {path: 404}
     with pytest.raises(DistillError, match="has no batch interface") as error:
@@ -155,7 +140,7 @@ def test_a_server_without_the_interface_is_named_before_anything_is_paid(
         assert not list(store.jobs()) and not account(store, {"fake-1": HALF_PRICE}).unknown
 
 
-def test_direct_and_batch_share_their_answers(server: BatchServer, tmp_path: Path) -> None:
+def test_direct_and_batch_share_their_answers(server, tmp_path):
     """Half price: a switch between direct and batch asks nothing twice, also while a job waits."""
     buy(server, tmp_path, 5)
     server.looks = 10**9
@@ -173,7 +158,7 @@ def test_direct_and_batch_share_their_answers(server: BatchServer, tmp_path: Pat
     assert not server.requests["POST /chat/completions"]
 
 
-def test_jobs_fit_the_budget(server: BatchServer, tmp_path: Path) -> None:
+def test_jobs_fit_the_budget(server, tmp_path):
     """Half price: a job's maximum is set aside before it is submitted."""
     teacher = given(server)
     price = HALF_PRICE.in_batch()
@@ -187,28 +172,17 @@ def test_jobs_fit_the_budget(server: BatchServer, tmp_path: Path) -> None:
     assert error.value.code == Exit.BUDGET and len(server.paid) == 10
 
 
-def test_a_job_above_the_account_s_limit_is_halved(server: BatchServer, tmp_path: Path) -> None:
+def test_a_job_above_the_account_s_limit_is_halved(server, tmp_path):
     """Half price: OpenAI's token_limit_exceeded, after which one smaller job follows the other."""
     server.refusal = "token_limit_exceeded:3"
     assert [r.stop for r in buy(server, tmp_path)] == ["end"] * 10
     assert set(server.paid.values()) == {1}
 
 
-def test_a_job_that_is_refused_stops_the_run(server: BatchServer, tmp_path: Path) -> None:
-    """Half price: what a job as a whole is refused for is said, and nothing is left open."""
-    server.refusal = "model_not_found"
-    with pytest.raises(DistillError, match="the job failed: model_not_found: no"):
-        buy(server, tmp_path)
-    with ResponseStore(tmp_path / "store", writable=False) as store:
-        assert not list(store.jobs())
-    server.refusal = ""
-    assert [r.stop for r in buy(server, tmp_path)] == ["end"] * 10
-
-
 @pytest.mark.parametrize(
     "name", ["POST /files", "POST /batches", "GET /batches", "GET /files/content"]
 )
-def test_outages_are_waited_out(server: BatchServer, tmp_path: Path, name: str) -> None:
+def test_outages_are_waited_out(server, tmp_path, name):
     """Half price: a 500 at any moment costs nothing; a submission in doubt is looked for."""
     server.status = {name: 500}
     done = server.requests
@@ -240,9 +214,7 @@ def as_text(results: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("change", [doubled, as_text])
-def test_results_in_other_forms(
-    server: BatchServer, tmp_path: Path, change: Callable[[bytes], bytes]
-) -> None:
+def test_results_in_other_forms(server, tmp_path, change):
     """Half price: custom_ids twice or of others, bodies as text, other ends of lines."""
     server.change = change
     assert [r.text for r in buy(server, tmp_path)] == [text_of(f"q{i} please") for i in range(10)]
@@ -250,9 +222,7 @@ def test_results_in_other_forms(
 
 
 @pytest.mark.parametrize("way", ["gone", "torn"])
-def test_results_that_are_lost_end_the_run_and_are_asked_again_by_the_next(
-    server: BatchServer, tmp_path: Path, way: str
-) -> None:
+def test_results_that_are_lost_end_the_run_and_are_asked_again_by_the_next(server, tmp_path, way):
     """Half price: an expired file or a line that cannot be read does not hold a run for ever."""
     server.status = {"GET /files/content": 404} if way == "gone" else {}
     server.change = lambda results: results[:-9] if way == "torn" else results
@@ -265,9 +235,7 @@ def test_results_that_are_lost_end_the_run_and_are_asked_again_by_the_next(
     assert len(server.jobs) == 2 and sum(server.paid.values()) == (20 if way == "gone" else 11)
 
 
-def test_a_job_in_doubt_is_known_whatever_the_server_s_clock_says(
-    server: BatchServer, tmp_path: Path
-) -> None:
+def test_a_job_in_doubt_is_known_whatever_the_server_s_clock_says(server, tmp_path):
     """Half price: Anthropic's jobs carry no mark, and a clock may be wrong by days."""
     server.skew = timedelta(days=-3)
     done, submit = server.requests, server.messages
@@ -281,9 +249,7 @@ def test_a_job_in_doubt_is_known_whatever_the_server_s_clock_says(
     assert set(server.paid.values()) == {1} and done["POST /messages/batches"] == 1
 
 
-def test_an_account_that_takes_nothing_more_ends_the_run(
-    server: BatchServer, tmp_path: Path
-) -> None:
+def test_an_account_that_takes_nothing_more_ends_the_run(server, tmp_path):
     """Half price: where not even one question fits, no job after the other is refused for ever."""
     server.refusal = "token_limit_exceeded:0"
     with pytest.raises(DistillError, match="the job failed: token_limit_exceeded"):
@@ -303,9 +269,7 @@ def test_an_account_that_takes_nothing_more_ends_the_run(
         ({"teacher": {"kind": "local", "model": "m", "batch": True}}, "teacher.local.batch"),
     ],
 )
-def test_what_cannot_go_by_batch_is_refused_by_the_config(
-    tmp_path: Path, changes: dict[str, Any], name: str
-) -> None:
+def test_what_cannot_go_by_batch_is_refused_by_the_config(tmp_path, changes, name):
     """Half price: before any request."""
     asked = settings("http://127.0.0.1:9/v1", batch=True).model_dump(mode="json")
     tree: dict[str, Any] = {"corpus": {"path": "."}, "student": {"model": "s"}, "teacher": asked}
@@ -316,7 +280,7 @@ def test_what_cannot_go_by_batch_is_refused_by_the_config(
         Config.model_validate({"name": "x", **tree})
 
 
-def test_a_run_that_waits_says_so_and_can_be_left(server: BatchServer, tmp_path: Path) -> None:
+def test_a_run_that_waits_says_so_and_can_be_left(server, tmp_path):
     """Half price: Ctrl-C leaves the job there, `status` says so, the same command goes on."""
     config = make_run(tmp_path, server.url, 5, batch=True, initial_backoff=0.05)
     server.looks = 10**9

@@ -14,10 +14,10 @@ from distill.records import Response, Usage
 from distill.responders.endpoint.budget import (
     Budget,
     account,
+    attempts,
     charge,
     enter_account,
     most_dollars,
-    unknown_outcomes,
 )
 from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.endpoint.wire import Reply, pack
@@ -27,7 +27,7 @@ from tests.support.buying import asks, settings
 from tests.support.fake_teacher import PRICE, FakeTeacher, answer
 
 
-def test_a_maximum_bounds_every_bill() -> None:
+def test_a_maximum_bounds_every_bill():
     chance = random.Random(0)
     for _ in range(200):
         question, cap = chance.randrange(1, 5000), chance.randrange(1, 900)
@@ -62,7 +62,7 @@ CHARGES = {  # stated, read, written: paid, perhaps, doubt; the price says 0.004
 
 
 @pytest.mark.parametrize("name", CHARGES)
-def test_what_a_server_states_is_held_against_the_price(name: str) -> None:
+def test_what_a_server_states_is_held_against_the_price(name):
     (stated, read, written), (paid, perhaps, doubt) = CHARGES[name]
     usage = Usage(input_tokens=read, output_tokens=written)
     reply = Reply(stop="end", usage=usage, dollars=stated and Decimal(stated))
@@ -71,20 +71,20 @@ def test_what_a_server_states_is_held_against_the_price(name: str) -> None:
     assert found.doubt.startswith(doubt) and bool(found.doubt) == bool(doubt)
 
 
-def test_without_a_price_what_a_server_states_counts() -> None:
+def test_without_a_price_what_a_server_states_counts():
     reply = Reply(stop="end", usage=Usage(input_tokens=1000, output_tokens=100))
     assert charge(None, reply, {}).paid is None and not charge(None, reply, {}).doubt
     stated = reply.model_copy(update={"dollars": Decimal("0.5")})
     assert charge(None, stated, {}).paid == Decimal("0.5")
 
 
-def test_an_answer_without_a_cap_has_no_maximum() -> None:
+def test_an_answer_without_a_cap_has_no_maximum():
     reply = Reply(stop="end", usage=Usage(input_tokens=1000, output_tokens=10_000))
     assert charge(PRICE, reply, {**INTENT, "cap": None}).paid == Decimal("0.153")
     assert charge(PRICE, reply, {"most": "0.02"}).doubt  # as it was stored before caps were
 
 
-def test_a_budget_never_holds_more_than_its_limit() -> None:
+def test_a_budget_never_holds_more_than_its_limit():
     chance = random.Random(1)
     budget, flying = Budget(Decimal("1.00")), list[Decimal]()
     for _ in range(2000):
@@ -137,24 +137,19 @@ def log(tmp_path: Path) -> Any:
         yield log
 
 
-def test_the_account_tells_settled_from_unknown(log: ResponseStore) -> None:
+def test_the_account_tells_settled_from_unknown(log):
     found = account(log, {"m": PRICE}, "mine")
     assert (found.attempts, found.unknown, found.unknown_most) == (5, 3, Decimal("0.03"))
     usage = Usage(input_tokens=7, output_tokens=5)
     assert found.settled == PRICE.of(usage) and found.output_tokens == 5
     assert account(log, {"m": PRICE}).unknown == 4
     assert account(log, {"m": None}, "mine").unpriced == 1
-    whats = {a.what for a in unknown_outcomes(log, {"m": None}, "mine")}
+    unknown = (a for a in attempts(log, {"m": None}, "mine") if a.billed == "unknown")
+    whats = {a.what for a in unknown}
     assert whats == {"unknown", "no word of how it ended", "answered without a count of tokens"}
 
 
-def test_attempts_go_on_counting_and_the_last_error_is_told(log: ResponseStore) -> None:
-    paid, new, killed = (Response.make_id(key, 0) for key in ("paid", "new", "killed"))
-    assert (log.attempts_at(paid), log.attempts_at(new)) == (3, 0)
-    assert list(log.errors(paid)) == ["unknown", "no"] and not list(log.errors(killed))
-
-
-def test_the_ledger_holds_the_account_once(log: ResponseStore, tmp_path: Path) -> None:
+def test_the_ledger_holds_the_account_once(log, tmp_path):
     row = {**PRICE.model_dump(mode="json"), "model": "m", "date": str(date.today())}
     (tmp_path / "prices.yaml").write_text(json.dumps({"tokens": [row]}))
     judge = {"kind": "endpoint", "model": "j", "base_url": "http://127.0.0.1:1/v1"}
@@ -194,18 +189,8 @@ def test_the_ledger_holds_the_account_once(log: ResponseStore, tmp_path: Path) -
         assert paid.output_tokens > 0 and all(e.output_tokens >= 2_000_000 for e in entries)
 
 
-def test_the_line_says_what_is_spent_and_what_may_be() -> None:
-    budget = Budget(Decimal(9), settled=Decimal(2))
-    assert budget.line(True) == "$2.0000, limit $9"
-    assert budget.reserve(Decimal("0.25"))
-    budget.settle(Decimal("0.25"), Decimal("0.5"), Decimal("0.25"))
-    assert budget.line(True) == "$2.5000 + $0.2500 perhaps, limit $9"
-    assert Budget(None).line(False) == "cost unknown"
-    assert Budget(None, settled=Decimal("0.25")).line(False) == "$0.2500"
-
-
 @pytest.mark.parametrize("limit", [None, "5"])
-def test_a_client_says_what_it_spent(tmp_path: Path, limit: str | None) -> None:
+def test_a_client_says_what_it_spent(tmp_path, limit):
     """Hold the last line of two goes against the bill; only a limit makes the first count on."""
     lines, bills = [], [Decimal(0)]
     with FakeTeacher() as teacher, ResponseStore(tmp_path) as log:

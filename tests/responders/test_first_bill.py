@@ -6,7 +6,6 @@ is at most its bill, and that at most what is settled and what may have been cha
 
 import json
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,26 +72,19 @@ STATED = {  # what the server says, and what it charges
 
 
 @pytest.mark.parametrize("name", STATED)
-def test_h6_a_cost_is_held_against_the_price(tmp_path: Path, name: str) -> None:
+def test_h6_a_cost_is_held_against_the_price_and_budget(tmp_path, name):
     said, charged = STATED[name]
     with FakeTeacher(always(answer=said, dollars=charged)) as teacher:
         found = buy(teacher, tmp_path, 12)  # which holds the account against the bill
     assert {r.stop for r in found} == {"end"} and teacher.bill == 12 * charged
     known = account_of(tmp_path)
     assert known.settled + known.unknown_most >= 12 * USUAL
-
-
-@pytest.mark.parametrize(
-    "said", [usage(cost=0), own_key(0, USUAL), usage(cost=1e-9), usage(cost=float(USUAL) / 2)]
-)
-def test_h6_no_stated_cost_switches_the_budget_off(tmp_path: Path, said: dict[str, Any]) -> None:
-    limit = Decimal("0.01")
-    with FakeTeacher(always(answer=said, dollars=USUAL)) as teacher:
-        with pytest.raises(DistillError, match="limit") as stopped:
-            buy(teacher, tmp_path, 200, budget_dollars=limit, concurrency=8)
-        with pytest.raises(DistillError):  # nor in a second go, which reads the account
-            buy(teacher, tmp_path, 200, budget_dollars=limit, concurrency=8)
-    assert stopped.value.code == Exit.BUDGET and limit / 2 < teacher.bill <= limit
+    limit, changes = Decimal("0.01"), {"revision": "2", "concurrency": 8}
+    with FakeTeacher(always(answer=said, dollars=charged)) as teacher:
+        for _ in range(2):  # the second go reads the account
+            with stops(Exit.BUDGET, "limit"):
+                buy(teacher, tmp_path / "limit", 200, budget_dollars=limit, **changes)
+    assert teacher.bill <= limit and len(teacher.payloads) < 200
 
 
 SENSELESS = {
@@ -100,37 +92,26 @@ SENSELESS = {
     "written": usage(completion_tokens=999_999_999),
     "read": usage(prompt_tokens=999_999_999),
     "upstream": own_key(0, Decimal("1e12")),
+    "145 times": usage(cost=float(MOST * 145)),
+    "145 times in tokens": usage(completion_tokens=int(MOST * 145 / 15 * 10**6)),
 }
 
 
 @pytest.mark.parametrize("name", SENSELESS)
-def test_h6_a_number_gone_wrong_is_named_and_stops_the_run(tmp_path: Path, name: str) -> None:
+def test_h6_h15_a_number_gone_wrong_is_named_and_stops_the_run(tmp_path, name):
     with FakeTeacher(always(answer=SENSELESS[name], dollars=USUAL)) as teacher:
-        with stops(Exit.BUDGET, "more than its maximum"):
+        with stops(Exit.BUDGET, "more than its maximum") as stopped:
             buy(teacher, tmp_path, 40, concurrency=16)
-        assert len(teacher.payloads) == 1
+        assert len(teacher.payloads) == 1 and "price table" in stopped.value.fix
         (doubt,) = in_doubt(tmp_path, "run")
-        assert doubt.most and MOST / 2 < doubt.most < MOST * 2
-        assert doubt.what.startswith(("states $", "counts 999,999,999"))
+        assert doubt.most and MOST / 2 < doubt.most < MOST * (146 if "145" in name else 2)
+        assert doubt.what.startswith(("states $", "counts "))
         teacher.script = always()  # mended: the answer that was paid is there
         found = buy(teacher, tmp_path, 40, concurrency=16)
     assert len(teacher.payloads) == 40 and {r.stop for r in found} == {"end"}
 
 
-@pytest.mark.parametrize("by", ["cost", "tokens"])
-def test_h15_a_server_that_bills_145_times_its_maximum_does_so_once(
-    tmp_path: Path, by: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tokens = {"completion_tokens": int(MOST * 145 / 15 * 10**6)}
-    said = usage(cost=float(MOST * 145)) if by == "cost" else usage(**tokens)
-    with FakeTeacher(always(answer=said, delay=0.05)) as teacher:
-        with stops(Exit.BUDGET, "more than its maximum") as stopped:
-            buy(teacher, tmp_path, 300, concurrency=16, budget_dollars=Decimal(5))
-    assert len(teacher.payloads) == 1
-    assert "price table" in stopped.value.fix
-
-
-def test_h15_a_later_bill_stops_too_and_a_dearer_server_keeps_to_the_budget(tmp_path: Path) -> None:
+def test_h15_a_later_bill_stops_too_and_a_dearer_server_keeps_to_the_budget(tmp_path):
     limit = Decimal("0.05")
 
     def later(number: int, payload: dict[str, Any]) -> Reply:
@@ -147,7 +128,7 @@ def test_h15_a_later_bill_stops_too_and_a_dearer_server_keeps_to_the_budget(tmp_
     assert limit / 2 < teacher.bill <= limit
 
 
-def test_h15_only_the_first_answer_of_a_run_is_awaited_alone(tmp_path: Path) -> None:
+def test_h15_only_the_first_answer_of_a_run_is_awaited_alone(tmp_path):
     with FakeTeacher() as teacher:
         teacher.script = lambda number, payload: Reply(
             hold=lambda: len(teacher.payloads) >= 9 if number else teacher.busiest == 1
@@ -168,43 +149,25 @@ def says(message: str, **more: Any) -> dict[str, Any]:
     return {"error": {"message": message, **more}}
 
 
-TOLD = {  # a text that says that it is about the account
+TOLD = {  # a text that says that it is about the account; more in the fixtures of servers
     "key expired": refused(400, says("key expired")),
-    "Google": refused(
-        400, [says("API key not valid. Please pass a valid API key.", status="INVALID_ARGUMENT")]
-    ),
-    "Anthropic, limits": refused(
-        400, {"type": "error", **says("You have reached your specified API usage limits.")}
-    ),
-    "Anthropic, credit": refused(
-        400, says("Your credit balance is too low to access the Anthropic API.")
-    ),
     "402": refused(402, says("no")),
-    "410": refused(410, says("no")),
     "Zhipu": refused(200, {"code": 1113, "msg": "Your account is in arrears."}),
     "Zhipu's words": refused(200, {"code": 1113, "msg": "您的账户已欠费，请充值后重试。"}),
-    "Aliyun": refused(400, {"code": "Arrearage", "message": "Access denied."}),
-    "organization": refused(400, says("This organization has been disabled.")),
-    "country": refused(400, says("User location is not supported for the API use.")),
     "200, quota": refused(200, says("x", code="insufficient_quota")),
-    "200, coded": refused(200, {"choices": None, **says("no key", code=401)}),
     "200, said": refused(200, {"success": False, "message": "Insufficient balance"}),
 }
 REPEATED = {  # what nobody knows but by its repetition
     "400": refused(400, says("no")),
     "another text each": {"status": 400, "body": None, "billed": False},
-    "406": refused(406, says("not acceptable")),
     "413": {"status": 413, "body": b"<html>", "billed": False},
-    "451": refused(451, {"detail": "unavailable for legal reasons"}),
-    "200, no success": refused(200, {"success": False}),
     "200, a code": refused(200, {"code": 7, "msg": "no"}),
-    "200, a message": refused(200, {"message": "no"}),
     "unreadable": {"body": b'{"choices": [7]}', "billed": True},
 }
 
 
 @pytest.mark.parametrize("name", [*TOLD, *REPEATED])
-def test_h13_a_refusal_of_the_account_is_no_answer(tmp_path: Path, name: str) -> None:
+def test_h13_a_refusal_of_the_account_is_no_answer(tmp_path, name):
     reply = {**TOLD, **REPEATED}[name]
 
     def script(number: int, payload: dict[str, Any]) -> Reply:
@@ -223,7 +186,7 @@ def test_h13_a_refusal_of_the_account_is_no_answer(tmp_path: Path, name: str) ->
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_h13_a_question_that_sounds_like_a_refusal_ends_no_run(tmp_path: Path, first: bool) -> None:
+def test_h13_a_question_that_sounds_like_a_refusal_ends_no_run(tmp_path, first):
     words = "my credit balance is too low and my api key expired"
 
     def script(number: int, payload: dict[str, Any]) -> Reply:
@@ -240,7 +203,7 @@ def test_h13_a_question_that_sounds_like_a_refusal_ends_no_run(tmp_path: Path, f
     assert [r.stop for r in found].count("error") == 1 and len(teacher.payloads) == 10
 
 
-def test_h13_five_refused_of_a_few_that_are_left_end_no_run(tmp_path: Path) -> None:
+def test_h13_five_refused_of_a_few_that_are_left_end_no_run(tmp_path):
     """A go that finds only what is refused, the others being answered, ends no run."""
 
     def script(number: int, payload: dict[str, Any]) -> Reply:
@@ -274,7 +237,7 @@ DECLINED = {
 }
 
 
-def test_h13_redo_asks_what_failed_and_nothing_else(tmp_path: Path) -> None:
+def test_h13_redo_asks_what_failed_and_nothing_else(tmp_path):
     def script(number: int, payload: dict[str, Any]) -> Reply:
         return Reply(**{**FAILING, **DECLINED}.get(question(payload), {}))
 
@@ -303,7 +266,7 @@ def test_h13_redo_asks_what_failed_and_nothing_else(tmp_path: Path) -> None:
     assert paid <= teacher.bill <= paid + perhaps
 
 
-def test_h13_refusals_in_a_store_of_before_are_read_and_asked_again_by_redo(tmp_path: Path) -> None:
+def test_h13_refusals_in_a_store_of_before_are_read_and_asked_again_by_redo(tmp_path):
     """As commit 07339c8 stored them: the refusal is the response, an object in a 200 an answer."""
     stored = [(400, says("Your credit balance is too low")), (200, {"code": 1113, "msg": "no"})]
     with FakeTeacher() as teacher, ResponseStore(tmp_path) as log:
@@ -334,9 +297,7 @@ def test_h13_refusals_in_a_store_of_before_are_read_and_asked_again_by_redo(tmp_
 
 
 @pytest.mark.parametrize("manner", ["dead", "refusing", "paid for nothing"])
-def test_h25_nothing_but_failures_is_exit_4(
-    tmp_path: Path, manner: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_h25_nothing_but_failures_is_exit_4(tmp_path, manner, capsys):
     replies = {
         "dead": Reply(status=500, body=b"", billed=False),
         "refusing": Reply(**refused(400, says("no"))),
@@ -357,38 +318,17 @@ def test_h25_nothing_but_failures_is_exit_4(
     assert {r.stop for r in found} == {"end"}
 
 
-def test_h25_a_host_that_has_died_since_is_exit_4(tmp_path: Path) -> None:
-    with FakeTeacher() as teacher:
-        buy(teacher, tmp_path, 6)
-        asked = settings(teacher, max_retries=0)
-        requests = asks(asked, 9)
-        responder = EndpointResponder(asked, PRICE, "run")
-    with stops(Exit.TEACHER, "none of 3 requests could be sent"):
-        answer_all(responder, requests, tmp_path)
-
-
-def test_h25_questions_that_all_fail_are_exit_4(tmp_path: Path) -> None:
-    with FakeTeacher(always(status=500, body=b"", billed=False)) as teacher:
-        config = make_run(tmp_path, teacher, 3, max_retries=0)
-        assert generate(str(config), "prompts.questions={kinds: [factual]}") == Exit.TEACHER
-    assert len(teacher.payloads) == 3, "the prompts were not asked"
-
-
 KEPT_ALIVE = {
     "blanks": b" " * 2200 + ANSWER,
-    "lines": b"\n" * 3000 + ANSWER + b"\n\n",
     "comments": b": OPENROUTER PROCESSING\n\n" * 200 + ANSWER,
-    "comments, CRLF": b": keep-alive\r\n\r\n" * 100 + ANSWER + b"\r\n: done\r\n",
     "after it": ANSWER + b"\n: keep-alive\n\n: keep-alive",
-    "between": b": kept\r\r" + ANSWER + b"\ndata: [DONE]\n\n",
-    "zeros": b"\0\0" + ANSWER + b"\0",
-    "a mark of order": b"\xef\xbb\xbf\n" + ANSWER,
+    "between": b"\xef\xbb\xbf\0: kept\r\r" + ANSWER + b"\ndata: [DONE]\n\n",
     "indented": b" \t\n" * 1000 + json.dumps(json.loads(ANSWER), indent=1).encode(),
 }
 
 
 @pytest.mark.parametrize("name", KEPT_ALIVE)
-def test_d4_an_answer_is_read_behind_what_kept_the_connection(tmp_path: Path, name: str) -> None:
+def test_d4_an_answer_is_read_behind_what_kept_the_connection(tmp_path, name):
     with FakeTeacher(always(body=KEPT_ALIVE[name], billed=True, dollars=USUAL)) as teacher:
         found = buy(teacher, tmp_path, 3)
         assert buy(teacher, tmp_path, 3) == found and len(teacher.payloads) == 3
@@ -396,34 +336,21 @@ def test_d4_an_answer_is_read_behind_what_kept_the_connection(tmp_path: Path, na
     assert account_of(tmp_path).settled == teacher.bill
 
 
-@pytest.mark.parametrize("body", [b" " * 3000, b": PROCESSING\n\n" * 300, b"\n" * 3000 + b"<html>"])
-def test_d4_nothing_behind_it_is_nothing(tmp_path: Path, body: bytes) -> None:
-    with FakeTeacher(lambda n, _: Reply() if n else Reply(body=body, billed=True)) as teacher:
-        assert {r.stop for r in buy(teacher, tmp_path, 3)} == {"end"}
-    assert len(teacher.payloads) == 4
-
-
 NOTHING = {  # H5: what holds no answer, and is charged nevertheless
     "no text": {"message": {"content": ""}},
-    "blanks": {"message": {"content": " \n"}},
     "only a thought": {"message": {"content": "<think>\nhm\n</think>"}},
-    "cut off before a word": {"message": {"content": ""}, "finish": "length"},
     "filtered without a word": {"message": {"content": ""}, "finish": "content_filter"},
     "a message": {"body": b'{"message": "hello"}', "billed": True},
-    "a detail": {"body": b'{"detail": "hello"}', "billed": True},
     "a stream": {"body": b'data: {"choices": [{"delta": {"content": "a"}}]}\n\n', "billed": True},
     "3,000 blanks": {"body": b" " * 3000, "billed": True},
     "HTML": {"body": b"<html>", "billed": True},
-    "no choices": {"body": b'{"choices": []}', "billed": True},
     "refused": refused(400, says("no")),
 }
 
 
 @pytest.mark.parametrize("answered", [0, 30], ids=["from the start", "later"])
 @pytest.mark.parametrize("name", NOTHING)
-def test_h5_h14_h25_a_server_with_nothing_to_say_is_given_up(
-    tmp_path: Path, name: str, answered: int
-) -> None:
+def test_h5_h14_h25_a_server_with_nothing_to_say_is_given_up(tmp_path, name, answered):
     """H5: 5 requests from the start, 20 in a row later; --redo asks them again, and only them."""
     nothing = Reply(**NOTHING[name])
     with FakeTeacher(lambda n, _: Reply() if n < answered else nothing) as teacher:
@@ -442,9 +369,7 @@ def test_h5_h14_h25_a_server_with_nothing_to_say_is_given_up(
 
 @pytest.mark.parametrize("answered", [0, 30])
 @pytest.mark.parametrize("wait", ["0", None])
-def test_h14_a_limit_without_end_is_given_up(
-    tmp_path: Path, wait: str | None, answered: int
-) -> None:
+def test_h14_a_limit_without_end_is_given_up(tmp_path, wait, answered):
     """H14, D7: 300 questions, each limited: all in flight a few times, then one at a time."""
     headers = {"retry-after": wait} if wait else {}
     limited = Reply(status=429, headers=headers, body=b"{}")
@@ -454,7 +379,7 @@ def test_h14_a_limit_without_end_is_given_up(
         assert 20 <= len(teacher.payloads) - answered <= 20 + 5 * 8
 
 
-def test_h14_limits_without_an_answer_for_minutes_are_given_up(tmp_path: Path) -> None:
+def test_h14_limits_without_an_answer_for_minutes_are_given_up(tmp_path):
     """H14: few limits, each with a long wait; three times `max_pause` is the end."""
     limited = Reply(status=429, headers={"retry-after-ms": "60"}, body=b"{}")
     with FakeTeacher(lambda n, _: limited) as teacher:
@@ -463,7 +388,7 @@ def test_h14_limits_without_an_answer_for_minutes_are_given_up(tmp_path: Path) -
         assert len(teacher.payloads) < 20
 
 
-def test_h14_a_server_that_answers_one_at_a_time_is_asked_so(tmp_path: Path) -> None:
+def test_h14_a_server_that_answers_one_at_a_time_is_asked_so(tmp_path):
     """H14: of 24 in flight 23 are limited, and none of them is given up."""
     with FakeTeacher() as teacher:
         limited = Reply(status=429, headers={"retry-after-ms": "1"})
@@ -472,7 +397,7 @@ def test_h14_a_server_that_answers_one_at_a_time_is_asked_so(tmp_path: Path) -> 
     assert {r.stop for r in found} == {"end"}
 
 
-def test_h5_a_few_empty_answers_among_others_are_kept(tmp_path: Path) -> None:
+def test_h5_a_few_empty_answers_among_others_are_kept(tmp_path):
     with FakeTeacher(lambda n, _: Reply(message={"content": ""} if n % 4 else {})) as teacher:
         found = buy(teacher, tmp_path, 40)
         assert sum(r.text == "" and r.stop == "end" for r in found) == 30
@@ -480,9 +405,7 @@ def test_h5_a_few_empty_answers_among_others_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tokenizer", [False, True])
-def test_d6_a_prompt_that_was_cut_stops_the_run(
-    tmp_path: Path, tokenizer: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_d6_a_prompt_that_was_cut_stops_the_run(tmp_path, tokenizer, monkeypatch):
     """D6: 8,000 words and `prompt_tokens: 2050`; the answer is never taken for one."""
     long = {role: f"{role} " * 4000 for role in ("system", "user")}
     if tokenizer:
@@ -507,25 +430,6 @@ def test_d6_a_prompt_that_was_cut_stops_the_run(
         hold_account(teacher, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "word " * 9,
-        "一二三四五六七八九十" * 90,
-        "=" * 4000,
-        " " * 4000,
-        "a" * 4000,
-        "\n|---|---|" * 99,
-    ],
-)
-def test_d6_what_a_tokenizer_merges_is_no_cut_prompt(text: str) -> None:
-    """D6: the bound by characters lies below what a usual tokenizer counts."""
-    asked = settings("http://127.0.0.1:9/v1")
-    turns = (Message(role="user", content=text), Message(role="assistant", content="w " * 999))
-    request = Request.make(origin_of(asked), "p", turns, Sampling())
-    assert token_counts.least_tokens(request, "nobody/knows") <= max(1, len(text) / 4)
-
-
 FINISHES = {  # D2: name, what it counts as
     **dict.fromkeys(("stop", "eos", "eos_token", "stop_sequence", "end_turn", "STOP"), "end"),
     **dict.fromkeys(("EndTurn", "COMPLETE", "finish_reason_stop", "FinishReason.STOP"), "end"),
@@ -537,7 +441,7 @@ FINISHES = {  # D2: name, what it counts as
 
 
 @pytest.mark.parametrize("finish", FINISHES)
-def test_d2_why_an_answer_stopped(tmp_path: Path, finish: str | None) -> None:
+def test_d2_why_an_answer_stopped(tmp_path, finish):
     """D2: the text of an unknown reason is kept, and is cut off where it fills what was allowed."""
     with FakeTeacher(always(finish=finish)) as teacher:
         (found,) = buy(teacher, tmp_path)
@@ -550,9 +454,7 @@ def test_d2_why_an_answer_stopped(tmp_path: Path, finish: str | None) -> None:
         assert found.stop == ("length" if noted else FINISHES[finish])
 
 
-def test_d2_unknown_reasons_and_d3_lone_marks_are_counted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_d2_unknown_reasons_and_d3_lone_marks_are_counted(tmp_path, capsys):
     responses = [
         Response(
             id=str(n),
@@ -576,7 +478,7 @@ def test_d2_unknown_reasons_and_d3_lone_marks_are_counted(
     assert "mark" not in capsys.readouterr().err, "1 of 198 may speak of one"
 
 
-def test_d2_d3_what_was_bought_before_is_read_by_the_better_reader(tmp_path: Path) -> None:
+def test_d2_d3_what_was_bought_before_is_read_by_the_better_reader(tmp_path):
     """D2, D3: replies of an older store, without `cap` and `least`, make no request."""
     texts = ("Paris.", "Okay, the user asks.\n</think>\n\nParis.")
     with ResponseStore(tmp_path) as log:

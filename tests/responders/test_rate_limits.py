@@ -43,12 +43,12 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("name", HEADERS)
-def test_retry_after(name: str) -> None:
+def test_retry_after(name):
     headers, seconds = HEADERS[name]
     assert retry_after(headers, NOW) == seconds
 
 
-def test_a_date_without_a_zone_is_no_local_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_date_without_a_zone_is_no_local_time(monkeypatch):
     monkeypatch.setenv("TZ", "Asia/Tokyo")
     time.tzset()
     try:
@@ -83,14 +83,14 @@ SAID = {  # in a body
 
 
 @pytest.mark.parametrize("text", SAID)
-def test_d7_a_delay_in_the_body_is_read(text: str) -> None:
+def test_d7_a_delay_in_the_body_is_read(text):
     seconds = SAID[text]
     found = stated_wait({}, text.encode())
     assert found is seconds is None or found == pytest.approx(seconds)
     assert stated_wait({"retry-after": "3"}, text.encode()) == 3, "the header comes first"
 
 
-def test_d7_headers_of_the_limit_that_is_used_up_are_read() -> None:
+def test_d7_headers_of_the_limit_that_is_used_up_are_read():
     now = time.time()
     reset = {
         "x-ratelimit-remaining-requests": "0",
@@ -112,14 +112,14 @@ def test_d7_headers_of_the_limit_that_is_used_up_are_read() -> None:
         assert stated_wait({"x-ratelimit-reset": value}, b"") in (None, 0.0)
 
 
-def test_backoff_doubles_with_jitter_and_ends() -> None:
+def test_backoff_doubles_with_jitter_and_ends():
     for attempt in range(30):
         most = min(60.0, 0.5 * 2**attempt)
         waits = [backoff(attempt, 0.5) for _ in range(50)]
         assert most / 2 <= min(waits) < max(waits) <= most
 
 
-def test_a_pause_holds_everybody_and_ends_when_closed() -> None:
+def test_a_pause_holds_everybody_and_ends_when_closed():
     async def work() -> tuple[float, float, bool]:
         gate, started = Gate(), time.monotonic()
         gate.pause(0.2)
@@ -137,7 +137,7 @@ def test_a_pause_holds_everybody_and_ends_when_closed() -> None:
     assert first >= 0.2 and whole < 50 and not open_
 
 
-def test_the_pace_is_even(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pace_is_even(monkeypatch):
     monkeypatch.setattr("time.monotonic", lambda: 100.0)
 
     async def taken(*limits: int | None, tokens: int = 10) -> list[float]:

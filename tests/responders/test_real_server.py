@@ -5,20 +5,15 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from distill.config.tree import Config
 from distill.errors import Exit
 from distill.models.loading import load_tokenizer
-from distill.records import Message
 from distill.responders.endpoint.budget import attempts
-from distill.responders.endpoint.endpoint import EndpointResponder
-from distill.responders.responder import Request, Sampling, origin_of
 from distill.responders.store import ResponseStore
 from distill.training.soft_labels.server_logprobs import probe
-from tests.support.asking import answer_all
 from tests.support.engines import TEXTS, Engine, local, served, settings
 from tests.support.errors import stops
 from tests.support.tiny import TEMPLATE, make_tiny, make_tokenizer
@@ -55,9 +50,7 @@ def servers(models: Path) -> Iterator[tuple[Engine, Engine]]:
             server.kill()
 
 
-def test_a_server_answers_as_the_local_teacher_does(
-    servers: tuple[Engine, Engine], models: Path, tmp_path: Path
-) -> None:
+def test_a_server_answers_as_the_local_teacher_does(servers, models, tmp_path):
     asked = settings(servers[0])
     ours, theirs = local(models / "tiny", tmp_path / "a"), served(asked, tmp_path / "b")
     assert [r.text for r in theirs] == [r.text for r in ours]
@@ -67,9 +60,9 @@ def test_a_server_answers_as_the_local_teacher_does(
     assert {r.model for r in theirs} == {"tiny"} and len({r.text for r in theirs}) > 6
 
 
-def test_the_model_s_own_settings_are_held_off_by_the_fields_that_the_config_sends(
-    servers: tuple[Engine, Engine], models: Path, tmp_path: Path
-) -> None:
+def test_the_model_s_own_settings_are_held_off_by_the_fields_that_are_sent(
+    servers, models, tmp_path
+):
     neutral = [r.text for r in local(models / "penal", tmp_path / "a")]
     sent = settings(servers[0], model="penal")
     assert [r.text for r in served(sent, tmp_path / "b")] == neutral
@@ -77,31 +70,10 @@ def test_the_model_s_own_settings_are_held_off_by_the_fields_that_the_config_sen
     assert [r.text for r in served(unsent, tmp_path / "c")] != neutral
 
 
-def test_sampling_needs_the_field_that_the_config_names(
-    servers: tuple[Engine, Engine], tmp_path: Path
-) -> None:
-    drawn = Sampling(temperature=1.0, max_new_tokens=8)
-    turn = (Message(role="user", content="?"),)
-    for own, different in ((None, 1), ('{"do_sample": true, "top_k": 0}', 4)):
-        extra = {"frequency_penalty": 0} | ({"generation_config": own} if own else {})
-        asked = settings(servers[0], temperature=1.0, n=4, extra_body=extra)
-        requests = [Request.make(origin_of(asked), "p", turn, drawn, i) for i in range(4)]
-        found = answer_all(EndpointResponder(asked), requests, tmp_path)
-        assert len({r.text for r in found}) == different
-
-
-def test_what_it_thinks_comes_apart_from_its_answer(
-    servers: tuple[Engine, Engine], tmp_path: Path
-) -> None:
+def test_what_it_thinks_comes_apart_from_its_answer(servers, tmp_path):
     found = served(settings(servers[0], model="thinker"), tmp_path, TEXTS[:2])
     assert {(r.text, r.stop, r.usage.output_tokens) for r in found} == {("", "length", 16)}
     assert all(r.reasoning for r in found)
-
-
-def test_text_completions_are_read_too(servers: tuple[Engine, Engine], tmp_path: Path) -> None:
-    found = served(settings(servers[0], api="completions"), tmp_path, TEXTS[:2])
-    assert {(r.stop, r.usage.output_tokens) for r in found} == {("length", 16)}
-    assert all(r.text for r in found)
 
 
 @pytest.mark.parametrize(
@@ -112,9 +84,7 @@ def test_text_completions_are_read_too(servers: tuple[Engine, Engine], tmp_path:
         ({"base_url": "/v2"}, "404: Not Found"),
     ],
 )
-def test_what_no_request_could_pass_stops_the_run_at_once(
-    servers: tuple[Engine, Engine], tmp_path: Path, change: dict[str, Any], said: str
-) -> None:
+def test_what_no_request_could_pass_stops_the_run_at_once(servers, tmp_path, change, said):
     if "base_url" in change:
         change = {"base_url": servers[1].address + change["base_url"]}
     asked = settings(servers[1], concurrency=1, **change)
@@ -124,9 +94,7 @@ def test_what_no_request_could_pass_stops_the_run_at_once(
         assert [a.billed for a in attempts(log, {"tiny": None, "other": None})] == ["no"]
 
 
-def test_a_server_that_tells_no_distributions_is_found_by_one_short_text(
-    servers: tuple[Engine, Engine], models: Path, tmp_path: Path
-) -> None:
+def test_a_server_that_tells_no_distributions_is_found_by_one_short_text(servers, models, tmp_path):
     config = Config.model_validate(
         {
             "name": "x",
@@ -142,9 +110,7 @@ def test_a_server_that_tells_no_distributions_is_found_by_one_short_text(
         probe(config, load_tokenizer(config.student.model))
 
 
-def test_a_replica_that_dies_is_left_out_and_nothing_else_is_asked_twice(
-    servers: tuple[Engine, Engine], models: Path, tmp_path: Path
-) -> None:
+def test_a_replica_that_dies_is_left_out_and_nothing_else_is_asked_twice(servers, models, tmp_path):
     texts = [f"{i}: {text}" for i, text in enumerate(TEXTS * 4)]
     asked, log = settings(servers, concurrency=6), servers[1].log
     before = log.read_text().count(ANSWERED)

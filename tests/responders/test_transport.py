@@ -53,28 +53,17 @@ def secure() -> FakeTeacher:
     return FakeTeacher(tls=context)
 
 
-def test_c5_a_certificate_that_nobody_vouches_for_gets_no_key(tmp_path: Path) -> None:
+def test_c5_a_certificate_that_nobody_vouches_for_gets_no_key(tmp_path):
     with secure() as teacher, pytest.raises(DistillError, match="cannot connect"):
         ask(teacher.url, tmp_path)
     assert not teacher.payloads and not teacher.headers
 
 
-def test_c5_a_certificate_of_another_host_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_c5_a_certificate_of_another_host_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
     with secure() as teacher, pytest.raises(DistillError, match="could be sent"):
         ask(teacher.url.replace("127.0.0.1", "127.0.0.2"), tmp_path)
     assert not teacher.payloads
-
-
-def test_c5_tls_with_a_server_that_has_none(tmp_path: Path) -> None:
-    with listener(lambda head: b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n") as (
-        port,
-        _,
-    ):
-        with pytest.raises(DistillError, match="cannot connect"):
-            ask(f"https://127.0.0.1:{port}/v1", tmp_path)
 
 
 @contextmanager
@@ -102,9 +91,7 @@ def listener(reply: Any) -> Iterator[tuple[int, list[bytes]]]:
         thread.join(10)
 
 
-def test_a_proxy_of_the_environment_never_sees_a_request_in_the_clear(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_proxy_of_the_environment_never_sees_a_request_in_the_clear(tmp_path, monkeypatch):
     with listener(lambda head: None) as (port, seen), FakeTeacher() as teacher:
         for name in PROXIES[:3]:
             monkeypatch.setenv(name, f"http://127.0.0.1:{port}")
@@ -113,9 +100,7 @@ def test_a_proxy_of_the_environment_never_sees_a_request_in_the_clear(
 
 
 @pytest.mark.parametrize("proxy", ["socks5://u:hidden@127.0.0.1:9", "gopher://u:hidden@h:1"])
-def test_a_proxy_that_cannot_be_used_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, proxy: str
-) -> None:
+def test_a_proxy_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, proxy):
     monkeypatch.setenv("HTTPS_PROXY", proxy)
     with stops(Exit.CONFIG, "HTTPS_PROXY") as stopped:
         ask("https://127.0.0.1:9/v1", tmp_path)
@@ -125,7 +110,7 @@ def test_a_proxy_that_cannot_be_used_is_one_line(
 @pytest.mark.parametrize(
     "to", ["http://169.254.169.254/latest", "file:///etc/passwd", "//127.0.0.1:1/", "\x7f", ""]
 )
-def test_c9_a_redirect_is_never_followed(tmp_path: Path, to: str) -> None:
+def test_c9_a_redirect_is_never_followed(tmp_path, to):
     script = Reply(status=308, headers={"location": to}, body=b"")
     with FakeTeacher(lambda number, payload: script) as teacher:
         with stops(Exit.TEACHER, "a redirect"):
@@ -143,7 +128,7 @@ def test_c9_a_redirect_is_never_followed(tmp_path: Path, to: str) -> None:
     ],
     ids=["many", "long", "status", "chunk"],
 )
-def test_c5_a_head_without_end_or_sense_is_a_fault(tmp_path: Path, head: bytes) -> None:
+def test_c5_a_head_without_end_or_sense_is_a_fault(tmp_path, head):
     started = time.process_time()
     with listener(lambda request: head) as (port, _):
         found = ask(f"http://127.0.0.1:{port}/v1", tmp_path)
@@ -163,7 +148,7 @@ def test_c5_a_head_without_end_or_sense_is_a_fault(tmp_path: Path, head: bytes) 
         ("identity", ANSWER, ""),
     ],
 )
-def test_c6_encodings(tmp_path: Path, encoding: str, body: bytes, says: str) -> None:
+def test_c6_encodings(tmp_path, encoding, body, says):
     reply = Reply(body=body, headers={"content-encoding": encoding}, billed=True)
     with FakeTeacher(lambda number, payload: reply) as teacher:
         found = ask(teacher.url, tmp_path)
@@ -171,9 +156,7 @@ def test_c6_encodings(tmp_path: Path, encoding: str, body: bytes, says: str) -> 
     assert says in str(found.error) if says else found.text == "the answer to q0 please"
 
 
-def test_what_a_server_says_cannot_steer_the_terminal(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_what_a_server_says_cannot_steer_the_terminal(tmp_path, capfd):
     escape = "\x1b]0;mine\x07\x1b[2J\x9b31m\r\x00"
     error = json.dumps({"error": {"message": f"no {escape}"}}).encode()
     replies = [
@@ -193,20 +176,3 @@ def test_what_a_server_says_cannot_steer_the_terminal(
     shown = "".join(capfd.readouterr()) + str(found[2].error) + str(stopped.value)
     assert "is now m" in shown and "401: no" in shown
     assert all(c.isprintable() or c == "\n" for c in shown)
-
-
-@pytest.mark.parametrize("url", ["https://u:{}@host/v1", "https://host/v1?api_key={}"])
-def test_a6_an_address_with_a_secret_is_refused_and_never_echoed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], url: str
-) -> None:
-    from distill.cli import main
-
-    config = tmp_path / "c.yaml"
-    teacher = {"kind": "endpoint", "model": "m", "base_url": url.format(KEY)}
-    tree = {"corpus": {"path": "x"}, "teacher": teacher, "student": {"model": "s"}}
-    config.write_text(json.dumps({"name": "r", "runs": str(tmp_path / "runs"), **tree}))
-    for words in (["plan", str(config)], ["generate", str(config)]):
-        assert main(words) == Exit.CONFIG
-    shown = "".join(capsys.readouterr())
-    assert "base_url" in shown or "address" in shown
-    assert KEY not in shown and not (tmp_path / "runs").exists()

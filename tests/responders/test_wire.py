@@ -3,7 +3,6 @@
 import json
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -23,7 +22,7 @@ CASES = [
 ]
 
 
-def test_every_fixture_names_its_source() -> None:
+def test_every_fixture_names_its_source():
     found = sorted(FIXTURES.glob("*.json"))
     makers = (
         "vllm sglang llamacpp ollama lmstudio tgi openai azure gemini anthropic"
@@ -35,7 +34,7 @@ def test_every_fixture_names_its_source() -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_servers_send_is_read(case: dict[str, Any]) -> None:
+def test_what_servers_send_is_read(case):
     data = json.dumps(case["body"]).encode()
     if "fault" in case:
         assert case["status"] != 200 or not wire.is_answer(data)
@@ -55,13 +54,13 @@ def test_what_servers_send_is_read(case: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("data", [b"plain", "é\u2028".encode(), b"\xff\xfe", b"", b"\x00"])
-def test_packed_bytes_come_back(data: bytes) -> None:
+def test_packed_bytes_come_back(data):
     body = json.loads(json.dumps(wire.pack(data)))
     assert wire.unpack(body) == data and len(body["sha256"]) == 64
 
 
 @pytest.mark.parametrize("cost", [True, -1, float("nan"), "$1", [], 1e400, 10**400])
-def test_h6_a_strange_cost_is_none(cost: Any) -> None:
+def test_h6_a_strange_cost_is_none(cost):
     assert wire._number(cost) is None and wire._number("1e999999999") is None
     assert wire._number(0.1) == wire._number("0.1") == Decimal("0.1")
 
@@ -78,13 +77,13 @@ def test_h6_a_strange_cost_is_none(cost: Any) -> None:
         {"tokens": ["a"], "token_logprobs": [None]},
     ],
 )
-def test_log_probabilities_that_cannot_be_read_cost_no_answer(given: Any) -> None:
+def test_log_probabilities_that_cannot_be_read_cost_no_answer(given):
     choice = {"message": {"content": "a"}, "finish_reason": "stop", "logprobs": given}
     reply = wire.read_reply(json.dumps({"choices": [choice]}).replace("Infinity", "1e999").encode())
     assert (reply.text, reply.stop, reply.logprobs) == ("a", "end", None)
 
 
-def test_half_a_surrogate_pair_is_replaced() -> None:
+def test_half_a_surrogate_pair_is_replaced():
     text = r'"a \ud800 b \ud83d\ude00"'
     data = f'{{"choices": [{{"message": {{"content": {text}}}, "finish_reason": "stop"}}]}}'
     reply = wire.read_reply(data.encode())
@@ -94,7 +93,7 @@ def test_half_a_surrogate_pair_is_replaced() -> None:
 ANSWER = b'{"choices": [{"message": {"content": "Paris"}, "finish_reason": "stop"}]}'
 
 
-def test_h5_an_event_stream_and_two_answers_are_named() -> None:
+def test_h5_an_event_stream_and_two_answers_are_named():
     for data, says in ((b"data: " + ANSWER, "an event stream"), (ANSWER + b"{}", "JSON breaks")):
         assert says in str(wire.read_reply(data).error)
 
@@ -115,7 +114,7 @@ BODIES = st.recursive(
 
 @settings(max_examples=100, deadline=None)
 @given(st.binary() | BODIES.map(lambda body: json.dumps(body).encode()), st.integers(100, 599))
-def test_no_body_breaks_the_reader(data: bytes, status: int) -> None:
+def test_no_body_breaks_the_reader(data, status):
     wire.is_answer(data)
     assert classify(status, data).what
     stored = {"status": 200, "question": 10, **wire.pack(data)}

@@ -58,9 +58,7 @@ def one(url: str, *turns: str, **changes: Any) -> tuple[EndpointResponder, Reque
     return EndpointResponder(asked, PRICE, "run"), request
 
 
-def test_anthropics_messages_are_asked_and_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_anthropics_messages_are_asked_and_read(tmp_path, monkeypatch):
     monkeypatch.setenv("TEACHER_KEY", KEY)
     with FakeTeacher(lambda number, payload: Reply(body=canonical(MESSAGE))) as teacher:
         turns = ("system: Be brief.", "user: q0 please", "assistant: a", "user: and?")
@@ -109,23 +107,17 @@ AZURE = "https://mine.openai.azure.com"
         ("https://gateway.example/azure", "v", "/azure/chat/completions?api-version=v"),
     ],
 )
-def test_azures_addresses(url: str, version: str | None, place: str) -> None:
+def test_azures_addresses(url, version, place):
     asked = settings(url, api_version=version)
     assert urlsplit(asked.base_urls[0] + path(asked))[2:4] == urlsplit(place)[2:4]
     assert headers(asked, "k")["api-key"] == "k" and "api-key" not in headers(asked, None)
-
-
-def test_azure_without_its_version_is_refused() -> None:
+    if version:
+        assert origin_of(asked) != origin_of(settings(url, api_version="other"))
     with pytest.raises(ValueError, match="Azure needs api_version"):
         settings(AZURE)
-    assert origin_of(settings(AZURE, api_version="a")) != origin_of(
-        settings(AZURE, api_version="b")
-    )
 
 
-def test_azure_is_asked_with_its_header_and_version(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_azure_is_asked_with_its_header_and_version(tmp_path, monkeypatch):
     monkeypatch.setenv("TEACHER_KEY", KEY)
     with FakeTeacher() as teacher:
         url = teacher.url.replace("/v1", "/openai/deployments/d")
@@ -147,23 +139,21 @@ def test_azure_is_asked_with_its_header_and_version(
         ("https://api.example.com/v1", "openai", "/chat/completions"),
     ],
 )
-def test_an_address_that_can_mean_one_wire_only_says_so(url: str, form: str, place: str) -> None:
+def test_an_address_that_can_mean_one_wire_only_says_so(url, form, place):
     asked = settings(url)
     assert (asked.form, path(asked)) == (form, place)
     assert bool(ways(asked)) == (form == "anthropic")
     if form == "openai":
         assert path(settings(url, wire="anthropic")) == "/messages"
         assert origin_of(settings(url, wire="anthropic")) != origin_of(asked)
-
-
-@pytest.mark.parametrize("changes", [{"api": "completions"}, {"omit": ("max_tokens",)}])
-def test_what_anthropics_wire_cannot_do_is_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="wire anthropic"):
-        settings("https://api.anthropic.com", **changes)
+        return
+    for changes in ({"api": "completions"}, {"omit": ("max_tokens",)}):
+        with pytest.raises(ValueError, match="wire anthropic"):
+            settings(url, **changes)
 
 
 @pytest.mark.parametrize("signals", [{}, {"from_answers": True}, {"endpoint": True}])
-def test_what_has_no_distributions_is_refused_as_their_reader(signals: dict[str, Any]) -> None:
+def test_what_has_no_distributions_is_refused_as_their_reader(signals):
     own = {"kind": "endpoint", "model": "m", "base_url": "https://api.anthropic.com"}
     logprobs = {"extra_body": {"logprobs": True, "top_logprobs": 5}}
     signals = {"endpoint": own} if "endpoint" in signals else signals
@@ -189,9 +179,7 @@ def with_schema(request: Request, responder: EndpointResponder, schema: Any = SC
 
 
 @pytest.mark.parametrize(("schema", "strict"), [(SCHEMA, True), (LOOSE, False)])
-def test_a_schema_goes_with_the_question_and_into_its_key(
-    tmp_path: Path, schema: dict[str, Any], strict: bool
-) -> None:
+def test_a_schema_goes_with_the_question_and_into_its_key(tmp_path, schema, strict):
     with FakeTeacher() as teacher:
         responder, request = one(teacher.url, wire=None)
         asked = with_schema(request, responder, schema)
@@ -214,9 +202,7 @@ REFUSALS = [  # OpenAI, vLLM, DeepSeek, Anthropic
 
 
 @pytest.mark.parametrize("message", REFUSALS)
-def test_a_server_that_takes_no_schema_is_one_line_after_one_question(
-    tmp_path: Path, message: str
-) -> None:
+def test_a_server_that_takes_no_schema_is_one_line_after_one_question(tmp_path, message):
     error = canonical({"error": {"message": message, "type": "invalid_request_error"}})
     wire = "anthropic" if message.startswith("output") else "openai"
     with FakeTeacher(lambda number, payload: Reply(status=400, body=error)) as teacher:
@@ -228,7 +214,7 @@ def test_a_server_that_takes_no_schema_is_one_line_after_one_question(
     assert len(teacher.payloads) == 1
 
 
-def test_a_tasks_schema_is_sent_where_it_is_to_be(tmp_path: Path) -> None:
+def test_a_tasks_schema_is_sent_where_it_is_to_be(tmp_path):
     task = {"student": {"user": "{{ text }}"}, "metric": "valid"}
     checker = {"kind": "json_schema", "schema": SCHEMA}
     (tmp_path / "cities.yaml").write_text(json.dumps({**task, "checker": checker}))
@@ -251,7 +237,7 @@ def test_a_tasks_schema_is_sent_where_it_is_to_be(tmp_path: Path) -> None:
             assert request.output_schema == expected
 
 
-def test_a_stored_reply_of_another_form_is_read_without_a_request(tmp_path: Path) -> None:
+def test_a_stored_reply_of_another_form_is_read_without_a_request(tmp_path):
     """A gateway may answer in Anthropic's form what was asked in OpenAI's."""
     with FakeTeacher() as teacher:
         responder, request = one(teacher.url, wire=None)
@@ -269,5 +255,5 @@ EXCERPTS = re.findall(
 
 
 @pytest.mark.parametrize("excerpt", EXCERPTS)
-def test_the_excerpts_of_the_documents_can_be_loaded(excerpt: str) -> None:
+def test_the_excerpts_of_the_documents_can_be_loaded(excerpt):
     EndpointTeacher.model_validate(yaml.safe_load(excerpt)["teacher"])

@@ -10,7 +10,7 @@ from distill.cli import main
 from distill.config.teachers import EndpointTeacher
 from distill.config.tree import Config
 from distill.records import Document, Message, Prompt, Response
-from distill.responders.endpoint.budget import Account, Attempt, account, unknown_outcomes
+from distill.responders.endpoint.budget import Account, Attempt, account, attempts
 from distill.responders.endpoint.endpoint import EndpointResponder
 from distill.responders.responder import Request, Sampling, origin_of
 from distill.responders.store import ResponseStore
@@ -107,7 +107,7 @@ def account_of(store: Path) -> Account:
 def in_doubt(store: Path, run: str | None = None) -> list[Attempt]:
     """Return the requests to the fake teacher that may have been billed."""
     with ResponseStore(store, writable=False) as log:
-        return unknown_outcomes(log, PRICES, run)
+        return [one for one in attempts(log, PRICES, run) if one.billed == "unknown"]
 
 
 def hold_account(teacher: FakeTeacher, store: Path) -> None:

@@ -112,20 +112,20 @@ def echo(udp: socket.socket) -> None:
 
 
 @pytest.mark.parametrize("path", programs("reach"))
-def test_without_a_sandbox_it_gets_out(path: Path, host: dict[str, Any]) -> None:
+def test_without_a_sandbox_it_gets_out(path, host):
     done = bare(path.read_text(), f"print(solve({host!r}))")
     assert "OUT" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("path", programs("fake"))
-def test_without_a_judge_it_passes(path: Path) -> None:
+def test_without_a_judge_it_passes(path):
     check = "def check(candidate, wanted=42):\n    assert candidate({}) == 42"
     assert bare(path.read_text(), check, "check(solve)").returncode == 0
 
 
 @isolated
 @pytest.mark.parametrize("path", programs("reach", "rights"))
-def test_it_does_not_get_out(path: Path, host: dict[str, Any]) -> None:
+def test_it_does_not_get_out(path, host):
     outcome = judged(path.read_text(), f"assert solve({host!r}) == 42", seconds=3)
     assert outcome.passed is False and "OUT" not in outcome.reason, outcome.reason
     assert not Path(host["outside"]).exists()
@@ -134,7 +134,7 @@ def test_it_does_not_get_out(path: Path, host: dict[str, Any]) -> None:
 
 @isolated
 @pytest.mark.parametrize("path", programs("fake"))
-def test_it_does_not_pass(path: Path) -> None:
+def test_it_does_not_pass(path):
     check = "def check(candidate, wanted=42):\n    assert candidate({}) == 42\ncheck(solve)"
     outcome = judged(path.read_text(), check, entry="solve", seconds=3)
     assert outcome.passed is False, outcome.reason
@@ -142,7 +142,7 @@ def test_it_does_not_pass(path: Path) -> None:
 
 @isolated
 @pytest.mark.parametrize("path", programs("flood"))
-def test_it_ends_in_time_and_leaves_nothing(path: Path, host: dict[str, Any]) -> None:
+def test_it_ends_in_time_and_leaves_nothing(path, host):
     started = time.monotonic()
     outcome = judged(path.read_text(), f"assert solve({host!r}) == 42", seconds=1)
     assert time.monotonic() - started < 3
@@ -152,7 +152,7 @@ def test_it_ends_in_time_and_leaves_nothing(path: Path, host: dict[str, Any]) ->
 
 @isolated
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_it_ends_with_the_command_that_started_it(number: int) -> None:
+def test_it_ends_with_the_command_that_started_it(number):
     code = (HOSTILE / "flood" / "daemon.py").read_text().replace("sleep(0.1)", "sleep(600)")
     tests = f"solve({{'mark': {MARK!r}}})"
     script = (
@@ -232,13 +232,13 @@ RIGHT = {
 
 @isolated
 @pytest.mark.parametrize("name", RIGHT)
-def test_a_right_program_passes(name: str) -> None:
+def test_a_right_program_passes(name):
     outcome = judged(*RIGHT[name])
     assert outcome.passed, outcome.reason
 
 
 @isolated
-def test_several_functions_of_the_program_s_are_named() -> None:
+def test_several_functions_of_the_program_s_are_named():
     tests = "def check(f):\n    assert all(f(x) == g(x) + 1 for x in (1.5, 2.5))"
     code = "import math\ndef g(x):\n    return math.floor(x)\ndef f(x):\n    return g(x) + 1"
     for entry in (["f", "g"], "f"):
@@ -319,7 +319,7 @@ HOLLOW = {
 
 @isolated
 @pytest.mark.parametrize("name", HOLLOW)
-def test_what_proves_nothing_is_no_pass_and_no_gap(name: str) -> None:
+def test_what_proves_nothing_is_no_pass_and_no_gap(name):
     code, tests, reason = HOLLOW[name]
     outcome = judged(code, tests, seconds=3)
     assert outcome.passed is False and reason in outcome.reason, outcome.reason
@@ -327,7 +327,7 @@ def test_what_proves_nothing_is_no_pass_and_no_gap(name: str) -> None:
 
 @isolated
 @pytest.mark.parametrize("entry", ["", "f"])
-def test_h22_a_helper_that_nobody_defined_is_not_the_program_s(entry: str) -> None:
+def test_h22_a_helper_that_nobody_defined_is_not_the_program_s(entry):
     code = "def is_close(a, b):\n    return True\ndef f(x):\n    return 5"
     for tests in ("assert is_close(f(1), 3)", "x = f(1)\nassert is_close(x, 3)"):
         outcome = judged(code, tests, entry=entry)
@@ -350,7 +350,7 @@ WRONG = {
 
 @isolated
 @pytest.mark.parametrize("code", WRONG)
-def test_a_wrong_program_fails_with_its_reason(code: str) -> None:
+def test_a_wrong_program_fails_with_its_reason(code):
     outcome = judged(code, "assert f(1, 'a') == 2, 'two'")
     assert outcome.passed is False and WRONG[code] in outcome.reason, outcome.reason
 
@@ -365,13 +365,13 @@ def test_a_wrong_program_fails_with_its_reason(code: str) -> None:
         ("assert f(lambda: 1) == 1", "", "the tests hand a value of type function to f"),
     ],
 )
-def test_faulty_tests_are_no_failure_of_the_program(tests: str, setup: str, reason: str) -> None:
+def test_faulty_tests_are_no_failure_of_the_program(tests, setup, reason):
     outcome = judged("def f(x):\n    return x", tests, setup)
     assert outcome.passed is None and reason in outcome.reason
 
 
 @isolated
-def test_the_program_cannot_replace_what_the_tests_define() -> None:
+def test_the_program_cannot_replace_what_the_tests_define():
     code = "set = sorted = len = abs = wanted = lambda *x: 1\ndef f(x):\n    return x"
     assert judged(code, "assert set(f([1])) == {2}").passed is False
     assert (
@@ -381,14 +381,14 @@ def test_the_program_cannot_replace_what_the_tests_define() -> None:
 
 
 @isolated
-def test_only_what_is_named_is_the_program_s() -> None:
+def test_only_what_is_named_is_the_program_s():
     setup = "def helper(x):\n    return x + 1\n\ndef f(x):\n    '''Add one.'''\n"
     code = setup + "    return helper(x)"
     assert judged(code, "assert f(1) == 2 == helper(1)", setup, "f").passed
 
 
 @isolated
-def test_many_at_once_do_not_disturb_each_other() -> None:
+def test_many_at_once_do_not_disturb_each_other():
     code = (
         "import threading, time\ndef f(n):\n"
         "    many = [threading.Thread(target=time.sleep, args=(0.1,)) for _ in range(n)]\n"
@@ -402,7 +402,7 @@ def test_many_at_once_do_not_disturb_each_other() -> None:
         assert not any(one.result().passed for one in bombs)
 
 
-def test_a_verdict_without_the_nonce_is_none() -> None:
+def test_a_verdict_without_the_nonce_is_none():
     for said in (b"", b"12345678", b'12345678{"verdict": "pass"}', b'12345678{"nonce": "x"}' * 2):
         assert read_verdict(said, "n", DEFAULT).passed is False
     assert read_verdict(b'12345678{"nonce": "x", "verdict": "pass"}', "n", DEFAULT).passed is False
@@ -432,7 +432,7 @@ def decide(program: bytes, number: int, machine: str, flags: int = 0) -> int:
 
 
 @pytest.mark.parametrize(("column", "machine"), list(enumerate(namespaces.AUDIT)))
-def test_the_filter_refuses_what_it_should_on_each_processor(column: int, machine: str) -> None:
+def test_the_filter_refuses_what_it_should_on_each_processor(column, machine):
     program = namespaces.filter_program(machine)
     refused = {pair[column] for pair in namespaces.REFUSED.values()} - {-1}
     usual = set(range(450)) - refused - {namespaces.CLONE3}
@@ -452,15 +452,13 @@ def forgetful() -> Iterator[None]:
     permit(False)
 
 
-def test_nothing_runs_unasked() -> None:
+def test_nothing_runs_unasked():
     assert allowed() == "no"
     with pytest.raises(DistillError, match="--allow-code"):
         run_tests("def f(x):\n    return x", ProgramTests("assert f(1) == 1"))
 
 
-def test_where_there_is_no_sandbox_it_is_refused(
-    monkeypatch: pytest.MonkeyPatch, forgetful: None
-) -> None:
+def test_where_there_is_no_sandbox_it_is_refused(monkeypatch, forgetful):
     monkeypatch.setattr(
         "distill.tasks.sandbox.programs.unavailable", lambda: "unshare: not permitted"
     )
@@ -469,7 +467,7 @@ def test_where_there_is_no_sandbox_it_is_refused(
     assert allowed() == "no"
 
 
-def test_a_sandbox_that_cannot_be_made_runs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sandbox_that_cannot_be_made_runs_nothing(monkeypatch):
     monkeypatch.setattr("distill.tasks.sandbox.programs.START", NO_MOUNTS)
     outcome = execute(
         "def f(x):\n    return x", ProgramTests("assert f(1) == 1"), DEFAULT, isolated=True
@@ -484,7 +482,7 @@ namespaces.enter = refuse
 inside.main()"""
 
 
-def test_without_namespaces_there_are_still_limits_and_a_judge(forgetful: None) -> None:
+def test_without_namespaces_there_are_still_limits_and_a_judge(forgetful):
     permit(False, unsafe=True)
     assert run_tests("def f(x):\n    return x", ProgramTests("assert f(1) == 1")).passed
     for name in ("exit_at_once", "equals_all", "read_the_caller", "patch_the_harness", "at_exit"):

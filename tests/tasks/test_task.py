@@ -18,27 +18,27 @@ def write(folder: Path, text: str) -> str:
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_shipped_tasks_load_by_name(path: Path) -> None:
+def test_shipped_tasks_load_by_name(path):
     task = load_task(path.stem)
     assert task.name == path.stem
     assert shipped(path.stem) == task
 
 
-def test_the_docs_task_loads(tmp_path: Path) -> None:
+def test_the_docs_task_loads(tmp_path):
     block = Path("docs/corpus.md").read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
     task = load_task(write(tmp_path, block))
     assert task.checker and task.teacher_view()
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_shipped_tasks_fence_the_document(path: Path) -> None:
+def test_shipped_tasks_fence_the_document(path):
     task = load_task(path.stem)
     for view in (task.student, task.teacher):
         if view and "document.text" in view.user:
             assert "<document>\n{{ document.text }}\n</document>" in view.user
 
 
-def test_the_teacher_may_have_only_a_longer_system_turn(tmp_path: Path) -> None:
+def test_the_teacher_may_have_only_a_longer_system_turn(tmp_path):
     task = load_task(write(tmp_path, "student: {user: '{{ prompt }}'}\nteacher: {system: Long.}"))
     view = task.teacher_view()
     assert task.name == "mine" and view is not None
@@ -58,14 +58,14 @@ def test_the_teacher_may_have_only_a_longer_system_turn(tmp_path: Path) -> None:
         ("student: {user: x", "mine.yaml:1"),
     ],
 )
-def test_a_wrong_task_names_its_file_and_fault(tmp_path: Path, text: str, fault: str) -> None:
+def test_a_wrong_task_names_its_file_and_fault(tmp_path, text, fault):
     with stops(Exit.CONFIG) as caught:
         load_task(write(tmp_path, text))
     assert fault in str(caught.value) and "mine.yaml" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_task_is_a_config_fault() -> None:
+def test_an_unknown_task_is_a_config_fault():
     with stops(Exit.CONFIG) as caught:
         load_task("no_such_task")
     assert "no_such_task" in str(caught.value)
@@ -83,13 +83,13 @@ def test_an_unknown_task_is_a_config_fault() -> None:
         "{{ range(10**9) }}",
     ],
 )
-def test_a_template_that_fails_or_breaks_out_is_one_line(template: str) -> None:
+def test_a_template_that_fails_or_breaks_out_is_one_line(template):
     values = {"document": {"text": "t", "meta": {}}}
     with stops(Exit.CONFIG) as caught:
         fill(template, "mine", values)
     assert "\n" not in str(caught.value)
 
 
-def test_a_document_is_not_a_template() -> None:
+def test_a_document_is_not_a_template():
     values = {"document": {"text": "{{ 7 * 7 }}{% raw %}", "meta": {}}}
     assert fill("{{ document.text }}", "mine", values) == "{{ 7 * 7 }}{% raw %}"

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from decimal import Decimal
-from functools import cached_property, partial
+from functools import partial
 
 from distill.errors import DistillError, Exit
 from distill.records import digest
@@ -57,12 +57,8 @@ class BatchClient(EndpointClient):
         self.queue = [request for request in fresh if request.id not in waiting]
         self.rounds, self.most = Counter[str](), MOST_REQUESTS
         self.running, self.idle, self.narrow = 0, asyncio.Event(), False
+        self.jobs = Jobs(self)
         await super().buy()
-
-    @cached_property
-    def jobs(self) -> Jobs:
-        """Return the server's batch interface, by the client that is open."""
-        return Jobs(self)
 
     def _close(self, abandon: bool = False) -> None:
         super()._close(abandon)

@@ -41,7 +41,7 @@ class Jobs:
     """
 
     def __init__(self, client: EndpointClient) -> None:
-        self.settings, self.sender, self.gate = client.settings, client.sender, client.gate
+        self.client, self.settings = client, client.settings
         self.address, self.url = self.settings.base_urls[0], path(self.settings).partition("?")[0]
         self.anthropic = self.settings.form == "anthropic"  # whose jobs carry no mark, and no file
         self.path = f"{self.url}/batches" if self.anthropic else "/batches"
@@ -81,7 +81,7 @@ class Jobs:
     def read(self, line: bytes) -> Result | None:
         """Read a line of the results; None where it is unreadable."""
         try:
-            row = read_object(self.sender.masked(line))
+            row = read_object(self.client.sender.masked(line))
         except ValueError:
             return None
         name = str(row.get("custom_id"))
@@ -110,19 +110,19 @@ class Jobs:
             row = await self.call("GET", place, tries=PATIENCE, but=GONE)
             if not row or status_of(row) in ENDED:
                 return row
-            if self.gate.closed.is_set():
+            if self.client.gate.closed.is_set():
                 return None
             if not last or time.monotonic() - last > PLAIN_SECONDS:
                 last, counts = time.monotonic(), counts_of(row)
                 numbers = [f"{number} {kind}" for kind, number in counts.items() if number]
                 how = ", ".join([status_of(row), *numbers])
                 say(f"{self.settings.model}: {what}: {how}; Ctrl-C leaves it there")
-            await self.gate.sleep(backoff(look, self.settings.initial_backoff))
+            await self.client.gate.sleep(backoff(look, self.settings.initial_backoff))
 
     async def listed(self) -> AsyncIterator[Row]:
         """Yield the rows of the account's jobs, the newest first."""
         after = ""
-        while not self.gate.closed.is_set():
+        while not self.client.gate.closed.is_set():
             page = await self.call("GET", f"{self.path}?limit=100{after}", tries=PATIENCE)
             rows = objects_of(page.get("data"))
             for row in rows:
@@ -141,9 +141,11 @@ class Jobs:
             for retry in count():
                 bad, received = 0, Received(200)
                 try:
-                    async with self.sender.http.stream("GET", self.address + place) as response:
+                    async with self.client.sender.http.stream(
+                        "GET", self.address + place
+                    ) as response:
                         if not response.is_success:
-                            data = self.sender.masked(await response.aread())
+                            data = self.client.sender.masked(await response.aread())
                             status, fields = response.status_code, response.headers
                             received = Received.of(status, data, headers=fields)
                         else:
@@ -181,7 +183,7 @@ class Jobs:
         """
         for retry in count():
             url = self.address + place
-            received = await self.sender.send(url, content, is_reply, method, kind)
+            received = await self.client.sender.send(url, content, is_reply, method, kind)
             failure = received.failure
             if received.cut:
                 failure = Failure(received.cut, "item", "unknown")
@@ -198,7 +200,7 @@ class Jobs:
         self, received: Received, failure: Failure, retry: int, tries: int | None = None
     ) -> None:
         """Wait before the next attempt; raises DistillError where another is of no use."""
-        last = retry == (tries or self.settings.max_retries) or self.gate.closed.is_set()
+        last = retry == (tries or self.settings.max_retries) or self.client.gate.closed.is_set()
         if failure.scope != "retry" or last:
             what = failure.what
             fix = failure.fix if failure.scope == "run" else f"see to the server: {AGAIN}"
@@ -206,7 +208,7 @@ class Jobs:
                 what, fix = f"has no batch interface ({what})", "unset teacher.batch"
             raise DistillError(Exit.TEACHER, self.address, what, fix)
         wait = min(retry_after(received.headers) or 0.0, self.settings.max_pause)
-        await self.gate.sleep(max(wait, backoff(retry, self.settings.initial_backoff)))
+        await self.client.gate.sleep(max(wait, backoff(retry, self.settings.initial_backoff)))
 
 
 async def _lines(response: httpx2.Response, most: int) -> AsyncIterator[list[bytes]]:

@@ -97,17 +97,17 @@ def charge(price: TokenPrice | None, reply: Reply, intent: Mapping[str, Any]) ->
     return Charge(None, claim if apart or most is None else max(most, claim), doubt, claim)
 
 
+@dataclass
 class Budget:
     """Keeps settled + unknown + reserved within a limit; without a limit it only counts.
 
     `settled` and `unknown` begin with what the run spent before.
     """
 
-    def __init__(
-        self, limit: Decimal | None, settled: Decimal = NOTHING, unknown: Decimal = NOTHING
-    ) -> None:
-        self.limit, self.settled, self.unknown = limit, settled, unknown
-        self.reserved = NOTHING
+    limit: Decimal | None
+    settled: Decimal = NOTHING
+    unknown: Decimal = NOTHING
+    reserved: Decimal = NOTHING
 
     @property
     def committed(self) -> Decimal:
@@ -151,12 +151,11 @@ class Budget:
 class Attempt(Record):
     """One attempt as the store tells it; `billed` is yes, no or unknown, `most` its maximum.
 
-    One that is settled may have cost `perhaps` beside its `dollars`: the price says more than the
-    server.
+    An unknown one has no answer, or one in doubt. One that is settled may have cost `perhaps`
+    beside its `dollars`: the price says more than the server.
     """
 
     key: str
-    model: str
     billed: str
     dollars: Decimal | None = None
     perhaps: Decimal = NOTHING
@@ -211,21 +210,25 @@ def enter_account(run: Run, store: ResponseStore) -> None:
     now = account(store, prices, run.config.name)
     entries = [entry for entry in run.ledger.entries() if entry.attempts]
 
-    def sum_of(name: str) -> Decimal:
-        return sum((Decimal(getattr(entry, name) or 0) for entry in entries), NOTHING)
+    def fresh(number: int, name: str) -> int:
+        return number - sum(getattr(entry, name) for entry in entries)
 
-    tokens_in = now.input_tokens - int(sum_of("paid_input_tokens"))
-    tokens_out = now.output_tokens - int(sum_of("paid_output_tokens"))
+    def dollars(amount: Decimal, name: str) -> Decimal | None:
+        before = (Decimal(getattr(entry, name) or 0) for entry in entries)
+        return None if now.unpriced else amount - sum(before, NOTHING)
+
+    tokens_in = fresh(now.input_tokens, "paid_input_tokens")
+    tokens_out = fresh(now.output_tokens, "paid_output_tokens")
     run.ledger.spend(
         input_tokens=tokens_in,
         paid_input_tokens=tokens_in,
         output_tokens=tokens_out,
         paid_output_tokens=tokens_out,
-        dollars=None if now.unpriced else now.settled - sum_of("dollars"),
+        dollars=dollars(now.settled, "dollars"),
         price="; ".join(f"{p.model} of {p.date}, {p.source}" for p in prices.values() if p) or None,
-        attempts=now.attempts - int(sum_of("attempts")),
-        unknown=now.unknown - int(sum_of("unknown")),
-        unknown_dollars=None if now.unpriced else now.unknown_most - sum_of("unknown_dollars"),
+        attempts=fresh(now.attempts, "attempts"),
+        unknown=fresh(now.unknown, "unknown"),
+        unknown_dollars=dollars(now.unknown_most, "unknown_dollars"),
     )
 
 
@@ -249,31 +252,24 @@ def attempts(store: ResponseStore, prices: Prices, run: str | None = None) -> It
             yield _attempt(store, prices[intent["model"]], key, intent)
 
 
-def unknown_outcomes(store: ResponseStore, prices: Prices, run: str | None = None) -> list[Attempt]:
-    """Return the attempts that may have been billed: without an answer, or with one in doubt."""
-    return [one for one in attempts(store, prices, run) if one.billed == "unknown"]
-
-
 def _attempt(
     store: ResponseStore, price: TokenPrice | None, key: str, intent: dict[str, Any]
 ) -> Attempt:
     """Read what became of one attempt from the records beside its intent."""
     most = Decimal(intent["most"]) if intent.get("most") is not None else None
-    base = {"key": key, "model": str(intent.get("model", "")), "most": most}
     if (outcome := store.get("outcome", key)) is not None:
-        return Attempt(**base, billed=outcome["billed"], what=outcome["what"])
+        return Attempt(key=key, most=most, billed=outcome["billed"], what=outcome["what"])
     if (usage := store.get("usage", key)) is not None:  # beside a reply that is long to read
         reply = Reply.model_validate(usage)
     else:
         identifier, number = key.rsplit(".", 1)
         bill = store.bill(key) or store.bill(identifier)
         if not bill or bill.attempt != int(number):
-            return Attempt(**base, billed="unknown", what="no word of how it ended")
+            return Attempt(key=key, most=most, billed="unknown", what="no word of how it ended")
         reply = bill.reply
     cost = charge(price.in_batch() if price and "batch" in intent else price, reply, intent)
+    attempt = Attempt(key=key, billed="unknown", most=cost.perhaps, what=cost.doubt, answered=True)
     if cost.doubt:
-        base["most"] = cost.perhaps
-        return Attempt(**base, billed="unknown", what=cost.doubt, answered=True)
-    perhaps, paid = cost.perhaps or NOTHING, cost.paid
-    base |= {"dollars": paid, "perhaps": perhaps, "usage": reply.usage}
-    return Attempt(**base, billed="yes", answered=True)
+        return attempt
+    paid = {"dollars": cost.paid, "perhaps": cost.perhaps or NOTHING, "usage": reply.usage}
+    return attempt.model_copy(update={"billed": "yes", "most": most, **paid})

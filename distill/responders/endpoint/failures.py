@@ -102,7 +102,11 @@ def classify(
         # a limit that says when it passes may speak of billing too: then the codes alone count
         waits = status == 429 and (retry_after(headers), stated_wait({}, data)) != (None, None)
         text = " ".join([*([] if waits else [message]), *sorted(codes)])
-        fix = _account_fix(text, request, status == 429)
+        question = request.decode("utf-8", "replace").lower()  # which may speak of accounts too
+        for like, pattern in words().account[: -1 if status == 429 else None]:
+            match = pattern.search(text)
+            if not fix and match and match[0].lower() not in question:
+                fix = words().fixes[like]
     if fix:
         return Failure(what, "run", fix=fix)
     if status == 429:
@@ -114,16 +118,6 @@ def classify(
     replica = status in (502, 503, 504)
     billed = "no" if status in UNPAID else "unknown"
     return Failure(what, "retry", billed, replica=replica, hollow=success)
-
-
-def _account_fix(text: str, request: bytes, limited: bool) -> str | None:
-    """Return what to do about an account that a refusal speaks of, in words of its own."""
-    question = request.decode("utf-8", "replace").lower()
-    for like, pattern in words().account[: -1 if limited else None]:
-        match = pattern.search(text)
-        if match and match[0].lower() not in question:
-            return words().fixes[like]
-    return None
 
 
 def status_like(codes: set[str], otherwise: int) -> int:

@@ -13,7 +13,6 @@ import ssl
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple, cast
 from urllib.parse import urlsplit
@@ -199,11 +198,7 @@ def trusted() -> ssl.SSLContext:
 
     Raises DistillError (exit 2) where a variable names what cannot be read.
     """
-    return _trust(tuple((name, os.environ[name]) for name in CERTIFICATES if os.environ.get(name)))
-
-
-@cache  # reading takes a tenth of a second
-def _trust(places: tuple[tuple[str, str], ...]) -> ssl.SSLContext:
+    places = [(name, os.environ[name]) for name in CERTIFICATES if os.environ.get(name)]
     if not places:
         return httpx2.create_ssl_context()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

@@ -251,30 +251,20 @@ def _stop(choice: Row, message: Row) -> tuple[Stop | None, str | None]:
 def _logprobs(field: Any) -> tuple[TokenLogprob, ...] | None:
     """Return each token's log-probability and the top-k beside it; None where it is unreadable."""
 
-    def candidate(row: dict[str, Any]) -> dict[str, Any]:
-        return {name: row.get(name) for name in ("token", "logprob", "bytes")}
+    def listed(token: object, logprob: object, top: dict[str, object] | None) -> dict[str, object]:
+        others = [{"token": other, "logprob": value} for other, value in (top or {}).items()]
+        return {"token": token, "logprob": logprob, "top_logprobs": others}
 
     try:
         rows = field.get("content")
-        if not rows:
+        if not rows:  # of text completions
             tokens = field.get("tokens") or []
             tops = field.get("top_logprobs") or [None] * len(tokens)
             lists = zip(tokens, field.get("token_logprobs") or [], tops, strict=True)
-            rows = [
-                {
-                    "token": token,
-                    "logprob": logprob,
-                    "top_logprobs": [
-                        {"token": other, "logprob": value} for other, value in (top or {}).items()
-                    ],
-                }
-                for token, logprob, top in lists
-            ]
-        positions = [
-            candidate(row) | {"top": [candidate(other) for other in row.get("top_logprobs") or []]}
-            for row in rows
-        ]
-        return tuple(TokenLogprob.model_validate(position) for position in positions) or None
+            rows = [listed(*one) for one in lists]
+        positions = [{**row, "top": row.get("top_logprobs") or []} for row in rows]
+        read = TokenLogprob.model_validate
+        return tuple(read(position, extra="ignore") for position in positions) or None
     except (ValueError, TypeError, AttributeError):  # pydantic's own error is a ValueError
         return None
 
