@@ -3,8 +3,8 @@
 #
 # Their pins contradict ours, so each has an environment of its own in the user's cache, outside the repository; the
 # tests of an engine without one are skipped, with this command. llama.cpp takes 0.1 GB, vLLM 3.5 GB, transformers 4.57,
-# for which a release is written too, 1 GB with torch for the CPU (TORCH_INDEX as in setup.sh). The remaining engine of
-# the tests, `transformers serve`, is among the packages that `scripts/test.sh` installs.
+# for which a release is written too, 1 GB with torch for the CPU (TORCH_INDEX as in setup.sh), mlx-lm 0.4 GB. The
+# remaining engine of the tests, `transformers serve`, is among the packages that `scripts/test.sh` installs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
@@ -64,6 +64,11 @@ for engine in "$@"; do
                 safetensors==0.8.0 numpy==2.4.6 regex==2026.11.19 jinja2==3.1.6 pyyaml==6.0.4 requests==2.34.2 \
                 tqdm==4.70.1 packaging==26.4
             ;;
-        *) fail "$engine: no such engine (name llama.cpp, vllm or transformers4)" ;;
+        mlx)
+            make_engine mlx mlx-lm==0.32.2 mlx==0.32.4 mlx-cpu==0.32.4 transformers==5.24.0 tokenizers==0.23.3 \
+                huggingface-hub==2.4.0 safetensors==0.8.0 numpy==2.4.6 regex==2026.11.19 jinja2==3.1.6 pyyaml==6.0.4 \
+                sentencepiece==0.2.3 protobuf==7.36.2 tqdm==4.70.1 packaging==26.4
+            ;;
+        *) fail "$engine: no such engine (name llama.cpp, vllm, transformers4 or mlx)" ;;
     esac
 done

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,7 @@ CONTEXT = 2048  # tokens of a prompt and its answer
 RUNNERS = {
     **{"transformers": "safetensors", "transformers4": "safetensors", "peft": "adapter"},
     **{"llama.cpp": "gguf", "vllm": "safetensors", "vllm-lora": "adapter"},
+    **{"lm-eval": "safetensors", "mlx": "safetensors"},
 }
 ENGINES: dict[str, Engine] = {"llama.cpp": "llama.cpp", "vllm": "vllm", "vllm-lora": "vllm"}
 HEAD = "format,runner,loads,answers as ours,ids as ours,as merged,as scored,nats".split(",")
@@ -92,13 +94,25 @@ class Ours:
         return first - second
 
 
-def by_library(python: Path, job: Job, adapter: Path | None) -> tuple[str, list[Row]]:
-    """Ask transformers or PEFT in the Python that has it."""
-    given = {"release": f"{job.release}", "model": f"{job.base if adapter else job.release}"}
+def python_of(runner: str) -> Path | None:
+    """Return the Python that has a library, None where it is not installed."""
+    folder = cache_folder() / "engines" / runner
+    if runner in ("mlx", "transformers4"):
+        return folder / "bin/python" if (folder / "package").exists() else None
+    return Path(sys.executable) if runner != "lm-eval" or find_spec("lm_eval") else None
+
+
+def by_library(runner: str, job: Job, adapter: Path | None) -> tuple[str, list[Row]]:
+    """Ask a library in the Python that has it."""
+    given = {
+        "runner": runner,
+        "release": f"{job.release}",
+        "model": f"{job.base if adapter else job.release}",
+    }
     given |= {"adapter": adapter and f"{adapter}", "dtype": job.dtype}
     asked = json.dumps({**given, "turns": job.turns, "tokens": job.tokens})
     alone = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    line = [f"{python}", f"{Path(__file__).with_name('ask_model.py')}"]
+    line = [f"{python_of(runner)}", f"{Path(__file__).with_name('ask_model.py')}"]
     done = subprocess.run(line, input=asked, capture_output=True, text=True, env=alone, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
@@ -154,18 +168,15 @@ def main(run: Run, count: int, dtype: str, only: Sequence[str]) -> int:
     scored = {response.prompt_id: response.text.strip() for response in answers}
     merged, unmerged = Ours(job), Ours(job, release / "adapter")
     lines, broken = list[tuple[str, ...]](), list[str]()
-    older = cache_folder() / "engines/transformers4"
     for name in only:
         form, engine = RUNNERS[name], ENGINES.get(name)
         kind = "float16" if form == "gguf" else dtype
         ours, adapter = (unmerged, release / "adapter") if form == "adapter" else (merged, None)
-        python = older / "bin/python" if name == "transformers4" else Path(sys.executable)
-        made = name != "transformers4" or (older / "package").exists()
-        if not (find_engine(engine, run.config.engines) if engine else made):
+        if not (find_engine(engine, run.config.engines) if engine else python_of(name)):
             lines.append((f"{form}, {kind}", name, "not installed", *[""] * 5))
             continue
         try:
-            asked = by_server(engine, job, adapter) if engine else by_library(python, job, adapter)
+            asked = by_server(engine, job, adapter) if engine else by_library(name, job, adapter)
         except (DistillError, RuntimeError, httpx2.HTTPError) as error:
             lines.append((f"{form}, {kind}", name, "no", *[""] * 5))
             broken.append(f"{name}: {error}")

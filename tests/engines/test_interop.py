@@ -65,11 +65,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield place / "runs/r"
 
 
-@pytest.mark.parametrize("name", ["transformers", "transformers4", "peft", "llama.cpp"])
+@pytest.mark.parametrize(
+    "name", ["transformers", "transformers4", "peft", "llama.cpp", "lm-eval", "mlx"]
+)
 def test_a_release_answers_as_it_was_scored(
     name: str, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    python_of(name if name in ("transformers4", "llama.cpp") else "transformers")
+    python_of(name if name in ("transformers4", "llama.cpp", "mlx") else "transformers")
+    if name == "lm-eval":
+        pytest.importorskip("lm_eval", reason="needs the extra eval")
     code = interop.main(open_run(run), COUNT, "float32", [name])
     shown = capsys.readouterr().out
     row = [cell.strip() for cell in shown.splitlines()[2].strip("|").split("|")]
@@ -92,7 +96,7 @@ def test_another_model_breaks_the_rules(
     """The base in place of the release: other answers, with the gap of our first two tokens."""
     job = interop.by_library
     monkeypatch.setattr(
-        interop, "by_library", lambda p, j, a: job(p, j._replace(release=j.base), a)
+        interop, "by_library", lambda name, j, a: job(name, j._replace(release=j.base), a)
     )
     assert interop.main(open_run(run), COUNT, "float32", ["transformers"]) == 1
     shown = capsys.readouterr().out
