@@ -12,7 +12,7 @@ from distill.evaluation.measurements import MODELS, Difference, MetricRow
 from distill.evaluation.scorecard import Costs, Economics, TeacherPrice
 from distill.evaluation.scorers import HeldOutRequest
 from distill.evaluation.statistics import Certainty
-from distill.models.gpus import find_gpu, gpus
+from distill.models.devices import find_gpu, gpus
 from distill.records import HEADLINE, Load, Response, Timing, Usage
 from distill.responders.prices import PriceBook, load_prices
 from distill.storage.files import read_json, read_records, write_json

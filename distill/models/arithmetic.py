@@ -72,9 +72,7 @@ def adapted(model: "Shape", targets: str | Sequence[str]) -> list[str]:
 def adapter_parameters(model: "Shape", r: int, targets: str | Sequence[str]) -> int:
     """Return the weights of a LoRA adapter of rank `r`; `targets` as in PEFT."""
     sizes = linear_modules(model)
-    head = model.vocab + model.hidden if "lm_head" in targets else 0
-    layer = sum(sum(sizes[name]) for name in adapted(model, targets))
-    return r * (model.layers * layer + head)
+    return r * model.layers * sum(sum(sizes[name]) for name in adapted(model, targets))
 
 
 def attention_flops(model: "Shape", tokens: float) -> float:

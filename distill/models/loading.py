@@ -18,7 +18,7 @@ from distill.errors import DistillError, Exit, one_line
 from distill.models.chat_template import Reasoning, fix_template
 from distill.models.devices import device, pick_dtype, raise_device_error
 from distill.models.registry import fetch, is_folder, read_object, text_config
-from distill.models.weights import add_adapter, require_intact, require_values, stored_values
+from distill.models.weights import add_adapter, require_intact, require_values
 
 # Where the part for text lies in a model that has others, and what the others are called
 TEXT_PART = {
@@ -45,10 +45,8 @@ def check_files(folder: Path, trust: Trust = SAFE) -> None:
         raise DistillError(Exit.TRAINING, where, what, fix)
 
     if not trust.pickle and not list(folder.glob("*.safetensors")):
-        if [*folder.glob("*.bin"), *folder.glob("*.pt")]:
-            fix = "convert them to safetensors; of a student, or set student.allow_pickle: true"
-            refuse(folder, "has its weights only as pickle, which can run code", fix)
-        refuse(folder, "has no weights", "check it")
+        fix = "convert them to safetensors; of a student, or set student.allow_pickle: true"
+        refuse(folder, "has no weights, or as pickle alone, which can run code", fix)
     if (folder / "adapter_config.json").is_file():
         what = "holds an adapter too, which transformers would add without a word"
         refuse(folder, what, "merge it, or move adapter_config.json and its weights elsewhere")
@@ -64,10 +62,9 @@ def check_files(folder: Path, trust: Trust = SAFE) -> None:
                 fix += " and a teacher behind a server of its own (teacher.kind: endpoint)"
                 refuse(path, "auto_map wants to run code of the model's author", fix)
         # transformers 5.23 would follow names that leave the folder (#47176, #46279)
-        shards = content.get("weight_map", {})
-        if not isinstance(shards, dict):
-            refuse(path, "weight_map is no mapping of tensors to files", "fetch the model again")
         files = {key: value for key, value in content.items() if key.endswith("_file")}
+        if not isinstance(shards := content.get("weight_map", {}), dict):
+            refuse(path, "weight_map is no mapping of tensors to files", "fetch the model again")
         for key, value in {**files, **shards}.items():
             if isinstance(value, str) and Path(value).name != value:
                 refuse(path, f"{key} names {value!r}, outside the folder", "do not use it")
@@ -103,12 +100,9 @@ def load_model(
         from transformers import BitsAndBytesConfig
 
         require_4bit()
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=pick_dtype(),
-        )
+        kind = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        kind |= {"load_in_4bit": True, "bnb_4bit_compute_dtype": pick_dtype()}
+        options["quantization_config"] = BitsAndBytesConfig(**kind)
     if (place := device()).type == "cuda" and not on_cpu:
         options["device_map"] = {"": place}  # straight to the GPU, without a copy in main memory
     model = _read(reference, folder, trust, dtype=pick_dtype(dtype), **options)
@@ -177,10 +171,14 @@ def check_model(reference: str, trust: Trust = SAFE) -> None:
             quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)
             quantizer.validate_environment(device_map={"": device()}, weights_only=True)
         return  # which names such weights have is known once they are unpacked
+    from safetensors import safe_open
+
     # on the meta device only the names and shapes are read
     names = _read(reference, folder, trust, device_map={"": "meta"}).state_dict().keys()
-    files = sorted(folder.glob("*.safetensors"))
-    require_values(f"model {reference}", stored_values(files, names))
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:  # pyright: ignore[reportGeneralTypeIssues]
+            stored = ((name, file.get_tensor(name)) for name in names & set(file.keys()))
+            require_values(f"model {reference}", stored)
 
 
 def decoder_config(folder: Path, trust: Trust) -> tuple["PreTrainedConfig", bool]:
@@ -247,8 +245,8 @@ def _read(reference: str, folder: Path, trust: Trust, **options: Any) -> "PreTra
     model, report = both
     if composite:  # the towers for pictures and sound are left out, and the names are a model's own
         model._weight_conversions = None
-        names = report["unexpected_keys"]
-        report["unexpected_keys"] = {name for name in names if not OTHER_PARTS.search(name)}
+        unexpected = filter(lambda name: not OTHER_PARTS.search(name), report["unexpected_keys"])
+        report["unexpected_keys"] = set(unexpected)
     require_intact(f"model {reference}", report)
     return model
 

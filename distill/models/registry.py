@@ -106,7 +106,7 @@ def shape_of(reference: str) -> Shape:
     if info := lookup(reference):
         return info.shape
     if is_folder(reference):
-        return shape_from_config(read_object(_existing(reference) / "config.json"))
+        return shape_from_config(read_object(fetch(reference) / "config.json"))
     what = "its shape is not known"
     raise DistillError(Exit.CONFIG, f"model {reference}", what, "add it to configs/models.yaml")
 
@@ -144,9 +144,9 @@ def shape_from_config(config: dict[str, Any]) -> Shape:
     block = 2 * hidden * queries + 2 * hidden * keys + biases + 3 * hidden * inner + 2 * hidden
     tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings", True))
     matrices = sizes["vocab"] * hidden * (1 if tied else 2)
-    parameters = sizes["layers"] * block + hidden + matrices
-    derived = {"kv_heads": kv_heads, "head_dim": head_dim, "tied": tied, "parameters": parameters}
-    return Shape.model_validate({**sizes, **derived})
+    sizes |= {"kv_heads": kv_heads, "head_dim": head_dim}
+    sizes["parameters"] = sizes["layers"] * block + hidden + matrices
+    return Shape.model_validate({**sizes, "tied": tied})
 
 
 def fetch(
@@ -164,7 +164,10 @@ def fetch(
     except ValueError as error:
         raise DistillError(Exit.CONFIG, where, "is not a reference", str(error)) from None
     if is_folder(reference):
-        return _existing(reference)
+        if not (Path(reference) / "config.json").is_file():
+            what = "is no model folder: config.json is missing"
+            raise DistillError(Exit.CONFIG, reference, what, "check the path")
+        return Path(reference)
     info = lookup(reference)
     if info and info.gguf:
         if revision not in (None, info.revision):  # the name is one file
@@ -177,11 +180,11 @@ def fetch(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    revision = revision or (info.revision if info else None)
     patterns = [*FILES, *["*.bin"] * trust.pickle, *["*.py"] * trust.code]
     patterns = [pattern for pattern in patterns if weights or pattern not in WEIGHTS]
+    version = revision_of(reference, revision)
     try:  # HF_HUB_OFFLINE and HF_ENDPOINT are honoured
-        return Path(snapshot_download(reference, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(reference, revision=version, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         what = f"could not be fetched from the Hub: {first_line(error)}"
         names = ", ".join(name for name in table() if "/" not in name)
@@ -189,11 +192,10 @@ def fetch(
         raise DistillError(Exit.INPUT, where, what, fix) from None
 
 
-def _existing(reference: str) -> Path:
-    if not (Path(reference) / "config.json").is_file():
-        what = "is no model folder: config.json is missing"
-        raise DistillError(Exit.CONFIG, reference, what, "check the path")
-    return Path(reference)
+def revision_of(reference: str, revision: str | None) -> str | None:
+    """Return the revision of a model: the one that is given, or that of the table."""
+    info = lookup(reference)
+    return revision or (info.revision if info else None)
 
 
 def identity(reference: str, revision: str | None = None) -> str:
@@ -202,19 +204,18 @@ def identity(reference: str, revision: str | None = None) -> str:
     A named model's is that of its GGUF, so it is known before anything is fetched. In a folder more
     can change than the weights: see `folder_facts`.
     """
-    info = lookup(reference)
+    if is_folder(reference):
+        hashes = _hashes(fetch(reference), WEIGHTS)
+        if len(hashes) == 1:
+            return next(iter(hashes.values()))
+        return hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest()
+    info, pinned = lookup(reference), revision_of(reference, revision)
     if info and info.gguf:
         return info.gguf.sha256
-    pinned = revision or (info.revision if info else None)
-    if pinned and COMMIT.fullmatch(pinned) and not is_folder(reference):
+    if pinned and COMMIT.fullmatch(pinned):
         return pinned
-    folder = fetch(reference, revision, weights=False)
-    if not is_folder(reference):
-        return folder.name  # a snapshot's folder is named by its commit
-    hashes = _hashes(folder, WEIGHTS)
-    if len(hashes) == 1:
-        return next(iter(hashes.values()))
-    return hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest()
+    # a snapshot's folder is named by its commit
+    return fetch(reference, revision, weights=False).name
 
 
 def parts(reference: str) -> dict[str, str]:
@@ -272,9 +273,8 @@ def check_base(adapter: Path, reference: str, revision: str | None = None) -> No
     if not path.is_file():
         raise DistillError(Exit.TRAINING, adapter, "does not say what it was trained on", "retrain")
     base, current, files = read_object(path), identity(reference, revision), parts(reference)
-    recorded = base.get("identity")
-    if recorded != current:
-        what = f"was trained on {str(recorded)[:12]}, {reference} is {current[:12]}"
+    if base.get("identity") != current:
+        what = f"was trained on {str(base.get('identity'))[:12]}, {reference} is {current[:12]}"
         raise DistillError(Exit.TRAINING, adapter, what, "name the base that it was trained on")
     if changes := differences(base.get("files", files), files):
         what = f"was trained on {reference} as it was before: {'; '.join(changes)}"
@@ -283,11 +283,10 @@ def check_base(adapter: Path, reference: str, revision: str | None = None) -> No
 
 def record_base(adapter: Path, reference: str, revision: str | None = None) -> dict[str, object]:
     """Write, and return, which base an adapter belongs to: its names, and what pins it."""
-    info = lookup(reference)
     base: dict[str, object] = {
-        "name": reference if not is_folder(reference) else Path(reference).name,
+        "name": Path(reference).name if is_folder(reference) else reference,
         "hub_id": hub_id(reference),
-        "revision": revision or (info.revision if info else None),
+        "revision": revision_of(reference, revision),
         "identity": identity(reference, revision),
     }
     if files := parts(reference):

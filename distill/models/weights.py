@@ -6,7 +6,7 @@ transformers and PEFT fill in what a file lacks with random numbers and go on; h
 
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,13 +37,13 @@ def require_intact(where: str, report: Mapping[str, Any]) -> None:
 
     Tied weights and buffers that are computed again do not count as missing there.
     """
-    mismatched = [
-        f"{n} {tuple(have)} for {tuple(want)}" for n, have, want in report["mismatched_keys"]
-    ]
+    shapes = report["mismatched_keys"]
     defects = {
         "lacks": report["missing_keys"],
         "holds, and its config.json does not know": report["unexpected_keys"],
-        "holds in another shape than its config.json says": mismatched,
+        "holds in another shape than its config.json says": [
+            f"{n} {tuple(have)} for {tuple(want)}" for n, have, want in shapes
+        ],
         "cannot be read": report["error_msgs"],
     }
     fix = "use a complete copy of the model, with the config.json that belongs to its weights"
@@ -60,11 +60,9 @@ def require_values(where: str, tensors: Iterable[tuple[str, "torch.Tensor"]]) ->
     for name, tensor in tensors:
         values: Any = tensor.detach()
         if (packed := getattr(tensor, "quant_state", None)) is not None:
-            from bitsandbytes.functional import (  # pyright: ignore[reportMissingImports]
-                dequantize_4bit,
-            )
+            import bitsandbytes.functional  # pyright: ignore[reportMissingImports]
 
-            values = dequantize_4bit(tensor.data, packed)
+            values = bitsandbytes.functional.dequantize_4bit(tensor.data, packed)
         if not values.is_floating_point() or not values.numel():
             continue
         # one pass, and NaN comes through; the types of one byte know no comparison
@@ -75,18 +73,6 @@ def require_values(where: str, tensors: Iterable[tuple[str, "torch.Tensor"]]) ->
             empty.append(name)
     defects = {"has NaN or infinite values in": broken, "has nothing but zeros in": empty}
     _refuse(where, defects, "use an undamaged copy of the weights")
-
-
-def stored_values(
-    files: Sequence[Path], names: Collection[str]
-) -> Iterator[tuple[str, "torch.Tensor"]]:
-    """Yield those tensors of safetensors files that have one of these names."""
-    from safetensors import safe_open
-
-    for path in files:
-        with safe_open(path, framework="pt") as file:  # pyright: ignore[reportGeneralTypeIssues]
-            for name in set(names).intersection(file.keys()):
-                yield name, file.get_tensor(name)
 
 
 def add_adapter(base: Any, folder: Path) -> Any:

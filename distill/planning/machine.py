@@ -14,7 +14,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from distill.formatting import size
-from distill.models.gpus import gpus, other_processes, unused_gpu
+from distill.models.devices import gpus, other_processes, unused_gpu
 from distill.records import Record
 from distill.storage.environment import cores, processor
 

@@ -15,8 +15,7 @@ from distill.config.teachers import EndpointTeacher, LocalTeacher, Teacher
 from distill.config.values import SAFE
 from distill.errors import DistillError, Exit
 from distill.models import loading, registry
-from distill.models.devices import pick_dtype
-from distill.models.gpus import unused_gpu
+from distill.models.devices import pick_dtype, unused_gpu
 from distill.pipeline import CHECKING, NAMES, STAGES
 from distill.publishing.obligations import agreement_of, license_of, obligations
 from distill.responders.endpoint.network import trusted

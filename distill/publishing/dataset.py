@@ -184,14 +184,13 @@ def labels(run: Run, rows: Sequence[Placed]) -> Iterator[tuple[str, SoftLabel]]:
     Raises DistillError: exit 5 where none were captured, 10 where their teacher's terms forbid it.
     """
     from distill.training.soft_labels.cache import SignalCache, SignalKey, supervised_ids
-    from distill.training.soft_labels.capture import student_view
-    from distill.training.soft_labels.labels import read_pairs, teacher_view
+    from distill.training.soft_labels.labels import read_pairs, student_view, teacher_view
 
     folder = read_json(run.path("signals.json"))["cache"]
     splits = {one.row.id: one.split for one in rows if not one.masked}
     names = {p.response.id: f"{p.prompt.id}-{p.response.sample}" for p in read_pairs(run)}
     texts = teacher_view(run, student_view(run))[2]
-    cache = SignalCache.open(run.config.store_folder(), folder)
+    cache = SignalCache(run.config.store_folder(), folder)
     signals = cache.read([SignalKey.of(text) for text in texts])
     for text in texts:
         name, signal = names[text.response_id], signals[text.id]

@@ -8,7 +8,7 @@ once to the type of the base's files. Evaluation loads that folder and publishin
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,14 +43,14 @@ def inject(
 ) -> PeftModel:
     """Wrap `model` with a fresh adapter drawn from `seed`.
 
-    Raises DistillError (exit 7) where no module matches, and for the embeddings or a head that is
-    one: merging would add to both what was learnt for one.
+    Raises DistillError (exit 7) where no module matches, and for the embeddings and the head, which
+    the losses read as they are, and which are one matrix in most small models.
     """
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     # PEFT's type is int, its use is not
-    lora_alpha: Any = int(alpha) if alpha == int(alpha) else alpha
-    shape = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": dropout}
-    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=targets, **shape)
+    settings: Any = {"lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "r": r}
+    settings |= {"lora_dropout": dropout, "target_modules": targets}
+    lora = LoraConfig(task_type="CAUSAL_LM", **settings)
     torch.manual_seed(seed)
     try:
         with warnings.catch_warnings():
@@ -62,11 +62,10 @@ def inject(
         for target in [] if isinstance(targets, str) else targets:
             if not any(f".{name}".endswith(f".{target}") for name in modules):
                 raise ValueError(f"no module is called {target}")
-        table, head = model.get_input_embeddings(), model.get_output_embeddings()
-        tied = isinstance(head, LoraLayer) and head.weight is table.weight
-        if tied or isinstance(table, LoraLayer):
-            part = "output head, which is this model's embedding too," if tied else "embedding"
-            raise ValueError(f"an adapter of the {part} cannot be merged")
+        ends = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+        for name, module in ends.items():
+            if isinstance(module, LoraLayer):
+                raise ValueError(f"the {name} is trained by no adapter")
     except (ValueError, re.error, OverflowError) as error:  # a name is an expression
         what = str(error).splitlines()[0][:200]
         fix = "name modules of this model, such as q_proj, or all-linear"
@@ -187,40 +186,29 @@ def tensors(model: PeftModel) -> dict[str, Tensor]:
 def restore(model: PeftModel, saved: Mapping[str, Tensor], where: object) -> None:
     """Put saved weights into the adapter; raises DistillError (exit 7) for other names."""
     by_name = {name.replace(f".{ADAPTER}.", "."): p for name, p in parameters(model).items()}
-    _require_names(by_name.keys(), saved, where)
-    for name, parameter in by_name.items():
-        parameter.data.copy_(like(saved[name], parameter))
-
-
-def _require_names(names: Set[str], saved: Mapping[str, Tensor], where: object) -> None:
-    if others := names ^ saved.keys():
+    if others := by_name.keys() ^ saved.keys():
         what = f"holds another adapter: {min(others)} differs"
         raise DistillError(Exit.TRAINING, where, what, "--redo train")
+    for name, parameter in by_name.items():
+        parameter.data.copy_(like(saved[name], parameter))
 
 
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
     """Return a snapshot of AdamW's state as tensors named `PARAMETER.PART`, on the CPU."""
-    pairs = [(name, p) for name, p in named.items() if p in optimizer.state]
-    states = (
-        (f"{n}.{part}", optimizer.state[p][part]) for n, p in pairs for part in OPTIMIZER_PARTS
-    )
-    return {name: snapshot(value) for name, value in states}
+    states = [(name, optimizer.state[p]) for name, p in named.items() if p in optimizer.state]
+    return {f"{n}.{part}": snapshot(state[part]) for n, state in states for part in OPTIMIZER_PARTS}
 
 
 def restore_optimizer(
     optimizer: torch.optim.Optimizer,
     named: Mapping[str, nn.Parameter],
     saved: Mapping[str, Tensor],
-    where: object,
 ) -> None:
-    """Put saved state into AdamW; raises DistillError (exit 7) where it has other parameters."""
-    _require_names({f"{name}.{part}" for name in named for part in OPTIMIZER_PARTS}, saved, where)
+    """Put into AdamW the state that was saved beside the weights of these parameters."""
     for name, p in named.items():
-        state = {part: like(saved[f"{name}.{part}"], p) for part in OPTIMIZER_PARTS[:-1]}
-        step = saved[f"{name}.step"].to(p.device, copy=True)  # one number, never in shards
-        optimizer.state[p] = {**state, "step": step}
+        optimizer.state[p] = {part: like(saved[f"{name}.{part}"], p) for part in OPTIMIZER_PARTS}
 
 
 def save_adapter(

@@ -71,23 +71,20 @@ def save(
 
 def read(folder: Path) -> Checkpoint:
     """Return an intact checkpoint; raises DistillError (exit 7) for one that is not."""
-    body: dict[str, Any] = {}
     try:
         body = json.loads((folder / MANIFEST).read_bytes())
-        if body.pop("checksum") != digest(body):
+        if body.pop("checksum") != digest(body) or body["format"] != FORMAT:
             raise ValueError
         files = body["files"].items()
         damage = [name for name, sha256 in files if sha256_file(folder / name) != sha256]
-        if body["format"] != FORMAT:
-            damage = [f"a manifest of format {FORMAT}"]
+        if not damage:
+            return Checkpoint(folder, body)
     except OSError as error:
         damage = [Path(error.filename or MANIFEST).name]
     except (ValueError, KeyError, AttributeError, TypeError):
         damage = [MANIFEST]
-    if damage:
-        what, fix = f"{damage[0]} is missing or damaged", "check the disk; other ones are kept"
-        raise DistillError(Exit.TRAINING, folder, what, fix)
-    return Checkpoint(folder, body)
+    what, fix = f"{damage[0]} is missing or damaged", "check the disk; other ones are kept"
+    raise DistillError(Exit.TRAINING, folder, what, fix)
 
 
 def latest(parent: Path) -> Checkpoint | None:

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from distill.models.devices import send
-from distill.training.losses import Head, Measure, apply_at_head, normalise, score_tokens
+from distill.training.losses import Measure, apply_at_head, normalise, score_tokens
 
 FLOOR = -80.0  # log-probability of what cannot happen: finite, its exp negligible but no denormal
 LEAST_TAIL = 2.0**-24  # a tail mass of 0 is one below float32's resolution
@@ -140,8 +140,8 @@ class Mixture(NamedTuple):
 
 
 def soft_loss(
-    hidden_SE: Tensor,
-    head: Head,
+    hidden_SD: Tensor,
+    head_VD: Tensor,
     targets_S: Tensor,
     weights_S: Tensor,
     soft: SoftTargets | Live,
@@ -172,16 +172,14 @@ def soft_loss(
     weighted = tuple((parts[name], divergences[name]) for name in parts if name != "ce")
     mixture = Mixture(parts.get("ce", 0.0), weighted, temperature)
     positions = len(soft.hidden_ND if isinstance(soft, Live) else soft.tail_mass_N)
-    if not len(hidden_SE) == len(targets_S) == positions:
-        raise ValueError(f"{len(hidden_SE)} positions, but soft targets of {positions}")
-
+    if not len(hidden_SD) == len(targets_S) == positions:
+        raise ValueError(f"{len(hidden_SD)} positions, but soft targets of {positions}")
     if isinstance(soft, Live):
         measure, teacher = partial(_measure_live, mixture, targets_S), soft.logits
     else:
         measure, teacher = _cached_measure(mixture, soft, targets_S), None
-    shares = tuple(parts.values())
-    inputs = (hidden_SE, head, weights_S, bias_V, chunk, teacher)
-    total, count, parts_P = apply_at_head(measure, shares, *inputs)
+    inputs = (hidden_SD, head_VD, weights_S, bias_V, chunk, teacher)
+    total, count, parts_P = apply_at_head(measure, tuple(parts.values()), *inputs)
     return total, count, dict(zip(parts, parts_P.unbind(), strict=True))
 
 

@@ -22,9 +22,12 @@ from distill.models.chat_template import (
 )
 from distill.reasoning import join_thought, split_thought
 from distill.records import Message, Pair, Prompt, Response, digest
+from distill.storage.files import read_records
 from distill.storage.progress import console, say
+from distill.storage.run_folder import Run
 from distill.training.batches import Example
 
+SPLITS = ("train", "validation")  # of a dataset, which training reads
 SHOWN_CHARS = 1200  # of a sample's text on the screen
 
 
@@ -116,6 +119,17 @@ def encode_pairs(
         fix = "raise train.max_length, or loosen the filters"
         raise DistillError(Exit.TRAINING, where, what, fix)
     return fitting
+
+
+def encode_split(
+    tokenizer: PreTrainedTokenizerBase, run: Run, split: str, limit: int
+) -> list[Example]:
+    """Tokenise a split of the run's dataset; validation may be empty, training may not."""
+    path = run.path(f"dataset/{split}.jsonl")
+    pairs = read_records(path, Pair) if path.exists() else []
+    if not pairs and split == "validation":
+        return []
+    return encode_pairs(tokenizer, pairs, run.config.template_date, limit, path)
 
 
 def show(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], count: int = 2) -> None:

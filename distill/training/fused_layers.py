@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from distill.models.arithmetic import JOINED
 from distill.training import attention
 from distill.training.adapters import ADAPTER, factors
 from distill.training.batches import Segment
@@ -214,19 +215,16 @@ class _Feed(torch.autograd.Function):
 
 def fusible(layer: Any) -> bool:
     """Tell whether `FusedLayer` computes a decoder layer, of linear or adapted modules."""
-    activation = type(layer.mlp.act_fn).__name__ if type(layer).__name__ in KINDS else None
-    if activation not in ("SiLU", "SiLUActivation"):
+    if type(layer).__name__ not in KINDS:
         return False
-    attend, mlp = layer.self_attn, layer.mlp
-    modules = [attend.q_proj, attend.k_proj, attend.v_proj, attend.o_proj]
-    for module in (*modules, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
-        if isinstance(module, LoraLayer):
-            if not isinstance(module.lora_dropout[ADAPTER], nn.Identity):
-                return False
-            module = module.base_layer
-        if type(module) is not nn.Linear:
+    parts, modules = {**layer.self_attn._modules, **layer.mlp._modules}, list[Any]()
+    for name in (name for group in JOINED for name in group):
+        adapted = isinstance(parts[name], LoraLayer)
+        if adapted and not isinstance(parts[name].lora_dropout[ADAPTER], nn.Identity):
             return False
-    return True
+        modules.append(parts[name].base_layer if adapted else parts[name])
+    plain = all(type(module) is nn.Linear for module in modules)
+    return plain and type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
 
 
 def fuse(decoder: Any) -> bool:

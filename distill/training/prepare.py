@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +18,15 @@ from distill.errors import DistillError
 from distill.models import loading, registry
 from distill.models.arithmetic import MICRO_BATCH_TOKENS, LoraTraining, Towards, weight_bytes
 from distill.models.chat_template import template_hash
-from distill.records import Pair, digest
+from distill.records import digest
 from distill.storage.environment import LIBRARIES, installed, processor
-from distill.storage.files import read_records, sha256_file
+from distill.storage.files import sha256_file
 from distill.storage.run_folder import MEMORY, Run, flatten
 from distill.training import adapters, processes
-from distill.training.batches import (
-    Example,
-    OptimizerStep,
-    micro_batches,
-    padded_batches,
-    plan_steps,
-)
-from distill.training.encode import encode_pairs
+from distill.training.batches import Example, plan_steps
+from distill.training.encode import SPLITS, encode_split
 from distill.training.soft_labels.labels import load_labels, load_live
-from distill.training.student import StudentModel, attention_notes, make_student
+from distill.training.student import attention_notes, make_student
 
 HARDWARE = ("processor", "instructions", "threads", "gpu", "cuda")
 SAME = {  # what processes that share a step must have in common, with what makes it so
@@ -44,7 +37,6 @@ UNPINNED = ("logging_steps", "save_steps", "save_total_limit", "report_to", "num
 IDLE = 0.1  # of the passes of several processes may hold no sample, without a word about it
 
 
-@dataclass
 class Preparation:
     """The parts of a run; `model` is the adapted model inside `student`.
 
@@ -52,78 +44,57 @@ class Preparation:
     may differ; a micro-batch has about `limit` tokens.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    model: PeftModel
-    student: StudentModel
-    examples: list[Example]
-    validation: list[Example]
-    plan: list[OptimizerStep]
-    facts: dict[str, Any]
-    memory: dict[str, Any]
-    limit: int
-    world: int
-    notes: list[str]
+    def __init__(self, run: Run, world: int = 1, start: Path | None = None) -> None:
+        """Load the student with the adapter in `start` or a fresh one, encode the data, plan steps.
+
+        Raises DistillError (exit 7) where that cannot be.
+        """
+        config, base, settings = run.config, run.config.student, run.config.train
+        self.tokenizer = loading.student_tokenizer(base, config.reasoning)
+        self.model = load_adapted(base, settings, config.train_seed)
+        most = min(settings.max_length, loading.context_length(self.model.config))
+        train, validation = (encode_split(self.tokenizer, run, split, most) for split in SPLITS)
+        self.examples, self.validation, self.world = train, validation, world
+        shards = processes.sharded()
+        self.student, self.notes = make_student(self.model, settings.packing, fused=not shards)
+        if shards and self.student.packing:  # the student is in main memory until it is cut
+            self.notes += attention_notes(loading.device(), self.model)
+        facts = pinned_facts(config, self.tokenizer, str(self.model.dtype), train, validation)
+        self.memory = {name: facts.pop(name) for name in MEMORY if name in facts}
+        mine = {name: facts[name] for name in ("dtype", *HARDWARE) if name in facts}
+        shared = processes.agree({**mine, "packing": self.student.packing}, world, SAME)
+        self.facts = facts | {**{name: shared[name] for name in mine}, "world_size": world}
+        if settings.loss.soft:
+            both = [*train, *validation]
+            if settings.loss.teacher == "live":
+                self.student.labels = load_live(run, both)
+                self.facts |= registry.folder_facts("teacher", config.soft_teacher().model)
+            else:
+                self.student.labels = load_labels(run, both, len(self.student.head()[0]))
+            self.facts["signals"] = self.student.labels.digest
+        if start:
+            path = start / adapters.WEIGHTS
+            adapters.restore(self.model, load_file(path), path)
+            self.facts["start"] = sha256_file(path)
+        if shards:
+            self.facts["sharded"] = True
+            self.notes.append(f"sharded over {world} processes (FSDP2)")
+        amount = (settings.tokens_per_step, settings.num_train_epochs, settings.max_steps)
+        self.plan = plan_steps([len(e.input_ids) for e in train], config.train_seed, *amount)
+        self.limit = settings.micro_batch_tokens or micro_batch_tokens(config, self.model, world)
+        if world > 1:
+            dealt = [len(self.batches(train, step.samples)) for step in self.plan]
+            idle = 1 - sum(dealt) / sum(math.ceil(n / world) * world for n in dealt)
+            if idle > IDLE:
+                what = f"{idle:.0%} of the passes of {world} processes hold no sample"
+                self.notes.append(f"{what}: raise train.tokens_per_step, or start fewer")
 
     def batches(
         self, examples: Sequence[Example], samples: Sequence[int] | None = None
     ) -> list[list[int]]:
         """Deal samples (None: all) into micro-batches of the run's size."""
         samples = range(len(examples)) if samples is None else samples
-        lengths = {i: len(examples[i].input_ids) for i in samples}
-        if self.student.packing:
-            return micro_batches(samples, lengths, self.limit, self.world)
-        return padded_batches(samples, lengths, self.limit)
-
-
-def prepare(run: Run, world: int = 1, start: Path | None = None) -> Preparation:
-    """Load the student with the adapter in `start` or a fresh one, encode the data, plan the steps.
-
-    Raises DistillError (exit 7) where that cannot be.
-    """
-    config, base, settings = run.config, run.config.student, run.config.train
-    tokenizer = loading.student_tokenizer(base, config.reasoning)
-    model = load_adapted(base, settings, config.train_seed)
-    max_length = min(settings.max_length, loading.context_length(model.config))
-    examples, validation = (
-        encode_split(tokenizer, run, split, config.template_date, max_length)
-        for split in ("train", "validation")
-    )
-    shards = processes.sharded()
-    student, notes = make_student(model, settings.packing, fused=not shards)
-    if shards and student.packing:  # the student is in main memory until it is cut
-        notes += attention_notes(loading.device(), model)
-    facts = pinned_facts(config, tokenizer, str(model.dtype), examples, validation)
-    memory = {name: facts.pop(name) for name in MEMORY if name in facts}
-    mine = {name: facts[name] for name in ("dtype", *HARDWARE) if name in facts}
-    shared = processes.agree({**mine, "packing": student.packing}, world, SAME)
-    facts |= {**{name: shared[name] for name in mine}, "world_size": world}
-    if settings.loss.soft:
-        both = [*examples, *validation]
-        if settings.loss.teacher == "live":
-            student.labels = load_live(run, both)
-            facts |= registry.folder_facts("teacher", config.soft_teacher().model)
-        else:
-            student.labels = load_labels(run, both, len(student.head()[0]))
-        facts["signals"] = student.labels.digest
-    if start:
-        path = start / adapters.WEIGHTS
-        adapters.restore(model, load_file(path), path)
-        facts["start"] = sha256_file(path)
-    if shards:
-        facts["sharded"] = True
-        notes.append(f"sharded over {world} processes (FSDP2)")
-    amount = (settings.tokens_per_step, settings.num_train_epochs, settings.max_steps)
-    plan = plan_steps([len(e.input_ids) for e in examples], config.train_seed, *amount)
-    limit = settings.micro_batch_tokens or micro_batch_tokens(config, model, world)
-    pinned = (facts, memory, limit, world, notes)
-    parts = Preparation(tokenizer, model, student, examples, validation, plan, *pinned)
-    if world > 1:
-        dealt = [len(parts.batches(examples, step.samples)) for step in plan]
-        idle = 1 - sum(dealt) / sum(math.ceil(n / world) * world for n in dealt)
-        if idle > IDLE:
-            what = f"{idle:.0%} of the passes of {world} processes hold no sample"
-            notes.append(f"{what}: raise train.tokens_per_step, or start fewer")
-    return parts
+        return self.student.deal(examples, samples, self.limit, self.world)
 
 
 def micro_batch_tokens(config: Config, model: PeftModel, world: int = 1) -> int:
@@ -168,17 +139,6 @@ def load_adapted(student: Student, train: Train, seed: int) -> PeftModel:
     )
     lora = (train.lora.r, train.lora.alpha, train.lora.dropout, train.lora.target_modules)
     return adapters.adapt(adapters.inject(model, *lora, seed), train.gradient_checkpointing)
-
-
-def encode_split(
-    tokenizer: PreTrainedTokenizerBase, run: Run, split: str, date: str, limit: int
-) -> list[Example]:
-    """Encode a split of the run's dataset; validation may be empty, training may not."""
-    path = run.path(f"dataset/{split}.jsonl")
-    pairs = read_records(path, Pair) if path.exists() else []
-    if not pairs and split == "validation":
-        return []
-    return encode_pairs(tokenizer, pairs, date, limit, path)
 
 
 def pinned_facts(

@@ -55,16 +55,14 @@ def check(report_to: str, num_processes: int | None) -> None:
     if gpu and parse_flag_from_env("ACCELERATE_USE_CPU"):
         refused.append("use_cpu: true beside a GPU that torch sees")
     if sharded():
-        names = [name for name in REFUSED_SHARDS if parse_flag_from_env(f"FSDP_{name}")]
-        refused += [f"fsdp_{name.lower()}" for name in names]
+        refused += [f"fsdp_{n.lower()}" for n in REFUSED_SHARDS if parse_flag_from_env(f"FSDP_{n}")]
         if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
             refused.append(f"fsdp_version: {version}")
     if refused:
         fix = "accelerate launch --config_file configs/accelerate/one-gpu.yaml (or ddp, fsdp2)"
         what = f"{refused[0]} is not supported"
         raise DistillError(Exit.TRAINING, "accelerate's config", what, fix)
-    stated, world = {"train.num_processes": num_processes}, os.environ.get("WORLD_SIZE", "1")
-    check_world(stated, int(world))
+    check_world({"train.num_processes": num_processes}, int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def start(report_to: str, num_processes: int | None, folder: Path) -> Accelerator:
@@ -111,8 +109,7 @@ def agree(own: dict[str, Any], world: int, fixes: dict[str, str]) -> dict[str, A
 
     Each of the `world` must call. Raises DistillError (exit 7) where they differ in what has a fix.
     """
-    ranks: list[dict[str, Any]] = gather_object([own]) if world > 1 else [own]
-    shared = dict(own)
+    shared, ranks = dict(own), gather_object([own]) if world > 1 else [own]
     for name in own:
         values = sorted({str(rank[name]) for rank in ranks})
         if len(values) > 1:
@@ -152,6 +149,6 @@ def snapshot(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def like(value: Tensor, parameter: Tensor) -> Tensor:
     """Return a copy of a full tensor as `parameter` is: on its device, sharded where it is."""
     value = value.to(parameter.device, copy=True)  # else an optimizer steps on the caller's tensor
-    if isinstance(parameter, DTensor):
+    if isinstance(parameter, DTensor) and value.ndim:  # one number is never in shards
         return distribute_tensor(value, parameter.device_mesh, parameter.placements)
     return value

@@ -4,23 +4,21 @@ The head is applied inside this module's forward, so that wrapping it (DDP, FSDP
 Where an architecture cannot take packed rows, batches are padded; a probe on the model decides.
 
 Shape suffixes: N tokens of a row, S supervised positions, B samples, T longest sample, D hidden
-size, R rank of an adapted head, E = D + R, V vocabulary, P parts of a loss.
+size, V vocabulary, P parts of a loss.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from distill.errors import DistillError, Exit
 from distill.models.arithmetic import READ_TOKENS
 from distill.models.devices import raise_device_error, release_memory, send
-from distill.training.adapters import ADAPTER, factors
 from distill.training.attention import NAME, why_apart
-from distill.training.batches import Example, Segment, micro_batches, pack
+from distill.training.batches import Example, Segment, micro_batches, pack, padded_batches
 from distill.training.divergences import Live, SoftTargets, soft_loss
 from distill.training.fused_layers import fuse
 from distill.training.losses import cross_entropy, evaluate_targets
@@ -31,6 +29,7 @@ if TYPE_CHECKING:  # what learns needs torch and PEFT alone
     from distill.records import AnswerLoss, Pair
     from distill.training.soft_labels.labels import CachedLabels, LiveLabels
 
+Result = TypeVar("Result")
 PROBE = (range(7), range(3, 10)), range(7, 19)  # ids of the probe's samples; the first in two ways
 
 
@@ -92,8 +91,8 @@ class StudentModel(nn.Module):
 
         The parts stand in the order of the settings, before they are mixed.
         """
-        inputs = (self.states(batch), self.matrices(), batch.targets_S, batch.weights_S)
-        bias_V = self._head[0].bias
+        head_VD, bias_V = self.head()
+        inputs = (self.states(batch), head_VD, batch.targets_S, batch.weights_S)
         if self.labels is None or batch.soft is None:
             return cross_entropy(*inputs, bias_V)[0]
         loss = self.labels.settings
@@ -111,34 +110,16 @@ class StudentModel(nn.Module):
         return self._decoder[0]
 
     def head(self) -> tuple[Tensor, Tensor | None]:
-        """Return the output head's weight (V, E) for the `states`, and its bias."""
-        matrices = self.matrices()
-        return torch.cat(matrices, 1) if matrices[1:] else matrices[0], self._head[0].bias
-
-    def matrices(self) -> tuple[Tensor, ...]:
-        """Return the head's weight W (V, D), and where it is adapted, the scaled B (V, R)."""
-        head = self._head[0]
-        if not isinstance(head, LoraLayer):
-            return (head.weight,)
-        _, up, scale = factors(head)
-        return head.weight, (up * scale).to(head.weight.dtype)
+        """Return the output head's weight (V, D) and its bias."""
+        return self._head[0].weight, self._head[0].bias
 
     def states(self, batch: Batch) -> Tensor:
-        """Return what the head is applied to at the batch's supervised positions, (S, E)."""
-        return self.widen(self.hidden(batch)[batch.indices_S])
+        """Return what the head is applied to at the batch's supervised positions, (S, D)."""
+        return self.scaled(self.hidden(batch)[batch.indices_S])
 
-    def widen(self, hidden_ND: Tensor) -> Tensor:
-        """Put an adapted head's A h (N, R) beside each hidden state h; else E = D.
-
-        The model's scale of its logits is in the states, as the head is linear.
-        """
-        head = self._head[0]
-        hidden_ND = hidden_ND if self.scale == 1.0 else hidden_ND * self.scale
-        if not isinstance(head, LoraLayer):
-            return hidden_ND
-        down, *_ = factors(head)
-        low_NR = nn.functional.linear(head.lora_dropout[ADAPTER](hidden_ND), down.to(hidden_ND))
-        return torch.cat([hidden_ND, low_NR], 1)
+    def scaled(self, hidden_ND: Tensor) -> Tensor:
+        """Put the model's scale of its logits into hidden states, as the head is linear."""
+        return hidden_ND if self.scale == 1.0 else hidden_ND * self.scale
 
     def hidden(self, batch: Batch) -> Tensor:
         """Return the last hidden states (N, D) of the batch's tokens, in their order."""
@@ -155,6 +136,15 @@ class StudentModel(nn.Module):
         T = ids_BT.shape[1]
         indices_N = torch.cat([torch.arange(len(row)) + n * T for n, row in enumerate(rows)])
         return states.last_hidden_state.flatten(0, 1)[send(indices_N, ids_BT.device)]
+
+    def deal(
+        self, examples: Sequence[Example], samples: Sequence[int], limit: int, world: int = 1
+    ) -> list[list[int]]:
+        """Deal some of the examples into micro-batches of about `limit` tokens."""
+        lengths = {i: len(examples[i].input_ids) for i in samples}
+        if self.packing:
+            return micro_batches(samples, lengths, limit, world)
+        return padded_batches(samples, lengths, limit)
 
     def batch(self, examples: Sequence[Example]) -> Batch:
         """Pack examples as this student computes them: on a CPU prefixes are shared."""
@@ -198,7 +188,7 @@ def make_student(
     try:
         expected_ND = plain.hidden(batch)
         logits = model(input_ids=batch.ids_N[None, :-size], use_cache=False).logits[0]
-        states = plain.widen(expected_ND[:-size])
+        states = plain.scaled(expected_ND[:-size])
         if not _close(nn.functional.linear(states, *plain.head()), logits):
             what = "caps its logits behind the head, which this loss does not know"
             where, fix = model.config.model_type, "use another student"
@@ -245,47 +235,52 @@ def answer_loss(
     date: str,
     max_length: int,
 ) -> "list[AnswerLoss]":
-    """Return each answer's loss given its prompt; (0, 0, 0) for one above `max_length` tokens.
-
-    Where a GPU's memory does not suffice, the batches that are left are halved.
-    """
+    """Return each answer's loss given its prompt; (0, 0, 0) for one above `max_length` tokens."""
     from distill.records import AnswerLoss
-    from distill.storage.progress import say
     from distill.training.encode import encode_pair
 
     examples = [encode_pair(tokenizer, pair, date) for pair in pairs]
     lengths = [len(e.input_ids) for e in examples]
     fitting = [i for i, length in enumerate(lengths) if length <= max_length]
-    results = [AnswerLoss(loss=0.0, tokens=0, hits=0)] * len(pairs)
-    before = model.config._attn_implementation
+    results, before = dict[int, AnswerLoss](), model.config._attn_implementation
+
+    def read(pass_tokens: int) -> None:
+        remaining = [i for i in fitting if i not in results]
+        for samples in micro_batches(remaining, lengths, pass_tokens):
+            batch, (head_VD, bias_V) = student.batch([examples[i] for i in samples]), student.head()
+            states_SD = student.states(batch)
+            losses_S, hits_S = evaluate_targets(states_SD, head_VD, batch.targets_S, bias_V)
+            values_S3 = torch.stack([losses_S, torch.ones_like(losses_S), hits_S.float()], 1)
+            sums_B3 = torch.zeros(len(samples), 3, dtype=torch.float64)
+            sums_B3.index_add_(0, batch.owners_S.cpu(), values_S3.double().cpu())  # in order
+            for sample, (loss, tokens, hits) in zip(samples, sums_B3.tolist(), strict=True):
+                results[sample] = AnswerLoss(loss=loss, tokens=int(tokens), hits=int(hits))
+
     try:
         student, _ = make_student(model)
-        batches = micro_batches(fitting, lengths, READ_TOKENS)
-        while batches:
-            try:
-                sums = _sum_losses(student, [examples[i] for i in batches[0]])
-            except torch.OutOfMemoryError:
-                if len(batches[0]) == 1:
-                    raise
-                cuts = [(batch, len(batch) // 2) for batch in batches]
-                batches = [half for b, n in cuts for half in (b[:n], b[n:]) if half]
-                sums = []
-            if not sums:  # outside of the handler, which holds what is in memory
-                say("losses: out of GPU memory, batches of half the answers from here on")
-                release_memory()
-                continue
-            for sample, (loss, tokens, hits) in zip(batches.pop(0), sums, strict=True):
-                results[sample] = AnswerLoss(loss=loss, tokens=int(tokens), hits=int(hits))
+        Passes("losses").attempt(read)
     finally:
         model.set_attn_implementation(before)
-    return results
+    unread = AnswerLoss(loss=0.0, tokens=0, hits=0)
+    return [results.get(i, unread) for i in range(len(pairs))]
 
 
-def _sum_losses(student: StudentModel, examples: Sequence[Example]) -> list[list[float]]:
-    """Return each example's loss, supervised tokens, and how many of them are the top-1."""
-    batch, (head_VE, bias_V) = student.batch(examples), student.head()
-    losses_S, hits_S = evaluate_targets(student.states(batch), head_VE, batch.targets_S, bias_V)
-    values_S3 = torch.stack([losses_S, torch.ones_like(losses_S), hits_S.float()], 1)
-    sums_B3 = torch.zeros(len(examples), 3, dtype=torch.float64)
-    sums_B3.index_add_(0, batch.owners_S.cpu(), values_S3.double().cpu())  # in order
-    return sums_B3.tolist()
+class Passes:
+    """Passes that only read texts: shorter ones from where a GPU's memory does not suffice."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.tokens = what, READ_TOKENS
+
+    def attempt(self, read: Callable[[int], Result]) -> Result:
+        """Return what `read` makes of so many tokens a pass."""
+        from distill.storage.progress import say
+
+        try:
+            return read(self.tokens)
+        except torch.OutOfMemoryError:
+            if self.tokens < READ_TOKENS:
+                raise
+        self.tokens //= 4  # outside of the handler, which holds what is in memory
+        release_memory()
+        say(f"{self.what}: out of GPU memory: {self.tokens} tokens a pass from here on")
+        return read(self.tokens)

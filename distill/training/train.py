@@ -28,7 +28,7 @@ from distill.storage.run_folder import MEMORY, Run, differences, flatten
 from distill.training import adapters, checkpoint, processes
 from distill.training.batches import Example, OptimizerStep, learning_rate, share
 from distill.training.encode import show
-from distill.training.prepare import HARDWARE, prepare
+from distill.training.prepare import HARDWARE, Preparation
 
 SKIPS = 10  # steps in a row whose gradients float16 cannot hold: then the training ends
 SUMMARY = ("history", "validation", "best_step", "tokens", "seconds", "stopped_early", "notes")
@@ -97,7 +97,7 @@ class Loop:
     ) -> None:
         self.run, self.accelerator, self.interrupt = run, accelerator, interrupt
         self.settings, self.world = run.config.train, accelerator.num_processes
-        self.parts = prepare(run, self.world, start)
+        self.parts = Preparation(run, self.world, start)
         self.progress = Progress(notes=self.parts.notes)
         self.student: Any = processes.wrap(accelerator, self.parts.student)
         self.named = adapters.parameters(self.parts.model)
@@ -111,16 +111,11 @@ class Loop:
         self.losses = ("loss", *self.mix)  # what the student's forward returns
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if precision != "no":
-            ours = (
-                f"train.bf16 and student.dtype decide, and here it is {self.parts.facts['dtype']}"
-            )
-            self._say(f"accelerate's mixed_precision: {precision} is not used: {ours}")
+            ours = "train.bf16 and student.dtype decide, and here it is"
+            what = f"accelerate's mixed_precision: {precision} is not used"
+            say(f"{what}: {ours} {self.parts.facts['dtype']}")
         for note in self.parts.notes:
-            self._say(note)
-
-    def _say(self, text: str) -> None:
-        if self.accelerator.is_main_process:
-            say(text)
+            say(note)
 
     def resume(self, allow_inexact: bool) -> None:
         """Continue from the newest intact checkpoint, where there is one.
@@ -141,30 +136,23 @@ class Loop:
             fix = "restore them, --redo train, or --allow-inexact, which the card will say"
             raise DistillError(Exit.TRAINING, saved.folder, what, fix)
         adapter, progress = saved.tensors("adapter"), Progress(**saved.state())
-        best, step = saved.tensors("best"), progress.best_step
-        # Once a CPU's snapshot of the best step shared the weights' memory, and moved with them.
-        moved = bool(best) and step != progress.step
-        if moved and all(torch.equal(best[name], value) for name, value in adapter.items()):
-            lost = f"the best weights, of step {step}, are lost to those of step {progress.step}"
-            raise DistillError(Exit.TRAINING, saved.folder, lost, "--redo train")
         adapters.restore(parts.model, adapter, saved.folder)
         if len(progress.skipped) < progress.step:  # else the optimizer has not begun
-            optimizer = saved.tensors("optimizer")
-            adapters.restore_optimizer(self.optimizer, self.named, optimizer, saved.folder)
-        self.progress, self.best = progress, best
+            adapters.restore_optimizer(self.optimizer, self.named, saved.tensors("optimizer"))
+        self.progress, self.best = progress, saved.tensors("best")
         if changes:
             progress.notes.append(f"resumed inexactly at step {progress.step}: {what}")
         memory = saved.facts.get("memory", saved.facts["run"])
         if others := differences({key: memory.get(key) for key in parts.memory}, parts.memory):
             what = f"from step {progress.step} on {'; '.join(others)}"
             progress.notes.append(f"{what}: equal but for rounding, and for dropout")
-        self._say(f"train: continuing after step {progress.step} of {len(parts.plan)}")
+        say(f"train: continuing after step {progress.step} of {len(parts.plan)}")
 
     def train(self) -> None:
         """Do the steps that are left, and after each what is due, after showing the next batch."""
         parts, progress, settings = self.parts, self.progress, self.settings
-        total, main = len(parts.plan), self.accelerator.is_main_process
-        if main and progress.step < total:
+        total = len(parts.plan)
+        if progress.step < total:
             first = parts.batches(parts.examples, parts.plan[progress.step].samples)[0]
             show(parts.tokenizer, [parts.examples[i] for i in first])
         with tracking("train", total, "steps") as tracker:
@@ -180,9 +168,8 @@ class Loop:
                 if progress.step % settings.logging_steps == 0 and not skipped:
                     progress.history.append({"step": progress.step, "epoch": step.epoch, **row})
                     self.accelerator.log(row, step=progress.step)
-                if main:
-                    speed = row["tokens"] / row["seconds"]
-                    tracker.advance(1, f"{speed:.0f} tokens/s, loss {row['loss']:.3f}")
+                speed = row["tokens"] / row["seconds"]
+                tracker.advance(1, f"{speed:.0f} tokens/s, loss {row['loss']:.3f}")
                 last = progress.step == total
                 if parts.validation and (last or self._due(settings.eval_steps)):
                     self._validate()
@@ -246,7 +233,7 @@ class Loop:
             skipped.append(number)
             bound = skipped[-SKIPS:] == list(range(number - SKIPS + 1, number + 1))
             if not bound and len(skipped) < len(self.parts.plan):
-                self._say(f"step {number} overflowed in float16 and was skipped")
+                say(f"step {number} overflowed in float16 and was skipped")
                 return
             what = f"float16 overflowed in {len(skipped)} steps, in this one with {what}"
             fix = "train.bf16=false, which computes in float32, with --redo train"
@@ -259,8 +246,9 @@ class Loop:
         largest = max(sum(len(parts.examples[i].input_ids) for i in batch) for batch in dealt)
         parts.limit = max(1, largest // 2)
         what = f"out of GPU memory in step {self.progress.step + 1}: micro-batches from there on"
-        self.progress.notes.append(f"{what} of {parts.limit} tokens (train.micro_batch_tokens)")
-        self._say(self.progress.notes[-1])
+        note = f"{what} of {parts.limit} tokens (train.micro_batch_tokens)"
+        self.progress.notes.append(note)
+        say(note)
         self.optimizer.zero_grad()
         release_memory()
 
@@ -314,19 +302,18 @@ class Loop:
             progress.worse += 1
         patience = self.settings.early_stopping_patience
         progress.stopped_early = patience is not None and progress.worse >= patience
-        self._say(f"validation loss {means[0]:.4f} after step {progress.step}")
+        say(f"validation loss {means[0]:.4f} after step {progress.step}")
 
     def _save(self, step: OptimizerStep) -> None:
         """Write a checkpoint on the main process; all gather a student in shards."""
-        groups = {
-            "adapter": adapters.tensors(self.parts.model),
-            "optimizer": adapters.optimizer_tensors(self.optimizer, self.named),
-            **({"best": self.best} if self.best else {}),
-        }
+        groups = {"adapter": adapters.tensors(self.parts.model)}
+        groups["optimizer"] = adapters.optimizer_tensors(self.optimizer, self.named)
+        if self.best:
+            groups["best"] = self.best
         if self.accelerator.is_main_process:
             cursor, folder = step.cursor + len(step.samples), self.run.path("checkpoints")
-            facts = {"run": self.parts.facts, "epoch": step.epoch, "cursor": cursor}
-            facts["memory"] = self.parts.memory
+            facts = {"run": self.parts.facts, "memory": self.parts.memory}
+            facts |= {"epoch": step.epoch, "cursor": cursor}
             state, keep = asdict(self.progress), self.settings.save_total_limit
             checkpoint.save(folder, self.progress.step, groups, state, facts, keep)
 

@@ -8,6 +8,7 @@ hashes. No weights are read: `models.loading.check_model` does that.
 import json
 import multiprocessing
 import os
+import re
 import resource
 import signal
 from collections.abc import Mapping
@@ -60,17 +61,15 @@ def try_model(model: Trial) -> list[str]:
         return []
     files = registry.folder_digest(folder, weights=False) if folder else model.reference
     versions = [code_hash(), *map(installed, ("transformers", "tokenizers", "peft", "torch"))]
-    name = f"trials/{digest([files, *model[2:], versions])}.json"
+    path = Path(f"trials/{digest([files, *model[2:], versions])}.json")
     with suppress(OSError, ValueError, KeyError, DistillError):
-        return json.loads((cache_folder() / name).read_bytes())["notes"]
+        return json.loads((cache_folder() / path).read_bytes())["notes"]
     reply = _in_child(model, folder)
     if error := reply.get("error"):
         code, where, what, fix = (f"{x}".replace(f"{folder}", model.reference) for x in error)
         raise DistillError(Exit(int(code)), where, what, fix)
     with suppress(OSError, DistillError):  # where nobody may write it is tried each time
-        path = cache_folder() / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, reply)
+        write_json(cache_folder() / path, reply)
     return reply["notes"]
 
 
@@ -118,13 +117,10 @@ def _answer(writer: Connection, model: Trial, folder: Path | None) -> None:
     for number in (signal.SIGALRM, signal.SIGXCPU, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     signal.alarm(12 * SECONDS)  # of the clock, on a busy machine
-    status = Path("/proc/self/status").read_text().splitlines()
-    now = sum(int(line.split()[1]) for line in status if line.startswith("VmData"))
-    for kind, most in (
-        (resource.RLIMIT_CPU, SECONDS),
-        (resource.RLIMIT_DATA, (now << 10) + (MEGABYTES << 20)),
-        (resource.RLIMIT_CORE, 0),
-    ):
+    status = re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())
+    data = (int(status[1]) << 10 if status else 0) + (MEGABYTES << 20)
+    limits = {resource.RLIMIT_CPU: SECONDS, resource.RLIMIT_DATA: data, resource.RLIMIT_CORE: 0}
+    for kind, most in limits.items():
         bound = resource.getrlimit(kind)[1]
         most = most if bound == resource.RLIM_INFINITY else min(most, bound)
         resource.setrlimit(kind, (most, bound))

@@ -53,8 +53,7 @@ from transformers import (
 
 from distill.errors import DistillError, Exit, exit_code
 from distill.models.arithmetic import LoraTraining, adapter_parameters, training_flops
-from distill.models.devices import device, pick_dtype, release_memory
-from distill.models.gpus import Gpu, find_gpu
+from distill.models.devices import Gpu, device, find_gpu, pick_dtype, release_memory
 from distill.storage.environment import environment, installed
 from distill.training.batches import Example
 

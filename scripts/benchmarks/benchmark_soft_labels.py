@@ -99,7 +99,7 @@ class Signals:
         tokenizer, facts, texts = teacher_view(run, examples, rows)
         self.config, self.vocabulary = run.config, len(tokenizer)
         self.reads: dict[str, Example] = {text.response_id: text for text in texts}
-        self.cache = SignalCache.open(run.config.store_folder(), cache_name(facts))
+        self.cache = SignalCache(run.config.store_folder(), cache_name(facts))
         with folder_lock(self.cache.folder):
             left = [text for text in texts if text.id not in self.cache.index]
             if left:

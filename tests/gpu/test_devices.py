@@ -10,8 +10,8 @@ import torch
 from distill.economics.costs import NO_TIME
 from distill.errors import DistillError
 from distill.evaluation.scorers import HeldOutRequest
-from distill.models import gpus as gpus_module
-from distill.models.gpus import find_gpu, gpus, other_processes, unused_gpu
+from distill.models import devices as gpus_module
+from distill.models.devices import find_gpu, gpus, other_processes, unused_gpu
 from distill.pipeline import STAGES, from_stage
 from distill.planning import machine, preflight
 from distill.records import Usage

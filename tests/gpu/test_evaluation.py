@@ -14,9 +14,10 @@ from distill.responders.local import local_model
 from distill.responders.local.local_model import LocalResponder
 from distill.storage.files import read_records, write_records
 from distill.training import train
+from distill.training.soft_labels.labels import read_pairs
 from tests.economics.test_run_economics import accounts, make_run
 from tests.support.tiny import make_tiny
-from tests.support.training import dataset, make_soft_run
+from tests.support.training import make_soft_run
 
 
 def test_an_evaluation_has_one_model_at_a_time(
@@ -35,7 +36,7 @@ def test_an_evaluation_has_one_model_at_a_time(
     monkeypatch.setattr(loading, "load_model", counted)
     monkeypatch.setattr(local_model, "load_model", counted)
     monkeypatch.setitem(answering.SECONDS, "quick", 0.0)
-    answering.answer(run, dataset(run)[:3], [])
+    answering.answer(run, read_pairs(run)[:3], [])
     assert alive == [0, 0, 0], "of base, student and teacher"
 
 

@@ -25,7 +25,7 @@ from distill.models.arithmetic import (
     fitting_rows,
     reading_bytes,
 )
-from distill.models.gpus import Gpu, gpus
+from distill.models.devices import Gpu, gpus
 from distill.models.loading import load_model
 from distill.models.registry import Shape, shape_from_config, table
 from distill.planning import plan as planning

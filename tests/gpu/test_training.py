@@ -278,7 +278,7 @@ def test_the_attention_of_a_student_in_shards_is_that_of_the_gpus(
         return "no kernel"
 
     monkeypatch.setattr(student, "why_apart", apart)
-    note, _ = prepare.prepare(run).notes
+    note, _ = prepare.Preparation(run).notes
     assert note.endswith("slower: no kernel") and devices == [torch.device("meta")]
 
 

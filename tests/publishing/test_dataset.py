@@ -21,9 +21,10 @@ from distill.storage.files import read_json, read_records, write_json, write_rec
 from distill.storage.run_folder import Run
 from distill.training.soft_labels import capture
 from distill.training.soft_labels.cache import SignalCache, SignalKey
+from distill.training.soft_labels.labels import read_pairs
 from tests.support.fake_hub import fake_hub, use_hub
 from tests.support.tiny import make_tiny
-from tests.support.training import dataset, make_soft_run
+from tests.support.training import make_soft_run
 
 PRIVATE = "Write to ann.smith@acme-mail.org, please."
 LATER = "Two spaces at the end,  \n\nand a tab:\t1 < 2 & 'ü' \u2028 {} \U0001f600\n"
@@ -278,7 +279,7 @@ def test_soft_labels_are_the_teacher_s_distributions_but_of_no_masked_row(tmp_pa
     run = make_soft_run(tmp_path, signals={"p": 0.9, "k": 8})
     run = with_config(run, publish={"corpus_license": "MIT"})
     capture.main(run)
-    pairs, touched = dataset(run), dataset(run)[0]
+    pairs, touched = read_pairs(run), read_pairs(run)[0]
     masked = touched.response.model_copy(update={"reasoning": PRIVATE})
     responses = [masked, *(pair.response for pair in pairs[1:])]
     documents = [
@@ -295,7 +296,7 @@ def test_soft_labels_are_the_teacher_s_distributions_but_of_no_masked_row(tmp_pa
     folder = main(run, soft_labels=True)
     loaded: Any = load_dataset(str(folder), "soft_labels", cache_dir=str(tmp_path / "cache"))
     made = read_json(run.path("signals.json"))
-    cache = SignalCache.open(run.config.store_folder(), made["cache"])
+    cache = SignalCache(run.config.store_folder(), made["cache"])
     labels = {row["id"]: row for row in loaded["train"]}
     names = {f"{p.prompt.id}-{p.response.sample}": made["rows"][p.response.id] for p in pairs}
     assert labels.keys() == names.keys() - {f"{touched.prompt.id}-{touched.response.sample}"}

@@ -15,11 +15,11 @@ from distill.config.tree import Config
 from distill.models.chat_template import encode_prompt
 from distill.models.loading import load_model, load_tokenizer
 from distill.records import Message, Pair, Prompt, Response
-from distill.storage.files import read_records, write_records
+from distill.storage.files import write_records
 from distill.storage.run_folder import Run
 from distill.training import adapters
 from distill.training.batches import Example
-from distill.training.prepare import encode_split
+from distill.training.encode import SPLITS, encode_split
 from distill.training.student import StudentModel
 from tests.support.tiny import make_tiny, make_tokenizer
 
@@ -149,16 +149,9 @@ def _make(folder: Path, name: str, count: int, tree: dict[str, Any]) -> Run:
     return run
 
 
-def dataset(run: Run) -> list[Pair]:
-    """Return the pairs of a run's training and validation."""
-    paths = [run.path(f"dataset/{name}.jsonl") for name in ("train", "validation")]
-    return [pair for path in paths for pair in read_records(path, Pair)]
-
-
 def encoded(run: Run) -> list[Example]:
     """Return the examples of a run's training and validation."""
-    date, splits = run.config.template_date, ("train", "validation")
-    return [e for s in splits for e in encode_split(make_tokenizer(), run, s, date, 2048)]
+    return [e for s in SPLITS for e in encode_split(make_tokenizer(), run, s, 2048)]
 
 
 @torch.no_grad()

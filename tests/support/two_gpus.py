@@ -25,7 +25,7 @@ def main(folder: Path) -> None:
     rank, run = int(os.environ["RANK"]), make_run(folder, tokens_per_step=200_000)
     accelerator, loading = processes.start("none", None, folder), cast("Any", prepare.loading)
     prepare.processor = lambda: f"CPU {rank}"
-    parts = prepare.prepare(run, 2)
+    parts = prepare.Preparation(run, 2)
     report: dict[str, Any] = {"facts": parts.facts, "errors": []}
     make, pick, device = prepare.make_student, loading.pick_dtype, loading.device
 
@@ -49,7 +49,7 @@ def main(folder: Path) -> None:
 def error_of(run: Any) -> str:
     """Return the error of a preparation."""
     try:
-        prepare.prepare(run, 2)
+        prepare.Preparation(run, 2)
     except DistillError as error:
         return str(error)
     return ""

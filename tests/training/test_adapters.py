@@ -137,10 +137,7 @@ def test_an_optimizer_s_state_is_a_copy_and_complete() -> None:
         step(named, optimizer)
         assert equal(saved, before)
         assert not torch.equal(optimizer.state[named["a"]]["exp_avg"], before["a.exp_avg"])
-        restore_optimizer(optimizer, named, saved, "x")
-    del saved["b.exp_avg_sq"]
-    with pytest.raises(DistillError, match=r"b.exp_avg_sq"):
-        restore_optimizer(optimizer, named, saved, "checkpoint")
+        restore_optimizer(optimizer, named, saved)
 
 
 def make_adapter(base: Path, folder: Path, std: float = 0.05) -> Path:

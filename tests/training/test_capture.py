@@ -17,8 +17,9 @@ from distill.training.soft_labels import cache as signal_cache
 from distill.training.soft_labels import capture
 from distill.training.soft_labels.cache import Signal, SignalCache, SignalKey, sample_offsets
 from distill.training.soft_labels.capture import select, to_signal
+from distill.training.soft_labels.labels import read_pairs
 from tests.support.tiny import SPECIAL, TEMPLATE, make_tokenizer
-from tests.support.training import dataset, exact_logs, make_soft_run, other_weights
+from tests.support.training import exact_logs, make_soft_run, other_weights
 
 SAMPLED = {"method": "sampled"}
 WORDS, WIDTH, TIMES, SAMPLES = 501, 6, 4000, 20
@@ -29,7 +30,7 @@ def captured(run: Run) -> tuple[dict[str, SignalKey], SignalCache]:
     capture.main(run)
     made = read_json(run.path("signals.json"))
     rows = {name: SignalKey(*row) for name, row in made["rows"].items()}
-    return rows, SignalCache.open(run.config.store_folder(), made["cache"])
+    return rows, SignalCache(run.config.store_folder(), made["cache"])
 
 
 def chunks(cache: SignalCache) -> dict[str, bytes]:
@@ -41,7 +42,7 @@ def test_each_token_has_the_teacher_s_distribution_where_it_is_predicted(tmp_pat
     run = make_soft_run(tmp_path, signals={"p": 0.9, "k": 40, "temperatures": [2.0]})
     rows, cache = captured(run)
     found = cache.read(list(rows.values()))
-    for pair in dataset(run):
+    for pair in read_pairs(run):
         wanted = exact_logs(run, pair)
         signal = found[rows[pair.response.id].example]
         assert len(signal) == len(wanted) == rows[pair.response.id].length
@@ -65,12 +66,12 @@ def test_each_token_has_the_teacher_s_distribution_where_it_is_predicted(tmp_pat
 def test_the_teacher_reads_the_prompt_that_it_was_asked(tmp_path):
     run = make_soft_run(tmp_path)
     shown = (Message(role="system", content="a passage"), Message(role="user", content="why?"))
-    first, *others = dataset(run)
+    first, *others = read_pairs(run)
     prompt = first.prompt.model_copy(update={"teacher_messages": shown})
     write_records(
         run.path("dataset/train.jsonl"), [first.model_copy(update={"prompt": prompt}), *others]
     )
-    pair = dataset(run)[0]
+    pair = read_pairs(run)[0]
     rows, cache = captured(run)
     signal = cache.read([rows[pair.response.id]])[rows[pair.response.id].example]
     firsts = np.cumsum(signal.counts_N, dtype=int) - signal.counts_N
@@ -127,15 +128,6 @@ def test_an_answer_with_other_tokens_under_the_teacher_s_template_is_refused(tmp
     tokenizer.save_pretrained(tmp_path / "teacher")
     with pytest.raises(DistillError, match="other tokens under the teacher's chat template"):
         capture.main(run)
-
-
-def test_a_cache_larger_than_the_disk_is_said_before_it_starts(tmp_path, monkeypatch):
-    run = make_soft_run(tmp_path)
-    space = type("Usage", (), {"free": 100})
-    monkeypatch.setattr(capture.shutil, "disk_usage", lambda folder: space)
-    with pytest.raises(DistillError, match=r"take about .* GB, 0.0 GB are free \(free space") as e:
-        capture.main(run)
-    assert e.value.code == Exit.STATE and not list(tmp_path.rglob("*.signals"))
 
 
 def test_a_teacher_whose_terms_are_not_known_captures_nothing(tmp_path):
@@ -235,7 +227,7 @@ def test_a_capture_holds_samples_of_the_teacher_and_another_the_same_bytes(tmp_p
     signals = {**SAMPLED, "samples": 40}
     runs = [make_soft_run(tmp_path / n, signals=signals) for n in "ab"]
     rows, cache = captured(runs[0])
-    for pair in dataset(runs[0]):
+    for pair in read_pairs(runs[0]):
         row = rows[pair.response.id]
         signal = cache.read([row])[row.example]
         expected = exact_logs(runs[0], pair).exp().numpy()

@@ -23,12 +23,12 @@ from distill.responders.endpoint.budget import account
 from distill.responders.store import ResponseStore
 from distill.storage.files import write_json, write_records
 from distill.storage.run_folder import Run
-from distill.training.soft_labels import capture, labels, server_logprobs
+from distill.training.soft_labels import labels, server_logprobs
 from distill.training.soft_labels.cache import Signal, SignalCache
 from tests.planning.test_plan import ROOT, shown
 from tests.support.fake_teacher import KEY, PRICE, FakeTeacher, Reply, Script
 from tests.support.tiny import make_tiny, make_tokenizer
-from tests.support.training import SOFT, dataset, make_soft_run
+from tests.support.training import SOFT, make_soft_run
 from tests.training.test_capture import captured
 
 SERVED = "tiny-served"
@@ -128,7 +128,7 @@ def test_a_server_s_lists_become_what_the_local_teacher_s_are(tmp_path, scorer):
         assert np.abs(one[name].tail_mass_N - other[name].tail_mass_N).max() < 1e-5
         assert np.abs(one[name].logs() - other[name].logs()).max() < 0.07
         assert (one[name].ids_E == other[name].ids_E).mean() > 0.99  # but for ties
-    assert len(server.payloads) == len(dataset(run)) == 12
+    assert len(server.payloads) == len(labels.read_pairs(run)) == 12
     assert server.payloads[0].keys() == {
         *("model", "prompt", "prompt_logprobs", "max_tokens", "temperature")
     }
@@ -153,7 +153,7 @@ def test_the_signals_of_a_server_are_trained_on_as_any_others(tmp_path, scorer):
     with FakeTeacher(scorer) as server:
         run = make_remote(tmp_path, server)
         signals_stage(run)
-    examples = capture.student_view(run)
+    examples = labels.student_view(run)
     soft = labels.load_labels(run, examples, len(scorer.tokenizer))
     targets = soft.targets([e.response_id for e in examples], "cpu")
     assert targets.tail_mass_N.min() >= 0 and torch.isfinite(targets.logprobs_M).all()

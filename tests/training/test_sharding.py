@@ -19,7 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from distill.errors import DistillError, Exit
 from distill.models.devices import send
 from distill.training import processes, train
-from distill.training.prepare import prepare
+from distill.training.prepare import Preparation
 from tests.support.launched import ROOT, alive, finished, launch, wait_for_workers, write_config
 from tests.support.training import TRAIN, assert_close, make_run, make_soft_run, outcome
 
@@ -139,7 +139,7 @@ def test_each_process_keeps_its_part_of_every_layer(first_of_two, tmp_path, monk
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     run = make_run(tmp_path)
-    student = prepare(run).student
+    student = Preparation(run).student
     processes.wrap(first_of_two, student)
     layers = student.decoder().layers
     assert all(isinstance(part, FSDPModule) for part in (student, *layers))

@@ -9,20 +9,17 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Gemma2Config, MistralConfig
 
-from distill.config.learning import Loss, Signals
+from distill.config.learning import Loss
 from distill.errors import DistillError, Exit
 from distill.records import AnswerLoss
 from distill.training import adapters
 from distill.training.divergences import Live
 from distill.training.encode import encode_pair
 from distill.training.fused_layers import fusible
-from distill.training.soft_labels.cache import Signal
-from distill.training.soft_labels.capture import capture
-from distill.training.student import Batch, StudentModel, answer_loss, make_student
+from distill.training.student import Batch, answer_loss, make_student
 from tests.support.tiny import make_tiny, make_tokenizer
 from tests.support.training import DATE, LENGTHS, adapted, causal_model, examples, gradients, pairs
 
-HEAD = ("q_proj", "down_proj", "lm_head")
 SIZES: dict[str, Any] = {
     "vocab_size": 300,
     "hidden_size": 32,
@@ -37,11 +34,6 @@ SIZES: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make_tiny(tmp_path_factory.mktemp("tied"))
-
-
-@pytest.fixture(scope="module")
-def untied(tmp_path_factory):
-    return make_tiny(tmp_path_factory.mktemp("untied"), tied=False)
 
 
 @pytest.fixture(scope="module")
@@ -85,15 +77,12 @@ def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
         ("folder", ("q_proj", "v_proj", "down_proj")),
         ("qwen2", "all-linear"),
         ("qwen2", ("q_proj", "v_proj", "down_proj")),
-        ("untied", HEAD),
     ],
 )
 def test_packed_and_fused_equals_plain_peft_sample_by_sample(base, targets, fused, request):
     folder = request.getfixturevalue(base)
     expected_loss, expected = plain(adapted(folder, targets))
     model = adapted(folder, targets)
-    if targets == HEAD:
-        adapters.adapt(model)
     student, notes = make_student(model, packing=True, fused=fused)
     assert student.packing and not notes
     assert fused == ("forward" in vars(student.decoder().layers[0]))
@@ -128,16 +117,6 @@ def test_dropout_and_other_kinds_are_left_to_transformers(folder):
     assert fusible(one)
     one.mlp.act_fn = torch.nn.GELU()
     assert not fusible(one)
-
-
-def test_unfused_layers_compute_as_before(folder):
-    model, ids = adapted(folder), torch.arange(9)[None]
-    before = model(input_ids=ids).logits
-    student, _ = make_student(model, fused=True)
-    for layer in student.decoder().layers:
-        del layer.forward
-    model.set_attn_implementation("sdpa")
-    torch.testing.assert_close(model(input_ids=ids).logits, before)
 
 
 def test_a_step_of_bfloat16_is_near_the_float32_one(tmp_path):
@@ -197,8 +176,8 @@ def test_answer_loss_is_transformers_own_in_the_order_of_the_pairs(folder):
         assert result.hits == int((whole.logits[:, :-1].argmax(-1) == labels[:, 1:]).sum())
 
 
-def test_gradients_of_soft_labels_with_an_adapted_head_are_plain_peft_s(untied):
-    model = adapted(untied, HEAD)
+def test_gradients_of_soft_labels_are_plain_peft_s(folder):
+    model = adapted(folder)
     batch, rows = Batch.make(examples(1)), len(make_tokenizer()) + 5
     make = torch.Generator().manual_seed(0)
     teacher = torch.randn(len(batch.indices_S), 8, generator=make)
@@ -208,7 +187,7 @@ def test_gradients_of_soft_labels_with_an_adapted_head_are_plain_peft_s(untied):
     kl = (aims * (aims.log() - logs)).sum()
     loss = 0.5 * kl - 0.5 * logs.gather(1, batch.targets_S[:, None]).sum()
     loss.backward()
-    expected, again = gradients(model), adapted(untied, HEAD)
+    expected, again = gradients(model), adapted(folder)
     student, _ = make_student(again)
     student.labels = SimpleNamespace(settings=Loss(ce=0.5, forward_kl=0.5))  # pyright: ignore[reportAttributeAccessIssue]
     total, _, divergence = student(replace(batch, soft=Live(teacher, head, rows)))
@@ -218,36 +197,12 @@ def test_gradients_of_soft_labels_with_an_adapted_head_are_plain_peft_s(untied):
     assert_close(gradients(again), expected)
 
 
-def test_a_head_without_its_adapter_is_found_by_the_probe(untied, monkeypatch):
-    monkeypatch.setattr(StudentModel, "widen", lambda self, hidden: hidden)
-    monkeypatch.setattr(StudentModel, "matrices", lambda self: (self._head[0].weight,))
-    with pytest.raises(DistillError, match="logits behind the head"):
-        make_student(adapted(untied, HEAD))
-
-
-def test_answer_losses_and_signals_of_an_adapted_head_are_the_merged_model_s(untied):
-    tokenizer, rows = make_tokenizer(), pairs(3)
-    models = (adapted(untied, HEAD).eval(), adapted(untied, HEAD).eval().merge_and_unload())
-    one, other = (answer_loss(model, tokenizer, rows, DATE, 2048) for model in models)
-    assert [a.loss for a in one] == pytest.approx([a.loss for a in other], rel=1e-5)
-    assert [a.hits for a in one] == [a.hits for a in other]
-    encoded = [encode_pair(tokenizer, pair, DATE) for pair in rows]
-    students = [make_student(model)[0] for model in models]
-    signals = [Signal.join(capture(s, len(tokenizer), encoded, Signals(k=4))) for s in students]
-    masses = (torch.tensor(signal.tail_mass_N) for signal in signals)
-    torch.testing.assert_close(*masses, rtol=1e-4, atol=1e-6)
-    assert signals[0].ids_E.tolist() == signals[1].ids_E.tolist()
-
-
 @pytest.mark.parametrize(
     ("targets", "what"),
-    [
-        (("q_proj", "lm_head"), "the output head, which is this model's embedding too"),
-        (("embed_tokens",), "the embedding"),
-    ],
+    [(("q_proj", "lm_head"), "the head"), (("embed_tokens",), "the embedding")],
 )
-def test_what_cannot_be_merged_is_refused(folder, targets, what, recwarn):
-    with pytest.raises(DistillError, match=what) as error:
+def test_an_adapter_of_head_or_embedding_is_refused(folder, targets, what, recwarn):
+    with pytest.raises(DistillError, match=f"{what} is trained by no adapter") as error:
         adapted(folder, targets)
     assert error.value.code == Exit.TRAINING
     assert not any("tie_word" in str(warning.message) for warning in recwarn)

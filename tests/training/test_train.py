@@ -9,17 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.testing import assert_close
 
 from distill.errors import DistillError, Exit
-from distill.models.loading import load_model
-from distill.publishing.parity import answer_logits
 from distill.storage.files import read_json, write_records
 from distill.storage.run_folder import Run
-from distill.training import adapters, checkpoint, train
+from distill.training import train
 from distill.training.adapters import WEIGHTS
 from distill.training.student import StudentModel
-from tests.support.tiny import make_tiny
 from tests.support.training import (
     LORA,
     Killed,
@@ -31,7 +27,6 @@ from tests.support.training import (
     pairs,
     training,
 )
-from tests.training.test_adapters import ROWS
 
 TWO = {"micro_batch_tokens": 300, "lora": LORA}  # micro-batches a step, and dropout
 
@@ -55,34 +50,6 @@ def test_a_killed_run_goes_on_to_the_same_bits(unbroken, calls):
             train.main(run)
     train.main(run)
     assert_same(outcome(run), expected)
-
-
-def test_a_finished_run_started_again_changes_nothing(unbroken):
-    folder, expected = unbroken
-    run = make_run(folder, save_steps=1, **TWO)
-    before = {f: f.stat().st_mtime_ns for f in run.path("checkpoints").rglob("*")}
-    train.main(run)
-    assert_same(outcome(run), expected)
-    assert {f: f.stat().st_mtime_ns for f in run.path("checkpoints").rglob("*")} == before
-
-
-def test_an_adapted_head_resumes_to_the_same_bits_and_merges(tmp_path):
-    make_tiny(tmp_path / "model", tied=False)
-    lora = {**LORA, "target_modules": ("q_proj", "down_proj", "lm_head")}
-    settings = {"save_steps": 1, "micro_batch_tokens": 300, "max_steps": 3, "lora": lora}
-    run, other = (make_run(tmp_path, name, **settings) for name in ("one", "killed"))
-    train.main(run)
-    with killed_at(4):
-        train.main(other)
-    train.main(other)
-    assert_same(outcome(other), outcome(run))
-    base, adapter = str(tmp_path / "model"), run.path("adapter")
-    weights = load_file(adapter / WEIGHTS)
-    assert all(t.any() for name, t in weights.items() if "lm_head" in name)
-    loaded = adapters.PeftModel.from_pretrained(load_model(base, "float32"), str(adapter))
-    merged = load_model(f"{run.path('merged')}", "float32")
-    assert_close(answer_logits(merged, ROWS), answer_logits(loaded, ROWS), rtol=0, atol=1e-4)
-    assert adapters.tensors(loaded).keys() == weights.keys()
 
 
 def test_the_loss_falls_and_the_files_are_there(tmp_path):
@@ -161,24 +128,6 @@ def test_a_run_killed_after_its_best_step_ends_with_the_same_best_weights(past_i
     assert_same(outcome(run), outcome(past_its_best))
     one, other = (each.path("adapter") / WEIGHTS for each in (run, past_its_best))
     assert one.read_bytes() == other.read_bytes()
-
-
-def test_a_checkpoint_that_lost_its_best_weights_is_not_continued(past_its_best):
-    """As a CPU once wrote them: `best` holds the weights of the step that was saved."""
-    best = training(past_its_best)["best_step"]
-    run = make_worsening(past_its_best.folder.parent.parent, "lost")
-    for step in (best, best + 1):
-        saved = checkpoint.read(past_its_best.path(f"checkpoints/step-{step:08d}"))
-        groups = {name: saved.tensors(name) for name in ("adapter", "optimizer")}
-        groups["best"] = groups["adapter"]
-        facts = {name: saved.facts[name] for name in ("run", "epoch", "cursor")}
-        checkpoint.save(run.path("checkpoints"), step, groups, saved.state(), facts, keep=2)
-    with pytest.raises(DistillError, match=f"best.*step {best}.*step {best + 1}") as error:
-        train.main(run, allow_inexact=True)
-    assert error.value.code == Exit.TRAINING and "--redo train" in error.value.fix
-    (run.path("checkpoints") / f"step-{best + 1:08d}" / "manifest.json").unlink()
-    train.main(run)
-    assert_same(outcome(run), outcome(past_its_best))
 
 
 def test_early_stopping_stops_and_releases_the_weights_of_the_best_step(tmp_path):

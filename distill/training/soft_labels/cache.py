@@ -10,7 +10,7 @@ import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -84,7 +84,7 @@ class Signal:
         Ids from `vocabulary` on, which no text has, are left out. Raises ValueError where
         probabilities sum to more than 1.
         """
-        counts, ids, logs, tails = list[int](), list[int](), list[float](), list[float]()
+        counts, entries, tails = list[int](), list[tuple[float, int]](), list[float]()
         for listed in lists:
             rows = sorted((-log, i) for i, log in listed.items() if i < vocabulary)
             mass_K = np.exp([-log for log, _ in rows])
@@ -95,13 +95,13 @@ class Signal:
             before_K = np.cumsum(mass_K) - mass_K
             count = max(1, int(((before_K < settings.p) & (mass_K > 0))[: settings.k].sum()))
             counts.append(count)
-            ids += [i for _, i in rows[:count]]
-            logs += [-log for log, _ in rows[:count]]
+            entries += rows[:count]
             tails.append(max(0.0, 1 - float(mass_K[:count].sum())))
-        counts_N = np.array(counts, np.uint16)
-        columns = (np.array(ids, np.uint32), codes(np.array(logs, np.float32), counts_N))
-        none_TN = np.zeros((0, len(counts)), np.float32)
-        return cls(counts_N, *columns, np.array(tails, np.float32), none_TN)
+        counts_N, none_TN = np.array(counts, np.uint16), np.zeros((0, len(counts)), np.float32)
+        logs_E, ids_E = (np.array(column) for column in zip(*entries, strict=True))
+        codes_E = codes(-logs_E.astype(np.float32), counts_N)
+        columns = (ids_E.astype(np.uint32), codes_E, np.array(tails, np.float32))
+        return cls(counts_N, *columns, none_TN)
 
     @classmethod
     def join(cls, parts: Sequence["Signal"]) -> Self:
@@ -111,15 +111,12 @@ class Signal:
 
     def split(self, lengths: Sequence[int]) -> Iterator["Signal"]:
         """Yield the signals of as many tokens each as `lengths` says, which add up to all."""
-        ends_N = np.concatenate([[0], np.cumsum(self.counts_N, dtype=np.int64)])
-        start = 0
+        ends_N, start = np.concatenate([[0], np.cumsum(self.counts_N, dtype=np.int64)]), 0
         for length in lengths:
             tokens = slice(start, start := start + length)
             ids = slice(ends_N[tokens.start], ends_N[tokens.stop])
-            yield Signal(
-                *(self.counts_N[tokens], self.ids_E[ids], self.codes_E[ids]),
-                *(self.tail_mass_N[tokens], self.tails_TN[:, tokens]),
-            )
+            lists = (self.counts_N[tokens], self.ids_E[ids], self.codes_E[ids])
+            yield Signal(*lists, self.tail_mass_N[tokens], self.tails_TN[:, tokens])
 
 
 def codes(logs_E: NDArray[np.float32], counts_N: NDArray[np.uint16]) -> NDArray[np.uint8]:
@@ -181,14 +178,12 @@ def encode_chunk(teacher: str, rows: Sequence[SignalKey], signal: Signal) -> byt
     return b"%s %d %d %s\n" % (MAGIC, FORMAT, len(header), checksum) + header + body
 
 
-@dataclass(frozen=True)
-class SignalChunk:
-    """A chunk's file and what its header says."""
+class SignalChunk(NamedTuple):
+    """A chunk's file, where its body begins, and its header as `encode_chunk` wrote it."""
 
     path: Path
-    begin: int  # of the body
-    rows: tuple[SignalKey, ...]
-    header: dict[str, Any]  # as `encode_chunk` wrote it
+    begin: int
+    header: dict[str, Any]
 
     @classmethod
     def open(cls, path: Path) -> "SignalChunk":
@@ -201,89 +196,81 @@ class SignalChunk:
                     what = f"format {int(version)}, newer than {FORMAT}"
                     raise DistillError(Exit.STATE, path, what, "use a newer distill")
                 text = file.read(int(size))
-                readable = magic == MAGIC and int(version) == FORMAT
-                if not readable or hashlib.sha256(text).hexdigest() != checksum.decode():
+                same = hashlib.sha256(text).hexdigest() == checksum.decode()
+                if (magic, int(version), same) != (MAGIC, FORMAT, True):
                     raise ValueError
-                header, begin = json.loads(text), len(line) + len(text)
-                if path.stat().st_size != begin + sum(header["columns"]):
+                chunk = cls(path, len(line) + len(text), json.loads(text))
+                if path.stat().st_size != chunk.begin + sum(chunk.header["columns"]):
                     raise ValueError
             except ValueError:
                 raise DistillError(Exit.STATE, path, "is damaged", WAY_OUT) from None
-        return cls(path, begin, tuple(SignalKey(*row) for row in header["rows"]), header)
+        return chunk
+
+    def rows(self) -> list[SignalKey]:
+        """Return what names the signals, in their order."""
+        return [SignalKey(*row) for row in self.header["rows"]]
 
     def read(self) -> dict[str, Signal]:
         """Return the signals by their examples' ids; raises DistillError (exit 5) for damage."""
-        with disk_errors(self.path), self.path.open("rb") as file:
-            file.seek(self.begin)
-            body = file.read()
+        with disk_errors(self.path):
+            body = self.path.read_bytes()[self.begin :]
         if hashlib.sha256(body).hexdigest() != self.header["body"]:
             raise DistillError(Exit.STATE, self.path, "is damaged", WAY_OUT)
-        ends = np.cumsum((0, *self.header["columns"]))
-        tokens, listed = sum(row.length for row in self.rows), self.header["listed"]
+        names, lengths = zip(*((row.example, row.length) for row in self.rows()), strict=True)
+        tokens, listed, sizes = sum(lengths), self.header["listed"], self.header["columns"]
         kinds = [(tokens, np.uint16, 2), (listed, np.uint32, 3), (listed, np.uint8, 1)]
-        kinds += [(tokens, np.float32, 4)] * (len(ends) - 4)
+        kinds += [(tokens, np.float32, 4)] * (len(sizes) - 3)
+        ends = itertools.pairwise(itertools.accumulate(sizes, initial=0))
         counts_N, ids_E, codes_E, tail_mass_N, *tails = (
-            _inflate(body[start:end], *kind)
-            for (start, end), kind in zip(itertools.pairwise(ends), kinds, strict=True)
+            _inflate(body[slice(*end)], *kind) for end, kind in zip(ends, kinds, strict=True)
         )
-        tails_TN = np.stack(tails) if tails else np.zeros((0, tokens), np.float32)
+        tails_TN = np.array(tails, np.float32).reshape(len(tails), tokens)
         signal = Signal(counts_N, ids_E, codes_E, tail_mass_N, tails_TN)
-        parts = signal.split([row.length for row in self.rows])
-        return {row.example: part for row, part in zip(self.rows, parts, strict=True)}
+        return dict(zip(names, signal.split(lengths), strict=True))
 
 
-@dataclass
 class SignalCache:
     """The chunks of one teacher and setting; `teacher` is the digest of both, the folder's name.
 
-    Opening reads the headers. One process at a time adds to it, under the folder's lock.
+    Opening reads the headers, and raises DistillError (exit 5) for a bad one. One process at a time
+    adds to it, under the folder's lock.
     """
 
-    folder: Path
-    teacher: str
-    index: dict[str, tuple[SignalChunk, SignalKey]] = field(default_factory=dict)
+    def __init__(self, store: Path, teacher: str) -> None:
+        self.folder, self.teacher = store / "signals" / teacher, teacher
+        self.index: dict[str, tuple[SignalChunk, SignalKey]] = {}
+        for path in sorted(self.folder.glob(f"*{ENDING}")):
+            self._add(path)
 
-    @classmethod
-    def open(cls, store: Path, teacher: str) -> "SignalCache":
-        """Open a teacher's cache in the store; raises DistillError (exit 5) for a bad chunk."""
-        cache = cls(store / "signals" / teacher, teacher)
-        for path in sorted(cache.folder.glob(f"*{ENDING}")):
-            cache._add(SignalChunk.open(path))
-        return cache
-
-    def _add(self, chunk: SignalChunk) -> None:
+    def _add(self, path: Path) -> None:
+        chunk = SignalChunk.open(path)
         if (teacher := chunk.header["teacher"]) != self.teacher:
             what = f"holds signals of another teacher or setting ({teacher[:12]})"
-            raise DistillError(Exit.STATE, chunk.path, what, WAY_OUT)
-        self.index |= {row.example: (chunk, row) for row in chunk.rows}
+            raise DistillError(Exit.STATE, path, what, WAY_OUT)
+        self.index |= {row.example: (chunk, row) for row in chunk.rows()}
 
     def append(self, rows: Sequence[SignalKey], signal: Signal) -> None:
         """Write a chunk, durably; raises DistillError (exit 5) on a full disk."""
         last = max((int(path.stem) for path in self.folder.glob(f"*{ENDING}")), default=0)
         path = self.folder / f"{last + 1:08}{ENDING}"
         write_atomic(path, encode_chunk(self.teacher, rows, signal))
-        self._add(SignalChunk.open(path))
-
-    def check(self, rows: Iterable[SignalKey]) -> None:
-        """Raise DistillError (exit 5) where a row is missing, or stands there for other tokens."""
-        for row in rows:
-            entry = self.index.get(row.example)
-            if entry is None:
-                what = f"holds no signal of example {row.example}"
-                raise DistillError(Exit.STATE, self.folder, what, "--redo signals captures it")
-            if entry[1] != row:
-                what = f"example {row.example} stands there with other tokens"
-                raise DistillError(Exit.STATE, entry[0].path, what, WAY_OUT)
+        self._add(path)
 
     def read(self, rows: Sequence[SignalKey]) -> dict[str, Signal]:
-        """Return the signals of `rows` by their examples' ids, each chunk checked to the byte."""
-        self.check(rows)
-        requested = dict.fromkeys(row.example for row in rows)
-        chunks = {chunk.path: chunk for chunk, _ in (self.index[name] for name in requested)}
-        signals: dict[str, Signal] = {}
+        """Return the signals of `rows` by their examples' ids, each chunk checked to the byte.
+
+        Raises DistillError (exit 5) where a row is missing, or stands there for other tokens.
+        """
+        chunks, signals = dict[Path, SignalChunk](), dict[str, Signal]()
+        for row in rows:
+            chunk, stored = self.index.get(row.example, (None, None))
+            if chunk is None or stored != row:
+                what = f"holds no signal of example {row.example} with these tokens"
+                raise DistillError(Exit.STATE, self.folder, what, "--redo signals captures it")
+            chunks[chunk.path] = chunk
         for chunk in chunks.values():
-            signals |= {name: part for name, part in chunk.read().items() if name in requested}
-        return signals
+            signals |= chunk.read()
+        return {row.example: signals[row.example] for row in rows}
 
     def fill(
         self, texts: Sequence[Example], read: Callable[[Sequence[Example]], Iterable[Signal | str]]

@@ -3,12 +3,12 @@
 One forward pass over the answers as they stand, whoever wrote them, with the prompt as the teacher
 is asked it. What the store holds is not read again; a kill costs one chunk's work.
 
-Shape suffixes: S supervised positions, K entries of the longest list, E the columns of the head (or
-the entries of all lists), V the vocabulary, N samples, T temperatures.
+Shape suffixes: S supervised positions, K entries of the longest list, E the
+entries of all lists, V the vocabulary, N samples, T temperatures.
 """
 
-import shutil
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,33 +17,22 @@ from torch import Tensor
 
 from distill.config.learning import Signals
 from distill.config.teachers import EndpointTeacher
-from distill.errors import DistillError, Exit
-from distill.models import loading
 from distill.models.arithmetic import CAPTURE_BYTES, READ_TOKENS, logit_rows
 from distill.models.devices import kind
-from distill.storage.files import disk_errors, folder_lock, read_json, write_json
+from distill.storage.files import folder_lock, read_json, write_json
 from distill.storage.progress import say, tracking
 from distill.storage.run_folder import MODEL_FILE, Run
-from distill.training.batches import Example, micro_batches, padded_batches
-from distill.training.encode import encode_pairs
-from distill.training.soft_labels import server_logprobs
+from distill.training.batches import Example
+from distill.training.soft_labels import labels, server_logprobs
 from distill.training.soft_labels.cache import (
     Signal,
     SignalCache,
     SignalKey,
     codes,
-    expected_bytes,
     sample_offsets,
     supervised_ids,
 )
-from distill.training.soft_labels.labels import (
-    Facts,
-    cache_name,
-    load_reader,
-    read_pairs,
-    teacher_view,
-)
-from distill.training.student import Batch, StudentModel
+from distill.training.student import Batch, Passes, StudentModel
 
 
 def main(run: Run) -> None:
@@ -53,35 +42,32 @@ def main(run: Run) -> None:
     chunk is damaged, 10 where the teacher's terms forbid it.
     """
     config = run.config
-    teacher, examples = config.soft_teacher(), student_view(run)
-    tokenizer, facts, texts = teacher_view(run, examples)
+    teacher, examples = config.soft_teacher(), labels.student_view(run)
+    tokenizer, facts, texts = labels.teacher_view(run, examples)
     facts = as_captured(config.store_folder(), facts)
-    cache = SignalCache.open(config.store_folder(), cache_name(facts))
+    cache = SignalCache(config.store_folder(), labels.cache_name(facts))
     with folder_lock(cache.folder):
         missing = [text for text in texts if text.id not in cache.index]
-        require_room(cache.folder, missing, config.signals, config.buys_signals)
         if missing and isinstance(teacher, EndpointTeacher):
             server_logprobs.fill(cache, tokenizer, missing, config, run)
         elif missing:
-            reader = load_reader(teacher, missing)
+            reader = labels.load_reader(teacher, missing)
             fill(cache, reader, len(tokenizer), missing, config.signals, run)
-    keys = [SignalKey.of(text) for text in texts]
-    cache.check(keys)
-    rows = {example.response_id: key for example, key in zip(examples, keys, strict=True)}
+    rows = {text.response_id: SignalKey.of(text) for text in texts}
     write_json(run.path("signals.json"), {"teacher": facts, "cache": cache.teacher, "rows": rows})
     tokens, fresh = (sum(len(supervised_ids(t)) for t in some) for some in (texts, missing))
     run.note("signals", {"model": teacher.model, "tokens": tokens, **facts})
     say(f"signals: {tokens:,} tokens of {len(rows):,} answers, {fresh:,} of them read now")
 
 
-def as_captured(store: Path, facts: Facts) -> Facts:
+def as_captured(store: Path, facts: labels.Facts) -> labels.Facts:
     """Return the facts under which the store keeps the signals that these facts name.
 
     An earlier distill knew a model in a folder by its weights alone. Its cache goes on as that of
     the first model that uses it (`adopted.json` there), until a file of that folder changes.
     """
     former = {key: value for key, value in facts.items() if not MODEL_FILE.fullmatch(key)}
-    folder = store / "signals" / cache_name(former)
+    folder = store / "signals" / labels.cache_name(former)
     if former == facts or not folder.is_dir():
         return facts
     adopted = folder / "adopted.json"
@@ -90,30 +76,6 @@ def as_captured(store: Path, facts: Facts) -> Facts:
         what = "is named by the hash of the teacher's weights alone"
         say(f"signals: {folder} {what}, and counts as that of the model as it is now")
     return former if read_json(adopted) == facts else facts
-
-
-def student_view(run: Run) -> list[Example]:
-    """Return the examples of training and validation as the student is trained on them."""
-    config, folder = run.config, run.path("dataset")
-    tokenizer = loading.student_tokenizer(config.student, config.reasoning)
-    limit = config.train.max_length
-    return encode_pairs(tokenizer, read_pairs(run), config.template_date, limit, folder)
-
-
-def require_room(folder: Path, texts: Sequence[Example], settings: Signals, replies: bool) -> None:
-    """Raise DistillError (exit 5) where signals, and a server's replies, do not fit on the disk."""
-    with disk_errors(folder):
-        free = shutil.disk_usage(folder).free
-    tokens = sum(len(supervised_ids(text)) for text in texts)
-    needed = expected_bytes(tokens, settings)
-    if replies:
-        read = sum(len(text.input_ids) for text in texts)
-        needed += read * (settings.k + 1) * server_logprobs.REPLY_BYTES_AN_ID
-    if needed > free:
-        sizes = f"{needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free"
-        what = f"signals of {tokens:,} tokens take about {sizes}"
-        fix = "free space, set store=FOLDER on another disk, or lower signals.p"
-        raise DistillError(Exit.STATE, folder, what, fix)
 
 
 def fill(
@@ -125,19 +87,10 @@ def fill(
     run: Run,
 ) -> None:
     """Read answers here and append their signals to the cache; on a GPU in passes that fit."""
-    pass_tokens = READ_TOKENS
+    passes = Passes("signals")
 
     def read(examples: Sequence[Example]) -> list[Signal]:
-        nonlocal pass_tokens
-        while True:
-            try:
-                signals = capture(reader, vocabulary, examples, settings, pass_tokens)
-                break
-            except torch.OutOfMemoryError:
-                if pass_tokens < READ_TOKENS:
-                    raise
-                pass_tokens //= 4
-                say(f"signals: out of GPU memory: {pass_tokens} tokens a pass from here on")
+        signals = passes.attempt(partial(capture, reader, vocabulary, examples, settings))
         run.ledger.spend(input_tokens=sum(len(example.input_ids) for example in examples))
         tracker.advance(sum(map(len, signals)))
         return signals
@@ -156,10 +109,8 @@ def capture(
     pass_tokens: int = READ_TOKENS,
 ) -> list[Signal]:
     """Return each example's distributions over the first `vocabulary` ids."""
-    lengths = [len(example.input_ids) for example in examples]
-    deal = micro_batches if reader.packing else padded_batches
     signals: dict[int, Signal] = {}
-    for samples in deal(range(len(examples)), lengths, pass_tokens):
+    for samples in reader.deal(examples, range(len(examples)), pass_tokens):
         batch = reader.batch([examples[i] for i in samples])
         counts = [len(supervised_ids(examples[i])) for i in samples]
         pairs = zip(samples, counts, strict=True)
@@ -177,12 +128,12 @@ def read_head(
     reader: StudentModel, batch: Batch, vocabulary: int
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield slices of a batch's supervised positions, and their log-probabilities (S, V)."""
-    hidden_SE, (head_VE, bias_V) = reader.states(batch), reader.head()
-    head_VE, bias_V = head_VE[:vocabulary], None if bias_V is None else bias_V[:vocabulary]
-    rows = logit_rows(CAPTURE_BYTES, 4, vocabulary, kind(head_VE.device))
-    for start in range(0, len(hidden_SE), rows):
+    hidden_SD, (head_VD, bias_V) = reader.states(batch), reader.head()
+    head_VD, bias_V = head_VD[:vocabulary], None if bias_V is None else bias_V[:vocabulary]
+    rows = logit_rows(CAPTURE_BYTES, 4, vocabulary, kind(head_VD.device))
+    for start in range(0, len(hidden_SD), rows):
         part = slice(start, start + rows)
-        logits_SV = torch.nn.functional.linear(hidden_SE[part], head_VE, bias_V)
+        logits_SV = torch.nn.functional.linear(hidden_SD[part], head_VD, bias_V)
         yield part, torch.log_softmax(logits_SV, -1, dtype=torch.float32)
 
 
@@ -222,8 +173,7 @@ def to_signal(selected: Tensor, settings: Signals) -> Signal:
         counts_S, ids_E = new_SN.sum(1).astype(np.uint16), rows[new_SN].astype(np.uint32)
         return Signal(counts_S, ids_E, codes_E, zeros_S, none_TS)
     listed = (rows.shape[1] - 1 - len(settings.temperatures)) // 2
-    ids_SK, tails_ST = rows[:, listed : 2 * listed], rows[:, 2 * listed :]
+    top_SK, ids_SK, tails_ST = np.split(rows, [listed, 2 * listed], 1)
     counts_S = (ids_SK >= 0).sum(1).astype(np.uint16)
-    codes_E = codes(rows[:, :listed][ids_SK >= 0], counts_S)
-    ids_E = ids_SK[ids_SK >= 0].astype(np.uint32)
+    codes_E, ids_E = codes(top_SK[ids_SK >= 0], counts_S), ids_SK[ids_SK >= 0].astype(np.uint32)
     return Signal(counts_S, ids_E, codes_E, tails_ST[:, 0], tails_ST[:, 1:].T)

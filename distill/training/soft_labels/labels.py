@@ -2,8 +2,8 @@
 
 They are cached, or made at every step by a teacher in memory, over its entire vocabulary. Of a
 cache the run's signals.json says which rows belong to its answers. Whatever does not fit (another
-teacher or setting than the config's, answers that were dropped or added since, other tokens, a
-damaged file) ends the training before its first step, with the file and the reason.
+teacher or setting than the config's, answers that were added since, other tokens, a damaged file)
+ends the training before its first step, with the file and the reason.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,16 +29,9 @@ from distill.storage.progress import say
 from distill.storage.run_folder import MODEL_FILE, Run, differences
 from distill.training.batches import Example
 from distill.training.divergences import Live, SoftTargets
-from distill.training.encode import encode_pair
-from distill.training.soft_labels.cache import (
-    FORMAT,
-    STEPS,
-    TEXT_ONLY,
-    Signal,
-    SignalCache,
-    SignalKey,
-    supervised_ids,
-)
+from distill.training.encode import SPLITS, encode_pair, encode_split
+from distill.training.soft_labels import cache
+from distill.training.soft_labels.cache import TEXT_ONLY, Signal, SignalKey, supervised_ids
 from distill.training.student import StudentModel, make_student
 
 Facts: TypeAlias = dict[str, Any]  # what names a teacher's signals, as signals.json holds it
@@ -56,10 +49,11 @@ class CachedLabels:
 
     def targets(self, answers: Sequence[str], device: torch.device | str) -> SoftTargets:
         """Lay the answers' lists end to end; of none, a position that will weigh nothing."""
-        row, half = self.tails_row, np.full(1, 0.5, np.float32)
-        columns = (np.ones(1, np.uint16), np.zeros(1, np.uint32), np.zeros(1, np.uint8), half)
-        idle = Signal(*columns, np.log(half)[None].repeat((row or 0) + 1, 0))
-        signal = Signal.join([self.signals[name] for name in answers] or [idle])
+        if not answers:
+            half = torch.full((1,), 0.5, device=device)
+            zero = torch.zeros(1, dtype=torch.long, device=device)
+            return SoftTargets(zero, half.log(), torch.arange(2), half, half.log())
+        signal, row = Signal.join([self.signals[name] for name in answers]), self.tails_row
         offsets_N1 = np.concatenate([[0], np.cumsum(signal.counts_N, dtype=np.int64)])
         return SoftTargets(
             ids_M=send(torch.tensor(signal.ids_E.astype(np.int64)), device),
@@ -101,8 +95,7 @@ def load_labels(run: Run, examples: Sequence[Example], vocabulary: int) -> Cache
         return DistillError(Exit.TRAINING, path, what, AGAIN)
 
     if not path.exists():
-        what, fix = "is missing, and train.loss has soft parts", "make it: distill signals CONFIG"
-        raise DistillError(Exit.TRAINING, path, what, fix)
+        raise misfit("is missing, and train.loss has soft parts")
     record = read_json(path)
     try:
         facts, name = record["teacher"], record["cache"]
@@ -117,20 +110,16 @@ def load_labels(run: Run, examples: Sequence[Example], vocabulary: int) -> Cache
         changed = "; ".join(changes)
         raise misfit(f"was made by another teacher or setting than the config names: {changed}")
     for example in examples:
-        if (row := rows.get(example.response_id)) is None:
-            raise misfit(f"has no signal of answer {example.response_id}")
-        if row._replace(example=example.id) != SignalKey.of(example):
-            raise misfit(f"was made for other tokens of answer {example.response_id}")
-    spare = rows.keys() - {example.response_id for example in examples}
-    if spare and (gone := sorted(spare - {pair.response.id for pair in read_pairs(run)})):
-        raise misfit(f"was made for {len(gone)} answers that the filters dropped since: {gone[0]}")
-    cache = SignalCache.open(run.config.store_folder(), name)
-    signals = cache.read([rows[example.response_id] for example in examples])
+        row = rows.get(example.response_id)
+        if row is None or row._replace(example=example.id) != SignalKey.of(example):
+            raise misfit(f"has no signal of answer {example.response_id} with its tokens")
+    stored = cache.SignalCache(run.config.store_folder(), name)
+    signals = stored.read(list(rows.values()))
     if (largest := max(int(signal.ids_E.max()) for signal in signals.values())) >= vocabulary:
         what = f"name token {largest}, and the student's head has {vocabulary} rows"
-        raise DistillError(Exit.TRAINING, cache.folder, what, TEXT_ONLY)
+        raise DistillError(Exit.TRAINING, stored.folder, what, TEXT_ONLY)
     by_answer = {e.response_id: signals[rows[e.response_id].example] for e in examples}
-    hashes = sorted({cache.index[row.example][0].header["body"] for row in rows.values()})
+    hashes = sorted({stored.index[row.example][0].header["body"] for row in rows.values()})
     tails = run.config.signals.temperatures
     tails_row = None if loss.temperature == 1 else tails.index(loss.temperature)
     return CachedLabels(by_answer, digest([name, hashes]), loss, tails_row)
@@ -152,8 +141,15 @@ def load_live(run: Run, examples: Sequence[Example]) -> LiveLabels:
 
 def read_pairs(run: Run) -> list[Pair]:
     """Return the pairs that training and validation use."""
-    paths = [run.path(f"dataset/{split}.jsonl") for split in ("train", "validation")]
+    paths = [run.path(f"dataset/{split}.jsonl") for split in SPLITS]
     return [pair for path in paths if path.exists() for pair in read_records(path, Pair)]
+
+
+def student_view(run: Run) -> list[Example]:
+    """Return the examples of training and validation as the student is trained on them."""
+    tokenizer = loading.student_tokenizer(run.config.student, run.config.reasoning)
+    limit = run.config.train.max_length
+    return [e for split in SPLITS for e in encode_split(tokenizer, run, split, limit)]
 
 
 def teacher_view(
@@ -215,21 +211,19 @@ def open_teacher(config: Config) -> tuple[PreTrainedTokenizerBase, Facts]:
         where = f"teacher {teacher.model} and student {student.model}"
         what = "have different tokenizers: distributions of one mean nothing to the other"
         raise DistillError(Exit.CONFIG, where, what, TEXT_ONLY)
-    reader: Facts
+    facts: Facts = {**settings.shape, "vocabulary": vocabulary}
+    facts["template"] = template_hash(tokenizer, config.template_date)
     if isinstance(teacher, EndpointTeacher):
         body = teacher.extra_body if settings.endpoint or settings.from_answers else {}
-        reader = {"endpoint": teacher.base_urls[0], "served": teacher.model}
-        reader |= {"from_answers": True} if settings.from_answers else {}
-        reader |= {"revision": teacher.revision, "extra_body": body}
-    else:
-        assert isinstance(teacher, LocalTeacher)
-        dtype = str(pick_dtype(teacher.dtype)).removeprefix("torch.")
-        reader = {"weights": registry.identity(teacher.model, teacher.revision)}
-        reader |= {**registry.folder_facts("weights", teacher.model), "dtype": dtype}
-    template = template_hash(tokenizer, config.template_date)
-    return tokenizer, {**settings.shape, **reader, "template": template, "vocabulary": vocabulary}
+        facts |= {"endpoint": teacher.base_urls[0], "served": teacher.model}
+        facts |= {"from_answers": True} if settings.from_answers else {}
+        return tokenizer, facts | {"revision": teacher.revision, "extra_body": body}
+    assert isinstance(teacher, LocalTeacher)
+    facts |= {"weights": registry.identity(teacher.model, teacher.revision)}
+    facts |= registry.folder_facts("weights", teacher.model)
+    return tokenizer, facts | {"dtype": str(pick_dtype(teacher.dtype)).removeprefix("torch.")}
 
 
 def cache_name(facts: Facts) -> str:
     """Return the digest of what shapes a teacher's signals, with the format."""
-    return digest({"format": FORMAT, "steps": STEPS, **facts})
+    return digest({"format": cache.FORMAT, "steps": cache.STEPS, **facts})

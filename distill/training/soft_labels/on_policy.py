@@ -44,16 +44,12 @@ class Round(Run):
             "loss": config.train.loss.model_copy(update=mix),
             "seed": config.train_seed + number,
             "learning_rate": settings.learning_rate,
-            "num_train_epochs": 1,
-            **{"max_steps": None, "num_processes": None, "report_to": "none"},
+            **{"num_train_epochs": 1, "max_steps": None, "num_processes": None},
+            "report_to": "none",
         }
-        changes = {
-            "name": f"round-{number}",
-            "runs": outer.path("refined"),
-            "store": config.store_folder(),
-            "train": config.train.model_copy(update=train_changes),
-        }
-        super().__init__(config.model_copy(update=changes))
+        changes = {"name": f"round-{number}", "runs": outer.path("refined")}
+        changes |= {"train": config.train.model_copy(update=train_changes)}
+        super().__init__(config.model_copy(update={**changes, "store": config.store_folder()}))
         self.outer, self.number, self.ledger = outer, number, outer.ledger
 
 
@@ -117,24 +113,20 @@ def student_answers(current: Round, prompts: Sequence[Prompt], adapter: Path) ->
     """Let the student answer, at most as long as the config says, without the empty answers."""
     config, settings, student = current.config, current.config.on_policy, current.config.student
     model = (student.model, student.dtype, student.revision, config.template_date)
-    responder = LocalResponder.load(
-        *model,
-        adapter=adapter,
-        trust=student.trust,
-        template=student.chat_template_kwargs,
-        reasoning=config.reasoning,
-    )
+    template = {"template": student.chat_template_kwargs, "reasoning": config.reasoning}
+    responder = LocalResponder.load(*model, adapter=adapter, trust=student.trust, **template)
     shape = settings.model_dump(include={"temperature", "top_p", "max_new_tokens"})
-    sampling = Sampling(**shape)
+    sampling, pairs = Sampling(**shape), list[Pair]()
     requests = [Request.make(responder.origin, p.id, p.messages, sampling) for p in prompts]
     with Ask(responder, config.store_folder() / "responses", current) as ask:
         responses = ask.responses(requests, f"student, round {current.number}")
     del responder, ask
     release_memory()
-    if config.reasoning == "keep":
-        responses = [
-            r.model_copy(update={"text": join_thought(r.text, r.reasoning)}) if r.reasoning else r
-            for r in responses
-        ]
-    both = zip(prompts, responses, strict=True)
-    return [Pair(prompt=p, response=r) for p, r in both if r.text.strip() and r.stop != "error"]
+    for prompt, response in zip(prompts, responses, strict=True):
+        text = response.text
+        if config.reasoning == "keep" and response.reasoning:
+            text = join_thought(text, response.reasoning)
+        if text.strip() and response.stop != "error":
+            response = response.model_copy(update={"text": text})
+            pairs.append(Pair(prompt=prompt, response=response))
+    return pairs

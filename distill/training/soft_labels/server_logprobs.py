@@ -8,15 +8,13 @@ otherwise. Listed tokens that stand for no single id count in the tail mass.
 import re
 from collections.abc import Callable, Iterator, Sequence
 from difflib import SequenceMatcher
-from functools import partial
-from typing import Annotated, NotRequired
+from typing import Annotated, Any, NotRequired
 
 from pydantic import Field, TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
-from distill.config.learning import Signals
 from distill.config.teachers import EndpointTeacher
 from distill.config.tree import Config
 from distill.errors import DistillError, Exit
@@ -36,7 +34,6 @@ from distill.training.soft_labels.cache import SLACK, TEXT_ONLY, Signal, SignalC
 
 ALIKE = 0.9  # of the tokens must agree and have a list, else the tokenizer differs or few have any
 PILOT = 64  # answers that are checked before any is stored
-REPLY_BYTES_AN_ID = 31.0  # of a stored reply, deflated; the prompt's tokens have lists too
 NUMBERED = re.compile(r"token_id:(\d{1,8})")  # how vLLM writes an id
 BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # how a vocabulary of pieces writes a byte
 UNKNOWN = "\ufffd"  # what stands for part of a character
@@ -52,23 +49,8 @@ class ListedToken(TypedDict):
 
 
 Listed = dict[Annotated[int, Field(ge=0, lt=1 << 24)], ListedToken]  # at one position, by ids
-
-
-class Choice(TypedDict):
-    """Where vLLM writes the lists: one a token, None at the first."""
-
-    prompt_logprobs: list[Listed | None]
-
-
-class Completion(TypedDict):
-    """The part of a reply that is read here."""
-
-    choices: Annotated[list[Choice], Field(min_length=1)]
-
-
-COMPLETION = TypeAdapter(Completion)
+PROMPT_LOGPROBS = TypeAdapter(list[Listed | None])  # vLLM's: one a token, None at the first
 Lists = Callable[[Example], list[dict[int, float]]]  # ids and log-probabilities at each token
-Reader = Callable[[Sequence[Example]], Iterator[Signal | str]]
 
 
 def fill(
@@ -84,23 +66,25 @@ def fill(
     one. Raises DistillError (exit 4) where a text has no distributions that can be read; the same
     command asks again.
     """
-    reader = partial(make_reader, settings=config.signals, vocabulary=len(tokenizer))
+
+    def read(part: Sequence[Example], lists: Lists) -> list[tuple[Example, str]]:
+        return cache.fill(part, lambda some: signals_of(some, lists, config, tokenizer))
+
     if config.signals.from_answers:
         with ResponseStore(config.store_folder() / "responses", writable=False) as store:
-            pilot, answers = (Answers(tokenizer, store) for _ in range(2))
-            pilot.require(texts[:: -(-len(texts) // PILOT)], config.teacher.model)
-            _require(cache.fill(texts, reader(answers.lists)), config.teacher.model, LIST_THEM)
+            answers = Answers(tokenizer, store)
+            answers.require(texts[:: -(-len(texts) // PILOT)], config.teacher.model)
+            _require(read(texts, answers.lists), config.teacher.model, LIST_THEM)
         if answers.alone:
             share = f"{answers.alone:,} of {answers.tokens:,}"
             say(f"signals: {share} tokens have no list, but their label")
         return
     with make_ask(config, run) as ask:
         server = Server(tokenizer, ask)
-        read = reader(server.lists)
-        missing = [text for text, _ in cache.fill(texts, read)]  # the store has the others
+        missing = [text for text, _ in read(texts, server.lists)]  # the store has the others
         for part in (missing[:1], missing[1:]):
             server.ask_for(part)
-            _require(cache.fill(part, read), ask.responder.model, ASK_AGAIN)
+            _require(read(part, server.lists), ask.responder.model, ASK_AGAIN)
 
 
 def probe(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -125,12 +109,14 @@ def probe(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     text = Example("probe", "probe", ids, (0.0,) + (1.0,) * (len(ids) - 1))
     with make_ask(config) as ask:
         server = Server(tokenizer, ask)
-        read = make_reader(server.lists, config.signals, len(tokenizer))
-        if isinstance(next(read([text])), str):
-            server.ask_for([text])
-        if isinstance(signal := next(read([text])), str):
-            what = f"a first short text {signal}"
-            raise DistillError(Exit.TEACHER, ask.responder.model, what, ASK_AGAIN)
+        for last in (False, True):
+            (signal,) = signals_of([text], server.lists, config, tokenizer)
+            if isinstance(signal, Signal):
+                return
+            if not last:
+                server.ask_for([text])
+        what = f"a first short text {signal}"
+        raise DistillError(Exit.TEACHER, ask.responder.model, what, ASK_AGAIN)
 
 
 def _require(failures: Sequence[tuple[Example, str]], model: str | None, fix: str) -> None:
@@ -141,17 +127,15 @@ def _require(failures: Sequence[tuple[Example, str]], model: str | None, fix: st
         raise DistillError(Exit.TEACHER, model, f"answer {text.response_id} {why}{more}", fix)
 
 
-def make_reader(lists: Lists, settings: Signals, vocabulary: int) -> Reader:
-    """Return what yields each text's signal, or why it has none."""
-
-    def read(texts: Sequence[Example]) -> Iterator[Signal | str]:
-        for text in texts:
-            try:
-                yield Signal.from_lists(lists(text), settings, vocabulary)
-            except ValueError as error:
-                yield str(error)
-
-    return read
+def signals_of(
+    texts: Sequence[Example], lists: Lists, config: Config, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Signal | str]:
+    """Yield each text's signal, or why it has none."""
+    for text in texts:
+        try:
+            yield Signal.from_lists(lists(text), config.signals, len(tokenizer))
+        except ValueError as error:
+            yield str(error)
 
 
 # A server that reads the answers again
@@ -212,9 +196,10 @@ class Server:
 
 def prompt_logprobs(data: bytes, ids: Sequence[int]) -> list[Listed]:
     """Return what a reply lists at each token of a text, nothing at the first; or ValueError."""
+    reply: Any = load_json(data)
     try:
-        rows = COMPLETION.validate_python(load_json(data))["choices"][0]["prompt_logprobs"]
-    except ValidationError:
+        rows = PROMPT_LOGPROBS.validate_python(reply["choices"][0]["prompt_logprobs"])
+    except (LookupError, TypeError, ValidationError):
         what = "it holds no prompt_logprobs that can be read, which signals need"
         raise ValueError(f"{what}: does the server give them, as vLLM does?") from None
     lists = [row or {} for row in rows]
@@ -247,15 +232,11 @@ def require_tokens(
 
 
 class Answers:
-    """The lists of stored answers.
-
-    It counts the tokens that it read, those that have their label alone, and of these the gaps: not
-    an answer's last.
-    """
+    """The lists of stored answers; it counts the tokens, and those that have their label alone."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, store: ResponseStore) -> None:
         self.spelling, self.store = Spelling(tokenizer), store
-        self.tokens = self.alone = self.gaps = 0
+        self.tokens = self.alone = 0
 
     def reply(self, identifier: str) -> Reply:
         """Return a stored answer; ValueError says why there is none to read."""
@@ -268,24 +249,29 @@ class Answers:
 
     def lists(self, text: Example) -> list[dict[int, float]]:
         """Return what came with an answer, and the label alone where a token has no list."""
-        ids = supervised_ids(text)
-        aligned = align(self.spelling, self.reply(text.response_id).logprobs or (), ids)
+        ids, aligned = supervised_ids(text), self._aligned(text)
         self.tokens += len(ids)
         self.alone += len(ids) - len(aligned)
-        self.gaps += max(aligned, default=len(ids) - 1) + 1 - len(aligned)
         return [aligned.get(n, {i: 0.0}) for n, i in enumerate(ids)]
 
+    def _aligned(self, text: Example) -> dict[int, dict[int, float]]:
+        tokens = self.reply(text.response_id).logprobs or ()
+        return align(self.spelling, tokens, supervised_ids(text))
+
     def require(self, texts: Sequence[Example], model: str | None) -> None:
-        """Raise DistillError (exit 4) where these answers lack lists at too many tokens."""
+        """Raise DistillError (exit 4) where too many tokens, before an answer's end, lack lists."""
+        tokens = listed = gaps = 0
         try:
             for text in texts:
-                self.lists(text)
+                aligned, count = self._aligned(text), len(supervised_ids(text))
+                tokens, listed = tokens + count, listed + len(aligned)
+                gaps += max(aligned, default=count - 1) + 1 - len(aligned)
         except ValueError as error:
             raise DistillError(Exit.TEACHER, model, f"an answer {error}", LIST_THEM) from None
-        if self.gaps > (1 - ALIKE) * self.tokens:
-            what = f"lists candidates at {self.tokens - self.alone} of {self.tokens} tokens"
-            what = f"{what}: it has no log-probabilities, or its tokenizer is another"
-            raise DistillError(Exit.TEACHER, model, f"{what} than signals.tokenizer's", LIST_THEM)
+        if gaps > (1 - ALIKE) * tokens:
+            what = f"lists candidates at {listed} of {tokens} tokens: it has no log-probabilities,"
+            what = f"{what} or its tokenizer is another than signals.tokenizer's"
+            raise DistillError(Exit.TEACHER, model, what, LIST_THEM)
 
 
 def align(
