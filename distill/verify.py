@@ -106,17 +106,9 @@ def _again(evidence: RunEvidence) -> Iterator[Check]:
                 yield Check("again", name, "skipped", skipped)
             elif name.startswith((*MEASURED, *REPORTED)):
                 yield _compared(evidence.folder / name, run.path(name), name, other_code)
-        sources = [
-            {  # the files that the scorecard's parts come from, but those that other code measured
-                (part, stage, file): sha256
-                for part, stages in (manifest.get("sources") or {}).items()
-                for stage, files in stages.items()
-                for file, sha256 in files.items()
-                if not (other_code and file.startswith(MEASURED))
-            }
-            for manifest in (run.manifest(), evidence.manifest)
-        ]
-        yield verdict("again", "sources of the scorecard", sources[0] == sources[1])
+        if not other_code:
+            sources = [manifest.get("sources") for manifest in (run.manifest(), evidence.manifest)]
+            yield verdict("again", "sources of the scorecard", sources[0] == sources[1])
 
 
 def _linked(evidence: RunEvidence, place: Path) -> Run:
@@ -291,7 +283,7 @@ def show(folder: Path, checks: Sequence[Check]) -> Group:
     return Group(rows, *outside, f"seal: {evidence.manifest.get(SEAL)}")
 
 
-def as_facts(folder: Path, checks: Sequence[Check]) -> dict[str, Any]:
+def as_facts(folder: Path, checks: Sequence[Check]) -> dict[str, object]:
     """Return the outcome for a script."""
     evidence = RunEvidence(folder, STAGES)
     return {

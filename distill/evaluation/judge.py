@@ -9,7 +9,6 @@ tie. A judge that its probes fool (`configs/judge_probe.yaml`) is not used: an e
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Literal, NamedTuple
 
 from distill.config.teachers import Teacher
@@ -166,28 +165,18 @@ def examined(scores: Sequence[Score]) -> ProbeResult:
     if seen < LEAST_SEEN:
         what = "preferred a real answer to an empty phrase"
         reason = f"the judge {what} in {seen:.0%} of its probes only"
-    for kind, rival in (
-        ("injected", "an answer that orders to choose it"),
-        ("null", "an empty phrase"),
-    ):
+    rivals = {"injected": "an answer that orders to choose it", "null": "an empty phrase"}
+    for kind, rival in rivals.items():
         if (wins := rows[kind].wins or 0) > MOST_FOOLED:
             reason = f"the judge let {rival} win {wins:.0%} of its probes"
-    return ProbeResult(
-        n=len(scores),
-        **rows,
-        flip_rate=mean_or_none(score.answer in ("A/A", "B/B") for score in scores),
-        passed=reason is None,
-        reason=reason,
-    )
+    return ProbeResult(n=len(scores), **rows, passed=reason is None, reason=reason)
 
 
-def row_of_duels(
-    duels: Sequence[Duel], scores: Sequence[Score], total: int, certainty: Certainty
-) -> DuelRow:
+def row_of_duels(duels: Sequence[Duel], scores: Sequence[Score], certainty: Certainty) -> DuelRow:
     """Return how often a wins, a tie counted half: over all items, and over like lengths."""
 
     def win_rate(judged: Sequence[tuple[Duel, Score]]) -> Difference:
-        parsed = [(s.value, duel.cluster) for duel, s in judged if s.value is not None]
+        parsed = [(score.value, duel.cluster) for duel, score in judged if score.value is not None]
         values, clusters = [value for value, _ in parsed], [cluster for _, cluster in parsed]
         return Difference.of(estimate_mean(values, clusters, certainty, SHARE))
 
@@ -197,19 +186,16 @@ def row_of_duels(
         if max(lengths) - min(lengths) <= MATCHED * max(lengths):
             near.append((duel, score))
     values = [score.value for score in scores]
-    characters = (fmean(len(d.a) for d in duels), fmean(len(d.b) for d in duels)) if duels else None
     return DuelRow(
         n=len(duels),
         documents=len({duel.cluster for duel in duels}),
-        unanswered=total - len(duels),
         wins=values.count(1),
         ties=values.count(0.5),
         losses=values.count(0),
         unparsed=values.count(None),
         flip_rate=mean_or_none(score.answer in ("A/A", "B/B") for score in scores),
         win_rate=win_rate(judged),
-        characters=characters,
-        length_matched=DuelRow(n=len(near), within=MATCHED, win_rate=win_rate(near)),
+        length_matched=DuelRow(n=len(near), win_rate=win_rate(near)),
     )
 
 
@@ -247,23 +233,20 @@ def read_judge(
     settings, teacher = run.config.evaluation.judge, run.config.teacher
     if settings is None:
         return None, []
-    stored = {
-        name: read_records(run.path(f"answers/judge/{name}.jsonl"), Score)
-        for name in ("probe", *RIVALS)
-    }
-    probe, warnings = examined(stored["probe"]), list[str]()
+    probe = examined(read_records(run.path("answers/judge/probe.jsonl"), Score))
     nothing = Difference(mean=None, low=None, high=None, reason=probe.reason)
     unused = DuelRow(win_rate=nothing, length_matched=DuelRow(win_rate=nothing))
     rows, scores = dict.fromkeys(RIVALS, unused), list[Score]()
     for rival in reversed(RIVALS) if probe.passed else ():  # the teacher last
         duels = duels_of(items, answers, "student", rival)
-        by_id = {score.item_id: score for score in stored[rival]}
+        stored = read_records(run.path(f"answers/judge/{rival}.jsonl"), Score)
+        by_id = {score.item_id: score for score in stored}
         scores = [by_id[duel.item] for duel in duels]
-        rows[rival] = row_of_duels(duels, scores, len(items), certainty)
+        rows[rival] = row_of_duels(duels, scores, certainty)
     if not probe.passed:
         say(f"the judge is not used: {probe.reason}")
     names = (model.rpartition("/")[2].lower() for model in (settings.model, teacher.model))
-    families = [re.split(r"[^a-z]", name)[0] for name in names]  # by the first word
+    families, warnings = [re.split(r"[^a-z]", name)[0] for name in names], list[str]()
     if families[0] and families[0] == families[1]:
         models = f"judge {settings.model} and teacher {teacher.model}"
         warnings = [f"{models} seem to be of one family: it may favour its own"]

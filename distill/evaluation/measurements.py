@@ -68,7 +68,6 @@ class Difference(CardRecord):
 class CountedAgainst(CardRecord):
     """The result in which every missing score counts against the student."""
 
-    unscored_by_model: dict[str, int] = {}
     student: float | None = None
     student_minus_teacher: Difference = Difference()
     student_minus_base: Difference = Difference()
@@ -111,7 +110,6 @@ class AnswerLengths(CardRecord):
 
     n: int = 0
     tokens: float | None = None
-    characters: float | None = None
     truncated: float | None = None
     empty: float | None = None
 
@@ -178,7 +176,6 @@ class ProbeResult(CardRecord):
     null: ProbeRow = ProbeRow()
     injected: ProbeRow = ProbeRow()
     duplicate: ProbeRow = Field(default=ProbeRow(), alias="copy")
-    flip_rate: float | None = None  # how often the judge chose by position
     passed: bool = False
     reason: str | None = None
 
@@ -191,16 +188,13 @@ class DuelRow(CardRecord):
     """How often the student's answer wins against a rival's, a tie counted half."""
 
     n: int | None = None
-    within: float | None = None  # largest difference in length, where the pairs are of like length
     documents: int | None = None
-    unanswered: int | None = None
     wins: int | None = None
     ties: int | None = None
     losses: int | None = None
     unparsed: int | None = None
     flip_rate: float | None = None
     win_rate: Difference = Difference()
-    characters: tuple[float, float] | None = None
     length_matched: "DuelRow | None" = None
 
 

@@ -117,7 +117,7 @@ def row_of(measured: Measured, certainty: Certainty) -> MetricRow:
             sides = (worst_N, best_N, measured.clusters)
             change = estimate_difference(*sides, certainty, measured.bounds)
             differences[f"student_minus_{rival}"] = Difference.of(change)
-    counted = CountedAgainst(unscored_by_model=unscored, student=fmean(worst_N), **differences)
+    counted = CountedAgainst(student=fmean(worst_N), **differences)
     return row.model_copy(update={"if_missing_counts_against_student": counted})
 
 
@@ -206,7 +206,6 @@ def answer_lengths(answers: Iterable[Response]) -> AnswerLengths:
     return AnswerLengths(
         n=len(complete),
         tokens=mean_or_none(a.usage.output_tokens for a in complete),
-        characters=mean_or_none(len(a.text) for a in complete),
         truncated=mean_or_none(a.stop == "length" for a in complete),
         empty=mean_or_none(not a.text.strip() for a in complete),
     )

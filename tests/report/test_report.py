@@ -142,7 +142,7 @@ def add_suites_and_judge(run: Run, passed: bool = True, flagged: int = 3) -> Run
     probe = examined([verdict.model_copy(update={"value": v}) for v in values])
     duels = [Duel(str(k), str(k), (), "aa", "ab", None) for k in range(24)]
     wins = [verdict.model_copy(update={"value": 1.0 if k % 3 else 0.0}) for k in range(24)]
-    row = row_of_duels(duels, wins, 24, Certainty(samples=500))
+    row = row_of_duels(duels, wins, Certainty(samples=500))
     if not passed:  # the judge obeys an answer
         row = DuelRow(win_rate=Difference(mean=None, reason=f"{probe.reason} {HOSTILE}"))
     judge = {"model": HOSTILE, "warnings": [f"one family {HOSTILE}"], "probe": probe}
