@@ -106,9 +106,6 @@ def _again(evidence: RunEvidence) -> Iterator[Check]:
                 yield Check("again", name, "skipped", skipped)
             elif name.startswith((*MEASURED, *REPORTED)):
                 yield _compared(evidence.folder / name, run.path(name), name, other_code)
-        if not other_code:
-            sources = [manifest.get("sources") for manifest in (run.manifest(), evidence.manifest)]
-            yield verdict("again", "sources of the scorecard", sources[0] == sources[1])
 
 
 def _linked(evidence: RunEvidence, place: Path) -> Run:

@@ -13,7 +13,7 @@ from typing import Any
 
 from distill.errors import DistillError, Exit
 from distill.evaluation.scorecard import HarnessMetric, HarnessResult, HarnessTask
-from distill.storage.files import read_json, write_json
+from distill.storage.files import write_json
 from distill.storage.run_folder import Run
 
 FILE = "lm_eval.json"
@@ -93,10 +93,3 @@ def read_results(results: Mapping[str, Any]) -> dict[str, HarnessTask]:
         n = counts.get(task, {}).get("effective")
         tasks[task] = HarnessTask(version=versions.get(task), n=n, metrics=metrics)
     return tasks
-
-
-def of_this_student(run: Run, adapter_sha256: str | None) -> HarnessResult | None:
-    """Return the stored results if they are those of the evaluated adapter."""
-    path = run.path(FILE)
-    result = HarnessResult.model_validate(read_json(path)) if path.is_file() else None
-    return result if result and result.adapter_sha256 == adapter_sha256 else None

@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
+from distill.evaluation.measurements import MODELS, MetricRow, Model
+from distill.evaluation.scorecard import Scorecard
+
 WIDTH, HEIGHT = 480, 320  # in pixels, as are the margins
 LEFT, RIGHT, TOP, BOTTOM = 48, 18, 30, 44
 EMPTY = Markup("")
@@ -18,9 +21,9 @@ Series = Sequence[tuple[float, float]]
 
 
 class Mark(NamedTuple):
-    """A named value with its interval, where that is known."""
+    """A model's value with its interval, where that is known."""
 
-    name: str
+    name: Model
     value: float
     low: float | None
     high: float | None
@@ -71,12 +74,31 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(k * step, 12) for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def quality_against_cost(
-    points: Sequence[tuple[float, Mark]], x_label: str, y_label: str, x_form: str
-) -> Markup:
-    """Draw each model at its cost and quality, with the interval of its quality."""
+def marks(row: MetricRow) -> list[Mark]:
+    """Return where the models that have a score stand, of a share in percent."""
+    scale, result = 1.0 if row.metric == "chrF" else 100.0, []
+    for model in MODELS:
+        mean = row.mean(model)
+        if mean is not None:
+            ends = row.intervals.get(model, (None, None))
+            low, high = (None if end is None else end * scale for end in ends)
+            result.append(Mark(model, mean * scale, low, high))
+    return result
+
+
+def quality_against_cost(card: Scorecard) -> Markup:
+    """Draw each model's quality, with its interval, at its cost or else its time."""
+    priced, points = card.cost.student.dollars_per_1k is not None, []
+    for mark in marks(card.overall or card.agreement["chrf"]):
+        cost = card.cost.of(mark.name)
+        x = cost.dollars_per_1k if priced else cost.seconds_per_1k
+        if x is not None:
+            points.append((x, mark))
     if not points:
         return EMPTY
+    unit, x_form = ("dollars", "${:g}") if priced else ("seconds", "{:,.0f}")
+    x_label = f"{unit} for 1,000 requests"
+    y_label = "checks passed, %" if card.overall else "chrF against the teacher"
     highest = max(mark.high or mark.value for _, mark in points)
     top = 100.0 if highest > 50 else min(100.0, highest * 1.3 + 1)
     frame = Frame(max(x for x, _ in points) * 1.15 or 1.0, 0.0, top)

@@ -6,7 +6,6 @@ scorecard's `reasons`.
 
 from collections.abc import Mapping
 from math import ceil
-from typing import Any
 
 from distill.evaluation import measurements, scorecard
 from distill.evaluation.measurements import MODELS, RIVALS, Difference, MetricRow, Model, Rival
@@ -291,13 +290,3 @@ def funnel_steps(
         ("kept: validation", funnel.kept_validation, "kept"),
         ("kept: heldout", funnel.kept_heldout, "kept"),
     ]
-
-
-def loss_rows(training: Mapping[str, Any]) -> TextTable:
-    """Return the validation losses, and the training loss at the same steps."""
-    train = {row["step"]: row["loss"] for row in training.get("history", [])}
-    rows = [
-        (count(row["step"]), figure(train.get(row["step"]), 3), figure(row["loss"], 3))
-        for row in training.get("validation", [])
-    ]
-    return ("step", "training loss", "validation loss"), rows

@@ -16,19 +16,21 @@ from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.evaluation import results
 from distill.evaluation.judge import Duel, examined, load_probes, row_of_duels
-from distill.evaluation.measurements import Difference, DuelRow
+from distill.evaluation.measurements import Difference, DuelRow, MetricRow
+from distill.evaluation.scorecard import Costs, RequestCost, Scorecard
 from distill.evaluation.scorers import measure_items, requests_of
 from distill.evaluation.statistics import Certainty
 from distill.formatting import plain_numbers
 from distill.records import AnswerLoss, Item, LedgerEntry, Message, Prompt, Response, Score, Usage
 from distill.report import report
-from distill.report.plots import WIDTH, Mark, quality_against_cost, ticks, training_curve
+from distill.report.plots import WIDTH, quality_against_cost, ticks, training_curve
 from distill.storage.files import read_json, write_json, write_records
 from distill.storage.run_folder import Run
 from scripts import tables
 
 HOSTILE = "<script>alert('x')</script> & \"quotes\" | pipes [a](b)\nand a new line"
 ROOT = Path(__file__).parent.parent.parent
+PRICED = RequestCost(dollars_per_1k=0.02)
 HASH = "ab" * 32
 CHECKERS = {"math_word_problem": {"kind": "number"}, "chat": None}
 GPU = {"gpu": "NVIDIA L4", "gpu_memory": 5, "driver": "580.65", "cuda": "13.0"}
@@ -327,9 +329,9 @@ def test_missing_answers_are_shown_both_ways_and_too_many_stop() -> None:
 def test_plots_stay_in_their_frame_and_have_round_ticks() -> None:
     assert ticks(0, 100, 4) == [0, 25, 50, 75, 100]
     assert ticks(0.0, 0.05, 5) == [0, 0.01, 0.02, 0.03, 0.04, 0.05]
-    point = (0.02, Mark("<b>", 50.0, 40.0, 60.0))
-    plot = quality_against_cost([point], "dollars", "share", "{:g}")
-    assert "<b>" not in plot and "&lt;b&gt;" in plot
+    mean = MetricRow(metric="<b>", student=0.5, intervals={"student": (0.4, 0.6)})
+    plot = quality_against_cost(Scorecard(overall=mean, cost=Costs(student=PRICED)))
+    assert "student at $0.02: 50 (40 to 60)" in plot
     assert all(0 <= float(x) <= WIDTH for x in re.findall(r' c?x[12]?="([\d.]+)"', plot))
     assert training_curve([(1, 1.0)], [], None) == ""
     flat = training_curve([(1, 1.0), (2, 1.0)], [], None)
