@@ -11,6 +11,7 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from textwrap import indent
 
 from rich.console import Console
@@ -23,11 +24,10 @@ from distill.errors import DistillError, Exit
 from distill.evaluation.evaluate import read_answers
 from distill.evaluation.measurements import EvaluationResult, Model
 from distill.evaluation.suites import answer_limit, held_out_items
-from distill.formatting import money, one_line, visible
+from distill.formatting import one_line, visible
 from distill.records import Item, Message, Prompt, Response, Score
 from distill.report.tables import verdict
 from distill.responders.ask import Ask
-from distill.responders.endpoint.budget import most_dollars
 from distill.responders.kinds import make_responder
 from distill.responders.prices import load_prices
 from distill.responders.responder import Buyer, Request, Sampling
@@ -66,10 +66,10 @@ def require_name(option: str, name: str, names: Sequence[str]) -> None:
         raise DistillError(Exit.CONFIG, option, f"there is no {name[:60]!r} in this run", fix)
 
 
-def require_made(run: Run, name: str, verb: str) -> None:
+def require_made(path: Path, verb: str) -> None:
     """Stop (exit 5) where a file or folder of a run is missing."""
-    if not run.path(name).exists():
-        raise DistillError(Exit.STATE, run.path(name), "is missing", f"make it: distill {verb} RUN")
+    if not path.exists():
+        raise DistillError(Exit.STATE, path, "is missing", f"make it: distill {verb} RUN")
 
 
 def samples(run: Run, task: str | None, failed: bool, disagree: bool, most: int | None) -> str:
@@ -79,7 +79,7 @@ def samples(run: Run, task: str | None, failed: bool, disagree: bool, most: int 
     student and teacher `disagree` (have other scores), at `most` so many. Raises DistillError: exit
     2 for an unknown task, 5 where the run is not evaluated.
     """
-    require_made(run, "evaluation.json", "evaluate")
+    require_made(run.path("evaluation.json"), "evaluate")
     evaluation = EvaluationResult.model_validate(read_json(run.path("evaluation.json")))
     items, overlap = held_out_items(run.folder)[1], evaluation.contamination
     if task is not None:
@@ -91,14 +91,15 @@ def samples(run: Run, task: str | None, failed: bool, disagree: bool, most: int 
         rows = read_records(run.path(f"scores/{model}.jsonl"), Score)
         scores[model] = {score.item_id: score for score in rows}
 
-    def matches(item: Item) -> bool:
+    selected = list[Item]()
+    for item in items:
         student, teacher = scores["student"].get(item.id), scores["teacher"].get(item.id)
         value, checked = student and student.value, metrics.get(item.task) != "chrF"
         passed = bool(value) and (value == 1 or not checked)
         alike = not (student and teacher) or student.value == teacher.value
-        return task in (None, item.task) and not (failed and passed) and not (disagree and alike)
-
-    selected = [item for item in items if matches(item)][:most]
+        if task in (None, item.task) and not (failed and passed) and not (disagree and alike):
+            selected.append(item)
+    selected = selected[:most]
     parts = [f"{len(selected)} of {len(items)} held-out items of {run.folder}"]
     for number, item in enumerate(selected, 1):
         lines: list[str] = [f"{number} of {len(selected)} · {item.task} · {item.id}"]
@@ -131,19 +132,18 @@ def chat(run: Run, models: str | None) -> None:
     for name in names:
         require_name("--models", name, ORDER)
     if "student" in names:
-        require_made(run, f"{run.trained('adapter').relative_to(run.folder)}", "train")
+        require_made(run.trained("adapter"), "train")
     if "teacher" in names and not teacher.makes_answers:
         fix = "--models student,base"
         raise DistillError(Exit.CONFIG, "teacher.kind", f"{teacher.kind} cannot be asked", fix)
     if "teacher" not in names or not isinstance(teacher, EndpointTeacher):
         return talk(names, run)
-    book = load_prices(run.config.evaluation.prices)
-    price, cost = book.teacher(teacher.model), "its price is not known"
+    price, cost = (
+        load_prices(run.config.evaluation.prices).teacher(teacher.model),
+        "an unknown price",
+    )
     if price:
         cost = f"{price.rates} ({price.date}, {price.source})"
-        if "max_tokens" not in teacher.omit:
-            most = money(most_dollars(price, 0, teacher.max_new_tokens), up=True)
-            cost += f", at most {most} an answer beside what it reads"
     say(f"the teacher is paid: {teacher.model}, {cost}; what it has answered before costs nothing")
     with run.lock():
         run.do(Stage("chat", (), (), (), partial(talk, names)))

@@ -95,48 +95,40 @@ def paid_back(row: Saving) -> str:
     return f"{whole_requests(requests)} ({duration(DAY * float(days))})"
 
 
-def metric_rows(rows: Mapping[str, MetricRow | None]) -> TextTable:
+def metric_rows(rows: Mapping[str, MetricRow]) -> TextTable:
     """Return metrics: the models' scores, the paired differences, the gap recovered."""
-    head = ("", "n", *MODELS, "student − teacher", "student − base", "gap recovered")
     lines = []
     for label, row in rows.items():
-        if row:
-            ratio, base = row.gap_recovered, row.student_minus_base
-            open_gap = base.mean is not None and row.conclude("base").verdict == "undecided"
-            gap = estimate(ratio.value, ratio.low, ratio.high, share, undecided=open_gap)
-            scores = (score(row.mean(model), row.metric) for model in MODELS)
-            changes = (change(row, "teacher"), change(row, "base"))
-            lines.append((label, str(row.n), *scores, *changes, gap))
+        ratio, decided = row.gap_recovered, row.conclude("base").verdict != "undecided"
+        known = row.student_minus_base.mean is None or decided
+        gap = estimate(ratio.value, ratio.low, ratio.high, share, undecided=not known)
+        scores = (score(row.mean(model), row.metric) for model in MODELS)
+        changes = (change(row, rival) for rival in RIVALS)
+        lines.append((label, str(row.n), *scores, *changes, gap))
+    head = ("", "n", *MODELS, "student − teacher", "student − base", "gap recovered")
     return head, lines
 
 
-def with_all_checks(results: measurements.Results) -> dict[str, MetricRow]:
-    """Return the rows of some tasks, and of all their checks together where there are several."""
-    overall = results.overall if len(results.tasks) > 1 else None
-    return {**results.tasks, "all checks": overall} if overall else results.tasks
+def named(results: measurements.Results) -> dict[str, MetricRow]:
+    """Return the rows of tasks by what their checks are called, and of several checks together."""
+    rows = {f"{task}: {plain(row.metric)}": row for task, row in results.tasks.items()}
+    overall = {"all checks": results.overall} if results.overall and len(rows) > 1 else {}
+    return rows | overall
+
+
+def likeness(card: Scorecard) -> dict[str, MetricRow]:
+    """Return the rows of likeness to the teacher's answers."""
+    rows = {f"agreement: {label}": card.agreement.get(name) for name, label in AGREEMENT.items()}
+    return {label: row for label, row in rows.items() if row}
 
 
 def quality_rows(card: Scorecard) -> TextTable:
     """Return all tasks, all checks together, agreement and suites, with paired differences."""
-    suites = {}
+    rows = named(card) | likeness(card)
     for name, suite in card.suites.items():
         of_suite = {"": suite.overall} if suite.overall else suite.tasks
-        suites |= {f"{name} {task}".strip(): row for task, row in of_suite.items()}
-    head, rows = task_rows(card)
-    return head, [*rows, *agreement_rows(card)[1], *metric_rows(suites)[1]]
-
-
-def task_rows(results: measurements.Results) -> TextTable:
-    """Return some tasks with what their checks are called, and all their checks together."""
-    rows = with_all_checks(results)
-    names = {task: f"{task}: {plain(row.metric)}" for task, row in results.tasks.items()}
-    return metric_rows({names.get(label, label): row for label, row in rows.items()})
-
-
-def agreement_rows(card: Scorecard) -> TextTable:
-    """Return the likeness to the teacher's answers."""
-    labels = {f"agreement: {label}": name for name, label in AGREEMENT.items()}
-    return metric_rows({label: card.agreement.get(name) for label, name in labels.items()})
+        rows |= {f"{name} {task}".strip(): row for task, row in of_suite.items()}
+    return metric_rows(rows)
 
 
 def with_figures(table: TextTable) -> TextTable:
@@ -155,7 +147,7 @@ def claim_rows(card: Scorecard) -> TextTable:
     )
     lines = []
     for rival in RIVALS:
-        for task, row in with_all_checks(card).items():
+        for task, row in named(card).items():
             difference = row.against(rival)
             visible, test = difference.smallest_visible, difference.mcnemar
             scale, claim = (1 if row.metric == "chrF" else 100), difference.non_inferiority
