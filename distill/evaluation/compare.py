@@ -51,11 +51,11 @@ def compare_paths(a: Sequence[Path], b: Sequence[Path]) -> str:
     ]
     if not items:
         lines.append("no held-out file was found, so every item counts as its own document")
-    rows = [_row(task, clusters, *sides) for task, clusters in tasks.items()]
+    rows = [row_of(task, clusters, *sides) for task, clusters in tasks.items()]
     return "\n".join([*lines, "", markdown_table(HEAD, rows)])
 
 
-def _row(
+def row_of(
     task: str, cluster_of: Mapping[str, str], a: Sequence[ItemScores], b: Sequence[ItemScores]
 ) -> tuple[str, ...]:
     """Return the comparison on the items of a task, over the mean of each side's seeds."""
@@ -65,27 +65,24 @@ def _row(
     )
     both_N = paired(a_SN.mean(axis=0), b_SN.mean(axis=0), f"task {task}")
     a_SN, b_SN = a_SN[:, both_N], b_SN[:, both_N]
-    clusters = [cluster for cluster, both in zip(cluster_of.values(), both_N, strict=True) if both]
-    means = (a_SN.mean(axis=0), b_SN.mean(axis=0))
+    clusters = np.array(list(cluster_of.values()), dtype=np.object_)[both_N]
+    sides = (a_SN.mean(axis=0), b_SN.mean(axis=0), clusters)
     if len(a) == len(b) == 1:
-        checked = np.isin(means, (0, 1)).all()  # agreement has no bounds in the file
-        change = estimate_difference(*means, clusters, bounds=SHARE if checked else None)
+        checked = np.isin(sides[:2], (0, 1)).all()  # agreement has no bounds in the file
+        change = estimate_difference(*sides, bounds=SHARE if checked else None)
     else:
         change = across_seeds(a_SN, b_SN, clusters)
-    p = mcnemar(*means, clusters).p
-    interval = change.reason or "unknown"
-    if change.low is not None:
-        interval = f"{signed(change.low, 3)} to {signed(change.high, 3)}"
+    p, ends = mcnemar(*sides).p, [signed(end, 3) for end in change.ends]
     return (
         task,
         str(len(clusters)),
         str(len(cluster_of) - len(clusters)),
-        *(figure(float(side_N.mean()) if clusters else None, 3) for side_N in means),
+        *(figure(float(side_N.mean()) if len(clusters) else None, 3) for side_N in sides[:2]),
         signed(change.value, 3),
-        interval,
-        figure(smallest_visible(*means, clusters), 3),
+        change.reason or ("unknown" if change.low is None else " to ".join(ends)),
+        figure(smallest_visible(*sides), 3),
         p_value(p),
-        conclude(change.low, change.high, change.clusters, p).verdict,
+        conclude(*change.ends, change.clusters, p).verdict,
     )
 
 

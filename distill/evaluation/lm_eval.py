@@ -79,8 +79,7 @@ def read_results(results: Mapping[str, Any]) -> dict[str, HarnessTask]:
     lm-eval names a metric `acc,none` and its error `acc_stderr,none`; the second word is the filter
     of the answer. An error of 0 is no certainty, and is read as None.
     """
-    counts, versions = results.get("n-samples", {}), results.get("versions", {})
-    tasks = {}
+    counts, versions, tasks = results.get("n-samples", {}), results.get("versions", {}), {}
     for task, row in results["results"].items():
         metrics = {}
         for key, value in row.items():

@@ -19,7 +19,6 @@ from distill.evaluation.measurements import (
     Difference,
     EvaluationResult,
     MetricRow,
-    Model,
     Rank,
     Results,
     Sample,
@@ -58,15 +57,14 @@ def compare(measured: Measured, a: str, b: str, certainty: Certainty) -> Differe
     both_N = paired(a_N, b_N, f"{measured.metric}, {a} against {b}")
     sides = (a_N[both_N], b_N[both_N], measured.clusters[both_N])
     change = estimate_difference(*sides, certainty, measured.bounds)
-    visible = smallest_visible(*sides, certainty)
-    update: dict[str, object] = {"smallest_visible": visible}
-    if visible is None:
-        update["reasons"] = {"smallest_visible": "the items are too few, or do not vary"}
-    if measured.bounds == SHARE and not measured.graded:
-        update["mcnemar"] = mcnemar(*sides)
+    facts: dict[str, object] = {"smallest_visible": smallest_visible(*sides, certainty)}
+    if facts["smallest_visible"] is None:
+        facts["reasons"] = {"smallest_visible": "the items are too few, or do not vary"}
+    if measured.yes_or_no:
+        facts["mcnemar"] = mcnemar(*sides)
         if verdict := non_inferiority(change, certainty.margin):
-            update["non_inferiority"] = Claim(margin=certainty.margin, verdict=verdict)
-    return Difference.of(change).model_copy(update=update)
+            facts["non_inferiority"] = Claim(margin=certainty.margin, verdict=verdict)
+    return Difference.of(change).model_copy(update=facts)
 
 
 def mean_of(measured: Measured, model: str, certainty: Certainty) -> Estimate:
@@ -140,7 +138,7 @@ def gap_recovered(measured: Measured, certainty: Certainty) -> Estimate:
 
 def pool(rows: Sequence[Measured]) -> Measured | None:
     """Join the tasks that have a checker: one share of answers that pass, over all of them."""
-    checked = [m for m in rows if m.bounds == SHARE and not m.graded]
+    checked = [m for m in rows if m.yes_or_no]
     if not checked:
         return None
     items = [item for m in checked for item in m.items]
@@ -171,20 +169,19 @@ def agreement_of(
     `losses` are those of base and student by item id; tokens are the weights of their means.
     """
     items = [item for item in items if losses["base"][item.id].tokens > 0]
-    clusters = [item.cluster for item in items]
-    tokens = [float(losses["base"][item.id].tokens) for item in items]
+    ids, clusters = [item.id for item in items], [item.cluster for item in items]
+    tokens = [float(losses["base"][i].tokens) for i in ids]
     rows = {"chrf": row_of(alike, certainty)}
     for name, metric, field, bounds in (
         ("nats_per_token", LOSS, "loss", None),
         ("top1", TOP, "hits", SHARE),
     ):
-        how, values = (clusters, certainty, bounds, tokens), dict[Model, list[float]]()
-        means = dict[Model, Estimate]()
-        for model in MODELS[1:]:
-            of_items = [losses[model][item.id] for item in items]
-            values[model] = [getattr(row, field) / row.tokens for row in of_items]
-            means[model] = estimate_mean(values[model], *how)
-        change = estimate_difference(values["student"], values["base"], *how)
+        base, student = (
+            [getattr(row, field) / row.tokens for row in map(losses[model].__getitem__, ids)]
+            for model in ("base", "student")
+        )
+        how = (clusters, certainty, bounds, tokens)
+        means = {"base": estimate_mean(base, *how), "student": estimate_mean(student, *how)}
         rows[name] = MetricRow(
             metric=metric,
             n=len(items),
@@ -193,8 +190,8 @@ def agreement_of(
             teacher=None,
             base=means["base"].value,
             student=means["student"].value,
-            intervals={model: mean.ends for model, mean in means.items()},
-            student_minus_base=Difference.of(change),
+            intervals={"base": means["base"].ends, "student": means["student"].ends},
+            student_minus_base=Difference.of(estimate_difference(student, base, *how)),
             reasons={"teacher": NO_TEACHER},
         )
     return rows

@@ -79,12 +79,13 @@ class Measured:
     checker: Checker | None = None
 
     @property
-    def graded(self) -> bool:
-        """Tell whether scores may lie between the bounds, so that they are no share that passes."""
+    def yes_or_no(self) -> bool:
+        """Tell whether every score is at a bound, so that their mean is a share that passes."""
         kind = self.checker["kind"] if self.checker else None
         # a checker of the user's may grade without saying so beforehand
         values = (score.value for of_model in self.scores.values() for score in of_model.values())
-        return kind in GRADED or any(value not in (None, *self.bounds) for value in values)
+        graded = kind in GRADED or any(value not in (None, *self.bounds) for value in values)
+        return self.bounds == SHARE and not graded
 
     def of(self, model: str) -> list[Score]:
         """Return a model's scores of these items."""
@@ -117,21 +118,20 @@ def measure_items(
 
     Without one: the likeness of base and student to the teacher's answers, where there are any.
     """
+    references = dict[str, str]()
     if checker is None:
         references = {i: a.text for i, a in answers["teacher"].items() if a.text.strip()}
         items = [item for item in items if item.id in references]
-        scores = {
-            model: {
-                i.id: score_answer(i, by_id.get(i.id), model, None, references[i.id]) for i in items
-            }
-            for model, by_id in answers.items()
-            if model != "teacher"
-        }
-        return Measured("chrF", items, scores, CHRF)
     scores = {
-        model: {item.id: score_answer(item, by_id.get(item.id), model, checker) for item in items}
+        model: {
+            i.id: score_answer(i, by_id.get(i.id), model, checker, references.get(i.id, ""))
+            for i in items
+        }
         for model, by_id in answers.items()
+        if checker or model != "teacher"
     }
+    if checker is None:
+        return Measured("chrF", items, scores, CHRF)
     return Measured(metric, items, scores, SHARE, no_teacher, checker)
 
 

@@ -81,6 +81,10 @@ class Estimate(Record):
         """Return a number that is unknown for a reason; its JSON has the null."""
         return cls(value=None, low=None, high=None, reason=reason)
 
+    def excludes(self, point: float) -> bool:
+        """Say whether the interval is there and does not hold `point`."""
+        return self.low is not None and self.high is not None and not self.low <= point <= self.high
+
     def scaled(self, factor: float, plus: float = 0.0) -> "Estimate":
         """Return factor x this + plus; a negative factor turns the interval round."""
         ends = self.ends[::-1] if factor < 0 else self.ends
@@ -215,10 +219,10 @@ def estimate_gap_recovered(
     The interval is the expanded percentile bootstrap of clusters, both parts resampled together.
     """
     gap = estimate_difference(teacher, base, clusters, certainty, bounds)
-    if gap.value is None or gap.low is None or gap.high is None:
+    if gap.value is None:
         return gap
     gain, full = (by_cluster(np.subtract(x, base), clusters) for x in (student, teacher))
-    if gap.low <= 0 <= gap.high:
+    if not gap.excludes(0):
         return full.unknown("teacher and base do not differ beyond their interval")
     if gap.value < 0:
         return full.unknown("the teacher is below base")

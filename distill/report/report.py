@@ -70,20 +70,18 @@ def main(run: Run) -> None:
     )
     tree = card.tree() | {"reasons": dict(reasons(card.tree()))}
     card = Scorecard.model_validate(tree)  # rounded as it is written: a later reading says the same
-    page = (
-        environment(markdown=False)
-        .get_template("report.html.j2")
-        .render(
-            card=card,
-            models=MODELS,
-            ways=WAYS,
-            economics=card.economics,
-            marks=plots.marks,
-            samples=samples,
-            clip=partial(formatting.clip, most=MAX_SAMPLE),
-            cost_plot=plots.quality_against_cost(card),
-            curve=plots.training_curve(train, validation, training.get("best_step")),
-        )
+    template = environment(markdown=False).get_template("report.html.j2")
+    page = template.render(
+        card=card,
+        models=MODELS,
+        ways=WAYS,
+        economics=card.economics,
+        marks=plots.marks,
+        samples=samples,
+        clip=partial(formatting.clip, most=MAX_SAMPLE),
+        ticks=plots.ticks,
+        cost_plot=plots.quality_against_cost(card),
+        curve=plots.training_curve(train, validation),
     )
     write_json(run.path("scorecard.json"), tree)
     text = "\n\n".join(part for part in parts(card).values() if part)

@@ -146,10 +146,10 @@ def test_without_lm_eval_tasks_or_a_student_there_is_one_line(
     run = make_run(tmp_path / "runs", model, heldout_pairs())
     shutil.rmtree(run.path("adapter"))
     for module, tasks, words in (
-        (None, ["arc"], "is not installed"),
-        (lm_eval, [], "names no task"),
-        (lm_eval, ["arc"], "is missing"),
+        (None, "arc", "is not installed"),
+        (lm_eval, "", "names no task"),
+        (lm_eval, "arc", "is missing"),
     ):
         monkeypatch.setitem(sys.modules, "lm_eval", module)
         with pytest.raises(DistillError, match=words):
-            lm_eval.main(run, tasks)
+            lm_eval.main(run, tasks, None, None)

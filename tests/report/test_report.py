@@ -30,7 +30,6 @@ from scripts import tables
 
 HOSTILE = "<script>alert('x')</script> & \"quotes\" | pipes [a](b)\nand a new line"
 ROOT = Path(__file__).parent.parent.parent
-PRICED = RequestCost(dollars_per_1k=0.02)
 HASH = "ab" * 32
 CHECKERS = {"math_word_problem": {"kind": "number"}, "chat": None}
 GPU = {"gpu": "NVIDIA L4", "gpu_memory": 5, "driver": "580.65", "cuda": "13.0"}
@@ -326,16 +325,18 @@ def test_missing_answers_are_shown_both_ways_and_too_many_stop() -> None:
     assert caught.value.code == Exit.EVALUATION
 
 
-def test_plots_stay_in_their_frame_and_have_round_ticks() -> None:
-    assert ticks(0, 100, 4) == [0, 25, 50, 75, 100]
+def test_plots_stay_in_their_frame_and_have_round_ticks(tmp_path: Path) -> None:
+    assert ticks(0, 100) == [0, 25, 50, 75, 100]
     assert ticks(0.0, 0.05, 5) == [0, 0.01, 0.02, 0.03, 0.04, 0.05]
-    mean = MetricRow(metric="<b>", student=0.5, intervals={"student": (0.4, 0.6)})
-    plot = quality_against_cost(Scorecard(overall=mean, cost=Costs(student=PRICED)))
-    assert "student at $0.02: 50 (40 to 60)" in plot
-    assert all(0 <= float(x) <= WIDTH for x in re.findall(r' c?x[12]?="([\d.]+)"', plot))
-    assert training_curve([(1, 1.0)], [], None) == ""
-    flat = training_curve([(1, 1.0), (2, 1.0)], [], None)
-    assert "polyline" in flat, "a flat loss still draws"
+    mean = MetricRow(metric="correct", student=0.5, intervals={"student": (0.4, 0.6)})
+    cost = Costs(student=RequestCost(dollars_per_1k=0.02))
+    plot = quality_against_cost(Scorecard(overall=mean, cost=cost))
+    assert plot and plot.words.endswith("student at $0.02: 50 (40 to 60)")
+    page = reported(make_run(tmp_path))[2]
+    assert all(0 <= float(x) <= WIDTH for x in re.findall(r' c?x[12]?="([\d.]+)"', page))
+    assert page.count("<polyline") == 3 and page.count('<circle class="dot student"') == 2
+    assert training_curve([(1, 1.0)], []) is None
+    assert training_curve([(1, 1.0), (2, 1.0)], []), "a flat loss still draws"
 
 
 def test_readme_and_docs_hold_what_the_scorecards_say() -> None:
