@@ -18,6 +18,7 @@ from gguf.lazy import LazyNumpyTensor
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from distill.errors import DistillError, Exit
@@ -169,22 +170,12 @@ def _add_shape(
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
     elif kind == "llama3":
-        writer.add_tensor("rope_freqs.weight", _llama3_factors(rope, head))
+        # by what Llama 3.1's rule divides each frequency: long waves by `factor`, short by nothing
+        plain = rope["rope_theta"] ** (-torch.arange(0, head, 2, dtype=torch.float64) / head)
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+        writer.add_tensor("rope_freqs.weight", (plain / scaled).float().numpy())
     elif kind != "default":
         raise _unlike(folder, f"rope_type {kind}")
-
-
-def _llama3_factors(rope: dict[str, float], head: int) -> np.ndarray:
-    """Return by what each frequency is divided (head / 2), by the rule of Llama 3.1's release.
-
-    Waves shorter than the first limit stay, those longer than the second are divided by `factor`,
-    and between them the divisor goes from one to the other linearly in the wave's frequency.
-    """
-    waves = 2 * np.pi * rope["rope_theta"] ** (np.arange(0, head, 2) / head)
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    turns = rope["original_max_position_embeddings"] / waves  # within the original context
-    mix = ((turns - low) / (high - low)).clip(0, 1)
-    return (1 / ((1 - mix) / rope["factor"] + mix)).astype(np.float32)
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, config: PretrainedConfig, folder: Path) -> None:

@@ -17,7 +17,7 @@ from distill.evaluation.scorecard import Scorecard
 from distill.formatting import one_line
 from distill.models.registry import hub_id, is_folder, lookup
 from distill.publishing.obligations import ReleaseLicense, base_of
-from distill.publishing.parity import Parity
+from distill.publishing.parity import FileParity
 from distill.report.render import PARAGRAPHS, environment
 
 LICENSES = re.compile(
@@ -37,7 +37,7 @@ class Facts(NamedTuple):
     displays: Sequence[str] = ()  # lines that a license wants shown
     own_template: bool = False  # its chat template is another than the base's
     folds_system: bool = False  # and has no system turn
-    parity: Parity | None = None  # of the GGUF files
+    parity: Sequence[FileParity] = ()  # of the GGUF files
     overridden: Sequence[str] = ()  # what the release gate found
     override: str | None = None  # why it was published all the same
 

@@ -8,10 +8,10 @@ holds the answers that the filters kept, `raw` all of them with the reason why o
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from distill.corpus.privacy import mask
@@ -195,13 +195,12 @@ def labels(run: Run, rows: Sequence[Placed]) -> Iterator[tuple[str, SoftLabel]]:
     for text in texts:
         name, signal = names[text.response_id], signals[text.id]
         if name in splits:
-            cuts = [slice(*ends) for ends in pairwise([0, *signal.counts_N.cumsum().tolist()])]
-            ids, logs = signal.ids_E.tolist(), signal.logs().round(4).tolist()
+            ends, logs_E = signal.counts_N.cumsum()[:-1], signal.logs().round(4)
             label = SoftLabel(
                 id=name,
                 token_ids=supervised_ids(text),
-                top_ids=[ids[cut] for cut in cuts],
-                top_logprobs=[logs[cut] for cut in cuts],
+                top_ids=[ids.tolist() for ids in np.split(signal.ids_E, ends)],
+                top_logprobs=[logs.tolist() for logs in np.split(logs_E, ends)],
                 tail_mass=signal.tail_mass_N.tolist(),
             )
             yield splits[name], label

@@ -9,10 +9,8 @@ import shutil
 import subprocess
 from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
-from math import prod
 from pathlib import Path
 
-from safetensors import safe_open
 from transformers import AutoConfig, GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -22,14 +20,15 @@ from distill.formatting import size
 from distill.models.chat_template import render
 from distill.models.gguf_file import write_gguf
 from distill.models.loading import context_length
+from distill.models.registry import shape_of
 from distill.records import Message, Prompt, Role
 from distill.responders.engines import BY_SCRIPT, engine_folder
 from distill.responders.local.local_model import end_of_turn
 from distill.storage.progress import say
 
-KINDS: dict[Format, str] = {"gguf-f16": "F16", "gguf-q8_0": "Q8_0", "gguf-q4_k_m": "Q4_K_M"}
+KINDS: dict[Format, str]
+KINDS = {"gguf-f16": "F16", "gguf-q8_0": "Q8_0", "gguf-q4_k_m": "Q4_K_M", "ollama": "Q8_0"}
 BYTES = {"F16": 2.0, "Q8_0": 34 / 32, "Q4_K_M": 0.7}  # of a weight, about
-OLLAMA = "Q8_0"  # what the Modelfile names
 MODELFILE = "Modelfile"
 MOST_CONTEXT = 8192  # tokens that Ollama reserves memory for, unless the user wants more
 # Go's text/template: what stands between two turns by their roles, the turns, what begins an answer
@@ -43,8 +42,8 @@ Turns = Mapping[tuple[str, str], str]  # the text between the turns of two roles
 
 def kinds_of(formats: Collection[Format]) -> list[str]:
     """Return the kinds of GGUF file that formats need, in the order in which they are made."""
-    names = {KINDS[one] for one in formats if one in KINDS}
-    return [k for k in BYTES if k in names | ({OLLAMA} if "ollama" in formats else set())]
+    names = {KINDS.get(one) for one in formats}
+    return [kind for kind in BYTES if kind in names]
 
 
 def find_quantize() -> str:
@@ -65,7 +64,13 @@ def write_files(model: Path, work: Path, name: str, kinds: Sequence[str]) -> lis
     quantize = find_quantize() if "Q4_K_M" in kinds else ""
     files = {kind: work / f"{name}-{kind}.gguf" for kind in kinds}
     full = work / f"{name}-F16.gguf"  # which K-quants are made of
-    require_room(model, work, [*kinds, "F16"] if quantize and "F16" not in kinds else kinds)
+    made = [*kinds, "F16"] if quantize and "F16" not in kinds else kinds
+    weights, free = shape_of(f"{model.resolve()}").parameters, shutil.disk_usage(work).free
+    each = ", ".join(f"{kind} {size(BYTES[kind] * weights)}" for kind in made)
+    say(f"formats: {each}; {size(free)} are free")
+    if sum(BYTES[kind] * weights for kind in made) > free:
+        what = f"{each} are needed, and {size(free)} are free"
+        raise DistillError(Exit.STATE, work, what, "free space, or name fewer publish.formats")
     for kind, file in files.items():
         if kind == "F16" or kind == "Q8_0":
             write_gguf(model, file, kind, name)
@@ -81,21 +86,6 @@ def write_files(model: Path, work: Path, name: str, kinds: Sequence[str]) -> lis
     if "F16" not in kinds:
         full.unlink(missing_ok=True)
     return [*files.values()]
-
-
-def require_room(model: Path, work: Path, kinds: Sequence[str]) -> None:
-    """Say what files take; raises DistillError (exit 5) where the disk has less."""
-    weights = 0
-    for path in model.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as tensors:
-            weights += sum(prod(tensors.get_slice(k).get_shape()) for k in tensors.keys())  # noqa: SIM118
-    needed = {kind: BYTES[kind] * weights for kind in kinds}
-    each = ", ".join(f"{kind} {size(amount)}" for kind, amount in needed.items())
-    free = shutil.disk_usage(work).free
-    if sum(needed.values()) > free:
-        what = f"{each} are needed, and {size(free)} are free"
-        raise DistillError(Exit.STATE, work, what, "free space, or name fewer publish.formats")
-    say(f"formats: {each}; {size(free)} are free")
 
 
 def turns_of(tokenizer: Tokenizer, date: str) -> Turns:
@@ -142,7 +132,7 @@ def modelfile(
     ids = {*([ends] if isinstance(ends, int) else ends or ()), *end_of_turn(tokenizer, date)}
     stops = [str(tokenizer.convert_ids_to_tokens(i)) for i in sorted(ids)]
     lines = [
-        f"FROM ./{name}-{OLLAMA}.gguf",
+        f"FROM ./{name}-{KINDS['ollama']}.gguf",
         f'TEMPLATE """{TEMPLATE % (between, quoted["user", ""])}"""',
         *(f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops),
         f"PARAMETER num_ctx {min(context_length(AutoConfig.from_pretrained(model)), MOST_CONTEXT)}",

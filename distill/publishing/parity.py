@@ -8,12 +8,13 @@ student's. Answers go through the store, so a measurement that was stopped conti
 
 import gc
 import io
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from distill.errors import DistillError, Exit
@@ -37,7 +38,7 @@ from distill.records import Item, Record, Response, digest
 from distill.responders.ask import Ask
 from distill.responders.engines import BY_SCRIPT, ROOM, EngineServer, engine_version, find_engine
 from distill.responders.responder import Raw, Request
-from distill.storage.files import read_records, sha256_file
+from distill.storage.files import read_json, read_records, sha256_file
 from distill.storage.progress import say
 from distill.storage.run_folder import Run
 from distill.tasks.task import tasks_of_run
@@ -84,26 +85,20 @@ class FileParity(Record):
         return estimate(*ends, lambda x: signed(100 * x, 1))
 
 
-class Parity(Record):
-    """The content of release/parity.json."""
-
-    margin: float
-    files: tuple[FileParity, ...] = ()
-
-    def findings(self) -> list[DistillError]:
-        """Return what speaks against a file: that it is worse, or does not work."""
-        findings = list[DistillError]()
-        for row in self.files:
-            if row.verdict == "inferior":
-                what = f"is worse than the evaluated student: {row.points()} points of {row.metric}"
-                what += f", n = {row.difference.n}, beyond the margin of {share(self.margin, 1)}"
-            elif row.reason and row.runner:
-                what = f"does not work in {row.runner}: {row.reason}"
-            else:
-                continue
-            fix = "leave this format out of publish.formats"
-            findings.append(DistillError(Exit.PUBLISH, row.file, what, fix))
-        return findings
+def findings(rows: Iterable[FileParity], margin: float) -> list[DistillError]:
+    """Return what speaks against a file: that it is worse, or does not work."""
+    found = list[DistillError]()
+    for row in rows:
+        if row.verdict == "inferior":
+            what = f"is worse than the evaluated student: {row.points()} points of {row.metric}"
+            what += f", n = {row.difference.n}, beyond the margin of {share(margin, 1)}"
+        elif row.reason and row.runner:
+            what = f"does not work in {row.runner}: {row.reason}"
+        else:
+            continue
+        fix = "leave this format out of publish.formats"
+        found.append(DistillError(Exit.PUBLISH, row.file, what, fix))
+    return found
 
 
 class FileResponder:
@@ -125,44 +120,40 @@ class ScoredText(NamedTuple):
 
 
 def measure(
-    run: Run,
-    model: Path,
-    files: Sequence[Path],
-    old: Mapping[str, FileParity],
-    left_out: Collection[str] = (),
-) -> tuple[FileParity, ...]:
-    """Measure files that were made of the folder `model`; `old` are the last release's rows.
+    run: Run, model: Path, files: Sequence[Path], old: Path, left_out: Sequence[str] = ()
+) -> list[FileParity]:
+    """Measure files that were made of the folder `model`, but for what `old` has of the same.
 
-    What depends on nothing that has changed is not measured again. Without llama.cpp nothing is.
-    The items `left_out`, which stand in the training data, are not scored.
+    `old` is the last release's parity.json. Without llama.cpp nothing is measured. The items
+    `left_out`, which stand in the training data, are not scored.
     """
-    bare = [FileParity(file=f.name, sha256=sha256_file(f), reason=NO_RUNNER) for f in files]
     command = find_engine("llama.cpp", run.config.engines)
     if command is None:
-        return tuple(bare)
+        return [FileParity(file=f.name, sha256=sha256_file(f), reason=NO_RUNNER) for f in files]
+    last, rows, check = list[FileParity](), list[FileParity](), None
+    with suppress(DistillError, TypeError, ValidationError):  # missing or damaged: all is measured
+        last = [FileParity.model_validate(row) for row in read_json(old)]
     runner = f"llama.cpp {engine_version(tuple(command))}"
-    facts = {
+    basis = {
         "runner": runner,
         "answers": sha256_file(run.path("answers/student.jsonl")),
         "evaluation": run.config.evaluation.model_dump(mode="json"),
-        "left out": sorted(left_out),
+        "left out": left_out,
     }
-    rows, check = list[FileParity](), None
-    for file, row in zip(files, bare, strict=True):
-        basis, last = digest({"file": row.sha256, **facts}), old.get(file.name)
-        if last and last.basis == basis:
-            rows.append(last)
-            continue
-        say(f"{file.name}: compared with the student in {runner}")
-        check = check or ParityCheck(run, model, command, left_out)
-        changes: dict[str, Any] = {"runner": runner}
-        try:
-            changes |= {**check.file(file, digest({"gguf": row.sha256, "runner": runner}))}
-            changes |= {"basis": basis, "reason": None}
-        except DistillError as error:  # the engine's, and its answers'
-            changes["reason"] = f"{error.where} {error.what}"
-        rows.append(row.model_copy(update=changes))
-    return tuple(rows)
+    for file in files:
+        facts: dict[str, Any] = {"file": file.name, "sha256": sha256_file(file), "runner": runner}
+        facts["basis"] = digest(facts | basis)
+        row = next((row for row in last if row.basis == facts["basis"] and not row.reason), None)
+        if row is None:
+            say(f"{file.name}: compared with the student in {runner}")
+            check = check or ParityCheck(run, model, command, left_out)
+            try:
+                facts |= check.file(file, digest({"gguf": facts["sha256"], "runner": runner}))
+            except DistillError as error:  # the engine's, and its answers'
+                facts["reason"] = f"{error.where} {error.what}"
+            row = FileParity.model_validate(facts)
+        rows.append(row)
+    return rows
 
 
 class ParityCheck:

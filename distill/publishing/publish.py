@@ -9,10 +9,7 @@ earlier distill was evaluated by its adapter: its merged model is made now, and 
 import json
 import os
 import shutil
-from contextlib import suppress
 from pathlib import Path
-
-from pydantic import ValidationError
 
 from distill.errors import DistillError, Exit
 from distill.evaluation.measurements import ModelFacts
@@ -31,7 +28,7 @@ from distill.publishing.obligations import (
     obligations,
     write_notices,
 )
-from distill.publishing.parity import FileParity, Parity, measure
+from distill.publishing.parity import FileParity, findings, measure
 from distill.publishing.secret_scan import scan
 from distill.publishing.upload import check_name, push
 from distill.storage.files import fsync_folder, read_json, sha256_file, sha256_files, write_json
@@ -66,8 +63,7 @@ def main(
     write_notices(owed, config.terms.agreement, work)
     add_models(run, work)
     parity = add_formats(run, work, release, name, scorecard)
-    if parity:
-        overridden += pass_gate(parity.findings(), override)
+    overridden += pass_gate(findings(parity, config.evaluation.margin), override)
     for file in REPORT:
         copy_plain(run.path(file), work / file)
     (work / "LICENSE").write_text(license.text, encoding="utf-8")
@@ -138,15 +134,12 @@ def add_models(run: Run, work: Path) -> None:
 
 def add_formats(
     run: Run, work: Path, release: Path, name: str, scorecard: Scorecard
-) -> Parity | None:
-    """Add the files for other runners, compared with the student; None where none is asked for."""
+) -> list[FileParity]:
+    """Add the files for other runners, compared with the student."""
     config, kinds = run.config, kinds_of(run.config.publish.formats)
     if not kinds:
-        return None
-    model, old = merged_student(config.student, run), dict[str, FileParity]()
-    with suppress(DistillError, ValidationError):  # where it is missing or damaged, all is measured
-        rows = Parity.model_validate(read_json(release / PARITY)).files
-        old = {row.file: row for row in rows}
+        return []
+    model = merged_student(config.student, run)
     if "ollama" in config.publish.formats:  # before the files, as it may be impossible
         tokenizer = load_tokenizer(f"{model.resolve()}")
         prompts = [pair.prompt for pair in held_out_items(run.folder)[0]]
@@ -154,12 +147,11 @@ def add_formats(
         (work / MODELFILE).write_text(text, encoding="utf-8")
     files = write_files(model, work, name, kinds)
     flagged = scorecard.contamination.items if scorecard.contamination else ()
-    rows = measure(run, model, files, old, flagged)
+    rows = measure(run, model, files, release / PARITY, flagged)
     for row in rows:
         say(f"{row.file}: {row.conclusion}")
-    parity = Parity(margin=config.evaluation.margin, files=rows)
-    write_json(work / PARITY, parity.model_dump(mode="json"))
-    return parity
+    write_json(work / PARITY, [row.model_dump(mode="json") for row in rows])
+    return rows
 
 
 def copy_plain(source: Path, target: Path) -> None:

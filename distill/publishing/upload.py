@@ -34,20 +34,14 @@ def push(
         RepoCard.load(release / "README.md", repo_type=kind).validate(repo_type=kind)
         api.create_repo(repository, private=True, exist_ok=True, repo_type=kind)
         if not api.repo_info(repository, repo_type=kind).private and not public:
-            raise DistillError(
-                Exit.PUBLISH, repository, "is public", "say --public, or take another name"
-            )
-        paths = sorted(path for path in release.rglob("*") if path.is_file())
-        files = {path.relative_to(release).as_posix(): path for path in paths}
+            fix = "say --public, or take another name"
+            raise DistillError(Exit.PUBLISH, repository, "is public", fix)
+        files = {p.relative_to(release).as_posix(): p for p in release.rglob("*") if p.is_file()}
         there = api.list_repo_files(repository, repo_type=kind) if kind == "dataset" else ()
         rows = (name for name in there if name.endswith(".jsonl"))
         gone = [CommitOperationDelete(name) for name in rows if name not in files]
-        commit = api.create_commit(
-            repository,
-            [*(CommitOperationAdd(*file) for file in files.items()), *gone],
-            commit_message="Publish",
-            repo_type=kind,
-        )
+        changes = [*(CommitOperationAdd(*file) for file in sorted(files.items())), *gone]
+        commit = api.create_commit(repository, changes, commit_message="Publish", repo_type=kind)
         tags = api.list_repo_refs(repository, repo_type=kind).tags
         if commit.oid not in {tag.target_commit for tag in tags}:
             names = {tag.name for tag in tags}
@@ -69,6 +63,5 @@ def push(
 def check_name(repository: str) -> None:
     """Refuse what is no OWNER/NAME; raises DistillError (exit 9)."""
     if not MODEL.fullmatch(repository) or "/" not in repository:
-        raise DistillError(
-            Exit.PUBLISH, f"--push {repository[:60]!r}", "not OWNER/NAME", "name both"
-        )
+        where = f"--push {repository[:60]!r}"
+        raise DistillError(Exit.PUBLISH, where, "not OWNER/NAME", "name both")

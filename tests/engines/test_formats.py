@@ -13,7 +13,7 @@ from distill.models.gguf_file import write_gguf
 from distill.publishing.card import Facts, make_card
 from distill.publishing.formats import find_quantize, write_files
 from distill.publishing.obligations import ReleaseLicense
-from distill.publishing.parity import Parity, measure
+from distill.publishing.parity import findings, measure
 from distill.records import Message, Pair, Prompt
 from distill.responders.engines import engine_folder
 from distill.responders.local.local_model import LocalResponder
@@ -64,7 +64,7 @@ def test_each_file_is_measured_against_the_student_once(
         kinds.remove("Q4_K_M")
     files = write_files(model, tmp_path, "m", kinds)
     assert sorted(tmp_path.glob("*.gguf")) == sorted(files)
-    full, *others = rows = measure(run, model, files, {})
+    full, *others = rows = measure(run, model, files, tmp_path / "none")
     for row in rows:
         assert row.ids_equal == row.prompts == ITEMS and row.reason is None
         assert row.runner and row.runner.startswith("llama.cpp 20")
@@ -77,11 +77,12 @@ def test_each_file_is_measured_against_the_student_once(
     assert errors == sorted(errors) and others[0].nmse and 1e-7 < others[0].nmse < 1e-2
     tree = run.config.resolved() | {"student": {"model": "smollm2-135m-instruct"}}
     facts = Facts(Config.model_validate(tree), "m", None, ReleaseLicense("MIT", True, False, ""))
-    facts = facts._replace(parity=Parity(margin=0.05, files=rows))
+    facts = facts._replace(parity=rows)
     card = make_card(facts, Scorecard(name="r")).text
     assert f"| m-F16.gguf | {ITEMS} of {ITEMS} | " in card and "Runner: llama.cpp 20" in card
     assert "%|" not in capsys.readouterr().err, "no bar of a library"
-    assert measure(run, model, files, {row.file: row for row in rows}) == rows
+    write_json(tmp_path / "parity.json", [row.model_dump(mode="json") for row in rows])
+    assert measure(run, model, files, tmp_path / "parity.json") == rows
     assert "compared" not in capsys.readouterr().err, "nothing has changed"
 
 
@@ -96,11 +97,11 @@ def test_a_file_of_other_weights_is_worse_and_one_that_is_none_does_not_work(
     write_gguf(other, tmp_path / "m-F16.gguf", "F16", "m")
     (tmp_path / "m-Q8_0.gguf").write_bytes(b"GGUF, but for its beginning")
     files = [tmp_path / "m-F16.gguf", tmp_path / "m-Q8_0.gguf"]
-    worse, broken = rows = measure(run, model, files, {})
+    worse, broken = rows = measure(run, model, files, tmp_path / "none")
     assert worse.ids_equal == ITEMS and worse.nmse and worse.nmse > 0.01
     assert worse.largest_difference and worse.largest_difference > 0.5
-    assert worse.verdict == "inferior" and broken.reason and not broken.basis
-    first, second = Parity(margin=0.05, files=rows).findings()
+    assert worse.verdict == "inferior" and broken.reason
+    first, second = findings(rows, 0.05)
     assert "is worse than the evaluated student" in first.what and f"n = {ITEMS}" in first.what
     assert "does not work in llama.cpp" in second.what
     assert "not measured" in broken.conclusion

@@ -15,7 +15,7 @@ from distill.evaluation.measurements import Difference
 from distill.models import loading
 from distill.publishing import formats
 from distill.publishing.formats import modelfile, turns_of
-from distill.publishing.parity import FileParity, Parity
+from distill.publishing.parity import FileParity, findings
 from distill.publishing.publish import main
 from distill.records import Message, Prompt
 from distill.storage.files import sha256_file, write_records
@@ -53,7 +53,7 @@ def test_a_format_is_added_later_and_the_rest_is_not_sent_again(
     assert "parity: not measured: llama.cpp is not installed" in capsys.readouterr().err
     hub.requests.clear()
     names = ("adapter", "safetensors", "gguf-f16", "gguf-q8_0", "ollama")
-    (release / "parity.json").write_text('{"files": 3}')  # damaged, and so not read
+    (release / "parity.json").write_text("[3]")  # damaged, and so not read
     release = published(run, *names, push="me/student")
     assert [sha256_file(path) for path in files] == before
     sent = [line for line in hub.requests if line.startswith("PUT /lfs/")]
@@ -61,7 +61,7 @@ def test_a_format_is_added_later_and_the_rest_is_not_sent_again(
     assert hub.repositories["me/student"].files["student-Q8_0.gguf"].startswith(b"GGUF")
     card = ModelCard.load(release / "README.md").text
     assert "student-Q8_0.gguf: parity: not measured" in card and "not run with Ollama" in card
-    assert json.loads((release / "parity.json").read_bytes())["files"][1]["runner"] is None
+    assert json.loads((release / "parity.json").read_bytes())[1]["runner"] is None
 
 
 def test_a_release_may_hold_the_file_of_one_runner_alone(run: Run) -> None:
@@ -92,14 +92,14 @@ def test_a_file_that_is_worse_is_a_finding_and_one_that_may_be_is_not() -> None:
         metric="checks passed", student=0.8, score=0.6, verdict="inferior", same_answers=20,
         difference=Difference(mean=-0.2, low=-0.3, high=-0.1, n=60, documents=30),
     )  # fmt: skip
-    (finding,) = Parity(margin=0.05, files=(row,)).findings()
+    (finding,) = findings([row], 0.05)
     assert "is worse than the evaluated student: −20.0 [−30.0,\u00a0−10.0] points" in finding.what
     assert "n = 60" in finding.what and "m-Q4_K_M.gguf" in finding.where
     unsure = row.model_copy(update={"verdict": "undecided"})
-    assert not Parity(margin=0.05, files=(unsure,)).findings()
+    assert not findings([unsure], 0.05)
     assert unsure.conclusion == "cannot tell (n = 60)"
     broken = FileParity(file="m.gguf", sha256="0", runner="llama.cpp 1", reason="ended")
-    (finding,) = Parity(margin=0.05, files=(broken,)).findings()
+    (finding,) = findings([broken], 0.05)
     assert "does not work in llama.cpp 1: ended" in finding.what
 
 
