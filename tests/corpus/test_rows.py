@@ -123,21 +123,6 @@ def test_a2_what_belongs_to_the_prompt_reaches_it(row, text):
     assert text in asked and "Translate." in asked and "nan" not in asked
 
 
-def test_a2_a_system_column_is_the_system_turn_once():
-    for name in ("system", "system_prompt", "system_message"):
-        turns = meta({"instruction": "q", "output": "a", name: "Be kind."})["messages"]
-        assert turns == [
-            {"role": "system", "content": "Be kind."},
-            {"role": "user", "content": "q"},
-        ]
-    both = [
-        {"role": "system", "content": "Be kind."},
-        {"role": "developer", "content": "Be brief."},
-    ]
-    turns = meta({"messages": [*both, *ASKED], "system": "Be kind."})["messages"]
-    assert turns[0] == {"role": "system", "content": "Be kind.\n\nBe brief."} and len(turns) == 2
-
-
 def test_a2_earlier_exchanges_and_named_columns_are_used():
     row = {"instruction": "Three?", "output": "3", "history": [["One?", "1"], ["Two?", "2"]]}
     assert [turn["content"] for turn in meta(row)["messages"]] == [
@@ -257,6 +242,7 @@ def test_a10_parts_are_joined_and_turns_of_tools_are_left_out_with_a_count():
         interpret({"messages": [{"role": "user", "content": image}]}, "a:1")
 
 
+DEVELOPER = {"role": "developer", "content": "s"}
 PAIR = {"content": "q", "role": "user"}, {"content": "a", "role": "assistant"}
 
 
@@ -278,6 +264,12 @@ PAIR = {"content": "q", "role": "user"}, {"content": "a", "role": "assistant"}
         ({"messages": [{"speaker": "user", "text": "q"}, PAIR[1]]}, "q", "a"),
         ({"messages": [*PAIR, {"role": "assistant", "content": " b"}]}, "q", "a\n\n b"),
         ({"messages": [PAIR[1], *PAIR]}, "q", "a"),
+        (
+            {"system_prompt": "s", "messages": [{"role": "developer", "content": "s"}, *PAIR]},
+            "q",
+            "a",
+        ),
+        ({"instruction": "q", "output": "a", "system": "s"}, "q", "a"),
         ({"messages": [{"from": "Human", "value": "q"}, {"from": "Bot", "value": ""}]}, "q", ""),
         ({"messages": [*PAIR, {"role": "assistant", "content": None}]}, "q", "a"),
     ],
@@ -286,7 +278,10 @@ def test_a2_other_sets_of_the_hub(row, asked, answer):
     """A2: LIMA, WildChat, Orca DPO, HotpotQA, NuminaMath and such."""
     row = {name: [*value] if value is PAIR else value for name, value in row.items()}
     found = interpret(row, "a:1")
-    assert [turn["content"] for turn in found.meta.get("messages", [{"content": ""}])] == [asked]
+    turns = found.meta.get("messages", [{"role": "user", "content": ""}])
+    assert [turn["content"] for turn in turns if turn["role"] == "user"] == [asked]
+    system = [turn["content"] for turn in turns if turn["role"] == "system"]
+    assert system == ["s"] * ("s" in (row.get("system"), row.get("system_prompt")))
     assert [one["text"] for one in found.recorded_answers] == [answer] * bool(answer)
 
 

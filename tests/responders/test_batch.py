@@ -78,16 +78,6 @@ def test_answers_come_at_the_batch_price(server, tmp_path):
     assert half * 2 == sum(HALF_PRICE.of(r.usage) for r in responses)
 
 
-def test_a_part_that_expires_or_fails_is_asked_again_in_part(server, tmp_path):
-    """Half price: what a job leaves unanswered goes into the next, and nothing else."""
-    fates = {"q1": ["expired", "answer"], "q2": ["500", "answer"], "q3": ["429", "answer"]}
-    server.fate = lambda asked: (fates.get(asked.split()[0]) or ["answer"]).pop(0)
-    responses = buy(server, tmp_path)
-    assert [r.text for r in responses] == [text_of(f"q{i} please") for i in range(10)]
-    assert set(server.paid.values()) == {1}
-    assert [len(read_requests(server, row)) for row in server.jobs] == [3, 10]
-
-
 def read_requests(server: BatchServer, row: dict[str, Any]) -> list[str]:
     return (server.folder / "files" / row["input_file_id"]).read_text().splitlines()
 

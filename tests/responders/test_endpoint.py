@@ -43,7 +43,16 @@ from tests.support.buying import (
     settings,
 )
 from tests.support.errors import stops
-from tests.support.fake_teacher import FAULTS, KEY, PRICE, PRICES, FakeTeacher, Reply, bomb
+from tests.support.fake_teacher import (
+    FAULTS,
+    KEY,
+    PRICE,
+    PRICES,
+    FakeTeacher,
+    Reply,
+    bomb,
+    question,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -139,10 +148,8 @@ def test_c1_c13_a_pause_holds_all_workers_whatever_the_clock_says(tmp_path, monk
 
 
 def test_c1_too_long_a_pause_stops_and_resumes(tmp_path):
-    def script(number: int, payload: dict[str, Any]) -> Reply:
-        return Reply(status=429, headers={"retry-after": "36000"}) if number == 3 else Reply()
-
-    with FakeTeacher(script) as teacher:
+    limited = Reply(status=429, headers={"retry-after": "36000"})
+    with FakeTeacher(lambda number, _: limited if number == 3 else Reply()) as teacher:
         with stops(Exit.TEACHER, "36,000 s"):
             buy(teacher, tmp_path, 9, concurrency=1)
         assert len(teacher.payloads) == 4
@@ -168,12 +175,9 @@ def test_c2_c5_what_passes_is_tried_again_within_bounds(tmp_path, name, capsys):
 
 @pytest.mark.parametrize("status", [400, 413, 422])
 def test_c3_a_refused_item_fails_and_the_run_goes_on(tmp_path, status):
-    def script(number: int, payload: dict[str, Any]) -> Reply:
-        bad = payload["messages"][0]["content"] == "q1 please"
-        error = {"error": {"message": "too long", "code": "context_length_exceeded"}}
-        return Reply(status=status, body=json.dumps(error).encode()) if bad else Reply()
-
-    with FakeTeacher(script) as teacher:
+    error = {"error": {"message": "too long", "code": "context_length_exceeded"}}
+    bad = Reply(status=status, body=json.dumps(error).encode())
+    with FakeTeacher(lambda _, asked: bad if question(asked)[:2] == "q1" else Reply()) as teacher:
         found = buy(teacher, tmp_path, 4)
         assert [r.stop for r in found] == ["end", "error", "end", "end"]
         assert found[1].error == f"{status}: too long"
@@ -279,11 +283,8 @@ def test_c9_the_key_stays_with_its_host_and_out_of_every_byte(tmp_path, capfd):
         {"manner": "reset"},
         {"status": 401, "body": echo},
     ]
-
-    def script(number: int, payload: dict[str, Any]) -> Reply:
-        return Reply(**faults[min(number, len(faults) - 1)])
-
-    with FakeTeacher(script) as teacher, pytest.raises(DistillError) as stopped:
+    script = [Reply(**fault) for fault in faults].__getitem__
+    with FakeTeacher(lambda number, _: script(number)) as teacher, stops(Exit.TEACHER) as stopped:
         buy(teacher, tmp_path, 9, concurrency=1, api_key_env="TEACHER_KEY", max_retries=1)
     assert {h["authorization"] for h in teacher.headers} == {f"Bearer {KEY}"}
     printed = "".join(capfd.readouterr()) + str(stopped.value)
@@ -335,10 +336,8 @@ def test_a6_addresses_that_are_fine():
 
 
 def test_c10_another_model_is_recorded_and_told(tmp_path, capsys):
-    def script(number: int, payload: dict[str, Any]) -> Reply:
-        return Reply(answer={"model": "fake-1-june" if number < 2 else "fake-1-july"})
-
-    with FakeTeacher(script) as teacher:
+    june, july = (Reply(answer={"model": f"fake-1-{month}"}) for month in ("june", "july"))
+    with FakeTeacher(lambda number, _: june if number < 2 else july) as teacher:
         found = buy(teacher, tmp_path, 4, concurrency=1)
         assert [r.model for r in found] == ["fake-1-june"] * 2 + ["fake-1-july"] * 2
         assert "is now fake-1-july, it was fake-1-june" in capsys.readouterr().err
@@ -365,13 +364,9 @@ def test_c11_the_budget_stops_before_the_request_that_could_exceed_it(tmp_path):
 @pytest.mark.parametrize(("status", "well", "retries"), [(504, 0, 0), (500, 10, 2)])
 def test_c11_failures_that_may_be_billed_count_against_the_budget(tmp_path, status, well, retries):
     """Of every `well` requests one is answered; the others fail, and are billed."""
-    limit = Decimal("0.01")
-
-    def script(number: int, payload: dict[str, Any]) -> Reply:
-        failed = Reply(status=status, body=b"", billed=True)
-        return Reply() if well and number % well == 0 else failed
-
-    with FakeTeacher(script) as teacher, stops(Exit.BUDGET):
+    limit, failed = Decimal("0.01"), Reply(status=status, body=b"", billed=True)
+    teacher = FakeTeacher(lambda n, _: Reply() if well and n % well == 0 else failed)
+    with teacher, stops(Exit.BUDGET):
         buy(teacher, tmp_path, 100, budget_dollars=limit, concurrency=8, max_retries=retries)
     assert teacher.bill <= limit
     assert max(teacher.asked.values()) <= retries + 1

@@ -113,11 +113,8 @@ def test_h6_h15_a_number_gone_wrong_is_named_and_stops_the_run(tmp_path, name):
 
 def test_h15_a_later_bill_stops_too_and_a_dearer_server_keeps_to_the_budget(tmp_path):
     limit = Decimal("0.05")
-
-    def later(number: int, payload: dict[str, Any]) -> Reply:
-        return Reply(answer=usage(cost=float(MOST * 145)) if number >= 20 else {}, delay=0.01)
-
-    with FakeTeacher(later) as teacher:
+    large = usage(cost=float(MOST * 145))
+    with FakeTeacher(lambda n, _: Reply(answer=large if n >= 20 else {}, delay=0.01)) as teacher:
         with pytest.raises(DistillError, match="more than its maximum"):
             buy(teacher, tmp_path / "later", 300, concurrency=4)
         assert len(teacher.payloads) <= 24
@@ -188,12 +185,8 @@ def test_h13_a_refusal_of_the_account_is_no_answer(tmp_path, name):
 @pytest.mark.parametrize("first", [True, False])
 def test_h13_a_question_that_sounds_like_a_refusal_ends_no_run(tmp_path, first):
     words = "my credit balance is too low and my api key expired"
-
-    def script(number: int, payload: dict[str, Any]) -> Reply:
-        said = says(f"cannot read: {question(payload)}")
-        return Reply(**refused(400, said)) if words in question(payload) else Reply()
-
-    with FakeTeacher(script) as teacher:
+    no = Reply(**refused(400, says(f"cannot read: {words}")))
+    with FakeTeacher(lambda _, asked: no if words in question(asked) else Reply()) as teacher:
         asked = settings(teacher)
         turns = (Message(role="user", content=words),)
         requests = asks(asked, 9)
@@ -205,11 +198,8 @@ def test_h13_a_question_that_sounds_like_a_refusal_ends_no_run(tmp_path, first):
 
 def test_h13_five_refused_of_a_few_that_are_left_end_no_run(tmp_path):
     """A go that finds only what is refused, the others being answered, ends no run."""
-
-    def script(number: int, payload: dict[str, Any]) -> Reply:
-        return Reply(**refused(400, says("no"))) if int(question(payload)[1:3]) > 9 else Reply()
-
-    with FakeTeacher(script) as teacher:
+    no = Reply(**refused(400, says("no")))
+    with FakeTeacher(lambda _, asked: no if int(question(asked)[1:3]) > 9 else Reply()) as teacher:
         assert sum(r.stop == "error" for r in buy(teacher, tmp_path, 16)) == 6
         assert sum(r.stop == "error" for r in buy(teacher, tmp_path, 16)) == 6
         assert len(teacher.payloads) == 22
@@ -238,10 +228,8 @@ DECLINED = {
 
 
 def test_h13_redo_asks_what_failed_and_nothing_else(tmp_path):
-    def script(number: int, payload: dict[str, Any]) -> Reply:
-        return Reply(**{**FAILING, **DECLINED}.get(question(payload), {}))
-
-    with FakeTeacher(script) as teacher:
+    replies = FAILING | DECLINED
+    with FakeTeacher(lambda _, asked: Reply(**replies.get(question(asked), {}))) as teacher:
         config = make_run(tmp_path, teacher, 16, max_retries=0)
         assert generate(str(config)) == 0 and len(teacher.payloads) == 16
         assert generate(str(config)) == 0 and len(teacher.payloads) == 16, "it is done"

@@ -76,24 +76,6 @@ def test_what_it_thinks_comes_apart_from_its_answer(servers, tmp_path):
     assert all(r.reasoning for r in found)
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"model": "other"}, "400: Server is pinned to 'tiny'"),
-        ({"extra_body": {"repetition_penalty": 1.0}}, "422: Unexpected fields"),
-        ({"base_url": "/v2"}, "404: Not Found"),
-    ],
-)
-def test_what_no_request_could_pass_stops_the_run_at_once(servers, tmp_path, change, said):
-    if "base_url" in change:
-        change = {"base_url": servers[1].address + change["base_url"]}
-    asked = settings(servers[1], concurrency=1, **change)
-    with stops(Exit.TEACHER, said):
-        served(asked, tmp_path)
-    with ResponseStore(tmp_path, writable=False) as log:
-        assert [a.billed for a in attempts(log, {"tiny": None, "other": None})] == ["no"]
-
-
 def test_a_server_that_tells_no_distributions_is_found_by_one_short_text(servers, models, tmp_path):
     config = Config.model_validate(
         {

@@ -222,6 +222,12 @@ RIGHT = {
         "    return hashlib.md5(open('own.txt', 'rb').read()).hexdigest()",
         "import hashlib\nassert f('a') == hashlib.md5(b'a').hexdigest()",
     ),
+    "a helper of the setup": (
+        "def helper(x):\n    return x + 1\n\ndef f(x):\n    return helper(x)",
+        "assert f(1) == 2 == helper(1)",
+        "def helper(x):\n    return x + 1\n\ndef f(x):\n    '''Add one.'''\n",
+        "f",
+    ),
     "output": ("def f(x):\n    print(x)\n    return x", "assert f(1) == 1"),
     "a program of its own": (
         "def f(x):\n    return x\nif __name__ == '__main__':\n    f(int(input()))",
@@ -378,13 +384,6 @@ def test_the_program_cannot_replace_what_the_tests_define():
         judged(code, "assert wanted(f(1)) == 5", setup="def wanted(x):\n    return x").passed
         is False
     )
-
-
-@isolated
-def test_only_what_is_named_is_the_program_s():
-    setup = "def helper(x):\n    return x + 1\n\ndef f(x):\n    '''Add one.'''\n"
-    code = setup + "    return helper(x)"
-    assert judged(code, "assert f(1) == 2 == helper(1)", setup, "f").passed
 
 
 @isolated

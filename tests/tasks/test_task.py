@@ -17,13 +17,6 @@ def write(folder: Path, text: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_shipped_tasks_load_by_name(path):
-    task = load_task(path.stem)
-    assert task.name == path.stem
-    assert shipped(path.stem) == task
-
-
 def test_the_docs_task_loads(tmp_path):
     block = Path("docs/corpus.md").read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
     task = load_task(write(tmp_path, block))
@@ -31,8 +24,9 @@ def test_the_docs_task_loads(tmp_path):
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_shipped_tasks_fence_the_document(path):
+def test_shipped_tasks_load_and_fence_the_document(path):
     task = load_task(path.stem)
+    assert task.name == path.stem and shipped(path.stem) == task
     for view in (task.student, task.teacher):
         if view and "document.text" in view.user:
             assert "<document>\n{{ document.text }}\n</document>" in view.user
@@ -59,16 +53,12 @@ def test_the_teacher_may_have_only_a_longer_system_turn(tmp_path):
     ],
 )
 def test_a_wrong_task_names_its_file_and_fault(tmp_path, text, fault):
+    with stops(Exit.CONFIG, "no_such_task"):
+        load_task("no_such_task")
     with stops(Exit.CONFIG) as caught:
         load_task(write(tmp_path, text))
     assert fault in str(caught.value) and "mine.yaml" in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_an_unknown_task_is_a_config_fault():
-    with stops(Exit.CONFIG) as caught:
-        load_task("no_such_task")
-    assert "no_such_task" in str(caught.value)
 
 
 @pytest.mark.parametrize(
