@@ -6,7 +6,7 @@ prompt, all that pass and differ in text are kept: rejection sampling.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -77,9 +77,11 @@ def main(run: Run) -> None:
         dataset[split] = mine
         write_records(run.path(f"dataset/{split}.jsonl"), mine)
     write_records(run.path("dropped.jsonl"), dropped)
-    write_json(run.path("funnel.json"), funnel(pairs, dataset, dropped))
     rows = [f"{len(mine)} kept for {split}" for split, mine in dataset.items()]
     reasons = Counter(row.reason for row in dropped).most_common()
+    funnel = {"prompts": len({pair.prompt.id for pair in pairs}), "answers": len(pairs)}
+    funnel |= {f"kept_{split}": len(mine) for split, mine in dataset.items()}
+    write_json(run.path("funnel.json"), funnel | {"dropped": dict(reasons)})
     rows += [f"{count} dropped: {reason}" for reason, count in reasons]
     say(f"filter: {len(pairs)} answers; {'; '.join(rows)}")
     if not dataset["train"]:
@@ -188,22 +190,3 @@ def rejected(task: Task | None, prompt: Prompt, response: Response, reason: str)
     if result.passed is None:  # a failure of ours: the reason says which
         return f"not checked: {result.reason}"
     return None if result.passed else reason
-
-
-def funnel(
-    pairs: Sequence[Pair], dataset: Mapping[Split, Sequence[Pair]], dropped: Sequence[Dropped]
-) -> dict[str, object]:
-    """Count what came in, what stayed by split, and what was dropped, for all and by task."""
-
-    def counts(*tasks: str) -> dict[str, object]:
-        mine = [pair.prompt.id for pair in pairs if pair.prompt.task in tasks]
-        rows_of = {
-            f"kept_{split}": sum(pair.prompt.task in tasks for pair in rows)
-            for split, rows in dataset.items()
-        }
-        reasons = Counter(row.reason for row in dropped if row.task in tasks)
-        total = {"prompts": len({*mine}), "answers": len(mine)}
-        return {**total, **rows_of, "dropped": dict(reasons.most_common())}
-
-    tasks = sorted({pair.prompt.task for pair in pairs})
-    return {**counts(*tasks), "tasks": {task: counts(task) for task in tasks}}

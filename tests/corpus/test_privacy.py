@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from distill.corpus.privacy import mask, mask_document
 from distill.corpus.python_docs import read_python_docs
@@ -52,23 +53,7 @@ PRIVATE = [
     ("Tel.: 030 901820", "phone"),
     ("https://ada:en9ine!x@analytical.io/notes", "password"),
 ]
-PLAIN = [
-    "mail somebody@example.com or user@host, or a@b.test",
-    "clone git@github.com:owner/name.git",
-    "http://user:password@example.org/ and ftp://anonymous:pass@server.org",
-    "@decorator and x@y and matrix @ vector",
-    "sk-learn-contrib, task-oriented-programming, sk_X509_EXTENSION_num, pk_ctx",
-    "the header -----BEGIN PRIVATE KEY----- begins a file",
-    "4111 1111 1111 1112 and 1234567812345670 and 0000000000000000",
-    "0.4111111111111111 and 1e4111111111111111 and 4111111111111111.5",
-    "DE89 3704 0044 0532 0130 01 and GB82WEST1234569876543",
-    "2024-01-15 12:30:45, 192.168.0.1, 3.14159265358979, +1.000000, +281474976710656",
-    "version 1.0+20200929085817 of 252.227-7013, ISBN 978-3-16-148410-0, RFC 2606",
-    "call +1 212 555 0123 or (212) 555-0100",
-    "<142480216486.20800.16526388040877946887@nightshade.la.mastaler.com>",
-    "datetime(2020, 2, 29), range(10**12), 0x7fffffffffffffff, 123456789012",
-    "550e8400-e29b-41d4-a716-446655440000 and da39a3ee5e6b4b0d3255bfef95601890afd80709",
-]
+PLAIN = yaml.safe_load(Path("tests/fixtures/not_private.yaml").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(("private", "kind"), PRIVATE, ids=lambda v: str(v)[:20])

@@ -105,24 +105,6 @@ def recorded(row: dict[str, Any]) -> list[dict[str, str]]:
     return interpret(row, "a:1").recorded_answers
 
 
-@pytest.mark.parametrize(
-    ("row", "text"),
-    [
-        ({"instruction": "Translate.", "input": "Good morning", "output": "o"}, "Good morning"),
-        ({"instruction": "Translate.", "input": "Good morning"}, "Good morning"),
-        ({"prompt": "Translate.", "input": "Good morning", "response": "o"}, "Good morning"),
-        ({"instruction": "", "input": "Translate. Good morning", "output": "o"}, "Good morning"),
-        ({"context": "Good morning", "question": "Translate.", "answer": "o"}, "Good morning"),
-        ({"problem": "Translate. Good morning", "solution": "o"}, "Good morning"),
-        ({"query": "Translate. Good morning", "response": "o"}, "Good morning"),
-        ({"prompt": float("nan"), "question": "Translate. Good morning"}, "Good morning"),
-    ],
-)
-def test_a2_what_belongs_to_the_prompt_reaches_it(row, text):
-    asked = interpret(row, "a:1").meta["messages"][-1]["content"]
-    assert text in asked and "Translate." in asked and "nan" not in asked
-
-
 def test_a2_earlier_exchanges_and_named_columns_are_used():
     row = {"instruction": "Three?", "output": "3", "history": [["One?", "1"], ["Two?", "2"]]}
     assert [turn["content"] for turn in meta(row)["messages"]] == [
@@ -270,6 +252,10 @@ PAIR = {"content": "q", "role": "user"}, {"content": "a", "role": "assistant"}
             "a",
         ),
         ({"instruction": "q", "output": "a", "system": "s"}, "q", "a"),
+        ({"instruction": "q", "input": "i", "output": "a"}, "q\n\ni", "a"),
+        ({"prompt": "q", "input": "i", "response": "a"}, "q\n\ni", "a"),
+        ({"context": "c", "question": "q", "answer": "a"}, "c\n\nq", "a"),
+        ({"prompt": float("nan"), "question": "q", "answer": "a"}, "q", "a"),
         ({"messages": [{"from": "Human", "value": "q"}, {"from": "Bot", "value": ""}]}, "q", ""),
         ({"messages": [*PAIR, {"role": "assistant", "content": None}]}, "q", "a"),
     ],

@@ -218,7 +218,7 @@ def test_the_stage_keeps_reasons_and_counts(tmp_path, capsys):
     }
     funnel = read_json(run.path("funnel.json"))
     assert funnel["answers"] == sum(sizes.values()) + sum(funnel["dropped"].values())
-    assert funnel["tasks"]["chat"]["kept_train"] == 2
+    assert funnel["prompts"] == 7 and funnel["kept_train"] == 2
     said = capsys.readouterr().err
     assert "filter: 7 answers; 2 kept for train; 1 kept for validation; 2 kept" in said
 

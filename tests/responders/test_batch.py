@@ -247,15 +247,15 @@ def test_an_account_that_takes_nothing_more_ends_the_run(server, tmp_path):
     assert len(server.jobs) < 10 and not server.paid
 
 
+SOFT: dict[str, Any] = {"train": {"loss": {"forward_kl": 1}}}
+
+
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
         ({"evaluation": {"judge": "asked"}}, "a judge is not asked by batch"),
-        ({"train": {"loss": {"forward_kl": 1}}}, "prompt_logprobs are not asked by batch"),
-        (
-            {"train": {"loss": {"forward_kl": 1}}, "signals": {"endpoint": "asked"}},
-            "prompt_logprobs are not asked by batch",
-        ),
+        (SOFT, "prompt_logprobs are not asked by batch"),
+        (SOFT | {"signals": {"endpoint": "asked"}}, "prompt_logprobs are not asked by batch"),
         ({"teacher": {"kind": "local", "model": "m", "batch": True}}, "teacher.local.batch"),
     ],
 )

@@ -71,14 +71,11 @@ def test_what_a_server_states_is_held_against_the_price(name):
     assert found.doubt.startswith(doubt) and bool(found.doubt) == bool(doubt)
 
 
-def test_without_a_price_what_a_server_states_counts():
+def test_without_a_price_or_a_cap_what_a_server_states_counts():
     reply = Reply(stop="end", usage=Usage(input_tokens=1000, output_tokens=100))
     assert charge(None, reply, {}).paid is None and not charge(None, reply, {}).doubt
     stated = reply.model_copy(update={"dollars": Decimal("0.5")})
     assert charge(None, stated, {}).paid == Decimal("0.5")
-
-
-def test_an_answer_without_a_cap_has_no_maximum():
     reply = Reply(stop="end", usage=Usage(input_tokens=1000, output_tokens=10_000))
     assert charge(PRICE, reply, {**INTENT, "cap": None}).paid == Decimal("0.153")
     assert charge(PRICE, reply, {"most": "0.02"}).doubt  # as it was stored before caps were

@@ -3,8 +3,10 @@
 import asyncio
 import time
 from email.utils import formatdate
+from pathlib import Path
 
 import pytest
+import yaml
 
 from distill.responders.endpoint.rate_limits import Gate, backoff, retry_after, stated_wait
 
@@ -59,27 +61,7 @@ def test_a_date_without_a_zone_is_no_local_time(monkeypatch):
         time.tzset()
 
 
-SAID = {  # in a body
-    '{"retryDelay": "34s"}': 34,
-    '{"retryDelay": "0.5s"}': 0.5,
-    '{"retryDelay": {"seconds": 12, "nanos": 5}}': 12,
-    '{"retry_after": 30}': 30,
-    '{"retry_after_seconds": 7.5}': 7.5,
-    '{"error": "{\\"retry_after\\": \\"9\\"}"}': 9,
-    "Please try again in 6m0s. Visit": 360,
-    "Please try again in 2h13m59.56s.": 8039.56,
-    "try again in 1 minute": 60,
-    "Try again in 344ms": 0.344,
-    "Please retry after 24 seconds.": 24,
-    "Please retry your request after about 20 s.": 20,
-    "Please wait 30 seconds before": 30,
-    "Your limit resets in 3 hours": 10800,
-    "try again in 999999999999 s": 1e9,
-    '{"X-RateLimit-Reset": "1"}': 1,
-    "try again later": None,
-    "retry": None,
-    "": None,
-}
+SAID = yaml.safe_load(Path("tests/fixtures/waits.yaml").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("text", SAID)

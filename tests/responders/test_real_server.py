@@ -1,6 +1,5 @@
 """The endpoint responder against `transformers serve`: two replicas of tiny models."""
 
-import json
 import threading
 import time
 from collections.abc import Iterator
@@ -23,12 +22,9 @@ ANSWERED = 'completions HTTP/1.1" 200'  # in a server's log
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of tiny models: plain, penalising repetition, and thinking aloud."""
+    """Return a folder of tiny models: a plain one, and one that thinks aloud."""
     folder = tmp_path_factory.mktemp("models")
     make_tiny(folder / "tiny", hidden=64, tied=False)
-    settings = make_tiny(folder / "penal", hidden=64, tied=False) / "generation_config.json"
-    own = {"repetition_penalty": 1.5, "temperature": 0.7, "do_sample": True, "top_k": 5}
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | own))
     tokenizer = make_tokenizer()
     tokenizer.chat_template = TEMPLATE.replace("assistant\n' }}", "assistant\n<think>\n' }}")
     tokenizer.save_pretrained(make_tiny(folder / "thinker", "qwen2", tied=False))
@@ -58,16 +54,6 @@ def test_a_server_answers_as_the_local_teacher_does(servers, models, tmp_path):
     counts = [(r.usage.input_tokens, r.usage.output_tokens, r.usage.estimated) for r in theirs]
     assert counts == [(r.usage.input_tokens, r.usage.output_tokens, False) for r in ours]
     assert {r.model for r in theirs} == {"tiny"} and len({r.text for r in theirs}) > 6
-
-
-def test_the_model_s_own_settings_are_held_off_by_the_fields_that_are_sent(
-    servers, models, tmp_path
-):
-    neutral = [r.text for r in local(models / "penal", tmp_path / "a")]
-    sent = settings(servers[0], model="penal")
-    assert [r.text for r in served(sent, tmp_path / "b")] == neutral
-    unsent = settings(servers[0], model="penal", extra_body={})
-    assert [r.text for r in served(unsent, tmp_path / "c")] != neutral
 
 
 def test_what_it_thinks_comes_apart_from_its_answer(servers, tmp_path):

@@ -23,29 +23,22 @@ from tests.support.fake_teacher import FakeTeacher, Reply, question
 def ask(teacher: FakeTeacher, store: Path, case: dict[str, Any], **changes: Any) -> list[Response]:
     """Ask three questions one after the other, with the fields that the case is about."""
     body = {k: v for k, v in case.get("asked", {}).items() if k != "max_completion_tokens"}
-    field = (
-        {"max_tokens_field": "max_completion_tokens"}
-        if "max_completion_tokens" in str(case.get("asked"))
-        else {}
-    )
-    asked = settings(teacher, concurrency=1, extra_body=body, **field, **changes)
+    if "max_completion_tokens" in str(case.get("asked")):
+        changes["max_tokens_field"] = "max_completion_tokens"
+    asked = settings(teacher, concurrency=1, extra_body=body, **changes)
     return answer_all(EndpointResponder(asked, None, "run"), asks(asked, 3), store)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_d1_to_d7_a_server_is_understood_through_the_client(
-    case: dict[str, Any], tmp_path: Path
-) -> None:
+def test_d1_to_d7_a_server_is_understood_through_the_client(case, tmp_path):
     """An answer is read; an error ends run or item, or is waited out and asked again."""
     data = json.dumps(case["body"]).encode()
     sent = Reply(status=case["status"], body=data, headers=case.get("headers", {}), billed=False)
     text = "choices" in case["body"] and "text" in str(case["body"]["choices"])[:40]
     api = {"api": "completions"} if text and "reply" in case else {}
-
-    def script(number: int, payload: dict[str, Any]) -> Reply:
-        return sent if question(payload) == "q1 please" and number < 3 else Reply()
-
-    with FakeTeacher(script) as teacher:
+    with FakeTeacher(
+        lambda n, asked: sent if question(asked) == "q1 please" and n < 3 else Reply()
+    ) as teacher:
         fault = case.get("fault", {})
         if fault.get("scope") == "run":
             with stops(Exit.TEACHER):
@@ -71,4 +64,5 @@ def test_d1_to_d7_a_server_is_understood_through_the_client(
         reply = log.raw(one.id).reply
     flat = {**one.usage.model_dump(), **reply.model_dump(mode="json")}
     assert {name: flat[name] for name in case["reply"]} == case["reply"] and times == 1
+    assert not one.usage.estimated
     assert (one.text, one.stop) == (reply.text, reply.stop)

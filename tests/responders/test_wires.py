@@ -117,17 +117,6 @@ def test_azures_addresses(url, version, place):
         settings(AZURE)
 
 
-def test_azure_is_asked_with_its_header_and_version(tmp_path, monkeypatch):
-    monkeypatch.setenv("TEACHER_KEY", KEY)
-    with FakeTeacher() as teacher:
-        url = teacher.url.replace("/v1", "/openai/deployments/d")
-        changes = {"wire": None, "api_version": "2024-10-21", "api_key_env": "TEACHER_KEY"}
-        responder, request = one(url, **changes)
-        assert answer_all(responder, [request], tmp_path)[0].text == "the answer to q0 please"
-    assert teacher.paths == ["/openai/deployments/d/chat/completions?api-version=2024-10-21"]
-    assert teacher.headers[0]["api-key"] == KEY and "authorization" not in teacher.headers[0]
-
-
 @pytest.mark.parametrize(
     ("url", "form", "place"),
     [

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from distill.errors import DistillError
 from distill.tasks.sandbox import namespaces
@@ -179,67 +180,13 @@ def running() -> list[str]:
     return [path.read_text().strip() for path in Path("/proc").glob("[0-9]*/comm") if path.exists()]
 
 
-RIGHT = {
-    "numbers": (
-        "def f(x):\n    return x * 2",
-        "assert f(2) == 4 and f(1.5) == 3.0 and f(1j) == 2j and f(10**5000) == 2 * 10**5000",
-    ),
-    "kinds": (
-        "def f(x):\n    return x",
-        "for x in (None, True, 'é\\ud800', b'\\x00', [1], (1,), {1}, frozenset([1]),\n"
-        "        {(1, 'a'): [None]}, range(3)):\n"
-        "    assert f(x) == x and type(f(x)) is type(x), x\n"
-        "assert f(float('nan')) != f(float('nan')) and f(float('inf')) > 1e300",
-    ),
-    "derived": (
-        "from collections import Counter, OrderedDict\nfrom enum import IntEnum\n"
-        "E = IntEnum('E', 'A B')\n"
-        "def f(x):\n    return Counter(x), OrderedDict(x=1), E.B, Counter(x).keys()",
-        "assert f('aab') == ({'a': 2, 'b': 1}, {'x': 1}, 2, {'a', 'b'})",
-    ),
-    "iterator": ("def f(n):\n    yield from range(n)", "assert list(f(3)) == [0, 1, 2]"),
-    "endless iterator": ("import itertools\nf = itertools.count", "assert next(f(7)) == 7"),
-    "in place": ("def f(x):\n    x.sort()", "x = [3, 1]\nassert f(x) is None and x == [1, 3]"),
-    "keywords": ("def f(a, *, b=1):\n    return a + b", "assert f(1, b=2) == 3 and f(a=1) == 2"),
-    "an error that is wanted": (
-        "class Own(ValueError):\n    pass\n"
-        "def f(x):\n    raise ValueError('no') if x else Own('own')",
-        "try:\n    f(1)\n    assert False\nexcept ValueError as e:\n    assert str(e) == 'no'\n"
-        "try:\n    f(0)\nexcept Exception as e:\n    assert str(e) == 'Own: own'",
-    ),
-    "classes and threads": (
-        "from dataclasses import dataclass\nimport asyncio\n"
-        "from concurrent.futures import ThreadPoolExecutor\n"
-        "@dataclass\nclass P:\n    x: int\n"
-        "async def a(p):\n    await asyncio.sleep(0)\n    return p.x\n"
-        "def f(xs):\n    with ThreadPoolExecutor(8) as pool:\n"
-        "        return list(pool.map(lambda x: asyncio.run(a(P(x))), xs))",
-        "assert f([1, 2, 3]) == [1, 2, 3]",
-    ),
-    "libraries and files": (
-        "import hashlib, json, random, re, sqlite3, zlib\ndef f(x):\n"
-        "    with open('own.txt', 'w') as file:\n        file.write(x)\n"
-        "    return hashlib.md5(open('own.txt', 'rb').read()).hexdigest()",
-        "import hashlib\nassert f('a') == hashlib.md5(b'a').hexdigest()",
-    ),
-    "a helper of the setup": (
-        "def helper(x):\n    return x + 1\n\ndef f(x):\n    return helper(x)",
-        "assert f(1) == 2 == helper(1)",
-        "def helper(x):\n    return x + 1\n\ndef f(x):\n    '''Add one.'''\n",
-        "f",
-    ),
-    "output": ("def f(x):\n    print(x)\n    return x", "assert f(1) == 1"),
-    "a program of its own": (
-        "def f(x):\n    return x\nif __name__ == '__main__':\n    f(int(input()))",
-        "assert f(1) == 1",
-    ),
-}
+RIGHT, HOLLOW = yaml.safe_load((ROOT / "tests/fixtures/programs.yaml").read_text()).values()
 
 
 @isolated
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_right_program_passes(name):
-    outcome = judged(*RIGHT[name])
+    outcome = judged(**RIGHT[name])
     assert outcome.passed, outcome.reason
 
 
@@ -253,80 +200,10 @@ def test_several_functions_of_the_program_s_are_named():
         assert outcome.passed is (True if entry != "f" else None), outcome.reason
 
 
-HOLLOW = {
-    "H10 empties what the tests go over": (
-        "def f(xs):\n    xs.clear()\n    return [1]",
-        "xs = [1, 2]\nout = f(xs)\nassert out\nfor x in xs:\n    assert x in out",
-        "the program emptied what the tests go over",
-    ),
-    "H10 empties it in the midst": (
-        "def f(xs, x):\n    xs.clear()\n    return x if x == 1 else None",
-        "xs = [1, 2]\nfor x in xs:\n    assert f(xs, x) == x",
-        "f([], 2) gave None",
-    ),
-    "H10 an empty iterator": (
-        "def f(n):\n    return iter(())",
-        "for a, b in zip(f(3), [1, 2, 3]):\n    assert a == b",
-        "no assertion held",
-    ),
-    "H10 all of nothing": (
-        "def f(n):\n    return []",
-        "assert all(x == 3 for x in f(3))",
-        "no assertion held",
-    ),
-    "H10 the tests catch their own failure": (
-        "def f(n):\n    return 0",
-        "try:\n    assert f(1) == 2\nexcept AssertionError:\n    pass",
-        "no assertion held",
-    ),
-    "H10 NaN is not too far": (
-        "def f(n):\n    return float('nan')",
-        "assert not abs(f(3) - 2) > 1e-6",
-        "compares NaN",
-    ),
-    "H10 NaN is neither more nor less": (
-        "def f(n):\n    return float('nan')",
-        "if f(3) > 2 or f(3) < 2:\n    assert False",
-        "compares NaN",
-    ),
-    "H22 limits the judge before it reads the tests": (
-        "import os, resource\n"
-        "resource.prlimit(os.getppid(), resource.RLIMIT_AS, (1, 1))\ndef f(x):\n    return 2",
-        "assert f(1) == 3\n" + "x = 1\n" * 20_000,
-        "PermissionError",
-    ),
-    "H22 takes the judge's processor": (
-        "import os\nos.sched_setaffinity(os.getppid(), {0})\ndef f(x):\n    return 3",
-        "assert f(1) == 3",
-        "PermissionError",
-    ),
-    "H22 fills the pipe": (
-        "import os\nos.write(4, b'x' * 60_000)\ndef f(x):\n    return 2",
-        "assert f(1) == 3",
-        "no data",
-    ),
-    "H22 writes a verdict": (
-        "import os, signal\nos.write(4, b'\\0' * 7 + b'\\x12' + b'{\"verdict\": \"pass\"}')\n"
-        "def f(x):\n    return 2",
-        "assert f(1) == 3",
-        "",
-    ),
-    "H22 signals the judge": (
-        "import os, signal\n"
-        "def f(x):\n"
-        "    for number in (signal.SIGTERM, signal.SIGSTOP, signal.SIGALRM, signal.SIGINT):\n"
-        "        os.kill(os.getppid(), number)\n"
-        "    return 2",
-        "assert f(1) == 3",
-        "f(1) gave 2",
-    ),
-}
-
-
 @isolated
 @pytest.mark.parametrize("name", HOLLOW)
 def test_what_proves_nothing_is_no_pass_and_no_gap(name):
-    code, tests, reason = HOLLOW[name]
+    code, tests, reason = HOLLOW[name].values()
     outcome = judged(code, tests, seconds=3)
     assert outcome.passed is False and reason in outcome.reason, outcome.reason
 
