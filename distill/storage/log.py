@@ -133,7 +133,6 @@ class Log(ExitStack):
         self.folder, self.writable, self.writer = folder, writable, ""
         self._shared, self.place = False, folder  # place: of the locks and claims of this writer
         self.index: dict[str, dict[str, int]] = {}  # kind to key to the record's position
-        self.torn = 0
         self._segments: list[OpenSegment] = []
         self._handle, self._number, self._current = -1, 0, 0  # of the segment that is written
         self._sound = False  # False from the start of a write until it is known to be on the disk
@@ -141,7 +140,6 @@ class Log(ExitStack):
     def __enter__(self) -> Self:
         with ExitStack() as undo:
             undo.callback(self.close)
-            self.callback(self._close_files)
             if self.writable:
                 self.enter_context(self.writing())
             else:
@@ -187,10 +185,6 @@ class Log(ExitStack):
             files.write_json(self.place / CLAIMS, sorted(ours))
         return ours
 
-    def _close_files(self) -> None:
-        for segment in self._segments:
-            segment.file.close()
-
     def _load(self) -> None:
         """Check the version and every line not checked yet, and open the writer's last segment."""
         with files.disk_errors(self.folder):
@@ -201,23 +195,19 @@ class Log(ExitStack):
             if not version and self.writable:
                 files.write_json(self.folder / "version.json", {"version": VERSION})
             if not all(segment.is_current() for segment in self._segments):
-                self._close_files()
                 self._segments, self.index = [], {}
-            self.torn, last = 0, {writer_of(path): path for path in paths}
+            last = {writer_of(path): path for path in paths}
             for path in paths:
                 self._index_segment(path, last[writer_of(path)] == path)
             if self.writable:
                 self._append_to(max(1, sum(writer_of(path) == self.writer for path in paths)))
-                if self.torn:
-                    what = f"{self.torn} record cut off while being written, moved to torn/"
-                    say(f"{self.folder}: {what}")
 
     def _open(self, path: Path) -> int:
         """Return the number of a segment, which is opened to be read the first time."""
         for number, segment in enumerate(self._segments):
             if segment.path == path:
                 return number
-        self._segments.append(OpenSegment(path, path.open("rb")))
+        self._segments.append(OpenSegment(path, self.enter_context(path.open("rb"))))
         return len(self._segments) - 1
 
     def _index_segment(self, path: Path, last: bool) -> None:
@@ -232,12 +222,12 @@ class Log(ExitStack):
         for offset, data, record in scan(path, segment.size):
             complete, what = data.endswith(b"\n"), "damaged record"
             if record is None and last and not complete:
-                self.torn += ours or not self.writable
                 if ours:
                     name = f"{path.stem}-{offset}-{hashlib.sha256(data).hexdigest()[:8]}"
                     files.write_atomic(self.folder / "torn" / name, data)
                     os.truncate(path, offset)
                     _extend(path, b"")
+                    say(f"{path}: a record cut off while being written was moved to torn/")
                 return
             if record is not None and (last or complete):
                 position = number << OFFSET | offset
@@ -274,14 +264,13 @@ class Log(ExitStack):
         if not self._sound:
             what, fix = "not open for writing, or an earlier write failed", "run again"
             raise DistillError(Exit.STATE, self.folder, what, fix)
-        self._sound = False
         fresh: dict[tuple[str, str], bytes] = {}
         for kind, key, body in records:
             if (kind, key) not in self and (kind, key) not in fresh:
                 fresh[kind, key] = encode_line(kind, key, body)
         if not fresh:
-            self._sound = True
             return 0
+        self._sound = False
         with files.disk_errors(self.folder):
             if self._segments[self._current].size >= self.SEGMENT_BYTES:
                 self._append_to(self._number + 1)

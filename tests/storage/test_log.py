@@ -100,7 +100,7 @@ def test_each_writer_appends_to_segments_of_its_own_and_readers_take_all(tmp_pat
         path = [p for p in logs.segments(folder) if logs.writer_of(p) == writer][-1]
         path.write_bytes(path.read_bytes() + b"torn " + writer.encode())
     with Log(folder) as log:
-        assert log.torn == 2 and log.append([("response", "new", 1)]) == 1
+        assert log.append([("response", "new", 1)]) == 1
     new = {**BODIES, "new": 1}
     assert contents(folder) == new
     assert len(repair(folder)) == 1 and contents(folder) == new
