@@ -166,31 +166,20 @@ def test_a_matching_stamp_means_no_pip(clone):
     assert "install" in calls.read_text()
 
 
-def report(tmp_path: Path, *files: tuple[str, str, str]) -> Path:
-    path = tmp_path / "report.json"
-    rows = [
-        {"metadata": {"name": n, "version": v}, "download_info": {"url": u}} for n, v, u in files
-    ]
-    path.write_text(json.dumps({"install": rows}))
-    return path
-
-
 def test_the_build_of_torch_and_its_size_are_said(tmp_path, capsys):
-    wheel = tmp_path / "torch-2.13.0%2Bcpu-cp311-linux.whl"
+    def said(*files: tuple[str, str, str]) -> str:
+        rows = [
+            {"metadata": {"name": n, "version": v}, "download_info": {"url": u}}
+            for n, v, u in files
+        ]
+        (tmp_path / "report.json").write_text(json.dumps({"install": rows}))
+        torch_size.main(tmp_path / "report.json")
+        return capsys.readouterr().out
+
+    wheel, gone = tmp_path / "torch-2.13.0%2Bcpu-cp311-linux.whl", "http://127.0.0.1:9/x.whl"
     Path(str(wheel).replace("%2B", "+")).write_bytes(b"x" * 3_000_000)
-    torch_size.main(report(tmp_path, ("torch", "2.13.0+cpu", f"file://{wheel}")))
-    said = capsys.readouterr().out
-    assert "torch-2.13.0+cpu-cp311-linux.whl" in said and "3 MB" in said and "TORCH_INDEX" in said
-
-
-def test_a_cuda_build_is_called_so_and_an_unknown_size_is_no_zero(tmp_path, capsys):
-    gone = "http://127.0.0.1:9/x.whl"
-    files = ("torch", "2.13.0", gone), ("nvidia-cudnn-cu13", "9.20", gone)
-    torch_size.main(report(tmp_path, *files))
-    said = capsys.readouterr().out
-    assert "CUDA build" in said and "size not known" in said
-
-
-def test_an_installed_torch_is_left(tmp_path, capsys):
-    torch_size.main(report(tmp_path))
-    assert "installed already" in capsys.readouterr().out
+    text = said(("torch", "2.13.0+cpu", f"file://{wheel}"))
+    assert "torch-2.13.0+cpu-cp311-linux.whl" in text and "3 MB" in text and "TORCH_INDEX" in text
+    text = said(("torch", "2.13.0", gone), ("nvidia-cudnn-cu13", "9.20", gone))
+    assert "CUDA build" in text and "size not known" in text, "an unknown size is no zero"
+    assert "installed already" in said()

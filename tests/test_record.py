@@ -115,12 +115,6 @@ def test_this_tree_makes_samples_of_a_dataset_whose_weights_are_the_answers(tmp_
         assert len(ids) == len(weights) and 0 < sum(weights) < len(ids)
 
 
-def test_other_weights_of_a_sample_and_a_missing_file_are_unexplained(new: Path) -> None:
-    (new / "chat.samples.json").write_text('{"a:1": [[1, 2], [1.0, 1.0]]}')
-    (new / "chat/scores/base.jsonl").unlink()
-    assert kinds("chat", new) == {("samples", ""), ("scores", ""), ("scores", "wording")}
-
-
 def test_a_split_that_moved_and_keys_of_models_in_folders_are_stated(new: Path) -> None:
     plant(new / "chat/documents.jsonl", lambda row: row.update(split=row["meta"].pop("split")))
     assert kinds("chat", new) == {("documents", "split")}
@@ -129,14 +123,6 @@ def test_a_split_that_moved_and_keys_of_models_in_folders_are_stated(new: Path) 
     assert kinds("soft", new) == {("keys", "folder")}
     plant(new / "local/answers/student.jsonl", lambda row: row.update(request_key="other"))
     assert kinds("local", new) == {("keys", "student")}
-
-
-def test_a_file_of_the_new_side_alone_is_a_difference_only_where_it_is_a_result(new: Path) -> None:
-    (new / "soft/refined/merged").mkdir()
-    shutil.copy(new / "chat/release/model.safetensors", new / "soft/refined/merged")
-    assert kinds("soft", new) == set()
-    shutil.copytree(new / "soft/scores", new / "soft/scores/more")
-    assert ("scores", "") in kinds("soft", new)
 
 
 def test_words_are_free_and_numbers_of_a_report_are_no_words(new: Path) -> None:
@@ -167,11 +153,3 @@ def test_other_answers_are_stated_only_of_a_student_released_in_bfloat16(
     assert kinds("chat", new) == {("answers", kind)}
     plant(new / "chat/answers/base.jsonl", lambda row: row.update(text="other"))
     assert kinds("chat", new) == {("answers", kind), ("answers", "")}
-
-
-def test_what_is_not_explained_is_listed_last_and_counted(new: Path) -> None:
-    plant(new / "chat/scores/student.jsonl", lambda row: row.update(value=0.5, reason="why"))
-    rows = list(compared("chat", new).values())
-    lines = list(record.listing(rows, most=1))
-    assert lines[-4].startswith("\n1 UNEXPLAINED") and "scores/student.jsonl:1" in lines[-3]
-    assert record.table_of(rows).row_count == len(rows) == 10

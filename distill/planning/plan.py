@@ -50,10 +50,7 @@ class RunPlan(Record):
 
 
 def make_plan(
-    run: Run,
-    origin: str | None = None,
-    machine: Machine | None = None,
-    work: Work | None = None,
+    run: Run, origin: str | None = None, machine: Machine | None = None, work: Work | None = None
 ) -> RunPlan:
     """Return the plan of a run here or on `machine`; `origin` is its responder's, after a pilot."""
     config, work = run.config, work or count_work(run)

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill.models import arithmetic, devices, registry
 from distill.models.loading import load_model
 from distill.training import adapters, student, train
 from distill.training.encode import encode_split
@@ -23,7 +22,6 @@ from tests.support.training import causal_model, equal, examples, make_run
 SCRIPTS = Path(__file__).parents[2] / "scripts/benchmarks"
 sys.path.insert(0, str(SCRIPTS))
 
-import benchmark_gpu  # noqa: E402
 import benchmark_train  # noqa: E402
 
 BARE = """
@@ -84,13 +82,6 @@ def test_i25_ours_takes_the_step_that_the_stage_takes(tmp_path):
     assert equal(after, load_file(run.path("adapter") / adapters.WEIGHTS))
 
 
-@pytest.mark.parametrize("flags", ["avx512_bf16", "avx2"])
-def test_trl_computes_in_the_type_of_the_machine(monkeypatch, flags):
-    monkeypatch.setattr(devices, "cpu_facts", lambda: {"flags": flags})
-    expected = {"bf16": flags == "avx512_bf16", "fp16": False}
-    assert benchmark_train.precision() == expected
-
-
 def test_i24_the_gpu_benchmark_runs_with_torch_transformers_and_peft_alone(tmp_path):
     path = tmp_path / "gpu.json"
     script = SCRIPTS / "benchmark_gpu.py"
@@ -116,37 +107,3 @@ def test_i24_the_gpu_benchmark_runs_with_torch_transformers_and_peft_alone(tmp_p
     for kind in ("kl", "jsd"):
         same = [row["loss"] for name, row in losses.items() if name.endswith(f", {kind}")]
         assert all(loss == pytest.approx(same[-1], rel=5e-3) for loss in same[1:])
-
-
-@pytest.mark.parametrize("size", ["135M", "1.5B", "7B, 4 bit"])
-def test_sizes_are_those_of_real_models(size):
-    names = {"135M": "HuggingFaceTB/SmolLM2-135M-Instruct", "1.5B": "Qwen/Qwen2.5-1.5B-Instruct"}
-    real = registry.shape_of(names.get(size, "Qwen/Qwen2.5-7B-Instruct"))
-    shape = benchmark_gpu.shape_of(benchmark_gpu.SIZES[size])
-    assert (shape.parameters, shape.body, shape.head) == (real.parameters, real.body, real.head)
-    plans = [arithmetic.LoraTraining(one, 32).parts(4096) for one in (shape, real)]
-    assert plans[0] == plans[1]
-
-
-def test_samples_are_half_supervised_and_always_the_same():
-    one, two = (benchmark_gpu.sample(300, 100, (8, 32), 3) for _ in range(2))
-    assert one == two and 100 <= sum(len(e.input_ids) for e in one) < 132
-    assert all(sum(e.weights) == (len(e.input_ids) + 1) // 2 for e in one)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so_in_one_line(capsys):
-    assert benchmark_gpu.main([]) == 7
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_a_side_that_does_not_fit_is_a_row_and_not_the_end(monkeypatch, tmp_path):
-    def full(*sizes: Any) -> Any:
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(benchmark_gpu, "Ours", full)
-    path = tmp_path / "gpu.json"
-    words = ["train", "--device", "cpu", "--repeats", "1", "--json", str(path)]
-    assert benchmark_gpu.main(words) == 0
-    (size,) = json.loads(path.read_text())["train"]["sizes"].values()
-    assert not size["sides"]["ours"]["rounds"] and size["sides"]["plain"]["rounds"]

@@ -230,7 +230,7 @@ def test_a_job_in_doubt_is_known_whatever_the_server_s_clock_says(server, tmp_pa
     server.skew = timedelta(days=-3)
     done, submit = server.requests, server.messages
 
-    def lost(method: str, path: str, parts: list[str], body: bytes) -> bytes:
+    def lost(method: str, path: str, parts: list[str], body: bytes) -> object:
         reply = submit(method, path, parts, body)
         return reply if method == "GET" or len(server.jobs) > 1 else b"<html>"
 

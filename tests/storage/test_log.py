@@ -4,7 +4,6 @@ import errno
 import itertools
 import os
 import random
-import resource
 import signal
 import tracemalloc
 from collections.abc import Callable, Iterable
@@ -19,7 +18,7 @@ from distill.storage import log as logs
 from distill.storage.files import folder_lock
 from distill.storage.log import Log
 from distill.storage.repair import repair
-from tests.support.mortal import in_child, killed_at_every_call, open_file
+from tests.support.mortal import killed_at_every_call, open_file
 
 BODIES = {f"k{n}": {"text": f"answer {n} é — " + "x" * (n * 7 % 20), "n": n} for n in range(12)}
 
@@ -279,30 +278,6 @@ def test_a_failed_write_is_taken_back_and_ends_writing(tmp_path, monkeypatch, ca
         assert ("response", "k2") not in log
     fill(tmp_path)
     assert contents(tmp_path) == BODIES
-
-
-def test_a_write_that_the_kernel_cuts_short_is_taken_back(tmp_path):
-    segment = fill(tmp_path, ["k0"])
-    before = segment.read_bytes()
-
-    def work() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        with Log(tmp_path) as log:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, len(before) + 50))
-            log.append([("response", "k1", BODIES["k1"])])
-
-    assert in_child(work) == Exit.STATE
-    assert segment.read_bytes() == before
-
-
-def test_no_file_handles_left_is_one_line(tmp_path):
-    fill(tmp_path)
-
-    def work() -> None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
-        contents(tmp_path)
-
-    assert in_child(work) == Exit.STATE
 
 
 def test_a_folder_that_cannot_be_is_one_line(tmp_path):

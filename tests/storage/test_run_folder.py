@@ -209,6 +209,3 @@ def test_the_seconds_of_a_killed_stage_are_in_the_ledger(tmp_path, monkeypatch):
     assert (killed.dollars, killed.price, made.input_tokens) == (Decimal("0.4"), "row", 0)
     assert killed.note == "killed" and 0.25 < killed.seconds < 5 and made.note == ""
     assert not list(run.folder.glob(".*.tmp"))
-
-
-# --- the manifest

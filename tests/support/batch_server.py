@@ -8,9 +8,10 @@ has ended. `fate` says of a question what becomes of it, `watch` hears of every 
 """
 
 import json
+import re
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -55,10 +56,15 @@ class BatchServer:
                 return
 
             def do_GET(self) -> None:
-                books.serve(self, "GET")
+                with books.lock:
+                    books.busy += 1
+                try:
+                    books.serve(self)
+                finally:
+                    with books.lock:
+                        books.busy -= 1
 
-            def do_POST(self) -> None:
-                books.serve(self, "POST")
+            do_POST = do_GET
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.handle_error = lambda *_: None  # pyright: ignore  # a client was killed
@@ -75,19 +81,20 @@ class BatchServer:
         """Return the base URL."""
         return f"http://127.0.0.1:{self.server.server_address[1]}/v1"
 
+    def charges(self) -> list[dict[str, Any]]:
+        """Return what was executed: each question, and its usage."""
+        path = self.folder / "paid"
+        return list(map(json.loads, path.read_text().splitlines() if path.exists() else []))
+
     @property
     def paid(self) -> Counter[str]:
         """Return how often each question was executed and charged."""
-        path = self.folder / "paid"
-        rows = path.read_text().splitlines() if path.exists() else []
-        return Counter(json.loads(row)["asked"] for row in rows)
+        return Counter(row["asked"] for row in self.charges())
 
     @property
     def bill(self) -> Decimal:
         """Return what was charged."""
-        path = self.folder / "paid"
-        rows = map(json.loads, path.read_text().splitlines() if path.exists() else [])
-        return sum((self.price.of(Usage(**row["usage"])) for row in rows), Decimal(0))
+        return sum((self.price.of(Usage(**row["usage"])) for row in self.charges()), Decimal(0))
 
     @property
     def jobs(self) -> list[dict[str, Any]]:
@@ -95,19 +102,10 @@ class BatchServer:
         paths = sorted((self.folder / "jobs").glob("*.json"), reverse=True)
         return [json.loads(path.read_text()) for path in paths]
 
-    def serve(self, handler: BaseHTTPRequestHandler, method: str) -> None:
+    def serve(self, handler: BaseHTTPRequestHandler) -> None:
         """Answer one request."""
-        with self.lock:
-            self.busy += 1
-        try:
-            self._serve(handler, method)
-        finally:
-            with self.lock:
-                self.busy -= 1
-
-    def _serve(self, handler: BaseHTTPRequestHandler, method: str) -> None:
+        method, path = handler.command, handler.path.removeprefix("/v1")
         body = handler.rfile.read(int(handler.headers.get("content-length", 0)))
-        path = handler.path.removeprefix("/v1")
         parts = path.partition("?")[0].strip("/").split("/")
         name = f"{method} /" + "/".join(p for p in parts if not p.startswith(("job-", "file-")))
         name = name + " list" if parts[-1] == "batches" and method == "GET" else name
@@ -117,9 +115,11 @@ class BatchServer:
             self.bodies.append(body)
             self.headers.append({k.lower(): v for k, v in handler.headers.items()})
             status = self.status.get(name, 200)
-            data = b'{"error": {"message": "no such thing here"}}'
+            reply: Any = {"error": {"message": "no such thing here"}}
             if status == 200:
-                data = self.reply(method, path, parts, body)
+                route = self.messages if parts[:2] == ["messages", "batches"] else self.openai
+                reply = route(method, path, parts, body)
+            data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
         self.watch(f"{name} done")
         try:
             handler.send_response(status)
@@ -132,123 +132,50 @@ class BatchServer:
         except OSError:  # the client has been killed
             handler.close_connection = True
 
-    def reply(self, method: str, path: str, parts: list[str], body: bytes) -> bytes:
-        """Return what comes of one request that is let in."""
+    def file(self, name: str) -> Path:
+        """Return where a file lies that was uploaded, or holds results."""
+        return self.folder / "files" / name
+
+    def page(self, path: str, form: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+        """Return a page of the list of jobs, after the one that the request names."""
+        after, rows = re.sub(r".*after(_id)?=|.*", "", path), self.jobs
+        rows = rows[1 + [row["id"] for row in rows].index(after) :] if after else rows
+        return {"data": list(map(form, rows[:LIST])), "has_more": len(rows) > LIST}
+
+    def enter(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Write a job's row."""
+        (self.folder / "jobs" / f"{row['id']}.json").write_text(json.dumps(row))
+        return row
+
+    def look(self, name: str) -> dict[str, Any]:
+        """Return a job, which is further with each look."""
+        row = json.loads((self.folder / "jobs" / f"{name}.json").read_text())
+        return self.enter(row | {"looks": row["looks"] + 1})
+
+    def execute(self, bodies: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
+        """Execute requests by their custom ids, and yield each with its fate, in no order."""
+        for identity, body in reversed(bodies.items()):
+            fate = self.fate(question(body))
+            if fate in ("answer", "nothing"):
+                usage = usage_of(body).model_dump(include={"input_tokens", "output_tokens"})
+                with (self.folder / "paid").open("a") as file:
+                    file.write(json.dumps({"asked": question(body), "usage": usage}) + "\n")
+            yield identity, body, fate
+
+    def openai(self, method: str, path: str, parts: list[str], body: bytes) -> object:
+        """Return what comes of a request in OpenAI's form."""
         if method == "POST" and parts == ["files"]:
             name = f"file-{len(list((self.folder / 'files').iterdir())):04}"
             text = body.split(b"application/jsonl\r\n\r\n")[1].rpartition(b"\r\n--")[0]
-            (self.folder / "files" / name).write_bytes(text)
-            return json.dumps({"id": name, "purpose": "batch"}).encode()
+            self.file(name).write_bytes(text)
+            return {"id": name, "purpose": "batch"}
         if method == "POST" and parts == ["batches"]:
-            wanted = json.loads(body)
-            lines = (self.folder / "files" / wanted["input_file_id"]).read_bytes().splitlines()
-            return json.dumps(self.submit(wanted, [json.loads(line) for line in lines])).encode()
-        if parts[:2] == ["messages", "batches"]:
-            return self.messages(method, path, parts[2:], body)
+            return self.submit(json.loads(body))
         if parts[0] == "files":
-            return self.change((self.folder / "files" / parts[1]).read_bytes())
+            return self.change(self.file(parts[1]).read_bytes())
         if parts == ["batches"]:
-            after = path.partition("after=")[2]
-            rows = self.jobs
-            rows = rows[1 + [row["id"] for row in rows].index(after) :] if after else rows
-            return json.dumps({"data": rows[:LIST], "has_more": len(rows) > LIST}).encode()
-        return json.dumps(self.look(parts[-1])).encode()
-
-    def submit(self, wanted: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
-        """Execute a job, unless it is refused, and return its row."""
-        name = f"job-{len(self.jobs):04}"
-        row = {"id": name, "object": "batch", **wanted, "status": "validating", "looks": 0}
-        row["end"] = "failed" if self.refused(len(lines)) else self.end
-        results, errors = list[dict[str, Any]](), list[dict[str, Any]]()
-        for line in lines if row["end"] != "failed" else ():
-            asked = question(line["body"])
-            fate = self.fate(asked)
-            base = {"id": "batch_req_1", "custom_id": line["custom_id"], "error": None}
-            if fate in ("answer", "nothing"):
-                self.charge(line["body"])
-            if fate == "answer":
-                reply = json.loads(answer(line["body"]))
-                results.append(base | {"response": {"status_code": 200, "body": reply}})
-            elif fate == "expired":
-                what = {"code": "batch_expired", "message": "This request could not be executed."}
-                errors.append(base | {"response": None, "error": what})
-            elif fate.isdigit():
-                reply = {"error": {"message": "no", "type": "x", "code": None}}
-                errors.append(base | {"response": {"status_code": int(fate), "body": reply}})
-        for kind, rows in (("output", results), ("error", errors)):
-            row[f"{kind}_file"] = None
-            if rows:
-                file = f"file-{name}-{kind}"
-                text = "".join(json.dumps(r) + "\n" for r in reversed(rows))  # in no order
-                (self.folder / "files" / file).write_text(text)
-                row[f"{kind}_file"] = file
-        (self.folder / "jobs" / f"{name}.json").write_text(json.dumps(row))
-        return {"id": name, "object": "batch", "status": "validating", **wanted}
-
-    def messages(self, method: str, path: str, parts: list[str], body: bytes) -> bytes:
-        """Return what comes of a request in Anthropic's form."""
-        if method == "POST":
-            name, results = f"job-{len(self.jobs):04}", list[dict[str, Any]]()
-            requests = json.loads(body)["requests"]
-            for line in requests:
-                asked, usage = question(line["params"]), usage_of(line["params"])
-                fate, result = self.fate(asked), dict[str, Any]()
-                if fate == "answer":
-                    self.charge(line["params"])
-                    counts = usage.model_dump(include={"input_tokens", "output_tokens"})
-                    block = {"type": "text", "text": text_of(asked)}
-                    message = {"type": "message", "role": "assistant", "content": [block]}
-                    message |= {"model": line["params"]["model"], "stop_reason": "end_turn"}
-                    result = {"type": "succeeded", "message": {**message, "usage": counts}}
-                elif fate == "expired":
-                    result = {"type": "expired"}
-                else:
-                    error = {"type": fate, "message": "no"}
-                    result = {"type": "errored", "error": {"type": "error", "error": error}}
-                results.append({"custom_id": line["custom_id"], "result": result})
-            text = "".join(json.dumps(row) + "\n" for row in reversed(results))
-            (self.folder / "files" / name).write_text(text)
-            row = {"id": name, "type": "message_batch", "looks": 0, "count": len(requests)}
-            row["created_at"] = (datetime.now(UTC) + self.skew).isoformat()
-            (self.folder / "jobs" / f"{name}.json").write_text(json.dumps(row))
-            return json.dumps(self.message_row(row)).encode()
-        if not parts:
-            after = path.partition("after_id=")[2]
-            rows = self.jobs
-            rows = rows[1 + [row["id"] for row in rows].index(after) :] if after else rows
-            page = {"data": [self.message_row(row) for row in rows[:LIST]]}
-            return json.dumps({**page, "has_more": len(rows) > LIST}).encode()
-        if parts[1:] == ["results"]:
-            return self.change((self.folder / "files" / parts[0]).read_bytes())
-        place = self.folder / "jobs" / f"{parts[0]}.json"
-        row = json.loads(place.read_text())
-        place.write_text(json.dumps(row | {"looks": row["looks"] + 1}))
-        return json.dumps(self.message_row(row)).encode()
-
-    def message_row(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return a job as Anthropic tells of it."""
-        ended = row["looks"] >= self.looks
-        counts = {"processing": 0 if ended else row["count"], "succeeded": row["count"] * ended}
-        status = "ended" if ended else "in_progress"
-        return {**row, "processing_status": status, "request_counts": counts}
-
-    def refused(self, count: int) -> bool:
-        """Tell whether a job of so many requests is refused; `token_limit_exceeded:8` takes 8."""
-        code, _, most = self.refusal.partition(":")
-        return bool(code) and count > int(most or 0)
-
-    def charge(self, body: dict[str, Any]) -> None:
-        """Enter a request as executed."""
-        usage = usage_of(body).model_dump(include={"input_tokens", "output_tokens"})
-        with (self.folder / "paid").open("a") as file:
-            file.write(json.dumps({"asked": question(body), "usage": usage}) + "\n")
-
-    def look(self, name: str) -> dict[str, Any]:
-        """Return how far a job is, which is further with each look."""
-        path = self.folder / "jobs" / f"{name}.json"
-        row = json.loads(path.read_text())
-        row["looks"] += 1
-        path.write_text(json.dumps(row))
+            return self.page(path, dict)
+        row = self.look(parts[-1])
         if row["looks"] <= self.looks:
             return row | {"status": "in_progress", "request_counts": {"total": 2, "completed": 1}}
         row |= {"output_file_id": row["output_file"], "error_file_id": row["error_file"]}
@@ -256,3 +183,68 @@ class BatchServer:
             code = self.refusal.partition(":")[0]
             row["errors"] = {"data": [{"code": code, "message": f"{code}: no", "line": None}]}
         return row | {"status": row["end"]}
+
+    def submit(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        """Execute a job, unless it is refused; `token_limit_exceeded:8` takes 8 requests."""
+        lines = list(map(json.loads, self.file(wanted["input_file_id"]).read_bytes().splitlines()))
+        code, _, most = self.refusal.partition(":")
+        refused = bool(code) and len(lines) > int(most or 0)
+        job = {"id": f"job-{len(self.jobs):04}", "object": "batch", **wanted}
+        job |= {"status": "validating"}
+        files = {"output": list[Any](), "error": list[Any]()}
+        bodies = {} if refused else {line["custom_id"]: line["body"] for line in lines}
+        for identity, body, fate in self.execute(bodies):
+            row = {"id": "batch_req_1", "custom_id": identity, "error": None}
+            if fate == "answer":
+                reply = {"status_code": 200, "body": json.loads(answer(body))}
+                files["output"].append(row | {"response": reply})
+            elif fate == "expired":
+                what = {"code": "batch_expired", "message": "This request could not be executed."}
+                files["error"].append(row | {"response": None, "error": what})
+            elif fate.isdigit():
+                reply = {"error": {"message": "no", "type": "x", "code": None}}
+                reply = {"status_code": int(fate), "body": reply}
+                files["error"].append(row | {"response": reply})
+        names = dict[str, str | None]()
+        for kind, rows in files.items():
+            names[f"{kind}_file"] = f"file-{job['id']}-{kind}" if rows else None
+            if rows:
+                text = "".join(json.dumps(row) + "\n" for row in rows)
+                self.file(f"file-{job['id']}-{kind}").write_text(text)
+        self.enter({**job, **names, "looks": 0, "end": "failed" if refused else self.end})
+        return job
+
+    def messages(self, method: str, path: str, parts: list[str], body: bytes) -> object:
+        """Return what comes of a request in Anthropic's form."""
+        name = parts[2] if parts[2:] else ""
+        if method == "GET" and not name:
+            return self.page(path, self.message_row)
+        if method == "GET" and parts[3:] == ["results"]:
+            return self.change(self.file(name).read_bytes())
+        if method == "GET":
+            return self.message_row(self.look(name))
+        name, results = f"job-{len(self.jobs):04}", list[dict[str, Any]]()
+        bodies = {line["custom_id"]: line["params"] for line in json.loads(body)["requests"]}
+        for identity, params, fate in self.execute(bodies):
+            result: dict[str, Any] = {"type": "expired"}
+            if fate == "answer":
+                counts = usage_of(params).model_dump(include={"input_tokens", "output_tokens"})
+                block = {"type": "text", "text": text_of(question(params))}
+                message = {"type": "message", "role": "assistant", "content": [block]}
+                message |= {"model": params["model"], "stop_reason": "end_turn", "usage": counts}
+                result = {"type": "succeeded", "message": message}
+            elif fate != "expired":
+                error = {"type": "error", "error": {"type": fate, "message": "no"}}
+                result = {"type": "errored", "error": error}
+            results.append({"custom_id": identity, "result": result})
+        self.file(name).write_text("".join(json.dumps(row) + "\n" for row in results))
+        row = {"id": name, "type": "message_batch", "looks": 0, "count": len(bodies)}
+        row["created_at"] = (datetime.now(UTC) + self.skew).isoformat()
+        return self.message_row(self.enter(row))
+
+    def message_row(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return a job as Anthropic tells of it."""
+        ended = row["looks"] >= self.looks
+        counts = {"processing": 0 if ended else row["count"], "succeeded": row["count"] * ended}
+        status = "ended" if ended else "in_progress"
+        return {**row, "processing_status": status, "request_counts": counts}
