@@ -10,7 +10,7 @@ from distill.callables import source_hash
 from distill.config.learning import Signals
 from distill.config.teachers import TEACHERS, EndpointTeacher, Teacher
 from distill.config.tree import Config, Evaluation
-from distill.config.yaml_file import parse_config, place_of
+from distill.config.yaml_file import load_config, place_of, with_values
 from distill.errors import DistillError, Exit
 from distill.models import registry
 from distill.models.devices import free_frames, release_memory
@@ -53,6 +53,9 @@ def evaluation_identity(config: Config) -> dict[str, str]:
     suites = config.evaluation.suites
     facts = {**suite_hashes(suites), **checker_identity(config.prompts.tasks, suites)}
     facts |= registry.folder_facts("student", config.student.model)
+    facts |= _lazy("distill.responders.engines.engine_facts")(
+        config.evaluation.engine, config.engines
+    )
     for role, responder in (("teacher", config.teacher), ("judge", config.evaluation.judge)):
         if responder and responder.runs_here:
             facts |= registry.folder_facts(role, responder.model)
@@ -209,13 +212,16 @@ def perform(
     run: Run, stages: Sequence[Stage], redo: Sequence[Stage] = (), allow_inexact: bool = False
 ) -> None:
     """Do what is left of `stages` under the run's lock, once none of them has other settings."""
+    engine = partial(_lazy("distill.responders.engines.settled"), "auto", run.config.engines)
+    chosen = {key: engine() for key in run.config.auto_engines}
+    run.config = with_values(run.config, chosen)  # once: a resume elsewhere has the same engine
     with run.lock():
         for stage in stages:
             if stage not in redo and stage.applies(run.config):
                 run.checked_state(stage)
         path = run.path("config.json")
         text = as_json({**run.config.resolved(), **place_of(run.folder)})
-        parse_config(text, path)  # what could not be read again is not written
+        load_config(path, text=text)  # what could not be read again is not written
         run.remake(redo)
         write_atomic(path, text)
         run.note("config_sha256", sha256_file(run.path("config.json")))

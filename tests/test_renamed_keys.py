@@ -160,7 +160,7 @@ def finished(folder: Path, stage: Stage, **changes: Any) -> Run:
             "name": "r",
             "runs": folder,
             "corpus": {"path": "texts"},
-            "teacher": {"model": "./t", "concurrency": 4, "license": "mit"},
+            "teacher": {"model": "./t", "engine": "distill", "concurrency": 4, "license": "mit"},
             "student": {"model": "./s"},
         }
     )

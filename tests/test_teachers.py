@@ -2,6 +2,7 @@
 asked of them."""
 
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ from distill.config.teachers import TEACHERS, EndpointTeacher, LocalTeacher
 from distill.config.tree import Config
 from distill.config.yaml_file import load_config
 from distill.errors import DistillError, Exit
-from distill.pipeline import STAGES
+from distill.pipeline import STAGES, perform
 from distill.records import Message
+from distill.responders import engines
 from distill.responders.kinds import KINDS, make_responder
 from distill.responders.responder import Request, Sampling, Scoring, origin_of
+from distill.storage.run_folder import flatten, open_run
 
 OLD_KEYS: dict[str, Any] = {  # of every kind, as finished runs hold them
     **{"revision": None, "dtype": "auto", "max_batch_size": None, "slots": None, "license": None},
@@ -123,3 +126,29 @@ def test_the_keys_of_requests_are_those_of_every_store():
         "d2222f7931a947b2b7277e8c7582dd87",
         "9fd0d9fbf7d11487bf217625b742a9fb",
     )
+
+
+def test_an_engine_is_chosen_once_for_a_run(tmp_path, monkeypatch):
+    tree = {"name": "r", "runs": f"{tmp_path}", "corpus": {"path": "x"}, "student": {"model": "s"}}
+    tree |= {"teacher": {"model": "m"}, "evaluation": {"engine": "auto", "judge": {"model": "j"}}}
+    (tmp_path / "c.yaml").write_text(json.dumps(tree))
+
+    def chosen(*overrides: str) -> list[object]:
+        run = open_run(tmp_path / "c.yaml", overrides)
+        perform(run, ())
+        values = flatten(json.loads(run.path("config.json").read_bytes()))
+        return [values[f"{key}.engine"] for key in ("teacher", "evaluation", "evaluation.judge")]
+
+    ours, theirs = ["distill"] * 3, ["vllm"] * 3
+    assert chosen() == ours, "no GPU is here"
+    monkeypatch.setattr(engines, "gpu_facts", lambda: {"gpu": "H200"})
+    vllm = f"engines.vllm.command={sys.executable} serve"
+    assert chosen(vllm) == ours, "it stays"
+    assert chosen(vllm, "name=other") == theirs
+    assert chosen(vllm, "name=other", "teacher.engine=distill") == ["distill", "vllm", "vllm"]
+    monkeypatch.undo()
+    assert chosen("name=other") == ["distill", "vllm", "vllm"], "on another machine too"
+    older = open_run(tmp_path / "c.yaml").config.resolved()
+    del older["teacher"]["engine"]
+    (tmp_path / "r/config.json").write_text(json.dumps(older))
+    assert open_run(tmp_path / "r").config.auto_engines == []

@@ -25,6 +25,7 @@ RENAMED = {
 }
 # In the resolved configs of older runs, where these were not as they are now
 FORMER_DEFAULTS = {"max_consecutive_failures": 100, "concurrency": 16}
+BEFORE = {"engine": "distill"}  # what runs are made with that are older than the key
 KeyPath = tuple[str, ...]
 RESPONDERS: tuple[KeyPath, ...] = (("teacher",), ("evaluation", "judge"), ("signals", "endpoint"))
 # What moved to the top of a config; a judge's and a reader's never did anything

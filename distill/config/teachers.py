@@ -32,6 +32,7 @@ AZURE = re.compile(
 
 
 Engine = Literal["distill", "vllm", "llama.cpp"]
+AnyEngine = Literal["auto", Engine]
 
 
 class EngineCommand(Section):
@@ -113,9 +114,9 @@ class LocalTeacher(Teacher):
     corpus, `canned` those in a file, `python` calls a function."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the weights; `auto`: bfloat16, where it is missing float16 (GPU), float32 (CPU)."""
-    engine: Literal["auto", Engine] = "distill"
-    """What computes its answers: `distill`, or `vllm` or `llama.cpp`, which is started for it;
-    `auto` takes vllm where a GPU and vLLM are here."""
+    engine: AnyEngine = "auto"
+    """What computes its answers: `distill`, our own, or `vllm` or `llama.cpp`, which is started for
+    it; `auto` takes vllm where a GPU and vLLM are here, else `distill`, and stays so in a run."""
     concurrency: Positive | None = None
     """Requests that run at once; null takes what fits in memory, of another engine 16. Lower it
     where memory runs out."""

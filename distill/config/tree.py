@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from distill.config.learning import OnPolicy, Signals, Student, Train
 from distill.config.teachers import (
+    AnyEngine,
     AnyJudge,
     AnyTeacher,
     EndpointTeacher,
@@ -182,6 +183,9 @@ class Evaluation(Section):
     """Further questions: names in eval/suites, or paths of your own."""
     max_new_tokens: Positive | None = None
     """Tokens of an answer to a held-out prompt, at most; null takes `teacher.max_new_tokens`."""
+    engine: AnyEngine = "distill"
+    """What student and base answer in and are timed in; name what people will serve with, as in
+    `teacher.engine`."""
     concurrency: Positive | None = None
     """Requests to student and base that run at once; null takes what fits in memory."""
     timing: Literal["quick", "full"] = "quick"
@@ -293,6 +297,14 @@ class Config(Section):
     def distributions(self) -> bool:
         """Tell whether any stage needs the teacher's distributions, cached or live."""
         return bool(self.train.loss.soft) or self.on_policy.rounds > 0
+
+    @property
+    def auto_engines(self) -> list[str]:
+        """Return the keys of the engines that are still to be chosen."""
+        evaluation = self.evaluation
+        sections: dict[str, object] = {"teacher": self.teacher, "evaluation": evaluation}
+        sections["evaluation.judge"] = evaluation.judge
+        return [f"{k}.engine" for k, v in sections.items() if getattr(v, "engine", "") == "auto"]
 
     @property
     def train_seed(self) -> int:

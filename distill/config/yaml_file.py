@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Collection, Iterable, Mapping
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -61,6 +61,10 @@ SCALARS = {  # what a plain value is, by its pattern and first letters; all else
 BY_NAME = "name an environment variable instead"
 
 
+def _problem(what: str, place: yaml.Event | yaml.Node) -> yaml.YAMLError:
+    return yaml.MarkedYAMLError(problem=what, problem_mark=place.start_mark)
+
+
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader without surprising conversions, aliases, tags and deep nesting."""
 
@@ -68,15 +72,13 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event, problem = self.peek_event(), ""
+        event = self.peek_event()
         if isinstance(event, AliasEvent):
-            problem = "aliases are not allowed"
-        elif getattr(event, "tag", None) is not None:
-            problem = "tags (!...) are not allowed"
-        elif self.depth == MAX_DEPTH:
-            problem = "nested too deeply"
-        if problem:
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+            raise _problem("aliases are not allowed", event)
+        if getattr(event, "tag", None) is not None:
+            raise _problem("tags (!...) are not allowed", event)
+        if self.depth == MAX_DEPTH:
+            raise _problem("nested too deeply", event)
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
@@ -86,13 +88,11 @@ class _Loader(yaml.SafeLoader):
         """Build a mapping; refuse a key that is repeated or is not a text."""
         result = dict[Any, Any]()
         for key_node, value_node in node.value:
-            key, problem = self.construct_object(key_node, deep=True), ""
+            key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                problem = f"a key must be a text, not {str(key)[:40]}"
-            elif key in result:
-                problem = f"key {key[:60]!r} stands twice"
-            if problem:
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
+                raise _problem(f"a key must be a text, not {str(key)[:40]}", key_node)
+            if key in result:
+                raise _problem(f"key {key[:60]!r} stands twice", key_node)
             result[key] = self.construct_object(value_node, deep=True)
         return result
 
@@ -109,15 +109,12 @@ def parse_yaml(text: str, where: object) -> tuple[Any, Places]:
         loader = _Loader(text)
         node = loader.get_single_node()
         value = loader.construct_document(node) if node else None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # of numbers of 5,000 digits too
         mark = getattr(error, "problem_mark", None)
         what = getattr(error, "problem", None) or str(error).splitlines()[0]
         what = "not readable here" if secret_in(what) else what  # a secret is not repeated
         place = f"{where}:{mark.line + 1}" if mark else where
         raise DistillError(Exit.CONFIG, place, what, "write plain YAML") from None
-    except (ValueError, OverflowError):  # Python reads no number of 5,000 digits
-        what = "a number in it is too long"
-        raise DistillError(Exit.CONFIG, where, what, "write plain YAML") from None
     places: Places = {(): str(where)}
 
     def enter(node: yaml.Node | None, path: KeyPath) -> None:
@@ -165,15 +162,8 @@ Table = TypeVar("Table")
 
 def read_table(path: Path, form: type[Table], fix: str) -> Table:
     """Read a table of rows; raises DistillError (exit 2) with the first value that is wrong."""
-    return _rows(read_text(path), path, form, fix)
-
-
-@lru_cache(maxsize=16)  # several stages ask for the same table
-def _rows(text: str, path: Path, form: type[Table], fix: str) -> Table:
-    tree, places = parse_yaml(text, path)
-    use_present_names(tree, form, places)
     try:
-        return TypeAdapter(form).validate_python(tree)
+        return TypeAdapter(form).validate_python(read_yaml(path, form))
     except ValidationError as error:
         first = error.errors()[0]
         where = f"{path}: {'.'.join(map(str, first['loc']))}"
@@ -310,21 +300,20 @@ def find_config(path: Path) -> Path:
 
 
 def load_config(
-    path: Path, overrides: Iterable[str] = (), place: Mapping[str, str] | None = None
+    path: Path,
+    overrides: Iterable[str] = (),
+    place: Mapping[str, str] | None = None,
+    text: str | None = None,
 ) -> Config:
     """Read, override and check the experiment at `path`; raises DistillError (exit 2).
 
-    `place` holds the `name` and `runs` of a folder that is opened; the file's are not read.
+    `place` holds the `name` and `runs` of a folder that is opened; the file's are not read. `text`
+    is what will stand in the file.
     """
     path = find_config(path)
-    return parse_config(read_text(path), path, overrides, place)
-
-
-def parse_config(
-    text: str, path: Path, overrides: Iterable[str] = (), place: Mapping[str, str] | None = None
-) -> Config:
-    """Do what `load_config` does with the text of the file."""
-    if len(text.encode()) > MAX_BYTES:
+    if text is None:
+        text = read_text(path)
+    elif len(text.encode()) > MAX_BYTES:
         what = f"a config of more than {MAX_BYTES:,} bytes is not read"
         raise DistillError(Exit.CONFIG, path, what, "shorten its lists")
     tree, places = parse_yaml(text, path)
@@ -344,6 +333,14 @@ def parse_config(
         return Config.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
         raise _explain(error, places) from None
+
+
+def with_values(config: Config, values: Mapping[str, object]) -> Config:
+    """Return a config with other values of some dotted keys."""
+    tree = config.resolved()
+    for key, value in values.items():
+        apply_override(tree, f"{key}={value}")
+    return Config.model_validate_json(json.dumps(tree), strict=True)
 
 
 def place_of(folder: Path) -> dict[str, str]:

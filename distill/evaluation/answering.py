@@ -11,6 +11,7 @@ import gc
 import math
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from distill.config.teachers import LocalTeacher, Teacher
@@ -18,12 +19,13 @@ from distill.evaluation.measurements import ModelFacts
 from distill.evaluation.suites import Suite, answer_limit, by_item, why_no_teacher, write_answers
 from distill.models import loading, registry
 from distill.models.chat_template import template_hash
-from distill.models.devices import device, device_name
+from distill.models.devices import device, device_name, pick_dtype
 from distill.records import HEADLINE, Load, Pair, Prompt, Response, Timing, Usage, digest
 from distill.responders.ask import Ask
-from distill.responders.engines import EngineResponder
+from distill.responders.engines import settled
 from distill.responders.kinds import make_responder
 from distill.responders.local.local_model import LocalResponder
+from distill.responders.local.served_model import EngineResponder
 from distill.responders.responder import Request, Responder, Sampling
 from distill.responders.terms import require_terms
 from distill.storage.files import read_records, sha256_file, write_json, write_records
@@ -53,7 +55,7 @@ def answer(run: Run, pairs: Sequence[Pair], suites: Sequence[Suite]) -> None:
             write_records(run.path(f"answers/{name}.jsonl"), responses)
             for suite in suites:
                 write_answers(run.folder, suite, {name: ask_suite(ask, suite)})
-        timed(run.path(f"timings/{name}.jsonl"), responder, prompts, config.evaluation.timing)
+            timed(run.path(f"timings/{name}.jsonl"), responder, prompts, config.evaluation.timing)
         say(f"{name}: loss on the teacher's answers")
         date, length = responder.date, config.train.max_length
         losses = answer_loss(responder.network, responder.tokenizer, pairs, date, length)
@@ -68,10 +70,8 @@ def answer(run: Run, pairs: Sequence[Pair], suites: Sequence[Suite]) -> None:
     write_json(run.path("answers/suites.json"), [s.model_dump(mode="json") for s in suites])
 
 
-def student_responder(
-    run: Run, name: str, trained: bool = True
-) -> tuple[LocalResponder, ModelFacts]:
-    """Load the student as it is released, or the base; return its description too."""
+def student_responder(run: Run, name: str, trained: bool = True) -> tuple[Here, ModelFacts]:
+    """Return the student as it is released, or the base, and its description."""
     student, date, adapter = run.config.student, run.config.template_date, run.trained("adapter")
     folder, revision, trust = student.model, student.revision, student.trust
     template = (student.chat_template_kwargs, run.config.reasoning)
@@ -83,8 +83,7 @@ def student_responder(
     tokenizer = loading.load_tokenizer(folder, revision, student.trust, *template)
     identity = registry.identity(student.model, student.revision)
     facts = describe(student.model, student.revision, identity, template_hash(tokenizer, date))
-    model = loading.load_model(folder, student.dtype, revision, trust)
-    dtype, changes = str(model.dtype), dict[str, str | None](adapter_sha256=None)
+    dtype, changes = str(pick_dtype(student.dtype)), dict[str, str | None](adapter_sha256=None)
     shaping = {**facts.tree(), **changes, "dtype": dtype}
     if trained:
         changes["adapter_sha256"] = sha256_file(adapter / WEIGHTS)
@@ -94,8 +93,14 @@ def student_responder(
     # that of answers which were stored before `files` were part of it
     old_origin = digest(shaping) if shaping.pop("files", None) else None
     facts = facts.model_copy(update={**changes, "dtype": dtype.removeprefix("torch.")})
-    batch = run.config.evaluation.concurrency
-    return LocalResponder(model, tokenizer, name, origin, date, batch, old_origin), facts
+    size, engines = run.config.evaluation.concurrency, run.config.engines
+    engine = settled(run.config.evaluation.engine, engines)
+    if engine == "distill":
+        load = partial(loading.load_model, folder, student.dtype, revision, trust)
+        return LocalResponder(load, tokenizer, name, origin, date, size, old_origin), facts
+    model = (folder, revision, student.dtype, tokenizer)
+    responder = EngineResponder(engine, engines, *model, date, size, name, passing=trained)
+    return responder, facts.model_copy(update={"dtype": responder.dtype})
 
 
 def requests_to(

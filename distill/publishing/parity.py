@@ -36,7 +36,14 @@ from distill.models.chat_template import encode_prompt, encode_text
 from distill.models.loading import context_length, load_model, load_tokenizer, read_by_library
 from distill.records import Item, Record, Response, digest
 from distill.responders.ask import Ask
-from distill.responders.engines import BY_SCRIPT, ROOM, EngineServer, engine_version, find_engine
+from distill.responders.engines import (
+    BY_SCRIPT,
+    EngineServer,
+    context_for,
+    engine_version,
+    find_engine,
+    start_engine,
+)
 from distill.responders.responder import Raw, Request
 from distill.storage.files import read_json, read_records, sha256_file
 from distill.storage.progress import say
@@ -187,11 +194,9 @@ class ParityCheck:
         facts = self.read_back(file)
         limit = answer_limit(self.run.config)
         longest = max(map(len, self.ids.values())) + limit
-        context = min(self.most, -(-longest // ROOM) * ROOM)
-        line = [*self.command, f"{file}", "--alias", file.stem, "--parallel", f"{PARALLEL}"]
-        server = EngineServer([*line, "--ctx-size", f"{context * PARALLEL}"], "llama.cpp")
+        context = context_for(longest, self.most)
+        server = start_engine("llama.cpp", self.command, file, file.stem, PARALLEL, context)
         try:
-            server.wait()
             facts |= {"prompts": len(self.items), "answers": len(self.texts)}
             facts["ids_equal"] = sum(self.same_ids(server, item) for item in self.items)
             facts["largest_difference"] = max(self.next_tokens(server), default=None)

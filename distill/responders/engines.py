@@ -1,9 +1,8 @@
 """Inference engines that are started for a model: vLLM, or llama.cpp, as a child of this process.
 
 An engine serves on a loopback port of its own, with a key of its own, and is asked through the
-endpoint responder, without a price. A prompt goes to it as token ids, rendered and encoded as our
-own engine does it: so template, dates and control tokens in a corpus are the same whoever answers.
-The engine ends with whoever asks, also where that is killed, and then holds no memory of a GPU.
+endpoint responder, without a price. It ends with whoever asks, also where that is killed, and then
+holds no memory of a GPU.
 """
 
 import os
@@ -15,27 +14,20 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import httpx2
-import torch
 
-from distill.config.teachers import EndpointTeacher, Engine, Engines, LocalTeacher
+from distill.config.teachers import AnyEngine, EndpointTeacher, Engine, Engines
 from distill.errors import DistillError, Exit, one_line
-from distill.models.chat_template import encode_prompt, template_hash
-from distill.models.devices import device, pick_dtype
+from distill.models.devices import device
 from distill.models.download import cache_folder
-from distill.models.gguf_file import write_gguf
-from distill.models.loading import load_tokenizer
-from distill.models.registry import fetch, folder_facts, identity, read_object, text_config
-from distill.records import digest
 from distill.responders.endpoint.endpoint import EndpointResponder
-from distill.responders.local.local_model import end_of_turn
-from distill.responders.responder import Encoded, Raw, Request
+from distill.storage.environment import gpu_facts
 from distill.storage.progress import say
 
 STARTING = 900.0  # seconds until an engine must answer: a large model is read from a disk
@@ -96,12 +88,54 @@ def require_engine(engine: Engine, settings: Engines) -> list[str]:
     return command
 
 
-def engine_of(settings: LocalTeacher, engines: Engines) -> Engine:
-    """Return what computes a model's answers: `auto` is vLLM where it and a GPU are here."""
-    if settings.engine != "auto":
-        return settings.engine
-    vllm_here = torch.cuda.is_available() and find_engine("vllm", engines) is not None
-    return "vllm" if vllm_here else "distill"
+def settled(engine: AnyEngine, engines: Engines) -> Engine:
+    """Return an engine by its name: `auto` is vLLM where it and a GPU are here, else our own."""
+    if engine != "auto":
+        return engine
+    return "vllm" if find_engine("vllm", engines) and gpu_facts() else "distill"
+
+
+def engine_facts(engine: AnyEngine, engines: Engines) -> dict[str, str]:
+    """Return the version of what computes answers, where it is not our own engine.
+
+    Raises DistillError (exit 2) where that is not installed.
+    """
+    name = settled(engine, engines)
+    if name == "distill":
+        return {}
+    return {"engine": f"{name} {engine_version(tuple(require_engine(name, engines)))}"}
+
+
+def context_for(longest: int, most: int) -> int:
+    """Return the context to start an engine with, for a longest text and the model's own limit."""
+    return min(most, -(-longest // ROOM) * ROOM)
+
+
+def start_engine(
+    engine: Engine,
+    command: Sequence[str],
+    model: Path,
+    name: str,
+    rows: int,
+    context: int,
+    options: Sequence[str] = (),
+) -> "EngineServer":
+    """Return a running engine that serves a folder or a GGUF as `name`, `rows` requests at once.
+
+    `context` holds a prompt and its answer. Raises DistillError (exit 4) where it does not start.
+    """
+    started = time.monotonic()
+    if engine == "vllm":
+        line = [*command, f"{model}", "--served-model-name", name, "--generation-config", "vllm"]
+        line += ["--max-model-len", f"{context}", "--max-num-seqs", f"{rows}"]
+    else:
+        line = [*command, f"{model}", "--alias", name]
+        line += ["--ctx-size", f"{context * rows}", "--parallel", f"{rows}"]
+    say(f"{engine} {engine_version(tuple(command))}: starting with {name}")
+    server = EngineServer([*line, *options], engine)
+    server.wait()
+    say(f"{engine}: answers after {time.monotonic() - started:.0f} s")
+    return server
 
 
 @cache
@@ -204,129 +238,3 @@ class EngineServer:
         self.process.wait()
         if not self.failed:
             self.log.unlink(missing_ok=True)
-
-
-class EngineResponder:
-    """Answers with a model that an engine serves; it is started at the first request.
-
-    `settings` say which model and how it is sampled, `engine` who computes. `concurrency` requests
-    run at once.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        settings: LocalTeacher,
-        engines: Engines,
-        date: str,
-        concurrency: int,
-    ) -> None:
-        self.engine, self.settings, self.date = engine, settings, date
-        self.concurrency = concurrency
-        self.fresh = False  # whether llama.cpp reads a prompt anew that it has just read
-        self.command = require_engine(engine, engines)
-        self.version = engine_version(tuple(self.command))
-        self.model = Path(settings.model).name
-        reference, revision = settings.model, settings.revision
-        template = settings.chat_template_kwargs
-        self.tokenizer = load_tokenizer(reference, revision, template=template)
-        self.dtype = str(pick_dtype(settings.dtype)).removeprefix("torch.")
-        self.origin = digest(
-            {
-                "engine": engine,
-                "weights": identity(reference, revision),
-                "dtype": self.dtype if engine == "vllm" else "f16",
-                "template": template_hash(self.tokenizer, date),
-                **folder_facts("weights", reference),
-            }
-        )
-        self.folder = fetch(reference, revision)
-        shape = text_config(read_object(self.folder / "config.json"))
-        self.most = int(shape["max_position_embeddings"])  # tokens of prompt and answer
-        self.server: EngineServer | None = None
-        self.context = self.rows = 0  # of the server
-
-    def ask(self, requests: Sequence[Request]) -> Iterator[Raw]:
-        """Yield one raw answer for each request as it comes; one that is too long fails.
-
-        Raises DistillError (exit 4) with the end of its log where the engine fails: what it had
-        answered before is kept by whoever asks.
-        """
-        prompts = list[Encoded]()
-        for request in requests:
-            ids = tuple(encode_prompt(self.tokenizer, request.messages, self.date))
-            length = len(ids) + request.sampling.max_new_tokens
-            if length > self.most:
-                what = f"too long: {length:,} tokens of prompt and answer, of {self.most:,}"
-                yield Raw.failed(request, what, self.model)
-            else:
-                prompts.append(Encoded(**request.model_dump(), ids=ids))
-        if not prompts:
-            return
-        longest = max(len(one.ids) + one.sampling.max_new_tokens for one in prompts)
-        server = self.serve(min(self.most, -(-longest // ROOM) * ROOM))
-        fields = self.sampled_from_all()
-        responder = server.responder(
-            self.model, self.concurrency, fields, api="completions", max_retries=2
-        )
-        try:
-            for raw in responder.ask(prompts):
-                if raw.error and "sha256" not in raw.body:
-                    raise server.failure(f"does not answer: {raw.error}")
-                model = f"{self.model} ({self.engine} {self.version})"
-                yield raw.model_copy(update={"model": model})
-        except DistillError as error:
-            if server.process.poll() is None:
-                raise
-            raise server.failure(f"ended while it answered: {error.what}") from None
-
-    def sampled_from_all(self) -> dict[str, object]:
-        """Return the fields that turn off what an engine cuts from a distribution by itself, and
-        the use of prompts that it has read at another time."""
-        if self.engine == "llama.cpp":
-            return {"top_k": 0, "min_p": 0.0, "cache_prompt": not self.fresh}
-        ends = sorted(end_of_turn(self.tokenizer, self.date))
-        return {"stop_token_ids": ends, "cache_salt": secrets.token_hex(8)}
-
-    def serve(self, context: int) -> EngineServer:
-        """Return the engine, started or started anew where its context is too short."""
-        enough = self.context >= context and self.rows >= self.concurrency
-        if self.server and self.server.process.poll() is None and enough:
-            return self.server
-        self.close()
-        started, rows = time.monotonic(), self.concurrency
-        if self.engine == "vllm":
-            line = [*self.command, f"{self.folder}", "--served-model-name", self.model]
-            line += ["--dtype", self.dtype, "--max-model-len", f"{context}"]
-            line += ["--generation-config", "vllm", "--max-num-seqs", f"{rows}"]
-            if (gpus := torch.cuda.device_count()) > 1:  # a copy of the model on each
-                line += ["--data-parallel-size", f"{gpus}"]
-        else:
-            line = [*self.command, f"{self.gguf()}", "--alias", self.model]
-            line += ["--ctx-size", f"{context * rows}", "--parallel", f"{rows}"]
-        say(f"{self.engine} {self.version}: starting with {self.model}")
-        self.server = EngineServer(line, self.engine)
-        self.context, self.rows = context, rows
-        self.server.wait()
-        say(f"{self.engine}: answers after {time.monotonic() - started:.0f} s")
-        return self.server
-
-    def gguf(self) -> Path:
-        """Return the model as a GGUF in float16, made once and kept in the cache."""
-        file = cache_folder() / "gguf" / f"{self.origin[:24]}-F16.gguf"
-        if not file.is_file():
-            say(f"{self.model}: converting to GGUF (once)")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            work = file.with_name(f".{file.name}.{os.getpid()}")
-            try:
-                write_gguf(self.folder, work, "F16", self.model)
-                work.rename(file)
-            finally:
-                work.unlink(missing_ok=True)
-        return file
-
-    def close(self) -> None:
-        """End the engine, if it was started."""
-        if self.server:
-            self.server.close()
-        self.server = None

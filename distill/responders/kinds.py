@@ -10,6 +10,7 @@ from distill.config.tree import Config
 from distill.models import registry
 from distill.records import Document
 from distill.responders.canned import answers_hash
+from distill.responders.engines import engine_facts
 from distill.responders.responder import Circumstances, Responder, origin_of
 
 
@@ -17,14 +18,7 @@ def weights(teacher: LocalTeacher, engines: Engines) -> dict[str, str]:
     """Return the hashes of a model's weights and of the files beside them, and its engine."""
     pinned = registry.identity(teacher.model, teacher.revision)
     facts = {"teacher": pinned, **registry.folder_facts("teacher", teacher.model)}
-    if teacher.engine == "distill":
-        return facts
-    from distill.responders.engines import engine_of, engine_version, require_engine
-
-    engine = engine_of(teacher, engines)
-    if engine != "distill":
-        facts["engine"] = f"{engine} {engine_version(tuple(require_engine(engine, engines)))}"
-    return facts
+    return facts | engine_facts(teacher.engine, engines)
 
 
 # The module that makes a kind's responder, and the hashes that say what its answers depend on

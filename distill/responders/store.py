@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,10 +72,7 @@ class ResponseStore(Log):
 
     def attempts_at(self, identifier: str) -> int:
         """Return how many attempts there were at a request, also of killed runs."""
-        number = 0
-        while ("intent", attempt_key(identifier, number)) in self:
-            number += 1
-        return number
+        return next(n for n in count() if ("intent", attempt_key(identifier, n)) not in self)
 
     def _attempt_keys(self, identifier: str) -> Iterator[str]:
         """Yield the keys of the attempts at a request, the newest first."""
@@ -155,17 +153,13 @@ class ResponseStore(Log):
         self.append(("plan", plan.id, plan.model_dump(mode="json")) for plan in fresh)
         return begun + fresh
 
-    def keep(
-        self, groups: Iterable[Sequence[Raw]], spend: Spend | None, other: Log | None = None
-    ) -> Iterator[Raw]:
-        """Store the answers that neither this nor the `other` log has, and yield each."""
-        logs = [self, other] if other else [self]
+    def keep(self, groups: Iterable[Sequence[Raw]], spend: Spend) -> Iterator[Raw]:
+        """Store the answers that are not there yet, and yield each."""
         # those that come together are stored with one fsync, for which a GPU waits
         for group in groups:  # a plan that is rerun gives again what was stored before the kill
-            fresh = [raw for raw in group if not any(("response", raw.id) in log for log in logs)]
-            if spend:  # first, so that a kill while the answers are being stored hides no spending
-                for raw in fresh:
-                    spend(raw.usage.input_tokens, raw.usage.output_tokens)
+            fresh = [raw for raw in group if ("response", raw.id) not in self]
+            for raw in fresh:  # first, so that a kill while they are being stored hides no spending
+                spend(raw.usage.input_tokens, raw.usage.output_tokens)
             self.append(("response", raw.id, raw.model_dump(mode="json")) for raw in fresh)
             yield from fresh
 

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from pydantic_core import to_jsonable_python
 
-from distill.config.renamed_keys import fields_in, present_path
+from distill.config.renamed_keys import BEFORE, fields_in, present_path
 from distill.config.tree import Config
-from distill.config.yaml_file import load_config, place_of
+from distill.config.yaml_file import load_config, place_of, with_values
 from distill.errors import DistillError, Exit, first_line
 from distill.storage import files
 from distill.storage.environment import environment
@@ -231,7 +231,8 @@ def open_run(place: Path, overrides: Sequence[str] = ()) -> Run:
     one or there. Raises DistillError (exit 2) where the folder holds no run.
     """
     if not place.is_dir():
-        return Run(load_config(place, overrides))
+        config = load_config(place, overrides)
+        return Run(with_chosen_engines(config, config.runs / config.name))
     if not (place / "config.json").exists():
         what, fix = "is no run: it has no config.json", "name a config or a run's folder"
         raise DistillError(Exit.CONFIG, place, what, fix)
@@ -244,7 +245,16 @@ def open_run(place: Path, overrides: Sequence[str] = ()) -> Run:
     changed = {override.partition("=")[0].strip() for override in overrides} & {"name", "runs"}
     if "runs" not in changed:
         config = config.model_copy(update={"runs": folder.parent})
-    return Run(config, None if changed else folder)
+    return Run(with_chosen_engines(config, folder), None if changed else folder)
+
+
+def with_chosen_engines(config: Config, folder: Path) -> Config:
+    """Return a config with the engines that a run's folder, if it is there, was begun with."""
+    path, keys = folder / "config.json", config.auto_engines
+    if not keys or not path.is_file():
+        return config
+    chosen = flatten(files.read_json(path))
+    return with_values(config, {key: chosen.get(key, BEFORE["engine"]) for key in keys})
 
 
 def flatten(tree: object, prefix: str = "") -> dict[str, object]:
@@ -296,7 +306,7 @@ def _setting(fingerprint: Mapping[str, object], key: str) -> object:
         if field is None or (field.is_required() and depth == len(names)):
             return None
         if depth == len(names):
-            return to_jsonable_python(field.default)
+            return to_jsonable_python(BEFORE.get(name, field.default))
         # a section that may be null has defaults only where the fingerprint has other keys of it
         section = ".".join(names[:depth])
         off = section in fingerprint or field.default is None

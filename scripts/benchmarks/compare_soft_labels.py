@@ -31,7 +31,7 @@ from rich.table import Table
 from distill.config.learning import OnPolicy
 from distill.config.tree import Config
 from distill.errors import DistillError, Exit, exit_code
-from distill.evaluation.answering import requests_to, student_responder
+from distill.evaluation.answering import Here, requests_to, student_responder
 from distill.evaluation.scorers import score_answer
 from distill.evaluation.statistics import (
     Bounds,
@@ -47,7 +47,6 @@ from distill.formatting import figure
 from distill.models import loading
 from distill.records import Item, Pair, Response
 from distill.responders.ask import Ask
-from distill.responders.local.local_model import LocalResponder
 from distill.storage.environment import environment
 from distill.storage.files import read_json, read_records, write_json, write_records
 from distill.storage.progress import console, say
@@ -226,7 +225,7 @@ def measure(base: Run, run: Run | None, held: HeldOut) -> Measured:
     return Measured(*(np.array(kept[name], float) for name in Measured._fields))
 
 
-def answered(base: Run, responder: LocalResponder, held: HeldOut) -> dict[str, list[float]]:
+def answered(base: Run, responder: Here, held: HeldOut) -> dict[str, list[float]]:
     """Let a student answer the held-out items and read the teacher's verified answers; returns
     marks and nats a token."""
     store = base.config.store_folder() / "responses"

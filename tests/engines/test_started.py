@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 
 from distill.cli import main
-from distill.config.teachers import Engines, LocalTeacher
+from distill.config.teachers import Engines
 from distill.evaluation import answering
-from distill.records import Message, Prompt, Response
+from distill.models.loading import load_tokenizer
+from distill.records import Message, Prompt, Response, Timing
 from distill.responders import engines
 from distill.responders.local.local_model import LocalResponder
+from distill.responders.local.served_model import EngineResponder
 from distill.responders.responder import Request, Sampling
 from distill.storage.files import read_records
 from tests.engines.test_gguf import TOKENIZERS, make
@@ -103,8 +105,8 @@ def test_its_answers_are_stored_and_name_the_engine(
 def test_it_is_timed_as_our_own_engine_is(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = LocalTeacher(model=str(model), engine="llama.cpp")
-    responder = engines.EngineResponder("llama.cpp", settings, Engines(), "2026-01-01", 2)
+    settings = (str(model), None, "float32", load_tokenizer(str(model)), "2026-01-01", 2)
+    responder = EngineResponder("llama.cpp", Engines(), *settings)
     starts, serve = set[int](), responder.serve
 
     def served(context: int) -> engines.EngineServer:
@@ -131,6 +133,8 @@ def test_killed_it_leaves_no_engine_and_goes_on(config: Path, model: Path) -> No
     prepared(config)
     command = [sys.executable, "-m", "distill", "generate", str(config)]
     slow = ["teacher.max_new_tokens=400", "teacher.concurrency=1"]
+    gguf = f"{engines.cache_folder() / 'gguf'}"
+    others = set(running(gguf))
     process = subprocess.Popen([*command, *slow], stderr=subprocess.DEVNULL)
     log = config.parent / "runs/.store/responses"
     deadline = time.monotonic() + 120
@@ -138,12 +142,14 @@ def test_killed_it_leaves_no_engine_and_goes_on(config: Path, model: Path) -> No
         f.stat().st_size > 2000 for f in log.glob("*.jsonl")
     ):
         time.sleep(0.05)
-    gguf = engines.cache_folder() / "gguf"
-    assert running(str(gguf)), "it serves while it is killed"
+    ours = set(running(gguf)) - others
+    assert ours, "it serves while it is killed"
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    time.sleep(1)
-    assert not running(str(gguf))
+    deadline = time.monotonic() + 10
+    while ours & set(running(gguf)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not ours & set(running(gguf))
     stored = sum(f.read_text().count('"stop_reason"') for f in log.glob("*.jsonl"))
     assert subprocess.run([*command, *slow], check=False).returncode == 0
     assert len(answers(config)) == 12 and stored < 12
@@ -170,3 +176,30 @@ def test_an_engine_that_dies_or_is_missing_is_said_in_a_line(
         engines.STARTING = usual
     assert "did not answer within 1 s" in capsys.readouterr().err
     assert Engines().vllm.command is None
+
+
+def test_student_and_base_answer_and_are_timed_in_the_engine_that_serves_them(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = ["teacher.engine=distill", "evaluation.engine=llama.cpp", "evaluation.max_new_tokens=8"]
+    small = ["train.max_steps=1", "evaluation.concurrency=2", "filters.truncated=false"]
+    cache = engines.cache_folder() / "gguf"
+    before = len(list(cache.glob("*")))
+    assert main(["run", str(config), *named, *small]) == 0, capsys.readouterr().err
+    assert len(list(cache.glob("*"))) <= before + 1, "the base's is kept, the student's is not"
+    run = config.parent / "runs/r"
+    models = json.loads((run / "answers/models.json").read_bytes())
+    (ours,) = read_records(run / "timings/teacher.jsonl", Timing)
+    assert ours.engine == "distill"
+    assert models["student"]["dtype"] == models["base"]["dtype"] == "f16"
+    for name in ("student", "base"):
+        (timing,) = read_records(run / f"timings/{name}.jsonl", Timing)
+        assert timing.engine == "llama.cpp" and timing.loads[0].concurrency == 2
+        responses = read_records(run / f"answers/{name}.jsonl", Response)
+        assert len(responses) == 2 and {r.model for r in responses} == {name}
+        assert (run / f"answers/readings/{name}.jsonl").read_text().count("\n") == 2
+    stage = json.loads((run / "stages/evaluate.json").read_bytes())
+    assert stage["fingerprint"]["engine"].startswith("llama.cpp ") and not running(str(run))
+    capsys.readouterr()
+    assert main(["run", str(run)]) == 0 and "starting with" not in capsys.readouterr().err
+    assert main(["evaluate", str(run), "evaluation.engine=distill"]) == 5

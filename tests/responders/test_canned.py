@@ -36,22 +36,25 @@ def test_a_file_of_answers(tmp_path: Path) -> None:
     assert answers_hash(path) != before and CannedResponder.load(path).origin != responder.origin
 
 
+GOOD = b'{"prompt": "x", "answer": "y"}\n'
+
+
 @pytest.mark.parametrize(
-    "line", ["not json", "[1]", '{"prompt": "a"}', '{"prompt": "a", "answer": 3}', "[" * 100_000]
-)
-def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
-    path = tmp_path / "answers.jsonl"
-    path.write_text('{"prompt": "x", "answer": "y"}\n' + line + "\n")
-    with stops(Exit.INPUT, r"answers.jsonl:2: is no canned answer"):
-        CannedResponder.load(path)
-
-
-@pytest.mark.parametrize("content", [None, b"\xff\xfe"])
-def test_an_unreadable_file_is_named(tmp_path: Path, content: bytes | None) -> None:
+    ("content", "says"),
+    [
+        *((GOOD + line, "answers.jsonl:2: is no canned answer") for line in (
+            b"not json", b"[1]", b'{"prompt": "a"}', b'{"prompt": "a", "answer": 3}', b"[" * 100_000
+        )),
+        (None, "answers.jsonl.*check teacher.answers"),
+        (b"\xff\xfe", "answers.jsonl.*check teacher.answers"),
+    ],
+    ids=range(7),
+)  # fmt: skip
+def test_a_bad_line_or_file_is_named(tmp_path: Path, content: bytes | None, says: str) -> None:
     path = tmp_path / "answers.jsonl"
     if content:
         path.write_bytes(content)
-    with stops(Exit.INPUT, r"answers.jsonl.*check teacher.answers"):
+    with stops(Exit.INPUT, says):
         CannedResponder.load(path)
 
 

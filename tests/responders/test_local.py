@@ -30,11 +30,7 @@ from tests.support.tiny import make_tiny, make_tokenizer
 from tests.support.training import adapted
 
 DATE = "2026-01-01"
-BEGINNING = (
-    "Say in a few words what this piece of documentation is about: "  # shared by the prompts
-)
-
-
+BEGINNING = "Say in a few words what this piece of documentation is about: "  # shared by prompts
 SHAPE: dict[str, Any] = {
     **{"vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
     **{"num_attention_heads": 4, "num_key_value_heads": 2},
@@ -84,6 +80,18 @@ def greedy(logits: torch.Tensor, rows: Sequence[BatchRow]) -> list[int]:
     return logits.max(dim=-1).indices.tolist()
 
 
+def streamed(
+    model: Any, prompts: list[list[int]], limit: int, size: int, stop: int
+) -> list[BatchRow]:
+    """Return the rows of prompts that a continuous batch of some rows has answered."""
+    rows = [BatchRow(i, list(ids), limit) for i, ids in enumerate(prompts)]
+    with continuous_attention(model) as streams:
+        assert streams
+        finished = list(ContinuousBatch(model, rows, size, frozenset({stop}), greedy))
+    assert sorted(row.index for group in finished for row in group) == list(range(len(rows)))
+    return rows
+
+
 def uneven_stop(answers: list[list[int]]) -> int:
     """Return the id which, as the end token, would end these answers most differently."""
     ids = sorted({i for answer in answers for i in answer})
@@ -100,14 +108,10 @@ def test_stream_answers_as_generate_does(tmp_path: Path, family: str, slots: int
     requests = make_requests("o", 14)
     prompts = [encode_prompt(tokenizer, r.messages, DATE) for r in requests]
     free = [generated(model, ids, 16, frozenset({0})) for ids in prompts]
-    stop_ids = frozenset({uneven_stop(free)})
-    wanted = [generated(model, ids, 16, stop_ids) for ids in prompts]
+    stop = uneven_stop(free)
+    wanted = [generated(model, ids, 16, frozenset({stop})) for ids in prompts]
     assert len({len(answer) for answer in wanted}) > 2, "rows must end at different times"
-    rows = [BatchRow(i, list(ids), 16) for i, ids in enumerate(prompts)]
-    with continuous_attention(model) as streams:
-        assert streams
-        finished = list(ContinuousBatch(model, rows, slots, stop_ids, greedy))
-    assert sorted(row.index for group in finished for row in group) == list(range(14))
+    rows = streamed(model, prompts, 16, slots, stop)
     assert [row.answer() for row in rows] == wanted
     assert all(row.seconds > 0 for row in rows)
 
@@ -145,25 +149,15 @@ def test_sliding_windows_are_kept() -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     prompts = [[(3 * i + j) % 97 for i in range(20 + j)] for j in range(4)]
     wanted = [generated(model, ids, 12, frozenset({99})) for ids in prompts]
-    rows = [BatchRow(i, list(ids), 12) for i, ids in enumerate(prompts)]
-    with continuous_attention(model) as streams:
-        assert streams
-        list(ContinuousBatch(model, rows, 2, frozenset({99}), greedy))
-    assert [row.answer() for row in rows] == wanted
+    assert [row.answer() for row in streamed(model, prompts, 12, 2, 99)] == wanted
 
 
 def test_an_architecture_that_does_not_fit_answers_padded() -> None:
-    config = Gemma2Config(
-        **SHAPE,
-        head_dim=8,
-        attn_logit_softcapping=0.05,
-        query_pre_attn_scalar=1,
-        initializer_range=0.5,
-    )
+    scores: Any = {"attn_logit_softcapping": 0.05, "query_pre_attn_scalar": 1}
+    config = Gemma2Config(**SHAPE, head_dim=8, initializer_range=0.5, **scores)
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    eager: Any = {"dtype": torch.float32, "attn_implementation": "eager"}
+    model = AutoModelForCausalLM.from_config(config, **eager).eval()
     with continuous_attention(model) as streams:
         assert not streams
     assert model.config._attn_implementation == "eager"
@@ -191,11 +185,7 @@ def test_bfloat16_agrees_but_at_near_ties(folder: Path) -> None:
     model, tokenizer = load_model(str(folder), "bfloat16"), make_tokenizer()
     prompts = [encode_prompt(tokenizer, r.messages, DATE) for r in make_requests("o", 8)]
     wanted = [generated(model, ids, 12, frozenset({0})) for ids in prompts]
-    rows = [BatchRow(i, list(ids), 12) for i, ids in enumerate(prompts)]
-    with continuous_attention(model) as streams:
-        assert streams
-        list(ContinuousBatch(model, rows, 4, frozenset({0}), greedy))
-    for row, other in zip(rows, wanted, strict=True):
+    for row, other in zip(streamed(model, prompts, 12, 4, 0), wanted, strict=True):
         assert near_tie(model, row.ids[: row.prompt], row.answer(), other)
 
 

@@ -32,13 +32,9 @@ def test_every_shipped_row_has_a_price_a_date_and_a_source() -> None:
 def test_time_and_tokens_are_priced_in_decimals() -> None:
     book = load_prices(today=TODAY)
     machine, hosted = book.machine("cpu-2-core"), book.teacher("openai/gpt-5.6-terra")
-    assert machine is not None and machine.of(3600.0) == machine.dollars_per_hour == Decimal(
-        "0.0816"
-    )
+    assert machine and machine.of(3600.0) == machine.dollars_per_hour == Decimal("0.0816")
     usage = Usage(input_tokens=1_000_000, cached_input_tokens=500_000, output_tokens=100_000)
-    assert hosted is not None and hosted.of(usage) == Decimal("1.00") + Decimal("0.10") + Decimal(
-        "1.2"
-    )
+    assert hosted and hosted.of(usage) == sum(map(Decimal, ("1.00", "0.10", "1.2")))
 
 
 def test_what_is_not_there_or_old_is_unknown_and_says_why() -> None:

@@ -36,17 +36,10 @@ def test_only_estimates_are_counted_again_and_stay_estimates(tmp_path: Path) -> 
     make_tokenizer().save_pretrained(tmp_path / "m")
     turns = (Message(role="system", content="abc"), Message(role="user", content="de"))
     request = Request.make("o", "p", turns, Sampling())
-    told = (
-        Raw.failed(request, "e")
-        .response("p")
-        .model_copy(
-            update={
-                "text": "four",
-                "reasoning": "why",
-                "usage": Usage(input_tokens=9, output_tokens=9),
-            }
-        )
-    )
+    texts = {"text": "four", "reasoning": "why"}
+    usage = Usage(input_tokens=9, output_tokens=9)
+    failed = Raw.failed(request, "e").response("p")
+    told = failed.model_copy(update={**texts, "usage": usage})
     estimate = Usage(input_tokens=9, output_tokens=9, seconds=2, estimated=True)
     guessed = told.model_copy(update={"usage": estimate})
     found = recounted([told, guessed], [request, request], str(tmp_path / "m"))

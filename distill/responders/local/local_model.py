@@ -41,6 +41,7 @@ from distill.models.loading import context_length, load_merged, load_model, load
 from distill.models.registry import check_base, folder_facts, identity
 from distill.reasoning import PAIRS, split_reasoning
 from distill.records import Message, Stop, Usage, digest
+from distill.responders.engines import settled
 from distill.responders.local.continuous_batching import (
     BatchRow,
     ContinuousBatch,
@@ -52,7 +53,7 @@ from distill.storage.files import sha256_file
 from distill.storage.progress import say
 
 if TYPE_CHECKING:
-    from distill.responders.engines import EngineResponder
+    from distill.responders.local.served_model import EngineResponder
 
 MOST_TOO_LONG = 0.01  # of the prompts; more are a fault of the settings
 PLAN_TOKENS = 49_152  # of a plan's answers, where that is more than its batches: what a kill costs
@@ -290,16 +291,16 @@ class LocalResponder:
 
 def make(teacher: LocalTeacher, circumstances: Circumstances) -> "LocalResponder | EngineResponder":
     """Make the responder of a model that runs here, in our own engine or another."""
-    size, date = teacher.concurrency, circumstances.date
-    if teacher.engine != "distill":
-        from distill.responders.engines import EngineResponder, engine_of
+    size, date, engines = teacher.concurrency, circumstances.date, circumstances.engines
+    model, template = (teacher.model, teacher.revision), teacher.chat_template_kwargs
+    if (engine := settled(teacher.engine, engines)) == "distill":
+        return LocalResponder.load(
+            teacher.model, teacher.dtype, teacher.revision, date, size, template=template
+        )
+    from distill.responders.local.served_model import EngineResponder
 
-        if (engine := engine_of(teacher, circumstances.engines)) != "distill":
-            return EngineResponder(engine, teacher, circumstances.engines, date, size or 16)
-    return LocalResponder.load(
-        *(teacher.model, teacher.dtype, teacher.revision, date, size),
-        template=teacher.chat_template_kwargs,
-    )
+    tokenizer = load_tokenizer(*model, template=template)
+    return EngineResponder(engine, engines, *model, teacher.dtype, tokenizer, date, size)
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, date: str) -> frozenset[int]:
