@@ -25,8 +25,8 @@ from distill.config.teachers import LocalTeacher
 from distill.errors import DistillError
 from distill.evaluation.answering import LEAST, TOKENS, timed
 from distill.records import HEADLINE, Prompt
-from distill.responders.engines import EngineResponder
 from distill.responders.kinds import make_responder
+from distill.responders.local.served_model import EngineResponder
 from distill.responders.responder import Request, Sampling
 from distill.storage.environment import cpu_facts
 from distill.storage.files import read_records, write_json

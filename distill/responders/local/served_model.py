@@ -103,11 +103,7 @@ class EngineResponder:
         if not prompts:
             return
         server = self.serve(context_for(longest, self.most))
-        # Off goes what an engine cuts from a distribution by itself, and what it has read before
-        fields: dict[str, object] = {"top_k": 0, "min_p": 0.0, "cache_prompt": not self.fresh}
-        if self.engine == "vllm":
-            ends = sorted(end_of_turn(self.tokenizer, self.date))
-            fields = {"stop_token_ids": ends, "cache_salt": secrets.token_hex(8)}
+        fields = self.sampled_from_all()
         responder = server.responder(
             self.model, self.concurrency, fields, api="completions", max_retries=2
         )
@@ -121,6 +117,14 @@ class EngineResponder:
             if server.process.poll() is None:
                 raise
             raise server.failure(f"ended while it answered: {error.what}") from None
+
+    def sampled_from_all(self) -> dict[str, object]:
+        """Return the fields that turn off what an engine cuts from a distribution by itself, and
+        the use of prompts that it has read at another time."""
+        if self.engine == "llama.cpp":
+            return {"top_k": 0, "min_p": 0.0, "cache_prompt": not self.fresh}
+        ends = sorted(end_of_turn(self.tokenizer, self.date))
+        return {"stop_token_ids": ends, "cache_salt": secrets.token_hex(8)}
 
     def serve(self, context: int) -> EngineServer:
         """Return the engine, started or started anew where its context is too short."""
